@@ -1,0 +1,230 @@
+// Package imports checks that the packages of a module import each other only
+// as a table in its ARCHITECTURE.md allows. The table stands under the heading
+// "## Packages" and has three columns:
+//
+//	| folder | what lives there | may import |
+//	|---|---|---|
+//	| `dataplane` | the contract | standard library only |
+//	| `source/a`, `source/b` | where objects come from | `kube`, k8s API types |
+//	| `internal/nettest` | test helper: network namespaces | – |
+//	| `cmd/fairlead` | the binary | all, k8s API types |
+//
+// The first column names folders of packages, in backquotes. The third says,
+// separated by commas, what the files of these packages may import:
+//
+//   - a folder in backquotes: that package;
+//   - all: every package of the module;
+//   - –: no package of the module;
+//   - standard library only: no module but this one;
+//   - k8s API types: packages of k8s.io and sigs.k8s.io, which are forbidden
+//     otherwise. Only kube and what is below source and cmd may have this.
+//
+// A row whose second column begins with "test helper:" describes packages that
+// the test files of every package may import. Test files may also import other
+// modules than Kubernetes'.
+package imports
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"iter"
+	"maps"
+	"slices"
+	"strings"
+)
+
+// Package is a package of the module, as far as its imports go.
+type Package struct {
+	// Folder is the package's path below the module's root, "." for the root.
+	Folder string
+	// Imports and TestImports are the import paths in the package's files and
+	// in its test files, those of the external test package included.
+	Imports, TestImports []string
+}
+
+// Table says which package may import which.
+type Table struct {
+	rows map[string]*row // by folder
+}
+
+// row is what the table says of one folder.
+type row struct {
+	folders    []string // that may be imported
+	all        bool
+	stdOnly    bool
+	kubernetes bool
+	testHelper bool
+}
+
+const (
+	heading       = "## Packages"
+	wordAll       = "all"
+	wordNone      = "–"
+	wordStdOnly   = "standard library only"
+	wordK8s       = "k8s API types"
+	helperPrefix  = "test helper:"
+	columns       = 3
+	kubernetesFor = "kube, source and cmd"
+)
+
+// ParseTable reads the table out of a Markdown document.
+func ParseTable(markdown string) (*Table, error) {
+	t := &Table{rows: map[string]*row{}}
+	line, ahead := 0, 2 // the table's heading and its rule come before its rows
+	inSection := false
+	for text := range strings.Lines(markdown) {
+		line++
+		text = strings.TrimSpace(text)
+		switch {
+		case strings.HasPrefix(text, "## "):
+			inSection = text == heading
+		case !inSection || !strings.HasPrefix(text, "|"):
+		case ahead > 0:
+			ahead--
+		default:
+			if err := t.addRow(text); err != nil {
+				return nil, fmt.Errorf("line %d: %w", line, err)
+			}
+		}
+	}
+	if len(t.rows) == 0 {
+		return nil, fmt.Errorf("no table under %q", heading)
+	}
+	for _, folder := range slices.Sorted(maps.Keys(t.rows)) {
+		for _, to := range t.rows[folder].folders {
+			if t.rows[to] == nil {
+				return nil, fmt.Errorf("the row of %s lets it import %s, which has no row", folder, to)
+			}
+		}
+	}
+	return t, nil
+}
+
+func (t *Table) addRow(text string) error {
+	cells := strings.Split(strings.Trim(text, "|"), "|")
+	if len(cells) != columns {
+		return fmt.Errorf("%d columns, want folder, what lives there, may import", len(cells))
+	}
+	r := &row{testHelper: strings.HasPrefix(strings.TrimSpace(cells[1]), helperPrefix)}
+	for item := range items(cells[2]) {
+		folder, isFolder := unquote(item)
+		switch {
+		case isFolder:
+			r.folders = append(r.folders, folder)
+		case item == wordAll:
+			r.all = true
+		case item == wordStdOnly:
+			r.stdOnly = true
+		case item == wordK8s:
+			r.kubernetes = true
+		case item == wordNone:
+		default:
+			return fmt.Errorf("may import %q: want a folder in backquotes, %q, %q, %q or %q",
+				item, wordAll, wordNone, wordStdOnly, wordK8s)
+		}
+	}
+	for item := range items(cells[0]) {
+		folder, isFolder := unquote(item)
+		if !isFolder {
+			return fmt.Errorf("folder %q: want a folder in backquotes", item)
+		}
+		if t.rows[folder] != nil {
+			return fmt.Errorf("a second row for %s", folder)
+		}
+		if r.kubernetes && !mayKnowKubernetes(folder) {
+			return fmt.Errorf("%q in the row of %s: only %s may import Kubernetes' packages", wordK8s, folder, kubernetesFor)
+		}
+		t.rows[folder] = r
+	}
+	return nil
+}
+
+func items(cell string) iter.Seq[string] {
+	return func(yield func(string) bool) {
+		for item := range strings.SplitSeq(cell, ",") {
+			if !yield(strings.TrimSpace(item)) {
+				return
+			}
+		}
+	}
+}
+
+func unquote(item string) (folder string, ok bool) {
+	folder, ok = strings.CutPrefix(item, "`")
+	if !ok {
+		return "", false
+	}
+	folder, ok = strings.CutSuffix(folder, "`")
+	return folder, ok && folder != ""
+}
+
+func mayKnowKubernetes(folder string) bool {
+	return folder == "kube" || below(folder, "source") || below(folder, "cmd")
+}
+
+// below reports whether path is parent or lies below it.
+func below(path, parent string) bool {
+	return path == parent || strings.HasPrefix(path, parent+"/")
+}
+
+// Check compares all packages of the module with the table. It returns an error
+// that has, in order of the folders, one line for each deviation: a package
+// without a row, a row without a package, an import that the row does not allow.
+func (t *Table) Check(module string, packages []Package) error {
+	var errs []error
+	seen := map[string]bool{}
+	for _, p := range slices.SortedFunc(slices.Values(packages), func(a, b Package) int {
+		return cmp.Compare(a.Folder, b.Folder)
+	}) {
+		seen[p.Folder] = true
+		r := t.rows[p.Folder]
+		if r == nil {
+			errs = append(errs, fmt.Errorf("%s: a package without a row in the table", p.Folder))
+			continue
+		}
+		for _, path := range p.Imports {
+			if reason := t.forbids(r, module, path, false); reason != "" {
+				errs = append(errs, fmt.Errorf("%s imports %s: %s", p.Folder, path, reason))
+			}
+		}
+		for _, path := range p.TestImports {
+			// An external test imports the package that it tests.
+			if path == module+"/"+p.Folder {
+				continue
+			}
+			if reason := t.forbids(r, module, path, true); reason != "" {
+				errs = append(errs, fmt.Errorf("a test of %s imports %s: %s", p.Folder, path, reason))
+			}
+		}
+	}
+	for _, folder := range slices.Sorted(maps.Keys(t.rows)) {
+		if !seen[folder] {
+			errs = append(errs, fmt.Errorf("%s: a row in the table without a package", folder))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// forbids returns why the row does not allow the import, or nothing.
+func (t *Table) forbids(r *row, module, path string, inTest bool) string {
+	if folder, ok := strings.CutPrefix(path, module+"/"); ok {
+		helper := inTest && t.rows[folder] != nil && t.rows[folder].testHelper
+		if r.all || helper || slices.Contains(r.folders, folder) {
+			return ""
+		}
+		return "not among what its row lets it import"
+	}
+	domain, _, _ := strings.Cut(path, "/")
+	switch {
+	case domain == "k8s.io" || domain == "sigs.k8s.io":
+		if r.kubernetes {
+			return ""
+		}
+		return "only " + kubernetesFor + " may import Kubernetes' packages, where their row says so"
+	case strings.Contains(domain, ".") && r.stdOnly && !inTest:
+		// Import paths without a dot in their first part are the standard library's.
+		return "its row says " + wordStdOnly
+	}
+	return ""
+}
