@@ -1,0 +1,483 @@
+package sync
+
+import (
+	"context"
+	"errors"
+	"iter"
+	"log/slog"
+	"math/rand/v2"
+	"time"
+
+	"fairlead/dataplane"
+)
+
+// tables is what Run knows: the wanted, the programmed and the failing. It is
+// used by one goroutine and has no locks.
+type tables struct {
+	dp    dataplane.Dataplane
+	opts  Options
+	log   *slog.Logger
+	drift <-chan struct{}
+
+	node     dataplane.Node
+	complete bool // the initial list is complete
+	replaced bool // a Replace has succeeded
+
+	desired map[dataplane.Key]*dataplane.Service
+	// applied is what the kernel holds, save for keys that are failing with
+	// state unknown and while everything is unknown: then it is what was last
+	// known.
+	applied map[dataplane.Key]*dataplane.Service
+	failing map[dataplane.Key]*failure
+
+	// allUnknown is set before the first Replace and after a call that failed
+	// as a whole. Only Replace is possible then.
+	allUnknown bool
+	allErr     error // why, nil before the first Replace
+	attempts   int   // calls that failed as a whole, in a row
+
+	// pending is when the oldest change was handed over that is in no failing
+	// key and has not been part of a successful call; zero if there is none.
+	pending time.Time
+	// untried says that a change waits for the next Replace.
+	untried bool
+
+	nodeChanged bool
+	repairAt    time.Time // when failing keys, or everything, are due; zero for never
+	driftAt     time.Time // when the drift seen is due; zero for none seen
+	resyncAt    time.Time // zero for never
+
+	driftRepairs  int // in a row
+	lastDrift     time.Time
+	replaceLasted time.Duration // the last Replace
+
+	lastSuccess time.Time
+	// shown is failing as Status shows it, made anew after failing changed.
+	shown      map[dataplane.Key]error
+	shownStale bool
+
+	spare map[dataplane.Key]input // for the inbox to use again
+}
+
+// failure is a key that did not take.
+type failure struct {
+	state    failureState
+	err      error
+	attempts int
+	next     time.Time // when it is due again
+	handed   time.Time // when the oldest change was handed over that did not take
+	reported string    // the error that was logged last; empty for none
+}
+
+type failureState uint8
+
+const (
+	// unknown: the kernel may hold anything for the key; it waits for Replace.
+	unknown failureState = iota
+	// refused: the backend does not support the Service, and the kernel holds
+	// nothing. It waits for the Service to change.
+	refused
+	// revised: it was refused, and the Service has changed.
+	revised
+)
+
+func newTables(dp dataplane.Dataplane, opts Options) tables {
+	return tables{
+		dp:         dp,
+		opts:       opts,
+		log:        opts.Logger,
+		drift:      dp.Drift(),
+		desired:    map[dataplane.Key]*dataplane.Service{},
+		applied:    map[dataplane.Key]*dataplane.Service{},
+		failing:    map[dataplane.Key]*failure{},
+		allUnknown: true,
+		untried:    true,
+	}
+}
+
+// merge takes the input into desired. It returns the changes that can be
+// applied, and when the oldest of them was handed over. All other changes wait
+// for a Replace.
+func (t *tables) merge(in inbox) (changes []dataplane.Change, oldest time.Time) {
+	if in.node != nil && !in.node.Equal(t.node) {
+		t.node = *in.node
+		t.nodeChanged = true
+	}
+	t.complete = t.complete || in.complete
+	for k, c := range in.changes {
+		f := t.failing[k]
+		if t.allUnknown || f != nil && f.state == unknown {
+			if c.svc.Equal(t.desired[k]) {
+				continue
+			}
+			t.want(k, c.svc)
+			t.untried = true
+			switch {
+			case f == nil:
+				t.pending = earlier(t.pending, c.at)
+			case f.state == refused:
+				f.state, f.handed = revised, c.at
+			case f.state == unknown && !t.allUnknown:
+				t.retrySoon(f)
+			}
+			continue
+		}
+		if f != nil && f.state == refused {
+			if c.svc.Equal(t.desired[k]) {
+				continue
+			}
+			f.state, f.handed = revised, c.at
+		}
+		have := t.applied[k]
+		if c.svc.Equal(have) {
+			// Undone, or said again. Keeping the value we have frees the other.
+			t.want(k, have)
+			if f != nil {
+				t.recovered(k, f)
+			}
+			continue
+		}
+		t.want(k, c.svc)
+		changes = append(changes, dataplane.Change{Old: have, New: c.svc})
+		oldest = earlier(oldest, c.at)
+	}
+	return changes, oldest
+}
+
+func (t *tables) want(k dataplane.Key, svc *dataplane.Service) {
+	if svc == nil {
+		delete(t.desired, k)
+	} else {
+		t.desired[k] = svc
+	}
+}
+
+func (t *tables) programmed(k dataplane.Key, svc *dataplane.Service) {
+	if svc == nil {
+		delete(t.applied, k)
+	} else {
+		t.applied[k] = svc
+	}
+}
+
+// retrySoon brings the next attempt forward for a failing key whose Service has
+// changed: the change may be the cure. As the attempt is a Replace of
+// everything, it leaves at least nine tenths of the time to others, even when a
+// failing Service keeps changing.
+func (t *tables) retrySoon(f *failure) {
+	at := time.Now().Add(max(t.opts.RetryMin, 9*t.replaceLasted))
+	if at.Before(f.next) {
+		f.next = at
+		t.repairAt = earlier(t.repairAt, at)
+	}
+}
+
+// drifted notes that somebody else has changed the kernel.
+func (t *tables) drifted(now time.Time) {
+	if !t.driftAt.IsZero() {
+		return
+	}
+	if now.Sub(t.lastDrift) >= t.opts.RetryMax {
+		t.driftRepairs = 0
+	}
+	t.driftAt = now
+	if t.driftRepairs > 0 {
+		if at := t.lastDrift.Add(t.delay(t.driftRepairs)); at.After(now) {
+			t.driftAt = at
+		}
+	}
+}
+
+// replaceDue returns why a Replace is due, or nothing.
+func (t *tables) replaceDue(now time.Time) Reason {
+	due := func(at time.Time) bool { return !at.IsZero() && !at.After(now) }
+	switch {
+	case !t.complete:
+		return ""
+	case t.allUnknown && !t.repairAt.IsZero() && !due(t.repairAt):
+		return "" // No other reason makes a call more likely to work.
+	case !t.replaced:
+		return ReasonStart
+	case t.allUnknown || due(t.repairAt):
+		return ReasonRetry
+	case t.nodeChanged:
+		return ReasonNode
+	case due(t.driftAt):
+		return ReasonDrift
+	case due(t.resyncAt):
+		return ReasonResync
+	}
+	return ""
+}
+
+// nextReplace returns when replaceDue will have a reason if nothing else
+// happens; zero for never.
+func (t *tables) nextReplace() time.Time {
+	if !t.complete || t.allUnknown {
+		return t.repairAt
+	}
+	return earlier(t.repairAt, earlier(t.driftAt, t.resyncAt))
+}
+
+// replace makes the kernel hold what is desired, less what was refused. It
+// returns false when ctx has ended and nothing can be said.
+func (t *tables) replace(ctx context.Context, reason Reason, in inbox, oldest, start time.Time) (Commit, bool) {
+	// Drift announced until now is repaired by this call.
+	select {
+	case _, ok := <-t.drift:
+		if !ok {
+			t.drift = nil
+		}
+		t.drifted(start)
+	default:
+	}
+	drifted := !t.driftAt.IsZero()
+	t.driftAt, t.nodeChanged, t.untried = time.Time{}, false, false
+
+	err := t.dp.Replace(ctx, t.node, t.offered())
+	end := time.Now()
+	if err != nil && ctx.Err() != nil {
+		return Commit{}, false
+	}
+	t.replaceLasted = end.Sub(start)
+	if drifted {
+		t.driftRepairs++
+		t.lastDrift = end
+	}
+	if t.opts.ResyncPeriod > 0 {
+		t.resyncAt = end.Add(t.opts.ResyncPeriod)
+	}
+	c := Commit{
+		Kind: KindReplace, Reason: reason,
+		Services: len(t.desired), Oldest: earlier(t.pending, oldest), Start: start, End: end,
+	}
+	if c.Failed, c.Err = outcome(err); c.Err != nil {
+		t.failedWhole(&c)
+		return c, true
+	}
+	t.succeeded(end)
+	t.replaced = true
+	t.allUnknown = false
+
+	for k, f := range t.failing {
+		if _, again := c.Failed[k]; !again && f.state != refused {
+			c.Oldest = earlier(c.Oldest, f.handed)
+			t.recovered(k, f)
+		}
+	}
+	for k, svc := range t.desired {
+		if old := t.applied[k]; old != svc && !t.didFail(k, c.Failed) {
+			t.applied[k] = svc
+			if t.opts.OnCommit != nil && !svc.Equal(old) {
+				c.Changes = append(c.Changes, dataplane.Change{Old: old, New: svc})
+			}
+		}
+	}
+	for k, old := range t.applied {
+		if _, wanted := t.desired[k]; !wanted && !t.didFail(k, c.Failed) {
+			delete(t.applied, k)
+			if t.opts.OnCommit != nil {
+				c.Changes = append(c.Changes, dataplane.Change{Old: old})
+			}
+		}
+	}
+	// Every key that is unknown was in this call and has failed again.
+	t.repairAt = time.Time{}
+	t.failed(&c, in)
+	t.report(ctx, &c)
+	return c, true
+}
+
+// didFail reports whether k did not take in a call that failed for these keys,
+// or was not part of it because it is refused.
+func (t *tables) didFail(k dataplane.Key, failed map[dataplane.Key]error) bool {
+	if len(failed) == 0 && len(t.failing) == 0 {
+		return false
+	}
+	if _, ok := failed[k]; ok {
+		return true
+	}
+	f := t.failing[k]
+	return f != nil && f.state == refused
+}
+
+// offered returns the Services that Replace is given.
+func (t *tables) offered() iter.Seq[*dataplane.Service] {
+	return func(yield func(*dataplane.Service) bool) {
+		for k, svc := range t.desired {
+			if f := t.failing[k]; f != nil && f.state == refused {
+				continue
+			}
+			if !yield(svc) {
+				return
+			}
+		}
+	}
+}
+
+// apply carries out changes. It returns false when ctx has ended and nothing
+// can be said.
+func (t *tables) apply(ctx context.Context, changes []dataplane.Change, in inbox, oldest, start time.Time) (Commit, bool) {
+	err := t.dp.Apply(ctx, changes)
+	end := time.Now()
+	if err != nil && ctx.Err() != nil {
+		return Commit{}, false
+	}
+	c := Commit{
+		Kind: KindApply, Reason: ReasonChange,
+		Services: len(t.desired), Oldest: oldest, Start: start, End: end,
+	}
+	if c.Failed, c.Err = outcome(err); c.Err != nil {
+		t.failedWhole(&c)
+		return c, true
+	}
+	t.succeeded(end)
+	c.Changes = changes
+	if len(c.Failed) > 0 {
+		c.Changes = nil
+	}
+	for _, ch := range changes {
+		k := ch.Key()
+		if _, ok := c.Failed[k]; ok {
+			continue
+		}
+		if len(c.Failed) > 0 {
+			c.Changes = append(c.Changes, ch)
+		}
+		t.programmed(k, ch.New)
+		if f := t.failing[k]; f != nil {
+			t.recovered(k, f)
+		}
+	}
+	t.failed(&c, in)
+	t.report(ctx, &c)
+	return c, true
+}
+
+// outcome splits the error of a call: keys that failed, or a failure as a
+// whole. A failure that names no key is one as a whole, to be safe.
+func outcome(err error) (failed map[dataplane.Key]error, whole error) {
+	var keyed *dataplane.Error
+	if errors.As(err, &keyed) && len(keyed.Failed) > 0 {
+		return keyed.Failed, nil
+	}
+	return nil, err
+}
+
+// succeeded notes that a call did not fail as a whole.
+func (t *tables) succeeded(end time.Time) {
+	if t.allErr != nil {
+		t.log.Info("dataplane works again", "attempts", t.attempts)
+	}
+	t.allErr, t.attempts = nil, 0
+	t.lastSuccess = end
+	t.pending = time.Time{}
+}
+
+// failedWhole makes everything unknown.
+func (t *tables) failedWhole(c *Commit) {
+	t.attempts++
+	delay := t.delay(t.attempts)
+	t.repairAt = c.End.Add(delay)
+	if t.allErr == nil || t.allErr.Error() != c.Err.Error() {
+		t.log.Warn("dataplane failed", "kind", string(c.Kind), "reason", string(c.Reason), "services", c.Services,
+			"retry_in", delay, "error", c.Err)
+	}
+	t.allUnknown = true
+	t.allErr = c.Err
+	t.pending = c.Oldest
+}
+
+// failed makes the failed keys of a call unknown, or refused.
+func (t *tables) failed(c *Commit, in inbox) {
+	// A call can fail for all of its keys at once. A few are logged by name,
+	// the others, if they keep failing, after a later attempt.
+	const named = 10
+	logged, silent := 0, 0
+	for k, err := range c.Failed {
+		f := t.failing[k]
+		if f == nil {
+			f = &failure{}
+			t.failing[k] = f
+		}
+		f.err = err
+		f.attempts++
+		if f.handed.IsZero() {
+			if f.handed = in.changes[k].at; f.handed.IsZero() {
+				f.handed = c.Oldest
+			}
+		}
+		f.state = unknown
+		if errors.Is(err, dataplane.ErrUnsupported) {
+			f.state = refused
+			f.next = time.Time{}
+			if old := t.applied[k]; old != nil {
+				delete(t.applied, k)
+				c.Changes = append(c.Changes, dataplane.Change{Old: old})
+			}
+		} else {
+			f.next = c.End.Add(t.delay(f.attempts))
+			t.repairAt = earlier(t.repairAt, f.next)
+		}
+		switch text := err.Error(); {
+		case f.reported == text:
+		case logged == named:
+			silent++
+		default:
+			logged++
+			f.reported = text
+			if f.state == refused {
+				t.log.Warn("service not supported", "service", k.String(), "error", err)
+			} else {
+				t.log.Warn("service failed", "service", k.String(), "retry_in", f.next.Sub(c.End), "error", err)
+			}
+		}
+		t.shownStale = true
+	}
+	if silent > 0 {
+		t.log.Warn("more services failed", "services", silent)
+	}
+}
+
+// recovered forgets the failure of k.
+func (t *tables) recovered(k dataplane.Key, f *failure) {
+	delete(t.failing, k)
+	t.shownStale = true
+	if f.reported != "" {
+		t.log.Info("service no longer fails", "service", k.String(), "attempts", f.attempts)
+	}
+}
+
+// report logs a call that did not fail as a whole.
+func (t *tables) report(ctx context.Context, c *Commit) {
+	level := slog.LevelDebug
+	if c.Reason == ReasonStart || c.Reason == ReasonDrift {
+		level = slog.LevelInfo
+	}
+	if !t.log.Enabled(ctx, level) {
+		return
+	}
+	t.log.Log(ctx, level, "committed", "kind", string(c.Kind), "reason", string(c.Reason),
+		"changes", len(c.Changes), "failed", len(c.Failed), "services", c.Services, "took", c.End.Sub(c.Start))
+}
+
+func (t *tables) status() Status {
+	if t.shownStale {
+		t.shownStale = false
+		t.shown = make(map[dataplane.Key]error, len(t.failing))
+		for k, f := range t.failing {
+			t.shown[k] = f.err
+		}
+	}
+	return Status{
+		Services:     len(t.desired),
+		Failing:      t.shown,
+		Err:          t.allErr,
+		LastSuccess:  t.lastSuccess,
+		PendingSince: t.pending,
+	}
+}
+
+func (t *tables) delay(attempts int) time.Duration {
+	return t.opts.delay(attempts, rand.Float64())
+}
