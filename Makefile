@@ -1,0 +1,68 @@
+# Plain `make` prints what there is; the lines with two number signs are the help.
+
+# The version is put in by the linker, so Go need not ask git, which refuses a
+# checkout that belongs to somebody else.
+export GOFLAGS := $(strip $(GOFLAGS) -buildvcs=false)
+VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+
+# What `make demo` hands to the demo: make demo ARGS=--keep
+ARGS ?=
+# Which benchmarks, and how often: make bench BENCH=Apply COUNT=10
+BENCH ?= .
+COUNT ?= 1
+# How long each fuzz target runs.
+FUZZTIME ?= 5s
+
+LINT := go tool -modfile=internal/tools/go.mod golangci-lint
+
+.PHONY: help
+help:
+	@echo 'make TARGET, where TARGET is'
+	@awk -F': ?.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: build
+build: ## the static binary, bin/fairlead
+	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/fairlead ./cmd/fairlead
+
+.PHONY: demo
+demo: build ## three front ends, three back ends and a Redis behind Services (root); ARGS=--keep leaves it running
+	go run ./examples/demo $(ARGS)
+
+.PHONY: deps
+deps: ## install the Debian packages that the tests need, where they are missing (root)
+	@test/deps.sh
+
+.PHONY: nftables
+nftables: ## fetch the nft releases that listings are tested with into .cache
+	@test/nftables/fetch.sh
+
+# -race needs cgo, and with it the C compiler that deps installs.
+.PHONY: test
+test: deps nftables ## all tests (root): with the race detector and the kernel, fuzz targets and benchmarks briefly
+	go vet ./...
+	CGO_ENABLED=1 go test -race -shuffle=on -timeout=8m ./...
+	test/fuzz.sh $(FUZZTIME)
+	go test -short -run='^$$' -bench=. -benchtime=1x -timeout=5m ./...
+
+.PHONY: test-short
+test-short: ## the tests that need neither root nor a package, quickly
+	go test -short -shuffle=on ./...
+
+.PHONY: bench
+bench: ## benchmarks (root), minutes; BENCH=regexp COUNT=n
+	go test -run='^$$' -bench='$(BENCH)' -count=$(COUNT) -benchmem -timeout=60m ./...
+
+.PHONY: lint
+lint: ## golangci-lint, and whether go.mod is tidy
+	@echo 'golangci-lint is built from source; the first time that takes a minute or two'
+	$(LINT) config verify
+	$(LINT) run ./...
+	go mod tidy -diff
+
+.PHONY: fmt
+fmt: ## format the Go files
+	$(LINT) fmt ./...
+
+.PHONY: clean
+clean: ## remove what the other targets made in the checkout
+	rm -rf bin .cache
