@@ -1,0 +1,133 @@
+package nft
+
+import (
+	"encoding/binary"
+	"errors"
+	"net/netip"
+	"slices"
+
+	"fairlead/dataplane"
+
+	"github.com/google/nftables"
+)
+
+// element is an element of a set or map. In a concatenation each part is padded
+// to 32 bits. All numbers are in network byte order except slots, which the
+// kernel's numgen makes and which therefore are in the host's.
+type element = nftables.SetElement
+
+func (t *table) appendFrontend(b []byte, f dataplane.Frontend) []byte {
+	b = append(b, f.Addr.Addr().AsSlice()...)
+	b = append(b, byte(f.Protocol), 0, 0, 0)
+	return appendPort(b, f.Addr.Port())
+}
+
+func appendPort(b []byte, port uint16) []byte {
+	return append(binary.BigEndian.AppendUint16(b, port), 0, 0)
+}
+
+func (t *table) frontendElement(f dataplane.Frontend) []byte {
+	return t.appendFrontend(make([]byte, 0, t.addrLen+8), f)
+}
+
+func (t *table) slotElement(f dataplane.Frontend, slot uint32) []byte {
+	b := t.appendFrontend(make([]byte, 0, t.addrLen+12), f)
+	return binary.NativeEndian.AppendUint32(b, slot)
+}
+
+// classElement is in network byte order, although it becomes the packet's
+// priority, because that is how `nft` prints it: 0:3 for three slots.
+func (*table) classElement(c class) []byte {
+	return binary.BigEndian.AppendUint32(nil, uint32(c))
+}
+
+func (t *table) addrPortElement(a netip.AddrPort) []byte {
+	b := append(make([]byte, 0, t.addrLen+4), a.Addr().AsSlice()...)
+	return appendPort(b, a.Port())
+}
+
+func (t *table) hairpinElement(a netip.Addr, f dataplane.Frontend) []byte {
+	b := make([]byte, 0, 3*t.addrLen+8)
+	b = append(b, a.AsSlice()...)
+	b = append(b, a.AsSlice()...)
+	return t.appendFrontend(b, f)
+}
+
+// errForeign marks an element that this package would never make.
+var errForeign = errors.New("not an element of ours")
+
+func (t *table) parseFrontend(b []byte) (dataplane.Frontend, []byte, error) {
+	if len(b) < t.addrLen+8 {
+		return dataplane.Frontend{}, nil, errForeign
+	}
+	addr, _ := netip.AddrFromSlice(b[:t.addrLen])
+	b = b[t.addrLen:]
+	f := dataplane.Frontend{
+		Protocol: dataplane.Protocol(b[0]),
+		Addr:     netip.AddrPortFrom(addr, binary.BigEndian.Uint16(b[4:])),
+	}
+	return f, b[8:], nil
+}
+
+func (t *table) parseSlot(b []byte) (dataplane.Frontend, int, error) {
+	f, rest, err := t.parseFrontend(b)
+	if err != nil || len(rest) != 4 {
+		return f, 0, errForeign
+	}
+	slot := binary.NativeEndian.Uint32(rest)
+	if slot >= dataplane.MaxEndpoints {
+		return f, 0, errForeign
+	}
+	return f, int(slot), nil
+}
+
+func (*table) parseClass(b []byte) (class, error) {
+	if len(b) != 4 {
+		return 0, errForeign
+	}
+	c := class(binary.BigEndian.Uint32(b))
+	if c == 0 {
+		return 0, errForeign
+	}
+	return c, nil
+}
+
+func (t *table) parseAddrPort(b []byte) (netip.AddrPort, error) {
+	if len(b) < t.addrLen+2 {
+		return netip.AddrPort{}, errForeign
+	}
+	addr, _ := netip.AddrFromSlice(b[:t.addrLen])
+	return netip.AddrPortFrom(addr, binary.BigEndian.Uint16(b[t.addrLen:])), nil
+}
+
+func (t *table) parseHairpin(b []byte) (netip.Addr, dataplane.Frontend, error) {
+	n := t.addrLen
+	if len(b) < 2*n || !slices.Equal(b[:n], b[n:2*n]) {
+		return netip.Addr{}, dataplane.Frontend{}, errForeign
+	}
+	addr, _ := netip.AddrFromSlice(b[:n])
+	f, _, err := t.parseFrontend(b[2*n:])
+	return addr, f, err
+}
+
+// intervals returns the elements that an interval set holds for prefixes that
+// don't overlap: each one's first address, and the first address behind it.
+func intervals(prefixes []netip.Prefix) []element {
+	var elements []element
+	for _, p := range prefixes {
+		elements = append(elements, element{Key: p.Addr().AsSlice()})
+		if end := lastAddr(p).Next(); end.IsValid() {
+			elements = append(elements, element{Key: end.AsSlice(), IntervalEnd: true})
+		}
+	}
+	return elements
+}
+
+func lastAddr(p netip.Prefix) netip.Addr {
+	b := p.Addr().AsSlice()
+	for i := p.Bits(); i < 8*len(b); i++ {
+		b[i/8] |= 0x80 >> (i % 8)
+	}
+	a, _ := netip.AddrFromSlice(b)
+	return a
+}

@@ -1,0 +1,321 @@
+package nft
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"fairlead/dataplane"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
+	"github.com/google/nftables/userdata"
+	"golang.org/x/sys/unix"
+)
+
+// TableName is the name of the backend's table in the ip and the ip6 family.
+const TableName = "fairlead"
+
+// class names how connections to a Service are treated: with how many slots.
+// The kernel sees it as a packet priority (a tc class ID, major:minor); the
+// number of slots is the minor, and the major is left to treatments.
+type class uint32
+
+// chainName is where `nft list` shows the class's rules.
+func (c class) chainName() string { return fmt.Sprintf("class-%d", uint32(c)) }
+
+// table is one IP family's table: its sets and how elements look in it.
+type table struct {
+	family  dataplane.Family
+	nf      *nftables.Table
+	addrLen int
+
+	services    *nftables.Set
+	endpoints   *nftables.Set
+	classes     *nftables.Set
+	noEndpoints *nftables.Set
+	hairpin     *nftables.Set
+	podCIDRs    *nftables.Set
+}
+
+// chain is a chain with the rules it must have.
+type chain struct {
+	*nftables.Chain
+	rules []rule
+}
+
+type rule struct {
+	comment string
+	exprs   []expr.Any
+}
+
+func newTable(family dataplane.Family) *table {
+	t := &table{family: family}
+	addr := nftables.TypeIPAddr
+	t.nf = &nftables.Table{Name: TableName, Family: nftables.TableFamilyIPv4}
+	t.addrLen = 4
+	if family == dataplane.IPv6 {
+		addr = nftables.TypeIP6Addr
+		t.nf.Family = nftables.TableFamilyIPv6
+		t.addrLen = 16
+	}
+	frontend := []nftables.SetDatatype{addr, nftables.TypeInetProto, nftables.TypeInetService}
+	concat := func(types ...nftables.SetDatatype) nftables.SetDatatype {
+		return nftables.MustConcatSetType(types...)
+	}
+	t.services = &nftables.Set{
+		Table: t.nf, Name: "services", IsMap: true,
+		KeyType: concat(frontend...), DataType: nftables.TypeClassID,
+	}
+	t.endpoints = &nftables.Set{
+		// The slot is a mark because `nft` aborts on a key with an integer,
+		// a type that has no width.
+		Table: t.nf, Name: "endpoints", IsMap: true,
+		KeyType:  concat(append(slices.Clone(frontend), nftables.TypeMark)...),
+		DataType: concat(addr, nftables.TypeInetService),
+	}
+	t.classes = &nftables.Set{
+		Table: t.nf, Name: "classes", IsMap: true,
+		KeyType: nftables.TypeClassID, DataType: nftables.TypeVerdict, KeyByteOrder: binaryutil.BigEndian,
+	}
+	t.noEndpoints = &nftables.Set{Table: t.nf, Name: "no-endpoints", KeyType: concat(frontend...)}
+	t.hairpin = &nftables.Set{
+		Table: t.nf, Name: "hairpin",
+		KeyType: concat(append([]nftables.SetDatatype{addr, addr}, frontend...)...),
+	}
+	t.podCIDRs = &nftables.Set{Table: t.nf, Name: "pod-cidrs", KeyType: addr, Interval: true}
+	return t
+}
+
+// sets returns all sets of the table, in the order in which they are made.
+func (t *table) sets() []*nftables.Set {
+	return []*nftables.Set{t.services, t.endpoints, t.classes, t.noEndpoints, t.hairpin, t.podCIDRs}
+}
+
+// podCIDRsOf returns the node's pod networks of the table's family, without
+// those that lie within another, in order.
+func (t *table) podCIDRsOf(node dataplane.Node) []netip.Prefix {
+	var all []netip.Prefix
+	for _, p := range node.PodCIDRs {
+		if dataplane.FamilyOf(p.Addr()) == t.family {
+			all = append(all, p.Masked())
+		}
+	}
+	slices.SortFunc(all, func(a, b netip.Prefix) int { return a.Compare(b) })
+	var merged []netip.Prefix
+	for _, p := range all {
+		if n := len(merged); n > 0 && merged[n-1].Contains(p.Addr()) {
+			continue
+		}
+		merged = append(merged, p)
+	}
+	return merged
+}
+
+// chains returns the chains that do not depend on Services, callees first.
+func (t *table) chains(node dataplane.Node) []chain {
+	// Rejecting comes before translating, so that the order of the two does
+	// not matter to a Service that is in both for a moment. Prerouting rather
+	// than input and forward, so that clients are told even where the node has
+	// no route to the address. (Kernel 5.9, netfilter: nf_tables: add "reject"
+	// to prerouting.)
+	reject := rule{
+		comment: "connections to Services without endpoints",
+		exprs:   t.join(ctStateNew(), t.frontendKey(0), []expr.Any{lookup(t.noEndpoints), gotoChain("reject")}),
+	}
+	dispatch := rule{exprs: t.join(
+		t.frontendKey(0),
+		[]expr.Any{mapLookup(t.services, reg(0)), setPriority(reg(0))},
+		[]expr.Any{
+			&expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg(0)},
+			verdictLookup(t.classes),
+		},
+	)}
+	icmp := &expr.Reject{Type: unix.NFT_REJECT_ICMP_UNREACH, Code: 3} // port unreachable (RFC 792)
+	if t.family == dataplane.IPv6 {
+		icmp.Code = 4 // port unreachable (RFC 4443)
+	}
+	postrouting := []rule{{
+		comment: "pods that reach themselves through a Service",
+		exprs: t.join(ctStatusDNAT(),
+			[]expr.Any{t.saddr(0), t.daddr(t.addrLen / 4)},
+			t.originalFrontendKey(2*t.addrLen/4),
+			[]expr.Any{lookup(t.hairpin), masquerade()}),
+	}}
+	if len(t.podCIDRsOf(node)) > 0 {
+		notAPod := lookup(t.podCIDRs)
+		notAPod.Invert = true
+		postrouting = append(postrouting, rule{
+			comment: "clients outside the pod networks",
+			exprs: t.join(ctStatusDNAT(),
+				[]expr.Any{t.saddr(0), notAPod},
+				// The lookup in a map is there to see whether the connection is
+				// a Service's at all: others translate addresses, too.
+				t.originalFrontendKey(0),
+				[]expr.Any{mapLookup(t.services, reg(0)), setPriority(reg(0))},
+				resetPriority(),
+				[]expr.Any{masquerade()}),
+		})
+	}
+	accept := nftables.ChainPolicyAccept
+	base := func(name string, typ nftables.ChainType, hook *nftables.ChainHook, prio nftables.ChainPriority, rules ...rule) chain {
+		return chain{rules: rules, Chain: &nftables.Chain{
+			Name: name, Table: t.nf, Type: typ, Hooknum: hook, Priority: &prio, Policy: &accept,
+		}}
+	}
+	dstnat := *nftables.ChainPriorityNATDest
+	return []chain{
+		{Chain: &nftables.Chain{Name: "reject", Table: t.nf}, rules: []rule{
+			{exprs: []expr.Any{
+				&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg(0)},
+				&expr.Cmp{Op: expr.CmpOpEq, Register: reg(0), Data: []byte{byte(dataplane.TCP)}},
+				&expr.Reject{Type: unix.NFT_REJECT_TCP_RST},
+			}},
+			{exprs: []expr.Any{icmp}},
+		}},
+		base("filter-prerouting", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, dstnat-10, reject),
+		base("filter-output", nftables.ChainTypeFilter, nftables.ChainHookOutput, dstnat-10, reject),
+		base("prerouting", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, dstnat, dispatch),
+		base("output", nftables.ChainTypeNAT, nftables.ChainHookOutput, dstnat, dispatch),
+		base("postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, *nftables.ChainPriorityNATSource, postrouting...),
+	}
+}
+
+// classChain returns the chain of a class.
+func (t *table) classChain(c class) chain {
+	slotReg := reg((t.addrLen + 8) / 4)
+	dnat := []expr.Any{
+		mapLookup(t.endpoints, reg(0)),
+		&expr.NAT{
+			Type: expr.NATTypeDestNAT, Family: uint32(t.nf.Family),
+			RegAddrMin: reg(0), RegProtoMin: reg(t.addrLen / 4), Specified: true,
+		},
+	}
+	slot := func(n uint32) []expr.Any {
+		return []expr.Any{&expr.Numgen{Register: slotReg, Modulus: n, Type: unix.NFT_NG_RANDOM}}
+	}
+	return chain{
+		Chain: &nftables.Chain{Name: c.chainName(), Table: t.nf},
+		rules: []rule{
+			{exprs: t.join(resetPriority(), t.frontendKey(0), slot(uint32(c)), dnat)},
+			{
+				comment: "the slot went while the packet was on its way here",
+				exprs:   t.join(t.frontendKey(0), slot(1), dnat),
+			},
+		},
+	}
+}
+
+func (*table) join(parts ...[]expr.Any) []expr.Any { return slices.Concat(parts...) }
+
+// reg returns the register at a 32-bit offset, by the name that the kernel
+// gives it when it lists rules: the old 128-bit name where there is one
+// (nf_tables_api.c, nft_dump_register).
+func reg(word int) uint32 {
+	if word%4 == 0 {
+		return unix.NFT_REG_1 + uint32(word/4)
+	}
+	return unix.NFT_REG32_00 + uint32(word)
+}
+
+func (t *table) saddr(word int) expr.Any {
+	if t.family == dataplane.IPv6 {
+		return networkHeader(word, 8, 16)
+	}
+	return networkHeader(word, 12, 4)
+}
+
+func (t *table) daddr(word int) expr.Any {
+	if t.family == dataplane.IPv6 {
+		return networkHeader(word, 24, 16)
+	}
+	return networkHeader(word, 16, 4)
+}
+
+func networkHeader(word int, offset, length uint32) expr.Any {
+	return &expr.Payload{
+		DestRegister: reg(word), Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: length,
+	}
+}
+
+// frontendKey loads `ip daddr . meta l4proto . th dport` from the given word on.
+func (t *table) frontendKey(word int) []expr.Any {
+	n := t.addrLen / 4
+	return []expr.Any{
+		t.daddr(word),
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg(word + n)},
+		// TCP, UDP and SCTP all have the destination port in bytes 2 and 3.
+		&expr.Payload{DestRegister: reg(word + n + 1), Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
+	}
+}
+
+// originalFrontendKey loads what the client asked for before it was
+// translated, in the same form.
+func (t *table) originalFrontendKey(word int) []expr.Any {
+	key := expr.CtKeyDSTIP
+	if t.family == dataplane.IPv6 {
+		key = expr.CtKeyDSTIP6
+	}
+	n := t.addrLen / 4
+	original := func(k expr.CtKey, word int) expr.Any {
+		return &expr.Ct{Key: k, Register: reg(word), Direction: expr.CtDirOriginal, OptDirection: true}
+	}
+	return []expr.Any{
+		original(key, word),
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg(word + n)},
+		original(expr.CtKeyPROTODST, word+n+1),
+	}
+}
+
+func lookup(s *nftables.Set) *expr.Lookup {
+	return &expr.Lookup{SourceRegister: reg(0), SetName: s.Name}
+}
+
+func mapLookup(s *nftables.Set, dest uint32) expr.Any {
+	return &expr.Lookup{SourceRegister: reg(0), DestRegister: dest, IsDestRegSet: true, SetName: s.Name}
+}
+
+func verdictLookup(s *nftables.Set) expr.Any {
+	return &expr.Lookup{SourceRegister: reg(0), DestRegister: unix.NFT_REG_VERDICT, IsDestRegSet: true, SetName: s.Name}
+}
+
+func setPriority(source uint32) expr.Any {
+	return &expr.Meta{Key: expr.MetaKeyPRIORITY, SourceRegister: true, Register: source}
+}
+
+// resetPriority is `meta priority set none`.
+func resetPriority() []expr.Any {
+	return []expr.Any{&expr.Immediate{Register: reg(0), Data: []byte{0, 0, 0, 0}}, setPriority(reg(0))}
+}
+
+func gotoChain(name string) expr.Any {
+	return &expr.Verdict{Kind: expr.VerdictGoto, Chain: name}
+}
+
+func masquerade() expr.Any { return &expr.Masq{FullyRandom: true} }
+
+func ctStateNew() []expr.Any { return ctBits(expr.CtKeySTATE, expr.CtStateBitNEW) }
+
+func ctStatusDNAT() []expr.Any {
+	const dstNAT = 1 << 5 // IPS_DST_NAT, linux/netfilter/nf_conntrack_common.h
+	return ctBits(expr.CtKeySTATUS, dstNAT)
+}
+
+func ctBits(key expr.CtKey, bits uint32) []expr.Any {
+	return []expr.Any{
+		&expr.Ct{Key: key, Register: reg(0)},
+		&expr.Bitwise{
+			SourceRegister: reg(0), DestRegister: reg(0), Len: 4,
+			Mask: binaryutil.NativeEndian.PutUint32(bits), Xor: []byte{0, 0, 0, 0},
+		},
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: reg(0), Data: []byte{0, 0, 0, 0}},
+	}
+}
+
+func (r rule) userData() []byte {
+	if r.comment == "" {
+		return nil
+	}
+	return userdata.AppendString(nil, userdata.TypeComment, r.comment)
+}

@@ -1,0 +1,197 @@
+package nft
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+
+	"fairlead/dataplane"
+
+	"github.com/google/nftables"
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// ErrNoNFTables is returned by [Open] on a kernel without nf_tables.
+var ErrNoNFTables = errors.New("the kernel has no nf_tables (CONFIG_NF_TABLES, module nf_tables)")
+
+// Options are the options of [Open]. The zero value is ready to use.
+type Options struct {
+	// NetNS is a file descriptor of the network namespace to program; 0 means
+	// the namespace of the calling thread. It is used during Open only.
+	NetNS int
+	// Logger gets what is worth an operator's attention but is no failure of a
+	// Service. Nil discards it.
+	Logger *slog.Logger
+}
+
+// Dataplane programs nftables. Its methods must be called from one goroutine,
+// except for Drift and the channel it returns.
+type Dataplane struct {
+	conn   *nftables.Conn
+	flush  func() error // conn.Flush; tests make it fail
+	log    *slog.Logger
+	tables [2]*table
+	watch  *watch
+
+	// slots holds the slots of Services whose endpoints are not in order of
+	// address, as programmed.
+	slots map[dataplane.Key][]netip.AddrPort
+	// classes counts, by table, the programmed Services' frontends in each
+	// class that has a chain. A count of 0 waits for the chain's removal.
+	classes [2]map[class]int
+}
+
+var _ dataplane.Dataplane = (*Dataplane)(nil)
+
+// Open connects to the kernel and starts to watch for drift. It changes nothing.
+//
+// The error wraps [ErrNoNFTables] on a kernel without nf_tables, and
+// os.ErrPermission where the process lacks CAP_NET_ADMIN.
+func Open(opts Options) (*Dataplane, error) {
+	log := opts.Logger
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	conn, err := nftables.New(nftables.AsLasting(), nftables.WithNetNSFd(opts.NetNS), nftables.WithSockOptions(socketOptions))
+	if err != nil {
+		return nil, fmt.Errorf("open netlink socket: %w", explain(err))
+	}
+	if err := probe(conn); err != nil {
+		return nil, errors.Join(err, conn.CloseLasting())
+	}
+	portID, err := conn.GetPortID()
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("read the netlink socket's port: %w", err), conn.CloseLasting())
+	}
+	watch, err := startWatch(opts.NetNS, portID, log)
+	if err != nil {
+		return nil, errors.Join(err, conn.CloseLasting())
+	}
+	d := &Dataplane{
+		conn:   conn,
+		flush:  conn.Flush,
+		log:    log,
+		tables: [2]*table{newTable(dataplane.IPv4), newTable(dataplane.IPv6)},
+		watch:  watch,
+	}
+	d.forget()
+	return d, nil
+}
+
+// forget drops what is known of the kernel.
+func (d *Dataplane) forget() {
+	d.slots = map[dataplane.Key][]netip.AddrPort{}
+	for i := range d.classes {
+		d.classes[i] = map[class]int{}
+	}
+}
+
+// probe asks the kernel for something that only nf_tables can answer, and that
+// only an administrator may ask.
+func probe(conn *nftables.Conn) error {
+	_, err := conn.ListTablesOfFamily(nftables.TableFamilyIPv4)
+	if err != nil {
+		return fmt.Errorf("ask the kernel for its nftables tables: %w", explain(err))
+	}
+	return nil
+}
+
+// explain adds what the kernel means by an error of the first requests.
+func explain(err error) error {
+	switch {
+	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
+		return fmt.Errorf("%w: run as root or with CAP_NET_ADMIN", err)
+	case errors.Is(err, unix.EPROTONOSUPPORT), errors.Is(err, unix.EINVAL), errors.Is(err, unix.EOPNOTSUPP):
+		// nfnetlink answers EINVAL for a subsystem it does not have
+		// (net/netfilter/nfnetlink.c, nfnetlink_rcv_msg).
+		return fmt.Errorf("%w: %w", ErrNoNFTables, err)
+	}
+	return err
+}
+
+// Socket buffers. A batch is one sendmsg, which fails with EMSGSIZE unless the
+// send buffer holds all of it; see editSize for how large a batch gets. The
+// kernel allocates what is used, not what is allowed.
+const (
+	sendBuffer    = 16 << 20
+	receiveBuffer = 16 << 20
+)
+
+func socketOptions(conn *netlink.Conn) error {
+	// Errors come back with the request's header only, and with the kernel's
+	// words for what is wrong.
+	for _, o := range []netlink.ConnOption{netlink.CapAcknowledge, netlink.ExtendedAcknowledge} {
+		if err := conn.SetOption(o, true); err != nil {
+			return fmt.Errorf("set netlink option %d: %w", o, err)
+		}
+	}
+	if err := conn.SetWriteBuffer(sendBuffer); err != nil {
+		return fmt.Errorf("set the netlink send buffer to %d bytes: %w", sendBuffer, err)
+	}
+	if err := conn.SetReadBuffer(receiveBuffer); err != nil {
+		return fmt.Errorf("set the netlink receive buffer to %d bytes: %w", receiveBuffer, err)
+	}
+	return nil
+}
+
+// Drift implements [dataplane.Dataplane]. The kernel announces every change of
+// a ruleset; those of our tables by others arrive here at once.
+func (d *Dataplane) Drift() <-chan struct{} { return d.watch.drift }
+
+// Close implements [dataplane.Dataplane].
+func (d *Dataplane) Close() error {
+	return errors.Join(d.watch.close(), d.conn.CloseLasting())
+}
+
+// Cleanup removes both tables with all that is in them, whoever made them. It
+// needs no Dataplane and no memory of one. Connections that are established
+// go on, as the kernel keeps their translation.
+func Cleanup(opts Options) error {
+	conn, err := nftables.New(nftables.AsLasting(), nftables.WithNetNSFd(opts.NetNS), nftables.WithSockOptions(socketOptions))
+	if err != nil {
+		return fmt.Errorf("open netlink socket: %w", explain(err))
+	}
+	defer func() { _ = conn.CloseLasting() }()
+	if err := probe(conn); err != nil {
+		return err
+	}
+	for _, family := range []dataplane.Family{dataplane.IPv4, dataplane.IPv6} {
+		t := newTable(family)
+		found, err := findTable(conn, t)
+		if err != nil {
+			return err
+		}
+		if found == nil {
+			continue
+		}
+		conn.DelTable(t.nf)
+		if err := conn.Flush(); err != nil && !errors.Is(err, unix.ENOENT) {
+			return fmt.Errorf("delete table %s: %w", t, err)
+		}
+	}
+	return nil
+}
+
+// String returns the table as nft names it: "ip fairlead".
+func (t *table) String() string {
+	if t.family == dataplane.IPv6 {
+		return "ip6 " + TableName
+	}
+	return "ip " + TableName
+}
+
+// findTable returns the table as the kernel has it, or nil.
+func findTable(conn *nftables.Conn, t *table) (*nftables.Table, error) {
+	tables, err := conn.ListTablesOfFamily(t.nf.Family)
+	if err != nil {
+		return nil, fmt.Errorf("list the %s tables: %w", t.family, err)
+	}
+	for _, found := range tables {
+		if found.Name == TableName && found.Family == t.nf.Family {
+			return found, nil
+		}
+	}
+	return nil, nil
+}

@@ -1,0 +1,144 @@
+package nft
+
+import (
+	"fmt"
+	"slices"
+
+	"fairlead/dataplane"
+
+	"github.com/google/nftables"
+)
+
+// repairStructure brings the table, its sets, chains and rules to what they
+// must be, and have up to date with it. It writes nothing if they are.
+//
+// What can be mended in place is. If the kernel refuses that, as when a set of
+// another type is in use by a rule, or somebody's own set refers to ours, the
+// table is made anew.
+func (d *Dataplane) repairStructure(t *table, node dataplane.Node, have *content) error {
+	if have.table != nil {
+		err := d.mend(t, node, have)
+		if err == nil {
+			return nil
+		}
+		d.log.Warn("table is made anew, as it can't be mended", "table", t.String(), "error", err)
+		d.conn.DelTable(t.nf)
+	}
+	*have = content{}
+	return d.mend(t, node, have)
+}
+
+func (d *Dataplane) mend(t *table, node dataplane.Node, have *content) error {
+	if have.table == nil || have.table.Flags != t.nf.Flags {
+		d.conn.AddTable(t.nf)
+	}
+	wanted := t.chains(node)
+	for c, intact := range have.classes {
+		if intact {
+			wanted = append(wanted, t.classChain(c))
+		}
+	}
+	// Rules first: they hold on to chains and sets.
+	changed := d.flushChains(t, have, wanted)
+	d.mendSets(t, have)
+	for _, ch := range wanted {
+		if have.chains[ch.Name] == nil {
+			d.conn.AddChain(ch.Chain)
+		}
+		if changed[ch.Name] {
+			d.addRules(t, ch)
+		}
+	}
+	d.mendPodCIDRs(t, node, have)
+	if err := d.flush(); err != nil {
+		return fmt.Errorf("commit: %w", err)
+	}
+	return nil
+}
+
+// flushChains removes chains that are not wanted, and the rules of those that
+// are not as wanted. It returns the names of the chains that need their rules.
+func (d *Dataplane) flushChains(t *table, have *content, wanted []chain) map[string]bool {
+	changed := map[string]bool{}
+	keep := map[string]bool{}
+	for _, ch := range wanted {
+		found := have.chains[ch.Name]
+		if found == nil || !sameChain(found, ch.Chain) {
+			changed[ch.Name] = true
+			continue
+		}
+		keep[ch.Name] = true
+		if !sameRules(t, have.rules[ch.Name], ch.rules) {
+			changed[ch.Name] = true
+			d.conn.FlushChain(found)
+		}
+	}
+	var remove []*nftables.Chain
+	for name, found := range have.chains {
+		if !keep[name] {
+			d.conn.FlushChain(found)
+			remove = append(remove, found)
+		}
+	}
+	// Elements that go to a chain hold on to it as rules do.
+	for c, intact := range have.classes {
+		if !intact {
+			_ = d.conn.SetDeleteElements(t.classes, []element{{Key: t.classElement(c)}})
+			delete(have.classes, c)
+		}
+	}
+	for _, e := range have.foreign[t.classes.Name] {
+		_ = d.conn.SetDeleteElements(t.classes, []element{{Key: e.Key}})
+	}
+	for _, found := range remove {
+		d.conn.DelChain(found)
+		delete(have.chains, found.Name)
+	}
+	return changed
+}
+
+func (d *Dataplane) mendSets(t *table, have *content) {
+	wanted := t.sets()
+	for name, found := range have.sets {
+		i := slices.IndexFunc(wanted, func(s *nftables.Set) bool { return s.Name == name })
+		if i < 0 || !sameSet(found, wanted[i]) {
+			found.Table = t.nf
+			d.conn.DelSet(found)
+			delete(have.sets, name)
+		}
+	}
+	for _, s := range wanted {
+		if have.sets[s.Name] == nil {
+			_ = d.conn.AddSet(s, nil)
+		}
+	}
+}
+
+func (d *Dataplane) addRules(t *table, ch chain) {
+	for _, r := range ch.rules {
+		d.conn.AddRule(&nftables.Rule{Table: t.nf, Chain: ch.Chain, Exprs: r.exprs, UserData: r.userData()})
+	}
+}
+
+func (d *Dataplane) mendPodCIDRs(t *table, node dataplane.Node, have *content) {
+	want := intervals(t.podCIDRsOf(node))
+	same := func(a, b element) bool { return slices.Equal(a.Key, b.Key) && a.IntervalEnd == b.IntervalEnd }
+	byKey := func(a, b element) int {
+		if c := slices.Compare(a.Key, b.Key); c != 0 {
+			return c
+		}
+		if a.IntervalEnd {
+			return -1
+		}
+		return 1
+	}
+	slices.SortFunc(have.podCIDRs, byKey)
+	slices.SortFunc(want, byKey)
+	if slices.EqualFunc(have.podCIDRs, want, same) {
+		return
+	}
+	if have.sets[t.podCIDRs.Name] != nil {
+		d.conn.FlushSet(t.podCIDRs)
+	}
+	_ = d.conn.SetAddElements(t.podCIDRs, want)
+}
