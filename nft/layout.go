@@ -189,7 +189,9 @@ func (t *table) classChain(c class) chain {
 		mapLookup(t.endpoints, reg(0)),
 		&expr.NAT{
 			Type: expr.NATTypeDestNAT, Family: uint32(t.nf.Family),
-			RegAddrMin: reg(0), RegProtoMin: reg(t.addrLen / 4), Specified: true,
+			// The maxima are what the kernel makes of leaving them out.
+			RegAddrMin: reg(0), RegAddrMax: reg(0),
+			RegProtoMin: reg(t.addrLen / 4), RegProtoMax: reg(t.addrLen / 4), Specified: true,
 		},
 	}
 	slot := func(n uint32) []expr.Any {
