@@ -1,0 +1,54 @@
+package kube
+
+import (
+	"cmp"
+	"strings"
+
+	"k8s.io/apimachinery/pkg/types"
+)
+
+// Problem says that a Service does not get what its objects ask for, and what
+// to do about it. Problems are comparable.
+type Problem struct {
+	// Service is the Service that is affected.
+	Service types.NamespacedName
+	// EndpointSlice is the name of the EndpointSlice that Field is in, in the
+	// Service's namespace. It is empty where Field is in the Service itself.
+	EndpointSlice string
+	// Field is the path of the field, such as spec.ports[0].targetPort.
+	Field string
+	// Message says in words for people what is wrong and names the fix.
+	Message string
+}
+
+// String returns the problem in one line:
+//
+//	shop/web: spec.sessionAffinity: ClientIP is not yet supported…
+//	shop/web: EndpointSlice web-x7k2p: endpoints[0].addresses[0]: …
+func (p Problem) String() string {
+	var b strings.Builder
+	b.WriteString(p.Service.String())
+	if p.EndpointSlice != "" {
+		b.WriteString(": EndpointSlice ")
+		b.WriteString(p.EndpointSlice)
+	}
+	b.WriteString(": ")
+	b.WriteString(p.Field)
+	b.WriteString(": ")
+	b.WriteString(p.Message)
+	return b.String()
+}
+
+// Compare orders problems by Service, EndpointSlice, field and message.
+func (p Problem) Compare(o Problem) int {
+	return cmp.Or(
+		compareNames(p.Service, o.Service),
+		strings.Compare(p.EndpointSlice, o.EndpointSlice),
+		strings.Compare(p.Field, o.Field),
+		strings.Compare(p.Message, o.Message),
+	)
+}
+
+func compareNames(a, b types.NamespacedName) int {
+	return cmp.Or(strings.Compare(a.Namespace, b.Namespace), strings.Compare(a.Name, b.Name))
+}

@@ -1,0 +1,496 @@
+package kube
+
+import (
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/intstr"
+)
+
+// want is what a test expects, by key.
+type want = map[string]string
+
+// TestObjects says what one Delta of objects means for the node "here".
+func TestObjects(t *testing.T) {
+	t.Parallel()
+	const web4, web6 = "default/web:http IPv4", "default/web:http IPv6"
+	tests := []struct {
+		name     string
+		services []*corev1.Service
+		slices   []*discoveryv1.EndpointSlice
+		want     want
+		problems []string
+	}{
+		{
+			name:     "a Service and its endpoints",
+			services: []*corev1.Service{newService("web", "10.96.0.1")},
+			slices:   []*discoveryv1.EndpointSlice{newSlice("web-1", "web", eps("10.0.0.2 @there", "10.0.0.1 @there"))},
+			want:     want{web4: "10.96.0.1:80/TCP -> 10.0.0.1:8080 10.0.0.2:8080"},
+		},
+		{
+			name:     "a Service without slices is there, with no endpoints",
+			services: []*corev1.Service{newService("web", "10.96.0.1")},
+			want:     want{web4: "10.96.0.1:80/TCP ->"},
+		},
+		{
+			name:   "slices without their Service are nothing",
+			slices: []*discoveryv1.EndpointSlice{newSlice("web-1", "web", eps("10.0.0.1"))},
+			want:   want{},
+		},
+		{
+			name:     "an endpoint of this node, or of no node, may be local",
+			services: []*corev1.Service{newService("web", "10.96.0.1")},
+			slices:   []*discoveryv1.EndpointSlice{newSlice("web-1", "web", eps("10.0.0.1 @here", "10.0.0.2", "10.0.0.3 @there"))},
+			want:     want{web4: "10.96.0.1:80/TCP -> 10.0.0.1:8080(local) 10.0.0.2:8080(local) 10.0.0.3:8080"},
+		},
+		{
+			name:     "dual stack is one Service a family, each with its own slices",
+			services: []*corev1.Service{newService("web", "10.96.0.1 fd00::1")},
+			slices: []*discoveryv1.EndpointSlice{
+				newSlice("web-4", "web", eps("10.0.0.1 @there")),
+				newSlice("web-6", "web", eps("fd01::1 @there")),
+			},
+			want: want{web4: "10.96.0.1:80/TCP -> 10.0.0.1:8080", web6: "[fd00::1]:80/TCP -> [fd01::1]:8080"},
+		},
+		{
+			name: "without ipFamilies and clusterIPs, clusterIP says it",
+			services: []*corev1.Service{newService("web", "fd00::1", func(svc *corev1.Service) {
+				svc.Spec.IPFamilies, svc.Spec.ClusterIPs = nil, nil
+			})},
+			want: want{web6: "[fd00::1]:80/TCP ->"},
+		},
+		{
+			name: "each port has the endpoints of its name and protocol",
+			services: []*corev1.Service{newService("dns", "10.96.0.10", ports(
+				port("dns", corev1.ProtocolUDP, 53), port("dns-tcp", corev1.ProtocolTCP, 53), port("assoc", corev1.ProtocolSCTP, 54),
+			))},
+			slices: []*discoveryv1.EndpointSlice{newSlice("dns-1", "dns", eps("10.0.0.1 @there"), slicePorts(
+				slicePort("dns", corev1.ProtocolUDP, 5353), slicePort("dns-tcp", corev1.ProtocolTCP, 5454),
+				slicePort("assoc", corev1.ProtocolSCTP, 5555), slicePort("dns", corev1.ProtocolTCP, 1),
+			))},
+			want: want{
+				"default/dns:dns IPv4":     "10.96.0.10:53/UDP -> 10.0.0.1:5353",
+				"default/dns:dns-tcp IPv4": "10.96.0.10:53/TCP -> 10.0.0.1:5454",
+				"default/dns:assoc IPv4":   "10.96.0.10:54/SCTP -> 10.0.0.1:5555",
+			},
+		},
+		{
+			name:     "a single port may have no name",
+			services: []*corev1.Service{newService("web", "10.96.0.1", ports(port("", corev1.ProtocolTCP, 80)))},
+			slices: []*discoveryv1.EndpointSlice{
+				newSlice("web-1", "web", eps("10.0.0.1 @there"), slicePorts(slicePort("", corev1.ProtocolTCP, 8080))),
+			},
+			want: want{"default/web IPv4": "10.96.0.1:80/TCP -> 10.0.0.1:8080"},
+		},
+		{
+			name:     "pods may serve a port under different numbers",
+			services: []*corev1.Service{newService("web", "10.96.0.1")},
+			slices: []*discoveryv1.EndpointSlice{
+				newSlice("web-1", "web", eps("10.0.0.1 @there")),
+				newSlice("web-2", "web", eps("10.0.0.1 @there", "10.0.0.2 @there"), slicePorts(slicePort("http", corev1.ProtocolTCP, 9090))),
+			},
+			want: want{web4: "10.96.0.1:80/TCP -> 10.0.0.1:8080 10.0.0.1:9090 10.0.0.2:9090"},
+		},
+		{
+			name: "no cluster IP, no Service: headless, not allocated, ExternalName, another proxy's",
+			services: []*corev1.Service{
+				newService("a", "None"),
+				newService("b", ""),
+				newService("c", "10.96.0.1", func(svc *corev1.Service) { svc.Spec.Type = corev1.ServiceTypeExternalName }),
+				newService("d", "10.96.0.2", func(svc *corev1.Service) { svc.Labels = map[string]string{labelServiceProxyName: "other"} }),
+				newService("e", "None", func(svc *corev1.Service) { svc.Spec.ClusterIPs = nil }),
+			},
+			want: want{},
+		},
+		{
+			name:     "slices that are headless, of no Service, of another namespace or FQDN take no part",
+			services: []*corev1.Service{newService("web", "10.96.0.1")},
+			slices: []*discoveryv1.EndpointSlice{
+				newSlice("web-1", "web", eps("10.0.0.1"), func(s *discoveryv1.EndpointSlice) { s.Labels[corev1.IsHeadlessService] = "" }),
+				newSlice("web-2", "", eps("10.0.0.2")),
+				newSlice("web-3", "web", eps("10.0.0.3"), func(s *discoveryv1.EndpointSlice) { s.Namespace = "shop" }),
+				newSlice("web-4", "web", eps("web.example.com"), func(s *discoveryv1.EndpointSlice) { s.AddressType = discoveryv1.AddressTypeFQDN }),
+			},
+			want: want{web4: "10.96.0.1:80/TCP ->"},
+		},
+		{
+			name:     "only ready endpoints get connections",
+			services: []*corev1.Service{newService("web", "10.96.0.1")},
+			slices: []*discoveryv1.EndpointSlice{newSlice("web-1", "web", eps(
+				"10.0.0.1 @there !ready", "10.0.0.2 @there +ready", "10.0.0.3 @there !ready +serving +terminating", "10.0.0.4 @there",
+			))},
+			want: want{web4: "10.96.0.1:80/TCP -> 10.0.0.2:8080 10.0.0.4:8080"},
+		},
+		{
+			name:     "if none is ready, those that terminate and still serve do",
+			services: []*corev1.Service{newService("web", "10.96.0.1")},
+			slices: []*discoveryv1.EndpointSlice{newSlice("web-1", "web", eps(
+				"10.0.0.1 @there !ready", "10.0.0.2 @there !ready +serving +terminating",
+				"10.0.0.3 @there !ready !serving +terminating", "10.0.0.4 @there !ready +terminating",
+			))},
+			want: want{web4: "10.96.0.1:80/TCP -> 10.0.0.2:8080 10.0.0.4:8080"},
+		},
+		{
+			name:     "of two pods with one address the one that does not terminate counts",
+			services: []*corev1.Service{newService("web", "10.96.0.1")},
+			slices: []*discoveryv1.EndpointSlice{
+				newSlice("web-1", "web", eps("10.0.0.1 @here +ready +terminating", "10.0.0.2 @there")),
+				newSlice("web-2", "web", eps("10.0.0.1 @there !ready")),
+			},
+			want: want{web4: "10.96.0.1:80/TCP -> 10.0.0.2:8080"},
+		},
+		{
+			name:     "an endpoint in two slices counts once, with the better of its conditions",
+			services: []*corev1.Service{newService("web", "10.96.0.1")},
+			slices: []*discoveryv1.EndpointSlice{
+				newSlice("web-1", "web", eps("10.0.0.1 @there !ready", "10.0.0.2 @there")),
+				newSlice("web-2", "web", eps("10.0.0.1 @there", "10.0.0.2 @here")),
+			},
+			want: want{web4: "10.96.0.1:80/TCP -> 10.0.0.1:8080 10.0.0.2:8080(local)"},
+		},
+		{
+			name:     "the first address of an endpoint counts; leading zeros are decimal",
+			services: []*corev1.Service{newService("web", "010.096.000.001")},
+			slices: []*discoveryv1.EndpointSlice{newSlice("web-1", "web", []discoveryv1.Endpoint{
+				{Addresses: []string{"10.0.0.010", "10.0.0.99"}, NodeName: new("there")},
+			})},
+			want: want{web4: "10.96.0.1:80/TCP -> 10.0.0.10:8080"},
+		},
+		{
+			name:     "addresses that cannot be are left out and reported",
+			services: []*corev1.Service{newService("web", "10.96.0.1 fd00::1")},
+			slices: []*discoveryv1.EndpointSlice{
+				newSlice("web-4", "web", eps("10.0.0.1 @there", "127.0.0.1", "169.254.1.1", "224.0.0.1", "0.0.0.0", "pod", "fd01::1")),
+				newSlice("web-6", "web", eps("fd01::1 @there", "::ffff:10.0.0.1", "fe80::1%eth0")),
+			},
+			want: want{web4: "10.96.0.1:80/TCP -> 10.0.0.1:8080", web6: "[fd00::1]:80/TCP -> [fd01::1]:8080"},
+			problems: []string{
+				`default/web: EndpointSlice web-4: endpoints[1].addresses[0]: "127.0.0.1" is a loopback address: use the address of a pod`,
+				`default/web: EndpointSlice web-4: endpoints[2].addresses[0]: "169.254.1.1" is a link-local address: use the address of a pod`,
+				`default/web: EndpointSlice web-4: endpoints[3].addresses[0]: "224.0.0.1" is a multicast address: use the address of a pod`,
+				`default/web: EndpointSlice web-4: endpoints[4].addresses[0]: "0.0.0.0" is the unspecified address: use the address of a pod`,
+				`default/web: EndpointSlice web-4: endpoints[5].addresses[0]: "pod" is not an IP address: use the address of a pod`,
+				`default/web: EndpointSlice web-4: endpoints[6].addresses[0]: "fd01::1" is not of the slice's addressType IPv4: use the address of a pod`,
+				`default/web: EndpointSlice web-6: endpoints[1].addresses[0]: "::ffff:10.0.0.1" is an IPv4-mapped IPv6 address: use the address of a pod`,
+				`default/web: EndpointSlice web-6: endpoints[2].addresses[0]: "fe80::1%eth0" has a zone: use the address of a pod`,
+			},
+		},
+		{
+			name:     "ports of a slice that cannot be are left out and reported",
+			services: []*corev1.Service{newService("web", "10.96.0.1")},
+			slices: []*discoveryv1.EndpointSlice{newSlice("web-1", "web", eps("10.0.0.1 @there"), slicePorts(
+				slicePort("http", corev1.ProtocolTCP, 8080),
+				discoveryv1.EndpointPort{Port: new(int32(1))},
+				discoveryv1.EndpointPort{Name: new("http")},
+				slicePort("http", corev1.ProtocolTCP, 0),
+				slicePort("http", "tpc", 80),
+			))},
+			want: want{web4: "10.96.0.1:80/TCP -> 10.0.0.1:8080"},
+			problems: []string{
+				`default/web: EndpointSlice web-1: ports[1].name: missing: use the Service port's name, or "" for an unnamed port`,
+				`default/web: EndpointSlice web-1: ports[2].port: missing or not a port: use 1 to 65535`,
+				`default/web: EndpointSlice web-1: ports[3].port: missing or not a port: use 1 to 65535`,
+				`default/web: EndpointSlice web-1: ports[4].protocol: "tpc" is not a protocol: use TCP, UDP or SCTP`,
+			},
+		},
+		{
+			name: "cluster IPs that cannot be are left out and reported",
+			services: []*corev1.Service{
+				newService("a", "10.96.0.1 10.96.0.2"),
+				newService("b", "ten ::ffff:10.0.0.1"),
+				newService("c", "10.96.0.3", func(svc *corev1.Service) { svc.Spec.IPFamilies[0] = corev1.IPv6Protocol }),
+				newService("d", "10.96.0.4 fd00::4", func(svc *corev1.Service) { svc.Spec.IPFamilies = svc.Spec.IPFamilies[:1] }),
+			},
+			want: want{
+				"default/a:http IPv4": "10.96.0.1:80/TCP ->",
+				"default/d:http IPv4": "10.96.0.4:80/TCP ->",
+			},
+			problems: []string{
+				`default/a: spec.clusterIPs[1]: 10.96.0.2 is a second address of one family: a Service has one cluster IP per family`,
+				`default/b: spec.clusterIPs[0]: "ten" is not an IP address: give the Service another cluster IP`,
+				`default/b: spec.clusterIPs[1]: "::ffff:10.0.0.1" is an IPv4-mapped IPv6 address: give the Service another cluster IP`,
+				`default/c: spec.clusterIPs[0]: 10.96.0.3 is not of the family IPv6 that spec.ipFamilies[0] names: make them match`,
+				`default/d: spec.clusterIPs[1]: fd00::4 has no family in spec.ipFamilies: name one family for each cluster IP`,
+			},
+		},
+		{
+			name: "ports of a Service that cannot be are left out and reported",
+			services: []*corev1.Service{newService("web", "10.96.0.1", ports(
+				port("http", corev1.ProtocolTCP, 80), port("http", corev1.ProtocolTCP, 81), port("a", "tpc", 1), port("b", "TCP", 70000),
+				port("c", corev1.ProtocolTCP, 80),
+			))},
+			want: want{web4: "10.96.0.1:80/TCP ->"},
+			problems: []string{
+				`default/web: spec.ports[1].name: "http" is the name of an earlier port: give each port a name of its own`,
+				`default/web: spec.ports[2].protocol: "tpc" is not a protocol: use TCP, UDP or SCTP`,
+				`default/web: spec.ports[3].port: 70000 is not a port: use 1 to 65535`,
+				`default/web: spec.ports[4].port: 10.96.0.1:80/TCP is already port "http" of this Service: use another port`,
+			},
+		},
+		{
+			name: "endpoints that know no port of the name are reported",
+			services: []*corev1.Service{
+				newService("a", "10.96.0.1", func(svc *corev1.Service) { svc.Spec.Ports[0].TargetPort = intstr.FromString("web") }),
+				newService("b", "10.96.0.2"),
+				newService("c", "10.96.0.3"),
+			},
+			slices: []*discoveryv1.EndpointSlice{
+				newSlice("a-1", "a", eps("10.0.0.1"), slicePorts()),
+				newSlice("b-1", "b", eps("10.0.0.1"), slicePorts(slicePort("", corev1.ProtocolTCP, 80))),
+				newSlice("c-1", "c", nil, slicePorts()),
+			},
+			want: want{
+				"default/a:http IPv4": "10.96.0.1:80/TCP ->",
+				"default/b:http IPv4": "10.96.0.2:80/TCP ->",
+				"default/c:http IPv4": "10.96.0.3:80/TCP ->",
+			},
+			problems: []string{
+				`default/a: spec.ports[0].targetPort: no endpoint of family IPv4 has a TCP port "web", so connections are refused: give a container port of the pods this name`,
+				`default/b: spec.ports[0].name: no EndpointSlice of family IPv4 has a TCP port with the name "http", so connections are refused: use the same name in both`,
+			},
+		},
+		{
+			name: "what is not supported yet is reported, and the cluster IP served",
+			services: []*corev1.Service{
+				newService("web", "10.96.0.1", func(svc *corev1.Service) {
+					svc.Annotations = map[string]string{corev1.AnnotationTopologyMode: "Auto"}
+					svc.Spec.Type = corev1.ServiceTypeLoadBalancer
+					svc.Spec.ExternalIPs = []string{"192.0.2.1"}
+					svc.Spec.LoadBalancerSourceRanges = []string{"192.0.2.0/24"}
+					svc.Spec.SessionAffinity = corev1.ServiceAffinityClientIP
+					svc.Spec.InternalTrafficPolicy = new(corev1.ServiceInternalTrafficPolicyLocal)
+					svc.Spec.ExternalTrafficPolicy = corev1.ServiceExternalTrafficPolicyLocal
+					svc.Spec.TrafficDistribution = new("PreferSameZone")
+				}),
+				newService("xyz", "10.96.0.2", func(svc *corev1.Service) {
+					svc.Spec.Type = corev1.ServiceTypeNodePort
+					svc.Spec.SessionAffinity = corev1.ServiceAffinityNone
+					svc.Spec.InternalTrafficPolicy = new(corev1.ServiceInternalTrafficPolicyCluster)
+					svc.Spec.ExternalTrafficPolicy = corev1.ServiceExternalTrafficPolicyCluster
+				}),
+			},
+			want: want{web4: "10.96.0.1:80/TCP ->", "default/xyz:http IPv4": "10.96.0.2:80/TCP ->"},
+			problems: []string{
+				`default/web: metadata.annotations[service.kubernetes.io/topology-mode]: Auto is not yet supported: connections go to all ready endpoints alike; remove the annotation`,
+				`default/web: spec.externalIPs: not yet supported: the Service answers on its cluster IP only; remove the field`,
+				`default/web: spec.externalTrafficPolicy: Local is not yet supported: the Service answers on its cluster IP only; use Cluster`,
+				`default/web: spec.internalTrafficPolicy: Local is not yet supported: connections go to the endpoints of all nodes; use Cluster`,
+				`default/web: spec.loadBalancerSourceRanges: not yet supported: no client is refused; remove the field`,
+				`default/web: spec.sessionAffinity: ClientIP is not yet supported: each connection goes to a random endpoint; use None`,
+				`default/web: spec.trafficDistribution: PreferSameZone is not yet supported: connections go to all ready endpoints alike; remove the field`,
+				`default/web: spec.type: LoadBalancer is not yet supported: the Service answers on its cluster IP only, not on node ports or load balancer addresses`,
+				`default/xyz: spec.type: NodePort is not yet supported: the Service answers on its cluster IP only, not on node ports`,
+			},
+		},
+		{
+			name: "a frontend that two Services claim goes to the older one, then to the first by name",
+			services: []*corev1.Service{
+				newService("a", "10.96.0.1", age(time.Hour)),
+				newService("b", "10.96.0.1", age(2*time.Hour), ports(port("http", corev1.ProtocolTCP, 80), port("x", corev1.ProtocolTCP, 81))),
+				newService("c", "10.96.0.1", age(2*time.Hour), ports(port("http", corev1.ProtocolUDP, 80), port("x", corev1.ProtocolTCP, 81))),
+			},
+			want: want{
+				"default/b:http IPv4": "10.96.0.1:80/TCP ->",
+				"default/b:x IPv4":    "10.96.0.1:81/TCP ->",
+				"default/c:http IPv4": "10.96.0.1:80/UDP ->",
+			},
+			problems: []string{
+				`default/a: spec.clusterIP: 10.96.0.1:80/TCP belongs to Service default/b, so connections go there: give one of them another cluster IP or port`,
+				`default/c: spec.clusterIP: 10.96.0.1:81/TCP belongs to Service default/b, so connections go there: give one of them another cluster IP or port`,
+			},
+		},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			got := NewTracker(Options{NodeName: "here"}).Apply(Delta{Services: tt.services, EndpointSlices: tt.slices})
+			if diff := cmp.Diff(tt.want, texts(got.Changes)); diff != "" {
+				t.Errorf("Services (-want +got):\n%s", diff)
+			}
+			var problems []string
+			for _, p := range got.Problems {
+				problems = append(problems, p.String())
+			}
+			if diff := cmp.Diff(tt.problems, problems); diff != "" {
+				t.Errorf("problems (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+// TestHistories says what each Delta of a history changes.
+func TestHistories(t *testing.T) {
+	t.Parallel()
+	type step struct {
+		name     string
+		delta    Delta
+		want     want
+		problems []string
+	}
+	services := func(s ...*corev1.Service) Delta { return Delta{Services: s} }
+	endpointSlices := func(s ...*discoveryv1.EndpointSlice) Delta { return Delta{EndpointSlices: s} }
+	deleted := func(names ...string) Delta {
+		var d Delta
+		for _, name := range names {
+			d.DeletedServices = append(d.DeletedServices, named(name))
+		}
+		return d
+	}
+	const web = "default/web:http IPv4"
+	tests := []struct {
+		name  string
+		steps []step
+	}{
+		{"objects in any order", []step{
+			{name: "slice first", delta: endpointSlices(newSlice("web-1", "web", eps("10.0.0.1 @a"))), want: want{}},
+			{
+				name: "Service", delta: services(newService("web", "10.96.0.1")),
+				want: want{web: "10.96.0.1:80/TCP -> 10.0.0.1:8080"},
+			},
+			{name: "the same again", delta: services(newService("web", "10.96.0.1")), want: want{}},
+			{name: "slice again", delta: endpointSlices(newSlice("web-1", "web", eps("10.0.0.1 @a"))), want: want{}},
+			{name: "Service goes", delta: deleted("web"), want: want{web: "gone"}},
+			{name: "Service goes again", delta: deleted("web"), want: want{}},
+			{
+				name: "and comes back to its slice", delta: services(newService("web", "10.96.0.1")),
+				want: want{web: "10.96.0.1:80/TCP -> 10.0.0.1:8080"},
+			},
+			{
+				name:  "slice goes",
+				delta: Delta{DeletedEndpointSlices: []types.NamespacedName{named("web-1"), named("never-there")}},
+				want:  want{web: "10.96.0.1:80/TCP ->"},
+			},
+		}},
+		{"deletions come first", []step{{
+			name:  "both in one",
+			delta: Delta{Services: []*corev1.Service{newService("web", "10.96.0.1")}, DeletedServices: []types.NamespacedName{named("web")}},
+			want:  want{web: "10.96.0.1:80/TCP ->"},
+		}}},
+		{"a slice moves from one Service to another", []step{
+			{
+				name: "at the first",
+				delta: Delta{
+					Services:       []*corev1.Service{newService("a", "10.96.0.1"), newService("b", "10.96.0.2")},
+					EndpointSlices: []*discoveryv1.EndpointSlice{newSlice("x", "a", eps("10.0.0.1 @n"))},
+				},
+				want: want{"default/a:http IPv4": "10.96.0.1:80/TCP -> 10.0.0.1:8080", "default/b:http IPv4": "10.96.0.2:80/TCP ->"},
+			},
+			{
+				name: "at the second", delta: endpointSlices(newSlice("x", "b", eps("10.0.0.1 @n"))),
+				want: want{"default/a:http IPv4": "10.96.0.1:80/TCP ->", "default/b:http IPv4": "10.96.0.2:80/TCP -> 10.0.0.1:8080"},
+			},
+			{
+				name: "at none", delta: endpointSlices(newSlice("x", "", eps("10.0.0.1 @n"))),
+				want: want{"default/b:http IPv4": "10.96.0.2:80/TCP ->"},
+			},
+		}},
+		{"an endpoint moves between slices without being lost", []step{
+			{
+				name: "two slices",
+				delta: Delta{
+					Services:       []*corev1.Service{newService("web", "10.96.0.1")},
+					EndpointSlices: []*discoveryv1.EndpointSlice{newSlice("x", "web", eps("10.0.0.1 @n")), newSlice("y", "web", eps("10.0.0.2 @n"))},
+				},
+				want: want{web: "10.96.0.1:80/TCP -> 10.0.0.1:8080 10.0.0.2:8080"},
+			},
+			{name: "in both", delta: endpointSlices(newSlice("y", "web", eps("10.0.0.2 @n", "10.0.0.1 @n"))), want: want{}},
+			{name: "in the other", delta: endpointSlices(newSlice("x", "web", nil)), want: want{}},
+		}},
+		{"a Service is handed to another proxy, becomes headless, and changes its port", []step{
+			{name: "ours", delta: services(newService("web", "10.96.0.1")), want: want{web: "10.96.0.1:80/TCP ->"}},
+			{
+				name: "another's",
+				delta: services(newService("web", "10.96.0.1", func(svc *corev1.Service) {
+					svc.Labels = map[string]string{labelServiceProxyName: "other"}
+				})),
+				want: want{web: "gone"},
+			},
+			{name: "ours again", delta: services(newService("web", "10.96.0.1")), want: want{web: "10.96.0.1:80/TCP ->"}},
+			{name: "headless", delta: services(newService("web", "None")), want: want{web: "gone"}},
+			{name: "ours once more", delta: services(newService("web", "10.96.0.1")), want: want{web: "10.96.0.1:80/TCP ->"}},
+			{
+				name: "the port gets another name", delta: services(newService("web", "10.96.0.1", ports(port("www", corev1.ProtocolTCP, 80)))),
+				want: want{web: "gone", "default/web:www IPv4": "10.96.0.1:80/TCP ->"},
+			},
+			{
+				name: "the name stays, the number changes", delta: services(newService("web", "10.96.0.1", ports(port("www", corev1.ProtocolTCP, 81)))),
+				want: want{"default/web:www IPv4": "10.96.0.1:81/TCP ->"},
+			},
+		}},
+		{"a frontend changes hands", []step{
+			{
+				name: "two claim it", delta: services(newService("a", "10.96.0.1", age(time.Minute)), newService("b", "10.96.0.1", age(time.Hour))),
+				want: want{"default/b:http IPv4": "10.96.0.1:80/TCP ->"},
+				problems: []string{
+					`default/a: spec.clusterIP: 10.96.0.1:80/TCP belongs to Service default/b, so connections go there: give one of them another cluster IP or port`,
+				},
+			},
+			{name: "the loser gets endpoints", delta: endpointSlices(newSlice("a-1", "a", eps("10.0.0.1 @n"))), want: want{}},
+			{
+				name: "the owner goes", delta: deleted("b"),
+				want: want{"default/a:http IPv4": "10.96.0.1:80/TCP -> 10.0.0.1:8080", "default/b:http IPv4": "gone"},
+			},
+			{
+				name: "an older one comes", delta: services(newService("c", "10.96.0.1", age(time.Hour))),
+				want: want{"default/a:http IPv4": "gone", "default/c:http IPv4": "10.96.0.1:80/TCP ->"},
+				problems: []string{
+					`default/a: spec.clusterIP: 10.96.0.1:80/TCP belongs to Service default/c, so connections go there: give one of them another cluster IP or port`,
+				},
+			},
+			{
+				name: "the owner moves away, in the Delta in which another joins", delta: services(
+					newService("c", "10.96.0.2", age(time.Hour)), newService("d", "10.96.0.1", age(time.Second)),
+				),
+				want: want{
+					"default/a:http IPv4": "10.96.0.1:80/TCP -> 10.0.0.1:8080",
+					"default/c:http IPv4": "10.96.0.2:80/TCP ->",
+				},
+				problems: []string{
+					`default/d: spec.clusterIP: 10.96.0.1:80/TCP belongs to Service default/a, so connections go there: give one of them another cluster IP or port`,
+				},
+			},
+			{
+				name: "the owner is made anew and is now the younger", delta: services(newService("a", "10.96.0.1", age(0))),
+				want: want{"default/a:http IPv4": "gone", "default/d:http IPv4": "10.96.0.1:80/TCP ->"},
+				problems: []string{
+					`default/a: spec.clusterIP: 10.96.0.1:80/TCP belongs to Service default/d, so connections go there: give one of them another cluster IP or port`,
+				},
+			},
+		}},
+		{"a problem is reported once, and again when it comes back", []step{
+			{
+				name: "bad", delta: services(newService("web", "10.96.0.1", ports(port("http", "tpc", 80)))),
+				want: want{}, problems: []string{`default/web: spec.ports[0].protocol: "tpc" is not a protocol: use TCP, UDP or SCTP`},
+			},
+			{name: "still bad", delta: services(newService("web", "10.96.0.1", ports(port("http", "tpc", 80)))), want: want{}},
+			{name: "good", delta: services(newService("web", "10.96.0.1")), want: want{web: "10.96.0.1:80/TCP ->"}},
+			{
+				name: "bad again", delta: services(newService("web", "10.96.0.1", ports(port("http", "tpc", 80)))),
+				want: want{web: "gone"}, problems: []string{`default/web: spec.ports[0].protocol: "tpc" is not a protocol: use TCP, UDP or SCTP`},
+			},
+		}},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			tracker := NewTracker(Options{NodeName: "here"})
+			for _, step := range tt.steps {
+				got := tracker.Apply(step.delta)
+				if diff := cmp.Diff(step.want, texts(got.Changes)); diff != "" {
+					t.Errorf("%s: Services (-want +got):\n%s", step.name, diff)
+				}
+				var problems []string
+				for _, p := range got.Problems {
+					problems = append(problems, p.String())
+				}
+				if diff := cmp.Diff(step.problems, problems); diff != "" {
+					t.Errorf("%s: problems (-want +got):\n%s", step.name, diff)
+				}
+			}
+		})
+	}
+}
