@@ -1,0 +1,376 @@
+package fake
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"iter"
+	"maps"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"time"
+
+	"fairlead/dataplane"
+)
+
+// ErrInjected is wrapped by the errors of a [Faulty] that chance has caused.
+var ErrInjected = errors.New("injected fault")
+
+// Faults say what a [Faulty] does to Replace and Apply. The zero value does
+// nothing. The first five are probabilities, from 0 to 1, for each call.
+type Faults struct {
+	// Reject fails the call as a whole, with nothing taken.
+	Reject float64
+	// Lose fails the call as a whole, with everything taken: the answer is lost.
+	Lose float64
+	// Partial fails the call as a whole, with some keys taken, and others
+	// left at what they had or at a mix.
+	Partial float64
+	// Keys fails some keys of the call by a *dataplane.Error and takes the
+	// others. The failed ones have their Old, their New or a mix.
+	Keys float64
+	// Drift edits the kernel after the call, and announces it. It needs a
+	// dataplane with the method Edit of [Dataplane].
+	Drift float64
+
+	// MaxDelay delays each call by a random time below it.
+	MaxDelay time.Duration
+	// Down fails every call as a whole, with nothing taken.
+	Down error
+	// Broken returns an error for a Service that fails in each call: the kernel
+	// keeps what it has for it.
+	Broken func(*dataplane.Service) error
+}
+
+// Faulty is a dataplane whose calls can fail. Chance decides by a seed, so a
+// history can be repeated. Read, Drift and Close go straight to the dataplane
+// inside.
+//
+// A key that fails is left with a mix by giving the dataplane inside a Service
+// that nobody asked for. So the dataplane inside must not be strict: it is told
+// an Old now and then that is not there.
+type Faulty struct {
+	dataplane.Dataplane
+
+	mu     sync.Mutex
+	rand   *rand.Rand
+	faults Faults
+	hold   chan struct{}
+}
+
+// NewFaulty returns a Faulty for dp.
+func NewFaulty(dp dataplane.Dataplane, seed uint64, faults Faults) *Faulty {
+	return &Faulty{Dataplane: dp, rand: rand.New(rand.NewPCG(seed, 0)), faults: faults}
+}
+
+// Set changes the faults from the next call on.
+func (f *Faulty) Set(faults Faults) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.faults = faults
+}
+
+// Hold makes calls block until release is called or their context ends. A call
+// whose context ends has taken nothing.
+func (f *Faulty) Hold() (release func()) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	hold := make(chan struct{})
+	f.hold = hold
+	return sync.OnceFunc(func() {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		close(hold)
+		if f.hold == hold {
+			f.hold = nil
+		}
+	})
+}
+
+// fate is what will become of a call.
+type fate struct {
+	down                        error
+	reject, lose, partial, keys bool
+	drift                       bool
+	broken                      func(*dataplane.Service) error
+}
+
+// begin blocks a call as long as it shall, and decides its fate.
+func (f *Faulty) begin(ctx context.Context) (fate, error) {
+	f.mu.Lock()
+	hold := f.hold
+	var delay time.Duration
+	if f.faults.MaxDelay > 0 {
+		delay = time.Duration(f.rand.Int64N(int64(f.faults.MaxDelay)))
+	}
+	f.mu.Unlock()
+	if hold != nil {
+		select {
+		case <-hold:
+		case <-ctx.Done():
+			return fate{}, ctx.Err()
+		}
+	}
+	if delay > 0 {
+		select {
+		case <-time.After(delay):
+		case <-ctx.Done():
+			return fate{}, ctx.Err()
+		}
+	}
+
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	chance := func(p float64) bool { return p > 0 && f.rand.Float64() < p }
+	fa := fate{down: f.faults.Down, broken: f.faults.Broken}
+	fa.drift = chance(f.faults.Drift)
+	switch {
+	case chance(f.faults.Reject):
+		fa.reject = true
+	case chance(f.faults.Lose):
+		fa.lose = true
+	case chance(f.faults.Partial):
+		fa.partial = true
+	case chance(f.faults.Keys):
+		fa.keys = true
+	}
+	return fa, nil
+}
+
+// Apply implements [dataplane.Dataplane].
+func (f *Faulty) Apply(ctx context.Context, changes []dataplane.Change) error {
+	fa, err := f.begin(ctx)
+	if err != nil {
+		return err
+	}
+	if fa.drift {
+		defer f.edit()
+	}
+	switch {
+	case fa.down != nil:
+		return fa.down
+	case fa.reject:
+		return injected("apply", "call rejected")
+	case fa.lose:
+		return lost("apply", "answer lost", f.Dataplane.Apply(ctx, changes))
+	}
+	changes = slices.SortedFunc(slices.Values(changes), func(a, b dataplane.Change) int {
+		return a.Key().Compare(b.Key())
+	})
+	v := f.choose(fa)
+	for i, c := range changes {
+		s := c.New
+		if s == nil {
+			s = c.Old
+		}
+		v.add(i, s, c.New)
+	}
+	if len(v.failed) == 0 {
+		return f.Dataplane.Apply(ctx, changes)
+	}
+	taken := make([]dataplane.Change, 0, len(changes))
+	for i, c := range changes {
+		if keep, bad := v.keep[i]; bad {
+			c.New = v.mix(c.Key(), keep, c.Old, c.New)
+		}
+		if c.Old != nil || c.New != nil {
+			taken = append(taken, c)
+		}
+	}
+	return v.result("apply", f.Dataplane.Apply(ctx, taken))
+}
+
+// Replace implements [dataplane.Dataplane].
+func (f *Faulty) Replace(ctx context.Context, node dataplane.Node, services iter.Seq[*dataplane.Service]) error {
+	fa, err := f.begin(ctx)
+	if err != nil {
+		return err
+	}
+	if fa.drift {
+		defer f.edit()
+	}
+	switch {
+	case fa.down != nil:
+		return fa.down
+	case fa.reject:
+		return injected("replace", "call rejected")
+	case fa.lose:
+		return lost("replace", "answer lost", f.Dataplane.Replace(ctx, node, services))
+	case !fa.partial && !fa.keys && fa.broken == nil:
+		return f.Dataplane.Replace(ctx, node, services)
+	}
+	sorted := slices.SortedFunc(services, func(a, b *dataplane.Service) int { return a.Key.Compare(b.Key) })
+	v := f.choose(fa)
+	for i, s := range sorted {
+		v.add(i, s, s)
+	}
+	if len(v.failed) == 0 {
+		return f.Dataplane.Replace(ctx, node, slices.Values(sorted))
+	}
+	held, err := f.Read(ctx)
+	if err != nil {
+		return err
+	}
+	taken := make([]*dataplane.Service, 0, len(sorted))
+	for i, s := range sorted {
+		if keep, bad := v.keep[i]; bad {
+			s = v.mix(s.Key, keep, holding(held, s.Key), s)
+		}
+		if s != nil {
+			taken = append(taken, s)
+		}
+	}
+	return v.result("replace", f.Dataplane.Replace(ctx, node, slices.Values(taken)))
+}
+
+// edit changes one thing in the kernel as somebody else would.
+func (f *Faulty) edit() {
+	inside, ok := f.Dataplane.(interface{ Edit(func(dataplane.State)) })
+	if !ok {
+		return
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	inside.Edit(func(state dataplane.State) {
+		frontends := slices.SortedFunc(maps.Keys(state), dataplane.Frontend.Compare)
+		if len(frontends) == 0 {
+			return
+		}
+		fe := frontends[f.rand.IntN(len(frontends))]
+		b := state[fe]
+		switch f.rand.IntN(3) {
+		case 0:
+			clear(state)
+		case 1:
+			delete(state, fe)
+		case 2:
+			b.Endpoints = b.Endpoints[:f.rand.IntN(len(b.Endpoints)+1)]
+			state[fe] = b
+		}
+	})
+}
+
+// holding returns what a kernel holds for a key, as far as it can be told: the
+// endpoints are those of its first frontend.
+func holding(state dataplane.State, k dataplane.Key) *dataplane.Service {
+	s := &dataplane.Service{Key: k}
+	for fe, b := range state {
+		if b.Service == k.Service() && dataplane.FamilyOf(fe.Addr.Addr()) == k.Family {
+			s.Frontends = append(s.Frontends, fe)
+		}
+	}
+	if s.Frontends == nil {
+		return nil
+	}
+	slices.SortFunc(s.Frontends, dataplane.Frontend.Compare)
+	s.Endpoints = state[s.Frontends[0]].Endpoints
+	return s
+}
+
+// victims are the keys of one call that fail.
+type victims struct {
+	fate
+	rand   *rand.Rand
+	failed map[dataplane.Key]error
+	// keep has the places in the call of those that fail; true for those that
+	// keep what they had, false for those that may end with anything.
+	keep map[int]bool
+	// claimed are the frontends that are spoken for.
+	claimed map[dataplane.Frontend]bool
+}
+
+func (f *Faulty) choose(fa fate) *victims {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return &victims{
+		fate:    fa,
+		rand:    rand.New(rand.NewPCG(f.rand.Uint64(), 0)),
+		failed:  map[dataplane.Key]error{},
+		keep:    map[int]bool{},
+		claimed: map[dataplane.Frontend]bool{},
+	}
+}
+
+// add decides whether s, at place i of the call, fails. If not, it claims the
+// frontends that it wants; want may be nil.
+func (v *victims) add(i int, s, want *dataplane.Service) {
+	if v.broken != nil {
+		if err := v.broken(s); err != nil {
+			v.failed[s.Key], v.keep[i] = err, true
+			return
+		}
+	}
+	if (v.keys || v.partial) && v.rand.IntN(3) == 0 {
+		v.failed[s.Key], v.keep[i] = injected("program", s.Key.String()), false
+		return
+	}
+	v.claim(want)
+}
+
+func (v *victims) claim(s *dataplane.Service) {
+	if s != nil {
+		for _, fe := range s.Frontends {
+			v.claimed[fe] = true
+		}
+	}
+}
+
+// mix returns what the kernel shall hold for a key that fails: old, new or
+// something in between, without the frontends that others hold.
+func (v *victims) mix(k dataplane.Key, keep bool, old, want *dataplane.Service) *dataplane.Service {
+	got := &dataplane.Service{Key: k}
+	kind := v.rand.IntN(4)
+	for i, s := range []*dataplane.Service{old, want} {
+		if s == nil || keep && i == 1 || !keep && kind == 1-i {
+			continue
+		}
+		for _, fe := range s.Frontends {
+			if !v.claimed[fe] && (keep || kind < 2 || v.rand.IntN(2) == 0) {
+				got.Frontends = append(got.Frontends, fe)
+			}
+		}
+		for _, e := range s.Endpoints {
+			if keep || kind < 2 || v.rand.IntN(2) == 0 {
+				got.Endpoints = append(got.Endpoints, e)
+			}
+		}
+	}
+	slices.SortFunc(got.Frontends, dataplane.Frontend.Compare)
+	got.Frontends = slices.Compact(got.Frontends)
+	slices.SortFunc(got.Endpoints, compareEndpoints)
+	got.Endpoints = slices.Compact(got.Endpoints)
+	if len(got.Frontends) == 0 {
+		return nil
+	}
+	v.claim(got)
+	return got
+}
+
+// result is the answer to a call for which the dataplane inside returned err.
+func (v *victims) result(op string, err error) error {
+	if v.partial {
+		return lost(op, "partly taken", err)
+	}
+	var inside *dataplane.Error
+	switch {
+	case errors.As(err, &inside):
+		for k, e := range inside.Failed {
+			v.failed[k] = errors.Join(v.failed[k], e)
+		}
+	case err != nil:
+		return err
+	}
+	return &dataplane.Error{Op: op, Failed: v.failed}
+}
+
+func injected(op, what string) error { return fmt.Errorf("%s: %w: %s", op, ErrInjected, what) }
+
+// lost is the answer to a call of which nothing may be said. The error from
+// inside is not wrapped, because it may name keys.
+func lost(op, what string, err error) error {
+	if err != nil {
+		what = fmt.Sprintf("%s (%v)", what, err)
+	}
+	return injected(op, what)
+}
