@@ -355,11 +355,14 @@ func (t *tables) apply(ctx context.Context, changes []dataplane.Change, in inbox
 }
 
 // outcome splits the error of a call: keys that failed, or a failure as a
-// whole. A failure that names no key is one as a whole, to be safe.
+// whole. A failure that names no key is one as a whole, to be safe, and so is
+// one that is joined with others: the keys are then only part of the matter.
 func outcome(err error) (failed map[dataplane.Key]error, whole error) {
-	var keyed *dataplane.Error
-	if errors.As(err, &keyed) && len(keyed.Failed) > 0 {
-		return keyed.Failed, nil
+	for e := err; e != nil; e = errors.Unwrap(e) {
+		keyed, ok := e.(*dataplane.Error) //nolint:errorlint // errors.As would look into joined errors.
+		if ok && len(keyed.Failed) > 0 {
+			return keyed.Failed, nil
+		}
 	}
 	return nil, err
 }
