@@ -1,0 +1,391 @@
+package nettest_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"fairlead/internal/nettest"
+)
+
+func networks() []string { return []string{nettest.TCP, nettest.UDP, nettest.SCTP} }
+
+// run runs a program in the namespace of h.
+func run(t *testing.T, h *nettest.Host, stdin string, name string, args ...string) string {
+	t.Helper()
+	var out bytes.Buffer
+	cmd := exec.CommandContext(t.Context(), name, args...)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(stdin), &out, &out
+	err := h.Do(cmd.Start)
+	if err == nil {
+		err = cmd.Wait()
+	}
+	if err != nil {
+		t.Fatalf("%s %s: %v\n%s", name, strings.Join(args, " "), err, &out)
+	}
+	return out.String()
+}
+
+func TestDirectConnections(t *testing.T) {
+	t.Parallel()
+	n := nettest.NewT(t, nettest.Options{})
+	a, b := n.PodT(t, "a"), n.PodT(t, "b")
+	hosts := []*nettest.Host{a, b, n.Node, n.Outside}
+	for _, h := range hosts {
+		for _, network := range networks() {
+			h.ServeT(t, network, 80)
+		}
+	}
+	for _, network := range networks() {
+		for _, from := range hosts {
+			for _, to := range hosts {
+				for i, addr := range to.Addrs() {
+					t.Run(fmt.Sprintf("%s/%s to %s/%s", network, from.Name, to.Name, addr), func(t *testing.T) {
+						t.Parallel()
+						answer, err := from.Connect(t.Context(), network, netip.AddrPortFrom(addr, 80))
+						if err != nil {
+							t.Fatal(err)
+						}
+						want := nettest.Answer{Host: to.Name, Endpoint: netip.AddrPortFrom(addr, 80)}
+						want.Source = netip.AddrPortFrom(from.Addrs()[i], answer.Source.Port())
+						if answer != want {
+							t.Errorf("answer %+v, want %+v", answer, want)
+						}
+					})
+				}
+			}
+		}
+	}
+}
+
+func TestRequestsOfAConnection(t *testing.T) {
+	t.Parallel()
+	n := nettest.NewT(t, nettest.Options{})
+	a, b := n.PodT(t, "a"), n.PodT(t, "b")
+	for _, network := range networks() {
+		t.Run(network, func(t *testing.T) {
+			t.Parallel()
+			server := b.ServeT(t, network, 80)
+			conn, err := a.Open(t.Context(), network, netip.AddrPortFrom(b.IPv4, 80))
+			if err != nil {
+				t.Fatal(err)
+			}
+			for range 100 {
+				answer, err := conn.Ask(t.Context())
+				if err != nil {
+					t.Fatal(err)
+				}
+				if answer.Host != "b" || answer.Source != conn.Source() {
+					t.Fatalf("answer %+v, want host b and source %s", answer, conn.Source())
+				}
+			}
+			if err := server.Close(); err != nil {
+				t.Error(err)
+			}
+			if answer, err := conn.Ask(t.Context()); err == nil || errors.Is(err, nettest.ErrTimeout) {
+				t.Errorf("ask a closed server: answer %+v, error %v, want it to say that it is closed", answer, err)
+			}
+			if err := conn.Close(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// What the kernel says where nobody listens is a refusal, whichever way it
+// comes: a TCP reset, an ICMP port unreachable, an ICMP protocol unreachable
+// (SCTP, as the kernel has none), or an SCTP abort (from our own stack).
+func TestRefusedWhereNobodyListens(t *testing.T) {
+	t.Parallel()
+	n := nettest.NewT(t, nettest.Options{})
+	client, silent, server := n.PodT(t, "client"), n.PodT(t, "silent"), n.PodT(t, "server")
+	server.ServeT(t, nettest.SCTP, 80)
+	for _, network := range networks() {
+		for _, to := range []*nettest.Host{silent, server} {
+			for _, addr := range to.Addrs() {
+				t.Run(network+"/"+to.Name+"/"+addr.String(), func(t *testing.T) {
+					t.Parallel()
+					for range 100 { // More than the kernel's limits of ICMP messages allow.
+						_, err := client.Connect(t.Context(), network, netip.AddrPortFrom(addr, 81))
+						if !errors.Is(err, nettest.ErrRefused) {
+							t.Fatalf("error %v, want refused", err)
+						}
+					}
+				})
+			}
+		}
+	}
+}
+
+func TestTimeoutWhereNobodyAnswers(t *testing.T) {
+	t.Parallel()
+	n := nettest.NewT(t, nettest.Options{})
+	pod := n.PodT(t, "pod")
+	for _, network := range networks() {
+		for _, addr := range []string{"198.51.100.1:80", "[2001:db8:1::1]:80"} {
+			t.Run(network+"/"+addr, func(t *testing.T) {
+				t.Parallel()
+				ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+				defer cancel()
+				_, err := pod.Connect(ctx, network, netip.MustParseAddrPort(addr))
+				if !errors.Is(err, nettest.ErrTimeout) || errors.Is(err, nettest.ErrRefused) {
+					t.Errorf("error %v, want a timeout", err)
+				}
+			})
+		}
+	}
+}
+
+// A hand-written ruleset shows that servers and clients see what netfilter
+// does: translated destinations and sources, and rejections.
+func TestNetfilterOnTheNode(t *testing.T) {
+	t.Parallel()
+	n := nettest.NewT(t, nettest.Options{})
+	client, server := n.PodT(t, "client"), n.PodT(t, "server")
+	for _, network := range networks() {
+		server.ServeT(t, network, 8080)
+	}
+	rules := ""
+	for family, r := range map[string]struct{ ip, vip, reject, masquerade, pod string }{
+		"ip":  {"ip", "10.96.0.1", "10.96.0.2", "10.96.0.3", server.IPv4.String()},
+		"ip6": {"ip6", "fd00:10:96::1", "fd00:10:96::2", "fd00:10:96::3", server.IPv6.String()},
+	} {
+		rules += strings.NewReplacer("FAMILY", family, "VIP", r.vip, "REJECT", r.reject, "MASQ", r.masquerade, "POD", addrForDNAT(r.pod)).Replace(`
+table FAMILY test {
+	chain prerouting { type nat hook prerouting priority dstnat; jump services; }
+	chain output { type nat hook output priority -100; jump services; }
+	chain services {
+		FAMILY daddr { VIP, MASQ } meta l4proto { tcp, udp, sctp } th dport 80 dnat to POD:8080
+	}
+	chain postrouting {
+		type nat hook postrouting priority srcnat;
+		ct original FAMILY daddr MASQ masquerade
+	}
+	chain forward { type filter hook forward priority filter; jump turndown; }
+	chain local { type filter hook output priority filter; jump turndown; }
+	chain turndown {
+		FAMILY daddr REJECT meta l4proto tcp reject with tcp reset
+		FAMILY daddr REJECT reject
+	}
+}`)
+	}
+	run(t, n.Node, rules, "nft", "-f", "-")
+	masqueraded := map[bool]netip.Addr{false: n.Node.IPv4, true: n.Node.IPv6}
+	for _, network := range networks() {
+		for _, from := range []*nettest.Host{client, n.Node, n.Outside} {
+			for i, own := range from.Addrs() {
+				server := netip.AddrPortFrom(server.Addrs()[i], 8080)
+				for _, tt := range []struct {
+					name   string
+					addrs  [2]string
+					source netip.Addr
+				}{
+					{"translated", [2]string{"10.96.0.1", "fd00:10:96::1"}, own},
+					{"masqueraded", [2]string{"10.96.0.3", "fd00:10:96::3"}, masqueraded[i == 1]},
+				} {
+					t.Run(fmt.Sprintf("%s/%s/%s/%s", network, from.Name, tt.name, tt.addrs[i]), func(t *testing.T) {
+						t.Parallel()
+						answer, err := from.Connect(t.Context(), network, netip.AddrPortFrom(netip.MustParseAddr(tt.addrs[i]), 80))
+						if err != nil {
+							t.Fatal(err)
+						}
+						if answer.Host != "server" || answer.Endpoint != server || answer.Source.Addr() != tt.source {
+							t.Errorf("answer %+v, want host server, endpoint %s, source %s", answer, server, tt.source)
+						}
+					})
+				}
+				t.Run(fmt.Sprintf("%s/%s/rejected/%s", network, from.Name, own), func(t *testing.T) {
+					t.Parallel()
+					addr := netip.MustParseAddr([]string{"10.96.0.2", "fd00:10:96::2"}[i])
+					for range 20 {
+						start := time.Now()
+						_, err := from.Connect(t.Context(), network, netip.AddrPortFrom(addr, 80))
+						if !errors.Is(err, nettest.ErrRefused) {
+							t.Fatalf("error %v after %v, want refused", err, time.Since(start))
+						}
+					}
+				})
+			}
+		}
+	}
+}
+
+func addrForDNAT(addr string) string {
+	if strings.Contains(addr, ":") {
+		return "[" + addr + "]"
+	}
+	return addr
+}
+
+// Associations between the same two hosts at the same time do not disturb each
+// other, also when some of them are refused.
+func TestManyAssociations(t *testing.T) {
+	t.Parallel()
+	n := nettest.NewT(t, nettest.Options{})
+	a, b := n.PodT(t, "a"), n.PodT(t, "b")
+	b.ServeT(t, nettest.SCTP, 80)
+	run(t, n.Node, `table inet test { chain forward { type filter hook forward priority filter; sctp dport 81 reject; }; }`, "nft", "-f", "-")
+	var wg sync.WaitGroup
+	for range 8 {
+		for _, addr := range b.Addrs() {
+			wg.Go(func() {
+				for range 25 {
+					if _, err := a.Connect(t.Context(), nettest.SCTP, netip.AddrPortFrom(addr, 80)); err != nil {
+						t.Error(err)
+					}
+				}
+			})
+			wg.Go(func() {
+				for range 25 {
+					if _, err := a.Connect(t.Context(), nettest.SCTP, netip.AddrPortFrom(addr, 81)); !errors.Is(err, nettest.ErrRefused) {
+						t.Errorf("error %v, want refused", err)
+					}
+				}
+			})
+		}
+	}
+	wg.Wait()
+}
+
+func TestPodsComeAndGo(t *testing.T) {
+	t.Parallel()
+	n := nettest.NewT(t, nettest.Options{PodCIDRs: []netip.Prefix{netip.MustParsePrefix("10.1.2.0/24")}})
+	client := n.PodT(t, "client")
+	for i := range 3 {
+		pod := n.PodT(t, "pod", netip.MustParseAddr("10.9.9.9"))
+		pod.ServeT(t, nettest.TCP, 80)
+		if _, err := n.AddPod("pod"); err == nil {
+			t.Fatal("a second pod of the same name was added")
+		}
+		answer, err := client.Connect(t.Context(), nettest.TCP, netip.MustParseAddrPort("10.9.9.9:80"))
+		if err != nil {
+			t.Fatalf("round %d: %v", i, err)
+		}
+		if want := netip.MustParseAddr("10.1.2.1"); answer.Source.Addr() != want {
+			t.Errorf("source %s, want %s", answer.Source, want)
+		}
+		if err := pod.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if err := pod.Close(); err != nil {
+			t.Errorf("close again: %v", err)
+		}
+	}
+	if links := run(t, n.Node, "", "ip", "-brief", "link"); strings.Count(links, "veth") != 1 {
+		t.Errorf("the node has links of pods that have gone:\n%s", links)
+	}
+}
+
+func TestNamespace(t *testing.T) {
+	t.Parallel()
+	ns, err := nettest.NewNamespace("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	inode := func() string {
+		link, err := os.Readlink("/proc/thread-self/ns/net")
+		if err != nil {
+			t.Error(err)
+		}
+		return link
+	}
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	own := inode()
+	var inside string
+	if err := ns.Do(func() error { inside = inode(); return nil }); err != nil {
+		t.Fatal(err)
+	}
+	if inside == own {
+		t.Errorf("Do ran in the test's own namespace %s", own)
+	}
+	failure := errors.New("failure")
+	if err := ns.Do(func() error { return failure }); !errors.Is(err, failure) {
+		t.Errorf("Do returned %v, want the function's error", err)
+	}
+	if err := ns.Do(func() error { runtime.Goexit(); return nil }); err == nil {
+		t.Error("Do returned nil although the function ended its goroutine")
+	}
+	// No thread that has been in the namespace is used by others.
+	for range 100 {
+		wait := make(chan string)
+		go func() { wait <- inode() }()
+		if got := <-wait; got != own {
+			t.Fatalf("a goroutine runs in namespace %s, want %s", got, own)
+		}
+	}
+	for range 2 {
+		if err := ns.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := ns.Do(func() error { return nil }); !errors.Is(err, os.ErrClosed) {
+		t.Errorf("Do after Close returned %v, want %v", err, os.ErrClosed)
+	}
+}
+
+func TestNamedNetwork(t *testing.T) {
+	t.Parallel()
+	name := fmt.Sprintf("nettest-%d", os.Getpid())
+	names := func() string {
+		paths, err := filepath.Glob("/run/netns/" + name + "-*")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.Join(paths, " ")
+	}
+	crashed, err := nettest.New(nettest.Options{Name: name})
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := nettest.NewT(t, nettest.Options{Name: name}) // Removes what the other has left.
+	pod := n.PodT(t, "pod")
+	want := strings.ReplaceAll("/run/netns/X-node /run/netns/X-outside /run/netns/X-pod", "X", name)
+	if got := names(); got != want {
+		t.Errorf("named namespaces %q, want %q", got, want)
+	}
+	out, err := exec.CommandContext(t.Context(), "ip", "netns", "exec", name+"-pod", "ip", "-brief", "addr").CombinedOutput()
+	if err != nil || !strings.Contains(string(out), pod.IPv4.String()) {
+		t.Errorf("ip netns exec: %v\n%s\nwant the address %s", err, out, pod.IPv4)
+	}
+	for _, n := range []*nettest.Network{n, crashed} {
+		if err := n.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	if got := names(); got != "" {
+		t.Errorf("names %q are left", got)
+	}
+}
+
+func TestListen(t *testing.T) {
+	t.Parallel()
+	n := nettest.NewT(t, nettest.Options{})
+	pod := n.PodT(t, "pod")
+	l, err := pod.Listen(t.Context(), "tcp", netip.AddrPortFrom(pod.IPv6, 0))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	go func() {
+		if c, err := l.Accept(); err == nil {
+			c.Close()
+		}
+	}()
+	conn, err := n.Outside.Dial(t.Context(), "tcp", l.Addr().(*net.TCPAddr).AddrPort())
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn.Close()
+}

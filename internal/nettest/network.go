@@ -1,0 +1,520 @@
+package nettest
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+)
+
+// Options say how a [Network] is made. The zero value is usable.
+type Options struct {
+	// Name enters the namespaces under /run/netns, as NAME-node, NAME-outside
+	// and NAME-<pod>, for people to look around in with `ip netns exec`. What
+	// an earlier process left there under this name is removed first: two
+	// processes must not use one name. Empty means anonymous namespaces.
+	Name string
+	// PodCIDRs are where pods get addresses from, one network a family. Unset
+	// they are 10.244.0.0/16 and fd00:10:244::/64.
+	PodCIDRs []netip.Prefix
+}
+
+// Network is a node, its pods, and a host outside of the pod network. Its
+// methods may be called concurrently.
+type Network struct {
+	// Node forwards between all others. Its addresses are 192.0.2.1 and
+	// 2001:db8::1, and its default routes lead to Outside, as an address must
+	// have a route for netfilter to see the packet that is sent to it.
+	Node *Host
+	// Outside is a client that is no pod, 192.0.2.2 and 2001:db8::2. It
+	// reaches everything else through Node. It forwards nothing: what the node
+	// sends it that is not for itself is dropped.
+	Outside *Host
+	// PodCIDRs hold the addresses of pods, both families.
+	PodCIDRs []netip.Prefix
+
+	name string
+
+	mu    sync.Mutex
+	links int          // pods ever added: names and numbers their links
+	next  []netip.Addr // the address last given in each of PodCIDRs
+	pods  map[string]*Host
+}
+
+// Host is one machine of a [Network]: a namespace with a name and an address of
+// each family.
+type Host struct {
+	*Namespace
+	// Name is how the host's servers answer.
+	Name string
+	// IPv4 and IPv6 are the host's addresses. For a pod that was added with
+	// addresses of one family only, the other is the zero Addr.
+	IPv4, IPv6 netip.Addr
+
+	network *Network
+	link    string // the node's end of a pod's veth
+
+	sctpPort atomic.Uint32 // the last source port of an SCTP client
+
+	mu      sync.Mutex
+	closed  bool
+	servers map[*Server]struct{}
+	sctp    map[netip.Addr]*sctpStack
+}
+
+// gateway addresses are the node's on every link to a pod.
+func gateways() []netip.Addr {
+	return []netip.Addr{netip.AddrFrom4([4]byte{169, 254, 1, 1}), netip.MustParseAddr("fe80::1")}
+}
+
+// New makes a network without pods. The caller closes it.
+func New(options Options) (*Network, error) {
+	n := &Network{name: options.Name, PodCIDRs: options.PodCIDRs, pods: map[string]*Host{}}
+	if len(n.PodCIDRs) == 0 {
+		n.PodCIDRs = []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16"), netip.MustParsePrefix("fd00:10:244::/64")}
+	}
+	for _, p := range n.PodCIDRs {
+		n.next = append(n.next, p.Masked().Addr())
+	}
+	if n.name != "" {
+		if err := RemoveNamed(n.name); err != nil {
+			return nil, err
+		}
+	}
+	if err := n.build(); err != nil {
+		return nil, errors.Join(fmt.Errorf("make a network: %w", err), n.Close())
+	}
+	return n, nil
+}
+
+func (n *Network) build() error {
+	var err error
+	if n.Node, err = n.newHost("node", netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8::1")); err != nil {
+		return err
+	}
+	if n.Outside, err = n.newHost("outside", netip.MustParseAddr("192.0.2.2"), netip.MustParseAddr("2001:db8::2")); err != nil {
+		return err
+	}
+	err = n.Node.setSysctls(map[string]string{
+		"ipv4/ip_forward":          "1",
+		"ipv6/conf/all/forwarding": "1",
+	})
+	if err != nil {
+		return err
+	}
+	return connect(
+		end{host: n.Node, link: "eth0", hw: hardwareAddr(0, 1), addrs: n.Node.prefixes(24, 64), routes: defaultRoutes(n.Outside.Addrs())},
+		end{host: n.Outside, link: "eth0", hw: hardwareAddr(0, 2), addrs: n.Outside.prefixes(24, 64), routes: defaultRoutes(n.Node.Addrs())},
+	)
+}
+
+// newHost makes a host that has a loopback device only.
+func (n *Network) newHost(name string, v4, v6 netip.Addr) (*Host, error) {
+	var path string
+	if n.name != "" {
+		path = n.name + "-" + name
+	}
+	ns, err := NewNamespace(path)
+	if err != nil {
+		return nil, err
+	}
+	h := &Host{
+		Namespace: ns, Name: name, IPv4: v4, IPv6: v6, network: n,
+		servers: map[*Server]struct{}{}, sctp: map[netip.Addr]*sctpStack{},
+	}
+	h.sctpPort.Store(rand.Uint32()) //nolint:gosec // a place to start at
+	if err := h.prepare(); err != nil {
+		return nil, errors.Join(fmt.Errorf("host %s: %w", name, err), ns.Close())
+	}
+	return h, nil
+}
+
+func (h *Host) prepare() error {
+	err := h.setSysctls(map[string]string{
+		// A namespace inherits some of these from the machine.
+		"ipv4/ip_forward":                  "0",
+		"ipv4/conf/all/rp_filter":          "0",
+		"ipv4/conf/default/rp_filter":      "0",
+		"ipv4/conf/all/accept_redirects":   "0",
+		"ipv4/conf/all/send_redirects":     "0",
+		"ipv4/conf/default/send_redirects": "0",
+		"ipv6/conf/all/disable_ipv6":       "0",
+		"ipv6/conf/default/disable_ipv6":   "0",
+		"ipv6/conf/all/forwarding":         "0",
+		"ipv6/conf/default/accept_ra":      "0",
+		// No link-local addresses but ours, and none that is tentative.
+		"ipv6/conf/all/accept_dad":           "0",
+		"ipv6/conf/default/accept_dad":       "0",
+		"ipv6/conf/default/addr_gen_mode":    "1",
+		"ipv6/conf/default/accept_redirects": "0",
+		// Refusals must not be lost among many: limit no type of message, or
+		// one that nobody sends where the list must not be empty.
+		"ipv4/icmp_ratemask": "0",
+		"ipv6/icmp/ratemask": "100",
+	})
+	if err != nil {
+		return err
+	}
+	handle, err := netlink.NewHandleAt(netns.NsHandle(h.Fd()), unix.NETLINK_ROUTE)
+	if err != nil {
+		return fmt.Errorf("open netlink: %w", err)
+	}
+	defer handle.Close()
+	lo, err := handle.LinkByName("lo")
+	if err != nil {
+		return fmt.Errorf("find lo: %w", err)
+	}
+	if err := handle.LinkSetUp(lo); err != nil {
+		return fmt.Errorf("set lo up: %w", err)
+	}
+	return nil
+}
+
+// setSysctls writes files under /proc/sys/net, which are those of the thread's
+// namespace.
+func (h *Host) setSysctls(values map[string]string) error {
+	return h.Do(func() error {
+		for file, value := range values {
+			if err := os.WriteFile(filepath.Join("/proc/sys/net", file), []byte(value), 0); err != nil {
+				return fmt.Errorf("set a sysctl: %w", err)
+			}
+		}
+		return nil
+	})
+}
+
+// Addrs returns the addresses of the host, IPv4 first.
+func (h *Host) Addrs() []netip.Addr {
+	return slices.DeleteFunc([]netip.Addr{h.IPv4, h.IPv6}, func(a netip.Addr) bool { return !a.IsValid() })
+}
+
+func (h *Host) prefixes(bits4, bits6 int) []netip.Prefix {
+	prefixes := make([]netip.Prefix, 0, 2)
+	for _, a := range h.Addrs() {
+		prefixes = append(prefixes, netip.PrefixFrom(a, bitsOf(a, bits4, bits6)))
+	}
+	return prefixes
+}
+
+func bitsOf(a netip.Addr, bits4, bits6 int) int {
+	if a.Is4() {
+		return bits4
+	}
+	return bits6
+}
+
+// AddPod adds a pod to the node, with the addresses given, at most one a
+// family, or else with the next free ones of PodCIDRs. Two pods must not have
+// the same name. It returns when the pod is reachable. The pod is removed by
+// its Close or with the Network.
+func (n *Network) AddPod(name string, addrs ...netip.Addr) (*Host, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.pods[name] != nil {
+		return nil, fmt.Errorf("add pod %s: there is one of this name", name)
+	}
+	if len(addrs) == 0 {
+		for i := range n.next {
+			n.next[i] = n.next[i].Next()
+			addrs = append(addrs, n.next[i])
+		}
+	}
+	var v4, v6 netip.Addr
+	for _, a := range addrs {
+		if a.Is4() {
+			v4 = a
+		} else {
+			v6 = a
+		}
+	}
+	pod, err := n.newHost(name, v4, v6)
+	if err != nil {
+		return nil, fmt.Errorf("add pod: %w", err)
+	}
+	n.links++
+	pod.link = fmt.Sprintf("veth%d", n.links)
+	err = connect(
+		end{host: n.Node, link: pod.link, hw: hardwareAddr(n.links, 1), addrs: gatewayPrefixes(), routes: pod.hostRoutes(n.Node)},
+		end{host: pod, link: "eth0", hw: hardwareAddr(n.links, 2), addrs: pod.prefixes(32, 128), routes: defaultRoutes(gateways())},
+	)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("add pod %s: %w", name, err), pod.Close())
+	}
+	n.pods[name] = pod
+	return pod, nil
+}
+
+// Close removes all pods, the node and the outside host, and ends their
+// servers. Closing twice is no error.
+func (n *Network) Close() error {
+	n.mu.Lock()
+	hosts := make([]*Host, 0, len(n.pods)+2)
+	for _, pod := range n.pods {
+		hosts = append(hosts, pod)
+	}
+	n.mu.Unlock()
+	hosts = append(hosts, n.Node, n.Outside)
+	var errs []error
+	for _, h := range hosts {
+		if h != nil {
+			errs = append(errs, h.Close())
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Close ends the host's servers and removes it from its network. When it
+// returns, no packet reaches the host any more. Closing twice is no error.
+func (h *Host) Close() error {
+	h.mu.Lock()
+	if h.closed {
+		h.mu.Unlock()
+		return nil
+	}
+	h.closed = true
+	servers := make([]*Server, 0, len(h.servers))
+	for s := range h.servers {
+		servers = append(servers, s)
+	}
+	h.mu.Unlock()
+
+	var errs []error
+	for _, s := range servers {
+		errs = append(errs, s.Close())
+	}
+	h.mu.Lock()
+	stacks := h.sctp
+	h.sctp = nil
+	h.mu.Unlock()
+	for _, s := range stacks {
+		errs = append(errs, s.close())
+	}
+	if h.link != "" {
+		errs = append(errs, h.network.unlink(h))
+	}
+	errs = append(errs, h.Namespace.Close())
+	return errors.Join(errs...)
+}
+
+// unlink removes the pod's link. The kernel would do it too, but some time
+// after the namespace has ended.
+func (n *Network) unlink(pod *Host) error {
+	n.mu.Lock()
+	if n.pods[pod.Name] == pod {
+		delete(n.pods, pod.Name)
+	}
+	n.mu.Unlock()
+	fd := n.Node.Fd()
+	if fd < 0 {
+		return nil // The node has gone, and the link with it.
+	}
+	handle, err := netlink.NewHandleAt(netns.NsHandle(fd), unix.NETLINK_ROUTE)
+	if err != nil {
+		return fmt.Errorf("remove pod %s: open netlink: %w", pod.Name, err)
+	}
+	defer handle.Close()
+	link, err := handle.LinkByName(pod.link)
+	if errors.As(err, new(netlink.LinkNotFoundError)) {
+		return nil
+	}
+	if err == nil {
+		err = handle.LinkDel(link)
+	}
+	if err != nil {
+		return fmt.Errorf("remove pod %s: delete its link: %w", pod.Name, err)
+	}
+	return nil
+}
+
+// end is one end of a veth pair and what its host is to have on it.
+type end struct {
+	host   *Host
+	link   string
+	hw     net.HardwareAddr
+	addrs  []netip.Prefix
+	routes []route
+}
+
+// route is a route through a link. The gateway may be the zero Addr: then the
+// destination itself is the neighbour.
+type route struct {
+	to      netip.Prefix
+	gateway netip.Addr
+	source  netip.Addr
+}
+
+func (r route) neighbour() netip.Addr { return cmp.Or(r.gateway, r.to.Addr()) }
+
+func defaultRoutes(via []netip.Addr) []route {
+	routes := make([]route, 0, len(via))
+	for _, gw := range via {
+		unspecified := netip.IPv4Unspecified()
+		if gw.Is6() {
+			unspecified = netip.IPv6Unspecified()
+		}
+		routes = append(routes, route{to: netip.PrefixFrom(unspecified, 0), gateway: gw})
+	}
+	return routes
+}
+
+// hostRoutes are the node's routes to the pod h. Without a source the kernel
+// would choose the gateway's address on the link.
+func (h *Host) hostRoutes(node *Host) []route {
+	routes := make([]route, 0, 2)
+	for _, a := range h.Addrs() {
+		source := node.IPv4
+		if a.Is6() {
+			source = node.IPv6
+		}
+		routes = append(routes, route{to: netip.PrefixFrom(a, a.BitLen()), source: source})
+	}
+	return routes
+}
+
+func gatewayPrefixes() []netip.Prefix {
+	prefixes := make([]netip.Prefix, 0, 2)
+	for _, a := range gateways() {
+		prefixes = append(prefixes, netip.PrefixFrom(a, bitsOf(a, 32, 64)))
+	}
+	return prefixes
+}
+
+// hardwareAddr returns a locally administered address for one end of a link.
+func hardwareAddr(link, side int) net.HardwareAddr {
+	return net.HardwareAddr{0x02, 0x00, byte(side), byte(link >> 16), byte(link >> 8), byte(link)}
+}
+
+// connect makes a veth pair between two hosts, with addresses, neighbours and
+// routes, and waits until it carries packets.
+func connect(a, b end) error {
+	handleA, err := netlink.NewHandleAt(netns.NsHandle(a.host.Fd()), unix.NETLINK_ROUTE)
+	if err != nil {
+		return fmt.Errorf("open netlink in %s: %w", a.host.Name, err)
+	}
+	defer handleA.Close()
+	handleB, err := netlink.NewHandleAt(netns.NsHandle(b.host.Fd()), unix.NETLINK_ROUTE)
+	if err != nil {
+		return fmt.Errorf("open netlink in %s: %w", b.host.Name, err)
+	}
+	defer handleB.Close()
+
+	veth := netlink.NewVeth(netlink.LinkAttrs{Name: a.link, HardwareAddr: a.hw, TxQLen: -1})
+	veth.PeerName = b.link
+	veth.PeerHardwareAddr = b.hw
+	veth.PeerNamespace = netlink.NsFd(b.host.Fd())
+	if err := handleA.LinkAdd(veth); err != nil {
+		return fmt.Errorf("make a link from %s to %s: %w", a.host.Name, b.host.Name, err)
+	}
+	linkA, err := setUp(handleA, a)
+	if err != nil {
+		return err
+	}
+	linkB, err := setUp(handleB, b)
+	if err != nil {
+		return err
+	}
+	if err := a.configure(handleA, linkA, b.hw); err != nil {
+		return fmt.Errorf("configure link %s of %s: %w", a.link, a.host.Name, err)
+	}
+	if err := b.configure(handleB, linkB, a.hw); err != nil {
+		return fmt.Errorf("configure link %s of %s: %w", b.link, b.host.Name, err)
+	}
+	if err := waitUp(handleA, a); err != nil {
+		return err
+	}
+	return waitUp(handleB, b)
+}
+
+func setUp(handle *netlink.Handle, e end) (int, error) {
+	link, err := handle.LinkByName(e.link)
+	if err != nil {
+		return 0, fmt.Errorf("find link %s of %s: %w", e.link, e.host.Name, err)
+	}
+	if err := handle.LinkSetUp(link); err != nil {
+		return 0, fmt.Errorf("set link %s of %s up: %w", e.link, e.host.Name, err)
+	}
+	return link.Attrs().Index, nil
+}
+
+// waitUp waits until a link sends. Of two ends, the one that was up first has
+// no carrier when it comes up, and the kernel drops what it sends until a
+// worker has noticed that it has.
+func waitUp(handle *netlink.Handle, e end) error {
+	deadline := time.Now().Add(10 * time.Second)
+	for {
+		link, err := handle.LinkByName(e.link)
+		if err != nil {
+			return fmt.Errorf("find link %s of %s: %w", e.link, e.host.Name, err)
+		}
+		if link.Attrs().OperState == netlink.OperUp {
+			return nil
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("link %s of %s does not come up: %s", e.link, e.host.Name, link.Attrs().OperState)
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
+
+func (e end) configure(handle *netlink.Handle, index int, peer net.HardwareAddr) error {
+	link := &netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Index: index}}
+	for _, p := range e.addrs {
+		addr := &netlink.Addr{IPNet: ipNet(p), Flags: unix.IFA_F_NODAD, Scope: unix.RT_SCOPE_UNIVERSE}
+		if p.Addr().IsLinkLocalUnicast() {
+			// Masquerading never takes an address of this scope.
+			addr.Scope = unix.RT_SCOPE_LINK
+		}
+		if p.Addr().Is4() {
+			addr.Flags = 0
+		}
+		if err := handle.AddrAdd(link, addr); err != nil {
+			return fmt.Errorf("add address %s: %w", p, err)
+		}
+	}
+	for _, r := range e.routes {
+		neighbour := r.neighbour()
+		err := handle.NeighSet(&netlink.Neigh{
+			LinkIndex: index, Family: familyOf(neighbour), State: netlink.NUD_PERMANENT, IP: neighbour.AsSlice(), HardwareAddr: peer,
+		})
+		if err != nil {
+			return fmt.Errorf("add neighbour %s: %w", neighbour, err)
+		}
+		nl := &netlink.Route{LinkIndex: index, Family: familyOf(neighbour), Dst: ipNet(r.to), Scope: netlink.SCOPE_UNIVERSE}
+		if r.gateway.IsValid() {
+			nl.Gw = r.gateway.AsSlice()
+			nl.Flags = int(netlink.FLAG_ONLINK)
+		} else {
+			nl.Scope = netlink.SCOPE_LINK
+		}
+		if r.source.IsValid() {
+			nl.Src = r.source.AsSlice()
+		}
+		if err := handle.RouteAdd(nl); err != nil {
+			return fmt.Errorf("add route to %s: %w", r.to, err)
+		}
+	}
+	return nil
+}
+
+func ipNet(p netip.Prefix) *net.IPNet {
+	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
+}
+
+func familyOf(a netip.Addr) int {
+	if a.Is4() {
+		return unix.AF_INET
+	}
+	return unix.AF_INET6
+}

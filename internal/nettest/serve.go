@@ -1,0 +1,350 @@
+package nettest
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// The networks that [Host.Serve] and [Host.Open] know.
+const (
+	TCP  = "tcp"
+	UDP  = "udp"
+	SCTP = "sctp"
+)
+
+// Answer is what a server says to each request.
+type Answer struct {
+	// Host is the name of the host that answered.
+	Host string
+	// Endpoint is the server's own address: where the connection ended,
+	// whatever address the client had connected to.
+	Endpoint netip.AddrPort
+	// Source is the address of the client as the server saw it.
+	Source netip.AddrPort
+}
+
+// A request is a number on a line. The answer repeats the number, so that a
+// client of a datagram protocol never takes a late answer for another.
+func (a Answer) line(request string) string {
+	return fmt.Sprintf("%s %s %s %s\n", request, a.Host, a.Endpoint, a.Source)
+}
+
+func parseAnswer(line string) (request string, a Answer, err error) {
+	fields := strings.Fields(line)
+	if len(fields) != 4 {
+		return "", Answer{}, fmt.Errorf("answer %q: want 4 fields", line)
+	}
+	a.Host = fields[1]
+	if a.Endpoint, err = netip.ParseAddrPort(fields[2]); err != nil {
+		return "", Answer{}, fmt.Errorf("answer %q: %w", line, err)
+	}
+	if a.Source, err = netip.ParseAddrPort(fields[3]); err != nil {
+		return "", Answer{}, fmt.Errorf("answer %q: %w", line, err)
+	}
+	return fields[0], a, nil
+}
+
+// Server answers requests on some ports of a host.
+type Server struct {
+	host *Host
+	wg   sync.WaitGroup
+
+	mu      sync.Mutex
+	closed  bool
+	closers map[closer]struct{}
+}
+
+type closer interface{ Close() error }
+
+// Serve answers requests (see [Host.Open]) on ports of all the host's
+// addresses, until Close of the Server or the host.
+func (h *Host) Serve(network string, ports ...uint16) (*Server, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.closed {
+		return nil, fmt.Errorf("serve %s on %s: %w", network, h.Name, net.ErrClosed)
+	}
+	s := &Server{host: h, closers: map[closer]struct{}{}}
+	for _, addr := range h.Addrs() {
+		for _, port := range ports {
+			if err := s.listen(network, netip.AddrPortFrom(addr, port)); err != nil {
+				return nil, errors.Join(fmt.Errorf("serve %s on %s: %w", network, h.Name, err), s.stop())
+			}
+		}
+	}
+	h.servers[s] = struct{}{}
+	return s, nil
+}
+
+// listen is called with the host locked.
+func (s *Server) listen(network string, addr netip.AddrPort) error {
+	ctx := context.Background()
+	switch network {
+	case TCP:
+		l, err := s.host.Listen(ctx, TCP, addr)
+		if err != nil {
+			return err
+		}
+		s.own(l, func() { s.serveTCP(l) })
+	case UDP:
+		c, err := s.host.ListenPacket(ctx, UDP, addr)
+		if err != nil {
+			return err
+		}
+		s.own(c, func() { s.serveUDP(c, addr) })
+	case SCTP:
+		l, err := s.host.listenSCTP(addr)
+		if err != nil {
+			return err
+		}
+		s.own(l, func() {})
+	default:
+		return fmt.Errorf("unknown network %q, want %s, %s or %s", network, TCP, UDP, SCTP)
+	}
+	return nil
+}
+
+// own runs serve until it returns; c, which makes it return, is closed at the
+// latest with the server.
+func (s *Server) own(c closer, serve func()) {
+	s.mu.Lock()
+	if s.closed {
+		s.mu.Unlock()
+		c.Close()
+		return
+	}
+	s.closers[c] = struct{}{}
+	s.wg.Add(1)
+	s.mu.Unlock()
+	go func() {
+		defer s.wg.Done()
+		serve()
+	}()
+}
+
+func (s *Server) disown(c closer) {
+	c.Close()
+	s.mu.Lock()
+	delete(s.closers, c)
+	s.mu.Unlock()
+}
+
+func (s *Server) serveTCP(l net.Listener) {
+	for {
+		c, err := l.Accept()
+		if err != nil {
+			if !errors.Is(err, net.ErrClosed) {
+				time.Sleep(time.Millisecond) // Out of file descriptors, say.
+				continue
+			}
+			return
+		}
+		s.own(c, func() {
+			defer s.disown(c)
+			answer := Answer{Host: s.host.Name, Endpoint: addrPortOf(c.LocalAddr()), Source: addrPortOf(c.RemoteAddr())}
+			r := bufio.NewReader(c)
+			for {
+				request, err := r.ReadString('\n')
+				if err != nil {
+					return
+				}
+				if _, err := c.Write([]byte(answer.line(strings.TrimSpace(request)))); err != nil {
+					return
+				}
+			}
+		})
+	}
+}
+
+func (s *Server) serveUDP(c net.PacketConn, addr netip.AddrPort) {
+	buf := make([]byte, 64)
+	for {
+		n, from, err := c.ReadFrom(buf)
+		if err != nil {
+			if errors.Is(err, net.ErrClosed) {
+				return
+			}
+			continue
+		}
+		answer := Answer{Host: s.host.Name, Endpoint: addr, Source: addrPortOf(from)}
+		// An answer that cannot be sent is a lost datagram.
+		_, _ = c.WriteTo([]byte(answer.line(strings.TrimSpace(string(buf[:n])))), from)
+	}
+}
+
+func addrPortOf(a net.Addr) netip.AddrPort {
+	var ap netip.AddrPort
+	switch a := a.(type) {
+	case *net.TCPAddr:
+		ap = a.AddrPort()
+	case *net.UDPAddr:
+		ap = a.AddrPort()
+	}
+	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
+}
+
+// Close ends the server: it stops listening and closes its connections.
+// Closing twice is no error.
+func (s *Server) Close() error {
+	err := s.stop()
+	s.host.mu.Lock()
+	delete(s.host.servers, s)
+	s.host.mu.Unlock()
+	return err
+}
+
+func (s *Server) stop() error {
+	s.mu.Lock()
+	closers := s.closers
+	s.closers = nil
+	s.closed = true
+	s.mu.Unlock()
+	var errs []error
+	for c := range closers {
+		if err := c.Close(); !errors.Is(err, net.ErrClosed) {
+			errs = append(errs, err)
+		}
+	}
+	s.wg.Wait()
+	return errors.Join(errs...)
+}
+
+// ErrRefused is wrapped by the error of a connection that was turned down:
+// by a TCP reset, an SCTP abort, or an ICMP message that says unreachable.
+var ErrRefused = errors.New("connection refused")
+
+// ErrTimeout is wrapped by the error of a connection, or a request, that nobody
+// answered in time.
+var ErrTimeout = errors.New("no answer in time")
+
+// DefaultTimeout bounds [Host.Open] and [Conn.Ask] when their context has no
+// deadline.
+const DefaultTimeout = 10 * time.Second
+
+// Conn is a client's connection to a [Server]. It is for one goroutine.
+type Conn struct {
+	conn interface {
+		Read(p []byte) (int, error)
+		Write(p []byte) (int, error)
+		SetReadDeadline(t time.Time) error
+		Close() error
+	}
+	what    string
+	local   netip.AddrPort
+	request int
+	rest    string // the part of an answer that came with the one before
+}
+
+// Open connects to a [Server]: network is [TCP], [UDP] or [SCTP]. For UDP this
+// sends nothing. An error wraps [ErrRefused], [ErrTimeout] or neither.
+func (h *Host) Open(ctx context.Context, network string, addr netip.AddrPort) (*Conn, error) {
+	ctx, cancel := withTimeout(ctx)
+	defer cancel()
+	c := &Conn{what: fmt.Sprintf("%s from %s to %s", network, h.Name, addr)}
+	switch network {
+	case TCP, UDP:
+		conn, err := h.Dial(ctx, network, addr)
+		if err != nil {
+			return nil, c.wrap("connect", err)
+		}
+		c.conn, c.local = conn, addrPortOf(conn.LocalAddr())
+	case SCTP:
+		conn, err := h.dialSCTP(ctx, addr)
+		if err != nil {
+			return nil, c.wrap("connect", err)
+		}
+		c.conn, c.local = conn, conn.local
+	default:
+		return nil, fmt.Errorf("connect %s: unknown network", c.what)
+	}
+	return c, nil
+}
+
+func withTimeout(ctx context.Context) (context.Context, context.CancelFunc) {
+	if _, ok := ctx.Deadline(); ok {
+		return context.WithCancel(ctx)
+	}
+	return context.WithTimeout(ctx, DefaultTimeout)
+}
+
+func (c *Conn) wrap(op string, err error) error {
+	var timeout interface{ Timeout() bool }
+	switch {
+	case errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, ErrRefused):
+		return fmt.Errorf("%s %s: %w: %w", op, c.what, ErrRefused, err)
+	case errors.As(err, &timeout) && timeout.Timeout():
+		return fmt.Errorf("%s %s: %w: %w", op, c.what, ErrTimeout, err)
+	default:
+		return fmt.Errorf("%s %s: %w", op, c.what, err)
+	}
+}
+
+// Source returns the client's own address of the connection.
+func (c *Conn) Source() netip.AddrPort { return c.local }
+
+// Ask sends a request and returns the answer. A datagram is not sent again if
+// it is lost. A UDP connection that is refused says so here.
+func (c *Conn) Ask(ctx context.Context) (Answer, error) {
+	ctx, cancel := withTimeout(ctx)
+	defer cancel()
+	deadline, _ := ctx.Deadline()
+	if err := c.conn.SetReadDeadline(deadline); err != nil {
+		return Answer{}, c.wrap("ask", err)
+	}
+	stop := context.AfterFunc(ctx, func() { _ = c.conn.SetReadDeadline(time.Now()) })
+	defer stop()
+	c.request++
+	request := strconv.Itoa(c.request)
+	// EPERM is how sendmsg(2) tells that this host's own netfilter dropped the
+	// packet. If it was rejected, the next system call says so.
+	if _, err := c.conn.Write([]byte(request + "\n")); err != nil && !errors.Is(err, syscall.EPERM) {
+		return Answer{}, c.wrap("ask", err)
+	}
+	buf := make([]byte, 512)
+	for {
+		line, rest, whole := strings.Cut(c.rest, "\n")
+		if !whole {
+			n, err := c.conn.Read(buf)
+			if err != nil {
+				return Answer{}, c.wrap("ask", err)
+			}
+			c.rest += string(buf[:n])
+			continue
+		}
+		c.rest = rest
+		got, answer, err := parseAnswer(line)
+		if err != nil {
+			return Answer{}, c.wrap("ask", err)
+		}
+		if got == request {
+			return answer, nil
+		}
+	}
+}
+
+// Close ends the connection.
+func (c *Conn) Close() error { return c.conn.Close() }
+
+// Connect opens a connection, asks once, and closes it.
+func (h *Host) Connect(ctx context.Context, network string, addr netip.AddrPort) (Answer, error) {
+	ctx, cancel := withTimeout(ctx)
+	defer cancel()
+	c, err := h.Open(ctx, network, addr)
+	if err != nil {
+		return Answer{}, err
+	}
+	answer, err := c.Ask(ctx)
+	if closeErr := c.Close(); err == nil && closeErr != nil {
+		err = fmt.Errorf("close %s: %w", c.what, closeErr)
+	}
+	return answer, err
+}
