@@ -1,0 +1,157 @@
+package dns
+
+import (
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/miekg/dns"
+)
+
+// The labels between a namespace and the cluster domain.
+const (
+	labelService = "svc"
+	labelPod     = "pod"
+)
+
+const labelVersion = "dns-version"
+
+// kind is a form of name in the cluster domain.
+type kind uint8
+
+const (
+	kindNone      kind = iota // no form that can exist
+	kindApex                  // the cluster domain
+	kindVersion               // dns-version
+	kindBranch                // svc and pod, which only lead to others
+	kindNamespace             // <namespace>.svc and <namespace>.pod
+	kindService               // <service>.<namespace>.svc
+	kindHost                  // <host>.<service>.<namespace>.svc
+	kindProtocol              // _<protocol>.<service>.<namespace>.svc
+	kindPort                  // _<port>._<protocol>.<service>.<namespace>.svc
+	kindPod                   // <address with dashes>.<namespace>.pod
+)
+
+// name is a name in the cluster domain, taken apart. Its parts are in lower case.
+type name struct {
+	kind               kind
+	namespace, service string
+	host               string     // of kindHost
+	port, protocol     string     // of kindPort and kindProtocol, with their underscores
+	addr               netip.Addr // of kindPod
+}
+
+// labelsOf returns the labels of a domain name in presentation format, in lower
+// case: DNS compares names without regard to case.
+func labelsOf(domain string) []string {
+	return dns.SplitDomainName(dns.CanonicalName(domain))
+}
+
+// parseName takes apart the labels that are in front of the cluster domain.
+func parseName(labels []string) name {
+	if len(labels) == 0 {
+		return name{kind: kindApex}
+	}
+	last := len(labels) - 1
+	rest := labels[:last]
+	switch labels[last] {
+	case labelVersion:
+		if len(rest) == 0 {
+			return name{kind: kindVersion}
+		}
+	case labelService:
+		return parseService(rest)
+	case labelPod:
+		return parsePod(rest)
+	}
+	return name{}
+}
+
+func parseService(labels []string) name {
+	switch n := len(labels); n {
+	case 0:
+		return name{kind: kindBranch}
+	case 1:
+		return name{kind: kindNamespace, namespace: labels[0]}
+	case 2:
+		return name{kind: kindService, namespace: labels[1], service: labels[0]}
+	case 3:
+		parsed := name{kind: kindHost, namespace: labels[2], service: labels[1], host: labels[0]}
+		if strings.HasPrefix(labels[0], "_") {
+			parsed.kind, parsed.host, parsed.protocol = kindProtocol, "", labels[0]
+		}
+		return parsed
+	case 4:
+		if strings.HasPrefix(labels[0], "_") && strings.HasPrefix(labels[1], "_") {
+			return name{kind: kindPort, namespace: labels[3], service: labels[2], port: labels[0], protocol: labels[1]}
+		}
+	}
+	return name{}
+}
+
+func parsePod(labels []string) name {
+	switch len(labels) {
+	case 0:
+		return name{kind: kindBranch}
+	case 1:
+		return name{kind: kindNamespace, namespace: labels[0]}
+	case 2:
+		if addr, ok := parseDashed(labels[0]); ok {
+			return name{kind: kindPod, namespace: labels[1], addr: addr}
+		}
+	}
+	return name{}
+}
+
+// dashed returns the address as a label: 10-1-0-5, or fd00--5.
+func dashed(addr netip.Addr) string {
+	return strings.NewReplacer(".", "-", ":", "-").Replace(addr.String())
+}
+
+// parseDashed is the inverse of dashed.
+func parseDashed(label string) (netip.Addr, bool) {
+	for _, separator := range []string{".", ":"} {
+		addr, err := netip.ParseAddr(strings.ReplaceAll(label, "-", separator))
+		if err == nil && addr.Zone() == "" && dashed(addr) == label {
+			return addr, true
+		}
+	}
+	return netip.Addr{}, false
+}
+
+// parseReverse returns the address that a name in in-addr.arpa or ip6.arpa
+// stands for.
+func parseReverse(labels []string) (netip.Addr, bool) {
+	const (
+		suffix   = 2 // in-addr or ip6, arpa
+		octets   = 4
+		nibbles  = 32
+		nibbleIn = 4 // bits
+	)
+	if len(labels) < suffix || labels[len(labels)-1] != "arpa" {
+		return netip.Addr{}, false
+	}
+	digits := slices.Clone(labels[:len(labels)-suffix])
+	slices.Reverse(digits)
+	switch zone := labels[len(labels)-suffix]; {
+	case zone == "in-addr" && len(digits) == octets:
+		// ParseAddr refuses signs and leading zeros.
+		addr, err := netip.ParseAddr(strings.Join(digits, "."))
+		return addr, err == nil && addr.Is4()
+	case zone == "ip6" && len(digits) == nibbles:
+		var bytes [nibbles / 2]byte
+		for i, digit := range digits {
+			if len(digit) != 1 {
+				return netip.Addr{}, false
+			}
+			nibble, err := strconv.ParseUint(digit, 16, nibbleIn)
+			if err != nil {
+				return netip.Addr{}, false
+			}
+			bytes[i/2] = bytes[i/2]<<nibbleIn | byte(nibble)
+		}
+		return netip.AddrFrom16(bytes), true
+	}
+	return netip.Addr{}, false
+}

@@ -1,0 +1,366 @@
+package dns
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"net"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/miekg/dns"
+	"golang.org/x/sync/errgroup"
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	"fairlead/kube"
+)
+
+// Options are the settings of a [Server]. The zero value is usable.
+type Options struct {
+	// ClusterDomain is what the names of all Services end in, cluster.local
+	// unless set. A final dot makes no difference.
+	ClusterDomain string
+	// DefaultNamespace is where a client without a search list finds a Service
+	// by its name alone, default unless set.
+	DefaultNamespace string
+	// TTL is how long clients may remember an answer, in whole seconds; 5 s
+	// unless set.
+	TTL time.Duration
+	// Logger gets what goes wrong. Without one nothing is logged.
+	Logger *slog.Logger
+}
+
+const (
+	defaultClusterDomain = "cluster.local"
+	defaultNamespace     = "default"
+	defaultTTL           = 5 * time.Second
+)
+
+// Server answers DNS queries for the names of Services. Apply tells it of them.
+type Server struct {
+	domain       string   // with the final dot, in lower case
+	domainLabels []string // of domain
+	namespace    string
+	ttl          uint32
+	logger       *slog.Logger
+
+	mu sync.RWMutex // for all below
+	// complete is set from the first Apply on.
+	complete bool
+	serial   uint32
+	services map[types.NamespacedName]*corev1.Service
+	slices   map[types.NamespacedName]*discoveryv1.EndpointSlice
+	// slicesOf has the names of the slices of each Service.
+	slicesOf map[types.NamespacedName]map[types.NamespacedName]bool
+	// records has those derived of each Service.
+	records map[types.NamespacedName]*records
+	// namespaces counts the Services in each.
+	namespaces map[string]int
+	// reverse has the names of each address by the Service they come from.
+	reverse map[netip.Addr]map[types.NamespacedName][]string
+}
+
+// New returns a Server that knows no Service yet and answers SERVFAIL until the
+// first [Server.Apply].
+func New(o Options) *Server {
+	domain := dns.CanonicalName(cmp.Or(o.ClusterDomain, defaultClusterDomain))
+	logger := o.Logger
+	if logger == nil {
+		logger = slog.New(slog.DiscardHandler)
+	}
+	return &Server{
+		domain:       domain,
+		domainLabels: labelsOf(domain),
+		namespace:    cmp.Or(o.DefaultNamespace, defaultNamespace),
+		ttl:          uint32(cmp.Or(o.TTL, defaultTTL) / time.Second),
+		logger:       logger.With(slog.String("component", "dns")),
+		services:     map[types.NamespacedName]*corev1.Service{},
+		slices:       map[types.NamespacedName]*discoveryv1.EndpointSlice{},
+		slicesOf:     map[types.NamespacedName]map[types.NamespacedName]bool{},
+		records:      map[types.NamespacedName]*records{},
+		namespaces:   map[string]int{},
+		reverse:      map[netip.Addr]map[types.NamespacedName][]string{},
+	}
+}
+
+// Apply takes over a change, at a cost that follows the Services it touches.
+// Queries that arrive after it has returned see all of it, others all or nothing.
+// The first Delta must be complete, as it is from a source. Apply may be called at
+// any time, also while the server is not being served.
+func (s *Server) Apply(d kube.Delta) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	touched := map[types.NamespacedName]bool{}
+	for _, key := range d.DeletedServices {
+		delete(s.services, key)
+		touched[key] = true
+	}
+	for _, service := range d.Services {
+		key := types.NamespacedName{Namespace: service.Namespace, Name: service.Name}
+		s.services[key] = service
+		touched[key] = true
+	}
+	for _, key := range d.DeletedEndpointSlices {
+		s.putSlice(key, nil, touched)
+	}
+	for _, slice := range d.EndpointSlices {
+		key := types.NamespacedName{Namespace: slice.Namespace, Name: slice.Name}
+		s.putSlice(key, slice, touched)
+	}
+	for key := range touched {
+		s.derive(key)
+	}
+	s.complete = true
+	s.serial++
+}
+
+// putSlice replaces a slice, or removes it where there is no new one, and adds
+// the Services that it belonged or belongs to.
+func (s *Server) putSlice(key types.NamespacedName, slice *discoveryv1.EndpointSlice, touched map[types.NamespacedName]bool) {
+	if old := s.slices[key]; old != nil {
+		owner := ownerOf(old)
+		touched[owner] = true
+		delete(s.slicesOf[owner], key)
+		if len(s.slicesOf[owner]) == 0 {
+			delete(s.slicesOf, owner)
+		}
+		delete(s.slices, key)
+	}
+	if slice == nil {
+		return
+	}
+	owner := ownerOf(slice)
+	touched[owner] = true
+	if s.slicesOf[owner] == nil {
+		s.slicesOf[owner] = map[types.NamespacedName]bool{}
+	}
+	s.slicesOf[owner][key] = true
+	s.slices[key] = slice
+}
+
+// ownerOf returns the key of the Service that the slice belongs to.
+func ownerOf(slice *discoveryv1.EndpointSlice) types.NamespacedName {
+	return types.NamespacedName{Namespace: slice.Namespace, Name: slice.Labels[discoveryv1.LabelServiceName]}
+}
+
+// derive replaces the records of one Service.
+func (s *Server) derive(key types.NamespacedName) {
+	if old := s.records[key]; old != nil {
+		for addr := range old.reverse {
+			delete(s.reverse[addr], key)
+			if len(s.reverse[addr]) == 0 {
+				delete(s.reverse, addr)
+			}
+		}
+		delete(s.records, key)
+		s.namespaces[key.Namespace]--
+		if s.namespaces[key.Namespace] == 0 {
+			delete(s.namespaces, key.Namespace)
+		}
+	}
+	service := s.services[key]
+	if service == nil {
+		return
+	}
+	var endpointSlices []*discoveryv1.EndpointSlice
+	for slice := range s.slicesOf[key] {
+		endpointSlices = append(endpointSlices, s.slices[slice])
+	}
+	r := newRecords(s.domain, service, endpointSlices)
+	if service.Spec.Type == corev1.ServiceTypeExternalName && r.absent {
+		s.logger.Warn("external name is not a domain name",
+			slog.String("service", key.String()), slog.String("external_name", service.Spec.ExternalName))
+	}
+	s.records[key] = r
+	s.namespaces[key.Namespace]++
+	for addr, domains := range r.reverse {
+		if s.reverse[addr] == nil {
+			s.reverse[addr] = map[types.NamespacedName][]string{}
+		}
+		s.reverse[addr][key] = domains
+	}
+}
+
+// Sockets are a UDP and a TCP socket that queries arrive at.
+type Sockets struct {
+	UDP net.PacketConn
+	TCP net.Listener
+}
+
+// Listen opens both sockets at address, host:port, in the calling thread's network
+// namespace. Queries that arrive from then on wait for [Server.Serve]. Port 0 takes
+// one that is free for both; [Sockets.Addr] says which.
+func Listen(ctx context.Context, address string) (*Sockets, error) {
+	// A port that is free for TCP may be in use for UDP; another is not likely to
+	// be as well.
+	const attempts = 8
+	host, port, err := net.SplitHostPort(address)
+	if err != nil {
+		return nil, fmt.Errorf("address to listen on %q: %w", address, err)
+	}
+	var config net.ListenConfig
+	for attempt := 1; ; attempt++ {
+		tcp, err := config.Listen(ctx, "tcp", address)
+		if err != nil {
+			return nil, fmt.Errorf("listen for DNS queries: %w", err)
+		}
+		_, chosen, err := net.SplitHostPort(tcp.Addr().String())
+		if err == nil {
+			var udp net.PacketConn
+			if udp, err = config.ListenPacket(ctx, "udp", net.JoinHostPort(host, chosen)); err == nil {
+				return &Sockets{UDP: udp, TCP: tcp}, nil
+			}
+		}
+		if port != "0" || attempt == attempts {
+			return nil, fmt.Errorf("listen for DNS queries: %w", errors.Join(err, tcp.Close()))
+		}
+		_ = tcp.Close() // another port comes next
+	}
+}
+
+// Addr returns the address of the sockets, host:port.
+func (s *Sockets) Addr() string { return s.TCP.Addr().String() }
+
+// Close closes both sockets. Serve does so by itself.
+func (s *Sockets) Close() error { return errors.Join(s.UDP.Close(), s.TCP.Close()) }
+
+// ListenAndServe is Listen and Serve for one address.
+func (s *Server) ListenAndServe(ctx context.Context, address string) error {
+	sockets, err := Listen(ctx, address)
+	if err != nil {
+		return err
+	}
+	return s.Serve(ctx, sockets)
+}
+
+// Serve answers the queries that arrive at the sockets. It blocks until ctx ends,
+// and then returns nil, or until a socket fails. The sockets are closed when it
+// returns.
+func (s *Server) Serve(ctx context.Context, sockets ...*Sockets) error {
+	group, ctx := errgroup.WithContext(ctx)
+	for _, socket := range sockets {
+		s.serve(ctx, group, "udp "+socket.Addr(), &dns.Server{PacketConn: socket.UDP})
+		s.serve(ctx, group, "tcp "+socket.Addr(), &dns.Server{Listener: socket.TCP})
+	}
+	// Without sockets there is still the context to wait for.
+	group.Go(func() error {
+		<-ctx.Done()
+		return nil
+	})
+	return group.Wait()
+}
+
+// serve adds to the group what answers queries at one socket until ctx ends.
+func (s *Server) serve(ctx context.Context, group *errgroup.Group, where string, server *dns.Server) {
+	// A query is answered from memory. What takes longer is a client over TCP
+	// that does not take its answer.
+	const patience = time.Second
+	started, ended := make(chan struct{}), make(chan struct{})
+	server.NotifyStartedFunc = func() { close(started) }
+	server.Handler = s
+	server.UDPSize = maxUDPQuery
+	group.Go(func() error {
+		defer close(ended)
+		// An error after the end of the context is that of the closed socket.
+		if err := server.ActivateAndServe(); err != nil && ctx.Err() == nil {
+			return fmt.Errorf("serve DNS at %s: %w", where, err)
+		}
+		return nil
+	})
+	group.Go(func() error {
+		<-ctx.Done()
+		select {
+		case <-started: // only then can it be shut down
+		case <-ended:
+			return nil
+		}
+		end, cancel := context.WithTimeout(context.WithoutCancel(ctx), patience)
+		defer cancel()
+		if err := server.ShutdownContext(end); err != nil {
+			s.logger.Debug("dns connections cut off", slog.String("at", where), slog.Any("error", err))
+		}
+		return nil
+	})
+}
+
+const (
+	// maxUDPQuery is the size of the buffer for a query, in bytes.
+	maxUDPQuery = 4096
+	// maxUDPAnswer is the size that fits every path without fragments
+	// (https://www.dnsflagday.net/2020/), in bytes.
+	maxUDPAnswer = 1232
+)
+
+// ServeDNS answers one query. It makes a Server a handler for package
+// github.com/miekg/dns.
+func (s *Server) ServeDNS(w dns.ResponseWriter, query *dns.Msg) {
+	_, overTCP := w.RemoteAddr().(*net.TCPAddr)
+	if err := w.WriteMsg(s.answer(query, overTCP)); err != nil {
+		s.logger.Debug("dns answer not sent", slog.String("client", w.RemoteAddr().String()), slog.Any("error", err))
+	}
+}
+
+// answer returns the message that answers the query, cut to what the transport
+// and the client can take.
+func (s *Server) answer(query *dns.Msg, overTCP bool) *dns.Msg {
+	reply := new(dns.Msg).SetReply(query)
+	size := dns.MinMsgSize
+	opt := query.IsEdns0()
+	if opt != nil {
+		size = min(int(opt.UDPSize()), maxUDPAnswer)
+	}
+	if overTCP {
+		size = dns.MaxMsgSize
+	}
+	switch {
+	case opt != nil && opt.Version() != 0:
+		reply.Rcode = dns.RcodeBadVers
+	case query.Opcode != dns.OpcodeQuery:
+		reply.Rcode = dns.RcodeNotImplemented
+	case len(query.Question) != 1:
+		reply.Rcode = dns.RcodeFormatError
+	default:
+		found := s.resolve(query.Question[0])
+		reply.Rcode, reply.Answer, reply.Ns, reply.Extra = found.rcode, found.answer, found.authority, found.extra
+		reply.Authoritative = found.rcode == dns.RcodeSuccess || found.rcode == dns.RcodeNameError
+	}
+	if opt != nil {
+		reply.SetEdns0(maxUDPAnswer, false)
+	}
+	reply.Truncate(size)
+	return reply
+}
+
+// namesOf returns the names of an address, sorted.
+func (s *Server) namesOf(addr netip.Addr) []string {
+	return slices.Sorted(func(yield func(string) bool) {
+		for domains := range maps.Values(s.reverse[addr]) {
+			for _, domain := range domains {
+				if !yield(domain) {
+					return
+				}
+			}
+		}
+	})
+}
+
+// inDomain returns the labels in front of the cluster domain.
+func (s *Server) inDomain(labels []string) ([]string, bool) {
+	n := len(labels) - len(s.domainLabels)
+	if n < 0 || !slices.Equal(labels[n:], s.domainLabels) {
+		return nil, false
+	}
+	return labels[:n], true
+}
+
+// hasNamespace reports whether the namespace is known to exist.
+func (s *Server) hasNamespace(namespace string) bool {
+	return s.namespaces[namespace] > 0 || namespace == s.namespace
+}
