@@ -70,6 +70,7 @@ type Host struct {
 
 	mu      sync.Mutex
 	closed  bool
+	extra   []netip.Addr // from AddAddr
 	servers map[*Server]struct{}
 	sctp    map[netip.Addr]*sctpStack
 }
@@ -198,6 +199,30 @@ func (h *Host) setSysctls(values map[string]string) error {
 // Addrs returns the addresses of the host, IPv4 first.
 func (h *Host) Addrs() []netip.Addr {
 	return slices.DeleteFunc([]netip.Addr{h.IPv4, h.IPv6}, func(a netip.Addr) bool { return !a.IsValid() })
+}
+
+// AddAddr gives the host one more address, on its loopback device. Servers that
+// start later serve it too. There is no route to it besides default routes: on
+// the outside host it is an address that the node sends away like any it does
+// not know.
+func (h *Host) AddAddr(addr netip.Addr) error {
+	handle, err := netlink.NewHandleAt(netns.NsHandle(h.Fd()), unix.NETLINK_ROUTE)
+	if err != nil {
+		return fmt.Errorf("add address %s to %s: open netlink: %w", addr, h.Name, err)
+	}
+	defer handle.Close()
+	lo, err := handle.LinkByName("lo")
+	if err == nil {
+		more := end{addrs: []netip.Prefix{netip.PrefixFrom(addr, addr.BitLen())}}
+		err = more.configure(handle, lo.Attrs().Index, nil)
+	}
+	if err != nil {
+		return fmt.Errorf("add address %s to %s: %w", addr, h.Name, err)
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.extra = append(h.extra, addr)
+	return nil
 }
 
 func (h *Host) prefixes(bits4, bits6 int) []netip.Prefix {

@@ -65,8 +65,8 @@ type Server struct {
 
 type closer interface{ Close() error }
 
-// Serve answers requests (see [Host.Open]) on ports of all the host's
-// addresses, until Close of the Server or the host.
+// Serve answers requests (see [Host.Open]) on ports of all the addresses that
+// the host has now, until Close of the Server or the host.
 func (h *Host) Serve(network string, ports ...uint16) (*Server, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -74,7 +74,7 @@ func (h *Host) Serve(network string, ports ...uint16) (*Server, error) {
 		return nil, fmt.Errorf("serve %s on %s: %w", network, h.Name, net.ErrClosed)
 	}
 	s := &Server{host: h, closers: map[closer]struct{}{}}
-	for _, addr := range h.Addrs() {
+	for _, addr := range append(h.Addrs(), h.extra...) {
 		for _, port := range ports {
 			if err := s.listen(network, netip.AddrPortFrom(addr, port)); err != nil {
 				return nil, errors.Join(fmt.Errorf("serve %s on %s: %w", network, h.Name, err), s.stop())

@@ -1,0 +1,231 @@
+package dataplanetest
+
+import (
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"net/netip"
+	"slices"
+	"testing"
+	"time"
+
+	"fairlead/dataplane"
+	"fairlead/internal/nettest"
+)
+
+// newBareWorld makes a world without pods, for tests that send no packets.
+func newBareWorld(t *testing.T, open Opener) *world {
+	t.Helper()
+	w := &world{t: t, open: open, net: nettest.NewT(t, nettest.Options{}), held: map[dataplane.Key]*dataplane.Service{}}
+	w.node.PodCIDRs = w.net.PodCIDRs
+	w.dp = open(t, w.net.Node.Fd())
+	t.Cleanup(func() {
+		if err := w.dp.Close(); err != nil {
+			t.Errorf("close the Dataplane: %v", err)
+		}
+	})
+	return w
+}
+
+// generator makes random Services out of few names, addresses and ports, so
+// that they meet often.
+type generator struct {
+	w   *world
+	rnd *rand.Rand
+}
+
+func (g generator) key() dataplane.Key {
+	return dataplane.Key{
+		Namespace: fmt.Sprintf("ns-%d", g.rnd.IntN(2)),
+		Name:      fmt.Sprintf("svc-%d", g.rnd.IntN(10)),
+		Port:      []string{"", "web"}[g.rnd.IntN(2)],
+		Family:    families()[g.rnd.IntN(2)],
+	}
+}
+
+func (g generator) frontend(family dataplane.Family) dataplane.Frontend {
+	return dataplane.Frontend{
+		Protocol: protocols()[g.rnd.IntN(3)],
+		Addr:     vip(family, byte(g.rnd.IntN(16)), uint16(80+g.rnd.IntN(3))), //nolint:gosec // fits
+	}
+}
+
+// endpoint returns a random endpoint. An address is local or it is not, in
+// whatever Service.
+func (g generator) endpoint(family dataplane.Family) dataplane.Endpoint {
+	n := byte(g.rnd.IntN(60)) //nolint:gosec // fits
+	addr := netip.AddrFrom4([4]byte{10, 244, 0, n})
+	if family == dataplane.IPv6 {
+		addr = netip.AddrFrom16([16]byte{0: 0xfd, 2: 0x02, 15: n})
+	}
+	return dataplane.Endpoint{
+		Addr:  netip.AddrPortFrom(addr, uint16(8080+g.rnd.IntN(2))), //nolint:gosec // fits
+		Local: n < 20,
+	}
+}
+
+// service returns a random Service with this key, whose frontends are none of
+// those taken. It returns nil if all that it tried are.
+func (g generator) service(key dataplane.Key, taken map[dataplane.Frontend]bool) *dataplane.Service {
+	g.w.t.Helper()
+	var frontends []dataplane.Frontend
+	for range 1 + g.rnd.IntN(3) {
+		if f := g.frontend(key.Family); !taken[f] {
+			frontends = append(frontends, f)
+			taken[f] = true
+		}
+	}
+	if len(frontends) == 0 {
+		return nil
+	}
+	var endpoints []dataplane.Endpoint
+	for range []int{0, 1, 2, 3, 10, 40}[g.rnd.IntN(6)] {
+		endpoints = append(endpoints, g.endpoint(key.Family))
+	}
+	s, err := dataplane.NewService(key, frontends, endpoints)
+	if err != nil {
+		g.w.t.Fatal(err)
+	}
+	return s
+}
+
+// state returns a random set of Services.
+func (g generator) state() []*dataplane.Service {
+	g.w.t.Helper()
+	services := map[dataplane.Key]*dataplane.Service{}
+	taken := map[dataplane.Frontend]bool{}
+	for range g.rnd.IntN(30) {
+		key := g.key()
+		if services[key] == nil {
+			if s := g.service(key, taken); s != nil {
+				services[key] = s
+			}
+		}
+	}
+	return slices.Collect(maps.Values(services))
+}
+
+// changes returns random changes of what the world holds: Services are created,
+// changed and deleted, and take the frontends of others that change too.
+func (g generator) changes() []dataplane.Change {
+	g.w.t.Helper()
+	keys := map[dataplane.Key]bool{}
+	for range 1 + g.rnd.IntN(6) {
+		keys[g.key()] = true
+	}
+	taken := map[dataplane.Frontend]bool{}
+	for key, s := range g.w.held {
+		if !keys[key] {
+			for _, f := range s.Frontends {
+				taken[f] = true
+			}
+		}
+	}
+	var changes []dataplane.Change
+	// In an order that the seed decides, not the map.
+	for _, key := range slices.SortedFunc(maps.Keys(keys), dataplane.Key.Compare) {
+		c := dataplane.Change{Old: g.w.held[key]}
+		if c.Old == nil || g.rnd.IntN(4) > 0 {
+			c.New = g.service(key, taken)
+		}
+		if c.Old != nil || c.New != nil {
+			changes = append(changes, c)
+		}
+	}
+	g.rnd.Shuffle(len(changes), func(i, j int) { changes[i], changes[j] = changes[j], changes[i] })
+	return changes
+}
+
+// The world checks what the kernel holds after each call.
+func testRead(t *testing.T, open Opener) {
+	t.Helper()
+	w := newBareWorld(t, open)
+	seed := rand.Uint64() //nolint:gosec // no secret
+	t.Logf("seed %d", seed)
+	g := generator{w: w, rnd: rand.New(rand.NewPCG(seed, 0))} //nolint:gosec // no secret
+	for range 10 {
+		w.replace(g.state()...)
+		for range 20 {
+			w.apply(g.changes())
+		}
+		w.restart()
+		for range 5 {
+			w.apply(g.changes())
+		}
+	}
+	w.replace()
+}
+
+// quiet is how long the tests wait for drift that must not come, and patience
+// how long for drift that must: a backend without announcements polls.
+const (
+	quiet    = 300 * time.Millisecond
+	patience = 30 * time.Second
+)
+
+func (w *world) openAnother() dataplane.Dataplane {
+	w.t.Helper()
+	another := w.open(w.t, w.net.Node.Fd())
+	w.t.Cleanup(func() {
+		if err := another.Close(); err != nil {
+			w.t.Errorf("close the second Dataplane: %v", err)
+		}
+	})
+	return another
+}
+
+// expectDrift checks whether a value arrives on the channel.
+func expectDrift(t *testing.T, drift <-chan struct{}, want bool, after string) {
+	t.Helper()
+	limit := quiet
+	if want {
+		limit = patience
+	}
+	select {
+	case <-drift:
+		if !want {
+			t.Errorf("drift after %s, want none", after)
+		}
+	case <-time.After(limit):
+		if want {
+			t.Errorf("no drift within %v after %s", limit, after)
+		}
+	}
+}
+
+// What another Dataplane writes is drift to the first, so that its silence says
+// that nothing was written.
+func testEqualReplace(t *testing.T, open Opener) {
+	t.Helper()
+	w := newBareWorld(t, open)
+	seed := rand.Uint64() //nolint:gosec // no secret
+	t.Logf("seed %d", seed)
+	g := generator{w: w, rnd: rand.New(rand.NewPCG(seed, 0))} //nolint:gosec // no secret
+	w.replace(g.state()...)
+	for range 10 { // Removals leave slots in an order that no start makes.
+		w.apply(g.changes())
+	}
+	expectDrift(t, w.dp.Drift(), false, "its own changes")
+	another := w.openAnother()
+	for range 2 {
+		if err := another.Replace(t.Context(), w.node, maps.Values(w.held)); err != nil {
+			t.Fatalf("replace by another: %v", err)
+		}
+		w.checkRead("an equal Replace")
+	}
+	expectDrift(t, w.dp.Drift(), false, "an equal Replace by another")
+}
+
+func testDrift(t *testing.T, open Opener) {
+	t.Helper()
+	w := newBareWorld(t, open)
+	addrs := func(n byte) []netip.AddrPort { return []netip.AddrPort{vip(dataplane.IPv4, n, 80)} }
+	w.replace(w.service("web", dataplane.TCP, addrs(1), addrs(2)))
+	another := w.openAnother()
+	foreign := w.service("foreign", dataplane.TCP, addrs(3), addrs(4))
+	if err := another.Replace(t.Context(), w.node, slices.Values([]*dataplane.Service{foreign})); err != nil {
+		t.Fatalf("replace by another: %v", err)
+	}
+	expectDrift(t, w.dp.Drift(), true, "a Replace by another")
+	w.replace(slices.Collect(maps.Values(w.held))...) // Checks that it is repaired.
+}
