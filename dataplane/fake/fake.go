@@ -201,7 +201,7 @@ func (d *Dataplane) check(c *call) error {
 
 // do makes the kernel hold what c wants of the frontends that c knows.
 func (d *Dataplane) do(c *call) error {
-	for f, w := range c.want {
+	for f, w := range inOrder(c.want, d.opts.PerObject) {
 		if d.opts.PerObject {
 			if err := d.writeFrontend(f, c, w.binding); err != nil {
 				c.fail(w.key, err)
@@ -212,7 +212,7 @@ func (d *Dataplane) do(c *call) error {
 		d.state[f] = w.binding
 	}
 	var ownerless error
-	for f := range c.have {
+	for f := range inOrder(c.have, d.opts.PerObject) {
 		if _, ok := c.want[f]; ok {
 			continue
 		}
@@ -231,6 +231,20 @@ func (d *Dataplane) do(c *call) error {
 		return ownerless
 	}
 	return c.err()
+}
+
+// inOrder returns all of m, sorted if that matters: a WriteFault may count.
+func inOrder[V any](m map[dataplane.Frontend]V, sorted bool) iter.Seq2[dataplane.Frontend, V] {
+	if !sorted {
+		return maps.All(m)
+	}
+	return func(yield func(dataplane.Frontend, V) bool) {
+		for _, f := range slices.SortedFunc(maps.Keys(m), dataplane.Frontend.Compare) {
+			if !yield(f, m[f]) {
+				return
+			}
+		}
+	}
 }
 
 // difference counts the writes that make frontend f of an atomic kernel b.

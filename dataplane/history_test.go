@@ -1,0 +1,383 @@
+package dataplane_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"net/netip"
+	"slices"
+	"testing"
+
+	"fairlead/dataplane"
+	"fairlead/dataplane/fake"
+)
+
+// A history is a run of random changes to a few Services that fight over a few
+// frontends, programmed by a small syncer while the dataplane misbehaves. When
+// the faults stop, what is programmed must be what is wanted.
+
+// dice returns a number in [0, n): from a seed, or from a fuzzer's bytes.
+type dice func(n int) int
+
+func seeded(seed uint64) dice {
+	return rand.New(rand.NewPCG(seed, 1)).IntN
+}
+
+func fromBytes(data []byte) dice {
+	return func(n int) int {
+		if len(data) == 0 {
+			return 0
+		}
+		b := data[0]
+		data = data[1:]
+		return int(b) % n
+	}
+}
+
+// cluster is what is wanted.
+type cluster struct {
+	keys      []dataplane.Key
+	frontends []dataplane.Frontend
+	owner     map[dataplane.Frontend]dataplane.Key
+	endpoints map[dataplane.Key][]dataplane.Endpoint
+	desired   map[dataplane.Key]*dataplane.Service
+}
+
+func newCluster() *cluster {
+	c := &cluster{
+		owner:     map[dataplane.Frontend]dataplane.Key{},
+		endpoints: map[dataplane.Key][]dataplane.Endpoint{},
+		desired:   map[dataplane.Key]*dataplane.Service{},
+	}
+	for i := range byte(4) {
+		for family, prefix := range map[dataplane.Family]string{dataplane.IPv4: "10.96.0.0", dataplane.IPv6: "fd00::"} {
+			c.keys = append(c.keys, dataplane.Key{Namespace: "default", Name: fmt.Sprintf("s%d", i), Family: family})
+			a := netip.MustParseAddr(prefix).AsSlice()
+			a[len(a)-1] = i
+			addr, _ := netip.AddrFromSlice(a)
+			c.frontends = append(c.frontends, dataplane.Frontend{Protocol: dataplane.TCP, Addr: netip.AddrPortFrom(addr, 80)})
+		}
+	}
+	slices.SortFunc(c.keys, dataplane.Key.Compare)
+	slices.SortFunc(c.frontends, dataplane.Frontend.Compare)
+	return c
+}
+
+// change makes one to four random changes: a frontend moves to another Service
+// or leaves one, a Service gets other endpoints.
+func (c *cluster) change(d dice) {
+	for range 1 + d(4) {
+		k := c.keys[d(len(c.keys))]
+		switch d(4) {
+		case 0, 1:
+			f := c.frontends[d(len(c.frontends))]
+			if dataplane.FamilyOf(f.Addr.Addr()) == k.Family {
+				c.owner[f] = k
+			}
+		case 2:
+			delete(c.owner, c.frontends[d(len(c.frontends))])
+		case 3:
+			c.endpoints[k] = randomEndpoints(k.Family, d)
+		}
+	}
+	desired := map[dataplane.Key]*dataplane.Service{}
+	for _, k := range c.keys {
+		var fs []dataplane.Frontend
+		for _, f := range c.frontends {
+			if c.owner[f] == k {
+				fs = append(fs, f)
+			}
+		}
+		if len(fs) == 0 {
+			continue
+		}
+		s, err := dataplane.NewService(k, fs, slices.Clone(c.endpoints[k]))
+		if err != nil {
+			panic(err)
+		}
+		desired[k] = s
+	}
+	c.desired = desired
+}
+
+func randomEndpoints(family dataplane.Family, d dice) []dataplane.Endpoint {
+	prefix := "10.0.0.%d"
+	if family == dataplane.IPv6 {
+		prefix = "fd01::%d"
+	}
+	var es []dataplane.Endpoint
+	for range d(5) {
+		addr := netip.MustParseAddr(fmt.Sprintf(prefix, 1+d(6)))
+		es = append(es, dataplane.Endpoint{Addr: netip.AddrPortFrom(addr, 8080), Local: d(2) == 0})
+	}
+	return es
+}
+
+// rule is what a syncer believes after an error.
+type rule string
+
+const (
+	unknownUntilReplace rule = "failed keys are unknown until a Replace" // the contract
+	assumeOld           rule = "failed keys have their Old"
+	assumeNew           rule = "applied is moved before the write"
+	keyByKey            rule = "each change is a call of its own"
+)
+
+// programmer is a small syncer that follows a rule.
+type programmer struct {
+	rule    rule
+	dp      dataplane.Dataplane
+	applied map[dataplane.Key]*dataplane.Service
+	unknown map[dataplane.Key]bool
+	all     bool // everything is unknown
+}
+
+func newProgrammer(r rule, dp dataplane.Dataplane) *programmer {
+	return &programmer{
+		rule: r, dp: dp, all: true,
+		applied: map[dataplane.Key]*dataplane.Service{},
+		unknown: map[dataplane.Key]bool{},
+	}
+}
+
+// diff returns the changes from applied to desired, of known keys.
+func (p *programmer) diff(desired map[dataplane.Key]*dataplane.Service) []dataplane.Change {
+	var changes []dataplane.Change
+	for k, s := range desired {
+		if !p.unknown[k] && !s.Equal(p.applied[k]) {
+			changes = append(changes, dataplane.Change{Old: p.applied[k], New: s})
+		}
+	}
+	for k, s := range p.applied {
+		if desired[k] == nil && !p.unknown[k] {
+			changes = append(changes, dataplane.Change{Old: s})
+		}
+	}
+	// So that a seed is a history.
+	slices.SortFunc(changes, func(a, b dataplane.Change) int { return a.Key().Compare(b.Key()) })
+	return changes
+}
+
+// sync programs desired. A Replace is made when everything is unknown, or when
+// something is and repair says that it is time.
+func (p *programmer) sync(ctx context.Context, desired map[dataplane.Key]*dataplane.Service, repair bool) {
+	select {
+	case <-p.dp.Drift():
+		p.all = true
+	default:
+	}
+	if p.all || repair && len(p.unknown) > 0 {
+		err := p.dp.Replace(ctx, dataplane.Node{}, maps.Values(desired))
+		p.settle(err, nil, desired)
+		return
+	}
+	changes := p.diff(desired)
+	switch p.rule {
+	case keyByKey:
+		for _, c := range changes {
+			p.settle(p.dp.Apply(ctx, []dataplane.Change{c}), []dataplane.Change{c}, nil)
+		}
+	default:
+		p.settle(p.dp.Apply(ctx, changes), changes, nil)
+	}
+}
+
+// settle draws the conclusions from a call: an Apply of changes, or a Replace
+// by desired.
+func (p *programmer) settle(err error, changes []dataplane.Change, desired map[dataplane.Key]*dataplane.Service) {
+	var keyed *dataplane.Error
+	if !errors.As(err, &keyed) {
+		keyed = &dataplane.Error{}
+	}
+	whole := err != nil && keyed.Failed == nil
+	if p.rule == assumeNew {
+		keyed, whole = &dataplane.Error{}, false
+	}
+	if whole && p.rule == unknownUntilReplace {
+		p.all = true
+	}
+	if whole {
+		return
+	}
+	if desired != nil {
+		p.applied = maps.Clone(desired)
+		p.all = false
+		clear(p.unknown)
+	}
+	for _, c := range changes {
+		if _, bad := keyed.Failed[c.Key()]; bad {
+			continue
+		}
+		if c.New == nil {
+			delete(p.applied, c.Key())
+		} else {
+			p.applied[c.Key()] = c.New
+		}
+	}
+	for k := range keyed.Failed {
+		switch {
+		case p.rule == unknownUntilReplace:
+			p.unknown[k] = true
+			delete(p.applied, k)
+		case desired != nil:
+			delete(p.applied, k)
+		}
+	}
+}
+
+// kernels are the fakes that histories run against.
+func kernels() map[string]fake.Options {
+	return map[string]fake.Options{
+		"atomic":     {},
+		"strict":     {Strict: true},
+		"per object": {PerObject: true},
+	}
+}
+
+// allFaults are met at once in a history with faults.
+func allFaults(opts fake.Options) fake.Faults {
+	return possible(opts, fake.Faults{Reject: 0.1, Lose: 0.1, Partial: 0.1, Keys: 0.2, Drift: 0.05})
+}
+
+// possible leaves out of faults what a kernel does not do: a strict one takes
+// a call as a whole or not at all.
+func possible(opts fake.Options, faults fake.Faults) fake.Faults {
+	if opts.Strict {
+		faults.Partial, faults.Keys = 0, 0
+	}
+	return faults
+}
+
+// play runs a history of 40 rounds. It returns how what is programmed at its
+// end deviates from what is wanted.
+func play(t *testing.T, r rule, opts fake.Options, faults fake.Faults, seed uint64, d dice) string {
+	t.Helper()
+	if opts.PerObject && faults.Keys > 0 {
+		writes := rand.New(rand.NewPCG(seed, 2))
+		opts.WriteFault = func(fake.Write) error {
+			if faults.Keys > 0 && writes.IntN(20) == 0 {
+				return errors.New("no memory")
+			}
+			return nil
+		}
+	}
+	faulty := fake.NewFaulty(fake.New(opts), seed, fake.Faults{})
+	p := newProgrammer(r, faulty)
+	c := newCluster()
+	c.change(d)
+	p.sync(t.Context(), c.desired, true)
+	faulty.Set(faults)
+	for range 40 {
+		c.change(d)
+		p.sync(t.Context(), c.desired, d(4) == 0)
+	}
+	faulty.Set(fake.Faults{})
+	faults.Keys = 0 // And so WriteFault ends.
+	// One round repairs; the second is for a programmer that believes, after
+	// the first, that something is left to do.
+	p.sync(t.Context(), c.desired, true)
+	p.sync(t.Context(), c.desired, true)
+	got, err := faulty.Read(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := dataplane.StateOf(maps.Values(c.desired))
+	if want.Equal(got) != (want.Diff(got) == "") {
+		t.Fatalf("Equal says %v, Diff says:\n%s", want.Equal(got), want.Diff(got))
+	}
+	return want.Diff(got)
+}
+
+// After faults stop, what is programmed is what is wanted.
+func TestHistoriesEndRight(t *testing.T) {
+	t.Parallel()
+	for name, opts := range kernels() {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			for seed := range uint64(2000) {
+				if diff := play(t, unknownUntilReplace, opts, allFaults(opts), seed, seeded(seed)); diff != "" {
+					t.Fatalf("seed %d ends wrong:\n%s", seed, diff)
+				}
+			}
+		})
+	}
+}
+
+// The same histories catch a syncer that believes something else after an
+// error: without this, the test above could pass because it sees nothing.
+func TestHistoriesCatchWrongRules(t *testing.T) {
+	t.Parallel()
+	const seeds = 200
+	for name, opts := range kernels() {
+		for _, tt := range []struct {
+			rule   rule
+			faults fake.Faults
+			least  int // histories that must end wrong, of seeds
+		}{
+			{unknownUntilReplace, fake.Faults{}, 0},
+			{assumeOld, fake.Faults{}, 0},
+			{assumeNew, fake.Faults{}, 0},
+			{assumeOld, fake.Faults{Lose: 0.2, Partial: 0.2, Keys: 0.2}, seeds / 10},
+			{assumeNew, fake.Faults{Reject: 0.2, Partial: 0.2, Keys: 0.2}, seeds / 2},
+			{keyByKey, fake.Faults{}, seeds / 10},
+		} {
+			if opts.Strict && tt.rule == keyByKey {
+				continue // It refuses what that rule does wrong, until the order happens to be right.
+			}
+			t.Run(fmt.Sprintf("%s/%s/least=%d", name, tt.rule, tt.least), func(t *testing.T) {
+				t.Parallel()
+				wrong := 0
+				for seed := range uint64(seeds) {
+					if play(t, tt.rule, opts, possible(opts, tt.faults), seed, seeded(seed)) != "" {
+						wrong++
+					}
+				}
+				t.Logf("%d of %d histories end wrong", wrong, seeds)
+				if wrong < tt.least {
+					t.Errorf("%d of %d histories end wrong, want %d at least", wrong, seeds, tt.least)
+				}
+				if tt.least == 0 && wrong > 0 {
+					t.Errorf("%d of %d histories end wrong, want none", wrong, seeds)
+				}
+			})
+		}
+	}
+}
+
+// A kernel that refuses a wrong Old sees none while there are no faults.
+func TestHistoriesTellTheTruth(t *testing.T) {
+	t.Parallel()
+	for seed := range uint64(500) {
+		d := seeded(seed)
+		kernel := fake.New(fake.Options{Strict: true})
+		p := newProgrammer(unknownUntilReplace, kernel)
+		c := newCluster()
+		for range 40 {
+			c.change(d)
+			p.sync(t.Context(), c.desired, true)
+			if p.all || len(p.unknown) > 0 {
+				t.Fatalf("seed %d: a call failed: all unknown %t, keys unknown %v", seed, p.all, p.unknown)
+			}
+		}
+	}
+}
+
+// FuzzHistory looks for histories that end wrong.
+func FuzzHistory(f *testing.F) {
+	for seed := range uint64(8) {
+		d := seeded(seed)
+		data := make([]byte, 400)
+		for i := range data {
+			data[i] = byte(d(256))
+		}
+		f.Add(seed, seed%2 == 0, data)
+	}
+	f.Fuzz(func(t *testing.T, seed uint64, perObject bool, data []byte) {
+		opts := fake.Options{PerObject: perObject, Strict: !perObject && seed%4 == 1}
+		if diff := play(t, unknownUntilReplace, opts, allFaults(opts), seed, fromBytes(data)); diff != "" {
+			t.Errorf("the history ends wrong:\n%s", diff)
+		}
+	})
+}

@@ -1,0 +1,251 @@
+package dataplane_test
+
+import (
+	"context"
+	"fmt"
+	"iter"
+	"maps"
+	"math/rand/v2"
+	"slices"
+	"testing"
+
+	"fairlead/dataplane"
+	"fairlead/dataplane/fake"
+)
+
+// The laws of the package documentation, one test each, on random Services.
+
+func eachHistory(t *testing.T, law func(t *testing.T, kernel *fake.Dataplane, c *cluster, d dice)) {
+	t.Helper()
+	for name, opts := range kernels() {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			for seed := range uint64(200) {
+				t.Run(fmt.Sprintf("seed=%d", seed), func(t *testing.T) {
+					law(t, fake.New(opts), newCluster(), seeded(seed))
+				})
+			}
+		})
+	}
+}
+
+func read(t *testing.T, dp dataplane.Dataplane) dataplane.State {
+	t.Helper()
+	state, err := dp.Read(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return state
+}
+
+func replace(t *testing.T, dp dataplane.Dataplane, services iter.Seq[*dataplane.Service]) {
+	t.Helper()
+	if err := dp.Replace(t.Context(), dataplane.Node{}, services); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestLaw1ReplaceMakesExactlyThis(t *testing.T) {
+	t.Parallel()
+	eachHistory(t, func(t *testing.T, kernel *fake.Dataplane, c *cluster, d dice) {
+		for range 10 {
+			c.change(d)
+			replace(t, kernel, maps.Values(c.desired))
+			want := dataplane.StateOf(maps.Values(c.desired))
+			if diff := want.Diff(read(t, kernel)); diff != "" {
+				t.Fatal(diff)
+			}
+		}
+	})
+}
+
+// Laws 2 and 3: every Old is taken out and every New is put in, in whatever
+// order the changes are listed.
+func TestLaw2And3ApplyIsADifferenceOverTheWholeCall(t *testing.T) {
+	t.Parallel()
+	eachHistory(t, func(t *testing.T, kernel *fake.Dataplane, c *cluster, d dice) {
+		p := newProgrammer(unknownUntilReplace, kernel)
+		p.sync(t.Context(), c.desired, true)
+		for range 10 {
+			c.change(d)
+			want := read(t, kernel)
+			changes := p.diff(c.desired)
+			rand.Shuffle(len(changes), func(i, j int) { changes[i], changes[j] = changes[j], changes[i] })
+			for _, ch := range changes {
+				if ch.Old != nil {
+					for _, f := range ch.Old.Frontends {
+						delete(want, f)
+					}
+				}
+			}
+			for _, ch := range changes {
+				if ch.New != nil {
+					for _, f := range ch.New.Frontends {
+						want[f] = dataplane.Binding{Service: ch.New.Key.Service(), Endpoints: ch.New.Endpoints}
+					}
+				}
+			}
+			err := kernel.Apply(t.Context(), changes)
+			if err != nil {
+				t.Fatal(err)
+			}
+			p.settle(err, changes, nil)
+			if diff := want.Diff(read(t, kernel)); diff != "" {
+				t.Fatal(diff)
+			}
+		}
+	})
+}
+
+func TestLaw4EqualStatesWriteNothing(t *testing.T) {
+	t.Parallel()
+	eachHistory(t, func(t *testing.T, kernel *fake.Dataplane, c *cluster, d dice) {
+		for range 5 {
+			c.change(d)
+		}
+		replace(t, kernel, maps.Values(c.desired))
+		before := kernel.Counts().Writes
+		var again []*dataplane.Service
+		var none []dataplane.Change
+		for k, s := range c.desired {
+			same, err := dataplane.NewService(k, slices.Clone(s.Frontends), slices.Clone(s.Endpoints))
+			if err != nil {
+				t.Fatal(err)
+			}
+			again = append(again, same)
+			none = append(none, dataplane.Change{Old: s, New: same})
+		}
+		replace(t, kernel, slices.Values(again))
+		if err := kernel.Apply(t.Context(), none); err != nil {
+			t.Fatal(err)
+		}
+		if n := kernel.Counts().Writes - before; n != 0 {
+			t.Errorf("%d writes to replace a state by an equal one, want 0", n)
+		}
+	})
+}
+
+// Law 5, the half that can be checked: the keys that are not named took.
+func TestLaw5KeysNotNamedTook(t *testing.T) {
+	t.Parallel()
+	for name, opts := range kernels() {
+		if opts.Strict {
+			continue // It takes all keys of a call or none.
+		}
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			failures := 0
+			for seed := range uint64(500) {
+				d := seeded(seed)
+				faulty := fake.NewFaulty(fake.New(opts), seed, fake.Faults{Keys: 0.5})
+				p := newProgrammer(unknownUntilReplace, faulty)
+				c := newCluster()
+				for range 10 {
+					c.change(d)
+					p.sync(t.Context(), c.desired, true)
+					if len(p.unknown) == 0 {
+						continue
+					}
+					failures++
+					got := read(t, faulty)
+					for k, s := range p.applied {
+						for _, f := range s.Frontends {
+							want := dataplane.Binding{Endpoints: s.Endpoints}
+							if !got[f].Equal(want) {
+								t.Fatalf("seed %d: %s was not named but has %v for %s, want %v; named: %v",
+									seed, k, got[f], f, s.Endpoints, p.unknown)
+							}
+						}
+					}
+					// What has failed is put right, so that each failure is seen
+					// by itself.
+					faulty.Set(fake.Faults{})
+					p.sync(t.Context(), c.desired, true)
+					faulty.Set(fake.Faults{Keys: 0.5})
+				}
+			}
+			if failures < 500 {
+				t.Errorf("only %d calls had failed keys", failures)
+			}
+		})
+	}
+}
+
+// The writes of an Apply follow the change, not the number of Services.
+func TestCostFollowsTheChange(t *testing.T) {
+	t.Parallel()
+	for _, services := range []int{10, 1000} {
+		for name, opts := range kernels() {
+			t.Run(fmt.Sprintf("%s/services=%d", name, services), func(t *testing.T) {
+				t.Parallel()
+				kernel := fake.New(opts)
+				all := numbered(t, services)
+				replace(t, kernel, slices.Values(all))
+				for _, tt := range []struct {
+					what   string
+					change dataplane.Change
+					writes int
+				}{
+					{"one endpoint more", dataplane.Change{Old: all[0], New: endpoints(t, all[0], 4)}, 1},
+					{"that endpoint less", dataplane.Change{Old: endpoints(t, all[0], 4), New: all[0]}, 1},
+					{"no change", dataplane.Change{Old: all[1], New: all[1]}, 0},
+				} {
+					before := kernel.Counts().Writes
+					if err := kernel.Apply(t.Context(), []dataplane.Change{tt.change}); err != nil {
+						t.Fatalf("%s: %v", tt.what, err)
+					}
+					if n := kernel.Counts().Writes - before; n != tt.writes {
+						t.Errorf("%s: %d writes, want %d", tt.what, n, tt.writes)
+					}
+				}
+			})
+		}
+	}
+}
+
+func TestClosedAndCancelledCallsTakeNothing(t *testing.T) {
+	t.Parallel()
+	kernel := fake.New(fake.Options{})
+	all := numbered(t, 3)
+	replace(t, kernel, slices.Values(all))
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := kernel.Replace(ctx, dataplane.Node{}, slices.Values(all[:1])); err == nil {
+		t.Error("Replace with an ended context succeeded")
+	}
+	if err := kernel.Apply(ctx, []dataplane.Change{{Old: all[0]}}); err == nil {
+		t.Error("Apply with an ended context succeeded")
+	}
+	if diff := dataplane.StateOf(slices.Values(all)).Diff(read(t, kernel)); diff != "" {
+		t.Error(diff)
+	}
+}
+
+// numbered returns n Services with one frontend and three endpoints each.
+func numbered(t *testing.T, n int) []*dataplane.Service {
+	t.Helper()
+	all := make([]*dataplane.Service, n)
+	for i := range all {
+		k := dataplane.Key{Namespace: "default", Name: fmt.Sprintf("s%d", i), Family: dataplane.IPv4}
+		s, err := dataplane.NewService(k, []dataplane.Frontend{frontend(fmt.Sprintf("10.96.%d.%d:80", i/256, i%256))}, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		all[i] = endpoints(t, s, 3)
+	}
+	return all
+}
+
+// endpoints returns s with n endpoints.
+func endpoints(t *testing.T, s *dataplane.Service, n int) *dataplane.Service {
+	t.Helper()
+	var es []dataplane.Endpoint
+	for i := range n {
+		es = append(es, endpoint(fmt.Sprintf("10.0.0.%d:8080", i+1)))
+	}
+	s, err := dataplane.NewService(s.Key, slices.Clone(s.Frontends), es)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
