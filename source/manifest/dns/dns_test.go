@@ -102,10 +102,11 @@ func externalName(target string) func(*corev1.ServiceSpec) {
 	return func(s *corev1.ServiceSpec) { s.Type, s.ExternalName = corev1.ServiceTypeExternalName, target }
 }
 
-func slice(namespace, name, owner string, endpoints ...discoveryv1.Endpoint) *discoveryv1.EndpointSlice {
+// slice makes a slice of the default namespace.
+func slice(name, owner string, endpoints ...discoveryv1.Endpoint) *discoveryv1.EndpointSlice {
 	return &discoveryv1.EndpointSlice{
 		ObjectMeta: metav1.ObjectMeta{
-			Namespace: namespace, Name: name,
+			Namespace: "default", Name: name,
 			Labels: map[string]string{discoveryv1.LabelServiceName: owner},
 		},
 		Endpoints: endpoints,
@@ -156,13 +157,13 @@ func example() kube.Delta {
 			service("shop", "bad", externalName("two..dots")),
 		},
 		EndpointSlices: []*discoveryv1.EndpointSlice{
-			slice("default", "db-1", "db",
+			slice("db-1", "db",
 				ready(endpoint("db-0", "10.1.0.5")), endpoint("", "10.1.0.6"), unready(endpoint("db-2", "10.1.0.7"))),
-			slice("default", "db-2", "db", endpoint("db-0", "fd00:1::5")),
-			slice("default", "empty-1", "empty", unready(endpoint("", "10.1.0.8"))),
-			slice("default", "backend-1", "backend", endpoint("", "10.1.0.9")),
+			slice("db-2", "db", endpoint("db-0", "fd00:1::5")),
+			slice("empty-1", "empty", unready(endpoint("", "10.1.0.8"))),
+			slice("backend-1", "backend", endpoint("", "10.1.0.9")),
 			{
-				ObjectMeta:  slice("default", "db-3", "db").ObjectMeta,
+				ObjectMeta:  slice("db-3", "db").ObjectMeta,
 				AddressType: discoveryv1.AddressTypeFQDN,
 				Endpoints:   []discoveryv1.Endpoint{endpoint("named", "10.1.0.10")},
 			},
@@ -486,7 +487,7 @@ func TestFailsBeforeFirstDelta(t *testing.T) {
 
 // large is a headless Service with so many endpoints.
 func large(endpoints int) kube.Delta {
-	s := slice("default", "many-1", "many")
+	s := slice("many-1", "many")
 	addr := netip.MustParseAddr("10.2.0.0")
 	for range endpoints {
 		addr = addr.Next()
@@ -603,7 +604,7 @@ func TestApply(t *testing.T) {
 		{what: "nothing"},
 		{
 			what:  "slice before its Service",
-			delta: kube.Delta{EndpointSlices: []*discoveryv1.EndpointSlice{slice("default", "a", "db", endpoint("x", "10.1.0.1"))}},
+			delta: kube.Delta{EndpointSlices: []*discoveryv1.EndpointSlice{slice("a", "db", endpoint("x", "10.1.0.1"))}},
 		},
 		{
 			what:     "Service",
@@ -613,7 +614,7 @@ func TestApply(t *testing.T) {
 		},
 		{
 			what:     "second slice, one endpoint in both",
-			delta:    kube.Delta{EndpointSlices: []*discoveryv1.EndpointSlice{slice("default", "b", "db", endpoint("x", "10.1.0.1"), endpoint("", "10.1.0.2"))}},
+			delta:    kube.Delta{EndpointSlices: []*discoveryv1.EndpointSlice{slice("b", "db", endpoint("x", "10.1.0.1"), endpoint("", "10.1.0.2"))}},
 			addrs:    []string{"10.1.0.1", "10.1.0.2"},
 			pointers: []string{"x.db.default.svc.cluster.local."},
 		},
@@ -621,20 +622,20 @@ func TestApply(t *testing.T) {
 			what: "another Service over the same endpoint",
 			delta: kube.Delta{
 				Services:       []*corev1.Service{service("default", "other", headless)},
-				EndpointSlices: []*discoveryv1.EndpointSlice{slice("default", "o", "other", endpoint("", "10.1.0.1"))},
+				EndpointSlices: []*discoveryv1.EndpointSlice{slice("o", "other", endpoint("", "10.1.0.1"))},
 			},
 			addrs:    []string{"10.1.0.1", "10.1.0.2"},
 			pointers: []string{"10-1-0-1.other.default.svc.cluster.local.", "x.db.default.svc.cluster.local."},
 		},
 		{
 			what:     "slice changes",
-			delta:    kube.Delta{EndpointSlices: []*discoveryv1.EndpointSlice{slice("default", "b", "db", endpoint("", "10.1.0.3"))}},
+			delta:    kube.Delta{EndpointSlices: []*discoveryv1.EndpointSlice{slice("b", "db", endpoint("", "10.1.0.3"))}},
 			addrs:    []string{"10.1.0.1", "10.1.0.3"},
 			pointers: []string{"10-1-0-1.other.default.svc.cluster.local.", "x.db.default.svc.cluster.local."},
 		},
 		{
 			what:     "slice moves to the other Service",
-			delta:    kube.Delta{EndpointSlices: []*discoveryv1.EndpointSlice{slice("default", "b", "other", endpoint("", "10.1.0.3"))}},
+			delta:    kube.Delta{EndpointSlices: []*discoveryv1.EndpointSlice{slice("b", "other", endpoint("", "10.1.0.3"))}},
 			addrs:    []string{"10.1.0.1"},
 			pointers: []string{"10-1-0-1.other.default.svc.cluster.local.", "x.db.default.svc.cluster.local."},
 		},
@@ -663,13 +664,11 @@ func TestApply(t *testing.T) {
 	} {
 		server.Apply(step.delta)
 		reply := ask(t, address, query{name: "db.default.svc.cluster.local", rrtype: miekg.TypeA})
-		addrs, pointers := values(reply.Answer), []string(nil)
-		if diff := cmp.Diff(step.addrs, addrs); diff != "" || (step.addrs == nil) != (reply.Rcode == miekg.RcodeNameError) {
+		if diff := cmp.Diff(step.addrs, values(reply.Answer)); diff != "" || (step.addrs == nil) != (reply.Rcode == miekg.RcodeNameError) {
 			t.Errorf("%s: addresses, with %s (-want +got):\n%s", step.what, miekg.RcodeToString[reply.Rcode], diff)
 		}
 		reply = ask(t, address, query{name: "1.0.1.10.in-addr.arpa", rrtype: miekg.TypePTR})
-		pointers = values(reply.Answer)
-		if diff := cmp.Diff(step.pointers, pointers); diff != "" || (step.pointers == nil) != (reply.Rcode == miekg.RcodeRefused) {
+		if diff := cmp.Diff(step.pointers, values(reply.Answer)); diff != "" || (step.pointers == nil) != (reply.Rcode == miekg.RcodeRefused) {
 			t.Errorf("%s: pointers, with %s (-want +got):\n%s", step.what, miekg.RcodeToString[reply.Rcode], diff)
 		}
 	}

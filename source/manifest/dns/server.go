@@ -284,7 +284,7 @@ func (s *Server) serve(ctx context.Context, group *errgroup.Group, where string,
 		end, cancel := context.WithTimeout(context.WithoutCancel(ctx), patience)
 		defer cancel()
 		if err := server.ShutdownContext(end); err != nil {
-			s.logger.Debug("dns connections cut off", slog.String("at", where), slog.Any("error", err))
+			s.logger.DebugContext(end, "dns connections cut off", slog.String("at", where), slog.Any("error", err))
 		}
 		return nil
 	})
