@@ -44,9 +44,12 @@ test: deps nftables ## all tests (root): with the race detector and the kernel, 
 	test/fuzz.sh $(FUZZTIME)
 	go test -short -run='^$$' -bench=. -benchtime=1x -timeout=5m ./...
 
+# A test that makes network namespaces does so with internal/nettest, and needs root.
+ROOTLESS = $(shell go list -test -f '{{$$root := ""}}{{range .Deps}}{{if ge . "fairlead/internal/nettest"}}{{if le . "fairlead/internal/nettest~"}}{{$$root = .}}{{end}}{{end}}{{end}}{{if not $$root}}{{.ImportPath}}{{end}}' ./... | sed -n 's/\.test$$//p')
+
 .PHONY: test-short
 test-short: ## the tests that need neither root nor a package, quickly
-	go test -short -shuffle=on ./...
+	go test -short -shuffle=on $(ROOTLESS)
 
 .PHONY: bench
 bench: ## benchmarks (root), minutes; BENCH=regexp COUNT=n
