@@ -66,7 +66,7 @@ type Host struct {
 	network *Network
 	link    string // the node's end of a pod's veth
 
-	sctpPort atomic.Uint32 // the last source port of an SCTP client
+	lastPort atomic.Uint32 // see sourcePort
 
 	mu      sync.Mutex
 	closed  bool
@@ -135,7 +135,7 @@ func (n *Network) newHost(name string, v4, v6 netip.Addr) (*Host, error) {
 		Namespace: ns, Name: name, IPv4: v4, IPv6: v6, network: n,
 		servers: map[*Server]struct{}{}, sctp: map[netip.Addr]*sctpStack{},
 	}
-	h.sctpPort.Store(rand.Uint32()) //nolint:gosec // a place to start at
+	h.lastPort.Store(rand.Uint32()) //nolint:gosec // a place to start at
 	if err := h.prepare(); err != nil {
 		return nil, errors.Join(fmt.Errorf("host %s: %w", name, err), ns.Close())
 	}
@@ -285,12 +285,13 @@ func (n *Network) AddPod(name string, addrs ...netip.Addr) (*Host, error) {
 // servers. Closing twice is no error.
 func (n *Network) Close() error {
 	n.mu.Lock()
-	hosts := make([]*Host, 0, len(n.pods)+2)
+	// The node first: links that go with it need not be removed one by one,
+	// for which the kernel takes 50 ms each.
+	hosts := []*Host{n.Node, n.Outside}
 	for _, pod := range n.pods {
 		hosts = append(hosts, pod)
 	}
 	n.mu.Unlock()
-	hosts = append(hosts, n.Node, n.Outside)
 	var errs []error
 	for _, h := range hosts {
 		if h != nil {
@@ -507,6 +508,9 @@ func (e end) configure(handle *netlink.Handle, index int, peer net.HardwareAddr)
 		if err := handle.AddrAdd(link, addr); err != nil {
 			return fmt.Errorf("add address %s: %w", p, err)
 		}
+		if err := waitLocal(handle, p.Addr()); err != nil {
+			return err
+		}
 	}
 	for _, r := range e.routes {
 		neighbour := r.neighbour()
@@ -531,6 +535,26 @@ func (e end) configure(handle *netlink.Handle, index int, peer net.HardwareAddr)
 		}
 	}
 	return nil
+}
+
+// waitLocal waits until the host accepts packets to its address. A worker makes
+// the route for that, later than the address, when the address is IPv6: also
+// when there is nothing to probe for.
+func waitLocal(handle *netlink.Handle, addr netip.Addr) error {
+	if addr.IsLinkLocalUnicast() {
+		return nil // Never a packet's destination here.
+	}
+	deadline := time.Now().Add(10 * time.Second)
+	for {
+		routes, err := handle.RouteGet(addr.AsSlice())
+		if err == nil && len(routes) == 1 && routes[0].Type == unix.RTN_LOCAL {
+			return nil
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("address %s does not become local: routes %v: %w", addr, routes, cmp.Or(err, os.ErrDeadlineExceeded))
+		}
+		time.Sleep(time.Millisecond)
+	}
 }
 
 func ipNet(p netip.Prefix) *net.IPNet {

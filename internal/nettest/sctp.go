@@ -99,8 +99,7 @@ func (h *Host) dialSCTP(ctx context.Context, addr netip.AddrPort) (*sctpClient, 
 		return nil, err
 	}
 	local, _ := netip.AddrFromSlice(path.conn.LocalAddr().(*net.IPAddr).IP)
-	// Counting keeps a port unused for long.
-	path.local = netip.AddrPortFrom(local.Unmap(), uint16(20000+h.sctpPort.Add(1)%40000)) //nolint:gosec // fits
+	path.local = netip.AddrPortFrom(local.Unmap(), h.sourcePort())
 	if err := path.receiveErrors(); err != nil {
 		return nil, errors.Join(err, path.Close())
 	}

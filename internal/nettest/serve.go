@@ -245,14 +245,20 @@ type Conn struct {
 }
 
 // Open connects to a [Server]: network is [TCP], [UDP] or [SCTP]. For UDP this
-// sends nothing. An error wraps [ErrRefused], [ErrTimeout] or neither.
+// sends nothing. The source ports of UDP and SCTP are not used again for long,
+// so that the node's connection tracking never takes a new connection for an
+// earlier one, which would end where that did. An error wraps [ErrRefused], [ErrTimeout] or neither.
 func (h *Host) Open(ctx context.Context, network string, addr netip.AddrPort) (*Conn, error) {
 	ctx, cancel := withTimeout(ctx)
 	defer cancel()
 	c := &Conn{what: fmt.Sprintf("%s from %s to %s", network, h.Name, addr)}
 	switch network {
 	case TCP, UDP:
-		conn, err := h.Dial(ctx, network, addr)
+		dial := h.Dial
+		if network == UDP {
+			dial = h.dialUDP
+		}
+		conn, err := dial(ctx, network, addr)
 		if err != nil {
 			return nil, c.wrap("connect", err)
 		}
@@ -267,6 +273,29 @@ func (h *Host) Open(ctx context.Context, network string, addr netip.AddrPort) (*
 		return nil, fmt.Errorf("connect %s: unknown network", c.what)
 	}
 	return c, nil
+}
+
+// sourcePort returns a port that was not used lately: connection tracking
+// remembers UDP for 30 seconds.
+func (h *Host) sourcePort() uint16 {
+	const first, ports = 20_000, 40_000
+	return uint16(first + h.lastPort.Add(1)%ports) //nolint:gosec // fits
+}
+
+func (h *Host) dialUDP(ctx context.Context, network string, addr netip.AddrPort) (net.Conn, error) {
+	const tries = 100
+	var c net.Conn
+	err := h.Do(func() (err error) {
+		for range tries {
+			dialer := net.Dialer{LocalAddr: &net.UDPAddr{Port: int(h.sourcePort())}}
+			c, err = dialer.DialContext(ctx, network, addr.String())
+			if !errors.Is(err, syscall.EADDRINUSE) {
+				return err
+			}
+		}
+		return err
+	})
+	return c, err
 }
 
 func withTimeout(ctx context.Context) (context.Context, context.CancelFunc) {
