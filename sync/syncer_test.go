@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	stdsync "sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -29,20 +30,33 @@ type updates = map[dataplane.Key]*dataplane.Service
 // fixture is a Syncer that runs, on a fake kernel that can misbehave.
 type fixture struct {
 	*sync.Syncer
-	t       *testing.T
-	kernel  *fake.Dataplane
-	faulty  *fake.Faulty
+	t      *testing.T
+	kernel *fake.Dataplane
+	faulty *fake.Faulty
+	stop   func() // ends Run and waits for it
+
+	mu      stdsync.Mutex
 	commits []sync.Commit
-	log     *bytes.Buffer
-	stop    func() // ends Run and waits for it
+	log     bytes.Buffer
+}
+
+// Write makes the fixture the end of a log.
+func (fx *fixture) Write(p []byte) (int, error) {
+	fx.mu.Lock()
+	defer fx.mu.Unlock()
+	return fx.log.Write(p)
 }
 
 // start runs a Syncer in the bubble that the test is in.
 func start(t *testing.T, kernel *fake.Dataplane, opts sync.Options) *fixture {
 	t.Helper()
-	fx := &fixture{t: t, kernel: kernel, faulty: fake.NewFaulty(kernel, 1, fake.Faults{}), log: &bytes.Buffer{}}
-	opts.OnCommit = func(c sync.Commit) { fx.commits = append(fx.commits, c) }
-	opts.Logger = slog.New(slog.NewTextHandler(fx.log, &slog.HandlerOptions{
+	fx := &fixture{t: t, kernel: kernel, faulty: fake.NewFaulty(kernel, 1, fake.Faults{})}
+	opts.OnCommit = func(c sync.Commit) {
+		fx.mu.Lock()
+		defer fx.mu.Unlock()
+		fx.commits = append(fx.commits, c)
+	}
+	opts.Logger = slog.New(slog.NewTextHandler(fx, &slog.HandlerOptions{
 		ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
 			if a.Key == slog.TimeKey {
 				return slog.Attr{}
@@ -78,6 +92,8 @@ func (fx *fixture) settle() []sync.Commit {
 // more.
 func (fx *fixture) since() []sync.Commit {
 	synctest.Wait()
+	fx.mu.Lock()
+	defer fx.mu.Unlock()
 	commits := fx.commits
 	fx.commits = nil
 	return commits
@@ -86,6 +102,8 @@ func (fx *fixture) since() []sync.Commit {
 // logged returns the log since it was called last.
 func (fx *fixture) logged() string {
 	synctest.Wait()
+	fx.mu.Lock()
+	defer fx.mu.Unlock()
 	defer fx.log.Reset()
 	return fx.log.String()
 }
@@ -457,6 +475,55 @@ func TestFailingServiceThatChangesIsTriedSoon(t *testing.T) {
 	})
 }
 
+// Each attempt to repair is a Replace, so a failing Service that changes all the
+// time must not cause one all the time.
+func TestFailingServiceThatKeepsChangingLeavesTimeToOthers(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		fx := start(t, fake.New(fake.Options{}), sync.Options{})
+		defer fx.stop()
+		faults := broken("s1")
+		faults.MaxDelay = 2 * time.Second
+		fx.faulty.Set(faults)
+		fx.ListComplete()
+		var busy time.Duration
+		for i := range 6000 {
+			fx.Update(set(service(1, i%50)))
+			time.Sleep(100 * time.Millisecond)
+		}
+		for _, c := range fx.since() {
+			if c.Kind == sync.KindReplace {
+				busy += c.End.Sub(c.Start)
+			}
+		}
+		if busy < 30*time.Second || busy > 90*time.Second {
+			t.Errorf("Replace took %v of 10m, want a tenth at most", busy)
+		}
+	})
+}
+
+func TestFailingServiceThatChangesDoesNotHurryAFailingDataplane(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		fx := start(t, fake.New(fake.Options{}), sync.Options{})
+		defer fx.stop()
+		fx.faulty.Set(broken("s1"))
+		fx.Update(set(service(1, 1)))
+		fx.ListComplete()
+		fx.settle()
+		fx.faulty.Set(fake.Faults{Down: errors.New("down")})
+		time.Sleep(10 * time.Minute)
+		fx.since()
+		for i := range 600 {
+			fx.Update(set(service(1, i)))
+			time.Sleep(100 * time.Millisecond)
+		}
+		if n := len(fx.since()); n > 3 {
+			t.Errorf("%d attempts in a minute, want one every 30s", n)
+		}
+	})
+}
+
 func TestFailingServiceIsDeleted(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -617,11 +684,19 @@ func TestWholeCallFails(t *testing.T) {
 		// An Apply that fails as a whole may have been taken.
 		fx.faulty.Set(fake.Faults{Lose: 1})
 		fx.Update(set(service(1, 3)))
+		began = time.Now()
 		fx.want(fx.settle(), "apply(change) 0 failed")
+		if st := fx.Status(); !st.PendingSince.Equal(began) {
+			t.Errorf("pending since %v, want %v", st.PendingSince, began)
+		}
 		fx.faulty.Set(fake.Faults{})
 		fx.Update(set(service(1, 2), service(2, 1)))
 		commits = fx.settle()
 		fx.want(commits, "replace(retry) 1")
+		if d := time.Since(began); d > time.Second || !commits[0].Oldest.Equal(began) {
+			t.Errorf("repaired after %v, the oldest change from %v: want 1s at most, as after a first failure, and %v",
+				d, commits[0].Oldest, began)
+		}
 		fx.holds(service(1, 2), service(2, 1))
 	})
 }
@@ -662,6 +737,33 @@ func TestDriftIsRepairedAtOnceAndThenLessOften(t *testing.T) {
 		edit()
 		fx.want(fx.since(), "replace(drift) 0")
 		fx.holds(service(1, 1))
+	})
+}
+
+// Drift that is announced before a Replace begins is repaired by it.
+func TestDriftBeforeAReplaceNeedsNoOther(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		fx := start(t, fake.New(fake.Options{}), sync.Options{})
+		defer fx.stop()
+		fx.Update(set(service(1, 1)))
+		fx.kernel.Edit(func(dataplane.State) {})
+		fx.ListComplete()
+		fx.settle()
+		for i := range 20 {
+			time.Sleep(sync.DefaultRetryMax)
+			release := fx.faulty.Hold()
+			fx.Update(set(service(1, i+2)))
+			synctest.Wait()
+			fx.kernel.Edit(func(s dataplane.State) { clear(s) })
+			fx.SetNode(dataplane.Node{PodCIDRs: []netip.Prefix{netip.PrefixFrom(netip.AddrFrom4([4]byte{10}), i+1)}})
+			release()
+			synctest.Wait()
+			fx.holds(service(1, i+2))
+			if commits := fx.since(); len(commits) != 2 {
+				t.Fatalf("commits %s, want an Apply and one Replace", verbs(commits))
+			}
+		}
 	})
 }
 

@@ -64,7 +64,6 @@ type failure struct {
 	state    failureState
 	err      error
 	attempts int
-	next     time.Time // when it is due again
 	handed   time.Time // when the oldest change was handed over that did not take
 	reported string    // the error that was logged last; empty for none
 }
@@ -118,7 +117,7 @@ func (t *tables) merge(in inbox) (changes []dataplane.Change, oldest time.Time) 
 			case f.state == refused:
 				f.state, f.handed = revised, c.at
 			case f.state == unknown && !t.allUnknown:
-				t.retrySoon(f)
+				t.retrySoon()
 			}
 			continue
 		}
@@ -160,16 +159,12 @@ func (t *tables) programmed(k dataplane.Key, svc *dataplane.Service) {
 	}
 }
 
-// retrySoon brings the next attempt forward for a failing key whose Service has
-// changed: the change may be the cure. As the attempt is a Replace of
-// everything, it leaves at least nine tenths of the time to others, even when a
-// failing Service keeps changing.
-func (t *tables) retrySoon(f *failure) {
-	at := time.Now().Add(max(t.opts.RetryMin, 9*t.replaceLasted))
-	if at.Before(f.next) {
-		f.next = at
-		t.repairAt = earlier(t.repairAt, at)
-	}
+// retrySoon brings the next attempt forward when a failing Service has changed:
+// the change may be the cure. As the attempt is a Replace of everything, it
+// leaves nine tenths of the time to others, even when a failing Service keeps
+// changing.
+func (t *tables) retrySoon() {
+	t.repairAt = earlier(t.repairAt, time.Now().Add(max(t.opts.RetryMin, 9*t.replaceLasted)))
 }
 
 // drifted notes that somebody else has changed the kernel.
@@ -224,11 +219,7 @@ func (t *tables) nextReplace() time.Time {
 func (t *tables) replace(ctx context.Context, reason Reason, in inbox, oldest, start time.Time) (Commit, bool) {
 	// Drift announced until now is repaired by this call.
 	select {
-	case _, ok := <-t.drift:
-		if !ok {
-			t.drift = nil
-		}
-		t.drifted(start)
+	case <-t.drift:
 	default:
 	}
 	drifted := !t.driftAt.IsZero()
@@ -411,16 +402,16 @@ func (t *tables) failed(c *Commit, in inbox) {
 			}
 		}
 		f.state = unknown
+		var delay time.Duration
 		if errors.Is(err, dataplane.ErrUnsupported) {
 			f.state = refused
-			f.next = time.Time{}
 			if old := t.applied[k]; old != nil {
 				delete(t.applied, k)
 				c.Changes = append(c.Changes, dataplane.Change{Old: old})
 			}
 		} else {
-			f.next = c.End.Add(t.delay(f.attempts))
-			t.repairAt = earlier(t.repairAt, f.next)
+			delay = t.delay(f.attempts)
+			t.repairAt = earlier(t.repairAt, c.End.Add(delay))
 		}
 		switch text := err.Error(); {
 		case f.reported == text:
@@ -432,7 +423,7 @@ func (t *tables) failed(c *Commit, in inbox) {
 			if f.state == refused {
 				t.log.Warn("service not supported", "service", k.String(), "error", err)
 			} else {
-				t.log.Warn("service failed", "service", k.String(), "retry_in", f.next.Sub(c.End), "error", err)
+				t.log.Warn("service failed", "service", k.String(), "retry_in", delay, "error", err)
 			}
 		}
 		t.shownStale = true
