@@ -9,8 +9,8 @@
 //	    elements = { 10.96.0.10 . tcp . 80 comment "default/backend:http" : 0:3 }
 //	}
 //	map endpoints {                # frontend . slot : endpoint
-//	    type ipv4_addr . inet_proto . inet_service . mark : ipv4_addr . inet_service
-//	    elements = { 10.96.0.10 . tcp . 80 . 0x0 : 10.244.1.5 . 8080, … }
+//	    type ipv4_addr . inet_proto . inet_service . classid : ipv4_addr . inet_service
+//	    elements = { 10.96.0.10 . tcp . 80 . fa1d:0 : 10.244.1.5 . 8080, … }
 //	}
 //	map classes {                  # class : chain
 //	    type classid : verdict
@@ -24,9 +24,17 @@
 //	    type nat hook prerouting priority dstnat
 //	    meta priority set ip daddr . meta l4proto . th dport map @services meta priority vmap @classes
 //	}
-//	chain class-3 {
-//	    meta priority set none dnat to ip daddr . meta l4proto . th dport . numgen random mod 3 map @endpoints
-//	    dnat to ip daddr . meta l4proto . th dport . numgen random mod 1 map @endpoints
+//	chain class-3 {                # draws a slot
+//	    meta priority set numgen random mod 3 offset 4196204544 goto translate
+//	}
+//	chain translate {
+//	    dnat to ip daddr . meta l4proto . th dport . meta priority map @endpoints
+//	    dnat to ip daddr . meta l4proto . th dport . numgen random mod 1 offset 4196204544 map @endpoints
+//	}
+//	chain filter-prerouting {      # and filter-output
+//	    type filter hook prerouting priority dstnat + 10
+//	    meta priority & ffff:0 == fa1d:0 meta priority set none
+//	    ct state new ip daddr . meta l4proto . th dport @no-endpoints goto reject
 //	}
 //
 // # Why it is built like this
@@ -38,15 +46,16 @@
 // size of the map. A verdict map with a goto an element would be simpler, but
 // a new goto makes the kernel walk all elements of all verdict maps at commit
 // (nf_tables_api.c, nft_table_validate): 17 ms an update at 50,000 Services.
+// For a like reason only one chain refers to endpoints: see table.translate.
 //
-// The class travels from one map to the next in the packet's priority, because
-// `nft` cannot print a rule that looks one lookup's result up in another map.
-// NAT chains see the first packet of a connection only; the class's chain puts
-// the priority back to none.
+// The class, and then the slot, travel from one map to the next in the packet's
+// priority, because `nft` cannot print a rule that looks one lookup's result
+// up in another map. NAT chains see the first packet of a connection only, and
+// the chain behind puts the priority back to none.
 //
 // The slots of a Service are 0 to N-1 without a hole. An endpoint that leaves is
 // replaced by the one in the last slot, so that at most three elements change.
 // A packet reads two maps, and a commit can come between: it may hold the old
-// class and find its slot gone. The second rule of each class sends it to slot
+// class and find its slot gone. The second rule of translate sends it to slot
 // 0, which a Service with endpoints always has.
 package nft

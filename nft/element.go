@@ -32,7 +32,7 @@ func (t *table) frontendElement(f dataplane.Frontend) []byte {
 
 func (t *table) slotElement(f dataplane.Frontend, slot uint32) []byte {
 	b := t.appendFrontend(make([]byte, 0, t.addrLen+12), f)
-	return binary.NativeEndian.AppendUint32(b, slot)
+	return binary.NativeEndian.AppendUint32(b, slotBase|slot)
 }
 
 // classElement is in network byte order, although it becomes the packet's
@@ -75,10 +75,10 @@ func (t *table) parseSlot(b []byte) (dataplane.Frontend, int, error) {
 		return f, 0, errForeign
 	}
 	slot := binary.NativeEndian.Uint32(rest)
-	if slot >= dataplane.MaxEndpoints {
+	if slot&slotMask != slotBase {
 		return f, 0, errForeign
 	}
-	return f, int(slot), nil
+	return f, int(slot &^ slotMask), nil
 }
 
 func (*table) parseClass(b []byte) (class, error) {

@@ -1,0 +1,23 @@
+package nft_test
+
+import (
+	"testing"
+
+	"fairlead/dataplane"
+	"fairlead/dataplane/dataplanetest"
+	"fairlead/nft"
+)
+
+func open(t testing.TB, netns int) dataplane.Dataplane {
+	t.Helper()
+	d, err := nft.Open(nft.Options{NetNS: netns})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return d
+}
+
+// TestBehaviour sends real packets through the backend.
+func TestBehaviour(t *testing.T) {
+	dataplanetest.Run(t, open)
+}
