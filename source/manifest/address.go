@@ -1,0 +1,198 @@
+package manifest
+
+import (
+	"crypto/sha256"
+	"encoding/binary"
+	"fmt"
+	"net/netip"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/types"
+)
+
+// addresses knows who has which cluster IP, and hands out free ones.
+type addresses struct {
+	pools   map[corev1.IPFamily]*pool
+	order   []corev1.IPFamily // the families of the pools, as given
+	holders map[netip.Addr]types.NamespacedName
+}
+
+// pool is a Service CIDR.
+type pool struct {
+	prefix netip.Prefix
+	// size is the number of addresses that can be handed out: all but the first
+	// (the network's) and the last (the broadcast address).
+	size uint64
+	used uint64
+}
+
+func newAddresses(cidrs []netip.Prefix) (*addresses, error) {
+	a := &addresses{pools: map[corev1.IPFamily]*pool{}, holders: map[netip.Addr]types.NamespacedName{}}
+	for _, cidr := range cidrs {
+		switch {
+		case !cidr.IsValid() || cidr.Addr().Is4In6():
+			return nil, fmt.Errorf("service CIDR %s: not a network: use one such as 10.96.0.0/16 or fd00:10:96::/112", cidr)
+		case cidr.Addr().BitLen()-cidr.Bits() < 2:
+			return nil, fmt.Errorf("service CIDR %s: has no address to hand out: use a larger network", cidr)
+		}
+		family := familyOf(cidr.Addr())
+		if first, ok := a.pools[family]; ok {
+			return nil, fmt.Errorf("service CIDR %s: a second network of family %s, after %s: give at most one a family", cidr, family, first.prefix)
+		}
+		// More than 2^62 addresses need no more bits of the hash.
+		bits := min(cidr.Addr().BitLen()-cidr.Bits(), 62)
+		a.pools[family] = &pool{prefix: cidr.Masked(), size: 1<<bits - 2}
+		a.order = append(a.order, family)
+	}
+	return a, nil
+}
+
+// claim gives the address to the Service. It reports false, and who has it, if
+// it is another's.
+func (a *addresses) claim(addr netip.Addr, name types.NamespacedName) (types.NamespacedName, bool) {
+	if holder, ok := a.holders[addr]; ok {
+		return holder, holder == name
+	}
+	a.holders[addr] = name
+	if p := a.pools[familyOf(addr)]; p != nil && p.contains(addr) {
+		p.used++
+	}
+	return name, true
+}
+
+// release takes the address back.
+func (a *addresses) release(addr netip.Addr) {
+	if _, ok := a.holders[addr]; !ok {
+		return
+	}
+	delete(a.holders, addr)
+	if p := a.pools[familyOf(addr)]; p != nil && p.contains(addr) {
+		p.used--
+	}
+}
+
+// give claims a free address for the Service: the one that its name says, or if
+// that is taken the next free one after it. It reports false if there is none.
+func (a *addresses) give(name types.NamespacedName, family corev1.IPFamily) (netip.Addr, bool) {
+	p := a.pools[family]
+	if p.used >= p.size {
+		return netip.Addr{}, false
+	}
+	sum := sha256.Sum256([]byte(name.String()))
+	for i := binary.BigEndian.Uint64(sum[:]) % p.size; ; i = (i + 1) % p.size {
+		addr := p.at(i)
+		if _, taken := a.holders[addr]; !taken {
+			a.claim(addr, name)
+			return addr, true
+		}
+	}
+}
+
+// at returns the i-th address that can be handed out.
+func (p *pool) at(i uint64) netip.Addr {
+	bytes := p.prefix.Addr().As16()
+	low := bytes[8:]
+	binary.BigEndian.PutUint64(low, binary.BigEndian.Uint64(low)+i+1)
+	addr := netip.AddrFrom16(bytes)
+	if p.prefix.Addr().Is4() {
+		return addr.Unmap()
+	}
+	return addr
+}
+
+// contains reports whether the address is one that can be handed out.
+func (p *pool) contains(addr netip.Addr) bool {
+	if !p.prefix.Contains(addr) {
+		return false
+	}
+	bytes, first := addr.As16(), p.prefix.Addr().As16()
+	if [8]byte(bytes[:8]) != [8]byte(first[:8]) {
+		return false // beyond the 2^62 addresses used of a larger network
+	}
+	i := binary.BigEndian.Uint64(bytes[8:]) - binary.BigEndian.Uint64(first[8:])
+	return i >= 1 && i <= p.size
+}
+
+// wish is the address a Service has to have in one family.
+type wish struct {
+	family corev1.IPFamily
+	// explicit is the address that the file says, if it does.
+	explicit netip.Addr
+}
+
+// wishes returns what addresses and families the Service needs, following the
+// API server's defaults, and the policy.
+func (a *addresses) wishes(o *object) ([]wish, corev1.IPFamilyPolicy, *Error) {
+	spec := &o.service.Spec
+	headless := isHeadless(o.service)
+	policy := corev1.IPFamilyPolicySingleStack
+	if spec.IPFamilyPolicy != nil {
+		policy = *spec.IPFamilyPolicy
+	} else if headless && len(spec.Selector) == 0 {
+		policy = corev1.IPFamilyPolicyRequireDualStack
+	}
+	var wishes []wish
+	for _, family := range spec.IPFamilies {
+		wishes = append(wishes, wish{family: family})
+	}
+	for i, text := range spec.ClusterIPs {
+		if headless {
+			break
+		}
+		addr := netip.MustParseAddr(text) // validated
+		if i < len(wishes) {
+			wishes[i].explicit = addr
+		} else {
+			wishes = append(wishes, wish{familyOf(addr), addr})
+		}
+	}
+	if len(wishes) == 0 {
+		switch {
+		case len(a.order) > 0:
+			wishes = []wish{{family: a.order[0]}}
+		case headless:
+			wishes = []wish{{family: corev1.IPv4Protocol}}
+		default:
+			return nil, "", o.errorf("spec.clusterIP", "the Service needs an address and there is no network to take it from: "+
+				"give one with --service-cidr, or write an address here")
+		}
+	}
+	available := func(w wish) bool {
+		return w.explicit.IsValid() || a.pools[w.family] != nil || (headless && len(a.order) == 0)
+	}
+	if len(wishes) == 1 && policy != corev1.IPFamilyPolicySingleStack {
+		second := wish{family: other(wishes[0].family)}
+		if available(second) || policy == corev1.IPFamilyPolicyRequireDualStack {
+			wishes = append(wishes, second)
+		}
+	}
+	if headless {
+		return wishes, policy, nil
+	}
+	if policy == corev1.IPFamilyPolicyPreferDualStack && len(wishes) == 2 {
+		if available(wishes[0]) && !available(wishes[1]) {
+			wishes = wishes[:1]
+		} else if !available(wishes[0]) && available(wishes[1]) {
+			wishes = wishes[1:]
+		}
+	}
+	for _, w := range wishes {
+		switch {
+		case available(w):
+		case policy == corev1.IPFamilyPolicyRequireDualStack:
+			return nil, "", o.errorf("spec.ipFamilyPolicy", "RequireDualStack needs an address of both families "+
+				"and there is no %s network to take one from: give one of each family with --service-cidr, or use PreferDualStack", w.family)
+		default:
+			return nil, "", o.errorf("spec.ipFamilies", "the Service needs an %s address and there is no network to take it from: "+
+				"give one with --service-cidr, or write an address in spec.clusterIP", w.family)
+		}
+	}
+	return wishes, policy, nil
+}
+
+func other(family corev1.IPFamily) corev1.IPFamily {
+	if family == corev1.IPv4Protocol {
+		return corev1.IPv6Protocol
+	}
+	return corev1.IPv4Protocol
+}

@@ -1,0 +1,51 @@
+// Package manifest delivers the Kubernetes objects in a folder of plain YAML
+// files, and does for them what a control plane would: sets defaults, gives
+// addresses to Services, and finds their endpoints.
+//
+// # Files
+//
+// All files of the folder whose names end in .yaml, .yml or .json are read, as
+// kubectl apply -f does; hidden files and subfolders are not. A file holds any
+// number of documents: v1 Service, v1 Pod, discovery.k8s.io/v1 EndpointSlice, or
+// a v1 List of them. Objects of other kinds are left out with a warning, as the
+// files of most tutorials have some.
+//
+// The folder is watched, and each change delivered at once. Writing a file,
+// renaming one into place, and replacing the link ..data as a mounted ConfigMap
+// does all work; a link to a file elsewhere is followed when it is read, but that
+// file is not watched. A file larger than its writer writes at once should be
+// renamed into place.
+//
+// Objects are read strictly: unknown fields, wrong types and bad values are
+// errors, with file, line, field and fix. All errors of a file are reported. An
+// object with an error stays as it last was, and so do all objects of a document
+// that cannot be read at all; every other object is delivered. If an object is
+// in two places, the first by file name and line is used, and the other is an
+// error.
+//
+// # Addresses
+//
+// A Service without an address gets one from the Service CIDR of each family it
+// needs. The address follows from the Service's namespace and name alone, so it
+// is the same after a restart and on every node, whatever the order of the
+// files. There is one exception: if that address is taken, the Service gets the
+// next free one, so it then also depends on the Service that has it. Further:
+//
+//   - An address that a Service has stays its own as long as the program runs and
+//     the Service needs one, whatever happens to others.
+//   - An address that a file says is never handed out. A Service whose file says
+//     an address that another Service has is an error until that one gives it
+//     up.
+//   - The first and the last address of the network are not handed out. Of an
+//     IPv6 network larger than /66, only the first 2^62 addresses are.
+//
+// # Endpoints
+//
+// For each Service with a selector there are EndpointSlices made from the Pods
+// that it selects, besides those that files may hold for it. A Pod takes part if
+// it has an address in status.podIP or status.podIPs and is neither Succeeded nor
+// Failed. It is ready if its condition Ready says so; a Pod without this
+// condition, as people write it, is ready if it has no status.phase or is
+// Running. A Pod with a deletionTimestamp is terminating. A Pod without
+// spec.nodeName is on this node.
+package manifest

@@ -1,0 +1,348 @@
+package manifest
+
+import (
+	"errors"
+	"flag"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+
+	"fairlead/kube"
+)
+
+var update = flag.Bool("update", false, "write testdata anew")
+
+var (
+	cidr4    = netip.MustParsePrefix("10.96.0.0/16")
+	cidr6    = netip.MustParsePrefix("fd00:10:96::/112")
+	oneCIDR  = []netip.Prefix{cidr4}
+	bothCIDR = []netip.Prefix{cidr4, cidr6}
+)
+
+// folder writes files, given as name and text by turns, to a new folder.
+func folder(t testing.TB, files ...string) string {
+	t.Helper()
+	dir := t.TempDir()
+	for i := 0; i < len(files); i += 2 {
+		write(t, dir, files[i], files[i+1])
+	}
+	return dir
+}
+
+func write(t testing.TB, dir, name, text string) {
+	t.Helper()
+	if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// summary writes what a Delta holds, a line an object:
+//
+//	default/web ClusterIP 10.96.0.1 http:80->8080/TCP
+//	default/web IPv4 http:8080/TCP 10.0.0.1(node,ready) 10.0.0.2
+func summary(d kube.Delta) []string {
+	var lines []string
+	for _, svc := range d.Services {
+		words := []string{svc.Namespace + "/" + svc.Name, string(svc.Spec.Type), strings.Join(svc.Spec.ClusterIPs, ",")}
+		for _, p := range svc.Spec.Ports {
+			words = append(words, p.Name+":"+itoa(p.Port)+"->"+p.TargetPort.String()+"/"+string(p.Protocol))
+		}
+		lines = append(lines, strings.Join(words, " "))
+	}
+	for _, slice := range d.EndpointSlices {
+		words := []string{slice.Namespace + "/" + slice.Labels[discoveryv1.LabelServiceName], string(slice.AddressType)}
+		for _, p := range slice.Ports {
+			words = append(words, *p.Name+":"+itoa(*p.Port)+"/"+string(*p.Protocol))
+		}
+		for _, ep := range slice.Endpoints {
+			words = append(words, ep.Addresses[0]+conditions(ep))
+		}
+		if _, ok := slice.Labels[corev1.IsHeadlessService]; ok {
+			words = append(words, "headless")
+		}
+		lines = append(lines, strings.Join(words, " "))
+	}
+	for _, name := range d.DeletedServices {
+		lines = append(lines, name.String()+" gone")
+	}
+	for _, name := range d.DeletedEndpointSlices {
+		lines = append(lines, name.String()+" slice gone")
+	}
+	return lines
+}
+
+func conditions(ep discoveryv1.Endpoint) string {
+	var words []string
+	if ep.NodeName != nil {
+		words = append(words, *ep.NodeName)
+	}
+	if ep.Hostname != nil {
+		words = append(words, "host="+*ep.Hostname)
+	}
+	for _, c := range []struct {
+		name  string
+		value *bool
+	}{{"ready", ep.Conditions.Ready}, {"serving", ep.Conditions.Serving}, {"terminating", ep.Conditions.Terminating}} {
+		if c.value != nil && *c.value {
+			words = append(words, c.name)
+		}
+	}
+	return "(" + strings.Join(words, ",") + ")"
+}
+
+func itoa(n int32) string { return strconv.Itoa(int(n)) }
+
+// pod returns the YAML of a pod with labels app: app and a port http, 8080/TCP.
+func pod(name, app, ip, more string) string {
+	return `
+apiVersion: v1
+kind: Pod
+metadata:
+  name: ` + name + `
+  labels: {app: ` + app + `}
+spec:
+  containers:
+  - name: main
+    image: example
+    ports: [{name: http, containerPort: 8080}]
+status:
+  podIP: ` + ip + `
+` + more + "\n---\n"
+}
+
+// service returns the YAML of a Service with the selector app: name and one
+// port, 80 to 8080. more is added to the spec.
+func service(name, more string) string {
+	return `
+apiVersion: v1
+kind: Service
+metadata: {name: ` + name + `}
+spec:
+  selector: {app: ` + name + `}
+  ports: [{port: 80, targetPort: 8080}]
+` + indent(more) + "\n---\n"
+}
+
+func indent(text string) string {
+	lines := strings.Split(strings.TrimSpace(text), "\n")
+	for i := range lines {
+		lines[i] = "  " + lines[i]
+	}
+	return strings.Join(lines, "\n")
+}
+
+// TestLoad says what files mean.
+func TestLoad(t *testing.T) {
+	t.Parallel()
+	tests := []struct {
+		name  string
+		cidrs []netip.Prefix
+		files []string
+		want  []string
+	}{
+		{
+			name: "an empty folder",
+		},
+		{
+			name: "defaults: namespace, type, protocol and target port", cidrs: oneCIDR,
+			files: []string{"a.yaml", "apiVersion: v1\nkind: Service\nmetadata: {name: web}\nspec: {clusterIP: 10.96.0.1, ports: [{port: 80}]}"},
+			want:  []string{"default/web ClusterIP 10.96.0.1 :80->80/TCP"},
+		},
+		{
+			name: "several documents, comments, other kinds, and a List", cidrs: oneCIDR,
+			files: []string{"a.yml", `
+# a tutorial
+---
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: web}
+spec: {anything: true}
+---
+apiVersion: v1
+kind: List
+items:
+- {apiVersion: v1, kind: Service, metadata: {name: a, namespace: shop}, spec: {clusterIP: 10.96.0.1, ports: [{port: 80}]}}
+- {apiVersion: v1, kind: Service, metadata: {name: b}, spec: {clusterIP: 10.96.0.2, ports: [{port: 53, protocol: UDP}]}}
+...
+---
+---
+# nothing here
+`},
+			want: []string{"default/b ClusterIP 10.96.0.2 :53->53/UDP", "shop/a ClusterIP 10.96.0.1 :80->80/TCP"},
+		},
+		{
+			name: "JSON, anchors and merge keys",
+			files: []string{"a.json", `{"apiVersion":"v1","kind":"Service","metadata":{"name":"a"},"spec":{"clusterIP":"10.96.0.1","ports":[{"port":80}]}}`, "b.yaml", `
+apiVersion: v1
+kind: Service
+metadata: {name: &name b, labels: {app: *name}}
+spec:
+  clusterIP: 10.96.0.2
+  ports:
+  - &port {name: x, port: 80, targetPort: web}
+  - {<<: *port, name: y, port: 81}
+`},
+			want: []string{"default/a ClusterIP 10.96.0.1 :80->80/TCP", "default/b ClusterIP 10.96.0.2 x:80->web/TCP y:81->web/TCP"},
+		},
+		{
+			name: "hidden files, other names and folders are not read",
+			files: []string{
+				".a.yaml", "not: [yaml", "a.yaml~", "not: [yaml", "notes.txt", "not: [yaml", "..b.yaml", "not: [yaml",
+			},
+		},
+		{
+			name: "endpoints from the selector", cidrs: oneCIDR,
+			files: []string{"a.yaml", service("web", "clusterIP: 10.96.0.1") +
+				pod("web-2", "web", "10.0.0.2", "") + pod("web-1", "web", "10.0.0.1", "") + pod("db-1", "db", "10.0.0.3", "") +
+				strings.Replace(pod("web-3", "web", "10.0.0.4", ""), "  name: web-3", "  name: web-3\n  namespace: shop", 1)},
+			want: []string{
+				"default/web ClusterIP 10.96.0.1 :80->8080/TCP",
+				"default/web IPv4 :8080/TCP 10.0.0.1(here,ready,serving) 10.0.0.2(here,ready,serving)",
+			},
+		},
+		{
+			name: "readiness", cidrs: oneCIDR,
+			files: []string{"a.yaml", service("web", "clusterIP: 10.96.0.1") +
+				pod("w1", "web", "10.0.0.1", "  conditions: [{type: Ready, status: 'False'}]") +
+				pod("w2", "web", "10.0.0.2", "  conditions: [{type: Ready, status: 'True'}]\n  phase: Pending") +
+				pod("w3", "web", "10.0.0.3", "  phase: Running") +
+				pod("w4", "web", "10.0.0.4", "  phase: Pending") +
+				pod("w5", "web", "10.0.0.5", "  phase: Succeeded") +
+				pod("w6", "web", "10.0.0.6", "  phase: Failed") +
+				pod("w7", "web", "''", "") +
+				strings.Replace(pod("w8", "web", "10.0.0.8", ""), "  name: w8", "  name: w8\n  deletionTimestamp: 2026-01-02T03:04:05Z", 1)},
+			want: []string{
+				"default/web ClusterIP 10.96.0.1 :80->8080/TCP",
+				"default/web IPv4 :8080/TCP 10.0.0.1(here) 10.0.0.2(here,ready,serving) 10.0.0.3(here,ready,serving) 10.0.0.4(here) 10.0.0.8(here,serving,terminating)",
+			},
+		},
+		{
+			name: "publishNotReadyAddresses", cidrs: oneCIDR,
+			files: []string{"a.yaml", service("web", "clusterIP: 10.96.0.1\npublishNotReadyAddresses: true") + pod("w", "web", "10.0.0.1", "  phase: Pending")},
+			want: []string{
+				"default/web ClusterIP 10.96.0.1 :80->8080/TCP",
+				"default/web IPv4 :8080/TCP 10.0.0.1(here,ready)",
+			},
+		},
+		{
+			name: "named target ports, which pods may number differently or not have", cidrs: oneCIDR,
+			files: []string{"a.yaml", strings.Replace(service("web", "clusterIP: 10.96.0.1"), "targetPort: 8080", "targetPort: http", 1) +
+				pod("w1", "web", "10.0.0.1", "") +
+				strings.Replace(pod("w2", "web", "10.0.0.2", ""), "8080", "9090", 1) +
+				strings.Replace(pod("w3", "web", "10.0.0.3", ""), "name: http,", "name: http, protocol: UDP,", 1) +
+				pod("w4", "web", "10.0.0.4", "")},
+			want: []string{
+				"default/web ClusterIP 10.96.0.1 :80->http/TCP",
+				"default/web IPv4 :8080/TCP 10.0.0.1(here,ready,serving) 10.0.0.4(here,ready,serving)",
+				"default/web IPv4 10.0.0.3(here,ready,serving)",
+				"default/web IPv4 :9090/TCP 10.0.0.2(here,ready,serving)",
+			},
+		},
+		{
+			name: "headless, with host names and another node", cidrs: oneCIDR,
+			files: []string{"a.yaml", service("db", "clusterIP: None") + strings.Replace(pod("db-0", "db", "10.0.0.1", ""),
+				"spec:", "spec:\n  hostname: db-0\n  subdomain: db\n  nodeName: there", 1)},
+			want: []string{
+				"default/db ClusterIP None :80->8080/TCP",
+				"default/db IPv4 :8080/TCP 10.0.0.1(there,host=db-0,ready,serving) headless",
+			},
+		},
+		{
+			name: "dual stack", cidrs: bothCIDR,
+			files: []string{"a.yaml", service("web", "ipFamilyPolicy: PreferDualStack\nclusterIPs: [10.96.0.1, 'fd00:10:96::1']\nclusterIP: 10.96.0.1") +
+				pod("w1", "web", "10.0.0.1", "  podIPs: [{ip: 10.0.0.1}, {ip: 'fd01::1'}]") + pod("w2", "web", "fd01::2", "")},
+			want: []string{
+				"default/web ClusterIP 10.96.0.1,fd00:10:96::1 :80->8080/TCP",
+				"default/web IPv4 :8080/TCP 10.0.0.1(here,ready,serving)",
+				"default/web IPv6 :8080/TCP fd01::1(here,ready,serving) fd01::2(here,ready,serving)",
+			},
+		},
+		{
+			name: "EndpointSlices as written, for Services with and without a selector", cidrs: oneCIDR,
+			files: []string{"a.yaml", service("web", "clusterIP: 10.96.0.1") + pod("w1", "web", "10.0.0.1", "") + `
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: more, labels: {kubernetes.io/service-name: web}}
+addressType: IPv4
+endpoints: [{addresses: [10.0.0.9]}]
+ports: [{port: 8080}]
+`},
+			want: []string{
+				"default/web ClusterIP 10.96.0.1 :80->8080/TCP",
+				"default/web IPv4 :8080/TCP 10.0.0.9()",
+				"default/web IPv4 :8080/TCP 10.0.0.1(here,ready,serving)",
+			},
+		},
+		{
+			name:  "ExternalName has no address",
+			files: []string{"a.yaml", "apiVersion: v1\nkind: Service\nmetadata: {name: x}\nspec: {type: ExternalName, externalName: example.com}"},
+			want:  []string{"default/x ExternalName "},
+		},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			d, err := Load(Options{Dir: folder(t, tt.files...), ServiceCIDRs: tt.cidrs, NodeName: "here"})
+			if err != nil {
+				t.Errorf("error: %v", err)
+			}
+			if diff := cmp.Diff(tt.want, summary(d)); diff != "" {
+				t.Errorf("objects (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+// TestErrors says what people are told, to the letter: testdata/errors has the
+// files, and beside each the errors. Run with -update to write the latter anew.
+func TestErrors(t *testing.T) {
+	t.Parallel()
+	inputs, err := filepath.Glob("testdata/errors/*.yaml")
+	if err != nil || len(inputs) == 0 {
+		t.Fatalf("no files in testdata/errors: %v", err)
+	}
+	for _, input := range inputs {
+		name := strings.TrimSuffix(filepath.Base(input), ".yaml")
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			text, err := os.ReadFile(input)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var cidrs []netip.Prefix
+			first, _, _ := strings.Cut(string(text), "\n")
+			for cidr := range strings.FieldsSeq(strings.TrimPrefix(first, "# --service-cidr")) {
+				cidrs = append(cidrs, netip.MustParsePrefix(cidr))
+			}
+			d, err := Load(Options{Dir: folder(t, "x.yaml", string(text)), ServiceCIDRs: cidrs, NodeName: "here"})
+			var errs Errors
+			if !errors.As(err, &errs) {
+				t.Fatalf("error %v, want Errors", err)
+			}
+			got := errs.Error() + "\n"
+			for _, line := range summary(d) {
+				got += "delivered: " + line + "\n"
+			}
+			golden := strings.TrimSuffix(input, ".yaml") + ".txt"
+			if *update {
+				if err := os.WriteFile(golden, []byte(got), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			want, err := os.ReadFile(golden)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(string(want), got); diff != "" {
+				t.Errorf("errors (-want +got):\n%s", diff)
+			}
+		})
+	}
+}

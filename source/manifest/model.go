@@ -1,0 +1,482 @@
+package manifest
+
+import (
+	"net/netip"
+	"reflect"
+	"slices"
+	"strings"
+
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	"fairlead/kube"
+)
+
+// model holds the objects of all files and does what a control plane would:
+// addresses and endpoints. It answers each change of files with what that
+// changes, at a cost that follows the change: the objects of the changed files,
+// the Services whose selector shares a label with a changed Pod, and the Pods of
+// a changed Service.
+type model struct {
+	nodeName  string
+	addresses *addresses
+
+	files map[string]*parsed
+	// places has all objects of one name, the one in force first.
+	places map[id][]*object
+	// current has the object in force.
+	current map[id]*object
+	// podsBy and servicesBy find Pods by each of their labels, and Services by
+	// the first label of their selector.
+	podsBy, servicesBy map[label]map[types.NamespacedName]struct{}
+
+	// held has the addresses of each Service.
+	held map[types.NamespacedName][]netip.Addr
+	// made has the names of the slices made for a Service.
+	made map[types.NamespacedName][]types.NamespacedName
+	// broken has the files with errors, and doubles the names with more than one
+	// place, so that errors need no walk over everything.
+	broken  map[string]struct{}
+	doubles map[id]struct{}
+	// failed has the Services that could not get what they need.
+	failed map[types.NamespacedName]*Error
+
+	// services and slices are what was delivered.
+	services map[types.NamespacedName]*corev1.Service
+	slices   map[types.NamespacedName]*discoveryv1.EndpointSlice
+}
+
+// label is one label of the objects of a namespace.
+type label struct{ namespace, key, value string }
+
+func newModel(nodeName string, addrs *addresses) *model {
+	return &model{
+		nodeName:   nodeName,
+		addresses:  addrs,
+		files:      map[string]*parsed{},
+		broken:     map[string]struct{}{},
+		doubles:    map[id]struct{}{},
+		places:     map[id][]*object{},
+		current:    map[id]*object{},
+		podsBy:     map[label]map[types.NamespacedName]struct{}{},
+		servicesBy: map[label]map[types.NamespacedName]struct{}{},
+		held:       map[types.NamespacedName][]netip.Addr{},
+		made:       map[types.NamespacedName][]types.NamespacedName{},
+		failed:     map[types.NamespacedName]*Error{},
+		services:   map[types.NamespacedName]*corev1.Service{},
+		slices:     map[types.NamespacedName]*discoveryv1.EndpointSlice{},
+	}
+}
+
+// update takes over what files hold now, nil for a file that is gone, and
+// returns what this changes.
+func (m *model) update(files map[string]*parsed) kube.Delta {
+	touched := map[id]struct{}{}
+	for name, file := range files {
+		m.replaceFile(name, file, touched)
+	}
+	dirty := map[types.NamespacedName]struct{}{}
+	out := changes{services: map[types.NamespacedName]*corev1.Service{}, slices: map[types.NamespacedName]*discoveryv1.EndpointSlice{}}
+	for i := range touched {
+		m.settle(i, dirty, &out)
+	}
+	m.settleServices(dirty, &out)
+	return m.deliver(&out)
+}
+
+// changes are objects as they are now, nil if they are gone.
+type changes struct {
+	services map[types.NamespacedName]*corev1.Service
+	slices   map[types.NamespacedName]*discoveryv1.EndpointSlice
+}
+
+// replaceFile puts the objects of a file in place of what it held. An object
+// that cannot be read now stays as it was.
+func (m *model) replaceFile(name string, file *parsed, touched map[id]struct{}) {
+	old := m.files[name]
+	if old != nil {
+		for _, o := range old.objects {
+			touched[o.id] = struct{}{}
+			m.places[o.id] = slices.DeleteFunc(m.places[o.id], func(p *object) bool { return p == o })
+		}
+	}
+	delete(m.broken, name)
+	if file == nil {
+		delete(m.files, name)
+		return
+	}
+	if len(file.errs) > 0 {
+		m.broken[name] = struct{}{}
+	}
+	if old != nil && (file.unknown || len(file.bad) > 0) {
+		readable := map[id]bool{}
+		for _, o := range file.objects {
+			readable[o.id] = true
+		}
+		for _, o := range old.objects {
+			if !readable[o.id] && (file.unknown || file.bad[o.id]) {
+				file.objects = append(file.objects, o)
+			}
+		}
+	}
+	m.files[name] = file
+	for _, o := range file.objects {
+		touched[o.id] = struct{}{}
+		places := m.places[o.id]
+		at, _ := slices.BinarySearchFunc(places, o, (*object).comparePlace)
+		m.places[o.id] = slices.Insert(places, at, o)
+	}
+}
+
+// settle decides which object of a name is in force and, if it changed, updates
+// the indexes and marks the Services that this touches.
+func (m *model) settle(i id, dirty map[types.NamespacedName]struct{}, out *changes) {
+	var now *object
+	if places := m.places[i]; len(places) > 0 {
+		now = places[0]
+	} else {
+		delete(m.places, i)
+	}
+	if len(m.places[i]) > 1 {
+		m.doubles[i] = struct{}{}
+	} else {
+		delete(m.doubles, i)
+	}
+	was := m.current[i]
+	if now == nil {
+		delete(m.current, i)
+	} else {
+		m.current[i] = now
+	}
+	// A failed Service is looked at again: its error may be in another line now.
+	failed := i.kind == kindService && m.failed[i.name] != nil
+	if !failed && (was == nil && now == nil || was != nil && now != nil && was.equal(now)) {
+		return
+	}
+	switch i.kind {
+	case kindService:
+		dirty[i.name] = struct{}{}
+		if was != nil {
+			unindex(m.servicesBy, i.name, selectorLabel(was.service))
+		}
+		if now != nil {
+			index(m.servicesBy, i.name, selectorLabel(now.service))
+		}
+	case kindPod:
+		for _, o := range []*object{was, now} {
+			if o == nil {
+				continue
+			}
+			for key, value := range o.pod.Labels {
+				l := label{i.name.Namespace, key, value}
+				if o == was {
+					unindex(m.podsBy, i.name, l)
+				} else {
+					index(m.podsBy, i.name, l)
+				}
+				for name := range m.servicesBy[l] {
+					if s := m.current[id{kindService, name}]; s != nil && selects(s.service.Spec.Selector, o.pod.Labels) {
+						dirty[name] = struct{}{}
+					}
+				}
+			}
+		}
+	case kindEndpointSlice:
+		out.slices[i.name] = nil
+		if now != nil {
+			out.slices[i.name] = now.slice
+		}
+	}
+}
+
+func (o *object) equal(p *object) bool {
+	return reflect.DeepEqual(o.service, p.service) && reflect.DeepEqual(o.pod, p.pod) && reflect.DeepEqual(o.slice, p.slice)
+}
+
+// selectorLabel returns the label of its selector by which a Service is found.
+func selectorLabel(svc *corev1.Service) label {
+	keys := sortedKeys(svc.Spec.Selector)
+	if len(keys) == 0 {
+		return label{}
+	}
+	return label{svc.Namespace, keys[0], svc.Spec.Selector[keys[0]]}
+}
+
+func index(in map[label]map[types.NamespacedName]struct{}, name types.NamespacedName, l label) {
+	if l == (label{}) {
+		return
+	}
+	if in[l] == nil {
+		in[l] = map[types.NamespacedName]struct{}{}
+	}
+	in[l][name] = struct{}{}
+}
+
+func unindex(in map[label]map[types.NamespacedName]struct{}, name types.NamespacedName, l label) {
+	delete(in[l], name)
+	if len(in[l]) == 0 {
+		delete(in, l)
+	}
+}
+
+// settleServices gives the dirty Services their addresses and endpoints.
+func (m *model) settleServices(dirty map[types.NamespacedName]struct{}, out *changes) {
+	if len(dirty) == 0 {
+		return
+	}
+	// A Service that failed may succeed now that others have changed.
+	for name := range m.failed {
+		dirty[name] = struct{}{}
+	}
+	names := make([]types.NamespacedName, 0, len(dirty))
+	for name := range dirty {
+		names = append(names, name)
+	}
+	slices.SortFunc(names, func(a, b types.NamespacedName) int { return strings.Compare(a.String(), b.String()) })
+	for name, svc := range m.assign(names) {
+		out.services[name] = svc
+	}
+	for _, name := range names {
+		svc, ok := out.services[name]
+		if !ok {
+			svc = m.services[name] // failed: as it was
+		}
+		m.makeSlices(name, svc, out)
+	}
+}
+
+// request is what one Service needs.
+type request struct {
+	name   types.NamespacedName
+	object *object
+	wishes []wish
+	policy corev1.IPFamilyPolicy
+	had    []netip.Addr
+	err    *Error
+}
+
+// assign gives addresses to the Services, in the order of the names: first
+// those that files say, so that these are not handed out, then those that each
+// Service has already, then new ones. It returns the Services with their
+// addresses, nil for those that are gone, and leaves out those that failed.
+func (m *model) assign(names []types.NamespacedName) map[types.NamespacedName]*corev1.Service {
+	done := map[types.NamespacedName]*corev1.Service{}
+	var requests []*request
+	for _, name := range names {
+		delete(m.failed, name)
+		r := &request{name: name, object: m.current[id{kindService, name}], had: m.held[name]}
+		if r.object == nil {
+			done[name] = nil
+		} else if r.object.service.Spec.Type != corev1.ServiceTypeExternalName {
+			r.wishes, r.policy, r.err = m.addresses.wishes(r.object)
+		}
+		requests = append(requests, r)
+		if r.err != nil {
+			continue
+		}
+		// What a Service gives up can be another's in the same update.
+		for _, addr := range r.had {
+			if !slices.ContainsFunc(r.wishes, func(w wish) bool { return r.keeps(w, addr) }) {
+				m.addresses.release(addr)
+			}
+		}
+	}
+	for _, r := range requests {
+		for i, w := range r.wishes {
+			if !w.explicit.IsValid() || r.err != nil {
+				continue
+			}
+			if holder, ok := m.addresses.claim(w.explicit, r.name); !ok {
+				field := "spec.clusterIP"
+				if i > 0 {
+					field = "spec.clusterIPs[1]"
+				}
+				r.err = r.object.errorf(field, "%s is already the address of Service %s: give one of them another address", w.explicit, holder)
+			}
+		}
+	}
+	for _, r := range requests {
+		m.finish(r, done)
+	}
+	return done
+}
+
+func (r *request) keeps(w wish, addr netip.Addr) bool {
+	if r.object.service.Spec.ClusterIP == corev1.ClusterIPNone {
+		return false
+	}
+	if w.explicit.IsValid() {
+		return w.explicit == addr
+	}
+	return w.family == familyOf(addr)
+}
+
+// finish completes a request whose explicit addresses are claimed.
+func (m *model) finish(r *request, done map[types.NamespacedName]*corev1.Service) {
+	var addrs []netip.Addr
+	if r.object != nil && !isHeadless(r.object.service) {
+		for _, w := range r.wishes {
+			if r.err != nil {
+				break
+			}
+			addr := w.explicit
+			if i := slices.IndexFunc(r.had, func(a netip.Addr) bool { return r.keeps(w, a) }); !addr.IsValid() && i >= 0 {
+				addr = r.had[i]
+			}
+			if !addr.IsValid() {
+				var ok bool
+				if addr, ok = m.addresses.give(r.name, w.family); !ok {
+					p := m.addresses.pools[w.family]
+					r.err = r.object.errorf("spec.clusterIP", "no address is left for the Service, because all %d of %s are in use: "+
+						"give a larger network with --service-cidr", p.size, p.prefix)
+					break
+				}
+			}
+			addrs = append(addrs, addr)
+		}
+	}
+	if r.err != nil {
+		m.failed[r.name] = r.err
+		// Back to what it had, so that its last good version goes on.
+		for addr, holder := range m.addressesOf(r, addrs) {
+			if holder == r.name && !slices.Contains(r.had, addr) {
+				m.addresses.release(addr)
+			}
+		}
+		for _, addr := range r.had {
+			m.addresses.claim(addr, r.name)
+		}
+		return
+	}
+	if r.object == nil {
+		delete(m.held, r.name)
+		return
+	}
+	m.held[r.name] = addrs
+	if len(addrs) == 0 {
+		delete(m.held, r.name)
+	}
+	svc := r.object.service.DeepCopy()
+	if len(addrs) > 0 {
+		svc.Spec.ClusterIPs = nil
+		for _, addr := range addrs {
+			svc.Spec.ClusterIPs = append(svc.Spec.ClusterIPs, addr.String())
+		}
+		svc.Spec.ClusterIP = svc.Spec.ClusterIPs[0]
+	}
+	svc.Spec.IPFamilies = nil
+	for _, w := range r.wishes {
+		svc.Spec.IPFamilies = append(svc.Spec.IPFamilies, w.family)
+	}
+	svc.Spec.IPFamilyPolicy = nil
+	if r.policy != "" {
+		svc.Spec.IPFamilyPolicy = new(r.policy)
+	}
+	done[r.name] = svc
+}
+
+// addressesOf returns who holds the addresses that a request could have claimed.
+func (m *model) addressesOf(r *request, given []netip.Addr) map[netip.Addr]types.NamespacedName {
+	holders := map[netip.Addr]types.NamespacedName{}
+	for _, addr := range given {
+		holders[addr] = m.addresses.holders[addr]
+	}
+	for _, w := range r.wishes {
+		if w.explicit.IsValid() {
+			holders[w.explicit] = m.addresses.holders[w.explicit]
+		}
+	}
+	return holders
+}
+
+// makeSlices makes the EndpointSlices of a Service, nil if it is gone.
+func (m *model) makeSlices(name types.NamespacedName, svc *corev1.Service, out *changes) {
+	for _, slice := range m.made[name] {
+		out.slices[slice] = nil
+	}
+	delete(m.made, name)
+	if svc == nil || len(svc.Spec.Selector) == 0 || svc.Spec.Type == corev1.ServiceTypeExternalName {
+		return
+	}
+	for _, slice := range endpointSlices(svc, m.podsOf(svc), m.nodeName) {
+		sliceName := types.NamespacedName{Namespace: slice.Namespace, Name: slice.Name}
+		out.slices[sliceName] = slice
+		m.made[name] = append(m.made[name], sliceName)
+	}
+}
+
+// podsOf returns the pods that the Service selects. It looks at those that have
+// the rarest of the selector's labels.
+func (m *model) podsOf(svc *corev1.Service) []*corev1.Pod {
+	var fewest map[types.NamespacedName]struct{}
+	first := true
+	for key, value := range svc.Spec.Selector {
+		set := m.podsBy[label{svc.Namespace, key, value}]
+		if first || len(set) < len(fewest) {
+			fewest, first = set, false
+		}
+	}
+	var pods []*corev1.Pod
+	for name := range fewest {
+		if pod := m.current[id{kindPod, name}].pod; selects(svc.Spec.Selector, pod.Labels) {
+			pods = append(pods, pod)
+		}
+	}
+	return pods
+}
+
+// deliver returns the changes that are different from what was delivered.
+func (m *model) deliver(out *changes) kube.Delta {
+	var d kube.Delta
+	for _, name := range sortedNames(out.services) {
+		switch svc, was := out.services[name], m.services[name]; {
+		case svc == nil && was != nil:
+			delete(m.services, name)
+			d.DeletedServices = append(d.DeletedServices, name)
+		case svc != nil && !reflect.DeepEqual(svc, was):
+			m.services[name] = svc
+			d.Services = append(d.Services, svc)
+		}
+	}
+	for _, name := range sortedNames(out.slices) {
+		switch slice, was := out.slices[name], m.slices[name]; {
+		case slice == nil && was != nil:
+			delete(m.slices, name)
+			d.DeletedEndpointSlices = append(d.DeletedEndpointSlices, name)
+		case slice != nil && !reflect.DeepEqual(slice, was):
+			m.slices[name] = slice
+			d.EndpointSlices = append(d.EndpointSlices, slice)
+		}
+	}
+	return d
+}
+
+func sortedNames[V any](m map[types.NamespacedName]V) []types.NamespacedName {
+	names := make([]types.NamespacedName, 0, len(m))
+	for name := range m {
+		names = append(names, name)
+	}
+	slices.SortFunc(names, func(a, b types.NamespacedName) int { return strings.Compare(a.String(), b.String()) })
+	return names
+}
+
+// errors returns everything that is wrong now, sorted by file and line.
+func (m *model) errors() Errors {
+	var errs Errors
+	for name := range m.broken {
+		errs = append(errs, m.files[name].errs...)
+	}
+	for _, err := range m.failed {
+		errs = append(errs, err)
+	}
+	for i := range m.doubles {
+		used := m.places[i][0]
+		for _, o := range m.places[i][1:] {
+			errs = append(errs, o.errorf("metadata.name", "%s is also in %s, line %d, and that one is used: remove or rename one of them",
+				i, used.file, used.root.line))
+		}
+	}
+	slices.SortFunc(errs, (*Error).compare)
+	return errs
+}

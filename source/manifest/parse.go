@@ -1,0 +1,216 @@
+package manifest
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"strings"
+
+	"go.yaml.in/yaml/v3"
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	"k8s.io/apimachinery/pkg/types"
+)
+
+// kind is a kind of object that is read.
+type kind string
+
+const (
+	kindService       kind = "Service"
+	kindPod           kind = "Pod"
+	kindEndpointSlice kind = "EndpointSlice"
+)
+
+// id names an object.
+type id struct {
+	kind kind
+	name types.NamespacedName
+}
+
+func (i id) String() string { return string(i.kind) + " " + i.name.String() }
+
+// object is one object of a file. One of service, pod and slice is set, with
+// the defaults that need no other object.
+type object struct {
+	id      id
+	service *corev1.Service
+	pod     *corev1.Pod
+	slice   *discoveryv1.EndpointSlice
+
+	// Where it comes from.
+	file   string
+	root   *node
+	prefix string // of field paths: items[2] in a List, else empty
+}
+
+// line returns the line of a field.
+func (o *object) line(field string) int { return o.root.lineOf(field) }
+
+func (o *object) errorf(field, format string, args ...any) *Error {
+	path := o.prefix
+	if field != "" {
+		path = join(o.prefix, field)
+	}
+	return &Error{File: o.file, Line: o.line(field), Field: path, Message: fmt.Sprintf(format, args...)}
+}
+
+// comparePlace orders objects by file and line.
+func (o *object) comparePlace(p *object) int {
+	return cmp.Or(strings.Compare(o.file, p.file), cmp.Compare(o.root.line, p.root.line), strings.Compare(o.prefix, p.prefix))
+}
+
+// parsed is what a file holds.
+type parsed struct {
+	objects []*object
+	errs    []*Error
+	// bad has the objects that could be named but not be read.
+	bad map[id]bool
+	// unknown is set if there is an object that could not even be named.
+	unknown bool
+	// ignored has the objects of kinds that are not read, as "Deployment in
+	// line 12".
+	ignored []string
+}
+
+// parse reads a file. It goes on after each error.
+func parse(file string, data []byte) *parsed {
+	p := &parser{file: file, parsed: &parsed{bad: map[id]bool{}}}
+	for _, chunk := range split(data) {
+		nodes, errs := trees(chunk)
+		for _, n := range nodes {
+			p.document(n, "", true)
+		}
+		for _, err := range errs {
+			p.errs = append(p.errs, &Error{File: file, Line: err.line, Message: err.message})
+			p.unknown = true
+		}
+	}
+	slices.SortStableFunc(p.errs, (*Error).compare)
+	return p.parsed
+}
+
+type parser struct {
+	*parsed
+
+	file string
+}
+
+// document reads one object. lists says whether it may be a List.
+func (p *parser) document(n *node, prefix string, lists bool) {
+	fail := func(line int, field, format string, args ...any) {
+		p.errs = append(p.errs, &Error{File: p.file, Line: line, Field: field, Message: fmt.Sprintf(format, args...)})
+		p.unknown = true
+	}
+	if n.kind != yaml.MappingNode {
+		fail(n.line, prefix, "%s, want an object with apiVersion, kind and metadata", describe(n))
+		return
+	}
+	apiVersion, name := n.text("apiVersion"), n.text("kind")
+	switch {
+	case name == "":
+		fail(n.lineOf("kind"), join(prefix, "kind"), "missing: name the kind of object, such as Service")
+		return
+	case apiVersion == "":
+		fail(n.lineOf("apiVersion"), join(prefix, "apiVersion"), "missing: write v1 for Service and Pod, discovery.k8s.io/v1 for EndpointSlice")
+		return
+	}
+	group, version, ok := strings.Cut(apiVersion, "/")
+	if !ok {
+		group, version = "", apiVersion
+	}
+	want := ""
+	switch {
+	case name == "List" && group == "":
+		if version != "v1" {
+			want = "v1"
+			break
+		}
+		p.list(n, lists, fail)
+		return
+	case kind(name) == kindService && group == "", kind(name) == kindPod && group == "":
+		want = "v1"
+	case kind(name) == kindEndpointSlice && (group == "discovery.k8s.io" || group == ""):
+		want = "discovery.k8s.io/v1"
+	default:
+		p.ignored = append(p.ignored, fmt.Sprintf("%s in line %d", name, n.lineOf("kind")))
+		return
+	}
+	if apiVersion != want {
+		fail(n.lineOf("apiVersion"), join(prefix, "apiVersion"), "%q is not a version of %s that is read: use %s", apiVersion, name, want)
+		return
+	}
+	p.object(n, prefix, kind(name))
+}
+
+func (p *parser) list(n *node, lists bool, fail func(int, string, string, ...any)) {
+	if !lists {
+		fail(n.line, "kind", "a List in a List: move its items up")
+		return
+	}
+	for _, f := range n.fields {
+		switch f.name {
+		case "apiVersion", "kind", "metadata", "items":
+		default:
+			fail(f.line, f.name, "unknown field: remove it, or correct its name or its indentation")
+		}
+	}
+	items := n.get("items")
+	if items == nil || items.tag == "!!null" {
+		return
+	}
+	if items.kind != yaml.SequenceNode {
+		fail(n.lineOf("items"), "items", "%s, want a list: begin each item with \"- \"", describe(items))
+		return
+	}
+	for i, item := range items.items {
+		p.document(item, fmt.Sprintf("items[%d]", i), false)
+	}
+}
+
+// object reads, completes and validates one object of a kind that is read.
+func (p *parser) object(n *node, prefix string, k kind) {
+	o := &object{file: p.file, root: n, prefix: prefix}
+	before := len(p.errs)
+	// Validators count paths from the object, people from the document.
+	report := func(field, message string) { p.errs = append(p.errs, o.errorf(field, "%s", message)) }
+	var ok bool
+	switch k {
+	case kindService:
+		o.service = &corev1.Service{}
+		if ok = decode(n, o.service, "", report); ok {
+			defaultService(o.service)
+			validateService(o.service, report)
+			o.id.name = types.NamespacedName{Namespace: o.service.Namespace, Name: o.service.Name}
+		}
+	case kindPod:
+		o.pod = &corev1.Pod{}
+		if ok = decode(n, o.pod, "", report); ok {
+			defaultNamespace(&o.pod.ObjectMeta)
+			validatePod(o.pod, report)
+			o.id.name = types.NamespacedName{Namespace: o.pod.Namespace, Name: o.pod.Name}
+		}
+	case kindEndpointSlice:
+		o.slice = &discoveryv1.EndpointSlice{}
+		if ok = decode(n, o.slice, "", report); ok {
+			defaultEndpointSlice(o.slice)
+			validateEndpointSlice(o.slice, report)
+			o.id.name = types.NamespacedName{Namespace: o.slice.Namespace, Name: o.slice.Name}
+		}
+	}
+	o.id.kind = k
+	if len(p.errs) == before {
+		p.objects = append(p.objects, o)
+		return
+	}
+	if !ok {
+		o.id.name = types.NamespacedName{
+			Namespace: cmp.Or(n.get("metadata").text("namespace"), corev1.NamespaceDefault),
+			Name:      n.get("metadata").text("name"),
+		}
+	}
+	if o.id.name.Name == "" {
+		p.unknown = true
+		return
+	}
+	p.bad[o.id] = true
+}

@@ -1,0 +1,254 @@
+package manifest
+
+import (
+	"encoding/json"
+	"fmt"
+	"reflect"
+	"slices"
+	"strings"
+
+	"go.yaml.in/yaml/v3"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/intstr"
+	kjson "sigs.k8s.io/json"
+)
+
+// decode fills the object from the node, strictly. The types of all fields are
+// compared with the tree first, because the JSON decoder stops at the first
+// wrong type and knows no lines; that it must agree afterwards makes sure that
+// nothing passes which Kubernetes' own decoder refuses.
+func decode(n *node, object any, prefix string, report func(field, message string)) bool {
+	c := checker{report: report}
+	c.check(n, reflect.TypeOf(object).Elem(), prefix)
+	if c.failed {
+		return false
+	}
+	data, err := json.Marshal(n.json())
+	if err != nil {
+		report(prefix, fmt.Sprintf("cannot be written as JSON: %v", err))
+		return false
+	}
+	strict, err := kjson.UnmarshalStrict(data, object)
+	if err != nil {
+		strict = append(strict, err)
+	}
+	for _, err := range strict {
+		report(prefix, err.Error())
+	}
+	return len(strict) == 0
+}
+
+// checker compares a tree with the Go type it is meant for.
+type checker struct {
+	report func(field, message string)
+	failed bool
+}
+
+func (c *checker) fail(field, format string, args ...any) {
+	c.failed = true
+	c.report(field, fmt.Sprintf(format, args...))
+}
+
+func (c *checker) check(n *node, t reflect.Type, path string) {
+	if n.tag == "!!null" {
+		return // as if it were not there
+	}
+	for t.Kind() == reflect.Pointer {
+		t = t.Elem()
+	}
+	if reflect.PointerTo(t).Implements(reflect.TypeFor[json.Unmarshaler]()) {
+		c.checkSpecial(n, t, path)
+		return
+	}
+	switch t.Kind() {
+	case reflect.Struct:
+		c.checkStruct(n, t, path)
+	case reflect.Map:
+		if n.kind != yaml.MappingNode {
+			c.fail(path, "%s, want a mapping of names to values: write each as \"name: value\" on a line of its own", describe(n))
+			return
+		}
+		for _, f := range n.fields {
+			c.check(f.value, t.Elem(), path+"["+f.name+"]")
+		}
+	case reflect.Slice:
+		if t.Elem().Kind() == reflect.Uint8 {
+			c.scalar(n, path, "text", "!!str")
+			return
+		}
+		if n.kind != yaml.SequenceNode {
+			c.fail(path, "%s, want a list: begin each item with \"- \"", describe(n))
+			return
+		}
+		for i, item := range n.items {
+			c.check(item, t.Elem(), fmt.Sprintf("%s[%d]", path, i))
+		}
+	case reflect.String:
+		// Dates are text for Kubernetes, which has no type for them.
+		c.scalar(n, path, "text", "!!str", "!!timestamp")
+	case reflect.Bool:
+		c.scalar(n, path, "true or false", "!!bool")
+	case reflect.Int, reflect.Int32, reflect.Int64:
+		if c.scalar(n, path, "a whole number", "!!int") {
+			if v, ok := n.scalar().(int64); !ok || reflect.Zero(t).OverflowInt(v) {
+				c.fail(path, "%s is too large for this field: use a smaller number", n.value)
+			}
+		}
+	case reflect.Float64:
+		c.scalar(n, path, "a number", "!!int", "!!float")
+	default:
+	}
+}
+
+// checkSpecial is for types that read JSON themselves.
+func (c *checker) checkSpecial(n *node, t reflect.Type, path string) {
+	switch t {
+	case reflect.TypeFor[intstr.IntOrString]():
+		if c.scalar(n, path, "a number or a name", "!!int", "!!str") && n.tag == "!!int" {
+			if v, ok := n.scalar().(int64); !ok || v != int64(int32(v)) {
+				c.fail(path, "%s is too large for this field: use a smaller number", n.value)
+			}
+		}
+		return
+	case reflect.TypeFor[metav1.Time](), reflect.TypeFor[metav1.MicroTime]():
+		if !c.scalar(n, path, "a time", "!!str", "!!timestamp") {
+			return
+		}
+	}
+	data, err := json.Marshal(n.json())
+	if err == nil {
+		err = json.Unmarshal(data, reflect.New(t).Interface())
+	}
+	if err != nil {
+		switch t {
+		case reflect.TypeFor[metav1.Time](), reflect.TypeFor[metav1.MicroTime]():
+			c.fail(path, "%q is not a time: write it as 2006-01-02T15:04:05Z", n.value)
+		default:
+			c.fail(path, "%s is not what belongs here: %v", describe(n), err)
+		}
+	}
+}
+
+func (c *checker) checkStruct(n *node, t reflect.Type, path string) {
+	if n.kind != yaml.MappingNode {
+		c.fail(path, "%s, want a mapping of fields: write each as \"name: value\" on a line of its own", describe(n))
+		return
+	}
+	fields := jsonFields(t)
+	for _, f := range n.fields {
+		field, ok := fields[f.name]
+		if !ok {
+			c.fail(join(path, f.name), "unknown field%s", suggest(f.name, fields))
+			continue
+		}
+		c.check(f.value, field, join(path, f.name))
+	}
+}
+
+// scalar reports whether n is a scalar with one of the tags.
+func (c *checker) scalar(n *node, path, want string, tags ...string) bool {
+	if n.kind == yaml.ScalarNode && slices.Contains(tags, n.tag) {
+		return true
+	}
+	if n.kind == yaml.ScalarNode && tags[0] == "!!str" {
+		c.fail(path, "%s, want %s: write %q", describe(n), want, n.value)
+		return false
+	}
+	fix := "write " + want
+	if n.kind == yaml.ScalarNode && n.tag == "!!str" && want == "a whole number" && !strings.ContainsFunc(n.value, func(r rune) bool { return r < '0' || r > '9' }) {
+		fix = "remove the quotation marks"
+	}
+	c.fail(path, "%s, want %s: %s", describe(n), want, fix)
+	return false
+}
+
+func describe(n *node) string {
+	switch {
+	case n.kind == yaml.MappingNode:
+		return "a mapping"
+	case n.kind == yaml.SequenceNode:
+		return "a list"
+	}
+	switch n.tag {
+	case "!!bool":
+		return n.value + " is true or false"
+	case "!!int", "!!float":
+		return n.value + " is a number"
+	case "!!null":
+		return "nothing"
+	case "!!str":
+		return fmt.Sprintf("%q is text", n.value)
+	default:
+		return fmt.Sprintf("%q is of the YAML type %s", n.value, n.tag)
+	}
+}
+
+func join(path, name string) string {
+	if path == "" {
+		return name
+	}
+	return path + "." + name
+}
+
+// jsonFields returns the types of a struct's fields by their JSON names.
+func jsonFields(t reflect.Type) map[string]reflect.Type {
+	fields := map[string]reflect.Type{}
+	for f := range fieldsOf(t) {
+		name, options, _ := strings.Cut(f.Tag.Get("json"), ",")
+		switch {
+		case name == "-":
+		case f.Anonymous && name == "" || strings.Contains(options, "inline"):
+			for name, inner := range jsonFields(f.Type) {
+				fields[name] = inner
+			}
+		case name != "":
+			fields[name] = f.Type
+		}
+	}
+	return fields
+}
+
+func fieldsOf(t reflect.Type) func(func(reflect.StructField) bool) {
+	return func(yield func(reflect.StructField) bool) {
+		for i := range t.NumField() {
+			if !yield(t.Field(i)) {
+				return
+			}
+		}
+	}
+}
+
+// suggest names the field that was meant, if one is near.
+func suggest(name string, fields map[string]reflect.Type) string {
+	best, bestDistance := "", 3
+	for field := range fields {
+		d := distance(strings.ToLower(name), strings.ToLower(field))
+		if d < bestDistance || (d == bestDistance && best != "" && field < best) {
+			best, bestDistance = field, d
+		}
+	}
+	if best == "" {
+		return ": remove it, or correct its name or its indentation"
+	}
+	return fmt.Sprintf(": did you mean %s?", best)
+}
+
+// distance is the number of letters to add, remove or replace to get from a to b.
+func distance(a, b string) int {
+	row := make([]int, len(b)+1)
+	for j := range row {
+		row[j] = j
+	}
+	for i := range len(a) {
+		diagonal := row[0]
+		row[0] = i + 1
+		for j := range len(b) {
+			next := min(row[j]+1, row[j+1]+1, diagonal)
+			if a[i] != b[j] {
+				next = min(row[j]+1, row[j+1]+1, diagonal+1)
+			}
+			diagonal, row[j+1] = row[j+1], next
+		}
+	}
+	return row[len(b)]
+}

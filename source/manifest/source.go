@@ -1,0 +1,375 @@
+package manifest
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/fsnotify/fsnotify"
+
+	"fairlead/kube"
+)
+
+const (
+	// settle is how long events gather after the first: an editor makes several
+	// for one save, and a writer truncates a file before it fills it.
+	settle = 2 * time.Millisecond
+	// retryAfter is when a file that could not be read, or that has lost all of
+	// its objects, is looked at once more, in case it was being written.
+	retryAfter = 150 * time.Millisecond
+)
+
+// Options say what to read and how to complete it.
+type Options struct {
+	// Dir is the folder with the files.
+	Dir string
+	// ServiceCIDRs are the networks that Services without an address get one
+	// from, at most one of each family. The first is the family that Services
+	// have when they do not say.
+	ServiceCIDRs []netip.Prefix
+	// NodeName is the node of Pods that do not name one.
+	NodeName string
+	// Logger takes errors and warnings about the files. Nil discards them.
+	Logger *slog.Logger
+}
+
+// Source reads a folder of Kubernetes objects and watches it.
+type Source struct {
+	opts   Options
+	log    *slog.Logger
+	model  *model
+	hashes map[string][sha256.Size]byte
+	// reported has the errors of now, which were logged.
+	reported map[string]bool
+	// ignored has the warning about each file with kinds that are not read.
+	ignored map[string]string
+}
+
+// New returns a Source for the folder. It starts nothing. The error names the
+// folder if it cannot be read, or the network in ServiceCIDRs that cannot be
+// used.
+func New(opts Options) (*Source, error) {
+	addrs, err := newAddresses(opts.ServiceCIDRs)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := readDir(opts.Dir); err != nil {
+		return nil, err
+	}
+	log := opts.Logger
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	return &Source{
+		opts:     opts,
+		log:      log,
+		model:    newModel(opts.NodeName, addrs),
+		hashes:   map[string][sha256.Size]byte{},
+		reported: map[string]bool{},
+		ignored:  map[string]string{},
+	}, nil
+}
+
+// Load reads the folder once and returns everything in it, as the first Delta
+// of [Source.Run] would hold it. If something is wrong with files, the error is
+// of type [Errors], and the Delta has what is right.
+func Load(opts Options) (kube.Delta, error) {
+	s, err := New(opts)
+	if err != nil {
+		return kube.Delta{}, err
+	}
+	d, _, err := s.readAll(true)
+	if err != nil {
+		return kube.Delta{}, err
+	}
+	if errs := s.model.errors(); len(errs) > 0 {
+		return d, errs
+	}
+	return d, nil
+}
+
+// Run reads the folder, delivers everything in it, even if that is nothing, and
+// then delivers each change. It blocks until ctx is done, and then returns nil;
+// or until the folder can be read no more, and then returns an error that names
+// it. deliver is called from within Run, one call at a time. Run must be called
+// only once.
+//
+// What is wrong with files is logged once, when it appears.
+func (s *Source) Run(ctx context.Context, deliver func(kube.Delta)) error {
+	watcher, err := fsnotify.NewWatcher()
+	if err != nil {
+		return fmt.Errorf("watch folder %s: %w", s.opts.Dir, err)
+	}
+	defer func() { _ = watcher.Close() }()
+	// The watch begins before the first reading, so that nothing is missed.
+	if err := watcher.Add(s.opts.Dir); err != nil {
+		return fmt.Errorf("watch folder %s: %w", s.opts.Dir, err)
+	}
+	d, again, err := s.readAll(false)
+	if err != nil {
+		return err
+	}
+	s.report()
+	deliver(d)
+	return s.watch(ctx, watcher, again, deliver)
+}
+
+// pending is what the next reading has to look at.
+type pending struct {
+	files map[string]bool
+	all   bool
+	gone  bool // the folder itself may be
+}
+
+func (p *pending) any() bool { return p.all || p.gone || len(p.files) > 0 }
+
+// watch is the loop of Run. again has the files to look at once more.
+func (s *Source) watch(ctx context.Context, watcher *fsnotify.Watcher, again []string, deliver func(kube.Delta)) error {
+	next := pending{files: map[string]bool{}}
+	settled, retry := stoppedTimer(), stoppedTimer()
+	defer settled.Stop()
+	defer retry.Stop()
+	retries := map[string]bool{}
+	waiting := false
+	for {
+		for _, name := range again {
+			retries[name] = true
+		}
+		if len(again) > 0 {
+			again = nil
+			retry.Reset(retryAfter)
+		}
+		var final bool
+		select {
+		case <-ctx.Done():
+			return nil
+		case event, ok := <-watcher.Events:
+			if !ok {
+				return fmt.Errorf("watch folder %s: the watch ended", s.opts.Dir)
+			}
+			s.note(&next, event)
+			if next.any() && !waiting {
+				waiting = true
+				settled.Reset(settle)
+			}
+			continue
+		case err, ok := <-watcher.Errors:
+			if !ok {
+				return fmt.Errorf("watch folder %s: the watch ended", s.opts.Dir)
+			}
+			// Events may be lost, so nothing is known.
+			s.log.Warn("watch lost events, reading the folder again", slog.String("folder", s.opts.Dir), slog.Any("error", err))
+			next.all = true
+			if !waiting {
+				waiting = true
+				settled.Reset(settle)
+			}
+			continue
+		case <-settled.C:
+			waiting = false
+		case <-retry.C:
+			final = true
+			for name := range retries {
+				next.files[name] = true
+			}
+			clear(retries)
+		}
+		var d kube.Delta
+		var err error
+		if next.gone {
+			// Something else may be in its place by now.
+			if err := watcher.Add(s.opts.Dir); err != nil {
+				return fmt.Errorf("watch folder %s: %w", s.opts.Dir, withoutPath(err))
+			}
+		}
+		if next.all || next.gone {
+			d, again, err = s.readAll(final)
+		} else {
+			names := make([]string, 0, len(next.files))
+			for name := range next.files {
+				names = append(names, name)
+			}
+			d, again = s.read(names, final)
+		}
+		if err != nil {
+			return err
+		}
+		next = pending{files: map[string]bool{}}
+		s.report()
+		if !empty(d) {
+			deliver(d)
+		}
+	}
+}
+
+func stoppedTimer() *time.Timer {
+	t := time.NewTimer(time.Hour)
+	t.Stop()
+	return t
+}
+
+func empty(d kube.Delta) bool {
+	return len(d.Services)+len(d.DeletedServices)+len(d.EndpointSlices)+len(d.DeletedEndpointSlices) == 0
+}
+
+// note adds to next what an event is about.
+func (s *Source) note(next *pending, event fsnotify.Event) {
+	name := filepath.Base(event.Name)
+	switch {
+	case filepath.Clean(event.Name) == filepath.Clean(s.opts.Dir):
+		next.gone = event.Has(fsnotify.Remove) || event.Has(fsnotify.Rename)
+	case strings.HasPrefix(name, ".."):
+		// A mounted ConfigMap: all files lead through the link ..data, which is
+		// replaced.
+		next.all = true
+	case isManifest(name):
+		next.files[name] = true
+	}
+}
+
+// isManifest reports whether a file of this name is read.
+func isManifest(name string) bool {
+	if strings.HasPrefix(name, ".") {
+		return false
+	}
+	switch filepath.Ext(name) {
+	case ".yaml", ".yml", ".json":
+		return true
+	default:
+		return false
+	}
+}
+
+func readDir(dir string) ([]fs.DirEntry, error) {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, fmt.Errorf("read folder %s: %w", dir, withoutPath(err))
+	}
+	return entries, nil
+}
+
+// withoutPath returns what went wrong with a file, without its path.
+func withoutPath(err error) error {
+	var pathErr *fs.PathError
+	if errors.As(err, &pathErr) {
+		return pathErr.Err
+	}
+	return err
+}
+
+// readAll reads all files of the folder, those included that were there before.
+func (s *Source) readAll(final bool) (kube.Delta, []string, error) {
+	entries, err := readDir(s.opts.Dir)
+	if err != nil {
+		return kube.Delta{}, nil, err
+	}
+	names := map[string]bool{}
+	for name := range s.model.files {
+		names[name] = true
+	}
+	for _, entry := range entries {
+		if isManifest(entry.Name()) {
+			names[entry.Name()] = true
+		}
+	}
+	d, again := s.read(sortedKeys(names), final)
+	return d, again, nil
+}
+
+// read reads files and returns what they change, and those to look at once more
+// soon. With final set it believes what it sees.
+func (s *Source) read(names []string, final bool) (d kube.Delta, again []string) {
+	files := map[string]*parsed{}
+	for _, name := range names {
+		data, there, err := readFile(filepath.Join(s.opts.Dir, name))
+		old := s.model.files[name]
+		switch {
+		case err != nil:
+			delete(s.hashes, name)
+			files[name] = &parsed{
+				errs:    []*Error{{File: name, Line: 1, Message: fmt.Sprintf("cannot be read: %v: check its permissions", withoutPath(err))}},
+				unknown: true,
+			}
+			again = append(again, name)
+			continue
+		case !there:
+			delete(s.hashes, name)
+			delete(s.ignored, name)
+			if old != nil {
+				files[name] = nil
+			}
+			continue
+		}
+		hash := sha256.Sum256(data)
+		if s.hashes[name] == hash && old != nil {
+			continue
+		}
+		file := parse(name, data)
+		vanished := old != nil && len(old.objects) > 0 && len(file.objects) == 0 && len(file.errs) == 0
+		if vanished && !final {
+			// Emptied by a writer that is about to fill it, most likely.
+			again = append(again, name)
+			continue
+		}
+		s.hashes[name] = hash
+		files[name] = file
+		s.warn(name, file)
+		if len(file.errs) > 0 {
+			again = append(again, name)
+		}
+	}
+	if final {
+		again = nil
+	}
+	return s.model.update(files), again
+}
+
+// readFile reports false for what is not a file, or is gone.
+func readFile(path string) ([]byte, bool, error) {
+	info, err := os.Stat(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil, false, nil
+	case err != nil:
+		return nil, false, err
+	case !info.Mode().IsRegular():
+		return nil, false, nil
+	}
+	data, err := os.ReadFile(path) //nolint:gosec // the folder is the operator's choice
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, false, nil
+	}
+	return data, err == nil, err
+}
+
+// report logs the errors that are new.
+func (s *Source) report() {
+	now := map[string]bool{}
+	for _, err := range s.model.errors() {
+		text := err.Error()
+		now[text] = true
+		if !s.reported[text] {
+			s.log.Error("manifest is not valid, its last good objects stay", slog.String("file", err.File), slog.Int("line", err.Line),
+				slog.String("field", err.Field), slog.Any("error", err))
+		}
+	}
+	s.reported = now
+}
+
+// warn logs which objects of a file are not read, once until that changes.
+func (s *Source) warn(name string, file *parsed) {
+	text := strings.Join(file.ignored, ", ")
+	if text != "" && text != s.ignored[name] {
+		s.log.Warn("file has objects of kinds that are not read", slog.String("file", name), slog.String("ignored", text),
+			slog.String("read", "Service, Pod, EndpointSlice"))
+	}
+	s.ignored[name] = text
+}
