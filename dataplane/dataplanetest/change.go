@@ -9,9 +9,9 @@ import (
 	"fairlead/internal/nettest"
 )
 
-func testChanges(t *testing.T, open Opener) {
-	t.Helper()
-	w := newWorld(t, open, 5)
+func (s suite) changes(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, s.open, 5)
 	w.replace()
 	// One Service through a life; the tests follow each other.
 	for _, tt := range []struct {
@@ -74,9 +74,9 @@ func testChanges(t *testing.T, open Opener) {
 	})
 }
 
-func testSharedPods(t *testing.T, open Opener) {
-	t.Helper()
-	w := newWorld(t, open, 3)
+func (s suite) sharedPods(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, s.open, 3)
 	w.replace()
 	check := func(t *testing.T, first, second []int) {
 		t.Helper()
@@ -105,9 +105,9 @@ func testSharedPods(t *testing.T, open Opener) {
 	check(t, []int{0}, []int{0, 1})
 }
 
-func testFrontendsMove(t *testing.T, open Opener) {
-	t.Helper()
-	w := newWorld(t, open, 3)
+func (s suite) frontendsMove(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, s.open, 3)
 	w.replace()
 	type layout struct{ a, b, c []byte } // the addresses of three Services
 	// Service a has pod 0, b pods 0 and 1, c all three.
@@ -156,9 +156,9 @@ func testFrontendsMove(t *testing.T, open Opener) {
 	}
 }
 
-func testSurvive(t *testing.T, open Opener) {
-	t.Helper()
-	w := newWorld(t, open, 3)
+func (s suite) survive(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, s.open, 3)
 	var services []*dataplane.Service
 	for _, family := range families() {
 		services = append(services,
@@ -180,7 +180,7 @@ func testSurvive(t *testing.T, open Opener) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				t.Cleanup(func() { conn.Close() })
+				t.Cleanup(func() { _ = conn.Close() })
 				answer, err := conn.Ask(t.Context())
 				if err != nil {
 					t.Fatal(err)

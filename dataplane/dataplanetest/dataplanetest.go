@@ -20,33 +20,24 @@ type Opener func(t testing.TB, netns int) dataplane.Dataplane
 // parallel.
 func Run(t *testing.T, open Opener) {
 	t.Helper()
-	// First and alone: its servers need 2,000 file descriptors, and netlink
-	// libraries that use select(2) cannot have a socket above 1,023.
-	t.Run("a Service of 1000 endpoints", func(t *testing.T) { testManyEndpoints(t, open) })
-	for _, tt := range []struct {
-		name string
-		test func(t *testing.T, open Opener)
-	}{
-		{"connections reach the endpoints", testReach},
-		{"the choice of endpoints is even", testEven},
-		{"clients outside of the pod network are masqueraded", testMasquerade},
-		{"without endpoints connections are refused", testNoEndpoints},
-		{"a pod reaches itself through its Service", testHairpin},
-		{"what is no frontend is left alone", testOthers},
-		{"a Service with the longest names", testLongNames},
-		{"a Service changes", testChanges},
-		{"Services of the same pods", testSharedPods},
-		{"frontends move between Services", testFrontendsMove},
-		{"connections survive", testSurvive},
-		{"endpoints come and go under load", testFlapUnderLoad},
-		{"a restart under load", testRestartUnderLoad},
-		{"Read returns what was programmed", testRead},
-		{"an equal Replace writes nothing", testEqualReplace},
-		{"another's change is drift", testDrift},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			t.Parallel()
-			tt.test(t, open)
-		})
-	}
+	s := suite{open: open}
+	t.Run("a Service of 1000 endpoints", s.manyEndpoints)
+	t.Run("connections reach the endpoints", s.reach)
+	t.Run("the choice of endpoints is even", s.even)
+	t.Run("clients outside of the pod network are masqueraded", s.masquerade)
+	t.Run("without endpoints connections are refused", s.noEndpoints)
+	t.Run("a pod reaches itself through its Service", s.hairpin)
+	t.Run("what is no frontend is left alone", s.others)
+	t.Run("a Service with the longest names", s.longNames)
+	t.Run("a Service changes", s.changes)
+	t.Run("Services of the same pods", s.sharedPods)
+	t.Run("frontends move between Services", s.frontendsMove)
+	t.Run("connections survive", s.survive)
+	t.Run("endpoints come and go under load", s.flapUnderLoad)
+	t.Run("a restart under load", s.restartUnderLoad)
+	t.Run("Read returns what was programmed", s.read)
+	t.Run("an equal Replace writes nothing", s.equalReplace)
+	t.Run("another's change is drift", s.drift)
 }
+
+type suite struct{ open Opener }

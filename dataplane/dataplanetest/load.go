@@ -1,7 +1,6 @@
 package dataplanetest
 
 import (
-	"context"
 	"math/rand/v2"
 	"net/netip"
 	"slices"
@@ -17,21 +16,20 @@ import (
 // loadTime is how long a test changes things under load.
 const loadTime = 3 * time.Second
 
-// underLoad opens connections to the frontends, from a pod, the node and
-// outside, for as long as change runs, and checks that each reaches one of the
-// endpoints.
-func (w *world) underLoad(t *testing.T, services []*dataplane.Service, change func(ctx context.Context)) {
+// underLoad calls change again and again. Meanwhile it opens connections to the
+// frontends, from a pod, the node and outside, and checks that each reaches one
+// of the endpoints.
+func (w *world) underLoad(t *testing.T, services []*dataplane.Service, change func()) {
 	t.Helper()
-	ctx, stop := context.WithTimeout(t.Context(), loadTime)
-	defer stop()
+	start := time.Now()
 	var done, failed atomic.Int64
+	var stop atomic.Bool
 	var clients sync.WaitGroup
 	for _, s := range services {
 		for _, from := range []*nettest.Host{w.client, w.net.Node, w.net.Outside} {
 			clients.Go(func() {
 				f := s.Frontends[0]
-				for ctx.Err() == nil {
-					// Not with ctx: the last connection is not cut short.
+				for !stop.Load() {
 					answer, err := from.Connect(t.Context(), network(f.Protocol), f.Addr)
 					done.Add(1)
 					valid := slices.ContainsFunc(s.Endpoints, func(e dataplane.Endpoint) bool { return e.Addr == answer.Endpoint })
@@ -46,10 +44,16 @@ func (w *world) underLoad(t *testing.T, services []*dataplane.Service, change fu
 			})
 		}
 	}
-	change(ctx)
-	stop()
-	clients.Wait()
-	t.Logf("%d connections, %d failed", done.Load(), failed.Load())
+	changes := 0
+	func() {
+		defer clients.Wait() // also when change ends the test
+		defer stop.Store(true)
+		for time.Since(start) < loadTime {
+			change()
+			changes++
+		}
+	}()
+	t.Logf("%d connections during %d changes, %d failed", done.Load(), changes, failed.Load())
 	if done.Load() < 100 {
 		t.Errorf("only %d connections in %v: this is no load", done.Load(), loadTime)
 	}
@@ -68,37 +72,25 @@ func (w *world) loadServices(pods ...int) []*dataplane.Service {
 
 // Pods 0 and 2 stay; 1, 3 and 4 come and go, so that slots move and the number
 // of endpoints changes; all of them serve all the time.
-func testFlapUnderLoad(t *testing.T, open Opener) {
-	t.Helper()
-	w := newWorld(t, open, 5)
+func (s suite) flapUnderLoad(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, s.open, 5)
 	w.replace(w.loadServices(0, 2)...)
-	changes := 0
-	w.underLoad(t, w.loadServices(0, 1, 2, 3, 4), func(ctx context.Context) {
-		for ctx.Err() == nil {
-			pods := []int{0, 2}
-			for _, i := range []int{1, 3, 4} {
-				if rand.IntN(2) == 0 { //nolint:gosec // no secret
-					pods = append(pods, i)
-				}
+	w.underLoad(t, w.loadServices(0, 1, 2, 3, 4), func() {
+		pods := []int{0, 2}
+		for _, i := range []int{1, 3, 4} {
+			if rand.IntN(2) == 0 { //nolint:gosec // no secret
+				pods = append(pods, i)
 			}
-			w.put(w.loadServices(pods...)...)
-			changes++
 		}
+		w.put(w.loadServices(pods...)...)
 	})
-	t.Logf("%d changes of %d Services", changes, len(w.held))
 }
 
-func testRestartUnderLoad(t *testing.T, open Opener) {
-	t.Helper()
-	w := newWorld(t, open, 3)
+func (s suite) restartUnderLoad(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, s.open, 3)
 	services := w.loadServices(0, 1, 2)
 	w.replace(services...)
-	restarts := 0
-	w.underLoad(t, services, func(ctx context.Context) {
-		for ctx.Err() == nil {
-			w.restart()
-			restarts++
-		}
-	})
-	t.Logf("%d restarts", restarts)
+	w.underLoad(t, services, w.restart)
 }

@@ -10,9 +10,9 @@ import (
 	"fairlead/internal/nettest"
 )
 
-func testReach(t *testing.T, open Opener) {
-	t.Helper()
-	w := newWorld(t, open, 3)
+func (s suite) reach(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, s.open, 3)
 	var services []*dataplane.Service
 	for _, family := range families() {
 		for _, p := range protocols() {
@@ -32,9 +32,9 @@ func testReach(t *testing.T, open Opener) {
 	}
 }
 
-func testEven(t *testing.T, open Opener) {
-	t.Helper()
-	w := newWorld(t, open, 3)
+func (s suite) even(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, s.open, 3)
 	var services []*dataplane.Service
 	for _, family := range families() {
 		services = append(services, w.service("web", dataplane.TCP, []netip.AddrPort{vip(family, 1, 80)}, w.endpoints(family, 0, 1, 2)))
@@ -63,9 +63,9 @@ func testEven(t *testing.T, open Opener) {
 	}
 }
 
-func testMasquerade(t *testing.T, open Opener) {
-	t.Helper()
-	w := newWorld(t, open, 1)
+func (s suite) masquerade(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, s.open, 1)
 	var services []*dataplane.Service
 	for _, family := range families() {
 		for _, p := range protocols() {
@@ -127,9 +127,9 @@ func testMasquerade(t *testing.T, open Opener) {
 	}
 }
 
-func testNoEndpoints(t *testing.T, open Opener) {
-	t.Helper()
-	w := newWorld(t, open, 1)
+func (s suite) noEndpoints(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, s.open, 1)
 	services := func(pods ...int) []*dataplane.Service {
 		var services []*dataplane.Service
 		for _, family := range families() {
@@ -162,9 +162,9 @@ func testNoEndpoints(t *testing.T, open Opener) {
 	t.Run("after a restart", func(t *testing.T) { check(t) })
 }
 
-func testHairpin(t *testing.T, open Opener) {
-	t.Helper()
-	w := newWorld(t, open, 3)
+func (s suite) hairpin(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, s.open, 3)
 	var services []*dataplane.Service
 	for _, family := range families() {
 		for _, p := range protocols() {
@@ -213,11 +213,11 @@ func testHairpin(t *testing.T, open Opener) {
 	}
 }
 
-// testOthers gives the outside host the Services' addresses: what the node does
+// others gives the outside host the Services' addresses: what the node does
 // not take for a frontend's ends there.
-func testOthers(t *testing.T, open Opener) {
-	t.Helper()
-	w := newWorld(t, open, 2)
+func (s suite) others(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, s.open, 2)
 	outside := w.net.Outside
 	var services []*dataplane.Service
 	for _, family := range families() {
@@ -283,10 +283,12 @@ func testOthers(t *testing.T, open Opener) {
 	}
 }
 
-func testManyEndpoints(t *testing.T, open Opener) {
-	t.Helper()
+// manyEndpoints does not run in parallel: its servers need 2,000 file
+// descriptors, and netlink libraries that use select(2) cannot have a socket
+// above 1,023.
+func (s suite) manyEndpoints(t *testing.T) {
 	const pods, endpoints, connections = 4, 1000, 300
-	w := newWorld(t, open, pods)
+	w := newWorld(t, s.open, pods)
 	ports := make([]uint16, 0, endpoints/pods)
 	for i := range uint16(endpoints / pods) {
 		ports = append(ports, 10_000+i)
@@ -331,9 +333,9 @@ func testManyEndpoints(t *testing.T, open Opener) {
 	}
 }
 
-func testLongNames(t *testing.T, open Opener) {
-	t.Helper()
-	w := newWorld(t, open, 2)
+func (s suite) longNames(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, s.open, 2)
 	long := func(n int) string { return fmt.Sprintf("%0*d", n, 7) }
 	key := dataplane.Key{Namespace: "n" + long(62), Name: "s" + long(62), Port: "p" + long(14)}
 	w.replace()

@@ -10,22 +10,7 @@ import (
 	"time"
 
 	"fairlead/dataplane"
-	"fairlead/internal/nettest"
 )
-
-// newBareWorld makes a world without pods, for tests that send no packets.
-func newBareWorld(t *testing.T, open Opener) *world {
-	t.Helper()
-	w := &world{t: t, open: open, net: nettest.NewT(t, nettest.Options{}), held: map[dataplane.Key]*dataplane.Service{}}
-	w.node.PodCIDRs = w.net.PodCIDRs
-	w.dp = open(t, w.net.Node.Fd())
-	t.Cleanup(func() {
-		if err := w.dp.Close(); err != nil {
-			t.Errorf("close the Dataplane: %v", err)
-		}
-	})
-	return w
-}
 
 // generator makes random Services out of few names, addresses and ports, so
 // that they meet often.
@@ -137,9 +122,9 @@ func (g generator) changes() []dataplane.Change {
 }
 
 // The world checks what the kernel holds after each call.
-func testRead(t *testing.T, open Opener) {
-	t.Helper()
-	w := newBareWorld(t, open)
+func (s suite) read(t *testing.T) {
+	t.Parallel()
+	w := newBareWorld(t, s.open)
 	seed := rand.Uint64() //nolint:gosec // no secret
 	t.Logf("seed %d", seed)
 	g := generator{w: w, rnd: rand.New(rand.NewPCG(seed, 0))} //nolint:gosec // no secret
@@ -195,9 +180,9 @@ func expectDrift(t *testing.T, drift <-chan struct{}, want bool, after string) {
 
 // What another Dataplane writes is drift to the first, so that its silence says
 // that nothing was written.
-func testEqualReplace(t *testing.T, open Opener) {
-	t.Helper()
-	w := newBareWorld(t, open)
+func (s suite) equalReplace(t *testing.T) {
+	t.Parallel()
+	w := newBareWorld(t, s.open)
 	seed := rand.Uint64() //nolint:gosec // no secret
 	t.Logf("seed %d", seed)
 	g := generator{w: w, rnd: rand.New(rand.NewPCG(seed, 0))} //nolint:gosec // no secret
@@ -216,9 +201,9 @@ func testEqualReplace(t *testing.T, open Opener) {
 	expectDrift(t, w.dp.Drift(), false, "an equal Replace by another")
 }
 
-func testDrift(t *testing.T, open Opener) {
-	t.Helper()
-	w := newBareWorld(t, open)
+func (s suite) drift(t *testing.T) {
+	t.Parallel()
+	w := newBareWorld(t, s.open)
 	addrs := func(n byte) []netip.AddrPort { return []netip.AddrPort{vip(dataplane.IPv4, n, 80)} }
 	w.replace(w.service("web", dataplane.TCP, addrs(1), addrs(2)))
 	another := w.openAnother()

@@ -61,11 +61,24 @@ type world struct {
 	held   map[dataplane.Key]*dataplane.Service
 }
 
-// newWorld makes a world with a number of pods and no Services.
-func newWorld(t *testing.T, open Opener, pods int) *world {
+// newBareWorld makes a world without pods, for tests that send no packets.
+func newBareWorld(t *testing.T, open Opener) *world {
 	t.Helper()
 	w := &world{t: t, open: open, net: nettest.NewT(t, nettest.Options{}), held: map[dataplane.Key]*dataplane.Service{}}
 	w.node.PodCIDRs = w.net.PodCIDRs
+	w.dp = open(t, w.net.Node.Fd())
+	t.Cleanup(func() {
+		if err := w.dp.Close(); err != nil {
+			t.Errorf("close the Dataplane: %v", err)
+		}
+	})
+	return w
+}
+
+// newWorld makes a world with a client, a number of pods, and no Services.
+func newWorld(t *testing.T, open Opener, pods int) *world {
+	t.Helper()
+	w := newBareWorld(t, open)
 	w.client = w.net.PodT(t, "client")
 	for i := range pods {
 		pod := w.net.PodT(t, fmt.Sprintf("pod-%d", i))
@@ -74,12 +87,6 @@ func newWorld(t *testing.T, open Opener, pods int) *world {
 		}
 		w.pods = append(w.pods, pod)
 	}
-	w.dp = open(t, w.net.Node.Fd())
-	t.Cleanup(func() {
-		if err := w.dp.Close(); err != nil {
-			t.Errorf("close the Dataplane: %v", err)
-		}
-	})
 	return w
 }
 

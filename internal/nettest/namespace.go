@@ -38,7 +38,7 @@ func NewNamespace(name string) (*Namespace, error) {
 		if err != nil {
 			return err
 		}
-		defer own.Close()
+		defer own.Close() //nolint:errcheck // only read from
 		if ns.handle, err = netns.New(); err != nil {
 			return err
 		}
@@ -144,7 +144,7 @@ func (ns *Namespace) Do(fn func() error) error {
 		if err != nil {
 			return fmt.Errorf("find the thread's network namespace: %w", err)
 		}
-		defer own.Close()
+		defer own.Close() //nolint:errcheck // only read from
 		if err := ns.enter(); err != nil {
 			return err
 		}

@@ -186,6 +186,13 @@ func (p *sctpClientPath) check(err error) error {
 	return p.failure()
 }
 
+// refusal reports whether an ICMP message's error says that the peer does not
+// want the packet: port unreachable, protocol unreachable (IPv4), or a
+// parameter problem as the next header is unknown (IPv6).
+func refusal(err error) bool {
+	return errors.Is(err, unix.ECONNREFUSED) || errors.Is(err, unix.ENOPROTOOPT) || errors.Is(err, unix.EPROTO)
+}
+
 // icmpError returns the error in the control message of an error queue, see
 // ip(7). That the peer has no SCTP at all, in any words, is a refusal.
 func icmpError(oob []byte) error {
@@ -199,10 +206,7 @@ func icmpError(oob []byte) error {
 		}
 		// struct sock_extended_err begins with the error number.
 		errno := syscall.Errno(binary.NativeEndian.Uint32(m.Data))
-		switch errno {
-		case unix.ECONNREFUSED, // port unreachable
-			unix.ENOPROTOOPT, // IPv4: protocol unreachable
-			unix.EPROTO:      // IPv6: parameter problem, unknown next header
+		if refusal(errno) {
 			return fmt.Errorf("%w: %w", ErrRefused, errno)
 		}
 		return errno
@@ -249,7 +253,7 @@ func (p *sctpClientPath) Write(b []byte) (int, error) {
 		switch {
 		case errors.Is(err, unix.EPERM): // Dropped by this host's netfilter: lost.
 			return len(b), nil
-		case !errors.Is(err, unix.ECONNREFUSED) && !errors.Is(err, unix.ENOPROTOOPT) && !errors.Is(err, unix.EPROTO):
+		case !refusal(err):
 			return 0, err
 		}
 	}
@@ -260,10 +264,19 @@ func (p *sctpClientPath) Close() error {
 	return p.closeErr
 }
 
-func (p *sctpClientPath) LocalAddr() net.Addr                { return net.TCPAddrFromAddrPort(p.local) }
-func (p *sctpClientPath) RemoteAddr() net.Addr               { return net.TCPAddrFromAddrPort(p.remote) }
-func (p *sctpClientPath) SetDeadline(t time.Time) error      { return p.conn.SetDeadline(t) }
-func (p *sctpClientPath) SetReadDeadline(t time.Time) error  { return p.conn.SetReadDeadline(t) }
+// LocalAddr returns the client's address, with the port of the association.
+func (p *sctpClientPath) LocalAddr() net.Addr { return net.TCPAddrFromAddrPort(p.local) }
+
+// RemoteAddr returns the address that the client connected to.
+func (p *sctpClientPath) RemoteAddr() net.Addr { return net.TCPAddrFromAddrPort(p.remote) }
+
+// SetDeadline is the socket's.
+func (p *sctpClientPath) SetDeadline(t time.Time) error { return p.conn.SetDeadline(t) }
+
+// SetReadDeadline is the socket's.
+func (p *sctpClientPath) SetReadDeadline(t time.Time) error { return p.conn.SetReadDeadline(t) }
+
+// SetWriteDeadline is the socket's.
 func (p *sctpClientPath) SetWriteDeadline(t time.Time) error { return p.conn.SetWriteDeadline(t) }
 
 // sctpStack is the SCTP of one address of a host, for servers.
@@ -337,7 +350,7 @@ func (s *sctpStack) close() error {
 	s.mu.Lock()
 	s.closed = true
 	for _, path := range s.paths {
-		path.Close()
+		path.stop()
 	}
 	s.mu.Unlock()
 	err := s.conn.Close()
@@ -421,19 +434,19 @@ type sctpServerPath struct {
 func (p *sctpServerPath) serve() {
 	defer close(p.done)
 	defer func() {
-		p.Close()
+		p.stop()
 		p.stack.mu.Lock()
 		delete(p.stack.paths, p.flow)
 		p.stack.mu.Unlock()
 	}()
 	// A client that goes away half-way is forgotten.
-	giveUp := time.AfterFunc(DefaultTimeout, func() { p.Close() })
+	giveUp := time.AfterFunc(DefaultTimeout, p.stop)
 	association, err := sctp.ServerWithOptions(sctp.WithNetConn(p), sctp.WithLoggerFactory(sctpSilent()))
 	giveUp.Stop()
 	if err != nil {
 		return
 	}
-	defer association.Close()
+	defer association.Close() //nolint:errcheck // the path's Close never fails
 	p.mu.Lock()
 	p.association = association
 	p.mu.Unlock()
@@ -462,7 +475,7 @@ func (p *sctpServerPath) abort() {
 	if association != nil {
 		association.Abort("server closed")
 	}
-	p.Close()
+	p.stop()
 }
 
 func (p *sctpServerPath) Read(b []byte) (int, error) {
@@ -484,14 +497,20 @@ func (p *sctpServerPath) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
+// Close makes Read and Write fail. It returns nil.
 func (p *sctpServerPath) Close() error {
-	p.closeOnce.Do(func() { close(p.closed) })
+	p.stop()
 	return nil
 }
 
+func (p *sctpServerPath) stop() { p.closeOnce.Do(func() { close(p.closed) }) }
+
+// LocalAddr returns the server's address.
 func (p *sctpServerPath) LocalAddr() net.Addr {
 	return net.TCPAddrFromAddrPort(netip.AddrPortFrom(p.stack.addr, p.flow.port))
 }
+
+// RemoteAddr returns the client's address as the server sees it.
 func (p *sctpServerPath) RemoteAddr() net.Addr { return net.TCPAddrFromAddrPort(p.flow.remote) }
 
 // SetReadDeadline ends all reads if t has passed, which is how an abort and a
@@ -502,5 +521,9 @@ func (p *sctpServerPath) SetReadDeadline(t time.Time) error {
 	}
 	return nil
 }
-func (p *sctpServerPath) SetDeadline(t time.Time) error    { return p.SetReadDeadline(t) }
+
+// SetDeadline is SetReadDeadline.
+func (p *sctpServerPath) SetDeadline(t time.Time) error { return p.SetReadDeadline(t) }
+
+// SetWriteDeadline does nothing: writes do not block.
 func (p *sctpServerPath) SetWriteDeadline(time.Time) error { return nil }

@@ -119,7 +119,7 @@ func (s *Server) own(c closer, serve func()) {
 	s.mu.Lock()
 	if s.closed {
 		s.mu.Unlock()
-		c.Close()
+		_ = c.Close()
 		return
 	}
 	s.closers[c] = struct{}{}
@@ -132,7 +132,7 @@ func (s *Server) own(c closer, serve func()) {
 }
 
 func (s *Server) disown(c closer) {
-	c.Close()
+	_ = c.Close()
 	s.mu.Lock()
 	delete(s.closers, c)
 	s.mu.Unlock()
