@@ -47,7 +47,8 @@ type Dataplane interface {
 	// Services again, and needs no memory of earlier calls.
 	//
 	// The error is nil, an *[Error] with the keys that did not take, or any
-	// other error, after which nothing is known.
+	// other error, after which nothing is known. An *Error may be wrapped; one
+	// that is joined with other errors counts as any other error.
 	Replace(ctx context.Context, node Node, services iter.Seq[*Service]) error
 
 	// Apply carries out changes, at most one for each key, at a cost that
@@ -102,12 +103,13 @@ func (s State) Equal(o State) bool { return maps.EqualFunc(s, o, Binding.Equal) 
 // Diff describes, a line for each frontend that differs, how got deviates from
 // s; it is empty when they are equal.
 func (s State) Diff(got State) string {
-	frontends := slices.SortedFunc(maps.Keys(s), Frontend.Compare)
+	frontends := slices.Collect(maps.Keys(s))
 	for f := range got {
 		if _, ok := s[f]; !ok {
 			frontends = append(frontends, f)
 		}
 	}
+	slices.SortFunc(frontends, Frontend.Compare)
 	var b strings.Builder
 	for _, f := range frontends {
 		w, inWant := s[f]

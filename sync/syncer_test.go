@@ -767,6 +767,35 @@ func TestDriftBeforeAReplaceNeedsNoOther(t *testing.T) {
 	})
 }
 
+// closedDrift is a dataplane that has no more drift to announce.
+type closedDrift struct{ *fake.Dataplane }
+
+func (closedDrift) Drift() <-chan struct{} {
+	c := make(chan struct{})
+	close(c)
+	return c
+}
+
+func TestClosedDriftChannelIsLeftAlone(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		kernel := fake.New(fake.Options{})
+		s := sync.New(closedDrift{kernel}, sync.Options{})
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		go func() { _ = s.Run(ctx) }()
+		s.Update(set(service(1, 1)))
+		s.ListComplete()
+		if err := s.WaitSynced(ctx); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Minute) // It would never end if Run never rested.
+		if n := kernel.Counts().Replaces; n != 1 {
+			t.Errorf("%d Replaces, want 1", n)
+		}
+	})
+}
+
 func TestNodeChangeReplaces(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -982,5 +1011,32 @@ func randomHistory(t *testing.T, seed uint64, opts fake.Options, faults fake.Fau
 	time.Sleep(time.Hour)
 	if after := fx.kernel.Counts(); after.Replaces != before.Replaces || after.Applies != before.Applies {
 		t.Errorf("calls go on after all is well: %+v, then %+v", before, after)
+	}
+}
+
+// One changed Service costs the dataplane one call with one change, however many
+// Services there are. (What it costs the syncer itself, the benchmarks show.)
+func TestWorkFollowsTheChange(t *testing.T) {
+	t.Parallel()
+	for _, n := range []int{100, 10_000} {
+		synctest.Test(t, func(t *testing.T) {
+			fx := start(t, fake.New(fake.Options{Strict: true}), sync.Options{})
+			defer fx.stop()
+			all := updates{}
+			for i := range n {
+				s := service(i, 3)
+				all[s.Key] = s
+			}
+			fx.Update(all)
+			fx.ListComplete()
+			fx.settle()
+			before := fx.kernel.Counts()
+			fx.Update(set(service(n/2, 4)))
+			fx.want(fx.settle(), "apply(change) 1")
+			after := fx.kernel.Counts()
+			if got := after.Writes - before.Writes; got != 1 || after.Applies != before.Applies+1 || after.Replaces != before.Replaces {
+				t.Errorf("%d Services: %+v, then %+v, want one Apply that writes once", n, before, after)
+			}
+		})
 	}
 }
