@@ -146,18 +146,22 @@ func TestNewServiceRefuses(t *testing.T) {
 		"no frontends":       {key4, nil, es, "no frontends"},
 		"too many endpoints": {key4, fs, manyEndpoints, "65536 endpoints, want at most 65535"},
 		"no protocol": {
-			key4, []dataplane.Frontend{{Addr: fs[0].Addr}}, es,
+			key4,
+			[]dataplane.Frontend{{Addr: fs[0].Addr}},
+			es,
 			"frontend 10.96.0.1:80/Protocol(0): unknown protocol",
 		},
 		"no address": {key4, []dataplane.Frontend{{Protocol: dataplane.TCP}}, es, "no address"},
 		"port 0":     {key4, []dataplane.Frontend{frontend("10.96.0.1:0")}, es, "port 0"},
 		"mapped": {
 			dataplane.Key{Namespace: "x", Name: "x", Family: dataplane.IPv6},
-			[]dataplane.Frontend{frontend("[::ffff:10.96.0.1]:80")}, nil, "IPv4-mapped",
+			[]dataplane.Frontend{frontend("[::ffff:10.96.0.1]:80")},
+			nil, "IPv4-mapped",
 		},
 		"zone": {
 			dataplane.Key{Namespace: "x", Name: "x", Family: dataplane.IPv6},
-			[]dataplane.Frontend{frontend("[fe80::1%eth0]:80")}, nil, "zone",
+			[]dataplane.Frontend{frontend("[fe80::1%eth0]:80")},
+			nil, "zone",
 		},
 		"frontend of the other family": {key4, []dataplane.Frontend{frontend("[fd00::1]:80")}, es, "not of the Service's family IPv4"},
 		"endpoint of the other family": {key4, fs, []dataplane.Endpoint{endpoint("[fd00::1]:80")}, "endpoint [fd00::1]:80: not of"},
@@ -286,7 +290,8 @@ func TestStateDiff(t *testing.T) {
 		"both empty": {nil, dataplane.State{}, nil},
 		"equal, with another name": {
 			dataplane.State{f1: web("10.0.0.1:1")},
-			dataplane.State{f1: {Service: "default/w...", Endpoints: web("10.0.0.1:1").Endpoints}}, nil,
+			dataplane.State{f1: {Service: "default/w...", Endpoints: web("10.0.0.1:1").Endpoints}},
+			nil,
 		},
 		"missing, different and unexpected": {
 			dataplane.State{f2: web("10.0.0.1:1"), f1: web("10.0.0.1:1")},
