@@ -30,6 +30,7 @@ type Options struct {
 // except for Drift and the channel it returns.
 type Dataplane struct {
 	conn   *nftables.Conn
+	dump   *dumpConn
 	flush  func() error // conn.Flush; tests make it fail
 	log    *slog.Logger
 	tables [2]*table
@@ -65,12 +66,17 @@ func Open(opts Options) (*Dataplane, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("read the netlink socket's port: %w", err), conn.CloseLasting())
 	}
-	watch, err := startWatch(opts.NetNS, portID, log)
+	dump, err := dialDump(opts.NetNS)
 	if err != nil {
 		return nil, errors.Join(err, conn.CloseLasting())
 	}
+	watch, err := startWatch(opts.NetNS, portID, log)
+	if err != nil {
+		return nil, errors.Join(err, dump.Close(), conn.CloseLasting())
+	}
 	d := &Dataplane{
 		conn:   conn,
+		dump:   dump,
 		flush:  conn.Flush,
 		log:    log,
 		tables: [2]*table{newTable(dataplane.IPv4), newTable(dataplane.IPv6)},
@@ -142,7 +148,7 @@ func (d *Dataplane) Drift() <-chan struct{} { return d.watch.drift }
 
 // Close implements [dataplane.Dataplane].
 func (d *Dataplane) Close() error {
-	return errors.Join(d.watch.close(), d.conn.CloseLasting())
+	return errors.Join(d.watch.close(), d.dump.Close(), d.conn.CloseLasting())
 }
 
 // Cleanup removes both tables with all that is in them, whoever made them. It

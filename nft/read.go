@@ -85,14 +85,13 @@ func (d *Dataplane) read(ctx context.Context, t *table) (*content, error) {
 		if !ok || !sameSet(found, read.set) {
 			continue
 		}
-		elements, err := d.conn.GetSetElements(read.set)
-		if err != nil {
-			return nil, fmt.Errorf("list the elements of set %s in table %s: %w", read.set.Name, t, err)
-		}
-		for _, e := range elements {
+		err := d.dump.elements(read.set, func(e element) {
 			if err := read.parse(e); err != nil {
 				c.foreign[read.set.Name] = append(c.foreign[read.set.Name], e)
 			}
+		})
+		if err != nil {
+			return nil, fmt.Errorf("list the elements of set %s in table %s: %w", read.set.Name, t, err)
 		}
 	}
 	for _, r := range c.rows {

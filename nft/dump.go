@@ -1,0 +1,139 @@
+package nft
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/userdata"
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// dumpSize is the receive buffer that dumps are read with. The kernel fills
+// buffers of the size that it has seen its reader use, up to 32 KiB
+// (net/netlink/af_netlink.c, netlink_dump), and for each buffer walks the set
+// from its start: small ones make the dump of a large set quadratic.
+const dumpSize = 32 << 10
+
+// dumpConn reads the elements of sets. The library's own way is 5 times slower
+// with 100,000 elements, as it asks for buffers of a page.
+type dumpConn struct{ *netlink.Conn }
+
+func dialDump(netns int) (*dumpConn, error) {
+	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, &netlink.Config{NetNS: netns, MessageBufferSize: dumpSize})
+	if err != nil {
+		return nil, fmt.Errorf("open netlink socket for reading sets: %w", err)
+	}
+	return &dumpConn{conn}, nil
+}
+
+// elements calls visit with each element of a set. The element's slices are
+// visit's to keep.
+func (c *dumpConn) elements(s *nftables.Set, visit func(element)) error {
+	attrs, err := netlink.MarshalAttributes([]netlink.Attribute{
+		{Type: unix.NFTA_SET_ELEM_LIST_TABLE, Data: []byte(s.Table.Name + "\x00")},
+		{Type: unix.NFTA_SET_ELEM_LIST_SET, Data: []byte(s.Name + "\x00")},
+	})
+	if err != nil {
+		return fmt.Errorf("encode the request: %w", err)
+	}
+	request := netlink.Message{
+		Header: netlink.Header{
+			Type:  unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETSETELEM,
+			Flags: netlink.Request | netlink.Dump,
+		},
+		Data: append([]byte{byte(s.Table.Family), unix.NFNETLINK_V0, 0, 0}, attrs...),
+	}
+	if _, err := c.Send(request); err != nil {
+		return fmt.Errorf("request: %w", err)
+	}
+	var failure error
+	for m, err := range c.ReceiveIter() {
+		if err != nil {
+			return err
+		}
+		if failure == nil && len(m.Data) >= 4 {
+			failure = parseElements(m.Data[4:], visit)
+		}
+	}
+	return failure
+}
+
+func parseElements(b []byte, visit func(element)) error {
+	list, ok := attribute(b, unix.NFTA_SET_ELEM_LIST_ELEMENTS)
+	if !ok {
+		return nil
+	}
+	for len(list) > 0 {
+		_, item, rest, err := nextAttribute(list)
+		if err != nil {
+			return err
+		}
+		visit(parseElement(item))
+		list = rest
+	}
+	return nil
+}
+
+// parseElement decodes one element. The value of a verdict map's is left as
+// the kernel's attributes.
+func parseElement(b []byte) element {
+	var e element
+	if data, ok := attribute(b, unix.NFTA_SET_ELEM_KEY); ok {
+		v, _ := attribute(data, unix.NFTA_DATA_VALUE)
+		e.Key = slices.Clone(v)
+	}
+	if data, ok := attribute(b, unix.NFTA_SET_ELEM_DATA); ok {
+		if v, ok := attribute(data, unix.NFTA_DATA_VALUE); ok {
+			e.Val = slices.Clone(v)
+		} else if v, ok := attribute(data, unix.NFTA_DATA_VERDICT); ok {
+			e.Val = slices.Clone(v)
+		}
+	}
+	if v, ok := attribute(b, unix.NFTA_SET_ELEM_FLAGS); ok && len(v) == 4 {
+		e.IntervalEnd = binary.BigEndian.Uint32(v)&unix.NFT_SET_ELEM_INTERVAL_END != 0
+	}
+	if v, ok := attribute(b, unix.NFTA_SET_ELEM_USERDATA); ok {
+		if comment, ok := userdata.GetString(bytes.Clone(v), userdata.NFTNL_UDATA_SET_ELEM_COMMENT); ok {
+			e.Comment = comment
+		}
+	}
+	return e
+}
+
+// attribute returns the value of the first attribute of a type.
+func attribute(b []byte, typ uint16) ([]byte, bool) {
+	for len(b) > 0 {
+		t, v, rest, err := nextAttribute(b)
+		if err != nil {
+			return nil, false
+		}
+		if t == typ {
+			return v, true
+		}
+		b = rest
+	}
+	return nil, false
+}
+
+var errTruncated = errors.New("a netlink attribute is longer than its message")
+
+// nextAttribute splits a netlink attribute off (man 7 netlink, "nlattr"): two
+// bytes of length with the header, two of type, the value, padded to four.
+func nextAttribute(b []byte) (typ uint16, value, rest []byte, err error) {
+	if len(b) < unix.NLA_HDRLEN {
+		return 0, nil, nil, errTruncated
+	}
+	length := int(binary.NativeEndian.Uint16(b))
+	if length < unix.NLA_HDRLEN || length > len(b) {
+		return 0, nil, nil, errTruncated
+	}
+	typ = binary.NativeEndian.Uint16(b[2:]) & ^uint16(unix.NLA_F_NESTED|unix.NLA_F_NET_BYTEORDER)
+	value = b[unix.NLA_HDRLEN:length]
+	padded := min((length+unix.NLA_ALIGNTO-1)&^(unix.NLA_ALIGNTO-1), len(b))
+	return typ, value, b[padded:], nil
+}
