@@ -318,8 +318,10 @@ func TestErrors(t *testing.T) {
 			}
 			var cidrs []netip.Prefix
 			first, _, _ := strings.Cut(string(text), "\n")
-			for cidr := range strings.FieldsSeq(strings.TrimPrefix(first, "# --service-cidr")) {
-				cidrs = append(cidrs, netip.MustParsePrefix(cidr))
+			if flag, ok := strings.CutPrefix(first, "# --service-cidr"); ok {
+				for cidr := range strings.FieldsSeq(flag) {
+					cidrs = append(cidrs, netip.MustParsePrefix(cidr))
+				}
 			}
 			d, err := Load(Options{Dir: folder(t, "x.yaml", string(text)), ServiceCIDRs: cidrs, NodeName: "here"})
 			var errs Errors

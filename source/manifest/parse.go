@@ -125,7 +125,7 @@ func (p *parser) document(n *node, prefix string, lists bool) {
 			want = "v1"
 			break
 		}
-		p.list(n, lists, fail)
+		p.list(n, prefix, lists, fail)
 		return
 	case kind(name) == kindService && group == "", kind(name) == kindPod && group == "":
 		want = "v1"
@@ -142,9 +142,9 @@ func (p *parser) document(n *node, prefix string, lists bool) {
 	p.object(n, prefix, kind(name))
 }
 
-func (p *parser) list(n *node, lists bool, fail func(int, string, string, ...any)) {
+func (p *parser) list(n *node, prefix string, lists bool, fail func(int, string, string, ...any)) {
 	if !lists {
-		fail(n.line, "kind", "a List in a List: move its items up")
+		fail(n.line, join(prefix, "kind"), "a List in a List: move its items up")
 		return
 	}
 	for _, f := range n.fields {

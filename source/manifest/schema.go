@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"go.yaml.in/yaml/v3"
+	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/intstr"
 	kjson "sigs.k8s.io/json"
@@ -123,8 +124,10 @@ func (c *checker) checkSpecial(n *node, t reflect.Type, path string) {
 		switch t {
 		case reflect.TypeFor[metav1.Time](), reflect.TypeFor[metav1.MicroTime]():
 			c.fail(path, "%q is not a time: write it as 2006-01-02T15:04:05Z", n.value)
+		case reflect.TypeFor[resource.Quantity]():
+			c.fail(path, "%s, want a quantity: write one such as 100m or 64Mi", describe(n))
 		default:
-			c.fail(path, "%s is not what belongs here: %v", describe(n), err)
+			c.fail(path, "%s and does not belong here: %v", describe(n), err)
 		}
 	}
 }
@@ -171,7 +174,7 @@ func describe(n *node) string {
 	}
 	switch n.tag {
 	case "!!bool":
-		return n.value + " is true or false"
+		return n.value + " is a boolean"
 	case "!!int", "!!float":
 		return n.value + " is a number"
 	case "!!null":

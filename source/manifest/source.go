@@ -357,8 +357,7 @@ func (s *Source) report() {
 		text := err.Error()
 		now[text] = true
 		if !s.reported[text] {
-			s.log.Error("manifest is not valid, its last good objects stay", slog.String("file", err.File), slog.Int("line", err.Line),
-				slog.String("field", err.Field), slog.Any("error", err))
+			s.log.Error("manifest is not valid, its last good objects stay", slog.String("file", err.File), slog.Any("error", err))
 		}
 	}
 	s.reported = now

@@ -221,7 +221,13 @@ func syntaxError(c chunk, err error) treeError {
 	}
 	// The package counts a few errors at the end of the text one line too far.
 	line = max(1, min(line, bytes.Count(bytes.TrimRight(c.text, "\r\n\t "), []byte("\n"))+1))
-	return treeError{c.before + line, "not YAML: " + message}
+	lines := bytes.Split(c.text, []byte("\n"))
+	for i := max(0, line-2); i < min(line+1, len(lines)); i++ {
+		if text := bytes.TrimLeft(lines[i], " "); len(text) > 0 && text[0] == '\t' {
+			return treeError{c.before + i + 1, "not YAML: the line begins with a tab: indent with spaces"}
+		}
+	}
+	return treeError{c.before + line, "not YAML: " + message + ": correct this line or one before it"}
 }
 
 type resolver struct {

@@ -1,0 +1,292 @@
+package manifest
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	"fairlead/kube"
+)
+
+// clusterIPs returns the addresses of a Delta's Services, by name.
+func clusterIPs(d kube.Delta) map[string]string {
+	out := map[string]string{}
+	for _, svc := range d.Services {
+		out[svc.Name] = strings.Join(svc.Spec.ClusterIPs, " ")
+	}
+	return out
+}
+
+// TestAddressesAreStable pins addresses: a program that gives others moves every
+// Service of every user at its first start.
+func TestAddressesAreStable(t *testing.T) {
+	t.Parallel()
+	dual := func(name, policy string) string { return service(name, "ipFamilyPolicy: "+policy) }
+	tests := []struct {
+		name  string
+		cidrs []netip.Prefix
+		file  string
+		want  map[string]string
+	}{
+		{"one family", oneCIDR, service("backend", "") + service("redis", ""), map[string]string{
+			"backend": "10.96.130.254", "redis": "10.96.150.172",
+		}},
+		{"both families", bothCIDR, service("backend", "") + dual("redis", "PreferDualStack") + dual("web", "RequireDualStack"), map[string]string{
+			"backend": "10.96.130.254", "redis": "10.96.150.172 fd00:10:96::96ac", "web": "10.96.62.203 fd00:10:96::3ecb",
+		}},
+		{"the first network is the default family", []netip.Prefix{cidr6, cidr4}, service("backend", "") + dual("redis", "PreferDualStack"), map[string]string{
+			"backend": "fd00:10:96::82fe", "redis": "fd00:10:96::96ac 10.96.150.172",
+		}},
+		{"PreferDualStack does with one", oneCIDR, dual("redis", "PreferDualStack"), map[string]string{"redis": "10.96.150.172"}},
+		{"ipFamilies choose and order", bothCIDR, service("redis", "ipFamilies: [IPv6]") +
+			service("web", "ipFamilyPolicy: PreferDualStack\nipFamilies: [IPv6, IPv4]"), map[string]string{
+			"redis": "fd00:10:96::96ac", "web": "fd00:10:96::3ecb 10.96.62.203",
+		}},
+		{"one address said, the other given", bothCIDR, service("redis", "ipFamilyPolicy: RequireDualStack\nclusterIP: fd00::7"), map[string]string{
+			"redis": "fd00::7 10.96.150.172",
+		}},
+		{"an address that another file says is not given", oneCIDR, service("backend", "") + service("zzz", "clusterIP: 10.96.130.254"), map[string]string{
+			"backend": "10.96.130.255", "zzz": "10.96.130.254",
+		}},
+		{"a large IPv6 network", []netip.Prefix{netip.MustParsePrefix("fd00:1:2:3::/48")}, service("redis", ""), map[string]string{
+			"redis": "fd00:1:2:0:ca6:1c73:e111:fd82",
+		}},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			d, err := Load(Options{Dir: folder(t, "a.yaml", tt.file), ServiceCIDRs: tt.cidrs})
+			if err != nil {
+				t.Error(err)
+			}
+			if diff := cmp.Diff(tt.want, clusterIPs(d)); diff != "" {
+				t.Errorf("addresses (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+// TestAddressesFillTheNetwork gives out all addresses of a small network.
+func TestAddressesFillTheNetwork(t *testing.T) {
+	t.Parallel()
+	for _, prefix := range []string{"192.0.2.0/28", "fd00::/124", "192.0.2.0/30", "0.0.0.0/28"} {
+		cidr := netip.MustParsePrefix(prefix)
+		addrs, err := newAddresses([]netip.Prefix{cidr})
+		if err != nil {
+			t.Fatal(err)
+		}
+		family := familyOf(cidr.Addr())
+		var got []netip.Addr
+		for i := 0; ; i++ {
+			addr, ok := addrs.give(types.NamespacedName{Namespace: "default", Name: fmt.Sprint(i)}, family)
+			if !ok {
+				break
+			}
+			got = append(got, addr)
+		}
+		var want []netip.Addr
+		for addr := cidr.Addr().Next(); cidr.Contains(addr.Next()); addr = addr.Next() {
+			want = append(want, addr)
+		}
+		slices.SortFunc(got, netip.Addr.Compare)
+		if !slices.Equal(got, want) {
+			t.Errorf("%s: gave %v, want %v", cidr, got, want)
+		}
+		addrs.release(want[0])
+		if addr, ok := addrs.give(types.NamespacedName{Name: "last"}, family); !ok || addr != want[0] {
+			t.Errorf("%s: after a release gave %v, %v, want %v", cidr, addr, ok, want[0])
+		}
+	}
+}
+
+func TestServiceCIDRsThatCannotBeUsed(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct{ cidrs, want string }{
+		{"10.96.0.0/16 10.97.0.0/16", "service CIDR 10.97.0.0/16: a second network of family IPv4, after 10.96.0.0/16: give at most one a family"},
+		{"10.96.0.0/31", "service CIDR 10.96.0.0/31: has no address to hand out: use a larger network"},
+		{"fd00::1/128", "service CIDR fd00::1/128: has no address to hand out: use a larger network"},
+		{"::ffff:10.96.0.0/112", "service CIDR ::ffff:10.96.0.0/112: not a network: use one such as 10.96.0.0/16 or fd00:10:96::/112"},
+	} {
+		var cidrs []netip.Prefix
+		for text := range strings.FieldsSeq(tt.cidrs) {
+			cidrs = append(cidrs, netip.MustParsePrefix(text))
+		}
+		if _, err := New(Options{Dir: t.TempDir(), ServiceCIDRs: cidrs}); err == nil || err.Error() != tt.want {
+			t.Errorf("%s: error %v, want %s", tt.cidrs, err, tt.want)
+		}
+	}
+}
+
+// TestAddressesWhileRunning says who has which address as files change.
+func TestAddressesWhileRunning(t *testing.T) {
+	t.Parallel()
+	addrs, err := newAddresses([]netip.Prefix{netip.MustParsePrefix("10.96.0.0/30")}) // .1 and .2
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := newModel("here", addrs)
+	have := map[string]string{}
+	for _, step := range []struct {
+		name, file string
+		want       map[string]string
+		errs       string
+	}{
+		{name: "two", file: service("a", "") + service("b", ""), want: map[string]string{"a": "10.96.0.1", "b": "10.96.0.2"}},
+		{
+			name: "a third finds none", file: service("a", "") + service("aa", "") + service("b", ""),
+			want: map[string]string{"a": "10.96.0.1", "b": "10.96.0.2"},
+			errs: "x.yaml:14: spec.clusterIP: no address is left for the Service, because all 2 of 10.96.0.0/30 are in use: give a larger network with --service-cidr",
+		},
+		{name: "the third takes what one leaves", file: service("aa", "") + service("b", ""), want: map[string]string{"aa": "10.96.0.1", "b": "10.96.0.2"}},
+		{
+			name: "an address that another has is an error, and the Service stays as it was", file: service("aa", "clusterIP: 10.96.0.2") + service("b", ""),
+			want: map[string]string{"aa": "10.96.0.1", "b": "10.96.0.2"},
+			errs: "x.yaml:8: spec.clusterIP: 10.96.0.2 is already the address of Service default/b: give one of them another address",
+		},
+		{name: "two swap", file: service("aa", "clusterIP: 10.96.0.2") + service("b", "clusterIP: 10.96.0.1"), want: map[string]string{"aa": "10.96.0.2", "b": "10.96.0.1"}},
+		{name: "what was said is kept when it is not said any more", file: service("aa", "") + service("b", ""), want: map[string]string{"aa": "10.96.0.2", "b": "10.96.0.1"}},
+		{name: "headless gives up its address", file: service("aa", "clusterIP: None") + service("c", "") + service("b", ""), want: map[string]string{"aa": "None", "b": "10.96.0.1", "c": "10.96.0.2"}},
+		{name: "outside of the network", file: service("aa", "clusterIP: 192.0.2.1") + service("b", ""), want: map[string]string{"aa": "192.0.2.1", "b": "10.96.0.1"}},
+	} {
+		d := m.update(map[string]*parsed{"x.yaml": parse("x.yaml", []byte(step.file))})
+		for _, name := range d.DeletedServices {
+			delete(have, name.Name)
+		}
+		for name, ip := range clusterIPs(d) {
+			have[name] = ip
+		}
+		if diff := cmp.Diff(step.want, have); diff != "" {
+			t.Errorf("%s: addresses (-want +got):\n%s", step.name, diff)
+		}
+		if got := m.errors().Error(); got != step.errs {
+			t.Errorf("%s: errors\n%s\nwant\n%s", step.name, got, step.errs)
+		}
+		if len(m.addresses.holders) != strings.Count(fmt.Sprint(have), ".")/3 || m.addresses.pools[corev1.IPv4Protocol].used > 2 {
+			t.Errorf("%s: holders %v", step.name, m.addresses.holders)
+		}
+	}
+}
+
+// TestRandomFiles plays histories of files and compares what the Deltas add up
+// to with a model that is given the last files only.
+func TestRandomFiles(t *testing.T) {
+	t.Parallel()
+	for seed := range uint64(60) {
+		r := rand.New(rand.NewPCG(seed, 3))
+		m := newTestModel(t)
+		files := map[string]string{}
+		have := newMirror()
+		for step := range 25 {
+			changed := map[string]*parsed{}
+			for range 1 + r.IntN(2) {
+				name := fmt.Sprintf("f%d.yaml", r.IntN(4))
+				if r.IntN(5) == 0 {
+					delete(files, name)
+					changed[name] = nil
+					continue
+				}
+				files[name] = randomFile(r)
+				changed[name] = parse(name, []byte(files[name]))
+			}
+			have.apply(t, m.update(changed))
+
+			all := map[string]*parsed{}
+			for name, text := range files {
+				all[name] = parse(name, []byte(text))
+			}
+			fresh := newTestModel(t)
+			want := newMirror()
+			want.apply(t, fresh.update(all))
+			if diff := cmp.Diff(want, have); diff != "" {
+				t.Fatalf("seed %d, step %d (-fresh +incremental):\n%s", seed, step, diff)
+			}
+			if diff := cmp.Diff(fresh.errors(), m.errors()); diff != "" {
+				t.Fatalf("seed %d, step %d: errors (-fresh +incremental):\n%s", seed, step, diff)
+			}
+			for _, sizes := range [][2]int{
+				{len(fresh.podsBy), len(m.podsBy)}, {len(fresh.servicesBy), len(m.servicesBy)}, {len(fresh.places), len(m.places)},
+				{len(fresh.held), len(m.held)}, {len(fresh.made), len(m.made)}, {len(fresh.addresses.holders), len(m.addresses.holders)},
+			} {
+				if sizes[0] != sizes[1] {
+					t.Fatalf("seed %d, step %d: the incremental model remembers more than it has: %v", seed, step, sizes)
+				}
+			}
+		}
+	}
+}
+
+func newTestModel(t *testing.T) *model {
+	t.Helper()
+	addrs, err := newAddresses(bothCIDR)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return newModel("here", addrs)
+}
+
+// randomFile returns valid objects with few names, so that they often belong
+// together and are often in two places. Addresses do not depend on history.
+func randomFile(r *rand.Rand) string {
+	var b strings.Builder
+	for range 1 + r.IntN(4) {
+		switch r.IntN(3) {
+		case 0:
+			n := r.IntN(3)
+			b.WriteString(strings.NewReplacer(
+				"targetPort: 8080", "targetPort: "+[]string{"8080", "http"}[r.IntN(2)],
+				"{app: web", "{app: "+[]string{"a", "b"}[r.IntN(2)]+[]string{"", ", tier: x"}[r.IntN(2)],
+			).Replace(strings.Replace(service("web", []string{fmt.Sprintf("clusterIP: 10.96.0.%d", n), "clusterIP: None", "ipFamilies: [IPv6]"}[r.IntN(3)]),
+				"name: web", fmt.Sprintf("name: web%d", n), 1)))
+		case 1:
+			p := pod(fmt.Sprintf("p%d", r.IntN(5)), []string{"a", "b"}[r.IntN(2)]+[]string{"", ", tier: x"}[r.IntN(2)],
+				[]string{"10.0.0.1", "10.0.0.2", "fd01::1"}[r.IntN(3)], []string{"", "  phase: Pending", "  phase: Failed"}[r.IntN(3)])
+			b.WriteString(strings.Replace(p, "8080", []string{"8080", "9090"}[r.IntN(2)], 1))
+		case 2:
+			fmt.Fprintf(&b, "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {name: s%d, labels: {kubernetes.io/service-name: web%d}}\n"+
+				"addressType: IPv4\nendpoints: [{addresses: [10.0.0.%d]}]\nports: [{port: 80}]\n---\n", r.IntN(2), r.IntN(3), 1+r.IntN(3))
+		}
+	}
+	return b.String()
+}
+
+// mirror is what a receiver of Deltas has.
+type mirror struct{ Services, Slices map[string]any }
+
+func newMirror() *mirror { return &mirror{map[string]any{}, map[string]any{}} }
+
+func (m *mirror) apply(t *testing.T, d kube.Delta) {
+	t.Helper()
+	for _, name := range d.DeletedServices {
+		if m.Services[name.String()] == nil {
+			t.Errorf("%s is deleted, but was never delivered", name)
+		}
+		delete(m.Services, name.String())
+	}
+	for _, name := range d.DeletedEndpointSlices {
+		if m.Slices[name.String()] == nil {
+			t.Errorf("%s is deleted, but was never delivered", name)
+		}
+		delete(m.Slices, name.String())
+	}
+	for _, svc := range d.Services {
+		name := types.NamespacedName{Namespace: svc.Namespace, Name: svc.Name}.String()
+		if cmp.Equal(m.Services[name], any(svc)) {
+			t.Errorf("%s is delivered again, unchanged", name)
+		}
+		m.Services[name] = svc
+	}
+	for _, slice := range d.EndpointSlices {
+		name := types.NamespacedName{Namespace: slice.Namespace, Name: slice.Name}.String()
+		if cmp.Equal(m.Slices[name], any(slice)) {
+			t.Errorf("%s is delivered again, unchanged", name)
+		}
+		m.Slices[name] = slice
+	}
+}

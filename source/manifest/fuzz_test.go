@@ -1,0 +1,52 @@
+package manifest
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+)
+
+// FuzzParse feeds anything to the parser and the model: nothing panics, every
+// error has its place in the file, and reading the same again changes nothing.
+func FuzzParse(f *testing.F) {
+	inputs, err := filepath.Glob("testdata/errors/*.yaml")
+	if err != nil {
+		f.Fatal(err)
+	}
+	for _, input := range inputs {
+		data, err := os.ReadFile(input)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(data)
+	}
+	f.Add([]byte(service("web", "") + pod("w", "web", "10.0.0.1", "")))
+	f.Add([]byte("a: &a [*a, *a]\n---\nkind: Pod\n<<: [*a]\n"))
+	f.Add([]byte("\ufeff%YAML 1.2\r\n---\r\n{}\r\n...\r\n--- !!str x\n--- |\n  ---\n"))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		if len(data) > 1<<16 {
+			return
+		}
+		addrs, err := newAddresses(bothCIDR)
+		if err != nil {
+			t.Fatal(err)
+		}
+		m := newModel("here", addrs)
+		file := parse("fuzz.yaml", data)
+		lines := 1
+		for _, b := range data {
+			if b == '\n' {
+				lines++
+			}
+		}
+		m.update(map[string]*parsed{"fuzz.yaml": file})
+		for _, err := range m.errors() {
+			if err.File != "fuzz.yaml" || err.Line < 1 || err.Line > lines || err.Message == "" {
+				t.Errorf("error without its place in %d lines: %+v", lines, err)
+			}
+		}
+		if d := m.update(map[string]*parsed{"fuzz.yaml": parse("fuzz.yaml", data)}); !empty(d) {
+			t.Errorf("the same file again changes %+v", d)
+		}
+	})
+}
