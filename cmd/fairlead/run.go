@@ -1,0 +1,227 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"os"
+	"strings"
+
+	"fairlead/dataplane"
+	"fairlead/kube"
+	"fairlead/source/manifest"
+	"fairlead/source/manifest/dns"
+	"fairlead/sync"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+	"golang.org/x/sync/errgroup"
+)
+
+// runOptions are the flags of `fairlead run`.
+type runOptions struct {
+	mode          string
+	manifests     string
+	serviceCIDR   string
+	clusterCIDR   string
+	nodeName      string
+	dnsListen     string
+	clusterDomain string
+	logs          logOptions
+}
+
+func (o *runOptions) addFlags(flags *pflag.FlagSet) {
+	flags.StringVar(&o.mode, "mode", string(modes()[0]), "the kernel mechanism to program: nft")
+	flags.StringVar(&o.manifests, "manifests", "", "a folder of YAML files with Services, Pods and EndpointSlices, which is watched")
+	flags.StringVar(&o.serviceCIDR, "service-cidr", "",
+		"the network that Services without a clusterIP get one from; for dual stack one of each family, comma-separated")
+	flags.StringVar(&o.clusterCIDR, "cluster-cidr", "",
+		"the network of the pods, comma-separated if there are several; connections to Services from elsewhere are masqueraded. "+
+			"Empty: no connection is")
+	flags.StringVar(&o.nodeName, "hostname-override", "", "the name of this node; empty: the hostname")
+	flags.StringVar(&o.dnsListen, "dns-listen", "", "the address and port to answer Services' DNS names on, such as 10.0.0.1:53; empty: nowhere")
+	flags.StringVar(&o.clusterDomain, "cluster-domain", "cluster.local", "the domain of Services' DNS names")
+	o.logs.addFlags(flags)
+}
+
+// config is what the flags say.
+type config struct {
+	mode          mode
+	manifests     string
+	serviceCIDRs  []netip.Prefix
+	clusterCIDRs  []netip.Prefix
+	nodeName      string
+	dnsListen     string
+	clusterDomain string
+}
+
+// complete returns the configuration, or an error that names each flag that is
+// wrong.
+func (o *runOptions) complete() (config, error) {
+	c := config{
+		mode: mode(o.mode), manifests: o.manifests, nodeName: o.nodeName,
+		dnsListen: o.dnsListen, clusterDomain: o.clusterDomain,
+	}
+	var errs []error
+	note := func(err error) {
+		if err != nil {
+			errs = append(errs, err)
+		}
+	}
+	note(c.mode.validate())
+	if c.manifests == "" {
+		note(errors.New("--manifests: give the folder with the Services' YAML files"))
+	}
+	var err error
+	c.serviceCIDRs, err = parseCIDRs("--service-cidr", o.serviceCIDR)
+	note(err)
+	c.clusterCIDRs, err = parseCIDRs("--cluster-cidr", o.clusterCIDR)
+	note(err)
+	if c.dnsListen != "" {
+		if _, err := netip.ParseAddrPort(c.dnsListen); err != nil {
+			note(fmt.Errorf("--dns-listen: %q is not an address with a port: write 10.0.0.1:53 or [fd00::1]:53", c.dnsListen))
+		}
+	}
+	if c.nodeName == "" {
+		if c.nodeName, err = os.Hostname(); err != nil {
+			note(fmt.Errorf("--hostname-override is not set and the hostname is unknown: %w", err))
+		}
+	}
+	return c, errors.Join(errs...)
+}
+
+// parseCIDRs parses a comma-separated list of networks. An empty one means unset.
+func parseCIDRs(flag, list string) ([]netip.Prefix, error) {
+	if list == "" {
+		return nil, nil
+	}
+	var prefixes []netip.Prefix
+	for part := range strings.SplitSeq(list, ",") {
+		p, err := netip.ParsePrefix(strings.TrimSpace(part))
+		switch {
+		case err != nil:
+			return nil, fmt.Errorf("%s: %q is not a network: write it as 10.96.0.0/12 or fd00:96::/112", flag, part)
+		case p.Addr().Is4In6():
+			return nil, fmt.Errorf("%s: %q is an IPv4 network in IPv6 form: write it as IPv4", flag, part)
+		case p != p.Masked():
+			return nil, fmt.Errorf("%s: %q has bits set behind its length: write %s", flag, part, p.Masked())
+		}
+		prefixes = append(prefixes, p)
+	}
+	return prefixes, nil
+}
+
+func runCommand() *cobra.Command {
+	var options runOptions
+	cmd := &cobra.Command{
+		Use:   "run",
+		Short: "Program this node and keep it programmed",
+		Long: `Program this node's kernel with the Services of a source, and keep it so until
+the program is told to stop (SIGTERM or SIGINT). What is programmed then stays
+and works; "fairlead cleanup" removes it.`,
+		Example: "  fairlead run --mode=nft --manifests=./services --service-cidr=10.96.0.0/16 --cluster-cidr=10.244.0.0/16",
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			log, err := options.logs.logger(cmd.ErrOrStderr())
+			if err != nil {
+				return err
+			}
+			config, err := options.complete()
+			if err != nil {
+				return err
+			}
+			return config.run(cmd.Context(), log)
+		},
+	}
+	options.addFlags(cmd.Flags())
+	_ = cmd.RegisterFlagCompletionFunc("mode", func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
+		var names []string
+		for _, m := range modes() {
+			names = append(names, string(m))
+		}
+		return names, cobra.ShellCompDirectiveNoFileComp
+	})
+	_ = cmd.MarkFlagDirname("manifests")
+	return cmd
+}
+
+// run joins the source, the tracker, the syncer and the dataplane, and blocks
+// until ctx is done or one of them fails.
+func (c config) run(ctx context.Context, log *slog.Logger) error {
+	source, err := manifest.New(manifest.Options{
+		Dir: c.manifests, ServiceCIDRs: c.serviceCIDRs, NodeName: c.nodeName, Logger: log.With("component", "manifest"),
+	})
+	if err != nil {
+		return fmt.Errorf("--manifests: %w", err)
+	}
+	dp, err := c.mode.open(log)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err := dp.Close(); err != nil {
+			log.Warn("the connection to the kernel was not closed", "error", err)
+		}
+	}()
+	syncer := sync.New(dp, sync.Options{Logger: log.With("component", "sync")})
+	syncer.SetNode(dataplane.Node{PodCIDRs: c.clusterCIDRs})
+
+	group, ctx := errgroup.WithContext(ctx)
+	names, err := c.serveDNS(ctx, group, log)
+	if err != nil {
+		return err
+	}
+	delivery := delivery{tracker: kube.NewTracker(kube.Options{NodeName: c.nodeName}), syncer: syncer, log: log, names: names}
+	group.Go(func() error { return syncer.Run(ctx) })
+	group.Go(func() error { return source.Run(ctx, delivery.take) })
+	log.Info("running", "version", version, "mode", string(c.mode), "manifests", c.manifests, "node", c.nodeName)
+	if err := group.Wait(); err != nil {
+		return err
+	}
+	log.Info("stopped; what is programmed stays in place")
+	return nil
+}
+
+// serveDNS starts to answer DNS names, if it is asked for.
+func (c config) serveDNS(ctx context.Context, group *errgroup.Group, log *slog.Logger) (*dns.Server, error) {
+	if c.dnsListen == "" {
+		return nil, nil
+	}
+	sockets, err := dns.Listen(ctx, c.dnsListen)
+	if err != nil {
+		return nil, fmt.Errorf("--dns-listen: %w", err)
+	}
+	server := dns.New(dns.Options{ClusterDomain: c.clusterDomain, Logger: log.With("component", "dns")})
+	group.Go(func() error { return server.Serve(ctx, sockets) })
+	return server, nil
+}
+
+// delivery passes what the source delivers on to those who need it.
+type delivery struct {
+	tracker  *kube.Tracker
+	syncer   *sync.Syncer
+	names    *dns.Server // nil if nobody asks for names
+	log      *slog.Logger
+	complete bool
+}
+
+func (d *delivery) take(delta kube.Delta) {
+	result := d.tracker.Apply(delta)
+	d.syncer.Update(result.Changes)
+	if !d.complete {
+		d.complete = true
+		d.syncer.ListComplete()
+	}
+	if d.names != nil {
+		d.names.Apply(delta)
+	}
+	for _, p := range result.Problems {
+		log := d.log.With("service", p.Service.String())
+		if p.EndpointSlice != "" {
+			log = log.With("endpoint_slice", p.EndpointSlice)
+		}
+		log.Warn("Service can't be carried out as written", "field", p.Field, "problem", p.Message)
+	}
+}
