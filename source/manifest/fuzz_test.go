@@ -3,6 +3,7 @@ package manifest
 import (
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 )
 
@@ -33,9 +34,10 @@ func FuzzParse(f *testing.F) {
 		}
 		m := newModel("here", addrs)
 		file := parse("fuzz.yaml", data)
+		// For YAML, these end lines.
 		lines := 1
-		for _, b := range data {
-			if b == '\n' {
+		for _, r := range string(data) {
+			if strings.ContainsRune("\n\r\u0085\u2028\u2029", r) {
 				lines++
 			}
 		}

@@ -300,6 +300,22 @@ ports: [{port: 8080}]
 	}
 }
 
+// TestExamples reads the project's own examples.
+func TestExamples(t *testing.T) {
+	t.Parallel()
+	d, err := Load(Options{Dir: "../../examples", ServiceCIDRs: oneCIDR})
+	if err != nil {
+		t.Error(err)
+	}
+	want := []string{
+		"default/backend ClusterIP 10.96.130.254 http:80->8080/TCP",
+		"default/redis ClusterIP 10.96.150.172 :6379->6379/TCP",
+	}
+	if diff := cmp.Diff(want, summary(d)); diff != "" {
+		t.Errorf("objects (-want +got):\n%s", diff)
+	}
+}
+
 // TestErrors says what people are told, to the letter: testdata/errors has the
 // files, and beside each the errors. Run with -update to write the latter anew.
 func TestErrors(t *testing.T) {

@@ -218,6 +218,10 @@ func syntaxError(c chunk, err error) treeError {
 	line := 1
 	if n, scanErr := fmt.Sscanf(message, "line %d:", &line); n == 1 && scanErr == nil {
 		_, message, _ = strings.Cut(message, ": ")
+	} else if parts := strings.Split(message, "'"); len(parts) == 3 {
+		// An unknown anchor comes without a line, but with its name.
+		before, _, _ := bytes.Cut(c.text, []byte("*"+parts[1]))
+		line = bytes.Count(before, []byte("\n")) + 1
 	}
 	// The package counts a few errors at the end of the text one line too far.
 	line = max(1, min(line, bytes.Count(bytes.TrimRight(c.text, "\r\n\t "), []byte("\n"))+1))
