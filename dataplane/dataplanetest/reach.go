@@ -46,7 +46,7 @@ func (s suite) even(t *testing.T) {
 			const connections = 300
 			hits := map[netip.AddrPort]int{}
 			for range connections {
-				answer, err := w.client.Connect(t.Context(), nettest.TCP, vip(family, 1, 80))
+				answer, err := connect(t, w.client, dataplane.TCP, vip(family, 1, 80))
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -111,7 +111,7 @@ func (s suite) masquerade(t *testing.T) {
 						if masqueraded {
 							want = w.net.Node
 						}
-						answer, err := from.Connect(t.Context(), network(p), vip(family, 1, 80))
+						answer, err := connect(t, from, p, vip(family, 1, 80))
 						if err != nil {
 							t.Error(err)
 							continue
@@ -269,7 +269,7 @@ func (s suite) others(t *testing.T) {
 				for _, from := range []*nettest.Host{w.client, w.pods[0], w.net.Node} {
 					t.Run(fmt.Sprintf("%s/%s/%s/from %s", family, tt.name, p, from.Name), func(t *testing.T) {
 						t.Parallel()
-						answer, err := from.Connect(t.Context(), network(p), tt.addr)
+						answer, err := connect(t, from, p, tt.addr)
 						if err != nil {
 							t.Fatal(err)
 						}
@@ -316,7 +316,7 @@ func (s suite) manyEndpoints(t *testing.T) {
 			}
 			reached := map[netip.AddrPort]bool{}
 			for range connections {
-				answer, err := w.client.Connect(t.Context(), nettest.TCP, s.Frontends[0].Addr)
+				answer, err := connect(t, w.client, dataplane.TCP, s.Frontends[0].Addr)
 				if err != nil {
 					t.Fatal(err)
 				}
