@@ -2,6 +2,7 @@ package manifest
 
 import (
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"net/netip"
 	"slices"
@@ -159,9 +160,7 @@ func TestAddressesWhileRunning(t *testing.T) {
 		for _, name := range d.DeletedServices {
 			delete(have, name.Name)
 		}
-		for name, ip := range clusterIPs(d) {
-			have[name] = ip
-		}
+		maps.Copy(have, clusterIPs(d))
 		if diff := cmp.Diff(step.want, have); diff != "" {
 			t.Errorf("%s: addresses (-want +got):\n%s", step.name, diff)
 		}
@@ -211,8 +210,12 @@ func TestRandomFiles(t *testing.T) {
 				t.Fatalf("seed %d, step %d: errors (-fresh +incremental):\n%s", seed, step, diff)
 			}
 			for _, sizes := range [][2]int{
-				{len(fresh.podsBy), len(m.podsBy)}, {len(fresh.servicesBy), len(m.servicesBy)}, {len(fresh.places), len(m.places)},
-				{len(fresh.held), len(m.held)}, {len(fresh.made), len(m.made)}, {len(fresh.addresses.holders), len(m.addresses.holders)},
+				{len(fresh.podsBy), len(m.podsBy)},
+				{len(fresh.servicesBy), len(m.servicesBy)},
+				{len(fresh.places), len(m.places)},
+				{len(fresh.held), len(m.held)},
+				{len(fresh.made), len(m.made)},
+				{len(fresh.addresses.holders), len(m.addresses.holders)},
 			} {
 				if sizes[0] != sizes[1] {
 					t.Fatalf("seed %d, step %d: the incremental model remembers more than it has: %v", seed, step, sizes)

@@ -67,7 +67,7 @@ func endpointSlices(svc *corev1.Service, pods []*corev1.Pod, nodeName string) []
 func sliceName(service string, family corev1.IPFamily, ports []discoveryv1.EndpointPort) string {
 	h := fnv.New32a()
 	for _, p := range ports {
-		fmt.Fprintf(h, "%s/%s/%d;", *p.Name, *p.Protocol, *p.Port)
+		_, _ = fmt.Fprintf(h, "%s/%s/%d;", *p.Name, *p.Protocol, *p.Port)
 	}
 	return fmt.Sprintf("%s-%s-%08x%s", service, strings.ToLower(string(family)), h.Sum32(), madeSuffix)
 }

@@ -1,6 +1,7 @@
 package manifest
 
 import (
+	"maps"
 	"net/netip"
 	"reflect"
 	"slices"
@@ -234,9 +235,7 @@ func (m *model) settleServices(dirty map[types.NamespacedName]struct{}, out *cha
 		names = append(names, name)
 	}
 	slices.SortFunc(names, func(a, b types.NamespacedName) int { return strings.Compare(a.String(), b.String()) })
-	for name, svc := range m.assign(names) {
-		out.services[name] = svc
-	}
+	maps.Copy(out.services, m.assign(names))
 	for _, name := range names {
 		svc, ok := out.services[name]
 		if !ok {

@@ -118,7 +118,7 @@ func (p *parser) document(n *node, prefix string, lists bool) {
 	if !ok {
 		group, version = "", apiVersion
 	}
-	want := ""
+	var want string
 	switch {
 	case name == "List" && group == "":
 		if version != "v1" {

@@ -3,6 +3,7 @@ package manifest
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
 	"reflect"
 	"slices"
 	"strings"
@@ -166,11 +167,12 @@ func (c *checker) scalar(n *node, path, want string, tags ...string) bool {
 }
 
 func describe(n *node) string {
-	switch {
-	case n.kind == yaml.MappingNode:
+	switch n.kind {
+	case yaml.MappingNode:
 		return "a mapping"
-	case n.kind == yaml.SequenceNode:
+	case yaml.SequenceNode:
 		return "a list"
+	default:
 	}
 	switch n.tag {
 	case "!!bool":
@@ -196,29 +198,17 @@ func join(path, name string) string {
 // jsonFields returns the types of a struct's fields by their JSON names.
 func jsonFields(t reflect.Type) map[string]reflect.Type {
 	fields := map[string]reflect.Type{}
-	for f := range fieldsOf(t) {
+	for f := range t.Fields() {
 		name, options, _ := strings.Cut(f.Tag.Get("json"), ",")
 		switch {
 		case name == "-":
 		case f.Anonymous && name == "" || strings.Contains(options, "inline"):
-			for name, inner := range jsonFields(f.Type) {
-				fields[name] = inner
-			}
+			maps.Copy(fields, jsonFields(f.Type))
 		case name != "":
 			fields[name] = f.Type
 		}
 	}
 	return fields
-}
-
-func fieldsOf(t reflect.Type) func(func(reflect.StructField) bool) {
-	return func(yield func(reflect.StructField) bool) {
-		for i := range t.NumField() {
-			if !yield(t.Field(i)) {
-				return
-			}
-		}
-	}
 }
 
 // suggest names the field that was meant, if one is near.

@@ -166,7 +166,8 @@ func (s *Source) watch(ctx context.Context, watcher *fsnotify.Watcher, again []s
 				return fmt.Errorf("watch folder %s: the watch ended", s.opts.Dir)
 			}
 			// Events may be lost, so nothing is known.
-			s.log.Warn("watch lost events, reading the folder again", slog.String("folder", s.opts.Dir), slog.Any("error", err))
+			s.log.WarnContext(ctx, "watch lost events, reading the folder again",
+				slog.String("folder", s.opts.Dir), slog.Any("error", err))
 			next.all = true
 			if !waiting {
 				waiting = true
@@ -258,8 +259,7 @@ func readDir(dir string) ([]fs.DirEntry, error) {
 
 // withoutPath returns what went wrong with a file, without its path.
 func withoutPath(err error) error {
-	var pathErr *fs.PathError
-	if errors.As(err, &pathErr) {
+	if pathErr, ok := errors.AsType[*fs.PathError](err); ok {
 		return pathErr.Err
 	}
 	return err

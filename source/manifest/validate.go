@@ -17,7 +17,7 @@ import (
 
 // report takes one thing that is wrong: the path of the field, and a message
 // with the fix.
-type report func(field, message string)
+type report func(path, message string)
 
 func (r report) failf(path, format string, args ...any) { r(path, fmt.Sprintf(format, args...)) }
 
@@ -70,7 +70,7 @@ func oneOf[T ~string](r report, path string, value T, allowed ...T) {
 // address reports a text that is not the address of a pod or a Service.
 func (r report) address(path, text string) (netip.Addr, bool) {
 	addr, err := netip.ParseAddr(text)
-	problem := ""
+	var problem string
 	switch {
 	case err != nil:
 		problem = "is not an IP address"
@@ -259,9 +259,10 @@ func validateFamilies(svc *corev1.Service, r report) {
 			r.failf(path, "%s is here twice: name each family once", family)
 		}
 	}
+	selectorless := spec.IPFamilyPolicy == nil && len(spec.Selector) == 0 // may name both when headless
 	single := spec.IPFamilyPolicy == nil || *spec.IPFamilyPolicy == corev1.IPFamilyPolicySingleStack
 	headless := isHeadless(svc)
-	if single && (len(spec.ClusterIPs) > 1 || (len(spec.IPFamilies) > 1 && !(headless && spec.IPFamilyPolicy == nil && len(spec.Selector) == 0))) {
+	if single && (len(spec.ClusterIPs) > 1 || (len(spec.IPFamilies) > 1 && (!headless || !selectorless))) {
 		r.failf("spec.ipFamilyPolicy", "a Service with two families needs PreferDualStack or RequireDualStack here")
 	}
 	if len(spec.ClusterIPs) > 2 {
