@@ -98,11 +98,22 @@ func parseElement(b []byte) element {
 		e.IntervalEnd = binary.BigEndian.Uint32(v)&unix.NFT_SET_ELEM_INTERVAL_END != 0
 	}
 	if v, ok := attribute(b, unix.NFTA_SET_ELEM_USERDATA); ok {
-		if comment, ok := userdata.GetString(bytes.Clone(v), userdata.NFTNL_UDATA_SET_ELEM_COMMENT); ok {
-			e.Comment = comment
-		}
+		e.Comment = commentOf(v)
 	}
 	return e
+}
+
+// commentOf returns the comment in an element's user data, which is a list of
+// type, length and value, and may be anything if somebody else wrote it. The
+// library's parser relies on the lengths.
+func commentOf(b []byte) string {
+	for len(b) >= 2 && len(b) >= 2+int(b[1]) {
+		if userdata.Type(b[0]) == userdata.NFTNL_UDATA_SET_ELEM_COMMENT {
+			return string(bytes.TrimSuffix(b[2:2+int(b[1])], []byte{0}))
+		}
+		b = b[2+int(b[1]):]
+	}
+	return ""
 }
 
 // attribute returns the value of the first attribute of a type.

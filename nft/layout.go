@@ -61,9 +61,7 @@ func newTable(family dataplane.Family) *table {
 		t.addrLen = 16
 	}
 	frontend := []nftables.SetDatatype{addr, nftables.TypeInetProto, nftables.TypeInetService}
-	concat := func(types ...nftables.SetDatatype) nftables.SetDatatype {
-		return nftables.MustConcatSetType(types...)
-	}
+	concat := nftables.MustConcatSetType
 	t.services = &nftables.Set{
 		Table: t.nf, Name: "services", IsMap: true,
 		KeyType: concat(frontend...), DataType: nftables.TypeClassID,
@@ -119,11 +117,11 @@ func (t *table) chains(node dataplane.Node) []chain {
 	// nf_tables: add "reject" to prerouting.)
 	reject := rule{
 		comment: "connections to Services without endpoints",
-		exprs:   t.join(ctStateNew(), t.frontendKey(0), []expr.Any{lookup(t.noEndpoints), gotoChain("reject")}),
+		exprs:   slices.Concat(ctStateNew(), t.frontendKey(), []expr.Any{lookup(t.noEndpoints), gotoChain("reject")}),
 	}
 	unmark := rule{
 		comment: "the slot has done its work",
-		exprs: t.join(
+		exprs: slices.Concat(
 			[]expr.Any{&expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg(0)}},
 			[]expr.Any{
 				&expr.Bitwise{
@@ -135,8 +133,8 @@ func (t *table) chains(node dataplane.Node) []chain {
 			resetPriority(),
 		),
 	}
-	dispatch := rule{exprs: t.join(
-		t.frontendKey(0),
+	dispatch := rule{exprs: slices.Concat(
+		t.frontendKey(),
 		[]expr.Any{mapLookup(t.services, reg(0)), setPriority(reg(0))},
 		[]expr.Any{
 			&expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg(0)},
@@ -149,7 +147,7 @@ func (t *table) chains(node dataplane.Node) []chain {
 	}
 	postrouting := []rule{{
 		comment: "pods that reach themselves through a Service",
-		exprs: t.join(ctStatusDNAT(),
+		exprs: slices.Concat(ctStatusDNAT(),
 			[]expr.Any{t.saddr(0), t.daddr(t.addrLen / 4)},
 			t.originalFrontendKey(2*t.addrLen/4),
 			[]expr.Any{lookup(t.hairpin), masquerade()}),
@@ -159,7 +157,7 @@ func (t *table) chains(node dataplane.Node) []chain {
 		notAPod.Invert = true
 		postrouting = append(postrouting, rule{
 			comment: "clients outside the pod networks",
-			exprs: t.join(ctStatusDNAT(),
+			exprs: slices.Concat(ctStatusDNAT(),
 				[]expr.Any{t.saddr(0), notAPod},
 				// The lookup in a map is there to see whether the connection is
 				// a Service's at all: others translate addresses, too.
@@ -221,10 +219,10 @@ func (t *table) translate() chain {
 	return chain{
 		Chain: &nftables.Chain{Name: "translate", Table: t.nf},
 		rules: []rule{
-			{exprs: t.join(t.frontendKey(0), []expr.Any{drawn}, dnat)},
+			{exprs: slices.Concat(t.frontendKey(), []expr.Any{drawn}, dnat)},
 			{
 				comment: "the slot went while the packet was on its way here",
-				exprs:   t.join(t.frontendKey(0), []expr.Any{randomSlot(1, reg(slot))}, dnat),
+				exprs:   slices.Concat(t.frontendKey(), []expr.Any{randomSlot(1, reg(slot))}, dnat),
 			},
 		},
 	}
@@ -241,8 +239,6 @@ const (
 func randomSlot(n, register uint32) expr.Any {
 	return &expr.Numgen{Register: register, Modulus: n, Type: unix.NFT_NG_RANDOM, Offset: slotBase}
 }
-
-func (*table) join(parts ...[]expr.Any) []expr.Any { return slices.Concat(parts...) }
 
 // reg returns the register at a 32-bit offset, by the name that the kernel
 // gives it when it lists rules: the old 128-bit name where there is one
@@ -274,14 +270,14 @@ func networkHeader(word int, offset, length uint32) expr.Any {
 	}
 }
 
-// frontendKey loads `ip daddr . meta l4proto . th dport` from the given word on.
-func (t *table) frontendKey(word int) []expr.Any {
+// frontendKey loads `ip daddr . meta l4proto . th dport`.
+func (t *table) frontendKey() []expr.Any {
 	n := t.addrLen / 4
 	return []expr.Any{
-		t.daddr(word),
-		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg(word + n)},
+		t.daddr(0),
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg(n)},
 		// TCP, UDP and SCTP all have the destination port in bytes 2 and 3.
-		&expr.Payload{DestRegister: reg(word + n + 1), Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
+		&expr.Payload{DestRegister: reg(n + 1), Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
 	}
 }
 

@@ -1,7 +1,6 @@
 package nft
 
 import (
-	"cmp"
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
@@ -84,8 +83,16 @@ func arrange(current []netip.AddrPort, want []dataplane.Endpoint) []netip.AddrPo
 		return slots
 	}
 	placed := make([]bool, len(want))
+	next := 0 // in slots that are mostly in order, the next one is found here
 	for i, addr := range current[:min(len(current), len(slots))] {
-		if j, ok := find(want, addr); ok && !placed[j] {
+		j := next
+		if j >= len(want) || want[j].Addr != addr {
+			var ok bool
+			if j, ok = find(want, addr); !ok {
+				continue
+			}
+		}
+		if next = j + 1; !placed[j] {
 			slots[i], placed[j] = addr, true
 		}
 	}
@@ -202,20 +209,11 @@ func (e *edit) insert(set int, el element) {
 // merge walks two sorted lists without duplicates in step.
 func merge(a, b []netip.Addr, visit func(addr netip.Addr, inA, inB bool)) {
 	for len(a) > 0 || len(b) > 0 {
-		order := 0
 		switch {
-		case len(a) == 0:
-			order = 1
-		case len(b) == 0:
-			order = -1
-		default:
-			order = cmp.Compare(a[0].Compare(b[0]), 0)
-		}
-		switch order {
-		case -1:
+		case len(b) == 0 || len(a) > 0 && a[0].Less(b[0]):
 			visit(a[0], true, false)
 			a = a[1:]
-		case 1:
+		case len(a) == 0 || b[0].Less(a[0]):
 			visit(b[0], false, true)
 			b = b[1:]
 		default:

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"slices"
 
 	"github.com/mdlayher/netlink"
 	"golang.org/x/net/bpf"
@@ -73,11 +74,8 @@ func (w *watch) run() {
 		messages, err := w.conn.Receive()
 		switch {
 		case err == nil:
-			for _, m := range messages {
-				if concernsUs(m) {
-					w.signal()
-					break
-				}
+			if slices.ContainsFunc(messages, concernsUs) {
+				w.signal()
 			}
 		case errors.Is(err, unix.ENOBUFS):
 			// Announcements were lost: some may have been about us.
