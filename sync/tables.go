@@ -451,8 +451,13 @@ func (t *tables) report(ctx context.Context, c *Commit) {
 	if !t.log.Enabled(ctx, level) {
 		return
 	}
+	var latency time.Duration // of the oldest change, waiting included
+	if !c.Oldest.IsZero() {
+		latency = c.End.Sub(c.Oldest)
+	}
 	t.log.Log(ctx, level, "committed", "kind", string(c.Kind), "reason", string(c.Reason),
-		"changes", len(c.Changes), "failed", len(c.Failed), "services", c.Services, "took", c.End.Sub(c.Start))
+		"changes", len(c.Changes), "failed", len(c.Failed), "services", c.Services,
+		"took", c.End.Sub(c.Start), "latency", latency)
 }
 
 func (t *tables) status() Status {
