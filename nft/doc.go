@@ -20,7 +20,7 @@
 //	set hairpin { … }              # endpoint . endpoint . frontend, for pods of this node
 //	set pod-cidrs { … }            # clients outside are masqueraded
 //
-//	chain prerouting {             # and output: the same for the node's own connections
+//	chain nat-prerouting {         # and nat-output: the same for the node's own connections
 //	    type nat hook prerouting priority dstnat
 //	    meta priority set ip daddr . meta l4proto . th dport map @services meta priority vmap @classes
 //	}
@@ -31,7 +31,11 @@
 //	    dnat to ip daddr . meta l4proto . th dport . meta priority map @endpoints
 //	    dnat to ip daddr . meta l4proto . th dport . numgen random mod 1 offset 4196204544 map @endpoints
 //	}
-//	chain filter-prerouting {      # and filter-output
+//	chain filter-prerouting-pre-dnat {     # and output
+//	    type filter hook prerouting priority dstnat - 10
+//	    ct state new ip daddr . meta l4proto . th dport @no-endpoints goto reject
+//	}
+//	chain filter-prerouting-post-dnat {    # and output
 //	    type filter hook prerouting priority dstnat + 10
 //	    meta priority & ffff:0 == fa1d:0 meta priority set none
 //	    ct state new ip daddr . meta l4proto . th dport @no-endpoints goto reject
@@ -55,7 +59,19 @@
 //
 // The slots of a Service are 0 to N-1 without a hole. An endpoint that leaves is
 // replaced by the one in the last slot, so that at most three elements change.
-// A packet reads two maps, and a commit can come between: it may hold the old
-// class and find its slot gone. The second rule of translate sends it to slot
-// 0, which a Service with endpoints always has.
+//
+// # A packet and a commit at the same time
+//
+// A commit is atomic, but a packet reads several maps, and a commit can come
+// between two reads. Each of these has been seen to lose connections:
+//
+//   - A packet holds the old class and finds its slot gone. The second rule of
+//     translate sends it to slot 0, which a Service with endpoints always has.
+//   - A packet enters the ruleset before the commit and reads a class whose
+//     chain the commit has made. The kernel decides on entry which generation
+//     of rules the packet sees (nf_tables_core.c, nft_do_chain), and in that
+//     one the chain is empty. So a new class is committed before the first
+//     Service that is in it, and removed a while after the last.
+//   - A Service gets its first endpoint, or loses its last, between the check
+//     for such Services and the translation. So the check is on both sides.
 package nft

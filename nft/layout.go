@@ -112,6 +112,12 @@ func (t *table) podCIDRsOf(node dataplane.Node) []netip.Prefix {
 
 // chains returns the chains that do not depend on Services, callees first.
 func (t *table) chains(node dataplane.Node) []chain {
+	// Rejecting happens before translating and again after it, for a commit may
+	// come while a packet is between the two. One that has missed the frontend
+	// among those without endpoints, as it had some, and then finds it without
+	// any, is caught behind; one that the second check would let through, as
+	// the Service has just got its first endpoint, has met the first.
+	//
 	// Prerouting rather than input and forward, so that clients are told even
 	// where the node has no route to the address. (Kernel 5.9, netfilter:
 	// nf_tables: add "reject" to prerouting.)
@@ -184,11 +190,13 @@ func (t *table) chains(node dataplane.Node) []chain {
 			{exprs: []expr.Any{icmp}},
 		}},
 		t.translate(),
-		base("filter-prerouting", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, dstnat+10, unmark, reject),
-		base("filter-output", nftables.ChainTypeFilter, nftables.ChainHookOutput, dstnat+10, unmark, reject),
-		base("prerouting", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, dstnat, dispatch),
-		base("output", nftables.ChainTypeNAT, nftables.ChainHookOutput, dstnat, dispatch),
-		base("postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, *nftables.ChainPriorityNATSource, postrouting...),
+		base("filter-prerouting-pre-dnat", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, dstnat-10, reject),
+		base("filter-output-pre-dnat", nftables.ChainTypeFilter, nftables.ChainHookOutput, dstnat-10, reject),
+		base("nat-prerouting", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, dstnat, dispatch),
+		base("nat-output", nftables.ChainTypeNAT, nftables.ChainHookOutput, dstnat, dispatch),
+		base("filter-prerouting-post-dnat", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, dstnat+10, unmark, reject),
+		base("filter-output-post-dnat", nftables.ChainTypeFilter, nftables.ChainHookOutput, dstnat+10, unmark, reject),
+		base("nat-postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, *nftables.ChainPriorityNATSource, postrouting...),
 	}
 }
 

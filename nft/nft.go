@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"time"
 
 	"fairlead/dataplane"
 
@@ -39,9 +40,11 @@ type Dataplane struct {
 	// slots holds the slots of Services whose endpoints are not in order of
 	// address, as programmed.
 	slots map[dataplane.Key][]netip.AddrPort
-	// classes counts, by table, the programmed Services' frontends in each
-	// class that has a chain. A count of 0 waits for the chain's removal.
+	// classes counts, by table, the programmed frontends in each class that has
+	// a chain; resting says since when a class has none.
 	classes [2]map[class]int
+	resting [2]map[class]time.Time
+	now     func() time.Time
 }
 
 var _ dataplane.Dataplane = (*Dataplane)(nil)
@@ -81,6 +84,7 @@ func Open(opts Options) (*Dataplane, error) {
 		log:    log,
 		tables: [2]*table{newTable(dataplane.IPv4), newTable(dataplane.IPv6)},
 		watch:  watch,
+		now:    time.Now,
 	}
 	d.forget()
 	return d, nil
@@ -91,6 +95,7 @@ func (d *Dataplane) forget() {
 	d.slots = map[dataplane.Key][]netip.AddrPort{}
 	for i := range d.classes {
 		d.classes[i] = map[class]int{}
+		d.resting[i] = map[class]time.Time{}
 	}
 }
 
@@ -126,18 +131,37 @@ const (
 )
 
 func socketOptions(conn *netlink.Conn) error {
-	// Errors come back with the request's header only, and with the kernel's
-	// words for what is wrong.
-	for _, o := range []netlink.ConnOption{netlink.CapAcknowledge, netlink.ExtendedAcknowledge} {
-		if err := conn.SetOption(o, true); err != nil {
-			return fmt.Errorf("set netlink option %d: %w", o, err)
-		}
+	if err := checkDescriptor(conn); err != nil {
+		return err
+	}
+	// The kernel's own words for what is wrong. Not together with
+	// CapAcknowledge: the library looks for the words behind the whole request.
+	if err := conn.SetOption(netlink.ExtendedAcknowledge, true); err != nil {
+		return fmt.Errorf("ask for extended netlink errors: %w", err)
 	}
 	if err := conn.SetWriteBuffer(sendBuffer); err != nil {
 		return fmt.Errorf("set the netlink send buffer to %d bytes: %w", sendBuffer, err)
 	}
 	if err := conn.SetReadBuffer(receiveBuffer); err != nil {
 		return fmt.Errorf("set the netlink receive buffer to %d bytes: %w", receiveBuffer, err)
+	}
+	return nil
+}
+
+// checkDescriptor refuses a socket that the library, which uses select(2), would
+// panic on.
+func checkDescriptor(conn *netlink.Conn) error {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return fmt.Errorf("look at the netlink socket: %w", err)
+	}
+	var descriptor uintptr
+	if err := raw.Control(func(fd uintptr) { descriptor = fd }); err != nil {
+		return fmt.Errorf("look at the netlink socket: %w", err)
+	}
+	if descriptor >= unix.FD_SETSIZE {
+		return fmt.Errorf("the netlink socket is file descriptor %d, want one below %d: open the dataplane before %d other files are open",
+			descriptor, unix.FD_SETSIZE, unix.FD_SETSIZE)
 	}
 	return nil
 }

@@ -5,9 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"iter"
-	"maps"
 	"net/netip"
-	"slices"
+	"time"
 
 	"fairlead/dataplane"
 
@@ -21,7 +20,13 @@ import (
 // it is kept to some 20 ms.
 const editSize = 8192
 
-// Apply implements [dataplane.Dataplane]: all changes are one commit.
+// classRest is for how long a class stays when nothing is in it any more: longer
+// than any packet is on its way, and so long that a Service that goes from one
+// size to another and back doesn't make chains come and go.
+const classRest = time.Second
+
+// Apply implements [dataplane.Dataplane]. All changes are one commit, after
+// another one for the classes that are new.
 func (d *Dataplane) Apply(_ context.Context, changes []dataplane.Change) error {
 	failed := map[dataplane.Key]error{}
 	edits, after := d.plan(changes, failed)
@@ -127,14 +132,12 @@ func (d *Dataplane) slotsOf(s *dataplane.Service) []netip.AddrPort {
 // commit carries out the edits in one transaction; it writes nothing if they
 // are empty.
 func (d *Dataplane) commit(edits [2]*tableEdit) error {
-	for i, e := range edits {
+	if err := d.addClasses(edits); err != nil {
+		return err
+	}
+	for _, e := range edits {
 		if e == nil {
 			continue
-		}
-		for _, c := range slices.Sorted(maps.Keys(e.classes)) {
-			if _, exists := d.classes[i][c]; !exists && e.classes[c] > 0 {
-				d.addClass(d.tables[i], c)
-			}
 		}
 		sets := [...]*nftables.Set{e.table.services, e.table.endpoints, e.table.noEndpoints, e.table.hairpin}
 		for s, set := range sets {
@@ -151,10 +154,36 @@ func (d *Dataplane) commit(edits [2]*tableEdit) error {
 	return d.flush()
 }
 
-func (d *Dataplane) addClass(t *table, c class) {
-	d.addChain(t, t.classChain(c))
-	// The library keeps the error for Flush.
-	_ = d.conn.SetAddElements(t.classes, []element{classElement(t, c)})
+// addClasses makes the chains of classes that have none yet, in a transaction of
+// its own. They are in use by nobody, so it does no harm if what follows fails.
+func (d *Dataplane) addClasses(edits [2]*tableEdit) error {
+	var added [2][]class
+	for i, e := range edits {
+		if e == nil {
+			continue
+		}
+		for c, n := range e.classes {
+			if _, exists := d.classes[i][c]; exists || n <= 0 {
+				continue
+			}
+			added[i] = append(added[i], c)
+			d.addChain(e.table, e.table.classChain(c))
+			// The library keeps the error for Flush.
+			_ = d.conn.SetAddElements(e.table.classes, []element{classElement(e.table, c)})
+		}
+	}
+	if len(added[0])+len(added[1]) == 0 {
+		return nil
+	}
+	if err := d.flush(); err != nil {
+		return fmt.Errorf("add classes: %w", err)
+	}
+	for i := range added {
+		for _, c := range added[i] {
+			d.use(i, c, 0)
+		}
+	}
+	return nil
 }
 
 func classElement(t *table, c class) element {
@@ -185,23 +214,31 @@ func (d *Dataplane) record(changes []dataplane.Change, edits [2]*tableEdit, afte
 			continue
 		}
 		for c, n := range e.classes {
-			if _, exists := d.classes[i][c]; exists || n > 0 {
-				d.classes[i][c] += n
-			}
+			d.use(i, c, n)
 		}
 	}
 }
 
-// removeUnusedClasses removes the chains of classes that no frontend is in. It
-// comes after the commit that left them unused, so that a packet that has read
-// its class just before still finds the chain. What can't be removed now, as
-// kernels before 6.2 hold on to a chain for a moment longer, is tried again
-// after the next commit.
+// use counts n more frontends in a class that has a chain in the i-th table.
+func (d *Dataplane) use(i int, c class, n int) {
+	d.classes[i][c] += n
+	if d.classes[i][c] > 0 {
+		delete(d.resting[i], c)
+		return
+	}
+	if _, resting := d.resting[i][c]; !resting {
+		d.resting[i][c] = d.now()
+	}
+}
+
+// removeUnusedClasses removes the chains of classes that no frontend has been in
+// for a while. What can't be removed now, as kernels before 6.2 hold on to a
+// chain for a moment longer, is tried again after a later commit.
 func (d *Dataplane) removeUnusedClasses() {
 	for i, t := range d.tables {
 		var unused []class
-		for c, n := range d.classes[i] {
-			if n == 0 {
+		for c, since := range d.resting[i] {
+			if d.now().Sub(since) >= classRest {
 				unused = append(unused, c)
 			}
 		}
@@ -220,6 +257,7 @@ func (d *Dataplane) removeUnusedClasses() {
 		}
 		for _, c := range unused {
 			delete(d.classes[i], c)
+			delete(d.resting[i], c)
 		}
 	}
 }
@@ -238,7 +276,7 @@ func (d *Dataplane) Replace(ctx context.Context, node dataplane.Node, services i
 			return fmt.Errorf("replace: set up table %s: %w", t, err)
 		}
 		for c := range have[i].classes {
-			d.classes[i][c] = 0
+			d.use(i, c, 0)
 		}
 	}
 	r := replacement{Dataplane: d, have: have, failed: map[dataplane.Key]error{}}
@@ -346,7 +384,7 @@ func (r *replacement) leave(s *dataplane.Service, err error) {
 	i := index(s.Key.Family)
 	for _, f := range s.Frontends {
 		if row := r.have[i].rows[f]; row != nil && row.class != 0 {
-			r.classes[i][row.class]++
+			r.use(i, row.class, 1)
 		}
 		delete(r.have[i].rows, f)
 	}

@@ -1,0 +1,584 @@
+package nft
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"fairlead/dataplane"
+	"fairlead/internal/nettest"
+
+	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
+)
+
+var update = flag.Bool("update", false, "rewrite the golden listings")
+
+// newDataplane opens a Dataplane in an empty network namespace.
+func newDataplane(t *testing.T) (*Dataplane, *nettest.Namespace) {
+	t.Helper()
+	ns, err := nettest.NewNamespace("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := ns.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return openIn(t, ns), ns
+}
+
+func openIn(t *testing.T, ns *nettest.Namespace) *Dataplane {
+	t.Helper()
+	d, err := Open(Options{NetNS: ns.Fd()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := d.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return d
+}
+
+// nftBinaries returns the nft binaries of the Debian releases whose listings are
+// tested, by version.
+func nftBinaries(t *testing.T) map[string]string {
+	t.Helper()
+	versions := map[string]string{}
+	for _, v := range []string{"1.0.6", "1.1.3"} {
+		path, err := filepath.Abs(filepath.Join("..", ".cache", "nftables", v, "nft"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := os.Stat(path); err != nil {
+			t.Fatalf("nft %s is missing: run `make nftables` (%v)", v, err)
+		}
+		versions[v] = path
+	}
+	return versions
+}
+
+// nft runs an nft binary with a script in the namespace and returns its output.
+func nft(t *testing.T, ns *nettest.Namespace, binary, script string) string {
+	t.Helper()
+	var out []byte
+	err := ns.Do(func() error {
+		cmd := exec.Command(binary, "-f", "-")
+		cmd.Stdin = strings.NewReader(script)
+		var err error
+		if out, err = cmd.CombinedOutput(); err != nil {
+			return fmt.Errorf("%s -f - <<< %q: %w\n%s", binary, script, err, out)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(out)
+}
+
+func replace(t *testing.T, d *Dataplane, node dataplane.Node, services ...*dataplane.Service) {
+	t.Helper()
+	if err := d.Replace(t.Context(), node, slices.Values(services)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func apply(t *testing.T, d *Dataplane, changes ...dataplane.Change) {
+	t.Helper()
+	if err := d.Apply(t.Context(), changes); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// wantState fails the test unless the kernel holds exactly these Services.
+func wantState(t *testing.T, d *Dataplane, services ...*dataplane.Service) {
+	t.Helper()
+	got, err := d.Read(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := dataplane.StateOf(slices.Values(services)).Diff(got); diff != "" {
+		t.Errorf("the kernel holds something else:\n%s", diff)
+	}
+}
+
+func generation(t *testing.T, d *Dataplane) uint32 {
+	t.Helper()
+	g, err := d.conn.GetGen()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return g.ID
+}
+
+func podNode() dataplane.Node {
+	return dataplane.Node{PodCIDRs: []netip.Prefix{netip.MustParsePrefix("10.1.0.0/16"), netip.MustParsePrefix("fd00:1::/64")}}
+}
+
+// sample has everything that can be in the tables, each once, so that the
+// order in which a listing shows it is certain.
+func sample(t *testing.T) []*dataplane.Service {
+	t.Helper()
+	var services []*dataplane.Service
+	for _, s := range []struct {
+		name, frontend string
+		protocol       dataplane.Protocol
+		endpoint       string
+	}{
+		{"web", "10.96.0.1:80", dataplane.TCP, "10.1.0.1:8080"},
+		{"empty", "10.96.0.2:53", dataplane.UDP, ""},
+		{"web", "[fd00:96::1]:80", dataplane.TCP, "[fd00:1::1]:8080"},
+		{"empty", "[fd00:96::2]:9", dataplane.SCTP, ""},
+	} {
+		var list []dataplane.Endpoint
+		if s.endpoint != "" {
+			list = append(list, dataplane.Endpoint{Addr: netip.MustParseAddrPort(s.endpoint), Local: true})
+		}
+		f := dataplane.Frontend{Protocol: s.protocol, Addr: netip.MustParseAddrPort(s.frontend)}
+		services = append(services, service(t, s.name, []dataplane.Frontend{f}, list))
+	}
+	return services
+}
+
+// randomServices returns up to n Services of both families, on frontends and
+// endpoints from a small pool, so that states made from it overlap.
+func randomServices(t testing.TB, random *rand.Rand, n int) []*dataplane.Service {
+	t.Helper()
+	protocols := []dataplane.Protocol{dataplane.TCP, dataplane.UDP, dataplane.SCTP}
+	var services []*dataplane.Service
+	for i := range n {
+		if random.IntN(4) == 0 {
+			continue
+		}
+		v6 := i%2 == 1
+		address := func(first, n int) netip.Addr {
+			if v6 {
+				return netip.AddrFrom16([16]byte{0xfd, byte(first), 14: byte(n >> 8), 15: byte(n)})
+			}
+			return netip.AddrFrom4([4]byte{10, byte(first), byte(n >> 8), byte(n)})
+		}
+		var frontends []dataplane.Frontend
+		for port := range 1 + random.IntN(3) {
+			frontends = append(frontends, dataplane.Frontend{
+				Protocol: protocols[random.IntN(3)],
+				Addr:     netip.AddrPortFrom(address(96, i), uint16(80+port)),
+			})
+		}
+		var list []dataplane.Endpoint
+		for range random.IntN(12) {
+			pod := random.IntN(40)
+			a := netip.AddrPortFrom(address(1, pod), uint16(8080+random.IntN(2)))
+			list = append(list, dataplane.Endpoint{Addr: a, Local: pod%3 == 0}) // it is the pod that is local
+		}
+		name := fmt.Sprintf("service-%d", i)
+		if random.IntN(8) == 0 {
+			name = "renamed-" + name
+		}
+		services = append(services, service(t, name, frontends, list))
+	}
+	return services
+}
+
+// TestListing compares what nft prints of the tables with golden files.
+func TestListing(t *testing.T) {
+	t.Parallel()
+	for version, binary := range nftBinaries(t) {
+		t.Run(version, func(t *testing.T) {
+			t.Parallel()
+			d, ns := newDataplane(t)
+			replace(t, d, podNode(), sample(t)...)
+			got := nft(t, ns, binary, "list ruleset")
+			golden := filepath.Join("testdata", "ruleset-"+version+".nft")
+			if *update {
+				if err := os.WriteFile(golden, []byte(got), 0o644); err != nil {
+					t.Fatal(err)
+				}
+			}
+			want, err := os.ReadFile(golden)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(string(want), got); diff != "" {
+				t.Errorf("listing (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+// TestListingOfManyServices checks that nft prints all of a large random state,
+// without aborting and without a value that it can't interpret.
+func TestListingOfManyServices(t *testing.T) {
+	t.Parallel()
+	d, ns := newDataplane(t)
+	services := randomServices(t, rand.New(rand.NewPCG(1, 2)), 300)
+	replace(t, d, podNode(), services...)
+	for version, binary := range nftBinaries(t) {
+		listing := nft(t, ns, binary, "list ruleset")
+		if strings.Contains(listing, "invalid") || strings.Contains(listing, "unknown") {
+			t.Errorf("nft %s can't interpret a value:\n%s", version, listing)
+		}
+		for _, s := range services {
+			if !strings.Contains(listing, fmt.Sprintf("comment %q", s.Key.Service())) {
+				t.Errorf("nft %s does not show %s", version, s.Key)
+			}
+		}
+	}
+}
+
+// TestRandomStates goes from one random state to the next, by Apply and by
+// Replace, and reads each back.
+func TestRandomStates(t *testing.T) {
+	t.Parallel()
+	d, ns := newDataplane(t)
+	node := podNode()
+	var have []*dataplane.Service
+	replace(t, d, node, have...)
+	for seed := range uint64(40) {
+		random := rand.New(rand.NewPCG(seed, 7))
+		want := randomServices(t, random, 40)
+		if random.IntN(5) == 0 {
+			d = openIn(t, ns) // a restart
+			replace(t, d, node, want...)
+		} else {
+			apply(t, d, changesBetween(have, want)...)
+		}
+		have = want
+		wantState(t, d, have...)
+		before := generation(t, d)
+		replace(t, openIn(t, ns), node, have...)
+		if after := generation(t, d); after != before {
+			t.Fatalf("seed %d: replacing a state by an equal one changed the ruleset", seed)
+		}
+		if t.Failed() {
+			t.Fatalf("seed %d", seed)
+		}
+	}
+	apply(t, d, changesBetween(have, nil)...)
+	wantState(t, d)
+}
+
+func changesBetween(have, want []*dataplane.Service) []dataplane.Change {
+	changes := map[dataplane.Key]dataplane.Change{}
+	for _, s := range have {
+		changes[s.Key] = dataplane.Change{Old: s}
+	}
+	for _, s := range want {
+		c := changes[s.Key]
+		c.New = s
+		changes[s.Key] = c
+	}
+	var list []dataplane.Change
+	for _, c := range changes {
+		if !c.Old.Equal(c.New) {
+			list = append(list, c)
+		}
+	}
+	return list
+}
+
+// TestDrift edits the tables as an operator might, and expects the change to be
+// announced, and one Replace to restore everything.
+func TestDrift(t *testing.T) {
+	t.Parallel()
+	for name, script := range map[string]string{
+		"the table is deleted":              "delete table ip fairlead",
+		"the whole ruleset is flushed":      "flush ruleset",
+		"a Service is deleted":              "delete element ip fairlead services { 10.96.0.1 . tcp . 80 }",
+		"a Service is in another class":     "add chain ip fairlead class-9; delete element ip fairlead services { 10.96.0.1 . tcp . 80 }; add element ip fairlead services { 10.96.0.1 . tcp . 80 : 0:9 }",
+		"a Service is added":                "add element ip fairlead services { 10.96.7.7 . tcp . 80 : 0:1 }",
+		"an endpoint is deleted":            "delete element ip fairlead endpoints { 10.96.0.1 . tcp . 80 . fa1d:0 }",
+		"an endpoint is another":            "delete element ip fairlead endpoints { 10.96.0.1 . tcp . 80 . fa1d:0 }; add element ip fairlead endpoints { 10.96.0.1 . tcp . 80 . fa1d:0 : 10.1.0.9 . 9 }",
+		"an endpoint is added":              "add element ip fairlead endpoints { 10.96.0.1 . tcp . 80 . fa1d:7 : 10.1.0.9 . 9 }",
+		"a slot that can't be is added":     "add element ip fairlead endpoints { 10.96.0.1 . tcp . 80 . 1:7 : 10.1.0.9 . 9 }",
+		"an empty Service is deleted":       "delete element ip fairlead no-endpoints { 10.96.0.2 . udp . 53 }",
+		"a live Service is rejected":        "add element ip fairlead no-endpoints { 10.96.0.1 . tcp . 80 }",
+		"hairpin is flushed":                "flush set ip fairlead hairpin",
+		"a hairpin that can't be is added":  "add element ip fairlead hairpin { 10.1.0.1 . 10.1.0.2 . 10.96.0.1 . tcp . 80 }",
+		"the pod networks are others":       "flush set ip fairlead pod-cidrs; add element ip fairlead pod-cidrs { 192.168.0.0/16 }",
+		"the classes are flushed":           "flush map ip fairlead classes",
+		"a class goes elsewhere":            "delete element ip fairlead classes { 0:1 }; add element ip fairlead classes { 0:1 : drop }",
+		"a class's chain is flushed":        "flush chain ip fairlead class-1",
+		"a rule is added":                   "insert rule ip fairlead nat-prerouting counter accept",
+		"all rules are gone":                "flush table ip fairlead",
+		"a chain is added":                  "add chain ip fairlead extra { type filter hook forward priority 0; policy drop; }",
+		"a chain is added and used":         "add chain ip fairlead extra; add rule ip fairlead nat-prerouting jump extra",
+		"a set is added and used":           "add set ip fairlead extra { type mark; }; add rule ip fairlead nat-prerouting meta mark @extra drop",
+		"a set is replaced by another type": "flush chain ip fairlead filter-prerouting-pre-dnat; flush chain ip fairlead filter-prerouting-post-dnat; flush chain ip fairlead filter-output-pre-dnat; flush chain ip fairlead filter-output-post-dnat; delete set ip fairlead no-endpoints; add set ip fairlead no-endpoints { type mark; }",
+		"a chain drops by default":          "add chain ip fairlead nat-prerouting { policy drop; }",
+		"the table is dormant":              "add table ip fairlead { flags dormant; }",
+		"the IPv6 table is deleted":         "delete table ip6 fairlead",
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			binary := nftBinaries(t)["1.0.6"]
+			d, ns := newDataplane(t)
+			services := sample(t)
+			replace(t, d, podNode(), services...)
+			wantNoDrift(t, d)
+			before := sortedLines(nft(t, ns, binary, "list ruleset"))
+			nft(t, ns, binary, strings.ReplaceAll(script, "; ", "\n"))
+			if slices.Equal(before, sortedLines(nft(t, ns, binary, "list ruleset"))) {
+				t.Fatal("the edit changes nothing, so the test shows nothing")
+			}
+			select {
+			case <-d.Drift():
+			case <-time.After(5 * time.Second):
+				t.Fatal("the change was not announced")
+			}
+			replace(t, d, podNode(), services...)
+			if diff := cmp.Diff(before, sortedLines(nft(t, ns, binary, "list ruleset"))); diff != "" {
+				t.Errorf("after the repair (-before +after):\n%s", diff)
+			}
+			wantState(t, d, services...)
+			replace(t, d, podNode(), services...)
+			wantNoDrift(t, d)
+		})
+	}
+}
+
+// wantNoDrift fails the test if our own commits, all of which the kernel has
+// acknowledged, were taken for somebody else's.
+func wantNoDrift(t *testing.T, d *Dataplane) {
+	t.Helper()
+	select {
+	case <-d.Drift():
+		t.Error("our own change was announced as drift")
+	case <-time.After(20 * time.Millisecond):
+	}
+}
+
+func sortedLines(s string) []string {
+	lines := strings.Split(s, "\n")
+	slices.Sort(lines)
+	return lines
+}
+
+func TestChangesOfOtherTablesAreNoDrift(t *testing.T) {
+	t.Parallel()
+	d, ns := newDataplane(t)
+	replace(t, d, podNode(), sample(t)...)
+	nft(t, ns, nftBinaries(t)["1.0.6"], `add table ip fairlead2
+		add set ip fairlead2 services { type mark; }
+		add element ip fairlead2 services { 1 }
+		add table inet fairlead
+		delete table ip fairlead2`)
+	wantNoDrift(t, d)
+}
+
+func TestCleanup(t *testing.T) {
+	t.Parallel()
+	binary := nftBinaries(t)["1.0.6"]
+	d, ns := newDataplane(t)
+	const others = "add table ip other\nadd table inet fairlead\nadd chain ip other c { type filter hook input priority 0; }\n"
+	nft(t, ns, binary, others)
+	before := nft(t, ns, binary, "list ruleset")
+	replace(t, d, podNode(), sample(t)...)
+	for range 2 { // the second time there is nothing to remove
+		if err := Cleanup(Options{NetNS: ns.Fd()}); err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(before, nft(t, ns, binary, "list ruleset")); diff != "" {
+			t.Errorf("ruleset after cleanup (-want +got):\n%s", diff)
+		}
+	}
+}
+
+// TestClassesComeAndGo checks that a chain exists for each class in use, and no
+// longer for one that has not been for a while.
+func TestClassesComeAndGo(t *testing.T) {
+	t.Parallel()
+	d, ns := newDataplane(t)
+	now := time.Now()
+	d.now = func() time.Time { return now }
+	chains := func() int {
+		return strings.Count(nft(t, ns, nftBinaries(t)["1.0.6"], "list table ip fairlead"), "chain class-")
+	}
+	var have *dataplane.Service
+	replace(t, d, dataplane.Node{})
+	for _, n := range []int{0, 3, 3, 7, 1, 0, 1000, 2} {
+		list := make([]dataplane.Endpoint, n)
+		for i := range list {
+			list[i] = endpoint(i)
+		}
+		next := service(t, "s", []dataplane.Frontend{frontend(1)}, list)
+		before := chains()
+		apply(t, d, dataplane.Change{Old: have, New: next})
+		wantState(t, d, next)
+		if got := chains(); got < before {
+			t.Errorf("with %d endpoints a class was removed at once", n)
+		}
+		now = now.Add(classRest)
+		other := service(t, "other", []dataplane.Frontend{frontend(2)}, nil)
+		apply(t, d, dataplane.Change{New: other})
+		apply(t, d, dataplane.Change{Old: other})
+		if got := chains(); got != min(n, 1) {
+			t.Errorf("with %d endpoints there are %d chains of classes", n, got)
+		}
+		have = next
+	}
+}
+
+// poison returns a Service that the kernel refuses: NewService would not have
+// made it.
+func poison(name string, f dataplane.Frontend) *dataplane.Service {
+	return &dataplane.Service{
+		Key:       dataplane.Key{Namespace: "default", Name: name, Family: dataplane.IPv4},
+		Frontends: []dataplane.Frontend{f},
+		Endpoints: []dataplane.Endpoint{{Addr: netip.MustParseAddrPort("[fd00::1]:80")}},
+	}
+}
+
+// TestReplaceIsolatesWhatTheKernelRejects puts Services that the kernel
+// refuses among many that it takes.
+func TestReplaceIsolatesWhatTheKernelRejects(t *testing.T) {
+	t.Parallel()
+	d, _ := newDataplane(t)
+	var good, all []*dataplane.Service
+	for i := range 3000 {
+		s := service(t, fmt.Sprintf("good-%d", i), []dataplane.Frontend{frontend(i)}, endpoints(i, i+1, i+2))
+		good = append(good, s)
+		all = append(all, s)
+		if i%1000 == 500 {
+			all = append(all, poison(fmt.Sprintf("bad-%d", i), frontend(10000+i)))
+		}
+	}
+	err := d.Replace(t.Context(), podNode(), slices.Values(all))
+	var failure *dataplane.Error
+	if !errors.As(err, &failure) || len(failure.Failed) != 3 {
+		t.Fatalf("got error %v, want one for each of the three bad Services", err)
+	}
+	for key, err := range failure.Failed {
+		if !strings.HasPrefix(key.Name, "bad-") || !errors.Is(err, unix.EINVAL) {
+			t.Errorf("%s: %v", key, err)
+		}
+	}
+	wantState(t, d, good...)
+}
+
+// TestReplaceKeepsWhatFailed checks that the last good version of a Service
+// goes on working when the kernel refuses the next one.
+func TestReplaceKeepsWhatFailed(t *testing.T) {
+	t.Parallel()
+	d, _ := newDataplane(t)
+	old := service(t, "s", []dataplane.Frontend{frontend(1)}, endpoints(1, 2, 3))
+	other := service(t, "other", []dataplane.Frontend{frontend(2)}, endpoints(1))
+	replace(t, d, podNode(), old, other)
+	err := d.Replace(t.Context(), podNode(), slices.Values([]*dataplane.Service{poison("s", frontend(1))}))
+	if failure := (*dataplane.Error)(nil); !errors.As(err, &failure) || failure.Failed[old.Key] == nil {
+		t.Fatalf("got error %v, want one for %s", err, old.Key)
+	}
+	wantState(t, d, old)
+}
+
+// TestApplyRejected checks that a rejected call changes nothing, names its keys,
+// and that a Replace puts things right.
+func TestApplyRejected(t *testing.T) {
+	t.Parallel()
+	d, ns := newDataplane(t)
+	first := service(t, "first", []dataplane.Frontend{frontend(1)}, endpoints(1, 2))
+	replace(t, d, podNode(), first)
+	// Somebody takes the frontend that the next call is about.
+	nft(t, ns, nftBinaries(t)["1.0.6"], "add element ip fairlead services { 10.96.0.2 . tcp . 80 : 0:77 }")
+	second := service(t, "second", []dataplane.Frontend{frontend(2)}, endpoints(3, 4, 5))
+	third := service(t, "third", []dataplane.Frontend{frontend(3)}, endpoints(6))
+	err := d.Apply(t.Context(), []dataplane.Change{{New: second}, {New: third}})
+	var failure *dataplane.Error
+	if !errors.As(err, &failure) || failure.Failed[second.Key] == nil || failure.Failed[third.Key] == nil {
+		t.Fatalf("got error %v, want one that names both keys", err)
+	}
+	replace(t, d, podNode(), first, second, third)
+	wantState(t, d, first, second, third)
+}
+
+// TestUnsupported checks that a Service with a frontend this backend can't
+// serve is reported, has nothing in the kernel, and stops no other.
+func TestUnsupported(t *testing.T) {
+	t.Parallel()
+	nodePort := dataplane.Frontend{Protocol: dataplane.TCP, Addr: netip.MustParseAddrPort("0.0.0.0:30080")}
+	bad := service(t, "bad", []dataplane.Frontend{frontend(1), nodePort}, endpoints(1))
+	good := service(t, "good", []dataplane.Frontend{frontend(2)}, endpoints(1))
+	was := service(t, "bad", []dataplane.Frontend{frontend(1)}, endpoints(1))
+	for name, call := range map[string]func(d *Dataplane) error{
+		"replace": func(d *Dataplane) error {
+			return d.Replace(context.Background(), podNode(), slices.Values([]*dataplane.Service{bad, good}))
+		},
+		"apply": func(d *Dataplane) error {
+			return d.Apply(context.Background(), []dataplane.Change{{Old: was, New: bad}, {New: good}})
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			d, _ := newDataplane(t)
+			replace(t, d, podNode(), was)
+			err := call(d)
+			var failure *dataplane.Error
+			if !errors.As(err, &failure) || len(failure.Failed) != 1 || !errors.Is(failure.Failed[bad.Key], dataplane.ErrUnsupported) {
+				t.Fatalf("got error %v, want ErrUnsupported for %s alone", err, bad.Key)
+			}
+			wantState(t, d, good)
+		})
+	}
+}
+
+// TestMasqueradeFollowsTheNode checks that pod networks that change are
+// followed, and that without any no client is masqueraded.
+func TestMasqueradeFollowsTheNode(t *testing.T) {
+	t.Parallel()
+	binary := nftBinaries(t)["1.1.3"]
+	d, ns := newDataplane(t)
+	for _, test := range []struct {
+		cidrs []string
+		want  []string
+		not   []string
+	}{
+		{[]string{"10.1.0.0/16"}, []string{"10.1.0.0/16", "@pod-cidrs"}, nil},
+		{[]string{"10.9.0.0/16"}, []string{"10.9.0.0/16", "@pod-cidrs"}, []string{"10.1.0.0/16"}},
+		{nil, nil, []string{"@pod-cidrs", "10.9.0.0/16"}},
+	} {
+		var node dataplane.Node
+		for _, c := range test.cidrs {
+			node.PodCIDRs = append(node.PodCIDRs, netip.MustParsePrefix(c))
+		}
+		replace(t, d, node, sample(t)...)
+		listing := nft(t, ns, binary, "list table ip fairlead")
+		for _, w := range test.want {
+			if !strings.Contains(listing, w) {
+				t.Errorf("with %v the listing lacks %q:\n%s", test.cidrs, w, listing)
+			}
+		}
+		for _, w := range test.not {
+			if strings.Contains(listing, w) {
+				t.Errorf("with %v the listing has %q:\n%s", test.cidrs, w, listing)
+			}
+		}
+	}
+}
+
+// TestUserDataOfOthers checks that elements with broken user data, which any
+// administrator can make, are read without harm.
+func TestUserDataOfOthers(t *testing.T) {
+	t.Parallel()
+	for _, b := range [][]byte{{}, {0}, {0, 200}, {0, 0}, {9, 1, 1, 0, 3, 'a', 'b'}, bytes.Repeat([]byte{0}, 256)} {
+		if got := commentOf(b); strings.Trim(got, "ab") != "" {
+			t.Errorf("the comment in %x is %q", b, got)
+		}
+	}
+	if got, want := commentOf([]byte{9, 1, 1, 0, 3, 'a', 'b', 0}), "ab"; got != want {
+		t.Errorf("got %q, want %q", got, want)
+	}
+}
