@@ -72,7 +72,9 @@ func start(b *testing.B, open func(*testing.B, int) dataplane.Dataplane, n int) 
 	go func() { stopped <- s.syncer.Run(ctx) }()
 	b.Cleanup(func() {
 		cancel()
-		<-stopped
+		if err := <-stopped; err != nil {
+			b.Error(err)
+		}
 		if err := dp.Close(); err != nil {
 			b.Error(err)
 		}
@@ -91,6 +93,7 @@ func start(b *testing.B, open func(*testing.B, int) dataplane.Dataplane, n int) 
 }
 
 func (s *system) wait(b *testing.B) {
+	b.Helper()
 	if c := <-s.commits; c.Err != nil || len(c.Failed) > 0 {
 		b.Fatalf("commit failed: %v %v", c.Err, c.Failed)
 	}
@@ -99,6 +102,7 @@ func (s *system) wait(b *testing.B) {
 // update hands one change to the syncer and waits until the kernel has
 // acknowledged it.
 func (s *system) update(b *testing.B, key dataplane.Key, svc *dataplane.Service) time.Duration {
+	b.Helper()
 	begin := time.Now()
 	s.syncer.Update(map[dataplane.Key]*dataplane.Service{key: svc})
 	s.wait(b)
@@ -121,6 +125,7 @@ func BenchmarkUpdate(b *testing.B) {
 }
 
 func (s *system) replaceEndpoint(b *testing.B) {
+	b.Helper()
 	i, generation := 0, 1
 	measure(b, func() time.Duration {
 		if i++; i == len(s.services) {
@@ -137,6 +142,7 @@ func (s *system) replaceEndpoint(b *testing.B) {
 }
 
 func (s *system) addService(b *testing.B) {
+	b.Helper()
 	i := len(s.services)
 	measure(b, func() time.Duration {
 		svc := bench.Service(i, endpointsPerService, 0)
@@ -149,6 +155,7 @@ func (s *system) addService(b *testing.B) {
 }
 
 func (s *system) removeEndpoint(b *testing.B) {
+	b.Helper()
 	i := 0
 	measure(b, func() time.Duration {
 		if i++; i == len(s.services) {
@@ -223,6 +230,35 @@ func BenchmarkColdStart(b *testing.B) {
 	}
 }
 
+// BenchmarkMemory reports the memory that is held for a Service with its
+// endpoints: by the Service itself, the syncer and the backend, with all of
+// them programmed.
+func BenchmarkMemory(b *testing.B) {
+	for name, open := range backends() {
+		for _, n := range sizes() {
+			b.Run(fmt.Sprintf("backend=%s/services=%d", name, n), func(b *testing.B) {
+				var held uint64
+				for b.Loop() {
+					before := heap()
+					s := start(b, open, n)
+					held += heap() - before
+					runtime.KeepAlive(s)
+				}
+				b.ReportMetric(float64(held)/float64(b.N)/float64(n), "B/service")
+			})
+		}
+	}
+}
+
+// heap returns the bytes of live objects.
+func heap() uint64 {
+	runtime.GC()
+	runtime.GC() // what finalizers have kept
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	return m.HeapAlloc
+}
+
 func replace(b *testing.B, d dataplane.Dataplane, services iter.Seq[*dataplane.Service]) time.Duration {
 	b.Helper()
 	begin := time.Now()
@@ -235,6 +271,7 @@ func replace(b *testing.B, d dataplane.Dataplane, services iter.Seq[*dataplane.S
 // cpu returns the time that this process has spent in user mode and in the
 // kernel.
 func cpu(b *testing.B) (user, kernel time.Duration) {
+	b.Helper()
 	var r unix.Rusage
 	if err := unix.Getrusage(unix.RUSAGE_SELF, &r); err != nil {
 		b.Fatal(err)
