@@ -1,7 +1,7 @@
 package main
 
 import (
-	"fmt"
+	"errors"
 
 	"github.com/spf13/cobra"
 )
@@ -19,14 +19,13 @@ programs' rules are not touched. A Fairlead that still runs puts its own back.`,
 			if err != nil {
 				return err
 			}
+			var errs []error
 			for _, m := range modes() {
-				if err := m.cleanup(log); err != nil {
-					return fmt.Errorf("clean up after --mode=%s: %w", m, err)
-				}
+				errs = append(errs, m.cleanup(log))
 			}
-			return nil
+			return errors.Join(errs...)
 		},
 	}
-	logs.addFlags(cmd.Flags())
+	logs.addFlags(cmd)
 	return cmd
 }

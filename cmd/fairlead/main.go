@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -24,6 +25,7 @@ func main() {
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	ctx, stop := signal.NotifyContext(ctx, syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
+	context.AfterFunc(ctx, stop) // a second signal ends the program at once
 	root := &cobra.Command{
 		Use:   "fairlead",
 		Short: "Make Kubernetes Services work on this node",
@@ -35,9 +37,14 @@ Kubernetes Service reaches one of its pods, chosen at random.`,
 	root.SetArgs(args)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		return fmt.Errorf("%w: see %s --help", err, cmd.CommandPath())
+	})
 	root.AddCommand(runCommand(), cleanupCommand(), versionCommand())
 	if err := root.ExecuteContext(ctx); err != nil && !errors.Is(err, context.Canceled) {
-		_, _ = fmt.Fprintln(stderr, "fairlead:", err)
+		for line := range strings.Lines(err.Error()) {
+			_, _ = fmt.Fprintln(stderr, "fairlead:", strings.TrimSpace(line))
+		}
 		return 1
 	}
 	return 0

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -16,8 +17,8 @@ import (
 	"fairlead/sync"
 
 	"github.com/spf13/cobra"
-	"github.com/spf13/pflag"
 	"golang.org/x/sync/errgroup"
+	"k8s.io/apimachinery/pkg/util/validation"
 )
 
 // runOptions are the flags of `fairlead run`.
@@ -32,8 +33,9 @@ type runOptions struct {
 	logs          logOptions
 }
 
-func (o *runOptions) addFlags(flags *pflag.FlagSet) {
-	flags.StringVar(&o.mode, "mode", string(modes()[0]), "the kernel mechanism to program: nft")
+func (o *runOptions) addFlags(cmd *cobra.Command) {
+	flags := cmd.Flags()
+	flags.StringVar(&o.mode, "mode", string(modes()[0]), "the kernel mechanism to program: "+modeNames())
 	flags.StringVar(&o.manifests, "manifests", "", "a folder of YAML files with Services, Pods and EndpointSlices, which is watched")
 	flags.StringVar(&o.serviceCIDR, "service-cidr", "",
 		"the network that Services without a clusterIP get one from; for dual stack one of each family, comma-separated")
@@ -43,7 +45,17 @@ func (o *runOptions) addFlags(flags *pflag.FlagSet) {
 	flags.StringVar(&o.nodeName, "hostname-override", "", "the name of this node; empty: the hostname")
 	flags.StringVar(&o.dnsListen, "dns-listen", "", "the address and port to answer Services' DNS names on, such as 10.0.0.1:53; empty: nowhere")
 	flags.StringVar(&o.clusterDomain, "cluster-domain", "cluster.local", "the domain of Services' DNS names")
-	o.logs.addFlags(flags)
+	o.logs.addFlags(cmd)
+
+	var names []string
+	for _, m := range modes() {
+		names = append(names, string(m))
+	}
+	completeWith(cmd, "mode", names...)
+	for _, flag := range []string{"service-cidr", "cluster-cidr", "hostname-override", "dns-listen", "cluster-domain"} {
+		completeWith(cmd, flag) // no files
+	}
+	_ = cmd.MarkFlagDirname("manifests")
 }
 
 // config is what the flags say.
@@ -61,8 +73,7 @@ type config struct {
 // wrong.
 func (o *runOptions) complete() (config, error) {
 	c := config{
-		mode: mode(o.mode), manifests: o.manifests, nodeName: o.nodeName,
-		dnsListen: o.dnsListen, clusterDomain: o.clusterDomain,
+		mode: mode(o.mode), manifests: o.manifests, dnsListen: o.dnsListen, clusterDomain: o.clusterDomain,
 	}
 	var errs []error
 	note := func(err error) {
@@ -75,7 +86,7 @@ func (o *runOptions) complete() (config, error) {
 		note(errors.New("--manifests: give the folder with the Services' YAML files"))
 	}
 	var err error
-	c.serviceCIDRs, err = parseCIDRs("--service-cidr", o.serviceCIDR)
+	c.serviceCIDRs, err = parseServiceCIDRs(o.serviceCIDR)
 	note(err)
 	c.clusterCIDRs, err = parseCIDRs("--cluster-cidr", o.clusterCIDR)
 	note(err)
@@ -84,12 +95,48 @@ func (o *runOptions) complete() (config, error) {
 			note(fmt.Errorf("--dns-listen: %q is not an address with a port: write 10.0.0.1:53 or [fd00::1]:53", c.dnsListen))
 		}
 	}
-	if c.nodeName == "" {
-		if c.nodeName, err = os.Hostname(); err != nil {
-			note(fmt.Errorf("--hostname-override is not set and the hostname is unknown: %w", err))
+	if problems := validation.IsDNS1123Subdomain(strings.TrimSuffix(c.clusterDomain, ".")); len(problems) > 0 {
+		note(fmt.Errorf("--cluster-domain: %q is not a domain: write it as cluster.local", c.clusterDomain))
+	}
+	c.nodeName, err = nodeName(o.nodeName)
+	note(err)
+	return c, errors.Join(errs...)
+}
+
+// nodeName returns the name of this node as the kubelet forms it, in lower case.
+func nodeName(override string) (string, error) {
+	name := override
+	if name == "" {
+		var err error
+		if name, err = os.Hostname(); err != nil {
+			return "", fmt.Errorf("--hostname-override is not set and the hostname is unknown: %w", err)
 		}
 	}
-	return c, errors.Join(errs...)
+	name = strings.ToLower(strings.TrimSpace(name))
+	if problems := validation.IsDNS1123Subdomain(name); len(problems) > 0 {
+		return "", fmt.Errorf("--hostname-override: %q is not the name of a node: use letters, digits, - and .", cmp.Or(override, name))
+	}
+	return name, nil
+}
+
+// parseServiceCIDRs parses a list of networks that addresses are handed out from.
+func parseServiceCIDRs(list string) ([]netip.Prefix, error) {
+	const flag = "--service-cidr"
+	prefixes, err := parseCIDRs(flag, list)
+	if err != nil {
+		return nil, err
+	}
+	for i, p := range prefixes {
+		if p.Addr().BitLen()-p.Bits() < 2 {
+			return nil, fmt.Errorf("%s: %s has no address to hand out: use a larger network", flag, p)
+		}
+		for _, q := range prefixes[:i] {
+			if q.Addr().Is4() == p.Addr().Is4() {
+				return nil, fmt.Errorf("%s: %s and %s are of one family: give one network, or one of each family", flag, q, p)
+			}
+		}
+	}
+	return prefixes, nil
 }
 
 // parseCIDRs parses a comma-separated list of networks. An empty one means unset.
@@ -124,26 +171,15 @@ and works; "fairlead cleanup" removes it.`,
 		Example: "  fairlead run --mode=nft --manifests=./services --service-cidr=10.96.0.0/16 --cluster-cidr=10.244.0.0/16",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			log, err := options.logs.logger(cmd.ErrOrStderr())
-			if err != nil {
-				return err
-			}
 			config, err := options.complete()
-			if err != nil {
+			log, logErr := options.logs.logger(cmd.ErrOrStderr())
+			if err := errors.Join(err, logErr); err != nil {
 				return err
 			}
 			return config.run(cmd.Context(), log)
 		},
 	}
-	options.addFlags(cmd.Flags())
-	_ = cmd.RegisterFlagCompletionFunc("mode", func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
-		var names []string
-		for _, m := range modes() {
-			names = append(names, string(m))
-		}
-		return names, cobra.ShellCompDirectiveNoFileComp
-	})
-	_ = cmd.MarkFlagDirname("manifests")
+	options.addFlags(cmd)
 	return cmd
 }
 

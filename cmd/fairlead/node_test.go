@@ -1,0 +1,447 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/nftables"
+
+	"fairlead/internal/nettest"
+)
+
+// asFairlead makes the test binary be the program, so that the race detector
+// and the coverage see it as well.
+const asFairlead = "FAIRLEAD_TEST_BE_THE_PROGRAM"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(asFairlead) != "" {
+		// The test holds the other end: the program ends with it, however it does.
+		go func() {
+			_, _ = io.Copy(io.Discard, os.Stdin)
+			os.Exit(3)
+		}()
+		main()
+	}
+	os.Exit(m.Run())
+}
+
+const (
+	// patience bounds what takes milliseconds on a machine that has nothing else to do.
+	patience = 15 * time.Second
+	// attempt bounds a connection that should succeed at once.
+	attempt = 500 * time.Millisecond
+
+	podPort = 8080
+)
+
+// eventually returns when check does without error, and fails the test if that
+// takes too long.
+func eventually(t *testing.T, check func() error) {
+	t.Helper()
+	deadline := time.Now().Add(patience)
+	for {
+		err := check()
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("not within %s: %v", patience, err)
+		}
+		time.Sleep(2 * time.Millisecond)
+	}
+}
+
+// node is a network whose node runs the program with a folder of manifests.
+type node struct {
+	*nettest.Network
+
+	t       *testing.T
+	folder  string
+	client  *nettest.Host // a pod that is no endpoint
+	pods    map[string]*nettest.Host
+	program *process // the last that was started
+}
+
+// newNode makes a node with pods that serve TCP and UDP. Nothing in the folder
+// mentions them yet.
+func newNode(t *testing.T, pods ...string) *node {
+	t.Helper()
+	n := &node{t: t, Network: nettest.NewT(t, nettest.Options{}), folder: t.TempDir(), pods: map[string]*nettest.Host{}}
+	n.client = n.PodT(t, "client")
+	for _, name := range pods {
+		pod := n.PodT(t, name)
+		pod.ServeT(t, nettest.TCP, podPort)
+		pod.ServeT(t, nettest.UDP, podPort)
+		n.pods[name] = pod
+	}
+	return n
+}
+
+// dnsAddress is where the program answers names.
+func (n *node) dnsAddress() netip.AddrPort { return netip.AddrPortFrom(n.Node.IPv4, 53) }
+
+// runArgs are the arguments of `fairlead run` for this node.
+func (n *node) runArgs() []string {
+	return []string{
+		"run", "--mode=nft", "--manifests=" + n.folder, "--service-cidr=10.96.0.0/16,fd00:10:96::/112",
+		"--cluster-cidr=" + n.PodCIDRs[0].String() + "," + n.PodCIDRs[1].String(),
+		"--dns-listen=" + n.dnsAddress().String(), "--hostname-override=node", "--log-format=json",
+	}
+}
+
+// put puts a file into the folder, whole at once.
+func (n *node) put(name, text string) {
+	n.t.Helper()
+	hidden := filepath.Join(n.folder, "."+name)
+	if err := os.WriteFile(hidden, []byte(text), 0o600); err != nil {
+		n.t.Fatal(err)
+	}
+	if err := os.Rename(hidden, filepath.Join(n.folder, name)); err != nil {
+		n.t.Fatal(err)
+	}
+}
+
+// drop removes a file from the folder.
+func (n *node) drop(name string) {
+	n.t.Helper()
+	if err := os.Remove(filepath.Join(n.folder, name)); err != nil {
+		n.t.Fatal(err)
+	}
+}
+
+// putPods puts a file for each of the pods, ready ones with the label app=APP.
+func (n *node) putPods(app string, names ...string) {
+	n.t.Helper()
+	for _, name := range names {
+		n.put("pod-"+name+".yaml", n.podYAML(app, name, true))
+	}
+}
+
+func (n *node) podYAML(app, name string, ready bool) string {
+	status := "False"
+	if ready {
+		status = "True"
+	}
+	return fmt.Sprintf(`apiVersion: v1
+kind: Pod
+metadata:
+  name: %s
+  labels: {app: %s}
+spec:
+  containers:
+    - name: main
+      image: example
+      ports:
+        - {name: web, containerPort: %d}
+status:
+  podIPs: [{ip: %s}, {ip: "%s"}]
+  conditions: [{type: Ready, status: "%s"}]
+`, name, app, podPort, n.pods[name].IPv4, n.pods[name].IPv6, status)
+}
+
+// serviceYAML is a Service of both families that selects the pods with the
+// label app=NAME; last is the last byte of its addresses.
+func serviceYAML(name string, last, port int) string {
+	return fmt.Sprintf(`apiVersion: v1
+kind: Service
+metadata:
+  name: %[1]s
+spec:
+  clusterIP: 10.96.0.%[2]d
+  clusterIPs: [10.96.0.%[2]d, "fd00:10:96::%[2]x"]
+  ipFamilyPolicy: RequireDualStack
+  selector: {app: %[1]s}
+  ports:
+    - {name: tcp, protocol: TCP, port: %[3]d, targetPort: web}
+    - {name: udp, protocol: UDP, port: %[3]d, targetPort: %[4]d}
+`, name, last, port, podPort)
+}
+
+// vips returns the addresses of a Service of serviceYAML, IPv4 first.
+func vips(last byte, port uint16) []netip.AddrPort {
+	return []netip.AddrPort{
+		netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 96, 0, last}), port),
+		netip.AddrPortFrom(netip.AddrFrom16([16]byte{0: 0xfd, 3: 0x10, 5: 0x96, 15: last}), port),
+	}
+}
+
+// answers connects to addr until each of the hosts in want has answered, and
+// several times more. It returns an error if a connection fails, another host
+// answers, or one of them never does.
+func answers(ctx context.Context, from *nettest.Host, network string, addr netip.AddrPort, want ...string) error {
+	const least, most = 12, 300 // (2/3)^300 is 10^-53
+	missing := slices.Clone(want)
+	for i := 0; i < least || len(missing) > 0; i++ {
+		if i == most {
+			return fmt.Errorf("%s %s: never answered by %s", network, addr, missing)
+		}
+		answer, err := connect(ctx, from, network, addr)
+		if err != nil {
+			return err
+		}
+		if !slices.Contains(want, answer.Host) {
+			return fmt.Errorf("%s %s: answered by %s, want %s", network, addr, answer.Host, want)
+		}
+		missing = slices.DeleteFunc(missing, func(name string) bool { return name == answer.Host })
+	}
+	return nil
+}
+
+func connect(ctx context.Context, from *nettest.Host, network string, addr netip.AddrPort) (nettest.Answer, error) {
+	ctx, cancel := context.WithTimeout(ctx, attempt)
+	defer cancel()
+	return from.Connect(ctx, network, addr)
+}
+
+// awaitAnswers waits until the client's connections to each of the addresses,
+// over TCP and UDP, are answered by all of the hosts in want and by no other.
+func (n *node) awaitAnswers(addrs []netip.AddrPort, want ...string) {
+	n.t.Helper()
+	for _, network := range []string{nettest.TCP, nettest.UDP} {
+		for _, addr := range addrs {
+			eventually(n.t, func() error { return answers(n.t.Context(), n.client, network, addr, want...) })
+		}
+	}
+}
+
+// awaitRefused waits until connections to each of the addresses are refused.
+func (n *node) awaitRefused(addrs []netip.AddrPort) {
+	n.t.Helper()
+	for _, network := range []string{nettest.TCP, nettest.UDP} {
+		for _, addr := range addrs {
+			eventually(n.t, func() error {
+				answer, err := connect(n.t.Context(), n.client, network, addr)
+				if errors.Is(err, nettest.ErrRefused) {
+					return nil
+				}
+				return fmt.Errorf("%s %s: answer %+v, error %w; want a refusal", network, addr, answer, err)
+			})
+		}
+	}
+}
+
+// keepConnecting opens one connection after another to each of the addresses
+// until stop is called, and fails the test if one of them did not succeed.
+func (n *node) keepConnecting(addrs []netip.AddrPort) (stop func()) {
+	ctx, cancel := context.WithCancel(n.t.Context())
+	var wg sync.WaitGroup
+	for _, network := range []string{nettest.TCP, nettest.UDP} {
+		for _, addr := range addrs {
+			wg.Go(func() {
+				succeeded := 0
+				for ctx.Err() == nil {
+					// Not ctx: a connection that has begun is to end.
+					if _, err := n.client.Connect(n.t.Context(), network, addr); err != nil {
+						n.t.Errorf("connection %d of those that went on all the time: %v", succeeded+1, err)
+						return
+					}
+					succeeded++
+					time.Sleep(time.Millisecond) // leave the machine to others, too
+				}
+				if succeeded == 0 {
+					n.t.Errorf("%s %s: not one connection was made", network, addr)
+				}
+			})
+		}
+	}
+	stop = func() {
+		cancel()
+		wg.Wait()
+	}
+	n.t.Cleanup(stop)
+	return stop
+}
+
+// lookup resolves a name as a program in the pod would.
+func (n *node) lookup(network, name string) ([]netip.Addr, error) {
+	resolver := net.Resolver{PreferGo: true, Dial: func(ctx context.Context, network, _ string) (net.Conn, error) {
+		return n.client.Dial(ctx, network, n.dnsAddress())
+	}}
+	// The final dot keeps this machine's own search list out.
+	addrs, err := resolver.LookupNetIP(n.t.Context(), network, name+".")
+	for i := range addrs {
+		addrs[i] = addrs[i].Unmap()
+	}
+	slices.SortFunc(addrs, netip.Addr.Compare)
+	return addrs, err
+}
+
+// nft runs the nft program on the node.
+func (n *node) nft(args ...string) string {
+	n.t.Helper()
+	var out bytes.Buffer
+	cmd := exec.CommandContext(n.t.Context(), "nft", args...)
+	cmd.Stdout, cmd.Stderr = &out, &out
+	err := n.Node.Do(cmd.Start)
+	if err == nil {
+		err = cmd.Wait()
+	}
+	if err != nil {
+		n.t.Fatalf("nft %s: %v\n%s", strings.Join(args, " "), err, &out)
+	}
+	return out.String()
+}
+
+// ruleset returns the words of all that nft lists, in an order of their own, as
+// the kernel lists elements in no particular one.
+func (n *node) ruleset() []string {
+	n.t.Helper()
+	words := strings.FieldsFunc(n.nft("list", "ruleset"), func(r rune) bool { return strings.ContainsRune(" \t\n,", r) })
+	slices.Sort(words)
+	return words
+}
+
+// generation returns the number of commits that the node's ruleset has seen.
+func (n *node) generation() uint32 {
+	n.t.Helper()
+	conn, err := nftables.New(nftables.WithNetNSFd(n.Node.Fd()))
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	gen, err := conn.GetGen()
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	return gen.ID
+}
+
+// run starts `fairlead run` on the node and waits until it has programmed it.
+func (n *node) run() {
+	n.t.Helper()
+	n.program = n.start(nil, n.runArgs()...)
+	n.program.await(func(r record) bool { return r.Msg == "committed" && r.Reason == "start" })
+}
+
+// stop ends `fairlead run` as an init system does.
+func (n *node) stop() {
+	n.t.Helper()
+	if err := n.program.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		n.t.Fatal(err)
+	}
+	began := time.Now()
+	if code := n.program.wait(); code != 0 {
+		n.t.Fatalf("exit code %d after SIGTERM, want 0; log:\n%s", code, n.program.log.String())
+	}
+	if took := time.Since(began); took > 3*time.Second {
+		n.t.Errorf("SIGTERM took %s", took)
+	}
+}
+
+// once runs the program on the node until it ends by itself.
+func (n *node) once(attributes *syscall.SysProcAttr, args ...string) (code int, stderr string) {
+	n.t.Helper()
+	p := n.start(attributes, args...)
+	return p.wait(), p.log.String()
+}
+
+// process is the program, running on a node.
+type process struct {
+	t     *testing.T
+	cmd   *exec.Cmd
+	log   *logbook
+	ended chan struct{}
+}
+
+// start starts the program on the node. It ends at the latest with the test.
+func (n *node) start(attributes *syscall.SysProcAttr, args ...string) *process {
+	n.t.Helper()
+	p := &process{t: n.t, log: &logbook{}, ended: make(chan struct{})}
+	p.cmd = exec.CommandContext(n.t.Context(), "/proc/self/exe", args...)
+	p.cmd.Env = []string{asFairlead + "=1"}
+	p.cmd.Stdout, p.cmd.Stderr = p.log, p.log
+	p.cmd.SysProcAttr = attributes
+	p.cmd.Cancel = func() error { return p.cmd.Process.Signal(syscall.SIGTERM) }
+	p.cmd.WaitDelay = patience // then it is killed
+	if _, err := p.cmd.StdinPipe(); err != nil {
+		n.t.Fatal(err)
+	}
+	if err := n.Node.Do(p.cmd.Start); err != nil {
+		n.t.Fatalf("start the program: %v", err)
+	}
+	go func() {
+		defer close(p.ended)
+		_ = p.cmd.Wait() // the exit code says it
+	}()
+	n.t.Cleanup(func() {
+		if code := p.wait(); n.t.Failed() {
+			n.t.Logf("fairlead %s: exit code %d, log:\n%s", strings.Join(args, " "), code, p.log.String())
+		}
+	})
+	return p
+}
+
+// wait returns the exit code when the program has ended.
+func (p *process) wait() int {
+	p.t.Helper()
+	select {
+	case <-p.ended:
+		return p.cmd.ProcessState.ExitCode()
+	case <-time.After(2 * patience):
+		p.t.Fatal("the program does not end")
+		return -1
+	}
+}
+
+// await waits until the program has logged a record that match accepts.
+func (p *process) await(match func(record) bool) {
+	p.t.Helper()
+	eventually(p.t, func() error {
+		if slices.ContainsFunc(p.log.records(), match) {
+			return nil
+		}
+		select {
+		case <-p.ended:
+			p.t.Fatalf("the program has ended with exit code %d; log:\n%s", p.cmd.ProcessState.ExitCode(), p.log.String())
+		default:
+		}
+		return errors.New("not logged")
+	})
+}
+
+// record is a line of the log in JSON.
+type record struct{ Level, Msg, File, Error, Reason string }
+
+// logbook collects what the program prints.
+type logbook struct {
+	mu   sync.Mutex
+	text bytes.Buffer
+}
+
+// Write implements io.Writer.
+func (l *logbook) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.Write(p)
+}
+
+func (l *logbook) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.String()
+}
+
+func (l *logbook) records() []record {
+	var records []record
+	for line := range strings.Lines(l.String()) {
+		var r record
+		if json.Unmarshal([]byte(line), &r) == nil {
+			records = append(records, r)
+		}
+	}
+	return records
+}
