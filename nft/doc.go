@@ -8,7 +8,7 @@
 //	    type ipv4_addr . inet_proto . inet_service : classid
 //	    elements = { 10.96.0.10 . tcp . 80 comment "default/backend:http" : 0:3 }
 //	}
-//	map endpoints {                # frontend . slot : endpoint
+//	map endpoints-a {              # frontend . slot : endpoint; 0 to f, by the address's last digit
 //	    type ipv4_addr . inet_proto . inet_service . classid : ipv4_addr . inet_service
 //	    elements = { 10.96.0.10 . tcp . 80 . fa1d:0 : 10.244.1.5 . 8080, … }
 //	}
@@ -28,8 +28,10 @@
 //	    meta priority set numgen random mod 3 offset 4196204544 goto translate
 //	}
 //	chain translate {
-//	    dnat to ip daddr . meta l4proto . th dport . meta priority map @endpoints
-//	    dnat to ip daddr . meta l4proto . th dport . numgen random mod 1 offset 4196204544 map @endpoints
+//	    ip daddr & 0.0.0.15 == 0.0.0.10 dnat to ip daddr . meta l4proto . th dport . meta priority map @endpoints-a
+//	    …
+//	    ip daddr & 0.0.0.15 == 0.0.0.10 dnat to ip daddr . meta l4proto . th dport . numgen random mod 1 offset 4196204544 map @endpoints-a
+//	    …
 //	}
 //	chain filter-prerouting-pre-dnat {     # and output
 //	    type filter hook prerouting priority dstnat - 10
@@ -65,7 +67,7 @@
 // A commit is atomic, but a packet reads several maps, and a commit can come
 // between two reads. Each of these has been seen to lose connections:
 //
-//   - A packet holds the old class and finds its slot gone. The second rule of
+//   - A packet holds the old class and finds its slot gone. The second half of
 //     translate sends it to slot 0, which a Service with endpoints always has.
 //   - A packet enters the ruleset before the commit and reads a class whose
 //     chain the commit has made. The kernel decides on entry which generation

@@ -32,7 +32,7 @@ type table struct {
 	addrLen int
 
 	services    *nftables.Set
-	endpoints   *nftables.Set
+	endpoints   [shards]*nftables.Set
 	classes     *nftables.Set
 	noEndpoints *nftables.Set
 	hairpin     *nftables.Set
@@ -66,11 +66,13 @@ func newTable(family dataplane.Family) *table {
 		Table: t.nf, Name: "services", IsMap: true,
 		KeyType: concat(frontend...), DataType: nftables.TypeClassID,
 	}
-	t.endpoints = &nftables.Set{
-		// The slot is a class ID because it travels as the packet's priority.
-		Table: t.nf, Name: "endpoints", IsMap: true,
-		KeyType:  concat(append(slices.Clone(frontend), nftables.TypeClassID)...),
-		DataType: concat(addr, nftables.TypeInetService),
+	for i := range t.endpoints {
+		t.endpoints[i] = &nftables.Set{
+			// The slot is a class ID because it travels as the packet's priority.
+			Table: t.nf, Name: fmt.Sprintf("endpoints-%x", i), IsMap: true,
+			KeyType:  concat(append(slices.Clone(frontend), nftables.TypeClassID)...),
+			DataType: concat(addr, nftables.TypeInetService),
+		}
 	}
 	t.classes = &nftables.Set{
 		Table: t.nf, Name: "classes", IsMap: true,
@@ -87,7 +89,24 @@ func newTable(family dataplane.Family) *table {
 
 // sets returns all sets of the table, in the order in which they are made.
 func (t *table) sets() []*nftables.Set {
-	return []*nftables.Set{t.services, t.endpoints, t.classes, t.noEndpoints, t.hairpin, t.podCIDRs}
+	return append(t.rowSets(), t.classes, t.podCIDRs)
+}
+
+// rowSets returns the sets that rows have elements in, by the indices that
+// edit uses.
+func (t *table) rowSets() []*nftables.Set {
+	return append([]*nftables.Set{inServices: t.services, inNoEndpoints: t.noEndpoints, inHairpin: t.hairpin}, t.endpoints[:]...)
+}
+
+// shards is the number of maps that endpoints are spread over, by the last hex
+// digit of the frontend's address. To the packet and to an update it makes no
+// difference, but the kernel takes quadratic time to list a map (see dumpSize):
+// with one map reading 100,000 Services took 47 s.
+const shards = 16
+
+func shardOf(f dataplane.Frontend) int {
+	b := f.Addr.Addr().AsSlice()
+	return int(b[len(b)-1] % shards)
 }
 
 // podCIDRsOf returns the node's pod networks of the table's family, without
@@ -214,26 +233,37 @@ func (t *table) classChain(c class) chain {
 // for a new class at 100,000 Services, if each class had a rule of its own.
 func (t *table) translate() chain {
 	slot := t.addrLen/4 + 2
-	dnat := []expr.Any{
-		mapLookup(t.endpoints, reg(0)),
-		&expr.NAT{
-			Type: expr.NATTypeDestNAT, Family: uint32(t.nf.Family),
-			// The maxima are what the kernel makes of leaving them out.
-			RegAddrMin: reg(0), RegAddrMax: reg(0),
-			RegProtoMin: reg(t.addrLen / 4), RegProtoMax: reg(t.addrLen / 4), Specified: true,
-		},
+	// in matches frontends of a shard: `ip daddr & 0.0.0.15 == 0.0.0.3`.
+	in := func(shard int) []expr.Any {
+		mask, value, none := make([]byte, t.addrLen), make([]byte, t.addrLen), make([]byte, t.addrLen)
+		mask[t.addrLen-1], value[t.addrLen-1] = shards-1, byte(shard)
+		return []expr.Any{
+			t.daddr(0),
+			&expr.Bitwise{SourceRegister: reg(0), DestRegister: reg(0), Len: uint32(t.addrLen), Mask: mask, Xor: none},
+			&expr.Cmp{Op: expr.CmpOpEq, Register: reg(0), Data: value},
+		}
+	}
+	dnat := func(shard int) []expr.Any {
+		return []expr.Any{
+			mapLookup(t.endpoints[shard], reg(0)),
+			&expr.NAT{
+				Type: expr.NATTypeDestNAT, Family: uint32(t.nf.Family),
+				// The maxima are what the kernel makes of leaving them out.
+				RegAddrMin: reg(0), RegAddrMax: reg(0),
+				RegProtoMin: reg(t.addrLen / 4), RegProtoMax: reg(t.addrLen / 4), Specified: true,
+			},
+		}
 	}
 	drawn := &expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg(slot)}
-	return chain{
-		Chain: &nftables.Chain{Name: "translate", Table: t.nf},
-		rules: []rule{
-			{exprs: slices.Concat(t.frontendKey(), []expr.Any{drawn}, dnat)},
-			{
-				comment: "the slot went while the packet was on its way here",
-				exprs:   slices.Concat(t.frontendKey(), []expr.Any{randomSlot(1, reg(slot))}, dnat),
-			},
-		},
+	var rules, fallback []rule
+	for i := range shards {
+		rules = append(rules, rule{exprs: slices.Concat(in(i), t.frontendKey(), []expr.Any{drawn}, dnat(i))})
+		fallback = append(fallback, rule{
+			comment: "the slot went while the packet was on its way here",
+			exprs:   slices.Concat(in(i), t.frontendKey(), []expr.Any{randomSlot(1, reg(slot))}, dnat(i)),
+		})
 	}
+	return chain{Chain: &nftables.Chain{Name: "translate", Table: t.nf}, rules: append(rules, fallback...)}
 }
 
 // slotBase is what slots count from: a tc class ID whose major nobody else

@@ -67,17 +67,21 @@ func (d *Dataplane) read(ctx context.Context, t *table) (*content, error) {
 			return nil, fmt.Errorf("list the rules of chain %s in table %s: %w", ch.Name, t, err)
 		}
 	}
-	for _, read := range []struct {
+	type reading struct {
 		set   *nftables.Set
 		parse func(element) error
-	}{
+	}
+	readings := []reading{
 		{t.services, func(e element) error { return c.parseService(t, e) }},
-		{t.endpoints, func(e element) error { return c.parseEndpoint(t, e) }},
 		{t.noEndpoints, func(e element) error { return c.parseNoEndpoints(t, e) }},
 		{t.hairpin, func(e element) error { return c.parseHairpin(t, e) }},
 		{t.classes, func(e element) error { return c.parseClass(t, e) }},
 		{t.podCIDRs, func(e element) error { c.podCIDRs = append(c.podCIDRs, e); return nil }},
-	} {
+	}
+	for shard, set := range t.endpoints {
+		readings = append(readings, reading{set, func(e element) error { return c.parseEndpoint(t, shard, e) }})
+	}
+	for _, read := range readings {
 		if err := ctx.Err(); err != nil {
 			return nil, err
 		}
@@ -123,10 +127,13 @@ func (c *content) parseService(t *table, e element) error {
 	return nil
 }
 
-func (c *content) parseEndpoint(t *table, e element) error {
+func (c *content) parseEndpoint(t *table, shard int, e element) error {
 	f, slot, err := t.parseSlot(e.Key)
 	if err != nil {
 		return err
+	}
+	if shardOf(f) != shard {
+		return errForeign
 	}
 	addr, err := t.parseAddrPort(e.Val)
 	if err != nil {

@@ -124,16 +124,17 @@ func inOrder(slots []netip.AddrPort, want []dataplane.Endpoint) bool {
 // deletions come first, so an element whose value changes is in both.
 type edit struct {
 	table    *table
-	del, add [4][]element
+	del, add [inEndpoints + shards][]element
 	elements int
 }
 
-// The sets that rows have elements in, as indices into edit's fields.
+// The sets that rows have elements in, as indices into edit's fields. The last
+// is the first of the shards of endpoints.
 const (
 	inServices = iota
-	inEndpoints
 	inNoEndpoints
 	inHairpin
+	inEndpoints
 )
 
 // change adds to the edit what turns one row of a frontend into another.
@@ -167,6 +168,7 @@ func (e *edit) change(f dataplane.Frontend, have, want *row) {
 			e.insert(inNoEndpoints, element{Key: t.frontendElement(f), Comment: want.service})
 		}
 	}
+	shard := inEndpoints + shardOf(f)
 	for i := range max(len(have.slots), len(want.slots)) {
 		var h, w netip.AddrPort
 		if i < len(have.slots) {
@@ -180,10 +182,10 @@ func (e *edit) change(f dataplane.Frontend, have, want *row) {
 		}
 		key := t.slotElement(f, uint32(i))
 		if h.IsValid() {
-			e.delete(inEndpoints, element{Key: key})
+			e.delete(shard, element{Key: key})
 		}
 		if w.IsValid() {
-			e.insert(inEndpoints, element{Key: key, Val: t.addrPortElement(w)})
+			e.insert(shard, element{Key: key, Val: t.addrPortElement(w)})
 		}
 	}
 	merge(have.hairpins, want.hairpins, func(a netip.Addr, inHave, inWant bool) {

@@ -139,7 +139,7 @@ func (d *Dataplane) commit(edits [2]*tableEdit) error {
 		if e == nil {
 			continue
 		}
-		sets := [...]*nftables.Set{e.table.services, e.table.endpoints, e.table.noEndpoints, e.table.hairpin}
+		sets := e.table.rowSets()
 		for s, set := range sets {
 			if err := d.conn.SetDeleteElements(set, e.del[s]); err != nil {
 				return fmt.Errorf("encode deletions from set %s: %w", set.Name, err)
@@ -422,9 +422,7 @@ func (r *replacement) finish(ctx context.Context) error {
 				}
 			}
 		}
-		for s, set := range map[int]*nftables.Set{
-			inServices: t.services, inEndpoints: t.endpoints, inNoEndpoints: t.noEndpoints, inHairpin: t.hairpin,
-		} {
+		for s, set := range t.rowSets() {
 			for _, el := range r.have[i].foreign[set.Name] {
 				e.delete(s, element{Key: el.Key})
 			}
