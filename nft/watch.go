@@ -6,8 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
 	"slices"
+	"sync/atomic"
 
 	"github.com/mdlayher/netlink"
 	"golang.org/x/net/bpf"
@@ -21,6 +21,8 @@ type watch struct {
 	drift chan struct{}
 	done  chan struct{}
 	log   *slog.Logger
+
+	closing atomic.Bool // an error is that of the closed socket, by whatever name
 }
 
 // startWatch starts a goroutine that ends with close.
@@ -83,7 +85,7 @@ func (w *watch) run() {
 		case errors.Is(err, unix.EINTR), errors.Is(err, unix.EAGAIN):
 		default:
 			// Closed, or beyond help. The syncer's slow repair remains.
-			if !errors.Is(err, os.ErrClosed) {
+			if !w.closing.Load() {
 				w.log.Error("no longer notified of nftables changes", "error", err)
 			}
 			return
@@ -99,6 +101,7 @@ func (w *watch) signal() {
 }
 
 func (w *watch) close() error {
+	w.closing.Store(true)
 	err := w.conn.Close()
 	<-w.done
 	return err
