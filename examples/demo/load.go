@@ -1,0 +1,138 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptrace"
+	"net/netip"
+	"strings"
+	"sync"
+	"time"
+)
+
+const (
+	// requestTimeout is when a request has failed.
+	requestTimeout = 2 * time.Second
+	// pause is how long a front end waits between requests.
+	pause = 2 * time.Millisecond
+)
+
+// request is one request for http://backend and what became of it.
+type request struct {
+	from    string // the front end
+	start   time.Time
+	address netip.Addr // of the Service, that the connection was made to
+	pod     string     // that answered
+	err     error
+}
+
+// load is requests from all front ends, one after the other from each, until
+// stop.
+type load struct {
+	wg      sync.WaitGroup
+	stopped chan struct{}
+
+	mu    sync.Mutex
+	done  []request     // in the order that they ended in
+	grown chan struct{} // closed, and made anew, when done grows
+}
+
+func (c *cluster) startLoad(ctx context.Context) *load {
+	l := &load{stopped: make(chan struct{}), grown: make(chan struct{})}
+	for _, p := range c.of(frontend) {
+		client := &http.Client{
+			Timeout: requestTimeout,
+			Transport: &http.Transport{
+				DisableKeepAlives: true, // A connection carries one request.
+				DialContext:       c.resolver(p.Host).dial,
+			},
+		}
+		l.wg.Go(func() { l.run(ctx, p.Name, client) })
+	}
+	return l
+}
+
+func (l *load) run(ctx context.Context, from string, client *http.Client) {
+	for {
+		r := get(ctx, client)
+		r.from = from
+		if ctx.Err() != nil {
+			return
+		}
+		l.mu.Lock()
+		l.done = append(l.done, r)
+		close(l.grown)
+		l.grown = make(chan struct{})
+		l.mu.Unlock()
+		select {
+		case <-time.After(pause):
+		case <-l.stopped:
+			return
+		}
+	}
+}
+
+// get asks for http://backend once.
+func get(ctx context.Context, client *http.Client) request {
+	r := request{start: time.Now()}
+	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+		GotConn: func(info httptrace.GotConnInfo) {
+			if addr, ok := info.Conn.RemoteAddr().(*net.TCPAddr); ok {
+				r.address = addr.AddrPort().Addr().Unmap()
+			}
+		},
+	})
+	r.pod, r.err = func() (string, error) {
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+backend+"/", http.NoBody)
+		if err != nil {
+			return "", err
+		}
+		resp, err := client.Do(req)
+		if err != nil {
+			return "", err
+		}
+		body, err := io.ReadAll(resp.Body)
+		text := strings.TrimSpace(string(body))
+		if err = errors.Join(err, resp.Body.Close()); err == nil && resp.StatusCode != http.StatusOK {
+			err = fmt.Errorf("%s: %s", resp.Status, text)
+		}
+		return text, err
+	}()
+	return r
+}
+
+// stop ends the load when the requests in flight are done, and returns all.
+func (l *load) stop() []request {
+	close(l.stopped)
+	l.wg.Wait()
+	return l.done
+}
+
+// wait blocks until n requests are done that began at since or later, and
+// returns the first n of them.
+func (l *load) wait(ctx context.Context, since time.Time, n int) ([]request, error) {
+	var found []request
+	seen := 0
+	for {
+		l.mu.Lock()
+		for ; seen < len(l.done) && len(found) < n; seen++ {
+			if !l.done[seen].start.Before(since) {
+				found = append(found, l.done[seen])
+			}
+		}
+		grown := l.grown
+		l.mu.Unlock()
+		if len(found) == n {
+			return found, nil
+		}
+		select {
+		case <-grown:
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
+}

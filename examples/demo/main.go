@@ -1,0 +1,181 @@
+// Command demo shows Fairlead at work on one machine, in a few seconds.
+//
+// It makes a node and seven pods, each a network namespace with addresses of
+// its own: three front ends, three back ends, and a Redis. The node runs the
+// real fairlead, which is given the Services of the folder examples and a YAML
+// file for each pod. The front ends ask for http://backend, by name and over a
+// new connection for each request, while a back end is deleted and two are
+// added. What it prints is what happened: it exits with 1 if a request failed
+// or anything else was not as it must be.
+//
+// It needs root, and no program besides fairlead: a redis-server is used where
+// there is one. What it makes goes with it, however it ends, save for a
+// temporary folder, and with -keep the names under /run/netns and /etc/netns,
+// if it is killed with SIGKILL; the next run removes these. Processes that it
+// starts are killed by the kernel if it dies.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+	"time"
+)
+
+func main() {
+	os.Exit(run(context.Background(), os.Args[1:], os.Stdout, os.Stderr))
+}
+
+// options are the flags.
+type options struct {
+	keep     bool
+	requests int
+	fairlead string
+	services string
+	name     string
+}
+
+// minRequests make it unlikely, less than once in 10,000 runs, that one of
+// five back ends is chosen for none of them.
+const minRequests = 50
+
+// limit is the time that the demo may take before it gives up, waiting with
+// -keep aside. It takes a few seconds.
+const limit = 60 * time.Second
+
+// The exit codes besides 0. A signal adds its number to exitSignal, as in a
+// shell.
+const (
+	exitFailed = 1
+	exitUsage  = 2
+	exitSignal = 128
+)
+
+// interrupted says that a signal has ended the demo.
+type interrupted struct{ signal syscall.Signal }
+
+func (i interrupted) Error() string { return "interrupted: " + i.signal.String() }
+
+// errOff says that something was not as it must be; it has been printed.
+var errOff = errors.New("not everything was as it must be")
+
+// run is main with all that it depends on, and returns the exit code.
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	var o options
+	flags := flag.NewFlagSet("demo", flag.ContinueOnError)
+	flags.SetOutput(stderr)
+	flags.BoolVar(&o.keep, "keep", false, "leave everything running to look around, until Ctrl-C")
+	flags.IntVar(&o.requests, "requests", 300, "requests to count before the first and after each change")
+	flags.StringVar(&o.fairlead, "fairlead", "bin/fairlead", "the program to show")
+	flags.StringVar(&o.services, "services", "examples", "the folder with backend.yaml and redis.yaml")
+	flags.StringVar(&o.name, "name", "fairlead-demo", "with -keep, what the names of the namespaces begin with")
+	if err := flags.Parse(args); err != nil {
+		if errors.Is(err, flag.ErrHelp) {
+			return 0
+		}
+		return exitUsage
+	}
+	if flags.NArg() > 0 {
+		_, _ = fmt.Fprintf(stderr, "demo: unexpected argument %q\n", flags.Arg(0))
+		return exitUsage
+	}
+	ctx, stop := withSignals(ctx)
+	defer stop()
+	err := o.run(ctx, stdout)
+	var signalled interrupted
+	switch {
+	case err == nil:
+		return 0
+	case errors.Is(err, errOff):
+	case errors.As(err, &signalled):
+		_, _ = fmt.Fprintf(stderr, "demo: %v; everything is removed\n", signalled)
+		return exitSignal + int(signalled.signal)
+	default:
+		_, _ = fmt.Fprintln(stderr, "demo:", err)
+	}
+	return exitFailed
+}
+
+// withSignals returns a context that ends with the cause [interrupted] when
+// somebody wants the demo to end, or nobody reads its output. Later signals
+// are without effect, so that cleaning up is not disturbed.
+func withSignals(ctx context.Context) (context.Context, func()) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGPIPE)
+	go func() {
+		select {
+		case s := <-signals:
+			if s, ok := s.(syscall.Signal); ok {
+				cancel(interrupted{s})
+			}
+		case <-ctx.Done():
+		}
+	}()
+	return ctx, func() {
+		signal.Stop(signals)
+		cancel(nil)
+	}
+}
+
+// run makes the cluster, tells the story, and removes everything.
+func (o options) run(ctx context.Context, out io.Writer) (err error) {
+	if err := o.check(); err != nil {
+		return err
+	}
+	lock, err := removeLeftovers(ctx, o.name, o.keep)
+	if err != nil {
+		return err
+	}
+	var u undo
+	u.add(lock)
+	defer func() {
+		// Deferred, so that a panic is followed by it too.
+		if undoErr := u.run(); undoErr != nil {
+			err = errors.Join(err, fmt.Errorf("clean up: %w", undoErr))
+		}
+	}()
+	timed, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("the demo was not done after %v", limit))
+	defer cancel()
+	c, err := newCluster(timed, o, &u)
+	if err == nil {
+		s := story{cluster: c, out: out, requests: o.requests}
+		err = s.tell(timed)
+	}
+	if o.keep && (err == nil || errors.Is(err, errOff)) {
+		c.explain(out)
+		<-ctx.Done()
+		_, _ = fmt.Fprintln(out, "\nEverything is removed.")
+		return err
+	}
+	if err != nil && timed.Err() != nil {
+		// What failed did so because of that, most likely.
+		return context.Cause(timed)
+	}
+	return err
+}
+
+// check finds out early, and says what to do about, what people forget.
+func (o options) check() error {
+	if os.Geteuid() != 0 {
+		return errors.New("it makes network namespaces, which only root may: run it as root, for example with sudo")
+	}
+	if o.requests < minRequests {
+		return fmt.Errorf("-requests: %d are too few to see each back end get some: use %d or more", o.requests, minRequests)
+	}
+	if _, err := os.Stat(o.fairlead); err != nil {
+		return fmt.Errorf("%w: run `make build` first, in the folder that Makefile is in", err)
+	}
+	for _, service := range []string{backend, redis} {
+		if _, err := os.Stat(filepath.Join(o.services, service+".yaml")); err != nil {
+			return fmt.Errorf("%w: run the demo in the folder that Makefile is in", err)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,180 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os/exec"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"fairlead/internal/nettest"
+)
+
+// process is a program that runs in a namespace.
+type process struct {
+	cancel func()
+	done   chan struct{} // closed when it has ended
+	err    error         // how, to be read when done is closed
+}
+
+// startProcess runs a program in a namespace until stop, or until it ends by
+// itself. The kernel kills it if this process dies.
+func startProcess(ctx context.Context, ns *nettest.Namespace, output io.Writer, program string, args ...string) (*process, error) {
+	// It must still be there while other things are cleaned up.
+	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	cmd := exec.CommandContext(ctx, program, args...) //nolint:gosec // the caller's choice
+	cmd.Stdout, cmd.Stderr = output, output
+	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
+	cmd.WaitDelay = 3 * time.Second // Then it is killed.
+	// In a process group of its own it does not get the terminal's Ctrl-C.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+
+	p := &process{cancel: cancel, done: make(chan struct{})}
+	started := make(chan error, 1)
+	go func() {
+		defer close(p.done)
+		// Pdeathsig is about the thread: Do keeps it until Wait returns.
+		err := ns.Do(func() error {
+			err := cmd.Start()
+			started <- err
+			if err == nil {
+				p.err = cmd.Wait()
+			}
+			return nil
+		})
+		if err != nil {
+			select {
+			case started <- err:
+			default:
+			}
+		}
+	}()
+	if err := <-started; err != nil {
+		cancel()
+		return nil, fmt.Errorf("start %s: %w", program, err)
+	}
+	return p, nil
+}
+
+// stop ends the program and waits until it has ended.
+func (p *process) stop() error {
+	p.cancel()
+	<-p.done
+	if errors.Is(p.err, exec.ErrWaitDelay) {
+		return p.err
+	}
+	return nil // How it ends when it is told to is its own affair.
+}
+
+// commit is one line of fairlead's log: a call to the kernel.
+type commit struct {
+	Time     time.Time // when it had ended
+	Level    slog.Level
+	Message  string `json:"msg"`
+	Reason   string
+	Changes  int // changed Services, those of each family counted
+	Failed   int
+	Services int
+	// Latency is from when the syncer had the change to the end of the call.
+	Latency time.Duration
+}
+
+// journal is fairlead's log, as it grows.
+type journal struct {
+	file io.Writer // gets all of it
+
+	mu       sync.Mutex
+	rest     []byte // the beginning of a line
+	other    []string
+	commits  []commit
+	problems []string      // lines of level Warn and Error
+	grown    chan struct{} // closed, and made anew, when commits grow
+}
+
+func newJournal(file io.Writer) *journal {
+	return &journal{file: file, grown: make(chan struct{})}
+}
+
+// Write takes a part of the log.
+func (j *journal) Write(p []byte) (int, error) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	n, err := j.file.Write(p)
+	j.rest = append(j.rest, p...)
+	for {
+		line, rest, whole := bytes.Cut(j.rest, []byte("\n"))
+		if !whole {
+			return n, err
+		}
+		j.line(line)
+		j.rest = bytes.Clone(rest)
+	}
+}
+
+func (j *journal) line(line []byte) {
+	var c commit
+	if err := json.Unmarshal(line, &c); err != nil {
+		j.other = append(j.other, string(line)) // Not logged but printed.
+		return
+	}
+	if c.Level >= slog.LevelWarn {
+		j.problems = append(j.problems, string(line))
+	}
+	if c.Message == "committed" {
+		j.commits = append(j.commits, c)
+		close(j.grown)
+		j.grown = make(chan struct{})
+	}
+}
+
+// count returns the number of commits so far.
+func (j *journal) count() int {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return len(j.commits)
+}
+
+// wrong returns the lines of the log that say something is wrong.
+func (j *journal) wrong() []string {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return append(j.problems, j.other...)
+}
+
+// wait blocks until there are more than n commits, and returns the one that
+// follows the first n.
+func (j *journal) wait(ctx context.Context, fairlead *process, n int) (commit, error) {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	for {
+		j.mu.Lock()
+		if len(j.commits) > n {
+			defer j.mu.Unlock()
+			return j.commits[n], nil
+		}
+		grown := j.grown
+		j.mu.Unlock()
+		select {
+		case <-grown:
+		case <-fairlead.done:
+			return commit{}, fmt.Errorf("fairlead has ended: %s", strings.Join(append(j.wrong(), fmt.Sprint(fairlead.err)), "\n"))
+		case <-ctx.Done():
+			return commit{}, fmt.Errorf("wait for fairlead to program the kernel: %w", errors.Join(append(asErrors(j.wrong()), ctx.Err())...))
+		}
+	}
+}
+
+func asErrors(lines []string) []error {
+	errs := make([]error, 0, len(lines))
+	for _, line := range lines {
+		errs = append(errs, errors.New(line))
+	}
+	return errs
+}

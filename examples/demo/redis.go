@@ -1,0 +1,278 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os/exec"
+	"strconv"
+	"strings"
+	"sync"
+
+	"fairlead/internal/nettest"
+)
+
+const redisPort = 6379
+
+// startRedis runs a redis-server in the pod if there is one on this machine,
+// and a responder in its place if not. It says which.
+func startRedis(ctx context.Context, pod *nettest.Host, dir string) (what string, stop func() error, err error) {
+	path, err := exec.LookPath("redis-server")
+	if err != nil {
+		stop, err = startResponder(ctx, pod)
+		return "a small responder, as redis-server is not installed", stop, err
+	}
+	args := []string{"--port", strconv.Itoa(redisPort), "--dir", dir, "--save", "", "--appendonly", "no", "--protected-mode", "no"}
+	args = append(args, "--bind")
+	for _, addr := range pod.Addrs() {
+		args = append(args, addr.String())
+	}
+	var output tail
+	p, err := startProcess(ctx, pod.Namespace, &output, path, args...)
+	if err != nil {
+		return "", nil, err
+	}
+	if err := awaitRedis(ctx, pod, p); err != nil {
+		return "", nil, fmt.Errorf("%s does not answer: %w\n%s", path, errors.Join(err, p.stop()), output.String())
+	}
+	what = "redis-server"
+	if version, err := exec.CommandContext(ctx, path, "--version").Output(); err == nil {
+		for field := range strings.FieldsSeq(string(version)) {
+			if v, ok := strings.CutPrefix(field, "v="); ok {
+				what += " " + v
+			}
+		}
+	}
+	return what, p.stop, nil
+}
+
+// awaitRedis blocks until the Redis in the pod answers.
+func awaitRedis(ctx context.Context, pod *nettest.Host, p *process) error {
+	return eventually(ctx, func() error {
+		select {
+		case <-p.done:
+			return final{fmt.Errorf("it has ended: %w", p.err)}
+		default:
+		}
+		conn, err := pod.Dial(ctx, "tcp", netip.AddrPortFrom(pod.IPv4, redisPort))
+		if err != nil {
+			return err
+		}
+		_, err = ask(ctx, conn, "PING")
+		return err
+	})
+}
+
+// tail keeps the last of what is written.
+type tail struct {
+	mu   sync.Mutex
+	text []byte
+}
+
+func (t *tail) Write(p []byte) (int, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.text = append(t.text, p...)
+	t.text = t.text[max(0, len(t.text)-1000):]
+	return len(p), nil
+}
+
+func (t *tail) String() string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return string(t.text)
+}
+
+// ask sends one command to a Redis over conn, returns the answer, and closes
+// conn.
+func ask(ctx context.Context, conn net.Conn, args ...string) (string, error) {
+	defer conn.Close() //nolint:errcheck // all is said
+	if deadline, ok := ctx.Deadline(); ok {
+		if err := conn.SetDeadline(deadline); err != nil {
+			return "", err
+		}
+	}
+	var command strings.Builder
+	fmt.Fprintf(&command, "*%d\r\n", len(args))
+	for _, arg := range args {
+		fmt.Fprintf(&command, "$%d\r\n%s\r\n", len(arg), arg)
+	}
+	if _, err := io.WriteString(conn, command.String()); err != nil {
+		return "", err
+	}
+	r := bufio.NewReader(conn)
+	line, err := readLine(r)
+	if err != nil {
+		return "", err
+	}
+	switch {
+	case line == "$-1":
+		return "", nil
+	case strings.HasPrefix(line, "$"):
+		return readLine(r)
+	case strings.HasPrefix(line, "+"), strings.HasPrefix(line, ":"):
+		return line[1:], nil
+	default:
+		return "", fmt.Errorf("redis: %s", line)
+	}
+}
+
+func readLine(r *bufio.Reader) (string, error) {
+	line, err := r.ReadString('\n')
+	return strings.TrimRight(line, "\r\n"), err
+}
+
+// responder speaks enough of Redis' protocol for the demo, and for somebody
+// who tries redis-cli.
+type responder struct {
+	mu     sync.Mutex
+	values map[string]string
+}
+
+// startResponder serves on all addresses of the pod.
+func startResponder(ctx context.Context, pod *nettest.Host) (stop func() error, err error) {
+	r := &responder{values: map[string]string{}}
+	s := newStreamServer()
+	for _, addr := range pod.Addrs() {
+		l, err := pod.Listen(ctx, "tcp", netip.AddrPortFrom(addr, redisPort))
+		if err != nil {
+			return nil, errors.Join(err, s.close())
+		}
+		s.serve(l, r.talk)
+	}
+	return s.close, nil
+}
+
+// talk answers the commands on one connection, until it is closed.
+func (r *responder) talk(conn net.Conn) {
+	in := bufio.NewReader(conn)
+	for {
+		args, err := readCommand(in)
+		if err != nil {
+			return
+		}
+		if _, err := io.WriteString(conn, r.answer(args)+"\r\n"); err != nil {
+			return
+		}
+	}
+}
+
+// readCommand reads the words of a command: a RESP array, or a line as telnet
+// would send.
+func readCommand(in *bufio.Reader) ([]string, error) {
+	const maxWords = 1024
+	line, err := readLine(in)
+	if err != nil {
+		return nil, err
+	}
+	count, isArray := strings.CutPrefix(line, "*")
+	if !isArray {
+		return strings.Fields(line), nil
+	}
+	n, err := strconv.Atoi(count)
+	if err != nil || n > maxWords {
+		return nil, fmt.Errorf("command of %q words", count)
+	}
+	var args []string
+	for range n {
+		if _, err := readLine(in); err != nil { // Its length; no word of ours has a line's end in it.
+			return nil, err
+		}
+		arg, err := readLine(in)
+		if err != nil {
+			return nil, err
+		}
+		args = append(args, arg)
+	}
+	return args, nil
+}
+
+// answer carries a command out and returns the answer without its line's end.
+func (r *responder) answer(args []string) string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	command := ""
+	if len(args) > 0 {
+		command = strings.ToUpper(args[0])
+	}
+	switch {
+	case command == "PING" && len(args) == 1:
+		return "+PONG"
+	case command == "SET" && len(args) == 3:
+		r.values[args[1]] = args[2]
+		return "+OK"
+	case command == "GET" && len(args) == 2:
+		value, ok := r.values[args[1]]
+		if !ok {
+			return "$-1"
+		}
+		return fmt.Sprintf("$%d\r\n%s", len(value), value)
+	case command == "INCR" && len(args) == 2:
+		value, ok := r.values[args[1]]
+		n, err := strconv.ParseInt(value, 10, 64)
+		if ok && err != nil {
+			return "-ERR value is not an integer or out of range"
+		}
+		r.values[args[1]] = strconv.FormatInt(n+1, 10)
+		return ":" + r.values[args[1]]
+	default:
+		return fmt.Sprintf("-ERR this is the demo's responder, which knows PING, SET, GET and INCR, not %q", args)
+	}
+}
+
+// streamServer serves connections until it is closed.
+type streamServer struct {
+	wg sync.WaitGroup
+
+	mu     sync.Mutex
+	closed bool
+	open   map[io.Closer]struct{}
+}
+
+func newStreamServer() *streamServer { return &streamServer{open: map[io.Closer]struct{}{}} }
+
+// own runs fn, and closes c when it has returned, or on close.
+func (s *streamServer) own(c io.Closer, fn func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		_ = c.Close()
+		return
+	}
+	s.open[c] = struct{}{}
+	s.wg.Go(func() {
+		fn()
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		delete(s.open, c)
+		_ = c.Close()
+	})
+}
+
+// serve accepts connections, each for a goroutine that runs talk.
+func (s *streamServer) serve(l net.Listener, talk func(net.Conn)) {
+	s.own(l, func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			s.own(conn, func() { talk(conn) })
+		}
+	})
+}
+
+func (s *streamServer) close() error {
+	s.mu.Lock()
+	s.closed = true
+	for c := range s.open {
+		_ = c.Close()
+	}
+	s.mu.Unlock()
+	s.wg.Wait()
+	return nil
+}
