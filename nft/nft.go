@@ -176,8 +176,10 @@ func (d *Dataplane) Close() error {
 }
 
 // Cleanup removes both tables with all that is in them, whoever made them. It
-// needs no Dataplane and no memory of one. Connections that are established
-// go on, as the kernel keeps their translation.
+// needs no Dataplane and no memory of one. Established connections to Services go
+// on only where somebody else's rules make the kernel translate addresses: it
+// stops to with the last nat chain of a family, and with the last rule that
+// needs connection tracking.
 func Cleanup(opts Options) error {
 	conn, err := nftables.New(nftables.AsLasting(), nftables.WithNetNSFd(opts.NetNS), nftables.WithSockOptions(socketOptions))
 	if err != nil {

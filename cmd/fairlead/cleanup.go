@@ -12,7 +12,8 @@ func cleanupCommand() *cobra.Command {
 		Use:   "cleanup",
 		Short: "Remove everything that Fairlead has programmed on this node",
 		Long: `Remove everything that Fairlead has programmed on this node, in any mode. Other
-programs' rules are not touched. A Fairlead that still runs puts its own back.`,
+programs' rules are not touched. Connections to Services end, established ones
+mostly too. A Fairlead that still runs puts everything back.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			log, err := logs.logger(cmd.ErrOrStderr())
