@@ -65,6 +65,9 @@ func (i interrupted) Error() string { return "interrupted: " + i.signal.String()
 // errOff says that something was not as it must be; it has been printed.
 var errOff = errors.New("not everything was as it must be")
 
+// errCleanup says that something may be left.
+var errCleanup = errors.New("clean up")
+
 // run is main with all that it depends on, and returns the exit code.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	var o options
@@ -92,6 +95,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	switch {
 	case err == nil:
 		return 0
+	case errors.Is(err, errCleanup):
+		_, _ = fmt.Fprintln(stderr, "demo:", err)
 	case errors.Is(err, errOff):
 	case errors.As(err, &signalled):
 		_, _ = fmt.Fprintf(stderr, "demo: %v; everything is removed\n", signalled)
@@ -138,7 +143,7 @@ func (o options) run(ctx context.Context, out io.Writer) (err error) {
 	defer func() {
 		// Deferred, so that a panic is followed by it too.
 		if undoErr := u.run(); undoErr != nil {
-			err = errors.Join(err, fmt.Errorf("clean up: %w", undoErr))
+			err = errors.Join(err, fmt.Errorf("%w: %w", errCleanup, undoErr))
 		}
 	}()
 	timed, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("the demo was not done after %v", limit))
@@ -151,7 +156,7 @@ func (o options) run(ctx context.Context, out io.Writer) (err error) {
 	if o.keep && (err == nil || errors.Is(err, errOff)) {
 		c.explain(out)
 		<-ctx.Done()
-		_, _ = fmt.Fprintln(out, "\nEverything is removed.")
+		_, _ = fmt.Fprintln(out, "\nEnding, and removing everything.")
 		return err
 	}
 	if err != nil && timed.Err() != nil {
