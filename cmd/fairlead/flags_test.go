@@ -43,62 +43,75 @@ func TestWrongUse(t *testing.T) {
 		{"mode is in lower case", []string{"run", folder, "--mode=NFT"}, "fairlead: --mode: unknown mode \"NFT\": use nft\n"},
 
 		{
-			"service CIDR that is none", []string{"run", folder, "--service-cidr=10.96.0.0"},
+			"service CIDR that is none",
+			[]string{"run", folder, "--service-cidr=10.96.0.0"},
 			"fairlead: --service-cidr: \"10.96.0.0\" is not a network: write it as 10.96.0.0/12 or fd00:96::/112\n",
 		},
 		{
-			"service CIDR of an address in a network", []string{"run", folder, "--service-cidr=10.96.0.1/16"},
+			"service CIDR of an address in a network",
+			[]string{"run", folder, "--service-cidr=10.96.0.1/16"},
 			"fairlead: --service-cidr: \"10.96.0.1/16\" has bits set behind its length: write 10.96.0.0/16\n",
 		},
 		{
-			"service CIDR in IPv6 form", []string{"run", folder, "--service-cidr=::ffff:10.96.0.0/112"},
+			"service CIDR in IPv6 form",
+			[]string{"run", folder, "--service-cidr=::ffff:10.96.0.0/112"},
 			"fairlead: --service-cidr: \"::ffff:10.96.0.0/112\" is an IPv4 network in IPv6 form: write it as IPv4\n",
 		},
 		{
-			"empty element", []string{"run", folder, "--service-cidr=10.96.0.0/16,"},
+			"empty element",
+			[]string{"run", folder, "--service-cidr=10.96.0.0/16,"},
 			"fairlead: --service-cidr: \"\" is not a network: write it as 10.96.0.0/12 or fd00:96::/112\n",
 		},
 		{
-			"two service CIDRs of one family", []string{"run", folder, "--service-cidr=10.96.0.0/16,fd00::/112,10.97.0.0/16"},
+			"two service CIDRs of one family",
+			[]string{"run", folder, "--service-cidr=10.96.0.0/16,fd00::/112,10.97.0.0/16"},
 			"fairlead: --service-cidr: 10.96.0.0/16 and 10.97.0.0/16 are of one family: give one network, or one of each family\n",
 		},
 		{
-			"service CIDR too small", []string{"run", folder, "--service-cidr=10.96.0.0/31"},
+			"service CIDR too small",
+			[]string{"run", folder, "--service-cidr=10.96.0.0/31"},
 			"fairlead: --service-cidr: 10.96.0.0/31 has no address to hand out: use a larger network\n",
 		},
 		{
-			"cluster CIDR that is none", []string{"run", folder, "--cluster-cidr=10.244.0.0/16,pods"},
+			"cluster CIDR that is none",
+			[]string{"run", folder, "--cluster-cidr=10.244.0.0/16,pods"},
 			"fairlead: --cluster-cidr: \"pods\" is not a network: write it as 10.96.0.0/12 or fd00:96::/112\n",
 		},
 		{"service CIDRs of both families, spaced", []string{"run", folder, "--service-cidr=10.96.0.0/16, fd00::/112"}, missing},
 		{"several cluster CIDRs of one family", []string{"run", folder, "--cluster-cidr=10.244.0.0/16,10.245.0.0/16"}, missing},
 
 		{
-			"DNS address without a port", []string{"run", folder, "--dns-listen=10.0.0.1"},
+			"DNS address without a port",
+			[]string{"run", folder, "--dns-listen=10.0.0.1"},
 			"fairlead: --dns-listen: \"10.0.0.1\" is not an address with a port: write 10.0.0.1:53 or [fd00::1]:53\n",
 		},
 		{
-			"DNS address without an address", []string{"run", folder, "--dns-listen=:53"},
+			"DNS address without an address",
+			[]string{"run", folder, "--dns-listen=:53"},
 			"fairlead: --dns-listen: \":53\" is not an address with a port: write 10.0.0.1:53 or [fd00::1]:53\n",
 		},
 		{
-			"cluster domain", []string{"run", folder, "--cluster-domain=cluster_local"},
+			"cluster domain",
+			[]string{"run", folder, "--cluster-domain=cluster_local"},
 			"fairlead: --cluster-domain: \"cluster_local\" is not a domain: write it as cluster.local\n",
 		},
 		{"cluster domain with its dot", []string{"run", folder, "--cluster-domain=cluster.local."}, missing},
 		{
-			"node name", []string{"run", folder, "--hostname-override=node 1"},
-			"fairlead: --hostname-override: \"node 1\" is not the name of a node: use letters, digits, - and .\n",
+			"node name",
+			[]string{"run", folder, "--hostname-override=node 1"},
+			"fairlead: --hostname-override: \"node 1\" is not the name of a node: write it as node-1 or node-1.example\n",
 		},
 		{"node name in upper case", []string{"run", folder, "--hostname-override=Node-1.example"}, missing},
 
 		{
-			"log level", []string{"run", folder, "--log-level=loud"},
+			"log level",
+			[]string{"run", folder, "--log-level=loud"},
 			"fairlead: --log-level: unknown level \"loud\": use debug, info, warn or error\n",
 		},
 		{"log format", []string{"run", folder, "--log-format=xml"}, "fairlead: --log-format: unknown format \"xml\": use text or json\n"},
 		{
-			"log level of cleanup", []string{"cleanup", "--log-level=loud"},
+			"log level of cleanup",
+			[]string{"cleanup", "--log-level=loud"},
 			"fairlead: --log-level: unknown level \"loud\": use debug, info, warn or error\n",
 		},
 
@@ -114,7 +127,7 @@ fairlead: --service-cidr: "x" is not a network: write it as 10.96.0.0/12 or fd00
 fairlead: --cluster-cidr: "x" is not a network: write it as 10.96.0.0/12 or fd00:96::/112
 fairlead: --dns-listen: "x" is not an address with a port: write 10.0.0.1:53 or [fd00::1]:53
 fairlead: --cluster-domain: "-" is not a domain: write it as cluster.local
-fairlead: --hostname-override: "-" is not the name of a node: use letters, digits, - and .
+fairlead: --hostname-override: "-" is not the name of a node: write it as node-1 or node-1.example
 fairlead: --log-level: unknown level "x": use debug, info, warn or error
 fairlead: --log-format: unknown format "x": use text or json
 `,
@@ -175,9 +188,8 @@ func TestHelp(t *testing.T) {
 // Every flag that is in the help's example must exist.
 func TestExample(t *testing.T) {
 	t.Parallel()
-	example := strings.Fields(runCommand().Example)
-	args := append(example[1:], "--manifests=/does/not/exist")
-	code, _, stderr := invoke(t, args...)
+	args := append(strings.Fields(runCommand().Example), "--manifests=/does/not/exist")
+	code, _, stderr := invoke(t, args[1:]...)
 	if want := "fairlead: --manifests: read folder /does/not/exist: no such file or directory\n"; code != 1 || stderr != want {
 		t.Errorf("exit code %d, stderr %q, want 1 and %q", code, stderr, want)
 	}

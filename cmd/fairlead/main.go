@@ -15,7 +15,7 @@ import (
 )
 
 // version is set by the linker.
-var version = "unknown" //nolint:gochecknoglobals // the linker needs a variable
+var version = "unknown"
 
 func main() {
 	os.Exit(run(context.Background(), os.Args[1:], os.Stdout, os.Stderr))
@@ -40,7 +40,7 @@ Kubernetes Service reaches one of its pods, chosen at random.`,
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return fmt.Errorf("%w: see %s --help", err, cmd.CommandPath())
 	})
-	root.AddCommand(runCommand(), cleanupCommand(), versionCommand())
+	root.AddCommand(runCommand(), cleanupCommand(), versionCommand()) //nolint:contextcheck // cobra hands them ctx
 	if err := root.ExecuteContext(ctx); err != nil && !errors.Is(err, context.Canceled) {
 		for line := range strings.Lines(err.Error()) {
 			_, _ = fmt.Fprintln(stderr, "fairlead:", strings.TrimSpace(line))

@@ -245,8 +245,8 @@ func (n *node) keepConnecting(addrs []netip.AddrPort) (stop func()) {
 			wg.Go(func() {
 				succeeded := 0
 				for ctx.Err() == nil {
-					// Not ctx: a connection that has begun is to end.
-					if _, err := n.client.Connect(n.t.Context(), network, addr); err != nil {
+					// A connection that has begun is to end.
+					if _, err := n.client.Connect(context.WithoutCancel(ctx), network, addr); err != nil {
 						n.t.Errorf("connection %d of those that went on all the time: %v", succeeded+1, err)
 						return
 					}
@@ -362,7 +362,8 @@ func (n *node) start(attributes *syscall.SysProcAttr, args ...string) *process {
 	n.t.Helper()
 	p := &process{t: n.t, log: &logbook{}, ended: make(chan struct{})}
 	p.cmd = exec.CommandContext(n.t.Context(), "/proc/self/exe", args...)
-	p.cmd.Env = []string{asFairlead + "=1"}
+	// The race detector makes each process sleep for a second at its end.
+	p.cmd.Env = []string{asFairlead + "=1", "GORACE=atexit_sleep_ms=0"}
 	p.cmd.Stdout, p.cmd.Stderr = p.log, p.log
 	p.cmd.SysProcAttr = attributes
 	p.cmd.Cancel = func() error { return p.cmd.Process.Signal(syscall.SIGTERM) }

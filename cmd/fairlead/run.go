@@ -114,7 +114,7 @@ func nodeName(override string) (string, error) {
 	}
 	name = strings.ToLower(strings.TrimSpace(name))
 	if problems := validation.IsDNS1123Subdomain(name); len(problems) > 0 {
-		return "", fmt.Errorf("--hostname-override: %q is not the name of a node: use letters, digits, - and .", cmp.Or(override, name))
+		return "", fmt.Errorf("--hostname-override: %q is not the name of a node: write it as node-1 or node-1.example", cmp.Or(override, name))
 	}
 	return name, nil
 }
@@ -198,7 +198,7 @@ func (c config) run(ctx context.Context, log *slog.Logger) error {
 	}
 	defer func() {
 		if err := dp.Close(); err != nil {
-			log.Warn("the connection to the kernel was not closed", "error", err)
+			log.WarnContext(ctx, "the connection to the kernel was not closed", "error", err)
 		}
 	}()
 	syncer := sync.New(dp, sync.Options{Logger: log.With("component", "sync")})
@@ -212,11 +212,11 @@ func (c config) run(ctx context.Context, log *slog.Logger) error {
 	delivery := delivery{tracker: kube.NewTracker(kube.Options{NodeName: c.nodeName}), syncer: syncer, log: log, names: names}
 	group.Go(func() error { return syncer.Run(ctx) })
 	group.Go(func() error { return source.Run(ctx, delivery.take) })
-	log.Info("running", "version", version, "mode", string(c.mode), "manifests", c.manifests, "node", c.nodeName)
+	log.InfoContext(ctx, "running", "version", version, "mode", string(c.mode), "manifests", c.manifests, "node", c.nodeName)
 	if err := group.Wait(); err != nil {
 		return err
 	}
-	log.Info("stopped; what is programmed stays in place")
+	log.InfoContext(ctx, "stopped; what is programmed stays in place")
 	return nil
 }
 
