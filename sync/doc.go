@@ -29,7 +29,7 @@
 //   - when the initial list is complete,
 //   - when the node has changed,
 //   - when somebody else has changed the kernel (drift): at once, and after a
-//     growing delay when it happens again and again,
+//     delay that grows to a second when it happens again and again,
 //   - when keys are failing, or everything is: after a delay that doubles with
 //     each attempt from [Options.RetryMin] to [Options.RetryMax],
 //   - every [Options.ResyncPeriod], if that is set.

@@ -167,6 +167,11 @@ func (t *tables) retrySoon() {
 	t.repairAt = earlier(t.repairAt, time.Now().Add(max(t.opts.RetryMin, 9*t.replaceLasted)))
 }
 
+// maxDriftDelay is the longest that repeated drift waits for its repair, save
+// where a repair itself takes so long that nine tenths of the time must be left
+// to others. Services may be dead meanwhile, so it is short.
+const maxDriftDelay = time.Second
+
 // drifted notes that somebody else has changed the kernel.
 func (t *tables) drifted(now time.Time) {
 	if !t.driftAt.IsZero() {
@@ -177,7 +182,8 @@ func (t *tables) drifted(now time.Time) {
 	}
 	t.driftAt = now
 	if t.driftRepairs > 0 {
-		if at := t.lastDrift.Add(t.delay(t.driftRepairs)); at.After(now) {
+		delay := min(t.delay(t.driftRepairs), max(maxDriftDelay, 9*t.replaceLasted))
+		if at := t.lastDrift.Add(delay); at.After(now) {
 			t.driftAt = at
 		}
 	}
