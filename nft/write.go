@@ -169,7 +169,7 @@ func (d *Dataplane) addClasses(edits [2]*tableEdit) error {
 			added[i] = append(added[i], c)
 			d.addChain(e.table, e.table.classChain(c))
 			// The library keeps the error for Flush.
-			_ = d.conn.SetAddElements(e.table.classes, []element{classElement(e.table, c)})
+			_ = d.conn.SetAddElements(e.table.classes, []element{gotoElement(e.table, c)})
 		}
 	}
 	if len(added[0])+len(added[1]) == 0 {
@@ -186,7 +186,8 @@ func (d *Dataplane) addClasses(edits [2]*tableEdit) error {
 	return nil
 }
 
-func classElement(t *table, c class) element {
+// gotoElement is the element of classes that sends a class to its chain.
+func gotoElement(t *table, c class) element {
 	return element{
 		Key:         t.classElement(c),
 		VerdictData: &expr.Verdict{Kind: expr.VerdictGoto, Chain: c.chainName()},
