@@ -233,7 +233,7 @@ func (d *Dataplane) use(i int, c class, n int) {
 }
 
 // removeUnusedClasses removes the chains of classes that no frontend has been in
-// for a while. What can't be removed now, as kernels before 6.2 hold on to a
+// for a while. What can't be removed now, as some kernels before 6.2 hold on to a
 // chain for a moment longer, is tried again after a later commit.
 func (d *Dataplane) removeUnusedClasses() {
 	for i, t := range d.tables {
