@@ -288,7 +288,7 @@ func TestFails(t *testing.T) {
 				cmd.Path, cmd.Dir = "/proc/self/exe", "/"
 				cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
 			},
-			code:   1, stderr: "run it as root",
+			code: 1, stderr: "run it as root",
 		},
 		"no binary":       {args: []string{"-fairlead=bin/nothing"}, code: 1, stderr: "bin/nothing: no such file or directory: run `make build` first"},
 		"other folder":    {args: []string{"-services=nothing"}, code: 1, stderr: "nothing/backend.yaml: no such file or directory: run the demo in the folder"},
