@@ -506,6 +506,64 @@ func TestApplyRejected(t *testing.T) {
 	wantState(t, d, first, second, third)
 }
 
+// TestApplyOfManyServices hands over more than goes into one commit, and then has
+// every frontend move to another Service in one call.
+func TestApplyOfManyServices(t *testing.T) {
+	t.Parallel()
+	const n = 2500
+	d, _ := newDataplane(t)
+	replace(t, d, podNode())
+	made := func(name string, i, frontendOf int) *dataplane.Service {
+		return service(t, fmt.Sprintf("%s-%d", name, i), []dataplane.Frontend{frontend(frontendOf)},
+			endpoints(i, i+1, i+2, i+3, i+4, i+5))
+	}
+	var changes []dataplane.Change
+	var first, second []*dataplane.Service
+	for i := range n {
+		first = append(first, made("s", i, i))
+		second = append(second, made("s", i, (i+1)%n))
+		changes = append(changes, dataplane.Change{New: first[i]})
+	}
+	before := generation(t, d)
+	apply(t, d, changes...)
+	if commits := generation(t, d) - before; commits != 3+1 { // and one for the class
+		t.Errorf("%d elements took %d commits", 7*n, commits)
+	}
+	wantState(t, d, first...)
+	for i := range changes {
+		changes[i] = dataplane.Change{Old: first[i], New: second[i]}
+	}
+	apply(t, d, changes...)
+	wantState(t, d, second...)
+
+	// A commit that fails leaves the others alone. Frontends have moved back by
+	// one, so the one Service that precedes the commit is in doubt as well.
+	for i := range changes {
+		changes[i] = dataplane.Change{Old: second[i], New: first[i]}
+	}
+	bad := 1300
+	changes[bad].New = poison(first[bad].Key.Name, frontend(bad))
+	err := d.Apply(t.Context(), changes)
+	var failure *dataplane.Error
+	if !errors.As(err, &failure) || failure.Failed[first[bad].Key] == nil {
+		t.Fatalf("got error %v, want one that names %s", err, first[bad].Key)
+	}
+	if got := len(failure.Failed); got >= n/2 {
+		t.Errorf("%d of %d Services failed with one", got, n)
+	}
+	state, err := d.Read(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, s := range first {
+		if failure.Failed[s.Key] == nil && !slices.Equal(state[s.Frontends[0]].Endpoints, s.Endpoints) {
+			t.Fatalf("%s of service %d is said to have taken, and holds %v", s.Frontends[0], i, state[s.Frontends[0]])
+		}
+	}
+	replace(t, d, podNode(), first...)
+	wantState(t, d, first...)
+}
+
 // TestUnsupported checks that a Service with a frontend this backend can't
 // serve is reported, has nothing in the kernel, and stops no other.
 func TestUnsupported(t *testing.T) {

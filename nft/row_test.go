@@ -144,11 +144,14 @@ func TestChangeWritesFew(t *testing.T) {
 			if test.old.Key != test.new.Key {
 				changes = []dataplane.Change{{Old: test.old}, {New: test.new}}
 			}
-			edits, _ := d.plan(changes, map[dataplane.Key]error{})
+			p, b := d.plan(changes, map[dataplane.Key]error{}), d.newBatch()
+			for _, c := range changes {
+				p.add(b, c, nil)
+			}
 			var del, add int
-			for set := range edits[0].del {
-				del += len(edits[0].del[set])
-				add += len(edits[0].add[set])
+			for set := range b.tables[0].del {
+				del += len(b.tables[0].del[set])
+				add += len(b.tables[0].add[set])
 			}
 			if del != test.del || add != test.add {
 				t.Errorf("%d elements deleted and %d added, want %d and %d", del, add, test.del, test.add)
@@ -270,7 +273,7 @@ func BenchmarkPlan(b *testing.B) {
 			d.forget()
 			b.ReportAllocs()
 			for b.Loop() {
-				d.plan(changes, nil)
+				d.plan(changes, nil).add(d.newBatch(), changes[0], nil)
 			}
 		})
 	}

@@ -26,23 +26,127 @@ const editSize = 8192
 const classRest = time.Second
 
 // Apply implements [dataplane.Dataplane]. All changes are one commit, after
-// another one for the classes that are new.
+// another one for the classes that are new. Only a call with more than some
+// [editSize] elements is split, between Services: the kernel would take more
+// than proportional time for it, and others would wait.
 func (d *Dataplane) Apply(_ context.Context, changes []dataplane.Change) error {
 	failed := map[dataplane.Key]error{}
-	edits, after := d.plan(changes, failed)
-	if err := d.commit(edits); err != nil {
-		for _, c := range changes {
-			failed[c.Key()] = err
+	p := d.plan(changes, failed)
+	b := d.newBatch()
+	var keys []dataplane.Key
+	send := func() {
+		if err := d.commit(b); err != nil {
+			for _, key := range keys {
+				failed[key] = err
+			}
 		}
-		return &dataplane.Error{Op: "apply", Failed: failed}
+		b, keys = d.newBatch(), keys[:0]
 	}
-	d.record(changes, edits, after)
+	for _, c := range changes {
+		keys = p.add(b, c, keys)
+		if b.elements() >= editSize {
+			send()
+		}
+	}
+	send()
+	for key, slots := range p.after {
+		if failed[key] == nil {
+			d.keep(key, slots)
+		}
+	}
 	d.removeUnusedClasses()
 	if len(failed) > 0 {
 		return &dataplane.Error{Op: "apply", Failed: failed}
 	}
 	return nil
 }
+
+// plan is what the changes of an Apply come to, over all of them at once: a
+// frontend may leave one Service and join another.
+type plan struct {
+	have, want map[dataplane.Frontend]owned
+	// after has the slots of each Service that changes, and nil for one that is
+	// gone.
+	after map[dataplane.Key]arranged
+}
+
+// owned is a row with the Service that it is of.
+type owned struct {
+	key dataplane.Key
+	*row
+}
+
+// arranged are the slots of a Service, and whether they need to be kept, as they
+// are not what arrange makes from nothing.
+type arranged struct {
+	slots []netip.AddrPort
+	keep  bool
+}
+
+// plan renders both sides of all changes. Services that this backend does not
+// support count as deleted and are noted in failed.
+func (d *Dataplane) plan(changes []dataplane.Change, failed map[dataplane.Key]error) plan {
+	p := plan{
+		have:  make(map[dataplane.Frontend]owned, len(changes)),
+		want:  make(map[dataplane.Frontend]owned, len(changes)),
+		after: make(map[dataplane.Key]arranged, len(changes)),
+	}
+	for _, c := range changes {
+		key := c.Key()
+		var before []netip.AddrPort
+		if c.Old != nil && supported(c.Old) == nil {
+			before = d.slotsOf(c.Old)
+			r := owned{key, render(c.Old, before)}
+			for _, f := range c.Old.Frontends {
+				p.have[f] = r
+			}
+		}
+		p.after[key] = arranged{}
+		if c.New == nil {
+			continue
+		}
+		if err := supported(c.New); err != nil {
+			failed[key] = err
+			continue
+		}
+		slots := arrange(before, c.New.Endpoints)
+		p.after[key] = arranged{slots, !inOrder(slots, c.New.Endpoints)}
+		r := owned{key, render(c.New, slots)}
+		for _, f := range c.New.Frontends {
+			p.want[f] = r
+		}
+	}
+	return p
+}
+
+// add puts the frontends of a change into a batch, and the keys of the Services
+// that had them or get them behind keys.
+func (p plan) add(b *batch, c dataplane.Change, keys []dataplane.Key) []dataplane.Key {
+	if c.New != nil {
+		for _, f := range c.New.Frontends {
+			want, wanted := p.want[f]
+			if !wanted {
+				continue // the Service is not supported
+			}
+			have := p.have[f]
+			if have.row != nil && have.key != want.key {
+				keys = append(keys, have.key)
+			}
+			b.change(f, have.row, want.row)
+		}
+	}
+	if c.Old != nil {
+		for _, f := range c.Old.Frontends {
+			if have, had := p.have[f]; had && p.want[f].row == nil {
+				b.change(f, have.row, nil)
+			}
+		}
+	}
+	return append(keys, c.Key())
+}
+
+// batch is what one commit does.
+type batch struct{ tables [2]tableEdit }
 
 // tableEdit is what one commit does to one table.
 type tableEdit struct {
@@ -51,67 +155,47 @@ type tableEdit struct {
 	classes map[class]int
 }
 
-// plan computes the edits of a call, over all of its changes at once: a
-// frontend may leave one Service and join another. It returns as well the
-// slots of each changed Service. Services that this backend does not support
-// count as deleted and are noted in failed.
-func (d *Dataplane) plan(changes []dataplane.Change, failed map[dataplane.Key]error) ([2]*tableEdit, map[dataplane.Key][]netip.AddrPort) {
-	var have, want [2]map[dataplane.Frontend]*row
-	var edits [2]*tableEdit
-	after := make(map[dataplane.Key][]netip.AddrPort, len(changes))
-	for _, c := range changes {
-		key := c.Key()
-		i := index(key.Family)
-		if edits[i] == nil {
-			edits[i] = &tableEdit{edit: edit{table: d.tables[i]}, classes: map[class]int{}}
-			have[i], want[i] = map[dataplane.Frontend]*row{}, map[dataplane.Frontend]*row{}
-		}
-		var before []netip.AddrPort
-		if c.Old != nil && supported(c.Old) == nil {
-			before = d.slotsOf(c.Old)
-			r := render(c.Old, before)
-			for _, f := range c.Old.Frontends {
-				have[i][f] = r
-			}
-		}
-		if c.New == nil {
-			continue
-		}
-		if err := supported(c.New); err != nil {
-			failed[key] = err
-			continue
-		}
-		after[key] = arrange(before, c.New.Endpoints)
-		r := render(c.New, after[key])
-		for _, f := range c.New.Frontends {
-			want[i][f] = r
-		}
+func (d *Dataplane) newBatch() *batch {
+	b := &batch{}
+	for i, t := range d.tables {
+		b.tables[i].table = t
 	}
-	for i, e := range edits {
-		if e == nil {
-			continue
-		}
-		for f, h := range have[i] {
-			e.change(f, h, want[i][f])
-		}
-		for f, w := range want[i] {
-			if _, seen := have[i][f]; !seen {
-				e.change(f, nil, w)
-			}
-		}
-	}
-	return edits, after
+	return b
 }
 
-// change is edit.change, and counts classes.
-func (e *tableEdit) change(f dataplane.Frontend, have, want *row) {
-	if have != nil && have.class != 0 {
-		e.classes[have.class]--
+func (b *batch) elements() int { return b.tables[0].elements + b.tables[1].elements }
+
+// change adds what turns one row of a frontend into another; see edit.change.
+func (b *batch) change(f dataplane.Frontend, have, want *row) {
+	if have != nil {
+		b.of(f).count(have.class, -1)
 	}
-	if want != nil && want.class != 0 {
-		e.classes[want.class]++
+	b.found(f, have, want)
+}
+
+// found is change for a row that was found in the kernel, whose class has not
+// been counted.
+func (b *batch) found(f dataplane.Frontend, have, want *row) {
+	e := b.of(f)
+	if want != nil {
+		e.count(want.class, 1)
 	}
 	e.edit.change(f, have, want)
+}
+
+// of returns the edit of the table that a frontend is in.
+func (b *batch) of(f dataplane.Frontend) *tableEdit {
+	return &b.tables[index(dataplane.FamilyOf(f.Addr.Addr()))]
+}
+
+func (e *tableEdit) count(c class, n int) {
+	if c == 0 {
+		return
+	}
+	if e.classes == nil {
+		e.classes = map[class]int{}
+	}
+	e.classes[c] += n
 }
 
 func index(f dataplane.Family) int {
@@ -129,14 +213,15 @@ func (d *Dataplane) slotsOf(s *dataplane.Service) []netip.AddrPort {
 	return arrange(nil, s.Endpoints)
 }
 
-// commit carries out the edits in one transaction; it writes nothing if they
-// are empty.
-func (d *Dataplane) commit(edits [2]*tableEdit) error {
-	if err := d.addClasses(edits); err != nil {
+// commit carries out a batch in one transaction, and counts its classes. It
+// writes nothing if the batch is empty.
+func (d *Dataplane) commit(b *batch) error {
+	if err := d.addClasses(b); err != nil {
 		return err
 	}
-	for _, e := range edits {
-		if e == nil {
+	for i := range b.tables {
+		e := &b.tables[i]
+		if e.elements == 0 {
 			continue
 		}
 		sets := e.table.rowSets()
@@ -151,17 +236,23 @@ func (d *Dataplane) commit(edits [2]*tableEdit) error {
 			}
 		}
 	}
-	return d.flush()
+	if err := d.flush(); err != nil {
+		return err
+	}
+	for i := range b.tables {
+		for c, n := range b.tables[i].classes {
+			d.use(i, c, n)
+		}
+	}
+	return nil
 }
 
 // addClasses makes the chains of classes that have none yet, in a transaction of
 // its own. They are in use by nobody, so it does no harm if what follows fails.
-func (d *Dataplane) addClasses(edits [2]*tableEdit) error {
+func (d *Dataplane) addClasses(b *batch) error {
 	var added [2][]class
-	for i, e := range edits {
-		if e == nil {
-			continue
-		}
+	for i := range b.tables {
+		e := &b.tables[i]
 		for c, n := range e.classes {
 			if _, exists := d.classes[i][c]; exists || n <= 0 {
 				continue
@@ -199,24 +290,12 @@ func (d *Dataplane) addChain(t *table, ch chain) {
 	d.addRules(t, ch)
 }
 
-// record notes what a commit has programmed.
-func (d *Dataplane) record(changes []dataplane.Change, edits [2]*tableEdit, after map[dataplane.Key][]netip.AddrPort) {
-	for _, c := range changes {
-		key := c.Key()
-		slots, programmed := after[key]
-		if !programmed || inOrder(slots, c.New.Endpoints) {
-			delete(d.slots, key)
-			continue
-		}
-		d.slots[key] = slots
-	}
-	for i, e := range edits {
-		if e == nil {
-			continue
-		}
-		for c, n := range e.classes {
-			d.use(i, c, n)
-		}
+// keep notes the slots of a Service that is programmed, or gone.
+func (d *Dataplane) keep(key dataplane.Key, a arranged) {
+	if a.keep {
+		d.slots[key] = a.slots
+	} else {
+		delete(d.slots, key)
 	}
 }
 
@@ -333,38 +412,29 @@ func (r *replacement) commitServices(services []*dataplane.Service) error {
 	if len(services) == 0 {
 		return nil
 	}
-	var edits [2]*tableEdit
-	slots := make([][]netip.AddrPort, len(services))
+	b := r.newBatch()
+	after := make([]arranged, len(services))
 	for n, s := range services {
-		i := index(s.Key.Family)
-		if edits[i] == nil {
-			edits[i] = &tableEdit{edit: edit{table: r.tables[i]}, classes: map[class]int{}}
-		}
+		have := r.have[index(s.Key.Family)].rows
 		var current []netip.AddrPort
-		if first := r.have[i].rows[s.Frontends[0]]; first != nil {
+		if first := have[s.Frontends[0]]; first != nil {
 			current = first.slots
 		}
-		slots[n] = arrange(current, s.Endpoints)
-		want := render(s, slots[n])
+		slots := arrange(current, s.Endpoints)
+		after[n] = arranged{slots, !inOrder(slots, s.Endpoints)}
+		want := render(s, slots)
 		for _, f := range s.Frontends {
-			edits[i].edit.change(f, r.have[i].rows[f], want)
-			if want.class != 0 {
-				edits[i].classes[want.class]++
-			}
+			b.found(f, have[f], want)
 		}
 	}
-	err := r.commit(edits)
+	err := r.commit(b)
 	if err == nil {
-		changes := make([]dataplane.Change, len(services))
-		after := make(map[dataplane.Key][]netip.AddrPort, len(services))
 		for n, s := range services {
-			changes[n].New = s
-			after[s.Key] = slots[n]
+			r.keep(s.Key, after[n])
 			for _, f := range s.Frontends {
 				delete(r.have[index(s.Key.Family)].rows, f)
 			}
 		}
-		r.record(changes, edits, after)
 		return nil
 	}
 	if !isRejection(err) {
@@ -407,30 +477,21 @@ func (r *replacement) finish(ctx context.Context) error {
 	if err := r.commitPending(ctx); err != nil {
 		return err
 	}
+	b := r.newBatch()
 	for i, t := range r.tables {
-		e := &tableEdit{edit: edit{table: t}, classes: map[class]int{}}
-		send := func() error {
-			var edits [2]*tableEdit
-			edits[i] = e
-			err := r.commit(edits)
-			e = &tableEdit{edit: edit{table: t}, classes: map[class]int{}}
-			return err
-		}
 		for f, row := range r.have[i].rows {
-			if e.edit.change(f, row, nil); e.elements >= editSize {
-				if err := send(); err != nil {
+			if b.found(f, row, nil); b.elements() >= editSize {
+				if err := r.commit(b); err != nil {
 					return err
 				}
+				b = r.newBatch()
 			}
 		}
 		for s, set := range t.rowSets() {
 			for _, el := range r.have[i].foreign[set.Name] {
-				e.delete(s, element{Key: el.Key})
+				b.tables[i].delete(s, element{Key: el.Key})
 			}
 		}
-		if err := send(); err != nil {
-			return err
-		}
 	}
-	return nil
+	return r.commit(b)
 }
