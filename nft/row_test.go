@@ -146,7 +146,7 @@ func TestChangeWritesFew(t *testing.T) {
 			}
 			p, b := d.plan(changes, map[dataplane.Key]error{}), d.newBatch()
 			for _, c := range changes {
-				p.add(b, c, nil)
+				p.add(b, c)
 			}
 			var del, add int
 			for set := range b.tables[0].del {
@@ -273,7 +273,7 @@ func BenchmarkPlan(b *testing.B) {
 			d.forget()
 			b.ReportAllocs()
 			for b.Loop() {
-				d.plan(changes, nil).add(d.newBatch(), changes[0], nil)
+				d.plan(changes, nil).add(d.newBatch(), changes[0])
 			}
 		})
 	}

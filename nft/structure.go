@@ -10,14 +10,19 @@ import (
 )
 
 // repairStructure brings the table, its sets, chains and rules to what they
-// must be, and have up to date with it. It writes nothing if they are.
+// must be, and have up to date with it. It writes nothing if they are. Named
+// objects, such as counters, that somebody has added are left alone: without a
+// rule they do nothing.
 //
 // What can be mended in place is. If the kernel refuses that, as when a set of
 // another type is in use by a rule, or somebody's own set refers to ours, the
 // table is made anew.
 func (d *Dataplane) repairStructure(t *table, node dataplane.Node, have *content) error {
 	if have.table != nil {
-		err := d.mend(t, node, have)
+		err := have.mendable()
+		if err == nil {
+			err = d.mend(t, node, have)
+		}
 		if err == nil {
 			return nil
 		}
@@ -26,6 +31,18 @@ func (d *Dataplane) repairStructure(t *table, node dataplane.Node, have *content
 	}
 	*have = content{}
 	return d.mend(t, node, have)
+}
+
+// mendable returns an error if there is something that can't be removed by
+// itself: an element without a key is a set's catch-all (`*`), and those the
+// library cannot delete.
+func (c *content) mendable() error {
+	for set, elements := range c.foreign {
+		if slices.ContainsFunc(elements, func(e element) bool { return len(e.Key) == 0 }) {
+			return fmt.Errorf("set %s has a catch-all element", set)
+		}
+	}
+	return nil
 }
 
 func (d *Dataplane) mend(t *table, node dataplane.Node, have *content) error {
@@ -80,6 +97,7 @@ func (d *Dataplane) flushChains(t *table, have *content, wanted []chain) map[str
 			remove = append(remove, found)
 		}
 	}
+	d.deleteForeign(t, have)
 	// Elements that go to a chain hold on to it as rules do.
 	for c, intact := range have.classes {
 		if !intact {
@@ -87,14 +105,23 @@ func (d *Dataplane) flushChains(t *table, have *content, wanted []chain) map[str
 			delete(have.classes, c)
 		}
 	}
-	for _, e := range have.foreign[t.classes.Name] {
-		_ = d.conn.SetDeleteElements(t.classes, []element{{Key: e.Key}})
-	}
 	for _, found := range remove {
 		d.conn.DelChain(found)
 		delete(have.chains, found.Name)
 	}
 	return changed
+}
+
+// deleteForeign removes elements that we would never make, before anything is
+// added that might have the same key.
+func (d *Dataplane) deleteForeign(t *table, have *content) {
+	for _, set := range t.sets() {
+		var keys []element
+		for _, e := range have.foreign[set.Name] {
+			keys = append(keys, element{Key: e.Key})
+		}
+		_ = d.conn.SetDeleteElements(set, keys)
+	}
 }
 
 func (d *Dataplane) mendSets(t *table, have *content) {

@@ -32,23 +32,14 @@ const classRest = time.Second
 func (d *Dataplane) Apply(_ context.Context, changes []dataplane.Change) error {
 	failed := map[dataplane.Key]error{}
 	p := d.plan(changes, failed)
-	b := d.newBatch()
-	var keys []dataplane.Key
-	send := func() {
-		if err := d.commit(b); err != nil {
-			for _, key := range keys {
-				failed[key] = err
-			}
-		}
-		b, keys = d.newBatch(), keys[:0]
-	}
-	for _, c := range changes {
-		keys = p.add(b, c, keys)
-		if b.elements() >= editSize {
-			send()
+	b, first := d.newBatch(), 0
+	for i, c := range changes {
+		if p.add(b, c); b.elements() >= editSize {
+			d.applyTogether(p, b, changes[first:i+1], failed)
+			b, first = d.newBatch(), i+1
 		}
 	}
-	send()
+	d.applyTogether(p, b, changes[first:], failed)
 	for key, slots := range p.after {
 		if failed[key] == nil {
 			d.keep(key, slots)
@@ -59,6 +50,31 @@ func (d *Dataplane) Apply(_ context.Context, changes []dataplane.Change) error {
 		return &dataplane.Error{Op: "apply", Failed: failed}
 	}
 	return nil
+}
+
+// applyTogether commits a batch made of these changes. If the kernel rejects it,
+// each half is tried, down to the Service that is to blame.
+func (d *Dataplane) applyTogether(p plan, b *batch, changes []dataplane.Change, failed map[dataplane.Key]error) {
+	err := d.commit(b)
+	if err == nil {
+		return
+	}
+	if isRejection(err) && len(changes) > 1 {
+		half := len(changes) / 2
+		for _, part := range [][]dataplane.Change{changes[:half], changes[half:]} {
+			b := d.newBatch()
+			for _, c := range part {
+				p.add(b, c)
+			}
+			d.applyTogether(p, b, part, failed)
+		}
+		return
+	}
+	for _, c := range changes {
+		for _, key := range p.concerned(c) {
+			failed[key] = err
+		}
+	}
 }
 
 // plan is what the changes of an Apply come to, over all of them at once: a
@@ -119,20 +135,14 @@ func (d *Dataplane) plan(changes []dataplane.Change, failed map[dataplane.Key]er
 	return p
 }
 
-// add puts the frontends of a change into a batch, and the keys of the Services
-// that had them or get them behind keys.
-func (p plan) add(b *batch, c dataplane.Change, keys []dataplane.Key) []dataplane.Key {
+// add puts the frontends of a change into a batch. One that moves belongs to the
+// change of the Service that gets it.
+func (p plan) add(b *batch, c dataplane.Change) {
 	if c.New != nil {
 		for _, f := range c.New.Frontends {
-			want, wanted := p.want[f]
-			if !wanted {
-				continue // the Service is not supported
+			if want, ok := p.want[f]; ok { // not of a Service that is not supported
+				b.change(f, p.have[f].row, want.row)
 			}
-			have := p.have[f]
-			if have.row != nil && have.key != want.key {
-				keys = append(keys, have.key)
-			}
-			b.change(f, have.row, want.row)
 		}
 	}
 	if c.Old != nil {
@@ -142,7 +152,21 @@ func (p plan) add(b *batch, c dataplane.Change, keys []dataplane.Key) []dataplan
 			}
 		}
 	}
-	return append(keys, c.Key())
+}
+
+// concerned returns the keys that are in doubt if a change did not take: its
+// own, and those of the Services it takes frontends from.
+func (p plan) concerned(c dataplane.Change) []dataplane.Key {
+	keys := []dataplane.Key{c.Key()}
+	if c.New == nil {
+		return keys
+	}
+	for _, f := range c.New.Frontends {
+		if have := p.have[f]; have.row != nil && have.key != keys[0] {
+			keys = append(keys, have.key)
+		}
+	}
+	return keys
 }
 
 // batch is what one commit does.
@@ -180,7 +204,7 @@ func (b *batch) found(f dataplane.Frontend, have, want *row) {
 	if want != nil {
 		e.count(want.class, 1)
 	}
-	e.edit.change(f, have, want)
+	e.change(f, have, want)
 }
 
 // of returns the edit of the table that a frontend is in.
@@ -454,8 +478,10 @@ func (r *replacement) leave(s *dataplane.Service, err error) {
 	r.failed[s.Key] = err
 	i := index(s.Key.Family)
 	for _, f := range s.Frontends {
-		if row := r.have[i].rows[f]; row != nil && row.class != 0 {
-			r.use(i, row.class, 1)
+		if row := r.have[i].rows[f]; row != nil {
+			if _, exists := r.classes[i][row.class]; exists {
+				r.use(i, row.class, 1)
+			}
 		}
 		delete(r.have[i].rows, f)
 	}
@@ -478,18 +504,13 @@ func (r *replacement) finish(ctx context.Context) error {
 		return err
 	}
 	b := r.newBatch()
-	for i, t := range r.tables {
+	for i := range r.tables {
 		for f, row := range r.have[i].rows {
 			if b.found(f, row, nil); b.elements() >= editSize {
 				if err := r.commit(b); err != nil {
 					return err
 				}
 				b = r.newBatch()
-			}
-		}
-		for s, set := range t.rowSets() {
-			for _, el := range r.have[i].foreign[set.Name] {
-				b.tables[i].delete(s, element{Key: el.Key})
 			}
 		}
 	}
