@@ -19,11 +19,9 @@ import (
 
 // Service returns the i-th of a set of made-up Services: one TCP port on an
 // address of its own, and the given number of endpoints, of which one in ten
-// is on this node. The same arguments give an equal Service. Endpoints of
-// different generations are different.
-//
-// It panics if i or endpoints is larger than there are addresses.
-func Service(i, endpoints, generation int) *dataplane.Service {
+// is on this node. The same arguments give an equal Service. There are addresses
+// for a million Services with ten endpoints each.
+func Service(i, endpoints int) *dataplane.Service {
 	frontend := dataplane.Frontend{
 		Protocol: dataplane.TCP,
 		Addr:     netip.AddrPortFrom(addr(netip.AddrFrom4([4]byte{172, 16, 0, 1}), i), 80),
@@ -31,7 +29,7 @@ func Service(i, endpoints, generation int) *dataplane.Service {
 	list := make([]dataplane.Endpoint, endpoints)
 	for e := range list {
 		list[e] = dataplane.Endpoint{
-			Addr:  netip.AddrPortFrom(addr(netip.AddrFrom4([4]byte{10, 0, 0, 1}), i*endpoints+e), uint16(8000+generation%1000)),
+			Addr:  netip.AddrPortFrom(addr(netip.AddrFrom4([4]byte{10, 0, 0, 1}), i*endpoints+e), 8000),
 			Local: e%10 == 0,
 		}
 	}

@@ -81,7 +81,7 @@ func start(b *testing.B, open func(*testing.B, int) dataplane.Dataplane, n int) 
 	})
 	all := make(map[dataplane.Key]*dataplane.Service, n)
 	for i := range n {
-		svc := bench.Service(i, endpointsPerService, 0)
+		svc := bench.Service(i, endpointsPerService)
 		s.services = append(s.services, svc)
 		all[svc.Key] = svc
 	}
@@ -145,7 +145,7 @@ func (s *system) addService(b *testing.B) {
 	b.Helper()
 	i := len(s.services)
 	measure(b, func() time.Duration {
-		svc := bench.Service(i, endpointsPerService, 0)
+		svc := bench.Service(i, endpointsPerService)
 		took := s.update(b, svc.Key, svc)
 		b.StopTimer()
 		s.update(b, svc.Key, nil)
@@ -186,15 +186,14 @@ func measure(b *testing.B, op func() time.Duration) {
 
 // BenchmarkColdStart is the time for a first Replace in an empty kernel, and
 // for a second one, which only reads. It also reports which part of the
-// first is spent in the kernel, and the memory that a Service takes in the
-// backend and the syncer together.
+// first is spent in the kernel.
 func BenchmarkColdStart(b *testing.B) {
 	for name, open := range backends() {
 		for _, n := range sizes() {
 			b.Run(fmt.Sprintf("backend=%s/services=%d", name, n), func(b *testing.B) {
 				services := make([]*dataplane.Service, n)
 				for i := range services {
-					services[i] = bench.Service(i, endpointsPerService, 0)
+					services[i] = bench.Service(i, endpointsPerService)
 				}
 				var cold, warm time.Duration
 				var user, kernel time.Duration

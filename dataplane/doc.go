@@ -1,10 +1,10 @@
 // Package dataplane is the contract between Fairlead's syncer and the kernel.
 //
 // A [Dataplane] turns [Service] values into kernel state: package nft does it
-// with nftables maps, package ipvs with virtual servers. Everything that
-// Kubernetes decides (which endpoints are ready, which policy applies, which of
-// two Services owns an address) is settled before a Service reaches this
-// package; a Dataplane translates and decides nothing.
+// with nftables maps. Everything that Kubernetes decides (which endpoints are
+// ready, which policy applies, which of two Services owns an address) is settled
+// before a Service reaches this package; a Dataplane translates and decides
+// nothing.
 //
 // # The two verbs
 //

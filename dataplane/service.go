@@ -123,7 +123,8 @@ type Endpoint struct {
 	Addr netip.AddrPort
 	// Local says that the endpoint may be a pod of this node. Such a pod can
 	// reach itself through its Service, which works only when that connection
-	// is masqueraded (hairpin).
+	// is masqueraded (hairpin). It is the pod that is local: if one of several
+	// ports of an address is, [NewService] makes all of them so.
 	Local bool
 }
 
@@ -157,9 +158,9 @@ func NewService(key Key, frontends []Frontend, endpoints []Endpoint) (*Service, 
 	slices.SortFunc(s.Frontends, Frontend.Compare)
 	s.Frontends = slices.Compact(s.Frontends)
 	slices.SortFunc(s.Endpoints, func(a, b Endpoint) int {
-		// A local endpoint comes before its non-local double, and stays.
-		return cmp.Or(a.Addr.Compare(b.Addr), compareBool(b.Local, a.Local))
+		return a.Addr.Compare(b.Addr)
 	})
+	shareLocal(s.Endpoints)
 	s.Endpoints = slices.CompactFunc(s.Endpoints, func(a, b Endpoint) bool { return a.Addr == b.Addr })
 	if err := s.validate(); err != nil {
 		return nil, fmt.Errorf("%w %s: %w", ErrInvalid, key, err)
@@ -167,14 +168,20 @@ func NewService(key Key, frontends []Frontend, endpoints []Endpoint) (*Service, 
 	return s, nil
 }
 
-func compareBool(a, b bool) int {
-	switch {
-	case a == b:
-		return 0
-	case b:
-		return -1
-	default:
-		return 1
+// shareLocal makes all endpoints of an address local if one of them is. They are
+// sorted, so they stand together.
+func shareLocal(endpoints []Endpoint) {
+	for len(endpoints) > 0 {
+		n := 1
+		local := endpoints[0].Local
+		for n < len(endpoints) && endpoints[n].Addr.Addr() == endpoints[0].Addr.Addr() {
+			local = local || endpoints[n].Local
+			n++
+		}
+		for i := range endpoints[:n] {
+			endpoints[i].Local = local
+		}
+		endpoints = endpoints[n:]
 	}
 }
 

@@ -103,6 +103,7 @@ func TestNewServiceSortsAndRemovesDoubles(t *testing.T) {
 		},
 		[]dataplane.Endpoint{
 			endpoint("10.0.0.2:80"), local(endpoint("10.0.0.2:80")), endpoint("10.0.0.1:80"), endpoint("10.0.0.1:80"),
+			endpoint("10.0.0.2:81"), endpoint("10.0.0.2:79"), endpoint("10.0.0.3:80"),
 		})
 	if err != nil {
 		t.Fatal(err)
@@ -114,8 +115,12 @@ func TestNewServiceSortsAndRemovesDoubles(t *testing.T) {
 			{Protocol: dataplane.UDP, Addr: netip.MustParseAddrPort("10.96.0.1:80")},
 			frontend("10.96.0.1:443"), frontend("10.96.0.2:80"),
 		},
-		// Of doubles, the one that may be local stays.
-		Endpoints: []dataplane.Endpoint{endpoint("10.0.0.1:80"), local(endpoint("10.0.0.2:80"))},
+		// Of doubles one stays. What is local is the pod, with all of its ports.
+		Endpoints: []dataplane.Endpoint{
+			endpoint("10.0.0.1:80"),
+			local(endpoint("10.0.0.2:79")), local(endpoint("10.0.0.2:80")), local(endpoint("10.0.0.2:81")),
+			endpoint("10.0.0.3:80"),
+		},
 	}
 	if diff := cmp.Diff(want, got, cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })); diff != "" {
 		t.Errorf("(-want +got)\n%s", diff)

@@ -181,9 +181,8 @@ func randomServices(t testing.TB, random *rand.Rand, n int) []*dataplane.Service
 		}
 		var list []dataplane.Endpoint
 		for range random.IntN(12) {
-			pod := random.IntN(40)
-			a := netip.AddrPortFrom(address(1, pod), uint16(8080+random.IntN(2)))
-			list = append(list, dataplane.Endpoint{Addr: a, Local: pod%3 == 0}) // it is the pod that is local
+			a := netip.AddrPortFrom(address(1, random.IntN(40)), uint16(8080+random.IntN(2)))
+			list = append(list, dataplane.Endpoint{Addr: a, Local: random.IntN(3) == 0})
 		}
 		name := fmt.Sprintf("service-%d", i)
 		if random.IntN(8) == 0 {

@@ -84,7 +84,8 @@ func (w *watch) run() {
 			w.signal()
 		case errors.Is(err, unix.EINTR), errors.Is(err, unix.EAGAIN):
 		default:
-			// Closed, or beyond help. The syncer's slow repair remains.
+			// Closed, or beyond help. A caller that wants to be sure replaces now
+			// and then without being told.
 			if !w.closing.Load() {
 				w.log.Error("no longer notified of nftables changes", "error", err)
 			}

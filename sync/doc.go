@@ -29,7 +29,8 @@
 //   - when the initial list is complete,
 //   - when the node has changed,
 //   - when somebody else has changed the kernel (drift): at once, and after a
-//     delay that grows to a second when it happens again and again,
+//     delay that grows to a second, or nine times what a Replace takes, when
+//     it happens again and again,
 //   - when keys are failing, or everything is: after a delay that doubles with
 //     each attempt from [Options.RetryMin] to [Options.RetryMax],
 //   - every [Options.ResyncPeriod], if that is set.
@@ -37,7 +38,7 @@
 // A failing key takes no part in Apply, because Apply trusts the old value of a
 // change and a failing key has none to trust. It waits for the next Replace
 // while all other keys go on as ever. Assuming that a failed key still has its
-// old value is the mistake to avoid: nearly every history with faults then ends
+// old value is the mistake to avoid: many histories with faults then end
 // with a wrong kernel (the tests of package dataplane show it).
 //
 // A key that fails with dataplane.ErrUnsupported is not tried again before its

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"strings"
+	"time"
 
 	"fairlead/dataplane"
 	"fairlead/kube"
@@ -160,6 +161,11 @@ func parseCIDRs(flag, list string) ([]netip.Prefix, error) {
 	return prefixes, nil
 }
 
+// resyncPeriod is how often the kernel is compared with what is wanted although
+// nobody has announced a change: for announcements that were lost. Where nothing
+// differs nothing is written.
+const resyncPeriod = 15 * time.Minute
+
 func runCommand() *cobra.Command {
 	var options runOptions
 	cmd := &cobra.Command{
@@ -201,7 +207,9 @@ func (c config) run(ctx context.Context, log *slog.Logger) error {
 			log.WarnContext(ctx, "the connection to the kernel was not closed", "error", err)
 		}
 	}()
-	syncer := sync.New(dp, sync.Options{Logger: log.With("component", "sync")})
+	syncer := sync.New(dp, sync.Options{
+		Logger: log.With("component", "sync"), ResyncPeriod: resyncPeriod,
+	})
 	syncer.SetNode(dataplane.Node{PodCIDRs: c.clusterCIDRs})
 
 	group, ctx := errgroup.WithContext(ctx)
