@@ -374,7 +374,7 @@ func TestAnswers(t *testing.T) {
 		},
 		{what: "short, unknown", name: "nothing", rrtype: miekg.TypeA, rcode: nxdomain},
 		{what: "short, of another namespace", name: "search", rrtype: miekg.TypeA, rcode: nxdomain},
-		{what: "short, unknown in a namespace", name: "nothing.shop", rrtype: miekg.TypeA, rcode: nxdomain},
+		{what: "short, unknown in a namespace, or of the domain shop", name: "nothing.shop", rrtype: miekg.TypeA, rcode: refused},
 		{what: "short, unknown with svc", name: "nothing.default.svc", rrtype: miekg.TypeA, rcode: nxdomain},
 		{what: "short, a namespace is no Service", name: "shop", rrtype: miekg.TypeA, rcode: nxdomain},
 

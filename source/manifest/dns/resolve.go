@@ -82,14 +82,15 @@ func (s *Server) resolveShort(question dns.Question, labels []string) result {
 }
 
 // mayDeny reports whether no other server can know of a name outside the cluster
-// domain: one without a domain, or that ends in svc or in a namespace. What the
-// cluster domain itself ends in exists.
+// domain: one without a domain, or that ends in svc. One that ends in a
+// namespace may be: dev and app are top-level domains, and resolvers believe a
+// denial of them. What the cluster domain itself ends in exists.
 func (s *Server) mayDeny(labels []string) bool {
 	if len(labels) == 0 || labels[len(labels)-1] == s.domainLabels[len(s.domainLabels)-1] {
 		return false
 	}
 	last := labels[len(labels)-1]
-	return len(labels) == 1 || last == labelService || s.hasNamespace(last)
+	return len(labels) == 1 || last == labelService
 }
 
 // lookup gathers the records of one type.
