@@ -19,6 +19,8 @@ const (
 	kindService       kind = "Service"
 	kindPod           kind = "Pod"
 	kindEndpointSlice kind = "EndpointSlice"
+	// kindList is only a wrapping: no object has it.
+	kindList kind = "List"
 )
 
 // id names an object.
@@ -114,32 +116,83 @@ func (p *parser) document(n *node, prefix string, lists bool) {
 		fail(n.lineOf("apiVersion"), join(prefix, "apiVersion"), "missing: write v1 for Service and Pod, discovery.k8s.io/v1 for EndpointSlice")
 		return
 	}
-	group, version, ok := strings.Cut(apiVersion, "/")
+	group, _, ok := strings.Cut(apiVersion, "/")
 	if !ok {
-		group, version = "", apiVersion
+		group = ""
 	}
-	var want string
-	switch {
-	case name == "List" && group == "":
-		if version != "v1" {
-			want = "v1"
-			break
-		}
-		p.list(n, prefix, lists, fail)
-		return
-	case kind(name) == kindService && group == "", kind(name) == kindPod && group == "":
-		want = "v1"
-	case kind(name) == kindEndpointSlice && (group == "discovery.k8s.io" || group == ""):
-		want = "discovery.k8s.io/v1"
-	default:
+	k := kindMeant(name)
+	if k == "" || isForeignGroup(group) {
 		p.ignored = append(p.ignored, fmt.Sprintf("%s in line %d", name, n.lineOf("kind")))
 		return
 	}
+	want := "v1"
+	if k == kindEndpointSlice {
+		want = "discovery.k8s.io/v1"
+	}
+	// An object that is nearly of a kind that is read is one: to leave it out
+	// would delete what it was before the slip.
+	before := len(p.errs)
+	report := func(field, format string, args ...any) {
+		p.errs = append(p.errs, &Error{File: p.file, Line: n.lineOf(field), Field: join(prefix, field), Message: fmt.Sprintf(format, args...)})
+	}
+	if name != string(k) {
+		report("kind", "%q is not a kind: did you mean %s?", name, k)
+	}
 	if apiVersion != want {
-		fail(n.lineOf("apiVersion"), join(prefix, "apiVersion"), "%q is not a version of %s that is read: use %s", apiVersion, name, want)
+		report("apiVersion", "%q is not a version of %s that is read: use %s", apiVersion, k, want)
+	}
+	switch {
+	case len(p.errs) > before && k == kindList:
+		p.unknown = true
+	case len(p.errs) > before:
+		p.spoiled(id{k, nameIn(n)})
+	case k == kindList:
+		p.list(n, prefix, lists, fail)
+	default:
+		p.object(n, prefix, k)
+	}
+}
+
+// kindMeant returns the kind that is read and that a name stands for, be it with
+// a slip, or "" if there is none.
+func kindMeant(name string) kind {
+	lower := strings.ToLower(name)
+	if lower == "job" || lower == "node" {
+		return "" // Kubernetes' own, and near to Pod
+	}
+	best, bestDistance := kind(""), 3
+	for _, k := range []kind{kindService, kindPod, kindEndpointSlice, kindList} {
+		if d := distance(lower, strings.ToLower(string(k))); d < bestDistance {
+			best, bestDistance = k, d
+		}
+	}
+	return best
+}
+
+// isForeignGroup reports whether the group is that of an API of somebody else,
+// which may well have kinds of the same names, as Knative has a Service. The
+// groups of Kubernetes have no dot or end in .k8s.io, and have no second kind of
+// these names.
+func isForeignGroup(group string) bool {
+	return strings.Contains(group, ".") && !strings.HasSuffix(group, ".k8s.io") &&
+		!strings.HasPrefix(group, "discovery.") && distance(group, "discovery.k8s.io") > 3
+}
+
+// nameIn returns the name of an object that cannot be decoded.
+func nameIn(n *node) types.NamespacedName {
+	return types.NamespacedName{
+		Namespace: cmp.Or(n.get("metadata").text("namespace"), corev1.NamespaceDefault),
+		Name:      n.get("metadata").text("name"),
+	}
+}
+
+// spoiled notes that an object is there, but cannot be used.
+func (p *parser) spoiled(i id) {
+	if i.name.Name == "" {
+		p.unknown = true
 		return
 	}
-	p.object(n, prefix, kind(name))
+	p.bad[i] = true
 }
 
 func (p *parser) list(n *node, prefix string, lists bool, fail func(int, string, string, ...any)) {
@@ -203,14 +256,7 @@ func (p *parser) object(n *node, prefix string, k kind) {
 		return
 	}
 	if !ok {
-		o.id.name = types.NamespacedName{
-			Namespace: cmp.Or(n.get("metadata").text("namespace"), corev1.NamespaceDefault),
-			Name:      n.get("metadata").text("name"),
-		}
+		o.id.name = nameIn(n)
 	}
-	if o.id.name.Name == "" {
-		p.unknown = true
-		return
-	}
-	p.bad[o.id] = true
+	p.spoiled(o.id)
 }

@@ -1,0 +1,71 @@
+package manifest
+
+import (
+	"testing"
+)
+
+// TestRunKeepsObjectsWithSlipsInTheirKind makes slips that must not be taken for
+// objects of kinds that are not read, which would delete the live object.
+func TestRunKeepsObjectsWithSlipsInTheirKind(t *testing.T) {
+	t.Parallel()
+	slice := func(apiVersion, kind string) string {
+		return "apiVersion: " + apiVersion + "\nkind: " + kind + "\nmetadata: {name: s, labels: {kubernetes.io/service-name: web}}\n" +
+			"addressType: IPv4\nendpoints: [{addresses: [10.0.0.9]}]\nports: [{port: 8080}]\n---\n"
+	}
+	web := "metadata: {name: web}\nspec: {clusterIP: 10.96.0.1, ports: [{port: 80, targetPort: 8080}]}\n---\n"
+	good := "apiVersion: v1\nkind: Service\n" + web + slice("discovery.k8s.io/v1", "EndpointSlice")
+	for _, tt := range []struct{ name, text, log string }{
+		{
+			name: "a letter is missing",
+			text: "apiVersion: v1\nkind: Servce\n" + web + slice("discovery.k8s.io/v1", "EndpointSlice"),
+			log:  `a.yaml:2: kind: \"Servce\" is not a kind: did you mean Service?`,
+		},
+		{
+			name: "small letters",
+			text: "apiVersion: v1\nkind: service\n" + web + slice("discovery.k8s.io/v1", "EndpointSlice"),
+			log:  `a.yaml:2: kind: \"service\" is not a kind: did you mean Service?`,
+		},
+		{
+			name: "the group",
+			text: "apiVersion: v1\nkind: Service\n" + web + slice("discovery/v1", "EndpointSlice"),
+			log:  `a.yaml:6: apiVersion: \"discovery/v1\" is not a version of EndpointSlice that is read: use discovery.k8s.io/v1`,
+		},
+		{
+			name: "a group where there is none",
+			text: "apiVersion: core/v1\nkind: Service\n" + web + slice("discovery.k8s.io/v1", "EndpointSlice"),
+			log:  `a.yaml:1: apiVersion: \"core/v1\" is not a version of Service that is read: use v1`,
+		},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			w := watchFolder(t, folder(t, "a.yaml", good+service("db", "clusterIP: 10.96.0.9")))
+			w.first()
+			// The name is known, so others in the file are not held.
+			write(t, w.dir, "a.yaml", tt.text)
+			w.expect("only the object that is really gone goes", "default/db gone")
+			w.expectLog(tt.log)
+			write(t, w.dir, "a.yaml", "apiVersion: v1\nkind: ConfigMap\n---\n"+service("db", "clusterIP: 10.96.0.9"))
+			w.expect("objects of other kinds replace them", "default/web gone", "default/s slice gone", db1)
+		})
+	}
+}
+
+// TestForeignKinds names kinds of Kubernetes and others that are left out with a
+// warning, however near their names are to those that are read.
+func TestForeignKinds(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct{ apiVersion, kind string }{
+		{"v1", "Node"}, {"batch/v1", "Job"}, {"v1", "Secret"}, {"v1", "Event"}, {"v1", "PodList"}, {"v1", "ServiceList"},
+		{"v1", "Endpoints"}, {"v1", "PodTemplate"}, {"v1", "ServiceAccount"}, {"v1", "Binding"}, {"v1", "Namespace"},
+		{"rbac.authorization.k8s.io/v1", "Role"}, {"networking.k8s.io/v1", "Ingress"}, {"networking.k8s.io/v1", "ServiceCIDR"},
+		{"coordination.k8s.io/v1", "Lease"}, {"apiregistration.k8s.io/v1", "APIService"}, {"batch/v1", "CronJob"},
+		{"discovery.k8s.io/v1", "EndpointSliceList"}, {"apps/v1", "Deployment"}, {"policy/v1", "PodDisruptionBudget"},
+		{"serving.knative.dev/v1", "Service"}, {"getambassador.io/v2", "Host"}, {"example.com/v1", "Device"},
+		{"example.com/v1", "Pool"}, {"cluster.x-k8s.io/v1", "Pods"},
+	} {
+		p := parse("a.yaml", []byte("apiVersion: "+tt.apiVersion+"\nkind: "+tt.kind+"\nmetadata: {name: x}\n"))
+		if len(p.errs) > 0 || len(p.ignored) != 1 || len(p.bad) > 0 || p.unknown {
+			t.Errorf("%s %s: errors %v, left out %v, want it left out", tt.apiVersion, tt.kind, p.errs, p.ignored)
+		}
+	}
+}
