@@ -182,6 +182,12 @@ func (m *model) settle(i id, dirty map[types.NamespacedName]struct{}, out *chang
 					}
 				}
 			}
+			// A failed Service goes on as it was delivered, and so do its endpoints.
+			for name := range m.failed {
+				if svc := m.services[name]; svc != nil && name.Namespace == i.name.Namespace && selects(svc.Spec.Selector, o.pod.Labels) {
+					dirty[name] = struct{}{}
+				}
+			}
 		}
 	case kindEndpointSlice:
 		out.slices[i.name] = nil
