@@ -56,6 +56,27 @@ func (o *object) errorf(field, format string, args ...any) *Error {
 	return &Error{File: o.file, Line: o.line(field), Field: path, Message: fmt.Sprintf(format, args...)}
 }
 
+// idle says why the object does nothing, if it lacks what people forget.
+func (o *object) idle() *Error {
+	switch {
+	case o.pod != nil:
+		status := &o.pod.Status
+		// No selector selects a Pod without labels, and one that does not run yet,
+		// or not any more, has no address to write down.
+		if len(o.pod.Labels) > 0 && status.PodIP == "" && len(status.PodIPs) == 0 &&
+			(status.Phase == "" || status.Phase == corev1.PodRunning) {
+			return o.errorf("status.podIP", "missing: a Pod without an address is no endpoint of any Service: "+
+				"write its address, or status.phase: Pending as long as it has none")
+		}
+	case o.slice != nil:
+		if o.slice.Labels[discoveryv1.LabelServiceName] == "" {
+			return o.errorf("metadata.labels", "%s is missing, so the slice belongs to no Service: add this label with the name of the Service",
+				discoveryv1.LabelServiceName)
+		}
+	}
+	return nil
+}
+
 // comparePlace orders objects by file and line.
 func (o *object) comparePlace(p *object) int {
 	return cmp.Or(strings.Compare(o.file, p.file), cmp.Compare(o.root.line, p.root.line), strings.Compare(o.prefix, p.prefix))
@@ -69,6 +90,8 @@ type parsed struct {
 	bad map[id]bool
 	// unknown is set if there is an object that could not even be named.
 	unknown bool
+	// idle has what is right, but does nothing.
+	idle []*Error
 	// ignored has the objects of kinds that are not read, as "Deployment in
 	// line 12".
 	ignored []string
@@ -253,6 +276,9 @@ func (p *parser) object(n *node, prefix string, k kind) {
 	o.id.kind = k
 	if len(p.errs) == before {
 		p.objects = append(p.objects, o)
+		if err := o.idle(); err != nil {
+			p.idle = append(p.idle, err)
+		}
 		return
 	}
 	if !ok {

@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -51,6 +52,8 @@ type Source struct {
 	reported map[string]bool
 	// ignored has the warning about each file with kinds that are not read.
 	ignored map[string]string
+	// idle has the warnings about each file that were logged and still hold.
+	idle map[string][]string
 }
 
 // New returns a Source for the folder. It starts nothing. The error names the
@@ -75,6 +78,7 @@ func New(opts Options) (*Source, error) {
 		hashes:   map[string][sha256.Size]byte{},
 		reported: map[string]bool{},
 		ignored:  map[string]string{},
+		idle:     map[string][]string{},
 	}, nil
 }
 
@@ -226,7 +230,8 @@ func (s *Source) note(next *pending, event fsnotify.Event) {
 	name := filepath.Base(event.Name)
 	switch {
 	case filepath.Clean(event.Name) == filepath.Clean(s.opts.Dir):
-		next.gone = event.Has(fsnotify.Remove) || event.Has(fsnotify.Rename)
+		// The folder's last events come in any order.
+		next.gone = next.gone || event.Has(fsnotify.Remove) || event.Has(fsnotify.Rename)
 	case strings.HasPrefix(name, ".."):
 		// A mounted ConfigMap: all files lead through the link ..data, which is
 		// replaced.
@@ -303,6 +308,7 @@ func (s *Source) read(names []string, final bool) (d kube.Delta, again []string)
 		case !there:
 			delete(s.hashes, name)
 			delete(s.ignored, name)
+			delete(s.idle, name)
 			if old != nil {
 				files[name] = nil
 			}
@@ -363,7 +369,8 @@ func (s *Source) report() {
 	s.reported = now
 }
 
-// warn logs which objects of a file are not read, once until that changes.
+// warn logs which objects of a file are not read, and which do nothing, once
+// until that changes.
 func (s *Source) warn(name string, file *parsed) {
 	text := strings.Join(file.ignored, ", ")
 	if text != "" && text != s.ignored[name] {
@@ -371,4 +378,13 @@ func (s *Source) warn(name string, file *parsed) {
 			slog.String("read", "Service, Pod, EndpointSlice"))
 	}
 	s.ignored[name] = text
+	var idle []string
+	for _, err := range file.idle {
+		text := err.Error()
+		idle = append(idle, text)
+		if !slices.Contains(s.idle[name], text) {
+			s.log.Warn("object is read, but does nothing", slog.String("file", name), slog.String("reason", text))
+		}
+	}
+	s.idle[name] = idle
 }
