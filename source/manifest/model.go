@@ -26,6 +26,9 @@ type model struct {
 	files map[string]*parsed
 	// places has all objects of one name, the one in force first.
 	places map[id][]*object
+	// retained has the objects kept of files of which it is not known whether
+	// they still have them.
+	retained map[*object]struct{}
 	// current has the object in force.
 	current map[id]*object
 	// podsBy and servicesBy find Pods by each of their labels, and Services by
@@ -59,6 +62,7 @@ func newModel(nodeName string, addrs *addresses) *model {
 		broken:     map[string]struct{}{},
 		doubles:    map[id]struct{}{},
 		places:     map[id][]*object{},
+		retained:   map[*object]struct{}{},
 		current:    map[id]*object{},
 		podsBy:     map[label]map[types.NamespacedName]struct{}{},
 		servicesBy: map[label]map[types.NamespacedName]struct{}{},
@@ -100,6 +104,7 @@ func (m *model) replaceFile(name string, file *parsed, touched map[id]struct{}) 
 		for _, o := range old.objects {
 			touched[o.id] = struct{}{}
 			m.places[o.id] = slices.DeleteFunc(m.places[o.id], func(p *object) bool { return p == o })
+			delete(m.retained, o)
 		}
 	}
 	delete(m.broken, name)
@@ -118,6 +123,9 @@ func (m *model) replaceFile(name string, file *parsed, touched map[id]struct{}) 
 		for _, o := range old.objects {
 			if !readable[o.id] && (file.unknown || file.bad[o.id]) {
 				file.objects = append(file.objects, o)
+				if !file.bad[o.id] {
+					m.retained[o] = struct{}{}
+				}
 			}
 		}
 	}
@@ -125,8 +133,30 @@ func (m *model) replaceFile(name string, file *parsed, touched map[id]struct{}) 
 	for _, o := range file.objects {
 		touched[o.id] = struct{}{}
 		places := m.places[o.id]
-		at, _ := slices.BinarySearchFunc(places, o, (*object).comparePlace)
+		at, _ := slices.BinarySearchFunc(places, o, m.comparePlace)
 		m.places[o.id] = slices.Insert(places, at, o)
+	}
+}
+
+// comparePlace orders objects of one name, the one in force first: by file and
+// line, but after all others what is retained. It may have been moved, so it
+// must not stand in the way of what is known to be there. Of what is retained,
+// the one in force stays in force.
+func (m *model) comparePlace(o, p *object) int {
+	_, oRetained := m.retained[o]
+	_, pRetained := m.retained[p]
+	inForce := m.current[o.id]
+	switch {
+	case oRetained && pRetained && o == inForce:
+		return -1
+	case oRetained && pRetained && p == inForce:
+		return 1
+	case oRetained == pRetained:
+		return o.comparePlace(p)
+	case oRetained:
+		return 1
+	default:
+		return -1
 	}
 }
 
@@ -478,6 +508,9 @@ func (m *model) errors() Errors {
 	for i := range m.doubles {
 		used := m.places[i][0]
 		for _, o := range m.places[i][1:] {
+			if _, ok := m.retained[o]; ok {
+				break // and so are the others; none may be there any more
+			}
 			errs = append(errs, o.errorf("metadata.name", "%s is also in %s, line %d, and that one is used: remove or rename one of them",
 				i, used.file, used.root.line))
 		}
