@@ -8,20 +8,34 @@
 // kubectl apply -f does; hidden files and subfolders are not. A file holds any
 // number of documents: v1 Service, v1 Pod, discovery.k8s.io/v1 EndpointSlice, or
 // a v1 List of them. Objects of other kinds are left out with a warning, as the
-// files of most tutorials have some.
+// files of most tutorials have some. A kind or an apiVersion that is nearly one
+// of these is not left out: it is an error.
 //
-// The folder is watched, and each change delivered at once. Writing a file,
-// renaming one into place, and replacing the link ..data as a mounted ConfigMap
-// does all work; a link to a file elsewhere is followed when it is read, but that
-// file is not watched. A file larger than its writer writes at once should be
-// renamed into place.
+// The folder is watched, and each change delivered at once, with one exception: a
+// file that is rewritten and has no objects now loses those that it had only when
+// it has been so for two seconds, as a shell empties the file of
+// kubectl get -o yaml > a.yaml long before kubectl fills it. Renaming a file into
+// place, removing one, and replacing the link ..data as a mounted ConfigMap does
+// work too. A link to a file elsewhere is followed when it is read, but that file
+// is not watched; a link to nothing is warned of.
+//
+// Whatever is in a file when it is read counts. If a writer takes its time in the
+// middle of a file, the objects that it has not written yet are gone until it
+// has, so such a file should be renamed into place.
 //
 // Objects are read strictly: unknown fields, wrong types and bad values are
-// errors, with file, line, field and fix. All errors of a file are reported. An
-// object with an error stays as it last was, and so do all objects of a document
-// that cannot be read at all; every other object is delivered. If an object is
-// in two places, the first by file name and line is used, and the other is an
-// error.
+// errors, with file, line, field and fix. All objects of a file are looked at,
+// whatever is wrong with others. Of one object, all unknown fields and wrong types
+// are reported together, and then, when there are none, all bad values: an object
+// with both takes two rounds. Of a document that is not YAML, the first error is
+// reported. What is right but does nothing is warned of: a Pod with labels that
+// has neither an address nor a status.phase other than Running, and an
+// EndpointSlice without the label kubernetes.io/service-name.
+//
+// An object with an error stays as it last was. If it cannot even be named, as in
+// a document that is not YAML, all objects stay that the file had and has no
+// more. Every other object is delivered. If an object is in two places, the first
+// by file name and line is used, and the other is an error.
 //
 // # Addresses
 //

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/fsnotify/fsnotify"
@@ -23,9 +24,13 @@ const (
 	// settle is how long events gather after the first: an editor makes several
 	// for one save, and a writer truncates a file before it fills it.
 	settle = 2 * time.Millisecond
-	// retryAfter is when a file that could not be read, or that has lost all of
-	// its objects, is looked at once more, in case it was being written.
+	// retryAfter is when a file that could not be read is looked at once more, in
+	// case it was being written.
 	retryAfter = 150 * time.Millisecond
+	// emptyAfter is how long after its last event a file must be without objects
+	// to lose those that it had: a shell empties the file of kubectl get > a.yaml
+	// at once, and kubectl fills it when it has the answer.
+	emptyAfter = 2 * time.Second
 )
 
 // Options say what to read and how to complete it.
@@ -54,6 +59,8 @@ type Source struct {
 	ignored map[string]string
 	// idle has the warnings about each file that were logged and still hold.
 	idle map[string][]string
+	// dangling has the links that were warned of, and where they lead.
+	dangling map[string]string
 }
 
 // New returns a Source for the folder. It starts nothing. The error names the
@@ -79,6 +86,7 @@ func New(opts Options) (*Source, error) {
 		reported: map[string]bool{},
 		ignored:  map[string]string{},
 		idle:     map[string][]string{},
+		dangling: map[string]string{},
 	}, nil
 }
 
@@ -90,7 +98,7 @@ func Load(opts Options) (kube.Delta, error) {
 	if err != nil {
 		return kube.Delta{}, err
 	}
-	d, _, err := s.readAll(true)
+	d, _, err := s.readAll(everyFile)
 	if err != nil {
 		return kube.Delta{}, err
 	}
@@ -117,7 +125,7 @@ func (s *Source) Run(ctx context.Context, deliver func(kube.Delta)) error {
 	if err := watcher.Add(s.opts.Dir); err != nil {
 		return fmt.Errorf("watch folder %s: %w", s.opts.Dir, err)
 	}
-	d, again, err := s.readAll(false)
+	d, again, err := s.readAll(noFile)
 	if err != nil {
 		return err
 	}
@@ -135,23 +143,55 @@ type pending struct {
 
 func (p *pending) any() bool { return p.all || p.gone || len(p.files) > 0 }
 
-// watch is the loop of Run. again has the files to look at once more.
-func (s *Source) watch(ctx context.Context, watcher *fsnotify.Watcher, again []string, deliver func(kube.Delta)) error {
+// retries says when to look at files once more.
+type retries map[string]time.Time
+
+// due removes and returns the files whose time has come.
+func (r retries) due(now time.Time) []string {
+	var names []string
+	for _, name := range sortedKeys(r) {
+		if !r[name].After(now) {
+			names = append(names, name)
+			delete(r, name)
+		}
+	}
+	return names
+}
+
+// arm sets the timer to the earliest time.
+func (r retries) arm(timer *time.Timer) {
+	timer.Stop()
+	var first time.Time
+	for _, at := range r {
+		if first.IsZero() || at.Before(first) {
+			first = at
+		}
+	}
+	if !first.IsZero() {
+		timer.Reset(time.Until(first))
+	}
+}
+
+// Which files are read for the last time, so that what they are now is believed.
+func noFile(string) bool    { return false }
+func everyFile(string) bool { return true }
+
+// watch is the loop of Run. again has the files to look at once more, and after
+// how long.
+func (s *Source) watch(ctx context.Context, watcher *fsnotify.Watcher, again map[string]time.Duration, deliver func(kube.Delta)) error {
 	next := pending{files: map[string]bool{}}
 	settled, retry := stoppedTimer(), stoppedTimer()
 	defer settled.Stop()
 	defer retry.Stop()
-	retries := map[string]bool{}
+	later := retries{}
 	waiting := false
 	for {
-		for _, name := range again {
-			retries[name] = true
+		for name, after := range again {
+			later[name] = time.Now().Add(after)
 		}
-		if len(again) > 0 {
-			again = nil
-			retry.Reset(retryAfter)
-		}
-		var final bool
+		again = nil
+		later.arm(retry)
+		final := map[string]bool{}
 		select {
 		case <-ctx.Done():
 			return nil
@@ -181,11 +221,11 @@ func (s *Source) watch(ctx context.Context, watcher *fsnotify.Watcher, again []s
 		case <-settled.C:
 			waiting = false
 		case <-retry.C:
-			final = true
-			for name := range retries {
+			for _, name := range later.due(time.Now()) {
+				// An event that waits to be dealt with begins its time anew.
+				final[name] = !next.all && !next.gone && !next.files[name]
 				next.files[name] = true
 			}
-			clear(retries)
 		}
 		var d kube.Delta
 		var err error
@@ -195,14 +235,16 @@ func (s *Source) watch(ctx context.Context, watcher *fsnotify.Watcher, again []s
 				return fmt.Errorf("watch folder %s: %w", s.opts.Dir, withoutPath(err))
 			}
 		}
+		last := func(name string) bool { return final[name] }
 		if next.all || next.gone {
-			d, again, err = s.readAll(final)
+			d, again, err = s.readAll(last)
+			clear(later)
 		} else {
-			names := make([]string, 0, len(next.files))
-			for name := range next.files {
-				names = append(names, name)
+			names := sortedKeys(next.files)
+			d, again = s.read(names, last)
+			for _, name := range names {
+				delete(later, name)
 			}
-			d, again = s.read(names, final)
 		}
 		if err != nil {
 			return err
@@ -271,7 +313,7 @@ func withoutPath(err error) error {
 }
 
 // readAll reads all files of the folder, those included that were there before.
-func (s *Source) readAll(final bool) (kube.Delta, []string, error) {
+func (s *Source) readAll(final func(name string) bool) (kube.Delta, map[string]time.Duration, error) {
 	entries, err := readDir(s.opts.Dir)
 	if err != nil {
 		return kube.Delta{}, nil, err
@@ -290,9 +332,15 @@ func (s *Source) readAll(final bool) (kube.Delta, []string, error) {
 }
 
 // read reads files and returns what they change, and those to look at once more
-// soon. With final set it believes what it sees.
-func (s *Source) read(names []string, final bool) (d kube.Delta, again []string) {
+// after a while. It believes what it sees of a file for which final is true.
+func (s *Source) read(names []string, final func(name string) bool) (d kube.Delta, again map[string]time.Duration) {
 	files := map[string]*parsed{}
+	again = map[string]time.Duration{}
+	retry := func(name string, after time.Duration) {
+		if !final(name) {
+			again[name] = after
+		}
+	}
 	for _, name := range names {
 		data, there, err := readFile(filepath.Join(s.opts.Dir, name))
 		old := s.model.files[name]
@@ -300,42 +348,75 @@ func (s *Source) read(names []string, final bool) (d kube.Delta, again []string)
 		case err != nil:
 			delete(s.hashes, name)
 			files[name] = &parsed{
-				errs:    []*Error{{File: name, Line: 1, Message: fmt.Sprintf("cannot be read: %v: check its permissions", withoutPath(err))}},
+				errs:    []*Error{{File: name, Line: 1, Message: fmt.Sprintf("cannot be read: %v%s", withoutPath(err), hint(err))}},
 				unknown: true,
 			}
-			again = append(again, name)
+			retry(name, retryAfter)
 			continue
 		case !there:
 			delete(s.hashes, name)
 			delete(s.ignored, name)
 			delete(s.idle, name)
+			if s.dangles(name, final(name)) {
+				retry(name, retryAfter)
+			}
 			if old != nil {
 				files[name] = nil
 			}
 			continue
 		}
+		delete(s.dangling, name)
 		hash := sha256.Sum256(data)
 		if s.hashes[name] == hash && old != nil {
 			continue
 		}
 		file := parse(name, data)
 		vanished := old != nil && len(old.objects) > 0 && len(file.objects) == 0 && len(file.errs) == 0
-		if vanished && !final {
+		if vanished && !final(name) {
 			// Emptied by a writer that is about to fill it, most likely.
-			again = append(again, name)
+			retry(name, emptyAfter)
 			continue
+		}
+		if vanished {
+			s.log.Info("file has no objects any more, so those that it had are gone", slog.String("file", name),
+				slog.Int("objects", len(old.objects)), slog.Int("bytes", len(data)))
 		}
 		s.hashes[name] = hash
 		files[name] = file
 		s.warn(name, file)
 		if len(file.errs) > 0 {
-			again = append(again, name)
+			retry(name, retryAfter)
 		}
 	}
-	if final {
-		again = nil
-	}
 	return s.model.update(files), again
+}
+
+// hint says what to do about a file that cannot be read, if that is known.
+func hint(err error) string {
+	switch {
+	case errors.Is(err, fs.ErrPermission):
+		return ": check its permissions"
+	case errors.Is(err, syscall.ELOOP), errors.Is(err, syscall.ENOTDIR):
+		return ": correct the link"
+	default:
+		return ""
+	}
+}
+
+// dangles reports whether the name is that of a link that leads nowhere. It warns
+// of that once, if it is final: the links of a mounted ConfigMap dangle for a
+// moment before they are removed.
+func (s *Source) dangles(name string, final bool) bool {
+	to, err := os.Readlink(filepath.Join(s.opts.Dir, name))
+	if err != nil {
+		delete(s.dangling, name)
+		return false
+	}
+	if final && s.dangling[name] != to {
+		s.log.Warn("link leads to no file, so nothing is read", slog.String("file", name), slog.String("to", to))
+		s.dangling[name] = to
+	}
+	return true
 }
 
 // readFile reports false for what is not a file, or is gone.
