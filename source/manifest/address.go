@@ -60,9 +60,9 @@ func (a *addresses) claim(addr netip.Addr, name types.NamespacedName) (types.Nam
 	return name, true
 }
 
-// release takes the address back.
-func (a *addresses) release(addr netip.Addr) {
-	if _, ok := a.holders[addr]; !ok {
+// release takes the address back, if it is the Service's.
+func (a *addresses) release(addr netip.Addr, name types.NamespacedName) {
+	if holder, ok := a.holders[addr]; !ok || holder != name {
 		return
 	}
 	delete(a.holders, addr)

@@ -100,7 +100,11 @@ func TestAddressesFillTheNetwork(t *testing.T) {
 		if !slices.Equal(got, want) {
 			t.Errorf("%s: gave %v, want %v", cidr, got, want)
 		}
-		addrs.release(want[0])
+		addrs.release(want[0], types.NamespacedName{Name: "stranger"})
+		if addr, ok := addrs.give(types.NamespacedName{Name: "last"}, family); ok {
+			t.Errorf("%s: after a release by a stranger gave %v", cidr, addr)
+		}
+		addrs.release(want[0], addrs.holders[want[0]])
 		if addr, ok := addrs.give(types.NamespacedName{Name: "last"}, family); !ok || addr != want[0] {
 			t.Errorf("%s: after a release gave %v, %v, want %v", cidr, addr, ok, want[0])
 		}

@@ -284,61 +284,103 @@ func (m *model) settleServices(dirty map[types.NamespacedName]struct{}, out *cha
 // request is what one Service needs.
 type request struct {
 	name   types.NamespacedName
-	object *object
+	object *object // nil if the Service is gone
 	wishes []wish
 	policy corev1.IPFamilyPolicy
-	had    []netip.Addr
+	// had has the addresses before, and addrs those that it gets.
+	had, addrs []netip.Addr
+	// failed says that it does not get its wishes for now, err why not.
+	failed bool
 	err    *Error
 }
 
 // assign gives addresses to the Services, in the order of the names: first
 // those that files say, so that these are not handed out, then those that each
-// Service has already, then new ones. It returns the Services with their
-// addresses, nil for those that are gone, and leaves out those that failed.
+// Service has already, then new ones. A Service that does not get all it needs
+// keeps what it has, and others have to do without that. assign returns the
+// Services with their addresses, nil for those that are gone, and leaves out
+// those that failed.
 func (m *model) assign(names []types.NamespacedName) map[types.NamespacedName]*corev1.Service {
-	done := map[types.NamespacedName]*corev1.Service{}
-	var requests []*request
+	requests := make(map[types.NamespacedName]*request, len(names))
+	order := make([]*request, 0, len(names))
 	for _, name := range names {
 		delete(m.failed, name)
 		r := &request{name: name, object: m.current[id{kindService, name}], had: m.held[name]}
-		if r.object == nil {
-			done[name] = nil
-		} else if r.object.service.Spec.Type != corev1.ServiceTypeExternalName {
+		if r.object != nil && r.object.service.Spec.Type != corev1.ServiceTypeExternalName {
 			r.wishes, r.policy, r.err = m.addresses.wishes(r.object)
 		}
-		requests = append(requests, r)
+		requests[name] = r
 		if r.err != nil {
+			r.failed = true // and nothing can help it
+			m.failed[name] = r.err
 			continue
 		}
+		order = append(order, r)
 		// What a Service gives up can be another's in the same update.
-		for _, addr := range r.had {
-			if !slices.ContainsFunc(r.wishes, func(w wish) bool { return r.keeps(w, addr) }) {
-				m.addresses.release(addr)
-			}
+		m.giveUp(r)
+	}
+	for _, r := range order {
+		if r.err = m.claimSaid(r); r.err != nil {
+			m.fail(r, requests)
 		}
 	}
-	for _, r := range requests {
-		for i, w := range r.wishes {
-			if !w.explicit.IsValid() || r.err != nil {
-				continue
-			}
-			if holder, ok := m.addresses.claim(w.explicit, r.name); !ok {
-				field := "spec.clusterIP"
-				if i > 0 {
-					field = "spec.clusterIPs[1]"
-				}
-				r.err = r.object.errorf(field, "%s is already the address of Service %s: give one of them another address", w.explicit, holder)
-			}
+	for _, r := range order {
+		if r.failed {
+			continue
+		}
+		if r.err = m.claimOthers(r); r.err != nil {
+			m.fail(r, requests)
 		}
 	}
-	for _, r := range requests {
-		m.finish(r, done)
+	m.retry(order)
+
+	done := make(map[types.NamespacedName]*corev1.Service, len(order))
+	for _, r := range order {
+		if r.failed {
+			m.failed[r.name] = r.err
+		} else {
+			done[r.name] = m.finish(r)
+		}
 	}
 	return done
 }
 
+// retry gives those that failed what has become free since, because others
+// failed after them. It takes nothing from anyone, so it ends; after that, the
+// errors say what is in force.
+func (m *model) retry(order []*request) {
+	for again := true; again; {
+		again = false
+		for _, r := range order {
+			if !r.failed {
+				continue
+			}
+			m.giveUp(r)
+			if r.err = m.claimSaid(r); r.err == nil {
+				r.err = m.claimOthers(r)
+			}
+			if r.err != nil {
+				m.fail(r, nil) // nobody can have taken what it gave up
+				continue
+			}
+			r.failed = false
+			again = true
+		}
+	}
+}
+
+// giveUp releases what a Service has and does not need any more.
+func (m *model) giveUp(r *request) {
+	for _, addr := range r.had {
+		if !slices.ContainsFunc(r.wishes, func(w wish) bool { return r.keeps(w, addr) }) {
+			m.addresses.release(addr, r.name)
+		}
+	}
+}
+
+// keeps reports whether an address that the Service has fulfils a wish.
 func (r *request) keeps(w wish, addr netip.Addr) bool {
-	if r.object.service.Spec.ClusterIP == corev1.ClusterIPNone {
+	if isHeadless(r.object.service) {
 		return false
 	}
 	if w.explicit.IsValid() {
@@ -347,55 +389,88 @@ func (r *request) keeps(w wish, addr netip.Addr) bool {
 	return w.family == familyOf(addr)
 }
 
-// finish completes a request whose explicit addresses are claimed.
-func (m *model) finish(r *request, done map[types.NamespacedName]*corev1.Service) {
-	var addrs []netip.Addr
-	if r.object != nil && !isHeadless(r.object.service) {
-		for _, w := range r.wishes {
-			if r.err != nil {
-				break
+// claimSaid claims the addresses that the file says.
+func (m *model) claimSaid(r *request) *Error {
+	for i, w := range r.wishes {
+		if !w.explicit.IsValid() {
+			continue
+		}
+		if holder, ok := m.addresses.claim(w.explicit, r.name); !ok {
+			field := "spec.clusterIP"
+			if i > 0 {
+				field = "spec.clusterIPs[1]"
 			}
-			addr := w.explicit
-			if i := slices.IndexFunc(r.had, func(a netip.Addr) bool { return r.keeps(w, a) }); !addr.IsValid() && i >= 0 {
-				addr = r.had[i]
-			}
-			if !addr.IsValid() {
-				var ok bool
-				if addr, ok = m.addresses.give(r.name, w.family); !ok {
-					p := m.addresses.pools[w.family]
-					r.err = r.object.errorf("spec.clusterIP", "no address is left for the Service, because all %d of %s are in use: "+
-						"give a larger network with --service-cidr", p.size, p.prefix)
-					break
-				}
-			}
-			addrs = append(addrs, addr)
+			return r.object.errorf(field, "%s is already the address of Service %s: give one of them another address", w.explicit, holder)
 		}
 	}
-	if r.err != nil {
-		m.failed[r.name] = r.err
-		// Back to what it had, so that its last good version goes on.
-		for addr, holder := range m.addressesOf(r, addrs) {
-			if holder == r.name && !slices.Contains(r.had, addr) {
-				m.addresses.release(addr)
+	return nil
+}
+
+// claimOthers completes the addresses of a Service whose said ones are claimed.
+func (m *model) claimOthers(r *request) *Error {
+	r.addrs = nil
+	if r.object == nil || isHeadless(r.object.service) {
+		return nil
+	}
+	for _, w := range r.wishes {
+		addr := w.explicit
+		if i := slices.IndexFunc(r.had, func(a netip.Addr) bool { return r.keeps(w, a) }); !addr.IsValid() && i >= 0 {
+			addr = r.had[i]
+		}
+		if !addr.IsValid() {
+			var ok bool
+			if addr, ok = m.addresses.give(r.name, w.family); !ok {
+				p := m.addresses.pools[w.family]
+				return r.object.errorf("spec.clusterIP", "no address is left for the Service, because all %d of %s are in use: "+
+					"give a larger network with --service-cidr", p.size, p.prefix)
+			}
+		}
+		r.addrs = append(r.addrs, addr)
+	}
+	return nil
+}
+
+// fail puts a Service back to what it had, so that its last good version goes
+// on. Those of the requests that have got any of that fail in turn.
+func (m *model) fail(r *request, requests map[types.NamespacedName]*request) {
+	failing := []*request{r}
+	for len(failing) > 0 {
+		r, failing = failing[len(failing)-1], failing[:len(failing)-1]
+		r.failed = true
+		for _, addr := range r.addrs {
+			if !slices.Contains(r.had, addr) {
+				m.addresses.release(addr, r.name)
+			}
+		}
+		r.addrs = nil
+		for _, w := range r.wishes {
+			if w.explicit.IsValid() && !slices.Contains(r.had, w.explicit) {
+				m.addresses.release(w.explicit, r.name)
 			}
 		}
 		for _, addr := range r.had {
-			m.addresses.claim(addr, r.name)
+			if holder, ok := m.addresses.claim(addr, r.name); !ok {
+				// It had something else before: no two had the same.
+				m.addresses.release(addr, holder)
+				m.addresses.claim(addr, r.name)
+				failing = append(failing, requests[holder])
+			}
 		}
-		return
 	}
+}
+
+// finish returns the Service of a request that has its addresses, nil if it is
+// gone.
+func (m *model) finish(r *request) *corev1.Service {
+	delete(m.held, r.name)
 	if r.object == nil {
-		delete(m.held, r.name)
-		return
-	}
-	m.held[r.name] = addrs
-	if len(addrs) == 0 {
-		delete(m.held, r.name)
+		return nil
 	}
 	svc := r.object.service.DeepCopy()
-	if len(addrs) > 0 {
+	if len(r.addrs) > 0 {
+		m.held[r.name] = r.addrs
 		svc.Spec.ClusterIPs = nil
-		for _, addr := range addrs {
+		for _, addr := range r.addrs {
 			svc.Spec.ClusterIPs = append(svc.Spec.ClusterIPs, addr.String())
 		}
 		svc.Spec.ClusterIP = svc.Spec.ClusterIPs[0]
@@ -408,21 +483,7 @@ func (m *model) finish(r *request, done map[types.NamespacedName]*corev1.Service
 	if r.policy != "" {
 		svc.Spec.IPFamilyPolicy = new(r.policy)
 	}
-	done[r.name] = svc
-}
-
-// addressesOf returns who holds the addresses that a request could have claimed.
-func (m *model) addressesOf(r *request, given []netip.Addr) map[netip.Addr]types.NamespacedName {
-	holders := map[netip.Addr]types.NamespacedName{}
-	for _, addr := range given {
-		holders[addr] = m.addresses.holders[addr]
-	}
-	for _, w := range r.wishes {
-		if w.explicit.IsValid() {
-			holders[w.explicit] = m.addresses.holders[w.explicit]
-		}
-	}
-	return holders
+	return svc
 }
 
 // makeSlices makes the EndpointSlices of a Service, nil if it is gone.

@@ -1,10 +1,14 @@
 package manifest
 
 import (
+	"maps"
+	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"k8s.io/apimachinery/pkg/types"
 )
 
 // TestFailedServiceFollowsItsPods says that a Service that stays as it was
@@ -79,5 +83,132 @@ func TestMovedOutOfAnUnreadableFile(t *testing.T) {
 	}
 	if len(m.retained) > 0 {
 		t.Errorf("all files can be read, and this is kept: %v", m.retained)
+	}
+}
+
+// TestAddressesAfterFailures says that a Service that fails keeps its addresses,
+// that no other gets them in the same change, and that all errors are true.
+func TestAddressesAfterFailures(t *testing.T) {
+	t.Parallel()
+	short := strings.NewReplacer("10.0.0.", ".", "fd00::", "::", " ", "+")
+	long := func(addr string) string {
+		return strings.Replace(strings.Replace(addr, ".", "10.0.0.", 1), "::", "fd00::", 1)
+	}
+	// spec returns the fields that ask for an address: .5, ::5, .5+::5, v6 for
+	// any IPv6 address, nothing for any of the default family.
+	spec := func(addr string) string {
+		first, second, both := strings.Cut(addr, "+")
+		switch {
+		case addr == "":
+			return ""
+		case addr == "v6":
+			return "ipFamilies: [IPv6]"
+		case both:
+			return "ipFamilyPolicy: RequireDualStack\nclusterIP: " + long(first) + "\nclusterIPs: ['" + long(first) + "', '" + long(second) + "']"
+		default:
+			return "clusterIP: " + long(addr)
+		}
+	}
+	type step struct {
+		services string // names and addresses, "" for one to be given
+		want     string
+		errs     string // of each Service that failed, who has the address
+	}
+	for _, tt := range []struct {
+		name  string
+		steps []step
+	}{
+		{"a Service wants what one that fails goes back to", []step{
+			{"a=.5 c=.6", "a=.5 c=.6", ""},
+			{"a=.6 b=.5 c=.6", "a=.5 c=.6", "a:.6 of c, b:.5 of a"},
+			{"a=.7 b=.5 c=.6", "a=.7 b=.5 c=.6", ""},
+			{"a=.7 b=.5 c=.6 d=.5", "a=.7 b=.5 c=.6", "d:.5 of b"},
+		}},
+		{"one that comes first wants it", []step{
+			{"a=.5 c=.6", "a=.5 c=.6", ""},
+			{"0=.5 a=.6 c=.6", "a=.5 c=.6", "0:.5 of a, a:.6 of c"},
+			{"0=.5 a=.4 c=.6", "0=.5 a=.4 c=.6", ""},
+		}},
+		{"a row of them", []step{
+			{"a=.1 b=.2 c=.3 d=.4", "a=.1 b=.2 c=.3 d=.4", ""},
+			{"a=.2 b=.3 c=.4 d=.4", "a=.1 b=.2 c=.3 d=.4", "a:.2 of b, b:.3 of c, c:.4 of d"},
+			{"a=.2 b=.3 c=.4 d=.1", "a=.2 b=.3 c=.4 d=.1", ""},
+		}},
+		{"the first of two gets it", []step{
+			{"a=.1 b=.2", "a=.1 b=.2", ""},
+			{"a=.3 b=.3", "a=.3 b=.2", "b:.3 of a"},
+			{"b=.3", "b=.3", ""},
+		}},
+		{"the second of two gets what the first cannot have after all", []step{
+			{"b=.2 c=::1 e=.4", "b=.2 c=::1 e=.4", ""},
+			{"a=.3+::1 b=.3 c=.4 e=.4", "b=.3 c=::1 e=.4", "a:.3 of b, c:.4 of e"},
+			{"a=.3+::1 b=.3 c=.5 e=.4", "b=.3 c=.5 e=.4", "a:.3 of b"},
+			{"a=.3+::1 c=.5 e=.4", "a=.3+::1 c=.5 e=.4", ""},
+		}},
+		{"none is left for one that gives its own up", []step{
+			{"a=.1 b=.2 p=::1 q=::2", "a=.1 b=.2 p=::1 q=::2", ""},
+			{"a=v6 b=.1 p=::1 q=::2", "a=.1 b=.2 p=::1 q=::2", "a:none, b:.1 of a"},
+			{"a=v6 b=.1 p=::1", "a=::2 b=.1 p=::1", ""},
+		}},
+		{"what was given goes back, and another is given", []step{
+			{"a=.1 p=::1 q=::2", "a=.1 p=::1 q=::2", ""},
+			{"a=v6 b= c= p=::1 q=::2", "a=.1 b=.2 p=::1 q=::2", "a:none, c:none"},
+			{"a=v6 b= c= p=::1", "a=::2 b=.2 c=.1 p=::1", ""},
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			// .1 and .2 are handed out, and ::1 and ::2.
+			addrs, err := newAddresses([]netip.Prefix{netip.MustParsePrefix("10.0.0.0/30"), netip.MustParsePrefix("fd00::/126")})
+			if err != nil {
+				t.Fatal(err)
+			}
+			m := newModel("here", addrs)
+			have := map[string]string{}
+			for i, step := range tt.steps {
+				var file string
+				for word := range strings.FieldsSeq(step.services) {
+					name, addr, _ := strings.Cut(word, "=")
+					file += service("s"+name, spec(addr))
+				}
+				d := m.update(map[string]*parsed{"x.yaml": parse("x.yaml", []byte(file))})
+				for _, name := range d.DeletedServices {
+					delete(have, name.Name)
+				}
+				maps.Copy(have, clusterIPs(d))
+				var got []string
+				holders := map[netip.Addr]types.NamespacedName{}
+				for _, name := range slices.Sorted(maps.Keys(have)) {
+					for text := range strings.FieldsSeq(have[name]) {
+						holders[netip.MustParseAddr(text)] = types.NamespacedName{Namespace: "default", Name: name}
+					}
+					got = append(got, name[1:]+"="+short.Replace(have[name]))
+				}
+				if diff := cmp.Diff(step.want, strings.Join(got, " ")); diff != "" {
+					t.Errorf("step %d: addresses (-want +got):\n%s", i+1, diff)
+				}
+				if !maps.Equal(holders, addrs.holders) {
+					t.Errorf("step %d: delivered %v, held %v", i+1, holders, addrs.holders)
+				}
+				var errs []string
+				for _, name := range sortedNames(m.failed) {
+					text := m.failed[name].Message
+					if addr, rest, ok := strings.Cut(text, " is already the address of Service default/s"); ok {
+						holder, _, _ := strings.Cut(rest, ":")
+						errs = append(errs, name.Name[1:]+":"+short.Replace(addr)+" of "+holder)
+					} else if strings.HasPrefix(text, "no address is left") {
+						errs = append(errs, name.Name[1:]+":none")
+					} else {
+						errs = append(errs, text)
+					}
+				}
+				if diff := cmp.Diff(step.errs, strings.Join(errs, ", ")); diff != "" {
+					t.Errorf("step %d: errors (-want +got):\n%s", i+1, diff)
+				}
+				if len(m.errors()) != len(errs) {
+					t.Errorf("step %d: other errors: %v", i+1, m.errors())
+				}
+			}
+		})
 	}
 }
