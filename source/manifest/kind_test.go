@@ -55,13 +55,31 @@ func TestRunKeepsObjectsWithSlipsInTheirKind(t *testing.T) {
 func TestForeignKinds(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct{ apiVersion, kind string }{
-		{"v1", "Node"}, {"batch/v1", "Job"}, {"v1", "Secret"}, {"v1", "Event"}, {"v1", "PodList"}, {"v1", "ServiceList"},
-		{"v1", "Endpoints"}, {"v1", "PodTemplate"}, {"v1", "ServiceAccount"}, {"v1", "Binding"}, {"v1", "Namespace"},
-		{"rbac.authorization.k8s.io/v1", "Role"}, {"networking.k8s.io/v1", "Ingress"}, {"networking.k8s.io/v1", "ServiceCIDR"},
-		{"coordination.k8s.io/v1", "Lease"}, {"apiregistration.k8s.io/v1", "APIService"}, {"batch/v1", "CronJob"},
-		{"discovery.k8s.io/v1", "EndpointSliceList"}, {"apps/v1", "Deployment"}, {"policy/v1", "PodDisruptionBudget"},
-		{"serving.knative.dev/v1", "Service"}, {"getambassador.io/v2", "Host"}, {"example.com/v1", "Device"},
-		{"example.com/v1", "Pool"}, {"cluster.x-k8s.io/v1", "Pods"},
+		{"v1", "Node"},
+		{"batch/v1", "Job"},
+		{"v1", "Secret"},
+		{"v1", "Event"},
+		{"v1", "PodList"},
+		{"v1", "ServiceList"},
+		{"v1", "Endpoints"},
+		{"v1", "PodTemplate"},
+		{"v1", "ServiceAccount"},
+		{"v1", "Binding"},
+		{"v1", "Namespace"},
+		{"rbac.authorization.k8s.io/v1", "Role"},
+		{"networking.k8s.io/v1", "Ingress"},
+		{"networking.k8s.io/v1", "ServiceCIDR"},
+		{"coordination.k8s.io/v1", "Lease"},
+		{"apiregistration.k8s.io/v1", "APIService"},
+		{"batch/v1", "CronJob"},
+		{"discovery.k8s.io/v1", "EndpointSliceList"},
+		{"apps/v1", "Deployment"},
+		{"policy/v1", "PodDisruptionBudget"},
+		{"serving.knative.dev/v1", "Service"},
+		{"getambassador.io/v2", "Host"},
+		{"example.com/v1", "Device"},
+		{"example.com/v1", "Pool"},
+		{"cluster.x-k8s.io/v1", "Pods"},
 	} {
 		p := parse("a.yaml", []byte("apiVersion: "+tt.apiVersion+"\nkind: "+tt.kind+"\nmetadata: {name: x}\n"))
 		if len(p.errs) > 0 || len(p.ignored) != 1 || len(p.bad) > 0 || p.unknown {

@@ -19,9 +19,10 @@ const (
 	kindService       kind = "Service"
 	kindPod           kind = "Pod"
 	kindEndpointSlice kind = "EndpointSlice"
-	// kindList is only a wrapping: no object has it.
-	kindList kind = "List"
 )
+
+// listKind is only a wrapping: no object is of it.
+const listKind = "List"
 
 // id names an object.
 type id struct {
@@ -165,11 +166,11 @@ func (p *parser) document(n *node, prefix string, lists bool) {
 		report("apiVersion", "%q is not a version of %s that is read: use %s", apiVersion, k, want)
 	}
 	switch {
-	case len(p.errs) > before && k == kindList:
+	case len(p.errs) > before && k == listKind:
 		p.unknown = true
 	case len(p.errs) > before:
 		p.spoiled(id{k, nameIn(n)})
-	case k == kindList:
+	case k == listKind:
 		p.list(n, prefix, lists, fail)
 	default:
 		p.object(n, prefix, k)
@@ -184,7 +185,7 @@ func kindMeant(name string) kind {
 		return "" // Kubernetes' own, and near to Pod
 	}
 	best, bestDistance := kind(""), 3
-	for _, k := range []kind{kindService, kindPod, kindEndpointSlice, kindList} {
+	for _, k := range []kind{kindService, kindPod, kindEndpointSlice, listKind} {
 		if d := distance(lower, strings.ToLower(string(k))); d < bestDistance {
 			best, bestDistance = k, d
 		}
