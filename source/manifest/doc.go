@@ -35,7 +35,8 @@
 // An object with an error stays as it last was. If it cannot even be named, as in
 // a document that is not YAML, all objects stay that the file had and has no
 // more. Every other object is delivered. If an object is in two places, the first
-// by file name and line is used, and the other is an error.
+// by file name and line is used, and the other is an error; but one that can be
+// read wins over one that is kept from a file that can be read no more.
 //
 // # Addresses
 //
