@@ -65,15 +65,15 @@
 // # A packet and a commit at the same time
 //
 // A commit is atomic, but a packet reads several maps, and a commit can come
-// between two reads. Each of these has been seen to lose connections:
+// between two reads. The second of these has been seen to lose connections:
 //
 //   - A packet holds the old class and finds its slot gone. The second half of
 //     translate sends it to slot 0, which a Service with endpoints always has.
-//   - A packet enters the ruleset before the commit and reads a class whose
-//     chain the commit has made. The kernel decides on entry which generation
-//     of rules the packet sees (nf_tables_core.c, nft_do_chain), and in that
-//     one the chain is empty. So a new class is committed before the first
-//     Service that is in it, and removed a while after the last.
+//   - A packet reads a class whose chain the commit has made, or the next one
+//     removes. The kernel decides on entry which generation of rules a packet
+//     sees (nf_tables_core.c, nft_do_chain), so a chain that is newer than the
+//     packet's entry is empty for it. So a new class is committed before the
+//     first Service that is in it, and removed a while after the last.
 //   - A Service gets its first endpoint, or loses its last, between the check
 //     for such Services and the translation. So the check is on both sides.
 package nft

@@ -15,9 +15,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// editSize is how many elements go into one commit of a Replace, give or take
-// one Service. A commit holds up every other user of nftables on the node, so
-// it is kept to some 20 ms.
+// editSize is how many elements go into one commit, give or take one Service. A
+// commit holds up every other user of nftables on the node, so it is kept to
+// some 30 ms.
 const editSize = 8192
 
 // classRest is for how long a class stays when nothing is in it any more: longer
