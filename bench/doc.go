@@ -34,7 +34,7 @@ func Service(i, endpoints int) *dataplane.Service {
 		}
 	}
 	key := dataplane.Key{Namespace: "bench", Name: fmt.Sprintf("service-%d", i), Port: "http", Family: dataplane.IPv4}
-	s, err := dataplane.NewService(key, []dataplane.Frontend{frontend}, list)
+	s, err := dataplane.NewService(key, []dataplane.Frontend{frontend}, dataplane.Treatment{Endpoints: list})
 	if err != nil {
 		panic(err)
 	}
@@ -43,7 +43,7 @@ func Service(i, endpoints int) *dataplane.Service {
 
 // WithEndpoints returns a copy of the Service with other endpoints.
 func WithEndpoints(s *dataplane.Service, endpoints []dataplane.Endpoint) *dataplane.Service {
-	changed, err := dataplane.NewService(s.Key, slices.Clone(s.Frontends), endpoints)
+	changed, err := dataplane.NewService(s.Key, slices.Clone(s.Frontends), dataplane.Treatment{Endpoints: endpoints})
 	if err != nil {
 		panic(err)
 	}

@@ -6,23 +6,9 @@ import (
 	"fmt"
 	"iter"
 	"maps"
-	"net/netip"
 	"slices"
 	"strings"
 )
-
-// Node is what a Dataplane must know of the node besides Services.
-type Node struct {
-	// PodCIDRs are the networks that pods have their addresses from, of both
-	// families. A client with an address outside them is masqueraded: the
-	// endpoint sees the node's address, so that its reply comes back this way.
-	// No network of a family means that no client of that family is
-	// masqueraded.
-	PodCIDRs []netip.Prefix
-}
-
-// Equal reports whether n and o mean the same.
-func (n Node) Equal(o Node) bool { return slices.Equal(n.PodCIDRs, o.PodCIDRs) }
 
 // Change is the change of one Service: created where Old is nil, deleted where
 // New is nil. At least one of them is set, and where both are, they have the
@@ -74,13 +60,12 @@ type Binding struct {
 	// Service is [Key.Service] of the owner, possibly shortened, or empty
 	// where a backend has no place to keep it.
 	Service string
-	// Endpoints are sorted. If there are none, connections are rejected.
-	Endpoints []Endpoint
+	Treatment
 }
 
 // Equal reports whether b and o treat connections alike. The name of the
 // Service takes no part.
-func (b Binding) Equal(o Binding) bool { return slices.Equal(b.Endpoints, o.Endpoints) }
+func (b Binding) Equal(o Binding) bool { return b.Treatment.Equal(o.Treatment) }
 
 // State is what a kernel holds, by frontend: the form that can be read back
 // whatever the backend.
@@ -91,7 +76,7 @@ func StateOf(services iter.Seq[*Service]) State {
 	state := State{}
 	for s := range services {
 		for _, f := range s.Frontends {
-			state[f] = Binding{Service: s.Key.Service(), Endpoints: s.Endpoints}
+			state[f] = Binding{Service: s.Key.Service(), Treatment: s.Treatment}
 		}
 	}
 	return state
@@ -116,11 +101,11 @@ func (s State) Diff(got State) string {
 		g, inGot := got[f]
 		switch {
 		case !inGot:
-			fmt.Fprintf(&b, "%s of %s: missing, want %v\n", f, w.Service, w.Endpoints)
+			fmt.Fprintf(&b, "%s of %s: missing, want %s\n", f, w.Service, w.Treatment)
 		case !inWant:
-			fmt.Fprintf(&b, "%s: unexpected, has %v\n", f, g.Endpoints)
+			fmt.Fprintf(&b, "%s: unexpected, has %s\n", f, g.Treatment)
 		case !w.Equal(g):
-			fmt.Fprintf(&b, "%s of %s: has %v, want %v\n", f, w.Service, g.Endpoints, w.Endpoints)
+			fmt.Fprintf(&b, "%s of %s: has %s, want %s\n", f, w.Service, g.Treatment, w.Treatment)
 		}
 	}
 	return b.String()

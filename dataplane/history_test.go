@@ -93,7 +93,7 @@ func (c *cluster) change(d dice) {
 		if len(fs) == 0 {
 			continue
 		}
-		s, err := dataplane.NewService(k, fs, slices.Clone(c.endpoints[k]))
+		s, err := dataplane.NewService(k, fs, dataplane.Treatment{Endpoints: slices.Clone(c.endpoints[k])})
 		if err != nil {
 			panic(err)
 		}

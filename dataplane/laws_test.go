@@ -81,7 +81,7 @@ func TestLaw2And3ApplyIsADifferenceOverTheWholeCall(t *testing.T) {
 			for _, ch := range changes {
 				if ch.New != nil {
 					for _, f := range ch.New.Frontends {
-						want[f] = dataplane.Binding{Service: ch.New.Key.Service(), Endpoints: ch.New.Endpoints}
+						want[f] = dataplane.Binding{Service: ch.New.Key.Service(), Treatment: ch.New.Treatment}
 					}
 				}
 			}
@@ -108,7 +108,7 @@ func TestLaw4EqualStatesWriteNothing(t *testing.T) {
 		var again []*dataplane.Service
 		var none []dataplane.Change
 		for k, s := range c.desired {
-			same, err := dataplane.NewService(k, slices.Clone(s.Frontends), slices.Clone(s.Endpoints))
+			same, err := dataplane.NewService(k, slices.Clone(s.Frontends), dataplane.Treatment{Endpoints: slices.Clone(s.Endpoints)})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -150,7 +150,7 @@ func TestLaw5KeysNotNamedTook(t *testing.T) {
 					got := read(t, faulty)
 					for k, s := range p.applied {
 						for _, f := range s.Frontends {
-							want := dataplane.Binding{Endpoints: s.Endpoints}
+							want := dataplane.Binding{Treatment: s.Treatment}
 							if !got[f].Equal(want) {
 								t.Fatalf("seed %d: %s was not named but has %v for %s, want %v; named: %v",
 									seed, k, got[f], f, s.Endpoints, p.unknown)
@@ -227,7 +227,7 @@ func numbered(t *testing.T, n int) []*dataplane.Service {
 	all := make([]*dataplane.Service, n)
 	for i := range all {
 		k := dataplane.Key{Namespace: "default", Name: fmt.Sprintf("s%d", i), Family: dataplane.IPv4}
-		s, err := dataplane.NewService(k, []dataplane.Frontend{frontend(fmt.Sprintf("10.96.%d.%d:80", i/256, i%256))}, nil)
+		s, err := dataplane.NewService(k, []dataplane.Frontend{frontend(fmt.Sprintf("10.96.%d.%d:80", i/256, i%256))}, dataplane.Treatment{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -243,7 +243,7 @@ func endpoints(t *testing.T, s *dataplane.Service, n int) *dataplane.Service {
 	for i := range n {
 		es = append(es, endpoint(fmt.Sprintf("10.0.0.%d:8080", i+1)))
 	}
-	s, err := dataplane.NewService(s.Key, slices.Clone(s.Frontends), es)
+	s, err := dataplane.NewService(s.Key, slices.Clone(s.Frontends), dataplane.Treatment{Endpoints: es})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -64,7 +64,36 @@ func FamilyOf(addr netip.Addr) Family {
 	return IPv6
 }
 
-// Key identifies one port of one Service in one IP family.
+// Kind is what sort of address the frontends of a Service have.
+type Kind uint8
+
+// The kinds of frontends that one port of a Kubernetes Service can have.
+const (
+	ClusterIP    Kind = iota
+	NodePort          // the addresses of this node: Frontend.Addr is the unspecified one
+	ExternalIP        // spec.externalIPs
+	LoadBalancer      // status.loadBalancer.ingress
+)
+
+// String returns ClusterIP, NodePort, ExternalIP or LoadBalancer.
+func (k Kind) String() string {
+	switch k {
+	case ClusterIP:
+		return "ClusterIP"
+	case NodePort:
+		return "NodePort"
+	case ExternalIP:
+		return "ExternalIP"
+	case LoadBalancer:
+		return "LoadBalancer"
+	default:
+		return fmt.Sprintf("Kind(%d)", uint8(k))
+	}
+}
+
+// Key identifies one port of one Kubernetes Service in one IP family, as far as
+// it has frontends of one kind. What a backend can't do for one kind leaves the
+// others alone.
 type Key struct {
 	// Namespace and Name are the Kubernetes Service's.
 	Namespace, Name string
@@ -73,10 +102,12 @@ type Key struct {
 	Port string
 	// Family is the family of every address in the Service.
 	Family Family
+	// Kind is the kind of every frontend in the Service.
+	Kind Kind
 }
 
-// Service returns the key without its family as people write it:
-// namespace/name, or namespace/name:port for a named port.
+// Service returns namespace and name of the Kubernetes Service and the port as
+// people write them: namespace/name, or namespace/name:port for a named port.
 func (k Key) Service() string {
 	if k.Port == "" {
 		return k.Namespace + "/" + k.Name
@@ -84,22 +115,30 @@ func (k Key) Service() string {
 	return k.Namespace + "/" + k.Name + ":" + k.Port
 }
 
-// String returns namespace/name:port and the family.
-func (k Key) String() string { return k.Service() + " " + k.Family.String() }
+// String returns namespace/name:port, the family, and the kind if it is not
+// ClusterIP.
+func (k Key) String() string {
+	if k.Kind == ClusterIP {
+		return k.Service() + " " + k.Family.String()
+	}
+	return k.Service() + " " + k.Family.String() + " " + k.Kind.String()
+}
 
-// Compare orders keys by namespace, name, port and family.
+// Compare orders keys by namespace, name, port, family and kind.
 func (k Key) Compare(o Key) int {
 	return cmp.Or(
 		strings.Compare(k.Namespace, o.Namespace),
 		strings.Compare(k.Name, o.Name),
 		strings.Compare(k.Port, o.Port),
 		cmp.Compare(k.Family, o.Family),
+		cmp.Compare(k.Kind, o.Kind),
 	)
 }
 
 // Frontend is where clients connect to: a protocol, an address and a port. The
 // unspecified address (0.0.0.0 or ::) stands for every address of this node on
-// which node ports are served.
+// which node ports are served, [Node.NodePortAddrs]; a frontend with one of these
+// addresses and the same port goes before it.
 //
 // A Frontend belongs to at most one Service. Collisions are settled before
 // Services reach a Dataplane.
@@ -128,9 +167,8 @@ type Endpoint struct {
 	Local bool
 }
 
-// Service is one port of a Kubernetes Service in one IP family: connections to
-// any of its frontends go to one of its endpoints, chosen at random. Without
-// endpoints they are rejected.
+// Service is one port of a Kubernetes Service in one IP family with its
+// frontends of one kind, and the [Treatment] of the connections to them.
 //
 // A Service is a value. Make one with [NewService]; once handed over it must
 // not be changed.
@@ -138,8 +176,7 @@ type Service struct {
 	Key Key
 	// Frontends are sorted and unique; there is at least one.
 	Frontends []Frontend
-	// Endpoints are sorted by address and unique. Their order has no meaning.
-	Endpoints []Endpoint
+	Treatment
 }
 
 // MaxEndpoints is the number of endpoints a Service can have: as many as there
@@ -150,39 +187,19 @@ const MaxEndpoints = 1<<16 - 1
 // ErrInvalid is returned by [NewService], wrapped with the field and the fix.
 var ErrInvalid = errors.New("invalid Service")
 
-// NewService returns the Service with its frontends and endpoints sorted and
-// free of duplicates, or an error that wraps [ErrInvalid]. It takes the slices
-// over: the caller must not use them again.
-func NewService(key Key, frontends []Frontend, endpoints []Endpoint) (*Service, error) {
-	s := &Service{Key: key, Frontends: frontends, Endpoints: endpoints}
+// NewService returns the Service with its lists sorted and free of duplicates,
+// or an error that wraps [ErrInvalid]. It takes the lists over: the caller must
+// not write to them again. Lists that are sorted and free of duplicates may be
+// shared by several Services.
+func NewService(key Key, frontends []Frontend, treatment Treatment) (*Service, error) {
+	s := &Service{Key: key, Frontends: frontends, Treatment: treatment}
 	slices.SortFunc(s.Frontends, Frontend.Compare)
 	s.Frontends = slices.Compact(s.Frontends)
-	slices.SortFunc(s.Endpoints, func(a, b Endpoint) int {
-		return a.Addr.Compare(b.Addr)
-	})
-	shareLocal(s.Endpoints)
-	s.Endpoints = slices.CompactFunc(s.Endpoints, func(a, b Endpoint) bool { return a.Addr == b.Addr })
+	s.normalize()
 	if err := s.validate(); err != nil {
 		return nil, fmt.Errorf("%w %s: %w", ErrInvalid, key, err)
 	}
 	return s, nil
-}
-
-// shareLocal makes all endpoints of an address local if one of them is. They are
-// sorted, so they stand together.
-func shareLocal(endpoints []Endpoint) {
-	for len(endpoints) > 0 {
-		n := 1
-		local := endpoints[0].Local
-		for n < len(endpoints) && endpoints[n].Addr.Addr() == endpoints[0].Addr.Addr() {
-			local = local || endpoints[n].Local
-			n++
-		}
-		for i := range endpoints[:n] {
-			endpoints[i].Local = local
-		}
-		endpoints = endpoints[n:]
-	}
 }
 
 func (s *Service) validate() error {
@@ -192,11 +209,11 @@ func (s *Service) validate() error {
 	if s.Key.Family != IPv4 && s.Key.Family != IPv6 {
 		return fmt.Errorf("the key's family is %s, want IPv4 or IPv6", s.Key.Family)
 	}
+	if s.Key.Kind > LoadBalancer {
+		return fmt.Errorf("the key's kind is %s, want ClusterIP, NodePort, ExternalIP or LoadBalancer", s.Key.Kind)
+	}
 	if len(s.Frontends) == 0 {
 		return errors.New("no frontends, want at least one")
-	}
-	if n := len(s.Endpoints); n > MaxEndpoints {
-		return fmt.Errorf("%d endpoints, want at most %d", n, MaxEndpoints)
 	}
 	for _, f := range s.Frontends {
 		if f.Protocol != TCP && f.Protocol != UDP && f.Protocol != SCTP {
@@ -205,16 +222,11 @@ func (s *Service) validate() error {
 		if err := checkAddr(f.Addr, s.Key.Family); err != nil {
 			return fmt.Errorf("frontend %s: %w", f, err)
 		}
-	}
-	for _, e := range s.Endpoints {
-		if err := checkAddr(e.Addr, s.Key.Family); err != nil {
-			return fmt.Errorf("endpoint %s: %w", e.Addr, err)
-		}
-		if e.Addr.Addr().IsUnspecified() {
-			return fmt.Errorf("endpoint %s: the unspecified address is no pod's", e.Addr)
+		if f.Addr.Addr().IsUnspecified() != (s.Key.Kind == NodePort) {
+			return fmt.Errorf("frontend %s: want the unspecified address for a NodePort, and for nothing else", f)
 		}
 	}
-	return nil
+	return s.Treatment.validate(s.Key.Family)
 }
 
 func checkAddr(a netip.AddrPort, family Family) error {
@@ -243,5 +255,5 @@ func (s *Service) Equal(o *Service) bool {
 	}
 	return s.Key == o.Key &&
 		slices.Equal(s.Frontends, o.Frontends) &&
-		slices.Equal(s.Endpoints, o.Endpoints)
+		s.Treatment.Equal(o.Treatment)
 }

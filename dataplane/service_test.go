@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -22,7 +23,10 @@ func endpoint(addr string) dataplane.Endpoint {
 	return dataplane.Endpoint{Addr: netip.MustParseAddrPort(addr)}
 }
 
-var key4 = dataplane.Key{Namespace: "default", Name: "web", Family: dataplane.IPv4}
+var (
+	key4      = dataplane.Key{Namespace: "default", Name: "web", Family: dataplane.IPv4}
+	nodePort4 = dataplane.Key{Namespace: "default", Name: "web", Family: dataplane.IPv4, Kind: dataplane.NodePort}
+)
 
 // Equal is written by hand. A new field fails this test until somebody has
 // looked at Equal (and, for a Key, at Compare and String) and listed it here.
@@ -32,12 +36,17 @@ func TestEveryFieldIsReviewed(t *testing.T) {
 		value  any
 		fields []string
 	}{
-		{dataplane.Service{}, []string{"Key", "Frontends", "Endpoints"}},
-		{dataplane.Key{}, []string{"Namespace", "Name", "Port", "Family"}},
+		{dataplane.Service{}, []string{"Key", "Frontends", "Treatment"}},
+		{dataplane.Treatment{}, []string{
+			"Endpoints", "ExternalLocal", "LocalEndpoints", "Masquerade", "NoEndpoints", "Affinity", "SourceRanges",
+		}},
+		{dataplane.Key{}, []string{"Namespace", "Name", "Port", "Family", "Kind"}},
 		{dataplane.Frontend{}, []string{"Protocol", "Addr"}},
 		{dataplane.Endpoint{}, []string{"Addr", "Local"}},
-		{dataplane.Node{}, []string{"PodCIDRs"}},
-		{dataplane.Binding{}, []string{"Service", "Endpoints"}},
+		{dataplane.Node{}, []string{
+			"PodCIDRs", "PodInterface", "PodInterfacePrefix", "LocalPodCIDRs", "MasqueradeAll", "NodePortAddrs", "ServiceCIDRs",
+		}},
+		{dataplane.Binding{}, []string{"Service", "Treatment"}},
 	} {
 		var got []string
 		for f := range reflect.TypeOf(tt.value).Fields() {
@@ -55,7 +64,7 @@ func TestServiceEqual(t *testing.T) {
 		return &dataplane.Service{
 			Key:       key4,
 			Frontends: []dataplane.Frontend{frontend("10.96.0.1:80")},
-			Endpoints: []dataplane.Endpoint{endpoint("10.0.0.1:8080"), endpoint("10.0.0.2:8080")},
+			Treatment: dataplane.Treatment{Endpoints: []dataplane.Endpoint{endpoint("10.0.0.1:8080"), endpoint("10.0.0.2:8080")}},
 		}
 	}
 	edited := func(edit func(*dataplane.Service)) *dataplane.Service {
@@ -77,6 +86,8 @@ func TestServiceEqual(t *testing.T) {
 		"frontend address":   {edited(func(s *dataplane.Service) { s.Frontends[0] = frontend("10.96.0.2:80") }), false},
 		"one frontend more":  {edited(func(s *dataplane.Service) { s.Frontends = append(s.Frontends, frontend("10.96.0.2:80")) }), false},
 		"endpoint address":   {edited(func(s *dataplane.Service) { s.Endpoints[1] = endpoint("10.0.0.2:8081") }), false},
+		"kind":               {edited(func(s *dataplane.Service) { s.Key.Kind = dataplane.LoadBalancer }), false},
+		"treatment":          {edited(func(s *dataplane.Service) { s.Affinity = time.Second }), false},
 		"endpoint local":     {edited(func(s *dataplane.Service) { s.Endpoints[1].Local = true }), false},
 		"one endpoint fewer": {edited(func(s *dataplane.Service) { s.Endpoints = s.Endpoints[:1] }), false},
 	} {
@@ -101,10 +112,10 @@ func TestNewServiceSortsAndRemovesDoubles(t *testing.T) {
 			frontend("10.96.0.2:80"), frontend("10.96.0.1:443"), frontend("10.96.0.1:80"), frontend("10.96.0.2:80"),
 			{Protocol: dataplane.UDP, Addr: netip.MustParseAddrPort("10.96.0.1:80")},
 		},
-		[]dataplane.Endpoint{
+		dataplane.Treatment{Endpoints: []dataplane.Endpoint{
 			endpoint("10.0.0.2:80"), local(endpoint("10.0.0.2:80")), endpoint("10.0.0.1:80"), endpoint("10.0.0.1:80"),
 			endpoint("10.0.0.2:81"), endpoint("10.0.0.2:79"), endpoint("10.0.0.3:80"),
-		})
+		}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -116,11 +127,11 @@ func TestNewServiceSortsAndRemovesDoubles(t *testing.T) {
 			frontend("10.96.0.1:443"), frontend("10.96.0.2:80"),
 		},
 		// Of doubles one stays. What is local is the pod, with all of its ports.
-		Endpoints: []dataplane.Endpoint{
+		Treatment: dataplane.Treatment{Endpoints: []dataplane.Endpoint{
 			endpoint("10.0.0.1:80"),
 			local(endpoint("10.0.0.2:79")), local(endpoint("10.0.0.2:80")), local(endpoint("10.0.0.2:81")),
 			endpoint("10.0.0.3:80"),
-		},
+		}},
 	}
 	if diff := cmp.Diff(want, got, cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })); diff != "" {
 		t.Errorf("(-want +got)\n%s", diff)
@@ -141,15 +152,22 @@ func TestNewServiceRefuses(t *testing.T) {
 		endpoints []dataplane.Endpoint
 		want      string // in the error; empty for none
 	}{
-		"valid":              {key4, fs, es, ""},
-		"no endpoints":       {key4, fs, nil, ""},
-		"most endpoints":     {key4, fs, manyEndpoints[:dataplane.MaxEndpoints], ""},
-		"any node address":   {key4, []dataplane.Frontend{frontend("0.0.0.0:30000")}, es, ""},
-		"no name":            {dataplane.Key{Namespace: "x", Family: dataplane.IPv4}, fs, es, "no name"},
-		"no namespace":       {dataplane.Key{Name: "x", Family: dataplane.IPv4}, fs, es, "no namespace"},
-		"no family":          {dataplane.Key{Namespace: "x", Name: "x"}, fs, es, "family is Family(0), want IPv4 or IPv6"},
-		"no frontends":       {key4, nil, es, "no frontends"},
-		"too many endpoints": {key4, fs, manyEndpoints, "65536 endpoints, want at most 65535"},
+		"valid":            {key4, fs, es, ""},
+		"no endpoints":     {key4, fs, nil, ""},
+		"most endpoints":   {key4, fs, manyEndpoints[:dataplane.MaxEndpoints], ""},
+		"any node address": {nodePort4, []dataplane.Frontend{frontend("0.0.0.0:30000")}, es, ""},
+		"no kind": {
+			dataplane.Key{Namespace: "x", Name: "x", Family: dataplane.IPv4, Kind: 9}, fs, es, "kind is Kind(9)",
+		},
+		"a node port's address for a cluster IP": {
+			key4, []dataplane.Frontend{frontend("0.0.0.0:30000")}, es, "the unspecified address for a NodePort",
+		},
+		"an address for a node port": {nodePort4, fs, es, "the unspecified address for a NodePort"},
+		"no name":                    {dataplane.Key{Namespace: "x", Family: dataplane.IPv4}, fs, es, "no name"},
+		"no namespace":               {dataplane.Key{Name: "x", Family: dataplane.IPv4}, fs, es, "no namespace"},
+		"no family":                  {dataplane.Key{Namespace: "x", Name: "x"}, fs, es, "family is Family(0), want IPv4 or IPv6"},
+		"no frontends":               {key4, nil, es, "no frontends"},
+		"too many endpoints":         {key4, fs, manyEndpoints, "65536 endpoints, want at most 65535"},
 		"no protocol": {
 			key4,
 			[]dataplane.Frontend{{Addr: fs[0].Addr}},
@@ -176,7 +194,7 @@ func TestNewServiceRefuses(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			s, err := dataplane.NewService(tt.key, slices.Clone(tt.frontends), slices.Clone(tt.endpoints))
+			s, err := dataplane.NewService(tt.key, slices.Clone(tt.frontends), dataplane.Treatment{Endpoints: slices.Clone(tt.endpoints)})
 			if tt.want == "" {
 				if err != nil {
 					t.Fatal(err)
@@ -207,6 +225,11 @@ func TestStrings(t *testing.T) {
 		{dataplane.IPv6, "IPv6"},
 		{dataplane.Family(5), "Family(5)"},
 		{key4, "default/web IPv4"},
+		{nodePort4, "default/web IPv4 NodePort"},
+		{dataplane.ClusterIP, "ClusterIP"},
+		{dataplane.ExternalIP, "ExternalIP"},
+		{dataplane.LoadBalancer, "LoadBalancer"},
+		{dataplane.Kind(4), "Kind(4)"},
 		{dataplane.Key{Namespace: "a", Name: "b", Port: "http", Family: dataplane.IPv6}, "a/b:http IPv6"},
 		{frontend("10.96.0.10:80"), "10.96.0.10:80/TCP"},
 		{frontend("[fd00::10]:80"), "[fd00::10]:80/TCP"},
@@ -230,6 +253,7 @@ func TestCompare(t *testing.T) {
 	ordered(t, dataplane.Key.Compare,
 		dataplane.Key{},
 		dataplane.Key{Family: dataplane.IPv4},
+		dataplane.Key{Family: dataplane.IPv4, Kind: dataplane.NodePort},
 		dataplane.Key{Family: dataplane.IPv6},
 		dataplane.Key{Port: "a"},
 		dataplane.Key{Name: "a"},
@@ -256,15 +280,6 @@ func ordered[T any](t *testing.T, compare func(T, T) int, list ...T) {
 				t.Errorf("compare %v with %v: %d, want %d", a, b, got, want)
 			}
 		}
-	}
-}
-
-func TestNodeEqual(t *testing.T) {
-	t.Parallel()
-	a := dataplane.Node{PodCIDRs: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}}
-	b := dataplane.Node{PodCIDRs: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/16")}}
-	if !a.Equal(dataplane.Node{PodCIDRs: slices.Clone(a.PodCIDRs)}) || a.Equal(b) || a.Equal(dataplane.Node{}) {
-		t.Error("Node.Equal does not follow PodCIDRs")
 	}
 }
 
@@ -295,13 +310,13 @@ func TestStateDiff(t *testing.T) {
 		"both empty": {nil, dataplane.State{}, nil},
 		"equal, with another name": {
 			dataplane.State{f1: web("10.0.0.1:1")},
-			dataplane.State{f1: {Service: "default/w...", Endpoints: web("10.0.0.1:1").Endpoints}},
+			dataplane.State{f1: {Service: "default/w...", Treatment: web("10.0.0.1:1").Treatment}},
 			nil,
 		},
 		"missing, different and unexpected": {
 			dataplane.State{f2: web("10.0.0.1:1"), f1: web("10.0.0.1:1")},
 			dataplane.State{f1: web("10.0.0.2:1"), f3: web()},
-			[]string{"10.96.0.1:80/TCP of default/web: has [{10.0.0.2:1", "10.96.0.2:80/TCP of default/web: missing", "10.96.0.3:80/TCP: unexpected"},
+			[]string{"10.96.0.1:80/TCP of default/web: has [10.0.0.2:1]", "10.96.0.2:80/TCP of default/web: missing", "10.96.0.3:80/TCP: unexpected"},
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -323,12 +338,12 @@ func TestStateDiff(t *testing.T) {
 func TestStateOf(t *testing.T) {
 	t.Parallel()
 	two, err := dataplane.NewService(key4,
-		[]dataplane.Frontend{frontend("10.96.0.1:80"), frontend("10.96.0.2:80")}, []dataplane.Endpoint{endpoint("10.0.0.1:80")})
+		[]dataplane.Frontend{frontend("10.96.0.1:80"), frontend("10.96.0.2:80")}, dataplane.Treatment{Endpoints: []dataplane.Endpoint{endpoint("10.0.0.1:80")}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	got := dataplane.StateOf(slices.Values([]*dataplane.Service{two}))
-	b := dataplane.Binding{Service: "default/web", Endpoints: two.Endpoints}
+	b := dataplane.Binding{Service: "default/web", Treatment: two.Treatment}
 	want := dataplane.State{frontend("10.96.0.1:80"): b, frontend("10.96.0.2:80"): b}
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("got %v, want %v", got, want)

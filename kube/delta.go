@@ -1,8 +1,11 @@
 package kube
 
 import (
+	"net/netip"
+
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	networkingv1 "k8s.io/api/networking/v1"
 	"k8s.io/apimachinery/pkg/types"
 )
 
@@ -14,4 +17,16 @@ type Delta struct {
 	DeletedServices       []types.NamespacedName
 	EndpointSlices        []*discoveryv1.EndpointSlice
 	DeletedEndpointSlices []types.NamespacedName
+
+	// Node is this node's object where it is new or has changed, and
+	// NodeDeleted says that it is gone. A source without Nodes sets neither.
+	Node        *corev1.Node
+	NodeDeleted bool
+
+	ServiceCIDRs        []*networkingv1.ServiceCIDR
+	DeletedServiceCIDRs []string
+
+	// LocalAddrs, if not nil, are all addresses that this node's interfaces now
+	// have: nil says that they have not changed.
+	LocalAddrs []netip.Addr
 }

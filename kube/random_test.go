@@ -149,7 +149,7 @@ func (w *world) compute() map[dataplane.Key]*dataplane.Service {
 				continue
 			}
 			taken[want.frontend] = true
-			s, err := dataplane.NewService(want.key, []dataplane.Frontend{want.frontend}, slices.Collect(naiveEndpoints(want, mine)))
+			s, err := dataplane.NewService(want.key, []dataplane.Frontend{want.frontend}, dataplane.Treatment{Endpoints: slices.Collect(naiveEndpoints(want, mine))})
 			if err != nil {
 				panic(err)
 			}

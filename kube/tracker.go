@@ -257,7 +257,7 @@ func (t *Tracker) settle(name types.NamespacedName, before []Problem, result *Re
 			continue
 		}
 		old := find(s.programmed, w.key, i)
-		svc, err := dataplane.NewService(w.key, []dataplane.Frontend{w.frontend}, slices.Clone(w.endpoints))
+		svc, err := dataplane.NewService(w.key, []dataplane.Frontend{w.frontend}, dataplane.Treatment{Endpoints: slices.Clone(w.endpoints)})
 		switch {
 		case err != nil:
 			s.collisions = append(s.collisions, Problem{

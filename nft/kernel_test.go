@@ -445,7 +445,7 @@ func poison(name string, f dataplane.Frontend) *dataplane.Service {
 	return &dataplane.Service{
 		Key:       dataplane.Key{Namespace: "default", Name: name, Family: dataplane.IPv4},
 		Frontends: []dataplane.Frontend{f},
-		Endpoints: []dataplane.Endpoint{{Addr: netip.MustParseAddrPort("[fd00::1]:80")}},
+		Treatment: dataplane.Treatment{Endpoints: []dataplane.Endpoint{{Addr: netip.MustParseAddrPort("[fd00::1]:80")}}},
 	}
 }
 
@@ -615,26 +615,60 @@ func TestApplyOfManyServices(t *testing.T) {
 	wantState(t, d, first...)
 }
 
-// TestUnsupported checks that a Service with a frontend this backend can't
-// serve is reported, has nothing in the kernel, and stops no other.
+// TestUnsupported lists what this backend does not carry yet: such a Service is
+// reported, has nothing in the kernel, and stops no other.
 func TestUnsupported(t *testing.T) {
 	t.Parallel()
-	nodePort := dataplane.Frontend{Protocol: dataplane.TCP, Addr: netip.MustParseAddrPort("0.0.0.0:30080")}
-	bad := service(t, "bad", []dataplane.Frontend{frontend(1), nodePort}, endpoints(1))
+	local := endpoints(1)
+	for name, treatment := range map[string]dataplane.Treatment{
+		"external traffic policy Local": {ExternalLocal: true, LocalEndpoints: local},
+		"masquerading always":           {Masquerade: dataplane.MasqueradeAlways},
+		"masquerading the node only":    {Masquerade: dataplane.MasqueradeNode},
+		"dropping":                      {NoEndpoints: dataplane.Drop},
+		"affinity":                      {Affinity: time.Hour},
+		"source ranges":                 {SourceRanges: []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			bad := service(t, "bad", []dataplane.Frontend{frontend(1)}, nil)
+			bad.Treatment = treatment
+			testUnsupported(t, bad)
+		})
+	}
+	t.Run("node ports", func(t *testing.T) {
+		t.Parallel()
+		bad, err := dataplane.NewService(
+			dataplane.Key{Namespace: "default", Name: "bad", Family: dataplane.IPv4, Kind: dataplane.NodePort},
+			[]dataplane.Frontend{{Protocol: dataplane.TCP, Addr: netip.MustParseAddrPort("0.0.0.0:30080")}},
+			dataplane.Treatment{Endpoints: endpoints(1)},
+		)
+		if err != nil {
+			t.Fatal(err)
+		}
+		testUnsupported(t, bad)
+	})
+}
+
+func testUnsupported(t *testing.T, bad *dataplane.Service) {
+	t.Helper()
 	good := service(t, "good", []dataplane.Frontend{frontend(2)}, endpoints(1))
-	was := service(t, "bad", []dataplane.Frontend{frontend(1)}, endpoints(1))
+	was := []*dataplane.Service{service(t, "bad", []dataplane.Frontend{frontend(1)}, endpoints(1))}
+	change := dataplane.Change{Old: was[0], New: bad}
+	if bad.Key != was[0].Key {
+		was, change.Old = nil, nil // a kind of frontend that there never was
+	}
 	for name, call := range map[string]func(d *Dataplane) error{
 		"replace": func(d *Dataplane) error {
 			return d.Replace(context.Background(), podNode(), slices.Values([]*dataplane.Service{bad, good}))
 		},
 		"apply": func(d *Dataplane) error {
-			return d.Apply(context.Background(), []dataplane.Change{{Old: was, New: bad}, {New: good}})
+			return d.Apply(context.Background(), []dataplane.Change{change, {New: good}})
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			d, _ := newDataplane(t)
-			replace(t, d, podNode(), was)
+			replace(t, d, podNode(), was...)
 			err := call(d)
 			var failure *dataplane.Error
 			if !errors.As(err, &failure) || len(failure.Failed) != 1 || !errors.Is(failure.Failed[bad.Key], dataplane.ErrUnsupported) {

@@ -47,12 +47,24 @@ func render(s *dataplane.Service, slots []netip.AddrPort) *row {
 // supported returns an error that wraps [dataplane.ErrUnsupported] if this
 // backend can't program the Service.
 func supported(s *dataplane.Service) error {
-	for _, f := range s.Frontends {
-		if f.Addr.Addr().IsUnspecified() {
-			return fmt.Errorf("%w: frontend %s: node ports", dataplane.ErrUnsupported, f)
-		}
+	var what string
+	switch {
+	case s.Key.Kind == dataplane.NodePort:
+		what = "node ports"
+	case s.ExternalLocal:
+		what = "externalTrafficPolicy: Local"
+	case s.Masquerade != dataplane.MasqueradeForeign:
+		what = "masquerade " + s.Masquerade.String()
+	case s.NoEndpoints != dataplane.Reject:
+		what = "to " + s.NoEndpoints.String() + " without endpoints"
+	case s.Affinity != 0:
+		what = "session affinity"
+	case len(s.SourceRanges) > 0:
+		what = "source ranges"
+	default:
+		return nil
 	}
-	return nil
+	return fmt.Errorf("%w: %s", dataplane.ErrUnsupported, what)
 }
 
 // maxComment is the longest comment that `nft` prints, less the final zero

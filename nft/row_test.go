@@ -37,7 +37,7 @@ func frontend(n int) dataplane.Frontend {
 func service(t testing.TB, name string, frontends []dataplane.Frontend, endpoints []dataplane.Endpoint) *dataplane.Service {
 	t.Helper()
 	key := dataplane.Key{Namespace: "default", Name: name, Family: dataplane.FamilyOf(frontends[0].Addr.Addr())}
-	s, err := dataplane.NewService(key, frontends, endpoints)
+	s, err := dataplane.NewService(key, frontends, dataplane.Treatment{Endpoints: endpoints})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -131,7 +131,7 @@ func service(n, endpoints int) *dataplane.Service {
 	for i := range es {
 		es[i].Addr = netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 1, byte(i >> 8), byte(i)}), 8080)
 	}
-	s, err := dataplane.NewService(key, []dataplane.Frontend{frontend}, es)
+	s, err := dataplane.NewService(key, []dataplane.Frontend{frontend}, dataplane.Treatment{Endpoints: es})
 	if err != nil {
 		panic(err)
 	}

@@ -67,7 +67,7 @@ func (g generator) service(key dataplane.Key, taken map[dataplane.Frontend]bool)
 	for range []int{0, 1, 2, 3, 10, 40}[g.rnd.IntN(6)] {
 		endpoints = append(endpoints, g.endpoint(key.Family))
 	}
-	s, err := dataplane.NewService(key, frontends, endpoints)
+	s, err := dataplane.NewService(key, frontends, dataplane.Treatment{Endpoints: endpoints})
 	if err != nil {
 		g.w.t.Fatal(err)
 	}

@@ -120,7 +120,7 @@ func (w *world) serviceOf(
 	for _, addr := range endpoints {
 		es = append(es, dataplane.Endpoint{Addr: addr, Local: true})
 	}
-	s, err := dataplane.NewService(key, fs, es)
+	s, err := dataplane.NewService(key, fs, dataplane.Treatment{Endpoints: es})
 	if err != nil {
 		w.t.Fatal(err)
 	}

@@ -251,7 +251,7 @@ func inOrder[V any](m map[dataplane.Frontend]V, sorted bool) iter.Seq2[dataplane
 func difference(state dataplane.State, f dataplane.Frontend, b dataplane.Binding) int {
 	old, ok := state[f]
 	n := 0
-	if !ok || old.Service != b.Service {
+	if !ok || old.Service != b.Service || !sameBut(old.Treatment, b.Treatment) {
 		n++
 	}
 	for _, e := range b.Endpoints {
@@ -284,13 +284,13 @@ func removal(state dataplane.State, f dataplane.Frontend, perObject bool) int {
 // differs is known from the call; the kernel is not asked.
 func (d *Dataplane) writeFrontend(f dataplane.Frontend, c *call, b dataplane.Binding) error {
 	old, had := c.have[f]
-	if !had || old.Service != b.Service {
+	if !had || old.Service != b.Service || !sameBut(old.Treatment, b.Treatment) {
 		if err := d.fault(Write{Frontend: f}); err != nil {
 			return err
 		}
 		d.counts.Writes++
-		now := d.state[f]
-		now.Service = b.Service
+		now := b
+		now.Endpoints = d.state[f].Endpoints
 		d.state[f] = now
 	}
 	var errs []error
@@ -307,6 +307,13 @@ func (d *Dataplane) writeFrontend(f dataplane.Frontend, c *call, b dataplane.Bin
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// sameBut reports whether a and b are the same but for their Endpoints, which
+// are written one by one.
+func sameBut(a, b dataplane.Treatment) bool {
+	a.Endpoints, b.Endpoints = nil, nil
+	return a.Equal(b)
 }
 
 // writeEndpoint adds an endpoint that may be there, or removes one that may
@@ -404,7 +411,7 @@ func (c *call) take(s *dataplane.Service) error {
 			return fmt.Errorf("%s: frontend %s is in the Old of %s and of %s", c.op, f, other, s.Key)
 		}
 		c.owners[f] = s.Key
-		c.have[f] = dataplane.Binding{Service: s.Key.Service(), Endpoints: s.Endpoints}
+		c.have[f] = dataplane.Binding{Service: s.Key.Service(), Treatment: s.Treatment}
 	}
 	return nil
 }
@@ -424,7 +431,7 @@ func (c *call) put(s *dataplane.Service, unsupported func(*dataplane.Service) er
 		if other, ok := c.want[f]; ok {
 			return fmt.Errorf("%s: frontend %s belongs to %s and to %s", c.op, f, other.key, s.Key)
 		}
-		c.want[f] = claim{s.Key, dataplane.Binding{Service: s.Key.Service(), Endpoints: s.Endpoints}}
+		c.want[f] = claim{s.Key, dataplane.Binding{Service: s.Key.Service(), Treatment: s.Treatment}}
 	}
 	return nil
 }

@@ -1,0 +1,49 @@
+package dataplane
+
+import (
+	"net/netip"
+	"slices"
+)
+
+// Node is what a Dataplane must know of the node besides Services. Its lists
+// are sorted and without doubles where [Node.Equal] is to hold.
+type Node struct {
+	// PodCIDRs, PodInterface and PodInterfacePrefix say how a client is told to
+	// be a pod: by its address, by the interface that its packets arrive on, or
+	// by the beginning of that interface's name. At most one of the three is
+	// set. They decide on [MasqueradeForeign]: of a family without a PodCIDR no
+	// client is foreign where PodCIDRs is what is set, and so where nothing is.
+	// The node's own connections arrive on no interface, so that they are
+	// foreign to PodInterface and PodInterfacePrefix.
+	PodCIDRs           []netip.Prefix
+	PodInterface       string
+	PodInterfacePrefix string
+
+	// LocalPodCIDRs are networks of which clients count as pods of this node
+	// for [Treatment.ExternalLocal], besides those that PodCIDRs, PodInterface
+	// and PodInterfacePrefix tell.
+	LocalPodCIDRs []netip.Prefix
+
+	// MasqueradeAll makes every client of a [MasqueradeForeign] Service a
+	// foreign one.
+	MasqueradeAll bool
+
+	// NodePortAddrs are the addresses of this node, of both families, on which
+	// the frontends with the unspecified address answer.
+	NodePortAddrs []netip.Addr
+
+	// ServiceCIDRs are the networks that cluster IPs are given from. Connections
+	// to an address in them that is no frontend's are dropped.
+	ServiceCIDRs []netip.Prefix
+}
+
+// Equal reports whether n and o mean the same.
+func (n Node) Equal(o Node) bool {
+	return slices.Equal(n.PodCIDRs, o.PodCIDRs) &&
+		n.PodInterface == o.PodInterface &&
+		n.PodInterfacePrefix == o.PodInterfacePrefix &&
+		slices.Equal(n.LocalPodCIDRs, o.LocalPodCIDRs) &&
+		n.MasqueradeAll == o.MasqueradeAll &&
+		slices.Equal(n.NodePortAddrs, o.NodePortAddrs) &&
+		slices.Equal(n.ServiceCIDRs, o.ServiceCIDRs)
+}

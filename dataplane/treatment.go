@@ -1,0 +1,234 @@
+package dataplane
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+)
+
+// Masquerade says which clients of a Service are masqueraded: the endpoint sees
+// an address of the node, so that its reply comes back this way. A pod that
+// reaches itself through its Service is masqueraded whatever this says.
+type Masquerade uint8
+
+const (
+	// MasqueradeForeign: clients that are no pods, as [Node] tells them, and
+	// with Node.MasqueradeAll every client. This is how cluster IPs are served.
+	MasqueradeForeign Masquerade = iota
+	// MasqueradeAlways: every client.
+	MasqueradeAlways
+	// MasqueradeNode: the node's own connections only.
+	MasqueradeNode
+)
+
+// String returns "foreign", "always" or "node".
+func (m Masquerade) String() string {
+	switch m {
+	case MasqueradeForeign:
+		return "foreign"
+	case MasqueradeAlways:
+		return "always"
+	case MasqueradeNode:
+		return "node"
+	default:
+		return fmt.Sprintf("Masquerade(%d)", uint8(m))
+	}
+}
+
+// Verdict is what happens to a new connection that no endpoint can take.
+type Verdict uint8
+
+const (
+	// Reject tells the client: with an ICMP port unreachable, or alike.
+	Reject Verdict = iota
+	// Drop leaves the client without an answer, so that a load balancer that
+	// has not yet heard of this node's lack of endpoints tries again.
+	Drop
+)
+
+// String returns "reject" or "drop".
+func (v Verdict) String() string {
+	switch v {
+	case Reject:
+		return "reject"
+	case Drop:
+		return "drop"
+	default:
+		return fmt.Sprintf("Verdict(%d)", uint8(v))
+	}
+}
+
+// MaxAffinity is the longest session affinity there is: what the API server
+// accepts in spec.sessionAffinityConfig.clientIP.timeoutSeconds.
+const MaxAffinity = 24 * time.Hour
+
+// Treatment is what happens to the connections to the frontends of a Service.
+// The zero Treatment rejects them.
+type Treatment struct {
+	// Endpoints take the connections, each of which goes to one of them, chosen
+	// at random. They are sorted by address and unique; their order has no
+	// meaning.
+	Endpoints []Endpoint
+
+	// ExternalLocal is externalTrafficPolicy: Local. Endpoints then take only
+	// the connections of this node itself and of its pods, which reach the whole
+	// cluster this way; those of every other client go to one of LocalEndpoints.
+	// Which clients are this node's pods, [Node] tells.
+	ExternalLocal bool
+	// LocalEndpoints are sorted and unique as Endpoints are. There are none
+	// unless ExternalLocal is set.
+	LocalEndpoints []Endpoint
+
+	// Masquerade says which clients' connections are masqueraded.
+	Masquerade Masquerade
+
+	// NoEndpoints is the verdict on connections for which the list they would go
+	// to is empty.
+	NoEndpoints Verdict
+
+	// Affinity, if not zero, makes the connections of one client address go to
+	// one endpoint, as long as that endpoint is there and the client's last new
+	// connection is not longer ago than this. It is a number of whole seconds.
+	Affinity time.Duration
+
+	// SourceRanges, if there are any, are the only networks whose clients may
+	// connect; other clients' packets are dropped. They are sorted and unique,
+	// without host bits, and may overlap. A client on this node may have the
+	// frontend's own address; it counts as having the node's.
+	SourceRanges []netip.Prefix
+}
+
+// Equal reports whether t and o treat connections alike.
+func (t Treatment) Equal(o Treatment) bool {
+	return slices.Equal(t.Endpoints, o.Endpoints) &&
+		t.ExternalLocal == o.ExternalLocal &&
+		slices.Equal(t.LocalEndpoints, o.LocalEndpoints) &&
+		t.Masquerade == o.Masquerade &&
+		t.NoEndpoints == o.NoEndpoints &&
+		t.Affinity == o.Affinity &&
+		slices.Equal(t.SourceRanges, o.SourceRanges)
+}
+
+// String returns the endpoints, and what is not as in the zero Treatment, in one
+// line: "[10.0.0.1:80 10.0.0.2:80(local)] masquerade=always".
+func (t Treatment) String() string {
+	var b strings.Builder
+	writeEndpoints(&b, t.Endpoints)
+	if t.ExternalLocal {
+		b.WriteString(" external=")
+		writeEndpoints(&b, t.LocalEndpoints)
+	}
+	if t.Masquerade != MasqueradeForeign {
+		fmt.Fprintf(&b, " masquerade=%s", t.Masquerade)
+	}
+	if t.NoEndpoints != Reject {
+		fmt.Fprintf(&b, " no-endpoints=%s", t.NoEndpoints)
+	}
+	if t.Affinity != 0 {
+		fmt.Fprintf(&b, " affinity=%s", t.Affinity)
+	}
+	if len(t.SourceRanges) > 0 {
+		fmt.Fprintf(&b, " source-ranges=%v", t.SourceRanges)
+	}
+	return b.String()
+}
+
+func writeEndpoints(b *strings.Builder, endpoints []Endpoint) {
+	b.WriteByte('[')
+	for i, e := range endpoints {
+		if i > 0 {
+			b.WriteByte(' ')
+		}
+		b.WriteString(e.Addr.String())
+		if e.Local {
+			b.WriteString("(local)")
+		}
+	}
+	b.WriteByte(']')
+}
+
+// normalize sorts the lists and removes doubles. A list that is in order is not
+// written to, so that Services may share it.
+func (t *Treatment) normalize() {
+	t.Endpoints = normalized(t.Endpoints)
+	t.LocalEndpoints = normalized(t.LocalEndpoints)
+	if !slices.IsSortedFunc(t.SourceRanges, netip.Prefix.Compare) {
+		slices.SortFunc(t.SourceRanges, netip.Prefix.Compare)
+	}
+	t.SourceRanges = compact(t.SourceRanges, func(a, b netip.Prefix) bool { return a == b })
+}
+
+func normalized(endpoints []Endpoint) []Endpoint {
+	byAddr := func(a, b Endpoint) int { return a.Addr.Compare(b.Addr) }
+	if !slices.IsSortedFunc(endpoints, byAddr) {
+		slices.SortFunc(endpoints, byAddr)
+	}
+	shareLocal(endpoints)
+	return compact(endpoints, func(a, b Endpoint) bool { return a.Addr == b.Addr })
+}
+
+// compact is slices.CompactFunc, but reads only where there are no doubles.
+func compact[E any](s []E, same func(a, b E) bool) []E {
+	for i := 1; i < len(s); i++ {
+		if same(s[i-1], s[i]) {
+			return slices.CompactFunc(s, same)
+		}
+	}
+	return s
+}
+
+// shareLocal makes all endpoints of an address local if one of them is. They are
+// sorted, so they stand together.
+func shareLocal(endpoints []Endpoint) {
+	for len(endpoints) > 0 {
+		n := 1
+		local := endpoints[0].Local
+		for n < len(endpoints) && endpoints[n].Addr.Addr() == endpoints[0].Addr.Addr() {
+			local = local || endpoints[n].Local
+			n++
+		}
+		for i := range endpoints[:n] {
+			if endpoints[i].Local != local {
+				endpoints[i].Local = local
+			}
+		}
+		endpoints = endpoints[n:]
+	}
+}
+
+func (t *Treatment) validate(family Family) error {
+	if len(t.LocalEndpoints) > 0 && !t.ExternalLocal {
+		return errors.New("local endpoints without externalTrafficPolicy: Local")
+	}
+	for _, list := range [...][]Endpoint{t.Endpoints, t.LocalEndpoints} {
+		if n := len(list); n > MaxEndpoints {
+			return fmt.Errorf("%d endpoints, want at most %d", n, MaxEndpoints)
+		}
+		for _, e := range list {
+			if err := checkAddr(e.Addr, family); err != nil {
+				return fmt.Errorf("endpoint %s: %w", e.Addr, err)
+			}
+			if e.Addr.Addr().IsUnspecified() {
+				return fmt.Errorf("endpoint %s: the unspecified address is no pod's", e.Addr)
+			}
+		}
+	}
+	if t.Masquerade > MasqueradeNode {
+		return fmt.Errorf("unknown masquerade %s", t.Masquerade)
+	}
+	if t.NoEndpoints > Drop {
+		return fmt.Errorf("unknown verdict %s", t.NoEndpoints)
+	}
+	if t.Affinity < 0 || t.Affinity > MaxAffinity || t.Affinity%time.Second != 0 {
+		return fmt.Errorf("affinity %s, want whole seconds up to %s", t.Affinity, MaxAffinity)
+	}
+	for _, p := range t.SourceRanges {
+		if !p.IsValid() || p != p.Masked() || p.Addr().Is4In6() || FamilyOf(p.Addr()) != family {
+			return fmt.Errorf("source range %s, want a network of the family %s without host bits", p, family)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,184 @@
+package dataplane_test
+
+import (
+	"errors"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"fairlead/dataplane"
+)
+
+func prefixes(texts ...string) []netip.Prefix {
+	var all []netip.Prefix
+	for _, text := range texts {
+		all = append(all, netip.MustParsePrefix(text))
+	}
+	return all
+}
+
+// full returns a Treatment with every field set.
+func full() dataplane.Treatment {
+	return dataplane.Treatment{
+		Endpoints:      []dataplane.Endpoint{endpoint("10.0.0.1:80"), endpoint("10.0.0.2:80")},
+		ExternalLocal:  true,
+		LocalEndpoints: []dataplane.Endpoint{{Addr: endpoint("10.0.0.2:80").Addr, Local: true}},
+		Masquerade:     dataplane.MasqueradeNode,
+		NoEndpoints:    dataplane.Drop,
+		Affinity:       3 * time.Hour,
+		SourceRanges:   prefixes("192.0.2.0/24", "198.51.100.0/24"),
+	}
+}
+
+func TestTreatmentEqual(t *testing.T) {
+	t.Parallel()
+	if !full().Equal(full()) {
+		t.Error("a Treatment does not equal itself")
+	}
+	for name, edit := range map[string]func(*dataplane.Treatment){
+		"Endpoints":      func(t *dataplane.Treatment) { t.Endpoints = t.Endpoints[:1] },
+		"ExternalLocal":  func(t *dataplane.Treatment) { t.ExternalLocal = false },
+		"LocalEndpoints": func(t *dataplane.Treatment) { t.LocalEndpoints = nil },
+		"Masquerade":     func(t *dataplane.Treatment) { t.Masquerade = dataplane.MasqueradeAlways },
+		"NoEndpoints":    func(t *dataplane.Treatment) { t.NoEndpoints = dataplane.Reject },
+		"Affinity":       func(t *dataplane.Treatment) { t.Affinity = time.Second },
+		"SourceRanges":   func(t *dataplane.Treatment) { t.SourceRanges = t.SourceRanges[1:] },
+	} {
+		other := full()
+		edit(&other)
+		if full().Equal(other) || other.Equal(full()) {
+			t.Errorf("%s differs, but Equal does not see it", name)
+		}
+		if full().String() == other.String() {
+			t.Errorf("%s differs, but String does not tell: %s", name, other)
+		}
+	}
+}
+
+func TestTreatmentString(t *testing.T) {
+	t.Parallel()
+	const want = "[10.0.0.1:80 10.0.0.2:80] external=[10.0.0.2:80(local)] masquerade=node no-endpoints=drop" +
+		" affinity=3h0m0s source-ranges=[192.0.2.0/24 198.51.100.0/24]"
+	if got := full().String(); got != want {
+		t.Errorf("got  %s\nwant %s", got, want)
+	}
+	if got := (dataplane.Treatment{}).String(); got != "[]" {
+		t.Errorf("the zero Treatment is %q, want []", got)
+	}
+	for got, want := range map[string]string{
+		dataplane.MasqueradeForeign.String(): "foreign",
+		dataplane.MasqueradeAlways.String():  "always",
+		dataplane.Masquerade(7).String():     "Masquerade(7)",
+		dataplane.Reject.String():            "reject",
+		dataplane.Verdict(7).String():        "Verdict(7)",
+	} {
+		if got != want {
+			t.Errorf("got %q, want %q", got, want)
+		}
+	}
+}
+
+func TestNodeEqual(t *testing.T) {
+	t.Parallel()
+	base := func() dataplane.Node {
+		return dataplane.Node{
+			PodCIDRs: prefixes("10.0.0.0/8"), PodInterface: "cbr0", PodInterfacePrefix: "veth", LocalPodCIDRs: prefixes("10.0.1.0/24"),
+			MasqueradeAll: true, NodePortAddrs: []netip.Addr{netip.MustParseAddr("192.0.2.1")}, ServiceCIDRs: prefixes("10.96.0.0/12"),
+		}
+	}
+	if !base().Equal(base()) {
+		t.Error("a Node does not equal itself")
+	}
+	for name, edit := range map[string]func(*dataplane.Node){
+		"PodCIDRs":           func(n *dataplane.Node) { n.PodCIDRs = nil },
+		"PodInterface":       func(n *dataplane.Node) { n.PodInterface = "" },
+		"PodInterfacePrefix": func(n *dataplane.Node) { n.PodInterfacePrefix = "" },
+		"LocalPodCIDRs":      func(n *dataplane.Node) { n.LocalPodCIDRs = nil },
+		"MasqueradeAll":      func(n *dataplane.Node) { n.MasqueradeAll = false },
+		"NodePortAddrs":      func(n *dataplane.Node) { n.NodePortAddrs = nil },
+		"ServiceCIDRs":       func(n *dataplane.Node) { n.ServiceCIDRs = nil },
+	} {
+		other := base()
+		edit(&other)
+		if base().Equal(other) || other.Equal(base()) {
+			t.Errorf("%s differs, but Equal does not see it", name)
+		}
+	}
+}
+
+func TestNewServiceChecksTheTreatment(t *testing.T) {
+	t.Parallel()
+	for name, tt := range map[string]struct {
+		treatment dataplane.Treatment
+		want      string // in the error; empty for none
+	}{
+		"everything":              {full(), ""},
+		"longest affinity":        {dataplane.Treatment{Affinity: dataplane.MaxAffinity}, ""},
+		"overlapping ranges":      {dataplane.Treatment{SourceRanges: prefixes("10.0.0.0/8", "10.1.0.0/16")}, ""},
+		"policy without a pod":    {dataplane.Treatment{ExternalLocal: true}, ""},
+		"local without a policy":  {dataplane.Treatment{LocalEndpoints: []dataplane.Endpoint{endpoint("10.0.0.1:80")}}, "local endpoints without"},
+		"local of another family": {dataplane.Treatment{ExternalLocal: true, LocalEndpoints: []dataplane.Endpoint{endpoint("[fd00::1]:80")}}, "not of"},
+		"masquerade":              {dataplane.Treatment{Masquerade: 3}, "unknown masquerade"},
+		"verdict":                 {dataplane.Treatment{NoEndpoints: 2}, "unknown verdict"},
+		"negative affinity":       {dataplane.Treatment{Affinity: -time.Second}, "affinity -1s"},
+		"affinity of 1.5 s":       {dataplane.Treatment{Affinity: 1500 * time.Millisecond}, "want whole seconds"},
+		"too long an affinity":    {dataplane.Treatment{Affinity: dataplane.MaxAffinity + time.Second}, "affinity 24h0m1s"},
+		"host bits":               {dataplane.Treatment{SourceRanges: prefixes("10.0.0.1/8")}, "source range 10.0.0.1/8"},
+		"range of another family": {dataplane.Treatment{SourceRanges: prefixes("fd00::/8")}, "family IPv4"},
+		"no range":                {dataplane.Treatment{SourceRanges: make([]netip.Prefix, 1)}, "source range"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			_, err := dataplane.NewService(key4, []dataplane.Frontend{frontend("10.96.0.1:80")}, tt.treatment)
+			switch {
+			case tt.want == "" && err != nil:
+				t.Error(err)
+			case tt.want != "" && (!errors.Is(err, dataplane.ErrInvalid) || !strings.Contains(err.Error(), tt.want)):
+				t.Errorf("error %v: want ErrInvalid and %q", err, tt.want)
+			}
+		})
+	}
+}
+
+func TestNewServiceSortsTheTreatment(t *testing.T) {
+	t.Parallel()
+	s, err := dataplane.NewService(key4, []dataplane.Frontend{frontend("10.96.0.1:80")}, dataplane.Treatment{
+		ExternalLocal:  true,
+		LocalEndpoints: []dataplane.Endpoint{endpoint("10.0.0.2:80"), endpoint("10.0.0.1:80"), endpoint("10.0.0.2:80")},
+		SourceRanges:   prefixes("192.0.2.0/24", "10.0.0.0/8", "192.0.2.0/24"),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := dataplane.Treatment{
+		ExternalLocal:  true,
+		LocalEndpoints: []dataplane.Endpoint{endpoint("10.0.0.1:80"), endpoint("10.0.0.2:80")},
+		SourceRanges:   prefixes("10.0.0.0/8", "192.0.2.0/24"),
+	}
+	if !s.Treatment.Equal(want) {
+		t.Errorf("got  %s\nwant %s", s.Treatment, want)
+	}
+}
+
+// Lists that are in order are shared: making a Service of them only reads, which
+// the race detector checks.
+func TestNewServiceOnlyReadsListsInOrder(t *testing.T) {
+	t.Parallel()
+	shared := full()
+	done := make(chan struct{})
+	for range 2 {
+		go func() {
+			defer func() { done <- struct{}{} }()
+			if _, err := dataplane.NewService(key4, []dataplane.Frontend{frontend("10.96.0.1:80")}, shared); err != nil {
+				t.Error(err)
+			}
+		}()
+	}
+	<-done
+	<-done
+	if !slices.Equal(shared.Endpoints, full().Endpoints) {
+		t.Error("the list was changed")
+	}
+}
