@@ -18,6 +18,12 @@ type Options struct {
 	// decides [dataplane.Endpoint.Local]. If it is empty, only endpoints
 	// without a node are local.
 	NodeName string
+	// MasqueradeAll makes every client of a cluster IP masqueraded.
+	MasqueradeAll bool
+	// DetectLocal says which clients are pods.
+	DetectLocal DetectLocal
+	// NodePortAddresses says where node ports are served.
+	NodePortAddresses NodePortAddresses
 }
 
 // Result is what a [Delta] changes.
@@ -28,6 +34,14 @@ type Result struct {
 	// Problems are those that this Delta brought up, sorted. A problem that
 	// persists is not named again, unless it went away in between.
 	Problems []Problem
+	// Node is what the dataplane must know of the node, if that has changed,
+	// and nil otherwise. The first Result has it.
+	Node *dataplane.Node
+	// NodeHealth is what the node's health depends on, if that has changed.
+	NodeHealth *NodeHealth
+	// HealthChecks holds the health-check node ports that are new or have
+	// changed, by Service, and nil for those that are gone.
+	HealthChecks map[types.NamespacedName]*HealthCheck
 }
 
 // Tracker keeps Services and EndpointSlices by name and computes what this node
