@@ -1,0 +1,292 @@
+package nodeip_test
+
+import (
+	"context"
+	"net"
+	"net/netip"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+
+	"fairlead/internal/nettest"
+	"fairlead/internal/nodeip"
+)
+
+// host is a network namespace whose addresses are watched.
+type host struct {
+	t         *testing.T
+	handle    *netlink.Handle
+	delivered chan []netip.Addr
+}
+
+func watch(t *testing.T) *host {
+	t.Helper()
+	ns, err := nettest.NewNamespace("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = ns.Close() })
+	handle, err := netlink.NewHandleAt(netns.NsHandle(ns.Fd()), unix.NETLINK_ROUTE)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(handle.Close)
+	h := &host{t: t, handle: handle, delivered: make(chan []netip.Addr, 1000)}
+	for _, name := range []string{"lo", "veth0", "veth1"} {
+		if name == "veth0" {
+			attrs := netlink.NewLinkAttrs()
+			attrs.Name = name
+			if err := handle.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: "veth1"}); err != nil {
+				t.Fatal(err)
+			}
+			for _, link := range []string{"veth0", "veth1"} { // no link-local addresses but ours
+				h.do(func(l netlink.Link) error { return handle.LinkSetIP6AddrGenMode(l, 1) }, link)
+			}
+		}
+		h.do(handle.LinkSetUp, name)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() {
+		done <- nodeip.Watch(ctx, nodeip.Options{NetNS: ns.Fd()}, func(addrs []netip.Addr) { h.delivered <- addrs })
+	}()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("Watch ended with: %v", err)
+		}
+	})
+	return h
+}
+
+func (h *host) do(change func(netlink.Link) error, name string) {
+	h.t.Helper()
+	link, err := h.handle.LinkByName(name)
+	if err == nil {
+		err = change(link)
+	}
+	if err != nil {
+		h.t.Fatalf("%s: %v", name, err)
+	}
+}
+
+func (h *host) addr(p string, flags int) *netlink.Addr {
+	prefix := netip.MustParsePrefix(p)
+	return &netlink.Addr{IPNet: &net.IPNet{
+		IP: prefix.Addr().AsSlice(), Mask: net.CIDRMask(prefix.Bits(), prefix.Addr().BitLen()),
+	}, Flags: flags}
+}
+
+func (h *host) add(link, prefix string, flags int) {
+	h.t.Helper()
+	h.do(func(l netlink.Link) error { return h.handle.AddrAdd(l, h.addr(prefix, flags)) }, link)
+}
+
+func (h *host) remove(link, prefix string) {
+	h.t.Helper()
+	h.do(func(l netlink.Link) error { return h.handle.AddrDel(l, h.addr(prefix, 0)) }, link)
+}
+
+// await waits for the delivery of exactly these addresses besides loopback's.
+
+func (h *host) await(want ...string) {
+	h.t.Helper()
+	addrs := []string{}
+	deadline := time.After(10 * time.Second)
+	for {
+		select {
+		case got := <-h.delivered:
+			if !slices.IsSortedFunc(got, netip.Addr.Compare) {
+				h.t.Errorf("not sorted: %s", got)
+			}
+			addrs = addrs[:0]
+			for _, a := range got {
+				if !a.IsLoopback() {
+					addrs = append(addrs, a.String())
+				}
+			}
+			if slices.Equal(addrs, want) {
+				return
+			}
+		case <-deadline:
+			h.t.Fatalf("the addresses (-want +got):\n%s", cmp.Diff(want, addrs))
+		}
+	}
+}
+
+// awaitFlag waits until the only IPv6 address of the interface has a flag.
+func (h *host) awaitFlag(link string, flag int) {
+	h.t.Helper()
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+		var addrs []netlink.Addr
+		h.do(func(l netlink.Link) (err error) {
+			addrs, err = h.handle.AddrList(l, unix.AF_INET6)
+			return err
+		}, link)
+		if len(addrs) == 1 && addrs[0].Flags&flag != 0 {
+			return
+		}
+		if time.Now().After(deadline) {
+			h.t.Fatalf("%s has %v, want the flag %#x", link, addrs, flag)
+		}
+	}
+}
+
+// quiet fails the test if anything is delivered.
+func (h *host) quiet() {
+	h.t.Helper()
+	select {
+	case got := <-h.delivered:
+		h.t.Errorf("delivered without a change: %s", got)
+	case <-time.After(100 * time.Millisecond):
+	}
+}
+
+func TestFirstDeliveryIsEverything(t *testing.T) {
+	t.Parallel()
+	h := watch(t)
+	got := <-h.delivered
+	want := []netip.Addr{netip.MustParseAddr("127.0.0.1"), netip.IPv6Loopback()}
+	if diff := cmp.Diff(want, got, cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+	h.quiet()
+}
+
+func TestAddressesComeAndGo(t *testing.T) {
+	t.Parallel()
+	h := watch(t)
+	h.await()
+	h.add("veth0", "192.0.2.1/24", 0)
+	h.await("192.0.2.1")
+	h.add("veth0", "2001:db8::1/64", unix.IFA_F_NODAD)
+	h.await("192.0.2.1", "2001:db8::1")
+	h.add("lo", "198.51.100.7/32", 0)
+	h.await("192.0.2.1", "198.51.100.7", "2001:db8::1")
+	h.remove("veth0", "192.0.2.1/24")
+	h.await("198.51.100.7", "2001:db8::1")
+	h.do(h.handle.LinkDel, "veth0") // takes its addresses with it
+	h.await("198.51.100.7")
+}
+
+// One address on two interfaces is one, until both have lost it.
+func TestSameAddressTwice(t *testing.T) {
+	t.Parallel()
+	h := watch(t)
+	h.await()
+	h.add("veth0", "192.0.2.1/32", 0)
+	h.await("192.0.2.1")
+	h.add("lo", "192.0.2.1/32", 0)
+	h.quiet()
+	h.remove("veth0", "192.0.2.1/32")
+	h.quiet()
+	h.remove("lo", "192.0.2.1/32")
+	h.await()
+}
+
+// On a point-to-point link ours is the address, not the peer's.
+func TestPeer(t *testing.T) {
+	t.Parallel()
+	h := watch(t)
+	h.await()
+	for _, link := range [][2]string{{"192.0.2.1/32", "192.0.2.2/32"}, {"2001:db8::1/128", "2001:db8::2/128"}} {
+		ours := h.addr(link[0], unix.IFA_F_NODAD)
+		ours.Peer = h.addr(link[1], 0).IPNet
+		h.do(func(l netlink.Link) error { return h.handle.AddrAdd(l, ours) }, "veth0")
+	}
+	h.await("192.0.2.1", "2001:db8::1")
+}
+
+// An IPv6 address counts when duplicate address detection has passed, and
+// never if another host has it.
+func TestDuplicateAddressDetection(t *testing.T) {
+	t.Parallel()
+	h := watch(t)
+	h.await()
+	h.add("veth0", "2001:db8::1/64", 0)
+	h.quiet() // it takes the kernel a second
+	h.await("2001:db8::1")
+	h.add("veth1", "2001:db8::1/64", 0)
+	h.awaitFlag("veth1", unix.IFA_F_DADFAILED)
+	h.remove("veth0", "2001:db8::1/64")
+	h.await()
+}
+
+func TestDeprecatedAddressStays(t *testing.T) {
+	t.Parallel()
+	h := watch(t)
+	h.await()
+	old := h.addr("2001:db8::1/64", unix.IFA_F_NODAD)
+	old.ValidLft = 3600 // and a preferred lifetime of zero
+	h.do(func(l netlink.Link) error { return h.handle.AddrAdd(l, old) }, "veth0")
+	h.await("2001:db8::1")
+}
+
+// More changes at once than the socket's buffer holds announcements of.
+func TestManyAtOnce(t *testing.T) {
+	t.Parallel()
+	const n = 2000
+	release := make(chan struct{})
+	ns, err := nettest.NewNamespace("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ns.Close()
+	handle, err := netlink.NewHandleAt(netns.NsHandle(ns.Fd()), unix.NETLINK_ROUTE)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer handle.Close()
+	lo, err := handle.LinkByName("lo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	first, last := make(chan struct{}), make(chan int, n)
+	done := make(chan error, 1)
+	go func() {
+		done <- nodeip.Watch(ctx, nodeip.Options{NetNS: ns.Fd()}, func(addrs []netip.Addr) {
+			last <- len(addrs)
+			select {
+			case <-first:
+			default:
+				close(first)
+				<-release // does not listen
+			}
+		})
+	}()
+	<-first
+	for i := range n {
+		addr := &netlink.Addr{IPNet: &net.IPNet{IP: net.IPv4(10, 0, byte(i>>8), byte(i)), Mask: net.CIDRMask(32, 32)}}
+		if err := handle.AddrAdd(lo, addr); err != nil {
+			t.Fatal(err)
+		}
+	}
+	close(release)
+	deadline := time.After(10 * time.Second)
+	got := 0
+	for got != n {
+		select {
+		case got = <-last:
+		case <-deadline:
+			t.Fatalf("%d addresses known, want %d", got, n)
+		}
+	}
+	cancel()
+	if err := <-done; err != nil {
+		t.Errorf("Watch ended with: %v", err)
+	}
+}
+
+func TestNoSuchNamespace(t *testing.T) {
+	t.Parallel()
+	err := nodeip.Watch(t.Context(), nodeip.Options{NetNS: 1 << 20}, func([]netip.Addr) { t.Error("delivered") })
+	if err == nil {
+		t.Error("no error")
+	}
+}
