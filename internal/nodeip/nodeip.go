@@ -62,8 +62,10 @@ func Watch(ctx context.Context, options Options, deliver func([]netip.Addr)) err
 		case first:
 			return err
 		}
-		if ctx.Err() != nil {
+		select {
+		case <-ctx.Done():
 			return nil
+		default:
 		}
 		log.WarnContext(ctx, "the node's addresses can't be followed; trying again", "error", err)
 		select {
