@@ -1,0 +1,56 @@
+package apiserver
+
+import (
+	"errors"
+	"fmt"
+
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
+	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
+)
+
+const protobuf = "application/vnd.kubernetes.protobuf"
+
+// Config returns how to reach the API server: as the kubeconfig file of that path
+// says, or, if the path is empty, as every pod is told. master, if not empty, is
+// the server's URL whatever the file says; without a file nothing proves then who
+// the client is. Protobuf is asked for. The limits are client-go's, which are
+// those of kube-proxy: 5 requests a second after a burst of 10; the caller may
+// set others (QPS, Burst), as well as ContentType and AcceptContentTypes.
+//
+// An error names the flag --kubeconfig and what to do.
+func Config(kubeconfig, master string) (*rest.Config, error) {
+	config, err := load(kubeconfig, master)
+	if err != nil {
+		return nil, err
+	}
+	config.ContentType = protobuf
+	config.AcceptContentTypes = protobuf + ",application/json"
+	return config, nil
+}
+
+func load(kubeconfig, master string) (*rest.Config, error) {
+	if kubeconfig == "" && master == "" {
+		config, err := rest.InClusterConfig()
+		switch {
+		case errors.Is(err, rest.ErrNotInCluster):
+			return nil, errors.New("--kubeconfig is not set and this is not a pod of a cluster: " +
+				"give the path of a kubeconfig file, or run with a ServiceAccount in a pod")
+		case err != nil:
+			return nil, fmt.Errorf("--kubeconfig is not set and the pod's ServiceAccount can't be used: %w: "+
+				"give the path of a kubeconfig file, or let the pod mount its token (automountServiceAccountToken)", err)
+		}
+		return config, nil
+	}
+	config, err := clientcmd.NewNonInteractiveDeferredLoadingClientConfig(
+		&clientcmd.ClientConfigLoadingRules{ExplicitPath: kubeconfig},
+		&clientcmd.ConfigOverrides{ClusterInfo: clientcmdapi.Cluster{Server: master}},
+	).ClientConfig()
+	switch {
+	case err != nil && kubeconfig == "":
+		return nil, fmt.Errorf("--master %s: %w", master, err)
+	case err != nil:
+		return nil, fmt.Errorf("--kubeconfig %s: %w: give the path of a file that kubectl --kubeconfig can use", kubeconfig, err)
+	}
+	return config, nil
+}

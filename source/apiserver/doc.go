@@ -1,0 +1,3 @@
+// Package apiserver delivers the objects of a Kubernetes API server, and writes
+// Kubernetes Events.
+package apiserver
