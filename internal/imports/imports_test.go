@@ -48,7 +48,8 @@ func listPackages(t *testing.T, m module) []imports.Package {
 	t.Helper()
 	watch(t, m.Dir)
 	var packages []imports.Package
-	// -e, so that a package that does not build fails where it is built.
+	// -e, so that a package that does not build fails where it is built. The tag
+	// is that of test/e2e.
 	golist(t, m.Dir, func(d *json.Decoder) error {
 		var p struct {
 			ImportPath                         string
@@ -63,7 +64,7 @@ func listPackages(t *testing.T, m module) []imports.Package {
 			TestImports: slices.Concat(p.TestImports, p.XTestImports),
 		})
 		return nil
-	}, "-e", "-json=ImportPath,Imports,TestImports,XTestImports", "./...")
+	}, "-e", "-tags=e2e", "-json=ImportPath,Imports,TestImports,XTestImports", "./...")
 	return packages
 }
 
@@ -118,7 +119,8 @@ const table = "# Title\n" +
 	"| `kube` | objects | `contract`, k8s API types |\n" +
 	"| `source/a`, `source/b` | sources | `kube`, k8s API types |\n" +
 	"| `cmd/x` | the binary | all |\n" +
-	"| `net` | test helper: networks | – |\n"
+	"| `net` | test helper: networks | – |\n" +
+	"| `test/cluster` | test helper: a cluster | k8s API types |\n"
 
 // good are packages that deviate nowhere from the table.
 func good() map[string]*imports.Package {
@@ -135,6 +137,7 @@ func good() map[string]*imports.Package {
 		{Folder: "source/b", Imports: []string{"m/kube"}},
 		{Folder: "cmd/x", Imports: []string{"m/kube", "m/contract", "m/source/a", "m/net", "github.com/spf13/cobra"}},
 		{Folder: "net", Imports: []string{"golang.org/x/sys/unix"}},
+		{Folder: "test/cluster", Imports: []string{"k8s.io/client-go/rest"}},
 	} {
 		packages[p.Folder] = &p
 	}
@@ -183,15 +186,15 @@ func TestCheck(t *testing.T) {
 		},
 		"Kubernetes where the row does not say so": {
 			func(p packages) { p["net"].Imports = []string{"k8s.io/api/core/v1"} },
-			"net imports k8s.io/api/core/v1: only kube, source and cmd",
+			"net imports k8s.io/api/core/v1: only kube, source, cmd and test",
 		},
 		"Kubernetes' other domain": {
 			func(p packages) { p["cmd/x"].Imports = []string{"sigs.k8s.io/yaml"} },
-			"cmd/x imports sigs.k8s.io/yaml: only kube, source and cmd",
+			"cmd/x imports sigs.k8s.io/yaml: only kube, source, cmd and test",
 		},
 		"Kubernetes in a test": {
 			func(p packages) { p["net"].TestImports = []string{"k8s.io/api/core/v1"} },
-			"a test of net imports k8s.io/api/core/v1: only kube, source and cmd",
+			"a test of net imports k8s.io/api/core/v1: only kube, source, cmd and test",
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -240,6 +243,7 @@ func TestCheckReportsAll(t *testing.T) {
 		"fake: a row in the table without a package",
 		"source/a: a row in the table without a package",
 		"source/b: a row in the table without a package",
+		"test/cluster: a row in the table without a package",
 	}
 	if diff := cmp.Diff(want, strings.Split(err.Error(), "\n")); diff != "" {
 		t.Errorf("lines (-want +got):\n%s", diff)

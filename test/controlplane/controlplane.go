@@ -1,0 +1,489 @@
+package controlplane
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"k8s.io/client-go/rest"
+)
+
+// Env names the environment variable that says where the programs etcd,
+// kube-apiserver and kube-controller-manager are. Without it they are where
+// `make controlplane` puts them, in .cache/controlplane below the root of the
+// module that the working directory is in.
+const Env = "FAIRLEAD_CONTROLPLANE"
+
+// DefaultStartTimeout is how long [New] waits for readiness, unless its context
+// ends before. It takes some seconds on an idle machine.
+const DefaultStartTimeout = 2 * time.Minute
+
+// Namespace is where the programs run. [fairlead/internal/nettest.Namespace] is
+// one.
+type Namespace interface {
+	// Fd is the file descriptor of the network namespace.
+	Fd() int
+	// Dial connects from the namespace.
+	Dial(ctx context.Context, network string, addr netip.AddrPort) (net.Conn, error)
+}
+
+// Options say how a control plane is started. The zero value is usable.
+type Options struct {
+	// Namespace is the network namespace that the API server listens in and
+	// the configurations of Config connect from. Unset, it is the caller's.
+	Namespace Namespace
+	// Address is where the API server listens. It must be an address in the
+	// namespace. Unset, it is 127.0.0.1. Anything but a loopback address is
+	// also the endpoint of the Service default/kubernetes, which has none
+	// otherwise.
+	Address netip.Addr
+	// Port is where the API server listens. 0 means a free one.
+	Port uint16
+	// ServiceCIDRs are what Services get their addresses from, one network a
+	// family, the primary family first. Unset they are 10.96.0.0/16 and
+	// fd00:96::/112.
+	ServiceCIDRs []netip.Prefix
+	// ControllerManager starts kube-controller-manager too, with the
+	// controllers that Services need: those that write EndpointSlices, collect
+	// garbage, empty namespaces that end, and look after ServiceCIDRs and
+	// Service accounts.
+	ControllerManager bool
+	// APIServerArgs and ControllerManagerArgs are further flags for these
+	// programs. A flag that is set by this package too is overridden.
+	APIServerArgs, ControllerManagerArgs []string
+}
+
+func (o Options) validate() error {
+	if o.Address.IsUnspecified() {
+		return fmt.Errorf("Address %s: want an address that clients can connect to", o.Address)
+	}
+	seen := map[bool]bool{}
+	for _, p := range o.ServiceCIDRs {
+		if !p.IsValid() || p != p.Masked() {
+			return fmt.Errorf("ServiceCIDRs: %s is no network; set host bits to zero", p)
+		}
+		if seen[p.Addr().Is4()] {
+			return errors.New("ServiceCIDRs: two networks of one family")
+		}
+		seen[p.Addr().Is4()] = true
+	}
+	return nil
+}
+
+// ControlPlane is a running control plane. Its methods may be called
+// concurrently, except that those which start and stop programs wait for one
+// another.
+type ControlPlane struct {
+	options Options
+	dir     *folder
+	bin     string
+	keys    *keys
+	run     *runner
+	addr    netip.AddrPort
+	admin   *http.Client // speaks to the API server as cluster-admin
+
+	mu        sync.Mutex // held while programs are started or stopped
+	closed    bool
+	etcd      *program
+	apiserver *program
+	manager   *program
+}
+
+// Start is [New] for a test: it fails the test if the control plane does not
+// get ready, and closes it when the test ends.
+func Start(t testing.TB, options Options) *ControlPlane {
+	t.Helper()
+	cp, err := New(t.Context(), options)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := cp.Close(); err != nil {
+			t.Errorf("close the control plane: %v", err)
+		}
+	})
+	return cp
+}
+
+// New starts a control plane and returns when the API server is ready. The
+// controller manager is then starting. ctx bounds the start only. Everything
+// that was started is ended by Close. An error has the last lines of the log of
+// the program that failed.
+func New(ctx context.Context, options Options) (*ControlPlane, error) {
+	if !options.Address.IsValid() {
+		options.Address = netip.AddrFrom4([4]byte{127, 0, 0, 1})
+	}
+	if len(options.ServiceCIDRs) == 0 {
+		options.ServiceCIDRs = []netip.Prefix{netip.MustParsePrefix("10.96.0.0/16"), netip.MustParsePrefix("fd00:96::/112")}
+	}
+	if err := options.validate(); err != nil {
+		return nil, fmt.Errorf("control plane: %w", err)
+	}
+	ctx, cancel := context.WithTimeout(ctx, DefaultStartTimeout)
+	defer cancel()
+	cp := &ControlPlane{options: options}
+	if err := cp.start(ctx); err != nil {
+		return nil, errors.Join(fmt.Errorf("start a control plane: %w", err), cp.Close())
+	}
+	return cp, nil
+}
+
+func (cp *ControlPlane) start(ctx context.Context) error {
+	var err error
+	if cp.bin, err = findPrograms(cp.options.ControllerManager); err != nil {
+		return err
+	}
+	if cp.dir, err = newFolder(); err != nil {
+		return err
+	}
+	if cp.run, err = newRunner(cp.options.Namespace, cp.dir.path); err != nil {
+		return err
+	}
+	if err := cp.choosePort(ctx); err != nil {
+		return err
+	}
+	if cp.keys, err = newKeys(cp.dir.path, cp.options.Address, cp.options.ServiceCIDRs); err != nil {
+		return err
+	}
+	client, err := rest.HTTPClientFor(cp.Config())
+	if err != nil {
+		return fmt.Errorf("make a client: %w", err)
+	}
+	cp.admin = client
+
+	cp.mu.Lock()
+	defer cp.mu.Unlock()
+	if cp.etcd, err = cp.run.start("etcd", filepath.Join(cp.bin, "etcd"), etcdArgs()); err != nil {
+		return err
+	}
+	// The API server waits for etcd by itself, so both start at once.
+	if err := cp.startAPIServer(ctx); err != nil {
+		return err
+	}
+	if !cp.options.ControllerManager {
+		return nil
+	}
+	config := filepath.Join(cp.dir.path, "controller-manager.kubeconfig")
+	if err := cp.Kubeconfig(config, "system:kube-controller-manager", "system:masters"); err != nil {
+		return err
+	}
+	args := append(controllerManagerArgs(config), cp.options.ControllerManagerArgs...)
+	cp.manager, err = cp.run.start("kube-controller-manager", filepath.Join(cp.bin, "kube-controller-manager"), args)
+	return err
+}
+
+// choosePort finds a free port below those that the kernel gives to clients, so
+// that no client takes it while the API server restarts.
+func (cp *ControlPlane) choosePort(ctx context.Context) error {
+	const tries = 50
+	var err error
+	for range tries {
+		cp.addr = netip.AddrPortFrom(cp.options.Address, cp.options.Port)
+		if cp.options.Port == 0 {
+			cp.addr = netip.AddrPortFrom(cp.options.Address, randomPort())
+		}
+		err = cp.run.do(func() error {
+			l, err := new(net.ListenConfig).Listen(ctx, "tcp", cp.addr.String())
+			if err != nil {
+				return err
+			}
+			return l.Close()
+		})
+		if err == nil || cp.options.Port != 0 {
+			break
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("find a port for the API server: %w", err)
+	}
+	return nil
+}
+
+// findPrograms returns the folder of the programs.
+func findPrograms(controllerManager bool) (string, error) {
+	dir, from := os.Getenv(Env), Env
+	if dir == "" {
+		root, err := moduleRoot()
+		if err != nil {
+			return "", err
+		}
+		dir, from = filepath.Join(root, ".cache", "controlplane"), "the default"
+	}
+	names := []string{"etcd", "kube-apiserver"}
+	if controllerManager {
+		names = append(names, "kube-controller-manager")
+	}
+	for _, name := range names {
+		if _, err := os.Stat(filepath.Join(dir, name)); err != nil {
+			return "", fmt.Errorf("no %s in %s (%s): run `make controlplane`: %w", name, dir, from, err)
+		}
+	}
+	return filepath.Abs(dir)
+}
+
+func moduleRoot() (string, error) {
+	start, err := os.Getwd()
+	if err != nil {
+		return "", fmt.Errorf("find the module's root: %w", err)
+	}
+	for dir := start; ; dir = filepath.Dir(dir) {
+		if _, err := os.Stat(filepath.Join(dir, "go.mod")); err == nil {
+			return dir, nil
+		}
+		if dir == filepath.Dir(dir) {
+			return "", fmt.Errorf("find the module's root: no go.mod in %s or above; set %s", start, Env)
+		}
+	}
+}
+
+func (cp *ControlPlane) startAPIServer(ctx context.Context) error {
+	args := append(cp.apiserverArgs(), cp.options.APIServerArgs...)
+	var err error
+	cp.apiserver, err = cp.run.start("kube-apiserver", filepath.Join(cp.bin, "kube-apiserver"), args)
+	if err != nil {
+		return err
+	}
+	return cp.waitReady(ctx)
+}
+
+// waitReady returns when /readyz says so: not before the roles are there.
+func (cp *ControlPlane) waitReady(ctx context.Context) error {
+	const period = 50 * time.Millisecond
+	ticker := time.NewTicker(period)
+	defer ticker.Stop()
+	last := errors.New("not asked yet")
+	for {
+		select {
+		case <-cp.apiserver.done:
+			return cp.apiserver.failed()
+		case <-cp.etcd.done:
+			return cp.etcd.failed()
+		case <-ctx.Done():
+			return fmt.Errorf("wait for kube-apiserver: %w; /readyz: %w\n%s", ctx.Err(), last, cp.apiserver.tail())
+		case <-ticker.C:
+			if last = cp.ready(ctx); last == nil {
+				return nil
+			}
+		}
+	}
+}
+
+func (cp *ControlPlane) ready(ctx context.Context) error {
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, cp.URL()+"/readyz", http.NoBody)
+	if err != nil {
+		return err
+	}
+	response, err := cp.admin.Do(request)
+	if err != nil {
+		return err
+	}
+	defer response.Body.Close() //nolint:errcheck // only read from
+	if response.StatusCode != http.StatusOK {
+		return errors.New(response.Status)
+	}
+	return nil
+}
+
+// URL returns the address of the API server, https://HOST:PORT.
+func (cp *ControlPlane) URL() string { return "https://" + cp.addr.String() }
+
+// ServiceCIDRs returns what Services get their addresses from.
+func (cp *ControlPlane) ServiceCIDRs() []netip.Prefix { return cp.options.ServiceCIDRs }
+
+// StopAPIServer ends the API server at once, as a crash would: connections break
+// and none is accepted until StartAPIServer. etcd and the controller manager
+// go on. It is no error if it is stopped already.
+func (cp *ControlPlane) StopAPIServer() error {
+	cp.mu.Lock()
+	defer cp.mu.Unlock()
+	if cp.closed {
+		return fmt.Errorf("stop kube-apiserver: %w", os.ErrClosed)
+	}
+	return cp.apiserver.stop()
+}
+
+// StartAPIServer starts the API server again at the same address, and returns
+// when it is ready.
+func (cp *ControlPlane) StartAPIServer(ctx context.Context) error {
+	cp.mu.Lock()
+	defer cp.mu.Unlock()
+	if cp.closed {
+		return fmt.Errorf("start kube-apiserver: %w", os.ErrClosed)
+	}
+	select {
+	case <-cp.apiserver.done:
+	default:
+		return errors.New("start kube-apiserver: it is running; stop it first")
+	}
+	ctx, cancel := context.WithTimeout(ctx, DefaultStartTimeout)
+	defer cancel()
+	// Connections that the last one left behind would fail the first request.
+	cp.admin.CloseIdleConnections()
+	if err := cp.startAPIServer(ctx); err != nil {
+		return fmt.Errorf("start kube-apiserver again: %w", err)
+	}
+	return nil
+}
+
+// Log returns the last lines that a program has written: etcd, kube-apiserver
+// or kube-controller-manager. It is for the messages of tests that fail.
+func (cp *ControlPlane) Log(name string) string {
+	cp.mu.Lock()
+	defer cp.mu.Unlock()
+	for _, p := range []*program{cp.etcd, cp.apiserver, cp.manager} {
+		if p != nil && p.name == name {
+			return p.tail()
+		}
+	}
+	return ""
+}
+
+// Close ends the programs and removes what they wrote. When it returns they
+// have ended. Closing twice is no error.
+func (cp *ControlPlane) Close() error {
+	cp.mu.Lock()
+	defer cp.mu.Unlock()
+	if cp.closed {
+		return nil
+	}
+	cp.closed = true
+	var errs []error
+	for _, p := range []*program{cp.manager, cp.apiserver, cp.etcd} {
+		if p != nil {
+			errs = append(errs, p.stop())
+		}
+	}
+	if cp.run != nil {
+		cp.run.close()
+	}
+	if cp.admin != nil {
+		cp.admin.CloseIdleConnections()
+	}
+	if cp.dir != nil {
+		errs = append(errs, cp.dir.remove())
+	}
+	return errors.Join(errs...)
+}
+
+// Config returns a configuration for clients with all rights, the user admin of
+// the group system:masters. It is not limited in requests per second. The
+// caller may change it.
+func (cp *ControlPlane) Config() *rest.Config {
+	config := &rest.Config{
+		Host:  cp.URL(),
+		QPS:   -1,
+		Burst: -1,
+		TLSClientConfig: rest.TLSClientConfig{
+			CAData:   cp.keys.ca.certPEM,
+			CertData: cp.keys.admin.certPEM,
+			KeyData:  cp.keys.admin.keyPEM,
+		},
+	}
+	if ns := cp.options.Namespace; ns != nil {
+		config.Dial = func(ctx context.Context, network, addr string) (net.Conn, error) {
+			to, err := netip.ParseAddrPort(addr)
+			if err != nil {
+				return nil, fmt.Errorf("connect to the API server: %w", err)
+			}
+			return ns.Dial(ctx, network, to)
+		}
+	}
+	return config
+}
+
+func etcdArgs() []string {
+	// Sockets, relative to the folder that the programs run in: no port to
+	// find, and the same in every network namespace.
+	const client, peer = "unix://etcd.sock", "unix://peer.sock"
+	return []string{
+		"--name=etcd",
+		"--data-dir=etcd",
+		"--listen-client-urls=" + client,
+		"--advertise-client-urls=" + client,
+		"--listen-peer-urls=" + peer,
+		"--initial-advertise-peer-urls=" + peer,
+		"--initial-cluster=etcd=" + peer,
+		"--unsafe-no-fsync",
+		"--log-level=warn",
+	}
+}
+
+func (cp *ControlPlane) apiserverArgs() []string {
+	cidrs := make([]string, 0, len(cp.options.ServiceCIDRs))
+	for _, p := range cp.options.ServiceCIDRs {
+		cidrs = append(cidrs, p.String())
+	}
+	k := cp.keys
+	args := []string{
+		// Otherwise it looks for the address of the default route.
+		"--advertise-address=" + cp.addr.Addr().String(),
+		"--etcd-servers=unix://etcd.sock",
+		"--bind-address=" + cp.addr.Addr().String(),
+		fmt.Sprintf("--secure-port=%d", cp.addr.Port()),
+		"--tls-cert-file=" + k.serving.certFile,
+		"--tls-private-key-file=" + k.serving.keyFile,
+		"--client-ca-file=" + k.ca.certFile,
+		"--authorization-mode=Node,RBAC",
+		"--service-account-issuer=https://kubernetes.default.svc",
+		"--service-account-key-file=" + k.serviceAccount.keyFile,
+		"--service-account-signing-key-file=" + k.serviceAccount.keyFile,
+		"--service-cluster-ip-range=" + strings.Join(cidrs, ","),
+		"--allow-privileged",
+		// Pods would have to wait for the Service accounts of new namespaces,
+		// which need a controller manager.
+		"--disable-admission-plugins=ServiceAccount",
+		"--profiling=false",
+		// One test's requests must not wait for another's.
+		"--enable-priority-and-fairness=false",
+		"--max-requests-inflight=0",
+		"--max-mutating-requests-inflight=0",
+	}
+	if cp.addr.Addr().IsLoopback() {
+		// An endpoint must not be a loopback address.
+		args = append(args, "--endpoint-reconciler-type=none")
+	}
+	return args
+}
+
+func controllerManagerArgs(kubeconfig string) []string {
+	return []string{
+		"--kubeconfig=" + kubeconfig,
+		"--authentication-kubeconfig=" + kubeconfig,
+		"--authorization-kubeconfig=" + kubeconfig,
+		"--secure-port=0",
+		"--leader-elect=false",
+		"--profiling=false",
+		"--kube-api-qps=500",
+		"--kube-api-burst=1000",
+		"--concurrent-service-endpoint-syncs=10",
+		"--controllers=" + strings.Join([]string{
+			"endpointslice-controller",
+			"endpointslice-mirroring-controller",
+			"garbage-collector-controller",
+			"namespace-controller",
+			"root-ca-certificate-publisher-controller",
+			"service-cidr-controller",
+			"serviceaccount-controller",
+		}, ","),
+	}
+}
+
+// Compact makes etcd forget the past, and with it all resource versions but the
+// current ones. Watches that begin, or are resumed, at an older one answer 410
+// Gone; so do those that the API server's cache holds no longer, after a
+// restart.
+func (cp *ControlPlane) Compact(ctx context.Context) error {
+	if err := compact(ctx, filepath.Join(cp.dir.path, "etcd.sock")); err != nil {
+		return fmt.Errorf("compact etcd: %w", err)
+	}
+	return nil
+}

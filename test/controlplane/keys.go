@@ -1,0 +1,128 @@
+package controlplane
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"fmt"
+	"math/big"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"time"
+)
+
+// keys are those of one control plane, on disk for the programs.
+type keys struct {
+	ca             *pair // signs all others
+	serving        *pair // the API server's
+	admin          *pair
+	serviceAccount *pair // only a key: signs tokens
+}
+
+// pair is a key and its certificate. The files are empty for a pair that is in
+// memory only.
+type pair struct {
+	key               *ecdsa.PrivateKey
+	cert              *x509.Certificate
+	keyPEM, certPEM   []byte
+	keyFile, certFile string
+}
+
+func newKeys(dir string, addr netip.Addr, serviceCIDRs []netip.Prefix) (*keys, error) {
+	k := &keys{}
+	var err error
+	if k.ca, err = k.newPair(&x509.Certificate{
+		Subject: pkix.Name{CommonName: "fairlead test CA"},
+		IsCA:    true, BasicConstraintsValid: true,
+		KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageDigitalSignature,
+	}); err != nil {
+		return nil, err
+	}
+	serving := &x509.Certificate{
+		Subject:     pkix.Name{CommonName: "kube-apiserver"},
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
+		IPAddresses: []net.IP{addr.AsSlice()},
+		DNSNames: []string{
+			"localhost", "kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local",
+		},
+	}
+	for _, p := range serviceCIDRs {
+		// The Service default/kubernetes has the first address of each.
+		serving.IPAddresses = append(serving.IPAddresses, p.Addr().Next().AsSlice())
+	}
+	if k.serving, err = k.newPair(serving); err != nil {
+		return nil, err
+	}
+	if k.admin, err = k.newClient("admin", "system:masters"); err != nil {
+		return nil, err
+	}
+	if k.serviceAccount, err = k.newPair(&x509.Certificate{}); err != nil {
+		return nil, err
+	}
+	for name, p := range map[string]*pair{"ca": k.ca, "serving": k.serving, "service-account": k.serviceAccount} {
+		p.keyFile, p.certFile = filepath.Join(dir, name+".key"), filepath.Join(dir, name+".crt")
+		if err := os.WriteFile(p.keyFile, p.keyPEM, 0o600); err != nil {
+			return nil, fmt.Errorf("write a key: %w", err)
+		}
+		if err := os.WriteFile(p.certFile, p.certPEM, 0o600); err != nil {
+			return nil, fmt.Errorf("write a certificate: %w", err)
+		}
+	}
+	return k, nil
+}
+
+// newClient makes the certificate of a user.
+func (k *keys) newClient(user string, groups ...string) (*pair, error) {
+	return k.newPair(&x509.Certificate{
+		Subject:     pkix.Name{CommonName: user, Organization: groups},
+		KeyUsage:    x509.KeyUsageDigitalSignature,
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+	})
+}
+
+// newPair makes a key, and a certificate after the template that the CA has
+// signed, or, for the CA, it itself.
+func (k *keys) newPair(template *x509.Certificate) (*pair, error) {
+	p, err := makePair(template, k.ca)
+	if err != nil {
+		return nil, fmt.Errorf("make a certificate for %q: %w", template.Subject.CommonName, err)
+	}
+	return p, nil
+}
+
+func makePair(template *x509.Certificate, ca *pair) (*pair, error) {
+	const validity, skew, serialBits = 24 * time.Hour, time.Hour, 100
+	p := &pair{}
+	var err error
+	if p.key, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err != nil {
+		return nil, err
+	}
+	if template.SerialNumber, err = rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), serialBits)); err != nil {
+		return nil, err
+	}
+	template.NotBefore, template.NotAfter = time.Now().Add(-skew), time.Now().Add(validity)
+	parent, signer := template, p.key
+	if ca != nil {
+		parent, signer = ca.cert, ca.key
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, parent, p.key.Public(), signer)
+	if err != nil {
+		return nil, err
+	}
+	if p.cert, err = x509.ParseCertificate(der); err != nil {
+		return nil, err
+	}
+	// Kubernetes reads keys for tokens in this form only.
+	keyDER, err := x509.MarshalECPrivateKey(p.key)
+	if err != nil {
+		return nil, err
+	}
+	p.certPEM = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
+	p.keyPEM = pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: keyDER})
+	return p, nil
+}

@@ -1,0 +1,68 @@
+package controlplane
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	authenticationv1 "k8s.io/api/authentication/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/tools/clientcmd"
+	"k8s.io/client-go/tools/clientcmd/api"
+)
+
+// tokenLife is longer than any test.
+const tokenLife = 12 * time.Hour
+
+// Kubeconfig writes a kubeconfig file with a certificate for a user, who may do
+// what RBAC lets the user or one of the groups do. It holds the server's
+// literal address, and is for processes in the control plane's namespace or
+// any that has a way to the address.
+func (cp *ControlPlane) Kubeconfig(path, user string, groups ...string) error {
+	client, err := cp.keys.newClient(user, groups...)
+	if err != nil {
+		return err
+	}
+	return cp.write(path, &api.AuthInfo{ClientCertificateData: client.certPEM, ClientKeyData: client.keyPEM})
+}
+
+// ServiceAccountKubeconfig writes a kubeconfig file with a token of a Service
+// account, which must exist. It is like that of [ControlPlane.Kubeconfig] otherwise.
+func (cp *ControlPlane) ServiceAccountKubeconfig(ctx context.Context, path, namespace, name string) error {
+	token, err := cp.Token(ctx, namespace, name)
+	if err != nil {
+		return err
+	}
+	return cp.write(path, &api.AuthInfo{Token: token})
+}
+
+// Token returns a token of a Service account, which must exist. It is valid for
+// longer than any test runs.
+func (cp *ControlPlane) Token(ctx context.Context, namespace, name string) (string, error) {
+	clients, err := kubernetes.NewForConfig(cp.Config())
+	if err != nil {
+		return "", fmt.Errorf("make a client: %w", err)
+	}
+	seconds := int64(tokenLife.Seconds())
+	request := &authenticationv1.TokenRequest{Spec: authenticationv1.TokenRequestSpec{ExpirationSeconds: &seconds}}
+	answer, err := clients.CoreV1().ServiceAccounts(namespace).CreateToken(ctx, name, request, metav1.CreateOptions{})
+	if err != nil {
+		return "", fmt.Errorf("request a token for Service account %s/%s: %w", namespace, name, err)
+	}
+	return answer.Status.Token, nil
+}
+
+func (cp *ControlPlane) write(path string, user *api.AuthInfo) error {
+	const name = "test"
+	err := clientcmd.WriteToFile(api.Config{
+		Clusters:       map[string]*api.Cluster{name: {Server: cp.URL(), CertificateAuthorityData: cp.keys.ca.certPEM}},
+		AuthInfos:      map[string]*api.AuthInfo{name: user},
+		Contexts:       map[string]*api.Context{name: {Cluster: name, AuthInfo: name}},
+		CurrentContext: name,
+	}, path)
+	if err != nil {
+		return fmt.Errorf("write a kubeconfig: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,195 @@
+package controlplane
+
+import (
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync/atomic"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// runner starts programs on one thread. The thread is in the network namespace,
+// which the programs inherit, and lives until close: the kernel kills a program
+// when the thread that started it ends (see Pdeathsig in syscall.SysProcAttr),
+// and so when the process does.
+type runner struct {
+	dir  string
+	jobs chan func()
+}
+
+func newRunner(ns Namespace, dir string) (*runner, error) {
+	r := &runner{dir: dir, jobs: make(chan func())}
+	entered := make(chan error)
+	go func() {
+		// Never unlocked: the thread ends with the goroutine.
+		runtime.LockOSThread()
+		if ns != nil {
+			if err := unix.Setns(ns.Fd(), unix.CLONE_NEWNET); err != nil {
+				entered <- fmt.Errorf("enter the network namespace: %w", err)
+				return
+			}
+		}
+		close(entered)
+		for job := range r.jobs {
+			job()
+		}
+	}()
+	if err := <-entered; err != nil {
+		return nil, err
+	}
+	return r, nil
+}
+
+// do runs fn on the thread.
+func (r *runner) do(fn func() error) error {
+	done := make(chan error, 1)
+	r.jobs <- func() { done <- fn() }
+	return <-done
+}
+
+func (r *runner) close() { close(r.jobs) }
+
+// program is one running program.
+type program struct {
+	name string
+	log  string // file
+	cmd  *exec.Cmd
+
+	stopping atomic.Bool
+	done     chan struct{} // closed when it has ended
+	err      error         // how; read after done
+}
+
+// start starts a program in the runner's folder. Its log is appended to.
+func (r *runner) start(name, path string, args []string) (*program, error) {
+	p := &program{name: name, log: filepath.Join(r.dir, name+".log"), done: make(chan struct{})}
+	log, err := os.OpenFile(p.log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("start %s: %w", name, err)
+	}
+	defer log.Close()                   //nolint:errcheck // the program has its own descriptor
+	p.cmd = exec.Command(path, args...) //nolint:noctx // it lives until stop
+	p.cmd.Dir = r.dir
+	p.cmd.Stdout, p.cmd.Stderr = log, log
+	// Nothing of the test's environment, such as a proxy, may matter.
+	p.cmd.Env = []string{"HOME=" + r.dir, "TMPDIR=" + r.dir, "PATH=/nonexistent"}
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := r.do(p.cmd.Start); err != nil {
+		return nil, fmt.Errorf("start %s: %w", name, err)
+	}
+	go func() {
+		p.err = p.cmd.Wait()
+		close(p.done)
+	}()
+	return p, nil
+}
+
+// stop kills the program and waits for its end. What it would do in an orderly
+// end, nobody needs.
+func (p *program) stop() error {
+	p.stopping.Store(true)
+	if err := p.cmd.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		return fmt.Errorf("stop %s: %w", p.name, err)
+	}
+	<-p.done
+	return nil
+}
+
+// failed describes the end of a program that should be running.
+func (p *program) failed() error {
+	return fmt.Errorf("%s has ended: %w\n%s", p.name, errors.Join(p.err, errUnexpected), p.tail())
+}
+
+var errUnexpected = errors.New("nobody stopped it")
+
+// tail returns the last lines of the program's log.
+func (p *program) tail() string {
+	const lines = 30
+	data, err := os.ReadFile(p.log)
+	if err != nil {
+		return err.Error()
+	}
+	all := strings.Split(strings.TrimSpace(string(data)), "\n")
+	return strings.Join(all[max(0, len(all)-lines):], "\n")
+}
+
+func randomPort() uint16 {
+	const first, end = 10_000, 30_000 // see net.ipv4.ip_local_port_range
+	return uint16(first + rand.IntN(end-first))
+}
+
+const folderPrefix = "fairlead-controlplane-"
+
+// folder is a temporary folder with a lock on it, which the kernel releases
+// when the process has ended.
+type folder struct {
+	path string
+	lock *os.File
+}
+
+// newFolder makes a folder, and removes those of processes that were killed.
+func newFolder() (*folder, error) {
+	if err := removeStale(); err != nil {
+		return nil, err
+	}
+	const tries = 10
+	for range tries {
+		path, err := os.MkdirTemp("", folderPrefix)
+		if err != nil {
+			return nil, fmt.Errorf("make a folder: %w", err)
+		}
+		lock, err := lockFolder(path)
+		if err == nil {
+			return &folder{path: path, lock: lock}, nil
+		}
+		// Between the two, another process has taken it for a stale one.
+		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, os.ErrNotExist) {
+			return nil, err
+		}
+	}
+	return nil, errors.New("make a folder: others remove it each time")
+}
+
+// lockFolder locks the folder, or fails at once.
+func lockFolder(path string) (*os.File, error) {
+	dir, err := os.Open(path) //nolint:gosec // ours
+	if err != nil {
+		return nil, fmt.Errorf("lock a folder: %w", err)
+	}
+	if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return nil, errors.Join(fmt.Errorf("lock %s: %w", path, err), dir.Close())
+	}
+	if _, err := os.Stat(path); err != nil {
+		return nil, errors.Join(err, dir.Close())
+	}
+	return dir, nil
+}
+
+func removeStale() error {
+	stale, err := filepath.Glob(filepath.Join(os.TempDir(), folderPrefix+"*"))
+	if err != nil {
+		return fmt.Errorf("look for left-over folders: %w", err)
+	}
+	for _, path := range stale {
+		lock, err := lockFolder(path)
+		if err != nil {
+			continue // In use, gone meanwhile, or another user's.
+		}
+		err = errors.Join(os.RemoveAll(path), lock.Close())
+		if err != nil {
+			return fmt.Errorf("remove a left-over folder: %w", err)
+		}
+	}
+	return nil
+}
+
+func (f *folder) remove() error {
+	return errors.Join(os.RemoveAll(f.path), f.lock.Close())
+}
