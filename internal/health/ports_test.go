@@ -1,0 +1,329 @@
+package health_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"fairlead/internal/health"
+	"fairlead/internal/nettest"
+)
+
+// patience bounds what takes milliseconds, or one [health.RetryPeriod].
+const patience = 15 * time.Second
+
+func eventually(t *testing.T, check func() error) {
+	t.Helper()
+	for deadline := time.Now().Add(patience); ; time.Sleep(2 * time.Millisecond) {
+		err := check()
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("not within %s: %v", patience, err)
+		}
+	}
+}
+
+// node is a network whose node has health-check node ports.
+type node struct {
+	*nettest.Network
+
+	t       *testing.T
+	ports   *health.Ports
+	healthy atomic.Bool
+	end     func() // ends the ports and waits for it
+
+	mu     sync.Mutex
+	failed []string
+}
+
+func newNode(t *testing.T) *node {
+	t.Helper()
+	n := &node{t: t, Network: nettest.NewT(t, nettest.Options{})}
+	n.healthy.Store(true)
+	n.ports = health.NewPorts(health.PortsOptions{
+		Healthy: n.healthy.Load,
+		Failed: func(service health.Service, port uint16, err error) {
+			n.mu.Lock()
+			defer n.mu.Unlock()
+			n.failed = append(n.failed, fmt.Sprintf("%s %d %t", service, port, errors.Is(err, syscall.EADDRINUSE)))
+		},
+		Listen: func(ctx context.Context, network, address string) (net.Listener, error) {
+			return n.Node.Listen(ctx, network, netip.MustParseAddrPort(address))
+		},
+	})
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- n.ports.Run(ctx) }()
+	n.end = sync.OnceFunc(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("Run ended with: %v", err)
+		}
+	})
+	t.Cleanup(n.end)
+	return n
+}
+
+func (n *node) set(name string, port uint16, endpoints int) {
+	n.ports.Set(map[health.Service]*health.Check{{Namespace: "shop", Name: name}: {Port: port, LocalEndpoints: endpoints}})
+}
+
+// ask sends a request from outside, over a connection of its own.
+func (n *node) ask(method string, addr netip.Addr, port uint16, path string) (*http.Response, string, error) {
+	transport := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, address string) (net.Conn, error) {
+		return n.Outside.Dial(ctx, "tcp", netip.MustParseAddrPort(address))
+	}}
+	request, err := http.NewRequestWithContext(n.t.Context(), method, "http://"+netip.AddrPortFrom(addr, port).String()+path, nil)
+	if err != nil {
+		return nil, "", err
+	}
+	response, err := (&http.Client{Transport: transport, Timeout: time.Second}).Do(request)
+	if err != nil {
+		return nil, "", err
+	}
+	defer response.Body.Close()
+	body, err := io.ReadAll(response.Body)
+	return response, string(body), err
+}
+
+// await waits until the Service shop/name answers with the weight at an address.
+func (n *node) await(addr netip.Addr, port uint16, name string, weight int) {
+	n.t.Helper()
+	eventually(n.t, func() error {
+		response, body, err := n.ask(http.MethodGet, addr, port, "/")
+		if err != nil {
+			return err
+		}
+		if got := response.Header.Get("X-Load-Balancing-Endpoint-Weight"); got != fmt.Sprint(weight) || !strings.Contains(body, `"name": "`+name+`"`) {
+			return fmt.Errorf("weight %s, want %d for %s; body %s", got, weight, name, body)
+		}
+		return nil
+	})
+}
+
+// awaitRefused waits until nobody listens.
+func (n *node) awaitRefused(addr netip.Addr, port uint16) {
+	n.t.Helper()
+	eventually(n.t, func() error {
+		_, body, err := n.ask(http.MethodGet, addr, port, "/")
+		if errors.Is(err, syscall.ECONNREFUSED) {
+			return nil
+		}
+		return fmt.Errorf("answer %q, error %w; want a refusal", body, err)
+	})
+}
+
+func all() []netip.Addr { return []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()} }
+
+func TestPortAnswers(t *testing.T) {
+	t.Parallel()
+	n := newNode(t)
+	n.ports.SetAddrs(all())
+	n.set("web", 30100, 0)
+	n.await(n.Node.IPv4, 30100, "web", 0)
+	tests := []struct {
+		endpoints int
+		healthy   bool
+		want      int
+	}{
+		{0, true, 503},
+		{1, true, 200},
+		{3, true, 200},
+		{3, false, 503},
+		{0, false, 503},
+	}
+	for _, test := range tests {
+		n.healthy.Store(test.healthy)
+		n.set("web", 30100, test.endpoints)
+		n.await(n.Node.IPv4, 30100, "web", test.endpoints)
+		for _, addr := range n.Node.Addrs() {
+			for _, method := range []string{http.MethodGet, http.MethodPost, http.MethodHead, "ANYTHING"} {
+				for _, path := range []string{"/", "/healthz", "/any/path?at=all", "//"} {
+					response, body, err := n.ask(method, addr, 30100, path)
+					if err != nil {
+						t.Fatalf("%s %s at %s: %v", method, path, addr, err)
+					}
+					wantBody := fmt.Sprintf("{\n\t\"service\": {\n\t\t\"namespace\": \"shop\",\n\t\t\"name\": \"web\"\n\t},\n"+
+						"\t\"localEndpoints\": %d,\n\t\"serviceProxyHealthy\": %t\n}", test.endpoints, test.healthy)
+					if method == http.MethodHead {
+						wantBody = ""
+					}
+					if diff := cmp.Diff(wantBody, body); diff != "" || response.StatusCode != test.want {
+						t.Errorf("%s %s at %s with %+v: status %d, body (-want +got):\n%s", method, path, addr, test, response.StatusCode, diff)
+					}
+					header := response.Header
+					header.Del("Date")
+					header.Del("Content-Length")
+					header.Del("Connection")
+					want := http.Header{
+						"Content-Type": {"application/json"}, "X-Content-Type-Options": {"nosniff"},
+						"X-Load-Balancing-Endpoint-Weight": {fmt.Sprint(test.endpoints)},
+					}
+					if diff := cmp.Diff(want, header); diff != "" {
+						t.Errorf("%s %s at %s: header (-want +got):\n%s", method, path, addr, diff)
+					}
+				}
+			}
+		}
+	}
+}
+
+// A port is free as soon as its Service is gone, or has another.
+func TestPortsMove(t *testing.T) {
+	t.Parallel()
+	n := newNode(t)
+	n.ports.SetAddrs(all())
+	n.set("a", 30100, 1)
+	n.set("b", 30101, 2)
+	n.await(n.Node.IPv6, 30100, "a", 1)
+	n.await(n.Node.IPv6, 30101, "b", 2)
+	for i := range 20 { // they change places in one call
+		a, b := uint16(30100), uint16(30101)
+		if i%2 == 0 {
+			a, b = b, a
+		}
+		n.ports.Set(map[health.Service]*health.Check{
+			{Namespace: "shop", Name: "a"}: {Port: a, LocalEndpoints: 1},
+			{Namespace: "shop", Name: "b"}: {Port: b, LocalEndpoints: 2},
+		})
+		n.await(n.Node.IPv6, a, "a", 1)
+		n.await(n.Node.IPv4, b, "b", 2)
+	}
+	n.ports.Set(map[health.Service]*health.Check{{Namespace: "shop", Name: "a"}: nil, {Namespace: "shop", Name: "never"}: nil})
+	n.awaitRefused(n.Node.IPv4, 30100)
+	n.await(n.Node.IPv4, 30101, "b", 2)
+	if len(n.failed) != 0 {
+		t.Errorf("failures: %s", n.failed)
+	}
+	n.end()
+	n.awaitRefused(n.Node.IPv4, 30101)
+}
+
+func TestAddressesMove(t *testing.T) {
+	t.Parallel()
+	n := newNode(t)
+	n.set("web", 30100, 1)
+	n.awaitRefused(n.Node.IPv4, 30100)
+	n.ports.SetAddrs([]netip.Addr{n.Node.IPv4, netip.MustParseAddr("fe80::1")})
+	n.await(n.Node.IPv4, 30100, "web", 1)
+	n.awaitRefused(n.Node.IPv6, 30100)
+	n.ports.SetAddrs([]netip.Addr{n.Node.IPv6})
+	n.await(n.Node.IPv6, 30100, "web", 1)
+	n.awaitRefused(n.Node.IPv4, 30100)
+	n.ports.SetAddrs(all())
+	n.await(n.Node.IPv4, 30100, "web", 1)
+	n.await(n.Node.IPv6, 30100, "web", 1)
+	n.ports.SetAddrs(n.Node.Addrs())
+	n.await(n.Node.IPv4, 30100, "web", 1)
+	n.await(n.Node.IPv6, 30100, "web", 1)
+	n.ports.SetAddrs(nil)
+	n.awaitRefused(n.Node.IPv4, 30100)
+	n.awaitRefused(n.Node.IPv6, 30100)
+	if len(n.failed) != 0 {
+		t.Errorf("failures: %s", n.failed)
+	}
+}
+
+// What can't be listened on is reported once, holds nothing up, and is tried
+// again.
+func TestPortTaken(t *testing.T) {
+	t.Parallel()
+	n := newNode(t)
+	taken, err := n.Node.Listen(t.Context(), "tcp4", netip.AddrPortFrom(n.Node.IPv4, 30100))
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.ports.SetAddrs(n.Node.Addrs())
+	n.set("web", 30100, 1)
+	n.set("other", 30101, 2)
+	n.await(n.Node.IPv6, 30100, "web", 1)
+	n.await(n.Node.IPv4, 30101, "other", 2)
+	n.set("web", 30100, 3)
+	n.await(n.Node.IPv6, 30100, "web", 3)
+	if err := taken.Close(); err != nil {
+		t.Fatal(err)
+	}
+	n.await(n.Node.IPv4, 30100, "web", 3)
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if diff := cmp.Diff([]string{"shop/web 30100 true"}, n.failed); diff != "" {
+		t.Errorf("failures (-want +got):\n%s", diff)
+	}
+}
+
+func TestServe(t *testing.T) {
+	t.Parallel()
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	address := taken.Addr().String()
+	handler := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "here") })
+
+	err = health.Serve(t.Context(), health.ServeOptions{Address: address, Handler: handler, HardFail: true})
+	if !errors.Is(err, syscall.EADDRINUSE) {
+		t.Errorf("with HardFail: %v, want that the address is in use", err)
+	}
+
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	attempts := make(chan struct{}, 100)
+	listen := func(ctx context.Context, network, address string) (net.Listener, error) {
+		defer func() { attempts <- struct{}{} }()
+		return new(net.ListenConfig).Listen(ctx, network, address)
+	}
+	go func() {
+		done <- health.Serve(ctx, health.ServeOptions{Address: address, Handler: handler, Listen: listen})
+	}()
+	<-attempts // failed
+	if err := taken.Close(); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, func() error {
+		request, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+address, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		response, err := http.DefaultClient.Do(request)
+		if err != nil {
+			return err
+		}
+		return response.Body.Close()
+	})
+	cancel()
+	if err := <-done; err != nil {
+		t.Errorf("Serve ended with: %v", err)
+	}
+	again, err := net.Listen("tcp", address)
+	if err != nil {
+		t.Fatalf("the address is still taken after Serve has ended: %v", err)
+	}
+	again.Close()
+}
+
+// A server that waits for its next attempt ends as well.
+func TestServeEndsWhileItWaits(t *testing.T) {
+	t.Parallel()
+	ctx, cancel := context.WithCancel(t.Context())
+	listen := func(context.Context, string, string) (net.Listener, error) {
+		cancel()
+		return nil, errors.New("no")
+	}
+	if err := health.Serve(ctx, health.ServeOptions{Address: "x", Listen: listen}); err != nil {
+		t.Errorf("error %v, want none", err)
+	}
+}

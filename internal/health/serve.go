@@ -1,0 +1,86 @@
+package health
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"time"
+)
+
+// RetryPeriod is the time between attempts to listen, as kube-proxy has it.
+const RetryPeriod = 5 * time.Second
+
+// headerTimeout bounds how long a client may take to send a request's header,
+// so that connections that say nothing don't pile up.
+const headerTimeout = 30 * time.Second
+
+// ListenFunc is [net.ListenConfig.Listen].
+type ListenFunc func(ctx context.Context, network, address string) (net.Listener, error)
+
+func listen(ctx context.Context, network, address string) (net.Listener, error) {
+	var config net.ListenConfig
+	return config.Listen(ctx, network, address)
+}
+
+// ServeOptions say what [Serve] serves.
+type ServeOptions struct {
+	// Address is the host and port to listen on. An unspecified address of
+	// either family stands for all addresses of both.
+	Address string
+	Handler http.Handler
+	// HardFail makes Serve return when it can't listen. Otherwise it logs a Warn
+	// and tries again, every [RetryPeriod].
+	HardFail bool
+	// Listen makes the socket; nil means in this process's network namespace.
+	Listen ListenFunc
+	// Logger, if nil, gets nothing.
+	Logger *slog.Logger
+}
+
+// Serve answers HTTP requests. It blocks until ctx is done, closes all
+// connections, and returns nil; or returns an error early if HardFail is set.
+func Serve(ctx context.Context, options ServeOptions) error {
+	log := options.Logger
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	if options.Listen == nil {
+		options.Listen = listen
+	}
+	warned := ""
+	for {
+		err := serve(ctx, options)
+		switch {
+		case err == nil:
+			return nil
+		case options.HardFail:
+			return err
+		case err.Error() != warned: // once is enough
+			warned = err.Error()
+			log.WarnContext(ctx, "not served; trying again until it succeeds", "address", options.Address, "error", err)
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(RetryPeriod):
+		}
+	}
+}
+
+// serve returns nil when ctx is done.
+func serve(ctx context.Context, options ServeOptions) error {
+	l, err := options.Listen(ctx, "tcp", options.Address)
+	if err != nil {
+		return fmt.Errorf("listen on %s: %w", options.Address, err)
+	}
+	server := &http.Server{Handler: options.Handler, ReadHeaderTimeout: headerTimeout}
+	stop := context.AfterFunc(ctx, func() { _ = server.Close() })
+	defer stop()
+	if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+		return fmt.Errorf("serve on %s: %w", options.Address, errors.Join(err, server.Close()))
+	}
+	return nil
+}
