@@ -18,7 +18,7 @@ LINT := go tool -modfile=internal/tools/go.mod golangci-lint
 .PHONY: help
 help:
 	@echo 'make TARGET, where TARGET is'
-	@awk -F': ?.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F': ?.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: build
 build: ## the static binary, bin/fairlead
@@ -36,19 +36,32 @@ deps: ## install the Debian packages that the tests need, where they are missing
 nftables: ## fetch the nft releases that listings are tested with into .cache
 	@test/nftables/fetch.sh
 
+.PHONY: controlplane
+controlplane: ## build the etcd and Kubernetes that tests run against into .cache; cold some ten minutes
+	@test/controlplane/build.sh
+
 # -race needs cgo, and with it the C compiler that deps installs.
 .PHONY: test
-test: deps nftables ## all tests (root): with the race detector and the kernel, fuzz targets and benchmarks briefly
-	go vet ./...
+test: deps nftables controlplane ## all tests but e2e (root): with the race detector and the kernel, fuzz targets and benchmarks briefly
+	go vet -tags=e2e ./...
 	CGO_ENABLED=1 go test -race -shuffle=on -timeout=8m ./...
 	test/fuzz.sh $(FUZZTIME)
 	go test -short -run='^$$' -bench=. -benchtime=1x -timeout=5m ./...
 
-# A test that makes network namespaces does so with internal/nettest, and needs root.
-ROOTLESS = $(shell go list -test -f '{{$$root := ""}}{{range .Deps}}{{if ge . "fairlead/internal/nettest"}}{{if le . "fairlead/internal/nettest~"}}{{$$root = .}}{{end}}{{end}}{{end}}{{if not $$root}}{{.ImportPath}}{{end}}' ./... | sed -n 's/\.test$$//p')
+# Which end-to-end scenarios: make e2e RUN=TestRollout
+RUN ?= .
+
+.PHONY: e2e
+e2e: deps controlplane ## end-to-end tests against a real Kubernetes control plane (root); RUN=regexp
+	go test -tags=e2e -count=1 -timeout=15m -run='$(RUN)' ./test/e2e/...
+
+# A test that makes network namespaces does so with internal/nettest, and needs
+# root; one that runs a control plane does so with test/controlplane.
+ROOTLESS = $(shell go list -test -f '{{.ImportPath}} {{join .Deps " "}}' ./... | awk \
+	'$$1 ~ /\.test$$/ && !/ fairlead\/(internal\/nettest|test\/controlplane)( |$$)/ { sub(/\.test$$/, "", $$1); print $$1 }')
 
 .PHONY: test-short
-test-short: ## the tests that need neither root nor a package, quickly
+test-short: ## the tests that need neither root nor packages nor a control plane, quickly
 	go test -short -shuffle=on $(ROOTLESS)
 
 .PHONY: bench
