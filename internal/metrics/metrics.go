@@ -1,0 +1,468 @@
+// Package metrics counts what the program does, and shows it to Prometheus.
+//
+// What kube-proxy counts too has kube-proxy's name, labels and buckets, so that
+// dashboards and alerts made for it go on working; a commit that concerns both
+// IP families counts for each. A Replace is what kube-proxy calls a full sync,
+// an Apply a partial one. All else begins with fairlead_.
+package metrics
+
+import (
+	"errors"
+	"net/http"
+	"strconv"
+	stdsync "sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"fairlead/dataplane"
+	"fairlead/sync"
+)
+
+// Options are what [Metrics] depend on.
+type Options struct {
+	// Version and Mode are those of the program.
+	Version, Mode string
+	// Status is asked at each scrape and when objects arrive. It must not block.
+	Status func() sync.Status
+}
+
+// Metrics are the program's. Their methods may be called from any goroutine and
+// do not block.
+type Metrics struct {
+	options  Options
+	registry *prometheus.Registry
+	started  time.Time
+
+	duration, full, partial, programming *prometheus.HistogramVec
+	lastSync, lastQueued                 *prometheus.GaugeVec
+	failures                             *prometheus.CounterVec
+	serviceChanges, endpointChanges      changes
+	healthz, livez                       *prometheus.CounterVec
+
+	commits                      *prometheus.CounterVec
+	commitDuration               *prometheus.HistogramVec
+	latency                      prometheus.Observer
+	firstProgrammed              prometheus.Gauge
+	problems, healthCheckFailure prometheus.Counter
+	reloads                      *prometheus.CounterVec
+	reloaded                     prometheus.Gauge
+
+	mu       stdsync.Mutex
+	first    bool // has succeeded
+	triggers map[service][]trigger
+	noLocal  map[policy]map[dataplane.Key]int
+}
+
+type service struct{ namespace, name string }
+
+// trigger is a change of an EndpointSlice.
+type trigger struct {
+	// made is when the change happened that led to it, in its maker's clock, and
+	// handed when it came to this program.
+	made, handed time.Time
+}
+
+// policy is a value of the label traffic_policy.
+type policy string
+
+const (
+	internal policy = "internal"
+	external policy = "external"
+)
+
+// changes counts the objects of one sort that arrive.
+type changes struct {
+	total   prometheus.Counter
+	pending prometheus.Gauge
+	// waiting will be part of the next call to the dataplane, and later of the
+	// one after that.
+	waiting, later int
+}
+
+const (
+	namespace = "fairlead"
+	kubeProxy = "kubeproxy"
+)
+
+// ipFamilies are the values of kube-proxy's label ip_family.
+func ipFamilies() []dataplane.Family { return []dataplane.Family{dataplane.IPv4, dataplane.IPv6} }
+
+// New returns Metrics in a registry of their own, with those of the Go runtime
+// and of the process.
+func New(options Options) *Metrics {
+	m := &Metrics{
+		options: options, registry: prometheus.NewRegistry(), started: time.Now(),
+		triggers: map[service][]trigger{},
+		noLocal:  map[policy]map[dataplane.Key]int{internal: {}, external: {}},
+	}
+	m.registry.MustRegister(
+		collectors.NewGoCollector(),
+		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
+		&scrape{m},
+	)
+	m.addKubeProxy()
+	m.addOwn()
+	return m
+}
+
+// addKubeProxy makes what k8s.io/kubernetes/pkg/proxy/metrics has.
+func (m *Metrics) addKubeProxy() {
+	syncBuckets := prometheus.ExponentialBuckets(0.001, 2, 15)
+	m.duration = m.histogram(kubeProxy, "sync_proxy_rules_duration_seconds",
+		"How long calls to the kernel took.", syncBuckets, "ip_family")
+	m.full = m.histogram(kubeProxy, "sync_full_proxy_rules_duration_seconds",
+		"How long calls to the kernel took that compared everything.", syncBuckets, "ip_family")
+	m.partial = m.histogram(kubeProxy, "sync_partial_proxy_rules_duration_seconds",
+		"How long calls to the kernel took that carried changes only.", syncBuckets, "ip_family")
+	var buckets []float64
+	buckets = append(buckets, prometheus.LinearBuckets(0.25, 0.25, 2)...)
+	buckets = append(buckets, prometheus.LinearBuckets(1, 1, 59)...)
+	buckets = append(buckets, prometheus.LinearBuckets(60, 5, 12)...)
+	buckets = append(buckets, prometheus.LinearBuckets(120, 30, 7)...)
+	m.programming = m.histogram(kubeProxy, "network_programming_duration_seconds",
+		"Time from a change of a pod or Service, as the EndpointSlice's annotation "+
+			"endpoints.kubernetes.io/last-change-trigger-time has it, until the kernel had it.", buckets, "ip_family")
+	m.lastSync = m.gauges(kubeProxy, "sync_proxy_rules_last_timestamp_seconds",
+		"When the kernel was last programmed with success.", "ip_family")
+	m.lastQueued = m.gauges(kubeProxy, "sync_proxy_rules_last_queued_timestamp_seconds",
+		"When the last change was queued for the kernel.", "ip_family")
+	m.failures = m.counters(kubeProxy, "sync_proxy_rules_nftables_sync_failures_total",
+		"Calls to the kernel that failed, as a whole or in part.", "ip_family")
+	m.serviceChanges = m.changes("service", "Services")
+	m.endpointChanges = m.changes("endpoint", "EndpointSlices")
+	m.healthz = m.counters(kubeProxy, "proxy_healthz_total", "Answers of /healthz, by HTTP status.", "code")
+	m.livez = m.counters(kubeProxy, "proxy_livez_total", "Answers of /livez, by HTTP status.", "code")
+	for _, f := range ipFamilies() { // so that they can be seen before they have happened
+		m.failures.WithLabelValues(f.String())
+		for _, h := range []*prometheus.HistogramVec{m.duration, m.full, m.partial, m.programming} {
+			h.WithLabelValues(f.String())
+		}
+	}
+	for _, code := range []int{http.StatusOK, http.StatusServiceUnavailable} {
+		m.healthz.WithLabelValues(strconv.Itoa(code))
+		m.livez.WithLabelValues(strconv.Itoa(code))
+	}
+}
+
+func (m *Metrics) addOwn() {
+	m.gauges(namespace, "build_info", "Always 1; the labels say what runs.", "version", "mode").
+		WithLabelValues(m.options.Version, m.options.Mode).Set(1)
+	m.commits = m.counters(namespace, "commits_total", "Calls to the kernel by kind (apply, replace), reason "+
+		"(change, start, retry, node, drift, resync) and result (success, partial, failure).", "kind", "reason", "result")
+	m.commitDuration = m.histogram(namespace, "commit_duration_seconds", "How long calls to the kernel took.",
+		prometheus.ExponentialBuckets(0.00001, 2, 22), "kind")
+	m.latency = m.histogram(namespace, "change_latency_seconds",
+		"Time from the arrival of a change, the oldest of each call to the kernel, until the kernel had it.",
+		prometheus.ExponentialBuckets(0.00001, 2, 24)).WithLabelValues()
+	m.firstProgrammed = m.gauges(namespace, "first_programmed_seconds",
+		"Time from the program's start until the kernel had all Services; 0 until then.").WithLabelValues()
+	m.problems = m.counters(namespace, "service_problems_total",
+		"Times that a Service was found to ask for something that it does not get; see the Events and the log.").WithLabelValues()
+	m.healthCheckFailure = m.counters(namespace, "health_check_node_port_failures_total",
+		"Times that a health-check node port could not be listened on.").WithLabelValues()
+	m.reloads = m.counters(namespace, "config_reloads_total", "Changes of the configuration file by result (success, failure).", "result")
+	m.reloaded = m.gauges(namespace, "config_valid", "Whether the configuration file is in use as it is: 1, or 0 if it is broken.").WithLabelValues()
+	m.reloaded.Set(1)
+}
+
+func (m *Metrics) histogram(prefix, name, help string, buckets []float64, labels ...string) *prometheus.HistogramVec {
+	v := prometheus.NewHistogramVec(prometheus.HistogramOpts{Namespace: prefix, Name: name, Help: help, Buckets: buckets}, labels)
+	m.registry.MustRegister(v)
+	return v
+}
+
+func (m *Metrics) gauges(prefix, name, help string, labels ...string) *prometheus.GaugeVec {
+	v := prometheus.NewGaugeVec(prometheus.GaugeOpts{Namespace: prefix, Name: name, Help: help}, labels)
+	m.registry.MustRegister(v)
+	return v
+}
+
+func (m *Metrics) counters(prefix, name, help string, labels ...string) *prometheus.CounterVec {
+	v := prometheus.NewCounterVec(prometheus.CounterOpts{Namespace: prefix, Name: name, Help: help}, labels)
+	m.registry.MustRegister(v)
+	return v
+}
+
+func (m *Metrics) changes(name, objects string) changes {
+	name = "sync_proxy_rules_" + name + "_changes_"
+	return changes{
+		total:   m.counters(kubeProxy, name+"total", objects+" that were new, changed or gone.").WithLabelValues(),
+		pending: m.gauges(kubeProxy, name+"pending", objects+" that arrived and are not in the kernel yet.").WithLabelValues(),
+	}
+}
+
+// Handler answers a scrape.
+func (m *Metrics) Handler() http.Handler {
+	return promhttp.InstrumentMetricHandler(m.registry, promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{}))
+}
+
+// Registry is where others may add their collectors.
+func (m *Metrics) Registry() prometheus.Registerer { return m.registry }
+
+// Arrived counts Services and EndpointSlices that are new, changed or gone.
+func (m *Metrics) Arrived(services, endpointSlices int) {
+	inCall := !m.options.Status().CallSince.IsZero()
+	now := float64(time.Now().UnixMilli()) / 1000
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.serviceChanges.add(services, inCall)
+	m.endpointChanges.add(endpointSlices, inCall)
+	for _, f := range ipFamilies() {
+		m.lastQueued.WithLabelValues(f.String()).Set(now)
+	}
+}
+
+func (c *changes) add(n int, inCall bool) {
+	c.total.Add(float64(n))
+	if inCall {
+		c.later += n
+	} else {
+		c.waiting += n
+	}
+	c.pending.Set(float64(c.waiting + c.later))
+}
+
+// called says that a call to the dataplane has ended.
+func (c *changes) called(success bool) {
+	if success {
+		c.waiting = 0
+	}
+	c.waiting, c.later = c.waiting+c.later, 0
+	c.pending.Set(float64(c.waiting))
+}
+
+// Triggered says that endpoints of a Service have changed at a time that somebody
+// else's clock has taken, and that the Service was just handed to the syncer.
+// Times before this program's start are left out.
+func (m *Metrics) Triggered(namespace, name string, at time.Time) {
+	if at.Before(m.started) {
+		return
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	key := service{namespace, name}
+	m.triggers[key] = append(m.triggers[key], trigger{at, time.Now()})
+}
+
+// Committed takes over a call to the dataplane, see [sync.Options].
+func (m *Metrics) Committed(c sync.Commit) {
+	result := "success"
+	switch {
+	case c.Err != nil:
+		result = "failure"
+	case len(c.Failed) > 0:
+		result = "partial"
+	}
+	took := c.End.Sub(c.Start).Seconds()
+	m.commits.WithLabelValues(string(c.Kind), string(c.Reason), result).Inc()
+	m.commitDuration.WithLabelValues(string(c.Kind)).Observe(took)
+	part := m.partial
+	if c.Kind == sync.KindReplace {
+		part = m.full
+	}
+	for _, f := range familiesOf(c) {
+		m.duration.WithLabelValues(f.String()).Observe(took)
+		part.WithLabelValues(f.String()).Observe(took)
+		if c.Err == nil {
+			m.lastSync.WithLabelValues(f.String()).Set(float64(c.End.UnixMilli()) / 1000)
+		}
+		if result != "success" {
+			m.failures.WithLabelValues(f.String()).Inc()
+		}
+	}
+	if !c.Oldest.IsZero() && c.Err == nil {
+		m.latency.Observe(c.End.Sub(c.Oldest).Seconds())
+	}
+
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.serviceChanges.called(c.Err == nil)
+	m.endpointChanges.called(c.Err == nil)
+	if c.Err == nil && !m.first {
+		m.first = true
+		m.firstProgrammed.Set(c.End.Sub(m.started).Seconds())
+	}
+	m.observeTriggers(c)
+	for _, change := range c.Changes {
+		m.countNoLocal(change.Old, -1)
+		m.countNoLocal(change.New, +1)
+	}
+}
+
+// familiesOf returns the families that a call concerned.
+func familiesOf(c sync.Commit) []dataplane.Family {
+	var concerned []dataplane.Family
+	for _, f := range ipFamilies() {
+		has := c.Kind == sync.KindReplace || c.Err != nil
+		for i := 0; i < len(c.Changes) && !has; i++ {
+			has = c.Changes[i].Key().Family == f
+		}
+		for key := range c.Failed {
+			has = has || key.Family == f
+		}
+		if has {
+			concerned = append(concerned, f)
+		}
+	}
+	return concerned
+}
+
+// observeTriggers takes the time of the triggers that were part of a call.
+func (m *Metrics) observeTriggers(c sync.Commit) {
+	if len(m.triggers) == 0 {
+		return
+	}
+	concerned := map[service]map[dataplane.Family]bool{}
+	for _, change := range c.Changes {
+		key := change.Key()
+		s := service{key.Namespace, key.Name}
+		if _, ok := m.triggers[s]; !ok {
+			continue
+		}
+		if concerned[s] == nil {
+			concerned[s] = map[dataplane.Family]bool{}
+		}
+		concerned[s][key.Family] = true
+	}
+	for s, families := range concerned {
+		var later []trigger
+		for _, t := range m.triggers[s] {
+			if t.handed.After(c.Start) {
+				later = append(later, t)
+				continue
+			}
+			for f := range families {
+				m.programming.WithLabelValues(f.String()).Observe(c.End.Sub(t.made).Seconds())
+			}
+		}
+		if len(later) == 0 {
+			delete(m.triggers, s)
+		} else {
+			m.triggers[s] = later
+		}
+	}
+}
+
+// countNoLocal counts svc in or out if a traffic policy of Local leaves its
+// clients without endpoints here while there are some elsewhere. A Service port
+// counts once, however many kinds of frontends it has.
+func (m *Metrics) countNoLocal(svc *dataplane.Service, n int) {
+	if svc == nil || svc.NoEndpoints != dataplane.Drop {
+		return
+	}
+	var p policy
+	switch {
+	case svc.ExternalLocal && len(svc.LocalEndpoints) == 0:
+		p = external
+	case svc.Key.Kind == dataplane.ClusterIP && !svc.ExternalLocal && len(svc.Endpoints) == 0:
+		p = internal
+	default:
+		return
+	}
+	key := svc.Key
+	key.Kind = 0
+	if m.noLocal[p][key] += n; m.noLocal[p][key] <= 0 {
+		delete(m.noLocal[p], key)
+	}
+}
+
+// Answered counts an answer of /healthz or /livez.
+func (m *Metrics) Answered(path string, status int) {
+	switch path {
+	case "/healthz":
+		m.healthz.WithLabelValues(strconv.Itoa(status)).Inc()
+	case "/livez":
+		m.livez.WithLabelValues(strconv.Itoa(status)).Inc()
+	}
+}
+
+// Problem counts a Service that asks for what it does not get.
+func (m *Metrics) Problem() { m.problems.Inc() }
+
+// HealthCheckFailed counts a health-check node port that can't be listened on.
+func (m *Metrics) HealthCheckFailed() { m.healthCheckFailure.Inc() }
+
+// Reloaded counts a change of the configuration file, with what became of it.
+func (m *Metrics) Reloaded(err error) {
+	if err != nil {
+		m.reloads.WithLabelValues("failure").Inc()
+		m.reloaded.Set(0)
+		return
+	}
+	m.reloads.WithLabelValues("success").Inc()
+	m.reloaded.Set(1)
+}
+
+// scrape collects what is worked out when somebody asks.
+type scrape struct{ m *Metrics }
+
+var _ prometheus.Collector = (*scrape)(nil)
+
+type descriptions struct{ services, failing, failed, waiting, noLocal *prometheus.Desc }
+
+func describe() descriptions {
+	return descriptions{
+		services: prometheus.NewDesc("fairlead_services",
+			"Service ports wanted in the kernel; each IP family, and each kind of address (cluster IP, node port, "+
+				"external IP, load balancer), counts for itself.", nil, nil),
+		failing: prometheus.NewDesc("fairlead_services_failing",
+			"Of fairlead_services, those that are not in the kernel as wanted, by reason: unsupported means that this mode "+
+				"can't carry them out, error that the kernel did not take them.", []string{"reason"}, nil),
+		failed: prometheus.NewDesc("fairlead_dataplane_failed",
+			"1 if the last call to the kernel failed as a whole, else 0.", nil, nil),
+		waiting: prometheus.NewDesc("fairlead_oldest_change_age_seconds",
+			"How long the oldest change has been waiting for the kernel; 0 if there is none.", nil, nil),
+		noLocal: prometheus.NewDesc("kubeproxy_sync_proxy_rules_no_local_endpoints_total",
+			"Service ports with a Local traffic policy that have endpoints, but none here.", []string{"traffic_policy", "ip_family"}, nil),
+	}
+}
+
+// Describe implements [prometheus.Collector].
+func (*scrape) Describe(ch chan<- *prometheus.Desc) {
+	d := describe()
+	for _, desc := range []*prometheus.Desc{d.services, d.failing, d.failed, d.waiting, d.noLocal} {
+		ch <- desc
+	}
+}
+
+// Collect implements [prometheus.Collector].
+func (s *scrape) Collect(ch chan<- prometheus.Metric) {
+	d, status := describe(), s.m.options.Status()
+	gauge := func(desc *prometheus.Desc, value float64, labels ...string) {
+		ch <- prometheus.MustNewConstMetric(desc, prometheus.GaugeValue, value, labels...)
+	}
+	unsupported := 0
+	for _, err := range status.Failing {
+		if errors.Is(err, dataplane.ErrUnsupported) {
+			unsupported++
+		}
+	}
+	gauge(d.services, float64(status.Services))
+	gauge(d.failing, float64(unsupported), "unsupported")
+	gauge(d.failing, float64(len(status.Failing)-unsupported), "error")
+	failed := 0.0
+	if status.Err != nil {
+		failed = 1
+	}
+	gauge(d.failed, failed)
+	age := 0.0
+	if !status.PendingSince.IsZero() {
+		age = max(0, time.Since(status.PendingSince).Seconds())
+	}
+	gauge(d.waiting, age)
+
+	s.m.mu.Lock()
+	defer s.m.mu.Unlock()
+	for _, p := range []policy{internal, external} {
+		count := map[dataplane.Family]int{}
+		for key := range s.m.noLocal[p] {
+			count[key.Family]++
+		}
+		for _, f := range ipFamilies() {
+			gauge(d.noLocal, float64(count[f]), string(p), f.String())
+		}
+	}
+}

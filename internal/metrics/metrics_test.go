@@ -1,0 +1,329 @@
+package metrics_test
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"fairlead/dataplane"
+	"fairlead/internal/metrics"
+	"fairlead/sync"
+)
+
+// scrape returns the metrics whose names begin with one of the prefixes, without
+// the buckets of histograms, as they are in the answer.
+func scrape(t *testing.T, m *metrics.Metrics, prefixes ...string) map[string]string {
+	t.Helper()
+	response := httptest.NewRecorder()
+	m.Handler().ServeHTTP(response, httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/metrics", nil))
+	if response.Code != http.StatusOK {
+		t.Fatalf("status %d, body %s", response.Code, response.Body)
+	}
+	values := map[string]string{}
+	for line := range strings.Lines(response.Body.String()) {
+		name, value, _ := strings.Cut(strings.TrimSpace(line), "} ")
+		if !strings.HasSuffix(name, "}") && strings.Contains(name, "{") {
+			name += "}"
+		}
+		if value == "" {
+			name, value, _ = strings.Cut(strings.TrimSpace(line), " ")
+		}
+		has := func(prefix string) bool { return strings.HasPrefix(name, prefix) }
+		if slices.ContainsFunc(prefixes, has) && !strings.Contains(name, "_bucket{") {
+			values[name] = value
+		}
+	}
+	return values
+}
+
+func service(t *testing.T, key dataplane.Key, treatment dataplane.Treatment) *dataplane.Service {
+	t.Helper()
+	addr := "192.0.2.1:80"
+	if key.Family == dataplane.IPv6 {
+		addr = "[2001:db8::1]:80"
+	}
+	if key.Kind == dataplane.NodePort {
+		addr = "0.0.0.0:80"
+	}
+	s, err := dataplane.NewService(key, []dataplane.Frontend{{Protocol: dataplane.TCP, Addr: netip.MustParseAddrPort(addr)}}, treatment)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+func key(name string, family dataplane.Family, kind dataplane.Kind) dataplane.Key {
+	return dataplane.Key{Namespace: "shop", Name: name, Family: family, Kind: kind}
+}
+
+func noStatus() sync.Status { return sync.Status{} }
+
+func TestCommits(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		m := metrics.New(metrics.Options{Status: noStatus})
+		start := time.Now()
+		commit := func(kind sync.Kind, reason sync.Reason, families ...dataplane.Family) sync.Commit {
+			c := sync.Commit{Kind: kind, Reason: reason, Start: start, End: start.Add(2 * time.Second), Oldest: start.Add(-time.Second)}
+			for _, f := range families {
+				c.Changes = append(c.Changes, dataplane.Change{New: service(t, key("web", f, 0), dataplane.Treatment{})})
+			}
+			return c
+		}
+		m.Committed(commit(sync.KindReplace, sync.ReasonStart))
+		m.Committed(commit(sync.KindApply, sync.ReasonChange, dataplane.IPv4))
+		m.Committed(commit(sync.KindApply, sync.ReasonChange, dataplane.IPv4, dataplane.IPv6))
+		partial := commit(sync.KindApply, sync.ReasonChange, dataplane.IPv4)
+		partial.Failed = map[dataplane.Key]error{key("db", dataplane.IPv4, 0): errors.New("no")}
+		m.Committed(partial)
+		failure := commit(sync.KindReplace, sync.ReasonDrift)
+		failure.Err = errors.New("no")
+		m.Committed(failure)
+
+		last := fmt.Sprintf("%g", float64(start.Add(2*time.Second).UnixMilli())/1000)
+		want := map[string]string{
+			`fairlead_commits_total{kind="replace",reason="start",result="success"}`: "1",
+			`fairlead_commits_total{kind="apply",reason="change",result="success"}`:  "2",
+			`fairlead_commits_total{kind="apply",reason="change",result="partial"}`:  "1",
+			`fairlead_commits_total{kind="replace",reason="drift",result="failure"}`: "1",
+			`fairlead_commit_duration_seconds_count{kind="apply"}`:                   "3",
+			`fairlead_commit_duration_seconds_sum{kind="apply"}`:                     "6",
+			`fairlead_commit_duration_seconds_count{kind="replace"}`:                 "2",
+			`fairlead_commit_duration_seconds_sum{kind="replace"}`:                   "4",
+			`fairlead_change_latency_seconds_count`:                                  "4",
+			`fairlead_change_latency_seconds_sum`:                                    "12",
+			`fairlead_first_programmed_seconds`:                                      "2",
+
+			`kubeproxy_sync_proxy_rules_duration_seconds_count{ip_family="IPv4"}`:         "5",
+			`kubeproxy_sync_proxy_rules_duration_seconds_sum{ip_family="IPv4"}`:           "10",
+			`kubeproxy_sync_proxy_rules_duration_seconds_count{ip_family="IPv6"}`:         "3",
+			`kubeproxy_sync_proxy_rules_duration_seconds_sum{ip_family="IPv6"}`:           "6",
+			`kubeproxy_sync_full_proxy_rules_duration_seconds_count{ip_family="IPv4"}`:    "2",
+			`kubeproxy_sync_full_proxy_rules_duration_seconds_sum{ip_family="IPv4"}`:      "4",
+			`kubeproxy_sync_full_proxy_rules_duration_seconds_count{ip_family="IPv6"}`:    "2",
+			`kubeproxy_sync_full_proxy_rules_duration_seconds_sum{ip_family="IPv6"}`:      "4",
+			`kubeproxy_sync_partial_proxy_rules_duration_seconds_count{ip_family="IPv4"}`: "3",
+			`kubeproxy_sync_partial_proxy_rules_duration_seconds_sum{ip_family="IPv4"}`:   "6",
+			`kubeproxy_sync_partial_proxy_rules_duration_seconds_count{ip_family="IPv6"}`: "1",
+			`kubeproxy_sync_partial_proxy_rules_duration_seconds_sum{ip_family="IPv6"}`:   "2",
+			`kubeproxy_sync_proxy_rules_nftables_sync_failures_total{ip_family="IPv4"}`:   "2",
+			`kubeproxy_sync_proxy_rules_nftables_sync_failures_total{ip_family="IPv6"}`:   "1",
+			`kubeproxy_sync_proxy_rules_last_timestamp_seconds{ip_family="IPv4"}`:         last,
+			`kubeproxy_sync_proxy_rules_last_timestamp_seconds{ip_family="IPv6"}`:         last,
+		}
+		got := scrape(t, m, "fairlead_commit", "fairlead_change_", "fairlead_first", "kubeproxy_sync_proxy_rules_d",
+			"kubeproxy_sync_full", "kubeproxy_sync_partial", "kubeproxy_sync_proxy_rules_nft", "kubeproxy_sync_proxy_rules_last_t")
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("(-want +got):\n%s", diff)
+		}
+	})
+}
+
+func TestStatus(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var status sync.Status
+		m := metrics.New(metrics.Options{Status: func() sync.Status { return status }, Version: "v1", Mode: "nft"})
+		check := func(want map[string]string) {
+			t.Helper()
+			got := scrape(t, m, "fairlead_services", "fairlead_dataplane", "fairlead_oldest", "fairlead_build")
+			want[`fairlead_build_info{mode="nft",version="v1"}`] = "1"
+			if diff := cmp.Diff(want, got); diff != "" {
+				t.Errorf("(-want +got):\n%s", diff)
+			}
+		}
+		check(map[string]string{
+			"fairlead_services": "0", `fairlead_services_failing{reason="error"}`: "0", `fairlead_services_failing{reason="unsupported"}`: "0",
+			"fairlead_dataplane_failed": "0", "fairlead_oldest_change_age_seconds": "0",
+		})
+		status = sync.Status{
+			Services: 7,
+			Failing: map[dataplane.Key]error{
+				key("a", 4, 0): errors.New("no"),
+				key("b", 4, 0): fmt.Errorf("affinity: %w", dataplane.ErrUnsupported),
+				key("c", 4, 0): fmt.Errorf("ranges: %w", dataplane.ErrUnsupported),
+			},
+			Err: errors.New("no"), PendingSince: time.Now().Add(-3 * time.Second),
+		}
+		check(map[string]string{
+			"fairlead_services": "7", `fairlead_services_failing{reason="error"}`: "1", `fairlead_services_failing{reason="unsupported"}`: "2",
+			"fairlead_dataplane_failed": "1", "fairlead_oldest_change_age_seconds": "3",
+		})
+	})
+}
+
+// Changes are pending until a call that began after them has succeeded.
+func TestChanges(t *testing.T) {
+	t.Parallel()
+	var status sync.Status
+	m := metrics.New(metrics.Options{Status: func() sync.Status { return status }})
+	check := func(services, servicesPending, endpoints, endpointsPending string) {
+		t.Helper()
+		got := scrape(t, m, "kubeproxy_sync_proxy_rules_service_changes", "kubeproxy_sync_proxy_rules_endpoint_changes")
+		want := map[string]string{
+			"kubeproxy_sync_proxy_rules_service_changes_total": services, "kubeproxy_sync_proxy_rules_service_changes_pending": servicesPending,
+			"kubeproxy_sync_proxy_rules_endpoint_changes_total": endpoints, "kubeproxy_sync_proxy_rules_endpoint_changes_pending": endpointsPending,
+		}
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("(-want +got):\n%s", diff)
+		}
+	}
+	check("0", "0", "0", "0")
+	m.Arrived(2, 3)
+	check("2", "2", "3", "3")
+	status.CallSince = time.Now()
+	m.Arrived(1, 0)
+	check("3", "3", "3", "3")
+	m.Committed(sync.Commit{Err: errors.New("no")})
+	check("3", "3", "3", "3")
+	m.Arrived(0, 10) // during the second attempt
+	m.Committed(sync.Commit{})
+	check("3", "0", "13", "10")
+	m.Committed(sync.Commit{})
+	check("3", "0", "13", "0")
+}
+
+// From the time in an EndpointSlice to the kernel's acknowledgement.
+func TestNetworkProgramming(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		long := time.Now()
+		time.Sleep(time.Hour)
+		m := metrics.New(metrics.Options{Status: noStatus})
+		commit := func(took time.Duration, keys ...dataplane.Key) {
+			c := sync.Commit{Kind: sync.KindApply, Start: time.Now()}
+			time.Sleep(took)
+			c.End = time.Now()
+			for _, k := range keys {
+				c.Changes = append(c.Changes, dataplane.Change{New: service(t, k, dataplane.Treatment{})})
+			}
+			m.Committed(c)
+		}
+		check := func(count, sum string, of dataplane.Family) {
+			t.Helper()
+			const name = "kubeproxy_network_programming_duration_seconds_"
+			label := `{ip_family="` + of.String() + `"}`
+			got := scrape(t, m, name)
+			if got[name+"count"+label] != count || got[name+"sum"+label] != sum {
+				t.Errorf("%s: count %s, sum %s, want %s and %s", of, got[name+"count"+label], got[name+"sum"+label], count, sum)
+			}
+		}
+		m.Triggered("shop", "web", long) // before the program began
+		commit(0, key("web", dataplane.IPv4, 0))
+		check("0", "0", dataplane.IPv4)
+
+		at := time.Now()
+		time.Sleep(3 * time.Second)
+		m.Triggered("shop", "web", at)
+		commit(time.Second, key("db", dataplane.IPv4, 0))
+		check("0", "0", dataplane.IPv4)
+		commit(time.Second, key("web", dataplane.IPv4, 0), key("web", dataplane.IPv4, dataplane.NodePort))
+		check("1", "5", dataplane.IPv4)
+		check("0", "0", dataplane.IPv6)
+		commit(time.Second, key("web", dataplane.IPv4, 0))
+		check("1", "5", dataplane.IPv4)
+
+		// One that comes while a call is going on belongs to the next.
+		m.Triggered("shop", "web", time.Now())
+		go func() {
+			time.Sleep(time.Second)
+			m.Triggered("shop", "web", time.Now())
+		}()
+		commit(2*time.Second, key("web", dataplane.IPv6, 0))
+		check("1", "2", dataplane.IPv6)
+		commit(0, key("web", dataplane.IPv6, 0))
+		check("2", "3", dataplane.IPv6)
+	})
+}
+
+func TestNoLocalEndpoints(t *testing.T) {
+	t.Parallel()
+	m := metrics.New(metrics.Options{Status: noStatus})
+	some := []dataplane.Endpoint{{Addr: netip.MustParseAddrPort("192.0.2.9:80"), Local: true}}
+	current := map[dataplane.Key]*dataplane.Service{}
+	set := func(k dataplane.Key, treatment *dataplane.Treatment) {
+		change := dataplane.Change{Old: current[k]}
+		if treatment != nil {
+			change.New = service(t, k, *treatment)
+		}
+		current[k] = change.New
+		m.Committed(sync.Commit{Changes: []dataplane.Change{change}})
+	}
+	check := func(wantInternal, wantExternal string) {
+		t.Helper()
+		const name = "kubeproxy_sync_proxy_rules_no_local_endpoints_total"
+		got := scrape(t, m, name)
+		want := map[string]string{
+			name + `{ip_family="IPv4",traffic_policy="internal"}`: wantInternal, name + `{ip_family="IPv6",traffic_policy="internal"}`: "0",
+			name + `{ip_family="IPv4",traffic_policy="external"}`: wantExternal, name + `{ip_family="IPv6",traffic_policy="external"}`: "0",
+		}
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("(-want +got):\n%s", diff)
+		}
+	}
+	check("0", "0")
+	set(key("a", 4, dataplane.ClusterIP), &dataplane.Treatment{NoEndpoints: dataplane.Drop})
+	check("1", "0")
+	away := dataplane.Treatment{ExternalLocal: true, NoEndpoints: dataplane.Drop, Endpoints: some}
+	set(key("a", 4, dataplane.NodePort), &away)
+	set(key("a", 4, dataplane.LoadBalancer), &away) // the same port
+	check("1", "1")
+	set(key("b", 4, dataplane.NodePort), &away)
+	check("1", "2")
+	set(key("b", 4, dataplane.NodePort), &dataplane.Treatment{ExternalLocal: true}) // no endpoint anywhere
+	check("1", "1")
+	here := away
+	here.LocalEndpoints = some
+	set(key("a", 4, dataplane.NodePort), &here)
+	check("1", "1")
+	set(key("a", 4, dataplane.LoadBalancer), &here)
+	check("1", "0")
+	set(key("a", 4, dataplane.ClusterIP), nil)
+	check("0", "0")
+}
+
+func TestCounters(t *testing.T) {
+	t.Parallel()
+	m := metrics.New(metrics.Options{Status: noStatus})
+	m.Answered("/healthz", 503)
+	m.Answered("/healthz", 503)
+	m.Answered("/livez", 200)
+	m.Problem()
+	m.HealthCheckFailed()
+	m.Reloaded(nil)
+	m.Reloaded(errors.New("no"))
+	want := map[string]string{
+		`kubeproxy_proxy_healthz_total{code="200"}`: "0", `kubeproxy_proxy_healthz_total{code="503"}`: "2",
+		`kubeproxy_proxy_livez_total{code="200"}`: "1", `kubeproxy_proxy_livez_total{code="503"}`: "0",
+		"fairlead_service_problems_total": "1", "fairlead_health_check_node_port_failures_total": "1",
+		`fairlead_config_reloads_total{result="success"}`: "1", `fairlead_config_reloads_total{result="failure"}`: "1",
+		"fairlead_config_valid": "0",
+	}
+	got := scrape(t, m, "kubeproxy_proxy_", "fairlead_service_problems", "fairlead_health", "fairlead_config")
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+}
+
+// Two in one process have nothing in common, and show the process.
+func TestOwnRegistry(t *testing.T) {
+	t.Parallel()
+	a, b := metrics.New(metrics.Options{Status: noStatus}), metrics.New(metrics.Options{Status: noStatus})
+	a.Problem()
+	if got := scrape(t, b, "fairlead_service_problems_total"); !maps.Equal(got, map[string]string{"fairlead_service_problems_total": "0"}) {
+		t.Errorf("the other's problem counts: %v", got)
+	}
+	if got := scrape(t, a, "go_goroutines", "process_resident_memory_bytes"); len(got) != 2 {
+		t.Errorf("of the runtime and the process there is %v", got)
+	}
+}
