@@ -2,13 +2,35 @@ package apiserver
 
 import (
 	"context"
-	"errors"
 	"log/slog"
+	"sync"
 	"sync/atomic"
+	"time"
 
+	"github.com/go-logr/logr"
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+	"k8s.io/apimachinery/pkg/api/equality"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/cache"
+	"k8s.io/klog/v2"
 
 	"fairlead/kube"
+)
+
+const (
+	// lateAfter is when the operator is told which lists are waited for.
+	lateAfter = 10 * time.Second
+	// refusedRetryMin and refusedRetryMax are how long after a refusal
+	// ServiceCIDRs are asked for again. The first time may be soon: an API
+	// server that starts can refuse what it allows a moment later.
+	refusedRetryMin = 30 * time.Second
+	refusedRetryMax = 10 * time.Minute
 )
 
 // Options say which API server to follow, and for which node.
@@ -19,34 +41,218 @@ type Options struct {
 	NodeName string
 	// Version is the program's, for the user agent. It may be empty.
 	Version string
-	// Logger takes what is unusual. Nil discards it.
+	// Logger takes what is unusual: once when the API server goes away, once
+	// when it is back. Nil discards it.
 	Logger *slog.Logger
 }
 
 // Source follows the objects of an API server.
 type Source struct {
-	log    *slog.Logger
-	synced atomic.Bool
+	nodeName string
+	log      *slog.Logger
+	clients  clients
+	trimmer  *trimmer
+	box      *mailbox
+	contact  *contact
+	synced   atomic.Bool
+	// listing is read-locked while a list is under way: a reflector that is told
+	// to stop leaves it behind.
+	listing sync.RWMutex
 }
 
-// New returns a Source. It starts nothing and does not speak to the server.
+// New returns a Source. It starts nothing and does not speak to the server. The
+// error says what in the configuration cannot be used, such as a certificate.
 func New(opts Options) (*Source, error) {
 	log := opts.Logger
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	return &Source{log: log}, nil
+	clients, err := newClients(opts.Config, opts.Version, services.group(), endpointSlices.group(), serviceCIDRs.group())
+	if err != nil {
+		return nil, err
+	}
+	return &Source{
+		nodeName: opts.NodeName,
+		log:      log,
+		clients:  clients,
+		trimmer:  newTrimmer(),
+		box:      newMailbox(),
+		contact:  newContact(log),
+	}, nil
 }
 
 // Run delivers everything there is, and then each change. It blocks until ctx is
-// done, and then returns nil. deliver is called from within Run, one call at a
-// time. Run must be called only once.
+// done, and then returns nil: whatever is wrong with the API server, it tries
+// again. deliver is called from within Run, one call at a time. Run must be called
+// only once.
 //
-// The first Delta comes when all lists are complete. Changes that arrive while
-// deliver is busy gather and come in one Delta.
+// The first Delta comes when the lists of Services and EndpointSlices are complete,
+// it is known whether there is a Node of this name, and ServiceCIDRs are listed or
+// refused; it may be empty. Changes that arrive while deliver is busy gather and
+// come in one Delta, which has the last of each name.
 func (s *Source) Run(ctx context.Context, deliver func(kube.Delta)) error {
-	return errors.New("not yet")
+	ctx, cancel := context.WithCancel(klog.NewContext(ctx, logr.FromSlogHandler(demoted{s.log.Handler()})))
+	var reflectors sync.WaitGroup
+	defer func() {
+		cancel()
+		reflectors.Wait()
+		s.listing.Lock() // the last list has ended, and no other begins
+		defer s.listing.Unlock()
+	}()
+	for _, k := range s.kinds() {
+		reflectors.Go(func() { k.follow(ctx) })
+	}
+	late := time.NewTimer(lateAfter)
+	defer late.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-late.C:
+			if missing := s.box.late(); len(missing) > 0 {
+				s.log.WarnContext(ctx, "lists of the API server are late; nothing new is programmed until they are complete",
+					"missing", missing)
+			}
+		case <-s.box.wake:
+			if d, ok := s.box.take(); ok {
+				deliver(d)
+				s.synced.Store(true)
+			}
+		}
+	}
 }
 
-// Synced reports whether the first Delta has been delivered.
+// Synced reports whether the first Delta has been delivered. It stays so while
+// the API server is away.
 func (s *Source) Synced() bool { return s.synced.Load() }
+
+// list is one kind of objects to follow.
+type list struct {
+	kind  kind
+	item  runtime.Object
+	empty func() runtime.Object
+	store cache.TransformingStore
+	src   *Source
+	// refused, if not nil, is told that the server does not serve the kind, or
+	// not to us: then there is nothing to wait for.
+	refused func(error)
+}
+
+func (s *Source) kinds() []*list {
+	return []*list{
+		{
+			kind: services, src: s, item: &corev1.Service{}, empty: func() runtime.Object { return &corev1.ServiceList{} },
+			store: newStore(services, s.box, func(m *mailbox) gathered[*corev1.Service] { return m.services }, s.trimmer.service, nil),
+		},
+		{
+			kind: endpointSlices, src: s, item: &discoveryv1.EndpointSlice{}, empty: func() runtime.Object { return &discoveryv1.EndpointSliceList{} },
+			store: newStore(endpointSlices, s.box,
+				func(m *mailbox) gathered[*discoveryv1.EndpointSlice] { return m.endpointSlices }, s.trimmer.endpointSlice, nil),
+		},
+		{
+			kind: nodes, src: s, item: &corev1.Node{}, empty: func() runtime.Object { return &corev1.NodeList{} },
+			store: newStore(nodes, s.box, func(m *mailbox) gathered[*corev1.Node] { return m.nodes }, s.trimmer.node, sameNode),
+		},
+		{
+			kind: serviceCIDRs, src: s, item: &networkingv1.ServiceCIDR{}, empty: func() runtime.Object { return &networkingv1.ServiceCIDRList{} },
+			store: newStore(serviceCIDRs, s.box,
+				func(m *mailbox) gathered[*networkingv1.ServiceCIDR] { return m.serviceCIDRs }, s.trimmer.serviceCIDR, nil),
+		},
+	}
+}
+
+func newStore[T metav1.Object](k kind, box *mailbox, pending func(*mailbox) gathered[T], trim func(T), same func(a, b T) bool) *store[T] {
+	return &store[T]{kind: k, box: box, pending: pending, trim: trim, same: same, known: map[types.NamespacedName]seen[T]{}}
+}
+
+// sameNode says whether two trimmed Nodes are equal but for their versions. A
+// kubelet writes its Node's status every few minutes.
+func sameNode(a, b *corev1.Node) bool {
+	c := *b
+	c.ResourceVersion = a.ResourceVersion
+	return equality.Semantic.DeepEqual(a, &c)
+}
+
+// follow keeps the store up to date until ctx is done.
+func (l *list) follow(ctx context.Context) {
+	if l.kind != serviceCIDRs {
+		l.reflect(ctx)
+		return
+	}
+	// Clusters older than 1.33 have no ServiceCIDRs, and a role made for
+	// kube-proxy may not allow to read them.
+	told := false
+	for delay := refusedRetryMin; ; delay = min(2*delay, refusedRetryMax) {
+		attemptCtx, cancel := context.WithCancel(ctx)
+		attempt := *l
+		attempt.refused = func(err error) {
+			if !told {
+				told = true
+				l.src.log.InfoContext(ctx, "ServiceCIDRs can't be read, so connections to addresses of no Service are not dropped; "+
+					"a cluster since 1.33 serves them to who may get, list and watch servicecidrs of networking.k8s.io", "error", err)
+			}
+			l.src.box.complete(l.kind)
+			cancel()
+		}
+		attempt.reflect(attemptCtx)
+		cancel()
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(delay):
+		}
+	}
+}
+
+// reflect lists and watches until ctx is done.
+func (l *list) reflect(ctx context.Context) {
+	logger := klog.FromContext(ctx)
+	reflector := cache.NewReflectorWithOptions(&cache.ListWatch{
+		ListWithContextFunc:  l.list,
+		WatchFuncWithContext: l.watch,
+	}, l.item, l.store, cache.ReflectorOptions{Name: string(l.kind), Logger: &logger})
+	reflector.RunWithContext(ctx)
+}
+
+func (l *list) request(opts *metav1.ListOptions) *rest.Request {
+	l.kind.narrow(opts, l.src.nodeName)
+	return l.src.clients[l.kind.group()].Get().Resource(string(l.kind)).VersionedParams(opts, metav1.ParameterCodec)
+}
+
+func (l *list) list(ctx context.Context, opts metav1.ListOptions) (runtime.Object, error) {
+	l.src.listing.RLock()
+	defer l.src.listing.RUnlock()
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	objects := l.empty()
+	err := l.request(&opts).Do(ctx).Into(objects)
+	l.heard(ctx, "list", err)
+	if err != nil {
+		return nil, err
+	}
+	// A page at a time, before the next one comes.
+	l.src.trimmer.list(objects)
+	return objects, nil
+}
+
+func (l *list) watch(ctx context.Context, opts metav1.ListOptions) (watch.Interface, error) {
+	opts.Watch = true
+	stream, err := l.request(&opts).Watch(ctx)
+	if err == nil || opts.SendInitialEvents == nil || !refusal(err) {
+		// Whoever can't stream a list may still be able to list.
+		l.heard(ctx, "watch", err)
+	}
+	return stream, err
+}
+
+// heard passes on what the server answered.
+func (l *list) heard(ctx context.Context, verb string, err error) {
+	switch {
+	case ctx.Err() != nil:
+	case l.refused != nil && refusal(err):
+		l.refused(err)
+	default:
+		l.src.contact.heard(ctx, l.kind, verb, err)
+	}
+}

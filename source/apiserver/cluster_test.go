@@ -1,0 +1,222 @@
+package apiserver_test
+
+import (
+	"fmt"
+	"slices"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	"fairlead/kube"
+	"fairlead/source/apiserver"
+)
+
+// TestFirstDelta says that the first Delta has everything that is for us, and
+// nothing else.
+func TestFirstDelta(t *testing.T) {
+	t.Parallel()
+	client := admin(t)
+	ns := namespace(t, client)
+	node := must[*corev1.Node](t)(client.CoreV1().Nodes().Create(t.Context(), &corev1.Node{
+		ObjectMeta: metav1.ObjectMeta{Name: ns, Labels: map[string]string{corev1.LabelTopologyZone: "a", "color": "red"}},
+		Spec:       corev1.NodeSpec{PodCIDR: "10.244.1.0/24", PodCIDRs: []string{"10.244.1.0/24"}},
+	}, metav1.CreateOptions{}))
+
+	web, headless, foreign := newService("web"), newService("headless"), newService("foreign")
+	web.Annotations = map[string]string{"big": "note", corev1.AnnotationTopologyMode: "Auto"}
+	web.Labels = map[string]string{"app": "web"}
+	policy := corev1.IPFamilyPolicyRequireDualStack
+	web.Spec.IPFamilyPolicy = &policy
+	headless.Spec.ClusterIP = corev1.ClusterIPNone
+	foreign.Labels = map[string]string{"service.kubernetes.io/service-proxy-name": "other"}
+	for _, svc := range []*corev1.Service{web, headless, foreign} {
+		must[*corev1.Service](t)(client.CoreV1().Services(ns).Create(t.Context(), svc, metav1.CreateOptions{}))
+	}
+	slice, ofHeadless := newSlice("web-1", "web", "10.0.0.1", "10.0.0.2"), newSlice("headless-1", "headless", "10.0.0.3")
+	slice.Annotations = map[string]string{corev1.EndpointsLastChangeTriggerTime: "2026-01-01T00:00:00Z", "big": "note"}
+	slice.Endpoints[0].TargetRef = &corev1.ObjectReference{Kind: "Pod", Name: "web-0"}
+	ofHeadless.Labels[corev1.IsHeadlessService] = ""
+	for _, slice := range []*discoveryv1.EndpointSlice{slice, ofHeadless} {
+		must[*discoveryv1.EndpointSlice](t)(client.DiscoveryV1().EndpointSlices(ns).Create(t.Context(), slice, metav1.CreateOptions{}))
+	}
+
+	r := follow(t, ns, apiserver.Options{NodeName: ns})
+	r.wait(t, "first Delta", delivered)
+	first := r.deltas[0]
+
+	got := first.Services
+	if len(got) != 1 || got[0].Name != "web" || len(got[0].Spec.ClusterIPs) != 2 {
+		t.Fatalf("Services %v, want web with two cluster IPs", got)
+	}
+	want := must[*corev1.Service](t)(client.CoreV1().Services(ns).Get(t.Context(), "web", metav1.GetOptions{}))
+	want.Labels, want.ManagedFields, want.Spec.Selector = nil, nil, nil
+	delete(want.Annotations, "big")
+	if diff := cmp.Diff(want, got[0]); diff != "" {
+		t.Errorf("Service (-want +got):\n%s", diff)
+	}
+	if len(first.EndpointSlices) != 1 {
+		t.Fatalf("EndpointSlices %v, want web-1", first.EndpointSlices)
+	}
+	wantSlice := must[*discoveryv1.EndpointSlice](t)(client.DiscoveryV1().EndpointSlices(ns).Get(t.Context(), "web-1", metav1.GetOptions{}))
+	wantSlice.ManagedFields, wantSlice.Generation, wantSlice.Endpoints[0].TargetRef = nil, 0, nil
+	delete(wantSlice.Annotations, "big")
+	if diff := cmp.Diff(wantSlice, first.EndpointSlices[0]); diff != "" {
+		t.Errorf("EndpointSlice (-want +got):\n%s", diff)
+	}
+	node.Labels, node.ManagedFields = map[string]string{corev1.LabelTopologyZone: "a"}, nil
+	if diff := cmp.Diff(node, first.Node, cmpopts.IgnoreFields(corev1.Node{}, "ResourceVersion", "Status")); diff != "" {
+		t.Errorf("Node (-want +got):\n%s", diff)
+	}
+	if len(first.ServiceCIDRs) == 0 || first.ServiceCIDRs[0].Name != "kubernetes" {
+		t.Errorf("ServiceCIDRs %v, want the one of the cluster", first.ServiceCIDRs)
+	}
+}
+
+// TestChanges says how what happens in the cluster is delivered.
+func TestChanges(t *testing.T) {
+	t.Parallel()
+	client := admin(t)
+	ns := namespace(t, client)
+	svcs, slices := client.CoreV1().Services(ns), client.DiscoveryV1().EndpointSlices(ns)
+	r := follow(t, ns, apiserver.Options{})
+	r.wait(t, "first Delta", delivered)
+	ctx := t.Context()
+
+	web := must[*corev1.Service](t)(svcs.Create(ctx, newService("web"), metav1.CreateOptions{}))
+	r.wait(t, "a new Service", func(r *receiver) bool { return r.services["web"] != nil })
+	slice := must[*discoveryv1.EndpointSlice](t)(slices.Create(ctx, newSlice("web-1", "web", "10.0.0.1"), metav1.CreateOptions{}))
+	r.wait(t, "a new EndpointSlice", func(r *receiver) bool { return r.slices["web-1"] != nil })
+
+	slice.Endpoints = nil
+	must[*discoveryv1.EndpointSlice](t)(slices.Update(ctx, slice, metav1.UpdateOptions{}))
+	r.wait(t, "an EndpointSlice without endpoints", func(r *receiver) bool { return len(r.slices["web-1"].Endpoints) == 0 })
+
+	label := func(object string, value any) []byte {
+		return fmt.Appendf(nil, `{"metadata":{"labels":{%q:%s}}}`, object, value)
+	}
+	const foreign = "service.kubernetes.io/service-proxy-name"
+	must[*corev1.Service](t)(svcs.Patch(ctx, "web", types.MergePatchType, label(foreign, `"other"`), metav1.PatchOptions{}))
+	r.wait(t, "a Service handed to another proxy goes", func(r *receiver) bool { return r.services["web"] == nil })
+	must[*corev1.Service](t)(svcs.Patch(ctx, "web", types.MergePatchType, label(foreign, "null"), metav1.PatchOptions{}))
+	r.wait(t, "a Service handed back comes", func(r *receiver) bool { return r.services["web"] != nil })
+	must[*discoveryv1.EndpointSlice](t)(slices.Patch(ctx, "web-1", types.MergePatchType, label(corev1.IsHeadlessService, `""`), metav1.PatchOptions{}))
+	r.wait(t, "an EndpointSlice made headless goes", func(r *receiver) bool { return r.slices["web-1"] == nil })
+
+	// While deliver is busy, changes gather.
+	resume := r.pause()
+	must[*corev1.Service](t)(svcs.Create(ctx, newService("first"), metav1.CreateOptions{}))
+	if err := svcs.Delete(ctx, "web", metav1.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	again := must[*corev1.Service](t)(svcs.Create(ctx, newService("web"), metav1.CreateOptions{}))
+	if again.UID == web.UID {
+		t.Fatal("the Service made again is the same")
+	}
+	for i := range 50 {
+		must[*corev1.Service](t)(svcs.Create(ctx, newService(fmt.Sprintf("burst-%d", i)), metav1.CreateOptions{}))
+	}
+	if err := svcs.Delete(ctx, "first", metav1.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	must[*discoveryv1.EndpointSlice](t)(slices.Create(ctx, newSlice("last", "web", "10.0.0.1"), metav1.CreateOptions{}))
+	before := r.count()
+	resume()
+	r.wait(t, "all of the burst", func(r *receiver) bool {
+		return r.slices["last"] != nil && r.services["burst-49"] != nil && r.services["first"] == nil && r.services["web"].UID == again.UID
+	})
+	// One was waiting at the door, perhaps with nothing of ours; the others
+	// came together, or in as many as watches are late.
+	if n := r.count() - before; n > 6 {
+		t.Errorf("a burst of 54 changes came in %d Deltas, want a few", n)
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, d := range r.deltas[before:] {
+		for _, name := range d.DeletedServices {
+			if name.Name == "web" {
+				t.Errorf("the Service made again is deleted, too, in %v", d)
+			}
+		}
+	}
+}
+
+// TestNode says that the Node is delivered when something of it has changed that
+// matters.
+func TestNode(t *testing.T) {
+	t.Parallel()
+	client := admin(t)
+	ns := namespace(t, client)
+	r := follow(t, ns, apiserver.Options{NodeName: ns})
+	r.wait(t, "first Delta", delivered)
+	if d := r.deltas[0]; d.Node != nil || d.NodeDeleted {
+		t.Errorf("first Delta has Node %v, deleted %v; there is none", d.Node, d.NodeDeleted)
+	}
+	nodes, ctx := client.CoreV1().Nodes(), t.Context()
+	for _, name := range []string{ns + "-other", ns} {
+		must[*corev1.Node](t)(nodes.Create(ctx, &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name}}, metav1.CreateOptions{}))
+	}
+	r.wait(t, "the Node", func(r *receiver) bool { return r.node != nil && r.node.Name == ns })
+
+	patch := func(data string, sub ...string) {
+		t.Helper()
+		must[*corev1.Node](t)(nodes.Patch(ctx, ns, types.MergePatchType, []byte(data), metav1.PatchOptions{}, sub...))
+	}
+	deltas := func() (n int) {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		for _, d := range r.deltas {
+			if d.Node != nil {
+				n++
+			}
+		}
+		return n
+	}
+	before := deltas()
+	patch(`{"status":{"conditions":[{"type":"Ready","status":"True","lastHeartbeatTime":"2026-01-01T00:00:00Z"}]}}`, "status")
+	patch(`{"metadata":{"annotations":{"a":"b"}}}`)
+	patch(`{"metadata":{"labels":{"topology.kubernetes.io/zone":"z1"}}}`)
+	r.wait(t, "the zone", func(r *receiver) bool { return r.node.Labels[corev1.LabelTopologyZone] == "z1" })
+	patch(`{"status":{"addresses":[{"type":"InternalIP","address":"192.0.2.1"}]}}`, "status")
+	r.wait(t, "the address", func(r *receiver) bool { return len(r.node.Status.Addresses) == 1 })
+	const autoscaler = "ToBeDeletedByClusterAutoscaler"
+	patch(`{"spec":{"taints":[{"key":"` + autoscaler + `","effect":"NoSchedule"}]}}`)
+	r.wait(t, "the taint", func(r *receiver) bool {
+		return slices.ContainsFunc(r.node.Spec.Taints, func(taint corev1.Taint) bool { return taint.Key == autoscaler })
+	})
+	if n := deltas() - before; n != 3 {
+		t.Errorf("the Node was delivered %d times after 3 changes that matter and 2 that do not", n)
+	}
+	if err := nodes.Delete(ctx, ns, metav1.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	r.wait(t, "the Node goes", func(r *receiver) bool { return r.node == nil })
+}
+
+func TestServiceCIDRs(t *testing.T) {
+	t.Parallel()
+	client := admin(t)
+	cidrs, ctx := client.NetworkingV1().ServiceCIDRs(), t.Context()
+	r := follow(t, "none", apiserver.Options{})
+	r.wait(t, "first Delta", delivered)
+	const name = "more"
+	must[*networkingv1.ServiceCIDR](t)(cidrs.Create(ctx, &networkingv1.ServiceCIDR{
+		ObjectMeta: metav1.ObjectMeta{Name: name}, Spec: networkingv1.ServiceCIDRSpec{CIDRs: []string{"10.97.0.0/24"}},
+	}, metav1.CreateOptions{}))
+	r.wait(t, "a ServiceCIDR", func(r *receiver) bool { return r.cidrs[name] })
+	if err := cidrs.Delete(ctx, name, metav1.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	// Without a controller manager the finalizer is ours to take off.
+	if _, err := cidrs.Patch(ctx, name, types.MergePatchType, []byte(`{"metadata":{"finalizers":null}}`), metav1.PatchOptions{}); err != nil {
+		t.Log(err)
+	}
+	r.wait(t, "a ServiceCIDR goes", func(r *receiver) bool { return !r.cidrs[name] })
+}
+
+var _ = kube.Delta{}

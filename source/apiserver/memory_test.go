@@ -1,0 +1,5 @@
+package apiserver_test
+
+const followEnv = "FAIRLEAD_TEST_FOLLOW"
+
+func followForMemory() {}

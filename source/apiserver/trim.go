@@ -1,0 +1,206 @@
+package apiserver
+
+import (
+	"slices"
+	"sync"
+
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+)
+
+// The labels and annotations that somebody reads. All others are let go.
+func keptLabels() []string {
+	return []string{
+		labelServiceProxyName,
+		corev1.IsHeadlessService,
+		discoveryv1.LabelServiceName,
+		corev1.LabelTopologyZone,
+	}
+}
+
+func keptAnnotations() []string {
+	return []string{
+		corev1.AnnotationTopologyMode,
+		// When the pod or the Service changed that the slice was written for.
+		corev1.EndpointsLastChangeTriggerTime,
+	}
+}
+
+// maxInterned is the number of different strings that are shared. Node names and
+// zones are far fewer, but in the life of a cluster many come and go.
+const maxInterned = 1 << 14
+
+// trimmer lets go of what nobody reads, and has equal strings share their memory:
+// of 100,000 endpoints on 100 nodes each would come with a node's name of its own.
+// What it leaves is shared between objects and must not be changed.
+type trimmer struct {
+	labels, annotations []string
+
+	mu      sync.Mutex
+	strings map[string]*string
+	hints   map[hint]*discoveryv1.EndpointHints
+	yes, no bool
+}
+
+// hint is the value of topology hints that name at most one zone and one node, as
+// most do.
+type hint struct {
+	zone, node       string
+	hasZone, hasNode bool
+}
+
+func newTrimmer() *trimmer {
+	return &trimmer{
+		labels: keptLabels(), annotations: keptAnnotations(),
+		strings: map[string]*string{}, hints: map[hint]*discoveryv1.EndpointHints{},
+		yes: true,
+	}
+}
+
+func (t *trimmer) meta(m *metav1.ObjectMeta) {
+	*m = metav1.ObjectMeta{
+		Name: m.Name, Namespace: *t.string(&m.Namespace), UID: m.UID, ResourceVersion: m.ResourceVersion,
+		CreationTimestamp: m.CreationTimestamp, DeletionTimestamp: m.DeletionTimestamp,
+		Labels: only(m.Labels, t.labels), Annotations: only(m.Annotations, t.annotations),
+	}
+}
+
+func only(from map[string]string, keys []string) map[string]string {
+	var out map[string]string
+	for _, key := range keys {
+		value, ok := from[key]
+		if !ok {
+			continue
+		}
+		if out == nil {
+			out = make(map[string]string, 1)
+		}
+		out[key] = value
+	}
+	return out
+}
+
+func (t *trimmer) service(svc *corev1.Service) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.meta(&svc.ObjectMeta)
+	svc.TypeMeta = metav1.TypeMeta{}
+	svc.Spec.Selector = nil
+	svc.Status.Conditions = nil
+}
+
+func (t *trimmer) endpointSlice(slice *discoveryv1.EndpointSlice) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.meta(&slice.ObjectMeta)
+	slice.TypeMeta = metav1.TypeMeta{}
+	// The decoder leaves up to as much room again behind the last element.
+	if cap(slice.Endpoints) > len(slice.Endpoints) {
+		slice.Endpoints = exact(slice.Endpoints)
+	}
+	for i := range slice.Endpoints {
+		ep := &slice.Endpoints[i]
+		ep.Hostname, ep.TargetRef, ep.DeprecatedTopology = nil, nil, nil
+		ep.NodeName, ep.Zone = t.string(ep.NodeName), t.string(ep.Zone)
+		c := &ep.Conditions
+		c.Ready, c.Serving, c.Terminating = t.bool(c.Ready), t.bool(c.Serving), t.bool(c.Terminating)
+		ep.Hints = t.hint(ep.Hints)
+	}
+	for i := range slice.Ports {
+		port := &slice.Ports[i]
+		port.Name, port.AppProtocol = t.string(port.Name), nil
+	}
+}
+
+func (t *trimmer) node(node *corev1.Node) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.meta(&node.ObjectMeta)
+	*node = corev1.Node{
+		ObjectMeta: node.ObjectMeta,
+		Spec:       corev1.NodeSpec{PodCIDR: node.Spec.PodCIDR, PodCIDRs: node.Spec.PodCIDRs, Taints: node.Spec.Taints},
+		Status:     corev1.NodeStatus{Addresses: node.Status.Addresses},
+	}
+}
+
+func (t *trimmer) serviceCIDR(cidr *networkingv1.ServiceCIDR) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.meta(&cidr.ObjectMeta)
+	*cidr = networkingv1.ServiceCIDR{ObjectMeta: cidr.ObjectMeta, Spec: cidr.Spec, Status: cidr.Status}
+}
+
+// exact returns a copy with no more room than the allocator gives.
+func exact[T any](s []T) []T { return append(make([]T, 0, len(s)), s...) }
+
+func (t *trimmer) string(s *string) *string {
+	if s == nil {
+		return nil
+	}
+	shared, ok := t.strings[*s]
+	if !ok {
+		if len(t.strings) >= maxInterned {
+			clear(t.strings) // those in use stay where they are used
+		}
+		shared = s
+		t.strings[*s] = shared
+	}
+	return shared
+}
+
+func (t *trimmer) bool(b *bool) *bool {
+	switch {
+	case b == nil:
+		return nil
+	case *b:
+		return &t.yes
+	default:
+		return &t.no
+	}
+}
+
+func (t *trimmer) hint(h *discoveryv1.EndpointHints) *discoveryv1.EndpointHints {
+	if h == nil || len(h.ForZones) > 1 || len(h.ForNodes) > 1 {
+		return h
+	}
+	var key hint
+	if len(h.ForZones) == 1 {
+		key.zone, key.hasZone = h.ForZones[0].Name, true
+	}
+	if len(h.ForNodes) == 1 {
+		key.node, key.hasNode = h.ForNodes[0].Name, true
+	}
+	shared, ok := t.hints[key]
+	if !ok {
+		if len(t.hints) >= maxInterned {
+			clear(t.hints)
+		}
+		h.ForZones, h.ForNodes = slices.Clip(h.ForZones), slices.Clip(h.ForNodes)
+		shared = h
+		t.hints[key] = shared
+	}
+	return shared
+}
+
+// list trims the objects of a page.
+func (t *trimmer) list(page runtime.Object) {
+	switch page := page.(type) {
+	case *corev1.ServiceList:
+		each(page.Items, t.service)
+	case *discoveryv1.EndpointSliceList:
+		each(page.Items, t.endpointSlice)
+	case *corev1.NodeList:
+		each(page.Items, t.node)
+	case *networkingv1.ServiceCIDRList:
+		each(page.Items, t.serviceCIDR)
+	}
+}
+
+func each[T any](items []T, do func(*T)) {
+	for i := range items {
+		do(&items[i])
+	}
+}
