@@ -2,7 +2,16 @@ package kube
 
 import (
 	"net/netip"
+	"slices"
+
+	corev1 "k8s.io/api/core/v1"
+
+	"fairlead/dataplane"
 )
+
+// taintToBeDeleted is put on a node by the cluster autoscaler before it drains
+// the node.
+const taintToBeDeleted = "ToBeDeletedByClusterAutoscaler"
 
 // DetectLocalMode says how a client is told to be a pod, by the values of
 // kube-proxy's --detect-local-mode.
@@ -33,22 +42,6 @@ type DetectLocal struct {
 	InterfacePrefix string
 }
 
-// NodePortAddresses says on which of this node's addresses node ports are
-// served, as kube-proxy's --nodeport-addresses. The zero value stands for the
-// node's primary addresses: those in its Node object.
-type NodePortAddresses struct {
-	Primary, Localhost, All bool
-	CIDRs                   []netip.Prefix
-}
-
-// HealthCheck is what a health-check node port answers.
-type HealthCheck struct {
-	// Port is spec.healthCheckNodePort.
-	Port uint16
-	// LocalEndpoints is the number of ready pods on this node.
-	LocalEndpoints int
-}
-
 // NodeHealth is what a Node object says about whether load balancers should
 // send connections to this node.
 type NodeHealth struct {
@@ -61,3 +54,108 @@ type NodeHealth struct {
 
 // Eligible reports whether the node can take connections for long.
 func (h NodeHealth) Eligible() bool { return h.Exists && !h.Leaving }
+
+// nodeFacts are what counts of a Node object.
+type nodeFacts struct {
+	health    NodeHealth
+	zone      string
+	podCIDRs  []string
+	addresses []corev1.NodeAddress
+}
+
+// factsOf returns what counts of a Node object. The lists are the object's.
+func factsOf(node *corev1.Node) nodeFacts {
+	facts := nodeFacts{
+		health: NodeHealth{
+			Exists: true,
+			Leaving: node.DeletionTimestamp != nil ||
+				slices.ContainsFunc(node.Spec.Taints, func(t corev1.Taint) bool { return t.Key == taintToBeDeleted }),
+		},
+		zone:      node.Labels[corev1.LabelTopologyZone],
+		podCIDRs:  node.Spec.PodCIDRs,
+		addresses: node.Status.Addresses,
+	}
+	if len(facts.podCIDRs) == 0 && node.Spec.PodCIDR != "" {
+		facts.podCIDRs = []string{node.Spec.PodCIDR}
+	}
+	return facts
+}
+
+// sameNetwork reports whether f and o mean the same for dataplane.Node.
+func (f nodeFacts) sameNetwork(o nodeFacts) bool {
+	return slices.Equal(f.podCIDRs, o.podCIDRs) && slices.Equal(f.addresses, o.addresses)
+}
+
+// networks are all that dataplane.Node is made of, besides the Options.
+type networks struct {
+	node nodeFacts
+	// serviceCIDRs has the networks of each ServiceCIDR object.
+	serviceCIDRs map[string][]netip.Prefix
+	// localAddrs are the addresses of this node's interfaces; known says
+	// whether they were ever delivered.
+	localAddrs []netip.Addr
+	known      bool
+}
+
+// dataplaneNode returns what the dataplane must know of the node.
+func dataplaneNode(opts Options, in networks) dataplane.Node {
+	n := dataplane.Node{
+		LocalPodCIDRs: outermost(parseNetworks(in.node.podCIDRs)),
+		MasqueradeAll: opts.MasqueradeAll,
+	}
+	switch opts.DetectLocal.Mode {
+	case DetectByClusterCIDR, "":
+		n.PodCIDRs = outermost(opts.DetectLocal.ClusterCIDRs)
+	case DetectByNodeCIDR:
+		n.PodCIDRs = n.LocalPodCIDRs
+	case DetectByBridgeInterface:
+		n.PodInterface = opts.DetectLocal.Interface
+	case DetectByInterfaceNamePrefix:
+		n.PodInterfacePrefix = opts.DetectLocal.InterfacePrefix
+	}
+	var serviceCIDRs []netip.Prefix
+	for _, cidrs := range in.serviceCIDRs {
+		serviceCIDRs = append(serviceCIDRs, cidrs...)
+	}
+	n.ServiceCIDRs = outermost(serviceCIDRs)
+	n.NodePortAddrs = nodePortAddrs(opts, in, n.ServiceCIDRs)
+	return n
+}
+
+// parseNetworks returns those that are networks. The API server lets no others
+// into Nodes and ServiceCIDRs.
+func parseNetworks(texts []string) []netip.Prefix {
+	parsed := make([]netip.Prefix, 0, len(texts))
+	for _, text := range texts {
+		if network, err := parseNetwork(text); err == nil {
+			parsed = append(parsed, network)
+		}
+	}
+	return parsed
+}
+
+// primaryAddrs returns the node's primary addresses, at most one a family: the
+// first InternalIP, or else the first ExternalIP. The address given as override
+// replaces that of its family.
+func primaryAddrs(addresses []corev1.NodeAddress, override netip.Addr) []netip.Addr {
+	var primary []netip.Addr
+	add := func(addr netip.Addr) {
+		if !hasFamilyOf(primary, addr) {
+			primary = append(primary, addr)
+		}
+	}
+	if override.IsValid() && !override.IsUnspecified() {
+		add(override.Unmap().WithZone(""))
+	}
+	for _, t := range [...]corev1.NodeAddressType{corev1.NodeInternalIP, corev1.NodeExternalIP} {
+		for _, a := range addresses {
+			if a.Type != t {
+				continue
+			}
+			if addr, err := parseAddr(a.Address); err == nil {
+				add(addr)
+			}
+		}
+	}
+	return primary
+}

@@ -2,11 +2,13 @@ package kube
 
 import (
 	"fmt"
+	"net/netip"
 	"strings"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/intstr"
@@ -92,12 +94,22 @@ func slicePorts(ports ...discoveryv1.EndpointPort) func(*discoveryv1.EndpointSli
 //	@name          on the node called name
 //	!ready         and !serving: the condition is false
 //	+ready         and +serving, +terminating: the condition is true
+//	zone=a,b       hints.forZones
+//	node=a,b       hints.forNodes
 func eps(texts ...string) []discoveryv1.Endpoint {
 	var endpoints []discoveryv1.Endpoint
 	for _, text := range texts {
 		words := strings.Fields(text)
 		ep := discoveryv1.Endpoint{Addresses: []string{words[0]}}
 		for _, word := range words[1:] {
+			if list, ok := strings.CutPrefix(word, "zone="); ok {
+				hints(&ep).ForZones = zones(strings.Split(list, ","))
+				continue
+			}
+			if list, ok := strings.CutPrefix(word, "node="); ok {
+				hints(&ep).ForNodes = nodes(strings.Split(list, ","))
+				continue
+			}
 			value := word[0] == '+'
 			switch word[1:] {
 			case "ready":
@@ -119,6 +131,134 @@ func eps(texts ...string) []discoveryv1.Endpoint {
 	return endpoints
 }
 
+func hints(ep *discoveryv1.Endpoint) *discoveryv1.EndpointHints {
+	if ep.Hints == nil {
+		ep.Hints = &discoveryv1.EndpointHints{}
+	}
+	return ep.Hints
+}
+
+func zones(names []string) []discoveryv1.ForZone {
+	var zones []discoveryv1.ForZone
+	for _, name := range names {
+		zones = append(zones, discoveryv1.ForZone{Name: name})
+	}
+	return zones
+}
+
+func nodes(names []string) []discoveryv1.ForNode {
+	var nodes []discoveryv1.ForNode
+	for _, name := range names {
+		nodes = append(nodes, discoveryv1.ForNode{Name: name})
+	}
+	return nodes
+}
+
+// nodePorts makes the Service a NodePort one, unless it is a LoadBalancer, with
+// these node ports.
+func nodePorts(numbers ...int32) func(*corev1.Service) {
+	return func(svc *corev1.Service) {
+		if svc.Spec.Type != corev1.ServiceTypeLoadBalancer {
+			svc.Spec.Type = corev1.ServiceTypeNodePort
+		}
+		for i, number := range numbers {
+			svc.Spec.Ports[i].NodePort = number
+		}
+	}
+}
+
+func externalIPs(ips ...string) func(*corev1.Service) {
+	return func(svc *corev1.Service) { svc.Spec.ExternalIPs = ips }
+}
+
+// ingress makes the Service a LoadBalancer one with these addresses.
+func ingress(ips ...string) func(*corev1.Service) {
+	return func(svc *corev1.Service) {
+		svc.Spec.Type = corev1.ServiceTypeLoadBalancer
+		for _, ip := range ips {
+			svc.Status.LoadBalancer.Ingress = append(svc.Status.LoadBalancer.Ingress, corev1.LoadBalancerIngress{IP: ip})
+		}
+	}
+}
+
+func ofType(t corev1.ServiceType) func(*corev1.Service) {
+	return func(svc *corev1.Service) { svc.Spec.Type = t }
+}
+
+func internalPolicy(policy corev1.ServiceInternalTrafficPolicy) func(*corev1.Service) {
+	return func(svc *corev1.Service) { svc.Spec.InternalTrafficPolicy = &policy }
+}
+
+func externalPolicy(policy corev1.ServiceExternalTrafficPolicy) func(*corev1.Service) {
+	return func(svc *corev1.Service) { svc.Spec.ExternalTrafficPolicy = policy }
+}
+
+func healthCheckNodePort(port int32) func(*corev1.Service) {
+	return func(svc *corev1.Service) { svc.Spec.HealthCheckNodePort = port }
+}
+
+func sourceRangesOf(ranges ...string) func(*corev1.Service) {
+	return func(svc *corev1.Service) { svc.Spec.LoadBalancerSourceRanges = ranges }
+}
+
+func withUID(uid types.UID) func(*corev1.Service) {
+	return func(svc *corev1.Service) { svc.UID = uid }
+}
+
+// clientIP asks for session affinity.
+func clientIP(svc *corev1.Service) { svc.Spec.SessionAffinity = corev1.ServiceAffinityClientIP }
+
+func timeout(seconds int32) func(*corev1.Service) {
+	return func(svc *corev1.Service) {
+		clientIP(svc)
+		svc.Spec.SessionAffinityConfig = &corev1.SessionAffinityConfig{
+			ClientIP: &corev1.ClientIPConfig{TimeoutSeconds: &seconds},
+		}
+	}
+}
+
+// newNode returns the Node here with InternalIPs, changed by the functions.
+func newNode(ips string, changes ...func(*corev1.Node)) *corev1.Node {
+	node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "here"}}
+	for _, ip := range strings.Fields(ips) {
+		node.Status.Addresses = append(node.Status.Addresses, corev1.NodeAddress{Type: corev1.NodeInternalIP, Address: ip})
+	}
+	for _, change := range changes {
+		change(node)
+	}
+	return node
+}
+
+func inZone(zone string) func(*corev1.Node) {
+	return func(node *corev1.Node) { node.Labels = map[string]string{corev1.LabelTopologyZone: zone} }
+}
+
+func podCIDRs(cidrs ...string) func(*corev1.Node) {
+	return func(node *corev1.Node) { node.Spec.PodCIDRs = cidrs }
+}
+
+func newServiceCIDR(name string, cidrs ...string) *networkingv1.ServiceCIDR {
+	return &networkingv1.ServiceCIDR{
+		ObjectMeta: metav1.ObjectMeta{Name: name}, Spec: networkingv1.ServiceCIDRSpec{CIDRs: cidrs},
+	}
+}
+
+func addrs(texts string) []netip.Addr {
+	list := []netip.Addr{}
+	for _, text := range strings.Fields(texts) {
+		list = append(list, netip.MustParseAddr(text))
+	}
+	return list
+}
+
+func cidrs(texts string) []netip.Prefix {
+	var list []netip.Prefix
+	for _, text := range strings.Fields(texts) {
+		list = append(list, netip.MustParsePrefix(text))
+	}
+	return list
+}
+
 func named(name string) types.NamespacedName {
 	return types.NamespacedName{Namespace: "default", Name: name}
 }
@@ -126,6 +266,10 @@ func named(name string) types.NamespacedName {
 // text writes a Service as
 //
 //	10.96.0.1:80/TCP -> 10.0.0.1:8080 10.0.0.2:8080(local)
+//
+// with the rest of the treatment behind it, where it is not as in the zero one:
+//
+//	0.0.0.0:30080/TCP -> 10.0.0.1:8080, others -> none, masquerade node, drop
 func text(svc *dataplane.Service) string {
 	if svc == nil {
 		return "gone"
@@ -135,14 +279,48 @@ func text(svc *dataplane.Service) string {
 		words = append(words, f.String())
 	}
 	words = append(words, "->")
-	for _, e := range svc.Endpoints {
+	words = append(words, endpointTexts(svc.Endpoints)...)
+	parts := []string{strings.Join(words, " ")}
+	if svc.ExternalLocal {
+		others := endpointTexts(svc.LocalEndpoints)
+		if len(others) == 0 {
+			others = []string{"none"}
+		}
+		parts = append(parts, "others -> "+strings.Join(others, " "))
+	}
+	if svc.Masquerade != dataplane.MasqueradeForeign {
+		parts = append(parts, "masquerade "+svc.Masquerade.String())
+	}
+	if svc.NoEndpoints != dataplane.Reject {
+		parts = append(parts, svc.NoEndpoints.String())
+	}
+	if svc.Affinity != 0 {
+		parts = append(parts, "affinity "+svc.Affinity.String())
+	}
+	if len(svc.SourceRanges) > 0 {
+		parts = append(parts, fmt.Sprintf("from %v", svc.SourceRanges))
+	}
+	return strings.Join(parts, ", ")
+}
+
+func endpointTexts(endpoints []dataplane.Endpoint) []string {
+	var words []string
+	for _, e := range endpoints {
 		word := e.Addr.String()
 		if e.Local {
 			word += "(local)"
 		}
 		words = append(words, word)
 	}
-	return strings.Join(words, " ")
+	return words
+}
+
+func problemTexts(problems []Problem) []string {
+	var texts []string
+	for _, p := range problems {
+		texts = append(texts, p.String())
+	}
+	return texts
 }
 
 func texts(changes map[dataplane.Key]*dataplane.Service) map[string]string {

@@ -10,8 +10,9 @@ import (
 // Problem says that a Service does not get what its objects ask for, and what
 // to do about it. Problems are comparable.
 type Problem struct {
-	// Service is the Service that is affected.
+	// Service is the Service that is affected, and UID its metadata.uid.
 	Service types.NamespacedName
+	UID     types.UID
 	// EndpointSlice is the name of the EndpointSlice that Field is in, in the
 	// Service's namespace. It is empty where Field is in the Service itself.
 	EndpointSlice string
@@ -23,7 +24,7 @@ type Problem struct {
 
 // String returns the problem in one line:
 //
-//	shop/web: spec.sessionAffinity: ClientIP is not yet supported…
+//	shop/web: spec.ports[0].protocol: "tpc" is not a protocol…
 //	shop/web: EndpointSlice web-x7k2p: endpoints[0].addresses[0]: …
 func (p Problem) String() string {
 	var b strings.Builder
@@ -46,6 +47,7 @@ func (p Problem) Compare(o Problem) int {
 		strings.Compare(p.EndpointSlice, o.EndpointSlice),
 		strings.Compare(p.Field, o.Field),
 		strings.Compare(p.Message, o.Message),
+		strings.Compare(string(p.UID), string(o.UID)),
 	)
 }
 

@@ -1,16 +1,20 @@
 package kube
 
 import (
+	"cmp"
 	"fmt"
 	"maps"
 	"math/rand/v2"
+	"net/netip"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
-	"github.com/google/go-cmp/cmp"
+	gocmp "github.com/google/go-cmp/cmp"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
 	"fairlead/dataplane"
@@ -36,8 +40,14 @@ func pick[T any](c choices, from ...T) T { return from[c.IntN(len(from))] }
 
 // world is what a source would hold.
 type world struct {
-	services map[types.NamespacedName]*corev1.Service
-	slices   map[types.NamespacedName]*discoveryv1.EndpointSlice
+	opts         Options
+	services     map[types.NamespacedName]*corev1.Service
+	slices       map[types.NamespacedName]*discoveryv1.EndpointSlice
+	node         *corev1.Node // the last one, also if it was deleted
+	nodeSeen     bool
+	nodeDeleted  bool
+	serviceCIDRs map[string][]string
+	localAddrs   []netip.Addr
 }
 
 // Few names, addresses and ports, so that histories collide all the time.
@@ -46,18 +56,37 @@ func randomService(c choices) *corev1.Service {
 	svc := newService(pick(c, "a", "b", "c", "d"), ips, age(time.Duration(c.IntN(3))*time.Hour))
 	svc.Spec.Ports = nil
 	for range 1 + c.IntN(3) {
-		svc.Spec.Ports = append(svc.Spec.Ports,
-			port(pick(c, "", "p", "q"), pick(c, corev1.ProtocolTCP, corev1.ProtocolUDP, "", "bad"), pick[int32](c, 80, 81, 80, 70000)))
+		p := port(pick(c, "", "p", "q"), pick(c, corev1.ProtocolTCP, corev1.ProtocolUDP, "", "bad"), pick[int32](c, 80, 81, 80, 70000))
+		p.NodePort = pick[int32](c, 0, 30080, 30081, 80, 70000)
+		svc.Spec.Ports = append(svc.Spec.Ports, p)
 	}
 	switch c.IntN(12) {
 	case 0:
 		svc.Labels = map[string]string{labelServiceProxyName: "x"}
 	case 1:
 		svc.Spec.Type = corev1.ServiceTypeExternalName
-	case 2:
+	case 2, 3:
 		svc.Spec.Type = corev1.ServiceTypeNodePort
-	case 3:
+	case 4, 5, 6, 7:
+		svc.Spec.Type = corev1.ServiceTypeLoadBalancer
+		for range c.IntN(3) {
+			svc.Status.LoadBalancer.Ingress = append(svc.Status.LoadBalancer.Ingress, corev1.LoadBalancerIngress{
+				IP:     pick(c, "192.0.2.1", "192.0.2.2", "10.96.0.1", "2001:db8::1", "bad", ""),
+				IPMode: pick(c, nil, nil, new(corev1.LoadBalancerIPModeVIP), new(corev1.LoadBalancerIPModeProxy)),
+			})
+		}
+		svc.Spec.HealthCheckNodePort = pick[int32](c, 0, 32000, 32001)
+		svc.Spec.LoadBalancerSourceRanges = pick(c, nil, []string{"10.0.0.0/8"}, []string{" 10.1.2.3/8", "fd00::/8"}, []string{"0.0.0.0/0", "x"}, []string{"x"})
+	case 8:
 		svc.Namespace = "shop"
+	}
+	for range max(0, c.IntN(5)-2) {
+		svc.Spec.ExternalIPs = append(svc.Spec.ExternalIPs, pick(c, "192.0.2.1", "192.0.2.3", "10.96.0.2", "2001:db8::1", "127.0.0.1"))
+	}
+	svc.Spec.InternalTrafficPolicy = pick(c, nil, new(corev1.ServiceInternalTrafficPolicyCluster), new(corev1.ServiceInternalTrafficPolicyLocal))
+	svc.Spec.ExternalTrafficPolicy = pick(c, "", corev1.ServiceExternalTrafficPolicyCluster, corev1.ServiceExternalTrafficPolicyLocal)
+	if c.IntN(4) == 0 {
+		timeout(pick[int32](c, 60, 0))(svc)
 	}
 	return svc
 }
@@ -69,6 +98,7 @@ func randomSlice(c choices) *discoveryv1.EndpointSlice {
 		slice.AddressType = discoveryv1.AddressTypeIPv6
 		ips = []string{"fd01::1", "fd01:0::2", "::ffff:10.0.0.1"}
 	}
+	hinted := c.IntN(2) == 0
 	for range c.IntN(5) {
 		ep := eps(pick(c, ips...))[0]
 		if c.IntN(4) == 0 {
@@ -78,6 +108,12 @@ func randomSlice(c choices) *discoveryv1.EndpointSlice {
 		}
 		if c.IntN(2) == 0 {
 			ep.NodeName = new(pick(c, "here", "there"))
+		}
+		if hinted && c.IntN(8) != 0 {
+			hints(&ep).ForZones = zones(pick(c, []string{"a"}, []string{"b"}, []string{"a", "b"}))
+			if c.IntN(2) == 0 {
+				hints(&ep).ForNodes = nodes(pick(c, []string{"here"}, []string{"there"}))
+			}
 		}
 		slice.Endpoints = append(slice.Endpoints, ep)
 	}
@@ -95,21 +131,52 @@ func randomSlice(c choices) *discoveryv1.EndpointSlice {
 	return slice
 }
 
+func randomNode(c choices) *corev1.Node {
+	node := newNode(pick(c, "", "198.51.100.1", "198.51.100.2 2001:db8:1::1", "127.0.0.1"))
+	node.Labels = map[string]string{corev1.LabelTopologyZone: pick(c, "", "a", "b")}
+	node.Spec.PodCIDRs = pick(c, nil, []string{"10.1.0.0/24"}, []string{"10.2.0.0/24", "fd02::/64"})
+	if c.IntN(6) == 0 {
+		node.Spec.Taints = []corev1.Taint{{Key: "ToBeDeletedByClusterAutoscaler"}}
+	}
+	if c.IntN(6) == 0 {
+		node.DeletionTimestamp = &metav1.Time{Time: time.Unix(1, 0)}
+	}
+	return node
+}
+
 // step makes a random Delta and carries it out on the world.
 func (w *world) step(c choices) Delta {
 	var d Delta
 	for range 1 + c.IntN(3) {
-		switch c.IntN(5) {
+		switch c.IntN(8) {
 		case 0, 1:
-			svc := randomService(c)
-			d.Services = append(d.Services, svc)
+			d.Services = append(d.Services, randomService(c))
 		case 2, 3:
 			d.EndpointSlices = append(d.EndpointSlices, randomSlice(c))
 		case 4:
 			d.DeletedServices = append(d.DeletedServices, named(pick(c, "a", "b", "c", "d")))
 			d.DeletedEndpointSlices = append(d.DeletedEndpointSlices, named(pick(c, "s1", "s2", "s3", "s4", "s5")))
+		case 5:
+			if d.NodeDeleted = c.IntN(5) == 0; !d.NodeDeleted {
+				d.Node = randomNode(c)
+			}
+		case 6:
+			name := pick(c, "x", "y")
+			if c.IntN(3) == 0 {
+				d.DeletedServiceCIDRs = append(d.DeletedServiceCIDRs, name)
+			} else {
+				d.ServiceCIDRs = append(d.ServiceCIDRs, newServiceCIDR(name, pick(c, "10.96.0.0/16", "10.96.0.0/24", "fd00::/108")))
+			}
+		case 7:
+			d.LocalAddrs = addrs(pick(c, "127.0.0.1 198.51.100.1", "198.51.100.2 203.0.113.1 2001:db8:1::1 fe80::1 ::1", ""))
 		}
 	}
+	w.take(d)
+	return d
+}
+
+// take carries a Delta out.
+func (w *world) take(d Delta) {
 	for _, name := range d.DeletedServices {
 		delete(w.services, name)
 	}
@@ -122,54 +189,280 @@ func (w *world) step(c choices) Delta {
 	for _, slice := range d.EndpointSlices {
 		w.slices[types.NamespacedName{Namespace: slice.Namespace, Name: slice.Name}] = slice
 	}
-	return d
+	if d.NodeDeleted {
+		w.nodeSeen, w.nodeDeleted = true, true
+	}
+	if d.Node != nil {
+		w.node, w.nodeSeen, w.nodeDeleted = d.Node, true, false
+	}
+	for _, name := range d.DeletedServiceCIDRs {
+		delete(w.serviceCIDRs, name)
+	}
+	for _, s := range d.ServiceCIDRs {
+		w.serviceCIDRs[s.Name] = s.Spec.CIDRs
+	}
+	if d.LocalAddrs != nil {
+		w.localAddrs = d.LocalAddrs
+	}
+}
+
+// deltas returns the world as one that starts now would hear of it. Two are
+// needed where the node is deleted, as what was known of it counts.
+func (w *world) deltas() []Delta {
+	d := Delta{
+		Services:       slices.Collect(maps.Values(w.services)),
+		EndpointSlices: slices.Collect(maps.Values(w.slices)),
+		Node:           w.node,
+		LocalAddrs:     w.localAddrs,
+	}
+	for name, list := range w.serviceCIDRs {
+		d.ServiceCIDRs = append(d.ServiceCIDRs, newServiceCIDR(name, list...))
+	}
+	if w.nodeDeleted {
+		return []Delta{d, {NodeDeleted: true}}
+	}
+	return []Delta{d}
+}
+
+// naiveWant is a frontend that somebody wants.
+type naiveWant struct {
+	svc      *corev1.Service
+	port     int
+	kind     dataplane.Kind
+	frontend dataplane.Frontend
+}
+
+func (n naiveWant) key() dataplane.Key {
+	return dataplane.Key{
+		Namespace: n.svc.Namespace, Name: n.svc.Name, Port: n.svc.Spec.Ports[n.port].Name,
+		Family: dataplane.FamilyOf(n.frontend.Addr.Addr()), Kind: n.kind,
+	}
+}
+
+// naiveWants lists the frontends that a Service asks for.
+func naiveWants(svc *corev1.Service) (wants []naiveWant) {
+	if svc.Spec.Type == corev1.ServiceTypeExternalName || svc.Spec.ClusterIP == "None" || svc.Labels[labelServiceProxyName] != "" {
+		return nil
+	}
+	for _, family := range []dataplane.Family{dataplane.IPv4, dataplane.IPv6} {
+		ofFamily := func(texts ...string) (list []netip.Addr) {
+			for _, text := range texts {
+				if a, err := parseAddr(text); err == nil && !a.IsLoopback() && dataplane.FamilyOf(a) == family {
+					list = append(list, a)
+				}
+			}
+			return list
+		}
+		cluster := ofFamily(svc.Spec.ClusterIPs...)
+		if len(cluster) == 0 {
+			continue
+		}
+		var balancer []netip.Addr
+		for _, i := range svc.Status.LoadBalancer.Ingress {
+			if i.IPMode == nil || *i.IPMode == "VIP" {
+				balancer = append(balancer, ofFamily(i.IP)...)
+			}
+		}
+		external := slices.DeleteFunc(ofFamily(svc.Spec.ExternalIPs...), func(a netip.Addr) bool { return slices.Contains(balancer, a) })
+		seen := map[string]bool{}
+		for i, p := range svc.Spec.Ports {
+			protocol := map[corev1.Protocol]dataplane.Protocol{"": dataplane.TCP, "TCP": dataplane.TCP, "UDP": dataplane.UDP}[p.Protocol]
+			valid := protocol != 0 && p.Port <= 65535
+			if first := !seen[p.Name]; !valid || !first {
+				seen[p.Name] = true
+				continue
+			}
+			seen[p.Name] = true
+			want := func(kind dataplane.Kind, number int32, list ...netip.Addr) {
+				for _, a := range list {
+					wants = append(wants, naiveWant{svc, i, kind, dataplane.Frontend{Protocol: protocol, Addr: addrPort(a, number)}})
+				}
+			}
+			want(dataplane.ClusterIP, p.Port, cluster[0])
+			if t := svc.Spec.Type; p.NodePort > 0 && p.NodePort <= 65535 && (t == "NodePort" || t == "LoadBalancer") {
+				want(dataplane.NodePort, p.NodePort, map[dataplane.Family]netip.Addr{
+					dataplane.IPv4: netip.MustParseAddr("0.0.0.0"), dataplane.IPv6: netip.MustParseAddr("::"),
+				}[family])
+			}
+			want(dataplane.ExternalIP, p.Port, external...)
+			want(dataplane.LoadBalancer, p.Port, balancer...)
+		}
+	}
+	return wants
 }
 
 // compute says from scratch, the naive way, what the node must have.
 func (w *world) compute() map[dataplane.Key]*dataplane.Service {
-	all := slices.SortedFunc(maps.Values(w.services), func(a, b *corev1.Service) int {
-		if c := a.CreationTimestamp.Compare(b.CreationTimestamp.Time); c != 0 {
-			return c
-		}
-		return compareNames(types.NamespacedName{Namespace: a.Namespace, Name: a.Name}, types.NamespacedName{Namespace: b.Namespace, Name: b.Name})
+	var wants []naiveWant
+	for _, svc := range w.services {
+		wants = append(wants, naiveWants(svc)...)
+	}
+	slices.SortFunc(wants, func(a, b naiveWant) int {
+		isCluster := func(n naiveWant) int { return min(int(n.kind), 1) }
+		return cmp.Or(
+			cmp.Compare(isCluster(a), isCluster(b)),
+			a.svc.CreationTimestamp.Compare(b.svc.CreationTimestamp.Time),
+			strings.Compare(a.svc.Namespace, b.svc.Namespace),
+			strings.Compare(a.svc.Name, b.svc.Name),
+			cmp.Compare(a.port, b.port),
+		)
 	})
 	taken := map[dataplane.Frontend]bool{}
-	out := map[dataplane.Key]*dataplane.Service{}
-	for _, svc := range all {
-		mine := map[string]*discoveryv1.EndpointSlice{}
-		for _, slice := range w.slices {
-			if _, headless := slice.Labels[corev1.IsHeadlessService]; !headless &&
-				slice.Namespace == svc.Namespace && slice.Labels[discoveryv1.LabelServiceName] == svc.Name {
-				mine[slice.Name] = slice
-			}
-		}
-		wants, _ := convert(svc, mine, "here")
-		for _, want := range wants {
-			if taken[want.frontend] {
-				continue
-			}
+	granted := map[dataplane.Key][]naiveWant{}
+	for _, want := range wants {
+		if !taken[want.frontend] {
 			taken[want.frontend] = true
-			s, err := dataplane.NewService(want.key, []dataplane.Frontend{want.frontend}, dataplane.Treatment{Endpoints: slices.Collect(naiveEndpoints(want, mine))})
-			if err != nil {
-				panic(err)
-			}
-			out[want.key] = s
+			granted[want.key()] = append(granted[want.key()], want)
 		}
+	}
+	out := map[dataplane.Key]*dataplane.Service{}
+	for key, wants := range granted {
+		var frontends []dataplane.Frontend
+		for _, want := range wants {
+			frontends = append(frontends, want.frontend)
+		}
+		s, err := dataplane.NewService(key, frontends, w.naiveTreatment(wants[0]))
+		if err != nil {
+			panic(err)
+		}
+		out[key] = s
 	}
 	return out
 }
 
-// naiveEndpoints is the specification of the choice of endpoints in another
-// form: for each address, ask whether any slice says what would make it count.
-func naiveEndpoints(want wanted, mine map[string]*discoveryv1.EndpointSlice) func(func(dataplane.Endpoint) bool) {
-	type entry struct{ ready, serving, terminating, local bool }
-	entries := map[dataplane.Endpoint][]entry{}
-	for _, slice := range mine {
-		if string(slice.AddressType) != want.key.Family.String() {
+// slicesOf returns the slices of a Service.
+func (w *world) slicesOf(svc *corev1.Service) (mine []*discoveryv1.EndpointSlice) {
+	for _, slice := range w.slices {
+		if _, headless := slice.Labels[corev1.IsHeadlessService]; !headless &&
+			slice.Namespace == svc.Namespace && slice.Labels[discoveryv1.LabelServiceName] == svc.Name {
+			mine = append(mine, slice)
+		}
+	}
+	return mine
+}
+
+func (w *world) naiveTreatment(want naiveWant) dataplane.Treatment {
+	spec := want.svc.Spec
+	endpoints := w.naiveEndpoints(want)
+	zone := ""
+	if w.node != nil {
+		zone = w.node.Labels[corev1.LabelTopologyZone]
+	}
+	cluster := naiveCluster(endpoints, zone)
+	local := usable(endpoints, func(e entry) bool { return e.here })
+	all := func(list []entry) (out []dataplane.Endpoint) {
+		for _, e := range list {
+			out = append(out, dataplane.Endpoint{Addr: e.addr, Local: e.local})
+		}
+		return out
+	}
+	var t dataplane.Treatment
+	external := want.kind != dataplane.ClusterIP
+	externalLocal := external && spec.ExternalTrafficPolicy == "Local" &&
+		(spec.Type == "NodePort" || spec.Type == "LoadBalancer" || len(spec.ExternalIPs) > 0)
+	internalLocal := !external && spec.InternalTrafficPolicy != nil && *spec.InternalTrafficPolicy == "Local"
+	t.Endpoints = all(cluster)
+	if internalLocal {
+		t.Endpoints = all(local)
+	}
+	if externalLocal {
+		t.ExternalLocal, t.LocalEndpoints, t.Masquerade = true, all(local), dataplane.MasqueradeNode
+	} else if external {
+		t.Masquerade = dataplane.MasqueradeAlways
+	}
+	if (internalLocal || externalLocal) && len(local) == 0 && len(usable(endpoints, func(entry) bool { return true })) > 0 {
+		t.NoEndpoints = dataplane.Drop
+	}
+	if spec.SessionAffinity == "ClientIP" {
+		t.Affinity = map[int32]time.Duration{60: time.Minute, 0: 3 * time.Hour}[*spec.SessionAffinityConfig.ClientIP.TimeoutSeconds]
+	}
+	if want.kind == dataplane.LoadBalancer {
+		four := want.key().Family == dataplane.IPv4
+		switch strings.Join(spec.LoadBalancerSourceRanges, ",") {
+		case "10.0.0.0/8":
+			if four {
+				t.SourceRanges = cidrs("10.0.0.0/8")
+			}
+		case " 10.1.2.3/8,fd00::/8":
+			t.SourceRanges = cidrs(map[bool]string{true: "10.0.0.0/8", false: "fd00::/8"}[four])
+		case "0.0.0.0/0,x":
+			if !four {
+				t.SourceRanges = cidrs("::/128")
+			}
+		case "x":
+			t.SourceRanges = cidrs(map[bool]string{true: "0.0.0.0/32", false: "::/128"}[four])
+		}
+	}
+	return t
+}
+
+// entry is an endpoint as the naive model sees it.
+type entry struct {
+	addr                        netip.AddrPort
+	ready, serving, terminating bool
+	local, here                 bool
+	zones, nodes                []string
+}
+
+// naiveCluster is the list of the policy Cluster.
+func naiveCluster(endpoints []entry, zone string) []entry {
+	var ready []entry
+	for _, e := range endpoints {
+		if e.ready {
+			ready = append(ready, e)
+		}
+	}
+	every := func(has func(entry) bool) bool {
+		return !slices.ContainsFunc(ready, func(e entry) bool { return !has(e) })
+	}
+	only := func(has func(entry) bool) []entry {
+		return slices.DeleteFunc(slices.Clone(ready), func(e entry) bool { return !has(e) })
+	}
+	if forHere := only(func(e entry) bool { return slices.Contains(e.nodes, "here") }); len(forHere) > 0 &&
+		every(func(e entry) bool { return len(e.nodes) > 0 }) {
+		return forHere
+	}
+	if inZone := only(func(e entry) bool { return slices.Contains(e.zones, zone) }); len(inZone) > 0 &&
+		every(func(e entry) bool { return len(e.zones) > 0 }) {
+		return inZone
+	}
+	return usable(endpoints, func(entry) bool { return true })
+}
+
+// usable returns the ready ones, or else those that drain.
+func usable(endpoints []entry, of func(entry) bool) (list []entry) {
+	for _, e := range endpoints {
+		if e.ready && of(e) {
+			list = append(list, e)
+		}
+	}
+	if len(list) > 0 {
+		return list
+	}
+	for _, e := range endpoints {
+		if e.serving && e.terminating && of(e) {
+			list = append(list, e)
+		}
+	}
+	return list
+}
+
+// naiveEndpoints is the specification of what slices say of an address in
+// another form: of all entries, keep those that satisfy each condition in turn,
+// unless none does.
+func (w *world) naiveEndpoints(want naiveWant) (list []entry) {
+	key := want.key()
+	zone := ""
+	if w.node != nil {
+		zone = w.node.Labels[corev1.LabelTopologyZone]
+	}
+	entries := map[netip.AddrPort][]entry{}
+	for _, slice := range w.slicesOf(want.svc) {
+		if string(slice.AddressType) != key.Family.String() {
 			continue
 		}
 		for _, p := range slice.Ports {
-			if *p.Name != want.key.Port || string(*p.Protocol) != want.frontend.Protocol.String() || *p.Port == 0 {
+			if *p.Name != key.Port || string(*p.Protocol) != want.frontend.Protocol.String() || *p.Port == 0 {
 				continue
 			}
 			for _, ep := range slice.Endpoints {
@@ -177,54 +470,130 @@ func naiveEndpoints(want wanted, mine map[string]*discoveryv1.EndpointSlice) fun
 				if err != nil || addr.IsLoopback() {
 					continue
 				}
-				key := dataplane.Endpoint{Addr: addrPort(addr, *p.Port)}
-				entries[key] = append(entries[key], entry{
+				e := entry{
+					addr:        addrPort(addr, *p.Port),
 					ready:       ep.Conditions.Ready == nil || *ep.Conditions.Ready,
 					serving:     ep.Conditions.Serving == nil || *ep.Conditions.Serving,
 					terminating: ep.Conditions.Terminating != nil && *ep.Conditions.Terminating,
 					local:       ep.NodeName == nil || *ep.NodeName == "here",
-				})
+					here:        ep.NodeName != nil && *ep.NodeName == "here",
+				}
+				if ep.Hints != nil {
+					for _, z := range ep.Hints.ForZones {
+						e.zones = append(e.zones, z.Name)
+					}
+					for _, n := range ep.Hints.ForNodes {
+						e.nodes = append(e.nodes, n.Name)
+					}
+				}
+				entries[e.addr] = append(entries[e.addr], e)
 			}
 		}
 	}
-	ready, draining := map[dataplane.Endpoint]bool{}, map[dataplane.Endpoint]bool{}
-	for key, list := range entries {
-		// narrow keeps those that satisfy, unless none does.
-		narrow := func(satisfies func(entry) bool) {
-			if some := slices.DeleteFunc(slices.Clone(list), func(e entry) bool { return !satisfies(e) }); len(some) > 0 {
-				list = some
+	local := map[netip.Addr]bool{}
+	for addr, all := range entries {
+		for _, satisfies := range []func(entry) bool{
+			func(e entry) bool { return !e.terminating },
+			func(e entry) bool { return e.ready },
+			func(e entry) bool { return e.serving },
+			func(e entry) bool { return e.local },
+			func(e entry) bool { return e.here },
+			func(e entry) bool { return len(e.nodes) > 0 },
+			func(e entry) bool { return slices.Contains(e.nodes, "here") },
+			func(e entry) bool { return len(e.zones) > 0 },
+			func(e entry) bool { return slices.Contains(e.zones, zone) },
+		} {
+			if some := slices.DeleteFunc(slices.Clone(all), func(e entry) bool { return !satisfies(e) }); len(some) > 0 {
+				all = some
 			}
 		}
-		narrow(func(e entry) bool { return !e.terminating })
-		narrow(func(e entry) bool { return e.ready })
-		narrow(func(e entry) bool { return e.serving })
-		narrow(func(e entry) bool { return e.local })
-		key.Local = list[0].local
-		switch {
-		case list[0].ready:
-			ready[key] = true
-		case list[0].serving && list[0].terminating:
-			draining[key] = true
+		list = append(list, all[0])
+		local[addr.Addr()] = local[addr.Addr()] || all[0].local
+	}
+	for i := range list {
+		list[i].local = local[list[i].addr.Addr()]
+	}
+	return list
+}
+
+// checks says from scratch what the health-check node ports answer.
+func (w *world) checks() map[types.NamespacedName]HealthCheck {
+	out := map[types.NamespacedName]HealthCheck{}
+	for name, svc := range w.services {
+		wants := naiveWants(svc)
+		if svc.Spec.Type != "LoadBalancer" || svc.Spec.ExternalTrafficPolicy != "Local" || svc.Spec.HealthCheckNodePort == 0 || len(wants) == 0 {
+			continue
+		}
+		count := map[dataplane.Family]map[netip.Addr]bool{dataplane.IPv4: {}, dataplane.IPv6: {}}
+		for _, want := range wants {
+			for _, e := range w.naiveEndpoints(want) {
+				if e.ready && e.here {
+					count[want.key().Family][e.addr.Addr()] = true
+				}
+			}
+		}
+		out[name] = HealthCheck{
+			Port:           uint16(svc.Spec.HealthCheckNodePort),
+			LocalEndpoints: max(len(count[dataplane.IPv4]), len(count[dataplane.IPv6])),
 		}
 	}
-	if len(ready) > 0 {
-		return maps.Keys(ready)
+	return out
+}
+
+// naiveNode says from scratch what the dataplane must know of the node. The
+// cases of nodePortAddrs are in a table of their own.
+func (w *world) naiveNode() dataplane.Node {
+	n := dataplane.Node{MasqueradeAll: w.opts.MasqueradeAll}
+	if w.node != nil {
+		n.LocalPodCIDRs = cidrs(strings.Join(w.node.Spec.PodCIDRs, " "))
+		for _, a := range w.node.Status.Addresses {
+			addr := netip.MustParseAddr(a.Address)
+			if !addr.IsLoopback() && (w.localAddrs == nil || slices.Contains(w.localAddrs, addr)) {
+				n.NodePortAddrs = append(n.NodePortAddrs, addr)
+			}
+		}
 	}
-	return maps.Keys(draining)
+	if w.opts.NodePortAddresses.All {
+		n.NodePortAddrs = nil
+		for _, a := range w.localAddrs {
+			if !a.IsLoopback() && !a.IsLinkLocalUnicast() {
+				n.NodePortAddrs = append(n.NodePortAddrs, a)
+			}
+		}
+	}
+	slices.SortFunc(n.NodePortAddrs, netip.Addr.Compare)
+	if w.opts.DetectLocal.Mode == DetectByNodeCIDR {
+		n.PodCIDRs = n.LocalPodCIDRs
+	}
+	var all []string
+	for _, list := range w.serviceCIDRs {
+		all = append(all, list...)
+	}
+	if slices.Contains(all, "10.96.0.0/16") {
+		all = slices.DeleteFunc(all, func(s string) bool { return s == "10.96.0.0/24" })
+	}
+	slices.Sort(all)
+	n.ServiceCIDRs = cidrs(strings.Join(slices.Compact(all), " "))
+	return n
 }
 
 // run plays a history and compares, after every step, what the Results add up
-// to with a computation from scratch, and the Tracker's own memory with that of
-// a new Tracker that is given everything at once.
+// to with what is computed from scratch, twice: by a naive model, and by a
+// Tracker that starts with everything.
 func run(t *testing.T, c choices, steps int) {
 	t.Helper()
-	w := world{services: map[types.NamespacedName]*corev1.Service{}, slices: map[types.NamespacedName]*discoveryv1.EndpointSlice{}}
-	tracker := NewTracker(Options{NodeName: "here"})
+	w := &world{
+		opts:         Options{NodeName: "here"},
+		services:     map[types.NamespacedName]*corev1.Service{},
+		slices:       map[types.NamespacedName]*discoveryv1.EndpointSlice{},
+		serviceCIDRs: map[string][]string{},
+	}
+	tracker := NewTracker(w.opts)
 	got := map[dataplane.Key]*dataplane.Service{}
-	var history string
-	for step := range steps {
-		d := w.step(c)
-		result := tracker.Apply(d)
+	gotChecks := map[types.NamespacedName]HealthCheck{}
+	var gotNode *dataplane.Node
+	var gotHealth *NodeHealth
+	take := func(step int, result Result) {
 		for key, svc := range result.Changes {
 			if svc.Equal(got[key]) {
 				t.Fatalf("step %d: %s is named as changed, but is not: %s", step, key, text(svc))
@@ -235,17 +604,62 @@ func run(t *testing.T, c choices, steps int) {
 				got[key] = svc
 			}
 		}
-		want := w.compute()
-		if diff := cmp.Diff(texts(want), texts(got)); diff != "" {
-			t.Fatalf("step %d (-scratch +incremental):\n%s\nhistory:%s", step, diff, history)
+		for name, check := range result.HealthChecks {
+			old, had := gotChecks[name]
+			if check == nil && !had || check != nil && had && *check == old {
+				t.Fatalf("step %d: the health check of %s is named as changed, but is not: %v", step, name, check)
+			}
+			if check == nil {
+				delete(gotChecks, name)
+			} else {
+				gotChecks[name] = *check
+			}
 		}
-		fresh := NewTracker(Options{NodeName: "here"})
-		fresh.Apply(Delta{Services: slices.Collect(maps.Values(w.services)), EndpointSlices: slices.Collect(maps.Values(w.slices))})
-		if diff := cmp.Diff(memory(fresh), memory(tracker)); diff != "" {
-			t.Fatalf("step %d: memory (-fresh +incremental):\n%s\nhistory:%s", step, diff, history)
+		if result.Node != nil {
+			if gotNode != nil && gotNode.Equal(*result.Node) {
+				t.Fatalf("step %d: the node is named as changed, but is not: %+v", step, result.Node)
+			}
+			gotNode = result.Node
 		}
-		if testing.Verbose() {
-			history += fmt.Sprintf("\n%d: %+v", step, result.Changes)
+		if result.NodeHealth != nil {
+			if gotHealth != nil && *gotHealth == *result.NodeHealth {
+				t.Fatalf("step %d: the node's health is named as changed, but is not: %+v", step, result.NodeHealth)
+			}
+			gotHealth = result.NodeHealth
+		}
+	}
+	for step := range steps {
+		if c.IntN(10) == 0 {
+			w.opts.MasqueradeAll = c.IntN(2) == 0
+			w.opts.NodePortAddresses.All = c.IntN(2) == 0
+			w.opts.DetectLocal.Mode = pick(c, DetectByClusterCIDR, DetectByNodeCIDR)
+			take(step, tracker.Configure(w.opts))
+		}
+		take(step, tracker.Apply(w.step(c)))
+		if diff := gocmp.Diff(texts(w.compute()), texts(got)); diff != "" {
+			t.Fatalf("step %d: Services (-naive +incremental):\n%s", step, diff)
+		}
+		if diff := gocmp.Diff(w.checks(), gotChecks); diff != "" {
+			t.Fatalf("step %d: health checks (-naive +incremental):\n%s", step, diff)
+		}
+		if diff := gocmp.Diff(fmt.Sprintf("%+v", w.naiveNode()), fmt.Sprintf("%+v", *gotNode)); diff != "" {
+			t.Fatalf("step %d: node (-naive +incremental):\n%s", step, diff)
+		}
+		if w.nodeSeen {
+			want := NodeHealth{Exists: !w.nodeDeleted}
+			if !w.nodeDeleted {
+				want.Leaving = w.node.DeletionTimestamp != nil || len(w.node.Spec.Taints) > 0
+			}
+			if gotHealth == nil || *gotHealth != want {
+				t.Fatalf("step %d: node health %v, want %v", step, gotHealth, want)
+			}
+		}
+		fresh := NewTracker(w.opts)
+		for _, d := range w.deltas() {
+			fresh.Apply(d)
+		}
+		if diff := gocmp.Diff(memory(fresh), memory(tracker)); diff != "" {
+			t.Fatalf("step %d: memory (-fresh +incremental):\n%s", step, diff)
 		}
 	}
 }
@@ -255,20 +669,30 @@ func run(t *testing.T, c choices, steps int) {
 func memory(t *Tracker) map[string][]string {
 	out := map[string][]string{}
 	for name, s := range t.services {
-		out["service"] = append(out["service"], name.String())
-		for _, p := range s.known() {
-			out["problem"] = append(out["problem"], p.String())
+		out["service"] = append(out["service"], fmt.Sprint(name, s.created, s.check, len(s.claimed)))
+		out["problem"] = append(out["problem"], problemTexts(s.problems)...)
+		for _, svc := range s.programmed {
+			if svc != nil {
+				out["programmed"] = append(out["programmed"], svc.Key.String()+" "+text(svc))
+			}
 		}
 	}
 	for name, owner := range t.owner {
-		out["slice"] = append(out["slice"], name.String()+" of "+owner.String())
+		out["slice"] = append(out["slice"], name.String()+" of "+owner.name.String())
 	}
-	for f, claims := range t.claims {
-		for _, c := range claims {
-			out["claims of "+f.String()] = append(out["claims of "+f.String()], fmt.Sprint(c))
+	for s := range t.zoned {
+		out["zoned"] = append(out["zoned"], s.name.String())
+	}
+	for f, owner := range t.claims.owners {
+		for _, c := range append([]claim{owner}, t.claims.waiting[f]...) {
+			key := "claims of " + f.String()
+			out[key] = append(out[key], fmt.Sprint(c.service.name, c.port, c.kind))
 		}
 	}
-	for _, name := range []string{"service", "problem", "slice"} {
+	for f := range t.claims.waiting {
+		out["waiting"] = append(out["waiting"], f.String())
+	}
+	for _, name := range []string{"service", "problem", "programmed", "slice", "zoned", "waiting"} {
 		slices.Sort(out[name])
 	}
 	return out

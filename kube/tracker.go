@@ -1,9 +1,9 @@
 package kube
 
 import (
-	"cmp"
-	"fmt"
+	"net/netip"
 	"slices"
+	"strings"
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
@@ -14,10 +14,15 @@ import (
 
 // Options are the settings of a [Tracker].
 type Options struct {
-	// NodeName is the name of this node as endpoints carry it in nodeName. It
-	// decides [dataplane.Endpoint.Local]. If it is empty, only endpoints
-	// without a node are local.
+	// NodeName is the name of this node as endpoints carry it in nodeName and in
+	// hints. It decides [dataplane.Endpoint.Local], and which endpoints the
+	// traffic policy Local leaves. If it is empty, the policy leaves none, and
+	// only endpoints without a node may be local.
 	NodeName string
+	// BindAddress, if it is valid and not unspecified, is taken for the node's
+	// primary address of its family, whatever the Node object says. It is
+	// kube-proxy's --bind-address.
+	BindAddress netip.Addr
 	// MasqueradeAll makes every client of a cluster IP masqueraded.
 	MasqueradeAll bool
 	// DetectLocal says which clients are pods.
@@ -37,7 +42,9 @@ type Result struct {
 	// Node is what the dataplane must know of the node, if that has changed,
 	// and nil otherwise. The first Result has it.
 	Node *dataplane.Node
-	// NodeHealth is what the node's health depends on, if that has changed.
+	// NodeHealth is what the node's health depends on, if that has changed. The
+	// first Result of a Delta with Node or NodeDeleted has it; there is none
+	// before, as nothing is known of the Node object.
 	NodeHealth *NodeHealth
 	// HealthChecks holds the health-check node ports that are new or have
 	// changed, by Service, and nil for those that are gone.
@@ -46,71 +53,80 @@ type Result struct {
 
 // Tracker keeps Services and EndpointSlices by name and computes what this node
 // must have, incrementally: a [Delta] costs work for the Services it touches,
-// directly or through their EndpointSlices, and for those that collide with
-// them. It never walks all Services.
+// directly or through their EndpointSlices, for those that collide with them,
+// and, if the node has moved to another zone, for those whose endpoints have
+// hints for zones. It never walks all Services.
 //
 // A Tracker is not safe for concurrent use.
 type Tracker struct {
-	nodeName string
+	opts     Options
+	here     location
 	services map[types.NamespacedName]*service
 	// owner has the Service of each slice that belongs to one.
-	owner map[types.NamespacedName]types.NamespacedName
-	// claims has everyone who wants a frontend, the owner first.
-	claims map[dataplane.Frontend][]claim
+	owner  map[types.NamespacedName]*service
+	claims claims
+	// zoned are the Services for which another zone of this node may make a
+	// difference.
+	zoned map[*service]struct{}
+
+	networks networks
+	// node is what the last Result with a Node had, and nil before the first.
+	node *dataplane.Node
+	// health is what the last Result with a NodeHealth had, and nil before the
+	// first.
+	health *NodeHealth
+
+	// round counts the Deltas.
+	round uint64
 }
 
 // service is what the Tracker knows under the name of a Service: the Service,
 // its slices, or both.
 type service struct {
+	name   types.NamespacedName
 	object *corev1.Service
-	slices map[string]*discoveryv1.EndpointSlice
-	// wants is what convert made of object and slices, and created the creation
-	// time that the claims for it were made with.
-	wants   []wanted
+	// slices are sorted by name.
+	slices []*discoveryv1.EndpointSlice
+
+	// created is the creation time that its claims were made with, in seconds,
+	// which is the precision of the API. A Service without one counts as the
+	// oldest.
 	created int64
-	// problems of the objects, and those of collisions.
-	problems, collisions []Problem
-	// programmed is what the last Result left in place for each of wants: nil
-	// for one that lost its frontend.
+	// claimed are its claims.
+	claimed []claimed
+	// problems of the objects and of collisions, sorted and without doubles.
+	problems []Problem
+	// programmed is what the last Result left in place, in the order of
+	// claimed: nil for what lost its frontends.
 	programmed []*dataplane.Service
+	// check is the health-check node port, or has port 0.
+	check HealthCheck
+
+	// touched is the round in which the Service was last found to be touched.
+	touched uint64
 }
 
-// known returns all problems of s, sorted.
-func (s *service) known() []Problem {
-	if len(s.problems)+len(s.collisions) == 0 {
-		return nil
-	}
-	known := slices.Concat(s.problems, s.collisions)
-	slices.SortFunc(known, Problem.Compare)
-	return known
+// claimed are the frontends of one kind that a port claims.
+type claimed struct {
+	port      int
+	kind      dataplane.Kind
+	frontends []dataplane.Frontend
 }
 
-// claim is the wish of a Service port for a frontend.
-type claim struct {
-	// created is the Service's creation time in seconds, which is the precision
-	// of the API. A Service without one counts as the oldest.
-	created int64
-	service types.NamespacedName
-	// port is the index in spec.ports.
-	port int
-}
-
-// compare orders claims by precedence: the owner first.
-func (c claim) compare(o claim) int {
-	return cmp.Or(
-		cmp.Compare(c.created, o.created),
-		compareNames(c.service, o.service),
-		cmp.Compare(c.port, o.port),
-	)
+func (c claimed) equal(o claimed) bool {
+	return c.port == o.port && c.kind == o.kind && slices.Equal(c.frontends, o.frontends)
 }
 
 // NewTracker returns a Tracker that knows no objects.
 func NewTracker(opts Options) *Tracker {
 	return &Tracker{
-		nodeName: opts.NodeName,
+		opts:     opts,
+		here:     location{node: opts.NodeName},
 		services: map[types.NamespacedName]*service{},
-		owner:    map[types.NamespacedName]types.NamespacedName{},
-		claims:   map[dataplane.Frontend][]claim{},
+		owner:    map[types.NamespacedName]*service{},
+		claims:   newClaims(),
+		zoned:    map[*service]struct{}{},
+		networks: networks{serviceCIDRs: map[string][]netip.Prefix{}},
 	}
 }
 
@@ -118,225 +134,148 @@ func NewTracker(opts Options) *Tracker {
 // Delta deletions come first: an object that is deleted and delivered is there.
 // Objects may be delivered again without having changed, and objects may be
 // deleted that were never there.
+//
+// A Node that is deleted is reported as such, but its zone, its addresses and
+// its pod networks are taken to be as they were: the node is still there, and
+// has connections.
 func (t *Tracker) Apply(d Delta) Result {
-	dirty := t.take(d)
-	affected := t.reconvert(dirty)
+	t.round++
 	var result Result
-	for name, before := range affected {
-		t.settle(name, before, &result)
+	var work []*service
+	touch := func(s *service) {
+		if s.touched != t.round {
+			s.touched = t.round
+			work = append(work, s)
+		}
 	}
-	slices.SortFunc(result.Problems, Problem.Compare)
+	t.takeNode(d, &result, touch)
+	t.takeObjects(d, touch)
+	t.settleAll(work, &result)
 	return result
 }
 
-// take stores the objects of d and returns the names of the Services they touch.
-func (t *Tracker) take(d Delta) map[types.NamespacedName]struct{} {
-	dirty := map[types.NamespacedName]struct{}{}
+// Configure replaces the options and returns what that changes. The name of the
+// node can't change: that of opts is ignored.
+func (t *Tracker) Configure(opts Options) Result {
+	opts.NodeName = t.opts.NodeName
+	t.opts = opts
+	var result Result
+	t.updateNode(&result)
+	return result
+}
+
+// takeNode takes over what d says of the node.
+func (t *Tracker) takeNode(d Delta, result *Result, touch func(*service)) {
+	changed := t.node == nil
+	facts := t.networks.node
+	if d.NodeDeleted {
+		facts.health = NodeHealth{}
+	}
+	if d.Node != nil {
+		facts = factsOf(d.Node)
+		changed = changed || !facts.sameNetwork(t.networks.node)
+	}
+	if (d.Node != nil || d.NodeDeleted) && (t.health == nil || *t.health != facts.health) {
+		health := facts.health
+		t.health = &health
+		result.NodeHealth = &health
+	}
+	t.networks.node = facts
+	if t.here.zone != facts.zone {
+		t.here.zone = facts.zone
+		for s := range t.zoned {
+			touch(s)
+		}
+	}
+	for _, name := range d.DeletedServiceCIDRs {
+		if _, ok := t.networks.serviceCIDRs[name]; ok {
+			delete(t.networks.serviceCIDRs, name)
+			changed = true
+		}
+	}
+	for _, object := range d.ServiceCIDRs {
+		t.networks.serviceCIDRs[object.Name] = parseNetworks(object.Spec.CIDRs)
+		changed = true
+	}
+	if d.LocalAddrs != nil {
+		t.networks.localAddrs, t.networks.known = d.LocalAddrs, true
+		changed = true
+	}
+	if changed {
+		t.updateNode(result)
+	}
+}
+
+// updateNode computes what the dataplane must know of the node.
+func (t *Tracker) updateNode(result *Result) {
+	node := dataplaneNode(t.opts, t.networks)
+	if t.node != nil && t.node.Equal(node) {
+		return
+	}
+	t.node = &node
+	result.Node = &node
+}
+
+// takeObjects takes over the Services and slices of d.
+func (t *Tracker) takeObjects(d Delta, touch func(*service)) {
 	for _, name := range d.DeletedServices {
 		if s, ok := t.services[name]; ok {
 			s.object = nil
-			dirty[name] = struct{}{}
+			touch(s)
 		}
 	}
 	for _, name := range d.DeletedEndpointSlices {
-		t.dropSlice(name, dirty)
+		t.dropSlice(name, touch)
 	}
 	for _, object := range d.Services {
-		name := types.NamespacedName{Namespace: object.Namespace, Name: object.Name}
-		t.service(name).object = object
-		dirty[name] = struct{}{}
+		s := t.service(types.NamespacedName{Namespace: object.Namespace, Name: object.Name})
+		s.object = object
+		touch(s)
 	}
 	for _, slice := range d.EndpointSlices {
 		name := types.NamespacedName{Namespace: slice.Namespace, Name: slice.Name}
 		owner, ok := serviceOf(slice)
-		if was, had := t.owner[name]; had && (!ok || was != owner) {
-			t.dropSlice(name, dirty)
+		if was, had := t.owner[name]; had && (!ok || was.name != owner) {
+			t.dropSlice(name, touch)
 		}
 		if !ok {
 			continue
 		}
 		s := t.service(owner)
-		if s.slices == nil {
-			s.slices = map[string]*discoveryv1.EndpointSlice{}
+		if i, ok := s.slice(slice.Name); ok {
+			s.slices[i] = slice
+		} else {
+			s.slices = slices.Insert(s.slices, i, slice)
+			t.owner[name] = s
 		}
-		s.slices[slice.Name] = slice
-		t.owner[name] = owner
-		dirty[owner] = struct{}{}
+		touch(s)
 	}
-	return dirty
 }
 
 func (t *Tracker) service(name types.NamespacedName) *service {
 	s, ok := t.services[name]
 	if !ok {
-		s = &service{}
+		s = &service{name: name}
 		t.services[name] = s
 	}
 	return s
 }
 
-func (t *Tracker) dropSlice(name types.NamespacedName, dirty map[types.NamespacedName]struct{}) {
-	owner, ok := t.owner[name]
+// slice returns the index of the slice with the name, or where it belongs.
+func (s *service) slice(name string) (int, bool) {
+	return slices.BinarySearchFunc(s.slices, name, func(slice *discoveryv1.EndpointSlice, name string) int {
+		return strings.Compare(slice.Name, name)
+	})
+}
+
+func (t *Tracker) dropSlice(name types.NamespacedName, touch func(*service)) {
+	s, ok := t.owner[name]
 	if !ok {
 		return
 	}
 	delete(t.owner, name)
-	delete(t.services[owner].slices, name.Name)
-	dirty[owner] = struct{}{}
-}
-
-// reconvert computes the dirty Services anew and moves their claims. It returns
-// the Services whose programming may change, with the problems they had before.
-func (t *Tracker) reconvert(dirty map[types.NamespacedName]struct{}) map[types.NamespacedName][]Problem {
-	affected := make(map[types.NamespacedName][]Problem, len(dirty))
-	// owners has, for the frontends with a change of claims, who owned them
-	// before: the zero claim for nobody.
-	owners := map[dataplane.Frontend]claim{}
-	for name := range dirty {
-		s := t.services[name]
-		affected[name] = s.known()
-		wants, created := s.wants, s.created
-		s.wants, s.problems = convert(s.object, s.slices, t.nodeName)
-		s.created = 0
-		if s.object != nil {
-			s.created = s.object.CreationTimestamp.Unix()
-		}
-		if created == s.created && slices.EqualFunc(wants, s.wants, wanted.sameClaim) {
-			continue
-		}
-		for i := range wants {
-			t.unclaim(wants[i].frontend, claim{created, name, wants[i].port}, owners)
-		}
-		for i := range s.wants {
-			t.claim(s.wants[i].frontend, claim{s.created, name, s.wants[i].port}, owners)
-		}
+	if i, ok := s.slice(name.Name); ok {
+		s.slices = slices.Delete(s.slices, i, i+1)
 	}
-	for frontend, before := range owners {
-		claims := t.claims[frontend]
-		if len(claims) == 0 || claims[0] == before {
-			continue
-		}
-		for _, c := range claims {
-			if _, ok := affected[c.service]; !ok {
-				affected[c.service] = t.services[c.service].known()
-			}
-		}
-	}
-	return affected
-}
-
-func (t *Tracker) claim(f dataplane.Frontend, c claim, owners map[dataplane.Frontend]claim) {
-	claims := t.remember(f, owners)
-	i, _ := slices.BinarySearchFunc(claims, c, claim.compare)
-	t.claims[f] = slices.Insert(claims, i, c)
-}
-
-func (t *Tracker) unclaim(f dataplane.Frontend, c claim, owners map[dataplane.Frontend]claim) {
-	claims := t.remember(f, owners)
-	if i, ok := slices.BinarySearchFunc(claims, c, claim.compare); ok {
-		claims = slices.Delete(claims, i, i+1)
-	}
-	if len(claims) == 0 {
-		delete(t.claims, f)
-		return
-	}
-	t.claims[f] = claims
-}
-
-// remember notes the owner of f in owners if this is the first change of f, and
-// returns the claims for f.
-func (t *Tracker) remember(f dataplane.Frontend, owners map[dataplane.Frontend]claim) []claim {
-	claims := t.claims[f]
-	if _, ok := owners[f]; !ok {
-		var owner claim
-		if len(claims) > 0 {
-			owner = claims[0]
-		}
-		owners[f] = owner
-	}
-	return claims
-}
-
-// settle decides what of the named Service is programmed, now that it is known
-// who owns which frontend, and adds the difference to result. before has the
-// problems the Service had, sorted.
-func (t *Tracker) settle(name types.NamespacedName, before []Problem, result *Result) {
-	s := t.services[name]
-	s.collisions = nil
-	programmed := make([]*dataplane.Service, len(s.wants))
-	for i := range s.wants {
-		w := &s.wants[i]
-		if owner := t.claims[w.frontend][0]; owner.service != name || owner.port != w.port {
-			s.collisions = append(s.collisions, t.collision(name, w, owner))
-			continue
-		}
-		old := find(s.programmed, w.key, i)
-		svc, err := dataplane.NewService(w.key, []dataplane.Frontend{w.frontend}, dataplane.Treatment{Endpoints: slices.Clone(w.endpoints)})
-		switch {
-		case err != nil:
-			s.collisions = append(s.collisions, Problem{
-				Service: name,
-				Field:   fmt.Sprintf("spec.ports[%d]", w.port),
-				Message: fmt.Sprintf("not served: %v", err),
-			})
-			continue
-		case svc.Equal(old):
-			svc = old
-		default:
-			result.change(w.key, svc)
-		}
-		programmed[i] = svc
-		w.endpoints = svc.Endpoints // so that there is one copy
-	}
-	for i, old := range s.programmed {
-		if old != nil && find(programmed, old.Key, i) == nil {
-			result.change(old.Key, nil)
-		}
-	}
-	s.programmed = programmed
-	for _, p := range s.known() {
-		if _, ok := slices.BinarySearchFunc(before, p, Problem.Compare); !ok {
-			result.Problems = append(result.Problems, p)
-		}
-	}
-	if s.object == nil && len(s.slices) == 0 {
-		delete(t.services, name)
-	}
-}
-
-func (t *Tracker) collision(name types.NamespacedName, w *wanted, owner claim) Problem {
-	if owner.service == name {
-		return Problem{
-			Service: name,
-			Field:   fmt.Sprintf("spec.ports[%d].port", w.port),
-			Message: fmt.Sprintf("%s is already port %q of this Service: use another port",
-				w.frontend, t.services[name].object.Spec.Ports[owner.port].Name),
-		}
-	}
-	return Problem{
-		Service: name,
-		Field:   "spec.clusterIP",
-		Message: fmt.Sprintf("%s belongs to Service %s, so connections go there: give one of them another cluster IP or port",
-			w.frontend, owner.service),
-	}
-}
-
-func (r *Result) change(key dataplane.Key, svc *dataplane.Service) {
-	if r.Changes == nil {
-		r.Changes = map[dataplane.Key]*dataplane.Service{}
-	}
-	r.Changes[key] = svc
-}
-
-// find returns the Service of a key, which most likely is at index i.
-func find(services []*dataplane.Service, key dataplane.Key, i int) *dataplane.Service {
-	if i < len(services) && services[i] != nil && services[i].Key == key {
-		return services[i]
-	}
-	for _, s := range services {
-		if s != nil && s.Key == key {
-			return s
-		}
-	}
-	return nil
+	touch(s)
 }

@@ -254,39 +254,6 @@ func TestObjects(t *testing.T) {
 			},
 		},
 		{
-			name: "what is not supported yet is reported, and the cluster IP served",
-			services: []*corev1.Service{
-				newService("web", "10.96.0.1", func(svc *corev1.Service) {
-					svc.Annotations = map[string]string{corev1.AnnotationTopologyMode: "Auto"}
-					svc.Spec.Type = corev1.ServiceTypeLoadBalancer
-					svc.Spec.ExternalIPs = []string{"192.0.2.1"}
-					svc.Spec.LoadBalancerSourceRanges = []string{"192.0.2.0/24"}
-					svc.Spec.SessionAffinity = corev1.ServiceAffinityClientIP
-					svc.Spec.InternalTrafficPolicy = new(corev1.ServiceInternalTrafficPolicyLocal)
-					svc.Spec.ExternalTrafficPolicy = corev1.ServiceExternalTrafficPolicyLocal
-					svc.Spec.TrafficDistribution = new("PreferSameZone")
-				}),
-				newService("xyz", "10.96.0.2", func(svc *corev1.Service) {
-					svc.Spec.Type = corev1.ServiceTypeNodePort
-					svc.Spec.SessionAffinity = corev1.ServiceAffinityNone
-					svc.Spec.InternalTrafficPolicy = new(corev1.ServiceInternalTrafficPolicyCluster)
-					svc.Spec.ExternalTrafficPolicy = corev1.ServiceExternalTrafficPolicyCluster
-				}),
-			},
-			want: want{web4: "10.96.0.1:80/TCP ->", "default/xyz:http IPv4": "10.96.0.2:80/TCP ->"},
-			problems: []string{
-				`default/web: metadata.annotations[service.kubernetes.io/topology-mode]: Auto is not yet supported: connections go to all ready endpoints alike; remove the annotation`,
-				`default/web: spec.externalIPs: not yet supported: the Service answers on its cluster IP only; remove the field`,
-				`default/web: spec.externalTrafficPolicy: Local is not yet supported: the Service answers on its cluster IP only; use Cluster`,
-				`default/web: spec.internalTrafficPolicy: Local is not yet supported: connections go to the endpoints of all nodes; use Cluster`,
-				`default/web: spec.loadBalancerSourceRanges: not yet supported: no client is refused; remove the field`,
-				`default/web: spec.sessionAffinity: ClientIP is not yet supported: each connection goes to a random endpoint; use None`,
-				`default/web: spec.trafficDistribution: PreferSameZone is not yet supported: connections go to all ready endpoints alike; remove the field`,
-				`default/web: spec.type: LoadBalancer is not yet supported: the Service answers on its cluster IP only, not on node ports or load balancer addresses`,
-				`default/xyz: spec.type: NodePort is not yet supported: the Service answers on its cluster IP only, not on node ports`,
-			},
-		},
-		{
 			name: "a frontend that two Services claim goes to the older one, then to the first by name",
 			services: []*corev1.Service{
 				newService("a", "10.96.0.1", age(time.Hour)),

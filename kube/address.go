@@ -1,0 +1,150 @@
+package kube
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	discoveryv1 "k8s.io/api/discovery/v1"
+
+	"fairlead/dataplane"
+)
+
+// addrError says what is wrong with an address; it completes a sentence that
+// begins with the address.
+type addrError string
+
+func (e addrError) Error() string { return string(e) }
+
+const (
+	errNotIP       addrError = "is not an IP address"
+	errNotNetwork  addrError = "is not a network"
+	errMapped      addrError = "is an IPv4-mapped IPv6 address"
+	errZone        addrError = "has a zone"
+	errUnspecified addrError = "is the unspecified address"
+	errLoopback    addrError = "is a loopback address"
+	errLinkLocal   addrError = "is a link-local address"
+	errMulticast   addrError = "is a multicast address"
+)
+
+// parseAddr reads an IP address as old API servers accepted it: leading zeros
+// in IPv4 octets are decimal. The error completes a sentence that begins with
+// the text.
+func parseAddr(text string) (netip.Addr, error) {
+	addr, err := netip.ParseAddr(text)
+	if err != nil {
+		addr, err = netip.ParseAddr(withoutLeadingZeros(text))
+	}
+	switch {
+	case err != nil:
+		return netip.Addr{}, errNotIP
+	case addr.Is4In6():
+		return netip.Addr{}, errMapped
+	case addr.Zone() != "":
+		return netip.Addr{}, errZone
+	case addr.IsUnspecified():
+		return netip.Addr{}, errUnspecified
+	}
+	return addr, nil
+}
+
+// parseNetwork reads a network as old API servers accepted it: with host bits,
+// which are cleared, and leading zeros in IPv4 octets. The error completes a
+// sentence that begins with the text.
+func parseNetwork(text string) (netip.Prefix, error) {
+	prefix, err := netip.ParsePrefix(text)
+	if err != nil {
+		if addr, bits, ok := strings.Cut(text, "/"); ok {
+			prefix, err = netip.ParsePrefix(withoutLeadingZeros(addr) + "/" + bits)
+		}
+	}
+	switch {
+	case err != nil:
+		return netip.Prefix{}, errNotNetwork
+	case prefix.Addr().Is4In6():
+		return netip.Prefix{}, errMapped
+	}
+	return prefix.Masked(), nil
+}
+
+func withoutLeadingZeros(text string) string {
+	octets := strings.Split(text, ".")
+	if len(octets) != 4 {
+		return text
+	}
+	for i, octet := range octets {
+		if trimmed := strings.TrimLeft(octet, "0"); trimmed != "" {
+			octets[i] = trimmed
+		} else if octet != "" {
+			octets[i] = "0"
+		}
+	}
+	return strings.Join(octets, ".")
+}
+
+// ordinary refuses what the API server refuses in an EndpointSlice and in
+// spec.externalIPs: a loopback or link-local address would let a Service reach
+// into the node, or take over what the node itself uses.
+func ordinary(addr netip.Addr) error {
+	switch {
+	case addr.IsLoopback():
+		return errLoopback
+	case addr.IsLinkLocalUnicast():
+		return errLinkLocal
+	case addr.IsMulticast():
+		return errMulticast
+	}
+	return nil
+}
+
+// endpointAddr refuses addresses that an endpoint of this family can't have.
+func endpointAddr(addr netip.Addr, family dataplane.Family) error {
+	if dataplane.FamilyOf(addr) != family {
+		return fmt.Errorf("is not of the slice's addressType %s", family)
+	}
+	return ordinary(addr)
+}
+
+// familyOf reports false for address types that are not a family: FQDN, and
+// whatever is added later.
+func familyOf(t discoveryv1.AddressType) (dataplane.Family, bool) {
+	switch t {
+	case discoveryv1.AddressTypeIPv4:
+		return dataplane.IPv4, true
+	case discoveryv1.AddressTypeIPv6:
+		return dataplane.IPv6, true
+	default:
+		return 0, false
+	}
+}
+
+// anyAddr returns the unspecified address of the family.
+func anyAddr(family dataplane.Family) netip.Addr {
+	if family == dataplane.IPv4 {
+		return netip.IPv4Unspecified()
+	}
+	return netip.IPv6Unspecified()
+}
+
+// outermost returns the networks, sorted, without those that lie in another.
+// The argument is not changed.
+func outermost(networks []netip.Prefix) []netip.Prefix {
+	sorted := make([]netip.Prefix, 0, len(networks))
+	for _, n := range networks {
+		sorted = append(sorted, n.Masked())
+	}
+	// A network sorts after those that it lies in.
+	slices.SortFunc(sorted, netip.Prefix.Compare)
+	kept := sorted[:0]
+	for _, n := range sorted {
+		if last := len(kept) - 1; last >= 0 && kept[last].Contains(n.Addr()) {
+			continue
+		}
+		kept = append(kept, n)
+	}
+	if len(kept) == 0 {
+		return nil
+	}
+	return kept
+}

@@ -1,0 +1,125 @@
+package kube
+
+import (
+	"cmp"
+	"slices"
+
+	"fairlead/dataplane"
+)
+
+// claim is the wish of a Service port for a frontend.
+type claim struct {
+	service *service
+	// port is the index in spec.ports.
+	port int
+	kind dataplane.Kind
+}
+
+// compare orders claims by precedence: the owner first.
+//
+// A cluster IP goes before everything else: it was given out by the cluster,
+// while everybody who may write a Service can put any address into its
+// externalIPs (CVE-2020-8554).
+func (c claim) compare(o claim) int {
+	if r := falseFirst(c.kind != dataplane.ClusterIP, o.kind != dataplane.ClusterIP); r != 0 {
+		return r
+	}
+	return cmp.Or(
+		cmp.Compare(c.service.created, o.service.created),
+		compareNames(c.service.name, o.service.name),
+		cmp.Compare(c.port, o.port),
+		cmp.Compare(c.kind, o.kind),
+	)
+}
+
+func falseFirst(a, b bool) int {
+	switch {
+	case a == b:
+		return 0
+	case b:
+		return -1
+	default:
+		return 1
+	}
+}
+
+// claims has everyone who wants a frontend.
+type claims struct {
+	owners map[dataplane.Frontend]claim
+	// waiting are the others, the next owner first. Hardly any frontend has
+	// others.
+	waiting map[dataplane.Frontend][]claim
+	// before has, for the frontends whose claims have changed since the last
+	// changed(), who owned them before: the zero claim for nobody.
+	before map[dataplane.Frontend]claim
+}
+
+func newClaims() claims {
+	return claims{owners: map[dataplane.Frontend]claim{}, waiting: map[dataplane.Frontend][]claim{}}
+}
+
+func (c *claims) add(f dataplane.Frontend, new claim) {
+	c.note(f)
+	owner, taken := c.owners[f]
+	switch {
+	case !taken:
+		c.owners[f] = new
+		return
+	case new.compare(owner) < 0:
+		c.owners[f] = new
+		new = owner
+	}
+	waiting := c.waiting[f]
+	i, _ := slices.BinarySearchFunc(waiting, new, claim.compare)
+	c.waiting[f] = slices.Insert(waiting, i, new)
+}
+
+func (c *claims) remove(f dataplane.Frontend, old claim) {
+	c.note(f)
+	waiting := c.waiting[f]
+	if c.owners[f] != old {
+		if i, ok := slices.BinarySearchFunc(waiting, old, claim.compare); ok {
+			c.setWaiting(f, slices.Delete(waiting, i, i+1))
+		}
+		return
+	}
+	if len(waiting) == 0 {
+		delete(c.owners, f)
+		return
+	}
+	c.owners[f] = waiting[0]
+	c.setWaiting(f, slices.Delete(waiting, 0, 1))
+}
+
+func (c *claims) setWaiting(f dataplane.Frontend, waiting []claim) {
+	if len(waiting) == 0 {
+		delete(c.waiting, f)
+		return
+	}
+	c.waiting[f] = waiting
+}
+
+func (c *claims) note(f dataplane.Frontend) {
+	if c.before == nil {
+		c.before = map[dataplane.Frontend]claim{}
+	}
+	if _, ok := c.before[f]; !ok {
+		c.before[f] = c.owners[f]
+	}
+}
+
+// changed yields all who claim the frontends that have a new owner since the
+// last call.
+func (c *claims) changed(yield func(*service)) {
+	for f, before := range c.before {
+		owner, ok := c.owners[f]
+		if !ok || owner == before {
+			continue
+		}
+		yield(owner.service)
+		for _, w := range c.waiting[f] {
+			yield(w.service)
+		}
+	}
+	c.before = nil
+}

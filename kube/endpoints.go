@@ -1,0 +1,274 @@
+package kube
+
+import (
+	"cmp"
+	"net/netip"
+	"slices"
+
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+
+	"fairlead/dataplane"
+)
+
+// traits are what counts about an endpoint when it is chosen. Of two entries
+// with one address the one with the smaller traits is believed.
+//
+// Two pods can have one address: that of a terminating pod can be given to a new
+// one before the old object is gone. And an endpoint that moves from one slice
+// to another is in both for a while.
+type traits uint16
+
+const (
+	// The hints come last. Where entries differ in nothing else they only make
+	// the choice independent of the order of the slices.
+	notForZone traits = 1 << iota // this node's zone is not in hints.forZones
+	noZoneHint                    // hints.forZones is empty
+	notForNode                    // this node is not in hints.forNodes
+	noNodeHint                    // hints.forNodes is empty
+	notHere                       // nodeName is another node's, or missing
+	notLocal                      // nodeName is another node's
+	notServing
+	notReady
+	terminating
+)
+
+func (t traits) has(bits traits) bool { return t&bits != 0 }
+
+func (t traits) ready() bool { return !t.has(notReady) }
+
+// draining says that the endpoint takes connections if no ready one does.
+func (t traits) draining() bool { return t.has(notReady) && t.has(terminating) && !t.has(notServing) }
+
+// candidate is an endpoint before the choice among candidates is made.
+type candidate struct {
+	addr netip.AddrPort
+	traits
+}
+
+// compare orders candidates by address, and those with the same address with
+// the one to believe first.
+func (c candidate) compare(o candidate) int {
+	if r := c.addr.Compare(o.addr); r != 0 {
+		return r
+	}
+	return cmp.Compare(c.traits, o.traits)
+}
+
+// choice is what connections to a port go to.
+type choice struct {
+	// cluster and local are the endpoints of the traffic policies of the same
+	// names, sorted and unique. local is empty where no policy is Local. They
+	// are shared with every dataplane.Service made of them, and so must not be
+	// changed.
+	cluster, local []dataplane.Endpoint
+	// somewhere says that an endpoint of the cluster can take connections.
+	somewhere bool
+	// draining says that the local ones are terminating.
+	draining bool
+	// zoned says that another zone of this node may give another choice.
+	zoned bool
+}
+
+// endpoints gives each port its endpoints.
+func (c *conversion) endpoints(ports []portFamily, endpointSlices []*discoveryv1.EndpointSlice, policy policy) {
+	if len(ports) == 0 {
+		return
+	}
+	// A Service whose pods are missing is no problem of its objects; one whose
+	// endpoints are there under another port name is.
+	var populated [dataplane.IPv6 + 1]bool
+	var parsed []candidate
+	for _, slice := range endpointSlices {
+		family, ok := familyOf(slice.AddressType)
+		if !ok || !slices.ContainsFunc(ports, func(p portFamily) bool { return p.family == family }) {
+			continue
+		}
+		parsed = c.parseEndpoints(parsed[:0], slice, family)
+		if len(parsed) > 0 {
+			populated[family] = true
+		}
+		for i := range slice.Ports {
+			name, protocol, number, ok := c.slicePort(slice, i)
+			if !ok {
+				continue
+			}
+			for p := range ports {
+				port := &ports[p]
+				if port.port.Name != name || port.protocol != protocol || port.family != family {
+					continue
+				}
+				port.matched = true
+				port.candidates = slices.Grow(port.candidates, len(parsed))
+				for _, candidate := range parsed {
+					candidate.addr = netip.AddrPortFrom(candidate.addr.Addr(), number)
+					port.candidates = append(port.candidates, candidate)
+				}
+			}
+		}
+	}
+	for i := range ports {
+		p := &ports[i]
+		p.chosen = choose(p.candidates, policy.internalLocal || policy.externalLocal)
+		if populated[p.family] && !p.matched {
+			c.unmatched(p)
+		}
+	}
+}
+
+// unmatched reports a port that no slice knows although there are slices with
+// endpoints.
+func (c *conversion) unmatched(p *portFamily) {
+	if target := p.port.TargetPort.StrVal; target != "" {
+		c.problem(index("spec.ports", p.index, ".targetPort"),
+			"no endpoint of family %s has a %s port %q, so connections are refused: give a container port of the pods this name",
+			p.family, p.protocol, target)
+		return
+	}
+	c.problem(index("spec.ports", p.index, ".name"),
+		"no EndpointSlice of family %s has a %s port with the name %q, so connections are refused: use the same name in both",
+		p.family, p.protocol, p.port.Name)
+}
+
+// parseEndpoints appends the usable endpoints of a slice, with port 0.
+func (c *conversion) parseEndpoints(parsed []candidate, slice *discoveryv1.EndpointSlice, family dataplane.Family) []candidate {
+	parsed = slices.Grow(parsed, len(slice.Endpoints))
+	for i := range slice.Endpoints {
+		ep := &slice.Endpoints[i]
+		if len(ep.Addresses) == 0 {
+			c.sliceProblem(slice.Name, index("endpoints", i, ".addresses"), "empty: name the endpoint's address")
+			continue
+		}
+		// All addresses of an endpoint are the same pod; consumers use the
+		// first, as the API says.
+		addr, err := parseAddr(ep.Addresses[0])
+		if err == nil {
+			err = endpointAddr(addr, family)
+		}
+		if err != nil {
+			c.sliceProblem(slice.Name, index("endpoints", i, ".addresses[0]"),
+				"%q %v: use the address of a pod", ep.Addresses[0], err)
+			continue
+		}
+		parsed = append(parsed, candidate{addr: netip.AddrPortFrom(addr, 0), traits: c.here.traits(ep)})
+	}
+	return parsed
+}
+
+// traits returns what counts about an endpoint as seen from here.
+func (l location) traits(ep *discoveryv1.Endpoint) traits {
+	t := l.hints(ep.Hints)
+	if !isTrue(ep.Conditions.Ready, true) {
+		t |= notReady
+	}
+	if !isTrue(ep.Conditions.Serving, true) {
+		t |= notServing
+	}
+	if isTrue(ep.Conditions.Terminating, false) {
+		t |= terminating
+	}
+	switch {
+	case ep.NodeName == nil || *ep.NodeName == "":
+		t |= notHere // but it may be
+	case *ep.NodeName != l.node:
+		t |= notHere | notLocal
+	}
+	return t
+}
+
+func isTrue(condition *bool, ifNil bool) bool {
+	if condition == nil {
+		return ifNil
+	}
+	return *condition
+}
+
+// slicePort returns the i-th port of a slice and whether it can be used.
+func (c *conversion) slicePort(slice *discoveryv1.EndpointSlice, i int) (name string, protocol dataplane.Protocol, port uint16, ok bool) {
+	p := &slice.Ports[i]
+	if p.Name == nil {
+		c.sliceProblem(slice.Name, index("ports", i, ".name"), `missing: use the Service port's name, or "" for an unnamed port`)
+		return "", 0, 0, false
+	}
+	var text corev1.Protocol
+	if p.Protocol != nil {
+		text = *p.Protocol
+	}
+	protocol, ok = protocolOf(text)
+	if !ok {
+		c.sliceProblem(slice.Name, index("ports", i, ".protocol"), "%q is not a protocol: use TCP, UDP or SCTP", text)
+		return "", 0, 0, false
+	}
+	if p.Port == nil || *p.Port < 1 || *p.Port > 65535 {
+		c.sliceProblem(slice.Name, index("ports", i, ".port"), "missing or not a port: use 1 to 65535")
+		return "", 0, 0, false
+	}
+	return *p.Name, protocol, uint16(*p.Port), true //nolint:gosec // the range was checked above
+}
+
+// choose returns what connections go to: with the policy Cluster the ready
+// endpoints that the hints leave, or else those that are terminating and still
+// serve; with the policy Local the ready ones of this node, or else those of
+// this node that are terminating and still serve. The candidates are reordered.
+func choose(candidates []candidate, local bool) choice {
+	slices.SortFunc(candidates, candidate.compare)
+	candidates = slices.CompactFunc(candidates, func(a, b candidate) bool { return a.addr == b.addr })
+	shareLocal(candidates)
+	var c choice
+	hints := topologyOf(candidates)
+	c.zoned = hints.zoned
+	c.cluster = filter(candidates, func(t traits) bool { return t.ready() && !t.has(hints.excluded) })
+	if len(c.cluster) == 0 {
+		c.cluster = filter(candidates, traits.draining)
+	}
+	c.somewhere = len(c.cluster) > 0
+	if !local {
+		return c
+	}
+	c.local = filter(candidates, func(t traits) bool { return t.ready() && !t.has(notHere) })
+	if len(c.local) == 0 {
+		c.local = filter(candidates, func(t traits) bool { return t.draining() && !t.has(notHere) })
+		c.draining = true
+	}
+	if slices.Equal(c.cluster, c.local) {
+		c.local = c.cluster
+	}
+	return c
+}
+
+// shareLocal makes all candidates of an address local if one of them is: it is
+// the pod that is. Those of one address stand together.
+func shareLocal(candidates []candidate) {
+	for i, c := range candidates {
+		if c.has(notLocal) {
+			continue
+		}
+		same := c.addr.Addr()
+		for j := i - 1; j >= 0 && candidates[j].addr.Addr() == same && candidates[j].has(notLocal); j-- {
+			candidates[j].traits &^= notLocal
+		}
+		for j := i + 1; j < len(candidates) && candidates[j].addr.Addr() == same && candidates[j].has(notLocal); j++ {
+			candidates[j].traits &^= notLocal
+		}
+	}
+}
+
+// filter returns the endpoints of the candidates with these traits.
+func filter(candidates []candidate, wanted func(traits) bool) []dataplane.Endpoint {
+	n := 0
+	for _, c := range candidates {
+		if wanted(c.traits) {
+			n++
+		}
+	}
+	if n == 0 {
+		return nil
+	}
+	endpoints := make([]dataplane.Endpoint, 0, n)
+	for _, c := range candidates {
+		if wanted(c.traits) {
+			endpoints = append(endpoints, dataplane.Endpoint{Addr: c.addr, Local: !c.has(notLocal)})
+		}
+	}
+	return endpoints
+}

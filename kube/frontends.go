@@ -1,0 +1,285 @@
+package kube
+
+import (
+	"net/netip"
+	"slices"
+
+	corev1 "k8s.io/api/core/v1"
+
+	"fairlead/dataplane"
+)
+
+// kinds has every kind of frontend, in the order of the wants of a port.
+func kinds() [4]dataplane.Kind {
+	return [...]dataplane.Kind{dataplane.ClusterIP, dataplane.NodePort, dataplane.ExternalIP, dataplane.LoadBalancer}
+}
+
+// addresses are a Service's, of all its ports.
+type addresses struct {
+	// cluster has at most one a family. Without one of a family the Service is
+	// not served in that family.
+	cluster []netip.Addr
+	// external and balancer are of families with a cluster IP. No address is
+	// in both.
+	external, balancer []netip.Addr
+}
+
+// portFamily is a usable port of a Service in one family.
+type portFamily struct {
+	// index is that in spec.ports.
+	index    int
+	port     *corev1.ServicePort
+	protocol dataplane.Protocol
+	family   dataplane.Family
+	// cluster is the Service's cluster IP of the family.
+	cluster netip.Addr
+
+	// candidates are what the slices have for it, and chosen what connections
+	// go to. matched says that a slice knows the port.
+	candidates []candidate
+	matched    bool
+	chosen     choice
+}
+
+func (c *conversion) addresses() addresses {
+	a := addresses{cluster: c.clusterIPs()}
+	if len(a.cluster) == 0 {
+		return a
+	}
+	a.balancer = c.balancerIPs(a.cluster)
+	a.external = c.externalIPs(a)
+	return a
+}
+
+// hasFamilyOf reports whether one of addrs has the family of addr.
+func hasFamilyOf(addrs []netip.Addr, addr netip.Addr) bool {
+	return slices.ContainsFunc(addrs, func(a netip.Addr) bool { return a.Is4() == addr.Is4() })
+}
+
+// clusterIPs returns the Service's cluster IPs, at most one a family, in the
+// order of the Service.
+func (c *conversion) clusterIPs() []netip.Addr {
+	spec := &c.service.Spec
+	if len(spec.ClusterIPs) == 0 {
+		// From before dual stack, or has not got an address yet.
+		if spec.ClusterIP == "" {
+			return nil
+		}
+		if addr, ok := c.clusterIP("spec.clusterIP", 0, spec.ClusterIP, nil); ok {
+			return []netip.Addr{addr}
+		}
+		return nil
+	}
+	addrs := make([]netip.Addr, 0, len(spec.ClusterIPs))
+	for i, text := range spec.ClusterIPs {
+		if text == "" {
+			continue
+		}
+		if addr, ok := c.clusterIP("", i, text, addrs); ok {
+			addrs = append(addrs, addr)
+		}
+	}
+	return addrs
+}
+
+// clusterIP reads the i-th cluster IP, which is that of clusterIPs if field is
+// empty.
+func (c *conversion) clusterIP(field string, i int, text string, earlier []netip.Addr) (netip.Addr, bool) {
+	path := func() string {
+		if field != "" {
+			return field
+		}
+		return index("spec.clusterIPs", i, "")
+	}
+	families := c.service.Spec.IPFamilies
+	addr, err := parseAddr(text)
+	switch {
+	case err != nil:
+		c.problem(path(), "%q %v: give the Service another cluster IP", text, err)
+	case len(families) > 0 && i >= len(families):
+		c.problem(path(), "%s has no family in spec.ipFamilies: name one family for each cluster IP", addr)
+	case len(families) > 0 && string(families[i]) != dataplane.FamilyOf(addr).String():
+		c.problem(path(), "%s is not of the family %s that spec.ipFamilies[%d] names: make them match", addr, families[i], i)
+	case hasFamilyOf(earlier, addr):
+		c.problem(path(), "%s is a second address of one family: a Service has one cluster IP per family", addr)
+	default:
+		return addr, true
+	}
+	return netip.Addr{}, false
+}
+
+// balancerIPs returns the addresses of load balancers that deliver packets as
+// they came in, addressed to the load balancer. Those of load balancers that
+// connect by themselves (ipMode Proxy), or have only a name, are not for nodes
+// to answer.
+func (c *conversion) balancerIPs(cluster []netip.Addr) []netip.Addr {
+	var addrs []netip.Addr
+	for i := range c.service.Status.LoadBalancer.Ingress {
+		ingress := &c.service.Status.LoadBalancer.Ingress[i]
+		if ingress.IP == "" || (ingress.IPMode != nil && *ingress.IPMode != corev1.LoadBalancerIPModeVIP) {
+			continue
+		}
+		addr, err := parseAddr(ingress.IP)
+		if err == nil && addr.IsLoopback() {
+			err = errLoopback
+		}
+		if err == nil && addr.IsMulticast() {
+			err = errMulticast
+		}
+		if err != nil {
+			c.problem(index("status.loadBalancer.ingress", i, ".ip"),
+				"%q %v: the controller of the load balancer must write an address that clients can connect to", ingress.IP, err)
+			continue
+		}
+		// An address of another family is that of a load balancer that
+		// translates, so it is no mistake.
+		if hasFamilyOf(cluster, addr) && !slices.Contains(addrs, addr) {
+			addrs = append(addrs, addr)
+		}
+	}
+	return addrs
+}
+
+// externalIPs returns spec.externalIPs, but for those that the Service has from
+// its load balancer too: these are treated as the load balancer's, so that
+// loadBalancerSourceRanges can't be passed by.
+func (c *conversion) externalIPs(a addresses) []netip.Addr {
+	var addrs []netip.Addr
+	for i, text := range c.service.Spec.ExternalIPs {
+		if text == "" {
+			continue // the API server lets it pass, kube-proxy too
+		}
+		addr, err := parseAddr(text)
+		if err == nil {
+			err = ordinary(addr)
+		}
+		switch {
+		case err != nil:
+			c.problem(index("spec.externalIPs", i, ""), "%q %v: name an address that clients can connect to", text, err)
+		case !hasFamilyOf(a.cluster, addr):
+			c.problem(index("spec.externalIPs", i, ""),
+				"%s is not served, as the Service has no cluster IP of the family %s: add the family to spec.ipFamilies, or remove the address",
+				addr, dataplane.FamilyOf(addr))
+		case !slices.Contains(addrs, addr) && !slices.Contains(a.balancer, addr):
+			addrs = append(addrs, addr)
+		}
+	}
+	return addrs
+}
+
+// ports returns the usable ports, each in every family that has a cluster IP.
+func (c *conversion) ports(addrs addresses) []portFamily {
+	list := c.service.Spec.Ports
+	ports := make([]portFamily, 0, len(list)*len(addrs.cluster))
+	for i := range list {
+		port := &list[i]
+		protocol, ok := protocolOf(port.Protocol)
+		if !ok {
+			c.problem(index("spec.ports", i, ".protocol"), "%q is not a protocol: use TCP, UDP or SCTP", port.Protocol)
+			continue
+		}
+		if port.Port < 1 || port.Port > 65535 {
+			c.problem(index("spec.ports", i, ".port"), "%d is not a port: use 1 to 65535", port.Port)
+			continue
+		}
+		if slices.ContainsFunc(list[:i], func(p corev1.ServicePort) bool { return p.Name == port.Name }) {
+			c.problem(index("spec.ports", i, ".name"),
+				"%q is the name of an earlier port: give each port a name of its own", port.Name)
+			continue
+		}
+		if port.NodePort < 0 || port.NodePort > 65535 {
+			c.problem(index("spec.ports", i, ".nodePort"), "%d is not a port: use 1 to 65535, or leave it out", port.NodePort)
+		}
+		for _, addr := range addrs.cluster {
+			ports = append(ports, portFamily{
+				index: i, port: port, protocol: protocol, family: dataplane.FamilyOf(addr), cluster: addr,
+			})
+		}
+	}
+	return ports
+}
+
+// wants makes the wants: one for each port, family and kind with a frontend.
+func (c *conversion) wants(ports []portFamily, addrs addresses, policy policy) []wanted {
+	perPort := 1 + len(addrs.external) + len(addrs.balancer)
+	if hasNodePorts(c.service.Spec.Type) {
+		perPort++
+	}
+	frontends := make([]dataplane.Frontend, 0, len(ports)*perPort)
+	wants := make([]wanted, 0, len(ports)*min(perPort, len(kinds())))
+	ranges := c.sourceRanges()
+	for i := range ports {
+		p := &ports[i]
+		for _, kind := range kinds() {
+			first := len(frontends)
+			frontends = c.appendFrontends(frontends, p, kind, addrs)
+			if len(frontends) == first {
+				continue
+			}
+			mine := frontends[first:len(frontends):len(frontends)]
+			slices.SortFunc(mine, dataplane.Frontend.Compare)
+			treatment := policy.treatment(kind, p.chosen)
+			if kind == dataplane.LoadBalancer {
+				treatment.SourceRanges = ranges.of(p.family)
+			}
+			wants = append(wants, wanted{
+				key: dataplane.Key{
+					Namespace: c.name.Namespace, Name: c.name.Name, Port: p.port.Name, Family: p.family, Kind: kind,
+				},
+				port:      p.index,
+				frontends: mine,
+				treatment: treatment,
+			})
+		}
+	}
+	return wants
+}
+
+// appendFrontends appends the frontends of one kind that a port has.
+func (c *conversion) appendFrontends(
+	frontends []dataplane.Frontend, p *portFamily, kind dataplane.Kind, addrs addresses,
+) []dataplane.Frontend {
+	add := func(addr netip.Addr, port int32) {
+		frontends = append(frontends, dataplane.Frontend{
+			Protocol: p.protocol,
+			Addr:     netip.AddrPortFrom(addr, uint16(port)), //nolint:gosec // the callers have checked the range
+		})
+	}
+	all := func(list []netip.Addr) {
+		for _, addr := range list {
+			if addr.Is4() == p.cluster.Is4() {
+				add(addr, p.port.Port)
+			}
+		}
+	}
+	switch kind {
+	case dataplane.ClusterIP:
+		add(p.cluster, p.port.Port)
+	case dataplane.NodePort:
+		if number := p.port.NodePort; number > 0 && number <= 65535 && hasNodePorts(c.service.Spec.Type) {
+			add(anyAddr(p.family), number)
+		}
+	case dataplane.ExternalIP:
+		all(addrs.external)
+	case dataplane.LoadBalancer:
+		all(addrs.balancer)
+	}
+	return frontends
+}
+
+func hasNodePorts(t corev1.ServiceType) bool {
+	return t == corev1.ServiceTypeNodePort || t == corev1.ServiceTypeLoadBalancer
+}
+
+func protocolOf(p corev1.Protocol) (dataplane.Protocol, bool) {
+	switch p {
+	case corev1.ProtocolTCP, "":
+		return dataplane.TCP, true
+	case corev1.ProtocolUDP:
+		return dataplane.UDP, true
+	case corev1.ProtocolSCTP:
+		return dataplane.SCTP, true
+	default:
+		return 0, false
+	}
+}

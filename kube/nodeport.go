@@ -1,0 +1,137 @@
+package kube
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+)
+
+// NodePortAddresses says on which of this node's addresses node ports are
+// served, as kube-proxy's --nodeport-addresses. Several of them add up. The
+// zero value stands for the node's primary addresses.
+type NodePortAddresses struct {
+	// Primary are those of the Node object, one a family: the first InternalIP,
+	// or else the first ExternalIP.
+	Primary bool
+	// Localhost are the loopback addresses.
+	Localhost bool
+	// All are all but loopback and link-local ones.
+	All bool
+	// CIDRs are networks that the addresses lie in. Loopback and link-local
+	// addresses are among them only where the network has no others. Unlike
+	// with kube-proxy, a family of which there is no network has no node ports.
+	CIDRs []netip.Prefix
+}
+
+// The keywords of --nodeport-addresses.
+const (
+	nodePortPrimary   = "primary"
+	nodePortLocalhost = "localhost"
+	nodePortAll       = "all"
+)
+
+// ParseNodePortAddresses reads the values of --nodeport-addresses: networks
+// such as 192.0.2.0/24, whose host bits are ignored, and each of the keywords
+// primary, localhost and all at most once. No values, or a single empty one,
+// stand for primary. The error names the value and the fix.
+func ParseNodePortAddresses(values []string) (NodePortAddresses, error) {
+	var a NodePortAddresses
+	if len(values) == 1 && strings.TrimSpace(values[0]) == "" {
+		return a, nil
+	}
+	for _, value := range values {
+		text := strings.TrimSpace(value)
+		var keyword *bool
+		switch text {
+		case nodePortPrimary:
+			keyword = &a.Primary
+		case nodePortLocalhost:
+			keyword = &a.Localhost
+		case nodePortAll:
+			keyword = &a.All
+		default:
+			network, err := parseNetwork(text)
+			if err != nil {
+				return NodePortAddresses{}, fmt.Errorf(
+					"%q %w: give networks such as 192.0.2.0/24 or 2001:db8::/32, or primary, localhost or all", value, err)
+			}
+			a.CIDRs = append(a.CIDRs, network)
+			continue
+		}
+		if *keyword {
+			return NodePortAddresses{}, fmt.Errorf("%q is given twice: give it once", text)
+		}
+		*keyword = true
+	}
+	return a, nil
+}
+
+// zero reports whether a is the zero value.
+func (a NodePortAddresses) zero() bool {
+	return !a.Primary && !a.Localhost && !a.All && len(a.CIDRs) == 0
+}
+
+// nodePortAddrs returns the addresses on which node ports are served, sorted.
+func nodePortAddrs(opts Options, in networks, serviceCIDRs []netip.Prefix) []netip.Addr {
+	want := opts.NodePortAddresses
+	var addrs []netip.Addr
+	local := make([]netip.Addr, 0, len(in.localAddrs))
+	for _, a := range in.localAddrs {
+		if a.IsValid() {
+			local = append(local, a.Unmap().WithZone(""))
+		}
+	}
+	if want.Primary || want.zero() {
+		for _, a := range primaryAddrs(in.node.addresses, opts.BindAddress) {
+			// An address that no interface has is a NAT's in front of the node:
+			// packets don't arrive with it.
+			if !a.IsLoopback() && (!in.known || slices.Contains(local, a)) {
+				addrs = append(addrs, a)
+			}
+		}
+	}
+	cidrs := want.CIDRs
+	if want.All {
+		cidrs = append(slices.Clip(cidrs), everything()...)
+	}
+	for _, a := range local {
+		switch {
+		case want.Localhost && a.IsLoopback(),
+			slices.ContainsFunc(cidrs, func(p netip.Prefix) bool { return selects(p, a) }) && !within(serviceCIDRs, a):
+			addrs = append(addrs, a)
+		}
+	}
+	slices.SortFunc(addrs, netip.Addr.Compare)
+	addrs = slices.Compact(addrs)
+	if len(addrs) == 0 {
+		return nil
+	}
+	return addrs
+}
+
+// everything returns the networks of all addresses.
+func everything() []netip.Prefix {
+	return []netip.Prefix{netip.PrefixFrom(netip.IPv4Unspecified(), 0), netip.PrefixFrom(netip.IPv6Unspecified(), 0)}
+}
+
+// selects reports whether a network given for node ports means the address. The
+// caller sees to it that cluster IPs are not meant, which another proxy may have
+// left on an interface.
+func selects(p netip.Prefix, a netip.Addr) bool {
+	if !p.Contains(a) {
+		return false
+	}
+	switch {
+	case a.IsLoopback():
+		return p.Addr().IsLoopback() && p.Bits() >= 8
+	case a.IsLinkLocalUnicast():
+		return p.Addr().IsLinkLocalUnicast() && p.Bits() >= 10
+	default:
+		return true
+	}
+}
+
+func within(networks []netip.Prefix, a netip.Addr) bool {
+	return slices.ContainsFunc(networks, func(p netip.Prefix) bool { return p.Contains(a) })
+}

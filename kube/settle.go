@@ -1,0 +1,213 @@
+package kube
+
+import (
+	"fmt"
+	"slices"
+
+	"k8s.io/apimachinery/pkg/types"
+
+	"fairlead/dataplane"
+)
+
+// settleAll works out again the Services that were touched, and those whose
+// frontends change hands by that, and adds the differences to result.
+func (t *Tracker) settleAll(touched []*service, result *Result) {
+	demands := make([]demand, 0, len(touched))
+	for _, s := range touched {
+		demands = append(demands, t.demand(s))
+	}
+	for i, s := range touched {
+		t.settle(s, demands[i], result)
+	}
+	// These have the same claims as before, so nothing changes hands any more.
+	var others []*service
+	t.claims.changed(func(s *service) {
+		if s.touched != t.round {
+			s.touched = t.round
+			others = append(others, s)
+		}
+	})
+	for _, s := range others {
+		t.settle(s, convert(s.object, s.slices, t.here), result)
+	}
+	slices.SortFunc(result.Problems, Problem.Compare)
+}
+
+// demand works out what s asks for, and moves its claims.
+func (t *Tracker) demand(s *service) demand {
+	d := convert(s.object, s.slices, t.here)
+	created := int64(0)
+	if s.object != nil {
+		created = s.object.CreationTimestamp.Unix()
+	}
+	if d.zoned {
+		t.zoned[s] = struct{}{}
+	} else {
+		delete(t.zoned, s)
+	}
+	if created == s.created && slices.EqualFunc(d.wants, s.claimed, func(w wanted, c claimed) bool { return w.claimed().equal(c) }) {
+		return d
+	}
+	for _, c := range s.claimed {
+		for _, f := range c.frontends {
+			t.claims.remove(f, claim{service: s, port: c.port, kind: c.kind})
+		}
+	}
+	s.created = created
+	s.claimed = make([]claimed, 0, len(d.wants))
+	for i := range d.wants {
+		c := d.wants[i].claimed()
+		s.claimed = append(s.claimed, c)
+		for _, f := range c.frontends {
+			t.claims.add(f, claim{service: s, port: c.port, kind: c.kind})
+		}
+	}
+	return d
+}
+
+func (w *wanted) claimed() claimed {
+	return claimed{port: w.port, kind: w.key.Kind, frontends: w.frontends}
+}
+
+// settle decides what of s is programmed, now that it is known who owns which
+// frontend, and adds the difference to result.
+func (t *Tracker) settle(s *service, d demand, result *Result) {
+	problems := d.problems
+	programmed := make([]*dataplane.Service, len(d.wants))
+	for i := range d.wants {
+		w := &d.wants[i]
+		frontends := w.frontends
+		for _, f := range w.frontends {
+			if owner := t.claims.owners[f]; owner != (claim{service: s, port: w.port, kind: w.key.Kind}) {
+				frontends = without(frontends, f)
+				problems = append(problems, collision(s, w, f, owner))
+			}
+		}
+		if len(frontends) == 0 {
+			continue
+		}
+		svc, err := s.share(w, i).programmed(frontends, find(s.programmed, w.key, i))
+		if err != nil {
+			problems = append(problems, Problem{
+				Service: s.name, UID: s.object.UID,
+				Field:   index("spec.ports", w.port, ""),
+				Message: fmt.Sprintf("not served: %v", err),
+			})
+			continue
+		}
+		programmed[i] = svc
+	}
+	for i, svc := range programmed {
+		if svc != nil && svc != find(s.programmed, svc.Key, i) {
+			result.change(svc.Key, svc)
+		}
+	}
+	for i, old := range s.programmed {
+		if old != nil && find(programmed, old.Key, i) == nil {
+			result.change(old.Key, nil)
+		}
+	}
+	s.programmed = programmed
+	s.report(problems, result)
+	if s.check != d.check {
+		s.check = d.check
+		result.check(s.name, d.check)
+	}
+	if s.object == nil && len(s.slices) == 0 {
+		delete(t.services, s.name)
+	}
+}
+
+// without returns a copy of frontends that lacks f.
+func without(frontends []dataplane.Frontend, f dataplane.Frontend) []dataplane.Frontend {
+	kept := make([]dataplane.Frontend, 0, len(frontends)-1)
+	for _, other := range frontends {
+		if other != f {
+			kept = append(kept, other)
+		}
+	}
+	return kept
+}
+
+// programmed returns the Service that w makes with the frontends that it has
+// got: old, if it is equal.
+func (w *wanted) programmed(frontends []dataplane.Frontend, old *dataplane.Service) (*dataplane.Service, error) {
+	// The lists are in order, so that this is what NewService would return.
+	if same := (dataplane.Service{Key: w.key, Frontends: frontends, Treatment: w.treatment}); same.Equal(old) {
+		return old, nil
+	}
+	return dataplane.NewService(w.key, frontends, w.treatment)
+}
+
+// share replaces the lists of w, which is the i-th want, by equal ones that
+// something of the port has already, so that each is in memory once.
+func (s *service) share(w *wanted, i int) *wanted {
+	have := func(old *dataplane.Service) bool {
+		return old != nil && old.Key.Family == w.key.Family && old.Key.Port == w.key.Port
+	}
+	shared := func(list []dataplane.Endpoint) []dataplane.Endpoint {
+		if len(list) == 0 {
+			return nil
+		}
+		if i < len(s.programmed) && have(s.programmed[i]) && slices.Equal(s.programmed[i].Endpoints, list) {
+			return s.programmed[i].Endpoints
+		}
+		for _, old := range s.programmed {
+			switch {
+			case !have(old):
+			case slices.Equal(old.Endpoints, list):
+				return old.Endpoints
+			case slices.Equal(old.LocalEndpoints, list):
+				return old.LocalEndpoints
+			}
+		}
+		return list
+	}
+	w.treatment.Endpoints = shared(w.treatment.Endpoints)
+	w.treatment.LocalEndpoints = shared(w.treatment.LocalEndpoints)
+	return w
+}
+
+// report replaces the problems of s and adds those that it had not before to
+// result.
+func (s *service) report(problems []Problem, result *Result) {
+	slices.SortFunc(problems, Problem.Compare)
+	problems = slices.Compact(problems)
+	for _, p := range problems {
+		if _, ok := slices.BinarySearchFunc(s.problems, p, Problem.Compare); !ok {
+			result.Problems = append(result.Problems, p)
+		}
+	}
+	s.problems = problems
+}
+
+func (r *Result) change(key dataplane.Key, svc *dataplane.Service) {
+	if r.Changes == nil {
+		r.Changes = map[dataplane.Key]*dataplane.Service{}
+	}
+	r.Changes[key] = svc
+}
+
+func (r *Result) check(name types.NamespacedName, check HealthCheck) {
+	if r.HealthChecks == nil {
+		r.HealthChecks = map[types.NamespacedName]*HealthCheck{}
+	}
+	if check.Port == 0 {
+		r.HealthChecks[name] = nil
+		return
+	}
+	r.HealthChecks[name] = &check
+}
+
+// find returns the Service of a key, which most likely is at index i.
+func find(services []*dataplane.Service, key dataplane.Key, i int) *dataplane.Service {
+	if i < len(services) && services[i] != nil && services[i].Key == key {
+		return services[i]
+	}
+	for _, s := range services {
+		if s != nil && s.Key == key {
+			return s
+		}
+	}
+	return nil
+}

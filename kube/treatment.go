@@ -1,0 +1,100 @@
+package kube
+
+import (
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+
+	"fairlead/dataplane"
+)
+
+// policy is what a Service says about connections to all its ports.
+type policy struct {
+	// internalLocal and externalLocal are the traffic policies Local.
+	internalLocal, externalLocal bool
+	// affinity is zero where there is none.
+	affinity time.Duration
+}
+
+// policy reads the Service's type, traffic policies and session affinity.
+func (c *conversion) policy() policy {
+	spec := &c.service.Spec
+	switch spec.Type {
+	case corev1.ServiceTypeClusterIP, corev1.ServiceTypeNodePort, corev1.ServiceTypeLoadBalancer, corev1.ServiceTypeExternalName, "":
+	default:
+		c.problem("spec.type", "%q is not a type of Service: use ClusterIP, NodePort or LoadBalancer", spec.Type)
+	}
+	p := policy{affinity: c.affinity()}
+	if i := spec.InternalTrafficPolicy; i != nil {
+		switch *i {
+		case corev1.ServiceInternalTrafficPolicyLocal:
+			p.internalLocal = true
+		case corev1.ServiceInternalTrafficPolicyCluster, "":
+		default:
+			c.problem("spec.internalTrafficPolicy", "%q is not a policy, so that of Cluster holds: use Cluster or Local", *i)
+		}
+	}
+	switch spec.ExternalTrafficPolicy {
+	case corev1.ServiceExternalTrafficPolicyLocal:
+		// The field says nothing where nobody outside can connect, as left over
+		// from another type.
+		p.externalLocal = hasNodePorts(spec.Type) || len(spec.ExternalIPs) > 0
+	case corev1.ServiceExternalTrafficPolicyCluster, "":
+	default:
+		c.problem("spec.externalTrafficPolicy", "%q is not a policy, so that of Cluster holds: use Cluster or Local",
+			spec.ExternalTrafficPolicy)
+	}
+	return p
+}
+
+// affinity returns the time after which a client is forgotten.
+func (c *conversion) affinity() time.Duration {
+	spec := &c.service.Spec
+	switch spec.SessionAffinity {
+	case corev1.ServiceAffinityClientIP:
+	case corev1.ServiceAffinityNone, "":
+		return 0
+	default:
+		c.problem("spec.sessionAffinity", "%q is not an affinity, so there is none: use ClientIP or None", spec.SessionAffinity)
+		return 0
+	}
+	seconds := corev1.DefaultClientIPServiceAffinitySeconds
+	if config := spec.SessionAffinityConfig; config != nil && config.ClientIP != nil && config.ClientIP.TimeoutSeconds != nil {
+		longest := int32(dataplane.MaxAffinity / time.Second)
+		if s := *config.ClientIP.TimeoutSeconds; s >= 1 && s <= longest {
+			seconds = s
+		} else {
+			c.problem("spec.sessionAffinityConfig.clientIP.timeoutSeconds",
+				"%d is not a timeout, so that of %d holds: use 1 to %d", s, seconds, longest)
+		}
+	}
+	return time.Duration(seconds) * time.Second
+}
+
+// treatment says what happens to the connections to frontends of one kind.
+func (p policy) treatment(kind dataplane.Kind, chosen choice) dataplane.Treatment {
+	t := dataplane.Treatment{Endpoints: chosen.cluster, Affinity: p.affinity}
+	decisive := chosen.cluster
+	switch {
+	case kind == dataplane.ClusterIP:
+		t.Masquerade = dataplane.MasqueradeForeign
+		if p.internalLocal {
+			t.Endpoints = chosen.local
+			decisive = chosen.local
+		}
+	case p.externalLocal:
+		// The client's address is what the policy is there to preserve.
+		t.Masquerade = dataplane.MasqueradeNode
+		t.ExternalLocal = true
+		t.LocalEndpoints = chosen.local
+		decisive = chosen.local
+	default:
+		t.Masquerade = dataplane.MasqueradeAlways
+	}
+	// Endpoints elsewhere: a load balancer that has not heard yet that there is
+	// none here had better try again than give up.
+	if len(decisive) == 0 && chosen.somewhere {
+		t.NoEndpoints = dataplane.Drop
+	}
+	return t
+}
