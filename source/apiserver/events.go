@@ -2,18 +2,70 @@ package apiserver
 
 import (
 	"context"
+	"encoding/json"
+	"fmt"
+	"hash/fnv"
 	"log/slog"
+	"sync"
+	"time"
+	"unicode/utf8"
 
+	corev1 "k8s.io/api/core/v1"
+	eventsv1 "k8s.io/api/events/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/rest"
+	"k8s.io/client-go/util/flowcontrol"
 
 	"fairlead/dataplane"
 	"fairlead/kube"
 )
 
+// The reasons of Events.
+const (
+	// ReasonNotAsWritten is of a Service that does not get all that its objects
+	// ask for, see [kube.Problem].
+	ReasonNotAsWritten = "ServiceNotProgrammedAsWritten"
+	// ReasonNotProgrammed is of a Service that the node's kernel does not take.
+	ReasonNotProgrammed = "FailedToProgramService"
+	// ReasonHealthCheck is of a health-check node port that cannot be listened
+	// on. kube-proxy uses the same word.
+	ReasonHealthCheck = "FailedToStartServiceHealthcheck"
+	// ReasonStarting is of the Node when the program starts, as of kube-proxy.
+	ReasonStarting = "Starting"
+)
+
+const (
+	controller = "fairlead"
+	// eventsPerSecond and eventsBurst bound what one node sends.
+	eventsPerSecond = 5
+	eventsBurst     = 10
+	// maxQueued is the number of Events that wait to be sent. What is reported
+	// beyond is dropped: it is in the log.
+	maxQueued = 1000
+	// maxRemembered is the number of reports that are recognized when they come
+	// again.
+	maxRemembered = 8192
+	// persistsFor is the time within which a report that comes again says that
+	// something persists; later it says that it has come back.
+	persistsFor = 10 * time.Minute
+	// flushFor is the time that is left for Events when the program ends.
+	flushFor = 2 * time.Second
+	// awayMin and awayMax bound the pause while the API server is away.
+	awayMin = time.Second
+	awayMax = 30 * time.Second
+	// answerWithin is how long one attempt waits.
+	answerWithin = 30 * time.Second
+	// maxNote and maxInstance are the limits of the API, in bytes.
+	maxNote     = 1024
+	maxInstance = 128
+)
+
 // EventOptions say where Events are written, and in whose name.
 type EventOptions struct {
-	// Config says how to reach the API server, see [Config].
+	// Config says how to reach the API server, see [Config]. Events have limits
+	// of their own, so that they cannot hold up a [Source].
 	Config *rest.Config
 	// NodeName is the name of this node.
 	NodeName string
@@ -23,34 +75,348 @@ type EventOptions struct {
 	Logger *slog.Logger
 }
 
-// Events writes Kubernetes Events about Services and about this node. Its methods
-// may be called by several goroutines at once; none of them blocks but Run.
-type Events struct{}
+// Events writes Kubernetes Events about Services and about this node, as
+// events.k8s.io/v1. Its methods may be called by several goroutines at once; none
+// of them blocks but Run.
+//
+// What is reported again while it persists is not written again. A problem that
+// all nodes have alike is one Event, whoever comes first. At most five Events a
+// second are sent, and a thousand wait; what is reported beyond that is dropped,
+// and the number logged.
+type Events struct {
+	client   *rest.RESTClient
+	log      *slog.Logger
+	nodeName string
+	limiter  flowcontrol.RateLimiter
+	wake     chan struct{}
+
+	mu      sync.Mutex
+	started bool
+	uids    map[types.NamespacedName]types.UID
+	queue   []report
+	// remembered has when each report was last made, by its number, and order
+	// the numbers from the oldest.
+	remembered map[uint64]memory
+	order      []uint64
+	dropped    int
+	refused    bool // logged
+}
+
+// report is an Event to write.
+type report struct {
+	regarding corev1.ObjectReference
+	at        time.Time
+	name      string
+	eventType string
+	reason    string
+	action    string
+	note      string
+	// shared says that other nodes report the same.
+	shared bool
+	// count is how many times it came up, so far.
+	count int32
+}
+
+// memory is what is known of a report that was made.
+type memory struct {
+	last  time.Time
+	count int32
+}
 
 // NewEvents returns an Events. It starts nothing and does not speak to the server.
-func NewEvents(opts EventOptions) (*Events, error) { return &Events{}, nil }
+// The error says what in the configuration cannot be used.
+func NewEvents(opts EventOptions) (*Events, error) {
+	log := opts.Logger
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	config := rest.CopyConfig(opts.Config)
+	config.QPS, config.RateLimiter = -1, nil
+	if config.Timeout == 0 {
+		config.Timeout = answerWithin
+	}
+	group := eventsv1.SchemeGroupVersion
+	clients, err := newClients(config, opts.Version, group)
+	if err != nil {
+		return nil, err
+	}
+	return &Events{
+		client:     clients[group],
+		log:        log,
+		nodeName:   opts.NodeName,
+		limiter:    flowcontrol.NewTokenBucketRateLimiter(eventsPerSecond, eventsBurst),
+		wake:       make(chan struct{}, 1),
+		uids:       map[types.NamespacedName]types.UID{},
+		remembered: map[uint64]memory{},
+	}, nil
+}
+
+// Apply takes the UIDs of objects from what a source delivers. It must see each
+// Delta before problems of its objects are reported. With the first one the Event
+// Starting is written about the Node.
+func (e *Events) Apply(d kube.Delta) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for _, name := range d.DeletedServices {
+		delete(e.uids, name)
+	}
+	for _, svc := range d.Services {
+		e.uids[types.NamespacedName{Namespace: svc.Namespace, Name: svc.Name}] = svc.UID
+	}
+	if e.started {
+		return
+	}
+	e.started = true
+	// Without a Node object the name stands for the UID, as with a kubelet.
+	node := corev1.ObjectReference{APIVersion: "v1", Kind: "Node", Name: e.nodeName, UID: types.UID(e.nodeName)}
+	if d.Node != nil {
+		node.UID = d.Node.UID
+	}
+	now := time.Now()
+	e.enqueue(report{
+		regarding: node, at: now, name: fmt.Sprintf("%s.%x", e.nodeName, now.UnixNano()), eventType: corev1.EventTypeNormal,
+		reason: ReasonStarting, action: "StartFairlead", note: "fairlead programs the Services of this node",
+	})
+}
+
+// Problem reports what a Service asks for and does not get.
+func (e *Events) Problem(p kube.Problem) {
+	note := p.Field + ": " + p.Message
+	if p.EndpointSlice != "" {
+		note = "EndpointSlice " + p.EndpointSlice + ": " + note
+	}
+	e.warn(p.Service, report{reason: ReasonNotAsWritten, action: "ReadService", note: note, shared: true})
+}
+
+// NotProgrammed reports that a Service could not be programmed. It may be called
+// on every attempt.
+func (e *Events) NotProgrammed(key dataplane.Key, err error) {
+	e.warn(types.NamespacedName{Namespace: key.Namespace, Name: key.Name}, report{
+		reason: ReasonNotProgrammed, action: "ProgramService", note: fmt.Sprintf("node %s: %s: %v", e.nodeName, key, err),
+	})
+}
+
+// HealthCheckFailed reports that the health-check node port of a Service cannot be
+// listened on. It may be called on every attempt.
+func (e *Events) HealthCheckFailed(service types.NamespacedName, port uint16, err error) {
+	e.warn(service, report{
+		reason: ReasonHealthCheck, action: "StartServiceHealthcheck",
+		note: fmt.Sprintf("node %s failed to start healthcheck %q on port %d: %v", e.nodeName, service, port, err),
+	})
+}
+
+// warn completes and queues a report about a Service, unless it is nothing new.
+func (e *Events) warn(service types.NamespacedName, r report) {
+	now := time.Now()
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	uid, ok := e.uids[service]
+	if !ok {
+		return // gone, and so are its Events for who looks for them
+	}
+	r.regarding = corev1.ObjectReference{
+		APIVersion: "v1", Kind: "Service", Namespace: service.Namespace, Name: service.Name, UID: uid,
+	}
+	r.at, r.eventType = now, corev1.EventTypeWarning
+	r.note = truncate(r.note, maxNote)
+	number := fnv.New64a()
+	_, _ = fmt.Fprintf(number, "%s %s %s", uid, r.reason, r.note) // a hash takes everything
+	n := number.Sum64()
+	r.name = fmt.Sprintf("%s.%016x", service.Name, n)
+	before, again := e.remembered[n]
+	if again && now.Sub(before.last) < persistsFor {
+		e.remembered[n] = memory{now, before.count}
+		return
+	}
+	r.count = before.count + 1
+	if !e.enqueue(r) {
+		return
+	}
+	if !again {
+		if len(e.order) >= maxRemembered {
+			delete(e.remembered, e.order[0])
+			e.order = e.order[1:]
+		}
+		e.order = append(e.order, n)
+	}
+	e.remembered[n] = memory{now, r.count}
+}
+
+// truncate cuts the text between two characters.
+func truncate(text string, size int) string {
+	if len(text) <= size {
+		return text
+	}
+	const rest = "…"
+	text = text[:size-len(rest)]
+	for text != "" {
+		if r, n := utf8.DecodeLastRuneInString(text); r != utf8.RuneError || n != 1 {
+			break
+		}
+		text = text[:len(text)-1]
+	}
+	return text + rest
+}
+
+// enqueue is for those who hold the lock. It reports false if there is no room.
+func (e *Events) enqueue(r report) bool {
+	if len(e.queue) >= maxQueued {
+		e.dropped++
+		return false
+	}
+	e.queue = append(e.queue, r)
+	select {
+	case e.wake <- struct{}{}:
+	default:
+	}
+	return true
+}
+
+// next removes and returns the oldest report, if there is one, and how many were
+// dropped since the queue was last empty if it is empty now.
+func (e *Events) next() (r report, ok bool, dropped int) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if len(e.queue) == 0 {
+		e.queue = nil // lets go of an array that was long
+		dropped, e.dropped = e.dropped, 0
+		return report{}, false, dropped
+	}
+	r = e.queue[0]
+	e.queue = e.queue[1:]
+	return r, true, 0
+}
 
 // Run writes what is reported. It blocks until ctx is done, then takes two seconds
 // at most for what is left, and returns nil. Run must be called only once.
 func (e *Events) Run(ctx context.Context) error {
-	<-ctx.Done()
+	for e.wait(ctx) {
+		e.send(ctx)
+	}
+	flush, cancel := context.WithTimeout(context.WithoutCancel(ctx), flushFor)
+	defer cancel()
+	e.send(flush)
 	return nil
 }
 
-// Apply takes the UIDs of objects from what a source delivers. Each Delta must be
-// given to it, before problems of its objects are reported. The first also has
-// the Event Starting written about the Node.
-func (e *Events) Apply(d kube.Delta) {}
+// wait waits for reports and reports false when ctx is done.
+func (e *Events) wait(ctx context.Context) bool {
+	select {
+	case <-ctx.Done():
+		return false
+	case <-e.wake:
+		return ctx.Err() == nil
+	}
+}
 
-// Problem reports what a Service asks for and does not get.
-func (e *Events) Problem(p kube.Problem) {}
+// send writes what is queued until there is nothing left or ctx is done.
+func (e *Events) send(ctx context.Context) {
+	for ctx.Err() == nil {
+		r, ok, dropped := e.next()
+		if dropped > 0 {
+			e.log.WarnContext(ctx, "too many Events at once, some are in the log only", "dropped", dropped)
+		}
+		if !ok {
+			return
+		}
+		if !e.write(ctx, r) {
+			// The end has come. It is the first to be flushed.
+			e.mu.Lock()
+			e.queue = append([]report{r}, e.queue...)
+			e.mu.Unlock()
+		}
+	}
+}
 
-// NotProgrammed reports that a Service could not be programmed. It may be called
-// on every attempt.
-func (e *Events) NotProgrammed(key dataplane.Key, err error) {}
+// write writes an Event, or finds that it is not to be written. It reports false
+// if ctx was done before.
+func (e *Events) write(ctx context.Context, r report) bool {
+	for pause := awayMin; ; pause = min(2*pause, awayMax) {
+		if err := e.limiter.Wait(ctx); err != nil {
+			return false
+		}
+		err := e.attempt(ctx, r)
+		switch {
+		case err == nil:
+			return true
+		case ctx.Err() != nil:
+			return false
+		case refusal(err) || apierrors.IsConflict(err) || apierrors.IsAlreadyExists(err):
+			e.rejected(ctx, r, err)
+			return true
+		}
+		select {
+		case <-ctx.Done():
+			return false
+		case <-time.After(pause):
+		}
+	}
+}
 
-// HealthCheckFailed reports that the health-check node port of a Service cannot be
-// listened on. It may be called on every attempt.
-func (e *Events) HealthCheckFailed(service types.NamespacedName, port uint16, err error) {}
+// attempt creates the Event, or says of the one that there is that it happened
+// again.
+func (e *Events) attempt(ctx context.Context, r report) error {
+	if r.count > 1 {
+		err := e.repeat(ctx, r)
+		if !apierrors.IsNotFound(err) {
+			return err
+		}
+	}
+	err := e.create(ctx, r)
+	if !apierrors.IsAlreadyExists(err) {
+		return err
+	}
+	if r.shared && r.count <= 1 {
+		return nil // another node has said so
+	}
+	r.count = max(r.count, 2) // from before the program was started
+	return e.repeat(ctx, r)
+}
 
-var _ = slog.LevelInfo
+func (e *Events) create(ctx context.Context, r report) error {
+	event := &eventsv1.Event{
+		ObjectMeta:          metav1.ObjectMeta{Name: r.name, Namespace: namespaceOf(r)},
+		EventTime:           metav1.NewMicroTime(r.at),
+		ReportingController: controller,
+		ReportingInstance:   truncate(controller+"-"+e.nodeName, maxInstance),
+		Action:              r.action,
+		Reason:              r.reason,
+		Regarding:           r.regarding,
+		Note:                r.note,
+		Type:                r.eventType,
+	}
+	return e.client.Post().Namespace(event.Namespace).Resource("events").Body(event).Do(ctx).Error()
+}
+
+func (e *Events) repeat(ctx context.Context, r report) error {
+	patch, err := json.Marshal(map[string]any{
+		"series": eventsv1.EventSeries{Count: r.count, LastObservedTime: metav1.NewMicroTime(r.at)},
+	})
+	if err != nil {
+		return fmt.Errorf("write a patch for Event %s: %w", r.name, err)
+	}
+	return e.client.Patch(types.MergePatchType).Namespace(namespaceOf(r)).Resource("events").Name(r.name).Body(patch).Do(ctx).Error()
+}
+
+// namespaceOf returns the namespace of an Event: that of its object, or, as the API
+// has it, default.
+func namespaceOf(r report) string {
+	if r.regarding.Namespace == "" {
+		return metav1.NamespaceDefault
+	}
+	return r.regarding.Namespace
+}
+
+// rejected logs, once, that Events are not allowed. That a namespace is gone or
+// about to go is no news.
+func (e *Events) rejected(ctx context.Context, r report, err error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	gone := apierrors.IsNotFound(err) || apierrors.HasStatusCause(err, corev1.NamespaceTerminatingCause)
+	if gone || e.refused {
+		return
+	}
+	e.refused = true
+	e.log.WarnContext(ctx, "API server refuses an Event, this is not logged again: allow create and patch of events.events.k8s.io",
+		"reason", r.reason, "namespace", namespaceOf(r), "error", err)
+}
