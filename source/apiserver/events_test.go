@@ -319,4 +319,3 @@ func TestEventsRefused(t *testing.T) {
 		t.Errorf("told %d times of missing rights, want once: %s", n, &logs)
 	}
 }
-
