@@ -56,7 +56,7 @@ func randomService(c choices) *corev1.Service {
 	svc := newService(pick(c, "a", "b", "c", "d"), ips, age(time.Duration(c.IntN(3))*time.Hour))
 	svc.Spec.Ports = nil
 	for range 1 + c.IntN(3) {
-		p := port(pick(c, "", "p", "q"), pick(c, corev1.ProtocolTCP, corev1.ProtocolUDP, "", "bad"), pick[int32](c, 80, 81, 80, 70000))
+		p := port(pick(c, "", "p", "q"), pick(c, corev1.ProtocolTCP, corev1.ProtocolUDP, "", "", "bad"), pick[int32](c, 80, 81, 80, 81, 82, 70000))
 		p.NodePort = pick[int32](c, 0, 30080, 30081, 80, 70000)
 		svc.Spec.Ports = append(svc.Spec.Ports, p)
 	}
@@ -92,16 +92,19 @@ func randomService(c choices) *corev1.Service {
 }
 
 func randomSlice(c choices) *discoveryv1.EndpointSlice {
-	slice := newSlice(pick(c, "s1", "s2", "s3", "s4", "s5"), pick(c, "a", "b", "c", "d", "nobody", ""), nil)
-	ips := []string{"10.0.0.1", "10.0.0.2", "10.0.0.03", "127.0.0.1"}
-	if c.IntN(3) == 0 {
+	slice := newSlice(pick(c, "s1", "s2", "s3", "s4", "s5", "s6", "s7"), pick(c, "a", "b", "c", "d", "a", "b", "c", "d", "nobody", ""), nil)
+	ips := []string{"10.0.0.1", "10.0.0.2", "10.0.0.03", "10.0.0.4", "127.0.0.1"}
+	if c.IntN(4) == 0 {
 		slice.AddressType = discoveryv1.AddressTypeIPv6
 		ips = []string{"fd01::1", "fd01:0::2", "::ffff:10.0.0.1"}
 	}
-	hinted := c.IntN(2) == 0
-	for range c.IntN(5) {
+	hinted, draining := c.IntN(2) == 0, c.IntN(4) == 0
+	for range c.IntN(6) {
 		ep := eps(pick(c, ips...))[0]
-		if c.IntN(4) == 0 {
+		if draining {
+			ep.Conditions.Ready = new(false)
+			ep.Conditions.Terminating = new(true)
+		} else if c.IntN(5) == 0 {
 			ep.Conditions.Ready = new(c.IntN(2) == 0)
 			ep.Conditions.Serving = new(c.IntN(2) == 0)
 			ep.Conditions.Terminating = new(c.IntN(2) == 0)
@@ -109,18 +112,18 @@ func randomSlice(c choices) *discoveryv1.EndpointSlice {
 		if c.IntN(2) == 0 {
 			ep.NodeName = new(pick(c, "here", "there"))
 		}
-		if hinted && c.IntN(8) != 0 {
+		if hinted && c.IntN(12) != 0 {
 			hints(&ep).ForZones = zones(pick(c, []string{"a"}, []string{"b"}, []string{"a", "b"}))
-			if c.IntN(2) == 0 {
+			if c.IntN(3) == 0 {
 				hints(&ep).ForNodes = nodes(pick(c, []string{"here"}, []string{"there"}))
 			}
 		}
 		slice.Endpoints = append(slice.Endpoints, ep)
 	}
 	slice.Ports = nil
-	for range c.IntN(4) {
+	for range c.IntN(6) {
 		slice.Ports = append(slice.Ports,
-			slicePort(pick(c, "", "p", "q"), pick(c, corev1.ProtocolTCP, corev1.ProtocolUDP), pick[int32](c, 8080, 8081, 0)))
+			slicePort(pick(c, "", "p", "q"), pick(c, corev1.ProtocolTCP, corev1.ProtocolTCP, corev1.ProtocolUDP), pick[int32](c, 8080, 8081, 0)))
 	}
 	if c.IntN(10) == 0 {
 		slice.Labels[corev1.IsHeadlessService] = ""
@@ -155,7 +158,7 @@ func (w *world) step(c choices) Delta {
 			d.EndpointSlices = append(d.EndpointSlices, randomSlice(c))
 		case 4:
 			d.DeletedServices = append(d.DeletedServices, named(pick(c, "a", "b", "c", "d")))
-			d.DeletedEndpointSlices = append(d.DeletedEndpointSlices, named(pick(c, "s1", "s2", "s3", "s4", "s5")))
+			d.DeletedEndpointSlices = append(d.DeletedEndpointSlices, named(pick(c, "s1", "s2", "s3", "s4", "s5", "s6", "s7")))
 		case 5:
 			if d.NodeDeleted = c.IntN(5) == 0; !d.NodeDeleted {
 				d.Node = randomNode(c)
@@ -702,7 +705,7 @@ func TestRandomHistories(t *testing.T) {
 	t.Parallel()
 	histories := 600
 	if testing.Short() {
-		histories = 60
+		histories = 150
 	}
 	for seed := range histories {
 		run(t, rand.New(rand.NewPCG(uint64(seed), 1)), 40)
