@@ -2,6 +2,7 @@ package controlplane
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"net"
@@ -398,6 +399,13 @@ func (cp *ControlPlane) Config() *rest.Config {
 		}
 	}
 	return config
+}
+
+// CertPool returns the authority that the API server's certificate is from.
+func (cp *ControlPlane) CertPool() *x509.CertPool {
+	pool := x509.NewCertPool()
+	pool.AddCert(cp.keys.ca.cert)
+	return pool
 }
 
 func etcdArgs() []string {

@@ -1,0 +1,220 @@
+//go:build e2e
+
+package e2e_test
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/kubernetes/scheme"
+
+	"fairlead/internal/nettest"
+	"fairlead/test/controlplane"
+)
+
+// The nodes of the cluster: Fairlead runs on thisNode. To the network, the pods
+// of both are behind thisNode.
+const (
+	thisNode, thisZone   = "this-node", "zone-a"
+	otherNode, otherZone = "other-node", "zone-b"
+)
+
+// referenceEnv names an environment variable with the path of a kube-proxy, which
+// then runs in place of Fairlead: what it fails is a mistake of the test, or a
+// difference that should be a decision.
+const referenceEnv = "FAIRLEAD_E2E_KUBE_PROXY"
+
+// serviceAccount is that of deploy/rbac.yaml.
+var serviceAccount = types.NamespacedName{Namespace: "kube-system", Name: "fairlead"}
+
+// cluster is a network, a control plane and a Fairlead.
+type cluster struct {
+	dir  string
+	net  *nettest.Network
+	cp   *controlplane.ControlPlane
+	api  kubernetes.Interface
+	lead *fairlead
+}
+
+// newCluster makes a cluster with two Nodes. Fairlead does not run yet.
+func newCluster(ctx context.Context, dir string, options controlplane.Options) (*cluster, error) {
+	c := &cluster{dir: dir}
+	return c, c.make(ctx, options)
+}
+
+func (c *cluster) make(ctx context.Context, options controlplane.Options) error {
+	var err error
+	if c.net, err = nettest.New(nettest.Options{}); err != nil {
+		return err
+	}
+	options.Namespace, options.Address = c.net.Outside.Namespace, c.net.Outside.IPv4
+	if c.cp, err = controlplane.New(ctx, options); err != nil {
+		return err
+	}
+	config := c.cp.Config()
+	config.ContentType = "application/vnd.kubernetes.protobuf"
+	if c.api, err = kubernetes.NewForConfig(config); err != nil {
+		return err
+	}
+	if err := c.applyRBAC(ctx); err != nil {
+		return err
+	}
+	if err := c.createNode(ctx, thisNode, thisZone, c.net.Node.Addrs(), c.net.PodCIDRs); err != nil {
+		return err
+	}
+	if err := c.createNode(ctx, otherNode, otherZone, []netip.Addr{netip.MustParseAddr("192.0.2.77")}, nil); err != nil {
+		return err
+	}
+	kubeconfig := filepath.Join(c.dir, "kubeconfig")
+	if err := c.cp.ServiceAccountKubeconfig(ctx, kubeconfig, serviceAccount.Namespace, serviceAccount.Name); err != nil {
+		return err
+	}
+	cidrs := make([]string, 0, len(c.net.PodCIDRs))
+	for _, p := range c.net.PodCIDRs {
+		cidrs = append(cidrs, p.String())
+	}
+	c.lead = &fairlead{host: c.net.Node, log: filepath.Join(c.dir, "fairlead.log")}
+	if c.lead.binary = os.Getenv(referenceEnv); c.lead.binary != "" {
+		c.lead.args = []string{"--proxy-mode=nftables"}
+	} else {
+		if c.lead.binary, err = build(ctx, c.dir); err != nil {
+			return err
+		}
+		c.lead.args = []string{"run"}
+	}
+	c.lead.args = append(c.lead.args,
+		"--kubeconfig="+kubeconfig, "--hostname-override="+thisNode, "--cluster-cidr="+strings.Join(cidrs, ","),
+		"--healthz-bind-address="+healthzAddr, "--metrics-bind-address="+metricsAddr,
+	)
+	return nil
+}
+
+// start starts Fairlead, and returns when it has programmed the node.
+func (c *cluster) start(ctx context.Context) error {
+	if err := c.lead.start(); err != nil {
+		return err
+	}
+	return c.lead.waitReady(ctx)
+}
+
+// close ends everything. Parts that were not made are no error.
+func (c *cluster) close() error {
+	if c == nil {
+		return nil
+	}
+	var errs []error
+	if c.lead != nil {
+		errs = append(errs, c.lead.kill())
+	}
+	if c.cp != nil {
+		errs = append(errs, c.cp.Close())
+	}
+	if c.net != nil {
+		errs = append(errs, c.net.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// applyRBAC creates what deploy/rbac.yaml has, as it is.
+func (c *cluster) applyRBAC(ctx context.Context) error {
+	data, err := os.ReadFile(filepath.Join(root, "deploy", "rbac.yaml"))
+	if err != nil {
+		return err
+	}
+	for document := range bytes.SplitSeq(data, []byte("\n---\n")) {
+		object, _, err := scheme.Codecs.UniversalDeserializer().Decode(document, nil, nil)
+		if err != nil {
+			return fmt.Errorf("deploy/rbac.yaml: %w", err)
+		}
+		switch o := object.(type) {
+		case *corev1.ServiceAccount:
+			_, err = c.api.CoreV1().ServiceAccounts(o.Namespace).Create(ctx, o, metav1.CreateOptions{})
+		case *rbacv1.ClusterRole:
+			_, err = c.api.RbacV1().ClusterRoles().Create(ctx, o, metav1.CreateOptions{})
+		case *rbacv1.ClusterRoleBinding:
+			_, err = c.api.RbacV1().ClusterRoleBindings().Create(ctx, o, metav1.CreateOptions{})
+		default:
+			err = fmt.Errorf("unexpected %T", object)
+		}
+		if err != nil {
+			return fmt.Errorf("deploy/rbac.yaml: %w", err)
+		}
+	}
+	return nil
+}
+
+func (c *cluster) createNode(ctx context.Context, name, zone string, addrs []netip.Addr, podCIDRs []netip.Prefix) error {
+	node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{
+		corev1.LabelHostname: name, corev1.LabelTopologyZone: zone,
+	}}}
+	for _, p := range podCIDRs {
+		node.Spec.PodCIDRs = append(node.Spec.PodCIDRs, p.String())
+	}
+	if len(podCIDRs) > 0 {
+		node.Spec.PodCIDR = node.Spec.PodCIDRs[0]
+	}
+	for _, a := range addrs {
+		node.Status.Addresses = append(node.Status.Addresses, corev1.NodeAddress{Type: corev1.NodeInternalIP, Address: a.String()})
+	}
+	node.Status.Conditions = []corev1.NodeCondition{{Type: corev1.NodeReady, Status: corev1.ConditionTrue}}
+	if _, err := c.api.CoreV1().Nodes().Create(ctx, node, metav1.CreateOptions{}); err != nil {
+		return fmt.Errorf("create Node %s: %w", name, err)
+	}
+	return nil
+}
+
+// patch returns a merge patch that sets what is at the path.
+func patch(value any, path ...string) []byte {
+	for i := len(path) - 1; i >= 0; i-- {
+		value = map[string]any{path[i]: value}
+	}
+	data, err := json.Marshal(value)
+	if err != nil {
+		panic(err) // Values that cannot be marshalled are mistakes in a test.
+	}
+	return data
+}
+
+// patience bounds every wait for something to come about. It is long, so that a
+// busy machine fails no test, and costs nothing where all is well.
+const patience = 30 * time.Second
+
+// eventually calls fn until it returns nil. It returns fn's last error if that
+// takes too long.
+func eventually(ctx context.Context, fn func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	const period = 20 * time.Millisecond
+	for {
+		err := fn(ctx)
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("not within %s: %w", patience, err)
+		case <-time.After(period):
+		}
+	}
+}
+
+func ignoreNotFound(err error) error {
+	if apierrors.IsNotFound(err) {
+		return nil
+	}
+	return err
+}

@@ -1,0 +1,179 @@
+//go:build e2e
+
+package e2e_test
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"os"
+	"testing"
+
+	corev1 "k8s.io/api/core/v1"
+
+	"fairlead/internal/nettest"
+)
+
+// carried says which features of Services the nft backend carries. What it does
+// not is reported, in an Event on the Service and in the log, and everything
+// else that the Service asks for works.
+var carried = map[feature]bool{
+	nodePorts:     false,
+	externalIPs:   false,
+	loadBalancers: false,
+	externalLocal: false,
+	affinity:      false,
+	sourceRanges:  false,
+}
+
+type feature string
+
+const (
+	nodePorts     feature = "node ports"
+	externalIPs   feature = "external IPs"
+	loadBalancers feature = "load balancers"
+	externalLocal feature = "externalTrafficPolicy Local"
+	affinity      feature = "session affinity"
+	sourceRanges  feature = "load balancer source ranges"
+)
+
+func TestExternal(t *testing.T) {
+	t.Parallel()
+	for _, tc := range []struct {
+		feature feature
+		// service is what asks for it; ingress is written into its status.
+		service func(*corev1.Service)
+		ingress []string
+		// works checks it, with a pod on this node and one on the other.
+		works func(s *scenario, web *service, here, there *pod)
+		// noClusterIP: without the feature not even the cluster IP works.
+		noClusterIP bool
+	}{
+		{
+			feature: nodePorts,
+			service: func(v *corev1.Service) { v.Spec.Type = corev1.ServiceTypeNodePort },
+			works: func(s *scenario, web *service, here, there *pod) {
+				for _, node := range s.net.Node.Addrs() {
+					for _, from := range []*nettest.Host{s.net.Outside, s.net.Node, s.client()} {
+						s.reaches(from, tcpTo(netip.AddrPortFrom(node, web.nodePort())), here, there)
+					}
+				}
+			},
+		},
+		{
+			feature: externalIPs,
+			service: func(v *corev1.Service) { v.Spec.ExternalIPs = []string{"203.0.113.1", "2001:db8:99::1"} },
+			works: func(s *scenario, _ *service, here, there *pod) {
+				for _, addr := range []string{"203.0.113.1", "2001:db8:99::1"} {
+					for _, from := range []*nettest.Host{s.net.Outside, s.net.Node, s.client()} {
+						s.reaches(from, tcpTo(netip.AddrPortFrom(netip.MustParseAddr(addr), 80)), here, there)
+					}
+				}
+			},
+		},
+		{
+			feature: loadBalancers,
+			service: func(v *corev1.Service) { v.Spec.Type = corev1.ServiceTypeLoadBalancer },
+			ingress: []string{"203.0.113.2", "2001:db8:99::2"},
+			works: func(s *scenario, web *service, here, there *pod) {
+				for _, addr := range []string{"203.0.113.2", "2001:db8:99::2"} {
+					for _, from := range []*nettest.Host{s.net.Outside, s.net.Node, s.client()} {
+						s.reaches(from, tcpTo(netip.AddrPortFrom(netip.MustParseAddr(addr), 80)), here, there)
+					}
+				}
+				web.ingress() // The cloud takes them away.
+				s.fails(s.net.Outside, tcpTo(netip.MustParseAddrPort("203.0.113.2:80")), nettest.ErrRefused, nettest.ErrTimeout)
+			},
+		},
+		{
+			feature: externalLocal,
+			service: func(v *corev1.Service) {
+				v.Spec.Type = corev1.ServiceTypeNodePort
+				v.Spec.ExternalTrafficPolicy = corev1.ServiceExternalTrafficPolicyLocal
+			},
+			works: func(s *scenario, web *service, here, there *pod) {
+				to := tcpTo(netip.AddrPortFrom(s.net.Node.IPv4, web.nodePort()))
+				s.reaches(s.net.Outside, to, here)
+				s.reaches(s.client(), to, here, there)
+				answer, err := connect(s.ctx, s.net.Outside, to)
+				s.must(err)
+				if answer.Source.Addr() != s.net.Outside.IPv4 {
+					s.Errorf("the pod sees %s, want the client's own address %s", answer.Source, s.net.Outside.IPv4)
+				}
+				here.unready()
+				s.unanswered(s.net.Outside, to)
+			},
+		},
+		{
+			feature: affinity,
+			service: func(v *corev1.Service) { v.Spec.SessionAffinity = corev1.ServiceAffinityClientIP },
+			works: func(s *scenario, web *service, here, there *pod) {
+				client := s.client()
+				pods := map[string]*pod{here.Name: here, there.Name: there}
+				var first nettest.Answer
+				s.eventually(func(ctx context.Context) (err error) {
+					first, err = connect(ctx, client, tcpTo(web.at(80)))
+					return err
+				})
+				const connections = 30
+				for range connections {
+					answer, err := connect(s.ctx, client, tcpTo(web.at(80)))
+					s.must(err)
+					if answer.Host != first.Host {
+						s.Fatalf("a connection ends at %s, earlier ones at %s", answer.Host, first.Host)
+					}
+				}
+				pods[first.Host].unready()
+				delete(pods, first.Host)
+				for _, other := range pods {
+					s.reaches(client, tcpTo(web.at(80)), other)
+				}
+			},
+			noClusterIP: true,
+		},
+		{
+			feature: sourceRanges,
+			service: func(v *corev1.Service) {
+				v.Spec.Type = corev1.ServiceTypeLoadBalancer
+				v.Spec.LoadBalancerSourceRanges = []string{"192.0.2.2/32"}
+			},
+			ingress: []string{"203.0.113.3"},
+			works: func(s *scenario, web *service, here, there *pod) {
+				to := tcpTo(netip.MustParseAddrPort("203.0.113.3:80"))
+				s.reaches(s.net.Outside, to, here, there)
+				web.update(func(v *corev1.Service) { v.Spec.LoadBalancerSourceRanges = []string{"198.51.100.0/24"} })
+				s.unanswered(s.net.Outside, to)
+				s.reaches(s.net.Outside, tcpTo(web.at(80)), here, there)
+			},
+		},
+	} {
+		t.Run(string(tc.feature), func(t *testing.T) {
+			t.Parallel()
+			s := newScenario(t, shared)
+			web := s.service("web", tc.service)
+			if tc.ingress != nil {
+				web.ingress(tc.ingress...)
+			}
+			here, there := s.pod("web"), s.pod("web", on(otherNode))
+			client := s.client()
+			if carried[tc.feature] || os.Getenv(referenceEnv) != "" {
+				tc.works(s, web, here, there)
+				return
+			}
+			web.reported()
+			s.eventually(func(context.Context) error {
+				ok, err := s.lead.logged(s.namespace + "/web")
+				if err == nil && !ok {
+					err = fmt.Errorf("the log says nothing of %s/web", s.namespace)
+				}
+				return err
+			})
+			if !tc.noClusterIP {
+				s.reaches(client, tcpTo(web.at(80)), here, there)
+			}
+		})
+	}
+}
+
+// nodePort returns the node port of the Service's first port.
+func (v *service) nodePort() uint16 { return uint16(v.Spec.Ports[0].NodePort) }

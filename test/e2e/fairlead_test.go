@@ -1,0 +1,232 @@
+//go:build e2e
+
+package e2e_test
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"os/exec"
+	"runtime"
+	"strconv"
+	"strings"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"fairlead/internal/nettest"
+)
+
+// Where the program's HTTP servers are.
+const (
+	healthzAddr = "127.0.0.1:10256"
+	metricsAddr = "127.0.0.1:10249"
+)
+
+// fairlead is the program under test, which can be started and stopped again.
+type fairlead struct {
+	host   *nettest.Host
+	binary string
+	args   []string
+	log    string // file; starts append to it
+
+	cmd  *exec.Cmd
+	done chan struct{}
+	err  error // read after done
+}
+
+// start starts the program on its host. The kernel kills it when the tests'
+// process ends, however it does: see Pdeathsig in syscall.SysProcAttr. That
+// counts the thread that started it, which therefore lives as long.
+func (f *fairlead) start() error {
+	log, err := os.OpenFile(f.log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	f.cmd = exec.Command(f.binary, f.args...)
+	f.cmd.Stdout, f.cmd.Stderr = log, log
+	f.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	f.done = make(chan struct{})
+	started := make(chan error)
+	go func() {
+		runtime.LockOSThread() // and never unlocked: the thread ends here
+		defer log.Close()
+		if err := unix.Setns(f.host.Fd(), unix.CLONE_NEWNET); err != nil {
+			started <- err
+			return
+		}
+		err := f.cmd.Start()
+		started <- err
+		if err == nil {
+			f.err = f.cmd.Wait()
+			close(f.done)
+		}
+	}()
+	if err := <-started; err != nil {
+		f.cmd = nil
+		return fmt.Errorf("start fairlead: %w", err)
+	}
+	return nil
+}
+
+// running reports whether the program runs.
+func (f *fairlead) running() bool {
+	if f.cmd == nil {
+		return false
+	}
+	select {
+	case <-f.done:
+		return false
+	default:
+		return true
+	}
+}
+
+// stop ends the program as an operator does, and waits for its end.
+func (f *fairlead) stop() error {
+	if err := f.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		return fmt.Errorf("stop fairlead: %w", err)
+	}
+	<-f.done
+	// kube-proxy is ended by the signal itself.
+	if f.err != nil && os.Getenv(referenceEnv) == "" {
+		return fmt.Errorf("fairlead ended with %w:\n%s", f.err, f.tail())
+	}
+	return nil
+}
+
+// kill ends the program at once. It is no error if it does not run.
+func (f *fairlead) kill() error {
+	if f.cmd == nil {
+		return nil
+	}
+	if err := f.cmd.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		return fmt.Errorf("kill fairlead: %w", err)
+	}
+	<-f.done
+	return nil
+}
+
+// pause stops the program's clock, as on a machine that hangs, until resume.
+func (f *fairlead) pause() error { return f.cmd.Process.Signal(syscall.SIGSTOP) }
+
+func (f *fairlead) resume() error { return f.cmd.Process.Signal(syscall.SIGCONT) }
+
+// waitReady returns when the program says that the node is programmed.
+func (f *fairlead) waitReady(ctx context.Context) error {
+	return eventually(ctx, func(ctx context.Context) error {
+		select {
+		case <-f.done:
+			return fmt.Errorf("fairlead has ended: %w\n%s", f.err, f.tail())
+		default:
+		}
+		if _, err := f.get(ctx, healthzAddr, "/healthz"); err != nil {
+			return fmt.Errorf("%w\n%s", err, f.tail())
+		}
+		return nil
+	})
+}
+
+// get asks one of the program's HTTP servers.
+func (f *fairlead) get(ctx context.Context, addr, path string) ([]byte, error) {
+	transport := &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+			return f.host.Dial(ctx, network, netip.MustParseAddrPort(addr))
+		},
+	}
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+addr+path, http.NoBody)
+	if err != nil {
+		return nil, err
+	}
+	response, err := (&http.Client{Transport: transport}).Do(request)
+	if err != nil {
+		return nil, err
+	}
+	defer response.Body.Close()
+	body, err := io.ReadAll(response.Body)
+	if err == nil && response.StatusCode != http.StatusOK {
+		err = fmt.Errorf("%s: %s: %s", path, response.Status, body)
+	}
+	return body, err
+}
+
+// metric returns the sum of a metric's series, and whether there are any. A
+// series counts if it has all of the labels, each written as name="value".
+func (f *fairlead) metric(ctx context.Context, name string, labels ...string) (sum float64, ok bool, err error) {
+	body, err := f.get(ctx, metricsAddr, "/metrics")
+	if err != nil {
+		return 0, false, err
+	}
+lines:
+	for line := range strings.Lines(string(body)) {
+		series, value, _ := strings.Cut(strings.TrimSpace(line), " ")
+		if brace := strings.IndexByte(series, '{'); series != name && (brace < 0 || series[:brace] != name) {
+			continue
+		}
+		for _, label := range labels {
+			if !strings.Contains(series, label) {
+				continue lines
+			}
+		}
+		v, err := strconv.ParseFloat(value, 64)
+		if err != nil {
+			return 0, false, fmt.Errorf("metric %s: %w", name, err)
+		}
+		sum, ok = sum+v, true
+	}
+	return sum, ok, nil
+}
+
+// residentPeak returns the most memory that the program ever had resident, in
+// bytes.
+func (f *fairlead) residentPeak() (int, error) {
+	const kB = 1024
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", f.cmd.Process.Pid))
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(string(status)) {
+		if fields := strings.Fields(line); len(fields) == 3 && fields[0] == "VmHWM:" {
+			n, err := strconv.Atoi(fields[1])
+			return n * kB, err
+		}
+	}
+	return 0, errors.New("no VmHWM in the process's status")
+}
+
+// logged reports whether a line of the log has all of the parts.
+func (f *fairlead) logged(parts ...string) (bool, error) {
+	data, err := os.ReadFile(f.log)
+	if err != nil {
+		return false, err
+	}
+lines:
+	for scanner := bufio.NewScanner(bytes.NewReader(data)); scanner.Scan(); {
+		for _, part := range parts {
+			if !strings.Contains(scanner.Text(), part) {
+				continue lines
+			}
+		}
+		return true, nil
+	}
+	return false, nil
+}
+
+// tail returns the last lines of the log.
+func (f *fairlead) tail() string {
+	const lines = 30
+	data, err := os.ReadFile(f.log)
+	if err != nil {
+		return err.Error()
+	}
+	all := strings.Split(strings.TrimSpace(string(data)), "\n")
+	return strings.Join(all[max(0, len(all)-lines):], "\n")
+}

@@ -1,0 +1,65 @@
+//go:build e2e
+
+package e2e_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+
+	"fairlead/internal/nettest"
+	"fairlead/test/controlplane"
+)
+
+// root is the module's.
+const root = "../.."
+
+// shared is the cluster that the scenarios share.
+var shared *cluster
+
+func TestMain(m *testing.M) {
+	os.Exit(func() int {
+		if os.Geteuid() != 0 {
+			fmt.Fprintln(os.Stderr, "the end-to-end tests make network namespaces and program the kernel in them: run them as root")
+			return 1
+		}
+		dir, err := os.MkdirTemp("", "fairlead-e2e-")
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		defer os.RemoveAll(dir)
+		shared, err = newCluster(context.Background(), dir, controlplane.Options{ControllerManager: true})
+		if err == nil {
+			err = shared.start(context.Background())
+		}
+		if err != nil {
+			fmt.Fprintln(os.Stderr, errors.Join(err, shared.close()))
+			return 1
+		}
+		code := m.Run()
+		if err := shared.close(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		return code
+	}())
+}
+
+// build makes the program as `make build` does.
+func build(ctx context.Context, dir string) (path string, err error) {
+	path = filepath.Join(dir, "fairlead")
+	command := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags=-s -w", "-o", path, "./cmd/fairlead")
+	command.Dir = root
+	command.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := command.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("build fairlead: %w\n%s", err, out)
+	}
+	return path, nil
+}
+
+var _ nettest.TB = (*testing.T)(nil)

@@ -1,0 +1,485 @@
+//go:build e2e
+
+package e2e_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/intstr"
+
+	"fairlead/internal/nettest"
+)
+
+// scenario is a test with a Kubernetes namespace for itself. Its methods fail
+// the test when something does not work.
+type scenario struct {
+	testing.TB
+	*cluster
+	ctx       context.Context
+	namespace string
+
+	mu     sync.Mutex
+	number int // of pods made
+}
+
+// newScenario makes a scenario in the cluster. What it makes is gone when the
+// test ends.
+func newScenario(t testing.TB, c *cluster) *scenario {
+	t.Helper()
+	s := &scenario{TB: t, cluster: c, ctx: t.Context()}
+	if !c.lead.running() {
+		t.Logf("an earlier test has left Fairlead stopped; its log ends:\n%s", c.lead.tail())
+		s.must(c.start(s.ctx))
+	}
+	name := strings.Trim(strings.Map(func(r rune) rune {
+		if r >= 'a' && r <= 'z' || r >= '0' && r <= '9' {
+			return r
+		}
+		return '-'
+	}, strings.ToLower(t.Name())), "-")
+	namespace, err := c.api.CoreV1().Namespaces().Create(s.ctx, &corev1.Namespace{
+		ObjectMeta: metav1.ObjectMeta{GenerateName: name[:min(len(name), 40)] + "-"},
+	}, metav1.CreateOptions{})
+	s.must(err)
+	s.namespace = namespace.Name
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("the end of Fairlead's log:\n%s", c.lead.tail())
+		}
+		ctx := context.WithoutCancel(s.ctx)
+		services, err := c.api.CoreV1().Services(s.namespace).List(ctx, metav1.ListOptions{})
+		if err == nil {
+			for i := range services.Items {
+				err = errors.Join(err, ignoreNotFound(
+					c.api.CoreV1().Services(s.namespace).Delete(ctx, services.Items[i].Name, metav1.DeleteOptions{})))
+			}
+		}
+		err = errors.Join(err, c.api.CoreV1().Pods(s.namespace).DeleteCollection(ctx,
+			metav1.DeleteOptions{GracePeriodSeconds: new(int64(0))}, metav1.ListOptions{}))
+		err = errors.Join(err, c.api.CoreV1().Namespaces().Delete(ctx, s.namespace, metav1.DeleteOptions{}))
+		if err != nil {
+			t.Errorf("clean up: %v", err)
+		}
+	})
+	return s
+}
+
+func (s *scenario) must(err error) {
+	s.Helper()
+	if err != nil {
+		s.Fatal(err)
+	}
+}
+
+// eventually waits until fn returns nil.
+func (s *scenario) eventually(fn func(context.Context) error) {
+	s.Helper()
+	s.must(eventually(s.ctx, fn))
+}
+
+// service is a Service of a scenario.
+type service struct {
+	*corev1.Service
+	in *scenario
+}
+
+// port is a Service's TCP port and the one that pods serve it on.
+func port(number int32, target any) corev1.ServicePort {
+	p := corev1.ServicePort{Name: fmt.Sprintf("tcp-%d", number), Port: number}
+	switch to := target.(type) {
+	case int:
+		p.TargetPort = intstr.FromInt(to)
+	case string:
+		p.TargetPort = intstr.FromString(to)
+	}
+	return p
+}
+
+// udp makes a port one of UDP.
+func udp(p corev1.ServicePort) corev1.ServicePort {
+	p.Name, p.Protocol = strings.Replace(p.Name, "tcp", "udp", 1), corev1.ProtocolUDP
+	return p
+}
+
+// service creates a Service that selects the pods of the app of the same name.
+// It has both families and port 80 unless change says otherwise.
+func (s *scenario) service(name string, change ...func(*corev1.Service)) *service {
+	s.Helper()
+	object := &corev1.Service{
+		ObjectMeta: metav1.ObjectMeta{Name: name, Namespace: s.namespace},
+		Spec: corev1.ServiceSpec{
+			Selector:       map[string]string{"app": name},
+			Ports:          []corev1.ServicePort{port(80, 8080)},
+			IPFamilyPolicy: new(corev1.IPFamilyPolicyPreferDualStack),
+		},
+	}
+	for _, fn := range change {
+		fn(object)
+	}
+	created, err := s.api.CoreV1().Services(s.namespace).Create(s.ctx, object, metav1.CreateOptions{})
+	s.must(err)
+	return &service{Service: created, in: s}
+}
+
+// update changes the Service.
+func (v *service) update(change func(*corev1.Service)) {
+	v.in.Helper()
+	v.in.eventually(func(ctx context.Context) error {
+		current, err := v.in.api.CoreV1().Services(v.Namespace).Get(ctx, v.Name, metav1.GetOptions{})
+		if err != nil {
+			return err
+		}
+		change(current)
+		updated, err := v.in.api.CoreV1().Services(v.Namespace).Update(ctx, current, metav1.UpdateOptions{})
+		if err == nil {
+			v.Service = updated
+		}
+		return err
+	})
+}
+
+// ingress writes the addresses of a load balancer into the status, as a cloud's
+// controller does.
+func (v *service) ingress(addrs ...string) {
+	v.in.Helper()
+	ingress := make([]map[string]any, 0, len(addrs))
+	for _, a := range addrs {
+		ingress = append(ingress, map[string]any{"ip": a, "ipMode": "VIP"})
+	}
+	_, err := v.in.api.CoreV1().Services(v.Namespace).Patch(v.in.ctx, v.Name, types.MergePatchType,
+		patch(ingress, "status", "loadBalancer", "ingress"), metav1.PatchOptions{}, "status")
+	v.in.must(err)
+}
+
+func (v *service) delete() {
+	v.in.Helper()
+	v.in.must(v.in.api.CoreV1().Services(v.Namespace).Delete(v.in.ctx, v.Name, metav1.DeleteOptions{}))
+}
+
+// at returns the Service's cluster IP of the first family, with the port.
+func (v *service) at(number uint16) netip.AddrPort { return v.all(number)[0] }
+
+// all returns the Service's cluster IPs of each family, with the port.
+func (v *service) all(number uint16) []netip.AddrPort {
+	addrs := make([]netip.AddrPort, 0, len(v.Spec.ClusterIPs))
+	for _, ip := range v.Spec.ClusterIPs {
+		addrs = append(addrs, netip.AddrPortFrom(netip.MustParseAddr(ip), number))
+	}
+	return addrs
+}
+
+// pod is a Pod, and the namespace that is it.
+type pod struct {
+	*nettest.Host // its Name is how it answers
+	in            *scenario
+	object        string // the Pod's name
+}
+
+// podOptions say what a pod is like.
+type podOptions struct {
+	node    string
+	unready bool
+	ports   []corev1.ContainerPort
+}
+
+func on(node string) func(*podOptions) { return func(o *podOptions) { o.node = node } }
+
+func unready(o *podOptions) { o.unready = true }
+
+// named gives the pod a named port for TCP, and namedUDP one for UDP, in place
+// of 8080.
+func named(name string, number int32) func(*podOptions) {
+	return func(o *podOptions) {
+		o.ports = append(o.ports, corev1.ContainerPort{Name: name, ContainerPort: number, Protocol: corev1.ProtocolTCP})
+	}
+}
+
+func namedUDP(name string, number int32) func(*podOptions) {
+	return func(o *podOptions) {
+		o.ports = append(o.ports, corev1.ContainerPort{Name: name, ContainerPort: number, Protocol: corev1.ProtocolUDP})
+	}
+}
+
+// pod creates a Pod of an app, on this node, which serves TCP and UDP on port
+// 8080, is running and ready, unless an option says otherwise.
+func (s *scenario) pod(app string, options ...func(*podOptions)) *pod {
+	s.Helper()
+	o := podOptions{node: thisNode}
+	for _, fn := range options {
+		fn(&o)
+	}
+	s.mu.Lock()
+	s.number++
+	name := fmt.Sprintf("%s-%d", app, s.number)
+	s.mu.Unlock()
+	if len(o.ports) == 0 {
+		named("tcp", 8080)(&o)
+		namedUDP("udp", 8080)(&o)
+	}
+
+	host, err := s.net.AddPod(s.namespace + "/" + name)
+	s.must(err)
+	s.Cleanup(func() {
+		if err := host.Close(); err != nil {
+			s.Errorf("remove pod %s: %v", name, err)
+		}
+	})
+	object := &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{Name: name, Namespace: s.namespace, Labels: map[string]string{"app": app}},
+		Spec: corev1.PodSpec{
+			NodeName:                      o.node,
+			TerminationGracePeriodSeconds: new(int64(600)), // the test decides when it is gone
+			Containers:                    []corev1.Container{{Name: "web", Image: "test", Ports: o.ports}},
+		},
+	}
+	for _, p := range o.ports {
+		host.ServeT(s, strings.ToLower(string(p.Protocol)), uint16(p.ContainerPort))
+	}
+	_, err = s.api.CoreV1().Pods(s.namespace).Create(s.ctx, object, metav1.CreateOptions{})
+	s.must(err)
+	p := &pod{Host: host, in: s, object: name}
+	p.status(!o.unready)
+	return p
+}
+
+// pods creates several Pods of an app on this node.
+func (s *scenario) pods(app string, n int) []*pod {
+	s.Helper()
+	pods := make([]*pod, 0, n)
+	for range n {
+		pods = append(pods, s.pod(app))
+	}
+	return pods
+}
+
+// client is a pod that serves nothing and no Service selects. Each call makes
+// another.
+func (s *scenario) client() *nettest.Host {
+	s.Helper()
+	s.mu.Lock()
+	s.number++
+	name := fmt.Sprintf("client-%d", s.number)
+	s.mu.Unlock()
+	host, err := s.net.AddPod(s.namespace + "/" + name)
+	s.must(err)
+	s.Cleanup(func() {
+		if err := host.Close(); err != nil {
+			s.Errorf("remove %s: %v", name, err)
+		}
+	})
+	return host
+}
+
+// status writes what a kubelet writes about a running Pod.
+func (p *pod) status(ready bool) {
+	p.in.Helper()
+	condition := corev1.ConditionFalse
+	if ready {
+		condition = corev1.ConditionTrue
+	}
+	status := corev1.PodStatus{
+		Phase:      corev1.PodRunning,
+		Conditions: []corev1.PodCondition{{Type: corev1.PodReady, Status: condition}},
+		PodIP:      p.Addrs()[0].String(),
+	}
+	for _, a := range p.Addrs() {
+		status.PodIPs = append(status.PodIPs, corev1.PodIP{IP: a.String()})
+	}
+	_, err := p.in.api.CoreV1().Pods(p.in.namespace).Patch(p.in.ctx, p.object, types.MergePatchType,
+		patch(status, "status"), metav1.PatchOptions{}, "status")
+	p.in.must(err)
+}
+
+// ready makes the Pod ready.
+func (p *pod) ready() { p.in.Helper(); p.status(true) }
+
+// unready makes the Pod not ready, as a failing readiness probe does.
+func (p *pod) unready() { p.in.Helper(); p.status(false) }
+
+// terminate begins the Pod's end: it is deleted and still there, serves, and
+// its kubelet waits for it.
+func (p *pod) terminate() {
+	p.in.Helper()
+	p.in.must(p.in.api.CoreV1().Pods(p.in.namespace).Delete(p.in.ctx, p.object, metav1.DeleteOptions{}))
+}
+
+// gone removes the Pod, and with it the server.
+func (p *pod) gone() {
+	p.in.Helper()
+	p.in.must(p.in.api.CoreV1().Pods(p.in.namespace).Delete(p.in.ctx, p.object, metav1.DeleteOptions{GracePeriodSeconds: new(int64(0))}))
+	p.in.must(p.Close())
+}
+
+// destination is what a client connects to.
+type destination struct {
+	network string
+	addr    netip.AddrPort
+}
+
+func tcpTo(addr netip.AddrPort) destination { return destination{nettest.TCP, addr} }
+func udpTo(addr netip.AddrPort) destination { return destination{nettest.UDP, addr} }
+
+func (d destination) String() string { return d.network + " " + d.addr.String() }
+
+// quick bounds one attempt to connect. A lost packet is sent again after a
+// second.
+const quick = 3 * time.Second
+
+func connect(ctx context.Context, from *nettest.Host, to destination) (nettest.Answer, error) {
+	ctx, cancel := context.WithTimeout(ctx, quick)
+	defer cancel()
+	return from.Connect(ctx, to.network, to.addr)
+}
+
+// reaches waits until connections end at these pods: at all of them, and at no
+// other.
+func (s *scenario) reaches(from *nettest.Host, to destination, want ...*pod) {
+	s.Helper()
+	names := map[string]bool{}
+	for _, p := range want {
+		names[p.Host.Name] = true
+	}
+	s.eventually(func(ctx context.Context) error {
+		got := map[string]int{}
+		// Of so many connections at random, one misses a pod once in a hundred
+		// rounds; then there is another round.
+		for range max(10, 7*len(want)) {
+			answer, err := connect(ctx, from, to)
+			if err != nil {
+				return fmt.Errorf("%d connections went well, then: %w", len(got), err)
+			}
+			got[answer.Host]++
+		}
+		for name := range names {
+			if got[name] == 0 {
+				return fmt.Errorf("%s from %s: %s is not reached, but %v", to, from.Name, name, got)
+			}
+		}
+		if len(got) != len(names) {
+			return fmt.Errorf("%s from %s: others are reached: %v, want %v", to, from.Name, got, slices.Collect(maps.Keys(names)))
+		}
+		return nil
+	})
+}
+
+// refused waits until connections are turned down at once.
+func (s *scenario) refused(from *nettest.Host, to destination) {
+	s.Helper()
+	s.fails(from, to, nettest.ErrRefused)
+}
+
+// unanswered waits until connections get no answer.
+func (s *scenario) unanswered(from *nettest.Host, to destination) {
+	s.Helper()
+	s.fails(from, to, nettest.ErrTimeout)
+}
+
+// fails waits until connections fail with one of the errors.
+func (s *scenario) fails(from *nettest.Host, to destination, wants ...error) {
+	s.Helper()
+	s.eventually(func(ctx context.Context) error {
+		ctx, cancel := context.WithTimeout(ctx, time.Second)
+		defer cancel()
+		answer, err := from.Connect(ctx, to.network, to.addr)
+		if err == nil {
+			return fmt.Errorf("%s from %s: %s answered, want %v", to, from.Name, answer.Host, wants)
+		}
+		for _, want := range wants {
+			if errors.Is(err, want) {
+				return nil
+			}
+		}
+		return fmt.Errorf("got %w, want %v", err, wants)
+	})
+}
+
+// load is clients that connect all the time.
+type load struct {
+	stopped chan struct{}
+	wg      sync.WaitGroup
+	count   atomic.Int64
+
+	mu       sync.Mutex
+	failures []error
+}
+
+// load connects to all destinations, one connection after the other each, until
+// the load is stopped. Every connection must go well.
+func (s *scenario) load(from *nettest.Host, to ...destination) *load {
+	l := &load{stopped: make(chan struct{})}
+	for _, d := range to {
+		l.wg.Go(func() {
+			const pause = 2 * time.Millisecond
+			for {
+				select {
+				case <-l.stopped:
+					return
+				case <-time.After(pause):
+				}
+				if _, err := connect(s.ctx, from, d); err != nil {
+					l.mu.Lock()
+					l.failures = append(l.failures, err)
+					l.mu.Unlock()
+				}
+				l.count.Add(1)
+			}
+		})
+	}
+	return l
+}
+
+// wentWell stops the load and fails the test if any connection did.
+func (s *scenario) wentWell(l *load) {
+	s.Helper()
+	close(l.stopped)
+	l.wg.Wait()
+	if len(l.failures) > 0 {
+		s.Errorf("%d of %d connections failed, the first: %v", len(l.failures), l.count.Load(), l.failures[0])
+	}
+	const enough = 50
+	if l.count.Load() < enough {
+		s.Errorf("only %d connections were made", l.count.Load())
+	}
+	s.Logf("%d connections", l.count.Load())
+}
+
+// reported waits for a Warning Event about the Service whose message has all of
+// the parts.
+func (v *service) reported(parts ...string) {
+	v.in.Helper()
+	v.in.eventually(func(ctx context.Context) error {
+		events, err := v.in.api.EventsV1().Events(v.Namespace).List(ctx, metav1.ListOptions{})
+		if err != nil {
+			return err
+		}
+		var seen []string
+	events:
+		for i := range events.Items {
+			e := &events.Items[i]
+			seen = append(seen, fmt.Sprintf("%s %s/%s: %s: %s", e.Type, e.Regarding.Kind, e.Regarding.Name, e.Reason, e.Note))
+			if e.Type != corev1.EventTypeWarning || e.Regarding.Kind != "Service" || e.Regarding.Name != v.Name {
+				continue
+			}
+			for _, part := range parts {
+				if !strings.Contains(e.Note, part) {
+					continue events
+				}
+			}
+			return nil
+		}
+		return fmt.Errorf("no Warning about Service %s with %q, but:\n%s", v.Name, parts, strings.Join(seen, "\n"))
+	})
+}

@@ -1,0 +1,445 @@
+//go:build e2e
+
+package e2e_test
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net/netip"
+	"testing"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	"fairlead/internal/nettest"
+)
+
+// A Service is reached from pods, from the node and from outside, over TCP and
+// UDP, at its cluster IPs of both families.
+func TestClusterIP(t *testing.T) {
+	t.Parallel()
+	s := newScenario(t, shared)
+	web := s.service("web", both)
+	here, there := s.pod("web"), s.pod("web", on(otherNode))
+	if len(web.Spec.ClusterIPs) != 2 {
+		t.Fatalf("cluster IPs %v, want two", web.Spec.ClusterIPs)
+	}
+	for _, addr := range web.all(80) {
+		for _, from := range []*nettest.Host{s.client(), s.net.Node, s.net.Outside} {
+			s.reaches(from, tcpTo(addr), here, there)
+			s.reaches(from, udpTo(addr), here, there)
+		}
+	}
+}
+
+// A pod that connects to its own Service reaches itself too.
+func TestHairpin(t *testing.T) {
+	t.Parallel()
+	s := newScenario(t, shared)
+	web := s.service("web")
+	only := s.pod("web")
+	for _, addr := range web.all(80) {
+		s.reaches(only.Host, tcpTo(addr), only)
+	}
+}
+
+// Pods see the addresses of pods that connect, and an address of the node in
+// place of others'.
+func TestSourceAddress(t *testing.T) {
+	t.Parallel()
+	s := newScenario(t, shared)
+	web := s.service("web")
+	only, client := s.pod("web"), s.client()
+	for i, addr := range web.all(80) {
+		s.reaches(client, tcpTo(addr), only)
+		for _, tc := range []struct {
+			from *nettest.Host
+			want netip.Addr
+		}{
+			{client, client.Addrs()[i]},
+			{s.net.Outside, s.net.Node.Addrs()[i]},
+		} {
+			answer, err := connect(s.ctx, tc.from, tcpTo(addr))
+			s.must(err)
+			if answer.Source.Addr() != tc.want {
+				t.Errorf("from %s to %s: the pod sees %s, want %s", tc.from.Name, addr, answer.Source, tc.want)
+			}
+		}
+	}
+}
+
+// Each port leads to its own target port, which a number or a name says; a name
+// means what each pod says it means.
+func TestTargetPorts(t *testing.T) {
+	t.Parallel()
+	s := newScenario(t, shared)
+	web := s.service("web", func(v *corev1.Service) {
+		v.Spec.Ports = []corev1.ServicePort{port(80, "http"), port(443, 8443), udp(port(53, "dns"))}
+	})
+	first := s.pod("web", named("http", 8080), named("https", 8443), namedUDP("dns", 5353))
+	second := s.pod("web", named("http", 9090), named("https", 8443))
+	client := s.client()
+	s.reaches(client, tcpTo(web.at(80)), first, second)
+	s.reaches(client, tcpTo(web.at(443)), first, second)
+	s.reaches(client, udpTo(web.at(53)), first)
+	for _, tc := range []struct {
+		to   destination
+		pod  *pod
+		want uint16
+	}{
+		{tcpTo(web.at(80)), first, 8080},
+		{tcpTo(web.at(80)), second, 9090},
+		{tcpTo(web.at(443)), second, 8443},
+		{udpTo(web.at(53)), first, 5353},
+	} {
+		s.eventually(func(ctx context.Context) error {
+			answer, err := connect(ctx, client, tc.to)
+			if err == nil && answer.Host != tc.pod.Name {
+				err = errors.New("another pod's turn")
+			}
+			if err == nil && answer.Endpoint.Port() != tc.want {
+				t.Errorf("%s ends at %s, want port %d", tc.to, answer.Endpoint, tc.want)
+			}
+			return err
+		})
+	}
+}
+
+// Connections are refused while a Service has no pods, and follow those it has.
+func TestScale(t *testing.T) {
+	t.Parallel()
+	s := newScenario(t, shared)
+	web := s.service("web", both)
+	client := s.client()
+	check := func(pods ...*pod) {
+		t.Helper()
+		for _, to := range []destination{tcpTo(web.all(80)[0]), tcpTo(web.all(80)[1]), udpTo(web.at(80))} {
+			if len(pods) == 0 {
+				s.refused(client, to)
+			} else {
+				s.reaches(client, to, pods...)
+			}
+		}
+	}
+	check()
+	pods := s.pods("web", 1)
+	check(pods...)
+	pods = append(pods, s.pods("web", 4)...)
+	check(pods...)
+	for _, p := range pods[2:] {
+		p.terminate()
+		p.gone()
+	}
+	check(pods[:2]...)
+	for _, p := range pods[:2] {
+		p.terminate()
+		p.gone()
+	}
+	check()
+	check(s.pod("web"))
+}
+
+// A rolling update as a Deployment makes it: each new pod is ready before an old
+// one is deleted, and an old one serves until nobody connects to it any more. No
+// connection fails, and those that are open go on.
+func TestRollingUpdate(t *testing.T) {
+	t.Parallel()
+	s := newScenario(t, shared)
+	web := s.service("web", both)
+	client := s.client()
+	serving := s.pods("web", 3)
+	s.reaches(client, tcpTo(web.at(80)), serving...)
+	s.reaches(client, tcpTo(web.all(80)[1]), serving...)
+	s.reaches(client, udpTo(web.at(80)), serving...)
+
+	load := s.load(client, tcpTo(web.all(80)[0]), tcpTo(web.all(80)[1]), udpTo(web.at(80)))
+	for range len(serving) {
+		fresh := s.pod("web", unready)
+		fresh.ready()
+		s.reaches(client, tcpTo(web.at(80)), append(serving, fresh)...)
+		old := serving[0]
+		serving = append(serving[1:], fresh)
+
+		open := s.openTo(client, tcpTo(web.at(80)), old)
+		old.terminate()
+		for _, to := range []destination{tcpTo(web.all(80)[0]), tcpTo(web.all(80)[1]), udpTo(web.at(80))} {
+			s.reaches(client, to, serving...)
+		}
+		if answer, err := open.Ask(s.ctx); err != nil || answer.Host != old.Name {
+			t.Errorf("an open connection to a terminating pod: got %v, %v", answer, err)
+		}
+		s.must(open.Close())
+		old.gone()
+	}
+	s.wentWell(load)
+}
+
+// openTo returns a connection that ends at the pod.
+func (s *scenario) openTo(from *nettest.Host, to destination, want *pod) *nettest.Conn {
+	s.Helper()
+	var found *nettest.Conn
+	s.eventually(func(ctx context.Context) error {
+		conn, err := from.Open(ctx, to.network, to.addr)
+		if err != nil {
+			return err
+		}
+		answer, err := conn.Ask(ctx)
+		if err == nil && answer.Host == want.Name {
+			found = conn
+			return nil
+		}
+		return errors.Join(fmt.Errorf("reached %s: %w", answer.Host, err), conn.Close())
+	})
+	return found
+}
+
+// A pod that is not ready gets no new connection, and keeps those it has. A
+// Service that publishes addresses that are not ready does not mind.
+func TestReadiness(t *testing.T) {
+	t.Parallel()
+	s := newScenario(t, shared)
+	web := s.service("web")
+	all := s.service("all", func(v *corev1.Service) {
+		v.Spec.PublishNotReadyAddresses = true
+		v.Spec.Selector = map[string]string{"app": "web"}
+	})
+	client := s.client()
+	first, second := s.pod("web"), s.pod("web", unready)
+	s.reaches(client, tcpTo(web.at(80)), first)
+	s.reaches(client, tcpTo(all.at(80)), first, second)
+
+	second.ready()
+	s.reaches(client, tcpTo(web.at(80)), first, second)
+	open := s.openTo(client, tcpTo(web.at(80)), first)
+	first.unready()
+	s.reaches(client, tcpTo(web.at(80)), second)
+	s.reaches(client, tcpTo(all.at(80)), first, second)
+	if answer, err := open.Ask(s.ctx); err != nil || answer.Host != first.Name {
+		t.Errorf("an open connection to a pod that is not ready: got %v, %v", answer, err)
+	}
+	s.must(open.Close())
+	second.unready()
+	s.refused(client, tcpTo(web.at(80)))
+	first.ready()
+	s.reaches(client, tcpTo(web.at(80)), first)
+}
+
+// When all pods that are left terminate, those that still serve are used.
+func TestTerminatingPodsServeAsLastResort(t *testing.T) {
+	t.Parallel()
+	s := newScenario(t, shared)
+	web := s.service("web")
+	client := s.client()
+	first, second := s.pod("web"), s.pod("web")
+	s.reaches(client, tcpTo(web.at(80)), first, second)
+
+	first.terminate()
+	s.reaches(client, tcpTo(web.at(80)), second)
+	second.terminate()
+	s.reaches(client, tcpTo(web.at(80)), first, second)
+	second.unready()
+	s.reaches(client, tcpTo(web.at(80)), first)
+	fresh := s.pod("web")
+	s.reaches(client, tcpTo(web.at(80)), fresh)
+	fresh.terminate()
+	fresh.gone()
+	s.reaches(client, tcpTo(web.at(80)), first)
+	first.gone()
+	second.gone()
+	s.refused(client, tcpTo(web.at(80)))
+}
+
+// With internalTrafficPolicy Local only the node's own pods serve; without any,
+// connections get no answer.
+func TestInternalTrafficPolicyLocal(t *testing.T) {
+	t.Parallel()
+	s := newScenario(t, shared)
+	web := s.service("web", func(v *corev1.Service) {
+		v.Spec.InternalTrafficPolicy = new(corev1.ServiceInternalTrafficPolicyLocal)
+	})
+	client := s.client()
+	here, there := s.pod("web"), s.pod("web", on(otherNode))
+	for _, from := range []*nettest.Host{client, s.net.Node} {
+		s.reaches(from, tcpTo(web.at(80)), here)
+	}
+	here.unready()
+	s.unanswered(client, tcpTo(web.at(80)))
+	web.update(func(v *corev1.Service) {
+		v.Spec.InternalTrafficPolicy = new(corev1.ServiceInternalTrafficPolicyCluster)
+	})
+	s.reaches(client, tcpTo(web.at(80)), there)
+	web.update(func(v *corev1.Service) { v.Spec.InternalTrafficPolicy = new(corev1.ServiceInternalTrafficPolicyLocal) })
+	here.ready()
+	s.reaches(client, tcpTo(web.at(80)), here)
+}
+
+// With trafficDistribution PreferSameZone connections stay in the node's zone
+// while it has pods, and follow when the node is said to be in another.
+//
+// It changes the Node, and so does not run beside others.
+func TestTopology(t *testing.T) {
+	s := newScenario(t, shared)
+	zone := func(name string) {
+		t.Helper()
+		_, err := s.api.CoreV1().Nodes().Patch(context.WithoutCancel(s.ctx), thisNode, types.MergePatchType,
+			patch(name, "metadata", "labels", corev1.LabelTopologyZone), metav1.PatchOptions{})
+		s.must(err)
+	}
+	web := s.service("web", func(v *corev1.Service) {
+		v.Spec.TrafficDistribution = new(corev1.ServiceTrafficDistributionPreferSameZone)
+	})
+	client := s.client()
+	// The controller knows a pod's zone by its node; there is one in each.
+	here, there := s.pod("web"), s.pod("web", on(otherNode))
+	s.reaches(client, tcpTo(web.at(80)), here)
+	here.unready()
+	s.reaches(client, tcpTo(web.at(80)), there)
+	here.ready()
+	s.reaches(client, tcpTo(web.at(80)), here)
+
+	// PreferSameNode: hints name nodes, and zones matter no more.
+	web.update(func(v *corev1.Service) {
+		v.Spec.TrafficDistribution = new(corev1.ServiceTrafficDistributionPreferSameNode)
+	})
+	s.reaches(client, tcpTo(web.at(80)), here)
+	web.update(func(v *corev1.Service) { v.Spec.TrafficDistribution = nil })
+	s.reaches(client, tcpTo(web.at(80)), here, there)
+
+	// A slice of the test's own, whose hints no controller changes with the Node.
+	fixed := s.service("fixed", func(v *corev1.Service) { v.Spec.Selector = nil })
+	s.slice("fixed", endpoint{here, thisZone}, endpoint{there, otherZone})
+	t.Cleanup(func() { zone(thisZone) })
+	s.reaches(client, tcpTo(fixed.at(80)), here)
+	zone(otherZone)
+	s.reaches(client, tcpTo(fixed.at(80)), there)
+	zone("zone-without-pods")
+	s.reaches(client, tcpTo(fixed.at(80)), here, there)
+	zone(thisZone)
+	s.reaches(client, tcpTo(fixed.at(80)), here)
+}
+
+// A Service has the families it asks for, in its order, and can get the second
+// and lose it again.
+func TestIPFamilies(t *testing.T) {
+	t.Parallel()
+	s := newScenario(t, shared)
+	web := s.service("web", func(v *corev1.Service) {
+		v.Spec.IPFamilyPolicy = new(corev1.IPFamilyPolicySingleStack)
+		v.Spec.IPFamilies = []corev1.IPFamily{corev1.IPv6Protocol}
+	})
+	only, client := s.pod("web"), s.client()
+	if !web.at(80).Addr().Is6() {
+		t.Fatalf("cluster IP %s, want IPv6", web.at(80))
+	}
+	s.reaches(client, tcpTo(web.at(80)), only)
+	web.update(func(v *corev1.Service) { v.Spec.IPFamilyPolicy = new(corev1.IPFamilyPolicyRequireDualStack) })
+	both := web.all(80)
+	for _, addr := range both {
+		s.reaches(client, tcpTo(addr), only)
+	}
+	web.update(func(v *corev1.Service) {
+		v.Spec.IPFamilyPolicy = new(corev1.IPFamilyPolicySingleStack)
+		v.Spec.IPFamilies, v.Spec.ClusterIPs = v.Spec.IPFamilies[:1], v.Spec.ClusterIPs[:1]
+	})
+	s.fails(client, tcpTo(both[1]), nettest.ErrRefused, nettest.ErrTimeout)
+	s.reaches(client, tcpTo(both[0]), only)
+}
+
+// A port that is changed moves, and one that is removed goes.
+func TestPortsChange(t *testing.T) {
+	t.Parallel()
+	s := newScenario(t, shared)
+	web := s.service("web", func(v *corev1.Service) {
+		v.Spec.Ports = []corev1.ServicePort{port(80, 8080), port(81, 8080)}
+	})
+	only, client := s.pod("web"), s.client()
+	s.reaches(client, tcpTo(web.at(80)), only)
+	s.reaches(client, tcpTo(web.at(81)), only)
+	web.update(func(v *corev1.Service) { v.Spec.Ports = []corev1.ServicePort{port(80, 8080), port(82, 8080)} })
+	s.reaches(client, tcpTo(web.at(82)), only)
+	s.fails(client, tcpTo(web.at(81)), nettest.ErrRefused, nettest.ErrTimeout)
+	s.reaches(client, tcpTo(web.at(80)), only)
+}
+
+// A deleted Service is not reached; another of the same name is, at its own
+// address or at the one that was free again.
+func TestDeleteAndCreateAgain(t *testing.T) {
+	t.Parallel()
+	s := newScenario(t, shared)
+	web := s.service("web")
+	only, client := s.pod("web"), s.client()
+	s.reaches(client, tcpTo(web.at(80)), only)
+	was := web.all(80)
+	web.delete()
+	for _, addr := range was {
+		s.fails(client, tcpTo(addr), nettest.ErrRefused, nettest.ErrTimeout)
+	}
+	// Not only the address is as before: the new one differs in nothing but
+	// its UID, and the old one's EndpointSlices may still be there.
+	web = s.service("web", func(v *corev1.Service) {
+		v.Spec.ClusterIP, v.Spec.ClusterIPs = was[0].Addr().String(), []string{was[0].Addr().String(), was[1].Addr().String()}
+	})
+	for _, addr := range was {
+		s.reaches(client, tcpTo(addr), only)
+	}
+	// At once, and with another port.
+	web.delete()
+	web = s.service("web", func(v *corev1.Service) { v.Spec.Ports = []corev1.ServicePort{port(90, 8080)} })
+	s.reaches(client, tcpTo(web.at(90)), only)
+	s.fails(client, tcpTo(was[0]), nettest.ErrRefused, nettest.ErrTimeout)
+}
+
+// A selector that changes brings other pods.
+func TestSelectorChanges(t *testing.T) {
+	t.Parallel()
+	s := newScenario(t, shared)
+	web := s.service("web")
+	client, blue, green := s.client(), s.pod("web"), s.pod("green")
+	s.reaches(client, tcpTo(web.at(80)), blue)
+	web.update(func(v *corev1.Service) { v.Spec.Selector = map[string]string{"app": "green"} })
+	s.reaches(client, tcpTo(web.at(80)), green)
+}
+
+// A Service that another program carries is left to it, from the moment it says
+// so.
+func TestServiceProxyName(t *testing.T) {
+	t.Parallel()
+	s := newScenario(t, shared)
+	web := s.service("web")
+	only, client := s.pod("web"), s.client()
+	s.reaches(client, tcpTo(web.at(80)), only)
+	web.update(func(v *corev1.Service) {
+		v.Labels = map[string]string{"service.kubernetes.io/service-proxy-name": "another"}
+	})
+	s.fails(client, tcpTo(web.at(80)), nettest.ErrRefused, nettest.ErrTimeout)
+	web.update(func(v *corev1.Service) { v.Labels = nil })
+	s.reaches(client, tcpTo(web.at(80)), only)
+}
+
+// The API server is reached through its own Service, which has no selector.
+func TestKubernetesService(t *testing.T) {
+	t.Parallel()
+	s := newScenario(t, shared)
+	client := s.client()
+	kubernetes, err := s.api.CoreV1().Services("default").Get(s.ctx, "kubernetes", metav1.GetOptions{})
+	s.must(err)
+	s.eventually(func(ctx context.Context) error {
+		ctx, cancel := context.WithTimeout(ctx, quick)
+		defer cancel()
+		conn, err := client.Dial(ctx, nettest.TCP, netip.MustParseAddrPort(kubernetes.Spec.ClusterIP+":443"))
+		if err != nil {
+			return err
+		}
+		defer conn.Close()
+		config := &tls.Config{ServerName: "kubernetes.default.svc", RootCAs: s.cp.CertPool()}
+		secure := tls.Client(conn, config)
+		if err := secure.HandshakeContext(ctx); err != nil {
+			return err
+		}
+		// The handshake proves by its certificate who has answered.
+		return secure.Close()
+	})
+}
