@@ -34,6 +34,14 @@ func (m mode) validate() error {
 	return nil
 }
 
+// kubeProxyName is the value of kube-proxy's --proxy-mode for the same mechanism.
+func (m mode) kubeProxyName() string {
+	if m == modeNFT {
+		return "nftables"
+	}
+	return string(m)
+}
+
 // open opens the backend, whose error says what the kernel or the process lacks.
 func (m mode) open(log *slog.Logger) (dataplane.Dataplane, error) {
 	d, err := nft.Open(nft.Options{Logger: log.With("backend", string(m))})

@@ -34,12 +34,31 @@ func TestWrongUse(t *testing.T) {
 		{"argument of cleanup", []string{"cleanup", "nft"}, "fairlead: unknown command \"nft\" for \"fairlead cleanup\"\n"},
 		{"argument of version", []string{"version", "x"}, "fairlead: unknown command \"x\" for \"fairlead version\"\n"},
 
-		{"no folder", []string{"run"}, "fairlead: --manifests: give the folder with the Services' YAML files\n"},
+		{
+			"no source", []string{"run"},
+			"fairlead: --kubeconfig is not set and this is not a pod of a cluster: " +
+				"give the path of a kubeconfig file, or run with a ServiceAccount in a pod\n",
+		},
+		{
+			"two sources", []string{"run", folder, "--kubeconfig=x", "--master=https://192.0.2.1"},
+			"fairlead: --kubeconfig: use either, --manifests is set\nfairlead: --master: use either, --manifests is set\n",
+		},
+		{
+			"what only a folder needs", []string{"run", "--kubeconfig=x", "--service-cidr=10.0.0.0/16", "--dns-listen=10.0.0.1:53", "--cluster-domain=x"},
+			"fairlead: --service-cidr: it needs --manifests: where there is an API server, the cluster has its own\n" +
+				"fairlead: --dns-listen: it needs --manifests: where there is an API server, the cluster has its own\n" +
+				"fairlead: --cluster-domain: it needs --manifests: where there is an API server, the cluster has its own\n",
+		},
 		{"folder does not exist", []string{"run", folder}, missing},
 		{"folder is a file", []string{"run", "--manifests=main.go"}, "fairlead: --manifests: read folder main.go: not a directory\n"},
 
 		{"mode", []string{"run", folder, "--mode=iptables"}, "fairlead: --mode: unknown mode \"iptables\": use nft\n"},
-		{"empty mode", []string{"run", folder, "--mode="}, "fairlead: --mode: unknown mode \"\": use nft\n"},
+		{"empty mode", []string{"run", folder, "--mode="}, missing},
+		{"kube-proxy's mode", []string{"run", folder, "--proxy-mode=nftables"}, missing},
+		{"both modes", []string{"run", folder, "--proxy-mode=nftables", "--mode=nft"}, missing},
+		{"empty mode of kube-proxy", []string{"run", folder, "--proxy-mode="}, missing},
+		{"another mode of kube-proxy", []string{"run", folder, "--proxy-mode=iptables"}, "fairlead: --proxy-mode: unknown mode \"iptables\": use nftables\n"},
+		{"modes that differ", []string{"run", folder, "--proxy-mode=nftables", "--mode=ipvs"}, "fairlead: --proxy-mode: \"nftables\" differs from --mode=ipvs: give one of them\nfairlead: --mode: unknown mode \"ipvs\": use nft\n"},
 		{"mode is in lower case", []string{"run", folder, "--mode=NFT"}, "fairlead: --mode: unknown mode \"NFT\": use nft\n"},
 
 		{
@@ -78,6 +97,7 @@ func TestWrongUse(t *testing.T) {
 			"fairlead: --cluster-cidr: \"pods\" is not a network: write it as 10.96.0.0/12 or fd00:96::/112\n",
 		},
 		{"service CIDRs of both families, spaced", []string{"run", folder, "--service-cidr=10.96.0.0/16, fd00::/112"}, missing},
+		{"cluster CIDR with bits behind its length", []string{"run", folder, "--cluster-cidr=10.244.0.1/16"}, missing},
 		{"several cluster CIDRs of one family", []string{"run", folder, "--cluster-cidr=10.244.0.0/16,10.245.0.0/16"}, missing},
 
 		{
@@ -104,6 +124,67 @@ func TestWrongUse(t *testing.T) {
 		{"node name in upper case", []string{"run", folder, "--hostname-override=Node-1.example"}, missing},
 
 		{
+			"unknown way to detect pods",
+			[]string{"run", folder, "--detect-local-mode=Guess"},
+			"fairlead: --detect-local-mode: unknown mode \"Guess\": use ClusterCIDR, NodeCIDR, BridgeInterface or InterfaceNamePrefix\n",
+		},
+		{
+			"bridge without its name",
+			[]string{"run", folder, "--detect-local-mode=BridgeInterface"},
+			"fairlead: --detect-local-mode: BridgeInterface needs --pod-bridge-interface: give the pods' bridge\n",
+		},
+		{
+			"prefix without one",
+			[]string{"run", folder, "--detect-local-mode=InterfaceNamePrefix", "--pod-interface-name-prefix="},
+			"fairlead: --detect-local-mode: InterfaceNamePrefix needs --pod-interface-name-prefix: give how pods' interfaces are named\n",
+		},
+		{
+			"interface name too long",
+			[]string{"run", folder, "--detect-local-mode=BridgeInterface", "--pod-bridge-interface=abcdefghijklmnop"},
+			"fairlead: --pod-bridge-interface: \"abcdefghijklmnop\" can't be the name of an interface: it has at most 15 characters, no slash and no space\n",
+		},
+		{
+			"pods of a Node that does not exist",
+			[]string{"run", folder, "--detect-local-mode=NodeCIDR"},
+			"fairlead: --detect-local-mode: NodeCIDR needs the Node object of an API server: use ClusterCIDR with --manifests\n",
+		},
+		{"pods by interface", []string{"run", folder, "--detect-local-mode=InterfaceNamePrefix", "--pod-interface-name-prefix=veth"}, missing},
+
+		{
+			"node port addresses",
+			[]string{"run", folder, "--nodeport-addresses=primary,10.0.0.0"},
+			"fairlead: --nodeport-addresses: \"10.0.0.0\" is not a network: give networks such as 192.0.2.0/24 or 2001:db8::/32, or primary, localhost or all\n",
+		},
+		{"node port addresses, spaced, and again", []string{"run", folder, "--nodeport-addresses=primary, 10.0.0.1/8", "--nodeport-addresses=localhost"}, missing},
+		{"bind address", []string{"run", folder, "--bind-address=node"}, "fairlead: --bind-address: \"node\" is not an address: write it as 192.0.2.1 or 2001:db8::1\n"},
+
+		{
+			"healthz address",
+			[]string{"run", folder, "--healthz-bind-address=localhost:10256"},
+			"fairlead: --healthz-bind-address: \"localhost:10256\" is not an address with a port: write 127.0.0.1:10256 or [::1]:10256\n",
+		},
+		{
+			"metrics address without an address",
+			[]string{"run", folder, "--metrics-bind-address=:10249"},
+			"fairlead: --metrics-bind-address: \":10249\" is not an address with a port: write 127.0.0.1:10249 or [::1]:10249\n",
+		},
+		{"healthz address without a port", []string{"run", folder, "--healthz-bind-address=127.0.0.1"}, missing},
+		{"port", []string{"run", folder, "--healthz-port=65536"}, "fairlead: --healthz-port: \"65536\" is not an integer from 0 to 65535\n"},
+		{"no port", []string{"run", folder, "--metrics-port=-1"}, "fairlead: --metrics-port: \"-1\" is not an integer from 0 to 65535\n"},
+		{"neither true nor false", []string{"run", folder, "--masquerade-all=maybe"}, "fairlead: --masquerade-all: \"maybe\" is neither true nor false\n"},
+		{"rate", []string{"run", folder, "--kube-api-qps=fast"}, "fairlead: --kube-api-qps: \"fast\" is not a number: write it as 5 or 2.5\n"},
+		{"burst", []string{"run", folder, "--kube-api-burst=-1"}, "fairlead: --kube-api-burst: \"-1\" is not an integer from 0 to 2147483647\n"},
+
+		{"cleanup by a flag", []string{"run", folder, "--cleanup"}, "fairlead: --cleanup: run fairlead cleanup\n"},
+		{"no cleanup by a flag", []string{"run", folder, "--cleanup=false"}, missing},
+		{"file to write", []string{"run", folder, "--write-config-to=x"}, "fairlead: --write-config-to: leave it out: Fairlead writes no files\n"},
+		{
+			"flag without effect, of a form that is wrong",
+			[]string{"run", folder, "--conntrack-min=few"},
+			"fairlead: --conntrack-min: \"few\" is no value of type int, and the flag has no effect: leave it out\n",
+		},
+
+		{
 			"log level",
 			[]string{"run", folder, "--log-level=loud"},
 			"fairlead: --log-level: unknown level \"loud\": use debug, info, warn or error\n",
@@ -118,16 +199,15 @@ func TestWrongUse(t *testing.T) {
 		{
 			"everything at once",
 			[]string{
-				"run", "--mode=x", "--service-cidr=x", "--cluster-cidr=x", "--dns-listen=x", "--cluster-domain=-",
+				"run", folder, "--mode=x", "--service-cidr=x", "--cluster-cidr=x", "--dns-listen=x", "--cluster-domain=-",
 				"--hostname-override=-", "--log-level=x", "--log-format=x",
 			},
 			`fairlead: --mode: unknown mode "x": use nft
-fairlead: --manifests: give the folder with the Services' YAML files
 fairlead: --service-cidr: "x" is not a network: write it as 10.96.0.0/12 or fd00:96::/112
-fairlead: --cluster-cidr: "x" is not a network: write it as 10.96.0.0/12 or fd00:96::/112
 fairlead: --dns-listen: "x" is not an address with a port: write 10.0.0.1:53 or [fd00::1]:53
 fairlead: --cluster-domain: "-" is not a domain: write it as cluster.local
 fairlead: --hostname-override: "-" is not the name of a node: write it as node-1 or node-1.example
+fairlead: --cluster-cidr: "x" is not a network: write it as 10.96.0.0/12 or fd00:96::/112
 fairlead: --log-level: unknown level "x": use debug, info, warn or error
 fairlead: --log-format: unknown format "x": use text or json
 `,
@@ -163,9 +243,10 @@ func TestHelp(t *testing.T) {
 	}{
 		{nil, []string{"Kubernetes Service", "run ", "cleanup ", "version ", "completion "}},
 		{[]string{"run", "--help"}, []string{
-			"SIGTERM", `"fairlead cleanup"`, "fairlead run --mode=nft --manifests=",
+			"SIGTERM", `"fairlead cleanup"`, "fairlead run --mode=nft --manifests=", "fairlead run --kubeconfig=",
 			"--mode ", "--manifests ", "--service-cidr ", "--cluster-cidr ", "--dns-listen ", "--cluster-domain ",
-			"--hostname-override ", "--log-level ", "--log-format ",
+			"--hostname-override ", "--log-level ", "--log-format ", "--kubeconfig ", "--nodeport-addresses ",
+			"--healthz-bind-address ", "--metrics-bind-address ", "-v, --v ",
 		}},
 		{[]string{"cleanup", "--help"}, []string{"Remove everything", "Other\nprograms' rules are not touched"}},
 	}
@@ -185,13 +266,24 @@ func TestHelp(t *testing.T) {
 	}
 }
 
-// Every flag that is in the help's example must exist.
+// Every flag that is in the help's examples must exist and have a value that is
+// one.
 func TestExample(t *testing.T) {
 	t.Parallel()
-	args := append(strings.Fields(runCommand().Example), "--manifests=/does/not/exist")
-	code, _, stderr := invoke(t, args[1:]...)
-	if want := "fairlead: --manifests: read folder /does/not/exist: no such file or directory\n"; code != 1 || stderr != want {
-		t.Errorf("exit code %d, stderr %q, want 1 and %q", code, stderr, want)
+	wants := []string{
+		"fairlead: --kubeconfig /does/not/exist: ",
+		"fairlead: --manifests: read folder /does/not/exist: no such file or directory\n",
+	}
+	examples := strings.Split(runCommand().Example, "\n")
+	if len(examples) != len(wants) {
+		t.Fatalf("%d examples, want %d", len(examples), len(wants))
+	}
+	for i, source := range []string{"--kubeconfig=", "--manifests="} {
+		args := append(strings.Fields(examples[i]), source+"/does/not/exist")
+		code, _, stderr := invoke(t, args[1:]...)
+		if code != 1 || !strings.HasPrefix(stderr, wants[i]) {
+			t.Errorf("%s: exit code %d, stderr %q, want 1 and %q", examples[i], code, stderr, wants[i])
+		}
 	}
 }
 
@@ -206,7 +298,10 @@ func TestCompletion(t *testing.T) {
 		{[]string{"run", "--mode="}, "nft\n:4\n"},
 		{[]string{"run", "--log-level="}, "debug\ninfo\nwarn\nerror\n:4\n"},
 		{[]string{"cleanup", "--log-format="}, "text\njson\n:4\n"},
-		{[]string{"run", "--manifests="}, ":16\n"},   // folders
+		{[]string{"run", "--manifests="}, ":16\n"}, // folders
+		{[]string{"run", "--kubeconfig="}, ":0\n"}, // files
+		{[]string{"run", "--detect-local-mode="}, "ClusterCIDR\nNodeCIDR\nBridgeInterface\nInterfaceNamePrefix\n:4\n"},
+		{[]string{"run", "--nodeport-addresses="}, "primary\nlocalhost\nall\n:4\n"},
 		{[]string{"run", "--service-cidr="}, ":4\n"}, // no files
 		{[]string{"cl"}, "cleanup\tRemove everything that Fairlead has programmed on this node\n:4\n"},
 	}

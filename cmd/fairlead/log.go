@@ -1,45 +1,76 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
+	"slices"
 
 	"github.com/spf13/cobra"
 )
 
-// logOptions are the flags on logging.
+// The defaults of the flags on logging, and their help.
+const (
+	levelInfo   = "info"
+	formatText  = "text"
+	formatJSON  = "json"
+	levelUsage  = "what to log: debug (every commit to the kernel), info, warn or error"
+	formatUsage = "how to log: text or json"
+)
+
+func levels() []string  { return []string{"debug", levelInfo, "warn", "error"} }
+func formats() []string { return []string{formatText, formatJSON} }
+
+// logOptions are the flags on logging of a command that has no others.
 type logOptions struct{ level, format string }
 
 func (o *logOptions) addFlags(cmd *cobra.Command) {
-	cmd.Flags().StringVar(&o.level, "log-level", "info", "what to log: debug (every commit to the kernel), info, warn or error")
-	cmd.Flags().StringVar(&o.format, "log-format", "text", "how to log: text or json")
-	completeWith(cmd, "log-level", "debug", "info", "warn", "error")
-	completeWith(cmd, "log-format", "text", "json")
+	cmd.Flags().StringVar(&o.level, "log-level", levelInfo, levelUsage)
+	cmd.Flags().StringVar(&o.format, "log-format", formatText, formatUsage)
+	completeWith(cmd, "log-level", levels()...)
+	completeWith(cmd, "log-format", formats()...)
 }
 
 // logger returns the logger, or an error that names each flag that is wrong.
 func (o *logOptions) logger(w io.Writer) (*slog.Logger, error) {
 	var errs []error
-	var level slog.Level
-	if err := level.UnmarshalText([]byte(o.level)); err != nil {
-		errs = append(errs, fmt.Errorf("--log-level: unknown level %q: use debug, info, warn or error", o.level))
+	level, err := parseLevel(cmp.Or(o.level, levelInfo))
+	if err != nil {
+		errs = append(errs, fmt.Errorf("--log-level: %w", err))
 	}
-	var handler slog.Handler
-	options := &slog.HandlerOptions{Level: level}
-	switch o.format {
-	case "text":
-		handler = slog.NewTextHandler(w, options)
-	case "json":
-		handler = slog.NewJSONHandler(w, options)
-	default:
-		errs = append(errs, fmt.Errorf("--log-format: unknown format %q: use text or json", o.format))
+	format := cmp.Or(o.format, formatText)
+	if err := checkFormat(format); err != nil {
+		errs = append(errs, fmt.Errorf("--log-format: %w", err))
 	}
 	if len(errs) > 0 {
 		return nil, errors.Join(errs...)
 	}
-	return slog.New(handler), nil
+	return newLogger(w, level, format), nil
+}
+
+// newLogger returns a logger in a format that [checkFormat] accepts.
+func newLogger(w io.Writer, level slog.Leveler, format string) *slog.Logger {
+	options := &slog.HandlerOptions{Level: level}
+	if format == formatJSON {
+		return slog.New(slog.NewJSONHandler(w, options))
+	}
+	return slog.New(slog.NewTextHandler(w, options))
+}
+
+func parseLevel(name string) (level slog.Level, err error) {
+	if err := level.UnmarshalText([]byte(name)); err != nil {
+		return level, fmt.Errorf("unknown level %q: use debug, info, warn or error", name)
+	}
+	return level, nil
+}
+
+func checkFormat(name string) error {
+	if !slices.Contains(formats(), name) {
+		return fmt.Errorf("unknown format %q: use text or json", name)
+	}
+	return nil
 }
 
 // completeWith makes the shell complete a flag with the values that it takes.

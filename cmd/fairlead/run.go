@@ -1,165 +1,28 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
+	"net/http"
+	"net/http/pprof"
 	"net/netip"
-	"os"
-	"strings"
+	stdsync "sync"
 	"time"
-
-	"fairlead/dataplane"
-	"fairlead/kube"
-	"fairlead/source/manifest"
-	"fairlead/source/manifest/dns"
-	"fairlead/sync"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
-	"k8s.io/apimachinery/pkg/util/validation"
+
+	"fairlead/dataplane"
+	"fairlead/internal/health"
+	"fairlead/internal/metrics"
+	"fairlead/internal/nodeip"
+	"fairlead/kube"
+	"fairlead/source/manifest/dns"
+	"fairlead/sync"
 )
-
-// runOptions are the flags of `fairlead run`.
-type runOptions struct {
-	mode          string
-	manifests     string
-	serviceCIDR   string
-	clusterCIDR   string
-	nodeName      string
-	dnsListen     string
-	clusterDomain string
-	logs          logOptions
-}
-
-func (o *runOptions) addFlags(cmd *cobra.Command) {
-	flags := cmd.Flags()
-	flags.StringVar(&o.mode, "mode", string(modes()[0]), "the kernel mechanism to program: "+modeNames())
-	flags.StringVar(&o.manifests, "manifests", "", "a folder of YAML files with Services, Pods and EndpointSlices, which is watched")
-	flags.StringVar(&o.serviceCIDR, "service-cidr", "",
-		"the network that Services without a clusterIP get one from; for dual stack one of each family, comma-separated")
-	flags.StringVar(&o.clusterCIDR, "cluster-cidr", "",
-		"the network of the pods, comma-separated if there are several; connections to Services from elsewhere are masqueraded. "+
-			"Empty: no connection is")
-	flags.StringVar(&o.nodeName, "hostname-override", "", "the name of this node; empty: the hostname")
-	flags.StringVar(&o.dnsListen, "dns-listen", "", "the address and port to answer Services' DNS names on, such as 10.0.0.1:53; empty: nowhere")
-	flags.StringVar(&o.clusterDomain, "cluster-domain", "cluster.local", "the domain of Services' DNS names")
-	o.logs.addFlags(cmd)
-
-	var names []string
-	for _, m := range modes() {
-		names = append(names, string(m))
-	}
-	completeWith(cmd, "mode", names...)
-	for _, flag := range []string{"service-cidr", "cluster-cidr", "hostname-override", "dns-listen", "cluster-domain"} {
-		completeWith(cmd, flag) // no files
-	}
-	_ = cmd.MarkFlagDirname("manifests")
-}
-
-// config is what the flags say.
-type config struct {
-	mode          mode
-	manifests     string
-	serviceCIDRs  []netip.Prefix
-	clusterCIDRs  []netip.Prefix
-	nodeName      string
-	dnsListen     string
-	clusterDomain string
-}
-
-// complete returns the configuration, or an error that names each flag that is
-// wrong.
-func (o *runOptions) complete() (config, error) {
-	c := config{
-		mode: mode(o.mode), manifests: o.manifests, dnsListen: o.dnsListen, clusterDomain: o.clusterDomain,
-	}
-	var errs []error
-	note := func(err error) {
-		if err != nil {
-			errs = append(errs, err)
-		}
-	}
-	note(c.mode.validate())
-	if c.manifests == "" {
-		note(errors.New("--manifests: give the folder with the Services' YAML files"))
-	}
-	var err error
-	c.serviceCIDRs, err = parseServiceCIDRs(o.serviceCIDR)
-	note(err)
-	c.clusterCIDRs, err = parseCIDRs("--cluster-cidr", o.clusterCIDR)
-	note(err)
-	if c.dnsListen != "" {
-		if _, err := netip.ParseAddrPort(c.dnsListen); err != nil {
-			note(fmt.Errorf("--dns-listen: %q is not an address with a port: write 10.0.0.1:53 or [fd00::1]:53", c.dnsListen))
-		}
-	}
-	if problems := validation.IsDNS1123Subdomain(strings.TrimSuffix(c.clusterDomain, ".")); len(problems) > 0 {
-		note(fmt.Errorf("--cluster-domain: %q is not a domain: write it as cluster.local", c.clusterDomain))
-	}
-	c.nodeName, err = nodeName(o.nodeName)
-	note(err)
-	return c, errors.Join(errs...)
-}
-
-// nodeName returns the name of this node as the kubelet forms it, in lower case.
-func nodeName(override string) (string, error) {
-	name := override
-	if name == "" {
-		var err error
-		if name, err = os.Hostname(); err != nil {
-			return "", fmt.Errorf("--hostname-override is not set and the hostname is unknown: %w", err)
-		}
-	}
-	name = strings.ToLower(strings.TrimSpace(name))
-	if problems := validation.IsDNS1123Subdomain(name); len(problems) > 0 {
-		return "", fmt.Errorf("--hostname-override: %q is not the name of a node: write it as node-1 or node-1.example", cmp.Or(override, name))
-	}
-	return name, nil
-}
-
-// parseServiceCIDRs parses a list of networks that addresses are handed out from.
-func parseServiceCIDRs(list string) ([]netip.Prefix, error) {
-	const flag = "--service-cidr"
-	prefixes, err := parseCIDRs(flag, list)
-	if err != nil {
-		return nil, err
-	}
-	for i, p := range prefixes {
-		if p.Addr().BitLen()-p.Bits() < 2 {
-			return nil, fmt.Errorf("%s: %s has no address to hand out: use a larger network", flag, p)
-		}
-		for _, q := range prefixes[:i] {
-			if q.Addr().Is4() == p.Addr().Is4() {
-				return nil, fmt.Errorf("%s: %s and %s are of one family: give one network, or one of each family", flag, q, p)
-			}
-		}
-	}
-	return prefixes, nil
-}
-
-// parseCIDRs parses a comma-separated list of networks. An empty one means unset.
-func parseCIDRs(flag, list string) ([]netip.Prefix, error) {
-	if list == "" {
-		return nil, nil
-	}
-	var prefixes []netip.Prefix
-	for part := range strings.SplitSeq(list, ",") {
-		p, err := netip.ParsePrefix(strings.TrimSpace(part))
-		switch {
-		case err != nil:
-			return nil, fmt.Errorf("%s: %q is not a network: write it as 10.96.0.0/12 or fd00:96::/112", flag, part)
-		case p.Addr().Is4In6():
-			return nil, fmt.Errorf("%s: %q is an IPv4 network in IPv6 form: write it as IPv4", flag, part)
-		case p != p.Masked():
-			return nil, fmt.Errorf("%s: %q has bits set behind its length: write %s", flag, part, p.Masked())
-		}
-		prefixes = append(prefixes, p)
-	}
-	return prefixes, nil
-}
 
 // resyncPeriod is how often the kernel is compared with what is wanted although
 // nobody has announced a change: for announcements that were lost. Where nothing
@@ -167,65 +30,221 @@ func parseCIDRs(flag, list string) ([]netip.Prefix, error) {
 const resyncPeriod = 15 * time.Minute
 
 func runCommand() *cobra.Command {
-	var options runOptions
+	var flags given
 	cmd := &cobra.Command{
 		Use:   "run",
 		Short: "Program this node and keep it programmed",
-		Long: `Program this node's kernel with the Services of a source, and keep it so until
-the program is told to stop (SIGTERM or SIGINT). What is programmed then stays
-and works; "fairlead cleanup" removes it.`,
-		Example: "  fairlead run --mode=nft --manifests=./services --service-cidr=10.96.0.0/16 --cluster-cidr=10.244.0.0/16",
-		Args:    cobra.NoArgs,
+		Long: `Program this node's kernel with the Services of a Kubernetes API server, or of a
+folder of YAML files, and keep it so until the program is told to stop (SIGTERM
+or SIGINT). What is programmed then stays and works; "fairlead cleanup" removes
+it.
+
+The flags are kube-proxy's where it has one for the purpose, and an empty value
+means that a flag is not set. kube-proxy's flags that have no effect here are
+accepted as well, and named in a warning.`,
+		Example: `  fairlead run --kubeconfig=/etc/fairlead/kubeconfig.conf --cluster-cidr=10.244.0.0/16
+  fairlead run --mode=nft --manifests=./services --service-cidr=10.96.0.0/16 --cluster-cidr=10.244.0.0/16`,
+		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			config, err := options.complete()
-			log, logErr := options.logs.logger(cmd.ErrOrStderr())
-			if err := errors.Join(err, logErr); err != nil {
-				return err
-			}
-			return config.run(cmd.Context(), log)
+			return runProgram(cmd.Context(), flags, cmd.ErrOrStderr())
 		},
 	}
-	options.addFlags(cmd)
+	flags = addFlags(cmd)
 	return cmd
 }
 
-// run joins the source, the tracker, the syncer and the dataplane, and blocks
-// until ctx is done or one of them fails.
-func (c config) run(ctx context.Context, log *slog.Logger) error {
-	source, err := manifest.New(manifest.Options{
-		Dir: c.manifests, ServiceCIDRs: c.serviceCIDRs, NodeName: c.nodeName, Logger: log.With("component", "manifest"),
-	})
-	if err != nil {
-		return fmt.Errorf("--manifests: %w", err)
-	}
-	dp, err := c.mode.open(log)
+// runProgram is `fairlead run`.
+func runProgram(ctx context.Context, flags given, stderr io.Writer) error {
+	c, content, err := load(flags)
 	if err != nil {
 		return err
 	}
-	defer func() {
-		if err := dp.Close(); err != nil {
-			log.WarnContext(ctx, "the connection to the kernel was not closed", "error", err)
-		}
-	}()
-	syncer := sync.New(dp, sync.Options{
-		Logger: log.With("component", "sync"), ResyncPeriod: resyncPeriod,
-	})
-	syncer.SetNode(dataplane.Node{PodCIDRs: c.clusterCIDRs})
+	level := &slog.LevelVar{}
+	level.Set(c.logLevel)
+	log := newLogger(stderr, level, c.logFormat)
+	c.warn(ctx, log)
+	if c.initOnly {
+		log.InfoContext(ctx, "nothing to set up", "reason", "--init-only")
+		return nil
+	}
+	p, err := c.build(log)
+	if err != nil {
+		return err
+	}
+	defer p.close(ctx)
+	if content != nil {
+		p.reload = p.reloader(flags, content, c, level)
+	}
+	return p.run(ctx, c)
+}
 
+// warn logs what was given without effect.
+func (c config) warn(ctx context.Context, log *slog.Logger) {
+	for _, n := range c.notes {
+		log.WarnContext(ctx, "a setting has no effect", "setting", n.what, "reason", n.why)
+	}
+}
+
+// program has all parts, joined.
+type program struct {
+	log     *slog.Logger
+	dp      dataplane.Dataplane
+	source  source
+	syncer  *sync.Syncer
+	ports   *health.Ports
+	proxy   *health.Proxy
+	metrics *metrics.Metrics
+	join    *join
+	reload  *reloader // nil without a configuration file
+}
+
+// build makes the parts and joins them. Nothing runs yet, and nothing is
+// programmed.
+func (c config) build(log *slog.Logger) (*program, error) {
+	p := &program{log: log}
+	var err error
+	var events events
+	if p.source, events, err = c.open(log); err != nil {
+		return nil, err
+	}
+	if p.dp, err = c.mode.open(log); err != nil {
+		return nil, err
+	}
+	// The parts tell each other through join, which is complete before any runs.
+	p.join = &join{
+		log: log, events: events, hasNode: c.manifests == "", tracker: kube.NewTracker(c.tracker),
+		everywhere: c.tracker.NodePortAddresses.All,
+	}
+	p.syncer = sync.New(p.dp, sync.Options{
+		Logger: log.With("component", "sync"), ResyncPeriod: resyncPeriod, OnCommit: p.join.committed,
+	})
+	p.metrics = metrics.New(metrics.Options{Version: version, Mode: string(c.mode), Status: p.syncer.Status})
+	p.proxy = health.NewProxy(health.ProxyOptions{
+		Progress: p.join.progress, Eligible: p.join.eligible, Answered: p.metrics.Answered,
+	})
+	p.ports = health.NewPorts(health.PortsOptions{
+		Healthy: p.proxy.Healthy, Failed: p.join.healthCheckFailed, Logger: log.With("component", "health"),
+	})
+	p.join.syncer, p.join.ports, p.join.metrics = p.syncer, p.ports, p.metrics
+	return p, nil
+}
+
+func (p *program) close(ctx context.Context) {
+	if err := p.dp.Close(); err != nil {
+		p.log.WarnContext(ctx, "the connection to the kernel was not closed", "error", err)
+	}
+}
+
+// run blocks until ctx is done or one of the parts fails.
+func (p *program) run(ctx context.Context, c config) error {
 	group, ctx := errgroup.WithContext(ctx)
-	names, err := c.serveDNS(ctx, group, log)
+	names, err := c.serveDNS(ctx, group, p.log)
 	if err != nil {
 		return err
 	}
-	delivery := delivery{tracker: kube.NewTracker(kube.Options{NodeName: c.nodeName}), syncer: syncer, log: log, names: names}
-	group.Go(func() error { return syncer.Run(ctx) })
-	group.Go(func() error { return source.Run(ctx, delivery.take) })
-	log.InfoContext(ctx, "running", "version", version, "mode", string(c.mode), "manifests", c.manifests, "node", c.nodeName)
-	if err := group.Wait(); err != nil {
+	p.join.names = names
+	// The node's addresses are known before the first programming, so that node
+	// ports are part of it.
+	addressed := make(chan struct{})
+	ready := stdsync.OnceFunc(func() { close(addressed) })
+	group.Go(func() error {
+		watch := func(ctx context.Context, deliver func([]netip.Addr)) error {
+			return nodeip.Watch(ctx, nodeip.Options{Logger: p.log.With("component", "nodeip")}, deliver)
+		}
+		return p.join.follow(ctx, watch, ready)
+	})
+	group.Go(func() error {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-addressed:
+			return p.source.Run(ctx, p.join.deliver)
+		}
+	})
+	group.Go(func() error { return p.syncer.Run(ctx) })
+	group.Go(func() error { return p.ports.Run(ctx) })
+	group.Go(func() error { return p.join.events.Run(ctx) })
+	p.serve(ctx, group, c, "healthz-bind-address", c.healthz, p.proxy.Handler())
+	p.serve(ctx, group, c, "metrics-bind-address", c.metrics, p.metricsHandler(c))
+	if p.reload != nil {
+		group.Go(func() error { return p.reload.run(ctx) })
+	}
+	p.log.InfoContext(ctx, "running", "version", version, "mode", string(c.mode), "source", c.sourceName(), "node", c.tracker.NodeName)
+	if err := group.Wait(); err != nil && !errors.Is(err, context.Canceled) {
 		return err
 	}
-	log.InfoContext(ctx, "stopped; what is programmed stays in place")
+	p.log.InfoContext(ctx, "stopped; what is programmed stays in place")
 	return nil
+}
+
+// sourceName says for people where objects come from.
+func (c config) sourceName() string {
+	switch {
+	case c.manifests != "":
+		return "manifests " + c.manifests
+	case c.api.kubeconfig != "":
+		return "API server of " + c.api.kubeconfig
+	case c.api.master != "":
+		return "API server " + c.api.master
+	default:
+		return "API server of this pod's cluster"
+	}
+}
+
+// serve serves HTTP at an address, if there is one.
+func (p *program) serve(ctx context.Context, group *errgroup.Group, c config, flag, address string, handler http.Handler) {
+	if address == "" {
+		return
+	}
+	group.Go(func() error {
+		err := health.Serve(ctx, health.ServeOptions{
+			Address: address, Handler: handler, HardFail: c.hardFail, Logger: p.log.With("setting", flag),
+		})
+		if err != nil {
+			return fmt.Errorf("--%s: %w", flag, err)
+		}
+		return nil
+	})
+}
+
+// metricsHandler answers at the metrics' address, by kube-proxy's paths.
+func (p *program) metricsHandler(c config) http.Handler {
+	mux := http.NewServeMux()
+	mux.Handle("/metrics", p.metrics.Handler())
+	answer := func(text string) http.HandlerFunc {
+		return func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+			w.Header().Set("X-Content-Type-Options", "nosniff")
+			_, _ = io.WriteString(w, text) // the client has gone
+		}
+	}
+	mux.Handle("/healthz", answer("ok"))
+	mux.Handle("/proxyMode", answer(c.mode.kubeProxyName()))
+	if c.profiling {
+		mux.HandleFunc("/debug/pprof/", pprof.Index)
+		mux.HandleFunc("/debug/pprof/cmdline", pprof.Cmdline)
+		mux.HandleFunc("/debug/pprof/profile", pprof.Profile)
+		mux.HandleFunc("/debug/pprof/symbol", pprof.Symbol)
+		mux.HandleFunc("/debug/pprof/trace", pprof.Trace)
+	}
+	return mux
+}
+
+// reloader returns what follows the configuration file. c is what it says now.
+func (p *program) reloader(flags given, content []byte, c config, level *slog.LevelVar) *reloader {
+	return &reloader{
+		flags: flags, content: content, log: p.log,
+		done: p.metrics.Reloaded,
+		apply: func(ctx context.Context, next config) {
+			next.warn(ctx, p.log)
+			for _, what := range c.restart(next) {
+				p.log.WarnContext(ctx, "the configuration file has changed what needs a restart; it stays as it is until then", "what", what)
+			}
+			level.Set(next.logLevel)
+			p.join.configure(next.tracker)
+			p.log.InfoContext(ctx, "the configuration file has changed and is in use")
+		},
+	}
 }
 
 // serveDNS starts to answer DNS names, if it is asked for.
@@ -240,32 +259,4 @@ func (c config) serveDNS(ctx context.Context, group *errgroup.Group, log *slog.L
 	server := dns.New(dns.Options{ClusterDomain: c.clusterDomain, Logger: log.With("component", "dns")})
 	group.Go(func() error { return server.Serve(ctx, sockets) })
 	return server, nil
-}
-
-// delivery passes what the source delivers on to those who need it.
-type delivery struct {
-	tracker  *kube.Tracker
-	syncer   *sync.Syncer
-	names    *dns.Server // nil if nobody asks for names
-	log      *slog.Logger
-	complete bool
-}
-
-func (d *delivery) take(delta kube.Delta) {
-	result := d.tracker.Apply(delta)
-	d.syncer.Update(result.Changes)
-	if !d.complete {
-		d.complete = true
-		d.syncer.ListComplete()
-	}
-	if d.names != nil {
-		d.names.Apply(delta)
-	}
-	for _, p := range result.Problems {
-		log := d.log.With("service", p.Service.String())
-		if p.EndpointSlice != "" {
-			log = log.With("endpoint_slice", p.EndpointSlice)
-		}
-		log.Warn("Service can't be carried out as written", "field", p.Field, "problem", p.Message)
-	}
 }

@@ -1,0 +1,196 @@
+package main
+
+import (
+	"context"
+	"log/slog"
+	"net/netip"
+	stdsync "sync"
+	"sync/atomic"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	"fairlead/internal/health"
+	"fairlead/internal/metrics"
+	"fairlead/kube"
+	"fairlead/source/manifest/dns"
+	"fairlead/sync"
+)
+
+// join passes what happens on to those who need it. Objects, addresses of this
+// node and configurations come in from goroutines of their own, one at a time.
+type join struct {
+	log     *slog.Logger
+	syncer  *sync.Syncer
+	ports   *health.Ports
+	metrics *metrics.Metrics
+	events  events
+	names   *dns.Server // nil if nobody asks for names
+	hasNode bool        // the source has Node objects
+
+	mu       stdsync.Mutex
+	tracker  *kube.Tracker
+	complete bool
+	// everywhere says that node ports are served on all addresses, and served
+	// has those that they are served on.
+	everywhere bool
+	served     []netip.Addr
+
+	node    atomic.Pointer[kube.NodeHealth]
+	failing atomic.Pointer[time.Time] // since when calls to the dataplane fail as a whole
+}
+
+// deliver takes objects from the source. The first time it is everything.
+func (j *join) deliver(d kube.Delta) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.metrics.Arrived(len(d.Services)+len(d.DeletedServices), len(d.EndpointSlices)+len(d.DeletedEndpointSlices))
+	j.events.Apply(d)
+	result := j.tracker.Apply(d)
+	j.pass(result)
+	if !j.complete {
+		j.complete = true
+		j.syncer.ListComplete()
+	} else {
+		j.trigger(d, result)
+	}
+	if j.names != nil {
+		j.names.Apply(d)
+	}
+}
+
+// addresses takes the addresses of this node's interfaces.
+func (j *join) addresses(addrs []netip.Addr) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.pass(j.tracker.Apply(kube.Delta{LocalAddrs: addrs}))
+}
+
+// configure takes another configuration.
+func (j *join) configure(options kube.Options) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.everywhere = options.NodePortAddresses.All
+	j.pass(j.tracker.Configure(options))
+	j.listen()
+}
+
+// listen says on which addresses health-check node ports answer: where node
+// ports do, except that all of them are listened on at once.
+func (j *join) listen() {
+	if j.everywhere {
+		j.ports.SetAddrs([]netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()})
+		return
+	}
+	j.ports.SetAddrs(j.served)
+}
+
+// pass passes on what the tracker has made of its input.
+func (j *join) pass(result kube.Result) {
+	if result.Node != nil {
+		j.syncer.SetNode(*result.Node)
+		j.served = result.Node.NodePortAddrs
+		j.listen()
+	}
+	j.syncer.Update(result.Changes)
+	if result.NodeHealth != nil {
+		j.node.Store(result.NodeHealth)
+	}
+	checks := make(map[health.Service]*health.Check, len(result.HealthChecks))
+	for name, check := range result.HealthChecks {
+		var c *health.Check
+		if check != nil {
+			c = &health.Check{Port: check.Port, LocalEndpoints: check.LocalEndpoints}
+		}
+		checks[health.Service{Namespace: name.Namespace, Name: name.Name}] = c
+	}
+	j.ports.Set(checks)
+	for _, p := range result.Problems {
+		j.problem(p)
+	}
+}
+
+// problem tells of what a Service asks for and does not get.
+func (j *join) problem(p kube.Problem) {
+	log := j.log.With("service", p.Service.String())
+	if p.EndpointSlice != "" {
+		log = log.With("endpoint_slice", p.EndpointSlice)
+	}
+	log.Warn("Service can't be carried out as written", "field", p.Field, "problem", p.Message)
+	j.events.Problem(p)
+	j.metrics.Problem()
+}
+
+// trigger tells the metrics when the changes of endpoints happened that this
+// node now sees.
+func (j *join) trigger(d kube.Delta, result kube.Result) {
+	var changed map[types.NamespacedName]struct{} // made when it is needed
+	for _, slice := range d.EndpointSlices {
+		at, err := time.Parse(time.RFC3339Nano, slice.Annotations[corev1.EndpointsLastChangeTriggerTime])
+		if err != nil {
+			continue
+		}
+		if changed == nil {
+			changed = make(map[types.NamespacedName]struct{}, len(result.Changes))
+			for key := range result.Changes {
+				changed[types.NamespacedName{Namespace: key.Namespace, Name: key.Name}] = struct{}{}
+			}
+		}
+		service := types.NamespacedName{Namespace: slice.Namespace, Name: slice.Labels[discoveryv1.LabelServiceName]}
+		if _, ok := changed[service]; ok {
+			j.metrics.Triggered(service.Namespace, service.Name, at)
+		}
+	}
+}
+
+// committed takes what became of a call to the dataplane.
+func (j *join) committed(c sync.Commit) {
+	j.metrics.Committed(c)
+	switch {
+	case c.Err == nil:
+		j.failing.Store(nil)
+	case j.failing.Load() == nil:
+		j.failing.Store(&c.Start)
+	}
+	for key, err := range c.Failed {
+		j.events.NotProgrammed(key, err)
+	}
+}
+
+// healthCheckFailed takes a health-check node port that can't be listened on.
+func (j *join) healthCheckFailed(service health.Service, port uint16, err error) {
+	j.metrics.HealthCheckFailed()
+	j.events.HealthCheckFailed(types.NamespacedName{Namespace: service.Namespace, Name: service.Name}, port, err)
+}
+
+// progress says how far the dataplane is: a call that lasts counts as waiting as
+// changes do, and so does one that fails again and again.
+func (j *join) progress() health.Progress {
+	status := j.syncer.Status()
+	p := health.Progress{LastSuccess: status.LastSuccess, WaitingSince: status.PendingSince}
+	for _, at := range []*time.Time{&status.CallSince, j.failing.Load()} {
+		if at != nil && !at.IsZero() && (p.WaitingSince.IsZero() || at.Before(p.WaitingSince)) {
+			p.WaitingSince = *at
+		}
+	}
+	return p
+}
+
+// eligible says whether load balancers should use this node.
+func (j *join) eligible() bool {
+	if !j.hasNode {
+		return true
+	}
+	node := j.node.Load()
+	return node != nil && node.Eligible()
+}
+
+// follow delivers the node's addresses and calls ready after the first time.
+func (j *join) follow(ctx context.Context, watch func(context.Context, func([]netip.Addr)) error, ready func()) error {
+	return watch(ctx, func(addrs []netip.Addr) {
+		j.addresses(addrs)
+		ready()
+	})
+}

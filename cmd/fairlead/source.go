@@ -1,0 +1,105 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/rest"
+	"k8s.io/klog/v2" //nolint:depguard // client-go logs with it
+
+	"fairlead/dataplane"
+	"fairlead/kube"
+	"fairlead/source/apiserver"
+	"fairlead/source/manifest"
+)
+
+// source is where objects come from. Run delivers everything there is, then each
+// change, and returns nil when ctx is done.
+type source interface {
+	Run(ctx context.Context, deliver func(kube.Delta)) error
+}
+
+// events are where operators of a cluster look for what is wrong.
+type events interface {
+	Run(ctx context.Context) error
+	Apply(d kube.Delta)
+	Problem(p kube.Problem)
+	NotProgrammed(key dataplane.Key, err error)
+	HealthCheckFailed(service types.NamespacedName, port uint16, err error)
+}
+
+var (
+	_ events = (*apiserver.Events)(nil)
+	_ events = noEvents{}
+)
+
+// noEvents are for where nobody could read them.
+type noEvents struct{}
+
+// Run implements events.
+func (noEvents) Run(ctx context.Context) error {
+	<-ctx.Done()
+	return nil
+}
+
+// Apply implements events.
+func (noEvents) Apply(kube.Delta) {}
+
+// Problem implements events.
+func (noEvents) Problem(kube.Problem) {}
+
+// NotProgrammed implements events.
+func (noEvents) NotProgrammed(dataplane.Key, error) {}
+
+// HealthCheckFailed implements events.
+func (noEvents) HealthCheckFailed(types.NamespacedName, uint16, error) {}
+
+// open returns the source, and where Events go. It does not wait for anything.
+func (c config) open(log *slog.Logger) (source, events, error) {
+	if c.manifests != "" {
+		s, err := manifest.New(manifest.Options{
+			Dir: c.manifests, ServiceCIDRs: c.serviceCIDRs, NodeName: c.tracker.NodeName, Logger: log.With("component", "manifest"),
+		})
+		if err != nil {
+			return nil, nil, fmt.Errorf("--manifests: %w", err)
+		}
+		return s, noEvents{}, nil
+	}
+	klog.SetSlogLogger(log.With("component", "client-go"))
+	client, err := c.api.client()
+	if err != nil {
+		return nil, nil, err
+	}
+	s, err := apiserver.New(apiserver.Options{
+		Config: client, NodeName: c.tracker.NodeName, Version: version, Logger: log.With("component", "apiserver"),
+	})
+	if err != nil {
+		return nil, nil, fmt.Errorf("follow the API server: %w", err)
+	}
+	e, err := apiserver.NewEvents(apiserver.EventOptions{
+		Config: client, NodeName: c.tracker.NodeName, Version: version, Logger: log.With("component", "events"),
+	})
+	if err != nil {
+		return nil, nil, fmt.Errorf("write Events to the API server: %w", err)
+	}
+	return s, e, nil
+}
+
+// client returns how to reach the API server.
+func (a apiConfig) client() (*rest.Config, error) {
+	client, err := apiserver.Config(a.kubeconfig, a.master)
+	if err != nil {
+		return nil, err
+	}
+	client.QPS, client.Burst = a.qps, a.burst
+	if a.contentType != "" {
+		client.ContentType = a.contentType
+		client.AcceptContentTypes = a.contentType + ",application/json"
+	}
+	if a.acceptContentTypes != "" {
+		client.AcceptContentTypes = a.acceptContentTypes
+	}
+	return client, nil
+}
