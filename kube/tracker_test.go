@@ -278,26 +278,38 @@ func TestObjects(t *testing.T) {
 			if diff := cmp.Diff(tt.want, texts(got.Changes)); diff != "" {
 				t.Errorf("Services (-want +got):\n%s", diff)
 			}
-			var problems []string
-			for _, p := range got.Problems {
-				problems = append(problems, p.String())
-			}
-			if diff := cmp.Diff(tt.problems, problems); diff != "" {
+			if diff := cmp.Diff(tt.problems, problemTexts(got.Problems)); diff != "" {
 				t.Errorf("problems (-want +got):\n%s", diff)
 			}
 		})
 	}
 }
 
+// step is one Delta of a history and the Services and problems it changes.
+type step struct {
+	name     string
+	delta    Delta
+	want     want
+	problems []string
+}
+
+func checkHistory(t *testing.T, opts Options, steps []step) {
+	t.Helper()
+	tracker := NewTracker(opts)
+	for _, step := range steps {
+		got := tracker.Apply(step.delta)
+		if diff := cmp.Diff(step.want, texts(got.Changes)); diff != "" {
+			t.Errorf("%s: Services (-want +got):\n%s", step.name, diff)
+		}
+		if diff := cmp.Diff(step.problems, problemTexts(got.Problems)); diff != "" {
+			t.Errorf("%s: problems (-want +got):\n%s", step.name, diff)
+		}
+	}
+}
+
 // TestHistories says what each Delta of a history changes.
 func TestHistories(t *testing.T) {
 	t.Parallel()
-	type step struct {
-		name     string
-		delta    Delta
-		want     want
-		problems []string
-	}
 	services := func(s ...*corev1.Service) Delta { return Delta{Services: s} }
 	endpointSlices := func(s ...*discoveryv1.EndpointSlice) Delta { return Delta{EndpointSlices: s} }
 	deleted := func(names ...string) Delta {
@@ -444,20 +456,7 @@ func TestHistories(t *testing.T) {
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			tracker := NewTracker(Options{NodeName: "here"})
-			for _, step := range tt.steps {
-				got := tracker.Apply(step.delta)
-				if diff := cmp.Diff(step.want, texts(got.Changes)); diff != "" {
-					t.Errorf("%s: Services (-want +got):\n%s", step.name, diff)
-				}
-				var problems []string
-				for _, p := range got.Problems {
-					problems = append(problems, p.String())
-				}
-				if diff := cmp.Diff(step.problems, problems); diff != "" {
-					t.Errorf("%s: problems (-want +got):\n%s", step.name, diff)
-				}
-			}
+			checkHistory(t, Options{NodeName: "here"}, tt.steps)
 		})
 	}
 }
