@@ -25,7 +25,7 @@ import (
 
 const (
 	// lateAfter is when the operator is told which lists are waited for.
-	lateAfter = 10 * time.Second
+	lateAfter = 5 * time.Second
 	// refusedRetryMin and refusedRetryMax are how long after a refusal
 	// ServiceCIDRs are asked for again. The first time may be soon: an API
 	// server that starts can refuse what it allows a moment later.
