@@ -333,3 +333,13 @@ func texts(changes map[dataplane.Key]*dataplane.Service) map[string]string {
 	}
 	return out
 }
+
+// manyEndpoints returns the i-th slice of a Service, with n endpoints that are
+// its own.
+func manyEndpoints(service string, i, n int) *discoveryv1.EndpointSlice {
+	var texts []string
+	for pod := range n {
+		texts = append(texts, fmt.Sprintf("10.%d.%d.%d @there", i, pod>>8, pod&0xff))
+	}
+	return newSlice(fmt.Sprintf("%s-%d", service, i), service, eps(texts...))
+}
