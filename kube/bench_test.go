@@ -3,58 +3,164 @@ package kube
 import (
 	"fmt"
 	"net/netip"
+	"runtime"
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
-
-	"fairlead/dataplane"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
 func addrPort(addr netip.Addr, port int32) netip.AddrPort {
 	return netip.AddrPortFrom(addr, uint16(port))
 }
 
-// many returns n Services, each with a slice of 10 endpoints.
-func many(n int) Delta {
+// addrOf returns the i-th address of those that begin with first.
+func addrOf(first, i int) string {
+	return fmt.Sprintf("%d.%d.%d.%d", first, 16+i>>16, i>>8&0xff, i&0xff)
+}
+
+// many returns n Services, each with a slice of 10 endpoints, changed by what
+// change returns for each, if it is not nil.
+func many(n int, change func(i int) func(*corev1.Service)) Delta {
 	var d Delta
 	for i := range n {
 		name := fmt.Sprintf("service-%d", i)
-		d.Services = append(d.Services, newService(name, fmt.Sprintf("10.%d.%d.%d", 96+i>>16, i>>8&0xff, i&0xff)))
-		d.EndpointSlices = append(d.EndpointSlices, tenEndpoints(name, 1+i%200))
+		svc := newService(name, fmt.Sprintf("10.%d.%d.%d", 96+i>>16, i>>8&0xff, i&0xff))
+		if change != nil {
+			change(i)(svc)
+		}
+		d.Services = append(d.Services, svc)
+		d.EndpointSlices = append(d.EndpointSlices, tenEndpoints(svc, 1+i%200))
 	}
 	return d
 }
 
-func tenEndpoints(service string, pod int) *discoveryv1.EndpointSlice {
+func tenEndpoints(svc *corev1.Service, pod int) *discoveryv1.EndpointSlice {
 	var addrs []string
 	for i := range 10 {
 		addrs = append(addrs, fmt.Sprintf("10.%d.0.%d @there", i, pod))
 	}
+	return newSlice(svc.Name+"-x7k2p", svc.Name, eps(addrs...), slicePorts(slicePort("http", svc.Spec.Ports[0].Protocol, 8080)))
+}
+
+// hintedEndpoints returns a slice of 10 endpoints in two zones.
+func hintedEndpoints(service string) *discoveryv1.EndpointSlice {
+	var addrs []string
+	for i := range 10 {
+		addrs = append(addrs, fmt.Sprintf("10.%d.0.1 @there zone=%c", i, 'a'+i%2))
+	}
 	return newSlice(service+"-x7k2p", service, eps(addrs...))
 }
 
+// sizes are the numbers of Services among which an event is measured. Its cost
+// must not depend on them.
+func sizes() []int { return []int{1_000, 10_000, 100_000} }
+
 // BenchmarkTrackerApply measures one changed EndpointSlice of 10 endpoints, one
-// of which is another. It must not depend on the number of Services.
+// of which is another, for Services with a cluster IP only and for those that
+// have every kind of frontend.
 func BenchmarkTrackerApply(b *testing.B) {
-	for _, n := range []int{1_000, 10_000, 100_000} {
+	for _, kinds := range []struct {
+		name   string
+		change func(int) func(*corev1.Service)
+		keys   int
+	}{{"cluster-ip", nil, 1}, {"every-kind", everyKind, 4}} {
+		for _, n := range sizes() {
+			b.Run(fmt.Sprintf("kinds=%s/services=%d", kinds.name, n), func(b *testing.B) {
+				d := many(n, kinds.change)
+				tracker := NewTracker(Options{NodeName: "here"})
+				tracker.Apply(d)
+				// Two variants of the slices of up to 512 Services: each lap over
+				// the deltas undoes what the one before did.
+				services := min(n, 512)
+				deltas := make([]Delta, 2*services)
+				for i := range deltas {
+					slice := tenEndpoints(d.Services[i%services*(n/services)], 1)
+					slice.Endpoints[9].Addresses = []string{fmt.Sprintf("10.200.0.%d", i/services)}
+					deltas[i] = Delta{EndpointSlices: []*discoveryv1.EndpointSlice{slice}}
+				}
+				b.ReportAllocs()
+				i := 0
+				for b.Loop() {
+					if got := len(tracker.Apply(deltas[i%len(deltas)]).Changes); got != kinds.keys {
+						b.Fatalf("%d changes, want %d", got, kinds.keys)
+					}
+					i++
+				}
+			})
+		}
+	}
+}
+
+// BenchmarkTrackerHeartbeat measures a Node whose status has changed in nothing
+// that counts.
+func BenchmarkTrackerHeartbeat(b *testing.B) {
+	for _, n := range sizes() {
 		b.Run(fmt.Sprintf("services=%d", n), func(b *testing.B) {
 			tracker := NewTracker(Options{NodeName: "here"})
-			tracker.Apply(many(n))
-			// Two variants of the slices of up to 512 Services: each lap over
-			// the deltas undoes what the one before did.
-			services := min(n, 512)
-			deltas := make([]Delta, 2*services)
+			tracker.Apply(many(n, nil))
+			var deltas [2]Delta
 			for i := range deltas {
-				name := fmt.Sprintf("service-%d", i%services*(n/services))
-				slice := tenEndpoints(name, 1)
-				slice.Endpoints[9].Addresses = []string{fmt.Sprintf("10.200.0.%d", i/services)}
-				deltas[i] = Delta{EndpointSlices: []*discoveryv1.EndpointSlice{slice}}
+				deltas[i].Node = newNode("198.51.100.1 2001:db8::1", inZone("a"), podCIDRs("10.1.0.0/24"))
+				deltas[i].Node.Status.Conditions = []corev1.NodeCondition{{LastHeartbeatTime: metav1.Unix(int64(i), 0)}}
+			}
+			tracker.Apply(deltas[1])
+			b.ReportAllocs()
+			i := 0
+			for b.Loop() {
+				if got := tracker.Apply(deltas[i%2]); got.Node != nil || len(got.Changes) != 0 {
+					b.Fatalf("a heartbeat changes %+v", got)
+				}
+				i++
+			}
+		})
+	}
+}
+
+// BenchmarkTrackerZone measures the move of the node to another zone, with 10
+// Services whose endpoints have hints.
+func BenchmarkTrackerZone(b *testing.B) {
+	for _, n := range sizes() {
+		b.Run(fmt.Sprintf("services=%d", n), func(b *testing.B) {
+			d := many(n, nil)
+			for i := range 10 {
+				d.EndpointSlices[i] = hintedEndpoints(d.Services[i].Name)
+			}
+			d.Node = newNode("", inZone("b"))
+			tracker := NewTracker(Options{NodeName: "here"})
+			tracker.Apply(d)
+			deltas := [2]Delta{{Node: newNode("", inZone("a"))}, {Node: newNode("", inZone("b"))}}
+			b.ReportAllocs()
+			i := 0
+			for b.Loop() {
+				if got := len(tracker.Apply(deltas[i%2]).Changes); got != 10 {
+					b.Fatalf("%d changes, want 10", got)
+				}
+				i++
+			}
+		})
+	}
+}
+
+// BenchmarkTrackerService measures one Service that gets another external IP,
+// and so other claims.
+func BenchmarkTrackerService(b *testing.B) {
+	for _, n := range sizes() {
+		b.Run(fmt.Sprintf("services=%d", n), func(b *testing.B) {
+			d := many(n, everyKind)
+			tracker := NewTracker(Options{NodeName: "here"})
+			tracker.Apply(d)
+			var deltas [2]Delta
+			for i := range deltas {
+				svc := d.Services[n/2].DeepCopy()
+				svc.Spec.ExternalIPs = []string{fmt.Sprintf("203.0.113.%d", i)}
+				deltas[i].Services = one(svc)
 			}
 			b.ReportAllocs()
 			i := 0
 			for b.Loop() {
-				if got := len(tracker.Apply(deltas[i%len(deltas)]).Changes); got != 1 {
+				if got := len(tracker.Apply(deltas[i%2]).Changes); got != 1 {
 					b.Fatalf("%d changes, want 1", got)
 				}
 				i++
@@ -63,39 +169,38 @@ func BenchmarkTrackerApply(b *testing.B) {
 	}
 }
 
-// BenchmarkTrackerLoad measures the first Delta, with everything.
+// BenchmarkTrackerLoad measures the first Delta, with everything, and what the
+// Tracker and its Services then hold, without the objects.
 func BenchmarkTrackerLoad(b *testing.B) {
-	for _, n := range []int{1_000, 10_000} {
-		b.Run(fmt.Sprintf("services=%d", n), func(b *testing.B) {
-			d := many(n)
-			b.ReportAllocs()
-			for b.Loop() {
-				if got := len(NewTracker(Options{}).Apply(d).Changes); got != n {
-					b.Fatalf("%d changes, want %d", got, n)
+	for _, kinds := range []struct {
+		name   string
+		change func(int) func(*corev1.Service)
+		keys   int
+	}{{"cluster-ip", nil, 1}, {"every-kind", everyKind, 4}} {
+		for _, n := range sizes() {
+			b.Run(fmt.Sprintf("kinds=%s/services=%d", kinds.name, n), func(b *testing.B) {
+				d := many(n, kinds.change)
+				before := heap()
+				var tracker *Tracker
+				b.ReportAllocs()
+				for b.Loop() {
+					tracker = NewTracker(Options{})
+					if got := len(tracker.Apply(d).Changes); got != kinds.keys*n {
+						b.Fatalf("%d changes, want %d", got, kinds.keys*n)
+					}
 				}
-			}
-		})
+				b.ReportMetric(float64(heap()-before)/float64(n), "heap-B/Service")
+				runtime.KeepAlive(tracker)
+				runtime.KeepAlive(d)
+			})
+		}
 	}
 }
 
-// TestApplyTouchesOnlyItsService shows that a changed slice leaves everything
-// else alone: all other Services are replaced by ones that must not be read.
-func TestApplyTouchesOnlyItsService(t *testing.T) {
-	t.Parallel()
-	tracker := NewTracker(Options{})
-	tracker.Apply(many(100))
-	untouched := tracker.services[named("service-7")]
-	for name := range tracker.services {
-		if name != named("service-7") {
-			tracker.services[name] = nil
-		}
-	}
-	result := tracker.Apply(Delta{EndpointSlices: []*discoveryv1.EndpointSlice{newSlice("service-7-x7k2p", "service-7", eps("10.0.0.1"))}})
-	key := dataplane.Key{Namespace: "default", Name: "service-7", Port: "http", Family: dataplane.IPv4}
-	if len(result.Changes) != 1 || result.Changes[key] == nil {
-		t.Errorf("changes %v, want only %s", texts(result.Changes), key)
-	}
-	if untouched != tracker.services[named("service-7")] || untouched.object.Spec.Ports[0].Protocol != corev1.ProtocolTCP {
-		t.Error("the Service itself was replaced")
-	}
+// heap returns the bytes of the objects that are in use.
+func heap() int64 {
+	runtime.GC()
+	var stats runtime.MemStats
+	runtime.ReadMemStats(&stats)
+	return int64(stats.HeapAlloc) //nolint:gosec // far from the limit
 }
