@@ -46,9 +46,14 @@ func load(kubeconfig, master string) (*rest.Config, error) {
 		&clientcmd.ClientConfigLoadingRules{ExplicitPath: kubeconfig},
 		&clientcmd.ConfigOverrides{ClusterInfo: clientcmdapi.Cluster{Server: master}},
 	).ClientConfig()
+	if err == nil && master != "" {
+		if _, _, urlErr := rest.DefaultServerUrlFor(config); urlErr != nil {
+			return nil, fmt.Errorf("--master %s: %w: write it as https://10.0.0.1:6443", master, urlErr)
+		}
+	}
 	switch {
 	case err != nil && kubeconfig == "":
-		return nil, fmt.Errorf("--master %s: %w", master, err)
+		return nil, fmt.Errorf("--master %s: %w: write it as https://10.0.0.1:6443", master, err)
 	case err != nil:
 		return nil, fmt.Errorf("--kubeconfig %s: %w: give the path of a file that kubectl --kubeconfig can use", kubeconfig, err)
 	}

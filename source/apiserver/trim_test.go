@@ -1,0 +1,167 @@
+package apiserver
+
+import (
+	"fmt"
+	"reflect"
+	"testing"
+	"unsafe"
+
+	"github.com/google/go-cmp/cmp"
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/intstr"
+
+	"fairlead/kube"
+)
+
+// decoded returns a slice as the decoder makes it: nothing is shared, and there is
+// room behind the last endpoint.
+func decoded(endpoints int) *discoveryv1.EndpointSlice {
+	text := func(s string) *string { s = string([]byte(s)); return &s }
+	flag := func(b bool) *bool { return &b }
+	slice := &discoveryv1.EndpointSlice{
+		ObjectMeta: metav1.ObjectMeta{
+			Name: "web-1", Namespace: *text("shop"), UID: "u", ResourceVersion: "7",
+			Labels:        map[string]string{discoveryv1.LabelServiceName: "web", "endpointslice.kubernetes.io/managed-by": "x"},
+			Annotations:   map[string]string{corev1.EndpointsLastChangeTriggerTime: "2026-01-01T00:00:00Z", "x": "y"},
+			ManagedFields: []metav1.ManagedFieldsEntry{{Manager: "x"}}, OwnerReferences: []metav1.OwnerReference{{Name: "web"}},
+		},
+		AddressType: discoveryv1.AddressTypeIPv4,
+		Ports:       []discoveryv1.EndpointPort{{Name: text("http"), Port: new(int32), AppProtocol: text("http")}},
+	}
+	*slice.Ports[0].Port = 8080
+	for i := range endpoints {
+		slice.Endpoints = append(slice.Endpoints, discoveryv1.Endpoint{
+			Addresses: []string{fmt.Sprintf("10.0.0.%d", i+1)}, NodeName: text(fmt.Sprintf("node-%d", i%2)), Zone: text("z"),
+			Conditions: discoveryv1.EndpointConditions{Ready: flag(i%3 > 0), Serving: flag(true), Terminating: flag(i%3 == 0)},
+			Hostname:   text("web-0"), TargetRef: &corev1.ObjectReference{Kind: "Pod"},
+			Hints: &discoveryv1.EndpointHints{ForZones: []discoveryv1.ForZone{{Name: *text("z")}}, ForNodes: []discoveryv1.ForNode{{Name: *text("node-0")}}},
+		})
+	}
+	return slice
+}
+
+func decodedService() *corev1.Service {
+	return &corev1.Service{
+		ObjectMeta: metav1.ObjectMeta{
+			Name: "web", Namespace: "shop", UID: "u", ResourceVersion: "6", Labels: map[string]string{"app": "web"},
+			Annotations: map[string]string{corev1.AnnotationTopologyMode: "Auto", "x": "y"}, Finalizers: []string{"x"}, Generation: 3,
+		},
+		Spec: corev1.ServiceSpec{
+			Type: corev1.ServiceTypeLoadBalancer, ClusterIP: "10.96.0.1", ClusterIPs: []string{"10.96.0.1"}, IPFamilies: []corev1.IPFamily{corev1.IPv4Protocol},
+			Selector: map[string]string{"app": "web"}, ExternalIPs: []string{"192.0.2.1"},
+			Ports: []corev1.ServicePort{{Name: "http", Port: 80, TargetPort: intstr.FromInt32(8080), NodePort: 30080}},
+		},
+		Status: corev1.ServiceStatus{
+			LoadBalancer: corev1.LoadBalancerStatus{Ingress: []corev1.LoadBalancerIngress{{IP: "192.0.2.2"}}},
+			Conditions:   []metav1.Condition{{Type: "x"}},
+		},
+	}
+}
+
+func decodedNode() *corev1.Node {
+	return &corev1.Node{
+		ObjectMeta: metav1.ObjectMeta{Name: "node-0", UID: "n", Labels: map[string]string{corev1.LabelTopologyZone: "z", "x": "y"}},
+		Spec:       corev1.NodeSpec{PodCIDR: "10.244.0.0/24", PodCIDRs: []string{"10.244.0.0/24"}, Taints: []corev1.Taint{{Key: "x"}}},
+		Status: corev1.NodeStatus{
+			Addresses: []corev1.NodeAddress{{Type: corev1.NodeInternalIP, Address: "192.0.2.9"}},
+			Images:    []corev1.ContainerImage{{Names: []string{"x"}}},
+		},
+	}
+}
+
+// TestTrimKeepsMeaning says that what package kube makes of trimmed objects is what
+// it makes of whole ones.
+func TestTrimKeepsMeaning(t *testing.T) {
+	t.Parallel()
+	objects := func() kube.Delta {
+		return kube.Delta{Services: []*corev1.Service{decodedService()}, EndpointSlices: []*discoveryv1.EndpointSlice{decoded(5)}, Node: decodedNode()}
+	}
+	want := kube.NewTracker(kube.Options{NodeName: "node-0"}).Apply(objects())
+	trimmed, trim := objects(), newTrimmer()
+	trim.service(trimmed.Services[0])
+	trim.endpointSlice(trimmed.EndpointSlices[0])
+	trim.node(trimmed.Node)
+	got := kube.NewTracker(kube.Options{NodeName: "node-0"}).Apply(trimmed)
+	if len(want.Changes) == 0 {
+		t.Fatal("nothing to compare")
+	}
+	if diff := cmp.Diff(want, got, cmp.Exporter(func(reflect.Type) bool { return true })); diff != "" {
+		t.Errorf("(-whole +trimmed):\n%s", diff)
+	}
+}
+
+// TestTrim says what is let go of.
+func TestTrim(t *testing.T) {
+	t.Parallel()
+	trim := newTrimmer()
+	slice := decoded(3)
+	trim.endpointSlice(slice)
+	want := decoded(3)
+	want.Labels = map[string]string{discoveryv1.LabelServiceName: "web"}
+	want.Annotations = map[string]string{corev1.EndpointsLastChangeTriggerTime: "2026-01-01T00:00:00Z"}
+	want.ManagedFields, want.OwnerReferences, want.Ports[0].AppProtocol = nil, nil, nil
+	for i := range want.Endpoints {
+		want.Endpoints[i].Hostname, want.Endpoints[i].TargetRef = nil, nil
+	}
+	if diff := cmp.Diff(want, slice); diff != "" {
+		t.Errorf("EndpointSlice (-want +got):\n%s", diff)
+	}
+	svc, wantService := decodedService(), decodedService()
+	trim.service(svc)
+	wantService.Labels, wantService.Finalizers, wantService.Generation, wantService.Spec.Selector, wantService.Status.Conditions = nil, nil, 0, nil, nil
+	wantService.Annotations = map[string]string{corev1.AnnotationTopologyMode: "Auto"}
+	if diff := cmp.Diff(wantService, svc); diff != "" {
+		t.Errorf("Service (-want +got):\n%s", diff)
+	}
+	node, wantNode := decodedNode(), decodedNode()
+	trim.node(node)
+	delete(wantNode.Labels, "x")
+	wantNode.Status.Images = nil
+	if diff := cmp.Diff(wantNode, node); diff != "" {
+		t.Errorf("Node (-want +got):\n%s", diff)
+	}
+}
+
+// TestTrimShares says that strings, flags and hints that are equal are one, across
+// objects, and that no room is left behind endpoints.
+func TestTrimShares(t *testing.T) {
+	t.Parallel()
+	trim := newTrimmer()
+	a, b := decoded(9), decoded(9)
+	trim.endpointSlice(a)
+	trim.endpointSlice(b)
+	nodes, hints, flags := map[*string]bool{}, map[*discoveryv1.EndpointHints]bool{}, map[*bool]bool{}
+	for _, slice := range []*discoveryv1.EndpointSlice{a, b} {
+		if spare := cap(slice.Endpoints) - len(slice.Endpoints); spare > 0 {
+			t.Errorf("room for %d more endpoints", spare)
+		}
+		for _, ep := range slice.Endpoints {
+			nodes[ep.NodeName], hints[ep.Hints] = true, true
+			flags[ep.Conditions.Ready], flags[ep.Conditions.Serving], flags[ep.Conditions.Terminating] = true, true, true
+		}
+	}
+	if len(nodes) != 2 || len(hints) != 1 || len(flags) != 2 {
+		t.Errorf("%d node names, %d hints, %d flags in memory, want 2, 1 and 2", len(nodes), len(hints), len(flags))
+	}
+	if unsafe.StringData(a.Namespace) != unsafe.StringData(b.Namespace) || a.Ports[0].Name != b.Ports[0].Name {
+		t.Error("namespaces or port names are not shared")
+	}
+}
+
+// TestTrimIsBounded says that names that come and go are not held for ever.
+func TestTrimIsBounded(t *testing.T) {
+	t.Parallel()
+	trim := newTrimmer()
+	for i := range 3 * maxInterned {
+		name := fmt.Sprint(i)
+		if got := *trim.string(&name); got != fmt.Sprint(i) {
+			t.Fatalf("%q became %q", fmt.Sprint(i), got)
+		}
+		trim.hint(&discoveryv1.EndpointHints{ForNodes: []discoveryv1.ForNode{{Name: name}}})
+	}
+	if len(trim.strings) > maxInterned || len(trim.hints) > maxInterned {
+		t.Errorf("holds %d strings and %d hints", len(trim.strings), len(trim.hints))
+	}
+}
