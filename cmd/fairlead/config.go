@@ -311,7 +311,7 @@ func (p *parser) detectLocal(c *config) kube.DetectLocal {
 		"pod-interface-name-prefix": kube.DetectByInterfaceNamePrefix,
 	} {
 		if _, ok := p.given[name]; ok && d.Mode != mode {
-			c.notes = append(c.notes, note{p.label(name), fmt.Sprintf("it needs %s=%s", p.label("detect-local-mode"), mode)})
+			c.notes = append(c.notes, note{what: p.label(name), why: fmt.Sprintf("it needs %s=%s", p.label("detect-local-mode"), mode)})
 		}
 	}
 	return d
@@ -348,7 +348,7 @@ func (p *parser) nodePortAddresses(manifests bool) kube.NodePortAddresses {
 func (p *parser) server(c *config, what, host, port string) string {
 	name, portName := what+"-bind-address", what+"-port"
 	if _, ok := p.given[portName]; ok {
-		c.notes = append(c.notes, note{p.label(portName), "it is deprecated: use " + p.label(name)})
+		c.notes = append(c.notes, note{p.label(portName), "use " + p.label(name), true})
 		given := p.whole(portName, 0, 1<<16-1)
 		if given == 0 {
 			return ""
@@ -423,7 +423,7 @@ func (p *parser) idle(c *config) {
 		if err != nil {
 			p.fail(s.name, "%q is no value of type %s, and the flag has no effect: leave it out", value, s.kind)
 		}
-		c.notes = append(c.notes, note{p.label(s.name), s.idle})
+		c.notes = append(c.notes, note{what: p.label(s.name), why: s.idle})
 	}
 }
 

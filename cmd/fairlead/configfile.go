@@ -144,7 +144,7 @@ func (f *configFile) take(fields map[string]string) {
 	for _, field := range slices.Sorted(maps.Keys(fields)) {
 		flag, ok := flags[field]
 		if !ok {
-			f.notes = append(f.notes, note{"--config: " + field, whyIdle(field)})
+			f.notes = append(f.notes, note{what: "--config: " + field, why: whyIdle(field)})
 			continue
 		}
 		f.given[flag] = fields[field]

@@ -257,8 +257,12 @@ type input struct {
 	notes []note
 }
 
-// note says that something was given which has no effect, and why.
-type note struct{ what, why string }
+// note says that something was given which has no effect, and why; or that is
+// deprecated, and what to use.
+type note struct {
+	what, why  string
+	deprecated bool
+}
 
 // label returns how the user knows the setting.
 func (in input) label(name string) string {
@@ -283,7 +287,7 @@ func under(flags given, file configFile) input {
 			in.given[s.name] = value
 			delete(in.labels, s.name)
 		default:
-			in.notes = append(in.notes, note{"--" + s.name, "--config is set: write it into the file"})
+			in.notes = append(in.notes, note{what: "--" + s.name, why: "--config is set: write it into the file"})
 		}
 	}
 	return in

@@ -35,16 +35,19 @@ func TestWrongUse(t *testing.T) {
 		{"argument of version", []string{"version", "x"}, "fairlead: unknown command \"x\" for \"fairlead version\"\n"},
 
 		{
-			"no source", []string{"run"},
+			"no source",
+			[]string{"run"},
 			"fairlead: --kubeconfig is not set and this is not a pod of a cluster: " +
 				"give the path of a kubeconfig file, or run with a ServiceAccount in a pod\n",
 		},
 		{
-			"two sources", []string{"run", folder, "--kubeconfig=x", "--master=https://192.0.2.1"},
+			"two sources",
+			[]string{"run", folder, "--kubeconfig=x", "--master=https://192.0.2.1"},
 			"fairlead: --kubeconfig: use either, --manifests is set\nfairlead: --master: use either, --manifests is set\n",
 		},
 		{
-			"what only a folder needs", []string{"run", "--kubeconfig=x", "--service-cidr=10.0.0.0/16", "--dns-listen=10.0.0.1:53", "--cluster-domain=x"},
+			"what only a folder needs",
+			[]string{"run", "--kubeconfig=x", "--service-cidr=10.0.0.0/16", "--dns-listen=10.0.0.1:53", "--cluster-domain=x"},
 			"fairlead: --service-cidr: it needs --manifests: where there is an API server, the cluster has its own\n" +
 				"fairlead: --dns-listen: it needs --manifests: where there is an API server, the cluster has its own\n" +
 				"fairlead: --cluster-domain: it needs --manifests: where there is an API server, the cluster has its own\n",

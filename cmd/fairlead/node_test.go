@@ -415,7 +415,7 @@ func (p *process) await(match func(record) bool) {
 }
 
 // record is a line of the log in JSON.
-type record struct{ Level, Msg, File, Error, Reason string }
+type record struct{ Level, Msg, File, Error, Reason, Setting, What string }
 
 // logbook collects what the program prints.
 type logbook struct {

@@ -78,9 +78,13 @@ func runProgram(ctx context.Context, flags given, stderr io.Writer) error {
 	return p.run(ctx, c)
 }
 
-// warn logs what was given without effect.
+// warn logs what was given without effect, and what is deprecated.
 func (c config) warn(ctx context.Context, log *slog.Logger) {
 	for _, n := range c.notes {
+		if n.deprecated {
+			log.WarnContext(ctx, "a setting is deprecated", "setting", n.what, "instead", n.why)
+			continue
+		}
 		log.WarnContext(ctx, "a setting has no effect", "setting", n.what, "reason", n.why)
 	}
 }

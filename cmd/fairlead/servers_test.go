@@ -1,0 +1,283 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"strings"
+	"syscall"
+	"testing"
+
+	"fairlead/internal/nettest"
+)
+
+// get asks an HTTP server of the program.
+func get(ctx context.Context, from *nettest.Host, address, path string) (status int, body string, err error) {
+	transport := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, address string) (net.Conn, error) {
+		return from.Dial(ctx, "tcp", netip.MustParseAddrPort(address))
+	}}
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+address+path, nil)
+	if err != nil {
+		return 0, "", err
+	}
+	response, err := (&http.Client{Transport: transport}).Do(request)
+	if err != nil {
+		return 0, "", err
+	}
+	defer response.Body.Close()
+	text, err := io.ReadAll(response.Body)
+	return response.StatusCode, string(text), err
+}
+
+// awaitGet waits for an answer with this status and text in it.
+func (n *node) awaitGet(from *nettest.Host, address, path string, want int, text string) {
+	n.t.Helper()
+	eventually(n.t, func() error {
+		status, body, err := get(n.t.Context(), from, address, path)
+		if err == nil && (status != want || !strings.Contains(body, text)) {
+			err = fmt.Errorf("%s%s: status %d, want %d with %q; body:\n%s", address, path, status, want, text, body)
+		}
+		return err
+	})
+}
+
+// awaitClosed waits until nobody listens at an address.
+func (n *node) awaitClosed(address string) {
+	n.t.Helper()
+	eventually(n.t, func() error {
+		status, _, err := get(n.t.Context(), n.Outside, address, "/")
+		if errors.Is(err, syscall.ECONNREFUSED) {
+			return nil
+		}
+		return fmt.Errorf("%s: status %d, error %w; want a refusal", address, status, err)
+	})
+}
+
+// on returns an address of the node with a port.
+func (n *node) on(addr netip.Addr, port uint16) string {
+	return netip.AddrPortFrom(addr, port).String()
+}
+
+func TestNodeHealth(t *testing.T) {
+	t.Parallel()
+	n := newNode(t)
+	n.run()
+	for _, addr := range n.Node.Addrs() {
+		for _, path := range []string{"/healthz", "/livez"} {
+			n.awaitGet(n.Outside, n.on(addr, 10256), path, http.StatusOK, `"healthy":true`)
+		}
+	}
+	_, body, err := get(t.Context(), n.Outside, n.on(n.Node.IPv4, 10256), "/healthz")
+	var answer map[string]any
+	if err == nil {
+		err = json.Unmarshal([]byte(body), &answer)
+	}
+	if err != nil || answer["nodeEligible"] != true || answer["status"] == nil {
+		t.Errorf("error %v, body:\n%s", err, body)
+	}
+	// The metrics are for the node itself unless somebody says otherwise.
+	n.awaitClosed(n.on(n.Node.IPv4, 10249))
+	n.stop()
+	n.awaitClosed(n.on(n.Node.IPv4, 10256))
+}
+
+func TestMetrics(t *testing.T) {
+	t.Parallel()
+	n := newNode(t, "a")
+	n.put("backend.yaml", serviceYAML("backend", 10, 80))
+	n.putPods("backend", "a")
+	n.run()
+	const address = "127.0.0.1:10249"
+	for _, want := range []string{
+		"fairlead_services 4\n", // two ports, two families
+		`fairlead_services_failing{reason="error"} 0`,
+		`fairlead_commits_total{kind="replace",reason="start",result="success"} 1`,
+		`kubeproxy_sync_full_proxy_rules_duration_seconds_count{ip_family="IPv6"} 1`,
+		"kubeproxy_sync_proxy_rules_service_changes_total 1\n",
+		`fairlead_build_info{mode="nft",version="` + version + `"} 1`,
+		"go_goroutines ", "process_resident_memory_bytes ",
+	} {
+		n.awaitGet(n.Node, address, "/metrics", http.StatusOK, want)
+	}
+	n.awaitGet(n.Node, "127.0.0.1:10256", "/healthz", http.StatusOK, "")
+	n.awaitGet(n.Node, address, "/metrics", http.StatusOK, `kubeproxy_proxy_healthz_total{code="200"} 1`)
+	n.drop("pod-a.yaml")
+	n.awaitGet(n.Node, address, "/metrics", http.StatusOK, `fairlead_commits_total{kind="apply",reason="change",result="success"} 1`)
+	for path, want := range map[string]string{"/healthz": "ok", "/proxyMode": "nftables"} {
+		if status, body, err := get(t.Context(), n.Node, address, path); status != http.StatusOK || body != want || err != nil {
+			t.Errorf("%s: status %d, body %q, error %v; want %q", path, status, body, err, want)
+		}
+	}
+	n.awaitGet(n.Node, address, "/debug/pprof/", http.StatusNotFound, "")
+	n.stop()
+
+	n.program = n.start(nil, append(n.runArgs(), "--metrics-bind-address=0.0.0.0", "--profiling", "--healthz-port=0")...)
+	n.awaitGet(n.Outside, n.on(n.Node.IPv6, 10249), "/debug/pprof/", http.StatusOK, "heap")
+	n.awaitClosed(n.on(n.Node.IPv4, 10256))
+	n.program.await(func(r record) bool { return r.Level == "WARN" && r.Setting == "--healthz-port" })
+}
+
+// serviceOfBalancer is a Service with a health-check node port.
+func serviceOfBalancer(port int) string {
+	return fmt.Sprintf(`apiVersion: v1
+kind: Service
+metadata: {name: backend, namespace: default}
+spec:
+  clusterIP: 10.96.0.10
+  type: LoadBalancer
+  externalTrafficPolicy: Local
+  healthCheckNodePort: %d
+  selector: {app: backend}
+  ports: [{port: 80, targetPort: web}]
+`, port)
+}
+
+func TestHealthCheckNodePort(t *testing.T) {
+	t.Parallel()
+	n := newNode(t, "a", "b")
+	n.put("backend.yaml", serviceOfBalancer(32000))
+	n.run()
+	const body = "{\n\t\"service\": {\n\t\t\"namespace\": \"default\",\n\t\t\"name\": \"backend\"\n\t},\n\t\"localEndpoints\": %d,\n\t\"serviceProxyHealthy\": true\n}"
+	for _, addr := range n.Node.Addrs() {
+		n.awaitGet(n.Outside, n.on(addr, 32000), "/", http.StatusServiceUnavailable, fmt.Sprintf(body, 0))
+	}
+	n.putPods("backend", "a", "b")
+	n.awaitGet(n.Outside, n.on(n.Node.IPv4, 32000), "/any", http.StatusOK, fmt.Sprintf(body, 2))
+	n.put("pod-a.yaml", n.podYAML("backend", "a", false))
+	n.awaitGet(n.Outside, n.on(n.Node.IPv6, 32000), "/any", http.StatusOK, fmt.Sprintf(body, 1))
+	n.put("backend.yaml", serviceOfBalancer(32001))
+	n.awaitGet(n.Outside, n.on(n.Node.IPv6, 32001), "/", http.StatusOK, fmt.Sprintf(body, 1))
+	n.awaitClosed(n.on(n.Node.IPv4, 32000))
+	n.drop("pod-b.yaml")
+	n.awaitGet(n.Outside, n.on(n.Node.IPv4, 32001), "/", http.StatusServiceUnavailable, fmt.Sprintf(body, 0))
+	n.drop("backend.yaml")
+	n.awaitClosed(n.on(n.Node.IPv4, 32001))
+}
+
+// Node ports follow the node's addresses: one that appears is served at once.
+func TestNodePortAddressesFollow(t *testing.T) {
+	t.Parallel()
+	n := newNode(t, "a")
+	n.put("backend.yaml", serviceOfBalancer(32000))
+	n.putPods("backend", "a")
+	n.program = n.start(nil, append(n.runArgs(), "--nodeport-addresses=198.51.100.0/24")...)
+	n.program.await(func(r record) bool { return r.Msg == "committed" && r.Reason == "start" })
+	n.awaitClosed(n.on(n.Node.IPv4, 32000))
+	added := netip.MustParseAddr("198.51.100.7")
+	if err := n.Node.AddAddr(added); err != nil {
+		t.Fatal(err)
+	}
+	n.awaitGet(n.Node, n.on(added, 32000), "/", http.StatusOK, `"localEndpoints": 1`)
+	n.awaitClosed(n.on(n.Node.IPv4, 32000))
+}
+
+// A health-check node port that somebody else has is told of, and taken over
+// when it is free.
+func TestHealthCheckNodePortTaken(t *testing.T) {
+	t.Parallel()
+	n := newNode(t, "a")
+	taken, err := n.Node.Listen(t.Context(), "tcp4", netip.AddrPortFrom(netip.IPv4Unspecified(), 32000))
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.put("backend.yaml", serviceOfBalancer(32000))
+	n.putPods("backend", "a")
+	n.run()
+	n.program.await(func(r record) bool { return r.Level == "WARN" && strings.Contains(r.Error, "address already in use") })
+	n.awaitGet(n.Node, "127.0.0.1:10249", "/metrics", http.StatusOK, "fairlead_health_check_node_port_failures_total 1\n")
+	n.awaitGet(n.Outside, n.on(n.Node.IPv6, 32000), "/", http.StatusOK, "")
+	taken.Close()
+	n.awaitGet(n.Outside, n.on(n.Node.IPv4, 32000), "/", http.StatusOK, "")
+}
+
+func TestServerAddressTaken(t *testing.T) {
+	t.Parallel()
+	for _, server := range []string{"healthz", "metrics"} {
+		t.Run(server, func(t *testing.T) {
+			t.Parallel()
+			n := newNode(t)
+			taken, err := n.Node.Listen(t.Context(), "tcp", netip.AddrPortFrom(n.Node.IPv4, 9999))
+			if err != nil {
+				t.Fatal(err)
+			}
+			args := append(n.runArgs(), "--"+server+"-bind-address="+n.on(n.Node.IPv4, 9999))
+			code, stderr := n.once(nil, append(args, "--bind-address-hard-fail")...)
+			want := "fairlead: --" + server + "-bind-address: listen on 192.0.2.1:9999: listen tcp 192.0.2.1:9999: bind: address already in use\n"
+			if code != 1 || !strings.HasSuffix(stderr, want) {
+				t.Errorf("exit code %d, output %q; want 1 and %q at the end", code, stderr, want)
+			}
+
+			n.program = n.start(nil, args...)
+			n.program.await(func(r record) bool {
+				return r.Level == "WARN" && r.Setting == server+"-bind-address" && strings.Contains(r.Error, "address already in use")
+			})
+			taken.Close()
+			n.awaitGet(n.Outside, n.on(n.Node.IPv4, 9999), "/healthz", http.StatusOK, "")
+		})
+	}
+}
+
+// What kube-proxy knows and has no meaning here is named, and nothing else is
+// logged when all is well.
+func TestSettingsWithoutEffect(t *testing.T) {
+	t.Parallel()
+	n := newNode(t)
+	n.program = n.start(nil, append(n.runArgs(), "--conntrack-min=0", "--ipvs-scheduler=lc", "--iptables-sync-period=10s",
+		"--oom-score-adj=-998", "--pod-bridge-interface=cni0", "--feature-gates=A=true", "--ipvs-exclude-cidrs=", "-v=2")...)
+	n.program.await(func(r record) bool { return r.Msg == "committed" && r.Reason == "start" })
+	n.stop()
+	var warned []string
+	for _, r := range n.program.log.records() {
+		if r.Level != "INFO" {
+			warned = append(warned, r.Setting+": "+r.Reason)
+		}
+	}
+	want := []string{
+		"--pod-bridge-interface: it needs --detect-local-mode=BridgeInterface",
+		"--conntrack-min: " + idleConntrack, "--feature-gates: " + idleGates, "--iptables-sync-period: " + idleSync,
+		"--ipvs-scheduler: " + idleIPVS, "--oom-score-adj: " + idleOOM,
+	}
+	if got, want := strings.Join(warned, "\n"), strings.Join(want, "\n"); got != want {
+		t.Errorf("warned of:\n%s\nwant:\n%s", got, want)
+	}
+}
+
+func TestInitOnly(t *testing.T) {
+	t.Parallel()
+	n := newNode(t)
+	code, stderr := n.once(asNobody(), append(n.runArgs(), "--init-only")...)
+	if code != 0 || !strings.Contains(stderr, "nothing to set up") {
+		t.Errorf("exit code %d, output %q", code, stderr)
+	}
+	if listing := n.nft("list", "ruleset"); listing != "" {
+		t.Errorf("the ruleset has:\n%s", listing)
+	}
+}
+
+func TestVerbosity(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		args  []string
+		debug bool
+	}{
+		{[]string{"-v4"}, true},
+		{[]string{"--v=3"}, false},
+		{[]string{"--v=9", "--log-level=info"}, false},
+		{[]string{"--v=0", "--log-level=debug"}, true},
+	} {
+		t.Run(strings.Join(test.args, " "), func(t *testing.T) {
+			t.Parallel()
+			c, _, err := load(flagsOf(t, append(test.args, "--manifests=x")...))
+			if got := c.logLevel < 0; err != nil || got != test.debug {
+				t.Errorf("debugging: %t, error %v; want %t", got, err, test.debug)
+			}
+		})
+	}
+}
