@@ -106,6 +106,9 @@ func (d demoted) Enabled(ctx context.Context, level slog.Level) bool {
 // Handle passes the record on, with its lower level.
 func (d demoted) Handle(ctx context.Context, record slog.Record) error {
 	record.Level = d.level(record.Level)
+	if !d.Handler.Enabled(ctx, record.Level) {
+		return nil // errors come unasked
+	}
 	return d.Handler.Handle(ctx, record)
 }
 

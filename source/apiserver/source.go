@@ -15,10 +15,12 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/wait"
 	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
 	"k8s.io/klog/v2"
+	"k8s.io/utils/clock"
 
 	"fairlead/kube"
 )
@@ -211,7 +213,21 @@ func (l *list) reflect(ctx context.Context) {
 		ListWithContextFunc:  l.list,
 		WatchFuncWithContext: l.watch,
 	}, l.item, l.store, cache.ReflectorOptions{Name: string(l.kind), Logger: &logger})
-	reflector.RunWithContext(ctx)
+	// As the reflector's own loop, which however hands errors to a function that
+	// is shared by the whole process and makes everybody wait.
+	_ = pauses().Until(ctx, true, true, func(ctx context.Context) (bool, error) {
+		if err := reflector.ListAndWatchWithContext(ctx); err != nil {
+			l.src.log.DebugContext(ctx, "list or watch ended", "resource", string(l.kind), "error", err)
+		}
+		return false, nil
+	})
+}
+
+// pauses are those of client-go between attempts: from 0.8 to 30 seconds, up to
+// twice that by chance, and short again after two minutes without one.
+func pauses() wait.DelayFunc {
+	return wait.Backoff{Duration: 800 * time.Millisecond, Cap: 30 * time.Second, Steps: 10, Factor: 2, Jitter: 1}.
+		DelayWithReset(clock.RealClock{}, 2*time.Minute)
 }
 
 func (l *list) request(opts *metav1.ListOptions) *rest.Request {

@@ -1,0 +1,171 @@
+package apiserver_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"k8s.io/client-go/rest"
+
+	"fairlead/kube"
+	"fairlead/source/apiserver"
+)
+
+// tinyServer is an API server in which nothing ever happens, and which cannot
+// stream lists.
+func tinyServer(r *http.Request) (*http.Response, error) {
+	switch {
+	case r.URL.Query().Get("sendInitialEvents") != "":
+		return answer(r, http.StatusUnprocessableEntity,
+			`{"kind":"Status","apiVersion":"v1","status":"Failure","reason":"Invalid","code":422}`), nil
+	case r.URL.Query().Get("watch") != "":
+		reader, writer := io.Pipe()
+		context.AfterFunc(r.Context(), func() { _ = writer.Close() })
+		response := answer(r, http.StatusOK, "")
+		response.Body = reader
+		return response, nil
+	}
+	kind := map[string]string{
+		"services": "v1 Service", "nodes": "v1 Node",
+		"endpointslices": "discovery.k8s.io/v1 EndpointSlice", "servicecidrs": "networking.k8s.io/v1 ServiceCIDR",
+	}[resourceOf(r)]
+	var group, name string
+	_, _ = fmt.Sscan(kind, &group, &name)
+	return answer(r, http.StatusOK, fmt.Sprintf(
+		`{"kind":"%sList","apiVersion":%q,"metadata":{"resourceVersion":"5"},"items":[{"metadata":{"name":"a","resourceVersion":"4"}}]}`, name, group)), nil
+}
+
+// run runs a Source in a bubble of synctest, which ends only when all that it has
+// started has ended.
+func run(t *testing.T, transport roundTripper, log *record) (deltas *atomic.Int64, stop func()) {
+	t.Helper()
+	deltas = new(atomic.Int64)
+	source := must[*apiserver.Source](t)(apiserver.New(apiserver.Options{
+		Config: &rest.Config{Host: "http://api", Transport: transport}, NodeName: "a", Logger: log.logger(),
+	}))
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() {
+		ended <- source.Run(ctx, func(kube.Delta) {
+			if source.Synced() != (deltas.Load() > 0) {
+				t.Errorf("Synced %v in Delta %d", source.Synced(), deltas.Load())
+			}
+			deltas.Add(1)
+		})
+	}()
+	return deltas, func() {
+		t.Helper()
+		cancel()
+		if err := <-ended; err != nil {
+			t.Errorf("Run returned %v", err)
+		}
+	}
+}
+
+// TestAwayForHours says that an API server that is away for hours is asked now and
+// then, logged once, and believed soon after it is back.
+func TestAwayForHours(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var away atomic.Bool
+		away.Store(true)
+		var requests atomic.Int64
+		var log record
+		deltas, stop := run(t, func(r *http.Request) (*http.Response, error) {
+			requests.Add(1)
+			if away.Load() {
+				return nil, errors.New("no route to host")
+			}
+			return tinyServer(r)
+		}, &log)
+		time.Sleep(3 * time.Hour)
+		if n := requests.Load(); n > 3*3600/10*4*2 {
+			t.Errorf("%d requests in three hours, want a few a minute", n)
+		}
+		if deltas.Load() != 0 {
+			t.Error("something was delivered")
+		}
+		away.Store(false)
+		time.Sleep(65 * time.Second) // client-go's longest pause is 60 s
+		if deltas.Load() != 1 {
+			t.Errorf("%d Deltas after the API server is back, want 1", deltas.Load())
+		}
+		stop()
+		for text, n := range map[string]int{"can't be reached": 1, "is back": 1, "are late": 1, "level=": 3} {
+			if log.count(text) != n {
+				t.Errorf("log has %q %d times, want %d:\n%s", text, log.count(text), n, log.text.String())
+			}
+		}
+	})
+}
+
+// TestServiceCIDRsComeLater says that ServiceCIDRs that are not served are asked for
+// rarely, and taken when they are.
+func TestServiceCIDRsComeLater(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var served atomic.Bool
+		var requests atomic.Int64
+		var log record
+		deltas, stop := run(t, func(r *http.Request) (*http.Response, error) {
+			if resourceOf(r) == "servicecidrs" && !served.Load() {
+				requests.Add(1)
+				return answer(r, http.StatusNotFound, "404 page not found"), nil
+			}
+			return tinyServer(r)
+		}, &log)
+		time.Sleep(24 * time.Hour)
+		if n := requests.Load(); n > 2*6*24+20 {
+			t.Errorf("%d requests in a day, want one stream and one list every ten minutes", n)
+		}
+		if deltas.Load() != 1 {
+			t.Errorf("%d Deltas, want the first", deltas.Load())
+		}
+		served.Store(true)
+		time.Sleep(11 * time.Minute)
+		if deltas.Load() != 2 {
+			t.Errorf("%d Deltas after ServiceCIDRs are served, want 2", deltas.Load())
+		}
+		stop()
+		if n := log.count("level="); n != 1 {
+			t.Errorf("%d lines of log, want 1:\n%s", n, log.text.String())
+		}
+	})
+}
+
+// TestEnd says that Run ends at once, whatever it waits for.
+func TestEnd(t *testing.T) {
+	t.Parallel()
+	for name, transport := range map[string]roundTripper{
+		"watching": tinyServer,
+		"away":     func(*http.Request) (*http.Response, error) { return nil, errors.New("no route to host") },
+		"no answer": func(r *http.Request) (*http.Response, error) {
+			<-r.Context().Done()
+			return nil, r.Context().Err()
+		},
+		"refused": func(r *http.Request) (*http.Response, error) { return answer(r, http.StatusNotFound, ""), nil },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				var log record
+				_, stop := run(t, transport, &log)
+				time.Sleep(10 * time.Minute)
+				begin := time.Now()
+				stop()
+				if d := time.Since(begin); d > 0 {
+					t.Errorf("the end took %s", d)
+				}
+				if n := log.count("level="); n > 5 {
+					t.Errorf("%d lines of log, want a few:\n%s", n, log.text.String())
+				}
+			})
+		})
+	}
+}
