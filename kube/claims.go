@@ -58,20 +58,20 @@ func newClaims() claims {
 	return claims{owners: map[dataplane.Frontend]claim{}, waiting: map[dataplane.Frontend][]claim{}}
 }
 
-func (c *claims) add(f dataplane.Frontend, new claim) {
+func (c *claims) add(f dataplane.Frontend, added claim) {
 	c.note(f)
 	owner, taken := c.owners[f]
 	switch {
 	case !taken:
-		c.owners[f] = new
+		c.owners[f] = added
 		return
-	case new.compare(owner) < 0:
-		c.owners[f] = new
-		new = owner
+	case added.compare(owner) < 0:
+		c.owners[f] = added
+		added = owner
 	}
 	waiting := c.waiting[f]
-	i, _ := slices.BinarySearchFunc(waiting, new, claim.compare)
-	c.waiting[f] = slices.Insert(waiting, i, new)
+	i, _ := slices.BinarySearchFunc(waiting, added, claim.compare)
+	c.waiting[f] = slices.Insert(waiting, i, added)
 }
 
 func (c *claims) remove(f dataplane.Frontend, old claim) {

@@ -9,9 +9,11 @@ import (
 	"fairlead/dataplane"
 )
 
-// kinds has every kind of frontend, in the order of the wants of a port.
-func kinds() [4]dataplane.Kind {
-	return [...]dataplane.Kind{dataplane.ClusterIP, dataplane.NodePort, dataplane.ExternalIP, dataplane.LoadBalancer}
+// allKinds are the kinds of frontends, in the order of the wants of a port.
+type allKinds [4]dataplane.Kind
+
+func kinds() allKinds {
+	return allKinds{dataplane.ClusterIP, dataplane.NodePort, dataplane.ExternalIP, dataplane.LoadBalancer}
 }
 
 // addresses are a Service's, of all its ports.
@@ -206,7 +208,7 @@ func (c *conversion) wants(ports []portFamily, addrs addresses, policy policy) [
 		perPort++
 	}
 	frontends := make([]dataplane.Frontend, 0, len(ports)*perPort)
-	wants := make([]wanted, 0, len(ports)*min(perPort, len(kinds())))
+	wants := make([]wanted, 0, len(ports)*min(perPort, len(allKinds{})))
 	ranges := c.sourceRanges()
 	for i := range ports {
 		p := &ports[i]

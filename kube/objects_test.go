@@ -220,7 +220,7 @@ func timeout(seconds int32) func(*corev1.Service) {
 // newNode returns the Node here with InternalIPs, changed by the functions.
 func newNode(ips string, changes ...func(*corev1.Node)) *corev1.Node {
 	node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "here"}}
-	for _, ip := range strings.Fields(ips) {
+	for ip := range strings.FieldsSeq(ips) {
 		node.Status.Addresses = append(node.Status.Addresses, corev1.NodeAddress{Type: corev1.NodeInternalIP, Address: ip})
 	}
 	for _, change := range changes {
@@ -245,7 +245,7 @@ func newServiceCIDR(name string, cidrs ...string) *networkingv1.ServiceCIDR {
 
 func addrs(texts string) []netip.Addr {
 	list := []netip.Addr{}
-	for _, text := range strings.Fields(texts) {
+	for text := range strings.FieldsSeq(texts) {
 		list = append(list, netip.MustParseAddr(text))
 	}
 	return list
@@ -253,7 +253,7 @@ func addrs(texts string) []netip.Addr {
 
 func cidrs(texts string) []netip.Prefix {
 	var list []netip.Prefix
-	for _, text := range strings.Fields(texts) {
+	for text := range strings.FieldsSeq(texts) {
 		list = append(list, netip.MustParsePrefix(text))
 	}
 	return list

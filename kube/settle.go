@@ -16,18 +16,19 @@ func (t *Tracker) settleAll(touched []*service, result *Result) {
 	for _, s := range touched {
 		demands = append(demands, t.demand(s))
 	}
-	for i, s := range touched {
-		t.settle(s, demands[i], result)
-	}
-	// These have the same claims as before, so nothing changes hands any more.
 	var others []*service
 	t.claims.changed(func(s *service) {
+		s.disputed = t.round
 		if s.touched != t.round {
 			s.touched = t.round
 			others = append(others, s)
 		}
 	})
+	for i, s := range touched {
+		t.settle(s, demands[i], result)
+	}
 	for _, s := range others {
+		// It claims what it claimed before, so nothing changes hands by this.
 		t.settle(s, convert(s.object, s.slices, t.here), result)
 	}
 	slices.SortFunc(result.Problems, Problem.Compare)
@@ -48,6 +49,7 @@ func (t *Tracker) demand(s *service) demand {
 	if created == s.created && slices.EqualFunc(d.wants, s.claimed, func(w wanted, c claimed) bool { return w.claimed().equal(c) }) {
 		return d
 	}
+	s.disputed = t.round
 	for _, c := range s.claimed {
 		for _, f := range c.frontends {
 			t.claims.remove(f, claim{service: s, port: c.port, kind: c.kind})
@@ -74,13 +76,18 @@ func (w *wanted) claimed() claimed {
 func (t *Tracker) settle(s *service, d demand, result *Result) {
 	problems := d.problems
 	programmed := make([]*dataplane.Service, len(d.wants))
+	disputed := s.loses || s.disputed == t.round
+	s.loses = false
 	for i := range d.wants {
 		w := &d.wants[i]
 		frontends := w.frontends
-		for _, f := range w.frontends {
-			if owner := t.claims.owners[f]; owner != (claim{service: s, port: w.port, kind: w.key.Kind}) {
-				frontends = without(frontends, f)
-				problems = append(problems, collision(s, w, f, owner))
+		if disputed {
+			for _, f := range w.frontends {
+				if owner := t.claims.owners[f]; owner != (claim{service: s, port: w.port, kind: w.key.Kind}) {
+					s.loses = true
+					frontends = without(frontends, f)
+					problems = append(problems, collision(s, w, f, owner))
+				}
 			}
 		}
 		if len(frontends) == 0 {

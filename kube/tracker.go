@@ -102,8 +102,11 @@ type service struct {
 	// check is the health-check node port, or has port 0.
 	check HealthCheck
 
-	// touched is the round in which the Service was last found to be touched.
-	touched uint64
+	// touched is the round in which the Service was last found to be touched,
+	// and disputed that in which its claims, or the owner of one, last changed.
+	touched, disputed uint64
+	// loses says that another owns something that it claims.
+	loses bool
 }
 
 // claimed are the frontends of one kind that a port claims.
