@@ -13,7 +13,6 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
-	"fairlead/kube"
 	"fairlead/source/apiserver"
 )
 
@@ -83,18 +82,18 @@ func TestChanges(t *testing.T) {
 	t.Parallel()
 	client := admin(t)
 	ns := namespace(t, client)
-	svcs, slices := client.CoreV1().Services(ns), client.DiscoveryV1().EndpointSlices(ns)
+	svcs, eps := client.CoreV1().Services(ns), client.DiscoveryV1().EndpointSlices(ns)
 	r := follow(t, ns, apiserver.Options{})
 	r.wait(t, "first Delta", delivered)
 	ctx := t.Context()
 
 	web := must[*corev1.Service](t)(svcs.Create(ctx, newService("web"), metav1.CreateOptions{}))
 	r.wait(t, "a new Service", func(r *receiver) bool { return r.services["web"] != nil })
-	slice := must[*discoveryv1.EndpointSlice](t)(slices.Create(ctx, newSlice("web-1", "web", "10.0.0.1"), metav1.CreateOptions{}))
+	slice := must[*discoveryv1.EndpointSlice](t)(eps.Create(ctx, newSlice("web-1", "web", "10.0.0.1"), metav1.CreateOptions{}))
 	r.wait(t, "a new EndpointSlice", func(r *receiver) bool { return r.slices["web-1"] != nil })
 
 	slice.Endpoints = nil
-	must[*discoveryv1.EndpointSlice](t)(slices.Update(ctx, slice, metav1.UpdateOptions{}))
+	must[*discoveryv1.EndpointSlice](t)(eps.Update(ctx, slice, metav1.UpdateOptions{}))
 	r.wait(t, "an EndpointSlice without endpoints", func(r *receiver) bool { return len(r.slices["web-1"].Endpoints) == 0 })
 
 	label := func(object string, value any) []byte {
@@ -105,7 +104,7 @@ func TestChanges(t *testing.T) {
 	r.wait(t, "a Service handed to another proxy goes", func(r *receiver) bool { return r.services["web"] == nil })
 	must[*corev1.Service](t)(svcs.Patch(ctx, "web", types.MergePatchType, label(foreign, "null"), metav1.PatchOptions{}))
 	r.wait(t, "a Service handed back comes", func(r *receiver) bool { return r.services["web"] != nil })
-	must[*discoveryv1.EndpointSlice](t)(slices.Patch(ctx, "web-1", types.MergePatchType, label(corev1.IsHeadlessService, `""`), metav1.PatchOptions{}))
+	must[*discoveryv1.EndpointSlice](t)(eps.Patch(ctx, "web-1", types.MergePatchType, label(corev1.IsHeadlessService, `""`), metav1.PatchOptions{}))
 	r.wait(t, "an EndpointSlice made headless goes", func(r *receiver) bool { return r.slices["web-1"] == nil })
 
 	// While deliver is busy, changes gather.
@@ -124,7 +123,7 @@ func TestChanges(t *testing.T) {
 	if err := svcs.Delete(ctx, "first", metav1.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	must[*discoveryv1.EndpointSlice](t)(slices.Create(ctx, newSlice("last", "web", "10.0.0.1"), metav1.CreateOptions{}))
+	must[*discoveryv1.EndpointSlice](t)(eps.Create(ctx, newSlice("last", "web", "10.0.0.1"), metav1.CreateOptions{}))
 	before := r.count()
 	resume()
 	r.wait(t, "all of the burst", func(r *receiver) bool {
@@ -218,5 +217,3 @@ func TestServiceCIDRs(t *testing.T) {
 	}
 	r.wait(t, "a ServiceCIDR goes", func(r *receiver) bool { return !r.cidrs[name] })
 }
-
-var _ = kube.Delta{}

@@ -247,15 +247,15 @@ func truncate(text string, size int) string {
 	if len(text) <= size {
 		return text
 	}
-	const rest = "…"
-	text = text[:size-len(rest)]
+	const more = "…"
+	text = text[:size-len(more)]
 	for text != "" {
 		if r, n := utf8.DecodeLastRuneInString(text); r != utf8.RuneError || n != 1 {
 			break
 		}
 		text = text[:len(text)-1]
 	}
-	return text + rest
+	return text + more
 }
 
 // enqueue is for those who hold the lock. It reports false if there is no room.

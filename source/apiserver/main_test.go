@@ -15,7 +15,6 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/intstr"
 	"k8s.io/client-go/kubernetes"
-	"k8s.io/client-go/rest"
 
 	"fairlead/kube"
 	"fairlead/source/apiserver"
@@ -202,7 +201,7 @@ func keys[V any](m map[string]V) string {
 // delivered is the condition that there has been a first Delta.
 func delivered(r *receiver) bool { return r.first }
 
-// quiet returns how many Deltas with something for us come in a while without.
+// count returns how many Deltas there were.
 func (r *receiver) count() int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -260,5 +259,3 @@ func follow(t testing.TB, ns string, opts apiserver.Options) *receiver {
 func named(ns, name string) types.NamespacedName {
 	return types.NamespacedName{Namespace: ns, Name: name}
 }
-
-var _ = rest.Config{}

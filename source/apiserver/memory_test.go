@@ -51,8 +51,11 @@ func BenchmarkMemory(b *testing.B) {
 		b.Fatal(err)
 	}
 	for _, env := range [][]string{
-		{}, {"GOGC=50"}, {"GOMEMLIMIT=100MiB"},
-		{"KUBE_FEATURE_WatchListClient=false"}, {"KUBE_FEATURE_WatchListClient=false", "GOGC=50"},
+		{},
+		{"GOGC=50"},
+		{"GOMEMLIMIT=100MiB"},
+		{"KUBE_FEATURE_WatchListClient=false"},
+		{"KUBE_FEATURE_WatchListClient=false", "GOGC=50"},
 	} {
 		b.Run("services=10000/"+strings.Join(env, ","), func(b *testing.B) {
 			var got usage

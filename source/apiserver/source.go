@@ -19,7 +19,6 @@ import (
 	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
-	"k8s.io/klog/v2"
 	"k8s.io/utils/clock"
 
 	"fairlead/kube"
@@ -93,7 +92,7 @@ func New(opts Options) (*Source, error) {
 // refused; it may be empty. Changes that arrive while deliver is busy gather and
 // come in one Delta, which has the last of each name.
 func (s *Source) Run(ctx context.Context, deliver func(kube.Delta)) error {
-	ctx, cancel := context.WithCancel(klog.NewContext(ctx, logr.FromSlogHandler(demoted{s.log.Handler()})))
+	ctx, cancel := context.WithCancel(logr.NewContext(ctx, logr.FromSlogHandler(demoted{s.log.Handler()})))
 	var reflectors sync.WaitGroup
 	defer func() {
 		cancel()
@@ -208,7 +207,7 @@ func (l *list) follow(ctx context.Context) {
 
 // reflect lists and watches until ctx is done.
 func (l *list) reflect(ctx context.Context) {
-	logger := klog.FromContext(ctx)
+	logger := logr.FromContextOrDiscard(ctx)
 	reflector := cache.NewReflectorWithOptions(&cache.ListWatch{
 		ListWithContextFunc:  l.list,
 		WatchFuncWithContext: l.watch,

@@ -10,8 +10,6 @@ import (
 	"github.com/google/go-cmp/cmp"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-
-	"fairlead/kube"
 )
 
 // history is a list of Services that changes, a store that is told, and a receiver.
@@ -69,10 +67,11 @@ func (h *history) list() {
 }
 
 // take has what has gathered delivered. It reports whether there was something.
-func (h *history) take() (d kube.Delta, ok bool) {
+func (h *history) take() bool {
 	h.t.Helper()
-	if d, ok = h.box.take(); !ok {
-		return d, false
+	d, ok := h.box.take()
+	if !ok {
+		return false
 	}
 	for _, name := range d.DeletedServices {
 		if _, there := h.got[name.Name]; !there {
@@ -86,7 +85,7 @@ func (h *history) take() (d kube.Delta, ok bool) {
 		}
 		h.got[svc.Name] = svc.ResourceVersion
 	}
-	return d, true
+	return true
 }
 
 // TestGathering says what changes of one name come to.
@@ -121,7 +120,7 @@ func TestGathering(t *testing.T) {
 			h.next(a)
 			h.next("other")
 			h.list()
-			if _, ok := h.take(); !ok || len(h.got) != 2 {
+			if !h.take() || len(h.got) != 2 {
 				t.Fatalf("first Delta has %v", h.got)
 			}
 			h.got = map[string]string{a: "1", "other": "2"}
@@ -132,7 +131,7 @@ func TestGathering(t *testing.T) {
 				objects[svc.Name+"@"+svc.ResourceVersion] = true
 			}
 			want := map[string]bool{}
-			for _, object := range strings.Fields(tt.objects) {
+			for object := range strings.FieldsSeq(tt.objects) {
 				want[object] = true
 			}
 			var deleted string
@@ -155,11 +154,11 @@ func TestRandomHistory(t *testing.T) {
 		for range 3 {
 			h.next(fmt.Sprint(r.IntN(5)))
 		}
-		if _, ok := h.take(); ok {
+		if h.take() {
 			t.Fatal("delivered without a list")
 		}
 		h.list()
-		if _, ok := h.take(); !ok {
+		if !h.take() {
 			t.Fatal("a complete list was not delivered")
 		}
 		for range 60 {
@@ -195,10 +194,10 @@ func TestFirstDeltaMayBeEmpty(t *testing.T) {
 	t.Parallel()
 	h := newHistory(t)
 	h.list()
-	if _, ok := h.take(); !ok {
+	if !h.take() {
 		t.Error("no first Delta of an empty cluster")
 	}
-	if _, ok := h.take(); ok {
+	if h.take() {
 		t.Error("a second Delta with nothing in it")
 	}
 }
