@@ -26,9 +26,9 @@ type setting struct {
 	// own says that kube-proxy has no such flag, so that no configuration file
 	// of its can stand for it.
 	own bool
-	// logging says that the flag goes before a configuration file, as all of
-	// kube-proxy's on logging do.
-	logging bool
+	// first says that the flag goes before a configuration file: --master, which
+	// has no field there, --hostname-override, and all on logging.
+	first bool
 	// idle says why a flag of kube-proxy has no effect here. It is accepted, so
 	// that command lines can stay as they are, and a warning has the reason.
 	idle string
@@ -82,14 +82,14 @@ func settings() []setting {
 		},
 
 		{name: "kubeconfig", kind: text, file: true, usage: "a file that says how to reach the API server; empty: as every pod is told"},
-		{name: "master", kind: text, logging: true, usage: "the URL of the API server, whatever --kubeconfig says"},
+		{name: "master", kind: text, first: true, usage: "the URL of the API server, whatever --kubeconfig says"},
 		{name: "kube-api-qps", kind: number, value: "5", usage: "requests a second to the API server, in the long run"},
 		{name: "kube-api-burst", kind: integer, value: "10", usage: "requests to the API server at once"},
 		{
 			name: "kube-api-content-type", kind: text, value: "application/vnd.kubernetes.protobuf",
 			usage: "the content type of requests to the API server",
 		},
-		{name: "hostname-override", kind: text, logging: true, usage: "the name of this node; empty: the hostname"},
+		{name: "hostname-override", kind: text, first: true, usage: "the name of this node; empty: the hostname"},
 
 		{
 			name: "manifests", kind: text, own: true, folder: true,
@@ -146,12 +146,12 @@ func settings() []setting {
 			name: "init-only", kind: boolean, value: "false", own: true,
 			usage: "end at once: there is nothing that must be set up with more rights than CAP_NET_ADMIN",
 		},
-		{name: "log-level", kind: text, logging: true, value: levelInfo, values: levels(), usage: levelUsage},
-		{name: "log-format", kind: text, logging: true, value: formatText, values: formats(), usage: formatUsage},
-		{name: "v", short: "v", kind: integer, logging: true, usage: "kube-proxy's way to set --log-level: 4 and more are debug"},
+		{name: "log-level", kind: text, first: true, value: levelInfo, values: levels(), usage: levelUsage},
+		{name: "log-format", kind: text, first: true, value: formatText, values: formats(), usage: formatUsage},
+		{name: "v", short: "v", kind: integer, first: true, usage: "kube-proxy's way to set --log-level: 4 and more are debug"},
 		{name: "cleanup", kind: boolean, instead: "run fairlead cleanup"},
 		{name: "write-config-to", kind: text, instead: "leave it out: Fairlead writes no files"},
-		{name: "logging-format", kind: text, logging: true, values: formats(), usage: "kube-proxy's name for --log-format"},
+		{name: "logging-format", kind: text, first: true, values: formats(), usage: "kube-proxy's name for --log-format"},
 	}
 	return append(active, idleSettings()...)
 }
@@ -283,7 +283,7 @@ func under(flags given, file configFile) input {
 		value, ok := flags[s.name]
 		switch {
 		case !ok:
-		case s.own || s.logging || s.idle != "":
+		case s.own || s.first || s.idle != "":
 			in.given[s.name] = value
 			delete(in.labels, s.name)
 		default:

@@ -28,11 +28,15 @@ type join struct {
 	metrics *metrics.Metrics
 	events  events
 	names   *dns.Server // nil if nobody asks for names
-	hasNode bool        // the source has Node objects
+	// hasNode says that the source has Node objects, of which nodeName is this
+	// node's.
+	hasNode  bool
+	nodeName string
 
 	mu       stdsync.Mutex
 	tracker  *kube.Tracker
 	complete bool
+	missing  bool // there is no Node, and that was logged
 	// everywhere says that node ports are served on all addresses, and served
 	// has those that they are served on.
 	everywhere bool
@@ -53,6 +57,7 @@ func (j *join) deliver(d kube.Delta) {
 	if !j.complete {
 		j.complete = true
 		j.syncer.ListComplete()
+		j.checkNode()
 	} else {
 		j.trigger(d, result)
 	}
@@ -97,6 +102,9 @@ func (j *join) pass(result kube.Result) {
 	j.syncer.Update(result.Changes)
 	if result.NodeHealth != nil {
 		j.node.Store(result.NodeHealth)
+		if j.complete {
+			j.checkNode()
+		}
 	}
 	checks := make(map[health.Service]*health.Check, len(result.HealthChecks))
 	for name, check := range result.HealthChecks {
@@ -110,6 +118,23 @@ func (j *join) pass(result kube.Result) {
 	for _, p := range result.Problems {
 		j.problem(p)
 	}
+}
+
+// checkNode tells of a Node that does not exist, which may be a matter of its
+// name: then no endpoint is local, and load balancers leave this node out.
+func (j *join) checkNode() {
+	if !j.hasNode {
+		return
+	}
+	node := j.node.Load()
+	missing := node == nil || !node.Exists
+	switch {
+	case missing && !j.missing:
+		j.log.Warn("there is no Node of this node's name: if that lasts, check --hostname-override", "node", j.nodeName)
+	case !missing && j.missing:
+		j.log.Info("the Node is there", "node", j.nodeName)
+	}
+	j.missing = missing
 }
 
 // problem tells of what a Service asks for and does not get.

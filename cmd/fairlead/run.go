@@ -116,7 +116,7 @@ func (c config) build(log *slog.Logger) (*program, error) {
 	}
 	// The parts tell each other through join, which is complete before any runs.
 	p.join = &join{
-		log: log, events: events, hasNode: c.manifests == "", tracker: kube.NewTracker(c.tracker),
+		log: log, events: events, hasNode: c.manifests == "", nodeName: c.tracker.NodeName, tracker: kube.NewTracker(c.tracker),
 		everywhere: c.tracker.NodePortAddresses.All,
 	}
 	p.syncer = sync.New(p.dp, sync.Options{

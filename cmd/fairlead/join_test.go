@@ -1,0 +1,168 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"fairlead/dataplane"
+	"fairlead/dataplane/fake"
+	"fairlead/internal/health"
+	"fairlead/internal/metrics"
+	"fairlead/kube"
+	"fairlead/sync"
+)
+
+// newJoin returns a join of parts of which none runs.
+func newJoin(log *slog.Logger) *join {
+	options := kube.Options{NodeName: "node"}
+	syncer := sync.New(fake.New(fake.Options{}), sync.Options{})
+	return &join{
+		log: log, syncer: syncer, ports: health.NewPorts(health.PortsOptions{}), metrics: metrics.New(metrics.Options{Status: syncer.Status}),
+		events: noEvents{}, hasNode: true, nodeName: options.NodeName, tracker: kube.NewTracker(options),
+	}
+}
+
+// A Node that does not exist is told of once, and so is its return. Load
+// balancers leave the node out until then.
+func TestMissingNode(t *testing.T) {
+	t.Parallel()
+	var log bytes.Buffer
+	j := newJoin(slog.New(slog.NewTextHandler(&log, nil)))
+	node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "node"}}
+	steps := []struct {
+		name     string
+		delta    kube.Delta
+		want     string // in the log
+		eligible bool
+	}{
+		{"from the beginning", kube.Delta{}, `level=WARN msg="there is no Node of this node's name: if that lasts, check --hostname-override" node=node`, false},
+		{"still", kube.Delta{}, "", false},
+		{"appears", kube.Delta{Node: node}, `level=INFO msg="the Node is there" node=node`, true},
+		{"again", kube.Delta{Node: node}, "", true},
+		{"gone", kube.Delta{NodeDeleted: true}, "level=WARN", false},
+		{"back", kube.Delta{Node: node}, "level=INFO", true},
+	}
+	for _, step := range steps {
+		log.Reset()
+		j.deliver(step.delta)
+		got := log.String()
+		if !strings.Contains(got, step.want) || (step.want == "") != (got == "") || strings.Count(got, "\n") > 1 {
+			t.Errorf("%s: log %q, want %q", step.name, got, step.want)
+		}
+		if j.eligible() != step.eligible {
+			t.Errorf("%s: eligible: %t, want %t", step.name, !step.eligible, step.eligible)
+		}
+	}
+}
+
+// All is well from the beginning: nothing is logged.
+func TestNodeIsThere(t *testing.T) {
+	t.Parallel()
+	var log bytes.Buffer
+	j := newJoin(slog.New(slog.NewTextHandler(&log, nil)))
+	if j.eligible() {
+		t.Error("eligible before anything is known of the Node")
+	}
+	j.deliver(kube.Delta{Node: &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "node"}}})
+	if log.Len() > 0 || !j.eligible() {
+		t.Errorf("log %q, eligible: %t", &log, j.eligible())
+	}
+}
+
+// A dataplane that fails again and again counts as work that waits, from the
+// first failure on, although it may have nothing to do but repairs.
+func TestProgress(t *testing.T) {
+	t.Parallel()
+	j := newJoin(slog.New(slog.DiscardHandler))
+	at := func(minute int) time.Time { return time.Date(2026, 1, 1, 0, minute, 0, 0, time.UTC) }
+	steps := []struct {
+		commit sync.Commit
+		want   time.Time
+	}{
+		{sync.Commit{Start: at(0), End: at(1)}, time.Time{}},
+		{sync.Commit{Start: at(2), End: at(3), Err: errors.New("no")}, at(2)},
+		{sync.Commit{Start: at(4), End: at(5), Err: errors.New("no")}, at(2)},
+		{sync.Commit{Start: at(6), End: at(7)}, time.Time{}},
+		{sync.Commit{Start: at(8), End: at(9), Err: errors.New("no")}, at(8)},
+	}
+	for i, step := range steps {
+		j.committed(step.commit)
+		if got := j.progress().WaitingSince; !got.Equal(step.want) {
+			t.Errorf("after step %d: waiting since %s, want %s", i, got, step.want)
+		}
+	}
+	// A change that was handed over before goes before.
+	before := time.Now()
+	j.syncer.Update(map[dataplane.Key]*dataplane.Service{{Name: "x"}: nil})
+	j.committed(sync.Commit{})
+	if got := j.progress().WaitingSince; got.Before(before) {
+		t.Errorf("waiting since %s, want what was just handed over", got)
+	}
+}
+
+// From the annotation of an EndpointSlice to the metric, for changes that this
+// program has seen happen and for nothing else.
+func TestNetworkProgrammingLatency(t *testing.T) {
+	t.Parallel()
+	j := newJoin(slog.New(slog.DiscardHandler))
+	began := time.Now()
+	slice := func(address string, at time.Time) *discoveryv1.EndpointSlice {
+		return &discoveryv1.EndpointSlice{
+			ObjectMeta: metav1.ObjectMeta{
+				Namespace: "shop", Name: "web-1", Labels: map[string]string{discoveryv1.LabelServiceName: "web"},
+				Annotations: map[string]string{corev1.EndpointsLastChangeTriggerTime: at.UTC().Format(time.RFC3339Nano)},
+			},
+			AddressType: discoveryv1.AddressTypeIPv4,
+			Ports:       []discoveryv1.EndpointPort{{Name: new(""), Port: new(int32(8080)), Protocol: new(corev1.ProtocolTCP)}},
+			Endpoints:   []discoveryv1.Endpoint{{Addresses: []string{address}}},
+		}
+	}
+	service := &corev1.Service{
+		ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "web"},
+		Spec: corev1.ServiceSpec{
+			Type: corev1.ServiceTypeClusterIP, ClusterIP: "10.96.0.10", ClusterIPs: []string{"10.96.0.10"},
+			IPFamilies: []corev1.IPFamily{corev1.IPv4Protocol}, Ports: []corev1.ServicePort{{Port: 80, Protocol: corev1.ProtocolTCP}},
+		},
+	}
+	key := dataplane.Key{Namespace: "shop", Name: "web", Family: dataplane.IPv4}
+	commit := func() {
+		svc, err := dataplane.NewService(key, []dataplane.Frontend{{Protocol: dataplane.TCP, Addr: netip.MustParseAddrPort("10.96.0.10:80")}}, dataplane.Treatment{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		j.committed(sync.Commit{Start: time.Now(), End: time.Now(), Changes: []dataplane.Change{{New: svc}}})
+	}
+	steps := []struct {
+		name  string
+		delta kube.Delta
+		want  int
+	}{
+		{"the first list", kube.Delta{Services: []*corev1.Service{service}, EndpointSlices: []*discoveryv1.EndpointSlice{slice("10.244.0.1", time.Now())}}, 0},
+		{"a change", kube.Delta{EndpointSlices: []*discoveryv1.EndpointSlice{slice("10.244.0.2", time.Now())}}, 1},
+		{"no change for this node", kube.Delta{EndpointSlices: []*discoveryv1.EndpointSlice{slice("10.244.0.2", time.Now())}}, 1},
+		{"older than the program", kube.Delta{EndpointSlices: []*discoveryv1.EndpointSlice{slice("10.244.0.3", began.Add(-time.Hour))}}, 1},
+		{"another", kube.Delta{EndpointSlices: []*discoveryv1.EndpointSlice{slice("10.244.0.4", time.Now())}}, 2},
+	}
+	for _, step := range steps {
+		j.deliver(step.delta)
+		commit()
+		response := httptest.NewRecorder()
+		j.metrics.Handler().ServeHTTP(response, httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/metrics", nil))
+		want := fmt.Sprintf("kubeproxy_network_programming_duration_seconds_count{ip_family=\"IPv4\"} %d\n", step.want)
+		if !strings.Contains(response.Body.String(), want) {
+			t.Errorf("%s: no line %q", step.name, want)
+		}
+	}
+}
