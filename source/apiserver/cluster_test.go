@@ -38,7 +38,7 @@ func TestFirstDelta(t *testing.T) {
 		must[*corev1.Service](t)(client.CoreV1().Services(ns).Create(t.Context(), svc, metav1.CreateOptions{}))
 	}
 	slice, ofHeadless := newSlice("web-1", "web", "10.0.0.1", "10.0.0.2"), newSlice("headless-1", "headless", "10.0.0.3")
-	slice.Annotations = map[string]string{corev1.EndpointsLastChangeTriggerTime: "2026-01-01T00:00:00Z", "big": "note"}
+	slice.Annotations = map[string]string{corev1.EndpointsLastChangeTriggerTime: "2999-01-01T00:00:00Z", "big": "note"}
 	slice.Endpoints[0].TargetRef = &corev1.ObjectReference{Kind: "Pod", Name: "web-0"}
 	ofHeadless.Labels[corev1.IsHeadlessService] = ""
 	for _, slice := range []*discoveryv1.EndpointSlice{slice, ofHeadless} {

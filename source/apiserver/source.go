@@ -190,7 +190,7 @@ func (l *list) follow(ctx context.Context) {
 			if !told {
 				told = true
 				l.src.log.InfoContext(ctx, "ServiceCIDRs can't be read, so connections to addresses of no Service are not dropped; "+
-					"a cluster since 1.33 serves them to who may get, list and watch servicecidrs of networking.k8s.io", "error", err)
+					"a cluster since 1.33 serves them to who may list and watch servicecidrs of networking.k8s.io", "error", err)
 			}
 			l.src.box.complete(l.kind)
 			cancel()

@@ -3,6 +3,7 @@ package apiserver
 import (
 	"slices"
 	"sync"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
@@ -24,7 +25,8 @@ func keptLabels() []string {
 func keptAnnotations() []string {
 	return []string{
 		corev1.AnnotationTopologyMode,
-		// When the pod or the Service changed that the slice was written for.
+		// When the pod or the Service changed that the slice was written for, if
+		// that was after the program started.
 		corev1.EndpointsLastChangeTriggerTime,
 	}
 }
@@ -38,6 +40,9 @@ const maxInterned = 1 << 14
 // What it leaves is shared between objects and must not be changed.
 type trimmer struct {
 	labels, annotations []string
+	// since is when the program started: what triggered a slice before says
+	// nothing about how long changes take.
+	since time.Time
 
 	mu      sync.Mutex
 	strings map[string]*string
@@ -54,7 +59,7 @@ type hint struct {
 
 func newTrimmer() *trimmer {
 	return &trimmer{
-		labels: keptLabels(), annotations: keptAnnotations(),
+		labels: keptLabels(), annotations: keptAnnotations(), since: time.Now(),
 		strings: map[string]*string{}, hints: map[hint]*discoveryv1.EndpointHints{},
 		yes: true,
 	}
@@ -97,6 +102,9 @@ func (t *trimmer) endpointSlice(slice *discoveryv1.EndpointSlice) {
 	defer t.mu.Unlock()
 	t.meta(&slice.ObjectMeta)
 	slice.TypeMeta = metav1.TypeMeta{}
+	if at, err := time.Parse(time.RFC3339Nano, slice.Annotations[corev1.EndpointsLastChangeTriggerTime]); err != nil || at.Before(t.since) {
+		slice.Annotations = nil
+	}
 	// The decoder leaves up to as much room again behind the last element.
 	if cap(slice.Endpoints) > len(slice.Endpoints) {
 		slice.Endpoints = exact(slice.Endpoints)

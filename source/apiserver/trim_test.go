@@ -24,7 +24,7 @@ func decoded(endpoints int) *discoveryv1.EndpointSlice {
 		ObjectMeta: metav1.ObjectMeta{
 			Name: "web-1", Namespace: *text("shop"), UID: "u", ResourceVersion: "7",
 			Labels:        map[string]string{discoveryv1.LabelServiceName: "web", "endpointslice.kubernetes.io/managed-by": "x"},
-			Annotations:   map[string]string{corev1.EndpointsLastChangeTriggerTime: "2026-01-01T00:00:00Z", "x": "y"},
+			Annotations:   map[string]string{corev1.EndpointsLastChangeTriggerTime: "2999-01-01T00:00:00Z", "x": "y"},
 			ManagedFields: []metav1.ManagedFieldsEntry{{Manager: "x"}}, OwnerReferences: []metav1.OwnerReference{{Name: "web"}},
 		},
 		AddressType: discoveryv1.AddressTypeIPv4,
@@ -100,13 +100,18 @@ func TestTrim(t *testing.T) {
 	trim.endpointSlice(slice)
 	want := decoded(3)
 	want.Labels = map[string]string{discoveryv1.LabelServiceName: "web"}
-	want.Annotations = map[string]string{corev1.EndpointsLastChangeTriggerTime: "2026-01-01T00:00:00Z"}
+	want.Annotations = map[string]string{corev1.EndpointsLastChangeTriggerTime: "2999-01-01T00:00:00Z"}
 	want.ManagedFields, want.OwnerReferences, want.Ports[0].AppProtocol = nil, nil, nil
 	for i := range want.Endpoints {
 		want.Endpoints[i].Hostname, want.Endpoints[i].TargetRef = nil, nil
 	}
 	if diff := cmp.Diff(want, slice); diff != "" {
 		t.Errorf("EndpointSlice (-want +got):\n%s", diff)
+	}
+	old := decoded(1)
+	old.Annotations[corev1.EndpointsLastChangeTriggerTime] = "2001-01-01T00:00:00Z"
+	if trim.endpointSlice(old); old.Annotations != nil {
+		t.Errorf("a time from before the program started is kept: %v", old.Annotations)
 	}
 	svc, wantService := decodedService(), decodedService()
 	trim.service(svc)
