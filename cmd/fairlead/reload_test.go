@@ -77,7 +77,8 @@ func TestReloader(t *testing.T) {
 		select {
 		case got := <-applied:
 			t.Errorf("%s: applied %s, want a failure", step, got)
-		case <-failed:
+		case err := <-failed:
+			t.Logf("%s: %v", step, err)
 		case <-time.After(patience):
 			t.Fatalf("%s: nothing happened", step)
 		}
