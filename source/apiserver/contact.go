@@ -42,7 +42,7 @@ func (c *contact) heard(ctx context.Context, k kind, verb string, err error) {
 		if !c.refused[r] {
 			c.refused[r] = true
 			c.log.WarnContext(ctx, "API server refuses a request; what is programmed stays. "+
-				"Allow get, list and watch of services, endpointslices.discovery.k8s.io and nodes",
+				"Allow list and watch of services, endpointslices.discovery.k8s.io and nodes",
 				"verb", verb, "resource", string(k), "error", err)
 		}
 	case err == nil || isExpired(err):
