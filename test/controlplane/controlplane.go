@@ -65,15 +65,15 @@ type Options struct {
 
 func (o Options) validate() error {
 	if o.Address.IsUnspecified() {
-		return fmt.Errorf("Address %s: want an address that clients can connect to", o.Address)
+		return fmt.Errorf("options: Address %s: want an address that clients can connect to", o.Address)
 	}
 	seen := map[bool]bool{}
 	for _, p := range o.ServiceCIDRs {
 		if !p.IsValid() || p != p.Masked() {
-			return fmt.Errorf("ServiceCIDRs: %s is no network; set host bits to zero", p)
+			return fmt.Errorf("options: ServiceCIDRs: %s is no network; set host bits to zero", p)
 		}
 		if seen[p.Addr().Is4()] {
-			return errors.New("ServiceCIDRs: two networks of one family")
+			return errors.New("options: ServiceCIDRs: two networks of one family")
 		}
 		seen[p.Addr().Is4()] = true
 	}
@@ -401,6 +401,19 @@ func (cp *ControlPlane) Config() *rest.Config {
 	return config
 }
 
+// Store writes values straight into etcd, by their keys, and so past all that the
+// API server does with an object: it neither checks it nor gives it an address
+// or a UID. It reads objects from JSON. For a test that needs many: the API
+// server goes through all addresses of Services for each that it gives.
+func (cp *ControlPlane) Store(ctx context.Context, values map[string][]byte) error {
+	if err := put(ctx, cp.socket(), values); err != nil {
+		return fmt.Errorf("write into etcd: %w", err)
+	}
+	return nil
+}
+
+func (cp *ControlPlane) socket() string { return filepath.Join(cp.dir.path, "etcd.sock") }
+
 // CertPool returns the authority that the API server's certificate is from.
 func (cp *ControlPlane) CertPool() *x509.CertPool {
 	pool := x509.NewCertPool()
@@ -490,7 +503,7 @@ func controllerManagerArgs(kubeconfig string) []string {
 // Gone; so do those that the API server's cache holds no longer, after a
 // restart.
 func (cp *ControlPlane) Compact(ctx context.Context) error {
-	if err := compact(ctx, filepath.Join(cp.dir.path, "etcd.sock")); err != nil {
+	if err := compact(ctx, cp.socket()); err != nil {
 		return fmt.Errorf("compact etcd: %w", err)
 	}
 	return nil

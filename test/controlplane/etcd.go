@@ -6,18 +6,23 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
+	"slices"
 )
 
-// compact speaks etcd's JSON gateway, for which no client library is needed.
-// See https://etcd.io/docs/latest/dev-guide/api_grpc_gateway/.
-func compact(ctx context.Context, socket string) error {
-	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+// newGateway returns a client of etcd's JSON gateway, for which no library is
+// needed. See https://etcd.io/docs/latest/dev-guide/api_grpc_gateway/.
+func newGateway(socket string) *http.Client {
+	return &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "unix", socket)
-	}}
-	defer transport.CloseIdleConnections()
-	client := &http.Client{Transport: transport}
+	}}}
+}
+
+func compact(ctx context.Context, socket string) error {
+	client := newGateway(socket)
+	defer client.CloseIdleConnections()
 
 	var now struct {
 		Header struct {
@@ -55,4 +60,22 @@ func post(ctx context.Context, client *http.Client, call string, body, answer an
 		return nil
 	}
 	return json.Unmarshal(data, answer)
+}
+
+// put writes values by their keys, some in one transaction.
+func put(ctx context.Context, socket string, values map[string][]byte) error {
+	client := newGateway(socket)
+	defer client.CloseIdleConnections()
+	// Of 128 that etcd takes, --max-txn-ops.
+	const atOnce = 100
+	for keys := range slices.Chunk(slices.Sorted(maps.Keys(values)), atOnce) {
+		operations := make([]any, 0, len(keys))
+		for _, key := range keys {
+			operations = append(operations, map[string]any{"requestPut": map[string][]byte{"key": []byte(key), "value": values[key]}})
+		}
+		if err := post(ctx, client, "txn", map[string]any{"success": operations}, nil); err != nil {
+			return err
+		}
+	}
+	return nil
 }

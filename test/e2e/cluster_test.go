@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -179,8 +180,8 @@ func (c *cluster) createNode(ctx context.Context, name, zone string, addrs []net
 
 // patch returns a merge patch that sets what is at the path.
 func patch(value any, path ...string) []byte {
-	for i := len(path) - 1; i >= 0; i-- {
-		value = map[string]any{path[i]: value}
+	for _, name := range slices.Backward(path) {
+		value = map[string]any{name: value}
 	}
 	data, err := json.Marshal(value)
 	if err != nil {

@@ -4,6 +4,7 @@ package e2e_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"testing"
@@ -161,7 +162,9 @@ func TestStartWithoutAPIServer(t *testing.T) {
 		t.Error("/healthz says that all is well before anything is known")
 	}
 	s.must(s.cp.StartAPIServer(s.ctx))
+	start := time.Now()
 	s.must(s.lead.waitReady(s.ctx))
+	t.Logf("programmed %s after the API server was there", time.Since(start).Round(10*time.Millisecond))
 	s.reaches(client, tcpTo(web.at(80)), first, s.pod("web"))
 	s.wentWell(load)
 }
@@ -189,8 +192,12 @@ func TestNodeIsBeingDeleted(t *testing.T) {
 	t.Cleanup(func() { taint() })
 	taint(corev1.Taint{Key: "ToBeDeletedByClusterAutoscaler", Effect: corev1.TaintEffectNoSchedule})
 	s.eventually(func(ctx context.Context) error {
-		if _, err := s.lead.get(ctx, healthzAddr, "/healthz"); err == nil || !strings.Contains(err.Error(), "503") {
-			return fmt.Errorf("/healthz: got %v, want 503", err)
+		_, err := s.lead.get(ctx, healthzAddr, "/healthz")
+		if err == nil {
+			return errors.New("/healthz says that all is well")
+		}
+		if !strings.Contains(err.Error(), "503") {
+			return err
 		}
 		return nil
 	})

@@ -95,7 +95,7 @@ func TestExternal(t *testing.T) {
 				to := tcpTo(netip.AddrPortFrom(s.net.Node.IPv4, web.nodePort()))
 				s.reaches(s.net.Outside, to, here)
 				s.reaches(s.client(), to, here, there)
-				answer, err := connect(s.ctx, s.net.Outside, to)
+				answer, err := connect(s.ctx, s.net.Outside, to, slow)
 				s.must(err)
 				if answer.Source.Addr() != s.net.Outside.IPv4 {
 					s.Errorf("the pod sees %s, want the client's own address %s", answer.Source, s.net.Outside.IPv4)
@@ -112,12 +112,12 @@ func TestExternal(t *testing.T) {
 				pods := map[string]*pod{here.Name: here, there.Name: there}
 				var first nettest.Answer
 				s.eventually(func(ctx context.Context) (err error) {
-					first, err = connect(ctx, client, tcpTo(web.at(80)))
+					first, err = connect(ctx, client, tcpTo(web.at(80)), quick)
 					return err
 				})
 				const connections = 30
 				for range connections {
-					answer, err := connect(s.ctx, client, tcpTo(web.at(80)))
+					answer, err := connect(s.ctx, client, tcpTo(web.at(80)), slow)
 					s.must(err)
 					if answer.Host != first.Host {
 						s.Fatalf("a connection ends at %s, earlier ones at %s", answer.Host, first.Host)
@@ -154,7 +154,7 @@ func TestExternal(t *testing.T) {
 			if tc.ingress != nil {
 				web.ingress(tc.ingress...)
 			}
-			here, there := s.pod("web"), s.pod("web", on(otherNode))
+			here, there := s.pod("web"), s.pod("web", onOtherNode)
 			client := s.client()
 			if carried[tc.feature] || os.Getenv(referenceEnv) != "" {
 				tc.works(s, web, here, there)

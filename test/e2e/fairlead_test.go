@@ -185,21 +185,30 @@ lines:
 	return sum, ok, nil
 }
 
-// residentPeak returns the most memory that the program ever had resident, in
-// bytes.
-func (f *fairlead) residentPeak() (int, error) {
+// resident returns how many bytes of memory the program has resident, ever had
+// at most, and has now.
+func (f *fairlead) resident() (peak, now int, err error) {
 	const kB = 1024
 	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", f.cmd.Process.Pid))
 	if err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	for line := range strings.Lines(string(status)) {
-		if fields := strings.Fields(line); len(fields) == 3 && fields[0] == "VmHWM:" {
-			n, err := strconv.Atoi(fields[1])
-			return n * kB, err
+		fields := strings.Fields(line)
+		for name, value := range map[string]*int{"VmHWM:": &peak, "VmRSS:": &now} {
+			if len(fields) == 3 && fields[0] == name {
+				n, err := strconv.Atoi(fields[1])
+				if err != nil {
+					return 0, 0, fmt.Errorf("the process's status: %w", err)
+				}
+				*value = n * kB
+			}
 		}
 	}
-	return 0, errors.New("no VmHWM in the process's status")
+	if peak == 0 || now == 0 {
+		return 0, 0, errors.New("the process's status says nothing of its memory")
+	}
+	return peak, now, nil
 }
 
 // logged reports whether a line of the log has all of the parts.

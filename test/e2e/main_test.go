@@ -11,7 +11,6 @@ import (
 	"path/filepath"
 	"testing"
 
-	"fairlead/internal/nettest"
 	"fairlead/test/controlplane"
 )
 
@@ -32,7 +31,11 @@ func TestMain(m *testing.M) {
 			fmt.Fprintln(os.Stderr, err)
 			return 1
 		}
-		defer os.RemoveAll(dir)
+		defer func() {
+			if err := os.RemoveAll(dir); err != nil {
+				fmt.Fprintln(os.Stderr, err)
+			}
+		}()
 		shared, err = newCluster(context.Background(), dir, controlplane.Options{ControllerManager: true})
 		if err == nil {
 			err = shared.start(context.Background())
@@ -61,5 +64,3 @@ func build(ctx context.Context, dir string) (path string, err error) {
 	}
 	return path, nil
 }
-
-var _ nettest.TB = (*testing.T)(nil)

@@ -195,7 +195,7 @@ type podOptions struct {
 	ports   []corev1.ContainerPort
 }
 
-func on(node string) func(*podOptions) { return func(o *podOptions) { o.node = node } }
+func onOtherNode(o *podOptions) { o.node = otherNode }
 
 func unready(o *podOptions) { o.unready = true }
 
@@ -286,6 +286,11 @@ func (s *scenario) client() *nettest.Host {
 // status writes what a kubelet writes about a running Pod.
 func (p *pod) status(ready bool) {
 	p.in.Helper()
+	p.in.must(p.in.setStatus(p.in.ctx, p.object, ready, p.Addrs()...))
+}
+
+// setStatus makes a Pod one that runs, with these addresses.
+func (s *scenario) setStatus(ctx context.Context, name string, ready bool, addrs ...netip.Addr) error {
 	condition := corev1.ConditionFalse
 	if ready {
 		condition = corev1.ConditionTrue
@@ -293,14 +298,14 @@ func (p *pod) status(ready bool) {
 	status := corev1.PodStatus{
 		Phase:      corev1.PodRunning,
 		Conditions: []corev1.PodCondition{{Type: corev1.PodReady, Status: condition}},
-		PodIP:      p.Addrs()[0].String(),
+		PodIP:      addrs[0].String(),
 	}
-	for _, a := range p.Addrs() {
+	for _, a := range addrs {
 		status.PodIPs = append(status.PodIPs, corev1.PodIP{IP: a.String()})
 	}
-	_, err := p.in.api.CoreV1().Pods(p.in.namespace).Patch(p.in.ctx, p.object, types.MergePatchType,
+	_, err := s.api.CoreV1().Pods(s.namespace).Patch(ctx, name, types.MergePatchType,
 		patch(status, "status"), metav1.PatchOptions{}, "status")
-	p.in.must(err)
+	return err
 }
 
 // ready makes the Pod ready.
@@ -334,12 +339,18 @@ func udpTo(addr netip.AddrPort) destination { return destination{nettest.UDP, ad
 
 func (d destination) String() string { return d.network + " " + d.addr.String() }
 
-// quick bounds one attempt to connect. A lost packet is sent again after a
-// second.
-const quick = 3 * time.Second
+const (
+	// quick bounds an attempt that may be made again. A connection that was begun
+	// before its Service was programmed gets no answer for long: the node's
+	// connection tracking remembers where its first packet went.
+	quick = 500 * time.Millisecond
+	// slow bounds an attempt that must go well. A lost packet is sent again after
+	// a second.
+	slow = 5 * time.Second
+)
 
-func connect(ctx context.Context, from *nettest.Host, to destination) (nettest.Answer, error) {
-	ctx, cancel := context.WithTimeout(ctx, quick)
+func connect(ctx context.Context, from *nettest.Host, to destination, within time.Duration) (nettest.Answer, error) {
+	ctx, cancel := context.WithTimeout(ctx, within)
 	defer cancel()
 	return from.Connect(ctx, to.network, to.addr)
 }
@@ -350,14 +361,14 @@ func (s *scenario) reaches(from *nettest.Host, to destination, want ...*pod) {
 	s.Helper()
 	names := map[string]bool{}
 	for _, p := range want {
-		names[p.Host.Name] = true
+		names[p.Name] = true
 	}
 	s.eventually(func(ctx context.Context) error {
 		got := map[string]int{}
 		// Of so many connections at random, one misses a pod once in a hundred
 		// rounds; then there is another round.
 		for range max(10, 7*len(want)) {
-			answer, err := connect(ctx, from, to)
+			answer, err := connect(ctx, from, to, quick)
 			if err != nil {
 				return fmt.Errorf("%d connections went well, then: %w", len(got), err)
 			}
@@ -391,9 +402,7 @@ func (s *scenario) unanswered(from *nettest.Host, to destination) {
 func (s *scenario) fails(from *nettest.Host, to destination, wants ...error) {
 	s.Helper()
 	s.eventually(func(ctx context.Context) error {
-		ctx, cancel := context.WithTimeout(ctx, time.Second)
-		defer cancel()
-		answer, err := from.Connect(ctx, to.network, to.addr)
+		answer, err := connect(ctx, from, to, quick)
 		if err == nil {
 			return fmt.Errorf("%s from %s: %s answered, want %v", to, from.Name, answer.Host, wants)
 		}
@@ -429,7 +438,7 @@ func (s *scenario) load(from *nettest.Host, to ...destination) *load {
 					return
 				case <-time.After(pause):
 				}
-				if _, err := connect(s.ctx, from, d); err != nil {
+				if _, err := connect(s.ctx, from, d, slow); err != nil {
 					l.mu.Lock()
 					l.failures = append(l.failures, err)
 					l.mu.Unlock()

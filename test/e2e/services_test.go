@@ -23,7 +23,7 @@ func TestClusterIP(t *testing.T) {
 	t.Parallel()
 	s := newScenario(t, shared)
 	web := s.service("web", both)
-	here, there := s.pod("web"), s.pod("web", on(otherNode))
+	here, there := s.pod("web"), s.pod("web", onOtherNode)
 	if len(web.Spec.ClusterIPs) != 2 {
 		t.Fatalf("cluster IPs %v, want two", web.Spec.ClusterIPs)
 	}
@@ -62,7 +62,7 @@ func TestSourceAddress(t *testing.T) {
 			{client, client.Addrs()[i]},
 			{s.net.Outside, s.net.Node.Addrs()[i]},
 		} {
-			answer, err := connect(s.ctx, tc.from, tcpTo(addr))
+			answer, err := connect(s.ctx, tc.from, tcpTo(addr), slow)
 			s.must(err)
 			if answer.Source.Addr() != tc.want {
 				t.Errorf("from %s to %s: the pod sees %s, want %s", tc.from.Name, addr, answer.Source, tc.want)
@@ -96,7 +96,7 @@ func TestTargetPorts(t *testing.T) {
 		{udpTo(web.at(53)), first, 5353},
 	} {
 		s.eventually(func(ctx context.Context) error {
-			answer, err := connect(ctx, client, tc.to)
+			answer, err := connect(ctx, client, tc.to, quick)
 			if err == nil && answer.Host != tc.pod.Name {
 				err = errors.New("another pod's turn")
 			}
@@ -156,7 +156,7 @@ func TestRollingUpdate(t *testing.T) {
 	s.reaches(client, udpTo(web.at(80)), serving...)
 
 	load := s.load(client, tcpTo(web.all(80)[0]), tcpTo(web.all(80)[1]), udpTo(web.at(80)))
-	for range len(serving) {
+	for range serving {
 		fresh := s.pod("web", unready)
 		fresh.ready()
 		s.reaches(client, tcpTo(web.at(80)), append(serving, fresh)...)
@@ -261,7 +261,7 @@ func TestInternalTrafficPolicyLocal(t *testing.T) {
 		v.Spec.InternalTrafficPolicy = new(corev1.ServiceInternalTrafficPolicyLocal)
 	})
 	client := s.client()
-	here, there := s.pod("web"), s.pod("web", on(otherNode))
+	here, there := s.pod("web"), s.pod("web", onOtherNode)
 	for _, from := range []*nettest.Host{client, s.net.Node} {
 		s.reaches(from, tcpTo(web.at(80)), here)
 	}
@@ -293,7 +293,7 @@ func TestTopology(t *testing.T) {
 	})
 	client := s.client()
 	// The controller knows a pod's zone by its node; there is one in each.
-	here, there := s.pod("web"), s.pod("web", on(otherNode))
+	here, there := s.pod("web"), s.pod("web", onOtherNode)
 	s.reaches(client, tcpTo(web.at(80)), here)
 	here.unready()
 	s.reaches(client, tcpTo(web.at(80)), there)

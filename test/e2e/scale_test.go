@@ -1,0 +1,231 @@
+//go:build e2e
+
+package e2e_test
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/intstr"
+	"k8s.io/apimachinery/pkg/watch"
+
+	"golang.org/x/sync/errgroup"
+
+	"fairlead/test/controlplane"
+)
+
+// commitsMetric counts what is written to the kernel, by both Fairlead and
+// kube-proxy.
+const commitsMetric = "kubeproxy_sync_proxy_rules_duration_seconds_count"
+
+// parallel calls fn for each number below n, some at a time.
+func parallel(ctx context.Context, n int, fn func(ctx context.Context, i int) error) error {
+	const workers = 16
+	group, ctx := errgroup.WithContext(ctx)
+	group.SetLimit(workers)
+	for i := range n {
+		group.Go(func() error { return fn(ctx, i) })
+	}
+	return group.Wait()
+}
+
+// numbered returns the address so many after a first one.
+func numbered(first netip.Addr, n int) netip.Addr {
+	bytes := first.AsSlice()
+	for i := len(bytes) - 1; n > 0; i-- {
+		n += int(bytes[i])
+		bytes[i], n = byte(n), n>>8
+	}
+	addr, _ := netip.AddrFromSlice(bytes)
+	return addr
+}
+
+// A thousand pods of one Service come and go: far fewer commits than changes, and
+// the Service works meanwhile.
+func TestBurst(t *testing.T) {
+	const pods = 1000
+	s := newScenario(t, shared)
+	// The pods are selected by a Service that nobody connects to: they are only
+	// objects.
+	crowd := s.service("crowd")
+	web := s.service("web")
+	client, only := s.client(), s.pod("web")
+	s.reaches(client, tcpTo(web.at(80)), only)
+	commits := func() int {
+		n, _, err := s.lead.metric(s.ctx, commitsMetric, `ip_family="IPv4"`)
+		s.must(err)
+		return int(n)
+	}
+	programmed := func(want int) {
+		t.Helper()
+		s.eventually(func(ctx context.Context) error { return s.endpoints(ctx, crowd.Name, want) })
+		if want == 0 {
+			s.refused(client, tcpTo(crowd.at(80)))
+		}
+		s.reaches(client, tcpTo(web.at(80)), only)
+	}
+	load := s.load(client, tcpTo(web.at(80)))
+	changes := s.countSliceChanges()
+
+	start, before := time.Now(), commits()
+	s.must(parallel(s.ctx, pods, func(ctx context.Context, i int) error {
+		name := fmt.Sprintf("crowd-%d", i)
+		_, err := s.api.CoreV1().Pods(s.namespace).Create(ctx, &corev1.Pod{
+			ObjectMeta: metav1.ObjectMeta{Name: name, Namespace: s.namespace, Labels: map[string]string{"app": "crowd"}},
+			Spec:       corev1.PodSpec{NodeName: otherNode, Containers: []corev1.Container{{Name: "web", Image: "test"}}},
+		}, metav1.CreateOptions{})
+		if err != nil {
+			return err
+		}
+		return s.setStatus(ctx, name, true,
+			numbered(netip.MustParseAddr("198.18.0.1"), i), numbered(netip.MustParseAddr("2001:db8:18::1"), i))
+	}))
+	programmed(pods)
+	up, upChanges := commits()-before, int(changes.Swap(0))
+	t.Logf("%d pods came within %s: %d changes of EndpointSlices, %d commits", pods, time.Since(start).Round(time.Millisecond), upChanges, up)
+
+	start, before = time.Now(), commits()
+	s.must(s.api.CoreV1().Pods(s.namespace).DeleteCollection(s.ctx,
+		metav1.DeleteOptions{GracePeriodSeconds: new(int64(0))}, metav1.ListOptions{LabelSelector: "app=crowd"}))
+	programmed(0)
+	down, downChanges := commits()-before, int(changes.Swap(0))
+	t.Logf("%d pods went within %s: %d changes of EndpointSlices, %d commits", pods, time.Since(start).Round(time.Millisecond), downChanges, down)
+	s.wentWell(load)
+
+	// How many changes of EndpointSlices it takes is the controller's doing. Each
+	// may be programmed at once, but not one endpoint after the other.
+	if up > upChanges || down > downChanges {
+		t.Errorf("%d commits for %d changes, then %d for %d: want at most one a change", up, upChanges, down, downChanges)
+	}
+}
+
+// countSliceChanges counts the changes of the scenario's EndpointSlices.
+func (s *scenario) countSliceChanges() *atomic.Int64 {
+	s.Helper()
+	changes := new(atomic.Int64)
+	slices, err := s.api.DiscoveryV1().EndpointSlices(s.namespace).Watch(s.ctx, metav1.ListOptions{})
+	s.must(err)
+	var wg sync.WaitGroup
+	s.Cleanup(wg.Wait)
+	s.Cleanup(slices.Stop)
+	wg.Go(func() {
+		for event := range slices.ResultChan() {
+			if event.Type != watch.Bookmark {
+				changes.Add(1)
+			}
+		}
+	})
+	return changes
+}
+
+// storedServices returns Services and their EndpointSlices as the API server
+// stores them.
+func storedServices(t *testing.T, services, endpoints int) map[string][]byte {
+	t.Helper()
+	const namespace = "default"
+	stored := make(map[string][]byte, 2*services)
+	store := func(key string, object any) {
+		data, err := json.Marshal(object)
+		if err != nil {
+			t.Fatal(err)
+		}
+		stored[key] = data
+	}
+	meta := func(name, uid string, i int, labels map[string]string) metav1.ObjectMeta {
+		return metav1.ObjectMeta{
+			Name: name, Namespace: namespace, Labels: labels, CreationTimestamp: metav1.Now(),
+			UID: types.UID(fmt.Sprintf("%s-4000-8000-%012d", uid, i)), Generation: 1,
+		}
+	}
+	for i := range services {
+		name := fmt.Sprintf("web-%d", i)
+		addr := numbered(netip.MustParseAddr("10.96.1.0"), i).String()
+		store("/registry/services/specs/"+namespace+"/"+name, &corev1.Service{
+			TypeMeta:   metav1.TypeMeta{APIVersion: "v1", Kind: "Service"},
+			ObjectMeta: meta(name, "00000000-0000", i, map[string]string{"app.kubernetes.io/name": name}),
+			Spec: corev1.ServiceSpec{
+				Type: corev1.ServiceTypeClusterIP, ClusterIP: addr, ClusterIPs: []string{addr},
+				IPFamilies: []corev1.IPFamily{corev1.IPv4Protocol}, IPFamilyPolicy: new(corev1.IPFamilyPolicySingleStack),
+				SessionAffinity: corev1.ServiceAffinityNone, InternalTrafficPolicy: new(corev1.ServiceInternalTrafficPolicyCluster),
+				Ports: []corev1.ServicePort{{Name: "tcp-80", Port: 80, Protocol: corev1.ProtocolTCP, TargetPort: intstr.FromInt32(8080)}},
+			},
+		})
+		slice := &discoveryv1.EndpointSlice{
+			TypeMeta: metav1.TypeMeta{APIVersion: "discovery.k8s.io/v1", Kind: "EndpointSlice"},
+			// Labels are as the controller writes them.
+			ObjectMeta: meta(name+"-x7c9d", "00000000-0001", i, map[string]string{
+				discoveryv1.LabelServiceName: name, discoveryv1.LabelManagedBy: "endpointslice-controller.k8s.io",
+			}),
+			AddressType: discoveryv1.AddressTypeIPv4,
+			Ports:       []discoveryv1.EndpointPort{{Name: new("tcp-80"), Port: new(int32(8080)), Protocol: new(corev1.ProtocolTCP)}},
+		}
+		for j := range endpoints {
+			slice.Endpoints = append(slice.Endpoints, discoveryv1.Endpoint{
+				Addresses:  []string{numbered(netip.MustParseAddr("10.128.0.1"), i*endpoints+j).String()},
+				Conditions: discoveryv1.EndpointConditions{Ready: new(true), Serving: new(true), Terminating: new(false)},
+				NodeName:   new(otherNode), Zone: new(otherZone),
+				TargetRef: &corev1.ObjectReference{Kind: "Pod", Namespace: namespace, Name: fmt.Sprintf("%s-%d", name, j)},
+			})
+		}
+		store("/registry/endpointslices/"+namespace+"/"+slice.Name, slice)
+	}
+	return stored
+}
+
+// TestMemory measures what the whole program has resident with 10,000 Services of
+// 10 endpoints each.
+func TestMemory(t *testing.T) {
+	const (
+		services, endpoints = 10_000, 10
+		goal                = 150e6
+		tolerated           = 400e6 // so that it fails for what is wrong, not for a busy machine
+	)
+	c, err := newCluster(t.Context(), t.TempDir(), controlplane.Options{})
+	t.Cleanup(func() {
+		if err := c.close(); err != nil {
+			t.Error(err)
+		}
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	start := time.Now()
+	if err := c.cp.Store(t.Context(), storedServices(t, services, endpoints)); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("%d Services with %d endpoints each were created within %s", services, endpoints, time.Since(start).Round(time.Second))
+
+	start = time.Now()
+	if err := c.start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("programmed %s after the start", time.Since(start).Round(10*time.Millisecond))
+	s := newScenario(t, c)
+	web := s.service("web", func(v *corev1.Service) { v.Spec.Selector = nil })
+	only := s.pod("web")
+	s.slice("web", endpoint{only, thisZone})
+	start = time.Now()
+	s.reaches(s.client(), tcpTo(web.at(80)), only)
+	t.Logf("one more Service works %s after it was created", time.Since(start).Round(time.Millisecond))
+
+	peak, now, err := c.lead.resident()
+	if err != nil {
+		t.Fatal(err)
+	}
+	const mega = 1e6
+	t.Logf("resident memory with %d Services of %d endpoints: %.0f MB now, %.0f MB at most; the goal is %.0f MB",
+		services, endpoints, float64(now)/mega, float64(peak)/mega, goal/mega)
+	if peak > tolerated {
+		t.Errorf("%d bytes were resident, want at most %.0f", peak, tolerated)
+	}
+}
