@@ -9,6 +9,7 @@ package metrics
 import (
 	"errors"
 	"net/http"
+	"slices"
 	"strconv"
 	stdsync "sync"
 	"time"
@@ -269,7 +270,7 @@ func (m *Metrics) Committed(c sync.Commit) {
 		if c.Err == nil {
 			m.lastSync.WithLabelValues(f.String()).Set(float64(c.End.UnixMilli()) / 1000)
 		}
-		if result != "success" {
+		if c.Err != nil || hasFailed(c, f) {
 			m.failures.WithLabelValues(f.String()).Inc()
 		}
 	}
@@ -292,18 +293,22 @@ func (m *Metrics) Committed(c sync.Commit) {
 	}
 }
 
+// hasFailed reports whether a Service of a family did not take.
+func hasFailed(c sync.Commit, f dataplane.Family) bool {
+	for key := range c.Failed {
+		if key.Family == f {
+			return true
+		}
+	}
+	return false
+}
+
 // familiesOf returns the families that a call concerned.
 func familiesOf(c sync.Commit) []dataplane.Family {
 	var concerned []dataplane.Family
 	for _, f := range ipFamilies() {
-		has := c.Kind == sync.KindReplace || c.Err != nil
-		for i := 0; i < len(c.Changes) && !has; i++ {
-			has = c.Changes[i].Key().Family == f
-		}
-		for key := range c.Failed {
-			has = has || key.Family == f
-		}
-		if has {
+		if c.Kind == sync.KindReplace || c.Err != nil || hasFailed(c, f) ||
+			slices.ContainsFunc(c.Changes, func(change dataplane.Change) bool { return change.Key().Family == f }) {
 			concerned = append(concerned, f)
 		}
 	}

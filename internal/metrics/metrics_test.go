@@ -83,7 +83,7 @@ func TestCommits(t *testing.T) {
 		m.Committed(commit(sync.KindReplace, sync.ReasonStart))
 		m.Committed(commit(sync.KindApply, sync.ReasonChange, dataplane.IPv4))
 		m.Committed(commit(sync.KindApply, sync.ReasonChange, dataplane.IPv4, dataplane.IPv6))
-		partial := commit(sync.KindApply, sync.ReasonChange, dataplane.IPv4)
+		partial := commit(sync.KindReplace, sync.ReasonRetry)
 		partial.Failed = map[dataplane.Key]error{key("db", dataplane.IPv4, 0): errors.New("no")}
 		m.Committed(partial)
 		failure := commit(sync.KindReplace, sync.ReasonDrift)
@@ -94,26 +94,26 @@ func TestCommits(t *testing.T) {
 		want := map[string]string{
 			`fairlead_commits_total{kind="replace",reason="start",result="success"}`: "1",
 			`fairlead_commits_total{kind="apply",reason="change",result="success"}`:  "2",
-			`fairlead_commits_total{kind="apply",reason="change",result="partial"}`:  "1",
+			`fairlead_commits_total{kind="replace",reason="retry",result="partial"}`: "1",
 			`fairlead_commits_total{kind="replace",reason="drift",result="failure"}`: "1",
-			`fairlead_commit_duration_seconds_count{kind="apply"}`:                   "3",
-			`fairlead_commit_duration_seconds_sum{kind="apply"}`:                     "6",
-			`fairlead_commit_duration_seconds_count{kind="replace"}`:                 "2",
-			`fairlead_commit_duration_seconds_sum{kind="replace"}`:                   "4",
+			`fairlead_commit_duration_seconds_count{kind="apply"}`:                   "2",
+			`fairlead_commit_duration_seconds_sum{kind="apply"}`:                     "4",
+			`fairlead_commit_duration_seconds_count{kind="replace"}`:                 "3",
+			`fairlead_commit_duration_seconds_sum{kind="replace"}`:                   "6",
 			`fairlead_change_latency_seconds_count`:                                  "4",
 			`fairlead_change_latency_seconds_sum`:                                    "12",
 			`fairlead_first_programmed_seconds`:                                      "2",
 
 			`kubeproxy_sync_proxy_rules_duration_seconds_count{ip_family="IPv4"}`:         "5",
 			`kubeproxy_sync_proxy_rules_duration_seconds_sum{ip_family="IPv4"}`:           "10",
-			`kubeproxy_sync_proxy_rules_duration_seconds_count{ip_family="IPv6"}`:         "3",
-			`kubeproxy_sync_proxy_rules_duration_seconds_sum{ip_family="IPv6"}`:           "6",
-			`kubeproxy_sync_full_proxy_rules_duration_seconds_count{ip_family="IPv4"}`:    "2",
-			`kubeproxy_sync_full_proxy_rules_duration_seconds_sum{ip_family="IPv4"}`:      "4",
-			`kubeproxy_sync_full_proxy_rules_duration_seconds_count{ip_family="IPv6"}`:    "2",
-			`kubeproxy_sync_full_proxy_rules_duration_seconds_sum{ip_family="IPv6"}`:      "4",
-			`kubeproxy_sync_partial_proxy_rules_duration_seconds_count{ip_family="IPv4"}`: "3",
-			`kubeproxy_sync_partial_proxy_rules_duration_seconds_sum{ip_family="IPv4"}`:   "6",
+			`kubeproxy_sync_proxy_rules_duration_seconds_count{ip_family="IPv6"}`:         "4",
+			`kubeproxy_sync_proxy_rules_duration_seconds_sum{ip_family="IPv6"}`:           "8",
+			`kubeproxy_sync_full_proxy_rules_duration_seconds_count{ip_family="IPv4"}`:    "3",
+			`kubeproxy_sync_full_proxy_rules_duration_seconds_sum{ip_family="IPv4"}`:      "6",
+			`kubeproxy_sync_full_proxy_rules_duration_seconds_count{ip_family="IPv6"}`:    "3",
+			`kubeproxy_sync_full_proxy_rules_duration_seconds_sum{ip_family="IPv6"}`:      "6",
+			`kubeproxy_sync_partial_proxy_rules_duration_seconds_count{ip_family="IPv4"}`: "2",
+			`kubeproxy_sync_partial_proxy_rules_duration_seconds_sum{ip_family="IPv4"}`:   "4",
 			`kubeproxy_sync_partial_proxy_rules_duration_seconds_count{ip_family="IPv6"}`: "1",
 			`kubeproxy_sync_partial_proxy_rules_duration_seconds_sum{ip_family="IPv6"}`:   "2",
 			`kubeproxy_sync_proxy_rules_nftables_sync_failures_total{ip_family="IPv4"}`:   "2",
