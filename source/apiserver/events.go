@@ -185,13 +185,13 @@ func (e *Events) Problem(p kube.Problem) {
 	if p.EndpointSlice != "" {
 		note = "EndpointSlice " + p.EndpointSlice + ": " + note
 	}
-	e.warn(p.Service, report{reason: ReasonNotAsWritten, action: "ReadService", note: note, shared: true})
+	e.warn(p.Service, p.UID, report{reason: ReasonNotAsWritten, action: "ReadService", note: note, shared: true})
 }
 
 // NotProgrammed reports that a Service could not be programmed. It may be called
 // on every attempt.
 func (e *Events) NotProgrammed(key dataplane.Key, err error) {
-	e.warn(types.NamespacedName{Namespace: key.Namespace, Name: key.Name}, report{
+	e.warn(types.NamespacedName{Namespace: key.Namespace, Name: key.Name}, "", report{
 		reason: ReasonNotProgrammed, action: "ProgramService", note: fmt.Sprintf("node %s: %s: %v", e.nodeName, key, err),
 	})
 }
@@ -199,19 +199,22 @@ func (e *Events) NotProgrammed(key dataplane.Key, err error) {
 // HealthCheckFailed reports that the health-check node port of a Service cannot be
 // listened on. It may be called on every attempt.
 func (e *Events) HealthCheckFailed(service types.NamespacedName, port uint16, err error) {
-	e.warn(service, report{
+	e.warn(service, "", report{
 		reason: ReasonHealthCheck, action: "StartServiceHealthcheck",
 		note: fmt.Sprintf("node %s failed to start healthcheck %q on port %d: %v", e.nodeName, service, port, err),
 	})
 }
 
 // warn completes and queues a report about a Service, unless it is nothing new.
-func (e *Events) warn(service types.NamespacedName, r report) {
+// Without a UID it takes that of the last Delta.
+func (e *Events) warn(service types.NamespacedName, uid types.UID, r report) {
 	now := time.Now()
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	uid, ok := e.uids[service]
-	if !ok {
+	if uid == "" {
+		uid = e.uids[service]
+	}
+	if uid == "" {
 		return // gone, and so are its Events for who looks for them
 	}
 	r.regarding = corev1.ObjectReference{

@@ -24,7 +24,6 @@ func keptLabels() []string {
 
 func keptAnnotations() []string {
 	return []string{
-		corev1.AnnotationTopologyMode,
 		// When the pod or the Service changed that the slice was written for, if
 		// that was after the program started.
 		corev1.EndpointsLastChangeTriggerTime,

@@ -116,7 +116,7 @@ func TestTrim(t *testing.T) {
 	svc, wantService := decodedService(), decodedService()
 	trim.service(svc)
 	wantService.Labels, wantService.Finalizers, wantService.Generation, wantService.Spec.Selector, wantService.Status.Conditions = nil, nil, 0, nil, nil
-	wantService.Annotations = map[string]string{corev1.AnnotationTopologyMode: "Auto"}
+	wantService.Annotations = nil
 	if diff := cmp.Diff(wantService, svc); diff != "" {
 		t.Errorf("Service (-want +got):\n%s", diff)
 	}
