@@ -113,6 +113,44 @@ func TestListsAreShared(t *testing.T) {
 	}
 }
 
+// TestLocalListsAreShared says the same of the endpoints of this node, which are
+// those of the cluster where there are no others.
+func TestLocalListsAreShared(t *testing.T) {
+	t.Parallel()
+	full := func(changes ...func(*corev1.Service)) *corev1.Service {
+		return newService("web", "10.96.0.1", append([]func(*corev1.Service){
+			everyKind(1), externalPolicy(corev1.ServiceExternalTrafficPolicyLocal), internalPolicy(corev1.ServiceInternalTrafficPolicyLocal),
+		}, changes...)...)
+	}
+	got := map[dataplane.Key]*dataplane.Service{}
+	tracker := NewTracker(Options{NodeName: "here"})
+	for _, step := range []struct {
+		name   string
+		delta  Delta
+		copies int
+	}{
+		{"all on this node", Delta{Services: one(full()), EndpointSlices: slice("10.0.0.1 @here", "10.0.0.2 @here")}, 1},
+		{"one on another", Delta{EndpointSlices: slice("10.0.0.1 @here", "10.0.0.2 @there")}, 2},
+		{"the cluster IP knows all", Delta{Services: one(full(internalPolicy(corev1.ServiceInternalTrafficPolicyCluster)))}, 2},
+		{"another port", Delta{Services: one(full(nodePorts(30081)))}, 2},
+		{"one more on this node", Delta{EndpointSlices: slice("10.0.0.1 @here", "10.0.0.2 @there", "10.0.0.3 @here")}, 2},
+	} {
+		for key, svc := range tracker.Apply(step.delta).Changes {
+			got[key] = svc
+		}
+		copies := map[*dataplane.Endpoint]bool{}
+		for _, svc := range got {
+			copies[&svc.Endpoints[0]] = true
+			if svc.ExternalLocal {
+				copies[&svc.LocalEndpoints[0]] = true
+			}
+		}
+		if len(got) != 4 || len(copies) != step.copies {
+			t.Errorf("%s: %d kinds with %d lists, want 4 with %d", step.name, len(got), len(copies), step.copies)
+		}
+	}
+}
+
 // TestApplyTouchesOnlyItsService shows that a changed slice leaves everything
 // else alone: all other Services are replaced by ones that must not be read.
 func TestApplyTouchesOnlyItsService(t *testing.T) {

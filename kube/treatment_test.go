@@ -121,6 +121,16 @@ func TestTrafficPolicies(t *testing.T) {
 			want:     want{cluster: "10.96.0.1:80/TCP -> 10.0.0.2:8080"},
 		},
 		{
+			name: "nor where an address is left over from a load balancer that the type no longer asks for",
+			services: one(newService("web", "10.96.0.1", externalPolicy(local), ingress("192.0.2.1"),
+				ofType(corev1.ServiceTypeClusterIP))),
+			slices: slice("10.0.0.2 @there"),
+			want: want{
+				cluster:  "10.96.0.1:80/TCP -> 10.0.0.2:8080",
+				balancer: "192.0.2.1:80/TCP -> 10.0.0.2:8080, masquerade always",
+			},
+		},
+		{
 			name:     "policies that there are not are reported, and Cluster holds",
 			services: one(newService("web", "10.96.0.1", nodePorts(30080), externalPolicy("Foreign"), internalPolicy("Near"))),
 			slices:   slice("10.0.0.2 @there"),
