@@ -1,6 +1,7 @@
 package kube
 
 import (
+	"maps"
 	"testing"
 	"time"
 
@@ -135,9 +136,7 @@ func TestLocalListsAreShared(t *testing.T) {
 		{"another port", Delta{Services: one(full(nodePorts(30081)))}, 2},
 		{"one more on this node", Delta{EndpointSlices: slice("10.0.0.1 @here", "10.0.0.2 @there", "10.0.0.3 @here")}, 2},
 	} {
-		for key, svc := range tracker.Apply(step.delta).Changes {
-			got[key] = svc
-		}
+		maps.Copy(got, tracker.Apply(step.delta).Changes)
 		copies := map[*dataplane.Endpoint]bool{}
 		for _, svc := range got {
 			copies[&svc.Endpoints[0]] = true
