@@ -9,6 +9,8 @@ import (
 	"net/http"
 	"net/http/pprof"
 	"net/netip"
+	"os"
+	"runtime/debug"
 	stdsync "sync"
 	"time"
 
@@ -28,6 +30,13 @@ import (
 // nobody has announced a change: for announcements that were lost. Where nothing
 // differs nothing is written.
 const resyncPeriod = 15 * time.Minute
+
+// gcPercent is how much the heap may grow until it is collected, see GOGC in
+// package runtime, where the environment does not say otherwise. Almost all of
+// it lives as long as the Services do. With 10,000 Services of 10 endpoints from
+// an API server 145 to 160 MB were resident with Go's 100, and 113 to 129 with 50,
+// for no more time of the processor.
+const gcPercent = 50
 
 func runCommand() *cobra.Command {
 	var flags given
@@ -58,6 +67,9 @@ func runProgram(ctx context.Context, flags given, stderr io.Writer) error {
 	c, content, err := load(flags)
 	if err != nil {
 		return err
+	}
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(gcPercent)
 	}
 	level := &slog.LevelVar{}
 	level.Set(c.logLevel)
