@@ -97,6 +97,8 @@ type ControlPlane struct {
 	etcd      *program
 	apiserver *program
 	manager   *program
+
+	managerArgs []string // set before programs start
 }
 
 // Start is [New] for a test: it fails the test if the control plane does not
@@ -166,20 +168,13 @@ func (cp *ControlPlane) start(ctx context.Context) error {
 	if cp.etcd, err = cp.run.start("etcd", filepath.Join(cp.bin, "etcd"), etcdArgs()); err != nil {
 		return err
 	}
-	// The API server waits for etcd by itself, so both start at once.
-	if err := cp.startAPIServer(ctx); err != nil {
-		return err
-	}
-	if !cp.options.ControllerManager {
-		return nil
-	}
 	config := filepath.Join(cp.dir.path, "controller-manager.kubeconfig")
 	if err := cp.Kubeconfig(config, "system:kube-controller-manager", "system:masters"); err != nil {
 		return err
 	}
-	args := append(controllerManagerArgs(config), cp.options.ControllerManagerArgs...)
-	cp.manager, err = cp.run.start("kube-controller-manager", filepath.Join(cp.bin, "kube-controller-manager"), args)
-	return err
+	cp.managerArgs = append(controllerManagerArgs(config), cp.options.ControllerManagerArgs...)
+	// The API server waits for etcd by itself, so both start at once.
+	return cp.startAPIServer(ctx)
 }
 
 // choosePort finds a free port below those that the kernel gives to clients, so
@@ -253,7 +248,11 @@ func (cp *ControlPlane) startAPIServer(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return cp.waitReady(ctx)
+	if err := cp.waitReady(ctx); err != nil || !cp.options.ControllerManager {
+		return err
+	}
+	cp.manager, err = cp.run.start("kube-controller-manager", filepath.Join(cp.bin, "kube-controller-manager"), cp.managerArgs)
+	return err
 }
 
 // waitReady returns when /readyz says so: not before the roles are there.
@@ -301,19 +300,24 @@ func (cp *ControlPlane) URL() string { return "https://" + cp.addr.String() }
 func (cp *ControlPlane) ServiceCIDRs() []netip.Prefix { return cp.options.ServiceCIDRs }
 
 // StopAPIServer ends the API server at once, as a crash would: connections break
-// and none is accepted until StartAPIServer. etcd and the controller manager
-// go on. It is no error if it is stopped already.
+// and none is accepted until StartAPIServer. The controller manager ends with
+// it, which otherwise would wait for up to half a minute before it tries again;
+// etcd goes on. It is no error if it is stopped already.
 func (cp *ControlPlane) StopAPIServer() error {
 	cp.mu.Lock()
 	defer cp.mu.Unlock()
 	if cp.closed {
 		return fmt.Errorf("stop kube-apiserver: %w", os.ErrClosed)
 	}
-	return cp.apiserver.stop()
+	var errs []error
+	if cp.manager != nil {
+		errs = append(errs, cp.manager.stop())
+	}
+	return errors.Join(append(errs, cp.apiserver.stop())...)
 }
 
-// StartAPIServer starts the API server again at the same address, and returns
-// when it is ready.
+// StartAPIServer starts the API server again at the same address, and with it the
+// controller manager, if there is one. It returns when the API server is ready.
 func (cp *ControlPlane) StartAPIServer(ctx context.Context) error {
 	cp.mu.Lock()
 	defer cp.mu.Unlock()

@@ -1,27 +1,89 @@
 package controlplane_test
 
 import (
+	"context"
+	"fmt"
 	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
 	"testing"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
 
 	"fairlead/test/controlplane"
 )
 
-func TestServicesGetAddresses(t *testing.T) {
+// dieEnv makes the test binary start a control plane and die without closing it.
+const dieEnv = "FAIRLEAD_TEST_DIE"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(dieEnv) != "" {
+		if _, err := controlplane.New(context.Background(), controlplane.Options{}); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		if err := syscall.Kill(os.Getpid(), syscall.SIGKILL); err != nil {
+			panic(err)
+		}
+		select {}
+	}
+	os.Exit(m.Run())
+}
+
+func clientFor(t *testing.T, config *rest.Config) kubernetes.Interface {
+	t.Helper()
+	client, err := kubernetes.NewForConfig(config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return client
+}
+
+// clientOf returns a client that a kubeconfig file describes.
+func clientOf(t *testing.T, kubeconfig string) kubernetes.Interface {
+	t.Helper()
+	config, err := clientcmd.BuildConfigFromFlags("", kubeconfig)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return clientFor(t, config)
+}
+
+func eventually(t *testing.T, fn func() error) {
+	t.Helper()
+	const patience, period = time.Minute, 50 * time.Millisecond
+	for deadline := time.Now().Add(patience); ; time.Sleep(period) {
+		err := fn()
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatal(err)
+		}
+	}
+}
+
+func TestServicesGetAddressesOfTheNetworks(t *testing.T) {
 	t.Parallel()
 	cp := controlplane.Start(t, controlplane.Options{ServiceCIDRs: []netip.Prefix{
 		netip.MustParsePrefix("fd00:77::/112"), netip.MustParsePrefix("10.77.0.0/16"),
 	}})
-	clients, err := kubernetes.NewForConfig(cp.Config())
-	if err != nil {
-		t.Fatal(err)
-	}
 	policy := corev1.IPFamilyPolicyRequireDualStack
-	service, err := clients.CoreV1().Services("default").Create(t.Context(), &corev1.Service{
+	service, err := clientFor(t, cp.Config()).CoreV1().Services("default").Create(t.Context(), &corev1.Service{
 		ObjectMeta: metav1.ObjectMeta{Name: "web"},
 		Spec:       corev1.ServiceSpec{IPFamilyPolicy: &policy, Ports: []corev1.ServicePort{{Port: 80}}},
 	}, metav1.CreateOptions{})
@@ -35,5 +97,326 @@ func TestServicesGetAddresses(t *testing.T) {
 		if addr := netip.MustParseAddr(service.Spec.ClusterIPs[i]); !cidr.Contains(addr) {
 			t.Errorf("address %d is %s, want one of %s", i, addr, cidr)
 		}
+	}
+}
+
+// The controller manager writes EndpointSlices, and removes them with the
+// Service, also after the API server was away.
+func TestControllers(t *testing.T) {
+	t.Parallel()
+	cp := controlplane.Start(t, controlplane.Options{ControllerManager: true})
+	client := clientFor(t, cp.Config())
+	ctx := t.Context()
+	create := func(name string) {
+		t.Helper()
+		if _, err := client.CoreV1().Services("default").Create(ctx, &corev1.Service{
+			ObjectMeta: metav1.ObjectMeta{Name: name},
+			Spec:       corev1.ServiceSpec{Selector: map[string]string{"app": "web"}, Ports: []corev1.ServicePort{{Port: 80}}},
+		}, metav1.CreateOptions{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	endpoints := func(service string) (addrs []string, err error) {
+		list, err := client.DiscoveryV1().EndpointSlices("default").List(ctx, metav1.ListOptions{
+			LabelSelector: discoveryv1.LabelServiceName + "=" + service,
+		})
+		if err != nil {
+			return nil, err
+		}
+		for i := range list.Items {
+			for j := range list.Items[i].Endpoints {
+				addrs = append(addrs, list.Items[i].Endpoints[j].Addresses...)
+			}
+		}
+		return addrs, nil
+	}
+	if _, err := client.CoreV1().Nodes().Create(ctx, &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "node"}}, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	const podIP = "10.244.0.9"
+	pod, err := client.CoreV1().Pods("default").Create(ctx, &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{Name: "web", Labels: map[string]string{"app": "web"}},
+		Spec:       corev1.PodSpec{NodeName: "node", Containers: []corev1.Container{{Name: "web", Image: "web"}}},
+	}, metav1.CreateOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	pod.Status = corev1.PodStatus{
+		Phase: corev1.PodRunning, PodIP: podIP, PodIPs: []corev1.PodIP{{IP: podIP}},
+		Conditions: []corev1.PodCondition{{Type: corev1.PodReady, Status: corev1.ConditionTrue}},
+	}
+	if _, err := client.CoreV1().Pods("default").UpdateStatus(ctx, pod, metav1.UpdateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	has := func(service string, want ...string) {
+		t.Helper()
+		eventually(t, func() error {
+			got, err := endpoints(service)
+			if err == nil && !slices.Equal(got, want) {
+				err = fmt.Errorf("Service %s has the endpoints %v, want %v\n%s", service, got, want, cp.Log("kube-controller-manager"))
+			}
+			return err
+		})
+	}
+	create("before")
+	has("before", podIP)
+
+	if err := cp.StopAPIServer(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := endpoints("before"); err == nil {
+		t.Error("the API server answers after it was stopped")
+	}
+	if err := cp.StartAPIServer(ctx); err != nil {
+		t.Fatal(err)
+	}
+	create("after")
+	has("after", podIP)
+	if err := client.CoreV1().Services("default").Delete(ctx, "before", metav1.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	has("before")
+}
+
+// RBAC decides: users and Service accounts may do what they were given.
+func TestRights(t *testing.T) {
+	t.Parallel()
+	cp := controlplane.Start(t, controlplane.Options{})
+	admin := clientFor(t, cp.Config())
+	ctx := t.Context()
+	if _, err := admin.CoreV1().ServiceAccounts("kube-system").Create(ctx, &corev1.ServiceAccount{
+		ObjectMeta: metav1.ObjectMeta{Name: "robot"},
+	}, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := admin.RbacV1().ClusterRoles().Create(ctx, &rbacv1.ClusterRole{
+		ObjectMeta: metav1.ObjectMeta{Name: "reader"},
+		Rules:      []rbacv1.PolicyRule{{APIGroups: []string{""}, Resources: []string{"services"}, Verbs: []string{"list"}}},
+	}, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := admin.RbacV1().ClusterRoleBindings().Create(ctx, &rbacv1.ClusterRoleBinding{
+		ObjectMeta: metav1.ObjectMeta{Name: "readers"},
+		RoleRef:    rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: "reader"},
+		Subjects: []rbacv1.Subject{
+			{Kind: "ServiceAccount", Namespace: "kube-system", Name: "robot"},
+			{APIGroup: rbacv1.GroupName, Kind: "User", Name: "jane"},
+			{APIGroup: rbacv1.GroupName, Kind: "Group", Name: "readers"},
+		},
+	}, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	for name, tc := range map[string]struct {
+		kubeconfig func(path string) error
+		may        bool
+	}{
+		"Service account": {func(path string) error { return cp.ServiceAccountKubeconfig(ctx, path, "kube-system", "robot") }, true},
+		"user":            {func(path string) error { return cp.Kubeconfig(path, "jane") }, true},
+		"group":           {func(path string) error { return cp.Kubeconfig(path, "joe", "others", "readers") }, true},
+		"nobody":          {func(path string) error { return cp.Kubeconfig(path, "joe") }, false},
+	} {
+		path := filepath.Join(t.TempDir(), "kubeconfig")
+		if err := tc.kubeconfig(path); err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		client := clientOf(t, path)
+		eventually(t, func() error { // Rights take effect a moment after they are given.
+			_, err := client.CoreV1().Services("").List(ctx, metav1.ListOptions{})
+			if tc.may && err != nil || !tc.may && !apierrors.IsForbidden(err) {
+				return fmt.Errorf("%s lists Services: got %w", name, err)
+			}
+			return nil
+		})
+		if _, err := client.CoreV1().Secrets("").List(ctx, metav1.ListOptions{}); !apierrors.IsForbidden(err) {
+			t.Errorf("%s lists Secrets: got %v, want that it is forbidden", name, err)
+		}
+	}
+	if err := cp.ServiceAccountKubeconfig(ctx, filepath.Join(t.TempDir(), "kubeconfig"), "kube-system", "nobody"); err == nil {
+		t.Error("there is a token for a Service account that there is not")
+	}
+}
+
+// After a compaction and a restart nobody knows what was before.
+func TestCompact(t *testing.T) {
+	t.Parallel()
+	cp := controlplane.Start(t, controlplane.Options{})
+	services := clientFor(t, cp.Config()).CoreV1().Services("default")
+	ctx := t.Context()
+	before, err := services.List(ctx, metav1.ListOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := services.Create(ctx, &corev1.Service{
+		ObjectMeta: metav1.ObjectMeta{Name: "web"}, Spec: corev1.ServiceSpec{Ports: []corev1.ServicePort{{Port: 80}}},
+	}, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	// first returns the first event of a watch that begins at the past.
+	first := func() watch.Event {
+		t.Helper()
+		w, err := services.Watch(ctx, metav1.ListOptions{ResourceVersion: before.ResourceVersion})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer w.Stop()
+		return <-w.ResultChan()
+	}
+	if event := first(); event.Type != watch.Added {
+		t.Fatalf("before the compaction a watch begins with %s %v, want what was created", event.Type, event.Object)
+	}
+	if err := cp.StopAPIServer(); err != nil {
+		t.Fatal(err)
+	}
+	if err := cp.Compact(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if err := cp.StartAPIServer(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if event := first(); event.Type != watch.Error || !apierrors.IsResourceExpired(apierrors.FromObject(event.Object)) &&
+		!apierrors.IsGone(apierrors.FromObject(event.Object)) {
+		t.Errorf("after the compaction a watch begins with %s %v, want that the past is gone", event.Type, event.Object)
+	}
+}
+
+// What is written into etcd is there.
+func TestStore(t *testing.T) {
+	t.Parallel()
+	const n = 250 // more than one transaction
+	cp := controlplane.Start(t, controlplane.Options{})
+	values := map[string][]byte{}
+	for i := range n {
+		name := fmt.Sprintf("stored-%d", i)
+		values["/registry/configmaps/default/"+name] = []byte(`{"apiVersion":"v1","kind":"ConfigMap","metadata":{"name":"` +
+			name + `","namespace":"default"}}`)
+	}
+	if err := cp.Store(t.Context(), values); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, func() error {
+		maps, err := clientFor(t, cp.Config()).CoreV1().ConfigMaps("default").List(t.Context(), metav1.ListOptions{})
+		if err == nil && len(maps.Items) != n {
+			err = fmt.Errorf("%d ConfigMaps, want %d", len(maps.Items), n)
+		}
+		return err
+	})
+}
+
+// children returns the processes whose parent is this one, by name.
+func children(t *testing.T, parent int) []string {
+	t.Helper()
+	stats, err := filepath.Glob("/proc/[0-9]*/stat")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for _, path := range stats {
+		data, err := os.ReadFile(path)
+		if err != nil {
+			continue // It has ended.
+		}
+		// proc_pid_stat(5): pid (name) state ppid …
+		before, after, _ := strings.Cut(string(data), ") ")
+		if fields := strings.Fields(after); len(fields) > 1 && fields[1] == strconv.Itoa(parent) {
+			_, name, _ := strings.Cut(before, "(")
+			names = append(names, name)
+		}
+	}
+	return names
+}
+
+// It does not run beside others, whose programs it would see.
+func TestCloseLeavesNothing(t *testing.T) {
+	temp := t.TempDir()
+	t.Setenv("TMPDIR", temp)
+	cp, err := controlplane.New(t.Context(), controlplane.Options{ControllerManager: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := children(t, os.Getpid())
+	slices.Sort(got)
+	if want := []string{"etcd", "kube-apiserver", "kube-controller"}; !slices.Equal(got, want) {
+		t.Errorf("running are %v, want %v", got, want)
+	}
+	for range 2 {
+		if err := cp.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if left := children(t, os.Getpid()); len(left) > 0 {
+		t.Errorf("after Close there are still %v", left)
+	}
+	if left, err := os.ReadDir(temp); err != nil || len(left) > 0 {
+		t.Errorf("after Close there are still %v, %v", left, err)
+	}
+	if err := cp.StopAPIServer(); err == nil {
+		t.Error("the API server of a closed control plane was stopped")
+	}
+	if err := cp.StartAPIServer(t.Context()); err == nil {
+		t.Error("the API server of a closed control plane was started")
+	}
+}
+
+// A process that is killed takes the programs with it, and the next control
+// plane removes its folder.
+func TestKilledProcessLeavesNothing(t *testing.T) {
+	temp := t.TempDir()
+	t.Setenv("TMPDIR", temp)
+	died := exec.CommandContext(t.Context(), os.Args[0])
+	died.Env = append(os.Environ(), dieEnv+"=1")
+	out, err := died.CombinedOutput()
+	if status, ok := died.ProcessState.Sys().(syscall.WaitStatus); !ok || status.Signal() != syscall.SIGKILL {
+		t.Fatalf("the process ended with %v:\n%s", err, out)
+	}
+	left, err := filepath.Glob(filepath.Join(temp, "*"))
+	if err != nil || len(left) != 1 {
+		t.Fatalf("the killed process has left %v, %v, want a folder", left, err)
+	}
+	// Its programs have the folder as their working directory.
+	eventually(t, func() error {
+		running, err := filepath.Glob("/proc/[0-9]*/cwd")
+		if err != nil {
+			return err
+		}
+		for _, link := range running {
+			if dir, err := os.Readlink(link); err == nil && dir == left[0] {
+				return fmt.Errorf("%s still runs", filepath.Dir(link))
+			}
+		}
+		return nil
+	})
+	controlplane.Start(t, controlplane.Options{})
+	if _, err := os.Stat(left[0]); !os.IsNotExist(err) {
+		t.Errorf("the killed process's folder is still there: %v", err)
+	}
+}
+
+func TestMistakes(t *testing.T) {
+	for name, tc := range map[string]struct {
+		options  controlplane.Options
+		programs string
+		want     string
+	}{
+		"no programs":              {programs: t.TempDir(), want: "run `make controlplane`"},
+		"unspecified address":      {options: controlplane.Options{Address: netip.IPv4Unspecified()}, want: "Address 0.0.0.0"},
+		"host bits":                {options: controlplane.Options{ServiceCIDRs: []netip.Prefix{netip.MustParsePrefix("10.0.0.1/16")}}, want: "ServiceCIDRs: 10.0.0.1/16"},
+		"two networks of a family": {options: controlplane.Options{ServiceCIDRs: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/16"), netip.MustParsePrefix("10.1.0.0/16")}}, want: "ServiceCIDRs: two"},
+		"unknown flag":             {options: controlplane.Options{APIServerArgs: []string{"--no-such-flag"}}, want: "no-such-flag"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if tc.programs != "" {
+				t.Setenv(controlplane.Env, tc.programs)
+			}
+			cp, err := controlplane.New(t.Context(), tc.options)
+			if err == nil {
+				t.Error(cp.Close())
+			}
+			if err == nil || !strings.Contains(err.Error(), tc.want) {
+				t.Errorf("got error %v, want one with %q", err, tc.want)
+			}
+			if left := children(t, os.Getpid()); len(left) > 0 {
+				t.Errorf("there are still %v", left)
+			}
+		})
 	}
 }

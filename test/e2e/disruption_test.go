@@ -165,7 +165,12 @@ func TestStartWithoutAPIServer(t *testing.T) {
 	start := time.Now()
 	s.must(s.lead.waitReady(s.ctx))
 	t.Logf("programmed %s after the API server was there", time.Since(start).Round(10*time.Millisecond))
-	s.reaches(client, tcpTo(web.at(80)), first, s.pod("web"))
+	second := s.pod("web")
+	// The controller manager may wait before it tries again.
+	s.eventually(func(ctx context.Context) error { return s.endpoints(ctx, "web", 2) })
+	t.Logf("the controller manager was back %s after the API server", time.Since(start).Round(10*time.Millisecond))
+	s.reaches(client, tcpTo(web.at(80)), first, second)
+	t.Logf("its work was programmed %s after the API server was there", time.Since(start).Round(10*time.Millisecond))
 	s.wentWell(load)
 }
 

@@ -58,11 +58,13 @@ func (f *fairlead) start() error {
 	go func() {
 		runtime.LockOSThread() // and never unlocked: the thread ends here
 		defer log.Close()
-		if err := unix.Setns(f.host.Fd(), unix.CLONE_NEWNET); err != nil {
-			started <- err
-			return
+		err := unix.Setns(f.host.Fd(), unix.CLONE_NEWNET)
+		if err == nil && os.Getenv(referenceEnv) == "" {
+			err = limitCapabilities()
 		}
-		err := f.cmd.Start()
+		if err == nil {
+			err = f.cmd.Start()
+		}
 		started <- err
 		if err == nil {
 			f.err = f.cmd.Wait()
@@ -72,6 +74,27 @@ func (f *fairlead) start() error {
 	if err := <-started; err != nil {
 		f.cmd = nil
 		return fmt.Errorf("start fairlead: %w", err)
+	}
+	return nil
+}
+
+// limitCapabilities leaves to the programs that this thread starts what
+// deploy/daemonset.yaml does: CAP_NET_ADMIN, and no way to get more.
+func limitCapabilities() error {
+	for c := uintptr(0); ; c++ {
+		if c == unix.CAP_NET_ADMIN {
+			continue
+		}
+		err := unix.Prctl(unix.PR_CAPBSET_DROP, c, 0, 0, 0)
+		if errors.Is(err, unix.EINVAL) { // There are no more.
+			break
+		}
+		if err != nil {
+			return fmt.Errorf("drop capability %d: %w", c, err)
+		}
+	}
+	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
+		return fmt.Errorf("forbid new privileges: %w", err)
 	}
 	return nil
 }
