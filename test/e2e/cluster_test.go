@@ -3,7 +3,6 @@
 package e2e_test
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -80,7 +79,7 @@ func (c *cluster) make(ctx context.Context, options controlplane.Options) error 
 	if err := c.createNode(ctx, otherNode, otherZone, []netip.Addr{netip.MustParseAddr("192.0.2.77")}, nil); err != nil {
 		return err
 	}
-	kubeconfig := filepath.Join(c.dir, "kubeconfig")
+	kubeconfig := filepath.Join(c.dir, "kubeconfig.conf")
 	if err := c.cp.ServiceAccountKubeconfig(ctx, kubeconfig, serviceAccount.Namespace, serviceAccount.Name); err != nil {
 		return err
 	}
@@ -88,20 +87,19 @@ func (c *cluster) make(ctx context.Context, options controlplane.Options) error 
 	for _, p := range c.net.PodCIDRs {
 		cidrs = append(cidrs, p.String())
 	}
+	podCIDRs := strings.Join(cidrs, ",")
 	c.lead = &fairlead{host: c.net.Node, log: filepath.Join(c.dir, "fairlead.log")}
 	if c.lead.binary = os.Getenv(referenceEnv); c.lead.binary != "" {
-		c.lead.args = []string{"--proxy-mode=nftables"}
-	} else {
-		if c.lead.binary, err = build(ctx, c.dir); err != nil {
-			return err
+		c.lead.args = []string{
+			"--proxy-mode=nftables", "--kubeconfig=" + kubeconfig, "--hostname-override=" + thisNode, "--cluster-cidr=" + podCIDRs,
 		}
-		c.lead.args = []string{"run"}
+		return nil
 	}
-	c.lead.args = append(c.lead.args,
-		"--kubeconfig="+kubeconfig, "--hostname-override="+thisNode, "--cluster-cidr="+strings.Join(cidrs, ","),
-		"--healthz-bind-address="+healthzAddr, "--metrics-bind-address="+metricsAddr,
-	)
-	return nil
+	if c.lead.binary, err = build(ctx, c.dir); err != nil {
+		return err
+	}
+	c.lead.args, err = deployed(c.dir, podCIDRs)
+	return err
 }
 
 // start starts Fairlead, and returns when it has programmed the node.
@@ -132,12 +130,16 @@ func (c *cluster) close() error {
 
 // applyRBAC creates what deploy/rbac.yaml has, as it is.
 func (c *cluster) applyRBAC(ctx context.Context) error {
-	data, err := os.ReadFile(filepath.Join(root, "deploy", "rbac.yaml"))
+	objects, err := documents("rbac.yaml")
 	if err != nil {
 		return err
 	}
-	for document := range bytes.SplitSeq(data, []byte("\n---\n")) {
-		object, _, err := scheme.Codecs.UniversalDeserializer().Decode(document, nil, nil)
+	for _, document := range objects {
+		data, err := document.MarshalJSON()
+		if err != nil {
+			return err
+		}
+		object, _, err := scheme.Codecs.UniversalDeserializer().Decode(data, nil, nil)
 		if err != nil {
 			return fmt.Errorf("deploy/rbac.yaml: %w", err)
 		}

@@ -7,7 +7,6 @@ import (
 	"context"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -15,6 +14,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
@@ -25,31 +25,64 @@ import (
 )
 
 // documents returns the objects in a file of deploy.
-func documents(t *testing.T, file string) []*unstructured.Unstructured {
-	t.Helper()
+func documents(file string) ([]*unstructured.Unstructured, error) {
 	data, err := os.ReadFile(filepath.Join(root, "deploy", file))
 	if err != nil {
-		t.Fatal(err)
+		return nil, err
 	}
 	var objects []*unstructured.Unstructured
 	for document := range bytes.SplitSeq(data, []byte("\n---\n")) {
 		object := &unstructured.Unstructured{}
 		if err := yaml.Unmarshal(document, &object.Object); err != nil {
-			t.Fatalf("%s: %v", file, err)
+			return nil, fmt.Errorf("deploy/%s: %w", file, err)
 		}
 		objects = append(objects, object)
 	}
-	return objects
+	return objects, nil
 }
 
-// resources returns the files that deploy/kustomization.yaml lists.
-func resources(t *testing.T) []string {
-	t.Helper()
-	files, _, err := unstructured.NestedStringSlice(documents(t, "kustomization.yaml")[0].Object, "resources")
+// decode reads the first object in a file of deploy.
+func decode[T any](file string) (*T, error) {
+	objects, err := documents(file)
 	if err != nil {
-		t.Fatal(err)
+		return nil, err
 	}
-	return files
+	object := new(T)
+	if err := runtime.DefaultUnstructuredConverter.FromUnstructured(objects[0].Object, object); err != nil {
+		return nil, fmt.Errorf("deploy/%s: %w", file, err)
+	}
+	return object, nil
+}
+
+// mounted is where the DaemonSet has its ConfigMap.
+const mounted = "/etc/fairlead"
+
+// deployed returns the arguments that the DaemonSet gives to Fairlead. What the
+// ConfigMap has is in dir; only the pods' networks, and how to reach the API
+// server, are the test's.
+func deployed(dir string, podCIDRs string) ([]string, error) {
+	configMap, err := decode[corev1.ConfigMap]("config.yaml")
+	if err != nil {
+		return nil, err
+	}
+	var config map[string]any
+	text := strings.ReplaceAll(configMap.Data["config.conf"], mounted, dir)
+	if err := yaml.Unmarshal([]byte(text), &config); err != nil {
+		return nil, fmt.Errorf("deploy/config.yaml: config.conf: %w", err)
+	}
+	config["clusterCIDR"] = podCIDRs
+	if err := os.WriteFile(filepath.Join(dir, "config.conf"), patch(config), 0o600); err != nil {
+		return nil, err
+	}
+	set, err := decode[appsv1.DaemonSet]("daemonset.yaml")
+	if err != nil {
+		return nil, err
+	}
+	var args []string
+	for _, arg := range set.Spec.Template.Spec.Containers[0].Args {
+		args = append(args, strings.NewReplacer(mounted, dir, "$(NODE_NAME)", thisNode).Replace(arg))
+	}
+	return args, nil
 }
 
 // The API server takes every object of deploy as it is, and knows each field.
@@ -70,12 +103,24 @@ func TestManifestsAreValid(t *testing.T) {
 			all = append(all, file)
 		}
 	}
-	listed := slices.Sorted(slices.Values(resources(t)))
+	kustomization, err := documents("kustomization.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	listed, _, err := unstructured.NestedStringSlice(kustomization[0].Object, "resources")
+	if err != nil {
+		t.Fatal(err)
+	}
+	slices.Sort(listed)
 	if diff := cmp.Diff(all, listed); diff != "" {
 		t.Errorf("files in deploy and those that kustomization.yaml lists (-files +listed):\n%s", diff)
 	}
 	for _, file := range listed {
-		for _, object := range documents(t, file) {
+		objects, err := documents(file)
+		if err != nil {
+			t.Error(err)
+		}
+		for _, object := range objects {
 			kind := object.GroupVersionKind()
 			mapping, err := mapper.RESTMapping(kind.GroupKind(), kind.Version)
 			if err != nil {
@@ -100,32 +145,13 @@ func TestManifestsAreValid(t *testing.T) {
 	}
 }
 
-// daemonSet returns the one of deploy/daemonset.yaml.
-func daemonSet(t *testing.T) *appsv1.DaemonSet {
-	t.Helper()
-	set := &appsv1.DaemonSet{}
-	object := documents(t, "daemonset.yaml")[0].Object
-	if err := runtime.DefaultUnstructuredConverter.FromUnstructured(object, set); err != nil {
-		t.Fatal(err)
-	}
-	return set
-}
-
-// Fairlead knows the flags that the DaemonSet gives it.
-func TestManifestsFlags(t *testing.T) {
-	t.Parallel()
-	args := daemonSet(t).Spec.Template.Spec.Containers[0].Args
-	help := exec.CommandContext(t.Context(), shared.lead.binary, append(slices.Clone(args), "--help")...)
-	if out, err := help.CombinedOutput(); err != nil {
-		t.Errorf("fairlead %s: %v\n%s", strings.Join(args, " "), err, out)
-	}
-}
-
 // Fairlead says that it is well where the DaemonSet's probes ask.
 func TestProbes(t *testing.T) {
 	t.Parallel()
 	s := newScenario(t, shared)
-	container := daemonSet(t).Spec.Template.Spec.Containers[0]
+	set, err := decode[appsv1.DaemonSet]("daemonset.yaml")
+	s.must(err)
+	container := set.Spec.Template.Spec.Containers[0]
 	for _, path := range []string{container.LivenessProbe.HTTPGet.Path, container.ReadinessProbe.HTTPGet.Path} {
 		s.eventually(func(ctx context.Context) error {
 			_, err := s.lead.get(ctx, healthzAddr, path)

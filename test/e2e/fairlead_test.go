@@ -24,7 +24,7 @@ import (
 	"fairlead/internal/nettest"
 )
 
-// Where the program's HTTP servers are.
+// Where the program's HTTP servers are, by deploy/config.yaml and by default.
 const (
 	healthzAddr = "127.0.0.1:10256"
 	metricsAddr = "127.0.0.1:10249"
