@@ -4,7 +4,9 @@ package e2e_test
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
+	"net/http"
 	"net/netip"
 	"os"
 	"testing"
@@ -173,6 +175,54 @@ func TestExternal(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A load balancer learns at the Service's health check port whether this node has
+// pods that serve, with the answers that it knows from kube-proxy.
+func TestHealthCheckNodePort(t *testing.T) {
+	t.Parallel()
+	s := newScenario(t, shared)
+	web := s.service("web", func(v *corev1.Service) {
+		v.Spec.Type = corev1.ServiceTypeLoadBalancer
+		v.Spec.ExternalTrafficPolicy = corev1.ServiceExternalTrafficPolicyLocal
+	})
+	here := s.pod("web")
+	s.pod("web", onOtherNode)
+	at := netip.AddrPortFrom(s.net.Node.IPv4, uint16(web.Spec.HealthCheckNodePort))
+	type answer struct {
+		Service struct {
+			Namespace string `json:"namespace"`
+			Name      string `json:"name"`
+		} `json:"service"`
+		LocalEndpoints      int  `json:"localEndpoints"`
+		ServiceProxyHealthy bool `json:"serviceProxyHealthy"`
+	}
+	answers := func(status, endpoints int) {
+		t.Helper()
+		want := answer{LocalEndpoints: endpoints, ServiceProxyHealthy: true}
+		want.Service.Namespace, want.Service.Name = s.namespace, web.Name
+		s.eventually(func(ctx context.Context) error {
+			got, body, err := ask(ctx, s.net.Outside, at, "/")
+			if err != nil {
+				return err
+			}
+			var a answer
+			if err := json.Unmarshal(body, &a); err != nil {
+				return fmt.Errorf("%s: %w", body, err)
+			}
+			if got != status || a != want {
+				return fmt.Errorf("got %d %s, want %d %+v", got, body, status, want)
+			}
+			return nil
+		})
+	}
+	answers(http.StatusOK, 1)
+	here.unready()
+	answers(http.StatusServiceUnavailable, 0)
+	here.ready()
+	answers(http.StatusOK, 1)
+	web.delete()
+	s.fails(s.net.Outside, tcpTo(at), nettest.ErrRefused)
 }
 
 // nodePort returns the node port of the Service's first port.

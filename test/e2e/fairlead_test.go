@@ -157,28 +157,34 @@ func (f *fairlead) waitReady(ctx context.Context) error {
 	})
 }
 
-// get asks one of the program's HTTP servers.
+// get asks one of the program's HTTP servers, on its host.
 func (f *fairlead) get(ctx context.Context, addr, path string) ([]byte, error) {
+	status, body, err := ask(ctx, f.host, netip.MustParseAddrPort(addr), path)
+	if err == nil && status != http.StatusOK {
+		err = fmt.Errorf("%s: status %d: %s", path, status, body)
+	}
+	return body, err
+}
+
+// ask asks an HTTP server from a host.
+func ask(ctx context.Context, from *nettest.Host, at netip.AddrPort, path string) (status int, body []byte, err error) {
 	transport := &http.Transport{
 		DisableKeepAlives: true,
-		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
-			return f.host.Dial(ctx, network, netip.MustParseAddrPort(addr))
+		DialContext: func(ctx context.Context, network, _ string) (net.Conn, error) {
+			return from.Dial(ctx, network, at)
 		},
 	}
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+addr+path, http.NoBody)
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+at.String()+path, http.NoBody)
 	if err != nil {
-		return nil, err
+		return 0, nil, err
 	}
 	response, err := (&http.Client{Transport: transport}).Do(request)
 	if err != nil {
-		return nil, err
+		return 0, nil, err
 	}
 	defer response.Body.Close()
-	body, err := io.ReadAll(response.Body)
-	if err == nil && response.StatusCode != http.StatusOK {
-		err = fmt.Errorf("%s: %s: %s", path, response.Status, body)
-	}
-	return body, err
+	body, err = io.ReadAll(response.Body)
+	return response.StatusCode, body, err
 }
 
 // metric returns the sum of a metric's series, and whether there are any. A

@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
@@ -442,4 +443,32 @@ func TestKubernetesService(t *testing.T) {
 		// The handshake proves by its certificate who has answered.
 		return secure.Close()
 	})
+}
+
+// A network that is added to those of Services is served at once.
+func TestServiceCIDR(t *testing.T) {
+	t.Parallel()
+	s := newScenario(t, shared)
+	cidrs := s.api.NetworkingV1().ServiceCIDRs()
+	_, err := cidrs.Create(s.ctx, &networkingv1.ServiceCIDR{
+		ObjectMeta: metav1.ObjectMeta{Name: s.namespace}, Spec: networkingv1.ServiceCIDRSpec{CIDRs: []string{"10.197.0.0/24"}},
+	}, metav1.CreateOptions{})
+	s.must(err)
+	t.Cleanup(func() {
+		// It goes when its last Service has gone.
+		if err := cidrs.Delete(context.WithoutCancel(s.ctx), s.namespace, metav1.DeleteOptions{}); err != nil {
+			t.Error(err)
+		}
+	})
+	only, client := s.pod("web"), s.client()
+	s.eventually(func(ctx context.Context) error { // until the API server's allocator knows it
+		_, err := s.api.CoreV1().Services(s.namespace).Create(ctx, &corev1.Service{
+			ObjectMeta: metav1.ObjectMeta{Name: "web"},
+			Spec: corev1.ServiceSpec{
+				ClusterIP: "10.197.0.9", Selector: map[string]string{"app": "web"}, Ports: []corev1.ServicePort{port(80, 8080)},
+			},
+		}, metav1.CreateOptions{})
+		return err
+	})
+	s.reaches(client, tcpTo(netip.MustParseAddrPort("10.197.0.9:80")), only)
 }
