@@ -177,6 +177,16 @@ type Service struct {
 	// Frontends are sorted and unique; there is at least one.
 	Frontends []Frontend
 	Treatment
+
+	// Serving are the endpoints to which no new connection goes and which still
+	// serve those that they have: pods that terminate, and pods that a traffic
+	// policy or a topology hint leaves out. They are sorted and unique. They are
+	// there for UDP only, where a flow to an endpoint that is neither here nor
+	// in the Treatment is to be forgotten, so that its client moves on; a
+	// kernel treats new connections alike whatever this says, and a Dataplane
+	// has nothing to write where only this changes. Set it with
+	// [Service.WithServing].
+	Serving []netip.AddrPort
 }
 
 // MaxEndpoints is the number of endpoints a Service can have: as many as there
@@ -200,6 +210,35 @@ func NewService(key Key, frontends []Frontend, treatment Treatment) (*Service, e
 		return nil, fmt.Errorf("%w %s: %w", ErrInvalid, key, err)
 	}
 	return s, nil
+}
+
+// WithServing returns a copy of s with this as Serving, sorted and free of
+// duplicates, or an error that wraps [ErrInvalid]. It takes the list over, as
+// [NewService] does, and shares all others with s.
+func (s *Service) WithServing(serving []netip.AddrPort) (*Service, error) {
+	n := *s
+	if !slices.IsSortedFunc(serving, netip.AddrPort.Compare) {
+		slices.SortFunc(serving, netip.AddrPort.Compare)
+	}
+	n.Serving = compact(serving, func(a, b netip.AddrPort) bool { return a == b })
+	if err := n.validateServing(); err != nil {
+		return nil, fmt.Errorf("%w %s: %w", ErrInvalid, s.Key, err)
+	}
+	return &n, nil
+}
+
+func (s *Service) validateServing() error {
+	for _, e := range s.Serving {
+		if err := checkEndpoint(e, s.Key.Family); err != nil {
+			return fmt.Errorf("serving %w", err)
+		}
+	}
+	for _, f := range s.Frontends {
+		if len(s.Serving) > 0 && f.Protocol != UDP {
+			return fmt.Errorf("frontend %s: want UDP where endpoints are listed that serve without new connections", f)
+		}
+	}
+	return nil
 }
 
 func (s *Service) validate() error {
@@ -245,6 +284,17 @@ func checkAddr(a netip.AddrPort, family Family) error {
 	return nil
 }
 
+// checkEndpoint says what is wrong with the address of an endpoint.
+func checkEndpoint(a netip.AddrPort, family Family) error {
+	if err := checkAddr(a, family); err != nil {
+		return fmt.Errorf("endpoint %s: %w", a, err)
+	}
+	if a.Addr().IsUnspecified() {
+		return fmt.Errorf("endpoint %s: the unspecified address is no pod's", a)
+	}
+	return nil
+}
+
 // Equal reports whether s and o mean the same. Both may be nil.
 func (s *Service) Equal(o *Service) bool {
 	if s == o {
@@ -255,5 +305,6 @@ func (s *Service) Equal(o *Service) bool {
 	}
 	return s.Key == o.Key &&
 		slices.Equal(s.Frontends, o.Frontends) &&
-		s.Treatment.Equal(o.Treatment)
+		s.Treatment.Equal(o.Treatment) &&
+		slices.Equal(s.Serving, o.Serving)
 }

@@ -36,7 +36,7 @@ func TestEveryFieldIsReviewed(t *testing.T) {
 		value  any
 		fields []string
 	}{
-		{dataplane.Service{}, []string{"Key", "Frontends", "Treatment"}},
+		{dataplane.Service{}, []string{"Key", "Frontends", "Treatment", "Serving"}},
 		{dataplane.Treatment{}, []string{
 			"Endpoints", "ExternalLocal", "LocalEndpoints", "Masquerade", "NoEndpoints", "Affinity", "SourceRanges",
 		}},
@@ -88,6 +88,7 @@ func TestServiceEqual(t *testing.T) {
 		"endpoint address":   {edited(func(s *dataplane.Service) { s.Endpoints[1] = endpoint("10.0.0.2:8081") }), false},
 		"kind":               {edited(func(s *dataplane.Service) { s.Key.Kind = dataplane.LoadBalancer }), false},
 		"treatment":          {edited(func(s *dataplane.Service) { s.Affinity = time.Second }), false},
+		"serving":            {edited(func(s *dataplane.Service) { s.Serving = addrPorts("10.0.0.3:8080") }), false},
 		"endpoint local":     {edited(func(s *dataplane.Service) { s.Endpoints[1].Local = true }), false},
 		"one endpoint fewer": {edited(func(s *dataplane.Service) { s.Endpoints = s.Endpoints[:1] }), false},
 	} {
@@ -377,5 +378,65 @@ func TestError(t *testing.T) {
 	e.Failed[key4] = fmt.Errorf("affinity: %w", dataplane.ErrUnsupported)
 	if err := fmt.Errorf("nft: %w", e); !errors.Is(err, dataplane.ErrUnsupported) {
 		t.Error("the error of a key cannot be found with errors.Is")
+	}
+}
+
+func addrPorts(texts ...string) (out []netip.AddrPort) {
+	for _, text := range texts {
+		out = append(out, netip.MustParseAddrPort(text))
+	}
+	return out
+}
+
+func TestWithServing(t *testing.T) {
+	t.Parallel()
+	newService := func(protocol dataplane.Protocol) *dataplane.Service {
+		s, err := dataplane.NewService(key4,
+			[]dataplane.Frontend{{Protocol: protocol, Addr: netip.MustParseAddrPort("10.96.0.1:53")}},
+			dataplane.Treatment{Endpoints: []dataplane.Endpoint{endpoint("10.0.0.1:53")}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}
+	s := newService(dataplane.UDP)
+	got, err := s.WithServing(addrPorts("10.0.0.3:53", "10.0.0.2:53", "10.0.0.3:53"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := addrPorts("10.0.0.2:53", "10.0.0.3:53"); !slices.Equal(got.Serving, want) {
+		t.Errorf("serving %v, want %v", got.Serving, want)
+	}
+	if s.Serving != nil {
+		t.Errorf("the Service itself has changed: %v", s.Serving)
+	}
+	if !got.Treatment.Equal(s.Treatment) || s.Equal(got) {
+		t.Errorf("%+v and %+v: want the same Treatment in Services that differ", got, s)
+	}
+	state := func(s *dataplane.Service) dataplane.State {
+		return dataplane.StateOf(slices.Values([]*dataplane.Service{s}))
+	}
+	if diff := state(s).Diff(state(got)); diff != "" {
+		t.Errorf("a kernel sees a difference:\n%s", diff)
+	}
+
+	for name, tt := range map[string]struct {
+		protocol dataplane.Protocol
+		serving  string
+		want     string
+	}{
+		"TCP":                     {dataplane.TCP, "10.0.0.2:53", "want UDP"},
+		"SCTP":                    {dataplane.SCTP, "10.0.0.2:53", "want UDP"},
+		"of another family":       {dataplane.UDP, "[fd00::1]:53", "endpoint [fd00::1]:53: not of the Service's family"},
+		"without a port":          {dataplane.UDP, "10.0.0.2:0", "endpoint 10.0.0.2:0: port 0"},
+		"the unspecified address": {dataplane.UDP, "0.0.0.0:53", "no pod's"},
+	} {
+		_, err := newService(tt.protocol).WithServing(addrPorts(tt.serving))
+		if !errors.Is(err, dataplane.ErrInvalid) || !strings.Contains(fmt.Sprint(err), tt.want) {
+			t.Errorf("%s: error %v, want ErrInvalid with %q", name, err, tt.want)
+		}
+	}
+	if _, err := newService(dataplane.TCP).WithServing(nil); err != nil {
+		t.Errorf("none for TCP: %v", err)
 	}
 }

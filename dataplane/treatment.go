@@ -208,11 +208,8 @@ func (t *Treatment) validate(family Family) error {
 			return fmt.Errorf("%d endpoints, want at most %d", n, MaxEndpoints)
 		}
 		for _, e := range list {
-			if err := checkAddr(e.Addr, family); err != nil {
-				return fmt.Errorf("endpoint %s: %w", e.Addr, err)
-			}
-			if e.Addr.Addr().IsUnspecified() {
-				return fmt.Errorf("endpoint %s: the unspecified address is no pod's", e.Addr)
+			if err := checkEndpoint(e.Addr, family); err != nil {
+				return err
 			}
 		}
 	}

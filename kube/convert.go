@@ -2,6 +2,7 @@ package kube
 
 import (
 	"fmt"
+	"net/netip"
 	"slices"
 
 	corev1 "k8s.io/api/core/v1"
@@ -43,6 +44,8 @@ type wanted struct {
 	// frontends are sorted and unique.
 	frontends []dataplane.Frontend
 	treatment dataplane.Treatment
+	// serving is Service.Serving.
+	serving []netip.AddrPort
 }
 
 // convert returns what the Service asks for, given all slices that belong to it.

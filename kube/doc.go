@@ -46,6 +46,10 @@
 // for zones, and one of them is for the zone in this node's label
 // topology.kubernetes.io/zone, only those for this zone. Or else all.
 //
+// Those who have been talking to an endpoint over UDP go on as long as it serves,
+// whatever traffic policy, hints and its termination say of new connections: it
+// is in Service.Serving then.
+//
 // # Treatment
 //
 // Connections to a cluster IP go by internalTrafficPolicy, and clients that are

@@ -40,6 +40,11 @@ func (t traits) ready() bool { return !t.has(notReady) }
 // draining says that the endpoint takes connections if no ready one does.
 func (t traits) draining() bool { return t.has(notReady) && t.has(terminating) && !t.has(notServing) }
 
+// serving says that the endpoint does not need to be left by those who talk to
+// it. A ready one counts whatever its condition serving says: pods of a Service
+// with publishNotReadyAddresses can be ready without serving.
+func (t traits) serving() bool { return t.ready() || !t.has(notServing) }
+
 // candidate is an endpoint before the choice among candidates is made.
 type candidate struct {
 	addr netip.AddrPort
@@ -109,6 +114,7 @@ func (c *conversion) endpoints(ports []portFamily, endpointSlices []*discoveryv1
 	}
 	for i := range ports {
 		p := &ports[i]
+		p.candidates = believed(p.candidates)
 		p.chosen = choose(p.candidates, policy.internalLocal || policy.externalLocal)
 		if populated[p.family] && !p.matched {
 			c.unmatched(p)
@@ -206,14 +212,21 @@ func (c *conversion) slicePort(slice *discoveryv1.EndpointSlice, i int) (name st
 	return *p.Name, protocol, uint16(*p.Port), true //nolint:gosec // the range was checked above
 }
 
-// choose returns what connections go to: with the policy Cluster the ready
-// endpoints that the hints leave, or else those that are terminating and still
-// serve; with the policy Local the ready ones of this node, or else those of
-// this node that are terminating and still serve. The candidates are reordered.
-func choose(candidates []candidate, local bool) choice {
+// believed returns the candidate to believe of each address, sorted by address.
+// It reuses the list.
+func believed(candidates []candidate) []candidate {
 	slices.SortFunc(candidates, candidate.compare)
 	candidates = slices.CompactFunc(candidates, func(a, b candidate) bool { return a.addr == b.addr })
 	shareLocal(candidates)
+	return candidates
+}
+
+// choose returns what connections go to: with the policy Cluster the ready
+// endpoints that the hints leave, or else those that are terminating and still
+// serve; with the policy Local the ready ones of this node, or else those of
+// this node that are terminating and still serve. The candidates are those
+// believed.
+func choose(candidates []candidate, local bool) choice {
 	var c choice
 	hints := topologyOf(candidates)
 	c.zoned = hints.zoned
@@ -234,6 +247,37 @@ func choose(candidates []candidate, local bool) choice {
 		c.local = c.cluster
 	}
 	return c
+}
+
+// servingBesides returns the addresses of the candidates that serve although the
+// treatment names them nowhere: those that terminate, and those that a policy or
+// hints leave out. All lists are sorted.
+func servingBesides(candidates []candidate, t *dataplane.Treatment) []netip.AddrPort {
+	var besides []netip.AddrPort
+	endpoints, local := t.Endpoints, t.LocalEndpoints
+	for _, c := range candidates {
+		inEndpoints := skipTo(&endpoints, c.addr)
+		inLocal := skipTo(&local, c.addr)
+		if c.serving() && !inEndpoints && !inLocal {
+			besides = append(besides, c.addr)
+		}
+	}
+	return slices.Clip(besides)
+}
+
+// skipTo drops the endpoints before addr and reports whether addr is the next.
+func skipTo(list *[]dataplane.Endpoint, addr netip.AddrPort) bool {
+	for len(*list) > 0 {
+		switch (*list)[0].Addr.Compare(addr) {
+		case -1:
+			*list = (*list)[1:]
+		case 0:
+			return true
+		default:
+			return false
+		}
+	}
+	return false
 }
 
 // shareLocal makes all candidates of an address local if one of them is: it is

@@ -36,8 +36,8 @@ type portFamily struct {
 	// cluster is the Service's cluster IP of the family.
 	cluster netip.Addr
 
-	// candidates are what the slices have for it, and chosen what connections
-	// go to. matched says that a slice knows the port.
+	// candidates are what the slices have for it, in the end those believed, and
+	// chosen what connections go to. matched says that a slice knows the port.
 	candidates []candidate
 	matched    bool
 	chosen     choice
@@ -212,6 +212,7 @@ func (c *conversion) wants(ports []portFamily, addrs addresses, policy policy) [
 	ranges := c.sourceRanges()
 	for i := range ports {
 		p := &ports[i]
+		others := len(wants)
 		for _, kind := range kinds() {
 			first := len(frontends)
 			frontends = c.appendFrontends(frontends, p, kind, addrs)
@@ -231,10 +232,26 @@ func (c *conversion) wants(ports []portFamily, addrs addresses, policy policy) [
 				port:      p.index,
 				frontends: mine,
 				treatment: treatment,
+				serving:   p.serving(&treatment, wants[others:]),
 			})
 		}
 	}
 	return wants
+}
+
+// serving returns Service.Serving for a treatment: a list that one of the port's
+// other wants has already, if it is equal.
+func (p *portFamily) serving(t *dataplane.Treatment, others []wanted) []netip.AddrPort {
+	if p.protocol != dataplane.UDP {
+		return nil
+	}
+	list := servingBesides(p.candidates, t)
+	for i := range others {
+		if slices.Equal(others[i].serving, list) {
+			return others[i].serving
+		}
+	}
+	return list
 }
 
 // appendFrontends appends the frontends of one kind that a port has.

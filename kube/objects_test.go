@@ -294,6 +294,9 @@ func text(svc *dataplane.Service) string {
 	if svc.NoEndpoints != dataplane.Reject {
 		parts = append(parts, svc.NoEndpoints.String())
 	}
+	if len(svc.Serving) > 0 {
+		parts = append(parts, fmt.Sprint("still serving ", svc.Serving))
+	}
 	if svc.Affinity != 0 {
 		parts = append(parts, "affinity "+svc.Affinity.String())
 	}

@@ -325,6 +325,9 @@ func (w *world) compute() map[dataplane.Key]*dataplane.Service {
 			frontends = append(frontends, want.frontend)
 		}
 		s, err := dataplane.NewService(key, frontends, w.naiveTreatment(wants[0]))
+		if err == nil {
+			s, err = s.WithServing(w.naiveServing(wants[0], s.Treatment))
+		}
 		if err != nil {
 			panic(err)
 		}
@@ -397,6 +400,18 @@ func (w *world) naiveTreatment(want naiveWant) dataplane.Treatment {
 		}
 	}
 	return t
+}
+
+// naiveServing lists what serves over UDP and is not in the treatment.
+func (w *world) naiveServing(want naiveWant, t dataplane.Treatment) (list []netip.AddrPort) {
+	for _, e := range w.naiveEndpoints(want) {
+		named := slices.ContainsFunc(append(slices.Clone(t.Endpoints), t.LocalEndpoints...),
+			func(other dataplane.Endpoint) bool { return other.Addr == e.addr })
+		if want.frontend.Protocol == dataplane.UDP && (e.ready || e.serving) && !named {
+			list = append(list, e.addr)
+		}
+	}
+	return list
 }
 
 // entry is an endpoint as the naive model sees it.

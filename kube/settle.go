@@ -140,10 +140,14 @@ func without(frontends []dataplane.Frontend, f dataplane.Frontend) []dataplane.F
 // got: old, if it is equal.
 func (w *wanted) programmed(frontends []dataplane.Frontend, old *dataplane.Service) (*dataplane.Service, error) {
 	// The lists are in order, so that this is what NewService would return.
-	if same := (dataplane.Service{Key: w.key, Frontends: frontends, Treatment: w.treatment}); same.Equal(old) {
+	if same := (dataplane.Service{Key: w.key, Frontends: frontends, Treatment: w.treatment, Serving: w.serving}); same.Equal(old) {
 		return old, nil
 	}
-	return dataplane.NewService(w.key, frontends, w.treatment)
+	svc, err := dataplane.NewService(w.key, frontends, w.treatment)
+	if err != nil || len(w.serving) == 0 {
+		return svc, err
+	}
+	return svc.WithServing(w.serving)
 }
 
 // share replaces the lists of w, which is the i-th want, by equal ones that
@@ -172,6 +176,14 @@ func (s *service) share(w *wanted, i int) *wanted {
 	}
 	w.treatment.Endpoints = shared(w.treatment.Endpoints)
 	w.treatment.LocalEndpoints = shared(w.treatment.LocalEndpoints)
+	if len(w.serving) > 0 {
+		for _, old := range s.programmed {
+			if have(old) && slices.Equal(old.Serving, w.serving) {
+				w.serving = old.Serving
+				break
+			}
+		}
+	}
 	return w
 }
 
