@@ -169,3 +169,35 @@ func TestEnd(t *testing.T) {
 		})
 	}
 }
+
+// TestEndWaits says that nothing is under way any more when Run returns.
+func TestEndWaits(t *testing.T) {
+	t.Parallel()
+	for name, lists := range map[string]bool{"a watch": false, "a list": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				var underWay atomic.Int64
+				var log record
+				_, stop := run(t, func(r *http.Request) (*http.Response, error) {
+					if lists && r.URL.Query().Get("watch") != "" {
+						return tinyServer(r) // can't stream lists
+					}
+					underWay.Add(1)
+					defer underWay.Add(-1)
+					<-r.Context().Done()
+					time.Sleep(time.Second)
+					return nil, r.Context().Err()
+				}, &log)
+				time.Sleep(time.Minute)
+				if n := underWay.Load(); n != 4 {
+					t.Fatalf("%d requests are under way, want one of each kind", n)
+				}
+				stop()
+				if n := underWay.Load(); n != 0 {
+					t.Errorf("%d requests are under way after the end", n)
+				}
+			})
+		})
+	}
+}

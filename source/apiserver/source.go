@@ -56,9 +56,7 @@ type Source struct {
 	box      *mailbox
 	contact  *contact
 	synced   atomic.Bool
-	// listing is read-locked while a list is under way: a reflector that is told
-	// to stop leaves it behind.
-	listing sync.RWMutex
+	lists    underWay
 }
 
 // New returns a Source. It starts nothing and does not speak to the server. The
@@ -97,8 +95,7 @@ func (s *Source) Run(ctx context.Context, deliver func(kube.Delta)) error {
 	defer func() {
 		cancel()
 		reflectors.Wait()
-		s.listing.Lock() // the last list has ended, and no other begins
-		defer s.listing.Unlock()
+		s.lists.end()
 	}()
 	for _, k := range s.kinds() {
 		reflectors.Go(func() { k.follow(ctx) })
@@ -126,6 +123,32 @@ func (s *Source) Run(ctx context.Context, deliver func(kube.Delta)) error {
 // Synced reports whether the first Delta has been delivered. It stays so while
 // the API server is away.
 func (s *Source) Synced() bool { return s.synced.Load() }
+
+// underWay has the lists that are being read: a reflector that is told to stop
+// leaves its own behind.
+type underWay struct {
+	sync.WaitGroup
+	mu    sync.Mutex
+	ended bool
+}
+
+// begin reports whether a list may begin. Done says that it has ended.
+func (u *underWay) begin() bool {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if !u.ended {
+		u.Add(1)
+	}
+	return !u.ended
+}
+
+// end waits for what is under way. Nothing begins after that.
+func (u *underWay) end() {
+	u.mu.Lock()
+	u.ended = true
+	u.mu.Unlock()
+	u.Wait()
+}
 
 // list is one kind of objects to follow.
 type list struct {
@@ -235,11 +258,10 @@ func (l *list) request(opts *metav1.ListOptions) *rest.Request {
 }
 
 func (l *list) list(ctx context.Context, opts metav1.ListOptions) (runtime.Object, error) {
-	l.src.listing.RLock()
-	defer l.src.listing.RUnlock()
-	if err := ctx.Err(); err != nil {
-		return nil, err
+	if !l.src.lists.begin() {
+		return nil, context.Canceled
 	}
+	defer l.src.lists.Done()
 	objects := l.empty()
 	err := l.request(&opts).Do(ctx).Into(objects)
 	l.heard(ctx, "list", err)
