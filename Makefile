@@ -53,7 +53,7 @@ RUN ?= .
 
 .PHONY: e2e
 e2e: deps controlplane ## end-to-end tests against a real Kubernetes control plane (root); RUN=regexp
-	go test -tags=e2e -count=1 -timeout=15m -run='$(RUN)' ./test/e2e/...
+	go test -tags=e2e -v -count=1 -timeout=15m -run='$(RUN)' ./test/e2e/...
 
 # A test that makes network namespaces does so with internal/nettest, and needs
 # root; one that runs a control plane does so with test/controlplane.

@@ -296,6 +296,10 @@ func (cp *ControlPlane) ready(ctx context.Context) error {
 // URL returns the address of the API server, https://HOST:PORT.
 func (cp *ControlPlane) URL() string { return "https://" + cp.addr.String() }
 
+// Dir returns a folder for files that are to go with the control plane, also if
+// the process is killed: then the next control plane removes it.
+func (cp *ControlPlane) Dir() string { return cp.dir.path }
+
 // ServiceCIDRs returns what Services get their addresses from.
 func (cp *ControlPlane) ServiceCIDRs() []netip.Prefix { return cp.options.ServiceCIDRs }
 

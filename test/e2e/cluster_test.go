@@ -51,8 +51,8 @@ type cluster struct {
 }
 
 // newCluster makes a cluster with two Nodes. Fairlead does not run yet.
-func newCluster(ctx context.Context, dir string, options controlplane.Options) (*cluster, error) {
-	c := &cluster{dir: dir}
+func newCluster(ctx context.Context, options controlplane.Options) (*cluster, error) {
+	c := &cluster{}
 	return c, c.make(ctx, options)
 }
 
@@ -63,6 +63,9 @@ func (c *cluster) make(ctx context.Context, options controlplane.Options) error 
 	}
 	options.Namespace, options.Address = c.net.Outside.Namespace, c.net.Outside.IPv4
 	if c.cp, err = controlplane.New(ctx, options); err != nil {
+		return err
+	}
+	if c.dir, err = os.MkdirTemp(c.cp.Dir(), "fairlead-"); err != nil {
 		return err
 	}
 	config := c.cp.Config()

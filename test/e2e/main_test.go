@@ -26,17 +26,8 @@ func TestMain(m *testing.M) {
 			fmt.Fprintln(os.Stderr, "the end-to-end tests make network namespaces and program the kernel in them: run them as root")
 			return 1
 		}
-		dir, err := os.MkdirTemp("", "fairlead-e2e-")
-		if err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			return 1
-		}
-		defer func() {
-			if err := os.RemoveAll(dir); err != nil {
-				fmt.Fprintln(os.Stderr, err)
-			}
-		}()
-		shared, err = newCluster(context.Background(), dir, controlplane.Options{ControllerManager: true})
+		var err error
+		shared, err = newCluster(context.Background(), controlplane.Options{ControllerManager: true})
 		if err == nil {
 			err = shared.start(context.Background())
 		}

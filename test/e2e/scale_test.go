@@ -190,7 +190,7 @@ func TestMemory(t *testing.T) {
 		goal                = 150e6
 		tolerated           = 400e6 // so that it fails for what is wrong, not for a busy machine
 	)
-	c, err := newCluster(t.Context(), t.TempDir(), controlplane.Options{})
+	c, err := newCluster(t.Context(), controlplane.Options{})
 	t.Cleanup(func() {
 		if err := c.close(); err != nil {
 			t.Error(err)
@@ -211,7 +211,12 @@ func TestMemory(t *testing.T) {
 	}
 	t.Logf("programmed %s after the start", time.Since(start).Round(10*time.Millisecond))
 	s := newScenario(t, c)
-	web := s.service("web", func(v *corev1.Service) { v.Spec.Selector = nil })
+	web := s.service("web", func(v *corev1.Service) {
+		v.Spec.Selector = nil
+		// The API server knows nothing of the addresses that were stored.
+		v.Spec.ClusterIP = "10.96.200.1"
+		v.Spec.IPFamilyPolicy = new(corev1.IPFamilyPolicySingleStack)
+	})
 	only := s.pod("web")
 	s.slice("web", endpoint{only, thisZone})
 	start = time.Now()
