@@ -1,0 +1,43 @@
+// Package conntrack deletes connection-tracking entries of UDP flows that would
+// keep clients from where a Service is now served, so that the next datagram is
+// translated anew.
+//
+// A flow of UDP has no end: what the first datagram's translation was stays
+// until nothing was sent for a while (net.netfilter.nf_conntrack_udp_timeout). A
+// client that goes on sending from one port is stuck with an endpoint that has
+// left, or with a frontend that was none when the flow began.
+//
+// A [Cleaner] is told of every commit ([Cleaner.Committed]) and of the node
+// ([Cleaner.SetNode]), and looks at the entries after the commit has changed the
+// kernel's maps: before, the next datagram would make the same entry again.
+//
+// # Which entries go
+//
+// All of them are UDP, in the default zone, and were addressed to a frontend; a
+// node port counts on the addresses that [dataplane.Node] has for node ports.
+// The endpoint is where replies come from. No entry goes whose endpoint serves
+// the frontend now: one that takes new flows, and one of Service.Serving, which
+// only keeps those that it has. Of the others go
+//
+//   - those to an endpoint that has left the Service, or whose Service or
+//     frontend is gone;
+//   - those that were not translated, as the frontend was none when they began,
+//     or had no endpoint;
+//   - after a Replace, which may have found anything, all of a frontend.
+//
+// TCP and SCTP end by themselves, with a reset or a timeout of the client, and
+// are left alone.
+//
+// # What it costs
+//
+// Changes that cannot leave a stale entry behind, such as one more endpoint,
+// cost nothing but a comparison. All others of a commit share a few dumps of the
+// table, each narrowed by the kernel (Linux 5.8) to the frontends in question,
+// or to UDP where they are many. Older kernels ignore the narrowing: that is seen
+// in what they answer, and one dump serves for all. In the kernel a dump walks
+// the whole table, which is why none is made in the goroutine that commits.
+//
+// The frontends are looked at once more one or two seconds later: a datagram that had
+// passed the old maps and waited, in a queue to user space (NFQUEUE) or on a
+// processor that was taken away, makes its entry only then.
+package conntrack

@@ -1,0 +1,361 @@
+package conntrack
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"fairlead/dataplane"
+)
+
+func addrPorts(text string) (list []netip.AddrPort) {
+	for field := range strings.FieldsSeq(text) {
+		list = append(list, netip.MustParseAddrPort(field))
+	}
+	return list
+}
+
+// service reads a Service: its name, its frontends, and its endpoints, those of
+// them in parentheses that only serve on:
+//
+//	dns 10.96.0.10:53 -> 10.0.0.1:53 (10.0.0.2:53)
+//
+// An empty text is none.
+func service(text string) *dataplane.Service { return serviceOver(dataplane.UDP, text) }
+
+func serviceOver(protocol dataplane.Protocol, text string) *dataplane.Service {
+	if text == "" {
+		return nil
+	}
+	what, to, _ := strings.Cut(text, "->")
+	name, at, _ := strings.Cut(what, " ")
+	to, on, _ := strings.Cut(to, "(")
+	var frontends []dataplane.Frontend
+	for _, addr := range addrPorts(at) {
+		frontends = append(frontends, dataplane.Frontend{Protocol: protocol, Addr: addr})
+	}
+	key := dataplane.Key{Namespace: "default", Name: name, Family: dataplane.FamilyOf(frontends[0].Addr.Addr())}
+	if frontends[0].Addr.Addr().IsUnspecified() {
+		key.Kind = dataplane.NodePort
+	}
+	var treatment dataplane.Treatment
+	for _, addr := range addrPorts(to) {
+		treatment.Endpoints = append(treatment.Endpoints, dataplane.Endpoint{Addr: addr})
+	}
+	s, err := dataplane.NewService(key, frontends, treatment)
+	if err == nil {
+		s, err = s.WithServing(addrPorts(strings.TrimSuffix(on, ")")))
+	}
+	if err != nil {
+		panic(fmt.Sprintf("%q: %v", text, err))
+	}
+	return s
+}
+
+// changesOf turns pairs of before and after into changes.
+func changesOf(pairs ...string) (changes []dataplane.Change) {
+	for pair := range slices.Chunk(pairs, 2) {
+		changes = append(changes, dataplane.Change{Old: service(pair[0]), New: service(pair[1])})
+	}
+	return changes
+}
+
+// judge returns which of the flows, each "destination endpoint", are stale after
+// a commit of the changes. The node has node ports on 192.0.2.1 and 2001:db8::1.
+func judge(all bool, changes []dataplane.Change, flows []string) (stale []string) {
+	p, before, after := newProgrammed(), map[dataplane.Key]*dataplane.Service{}, map[dataplane.Key]*dataplane.Service{}
+	p.setNode(dataplane.Node{NodePortAddrs: []netip.Addr{netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8::1")}})
+	s := suspects{all: all}
+	for _, c := range changes {
+		before[c.Key()] = c.Old
+		after[c.Key()] = c.New
+		s.change(c)
+	}
+	p.take(before)
+	p.take(after)
+	for _, text := range flows {
+		f := addrPorts(text)
+		if p.stale(flow{destination: f[0], endpoint: f[1]}, &s) {
+			stale = append(stale, text)
+		}
+	}
+	return stale
+}
+
+// TestStale says which flows go after a change.
+func TestStale(t *testing.T) {
+	t.Parallel()
+	const (
+		dns   = "dns 10.96.0.10:53 -> 10.0.0.1:53 10.0.0.2:53"
+		dns6  = "dns [fd00:96::10]:53 -> [fd01::1]:53 [fd01::2]:53"
+		node  = "node 0.0.0.0:30053 -> 10.0.0.1:53 10.0.0.2:53"
+		node6 = "node [::]:30053 -> [fd01::1]:53 [fd01::2]:53"
+	)
+	for _, tt := range []struct {
+		name    string
+		changes []string // before, after
+		stale   []string
+		kept    []string
+		replace bool
+	}{
+		{
+			name:    "an endpoint leaves: flows to it go",
+			changes: []string{dns, "dns 10.96.0.10:53 -> 10.0.0.1:53"},
+			stale:   []string{"10.96.0.10:53 10.0.0.2:53"},
+			kept: []string{
+				"10.96.0.10:53 10.0.0.1:53",
+				// Not by this frontend.
+				"10.96.0.11:53 10.0.0.2:53", "10.96.0.10:54 10.0.0.2:53", "10.0.0.2:53 10.0.0.2:53",
+				// Nobody knows who made these.
+				"10.96.0.10:53 10.0.0.9:53", "10.96.0.10:53 10.96.0.10:53",
+			},
+		},
+		{
+			name:    "the last endpoint leaves",
+			changes: []string{"dns 10.96.0.10:53 -> 10.0.0.1:53", "dns 10.96.0.10:53 ->"},
+			stale:   []string{"10.96.0.10:53 10.0.0.1:53"},
+		},
+		{
+			name:    "an endpoint takes nothing new and still serves: flows to it stay",
+			changes: []string{dns, "dns 10.96.0.10:53 -> 10.0.0.1:53 (10.0.0.2:53)"},
+			kept:    []string{"10.96.0.10:53 10.0.0.1:53", "10.96.0.10:53 10.0.0.2:53"},
+		},
+		{
+			name:    "it serves no longer",
+			changes: []string{"dns 10.96.0.10:53 -> 10.0.0.1:53 (10.0.0.2:53)", "dns 10.96.0.10:53 -> 10.0.0.1:53"},
+			stale:   []string{"10.96.0.10:53 10.0.0.2:53"},
+			kept:    []string{"10.96.0.10:53 10.0.0.1:53"},
+		},
+		{
+			name:    "another port of the same pod",
+			changes: []string{"dns 10.96.0.10:53 -> 10.0.0.1:53", "dns 10.96.0.10:53 -> 10.0.0.1:5353"},
+			stale:   []string{"10.96.0.10:53 10.0.0.1:53"},
+			kept:    []string{"10.96.0.10:53 10.0.0.1:5353"},
+		},
+		{
+			name:    "one more endpoint: nothing goes",
+			changes: []string{"dns 10.96.0.10:53 -> 10.0.0.1:53", dns},
+			kept:    []string{"10.96.0.10:53 10.0.0.1:53", "10.96.0.10:53 10.0.0.2:53", "10.96.0.10:53 10.96.0.10:53"},
+		},
+		{
+			name:    "the first endpoint: flows that were not translated go",
+			changes: []string{"dns 10.96.0.10:53 ->", "dns 10.96.0.10:53 -> 10.0.0.1:53"},
+			stale:   []string{"10.96.0.10:53 10.96.0.10:53"},
+			kept:    []string{"10.96.0.10:53 10.0.0.1:53", "10.96.0.11:53 10.96.0.11:53", "10.0.0.1:53 10.0.0.1:53"},
+		},
+		{
+			name:    "a new Service: flows that were not translated go",
+			changes: []string{"", dns},
+			stale:   []string{"10.96.0.10:53 10.96.0.10:53"},
+			kept:    []string{"10.96.0.10:53 10.0.0.1:53", "10.96.0.11:53 10.96.0.11:53"},
+		},
+		{
+			name:    "a deleted Service: translated flows go, all others are none of ours",
+			changes: []string{dns, ""},
+			stale:   []string{"10.96.0.10:53 10.0.0.1:53", "10.96.0.10:53 10.0.0.2:53"},
+			kept:    []string{"10.96.0.10:53 10.96.0.10:53", "10.96.0.11:53 10.0.0.1:53", "10.96.0.10:53 10.0.0.9:53"},
+		},
+		{
+			name:    "a deleted Service whose endpoints only served on",
+			changes: []string{"dns 10.96.0.10:53 -> (10.0.0.2:53)", ""},
+			stale:   []string{"10.96.0.10:53 10.0.0.2:53"},
+		},
+		{
+			name:    "a frontend goes, another comes, and one stays",
+			changes: []string{"dns 10.96.0.10:53 198.51.100.1:53 -> 10.0.0.1:53", "dns 10.96.0.10:53 198.51.100.2:53 -> 10.0.0.1:53"},
+			stale:   []string{"198.51.100.1:53 10.0.0.1:53", "198.51.100.2:53 198.51.100.2:53"},
+			kept:    []string{"10.96.0.10:53 10.0.0.1:53", "198.51.100.1:53 198.51.100.1:53", "198.51.100.2:53 10.0.0.1:53"},
+		},
+		{
+			name: "a frontend goes from one Service to another",
+			changes: []string{
+				"a 10.96.0.10:53 -> 10.0.0.1:53 10.0.0.2:53", "",
+				"b 10.96.0.11:53 -> 10.0.0.2:53 10.0.0.3:53", "b 10.96.0.10:53 10.96.0.11:53 -> 10.0.0.2:53 10.0.0.3:53",
+			},
+			stale: []string{"10.96.0.10:53 10.0.0.1:53"},
+			kept:  []string{"10.96.0.10:53 10.0.0.2:53", "10.96.0.10:53 10.0.0.3:53", "10.96.0.11:53 10.0.0.3:53"},
+		},
+		{
+			name: "the same, listed the other way round",
+			changes: []string{
+				"b 10.96.0.11:53 -> 10.0.0.2:53", "b 10.96.0.10:53 10.96.0.11:53 -> 10.0.0.2:53",
+				"a 10.96.0.10:53 -> 10.0.0.1:53 10.0.0.2:53", "",
+			},
+			stale: []string{"10.96.0.10:53 10.0.0.1:53"},
+			kept:  []string{"10.96.0.10:53 10.0.0.2:53"},
+		},
+		{
+			name:    "IPv6",
+			changes: []string{dns6, "dns [fd00:96::10]:53 -> [fd01::1]:53"},
+			stale:   []string{"[fd00:96::10]:53 [fd01::2]:53"},
+			kept:    []string{"[fd00:96::10]:53 [fd01::1]:53", "[fd00:96::11]:53 [fd01::2]:53"},
+		},
+		{
+			name:    "a node port, on the node's addresses",
+			changes: []string{node, "node 0.0.0.0:30053 -> 10.0.0.1:53"},
+			stale:   []string{"192.0.2.1:30053 10.0.0.2:53"},
+			kept:    []string{"192.0.2.1:30053 10.0.0.1:53", "192.0.2.2:30053 10.0.0.2:53", "192.0.2.1:30054 10.0.0.2:53"},
+		},
+		{
+			name:    "a node port goes",
+			changes: []string{node, ""},
+			stale:   []string{"192.0.2.1:30053 10.0.0.1:53", "192.0.2.1:30053 10.0.0.2:53"},
+			kept:    []string{"192.0.2.1:30053 192.0.2.1:30053", "192.0.2.2:30053 10.0.0.1:53"},
+		},
+		{
+			name:    "another node port",
+			changes: []string{node, "node 0.0.0.0:30054 -> 10.0.0.1:53 10.0.0.2:53"},
+			stale:   []string{"192.0.2.1:30053 10.0.0.1:53", "192.0.2.1:30054 192.0.2.1:30054"},
+			kept:    []string{"192.0.2.1:30053 192.0.2.1:30053", "192.0.2.1:30054 10.0.0.1:53"},
+		},
+		{
+			name:    "a new node port: flows to who listened there before go",
+			changes: []string{"", node},
+			stale:   []string{"192.0.2.1:30053 192.0.2.1:30053"},
+			kept:    []string{"192.0.2.2:30053 192.0.2.2:30053", "192.0.2.1:30053 10.0.0.1:53"},
+		},
+		{
+			name:    "a node port of IPv6",
+			changes: []string{node6, "node [::]:30053 -> [fd01::1]:53"},
+			stale:   []string{"[2001:db8::1]:30053 [fd01::2]:53"},
+			kept:    []string{"[2001:db8::1]:30053 [fd01::1]:53", "[2001:db8::2]:30053 [fd01::2]:53"},
+		},
+		{
+			name: "a frontend with an address of the node goes before a node port",
+			changes: []string{
+				node, "node 0.0.0.0:30053 -> 10.0.0.1:53",
+				"", "ext 192.0.2.1:30053 -> 10.0.0.2:53",
+			},
+			stale: []string{"192.0.2.1:30053 192.0.2.1:30053"},
+			kept:  []string{"192.0.2.1:30053 10.0.0.2:53"},
+		},
+		{
+			name:    "an endpoint at the frontend's own address leaves, in the network of the node",
+			changes: []string{"ext 192.0.2.9:53 -> 192.0.2.9:53 10.0.0.1:53", "ext 192.0.2.9:53 -> 10.0.0.1:53"},
+			stale:   []string{"192.0.2.9:53 192.0.2.9:53"},
+		},
+		{
+			name:    "a Replace: whatever does not serve goes",
+			changes: []string{dns, dns, node, node, "none 10.96.0.12:53 ->", "none 10.96.0.12:53 ->"},
+			replace: true,
+			stale: []string{
+				"10.96.0.10:53 10.0.0.9:53", "10.96.0.10:53 10.96.0.10:53", "10.96.0.12:53 10.0.0.1:53",
+				"192.0.2.1:30053 10.0.0.9:53", "192.0.2.1:30053 192.0.2.1:30053",
+			},
+			kept: []string{
+				"10.96.0.10:53 10.0.0.1:53", "10.96.0.11:53 10.0.0.9:53", "192.0.2.1:30053 10.0.0.1:53",
+				"192.0.2.2:30053 10.0.0.9:53", "192.0.2.1:30054 10.0.0.9:53", "8.8.8.8:53 8.8.8.8:53",
+			},
+		},
+		{
+			name:    "a Replace that removes a Service",
+			changes: []string{dns, ""},
+			replace: true,
+			stale:   []string{"10.96.0.10:53 10.0.0.1:53"},
+			kept:    []string{"10.96.0.10:53 10.96.0.10:53", "10.96.0.10:53 10.0.0.9:53"},
+		},
+	} {
+		got := judge(tt.replace, changesOf(tt.changes...), slices.Concat(tt.stale, tt.kept))
+		if diff := cmp.Diff(tt.stale, got); diff != "" {
+			t.Errorf("%s: stale (-want +got)\n%s", tt.name, diff)
+		}
+	}
+}
+
+// TestLocalEndpointsServe says that flows of clients from outside stay with this
+// node's endpoints.
+func TestLocalEndpointsServe(t *testing.T) {
+	t.Parallel()
+	with := func(cluster, local string) *dataplane.Service {
+		s := service("a 198.51.100.1:53 -> " + cluster)
+		s.ExternalLocal = true
+		for _, addr := range addrPorts(local) {
+			s.LocalEndpoints = append(s.LocalEndpoints, dataplane.Endpoint{Addr: addr})
+		}
+		return s
+	}
+	changes := []dataplane.Change{{Old: with("10.0.0.1:53 10.0.0.2:53", "10.0.0.3:53 10.0.0.4:53"), New: with("10.0.0.1:53", "10.0.0.3:53")}}
+	got := judge(false, changes, []string{
+		"198.51.100.1:53 10.0.0.1:53", "198.51.100.1:53 10.0.0.2:53", "198.51.100.1:53 10.0.0.3:53", "198.51.100.1:53 10.0.0.4:53",
+	})
+	if diff := cmp.Diff([]string{"198.51.100.1:53 10.0.0.2:53", "198.51.100.1:53 10.0.0.4:53"}, got); diff != "" {
+		t.Errorf("stale (-want +got)\n%s", diff)
+	}
+}
+
+// TestOnlyUDP says that Services of other protocols cost nothing.
+func TestOnlyUDP(t *testing.T) {
+	t.Parallel()
+	for _, protocol := range []dataplane.Protocol{dataplane.TCP, dataplane.SCTP} {
+		p := newProgrammed()
+		var s suspects
+		old := serviceOver(protocol, "a 10.96.0.10:53 -> 10.0.0.1:53")
+		s.change(dataplane.Change{Old: old})
+		s.change(dataplane.Change{New: old})
+		p.take(map[dataplane.Key]*dataplane.Service{old.Key: old})
+		if !s.none() || len(p.services)+len(p.owners) > 0 {
+			t.Errorf("%s: suspects %v, %d Services remembered", protocol, s, len(p.services))
+		}
+	}
+}
+
+// TestQueries says what is asked of the kernel for suspects.
+func TestQueries(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		name     string
+		suspect  string
+		all      bool
+		services []string
+		want     []string
+	}{
+		{name: "nothing"},
+		{name: "a frontend", suspect: "10.96.0.10:53", want: []string{"IPv4 10.96.0.10 53"}},
+		{name: "frontends of one port share a dump", suspect: "10.96.0.10:53 198.51.100.1:53", want: []string{"IPv4 any 53"}},
+		{name: "a node port is one of any address", suspect: "10.96.0.10:53 0.0.0.0:30053", want: []string{"IPv4 any 30053", "IPv4 10.96.0.10 53"}},
+		{name: "IPv6 is asked for by port only", suspect: "[fd00:96::10]:53", want: []string{"IPv6 any 53"}},
+		{
+			name: "the families for themselves", suspect: "[fd00:96::10]:53 10.96.0.10:53",
+			want: []string{"IPv4 10.96.0.10 53", "IPv6 any 53"},
+		},
+		{
+			name: "many in one", suspect: "10.96.0.10:53 10.96.0.11:54 10.96.0.12:55 10.96.0.13:56 10.96.0.14:57 [fd00:96::10]:53",
+			want: []string{"IPv4 any 0", "IPv6 any 53"},
+		},
+		{name: "all of nothing", all: true},
+		{
+			name: "all", all: true, suspect: "10.96.0.20:99", services: []string{"a 10.96.0.10:53 ->", "b 10.96.0.11:53 ->"},
+			want: []string{"IPv4 any 53", "IPv4 10.96.0.20 99"},
+		},
+	} {
+		p := newProgrammed()
+		services := map[dataplane.Key]*dataplane.Service{}
+		for _, text := range tt.services {
+			s := service(text)
+			services[s.Key] = s
+		}
+		p.take(services)
+		s := suspects{all: tt.all}
+		for _, f := range addrPorts(tt.suspect) {
+			s.add(f, suspicion{untranslated: true})
+		}
+		var got []string
+		queries := p.queries(&s)
+		for _, family := range families(queries) {
+			for _, q := range queries[family] {
+				addr := "any"
+				if q.addr.IsValid() {
+					addr = q.addr.String()
+				}
+				got = append(got, fmt.Sprint(q.family, " ", addr, " ", q.port))
+			}
+		}
+		if diff := cmp.Diff(tt.want, got); diff != "" {
+			t.Errorf("%s: (-want +got)\n%s", tt.name, diff)
+		}
+	}
+}

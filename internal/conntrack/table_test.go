@@ -1,0 +1,244 @@
+package conntrack
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"slices"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+
+	"fairlead/dataplane"
+	"fairlead/internal/nettest"
+)
+
+func newNamespace(tb testing.TB) *nettest.Namespace {
+	tb.Helper()
+	ns, err := nettest.NewNamespace("")
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() {
+		if err := ns.Close(); err != nil {
+			tb.Error(err)
+		}
+	})
+	return ns
+}
+
+func openTable(tb testing.TB, ns *nettest.Namespace) *kernel {
+	tb.Helper()
+	t, err := openKernel(ns.Fd())
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() {
+		if err := t.close(); err != nil {
+			tb.Error(err)
+		}
+	})
+	return t.(*kernel)
+}
+
+// made is an entry to be made.
+type made struct {
+	protocol                      byte // UDP if it is 0
+	client, destination, endpoint netip.AddrPort
+	zone                          uint16
+}
+
+// makeEntry writes "client destination endpoint"; without an endpoint nothing is
+// translated.
+func makeEntry(client, destination, endpoint string) made {
+	m := made{client: netip.MustParseAddrPort(client), destination: netip.MustParseAddrPort(destination)}
+	m.endpoint = m.destination
+	if endpoint != "" {
+		m.endpoint = netip.MustParseAddrPort(endpoint)
+	}
+	return m
+}
+
+func (m made) message() netlink.Message {
+	protocol := m.protocol
+	if protocol == 0 {
+		protocol = unix.IPPROTO_UDP
+	}
+	direction := func(typ uint16, from, to netip.AddrPort) []byte {
+		source, destination := uint16(ctaIPv4Src), uint16(ctaIPv4Dst)
+		if to.Addr().Is6() {
+			source, destination = ctaIPv6Src, ctaIPv6Dst
+		}
+		return nested(typ, slices.Concat(
+			nested(ctaTupleIP, slices.Concat(
+				attribute(source, from.Addr().AsSlice()), attribute(destination, to.Addr().AsSlice()))),
+			nested(ctaTupleProto, slices.Concat(
+				attribute(ctaProtoNum, []byte{protocol}),
+				attribute(ctaProtoSrcPort, binary.BigEndian.AppendUint16(nil, from.Port())),
+				attribute(ctaProtoDstPort, binary.BigEndian.AppendUint16(nil, to.Port())))),
+		))
+	}
+	const (
+		msgNew       = unix.NFNL_SUBSYS_CTNETLINK << 8
+		ctaProtoInfo = 4
+		ctaTimeout   = 7
+	)
+	data := slices.Concat(header(dataplane.FamilyOf(m.client.Addr())),
+		direction(ctaTupleOrig, m.client, m.destination), direction(ctaTupleReply, m.endpoint, m.client),
+		attribute(ctaTimeout, binary.BigEndian.AppendUint32(nil, 600)))
+	if protocol == unix.IPPROTO_TCP {
+		// CTA_PROTOINFO_TCP, CTA_PROTOINFO_TCP_STATE: established
+		data = append(data, nested(ctaProtoInfo, nested(1, attribute(1, []byte{3})))...)
+	}
+	if m.zone != 0 {
+		data = append(data, attribute(ctaZone, binary.BigEndian.AppendUint16(nil, m.zone))...)
+	}
+	return netlink.Message{
+		Header: netlink.Header{Type: msgNew, Flags: netlink.Request | netlink.Acknowledge | netlink.Create | netlink.Excl},
+		Data:   data,
+	}
+}
+
+// insert makes entries.
+func insert(tb testing.TB, k *kernel, entries ...made) {
+	tb.Helper()
+	for batch := range slices.Chunk(entries, deleteBatch) {
+		var messages []netlink.Message
+		for _, m := range batch {
+			messages = append(messages, m.message())
+		}
+		if _, err := k.conn.SendMessages(messages); err != nil {
+			tb.Fatal(err)
+		}
+		for _, m := range batch {
+			if _, err := k.conn.Receive(); err != nil {
+				tb.Fatalf("make %+v: %v", m, err)
+			}
+		}
+	}
+}
+
+// listed lists what a query shows, sorted.
+func listed(tb testing.TB, k *kernel, q query) (flows []string, narrowed bool) {
+	tb.Helper()
+	_, narrowed, err := k.list(tb.Context(), q, func(f flow) bool {
+		flows = append(flows, fmt.Sprintf("%s %s", f.destination, f.endpoint))
+		return false
+	})
+	if err != nil {
+		tb.Fatal(err)
+	}
+	slices.Sort(flows)
+	return flows, narrowed
+}
+
+// TestList says what a query shows of the kernel's table.
+func TestList(t *testing.T) {
+	t.Parallel()
+	k := openTable(t, newNamespace(t))
+	tcp, zoned := makeEntry("10.1.0.1:5", "10.96.0.10:53", "10.0.0.1:53"), makeEntry("10.1.0.1:6", "10.96.0.10:53", "10.0.0.1:53")
+	tcp.protocol, zoned.zone = unix.IPPROTO_TCP, 7
+	insert(t, k,
+		makeEntry("10.1.0.1:1", "10.96.0.10:53", "10.0.0.1:5353"),
+		makeEntry("10.1.0.1:2", "10.96.0.10:54", "10.0.0.1:5353"),
+		makeEntry("10.1.0.1:3", "10.96.0.11:53", ""),
+		makeEntry("[fd00::1]:4", "[fd00:96::10]:53", "[fd01::1]:5353"),
+		tcp, zoned,
+	)
+	for _, tt := range []struct {
+		name string
+		q    query
+		want []string
+	}{
+		{"UDP of IPv4", query{family: dataplane.IPv4}, []string{
+			"10.96.0.10:53 10.0.0.1:5353", "10.96.0.10:54 10.0.0.1:5353", "10.96.0.11:53 10.96.0.11:53",
+		}},
+		{"UDP of IPv6", query{family: dataplane.IPv6}, []string{"[fd00:96::10]:53 [fd01::1]:5353"}},
+		{"a port", query{family: dataplane.IPv4, port: 53}, []string{
+			"10.96.0.10:53 10.0.0.1:5353", "10.96.0.11:53 10.96.0.11:53",
+		}},
+		{"a port and an address", query{family: dataplane.IPv4, addr: netip.MustParseAddr("10.96.0.10"), port: 53}, []string{
+			"10.96.0.10:53 10.0.0.1:5353",
+		}},
+		{"a port of IPv6", query{family: dataplane.IPv6, port: 53}, []string{"[fd00:96::10]:53 [fd01::1]:5353"}},
+		{"nothing", query{family: dataplane.IPv4, port: 99}, nil},
+	} {
+		got, narrowed := listed(t, k, tt.q)
+		if diff := cmp.Diff(tt.want, got); diff != "" {
+			t.Errorf("%s: (-want +got)\n%s", tt.name, diff)
+		}
+		if !narrowed {
+			t.Errorf("%s: the kernel does not narrow the dump", tt.name)
+		}
+	}
+
+	// Kernels before 5.8 ignore the filter, and list TCP as well.
+	var got []string
+	entries, narrowed, err := k.dump(query{family: dataplane.IPv4, port: 54}, nil, func(f flow) bool {
+		got = append(got, f.destination.String())
+		return f.destination.Port() == 53
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	slices.Sort(got)
+	if diff := cmp.Diff([]string{"10.96.0.10:53", "10.96.0.10:54", "10.96.0.11:53"}, got); diff != "" || narrowed || len(entries) != 2 {
+		t.Errorf("without a filter: %d entries, narrowed %t, seen (-want +got)\n%s", len(entries), narrowed, diff)
+	}
+}
+
+// TestDelete says that exactly the entries listed are deleted.
+func TestDelete(t *testing.T) {
+	t.Parallel()
+	k := openTable(t, newNamespace(t))
+	var all []made
+	for i := range 3*deleteBatch + 1 {
+		all = append(all, makeEntry(fmt.Sprintf("10.1.0.1:%d", 1000+i), "10.96.0.10:53", "10.0.0.1:5353"))
+	}
+	insert(t, k, all...)
+	insert(t, k, makeEntry("10.1.0.1:1", "10.96.0.11:53", ""))
+	q := query{family: dataplane.IPv4}
+	ours := func(f flow) bool { return f.destination.Addr() == netip.MustParseAddr("10.96.0.10") }
+	entries, _, err := k.list(t.Context(), q, ours)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(entries) != len(all) {
+		t.Fatalf("%d entries, want %d", len(entries), len(all))
+	}
+
+	if n, err := k.delete(t.Context(), entries[:2]); n != 2 || err != nil {
+		t.Fatalf("deleted %d, %v", n, err)
+	}
+	// Two have gone by themselves, and of another one the memory holds another.
+	entries[2].id = []byte{1, 2, 3, 4}
+	if n, err := k.delete(t.Context(), entries); n != len(all)-3 || err != nil {
+		t.Errorf("deleted %d, %v; want %d", n, err, len(all)-3)
+	}
+	got, _ := listed(t, k, q)
+	if diff := cmp.Diff([]string{"10.96.0.10:53 10.0.0.1:5353", "10.96.0.11:53 10.96.0.11:53"}, got); diff != "" {
+		t.Errorf("left (-want +got)\n%s", diff)
+	}
+}
+
+func TestUntilTheContextEnds(t *testing.T) {
+	t.Parallel()
+	k := openTable(t, newNamespace(t))
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	// The deadline passes in another goroutine, so that a first answer may come.
+	var err error
+	for range 1000 {
+		if _, _, err = k.list(ctx, query{family: dataplane.IPv4}, func(flow) bool { return false }); err != nil {
+			break
+		}
+	}
+	if !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("error %v, want a deadline exceeded", err)
+	}
+}
