@@ -181,7 +181,7 @@ func TestComment(t *testing.T) {
 	}
 }
 
-func TestPodCIDRs(t *testing.T) {
+func TestNetworks(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
 		name  string
@@ -203,7 +203,7 @@ func TestPodCIDRs(t *testing.T) {
 				node.PodCIDRs = append(node.PodCIDRs, netip.MustParsePrefix(c))
 			}
 			var got []string
-			for _, e := range intervals(newTable(dataplane.IPv4).podCIDRsOf(node)) {
+			for _, e := range intervals(newTable(dataplane.IPv4).networksOf(node.PodCIDRs)) {
 				a, _ := netip.AddrFromSlice(e.Key)
 				text := a.String()
 				if e.IntervalEnd {
@@ -232,9 +232,17 @@ func FuzzElements(f *testing.F) {
 		parseElement(b)
 		_ = parseElements(b, func(element) {})
 		if f, _, err := table.parseFrontend(b); err == nil {
-			key := table.slotElement(f, uint32(slot))
-			if gotFrontend, got, err := table.parseSlot(key); err != nil || got != int(slot) || gotFrontend != f {
-				t.Fatalf("slot %d of %v became %d of %v, %v", slot, f, got, gotFrontend, err)
+			l := list(slot & 1)
+			key := table.slotElement(f, l, uint32(slot))
+			if gotFrontend, gotList, got, err := table.parseSlot(key); err != nil || got != int(slot) || gotFrontend != f || gotList != l {
+				t.Fatalf("slot %d of list %d of %v became %d of %d of %v, %v", slot, l, f, got, gotList, gotFrontend, err)
+			}
+			if gotFrontend, got, err := table.parseSticky(table.stickyElement(f, id(slot))); err != nil || got != id(slot) || gotFrontend != f {
+				t.Fatalf("ID %d of %v became %d of %v, %v", slot, f, got, gotFrontend, err)
+			}
+			p := netip.PrefixFrom(f.Addr.Addr(), int(slot)%(8*table.addrLen+1)).Masked()
+			if gotFrontend, got, err := table.parseRange(table.rangeElement(f, p), p.Bits()); err != nil || got != p || gotFrontend != f {
+				t.Fatalf("range %v of %v became %v of %v, %v", p, f, got, gotFrontend, err)
 			}
 			a, err := table.parseAddrPort(b)
 			if err != nil {
@@ -248,7 +256,7 @@ func FuzzElements(f *testing.F) {
 				t.Fatalf("hairpin of %v and %v became %v and %v, %v", a, f, got, gotFrontend, err)
 			}
 		}
-		if f, slot, err := table.parseSlot(b); err == nil && len(b) != len(table.slotElement(f, uint32(slot))) {
+		if f, l, slot, err := table.parseSlot(b); err == nil && len(b) != len(table.slotElement(f, l, uint32(slot))) {
 			t.Fatalf("%x was taken for slot %d of %v", b, slot, f)
 		}
 		if c, err := table.parseClass(b); err == nil && !bytes.Equal(table.classElement(c), b) {

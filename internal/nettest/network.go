@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"net"
 	"net/netip"
@@ -204,7 +205,8 @@ func (h *Host) Addrs() []netip.Addr {
 // AddAddr gives the host one more address, on its loopback device. Servers that
 // start later serve it too. There is no route to it besides default routes: on
 // the outside host it is an address that the node sends away like any it does
-// not know.
+// not know. The host connects from it only to itself, and masquerades with
+// another.
 func (h *Host) AddAddr(addr netip.Addr) error {
 	handle, err := netlink.NewHandleAt(netns.NsHandle(h.Fd()), unix.NETLINK_ROUTE)
 	if err != nil {
@@ -213,7 +215,7 @@ func (h *Host) AddAddr(addr netip.Addr) error {
 	defer handle.Close()
 	lo, err := handle.LinkByName("lo")
 	if err == nil {
-		more := end{addrs: []netip.Prefix{netip.PrefixFrom(addr, addr.BitLen())}}
+		more := end{addrs: []netip.Prefix{netip.PrefixFrom(addr, addr.BitLen())}, unpreferred: true}
 		err = more.configure(handle, lo.Attrs().Index, nil)
 	}
 	if err != nil {
@@ -371,6 +373,8 @@ type end struct {
 	hw     net.HardwareAddr
 	addrs  []netip.Prefix
 	routes []route
+	// unpreferred addresses are not chosen as a source if there are others.
+	unpreferred bool
 }
 
 // route is a route through a link. The gateway may be the zero Addr: then the
@@ -504,6 +508,10 @@ func (e end) configure(handle *netlink.Handle, index int, peer net.HardwareAddr)
 		}
 		if p.Addr().Is4() {
 			addr.Flags = 0
+		}
+		if e.unpreferred {
+			addr.Scope = unix.RT_SCOPE_LINK
+			addr.ValidLft = math.MaxUint32 // forever, but preferred for no time
 		}
 		if err := handle.AddrAdd(link, addr); err != nil {
 			return fmt.Errorf("add address %s: %w", p, err)
