@@ -635,18 +635,6 @@ func TestUnsupported(t *testing.T) {
 			testUnsupported(t, bad)
 		})
 	}
-	t.Run("node ports", func(t *testing.T) {
-		t.Parallel()
-		bad, err := dataplane.NewService(
-			dataplane.Key{Namespace: "default", Name: "bad", Family: dataplane.IPv4, Kind: dataplane.NodePort},
-			[]dataplane.Frontend{{Protocol: dataplane.TCP, Addr: netip.MustParseAddrPort("0.0.0.0:30080")}},
-			dataplane.Treatment{Endpoints: endpoints(1)},
-		)
-		if err != nil {
-			t.Fatal(err)
-		}
-		testUnsupported(t, bad)
-	})
 }
 
 func testUnsupported(t *testing.T, bad *dataplane.Service) {
