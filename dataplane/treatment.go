@@ -155,6 +155,8 @@ func writeEndpoints(b *strings.Builder, endpoints []Endpoint) {
 func (t *Treatment) normalize() {
 	t.Endpoints = normalized(t.Endpoints)
 	t.LocalEndpoints = normalized(t.LocalEndpoints)
+	shareLocalOf(t.Endpoints, t.LocalEndpoints)
+	shareLocalOf(t.LocalEndpoints, t.Endpoints)
 	if !slices.IsSortedFunc(t.SourceRanges, netip.Prefix.Compare) {
 		slices.SortFunc(t.SourceRanges, netip.Prefix.Compare)
 	}
@@ -196,6 +198,23 @@ func shareLocal(endpoints []Endpoint) {
 			}
 		}
 		endpoints = endpoints[n:]
+	}
+}
+
+// shareLocalOf makes endpoints local whose address is in the other list, if that
+// one is. Both are sorted.
+func shareLocalOf(endpoints, others []Endpoint) {
+	for i := range endpoints {
+		addr := endpoints[i].Addr.Addr()
+		for len(others) > 0 && others[0].Addr.Addr().Less(addr) {
+			others = others[1:]
+		}
+		if len(others) == 0 {
+			return
+		}
+		if others[0].Addr.Addr() == addr && others[0].Local && !endpoints[i].Local {
+			endpoints[i].Local = true
+		}
 	}
 }
 

@@ -622,11 +622,9 @@ func TestApplyOfManyServices(t *testing.T) {
 // reported, has nothing in the kernel, and stops no other.
 func TestUnsupported(t *testing.T) {
 	t.Parallel()
-	local := endpoints(1)
 	for name, treatment := range map[string]dataplane.Treatment{
-		"external traffic policy Local": {ExternalLocal: true, LocalEndpoints: local},
-		"affinity":                      {Affinity: time.Hour},
-		"source ranges":                 {SourceRanges: []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")}},
+		"affinity":      {Affinity: time.Hour},
+		"source ranges": {SourceRanges: []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

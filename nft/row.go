@@ -147,8 +147,6 @@ func ownRange(f dataplane.Frontend) netip.Prefix {
 func supported(s *dataplane.Service) error {
 	var what string
 	switch {
-	case s.ExternalLocal:
-		what = "externalTrafficPolicy: Local"
 	case s.Affinity != 0:
 		what = "session affinity"
 	case len(s.SourceRanges) > 0:

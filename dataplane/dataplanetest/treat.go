@@ -3,6 +3,7 @@ package dataplanetest
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"sync"
 	"testing"
 
@@ -23,6 +24,28 @@ func each(t *testing.T, clients []*nettest.Host, check func(t *testing.T, family
 		}
 	}
 	checks.Wait()
+}
+
+// expectSome is expect, but for UDP and SCTP it makes few connections, of which
+// it checks only that none reaches anything else: what is the same for all
+// protocols is seen with TCP.
+func expectSome(
+	t *testing.T, from *nettest.Host, p dataplane.Protocol, addr netip.AddrPort, endpoints []netip.AddrPort,
+) []nettest.Answer {
+	t.Helper()
+	if p == dataplane.TCP || len(endpoints) < 2 {
+		return expect(t, from, p, addr, endpoints)
+	}
+	var answers []nettest.Answer
+	for range 3 {
+		answer, err := connect(t, from, p, addr)
+		if err != nil || !slices.Contains(endpoints, answer.Endpoint) {
+			t.Errorf("%s from %s to %s: answer %+v, error %v, want one of %v", p, from.Name, addr, answer, err, endpoints)
+			break
+		}
+		answers = append(answers, answer)
+	}
+	return answers
 }
 
 // forEach returns what build makes for each family and protocol.
