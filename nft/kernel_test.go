@@ -623,8 +623,7 @@ func TestApplyOfManyServices(t *testing.T) {
 func TestUnsupported(t *testing.T) {
 	t.Parallel()
 	for name, treatment := range map[string]dataplane.Treatment{
-		"affinity":      {Affinity: time.Hour},
-		"source ranges": {SourceRanges: []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")}},
+		"affinity": {Affinity: time.Hour},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -149,8 +149,6 @@ func supported(s *dataplane.Service) error {
 	switch {
 	case s.Affinity != 0:
 		what = "session affinity"
-	case len(s.SourceRanges) > 0:
-		what = "source ranges"
 	default:
 		return nil
 	}

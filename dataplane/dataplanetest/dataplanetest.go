@@ -31,6 +31,7 @@ func Run(t *testing.T, open Opener) {
 	t.Run("other ports of a cluster IP are refused, and other cluster IPs dropped", s.undeclared)
 	t.Run("node ports answer on the node's addresses for them", s.nodePorts)
 	t.Run("outside clients get local endpoints where the policy is Local", s.externalLocal)
+	t.Run("clients out of the source ranges are dropped", s.sourceRanges)
 	t.Run("a pod reaches itself through its Service", s.hairpin)
 	t.Run("what is no frontend is left alone", s.others)
 	t.Run("a Service with the longest names", s.longNames)
