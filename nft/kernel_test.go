@@ -130,28 +130,50 @@ func podNode() dataplane.Node {
 	return dataplane.Node{PodCIDRs: []netip.Prefix{netip.MustParsePrefix("10.1.0.0/16"), netip.MustParsePrefix("fd00:1::/64")}}
 }
 
-// sample has everything that can be in the tables, each once, so that the
-// order in which a listing shows it is certain.
+// fullNode returns a Node with everything that podNode has and more.
+func fullNode() dataplane.Node {
+	node := podNode()
+	node.LocalPodCIDRs = []netip.Prefix{netip.MustParsePrefix("10.7.0.0/24"), netip.MustParsePrefix("fd00:7::/64")}
+	node.ServiceCIDRs = []netip.Prefix{netip.MustParsePrefix("10.96.0.0/16"), netip.MustParsePrefix("fd00:96::/108")}
+	node.NodePortAddrs = []netip.Addr{netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8::1")}
+	return node
+}
+
+// sample has everything that can be in the tables.
 func sample(t *testing.T) []*dataplane.Service {
 	t.Helper()
 	var services []*dataplane.Service
-	for _, s := range []struct {
-		name, frontend string
-		protocol       dataplane.Protocol
-		endpoint       string
-	}{
-		{"web", "10.96.0.1:80", dataplane.TCP, "10.1.0.1:8080"},
-		{"empty", "10.96.0.2:53", dataplane.UDP, ""},
-		{"web", "[fd00:96::1]:80", dataplane.TCP, "[fd00:1::1]:8080"},
-		{"empty", "[fd00:96::2]:9", dataplane.SCTP, ""},
-	} {
-		var list []dataplane.Endpoint
-		if s.endpoint != "" {
-			list = append(list, dataplane.Endpoint{Addr: netip.MustParseAddrPort(s.endpoint), Local: true})
+	add := func(kind dataplane.Kind, name string, protocol dataplane.Protocol, frontend string, treatment dataplane.Treatment) {
+		f := dataplane.Frontend{Protocol: protocol, Addr: netip.MustParseAddrPort(frontend)}
+		key := dataplane.Key{Namespace: "default", Name: name, Family: dataplane.FamilyOf(f.Addr.Addr()), Kind: kind}
+		s, err := dataplane.NewService(key, []dataplane.Frontend{f}, treatment)
+		if err != nil {
+			t.Fatal(err)
 		}
-		f := dataplane.Frontend{Protocol: s.protocol, Addr: netip.MustParseAddrPort(s.frontend)}
-		services = append(services, service(t, s.name, []dataplane.Frontend{f}, list))
+		services = append(services, s)
 	}
+	at := func(addr string, local bool) []dataplane.Endpoint {
+		return []dataplane.Endpoint{{Addr: netip.MustParseAddrPort(addr), Local: local}}
+	}
+	full := func(local, remote string, ranges ...string) dataplane.Treatment {
+		treatment := dataplane.Treatment{
+			Endpoints: append(at(local, true), at(remote, false)...), ExternalLocal: true, LocalEndpoints: at(local, true),
+			Masquerade: dataplane.MasqueradeNode, NoEndpoints: dataplane.Drop, Affinity: 3 * time.Hour,
+		}
+		for _, r := range ranges {
+			treatment.SourceRanges = append(treatment.SourceRanges, netip.MustParsePrefix(r))
+		}
+		return treatment
+	}
+	add(dataplane.ClusterIP, "web", dataplane.TCP, "10.96.0.1:80", dataplane.Treatment{Endpoints: at("10.1.0.1:8080", true)})
+	add(dataplane.ClusterIP, "empty", dataplane.UDP, "10.96.0.2:53", dataplane.Treatment{})
+	add(dataplane.ClusterIP, "web", dataplane.TCP, "[fd00:96::1]:80", dataplane.Treatment{Endpoints: at("[fd00:1::1]:8080", true)})
+	add(dataplane.ClusterIP, "empty", dataplane.SCTP, "[fd00:96::2]:9", dataplane.Treatment{})
+	add(dataplane.NodePort, "web", dataplane.TCP, "0.0.0.0:30080",
+		dataplane.Treatment{Endpoints: at("10.1.0.1:8080", true), Masquerade: dataplane.MasqueradeAlways})
+	add(dataplane.LoadBalancer, "full", dataplane.TCP, "203.0.113.3:443",
+		full("10.1.0.1:8443", "10.2.0.1:8443", "192.0.2.0/24", "198.51.100.0/24", "198.51.100.0/31"))
+	add(dataplane.NodePort, "full", dataplane.TCP, "[::]:30443", full("[fd00:1::1]:8443", "[fd00:2::1]:8443"))
 	return services
 }
 
@@ -188,9 +210,65 @@ func randomServices(t testing.TB, random *rand.Rand, n int) []*dataplane.Service
 		if random.IntN(8) == 0 {
 			name = "renamed-" + name
 		}
-		services = append(services, service(t, name, frontends, list))
+		key := dataplane.Key{
+			Namespace: "default", Name: name, Family: dataplane.FamilyOf(address(0, 0)),
+			Kind: []dataplane.Kind{dataplane.ClusterIP, dataplane.ExternalIP, dataplane.LoadBalancer, dataplane.NodePort}[i/2%4],
+		}
+		if key.Kind == dataplane.NodePort {
+			for n, f := range frontends {
+				unspecified := netip.IPv4Unspecified()
+				if v6 {
+					unspecified = netip.IPv6Unspecified()
+				}
+				frontends[n].Addr = netip.AddrPortFrom(unspecified, uint16(30_000+10*i)+f.Addr.Port())
+			}
+		}
+		s, err := dataplane.NewService(key, frontends, randomTreatment(random, list, address))
+		if err != nil {
+			t.Fatal(err)
+		}
+		services = append(services, s)
 	}
 	return services
+}
+
+// randomTreatment returns a Treatment with these endpoints and, sooner or later,
+// all that can be in one.
+func randomTreatment(random *rand.Rand, list []dataplane.Endpoint, address func(first, n int) netip.Addr) dataplane.Treatment {
+	treatment := dataplane.Treatment{
+		Endpoints: list, Masquerade: dataplane.Masquerade(random.IntN(3)), NoEndpoints: dataplane.Verdict(random.IntN(2)),
+	}
+	if treatment.ExternalLocal = random.IntN(3) == 0; treatment.ExternalLocal {
+		treatment.LocalEndpoints = slices.Clone(list[:random.IntN(len(list)+1)])
+	}
+	if random.IntN(3) == 0 {
+		treatment.Affinity = time.Duration(1+random.IntN(3)) * 28_800 * time.Second
+	}
+	if random.IntN(4) == 0 {
+		for range 1 + random.IntN(5) {
+			a := address(1+random.IntN(3), random.IntN(4))
+			treatment.SourceRanges = append(treatment.SourceRanges, netip.PrefixFrom(a, random.IntN(a.BitLen()+1)).Masked())
+		}
+	}
+	return treatment
+}
+
+// randomNode returns a Node with some of everything.
+func randomNode(random *rand.Rand) dataplane.Node {
+	node := podNode()
+	node.LocalPodCIDRs = []netip.Prefix{netip.MustParsePrefix("10.1.0.0/24"), netip.MustParsePrefix("10.7.0.0/16"), netip.MustParsePrefix("fd00:7::/64")}
+	node.ServiceCIDRs = []netip.Prefix{netip.MustParsePrefix("10.96.0.0/12"), netip.MustParsePrefix("fd60::/108")}
+	switch random.IntN(4) {
+	case 0:
+		node = dataplane.Node{PodInterface: "cbr0"}
+	case 1:
+		node = dataplane.Node{PodInterfacePrefix: "veth", MasqueradeAll: true}
+	}
+	for range random.IntN(3) {
+		n := byte(random.IntN(3))
+		node.NodePortAddrs = append(node.NodePortAddrs, netip.AddrFrom4([4]byte{10, 1, 0, n}), netip.AddrFrom16([16]byte{0: 0xfd, 15: n}))
+	}
+	return node
 }
 
 // TestListing compares what nft prints of the tables with golden files.
@@ -200,7 +278,7 @@ func TestListing(t *testing.T) {
 		t.Run(version, func(t *testing.T) {
 			t.Parallel()
 			d, ns := newDataplane(t)
-			replace(t, d, podNode(), sample(t)...)
+			replace(t, d, fullNode(), sample(t)...)
 			got := nft(t, ns, binary, "list ruleset")
 			golden := filepath.Join("testdata", "ruleset-"+version+".nft")
 			if *update {
@@ -219,13 +297,72 @@ func TestListing(t *testing.T) {
 	}
 }
 
+// TestNodeWithDoubles checks that a Node whose lists are in disorder is no reason
+// to write.
+func TestNodeWithDoubles(t *testing.T) {
+	t.Parallel()
+	d, _ := newDataplane(t)
+	node := fullNode()
+	for _, list := range []*[]netip.Prefix{&node.PodCIDRs, &node.LocalPodCIDRs, &node.ServiceCIDRs} {
+		*list = append(*list, *list...)
+	}
+	node.NodePortAddrs = append(node.NodePortAddrs, node.NodePortAddrs...)
+	replace(t, d, node, sample(t)...)
+	before := generation(t, d)
+	replace(t, d, node, sample(t)...)
+	replace(t, d, fullNode(), sample(t)...)
+	if generation(t, d) != before {
+		t.Error("replacing a state by an equal one changed the ruleset")
+	}
+}
+
+// TestListingOfWhatIsRemembered lets a client connect to a Service with affinity,
+// and checks that nft prints what is remembered of it, which packets have
+// written.
+func TestListingOfWhatIsRemembered(t *testing.T) {
+	t.Parallel()
+	network := nettest.NewT(t, nettest.Options{})
+	pod := network.PodT(t, "pod")
+	pod.ServeT(t, nettest.TCP, 8080)
+	d := openIn(t, network.Node.Namespace)
+	var services []*dataplane.Service
+	for addr, vip := range map[netip.Addr]string{pod.IPv4: "10.96.0.1:80", pod.IPv6: "[fd00:96::1]:80"} {
+		f := dataplane.Frontend{Protocol: dataplane.TCP, Addr: netip.MustParseAddrPort(vip)}
+		s := service(t, "sticky", []dataplane.Frontend{f}, []dataplane.Endpoint{{Addr: netip.AddrPortFrom(addr, 8080)}})
+		s.Affinity = 3 * time.Hour
+		services = append(services, s)
+	}
+	replace(t, d, podNode(), services...)
+	for _, s := range services {
+		if _, err := network.Outside.Connect(t.Context(), nettest.TCP, s.Frontends[0].Addr); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for version, binary := range nftBinaries(t) {
+		listing := nft(t, network.Node.Namespace, binary, "list ruleset")
+		for _, want := range []string{
+			"192.0.2.2 . 10.96.0.1 . tcp . 80 timeout 3h expires 2h59m", "2001:db8::2 . fd00:96::1 . tcp . 80 timeout 3h expires 2h59m",
+		} {
+			if !strings.Contains(listing, want) {
+				t.Errorf("nft %s does not print %q:\n%s", version, want, listing)
+			}
+		}
+		if id := ":fafa"; strings.Count(listing, id) < 4 {
+			t.Errorf("nft %s does not print IDs: want %q in slots and in affinity\n%s", version, id, listing)
+		}
+	}
+	wantState(t, d, services...)
+}
+
 // TestListingOfManyServices checks that nft prints all of a large random state,
 // without aborting and without a value that it can't interpret.
 func TestListingOfManyServices(t *testing.T) {
 	t.Parallel()
 	d, ns := newDataplane(t)
-	services := randomServices(t, rand.New(rand.NewPCG(1, 2)), 300)
-	replace(t, d, podNode(), services...)
+	random := rand.New(rand.NewPCG(1, 2))
+	services := randomServices(t, random, 300)
+	node := randomNode(random)
+	replace(t, d, node, services...)
 	for version, binary := range nftBinaries(t) {
 		listing := nft(t, ns, binary, "list ruleset")
 		if strings.Contains(listing, "invalid") || strings.Contains(listing, "unknown") {
@@ -247,11 +384,12 @@ func TestRandomStates(t *testing.T) {
 	node := podNode()
 	var have []*dataplane.Service
 	replace(t, d, node, have...)
-	for seed := range uint64(40) {
+	for seed := range uint64(60) {
 		random := rand.New(rand.NewPCG(seed, 7))
 		want := randomServices(t, random, 40)
 		if random.IntN(5) == 0 {
 			d = openIn(t, ns) // a restart
+			node = randomNode(random)
 			replace(t, d, node, want...)
 		} else {
 			apply(t, d, changesBetween(have, want)...)
@@ -319,6 +457,31 @@ func TestDrift(t *testing.T) {
 		"hairpin is flushed":                "flush set ip fairlead hairpin",
 		"a hairpin that can't be is added":  "add element ip fairlead hairpin { 10.1.0.1 . 10.1.0.2 . 10.96.0.1 . tcp . 80 }",
 		"the pod networks are others":       "flush set ip fairlead pod-cidrs; add element ip fairlead pod-cidrs { 192.168.0.0/16 }",
+		"a local endpoint is deleted":           "flush map ip fairlead slots",
+		"the local endpoints are deleted":       "flush map ip fairlead external",
+		"a timeout is deleted":                  "flush map ip fairlead timeouts",
+		"a timeout is another":                  "flush map ip fairlead timeouts; add element ip fairlead timeouts { 203.0.113.3 . tcp . 443 : 8000:1 }",
+		"a timeout that can't be":               "add element ip fairlead timeouts { 10.96.0.1 . tcp . 80 : 0:1 }",
+		"an endpoint with an ID is deleted":     "flush map ip fairlead sticky-endpoints",
+		"an endpoint has another ID":            "add element ip fairlead sticky-endpoints { 203.0.113.3 . tcp . 443 . 7 : 10.1.0.9 . 9 }",
+		"a slot has an ID that can't be":        "add element ip fairlead slots { 203.0.113.3 . tcp . 443 . fa1d:9 : 0:7 }",
+		"source ranges are deleted":             "flush set ip fairlead source-ranges-24",
+		"a source range is added":               "add element ip fairlead source-ranges-24 { 203.0.113.3 . tcp . 443 . 10.0.0.0 }",
+		"a source range of another is added":    "add element ip fairlead source-ranges-24 { 10.96.0.1 . tcp . 80 . 10.0.0.0 }",
+		"a source range that can't be is added": "add element ip fairlead source-ranges-24 { 203.0.113.3 . tcp . 443 . 10.0.0.1 }",
+		"source ranges for the node are added":  "add element ip fairlead source-ranges-31 { 203.0.113.3 . tcp . 443 . 10.0.0.0 comment \"this node\" }",
+		"the rules of source ranges are gone":   "flush chain ip fairlead source-ranges",
+		"a set of source ranges is gone":        "flush chain ip fairlead source-ranges; flush chain ip fairlead source-ranges-node-port; delete set ip fairlead source-ranges-24",
+		"a set of source ranges can't be":       "add set ip fairlead source-ranges-77 { type mark; }",
+		"node ports are on another address":     "add element ip fairlead node-port-addrs { 192.0.2.9 }",
+		"node ports are on no address":          "flush set ip fairlead node-port-addrs",
+		"the Service networks are others":       "add element ip fairlead service-cidrs { 10.200.0.0/16 }",
+		"the local pods are others":             "flush set ip fairlead local-pods",
+		"nobody is masqueraded":                 "flush map ip fairlead masquerades",
+		"another is masqueraded":                "delete element ip fairlead masquerades { 0:1 }; add element ip fairlead masquerades { 0:1 : goto masquerade-always }",
+		"no slots are drawn":                    "flush map ip fairlead draws",
+		"no affinity":                           "flush map ip fairlead affinities; flush map ip fairlead local-affinities",
+		"what is remembered is of another kind": "flush chain ip fairlead affinity-10800s; flush chain ip fairlead affinity-10800s-local; delete map ip fairlead affinity; add map ip fairlead affinity { type mark : mark; }",
 		"the classes are flushed":           "flush map ip fairlead classes",
 		"a class goes elsewhere":            "delete element ip fairlead classes { 0:1 }; add element ip fairlead classes { 0:1 : drop }",
 		"a class's chain is flushed":        "flush chain ip fairlead class-1",
@@ -337,7 +500,7 @@ func TestDrift(t *testing.T) {
 			binary := nftBinaries(t)["1.0.6"]
 			d, ns := newDataplane(t)
 			services := sample(t)
-			replace(t, d, podNode(), services...)
+			replace(t, d, fullNode(), services...)
 			wantNoDrift(t, d)
 			before := sortedLines(nft(t, ns, binary, "list ruleset"))
 			nft(t, ns, binary, strings.ReplaceAll(script, "; ", "\n"))
@@ -349,12 +512,12 @@ func TestDrift(t *testing.T) {
 			case <-time.After(5 * time.Second):
 				t.Fatal("the change was not announced")
 			}
-			replace(t, d, podNode(), services...)
+			replace(t, d, fullNode(), services...)
 			if diff := cmp.Diff(before, sortedLines(nft(t, ns, binary, "list ruleset"))); diff != "" {
 				t.Errorf("after the repair (-before +after):\n%s", diff)
 			}
 			wantState(t, d, services...)
-			replace(t, d, podNode(), services...)
+			replace(t, d, fullNode(), services...)
 			wantNoDrift(t, d)
 		})
 	}
@@ -618,12 +781,12 @@ func TestApplyOfManyServices(t *testing.T) {
 	wantState(t, d, first...)
 }
 
-// TestUnsupported lists what this backend does not carry yet: such a Service is
+// TestUnsupported lists what this backend can't carry: such a Service is
 // reported, has nothing in the kernel, and stops no other.
 func TestUnsupported(t *testing.T) {
 	t.Parallel()
 	for name, treatment := range map[string]dataplane.Treatment{
-		"affinity": {Affinity: time.Hour},
+		"affinity with more endpoints than there are IDs": {Affinity: time.Hour, Endpoints: make([]dataplane.Endpoint, maxIDs+1)},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

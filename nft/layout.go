@@ -211,7 +211,7 @@ func (t *table) nodeSets(node dataplane.Node) map[*nftables.Set][]element {
 		t.serviceCIDRs:  intervals(t.networksOf(node.ServiceCIDRs)),
 		t.nodePortAddrs: nil,
 	}
-	for _, a := range node.NodePortAddrs {
+	for _, a := range slices.Compact(slices.SortedFunc(slices.Values(node.NodePortAddrs), netip.Addr.Compare)) {
 		if dataplane.FamilyOf(a) == t.family {
 			sets[t.nodePortAddrs] = append(sets[t.nodePortAddrs], element{Key: a.AsSlice()})
 		}

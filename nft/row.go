@@ -145,14 +145,10 @@ func ownRange(f dataplane.Frontend) netip.Prefix {
 // supported returns an error that wraps [dataplane.ErrUnsupported] if this
 // backend can't program the Service.
 func supported(s *dataplane.Service) error {
-	var what string
-	switch {
-	case s.Affinity != 0:
-		what = "session affinity"
-	default:
-		return nil
+	if s.Affinity != 0 && max(len(s.Endpoints), len(s.LocalEndpoints)) > maxIDs {
+		return fmt.Errorf("%w: session affinity with more than %d endpoints", dataplane.ErrUnsupported, maxIDs)
 	}
-	return fmt.Errorf("%w: %s", dataplane.ErrUnsupported, what)
+	return nil
 }
 
 // maxComment is the longest comment that `nft` prints, less the final zero

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"maps"
 	"net/netip"
 	"slices"
 	"time"
@@ -348,7 +349,7 @@ func (d *Dataplane) prepare(b *batch) error {
 // yet, and the rules that look into them. They stay: there can't be many.
 func (d *Dataplane) addRangeSets(e *tableEdit, have []int) []int {
 	want := slices.Clone(have)
-	for bits := range e.addRanges {
+	for _, bits := range slices.Sorted(maps.Keys(e.addRanges)) {
 		if !slices.Contains(have, bits) {
 			_ = d.conn.AddSet(e.table.ranges(bits), nil)
 			want = append(want, bits)

@@ -32,6 +32,8 @@ func Run(t *testing.T, open Opener) {
 	t.Run("node ports answer on the node's addresses for them", s.nodePorts)
 	t.Run("outside clients get local endpoints where the policy is Local", s.externalLocal)
 	t.Run("clients out of the source ranges are dropped", s.sourceRanges)
+	t.Run("clients stick to an endpoint where there is affinity", s.affinity)
+	t.Run("thousands of clients stick", s.manyClients)
 	t.Run("a pod reaches itself through its Service", s.hairpin)
 	t.Run("what is no frontend is left alone", s.others)
 	t.Run("a Service with the longest names", s.longNames)

@@ -227,6 +227,27 @@ func (h *Host) AddAddr(addr netip.Addr) error {
 	return nil
 }
 
+// AddNetwork gives the host all addresses of a network, to connect from with
+// [Host.ConnectFrom]. As with AddAddr, there is no route to them.
+func (h *Host) AddNetwork(network netip.Prefix) error {
+	handle, err := netlink.NewHandleAt(netns.NsHandle(h.Fd()), unix.NETLINK_ROUTE)
+	if err != nil {
+		return fmt.Errorf("add network %s to %s: open netlink: %w", network, h.Name, err)
+	}
+	defer handle.Close()
+	lo, err := handle.LinkByName("lo")
+	if err == nil {
+		err = handle.RouteAdd(&netlink.Route{
+			LinkIndex: lo.Attrs().Index, Family: familyOf(network.Addr()), Dst: ipNet(network),
+			Type: unix.RTN_LOCAL, Table: unix.RT_TABLE_LOCAL, Scope: netlink.SCOPE_HOST,
+		})
+	}
+	if err != nil {
+		return fmt.Errorf("add network %s to %s: %w", network, h.Name, err)
+	}
+	return h.setSysctls(map[string]string{"ipv6/ip_nonlocal_bind": "1"})
+}
+
 func (h *Host) prefixes(bits4, bits6 int) []netip.Prefix {
 	prefixes := make([]netip.Prefix, 0, 2)
 	for _, a := range h.Addrs() {
