@@ -33,6 +33,9 @@ type table struct {
 	hairpin         *nftables.Set
 	clusterIPs      *nftables.Set
 	endpoints       [shards]*nftables.Set
+	// rowSets are the sets that rows have elements in, by the indices that edit
+	// uses.
+	rowSets []*nftables.Set
 
 	verdicts      [verdictMaps]*nftables.Set
 	affinity      *nftables.Set
@@ -93,6 +96,10 @@ func newTable(family dataplane.Family) *table {
 		Table: t.nf, Name: "hairpin",
 		KeyType: concat(append([]nftables.SetDatatype{addr, addr}, frontend...)...),
 	}
+	t.rowSets = append([]*nftables.Set{
+		inServices: t.services, inExternal: t.external, inTimeouts: t.timeouts, inSlots: t.slots,
+		inStickyEndpoints: t.stickyEndpoints, inHairpin: t.hairpin,
+	}, t.endpoints[:]...)
 	t.clusterIPs = &nftables.Set{Table: t.nf, Name: "cluster-ips", KeyType: addr}
 	t.nodePortAddrs = &nftables.Set{Table: t.nf, Name: "node-port-addrs", KeyType: addr}
 	interval := func(name string) *nftables.Set {
@@ -105,19 +112,9 @@ func newTable(family dataplane.Family) *table {
 // sets returns all sets of the table, in the order in which they are made. Those
 // of source ranges are made when they are needed.
 func (t *table) sets() []*nftables.Set {
-	sets := append(t.rowSets(), t.clusterIPs)
+	sets := append(slices.Clone(t.rowSets), t.clusterIPs)
 	sets = append(sets, t.verdicts[:]...)
 	return append(sets, t.affinity, t.nodePortAddrs, t.podCIDRs, t.localPods, t.serviceCIDRs)
-}
-
-// rowSets returns the sets that rows have elements in, by the indices that
-// edit uses.
-func (t *table) rowSets() []*nftables.Set {
-	sets := []*nftables.Set{
-		inServices: t.services, inExternal: t.external, inTimeouts: t.timeouts, inSlots: t.slots,
-		inStickyEndpoints: t.stickyEndpoints, inHairpin: t.hairpin,
-	}
-	return append(sets, t.endpoints[:]...)
 }
 
 const rangesPrefix = "source-ranges-"

@@ -116,6 +116,13 @@ func (r *row) branches() []branch {
 	return all
 }
 
+// sameBranches reports whether the rows need the same branches and the same
+// address in cluster-ips.
+func (r *row) sameBranches(o *row) bool {
+	return r.class == o.class && r.external == o.external && r.inServices == o.inServices && r.inExternal == o.inExternal &&
+		r.timeout == o.timeout && r.clusterIP == o.clusterIP
+}
+
 // allowed returns the ranges that a frontend with this row has elements for.
 func (r *row) allowed(f dataplane.Frontend) []netip.Prefix {
 	own := ownRange(f)

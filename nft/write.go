@@ -193,8 +193,13 @@ func (b *batch) elements() int { return b.tables[0].elements + b.tables[1].eleme
 
 // change adds what turns one row of a frontend into another; see edit.change.
 func (b *batch) change(f dataplane.Frontend, have, want *row) {
+	e := b.of(f)
+	if have != nil && want != nil && have.sameBranches(want) {
+		e.change(f, have, want)
+		return
+	}
 	if have != nil {
-		b.of(f).count(f, have, -1)
+		e.count(f, have, -1)
 	}
 	b.found(f, have, want)
 }
@@ -270,13 +275,8 @@ func (d *Dataplane) commit(b *batch) error {
 
 // write adds the edit of the i-th table to the transaction.
 func (d *Dataplane) write(i int, e *tableEdit) error {
-	sets := e.table.rowSets()
-	del, add := e.del[:], e.add[:]
-	for bits, elements := range e.delRanges {
-		sets, del, add = append(sets, e.table.ranges(bits)), append(del, elements), append(add, nil)
-	}
-	for bits, elements := range e.addRanges {
-		sets, del, add = append(sets, e.table.ranges(bits)), append(del, nil), append(add, elements)
+	if e.elements == 0 && len(e.clusterIPs) == 0 {
+		return nil
 	}
 	var gone, come []element
 	for addr, n := range e.clusterIPs {
@@ -288,18 +288,32 @@ func (d *Dataplane) write(i int, e *tableEdit) error {
 			gone = append(gone, element{Key: addr.AsSlice()})
 		}
 	}
-	sets, del, add = append(sets, e.table.clusterIPs), append(del, gone), append(add, come)
-	for s, set := range sets {
-		if err := d.conn.SetDeleteElements(set, del[s]); err != nil {
-			return fmt.Errorf("encode deletions from set %s: %w", set.Name, err)
+	var errs []error
+	del := func(set *nftables.Set, elements []element) {
+		if err := d.conn.SetDeleteElements(set, elements); err != nil {
+			errs = append(errs, fmt.Errorf("encode deletions from set %s: %w", set.Name, err))
 		}
 	}
-	for s, set := range sets {
-		if err := d.conn.SetAddElements(set, add[s]); err != nil {
-			return fmt.Errorf("encode additions to set %s: %w", set.Name, err)
+	add := func(set *nftables.Set, elements []element) {
+		if err := d.conn.SetAddElements(set, elements); err != nil {
+			errs = append(errs, fmt.Errorf("encode additions to set %s: %w", set.Name, err))
 		}
 	}
-	return nil
+	for s, set := range e.table.rowSets {
+		del(set, e.del[s])
+	}
+	for bits, elements := range e.delRanges {
+		del(e.table.ranges(bits), elements)
+	}
+	del(e.table.clusterIPs, gone)
+	for s, set := range e.table.rowSets {
+		add(set, e.add[s])
+	}
+	for bits, elements := range e.addRanges {
+		add(e.table.ranges(bits), elements)
+	}
+	add(e.table.clusterIPs, come)
+	return errors.Join(errs...)
 }
 
 // prepare makes the branches, and sets of source ranges, that the batch needs and
