@@ -354,6 +354,83 @@ func TestListingOfWhatIsRemembered(t *testing.T) {
 	wantState(t, d, services...)
 }
 
+// TestCounters checks that each reason not to serve a connection is counted as
+// what it is, once for each packet.
+func TestCounters(t *testing.T) {
+	t.Parallel()
+	network := nettest.NewT(t, nettest.Options{})
+	d := openIn(t, network.Node.Namespace)
+	node := podNode()
+	node.PodCIDRs = network.PodCIDRs
+	node.ServiceCIDRs = []netip.Prefix{netip.MustParsePrefix("10.96.0.0/16"), netip.MustParsePrefix("fd00:96::/108")}
+	pod := network.PodT(t, "pod")
+	vip := func(v6 bool, n int) netip.Addr {
+		if v6 {
+			return netip.MustParseAddr(fmt.Sprintf("fd00:96::%d", n))
+		}
+		return netip.MustParseAddr(fmt.Sprintf("10.96.0.%d", n))
+	}
+	reasons := []counter{
+		rejectedNoEndpoints, droppedNoEndpoints, droppedNoLocalEndpoint, droppedSourceRanges, rejectedUndeclaredPort, droppedNoService,
+	}
+	var services []*dataplane.Service
+	for i, v6 := range []bool{false, true} {
+		endpoint := []dataplane.Endpoint{{Addr: netip.AddrPortFrom(pod.Addrs()[i], 8080)}}
+		elsewhere := []netip.Prefix{netip.MustParsePrefix("203.0.113.0/24"), netip.MustParsePrefix("2001:db8:113::/48")}[i : i+1]
+		for n, treatment := range []dataplane.Treatment{
+			{},
+			{NoEndpoints: dataplane.Drop},
+			{Endpoints: endpoint, ExternalLocal: true, NoEndpoints: dataplane.Drop},
+			{Endpoints: endpoint, SourceRanges: elsewhere},
+			{Endpoints: endpoint},
+		} {
+			f := dataplane.Frontend{Protocol: dataplane.UDP, Addr: netip.AddrPortFrom(vip(v6, n), 80)}
+			s := service(t, fmt.Sprintf("s-%d", n), []dataplane.Frontend{f}, nil)
+			s.Treatment = treatment
+			services = append(services, s)
+		}
+	}
+	replace(t, d, node, services...)
+	for _, v6 := range []bool{false, true} {
+		table, want := "ip fairlead", map[counter]int{}
+		if v6 {
+			table = "ip6 fairlead"
+		}
+		for n, reason := range reasons {
+			port := uint16(80)
+			if reason == rejectedUndeclaredPort {
+				port = 81
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+			if answer, err := network.Outside.Connect(ctx, nettest.UDP, netip.AddrPortFrom(vip(v6, n), port)); err == nil {
+				t.Errorf("%s was answered: %+v", reason, answer)
+			}
+			cancel()
+			want[reason]++
+			got := map[counter]int{}
+			for _, c := range counters() {
+				listing := nft(t, network.Node.Namespace, nftBinaries(t)["1.1.3"], fmt.Sprintf("list counter %s %s", table, c))
+				_, count, _ := strings.Cut(listing, "packets ")
+				var packets int
+				if _, err := fmt.Sscan(count, &packets); err != nil {
+					t.Fatalf("no count in %s: %v", listing, err)
+				}
+				if packets > 0 {
+					got[c] = packets
+				}
+			}
+			if diff := cmp.Diff(want, got); diff != "" {
+				t.Fatalf("%s: after %s the counters are (-want +got):\n%s", table, reason, diff)
+			}
+		}
+	}
+	before := generation(t, d)
+	replace(t, openIn(t, network.Node.Namespace), node, services...)
+	if generation(t, d) != before {
+		t.Error("counters that have counted were written by an equal Replace")
+	}
+}
+
 // TestListingOfManyServices checks that nft prints all of a large random state,
 // without aborting and without a value that it can't interpret.
 func TestListingOfManyServices(t *testing.T) {
