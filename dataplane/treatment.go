@@ -89,15 +89,17 @@ type Treatment struct {
 	// to is empty.
 	NoEndpoints Verdict
 
-	// Affinity, if not zero, makes the connections of one client address go to
-	// one endpoint, as long as that endpoint is there and the client's last new
-	// connection is not longer ago than this. It is a number of whole seconds.
+	// Affinity, if not zero, makes the connections of one client address to one
+	// frontend go to one endpoint, as long as that endpoint is there and the
+	// client's last new connection is not longer ago than this. It is a number of
+	// whole seconds. What clients are remembered survives the Dataplane.
 	Affinity time.Duration
 
 	// SourceRanges, if there are any, are the only networks whose clients may
 	// connect; other clients' packets are dropped. They are sorted and unique,
 	// without host bits, and may overlap. A client on this node may have the
-	// frontend's own address; it counts as having the node's.
+	// frontend's own address; it counts as having the node's, that is, those of
+	// [Node.NodePortAddrs].
 	SourceRanges []netip.Prefix
 }
 
