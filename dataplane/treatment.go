@@ -92,7 +92,7 @@ type Treatment struct {
 	// Affinity, if not zero, makes the connections of one client address to one
 	// frontend go to one endpoint, as long as that endpoint is there and the
 	// client's last new connection is not longer ago than this. It is a number of
-	// whole seconds. What clients are remembered survives the Dataplane.
+	// whole seconds. What is remembered outlives the Dataplane.
 	Affinity time.Duration
 
 	// SourceRanges, if there are any, are the only networks whose clients may

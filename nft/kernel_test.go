@@ -431,6 +431,67 @@ func TestCounters(t *testing.T) {
 	}
 }
 
+// TestPriorityIsPutBack checks, behind each of our chains, that no packet of a
+// connection to a Service is left with a class, slot or ID as its priority.
+func TestPriorityIsPutBack(t *testing.T) {
+	t.Parallel()
+	network := nettest.NewT(t, nettest.Options{})
+	pod := network.PodT(t, "pod")
+	client := network.PodT(t, "client")
+	pod.ServeT(t, nettest.TCP, 8080)
+	d := openIn(t, network.Node.Namespace)
+	node := dataplane.Node{PodCIDRs: network.PodCIDRs, NodePortAddrs: network.Node.Addrs()}
+	var services []*dataplane.Service
+	for i, prefix := range []string{"10.96.0.", "fd00:96::"} {
+		for n, treatment := range []dataplane.Treatment{
+			{},
+			{Masquerade: dataplane.MasqueradeAlways},
+			{Affinity: time.Hour},
+			{Affinity: time.Hour, ExternalLocal: true, Masquerade: dataplane.MasqueradeNode},
+			{ExternalLocal: true},
+		} {
+			treatment.Endpoints = []dataplane.Endpoint{{Addr: netip.AddrPortFrom(pod.Addrs()[i], 8080), Local: true}}
+			if treatment.ExternalLocal {
+				treatment.LocalEndpoints = slices.Clone(treatment.Endpoints)
+			}
+			addr := netip.AddrPortFrom(netip.MustParseAddr(fmt.Sprintf("%s%d", prefix, n)), 80)
+			s := service(t, fmt.Sprintf("s-%d", n), []dataplane.Frontend{{Protocol: dataplane.TCP, Addr: addr}}, nil)
+			s.Treatment = treatment
+			services = append(services, s)
+		}
+	}
+	replace(t, d, node, services...)
+	binary := nftBinaries(t)["1.1.3"]
+	nft(t, network.Node.Namespace, binary, `table inet spy {
+		counter touched { }
+		counter seen { }
+		chain prerouting {
+			type filter hook prerouting priority -80
+			tcp dport 8080 counter name seen meta priority != none counter name touched
+		}
+		chain output {
+			type filter hook output priority -80
+			tcp dport 8080 counter name seen meta priority != none counter name touched
+		}
+		chain postrouting {
+			type filter hook postrouting priority 110
+			tcp dport 8080 counter name seen meta priority != none counter name touched
+		}
+	}
+	`)
+	for _, s := range services {
+		for _, from := range []*nettest.Host{client, pod, network.Node, network.Outside} {
+			if _, err := from.Connect(t.Context(), nettest.TCP, s.Frontends[0].Addr); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	listing := nft(t, network.Node.Namespace, binary, "list counters table inet spy")
+	if strings.Count(listing, "packets 0") != 1 || !strings.Contains(listing, "counter touched {\n\t\tpackets 0") {
+		t.Errorf("packets went on with a priority of ours:\n%s", listing)
+	}
+}
+
 // TestListingOfManyServices checks that nft prints all of a large random state,
 // without aborting and without a value that it can't interpret.
 func TestListingOfManyServices(t *testing.T) {
@@ -510,30 +571,30 @@ func changesBetween(have, want []*dataplane.Service) []dataplane.Change {
 func TestDrift(t *testing.T) {
 	t.Parallel()
 	for name, script := range map[string]string{
-		"the table is deleted":              "delete table ip fairlead",
-		"the whole ruleset is flushed":      "flush ruleset",
-		"a Service is deleted":              "delete element ip fairlead services { 10.96.0.1 . tcp . 80 }",
-		"a Service is in another class":     "add chain ip fairlead class-9; delete element ip fairlead services { 10.96.0.1 . tcp . 80 }; add element ip fairlead services { 10.96.0.1 . tcp . 80 : 0:9 }",
-		"a Service is added":                "add element ip fairlead services { 10.96.7.7 . tcp . 80 : 0:1 }",
-		"an endpoint is deleted":            "delete element ip fairlead endpoints-1 { 10.96.0.1 . tcp . 80 . fa1d:0 }",
-		"an endpoint is another":            "delete element ip fairlead endpoints-1 { 10.96.0.1 . tcp . 80 . fa1d:0 }; add element ip fairlead endpoints-1 { 10.96.0.1 . tcp . 80 . fa1d:0 : 10.1.0.9 . 9 }",
-		"an endpoint is added":              "add element ip fairlead endpoints-1 { 10.96.0.1 . tcp . 80 . fa1d:7 : 10.1.0.9 . 9 }",
-		"an endpoint is of another list":    "add element ip fairlead endpoints-1 { 10.96.0.1 . tcp . 80 . fa1c:0 : 10.1.0.9 . 9 }",
-		"an endpoint is in the wrong shard": "add element ip fairlead endpoints-2 { 10.96.0.1 . tcp . 80 . fa1d:0 : 10.1.0.9 . 9 }",
-		"a slot that can't be is added":     "add element ip fairlead endpoints-1 { 10.96.0.1 . tcp . 80 . 1:7 : 10.1.0.9 . 9 }",
-		"an empty Service is deleted":       "delete element ip fairlead services { 10.96.0.2 . udp . 53 }",
-		"a live Service is rejected":        "delete element ip fairlead services { 10.96.0.1 . tcp . 80 }; add element ip fairlead services { 10.96.0.1 . tcp . 80 : 0:0 }",
-		"a counter is deleted":              "flush chain ip fairlead filter-forward; flush chain ip fairlead filter-output; delete counter ip fairlead dropped-no-service",
-		"services has a catch-all":          "add element ip fairlead services { * : 0:1 }",
-		"endpoints has a catch-all":         "add element ip fairlead endpoints-1 { * : 10.1.0.9 . 9 }",
-		"cluster-ips has a catch-all":       "add element ip fairlead cluster-ips { * }",
-		"a cluster IP is added":             "add element ip fairlead cluster-ips { 10.96.7.7 }",
-		"a cluster IP is deleted":           "delete element ip fairlead cluster-ips { 10.96.0.1 }",
-		"hairpin has a catch-all":           "add element ip fairlead hairpin { * }",
-		"classes has a catch-all":           "add element ip fairlead classes { * : drop }",
-		"hairpin is flushed":                "flush set ip fairlead hairpin",
-		"a hairpin that can't be is added":  "add element ip fairlead hairpin { 10.1.0.1 . 10.1.0.2 . 10.96.0.1 . tcp . 80 }",
-		"the pod networks are others":       "flush set ip fairlead pod-cidrs; add element ip fairlead pod-cidrs { 192.168.0.0/16 }",
+		"the table is deleted":                  "delete table ip fairlead",
+		"the whole ruleset is flushed":          "flush ruleset",
+		"a Service is deleted":                  "delete element ip fairlead services { 10.96.0.1 . tcp . 80 }",
+		"a Service is in another class":         "add chain ip fairlead class-9; delete element ip fairlead services { 10.96.0.1 . tcp . 80 }; add element ip fairlead services { 10.96.0.1 . tcp . 80 : 0:9 }",
+		"a Service is added":                    "add element ip fairlead services { 10.96.7.7 . tcp . 80 : 0:1 }",
+		"an endpoint is deleted":                "delete element ip fairlead endpoints-1 { 10.96.0.1 . tcp . 80 . fa1d:0 }",
+		"an endpoint is another":                "delete element ip fairlead endpoints-1 { 10.96.0.1 . tcp . 80 . fa1d:0 }; add element ip fairlead endpoints-1 { 10.96.0.1 . tcp . 80 . fa1d:0 : 10.1.0.9 . 9 }",
+		"an endpoint is added":                  "add element ip fairlead endpoints-1 { 10.96.0.1 . tcp . 80 . fa1d:7 : 10.1.0.9 . 9 }",
+		"an endpoint is of another list":        "add element ip fairlead endpoints-1 { 10.96.0.1 . tcp . 80 . fa1c:0 : 10.1.0.9 . 9 }",
+		"an endpoint is in the wrong shard":     "add element ip fairlead endpoints-2 { 10.96.0.1 . tcp . 80 . fa1d:0 : 10.1.0.9 . 9 }",
+		"a slot that can't be is added":         "add element ip fairlead endpoints-1 { 10.96.0.1 . tcp . 80 . 1:7 : 10.1.0.9 . 9 }",
+		"an empty Service is deleted":           "delete element ip fairlead services { 10.96.0.2 . udp . 53 }",
+		"a live Service is rejected":            "delete element ip fairlead services { 10.96.0.1 . tcp . 80 }; add element ip fairlead services { 10.96.0.1 . tcp . 80 : 0:0 }",
+		"a counter is deleted":                  "flush chain ip fairlead filter-forward; flush chain ip fairlead filter-output; delete counter ip fairlead dropped-no-service",
+		"services has a catch-all":              "add element ip fairlead services { * : 0:1 }",
+		"endpoints has a catch-all":             "add element ip fairlead endpoints-1 { * : 10.1.0.9 . 9 }",
+		"cluster-ips has a catch-all":           "add element ip fairlead cluster-ips { * }",
+		"a cluster IP is added":                 "add element ip fairlead cluster-ips { 10.96.7.7 }",
+		"a cluster IP is deleted":               "delete element ip fairlead cluster-ips { 10.96.0.1 }",
+		"hairpin has a catch-all":               "add element ip fairlead hairpin { * }",
+		"classes has a catch-all":               "add element ip fairlead classes { * : drop }",
+		"hairpin is flushed":                    "flush set ip fairlead hairpin",
+		"a hairpin that can't be is added":      "add element ip fairlead hairpin { 10.1.0.1 . 10.1.0.2 . 10.96.0.1 . tcp . 80 }",
+		"the pod networks are others":           "flush set ip fairlead pod-cidrs; add element ip fairlead pod-cidrs { 192.168.0.0/16 }",
 		"a local endpoint is deleted":           "flush map ip fairlead slots",
 		"the local endpoints are deleted":       "flush map ip fairlead external",
 		"a timeout is deleted":                  "flush map ip fairlead timeouts",
@@ -559,18 +620,18 @@ func TestDrift(t *testing.T) {
 		"no slots are drawn":                    "flush map ip fairlead draws",
 		"no affinity":                           "flush map ip fairlead affinities; flush map ip fairlead local-affinities",
 		"what is remembered is of another kind": "flush chain ip fairlead affinity-10800s; flush chain ip fairlead affinity-10800s-local; delete map ip fairlead affinity; add map ip fairlead affinity { type mark : mark; }",
-		"the classes are flushed":           "flush map ip fairlead classes",
-		"a class goes elsewhere":            "delete element ip fairlead classes { 0:1 }; add element ip fairlead classes { 0:1 : drop }",
-		"a class's chain is flushed":        "flush chain ip fairlead class-1",
-		"a rule is added":                   "insert rule ip fairlead nat-prerouting counter accept",
-		"all rules are gone":                "flush table ip fairlead",
-		"a chain is added":                  "add chain ip fairlead extra { type filter hook forward priority 0; policy drop; }",
-		"a chain is added and used":         "add chain ip fairlead extra; add rule ip fairlead nat-prerouting jump extra",
-		"a set is added and used":           "add set ip fairlead extra { type mark; }; add rule ip fairlead nat-prerouting meta mark @extra drop",
-		"a set is replaced by another type": "flush chain ip fairlead filter-forward; flush chain ip fairlead filter-output; delete set ip fairlead cluster-ips; add set ip fairlead cluster-ips { type mark; }",
-		"a chain drops by default":          "add chain ip fairlead nat-prerouting { policy drop; }",
-		"the table is dormant":              "add table ip fairlead { flags dormant; }",
-		"the IPv6 table is deleted":         "delete table ip6 fairlead",
+		"the classes are flushed":               "flush map ip fairlead classes",
+		"a class goes elsewhere":                "delete element ip fairlead classes { 0:1 }; add element ip fairlead classes { 0:1 : drop }",
+		"a class's chain is flushed":            "flush chain ip fairlead class-1",
+		"a rule is added":                       "insert rule ip fairlead nat-prerouting counter accept",
+		"all rules are gone":                    "flush table ip fairlead",
+		"a chain is added":                      "add chain ip fairlead extra { type filter hook forward priority 0; policy drop; }",
+		"a chain is added and used":             "add chain ip fairlead extra; add rule ip fairlead nat-prerouting jump extra",
+		"a set is added and used":               "add set ip fairlead extra { type mark; }; add rule ip fairlead nat-prerouting meta mark @extra drop",
+		"a set is replaced by another type":     "flush chain ip fairlead filter-forward; flush chain ip fairlead filter-output; delete set ip fairlead cluster-ips; add set ip fairlead cluster-ips { type mark; }",
+		"a chain drops by default":              "add chain ip fairlead nat-prerouting { policy drop; }",
+		"the table is dormant":                  "add table ip fairlead { flags dormant; }",
+		"the IPv6 table is deleted":             "delete table ip6 fairlead",
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

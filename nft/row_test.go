@@ -111,6 +111,67 @@ func TestArrangeMovesFew(t *testing.T) {
 	}
 }
 
+// TestIdentify checks, from random placements, that those that stay keep their IDs,
+// that newcomers get none that anybody had just now, and that no two are the same.
+func TestIdentify(t *testing.T) {
+	t.Parallel()
+	for seed := range uint64(300) {
+		random := rand.New(rand.NewPCG(seed, 3))
+		l := list(seed % 2)
+		var current placement
+		taken := map[id]bool{}
+		for _, n := range random.Perm(30)[:random.IntN(30)] {
+			current.slots = append(current.slots, endpoint(n).Addr)
+			ours := id(2*random.IntN(40)) | id(l) // few, so that they collide
+			if random.IntN(4) > 0 {
+				ours = firstID(l, endpoint(random.IntN(60)).Addr)
+			}
+			for taken[ours] {
+				ours += 2
+			}
+			taken[ours] = true
+			current.ids = append(current.ids, ours)
+		}
+		in := slots(random.Perm(60)[:random.IntN(60)]...)
+		ids := identify(l, current, in)
+		seen := map[id]bool{}
+		for i, addr := range in {
+			if seen[ids[i]] || ids[i].list() != l {
+				t.Fatalf("seed %d: ID %d is of list %d, or twice in %v", seed, ids[i], ids[i].list(), ids)
+			}
+			seen[ids[i]] = true
+			if j := slices.Index(current.slots, addr); j >= 0 && current.ids[j] != ids[i] {
+				t.Fatalf("seed %d: %v had ID %d and has %d", seed, addr, current.ids[j], ids[i])
+			} else if j < 0 && taken[ids[i]] {
+				t.Fatalf("seed %d: %v is new and got %d, which another had", seed, addr, ids[i])
+			}
+		}
+	}
+}
+
+// TestIdentifyAsManyAsThereCanBe fills a list, half of which is then replaced.
+func TestIdentifyAsManyAsThereCanBe(t *testing.T) {
+	t.Parallel()
+	var all []int
+	for n := range maxIDs {
+		all = append(all, n)
+	}
+	first := placement{slots: slots(all...)}
+	first.ids = identify(localList, placement{}, first.slots)
+	for n := range maxIDs / 2 {
+		all[n] = maxIDs + n
+	}
+	second := slots(all...)
+	ids := identify(localList, first, second)
+	if !slices.Equal(ids[maxIDs/2:], first.ids[maxIDs/2:]) {
+		t.Error("endpoints that stay have other IDs")
+	}
+	slices.Sort(ids)
+	if n := len(slices.Compact(ids)); n != maxIDs {
+		t.Errorf("%d different IDs of %d endpoints", n, maxIDs)
+	}
+}
+
 // TestChangeWritesFew counts elements: the cost of a change must not depend on
 // how many endpoints the Service has.
 func TestChangeWritesFew(t *testing.T) {

@@ -3,6 +3,8 @@ package dataplanetest
 import (
 	"fmt"
 	"net/netip"
+	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -35,7 +37,9 @@ func (s suite) affinity(t *testing.T) {
 		"local":      {dataplane.LoadBalancer, func(f dataplane.Family) netip.AddrPort { return vip(f, 2, 80) }, true},
 		"local-node": {dataplane.NodePort, func(f dataplane.Family) netip.AddrPort { return nodePortOf(f, 30081) }, true},
 	}
+	var local []int // pods that outside clients may reach where the policy is Local
 	build := func(affinity time.Duration, pods ...int) []*dataplane.Service {
+		local = pods[:max(len(pods)-1, 0)]
 		var all []*dataplane.Service
 		for name, v := range variants {
 			all = append(all, forEach(func(family dataplane.Family, p dataplane.Protocol) *dataplane.Service {
@@ -43,7 +47,7 @@ func (s suite) affinity(t *testing.T) {
 				treatment.Affinity = affinity
 				if treatment.Masquerade = dataplane.MasqueradeAlways; v.policy {
 					treatment.Masquerade = dataplane.MasqueradeNode
-					treatment.ExternalLocal, treatment.LocalEndpoints = true, list(w.endpoints(family, pods[:max(len(pods)-1, 0)]...))
+					treatment.ExternalLocal, treatment.LocalEndpoints = true, list(w.endpoints(family, local...))
 				}
 				return w.of(v.kind, name, p, v.frontend(family), treatment)
 			})...)
@@ -67,6 +71,9 @@ func (s suite) affinity(t *testing.T) {
 					if err != nil {
 						t.Error(err)
 						return
+					}
+					if v.policy && from == w.net.Outside && !slices.Contains(w.endpoints(family, local...), answer.Endpoint) {
+						t.Errorf("%s reached %s, which is not local", who, answer.Endpoint)
 					}
 					was.Lock()
 					before := was.endpoints[who]
@@ -180,6 +187,23 @@ func (s suite) affinity(t *testing.T) {
 		visit(t, 1, func(*testing.T, string, netip.AddrPort, netip.AddrPort) {})
 		visit(t, 3, sticks)
 	})
+	t.Run("the policy changes", func(t *testing.T) {
+		// What is remembered from before need not be local: the list has two of
+		// three pods, and there are many clients.
+		for name, v := range variants {
+			v.policy = false
+			variants[name] = v
+		}
+		w.put(build(long, 1, 2, 0)...)
+		visit(t, 2, func(*testing.T, string, netip.AddrPort, netip.AddrPort) {})
+		for name, v := range variants {
+			v.policy = strings.HasPrefix(name, "local")
+			variants[name] = v
+		}
+		w.put(build(long, 1, 2, 0)...)
+		visit(t, 1, func(*testing.T, string, netip.AddrPort, netip.AddrPort) {})
+		visit(t, 2, sticks)
+	})
 	t.Run("no endpoints", func(t *testing.T) {
 		w.put(build(long)...)
 		each(t, []*nettest.Host{w.client, node, w.net.Outside}, func(t *testing.T, family dataplane.Family, p dataplane.Protocol, from *nettest.Host) {
@@ -254,4 +278,43 @@ func (s suite) manyClients(t *testing.T) {
 			t.Errorf("%s reached %s, and after a restart %s", client, before[client], now)
 		}
 	})
+}
+
+// atOnce lets clients that nothing is remembered of connect several times at once.
+func (s suite) atOnce(t *testing.T) {
+	t.Parallel()
+	const clients, connections = 150, 6
+	w := newWorld(t, s.open, 4)
+	networks := map[dataplane.Family]netip.Prefix{
+		dataplane.IPv4: netip.MustParsePrefix("100.64.0.0/16"), dataplane.IPv6: netip.MustParsePrefix("2001:db8:64::/64"),
+	}
+	w.replace()
+	for family, network := range networks {
+		if err := w.net.Outside.AddNetwork(network); err != nil {
+			t.Fatal(err)
+		}
+		treatment := w.to(w.endpoints(family, 0, 1, 2, 3))
+		treatment.Affinity = time.Hour
+		w.put(w.of(dataplane.ClusterIP, "sticky", dataplane.TCP, vip(family, 1, 80), treatment))
+		client := network.Addr()
+		for range clients {
+			client = client.Next()
+			var answers [connections]nettest.Answer
+			var together sync.WaitGroup
+			for i := range answers {
+				together.Go(func() {
+					var err error
+					if answers[i], err = w.net.Outside.ConnectFrom(t.Context(), client, vip(family, 1, 80)); err != nil {
+						t.Error(err)
+					}
+				})
+			}
+			together.Wait()
+			for _, answer := range answers {
+				if answer.Endpoint != answers[0].Endpoint {
+					t.Fatalf("%s reached %s and %s", client, answers[0].Endpoint, answer.Endpoint)
+				}
+			}
+		}
+	}
 }

@@ -34,6 +34,7 @@ func Run(t *testing.T, open Opener) {
 	t.Run("clients out of the source ranges are dropped", s.sourceRanges)
 	t.Run("clients stick to an endpoint where there is affinity", s.affinity)
 	t.Run("thousands of clients stick", s.manyClients)
+	t.Run("a client's first connections stick together", s.atOnce)
 	t.Run("a pod reaches itself through its Service", s.hairpin)
 	t.Run("what is no frontend is left alone", s.others)
 	t.Run("a Service with the longest names", s.longNames)
