@@ -15,12 +15,12 @@ import (
 type Masquerade uint8
 
 const (
-	// MasqueradeForeign: clients that are no pods, as [Node] tells them, and
+	// MasqueradeForeign is: clients that are no pods, as [Node] tells them, and
 	// with Node.MasqueradeAll every client. This is how cluster IPs are served.
 	MasqueradeForeign Masquerade = iota
-	// MasqueradeAlways: every client.
+	// MasqueradeAlways is: every client.
 	MasqueradeAlways
-	// MasqueradeNode: the node's own connections only.
+	// MasqueradeNode is: the node's own connections only.
 	MasqueradeNode
 )
 

@@ -45,6 +45,7 @@ func classOf(s *dataplane.Service) (c, forExternal class) {
 		c |= alwaysMasquerade
 	case dataplane.MasqueradeNode:
 		c |= nodeMasquerade
+	case dataplane.MasqueradeForeign:
 	}
 	for _, bit := range []struct {
 		class
@@ -124,10 +125,17 @@ func (c class) String() string {
 	var b strings.Builder
 	names := []struct {
 		class
+
 		name string
 	}{
-		{alwaysMasquerade, "always"}, {nodeMasquerade, "node"}, {dropping, "drop"}, {external, "external"},
-		{ranged, "ranged"}, {sticky, "sticky"}, {nodePort, nodePortSuffix}, {local, "local"},
+		{alwaysMasquerade, "always"},
+		{nodeMasquerade, "node"},
+		{dropping, "drop"},
+		{external, "external"},
+		{ranged, "ranged"},
+		{sticky, "sticky"},
+		{nodePort, nodePortSuffix},
+		{local, "local"},
 	}
 	if c.has(affinity) {
 		fmt.Fprintf(&b, "%ds", c&timeoutMask)
@@ -175,13 +183,13 @@ func (m verdictMap) String() string {
 func (b branch) chainName() string {
 	switch b.in {
 	case classes, localClasses:
-		return "class-" + b.class.String()
+		return "class-" + b.String()
 	case draws:
-		return "draw-" + b.class.String()
+		return "draw-" + b.String()
 	case affinities:
-		return "affinity-" + b.class.String()
+		return "affinity-" + b.String()
 	case localAffinities:
-		return "affinity-" + b.class.String() + "-local"
+		return "affinity-" + b.String() + "-local"
 	default:
 		return "masquerade-" + b.masquerade().String()
 	}
@@ -212,6 +220,7 @@ func (t *table) branchChain(b branch) chain {
 		rules = t.affinityRules(b.class, clusterList)
 	case localAffinities:
 		rules = t.affinityRules(b.class, localList)
+	case masquerades, verdictMaps: // has none of its own
 	}
 	return chain{Chain: &nftables.Chain{Name: b.chainName(), Table: t.nf}, rules: rules}
 }
