@@ -489,7 +489,11 @@ type replacement struct {
 // add puts a Service into the next commit, and commits when that is full.
 func (r *replacement) add(ctx context.Context, s *dataplane.Service) error {
 	r.pending = append(r.pending, s)
-	if r.elements += len(s.Frontends) * (len(s.Endpoints) + len(s.LocalEndpoints) + 1); r.elements < editSize {
+	endpoints := len(s.Endpoints) + len(s.LocalEndpoints)
+	if s.Affinity != 0 {
+		endpoints *= 2 // by slot and by ID
+	}
+	if r.elements += len(s.Frontends) * (endpoints + len(s.SourceRanges) + 1); r.elements < editSize {
 		return nil
 	}
 	return r.commitPending(ctx)
