@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"slices"
 	"testing"
+	"time"
 
 	"fairlead/dataplane"
 	"fairlead/dataplane/fake"
@@ -41,15 +42,15 @@ type cluster struct {
 	keys      []dataplane.Key
 	frontends []dataplane.Frontend
 	owner     map[dataplane.Frontend]dataplane.Key
-	endpoints map[dataplane.Key][]dataplane.Endpoint
+	treated   map[dataplane.Key]dataplane.Treatment
 	desired   map[dataplane.Key]*dataplane.Service
 }
 
 func newCluster() *cluster {
 	c := &cluster{
-		owner:     map[dataplane.Frontend]dataplane.Key{},
-		endpoints: map[dataplane.Key][]dataplane.Endpoint{},
-		desired:   map[dataplane.Key]*dataplane.Service{},
+		owner:   map[dataplane.Frontend]dataplane.Key{},
+		treated: map[dataplane.Key]dataplane.Treatment{},
+		desired: map[dataplane.Key]*dataplane.Service{},
 	}
 	for i := range byte(4) {
 		for family, prefix := range map[dataplane.Family]string{dataplane.IPv4: "10.96.0.0", dataplane.IPv6: "fd00::"} {
@@ -66,7 +67,8 @@ func newCluster() *cluster {
 }
 
 // change makes one to four random changes: a frontend moves to another Service
-// or leaves one, a Service gets other endpoints.
+// or leaves one, a Service gets other endpoints or
+// is treated otherwise.
 func (c *cluster) change(d dice) {
 	for range 1 + d(4) {
 		k := c.keys[d(len(c.keys))]
@@ -79,7 +81,7 @@ func (c *cluster) change(d dice) {
 		case 2:
 			delete(c.owner, c.frontends[d(len(c.frontends))])
 		case 3:
-			c.endpoints[k] = randomEndpoints(k.Family, d)
+			c.treated[k] = randomTreatment(k.Family, d)
 		}
 	}
 	desired := map[dataplane.Key]*dataplane.Service{}
@@ -93,7 +95,7 @@ func (c *cluster) change(d dice) {
 		if len(fs) == 0 {
 			continue
 		}
-		s, err := dataplane.NewService(k, fs, dataplane.Treatment{Endpoints: slices.Clone(c.endpoints[k])})
+		s, err := dataplane.NewService(k, fs, cloned(c.treated[k]))
 		if err != nil {
 			panic(err)
 		}
@@ -102,17 +104,49 @@ func (c *cluster) change(d dice) {
 	c.desired = desired
 }
 
+// cloned returns a Treatment with lists of its own, for NewService takes them.
+func cloned(t dataplane.Treatment) dataplane.Treatment {
+	t.Endpoints, t.LocalEndpoints, t.SourceRanges = slices.Clone(t.Endpoints), slices.Clone(t.LocalEndpoints), slices.Clone(t.SourceRanges)
+	return t
+}
+
+// randomTreatment returns a Treatment in which everything that can be set is, now
+// and then; endpoints are what changes most.
+func randomTreatment(family dataplane.Family, d dice) dataplane.Treatment {
+	t := dataplane.Treatment{Endpoints: randomEndpoints(family, d)}
+	switch d(8) {
+	case 0:
+		t.ExternalLocal, t.LocalEndpoints = true, randomEndpoints(family, d)
+	case 1:
+		t.Masquerade = dataplane.Masquerade(d(3)) //nolint:gosec // fits
+	case 2:
+		t.NoEndpoints = dataplane.Drop
+	case 3:
+		t.Affinity = time.Duration(1+d(2)) * time.Hour
+	case 4:
+		for range 1 + d(2) {
+			addr := randomEndpoint(family, d).Addr.Addr()
+			t.SourceRanges = append(t.SourceRanges, netip.PrefixFrom(addr, addr.BitLen()-d(2)).Masked())
+		}
+	}
+	return t
+}
+
 func randomEndpoints(family dataplane.Family, d dice) []dataplane.Endpoint {
+	var es []dataplane.Endpoint
+	for range d(5) {
+		es = append(es, randomEndpoint(family, d))
+	}
+	return es
+}
+
+func randomEndpoint(family dataplane.Family, d dice) dataplane.Endpoint {
 	prefix := "10.0.0.%d"
 	if family == dataplane.IPv6 {
 		prefix = "fd01::%d"
 	}
-	var es []dataplane.Endpoint
-	for range d(5) {
-		addr := netip.MustParseAddr(fmt.Sprintf(prefix, 1+d(6)))
-		es = append(es, dataplane.Endpoint{Addr: netip.AddrPortFrom(addr, 8080), Local: d(2) == 0})
-	}
-	return es
+	addr := netip.MustParseAddr(fmt.Sprintf(prefix, 1+d(6)))
+	return dataplane.Endpoint{Addr: netip.AddrPortFrom(addr, 8080), Local: d(2) == 0}
 }
 
 // rule is what a syncer believes after an error.

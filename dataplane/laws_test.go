@@ -108,7 +108,7 @@ func TestLaw4EqualStatesWriteNothing(t *testing.T) {
 		var again []*dataplane.Service
 		var none []dataplane.Change
 		for k, s := range c.desired {
-			same, err := dataplane.NewService(k, slices.Clone(s.Frontends), dataplane.Treatment{Endpoints: slices.Clone(s.Endpoints)})
+			same, err := dataplane.NewService(k, slices.Clone(s.Frontends), cloned(s.Treatment))
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -163,7 +163,7 @@ type Endpoint struct {
 	// Local says that the endpoint may be a pod of this node. Such a pod can
 	// reach itself through its Service, which works only when that connection
 	// is masqueraded (hairpin). It is the pod that is local: if one of several
-	// ports of an address is, [NewService] makes all of them so.
+	// ports of an address is, in either list, [NewService] makes all of them so.
 	Local bool
 }
 

@@ -15,12 +15,12 @@ import (
 type Masquerade uint8
 
 const (
-	// MasqueradeForeign: clients that are no pods, as [Node] tells them, and
+	// MasqueradeForeign is: clients that are no pods, as [Node] tells them, and
 	// with Node.MasqueradeAll every client. This is how cluster IPs are served.
 	MasqueradeForeign Masquerade = iota
-	// MasqueradeAlways: every client.
+	// MasqueradeAlways is: every client.
 	MasqueradeAlways
-	// MasqueradeNode: the node's own connections only.
+	// MasqueradeNode is: the node's own connections only.
 	MasqueradeNode
 )
 
@@ -89,15 +89,17 @@ type Treatment struct {
 	// to is empty.
 	NoEndpoints Verdict
 
-	// Affinity, if not zero, makes the connections of one client address go to
-	// one endpoint, as long as that endpoint is there and the client's last new
-	// connection is not longer ago than this. It is a number of whole seconds.
+	// Affinity, if not zero, makes the connections of one client address to one
+	// frontend go to one endpoint, as long as that endpoint is there and the
+	// client's last new connection is not longer ago than this. It is a number of
+	// whole seconds. What is remembered outlives the Dataplane.
 	Affinity time.Duration
 
 	// SourceRanges, if there are any, are the only networks whose clients may
 	// connect; other clients' packets are dropped. They are sorted and unique,
 	// without host bits, and may overlap. A client on this node may have the
-	// frontend's own address; it counts as having the node's.
+	// frontend's own address; it counts as having the node's, that is, those of
+	// [Node.NodePortAddrs].
 	SourceRanges []netip.Prefix
 }
 
@@ -155,6 +157,8 @@ func writeEndpoints(b *strings.Builder, endpoints []Endpoint) {
 func (t *Treatment) normalize() {
 	t.Endpoints = normalized(t.Endpoints)
 	t.LocalEndpoints = normalized(t.LocalEndpoints)
+	shareLocalOf(t.Endpoints, t.LocalEndpoints)
+	shareLocalOf(t.LocalEndpoints, t.Endpoints)
 	if !slices.IsSortedFunc(t.SourceRanges, netip.Prefix.Compare) {
 		slices.SortFunc(t.SourceRanges, netip.Prefix.Compare)
 	}
@@ -196,6 +200,23 @@ func shareLocal(endpoints []Endpoint) {
 			}
 		}
 		endpoints = endpoints[n:]
+	}
+}
+
+// shareLocalOf makes endpoints local whose address is in the other list, if that
+// one is. Both are sorted.
+func shareLocalOf(endpoints, others []Endpoint) {
+	for i := range endpoints {
+		addr := endpoints[i].Addr.Addr()
+		for len(others) > 0 && others[0].Addr.Addr().Less(addr) {
+			others = others[1:]
+		}
+		if len(others) == 0 {
+			return
+		}
+		if others[0].Addr.Addr() == addr && others[0].Local && !endpoints[i].Local {
+			endpoints[i].Local = true
+		}
 	}
 }
 

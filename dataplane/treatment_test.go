@@ -22,7 +22,7 @@ func prefixes(texts ...string) []netip.Prefix {
 // full returns a Treatment with every field set.
 func full() dataplane.Treatment {
 	return dataplane.Treatment{
-		Endpoints:      []dataplane.Endpoint{endpoint("10.0.0.1:80"), endpoint("10.0.0.2:80")},
+		Endpoints:      []dataplane.Endpoint{endpoint("10.0.0.1:80"), {Addr: endpoint("10.0.0.2:80").Addr, Local: true}},
 		ExternalLocal:  true,
 		LocalEndpoints: []dataplane.Endpoint{{Addr: endpoint("10.0.0.2:80").Addr, Local: true}},
 		Masquerade:     dataplane.MasqueradeNode,
@@ -59,7 +59,7 @@ func TestTreatmentEqual(t *testing.T) {
 
 func TestTreatmentString(t *testing.T) {
 	t.Parallel()
-	const want = "[10.0.0.1:80 10.0.0.2:80] external=[10.0.0.2:80(local)] masquerade=node no-endpoints=drop" +
+	const want = "[10.0.0.1:80 10.0.0.2:80(local)] external=[10.0.0.2:80(local)] masquerade=node no-endpoints=drop" +
 		" affinity=3h0m0s source-ranges=[192.0.2.0/24 198.51.100.0/24]"
 	if got := full().String(); got != want {
 		t.Errorf("got  %s\nwant %s", got, want)
@@ -159,6 +159,32 @@ func TestNewServiceSortsTheTreatment(t *testing.T) {
 	}
 	if !s.Treatment.Equal(want) {
 		t.Errorf("got  %s\nwant %s", s.Treatment, want)
+	}
+}
+
+// A pod that is local in one list is so in the other.
+func TestNewServiceSharesLocal(t *testing.T) {
+	t.Parallel()
+	local := func(e dataplane.Endpoint) dataplane.Endpoint { e.Local = true; return e }
+	a, b, c := endpoint("10.0.0.1:80"), endpoint("10.0.0.2:80"), endpoint("10.0.0.3:80")
+	b2 := endpoint("10.0.0.2:81")
+	for name, tt := range map[string]struct{ all, locals, wantAll, wantLocals []dataplane.Endpoint }{
+		"from the local ones":   {[]dataplane.Endpoint{a, b, b2, c}, []dataplane.Endpoint{local(b)}, []dataplane.Endpoint{a, local(b), local(b2), c}, []dataplane.Endpoint{local(b)}},
+		"to the local ones":     {[]dataplane.Endpoint{a, local(b2)}, []dataplane.Endpoint{b}, []dataplane.Endpoint{a, local(b2)}, []dataplane.Endpoint{local(b)}},
+		"of one that is no one": {[]dataplane.Endpoint{a, c}, []dataplane.Endpoint{local(b)}, []dataplane.Endpoint{a, c}, []dataplane.Endpoint{local(b)}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s, err := dataplane.NewService(key4, []dataplane.Frontend{frontend("10.96.0.1:80")}, dataplane.Treatment{
+				Endpoints: tt.all, ExternalLocal: true, LocalEndpoints: tt.locals,
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !slices.Equal(s.Endpoints, tt.wantAll) || !slices.Equal(s.LocalEndpoints, tt.wantLocals) {
+				t.Errorf("got %s", s.Treatment)
+			}
+		})
 	}
 }
 

@@ -6,74 +6,113 @@
 //
 //	map services {                 # frontend : class
 //	    type ipv4_addr . inet_proto . inet_service : classid
-//	    elements = { 10.96.0.10 . tcp . 80 comment "default/backend:http" : 0:3 }
+//	    elements = { 10.96.0.10 . tcp . 80 comment "default/backend:http" : 0:3,
+//	                 0.0.0.0 . tcp . 30080 comment "default/backend:http" : 41:3 }
 //	}
-//	map endpoints-a {              # frontend . slot : endpoint; 0 to f, by the address's last digit
+//	map endpoints-a {              # frontend . slot : endpoint; 0 to f, by the last digit of address or node port
 //	    type ipv4_addr . inet_proto . inet_service . classid : ipv4_addr . inet_service
 //	    elements = { 10.96.0.10 . tcp . 80 . fa1d:0 : 10.244.1.5 . 8080, … }
 //	}
 //	map classes {                  # class : chain
 //	    type classid : verdict
-//	    elements = { 0:3 : goto class-3 }
+//	    elements = { 0:3 : goto class-3, 41:3 : goto class-3-always-node-port }
 //	}
-//	set no-endpoints { … }         # frontends without endpoints: rejected
+//	map masquerades { … }          # class : chain that decides whether a client is masqueraded
 //	set hairpin { … }              # endpoint . endpoint . frontend, for pods of this node
-//	set pod-cidrs { … }            # clients outside are masqueraded
+//	set cluster-ips { … }          # of Services: their other ports are rejected
+//	set node-port-addrs { … }      # and pod-cidrs, local-pods, service-cidrs: what dataplane.Node says
+//	counter rejected-no-endpoints  # and others: the reasons not to serve a connection
 //
 //	chain nat-prerouting {         # and nat-output: the same for the node's own connections
 //	    type nat hook prerouting priority dstnat
 //	    meta priority set ip daddr . meta l4proto . th dport map @services meta priority vmap @classes
+//	    ip daddr @node-port-addrs meta priority set ip daddr & 0.0.0.0 . meta l4proto . th dport map @services meta priority vmap @classes
 //	}
 //	chain class-3 {                # draws a slot
-//	    meta priority set numgen random mod 3 offset 4196204544 goto translate
+//	    meta priority set numgen random mod 3 offset 4196204544 jump translate
+//	    meta priority set numgen random mod 1 offset 4196204544 jump translate
+//	    drop
+//	}
+//	chain class-0 {
+//	    counter name "rejected-no-endpoints" goto reject
 //	}
 //	chain translate {
 //	    ip daddr & 0.0.0.15 == 0.0.0.10 dnat to ip daddr . meta l4proto . th dport . meta priority map @endpoints-a
 //	    …
-//	    ip daddr & 0.0.0.15 == 0.0.0.10 dnat to ip daddr . meta l4proto . th dport . numgen random mod 1 offset 4196204544 map @endpoints-a
-//	    …
 //	}
-//	chain filter-prerouting-pre-dnat {     # and output
-//	    type filter hook prerouting priority dstnat - 10
-//	    ct state new ip daddr . meta l4proto . th dport @no-endpoints goto reject
-//	}
-//	chain filter-prerouting-post-dnat {    # and output
+//	chain filter-prerouting-post-dnat {     # and output
 //	    type filter hook prerouting priority dstnat + 10
-//	    meta priority & ffff:0 == fa1d:0 meta priority set none
-//	    ct state new ip daddr . meta l4proto . th dport @no-endpoints goto reject
+//	    meta priority & fffe:0 == fa1c:0 meta priority set none
 //	}
+//	chain filter-forward {                  # and output
+//	    type filter hook forward priority filter
+//	    ct state new ip daddr @cluster-ips counter name "rejected-undeclared-port" goto reject
+//	    ct state new ip daddr @service-cidrs counter name "dropped-no-service" drop
+//	}
+//	chain nat-postrouting {
+//	    type nat hook postrouting priority srcnat
+//	    ct status dnat goto masquerading    # hairpin, then services and masquerades
+//	}
+//
+// # Classes
+//
+// A class says how many endpoints there are, and in its other bits all that
+// is yes or no about a [dataplane.Treatment]; see the type class. Chains exist
+// for classes in use, so the number of rules depends on how many different
+// kinds and sizes of Services there are, not on how many Services.
+//
+// What is more than that has maps of its own, which only the chains of such
+// classes look into:
+//
+//   - externalTrafficPolicy: Local: `external` has the class of the list of local
+//     endpoints, whose slots are fa1c:0 and up. `chain external` sends clients
+//     there that are neither the node nor its pods.
+//   - Session affinity: `timeouts` has the frontend's timeout, for which there is
+//     a chain. `affinity` remembers for a client and a frontend, for that long,
+//     the ID of an endpoint: a slot would not do, as endpoints change slots. So
+//     `slots` goes from slot to ID, and `sticky-endpoints` from ID to endpoint:
+//     an ID that is not there any more is forgotten when it is met. Nothing in
+//     `affinity` is ever read or written but by packets.
+//   - Source ranges: `source-ranges-24` has frontend and network for each range of
+//     that prefix length, to be looked up with so many bits of the client's
+//     address. The sets and their rules exist for lengths in use. No interval
+//     set is needed, ranges may overlap, and one Service costs what it has.
+//
+// A node port is a frontend with the unspecified address in all of these, and
+// chains for such classes make the address of the packet that.
 //
 // # Why it is built like this
 //
-// A class is the number of endpoints. Chains exist for classes in use, so the
-// number of rules depends on how many different sizes of Services there are,
-// not on how many Services. Services and endpoints are elements of data maps,
-// and these the kernel adds and removes in time that does not depend on the
-// size of the map. A verdict map with a goto an element would be simpler, but
-// a new goto makes the kernel walk all elements of all verdict maps at commit
-// (nf_tables_api.c, nft_table_validate): 17 ms an update at 50,000 Services.
-// For a like reason only one chain refers to endpoints: see table.translate.
+// Services and endpoints are elements of data maps, and these the kernel adds
+// and removes in time that does not depend on the size of the map. A verdict
+// map with a goto an element would be simpler, but a new goto makes the kernel
+// walk all elements of all verdict maps at commit (nf_tables_api.c,
+// nft_table_validate): 17 ms an update at 50,000 Services. For a like reason
+// no chain of a class refers to endpoints: see table.translate.
 //
 // The class, and then the slot, travel from one map to the next in the packet's
 // priority, because `nft` cannot print a rule that looks one lookup's result
 // up in another map. NAT chains see the first packet of a connection only, and
 // the chain behind puts the priority back to none.
 //
-// The slots of a Service are 0 to N-1 without a hole. An endpoint that leaves is
+// The slots of a list are 0 to N-1 without a hole. An endpoint that leaves is
 // replaced by the one in the last slot, so that at most three elements change.
+//
+// Connections that no endpoint can take are rejected or dropped in the same nat
+// chains, and for the same lookup, that the others are translated by.
 //
 // # A packet and a commit at the same time
 //
 // A commit is atomic, but a packet reads several maps, and a commit can come
 // between two reads. The second of these has been seen to lose connections:
 //
-//   - A packet holds the old class and finds its slot gone. The second half of
-//     translate sends it to slot 0, which a Service with endpoints always has.
+//   - A packet holds the old class and finds its slot gone. The second rule of
+//     its class sends it to slot 0, which a Service with endpoints always has.
+//     Where there is none any more, the packet is dropped, and when the client
+//     sends it again, it meets the new state.
 //   - A packet reads a class whose chain the commit has made, or the next one
 //     removes. The kernel decides on entry which generation of rules a packet
 //     sees (nf_tables_core.c, nft_do_chain), so a chain that is newer than the
 //     packet's entry is empty for it. So a new class is committed before the
 //     first Service that is in it, and removed a while after the last.
-//   - A Service gets its first endpoint, or loses its last, between the check
-//     for such Services and the translation. So the check is on both sides.
 package nft

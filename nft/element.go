@@ -30,9 +30,24 @@ func (t *table) frontendElement(f dataplane.Frontend) []byte {
 	return t.appendFrontend(make([]byte, 0, t.addrLen+8), f)
 }
 
-func (t *table) slotElement(f dataplane.Frontend, slot uint32) []byte {
+func (t *table) slotElement(f dataplane.Frontend, l list, slot uint32) []byte {
 	b := t.appendFrontend(make([]byte, 0, t.addrLen+12), f)
-	return binary.NativeEndian.AppendUint32(b, slotBase|slot)
+	return binary.NativeEndian.AppendUint32(b, l.slotBase()|slot)
+}
+
+// idElement is an ID as it travels in the packet's priority.
+func (*table) idElement(n id) []byte {
+	return append(binary.BigEndian.AppendUint16(nil, uint16(n)), idMark, idMark)
+}
+
+func (t *table) stickyElement(f dataplane.Frontend, n id) []byte {
+	b := t.appendFrontend(make([]byte, 0, t.addrLen+12), f)
+	return append(b, t.idElement(n)...)
+}
+
+func (t *table) rangeElement(f dataplane.Frontend, p netip.Prefix) []byte {
+	b := t.appendFrontend(make([]byte, 0, 2*t.addrLen+8), f)
+	return append(b, p.Addr().AsSlice()...)
 }
 
 // classElement is in network byte order, although it becomes the packet's
@@ -69,27 +84,54 @@ func (t *table) parseFrontend(b []byte) (dataplane.Frontend, []byte, error) {
 	return f, b[8:], nil
 }
 
-func (t *table) parseSlot(b []byte) (dataplane.Frontend, int, error) {
+func (t *table) parseSlot(b []byte) (dataplane.Frontend, list, int, error) {
 	f, rest, err := t.parseFrontend(b)
 	if err != nil || len(rest) != 4 {
-		return f, 0, errForeign
+		return f, 0, 0, errForeign
 	}
 	slot := binary.NativeEndian.Uint32(rest)
-	if slot&slotMask != slotBase {
-		return f, 0, errForeign
+	for l := range lists {
+		if slot&^uint32(sizeMask) == l.slotBase() {
+			return f, l, int(slot & uint32(sizeMask)), nil
+		}
 	}
-	return f, int(slot &^ slotMask), nil
+	return f, 0, 0, errForeign
+}
+
+func (*table) parseID(b []byte) (id, error) {
+	if len(b) != 4 || b[2] != idMark || b[3] != idMark {
+		return 0, errForeign
+	}
+	return id(binary.BigEndian.Uint16(b)), nil
+}
+
+func (t *table) parseSticky(b []byte) (dataplane.Frontend, id, error) {
+	f, rest, err := t.parseFrontend(b)
+	if err != nil {
+		return f, 0, err
+	}
+	n, err := t.parseID(rest)
+	return f, n, err
+}
+
+func (t *table) parseRange(b []byte, bits int) (dataplane.Frontend, netip.Prefix, error) {
+	f, rest, err := t.parseFrontend(b)
+	if err != nil || len(rest) != t.addrLen {
+		return f, netip.Prefix{}, errForeign
+	}
+	addr, _ := netip.AddrFromSlice(rest)
+	p := netip.PrefixFrom(addr, bits)
+	if p != p.Masked() {
+		return f, p, errForeign
+	}
+	return f, p, nil
 }
 
 func (*table) parseClass(b []byte) (class, error) {
 	if len(b) != 4 {
 		return 0, errForeign
 	}
-	c := class(binary.BigEndian.Uint32(b))
-	if c == 0 {
-		return 0, errForeign
-	}
-	return c, nil
+	return class(binary.BigEndian.Uint32(b)), nil
 }
 
 func (t *table) parseAddrPort(b []byte) (netip.AddrPort, error) {
@@ -124,10 +166,18 @@ func intervals(prefixes []netip.Prefix) []element {
 }
 
 func lastAddr(p netip.Prefix) netip.Addr {
-	b := p.Addr().AsSlice()
-	for i := p.Bits(); i < 8*len(b); i++ {
-		b[i/8] |= 0x80 >> (i % 8)
+	b, mask := p.Addr().AsSlice(), make([]byte, p.Addr().BitLen()/8)
+	setBits(mask, p.Bits())
+	for i := range b {
+		b[i] |= ^mask[i]
 	}
 	a, _ := netip.AddrFromSlice(b)
 	return a
+}
+
+// setBits sets the first n bits.
+func setBits(b []byte, n int) {
+	for i := range n {
+		b[i/8] |= 0x80 >> (i % 8)
+	}
 }

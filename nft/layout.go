@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strconv"
 
 	"fairlead/dataplane"
 
@@ -17,26 +18,31 @@ import (
 // TableName is the name of the backend's table in the ip and the ip6 family.
 const TableName = "fairlead"
 
-// class names how connections to a Service are treated: with how many slots.
-// The kernel sees it as a packet priority (a tc class ID, major:minor); the
-// number of slots is the minor, and the major is left to treatments.
-type class uint32
-
-// chainName is where `nft list` shows the class's rules.
-func (c class) chainName() string { return fmt.Sprintf("class-%d", uint32(c)) }
-
 // table is one IP family's table: its sets and how elements look in it.
 type table struct {
 	family  dataplane.Family
 	nf      *nftables.Table
+	addr    nftables.SetDatatype
 	addrLen int
 
-	services    *nftables.Set
-	endpoints   [shards]*nftables.Set
-	classes     *nftables.Set
-	noEndpoints *nftables.Set
-	hairpin     *nftables.Set
-	podCIDRs    *nftables.Set
+	services        *nftables.Set
+	external        *nftables.Set
+	timeouts        *nftables.Set
+	slots           *nftables.Set
+	stickyEndpoints *nftables.Set
+	hairpin         *nftables.Set
+	clusterIPs      *nftables.Set
+	endpoints       [shards]*nftables.Set
+	// rowSets are the sets that rows have elements in, by the indices that edit
+	// uses.
+	rowSets []*nftables.Set
+
+	verdicts      [verdictMaps]*nftables.Set
+	affinity      *nftables.Set
+	nodePortAddrs *nftables.Set
+	podCIDRs      *nftables.Set
+	localPods     *nftables.Set
+	serviceCIDRs  *nftables.Set
 }
 
 // chain is a chain with the rules it must have.
@@ -50,70 +56,135 @@ type rule struct {
 	exprs   []expr.Any
 }
 
+// maxRemembered is how many clients' endpoints are remembered at a time, for
+// session affinity. The connections of more clients go to any endpoint.
+const maxRemembered = 1 << 20
+
 func newTable(family dataplane.Family) *table {
-	t := &table{family: family}
-	addr := nftables.TypeIPAddr
+	t := &table{family: family, addr: nftables.TypeIPAddr, addrLen: 4}
 	t.nf = &nftables.Table{Name: TableName, Family: nftables.TableFamilyIPv4}
-	t.addrLen = 4
 	if family == dataplane.IPv6 {
-		addr = nftables.TypeIP6Addr
+		t.addr, t.addrLen = nftables.TypeIP6Addr, 16
 		t.nf.Family = nftables.TableFamilyIPv6
-		t.addrLen = 16
 	}
+	addr := t.addr
 	frontend := []nftables.SetDatatype{addr, nftables.TypeInetProto, nftables.TypeInetService}
 	concat := nftables.MustConcatSetType
-	t.services = &nftables.Set{
-		Table: t.nf, Name: "services", IsMap: true,
-		KeyType: concat(frontend...), DataType: nftables.TypeClassID,
+	with := func(more ...nftables.SetDatatype) nftables.SetDatatype {
+		return concat(append(slices.Clone(frontend), more...)...)
 	}
+	mapOf := func(name string, key, data nftables.SetDatatype) *nftables.Set {
+		return &nftables.Set{Table: t.nf, Name: name, IsMap: true, KeyType: key, DataType: data}
+	}
+	addrPort := concat(addr, nftables.TypeInetService)
+	t.services = mapOf("services", with(), nftables.TypeClassID)
+	t.external = mapOf("external", with(), nftables.TypeClassID)
+	t.timeouts = mapOf("timeouts", with(), nftables.TypeClassID)
+	// A slot is a class ID because it travels as the packet's priority.
+	t.slots = mapOf("slots", with(nftables.TypeClassID), nftables.TypeClassID)
+	t.stickyEndpoints = mapOf("sticky-endpoints", with(nftables.TypeInetService), addrPort)
 	for i := range t.endpoints {
-		t.endpoints[i] = &nftables.Set{
-			// The slot is a class ID because it travels as the packet's priority.
-			Table: t.nf, Name: fmt.Sprintf("endpoints-%x", i), IsMap: true,
-			KeyType:  concat(append(slices.Clone(frontend), nftables.TypeClassID)...),
-			DataType: concat(addr, nftables.TypeInetService),
-		}
+		t.endpoints[i] = mapOf(fmt.Sprintf("endpoints-%x", i), with(nftables.TypeClassID), addrPort)
 	}
-	t.classes = &nftables.Set{
-		Table: t.nf, Name: "classes", IsMap: true,
-		KeyType: nftables.TypeClassID, DataType: nftables.TypeVerdict, KeyByteOrder: binaryutil.BigEndian,
+	for m := range t.verdicts {
+		t.verdicts[m] = mapOf(verdictMap(m).String(), nftables.TypeClassID, nftables.TypeVerdict)
+		t.verdicts[m].KeyByteOrder = binaryutil.BigEndian
 	}
-	t.noEndpoints = &nftables.Set{Table: t.nf, Name: "no-endpoints", KeyType: concat(frontend...)}
+	t.affinity = mapOf("affinity", concat(append([]nftables.SetDatatype{addr}, frontend...)...), nftables.TypeClassID)
+	t.affinity.Dynamic, t.affinity.HasTimeout, t.affinity.Size = true, true, maxRemembered
 	t.hairpin = &nftables.Set{
 		Table: t.nf, Name: "hairpin",
 		KeyType: concat(append([]nftables.SetDatatype{addr, addr}, frontend...)...),
 	}
-	t.podCIDRs = &nftables.Set{Table: t.nf, Name: "pod-cidrs", KeyType: addr, Interval: true}
+	t.rowSets = append([]*nftables.Set{
+		inServices: t.services, inExternal: t.external, inTimeouts: t.timeouts, inSlots: t.slots,
+		inStickyEndpoints: t.stickyEndpoints, inHairpin: t.hairpin,
+	}, t.endpoints[:]...)
+	t.clusterIPs = &nftables.Set{Table: t.nf, Name: "cluster-ips", KeyType: addr}
+	t.nodePortAddrs = &nftables.Set{Table: t.nf, Name: "node-port-addrs", KeyType: addr}
+	interval := func(name string) *nftables.Set {
+		return &nftables.Set{Table: t.nf, Name: name, KeyType: addr, Interval: true}
+	}
+	t.podCIDRs, t.localPods, t.serviceCIDRs = interval("pod-cidrs"), interval("local-pods"), interval("service-cidrs")
 	return t
 }
 
-// sets returns all sets of the table, in the order in which they are made.
+// sets returns all sets of the table, in the order in which they are made. Those
+// of source ranges are made when they are needed.
 func (t *table) sets() []*nftables.Set {
-	return append(t.rowSets(), t.classes, t.podCIDRs)
+	sets := append(slices.Clone(t.rowSets), t.clusterIPs)
+	sets = append(sets, t.verdicts[:]...)
+	return append(sets, t.affinity, t.nodePortAddrs, t.podCIDRs, t.localPods, t.serviceCIDRs)
 }
 
-// rowSets returns the sets that rows have elements in, by the indices that
-// edit uses.
-func (t *table) rowSets() []*nftables.Set {
-	return append([]*nftables.Set{inServices: t.services, inNoEndpoints: t.noEndpoints, inHairpin: t.hairpin}, t.endpoints[:]...)
+const rangesPrefix = "source-ranges-"
+
+// ranges returns the set of the source ranges with prefixes of a length, each
+// with its frontend. Ranges of one length do not overlap, so that it need not be
+// an interval set.
+func (t *table) ranges(bits int) *nftables.Set {
+	return &nftables.Set{
+		Table: t.nf, Name: rangesPrefix + strconv.Itoa(bits),
+		KeyType: nftables.MustConcatSetType(t.addr, nftables.TypeInetProto, nftables.TypeInetService, t.addr),
+	}
 }
 
 // shards is the number of maps that endpoints are spread over, by the last hex
-// digit of the frontend's address. To the packet and to an update it makes no
-// difference, but the kernel takes quadratic time to list a map (see dumpSize):
-// with one map reading 100,000 Services took 47 s.
+// digit of the frontend's address, or of a node port. To the packet and to an
+// update it makes no difference, but the kernel takes quadratic time to list a
+// map (see dumpSize): with one map reading 100,000 Services took 47 s.
 const shards = 16
 
 func shardOf(f dataplane.Frontend) int {
+	if f.Addr.Addr().IsUnspecified() {
+		return int(f.Addr.Port() % shards)
+	}
 	b := f.Addr.Addr().AsSlice()
 	return int(b[len(b)-1] % shards)
 }
 
-// podCIDRsOf returns the node's pod networks of the table's family, without
-// those that lie within another, in order.
-func (t *table) podCIDRsOf(node dataplane.Node) []netip.Prefix {
+// addressing is how frontends are told: by their address, or, as node ports, by
+// the node's. In sets a node port has the unspecified address, as in a
+// dataplane.Frontend, and rules make that of the packet's (`ip daddr & 0.0.0.0`).
+type addressing bool
+
+const (
+	byAddress  addressing = false
+	byNodePort addressing = true
+
+	nodePortSuffix = "node-port"
+)
+
+func addressings() []addressing { return []addressing{byAddress, byNodePort} }
+
+func (by addressing) chainName(name string) string {
+	if by == byNodePort {
+		return name + "-" + nodePortSuffix
+	}
+	return name
+}
+
+// list is which of a Service's lists of endpoints is meant.
+type list int
+
+const (
+	clusterList list = iota // dataplane.Treatment.Endpoints
+	localList               // dataplane.Treatment.LocalEndpoints
+	lists
+)
+
+func (l list) chainName(name string) string {
+	if l == localList {
+		return name + "-local"
+	}
+	return name
+}
+
+// networksOf returns the networks of the table's family, without those that lie
+// within another, in order.
+func (t *table) networksOf(lists ...[]netip.Prefix) []netip.Prefix {
 	var all []netip.Prefix
-	for _, p := range node.PodCIDRs {
+	for _, p := range slices.Concat(lists...) {
 		if dataplane.FamilyOf(p.Addr()) == t.family {
 			all = append(all, p.Masked())
 		}
@@ -129,153 +200,467 @@ func (t *table) podCIDRsOf(node dataplane.Node) []netip.Prefix {
 	return merged
 }
 
-// chains returns the chains that do not depend on Services, callees first.
-func (t *table) chains(node dataplane.Node) []chain {
-	// Rejecting happens before translating and again after it, for a commit may
-	// come while a packet is between the two. One that has missed the frontend
-	// among those without endpoints, as it had some, and then finds it without
-	// any, is caught behind; one that the second check would let through, as
-	// the Service has just got its first endpoint, has met the first.
-	//
-	// Prerouting rather than input and forward, so that clients are told even
-	// where the node has no route to the address. (Kernel 5.9, netfilter:
-	// nf_tables: add "reject" to prerouting.)
-	reject := rule{
-		comment: "connections to Services without endpoints",
-		exprs:   slices.Concat(ctStateNew(), t.frontendKey(), []expr.Any{lookup(t.noEndpoints), gotoChain("reject")}),
+// nodeSets returns what the sets that follow the node hold.
+func (t *table) nodeSets(node dataplane.Node) map[*nftables.Set][]element {
+	sets := map[*nftables.Set][]element{
+		t.podCIDRs:      intervals(t.networksOf(node.PodCIDRs)),
+		t.localPods:     intervals(t.networksOf(node.PodCIDRs, node.LocalPodCIDRs)),
+		t.serviceCIDRs:  intervals(t.networksOf(node.ServiceCIDRs)),
+		t.nodePortAddrs: nil,
 	}
-	unmark := rule{
-		comment: "the slot has done its work",
-		exprs: slices.Concat(
-			[]expr.Any{&expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg(0)}},
-			[]expr.Any{
-				&expr.Bitwise{
-					SourceRegister: reg(0), DestRegister: reg(0), Len: 4,
-					Mask: binaryutil.NativeEndian.PutUint32(slotMask), Xor: []byte{0, 0, 0, 0},
-				},
-				&expr.Cmp{Op: expr.CmpOpEq, Register: reg(0), Data: binaryutil.NativeEndian.PutUint32(slotBase)},
-			},
-			resetPriority(),
-		),
+	for _, a := range slices.Compact(slices.SortedFunc(slices.Values(node.NodePortAddrs), netip.Addr.Compare)) {
+		if dataplane.FamilyOf(a) == t.family {
+			sets[t.nodePortAddrs] = append(sets[t.nodePortAddrs], element{Key: a.AsSlice()})
+		}
 	}
-	dispatch := rule{exprs: slices.Concat(
-		t.frontendKey(),
-		[]expr.Any{mapLookup(t.services, reg(0)), setPriority(reg(0))},
-		[]expr.Any{
-			&expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg(0)},
-			verdictLookup(t.classes),
-		},
-	)}
-	icmp := &expr.Reject{Type: unix.NFT_REJECT_ICMP_UNREACH, Code: 3} // port unreachable (RFC 792)
-	if t.family == dataplane.IPv6 {
-		icmp.Code = 4 // port unreachable (RFC 4443)
+	return sets
+}
+
+// counter is a named counter: a reason not to serve a connection.
+type counter string
+
+const (
+	rejectedNoEndpoints    counter = "rejected-no-endpoints"
+	droppedNoEndpoints     counter = "dropped-no-endpoints"
+	droppedNoLocalEndpoint counter = "dropped-no-local-endpoints"
+	droppedSourceRanges    counter = "dropped-source-ranges"
+	rejectedUndeclaredPort counter = "rejected-undeclared-port"
+	droppedNoService       counter = "dropped-no-service"
+)
+
+func counters() []counter {
+	return []counter{
+		rejectedNoEndpoints, droppedNoEndpoints, droppedNoLocalEndpoint, droppedSourceRanges,
+		rejectedUndeclaredPort, droppedNoService,
 	}
-	postrouting := []rule{{
-		comment: "pods that reach themselves through a Service",
-		exprs: slices.Concat(ctStatusDNAT(),
-			[]expr.Any{t.saddr(0), t.daddr(t.addrLen / 4)},
-			t.originalFrontendKey(2*t.addrLen/4),
-			[]expr.Any{lookup(t.hairpin), masquerade()}),
-	}}
-	if len(t.podCIDRsOf(node)) > 0 {
-		notAPod := lookup(t.podCIDRs)
-		notAPod.Invert = true
-		postrouting = append(postrouting, rule{
-			comment: "clients outside the pod networks",
-			exprs: slices.Concat(ctStatusDNAT(),
-				[]expr.Any{t.saddr(0), notAPod},
-				// The lookup in a map is there to see whether the connection is
-				// a Service's at all: others translate addresses, too.
-				t.originalFrontendKey(0),
-				[]expr.Any{mapLookup(t.services, reg(0)), setPriority(reg(0))},
-				resetPriority(),
-				[]expr.Any{masquerade()}),
-		})
-	}
+}
+
+func (t *table) object(c counter) *nftables.NamedObj {
+	return &nftables.NamedObj{Table: t.nf, Name: string(c), Type: nftables.ObjTypeCounter, Obj: &expr.Counter{}}
+}
+
+// chains returns the chains that do not depend on Services, callees first, but
+// for the lengths of source ranges.
+func (t *table) chains(node dataplane.Node, rangeBits []int) []chain {
 	accept := nftables.ChainPolicyAccept
 	base := func(name string, typ nftables.ChainType, hook *nftables.ChainHook, prio nftables.ChainPriority, rules ...rule) chain {
 		return chain{rules: rules, Chain: &nftables.Chain{
 			Name: name, Table: t.nf, Type: typ, Hooknum: hook, Priority: &prio, Policy: &accept,
 		}}
 	}
-	dstnat := *nftables.ChainPriorityNATDest
-	return []chain{
-		{Chain: &nftables.Chain{Name: "reject", Table: t.nf}, rules: []rule{
-			{exprs: []expr.Any{
-				&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg(0)},
-				&expr.Cmp{Op: expr.CmpOpEq, Register: reg(0), Data: []byte{byte(dataplane.TCP)}},
-				&expr.Reject{Type: unix.NFT_REJECT_TCP_RST},
-			}},
-			{exprs: []expr.Any{icmp}},
+	chains := []chain{t.reject()}
+	for _, by := range addressings() {
+		chains = append(chains, t.sourceRanges(by, rangeBits), t.translate(by), t.translateSticky(by))
+		for l := range lists {
+			chains = append(chains, t.pick(by, l), t.sticky(by, l))
+		}
+		chains = append(chains, t.externalClients(by, node))
+	}
+	chains = append(chains, t.masquerade(node)...)
+	chains = append(chains, t.masquerading())
+	dispatch, unmark, unserved := t.dispatch(), unmark(), t.unserved()
+	dstnat, filter := *nftables.ChainPriorityNATDest, *nftables.ChainPriorityFilter
+	return append(chains,
+		base("nat-prerouting", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, dstnat, dispatch...),
+		base("nat-output", nftables.ChainTypeNAT, nftables.ChainHookOutput, dstnat, dispatch...),
+		base("filter-prerouting-post-dnat", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, dstnat+10, unmark...),
+		base("filter-output-post-dnat", nftables.ChainTypeFilter, nftables.ChainHookOutput, dstnat+10, unmark...),
+		base("filter-forward", nftables.ChainTypeFilter, nftables.ChainHookForward, filter, unserved...),
+		base("filter-output", nftables.ChainTypeFilter, nftables.ChainHookOutput, filter, unserved...),
+		base("nat-postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, *nftables.ChainPriorityNATSource, t.postrouting()...),
+	)
+}
+
+func (t *table) chain(name string, rules ...rule) chain {
+	return chain{Chain: &nftables.Chain{Name: name, Table: t.nf}, rules: rules}
+}
+
+// reject rejects with a TCP reset or an ICMP port unreachable. Chains go here
+// from prerouting, rather than from input and forward, so that clients are told
+// even where the node has no route to the address. (Kernel 5.9, netfilter:
+// nf_tables: add "reject" to prerouting.)
+func (t *table) reject() chain {
+	icmp := &expr.Reject{Type: unix.NFT_REJECT_ICMP_UNREACH, Code: 3} // port unreachable (RFC 792)
+	if t.family == dataplane.IPv6 {
+		icmp.Code = 4 // port unreachable (RFC 4443)
+	}
+	return t.chain("reject",
+		rule{exprs: []expr.Any{
+			&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg(0)},
+			&expr.Cmp{Op: expr.CmpOpEq, Register: reg(0), Data: []byte{byte(dataplane.TCP)}},
+			&expr.Reject{Type: unix.NFT_REJECT_TCP_RST},
 		}},
-		t.translate(),
-		base("filter-prerouting-pre-dnat", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, dstnat-10, reject),
-		base("filter-output-pre-dnat", nftables.ChainTypeFilter, nftables.ChainHookOutput, dstnat-10, reject),
-		base("nat-prerouting", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, dstnat, dispatch),
-		base("nat-output", nftables.ChainTypeNAT, nftables.ChainHookOutput, dstnat, dispatch),
-		base("filter-prerouting-post-dnat", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, dstnat+10, unmark, reject),
-		base("filter-output-post-dnat", nftables.ChainTypeFilter, nftables.ChainHookOutput, dstnat+10, unmark, reject),
-		base("nat-postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, *nftables.ChainPriorityNATSource, postrouting...),
-	}
+		rule{exprs: []expr.Any{icmp}},
+	)
 }
 
-// classChain returns the chain of a class: it draws a slot.
-func (t *table) classChain(c class) chain {
-	return chain{
-		Chain: &nftables.Chain{Name: c.chainName(), Table: t.nf},
-		rules: []rule{{exprs: []expr.Any{randomSlot(uint32(c), reg(0)), setPriority(reg(0)), gotoChain("translate")}}},
+// dispatch are the rules that a connection starts with: one for frontends with
+// an address of their own, which go first, and one for node ports.
+func (t *table) dispatch() []rule {
+	var rules []rule
+	for _, by := range addressings() {
+		rules = append(rules, rule{exprs: slices.Concat(
+			t.toNodePort(by, t.daddr(0)),
+			t.frontendKey(by, 0),
+			[]expr.Any{mapLookup(t.services, reg(0)), setPriority(reg(0))},
+			t.branchOff(classes),
+		)})
 	}
+	return rules
 }
 
-// translate returns the chain that all classes go to with a slot. It is one
-// chain for all because the kernel walks a map of any kind for each new chain
-// in which a rule refers to it (nf_tables_api.c, nf_tables_bind_set): 0.5 s
-// for a new class at 100,000 Services, if each class had a rule of its own.
-func (t *table) translate() chain {
+// toNodePort matches the node's addresses for node ports, and is nothing
+// for frontends by address.
+func (t *table) toNodePort(by addressing, address expr.Any) []expr.Any {
+	if by == byAddress {
+		return nil
+	}
+	return []expr.Any{address, lookup(t.nodePortAddrs)}
+}
+
+// branchOff is `meta priority vmap @…`.
+func (t *table) branchOff(m verdictMap) []expr.Any {
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg(0)}, verdictLookup(t.verdicts[m])}
+}
+
+// sourceRanges returns from frontends whose source ranges the client is in.
+func (t *table) sourceRanges(by addressing, bits []int) chain {
+	var rules []rule
+	for _, n := range bits {
+		client := t.addrLen/4 + 2
+		mask, none := make([]byte, t.addrLen), make([]byte, t.addrLen)
+		setBits(mask, n)
+		rules = append(rules, rule{exprs: slices.Concat(
+			t.frontendKey(by, 0),
+			[]expr.Any{
+				t.saddr(client),
+				&expr.Bitwise{SourceRegister: reg(client), DestRegister: reg(client), Len: uint32(t.addrLen), Mask: mask, Xor: none},
+				lookup(t.ranges(n)),
+				&expr.Verdict{Kind: expr.VerdictReturn},
+			})})
+	}
+	return t.chain(by.chainName("source-ranges"), append(rules, rule{exprs: []expr.Any{count(droppedSourceRanges), drop()}})...)
+}
+
+// externalClients sends clients that are not this node nor its pods to the class
+// of the local endpoints.
+func (t *table) externalClients(by addressing, node dataplane.Node) chain {
+	var others []expr.Any
+	if len(t.networksOf(node.PodCIDRs, node.LocalPodCIDRs)) > 0 {
+		others = append(others, t.saddr(0), notIn(t.localPods))
+	}
+	others = slices.Concat(others, notFrom(node), sourceType(expr.CmpOpNeq))
+	return t.chain(by.chainName("external"), rule{
+		comment: "not this node nor its pods",
+		exprs: slices.Concat(others,
+			t.frontendKey(by, 0),
+			[]expr.Any{mapLookup(t.external, reg(0)), setPriority(reg(0))},
+			t.branchOff(localClasses),
+		),
+	})
+}
+
+// translate returns the chain that sends a connection to the endpoint in the
+// slot that is the packet's priority, if there is one. It is one chain for all
+// classes because the kernel walks a map of any kind for each new chain in
+// which a rule refers to it (nf_tables_api.c, nf_tables_bind_set): 0.5 s for a
+// new class at 100,000 Services, if each class had rules of its own.
+func (t *table) translate(by addressing) chain {
 	slot := t.addrLen/4 + 2
 	// in matches frontends of a shard: `ip daddr & 0.0.0.15 == 0.0.0.3`.
 	in := func(shard int) []expr.Any {
-		mask, value, none := make([]byte, t.addrLen), make([]byte, t.addrLen), make([]byte, t.addrLen)
-		mask[t.addrLen-1], value[t.addrLen-1] = shards-1, byte(shard)
+		n, field := t.addrLen, t.daddr(0)
+		if by == byNodePort {
+			n, field = 2, dport(0)
+		}
+		mask, value, none := make([]byte, n), make([]byte, n), make([]byte, n)
+		mask[n-1], value[n-1] = shards-1, byte(shard)
 		return []expr.Any{
-			t.daddr(0),
-			&expr.Bitwise{SourceRegister: reg(0), DestRegister: reg(0), Len: uint32(t.addrLen), Mask: mask, Xor: none},
+			field,
+			&expr.Bitwise{SourceRegister: reg(0), DestRegister: reg(0), Len: uint32(n), Mask: mask, Xor: none},
 			&expr.Cmp{Op: expr.CmpOpEq, Register: reg(0), Data: value},
 		}
 	}
-	dnat := func(shard int) []expr.Any {
-		return []expr.Any{
-			mapLookup(t.endpoints[shard], reg(0)),
-			&expr.NAT{
-				Type: expr.NATTypeDestNAT, Family: uint32(t.nf.Family),
-				// The maxima are what the kernel makes of leaving them out.
-				RegAddrMin: reg(0), RegAddrMax: reg(0),
-				RegProtoMin: reg(t.addrLen / 4), RegProtoMax: reg(t.addrLen / 4), Specified: true,
+	var rules []rule
+	for i := range shards {
+		rules = append(rules, rule{exprs: slices.Concat(in(i),
+			t.frontendKey(by, 0), []expr.Any{&expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg(slot)}},
+			t.dnat(t.endpoints[i]))})
+	}
+	return t.chain(by.chainName("translate"), rules...)
+}
+
+// translateSticky sends a connection to the endpoint whose ID is the packet's
+// priority, if it is there.
+func (t *table) translateSticky(by addressing) chain {
+	return t.chain(by.chainName("translate-sticky"), rule{exprs: slices.Concat(
+		t.frontendKey(by, 0), []expr.Any{&expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg(t.addrLen/4 + 2)}},
+		t.dnat(t.stickyEndpoints),
+	)})
+}
+
+func (t *table) dnat(endpoints *nftables.Set) []expr.Any {
+	return []expr.Any{
+		mapLookup(endpoints, reg(0)),
+		&expr.NAT{
+			Type: expr.NATTypeDestNAT, Family: uint32(t.nf.Family),
+			// The maxima are what the kernel makes of leaving them out.
+			RegAddrMin: reg(0), RegAddrMax: reg(0),
+			RegProtoMin: reg(t.addrLen / 4), RegProtoMax: reg(t.addrLen / 4), Specified: true,
+		},
+	}
+}
+
+// sticky branches off to the affinity of a frontend.
+func (t *table) sticky(by addressing, l list) chain {
+	m := affinities
+	if l == localList {
+		m = localAffinities
+	}
+	return t.chain(by.chainName(l.chainName("sticky")),
+		rule{exprs: slices.Concat(
+			t.frontendKey(by, 0),
+			[]expr.Any{mapLookup(t.timeouts, reg(0)), setPriority(reg(0))},
+			t.branchOff(m),
+		)},
+		rule{comment: "it has just changed: the client will try again", exprs: []expr.Any{drop()}},
+	)
+}
+
+// affinityRules are those of an affinity's timeout. They refer to no map but the
+// one of what is remembered.
+func (t *table) affinityRules(c class, l list) []rule {
+	by := c.addressing()
+	recall := rule{exprs: slices.Concat(
+		t.clientKey(by), []expr.Any{mapLookup(t.affinity, reg(0)), setPriority(reg(0))})}
+	remember := func(op uint32) []expr.Any {
+		id := t.addrLen/2 + 2
+		update := &expr.Dynset{
+			SrcRegKey: reg(0), SrcRegData: reg(id), SetName: t.affinity.Name, Operation: op,
+		}
+		if op != dynsetDelete {
+			update.Timeout = c.timeout()
+		}
+		return slices.Concat(t.clientKey(by), []expr.Any{&expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg(id)}, update})
+	}
+	forget := rule{exprs: slices.Concat(isID(), remember(dynsetDelete))}
+	pick := rule{exprs: []expr.Any{jumpTo(by.chainName(l.chainName("pick")))}}
+	translate := rule{exprs: []expr.Any{jumpTo(by.chainName("translate-sticky"))}}
+	forget.comment = "that endpoint is gone"
+	again := recall
+	again.comment = "another connection of the client's may have been faster"
+	return []rule{
+		recall,
+		{exprs: slices.Concat(isIDOf(l), remember(unix.NFT_DYNSET_OP_UPDATE), translate.exprs)},
+		forget,
+		pick,
+		{exprs: slices.Concat(isIDOf(l), remember(unix.NFT_DYNSET_OP_UPDATE))},
+		again,
+		translate,
+		forget, // as it went while the packet was on its way
+		pick,
+		translate,
+		{comment: "the last one went: the client will try again", exprs: []expr.Any{drop()}},
+	}
+}
+
+// dynsetDelete is NFT_DYNSET_OP_DELETE (linux/netfilter/nf_tables.h), which
+// x/sys lacks.
+const dynsetDelete = 2
+
+// pick draws an endpoint: a slot, and then the ID of the endpoint in it.
+func (t *table) pick(by addressing, l list) chain {
+	sizes := t.services
+	if l == localList {
+		sizes = t.external
+	}
+	slot := t.addrLen/4 + 2
+	in := func(slotIs ...expr.Any) []expr.Any {
+		return slices.Concat(t.frontendKey(by, 0), slotIs, []expr.Any{mapLookup(t.slots, reg(0)), setPriority(reg(0))})
+	}
+	return t.chain(by.chainName(l.chainName("pick")),
+		rule{exprs: slices.Concat(
+			t.frontendKey(by, 0),
+			[]expr.Any{mapLookup(sizes, reg(0)), setPriority(reg(0))},
+			t.branchOff(draws),
+		)},
+		rule{exprs: in(&expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg(slot)})},
+		rule{
+			comment: "the slot went while the packet was on its way",
+			exprs:   slices.Concat(isSlot(), in(firstSlot(l, reg(slot)))),
+		},
+	)
+}
+
+// unmark puts back the priority of a packet in which a slot or the ID of an
+// endpoint has done its work.
+func unmark() []rule {
+	return []rule{{exprs: slices.Concat(isSlot(), resetPriority())}, {exprs: slices.Concat(isID(), resetPriority())}}
+}
+
+// unserved are rules for connections to the networks of cluster IPs that are for
+// no Service. They are in forward and output, not before, so that an address
+// that is the node's own, as that of a DNS cache may be, or that somebody else
+// translates, is left alone.
+func (t *table) unserved() []rule {
+	return []rule{
+		{exprs: slices.Concat(ctStateNew(), []expr.Any{
+			t.daddr(0), lookup(t.clusterIPs), count(rejectedUndeclaredPort), gotoChain("reject"),
+		})},
+		{exprs: slices.Concat(ctStateNew(), []expr.Any{
+			t.daddr(0), lookup(t.serviceCIDRs), count(droppedNoService), drop(),
+		})},
+	}
+}
+
+func (t *table) postrouting() []rule {
+	return []rule{{exprs: append(ctStatusDNAT(), gotoChain("masquerading"))}}
+}
+
+// masquerading decides on connections that were translated, by us or by others,
+// which is why it looks their frontend up.
+func (t *table) masquerading() chain {
+	var rules []rule
+	for _, by := range addressings() {
+		toNodePort := t.toNodePort(by, t.originalDaddr(0))
+		rules = append(rules,
+			rule{
+				comment: "pods that reach themselves through a Service",
+				exprs: slices.Concat(toNodePort,
+					[]expr.Any{t.saddr(0), t.daddr(t.addrLen / 4)},
+					t.originalFrontendKey(by, 2*t.addrLen/4),
+					[]expr.Any{lookup(t.hairpin), gotoChain("masquerade")}),
 			},
+			rule{exprs: slices.Concat(toNodePort,
+				t.originalFrontendKey(by, 0),
+				[]expr.Any{mapLookup(t.services, reg(0)), setPriority(reg(0))},
+				t.branchOff(masquerades))},
+		)
+	}
+	return t.chain("masquerading", rules...)
+}
+
+// masquerade returns the chains that connections of Services may end in after
+// that. They put the priority back, which has the class.
+func (t *table) masquerade(node dataplane.Node) []chain {
+	name := func(m dataplane.Masquerade) string { return "masquerade-" + m.String() }
+	none := rule{exprs: resetPriority()}
+	masquerade := gotoChain("masquerade")
+	foreign := []rule{none}
+	if conditions, some := t.foreign(node); some {
+		foreign = []rule{
+			{comment: "clients that are no pods", exprs: append(conditions, masquerade)},
+			none,
 		}
 	}
-	drawn := &expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg(slot)}
-	var rules, fallback []rule
-	for i := range shards {
-		rules = append(rules, rule{exprs: slices.Concat(in(i), t.frontendKey(), []expr.Any{drawn}, dnat(i))})
-		fallback = append(fallback, rule{
-			comment: "the slot went while the packet was on its way here",
-			exprs:   slices.Concat(in(i), t.frontendKey(), []expr.Any{randomSlot(1, reg(slot))}, dnat(i)),
-		})
+	return []chain{
+		t.chain("masquerade", rule{exprs: append(resetPriority(), &expr.Masq{FullyRandom: true})}),
+		t.chain(name(dataplane.MasqueradeAlways), rule{exprs: []expr.Any{masquerade}}),
+		t.chain(name(dataplane.MasqueradeNode),
+			rule{comment: "this node's own connections", exprs: append(sourceType(expr.CmpOpEq), masquerade)},
+			none,
+		),
+		t.chain(name(dataplane.MasqueradeForeign), foreign...),
 	}
-	return chain{Chain: &nftables.Chain{Name: "translate", Table: t.nf}, rules: append(rules, fallback...)}
+}
+
+// foreign matches clients that dataplane.MasqueradeForeign is about, if there are
+// any.
+func (t *table) foreign(node dataplane.Node) (conditions []expr.Any, some bool) {
+	switch {
+	case node.MasqueradeAll:
+		return nil, true
+	case node.PodInterface != "" || node.PodInterfacePrefix != "":
+		return notFrom(node), true
+	case len(t.networksOf(node.PodCIDRs)) > 0:
+		return []expr.Any{t.saddr(0), notIn(t.podCIDRs)}, true
+	default:
+		return nil, false
+	}
+}
+
+// notFrom matches packets that did not come in through a pod's interface; those
+// of the node itself are among them.
+func notFrom(node dataplane.Node) []expr.Any {
+	var name []byte
+	switch {
+	case node.PodInterface != "":
+		name = make([]byte, unix.IFNAMSIZ)
+		copy(name, node.PodInterface)
+	case node.PodInterfacePrefix != "":
+		name = []byte(node.PodInterfacePrefix)
+	default:
+		return nil
+	}
+	return []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg(0)},
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: reg(0), Data: name},
+	}
+}
+
+// sourceType compares whether the packet is from an address of the node: `fib
+// saddr type local`.
+func sourceType(op expr.CmpOp) []expr.Any {
+	return []expr.Any{
+		&expr.Fib{Register: reg(0), FlagSADDR: true, ResultADDRTYPE: true},
+		&expr.Cmp{Op: op, Register: reg(0), Data: binaryutil.NativeEndian.PutUint32(unix.RTN_LOCAL)},
+	}
 }
 
 // slotBase is what slots count from: a tc class ID whose major nobody else
-// uses, so that a priority that is left on a packet can be told for ours.
+// uses, so that a priority that is left on a packet can be told for ours. Each
+// list has a major of its own.
 const (
-	slotBase = 0xfa1d_0000
-	slotMask = 0xffff_0000
+	slotBase      = 0xfa1d_0000
+	localSlotBase = 0xfa1c_0000
+	slotMask      = 0xfffe_0000 // of both
+	slotMajor     = slotBase & slotMask
 )
 
+func (l list) slotBase() uint32 {
+	if l == localList {
+		return localSlotBase
+	}
+	return slotBase
+}
+
 // randomSlot is `numgen random mod n offset slotBase`.
-func randomSlot(n, register uint32) expr.Any {
-	return &expr.Numgen{Register: register, Modulus: n, Type: unix.NFT_NG_RANDOM, Offset: slotBase}
+func randomSlot(n int, l list, register uint32) expr.Any {
+	return &expr.Numgen{Register: register, Modulus: uint32(n), Type: unix.NFT_NG_RANDOM, Offset: l.slotBase()} //nolint:gosec // a size
+}
+
+// firstSlot is a draw of one: nft can't print a constant in a concatenation.
+func firstSlot(l list, register uint32) expr.Any { return randomSlot(1, l, register) }
+
+// id is what an endpoint of a Service with affinity is remembered by: an even
+// number in the list of Endpoints, an odd one in that of LocalEndpoints. As a
+// packet's priority it is followed by two bytes that tell it from a class or
+// a slot.
+type id uint16
+
+const idMark = 0xfa
+
+func (i id) list() list { return list(i & 1) }
+
+// isSlot matches priorities that are slots, isID those that are IDs.
+func isSlot() []expr.Any {
+	return priorityIs(binaryutil.NativeEndian.PutUint32(slotMask), binaryutil.NativeEndian.PutUint32(slotMajor))
+}
+
+func isID() []expr.Any {
+	return priorityIs([]byte{0, 0, 0xff, 0xff}, []byte{0, 0, idMark, idMark})
+}
+
+func isIDOf(l list) []expr.Any {
+	return priorityIs([]byte{0, 1, 0xff, 0xff}, []byte{0, byte(l), idMark, idMark})
+}
+
+func priorityIs(mask, value []byte) []expr.Any {
+	return []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg(0)},
+		&expr.Bitwise{SourceRegister: reg(0), DestRegister: reg(0), Len: 4, Mask: mask, Xor: make([]byte, 4)},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: reg(0), Data: value},
+	}
 }
 
 // reg returns the register at a 32-bit offset, by the name that the kernel
@@ -308,33 +693,59 @@ func networkHeader(word int, offset, length uint32) expr.Any {
 	}
 }
 
+// dport loads the destination port: TCP, UDP and SCTP all have it in bytes 2
+// and 3.
+func dport(word int) expr.Any {
+	return &expr.Payload{DestRegister: reg(word), Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2}
+}
+
 // frontendKey loads `ip daddr . meta l4proto . th dport`.
-func (t *table) frontendKey() []expr.Any {
+func (t *table) frontendKey(by addressing, word int) []expr.Any {
 	n := t.addrLen / 4
-	return []expr.Any{
-		t.daddr(0),
-		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg(n)},
-		// TCP, UDP and SCTP all have the destination port in bytes 2 and 3.
-		&expr.Payload{DestRegister: reg(n + 1), Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
+	return slices.Concat(
+		t.address(by, t.daddr(word), word),
+		[]expr.Any{&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg(word + n)}, dport(word + n + 1)},
+	)
+}
+
+// address makes the address in a key that of the frontend.
+func (t *table) address(by addressing, load expr.Any, word int) []expr.Any {
+	if by == byAddress {
+		return []expr.Any{load}
 	}
+	return []expr.Any{load, &expr.Bitwise{
+		SourceRegister: reg(word), DestRegister: reg(word), Len: uint32(t.addrLen),
+		Mask: make([]byte, t.addrLen), Xor: make([]byte, t.addrLen),
+	}}
+}
+
+// clientKey loads the client's address and the frontend.
+func (t *table) clientKey(by addressing) []expr.Any {
+	return append([]expr.Any{t.saddr(0)}, t.frontendKey(by, t.addrLen/4)...)
 }
 
 // originalFrontendKey loads what the client asked for before it was
 // translated, in the same form.
-func (t *table) originalFrontendKey(word int) []expr.Any {
-	key := expr.CtKeyDSTIP
-	if t.family == dataplane.IPv6 {
-		key = expr.CtKeyDSTIP6
-	}
+func (t *table) originalFrontendKey(by addressing, word int) []expr.Any {
 	n := t.addrLen / 4
-	original := func(k expr.CtKey, word int) expr.Any {
-		return &expr.Ct{Key: k, Register: reg(word), Direction: expr.CtDirOriginal, OptDirection: true}
+	return slices.Concat(
+		t.address(by, t.originalDaddr(word), word),
+		[]expr.Any{
+			&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg(word + n)},
+			original(expr.CtKeyPROTODST, word+n+1),
+		},
+	)
+}
+
+func (t *table) originalDaddr(word int) expr.Any {
+	if t.family == dataplane.IPv6 {
+		return original(expr.CtKeyDSTIP6, word)
 	}
-	return []expr.Any{
-		original(key, word),
-		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg(word + n)},
-		original(expr.CtKeyPROTODST, word+n+1),
-	}
+	return original(expr.CtKeyDSTIP, word)
+}
+
+func original(k expr.CtKey, word int) expr.Any {
+	return &expr.Ct{Key: k, Register: reg(word), Direction: expr.CtDirOriginal, OptDirection: true}
 }
 
 func lookup(s *nftables.Set) *expr.Lookup {
@@ -362,7 +773,21 @@ func gotoChain(name string) expr.Any {
 	return &expr.Verdict{Kind: expr.VerdictGoto, Chain: name}
 }
 
-func masquerade() expr.Any { return &expr.Masq{FullyRandom: true} }
+func jumpTo(name string) expr.Any {
+	return &expr.Verdict{Kind: expr.VerdictJump, Chain: name}
+}
+
+func drop() expr.Any { return &expr.Verdict{Kind: expr.VerdictDrop} }
+
+func count(c counter) expr.Any {
+	return &expr.Objref{Type: int(nftables.ObjTypeCounter), Name: string(c)}
+}
+
+func notIn(s *nftables.Set) expr.Any {
+	l := lookup(s)
+	l.Invert = true
+	return l
+}
 
 func ctStateNew() []expr.Any { return ctBits(expr.CtKeySTATE, expr.CtStateBitNEW) }
 

@@ -37,14 +37,22 @@ type Dataplane struct {
 	tables [2]*table
 	watch  *watch
 
-	// slots holds the slots of Services whose endpoints are not in order of
-	// address, as programmed.
-	slots map[dataplane.Key][]netip.AddrPort
-	// classes counts, by table, the programmed frontends in each class that has
-	// a chain; resting says since when a class has none.
-	classes [2]map[class]int
-	resting [2]map[class]time.Time
-	now     func() time.Time
+	// node is that of the last Replace.
+	node dataplane.Node
+	// arrangements holds those of Services, as programmed, that are not what
+	// arrangeService makes from nothing.
+	arrangements map[dataplane.Key]arrangement
+	// branches counts, by table, the programmed frontends that need each branch
+	// that there is; resting says since when a branch is needed by none.
+	branches [2]map[branch]int
+	resting  [2]map[branch]time.Time
+	// clusterIPs counts, by table, the programmed frontends with each address
+	// that is in that set.
+	clusterIPs [2]map[netip.Addr]int
+	// rangeBits are, by table, the prefix lengths that there is a set of source
+	// ranges for, in order.
+	rangeBits [2][]int
+	now       func() time.Time
 }
 
 var _ dataplane.Dataplane = (*Dataplane)(nil)
@@ -92,10 +100,12 @@ func Open(opts Options) (*Dataplane, error) {
 
 // forget drops what is known of the kernel.
 func (d *Dataplane) forget() {
-	d.slots = map[dataplane.Key][]netip.AddrPort{}
-	for i := range d.classes {
-		d.classes[i] = map[class]int{}
-		d.resting[i] = map[class]time.Time{}
+	d.arrangements = map[dataplane.Key]arrangement{}
+	for i := range d.branches {
+		d.branches[i] = map[branch]int{}
+		d.resting[i] = map[branch]time.Time{}
+		d.clusterIPs[i] = map[netip.Addr]int{}
+		d.rangeBits[i] = nil
 	}
 }
 

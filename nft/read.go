@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strconv"
+	"strings"
 
 	"fairlead/dataplane"
 
@@ -24,24 +26,31 @@ type content struct {
 	chains map[string]*nftables.Chain
 	rules  map[string][]*nftables.Rule
 	rows   map[dataplane.Frontend]*row
-	// classes has the elements of that map by class, and whether each goes
-	// where it should.
-	classes map[class]bool
+	// branches has the elements of verdict maps, and whether each goes where it
+	// should.
+	branches map[branch]bool
 	// foreign are elements that we would never make, by set.
-	foreign  map[string][]element
-	podCIDRs []element
+	foreign map[string][]element
+	// objects are the named objects, and rangeBits the lengths for which there
+	// is a set of source ranges.
+	objects   map[string]nftables.ObjType
+	rangeBits []int
+	// clusterIPs are the addresses in that set; node has the elements of the
+	// sets that follow the node, by name.
+	clusterIPs map[netip.Addr]bool
+	node       map[string][]element
 }
 
 // read reads all of a table. That takes time in proportion to the number of
 // Services: some 0.1 s for 10,000 with 10 endpoints each.
 func (d *Dataplane) read(ctx context.Context, t *table) (*content, error) {
 	c := &content{
-		sets:    map[string]*nftables.Set{},
-		chains:  map[string]*nftables.Chain{},
-		rules:   map[string][]*nftables.Rule{},
-		rows:    map[dataplane.Frontend]*row{},
-		classes: map[class]bool{},
-		foreign: map[string][]element{},
+		sets:     map[string]*nftables.Set{},
+		chains:   map[string]*nftables.Chain{},
+		rules:    map[string][]*nftables.Rule{},
+		rows:     map[dataplane.Frontend]*row{},
+		branches: map[branch]bool{}, foreign: map[string][]element{}, objects: map[string]nftables.ObjType{},
+		clusterIPs: map[netip.Addr]bool{}, node: map[string][]element{},
 	}
 	var err error
 	if c.table, err = findTable(d.conn, t); err != nil || c.table == nil {
@@ -67,20 +76,16 @@ func (d *Dataplane) read(ctx context.Context, t *table) (*content, error) {
 			return nil, fmt.Errorf("list the rules of chain %s in table %s: %w", ch.Name, t, err)
 		}
 	}
-	type reading struct {
-		set   *nftables.Set
-		parse func(element) error
+	objects, err := d.conn.GetNamedObjects(t.nf)
+	if err != nil {
+		return nil, fmt.Errorf("list the counters of table %s: %w", t, err)
 	}
-	readings := []reading{
-		{t.services, func(e element) error { return c.parseService(t, e) }},
-		{t.noEndpoints, func(e element) error { return c.parseNoEndpoints(t, e) }},
-		{t.hairpin, func(e element) error { return c.parseHairpin(t, e) }},
-		{t.classes, func(e element) error { return c.parseClass(t, e) }},
-		{t.podCIDRs, func(e element) error { c.podCIDRs = append(c.podCIDRs, e); return nil }},
+	for _, o := range objects {
+		if o, ok := o.(*nftables.NamedObj); ok {
+			c.objects[o.Name] = o.Type
+		}
 	}
-	for shard, set := range t.endpoints {
-		readings = append(readings, reading{set, func(e element) error { return c.parseEndpoint(t, shard, e) }})
-	}
+	readings := c.readings(t)
 	for _, read := range readings {
 		if err := ctx.Err(); err != nil {
 			return nil, err
@@ -100,8 +105,50 @@ func (d *Dataplane) read(ctx context.Context, t *table) (*content, error) {
 	}
 	for _, r := range c.rows {
 		slices.SortFunc(r.hairpins, netip.Addr.Compare)
+		slices.SortFunc(r.ranges, netip.Prefix.Compare)
 	}
 	return c, nil
+}
+
+// reading is a set to read, and what to do with its elements.
+type reading struct {
+	set   *nftables.Set
+	parse func(element) error
+}
+
+func (c *content) readings(t *table) []reading {
+	rows := []reading{
+		{t.services, func(e element) error { return c.parseService(t, e) }},
+		{t.external, func(e element) error { return c.parseExternal(t, e) }},
+		{t.timeouts, func(e element) error { return c.parseTimeout(t, e) }},
+		{t.slots, func(e element) error { return c.parseSlot(t, e) }},
+		{t.stickyEndpoints, func(e element) error { return c.parseSticky(t, e) }},
+		{t.hairpin, func(e element) error { return c.parseHairpin(t, e) }},
+		{t.clusterIPs, func(e element) error { return c.parseClusterIP(t, e) }},
+	}
+	for m, set := range t.verdicts {
+		rows = append(rows, reading{set, func(e element) error { return c.parseBranch(t, verdictMap(m), e) }})
+	}
+	for shard, set := range t.endpoints {
+		rows = append(rows, reading{set, func(e element) error { return c.parseEndpoint(t, shard, e) }})
+	}
+	for set := range t.nodeSets(dataplane.Node{}) {
+		rows = append(rows, reading{set, func(e element) error {
+			c.node[set.Name] = append(c.node[set.Name], e)
+			return nil
+		}})
+	}
+	for name, found := range c.sets {
+		text, ok := strings.CutPrefix(name, rangesPrefix)
+		bits, err := strconv.Atoi(text)
+		if !ok || err != nil || bits < 0 || bits > 8*t.addrLen || strconv.Itoa(bits) != text || !sameSet(found, t.ranges(bits)) {
+			continue
+		}
+		c.rangeBits = append(c.rangeBits, bits)
+		rows = append(rows, reading{t.ranges(bits), func(e element) error { return c.parseRange(t, bits, e) }})
+	}
+	slices.Sort(c.rangeBits)
+	return rows
 }
 
 func (c *content) row(f dataplane.Frontend) *row {
@@ -114,21 +161,45 @@ func (c *content) row(f dataplane.Frontend) *row {
 }
 
 func (c *content) parseService(t *table, e element) error {
-	f, _, err := t.parseFrontend(e.Key)
-	if err != nil {
-		return err
-	}
-	class, err := t.parseClass(e.Val)
+	f, class, err := t.parseFrontendClass(e)
 	if err != nil {
 		return err
 	}
 	r := c.row(f)
-	r.service, r.class = e.Comment, class
+	r.service, r.class, r.inServices = e.Comment, class, true
 	return nil
 }
 
+func (c *content) parseExternal(t *table, e element) error {
+	f, class, err := t.parseFrontendClass(e)
+	if err != nil {
+		return err
+	}
+	r := c.row(f)
+	r.external, r.inExternal = class, true
+	return nil
+}
+
+func (c *content) parseTimeout(t *table, e element) error {
+	f, class, err := t.parseFrontendClass(e)
+	if err != nil || !class.has(affinity) {
+		return errForeign
+	}
+	c.row(f).timeout = class
+	return nil
+}
+
+func (t *table) parseFrontendClass(e element) (dataplane.Frontend, class, error) {
+	f, rest, err := t.parseFrontend(e.Key)
+	if err != nil || len(rest) > 0 {
+		return f, 0, errForeign
+	}
+	class, err := t.parseClass(e.Val)
+	return f, class, err
+}
+
 func (c *content) parseEndpoint(t *table, shard int, e element) error {
-	f, slot, err := t.parseSlot(e.Key)
+	f, l, slot, err := t.parseSlot(e.Key)
 	if err != nil {
 		return err
 	}
@@ -139,21 +210,71 @@ func (c *content) parseEndpoint(t *table, shard int, e element) error {
 	if err != nil {
 		return err
 	}
-	r := c.row(f)
-	for len(r.slots) <= slot {
-		r.slots = append(r.slots, netip.AddrPort{})
+	s := &c.row(f).slots[l]
+	for len(s.endpoints) <= slot {
+		s.endpoints = append(s.endpoints, netip.AddrPort{})
 	}
-	r.slots[slot] = addr
+	s.endpoints[slot] = addr
 	return nil
 }
 
-func (c *content) parseNoEndpoints(t *table, e element) error {
-	f, _, err := t.parseFrontend(e.Key)
+func (c *content) parseSlot(t *table, e element) error {
+	f, l, slot, err := t.parseSlot(e.Key)
+	if err != nil {
+		return err
+	}
+	n, err := t.parseID(e.Val)
+	if err != nil {
+		return err
+	}
+	s := &c.row(f).slots[l]
+	for len(s.ids) <= slot {
+		s.ids = append(s.ids, noID)
+	}
+	s.ids[slot] = int(n)
+	return nil
+}
+
+func (c *content) parseSticky(t *table, e element) error {
+	f, n, err := t.parseSticky(e.Key)
+	if err != nil {
+		return err
+	}
+	addr, err := t.parseAddrPort(e.Val)
 	if err != nil {
 		return err
 	}
 	r := c.row(f)
-	r.service, r.rejected = e.Comment, true
+	if r.byID == nil {
+		r.byID = map[id]netip.AddrPort{}
+	}
+	r.byID[n] = addr
+	return nil
+}
+
+func (c *content) parseRange(t *table, bits int, e element) error {
+	f, p, err := t.parseRange(e.Key, bits)
+	if err != nil {
+		return err
+	}
+	r := c.row(f)
+	switch {
+	case e.Comment == "":
+		r.ranges = append(r.ranges, p)
+	case e.Comment == selfComment && p == ownRange(f):
+		r.self = true
+	default:
+		return errForeign
+	}
+	return nil
+}
+
+func (c *content) parseClusterIP(t *table, e element) error {
+	addr, ok := netip.AddrFromSlice(e.Key)
+	if !ok || len(e.Key) != t.addrLen {
+		return errForeign
+	}
+	c.clusterIPs[addr] = true
 	return nil
 }
 
@@ -167,18 +288,19 @@ func (c *content) parseHairpin(t *table, e element) error {
 	return nil
 }
 
-func (c *content) parseClass(t *table, e element) error {
+func (c *content) parseBranch(t *table, m verdictMap, e element) error {
 	class, err := t.parseClass(e.Key)
 	if err != nil {
 		return err
 	}
-	c.classes[class] = isGoto(e.Val, class.chainName())
+	b := branch{m, class}
+	c.branches[b] = isVerdict(e.Val, b.verdict())
 	return nil
 }
 
-// isGoto reports whether the value of a verdict map's element, which the
-// library leaves as the kernel's attributes, is a goto to the chain.
-func isGoto(val []byte, chain string) bool {
+// isVerdict reports whether the value of a verdict map's element, which the
+// library leaves as the kernel's attributes, is this verdict.
+func isVerdict(val []byte, want *expr.Verdict) bool {
 	attrs, err := netlink.NewAttributeDecoder(val)
 	if err != nil {
 		return false
@@ -194,7 +316,7 @@ func isGoto(val []byte, chain string) bool {
 			to = attrs.String()
 		}
 	}
-	return attrs.Err() == nil && code == unix.NFT_GOTO && to == chain
+	return attrs.Err() == nil && code == int32(want.Kind) && to == want.Chain //nolint:gosec // a small number
 }
 
 // sameSet reports whether a set in the kernel can take our elements.
@@ -247,12 +369,33 @@ func (d *Dataplane) Read(ctx context.Context) (dataplane.State, error) {
 // binding returns what the kernel does with connections to the row's frontend.
 func (r *row) binding() dataplane.Binding {
 	b := dataplane.Binding{Service: r.service}
-	for i := range min(int(r.class), len(r.slots)) {
-		if addr := r.slots[i]; addr.IsValid() {
-			_, local := slices.BinarySearchFunc(r.hairpins, addr.Addr(), netip.Addr.Compare)
-			b.Endpoints = append(b.Endpoints, dataplane.Endpoint{Addr: addr, Local: local})
+	b.Endpoints = r.reachable(clusterList, r.class)
+	b.Masquerade, b.NoEndpoints = r.class.masquerade(), r.class.noEndpoints()
+	if b.ExternalLocal = r.class.has(external); b.ExternalLocal {
+		b.LocalEndpoints = r.reachable(localList, r.external)
+	}
+	if r.class.has(sticky) {
+		b.Affinity = r.timeout.timeout()
+	}
+	if r.class.has(ranged) {
+		b.SourceRanges = r.ranges
+	}
+	return b
+}
+
+// reachable returns the endpoints of a list that connections of a class reach.
+func (r *row) reachable(l list, c class) []dataplane.Endpoint {
+	slots := r.slots[l].endpoints
+	if c.has(sticky) {
+		slots = r.arrangement()[l].slots
+	}
+	var all []dataplane.Endpoint
+	for _, addr := range slots[:min(c.size(), len(slots))] {
+		if addr.IsValid() {
+			_, isLocal := slices.BinarySearchFunc(r.hairpins, addr.Addr(), netip.Addr.Compare)
+			all = append(all, dataplane.Endpoint{Addr: addr, Local: isLocal})
 		}
 	}
-	slices.SortFunc(b.Endpoints, func(x, y dataplane.Endpoint) int { return x.Addr.Compare(y.Addr) })
-	return b
+	slices.SortFunc(all, func(x, y dataplane.Endpoint) int { return x.Addr.Compare(y.Addr) })
+	return all
 }

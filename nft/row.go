@@ -2,8 +2,10 @@ package nft
 
 import (
 	"crypto/sha256"
+	"encoding/binary"
 	"encoding/hex"
 	"fmt"
+	"hash/fnv"
 	"net/netip"
 	"slices"
 
@@ -11,60 +13,149 @@ import (
 )
 
 // row is everything that the maps and sets hold for one frontend. All elements
-// belong to exactly one frontend, so the difference of two states is the
-// difference of their rows. Rows read from the kernel can be of any shape;
-// those that render makes are consistent.
+// but those of cluster-ips belong to exactly one frontend, so the difference of
+// two states is the difference of their rows. Rows read from the kernel can be
+// of any shape; those that render makes are consistent.
 type row struct {
-	// service is the comment on the frontend's element.
+	// service is the comment on the frontend's element in services.
 	service string
-	// class is the value in services; 0 if the frontend is not there.
-	class class
-	// rejected says that the frontend is in no-endpoints.
-	rejected bool
-	// slots are the endpoints by slot. A slot that is not there is the zero
-	// AddrPort.
-	slots []netip.AddrPort
+	// class is the value in services, external the one in external, where
+	// the frontend is there.
+	class, external        class
+	inServices, inExternal bool
+	// timeout is the affinity class in timeouts; 0 if the frontend is not there.
+	timeout class
+	// slots are what is in the slots of each list.
+	slots [lists]slotList
+	// byID is in sticky-endpoints.
+	byID map[id]netip.AddrPort
 	// hairpins are the addresses that are in hairpin with this frontend,
 	// sorted.
 	hairpins []netip.Addr
+	// ranges are the source ranges, sorted. self says that a client may have
+	// the frontend's own address.
+	ranges []netip.Prefix
+	self   bool
+
+	// clusterIP says that the frontend's address is to be in cluster-ips. It is
+	// not known of a row that was read.
+	clusterIP bool
 }
 
+// slotList is what is in the slots of a list: endpoints, or with affinity their IDs.
+type slotList struct {
+	// endpoints are in endpoints-…; a slot that is not there is the zero
+	// AddrPort.
+	endpoints []netip.AddrPort
+	// ids are in slots; a slot that is not there is noID.
+	ids []int
+}
+
+const noID = -1
+
 // render returns what the maps hold for each frontend of the Service when its
-// endpoints are in these slots.
-func render(s *dataplane.Service, slots []netip.AddrPort) *row {
-	r := &row{service: comment(s.Key), class: class(len(slots)), rejected: len(slots) == 0, slots: slots}
-	for _, e := range s.Endpoints { // sorted, so the hairpins are
-		if !e.Local {
+// endpoints are arranged like this, on this node.
+func render(s *dataplane.Service, a arrangement, node dataplane.Node) *row {
+	r := &row{
+		service: comment(s.Key), inServices: true, inExternal: s.ExternalLocal, timeout: affinityOf(s),
+		ranges: s.SourceRanges, clusterIP: s.Key.Kind == dataplane.ClusterIP,
+	}
+	r.class, r.external = classOf(s)
+	for l := range lists {
+		if s.Affinity == 0 {
+			r.slots[l].endpoints = a[l].slots
 			continue
 		}
-		if n := len(r.hairpins); n == 0 || r.hairpins[n-1] != e.Addr.Addr() {
-			r.hairpins = append(r.hairpins, e.Addr.Addr())
+		if r.byID == nil {
+			r.byID = map[id]netip.AddrPort{}
+		}
+		for i, n := range a[l].ids {
+			r.slots[l].ids = append(r.slots[l].ids, int(n))
+			r.byID[n] = a[l].slots[i]
 		}
 	}
+	for _, list := range [lists][]dataplane.Endpoint{s.Endpoints, s.LocalEndpoints} {
+		for _, e := range list { // sorted, so the hairpins are
+			if n := len(r.hairpins); e.Local && (n == 0 || r.hairpins[n-1] != e.Addr.Addr()) {
+				r.hairpins = append(r.hairpins, e.Addr.Addr())
+			}
+		}
+	}
+	if len(s.LocalEndpoints) > 0 {
+		slices.SortFunc(r.hairpins, netip.Addr.Compare)
+		r.hairpins = slices.Compact(r.hairpins)
+	}
+	r.self = slices.ContainsFunc(s.SourceRanges, func(p netip.Prefix) bool {
+		return slices.ContainsFunc(node.NodePortAddrs, p.Contains)
+	})
 	return r
+}
+
+// branches returns the branches that the row needs.
+func (r *row) branches() []branch {
+	var all []branch
+	add := func(m verdictMap, c class) {
+		all = append(all, branch{m, c})
+		if c.has(sticky) && c.size() > 0 {
+			all = append(all, branch{draws, c})
+		}
+	}
+	if r.inServices {
+		add(classes, r.class)
+		all = append(all, branch{masquerades, r.class})
+	}
+	if r.inExternal {
+		add(localClasses, r.external)
+	}
+	if r.timeout != 0 {
+		all = append(all, branch{affinities, r.timeout})
+		if r.inExternal {
+			all = append(all, branch{localAffinities, r.timeout})
+		}
+	}
+	return all
+}
+
+// sameBranches reports whether the rows need the same branches and the same
+// address in cluster-ips.
+func (r *row) sameBranches(o *row) bool {
+	return r.class == o.class && r.external == o.external && r.inServices == o.inServices && r.inExternal == o.inExternal &&
+		r.timeout == o.timeout && r.clusterIP == o.clusterIP
+}
+
+// allowed returns the ranges that a frontend with this row has elements for.
+func (r *row) allowed(f dataplane.Frontend) []netip.Prefix {
+	own := ownRange(f)
+	if !r.self || slices.Contains(r.ranges, own) {
+		return r.ranges
+	}
+	all := append(slices.Clone(r.ranges), own)
+	slices.SortFunc(all, netip.Prefix.Compare)
+	return all
+}
+
+// rangeComment is the comment on a range's element: the frontend's own address
+// has one if it is there on account of self.
+func (r *row) rangeComment(f dataplane.Frontend, p netip.Prefix) string {
+	if r.self && p == ownRange(f) && !slices.Contains(r.ranges, p) {
+		return selfComment
+	}
+	return ""
+}
+
+const selfComment = "this node"
+
+func ownRange(f dataplane.Frontend) netip.Prefix {
+	return netip.PrefixFrom(f.Addr.Addr(), f.Addr.Addr().BitLen())
 }
 
 // supported returns an error that wraps [dataplane.ErrUnsupported] if this
 // backend can't program the Service.
 func supported(s *dataplane.Service) error {
-	var what string
-	switch {
-	case s.Key.Kind == dataplane.NodePort:
-		what = "node ports"
-	case s.ExternalLocal:
-		what = "externalTrafficPolicy: Local"
-	case s.Masquerade != dataplane.MasqueradeForeign:
-		what = "masquerade " + s.Masquerade.String()
-	case s.NoEndpoints != dataplane.Reject:
-		what = "to " + s.NoEndpoints.String() + " without endpoints"
-	case s.Affinity != 0:
-		what = "session affinity"
-	case len(s.SourceRanges) > 0:
-		what = "source ranges"
-	default:
-		return nil
+	if s.Affinity != 0 && max(len(s.Endpoints), len(s.LocalEndpoints)) > maxIDs {
+		return fmt.Errorf("%w: session affinity with more than %d endpoints", dataplane.ErrUnsupported, maxIDs)
 	}
-	return fmt.Errorf("%w: %s", dataplane.ErrUnsupported, what)
+	return nil
 }
 
 // maxComment is the longest comment that `nft` prints, less the final zero
@@ -132,19 +223,127 @@ func inOrder(slots []netip.AddrPort, want []dataplane.Endpoint) bool {
 	return slices.EqualFunc(slots, want, func(a netip.AddrPort, e dataplane.Endpoint) bool { return a == e.Addr })
 }
 
+// arrangement is where the endpoints of a Service are: in which slot of its
+// list, and with affinity under which ID.
+type arrangement [lists]placement
+
+type placement struct {
+	slots []netip.AddrPort
+	ids   []id // by slot; nil without affinity
+}
+
+// arrangeService arranges the endpoints of a Service so that as little as
+// possible differs from the current arrangement.
+func arrangeService(current arrangement, s *dataplane.Service) arrangement {
+	var a arrangement
+	for l, want := range [lists][]dataplane.Endpoint{s.Endpoints, s.LocalEndpoints} {
+		a[l].slots = arrange(current[l].slots, want)
+		if s.Affinity != 0 {
+			a[l].ids = identify(list(l), current[l], a[l].slots)
+		}
+	}
+	return a
+}
+
+// natural reports whether the arrangement is what arrangeService makes from
+// nothing.
+func (a arrangement) natural(s *dataplane.Service) bool {
+	if !inOrder(a[clusterList].slots, s.Endpoints) || !inOrder(a[localList].slots, s.LocalEndpoints) {
+		return false
+	}
+	if s.Affinity == 0 {
+		return true
+	}
+	for l := range lists {
+		if !slices.Equal(a[l].ids, identify(l, placement{}, a[l].slots)) {
+			return false
+		}
+	}
+	return true
+}
+
+// arrangement returns the one that a row which was read shows.
+func (r *row) arrangement() arrangement {
+	var a arrangement
+	for l := range lists {
+		a[l].slots = r.slots[l].endpoints
+		if !r.class.has(sticky) {
+			continue
+		}
+		a[l].slots = nil
+		for _, n := range r.slots[l].ids {
+			a[l].slots = append(a[l].slots, r.byID[id(n)]) //nolint:gosec // or no endpoint
+			a[l].ids = append(a[l].ids, id(n))             //nolint:gosec // or no endpoint
+		}
+	}
+	return a
+}
+
+// maxIDs is how many IDs a list has.
+const maxIDs = 1 << 15
+
+// identify gives IDs to the endpoints in the slots of a list. One that has an ID
+// keeps it. Others get one that nobody had just now: what clients remember is
+// an ID, and they should not be sent to another pod by it. Which one is
+// decided by the endpoint's address, so that one that comes back has the ID
+// that it had, as a rule.
+func identify(l list, current placement, in []netip.AddrPort) []id {
+	known, used := map[netip.AddrPort]id{}, map[id]bool{}
+	for i, n := range current.ids {
+		if addr := current.slots[i]; addr.IsValid() && n.list() == l && !used[n] {
+			known[addr], used[n] = n, true
+		}
+	}
+	if len(used)+len(in) > maxIDs { // no room for those who leave
+		stay := map[netip.AddrPort]id{}
+		clear(used)
+		for _, addr := range in {
+			if n, ok := known[addr]; ok {
+				stay[addr], used[n] = n, true
+			}
+		}
+		known = stay
+	}
+	ids := make([]id, len(in))
+	for i, addr := range in {
+		n, ok := known[addr]
+		if !ok {
+			for n = firstID(l, addr); used[n]; {
+				n += id(lists)
+			}
+			used[n] = true
+		}
+		ids[i] = n
+	}
+	return ids
+}
+
+func firstID(l list, addr netip.AddrPort) id {
+	h := fnv.New32a()
+	b := addr.Addr().As16()
+	_, _ = h.Write(binary.BigEndian.AppendUint16(b[:], addr.Port()))
+	sum := h.Sum32()
+	return id(sum^sum>>16)&^1 | id(l) //nolint:gosec // the low bits
+}
+
 // edit collects the elements to delete and to add in one table. In a commit all
 // deletions come first, so an element whose value changes is in both.
 type edit struct {
 	table    *table
 	del, add [inEndpoints + shards][]element
-	elements int
+	// delRanges and addRanges are those of source ranges, by prefix length.
+	delRanges, addRanges map[int][]element
+	elements             int
 }
 
 // The sets that rows have elements in, as indices into edit's fields. The last
 // is the first of the shards of endpoints.
 const (
 	inServices = iota
-	inNoEndpoints
+	inExternal
+	inTimeouts
+	inSlots
+	inStickyEndpoints
 	inHairpin
 	inEndpoints
 )
@@ -162,37 +361,55 @@ func (e *edit) change(f dataplane.Frontend, have, want *row) {
 		want = &row{}
 	}
 	t := e.table
-	if have.class != want.class || (have.class != 0 && have.service != want.service) {
-		if have.class != 0 {
-			e.delete(inServices, element{Key: t.frontendElement(f)})
-		}
-		if want.class != 0 {
-			e.insert(inServices, element{
-				Key: t.frontendElement(f), Val: t.classElement(want.class), Comment: want.service,
-			})
-		}
+	e.changeClass(inServices, f, have.inServices, have.class, have.service, want.inServices, want.class, want.service)
+	e.changeClass(inExternal, f, have.inExternal, have.external, "", want.inExternal, want.external, "")
+	e.changeClass(inTimeouts, f, have.timeout != 0, have.timeout, "", want.timeout != 0, want.timeout, "")
+	for l := range lists {
+		e.changeSlots(f, l, have.slots[l], want.slots[l])
 	}
-	if have.rejected != want.rejected || (have.rejected && have.service != want.service) {
-		if have.rejected {
-			e.delete(inNoEndpoints, element{Key: t.frontendElement(f)})
+	e.changeIDs(f, have.byID, want.byID)
+	merge(have.hairpins, want.hairpins, netip.Addr.Compare, func(a netip.Addr, inHave, inWant bool) {
+		switch {
+		case !inWant:
+			e.delete(inHairpin, element{Key: t.hairpinElement(a, f)})
+		case !inHave:
+			e.insert(inHairpin, element{Key: t.hairpinElement(a, f)})
 		}
-		if want.rejected {
-			e.insert(inNoEndpoints, element{Key: t.frontendElement(f), Comment: want.service})
-		}
+	})
+	if len(have.ranges)+len(want.ranges) > 0 {
+		e.changeRanges(f, have, want)
 	}
-	shard := inEndpoints + shardOf(f)
-	for i := range max(len(have.slots), len(want.slots)) {
+}
+
+func (e *edit) changeClass(
+	set int, f dataplane.Frontend, inHave bool, have class, haveComment string, inWant bool, want class, wantComment string,
+) {
+	if inHave == inWant && (!inHave || have == want && haveComment == wantComment) {
+		return
+	}
+	key := e.table.frontendElement(f)
+	if inHave {
+		e.delete(set, element{Key: key})
+	}
+	if inWant {
+		e.insert(set, element{Key: key, Val: e.table.classElement(want), Comment: wantComment})
+	}
+}
+
+func (e *edit) changeSlots(f dataplane.Frontend, l list, have, want slotList) {
+	t, shard := e.table, inEndpoints+shardOf(f)
+	for i := range max(len(have.endpoints), len(want.endpoints)) {
 		var h, w netip.AddrPort
-		if i < len(have.slots) {
-			h = have.slots[i]
+		if i < len(have.endpoints) {
+			h = have.endpoints[i]
 		}
-		if i < len(want.slots) {
-			w = want.slots[i]
+		if i < len(want.endpoints) {
+			w = want.endpoints[i]
 		}
 		if h == w {
 			continue
 		}
-		key := t.slotElement(f, uint32(i))
+		key := t.slotElement(f, l, uint32(i)) //nolint:gosec // a slot
 		if h.IsValid() {
 			e.delete(shard, element{Key: key})
 		}
@@ -200,12 +417,58 @@ func (e *edit) change(f dataplane.Frontend, have, want *row) {
 			e.insert(shard, element{Key: key, Val: t.addrPortElement(w)})
 		}
 	}
-	merge(have.hairpins, want.hairpins, func(a netip.Addr, inHave, inWant bool) {
-		switch {
-		case !inWant:
-			e.delete(inHairpin, element{Key: t.hairpinElement(a, f)})
-		case !inHave:
-			e.insert(inHairpin, element{Key: t.hairpinElement(a, f)})
+	for i := range max(len(have.ids), len(want.ids)) {
+		h, w := noID, noID
+		if i < len(have.ids) {
+			h = have.ids[i]
+		}
+		if i < len(want.ids) {
+			w = want.ids[i]
+		}
+		if h == w {
+			continue
+		}
+		key := t.slotElement(f, l, uint32(i)) //nolint:gosec // a slot
+		if h != noID {
+			e.delete(inSlots, element{Key: key})
+		}
+		if w != noID {
+			e.insert(inSlots, element{Key: key, Val: t.idElement(id(w))}) //nolint:gosec // an ID
+		}
+	}
+}
+
+func (e *edit) changeIDs(f dataplane.Frontend, have, want map[id]netip.AddrPort) {
+	t := e.table
+	for n, addr := range have {
+		if want[n] != addr {
+			e.delete(inStickyEndpoints, element{Key: t.stickyElement(f, n)})
+		}
+	}
+	for n, addr := range want {
+		if have[n] != addr {
+			e.insert(inStickyEndpoints, element{Key: t.stickyElement(f, n), Val: t.addrPortElement(addr)})
+		}
+	}
+}
+
+func (e *edit) changeRanges(f dataplane.Frontend, have, want *row) {
+	t := e.table
+	if e.delRanges == nil {
+		e.delRanges, e.addRanges = map[int][]element{}, map[int][]element{}
+	}
+	merge(have.allowed(f), want.allowed(f), netip.Prefix.Compare, func(p netip.Prefix, inHave, inWant bool) {
+		if inHave && inWant && have.rangeComment(f, p) == want.rangeComment(f, p) {
+			return
+		}
+		key := t.rangeElement(f, p)
+		if inHave {
+			e.delRanges[p.Bits()] = append(e.delRanges[p.Bits()], element{Key: key})
+			e.elements++
+		}
+		if inWant {
+			e.addRanges[p.Bits()] = append(e.addRanges[p.Bits()], element{Key: key, Comment: want.rangeComment(f, p)})
+			e.elements++
 		}
 	})
 }
@@ -221,13 +484,13 @@ func (e *edit) insert(set int, el element) {
 }
 
 // merge walks two sorted lists without duplicates in step.
-func merge(a, b []netip.Addr, visit func(addr netip.Addr, inA, inB bool)) {
+func merge[E any](a, b []E, compare func(E, E) int, visit func(e E, inA, inB bool)) {
 	for len(a) > 0 || len(b) > 0 {
 		switch {
-		case len(b) == 0 || len(a) > 0 && a[0].Less(b[0]):
+		case len(b) == 0 || len(a) > 0 && compare(a[0], b[0]) < 0:
 			visit(a[0], true, false)
 			a = a[1:]
-		case len(a) == 0 || b[0].Less(a[0]):
+		case len(a) == 0 || compare(b[0], a[0]) < 0:
 			visit(b[0], false, true)
 			b = b[1:]
 		default:

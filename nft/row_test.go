@@ -111,6 +111,67 @@ func TestArrangeMovesFew(t *testing.T) {
 	}
 }
 
+// TestIdentify checks, from random placements, that those that stay keep their IDs,
+// that newcomers get none that anybody had just now, and that no two are the same.
+func TestIdentify(t *testing.T) {
+	t.Parallel()
+	for seed := range uint64(300) {
+		random := rand.New(rand.NewPCG(seed, 3))
+		l := list(seed % 2)
+		var current placement
+		taken := map[id]bool{}
+		for _, n := range random.Perm(30)[:random.IntN(30)] {
+			current.slots = append(current.slots, endpoint(n).Addr)
+			ours := id(2*random.IntN(40)) | id(l) // few, so that they collide
+			if random.IntN(4) > 0 {
+				ours = firstID(l, endpoint(random.IntN(60)).Addr)
+			}
+			for taken[ours] {
+				ours += 2
+			}
+			taken[ours] = true
+			current.ids = append(current.ids, ours)
+		}
+		in := slots(random.Perm(60)[:random.IntN(60)]...)
+		ids := identify(l, current, in)
+		seen := map[id]bool{}
+		for i, addr := range in {
+			if seen[ids[i]] || ids[i].list() != l {
+				t.Fatalf("seed %d: ID %d is of list %d, or twice in %v", seed, ids[i], ids[i].list(), ids)
+			}
+			seen[ids[i]] = true
+			if j := slices.Index(current.slots, addr); j >= 0 && current.ids[j] != ids[i] {
+				t.Fatalf("seed %d: %v had ID %d and has %d", seed, addr, current.ids[j], ids[i])
+			} else if j < 0 && taken[ids[i]] {
+				t.Fatalf("seed %d: %v is new and got %d, which another had", seed, addr, ids[i])
+			}
+		}
+	}
+}
+
+// TestIdentifyAsManyAsThereCanBe fills a list, half of which is then replaced.
+func TestIdentifyAsManyAsThereCanBe(t *testing.T) {
+	t.Parallel()
+	var all []int
+	for n := range maxIDs {
+		all = append(all, n)
+	}
+	first := placement{slots: slots(all...)}
+	first.ids = identify(localList, placement{}, first.slots)
+	for n := range maxIDs / 2 {
+		all[n] = maxIDs + n
+	}
+	second := slots(all...)
+	ids := identify(localList, first, second)
+	if !slices.Equal(ids[maxIDs/2:], first.ids[maxIDs/2:]) {
+		t.Error("endpoints that stay have other IDs")
+	}
+	slices.Sort(ids)
+	if n := len(slices.Compact(ids)); n != maxIDs {
+		t.Errorf("%d different IDs of %d endpoints", n, maxIDs)
+	}
+}
+
 // TestChangeWritesFew counts elements: the cost of a change must not depend on
 // how many endpoints the Service has.
 func TestChangeWritesFew(t *testing.T) {
@@ -181,7 +242,7 @@ func TestComment(t *testing.T) {
 	}
 }
 
-func TestPodCIDRs(t *testing.T) {
+func TestNetworks(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
 		name  string
@@ -203,7 +264,7 @@ func TestPodCIDRs(t *testing.T) {
 				node.PodCIDRs = append(node.PodCIDRs, netip.MustParsePrefix(c))
 			}
 			var got []string
-			for _, e := range intervals(newTable(dataplane.IPv4).podCIDRsOf(node)) {
+			for _, e := range intervals(newTable(dataplane.IPv4).networksOf(node.PodCIDRs)) {
 				a, _ := netip.AddrFromSlice(e.Key)
 				text := a.String()
 				if e.IntervalEnd {
@@ -232,9 +293,17 @@ func FuzzElements(f *testing.F) {
 		parseElement(b)
 		_ = parseElements(b, func(element) {})
 		if f, _, err := table.parseFrontend(b); err == nil {
-			key := table.slotElement(f, uint32(slot))
-			if gotFrontend, got, err := table.parseSlot(key); err != nil || got != int(slot) || gotFrontend != f {
-				t.Fatalf("slot %d of %v became %d of %v, %v", slot, f, got, gotFrontend, err)
+			l := list(slot & 1)
+			key := table.slotElement(f, l, uint32(slot))
+			if gotFrontend, gotList, got, err := table.parseSlot(key); err != nil || got != int(slot) || gotFrontend != f || gotList != l {
+				t.Fatalf("slot %d of list %d of %v became %d of %d of %v, %v", slot, l, f, got, gotList, gotFrontend, err)
+			}
+			if gotFrontend, got, err := table.parseSticky(table.stickyElement(f, id(slot))); err != nil || got != id(slot) || gotFrontend != f {
+				t.Fatalf("ID %d of %v became %d of %v, %v", slot, f, got, gotFrontend, err)
+			}
+			p := netip.PrefixFrom(f.Addr.Addr(), int(slot)%(8*table.addrLen+1)).Masked()
+			if gotFrontend, got, err := table.parseRange(table.rangeElement(f, p), p.Bits()); err != nil || got != p || gotFrontend != f {
+				t.Fatalf("range %v of %v became %v of %v, %v", p, f, got, gotFrontend, err)
 			}
 			a, err := table.parseAddrPort(b)
 			if err != nil {
@@ -248,7 +317,7 @@ func FuzzElements(f *testing.F) {
 				t.Fatalf("hairpin of %v and %v became %v and %v, %v", a, f, got, gotFrontend, err)
 			}
 		}
-		if f, slot, err := table.parseSlot(b); err == nil && len(b) != len(table.slotElement(f, uint32(slot))) {
+		if f, l, slot, err := table.parseSlot(b); err == nil && len(b) != len(table.slotElement(f, l, uint32(slot))) {
 			t.Fatalf("%x was taken for slot %d of %v", b, slot, f)
 		}
 		if c, err := table.parseClass(b); err == nil && !bytes.Equal(table.classElement(c), b) {

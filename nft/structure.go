@@ -37,6 +37,11 @@ func (d *Dataplane) repairStructure(t *table, node dataplane.Node, have *content
 // itself: an element without a key is a set's catch-all (`*`), and those the
 // library cannot delete.
 func (c *content) mendable() error {
+	for _, name := range counters() {
+		if typ, ok := c.objects[string(name)]; ok && typ != nftables.ObjTypeCounter {
+			return fmt.Errorf("%s is no counter", name)
+		}
+	}
 	for set, elements := range c.foreign {
 		if slices.ContainsFunc(elements, func(e element) bool { return len(e.Key) == 0 }) {
 			return fmt.Errorf("set %s has a catch-all element", set)
@@ -49,10 +54,15 @@ func (d *Dataplane) mend(t *table, node dataplane.Node, have *content) error {
 	if have.table == nil || have.table.Flags != t.nf.Flags {
 		d.conn.AddTable(t.nf)
 	}
-	wanted := t.chains(node)
-	for c, intact := range have.classes {
-		if intact {
-			wanted = append(wanted, t.classChain(c))
+	for _, c := range counters() {
+		if _, ok := have.objects[string(c)]; !ok {
+			d.conn.AddObj(t.object(c))
+		}
+	}
+	wanted := t.chains(node, have.rangeBits)
+	for b, intact := range have.branches {
+		if intact && b.own() {
+			wanted = append(wanted, t.branchChain(b))
 		}
 	}
 	// Rules first: they hold on to chains and sets.
@@ -66,7 +76,7 @@ func (d *Dataplane) mend(t *table, node dataplane.Node, have *content) error {
 			d.addRules(t, ch)
 		}
 	}
-	d.mendPodCIDRs(t, node, have)
+	d.mendNodeSets(t, node, have)
 	if err := d.flush(); err != nil {
 		return fmt.Errorf("commit: %w", err)
 	}
@@ -99,10 +109,10 @@ func (d *Dataplane) flushChains(t *table, have *content, wanted []chain) map[str
 	}
 	d.deleteForeign(t, have)
 	// Elements that go to a chain hold on to it as rules do.
-	for c, intact := range have.classes {
+	for b, intact := range have.branches {
 		if !intact {
-			_ = d.conn.SetDeleteElements(t.classes, []element{{Key: t.classElement(c)}})
-			delete(have.classes, c)
+			_ = d.conn.SetDeleteElements(t.verdicts[b.in], []element{{Key: t.classElement(b.class)}})
+			delete(have.branches, b)
 		}
 	}
 	for _, found := range remove {
@@ -115,7 +125,11 @@ func (d *Dataplane) flushChains(t *table, have *content, wanted []chain) map[str
 // deleteForeign removes elements that we would never make, before anything is
 // added that might have the same key.
 func (d *Dataplane) deleteForeign(t *table, have *content) {
-	for _, set := range t.sets() {
+	sets := t.sets()
+	for _, bits := range have.rangeBits {
+		sets = append(sets, t.ranges(bits))
+	}
+	for _, set := range sets {
 		var keys []element
 		for _, e := range have.foreign[set.Name] {
 			keys = append(keys, element{Key: e.Key})
@@ -126,6 +140,9 @@ func (d *Dataplane) deleteForeign(t *table, have *content) {
 
 func (d *Dataplane) mendSets(t *table, have *content) {
 	wanted := t.sets()
+	for _, bits := range have.rangeBits {
+		wanted = append(wanted, t.ranges(bits))
+	}
 	for name, found := range have.sets {
 		i := slices.IndexFunc(wanted, func(s *nftables.Set) bool { return s.Name == name })
 		if i < 0 || !sameSet(found, wanted[i]) {
@@ -147,8 +164,8 @@ func (d *Dataplane) addRules(t *table, ch chain) {
 	}
 }
 
-func (d *Dataplane) mendPodCIDRs(t *table, node dataplane.Node, have *content) {
-	want := intervals(t.podCIDRsOf(node))
+// mendNodeSets makes the sets that follow the node what they must be.
+func (d *Dataplane) mendNodeSets(t *table, node dataplane.Node, have *content) {
 	same := func(a, b element) bool { return slices.Equal(a.Key, b.Key) && a.IntervalEnd == b.IntervalEnd }
 	byKey := func(a, b element) int {
 		if c := slices.Compare(a.Key, b.Key); c != 0 {
@@ -159,13 +176,16 @@ func (d *Dataplane) mendPodCIDRs(t *table, node dataplane.Node, have *content) {
 		}
 		return 1
 	}
-	slices.SortFunc(have.podCIDRs, byKey)
-	slices.SortFunc(want, byKey)
-	if slices.EqualFunc(have.podCIDRs, want, same) {
-		return
+	for set, want := range t.nodeSets(node) {
+		found := have.node[set.Name]
+		slices.SortFunc(found, byKey)
+		slices.SortFunc(want, byKey)
+		if slices.EqualFunc(found, want, same) {
+			continue
+		}
+		if have.sets[set.Name] != nil {
+			d.conn.FlushSet(set)
+		}
+		_ = d.conn.SetAddElements(set, want)
 	}
-	if have.sets[t.podCIDRs.Name] != nil {
-		d.conn.FlushSet(t.podCIDRs)
-	}
-	_ = d.conn.SetAddElements(t.podCIDRs, want)
 }

@@ -5,13 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"maps"
 	"net/netip"
+	"slices"
 	"time"
 
 	"fairlead/dataplane"
 
 	"github.com/google/nftables"
-	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 )
 
@@ -26,7 +27,7 @@ const editSize = 8192
 const classRest = time.Second
 
 // Apply implements [dataplane.Dataplane]. All changes are one commit, after
-// another one for the classes that are new. Only a call with more than some
+// another one for the branches that are new. Only a call with more than some
 // [editSize] elements is split, between Services: the kernel would take more
 // than proportional time for it, and others would wait.
 func (d *Dataplane) Apply(_ context.Context, changes []dataplane.Change) error {
@@ -40,12 +41,12 @@ func (d *Dataplane) Apply(_ context.Context, changes []dataplane.Change) error {
 		}
 	}
 	d.applyTogether(p, b, changes[first:], failed)
-	for key, slots := range p.after {
+	for key, a := range p.after {
 		if failed[key] == nil {
-			d.keep(key, slots)
+			d.keep(key, a)
 		}
 	}
-	d.removeUnusedClasses()
+	d.removeUnusedBranches()
 	if len(failed) > 0 {
 		return &dataplane.Error{Op: "apply", Failed: failed}
 	}
@@ -81,8 +82,7 @@ func (d *Dataplane) applyTogether(p plan, b *batch, changes []dataplane.Change, 
 // frontend may leave one Service and join another.
 type plan struct {
 	have, want map[dataplane.Frontend]owned
-	// after has the slots of each Service that changes, and nil for one that is
-	// gone.
+	// after has the arrangement of each Service that changes.
 	after map[dataplane.Key]arranged
 }
 
@@ -92,11 +92,11 @@ type owned struct {
 	*row
 }
 
-// arranged are the slots of a Service, and whether they need to be kept, as they
-// are not what arrange makes from nothing.
+// arranged is the arrangement of a Service, and whether it needs to be kept, as it
+// is not what arrangeService makes from nothing.
 type arranged struct {
-	slots []netip.AddrPort
-	keep  bool
+	arrangement
+	keep bool
 }
 
 // plan renders both sides of all changes. Services that this backend does not
@@ -109,10 +109,10 @@ func (d *Dataplane) plan(changes []dataplane.Change, failed map[dataplane.Key]er
 	}
 	for _, c := range changes {
 		key := c.Key()
-		var before []netip.AddrPort
+		var before arrangement
 		if c.Old != nil && supported(c.Old) == nil {
-			before = d.slotsOf(c.Old)
-			r := owned{key, render(c.Old, before)}
+			before = d.arrangementOf(c.Old)
+			r := owned{key, render(c.Old, before, d.node)}
 			for _, f := range c.Old.Frontends {
 				p.have[f] = r
 			}
@@ -125,9 +125,9 @@ func (d *Dataplane) plan(changes []dataplane.Change, failed map[dataplane.Key]er
 			failed[key] = err
 			continue
 		}
-		slots := arrange(before, c.New.Endpoints)
-		p.after[key] = arranged{slots, !inOrder(slots, c.New.Endpoints)}
-		r := owned{key, render(c.New, slots)}
+		a := arrangeService(before, c.New)
+		p.after[key] = arranged{a, !a.natural(c.New)}
+		r := owned{key, render(c.New, a, d.node)}
 		for _, f := range c.New.Frontends {
 			p.want[f] = r
 		}
@@ -175,8 +175,10 @@ type batch struct{ tables [2]tableEdit }
 // tableEdit is what one commit does to one table.
 type tableEdit struct {
 	edit
-	// classes is by how much the number of frontends in each class changes.
-	classes map[class]int
+	// branches is by how much the number of frontends that need each branch
+	// changes, clusterIPs by how much that with each address does.
+	branches   map[branch]int
+	clusterIPs map[netip.Addr]int
 }
 
 func (d *Dataplane) newBatch() *batch {
@@ -191,18 +193,23 @@ func (b *batch) elements() int { return b.tables[0].elements + b.tables[1].eleme
 
 // change adds what turns one row of a frontend into another; see edit.change.
 func (b *batch) change(f dataplane.Frontend, have, want *row) {
+	e := b.of(f)
+	if have != nil && want != nil && have.sameBranches(want) {
+		e.change(f, have, want)
+		return
+	}
 	if have != nil {
-		b.of(f).count(have.class, -1)
+		e.count(f, have, -1)
 	}
 	b.found(f, have, want)
 }
 
-// found is change for a row that was found in the kernel, whose class has not
+// found is change for a row that was found in the kernel, whose branches have not
 // been counted.
 func (b *batch) found(f dataplane.Frontend, have, want *row) {
 	e := b.of(f)
 	if want != nil {
-		e.count(want.class, 1)
+		e.count(f, want, 1)
 	}
 	e.change(f, have, want)
 }
@@ -212,14 +219,16 @@ func (b *batch) of(f dataplane.Frontend) *tableEdit {
 	return &b.tables[index(dataplane.FamilyOf(f.Addr.Addr()))]
 }
 
-func (e *tableEdit) count(c class, n int) {
-	if c == 0 {
-		return
+func (e *tableEdit) count(f dataplane.Frontend, r *row, n int) {
+	if e.branches == nil {
+		e.branches, e.clusterIPs = map[branch]int{}, map[netip.Addr]int{}
 	}
-	if e.classes == nil {
-		e.classes = map[class]int{}
+	for _, b := range r.branches() {
+		e.branches[b] += n
 	}
-	e.classes[c] += n
+	if r.clusterIP {
+		e.clusterIPs[f.Addr.Addr()] += n
+	}
 }
 
 func index(f dataplane.Family) int {
@@ -229,139 +238,199 @@ func index(f dataplane.Family) int {
 	return 0
 }
 
-// slotsOf returns the slots of a Service that is programmed.
-func (d *Dataplane) slotsOf(s *dataplane.Service) []netip.AddrPort {
-	if slots, ok := d.slots[s.Key]; ok {
-		return slots
+// arrangementOf returns the arrangement of a Service that is programmed.
+func (d *Dataplane) arrangementOf(s *dataplane.Service) arrangement {
+	if a, ok := d.arrangements[s.Key]; ok {
+		return a
 	}
-	return arrange(nil, s.Endpoints)
+	return arrangeService(arrangement{}, s)
 }
 
-// commit carries out a batch in one transaction, and counts its classes. It
+// commit carries out a batch in one transaction, and counts its branches. It
 // writes nothing if the batch is empty.
 func (d *Dataplane) commit(b *batch) error {
-	if err := d.addClasses(b); err != nil {
+	if err := d.prepare(b); err != nil {
 		return err
 	}
 	for i := range b.tables {
-		e := &b.tables[i]
-		if e.elements == 0 {
-			continue
-		}
-		sets := e.table.rowSets()
-		for s, set := range sets {
-			if err := d.conn.SetDeleteElements(set, e.del[s]); err != nil {
-				return fmt.Errorf("encode deletions from set %s: %w", set.Name, err)
-			}
-		}
-		for s, set := range sets {
-			if err := d.conn.SetAddElements(set, e.add[s]); err != nil {
-				return fmt.Errorf("encode additions to set %s: %w", set.Name, err)
-			}
+		if err := d.write(i, &b.tables[i]); err != nil {
+			return err
 		}
 	}
 	if err := d.flush(); err != nil {
 		return err
 	}
 	for i := range b.tables {
-		for c, n := range b.tables[i].classes {
-			d.use(i, c, n)
+		for branch, n := range b.tables[i].branches {
+			d.use(i, branch, n)
+		}
+		for addr, n := range b.tables[i].clusterIPs {
+			if d.clusterIPs[i][addr] += n; d.clusterIPs[i][addr] <= 0 {
+				delete(d.clusterIPs[i], addr)
+			}
 		}
 	}
 	return nil
 }
 
-// addClasses makes the chains of classes that have none yet, in a transaction of
-// its own. They are in use by nobody, so it does no harm if what follows fails.
-func (d *Dataplane) addClasses(b *batch) error {
-	var added [2][]class
-	for i := range b.tables {
-		e := &b.tables[i]
-		for c, n := range e.classes {
-			if _, exists := d.classes[i][c]; exists || n <= 0 {
-				continue
-			}
-			added[i] = append(added[i], c)
-			d.addChain(e.table, e.table.classChain(c))
-			// The library keeps the error for Flush.
-			_ = d.conn.SetAddElements(e.table.classes, []element{gotoElement(e.table, c)})
+// write adds the edit of the i-th table to the transaction.
+func (d *Dataplane) write(i int, e *tableEdit) error {
+	if e.elements == 0 && len(e.clusterIPs) == 0 {
+		return nil
+	}
+	var gone, come []element
+	for addr, n := range e.clusterIPs {
+		before, there := d.clusterIPs[i][addr]
+		switch {
+		case !there && n > 0:
+			come = append(come, element{Key: addr.AsSlice()})
+		case there && before+n <= 0:
+			gone = append(gone, element{Key: addr.AsSlice()})
 		}
 	}
-	if len(added[0])+len(added[1]) == 0 {
+	var errs []error
+	del := func(set *nftables.Set, elements []element) {
+		if err := d.conn.SetDeleteElements(set, elements); err != nil {
+			errs = append(errs, fmt.Errorf("encode deletions from set %s: %w", set.Name, err))
+		}
+	}
+	add := func(set *nftables.Set, elements []element) {
+		if err := d.conn.SetAddElements(set, elements); err != nil {
+			errs = append(errs, fmt.Errorf("encode additions to set %s: %w", set.Name, err))
+		}
+	}
+	for s, set := range e.table.rowSets {
+		del(set, e.del[s])
+	}
+	for bits, elements := range e.delRanges {
+		del(e.table.ranges(bits), elements)
+	}
+	del(e.table.clusterIPs, gone)
+	for s, set := range e.table.rowSets {
+		add(set, e.add[s])
+	}
+	for bits, elements := range e.addRanges {
+		add(e.table.ranges(bits), elements)
+	}
+	add(e.table.clusterIPs, come)
+	return errors.Join(errs...)
+}
+
+// prepare makes the branches, and sets of source ranges, that the batch needs and
+// that are not there yet, in a transaction of its own. They are in use by
+// nobody, so it does no harm if what follows fails.
+func (d *Dataplane) prepare(b *batch) error {
+	var added [2][]branch
+	rangeBits := d.rangeBits
+	for i := range b.tables {
+		e := &b.tables[i]
+		for branch, n := range e.branches {
+			if _, exists := d.branches[i][branch]; exists || n <= 0 {
+				continue
+			}
+			added[i] = append(added[i], branch)
+		}
+		slices.SortFunc(added[i], branch.compare)
+		for _, branch := range added[i] {
+			if branch.own() {
+				ch := e.table.branchChain(branch)
+				d.conn.AddChain(ch.Chain)
+				d.addRules(e.table, ch)
+			}
+			// The library keeps the error for Flush.
+			_ = d.conn.SetAddElements(e.table.verdicts[branch.in], []element{
+				{Key: e.table.classElement(branch.class), VerdictData: branch.verdict()},
+			})
+		}
+		rangeBits[i] = d.addRangeSets(e, rangeBits[i])
+	}
+	if len(added[0])+len(added[1]) == 0 && len(rangeBits[0])+len(rangeBits[1]) == len(d.rangeBits[0])+len(d.rangeBits[1]) {
 		return nil
 	}
 	if err := d.flush(); err != nil {
 		return fmt.Errorf("add classes: %w", err)
 	}
+	d.rangeBits = rangeBits
 	for i := range added {
-		for _, c := range added[i] {
-			d.use(i, c, 0)
+		for _, branch := range added[i] {
+			d.use(i, branch, 0)
 		}
 	}
 	return nil
 }
 
-// gotoElement is the element of classes that sends a class to its chain.
-func gotoElement(t *table, c class) element {
-	return element{
-		Key:         t.classElement(c),
-		VerdictData: &expr.Verdict{Kind: expr.VerdictGoto, Chain: c.chainName()},
+// addRangeSets adds sets for the lengths of source ranges that there are none for
+// yet, and the rules that look into them. They stay: there can't be many.
+func (d *Dataplane) addRangeSets(e *tableEdit, have []int) []int {
+	want := slices.Clone(have)
+	for _, bits := range slices.Sorted(maps.Keys(e.addRanges)) {
+		if !slices.Contains(have, bits) {
+			_ = d.conn.AddSet(e.table.ranges(bits), nil)
+			want = append(want, bits)
+		}
 	}
+	if len(want) == len(have) {
+		return have
+	}
+	slices.Sort(want)
+	for _, by := range addressings() {
+		ch := e.table.sourceRanges(by, want)
+		d.conn.FlushChain(ch.Chain)
+		d.addRules(e.table, ch)
+	}
+	return want
 }
 
-func (d *Dataplane) addChain(t *table, ch chain) {
-	d.conn.AddChain(ch.Chain)
-	d.addRules(t, ch)
-}
-
-// keep notes the slots of a Service that is programmed, or gone.
+// keep notes the arrangement of a Service that is programmed, or gone.
 func (d *Dataplane) keep(key dataplane.Key, a arranged) {
 	if a.keep {
-		d.slots[key] = a.slots
+		d.arrangements[key] = a.arrangement
 	} else {
-		delete(d.slots, key)
+		delete(d.arrangements, key)
 	}
 }
 
-// use counts n more frontends in a class that has a chain in the i-th table.
-func (d *Dataplane) use(i int, c class, n int) {
-	d.classes[i][c] += n
-	if d.classes[i][c] > 0 {
-		delete(d.resting[i], c)
+// use counts n more frontends that need a branch of the i-th table.
+func (d *Dataplane) use(i int, b branch, n int) {
+	d.branches[i][b] += n
+	if d.branches[i][b] > 0 {
+		delete(d.resting[i], b)
 		return
 	}
-	if _, resting := d.resting[i][c]; !resting {
-		d.resting[i][c] = d.now()
+	if _, resting := d.resting[i][b]; !resting {
+		d.resting[i][b] = d.now()
 	}
 }
 
-// removeUnusedClasses removes the chains of classes that no frontend has been in
-// for a while. What can't be removed now, as some kernels before 6.2 hold on to a
+// removeUnusedBranches removes the branches that no frontend has needed for a
+// while. What can't be removed now, as some kernels before 6.2 hold on to a
 // chain for a moment longer, is tried again after a later commit.
-func (d *Dataplane) removeUnusedClasses() {
+func (d *Dataplane) removeUnusedBranches() {
 	for i, t := range d.tables {
-		var unused []class
-		for c, since := range d.resting[i] {
+		var unused []branch
+		for b, since := range d.resting[i] {
 			if d.now().Sub(since) >= classRest {
-				unused = append(unused, c)
+				unused = append(unused, b)
 			}
 		}
 		if len(unused) == 0 {
 			continue
 		}
-		for _, c := range unused {
-			_ = d.conn.SetDeleteElements(t.classes, []element{{Key: t.classElement(c)}})
-			ch := &nftables.Chain{Name: c.chainName(), Table: t.nf}
-			d.conn.FlushChain(ch)
-			d.conn.DelChain(ch)
+		for _, b := range unused {
+			_ = d.conn.SetDeleteElements(t.verdicts[b.in], []element{{Key: t.classElement(b.class)}})
+			if b.own() {
+				ch := &nftables.Chain{Name: b.chainName(), Table: t.nf}
+				d.conn.FlushChain(ch)
+				d.conn.DelChain(ch)
+			}
 		}
 		if err := d.flush(); err != nil {
 			d.log.Debug("unused classes stay for now", "table", t.String(), "classes", len(unused), "error", err)
 			continue
 		}
-		for _, c := range unused {
-			delete(d.classes[i], c)
-			delete(d.resting[i], c)
+		for _, b := range unused {
+			delete(d.branches[i], b)
+			delete(d.resting[i], b)
 		}
 	}
 }
@@ -370,6 +439,7 @@ func (d *Dataplane) removeUnusedClasses() {
 // [editSize] elements, each of which completes the Services it touches.
 func (d *Dataplane) Replace(ctx context.Context, node dataplane.Node, services iter.Seq[*dataplane.Service]) error {
 	d.forget()
+	d.node = node
 	have := [2]*content{}
 	for i, t := range d.tables {
 		var err error
@@ -379,9 +449,13 @@ func (d *Dataplane) Replace(ctx context.Context, node dataplane.Node, services i
 		if err := d.repairStructure(t, node, have[i]); err != nil {
 			return fmt.Errorf("replace: set up table %s: %w", t, err)
 		}
-		for c := range have[i].classes {
-			d.use(i, c, 0)
+		for b := range have[i].branches {
+			d.use(i, b, 0)
 		}
+		for addr := range have[i].clusterIPs {
+			d.clusterIPs[i][addr] = 0
+		}
+		d.rangeBits[i] = have[i].rangeBits
 	}
 	r := replacement{Dataplane: d, have: have, failed: map[dataplane.Key]error{}}
 	for s := range services {
@@ -396,7 +470,7 @@ func (d *Dataplane) Replace(ctx context.Context, node dataplane.Node, services i
 	if err := r.finish(ctx); err != nil {
 		return fmt.Errorf("replace: %w", err)
 	}
-	d.removeUnusedClasses()
+	d.removeUnusedBranches()
 	if len(r.failed) > 0 {
 		return &dataplane.Error{Op: "replace", Failed: r.failed}
 	}
@@ -415,7 +489,11 @@ type replacement struct {
 // add puts a Service into the next commit, and commits when that is full.
 func (r *replacement) add(ctx context.Context, s *dataplane.Service) error {
 	r.pending = append(r.pending, s)
-	if r.elements += len(s.Frontends) * (len(s.Endpoints) + 1); r.elements < editSize {
+	endpoints := len(s.Endpoints) + len(s.LocalEndpoints)
+	if s.Affinity != 0 {
+		endpoints *= 2 // by slot and by ID
+	}
+	if r.elements += len(s.Frontends) * (endpoints + len(s.SourceRanges) + 1); r.elements < editSize {
 		return nil
 	}
 	return r.commitPending(ctx)
@@ -440,13 +518,13 @@ func (r *replacement) commitServices(services []*dataplane.Service) error {
 	after := make([]arranged, len(services))
 	for n, s := range services {
 		have := r.have[index(s.Key.Family)].rows
-		var current []netip.AddrPort
+		var current arrangement
 		if first := have[s.Frontends[0]]; first != nil {
-			current = first.slots
+			current = first.arrangement()
 		}
-		slots := arrange(current, s.Endpoints)
-		after[n] = arranged{slots, !inOrder(slots, s.Endpoints)}
-		want := render(s, slots)
+		a := arrangeService(current, s)
+		after[n] = arranged{a, !a.natural(s)}
+		want := render(s, a, r.node)
 		for _, f := range s.Frontends {
 			b.found(f, have[f], want)
 		}
@@ -479,8 +557,13 @@ func (r *replacement) leave(s *dataplane.Service, err error) {
 	i := index(s.Key.Family)
 	for _, f := range s.Frontends {
 		if row := r.have[i].rows[f]; row != nil {
-			if _, exists := r.classes[i][row.class]; exists {
-				r.use(i, row.class, 1)
+			for _, b := range row.branches() {
+				if _, exists := r.branches[i][b]; exists {
+					r.use(i, b, 1)
+				}
+			}
+			if n, there := r.clusterIPs[i][f.Addr.Addr()]; there && s.Key.Kind == dataplane.ClusterIP {
+				r.clusterIPs[i][f.Addr.Addr()] = n + 1
 			}
 		}
 		delete(r.have[i].rows, f)
@@ -514,5 +597,25 @@ func (r *replacement) finish(ctx context.Context) error {
 			}
 		}
 	}
-	return r.commit(b)
+	if err := r.commit(b); err != nil {
+		return err
+	}
+	return r.removeClusterIPs()
+}
+
+// removeClusterIPs takes addresses that no Service has out of cluster-ips.
+func (r *replacement) removeClusterIPs() error {
+	for i, t := range r.tables {
+		var gone []element
+		for addr, n := range r.clusterIPs[i] {
+			if n == 0 {
+				gone = append(gone, element{Key: addr.AsSlice()})
+				delete(r.clusterIPs[i], addr)
+			}
+		}
+		if err := r.conn.SetDeleteElements(t.clusterIPs, gone); err != nil {
+			return fmt.Errorf("encode deletions from set %s: %w", t.clusterIPs.Name, err)
+		}
+	}
+	return r.flush()
 }

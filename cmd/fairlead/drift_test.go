@@ -24,8 +24,8 @@ func TestDrift(t *testing.T) {
 		{"endpoint deleted from its map", "delete element ip fairlead $SET { $KEY }"},
 		{"endpoint led astray", "delete element ip fairlead $SET { $KEY }; add element ip fairlead $SET { $KEY : $ELSEWHERE . 8080 }"},
 		{"endpoint added", "add element ip fairlead $SET { 10.96.0.99 . tcp . 80 . $SLOT : $DATA }"},
-		{"Service with endpoints refused", "add element ip fairlead no-endpoints { 10.96.0.10 . tcp . 80 }"},
-		{"Service without endpoints not refused", "delete element ip fairlead no-endpoints { 10.96.0.12 . tcp . 80 }"},
+		{"Service with endpoints refused", "delete element ip fairlead services { 10.96.0.10 . tcp . 80 }; add element ip fairlead services { 10.96.0.10 . tcp . 80 : 0:0 }"},
+		{"Service without endpoints not refused", "delete element ip fairlead services { 10.96.0.12 . tcp . 80 }"},
 		{"rule added in front", "insert rule ip fairlead nat-prerouting ip daddr 10.96.0.10 drop"},
 		{"chain added", "add chain ip fairlead mine; add rule ip fairlead mine drop"},
 	} {

@@ -301,7 +301,7 @@ func (n *node) nft(args ...string) string {
 // the kernel lists elements in no particular one.
 func (n *node) ruleset() []string {
 	n.t.Helper()
-	words := strings.FieldsFunc(n.nft("list", "ruleset"), func(r rune) bool { return strings.ContainsRune(" \t\n,", r) })
+	words := strings.FieldsFunc(n.nft("-s", "list", "ruleset"), func(r rune) bool { return strings.ContainsRune(" \t\n,", r) })
 	slices.Sort(words)
 	return words
 }

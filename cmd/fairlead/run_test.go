@@ -138,10 +138,10 @@ func TestServicesComeAndGo(t *testing.T) {
 	n.awaitAnswers(vips(2, 80), "b")
 	stop := n.keepConnecting(vips(2, 80))
 
-	// Another port, and the old one is gone.
+	// Another port, and the old one is none of the Service's any more.
 	n.put("one.yaml", serviceYAML("one", 1, 81))
 	n.awaitAnswers(vips(1, 81), "a")
-	n.awaitGone(vips(1, 80))
+	n.awaitRefused(vips(1, 80))
 
 	n.drop("one.yaml")
 	n.awaitGone(vips(1, 81))

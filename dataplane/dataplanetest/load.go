@@ -29,6 +29,9 @@ func (w *world) underLoad(t *testing.T, services []*dataplane.Service, change fu
 		for _, from := range []*nettest.Host{w.client, w.net.Node, w.net.Outside} {
 			clients.Go(func() {
 				f := s.Frontends[0]
+				if f.Addr.Addr().IsUnspecified() {
+					f.Addr = at(w.net.Node, s.Key.Family, f.Addr.Port())
+				}
 				for !stop.Load() {
 					answer, err := connect(t, from, f.Protocol, f.Addr)
 					done.Add(1)
@@ -59,9 +62,25 @@ func (w *world) underLoad(t *testing.T, services []*dataplane.Service, change fu
 	}
 }
 
+// loadServices returns a Service of each protocol, and TCP ones that are treated
+// in other ways.
 func (w *world) loadServices(pods ...int) []*dataplane.Service {
 	w.t.Helper()
 	var services []*dataplane.Service
+	for _, family := range families() {
+		plain := w.to(w.endpoints(family, pods...))
+		plain.Masquerade = dataplane.MasqueradeAlways
+		sticky, local := plain, plain
+		sticky.Affinity = time.Second // so that clients are sent elsewhere now and then
+		local.ExternalLocal, local.LocalEndpoints, local.Masquerade = true, plain.Endpoints, dataplane.MasqueradeNode
+		both := local
+		both.Affinity = time.Hour
+		services = append(services,
+			w.of(dataplane.NodePort, "node-port", dataplane.TCP, nodePortOf(family, 30080), plain),
+			w.of(dataplane.ClusterIP, "sticky", dataplane.TCP, vip(family, 2, 80), sticky),
+			w.of(dataplane.LoadBalancer, "local", dataplane.TCP, vip(family, 3, 80), local),
+			w.of(dataplane.NodePort, "both", dataplane.TCP, nodePortOf(family, 30081), both))
+	}
 	for _, family := range families() {
 		for _, p := range protocols() {
 			services = append(services, w.service("web", p, []netip.AddrPort{vip(family, 1, 80)}, w.endpoints(family, pods...)))
@@ -78,6 +97,7 @@ func (w *world) loadServices(pods ...int) []*dataplane.Service {
 func (s suite) flapUnderLoad(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, s.open, 5)
+	w.node.NodePortAddrs = w.net.Node.Addrs()
 	w.replace(w.loadServices(0, 2)...)
 	w.underLoad(t, w.loadServices(0, 1, 2, 3, 4), func() {
 		pods := []int{0, 2}
@@ -98,6 +118,7 @@ func (s suite) flapUnderLoad(t *testing.T) {
 func (s suite) restartUnderLoad(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, s.open, 3)
+	w.node.NodePortAddrs = w.net.Node.Addrs()
 	services := w.loadServices(0, 1, 2)
 	w.replace(services...)
 	w.underLoad(t, services, w.restart)

@@ -227,11 +227,11 @@ func (s suite) others(t *testing.T) {
 			}
 		}
 		services = append(services,
-			w.service("web", dataplane.TCP, []netip.AddrPort{vip(family, 1, 80)}, w.endpoints(family, 0)),
-			w.service("dns", dataplane.UDP, []netip.AddrPort{vip(family, 1, 53)}, w.endpoints(family, 0)),
-			w.service("sig", dataplane.SCTP, []netip.AddrPort{vip(family, 1, 99)}, w.endpoints(family, 0)),
-			w.service("none", dataplane.TCP, []netip.AddrPort{vip(family, 2, 80)}, nil),
-			w.service("gone", dataplane.TCP, []netip.AddrPort{vip(family, 3, 80)}, w.endpoints(family, 0)))
+			w.of(dataplane.ExternalIP, "web", dataplane.TCP, vip(family, 1, 80), w.to(w.endpoints(family, 0))),
+			w.of(dataplane.ExternalIP, "dns", dataplane.UDP, vip(family, 1, 53), w.to(w.endpoints(family, 0))),
+			w.of(dataplane.ExternalIP, "sig", dataplane.SCTP, vip(family, 1, 99), w.to(w.endpoints(family, 0))),
+			w.of(dataplane.ExternalIP, "none", dataplane.TCP, vip(family, 2, 80), w.to(nil)),
+			w.of(dataplane.ExternalIP, "gone", dataplane.TCP, vip(family, 3, 80), w.to(w.endpoints(family, 0))))
 	}
 	for _, p := range protocols() {
 		outside.ServeT(t, network(p), 53, 80, 81, 99, port)
@@ -239,7 +239,7 @@ func (s suite) others(t *testing.T) {
 	}
 	w.replace(services...)
 	for _, family := range families() {
-		w.remove(w.held[dataplane.Key{Namespace: "default", Name: "gone", Port: "tcp", Family: family}])
+		w.remove(w.held[dataplane.Key{Namespace: "default", Name: "gone", Port: "tcp", Family: family, Kind: dataplane.ExternalIP}])
 	}
 
 	hostAddr := func(h *nettest.Host, family dataplane.Family, port uint16) netip.AddrPort {

@@ -25,14 +25,84 @@ func (g generator) key() dataplane.Key {
 		Name:      fmt.Sprintf("svc-%d", g.rnd.IntN(10)),
 		Port:      []string{"", "web"}[g.rnd.IntN(2)],
 		Family:    families()[g.rnd.IntN(2)],
+		Kind:      dataplane.Kind(g.rnd.IntN(4)), //nolint:gosec // fits
 	}
 }
 
-func (g generator) frontend(family dataplane.Family) dataplane.Frontend {
-	return dataplane.Frontend{
+func (g generator) frontend(key dataplane.Key) dataplane.Frontend {
+	f := dataplane.Frontend{
 		Protocol: protocols()[g.rnd.IntN(3)],
-		Addr:     vip(family, byte(g.rnd.IntN(16)), uint16(80+g.rnd.IntN(3))), //nolint:gosec // fits
+		Addr:     vip(key.Family, byte(g.rnd.IntN(16)), uint16(80+g.rnd.IntN(3))), //nolint:gosec // fits
 	}
+	if key.Kind == dataplane.NodePort {
+		f.Addr = nodePortOf(key.Family, uint16(30_000+g.rnd.IntN(20))) //nolint:gosec // fits
+	}
+	return f
+}
+
+// treatment returns a random Treatment, in which everything that can be set is,
+// sooner or later.
+func (g generator) treatment(family dataplane.Family) dataplane.Treatment {
+	endpoints := func() []dataplane.Endpoint {
+		var all []dataplane.Endpoint
+		for range []int{0, 1, 2, 3, 10, 40}[g.rnd.IntN(6)] {
+			all = append(all, g.endpoint(family))
+		}
+		return all
+	}
+	treatment := dataplane.Treatment{
+		Endpoints:   endpoints(),
+		Masquerade:  dataplane.Masquerade(g.rnd.IntN(3)), //nolint:gosec // fits
+		NoEndpoints: dataplane.Verdict(g.rnd.IntN(2)),    //nolint:gosec // fits
+	}
+	if g.rnd.IntN(3) == 0 {
+		treatment.ExternalLocal, treatment.LocalEndpoints = true, endpoints()
+	}
+	if g.rnd.IntN(3) == 0 {
+		treatment.Affinity = []time.Duration{time.Second, 3 * time.Hour, 18 * time.Hour, dataplane.MaxAffinity}[g.rnd.IntN(4)]
+	}
+	if g.rnd.IntN(4) == 0 {
+		for range 1 + g.rnd.IntN(4) {
+			addr := g.endpoint(family).Addr.Addr()
+			prefix, err := addr.Prefix([]int{0, 8, 17, 24, 32, 24}[g.rnd.IntN(6)])
+			if err != nil {
+				g.w.t.Fatal(err)
+			}
+			treatment.SourceRanges = append(treatment.SourceRanges, prefix)
+		}
+	}
+	return treatment
+}
+
+// node returns a random Node. It need not have to do with the network.
+func (g generator) node() dataplane.Node {
+	var n dataplane.Node
+	networks := func() []netip.Prefix {
+		var all []netip.Prefix
+		for _, family := range families() {
+			for range g.rnd.IntN(3) {
+				if p, err := g.endpoint(family).Addr.Addr().Prefix(8 * (1 + g.rnd.IntN(4))); err == nil {
+					all = append(all, p)
+				}
+			}
+		}
+		return all
+	}
+	switch g.rnd.IntN(4) {
+	case 0:
+		n.PodCIDRs = networks()
+	case 1:
+		n.PodInterface = "cbr0"
+	case 2:
+		n.PodInterfacePrefix = "veth"
+	}
+	n.LocalPodCIDRs, n.ServiceCIDRs, n.MasqueradeAll = networks(), networks(), g.rnd.IntN(3) == 0
+	for _, family := range families() {
+		for range g.rnd.IntN(3) {
+			n.NodePortAddrs = append(n.NodePortAddrs, g.endpoint(family).Addr.Addr())
+		}
+	}
+	return n
 }
 
 // endpoint returns a random endpoint. An address is local or it is not, in
@@ -55,7 +125,7 @@ func (g generator) service(key dataplane.Key, taken map[dataplane.Frontend]bool)
 	g.w.t.Helper()
 	var frontends []dataplane.Frontend
 	for range 1 + g.rnd.IntN(3) {
-		if f := g.frontend(key.Family); !taken[f] {
+		if f := g.frontend(key); !taken[f] {
 			frontends = append(frontends, f)
 			taken[f] = true
 		}
@@ -63,11 +133,7 @@ func (g generator) service(key dataplane.Key, taken map[dataplane.Frontend]bool)
 	if len(frontends) == 0 {
 		return nil
 	}
-	var endpoints []dataplane.Endpoint
-	for range []int{0, 1, 2, 3, 10, 40}[g.rnd.IntN(6)] {
-		endpoints = append(endpoints, g.endpoint(key.Family))
-	}
-	s, err := dataplane.NewService(key, frontends, dataplane.Treatment{Endpoints: endpoints})
+	s, err := dataplane.NewService(key, frontends, g.treatment(key.Family))
 	if err != nil {
 		g.w.t.Fatal(err)
 	}
@@ -129,10 +195,12 @@ func (s suite) read(t *testing.T) {
 	t.Logf("seed %d", seed)
 	g := generator{w: w, rnd: rand.New(rand.NewPCG(seed, 0))} //nolint:gosec // no secret
 	for range 10 {
+		w.node = g.node()
 		w.replace(g.state()...)
 		for range 20 {
 			w.apply(g.changes())
 		}
+		w.node = g.node()
 		w.restart()
 		for range 5 {
 			w.apply(g.changes())
@@ -186,6 +254,7 @@ func (s suite) equalReplace(t *testing.T) {
 	seed := rand.Uint64() //nolint:gosec // no secret
 	t.Logf("seed %d", seed)
 	g := generator{w: w, rnd: rand.New(rand.NewPCG(seed, 0))} //nolint:gosec // no secret
+	w.node = g.node()
 	w.replace(g.state()...)
 	for range 10 { // Removals leave slots in an order that no start makes.
 		w.apply(g.changes())

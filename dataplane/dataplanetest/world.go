@@ -111,16 +111,42 @@ func (w *world) serviceOf(
 	key dataplane.Key, protocol dataplane.Protocol, frontends []netip.AddrPort, endpoints []netip.AddrPort,
 ) *dataplane.Service {
 	w.t.Helper()
+	return w.make(key, protocol, frontends, w.to(endpoints))
+}
+
+// to returns the Treatment that is nothing but these endpoints.
+func (w *world) to(endpoints []netip.AddrPort) dataplane.Treatment {
+	return dataplane.Treatment{Endpoints: list(endpoints)}
+}
+
+func list(addrs []netip.AddrPort) []dataplane.Endpoint {
+	es := make([]dataplane.Endpoint, 0, len(addrs))
+	for _, addr := range addrs {
+		es = append(es, dataplane.Endpoint{Addr: addr, Local: true})
+	}
+	return es
+}
+
+// of returns a Service of one frontend.
+func (w *world) of(
+	kind dataplane.Kind, name string, protocol dataplane.Protocol, frontend netip.AddrPort, treatment dataplane.Treatment,
+) *dataplane.Service {
+	w.t.Helper()
+	key := dataplane.Key{Namespace: "default", Name: name, Port: network(protocol), Kind: kind}
+	return w.make(key, protocol, []netip.AddrPort{frontend}, treatment)
+}
+
+// make returns a Service of the family that its frontends have.
+func (w *world) make(
+	key dataplane.Key, protocol dataplane.Protocol, frontends []netip.AddrPort, treatment dataplane.Treatment,
+) *dataplane.Service {
+	w.t.Helper()
 	key.Family = dataplane.FamilyOf(frontends[0].Addr())
 	fs := make([]dataplane.Frontend, 0, len(frontends))
 	for _, addr := range frontends {
 		fs = append(fs, dataplane.Frontend{Protocol: protocol, Addr: addr})
 	}
-	es := make([]dataplane.Endpoint, 0, len(endpoints))
-	for _, addr := range endpoints {
-		es = append(es, dataplane.Endpoint{Addr: addr, Local: true})
-	}
-	s, err := dataplane.NewService(key, fs, dataplane.Treatment{Endpoints: es})
+	s, err := dataplane.NewService(key, fs, treatment)
 	if err != nil {
 		w.t.Fatal(err)
 	}
@@ -264,5 +290,41 @@ func expectRefused(t *testing.T, from *nettest.Host, protocol dataplane.Protocol
 	defer cancel()
 	if answer, err := from.Connect(ctx, network(protocol), addr); !errors.Is(err, nettest.ErrRefused) {
 		t.Errorf("a connection from %s to %s/%s: answer %+v, error %v, want it refused", from.Name, addr, protocol, answer, err)
+	}
+}
+
+// expectDropped checks that nobody answers a connection to addr, not even to
+// refuse it.
+func expectDropped(t *testing.T, from *nettest.Host, protocol dataplane.Protocol, addr netip.AddrPort) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), retransmission/2)
+	defer cancel()
+	if answer, err := from.Connect(ctx, network(protocol), addr); !errors.Is(err, nettest.ErrTimeout) {
+		t.Errorf("a connection from %s to %s/%s: answer %+v, error %v, want it dropped", from.Name, addr, protocol, answer, err)
+	}
+}
+
+// expectVerdict checks that connections to addr, which no endpoint can take, get
+// the verdict.
+func expectVerdict(t *testing.T, from *nettest.Host, protocol dataplane.Protocol, addr netip.AddrPort, verdict dataplane.Verdict) {
+	t.Helper()
+	if verdict == dataplane.Drop {
+		expectDropped(t, from, protocol, addr)
+	} else {
+		expectRefused(t, from, protocol, addr)
+	}
+}
+
+// expectSource checks that a connection to addr is answered, by a host that sees
+// this source.
+func expectSource(t *testing.T, from *nettest.Host, protocol dataplane.Protocol, addr netip.AddrPort, source netip.Addr) {
+	t.Helper()
+	answer, err := connect(t, from, protocol, addr)
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	if answer.Source.Addr() != source {
+		t.Errorf("%s from %s to %s: the endpoint sees source %s, want %s", protocol, from.Name, addr, answer.Source.Addr(), source)
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"net"
 	"net/netip"
@@ -204,7 +205,8 @@ func (h *Host) Addrs() []netip.Addr {
 // AddAddr gives the host one more address, on its loopback device. Servers that
 // start later serve it too. There is no route to it besides default routes: on
 // the outside host it is an address that the node sends away like any it does
-// not know.
+// not know. The host connects from it only to itself, and masquerades with
+// another.
 func (h *Host) AddAddr(addr netip.Addr) error {
 	handle, err := netlink.NewHandleAt(netns.NsHandle(h.Fd()), unix.NETLINK_ROUTE)
 	if err != nil {
@@ -213,7 +215,7 @@ func (h *Host) AddAddr(addr netip.Addr) error {
 	defer handle.Close()
 	lo, err := handle.LinkByName("lo")
 	if err == nil {
-		more := end{addrs: []netip.Prefix{netip.PrefixFrom(addr, addr.BitLen())}}
+		more := end{addrs: []netip.Prefix{netip.PrefixFrom(addr, addr.BitLen())}, unpreferred: true}
 		err = more.configure(handle, lo.Attrs().Index, nil)
 	}
 	if err != nil {
@@ -223,6 +225,27 @@ func (h *Host) AddAddr(addr netip.Addr) error {
 	defer h.mu.Unlock()
 	h.extra = append(h.extra, addr)
 	return nil
+}
+
+// AddNetwork gives the host all addresses of a network, to connect from with
+// [Host.ConnectFrom]. As with AddAddr, there is no route to them.
+func (h *Host) AddNetwork(network netip.Prefix) error {
+	handle, err := netlink.NewHandleAt(netns.NsHandle(h.Fd()), unix.NETLINK_ROUTE)
+	if err != nil {
+		return fmt.Errorf("add network %s to %s: open netlink: %w", network, h.Name, err)
+	}
+	defer handle.Close()
+	lo, err := handle.LinkByName("lo")
+	if err == nil {
+		err = handle.RouteAdd(&netlink.Route{
+			LinkIndex: lo.Attrs().Index, Family: familyOf(network.Addr()), Dst: ipNet(network),
+			Type: unix.RTN_LOCAL, Table: unix.RT_TABLE_LOCAL, Scope: netlink.SCOPE_HOST,
+		})
+	}
+	if err != nil {
+		return fmt.Errorf("add network %s to %s: %w", network, h.Name, err)
+	}
+	return h.setSysctls(map[string]string{"ipv6/ip_nonlocal_bind": "1"})
 }
 
 func (h *Host) prefixes(bits4, bits6 int) []netip.Prefix {
@@ -371,6 +394,8 @@ type end struct {
 	hw     net.HardwareAddr
 	addrs  []netip.Prefix
 	routes []route
+	// unpreferred addresses are not chosen as a source if there are others.
+	unpreferred bool
 }
 
 // route is a route through a link. The gateway may be the zero Addr: then the
@@ -504,6 +529,10 @@ func (e end) configure(handle *netlink.Handle, index int, peer net.HardwareAddr)
 		}
 		if p.Addr().Is4() {
 			addr.Flags = 0
+		}
+		if e.unpreferred {
+			addr.Scope = unix.RT_SCOPE_LINK
+			addr.ValidLft = math.MaxUint32 // forever, but preferred for no time
 		}
 		if err := handle.AddrAdd(link, addr); err != nil {
 			return fmt.Errorf("add address %s: %w", p, err)

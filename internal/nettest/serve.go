@@ -360,6 +360,27 @@ func (c *Conn) Ask(ctx context.Context) (Answer, error) {
 	}
 }
 
+// ConnectFrom is [Host.Connect] from one of the host's addresses, for TCP.
+func (h *Host) ConnectFrom(ctx context.Context, source netip.Addr, addr netip.AddrPort) (Answer, error) {
+	ctx, cancel := withTimeout(ctx)
+	defer cancel()
+	c := &Conn{what: fmt.Sprintf("%s from %s of %s to %s", TCP, source, h.Name, addr)}
+	dialer := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(source, 0))}
+	dialer.SetMultipathTCP(false)
+	err := h.Do(func() error {
+		conn, err := dialer.DialContext(ctx, TCP, addr.String())
+		if err == nil {
+			c.conn, c.local = conn, addrPortOf(conn.LocalAddr())
+		}
+		return err
+	})
+	if err != nil {
+		return Answer{}, c.wrap("connect", err)
+	}
+	answer, err := c.Ask(ctx)
+	return answer, errors.Join(err, c.Close())
+}
+
 // Close ends the connection.
 func (c *Conn) Close() error { return c.conn.Close() }
 

@@ -1,0 +1,141 @@
+package dataplanetest
+
+import (
+	"net/netip"
+	"testing"
+
+	"fairlead/dataplane"
+	"fairlead/internal/nettest"
+)
+
+// nodePortOf returns the frontend of a node port.
+func nodePortOf(family dataplane.Family, port uint16) netip.AddrPort {
+	if family == dataplane.IPv4 {
+		return netip.AddrPortFrom(netip.IPv4Unspecified(), port)
+	}
+	return netip.AddrPortFrom(netip.IPv6Unspecified(), port)
+}
+
+// at returns a port of a host.
+func at(h *nettest.Host, family dataplane.Family, port uint16) netip.AddrPort {
+	return netip.AddrPortFrom(addrOf(h, family), port)
+}
+
+// expectHost checks that a connection to addr is answered by a host.
+func expectHost(t *testing.T, from *nettest.Host, protocol dataplane.Protocol, addr netip.AddrPort, host *nettest.Host) {
+	t.Helper()
+	if answer, err := connect(t, from, protocol, addr); err != nil || answer.Host != host.Name {
+		t.Errorf("%s from %s to %s: answer %+v, error %v, want one of %s", protocol, from.Name, addr, answer, err, host.Name)
+	}
+}
+
+// The node itself serves the node ports too, so that what is not taken for a node
+// port's ends there.
+func (s suite) nodePorts(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, s.open, 3)
+	node, clients := w.net.Node, []*nettest.Host{w.client, w.pods[0], w.net.Node, w.net.Outside}
+	second := map[dataplane.Family]netip.Addr{
+		dataplane.IPv4: netip.MustParseAddr("198.51.100.1"), dataplane.IPv6: netip.MustParseAddr("2001:db8:51::1"),
+	}
+	const plain, dropping, kept, shared = 30080, 30081, 30082, 30083
+	for _, family := range families() {
+		if err := node.AddAddr(second[family]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, p := range protocols() {
+		node.ServeT(t, network(p), plain, dropping, kept, shared)
+	}
+	build := func(pods ...int) []*dataplane.Service {
+		var all []*dataplane.Service
+		add := func(name string, kind dataplane.Kind, addr func(dataplane.Family) netip.AddrPort, treatment dataplane.Treatment, pods ...int) {
+			all = append(all, forEach(func(family dataplane.Family, p dataplane.Protocol) *dataplane.Service {
+				treatment.Endpoints = list(w.endpoints(family, pods...))
+				return w.of(kind, name, p, addr(family), treatment)
+			})...)
+		}
+		portOf := func(port uint16) func(dataplane.Family) netip.AddrPort {
+			return func(family dataplane.Family) netip.AddrPort { return nodePortOf(family, port) }
+		}
+		add("plain", dataplane.NodePort, portOf(plain), dataplane.Treatment{Masquerade: dataplane.MasqueradeAlways}, pods...)
+		add("dropping", dataplane.NodePort, portOf(dropping),
+			dataplane.Treatment{Masquerade: dataplane.MasqueradeAlways, NoEndpoints: dataplane.Drop}, pods...)
+		add("kept", dataplane.NodePort, portOf(kept), dataplane.Treatment{Masquerade: dataplane.MasqueradeNode}, pods...)
+		add("shared", dataplane.NodePort, portOf(shared), dataplane.Treatment{Masquerade: dataplane.MasqueradeAlways}, 1)
+		add("concrete", dataplane.ExternalIP, func(family dataplane.Family) netip.AddrPort { return at(node, family, shared) },
+			dataplane.Treatment{Masquerade: dataplane.MasqueradeAlways}, pods...)
+		return all
+	}
+	notServed := func(t *testing.T) {
+		t.Helper()
+		each(t, clients, func(t *testing.T, family dataplane.Family, p dataplane.Protocol, from *nettest.Host) {
+			for _, port := range []uint16{plain, dropping, kept, shared} {
+				expectHost(t, from, p, netip.AddrPortFrom(second[family], port), node)
+			}
+		})
+	}
+	served := func(t *testing.T) {
+		t.Helper()
+		each(t, clients, func(t *testing.T, family dataplane.Family, p dataplane.Protocol, from *nettest.Host) {
+			for _, port := range []uint16{plain, dropping, shared} {
+				for _, answer := range expectSome(t, from, p, at(node, family, port), w.endpoints(family, 0, 2)) {
+					if answer.Source.Addr() != addrOf(node, family) {
+						t.Errorf("the endpoint of a connection from %s sees %s, want the node", from.Name, answer.Source)
+					}
+				}
+			}
+			for _, answer := range expectSome(t, from, p, at(node, family, kept), w.endpoints(family, 0, 2)) {
+				itself := answer.Host == from.Name // a pod that reaches itself
+				if (answer.Source.Addr() == addrOf(from, family)) == itself {
+					t.Errorf("%s is answered by %s, which sees %s", from.Name, answer.Host, answer.Source)
+				}
+			}
+		})
+		notServed(t)
+	}
+	w.node.NodePortAddrs = node.Addrs()
+	w.replace(build(0, 2)...)
+	t.Run("with endpoints", served)
+	w.restart()
+	t.Run("after a restart", served)
+
+	w.put(build()...)
+	t.Run("without endpoints", func(t *testing.T) {
+		each(t, clients, func(t *testing.T, family dataplane.Family, p dataplane.Protocol, from *nettest.Host) {
+			expectRefused(t, from, p, at(node, family, plain))
+			expectRefused(t, from, p, at(node, family, kept))
+			expectRefused(t, from, p, at(node, family, shared)) // although the node port of this number has some
+			expectDropped(t, from, p, at(node, family, dropping))
+		})
+		notServed(t)
+	})
+
+	w.put(build(0)...)
+	for _, family := range families() {
+		w.node.NodePortAddrs = append(w.node.NodePortAddrs, second[family])
+	}
+	w.restart()
+	t.Run("on one more address", func(t *testing.T) {
+		each(t, clients, func(t *testing.T, family dataplane.Family, p dataplane.Protocol, from *nettest.Host) {
+			for _, port := range []uint16{plain, dropping, kept} {
+				expectSome(t, from, p, at(node, family, port), w.endpoints(family, 0))
+				expectSome(t, from, p, netip.AddrPortFrom(second[family], port), w.endpoints(family, 0))
+			}
+			expectSome(t, from, p, at(node, family, shared), w.endpoints(family, 0))
+			expectSome(t, from, p, netip.AddrPortFrom(second[family], shared), w.endpoints(family, 1))
+		})
+	})
+
+	w.node.NodePortAddrs = nil
+	w.restart()
+	t.Run("on no address", func(t *testing.T) {
+		each(t, clients, func(t *testing.T, family dataplane.Family, p dataplane.Protocol, from *nettest.Host) {
+			for _, port := range []uint16{plain, dropping, kept} {
+				expectHost(t, from, p, at(node, family, port), node)
+			}
+			expectSome(t, from, p, at(node, family, shared), w.endpoints(family, 0))
+		})
+		notServed(t)
+	})
+}

@@ -1,0 +1,98 @@
+package nft
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"testing"
+	"time"
+
+	"fairlead/dataplane"
+	"fairlead/internal/nettest"
+)
+
+// BenchmarkApply is the time in which the kernel takes one change, for Services
+// with one treatment or another, of which there are some already.
+func BenchmarkApply(b *testing.B) {
+	list := endpoints(1, 2, 3, 4, 5, 6, 7, 8, 9, 10)
+	for _, treatment := range []struct {
+		name string
+		dataplane.Treatment
+	}{
+		{"plain", dataplane.Treatment{}},
+		{"affinity", dataplane.Treatment{Affinity: 3 * time.Hour}},
+		{"external-local", dataplane.Treatment{ExternalLocal: true, LocalEndpoints: list[:3]}},
+		{"source-ranges", dataplane.Treatment{SourceRanges: []netip.Prefix{
+			netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("198.51.100.0/24"),
+		}}},
+	} {
+		for _, n := range []int{1000, 10_000} {
+			b.Run(fmt.Sprintf("%s/services=%d", treatment.name, n), func(b *testing.B) {
+				benchmarkApply(b, n, func(i int, endpoints []dataplane.Endpoint) *dataplane.Service {
+					t := treatment.Treatment
+					t.Endpoints, t.LocalEndpoints = endpoints, slices.Clone(t.LocalEndpoints)
+					if len(t.SourceRanges) > 0 { // each Service has its own
+						own := netip.AddrFrom4([4]byte{203, 0, byte(i >> 8), byte(i)})
+						t.SourceRanges = append(slices.Clone(t.SourceRanges), netip.PrefixFrom(own, 32))
+					}
+					key := dataplane.Key{Namespace: "default", Name: fmt.Sprintf("s-%d", i), Family: dataplane.IPv4, Kind: dataplane.LoadBalancer}
+					s, err := dataplane.NewService(key, []dataplane.Frontend{frontend(i)}, t)
+					if err != nil {
+						b.Fatal(err)
+					}
+					return s
+				}, list)
+			})
+		}
+	}
+}
+
+func benchmarkApply(b *testing.B, n int, build func(int, []dataplane.Endpoint) *dataplane.Service, list []dataplane.Endpoint) {
+	b.Helper()
+	ns, err := nettest.NewNamespace("")
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer func() { _ = ns.Close() }()
+	d, err := Open(Options{NetNS: ns.Fd()})
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer func() { _ = d.Close() }()
+	services := make([]*dataplane.Service, n)
+	for i := range services {
+		services[i] = build(i, slices.Clone(list))
+	}
+	if err := d.Replace(b.Context(), podNode(), slices.Values(services)); err != nil {
+		b.Fatal(err)
+	}
+	apply := func(b *testing.B, change func(i int) dataplane.Change) {
+		b.Helper()
+		i := 0
+		for b.Loop() {
+			if err := d.Apply(b.Context(), []dataplane.Change{change(i % n)}); err != nil {
+				b.Fatal(err)
+			}
+			i++
+		}
+	}
+	b.Run("replace-endpoint", func(b *testing.B) {
+		spare := 0
+		apply(b, func(i int) dataplane.Change {
+			spare++
+			old, changed := services[i], slices.Clone(list)
+			changed[9] = endpoint(100 + spare%997)
+			services[i] = build(i, changed)
+			return dataplane.Change{Old: old, New: services[i]}
+		})
+	})
+	b.Run("remove-and-add-service", func(b *testing.B) {
+		gone := false
+		apply(b, func(int) dataplane.Change {
+			if gone = !gone; gone {
+				return dataplane.Change{Old: services[0]}
+			}
+			return dataplane.Change{New: services[0]}
+		})
+	})
+}
