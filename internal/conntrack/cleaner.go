@@ -44,6 +44,11 @@ const (
 	retryMax   = time.Minute
 )
 
+// rest is how long nothing is looked at after a look that took so long: enough to
+// leave four fifths of a processor to others while Services keep changing, but
+// not so long that clients would notice.
+func rest(took time.Duration) time.Duration { return min(4*took, time.Second/2) }
+
 // maxRemembered is for how many frontends it is remembered, while entries can't
 // be listed or deleted, which endpoints have left.
 const maxRemembered = 10_000
@@ -64,6 +69,10 @@ type Cleaner struct {
 	// are those after them, so that every second look is as late as it must be.
 	second, later suspects
 	secondAt      time.Time
+	// restsUntil is when the next look may be, and due says that there is one
+	// that waits for it.
+	restsUntil time.Time
+	due        bool
 	// failed are those of a look that has failed, after attempts looks that did.
 	failed   suspects
 	failedAt time.Time
@@ -150,12 +159,21 @@ func (c *Cleaner) Run(ctx context.Context) error {
 		case <-timer.C:
 		}
 		c.step(ctx, time.Now())
-		if next := earlier(c.secondAt, c.failedAt); next.IsZero() {
+		if next := c.next(); next.IsZero() {
 			timer.Stop()
 		} else {
 			timer.Reset(time.Until(next))
 		}
 	}
+}
+
+// next returns when there is something to do if nothing new is told; zero for
+// never.
+func (c *Cleaner) next() time.Time {
+	if c.due {
+		return c.restsUntil
+	}
+	return earlier(c.secondAt, c.failedAt)
 }
 
 // earlier returns the earlier of two times, of which a zero one means none.
@@ -168,6 +186,9 @@ func earlier(a, b time.Time) time.Time {
 
 // step looks at what is new and at what is due.
 func (c *Cleaner) step(ctx context.Context, now time.Time) {
+	if c.due = now.Before(c.restsUntil); c.due {
+		return
+	}
 	due := func(at time.Time) bool { return !at.IsZero() && !at.After(now) }
 	fresh := c.take()
 	var all suspects
@@ -190,11 +211,13 @@ func (c *Cleaner) step(ctx context.Context, now time.Time) {
 	if ctx.Err() != nil {
 		return
 	}
+	end := time.Now()
+	c.restsUntil = end.Add(rest(end.Sub(now)))
 	switch {
 	case fresh.none():
 	case c.secondAt.IsZero():
 		c.second.merge(fresh)
-		c.secondAt = time.Now().Add(secondLook)
+		c.secondAt = end.Add(secondLook)
 	default:
 		c.later.merge(fresh)
 	}

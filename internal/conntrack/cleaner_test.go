@@ -252,6 +252,36 @@ func TestManyChangesShareALook(t *testing.T) {
 	})
 }
 
+// TestLooksLeaveTime says that Services that keep changing do not occupy a
+// processor, and that one that changes alone does not wait.
+func TestLooksLeaveTime(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		r := start(t)
+		const both, one = "dns 10.96.0.10:53 -> 10.0.0.1:53 10.0.0.2:53", "dns 10.96.0.10:53 -> 10.0.0.1:53"
+		r.Committed(replaced("", both))
+		time.Sleep(time.Hour)
+		r.table.left()
+		begin := time.Now()
+		for time.Since(begin) < 790*time.Millisecond {
+			r.table.onList(func() { time.Sleep(10 * time.Millisecond) })
+			r.Committed(applied(both, one))
+			r.Committed(applied(one, both))
+			time.Sleep(time.Millisecond)
+		}
+		r.table.mu.Lock()
+		if n := len(r.table.lists); n != 16 {
+			t.Errorf("%d looks of 10 ms in 790 ms, want 16", n)
+		}
+		r.table.mu.Unlock()
+
+		time.Sleep(time.Hour)
+		r.table.set("10.96.0.10:53 10.0.0.2:53")
+		r.Committed(applied(both, one))
+		r.want(t, "at once")
+	})
+}
+
 // TestAnEndpointThatIsBack says that a flow is judged by what was told last, even
 // while the kernel lists.
 func TestAnEndpointThatIsBack(t *testing.T) {

@@ -35,7 +35,8 @@
 // table, each narrowed by the kernel (Linux 5.8) to the frontends in question,
 // or to UDP where they are many. Older kernels ignore the narrowing: that is seen
 // in what they answer, and one dump serves for all. In the kernel a dump walks
-// the whole table, which is why none is made in the goroutine that commits.
+// the whole table, which is why none is made in the goroutine that commits, and
+// why looks that follow on each other leave most of the time to others.
 //
 // The frontends are looked at once more one or two seconds later: a datagram that had
 // passed the old maps and waited, in a queue to user space (NFQUEUE) or on a

