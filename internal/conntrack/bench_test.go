@@ -1,0 +1,70 @@
+package conntrack
+
+import (
+	"context"
+	"fmt"
+	"testing"
+
+	"fairlead/dataplane"
+)
+
+// BenchmarkLook measures one look among entries of others, from the change to
+// the answer of the kernel: with the kernel's filter, as Linux does from 5.8 on,
+// and without. Endpoints of one port, or of many in one commit, have left; no
+// entry is stale.
+func BenchmarkLook(b *testing.B) {
+	for _, entries := range []int{0, 1_000, 10_000, 100_000} {
+		k := openTable(b, newNamespace(b))
+		others := make([]made, entries)
+		for i := range others {
+			others[i] = makeEntry(fmt.Sprintf("10.%d.%d.1:%d", 1+i>>16, i>>8&0xff, 1024+i&0xff), "10.97.0.10:53", "10.0.0.9:5353")
+		}
+		insert(b, k, others...)
+		for _, tt := range []struct {
+			name    string
+			ports   int
+			narrows bool
+		}{{"one", 1, true}, {"many", 100, true}, {"one-unfiltered", 1, false}} {
+			b.Run(fmt.Sprintf("entries=%d/changes=%s", entries, tt.name), func(b *testing.B) {
+				c := New(Options{})
+				c.open = func() (table, error) {
+					if tt.narrows {
+						return uncloseable{k}, nil
+					}
+					return unfiltered{k}, nil
+				}
+				var pairs []string
+				for i := range tt.ports {
+					pairs = append(pairs, fmt.Sprintf("s%d 10.96.0.%d:%d -> 10.0.0.1:53 10.0.0.2:53", i, i, 53+i),
+						fmt.Sprintf("s%d 10.96.0.%d:%d -> 10.0.0.1:53", i, i, 53+i))
+				}
+				var s suspects
+				services := map[dataplane.Key]*dataplane.Service{}
+				for _, change := range changesOf(pairs...) {
+					s.change(change)
+					services[change.Key()] = change.New
+				}
+				c.programmed.take(services)
+				b.ReportAllocs()
+				for b.Loop() {
+					if err := c.look(b.Context(), &s); err != nil {
+						b.Fatal(err)
+					}
+				}
+			})
+		}
+	}
+}
+
+type uncloseable struct{ *kernel }
+
+func (uncloseable) close() error { return nil }
+
+// unfiltered is a kernel that ignores filters.
+type unfiltered struct{ *kernel }
+
+func (unfiltered) close() error { return nil }
+
+func (u unfiltered) list(_ context.Context, q query, visit func(flow) bool) ([]entry, bool, error) {
+	return u.dump(q, nil, visit)
+}
