@@ -16,43 +16,20 @@ import (
 	"fairlead/internal/nettest"
 )
 
-// carried says which features of Services the nft backend carries. What it does
-// not is reported, in an Event on the Service and in the log, and everything
-// else that the Service asks for works.
-var carried = map[feature]bool{
-	nodePorts:     false,
-	externalIPs:   false,
-	loadBalancers: false,
-	externalLocal: false,
-	affinity:      false,
-	sourceRanges:  false,
-}
-
-type feature string
-
-const (
-	nodePorts     feature = "node ports"
-	externalIPs   feature = "external IPs"
-	loadBalancers feature = "load balancers"
-	externalLocal feature = "externalTrafficPolicy Local"
-	affinity      feature = "session affinity"
-	sourceRanges  feature = "load balancer source ranges"
-)
-
+// TestExternal asks for each way into a Service besides its cluster IP, and for
+// what narrows the choice of endpoints by the client.
 func TestExternal(t *testing.T) {
 	t.Parallel()
 	for _, tc := range []struct {
-		feature feature
+		feature string
 		// service is what asks for it; ingress is written into its status.
 		service func(*corev1.Service)
 		ingress []string
 		// works checks it, with a pod on this node and one on the other.
 		works func(s *scenario, web *service, here, there *pod)
-		// noClusterIP: without the feature not even the cluster IP works.
-		noClusterIP bool
 	}{
 		{
-			feature: nodePorts,
+			feature: "node ports",
 			service: func(v *corev1.Service) { v.Spec.Type = corev1.ServiceTypeNodePort },
 			works: func(s *scenario, web *service, here, there *pod) {
 				for _, node := range s.net.Node.Addrs() {
@@ -63,7 +40,7 @@ func TestExternal(t *testing.T) {
 			},
 		},
 		{
-			feature: externalIPs,
+			feature: "external IPs",
 			service: func(v *corev1.Service) { v.Spec.ExternalIPs = []string{"203.0.113.1", "2001:db8:99::1"} },
 			works: func(s *scenario, _ *service, here, there *pod) {
 				for _, addr := range []string{"203.0.113.1", "2001:db8:99::1"} {
@@ -74,7 +51,7 @@ func TestExternal(t *testing.T) {
 			},
 		},
 		{
-			feature: loadBalancers,
+			feature: "load balancers",
 			service: func(v *corev1.Service) { v.Spec.Type = corev1.ServiceTypeLoadBalancer },
 			ingress: []string{"203.0.113.2", "2001:db8:99::2"},
 			works: func(s *scenario, web *service, here, there *pod) {
@@ -88,7 +65,7 @@ func TestExternal(t *testing.T) {
 			},
 		},
 		{
-			feature: externalLocal,
+			feature: "externalTrafficPolicy Local",
 			service: func(v *corev1.Service) {
 				v.Spec.Type = corev1.ServiceTypeNodePort
 				v.Spec.ExternalTrafficPolicy = corev1.ServiceExternalTrafficPolicyLocal
@@ -107,7 +84,7 @@ func TestExternal(t *testing.T) {
 			},
 		},
 		{
-			feature: affinity,
+			feature: "session affinity",
 			service: func(v *corev1.Service) { v.Spec.SessionAffinity = corev1.ServiceAffinityClientIP },
 			works: func(s *scenario, web *service, here, there *pod) {
 				client := s.client()
@@ -131,10 +108,9 @@ func TestExternal(t *testing.T) {
 					s.reaches(client, tcpTo(web.at(80)), other)
 				}
 			},
-			noClusterIP: true,
 		},
 		{
-			feature: sourceRanges,
+			feature: "load balancer source ranges",
 			service: func(v *corev1.Service) {
 				v.Spec.Type = corev1.ServiceTypeLoadBalancer
 				v.Spec.LoadBalancerSourceRanges = []string{"192.0.2.2/32"}
@@ -157,24 +133,40 @@ func TestExternal(t *testing.T) {
 				web.ingress(tc.ingress...)
 			}
 			here, there := s.pod("web"), s.pod("web", onOtherNode)
-			client := s.client()
-			if carried[tc.feature] || os.Getenv(referenceEnv) != "" {
-				tc.works(s, web, here, there)
-				return
-			}
-			web.reported()
-			s.eventually(func(context.Context) error {
-				ok, err := s.lead.logged(s.namespace + "/web")
-				if err == nil && !ok {
-					err = fmt.Errorf("the log says nothing of %s/web", s.namespace)
-				}
-				return err
-			})
-			if !tc.noClusterIP {
-				s.reaches(client, tcpTo(web.at(80)), here, there)
-			}
+			tc.works(s, web, here, there)
 		})
 	}
+}
+
+// Of two Services that claim one address the older keeps it, and of two of one
+// second the first by name. The other is told
+// why it goes without, in an Event and in the log, and what else it asks for
+// works.
+func TestWhatCannotBeProgrammedIsReported(t *testing.T) {
+	t.Parallel()
+	if os.Getenv(referenceEnv) != "" {
+		t.Skip("kube-proxy reports nothing of the kind")
+	}
+	s := newScenario(t, shared)
+	const claimed = "203.0.113.4"
+	claim := func(v *corev1.Service) { v.Spec.ExternalIPs = []string{claimed} }
+	first := s.service("first", claim)
+	firstPod := s.pod("first")
+	second := s.service("second", claim)
+	secondPod := s.pod("second")
+	second.reported("spec.externalIPs[0]", s.namespace+"/first")
+	s.eventually(func(context.Context) error {
+		ok, err := s.lead.logged(s.namespace + "/second")
+		if err == nil && !ok {
+			err = fmt.Errorf("the log says nothing of %s/second", s.namespace)
+		}
+		return err
+	})
+	to := tcpTo(netip.AddrPortFrom(netip.MustParseAddr(claimed), 80))
+	s.reaches(s.net.Outside, to, firstPod)
+	s.reaches(s.client(), tcpTo(second.at(80)), secondPod)
+	first.delete()
+	s.reaches(s.net.Outside, to, secondPod)
 }
 
 // A load balancer learns at the Service's health check port whether this node has
