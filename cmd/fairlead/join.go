@@ -12,6 +12,7 @@ import (
 	discoveryv1 "k8s.io/api/discovery/v1"
 	"k8s.io/apimachinery/pkg/types"
 
+	"fairlead/internal/conntrack"
 	"fairlead/internal/health"
 	"fairlead/internal/metrics"
 	"fairlead/kube"
@@ -24,6 +25,7 @@ import (
 type join struct {
 	log     *slog.Logger
 	syncer  *sync.Syncer
+	flows   *conntrack.Cleaner
 	ports   *health.Ports
 	metrics *metrics.Metrics
 	events  events
@@ -95,6 +97,7 @@ func (j *join) listen() {
 // pass passes on what the tracker has made of its input.
 func (j *join) pass(result kube.Result) {
 	if result.Node != nil {
+		j.flows.SetNode(*result.Node)
 		j.syncer.SetNode(*result.Node)
 		j.served = result.Node.NodePortAddrs
 		j.listen()
@@ -173,6 +176,7 @@ func (j *join) trigger(d kube.Delta, result kube.Result) {
 // committed takes what became of a call to the dataplane.
 func (j *join) committed(c sync.Commit) {
 	j.metrics.Committed(c)
+	j.flows.Committed(c)
 	switch {
 	case c.Err == nil:
 		j.failing.Store(nil)
@@ -188,6 +192,13 @@ func (j *join) committed(c sync.Commit) {
 func (j *join) healthCheckFailed(service health.Service, port uint16, err error) {
 	j.metrics.HealthCheckFailed()
 	j.events.HealthCheckFailed(types.NamespacedName{Namespace: service.Namespace, Name: service.Name}, port, err)
+}
+
+// looked takes what became of a look for stale UDP flows.
+func (j *join) looked(l conntrack.Look) {
+	if l.Err == nil || l.Deleted > 0 {
+		j.metrics.Looked(l.Family, l.Took, l.Deleted)
+	}
 }
 
 // progress says how far the dataplane is: a call that lasts counts as waiting as

@@ -18,6 +18,7 @@ import (
 
 	"fairlead/dataplane"
 	"fairlead/dataplane/fake"
+	"fairlead/internal/conntrack"
 	"fairlead/internal/health"
 	"fairlead/internal/metrics"
 	"fairlead/kube"
@@ -29,7 +30,7 @@ func newJoin(log *slog.Logger) *join {
 	options := kube.Options{NodeName: "node"}
 	syncer := sync.New(fake.New(fake.Options{}), sync.Options{})
 	return &join{
-		log: log, syncer: syncer, ports: health.NewPorts(health.PortsOptions{}), metrics: metrics.New(metrics.Options{Status: syncer.Status}),
+		log: log, syncer: syncer, flows: conntrack.New(conntrack.Options{}), ports: health.NewPorts(health.PortsOptions{}), metrics: metrics.New(metrics.Options{Status: syncer.Status}),
 		events: noEvents{}, hasNode: true, nodeName: options.NodeName, tracker: kube.NewTracker(options),
 	}
 }

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"fairlead/dataplane"
+	"fairlead/internal/conntrack"
 	"fairlead/internal/health"
 	"fairlead/internal/metrics"
 	"fairlead/internal/nodeip"
@@ -107,6 +108,7 @@ type program struct {
 	dp      dataplane.Dataplane
 	source  source
 	syncer  *sync.Syncer
+	flows   *conntrack.Cleaner
 	ports   *health.Ports
 	proxy   *health.Proxy
 	metrics *metrics.Metrics
@@ -141,7 +143,8 @@ func (c config) build(log *slog.Logger) (*program, error) {
 	p.ports = health.NewPorts(health.PortsOptions{
 		Healthy: p.proxy.Healthy, Failed: p.join.healthCheckFailed, Logger: log.With("component", "health"),
 	})
-	p.join.syncer, p.join.ports, p.join.metrics = p.syncer, p.ports, p.metrics
+	p.flows = conntrack.New(conntrack.Options{Logger: log.With("component", "conntrack"), OnLook: p.join.looked})
+	p.join.syncer, p.join.flows, p.join.ports, p.join.metrics = p.syncer, p.flows, p.ports, p.metrics
 	return p, nil
 }
 
@@ -178,6 +181,7 @@ func (p *program) run(ctx context.Context, c config) error {
 		}
 	})
 	group.Go(func() error { return p.syncer.Run(ctx) })
+	group.Go(func() error { return p.flows.Run(ctx) })
 	group.Go(func() error { return p.ports.Run(ctx) })
 	group.Go(func() error { return p.join.events.Run(ctx) })
 	p.serve(ctx, group, c, "healthz-bind-address", c.healthz, p.proxy.Handler())

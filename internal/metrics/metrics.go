@@ -42,6 +42,8 @@ type Metrics struct {
 	failures                             *prometheus.CounterVec
 	serviceChanges, endpointChanges      changes
 	healthz, livez                       *prometheus.CounterVec
+	flowsDuration                        *prometheus.HistogramVec
+	flowsDeleted                         *prometheus.CounterVec
 
 	commits                      *prometheus.CounterVec
 	commitDuration               *prometheus.HistogramVec
@@ -136,9 +138,14 @@ func (m *Metrics) addKubeProxy() {
 	m.endpointChanges = m.changes("endpoint", "EndpointSlices")
 	m.healthz = m.counters(kubeProxy, "proxy_healthz_total", "Answers of /healthz, by HTTP status.", "code")
 	m.livez = m.counters(kubeProxy, "proxy_livez_total", "Answers of /livez, by HTTP status.", "code")
+	m.flowsDuration = m.histogram(kubeProxy, "conntrack_reconciler_sync_duration_seconds",
+		"How long looks for UDP flows took that would stick to endpoints that have left.", syncBuckets, "ip_family")
+	m.flowsDeleted = m.counters(kubeProxy, "conntrack_reconciler_deleted_entries_total",
+		"UDP flows that were forgotten, so that their clients move on to other endpoints.", "ip_family")
 	for _, f := range ipFamilies() { // so that they can be seen before they have happened
 		m.failures.WithLabelValues(f.String())
-		for _, h := range []*prometheus.HistogramVec{m.duration, m.full, m.partial, m.programming} {
+		m.flowsDeleted.WithLabelValues(f.String())
+		for _, h := range []*prometheus.HistogramVec{m.duration, m.full, m.partial, m.programming, m.flowsDuration} {
 			h.WithLabelValues(f.String())
 		}
 	}
@@ -382,6 +389,12 @@ func (m *Metrics) Answered(path string, status int) {
 	case "/livez":
 		m.livez.WithLabelValues(strconv.Itoa(status)).Inc()
 	}
+}
+
+// Looked counts a look for stale UDP flows of a family.
+func (m *Metrics) Looked(family dataplane.Family, took time.Duration, deleted int) {
+	m.flowsDuration.WithLabelValues(family.String()).Observe(took.Seconds())
+	m.flowsDeleted.WithLabelValues(family.String()).Add(float64(deleted))
 }
 
 // Problem counts a Service that asks for what it does not get.

@@ -327,3 +327,22 @@ func TestOwnRegistry(t *testing.T) {
 		t.Errorf("of the runtime and the process there is %v", got)
 	}
 }
+
+// Looks for stale UDP flows count by family.
+func TestLooked(t *testing.T) {
+	t.Parallel()
+	m := metrics.New(metrics.Options{Status: func() sync.Status { return sync.Status{} }})
+	m.Looked(dataplane.IPv4, 250*time.Millisecond, 3)
+	m.Looked(dataplane.IPv4, 250*time.Millisecond, 4)
+	want := map[string]string{
+		`kubeproxy_conntrack_reconciler_deleted_entries_total{ip_family="IPv4"}`:       "7",
+		`kubeproxy_conntrack_reconciler_deleted_entries_total{ip_family="IPv6"}`:       "0",
+		`kubeproxy_conntrack_reconciler_sync_duration_seconds_count{ip_family="IPv4"}`: "2",
+		`kubeproxy_conntrack_reconciler_sync_duration_seconds_count{ip_family="IPv6"}`: "0",
+		`kubeproxy_conntrack_reconciler_sync_duration_seconds_sum{ip_family="IPv4"}`:   "0.5",
+		`kubeproxy_conntrack_reconciler_sync_duration_seconds_sum{ip_family="IPv6"}`:   "0",
+	}
+	if diff := cmp.Diff(want, scrape(t, m, "kubeproxy_conntrack")); diff != "" {
+		t.Errorf("(-want +got)\n%s", diff)
+	}
+}
