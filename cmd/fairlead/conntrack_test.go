@@ -1,0 +1,295 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"fairlead/dataplane"
+	"fairlead/internal/conntrack"
+	"fairlead/internal/nettest"
+	"fairlead/nft"
+	"fairlead/sync"
+)
+
+// cleaned is a node with the nft backend, a syncer, and what deletes stale flows.
+type cleaned struct {
+	*nettest.Network
+
+	t      *testing.T
+	family dataplane.Family
+	client *nettest.Host
+	pods   map[string]*nettest.Host
+	syncer *sync.Syncer
+
+	deleted atomic.Int64 // entries
+}
+
+func newCleaned(t *testing.T, family dataplane.Family, pods ...string) *cleaned {
+	t.Helper()
+	c := &cleaned{t: t, family: family, Network: nettest.NewT(t, nettest.Options{}), pods: map[string]*nettest.Host{}}
+	c.client = c.PodT(t, "client")
+	for _, name := range pods {
+		c.pods[name] = c.PodT(t, name)
+		c.pods[name].ServeT(t, nettest.UDP, podPort)
+	}
+	return c
+}
+
+// run starts the parts, which end with the test, or when stop is called.
+func (c *cleaned) run() (stop func()) {
+	c.t.Helper()
+	dp, err := nft.Open(nft.Options{NetNS: c.Node.Fd()})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	cleaner := conntrack.New(conntrack.Options{NetNS: c.Node.Fd(), OnLook: func(l conntrack.Look) {
+		if l.Err != nil {
+			c.t.Errorf("a look failed: %v", l.Err)
+		}
+		c.deleted.Add(int64(l.Deleted))
+	}})
+	c.syncer = sync.New(dp, sync.Options{OnCommit: cleaner.Committed})
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 2)
+	go func() { done <- c.syncer.Run(ctx) }()
+	go func() { done <- cleaner.Run(ctx) }()
+	stopped := false
+	stop = func() {
+		if stopped {
+			return
+		}
+		stopped = true
+		cancel()
+		for range 2 {
+			if err := <-done; err != nil {
+				c.t.Error(err)
+			}
+		}
+		if err := dp.Close(); err != nil {
+			c.t.Error(err)
+		}
+	}
+	c.t.Cleanup(stop)
+	return stop
+}
+
+// vip is the frontend with the last byte.
+func (c *cleaned) vip(last byte) netip.AddrPort {
+	if c.family == dataplane.IPv4 {
+		return netip.AddrPortFrom(netip.AddrFrom4([4]byte{198, 51, 100, last}), 53)
+	}
+	return netip.AddrPortFrom(netip.AddrFrom16([16]byte{0: 0x20, 1: 1, 2: 0xd, 3: 0xb8, 5: 0x96, 15: last}), 53)
+}
+
+func (c *cleaned) endpoint(pod string) netip.AddrPort {
+	if c.family == dataplane.IPv4 {
+		return netip.AddrPortFrom(c.pods[pod].IPv4, podPort)
+	}
+	return netip.AddrPortFrom(c.pods[pod].IPv6, podPort)
+}
+
+// want hands over a Service. It returns when the kernel has it.
+func (c *cleaned) want(last byte, takes, serves []string) {
+	c.t.Helper()
+	c.hand(map[dataplane.Key]*dataplane.Service{c.key(last): c.service(last, takes, serves)})
+}
+
+// service is a Service at vip(last): the pods that take connections, and those
+// that only serve on.
+func (c *cleaned) service(last byte, takes, serves []string) *dataplane.Service {
+	c.t.Helper()
+	var treatment dataplane.Treatment
+	for _, pod := range takes {
+		treatment.Endpoints = append(treatment.Endpoints, dataplane.Endpoint{Addr: c.endpoint(pod), Local: true})
+	}
+	var serving []netip.AddrPort
+	for _, pod := range serves {
+		serving = append(serving, c.endpoint(pod))
+	}
+	svc, err := dataplane.NewService(c.key(last), []dataplane.Frontend{{Protocol: dataplane.UDP, Addr: c.vip(last)}}, treatment)
+	if err == nil {
+		svc, err = svc.WithServing(serving)
+	}
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return svc
+}
+
+func (c *cleaned) key(last byte) dataplane.Key {
+	return dataplane.Key{Namespace: "default", Name: fmt.Sprint("s", last), Family: c.family}
+}
+
+func (c *cleaned) hand(changes map[dataplane.Key]*dataplane.Service) {
+	c.t.Helper()
+	c.syncer.Update(changes)
+	c.syncer.ListComplete()
+	if err := c.syncer.WaitSynced(c.t.Context()); err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+// forgetting does something that makes flows stale, and returns after one of them
+// was deleted.
+func (c *cleaned) forgetting(what func()) {
+	c.t.Helper()
+	before := c.deleted.Load()
+	what()
+	eventually(c.t, func() error {
+		if c.deleted.Load() == before {
+			return errors.New("no flow was deleted")
+		}
+		return nil
+	})
+}
+
+// open opens a flow, of which every datagram comes from the same port.
+func (c *cleaned) open(to netip.AddrPort) *nettest.Conn {
+	c.t.Helper()
+	conn, err := c.client.Open(c.t.Context(), nettest.UDP, to)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	c.t.Cleanup(func() { _ = conn.Close() })
+	return conn
+}
+
+// ask sends one datagram and returns who answers, or nobody.
+func (c *cleaned) ask(conn *nettest.Conn, patience time.Duration) string {
+	c.t.Helper()
+	ctx, cancel := context.WithTimeout(c.t.Context(), patience)
+	defer cancel()
+	answer, err := conn.Ask(ctx)
+	switch {
+	case errors.Is(err, nettest.ErrTimeout):
+		return "nobody"
+	case errors.Is(err, nettest.ErrRefused):
+		return "refused"
+	case err != nil:
+		c.t.Fatal(err)
+	}
+	return answer.Host
+}
+
+func (c *cleaned) wantAnswer(conn *nettest.Conn, what, want string) {
+	c.t.Helper()
+	patience := attempt
+	if want == "nobody" {
+		patience = 100 * time.Millisecond
+	}
+	if got := c.ask(conn, patience); got != want {
+		c.t.Errorf("%s: the next datagram is answered by %s, want %s", what, got, want)
+	}
+}
+
+// Clients that send all their datagrams from one port go where the Service is
+// served, with the next datagram, and stay where it still is.
+func TestFlowsMoveOn(t *testing.T) {
+	t.Parallel()
+	for _, family := range []dataplane.Family{dataplane.IPv4, dataplane.IPv6} {
+		t.Run(family.String(), func(t *testing.T) {
+			t.Parallel()
+			c := newCleaned(t, family, "a", "b")
+			c.run()
+			// Begun before there is a Service.
+			early := c.open(c.vip(1))
+			c.wantAnswer(early, "no Service", "nobody")
+			c.want(2, []string{"a", "b"}, nil)
+			c.wantAnswer(early, "still no Service", "nobody")
+			// Flows of another Service. If they were deleted one of them would
+			// go elsewhere.
+			neighbours := map[*nettest.Conn]string{}
+			for range 16 {
+				conn := c.open(c.vip(2))
+				neighbours[conn] = c.ask(conn, attempt)
+			}
+
+			c.forgetting(func() { c.want(1, []string{"a"}, nil) })
+			c.wantAnswer(early, "a Service appears", "a")
+
+			c.want(1, []string{"a", "b"}, nil)
+			c.wantAnswer(early, "another endpoint", "a")
+			c.want(1, []string{"b"}, []string{"a"})
+			c.wantAnswer(early, "its endpoint drains", "a")
+			// A commit that writes nothing.
+			c.forgetting(func() { c.want(1, []string{"b"}, nil) })
+			c.wantAnswer(early, "its endpoint has left", "b")
+
+			c.forgetting(func() { c.want(1, nil, nil) })
+			c.wantAnswer(early, "the last endpoint has left", "refused")
+			c.want(1, []string{"a"}, nil)
+			c.wantAnswer(early, "the first endpoint", "a")
+
+			c.forgetting(func() { c.hand(map[dataplane.Key]*dataplane.Service{c.key(1): nil}) })
+			c.wantAnswer(early, "the Service is deleted", "nobody")
+
+			for conn, host := range neighbours {
+				c.wantAnswer(conn, "another Service", host)
+			}
+		})
+	}
+}
+
+// Flows that got stale while nobody was there to see it are found at the start.
+func TestFlowsMoveOnAfterARestart(t *testing.T) {
+	t.Parallel()
+	for _, family := range []dataplane.Family{dataplane.IPv4, dataplane.IPv6} {
+		t.Run(family.String(), func(t *testing.T) {
+			t.Parallel()
+			c := newCleaned(t, family, "a", "b")
+			stop := c.run()
+			c.want(1, []string{"a"}, nil)
+			c.want(2, []string{"a", "b"}, nil)
+			moves, stays := c.open(c.vip(1)), c.open(c.vip(2))
+			c.wantAnswer(moves, "before", "a")
+			where := c.ask(stays, attempt)
+			stop()
+			c.wantAnswer(moves, "while nobody runs", "a")
+			c.run()
+			c.forgetting(func() {
+				c.hand(map[dataplane.Key]*dataplane.Service{
+					c.key(1): c.service(1, []string{"b"}, nil), c.key(2): c.service(2, []string{"a", "b"}, nil),
+				})
+			})
+			c.wantAnswer(moves, "after the restart", "b")
+			c.wantAnswer(stays, "an endpoint that was there all the time", where)
+		})
+	}
+}
+
+// The program does the same with files, and counts it.
+func TestProgramForgetsFlows(t *testing.T) {
+	t.Parallel()
+	n := newNode(t, "a", "b")
+	n.put("backend.yaml", serviceYAML("backend", 10, 80))
+	n.putPods("backend", "a")
+	n.run()
+	var conns []*nettest.Conn
+	for _, addr := range vips(10, 80) {
+		conn, err := n.client.Open(t.Context(), nettest.UDP, addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = conn.Close() })
+		if answer, err := conn.Ask(t.Context()); err != nil || answer.Host != "a" {
+			t.Fatalf("answer %+v, error %v; want one of a", answer, err)
+		}
+		conns = append(conns, conn)
+	}
+	n.putPods("backend", "b")
+	n.drop("pod-a.yaml")
+	for _, conn := range conns {
+		eventually(t, func() error {
+			answer, err := conn.Ask(t.Context())
+			if err == nil && answer.Host != "b" {
+				err = fmt.Errorf("answered by %s, want b", answer.Host)
+			}
+			return err
+		})
+	}
+}
