@@ -69,6 +69,54 @@ func TestDirectConnections(t *testing.T) {
 	}
 }
 
+func TestConnectFromAnyAddressOfANetwork(t *testing.T) {
+	t.Parallel()
+	n := nettest.NewT(t, nettest.Options{})
+	pod := n.PodT(t, "pod")
+	pod.ServeT(t, nettest.TCP, 80)
+	for i, text := range []string{"100.64.0.0/16", "2001:db8:64::/64"} {
+		network := netip.MustParsePrefix(text)
+		to := netip.AddrPortFrom(pod.Addrs()[i], 80)
+		source := network.Addr().Next()
+		if _, err := n.Outside.ConnectFrom(t.Context(), source, to); err == nil {
+			t.Errorf("connected from %s, which is nobody's address", source)
+		}
+		if err := n.Outside.AddNetwork(network); err != nil {
+			t.Fatal(err)
+		}
+		for range 3 {
+			source = source.Next()
+			answer, err := n.Outside.ConnectFrom(t.Context(), source, to)
+			if err != nil || answer.Source.Addr() != source || answer.Endpoint != to {
+				t.Errorf("from %s: answer %+v, error %v", source, answer, err)
+			}
+		}
+	}
+}
+
+// An address that was added is one to connect to, not the one to connect from.
+func TestAddedAddressIsNoSource(t *testing.T) {
+	t.Parallel()
+	n := nettest.NewT(t, nettest.Options{})
+	pod := n.PodT(t, "pod")
+	pod.ServeT(t, nettest.TCP, 80)
+	for i, text := range []string{"198.51.100.1", "2001:db8:51::1"} {
+		added := netip.MustParseAddr(text)
+		if err := n.Node.AddAddr(added); err != nil {
+			t.Fatal(err)
+		}
+		n.Node.ServeT(t, nettest.TCP, uint16(8080+i)) //nolint:gosec // fits
+		answer, err := n.Node.Connect(t.Context(), nettest.TCP, netip.AddrPortFrom(pod.Addrs()[i], 80))
+		if err != nil || answer.Source.Addr() != n.Node.Addrs()[i] {
+			t.Errorf("to the pod: answer %+v, error %v, want source %s", answer, err, n.Node.Addrs()[i])
+		}
+		to := netip.AddrPortFrom(added, uint16(8080+i)) //nolint:gosec // fits
+		if answer, err = n.Outside.Connect(t.Context(), nettest.TCP, to); err != nil || answer.Host != n.Node.Name {
+			t.Errorf("to %s: answer %+v, error %v", to, answer, err)
+		}
+	}
+}
+
 func TestRequestsOfAConnection(t *testing.T) {
 	t.Parallel()
 	n := nettest.NewT(t, nettest.Options{})
