@@ -25,6 +25,7 @@ type cleaned struct {
 	client *nettest.Host
 	pods   map[string]*nettest.Host
 	syncer *sync.Syncer
+	node   dataplane.Node // to be set before run
 
 	deleted atomic.Int64 // entries
 }
@@ -54,6 +55,8 @@ func (c *cleaned) run() (stop func()) {
 		c.deleted.Add(int64(l.Deleted))
 	}})
 	c.syncer = sync.New(dp, sync.Options{OnCommit: cleaner.Committed})
+	cleaner.SetNode(c.node)
+	c.syncer.SetNode(c.node)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 2)
 	go func() { done <- c.syncer.Run(ctx) }()
@@ -231,6 +234,56 @@ func TestFlowsMoveOn(t *testing.T) {
 			for conn, host := range neighbours {
 				c.wantAnswer(conn, "another Service", host)
 			}
+		})
+	}
+}
+
+// The same with a node port, on an address of the node on which somebody else
+// listens as long as it is none, and with session affinity.
+func TestNodePortFlowsMoveOn(t *testing.T) {
+	t.Parallel()
+	for _, family := range []dataplane.Family{dataplane.IPv4, dataplane.IPv6} {
+		t.Run(family.String(), func(t *testing.T) {
+			t.Parallel()
+			const port = 30053
+			c := newCleaned(t, family, "a", "b")
+			address, unspecified := c.Node.IPv4, netip.IPv4Unspecified()
+			if family == dataplane.IPv6 {
+				address, unspecified = c.Node.IPv6, netip.IPv6Unspecified()
+			}
+			c.node.NodePortAddrs = []netip.Addr{address}
+			c.Node.ServeT(t, nettest.UDP, port)
+			c.client = c.Outside
+			c.run()
+			key := dataplane.Key{Namespace: "default", Name: "node", Family: family, Kind: dataplane.NodePort}
+			want := func(number uint16, pods ...string) {
+				t.Helper()
+				treatment := dataplane.Treatment{Masquerade: dataplane.MasqueradeAlways, Affinity: time.Hour}
+				for _, pod := range pods {
+					treatment.Endpoints = append(treatment.Endpoints, dataplane.Endpoint{Addr: c.endpoint(pod), Local: true})
+				}
+				frontend := dataplane.Frontend{Protocol: dataplane.UDP, Addr: netip.AddrPortFrom(unspecified, number)}
+				svc, err := dataplane.NewService(key, []dataplane.Frontend{frontend}, treatment)
+				if err != nil {
+					t.Fatal(err)
+				}
+				c.hand(map[dataplane.Key]*dataplane.Service{key: svc})
+			}
+			c.hand(nil)
+			conn := c.open(netip.AddrPortFrom(address, port))
+			c.wantAnswer(conn, "no node port", "node")
+			c.forgetting(func() { want(port, "a") })
+			c.wantAnswer(conn, "the node port appears", "a")
+			want(port, "a", "b")
+			c.wantAnswer(conn, "another endpoint", "a")
+			c.forgetting(func() { want(port, "b") })
+			c.wantAnswer(conn, "its endpoint has left", "b")
+			c.forgetting(func() { want(port+1, "b") })
+			c.wantAnswer(conn, "another node port", "node")
+			c.forgetting(func() { want(port, "b") })
+			c.wantAnswer(conn, "the node port is back", "b")
+			c.forgetting(func() { c.hand(map[dataplane.Key]*dataplane.Service{key: nil}) })
+			c.wantAnswer(conn, "the Service is deleted", "node")
 		})
 	}
 }
