@@ -1,0 +1,160 @@
+package conntrack
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+
+	"fairlead/dataplane"
+)
+
+// everything lists all entries, of whatever protocol and zone, sorted.
+func everything(t *testing.T, k *kernel) (texts []string) {
+	t.Helper()
+	for _, family := range []dataplane.Family{dataplane.IPv4, dataplane.IPv6} {
+		messages, err := k.conn.Execute(netlink.Message{
+			Header: netlink.Header{Type: msgGet, Flags: netlink.Request | netlink.Dump},
+			Data:   header(family),
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, m := range messages {
+			var original, reply tuple
+			var zone uint16
+			for typ, value := range attributes(m.Data[4:]) {
+				switch typ {
+				case ctaTupleOrig:
+					original = parseTuple(value)
+				case ctaTupleReply:
+					reply = parseTuple(value)
+				case ctaZone:
+					zone = uint16(value[0])<<8 | uint16(value[1])
+				}
+			}
+			texts = append(texts, fmt.Sprintf("%d %d %s %s", original.protocol, zone, original.destination, reply.source))
+		}
+	}
+	slices.Sort(texts)
+	return texts
+}
+
+func (m made) text() string {
+	protocol := m.protocol
+	if protocol == 0 {
+		protocol = unix.IPPROTO_UDP
+	}
+	return fmt.Sprintf("%d %d %s %s", protocol, m.zone, m.destination, m.endpoint)
+}
+
+// TestCleanerAndKernel says what is left in the kernel's table after a start,
+// and after a change.
+func TestCleanerAndKernel(t *testing.T) {
+	t.Parallel()
+	ns := newNamespace(t)
+	k := openTable(t, ns)
+	deleted := make(chan Look, 100)
+	c := New(Options{NetNS: ns.Fd(), OnLook: func(l Look) { deleted <- l }})
+	c.SetNode(dataplane.Node{NodePortAddrs: []netip.Addr{netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8::1")}})
+
+	of := func(protocol byte, zone uint16, m made) made {
+		m.protocol, m.zone = protocol, zone
+		return m
+	}
+	kept := []made{
+		makeEntry("10.1.0.1:1", "10.96.0.10:53", "10.0.0.1:53"),
+		makeEntry("10.1.0.1:2", "192.0.2.1:30053", "10.0.0.1:53"),
+		makeEntry("[fd01::9]:3", "[fd00:96::10]:53", "[fd01::1]:53"),
+		// Others' flows.
+		makeEntry("10.1.0.1:4", "8.8.8.8:53", ""),
+		makeEntry("10.1.0.1:5", "10.96.0.11:53", "10.0.0.9:53"),
+		makeEntry("10.1.0.1:6", "192.0.2.2:30053", "10.0.0.9:53"),
+		makeEntry("[fd01::9]:7", "[fd00:96::11]:53", "[fd01::9]:53"),
+		// Not UDP, and not in the zone that Services are translated in.
+		of(unix.IPPROTO_TCP, 0, makeEntry("10.1.0.1:8", "10.96.0.10:53", "10.0.0.9:53")),
+		of(unix.IPPROTO_SCTP, 0, makeEntry("10.1.0.1:9", "10.96.0.10:53", "10.0.0.9:53")),
+		of(0, 7, makeEntry("10.1.0.1:10", "10.96.0.10:53", "10.0.0.9:53")),
+	}
+	leaving := []made{
+		makeEntry("10.1.0.1:11", "10.96.0.10:53", "10.0.0.2:53"),
+		makeEntry("10.1.0.1:12", "192.0.2.1:30053", "10.0.0.2:53"),
+		makeEntry("[fd01::9]:13", "[fd00:96::10]:53", "[fd01::2]:53"),
+	}
+	stale := []made{
+		makeEntry("10.1.0.1:14", "10.96.0.10:53", "10.0.0.9:53"),
+		makeEntry("10.1.0.1:15", "10.96.0.10:53", ""),
+		makeEntry("10.1.0.1:16", "192.0.2.1:30053", "10.0.0.9:53"),
+		makeEntry("[fd01::9]:17", "[fd00:96::10]:53", "[fd01::9]:53"),
+		makeEntry("[fd01::9]:18", "[2001:db8::1]:30053", ""),
+	}
+	want := func(when string, lists ...[]made) {
+		t.Helper()
+		var texts []string
+		for _, m := range slices.Concat(lists...) {
+			texts = append(texts, m.text())
+		}
+		slices.Sort(texts)
+		if diff := cmp.Diff(texts, everything(t, k)); diff != "" {
+			t.Errorf("%s: protocol, zone, destination, endpoint (-want +got)\n%s", when, diff)
+		}
+	}
+	wait := func(n int) {
+		t.Helper()
+		for n > 0 {
+			select {
+			case look := <-deleted:
+				if look.Err != nil {
+					t.Fatal(look.Err)
+				}
+				n -= look.Deleted
+			case <-time.After(10 * time.Second):
+				t.Fatalf("%d entries fewer deleted than wanted", n)
+			}
+		}
+	}
+	insert(t, k, slices.Concat(kept, leaving, stale)...)
+	want("before", kept, leaving, stale)
+
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error)
+	go func() { done <- c.Run(ctx) }()
+	const (
+		dns   = "dns 10.96.0.10:53 -> 10.0.0.1:53"
+		node  = "node 0.0.0.0:30053 -> 10.0.0.1:53"
+		dns6  = "dns [fd00:96::10]:53 -> [fd01::1]:53"
+		node6 = "node [::]:30053 -> [fd01::1]:53"
+		two   = " 10.0.0.2:53"
+		two6  = " [fd01::2]:53"
+	)
+	c.Committed(replaced("", dns+two, "", node+two, "", dns6+two6, "", node6+two6))
+	wait(len(stale))
+	want("after the start", kept, leaving)
+	c.Committed(applied(dns+two, dns, node+two, node, dns6+two6, dns6, node6+two6, node6))
+	wait(len(leaving))
+	want("after an endpoint has left", kept)
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
+// TestExplain says that errors tell what the kernel or the process lacks.
+func TestExplain(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		errno error
+		want  error
+	}{{unix.EINVAL, ErrUnavailable}, {unix.EPROTONOSUPPORT, ErrUnavailable}, {unix.EPERM, unix.EPERM}, {unix.ENOBUFS, unix.ENOBUFS}} {
+		if err := explain(&netlink.OpError{Op: "receive", Err: tt.errno}); !errors.Is(err, tt.want) || !errors.Is(err, tt.errno) {
+			t.Errorf("%v: error %v, want %v in it", tt.errno, err, tt.want)
+		}
+	}
+}
