@@ -139,6 +139,7 @@ func (p *Ports) Run(ctx context.Context) error {
 			p.close(service)
 		}
 	}()
+	// Whatever else happens, a period that has begun goes on to its end.
 	var retry <-chan time.Time
 	for {
 		var again bool
@@ -147,11 +148,13 @@ func (p *Ports) Run(ctx context.Context) error {
 			return nil
 		case <-p.wake:
 		case <-retry:
-			again = true
+			again, retry = true, nil
 		}
 		p.step(ctx, again)
-		retry = nil
-		if len(p.failing) > 0 {
+		switch {
+		case len(p.failing) == 0:
+			retry = nil
+		case retry == nil:
 			retry = time.After(RetryPeriod)
 		}
 	}
