@@ -1,7 +1,7 @@
 package apiserver
 
 import (
-	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -43,10 +43,14 @@ type trimmer struct {
 	// nothing about how long changes take.
 	since time.Time
 
-	mu      sync.Mutex
-	strings map[string]*string
-	hints   map[hint]*discoveryv1.EndpointHints
-	yes, no bool
+	mu sync.Mutex
+	// texts holds strings, and pointers and hints hold what objects point to. What
+	// is held must never lie within an object: it would keep the whole object, or
+	// the page of a list that it is in.
+	texts    map[string]string
+	pointers map[string]*string
+	hints    map[hint]*discoveryv1.EndpointHints
+	yes, no  bool
 }
 
 // hint is the value of topology hints that name at most one zone and one node, as
@@ -59,14 +63,14 @@ type hint struct {
 func newTrimmer() *trimmer {
 	return &trimmer{
 		labels: keptLabels(), annotations: keptAnnotations(), since: time.Now(),
-		strings: map[string]*string{}, hints: map[hint]*discoveryv1.EndpointHints{},
+		texts: map[string]string{}, pointers: map[string]*string{}, hints: map[hint]*discoveryv1.EndpointHints{},
 		yes: true,
 	}
 }
 
 func (t *trimmer) meta(m *metav1.ObjectMeta) {
 	*m = metav1.ObjectMeta{
-		Name: m.Name, Namespace: *t.string(&m.Namespace), UID: m.UID, ResourceVersion: m.ResourceVersion,
+		Name: m.Name, Namespace: t.text(m.Namespace), UID: m.UID, ResourceVersion: m.ResourceVersion,
 		CreationTimestamp: m.CreationTimestamp, DeletionTimestamp: m.DeletionTimestamp,
 		Labels: only(m.Labels, t.labels), Annotations: only(m.Annotations, t.annotations),
 	}
@@ -143,17 +147,32 @@ func (t *trimmer) serviceCIDR(cidr *networkingv1.ServiceCIDR) {
 // exact returns a copy with no more room than the allocator gives.
 func exact[T any](s []T) []T { return append(make([]T, 0, len(s)), s...) }
 
+// text returns the string with the memory of an equal one.
+func (t *trimmer) text(s string) string {
+	shared, ok := t.texts[s]
+	if !ok {
+		if len(t.texts) >= maxInterned {
+			clear(t.texts) // those in use stay where they are used
+		}
+		shared = strings.Clone(s) // s may be a piece of something larger
+		t.texts[shared] = shared
+	}
+	return shared
+}
+
+// string returns a pointer to an equal string.
 func (t *trimmer) string(s *string) *string {
 	if s == nil {
 		return nil
 	}
-	shared, ok := t.strings[*s]
+	shared, ok := t.pointers[*s]
 	if !ok {
-		if len(t.strings) >= maxInterned {
-			clear(t.strings) // those in use stay where they are used
+		if len(t.pointers) >= maxInterned {
+			clear(t.pointers)
 		}
-		shared = s
-		t.strings[*s] = shared
+		text := t.text(*s)
+		shared = &text
+		t.pointers[text] = shared
 	}
 	return shared
 }
@@ -175,21 +194,32 @@ func (t *trimmer) hint(h *discoveryv1.EndpointHints) *discoveryv1.EndpointHints 
 	}
 	var key hint
 	if len(h.ForZones) == 1 {
-		key.zone, key.hasZone = h.ForZones[0].Name, true
+		key.zone, key.hasZone = t.text(h.ForZones[0].Name), true
 	}
 	if len(h.ForNodes) == 1 {
-		key.node, key.hasNode = h.ForNodes[0].Name, true
+		key.node, key.hasNode = t.text(h.ForNodes[0].Name), true
 	}
 	shared, ok := t.hints[key]
 	if !ok {
 		if len(t.hints) >= maxInterned {
 			clear(t.hints)
 		}
-		h.ForZones, h.ForNodes = slices.Clip(h.ForZones), slices.Clip(h.ForNodes)
-		shared = h
+		shared = t.newHints(h)
 		t.hints[key] = shared
 	}
 	return shared
+}
+
+// newHints returns a copy of hints that shares nothing with the object they are of.
+func (t *trimmer) newHints(h *discoveryv1.EndpointHints) *discoveryv1.EndpointHints {
+	c := &discoveryv1.EndpointHints{}
+	for _, zone := range h.ForZones {
+		c.ForZones = append(c.ForZones, discoveryv1.ForZone{Name: t.text(zone.Name)})
+	}
+	for _, node := range h.ForNodes {
+		c.ForNodes = append(c.ForNodes, discoveryv1.ForNode{Name: t.text(node.Name)})
+	}
+	return c
 }
 
 // list trims the objects of a page.

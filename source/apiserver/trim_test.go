@@ -3,12 +3,15 @@ package apiserver
 import (
 	"fmt"
 	"reflect"
+	"runtime"
 	"testing"
 	"unsafe"
+	"weak"
 
 	"github.com/google/go-cmp/cmp"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/intstr"
 
@@ -166,7 +169,63 @@ func TestTrimIsBounded(t *testing.T) {
 		}
 		trim.hint(&discoveryv1.EndpointHints{ForNodes: []discoveryv1.ForNode{{Name: name}}})
 	}
-	if len(trim.strings) > maxInterned || len(trim.hints) > maxInterned {
-		t.Errorf("holds %d strings and %d hints", len(trim.strings), len(trim.hints))
+	if len(trim.texts) > maxInterned || len(trim.pointers) > maxInterned || len(trim.hints) > maxInterned {
+		t.Errorf("holds %d strings, %d pointers and %d hints", len(trim.texts), len(trim.pointers), len(trim.hints))
 	}
+}
+
+// TestTrimHoldsNoObject says that what is shared does not keep the object that it
+// came with first, nor the page of the list that the object was in.
+func TestTrimHoldsNoObject(t *testing.T) {
+	t.Parallel()
+	trim := newTrimmer()
+	// Each is made in a frame of its own, so that nothing but the trimmer can hold it.
+	var held []func() (string, bool)
+	note(&held, "Service", func() *corev1.Service {
+		page := &corev1.ServiceList{Items: []corev1.Service{*decodedService()}}
+		trim.list(page)
+		return &page.Items[0]
+	})
+	endpointSlices := func() *discoveryv1.EndpointSliceList {
+		page := &discoveryv1.EndpointSliceList{Items: []discoveryv1.EndpointSlice{*decoded(3)}}
+		page.Items[0].Namespace = "of-a-slice"
+		page.Items[0].Endpoints[0].NodeName = &page.Items[0].Name // as a decoder might
+		trim.list(page)
+		return page
+	}
+	note(&held, "EndpointSlice", func() *discoveryv1.EndpointSlice { return &endpointSlices().Items[0] })
+	note(&held, "endpoint", func() *discoveryv1.Endpoint { return &endpointSlices().Items[0].Endpoints[0] })
+	note(&held, "hints", func() *discoveryv1.EndpointHints {
+		slice := decoded(1)
+		hints := slice.Endpoints[0].Hints
+		hints.ForZones[0].Name = "of-hints"
+		trim.endpointSlice(slice)
+		return hints
+	})
+	note(&held, "Node", func() *corev1.Node {
+		page := &corev1.NodeList{Items: []corev1.Node{*decodedNode()}}
+		page.Items[0].Namespace = "of-a-node"
+		trim.list(page)
+		return &page.Items[0]
+	})
+	note(&held, "ServiceCIDR", func() *networkingv1.ServiceCIDR {
+		page := &networkingv1.ServiceCIDRList{Items: []networkingv1.ServiceCIDR{{ObjectMeta: metav1.ObjectMeta{Namespace: "of-a-cidr"}}}}
+		trim.list(page)
+		return &page.Items[0]
+	})
+	runtime.GC()
+	for _, h := range held {
+		if name, is := h(); is {
+			t.Errorf("the %s is held", name)
+		}
+	}
+	if len(trim.texts) == 0 || len(trim.pointers) == 0 || len(trim.hints) == 0 {
+		t.Error("the trimmer holds nothing, so that nothing was shown")
+	}
+}
+
+// note adds a function that says whether what make makes is still held.
+func note[T any](held *[]func() (string, bool), name string, make func() *T) {
+	p := weak.Make(make())
+	*held = append(*held, func() (string, bool) { return name, p.Value() != nil })
 }
