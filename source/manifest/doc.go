@@ -1,6 +1,6 @@
 // Package manifest delivers the Kubernetes objects in a folder of plain YAML
 // files, and does for them what a control plane would: sets defaults, gives
-// addresses to Services, and finds their endpoints.
+// addresses and node ports to Services, and finds their endpoints.
 //
 // # Files
 //
@@ -53,6 +53,44 @@
 //     up.
 //   - The first and the last address of the network are not handed out. Of an
 //     IPv6 network larger than /66, only the first 2^62 addresses are.
+//
+// # Node ports
+//
+// A Service of type NodePort or LoadBalancer gets a node port for each port
+// without one, and one of type LoadBalancer with externalTrafficPolicy Local a
+// healthCheckNodePort. As with addresses, they follow from the Service's
+// namespace, name and port alone, unless they are taken; a port that a Service
+// has stays its own, as long as the Service has a port of that number and
+// protocol; and what a file says goes first. As the API server has it by default:
+//
+//   - They are from 30000 to 32767, those up to 30085 only when there are no
+//     others (KEP-3668): use these in files, as no Service is likely to have been
+//     given them.
+//   - Ports of one number in several protocols have one node port, where it is
+//     free. Other ports are given numbers that are free in all protocols.
+//   - With allocateLoadBalancerNodePorts: false, none are given but for health
+//     checks.
+//   - If two Services say the same number and protocol, the second is an error
+//     until the first gives it up.
+//
+// Unlike with an API server, files may say any port, as it is the administrator
+// who writes them. One that a program on the node listens on is taken from it:
+// with nodePort: 22, nobody can log in by SSH any more. And two Services may say
+// the same number in different protocols.
+//
+// # Other fields
+//
+// Defaults are those of the API server, and what it refuses in a Service is an
+// error. A load balancer's controller is nobody here, so a file may say what it
+// would write: status.loadBalancer.ingress.
+//
+// There is no Node, and so:
+//
+//   - No zone. Hints of endpoints for zones are not followed, and
+//     trafficDistribution PreferSameZone and PreferClose do nothing. Those for
+//     nodes are, and PreferSameNode makes them.
+//   - No primary addresses of the node. Node ports are served on all its
+//     addresses, unless --nodeport-addresses says otherwise.
 //
 // # Endpoints
 //

@@ -179,6 +179,10 @@ func endpoint(svc *corev1.Service, pod *corev1.Pod, ip, nodeName string) discove
 	} else if nodeName != "" {
 		ep.NodeName = new(nodeName)
 	}
+	if p := svc.Spec.TrafficDistribution; p != nil && *p == corev1.ServiceTrafficDistributionPreferSameNode &&
+		ep.NodeName != nil && *ep.Conditions.Ready {
+		ep.Hints = &discoveryv1.EndpointHints{ForNodes: []discoveryv1.ForNode{{Name: *ep.NodeName}}}
+	}
 	if pod.Spec.Hostname != "" && pod.Spec.Subdomain == svc.Name {
 		ep.Hostname = new(pod.Spec.Hostname)
 	}

@@ -15,13 +15,14 @@ import (
 )
 
 // model holds the objects of all files and does what a control plane would:
-// addresses and endpoints. It answers each change of files with what that
+// addresses, node ports and endpoints. It answers each change of files with what that
 // changes, at a cost that follows the change: the objects of the changed files,
 // the Services whose selector shares a label with a changed Pod, and the Pods of
 // a changed Service.
 type model struct {
 	nodeName  string
 	addresses *addresses
+	nodePorts *nodePorts
 
 	files map[string]*parsed
 	// places has all objects of one name, the one in force first.
@@ -37,6 +38,8 @@ type model struct {
 
 	// held has the addresses of each Service.
 	held map[types.NamespacedName][]netip.Addr
+	// heldPorts has the node ports of each Service.
+	heldPorts map[types.NamespacedName][]heldPort
 	// made has the names of the slices made for a Service.
 	made map[types.NamespacedName][]types.NamespacedName
 	// broken has the files with errors, and doubles the names with more than one
@@ -58,6 +61,7 @@ func newModel(nodeName string, addrs *addresses) *model {
 	return &model{
 		nodeName:   nodeName,
 		addresses:  addrs,
+		nodePorts:  newNodePorts(),
 		files:      map[string]*parsed{},
 		broken:     map[string]struct{}{},
 		doubles:    map[id]struct{}{},
@@ -67,6 +71,7 @@ func newModel(nodeName string, addrs *addresses) *model {
 		podsBy:     map[label]map[types.NamespacedName]struct{}{},
 		servicesBy: map[label]map[types.NamespacedName]struct{}{},
 		held:       map[types.NamespacedName][]netip.Addr{},
+		heldPorts:  map[types.NamespacedName][]heldPort{},
 		made:       map[types.NamespacedName][]types.NamespacedName{},
 		failed:     map[types.NamespacedName]*Error{},
 		services:   map[types.NamespacedName]*corev1.Service{},
@@ -257,7 +262,8 @@ func unindex(in map[label]map[types.NamespacedName]struct{}, name types.Namespac
 	}
 }
 
-// settleServices gives the dirty Services their addresses and endpoints.
+// settleServices gives the dirty Services their addresses, node ports and
+// endpoints.
 func (m *model) settleServices(dirty map[types.NamespacedName]struct{}, out *changes) {
 	if len(dirty) == 0 {
 		return
@@ -289,12 +295,16 @@ type request struct {
 	policy corev1.IPFamilyPolicy
 	// had has the addresses before, and addrs those that it gets.
 	had, addrs []netip.Addr
+	// portWishes, hadPorts and ports are the same for node ports.
+	portWishes      []portWish
+	hadPorts, ports []heldPort
 	// failed says that it does not get its wishes for now, err why not.
 	failed bool
 	err    *Error
 }
 
-// assign gives addresses to the Services, in the order of the names: first
+// assign gives addresses and node ports to the Services, in the order of the
+// names: first
 // those that files say, so that these are not handed out, then those that each
 // Service has already, then new ones. A Service that does not get all it needs
 // keeps what it has, and others have to do without that. assign returns the
@@ -305,9 +315,10 @@ func (m *model) assign(names []types.NamespacedName) map[types.NamespacedName]*c
 	order := make([]*request, 0, len(names))
 	for _, name := range names {
 		delete(m.failed, name)
-		r := &request{name: name, object: m.current[id{kindService, name}], had: m.held[name]}
+		r := &request{name: name, object: m.current[id{kindService, name}], had: m.held[name], hadPorts: m.heldPorts[name]}
 		if r.object != nil && r.object.service.Spec.Type != corev1.ServiceTypeExternalName {
 			r.wishes, r.policy, r.err = m.addresses.wishes(r.object)
+			r.portWishes = portWishes(r.object.service)
 		}
 		requests[name] = r
 		if r.err != nil {
@@ -376,6 +387,11 @@ func (m *model) giveUp(r *request) {
 			m.addresses.release(addr, r.name)
 		}
 	}
+	for _, h := range r.hadPorts {
+		if !slices.ContainsFunc(r.portWishes, func(w portWish) bool { return r.keepsPort(w, h) }) {
+			m.nodePorts.release(h.port, r.name)
+		}
+	}
 }
 
 // keeps reports whether an address that the Service has fulfils a wish.
@@ -389,7 +405,19 @@ func (r *request) keeps(w wish, addr netip.Addr) bool {
 	return w.family == familyOf(addr)
 }
 
-// claimSaid claims the addresses that the file says.
+// keepsPort reports whether a node port that the Service has fulfils a wish.
+func (r *request) keepsPort(w portWish, h heldPort) bool {
+	if w.use != h.use {
+		return false
+	}
+	if w.explicit != 0 {
+		return w.said() == h.port
+	}
+	// The file may say it for something else now.
+	return !slices.ContainsFunc(r.portWishes, func(w portWish) bool { return w.said() == h.port })
+}
+
+// claimSaid claims the addresses and node ports that the file says.
 func (m *model) claimSaid(r *request) *Error {
 	for i, w := range r.wishes {
 		if !w.explicit.IsValid() {
@@ -403,11 +431,70 @@ func (m *model) claimSaid(r *request) *Error {
 			return r.object.errorf(field, "%s is already the address of Service %s: give one of them another address", w.explicit, holder)
 		}
 	}
+	for _, w := range r.portWishes {
+		if w.explicit == 0 {
+			continue
+		}
+		if holder, ok := m.nodePorts.claim(w.said(), r.name); !ok {
+			return r.object.errorf(w.field, "%s is already a node port of Service %s: give one of them another number, or remove the field to get one",
+				w.said(), holder)
+		}
+	}
 	return nil
 }
 
-// claimOthers completes the addresses of a Service whose said ones are claimed.
+// claimOthers completes the addresses and node ports of a Service whose said
+// ones are claimed.
 func (m *model) claimOthers(r *request) *Error {
+	if err := m.claimOtherAddresses(r); err != nil {
+		return err
+	}
+	return m.claimOtherPorts(r)
+}
+
+func (m *model) claimOtherPorts(r *request) *Error {
+	r.ports = nil
+	// What it has goes first, so that it is not shared away.
+	for _, w := range r.portWishes {
+		at := slices.IndexFunc(r.hadPorts, func(h heldPort) bool { return r.keepsPort(w, h) })
+		switch {
+		case w.explicit != 0:
+			r.ports = append(r.ports, heldPort{w.use, w.said()})
+		case at >= 0:
+			r.ports = append(r.ports, r.hadPorts[at])
+		}
+	}
+	for _, w := range r.portWishes {
+		if slices.ContainsFunc(r.ports, func(h heldPort) bool { return h.use == w.use }) {
+			continue
+		}
+		port, ok := m.sharePort(r, w)
+		if !ok {
+			port, ok = m.nodePorts.give(r.name, w.use)
+		}
+		if !ok {
+			return r.object.errorf(w.field, "no node port is left for the Service, because all %d from %d on are in use: "+
+				"write another number here, or make other Services ClusterIP", nodePortCount, firstNodePort)
+		}
+		r.ports = append(r.ports, heldPort{w.use, port})
+	}
+	return nil
+}
+
+// sharePort claims the number that the same port of the Service has in another
+// protocol, as DNS servers have it, if it is free.
+func (m *model) sharePort(r *request, w portWish) (nodePort, bool) {
+	for _, h := range r.ports {
+		port := nodePort{w.use.protocol, h.port.number}
+		if _, taken := m.nodePorts.holders[port]; h.use.port == w.use.port && !taken {
+			m.nodePorts.claim(port, r.name)
+			return port, true
+		}
+	}
+	return nodePort{}, false
+}
+
+func (m *model) claimOtherAddresses(r *request) *Error {
 	r.addrs = nil
 	if r.object == nil || isHeadless(r.object.service) {
 		return nil
@@ -456,13 +543,40 @@ func (m *model) fail(r *request, requests map[types.NamespacedName]*request) {
 				failing = append(failing, requests[holder])
 			}
 		}
+		failing = append(failing, m.failPorts(r, requests)...)
 	}
 }
 
-// finish returns the Service of a request that has its addresses, nil if it is
-// gone.
+// failPorts is fail for node ports. It returns the requests that fail in turn.
+func (m *model) failPorts(r *request, requests map[types.NamespacedName]*request) []*request {
+	release := func(port nodePort) {
+		if !slices.ContainsFunc(r.hadPorts, func(h heldPort) bool { return h.port == port }) {
+			m.nodePorts.release(port, r.name)
+		}
+	}
+	for _, h := range r.ports {
+		release(h.port)
+	}
+	r.ports = nil
+	for _, w := range r.portWishes {
+		release(w.said())
+	}
+	var failing []*request
+	for _, h := range r.hadPorts {
+		if holder, ok := m.nodePorts.claim(h.port, r.name); !ok {
+			m.nodePorts.release(h.port, holder)
+			m.nodePorts.claim(h.port, r.name)
+			failing = append(failing, requests[holder])
+		}
+	}
+	return failing
+}
+
+// finish returns the Service of a request that has its addresses and node
+// ports, nil if it is gone.
 func (m *model) finish(r *request) *corev1.Service {
 	delete(m.held, r.name)
+	delete(m.heldPorts, r.name)
 	if r.object == nil {
 		return nil
 	}
@@ -474,6 +588,10 @@ func (m *model) finish(r *request) *corev1.Service {
 			svc.Spec.ClusterIPs = append(svc.Spec.ClusterIPs, addr.String())
 		}
 		svc.Spec.ClusterIP = svc.Spec.ClusterIPs[0]
+	}
+	if len(r.ports) > 0 {
+		m.heldPorts[r.name] = r.ports
+		setNodePorts(svc, r.ports)
 	}
 	svc.Spec.IPFamilies = nil
 	for _, w := range r.wishes {

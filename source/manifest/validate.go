@@ -15,6 +15,12 @@ import (
 	"k8s.io/apimachinery/pkg/util/validation/field"
 )
 
+// Kubernetes' limits.
+const (
+	maxAffinitySeconds = 86400
+	maxHints           = 8 // of each kind, of one endpoint
+)
+
 // report takes one thing that is wrong: the path of the field, and a message
 // with the fix.
 type report func(path, message string)
@@ -136,8 +142,8 @@ func defaultNamespace(meta *metav1.ObjectMeta) {
 	}
 }
 
-// defaultService sets what the API server sets, except for addresses and
-// families, which need to know the other Services.
+// defaultService sets what the API server sets, except for addresses, families
+// and node ports, which need to know the other Services.
 func defaultService(svc *corev1.Service) {
 	defaultNamespace(&svc.ObjectMeta)
 	spec := &svc.Spec
@@ -147,6 +153,12 @@ func defaultService(svc *corev1.Service) {
 	if spec.SessionAffinity == "" {
 		spec.SessionAffinity = corev1.ServiceAffinityNone
 	}
+	if c := spec.SessionAffinityConfig; spec.SessionAffinity == corev1.ServiceAffinityClientIP &&
+		(c == nil || c.ClientIP == nil || c.ClientIP.TimeoutSeconds == nil) {
+		spec.SessionAffinityConfig = &corev1.SessionAffinityConfig{
+			ClientIP: &corev1.ClientIPConfig{TimeoutSeconds: new(corev1.DefaultClientIPServiceAffinitySeconds)},
+		}
+	}
 	if spec.ClusterIP != "" && len(spec.ClusterIPs) == 0 {
 		spec.ClusterIPs = []string{spec.ClusterIP}
 	}
@@ -155,16 +167,33 @@ func defaultService(svc *corev1.Service) {
 		if port.Protocol == "" {
 			port.Protocol = corev1.ProtocolTCP
 		}
-		if port.TargetPort == (intstr.IntOrString{}) {
+		if port.TargetPort == (intstr.IntOrString{}) || port.TargetPort == intstr.FromString("") {
 			port.TargetPort = intstr.FromInt32(port.Port)
 		}
 	}
 	if spec.Type != corev1.ServiceTypeExternalName && spec.InternalTrafficPolicy == nil {
 		spec.InternalTrafficPolicy = new(corev1.ServiceInternalTrafficPolicyCluster)
 	}
-	if spec.ExternalTrafficPolicy == "" && (spec.Type == corev1.ServiceTypeNodePort || spec.Type == corev1.ServiceTypeLoadBalancer) {
+	if spec.ExternalTrafficPolicy == "" && isExternal(svc) {
 		spec.ExternalTrafficPolicy = corev1.ServiceExternalTrafficPolicyCluster
 	}
+	if spec.Type != corev1.ServiceTypeLoadBalancer {
+		return
+	}
+	if spec.AllocateLoadBalancerNodePorts == nil {
+		spec.AllocateLoadBalancerNodePorts = new(true)
+	}
+	for i := range svc.Status.LoadBalancer.Ingress {
+		if ingress := &svc.Status.LoadBalancer.Ingress[i]; ingress.IP != "" && ingress.IPMode == nil {
+			ingress.IPMode = new(corev1.LoadBalancerIPModeVIP)
+		}
+	}
+}
+
+// isExternal reports whether clients outside of the cluster may reach the
+// Service.
+func isExternal(svc *corev1.Service) bool {
+	return hasNodePorts(svc) || (svc.Spec.Type == corev1.ServiceTypeClusterIP && len(svc.Spec.ExternalIPs) > 0)
 }
 
 func isHeadless(svc *corev1.Service) bool { return svc.Spec.ClusterIP == corev1.ClusterIPNone }
@@ -179,15 +208,35 @@ func validateService(svc *corev1.Service, r report) {
 	if p := spec.InternalTrafficPolicy; p != nil {
 		oneOf(r, "spec.internalTrafficPolicy", *p, corev1.ServiceInternalTrafficPolicyCluster, corev1.ServiceInternalTrafficPolicyLocal)
 	}
-	if p := spec.ExternalTrafficPolicy; p != "" {
+	if p := spec.ExternalTrafficPolicy; p != "" && !isExternal(svc) {
+		r.failf("spec.externalTrafficPolicy", "a Service of type %s without externalIPs has no clients outside: "+
+			"remove the field, or write type: NodePort or LoadBalancer", spec.Type)
+	} else if p != "" {
 		oneOf(r, "spec.externalTrafficPolicy", p, corev1.ServiceExternalTrafficPolicyCluster, corev1.ServiceExternalTrafficPolicyLocal)
+	}
+	if c := spec.SessionAffinityConfig; spec.SessionAffinity == corev1.ServiceAffinityClientIP && c != nil {
+		if seconds := *c.ClientIP.TimeoutSeconds; seconds < 1 || seconds > maxAffinitySeconds {
+			r.failf("spec.sessionAffinityConfig.clientIP.timeoutSeconds", "%d is not allowed: use 1 to %d", seconds, maxAffinitySeconds)
+		}
+	}
+	if p := spec.TrafficDistribution; p != nil {
+		oneOf(r, "spec.trafficDistribution", *p, corev1.ServiceTrafficDistributionPreferClose,
+			corev1.ServiceTrafficDistributionPreferSameZone, corev1.ServiceTrafficDistributionPreferSameNode)
 	}
 	r.labels("spec.selector", spec.Selector)
 	for i, ip := range spec.ExternalIPs {
 		r.address(fmt.Sprintf("spec.externalIPs[%d]", i), ip)
 	}
 	validateServicePorts(svc, r)
+	validateNodePorts(svc, r)
+	validateLoadBalancer(svc, r)
 	if spec.Type == corev1.ServiceTypeExternalName {
+		if len(spec.IPFamilies) > 0 {
+			r.failf("spec.ipFamilies", "a Service of type ExternalName has no address: remove the field")
+		}
+		if spec.IPFamilyPolicy != nil {
+			r.failf("spec.ipFamilyPolicy", "a Service of type ExternalName has no address: remove the field")
+		}
 		if spec.ClusterIP != "" {
 			r.failf("spec.clusterIP", "a Service of type ExternalName has no address: remove the field")
 		}
@@ -238,10 +287,107 @@ func validateServicePorts(svc *corev1.Service, r report) {
 		} else if port.TargetPort.IntVal != port.Port {
 			r.portNumber(path+".targetPort", port.TargetPort.IntVal)
 		}
-		if port.NodePort < 0 || port.NodePort > 65535 {
-			r.failf(path+".nodePort", "%d is not a port: use 1 to 65535, or remove the field", port.NodePort)
+		if port.AppProtocol != nil {
+			r.format(path+".appProtocol", "a protocol name", *port.AppProtocol, validation.IsQualifiedName(*port.AppProtocol))
 		}
 	}
+}
+
+// validateNodePorts checks the node ports that the file says. Unlike the API
+// server, it lets those pass that are not in the range that others are given
+// from: which they are is for the administrator to say, who here writes the
+// files.
+func validateNodePorts(svc *corev1.Service, r report) {
+	spec := &svc.Spec
+	taken := map[nodePort]string{}
+	for i := range spec.Ports {
+		port := &spec.Ports[i]
+		path := fmt.Sprintf("spec.ports[%d].nodePort", i)
+		n := nodePort{port.Protocol, port.NodePort}
+		switch first, ok := taken[n]; {
+		case n.number == 0:
+		case n.number < 0 || n.number > 65535:
+			r.failf(path, "%d is not a port: use 1 to 65535, or remove the field to get one", n.number)
+		case spec.Type == corev1.ServiceTypeClusterIP:
+			r.failf(path, "a Service of type ClusterIP has no node ports: remove the field, or write type: NodePort")
+		case ok:
+			r.failf(path, "%s is also %s: give one of them another number, or remove the field to get one", n, first)
+		default:
+			taken[n] = path
+		}
+	}
+	const path = "spec.healthCheckNodePort"
+	switch n := (nodePort{corev1.ProtocolTCP, spec.HealthCheckNodePort}); {
+	case n.number == 0:
+	case n.number < 0 || n.number > 65535:
+		r.failf(path, "%d is not a port: use 1 to 65535, or remove the field to get one", n.number)
+	case !needsHealthCheck(svc):
+		r.failf(path, "only for Services of type LoadBalancer with externalTrafficPolicy: Local: remove the field, or write these")
+	case taken[n] != "":
+		r.failf(path, "%s is also %s: give one of them another number, or remove the field to get one", n, taken[n])
+	}
+}
+
+// validateLoadBalancer checks the fields that are for load balancers only.
+func validateLoadBalancer(svc *corev1.Service, r report) {
+	spec := &svc.Spec
+	for i, text := range spec.LoadBalancerSourceRanges {
+		path := fmt.Sprintf("spec.loadBalancerSourceRanges[%d]", i)
+		// The API server lets spaces around it pass.
+		prefix, err := netip.ParsePrefix(strings.TrimSpace(text))
+		switch {
+		case err != nil:
+			r.failf(path, "%q is not a network: write it as 192.0.2.0/24 or 2001:db8::/32", text)
+		case prefix.Addr().Is4In6():
+			r.failf(path, "%q is an IPv4 network in IPv6 form: write it as IPv4", text)
+		}
+	}
+	ingress := svc.Status.LoadBalancer.Ingress
+	for i := range ingress {
+		path := fmt.Sprintf("status.loadBalancer.ingress[%d]", i)
+		if ingress[i].IP != "" {
+			r.balancerIP(path+".ip", ingress[i].IP)
+		}
+		if mode := ingress[i].IPMode; mode != nil && ingress[i].IP == "" {
+			r.failf(path+".ipMode", "says how ip is served, which is missing: write it, or remove the field")
+		} else if mode != nil {
+			oneOf(r, path+".ipMode", *mode, corev1.LoadBalancerIPModeVIP, corev1.LoadBalancerIPModeProxy)
+		}
+		if name := ingress[i].Hostname; name != "" {
+			r.format(path+".hostname", "a host name", name, validation.IsDNS1123Subdomain(name))
+			if _, err := netip.ParseAddr(name); err == nil {
+				r.failf(path+".hostname", "%s is an address: write it as ip", name)
+			}
+		}
+	}
+	if class := spec.LoadBalancerClass; class != nil {
+		r.format("spec.loadBalancerClass", "the name of a class", *class, validation.IsQualifiedName(*class))
+	}
+	if spec.Type == corev1.ServiceTypeLoadBalancer {
+		return
+	}
+	for _, f := range []struct {
+		path  string
+		given bool
+	}{
+		{"spec.loadBalancerSourceRanges", len(spec.LoadBalancerSourceRanges) > 0},
+		{"spec.allocateLoadBalancerNodePorts", spec.AllocateLoadBalancerNodePorts != nil},
+		{"spec.loadBalancerClass", spec.LoadBalancerClass != nil},
+		{"status.loadBalancer.ingress", len(ingress) > 0},
+	} {
+		if f.given {
+			r.failf(f.path, "only for Services of type LoadBalancer: remove the field, or write this type")
+		}
+	}
+}
+
+// balancerIP reports a text that cannot be the address of a load balancer. Many
+// are link-local, unlike those of pods.
+func (r report) balancerIP(path, text string) {
+	if addr, err := netip.ParseAddr(text); err == nil && addr.Zone() == "" && addr.IsLinkLocalUnicast() {
+		return
+	}
+	r.address(path, text)
 }
 
 // validateFamilies checks the address fields of a Service with each other, as
@@ -435,5 +581,30 @@ func validateEndpoint(slice *discoveryv1.EndpointSlice, i int, r report) {
 	}
 	if ep.Hostname != nil {
 		r.format(path+".hostname", "a host name", *ep.Hostname, validation.IsDNS1123Label(*ep.Hostname))
+	}
+	if ep.Hints != nil {
+		var zones, nodes []string
+		for _, zone := range ep.Hints.ForZones {
+			zones = append(zones, zone.Name)
+		}
+		for _, node := range ep.Hints.ForNodes {
+			nodes = append(nodes, node.Name)
+		}
+		r.hints(path+".hints.forZones", "a zone", zones, validation.IsValidLabelValue)
+		r.hints(path+".hints.forNodes", "the name of a node", nodes, validation.IsDNS1123Subdomain)
+	}
+}
+
+// hints checks for which zones or nodes an endpoint is.
+func (r report) hints(path, what string, names []string, format func(string) []string) {
+	if len(names) > maxHints {
+		r.failf(path, "%d names: use at most %d", len(names), maxHints)
+	}
+	for i, name := range names {
+		at := fmt.Sprintf("%s[%d].name", path, i)
+		r.format(at, what, name, format(name))
+		if slices.Contains(names[:i], name) {
+			r.failf(at, "%q is here twice: name each once", name)
+		}
 	}
 }
