@@ -55,7 +55,7 @@ func decode[T any](file string) (*T, error) {
 }
 
 // mounted is where the DaemonSet has its ConfigMap.
-const mounted = "/etc/fairlead"
+const mounted = "/var/lib/kube-proxy"
 
 // deployed returns the arguments that the DaemonSet gives to Fairlead. What the
 // ConfigMap has is in dir; only the pods' networks, and how to reach the API
