@@ -49,7 +49,9 @@ type static struct {
 
 // apiConfig says how to reach the API server.
 type apiConfig struct {
-	kubeconfig, master              string
+	kubeconfig, master string
+	// label is how the user knows where the kubeconfig is to be written.
+	label                           string
 	qps                             float32
 	burst                           int
 	contentType, acceptContentTypes string
@@ -223,7 +225,7 @@ func (p *parser) source(c *config) {
 		p.fail("cluster-domain", "%q is not a domain: write it as cluster.local", c.clusterDomain)
 	}
 	c.api = apiConfig{
-		kubeconfig: p.text("kubeconfig"), master: p.text("master"),
+		kubeconfig: p.text("kubeconfig"), master: p.text("master"), label: p.label("kubeconfig"),
 		qps: p.float("kube-api-qps"), burst: int(p.whole("kube-api-burst", 0, 1<<31-1)),
 		contentType: p.given["kube-api-content-type"], acceptContentTypes: p.given[acceptContentTypes],
 	}

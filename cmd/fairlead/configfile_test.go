@@ -46,7 +46,7 @@ func usual() config {
 	return config{
 		static: static{
 			mode: modeNFT, clusterDomain: "cluster.local", healthz: "0.0.0.0:10256", metrics: "127.0.0.1:10249", logFormat: "text",
-			api: apiConfig{qps: 5, burst: 10},
+			api: apiConfig{label: "--kubeconfig", qps: 5, burst: 10},
 		},
 		tracker: kube.Options{
 			NodeName: "node", DetectLocal: kube.DetectLocal{Mode: kube.DetectByClusterCIDR},
@@ -80,7 +80,7 @@ func TestFlags(t *testing.T) {
 			"API server",
 			[]string{"--kubeconfig=k", "--master=https://m", "--kube-api-qps=7.5", "--kube-api-burst=20", "--kube-api-content-type=application/json"},
 			func(c *config) {
-				c.api = apiConfig{kubeconfig: "k", master: "https://m", qps: 7.5, burst: 20, contentType: "application/json"}
+				c.api = apiConfig{kubeconfig: "k", master: "https://m", label: "--kubeconfig", qps: 7.5, burst: 20, contentType: "application/json"}
 			},
 		},
 		{
@@ -357,6 +357,7 @@ nodePortAddresses: [primary, 10.0.0.0/8]
 			}
 			want := usual()
 			test.want(&want)
+			want.api.label = "--config: clientConnection.kubeconfig"
 			if diff := diffConfigs(want, got); diff != "" {
 				t.Errorf("(-want +got):\n%s", diff)
 			}
@@ -501,4 +502,47 @@ func TestConfigReload(t *testing.T) {
 	n.awaitGet(n.Node, "127.0.0.1:10249", "/metrics", http.StatusOK, `fairlead_config_reloads_total{result="success"} 2`)
 	stop()
 	n.stop()
+}
+
+// Who is told that the API server can't be reached as configured learns where to
+// write it, which with a file is no flag.
+func TestWrongKubeconfig(t *testing.T) {
+	t.Parallel()
+	good := filepath.Join(t.TempDir(), "kubeconfig")
+	text := "{apiVersion: v1, kind: Config, current-context: c, contexts: [{name: c, context: {cluster: c}}], clusters: [{name: c, cluster: {server: https://192.0.2.1}}]}"
+	if err := os.WriteFile(good, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	const none = "/does/not/exist"
+	tests := []struct {
+		name, file string // no file if it is empty
+		args       []string
+		want       string
+	}{
+		{"flag", "", []string{"--kubeconfig=" + none}, "--kubeconfig: kubeconfig " + none + ": "},
+		{"flag, and a server", "", []string{"--kubeconfig=" + none, "--master=https://192.0.2.1"}, "--kubeconfig: kubeconfig " + none + ": "},
+		{"neither", "", nil, "--kubeconfig: no kubeconfig is given"},
+		{"server", "", []string{"--master=http://a b"}, "--master: API server http://a b: "},
+		{"server, and a good flag", "", []string{"--master=http://a b", "--kubeconfig=" + good}, "--master: "},
+		{"kubeadm's file", kubeadmConfig, nil, "--config: clientConnection.kubeconfig: kubeconfig /var/lib/kube-proxy/kubeconfig.conf: "},
+		{"file without one", configHeader, nil, "--config: clientConnection.kubeconfig: no kubeconfig is given"},
+		{"server, and a file without one", configHeader, []string{"--master=http://a b"}, "--master: API server http://a b: "},
+		{
+			"what belongs to another field", configHeader + "detectLocalMode: BridgeInterface\n", nil,
+			"--config: detectLocalMode: BridgeInterface needs --config: detectLocal.bridgeInterface: ",
+		},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			args := append([]string{"run", "--hostname-override=node"}, test.args...)
+			if test.file != "" {
+				args = append(args, "--config="+configPath(t, test.file))
+			}
+			code, _, stderr := invoke(t, args...)
+			if lines := strings.Split(strings.TrimSpace(stderr), "\n"); code != 1 || !strings.HasPrefix(lines[len(lines)-1], "fairlead: "+test.want) {
+				t.Errorf("exit code %d, stderr %q, want 1 and %q", code, stderr, test.want)
+			}
+		})
+	}
 }

@@ -276,10 +276,17 @@ func fromFlags(flags given) input { return input{given: flags} }
 // kube-proxy's flags are ignored then, with few exceptions.
 func under(flags given, file configFile) input {
 	in := input{given: maps.Clone(file.given), labels: map[string]string{}, notes: slices.Clone(file.notes)}
+	fields := fieldFlags()
+	for _, field := range slices.Sorted(maps.Keys(fields)) {
+		in.labels[fields[field]] = "--config: " + field
+	}
 	for name := range file.given {
 		in.labels[name] = file.label(name)
 	}
 	for _, s := range settings() {
+		if _, ok := file.given[s.name]; !ok && (s.own || s.first) {
+			delete(in.labels, s.name)
+		}
 		value, ok := flags[s.name]
 		switch {
 		case !ok:

@@ -37,7 +37,7 @@ func TestWrongUse(t *testing.T) {
 		{
 			"no source",
 			[]string{"run"},
-			"fairlead: --kubeconfig is not set and this is not a pod of a cluster: " +
+			"fairlead: --kubeconfig: no kubeconfig is given and this is not a pod of a cluster: " +
 				"give the path of a kubeconfig file, or run with a ServiceAccount in a pod\n",
 		},
 		{
@@ -298,7 +298,7 @@ func TestHelp(t *testing.T) {
 func TestExample(t *testing.T) {
 	t.Parallel()
 	wants := []string{
-		"fairlead: --kubeconfig /does/not/exist: ",
+		"fairlead: --kubeconfig: kubeconfig /does/not/exist: ",
 		"fairlead: --manifests: read folder /does/not/exist: no such file or directory\n",
 	}
 	examples := strings.Split(runCommand().Example, "\n")

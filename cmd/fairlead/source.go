@@ -91,7 +91,14 @@ func (c config) open(log *slog.Logger) (source, events, error) {
 func (a apiConfig) client() (*rest.Config, error) {
 	client, err := apiserver.Config(a.kubeconfig, a.master)
 	if err != nil {
-		return nil, err
+		label := a.label
+		if a.master != "" {
+			// Is it all the same without?
+			if _, err := apiserver.Config(a.kubeconfig, ""); err == nil || a.kubeconfig == "" {
+				label = "--master"
+			}
+		}
+		return nil, fmt.Errorf("%s: %w", label, err)
 	}
 	client.QPS, client.Burst = a.qps, a.burst
 	if a.contentType != "" {
