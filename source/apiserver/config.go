@@ -18,7 +18,8 @@ const protobuf = "application/vnd.kubernetes.protobuf"
 // those of kube-proxy: 5 requests a second after a burst of 10; the caller may
 // set others (QPS, Burst), as well as ContentType and AcceptContentTypes.
 //
-// An error names the flag --kubeconfig and what to do.
+// An error says what cannot be used, "kubeconfig FILE" or "API server URL", and what
+// to do. It does not say how the caller was given it, such as the name of a flag.
 func Config(kubeconfig, master string) (*rest.Config, error) {
 	config, err := load(kubeconfig, master)
 	if err != nil {
@@ -34,10 +35,10 @@ func load(kubeconfig, master string) (*rest.Config, error) {
 		config, err := rest.InClusterConfig()
 		switch {
 		case errors.Is(err, rest.ErrNotInCluster):
-			return nil, errors.New("--kubeconfig is not set and this is not a pod of a cluster: " +
+			return nil, errors.New("no kubeconfig is given and this is not a pod of a cluster: " +
 				"give the path of a kubeconfig file, or run with a ServiceAccount in a pod")
 		case err != nil:
-			return nil, fmt.Errorf("--kubeconfig is not set and the pod's ServiceAccount can't be used: %w: "+
+			return nil, fmt.Errorf("no kubeconfig is given and the pod's ServiceAccount can't be used: %w: "+
 				"give the path of a kubeconfig file, or let the pod mount its token (automountServiceAccountToken)", err)
 		}
 		return config, nil
@@ -48,14 +49,14 @@ func load(kubeconfig, master string) (*rest.Config, error) {
 	).ClientConfig()
 	if err == nil && master != "" {
 		if _, _, urlErr := rest.DefaultServerUrlFor(config); urlErr != nil {
-			return nil, fmt.Errorf("--master %s: %w: write it as https://10.0.0.1:6443", master, urlErr)
+			return nil, fmt.Errorf("API server %s: %w: write it as https://10.0.0.1:6443", master, urlErr)
 		}
 	}
 	switch {
 	case err != nil && kubeconfig == "":
-		return nil, fmt.Errorf("--master %s: %w: write it as https://10.0.0.1:6443", master, err)
+		return nil, fmt.Errorf("API server %s: %w: write it as https://10.0.0.1:6443", master, err)
 	case err != nil:
-		return nil, fmt.Errorf("--kubeconfig %s: %w: give the path of a file that kubectl --kubeconfig can use", kubeconfig, err)
+		return nil, fmt.Errorf("kubeconfig %s: %w: give the path of a file that kubectl can use", kubeconfig, err)
 	}
 	return config, nil
 }

@@ -13,7 +13,8 @@ import (
 	"fairlead/source/apiserver"
 )
 
-// TestConfigErrors says that an error names the flag and the fix.
+// TestConfigErrors says that an error names the file or URL and the fix, and no flag:
+// the caller may have it from elsewhere.
 func TestConfigErrors(t *testing.T) {
 	t.Setenv("KUBERNETES_SERVICE_HOST", "")
 	dir := t.TempDir()
@@ -22,15 +23,15 @@ func TestConfigErrors(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, tt := range []struct{ name, kubeconfig, master, want string }{
-		{"neither a file nor a pod", "", "", "--kubeconfig is not set and this is not a pod of a cluster: give the path of a kubeconfig file"},
-		{"no such file", filepath.Join(dir, "none"), "", "--kubeconfig " + filepath.Join(dir, "none") + ": "},
-		{"a context that is not there", bad, "", "--kubeconfig " + bad + ": "},
-		{"a master that is no URL", "", "http://a b", "--master http://a b: "},
+		{"neither a file nor a pod", "", "", "no kubeconfig is given and this is not a pod of a cluster: give the path of a kubeconfig file"},
+		{"no such file", filepath.Join(dir, "none"), "", "kubeconfig " + filepath.Join(dir, "none") + ": "},
+		{"a context that is not there", bad, "", "kubeconfig " + bad + ": "},
+		{"a master that is no URL", "", "http://a b", "API server http://a b: "},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			config, err := apiserver.Config(tt.kubeconfig, tt.master)
-			if err == nil || !strings.HasPrefix(err.Error(), tt.want) {
-				t.Errorf("got %v, error %v, want %s…", config, err, tt.want)
+			if err == nil || !strings.HasPrefix(err.Error(), tt.want) || strings.Contains(err.Error(), "--") {
+				t.Errorf("got %v, error %v, want %s… and no flag", config, err, tt.want)
 			}
 		})
 	}
