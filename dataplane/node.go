@@ -6,7 +6,8 @@ import (
 )
 
 // Node is what a Dataplane must know of the node besides Services. Its lists
-// are sorted and without doubles where [Node.Equal] is to hold.
+// are sorted and without doubles where [Node.Equal] is to hold. A Node that has
+// changed takes effect with [Dataplane.Replace], and so for all Services at once.
 type Node struct {
 	// PodCIDRs, PodInterface and PodInterfacePrefix say how a client is told to
 	// be a pod: by its address, by the interface that its packets arrive on, or
@@ -28,6 +29,11 @@ type Node struct {
 	// foreign one.
 	MasqueradeAll bool
 
+	// Addrs are the node's primary addresses, of both families. A client on this
+	// node that uses a frontend's own address as its source counts as having
+	// these, for [Treatment.SourceRanges].
+	Addrs []netip.Addr
+
 	// NodePortAddrs are the addresses of this node, of both families, on which
 	// the frontends with the unspecified address answer.
 	NodePortAddrs []netip.Addr
@@ -44,6 +50,7 @@ func (n Node) Equal(o Node) bool {
 		n.PodInterfacePrefix == o.PodInterfacePrefix &&
 		slices.Equal(n.LocalPodCIDRs, o.LocalPodCIDRs) &&
 		n.MasqueradeAll == o.MasqueradeAll &&
+		slices.Equal(n.Addrs, o.Addrs) &&
 		slices.Equal(n.NodePortAddrs, o.NodePortAddrs) &&
 		slices.Equal(n.ServiceCIDRs, o.ServiceCIDRs)
 }

@@ -44,7 +44,7 @@ func TestEveryFieldIsReviewed(t *testing.T) {
 		{dataplane.Frontend{}, []string{"Protocol", "Addr"}},
 		{dataplane.Endpoint{}, []string{"Addr", "Local"}},
 		{dataplane.Node{}, []string{
-			"PodCIDRs", "PodInterface", "PodInterfacePrefix", "LocalPodCIDRs", "MasqueradeAll", "NodePortAddrs", "ServiceCIDRs",
+			"PodCIDRs", "PodInterface", "PodInterfacePrefix", "LocalPodCIDRs", "MasqueradeAll", "Addrs", "NodePortAddrs", "ServiceCIDRs",
 		}},
 		{dataplane.Binding{}, []string{"Service", "Treatment"}},
 	} {

@@ -99,7 +99,7 @@ type Treatment struct {
 	// connect; other clients' packets are dropped. They are sorted and unique,
 	// without host bits, and may overlap. A client on this node may have the
 	// frontend's own address; it counts as having the node's, that is, those of
-	// [Node.NodePortAddrs].
+	// [Node.Addrs].
 	SourceRanges []netip.Prefix
 }
 

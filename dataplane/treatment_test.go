@@ -85,7 +85,8 @@ func TestNodeEqual(t *testing.T) {
 	base := func() dataplane.Node {
 		return dataplane.Node{
 			PodCIDRs: prefixes("10.0.0.0/8"), PodInterface: "cbr0", PodInterfacePrefix: "veth", LocalPodCIDRs: prefixes("10.0.1.0/24"),
-			MasqueradeAll: true, NodePortAddrs: []netip.Addr{netip.MustParseAddr("192.0.2.1")}, ServiceCIDRs: prefixes("10.96.0.0/12"),
+			MasqueradeAll: true, Addrs: []netip.Addr{netip.MustParseAddr("192.0.2.7")},
+			NodePortAddrs: []netip.Addr{netip.MustParseAddr("192.0.2.1")}, ServiceCIDRs: prefixes("10.96.0.0/12"),
 		}
 	}
 	if !base().Equal(base()) {
@@ -97,6 +98,7 @@ func TestNodeEqual(t *testing.T) {
 		"PodInterfacePrefix": func(n *dataplane.Node) { n.PodInterfacePrefix = "" },
 		"LocalPodCIDRs":      func(n *dataplane.Node) { n.LocalPodCIDRs = nil },
 		"MasqueradeAll":      func(n *dataplane.Node) { n.MasqueradeAll = false },
+		"Addrs":              func(n *dataplane.Node) { n.Addrs = nil },
 		"NodePortAddrs":      func(n *dataplane.Node) { n.NodePortAddrs = nil },
 		"ServiceCIDRs":       func(n *dataplane.Node) { n.ServiceCIDRs = nil },
 	} {

@@ -115,7 +115,7 @@ func FuzzParseNodePortAddresses(f *testing.F) {
 			}
 			local = append(local, p.Addr())
 		}
-		found := nodePortAddrs(opts, networks{localAddrs: local, known: true}, nil)
+		found := nodePortAddrs(opts, networks{localAddrs: local, known: true}, nil, nil)
 		for _, a := range found {
 			if !within(got.CIDRs, a) && !a.IsLoopback() && !got.All {
 				t.Errorf("%q: %s is served", text, a)

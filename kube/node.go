@@ -97,6 +97,23 @@ type networks struct {
 	known      bool
 }
 
+// ofInterfaces returns, sorted, those of the node's primary addresses that an
+// interface has, or all if it is not known what interfaces have: an address that
+// none has is a NAT's in front of the node, and no packet here carries it.
+func (n *networks) ofInterfaces(primary []netip.Addr) []netip.Addr {
+	var addrs []netip.Addr
+	for _, a := range primary {
+		if !a.IsLoopback() && (!n.known || slices.ContainsFunc(n.localAddrs, func(l netip.Addr) bool { return plain(l) == a })) {
+			addrs = append(addrs, a)
+		}
+	}
+	slices.SortFunc(addrs, netip.Addr.Compare)
+	return addrs
+}
+
+// plain returns the address as package dataplane writes it.
+func plain(a netip.Addr) netip.Addr { return a.Unmap().WithZone("") }
+
 // dataplaneNode returns what the dataplane must know of the node.
 func dataplaneNode(opts Options, in networks) dataplane.Node {
 	n := dataplane.Node{
@@ -118,7 +135,8 @@ func dataplaneNode(opts Options, in networks) dataplane.Node {
 		serviceCIDRs = append(serviceCIDRs, cidrs...)
 	}
 	n.ServiceCIDRs = outermost(serviceCIDRs)
-	n.NodePortAddrs = nodePortAddrs(opts, in, n.ServiceCIDRs)
+	n.Addrs = in.ofInterfaces(primaryAddrs(in.node.addresses, opts.BindAddress))
+	n.NodePortAddrs = nodePortAddrs(opts, in, n.Addrs, n.ServiceCIDRs)
 	return n
 }
 
@@ -145,7 +163,7 @@ func primaryAddrs(addresses []corev1.NodeAddress, override netip.Addr) []netip.A
 		}
 	}
 	if override.IsValid() && !override.IsUnspecified() {
-		add(override.Unmap().WithZone(""))
+		add(plain(override))
 	}
 	for _, t := range [...]corev1.NodeAddressType{corev1.NodeInternalIP, corev1.NodeExternalIP} {
 		for _, a := range addresses {

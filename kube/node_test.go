@@ -3,6 +3,7 @@ package kube
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -32,6 +33,7 @@ func nodeText(n *dataplane.Node) string {
 	add("prefix", n.PodInterfacePrefix == "", n.PodInterfacePrefix)
 	add("local-pods", len(n.LocalPodCIDRs) == 0, n.LocalPodCIDRs)
 	add("masquerade-all", !n.MasqueradeAll, n.MasqueradeAll)
+	add("node", len(n.Addrs) == 0, n.Addrs)
 	add("node-ports", len(n.NodePortAddrs) == 0, n.NodePortAddrs)
 	add("services", len(n.ServiceCIDRs) == 0, n.ServiceCIDRs)
 	return strings.Join(parts, " ")
@@ -171,6 +173,38 @@ func TestNodePortAddrs(t *testing.T) {
 	}
 }
 
+// TestNodeAddrs says which addresses clients on this node count as having.
+func TestNodeAddrs(t *testing.T) {
+	t.Parallel()
+	node := newNode("2001:db8:1::1 198.51.100.1 198.51.100.2")
+	for _, tt := range []struct {
+		name  string
+		bind  string
+		node  *corev1.Node
+		local []netip.Addr
+		want  string
+	}{
+		{name: "the primary addresses, sorted, wherever node ports are served", node: node, want: "198.51.100.1 2001:db8:1::1"},
+		{name: "those that interfaces have", node: node, local: addrs("127.0.0.1 198.51.100.1 198.51.100.2"), want: "198.51.100.1"},
+		{name: "no interface has any", node: node, local: []netip.Addr{}, want: ""},
+		{name: "--bind-address replaces that of its family", bind: "203.0.113.1", node: node, want: "203.0.113.1 2001:db8:1::1"},
+		{name: "loopback is no address of a node", node: newNode("127.0.0.1"), local: addrs("127.0.0.1"), want: ""},
+		{name: "no Node", local: addrs("198.51.100.1"), want: ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			opts := Options{NodePortAddresses: NodePortAddresses{Localhost: true}}
+			if tt.bind != "" {
+				opts.BindAddress = netip.MustParseAddr(tt.bind)
+			}
+			got := NewTracker(opts).Apply(Delta{Node: tt.node, LocalAddrs: tt.local})
+			if diff := cmp.Diff("["+tt.want+"]", fmt.Sprint(got.Node.Addrs)); diff != "" {
+				t.Error(diff)
+			}
+		})
+	}
+}
+
 func parsedNodePortAddresses(t *testing.T, flag string) NodePortAddresses {
 	t.Helper()
 	var values []string
@@ -182,6 +216,18 @@ func parsedNodePortAddresses(t *testing.T, flag string) NodePortAddresses {
 		t.Fatal(err)
 	}
 	return parsed
+}
+
+// TestNodePortCIDRsAreNotWrittenTo says that networks that are given, which may be
+// part of a longer list of the caller's, stay as they are.
+func TestNodePortCIDRsAreNotWrittenTo(t *testing.T) {
+	t.Parallel()
+	list := cidrs("203.0.113.0/24 192.0.2.0/24 10.0.0.0/8")
+	opts := Options{NodePortAddresses: NodePortAddresses{All: true, CIDRs: list[:1]}}
+	NewTracker(opts).Apply(Delta{LocalAddrs: addrs("198.51.100.1")})
+	if want := cidrs("203.0.113.0/24 192.0.2.0/24 10.0.0.0/8"); !slices.Equal(list, want) {
+		t.Errorf("the caller's list became %v", list)
+	}
 }
 
 // TestParseNodePortAddresses says what --nodeport-addresses takes.
@@ -241,27 +287,27 @@ func TestNodeFollowed(t *testing.T) {
 		{"nothing new", apply(Delta{}), unchanged},
 		{
 			"the Node", apply(Delta{Node: newNode("198.51.100.1", podCIDRs("10.1.0.0/24"))}),
-			"pods=[10.1.0.0/24] local-pods=[10.1.0.0/24] node-ports=[198.51.100.1]",
+			"pods=[10.1.0.0/24] local-pods=[10.1.0.0/24] node=[198.51.100.1] node-ports=[198.51.100.1]",
 		},
 		{"a heartbeat", apply(Delta{Node: newNode("198.51.100.1", podCIDRs("10.1.0.0/24"), func(n *corev1.Node) {
 			n.ResourceVersion = "2"
 			n.Status.Conditions = []corev1.NodeCondition{{Type: corev1.NodeReady, LastHeartbeatTime: metav1.Now()}}
 		})}), unchanged},
-		{"a ServiceCIDR is added", apply(Delta{ServiceCIDRs: []*networkingv1.ServiceCIDR{newServiceCIDR("a", "10.96.0.0/16")}}), "pods=[10.1.0.0/24] local-pods=[10.1.0.0/24] node-ports=[198.51.100.1] services=[10.96.0.0/16]"},
+		{"a ServiceCIDR is added", apply(Delta{ServiceCIDRs: []*networkingv1.ServiceCIDR{newServiceCIDR("a", "10.96.0.0/16")}}), "pods=[10.1.0.0/24] local-pods=[10.1.0.0/24] node=[198.51.100.1] node-ports=[198.51.100.1] services=[10.96.0.0/16]"},
 		{"another in it", apply(Delta{ServiceCIDRs: []*networkingv1.ServiceCIDR{newServiceCIDR("b", "10.96.1.0/24")}}), unchanged},
-		{"the outer one goes", apply(Delta{DeletedServiceCIDRs: []string{"a", "never-there"}}), "pods=[10.1.0.0/24] local-pods=[10.1.0.0/24] node-ports=[198.51.100.1] services=[10.96.1.0/24]"},
-		{"other pod networks", apply(Delta{Node: newNode("198.51.100.1", podCIDRs("10.2.0.0/24"))}), "pods=[10.2.0.0/24] local-pods=[10.2.0.0/24] node-ports=[198.51.100.1] services=[10.96.1.0/24]"},
+		{"the outer one goes", apply(Delta{DeletedServiceCIDRs: []string{"a", "never-there"}}), "pods=[10.1.0.0/24] local-pods=[10.1.0.0/24] node=[198.51.100.1] node-ports=[198.51.100.1] services=[10.96.1.0/24]"},
+		{"other pod networks", apply(Delta{Node: newNode("198.51.100.1", podCIDRs("10.2.0.0/24"))}), "pods=[10.2.0.0/24] local-pods=[10.2.0.0/24] node=[198.51.100.1] node-ports=[198.51.100.1] services=[10.96.1.0/24]"},
 		{"no interface has the address any more", apply(Delta{LocalAddrs: addrs("127.0.0.1")}), "pods=[10.2.0.0/24] local-pods=[10.2.0.0/24] services=[10.96.1.0/24]"},
-		{"the node gets another address", apply(Delta{LocalAddrs: addrs("127.0.0.1 198.51.100.2"), Node: newNode("198.51.100.2", podCIDRs("10.2.0.0/24"))}), "pods=[10.2.0.0/24] local-pods=[10.2.0.0/24] node-ports=[198.51.100.2] services=[10.96.1.0/24]"},
+		{"the node gets another address", apply(Delta{LocalAddrs: addrs("127.0.0.1 198.51.100.2"), Node: newNode("198.51.100.2", podCIDRs("10.2.0.0/24"))}), "pods=[10.2.0.0/24] local-pods=[10.2.0.0/24] node=[198.51.100.2] node-ports=[198.51.100.2] services=[10.96.1.0/24]"},
 		{"the same addresses in another order", apply(Delta{LocalAddrs: addrs("198.51.100.2 127.0.0.1")}), unchanged},
 		{"the Node is deleted: the node is as it was", apply(Delta{NodeDeleted: true}), unchanged},
 		{"node ports on all addresses", configure(func(o *Options) { o.NodePortAddresses.All = true }), unchanged},
-		{"one more address", apply(Delta{LocalAddrs: addrs("198.51.100.2 203.0.113.1")}), "pods=[10.2.0.0/24] local-pods=[10.2.0.0/24] node-ports=[198.51.100.2 203.0.113.1] services=[10.96.1.0/24]"},
+		{"one more address", apply(Delta{LocalAddrs: addrs("198.51.100.2 203.0.113.1")}), "pods=[10.2.0.0/24] local-pods=[10.2.0.0/24] node=[198.51.100.2] node-ports=[198.51.100.2 203.0.113.1] services=[10.96.1.0/24]"},
 		{"other options", configure(func(o *Options) {
 			o.MasqueradeAll = true
 			o.NodePortAddresses = NodePortAddresses{}
 			o.DetectLocal = DetectLocal{ClusterCIDRs: cidrs("10.0.0.0/8")}
-		}), "pods=[10.0.0.0/8] local-pods=[10.2.0.0/24] masquerade-all=true node-ports=[198.51.100.2] services=[10.96.1.0/24]"},
+		}), "pods=[10.0.0.0/8] local-pods=[10.2.0.0/24] masquerade-all=true node=[198.51.100.2] node-ports=[198.51.100.2] services=[10.96.1.0/24]"},
 		{"the same options", configure(func(*Options) {}), unchanged},
 	} {
 		got := step.do()

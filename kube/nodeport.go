@@ -73,30 +73,21 @@ func (a NodePortAddresses) zero() bool {
 }
 
 // nodePortAddrs returns the addresses on which node ports are served, sorted.
-func nodePortAddrs(opts Options, in networks, serviceCIDRs []netip.Prefix) []netip.Addr {
+// primary are the node's.
+func nodePortAddrs(opts Options, in networks, primary []netip.Addr, serviceCIDRs []netip.Prefix) []netip.Addr {
 	want := opts.NodePortAddresses
 	var addrs []netip.Addr
-	local := make([]netip.Addr, 0, len(in.localAddrs))
-	for _, a := range in.localAddrs {
-		if a.IsValid() {
-			local = append(local, a.Unmap().WithZone(""))
-		}
-	}
 	if want.Primary || want.zero() {
-		for _, a := range primaryAddrs(in.node.addresses, opts.BindAddress) {
-			// An address that no interface has is a NAT's in front of the node:
-			// packets don't arrive with it.
-			if !a.IsLoopback() && (!in.known || slices.Contains(local, a)) {
-				addrs = append(addrs, a)
-			}
-		}
+		addrs = append(addrs, primary...)
 	}
 	cidrs := want.CIDRs
 	if want.All {
 		cidrs = append(slices.Clip(cidrs), everything()...)
 	}
-	for _, a := range local {
+	for _, a := range in.localAddrs {
+		a = plain(a)
 		switch {
+		case !a.IsValid():
 		case want.Localhost && a.IsLoopback(),
 			slices.ContainsFunc(cidrs, func(p netip.Prefix) bool { return selects(p, a) }) && !within(serviceCIDRs, a):
 			addrs = append(addrs, a)

@@ -567,10 +567,12 @@ func (w *world) naiveNode() dataplane.Node {
 		for _, a := range w.node.Status.Addresses {
 			addr := netip.MustParseAddr(a.Address)
 			if !addr.IsLoopback() && (w.localAddrs == nil || slices.Contains(w.localAddrs, addr)) {
-				n.NodePortAddrs = append(n.NodePortAddrs, addr)
+				n.Addrs = append(n.Addrs, addr)
 			}
 		}
 	}
+	slices.SortFunc(n.Addrs, netip.Addr.Compare)
+	n.NodePortAddrs = slices.Clone(n.Addrs)
 	if w.opts.NodePortAddresses.All {
 		n.NodePortAddrs = nil
 		for _, a := range w.localAddrs {

@@ -53,6 +53,11 @@ func TestHints(t *testing.T) {
 			want:   to(1, 2),
 		},
 		{
+			name: "a hint for the zone without a name is none for a node without a zone", node: newNode(""), services: web,
+			slices: slice("10.0.0.1 @x zone=", "10.0.0.2 @x zone=b"),
+			want:   to(1, 2),
+		},
+		{
 			name: "all have nodes, some this one: only those, whatever their zones", node: inA, services: web,
 			slices: slice("10.0.0.1 @x node=here zone=b", "10.0.0.2 @x node=there zone=a", "10.0.0.3 @x node=there,here"),
 			want:   to(1, 3),

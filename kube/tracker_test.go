@@ -103,6 +103,7 @@ func TestObjects(t *testing.T) {
 				newService("c", "10.96.0.1", func(svc *corev1.Service) { svc.Spec.Type = corev1.ServiceTypeExternalName }),
 				newService("d", "10.96.0.2", func(svc *corev1.Service) { svc.Labels = map[string]string{labelServiceProxyName: "other"} }),
 				newService("e", "None", func(svc *corev1.Service) { svc.Spec.ClusterIPs = nil }),
+				newService("f", "None", func(svc *corev1.Service) { svc.Spec.ClusterIP = "" }),
 			},
 			want: want{},
 		},

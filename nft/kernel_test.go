@@ -136,7 +136,8 @@ func fullNode() dataplane.Node {
 	node := podNode()
 	node.LocalPodCIDRs = []netip.Prefix{netip.MustParsePrefix("10.7.0.0/24"), netip.MustParsePrefix("fd00:7::/64")}
 	node.ServiceCIDRs = []netip.Prefix{netip.MustParsePrefix("10.96.0.0/16"), netip.MustParsePrefix("fd00:96::/108")}
-	node.NodePortAddrs = []netip.Addr{netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8::1")}
+	node.Addrs = []netip.Addr{netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8::1")}
+	node.NodePortAddrs = slices.Clone(node.Addrs)
 	return node
 }
 
@@ -269,6 +270,10 @@ func randomNode(random *rand.Rand) dataplane.Node {
 		n := byte(random.IntN(3))
 		node.NodePortAddrs = append(node.NodePortAddrs, netip.AddrFrom4([4]byte{10, 1, 0, n}), netip.AddrFrom16([16]byte{0: 0xfd, 15: n}))
 	}
+	if random.IntN(2) == 0 { // in some of the source ranges, or not
+		n := byte(random.IntN(3))
+		node.Addrs = []netip.Addr{netip.AddrFrom4([4]byte{10, 1, 0, n}), netip.AddrFrom16([16]byte{0: 0xfd, 15: n})}
+	}
 	return node
 }
 
@@ -307,6 +312,7 @@ func TestNodeWithDoubles(t *testing.T) {
 	for _, list := range []*[]netip.Prefix{&node.PodCIDRs, &node.LocalPodCIDRs, &node.ServiceCIDRs} {
 		*list = append(*list, *list...)
 	}
+	node.Addrs = append(node.Addrs, node.Addrs...)
 	node.NodePortAddrs = append(node.NodePortAddrs, node.NodePortAddrs...)
 	replace(t, d, node, sample(t)...)
 	before := generation(t, d)

@@ -86,7 +86,7 @@ func render(s *dataplane.Service, a arrangement, node dataplane.Node) *row {
 		r.hairpins = slices.Compact(r.hairpins)
 	}
 	r.self = slices.ContainsFunc(s.SourceRanges, func(p netip.Prefix) bool {
-		return slices.ContainsFunc(node.NodePortAddrs, p.Contains)
+		return slices.ContainsFunc(node.Addrs, p.Contains)
 	})
 	return r
 }

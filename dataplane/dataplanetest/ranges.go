@@ -14,7 +14,7 @@ func (s suite) sourceRanges(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, s.open, 1)
 	node, outside := w.net.Node, w.net.Outside
-	w.node.NodePortAddrs = node.Addrs()
+	w.node.Addrs, w.node.NodePortAddrs = node.Addrs(), node.Addrs()
 	prefixes := func(texts ...string) []netip.Prefix {
 		var all []netip.Prefix
 		for _, text := range texts {
@@ -137,5 +137,12 @@ func (s suite) sourceRanges(t *testing.T) {
 		}
 		w.restart()
 		check(t, map[*nettest.Host]bool{node: true})
+		// Where node ports are served has nothing to do with it.
+		w.node.NodePortAddrs = nil
+		w.restart()
+		check(t, map[*nettest.Host]bool{node: true})
+		w.node.Addrs, w.node.NodePortAddrs = nil, node.Addrs()
+		w.restart()
+		check(t, map[*nettest.Host]bool{node: false})
 	})
 }

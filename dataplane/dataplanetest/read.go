@@ -101,6 +101,9 @@ func (g generator) node() dataplane.Node {
 		for range g.rnd.IntN(3) {
 			n.NodePortAddrs = append(n.NodePortAddrs, g.endpoint(family).Addr.Addr())
 		}
+		for range g.rnd.IntN(2) {
+			n.Addrs = append(n.Addrs, g.endpoint(family).Addr.Addr())
+		}
 	}
 	return n
 }
