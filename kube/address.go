@@ -20,7 +20,6 @@ func (e addrError) Error() string { return string(e) }
 const (
 	errNotIP       addrError = "is not an IP address"
 	errNotNetwork  addrError = "is not a network"
-	errMapped      addrError = "is an IPv4-mapped IPv6 address"
 	errZone        addrError = "has a zone"
 	errUnspecified addrError = "is the unspecified address"
 	errLoopback    addrError = "is a loopback address"
@@ -29,7 +28,7 @@ const (
 )
 
 // parseAddr reads an IP address as old API servers accepted it: leading zeros
-// in IPv4 octets are decimal. The error completes a sentence that begins with
+// in IPv4 octets are decimal, and an IPv4-mapped IPv6 address is the IPv4 one. The error completes a sentence that begins with
 // the text.
 func parseAddr(text string) (netip.Addr, error) {
 	addr, err := netip.ParseAddr(text)
@@ -39,18 +38,18 @@ func parseAddr(text string) (netip.Addr, error) {
 	switch {
 	case err != nil:
 		return netip.Addr{}, errNotIP
-	case addr.Is4In6():
-		return netip.Addr{}, errMapped
 	case addr.Zone() != "":
 		return netip.Addr{}, errZone
-	case addr.IsUnspecified():
+	}
+	if addr = addr.Unmap(); addr.IsUnspecified() {
 		return netip.Addr{}, errUnspecified
 	}
 	return addr, nil
 }
 
 // parseNetwork reads a network as old API servers accepted it: with host bits,
-// which are cleared, and leading zeros in IPv4 octets. The error completes a
+// which are cleared, leading zeros in IPv4 octets, and IPv4-mapped IPv6 networks,
+// which are IPv4 ones unless they hold more than these. The error completes a
 // sentence that begins with the text.
 func parseNetwork(text string) (netip.Prefix, error) {
 	prefix, err := netip.ParsePrefix(text)
@@ -59,11 +58,14 @@ func parseNetwork(text string) (netip.Prefix, error) {
 			prefix, err = netip.ParsePrefix(withoutLeadingZeros(addr) + "/" + bits)
 		}
 	}
-	switch {
-	case err != nil:
+	if err != nil {
 		return netip.Prefix{}, errNotNetwork
-	case prefix.Addr().Is4In6():
-		return netip.Prefix{}, errMapped
+	}
+	if addr := prefix.Addr(); addr.Is4In6() {
+		const mapped = 128 - 32
+		if bits := prefix.Bits(); bits >= mapped {
+			return netip.PrefixFrom(addr.Unmap(), bits-mapped).Masked(), nil
+		}
 	}
 	return prefix.Masked(), nil
 }

@@ -145,7 +145,7 @@ func TestFrontends(t *testing.T) {
 		{
 			name: "addresses that cannot be are left out and reported, the others served",
 			services: one(newService("web", "10.96.0.1", ofType("Balancer"),
-				externalIPs("127.0.0.1", "169.254.1.1", "224.0.0.1", "0.0.0.0", "::ffff:192.0.2.1", "fe80::1%eth0", "x", "192.0.2.9"),
+				externalIPs("127.0.0.1", "169.254.1.1", "224.0.0.1", "0.0.0.0", "::ffff:127.0.0.1", "fe80::1%eth0", "x", "192.0.2.9"),
 				func(svc *corev1.Service) {
 					svc.Status.LoadBalancer.Ingress = []corev1.LoadBalancerIngress{
 						{IP: "127.0.0.1"}, {IP: "y"}, {IP: "224.0.0.1"}, {IP: "192.0.2.8"},
@@ -161,7 +161,7 @@ func TestFrontends(t *testing.T) {
 				`default/web: spec.externalIPs[1]: "169.254.1.1" is a link-local address: name an address that clients can connect to`,
 				`default/web: spec.externalIPs[2]: "224.0.0.1" is a multicast address: name an address that clients can connect to`,
 				`default/web: spec.externalIPs[3]: "0.0.0.0" is the unspecified address: name an address that clients can connect to`,
-				`default/web: spec.externalIPs[4]: "::ffff:192.0.2.1" is an IPv4-mapped IPv6 address: name an address that clients can connect to`,
+				`default/web: spec.externalIPs[4]: "::ffff:127.0.0.1" is a loopback address: name an address that clients can connect to`,
 				`default/web: spec.externalIPs[5]: "fe80::1%eth0" has a zone: name an address that clients can connect to`,
 				`default/web: spec.externalIPs[6]: "x" is not an IP address: name an address that clients can connect to`,
 				`default/web: spec.type: "Balancer" is not a type of Service: use ClusterIP, NodePort or LoadBalancer`,

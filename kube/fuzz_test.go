@@ -65,8 +65,13 @@ func FuzzSourceRanges(f *testing.F) {
 			for _, entry := range entries {
 				p, err := netip.ParsePrefix(withoutZeros(strings.TrimSpace(entry)))
 				switch {
-				case err != nil || p.Addr().Is4In6():
+				case err != nil:
 					unreadable++
+				case p.Addr().Is4In6() && p.Bits() >= 96:
+					if family == dataplane.IPv4 {
+						mine++
+						everything = everything || p.Bits() == 96
+					}
 				case dataplane.FamilyOf(p.Addr()) == family:
 					mine++
 					everything = everything || p.Bits() == 0

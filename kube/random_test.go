@@ -71,7 +71,7 @@ func randomService(c choices) *corev1.Service {
 		svc.Spec.Type = corev1.ServiceTypeLoadBalancer
 		for range c.IntN(3) {
 			svc.Status.LoadBalancer.Ingress = append(svc.Status.LoadBalancer.Ingress, corev1.LoadBalancerIngress{
-				IP:     pick(c, "192.0.2.1", "192.0.2.2", "10.96.0.1", "2001:db8::1", "bad", ""),
+				IP:     pick(c, "192.0.2.1", "192.0.2.2", "10.96.0.1", "2001:db8::1", "bad", "", "::ffff:192.0.2.2"),
 				IPMode: pick(c, nil, nil, new(corev1.LoadBalancerIPModeVIP), new(corev1.LoadBalancerIPModeProxy)),
 			})
 		}
@@ -485,7 +485,7 @@ func (w *world) naiveEndpoints(want naiveWant) (list []entry) {
 			}
 			for _, ep := range slice.Endpoints {
 				addr, err := parseAddr(ep.Addresses[0])
-				if err != nil || addr.IsLoopback() {
+				if err != nil || addr.IsLoopback() || dataplane.FamilyOf(addr) != key.Family {
 					continue
 				}
 				e := entry{

@@ -62,11 +62,9 @@ func TestSourceRanges(t *testing.T) {
 			want:     from("0.0.0.0/32", "::/128"),
 			problems: []string{problem("0", `"office" is not a network`), problem("1", `"" is not a network`)},
 		},
-		{
-			name: "an IPv4-mapped network is of no family", services: web("::ffff:10.0.0.0/104"),
-			want:     from("0.0.0.0/32", "::/128"),
-			problems: []string{problem("0", `"::ffff:10.0.0.0/104" is an IPv4-mapped IPv6 address`)},
-		},
+		{name: "an IPv4-mapped network is the IPv4 one", services: web("::ffff:10.1.2.3/104"), want: from("10.0.0.0/8", "")},
+		{name: "one of all mapped addresses is all of IPv4", services: web("::ffff:0:0/96", "192.0.2.0/24"), want: from("", "")},
+		{name: "one that holds more is of IPv6", services: web("::ffff:10.0.0.0/80"), want: from("", "::/80")},
 		{
 			name: "the annotation of former times is for cloud load balancers",
 			services: func() []*corev1.Service {

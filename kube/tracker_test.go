@@ -162,11 +162,25 @@ func TestObjects(t *testing.T) {
 			want: want{web4: "10.96.0.1:80/TCP -> 10.0.0.10:8080"},
 		},
 		{
+			name: "IPv4-mapped IPv6 addresses are IPv4 ones",
+			services: []*corev1.Service{newService("web", "::ffff:10.96.0.1", ingress("::ffff:192.0.2.1"), externalIPs("::ffff:192.0.2.2", "192.0.2.1"), func(svc *corev1.Service) {
+				svc.Spec.IPFamilies = []corev1.IPFamily{corev1.IPv4Protocol}
+			})},
+			slices: []*discoveryv1.EndpointSlice{newSlice("web-1", "web", eps("::ffff:10.0.0.1 @there"), func(s *discoveryv1.EndpointSlice) {
+				s.AddressType = discoveryv1.AddressTypeIPv4
+			})},
+			want: want{
+				web4:                   "10.96.0.1:80/TCP -> 10.0.0.1:8080",
+				web4 + " ExternalIP":   "192.0.2.2:80/TCP -> 10.0.0.1:8080, masquerade always",
+				web4 + " LoadBalancer": "192.0.2.1:80/TCP -> 10.0.0.1:8080, masquerade always",
+			},
+		},
+		{
 			name:     "addresses that cannot be are left out and reported",
 			services: []*corev1.Service{newService("web", "10.96.0.1 fd00::1")},
 			slices: []*discoveryv1.EndpointSlice{
 				newSlice("web-4", "web", eps("10.0.0.1 @there", "127.0.0.1", "169.254.1.1", "224.0.0.1", "0.0.0.0", "pod", "fd01::1")),
-				newSlice("web-6", "web", eps("fd01::1 @there", "::ffff:10.0.0.1", "fe80::1%eth0")),
+				newSlice("web-6", "web", eps("fd01::1 @there", "::ffff:10.0.0.1", "fe80::1%eth0")), // an IPv4 one
 			},
 			want: want{web4: "10.96.0.1:80/TCP -> 10.0.0.1:8080", web6: "[fd00::1]:80/TCP -> [fd01::1]:8080"},
 			problems: []string{
@@ -176,7 +190,7 @@ func TestObjects(t *testing.T) {
 				`default/web: EndpointSlice web-4: endpoints[4].addresses[0]: "0.0.0.0" is the unspecified address: use the address of a pod`,
 				`default/web: EndpointSlice web-4: endpoints[5].addresses[0]: "pod" is not an IP address: use the address of a pod`,
 				`default/web: EndpointSlice web-4: endpoints[6].addresses[0]: "fd01::1" is not of the slice's addressType IPv4: use the address of a pod`,
-				`default/web: EndpointSlice web-6: endpoints[1].addresses[0]: "::ffff:10.0.0.1" is an IPv4-mapped IPv6 address: use the address of a pod`,
+				`default/web: EndpointSlice web-6: endpoints[1].addresses[0]: "::ffff:10.0.0.1" is not of the slice's addressType IPv6: use the address of a pod`,
 				`default/web: EndpointSlice web-6: endpoints[2].addresses[0]: "fe80::1%eth0" has a zone: use the address of a pod`,
 			},
 		},
@@ -202,7 +216,7 @@ func TestObjects(t *testing.T) {
 			name: "cluster IPs that cannot be are left out and reported",
 			services: []*corev1.Service{
 				newService("a", "10.96.0.1 10.96.0.2"),
-				newService("b", "ten ::ffff:10.0.0.1"),
+				newService("b", "ten ::ffff:0.0.0.0"),
 				newService("c", "10.96.0.3", func(svc *corev1.Service) { svc.Spec.IPFamilies[0] = corev1.IPv6Protocol }),
 				newService("d", "10.96.0.4 fd00::4", func(svc *corev1.Service) { svc.Spec.IPFamilies = svc.Spec.IPFamilies[:1] }),
 			},
@@ -213,7 +227,7 @@ func TestObjects(t *testing.T) {
 			problems: []string{
 				`default/a: spec.clusterIPs[1]: 10.96.0.2 is a second address of one family: a Service has one cluster IP per family`,
 				`default/b: spec.clusterIPs[0]: "ten" is not an IP address: give the Service another cluster IP`,
-				`default/b: spec.clusterIPs[1]: "::ffff:10.0.0.1" is an IPv4-mapped IPv6 address: give the Service another cluster IP`,
+				`default/b: spec.clusterIPs[1]: "::ffff:0.0.0.0" is the unspecified address: give the Service another cluster IP`,
 				`default/c: spec.clusterIPs[0]: 10.96.0.3 is not of the family IPv6 that spec.ipFamilies[0] names: make them match`,
 				`default/d: spec.clusterIPs[1]: fd00::4 has no family in spec.ipFamilies: name one family for each cluster IP`,
 			},
