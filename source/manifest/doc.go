@@ -70,6 +70,7 @@
 //     free. Other ports are given numbers that are free in all protocols.
 //   - With allocateLoadBalancerNodePorts: false, none are given but for health
 //     checks.
+//   - Which they are is logged, as "node port given".
 //   - If two Services say the same number and protocol, the second is an error
 //     until the first gives it up.
 //

@@ -309,6 +309,7 @@ func TestExamples(t *testing.T) {
 	}
 	want := []string{
 		"default/backend ClusterIP 10.96.130.254 http:80->8080/TCP",
+		"default/public NodePort 10.96.157.86 http:80->8080/TCP",
 		"default/redis ClusterIP 10.96.150.172 :6379->6379/TCP",
 	}
 	if diff := cmp.Diff(want, summary(d)); diff != "" {

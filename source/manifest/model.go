@@ -49,6 +49,10 @@ type model struct {
 	// failed has the Services that could not get what they need.
 	failed map[types.NamespacedName]*Error
 
+	// given has the node ports given since this was last looked at: only logs
+	// tell people which they are.
+	given []givenPort
+
 	// services and slices are what was delivered.
 	services map[types.NamespacedName]*corev1.Service
 	slices   map[types.NamespacedName]*discoveryv1.EndpointSlice
@@ -591,6 +595,12 @@ func (m *model) finish(r *request) *corev1.Service {
 	}
 	if len(r.ports) > 0 {
 		m.heldPorts[r.name] = r.ports
+		for _, h := range r.ports {
+			said := slices.ContainsFunc(r.portWishes, func(w portWish) bool { return w.use == h.use && w.explicit != 0 })
+			if !said && !slices.Contains(r.hadPorts, h) {
+				m.given = append(m.given, givenPort{r.name, h})
+			}
+		}
 		setNodePorts(svc, r.ports)
 	}
 	svc.Spec.IPFamilies = nil

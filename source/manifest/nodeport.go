@@ -121,6 +121,12 @@ type heldPort struct {
 	port nodePort
 }
 
+// givenPort is a node port that no file says.
+type givenPort struct {
+	service types.NamespacedName
+	heldPort
+}
+
 // portWishes returns which node ports the Service needs, as the API server has
 // it: in the order of the Service's ports, and then the one for health checks.
 func portWishes(svc *corev1.Service) []portWish {

@@ -285,3 +285,20 @@ func randomExternal(r *rand.Rand) string {
 	}
 	return b.String()
 }
+
+// TestGivenNodePortsAreLogged says that people are told the node ports that no
+// file has, once.
+func TestGivenNodePortsAreLogged(t *testing.T) {
+	t.Parallel()
+	w := watchFolder(t, folder(t, "a.yaml", external("a", "80 53/UDP=30053", localBalancer)))
+	w.first()
+	const one, two = `msg="node port given" service=default/a port=80/TCP node_port=30766`,
+		`msg="node port given" service=default/a port="health check" node_port=31531`
+	w.expectLog(one)
+	w.expectLog(two)
+	write(t, w.dir, "b.yaml", external("a", "1", "")+external("b", "80", "")) // the first a counts
+	w.expectLog("service=default/b")
+	if n := strings.Count(w.logged.String(), "node port given"); n != 3 {
+		t.Errorf("%d logged, want 3:\n%s", n, w.logged)
+	}
+}

@@ -114,7 +114,8 @@ func Load(opts Options) (kube.Delta, error) {
 // it. deliver is called from within Run, one call at a time. Run must be called
 // only once.
 //
-// What is wrong with files is logged once, when it appears.
+// What is wrong with files is logged once, when it appears, and so are the node
+// ports that Services are given.
 func (s *Source) Run(ctx context.Context, deliver func(kube.Delta)) error {
 	watcher, err := fsnotify.NewWatcher()
 	if err != nil {
@@ -437,8 +438,16 @@ func readFile(path string) ([]byte, bool, error) {
 	return data, err == nil, err
 }
 
-// report logs the errors that are new.
+// report logs the errors that are new, and the node ports that were given.
 func (s *Source) report() {
+	for _, g := range s.model.given {
+		what := "health check"
+		if g.use.port != 0 {
+			what = nodePort{g.use.protocol, g.use.port}.String()
+		}
+		s.log.Info("node port given", slog.String("service", g.service.String()), slog.String("port", what), slog.Int("node_port", int(g.port.number)))
+	}
+	s.model.given = nil
 	now := map[string]bool{}
 	for _, err := range s.model.errors() {
 		text := err.Error()
