@@ -9,6 +9,79 @@ import (
 	"time"
 )
 
+// following is a reloader that runs.
+type following struct {
+	t       *testing.T
+	applied chan string // modes of local detection
+	failed  chan error
+}
+
+func startReloader(t *testing.T, path string, poll time.Duration) following {
+	t.Helper()
+	flags := given{"config": path, "hostname-override": "node"}
+	_, content, err := load(flags)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := following{t, make(chan string, 10), make(chan error, 10)}
+	r := &reloader{
+		flags: flags, content: content, log: slog.New(slog.DiscardHandler), poll: poll,
+		apply: func(_ context.Context, c config) { f.applied <- string(c.tracker.DetectLocal.Mode) },
+		done: func(err error) {
+			if err != nil {
+				f.failed <- err
+			}
+		},
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- r.run(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-ended; err != nil {
+			t.Errorf("run ended with: %v", err)
+		}
+	})
+	return f
+}
+
+func (f following) await(step, want string) {
+	f.t.Helper()
+	select {
+	case got := <-f.applied:
+		if got != want {
+			f.t.Errorf("%s: applied %s, want %s", step, got, want)
+		}
+	case err := <-f.failed:
+		f.t.Errorf("%s: %v", step, err)
+	case <-time.After(patience):
+		f.t.Fatalf("%s: nothing was applied", step)
+	}
+}
+
+func (f following) awaitFailure(step string) {
+	f.t.Helper()
+	select {
+	case got := <-f.applied:
+		f.t.Errorf("%s: applied %s, want a failure", step, got)
+	case err := <-f.failed:
+		f.t.Logf("%s: %v", step, err)
+	case <-time.After(patience):
+		f.t.Fatalf("%s: nothing happened", step)
+	}
+}
+
+func (f following) awaitNothing(step string) {
+	f.t.Helper()
+	select {
+	case got := <-f.applied:
+		f.t.Errorf("%s: applied %s, want nothing", step, got)
+	case err := <-f.failed:
+		f.t.Errorf("%s: %v, want nothing", step, err)
+	case <-time.After(5 * settleTime):
+	}
+}
+
 // All the ways in which a configuration file is replaced are noticed, and
 // nothing else is.
 func TestReloader(t *testing.T) {
@@ -37,52 +110,8 @@ func TestReloader(t *testing.T) {
 	swap(version("..1", text("ClusterCIDR")))
 	must(os.Symlink("..data/config.conf", path))
 
-	flags := given{"config": path, "hostname-override": "node"}
-	_, content, err := load(flags)
-	must(err)
-	applied, failed := make(chan string, 10), make(chan error, 10)
-	r := &reloader{
-		flags: flags, content: content, log: slog.New(slog.DiscardHandler),
-		apply: func(_ context.Context, c config) { applied <- string(c.tracker.DetectLocal.Mode) },
-		done: func(err error) {
-			if err != nil {
-				failed <- err
-			}
-		},
-	}
-	ctx, cancel := context.WithCancel(t.Context())
-	ended := make(chan error, 1)
-	go func() { ended <- r.run(ctx) }()
-	defer func() {
-		cancel()
-		if err := <-ended; err != nil {
-			t.Errorf("run ended with: %v", err)
-		}
-	}()
-	await := func(step, want string) {
-		t.Helper()
-		select {
-		case got := <-applied:
-			if got != want {
-				t.Errorf("%s: applied %s, want %s", step, got, want)
-			}
-		case err := <-failed:
-			t.Errorf("%s: %v", step, err)
-		case <-time.After(patience):
-			t.Fatalf("%s: nothing was applied", step)
-		}
-	}
-	awaitFailure := func(step string) {
-		t.Helper()
-		select {
-		case got := <-applied:
-			t.Errorf("%s: applied %s, want a failure", step, got)
-		case err := <-failed:
-			t.Logf("%s: %v", step, err)
-		case <-time.After(patience):
-			t.Fatalf("%s: nothing happened", step)
-		}
-	}
+	r := startReloader(t, path, time.Hour)
+	applied, failed, await, awaitFailure := r.applied, r.failed, r.await, r.awaitFailure
 
 	// The same again in another place is no change.
 	swap(version("..2", text("ClusterCIDR")))
@@ -113,4 +142,116 @@ func TestReloader(t *testing.T) {
 	must(os.WriteFile(path+"~", []byte(text("ClusterCIDR")), 0o600))
 	must(os.Rename(path+"~", path))
 	await("renamed", "ClusterCIDR")
+}
+
+// What else happens in the folder neither holds the file up nor reports it again.
+func TestReloaderBesideOthers(t *testing.T) {
+	t.Parallel()
+	folder := t.TempDir()
+	path := filepath.Join(folder, "config.conf")
+	write := func(name, text string) {
+		if err := os.WriteFile(filepath.Join(folder, name), []byte(text), 0o600); err != nil {
+			t.Error(err)
+		}
+	}
+	write("config.conf", configHeader)
+	r := startReloader(t, path, time.Hour)
+	stop, stopped := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(stopped)
+		for {
+			select {
+			case <-stop:
+				return
+			case <-time.After(settleTime / 10):
+				write("other", "")
+			}
+		}
+	}()
+	defer func() { close(stop); <-stopped }()
+	write("config.conf", configHeader+"detectLocalMode: NodeCIDR\n")
+	r.await("beside others", "NodeCIDR")
+	write("config.conf", configHeader+"detectLocalMode: Guess\n")
+	r.awaitFailure("not valid")
+	r.awaitNothing("still not valid")
+	write("config.conf", configHeader+"detectLocalMode: Guess\n# really\n")
+	r.awaitFailure("edited and still not valid")
+	write("config.conf", configHeader+"detectLocalMode: NodeCIDR\n")
+	r.await("as it was before", "NodeCIDR")
+}
+
+// A file that never rests is read all the same.
+func TestReloaderOfBusyFile(t *testing.T) {
+	t.Parallel()
+	path := filepath.Join(t.TempDir(), "config.conf")
+	if err := os.WriteFile(path, []byte(configHeader), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r := startReloader(t, path, time.Hour)
+	if err := os.WriteFile(path+"~", []byte(configHeader+"detectLocalMode: NodeCIDR\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(path+"~", path); err != nil {
+		t.Fatal(err)
+	}
+	stop, stopped := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(stopped)
+		for {
+			select {
+			case <-stop:
+				return
+			case now := <-time.After(settleTime / 10):
+				if err := os.Chtimes(path, now, now); err != nil {
+					t.Error(err)
+				}
+			}
+		}
+	}()
+	r.await("busy", "NodeCIDR")
+	close(stop)
+	<-stopped
+}
+
+// A folder may go and come back, and the file may be reached by links.
+func TestReloaderElsewhere(t *testing.T) {
+	t.Parallel()
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, test := range []struct {
+		name  string
+		poll  time.Duration
+		links int
+	}{
+		{"the folder", time.Hour, 0}, {"a link", time.Hour, 1}, {"a link to a link to a link, found in the end", settleTime, 3},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			folder := filepath.Join(t.TempDir(), "real")
+			make := func(mode string) {
+				must(os.MkdirAll(folder, 0o700))
+				must(os.WriteFile(filepath.Join(folder, "config.conf"), []byte(configHeader+"detectLocalMode: "+mode+"\n"), 0o600))
+			}
+			make("ClusterCIDR")
+			path := filepath.Join(folder, "config.conf")
+			for range test.links {
+				link := filepath.Join(t.TempDir(), "link.conf")
+				must(os.Symlink(path, link))
+				path = link
+			}
+			r := startReloader(t, path, test.poll)
+			make("NodeCIDR")
+			r.await("edited in place", "NodeCIDR")
+			must(os.RemoveAll(folder))
+			r.awaitFailure("folder removed")
+			make("ClusterCIDR")
+			r.await("folder made again", "ClusterCIDR")
+			make("NodeCIDR")
+			r.await("edited in place again", "NodeCIDR")
+		})
+	}
 }

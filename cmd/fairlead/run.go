@@ -253,7 +253,7 @@ func (p *program) metricsHandler(c config) http.Handler {
 // reloader returns what follows the configuration file. c is what it says now.
 func (p *program) reloader(flags given, content []byte, c config, level *slog.LevelVar) *reloader {
 	return &reloader{
-		flags: flags, content: content, log: p.log,
+		flags: flags, content: content, log: p.log, poll: pollPeriod,
 		done: p.metrics.Reloaded,
 		apply: func(ctx context.Context, next config) {
 			next.warn(ctx, p.log)
