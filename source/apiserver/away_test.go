@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -16,6 +18,10 @@ import (
 	"fairlead/kube"
 	"fairlead/source/apiserver"
 )
+
+// longestPause is the longest between two attempts: client-go's 30 seconds, and as
+// much again by chance.
+const longestPause = 61 * time.Second
 
 // tinyServer is an API server in which nothing ever happens, and which cannot
 // stream lists.
@@ -149,22 +155,118 @@ func TestEnd(t *testing.T) {
 			<-r.Context().Done()
 			return nil, r.Context().Err()
 		},
-		"refused": func(r *http.Request) (*http.Response, error) { return answer(r, http.StatusNotFound, ""), nil },
+		"refused":            func(r *http.Request) (*http.Response, error) { return answer(r, http.StatusNotFound, ""), nil },
+		"connection refused": func(*http.Request) (*http.Response, error) { return nil, syscall.ECONNREFUSED },
+		"overloaded":         overloaded,
+		"overloaded, with Retry-After": func(r *http.Request) (*http.Response, error) {
+			response, err := overloaded(r)
+			response.Header.Set("Retry-After", "5")
+			return response, err
+		},
+		"overloaded in the stream": overloadedStream,
+	} {
+		for _, after := range []time.Duration{0, 500 * time.Millisecond, 10 * time.Second, 3 * time.Minute, time.Hour} {
+			t.Run(fmt.Sprintf("%s/%s", name, after), func(t *testing.T) {
+				t.Parallel()
+				synctest.Test(t, func(t *testing.T) {
+					var log record
+					_, stop := run(t, transport, &log)
+					time.Sleep(after)
+					synctest.Wait()
+					begin := time.Now()
+					stop()
+					if d := time.Since(begin); d > 0 {
+						t.Errorf("the end took %s", d)
+					}
+					if n := log.count("level="); n > 5 {
+						t.Errorf("%d lines of log, want a few:\n%s", n, log.text.String())
+					}
+				})
+			})
+		}
+	}
+}
+
+// TestEndWithoutServer says the same of a real address where nobody listens.
+func TestEndWithoutServer(t *testing.T) {
+	t.Parallel()
+	listener := must[net.Listener](t)(net.Listen("tcp", "127.0.0.1:0"))
+	if err := listener.Close(); err != nil {
+		t.Fatal(err)
+	}
+	var log record
+	source := must[*apiserver.Source](t)(apiserver.New(apiserver.Options{
+		Config: &rest.Config{Host: "http://" + listener.Addr().String()}, NodeName: "a", Logger: log.logger(),
+	}))
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- source.Run(ctx, func(kube.Delta) { t.Error("something was delivered") }) }()
+	log.waitFor(t, "connection refused", 1)
+	cancel()
+	select {
+	case err := <-ended:
+		if err != nil {
+			t.Errorf("Run returned %v", err)
+		}
+	case <-time.After(500 * time.Millisecond): // the first pause is 800 ms or longer
+		t.Error("Run did not return")
+	}
+}
+
+// overloaded is an API server that has too much to do.
+func overloaded(r *http.Request) (*http.Response, error) {
+	return answer(r, http.StatusTooManyRequests, tooManyRequests), nil
+}
+
+const tooManyRequests = `{"kind":"Status","apiVersion":"v1","status":"Failure","reason":"TooManyRequests","code":429,"message":"try again later"}`
+
+// overloadedStream says so only after it has begun to answer.
+func overloadedStream(r *http.Request) (*http.Response, error) {
+	if r.URL.Query().Get("watch") == "" {
+		return tinyServer(r)
+	}
+	return answer(r, http.StatusOK, `{"type":"ERROR","object":`+tooManyRequests+`}`), nil
+}
+
+// TestPauses says that an API server that refuses connections, or is overloaded, is
+// asked now and then, once at a time, and for a stream when it is back.
+func TestPauses(t *testing.T) {
+	t.Parallel()
+	for name, trouble := range map[string]roundTripper{
+		"connection refused":       func(*http.Request) (*http.Response, error) { return nil, syscall.ECONNREFUSED },
+		"overloaded":               overloaded,
+		"overloaded in the stream": overloadedStream,
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			synctest.Test(t, func(t *testing.T) {
+				var away atomic.Bool
+				away.Store(true)
+				var requests, streams, lists atomic.Int64
 				var log record
-				_, stop := run(t, transport, &log)
-				time.Sleep(10 * time.Minute)
-				begin := time.Now()
+				_, stop := run(t, func(r *http.Request) (*http.Response, error) {
+					requests.Add(1)
+					if away.Load() {
+						return trouble(r)
+					}
+					switch {
+					case r.URL.Query().Get("sendInitialEvents") != "":
+						streams.Add(1)
+					case r.URL.Query().Get("watch") == "":
+						lists.Add(1)
+					}
+					return tinyServer(r)
+				}, &log)
+				time.Sleep(time.Hour)
+				if n := requests.Load(); n < 4*3600/60 || n > 4*3600/10 {
+					t.Errorf("%d requests in an hour, want a few a minute for each of four kinds", n)
+				}
+				away.Store(false)
+				time.Sleep(longestPause)
+				if streams.Load() != 4 || lists.Load() != 4 {
+					t.Errorf("%d streams and %d lists once it is back, want each of four kinds", streams.Load(), lists.Load())
+				}
 				stop()
-				if d := time.Since(begin); d > 0 {
-					t.Errorf("the end took %s", d)
-				}
-				if n := log.count("level="); n > 5 {
-					t.Errorf("%d lines of log, want a few:\n%s", n, log.text.String())
-				}
 			})
 		})
 	}

@@ -234,7 +234,9 @@ func (l *list) reflect(ctx context.Context) {
 	reflector := cache.NewReflectorWithOptions(&cache.ListWatch{
 		ListWithContextFunc:  l.list,
 		WatchFuncWithContext: l.watch,
-	}, l.item, l.store, cache.ReflectorOptions{Name: string(l.kind), Logger: &logger})
+	}, l.item, l.store, cache.ReflectorOptions{
+		Name: string(l.kind), Logger: &logger, Clock: clockUntil{after: func(d time.Duration) <-chan time.Time { return after(ctx, d) }},
+	})
 	// As the reflector's own loop, which however hands errors to a function that
 	// is shared by the whole process and makes everybody wait.
 	_ = pauses().Until(ctx, true, true, func(ctx context.Context) (bool, error) {
@@ -250,6 +252,29 @@ func (l *list) reflect(ctx context.Context) {
 func pauses() wait.DelayFunc {
 	return wait.Backoff{Duration: 800 * time.Millisecond, Cap: 30 * time.Second, Steps: 10, Factor: 2, Jitter: 1}.
 		DelayWithReset(clock.RealClock{}, 2*time.Minute)
+}
+
+// clockUntil is the real clock, but nothing waits on it for longer than there is
+// use: a reflector that streams a list does not look at its context while it
+// pauses after "connection refused" or 429 Too Many Requests.
+type clockUntil struct {
+	clock.RealClock
+	after func(time.Duration) <-chan time.Time
+}
+
+// After returns a channel that has the time after d, or when it is of no use to
+// wait longer.
+func (c clockUntil) After(d time.Duration) <-chan time.Time { return c.after(d) }
+
+// after returns a channel that has the time after d, or when ctx is done.
+func after(ctx context.Context, d time.Duration) <-chan time.Time {
+	over := make(chan time.Time, 1) // nobody may be there to take it
+	ctx, cancel := context.WithTimeout(ctx, d)
+	context.AfterFunc(ctx, func() {
+		cancel()
+		over <- time.Now()
+	})
+	return over
 }
 
 func (l *list) request(opts *metav1.ListOptions) *rest.Request {
