@@ -22,6 +22,7 @@ const (
 	frontend = "frontend"
 	backend  = "backend"
 	redis    = "redis"
+	public   = "public" // a second Service of the back ends
 )
 
 const (

@@ -219,6 +219,9 @@ func TestDemo(t *testing.T) {
 				`(?m)^   backend-2 gone +\d+\.\d\d ms +\d+\.\d\d ms$`,
 				`(?m)^   backend-4 there +\d+\.\d\d ms +\d+\.\d\d ms$`,
 				`(?m)^   backend-5 there +\d+\.\d\d ms +\d+\.\d\d ms$`,
+				`(?m)^   http://192\.0\.2\.1:3[0-2]\d{3}/ +from outside: 20 requests, answered by [1-4] back ends$`,
+				`(?m)^   http://\[2001:db8::1\]:3[0-2]\d{3}/ +from outside: 20 requests, answered by [1-4] back ends$`,
+				`(?m)^   Redis has counted \d+, 40 of them from outside$`,
 				`(?m)^   \d+ requests in all, through every change: 0 failed$`,
 				`(?m)^OK: .* none of \d+ requests failed\.$`,
 			} {
@@ -264,7 +267,7 @@ func TestFails(t *testing.T) {
 		return path
 	}
 	unserved := t.TempDir()
-	for _, name := range []string{"backend.yaml", "redis.yaml"} {
+	for _, name := range []string{"backend.yaml", "redis.yaml", "public.yaml"} {
 		text, err := os.ReadFile(filepath.Join("..", name))
 		if err != nil {
 			t.Fatal(err)

@@ -58,7 +58,7 @@ func (c *cluster) startLoad(ctx context.Context) *load {
 
 func (l *load) run(ctx context.Context, from string, client *http.Client) {
 	for {
-		r := get(ctx, client)
+		r := get(ctx, client, "http://"+backend+"/")
 		r.from = from
 		if ctx.Err() != nil {
 			return
@@ -76,8 +76,8 @@ func (l *load) run(ctx context.Context, from string, client *http.Client) {
 	}
 }
 
-// get asks for http://backend once.
-func get(ctx context.Context, client *http.Client) request {
+// get asks for the URL once.
+func get(ctx context.Context, client *http.Client, url string) request {
 	r := request{start: time.Now()}
 	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
 		GotConn: func(info httptrace.GotConnInfo) {
@@ -87,7 +87,7 @@ func get(ctx context.Context, client *http.Client) request {
 		},
 	})
 	r.pod, r.err = func() (string, error) {
-		req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+backend+"/", http.NoBody)
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, http.NoBody)
 		if err != nil {
 			return "", err
 		}

@@ -5,7 +5,7 @@
 // real fairlead, which is given the Services of the folder examples and a YAML
 // file for each pod. The front ends ask for http://backend, by name and over a
 // new connection for each request, while a back end is deleted and two are
-// added. What it prints is what happened: it exits with 1 if a request failed
+// added, and at last a host outside uses a node port. What it prints is what happened: it exits with 1 if a request failed
 // or anything else was not as it must be.
 //
 // It needs root, and no program besides fairlead: a redis-server is used where
@@ -76,7 +76,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	flags.BoolVar(&o.keep, "keep", false, "leave everything running to look around, until Ctrl-C")
 	flags.IntVar(&o.requests, "requests", 300, "requests to count before the first and after each change")
 	flags.StringVar(&o.fairlead, "fairlead", "bin/fairlead", "the program to show")
-	flags.StringVar(&o.services, "services", "examples", "the folder with backend.yaml and redis.yaml")
+	flags.StringVar(&o.services, "services", "examples", "the folder with backend.yaml, redis.yaml and public.yaml")
 	flags.StringVar(&o.name, "name", "fairlead-demo", "with -keep, what the names of the namespaces begin with")
 	if err := flags.Parse(args); err != nil {
 		if errors.Is(err, flag.ErrHelp) {

@@ -73,7 +73,8 @@ func (p *process) stop() error {
 	return nil // How it ends when it is told to is its own affair.
 }
 
-// commit is one line of fairlead's log: a call to the kernel.
+// commit is one line of fairlead's log: a call to the kernel, or with the last
+// two fields a node port that a Service was given.
 type commit struct {
 	Time     time.Time // when it had ended
 	Level    slog.Level
@@ -84,6 +85,9 @@ type commit struct {
 	Services int
 	// Latency is from when the syncer had the change to the end of the call.
 	Latency time.Duration
+
+	Service  string
+	NodePort uint16 `json:"node_port"`
 }
 
 // journal is fairlead's log, as it grows.
@@ -94,12 +98,13 @@ type journal struct {
 	rest     []byte // the beginning of a line
 	other    []string
 	commits  []commit
-	problems []string      // lines of level Warn and Error
-	grown    chan struct{} // closed, and made anew, when commits grow
+	given    map[string]uint16 // the last node port given to each Service
+	problems []string          // lines of level Warn and Error
+	grown    chan struct{}     // closed, and made anew, when commits grow
 }
 
 func newJournal(file io.Writer) *journal {
-	return &journal{file: file, grown: make(chan struct{})}
+	return &journal{file: file, given: map[string]uint16{}, grown: make(chan struct{})}
 }
 
 // Write takes a part of the log.
@@ -127,11 +132,21 @@ func (j *journal) line(line []byte) {
 	if c.Level >= slog.LevelWarn {
 		j.problems = append(j.problems, string(line))
 	}
+	if c.Message == "node port given" {
+		j.given[c.Service] = c.NodePort
+	}
 	if c.Message == "committed" {
 		j.commits = append(j.commits, c)
 		close(j.grown)
 		j.grown = make(chan struct{})
 	}
+}
+
+// nodePort returns the last node port given to a Service, 0 if there was none.
+func (j *journal) nodePort(service string) uint16 {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.given[service]
 }
 
 // count returns the number of commits so far.

@@ -6,7 +6,11 @@ import (
 	"io"
 	"maps"
 	"math"
+	"net"
+	"net/http"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -17,6 +21,10 @@ import (
 // go. A cluster gives it 30 seconds.
 const grace = 200 * time.Millisecond
 
+// outsideRequests is how many requests go to the node port of each of the
+// node's addresses.
+const outsideRequests = 20
+
 // story is what the demo does and prints.
 type story struct {
 	*cluster
@@ -26,6 +34,7 @@ type story struct {
 	load     *load
 	address  []netip.Addr   // of the Service backend
 	counts   map[string]int // requests by back end in the step before
+	outside  int            // requests from outside
 	problems []string
 }
 
@@ -49,7 +58,7 @@ func (s *story) tell(ctx context.Context) error {
 	loadCtx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	s.load = s.startLoad(loadCtx)
-	for _, step := range []func(context.Context) error{s.spread, s.deleteOne, s.addTwo} {
+	for _, step := range []func(context.Context) error{s.spread, s.deleteOne, s.addTwo, s.open} {
 		if err := step(ctx); err != nil {
 			return err
 		}
@@ -130,6 +139,52 @@ func (s *story) addTwo(ctx context.Context) error {
 		}
 	}
 	return s.count(ctx, last.Time)
+}
+
+// open adds a Service of type NodePort, for clients outside of the cluster.
+func (s *story) open(ctx context.Context) error {
+	s.print("\n4. The Service %s is added, of type NodePort: the back ends for clients outside.", public)
+	text, err := os.ReadFile(filepath.Join(s.opts.services, public+".yaml"))
+	if err != nil {
+		return err
+	}
+	n := s.log.count()
+	if err := s.writeManifest("service-"+public, text); err != nil {
+		return err
+	}
+	if _, err := s.log.wait(ctx, s.fairlead, n); err != nil {
+		return err
+	}
+	port := s.log.nodePort("default/" + public)
+	client := &http.Client{
+		Timeout: requestTimeout,
+		Transport: &http.Transport{
+			DisableKeepAlives: true,
+			DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
+				to, err := netip.ParseAddrPort(address)
+				if err != nil {
+					return nil, err
+				}
+				return s.net.Outside.Dial(ctx, network, to)
+			},
+		},
+	}
+	for _, addr := range s.net.Node.Addrs() {
+		url := fmt.Sprintf("http://%s/", netip.AddrPortFrom(addr, port))
+		pods, answered := map[string]bool{}, 0
+		for range outsideRequests {
+			r := get(ctx, client, url)
+			if r.err != nil {
+				s.off("a request from outside failed: %v", r.err)
+				break
+			}
+			s.outside++
+			pods[r.pod] = true
+			answered++
+		}
+		s.print("   %-30s from outside: %d requests, answered by %d back ends", url, answered, len(pods))
+	}
+	return nil
 }
 
 const timingRow = "   %-16s %19s %21s"
@@ -268,9 +323,9 @@ func (s *story) judge(ctx context.Context, requests []request) error {
 	if err != nil {
 		return err
 	}
-	s.print("   Redis has counted %s", hits)
-	if failed == 0 && hits != strconv.Itoa(len(requests)) {
-		s.off("Redis has counted %s requests, and the front ends %d", hits, len(requests))
+	s.print("   Redis has counted %s, %d of them from outside", hits, s.outside)
+	if failed == 0 && hits != strconv.Itoa(len(requests)+s.outside) {
+		s.off("Redis has counted %s requests, the front ends %d and the host outside %d", hits, len(requests), s.outside)
 	}
 	for _, line := range s.log.wrong() {
 		s.off("fairlead says: %s", line)
