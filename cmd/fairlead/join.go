@@ -56,6 +56,9 @@ func (j *join) deliver(d kube.Delta) {
 	j.events.Apply(d)
 	result := j.tracker.Apply(d)
 	j.pass(result)
+	for _, name := range d.DeletedServices {
+		j.metrics.Gone(name.Namespace, name.Name)
+	}
 	if !j.complete {
 		j.complete = true
 		j.syncer.ListComplete()

@@ -68,6 +68,9 @@ type trigger struct {
 	made, handed time.Time
 }
 
+// maxTriggers bounds the triggers of a Service that does not get into the kernel.
+const maxTriggers = 16
+
 // policy is a value of the label traffic_policy.
 type policy string
 
@@ -252,7 +255,18 @@ func (m *Metrics) Triggered(namespace, name string, at time.Time) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	key := service{namespace, name}
-	m.triggers[key] = append(m.triggers[key], trigger{at, time.Now()})
+	if m.triggers[key] = append(m.triggers[key], trigger{at, time.Now()}); len(m.triggers[key]) > maxTriggers {
+		// The oldest stays: it has waited longest.
+		m.triggers[key] = slices.Delete(m.triggers[key], 1, 2)
+	}
+}
+
+// Gone says that a Service was deleted, and that this was just handed to the
+// syncer: how long its endpoints' changes take is of no interest.
+func (m *Metrics) Gone(namespace, name string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	delete(m.triggers, service{namespace, name})
 }
 
 // Committed takes over a call to the dataplane, see [sync.Options].
@@ -285,6 +299,7 @@ func (m *Metrics) Committed(c sync.Commit) {
 		m.latency.Observe(c.End.Sub(c.Oldest).Seconds())
 	}
 
+	before := m.options.Status().Failing
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.serviceChanges.called(c.Err == nil)
@@ -293,7 +308,7 @@ func (m *Metrics) Committed(c sync.Commit) {
 		m.first = true
 		m.firstProgrammed.Set(c.End.Sub(m.started).Seconds())
 	}
-	m.observeTriggers(c)
+	m.observeTriggers(c, before)
 	for _, change := range c.Changes {
 		m.countNoLocal(change.Old, -1)
 		m.countNoLocal(change.New, +1)
@@ -322,8 +337,9 @@ func familiesOf(c sync.Commit) []dataplane.Family {
 	return concerned
 }
 
-// observeTriggers takes the time of the triggers that were part of a call.
-func (m *Metrics) observeTriggers(c sync.Commit) {
+// observeTriggers takes the time of the triggers that were part of a call, before
+// which the keys of before were failing.
+func (m *Metrics) observeTriggers(c sync.Commit, before map[dataplane.Key]error) {
 	if len(m.triggers) == 0 {
 		return
 	}
@@ -339,15 +355,29 @@ func (m *Metrics) observeTriggers(c sync.Commit) {
 		}
 		concerned[s][key.Family] = true
 	}
-	for s, families := range concerned {
+	failing := map[service]bool{}
+	for _, keys := range []map[dataplane.Key]error{before, c.Failed} {
+		for key := range keys {
+			failing[service{key.Namespace, key.Name}] = true
+		}
+	}
+	for s, triggers := range m.triggers {
+		families, ok := concerned[s]
+		if !ok && (c.Err != nil || failing[s]) {
+			continue // it is tried again
+		}
 		var later []trigger
-		for _, t := range m.triggers[s] {
-			if t.handed.After(c.Start) {
+		for _, t := range triggers {
+			switch {
+			case t.handed.After(c.Start):
 				later = append(later, t)
-				continue
-			}
-			for f := range families {
-				m.programming.WithLabelValues(f.String()).Observe(c.End.Sub(t.made).Seconds())
+			case t.handed.Before(c.Oldest) && !failing[s]:
+				// It was not in this call, and waits for no other: it was undone
+				// before it got to the kernel.
+			default:
+				for f := range families { // none if it was undone
+					m.programming.WithLabelValues(f.String()).Observe(c.End.Sub(t.made).Seconds())
+				}
 			}
 		}
 		if len(later) == 0 {

@@ -225,13 +225,11 @@ func TestNetworkProgramming(t *testing.T) {
 		at := time.Now()
 		time.Sleep(3 * time.Second)
 		m.Triggered("shop", "web", at)
-		commit(time.Second, key("db", dataplane.IPv4, 0))
-		check("0", "0", dataplane.IPv4)
 		commit(time.Second, key("web", dataplane.IPv4, 0), key("web", dataplane.IPv4, dataplane.NodePort))
-		check("1", "5", dataplane.IPv4)
+		check("1", "4", dataplane.IPv4)
 		check("0", "0", dataplane.IPv6)
 		commit(time.Second, key("web", dataplane.IPv4, 0))
-		check("1", "5", dataplane.IPv4)
+		check("1", "4", dataplane.IPv4)
 
 		// One that comes while a call is going on belongs to the next.
 		m.Triggered("shop", "web", time.Now())
@@ -244,6 +242,96 @@ func TestNetworkProgramming(t *testing.T) {
 		commit(0, key("web", dataplane.IPv6, 0))
 		check("2", "3", dataplane.IPv6)
 	})
+}
+
+// What never gets to the kernel, or not for long, is neither counted nor kept.
+func TestTriggersWithoutEffect(t *testing.T) {
+	t.Parallel()
+	web := key("web", dataplane.IPv4, 0)
+	const duration = `kubeproxy_network_programming_duration_seconds_`
+	tests := []struct {
+		name  string
+		steps func(m *metrics.Metrics, commit func(oldest time.Time, took, failed []dataplane.Key, err error))
+		count string
+		sum   string
+	}{
+		{"undone, and changed hours later", func(m *metrics.Metrics, commit func(time.Time, []dataplane.Key, []dataplane.Key, error)) {
+			m.Triggered("shop", "web", time.Now())
+			time.Sleep(10 * time.Hour)
+			handed := time.Now()
+			m.Triggered("shop", "web", time.Now())
+			time.Sleep(time.Second)
+			commit(handed, []dataplane.Key{web}, nil, nil)
+		}, "1", "1"},
+		{"undone, with others in between", func(m *metrics.Metrics, commit func(time.Time, []dataplane.Key, []dataplane.Key, error)) {
+			m.Triggered("shop", "web", time.Now())
+			time.Sleep(time.Hour)
+			commit(time.Now(), []dataplane.Key{key("db", dataplane.IPv4, 0)}, nil, nil)
+			commit(time.Time{}, []dataplane.Key{web}, nil, nil)
+		}, "0", "0"},
+		{"the call fails, and the next does not", func(m *metrics.Metrics, commit func(time.Time, []dataplane.Key, []dataplane.Key, error)) {
+			handed := time.Now()
+			m.Triggered("shop", "web", handed)
+			time.Sleep(time.Second)
+			commit(handed, nil, nil, errors.New("no"))
+			time.Sleep(time.Second)
+			commit(handed, []dataplane.Key{web}, nil, nil)
+		}, "1", "2"},
+		{"the Service fails for long, while others do not", func(m *metrics.Metrics, commit func(time.Time, []dataplane.Key, []dataplane.Key, error)) {
+			m.Triggered("shop", "web", time.Now())
+			time.Sleep(time.Second)
+			commit(time.Now(), nil, []dataplane.Key{web}, nil)
+			time.Sleep(time.Second)
+			commit(time.Now(), []dataplane.Key{key("db", dataplane.IPv4, 0)}, nil, nil)
+			time.Sleep(time.Second)
+			commit(time.Now(), []dataplane.Key{web}, nil, nil)
+		}, "1", "3"},
+		{"the Service fails a thousand times, and is gone", func(m *metrics.Metrics, commit func(time.Time, []dataplane.Key, []dataplane.Key, error)) {
+			for range 1000 {
+				m.Triggered("shop", "web", time.Now())
+				commit(time.Now(), nil, []dataplane.Key{web}, nil)
+			}
+			m.Gone("shop", "web")
+			commit(time.Now(), []dataplane.Key{web}, nil, nil)
+		}, "0", "0"},
+		{"the Service fails a thousand times", func(m *metrics.Metrics, commit func(time.Time, []dataplane.Key, []dataplane.Key, error)) {
+			for range 1000 {
+				m.Triggered("shop", "web", time.Now())
+				commit(time.Now(), nil, []dataplane.Key{web}, nil)
+			}
+			time.Sleep(time.Second)
+			commit(time.Now(), []dataplane.Key{web}, nil, nil)
+		}, "16", "16"},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				var status sync.Status
+				m := metrics.New(metrics.Options{Status: func() sync.Status { return status }})
+				time.Sleep(time.Second)
+				test.steps(m, func(oldest time.Time, took, failed []dataplane.Key, err error) {
+					time.Sleep(time.Nanosecond)
+					c := sync.Commit{Kind: sync.KindApply, Start: time.Now(), End: time.Now(), Oldest: oldest, Err: err}
+					for _, k := range took {
+						c.Changes = append(c.Changes, dataplane.Change{New: service(t, k, dataplane.Treatment{})})
+					}
+					failing := maps.Clone(status.Failing)
+					for _, k := range failed {
+						c.Failed = map[dataplane.Key]error{k: errors.New("no")}
+						failing = c.Failed
+					}
+					m.Committed(c)
+					status.Failing = failing
+				})
+				got := scrape(t, m, duration)
+				sum, _, _ := strings.Cut(got[duration+`sum{ip_family="IPv4"}`], ".")
+				if count := got[duration+`count{ip_family="IPv4"}`]; count != test.count || sum != test.sum {
+					t.Errorf("count %s, sum %s, want %s and %s", count, sum, test.count, test.sum)
+				}
+			})
+		})
+	}
 }
 
 func TestNoLocalEndpoints(t *testing.T) {
