@@ -11,6 +11,41 @@ import (
 	"fairlead/dataplane"
 )
 
+// few is how many things are searched one by one. More have a map.
+const few = 8
+
+// addrSet is a set of addresses, for one or for thousands.
+type addrSet struct {
+	list []netip.Addr
+	more map[netip.Addr]struct{}
+}
+
+// add reports whether the address is new.
+func (s *addrSet) add(a netip.Addr) bool {
+	if s.has(a) {
+		return false
+	}
+	s.list = append(s.list, a)
+	switch {
+	case s.more != nil:
+		s.more[a] = struct{}{}
+	case len(s.list) > few:
+		s.more = make(map[netip.Addr]struct{}, 2*len(s.list))
+		for _, a := range s.list {
+			s.more[a] = struct{}{}
+		}
+	}
+	return true
+}
+
+func (s *addrSet) has(a netip.Addr) bool {
+	if s.more != nil {
+		_, ok := s.more[a]
+		return ok
+	}
+	return slices.Contains(s.list, a)
+}
+
 // addrError says what is wrong with an address; it completes a sentence that
 // begins with the address.
 type addrError string

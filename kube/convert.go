@@ -30,6 +30,9 @@ type demand struct {
 	wants []wanted
 	// problems of the objects, sorted and without doubles.
 	problems []Problem
+	// unmatched are the ports that no slice knows although there are slices with
+	// endpoints.
+	unmatched []unmatched
 	// zoned says that another zone of this node may give another demand.
 	zoned bool
 	// check is the health-check node port, or has port 0.
@@ -67,6 +70,7 @@ func convert(svc *corev1.Service, endpointSlices []*discoveryv1.EndpointSlice, h
 		zoned: slices.ContainsFunc(ports, func(p portFamily) bool { return p.chosen.zoned }),
 		check: c.healthCheck(ports, policy),
 	}
+	d.unmatched = c.unmatched
 	slices.SortFunc(c.problems, Problem.Compare)
 	d.problems = slices.Compact(c.problems)
 	return d
@@ -102,6 +106,8 @@ type conversion struct {
 	name     types.NamespacedName
 	here     location
 	problems []Problem
+
+	unmatched []unmatched
 }
 
 func (c *conversion) problem(field, format string, args ...any) {
@@ -109,9 +115,11 @@ func (c *conversion) problem(field, format string, args ...any) {
 }
 
 func (c *conversion) sliceProblem(slice, field, format string, args ...any) {
-	c.problems = append(c.problems, Problem{
-		Service: c.name, UID: c.service.UID, EndpointSlice: slice, Field: field, Message: fmt.Sprintf(format, args...),
-	})
+	c.problems = append(c.problems, c.newProblem(slice, field, format, args...))
+}
+
+func (c *conversion) newProblem(slice, field, format string, args ...any) Problem {
+	return Problem{Service: c.name, UID: c.service.UID, EndpointSlice: slice, Field: field, Message: fmt.Sprintf(format, args...)}
 }
 
 // index writes the path of an element: index("spec.ports", 0, ".port").

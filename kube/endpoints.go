@@ -82,11 +82,15 @@ func (c *conversion) endpoints(ports []portFamily, endpointSlices []*discoveryv1
 	}
 	// A Service whose pods are missing is no problem of its objects; one whose
 	// endpoints are there under another port name is.
-	var populated [dataplane.IPv6 + 1]bool
+	var populated, families [dataplane.IPv6 + 1]bool
+	for i := range ports {
+		families[ports[i].family] = true
+	}
 	var parsed []candidate
+	find := portsByName(ports)
 	for _, slice := range endpointSlices {
 		family, ok := familyOf(slice.AddressType)
-		if !ok || !slices.ContainsFunc(ports, func(p portFamily) bool { return p.family == family }) {
+		if !ok || !families[family] {
 			continue
 		}
 		parsed = c.parseEndpoints(parsed[:0], slice, family)
@@ -98,17 +102,15 @@ func (c *conversion) endpoints(ports []portFamily, endpointSlices []*discoveryv1
 			if !ok {
 				continue
 			}
-			for p := range ports {
-				port := &ports[p]
-				if port.port.Name != name || port.protocol != protocol || port.family != family {
-					continue
-				}
-				port.matched = true
-				port.candidates = slices.Grow(port.candidates, len(parsed))
-				for _, candidate := range parsed {
-					candidate.addr = netip.AddrPortFrom(candidate.addr.Addr(), number)
-					port.candidates = append(port.candidates, candidate)
-				}
+			port := find(portName{name, protocol, family})
+			if port == nil {
+				continue
+			}
+			port.matched = true
+			port.candidates = slices.Grow(port.candidates, len(parsed))
+			for _, candidate := range parsed {
+				candidate.addr = netip.AddrPortFrom(candidate.addr.Addr(), number)
+				port.candidates = append(port.candidates, candidate)
 			}
 		}
 	}
@@ -117,23 +119,63 @@ func (c *conversion) endpoints(ports []portFamily, endpointSlices []*discoveryv1
 		p.candidates = believed(p.candidates)
 		p.chosen = choose(p.candidates, policy.internalLocal || policy.externalLocal)
 		if populated[p.family] && !p.matched {
-			c.unmatched(p)
+			c.unmatched = append(c.unmatched, c.notMatched(p))
 		}
 	}
 }
 
-// unmatched reports a port that no slice knows although there are slices with
-// endpoints.
-func (c *conversion) unmatched(p *portFamily) {
-	if target := p.port.TargetPort.StrVal; target != "" {
-		c.problem(index("spec.ports", p.index, ".targetPort"),
-			"no endpoint of family %s has a %s port %q, so connections are refused: give a container port of the pods this name",
-			p.family, p.protocol, target)
-		return
+// portName is what a Service's port is found by in slices.
+type portName struct {
+	name     string
+	protocol dataplane.Protocol
+	family   dataplane.Family
+}
+
+// portsByName returns a function that finds a port, or nil.
+func portsByName(ports []portFamily) func(portName) *portFamily {
+	if len(ports) <= few {
+		return func(name portName) *portFamily {
+			for i := range ports {
+				if ports[i].name() == name {
+					return &ports[i]
+				}
+			}
+			return nil
+		}
 	}
-	c.problem(index("spec.ports", p.index, ".name"),
+	byName := make(map[portName]*portFamily, len(ports))
+	for i := range ports {
+		byName[ports[i].name()] = &ports[i]
+	}
+	return func(name portName) *portFamily { return byName[name] }
+}
+
+func (p *portFamily) name() portName { return portName{p.port.Name, p.protocol, p.family} }
+
+// unmatched is a port that no slice knows although there are slices with
+// endpoints. It is a problem if the slices are not just late.
+type unmatched struct {
+	port    portName
+	problem Problem
+}
+
+func (c *conversion) notMatched(p *portFamily) unmatched {
+	if target := p.port.TargetPort.StrVal; target != "" {
+		return unmatched{p.name(), c.newProblem("", index("spec.ports", p.index, ".targetPort"),
+			"no endpoint of family %s has a %s port %q, so connections are refused: give a container port of the pods this name",
+			p.family, p.protocol, target)}
+	}
+	return unmatched{p.name(), c.newProblem("", index("spec.ports", p.index, ".name"),
 		"no EndpointSlice of family %s has a %s port with the name %q, so connections are refused: use the same name in both",
-		p.family, p.protocol, p.port.Name)
+		p.family, p.protocol, p.port.Name)}
+}
+
+// samePorts reports whether slices that were written for one Service are right
+// for the other, as far as ports go.
+func samePorts(a, b *corev1.Service) bool {
+	return a != nil && b != nil && a.UID == b.UID && slices.EqualFunc(a.Spec.Ports, b.Spec.Ports, func(p, q corev1.ServicePort) bool {
+		return p.Name == q.Name && p.Protocol == q.Protocol && p.TargetPort == q.TargetPort
+	})
 }
 
 // parseEndpoints appends the usable endpoints of a slice, with port 0.

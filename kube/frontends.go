@@ -23,7 +23,7 @@ type addresses struct {
 	cluster []netip.Addr
 	// external and balancer are of families with a cluster IP. No address is
 	// in both.
-	external, balancer []netip.Addr
+	external, balancer addrSet
 }
 
 // portFamily is a usable port of a Service in one family.
@@ -114,8 +114,8 @@ func (c *conversion) clusterIP(field string, i int, text string, earlier []netip
 // they came in, addressed to the load balancer. Those of load balancers that
 // connect by themselves (ipMode Proxy), or have only a name, are not for nodes
 // to answer.
-func (c *conversion) balancerIPs(cluster []netip.Addr) []netip.Addr {
-	var addrs []netip.Addr
+func (c *conversion) balancerIPs(cluster []netip.Addr) addrSet {
+	var addrs addrSet
 	for i := range c.service.Status.LoadBalancer.Ingress {
 		ingress := &c.service.Status.LoadBalancer.Ingress[i]
 		if ingress.IP == "" || (ingress.IPMode != nil && *ingress.IPMode != corev1.LoadBalancerIPModeVIP) {
@@ -135,8 +135,8 @@ func (c *conversion) balancerIPs(cluster []netip.Addr) []netip.Addr {
 		}
 		// An address of another family is that of a load balancer that
 		// translates, so it is no mistake.
-		if hasFamilyOf(cluster, addr) && !slices.Contains(addrs, addr) {
-			addrs = append(addrs, addr)
+		if hasFamilyOf(cluster, addr) {
+			addrs.add(addr)
 		}
 	}
 	return addrs
@@ -145,8 +145,8 @@ func (c *conversion) balancerIPs(cluster []netip.Addr) []netip.Addr {
 // externalIPs returns spec.externalIPs, but for those that the Service has from
 // its load balancer too: these are treated as the load balancer's, so that
 // loadBalancerSourceRanges can't be passed by.
-func (c *conversion) externalIPs(a addresses) []netip.Addr {
-	var addrs []netip.Addr
+func (c *conversion) externalIPs(a addresses) addrSet {
+	var addrs addrSet
 	for i, text := range c.service.Spec.ExternalIPs {
 		if text == "" {
 			continue // the API server lets it pass, kube-proxy too
@@ -162,8 +162,8 @@ func (c *conversion) externalIPs(a addresses) []netip.Addr {
 			c.problem(index("spec.externalIPs", i, ""),
 				"%s is not served, as the Service has no cluster IP of the family %s: add the family to spec.ipFamilies, or remove the address",
 				addr, dataplane.FamilyOf(addr))
-		case !slices.Contains(addrs, addr) && !slices.Contains(a.balancer, addr):
-			addrs = append(addrs, addr)
+		case !a.balancer.has(addr):
+			addrs.add(addr)
 		}
 	}
 	return addrs
@@ -173,8 +173,23 @@ func (c *conversion) externalIPs(a addresses) []netip.Addr {
 func (c *conversion) ports(addrs addresses) []portFamily {
 	list := c.service.Spec.Ports
 	ports := make([]portFamily, 0, len(list)*len(addrs.cluster))
+	var names map[string]struct{}
+	if len(list) > few {
+		names = make(map[string]struct{}, len(list))
+	}
+	taken := func(i int) bool {
+		if names != nil {
+			_, ok := names[list[i].Name]
+			return ok
+		}
+		return slices.ContainsFunc(list[:i], func(p corev1.ServicePort) bool { return p.Name == list[i].Name })
+	}
 	for i := range list {
 		port := &list[i]
+		again := taken(i)
+		if names != nil {
+			names[port.Name] = struct{}{}
+		}
 		protocol, ok := protocolOf(port.Protocol)
 		if !ok {
 			c.problem(index("spec.ports", i, ".protocol"), "%q is not a protocol: use TCP, UDP or SCTP", port.Protocol)
@@ -184,7 +199,7 @@ func (c *conversion) ports(addrs addresses) []portFamily {
 			c.problem(index("spec.ports", i, ".port"), "%d is not a port: use 1 to 65535", port.Port)
 			continue
 		}
-		if slices.ContainsFunc(list[:i], func(p corev1.ServicePort) bool { return p.Name == port.Name }) {
+		if again {
 			c.problem(index("spec.ports", i, ".name"),
 				"%q is the name of an earlier port: give each port a name of its own", port.Name)
 			continue
@@ -203,7 +218,7 @@ func (c *conversion) ports(addrs addresses) []portFamily {
 
 // wants makes the wants: one for each port, family and kind with a frontend.
 func (c *conversion) wants(ports []portFamily, addrs addresses, policy policy) []wanted {
-	perPort := 1 + len(addrs.external) + len(addrs.balancer)
+	perPort := 1 + len(addrs.external.list) + len(addrs.balancer.list)
 	if hasNodePorts(c.service.Spec.Type) {
 		perPort++
 	}
@@ -220,6 +235,10 @@ func (c *conversion) wants(ports []portFamily, addrs addresses, policy policy) [
 				continue
 			}
 			mine := frontends[first:len(frontends):len(frontends)]
+			if cap(frontends) > few*len(allKinds{}) {
+				// Whoever keeps a few must not keep all.
+				mine = slices.Clone(mine)
+			}
 			slices.SortFunc(mine, dataplane.Frontend.Compare)
 			treatment := policy.treatment(kind, p.chosen)
 			if kind == dataplane.LoadBalancer {
@@ -279,9 +298,9 @@ func (c *conversion) appendFrontends(
 			add(anyAddr(p.family), number)
 		}
 	case dataplane.ExternalIP:
-		all(addrs.external)
+		all(addrs.external.list)
 	case dataplane.LoadBalancer:
-		all(addrs.balancer)
+		all(addrs.balancer.list)
 	}
 	return frontends
 }

@@ -690,7 +690,12 @@ func memory(t *Tracker) map[string][]string {
 	out := map[string][]string{}
 	for name, s := range t.services {
 		out["service"] = append(out["service"], fmt.Sprint(name, s.created, s.check, len(s.claimed)))
-		out["problem"] = append(out["problem"], problemTexts(s.problems)...)
+		for _, p := range s.problems {
+			// When a port that no slice knows is a problem is a matter of history.
+			if !strings.Contains(p.Message, "so connections are refused") {
+				out["problem"] = append(out["problem"], p.String())
+			}
+		}
 		for _, svc := range s.programmed {
 			if svc != nil {
 				out["programmed"] = append(out["programmed"], svc.Key.String()+" "+text(svc))

@@ -74,7 +74,7 @@ func (w *wanted) claimed() claimed {
 // settle decides what of s is programmed, now that it is known who owns which
 // frontend, and adds the difference to result.
 func (t *Tracker) settle(s *service, d demand, result *Result) {
-	problems := d.problems
+	problems := s.lasting(d.unmatched, d.problems)
 	programmed := make([]*dataplane.Service, len(d.wants))
 	disputed := s.loses || s.disputed == t.round
 	s.loses = false
@@ -123,6 +123,21 @@ func (t *Tracker) settle(s *service, d demand, result *Result) {
 	if s.object == nil && len(s.slices) == 0 {
 		delete(t.services, s.name)
 	}
+}
+
+// lasting appends to problems the ports that no slice knows, but for those for
+// which a slice may still be on its way: the controller writes it because of the
+// Service, and so after it.
+func (s *service) lasting(ports []unmatched, problems []Problem) []Problem {
+	before := s.unmatched
+	s.unmatched = nil
+	for _, u := range ports {
+		if s.slicesCame >= s.portsChanged || slices.Contains(before, u.port) {
+			s.unmatched = append(s.unmatched, u.port)
+			problems = append(problems, u.problem)
+		}
+	}
+	return problems
 }
 
 // without returns a copy of frontends that lacks f.

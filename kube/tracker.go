@@ -105,6 +105,11 @@ type service struct {
 	// touched is the round in which the Service was last found to be touched,
 	// and disputed that in which its claims, or the owner of one, last changed.
 	touched, disputed uint64
+	// portsChanged is the round in which what slices know of its ports last
+	// changed, and slicesCame that in which a slice of it was last delivered.
+	portsChanged, slicesCame uint64
+	// unmatched are the ports that were reported to be known to no slice.
+	unmatched []portName
 	// loses says that another owns something that it claims.
 	loses bool
 }
@@ -232,6 +237,9 @@ func (t *Tracker) takeObjects(d Delta, touch func(*service)) {
 	}
 	for _, object := range d.Services {
 		s := t.service(types.NamespacedName{Namespace: object.Namespace, Name: object.Name})
+		if !samePorts(s.object, object) {
+			s.portsChanged = t.round
+		}
 		s.object = object
 		touch(s)
 	}
@@ -251,6 +259,7 @@ func (t *Tracker) takeObjects(d Delta, touch func(*service)) {
 			s.slices = slices.Insert(s.slices, i, slice)
 			t.owner[name] = s
 		}
+		s.slicesCame = t.round
 		touch(s)
 	}
 }

@@ -455,6 +455,42 @@ func TestHistories(t *testing.T) {
 				},
 			},
 		}},
+		{"a port is no problem before the slices that are written for it can be there", []step{
+			{
+				name:  "one port",
+				delta: Delta{Services: one(newService("web", "10.96.0.1")), EndpointSlices: slice("10.0.0.1 @n")},
+				want:  want{web: "10.96.0.1:80/TCP -> 10.0.0.1:8080"},
+			},
+			{
+				name: "another name: the slice is still to come", delta: services(newService("web", "10.96.0.1", ports(port("www", corev1.ProtocolTCP, 80)))),
+				want: want{web: "gone", "default/web:www IPv4": "10.96.0.1:80/TCP ->"},
+			},
+			{
+				name: "the Service changes in something else", delta: services(newService("web", "10.96.0.1", ports(port("www", corev1.ProtocolTCP, 81)))),
+				want: want{"default/web:www IPv4": "10.96.0.1:81/TCP ->"},
+			},
+			{
+				name: "the slice", delta: endpointSlices(newSlice("web-1", "web", eps("10.0.0.1 @n"), slicePorts(slicePort("www", corev1.ProtocolTCP, 8080)))),
+				want: want{"default/web:www IPv4": "10.96.0.1:81/TCP -> 10.0.0.1:8080"},
+			},
+			{
+				name: "the name is changed back", delta: services(newService("web", "10.96.0.1")),
+				want: want{"default/web:www IPv4": "gone", web: "10.96.0.1:80/TCP ->"},
+			},
+			{
+				name: "but the slice is as it was", delta: endpointSlices(newSlice("web-1", "web", eps("10.0.0.1 @n", "10.0.0.2 @n"), slicePorts(slicePort("www", corev1.ProtocolTCP, 8080)))),
+				want:     want{},
+				problems: []string{`default/web: spec.ports[0].name: no EndpointSlice of family IPv4 has a TCP port with the name "http", so connections are refused: use the same name in both`},
+			},
+			{
+				name: "what is reported stays reported when another port comes", delta: services(newService("web", "10.96.0.1", ports(port("http", corev1.ProtocolTCP, 80), port("x", corev1.ProtocolTCP, 81)))),
+				want: want{"default/web:x IPv4": "10.96.0.1:81/TCP ->"},
+			},
+			{
+				name: "and is no news with the slices", delta: endpointSlices(newSlice("web-1", "web", eps("10.0.0.1 @n"), slicePorts(slicePort("x", corev1.ProtocolTCP, 8080)))),
+				want: want{"default/web:x IPv4": "10.96.0.1:81/TCP -> 10.0.0.1:8080"},
+			},
+		}},
 		{"a problem is reported once, and again when it comes back", []step{
 			{
 				name: "bad", delta: services(newService("web", "10.96.0.1", ports(port("http", "tpc", 80)))),
