@@ -82,7 +82,7 @@ const (
 // changes counts the objects of one sort that arrive.
 type changes struct {
 	total   prometheus.Counter
-	pending prometheus.Gauge
+	pending *prometheus.Desc
 	// waiting will be part of the next call to the dataplane, and later of the
 	// one after that.
 	waiting, later int
@@ -107,10 +107,10 @@ func New(options Options) *Metrics {
 	m.registry.MustRegister(
 		collectors.NewGoCollector(),
 		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
-		&scrape{m},
 	)
 	m.addKubeProxy()
 	m.addOwn()
+	m.registry.MustRegister(&scrape{m})
 	return m
 }
 
@@ -201,7 +201,7 @@ func (m *Metrics) changes(name, objects string) changes {
 	name = "sync_proxy_rules_" + name + "_changes_"
 	return changes{
 		total:   m.counters(kubeProxy, name+"total", objects+" that were new, changed or gone.").WithLabelValues(),
-		pending: m.gauges(kubeProxy, name+"pending", objects+" that arrived and are not in the kernel yet.").WithLabelValues(),
+		pending: prometheus.NewDesc(kubeProxy+"_"+name+"pending", objects+" that arrived and are not in the kernel yet.", nil, nil),
 	}
 }
 
@@ -215,12 +215,16 @@ func (m *Metrics) Registry() prometheus.Registerer { return m.registry }
 
 // Arrived counts Services and EndpointSlices that are new, changed or gone.
 func (m *Metrics) Arrived(services, endpointSlices int) {
-	inCall := !m.options.Status().CallSince.IsZero()
+	status := m.options.Status()
 	now := float64(time.Now().UnixMilli()) / 1000
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.serviceChanges.add(services, inCall)
-	m.endpointChanges.add(endpointSlices, inCall)
+	for c, n := range map[*changes]int{&m.serviceChanges: services, &m.endpointChanges: endpointSlices} {
+		if isIdle(status) {
+			c.waiting, c.later = 0, 0 // it was no change to the kernel
+		}
+		c.add(n, !status.CallSince.IsZero())
+	}
 	for _, f := range ipFamilies() {
 		m.lastQueued.WithLabelValues(f.String()).Set(now)
 	}
@@ -233,7 +237,11 @@ func (c *changes) add(n int, inCall bool) {
 	} else {
 		c.waiting += n
 	}
-	c.pending.Set(float64(c.waiting + c.later))
+}
+
+// isIdle reports whether nothing waits for the kernel, nor is on its way to it.
+func isIdle(status sync.Status) bool {
+	return status.PendingSince.IsZero() && status.CallSince.IsZero()
 }
 
 // called says that a call to the dataplane has ended.
@@ -242,7 +250,6 @@ func (c *changes) called(success bool) {
 		c.waiting = 0
 	}
 	c.waiting, c.later = c.waiting+c.later, 0
-	c.pending.Set(float64(c.waiting))
 }
 
 // Triggered says that endpoints of a Service have changed at a time that somebody
@@ -469,9 +476,9 @@ func describe() descriptions {
 }
 
 // Describe implements [prometheus.Collector].
-func (*scrape) Describe(ch chan<- *prometheus.Desc) {
+func (s *scrape) Describe(ch chan<- *prometheus.Desc) {
 	d := describe()
-	for _, desc := range []*prometheus.Desc{d.services, d.failing, d.failed, d.waiting, d.noLocal} {
+	for _, desc := range []*prometheus.Desc{d.services, d.failing, d.failed, d.waiting, d.noLocal, s.m.serviceChanges.pending, s.m.endpointChanges.pending} {
 		ch <- desc
 	}
 }
@@ -504,6 +511,13 @@ func (s *scrape) Collect(ch chan<- prometheus.Metric) {
 
 	s.m.mu.Lock()
 	defer s.m.mu.Unlock()
+	for _, c := range []changes{s.m.serviceChanges, s.m.endpointChanges} {
+		pending := c.waiting + c.later
+		if isIdle(status) {
+			pending = 0 // what came last was no change to the kernel
+		}
+		gauge(c.pending, float64(pending))
+	}
 	for _, p := range []policy{internal, external} {
 		count := map[dataplane.Family]int{}
 		for key := range s.m.noLocal[p] {

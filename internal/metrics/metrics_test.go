@@ -179,6 +179,18 @@ func TestChanges(t *testing.T) {
 		}
 	}
 	check("0", "0", "0", "0")
+	m.Arrived(5, 5) // no change to the kernel: there is no call
+	check("5", "0", "5", "0")
+	m = metrics.New(metrics.Options{Status: func() sync.Status { return status }})
+	m.Arrived(5, 0)
+	status.PendingSince = time.Now()
+	check("5", "5", "0", "0")
+	status.PendingSince = time.Time{}
+	m.Arrived(1, 0)
+	status.PendingSince = time.Now()
+	check("6", "1", "0", "0") // not those before, for which there was no call
+
+	m = metrics.New(metrics.Options{Status: func() sync.Status { return status }})
 	m.Arrived(2, 3)
 	check("2", "2", "3", "3")
 	status.CallSince = time.Now()
