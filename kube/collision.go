@@ -2,15 +2,85 @@ package kube
 
 import (
 	"fmt"
-	"slices"
+	"net/netip"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/types"
 
 	"fairlead/dataplane"
 )
 
-// collision says that s, as far as it is w, goes without the frontend f, which
-// is owner's.
-func collision(s *service, w *wanted, f dataplane.Frontend, owner claim) Problem {
-	p := Problem{Service: s.name, UID: s.object.UID, Field: claimField(s, w, f)}
+// collisions are the frontends that a Service goes without: thousands, where two
+// name the same external IPs and have many ports.
+type collisions struct {
+	// all are one for each field and owner, in the order in which they were found.
+	all  []collision
+	seen map[collisionKey]int
+}
+
+// collision is a frontend that belongs to somebody else, and how many more of one
+// field do.
+type collision struct {
+	want     *wanted
+	frontend dataplane.Frontend
+	owner    claim
+	more     int
+}
+
+// collisionKey says which field of a Service loses to which claim.
+type collisionKey struct {
+	kind dataplane.Kind
+	// addr is that of an external IP or load balancer, and port the index in
+	// spec.ports of a node port.
+	addr    netip.Addr
+	port    int
+	owner   *service
+	cluster bool // the owner's is a cluster IP
+}
+
+func (c *collisions) add(w *wanted, f dataplane.Frontend, owner claim) {
+	key := collisionKey{kind: w.key.Kind, port: -1, owner: owner.service, cluster: owner.kind == dataplane.ClusterIP}
+	switch {
+	case w.key.Kind == dataplane.NodePort, w.key.Kind == dataplane.ClusterIP && owner.service.name == keyName(w.key):
+		key.port = w.port
+	case w.key.Kind != dataplane.ClusterIP:
+		key.addr = f.Addr.Addr()
+	}
+	if i, ok := c.seen[key]; ok {
+		if w.key.Kind != dataplane.NodePort { // which is the same in both families
+			c.all[i].more++
+		}
+		return
+	}
+	if c.seen == nil {
+		c.seen = map[collisionKey]int{}
+	}
+	c.seen[key] = len(c.all)
+	c.all = append(c.all, collision{want: w, frontend: f, owner: owner})
+}
+
+func keyName(key dataplane.Key) types.NamespacedName {
+	return types.NamespacedName{Namespace: key.Namespace, Name: key.Name}
+}
+
+// problems says that s goes without these.
+func (c *collisions) problems(s *service) []Problem {
+	problems := make([]Problem, 0, len(c.all))
+	fields := fieldsOf(s.object)
+	for _, l := range c.all {
+		p := l.problem(s, fields)
+		if l.more > 0 {
+			p.Message += fmt.Sprintf(" (the same goes for %d more of its address and port pairs)", l.more)
+		}
+		problems = append(problems, p)
+	}
+	return problems
+}
+
+// problem says that s goes without the frontend.
+func (c *collision) problem(s *service, fields addressFields) Problem {
+	w, f, owner := c.want, c.frontend, c.owner
+	p := Problem{Service: s.name, UID: s.object.UID, Field: fields.of(w, f)}
 	if owner.service == s {
 		p.Message = ownCollision(s, w, f, owner)
 		if owner.kind == dataplane.ClusterIP && w.key.Kind == dataplane.ClusterIP {
@@ -49,24 +119,37 @@ func ownCollision(s *service, w *wanted, f dataplane.Frontend, owner claim) stri
 	return fmt.Sprintf("%s is already port %q of this Service: use another port", f, name)
 }
 
-// claimField returns the field that the claim of w for f comes from.
-func claimField(s *service, w *wanted, f dataplane.Frontend) string {
-	is := func(text string) bool {
-		addr, err := parseAddr(text)
-		return err == nil && addr == f.Addr.Addr()
+// addressFields has, by address, the indices in spec.externalIPs and in
+// status.loadBalancer.ingress.
+type addressFields struct{ external, balancer map[netip.Addr]int }
+
+func fieldsOf(svc *corev1.Service) addressFields {
+	f := addressFields{external: map[netip.Addr]int{}, balancer: map[netip.Addr]int{}}
+	note := func(fields map[netip.Addr]int, text string, i int) {
+		if addr, err := parseAddr(text); err == nil {
+			if _, ok := fields[addr]; !ok {
+				fields[addr] = i
+			}
+		}
 	}
+	for i, text := range svc.Spec.ExternalIPs {
+		note(f.external, text, i)
+	}
+	for i := range svc.Status.LoadBalancer.Ingress {
+		note(f.balancer, svc.Status.LoadBalancer.Ingress[i].IP, i)
+	}
+	return f
+}
+
+// of returns the field that the claim of w for f comes from.
+func (a addressFields) of(w *wanted, f dataplane.Frontend) string {
 	switch w.key.Kind {
 	case dataplane.NodePort:
 		return index("spec.ports", w.port, ".nodePort")
 	case dataplane.ExternalIP:
-		return index("spec.externalIPs", slices.IndexFunc(s.object.Spec.ExternalIPs, is), "")
+		return index("spec.externalIPs", a.external[f.Addr.Addr()], "")
 	case dataplane.LoadBalancer:
-		ingress := s.object.Status.LoadBalancer.Ingress
-		for i := range ingress {
-			if is(ingress[i].IP) {
-				return index("status.loadBalancer.ingress", i, ".ip")
-			}
-		}
+		return index("status.loadBalancer.ingress", a.balancer[f.Addr.Addr()], ".ip")
 	case dataplane.ClusterIP:
 	}
 	return "spec.clusterIP"

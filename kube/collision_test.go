@@ -1,6 +1,8 @@
 package kube
 
 import (
+	"fmt"
+	"runtime"
 	"slices"
 	"testing"
 	"time"
@@ -192,4 +194,53 @@ func TestTooManyEndpoints(t *testing.T) {
 		name: "66,000", delta: d, want: want{},
 		problems: []string{"default/web: spec.ports[0]: not served: invalid Service default/web:http IPv4: 66000 endpoints, want at most 65535"},
 	}})
+}
+
+// claimants returns two Services that claim the same n external IPs with 20 ports
+// each.
+func claimants(n int) Delta {
+	var ips []string
+	for i := range n {
+		ips = append(ips, addrOf(192, i))
+	}
+	var list []corev1.ServicePort
+	for i := range 20 {
+		list = append(list, port(fmt.Sprint("p", i), corev1.ProtocolTCP, int32(80+i)))
+	}
+	return Delta{Services: []*corev1.Service{
+		newService("old", "10.96.0.1", age(time.Hour), ports(list...), externalIPs(ips...)),
+		newService("new", "10.96.0.2", age(0), ports(list...), externalIPs(ips...)),
+	}}
+}
+
+// TestCollisionsAreLinear says that the work for a frontend that is lost does not
+// grow with the number of those lost, as far as it takes memory, and that people
+// are not told thousands of times. It is not parallel, as it counts what the
+// whole process allocates.
+func TestCollisionsAreLinear(t *testing.T) { //nolint:paralleltest // see above
+	each := func(n int) uint64 {
+		d := claimants(n)
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		got := NewTracker(Options{}).Apply(d)
+		runtime.ReadMemStats(&after)
+		if len(got.Changes) != 60 || len(got.Problems) != maxProblems+1 {
+			t.Fatalf("%d external IPs: %d changes and %d problems, want 60 and %d", n, len(got.Changes), len(got.Problems), maxProblems+1)
+		}
+		if n := len(got.Problems); got.Problems[0].Field != "spec" || got.Problems[n-1].Field == "spec" {
+			t.Errorf("problems %v", problemTexts(got.Problems))
+		}
+		return (after.TotalAlloc - before.TotalAlloc) / uint64(20*n)
+	}
+	if few, many := each(50), each(1000); many > 3*few {
+		t.Errorf("%d bytes a frontend of 1,000, and %d of 20,000", few, many)
+	}
+}
+
+// BenchmarkCollisions measures two Services that claim the same 20,000 frontends.
+func BenchmarkCollisions(b *testing.B) {
+	d := claimants(1000)
+	for b.Loop() {
+		NewTracker(Options{}).Apply(d)
+	}
 }

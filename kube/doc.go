@@ -72,7 +72,30 @@
 // (CVE-2020-8554). Then it goes to the Service with the oldest
 // creationTimestamp, then to the first by namespace and name, then to the first
 // port in the Service. The others go without this one frontend, are reported,
-// and take over when the owner goes. With kube-proxy the last one wins.
+// once for each field and owner, and take over when the owner goes. With
+// kube-proxy the last one wins.
+//
+// # Problems
+//
+// A [Problem] is reported when it comes up, and stays until it is gone. Of one
+// Service at most 20 are named, and the number of the others.
+//
+// A port that no EndpointSlice knows, although there are slices with endpoints,
+// is one once a slice of the Service was delivered in the same Delta as the last
+// change of the Service's ports, or in a later one: before, the slice that the
+// controller writes because of the change may be on its way.
+//
+// # Other differences from kube-proxy
+//
+//   - Loopback, link-local and multicast addresses are refused as endpoints and
+//     external IPs, as the API server refuses new ones: they would let a Service
+//     reach into the node, or take what the node itself uses.
+//   - A port with more than 65,535 endpoints is not served, but reported: it is
+//     what the dataplane can hold.
+//   - Where --nodeport-addresses names networks of one family, the other has no
+//     node ports; and addresses inside a ServiceCIDR, which another proxy may have
+//     left on an interface, are never among those that networks, or all, stand for.
+//   - Health-check node ports count as said below.
 //
 // # Health-check node ports
 //

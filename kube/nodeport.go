@@ -16,11 +16,13 @@ type NodePortAddresses struct {
 	Primary bool
 	// Localhost are the loopback addresses.
 	Localhost bool
-	// All are all but loopback and link-local ones.
+	// All are all but loopback and link-local ones, and those inside a
+	// ServiceCIDR, unlike with kube-proxy.
 	All bool
 	// CIDRs are networks that the addresses lie in. Loopback and link-local
 	// addresses are among them only where the network has no others. Unlike
-	// with kube-proxy, a family of which there is no network has no node ports.
+	// with kube-proxy, a family of which there is no network has no node ports,
+	// and addresses inside a ServiceCIDR are not among them.
 	CIDRs []netip.Prefix
 }
 

@@ -8,7 +8,8 @@ import (
 )
 
 // Problem says that a Service does not get what its objects ask for, and what
-// to do about it. Problems are comparable.
+// to do about it. Problems are comparable. The package says when a port that no
+// EndpointSlice knows is one, and how many of a Service are named.
 type Problem struct {
 	// Service is the Service that is affected, and UID its metadata.uid.
 	Service types.NamespacedName

@@ -78,22 +78,18 @@ func (t *Tracker) settle(s *service, d demand, result *Result) {
 	programmed := make([]*dataplane.Service, len(d.wants))
 	disputed := s.loses || s.disputed == t.round
 	s.loses = false
+	var lost collisions
+	programmedBefore := byKey(s.programmed)
 	for i := range d.wants {
 		w := &d.wants[i]
 		frontends := w.frontends
 		if disputed {
-			for _, f := range w.frontends {
-				if owner := t.claims.owners[f]; owner != (claim{service: s, port: w.port, kind: w.key.Kind}) {
-					s.loses = true
-					frontends = without(frontends, f)
-					problems = append(problems, collision(s, w, f, owner))
-				}
-			}
+			frontends = t.granted(s, w, &lost)
 		}
 		if len(frontends) == 0 {
 			continue
 		}
-		svc, err := s.share(w, i).programmed(frontends, find(s.programmed, w.key, i))
+		svc, err := s.share(w, i, programmedBefore).programmed(frontends, programmedBefore(w.key, i))
 		if err != nil {
 			problems = append(problems, Problem{
 				Service: s.name, UID: s.object.UID,
@@ -104,13 +100,18 @@ func (t *Tracker) settle(s *service, d demand, result *Result) {
 		}
 		programmed[i] = svc
 	}
+	if len(lost.all) > 0 {
+		s.loses = true
+		problems = append(problems, lost.problems(s)...)
+	}
+	programmedNow := byKey(programmed)
 	for i, svc := range programmed {
-		if svc != nil && svc != find(s.programmed, svc.Key, i) {
+		if svc != nil && svc != programmedBefore(svc.Key, i) {
 			result.change(svc.Key, svc)
 		}
 	}
 	for i, old := range s.programmed {
-		if old != nil && find(programmed, old.Key, i) == nil {
+		if old != nil && programmedNow(old.Key, i) == nil {
 			result.change(old.Key, nil)
 		}
 	}
@@ -140,12 +141,24 @@ func (s *service) lasting(ports []unmatched, problems []Problem) []Problem {
 	return problems
 }
 
-// without returns a copy of frontends that lacks f.
-func without(frontends []dataplane.Frontend, f dataplane.Frontend) []dataplane.Frontend {
-	kept := make([]dataplane.Frontend, 0, len(frontends)-1)
-	for _, other := range frontends {
-		if other != f {
-			kept = append(kept, other)
+// granted returns the frontends of w that s owns, and notes the others.
+func (t *Tracker) granted(s *service, w *wanted, lost *collisions) []dataplane.Frontend {
+	mine := claim{service: s, port: w.port, kind: w.key.Kind}
+	n := 0
+	for _, f := range w.frontends {
+		if owner := t.claims.owners[f]; owner == mine {
+			n++
+		} else {
+			lost.add(w, f, owner)
+		}
+	}
+	if n == len(w.frontends) || n == 0 {
+		return w.frontends[:n]
+	}
+	kept := make([]dataplane.Frontend, 0, n)
+	for _, f := range w.frontends {
+		if t.claims.owners[f] == mine {
+			kept = append(kept, f)
 		}
 	}
 	return kept
@@ -167,20 +180,23 @@ func (w *wanted) programmed(frontends []dataplane.Frontend, old *dataplane.Servi
 
 // share replaces the lists of w, which is the i-th want, by equal ones that
 // something of the port has already, so that each is in memory once.
-func (s *service) share(w *wanted, i int) *wanted {
-	have := func(old *dataplane.Service) bool {
-		return old != nil && old.Key.Family == w.key.Family && old.Key.Port == w.key.Port
+func (s *service) share(w *wanted, i int, before func(dataplane.Key, int) *dataplane.Service) *wanted {
+	var others [len(allKinds{})]*dataplane.Service
+	for n, kind := range kinds() {
+		key := w.key
+		key.Kind = kind
+		others[n] = before(key, i)
 	}
 	shared := func(list []dataplane.Endpoint) []dataplane.Endpoint {
 		if len(list) == 0 {
 			return nil
 		}
-		if i < len(s.programmed) && have(s.programmed[i]) && slices.Equal(s.programmed[i].Endpoints, list) {
-			return s.programmed[i].Endpoints
+		if old := before(w.key, i); old != nil && slices.Equal(old.Endpoints, list) {
+			return old.Endpoints
 		}
-		for _, old := range s.programmed {
+		for _, old := range others {
 			switch {
-			case !have(old):
+			case old == nil:
 			case slices.Equal(old.Endpoints, list):
 				return old.Endpoints
 			case slices.Equal(old.LocalEndpoints, list):
@@ -192,8 +208,8 @@ func (s *service) share(w *wanted, i int) *wanted {
 	w.treatment.Endpoints = shared(w.treatment.Endpoints)
 	w.treatment.LocalEndpoints = shared(w.treatment.LocalEndpoints)
 	if len(w.serving) > 0 {
-		for _, old := range s.programmed {
-			if have(old) && slices.Equal(old.Serving, w.serving) {
+		for _, old := range others {
+			if old != nil && slices.Equal(old.Serving, w.serving) {
 				w.serving = old.Serving
 				break
 			}
@@ -202,11 +218,21 @@ func (s *service) share(w *wanted, i int) *wanted {
 	return w
 }
 
+// maxProblems is how many problems of a Service are named.
+const maxProblems = 20
+
 // report replaces the problems of s and adds those that it had not before to
 // result.
 func (s *service) report(problems []Problem, result *Result) {
 	slices.SortFunc(problems, Problem.Compare)
 	problems = slices.Compact(problems)
+	if n := len(problems) - maxProblems; n > 0 {
+		problems = append(slices.Clone(problems[:maxProblems]), Problem{
+			Service: s.name, UID: problems[0].UID, Field: "spec",
+			Message: fmt.Sprintf("and %d more problems: they are named when some of the others are solved", n),
+		})
+		slices.SortFunc(problems, Problem.Compare)
+	}
 	for _, p := range problems {
 		if _, ok := slices.BinarySearchFunc(s.problems, p, Problem.Compare); !ok {
 			result.Problems = append(result.Problems, p)
@@ -233,15 +259,30 @@ func (r *Result) check(name types.NamespacedName, check HealthCheck) {
 	r.HealthChecks[name] = &check
 }
 
-// find returns the Service of a key, which most likely is at index i.
-func find(services []*dataplane.Service, key dataplane.Key, i int) *dataplane.Service {
-	if i < len(services) && services[i] != nil && services[i].Key == key {
-		return services[i]
-	}
-	for _, s := range services {
-		if s != nil && s.Key == key {
-			return s
+// byKey returns a function that finds the Service of a key, which most likely is
+// at index i.
+func byKey(services []*dataplane.Service) func(key dataplane.Key, i int) *dataplane.Service {
+	var all map[dataplane.Key]*dataplane.Service
+	return func(key dataplane.Key, i int) *dataplane.Service {
+		if i < len(services) && services[i] != nil && services[i].Key == key {
+			return services[i]
 		}
+		if len(services) <= few*len(allKinds{}) {
+			for _, s := range services {
+				if s != nil && s.Key == key {
+					return s
+				}
+			}
+			return nil
+		}
+		if all == nil {
+			all = make(map[dataplane.Key]*dataplane.Service, len(services))
+			for _, s := range services {
+				if s != nil {
+					all[s.Key] = s
+				}
+			}
+		}
+		return all[key]
 	}
-	return nil
 }
