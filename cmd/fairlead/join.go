@@ -205,9 +205,18 @@ func (j *join) looked(l conntrack.Look) {
 }
 
 // progress says how far the dataplane is: a call that lasts counts as waiting as
-// changes do, and so does one that fails again and again.
+// changes do, and so does one that fails again and again. Until the first has
+// succeeded only the latter counts, as the list, and all that is in it, may take
+// its time.
 func (j *join) progress() health.Progress {
 	status := j.syncer.Status()
+	if status.LastSuccess.IsZero() {
+		var p health.Progress
+		if failing := j.failing.Load(); failing != nil {
+			p.WaitingSince = *failing
+		}
+		return p
+	}
 	p := health.Progress{LastSuccess: status.LastSuccess, WaitingSince: status.PendingSince}
 	for _, at := range []*time.Time{&status.CallSince, j.failing.Load()} {
 		if at != nil && !at.IsZero() && (p.WaitingSince.IsZero() || at.Before(p.WaitingSince)) {

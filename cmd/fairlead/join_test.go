@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -88,10 +89,18 @@ func TestProgress(t *testing.T) {
 	t.Parallel()
 	j := newJoin(slog.New(slog.DiscardHandler))
 	at := func(minute int) time.Time { return time.Date(2026, 1, 1, 0, minute, 0, 0, time.UTC) }
+	// Before the first attempt, nothing counts: the list may take its time.
+	j.syncer.Update(map[dataplane.Key]*dataplane.Service{{Name: "x"}: nil})
+	if got := j.progress().WaitingSince; !got.IsZero() {
+		t.Errorf("before the first attempt: waiting since %s", got)
+	}
+	j = newJoin(j.log)
 	steps := []struct {
 		commit sync.Commit
 		want   time.Time
 	}{
+		{sync.Commit{Start: at(0), End: at(1), Err: errors.New("no")}, at(0)},
+		{sync.Commit{Start: at(0), End: at(1), Err: errors.New("no")}, at(0)},
 		{sync.Commit{Start: at(0), End: at(1)}, time.Time{}},
 		{sync.Commit{Start: at(2), End: at(3), Err: errors.New("no")}, at(2)},
 		{sync.Commit{Start: at(4), End: at(5), Err: errors.New("no")}, at(2)},
@@ -104,7 +113,18 @@ func TestProgress(t *testing.T) {
 			t.Errorf("after step %d: waiting since %s, want %s", i, got, step.want)
 		}
 	}
-	// A change that was handed over before goes before.
+	// Once a call has succeeded, changes count as well.
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- j.syncer.Run(ctx) }()
+	j.syncer.ListComplete()
+	if err := j.syncer.WaitSynced(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	cancel()
+	if err := <-ended; err != nil {
+		t.Fatal(err)
+	}
 	before := time.Now()
 	j.syncer.Update(map[dataplane.Key]*dataplane.Service{{Name: "x"}: nil})
 	j.committed(sync.Commit{})

@@ -46,15 +46,13 @@ func NewProxy(options ProxyOptions) *Proxy {
 	return &Proxy{options}
 }
 
-// Healthy reports whether nothing has waited for too long. It is true until the
-// kernel is programmed for the first time.
+// Healthy reports whether nothing has waited for too long.
 func (p *Proxy) Healthy() bool {
 	return p.healthy(p.options.Progress(), time.Now())
 }
 
 func (p *Proxy) healthy(progress Progress, now time.Time) bool {
-	return progress.LastSuccess.IsZero() || progress.WaitingSince.IsZero() ||
-		now.Sub(progress.WaitingSince) < p.options.Timeout
+	return progress.WaitingSince.IsZero() || now.Sub(progress.WaitingSince) < p.options.Timeout
 }
 
 // answer is what /healthz and /livez say, with the fields and the order of

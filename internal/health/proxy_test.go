@@ -31,7 +31,8 @@ func TestProxyStatus(t *testing.T) {
 		healthz, livez   int
 	}{
 		{"before the first success", -1, -1, true, 200, 200},
-		{"long before the first success", -1, time.Hour, true, 200, 200},
+		{"just in time for the first success", -1, time.Minute - 1, true, 200, 200},
+		{"late for the first success", -1, time.Minute, true, 503, 503},
 		{"before the first success, not eligible", -1, -1, false, 503, 200},
 		{"nothing to do for long", time.Hour, -1, true, 200, 200},
 		{"just in time", time.Hour, time.Minute - 1, true, 200, 200},
