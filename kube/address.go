@@ -20,10 +20,9 @@ type addrSet struct {
 	more map[netip.Addr]struct{}
 }
 
-// add reports whether the address is new.
-func (s *addrSet) add(a netip.Addr) bool {
+func (s *addrSet) add(a netip.Addr) {
 	if s.has(a) {
-		return false
+		return
 	}
 	s.list = append(s.list, a)
 	switch {
@@ -35,7 +34,6 @@ func (s *addrSet) add(a netip.Addr) bool {
 			s.more[a] = struct{}{}
 		}
 	}
-	return true
 }
 
 func (s *addrSet) has(a netip.Addr) bool {
