@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"iter"
 	"log/slog"
+	"math"
 	"net"
 	"net/netip"
 	"os"
@@ -107,7 +108,7 @@ func (p *parser) whole(name string, least, most int64) int64 {
 
 func (p *parser) float(name string) float32 {
 	value, err := strconv.ParseFloat(cmp.Or(p.text(name), "0"), 32)
-	if err != nil {
+	if err != nil || math.IsNaN(value) || math.IsInf(value, 0) {
 		p.fail(name, "%q is not a number: write it as 5 or 2.5", p.text(name))
 	}
 	return float32(value)

@@ -175,6 +175,9 @@ func TestWrongUse(t *testing.T) {
 		{"port", []string{"run", folder, "--healthz-port=65536"}, "fairlead: --healthz-port: \"65536\" is not an integer from 0 to 65535\n"},
 		{"no port", []string{"run", folder, "--metrics-port=-1"}, "fairlead: --metrics-port: \"-1\" is not an integer from 0 to 65535\n"},
 		{"neither true nor false", []string{"run", folder, "--masquerade-all=maybe"}, "fairlead: --masquerade-all: \"maybe\" is neither true nor false\n"},
+		{"rate that is none", []string{"run", folder, "--kube-api-qps=NaN"}, "fairlead: --kube-api-qps: \"NaN\" is not a number: write it as 5 or 2.5\n"},
+		{"rate without end", []string{"run", folder, "--kube-api-qps=+Inf"}, "fairlead: --kube-api-qps: \"+Inf\" is not a number: write it as 5 or 2.5\n"},
+		{"rate that is too large", []string{"run", folder, "--kube-api-qps=1e39"}, "fairlead: --kube-api-qps: \"1e39\" is not a number: write it as 5 or 2.5\n"},
 		{"rate", []string{"run", folder, "--kube-api-qps=fast"}, "fairlead: --kube-api-qps: \"fast\" is not a number: write it as 5 or 2.5\n"},
 		{"burst", []string{"run", folder, "--kube-api-burst=-1"}, "fairlead: --kube-api-burst: \"-1\" is not an integer from 0 to 2147483647\n"},
 

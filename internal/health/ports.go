@@ -286,18 +286,15 @@ func (p *Ports) report(ctx context.Context, service Service, port uint16, err er
 
 func (p *Ports) newServer(service Service, port uint16) *server {
 	s := &server{port: port, listeners: map[netip.Addr]*listener{}}
-	s.http = &http.Server{
-		ReadHeaderTimeout: headerTimeout,
-		Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-			endpoints, healthy := s.endpoints.Load(), p.options.Healthy()
-			status := http.StatusServiceUnavailable
-			if endpoints != 0 && healthy {
-				status = http.StatusOK
-			}
-			w.Header().Set("X-Load-Balancing-Endpoint-Weight", strconv.FormatInt(endpoints, 10))
-			writeJSON(w, status, portBody(service, endpoints, healthy))
-		}),
-	}
+	s.http = newServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		endpoints, healthy := s.endpoints.Load(), p.options.Healthy()
+		status := http.StatusServiceUnavailable
+		if endpoints != 0 && healthy {
+			status = http.StatusOK
+		}
+		w.Header().Set("X-Load-Balancing-Endpoint-Weight", strconv.FormatInt(endpoints, 10))
+		writeJSON(w, status, portBody(service, endpoints, healthy))
+	}))
 	return s
 }
 

@@ -13,9 +13,18 @@ import (
 // RetryPeriod is the time between attempts to listen, as kube-proxy has it.
 const RetryPeriod = 5 * time.Second
 
-// headerTimeout bounds how long a client may take to send a request's header,
-// so that connections that say nothing don't pile up.
-const headerTimeout = 30 * time.Second
+// Connections that say nothing must not pile up.
+const (
+	// readTimeout bounds how long a client may take to send a request.
+	readTimeout = 30 * time.Second
+	// idleTimeout bounds how long it may take until its next request, if there
+	// is one: longer than most intervals between scrapes and probes.
+	idleTimeout = 2 * time.Minute
+)
+
+func newServer(handler http.Handler) *http.Server {
+	return &http.Server{Handler: handler, ReadHeaderTimeout: readTimeout, ReadTimeout: readTimeout, IdleTimeout: idleTimeout}
+}
 
 // ListenFunc is [net.ListenConfig.Listen].
 type ListenFunc func(ctx context.Context, network, address string) (net.Listener, error)
@@ -40,7 +49,9 @@ type ServeOptions struct {
 	Logger *slog.Logger
 }
 
-// Serve answers HTTP requests. It blocks until ctx is done, closes all
+// Serve answers HTTP requests. The context of a request ends when it has gone on
+// for 30 seconds, unless its handler lifts the read deadline, see
+// [http.ResponseController]. Serve blocks until ctx is done, closes all
 // connections, and returns nil; or returns an error early if HardFail is set.
 func Serve(ctx context.Context, options ServeOptions) error {
 	log := options.Logger
@@ -76,7 +87,7 @@ func serve(ctx context.Context, options ServeOptions) error {
 	if err != nil {
 		return fmt.Errorf("listen on %s: %w", options.Address, err)
 	}
-	server := &http.Server{Handler: options.Handler, ReadHeaderTimeout: headerTimeout}
+	server := newServer(options.Handler)
 	stop := context.AfterFunc(ctx, func() { _ = server.Close() })
 	defer stop()
 	if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {

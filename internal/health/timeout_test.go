@@ -1,0 +1,73 @@
+package health_test
+
+import (
+	"context"
+	"io"
+	"net"
+	"net/http"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"fairlead/internal/health"
+)
+
+// pipes is a listener in memory.
+type pipes struct {
+	silent
+
+	conns chan net.Conn
+}
+
+func (p pipes) Accept() (net.Conn, error) {
+	select {
+	case conn := <-p.conns:
+		return conn, nil
+	case <-p.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+func (pipes) Addr() net.Addr { return &net.TCPAddr{} }
+
+// Clients that say nothing, or not all, are left after a while.
+func TestServeLeavesSilentClients(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		name, request string
+		want          time.Duration
+	}{
+		{"nothing", "", 30 * time.Second},
+		{"half a header", "GET / HTTP/1.1\r\nHost:", 30 * time.Second},
+		{"half a body", "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nhalf", 30 * time.Second},
+		{"a whole request, and no other", "GET / HTTP/1.1\r\nHost: x\r\n\r\n", 2 * time.Minute},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				listener := pipes{newSilent(), make(chan net.Conn)}
+				ctx, cancel := context.WithCancel(t.Context())
+				done := make(chan error, 1)
+				go func() {
+					done <- health.Serve(ctx, health.ServeOptions{
+						Handler: http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { _, _ = io.Copy(io.Discard, r.Body) }),
+						Listen:  func(context.Context, string, string) (net.Listener, error) { return listener, nil },
+					})
+				}()
+				client, server := net.Pipe()
+				began := time.Now()
+				listener.conns <- server
+				go func() { _, _ = io.WriteString(client, test.request) }()
+				_, _ = io.Copy(io.Discard, client)
+				// The server may wait half a second for the client to go first.
+				if took := time.Since(began); took < test.want || took > test.want+time.Second {
+					t.Errorf("left after %s, want %s", took, test.want)
+				}
+				cancel()
+				if err := <-done; err != nil {
+					t.Errorf("Serve ended with: %v", err)
+				}
+			})
+		})
+	}
+}
