@@ -36,14 +36,19 @@ func tinyServer(r *http.Request) (*http.Response, error) {
 		response.Body = reader
 		return response, nil
 	}
+	group, name := kindOf(r)
+	return answer(r, http.StatusOK, fmt.Sprintf(
+		`{"kind":"%sList","apiVersion":%q,"metadata":{"resourceVersion":"5"},"items":[{"metadata":{"name":"a","resourceVersion":"4"}}]}`, name, group)), nil
+}
+
+// kindOf returns the API version and the kind that a request asks for.
+func kindOf(r *http.Request) (group, name string) {
 	kind := map[string]string{
 		"services": "v1 Service", "nodes": "v1 Node",
 		"endpointslices": "discovery.k8s.io/v1 EndpointSlice", "servicecidrs": "networking.k8s.io/v1 ServiceCIDR",
 	}[resourceOf(r)]
-	var group, name string
 	_, _ = fmt.Sscan(kind, &group, &name)
-	return answer(r, http.StatusOK, fmt.Sprintf(
-		`{"kind":"%sList","apiVersion":%q,"metadata":{"resourceVersion":"5"},"items":[{"metadata":{"name":"a","resourceVersion":"4"}}]}`, name, group)), nil
+	return group, name
 }
 
 // run runs a Source in a bubble of synctest, which ends only when all that it has
@@ -138,8 +143,8 @@ func TestServiceCIDRsComeLater(t *testing.T) {
 			t.Errorf("%d Deltas after ServiceCIDRs are served, want 2", deltas.Load())
 		}
 		stop()
-		if n := log.count("level="); n != 1 {
-			t.Errorf("%d lines of log, want 1:\n%s", n, log.text.String())
+		if n := log.count("level="); n != 2 {
+			t.Errorf("%d lines of log, want that they can't be read, and that they can:\n%s", n, log.text.String())
 		}
 	})
 }

@@ -60,3 +60,25 @@ func load(kubeconfig, master string) (*rest.Config, error) {
 	}
 	return config, nil
 }
+
+// credentials says what proves to the server who asks, without any secret.
+func credentials(config *rest.Config) string {
+	switch {
+	case config.ExecProvider != nil:
+		return "of the command " + config.ExecProvider.Command
+	case config.AuthProvider != nil:
+		return "of the provider " + config.AuthProvider.Name
+	case config.BearerTokenFile != "":
+		return "token in " + config.BearerTokenFile
+	case config.BearerToken != "":
+		return "token"
+	case config.Username != "":
+		return "password of " + config.Username
+	case config.CertFile != "":
+		return "client certificate in " + config.CertFile
+	case len(config.CertData) > 0:
+		return "client certificate"
+	default:
+		return "none"
+	}
+}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"net/http"
+	"net/url"
 	"sync"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -14,48 +15,73 @@ import (
 // what it refuses: once, and not at every attempt.
 type contact struct {
 	log *slog.Logger
+	// credentials says what proves to the server who asks.
+	credentials string
 
 	mu sync.Mutex
-	// away has the kinds whose last attempt got no answer.
+	// away has the kinds whose last attempt got no answer, or none of use.
 	away map[kind]bool
-	// refused has what the server refuses.
-	refused map[request]bool
+	// told has what was said of it since then.
+	told map[string]bool
+	// unknown has the kinds for which the server does not know who asks.
+	unknown map[kind]bool
+	// refused has the verb that the server refuses to those whom it knows.
+	refused map[kind]string
 }
 
-type request struct {
-	kind kind
-	verb string
-}
-
-func newContact(log *slog.Logger) *contact {
-	return &contact{log: log, away: map[kind]bool{}, refused: map[request]bool{}}
+func newContact(log *slog.Logger, credentials string) *contact {
+	return &contact{
+		log: log, credentials: credentials,
+		away: map[kind]bool{}, told: map[string]bool{}, unknown: map[kind]bool{}, refused: map[kind]string{},
+	}
 }
 
 // heard takes what an attempt ended in.
 func (c *contact) heard(ctx context.Context, k kind, verb string, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	r := request{k, verb}
 	switch {
+	case apierrors.IsUnauthorized(err):
+		c.back(ctx, k)
+		if len(c.unknown) == 0 {
+			c.log.WarnContext(ctx, "API server does not accept the credentials; what is programmed stays. "+
+				"Check the token or client certificate of the kubeconfig's user, or of the pod's ServiceAccount",
+				"credentials", c.credentials, "error", err)
+		}
+		c.unknown[k] = true
 	case refusal(err):
 		c.back(ctx, k)
-		if !c.refused[r] {
-			c.refused[r] = true
+		c.known(ctx, k)
+		if c.refused[k] == "" {
+			c.refused[k] = verb
 			c.log.WarnContext(ctx, "API server refuses a request; what is programmed stays. "+
 				"Allow list and watch of services, endpointslices.discovery.k8s.io and nodes",
 				"verb", verb, "resource", string(k), "error", err)
 		}
 	case err == nil || isExpired(err):
 		c.back(ctx, k)
-		if c.refused[r] {
-			delete(c.refused, r)
+		c.known(ctx, k)
+		// Who may only list lists again and again, and that is no news. Who may
+		// watch has the list already, or in the same stream.
+		if refused := c.refused[k]; refused != "" && (verb == verbWatch || verb == refused) {
+			delete(c.refused, k)
 			c.log.InfoContext(ctx, "API server allows a request that it had refused", "verb", verb, "resource", string(k))
 		}
 	default:
-		if len(c.away) == 0 {
-			c.log.WarnContext(ctx, "API server can't be reached; what is programmed stays", "error", err)
-		}
-		c.away[k] = true
+		c.trouble(ctx, k, err)
+	}
+}
+
+// trouble notes that there was no answer, or none of use.
+func (c *contact) trouble(ctx context.Context, k kind, err error) {
+	c.away[k] = true
+	message := "API server does not answer as it should; what is programmed stays"
+	if _, ok := errors.AsType[*url.Error](err); ok {
+		message = "API server can't be reached; what is programmed stays"
+	}
+	if !c.told[message] {
+		c.told[message] = true
+		c.log.WarnContext(ctx, message, "error", err)
 	}
 }
 
@@ -66,19 +92,39 @@ func (c *contact) back(ctx context.Context, k kind) {
 	}
 	delete(c.away, k)
 	if len(c.away) == 0 {
+		clear(c.told)
 		c.log.InfoContext(ctx, "API server is back")
 	}
 }
 
-// refusal reports whether the server does not serve this, or not to us. Trying
-// again soon is of no use then.
+// known notes that the server knows who asks.
+func (c *contact) known(ctx context.Context, k kind) {
+	if !c.unknown[k] {
+		return
+	}
+	delete(c.unknown, k)
+	if len(c.unknown) == 0 {
+		c.log.InfoContext(ctx, "API server accepts the credentials again")
+	}
+}
+
+// without notes that the server refuses the kind and that this is as well.
+func (c *contact) without(ctx context.Context, k kind) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.back(ctx, k)
+	c.known(ctx, k)
+}
+
+// refusal reports whether the server does not serve this, or not to us, whom it
+// knows. Trying again soon is of no use then.
 func refusal(err error) bool {
 	status, ok := errors.AsType[*apierrors.StatusError](err)
 	if !ok {
 		return false
 	}
 	switch status.ErrStatus.Code {
-	case http.StatusBadRequest, http.StatusUnauthorized, http.StatusForbidden, http.StatusNotFound,
+	case http.StatusBadRequest, http.StatusForbidden, http.StatusNotFound,
 		http.StatusMethodNotAllowed, http.StatusNotAcceptable, http.StatusUnprocessableEntity:
 		return true
 	default:

@@ -32,6 +32,9 @@ const (
 	// server that starts can refuse what it allows a moment later.
 	refusedRetryMin = 30 * time.Second
 	refusedRetryMax = 10 * time.Minute
+
+	verbList  = "list"
+	verbWatch = "watch"
 )
 
 // Options say which API server to follow, and for which node.
@@ -76,7 +79,7 @@ func New(opts Options) (*Source, error) {
 		clients:  clients,
 		trimmer:  newTrimmer(),
 		box:      newMailbox(),
-		contact:  newContact(log),
+		contact:  newContact(log, credentials(opts.Config)),
 	}, nil
 }
 
@@ -158,8 +161,9 @@ type list struct {
 	store cache.TransformingStore
 	src   *Source
 	// refused, if not nil, is told that the server does not serve the kind, or
-	// not to us: then there is nothing to wait for.
+	// not to us: then there is nothing to wait for. watched is told that it does.
 	refused func(error)
+	watched func()
 }
 
 func (s *Source) kinds() []*list {
@@ -205,18 +209,29 @@ func (l *list) follow(ctx context.Context) {
 	}
 	// Clusters older than 1.33 have no ServiceCIDRs, and a role made for
 	// kube-proxy may not allow to read them.
-	told := false
+	told, read := false, false
 	for delay := refusedRetryMin; ; delay = min(2*delay, refusedRetryMax) {
 		attemptCtx, cancel := context.WithCancel(ctx)
 		attempt := *l
 		attempt.refused = func(err error) {
-			if !told {
-				told = true
+			switch {
+			case told:
+			case read:
+				l.src.log.WarnContext(ctx, "ServiceCIDRs can no longer be read, so what they were stays; "+
+					"allow list and watch of servicecidrs.networking.k8s.io", "error", err)
+			default:
 				l.src.log.InfoContext(ctx, "ServiceCIDRs can't be read, so connections to addresses of no Service are not dropped; "+
 					"a cluster since 1.33 serves them to who may list and watch servicecidrs of networking.k8s.io", "error", err)
 			}
+			told = true
 			l.src.box.complete(l.kind)
 			cancel()
+		}
+		attempt.watched = func() {
+			if told {
+				l.src.log.InfoContext(ctx, "ServiceCIDRs can be read now")
+			}
+			told, read, delay = false, true, refusedRetryMin
 		}
 		attempt.reflect(attemptCtx)
 		cancel()
@@ -296,7 +311,7 @@ func (l *list) list(ctx context.Context, opts metav1.ListOptions) (runtime.Objec
 	defer l.src.lists.Done()
 	objects := l.empty()
 	err := l.request(&opts).Do(ctx).Into(objects)
-	l.heard(ctx, "list", err)
+	l.heard(ctx, verbList, err)
 	if err != nil {
 		return nil, err
 	}
@@ -310,7 +325,7 @@ func (l *list) watch(ctx context.Context, opts metav1.ListOptions) (watch.Interf
 	stream, err := l.request(&opts).Watch(ctx)
 	if err == nil || opts.SendInitialEvents == nil || !refusal(err) {
 		// Whoever can't stream a list may still be able to list.
-		l.heard(ctx, "watch", err)
+		l.heard(ctx, verbWatch, err)
 	}
 	return stream, err
 }
@@ -320,8 +335,12 @@ func (l *list) heard(ctx context.Context, verb string, err error) {
 	switch {
 	case ctx.Err() != nil:
 	case l.refused != nil && refusal(err):
+		l.src.contact.without(ctx, l.kind)
 		l.refused(err)
 	default:
 		l.src.contact.heard(ctx, l.kind, verb, err)
+		if l.watched != nil && verb == verbWatch && err == nil {
+			l.watched()
+		}
 	}
 }
