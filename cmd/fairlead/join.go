@@ -43,6 +43,8 @@ type join struct {
 	// has those that they are served on.
 	everywhere bool
 	served     []netip.Addr
+	// unserved is about node ports without an address to be served on.
+	unserved unserved
 
 	node    atomic.Pointer[kube.NodeHealth]
 	failing atomic.Pointer[time.Time] // since when calls to the dataplane fail as a whole
@@ -63,6 +65,7 @@ func (j *join) deliver(d kube.Delta) {
 		j.complete = true
 		j.syncer.ListComplete()
 		j.checkNode()
+		j.unserved.check(j.log, j.served)
 	} else {
 		j.trigger(d, result)
 	}
@@ -106,6 +109,10 @@ func (j *join) pass(result kube.Result) {
 		j.listen()
 	}
 	j.syncer.Update(result.Changes)
+	j.unserved.take(result.Changes)
+	if j.complete {
+		j.unserved.check(j.log, j.served)
+	}
 	if result.NodeHealth != nil {
 		j.node.Store(result.NodeHealth)
 		if j.complete {

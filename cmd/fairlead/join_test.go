@@ -187,3 +187,50 @@ func TestNetworkProgrammingLatency(t *testing.T) {
 		}
 	}
 }
+
+// Node ports of a family for which this node has no address are told of once,
+// and again when an address has come and gone.
+func TestNodePortsNowhere(t *testing.T) {
+	t.Parallel()
+	var log bytes.Buffer
+	j := newJoin(slog.New(slog.NewTextHandler(&log, nil)))
+	j.hasNode = false
+	service := func(kind corev1.ServiceType, name string) *corev1.Service {
+		return &corev1.Service{
+			ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: name},
+			Spec: corev1.ServiceSpec{
+				Type: kind, ClusterIP: "10.96.0.10", ClusterIPs: []string{"10.96.0.10"},
+				IPFamilies: []corev1.IPFamily{corev1.IPv4Protocol}, Ports: []corev1.ServicePort{{Port: 80, NodePort: 30080, Protocol: corev1.ProtocolTCP}},
+			},
+		}
+	}
+	node := func(addr string) *corev1.Node {
+		return &corev1.Node{
+			ObjectMeta: metav1.ObjectMeta{Name: "node"},
+			Status:     corev1.NodeStatus{Addresses: []corev1.NodeAddress{{Type: corev1.NodeInternalIP, Address: addr}}},
+		}
+	}
+	j.addresses([]netip.Addr{netip.MustParseAddr("192.0.2.1")})
+	steps := []struct {
+		name  string
+		delta kube.Delta
+		want  bool
+	}{
+		{"no node port", kube.Delta{Services: []*corev1.Service{service(corev1.ServiceTypeClusterIP, "web")}, Node: node("203.0.113.1")}, false},
+		{"a node port, and an address that no interface has", kube.Delta{Services: []*corev1.Service{service(corev1.ServiceTypeNodePort, "web")}}, true},
+		{"nothing", kube.Delta{}, false},
+		{"an address of the other family", kube.Delta{Node: node("2001:db8::1")}, false},
+		{"an address", kube.Delta{Node: node("192.0.2.1")}, false},
+		{"no more", kube.Delta{Node: node("203.0.113.1")}, true},
+		{"no node port any more", kube.Delta{Services: []*corev1.Service{service(corev1.ServiceTypeClusterIP, "web")}}, false},
+		{"an address, in the end", kube.Delta{Node: node("192.0.2.1")}, false},
+		{"none, and no node port", kube.Delta{Node: node("203.0.113.1")}, false},
+	}
+	for _, step := range steps {
+		log.Reset()
+		j.deliver(step.delta)
+		if got := log.String(); (strings.Count(got, "node ports are not served") == 1 && strings.Contains(got, "ip_family=IPv4")) != step.want || !step.want && got != "" {
+			t.Errorf("%s: log %q, want a warning: %t", step.name, got, step.want)
+		}
+	}
+}
