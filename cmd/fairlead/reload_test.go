@@ -232,11 +232,11 @@ func TestReloaderElsewhere(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
 			folder := filepath.Join(t.TempDir(), "real")
-			make := func(mode string) {
+			write := func(mode string) {
 				must(os.MkdirAll(folder, 0o700))
 				must(os.WriteFile(filepath.Join(folder, "config.conf"), []byte(configHeader+"detectLocalMode: "+mode+"\n"), 0o600))
 			}
-			make("ClusterCIDR")
+			write("ClusterCIDR")
 			path := filepath.Join(folder, "config.conf")
 			for range test.links {
 				link := filepath.Join(t.TempDir(), "link.conf")
@@ -244,13 +244,13 @@ func TestReloaderElsewhere(t *testing.T) {
 				path = link
 			}
 			r := startReloader(t, path, test.poll)
-			make("NodeCIDR")
+			write("NodeCIDR")
 			r.await("edited in place", "NodeCIDR")
 			must(os.RemoveAll(folder))
 			r.awaitFailure("folder removed")
-			make("ClusterCIDR")
+			write("ClusterCIDR")
 			r.await("folder made again", "ClusterCIDR")
-			make("NodeCIDR")
+			write("NodeCIDR")
 			r.await("edited in place again", "NodeCIDR")
 		})
 	}
