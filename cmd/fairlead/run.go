@@ -243,20 +243,11 @@ func (p *program) metricsHandler(c config) http.Handler {
 	if c.profiling {
 		mux.HandleFunc("/debug/pprof/", pprof.Index)
 		mux.HandleFunc("/debug/pprof/cmdline", pprof.Cmdline)
-		mux.HandleFunc("/debug/pprof/profile", long(pprof.Profile))
+		mux.HandleFunc("/debug/pprof/profile", pprof.Profile)
 		mux.HandleFunc("/debug/pprof/symbol", pprof.Symbol)
-		mux.HandleFunc("/debug/pprof/trace", long(pprof.Trace))
+		mux.HandleFunc("/debug/pprof/trace", pprof.Trace)
 	}
 	return mux
-}
-
-// long lets a handler take longer than a client may take to ask: once it has
-// asked, net/http ends the request when the time for reading it is over.
-func long(handler http.HandlerFunc) http.HandlerFunc {
-	return func(w http.ResponseWriter, r *http.Request) {
-		_ = http.NewResponseController(w).SetReadDeadline(time.Time{}) // ends early at worst
-		handler(w, r)
-	}
 }
 
 // reloader returns what follows the configuration file. c is what it says now.

@@ -49,9 +49,7 @@ type ServeOptions struct {
 	Logger *slog.Logger
 }
 
-// Serve answers HTTP requests. The context of a request ends when it has gone on
-// for 30 seconds, unless its handler lifts the read deadline, see
-// [http.ResponseController]. Serve blocks until ctx is done, closes all
+// Serve answers HTTP requests. It blocks until ctx is done, closes all
 // connections, and returns nil; or returns an error early if HardFail is set.
 func Serve(ctx context.Context, options ServeOptions) error {
 	log := options.Logger
