@@ -21,8 +21,8 @@ type contact struct {
 	mu sync.Mutex
 	// away has the kinds whose last attempt got no answer, or none of use.
 	away map[kind]bool
-	// told has what was said of it since then.
-	told map[string]bool
+	// told has what was said of it since then, by whether it can't be reached.
+	told map[bool]bool
 	// unknown has the kinds for which the server does not know who asks.
 	unknown map[kind]bool
 	// refused has the verb that the server refuses to those whom it knows.
@@ -32,7 +32,7 @@ type contact struct {
 func newContact(log *slog.Logger, credentials string) *contact {
 	return &contact{
 		log: log, credentials: credentials,
-		away: map[kind]bool{}, told: map[string]bool{}, unknown: map[kind]bool{}, refused: map[kind]string{},
+		away: map[kind]bool{}, told: map[bool]bool{}, unknown: map[kind]bool{}, refused: map[kind]string{},
 	}
 }
 
@@ -75,14 +75,15 @@ func (c *contact) heard(ctx context.Context, k kind, verb string, err error) {
 // trouble notes that there was no answer, or none of use.
 func (c *contact) trouble(ctx context.Context, k kind, err error) {
 	c.away[k] = true
-	message := "API server does not answer as it should; what is programmed stays"
-	if _, ok := errors.AsType[*url.Error](err); ok {
-		message = "API server can't be reached; what is programmed stays"
+	_, unreachable := errors.AsType[*url.Error](err)
+	switch {
+	case c.told[unreachable]:
+	case unreachable:
+		c.log.WarnContext(ctx, "API server can't be reached; what is programmed stays", "error", err)
+	default:
+		c.log.WarnContext(ctx, "API server does not answer as it should; what is programmed stays", "error", err)
 	}
-	if !c.told[message] {
-		c.told[message] = true
-		c.log.WarnContext(ctx, message, "error", err)
-	}
+	c.told[unreachable] = true
 }
 
 // back notes that there was an answer.
