@@ -313,7 +313,6 @@ func TestExpiredWatch(t *testing.T) {
 	var log record
 	r := follow(t, ns, apiserver.Options{Config: config, Logger: log.logger()})
 	r.wait(t, "first Delta", delivered)
-	before := r.count()
 	old := r.services["replaced"].UID
 
 	cut.Lock()
@@ -323,6 +322,7 @@ func TestExpiredWatch(t *testing.T) {
 	}
 	cut.Unlock()
 	log.waitFor(t, "API server can't be reached", 1)
+	before := r.count() // what others do may have come until now
 	for _, name := range []string{"goes", "replaced"} {
 		if err := svcs.Delete(ctx, name, metav1.DeleteOptions{}); err != nil {
 			t.Fatal(err)
