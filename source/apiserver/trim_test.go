@@ -224,8 +224,8 @@ func TestTrimHoldsNoObject(t *testing.T) {
 	}
 }
 
-// note adds a function that says whether what make makes is still held.
-func note[T any](held *[]func() (string, bool), name string, make func() *T) {
-	p := weak.Make(make())
+// note adds a function that says whether what create makes is still held.
+func note[T any](held *[]func() (string, bool), name string, create func() *T) {
+	p := weak.Make(create())
 	*held = append(*held, func() (string, bool) { return name, p.Value() != nil })
 }

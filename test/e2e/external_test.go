@@ -125,7 +125,7 @@ func TestExternal(t *testing.T) {
 			},
 		},
 	} {
-		t.Run(string(tc.feature), func(t *testing.T) {
+		t.Run(tc.feature, func(t *testing.T) {
 			t.Parallel()
 			s := newScenario(t, shared)
 			web := s.service("web", tc.service)
