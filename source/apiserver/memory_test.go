@@ -44,7 +44,10 @@ type usage struct {
 // else, that follows 10,000 Services with 10 endpoints on 100 nodes each. Filling
 // the cluster takes a minute or two.
 func BenchmarkMemory(b *testing.B) {
-	const n = 10_000
+	n := 10_000
+	if testing.Short() {
+		n = 100 // whether it runs; to fill a cluster with thousands takes minutes
+	}
 	fill(b, n)
 	kubeconfig := filepath.Join(b.TempDir(), "kubeconfig")
 	if err := cluster.Kubeconfig(kubeconfig, "admin", "system:masters"); err != nil {
@@ -57,7 +60,7 @@ func BenchmarkMemory(b *testing.B) {
 		{"KUBE_FEATURE_WatchListClient=false"},
 		{"KUBE_FEATURE_WatchListClient=false", "GOGC=50"},
 	} {
-		b.Run("services=10000/"+strings.Join(env, ","), func(b *testing.B) {
+		b.Run(fmt.Sprintf("services=%d/%s", n, strings.Join(env, ",")), func(b *testing.B) {
 			var got usage
 			for b.Loop() {
 				cmd := exec.CommandContext(b.Context(), os.Args[0])
