@@ -12,9 +12,9 @@ import (
 	"fairlead/dataplane"
 )
 
-// labelServiceProxyName marks a Service that another proxy serves. The constant
+// LabelServiceProxyName marks a Service that another proxy serves. The constant
 // of the same name is not in k8s.io/api.
-const labelServiceProxyName = "service.kubernetes.io/service-proxy-name"
+const LabelServiceProxyName = "service.kubernetes.io/service-proxy-name"
 
 // location is where this node is, as far as endpoints are chosen by it.
 type location struct {
@@ -84,7 +84,7 @@ func served(svc *corev1.Service) bool {
 	if svc.Spec.ClusterIP == corev1.ClusterIPNone || (len(svc.Spec.ClusterIPs) > 0 && svc.Spec.ClusterIPs[0] == corev1.ClusterIPNone) {
 		return false
 	}
-	_, other := svc.Labels[labelServiceProxyName]
+	_, other := svc.Labels[LabelServiceProxyName]
 	return !other
 }
 

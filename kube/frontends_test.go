@@ -120,7 +120,7 @@ func TestFrontends(t *testing.T) {
 				newService("a", "None", externalIPs("192.0.2.1")),
 				newService("b", "10.96.0.1", ingress("192.0.2.2"), nodePorts(30080), ofType(corev1.ServiceTypeExternalName)),
 				newService("c", "10.96.0.2", ingress("192.0.2.3"), nodePorts(30081), func(svc *corev1.Service) {
-					svc.Labels = map[string]string{labelServiceProxyName: ""}
+					svc.Labels = map[string]string{LabelServiceProxyName: ""}
 				}),
 			},
 			want: want{},

@@ -60,7 +60,7 @@ func TestHealthChecks(t *testing.T) {
 		{"the policy Cluster", web(externalPolicy(corev1.ServiceExternalTrafficPolicyCluster)), nil, "none"},
 		{"another type", web(ofType(corev1.ServiceTypeNodePort)), nil, "none"},
 		{"no cluster IP yet", web(func(svc *corev1.Service) { svc.Spec.ClusterIP, svc.Spec.ClusterIPs = "", nil }), nil, "none"},
-		{"another proxy's", web(func(svc *corev1.Service) { svc.Labels = map[string]string{labelServiceProxyName: "x"} }), nil, "none"},
+		{"another proxy's", web(func(svc *corev1.Service) { svc.Labels = map[string]string{LabelServiceProxyName: "x"} }), nil, "none"},
 		{"no port", web(healthCheckNodePort(70000)), nil, "none"},
 	}
 	for _, tt := range tests {

@@ -62,7 +62,7 @@ func randomService(c choices) *corev1.Service {
 	}
 	switch c.IntN(12) {
 	case 0:
-		svc.Labels = map[string]string{labelServiceProxyName: "x"}
+		svc.Labels = map[string]string{LabelServiceProxyName: "x"}
 	case 1:
 		svc.Spec.Type = corev1.ServiceTypeExternalName
 	case 2, 3:
@@ -244,7 +244,7 @@ func (n naiveWant) key() dataplane.Key {
 
 // naiveWants lists the frontends that a Service asks for.
 func naiveWants(svc *corev1.Service) (wants []naiveWant) {
-	if svc.Spec.Type == corev1.ServiceTypeExternalName || svc.Spec.ClusterIP == "None" || svc.Labels[labelServiceProxyName] != "" {
+	if svc.Spec.Type == corev1.ServiceTypeExternalName || svc.Spec.ClusterIP == "None" || svc.Labels[LabelServiceProxyName] != "" {
 		return nil
 	}
 	for _, family := range []dataplane.Family{dataplane.IPv4, dataplane.IPv6} {

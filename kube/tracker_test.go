@@ -101,7 +101,7 @@ func TestObjects(t *testing.T) {
 				newService("a", "None"),
 				newService("b", ""),
 				newService("c", "10.96.0.1", func(svc *corev1.Service) { svc.Spec.Type = corev1.ServiceTypeExternalName }),
-				newService("d", "10.96.0.2", func(svc *corev1.Service) { svc.Labels = map[string]string{labelServiceProxyName: "other"} }),
+				newService("d", "10.96.0.2", func(svc *corev1.Service) { svc.Labels = map[string]string{LabelServiceProxyName: "other"} }),
 				newService("e", "None", func(svc *corev1.Service) { svc.Spec.ClusterIPs = nil }),
 				newService("f", "None", func(svc *corev1.Service) { svc.Spec.ClusterIP = "" }),
 			},
@@ -399,7 +399,7 @@ func TestHistories(t *testing.T) {
 			{
 				name: "another's",
 				delta: services(newService("web", "10.96.0.1", func(svc *corev1.Service) {
-					svc.Labels = map[string]string{labelServiceProxyName: "other"}
+					svc.Labels = map[string]string{LabelServiceProxyName: "other"}
 				})),
 				want: want{web: "gone"},
 			},

@@ -14,6 +14,8 @@ import (
 	"k8s.io/apimachinery/pkg/runtime/serializer"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/util/flowcontrol"
+
+	"fairlead/kube"
 )
 
 // kind is a list that is followed, by its name in the API.
@@ -25,10 +27,6 @@ const (
 	nodes          kind = "nodes"
 	serviceCIDRs   kind = "servicecidrs"
 )
-
-// labelServiceProxyName marks a Service that another proxy serves. The constant
-// of the same name is not in k8s.io/api.
-const labelServiceProxyName = "service.kubernetes.io/service-proxy-name"
 
 // group returns the API group of the kind.
 func (k kind) group() schema.GroupVersion {
@@ -49,7 +47,7 @@ func (k kind) group() schema.GroupVersion {
 func (k kind) narrow(opts *metav1.ListOptions, nodeName string) {
 	switch k {
 	case services:
-		opts.LabelSelector = "!" + labelServiceProxyName
+		opts.LabelSelector = "!" + kube.LabelServiceProxyName
 		opts.FieldSelector = "spec.clusterIP!=" + corev1.ClusterIPNone
 	case endpointSlices:
 		opts.LabelSelector = "!" + corev1.IsHeadlessService

@@ -10,12 +10,14 @@ import (
 	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
+
+	"fairlead/kube"
 )
 
 // The labels and annotations that somebody reads. All others are let go.
 func keptLabels() []string {
 	return []string{
-		labelServiceProxyName,
+		kube.LabelServiceProxyName,
 		corev1.IsHeadlessService,
 		discoveryv1.LabelServiceName,
 		corev1.LabelTopologyZone,
