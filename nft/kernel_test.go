@@ -774,6 +774,7 @@ func TestDrift(t *testing.T) {
 			case <-time.After(5 * time.Second):
 				t.Fatal("the change was not announced")
 			}
+			awaitAnnounced(d)
 			replace(t, d, fullNode(), services...)
 			if diff := cmp.Diff(before, sortedLines(nft(t, ns, binary, "list ruleset"))); diff != "" {
 				t.Errorf("after the repair (-before +after):\n%s", diff)
@@ -782,6 +783,18 @@ func TestDrift(t *testing.T) {
 			replace(t, d, fullNode(), services...)
 			wantNoDrift(t, d)
 		})
+	}
+}
+
+// awaitAnnounced waits until the rest of a change is announced: the kernel does
+// it in as many buffers as it takes, each of which may signal drift.
+func awaitAnnounced(d *Dataplane) {
+	for {
+		select {
+		case <-d.Drift():
+		case <-time.After(50 * time.Millisecond):
+			return
+		}
 	}
 }
 

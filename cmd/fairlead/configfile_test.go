@@ -20,7 +20,7 @@ import (
 // flagsOf returns what the flags of `fairlead run` are set to.
 func flagsOf(t *testing.T, args ...string) given {
 	t.Helper()
-	cmd := runCommand()
+	cmd := runCommand(ignoreClientLogger)
 	cmd.ResetFlags()
 	flags := addFlags(cmd)
 	if err := cmd.ParseFlags(args); err != nil {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"log/slog"
 	"os/exec"
 	"strings"
 	"testing"
@@ -13,9 +14,12 @@ import (
 func invoke(t *testing.T, args ...string) (code int, stdout, stderr string) {
 	t.Helper()
 	var out, errs bytes.Buffer
-	code = run(t.Context(), args, &out, &errs)
+	code = run(t.Context(), args, &out, &errs, ignoreClientLogger)
 	return code, out.String(), errs.String()
 }
+
+// ignoreClientLogger leaves client-go's logger alone, which all tests share.
+func ignoreClientLogger(*slog.Logger) {}
 
 func TestWrongUse(t *testing.T) {
 	t.Parallel()
@@ -249,7 +253,7 @@ func TestKubeProxyFlags(t *testing.T) {
 		metrics-bind-address metrics-port nodeport-addresses oom-score-adj pod-bridge-interface
 		pod-interface-name-prefix profiling proxy-mode show-hidden-metrics-for-version v vmodule write-config-to
 `
-	known := runCommand().Flags()
+	known := runCommand(ignoreClientLogger).Flags()
 	for name := range strings.FieldsSeq(flags) {
 		if known.Lookup(name) == nil {
 			t.Errorf("--%s is not known", name)
@@ -304,7 +308,7 @@ func TestExample(t *testing.T) {
 		"fairlead: --kubeconfig: kubeconfig /does/not/exist: ",
 		"fairlead: --manifests: read folder /does/not/exist: no such file or directory\n",
 	}
-	examples := strings.Split(runCommand().Example, "\n")
+	examples := strings.Split(runCommand(ignoreClientLogger).Example, "\n")
 	if len(examples) != len(wants) {
 		t.Fatalf("%d examples, want %d", len(examples), len(wants))
 	}

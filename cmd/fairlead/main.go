@@ -6,23 +6,26 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"os/signal"
 	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
+	"k8s.io/klog/v2" //nolint:depguard // client-go logs with it
 )
 
 // version is set by the linker.
 var version = "unknown"
 
 func main() {
-	os.Exit(run(context.Background(), os.Args[1:], os.Stdout, os.Stderr))
+	os.Exit(run(context.Background(), os.Args[1:], os.Stdout, os.Stderr, klog.SetSlogLogger))
 }
 
-// run is main with all that it depends on, and returns the exit code.
-func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+// run is main with all that it depends on, and returns the exit code. client-go
+// has one logger for the whole process, which setClientLogger sets.
+func run(ctx context.Context, args []string, stdout, stderr io.Writer, setClientLogger func(*slog.Logger)) int {
 	ctx, stop := signal.NotifyContext(ctx, syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 	context.AfterFunc(ctx, stop) // a second signal ends the program at once
@@ -40,7 +43,7 @@ Kubernetes Service reaches one of its pods, chosen at random.`,
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return fmt.Errorf("%w: see %s --help", err, cmd.CommandPath())
 	})
-	root.AddCommand(runCommand(), cleanupCommand(), versionCommand()) //nolint:contextcheck // cobra hands them ctx
+	root.AddCommand(runCommand(setClientLogger), cleanupCommand(), versionCommand()) //nolint:contextcheck // cobra hands them ctx
 	if err := root.ExecuteContext(ctx); err != nil && !errors.Is(err, context.Canceled) {
 		for line := range strings.Lines(err.Error()) {
 			_, _ = fmt.Fprintln(stderr, "fairlead:", strings.TrimSpace(line))

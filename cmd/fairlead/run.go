@@ -39,7 +39,7 @@ const resyncPeriod = 15 * time.Minute
 // for no more time of the processor.
 const gcPercent = 50
 
-func runCommand() *cobra.Command {
+func runCommand(setClientLogger func(*slog.Logger)) *cobra.Command {
 	var flags given
 	cmd := &cobra.Command{
 		Use:   "run",
@@ -56,7 +56,7 @@ accepted as well, and named in a warning.`,
   fairlead run --mode=nft --manifests=./services --service-cidr=10.96.0.0/16 --cluster-cidr=10.244.0.0/16`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return runProgram(cmd.Context(), flags, cmd.ErrOrStderr())
+			return runProgram(cmd.Context(), flags, cmd.ErrOrStderr(), setClientLogger)
 		},
 	}
 	flags = addFlags(cmd)
@@ -64,7 +64,7 @@ accepted as well, and named in a warning.`,
 }
 
 // runProgram is `fairlead run`.
-func runProgram(ctx context.Context, flags given, stderr io.Writer) error {
+func runProgram(ctx context.Context, flags given, stderr io.Writer, setClientLogger func(*slog.Logger)) error {
 	c, content, err := load(flags)
 	if err != nil {
 		return err
@@ -75,6 +75,7 @@ func runProgram(ctx context.Context, flags given, stderr io.Writer) error {
 	level := &slog.LevelVar{}
 	level.Set(c.logLevel)
 	log := newLogger(stderr, level, c.logFormat)
+	setClientLogger(log.With("component", "client-go"))
 	c.warn(ctx, log)
 	if c.initOnly {
 		log.InfoContext(ctx, "nothing to set up", "reason", "--init-only")

@@ -7,7 +7,6 @@ import (
 
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/rest"
-	"k8s.io/klog/v2" //nolint:depguard // client-go logs with it
 
 	"fairlead/dataplane"
 	"fairlead/kube"
@@ -67,7 +66,6 @@ func (c config) open(log *slog.Logger) (source, events, error) {
 		}
 		return s, noEvents{}, nil
 	}
-	klog.SetSlogLogger(log.With("component", "client-go"))
 	client, err := c.api.client()
 	if err != nil {
 		return nil, nil, err
