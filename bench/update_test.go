@@ -261,7 +261,7 @@ func heap() uint64 {
 func replace(b *testing.B, d dataplane.Dataplane, services iter.Seq[*dataplane.Service]) time.Duration {
 	b.Helper()
 	begin := time.Now()
-	if err := d.Replace(context.Background(), node(), services); err != nil {
+	if err := d.Replace(context.Background(), node(), services, nil); err != nil {
 		b.Fatal(err)
 	}
 	return time.Since(begin)

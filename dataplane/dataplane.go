@@ -32,10 +32,15 @@ type Dataplane interface {
 	// equal Services are not disturbed. It may be called with the same
 	// Services again, and needs no memory of earlier calls.
 	//
+	// Each Service is complete as soon as any of it can be seen; a backend may
+	// take several steps for all of them, and begins with those that come first.
+	// After each step it calls progress, unless that is nil, with the number of
+	// Services that are complete so far.
+	//
 	// The error is nil, an *[Error] with the keys that did not take, or any
 	// other error, after which nothing is known. An *Error may be wrapped; one
 	// that is joined with other errors counts as any other error.
-	Replace(ctx context.Context, node Node, services iter.Seq[*Service]) error
+	Replace(ctx context.Context, node Node, services iter.Seq[*Service], progress func(complete int)) error
 
 	// Apply carries out changes, at most one for each key, at a cost that
 	// follows their number. It trusts each Old to be what the kernel holds. It

@@ -203,7 +203,7 @@ func (p *programmer) sync(ctx context.Context, desired map[dataplane.Key]*datapl
 	default:
 	}
 	if p.all || repair && len(p.unknown) > 0 {
-		err := p.dp.Replace(ctx, dataplane.Node{}, maps.Values(desired))
+		err := p.dp.Replace(ctx, dataplane.Node{}, maps.Values(desired), nil)
 		p.settle(err, nil, desired)
 		return
 	}

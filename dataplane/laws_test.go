@@ -40,7 +40,7 @@ func read(t *testing.T, dp dataplane.Dataplane) dataplane.State {
 
 func replace(t *testing.T, dp dataplane.Dataplane, services iter.Seq[*dataplane.Service]) {
 	t.Helper()
-	if err := dp.Replace(t.Context(), dataplane.Node{}, services); err != nil {
+	if err := dp.Replace(t.Context(), dataplane.Node{}, services, nil); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -210,7 +210,7 @@ func TestClosedAndCancelledCallsTakeNothing(t *testing.T) {
 	replace(t, kernel, slices.Values(all))
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if err := kernel.Replace(ctx, dataplane.Node{}, slices.Values(all[:1])); err == nil {
+	if err := kernel.Replace(ctx, dataplane.Node{}, slices.Values(all[:1]), nil); err == nil {
 		t.Error("Replace with an ended context succeeded")
 	}
 	if err := kernel.Apply(ctx, []dataplane.Change{{Old: all[0]}}); err == nil {

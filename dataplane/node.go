@@ -35,8 +35,20 @@ type Node struct {
 	Addrs []netip.Addr
 
 	// NodePortAddrs are the addresses of this node, of both families, on which
-	// the frontends with the unspecified address answer.
+	// the frontends with the unspecified address answer. None is a loopback
+	// address.
 	NodePortAddrs []netip.Addr
+
+	// LocalhostNodePorts says that something on this node listens on the node
+	// ports of TCP at loopback addresses, so that connections to these are left
+	// alone. All others to a node port at a loopback address are rejected: those
+	// of UDP and SCTP, and without LocalhostNodePorts those of TCP.
+	LocalhostNodePorts bool
+
+	// PingServiceIPs makes the node answer ICMP echo requests to the addresses
+	// of frontends that have an endpoint for the one who asks. A frontend with
+	// [Treatment.SourceRanges] takes no part.
+	PingServiceIPs bool
 
 	// ServiceCIDRs are the networks that cluster IPs are given from. Connections
 	// to an address in them that is no frontend's are dropped.
@@ -52,5 +64,7 @@ func (n Node) Equal(o Node) bool {
 		n.MasqueradeAll == o.MasqueradeAll &&
 		slices.Equal(n.Addrs, o.Addrs) &&
 		slices.Equal(n.NodePortAddrs, o.NodePortAddrs) &&
+		n.LocalhostNodePorts == o.LocalhostNodePorts &&
+		n.PingServiceIPs == o.PingServiceIPs &&
 		slices.Equal(n.ServiceCIDRs, o.ServiceCIDRs)
 }

@@ -44,7 +44,8 @@ func TestEveryFieldIsReviewed(t *testing.T) {
 		{dataplane.Frontend{}, []string{"Protocol", "Addr"}},
 		{dataplane.Endpoint{}, []string{"Addr", "Local"}},
 		{dataplane.Node{}, []string{
-			"PodCIDRs", "PodInterface", "PodInterfacePrefix", "LocalPodCIDRs", "MasqueradeAll", "Addrs", "NodePortAddrs", "ServiceCIDRs",
+			"PodCIDRs", "PodInterface", "PodInterfacePrefix", "LocalPodCIDRs", "MasqueradeAll", "Addrs", "NodePortAddrs",
+			"LocalhostNodePorts", "PingServiceIPs", "ServiceCIDRs",
 		}},
 		{dataplane.Binding{}, []string{"Service", "Treatment"}},
 	} {

@@ -86,7 +86,8 @@ func TestNodeEqual(t *testing.T) {
 		return dataplane.Node{
 			PodCIDRs: prefixes("10.0.0.0/8"), PodInterface: "cbr0", PodInterfacePrefix: "veth", LocalPodCIDRs: prefixes("10.0.1.0/24"),
 			MasqueradeAll: true, Addrs: []netip.Addr{netip.MustParseAddr("192.0.2.7")},
-			NodePortAddrs: []netip.Addr{netip.MustParseAddr("192.0.2.1")}, ServiceCIDRs: prefixes("10.96.0.0/12"),
+			NodePortAddrs:      []netip.Addr{netip.MustParseAddr("192.0.2.1")},
+			LocalhostNodePorts: true, PingServiceIPs: true, ServiceCIDRs: prefixes("10.96.0.0/12"),
 		}
 	}
 	if !base().Equal(base()) {
@@ -100,6 +101,8 @@ func TestNodeEqual(t *testing.T) {
 		"MasqueradeAll":      func(n *dataplane.Node) { n.MasqueradeAll = false },
 		"Addrs":              func(n *dataplane.Node) { n.Addrs = nil },
 		"NodePortAddrs":      func(n *dataplane.Node) { n.NodePortAddrs = nil },
+		"LocalhostNodePorts": func(n *dataplane.Node) { n.LocalhostNodePorts = false },
+		"PingServiceIPs":     func(n *dataplane.Node) { n.PingServiceIPs = false },
 		"ServiceCIDRs":       func(n *dataplane.Node) { n.ServiceCIDRs = nil },
 	} {
 		other := base()

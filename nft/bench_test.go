@@ -63,7 +63,7 @@ func benchmarkApply(b *testing.B, n int, build func(int, []dataplane.Endpoint) *
 	for i := range services {
 		services[i] = build(i, slices.Clone(list))
 	}
-	if err := d.Replace(b.Context(), podNode(), slices.Values(services)); err != nil {
+	if err := d.Replace(b.Context(), podNode(), slices.Values(services), nil); err != nil {
 		b.Fatal(err)
 	}
 	apply := func(b *testing.B, change func(i int) dataplane.Change) {

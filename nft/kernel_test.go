@@ -94,7 +94,7 @@ func nft(t *testing.T, ns *nettest.Namespace, binary, script string) string {
 
 func replace(t *testing.T, d *Dataplane, node dataplane.Node, services ...*dataplane.Service) {
 	t.Helper()
-	if err := d.Replace(t.Context(), node, slices.Values(services)); err != nil {
+	if err := d.Replace(t.Context(), node, slices.Values(services), nil); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -904,7 +904,7 @@ func TestReplaceIsolatesWhatTheKernelRejects(t *testing.T) {
 			all = append(all, poison(fmt.Sprintf("bad-%d", i), frontend(10000+i)))
 		}
 	}
-	err := d.Replace(t.Context(), podNode(), slices.Values(all))
+	err := d.Replace(t.Context(), podNode(), slices.Values(all), nil)
 	var failure *dataplane.Error
 	if !errors.As(err, &failure) || len(failure.Failed) != 3 {
 		t.Fatalf("got error %v, want one for each of the three bad Services", err)
@@ -925,7 +925,7 @@ func TestReplaceKeepsWhatFailed(t *testing.T) {
 	old := service(t, "s", []dataplane.Frontend{frontend(1)}, endpoints(1, 2, 3))
 	other := service(t, "other", []dataplane.Frontend{frontend(2)}, endpoints(1))
 	replace(t, d, podNode(), old, other)
-	err := d.Replace(t.Context(), podNode(), slices.Values([]*dataplane.Service{poison("s", frontend(1))}))
+	err := d.Replace(t.Context(), podNode(), slices.Values([]*dataplane.Service{poison("s", frontend(1))}), nil)
 	if failure := (*dataplane.Error)(nil); !errors.As(err, &failure) || failure.Failed[old.Key] == nil {
 		t.Fatalf("got error %v, want one for %s", err, old.Key)
 	}
@@ -989,7 +989,7 @@ func TestFailedServiceInAClassWithoutChain(t *testing.T) {
 	d, ns := newDataplane(t)
 	replace(t, d, podNode(), service(t, "s", []dataplane.Frontend{frontend(1)}, endpoints(1, 2, 3)))
 	nft(t, ns, binary, "flush map ip fairlead classes")
-	if err := d.Replace(t.Context(), podNode(), slices.Values([]*dataplane.Service{poison("s", frontend(1))})); err == nil {
+	if err := d.Replace(t.Context(), podNode(), slices.Values([]*dataplane.Service{poison("s", frontend(1))}), nil); err == nil {
 		t.Fatal("the kernel took a Service that it should refuse")
 	}
 	apply(t, d, dataplane.Change{New: service(t, "later", []dataplane.Frontend{frontend(2)}, endpoints(1, 2, 3))})
@@ -1082,7 +1082,7 @@ func testUnsupported(t *testing.T, bad *dataplane.Service) {
 	}
 	for name, call := range map[string]func(d *Dataplane) error{
 		"replace": func(d *Dataplane) error {
-			return d.Replace(context.Background(), podNode(), slices.Values([]*dataplane.Service{bad, good}))
+			return d.Replace(context.Background(), podNode(), slices.Values([]*dataplane.Service{bad, good}), nil)
 		},
 		"apply": func(d *Dataplane) error {
 			return d.Apply(context.Background(), []dataplane.Change{change, {New: good}})

@@ -437,7 +437,7 @@ func (d *Dataplane) removeUnusedBranches() {
 
 // Replace implements [dataplane.Dataplane]. It is split into commits of some
 // [editSize] elements, each of which completes the Services it touches.
-func (d *Dataplane) Replace(ctx context.Context, node dataplane.Node, services iter.Seq[*dataplane.Service]) error {
+func (d *Dataplane) Replace(ctx context.Context, node dataplane.Node, services iter.Seq[*dataplane.Service], _ func(int)) error {
 	d.forget()
 	d.node = node
 	have := [2]*content{}

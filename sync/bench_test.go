@@ -21,7 +21,7 @@ import (
 // nothing is a dataplane that costs nothing.
 type nothing struct{}
 
-func (nothing) Replace(context.Context, dataplane.Node, iter.Seq[*dataplane.Service]) error {
+func (nothing) Replace(context.Context, dataplane.Node, iter.Seq[*dataplane.Service], func(int)) error {
 	return nil
 }
 func (nothing) Apply(context.Context, []dataplane.Change) error { return nil }

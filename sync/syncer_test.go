@@ -183,7 +183,7 @@ func TestNothingIsProgrammedBeforeTheListIsComplete(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		kernel := fake.New(fake.Options{})
 		left := service(9, 1) // by an earlier run
-		if err := kernel.Replace(t.Context(), dataplane.Node{}, slices.Values([]*dataplane.Service{left})); err != nil {
+		if err := kernel.Replace(t.Context(), dataplane.Node{}, slices.Values([]*dataplane.Service{left}), nil); err != nil {
 			t.Fatal(err)
 		}
 		fx := start(t, kernel, sync.Options{})

@@ -231,7 +231,7 @@ func (t *tables) replace(ctx context.Context, reason Reason, in inbox, oldest, s
 	drifted := !t.driftAt.IsZero()
 	t.driftAt, t.nodeChanged, t.untried = time.Time{}, false, false
 
-	err := t.dp.Replace(ctx, t.node, t.offered())
+	err := t.dp.Replace(ctx, t.node, t.offered(), nil)
 	end := time.Now()
 	if err != nil && ctx.Err() != nil {
 		return Commit{}, false

@@ -265,7 +265,7 @@ func (s suite) equalReplace(t *testing.T) {
 	expectDrift(t, w.dp.Drift(), false, "its own changes")
 	another := w.openAnother()
 	for range 2 {
-		if err := another.Replace(t.Context(), w.node, maps.Values(w.held)); err != nil {
+		if err := another.Replace(t.Context(), w.node, maps.Values(w.held), nil); err != nil {
 			t.Fatalf("replace by another: %v", err)
 		}
 		w.checkRead("an equal Replace")
@@ -280,7 +280,7 @@ func (s suite) drift(t *testing.T) {
 	w.replace(w.service("web", dataplane.TCP, addrs(1), addrs(2)))
 	another := w.openAnother()
 	foreign := w.service("foreign", dataplane.TCP, addrs(3), addrs(4))
-	if err := another.Replace(t.Context(), w.node, slices.Values([]*dataplane.Service{foreign})); err != nil {
+	if err := another.Replace(t.Context(), w.node, slices.Values([]*dataplane.Service{foreign}), nil); err != nil {
 		t.Fatalf("replace by another: %v", err)
 	}
 	expectDrift(t, w.dp.Drift(), true, "a Replace by another")

@@ -156,7 +156,7 @@ func (w *world) make(
 // replace makes the kernel hold these Services and no others.
 func (w *world) replace(services ...*dataplane.Service) {
 	w.t.Helper()
-	if err := w.dp.Replace(w.t.Context(), w.node, slices.Values(services)); err != nil {
+	if err := w.dp.Replace(w.t.Context(), w.node, slices.Values(services), nil); err != nil {
 		w.t.Fatalf("replace: %v", err)
 	}
 	clear(w.held)

@@ -125,7 +125,7 @@ func (d *Dataplane) Read(ctx context.Context) (dataplane.State, error) {
 }
 
 // Replace implements [dataplane.Dataplane].
-func (d *Dataplane) Replace(ctx context.Context, _ dataplane.Node, services iter.Seq[*dataplane.Service]) error {
+func (d *Dataplane) Replace(ctx context.Context, _ dataplane.Node, services iter.Seq[*dataplane.Service], progress func(int)) error {
 	if err := d.enter(ctx); err != nil {
 		return fmt.Errorf("replace: %w", err)
 	}
@@ -133,12 +133,18 @@ func (d *Dataplane) Replace(ctx context.Context, _ dataplane.Node, services iter
 	d.counts.Replaces++
 	c := newCall("replace")
 	c.have = d.state
+	n := 0
 	for s := range services {
 		if err := c.put(s, d.opts.Unsupported); err != nil {
 			return err
 		}
+		n++
 	}
-	return d.do(c)
+	err := d.do(c)
+	if progress != nil {
+		progress(n - len(c.failed))
+	}
+	return err
 }
 
 // Apply implements [dataplane.Dataplane].

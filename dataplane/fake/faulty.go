@@ -182,7 +182,7 @@ func (f *Faulty) Apply(ctx context.Context, changes []dataplane.Change) error {
 }
 
 // Replace implements [dataplane.Dataplane].
-func (f *Faulty) Replace(ctx context.Context, node dataplane.Node, services iter.Seq[*dataplane.Service]) error {
+func (f *Faulty) Replace(ctx context.Context, node dataplane.Node, services iter.Seq[*dataplane.Service], progress func(int)) error {
 	fa, err := f.begin(ctx)
 	if err != nil {
 		return err
@@ -196,9 +196,9 @@ func (f *Faulty) Replace(ctx context.Context, node dataplane.Node, services iter
 	case fa.reject:
 		return injected("replace", "call rejected")
 	case fa.lose:
-		return lost("replace", "answer lost", f.Dataplane.Replace(ctx, node, services))
+		return lost("replace", "answer lost", f.Dataplane.Replace(ctx, node, services, progress))
 	case !fa.partial && !fa.keys && fa.broken == nil:
-		return f.Dataplane.Replace(ctx, node, services)
+		return f.Dataplane.Replace(ctx, node, services, progress)
 	}
 	sorted := slices.SortedFunc(services, func(a, b *dataplane.Service) int { return a.Key.Compare(b.Key) })
 	v := f.choose(fa)
@@ -206,7 +206,7 @@ func (f *Faulty) Replace(ctx context.Context, node dataplane.Node, services iter
 		v.add(i, s, s)
 	}
 	if len(v.failed) == 0 {
-		return f.Dataplane.Replace(ctx, node, slices.Values(sorted))
+		return f.Dataplane.Replace(ctx, node, slices.Values(sorted), progress)
 	}
 	held, err := f.Read(ctx)
 	if err != nil {
@@ -221,7 +221,7 @@ func (f *Faulty) Replace(ctx context.Context, node dataplane.Node, services iter
 			taken = append(taken, s)
 		}
 	}
-	return v.result("replace", f.Dataplane.Replace(ctx, node, slices.Values(taken)))
+	return v.result("replace", f.Dataplane.Replace(ctx, node, slices.Values(taken), progress))
 }
 
 // edit changes one thing in the kernel as somebody else would.
