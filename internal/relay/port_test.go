@@ -1,0 +1,106 @@
+package relay
+
+import (
+	"math"
+	"net/netip"
+	"testing"
+	"time"
+
+	"fairlead/dataplane"
+)
+
+func endpoints(addrs ...string) []dataplane.Endpoint {
+	var es []dataplane.Endpoint
+	for _, a := range addrs {
+		es = append(es, dataplane.Endpoint{Addr: netip.MustParseAddrPort(a)})
+	}
+	return es
+}
+
+// Affinity is to an endpoint that a client was sent to no longer ago than the
+// timeout, counted from the last.
+func TestPin(t *testing.T) {
+	t.Parallel()
+	const timeout = time.Minute
+	all := endpoints("10.0.0.1:80", "10.0.0.2:80", "10.0.0.3:80", "10.0.0.4:80", "10.0.0.5:80", "10.0.0.6:80", "10.0.0.7:80", "10.0.0.8:80")
+	start := time.Unix(1000, 0)
+	for _, tt := range []struct {
+		name     string
+		affinity time.Duration
+		gaps     []time.Duration // between the clients that share an endpoint
+		last     time.Duration   // between them and one more
+		stays    bool
+	}{
+		{"at once", timeout, []time.Duration{0, 0}, 0, true},
+		{"each within the timeout of the one before", timeout, []time.Duration{timeout, timeout}, timeout, true},
+		{"longer ago", timeout, nil, timeout + 1, false},
+		{"no affinity", 0, nil, 0, false},
+	} {
+		stayed := true
+		for range 20 { // an endpoint chosen at random is the same in one of 8
+			p := &port{service: &dataplane.Service{Treatment: dataplane.Treatment{Endpoints: all, Affinity: tt.affinity}}}
+			now := start
+			first, _ := p.pick(now, nil)
+			for _, gap := range tt.gaps {
+				now = now.Add(gap)
+				if got, ok := p.pick(now, nil); got != first || !ok {
+					t.Fatalf("%s: %s after %s", tt.name, got, first)
+				}
+			}
+			got, ok := p.pick(now.Add(tt.last), nil)
+			if !ok {
+				t.Fatalf("%s: no endpoint", tt.name)
+			}
+			stayed = stayed && got == first
+		}
+		if stayed != tt.stays {
+			t.Errorf("%s: stays %t, want %t", tt.name, stayed, tt.stays)
+		}
+	}
+}
+
+// A client never gets an endpoint again that it has tried, and the one that it
+// gets instead is that of the others as well.
+func TestPickAnother(t *testing.T) {
+	t.Parallel()
+	now := time.Unix(1000, 0)
+	for _, affinity := range []time.Duration{0, time.Minute} {
+		p := &port{service: &dataplane.Service{Treatment: dataplane.Treatment{
+			Endpoints: endpoints("10.0.0.1:80", "10.0.0.2:80", "10.0.0.3:80"), Affinity: affinity,
+		}}}
+		var tried []netip.AddrPort
+		for range 3 {
+			addr, ok := p.pick(now, tried)
+			if !ok || !addr.IsValid() {
+				t.Fatalf("affinity %s: nothing after %v", affinity, tried)
+			}
+			for _, before := range tried {
+				if addr == before {
+					t.Fatalf("affinity %s: %s again", affinity, addr)
+				}
+			}
+			tried = append(tried, addr)
+		}
+		if affinity > 0 {
+			if got, _ := p.pick(now, nil); got != tried[2] {
+				t.Errorf("others get %s, want %s", got, tried[2])
+			}
+		}
+		if addr, ok := p.pick(now, tried); ok {
+			t.Errorf("affinity %s: %s after all were tried", affinity, addr)
+		}
+	}
+	if addr, ok := (&port{}).pick(now, nil); ok {
+		t.Errorf("%s without a Service", addr)
+	}
+}
+
+// The default number of connections leaves files for the rest of the program.
+func TestConnectionsFor(t *testing.T) {
+	t.Parallel()
+	for files, want := range map[uint64]int{0: 1, 1024: 64, 65536: 4096, 1 << 20: 4096, math.MaxUint64: 4096} {
+		if got := connectionsFor(files); got != want {
+			t.Errorf("%d files: %d connections, want %d", files, got, want)
+		}
+	}
+}

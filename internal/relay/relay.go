@@ -1,0 +1,418 @@
+package relay
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net"
+	"net/netip"
+	"slices"
+	stdsync "sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"fairlead/dataplane"
+	"fairlead/sync"
+)
+
+// Options adjust a [Relay]. The zero value is ready to use.
+type Options struct {
+	// MaxConnections is how many connections there are at a time at most. Zero
+	// means 4096, or a sixteenth of the files that the process may have open
+	// (RLIMIT_NOFILE) if that is less.
+	MaxConnections int
+	// Listen makes the sockets of node ports, and Dial connects to endpoints; the
+	// network is "tcp4" or "tcp6". Connections must be of type *[net.TCPConn]. Nil
+	// means in this process's network namespace.
+	Listen func(ctx context.Context, network string, addr netip.AddrPort) (net.Listener, error)
+	Dial   func(ctx context.Context, network string, addr netip.AddrPort) (net.Conn, error)
+	// Logger gets a Warn when a port can't be listened on, an Info when it can
+	// be again, and a Debug for each client that no endpoint was found for. Nil
+	// means no logging.
+	Logger *slog.Logger
+}
+
+// Stats are what a Relay has done for one family, and does.
+type Stats struct {
+	// Listeners is the number of node ports that are listened on, and Failing of
+	// those that can't be.
+	Listeners, Failing int
+	// ListenFailures counts the attempts to listen that failed.
+	ListenFailures uint64
+	// Open is the number of connections that clients have now.
+	Open int
+	// Connected counts the clients that got an endpoint, Unreachable those for
+	// which none answered, and Refused those that were too many.
+	Connected, Unreachable, Refused uint64
+}
+
+// The delays between attempts to listen on one port.
+const (
+	retryMin = time.Second
+	retryMax = 30 * time.Second
+)
+
+// The default of Options.MaxConnections.
+const (
+	maxConnections     = 4096
+	filesPerConnection = 16 // what one takes, and much more for the rest of the program
+)
+
+// Relay listens on node ports at loopback addresses. Make one with [New].
+type Relay struct {
+	opts Options
+	log  *slog.Logger
+	wake chan struct{} // one slot: the mailbox has something
+
+	mu       stdsync.Mutex
+	changed  map[dataplane.Key]*dataplane.Service // nil for those that are gone
+	families []dataplane.Family
+	switched bool // families has changed
+
+	// The rest is Run's.
+	services map[dataplane.Key]*dataplane.Service
+	ports    map[dataplane.Frontend]*port
+	serves   []dataplane.Family
+	failing  map[*port]struct{}
+	retry    *time.Timer
+	retryAt  time.Time // when retry fires; zero for never
+	serving  stdsync.WaitGroup
+
+	open     atomic.Int64
+	counters map[dataplane.Family]*counters // not written to
+}
+
+// counters are the Stats of a family.
+type counters struct {
+	listeners, failing, open                        atomic.Int64
+	listenFailures, connected, unreachable, refused atomic.Uint64
+}
+
+// New returns a Relay that listens nowhere. It starts nothing: call [Relay.Run].
+func New(opts Options) *Relay {
+	if opts.Logger == nil {
+		opts.Logger = slog.New(slog.DiscardHandler)
+	}
+	if opts.MaxConnections <= 0 {
+		opts.MaxConnections = connectionsFor(openFiles())
+	}
+	if opts.Listen == nil {
+		opts.Listen = listen
+	}
+	if opts.Dial == nil {
+		opts.Dial = dial
+	}
+	return &Relay{
+		opts: opts, log: opts.Logger, wake: make(chan struct{}, 1),
+		changed:  map[dataplane.Key]*dataplane.Service{},
+		services: map[dataplane.Key]*dataplane.Service{},
+		ports:    map[dataplane.Frontend]*port{},
+		failing:  map[*port]struct{}{},
+		counters: map[dataplane.Family]*counters{dataplane.IPv4: {}, dataplane.IPv6: {}},
+	}
+}
+
+// openFiles returns how many files the process may have open.
+func openFiles() uint64 {
+	var limit syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
+		return 0
+	}
+	return limit.Cur
+}
+
+// connectionsFor returns how many connections a process may have that may have
+// so many files open.
+func connectionsFor(files uint64) int {
+	return int(max(1, min(maxConnections, files/filesPerConnection))) //nolint:gosec // maxConnections at most
+}
+
+func listen(ctx context.Context, network string, addr netip.AddrPort) (net.Listener, error) {
+	var config net.ListenConfig
+	config.SetMultipathTCP(false) // the kernel splices TCP only
+	return config.Listen(ctx, network, addr.String())
+}
+
+func dial(ctx context.Context, network string, addr netip.AddrPort) (net.Conn, error) {
+	var dialer net.Dialer
+	return dialer.DialContext(ctx, network, addr.String())
+}
+
+// SetFamilies says in which families node ports are listened on; connections in
+// others stay. It does not block and may be called from any goroutine, before
+// and during Run.
+func (r *Relay) SetFamilies(families ...dataplane.Family) {
+	r.mu.Lock()
+	r.families, r.switched = slices.Clone(families), true
+	r.mu.Unlock()
+	r.signal()
+}
+
+// Committed tells of a call to the dataplane that has ended, as sync.Options has
+// it. It does not block, and may be called before and during Run, but not twice
+// at a time.
+func (r *Relay) Committed(commit sync.Commit) {
+	var found bool
+	r.mu.Lock()
+	for _, change := range commit.Changes {
+		if isNodePort(change.Old) || isNodePort(change.New) {
+			r.changed[change.Key()] = change.New
+			found = true
+		}
+	}
+	r.mu.Unlock()
+	if found {
+		r.signal()
+	}
+}
+
+// isNodePort reports whether svc, which may be nil, has a node port of TCP.
+func isNodePort(svc *dataplane.Service) bool {
+	return svc != nil && svc.Key.Kind == dataplane.NodePort &&
+		slices.ContainsFunc(svc.Frontends, func(f dataplane.Frontend) bool { return f.Protocol == dataplane.TCP })
+}
+
+func (r *Relay) signal() {
+	select {
+	case r.wake <- struct{}{}:
+	default:
+	}
+}
+
+// Stats returns what was done for a family, and is now. It does not block and
+// may be called from any goroutine.
+func (r *Relay) Stats(family dataplane.Family) Stats {
+	c := r.counters[family]
+	if c == nil {
+		return Stats{}
+	}
+	return Stats{
+		Listeners: int(c.listeners.Load()), Failing: int(c.failing.Load()), ListenFailures: c.listenFailures.Load(),
+		Open: int(c.open.Load()), Connected: c.connected.Load(), Unreachable: c.unreachable.Load(), Refused: c.refused.Load(),
+	}
+}
+
+// Run listens and serves until ctx is done; then it closes the listeners, resets
+// the connections, and returns nil. It is called once.
+func (r *Relay) Run(ctx context.Context) error {
+	defer r.serving.Wait()
+	defer func() {
+		for _, p := range r.ports {
+			r.close(p)
+		}
+	}()
+	r.retry = time.NewTimer(0)
+	defer r.retry.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-r.wake:
+			r.step(ctx)
+		case <-r.retry.C:
+			r.again(ctx, time.Now())
+		}
+	}
+}
+
+// step takes over what was told.
+func (r *Relay) step(ctx context.Context) {
+	r.mu.Lock()
+	changed, families, switched := r.changed, r.families, r.switched
+	r.changed, r.switched = map[dataplane.Key]*dataplane.Service{}, false
+	r.mu.Unlock()
+
+	touched := map[*port]struct{}{}
+	// A node port may go from one Service to another: what leaves comes first.
+	for key := range changed {
+		for f := range tcpOf(r.services[key]) {
+			if p := r.ports[f]; p != nil && p.owner == key {
+				p.set(nil)
+				touched[p] = struct{}{}
+			}
+		}
+		delete(r.services, key)
+	}
+	for key, svc := range changed {
+		if !isNodePort(svc) {
+			continue
+		}
+		r.services[key] = svc
+		for f := range tcpOf(svc) {
+			p := r.ports[f]
+			if p == nil {
+				p = &port{frontend: f}
+				r.ports[f] = p
+			}
+			p.owner = key
+			p.set(svc)
+			touched[p] = struct{}{}
+		}
+	}
+	if switched {
+		r.serves = families
+		for _, p := range r.ports {
+			touched[p] = struct{}{}
+		}
+	}
+	now := time.Now()
+	for p := range touched {
+		r.settle(ctx, p, now)
+	}
+}
+
+// tcpOf returns the frontends of TCP of svc, which may be nil.
+func tcpOf(svc *dataplane.Service) func(yield func(dataplane.Frontend) bool) {
+	return func(yield func(dataplane.Frontend) bool) {
+		if svc == nil {
+			return
+		}
+		for _, f := range svc.Frontends {
+			if f.Protocol == dataplane.TCP && !yield(f) {
+				return
+			}
+		}
+	}
+}
+
+// settle listens on a port, or no longer, as its Service has it now.
+func (r *Relay) settle(ctx context.Context, p *port, now time.Time) {
+	endpoints, there := p.endpoints()
+	if !there {
+		delete(r.ports, p.frontend)
+	}
+	switch wanted := endpoints > 0 && slices.Contains(r.serves, p.family()); {
+	case !wanted:
+		r.close(p)
+	case p.listener == nil && p.attempts == 0:
+		r.listen(ctx, p, now)
+	}
+}
+
+// close frees a port: clients are refused, and those that wait to be accepted
+// reset.
+func (r *Relay) close(p *port) {
+	if p.listener != nil {
+		_ = p.listener.Close() // nothing was written
+		p.listener = nil
+		r.counters[p.family()].listeners.Add(-1)
+	}
+	if p.attempts > 0 {
+		r.counters[p.family()].failing.Add(-1)
+		delete(r.failing, p)
+		p.attempts, p.reported = 0, ""
+	}
+}
+
+// listen listens on a port, or sees to it that this is tried again.
+func (r *Relay) listen(ctx context.Context, p *port, now time.Time) {
+	network, addr := p.address()
+	c := r.counters[p.family()]
+	l, err := r.opts.Listen(ctx, network, addr)
+	if err != nil {
+		c.listenFailures.Add(1)
+		if p.attempts == 0 {
+			c.failing.Add(1)
+			r.failing[p] = struct{}{}
+		}
+		delay := retryMax
+		if p.attempts < 5 { // 32 s
+			delay = min(retryMin<<p.attempts, retryMax)
+		}
+		p.attempts++
+		p.retryAt = now.Add(delay)
+		r.retryBy(p.retryAt)
+		if text := err.Error(); p.reported != text {
+			p.reported = text
+			r.log.WarnContext(ctx, "a node port can't be listened on; trying again until it succeeds",
+				"address", addr.String(), "service", p.owner.Service(), "error", err)
+		}
+		return
+	}
+	if p.attempts > 0 {
+		r.log.InfoContext(ctx, "a node port is listened on again", "address", addr.String(), "service", p.owner.Service(), "attempts", p.attempts)
+		c.failing.Add(-1)
+		delete(r.failing, p)
+		p.attempts, p.reported = 0, ""
+	}
+	c.listeners.Add(1)
+	p.listener = l
+	r.serving.Go(func() { r.serve(ctx, p, l) })
+}
+
+// retryBy sees to it that ports are tried again at a time, or before.
+func (r *Relay) retryBy(at time.Time) {
+	if r.retryAt.IsZero() || at.Before(r.retryAt) {
+		r.retryAt = at
+		r.retry.Reset(time.Until(at))
+	}
+}
+
+// again tries the ports whose time it is.
+func (r *Relay) again(ctx context.Context, now time.Time) {
+	r.retryAt = time.Time{}
+	var later time.Time
+	for p := range r.failing {
+		if !p.retryAt.After(now) {
+			r.listen(ctx, p, now)
+		}
+		if p.attempts > 0 && (later.IsZero() || p.retryAt.Before(later)) {
+			later = p.retryAt
+		}
+	}
+	if !later.IsZero() {
+		r.retryBy(later)
+	}
+}
+
+// acceptMin and acceptMax are how long nothing is accepted after that has failed,
+// as it does while the process has too many files open.
+const (
+	acceptMin = 5 * time.Millisecond
+	acceptMax = time.Second
+)
+
+// serve accepts clients until the listener is closed.
+func (r *Relay) serve(ctx context.Context, p *port, l net.Listener) {
+	var delay time.Duration
+	for {
+		conn, err := l.Accept()
+		switch {
+		case err == nil:
+		case errors.Is(err, net.ErrClosed), ctx.Err() != nil:
+			return
+		default:
+			if delay == 0 {
+				r.log.WarnContext(ctx, "clients of a node port have to wait", "address", l.Addr().String(), "error", err)
+			}
+			delay = min(max(2*delay, acceptMin), acceptMax)
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(delay):
+			}
+			continue
+		}
+		delay = 0
+		client, ok := conn.(*net.TCPConn)
+		if !ok {
+			r.log.ErrorContext(ctx, "a client of a node port has no TCP connection: this is a bug", "address", l.Addr().String())
+			_ = conn.Close()
+			return
+		}
+		c := r.counters[p.family()]
+		if r.open.Add(1) > int64(r.opts.MaxConnections) {
+			r.open.Add(-1)
+			c.refused.Add(1)
+			reset(client)
+			continue
+		}
+		c.open.Add(1)
+		r.serving.Go(func() {
+			defer r.open.Add(-1)
+			defer c.open.Add(-1)
+			r.connect(ctx, p, client)
+		})
+	}
+}

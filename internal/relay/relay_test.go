@@ -1,0 +1,629 @@
+package relay_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+	stdsync "sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"fairlead/dataplane"
+	"fairlead/internal/nettest"
+	"fairlead/internal/relay"
+	"fairlead/sync"
+)
+
+const (
+	nodePort   = 30080 // in namespaces of the tests' own
+	targetPort = 8080
+)
+
+// patience is how long a test waits for what comes in a moment.
+const patience = 30 * time.Second
+
+// node is a node with a Relay and pods.
+type node struct {
+	*nettest.Network
+
+	relay *relay.Relay
+	log   *logBuffer
+	stop  func() // ends the Relay and waits for it
+}
+
+type logBuffer struct {
+	mu stdsync.Mutex
+	b  bytes.Buffer
+}
+
+func (b *logBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.Write(p)
+}
+
+func (b *logBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.String()
+}
+
+// newNode starts a Relay on a node, for both families.
+func newNode(t *testing.T, opts relay.Options) *node {
+	t.Helper()
+	n := &node{Network: nettest.NewT(t, nettest.Options{}), log: &logBuffer{}}
+	opts.Listen, opts.Dial = n.Node.Listen, n.Node.Dial
+	opts.Logger = slog.New(slog.NewTextHandler(n.log, nil))
+	n.relay = relay.New(opts)
+	n.relay.SetFamilies(families()...)
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- n.relay.Run(ctx) }()
+	n.stop = stdsync.OnceFunc(func() {
+		cancel()
+		select {
+		case err := <-ended:
+			if err != nil {
+				t.Errorf("Run: %v", err)
+			}
+		case <-time.After(patience):
+			t.Error("Run does not end")
+		}
+	})
+	t.Cleanup(n.stop)
+	return n
+}
+
+func families() []dataplane.Family { return []dataplane.Family{dataplane.IPv4, dataplane.IPv6} }
+
+// eachFamily runs a test for both families.
+func eachFamily(t *testing.T, test func(*testing.T, dataplane.Family)) {
+	t.Helper()
+	for _, f := range families() {
+		t.Run(f.String(), func(t *testing.T) {
+			t.Parallel()
+			test(t, f)
+		})
+	}
+}
+
+// loopback returns where clients connect.
+func loopback(f dataplane.Family, port uint16) netip.AddrPort {
+	if f == dataplane.IPv4 {
+		return netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), port)
+	}
+	return netip.AddrPortFrom(netip.IPv6Loopback(), port)
+}
+
+func of(h *nettest.Host, f dataplane.Family) netip.Addr {
+	if f == dataplane.IPv4 {
+		return h.IPv4
+	}
+	return h.IPv6
+}
+
+// at returns endpoints at targetPort of hosts.
+func at(f dataplane.Family, hosts ...*nettest.Host) []dataplane.Endpoint {
+	endpoints := []dataplane.Endpoint{}
+	for _, h := range hosts {
+		endpoints = append(endpoints, dataplane.Endpoint{Addr: netip.AddrPortFrom(of(h, f), targetPort)})
+	}
+	return endpoints
+}
+
+// service returns the node port of a Service.
+func service(t *testing.T, f dataplane.Family, name string, port uint16, treatment dataplane.Treatment) *dataplane.Service {
+	t.Helper()
+	unspecified := netip.IPv4Unspecified()
+	if f == dataplane.IPv6 {
+		unspecified = netip.IPv6Unspecified()
+	}
+	svc, err := dataplane.NewService(dataplane.Key{Namespace: "default", Name: name, Family: f, Kind: dataplane.NodePort},
+		[]dataplane.Frontend{{Protocol: dataplane.TCP, Addr: netip.AddrPortFrom(unspecified, port)}}, treatment)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return svc
+}
+
+// change tells the Relay that a Service has changed.
+func (n *node) change(was, is *dataplane.Service) {
+	n.relay.Committed(sync.Commit{Kind: sync.KindApply, Changes: []dataplane.Change{{Old: was, New: is}}})
+}
+
+// listening waits until so many node ports of a family are listened on.
+func (n *node) listening(t *testing.T, f dataplane.Family, want int) {
+	t.Helper()
+	eventually(t, fmt.Sprintf("%d listeners", want), func() bool { return n.relay.Stats(f).Listeners == want })
+}
+
+func eventually(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	for end := time.Now().Add(patience); !ok(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("never: %s", what)
+		}
+	}
+}
+
+// dial connects a client on the node.
+func (n *node) dial(t *testing.T, addr netip.AddrPort) *net.TCPConn {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	conn, err := n.Node.Dial(ctx, "tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return prepared(t, conn)
+}
+
+// prepared returns a connection that does not block for ever.
+func prepared(t *testing.T, conn net.Conn) *net.TCPConn {
+	t.Helper()
+	t.Cleanup(func() { _ = conn.Close() })
+	if err := conn.SetDeadline(time.Now().Add(patience)); err != nil {
+		t.Fatal(err)
+	}
+	return conn.(*net.TCPConn)
+}
+
+// refused fails the test unless the kernel refuses a client.
+func (n *node) refused(t *testing.T, addr netip.AddrPort) {
+	t.Helper()
+	conn, err := n.Node.Dial(t.Context(), "tcp", addr)
+	if err == nil {
+		_ = conn.Close()
+	}
+	if !errors.Is(err, syscall.ECONNREFUSED) {
+		t.Errorf("connect to %s: %v, want it refused", addr, err)
+	}
+}
+
+// pair returns both ends of a connection through the Relay, of which a pod
+// accepts the other.
+func (n *node) pair(t *testing.T, f dataplane.Family) (client, pod *net.TCPConn) {
+	t.Helper()
+	host := n.PodT(t, "pod")
+	l, err := host.Listen(t.Context(), "tcp", netip.AddrPortFrom(of(host, f), targetPort))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	n.change(nil, service(t, f, "web", nodePort, dataplane.Treatment{Endpoints: at(f, host)}))
+	n.listening(t, f, 1)
+	client = n.dial(t, loopback(f, nodePort))
+	conn, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return client, prepared(t, conn)
+}
+
+// A client on the node reaches every pod of a Service, and the pods see the
+// node's address.
+func TestReachesPods(t *testing.T) {
+	t.Parallel()
+	eachFamily(t, func(t *testing.T, f dataplane.Family) {
+		n := newNode(t, relay.Options{})
+		pods := []*nettest.Host{n.PodT(t, "a"), n.PodT(t, "b"), n.PodT(t, "c")}
+		for _, p := range pods {
+			p.ServeT(t, nettest.TCP, targetPort)
+		}
+		n.refused(t, loopback(f, nodePort)) // nothing is programmed yet
+		n.change(nil, service(t, f, "web", nodePort, dataplane.Treatment{Endpoints: at(f, pods...)}))
+		n.listening(t, f, 1)
+		met := map[string]bool{}
+		clients := uint64(0)
+		for ; len(met) < len(pods) && clients < 1000; clients++ {
+			answer, err := n.Node.Connect(t.Context(), nettest.TCP, loopback(f, nodePort))
+			if err != nil {
+				t.Fatal(err)
+			}
+			met[answer.Host] = true
+			if !slices.Contains(n.Node.Addrs(), answer.Source.Addr()) && !strings.HasPrefix(answer.Source.Addr().String(), "169.254.") {
+				t.Fatalf("a pod saw %s, which is no address of the node", answer.Source)
+			}
+		}
+		if len(met) < len(pods) {
+			t.Errorf("%d clients met only %v", clients, met)
+		}
+		eventually(t, "no connection is open", func() bool { return n.relay.Stats(f).Open == 0 })
+		if got, want := n.relay.Stats(f), (relay.Stats{Listeners: 1, Connected: clients}); got != want {
+			t.Errorf("stats %+v, want %+v", got, want)
+		}
+		if n.log.String() != "" {
+			t.Errorf("log: %s", n.log)
+		}
+	})
+}
+
+// A node port that nobody serves is refused by the kernel: without endpoints,
+// without its Service, in a family that is off, and of other kinds and protocols.
+func TestRefuses(t *testing.T) {
+	t.Parallel()
+	eachFamily(t, func(t *testing.T, f dataplane.Family) {
+		n := newNode(t, relay.Options{})
+		pod := n.PodT(t, "pod")
+		pod.ServeT(t, nettest.TCP, targetPort)
+		served := service(t, f, "web", nodePort, dataplane.Treatment{Endpoints: at(f, pod)})
+		empty := service(t, f, "web", nodePort, dataplane.Treatment{})
+		local := service(t, f, "web", nodePort, dataplane.Treatment{ExternalLocal: true, LocalEndpoints: at(f, pod), NoEndpoints: dataplane.Drop})
+		udp := *served
+		udp.Frontends = []dataplane.Frontend{{Protocol: dataplane.UDP, Addr: served.Frontends[0].Addr}}
+		external := *served
+		external.Key.Kind = dataplane.ExternalIP
+		addr := loopback(f, nodePort)
+		for _, svc := range []*dataplane.Service{empty, local, &udp, &external, nil} {
+			n.change(nil, served)
+			n.listening(t, f, 1)
+			if _, err := n.Node.Connect(t.Context(), nettest.TCP, addr); err != nil {
+				t.Fatal(err)
+			}
+			if svc != nil && svc.Key.Kind != dataplane.NodePort {
+				n.change(served, nil)
+				n.change(nil, svc)
+			} else {
+				n.change(served, svc)
+			}
+			n.listening(t, f, 0)
+			n.refused(t, addr)
+			n.change(svc, nil)
+		}
+		n.change(nil, served)
+		n.listening(t, f, 1)
+		n.relay.SetFamilies(slices.DeleteFunc(families(), func(other dataplane.Family) bool { return other == f })...)
+		n.listening(t, f, 0)
+		n.refused(t, addr)
+		n.relay.SetFamilies(families()...) // what was told meanwhile, and before, counts
+		n.listening(t, f, 1)
+		if _, err := n.Node.Connect(t.Context(), nettest.TCP, addr); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// With externalTrafficPolicy Local the node reaches the pods of the cluster, as
+// at its own address.
+func TestExternalLocal(t *testing.T) {
+	t.Parallel()
+	const f = dataplane.IPv4
+	n := newNode(t, relay.Options{})
+	here, there := n.PodT(t, "here"), n.PodT(t, "there")
+	there.ServeT(t, nettest.TCP, targetPort)
+	n.change(nil, service(t, f, "web", nodePort, dataplane.Treatment{
+		Endpoints: at(f, there), ExternalLocal: true, LocalEndpoints: at(f, here),
+	}))
+	n.listening(t, f, 1)
+	if answer, err := n.Node.Connect(t.Context(), nettest.TCP, loopback(f, nodePort)); err != nil || answer.Host != "there" {
+		t.Errorf("answer %+v, error %v", answer, err)
+	}
+}
+
+// A commit that failed as a whole has changed nothing, and one in which a node
+// port goes from one Service to another ends with the latter, in whatever order
+// its changes are.
+func TestNodePortMoves(t *testing.T) {
+	t.Parallel()
+	const f = dataplane.IPv4
+	n := newNode(t, relay.Options{})
+	a, b := n.PodT(t, "a"), n.PodT(t, "b")
+	a.ServeT(t, nettest.TCP, targetPort)
+	b.ServeT(t, nettest.TCP, targetPort)
+	first := service(t, f, "a", nodePort, dataplane.Treatment{Endpoints: at(f, a)})
+	second := service(t, f, "b", nodePort, dataplane.Treatment{Endpoints: at(f, b)})
+	n.change(nil, first)
+	n.listening(t, f, 1)
+	owned := func(want string) {
+		t.Helper()
+		eventually(t, "served by "+want, func() bool {
+			answer, err := n.Node.Connect(t.Context(), nettest.TCP, loopback(f, nodePort))
+			if err != nil {
+				t.Fatal(err) // it is listened on without a break
+			}
+			return answer.Host == want
+		})
+	}
+	owned("a")
+	n.relay.Committed(sync.Commit{Changes: []dataplane.Change{{New: second}, {Old: first}}})
+	owned("b")
+	n.relay.Committed(sync.Commit{Changes: []dataplane.Change{{Old: second}, {New: first}}})
+	owned("a")
+	n.change(second, nil) // which has it no more
+	owned("a")
+	// The same Service at another node port.
+	n.change(first, service(t, f, "a", nodePort+1, dataplane.Treatment{Endpoints: at(f, a)}))
+	eventually(t, "the other node port", func() bool {
+		_, err := n.Node.Connect(t.Context(), nettest.TCP, loopback(f, nodePort+1))
+		return err == nil
+	})
+	n.listening(t, f, 1)
+	n.refused(t, loopback(f, nodePort))
+}
+
+// Either side may say all and go on listening, and all that is said arrives.
+func TestHalfClose(t *testing.T) {
+	t.Parallel()
+	said := make([]byte, 4<<20)
+	for i := range said {
+		said[i] = byte(rand.IntN(256))
+	}
+	say := func(t *testing.T, from, to *net.TCPConn) {
+		t.Helper()
+		go func() {
+			if _, err := from.Write(said); err != nil {
+				t.Errorf("write: %v", err)
+			}
+			if err := from.CloseWrite(); err != nil {
+				t.Errorf("close one direction: %v", err)
+			}
+		}()
+		got, err := io.ReadAll(to)
+		if err != nil || !bytes.Equal(got, said) {
+			t.Errorf("read %d bytes of %d, equal: %t, error %v", len(got), len(said), bytes.Equal(got, said), err)
+		}
+	}
+	eachFamily(t, func(t *testing.T, f dataplane.Family) {
+		for _, clientFirst := range []bool{true, false} {
+			n := newNode(t, relay.Options{})
+			client, pod := n.pair(t, f)
+			first, second := pod, client
+			if clientFirst {
+				first, second = client, pod
+			}
+			say(t, first, second)
+			say(t, second, first)
+			eventually(t, "no connection is open", func() bool { return n.relay.Stats(f).Open == 0 })
+		}
+	})
+}
+
+// A reset of either side, which says that something is missing, is not passed on
+// as an end.
+func TestReset(t *testing.T) {
+	t.Parallel()
+	eachFamily(t, func(t *testing.T, f dataplane.Family) {
+		for _, byClient := range []bool{true, false} {
+			n := newNode(t, relay.Options{})
+			client, pod := n.pair(t, f)
+			from, to := pod, client
+			if byClient {
+				from, to = client, pod
+			}
+			if err := errors.Join(from.SetLinger(0), from.Close()); err != nil {
+				t.Fatal(err)
+			}
+			if got, err := io.ReadAll(to); !errors.Is(err, syscall.ECONNRESET) {
+				t.Errorf("by the client: %t: read %q, error %v, want a reset", byClient, got, err)
+			}
+			eventually(t, "no connection is open", func() bool { return n.relay.Stats(f).Open == 0 })
+		}
+	})
+}
+
+// A connection outlives its endpoint's place in the Service, the Service, and
+// the family.
+func TestConnectionsStay(t *testing.T) {
+	t.Parallel()
+	eachFamily(t, func(t *testing.T, f dataplane.Family) {
+		n := newNode(t, relay.Options{})
+		client, pod := n.pair(t, f)
+		works := func(after string) {
+			t.Helper()
+			if _, err := client.Write([]byte("x")); err != nil {
+				t.Fatalf("after %s: %v", after, err)
+			}
+			if _, err := io.ReadFull(pod, make([]byte, 1)); err != nil {
+				t.Fatalf("after %s: %v", after, err)
+			}
+		}
+		works("the beginning")
+		with := service(t, f, "web", nodePort, dataplane.Treatment{Endpoints: at(f, n.Node)})
+		n.change(nil, with)
+		works("the endpoint left")
+		n.change(with, nil)
+		n.listening(t, f, 0)
+		works("the Service left")
+		n.relay.SetFamilies()
+		works("the family was switched off")
+	})
+}
+
+// An endpoint that refuses is passed over; if all do, the client is reset.
+func TestEndpointRefuses(t *testing.T) {
+	t.Parallel()
+	eachFamily(t, func(t *testing.T, f dataplane.Family) {
+		n := newNode(t, relay.Options{})
+		good, bad, worse := n.PodT(t, "good"), n.PodT(t, "bad"), n.PodT(t, "worse")
+		good.ServeT(t, nettest.TCP, targetPort)
+		for _, affinity := range []time.Duration{0, time.Hour} {
+			n.change(nil, service(t, f, "web", nodePort, dataplane.Treatment{Endpoints: at(f, good, bad, worse), Affinity: affinity}))
+			n.listening(t, f, 1)
+			for range 20 {
+				if _, err := n.Node.Connect(t.Context(), nettest.TCP, loopback(f, nodePort)); err != nil {
+					t.Fatalf("affinity %s: %v", affinity, err)
+				}
+			}
+		}
+		n.change(nil, service(t, f, "web", nodePort, dataplane.Treatment{Endpoints: at(f, bad, worse)}))
+		eventually(t, "a client is reset", func() bool {
+			_, err := io.ReadAll(n.dial(t, loopback(f, nodePort)))
+			return errors.Is(err, syscall.ECONNRESET)
+		})
+		if got := n.relay.Stats(f).Unreachable; got == 0 {
+			t.Error("the client is not counted")
+		}
+	})
+}
+
+// All clients share an endpoint, and another when it leaves.
+func TestAffinity(t *testing.T) {
+	t.Parallel()
+	eachFamily(t, func(t *testing.T, f dataplane.Family) {
+		n := newNode(t, relay.Options{})
+		pods := map[string]*nettest.Host{}
+		for _, name := range []string{"a", "b", "c", "d"} {
+			pods[name] = n.PodT(t, name)
+			pods[name].ServeT(t, nettest.TCP, targetPort)
+		}
+		program := func() {
+			var hosts []*nettest.Host
+			for _, p := range pods {
+				hosts = append(hosts, p)
+			}
+			n.change(nil, service(t, f, "web", nodePort, dataplane.Treatment{Endpoints: at(f, hosts...), Affinity: time.Hour}))
+			n.listening(t, f, 1)
+		}
+		ask := func() string {
+			t.Helper()
+			answer, err := n.Node.Connect(t.Context(), nettest.TCP, loopback(f, nodePort))
+			if err != nil {
+				t.Fatal(err)
+			}
+			return answer.Host
+		}
+		program()
+		first := ask()
+		for range 20 {
+			if got := ask(); got != first {
+				t.Fatalf("%s after %s", got, first)
+			}
+		}
+		delete(pods, first)
+		program()
+		var second string
+		eventually(t, "another endpoint", func() bool { second = ask(); return second != first })
+		for range 20 {
+			if got := ask(); got != second {
+				t.Fatalf("%s after %s", got, second)
+			}
+		}
+	})
+}
+
+// A port that is taken is told of once, holds no other up, and is served when it
+// is free.
+func TestPortTaken(t *testing.T) {
+	t.Parallel()
+	const f = dataplane.IPv4
+	n := newNode(t, relay.Options{})
+	pod := n.PodT(t, "pod")
+	pod.ServeT(t, nettest.TCP, targetPort)
+	taken, err := n.Node.Listen(t.Context(), "tcp4", loopback(f, nodePort))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer taken.Close()
+	treatment := dataplane.Treatment{Endpoints: at(f, pod)}
+	n.relay.Committed(sync.Commit{Changes: []dataplane.Change{
+		{New: service(t, f, "web", nodePort, treatment)}, {New: service(t, f, "other", nodePort+1, treatment)},
+	}})
+	n.listening(t, f, 1)
+	if _, err := n.Node.Connect(t.Context(), nettest.TCP, loopback(f, nodePort+1)); err != nil {
+		t.Error(err)
+	}
+	eventually(t, "a second attempt", func() bool { return n.relay.Stats(f).ListenFailures >= 2 })
+	if got := n.relay.Stats(f); got.Failing != 1 || got.Listeners != 1 {
+		t.Errorf("stats %+v", got)
+	}
+	if log := n.log.String(); strings.Count(log, "level=WARN") != 1 || !strings.Contains(log, "address=127.0.0.1:30080 service=default/web") {
+		t.Errorf("log:\n%s", log)
+	}
+	if err := taken.Close(); err != nil {
+		t.Fatal(err)
+	}
+	n.listening(t, f, 2)
+	if got := n.relay.Stats(f); got.Failing != 0 {
+		t.Errorf("stats %+v", got)
+	}
+	if _, err := n.Node.Connect(t.Context(), nettest.TCP, loopback(f, nodePort)); err != nil {
+		t.Error(err)
+	}
+	if log := n.log.String(); !strings.Contains(log, "level=INFO") {
+		t.Errorf("log:\n%s", log)
+	}
+}
+
+// A port that is taken is not tried again once nobody wants it.
+func TestPortTakenAndLeft(t *testing.T) {
+	t.Parallel()
+	const f = dataplane.IPv4
+	n := newNode(t, relay.Options{})
+	taken, err := n.Node.Listen(t.Context(), "tcp4", loopback(f, nodePort))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer taken.Close()
+	svc := service(t, f, "web", nodePort, dataplane.Treatment{Endpoints: at(f, n.Node)})
+	n.change(nil, svc)
+	eventually(t, "a failure", func() bool { return n.relay.Stats(f).Failing == 1 })
+	n.change(svc, nil)
+	eventually(t, "no failure", func() bool { return n.relay.Stats(f).Failing == 0 })
+}
+
+// There are no more connections than allowed; others are reset, and a place that
+// is free again is used.
+func TestMaxConnections(t *testing.T) {
+	t.Parallel()
+	const f = dataplane.IPv4
+	n := newNode(t, relay.Options{MaxConnections: 2})
+	pod := n.PodT(t, "pod")
+	pod.ServeT(t, nettest.TCP, targetPort)
+	n.change(nil, service(t, f, "web", nodePort, dataplane.Treatment{Endpoints: at(f, pod)}))
+	n.listening(t, f, 1)
+	addr := loopback(f, nodePort)
+	first := n.dial(t, addr)
+	n.dial(t, addr)
+	eventually(t, "two connections", func() bool { return n.relay.Stats(f).Connected == 2 })
+	if _, err := io.ReadAll(n.dial(t, addr)); !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("the third client got %v, want a reset", err)
+	}
+	if got := n.relay.Stats(f); got.Refused != 1 || got.Open != 2 {
+		t.Errorf("stats %+v", got)
+	}
+	if err := first.Close(); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "one connection", func() bool { return n.relay.Stats(f).Open == 1 })
+	if _, err := n.Node.Connect(t.Context(), nettest.TCP, addr); err != nil {
+		t.Error(err)
+	}
+}
+
+// The end resets connections and frees the ports; a client that waits for an
+// endpoint does not hold it up.
+func TestEnd(t *testing.T) {
+	t.Parallel()
+	eachFamily(t, func(t *testing.T, f dataplane.Family) {
+		n := newNode(t, relay.Options{})
+		client, pod := n.pair(t, f)
+		// Nobody answers for an address that the outside host drops.
+		silent := dataplane.Endpoint{Addr: netip.MustParseAddrPort("198.51.100.1:80")}
+		if f == dataplane.IPv6 {
+			silent = dataplane.Endpoint{Addr: netip.MustParseAddrPort("[2001:db8:9::1]:80")}
+		}
+		n.change(nil, service(t, f, "silent", nodePort+1, dataplane.Treatment{Endpoints: []dataplane.Endpoint{silent}}))
+		n.listening(t, f, 2)
+		waiting := n.dial(t, loopback(f, nodePort+1))
+		eventually(t, "two connections", func() bool { return n.relay.Stats(f).Open == 2 })
+		n.stop()
+		for name, conn := range map[string]*net.TCPConn{"client": client, "pod": pod, "client that waits": waiting} {
+			if _, err := io.ReadAll(conn); !errors.Is(err, syscall.ECONNRESET) {
+				t.Errorf("%s: %v, want a reset", name, err)
+			}
+		}
+		n.refused(t, loopback(f, nodePort))
+		if got := n.relay.Stats(f); got.Listeners != 0 || got.Open != 0 {
+			t.Errorf("stats %+v", got)
+		}
+	})
+}
