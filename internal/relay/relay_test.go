@@ -338,7 +338,14 @@ func TestNodePortMoves(t *testing.T) {
 	owned("b")
 	n.relay.Committed(sync.Commit{Changes: []dataplane.Change{{Old: second}, {New: first}}})
 	owned("a")
-	n.change(second, nil) // which has it no more
+	// What the Service that had it fails to give up, the other has all the same.
+	n.change(nil, second)
+	owned("b")
+	n.change(first, nil)
+	n.change(nil, service(t, f, "c", nodePort+2, dataplane.Treatment{Endpoints: at(f, a)}))
+	n.listening(t, f, 2) // and so the Relay knows that the Service has left
+	owned("b")
+	n.relay.Committed(sync.Commit{Changes: []dataplane.Change{{Old: second}, {New: first}}})
 	owned("a")
 	// The same Service at another node port.
 	n.change(first, service(t, f, "a", nodePort+1, dataplane.Treatment{Endpoints: at(f, a)}))
@@ -346,7 +353,7 @@ func TestNodePortMoves(t *testing.T) {
 		_, err := n.Node.Connect(t.Context(), nettest.TCP, loopback(f, nodePort+1))
 		return err == nil
 	})
-	n.listening(t, f, 1)
+	n.listening(t, f, 2)
 	n.refused(t, loopback(f, nodePort))
 }
 
@@ -456,7 +463,9 @@ func TestEndpointRefuses(t *testing.T) {
 		}
 		n.change(nil, service(t, f, "web", nodePort, dataplane.Treatment{Endpoints: at(f, bad, worse)}))
 		eventually(t, "a client is reset", func() bool {
-			_, err := io.ReadAll(n.dial(t, loopback(f, nodePort)))
+			client := n.dial(t, loopback(f, nodePort))
+			_ = client.CloseWrite() // one that still gets the good endpoint ends
+			_, err := io.ReadAll(client)
 			return errors.Is(err, syscall.ECONNRESET)
 		})
 		if got := n.relay.Stats(f).Unreachable; got == 0 {
@@ -531,7 +540,7 @@ func TestPortTaken(t *testing.T) {
 	if _, err := n.Node.Connect(t.Context(), nettest.TCP, loopback(f, nodePort+1)); err != nil {
 		t.Error(err)
 	}
-	eventually(t, "a second attempt", func() bool { return n.relay.Stats(f).ListenFailures >= 2 })
+	eventually(t, "more attempts", func() bool { return n.relay.Stats(f).ListenFailures >= 3 })
 	if got := n.relay.Stats(f); got.Failing != 1 || got.Listeners != 1 {
 		t.Errorf("stats %+v", got)
 	}
