@@ -55,6 +55,29 @@ RUN ?= .
 e2e: deps controlplane ## end-to-end tests against a real Kubernetes control plane (root); RUN=regexp
 	go test -tags=e2e -v -count=1 -timeout=15m -run='$(RUN)' ./test/e2e/...
 
+# Virtual machines: which of Debian's kernels, which packages' tests in them, and
+# how the processor is had: ACCEL=kvm is fast where it works.
+KERNEL ?= 6.1 6.12
+PKG ?= ./nft
+ACCEL ?= tcg
+# What go test is given besides; make test-vm FULL=1 leaves nothing out.
+VMTEST ?= $(if $(FULL),,-short)
+VMTIMEOUT ?= 20m
+
+.PHONY: vm
+vm: deps nftables
+	go build -o .cache/vm/vm ./test/vm
+
+.PHONY: test-vm
+test-vm: vm ## tests as root in virtual machines; KERNEL=6.1 PKG=./nft RUN=regexp FULL=1
+	@CGO_ENABLED=0 GOAMD64=v1 .cache/vm/vm fetch
+	for k in $(KERNEL); do CGO_ENABLED=0 GOAMD64=v1 go test -count=1 -v $(VMTEST) -timeout=$(VMTIMEOUT) -run='$(RUN)' \
+		-exec="$(CURDIR)/.cache/vm/vm run -kernel=$$k -accel=$(ACCEL)" $(PKG) || exit; done
+
+.PHONY: vm-shell
+vm-shell: vm ## a shell in a virtual machine with the checkout in it; KERNEL=6.12
+	@.cache/vm/vm shell -kernel=$(lastword $(KERNEL)) -accel=$(ACCEL)
+
 # A test that makes network namespaces does so with internal/nettest, and needs
 # root; one that runs a control plane does so with test/controlplane.
 ROOTLESS = $(shell go list -test -f '{{.ImportPath}} {{join .Deps " "}}' ./... | awk \

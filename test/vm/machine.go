@@ -1,0 +1,249 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// machine is a virtual machine that runs one thing and is gone.
+type machine struct {
+	Kernel    string   // path of the kernel's image
+	Initrd    *os.File // what the kernel unpacks; it may have no name any more
+	Accel     string   // tcg or kvm
+	CPUs      int
+	MemoryMiB int
+	Append    string // further parameters for the kernel
+
+	Limit     time.Duration // for all of it
+	BootLimit time.Duration // until the first process says that it runs
+
+	Terminal bool      // the machine's terminal is this process's
+	Output   io.Writer // what the thing in it prints, if it has no terminal
+	Errors   io.Writer // what QEMU prints
+}
+
+// Why a machine was ended from outside.
+var (
+	errLimit     = errors.New("the time limit passed")
+	errBootLimit = errors.New("it did not boot in time")
+	errPanic     = errors.New("the kernel panicked")
+)
+
+// failure says that the machine ended without the exit status of what ran in it.
+type failure struct {
+	err     error
+	console string // the end of the kernel's log
+}
+
+func (f *failure) Error() string { return f.err.Error() }
+func (f *failure) Unwrap() error { return f.err }
+
+// arguments are QEMU's. Pipes and the initrd come as file descriptors.
+func (m *machine) arguments() []string {
+	// QEMU 7.2 spoils the flags register now and then when it emulates
+	// cmpxchg16b: one boot in six of Linux 6.12 ended in a double fault or the
+	// like. Without that instruction Linux takes a lock instead.
+	cpu := "max,cx16=off"
+	accel := "tcg,thread=multi"
+	if m.Accel == "kvm" {
+		cpu, accel = "host", "kvm"
+	}
+	output := "file,id=output,path=/dev/fd/6"
+	if m.Terminal {
+		output = "stdio,id=output,mux=on,signal=off"
+	}
+	// oops=panic and panic=-1 make a kernel that is no longer well reboot at
+	// once, and -no-reboot makes that the end. mitigations=off saves time, which
+	// emulation has little of; no stranger's code runs here.
+	kernel := "console=ttyS0 oops=panic panic=-1 random.trust_cpu=on mitigations=off nowatchdog"
+	if m.Append != "" {
+		kernel += " " + m.Append
+	}
+	args := []string{
+		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+		"-machine", "pc", "-accel", accel, "-cpu", cpu,
+		"-smp", strconv.Itoa(m.CPUs), "-m", strconv.Itoa(m.MemoryMiB),
+		"-kernel", m.Kernel, "-initrd", "/dev/fd/3", "-append", kernel,
+		// Serial ports, as their driver is part of Debian's kernels; that of
+		// virtio consoles is a module, and tests may load modules themselves.
+		"-chardev", "file,id=console,path=/dev/fd/4", "-serial", "chardev:console",
+		"-chardev", output, "-serial", "chardev:output",
+		"-chardev", "file,id=status,path=/dev/fd/5", "-serial", "chardev:status",
+	}
+	if m.Terminal {
+		args = append(args, "-mon", "chardev=output") // for Ctrl-A X
+	}
+	return args
+}
+
+// run boots the machine and returns the exit status of what ran in it. The error
+// is a *failure if it booted, or tried to. When ctx ends the machine does, too.
+func (m *machine) run(ctx context.Context) (status int, err error) {
+	qemu, err := exec.LookPath("qemu-system-x86_64")
+	if err != nil {
+		return 0, fmt.Errorf("%w: install qemu-system-x86 (make deps)", err)
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	cmd := exec.CommandContext(ctx, qemu, m.arguments()...)
+	cmd.Stderr = m.Errors
+	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
+	cmd.WaitDelay = 10 * time.Second
+	// QEMU goes when this process does, however it ends. The kernel goes by the
+	// thread that started it.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	if m.Terminal {
+		cmd.Stdin, cmd.Stdout = os.Stdin, os.Stdout
+	} else {
+		// A terminal's interrupts are for this process, which ends QEMU.
+		cmd.SysProcAttr.Setpgid = true
+	}
+
+	var readers sync.WaitGroup
+	var console log
+	guest := watcher{booted: make(chan struct{})}
+	cmd.ExtraFiles = []*os.File{m.Initrd}
+	reads := []func(io.Reader){console.read, guest.read}
+	if !m.Terminal {
+		reads = append(reads, func(r io.Reader) { io.Copy(m.Output, r) }) //nolint:errcheck // who reads our output no more has no use for errors
+	}
+	for _, read := range reads {
+		r, w, err := os.Pipe()
+		if err != nil {
+			return 0, err
+		}
+		defer w.Close() //nolint:errcheck // closed below unless there is another error
+		cmd.ExtraFiles = append(cmd.ExtraFiles, w)
+		readers.Go(func() {
+			defer r.Close() //nolint:errcheck // only read from
+			read(r)
+		})
+	}
+	console.panicked = func() {
+		// It reboots by itself, if it still can.
+		time.AfterFunc(5*time.Second, func() { cancel(errPanic) })
+	}
+	limit := time.AfterFunc(m.Limit, func() { cancel(errLimit) })
+	defer limit.Stop()
+	boot := time.AfterFunc(m.BootLimit, func() { cancel(errBootLimit) })
+	defer boot.Stop()
+	go func() {
+		select {
+		case <-guest.booted:
+			boot.Stop()
+		case <-ctx.Done():
+		}
+	}()
+
+	if err := cmd.Start(); err != nil {
+		return 0, fmt.Errorf("start QEMU: %w", err)
+	}
+	for _, w := range cmd.ExtraFiles[1:] {
+		w.Close() //nolint:errcheck // QEMU has its own
+	}
+	err = cmd.Wait()
+	readers.Wait()
+	if guest.status != nil {
+		return *guest.status, nil
+	}
+	switch cause := context.Cause(ctx); {
+	case console.hasPanicked():
+		err = errPanic
+	case cause != nil:
+		err = cause
+	case err != nil:
+		err = fmt.Errorf("QEMU ended: %w", err)
+	default:
+		err = errors.New("it went down without an exit status")
+	}
+	return 0, &failure{err: err, console: console.end()}
+}
+
+// watcher reads what the machine's first process says.
+type watcher struct {
+	booted chan struct{}
+	status *int
+}
+
+func (w *watcher) read(r io.Reader) {
+	lines := bufio.NewScanner(r)
+	for lines.Scan() {
+		word, rest, _ := strings.Cut(strings.TrimSpace(lines.Text()), " ")
+		switch word {
+		case "started":
+			close(w.booted)
+		case "exit":
+			if status, err := strconv.Atoi(rest); err == nil {
+				w.status = &status
+			}
+		}
+	}
+}
+
+// log is the end of the kernel's log.
+type log struct {
+	panicked func() // called once
+
+	mu    sync.Mutex
+	lines []string
+	panic bool
+	// complaints counts lines that tell of something wrong in the kernel.
+	complaints int
+}
+
+const (
+	logKept  = 2000 // lines
+	logShown = 60   // of them, for a failure
+)
+
+func (l *log) read(r io.Reader) {
+	lines := bufio.NewReader(r)
+	for {
+		line, err := lines.ReadString('\n')
+		if line != "" {
+			l.add(line)
+		}
+		if err != nil {
+			return
+		}
+	}
+}
+
+func (l *log) add(line string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	line = strings.TrimRight(line, "\r\n")
+	l.lines = append(l.lines, line)
+	if len(l.lines) > logKept {
+		l.lines = append(l.lines[:0], l.lines[logKept/2:]...)
+	}
+	if !l.panic && strings.Contains(line, "Kernel panic - not syncing") {
+		l.panic = true
+		l.panicked()
+	}
+}
+
+func (l *log) hasPanicked() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.panic
+}
+
+func (l *log) end() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return strings.Join(l.lines[max(0, len(l.lines)-logShown):], "\n")
+}

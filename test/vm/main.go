@@ -1,0 +1,327 @@
+// Program vm runs something as root in a virtual machine of its own, with one of
+// Debian's kernels: a test binary, the demo, a shell.
+//
+//	vm run [-kernel=6.12] [flags] PROGRAM [ARGUMENT]...
+//	vm shell [-kernel=6.12] [flags]
+//	vm fetch
+//
+// It is made to be used by the go command, which then reports on tests as always
+// (`make test-vm` does so):
+//
+//	CGO_ENABLED=0 go test -count=1 -exec "$PWD/.cache/vm/vm run -kernel=6.1" ./nft -run TestX
+//
+// A PROGRAM with a slash in it is taken into the virtual machine, together with
+// the shared libraries that it needs; one without is of the machine's own: those of
+// busybox, and ip, nft and others if this machine has them. The checkout is there
+// under the same path as here, and so is the working folder; what is written there
+// is gone afterwards. Output and errors come back as they are printed, as one, and
+// the exit status is PROGRAM's. Standard input is empty. Of the environment there are
+// GODEBUG, GOGC, GOMAXPROCS, GOMEMLIMIT, GOTRACEBACK, names that begin with FAIRLEAD_,
+// and what -env names.
+//
+// If the kernel panics or has an oops, hangs until the time limit, or does not
+// boot, the end of its log is printed and the exit status is 125, as it is for
+// everything else that goes wrong outside of PROGRAM. The time limit is that of
+// a test binary's -test.timeout and some, else -limit.
+//
+// # The virtual machine
+//
+// The kernels are Debian's linux-image-cloud-amd64, fetched with their signatures
+// checked and unpacked into .cache/vm; nothing is installed. QEMU emulates the
+// processor, which works everywhere and is 10 to 20 times slower than the machine
+// itself; -accel=kvm is much faster where it works. Everything else is in
+// memory: the kernel unpacks a cpio archive that is made for each run, of busybox,
+// the kernel's modules for networking, the checkout and PROGRAM. There is no disk and
+// no network but what tests make.
+//
+// Modules are loaded on demand, as on a real host: the kernel calls modprobe.
+// With -modprobe=false there is no modprobe, as in a container without programs;
+// the modules are still in /lib/modules/RELEASE.
+//
+// # Why there is no library here
+//
+// github.com/lmb/vimto and github.com/hugelgupf/vmtest do this for kernels built
+// for the purpose: they share folders over 9p, and speak over virtio, both of
+// which Debian's cloud kernels lack or have as modules. github.com/anatol/vmtest
+// starts QEMU and waits for words on its console, which is the smaller part.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"maps"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// exitFailed is the exit status for everything that goes wrong outside of what
+// runs in the virtual machine.
+const exitFailed = 125
+
+// testGrace is what a test binary's time limit is extended by: for the boot, and
+// for the binary to notice and tell what hangs. The go command waits a minute.
+const testGrace = 55 * time.Second
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT)
+	status := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
+	stop()
+	os.Exit(status)
+}
+
+// options are what the flags say.
+type options struct {
+	kernel   string
+	accel    string
+	cpus     int
+	memory   int
+	limit    time.Duration
+	boot     time.Duration
+	append   string
+	modprobe bool
+	env      []string // names
+	command  []string // program and arguments; none for a shell
+}
+
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	status, err := do(ctx, args, stdout, stderr)
+	if err == nil || errors.Is(err, flag.ErrHelp) {
+		return status
+	}
+	if failed, ok := errors.AsType[*failure](err); ok {
+		fmt.Fprintf(stderr, "\n--- the end of the kernel's log:\n%s\n---\n", failed.console)
+	}
+	fmt.Fprintf(stderr, "vm: %v\n", err)
+	return exitFailed
+}
+
+func do(ctx context.Context, args []string, stdout, stderr io.Writer) (status int, err error) {
+	o, err := parse(args, stderr)
+	if err != nil {
+		return 0, err
+	}
+	root, err := checkout()
+	if err != nil {
+		return 0, err
+	}
+	c := cache{dir: filepath.Join(root, ".cache", "vm")}
+	// Both of a link's sides must name the same lock.
+	if real, err := filepath.EvalSymlinks(filepath.Dir(c.dir)); err == nil {
+		c.dir = filepath.Join(real, "vm")
+	}
+	if args[0] == "fetch" {
+		for _, k := range slices.Sorted(maps.Keys(kernels())) {
+			if _, _, err := c.kernel(ctx, k); err != nil {
+				return 0, err
+			}
+		}
+		_, err := c.busybox(ctx)
+		return 0, err
+	}
+	kernel, modules, err := c.kernel(ctx, o.kernel)
+	if err != nil {
+		return 0, err
+	}
+	initrd, err := o.initrd(ctx, c, root, modules)
+	if err != nil {
+		return 0, fmt.Errorf("make the first file system: %w", err)
+	}
+	defer initrd.Close() //nolint:errcheck // it has no name; nobody reads it again
+	m := &machine{
+		Kernel: kernel, Initrd: initrd, Accel: o.accel, CPUs: o.cpus, MemoryMiB: o.memory, Append: o.append,
+		Limit: o.limit, BootLimit: o.boot, Terminal: o.command == nil, Output: stdout, Errors: stderr,
+	}
+	if status, err = m.run(ctx); err != nil {
+		return 0, fmt.Errorf("Linux %s: %w", o.kernel, err)
+	}
+	return status, nil
+}
+
+func parse(args []string, stderr io.Writer) (*options, error) {
+	usage := errors.New("usage: vm run [flags] PROGRAM [ARGUMENT]..., vm shell [flags] or vm fetch; vm run -help lists the flags")
+	if len(args) == 0 {
+		return nil, usage
+	}
+	o := &options{}
+	var names string
+	known := slices.Sorted(maps.Keys(kernels()))
+	flags := flag.NewFlagSet("vm "+args[0], flag.ContinueOnError)
+	flags.SetOutput(stderr)
+	flags.StringVar(&o.kernel, "kernel", "6.12", "one of "+strings.Join(known, ", "))
+	flags.StringVar(&o.accel, "accel", "tcg", "tcg emulates the processor; kvm is faster, where it works")
+	flags.IntVar(&o.cpus, "cpus", 2, "number of processors")
+	flags.IntVar(&o.memory, "memory", 3072, "in MiB")
+	flags.DurationVar(&o.limit, "limit", 30*time.Minute, "time limit, if PROGRAM has no -test.timeout")
+	flags.DurationVar(&o.boot, "boot-limit", 3*time.Minute, "time limit for the boot")
+	flags.StringVar(&o.append, "append", "", "further `parameters` for the kernel")
+	flags.BoolVar(&o.modprobe, "modprobe", true, "whether there is a modprobe, which loads modules on demand")
+	flags.StringVar(&names, "env", "", "further `names` of environment variables to pass on, separated by commas")
+	if err := flags.Parse(args[1:]); err != nil {
+		return nil, err
+	}
+	if !slices.Contains(known, o.kernel) {
+		return nil, fmt.Errorf("-kernel=%s: want one of %s", o.kernel, strings.Join(known, ", "))
+	}
+	if o.accel != "tcg" && o.accel != "kvm" {
+		return nil, fmt.Errorf("-accel=%s: want tcg or kvm", o.accel)
+	}
+	if names != "" {
+		o.env = strings.Split(names, ",")
+	}
+	switch args[0] {
+	case "run":
+		if flags.NArg() == 0 {
+			return nil, usage
+		}
+		o.command = flags.Args()
+	case "shell":
+		o.limit = 365 * 24 * time.Hour
+		if flags.NArg() > 0 {
+			return nil, usage
+		}
+	case "fetch":
+	default:
+		return nil, usage
+	}
+	for _, a := range o.command {
+		name, value, _ := strings.Cut(strings.TrimPrefix(strings.TrimPrefix(a, "-"), "-"), "=")
+		switch name {
+		case "test.timeout":
+			if limit, err := time.ParseDuration(value); err == nil && limit > 0 {
+				o.limit = limit + testGrace
+			}
+		case "test.coverprofile", "test.cpuprofile", "test.memprofile", "test.blockprofile", "test.mutexprofile", "test.trace":
+			return nil, fmt.Errorf("-%s: files do not come back from the virtual machine", name)
+		}
+	}
+	return o, nil
+}
+
+// checkout returns the root of the module that the working folder is in.
+func checkout() (string, error) {
+	at, err := os.Getwd()
+	if err != nil {
+		return "", err
+	}
+	for dir := at; ; dir = filepath.Dir(dir) {
+		if _, err := os.Stat(filepath.Join(dir, "go.mod")); err == nil {
+			return dir, nil
+		}
+		if dir == filepath.Dir(dir) {
+			return "", fmt.Errorf("%s is not in a checkout: no go.mod", at)
+		}
+	}
+}
+
+// initrd makes what the kernel unpacks, as a file without a name.
+func (o *options) initrd(ctx context.Context, c cache, root, modules string) (*os.File, error) {
+	busybox, err := c.busybox(ctx)
+	if err != nil {
+		return nil, err
+	}
+	f, err := os.CreateTemp(c.dir, "initrd-")
+	if err != nil {
+		return nil, err
+	}
+	if err := os.Remove(f.Name()); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	if err := o.fill(ctx, f, busybox, root, modules); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
+}
+
+func (o *options) fill(ctx context.Context, f *os.File, busybox, root, modules string) error {
+	a := newArchive(f)
+	if err := base(ctx, a, busybox); err != nil {
+		return err
+	}
+	if err := repository(a, root); err != nil {
+		return err
+	}
+	command := slices.Clone(o.command)
+	if len(command) > 0 && strings.Contains(command[0], "/") {
+		inside := "/vm/" + filepath.Base(command[0])
+		if err := addProgram(ctx, a, inside, command[0]); err != nil {
+			return err
+		}
+		command[0] = inside
+	}
+	dir, err := os.Getwd()
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(
+		a.folder(dir),
+		a.text("/vm/run", 0o644, script(dir, o.environment(os.Environ()), command)),
+		a.text("/vm/settings", 0o644, o.settings(ctx)),
+		a.close(),
+	); err != nil {
+		return err
+	}
+	return copyInto(f, modules)
+}
+
+// environment returns those of the variables that are passed on.
+func (o *options) environment(all []string) []string {
+	names := append([]string{"GODEBUG", "GOGC", "GOMAXPROCS", "GOMEMLIMIT", "GOTRACEBACK"}, o.env...)
+	env := []string{"HOME=/root", "USER=root", "LANG=C.UTF-8", "PATH=/usr/bin:/usr/sbin"}
+	for _, e := range all {
+		name, _, _ := strings.Cut(e, "=")
+		if slices.Contains(names, name) || strings.HasPrefix(name, "FAIRLEAD_") {
+			env = append(env, e)
+		}
+	}
+	return env
+}
+
+// script returns what the virtual machine's shell runs; a shell if there is no
+// command.
+func script(dir string, env, command []string) string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "cd %s\n", quote(dir))
+	for _, e := range env {
+		name, value, _ := strings.Cut(e, "=")
+		fmt.Fprintf(&b, "export %s=%s\n", name, quote(value))
+	}
+	if command == nil {
+		b.WriteString("export PS1='\\h:\\w\\$ '\necho \"Linux $(uname -r); exit or Ctrl-D ends it, Ctrl-A X at once\"\nexec bash --norc -i\n")
+		return b.String()
+	}
+	b.WriteString("exec")
+	for _, c := range command {
+		b.WriteString(" " + quote(c))
+	}
+	b.WriteString("\n")
+	return b.String()
+}
+
+// quote makes s one word of the shell.
+func quote(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'" }
+
+// settings returns what init.sh reads.
+func (o *options) settings(ctx context.Context) string {
+	yes := map[bool]string{true: "yes", false: "no"}
+	rows, columns := "24", "80"
+	if o.command == nil {
+		size := exec.CommandContext(ctx, "stty", "size")
+		size.Stdin = os.Stdin
+		if out, err := size.Output(); err == nil {
+			if r, c, ok := strings.Cut(strings.TrimSpace(string(out)), " "); ok {
+				rows, columns = r, c
+			}
+		}
+	}
+	return fmt.Sprintf("TERMINAL=%s\nMODPROBE=%s\nROWS=%s\nCOLUMNS=%s\n",
+		yes[o.command == nil], yes[o.modprobe], quote(rows), quote(columns))
+}
