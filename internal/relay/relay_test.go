@@ -177,6 +177,20 @@ func prepared(t *testing.T, conn net.Conn) *net.TCPConn {
 	return conn.(*net.TCPConn)
 }
 
+// rejected connects a client that says nothing, and returns the error that it
+// gets, if any: a reset may come before it knows that it is connected.
+func (n *node) rejected(t *testing.T, addr netip.AddrPort) error {
+	t.Helper()
+	conn, err := n.Node.Dial(t.Context(), "tcp", addr)
+	if err != nil {
+		return err
+	}
+	client := prepared(t, conn)
+	_ = client.CloseWrite()
+	_, err = io.ReadAll(client)
+	return err
+}
+
 // refused fails the test unless the kernel refuses a client.
 func (n *node) refused(t *testing.T, addr netip.AddrPort) {
 	t.Helper()
@@ -463,10 +477,7 @@ func TestEndpointRefuses(t *testing.T) {
 		}
 		n.change(nil, service(t, f, "web", nodePort, dataplane.Treatment{Endpoints: at(f, bad, worse)}))
 		eventually(t, "a client is reset", func() bool {
-			client := n.dial(t, loopback(f, nodePort))
-			_ = client.CloseWrite() // one that still gets the good endpoint ends
-			_, err := io.ReadAll(client)
-			return errors.Is(err, syscall.ECONNRESET)
+			return errors.Is(n.rejected(t, loopback(f, nodePort)), syscall.ECONNRESET)
 		})
 		if got := n.relay.Stats(f).Unreachable; got == 0 {
 			t.Error("the client is not counted")
@@ -593,7 +604,7 @@ func TestMaxConnections(t *testing.T) {
 	first := n.dial(t, addr)
 	n.dial(t, addr)
 	eventually(t, "two connections", func() bool { return n.relay.Stats(f).Connected == 2 })
-	if _, err := io.ReadAll(n.dial(t, addr)); !errors.Is(err, syscall.ECONNRESET) {
+	if err := n.rejected(t, addr); !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("the third client got %v, want a reset", err)
 	}
 	if got := n.relay.Stats(f); got.Refused != 1 || got.Open != 2 {
