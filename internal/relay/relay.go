@@ -223,13 +223,13 @@ func (r *Relay) step(ctx context.Context) {
 	r.changed, r.switched = map[dataplane.Key]*dataplane.Service{}, false
 	r.mu.Unlock()
 
-	touched := map[*port]struct{}{}
-	// A node port may go from one Service to another: what leaves comes first.
+	// A node port may go from one Service to another: what leaves comes first. Its
+	// clients must not find it without a Service in between.
+	next := map[*port]*dataplane.Service{}
 	for key := range changed {
 		for f := range tcpOf(r.services[key]) {
 			if p := r.ports[f]; p != nil && p.owner == key {
-				p.set(nil)
-				touched[p] = struct{}{}
+				next[p] = nil
 			}
 		}
 		delete(r.services, key)
@@ -246,18 +246,20 @@ func (r *Relay) step(ctx context.Context) {
 				r.ports[f] = p
 			}
 			p.owner = key
-			p.set(svc)
-			touched[p] = struct{}{}
-		}
-	}
-	if switched {
-		r.serves = families
-		for _, p := range r.ports {
-			touched[p] = struct{}{}
+			next[p] = svc
 		}
 	}
 	now := time.Now()
-	for p := range touched {
+	if switched {
+		r.serves = families
+		for _, p := range r.ports {
+			if _, ok := next[p]; !ok {
+				r.settle(ctx, p, now)
+			}
+		}
+	}
+	for p, svc := range next {
+		p.set(svc)
 		r.settle(ctx, p, now)
 	}
 }
