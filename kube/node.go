@@ -117,8 +117,9 @@ func plain(a netip.Addr) netip.Addr { return a.Unmap().WithZone("") }
 // dataplaneNode returns what the dataplane must know of the node.
 func dataplaneNode(opts Options, in networks) dataplane.Node {
 	n := dataplane.Node{
-		LocalPodCIDRs: outermost(parseNetworks(in.node.podCIDRs)),
-		MasqueradeAll: opts.MasqueradeAll,
+		LocalPodCIDRs:  outermost(parseNetworks(in.node.podCIDRs)),
+		MasqueradeAll:  opts.MasqueradeAll,
+		PingServiceIPs: opts.PingServiceIPs,
 	}
 	switch opts.DetectLocal.Mode {
 	case DetectByClusterCIDR, "":
@@ -137,6 +138,7 @@ func dataplaneNode(opts Options, in networks) dataplane.Node {
 	n.ServiceCIDRs = outermost(serviceCIDRs)
 	n.Addrs = in.ofInterfaces(primaryAddrs(in.node.addresses, opts.BindAddress))
 	n.NodePortAddrs = nodePortAddrs(opts, in, n.Addrs, n.ServiceCIDRs)
+	n.LocalhostNodePorts = len(loopbackAddrs(opts.NodePortAddresses, in)) > 0
 	return n
 }
 

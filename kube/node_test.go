@@ -35,6 +35,8 @@ func nodeText(n *dataplane.Node) string {
 	add("masquerade-all", !n.MasqueradeAll, n.MasqueradeAll)
 	add("node", len(n.Addrs) == 0, n.Addrs)
 	add("node-ports", len(n.NodePortAddrs) == 0, n.NodePortAddrs)
+	add("localhost", !n.LocalhostNodePorts, n.LocalhostNodePorts)
+	add("ping", !n.PingServiceIPs, n.PingServiceIPs)
 	add("services", len(n.ServiceCIDRs) == 0, n.ServiceCIDRs)
 	return strings.Join(parts, " ")
 }
@@ -144,15 +146,15 @@ func TestNodePortAddrs(t *testing.T) {
 		{name: "primary: --bind-address replaces the address of its family", bind: "203.0.113.1", node: node, local: addrs(local), want: "203.0.113.1 2001:db8:1::1"},
 		{name: "primary: an unspecified --bind-address replaces nothing", bind: "0.0.0.0", node: node, local: addrs(local), want: "198.51.100.1 2001:db8:1::1"},
 		{name: "primary without a Node: --bind-address", bind: "203.0.113.1", want: "203.0.113.1"},
-		{name: "localhost: the loopback addresses", flag: "localhost", node: node, local: addrs(local), want: "127.0.0.1 127.0.0.53 ::1"},
+		{name: "localhost: none, as the kernel can't", flag: "localhost", node: node, local: addrs(local), want: ""},
 		{
 			name: "all: every address but loopback, link-local and cluster IPs", flag: "all", node: node, local: addrs(local),
 			want: "198.51.100.1 203.0.113.1 2001:db8:1::1",
 		},
 		{name: "networks: the addresses in them, and in no other family", flag: "203.0.113.0/24,10.0.0.0/8", node: node, local: addrs(local), want: "203.0.113.1"},
 		{name: "networks of everything are as all", flag: "0.0.0.0/0", node: node, local: addrs(local), want: "198.51.100.1 203.0.113.1"},
-		{name: "networks of loopback and link-local addresses mean these", flag: "127.0.0.0/24,169.254.0.0/16,fe80::/10", node: node, local: addrs(local), want: "127.0.0.1 127.0.0.53 169.254.7.7 fe80::1"},
-		{name: "several add up, each address once", flag: "localhost,primary,203.0.113.0/24,198.51.100.0/24", node: newNode("198.51.100.1"), local: addrs(local), want: "127.0.0.1 127.0.0.53 198.51.100.1 203.0.113.1 ::1"},
+		{name: "networks of link-local addresses mean these, and of loopback none", flag: "127.0.0.0/24,169.254.0.0/16,fe80::/10", node: node, local: addrs(local), want: "169.254.7.7 fe80::1"},
+		{name: "several add up, each address once", flag: "localhost,primary,203.0.113.0/24,198.51.100.0/24", node: newNode("198.51.100.1"), local: addrs(local), want: "198.51.100.1 203.0.113.1"},
 		{name: "without addresses of interfaces only primary has any", flag: "primary,all,localhost,0.0.0.0/0", node: node, want: "198.51.100.1 2001:db8:1::1"},
 	}
 	for _, tt := range tests {
@@ -170,6 +172,39 @@ func TestNodePortAddrs(t *testing.T) {
 				t.Error(diff)
 			}
 		})
+	}
+}
+
+// TestLoopback says on which loopback addresses node ports are asked for, and that
+// the dataplane is told if there are any.
+func TestLoopback(t *testing.T) {
+	t.Parallel()
+	const local = "127.0.0.1 127.0.0.53 ::1 198.51.100.1 2001:db8:1::1"
+	for _, tt := range []struct{ flag, local, want string }{
+		{"", local, ""},
+		{"primary", local, ""},
+		{"all", local, ""},
+		{"0.0.0.0/0,::/0", local, ""},
+		{"126.0.0.0/7,::/127", local, ""},
+		{"localhost", local, "127.0.0.1 127.0.0.53 ::1"},
+		{"localhost", "127.0.0.1 198.51.100.1", "127.0.0.1"},
+		{"localhost", "198.51.100.1", ""},
+		{"all,localhost", local, "127.0.0.1 127.0.0.53 ::1"},
+		{"primary,127.0.0.0/8", local, "127.0.0.1 127.0.0.53"},
+		{"0.0.0.0/0,127.0.0.0/8", local, "127.0.0.1 127.0.0.53"},
+		{"127.0.0.1/32", local, "127.0.0.1"},
+		{"127.0.0.1/8", local, "127.0.0.1 127.0.0.53"},
+		{"::1/128", local, "::1"},
+		{"198.51.100.0/24", local, ""},
+	} {
+		opts := Options{NodePortAddresses: parsedNodePortAddresses(t, tt.flag)}
+		got := NewTracker(opts).Apply(Delta{LocalAddrs: addrs(tt.local)})
+		if diff := cmp.Diff("["+tt.want+"]", fmt.Sprint(got.Loopback)); diff != "" {
+			t.Errorf("%q, interfaces with %s: %s", tt.flag, tt.local, diff)
+		}
+		if got.Node.LocalhostNodePorts != (tt.want != "") {
+			t.Errorf("%q, interfaces with %s: LocalhostNodePorts %t", tt.flag, tt.local, got.Node.LocalhostNodePorts)
+		}
 	}
 }
 
@@ -278,6 +313,8 @@ func TestNodeFollowed(t *testing.T) {
 		}
 	}
 	const unchanged = "unchanged"
+	const localhost = "pods=[10.0.0.0/8] local-pods=[10.2.0.0/24] masquerade-all=true node=[198.51.100.2] node-ports=[198.51.100.2] " +
+		"localhost=true ping=true services=[10.96.1.0/24]"
 	for _, step := range []struct {
 		name string
 		do   func() Result
@@ -309,6 +346,11 @@ func TestNodeFollowed(t *testing.T) {
 			o.DetectLocal = DetectLocal{ClusterCIDRs: cidrs("10.0.0.0/8")}
 		}), "pods=[10.0.0.0/8] local-pods=[10.2.0.0/24] masquerade-all=true node=[198.51.100.2] node-ports=[198.51.100.2] services=[10.96.1.0/24]"},
 		{"the same options", configure(func(*Options) {}), unchanged},
+		{"pings", configure(func(o *Options) { o.PingServiceIPs = true }), "pods=[10.0.0.0/8] local-pods=[10.2.0.0/24] masquerade-all=true node=[198.51.100.2] node-ports=[198.51.100.2] ping=true services=[10.96.1.0/24]"},
+		{"localhost, which no interface has", configure(func(o *Options) { o.NodePortAddresses = NodePortAddresses{Primary: true, Localhost: true} }), unchanged},
+		{"one has", apply(Delta{LocalAddrs: addrs("127.0.0.1 198.51.100.2")}), localhost},
+		{"in the other family too", apply(Delta{LocalAddrs: addrs("127.0.0.1 ::1 198.51.100.2")}), localhost},
+		{"the same", apply(Delta{LocalAddrs: addrs("127.0.0.1 ::1 198.51.100.2")}), unchanged},
 	} {
 		got := step.do()
 		if diff := cmp.Diff(step.want, nodeText(got.Node)); diff != "" {

@@ -14,7 +14,7 @@ type NodePortAddresses struct {
 	// Primary are those of the Node object, one a family: the first InternalIP,
 	// or else the first ExternalIP.
 	Primary bool
-	// Localhost are the loopback addresses.
+	// Localhost are the loopback addresses, see [Result.Loopback].
 	Localhost bool
 	// All are all but loopback and link-local ones, and those inside a
 	// ServiceCIDR, unlike with kube-proxy.
@@ -74,8 +74,8 @@ func (a NodePortAddresses) zero() bool {
 	return !a.Primary && !a.Localhost && !a.All && len(a.CIDRs) == 0
 }
 
-// nodePortAddrs returns the addresses on which node ports are served, sorted.
-// primary are the node's.
+// nodePortAddrs returns the addresses on which the kernel serves node ports,
+// sorted: it can't at loopback addresses. primary are the node's.
 func nodePortAddrs(opts Options, in networks, primary []netip.Addr, serviceCIDRs []netip.Prefix) []netip.Addr {
 	want := opts.NodePortAddresses
 	var addrs []netip.Addr
@@ -88,24 +88,41 @@ func nodePortAddrs(opts Options, in networks, primary []netip.Addr, serviceCIDRs
 	}
 	for _, a := range in.localAddrs {
 		a = plain(a)
-		switch {
-		case !a.IsValid():
-		case want.Localhost && a.IsLoopback(),
-			slices.ContainsFunc(cidrs, func(p netip.Prefix) bool { return selects(p, a) }) && !within(serviceCIDRs, a):
+		if a.IsValid() && !a.IsLoopback() && selectedBy(cidrs, a) && !within(serviceCIDRs, a) {
 			addrs = append(addrs, a)
 		}
 	}
-	slices.SortFunc(addrs, netip.Addr.Compare)
-	addrs = slices.Compact(addrs)
+	return sorted(addrs)
+}
+
+// loopbackAddrs returns the loopback addresses that are asked for by themselves:
+// everything does not include them.
+func loopbackAddrs(want NodePortAddresses, in networks) []netip.Addr {
+	var addrs []netip.Addr
+	for _, a := range in.localAddrs {
+		if a = plain(a); a.IsLoopback() && (want.Localhost || selectedBy(want.CIDRs, a)) {
+			addrs = append(addrs, a)
+		}
+	}
+	return sorted(addrs)
+}
+
+// sorted returns addresses in order, each once, and nil for none.
+func sorted(addrs []netip.Addr) []netip.Addr {
 	if len(addrs) == 0 {
 		return nil
 	}
-	return addrs
+	slices.SortFunc(addrs, netip.Addr.Compare)
+	return slices.Compact(addrs)
 }
 
 // everything returns the networks of all addresses.
 func everything() []netip.Prefix {
 	return []netip.Prefix{netip.PrefixFrom(netip.IPv4Unspecified(), 0), netip.PrefixFrom(netip.IPv6Unspecified(), 0)}
+}
+
+func selectedBy(networks []netip.Prefix, a netip.Addr) bool {
+	return slices.ContainsFunc(networks, func(p netip.Prefix) bool { return selects(p, a) })
 }
 
 // selects reports whether a network given for node ports means the address. The

@@ -29,6 +29,8 @@ type Options struct {
 	DetectLocal DetectLocal
 	// NodePortAddresses says where node ports are served.
 	NodePortAddresses NodePortAddresses
+	// PingServiceIPs is [dataplane.Node.PingServiceIPs].
+	PingServiceIPs bool
 }
 
 // Result is what a [Delta] changes.
@@ -39,9 +41,16 @@ type Result struct {
 	// Problems are those that this Delta brought up, sorted. A problem that
 	// persists is not named again, unless it went away in between.
 	Problems []Problem
-	// Node is what the dataplane must know of the node, if that has changed,
-	// and nil otherwise. The first Result has it.
+	// Node is what the dataplane must know of the node, if that or Loopback has
+	// changed, and nil otherwise. The first Result has it.
 	Node *dataplane.Node
+	// Loopback are, where Node is set, the loopback addresses of this node's
+	// interfaces that [Options.NodePortAddresses] asks for by themselves, sorted.
+	// They are none of [dataplane.Node.NodePortAddrs], as a kernel does not
+	// forward from them: if there are any, of whatever family, Node has
+	// LocalhostNodePorts, and something else serves the node ports of TCP at the
+	// loopback addresses of the families that they are of.
+	Loopback []netip.Addr
 	// NodeHealth is what the node's health depends on, if that has changed. The
 	// first Result of a Delta with Node or NodeDeleted has it; there is none
 	// before, as nothing is known of the Node object.
@@ -70,8 +79,10 @@ type Tracker struct {
 	zoned map[*service]struct{}
 
 	networks networks
-	// node is what the last Result with a Node had, and nil before the first.
-	node *dataplane.Node
+	// node and loopback are what the last Result with a Node had; node is nil
+	// before the first.
+	node     *dataplane.Node
+	loopback []netip.Addr
 	// health is what the last Result with a NodeHealth had, and nil before the
 	// first.
 	health *NodeHealth
@@ -217,11 +228,12 @@ func (t *Tracker) takeNode(d Delta, result *Result, touch func(*service)) {
 // updateNode computes what the dataplane must know of the node.
 func (t *Tracker) updateNode(result *Result) {
 	node := dataplaneNode(t.opts, t.networks)
-	if t.node != nil && t.node.Equal(node) {
+	loopback := loopbackAddrs(t.opts.NodePortAddresses, t.networks)
+	if t.node != nil && t.node.Equal(node) && slices.Equal(t.loopback, loopback) {
 		return
 	}
-	t.node = &node
-	result.Node = &node
+	t.node, t.loopback = &node, loopback
+	result.Node, result.Loopback = &node, loopback
 }
 
 // takeObjects takes over the Services and slices of d.
