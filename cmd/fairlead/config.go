@@ -176,6 +176,7 @@ func parse(in input) (config, error) {
 		MasqueradeAll:     p.is("masquerade-all"),
 		DetectLocal:       p.detectLocal(&c),
 		NodePortAddresses: p.nodePortAddresses(c.manifests != ""),
+		PingServiceIPs:    p.is("ping-service-ips"),
 	}
 	wildcard, loopback := "0.0.0.0", "127.0.0.1"
 	if bind.Is6() {

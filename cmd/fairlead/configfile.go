@@ -66,6 +66,8 @@ func whyIdle(field string) string {
 	switch {
 	case strings.HasSuffix(field, "yncPeriod") && section != "configSyncPeriod":
 		return idleSync
+	case field == "iptables.localhostNodePorts":
+		return idleLocalhost
 	case section == "nftables":
 		return "Fairlead marks no packets"
 	}

@@ -118,6 +118,20 @@ func TestFlags(t *testing.T) {
 				c.tracker.NodePortAddresses = kube.NodePortAddresses{Primary: true, Localhost: true, CIDRs: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}}
 			},
 		},
+		{"pings", []string{"--ping-service-ips"}, func(c *config) { c.tracker.PingServiceIPs = true }},
+		{
+			"kube-proxy's switch for localhost",
+			[]string{"--iptables-localhost-nodeports=false"},
+			func(c *config) { c.notes = []note{{"--iptables-localhost-nodeports", idleLocalhost, false}} },
+		},
+		{
+			"underscores",
+			[]string{"--cluster_cidr=10.0.0.0/8", "--kube_api-burst=3"},
+			func(c *config) {
+				c.tracker.DetectLocal.ClusterCIDRs = []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}
+				c.api.burst = 3
+			},
+		},
 		{
 			"a folder",
 			[]string{"--manifests=m"},
@@ -324,6 +338,14 @@ nodePortAddresses: [primary, 10.0.0.0/8]
 					{"--config: nftables.masqueradeBit", "Fairlead marks no packets", false},
 				}
 			},
+		},
+		{
+			"localhost as the iptables mode had it", configHeader + "iptables: {localhostNodePorts: true}\n", nil,
+			func(c *config) { c.notes = []note{{"--config: iptables.localhostNodePorts", idleLocalhost, false}} },
+		},
+		{
+			"a flag that kube-proxy does not have", configHeader, []string{"--ping-service-ips"},
+			func(c *config) { c.tracker.PingServiceIPs = true },
 		},
 		{
 			"flags that go before the file", configHeader + "hostnameOverride: other\nlogging: {verbosity: 9}\nmode: nftables\n",

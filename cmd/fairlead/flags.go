@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"maps"
 	"slices"
+	"strings"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -52,6 +53,7 @@ const (
 // Why flags of kube-proxy have no effect.
 const (
 	idleIPTables  = "it is about kube-proxy's iptables mode"
+	idleLocalhost = idleIPTables + ": node ports of TCP are served at 127.0.0.1 and ::1 where --nodeport-addresses (nodePortAddresses) has localhost"
 	idleIPVS      = "it is about kube-proxy's ipvs mode, and this mode does not use IPVS"
 	idleSync      = "a change is programmed at once, and there is no period to set"
 	idleConntrack = "Fairlead leaves the node's connection tracking as it is: set it with sysctl"
@@ -120,7 +122,11 @@ func settings() []setting {
 		{
 			name: "nodeport-addresses", kind: list, values: []string{"primary", "localhost", "all"},
 			usage: "the addresses of this node that node ports are served on: networks, primary (those of the Node object), " +
-				"localhost or all. Empty: primary, or with --manifests all",
+				"localhost (TCP only, by a relay) or all (but localhost). Empty: primary, or with --manifests all",
+		},
+		{
+			name: "ping-service-ips", kind: boolean, value: "false", own: true,
+			usage: "answer pings to the addresses of Services that have endpoints",
 		},
 		{
 			name: "bind-address", kind: text,
@@ -163,7 +169,8 @@ func idleSettings() []setting {
 		reason string
 		flags  map[string]kind
 	}{
-		{idleIPTables, map[string]kind{"iptables-masquerade-bit": integer, "iptables-localhost-nodeports": boolean}},
+		{idleIPTables, map[string]kind{"iptables-masquerade-bit": integer}},
+		{idleLocalhost, map[string]kind{"iptables-localhost-nodeports": boolean}},
 		{idleSync, map[string]kind{
 			"iptables-sync-period": duration, "iptables-min-sync-period": duration,
 			"ipvs-sync-period": duration, "ipvs-min-sync-period": duration,
@@ -228,6 +235,10 @@ func (v flagValue) Type() string { return string(v.setting.kind) }
 // that are set.
 func addFlags(cmd *cobra.Command) given {
 	into := given{}
+	// As kube-proxy does.
+	cmd.Flags().SetNormalizeFunc(func(_ *pflag.FlagSet, name string) pflag.NormalizedName {
+		return pflag.NormalizedName(strings.ReplaceAll(name, "_", "-"))
+	})
 	for _, s := range settings() {
 		flag := cmd.Flags().VarPF(flagValue{s, into}, s.name, s.short, s.usage)
 		flag.Hidden = s.idle != "" || s.instead != ""

@@ -4,6 +4,7 @@ import (
 	"context"
 	"log/slog"
 	"net/netip"
+	"slices"
 	stdsync "sync"
 	"sync/atomic"
 	"time"
@@ -12,9 +13,11 @@ import (
 	discoveryv1 "k8s.io/api/discovery/v1"
 	"k8s.io/apimachinery/pkg/types"
 
+	"fairlead/dataplane"
 	"fairlead/internal/conntrack"
 	"fairlead/internal/health"
 	"fairlead/internal/metrics"
+	"fairlead/internal/relay"
 	"fairlead/kube"
 	"fairlead/source/manifest/dns"
 	"fairlead/sync"
@@ -26,6 +29,7 @@ type join struct {
 	log     *slog.Logger
 	syncer  *sync.Syncer
 	flows   *conntrack.Cleaner
+	relay   *relay.Relay
 	ports   *health.Ports
 	metrics *metrics.Metrics
 	events  events
@@ -40,7 +44,7 @@ type join struct {
 	complete bool
 	missing  bool // there is no Node, and that was logged
 	// everywhere says that node ports are served on all addresses, and served
-	// has those that they are served on.
+	// has those that they are served on, loopback ones included.
 	everywhere bool
 	served     []netip.Addr
 	// unserved is about node ports without an address to be served on.
@@ -105,7 +109,8 @@ func (j *join) pass(result kube.Result) {
 	if result.Node != nil {
 		j.flows.SetNode(*result.Node)
 		j.syncer.SetNode(*result.Node)
-		j.served = result.Node.NodePortAddrs
+		j.served = slices.Concat(result.Node.NodePortAddrs, result.Loopback)
+		j.relay.SetFamilies(familiesOf(result.Loopback)...)
 		j.listen()
 	}
 	j.syncer.Update(result.Changes)
@@ -131,6 +136,17 @@ func (j *join) pass(result kube.Result) {
 	for _, p := range result.Problems {
 		j.problem(p)
 	}
+}
+
+// familiesOf returns the families that addresses are of.
+func familiesOf(addrs []netip.Addr) []dataplane.Family {
+	var families []dataplane.Family
+	for _, a := range addrs {
+		if f := dataplane.FamilyOf(a); !slices.Contains(families, f) {
+			families = append(families, f)
+		}
+	}
+	return families
 }
 
 // checkNode tells of a Node that does not exist, which may be a matter of its
@@ -187,6 +203,7 @@ func (j *join) trigger(d kube.Delta, result kube.Result) {
 func (j *join) committed(c sync.Commit) {
 	j.metrics.Committed(c)
 	j.flows.Committed(c)
+	j.relay.Committed(c)
 	switch {
 	case c.Err == nil:
 		j.failing.Store(nil)

@@ -22,6 +22,7 @@ import (
 	"fairlead/internal/conntrack"
 	"fairlead/internal/health"
 	"fairlead/internal/metrics"
+	"fairlead/internal/relay"
 	"fairlead/kube"
 	"fairlead/sync"
 )
@@ -31,7 +32,8 @@ func newJoin(log *slog.Logger) *join {
 	options := kube.Options{NodeName: "node"}
 	syncer := sync.New(fake.New(fake.Options{}), sync.Options{})
 	return &join{
-		log: log, syncer: syncer, flows: conntrack.New(conntrack.Options{}), ports: health.NewPorts(health.PortsOptions{}), metrics: metrics.New(metrics.Options{Status: syncer.Status}),
+		log: log, syncer: syncer, flows: conntrack.New(conntrack.Options{}), relay: relay.New(relay.Options{}),
+		ports: health.NewPorts(health.PortsOptions{}), metrics: metrics.New(metrics.Options{Status: syncer.Status}),
 		events: noEvents{}, hasNode: true, nodeName: options.NodeName, tracker: kube.NewTracker(options),
 	}
 }

@@ -22,6 +22,7 @@ import (
 	"fairlead/internal/health"
 	"fairlead/internal/metrics"
 	"fairlead/internal/nodeip"
+	"fairlead/internal/relay"
 	"fairlead/kube"
 	"fairlead/source/manifest/dns"
 	"fairlead/sync"
@@ -110,6 +111,7 @@ type program struct {
 	source  source
 	syncer  *sync.Syncer
 	flows   *conntrack.Cleaner
+	relay   *relay.Relay
 	ports   *health.Ports
 	proxy   *health.Proxy
 	metrics *metrics.Metrics
@@ -137,7 +139,8 @@ func (c config) build(log *slog.Logger) (*program, error) {
 	p.syncer = sync.New(p.dp, sync.Options{
 		Logger: log.With("component", "sync"), ResyncPeriod: resyncPeriod, OnCommit: p.join.committed,
 	})
-	p.metrics = metrics.New(metrics.Options{Version: version, Mode: string(c.mode), Status: p.syncer.Status})
+	p.relay = relay.New(relay.Options{Logger: log.With("component", "relay")})
+	p.metrics = metrics.New(metrics.Options{Version: version, Mode: string(c.mode), Status: p.syncer.Status, Relay: p.relay.Stats})
 	p.proxy = health.NewProxy(health.ProxyOptions{
 		Progress: p.join.progress, Eligible: p.join.eligible, Answered: p.metrics.Answered,
 	})
@@ -145,7 +148,7 @@ func (c config) build(log *slog.Logger) (*program, error) {
 		Healthy: p.proxy.Healthy, Failed: p.join.healthCheckFailed, Logger: log.With("component", "health"),
 	})
 	p.flows = conntrack.New(conntrack.Options{Logger: log.With("component", "conntrack"), OnLook: p.join.looked})
-	p.join.syncer, p.join.flows, p.join.ports, p.join.metrics = p.syncer, p.flows, p.ports, p.metrics
+	p.join.syncer, p.join.flows, p.join.relay, p.join.ports, p.join.metrics = p.syncer, p.flows, p.relay, p.ports, p.metrics
 	return p, nil
 }
 
@@ -183,6 +186,7 @@ func (p *program) run(ctx context.Context, c config) error {
 	})
 	group.Go(func() error { return p.syncer.Run(ctx) })
 	group.Go(func() error { return p.flows.Run(ctx) })
+	group.Go(func() error { return p.relay.Run(ctx) })
 	group.Go(func() error { return p.ports.Run(ctx) })
 	group.Go(func() error { return p.join.events.Run(ctx) })
 	p.serve(ctx, group, c, "healthz-bind-address", c.healthz, p.proxy.Handler())

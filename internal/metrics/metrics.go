@@ -19,6 +19,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"fairlead/dataplane"
+	"fairlead/internal/relay"
 	"fairlead/sync"
 )
 
@@ -28,6 +29,9 @@ type Options struct {
 	Version, Mode string
 	// Status is asked at each scrape and when objects arrive. It must not block.
 	Status func() sync.Status
+	// Relay is asked for each family at each scrape, as [relay.Relay.Stats], and
+	// must not block. Nil means that there is no relay.
+	Relay func(dataplane.Family) relay.Stats
 }
 
 // Metrics are the program's. Their methods may be called from any goroutine and
@@ -111,6 +115,9 @@ func New(options Options) *Metrics {
 	m.addKubeProxy()
 	m.addOwn()
 	m.registry.MustRegister(&scrape{m})
+	if options.Relay != nil {
+		m.registry.MustRegister(newRelayed(options.Relay))
+	}
 	return m
 }
 

@@ -1,0 +1,62 @@
+package metrics
+
+import (
+	"github.com/prometheus/client_golang/prometheus"
+
+	"fairlead/dataplane"
+	"fairlead/internal/relay"
+)
+
+// relayed collects what the relay for node ports at loopback addresses does.
+type relayed struct {
+	stats func(dataplane.Family) relay.Stats
+
+	listeners, failures, failing, open, connections *prometheus.Desc
+}
+
+var _ prometheus.Collector = (*relayed)(nil)
+
+func newRelayed(stats func(dataplane.Family) relay.Stats) *relayed {
+	family := []string{"ip_family"}
+	return &relayed{
+		stats: stats,
+		listeners: prometheus.NewDesc("kubeproxy_nftables_localhost_nodeport_listeners",
+			"Node ports that are listened on at loopback addresses.", family, nil),
+		failures: prometheus.NewDesc("kubeproxy_nftables_localhost_nodeport_listener_creation_failures_total",
+			"Times that a node port could not be listened on at a loopback address.", family, nil),
+		failing: prometheus.NewDesc("fairlead_localhost_node_ports_failing",
+			"Node ports that can't be listened on at loopback addresses now; see the log.", family, nil),
+		open: prometheus.NewDesc("fairlead_localhost_node_port_connections",
+			"Connections that clients have now to node ports at loopback addresses.", family, nil),
+		connections: prometheus.NewDesc("fairlead_localhost_node_port_connections_total",
+			"Clients of node ports at loopback addresses, by result: connected, unreachable if no endpoint answered, "+
+				"limit if there were too many connections.", []string{"ip_family", "result"}, nil),
+	}
+}
+
+// Describe implements [prometheus.Collector].
+func (r *relayed) Describe(ch chan<- *prometheus.Desc) {
+	for _, desc := range []*prometheus.Desc{r.listeners, r.failures, r.failing, r.open, r.connections} {
+		ch <- desc
+	}
+}
+
+// Collect implements [prometheus.Collector].
+func (r *relayed) Collect(ch chan<- prometheus.Metric) {
+	for _, f := range ipFamilies() {
+		stats := r.stats(f)
+		gauge := func(desc *prometheus.Desc, value int) {
+			ch <- prometheus.MustNewConstMetric(desc, prometheus.GaugeValue, float64(value), f.String())
+		}
+		counter := func(desc *prometheus.Desc, value uint64, labels ...string) {
+			ch <- prometheus.MustNewConstMetric(desc, prometheus.CounterValue, float64(value), append([]string{f.String()}, labels...)...)
+		}
+		gauge(r.listeners, stats.Listeners)
+		counter(r.failures, stats.ListenFailures)
+		gauge(r.failing, stats.Failing)
+		gauge(r.open, stats.Open)
+		counter(r.connections, stats.Connected, "connected")
+		counter(r.connections, stats.Unreachable, "unreachable")
+		counter(r.connections, stats.Refused, "limit")
+	}
+}

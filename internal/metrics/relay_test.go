@@ -1,0 +1,45 @@
+package metrics_test
+
+import (
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"fairlead/dataplane"
+	"fairlead/internal/metrics"
+	"fairlead/internal/relay"
+)
+
+// The relay for node ports at loopback addresses has metrics where there is one.
+func TestRelay(t *testing.T) {
+	t.Parallel()
+	stats := func(f dataplane.Family) relay.Stats {
+		if f == dataplane.IPv6 {
+			return relay.Stats{}
+		}
+		return relay.Stats{Listeners: 1, Failing: 2, ListenFailures: 3, Open: 4, Connected: 5, Unreachable: 6, Refused: 7}
+	}
+	prefixes := []string{"kubeproxy_nftables_localhost", "fairlead_localhost"}
+	want := map[string]string{
+		`kubeproxy_nftables_localhost_nodeport_listeners{ip_family="IPv4"}`:                        "1",
+		`kubeproxy_nftables_localhost_nodeport_listeners{ip_family="IPv6"}`:                        "0",
+		`kubeproxy_nftables_localhost_nodeport_listener_creation_failures_total{ip_family="IPv4"}`: "3",
+		`kubeproxy_nftables_localhost_nodeport_listener_creation_failures_total{ip_family="IPv6"}`: "0",
+		`fairlead_localhost_node_ports_failing{ip_family="IPv4"}`:                                  "2",
+		`fairlead_localhost_node_ports_failing{ip_family="IPv6"}`:                                  "0",
+		`fairlead_localhost_node_port_connections{ip_family="IPv4"}`:                               "4",
+		`fairlead_localhost_node_port_connections{ip_family="IPv6"}`:                               "0",
+		`fairlead_localhost_node_port_connections_total{ip_family="IPv4",result="connected"}`:      "5",
+		`fairlead_localhost_node_port_connections_total{ip_family="IPv4",result="unreachable"}`:    "6",
+		`fairlead_localhost_node_port_connections_total{ip_family="IPv4",result="limit"}`:          "7",
+		`fairlead_localhost_node_port_connections_total{ip_family="IPv6",result="connected"}`:      "0",
+		`fairlead_localhost_node_port_connections_total{ip_family="IPv6",result="unreachable"}`:    "0",
+		`fairlead_localhost_node_port_connections_total{ip_family="IPv6",result="limit"}`:          "0",
+	}
+	if diff := cmp.Diff(want, scrape(t, metrics.New(metrics.Options{Status: noStatus, Relay: stats}), prefixes...)); diff != "" {
+		t.Errorf("(-want +got)\n%s", diff)
+	}
+	if got := scrape(t, metrics.New(metrics.Options{Status: noStatus}), prefixes...); len(got) > 0 {
+		t.Errorf("without a relay: %v", got)
+	}
+}
