@@ -55,28 +55,45 @@ RUN ?= .
 e2e: deps controlplane ## end-to-end tests against a real Kubernetes control plane (root); RUN=regexp
 	go test -tags=e2e -v -count=1 -timeout=15m -run='$(RUN)' ./test/e2e/...
 
-# Virtual machines: which of Debian's kernels, which packages' tests in them, and
-# how the processor is had: ACCEL=kvm is fast where it works.
+# What runs in virtual machines: on which of Debian's kernels, the tests of which
+# packages, with which of go test's flags, and how their processor is had;
+# ACCEL=kvm is much faster than emulation, where it works.
 KERNEL ?= 6.1 6.12
-PKG ?= ./nft
-ACCEL ?= tcg
-# What go test is given besides; make test-vm FULL=1 leaves nothing out.
-VMTEST ?= $(if $(FULL),,-short)
+PKG ?= ./nft $(if $(wildcard ipvs),./ipvs/...)
+VMFLAGS ?= $(if $(filter .,$(RUN)),,-v)
 VMTIMEOUT ?= 20m
+ACCEL ?= tcg
+
+VM = $(CURDIR)/.cache/vm/vm run -accel=$(ACCEL)
+# Programs for virtual machines: static, and for the processor that QEMU emulates.
+VMGO := CGO_ENABLED=0 GOAMD64=v1 go
 
 .PHONY: vm
 vm: deps nftables
-	go build -o .cache/vm/vm ./test/vm
+	@go build -o .cache/vm/vm ./test/vm
+	@.cache/vm/vm fetch
 
 .PHONY: test-vm
-test-vm: vm ## tests as root in virtual machines; KERNEL=6.1 PKG=./nft RUN=regexp FULL=1
-	@CGO_ENABLED=0 GOAMD64=v1 .cache/vm/vm fetch
-	for k in $(KERNEL); do CGO_ENABLED=0 GOAMD64=v1 go test -count=1 -v $(VMTEST) -timeout=$(VMTIMEOUT) -run='$(RUN)' \
-		-exec="$(CURDIR)/.cache/vm/vm run -kernel=$$k -accel=$(ACCEL)" $(PKG) || exit; done
+test-vm: vm ## tests as root in virtual machines with Debian's kernels; KERNEL=6.1 PKG=./nft RUN=regexp
+	$(if $(filter .,$(RUN)),go test -tags=e2e -count=1 -timeout=10m ./test/vm)
+	@$(MAKE) --no-print-directory $(if $(filter .,$(RUN)),-j2) $(KERNEL:%=test-vm-%)
+
+test-vm-%: FORCE
+	$(VMGO) test -count=1 -p=1 -timeout=$(VMTIMEOUT) -run='$(RUN)' $(VMFLAGS) -exec='$(VM) -kernel=$*' $(PKG)
+
+FORCE:
 
 .PHONY: vm-shell
-vm-shell: vm ## a shell in a virtual machine with the checkout in it; KERNEL=6.12
-	@.cache/vm/vm shell -kernel=$(lastword $(KERNEL)) -accel=$(ACCEL)
+vm-shell: vm build ## a shell in a virtual machine with the checkout; KERNEL=6.1
+	@.cache/vm/vm shell -accel=$(ACCEL) -kernel=$(lastword $(KERNEL))
+
+.PHONY: vm-demo
+vm-demo: vm build ## the demo in a virtual machine; KERNEL=6.1 ARGS=...
+	$(VMGO) run -exec='$(VM) -kernel=$(lastword $(KERNEL))' ./examples/demo $(ARGS)
+
+.PHONY: vm-bench
+vm-bench: vm ## benchmarks in a virtual machine; KERNEL=6.1 BENCH=regexp COUNT=n
+	$(VMGO) test -run='^$$' -bench='$(BENCH)' -count=$(COUNT) -benchmem -p=1 -timeout=60m -v -exec='$(VM) -kernel=$(lastword $(KERNEL))' ./bench
 
 # A test that makes network namespaces does so with internal/nettest, and needs
 # root; one that runs a control plane does so with test/controlplane.

@@ -33,8 +33,7 @@ func kernels() map[string]string {
 const busyboxSuite = "trixie"
 
 // programs are those of this machine that tests, the demo and people use in the
-// virtual machine. Those that are not installed are left out. Busybox's shell is
-// not for them, since it prefers its own ip to any other.
+// virtual machine. Those that are not installed are left out.
 func programs() []string {
 	return []string{"sh", "bash", "ip", "ss", "nft", "ipvsadm", "redis-server", "redis-cli", "curl"}
 }

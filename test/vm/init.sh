@@ -1,6 +1,7 @@
 #!/usr/bin/busybox sh
 # The first process of the virtual machine: makes it look like a freshly booted
-# host, runs /vm/run, tells the exit status and switches the machine off.
+# host, runs /vm/run (not with busybox's shell, which prefers its own ip, modprobe
+# and others to those that are in the path), tells the exit status and switches the machine off.
 #
 #	ttyS0    the kernel's console, and what this script itself has to say
 #	ttyS1    the terminal, or the output and errors of /vm/run
@@ -32,11 +33,11 @@ echo started >/dev/ttyS2
 if [ "$TERMINAL" = yes ]; then
 	unset TERMINAL
 	stty -F /dev/ttyS1 sane rows "$ROWS" columns "$COLUMNS"
-	setsid -c sh /vm/run <>/dev/ttyS1 >&0 2>&1
+	setsid -c /usr/bin/sh /vm/run <>/dev/ttyS1 >&0 2>&1
 else
 	unset TERMINAL
 	stty -F /dev/ttyS1 raw -echo
-	sh /vm/run </dev/null >/dev/ttyS1 2>&1
+	/usr/bin/sh /vm/run </dev/null >/dev/ttyS1 2>&1
 fi
 echo "exit $?" >/dev/ttyS2
 poweroff -f

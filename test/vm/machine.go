@@ -30,7 +30,8 @@ type machine struct {
 
 	Terminal bool      // the machine's terminal is this process's
 	Output   io.Writer // what the thing in it prints, if it has no terminal
-	Errors   io.Writer // what QEMU prints
+	Errors   io.Writer // what QEMU prints, and what the kernel complains of
+	Log      io.Writer // the kernel's log
 }
 
 // Why a machine was ended from outside.
@@ -88,7 +89,8 @@ func (m *machine) arguments() []string {
 }
 
 // run boots the machine and returns the exit status of what ran in it. The error
-// is a *failure if it booted, or tried to. When ctx ends the machine does, too.
+// is a *failure if it ended otherwise, unless ctx was the reason: with it, the
+// machine ends, too.
 func (m *machine) run(ctx context.Context) (status int, err error) {
 	qemu, err := exec.LookPath("qemu-system-x86_64")
 	if err != nil {
@@ -98,7 +100,10 @@ func (m *machine) run(ctx context.Context) (status int, err error) {
 	defer cancel(nil)
 	cmd := exec.CommandContext(ctx, qemu, m.arguments()...)
 	cmd.Stderr = m.Errors
-	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
+	if m.Terminal {
+		// So that QEMU leaves the terminal as it was.
+		cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
+	}
 	cmd.WaitDelay = 10 * time.Second
 	// QEMU goes when this process does, however it ends. The kernel goes by the
 	// thread that started it.
@@ -113,7 +118,7 @@ func (m *machine) run(ctx context.Context) (status int, err error) {
 	}
 
 	var readers sync.WaitGroup
-	var console log
+	console := kernelLog{copy: m.Log}
 	guest := watcher{booted: make(chan struct{})}
 	cmd.ExtraFiles = []*os.File{m.Initrd}
 	reads := []func(io.Reader){console.read, guest.read}
@@ -157,13 +162,18 @@ func (m *machine) run(ctx context.Context) (status int, err error) {
 	err = cmd.Wait()
 	readers.Wait()
 	if guest.status != nil {
+		for _, c := range console.complaints {
+			fmt.Fprintf(m.Errors, "vm: the kernel complained: %s\n", c)
+		}
 		return *guest.status, nil
 	}
 	switch cause := context.Cause(ctx); {
-	case console.hasPanicked():
+	case console.panic:
 		err = errPanic
-	case cause != nil:
+	case errors.Is(cause, errLimit) || errors.Is(cause, errBootLimit):
 		err = cause
+	case cause != nil:
+		return 0, cause
 	case err != nil:
 		err = fmt.Errorf("QEMU ended: %w", err)
 	default:
@@ -193,28 +203,32 @@ func (w *watcher) read(r io.Reader) {
 	}
 }
 
-// log is the end of the kernel's log.
-type log struct {
-	panicked func() // called once
+// kernelLog is the end of the kernel's log. Its fields may be read when read has
+// returned.
+type kernelLog struct {
+	copy     io.Writer // gets all of it; may be nil
+	panicked func()    // called once, while it is read
 
-	mu    sync.Mutex
-	lines []string
-	panic bool
-	// complaints counts lines that tell of something wrong in the kernel.
-	complaints int
+	lines      []string
+	panic      bool
+	complaints []string // lines that tell of something wrong, the first few
 }
 
 const (
-	logKept  = 2000 // lines
-	logShown = 60   // of them, for a failure
+	logKept       = 2000 // lines
+	logShown      = 60   // of them, for a failure
+	logComplaints = 10
 )
 
-func (l *log) read(r io.Reader) {
+func (l *kernelLog) read(r io.Reader) {
+	if l.copy != nil {
+		r = io.TeeReader(r, l.copy)
+	}
 	lines := bufio.NewReader(r)
 	for {
 		line, err := lines.ReadString('\n')
 		if line != "" {
-			l.add(line)
+			l.add(strings.TrimRight(line, "\r\n"))
 		}
 		if err != nil {
 			return
@@ -222,10 +236,7 @@ func (l *log) read(r io.Reader) {
 	}
 }
 
-func (l *log) add(line string) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	line = strings.TrimRight(line, "\r\n")
+func (l *kernelLog) add(line string) {
 	l.lines = append(l.lines, line)
 	if len(l.lines) > logKept {
 		l.lines = append(l.lines[:0], l.lines[logKept/2:]...)
@@ -234,16 +245,14 @@ func (l *log) add(line string) {
 		l.panic = true
 		l.panicked()
 	}
+	for _, sign := range []string{"WARNING: ", "BUG: ", "INFO: task ", "rcu: INFO: ", "Out of memory: "} {
+		if strings.Contains(line, sign) && len(l.complaints) < logComplaints {
+			l.complaints = append(l.complaints, line)
+			break
+		}
+	}
 }
 
-func (l *log) hasPanicked() bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.panic
-}
-
-func (l *log) end() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
+func (l *kernelLog) end() string {
 	return strings.Join(l.lines[max(0, len(l.lines)-logShown):], "\n")
 }

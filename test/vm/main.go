@@ -21,7 +21,8 @@
 //
 // If the kernel panics or has an oops, hangs until the time limit, or does not
 // boot, the end of its log is printed and the exit status is 125, as it is for
-// everything else that goes wrong outside of PROGRAM. The time limit is that of
+// everything else that goes wrong outside of PROGRAM. Its warnings are printed and
+// change nothing. The time limit is that of
 // a test binary's -test.timeout and some, else -limit.
 //
 // # The virtual machine
@@ -87,6 +88,7 @@ type options struct {
 	limit    time.Duration
 	boot     time.Duration
 	append   string
+	log      string
 	modprobe bool
 	env      []string // names
 	command  []string // program and arguments; none for a shell
@@ -140,6 +142,14 @@ func do(ctx context.Context, args []string, stdout, stderr io.Writer) (status in
 		Kernel: kernel, Initrd: initrd, Accel: o.accel, CPUs: o.cpus, MemoryMiB: o.memory, Append: o.append,
 		Limit: o.limit, BootLimit: o.boot, Terminal: o.command == nil, Output: stdout, Errors: stderr,
 	}
+	if o.log != "" {
+		f, err := os.Create(o.log)
+		if err != nil {
+			return 0, err
+		}
+		defer f.Close() //nolint:errcheck // what is missing in it is seen
+		m.Log = f
+	}
 	if status, err = m.run(ctx); err != nil {
 		return 0, fmt.Errorf("Linux %s: %w", o.kernel, err)
 	}
@@ -163,6 +173,7 @@ func parse(args []string, stderr io.Writer) (*options, error) {
 	flags.DurationVar(&o.limit, "limit", 30*time.Minute, "time limit, if PROGRAM has no -test.timeout")
 	flags.DurationVar(&o.boot, "boot-limit", 3*time.Minute, "time limit for the boot")
 	flags.StringVar(&o.append, "append", "", "further `parameters` for the kernel")
+	flags.StringVar(&o.log, "log", "", "`file` to write the kernel's log into")
 	flags.BoolVar(&o.modprobe, "modprobe", true, "whether there is a modprobe, which loads modules on demand")
 	flags.StringVar(&names, "env", "", "further `names` of environment variables to pass on, separated by commas")
 	if err := flags.Parse(args[1:]); err != nil {

@@ -1,0 +1,297 @@
+package main
+
+import (
+	"bytes"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+func TestParse(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		args []string
+		want options
+	}{
+		"a program has the time of a shell's user": {
+			args: []string{"run", "-kernel=6.1", "sh", "-c", "exit 1"},
+			want: options{kernel: "6.1", limit: 30 * time.Minute, modprobe: true, command: []string{"sh", "-c", "exit 1"}},
+		},
+		"a test binary says how long it takes": {
+			args: []string{"run", "-limit=1s", "/tmp/nft.test", "-test.v=true", "-test.timeout=5m0s"},
+			want: options{
+				kernel: "6.12", limit: 5*time.Minute + testGrace, modprobe: true,
+				command: []string{"/tmp/nft.test", "-test.v=true", "-test.timeout=5m0s"},
+			},
+		},
+		"a test binary without a limit": {
+			args: []string{"run", "-limit=1s", "/tmp/nft.test", "-test.timeout=0s"},
+			want: options{kernel: "6.12", limit: time.Second, modprobe: true, command: []string{"/tmp/nft.test", "-test.timeout=0s"}},
+		},
+		"all": {
+			args: []string{"run", "-accel=kvm", "-modprobe=false", "-env=A,B", "-append=quiet", "-log=/tmp/log", "true"},
+			want: options{
+				kernel: "6.12", accel: "kvm", limit: 30 * time.Minute, env: []string{"A", "B"}, append: "quiet", log: "/tmp/log",
+				command: []string{"true"},
+			},
+		},
+		"a shell has time": {
+			args: []string{"shell"},
+			want: options{kernel: "6.12", limit: 365 * 24 * time.Hour, modprobe: true},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			test.want.cpus, test.want.memory, test.want.boot = 2, 3072, 3*time.Minute
+			if test.want.accel == "" {
+				test.want.accel = "tcg"
+			}
+			got, err := parse(test.args, io.Discard)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(&test.want, got, cmp.AllowUnexported(options{})); diff != "" {
+				t.Errorf("-want +got:\n%s", diff)
+			}
+		})
+	}
+}
+
+func TestParseRefuses(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		args []string
+		want string
+	}{
+		"nothing":                  {nil, "usage: vm run"},
+		"an unknown word":          {[]string{"walk"}, "usage: vm run"},
+		"nothing to run":           {[]string{"run", "-kernel=6.1"}, "usage: vm run"},
+		"a shell with arguments":   {[]string{"shell", "ls"}, "usage: vm run"},
+		"an unknown kernel":        {[]string{"run", "-kernel=5.10", "true"}, "-kernel=5.10: want one of 6.1, 6.12"},
+		"an unknown accelerator":   {[]string{"run", "-accel=xen", "true"}, "-accel=xen: want tcg or kvm"},
+		"a file that stays inside": {[]string{"run", "/a.test", "-test.cpuprofile=x"}, "-test.cpuprofile: files do not come back"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			_, err := parse(test.args, io.Discard)
+			if err == nil || !strings.Contains(err.Error(), test.want) {
+				t.Errorf("error %v, want one with %q", err, test.want)
+			}
+		})
+	}
+}
+
+// A real shell must read the script as it was meant.
+func TestScript(t *testing.T) {
+	t.Parallel()
+	dir := filepath.Join(t.TempDir(), "it's here")
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	command := []string{"/bin/sh", "-c", `pwd; printf '%s|' "$QUOTED" "$@"`, "sh", "", "two words", "$HOME `x` \\", "it's"}
+	out, err := exec.CommandContext(t.Context(), "sh", "-c", script(dir, []string{`QUOTED=a "b" 'c' $d=e`}, command)).CombinedOutput()
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := dir + "\n" + `a "b" 'c' $d=e||two words|$HOME ` + "`x`" + ` \|it's|`
+	if diff := cmp.Diff(want, string(out)); diff != "" {
+		t.Errorf("-want +got:\n%s", diff)
+	}
+}
+
+func TestEnvironment(t *testing.T) {
+	t.Parallel()
+	o := &options{env: []string{"CHOSEN"}}
+	got := o.environment([]string{"PATH=/here", "HOME=/home/me", "GOTRACEBACK=all", "GOPATH=/go", "FAIRLEAD_X=1", "CHOSEN=a=b", "OTHER="})
+	want := []string{
+		"HOME=/root", "USER=root", "LANG=C.UTF-8", "PATH=/usr/bin:/usr/sbin",
+		"GOTRACEBACK=all", "FAIRLEAD_X=1", "CHOSEN=a=b",
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("-want +got:\n%s", diff)
+	}
+}
+
+func TestParseLdd(t *testing.T) {
+	t.Parallel()
+	got := parseLdd("\tlinux-vdso.so.1 (0x00007ffd)\n\tlibmnl.so.0 => /lib/x86_64-linux-gnu/libmnl.so.0 (0x00007f4c)\n" +
+		"\t/lib64/ld-linux-x86-64.so.2 (0x00007f4d)\n")
+	want := []string{"/lib/x86_64-linux-gnu/libmnl.so.0", "/lib64/ld-linux-x86-64.so.2"}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("-want +got:\n%s", diff)
+	}
+}
+
+func TestWantModule(t *testing.T) {
+	t.Parallel()
+	for path, want := range map[string]bool{
+		"kernel/net/netfilter/ipvs/ip_vs.ko":         true,
+		"kernel/net/sctp/sctp.ko.xz":                 true,
+		"kernel/lib/libcrc32c.ko":                    true,
+		"kernel/drivers/net/dummy.ko":                true,
+		"kernel/drivers/net/wireguard/wireguard.ko":  true,
+		"kernel/drivers/net/ethernet/intel/e1000.ko": false,
+		"kernel/fs/xfs/xfs.ko":                       false,
+		"kernel/network/x.ko":                        false,
+	} {
+		if got := wantModule(path); got != want {
+			t.Errorf("%s: %t, want %t", path, got, want)
+		}
+	}
+}
+
+// What is written is read back by another reader of the format.
+func TestArchive(t *testing.T) {
+	t.Parallel()
+	host := t.TempDir()
+	for name, text := range map[string]string{"a": "one", "skipped": "x", "sub/b": "twelve bytes", "sub/skipped/c": "y"} {
+		at := filepath.Join(host, name)
+		if err := os.MkdirAll(filepath.Dir(at), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(at, []byte(text), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Symlink("../a", filepath.Join(host, "sub", "link")); err != nil {
+		t.Fatal(err)
+	}
+	var b bytes.Buffer
+	a := newArchive(&b)
+	for _, err := range []error{
+		a.symlink("/bin", "usr/bin"),
+		a.text("/etc/odd", 0o600, "seven b"),
+		a.text("/etc/odd", 0o600, "the first one counts"),
+		a.tree("/deep/down", host, func(rel string) bool { return filepath.Base(rel) == "skipped" }),
+		a.file("/linked", filepath.Join(host, "sub", "link")),
+		a.close(),
+	} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	want := []entry{
+		{"bin", modeSymlink | 0o777, "usr/bin"},
+		{"etc", modeFolder | 0o755, ""},
+		{"etc/odd", modeFile | 0o600, "seven b"},
+		{"deep", modeFolder | 0o755, ""},
+		{"deep/down", modeFolder | 0o755, ""},
+		{"deep/down/a", modeFile | 0o755, "one"},
+		{"deep/down/sub", modeFolder | 0o755, ""},
+		{"deep/down/sub/b", modeFile | 0o755, "twelve bytes"},
+		{"deep/down/sub/link", modeSymlink | 0o777, "../a"},
+		{"linked", modeFile | 0o755, "one"},
+		{"TRAILER!!!", 0, ""},
+	}
+	if diff := cmp.Diff(want, entries(t, b.Bytes()), cmp.AllowUnexported(entry{})); diff != "" {
+		t.Errorf("-want +got:\n%s", diff)
+	}
+}
+
+type entry struct {
+	name string
+	mode uint32
+	text string
+}
+
+// entries reads an archive by the format's description in cpio(5).
+func entries(t *testing.T, archive []byte) []entry {
+	t.Helper()
+	var all []entry
+	for at := 0; at < len(archive); {
+		header := archive[at : at+110]
+		field := func(n int) int {
+			var v int
+			for _, c := range header[6+8*n : 14+8*n] {
+				v = v<<4 | strings.IndexByte("0123456789ABCDEF", c)
+			}
+			return v
+		}
+		if magic := string(header[:6]); magic != "070701" {
+			t.Fatalf("an entry at %d begins with %q", at, magic)
+		}
+		mode, size, nameSize := field(1), field(6), field(11)
+		name := archive[at+110 : at+110+nameSize]
+		if name[nameSize-1] != 0 {
+			t.Fatalf("the name %q has no end", name)
+		}
+		at = (at + 110 + nameSize + 3) &^ 3
+		all = append(all, entry{string(name[:nameSize-1]), uint32(mode), string(archive[at : at+size])})
+		at = (at + size + 3) &^ 3
+	}
+	return all
+}
+
+func TestKernelLog(t *testing.T) {
+	t.Parallel()
+	var copied strings.Builder
+	panics := 0
+	l := &kernelLog{copy: &copied, panicked: func() { panics++ }}
+	text := "[ 0.1] Linux\r\n" + strings.Repeat("[ 1.0] more\r\n", 5000) + "[ 2.0] WARNING: CPU: 0 PID: 1 at net/x.c\r\n" +
+		"[ 3.0] Kernel panic - not syncing: a\r\n[ 4.0] Kernel panic - not syncing: b\r\n[ 5.0] no line feed"
+	l.read(strings.NewReader(text))
+	if copied.String() != text {
+		t.Errorf("copied %d bytes, want %d", copied.Len(), len(text))
+	}
+	if panics != 1 || !l.panic {
+		t.Errorf("told of %d panics, noted %t; want 1", panics, l.panic)
+	}
+	if diff := cmp.Diff([]string{"[ 2.0] WARNING: CPU: 0 PID: 1 at net/x.c"}, l.complaints); diff != "" {
+		t.Errorf("complaints, -want +got:\n%s", diff)
+	}
+	lines := strings.Split(l.end(), "\n")
+	if len(lines) != logShown || lines[logShown-1] != "[ 5.0] no line feed" || strings.Contains(l.end(), "\r") {
+		t.Errorf("the end has %d lines, the last is %q", len(lines), lines[len(lines)-1])
+	}
+	if len(l.lines) > logKept {
+		t.Errorf("%d lines are kept, want at most %d", len(l.lines), logKept)
+	}
+}
+
+func TestOnce(t *testing.T) {
+	t.Parallel()
+	c := cache{dir: t.TempDir()}
+	made := 0
+	ensure := func(name string, fail bool) error {
+		return c.once(filepath.Join(c.dir, name), func(work string) error {
+			made++
+			if fail {
+				return os.ErrDeadlineExceeded
+			}
+			return os.WriteFile(filepath.Join(work, "file"), nil, 0o644)
+		})
+	}
+	for _, step := range []struct {
+		name string
+		fail bool
+		made int
+		want []string
+	}{
+		{"linux-6.1-aa", true, 1, nil},
+		{"linux-6.1-aa", false, 2, []string{"linux-6.1-aa"}},
+		{"linux-6.1-aa", false, 2, []string{"linux-6.1-aa"}},
+		{"linux-6.12-bb", false, 3, []string{"linux-6.1-aa", "linux-6.12-bb"}},
+		{"linux-6.1-cc", false, 4, []string{"linux-6.1-cc", "linux-6.12-bb"}},
+	} {
+		if err := ensure(step.name, step.fail); (err != nil) != step.fail {
+			t.Fatalf("%s: %v", step.name, err)
+		}
+		found, err := filepath.Glob(filepath.Join(c.dir, "*-*"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var names []string
+		for _, f := range found {
+			names = append(names, filepath.Base(f))
+		}
+		if diff := cmp.Diff(step.want, names); diff != "" || made != step.made {
+			t.Fatalf("after %s made %d times, want %d; there are, -want +got:\n%s", step.name, made, step.made, diff)
+		}
+	}
+}
