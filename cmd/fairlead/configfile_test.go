@@ -344,7 +344,8 @@ nodePortAddresses: [primary, 10.0.0.0/8]
 			func(c *config) { c.notes = []note{{"--config: iptables.localhostNodePorts", idleLocalhost, false}} },
 		},
 		{
-			"a flag that kube-proxy does not have", configHeader, []string{"--ping-service-ips"},
+			"a flag that kube-proxy does not have", configHeader,
+			[]string{"--ping-service-ips"},
 			func(c *config) { c.tracker.PingServiceIPs = true },
 		},
 		{
