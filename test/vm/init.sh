@@ -1,7 +1,6 @@
 #!/usr/bin/busybox sh
 # The first process of the virtual machine: makes it look like a freshly booted
-# host, runs /vm/run (not with busybox's shell, which prefers its own ip, modprobe
-# and others to those that are in the path), tells the exit status and switches the machine off.
+# host, runs /vm/run, tells the exit status and switches the machine off.
 #
 #	ttyS0    the kernel's console, and what this script itself has to say
 #	ttyS1    the terminal, or the output and errors of /vm/run
@@ -30,9 +29,10 @@ ulimit -n 524288
 [ "$MODPROBE" = yes ] || rm -f /usr/sbin/modprobe
 unset MODPROBE
 echo started >/dev/ttyS2
+# Not with busybox's shell: it prefers its own ip and modprobe to those in PATH.
 if [ "$TERMINAL" = yes ]; then
 	unset TERMINAL
-	stty -F /dev/ttyS1 sane rows "$ROWS" columns "$COLUMNS"
+	stty -F /dev/ttyS1 sane
 	setsid -c /usr/bin/sh /vm/run <>/dev/ttyS1 >&0 2>&1
 else
 	unset TERMINAL

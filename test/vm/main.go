@@ -261,7 +261,10 @@ func (o *options) fill(ctx context.Context, f *os.File, busybox, root, modules s
 		return err
 	}
 	command := slices.Clone(o.command)
-	if len(command) > 0 && strings.Contains(command[0], "/") {
+	if command == nil {
+		command = shell(terminalSize(ctx))
+	}
+	if strings.Contains(command[0], "/") {
 		inside := "/vm/" + filepath.Base(command[0])
 		if err := addProgram(ctx, a, inside, command[0]); err != nil {
 			return err
@@ -275,7 +278,7 @@ func (o *options) fill(ctx context.Context, f *os.File, busybox, root, modules s
 	if err := errors.Join(
 		a.folder(dir),
 		a.text("/vm/run", 0o644, script(dir, o.environment(os.Environ()), command)),
-		a.text("/vm/settings", 0o644, o.settings(ctx)),
+		a.text("/vm/settings", 0o644, o.settings()),
 		a.close(),
 	); err != nil {
 		return err
@@ -296,18 +299,21 @@ func (o *options) environment(all []string) []string {
 	return env
 }
 
-// script returns what the virtual machine's shell runs; a shell if there is no
-// command.
+// shell returns the command of a shell for people, in a terminal of that size.
+func shell(rows, columns string) []string {
+	const start = `stty rows "$1" columns "$2"
+		echo "Linux $(uname -r); exit or Ctrl-D ends it, Ctrl-A X at once"
+		exec env PS1='\h:\w\$ ' bash --norc -i`
+	return []string{"sh", "-c", start, "sh", rows, columns}
+}
+
+// script returns what the virtual machine's shell runs.
 func script(dir string, env, command []string) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "cd %s\n", quote(dir))
 	for _, e := range env {
 		name, value, _ := strings.Cut(e, "=")
 		fmt.Fprintf(&b, "export %s=%s\n", name, quote(value))
-	}
-	if command == nil {
-		b.WriteString("export PS1='\\h:\\w\\$ '\necho \"Linux $(uname -r); exit or Ctrl-D ends it, Ctrl-A X at once\"\nexec bash --norc -i\n")
-		return b.String()
 	}
 	b.WriteString("exec")
 	for _, c := range command {
@@ -321,18 +327,19 @@ func script(dir string, env, command []string) string {
 func quote(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'" }
 
 // settings returns what init.sh reads.
-func (o *options) settings(ctx context.Context) string {
+func (o *options) settings() string {
 	yes := map[bool]string{true: "yes", false: "no"}
-	rows, columns := "24", "80"
-	if o.command == nil {
-		size := exec.CommandContext(ctx, "stty", "size")
-		size.Stdin = os.Stdin
-		if out, err := size.Output(); err == nil {
-			if r, c, ok := strings.Cut(strings.TrimSpace(string(out)), " "); ok {
-				rows, columns = r, c
-			}
+	return fmt.Sprintf("TERMINAL=%s\nMODPROBE=%s\n", yes[o.command == nil], yes[o.modprobe])
+}
+
+// terminalSize returns the height and width of this process's terminal.
+func terminalSize(ctx context.Context) (rows, columns string) {
+	size := exec.CommandContext(ctx, "stty", "size")
+	size.Stdin = os.Stdin
+	if out, err := size.Output(); err == nil {
+		if rows, columns, ok := strings.Cut(strings.TrimSpace(string(out)), " "); ok {
+			return rows, columns
 		}
 	}
-	return fmt.Sprintf("TERMINAL=%s\nMODPROBE=%s\nROWS=%s\nCOLUMNS=%s\n",
-		yes[o.command == nil], yes[o.modprobe], quote(rows), quote(columns))
+	return "24", "80"
 }
