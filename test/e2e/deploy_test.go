@@ -54,8 +54,12 @@ func decode[T any](file string) (*T, error) {
 	return object, nil
 }
 
-// mounted is where the DaemonSet has its ConfigMap.
-const mounted = "/var/lib/kube-proxy"
+// mounted is where the DaemonSet has its ConfigMap, and configName the file in it
+// that has the configuration.
+const (
+	mounted    = "/var/lib/kube-proxy"
+	configName = "config.conf"
+)
 
 // deployed returns the arguments that the DaemonSet gives to Fairlead. What the
 // ConfigMap has is in dir; only the pods' networks, and how to reach the API
@@ -66,12 +70,12 @@ func deployed(dir string, podCIDRs string) ([]string, error) {
 		return nil, err
 	}
 	var config map[string]any
-	text := strings.ReplaceAll(configMap.Data["config.conf"], mounted, dir)
+	text := strings.ReplaceAll(configMap.Data[configName], mounted, dir)
 	if err := yaml.Unmarshal([]byte(text), &config); err != nil {
 		return nil, fmt.Errorf("deploy/config.yaml: config.conf: %w", err)
 	}
 	config["clusterCIDR"] = podCIDRs
-	if err := os.WriteFile(filepath.Join(dir, "config.conf"), patch(config), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, configName), patch(config), 0o600); err != nil {
 		return nil, err
 	}
 	set, err := decode[appsv1.DaemonSet]("daemonset.yaml")

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
@@ -219,3 +220,60 @@ func TestHealthCheckNodePort(t *testing.T) {
 
 // nodePort returns the node port of the Service's first port.
 func (v *service) nodePort() uint16 { return uint16(v.Spec.Ports[0].NodePort) }
+
+// Pods are reached at node ports of TCP on localhost once that is asked for, and
+// from then on as they come and go; UDP is refused.
+func TestLocalhostNodePorts(t *testing.T) {
+	if os.Getenv(referenceEnv) != "" {
+		t.Skip("kube-proxy has this behind a feature gate")
+	}
+	s := newScenario(t, shared)
+	web := s.service("web", func(v *corev1.Service) {
+		v.Spec.Type = corev1.ServiceTypeNodePort
+		v.Spec.ExternalTrafficPolicy = corev1.ServiceExternalTrafficPolicyLocal
+		v.Spec.Ports = append(v.Spec.Ports, udp(port(80, 8080)))
+	})
+	here, there := s.pod("web"), s.pod("web", onOtherNode)
+	s.reaches(s.net.Outside, tcpTo(netip.AddrPortFrom(s.net.Node.IPv4, web.nodePort())), here)
+	addrs := []netip.Addr{netip.MustParseAddr("127.0.0.1"), netip.IPv6Loopback()}
+	for _, addr := range addrs {
+		s.refused(s.net.Node, tcpTo(netip.AddrPortFrom(addr, web.nodePort())))
+	}
+	s.configure("nodePortAddresses", []string{"primary", "localhost"})
+	for _, addr := range addrs {
+		to := tcpTo(netip.AddrPortFrom(addr, web.nodePort()))
+		s.reaches(s.net.Node, to, here, there) // the policy is for others than the node
+		s.refused(s.net.Node, udpTo(netip.AddrPortFrom(addr, uint16(web.Spec.Ports[1].NodePort))))
+	}
+	s.reaches(s.net.Outside, tcpTo(netip.AddrPortFrom(s.net.Node.IPv4, web.nodePort())), here)
+	there.unready()
+	here.gone()
+	for _, addr := range addrs {
+		s.refused(s.net.Node, tcpTo(netip.AddrPortFrom(addr, web.nodePort())))
+	}
+	there.ready()
+	for _, addr := range addrs {
+		s.reaches(s.net.Node, tcpTo(netip.AddrPortFrom(addr, web.nodePort())), there)
+	}
+	web.delete()
+	for _, addr := range addrs {
+		s.refused(s.net.Node, tcpTo(netip.AddrPortFrom(addr, web.nodePort())))
+	}
+}
+
+// configure sets a field of the configuration until the test ends.
+func (s *scenario) configure(field string, value any) {
+	s.Helper()
+	path := filepath.Join(s.dir, configName)
+	before, err := os.ReadFile(path)
+	s.must(err)
+	var config map[string]any
+	s.must(json.Unmarshal(before, &config))
+	config[field] = value
+	s.must(os.WriteFile(path, patch(config), 0o600))
+	s.Cleanup(func() {
+		if err := os.WriteFile(path, before, 0o600); err != nil {
+			s.Errorf("restore the configuration: %v", err)
+		}
+	})
+}
