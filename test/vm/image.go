@@ -91,8 +91,9 @@ func (c cache) busybox(ctx context.Context) (string, error) {
 	return filepath.Join(dir, "busybox"), err
 }
 
-// once makes dir by make, unless it is there. Older ones of the same kind go.
-func (c cache) once(dir string, make func(work string) error) error {
+// once makes dir by filling a new folder, unless it is there. Older ones of the
+// same kind, up to the last hyphen of the name, go.
+func (c cache) once(dir string, fill func(work string) error) error {
 	if _, err := os.Stat(dir); err == nil {
 		return nil
 	}
@@ -125,7 +126,7 @@ func (c cache) once(dir string, make func(work string) error) error {
 	if err := os.MkdirAll(work, 0o755); err != nil {
 		return err
 	}
-	if err := make(work); err != nil {
+	if err := fill(work); err != nil {
 		return errors.Join(fmt.Errorf("make %s: %w", dir, err), os.RemoveAll(work))
 	}
 	return os.Rename(work, dir)
@@ -150,7 +151,7 @@ func debs(ctx context.Context, suite, dir string, packages ...string) error {
 // moduleRules says which of Debian's modules are in the virtual machine: those of
 // the network, and what they are made of. It is part of the cache's key.
 const moduleRules = "kernel/net kernel/lib kernel/crypto kernel/arch kernel/drivers/net -kernel/drivers/net/ethernet " +
-	"-kernel/drivers/net/wireless -kernel/drivers/net/xen-netback -kernel/drivers/net/wwan v1"
+	"-kernel/drivers/net/wireless -kernel/drivers/net/xen-netback -kernel/drivers/net/wwan v2"
 
 // wantModule reports whether moduleRules want the module at path.
 func wantModule(path string) bool {
@@ -167,23 +168,12 @@ func wantModule(path string) bool {
 // packModules writes the modules below root that are wanted into an archive,
 // with the indexes that modprobe and others look them up in.
 func packModules(ctx context.Context, root, release, into string) error {
-	folder := filepath.Join(root, "usr/lib/modules", release)
+	// Debian 12 has them in /lib, Debian 13 in /usr/lib; depmod looks in /lib.
+	folder := filepath.Join(root, "lib/modules", release)
 	if _, err := os.Stat(folder); errors.Is(err, fs.ErrNotExist) {
-		// Before Debian 13.
-		folder = filepath.Join(root, "lib/modules", release)
-		if err := os.MkdirAll(filepath.Join(root, "usr/lib"), 0o755); err != nil {
+		if err := os.Symlink("usr/lib", filepath.Join(root, "lib")); err != nil {
 			return err
 		}
-		if err := os.Rename(filepath.Join(root, "lib/modules"), filepath.Join(root, "usr/lib/modules")); err != nil {
-			return err
-		}
-		if err := os.RemoveAll(filepath.Join(root, "lib")); err != nil {
-			return err
-		}
-		folder = filepath.Join(root, "usr/lib/modules", release)
-	}
-	if err := os.Symlink("usr/lib", filepath.Join(root, "lib")); err != nil && !errors.Is(err, fs.ErrExist) {
-		return err
 	}
 	err := filepath.WalkDir(filepath.Join(folder, "kernel"), func(at string, entry fs.DirEntry, err error) error {
 		if err != nil || entry.IsDir() {
@@ -198,13 +188,11 @@ func packModules(ctx context.Context, root, release, into string) error {
 	if err != nil {
 		return err
 	}
-	depmod := exec.CommandContext(ctx, "depmod", "--basedir", root, release)
-	depmod.Env = append(os.Environ(), "PATH="+os.Getenv("PATH")+":/usr/sbin:/sbin")
-	if depmod.Path, err = lookProgram("depmod"); err != nil {
+	depmod, err := lookProgram("depmod")
+	if err != nil {
 		return fmt.Errorf("%w: install kmod (make deps)", err)
 	}
-	depmod.Err = nil
-	if out, err := depmod.CombinedOutput(); err != nil {
+	if out, err := exec.CommandContext(ctx, depmod, "--basedir", root, release).CombinedOutput(); err != nil {
 		return fmt.Errorf("depmod: %w\n%s", err, out)
 	}
 	f, err := os.Create(into)

@@ -163,7 +163,7 @@ func (m *machine) run(ctx context.Context) (status int, err error) {
 	readers.Wait()
 	if guest.status != nil {
 		for _, c := range console.complaints {
-			fmt.Fprintf(m.Errors, "vm: the kernel complained: %s\n", c)
+			_, _ = fmt.Fprintf(m.Errors, "vm: the kernel complained: %s\n", c)
 		}
 		return *guest.status, nil
 	}

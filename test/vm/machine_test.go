@@ -109,7 +109,7 @@ func TestPanicIsReported(t *testing.T) {
 	if stdout != "before\n" {
 		t.Errorf("printed %q, want %q", stdout, "before\n")
 	}
-	for _, want := range []string{"Kernel panic - not syncing: sysrq triggered crash", "vm: Linux 6.12: the kernel panicked\n"} {
+	for _, want := range []string{"Kernel panic - not syncing: sysrq triggered crash", "vm: on Linux 6.12: the kernel panicked\n"} {
 		if !strings.Contains(stderr, want) {
 			t.Errorf("no %q in %s", want, stderr)
 		}
@@ -132,7 +132,7 @@ func TestHangEndsWithTheLimit(t *testing.T) {
 			t.Parallel()
 			status, stdout, stderr := vm(t.Context(), "run", "-kernel=6.12", test.flag, "sleep", "1000")
 			wantStatus(t, exitFailed, status, stdout, stderr)
-			if !strings.Contains(stderr, "--- the end of the kernel's log:") || !strings.HasSuffix(stderr, "vm: Linux 6.12: "+test.want+"\n") {
+			if !strings.Contains(stderr, "--- the end of the kernel's log:") || !strings.HasSuffix(stderr, "vm: on Linux 6.12: "+test.want+"\n") {
 				t.Errorf("want the log and %q, got %s", test.want, stderr)
 			}
 		})
@@ -161,7 +161,7 @@ func TestInterrupt(t *testing.T) {
 	if status := <-done; status != exitFailed {
 		t.Errorf("exit status %d, want %d", status, exitFailed)
 	}
-	if want := "vm: Linux 6.1: context canceled\n"; errs.String() != want {
+	if want := "vm: on Linux 6.1: context canceled\n"; errs.String() != want {
 		t.Errorf("stderr is %q, want %q", errs.String(), want)
 	}
 }

@@ -100,9 +100,9 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		return status
 	}
 	if failed, ok := errors.AsType[*failure](err); ok {
-		fmt.Fprintf(stderr, "\n--- the end of the kernel's log:\n%s\n---\n", failed.console)
+		_, _ = fmt.Fprintf(stderr, "\n--- the end of the kernel's log:\n%s\n---\n", failed.console)
 	}
-	fmt.Fprintf(stderr, "vm: %v\n", err)
+	_, _ = fmt.Fprintf(stderr, "vm: %v\n", err)
 	return exitFailed
 }
 
@@ -117,8 +117,8 @@ func do(ctx context.Context, args []string, stdout, stderr io.Writer) (status in
 	}
 	c := cache{dir: filepath.Join(root, ".cache", "vm")}
 	// Both of a link's sides must name the same lock.
-	if real, err := filepath.EvalSymlinks(filepath.Dir(c.dir)); err == nil {
-		c.dir = filepath.Join(real, "vm")
+	if followed, err := filepath.EvalSymlinks(filepath.Dir(c.dir)); err == nil {
+		c.dir = filepath.Join(followed, "vm")
 	}
 	if args[0] == "fetch" {
 		for _, k := range slices.Sorted(maps.Keys(kernels())) {
@@ -151,7 +151,7 @@ func do(ctx context.Context, args []string, stdout, stderr io.Writer) (status in
 		m.Log = f
 	}
 	if status, err = m.run(ctx); err != nil {
-		return 0, fmt.Errorf("Linux %s: %w", o.kernel, err)
+		return 0, fmt.Errorf("on Linux %s: %w", o.kernel, err)
 	}
 	return status, nil
 }
