@@ -456,6 +456,14 @@ func TestConnectionsStay(t *testing.T) {
 		works("the Service left")
 		n.relay.SetFamilies()
 		works("the family was switched off")
+		// Nor does it keep the port from being listened on again.
+		n.relay.SetFamilies(families()...)
+		n.change(nil, with)
+		n.listening(t, f, 1)
+		works("all came back")
+		if got := n.relay.Stats(f).ListenFailures; got > 0 {
+			t.Errorf("%d attempts to listen failed", got)
+		}
 	})
 }
 
