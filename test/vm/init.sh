@@ -25,6 +25,10 @@ hostname fairlead-vm
 busybox ip link set lo up
 ulimit -n 524288
 
+# From here on the console has warnings and worse, not every interface that comes
+# up; dmesg has all.
+dmesg -n 5
+
 . /vm/settings
 [ "$MODPROBE" = yes ] || rm -f /usr/sbin/modprobe
 unset MODPROBE
