@@ -138,6 +138,7 @@ func fullNode() dataplane.Node {
 	node.ServiceCIDRs = []netip.Prefix{netip.MustParsePrefix("10.96.0.0/16"), netip.MustParsePrefix("fd00:96::/108")}
 	node.Addrs = []netip.Addr{netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8::1")}
 	node.NodePortAddrs = slices.Clone(node.Addrs)
+	node.PingServiceIPs = true
 	return node
 }
 
@@ -266,6 +267,7 @@ func randomNode(random *rand.Rand) dataplane.Node {
 	case 1:
 		node = dataplane.Node{PodInterfacePrefix: "veth", MasqueradeAll: true}
 	}
+	node.PingServiceIPs, node.LocalhostNodePorts = random.IntN(2) == 0, random.IntN(2) == 0
 	for range random.IntN(3) {
 		n := byte(random.IntN(3))
 		node.NodePortAddrs = append(node.NodePortAddrs, netip.AddrFrom4([4]byte{10, 1, 0, n}), netip.AddrFrom16([16]byte{0: 0xfd, 15: n}))
@@ -625,7 +627,7 @@ func TestListingOfManyServices(t *testing.T) {
 	replace(t, d, node, services...)
 	for version, binary := range nftBinaries(t) {
 		listing := nft(t, ns, binary, "list ruleset")
-		if strings.Contains(listing, "invalid") || strings.Contains(listing, "unknown") {
+		if strings.Contains(listing, "invalid type") || strings.Contains(listing, "unknown") {
 			t.Errorf("nft %s can't interpret a value:\n%s", version, listing)
 		}
 		for _, s := range services {
@@ -708,12 +710,20 @@ func TestDrift(t *testing.T) {
 		"a slot that can't be is added":         "add element ip fairlead endpoints-1 { 10.96.0.1 . tcp . 80 . 1:7 : 10.1.0.9 . 9 }",
 		"an empty Service is deleted":           "delete element ip fairlead services { 10.96.0.2 . udp . 53 }",
 		"a live Service is rejected":            "delete element ip fairlead services { 10.96.0.1 . tcp . 80 }; add element ip fairlead services { 10.96.0.1 . tcp . 80 : 0:0 }",
-		"a counter is deleted":                  "flush chain ip fairlead filter-forward; flush chain ip fairlead filter-output; delete counter ip fairlead dropped-no-service",
+		"a counter is deleted":                  "flush chain ip fairlead filter-forward; flush chain ip fairlead filter-output; flush chain ip fairlead pinged; delete counter ip fairlead dropped-no-service",
 		"services has a catch-all":              "add element ip fairlead services { * : 0:1 }",
 		"endpoints has a catch-all":             "add element ip fairlead endpoints-1 { * : 10.1.0.9 . 9 }",
 		"cluster-ips has a catch-all":           "add element ip fairlead cluster-ips { * }",
 		"a cluster IP is added":                 "add element ip fairlead cluster-ips { 10.96.7.7 }",
 		"a cluster IP is deleted":               "delete element ip fairlead cluster-ips { 10.96.0.1 }",
+		"an address to ping is added":           "add element ip fairlead ping-internal { 10.96.0.2 }",
+		"an address to ping is deleted":         "delete element ip fairlead ping-external { 10.96.0.1 }",
+		"an address to ping of none":            "add element ip fairlead ping-external { 10.96.7.7 }",
+		"pings are answered elsewhere":          "flush chain ip fairlead answer-ping; add rule ip fairlead answer-ping dnat to 192.0.2.9",
+		"an endpoint's port is deleted":         "delete element ip fairlead endpoint-ports { 8080 }",
+		"a port of no endpoint is added":        "add element ip fairlead endpoint-ports { 7 }",
+		"endpoint-ports has a catch-all":        "add element ip fairlead endpoint-ports { * }",
+		"node ports are let through at lo":      "flush chain ip fairlead localhost",
 		"hairpin has a catch-all":               "add element ip fairlead hairpin { * }",
 		"classes has a catch-all":               "add element ip fairlead classes { * : drop }",
 		"hairpin is flushed":                    "flush set ip fairlead hairpin",
@@ -752,7 +762,7 @@ func TestDrift(t *testing.T) {
 		"a chain is added":                      "add chain ip fairlead extra { type filter hook forward priority 0; policy drop; }",
 		"a chain is added and used":             "add chain ip fairlead extra; add rule ip fairlead nat-prerouting jump extra",
 		"a set is added and used":               "add set ip fairlead extra { type mark; }; add rule ip fairlead nat-prerouting meta mark @extra drop",
-		"a set is replaced by another type":     "flush chain ip fairlead filter-forward; flush chain ip fairlead filter-output; delete set ip fairlead cluster-ips; add set ip fairlead cluster-ips { type mark; }",
+		"a set is replaced by another type":     "flush chain ip fairlead filter-forward; flush chain ip fairlead filter-output; flush chain ip fairlead pinged; delete set ip fairlead cluster-ips; add set ip fairlead cluster-ips { type mark; }",
 		"a chain drops by default":              "add chain ip fairlead nat-prerouting { policy drop; }",
 		"the table is dormant":                  "add table ip fairlead { flags dormant; }",
 		"the IPv6 table is deleted":             "delete table ip6 fairlead",
