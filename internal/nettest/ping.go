@@ -21,6 +21,9 @@ const (
 	icmpEchoRequest6 = 128 // RFC 4443
 )
 
+// ESP is the number of an IP protocol for [Host.Knock].
+const ESP = 50
+
 // Pinger sends ICMP echo requests with one identifier, which make one connection
 // to the node's connection tracking. It is for one goroutine.
 type Pinger struct {
@@ -44,9 +47,9 @@ func (h *Host) OpenPing(addr netip.Addr) (*Pinger, error) {
 		}
 		file := os.NewFile(uintptr(fd), "ping") //nolint:gosec // a descriptor
 		defer file.Close()                      //nolint:errcheck // a copy is used
-		var to unix.Sockaddr = &unix.SockaddrInet4{Addr: addr.Unmap().As4()}
-		if addr.Is6() {
-			to = &unix.SockaddrInet6{Addr: addr.As16()}
+		var to unix.Sockaddr = &unix.SockaddrInet6{Addr: addr.As16()}
+		if addr.Is4() {
+			to = &unix.SockaddrInet4{Addr: addr.As4()}
 		}
 		// The kernel chooses the identifier, and delivers what is for it.
 		if err := unix.Connect(fd, to); err != nil {
@@ -108,7 +111,9 @@ func (h *Host) Ping(ctx context.Context, addr netip.Addr) error {
 }
 
 // Knock sends a packet of an IP protocol that nobody speaks, and waits until it is
-// refused, or for anything in return. An error wraps [ErrRefused], [ErrTimeout] or
+// refused, or for anything in return. A protocol to take is [ESP]: the kernel's
+// `reject` stays silent where it takes a packet's data for a wrong checksum
+// (nf_reject.h, nf_reject_verify_csum). An error wraps [ErrRefused], [ErrTimeout] or
 // neither.
 func (h *Host) Knock(ctx context.Context, protocol uint8, addr netip.Addr) error {
 	ctx, cancel := withTimeout(ctx)
