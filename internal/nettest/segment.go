@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"sync"
+	"syscall"
 	"time"
 )
 
@@ -144,7 +145,9 @@ func (w *Wire) Seen() []Segment {
 
 // Send sends a segment. Its source must be the Wire's address.
 func (w *Wire) Send(s Segment) error {
-	if _, err := w.conn.WriteToIP(s.marshal(), &net.IPAddr{IP: s.Destination.Addr().AsSlice()}); err != nil {
+	// As with Conn.Ask, EPERM is a packet that this host dropped itself.
+	_, err := w.conn.WriteToIP(s.marshal(), &net.IPAddr{IP: s.Destination.Addr().AsSlice()})
+	if err != nil && !errors.Is(err, syscall.EPERM) {
 		return fmt.Errorf("send a segment from %s to %s: %w", s.Source, s.Destination, err)
 	}
 	return nil
