@@ -137,7 +137,8 @@ func fullNode() dataplane.Node {
 	node.LocalPodCIDRs = []netip.Prefix{netip.MustParsePrefix("10.7.0.0/24"), netip.MustParsePrefix("fd00:7::/64")}
 	node.ServiceCIDRs = []netip.Prefix{netip.MustParsePrefix("10.96.0.0/16"), netip.MustParsePrefix("fd00:96::/108")}
 	node.Addrs = []netip.Addr{netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8::1")}
-	node.NodePortAddrs = slices.Clone(node.Addrs)
+	// Loopback addresses have no effect.
+	node.NodePortAddrs = append(slices.Clone(node.Addrs), netip.MustParseAddr("127.0.0.1"), netip.IPv6Loopback())
 	node.PingServiceIPs = true
 	return node
 }
@@ -323,6 +324,88 @@ func TestNodeWithDoubles(t *testing.T) {
 	if generation(t, d) != before {
 		t.Error("replacing a state by an equal one changed the ruleset")
 	}
+}
+
+// TestNothingIsLeftOfAnotherNode goes from a Node that has everything to one with
+// nothing, which is as if it had always been that; so no rule for pings is left.
+func TestNothingIsLeftOfAnotherNode(t *testing.T) {
+	t.Parallel()
+	binary := nftBinaries(t)["1.1.3"]
+	d, ns := newDataplane(t)
+	fresh, other := newDataplane(t)
+	bare := dataplane.Node{Addrs: fullNode().Addrs} // as sets of source ranges stay
+	replace(t, fresh, bare, sample(t)...)
+	want := nft(t, other, binary, "list ruleset")
+	if strings.Contains(want, "echo-request") || strings.Contains(want, "goto ping") {
+		t.Errorf("there are rules for pings, which are off:\n%s", want)
+	}
+	replace(t, d, fullNode(), sample(t)...)
+	replace(t, d, bare, sample(t)...)
+	if diff := cmp.Diff(sortedLines(want), sortedLines(nft(t, ns, binary, "list ruleset"))); diff != "" {
+		t.Errorf("the tables differ (-from nothing +from a full Node):\n%s", diff)
+	}
+	node := fullNode()
+	replace(t, d, node, sample(t)...)
+	node.LocalhostNodePorts = true
+	before := nft(t, ns, binary, "list chain ip fairlead localhost")
+	replace(t, d, node, sample(t)...)
+	if after := nft(t, ns, binary, "list chain ip fairlead localhost"); strings.Count(before, "\n")-strings.Count(after, "\n") != 1 {
+		t.Errorf("with a listener for TCP there is to be one rule less:\n%s\n%s", before, after)
+	}
+}
+
+// TestEndpointPorts checks that a port is known for as long as some endpoint has it,
+// in whatever list.
+func TestEndpointPorts(t *testing.T) {
+	t.Parallel()
+	d, ns := newDataplane(t)
+	at := func(ports ...uint16) []dataplane.Endpoint {
+		var list []dataplane.Endpoint
+		for _, port := range ports {
+			list = append(list, dataplane.Endpoint{Addr: netip.AddrPortFrom(netip.MustParseAddr("10.1.0.1"), port)})
+		}
+		return list
+	}
+	plain := func(ports ...uint16) *dataplane.Service {
+		return service(t, "plain", []dataplane.Frontend{frontend(1), frontend(2)}, at(ports...))
+	}
+	sticky := func(all []uint16, local ...uint16) *dataplane.Service {
+		s := service(t, "sticky", []dataplane.Frontend{frontend(3)}, at(all...))
+		s.Affinity, s.ExternalLocal, s.LocalEndpoints = time.Hour, true, at(local...)
+		return s
+	}
+	want := func(ports ...string) {
+		t.Helper()
+		listing := nft(t, ns, nftBinaries(t)["1.0.6"], "list set ip fairlead endpoint-ports")
+		_, found, _ := strings.Cut(listing, "elements = { ")
+		found, _, _ = strings.Cut(found, " }")
+		if got := strings.Fields(strings.ReplaceAll(found, ",", " ")); !slices.Equal(slices.Sorted(slices.Values(got)), ports) {
+			t.Errorf("got %v, want %v", got, ports)
+		}
+	}
+	services := []*dataplane.Service{plain(80, 81), sticky([]uint16{81}, 82)}
+	replace(t, d, podNode(), services...)
+	want("80", "81", "82")
+	change := func(i int, next *dataplane.Service) {
+		t.Helper()
+		apply(t, d, dataplane.Change{Old: services[i], New: next})
+		services[i] = next
+	}
+	change(0, plain(80))
+	want("80", "81", "82")
+	change(1, sticky([]uint16{80}, 80))
+	want("80")
+	change(0, plain(90))
+	want("80", "90")
+	d = openIn(t, ns) // counts what it finds
+	replace(t, d, podNode(), services...)
+	change(1, sticky(nil))
+	want("90")
+	nft(t, ns, nftBinaries(t)["1.0.6"], "flush set ip fairlead endpoint-ports\nadd element ip fairlead endpoint-ports { 7 }")
+	replace(t, d, podNode(), services...)
+	want("90")
+	apply(t, d, dataplane.Change{Old: services[0]})
+	want()
 }
 
 // TestListingOfWhatIsRemembered lets a client connect to a Service with affinity,
