@@ -132,10 +132,10 @@
 //
 // The node's connections to 127.0.0.0/8 or ::1 and a node port are rejected in
 // nat-output, by looking up services as for any node port, but for TCP with
-// Node.LocalhostNodePorts. All others to these addresses meet one rule in
-// nat-output, and the chain localhost where there is a node port of that number or
-// not. Nothing of the kind is translated: the kernel routes no answer from
-// elsewhere to a loopback address.
+// Node.LocalhostNodePorts. That lookup is all that others to these addresses meet,
+// with their first packet, and connections to other addresses meet one comparison.
+// Nothing is translated: the kernel sends no packet from a loopback address to
+// another host.
 //
 // # Why it is built like this
 //

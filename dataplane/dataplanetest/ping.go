@@ -3,6 +3,7 @@ package dataplanetest
 import (
 	"context"
 	"errors"
+	"maps"
 	"net/netip"
 	"slices"
 	"sync"
@@ -107,9 +108,7 @@ func (s suite) pings(t *testing.T) {
 			pingCluster: refused, pingEmpty: refused, pingShared: refused, pingUnused: unanswered,
 			pingExternal: unanswered, pingInside: unanswered, pingOutside: unanswered, pingRanged: unanswered, pingNothing: unanswered,
 		}
-		for n, want := range more {
-			all[n] = want
-		}
+		maps.Copy(all, more)
 		return all
 	}
 	check := func(t *testing.T, inside, others table) {
