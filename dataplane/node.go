@@ -35,8 +35,8 @@ type Node struct {
 	Addrs []netip.Addr
 
 	// NodePortAddrs are the addresses of this node, of both families, on which
-	// the frontends with the unspecified address answer. None is a loopback
-	// address.
+	// the frontends with the unspecified address answer. Loopback addresses among
+	// them have no effect.
 	NodePortAddrs []netip.Addr
 
 	// LocalhostNodePorts says that something on this node listens on the node

@@ -20,10 +20,13 @@
 //	map masquerades { … }          # class : chain that decides whether a client is masqueraded
 //	set hairpin { … }              # endpoint . endpoint . frontend, for pods of this node
 //	set cluster-ips { … }          # of Services: their other ports are rejected
+//	set ping-internal { … }        # and ping-external: addresses whose pings are answered
+//	set endpoint-ports { … }       # ports that some endpoint has
 //	set node-port-addrs { … }      # and pod-cidrs, local-pods, service-cidrs: what dataplane.Node says
 //	counter rejected-no-endpoints  # and others: the reasons not to serve a connection
 //
-//	chain nat-prerouting {         # and nat-output: the same for the node's own connections
+//	chain nat-prerouting {         # and nat-output: the same for the node's own connections, behind
+//	                               # ip daddr 127.0.0.0/8 goto localhost
 //	    type nat hook prerouting priority dstnat
 //	    meta priority set ip daddr . meta l4proto . th dport map @services meta priority vmap @classes
 //	    ip daddr @node-port-addrs meta priority set ip daddr & 0.0.0.0 . meta l4proto . th dport map @services meta priority vmap @classes
@@ -48,7 +51,8 @@
 //	    type filter hook forward priority filter
 //	    ct state new ip daddr @cluster-ips counter name "rejected-undeclared-port" goto reject
 //	    ct state new ip daddr @service-cidrs counter name "dropped-no-service" drop
-//	}
+//	    ct state invalid tcp flags & (fin | syn | rst | ack) == ack tcp sport @endpoint-ports goto invalid
+//	}                                       # and input
 //	chain nat-postrouting {
 //	    type nat hook postrouting priority srcnat
 //	    ct status dnat goto masquerading    # hairpin, then services and masquerades
@@ -80,6 +84,58 @@
 //
 // A node port is a frontend with the unspecified address in all of these, and
 // chains for such classes make the address of the packet that.
+//
+// # Invalid packets
+//
+// The kernel does not translate a packet of TCP that its connection tracking calls
+// invalid. One from an endpoint would reach the client with the endpoint's own
+// address, or where the client is masqueraded, this node, with no socket for it.
+// Either answers with a reset, and the endpoint gives up a connection that is in
+// order. The chain invalid drops such packets, and the counter dropped-invalid
+// counts them. Since what is invalid belongs to no connection any more, that one
+// was a Service's is told by what is left:
+//
+//   - It has ACK, and neither SYN, FIN nor RST: without a connection it would have
+//     begun one, so there is one and it does not fit. A SYN-ACK, FIN or RST is
+//     invalid as well where the node sees no more than what a server answers,
+//     because they come first; they pass. A reset harms nobody.
+//   - Its source port is one that some endpoint has. What a client sends is all
+//     invalid where the node sees nothing that the server answers.
+//   - It is from or to a pod, where [dataplane.Node] tells pods. Where it does not,
+//     packets to the node itself pass.
+//
+// What does not fit is, from Linux 6.1, a segment beyond the receiver's window, or
+// one that acknowledges what has not been seen. Before, segments that come late
+// are as well, although they have been acknowledged already, and those are common
+// (nf_conntrack_proto_tcp.c, tcp_in_window, "ignore overly delayed tcp packets").
+// With the sysctl net.netfilter.nf_conntrack_tcp_be_liberal, which kube-proxy's
+// flag --conntrack-tcp-be-liberal sets, none of these is invalid: all but resets
+// are translated whatever their numbers, and nothing is left to drop. With
+// nf_conntrack_tcp_loose off, which is not the default, no connection begins in
+// its middle; then what a server answers to a client who reaches it past this node
+// is invalid, and is dropped from ports that endpoints have.
+//
+// # Pings
+//
+// With Node.PingServiceIPs, new echo requests that no Service's rules are for are
+// sent to an address of the node, if the Service's address is in the set for the
+// client: ping-external for those who would get local endpoints where the policy
+// is Local, and ping-internal for all others. Connection tracking gives the answer
+// the Service's address. Without the option both sets are empty and there are no
+// rules. A program that goes on to ping is one connection; the chain pinged looks
+// at every request whether a cluster IP still has an endpoint. At other addresses
+// such a program is answered until it pauses for as long as the kernel remembers
+// it (net.netfilter.nf_conntrack_icmp_timeout, 30 s), and so it is everywhere when
+// the option is switched off.
+//
+// # Node ports at loopback addresses
+//
+// The node's connections to 127.0.0.0/8 or ::1 and a node port are rejected in
+// nat-output, by looking up services as for any node port, but for TCP with
+// Node.LocalhostNodePorts. That lookup is all that others to these addresses meet,
+// with their first packet, and connections to other addresses meet one comparison.
+// Nothing is translated: the kernel sends no packet from a loopback address to
+// another host.
 //
 // # Why it is built like this
 //

@@ -137,7 +137,9 @@ func fullNode() dataplane.Node {
 	node.LocalPodCIDRs = []netip.Prefix{netip.MustParsePrefix("10.7.0.0/24"), netip.MustParsePrefix("fd00:7::/64")}
 	node.ServiceCIDRs = []netip.Prefix{netip.MustParsePrefix("10.96.0.0/16"), netip.MustParsePrefix("fd00:96::/108")}
 	node.Addrs = []netip.Addr{netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8::1")}
-	node.NodePortAddrs = slices.Clone(node.Addrs)
+	// Loopback addresses have no effect.
+	node.NodePortAddrs = append(slices.Clone(node.Addrs), netip.MustParseAddr("127.0.0.1"), netip.IPv6Loopback())
+	node.PingServiceIPs = true
 	return node
 }
 
@@ -266,6 +268,7 @@ func randomNode(random *rand.Rand) dataplane.Node {
 	case 1:
 		node = dataplane.Node{PodInterfacePrefix: "veth", MasqueradeAll: true}
 	}
+	node.PingServiceIPs, node.LocalhostNodePorts = random.IntN(2) == 0, random.IntN(2) == 0
 	for range random.IntN(3) {
 		n := byte(random.IntN(3))
 		node.NodePortAddrs = append(node.NodePortAddrs, netip.AddrFrom4([4]byte{10, 1, 0, n}), netip.AddrFrom16([16]byte{0: 0xfd, 15: n}))
@@ -321,6 +324,88 @@ func TestNodeWithDoubles(t *testing.T) {
 	if generation(t, d) != before {
 		t.Error("replacing a state by an equal one changed the ruleset")
 	}
+}
+
+// TestNothingIsLeftOfAnotherNode goes from a Node that has everything to one with
+// nothing, which is as if it had always been that; so no rule for pings is left.
+func TestNothingIsLeftOfAnotherNode(t *testing.T) {
+	t.Parallel()
+	binary := nftBinaries(t)["1.1.3"]
+	d, ns := newDataplane(t)
+	fresh, other := newDataplane(t)
+	bare := dataplane.Node{Addrs: fullNode().Addrs} // as sets of source ranges stay
+	replace(t, fresh, bare, sample(t)...)
+	want := nft(t, other, binary, "list ruleset")
+	if strings.Contains(want, "echo-request") || strings.Contains(want, "goto ping") {
+		t.Errorf("there are rules for pings, which are off:\n%s", want)
+	}
+	replace(t, d, fullNode(), sample(t)...)
+	replace(t, d, bare, sample(t)...)
+	if diff := cmp.Diff(sortedLines(want), sortedLines(nft(t, ns, binary, "list ruleset"))); diff != "" {
+		t.Errorf("the tables differ (-from nothing +from a full Node):\n%s", diff)
+	}
+	node := fullNode()
+	replace(t, d, node, sample(t)...)
+	node.LocalhostNodePorts = true
+	before := nft(t, ns, binary, "list chain ip fairlead localhost")
+	replace(t, d, node, sample(t)...)
+	if after := nft(t, ns, binary, "list chain ip fairlead localhost"); strings.Count(before, "\n")-strings.Count(after, "\n") != 1 {
+		t.Errorf("with a listener for TCP there is to be one rule less:\n%s\n%s", before, after)
+	}
+}
+
+// TestEndpointPorts checks that a port is known for as long as some endpoint has it,
+// in whatever list.
+func TestEndpointPorts(t *testing.T) {
+	t.Parallel()
+	d, ns := newDataplane(t)
+	at := func(ports ...uint16) []dataplane.Endpoint {
+		var list []dataplane.Endpoint
+		for _, port := range ports {
+			list = append(list, dataplane.Endpoint{Addr: netip.AddrPortFrom(netip.MustParseAddr("10.1.0.1"), port)})
+		}
+		return list
+	}
+	plain := func(ports ...uint16) *dataplane.Service {
+		return service(t, "plain", []dataplane.Frontend{frontend(1), frontend(2)}, at(ports...))
+	}
+	sticky := func(all []uint16, local ...uint16) *dataplane.Service {
+		s := service(t, "sticky", []dataplane.Frontend{frontend(3)}, at(all...))
+		s.Affinity, s.ExternalLocal, s.LocalEndpoints = time.Hour, true, at(local...)
+		return s
+	}
+	want := func(ports ...string) {
+		t.Helper()
+		listing := nft(t, ns, nftBinaries(t)["1.0.6"], "list set ip fairlead endpoint-ports")
+		_, found, _ := strings.Cut(listing, "elements = { ")
+		found, _, _ = strings.Cut(found, " }")
+		if got := strings.Fields(strings.ReplaceAll(found, ",", " ")); !slices.Equal(slices.Sorted(slices.Values(got)), ports) {
+			t.Errorf("got %v, want %v", got, ports)
+		}
+	}
+	services := []*dataplane.Service{plain(80, 81), sticky([]uint16{81}, 82)}
+	replace(t, d, podNode(), services...)
+	want("80", "81", "82")
+	change := func(i int, next *dataplane.Service) {
+		t.Helper()
+		apply(t, d, dataplane.Change{Old: services[i], New: next})
+		services[i] = next
+	}
+	change(0, plain(80))
+	want("80", "81", "82")
+	change(1, sticky([]uint16{80}, 80))
+	want("80")
+	change(0, plain(90))
+	want("80", "90")
+	d = openIn(t, ns) // counts what it finds
+	replace(t, d, podNode(), services...)
+	change(1, sticky(nil))
+	want("90")
+	nft(t, ns, nftBinaries(t)["1.0.6"], "flush set ip fairlead endpoint-ports\nadd element ip fairlead endpoint-ports { 7 }")
+	replace(t, d, podNode(), services...)
+	want("90")
+	apply(t, d, dataplane.Change{Old: services[0]})
+	want()
 }
 
 // TestListingOfWhatIsRemembered lets a client connect to a Service with affinity,
@@ -625,7 +710,7 @@ func TestListingOfManyServices(t *testing.T) {
 	replace(t, d, node, services...)
 	for version, binary := range nftBinaries(t) {
 		listing := nft(t, ns, binary, "list ruleset")
-		if strings.Contains(listing, "invalid") || strings.Contains(listing, "unknown") {
+		if strings.Contains(listing, "invalid type") || strings.Contains(listing, "unknown") {
 			t.Errorf("nft %s can't interpret a value:\n%s", version, listing)
 		}
 		for _, s := range services {
@@ -708,12 +793,20 @@ func TestDrift(t *testing.T) {
 		"a slot that can't be is added":         "add element ip fairlead endpoints-1 { 10.96.0.1 . tcp . 80 . 1:7 : 10.1.0.9 . 9 }",
 		"an empty Service is deleted":           "delete element ip fairlead services { 10.96.0.2 . udp . 53 }",
 		"a live Service is rejected":            "delete element ip fairlead services { 10.96.0.1 . tcp . 80 }; add element ip fairlead services { 10.96.0.1 . tcp . 80 : 0:0 }",
-		"a counter is deleted":                  "flush chain ip fairlead filter-forward; flush chain ip fairlead filter-output; delete counter ip fairlead dropped-no-service",
+		"a counter is deleted":                  "flush chain ip fairlead filter-forward; flush chain ip fairlead filter-output; flush chain ip fairlead pinged; delete counter ip fairlead dropped-no-service",
 		"services has a catch-all":              "add element ip fairlead services { * : 0:1 }",
 		"endpoints has a catch-all":             "add element ip fairlead endpoints-1 { * : 10.1.0.9 . 9 }",
 		"cluster-ips has a catch-all":           "add element ip fairlead cluster-ips { * }",
 		"a cluster IP is added":                 "add element ip fairlead cluster-ips { 10.96.7.7 }",
 		"a cluster IP is deleted":               "delete element ip fairlead cluster-ips { 10.96.0.1 }",
+		"an address to ping is added":           "add element ip fairlead ping-internal { 10.96.0.2 }",
+		"an address to ping is deleted":         "delete element ip fairlead ping-external { 10.96.0.1 }",
+		"an address to ping of none":            "add element ip fairlead ping-external { 10.96.7.7 }",
+		"pings are answered elsewhere":          "flush chain ip fairlead answer-ping; add rule ip fairlead answer-ping dnat to 192.0.2.9",
+		"an endpoint's port is deleted":         "delete element ip fairlead endpoint-ports { 8080 }",
+		"a port of no endpoint is added":        "add element ip fairlead endpoint-ports { 7 }",
+		"endpoint-ports has a catch-all":        "add element ip fairlead endpoint-ports { * }",
+		"node ports are let through at lo":      "flush chain ip fairlead localhost",
 		"hairpin has a catch-all":               "add element ip fairlead hairpin { * }",
 		"classes has a catch-all":               "add element ip fairlead classes { * : drop }",
 		"hairpin is flushed":                    "flush set ip fairlead hairpin",
@@ -752,7 +845,7 @@ func TestDrift(t *testing.T) {
 		"a chain is added":                      "add chain ip fairlead extra { type filter hook forward priority 0; policy drop; }",
 		"a chain is added and used":             "add chain ip fairlead extra; add rule ip fairlead nat-prerouting jump extra",
 		"a set is added and used":               "add set ip fairlead extra { type mark; }; add rule ip fairlead nat-prerouting meta mark @extra drop",
-		"a set is replaced by another type":     "flush chain ip fairlead filter-forward; flush chain ip fairlead filter-output; delete set ip fairlead cluster-ips; add set ip fairlead cluster-ips { type mark; }",
+		"a set is replaced by another type":     "flush chain ip fairlead filter-forward; flush chain ip fairlead filter-output; flush chain ip fairlead pinged; delete set ip fairlead cluster-ips; add set ip fairlead cluster-ips { type mark; }",
 		"a chain drops by default":              "add chain ip fairlead nat-prerouting { policy drop; }",
 		"the table is dormant":                  "add table ip fairlead { flags dormant; }",
 		"the IPv6 table is deleted":             "delete table ip6 fairlead",

@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"slices"
 	"strconv"
+	"strings"
 
 	"fairlead/dataplane"
 
@@ -31,12 +32,14 @@ type table struct {
 	slots           *nftables.Set
 	stickyEndpoints *nftables.Set
 	hairpin         *nftables.Set
-	clusterIPs      *nftables.Set
 	endpoints       [shards]*nftables.Set
 	// rowSets are the sets that rows have elements in, by the indices that edit
 	// uses.
 	rowSets []*nftables.Set
 
+	// addrSets and endpointPorts have elements that frontends share.
+	addrSets      [addrSets]*nftables.Set
+	endpointPorts *nftables.Set
 	verdicts      [verdictMaps]*nftables.Set
 	affinity      *nftables.Set
 	nodePortAddrs *nftables.Set
@@ -100,7 +103,10 @@ func newTable(family dataplane.Family) *table {
 		inServices: t.services, inExternal: t.external, inTimeouts: t.timeouts, inSlots: t.slots,
 		inStickyEndpoints: t.stickyEndpoints, inHairpin: t.hairpin,
 	}, t.endpoints[:]...)
-	t.clusterIPs = &nftables.Set{Table: t.nf, Name: "cluster-ips", KeyType: addr}
+	for s := range t.addrSets {
+		t.addrSets[s] = &nftables.Set{Table: t.nf, Name: addrSet(s).String(), KeyType: addr}
+	}
+	t.endpointPorts = &nftables.Set{Table: t.nf, Name: "endpoint-ports", KeyType: nftables.TypeInetService}
 	t.nodePortAddrs = &nftables.Set{Table: t.nf, Name: "node-port-addrs", KeyType: addr}
 	interval := func(name string) *nftables.Set {
 		return &nftables.Set{Table: t.nf, Name: name, KeyType: addr, Interval: true}
@@ -112,8 +118,8 @@ func newTable(family dataplane.Family) *table {
 // sets returns all sets of the table, in the order in which they are made. Those
 // of source ranges are made when they are needed.
 func (t *table) sets() []*nftables.Set {
-	sets := append(slices.Clone(t.rowSets), t.clusterIPs)
-	sets = append(sets, t.verdicts[:]...)
+	sets := append(slices.Clone(t.rowSets), t.addrSets[:]...)
+	sets = append(append(sets, t.endpointPorts), t.verdicts[:]...)
 	return append(sets, t.affinity, t.nodePortAddrs, t.podCIDRs, t.localPods, t.serviceCIDRs)
 }
 
@@ -209,7 +215,7 @@ func (t *table) nodeSets(node dataplane.Node) map[*nftables.Set][]element {
 		t.nodePortAddrs: nil,
 	}
 	for _, a := range slices.Compact(slices.SortedFunc(slices.Values(node.NodePortAddrs), netip.Addr.Compare)) {
-		if dataplane.FamilyOf(a) == t.family {
+		if dataplane.FamilyOf(a) == t.family && !a.IsLoopback() {
 			sets[t.nodePortAddrs] = append(sets[t.nodePortAddrs], element{Key: a.AsSlice()})
 		}
 	}
@@ -226,13 +232,28 @@ const (
 	droppedSourceRanges    counter = "dropped-source-ranges"
 	rejectedUndeclaredPort counter = "rejected-undeclared-port"
 	droppedNoService       counter = "dropped-no-service"
+	droppedInvalid         counter = "dropped-invalid"
 )
 
+// rejectedLocalhost counts connections to a node port at a loopback address.
+func rejectedLocalhost(p dataplane.Protocol) counter {
+	return counter("rejected-localhost-" + strings.ToLower(p.String()))
+}
+
+// protocols returns those that frontends have.
+func protocols() []dataplane.Protocol {
+	return []dataplane.Protocol{dataplane.TCP, dataplane.UDP, dataplane.SCTP}
+}
+
 func counters() []counter {
-	return []counter{
+	all := []counter{
 		rejectedNoEndpoints, droppedNoEndpoints, droppedNoLocalEndpoint, droppedSourceRanges,
-		rejectedUndeclaredPort, droppedNoService,
+		rejectedUndeclaredPort, droppedNoService, droppedInvalid,
 	}
+	for _, p := range protocols() {
+		all = append(all, rejectedLocalhost(p))
+	}
+	return all
 }
 
 func (t *table) object(c counter) *nftables.NamedObj {
@@ -257,14 +278,25 @@ func (t *table) chains(node dataplane.Node, rangeBits []int) []chain {
 		chains = append(chains, t.externalClients(by, node))
 	}
 	chains = append(chains, t.masquerade(node)...)
-	chains = append(chains, t.masquerading())
-	dispatch, unmark, unserved := t.dispatch(), unmark(), t.unserved()
+	chains = append(chains, t.masquerading(), t.localhost(node), t.invalid(node))
+	dispatch, postDNAT := t.dispatch(), unmark()
+	if node.PingServiceIPs {
+		chains = append(chains, t.ping(node)...)
+		dispatch = append(dispatch, t.pings())
+		postDNAT = append(postDNAT, t.answeredPings())
+	}
+	output := append([]rule{t.toLocalhost()}, dispatch...)
+	unserved := append(t.unserved(), t.invalidOfEndpoints())
 	dstnat, filter := *nftables.ChainPriorityNATDest, *nftables.ChainPriorityFilter
+	if t.tellsPods(node) {
+		chains = append(chains,
+			base("filter-input", nftables.ChainTypeFilter, nftables.ChainHookInput, filter, t.invalidOfEndpoints()))
+	}
 	return append(chains,
 		base("nat-prerouting", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, dstnat, dispatch...),
-		base("nat-output", nftables.ChainTypeNAT, nftables.ChainHookOutput, dstnat, dispatch...),
-		base("filter-prerouting-post-dnat", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, dstnat+10, unmark...),
-		base("filter-output-post-dnat", nftables.ChainTypeFilter, nftables.ChainHookOutput, dstnat+10, unmark...),
+		base("nat-output", nftables.ChainTypeNAT, nftables.ChainHookOutput, dstnat, output...),
+		base("filter-prerouting-post-dnat", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, dstnat+10, postDNAT...),
+		base("filter-output-post-dnat", nftables.ChainTypeFilter, nftables.ChainHookOutput, dstnat+10, postDNAT...),
 		base("filter-forward", nftables.ChainTypeFilter, nftables.ChainHookForward, filter, unserved...),
 		base("filter-output", nftables.ChainTypeFilter, nftables.ChainHookOutput, filter, unserved...),
 		base("nat-postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, *nftables.ChainPriorityNATSource, t.postrouting()...),
@@ -345,19 +377,25 @@ func (t *table) sourceRanges(by addressing, bits []int) chain {
 // externalClients sends clients that are not this node nor its pods to the class
 // of the local endpoints.
 func (t *table) externalClients(by addressing, node dataplane.Node) chain {
-	var others []expr.Any
-	if len(t.networksOf(node.PodCIDRs, node.LocalPodCIDRs)) > 0 {
-		others = append(others, t.saddr(0), notIn(t.localPods))
-	}
-	others = slices.Concat(others, notFrom(node), sourceType(expr.CmpOpNeq))
 	return t.chain(by.chainName("external"), rule{
-		comment: "not this node nor its pods",
-		exprs: slices.Concat(others,
+		comment: outsiders,
+		exprs: slices.Concat(t.outsiders(node),
 			t.frontendKey(by, 0),
 			[]expr.Any{mapLookup(t.external, reg(0)), setPriority(reg(0))},
 			t.branchOff(localClasses),
 		),
 	})
+}
+
+const outsiders = "not this node nor its pods"
+
+// outsiders matches clients that are not this node nor its pods.
+func (t *table) outsiders(node dataplane.Node) []expr.Any {
+	var others []expr.Any
+	if len(t.networksOf(node.PodCIDRs, node.LocalPodCIDRs)) > 0 {
+		others = append(others, t.saddr(0), notIn(t.localPods))
+	}
+	return slices.Concat(others, notFrom(node), sourceType(expr.CmpOpNeq))
 }
 
 // translate returns the chain that sends a connection to the endpoint in the
@@ -505,7 +543,7 @@ func unmark() []rule {
 func (t *table) unserved() []rule {
 	return []rule{
 		{exprs: slices.Concat(ctStateNew(), []expr.Any{
-			t.daddr(0), lookup(t.clusterIPs), count(rejectedUndeclaredPort), gotoChain("reject"),
+			t.daddr(0), lookup(t.addrSets[inClusterIPs]), count(rejectedUndeclaredPort), gotoChain("reject"),
 		})},
 		{exprs: slices.Concat(ctStateNew(), []expr.Any{
 			t.daddr(0), lookup(t.serviceCIDRs), count(droppedNoService), drop(),
@@ -582,19 +620,27 @@ func (t *table) foreign(node dataplane.Node) (conditions []expr.Any, some bool) 
 // notFrom matches packets that did not come in through a pod's interface; those
 // of the node itself are among them.
 func notFrom(node dataplane.Node) []expr.Any {
-	var name []byte
+	if name := podInterface(node); name != nil {
+		return []expr.Any{
+			&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg(0)},
+			&expr.Cmp{Op: expr.CmpOpNeq, Register: reg(0), Data: name},
+		}
+	}
+	return nil
+}
+
+// podInterface returns what the names of pods' interfaces are compared with, or
+// nil if these do not tell pods.
+func podInterface(node dataplane.Node) []byte {
 	switch {
 	case node.PodInterface != "":
-		name = make([]byte, unix.IFNAMSIZ)
+		name := make([]byte, unix.IFNAMSIZ)
 		copy(name, node.PodInterface)
+		return name
 	case node.PodInterfacePrefix != "":
-		name = []byte(node.PodInterfacePrefix)
+		return []byte(node.PodInterfacePrefix)
 	default:
 		return nil
-	}
-	return []expr.Any{
-		&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg(0)},
-		&expr.Cmp{Op: expr.CmpOpNeq, Register: reg(0), Data: name},
 	}
 }
 
@@ -790,6 +836,8 @@ func notIn(s *nftables.Set) expr.Any {
 }
 
 func ctStateNew() []expr.Any { return ctBits(expr.CtKeySTATE, expr.CtStateBitNEW) }
+
+func ctStateInvalid() []expr.Any { return ctBits(expr.CtKeySTATE, expr.CtStateBitINVALID) }
 
 func ctStatusDNAT() []expr.Any {
 	const dstNAT = 1 << 5 // IPS_DST_NAT, linux/netfilter/nf_conntrack_common.h

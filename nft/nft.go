@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net/netip"
 	"time"
 
 	"fairlead/dataplane"
@@ -46,9 +45,10 @@ type Dataplane struct {
 	// that there is; resting says since when a branch is needed by none.
 	branches [2]map[branch]int
 	resting  [2]map[branch]time.Time
-	// clusterIPs counts, by table, the programmed frontends with each address
-	// that is in that set.
-	clusterIPs [2]map[netip.Addr]int
+	// addrs and ports count, by table, what is programmed of those who share the
+	// elements of sets.
+	addrs [2]addrCounts
+	ports [2]portCounts
 	// rangeBits are, by table, the prefix lengths that there is a set of source
 	// ranges for, in order.
 	rangeBits [2][]int
@@ -104,7 +104,7 @@ func (d *Dataplane) forget() {
 	for i := range d.branches {
 		d.branches[i] = map[branch]int{}
 		d.resting[i] = map[branch]time.Time{}
-		d.clusterIPs[i] = map[netip.Addr]int{}
+		d.addrs[i], d.ports[i] = newAddrCounts(), portCounts{}
 		d.rangeBits[i] = nil
 	}
 }

@@ -35,10 +35,13 @@ type content struct {
 	// is a set of source ranges.
 	objects   map[string]nftables.ObjType
 	rangeBits []int
-	// clusterIPs are the addresses in that set; node has the elements of the
-	// sets that follow the node, by name.
-	clusterIPs map[netip.Addr]bool
-	node       map[string][]element
+	// addrs are the addresses in the sets of these, and ports counts the elements
+	// with an endpoint.
+	addrs [addrSets]map[netip.Addr]bool
+	ports portCounts
+	// node has the elements of the sets that follow the node, and of
+	// endpoint-ports, by name.
+	node map[string][]element
 }
 
 // read reads all of a table. That takes time in proportion to the number of
@@ -50,7 +53,7 @@ func (d *Dataplane) read(ctx context.Context, t *table) (*content, error) {
 		rules:    map[string][]*nftables.Rule{},
 		rows:     map[dataplane.Frontend]*row{},
 		branches: map[branch]bool{}, foreign: map[string][]element{}, objects: map[string]nftables.ObjType{},
-		clusterIPs: map[netip.Addr]bool{}, node: map[string][]element{},
+		ports: portCounts{}, node: map[string][]element{},
 	}
 	var err error
 	if c.table, err = findTable(d.conn, t); err != nil || c.table == nil {
@@ -124,7 +127,10 @@ func (c *content) readings(t *table) []reading {
 		{t.slots, func(e element) error { return c.parseSlot(t, e) }},
 		{t.stickyEndpoints, func(e element) error { return c.parseSticky(t, e) }},
 		{t.hairpin, func(e element) error { return c.parseHairpin(t, e) }},
-		{t.clusterIPs, func(e element) error { return c.parseClusterIP(t, e) }},
+	}
+	for s, set := range t.addrSets {
+		c.addrs[s] = map[netip.Addr]bool{}
+		rows = append(rows, reading{set, func(e element) error { return c.parseAddr(t, addrSet(s), e) }})
 	}
 	for m, set := range t.verdicts {
 		rows = append(rows, reading{set, func(e element) error { return c.parseBranch(t, verdictMap(m), e) }})
@@ -132,7 +138,7 @@ func (c *content) readings(t *table) []reading {
 	for shard, set := range t.endpoints {
 		rows = append(rows, reading{set, func(e element) error { return c.parseEndpoint(t, shard, e) }})
 	}
-	for set := range t.nodeSets(dataplane.Node{}) {
+	for set := range t.derivedSets(dataplane.Node{}, nil) {
 		rows = append(rows, reading{set, func(e element) error {
 			c.node[set.Name] = append(c.node[set.Name], e)
 			return nil
@@ -215,6 +221,7 @@ func (c *content) parseEndpoint(t *table, shard int, e element) error {
 		s.endpoints = append(s.endpoints, netip.AddrPort{})
 	}
 	s.endpoints[slot] = addr
+	c.ports[addr.Port()]++
 	return nil
 }
 
@@ -249,6 +256,7 @@ func (c *content) parseSticky(t *table, e element) error {
 		r.byID = map[id]netip.AddrPort{}
 	}
 	r.byID[n] = addr
+	c.ports[addr.Port()]++
 	return nil
 }
 
@@ -269,12 +277,12 @@ func (c *content) parseRange(t *table, bits int, e element) error {
 	return nil
 }
 
-func (c *content) parseClusterIP(t *table, e element) error {
+func (c *content) parseAddr(t *table, s addrSet, e element) error {
 	addr, ok := netip.AddrFromSlice(e.Key)
 	if !ok || len(e.Key) != t.addrLen {
 		return errForeign
 	}
-	c.clusterIPs[addr] = true
+	c.addrs[s][addr] = true
 	return nil
 }
 

@@ -13,8 +13,8 @@ import (
 )
 
 // row is everything that the maps and sets hold for one frontend. All elements
-// but those of cluster-ips belong to exactly one frontend, so the difference of
-// two states is the difference of their rows. Rows read from the kernel can be
+// but those that shared.go counts belong to exactly one frontend, so the
+// difference of two states is the difference of their rows. Rows read from the kernel can be
 // of any shape; those that render makes are consistent.
 type row struct {
 	// service is the comment on the frontend's element in services.
@@ -37,9 +37,9 @@ type row struct {
 	ranges []netip.Prefix
 	self   bool
 
-	// clusterIP says that the frontend's address is to be in cluster-ips. It is
-	// not known of a row that was read.
-	clusterIP bool
+	// addrs are the sets that the frontend's address is to be in. They are not
+	// known of a row that was read.
+	addrs inAddrSets
 }
 
 // slotList is what is in the slots of a list: endpoints, or with affinity their IDs.
@@ -58,9 +58,10 @@ const noID = -1
 func render(s *dataplane.Service, a arrangement, node dataplane.Node) *row {
 	r := &row{
 		service: comment(s.Key), inServices: true, inExternal: s.ExternalLocal, timeout: affinityOf(s),
-		ranges: s.SourceRanges, clusterIP: s.Key.Kind == dataplane.ClusterIP,
+		ranges: s.SourceRanges,
 	}
 	r.class, r.external = classOf(s)
+	r.addrs = addrSetsOf(s.Key.Kind, r.class, r.external, node)
 	for l := range lists {
 		if s.Affinity == 0 {
 			r.slots[l].endpoints = a[l].slots
@@ -116,11 +117,11 @@ func (r *row) branches() []branch {
 	return all
 }
 
-// sameBranches reports whether the rows need the same branches and the same
-// address in cluster-ips.
+// sameBranches reports whether the rows need the same branches, and their address
+// in the same sets.
 func (r *row) sameBranches(o *row) bool {
 	return r.class == o.class && r.external == o.external && r.inServices == o.inServices && r.inExternal == o.inExternal &&
-		r.timeout == o.timeout && r.clusterIP == o.clusterIP
+		r.timeout == o.timeout && r.addrs == o.addrs
 }
 
 // allowed returns the ranges that a frontend with this row has elements for.
@@ -333,7 +334,10 @@ type edit struct {
 	del, add [inEndpoints + shards][]element
 	// delRanges and addRanges are those of source ranges, by prefix length.
 	delRanges, addRanges map[int][]element
-	elements             int
+	// ports is by how much the number of elements with an endpoint of each port
+	// changes.
+	ports    portCounts
+	elements int
 }
 
 // The sets that rows have elements in, as indices into edit's fields. The last
@@ -412,9 +416,11 @@ func (e *edit) changeSlots(f dataplane.Frontend, l list, have, want slotList) {
 		key := t.slotElement(f, l, uint32(i)) //nolint:gosec // a slot
 		if h.IsValid() {
 			e.delete(shard, element{Key: key})
+			e.countPort(h, -1)
 		}
 		if w.IsValid() {
 			e.insert(shard, element{Key: key, Val: t.addrPortElement(w)})
+			e.countPort(w, 1)
 		}
 	}
 	for i := range max(len(have.ids), len(want.ids)) {
@@ -443,11 +449,13 @@ func (e *edit) changeIDs(f dataplane.Frontend, have, want map[id]netip.AddrPort)
 	for n, addr := range have {
 		if want[n] != addr {
 			e.delete(inStickyEndpoints, element{Key: t.stickyElement(f, n)})
+			e.countPort(addr, -1)
 		}
 	}
 	for n, addr := range want {
 		if have[n] != addr {
 			e.insert(inStickyEndpoints, element{Key: t.stickyElement(f, n), Val: t.addrPortElement(addr)})
+			e.countPort(addr, 1)
 		}
 	}
 }
@@ -471,6 +479,13 @@ func (e *edit) changeRanges(f dataplane.Frontend, have, want *row) {
 			e.elements++
 		}
 	})
+}
+
+func (e *edit) countPort(endpoint netip.AddrPort, n int) {
+	if e.ports == nil {
+		e.ports = portCounts{}
+	}
+	e.ports[endpoint.Port()] += n
 }
 
 func (e *edit) delete(set int, el element) {

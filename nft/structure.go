@@ -164,7 +164,15 @@ func (d *Dataplane) addRules(t *table, ch chain) {
 	}
 }
 
-// mendNodeSets makes the sets that follow the node what they must be.
+// derivedSets returns what the sets hold that follow the node, and the one that
+// follows the endpoints that there are.
+func (t *table) derivedSets(node dataplane.Node, ports portCounts) map[*nftables.Set][]element {
+	sets := t.nodeSets(node)
+	sets[t.endpointPorts] = ports.elements()
+	return sets
+}
+
+// mendNodeSets makes the sets that follow from others what they must be.
 func (d *Dataplane) mendNodeSets(t *table, node dataplane.Node, have *content) {
 	same := func(a, b element) bool { return slices.Equal(a.Key, b.Key) && a.IntervalEnd == b.IntervalEnd }
 	byKey := func(a, b element) int {
@@ -176,7 +184,7 @@ func (d *Dataplane) mendNodeSets(t *table, node dataplane.Node, have *content) {
 		}
 		return 1
 	}
-	for set, want := range t.nodeSets(node) {
+	for set, want := range t.derivedSets(node, have.ports) {
 		found := have.node[set.Name]
 		slices.SortFunc(found, byKey)
 		slices.SortFunc(want, byKey)

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"iter"
 	"maps"
-	"net/netip"
 	"slices"
 	"time"
 
@@ -176,9 +175,9 @@ type batch struct{ tables [2]tableEdit }
 type tableEdit struct {
 	edit
 	// branches is by how much the number of frontends that need each branch
-	// changes, clusterIPs by how much that with each address does.
-	branches   map[branch]int
-	clusterIPs map[netip.Addr]int
+	// changes, addrs by how much that with each address does.
+	branches map[branch]int
+	addrs    addrCounts
 }
 
 func (d *Dataplane) newBatch() *batch {
@@ -221,14 +220,12 @@ func (b *batch) of(f dataplane.Frontend) *tableEdit {
 
 func (e *tableEdit) count(f dataplane.Frontend, r *row, n int) {
 	if e.branches == nil {
-		e.branches, e.clusterIPs = map[branch]int{}, map[netip.Addr]int{}
+		e.branches = map[branch]int{}
 	}
 	for _, b := range r.branches() {
 		e.branches[b] += n
 	}
-	if r.clusterIP {
-		e.clusterIPs[f.Addr.Addr()] += n
-	}
+	e.addrs.add(f.Addr.Addr(), r.addrs, n)
 }
 
 func index(f dataplane.Family) int {
@@ -264,30 +261,18 @@ func (d *Dataplane) commit(b *batch) error {
 		for branch, n := range b.tables[i].branches {
 			d.use(i, branch, n)
 		}
-		for addr, n := range b.tables[i].clusterIPs {
-			if d.clusterIPs[i][addr] += n; d.clusterIPs[i][addr] <= 0 {
-				delete(d.clusterIPs[i], addr)
-			}
-		}
+		d.addrs[i].commit(b.tables[i].addrs)
+		d.ports[i].commit(b.tables[i].ports)
 	}
 	return nil
 }
 
 // write adds the edit of the i-th table to the transaction.
 func (d *Dataplane) write(i int, e *tableEdit) error {
-	if e.elements == 0 && len(e.clusterIPs) == 0 {
+	if e.elements == 0 && e.addrs.empty() {
 		return nil
 	}
-	var gone, come []element
-	for addr, n := range e.clusterIPs {
-		before, there := d.clusterIPs[i][addr]
-		switch {
-		case !there && n > 0:
-			come = append(come, element{Key: addr.AsSlice()})
-		case there && before+n <= 0:
-			gone = append(gone, element{Key: addr.AsSlice()})
-		}
-	}
+	shared := d.sharedEdits(i, e)
 	var errs []error
 	del := func(set *nftables.Set, elements []element) {
 		if err := d.conn.SetDeleteElements(set, elements); err != nil {
@@ -305,14 +290,18 @@ func (d *Dataplane) write(i int, e *tableEdit) error {
 	for bits, elements := range e.delRanges {
 		del(e.table.ranges(bits), elements)
 	}
-	del(e.table.clusterIPs, gone)
+	for _, s := range shared {
+		del(s.set, s.gone)
+	}
 	for s, set := range e.table.rowSets {
 		add(set, e.add[s])
 	}
 	for bits, elements := range e.addRanges {
 		add(e.table.ranges(bits), elements)
 	}
-	add(e.table.clusterIPs, come)
+	for _, s := range shared {
+		add(s.set, s.come)
+	}
 	return errors.Join(errs...)
 }
 
@@ -452,9 +441,12 @@ func (d *Dataplane) Replace(ctx context.Context, node dataplane.Node, services i
 		for b := range have[i].branches {
 			d.use(i, b, 0)
 		}
-		for addr := range have[i].clusterIPs {
-			d.clusterIPs[i][addr] = 0
+		for s, found := range have[i].addrs {
+			for addr := range found {
+				d.addrs[i][s][addr] = 0
+			}
 		}
+		d.ports[i].commit(have[i].ports)
 		d.rangeBits[i] = have[i].rangeBits
 	}
 	r := replacement{Dataplane: d, have: have, failed: map[dataplane.Key]error{}}
@@ -562,8 +554,10 @@ func (r *replacement) leave(s *dataplane.Service, err error) {
 					r.use(i, b, 1)
 				}
 			}
-			if n, there := r.clusterIPs[i][f.Addr.Addr()]; there && s.Key.Kind == dataplane.ClusterIP {
-				r.clusterIPs[i][f.Addr.Addr()] = n + 1
+			for set, in := range addrSetsOf(s.Key.Kind, row.class, row.external, r.node) {
+				if n, there := r.addrs[i][set][f.Addr.Addr()]; in && there {
+					r.addrs[i][set][f.Addr.Addr()] = n + 1
+				}
 			}
 		}
 		delete(r.have[i].rows, f)
@@ -600,21 +594,23 @@ func (r *replacement) finish(ctx context.Context) error {
 	if err := r.commit(b); err != nil {
 		return err
 	}
-	return r.removeClusterIPs()
+	return r.removeAddrs()
 }
 
-// removeClusterIPs takes addresses that no Service has out of cluster-ips.
-func (r *replacement) removeClusterIPs() error {
+// removeAddrs takes addresses out of the sets that no frontend needs them in.
+func (r *replacement) removeAddrs() error {
 	for i, t := range r.tables {
-		var gone []element
-		for addr, n := range r.clusterIPs[i] {
-			if n == 0 {
-				gone = append(gone, element{Key: addr.AsSlice()})
-				delete(r.clusterIPs[i], addr)
+		for s, set := range t.addrSets {
+			var gone []element
+			for addr, n := range r.addrs[i][s] {
+				if n == 0 {
+					gone = append(gone, element{Key: addr.AsSlice()})
+					delete(r.addrs[i][s], addr)
+				}
 			}
-		}
-		if err := r.conn.SetDeleteElements(t.clusterIPs, gone); err != nil {
-			return fmt.Errorf("encode deletions from set %s: %w", t.clusterIPs.Name, err)
+			if err := r.conn.SetDeleteElements(set, gone); err != nil {
+				return fmt.Errorf("encode deletions from set %s: %w", set.Name, err)
+			}
 		}
 	}
 	return r.flush()

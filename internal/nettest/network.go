@@ -165,6 +165,8 @@ func (h *Host) prepare() error {
 		// one that nobody sends where the list must not be empty.
 		"ipv4/icmp_ratemask": "0",
 		"ipv6/icmp/ratemask": "100",
+		// Everybody may ping.
+		"ipv4/ping_group_range": "0 2147483647",
 	})
 	if err != nil {
 		return err
@@ -302,6 +304,32 @@ func (n *Network) AddPod(name string, addrs ...netip.Addr) (*Host, error) {
 	}
 	n.pods[name] = pod
 	return pod, nil
+}
+
+// Bypass makes a link over which everything that one host sends to the addresses
+// of another goes, past the node. What is sent in return takes the way that it
+// would: the node sees one direction only.
+func (n *Network) Bypass(from, to *Host) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.links++
+	link := fmt.Sprintf("bypass%d", n.links)
+	routes := make([]route, 0, 2)
+	for _, a := range to.Addrs() {
+		source := from.IPv4
+		if a.Is6() {
+			source = from.IPv6
+		}
+		routes = append(routes, route{to: netip.PrefixFrom(a, a.BitLen()), source: source})
+	}
+	err := connect(
+		end{host: from, link: link, hw: hardwareAddr(n.links, 1), routes: routes},
+		end{host: to, link: link, hw: hardwareAddr(n.links, 2)},
+	)
+	if err != nil {
+		return fmt.Errorf("make a link past the node: %w", err)
+	}
+	return nil
 }
 
 // Close removes all pods, the node and the outside host, and ends their

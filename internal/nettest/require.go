@@ -46,3 +46,28 @@ func (h *Host) ServeT(t TB, network string, ports ...uint16) *Server {
 	}
 	return s
 }
+
+// ServeAtT is [Host.ServeAt] for a test.
+func (h *Host) ServeAtT(t TB, network string, addrs []netip.Addr, ports ...uint16) *Server {
+	t.Helper()
+	s, err := h.ServeAt(network, addrs, ports...)
+	if err != nil {
+		t.Fatalf("%v", err)
+	}
+	return s
+}
+
+// WireT is [Host.OpenWire] for a test, which closes it.
+func (h *Host) WireT(t TB, addr netip.Addr) *Wire {
+	t.Helper()
+	w, err := h.OpenWire(addr)
+	if err != nil {
+		t.Fatalf("%v", err)
+	}
+	t.Cleanup(func() {
+		if err := w.Close(); err != nil {
+			t.Errorf("%v", err)
+		}
+	})
+	return w
+}

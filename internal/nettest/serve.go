@@ -69,12 +69,20 @@ type closer interface{ Close() error }
 // the host has now, until Close of the Server or the host.
 func (h *Host) Serve(network string, ports ...uint16) (*Server, error) {
 	h.mu.Lock()
+	addrs := append(h.Addrs(), h.extra...)
+	h.mu.Unlock()
+	return h.ServeAt(network, addrs, ports...)
+}
+
+// ServeAt is Serve for some addresses of the host, such as loopback addresses.
+func (h *Host) ServeAt(network string, addrs []netip.Addr, ports ...uint16) (*Server, error) {
+	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.closed {
 		return nil, fmt.Errorf("serve %s on %s: %w", network, h.Name, net.ErrClosed)
 	}
 	s := &Server{host: h, closers: map[closer]struct{}{}}
-	for _, addr := range append(h.Addrs(), h.extra...) {
+	for _, addr := range addrs {
 		for _, port := range ports {
 			if err := s.listen(network, netip.AddrPortFrom(addr, port)); err != nil {
 				return nil, errors.Join(fmt.Errorf("serve %s on %s: %w", network, h.Name, err), s.stop())

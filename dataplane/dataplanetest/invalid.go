@@ -1,0 +1,189 @@
+package dataplanetest
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"testing"
+
+	"fairlead/dataplane"
+	"fairlead/internal/nettest"
+)
+
+// invalid has the endpoints of lasting connections send segments that connection
+// tracking finds no place for, as these are far beyond the window. A client who
+// sees one with the endpoint's address answers with a reset, of which the
+// endpoint sees that it is in order, and gives the connection up.
+func (s suite) invalid(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, s.open, 2)
+	node, outside := w.net.Node, w.net.Outside
+	w.node.NodePortAddrs = node.Addrs()
+	node.ServeT(t, nettest.TCP, 8443)
+	wires := map[netip.Addr]*nettest.Wire{}
+	for _, host := range []*nettest.Host{w.client, w.pods[0], w.pods[1], node, outside} {
+		for _, addr := range host.Addrs() {
+			wires[addr] = host.WireT(t, addr)
+		}
+	}
+	var services []*dataplane.Service
+	for _, family := range families() {
+		cluster, local, port := w.to(w.endpoints(family, 0, 1)), w.to(w.endpoints(family, 0)), w.to(w.endpoints(family, 1))
+		local.ExternalLocal, local.LocalEndpoints, local.Masquerade = true, local.Endpoints, dataplane.MasqueradeNode
+		port.Masquerade = dataplane.MasqueradeAlways
+		services = append(services,
+			w.of(dataplane.ClusterIP, "cluster", dataplane.TCP, vip(family, 1, 80), cluster),
+			w.of(dataplane.LoadBalancer, "local", dataplane.TCP, vip(family, 2, 80), local),
+			w.of(dataplane.NodePort, "port", dataplane.TCP, nodePortOf(family, 30080), port),
+			w.of(dataplane.ClusterIP, "host", dataplane.TCP, vip(family, 3, 80), w.to([]netip.AddrPort{at(node, family, 8443)})))
+	}
+	type connection struct {
+		name string
+		from *nettest.Host
+		to   func(dataplane.Family) netip.AddrPort
+	}
+	vipOf := func(n byte) func(dataplane.Family) netip.AddrPort {
+		return func(f dataplane.Family) netip.AddrPort { return vip(f, n, 80) }
+	}
+	nodePort := func(f dataplane.Family) netip.AddrPort { return at(node, f, 30080) }
+	plain := []connection{
+		{"from a pod", w.client, vipOf(1)},
+		{"from a pod, with the policy", w.client, vipOf(2)},
+		{"from outside, with the policy", outside, vipOf(2)},
+		{"from a pod to an endpoint that is this node", w.client, vipOf(3)},
+	}
+	masqueraded := []connection{
+		{"from a pod to a node port", w.client, nodePort},
+		{"from outside to a node port", outside, nodePort},
+		{"from the node", node, vipOf(1)},
+	}
+	w.replace()
+	for _, tt := range []struct {
+		name        string
+		node        dataplane.Node
+		connections []connection
+	}{
+		{"pods told by their address", dataplane.Node{PodCIDRs: w.net.PodCIDRs}, slices.Concat(plain, masqueraded)},
+		{"pods told by their interface", dataplane.Node{PodInterfacePrefix: "veth"}, slices.Concat(plain, masqueraded)},
+		// Nobody knows that the node's masqueraded connections are with pods.
+		{"pods told by nothing", dataplane.Node{}, plain},
+	} {
+		w.node = tt.node
+		w.node.NodePortAddrs = node.Addrs()
+		w.replace(services...)
+		for _, c := range tt.connections {
+			for _, family := range families() {
+				t.Run(fmt.Sprintf("%s/%s/%s", tt.name, c.name, family), func(t *testing.T) {
+					w.inject(t, wires, c.from, c.to(family))
+				})
+			}
+		}
+	}
+}
+
+// inject connects, and sends the segments in the name of the endpoint.
+func (w *world) inject(t *testing.T, wires map[netip.Addr]*nettest.Wire, from *nettest.Host, to netip.AddrPort) {
+	t.Helper()
+	conn, err := from.Open(t.Context(), nettest.TCP, to)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close() //nolint:errcheck // is not what is tested
+	answer, err := conn.Ask(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	endpoint := wires[answer.Endpoint.Addr()]
+	ofClient := func(s nettest.Segment) bool { return s.Source == answer.Source && s.Destination == answer.Endpoint }
+	var last nettest.Segment // that the client has sent
+	for last.Len == 0 {
+		for _, s := range endpoint.Seen() {
+			if ofClient(s) && s.Len > 0 {
+				last = s
+			}
+		}
+	}
+	for n := range uint32(3) {
+		err := endpoint.Send(nettest.Segment{
+			Source: answer.Endpoint, Destination: answer.Source,
+			Seq: last.Ack + (n+1)<<28, Ack: last.Seq + uint32(last.Len), //nolint:gosec // a short line
+			Flags: nettest.ACK | nettest.PSH, Len: 10,
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := conn.Ask(t.Context()); err != nil {
+			t.Errorf("the connection is broken: %v", err)
+			break
+		}
+	}
+	client := wires[addrOf(from, dataplane.FamilyOf(to.Addr()))]
+	for _, s := range client.Seen() {
+		if s.Source == answer.Endpoint && s.Destination == conn.Source() && from != w.net.Node {
+			t.Errorf("the client has seen %+v, want nothing with the endpoint's address", s)
+		}
+	}
+	for _, s := range endpoint.Seen() {
+		if ofClient(s) && s.Flags&nettest.RST != 0 {
+			t.Errorf("the endpoint has got %+v, want no reset", s)
+		}
+	}
+}
+
+// oneDirection has connections of which the node sees what one side sends. All
+// ports are ones that endpoints have.
+func (s suite) oneDirection(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, s.open, 3)
+	outside := w.net.Outside
+	outside.ServeT(t, nettest.TCP, port)
+	server, other := w.pods[0], w.pods[1]
+	for _, past := range [][2]*nettest.Host{{outside, server}, {outside, w.client}, {other, server}} {
+		if err := w.net.Bypass(past[0], past[1]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var services []*dataplane.Service
+	for _, family := range families() {
+		services = append(services,
+			w.service("web", dataplane.TCP, []netip.AddrPort{vip(family, 1, 80)}, w.endpoints(family, 0, 1, 2)))
+	}
+	for name, node := range map[string]dataplane.Node{
+		"pods told by their address": {PodCIDRs: w.net.PodCIDRs}, "pods told by their interface": {PodInterfacePrefix: "veth"},
+		"pods told by nothing": {},
+	} {
+		w.node = node
+		w.replace(services...)
+		for _, tt := range []struct {
+			name     string
+			from, to *nettest.Host
+		}{
+			{"what a pod answers to outside", outside, server},
+			{"what a pod answers to a pod", other, server},
+			{"what a pod sends to outside", w.client, outside},
+			{"what a pod sends to a pod", server, other},
+		} {
+			for _, family := range families() {
+				t.Run(fmt.Sprintf("%s/%s/%s", name, tt.name, family), func(t *testing.T) {
+					conn, err := tt.from.Open(t.Context(), nettest.TCP, at(tt.to, family, port))
+					if err != nil {
+						t.Fatal(err)
+					}
+					for range 5 {
+						answer, err := conn.Ask(t.Context())
+						if err != nil {
+							t.Fatal(err)
+						}
+						if answer.Source != conn.Source() {
+							t.Errorf("%s is seen as %s", conn.Source(), answer.Source)
+						}
+					}
+					if err := conn.Close(); err != nil {
+						t.Error(err)
+					}
+					expectRefused(t, tt.from, dataplane.TCP, at(tt.to, family, 9))
+				})
+			}
+		}
+	}
+}

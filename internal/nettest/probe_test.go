@@ -1,0 +1,119 @@
+package nettest_test
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"fairlead/internal/nettest"
+)
+
+// TestProbes pings and knocks where the node refuses one address, drops what is
+// for another, and lets the rest pass.
+func TestProbes(t *testing.T) {
+	t.Parallel()
+	n := nettest.NewT(t, nettest.Options{})
+	a, b := n.PodT(t, "a"), n.PodT(t, "b")
+	run(t, n.Node, `table inet test {
+		chain forward {
+			type filter hook forward priority filter
+			ip daddr 198.51.100.1 reject
+			ip6 daddr 2001:db8:51::1 reject
+			ip daddr 198.51.100.2 drop
+			ip6 daddr 2001:db8:51::2 drop
+		}
+	}
+	`, "nft", "-f", "-")
+	within := func(d time.Duration, probe func(context.Context) error) error {
+		ctx, cancel := context.WithTimeout(t.Context(), d)
+		defer cancel()
+		return probe(ctx)
+	}
+	for i, addrs := range [][2]string{{"198.51.100.1", "198.51.100.2"}, {"2001:db8:51::1", "2001:db8:51::2"}} {
+		refused, dropped := netip.MustParseAddr(addrs[0]), netip.MustParseAddr(addrs[1])
+		for _, probe := range []struct {
+			name string
+			send func(ctx context.Context, to netip.Addr) error
+		}{
+			{"ping", a.Ping},
+			{"knock", func(ctx context.Context, to netip.Addr) error { return a.Knock(ctx, nettest.ESP, to) }},
+		} {
+			if err := within(5*time.Second, func(ctx context.Context) error { return probe.send(ctx, refused) }); !errors.Is(err, nettest.ErrRefused) {
+				t.Errorf("%s %s: error %v, want refused", probe.name, refused, err)
+			}
+			if err := within(200*time.Millisecond, func(ctx context.Context) error { return probe.send(ctx, dropped) }); !errors.Is(err, nettest.ErrTimeout) {
+				t.Errorf("%s %s: error %v, want a timeout", probe.name, dropped, err)
+			}
+		}
+		p, err := a.OpenPing(b.Addrs()[i])
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range 3 {
+			if err := p.Ask(t.Context()); err != nil {
+				t.Error(err)
+			}
+		}
+		if err := p.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// TestWire sends a segment that is nobody's, and expects the reset that a TCP
+// answers it with: it would not, if anything in the segment were wrong.
+func TestWire(t *testing.T) {
+	t.Parallel()
+	n := nettest.NewT(t, nettest.Options{})
+	a, b := n.PodT(t, "a"), n.PodT(t, "b")
+	for i := range a.Addrs() {
+		from, to := netip.AddrPortFrom(a.Addrs()[i], 1000), netip.AddrPortFrom(b.Addrs()[i], 2000)
+		wire := a.WireT(t, from.Addr())
+		sent := nettest.Segment{Source: from, Destination: to, Seq: 7, Ack: 1 << 31, Flags: nettest.ACK | nettest.PSH, Len: 3}
+		if err := wire.Send(sent); err != nil {
+			t.Fatal(err)
+		}
+		want := nettest.Segment{Source: to, Destination: from, Seq: 1 << 31, Flags: nettest.RST}
+		for len(wire.Seen()) == 0 && t.Context().Err() == nil {
+			time.Sleep(time.Millisecond)
+		}
+		if got := wire.Seen()[0]; got != want {
+			t.Errorf("got %+v, want %+v", got, want)
+		}
+	}
+}
+
+// TestBypass checks that the node sees the answers only.
+func TestBypass(t *testing.T) {
+	t.Parallel()
+	n := nettest.NewT(t, nettest.Options{})
+	pod := n.PodT(t, "pod")
+	pod.ServeT(t, nettest.TCP, 80)
+	if err := n.Bypass(n.Outside, pod); err != nil {
+		t.Fatal(err)
+	}
+	run(t, n.Node, `table inet test {
+		counter requests { }
+		counter answers { }
+		chain forward {
+			type filter hook forward priority filter
+			tcp dport 80 counter name requests
+			tcp sport 80 counter name answers
+		}
+	}
+	`, "nft", "-f", "-")
+	for _, addr := range pod.Addrs() {
+		if _, err := n.Outside.Connect(t.Context(), nettest.TCP, netip.AddrPortFrom(addr, 80)); err != nil {
+			t.Error(err)
+		}
+	}
+	if got := run(t, n.Node, "list counter inet test requests", "nft", "-f", "-"); !strings.Contains(got, "packets 0 ") {
+		t.Errorf("requests passed the node:\n%s", got)
+	}
+	if got := run(t, n.Node, "list counter inet test answers", "nft", "-f", "-"); strings.Contains(got, "packets 0 ") {
+		t.Errorf("no answers passed the node:\n%s", got)
+	}
+}

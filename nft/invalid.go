@@ -1,0 +1,62 @@
+package nft
+
+import (
+	"fairlead/dataplane"
+
+	"github.com/google/nftables/expr"
+)
+
+// The kernel does not translate a packet that its connection tracking calls
+// invalid, so that one of an endpoint would reach the client, or where the client
+// is masqueraded this node, with the endpoint's own address. A TCP that knows of
+// no such connection answers with a reset, which the endpoint takes for its
+// client's.
+
+// invalidOfEndpoints is the rule for such packets of TCP.
+//
+// Of the flags it wants ACK alone: without SYN, FIN and RST a packet that belongs
+// to no connection known begins one (nf_conntrack_proto_tcp.c, tcp_new, and
+// sysctl nf_conntrack_tcp_loose), so that it is invalid only if it belongs to one
+// and does not fit. Others are, where the node sees nothing but the answers of a
+// server, for the reason that they come first. Connections that were begun like
+// this are never invalid on account of their windows.
+//
+// It wants a source port that some endpoint has, as the node may also see
+// nothing but what clients send: all of that is invalid until a SYN-ACK comes by.
+func (t *table) invalidOfEndpoints() rule {
+	const fin, syn, rst, ack = 1, 2, 4, 16
+	exprs := append(ctStateInvalid(),
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg(0)},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: reg(0), Data: []byte{byte(dataplane.TCP)}},
+		&expr.Payload{DestRegister: reg(0), Base: expr.PayloadBaseTransportHeader, Offset: 13, Len: 1},
+		&expr.Bitwise{SourceRegister: reg(0), DestRegister: reg(0), Len: 1, Mask: []byte{fin | syn | rst | ack}, Xor: []byte{0}},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: reg(0), Data: []byte{ack}},
+		&expr.Payload{DestRegister: reg(0), Base: expr.PayloadBaseTransportHeader, Len: 2},
+		lookup(t.endpointPorts),
+		gotoChain("invalid"),
+	)
+	return rule{exprs: exprs}
+}
+
+// tellsPods reports whether some clients of the table's family are known to be
+// pods.
+func (t *table) tellsPods(node dataplane.Node) bool {
+	return podInterface(node) != nil || len(t.networksOf(node.PodCIDRs)) > 0
+}
+
+// invalid drops what comes from or goes to a pod. Where no pods are told, it is
+// all that the node forwards.
+func (t *table) invalid(node dataplane.Node) chain {
+	dropped := []expr.Any{count(droppedInvalid), drop()}
+	with := func(condition ...expr.Any) rule { return rule{exprs: append(condition, dropped...)} }
+	if name := podInterface(node); name != nil {
+		is := &expr.Cmp{Op: expr.CmpOpEq, Register: reg(0), Data: name}
+		return t.chain("invalid",
+			with(&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg(0)}, is),
+			with(&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: reg(0)}, is))
+	}
+	if t.tellsPods(node) {
+		return t.chain("invalid", with(t.saddr(0), lookup(t.podCIDRs)), with(t.daddr(0), lookup(t.podCIDRs)))
+	}
+	return t.chain("invalid", with())
+}

@@ -1,0 +1,44 @@
+package nft
+
+import (
+	"net/netip"
+	"slices"
+
+	"fairlead/dataplane"
+
+	"github.com/google/nftables/expr"
+)
+
+// toLocalhost is the rule for the node's connections to loopback addresses. It
+// stands first, so that this is all that they meet besides localhost, and that no
+// frontend is looked for.
+func (t *table) toLocalhost() rule {
+	// As `nft` writes 127.0.0.0/8: the first byte.
+	address, value := networkHeader(0, 16, 1), []byte{127}
+	if t.family == dataplane.IPv6 {
+		address, value = t.daddr(0), netip.IPv6Loopback().AsSlice()
+	}
+	return rule{exprs: []expr.Any{
+		address, &expr.Cmp{Op: expr.CmpOpEq, Register: reg(0), Data: value}, gotoChain("localhost"),
+	}}
+}
+
+// localhost rejects connections to node ports. Nothing puts the priority back, as
+// the packet ends here.
+func (t *table) localhost(node dataplane.Node) chain {
+	var rules []rule
+	for _, p := range protocols() {
+		if p == dataplane.TCP && node.LocalhostNodePorts {
+			continue
+		}
+		rules = append(rules, rule{exprs: slices.Concat(
+			[]expr.Any{
+				&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg(0)},
+				&expr.Cmp{Op: expr.CmpOpEq, Register: reg(0), Data: []byte{byte(p)}},
+			},
+			t.frontendKey(byNodePort, 0),
+			[]expr.Any{mapLookup(t.services, reg(0)), setPriority(reg(0)), count(rejectedLocalhost(p)), gotoChain("reject")},
+		)})
+	}
+	return t.chain("localhost", rules...)
+}

@@ -1,0 +1,68 @@
+package nft
+
+import (
+	"net/netip"
+	"slices"
+
+	"fairlead/dataplane"
+
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+)
+
+// pings is the rule for new echo requests, with dataplane.Node.PingServiceIPs. It
+// stands behind those of the Services, which end the way of their connections.
+func (t *table) pings() rule {
+	return rule{exprs: append(t.echoRequest(), gotoChain("ping"))}
+}
+
+// ping returns the chains for echo requests. The node answers where it has sent
+// the request to one of its own addresses; the kernel gives the answer the
+// Service's address back. `redirect` is for a node that is not told to have an
+// address of the family: it takes one of the interface that the request came in
+// by, and drops the request where there is none.
+func (t *table) ping(node dataplane.Node) []chain {
+	answer := []expr.Any{&expr.Redir{}}
+	if i := slices.IndexFunc(node.Addrs, func(a netip.Addr) bool { return dataplane.FamilyOf(a) == t.family }); i >= 0 {
+		answer = []expr.Any{
+			&expr.Immediate{Register: reg(0), Data: node.Addrs[i].AsSlice()},
+			&expr.NAT{Type: expr.NATTypeDestNAT, Family: uint32(t.nf.Family), RegAddrMin: reg(0), RegAddrMax: reg(0)},
+		}
+	}
+	return []chain{
+		t.chain("answer-ping", rule{exprs: answer}),
+		t.chain("ping-external", rule{exprs: []expr.Any{t.daddr(0), lookup(t.addrSets[inPingExternal]), gotoChain("answer-ping")}}),
+		t.chain("ping",
+			rule{comment: outsiders, exprs: append(t.outsiders(node), gotoChain("ping-external"))},
+			rule{exprs: []expr.Any{t.daddr(0), lookup(t.addrSets[inPingInternal]), gotoChain("answer-ping")}},
+		),
+		t.chain("pinged",
+			rule{exprs: []expr.Any{t.originalDaddr(0), lookup(t.addrSets[inPingInternal]), &expr.Verdict{Kind: expr.VerdictReturn}}},
+			rule{exprs: []expr.Any{
+				t.originalDaddr(0), lookup(t.addrSets[inClusterIPs]), count(rejectedUndeclaredPort), gotoChain("reject"),
+			}},
+			rule{exprs: []expr.Any{t.originalDaddr(0), lookup(t.serviceCIDRs), count(droppedNoService), drop()}},
+		),
+	}
+}
+
+// answeredPings is the rule for all echo requests that were translated. A program
+// that goes on to ping is one connection to the kernel, so that it must be looked
+// at again whether there are still endpoints.
+func (t *table) answeredPings() rule {
+	return rule{exprs: slices.Concat(t.echoRequest(), ctStatusDNAT(), []expr.Any{gotoChain("pinged")})}
+}
+
+// echoRequest is `icmp type echo-request`.
+func (t *table) echoRequest() []expr.Any {
+	protocol, typ := byte(unix.IPPROTO_ICMP), byte(8) // RFC 792
+	if t.family == dataplane.IPv6 {
+		protocol, typ = unix.IPPROTO_ICMPV6, 128 // RFC 4443
+	}
+	return []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg(0)},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: reg(0), Data: []byte{protocol}},
+		&expr.Payload{DestRegister: reg(0), Base: expr.PayloadBaseTransportHeader, Len: 1},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: reg(0), Data: []byte{typ}},
+	}
+}
