@@ -87,7 +87,7 @@ test-vm: vm ## tests as root in virtual machines with Debian's kernels; KERNEL=6
 	@$(MAKE) --no-print-directory $(if $(filter .,$(RUN)),-j2) $(KERNEL:%=test-vm-%)
 
 test-vm-%: FORCE
-	$(VMGO) test -count=1 -p=1 -timeout=$(VMTIMEOUT) -run='$(RUN)' $(VMFLAGS) -exec='$(VM) -kernel=$*' $(PKG)
+	$(VMGO) test -count=1 -p=1 -parallel=2 -timeout=$(VMTIMEOUT) -run='$(RUN)' $(VMFLAGS) -exec='$(VM) -kernel=$*' $(PKG)
 
 FORCE:
 

@@ -48,7 +48,7 @@ func TestParse(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			test.want.cpus, test.want.memory, test.want.boot = 2, 3072, 3*time.Minute
+			test.want.cpus, test.want.memory, test.want.boot = 1, 3072, 3*time.Minute
 			if test.want.accel == "" {
 				test.want.accel = "tcg"
 			}
