@@ -1018,8 +1018,10 @@ func TestApplyOfManyServices(t *testing.T) {
 	}
 	before := generation(t, d)
 	apply(t, d, changes...)
-	if commits := generation(t, d) - before; commits != 3+1 { // and one for the class
-		t.Errorf("%d elements took %d commits", 7*n, commits)
+	const elements = (6 + 1 + 1) * n                   // endpoints, frontend, cluster IP
+	want := uint32((elements+editSize-1)/editSize + 1) // and one for the class
+	if commits := generation(t, d) - before; commits != want {
+		t.Errorf("%d elements took %d commits, want %d", elements, commits, want)
 	}
 	wantState(t, d, first...)
 	for i := range changes {

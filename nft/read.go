@@ -360,7 +360,9 @@ func (d *Dataplane) Read(ctx context.Context) (dataplane.State, error) {
 			return nil, err
 		}
 		for f, r := range c.rows {
-			state[f] = r.binding()
+			if r.inServices { // the rest is garbage, and looked for by nobody
+				state[f] = r.binding()
+			}
 		}
 	}
 	return state, nil
