@@ -46,6 +46,7 @@ func Run(t *testing.T, open Opener) {
 	t.Run("a restart under load", s.restartUnderLoad)
 	t.Run("Read returns what was programmed", s.read)
 	t.Run("an equal Replace writes nothing", s.equalReplace)
+	t.Run("a Replace tells how far it is", s.progress)
 	t.Run("another's change is drift", s.drift)
 }
 
