@@ -171,10 +171,10 @@ func TestStepsAreSeenInOrder(t *testing.T) {
 	replace(t, d, podNode())
 	o := observe(t, d, ns)
 	var have []*dataplane.Service
-	for seed := range uint64(12) {
+	for seed := range uint64(8) {
 		random := rand.New(rand.NewPCG(seed, 8))
 		want := randomServices(t, random, 8)
-		if seed%6 == 5 {
+		if seed%4 == 3 {
 			want = nil
 		}
 		o.old, o.new = dataplane.StateOf(slices.Values(have)), dataplane.StateOf(slices.Values(want))
@@ -189,7 +189,7 @@ func TestStepsAreSeenInOrder(t *testing.T) {
 			t.Fatalf("seed %d", seed)
 		}
 	}
-	if o.commits < 100 {
+	if o.commits < 50 {
 		t.Errorf("%d commits: they are not small", o.commits)
 	}
 }
@@ -203,7 +203,7 @@ func TestInterrupted(t *testing.T) {
 	replace(t, d, podNode())
 	var have []*dataplane.Service
 	failures := 0
-	for seed := range uint64(14) {
+	for seed := range uint64(10) {
 		random := rand.New(rand.NewPCG(seed, 9))
 		want := randomServices(t, random, 6)
 		o := observe(t, d, ns)
@@ -251,7 +251,7 @@ func TestInterrupted(t *testing.T) {
 			t.Fatalf("seed %d: %d at commit %d, error %v", seed, what, at, err)
 		}
 	}
-	if failures < 7 {
+	if failures < 5 {
 		t.Errorf("only %d calls failed", failures)
 	}
 }
