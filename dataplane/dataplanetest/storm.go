@@ -50,10 +50,10 @@ func (s suite) storm(t *testing.T) {
 			st.serve(i, family)
 		}
 	}
-	st.forgetSoon()
 	now := membership{dataplane.IPv4: 1<<pods - 1, dataplane.IPv6: 1<<pods - 1}
 	st.history.note(now)
 	w.replace(st.services(now)...)
+	st.forgetSoon() // now that connection tracking is there
 
 	var running sync.WaitGroup
 	var done atomic.Bool
