@@ -938,6 +938,29 @@ func TestCleanup(t *testing.T) {
 	}
 }
 
+// TestCleanupInPieces checks that much is not removed in one commit, and all of it.
+func TestCleanupInPieces(t *testing.T) {
+	t.Parallel()
+	d, ns := newDataplane(t)
+	var services []*dataplane.Service
+	var numbers []int
+	for i := range 2 * editSize / branchWeight { // a class each, that is more than go at once
+		numbers = append(numbers, i)
+		services = append(services, service(t, fmt.Sprintf("s-%d", i), []dataplane.Frontend{frontend(i)}, endpoints(numbers...)))
+	}
+	replace(t, d, podNode(), services...)
+	before := generation(t, d)
+	if err := Cleanup(Options{NetNS: ns.Fd()}); err != nil {
+		t.Fatal(err)
+	}
+	if commits := generation(t, d) - before; commits < 2*uint32(len(d.tables[0].sets())) {
+		t.Errorf("both tables were removed in %d commits", commits)
+	}
+	if listing := nft(t, ns, nftBinaries(t)["1.0.6"], "list ruleset"); listing != "" {
+		t.Errorf("left behind:\n%s", listing)
+	}
+}
+
 // TestClassesComeAndGo checks that a chain exists for each class in use, and no
 // longer for one that has not been for a while.
 func TestClassesComeAndGo(t *testing.T) {
@@ -1111,8 +1134,10 @@ func TestApplyOfManyServices(t *testing.T) {
 	}
 	before := generation(t, d)
 	apply(t, d, changes...)
-	if commits := generation(t, d) - before; commits != 3+1 { // and one for the class
-		t.Errorf("%d elements took %d commits", 7*n, commits)
+	const elements = (6 + 1 + 1) * n                   // endpoints, frontend, cluster IP
+	want := uint32((elements+editSize-1)/editSize + 1) // and one for the class
+	if commits := generation(t, d) - before; commits != want {
+		t.Errorf("%d elements took %d commits, want %d", elements, commits, want)
 	}
 	wantState(t, d, first...)
 	for i := range changes {

@@ -53,6 +53,7 @@ type Dataplane struct {
 	// ranges for, in order.
 	rangeBits [2][]int
 	now       func() time.Time
+	editSize  int // the constant; tests make it small
 }
 
 var _ dataplane.Dataplane = (*Dataplane)(nil)
@@ -93,6 +94,8 @@ func Open(opts Options) (*Dataplane, error) {
 		tables: [2]*table{newTable(dataplane.IPv4), newTable(dataplane.IPv6)},
 		watch:  watch,
 		now:    time.Now,
+
+		editSize: editSize,
 	}
 	d.forget()
 	return d, nil
@@ -208,9 +211,8 @@ func Cleanup(opts Options) error {
 		if found == nil {
 			continue
 		}
-		conn.DelTable(t.nf)
-		if err := conn.Flush(); err != nil && !errors.Is(err, unix.ENOENT) {
-			return fmt.Errorf("delete table %s: %w", t, err)
+		if err := removeTable(conn, conn.Flush, t); err != nil && !errors.Is(err, unix.ENOENT) {
+			return err
 		}
 	}
 	return nil

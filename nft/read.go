@@ -47,24 +47,9 @@ type content struct {
 // read reads all of a table. That takes time in proportion to the number of
 // Services: some 0.1 s for 10,000 with 10 endpoints each.
 func (d *Dataplane) read(ctx context.Context, t *table) (*content, error) {
-	c := &content{
-		sets:     map[string]*nftables.Set{},
-		chains:   map[string]*nftables.Chain{},
-		rules:    map[string][]*nftables.Rule{},
-		rows:     map[dataplane.Frontend]*row{},
-		branches: map[branch]bool{}, foreign: map[string][]element{}, objects: map[string]nftables.ObjType{},
-		ports: portCounts{}, node: map[string][]element{},
-	}
-	var err error
-	if c.table, err = findTable(d.conn, t); err != nil || c.table == nil {
+	c, err := d.readRows(ctx, t)
+	if err != nil || c.table == nil {
 		return c, err
-	}
-	sets, err := d.conn.GetSets(t.nf)
-	if err != nil {
-		return nil, fmt.Errorf("list the sets of table %s: %w", t, err)
-	}
-	for _, s := range sets {
-		c.sets[s.Name] = s
 	}
 	chains, err := d.conn.ListChainsOfTableFamily(t.nf.Family)
 	if err != nil {
@@ -88,8 +73,31 @@ func (d *Dataplane) read(ctx context.Context, t *table) (*content, error) {
 			c.objects[o.Name] = o.Type
 		}
 	}
-	readings := c.readings(t)
-	for _, read := range readings {
+	return c, nil
+}
+
+// readRows reads the sets of a table and what is in them.
+func (d *Dataplane) readRows(ctx context.Context, t *table) (*content, error) {
+	c := &content{
+		sets:     map[string]*nftables.Set{},
+		chains:   map[string]*nftables.Chain{},
+		rules:    map[string][]*nftables.Rule{},
+		rows:     map[dataplane.Frontend]*row{},
+		branches: map[branch]bool{}, foreign: map[string][]element{}, objects: map[string]nftables.ObjType{},
+		ports: portCounts{}, node: map[string][]element{},
+	}
+	var err error
+	if c.table, err = findTable(d.conn, t); err != nil || c.table == nil {
+		return c, err
+	}
+	sets, err := d.conn.GetSets(t.nf)
+	if err != nil {
+		return nil, fmt.Errorf("list the sets of table %s: %w", t, err)
+	}
+	for _, s := range sets {
+		c.sets[s.Name] = s
+	}
+	for _, read := range c.readings(t) {
 		if err := ctx.Err(); err != nil {
 			return nil, err
 		}
@@ -363,12 +371,14 @@ func (t *table) sameExpr(have, want expr.Any) bool {
 func (d *Dataplane) Read(ctx context.Context) (dataplane.State, error) {
 	state := dataplane.State{}
 	for _, t := range d.tables {
-		c, err := d.read(ctx, t)
+		c, err := d.readRows(ctx, t)
 		if err != nil {
 			return nil, err
 		}
 		for f, r := range c.rows {
-			state[f] = r.binding()
+			if r.inServices { // the rest is garbage, and looked for by nobody
+				state[f] = r.binding()
+			}
 		}
 	}
 	return state, nil

@@ -341,7 +341,8 @@ type edit struct {
 }
 
 // The sets that rows have elements in, as indices into edit's fields. The last
-// is the first of the shards of endpoints.
+// is the first of the shards of endpoints. Those before classSets have the classes
+// of a frontend: what is in the others is looked for on account of these only.
 const (
 	inServices = iota
 	inExternal
@@ -350,6 +351,8 @@ const (
 	inStickyEndpoints
 	inHairpin
 	inEndpoints
+
+	classSets = inSlots
 )
 
 // change adds to the edit what turns one row of a frontend into another.
@@ -462,21 +465,16 @@ func (e *edit) changeIDs(f dataplane.Frontend, have, want map[id]netip.AddrPort)
 
 func (e *edit) changeRanges(f dataplane.Frontend, have, want *row) {
 	t := e.table
-	if e.delRanges == nil {
-		e.delRanges, e.addRanges = map[int][]element{}, map[int][]element{}
-	}
 	merge(have.allowed(f), want.allowed(f), netip.Prefix.Compare, func(p netip.Prefix, inHave, inWant bool) {
 		if inHave && inWant && have.rangeComment(f, p) == want.rangeComment(f, p) {
 			return
 		}
 		key := t.rangeElement(f, p)
 		if inHave {
-			e.delRanges[p.Bits()] = append(e.delRanges[p.Bits()], element{Key: key})
-			e.elements++
+			e.deleteRange(p.Bits(), element{Key: key})
 		}
 		if inWant {
-			e.addRanges[p.Bits()] = append(e.addRanges[p.Bits()], element{Key: key, Comment: want.rangeComment(f, p)})
-			e.elements++
+			e.insertRange(p.Bits(), element{Key: key, Comment: want.rangeComment(f, p)})
 		}
 	})
 }
@@ -495,6 +493,22 @@ func (e *edit) delete(set int, el element) {
 
 func (e *edit) insert(set int, el element) {
 	e.add[set] = append(e.add[set], el)
+	e.elements++
+}
+
+func (e *edit) deleteRange(bits int, el element) {
+	if e.delRanges == nil {
+		e.delRanges = map[int][]element{}
+	}
+	e.delRanges[bits] = append(e.delRanges[bits], el)
+	e.elements++
+}
+
+func (e *edit) insertRange(bits int, el element) {
+	if e.addRanges == nil {
+		e.addRanges = map[int][]element{}
+	}
+	e.addRanges[bits] = append(e.addRanges[bits], el)
 	e.elements++
 }
 

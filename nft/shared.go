@@ -64,13 +64,13 @@ func (c *addrCounts) add(addr netip.Addr, in inAddrSets, n int) {
 	}
 }
 
-func (c *addrCounts) empty() bool {
+// size returns how many counts there are.
+func (c *addrCounts) size() int {
+	n := 0
 	for _, m := range c {
-		if len(m) > 0 {
-			return false
-		}
+		n += len(m)
 	}
-	return true
+	return n
 }
 
 // commit adds the counts of a commit that the kernel has taken. A count of 0 is an
@@ -112,6 +112,20 @@ func (c portCounts) commit(more portCounts) {
 			delete(c, port)
 		}
 	}
+}
+
+// split returns the counts that grow, and those that shrink.
+func (c portCounts) split() (more, less portCounts) {
+	more, less = portCounts{}, portCounts{}
+	for port, n := range c {
+		switch {
+		case n > 0:
+			more[port] = n
+		case n < 0:
+			less[port] = n
+		}
+	}
+	return more, less
 }
 
 func (c portCounts) elements() []element {

@@ -21,13 +21,18 @@ func (d *Dataplane) repairStructure(t *table, node dataplane.Node, have *content
 	if have.table != nil {
 		err := have.mendable()
 		if err == nil {
+			err = d.deleteForeign(t, have)
+		}
+		if err == nil {
 			err = d.mend(t, node, have)
 		}
 		if err == nil {
 			return nil
 		}
 		d.log.Warn("table is made anew, as it can't be mended", "table", t.String(), "error", err)
-		d.conn.DelTable(t.nf)
+		if err := removeTable(d.conn, d.flush, t); err != nil {
+			return err
+		}
 	}
 	*have = content{}
 	return d.mend(t, node, have)
@@ -107,7 +112,6 @@ func (d *Dataplane) flushChains(t *table, have *content, wanted []chain) map[str
 			remove = append(remove, found)
 		}
 	}
-	d.deleteForeign(t, have)
 	// Elements that go to a chain hold on to it as rules do.
 	for b, intact := range have.branches {
 		if !intact {
@@ -122,20 +126,26 @@ func (d *Dataplane) flushChains(t *table, have *content, wanted []chain) map[str
 	return changed
 }
 
-// deleteForeign removes elements that we would never make, before anything is
-// added that might have the same key.
-func (d *Dataplane) deleteForeign(t *table, have *content) {
+// deleteForeign removes elements that we would never make, in commits of their own,
+// before anything is added that might have the same key.
+func (d *Dataplane) deleteForeign(t *table, have *content) error {
 	sets := t.sets()
 	for _, bits := range have.rangeBits {
 		sets = append(sets, t.ranges(bits))
 	}
 	for _, set := range sets {
-		var keys []element
-		for _, e := range have.foreign[set.Name] {
-			keys = append(keys, element{Key: e.Key})
+		for part := range slices.Chunk(have.foreign[set.Name], d.editSize) {
+			keys := make([]element, len(part))
+			for i, e := range part {
+				keys[i].Key = e.Key
+			}
+			_ = d.conn.SetDeleteElements(set, keys)
+			if err := d.flush(); err != nil {
+				return fmt.Errorf("delete what is not ours from set %s: %w", set.Name, err)
+			}
 		}
-		_ = d.conn.SetDeleteElements(set, keys)
 	}
+	return nil
 }
 
 func (d *Dataplane) mendSets(t *table, have *content) {

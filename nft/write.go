@@ -15,10 +15,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// editSize is how many elements go into one commit, give or take one Service. A
-// commit holds up every other user of nftables on the node, so it is kept to
-// some 30 ms.
-const editSize = 8192
+// editSize is how many elements go into one commit, give or take as many. A commit
+// holds up every other user of nftables on the node, and this one is some 10 ms.
+// Larger ones save nothing: the kernel takes more than proportional time for them.
+const editSize = 2048
+
+// branchWeight is as how many elements a branch counts that comes or goes, with
+// its chain and rules.
+const branchWeight = 16
 
 // classRest is for how long a class stays when nothing is in it any more: longer
 // than any packet is on its way, and so long that a Service that goes from one
@@ -26,15 +30,15 @@ const editSize = 8192
 const classRest = time.Second
 
 // Apply implements [dataplane.Dataplane]. All changes are one commit, after
-// another one for the branches that are new. Only a call with more than some
-// [editSize] elements is split, between Services: the kernel would take more
-// than proportional time for it, and others would wait.
+// others for the branches that are new. Only a call with more than some
+// [editSize] elements is split, between Services, and a change of a Service that
+// has more by itself is carried out in steps, see batch.steps.
 func (d *Dataplane) Apply(_ context.Context, changes []dataplane.Change) error {
 	failed := map[dataplane.Key]error{}
 	p := d.plan(changes, failed)
 	b, first := d.newBatch(), 0
 	for i, c := range changes {
-		if p.add(b, c); b.elements() >= editSize {
+		if p.add(b, c); b.elements() >= d.editSize {
 			d.applyTogether(p, b, changes[first:i+1], failed)
 			b, first = d.newBatch(), i+1
 		}
@@ -52,14 +56,17 @@ func (d *Dataplane) Apply(_ context.Context, changes []dataplane.Change) error {
 	return nil
 }
 
-// applyTogether commits a batch made of these changes. If the kernel rejects it,
-// each half is tried, down to the Service that is to blame.
+// applyTogether commits a batch made of these changes. If it is too large for one
+// commit, or the kernel rejects it, each half is tried, down to the Service that
+// is large, or to blame.
 func (d *Dataplane) applyTogether(p plan, b *batch, changes []dataplane.Change, failed map[dataplane.Key]error) {
-	err := d.commit(b)
-	if err == nil {
-		return
+	var err error
+	if len(changes) < 2 || !d.tooLarge(b) {
+		if err = d.commit(b); err == nil {
+			return
+		}
 	}
-	if isRejection(err) && len(changes) > 1 {
+	if len(changes) > 1 && (err == nil || isRejection(err)) {
 		half := len(changes) / 2
 		for _, part := range [][]dataplane.Change{changes[:half], changes[half:]} {
 			b := d.newBatch()
@@ -168,10 +175,10 @@ func (p plan) concerned(c dataplane.Change) []dataplane.Key {
 	return keys
 }
 
-// batch is what one commit does.
+// batch is what is committed together.
 type batch struct{ tables [2]tableEdit }
 
-// tableEdit is what one commit does to one table.
+// tableEdit is what is done to one table.
 type tableEdit struct {
 	edit
 	// branches is by how much the number of frontends that need each branch
@@ -188,7 +195,13 @@ func (d *Dataplane) newBatch() *batch {
 	return b
 }
 
-func (b *batch) elements() int { return b.tables[0].elements + b.tables[1].elements }
+func (b *batch) elements() int {
+	n := 0
+	for i := range b.tables {
+		n += b.tables[i].elements + b.tables[i].addrs.size()
+	}
+	return n
+}
 
 // change adds what turns one row of a frontend into another; see edit.change.
 func (b *batch) change(f dataplane.Frontend, have, want *row) {
@@ -243,12 +256,32 @@ func (d *Dataplane) arrangementOf(s *dataplane.Service) arrangement {
 	return arrangeService(arrangement{}, s)
 }
 
+// tooLarge reports whether a batch can't be one commit.
+func (d *Dataplane) tooLarge(b *batch) bool { return b.elements() > 2*d.editSize }
+
 // commit carries out a batch in one transaction, and counts its branches. It
 // writes nothing if the batch is empty.
+//
+// A batch that is too large is carried out in steps. If one of them fails, what
+// was written before stays, and another batch that is made from what the kernel
+// had before will not do: it should be of one Service then.
 func (d *Dataplane) commit(b *batch) error {
 	if err := d.prepare(b); err != nil {
 		return err
 	}
+	if !d.tooLarge(b) {
+		return d.transact(b)
+	}
+	for step := range b.steps(d.editSize) {
+		if err := d.transact(step); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// transact carries out a batch, or a step of one, in one transaction.
+func (d *Dataplane) transact(b *batch) error {
 	for i := range b.tables {
 		if err := d.write(i, &b.tables[i]); err != nil {
 			return err
@@ -269,7 +302,7 @@ func (d *Dataplane) commit(b *batch) error {
 
 // write adds the edit of the i-th table to the transaction.
 func (d *Dataplane) write(i int, e *tableEdit) error {
-	if e.elements == 0 && e.addrs.empty() {
+	if e.elements == 0 && e.addrs.size() == 0 && len(e.ports) == 0 {
 		return nil
 	}
 	shared := d.sharedEdits(i, e)
@@ -306,44 +339,55 @@ func (d *Dataplane) write(i int, e *tableEdit) error {
 }
 
 // prepare makes the branches, and sets of source ranges, that the batch needs and
-// that are not there yet, in a transaction of its own. They are in use by
+// that are not there yet, in transactions of their own. They are in use by
 // nobody, so it does no harm if what follows fails.
 func (d *Dataplane) prepare(b *batch) error {
-	var added [2][]branch
-	rangeBits := d.rangeBits
 	for i := range b.tables {
 		e := &b.tables[i]
+		bits := d.addRangeSets(e, d.rangeBits[i])
+		var added []branch
 		for branch, n := range e.branches {
-			if _, exists := d.branches[i][branch]; exists || n <= 0 {
-				continue
+			if _, exists := d.branches[i][branch]; !exists && n > 0 {
+				added = append(added, branch)
 			}
-			added[i] = append(added[i], branch)
 		}
-		slices.SortFunc(added[i], branch.compare)
-		for _, branch := range added[i] {
-			if branch.own() {
-				ch := e.table.branchChain(branch)
-				d.conn.AddChain(ch.Chain)
-				d.addRules(e.table, ch)
+		if len(added) == 0 && len(bits) == len(d.rangeBits[i]) {
+			continue
+		}
+		slices.SortFunc(added, branch.compare)
+		for {
+			now := added[:min(len(added), d.branchesAtOnce())]
+			if err := d.addBranches(e.table, now); err != nil {
+				return err
 			}
-			// The library keeps the error for Flush.
-			_ = d.conn.SetAddElements(e.table.verdicts[branch.in], []element{
-				{Key: e.table.classElement(branch.class), VerdictData: branch.verdict()},
-			})
+			d.rangeBits[i] = bits
+			for _, branch := range now {
+				d.use(i, branch, 0)
+			}
+			if added = added[len(now):]; len(added) == 0 {
+				break
+			}
 		}
-		rangeBits[i] = d.addRangeSets(e, rangeBits[i])
 	}
-	if len(added[0])+len(added[1]) == 0 && len(rangeBits[0])+len(rangeBits[1]) == len(d.rangeBits[0])+len(d.rangeBits[1]) {
-		return nil
+	return nil
+}
+
+// branchesAtOnce is how many branches come, or go, in one commit.
+func (d *Dataplane) branchesAtOnce() int { return max(1, d.editSize/branchWeight) }
+
+// addBranches commits new branches, with whatever else is in the transaction.
+func (d *Dataplane) addBranches(t *table, branches []branch) error {
+	for _, b := range branches {
+		if b.own() {
+			ch := t.branchChain(b)
+			d.conn.AddChain(ch.Chain)
+			d.addRules(t, ch)
+		}
+		// The library keeps the error for Flush.
+		_ = d.conn.SetAddElements(t.verdicts[b.in], []element{{Key: t.classElement(b.class), VerdictData: b.verdict()}})
 	}
 	if err := d.flush(); err != nil {
 		return fmt.Errorf("add classes: %w", err)
-	}
-	d.rangeBits = rangeBits
-	for i := range added {
-		for _, branch := range added[i] {
-			d.use(i, branch, 0)
-		}
 	}
 	return nil
 }
@@ -402,31 +446,35 @@ func (d *Dataplane) removeUnusedBranches() {
 				unused = append(unused, b)
 			}
 		}
-		if len(unused) == 0 {
-			continue
-		}
-		for _, b := range unused {
-			_ = d.conn.SetDeleteElements(t.verdicts[b.in], []element{{Key: t.classElement(b.class)}})
-			if b.own() {
-				ch := &nftables.Chain{Name: b.chainName(), Table: t.nf}
-				d.conn.FlushChain(ch)
-				d.conn.DelChain(ch)
+		for part := range slices.Chunk(unused, d.branchesAtOnce()) {
+			if err := d.removeBranches(t, part); err != nil {
+				d.log.Debug("unused classes stay for now", "table", t.String(), "classes", len(part), "error", err)
+				continue
 			}
-		}
-		if err := d.flush(); err != nil {
-			d.log.Debug("unused classes stay for now", "table", t.String(), "classes", len(unused), "error", err)
-			continue
-		}
-		for _, b := range unused {
-			delete(d.branches[i], b)
-			delete(d.resting[i], b)
+			for _, b := range part {
+				delete(d.branches[i], b)
+				delete(d.resting[i], b)
+			}
 		}
 	}
 }
 
+func (d *Dataplane) removeBranches(t *table, branches []branch) error {
+	for _, b := range branches {
+		_ = d.conn.SetDeleteElements(t.verdicts[b.in], []element{{Key: t.classElement(b.class)}})
+		if b.own() {
+			ch := &nftables.Chain{Name: b.chainName(), Table: t.nf}
+			d.conn.FlushChain(ch)
+			d.conn.DelChain(ch)
+		}
+	}
+	return d.flush()
+}
+
 // Replace implements [dataplane.Dataplane]. It is split into commits of some
-// [editSize] elements, each of which completes the Services it touches.
-func (d *Dataplane) Replace(ctx context.Context, node dataplane.Node, services iter.Seq[*dataplane.Service], _ func(int)) error {
+// [editSize] elements, each of which completes the Services it touches; but a
+// Service that has more by itself is carried out in steps, see batch.steps.
+func (d *Dataplane) Replace(ctx context.Context, node dataplane.Node, services iter.Seq[*dataplane.Service], progress func(int)) error {
 	d.forget()
 	d.node = node
 	have := [2]*content{}
@@ -449,7 +497,7 @@ func (d *Dataplane) Replace(ctx context.Context, node dataplane.Node, services i
 		d.ports[i].commit(have[i].ports)
 		d.rangeBits[i] = have[i].rangeBits
 	}
-	r := replacement{Dataplane: d, have: have, failed: map[dataplane.Key]error{}}
+	r := replacement{Dataplane: d, have: have, progress: progress, failed: map[dataplane.Key]error{}}
 	for s := range services {
 		if err := supported(s); err != nil {
 			r.failed[s.Key] = err
@@ -474,18 +522,26 @@ type replacement struct {
 	*Dataplane
 	have     [2]*content
 	pending  []*dataplane.Service
-	elements int
+	elements int // of those pending, if the kernel has none
+	complete int // Services
+	progress func(complete int)
 	failed   map[dataplane.Key]error
 }
 
 // add puts a Service into the next commit, and commits when that is full.
 func (r *replacement) add(ctx context.Context, s *dataplane.Service) error {
-	r.pending = append(r.pending, s)
 	endpoints := len(s.Endpoints) + len(s.LocalEndpoints)
 	if s.Affinity != 0 {
 		endpoints *= 2 // by slot and by ID
 	}
-	if r.elements += len(s.Frontends) * (endpoints + len(s.SourceRanges) + 1); r.elements < editSize {
+	elements := len(s.Frontends) * (endpoints + len(s.SourceRanges) + 1)
+	if elements >= r.editSize { // others need not wait for a large one
+		if err := r.commitPending(ctx); err != nil {
+			return err
+		}
+	}
+	r.pending = append(r.pending, s)
+	if r.elements += elements; r.elements < r.editSize {
 		return nil
 	}
 	return r.commitPending(ctx)
@@ -500,8 +556,9 @@ func (r *replacement) commitPending(ctx context.Context) error {
 	return r.commitServices(services)
 }
 
-// commitServices commits Services together. If the kernel rejects them, it
-// tries each half, down to the one that is to blame.
+// commitServices commits Services together. If that is too large for one commit,
+// or the kernel rejects it, it tries each half, down to the Service that is large,
+// or to blame.
 func (r *replacement) commitServices(services []*dataplane.Service) error {
 	if len(services) == 0 {
 		return nil
@@ -521,17 +578,14 @@ func (r *replacement) commitServices(services []*dataplane.Service) error {
 			b.found(f, have[f], want)
 		}
 	}
-	err := r.commit(b)
-	if err == nil {
-		for n, s := range services {
-			r.keep(s.Key, after[n])
-			for _, f := range s.Frontends {
-				delete(r.have[index(s.Key.Family)].rows, f)
-			}
+	var err error
+	if len(services) == 1 || !r.tooLarge(b) {
+		if err = r.commit(b); err == nil {
+			r.completed(services, after)
+			return nil
 		}
-		return nil
 	}
-	if !isRejection(err) {
+	if err != nil && !isRejection(err) {
 		return err
 	}
 	if len(services) == 1 {
@@ -540,6 +594,20 @@ func (r *replacement) commitServices(services []*dataplane.Service) error {
 	}
 	half := len(services) / 2
 	return errors.Join(r.commitServices(services[:half]), r.commitServices(services[half:]))
+}
+
+// completed notes that Services are as wanted.
+func (r *replacement) completed(services []*dataplane.Service, after []arranged) {
+	for n, s := range services {
+		r.keep(s.Key, after[n])
+		for _, f := range s.Frontends {
+			delete(r.have[index(s.Key.Family)].rows, f)
+		}
+	}
+	r.complete += len(services)
+	if r.progress != nil {
+		r.progress(r.complete)
+	}
 }
 
 // leave notes that a Service failed, and leaves what the kernel holds for it to
@@ -583,12 +651,16 @@ func (r *replacement) finish(ctx context.Context) error {
 	b := r.newBatch()
 	for i := range r.tables {
 		for f, row := range r.have[i].rows {
-			if b.found(f, row, nil); b.elements() >= editSize {
-				if err := r.commit(b); err != nil {
-					return err
-				}
-				b = r.newBatch()
+			if b.found(f, row, nil); b.elements() < r.editSize {
+				continue
 			}
+			if err := ctx.Err(); err != nil {
+				return err
+			}
+			if err := r.commit(b); err != nil {
+				return err
+			}
+			b = r.newBatch()
 		}
 	}
 	if err := r.commit(b); err != nil {
@@ -608,10 +680,15 @@ func (r *replacement) removeAddrs() error {
 					delete(r.addrs[i][s], addr)
 				}
 			}
-			if err := r.conn.SetDeleteElements(set, gone); err != nil {
-				return fmt.Errorf("encode deletions from set %s: %w", set.Name, err)
+			for part := range slices.Chunk(gone, r.editSize) {
+				if err := r.conn.SetDeleteElements(set, part); err != nil {
+					return fmt.Errorf("encode deletions from set %s: %w", set.Name, err)
+				}
+				if err := r.flush(); err != nil {
+					return err
+				}
 			}
 		}
 	}
-	return r.flush()
+	return nil
 }

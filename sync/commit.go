@@ -58,4 +58,10 @@ type Commit struct {
 
 	// Start and End are when the call began and returned.
 	Start, End time.Time
+
+	// First and Last are when the first and the last of the Services of a
+	// Replace were complete in the kernel, as the dataplane told on its way.
+	// Services that failed do not count. Both are zero for an Apply, for a
+	// Replace that completed none, and for one that failed as a whole.
+	First, Last time.Time
 }

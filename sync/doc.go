@@ -35,6 +35,10 @@
 //     each attempt from [Options.RetryMin] to [Options.RetryMax],
 //   - every [Options.ResyncPeriod], if that is set.
 //
+// Replace is given the Services of kube-system first, the cluster's DNS among
+// them, and all in the order of their keys. [Commit] says when the first and the
+// last were complete.
+//
 // A failing key takes no part in Apply, because Apply trusts the old value of a
 // change and a failing key has none to trust. It waits for the next Replace
 // while all other keys go on as ever. Assuming that a failed key still has its

@@ -6,6 +6,7 @@ import (
 	"iter"
 	"log/slog"
 	"math/rand/v2"
+	"slices"
 	"time"
 
 	"fairlead/dataplane"
@@ -231,7 +232,8 @@ func (t *tables) replace(ctx context.Context, reason Reason, in inbox, oldest, s
 	drifted := !t.driftAt.IsZero()
 	t.driftAt, t.nodeChanged, t.untried = time.Time{}, false, false
 
-	err := t.dp.Replace(ctx, t.node, t.offered(), nil)
+	var progress progress
+	err := t.dp.Replace(ctx, t.node, t.offered(), progress.completed)
 	end := time.Now()
 	if err != nil && ctx.Err() != nil {
 		return Commit{}, false
@@ -252,6 +254,7 @@ func (t *tables) replace(ctx context.Context, reason Reason, in inbox, oldest, s
 		t.failedWhole(&c)
 		return c, true
 	}
+	c.First, c.Last = progress.first, progress.last
 	t.succeeded(end)
 	t.replaced = true
 	t.allUnknown = false
@@ -298,15 +301,45 @@ func (t *tables) didFail(k dataplane.Key, failed map[dataplane.Key]error) bool {
 	return f != nil && f.state == refused
 }
 
-// offered returns the Services that Replace is given.
+// progress is how far a Replace has come.
+type progress struct {
+	first, last time.Time
+	complete    int
+}
+
+// completed notes that so many Services are complete.
+func (p *progress) completed(complete int) {
+	if complete <= p.complete {
+		return
+	}
+	p.complete = complete
+	p.last = time.Now()
+	if p.first.IsZero() {
+		p.first = p.last
+	}
+}
+
+// firstNamespace has the Services that a node needs before others can do their
+// work: the cluster's DNS.
+const firstNamespace = "kube-system"
+
+// offered returns the Services that Replace is given: those that others need
+// come first, and all in the order of their keys, so that two calls with the same
+// Services make the same steps. Sorting is a small part of what a Replace costs.
 func (t *tables) offered() iter.Seq[*dataplane.Service] {
 	return func(yield func(*dataplane.Service) bool) {
-		for k, svc := range t.desired {
-			if f := t.failing[k]; f != nil && f.state == refused {
-				continue
+		for _, first := range []bool{true, false} {
+			var services []*dataplane.Service
+			for k, svc := range t.desired {
+				if f := t.failing[k]; (k.Namespace == firstNamespace) == first && (f == nil || f.state != refused) {
+					services = append(services, svc)
+				}
 			}
-			if !yield(svc) {
-				return
+			slices.SortFunc(services, func(a, b *dataplane.Service) int { return a.Key.Compare(b.Key) })
+			for _, svc := range services {
+				if !yield(svc) {
+					return
+				}
 			}
 		}
 	}
@@ -461,9 +494,15 @@ func (t *tables) report(ctx context.Context, c *Commit) {
 	if !c.Oldest.IsZero() {
 		latency = c.End.Sub(c.Oldest)
 	}
-	t.log.Log(ctx, level, "committed", "kind", string(c.Kind), "reason", string(c.Reason),
+	attrs := []any{
+		"kind", string(c.Kind), "reason", string(c.Reason),
 		"changes", len(c.Changes), "failed", len(c.Failed), "services", c.Services,
-		"took", c.End.Sub(c.Start), "latency", latency)
+		"took", c.End.Sub(c.Start), "latency", latency,
+	}
+	if !c.First.IsZero() {
+		attrs = append(attrs, "first_after", c.First.Sub(c.Start), "last_after", c.Last.Sub(c.Start))
+	}
+	t.log.Log(ctx, level, "committed", attrs...)
 }
 
 func (t *tables) status() Status {

@@ -48,9 +48,11 @@ func Run(t *testing.T, open Opener) {
 	t.Run("frontends move between Services", s.frontendsMove)
 	t.Run("connections survive", s.survive)
 	t.Run("endpoints come and go under load", s.flapUnderLoad)
+	t.Run("connections while endpoints come and go", s.storm)
 	t.Run("a restart under load", s.restartUnderLoad)
 	t.Run("Read returns what was programmed", s.read)
 	t.Run("an equal Replace writes nothing", s.equalReplace)
+	t.Run("a Replace tells how far it is", s.progress)
 	t.Run("another's change is drift", s.drift)
 }
 

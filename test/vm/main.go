@@ -31,8 +31,8 @@
 // checked and unpacked into .cache/vm; nothing is installed. QEMU emulates the
 // processor, which works everywhere and is 10 to 20 times slower than the machine
 // itself; -accel=kvm is much faster where it works. There is one processor, since
-// with two QEMU 7.2 runs instructions that the kernel has replaced meanwhile, as
-// it does for each static key, and Linux 6.12 stops with an unexpected int3. Everything else is in
+// with two Linux 6.12 panicked in QEMU 7.2 now and then, in code that it had just
+// patched (a static key); one is also faster, while tests mostly wait. Everything else is in
 // memory: the kernel unpacks a cpio archive that is made for each run, of busybox,
 // the kernel's modules for networking, the checkout and PROGRAM. There is no disk and
 // no network but what tests make.

@@ -1,0 +1,205 @@
+package bench_test
+
+import (
+	"context"
+	"fmt"
+	"iter"
+	"runtime"
+	"slices"
+	"testing"
+	"time"
+
+	"fairlead/bench"
+	"fairlead/dataplane"
+	"fairlead/internal/nettest"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+)
+
+// load is a number of Services, with a number of endpoints each.
+type load struct{ services, endpoints int }
+
+func (l load) String() string {
+	return fmt.Sprintf("services=%d/endpoints=%d", l.services, l.endpoints)
+}
+
+// loads are what a start is measured with.
+func loads() []load {
+	var all []load
+	for _, n := range sizes() {
+		all = append(all, load{n, endpointsPerService})
+	}
+	if testing.Short() {
+		return append(all, load{20, 50})
+	}
+	return append(all, load{5000, 50})
+}
+
+// BenchmarkColdStart is the time for a first Replace in an empty kernel, and
+// for a second one, which only reads. It also reports which part of the
+// first is spent in the kernel.
+func BenchmarkColdStart(b *testing.B) {
+	for name, open := range backends() {
+		for _, size := range loads() {
+			b.Run(fmt.Sprintf("backend=%s/%s", name, size), func(b *testing.B) {
+				services := some(size.services, size.endpoints)
+				var cold, warm time.Duration
+				var user, kernel time.Duration
+				for b.Loop() {
+					b.StopTimer()
+					ns, err := nettest.NewNamespace("")
+					if err != nil {
+						b.Fatal(err)
+					}
+					d := open(b, ns.Fd())
+					runtime.GC()
+					b.StartTimer()
+					u0, k0 := cpu(b)
+					cold += replace(b, d, slices.Values(services))
+					u1, k1 := cpu(b)
+					b.StopTimer()
+					user += u1 - u0
+					kernel += k1 - k0
+					warm += replace(b, d, slices.Values(services))
+					if err := d.Close(); err != nil {
+						b.Error(err)
+					}
+					if err := ns.Close(); err != nil {
+						b.Error(err)
+					}
+					b.StartTimer()
+				}
+				b.ReportMetric(float64(cold.Microseconds())/1e3/float64(b.N), "cold-ms")
+				b.ReportMetric(float64(warm.Microseconds())/1e3/float64(b.N), "warm-ms")
+				b.ReportMetric(100*float64(kernel)/float64(kernel+user), "%kernel")
+			})
+		}
+	}
+}
+
+// BenchmarkOthers reports how long another user of nftables has to wait for a
+// transaction of one rule: while Services are programmed, and while all of them are
+// removed. It looks every millisecond.
+func BenchmarkOthers(b *testing.B) {
+	sizes := []load{{10_000, endpointsPerService}, {5000, 50}, {1, 50_000}}
+	if testing.Short() {
+		sizes = []load{{20, endpointsPerService}}
+	}
+	for name, open := range backends() {
+		for _, size := range sizes {
+			b.Run(fmt.Sprintf("backend=%s/%s", name, size), func(b *testing.B) {
+				services := some(size.services, size.endpoints)
+				var come, gone, idle []time.Duration
+				for b.Loop() {
+					ns := namespace(b)
+					d := open(b, ns.Fd())
+					idle = append(idle, waits(b, ns, func() { time.Sleep(100 * time.Millisecond) })...)
+					come = append(come, waits(b, ns, func() { replace(b, d, slices.Values(services)) })...)
+					gone = append(gone, waits(b, ns, func() { replace(b, d, slices.Values(services[:0])) })...)
+					if err := d.Close(); err != nil {
+						b.Error(err)
+					}
+				}
+				for name, took := range map[string][]time.Duration{"come": come, "gone": gone, "idle": idle} {
+					b.ReportMetric(bench.Percentile(took, 99).Seconds()*1e3, name+"-p99-ms")
+					b.ReportMetric(bench.Percentile(took, 100).Seconds()*1e3, name+"-max-ms")
+				}
+			})
+		}
+	}
+}
+
+// waits returns how long the transactions of another user took until work was done.
+func waits(b *testing.B, ns *nettest.Namespace, work func()) []time.Duration {
+	b.Helper()
+	conn, err := nftables.New(nftables.AsLasting(), nftables.WithNetNSFd(ns.Fd()))
+	if err != nil {
+		b.Fatal(err)
+	}
+	table := conn.AddTable(&nftables.Table{Name: "other", Family: nftables.TableFamilyIPv4})
+	chain := conn.AddChain(&nftables.Chain{Name: "other", Table: table})
+	if err := conn.Flush(); err != nil {
+		b.Fatal(err)
+	}
+	var took []time.Duration
+	done, ended := make(chan struct{}), make(chan error)
+	go func() {
+		for {
+			select {
+			case <-done:
+				ended <- nil
+				return
+			case <-time.After(time.Millisecond):
+			}
+			conn.FlushChain(chain)
+			conn.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: []expr.Any{&expr.Counter{}}})
+			begin := time.Now()
+			if err := conn.Flush(); err != nil {
+				<-done
+				ended <- err
+				return
+			}
+			took = append(took, time.Since(begin))
+		}
+	}()
+	work()
+	close(done)
+	if err := <-ended; err != nil {
+		b.Error(err)
+	}
+	if err := conn.CloseLasting(); err != nil {
+		b.Error(err)
+	}
+	return took
+}
+
+// BenchmarkMemory reports the memory that is held for a Service with its
+// endpoints: by the Service itself, the syncer and the backend, with all of
+// them programmed.
+func BenchmarkMemory(b *testing.B) {
+	for name, open := range backends() {
+		for _, n := range sizes() {
+			b.Run(fmt.Sprintf("backend=%s/services=%d", name, n), func(b *testing.B) {
+				var held uint64
+				for b.Loop() {
+					before := heap()
+					s := start(b, open, some(n, endpointsPerService))
+					held += heap() - before
+					runtime.KeepAlive(s)
+				}
+				b.ReportMetric(float64(held)/float64(b.N)/float64(n), "B/service")
+			})
+		}
+	}
+}
+
+// heap returns the bytes of live objects.
+func heap() uint64 {
+	runtime.GC()
+	runtime.GC() // what finalizers have kept
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	return m.HeapAlloc
+}
+
+func replace(b *testing.B, d dataplane.Dataplane, services iter.Seq[*dataplane.Service]) time.Duration {
+	b.Helper()
+	begin := time.Now()
+	if err := d.Replace(context.Background(), node(), services, nil); err != nil {
+		b.Fatal(err)
+	}
+	return time.Since(begin)
+}
+
+// cpu returns the time that this process has spent in user mode and in the
+// kernel.
+func cpu(b *testing.B) (user, kernel time.Duration) {
+	b.Helper()
+	var r unix.Rusage
+	if err := unix.Getrusage(unix.RUSAGE_SELF, &r); err != nil {
+		b.Fatal(err)
+	}
+	return time.Duration(r.Utime.Nano()), time.Duration(r.Stime.Nano())
+}

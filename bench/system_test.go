@@ -1,0 +1,134 @@
+package bench_test
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"runtime"
+	"testing"
+	"time"
+
+	"fairlead/bench"
+	"fairlead/dataplane"
+	"fairlead/internal/nettest"
+	"fairlead/nft"
+	"fairlead/sync"
+)
+
+const endpointsPerService = 10
+
+// sizes are the numbers of Services that a benchmark runs with.
+func sizes() []int {
+	if testing.Short() {
+		return []int{100}
+	}
+	return []int{1_000, 10_000, 100_000}
+}
+
+// backends are what the benchmarks compare. Each opens in the namespace.
+func backends() map[string]func(b *testing.B, netns int) dataplane.Dataplane {
+	return map[string]func(b *testing.B, netns int) dataplane.Dataplane{
+		"nft": func(b *testing.B, netns int) dataplane.Dataplane {
+			d, err := nft.Open(nft.Options{NetNS: netns})
+			if err != nil {
+				b.Fatal(err)
+			}
+			return d
+		},
+	}
+}
+
+func node() dataplane.Node {
+	return dataplane.Node{PodCIDRs: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}}
+}
+
+// some returns that many Services.
+func some(n, endpoints int) []*dataplane.Service {
+	services := make([]*dataplane.Service, n)
+	for i := range services {
+		services[i] = bench.Service(i, endpoints)
+	}
+	return services
+}
+
+// namespace returns an empty network namespace.
+func namespace(b *testing.B) *nettest.Namespace {
+	b.Helper()
+	ns, err := nettest.NewNamespace("")
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() {
+		if err := ns.Close(); err != nil {
+			b.Error(err)
+		}
+	})
+	return ns
+}
+
+// system is a syncer with a dataplane below it that holds a number of Services.
+type system struct {
+	syncer   *sync.Syncer
+	commits  chan sync.Commit
+	services []*dataplane.Service
+}
+
+// start programs Services in a namespace of their own.
+func start(b *testing.B, open func(*testing.B, int) dataplane.Dataplane, services []*dataplane.Service) *system {
+	b.Helper()
+	dp := open(b, namespace(b).Fd())
+	s := &system{commits: make(chan sync.Commit, 1), services: services}
+	s.syncer = sync.New(dp, sync.Options{OnCommit: func(c sync.Commit) { s.commits <- c }})
+	ctx, cancel := context.WithCancel(context.Background())
+	stopped := make(chan error)
+	go func() { stopped <- s.syncer.Run(ctx) }()
+	b.Cleanup(func() {
+		cancel()
+		if err := <-stopped; err != nil {
+			b.Error(err)
+		}
+		if err := dp.Close(); err != nil {
+			b.Error(err)
+		}
+	})
+	all := make(map[dataplane.Key]*dataplane.Service, len(services))
+	for _, svc := range services {
+		all[svc.Key] = svc
+	}
+	s.syncer.SetNode(node())
+	s.syncer.Update(all)
+	s.syncer.ListComplete()
+	s.wait(b)
+	return s
+}
+
+func (s *system) wait(b *testing.B) {
+	b.Helper()
+	if c := <-s.commits; c.Err != nil || len(c.Failed) > 0 {
+		b.Fatalf("commit failed: %v %v", c.Err, c.Failed)
+	}
+}
+
+// update hands one change to the syncer and waits until the kernel has
+// acknowledged it.
+func (s *system) update(b *testing.B, key dataplane.Key, svc *dataplane.Service) time.Duration {
+	b.Helper()
+	begin := time.Now()
+	s.syncer.Update(map[dataplane.Key]*dataplane.Service{key: svc})
+	s.wait(b)
+	return time.Since(begin)
+}
+
+// measure runs op b.N times and reports the percentiles of what it returns.
+func measure(b *testing.B, op func() time.Duration) {
+	b.Helper()
+	b.ReportAllocs()
+	runtime.GC() // what the set-up has left
+	var took []time.Duration
+	for b.Loop() {
+		took = append(took, op())
+	}
+	for _, p := range []int{50, 90, 99} {
+		b.ReportMetric(float64(bench.Percentile(took, p).Nanoseconds())/1e3, fmt.Sprintf("p%d-µs", p))
+	}
+}

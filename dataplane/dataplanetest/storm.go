@@ -1,0 +1,360 @@
+package dataplanetest
+
+import (
+	"errors"
+	"fmt"
+	"math/bits"
+	"math/rand/v2"
+	"net/netip"
+	"os"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"fairlead/dataplane"
+
+	"golang.org/x/sys/unix"
+)
+
+// SoakVariable is the environment variable that has the suite open a million
+// connections while endpoints come and go, where it is not empty. Without it
+// some thousands have to do.
+const SoakVariable = "FAIRLEAD_SOAK"
+
+// stormPort is where the pods of a storm serve it.
+const stormPort = 9000
+
+// Connections are opened as fast as the machine can, while the endpoints of the
+// Services change as fast as the kernel takes it: one by one, all at once, from
+// one to all and back, and with them which clients are masqueraded and what they
+// get from outside. None is refused, no SYN is sent twice, and each reaches an
+// endpoint that the Service had at some time while it was being opened.
+//
+// Affinity is there or not and stays so: a packet that comes while it is switched
+// on or off may be dropped.
+func (s suite) storm(t *testing.T) {
+	t.Parallel()
+	connections := int64(50_000)
+	switch {
+	case os.Getenv(SoakVariable) != "":
+		connections = 1_000_000
+	case testing.Short():
+		connections = 5_000
+	}
+	const pods = 6
+	w := newWorld(t, s.open, pods)
+	st := &storm{world: w, t: t, left: connections}
+	for i := range pods {
+		for _, family := range families() {
+			st.serve(i, family)
+		}
+	}
+	now := membership{dataplane.IPv4: 1<<pods - 1, dataplane.IPv6: 1<<pods - 1}
+	st.history.note(now)
+	w.replace(st.services(now)...)
+	st.forgetSoon() // now that connection tracking is there
+
+	var running sync.WaitGroup
+	var done atomic.Bool
+	begin := time.Now()
+	for _, s := range st.services(now) {
+		running.Go(func() {
+			if err := w.client.Do(func() error { return st.connectAll(s.Key.Family, s.Frontends[0].Addr) }); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	go func() {
+		running.Wait()
+		done.Store(true)
+	}()
+	changes := 0
+	for !done.Load() {
+		next := membership{}
+		for _, family := range families() {
+			next[family] = now[family].change(pods)
+		}
+		var list []dataplane.Change
+		for _, s := range st.services(next) {
+			list = append(list, dataplane.Change{Old: w.held[s.Key], New: s})
+		}
+		st.history.note(membership{
+			dataplane.IPv4: now[dataplane.IPv4] | next[dataplane.IPv4],
+			dataplane.IPv6: now[dataplane.IPv6] | next[dataplane.IPv6],
+		})
+		w.applyUnread(list)
+		st.history.note(next)
+		now = next
+		changes++
+	}
+	took := time.Since(begin)
+	t.Logf("%d connections in %v (%.0f a second) during %d changes", connections, took.Round(time.Millisecond),
+		float64(connections)/took.Seconds(), changes)
+	if changes < 10 {
+		t.Errorf("only %d changes during %d connections", changes, connections)
+	}
+	w.checkRead("the storm")
+}
+
+// podSet is a set of pods, a bit each.
+type podSet uint32
+
+// change returns another set that is not empty: with one pod more or less or
+// another one, or all of it anew, or a single one, or all.
+func (s podSet) change(pods int) podSet {
+	all, one := podSet(1)<<pods-1, podSet(1)<<rand.IntN(pods) //nolint:gosec // no secret
+	var next podSet
+	switch rand.IntN(8) { //nolint:gosec // no secret
+	case 0:
+		next = one
+	case 1:
+		next = all
+	case 2:
+		next = podSet(rand.Uint32()) & all //nolint:gosec // no secret
+	case 3:
+		next = s&^(s&-s) | one // the lowest is replaced
+	default:
+		next = s ^ one
+	}
+	if next == 0 {
+		return one
+	}
+	return next
+}
+
+// membership says which pods are endpoints.
+type membership map[dataplane.Family]podSet
+
+// history is which pods were endpoints, or could be, at which time.
+type history struct {
+	now  atomic.Uint64
+	sets [1 << 20]atomic.Uint64 // by time, which is counted in changes
+}
+
+// note starts a new time.
+func (h *history) note(m membership) {
+	next := h.now.Load() + 1
+	h.sets[next%uint64(len(h.sets))].Store(uint64(m[dataplane.IPv4]) | uint64(m[dataplane.IPv6])<<32)
+	h.now.Store(next)
+}
+
+// between returns the pods that could be endpoints at some time from one to the
+// other.
+func (h *history) between(from, to uint64, family dataplane.Family) podSet {
+	if to-from >= uint64(len(h.sets)) {
+		return ^podSet(0) // nobody knows any more
+	}
+	var all podSet
+	for ; from <= to; from++ {
+		v := h.sets[from%uint64(len(h.sets))].Load()
+		if family == dataplane.IPv6 {
+			v >>= 32
+		}
+		all |= podSet(v) //nolint:gosec // the lower half
+	}
+	return all
+}
+
+// storm is many connections. It uses the system calls themselves: the package net
+// would take several times as long.
+type storm struct {
+	*world
+	t       *testing.T
+	history history
+	left    int64 // connections, atomic
+	failed  atomic.Int64
+}
+
+// forgetSoon has connection tracking forget connections a second after their end.
+// A client uses its ports again sooner than the kernel does so by itself, and then
+// it depends on the order of the last packets of the old connection whether a SYN is
+// taken for a new one (tcp_packet in nf_conntrack_proto_tcp.c): if it is not, it
+// goes to where the old connection went.
+func (st *storm) forgetSoon() {
+	st.t.Helper()
+	err := st.net.Node.Do(func() error {
+		for _, state := range []string{"fin_wait", "close_wait", "last_ack", "time_wait", "close"} {
+			file := "/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_" + state
+			if err := os.WriteFile(file, []byte("1"), 0); err != nil {
+				return fmt.Errorf("set a sysctl: %w", err)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		st.t.Fatal(err)
+	}
+}
+
+// services returns two Services of each family, one with affinity and one without,
+// that have these pods as endpoints, and else are what chance decides.
+func (st *storm) services(pods membership) []*dataplane.Service {
+	st.t.Helper()
+	var services []*dataplane.Service
+	for _, family := range families() {
+		var endpoints []netip.AddrPort
+		for i, pod := range st.pods {
+			if pods[family]&(1<<i) != 0 {
+				endpoints = append(endpoints, netip.AddrPortFrom(addrOf(pod, family), stormPort))
+			}
+		}
+		plain := dataplane.Treatment{
+			Endpoints:  list(endpoints),
+			Masquerade: dataplane.Masquerade(rand.IntN(3)), //nolint:gosec // no secret
+		}
+		if rand.IntN(3) == 0 { //nolint:gosec // no secret
+			plain.ExternalLocal, plain.LocalEndpoints = true, list(endpoints[:1])
+		}
+		sticky := plain
+		sticky.Affinity = time.Second
+		services = append(services,
+			st.of(dataplane.ClusterIP, "storm", dataplane.TCP, vip(family, 200, 80), plain),
+			st.of(dataplane.ClusterIP, "sticky-storm", dataplane.TCP, vip(family, 201, 80), sticky))
+	}
+	return services
+}
+
+// serve has a pod accept connections and write its number to each.
+func (st *storm) serve(i int, family dataplane.Family) {
+	st.t.Helper()
+	var fd int
+	err := st.pods[i].Do(func() (err error) {
+		fd, err = listenOn(netip.AddrPortFrom(addrOf(st.pods[i], family), stormPort))
+		return err
+	})
+	if err != nil {
+		st.t.Fatal(err)
+	}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		for {
+			c, _, err := unix.Accept4(fd, unix.SOCK_CLOEXEC)
+			switch {
+			case err == nil:
+				_, _ = unix.Write(c, []byte{byte(i)}) //nolint:gosec // fits
+				_ = unix.Close(c)
+			case !errors.Is(err, unix.EINTR) && !errors.Is(err, unix.ECONNABORTED):
+				return
+			}
+		}
+	}()
+	st.t.Cleanup(func() {
+		_ = unix.Shutdown(fd, unix.SHUT_RDWR) // ends accept
+		<-ended
+		_ = unix.Close(fd)
+	})
+}
+
+func listenOn(addr netip.AddrPort) (int, error) {
+	fd, err := unix.Socket(domain(addr), unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return 0, fmt.Errorf("make a socket: %w", err)
+	}
+	if err := unix.Bind(fd, sockaddr(addr)); err != nil {
+		return 0, errors.Join(fmt.Errorf("bind to %s: %w", addr, err), unix.Close(fd))
+	}
+	if err := unix.Listen(fd, 1024); err != nil {
+		return 0, errors.Join(fmt.Errorf("listen on %s: %w", addr, err), unix.Close(fd))
+	}
+	return fd, nil
+}
+
+func domain(addr netip.AddrPort) int {
+	if addr.Addr().Is4() {
+		return unix.AF_INET
+	}
+	return unix.AF_INET6
+}
+
+func sockaddr(addr netip.AddrPort) unix.Sockaddr {
+	if addr.Addr().Is4() {
+		return &unix.SockaddrInet4{Port: int(addr.Port()), Addr: addr.Addr().As4()}
+	}
+	return &unix.SockaddrInet6{Port: int(addr.Port()), Addr: addr.Addr().As16()}
+}
+
+// connectAll opens connections until enough have been, in the namespace that the
+// thread is in. The server ends each, and then the client resets it, so that neither
+// has anything left of it.
+func (st *storm) connectAll(family dataplane.Family, addr netip.AddrPort) error {
+	to := sockaddr(addr)
+	for atomic.AddInt64(&st.left, -1) >= 0 {
+		from := st.history.now.Load()
+		pod, again, err := connectOnce(domain(addr), to)
+		allowed := st.history.between(from, st.history.now.Load(), family)
+		switch {
+		case err != nil:
+			err = fmt.Errorf("connection to %s: %w", addr, err)
+		case again > 0:
+			err = fmt.Errorf("connection to %s: %d packets were sent again", addr, again)
+		case allowed&(1<<pod) == 0:
+			err = fmt.Errorf("connection to %s reached pod %d; the endpoints were among %0*b", addr, pod, bits.Len32(uint32(allowed)), allowed)
+		default:
+			continue
+		}
+		if st.failed.Add(1) == 10 {
+			return fmt.Errorf("too many failures, the last one: %w", err)
+		}
+		st.t.Error(err)
+	}
+	return nil
+}
+
+// connectOnce opens a connection and returns which pod answered, and how many
+// packets the client has sent more than once.
+func connectOnce(domain int, to unix.Sockaddr) (pod byte, again uint32, err error) {
+	fd, err := unix.Socket(domain, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return 0, 0, fmt.Errorf("make a socket: %w", err)
+	}
+	defer func() { err = errors.Join(err, unix.Close(fd)) }()
+	patience := unix.Timeval{Sec: 10}
+	if err := errors.Join(
+		unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1}),
+		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &patience),
+		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &patience),
+	); err != nil {
+		return 0, 0, fmt.Errorf("set the options of a socket: %w", err)
+	}
+	if err := connectSocket(fd, to); err != nil {
+		return 0, 0, fmt.Errorf("connect: %w", err)
+	}
+	info, err := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO)
+	if err != nil {
+		return 0, 0, fmt.Errorf("read TCP_INFO: %w", err)
+	}
+	var answer []byte
+	for len(answer) < 2 {
+		var buf [2]byte
+		n, err := unix.Read(fd, buf[:])
+		switch {
+		case errors.Is(err, unix.EINTR):
+		case err != nil:
+			return 0, 0, fmt.Errorf("read the answer: %w", err)
+		case n == 0 && len(answer) == 1:
+			return answer[0], info.Total_retrans, nil
+		case n == 0:
+			return 0, 0, errors.New("the server closed the connection without an answer")
+		default:
+			answer = append(answer, buf[:n]...)
+		}
+	}
+	return 0, 0, fmt.Errorf("an answer of more than a byte: %v", answer)
+}
+
+// connectSocket is connect(2), which goes on by itself when a signal interrupts it.
+func connectSocket(fd int, to unix.Sockaddr) error {
+	err := unix.Connect(fd, to)
+	for errors.Is(err, unix.EINTR) {
+		if _, err = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}, 10_000); err != nil { //nolint:gosec // a descriptor
+			continue
+		}
+		var code int
+		if code, err = unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR); err == nil && code != 0 {
+			err = unix.Errno(code) //nolint:gosec // an error number
+		}
+	}
+	return err
+}
