@@ -22,8 +22,14 @@ import (
 // some thousands have to do.
 const SoakVariable = "FAIRLEAD_SOAK"
 
-// stormPort is where the pods of a storm serve it.
-const stormPort = 9000
+// The pods of a storm serve each Service on a port of its own. With one port for
+// both, two connections from the same port of the client to the two Services may
+// meet at one pod, and where they do so at the same moment, the kernel drops one of
+// the packets (__nf_conntrack_confirm in nf_conntrack_core.c).
+const (
+	plainPort  = 9000
+	stickyPort = 9001
+)
 
 // Connections are opened as fast as the machine can, while the endpoints of the
 // Services change as fast as the kernel takes it: one by one, all at once, from
@@ -47,7 +53,8 @@ func (s suite) storm(t *testing.T) {
 	st := &storm{world: w, t: t, left: connections}
 	for i := range pods {
 		for _, family := range families() {
-			st.serve(i, family)
+			st.serve(i, family, plainPort)
+			st.serve(i, family, stickyPort)
 		}
 	}
 	now := membership{dataplane.IPv4: 1<<pods - 1, dataplane.IPv6: 1<<pods - 1}
@@ -193,34 +200,40 @@ func (st *storm) services(pods membership) []*dataplane.Service {
 	st.t.Helper()
 	var services []*dataplane.Service
 	for _, family := range families() {
-		var endpoints []netip.AddrPort
+		var addrs []netip.Addr
 		for i, pod := range st.pods {
 			if pods[family]&(1<<i) != 0 {
-				endpoints = append(endpoints, netip.AddrPortFrom(addrOf(pod, family), stormPort))
+				addrs = append(addrs, addrOf(pod, family))
 			}
 		}
-		plain := dataplane.Treatment{
-			Endpoints:  list(endpoints),
-			Masquerade: dataplane.Masquerade(rand.IntN(3)), //nolint:gosec // no secret
+		masquerade := dataplane.Masquerade(rand.IntN(3)) //nolint:gosec // no secret
+		local := rand.IntN(3) == 0                       //nolint:gosec // no secret
+		to := func(port uint16) dataplane.Treatment {
+			var endpoints []netip.AddrPort
+			for _, addr := range addrs {
+				endpoints = append(endpoints, netip.AddrPortFrom(addr, port))
+			}
+			t := dataplane.Treatment{Endpoints: list(endpoints), Masquerade: masquerade}
+			if local {
+				t.ExternalLocal, t.LocalEndpoints = true, list(endpoints[:1])
+			}
+			return t
 		}
-		if rand.IntN(3) == 0 { //nolint:gosec // no secret
-			plain.ExternalLocal, plain.LocalEndpoints = true, list(endpoints[:1])
-		}
-		sticky := plain
+		sticky := to(stickyPort)
 		sticky.Affinity = time.Second
 		services = append(services,
-			st.of(dataplane.ClusterIP, "storm", dataplane.TCP, vip(family, 200, 80), plain),
+			st.of(dataplane.ClusterIP, "storm", dataplane.TCP, vip(family, 200, 80), to(plainPort)),
 			st.of(dataplane.ClusterIP, "sticky-storm", dataplane.TCP, vip(family, 201, 80), sticky))
 	}
 	return services
 }
 
 // serve has a pod accept connections and write its number to each.
-func (st *storm) serve(i int, family dataplane.Family) {
+func (st *storm) serve(i int, family dataplane.Family, port uint16) {
 	st.t.Helper()
 	var fd int
 	err := st.pods[i].Do(func() (err error) {
-		fd, err = listenOn(netip.AddrPortFrom(addrOf(st.pods[i], family), stormPort))
+		fd, err = listenOn(netip.AddrPortFrom(addrOf(st.pods[i], family), port))
 		return err
 	})
 	if err != nil {
