@@ -13,9 +13,10 @@ mount -t devtmpfs -o nosuid devtmpfs /dev
 mkdir -p /dev/pts /dev/shm
 mount -t devpts -o gid=5,mode=620,ptmxmode=666 devpts /dev/pts
 mount -t tmpfs tmpfs /dev/shm
-mount -t tmpfs tmpfs /tmp
 mount -t tmpfs tmpfs /run
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
+# /tmp stays part of the first file system, which is in memory too: the checkout
+# may be below it.
 chmod 1777 /tmp /dev/shm
 ln -s /proc/self/fd /dev/fd
 ln -s fd/0 /dev/stdin

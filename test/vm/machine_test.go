@@ -76,13 +76,47 @@ func TestModules(t *testing.T) {
 	}
 }
 
-// The go command reports on tests as if they ran here.
-func TestGoTest(t *testing.T) {
-	t.Parallel()
+// build returns the path of the program.
+func build(t *testing.T) string {
+	t.Helper()
 	program := filepath.Join(t.TempDir(), "vm")
 	if out, err := exec.CommandContext(t.Context(), "go", "build", "-buildvcs=false", "-o", program, ".").CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
+	return program
+}
+
+// A worktree may be in a temporary folder, and share the cache of another.
+func TestCheckoutInATemporaryFolder(t *testing.T) {
+	t.Parallel()
+	root := t.TempDir()
+	here, err := checkout()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(filepath.Join(here, ".cache"), filepath.Join(root, ".cache")); err != nil {
+		t.Fatal(err)
+	}
+	for name, text := range map[string]string{"go.mod": "module fairlead\n", "folder/file": "found\n"} {
+		if err := os.MkdirAll(filepath.Dir(filepath.Join(root, name)), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(root, name), []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	cmd := exec.CommandContext(t.Context(), build(t), "run", "sh", "-c", "pwd; cat file; ../.cache/nftables/1.1.3/nft --version | cut -d' ' -f1,2")
+	cmd.Dir = filepath.Join(root, "folder")
+	out, err := cmd.CombinedOutput()
+	if want := cmd.Dir + "\nfound\nnftables v1.1.3\n"; err != nil || string(out) != want {
+		t.Errorf("printed %q, want %q (%v)", out, want, err)
+	}
+}
+
+// The go command reports on tests as if they ran here.
+func TestGoTest(t *testing.T) {
+	t.Parallel()
+	program := build(t)
 	cmd := exec.CommandContext(t.Context(), "go", "test", "-count=1", "-v", "-exec="+program+" run -kernel=6.1", "./testdata/outcome")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "FAIRLEAD_OUTCOME=something")
 	out, err := cmd.CombinedOutput()

@@ -312,7 +312,7 @@ func shell(rows, columns string) []string {
 // script returns what the virtual machine's shell runs.
 func script(dir string, env, command []string) string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "cd %s\n", quote(dir))
+	fmt.Fprintf(&b, "cd %s || exit\n", quote(dir))
 	for _, e := range env {
 		name, value, _ := strings.Cut(e, "=")
 		fmt.Fprintf(&b, "export %s=%s\n", name, quote(value))
