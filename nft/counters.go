@@ -1,0 +1,131 @@
+package nft
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"fairlead/dataplane"
+
+	"github.com/google/nftables"
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Count is what one of the backend's counters has counted since its table was
+// made. Restarts of the program leave it alone; [Cleanup], a reboot and whoever
+// else removes the table make it begin again.
+type Count struct {
+	// Family says which of the two tables the counter is in.
+	Family dataplane.Family
+	// Reason is the counter's name, as `nft list counters` shows it: what became
+	// of the packets, and why. For example, "rejected-no-endpoints".
+	Reason string
+	// Localhost is the protocol of the counters of node ports at loopback
+	// addresses, each of which counts one protocol, and 0 of all others.
+	Localhost dataplane.Protocol
+	// Packets are those that were rejected or dropped, not connections: a client
+	// that tries again is counted again. Bytes are their sizes with the IP header.
+	Packets, Bytes uint64
+}
+
+// ReadCounters returns what every counter has counted, in an order that stays;
+// nothing is counted where there is no table. It needs no Dataplane, may be called
+// from any goroutine, and does not wait for commits: it makes a connection to the
+// kernel, asks once for all, and takes well below a millisecond, however many
+// Services there are. The error is that of ctx, or as for [Open].
+func ReadCounters(ctx context.Context, opts Options) ([]Count, error) {
+	if ctx.Err() != nil {
+		return nil, fmt.Errorf("read the counters of the tables %s: %w", TableName, context.Cause(ctx))
+	}
+	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, &netlink.Config{NetNS: opts.NetNS})
+	if err != nil {
+		return nil, fmt.Errorf("open netlink socket for reading counters: %w", explain(err))
+	}
+	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Now()) })
+	defer stop()
+	counts, err := dumpCounters(conn)
+	if err = errors.Join(err, conn.Close()); err != nil {
+		if ctx.Err() != nil {
+			err = context.Cause(ctx)
+		}
+		return nil, fmt.Errorf("read the counters of the tables %s: %w", TableName, explain(err))
+	}
+	return counts, nil
+}
+
+// dumpCounters reads the counters of both tables in one dump. The library's
+// GetNamedObjects asks for each, and for objects of all kinds.
+func dumpCounters(conn *netlink.Conn) ([]Count, error) {
+	attrs, err := netlink.MarshalAttributes([]netlink.Attribute{
+		{Type: unix.NFTA_OBJ_TABLE, Data: []byte(TableName + "\x00")},
+		{Type: unix.NFTA_OBJ_TYPE, Data: binary.BigEndian.AppendUint32(nil, unix.NFT_OBJECT_COUNTER)},
+	})
+	if err != nil {
+		return nil, fmt.Errorf("encode the request: %w", err)
+	}
+	request := netlink.Message{
+		Header: netlink.Header{
+			Type:  unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETOBJ,
+			Flags: netlink.Request | netlink.Dump,
+		},
+		Data: append([]byte{unix.NFPROTO_UNSPEC, unix.NFNETLINK_V0, 0, 0}, attrs...),
+	}
+	if _, err := conn.Send(request); err != nil {
+		return nil, fmt.Errorf("request: %w", err)
+	}
+	found := map[object]Count{}
+	for m, err := range conn.ReceiveIter() {
+		if err != nil {
+			return nil, err
+		}
+		if len(m.Data) >= 4 {
+			o, c := parseCounter(m.Data)
+			found[o] = c // others may have some as well
+		}
+	}
+	localhost := map[counter]dataplane.Protocol{}
+	for _, p := range protocols() {
+		localhost[rejectedLocalhost(p)] = p
+	}
+	var counts []Count
+	for _, f := range []dataplane.Family{dataplane.IPv4, dataplane.IPv6} {
+		family := nftables.TableFamilyIPv4
+		if f == dataplane.IPv6 {
+			family = nftables.TableFamilyIPv6
+		}
+		for _, name := range counters() {
+			c := found[object{family, string(name)}]
+			c.Family, c.Reason, c.Localhost = f, string(name), localhost[name]
+			counts = append(counts, c)
+		}
+	}
+	return counts, nil
+}
+
+// object tells objects of tables of our name.
+type object struct {
+	family nftables.TableFamily
+	name   string
+}
+
+// parseCounter decodes a message about a counter: the header with the family, and
+// attributes (linux/netfilter/nf_tables.h, nft_object_attributes and
+// nft_counter_attributes).
+func parseCounter(b []byte) (object, Count) {
+	o, attrs := object{family: nftables.TableFamily(b[0])}, b[4:]
+	if name, ok := attribute(attrs, unix.NFTA_OBJ_NAME); ok {
+		o.name = strings.TrimSuffix(string(name), "\x00")
+	}
+	data, _ := attribute(attrs, unix.NFTA_OBJ_DATA)
+	number := func(typ uint16) uint64 {
+		if v, ok := attribute(data, typ); ok && len(v) == 8 {
+			return binary.BigEndian.Uint64(v)
+		}
+		return 0
+	}
+	return o, Count{Packets: number(unix.NFTA_COUNTER_PACKETS), Bytes: number(unix.NFTA_COUNTER_BYTES)}
+}

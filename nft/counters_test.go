@@ -1,0 +1,149 @@
+package nft
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+
+	"fairlead/dataplane"
+	"fairlead/internal/nettest"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// readCounters returns what has counted something.
+func readCounters(t *testing.T, ns *nettest.Namespace) []Count {
+	t.Helper()
+	all, err := ReadCounters(t.Context(), Options{NetNS: ns.Fd()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var reasons []string
+	for _, c := range all {
+		reasons = append(reasons, c.Family.String()+" "+c.Reason)
+	}
+	var want []string
+	for _, f := range []dataplane.Family{dataplane.IPv4, dataplane.IPv6} {
+		for _, c := range counters() {
+			want = append(want, f.String()+" "+string(c))
+		}
+	}
+	if diff := cmp.Diff(want, reasons); diff != "" {
+		t.Errorf("counters (-want +got):\n%s", diff)
+	}
+	return slices.DeleteFunc(all, func(c Count) bool { return c.Packets == 0 && c.Bytes == 0 })
+}
+
+// TestReadCounters checks that every counter of both tables is read, that tables
+// and counters of others are not taken for ours, and that nothing is counted where
+// nothing is programmed.
+func TestReadCounters(t *testing.T) {
+	t.Parallel()
+	d, ns := newDataplane(t)
+	binary := nftBinaries(t)["1.1.3"]
+	if got := readCounters(t, ns); len(got) > 0 {
+		t.Errorf("without tables: %+v", got)
+	}
+	var script strings.Builder
+	script.WriteString("table inet fairlead {\n counter dropped-no-service { packets 1 bytes 2 }\n}\n" +
+		"table ip others {\n counter dropped-no-service { packets 3 bytes 4 }\n}\n")
+	var want []Count
+	for i, family := range []dataplane.Family{dataplane.IPv4, dataplane.IPv6} {
+		fmt.Fprintf(&script, "table %s fairlead {\n counter foreign { packets 5 bytes 6 }\n quota dropped-no-service { over 7 bytes }\n", []string{"ip", "ip6"}[i])
+		for n, c := range counters() {
+			count := Count{Family: family, Reason: string(c), Packets: uint64(1000*i+n+1) << 32, Bytes: uint64(n) + 100} //nolint:gosec // small numbers
+			for _, p := range protocols() {
+				if strings.HasSuffix(count.Reason, "-localhost-"+strings.ToLower(p.String())) {
+					count.Localhost = p
+				}
+			}
+			want = append(want, count)
+			fmt.Fprintf(&script, " counter %s { packets %d bytes %d }\n", c, count.Packets, count.Bytes)
+		}
+		script.WriteString("}\n")
+	}
+	nft(t, ns, binary, script.String())
+	if diff := cmp.Diff(want, readCounters(t, ns)); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+
+	// A start takes over what was counted.
+	replace(t, d, podNode(), sample(t)...)
+	if diff := cmp.Diff(want, readCounters(t, ns)); diff != "" {
+		t.Errorf("after a Replace (-want +got):\n%s", diff)
+	}
+	if err := Cleanup(Options{NetNS: ns.Fd()}); err != nil {
+		t.Fatal(err)
+	}
+	replace(t, d, podNode(), sample(t)...)
+	if got := readCounters(t, ns); len(got) > 0 {
+		t.Errorf("in new tables: %+v", got)
+	}
+}
+
+// TestReadCountersDuringCommits checks that reading gets along with a Dataplane at
+// work, which hears nothing of it.
+func TestReadCountersDuringCommits(t *testing.T) {
+	t.Parallel()
+	d, ns := newDataplane(t)
+	services := sample(t)
+	replace(t, d, podNode(), services...)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for range 100 {
+			for _, change := range [][2]*dataplane.Service{{services[0], nil}, {nil, services[0]}} {
+				if err := d.Apply(t.Context(), []dataplane.Change{{Old: change[0], New: change[1]}}); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		}
+	}()
+	for range 100 {
+		readCounters(t, ns)
+	}
+	<-done
+	wantNoDrift(t, d)
+}
+
+func TestReadCountersCancelled(t *testing.T) {
+	t.Parallel()
+	_, ns := newDataplane(t)
+	cause := errors.New("the client has gone")
+	ctx, cancel := context.WithCancelCause(t.Context())
+	cancel(cause)
+	if counts, err := ReadCounters(ctx, Options{NetNS: ns.Fd()}); !errors.Is(err, cause) || counts != nil {
+		t.Errorf("counts %v, error %v; want %v", counts, err, cause)
+	}
+}
+
+func BenchmarkReadCounters(b *testing.B) {
+	ns, err := nettest.NewNamespace("")
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { _ = ns.Close() })
+	d, err := Open(Options{NetNS: ns.Fd()})
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { _ = d.Close() })
+	if err := d.Replace(b.Context(), dataplane.Node{}, slices.Values([]*dataplane.Service(nil)), nil); err != nil {
+		b.Fatal(err)
+	}
+	err = ns.Do(func() error {
+		for b.Loop() {
+			if _, err := ReadCounters(b.Context(), Options{}); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		b.Fatal(err)
+	}
+}
