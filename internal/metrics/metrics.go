@@ -32,6 +32,11 @@ type Options struct {
 	// Relay is asked for each family at each scrape, as [relay.Relay.Stats], and
 	// must not block. Nil means that there is no relay.
 	Relay func(dataplane.Family) relay.Stats
+	// Unserved is asked at each scrape for what the kernel did not serve since it
+	// began to count, and may be asked from several goroutines. Its metrics are
+	// left out of a scrape when it fails, which is its own to report. Nil means
+	// that nobody counts.
+	Unserved func() ([]Unserved, error)
 }
 
 // Metrics are the program's. Their methods may be called from any goroutine and
@@ -53,6 +58,7 @@ type Metrics struct {
 	commitDuration               *prometheus.HistogramVec
 	latency                      prometheus.Observer
 	firstProgrammed              prometheus.Gauge
+	firstService, lastService    prometheus.Gauge
 	problems, healthCheckFailure prometheus.Counter
 	reloads                      *prometheus.CounterVec
 	reloaded                     prometheus.Gauge
@@ -118,6 +124,9 @@ func New(options Options) *Metrics {
 	if options.Relay != nil {
 		m.registry.MustRegister(newRelayed(options.Relay))
 	}
+	if options.Unserved != nil {
+		m.registry.MustRegister(newUnserved(options.Unserved))
+	}
 	return m
 }
 
@@ -177,6 +186,12 @@ func (m *Metrics) addOwn() {
 		prometheus.ExponentialBuckets(0.00001, 2, 24)).WithLabelValues()
 	m.firstProgrammed = m.gauges(namespace, "first_programmed_seconds",
 		"Time from the program's start until the kernel had all Services; 0 until then.").WithLabelValues()
+	m.firstService = m.gauges(namespace, "first_service_programmed_seconds",
+		"Time from the program's start until the first of the Services of the start was complete in the kernel, which those of "+
+			"the cluster's DNS are before others; 0 until the kernel has all, and if there are none.").WithLabelValues()
+	m.lastService = m.gauges(namespace, "last_service_programmed_seconds",
+		"Time from the program's start until the last of the Services of the start was complete in the kernel; 0 until the "+
+			"kernel has all, and if there are none.").WithLabelValues()
 	m.problems = m.counters(namespace, "service_problems_total",
 		"Times that a Service was found to ask for something that it does not get; see the Events and the log.").WithLabelValues()
 	m.healthCheckFailure = m.counters(namespace, "health_check_node_port_failures_total",
@@ -321,6 +336,10 @@ func (m *Metrics) Committed(c sync.Commit) {
 	if c.Err == nil && !m.first {
 		m.first = true
 		m.firstProgrammed.Set(c.End.Sub(m.started).Seconds())
+		if !c.First.IsZero() {
+			m.firstService.Set(c.First.Sub(m.started).Seconds())
+			m.lastService.Set(c.Last.Sub(m.started).Seconds())
+		}
 	}
 	m.observeTriggers(c, before)
 	for _, change := range c.Changes {

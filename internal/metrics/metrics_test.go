@@ -80,10 +80,13 @@ func TestCommits(t *testing.T) {
 			}
 			return c
 		}
-		m.Committed(commit(sync.KindReplace, sync.ReasonStart))
+		atStart := commit(sync.KindReplace, sync.ReasonStart)
+		atStart.First, atStart.Last = start.Add(500*time.Millisecond), start.Add(1500*time.Millisecond)
+		m.Committed(atStart)
 		m.Committed(commit(sync.KindApply, sync.ReasonChange, dataplane.IPv4))
 		m.Committed(commit(sync.KindApply, sync.ReasonChange, dataplane.IPv4, dataplane.IPv6))
 		partial := commit(sync.KindReplace, sync.ReasonRetry)
+		partial.First, partial.Last = start.Add(time.Hour), start.Add(time.Hour) // not of the start
 		partial.Failed = map[dataplane.Key]error{key("db", dataplane.IPv4, 0): errors.New("no")}
 		m.Committed(partial)
 		failure := commit(sync.KindReplace, sync.ReasonDrift)
@@ -103,6 +106,8 @@ func TestCommits(t *testing.T) {
 			`fairlead_change_latency_seconds_count`:                                  "4",
 			`fairlead_change_latency_seconds_sum`:                                    "12",
 			`fairlead_first_programmed_seconds`:                                      "2",
+			`fairlead_first_service_programmed_seconds`:                              "0.5",
+			`fairlead_last_service_programmed_seconds`:                               "1.5",
 
 			`kubeproxy_sync_proxy_rules_duration_seconds_count{ip_family="IPv4"}`:         "5",
 			`kubeproxy_sync_proxy_rules_duration_seconds_sum{ip_family="IPv4"}`:           "10",
@@ -121,7 +126,7 @@ func TestCommits(t *testing.T) {
 			`kubeproxy_sync_proxy_rules_last_timestamp_seconds{ip_family="IPv4"}`:         last,
 			`kubeproxy_sync_proxy_rules_last_timestamp_seconds{ip_family="IPv6"}`:         last,
 		}
-		got := scrape(t, m, "fairlead_commit", "fairlead_change_", "fairlead_first", "kubeproxy_sync_proxy_rules_d",
+		got := scrape(t, m, "fairlead_commit", "fairlead_change_", "fairlead_first", "fairlead_last", "kubeproxy_sync_proxy_rules_d",
 			"kubeproxy_sync_full", "kubeproxy_sync_partial", "kubeproxy_sync_proxy_rules_nft", "kubeproxy_sync_proxy_rules_last_t")
 		if diff := cmp.Diff(want, got); diff != "" {
 			t.Errorf("(-want +got):\n%s", diff)
