@@ -1,12 +1,14 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"log/slog"
 	"slices"
 	"strings"
 
 	"fairlead/dataplane"
+	"fairlead/internal/metrics"
 	"fairlead/nft"
 )
 
@@ -49,6 +51,19 @@ func (m mode) open(log *slog.Logger) (dataplane.Dataplane, error) {
 		return nil, fmt.Errorf("--mode=%s: %w", m, err)
 	}
 	return d, nil
+}
+
+// unserved reads what the kernel has rejected or dropped.
+func (m mode) unserved(ctx context.Context) ([]metrics.Unserved, error) {
+	counts, err := nft.ReadCounters(ctx, nft.Options{})
+	if err != nil {
+		return nil, fmt.Errorf("--mode=%s: %w", m, err)
+	}
+	unserved := make([]metrics.Unserved, 0, len(counts))
+	for _, c := range counts {
+		unserved = append(unserved, metrics.Unserved{Family: c.Family, Reason: c.Reason, Localhost: c.Localhost, Packets: c.Packets})
+	}
+	return unserved, nil
 }
 
 func (m mode) cleanup(log *slog.Logger) error {

@@ -140,7 +140,10 @@ func (c config) build(log *slog.Logger) (*program, error) {
 		Logger: log.With("component", "sync"), ResyncPeriod: resyncPeriod, OnCommit: p.join.committed,
 	})
 	p.relay = relay.New(relay.Options{Logger: log.With("component", "relay")})
-	p.metrics = metrics.New(metrics.Options{Version: version, Mode: string(c.mode), Status: p.syncer.Status, Relay: p.relay.Stats})
+	counters := &counters{log: log.With("component", "metrics"), read: c.mode.unserved}
+	p.metrics = metrics.New(metrics.Options{
+		Version: version, Mode: string(c.mode), Status: p.syncer.Status, Relay: p.relay.Stats, Unserved: counters.unserved,
+	})
 	p.proxy = health.NewProxy(health.ProxyOptions{
 		Progress: p.join.progress, Eligible: p.join.eligible, Answered: p.metrics.Answered,
 	})

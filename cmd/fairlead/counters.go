@@ -1,0 +1,37 @@
+package main
+
+import (
+	"context"
+	"log/slog"
+	"sync/atomic"
+	"time"
+
+	"fairlead/internal/metrics"
+)
+
+// countersTimeout is how long a scrape waits for the kernel's counters, which
+// take a fraction of a millisecond.
+const countersTimeout = time.Second
+
+// counters read what the kernel did not serve, for metrics.
+type counters struct {
+	log  *slog.Logger
+	read func(context.Context) ([]metrics.Unserved, error)
+
+	failing atomic.Bool
+}
+
+// unserved reads them. That they can't be read is logged once, and so is that
+// they can again. It may be called from any goroutine.
+func (c *counters) unserved() ([]metrics.Unserved, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), countersTimeout)
+	defer cancel()
+	counts, err := c.read(ctx)
+	switch failed := c.failing.Swap(err != nil); {
+	case err != nil && !failed:
+		c.log.Warn("the kernel's counters can't be read: the metrics are without what was not served until they can", "error", err)
+	case err == nil && failed:
+		c.log.Info("the kernel's counters can be read again")
+	}
+	return counts, err
+}
