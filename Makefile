@@ -48,6 +48,10 @@ test: deps nftables controlplane ## all tests but e2e (root): with the race dete
 	test/fuzz.sh $(FUZZTIME)
 	go test -short -run='^$$' -bench=. -benchtime=1x -timeout=5m ./...
 
+.PHONY: soak
+soak: ## a million connections while endpoints come and go (root), minutes
+	FAIRLEAD_SOAK=1 go test -count=1 -timeout=20m -v -run='TestBehaviour/connections_while_endpoints_come_and_go' ./nft
+
 # Which end-to-end scenarios: make e2e RUN=TestRollout
 RUN ?= .
 
