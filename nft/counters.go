@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 	"time"
 
 	"fairlead/dataplane"
@@ -32,27 +33,75 @@ type Count struct {
 	Packets, Bytes uint64
 }
 
-// ReadCounters returns what every counter has counted, in an order that stays;
-// nothing is counted where there is no table. It needs no Dataplane, may be called
-// from any goroutine, and does not wait for commits: it makes a connection to the
-// kernel, asks once for all, and takes well below a millisecond, however many
-// Services there are. The error is that of ctx, or as for [Open].
-func ReadCounters(ctx context.Context, opts Options) ([]Count, error) {
-	if ctx.Err() != nil {
-		return nil, fmt.Errorf("read the counters of the tables %s: %w", TableName, context.Cause(ctx))
-	}
-	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, &netlink.Config{NetNS: opts.NetNS})
+// Counters read what was not served, beside a Dataplane and without one. Their
+// methods may be called from any goroutine.
+type Counters struct {
+	netns int
+
+	mu sync.Mutex
+	// conn is nil until it is needed, and after an error. It is kept because the
+	// kernel waits for the commit under way before it closes such a socket
+	// (net/netfilter/nf_tables_api.c, nft_rcv_nl_event).
+	conn *netlink.Conn
+}
+
+// NewCounters returns Counters of a network namespace, whose file descriptor must
+// stay open for as long as they are in use. It does not connect to the kernel yet.
+func NewCounters(opts Options) *Counters { return &Counters{netns: opts.NetNS} }
+
+// Read returns what every counter has counted, in an order that stays; nothing is
+// counted where there is no table. It asks the kernel once for all, which does not
+// wait for commits, nor they for it, and takes a fraction of a millisecond however
+// many Services there are. The error is that of ctx, or as for [Open]; the next
+// Read connects anew.
+func (c *Counters) Read(ctx context.Context) ([]Count, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	counts, err := c.read(ctx)
 	if err != nil {
-		return nil, fmt.Errorf("open netlink socket for reading counters: %w", explain(err))
+		return nil, fmt.Errorf("read the counters of the tables %s: %w", TableName, errors.Join(err, c.disconnect()))
 	}
-	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Now()) })
-	defer stop()
-	counts, err := dumpCounters(conn)
-	if err = errors.Join(err, conn.Close()); err != nil {
-		if ctx.Err() != nil {
-			err = context.Cause(ctx)
+	return counts, nil
+}
+
+// Close closes the connection to the kernel. A Read after that opens another.
+func (c *Counters) Close() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.disconnect()
+}
+
+func (c *Counters) disconnect() error {
+	if c.conn == nil {
+		return nil
+	}
+	err := c.conn.Close()
+	c.conn = nil
+	if err != nil {
+		return fmt.Errorf("close the netlink socket: %w", err)
+	}
+	return nil
+}
+
+func (c *Counters) read(ctx context.Context) ([]Count, error) {
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
+	if c.conn == nil {
+		conn, err := netlink.Dial(unix.NETLINK_NETFILTER, &netlink.Config{NetNS: c.netns})
+		if err != nil {
+			return nil, fmt.Errorf("open netlink socket: %w", explain(err))
 		}
-		return nil, fmt.Errorf("read the counters of the tables %s: %w", TableName, explain(err))
+		c.conn = conn
+	}
+	conn := c.conn
+	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Now()) })
+	counts, err := dumpCounters(conn)
+	if !stop() { // the connection is of no use with that deadline
+		return nil, context.Cause(ctx)
+	}
+	if err != nil {
+		return nil, explain(err)
 	}
 	return counts, nil
 }

@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 
 	"fairlead/dataplane"
 	"fairlead/internal/nettest"
@@ -14,10 +16,22 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// readCounters returns what has counted something.
-func readCounters(t *testing.T, ns *nettest.Namespace) []Count {
+// newCounters returns Counters that are closed with the test.
+func newCounters(t testing.TB, ns *nettest.Namespace) *Counters {
 	t.Helper()
-	all, err := ReadCounters(t.Context(), Options{NetNS: ns.Fd()})
+	c := NewCounters(Options{NetNS: ns.Fd()})
+	t.Cleanup(func() {
+		if err := c.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return c
+}
+
+// readCounters returns what has counted something.
+func readCounters(t *testing.T, c *Counters) []Count {
+	t.Helper()
+	all, err := c.Read(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -43,8 +57,9 @@ func readCounters(t *testing.T, ns *nettest.Namespace) []Count {
 func TestReadCounters(t *testing.T) {
 	t.Parallel()
 	d, ns := newDataplane(t)
+	c := newCounters(t, ns)
 	binary := nftBinaries(t)["1.1.3"]
-	if got := readCounters(t, ns); len(got) > 0 {
+	if got := readCounters(t, c); len(got) > 0 {
 		t.Errorf("without tables: %+v", got)
 	}
 	var script strings.Builder
@@ -53,44 +68,46 @@ func TestReadCounters(t *testing.T) {
 	var want []Count
 	for i, family := range []dataplane.Family{dataplane.IPv4, dataplane.IPv6} {
 		fmt.Fprintf(&script, "table %s fairlead {\n counter foreign { packets 5 bytes 6 }\n quota dropped-no-service { over 7 bytes }\n", []string{"ip", "ip6"}[i])
-		for n, c := range counters() {
-			count := Count{Family: family, Reason: string(c), Packets: uint64(1000*i+n+1) << 32, Bytes: uint64(n) + 100} //nolint:gosec // small numbers
+		for n, name := range counters() {
+			count := Count{Family: family, Reason: string(name), Packets: uint64(1000*i+n+1) << 32, Bytes: uint64(n) + 100} //nolint:gosec // small numbers
 			for _, p := range protocols() {
 				if strings.HasSuffix(count.Reason, "-localhost-"+strings.ToLower(p.String())) {
 					count.Localhost = p
 				}
 			}
 			want = append(want, count)
-			fmt.Fprintf(&script, " counter %s { packets %d bytes %d }\n", c, count.Packets, count.Bytes)
+			fmt.Fprintf(&script, " counter %s { packets %d bytes %d }\n", name, count.Packets, count.Bytes)
 		}
 		script.WriteString("}\n")
 	}
 	nft(t, ns, binary, script.String())
-	if diff := cmp.Diff(want, readCounters(t, ns)); diff != "" {
+	if diff := cmp.Diff(want, readCounters(t, c)); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
 	}
 
 	// A start takes over what was counted.
 	replace(t, d, podNode(), sample(t)...)
-	if diff := cmp.Diff(want, readCounters(t, ns)); diff != "" {
+	if diff := cmp.Diff(want, readCounters(t, c)); diff != "" {
 		t.Errorf("after a Replace (-want +got):\n%s", diff)
 	}
 	if err := Cleanup(Options{NetNS: ns.Fd()}); err != nil {
 		t.Fatal(err)
 	}
 	replace(t, d, podNode(), sample(t)...)
-	if got := readCounters(t, ns); len(got) > 0 {
+	if got := readCounters(t, c); len(got) > 0 {
 		t.Errorf("in new tables: %+v", got)
 	}
 }
 
-// TestReadCountersDuringCommits checks that reading gets along with a Dataplane at
+// TestReadCountersDuringCommits checks that reading, by several at once, gets along with a Dataplane at
 // work, which hears nothing of it.
 func TestReadCountersDuringCommits(t *testing.T) {
 	t.Parallel()
 	d, ns := newDataplane(t)
+	c := newCounters(t, ns)
 	services := sample(t)
 	replace(t, d, podNode(), services...)
+	var readers sync.WaitGroup
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
@@ -103,22 +120,54 @@ func TestReadCountersDuringCommits(t *testing.T) {
 			}
 		}
 	}()
-	for range 100 {
-		readCounters(t, ns)
+	for range 4 {
+		readers.Go(func() {
+			for range 25 {
+				readCounters(t, c)
+			}
+		})
 	}
+	readers.Wait()
 	<-done
 	wantNoDrift(t, d)
 }
 
+// TestReadCountersCancelled checks that nobody waits for what is not wanted any
+// more, and that the next one gets an answer.
 func TestReadCountersCancelled(t *testing.T) {
 	t.Parallel()
 	_, ns := newDataplane(t)
+	c := newCounters(t, ns)
+	readCounters(t, c)
 	cause := errors.New("the client has gone")
 	ctx, cancel := context.WithCancelCause(t.Context())
 	cancel(cause)
-	if counts, err := ReadCounters(ctx, Options{NetNS: ns.Fd()}); !errors.Is(err, cause) || counts != nil {
+	if counts, err := c.Read(ctx); !errors.Is(err, cause) || counts != nil {
 		t.Errorf("counts %v, error %v; want %v", counts, err, cause)
 	}
+	for i := range 50 { // at any moment of the way
+		ctx, cancel := context.WithTimeoutCause(t.Context(), time.Duration(i)*10*time.Microsecond, cause)
+		if _, err := c.Read(ctx); err != nil && !errors.Is(err, cause) {
+			t.Errorf("error %v, want %v", err, cause)
+		}
+		cancel()
+		readCounters(t, c)
+	}
+}
+
+// TestReadCountersAfterFailure checks that a broken connection is replaced.
+func TestReadCountersAfterFailure(t *testing.T) {
+	t.Parallel()
+	_, ns := newDataplane(t)
+	c := newCounters(t, ns)
+	readCounters(t, c)
+	if err := c.conn.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if counts, err := c.Read(t.Context()); err == nil {
+		t.Errorf("read %v without a connection", counts)
+	}
+	readCounters(t, c)
 }
 
 func BenchmarkReadCounters(b *testing.B) {
@@ -127,6 +176,7 @@ func BenchmarkReadCounters(b *testing.B) {
 		b.Fatal(err)
 	}
 	b.Cleanup(func() { _ = ns.Close() })
+	c := newCounters(b, ns)
 	d, err := Open(Options{NetNS: ns.Fd()})
 	if err != nil {
 		b.Fatal(err)
@@ -135,15 +185,9 @@ func BenchmarkReadCounters(b *testing.B) {
 	if err := d.Replace(b.Context(), dataplane.Node{}, slices.Values([]*dataplane.Service(nil)), nil); err != nil {
 		b.Fatal(err)
 	}
-	err = ns.Do(func() error {
-		for b.Loop() {
-			if _, err := ReadCounters(b.Context(), Options{}); err != nil {
-				return err
-			}
+	for b.Loop() {
+		if _, err := c.Read(b.Context()); err != nil {
+			b.Fatal(err)
 		}
-		return nil
-	})
-	if err != nil {
-		b.Fatal(err)
 	}
 }

@@ -53,17 +53,20 @@ func (m mode) open(log *slog.Logger) (dataplane.Dataplane, error) {
 	return d, nil
 }
 
-// unserved reads what the kernel has rejected or dropped.
-func (m mode) unserved(ctx context.Context) ([]metrics.Unserved, error) {
-	counts, err := nft.ReadCounters(ctx, nft.Options{})
-	if err != nil {
-		return nil, fmt.Errorf("--mode=%s: %w", m, err)
-	}
-	unserved := make([]metrics.Unserved, 0, len(counts))
-	for _, c := range counts {
-		unserved = append(unserved, metrics.Unserved{Family: c.Family, Reason: c.Reason, Localhost: c.Localhost, Packets: c.Packets})
-	}
-	return unserved, nil
+// counters returns what reads the backend's counters.
+func (m mode) counters(log *slog.Logger) *counters {
+	kernel := nft.NewCounters(nft.Options{})
+	return &counters{log: log.With("backend", string(m)), close: kernel.Close, read: func(ctx context.Context) ([]metrics.Unserved, error) {
+		counts, err := kernel.Read(ctx)
+		if err != nil {
+			return nil, fmt.Errorf("--mode=%s: %w", m, err)
+		}
+		unserved := make([]metrics.Unserved, 0, len(counts))
+		for _, c := range counts {
+			unserved = append(unserved, metrics.Unserved{Family: c.Family, Reason: c.Reason, Localhost: c.Localhost, Packets: c.Packets})
+		}
+		return unserved, nil
+	}}
 }
 
 func (m mode) cleanup(log *slog.Logger) error {

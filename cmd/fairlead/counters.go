@@ -15,8 +15,9 @@ const countersTimeout = time.Second
 
 // counters read what the kernel did not serve, for metrics.
 type counters struct {
-	log  *slog.Logger
-	read func(context.Context) ([]metrics.Unserved, error)
+	log   *slog.Logger
+	read  func(context.Context) ([]metrics.Unserved, error)
+	close func() error
 
 	failing atomic.Bool
 }

@@ -122,15 +122,22 @@ func TestUnservedServiceCIDR(t *testing.T) {
 	})
 	n.connectInVain(n.client, vips(1, 80))
 
-	c := &counters{log: slog.New(slog.DiscardHandler), read: func(ctx context.Context) (counts []metrics.Unserved, err error) {
-		err = n.Node.Do(func() (err error) {
-			counts, err = modeNFT.unserved(ctx)
-			return err
-		})
-		return counts, err
-	}}
+	c := modeNFT.counters(slog.New(slog.DiscardHandler))
+	t.Cleanup(func() {
+		if err := c.close(); err != nil {
+			t.Error(err)
+		}
+	})
+	var counts []metrics.Unserved
+	err = n.Node.Do(func() (err error) { // where it connects to the kernel
+		counts, err = c.unserved()
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
 	response := httptest.NewRecorder()
-	m := metrics.New(metrics.Options{Status: syncer.Status, Unserved: c.unserved})
+	m := metrics.New(metrics.Options{Status: syncer.Status, Unserved: func() ([]metrics.Unserved, error) { return counts, nil }})
 	m.Handler().ServeHTTP(response, httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/metrics", nil))
 	for _, family := range []string{"IPv4", "IPv6"} {
 		want := fmt.Sprintf("\nfairlead_unserved_packets_total{ip_family=%q,reason=\"dropped-no-service\"} 1\n", family)

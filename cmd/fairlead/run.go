@@ -106,17 +106,18 @@ func (c config) warn(ctx context.Context, log *slog.Logger) {
 
 // program has all parts, joined.
 type program struct {
-	log     *slog.Logger
-	dp      dataplane.Dataplane
-	source  source
-	syncer  *sync.Syncer
-	flows   *conntrack.Cleaner
-	relay   *relay.Relay
-	ports   *health.Ports
-	proxy   *health.Proxy
-	metrics *metrics.Metrics
-	join    *join
-	reload  *reloader // nil without a configuration file
+	log      *slog.Logger
+	dp       dataplane.Dataplane
+	counters *counters
+	source   source
+	syncer   *sync.Syncer
+	flows    *conntrack.Cleaner
+	relay    *relay.Relay
+	ports    *health.Ports
+	proxy    *health.Proxy
+	metrics  *metrics.Metrics
+	join     *join
+	reload   *reloader // nil without a configuration file
 }
 
 // build makes the parts and joins them. Nothing runs yet, and nothing is
@@ -140,9 +141,9 @@ func (c config) build(log *slog.Logger) (*program, error) {
 		Logger: log.With("component", "sync"), ResyncPeriod: resyncPeriod, OnCommit: p.join.committed,
 	})
 	p.relay = relay.New(relay.Options{Logger: log.With("component", "relay")})
-	counters := &counters{log: log.With("component", "metrics"), read: c.mode.unserved}
+	p.counters = c.mode.counters(log)
 	p.metrics = metrics.New(metrics.Options{
-		Version: version, Mode: string(c.mode), Status: p.syncer.Status, Relay: p.relay.Stats, Unserved: counters.unserved,
+		Version: version, Mode: string(c.mode), Status: p.syncer.Status, Relay: p.relay.Stats, Unserved: p.counters.unserved,
 	})
 	p.proxy = health.NewProxy(health.ProxyOptions{
 		Progress: p.join.progress, Eligible: p.join.eligible, Answered: p.metrics.Answered,
@@ -156,7 +157,7 @@ func (c config) build(log *slog.Logger) (*program, error) {
 }
 
 func (p *program) close(ctx context.Context) {
-	if err := p.dp.Close(); err != nil {
+	if err := errors.Join(p.counters.close(), p.dp.Close()); err != nil {
 		p.log.WarnContext(ctx, "the connection to the kernel was not closed", "error", err)
 	}
 }
