@@ -67,7 +67,7 @@ func TestReadCounters(t *testing.T) {
 		"table ip others {\n counter dropped-no-service { packets 3 bytes 4 }\n}\n")
 	var want []Count
 	for i, family := range []dataplane.Family{dataplane.IPv4, dataplane.IPv6} {
-		fmt.Fprintf(&script, "table %s fairlead {\n counter foreign { packets 5 bytes 6 }\n quota dropped-no-service { over 7 bytes }\n", []string{"ip", "ip6"}[i])
+		fmt.Fprintf(&script, "table %s fairlead {\n counter foreign { packets 5 bytes 6 }\n", []string{"ip", "ip6"}[i])
 		for n, name := range counters() {
 			count := Count{Family: family, Reason: string(name), Packets: uint64(1000*i+n+1) << 32, Bytes: uint64(n) + 100} //nolint:gosec // small numbers
 			for _, p := range protocols() {
@@ -80,6 +80,7 @@ func TestReadCounters(t *testing.T) {
 		}
 		script.WriteString("}\n")
 	}
+	script.WriteString("table ip others2 {\n counter dropped-no-service { packets 3 bytes 4 }\n}\n") // the kernel tells it last
 	nft(t, ns, binary, script.String())
 	if diff := cmp.Diff(want, readCounters(t, c)); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
@@ -89,6 +90,10 @@ func TestReadCounters(t *testing.T) {
 	replace(t, d, podNode(), sample(t)...)
 	if diff := cmp.Diff(want, readCounters(t, c)); diff != "" {
 		t.Errorf("after a Replace (-want +got):\n%s", diff)
+	}
+	nft(t, ns, binary, "add quota ip fairlead dropped-no-service { over 7 bytes }")
+	if diff := cmp.Diff(want, readCounters(t, c)); diff != "" {
+		t.Errorf("beside a quota of the same name (-want +got):\n%s", diff)
 	}
 	if err := Cleanup(Options{NetNS: ns.Fd()}); err != nil {
 		t.Fatal(err)

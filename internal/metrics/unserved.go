@@ -20,7 +20,8 @@ type Unserved struct {
 	Packets uint64
 }
 
-// unserved collects what the kernel has not served.
+// unserved collects what the kernel has not served. Invalid packets have no name of
+// kube-proxy's, as kube-proxy's says that iptables dropped them.
 type unserved struct {
 	read func() ([]Unserved, error)
 
