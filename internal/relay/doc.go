@@ -20,7 +20,8 @@
 // has connected for the timeout.
 //
 // An endpoint that refuses, or is not to be reached, is passed over for another:
-// up to three are tried, within five seconds. If none answers the client, whose
+// up to three are tried, within five seconds, of which one that does not answer
+// takes its share. If none answers the client, whose
 // connection was accepted before, is reset. Pods see an address of the node as
 // the client's.
 //
