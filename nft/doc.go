@@ -52,7 +52,7 @@
 //	    ct state new ip daddr @cluster-ips counter name "rejected-undeclared-port" goto reject
 //	    ct state new ip daddr @service-cidrs counter name "dropped-no-service" drop
 //	    ct state invalid tcp flags & (fin | syn | rst | ack) == ack tcp sport @endpoint-ports goto invalid
-//	}                                       # and input
+//	}                                       # and input; output also drops the node's resets in answer to such
 //	chain nat-postrouting {
 //	    type nat hook postrouting priority srcnat
 //	    ct status dnat goto masquerading    # hairpin, then services and masquerades
@@ -104,6 +104,11 @@
 //   - It is from or to a pod, where [dataplane.Node] tells pods. Where it does not,
 //     packets to the node itself pass.
 //
+// What passes to the node itself, as from an endpoint that is another node or its
+// pod, is answered by the kernel where no socket is for it: with a reset without
+// ACK, which is invalid too. filter-output drops these where they go to a port that
+// some endpoint has. Resets of the node's own connections are not invalid.
+//
 // What does not fit is, from Linux 6.1, a segment beyond the receiver's window, or
 // one that acknowledges what has not been seen. Before, segments that come late
 // are as well, although they have been acknowledged already, and those are common
@@ -113,7 +118,8 @@
 // are translated whatever their numbers, and nothing is left to drop. With
 // nf_conntrack_tcp_loose off, which is not the default, no connection begins in
 // its middle; then what a server answers to a client who reaches it past this node
-// is invalid, and is dropped from ports that endpoints have.
+// is invalid, and is dropped from ports that endpoints have, and a server on such a
+// port is not told that the node has lost a connection.
 //
 // # Pings
 //

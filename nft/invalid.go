@@ -24,18 +24,33 @@ import (
 // It wants a source port that some endpoint has, as the node may also see
 // nothing but what clients send: all of that is invalid until a SYN-ACK comes by.
 func (t *table) invalidOfEndpoints() rule {
-	const fin, syn, rst, ack = 1, 2, 4, 16
-	exprs := append(ctStateInvalid(),
+	const sourcePort = 0
+	return rule{exprs: append(t.invalidOf(ack, sourcePort), gotoChain("invalid"))}
+}
+
+// answersToInvalid is the rule for the node's own answers to such packets: a reset
+// without ACK is what the kernel sends where there is no socket. It belongs to no
+// connection either, while one that ends a connection of the node does.
+func (t *table) answersToInvalid() rule {
+	const destinationPort = 2
+	return rule{exprs: append(t.invalidOf(rst, destinationPort), count(droppedInvalid), drop())}
+}
+
+// The flags of TCP (RFC 9293).
+const fin, syn, rst, ack = 1, 2, 4, 16
+
+// invalidOf matches invalid packets of TCP with these of the flags alone, and with
+// an endpoint's port at this offset.
+func (t *table) invalidOf(flags byte, port uint32) []expr.Any {
+	return append(ctStateInvalid(),
 		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg(0)},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: reg(0), Data: []byte{byte(dataplane.TCP)}},
 		&expr.Payload{DestRegister: reg(0), Base: expr.PayloadBaseTransportHeader, Offset: 13, Len: 1},
 		&expr.Bitwise{SourceRegister: reg(0), DestRegister: reg(0), Len: 1, Mask: []byte{fin | syn | rst | ack}, Xor: []byte{0}},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: reg(0), Data: []byte{ack}},
-		&expr.Payload{DestRegister: reg(0), Base: expr.PayloadBaseTransportHeader, Len: 2},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: reg(0), Data: []byte{flags}},
+		&expr.Payload{DestRegister: reg(0), Base: expr.PayloadBaseTransportHeader, Offset: port, Len: 2},
 		lookup(t.endpointPorts),
-		gotoChain("invalid"),
 	)
-	return rule{exprs: exprs}
 }
 
 // tellsPods reports whether some clients of the table's family are known to be

@@ -287,6 +287,7 @@ func (t *table) chains(node dataplane.Node, rangeBits []int) []chain {
 	}
 	output := append([]rule{t.toLocalhost()}, dispatch...)
 	unserved := append(t.unserved(), t.invalidOfEndpoints())
+	outgoing := append(slices.Clone(unserved), t.answersToInvalid())
 	dstnat, filter := *nftables.ChainPriorityNATDest, *nftables.ChainPriorityFilter
 	if t.tellsPods(node) {
 		chains = append(chains,
@@ -298,7 +299,7 @@ func (t *table) chains(node dataplane.Node, rangeBits []int) []chain {
 		base("filter-prerouting-post-dnat", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, dstnat+10, postDNAT...),
 		base("filter-output-post-dnat", nftables.ChainTypeFilter, nftables.ChainHookOutput, dstnat+10, postDNAT...),
 		base("filter-forward", nftables.ChainTypeFilter, nftables.ChainHookForward, filter, unserved...),
-		base("filter-output", nftables.ChainTypeFilter, nftables.ChainHookOutput, filter, unserved...),
+		base("filter-output", nftables.ChainTypeFilter, nftables.ChainHookOutput, filter, outgoing...),
 		base("nat-postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, *nftables.ChainPriorityNATSource, t.postrouting()...),
 	)
 }

@@ -26,6 +26,8 @@ type cleaned struct {
 	pods   map[string]*nettest.Host
 	syncer *sync.Syncer
 	node   dataplane.Node // to be set before run
+	// setNode tells of another, from then on.
+	setNode func(dataplane.Node)
 
 	deleted atomic.Int64 // entries
 }
@@ -55,8 +57,11 @@ func (c *cleaned) run() (stop func()) {
 		c.deleted.Add(int64(l.Deleted))
 	}})
 	c.syncer = sync.New(dp, sync.Options{OnCommit: cleaner.Committed})
-	cleaner.SetNode(c.node)
-	c.syncer.SetNode(c.node)
+	c.setNode = func(node dataplane.Node) {
+		cleaner.SetNode(node)
+		c.syncer.SetNode(node)
+	}
+	c.setNode(c.node)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 2)
 	go func() { done <- c.syncer.Run(ctx) }()
@@ -282,6 +287,10 @@ func TestNodePortFlowsMoveOn(t *testing.T) {
 			c.wantAnswer(conn, "another node port", "node")
 			c.forgetting(func() { want(port, "b") })
 			c.wantAnswer(conn, "the node port is back", "b")
+			c.forgetting(func() { c.setNode(dataplane.Node{}) })
+			c.wantAnswer(conn, "node ports are served elsewhere", "node")
+			c.forgetting(func() { c.setNode(dataplane.Node{NodePortAddrs: []netip.Addr{address}}) })
+			c.wantAnswer(conn, "node ports are served here again", "b")
 			c.forgetting(func() { c.hand(map[dataplane.Key]*dataplane.Service{key: nil}) })
 			c.wantAnswer(conn, "the Service is deleted", "node")
 		})

@@ -34,6 +34,7 @@ func Run(t *testing.T, open Opener) {
 	t.Run("node ports at loopback addresses are refused", s.localhost)
 	t.Run("pings to Services are answered where that is wanted", s.pings)
 	t.Run("invalid packets of endpoints reach nobody", s.invalid)
+	t.Run("connections that a client has lost", s.lostConnections)
 	t.Run("connections of which the node sees one direction", s.oneDirection)
 	t.Run("outside clients get local endpoints where the policy is Local", s.externalLocal)
 	t.Run("clients out of the source ranges are dropped", s.sourceRanges)

@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"slices"
 	"testing"
+	"time"
 
 	"fairlead/dataplane"
 	"fairlead/internal/nettest"
@@ -20,6 +21,7 @@ func (s suite) invalid(t *testing.T) {
 	node, outside := w.net.Node, w.net.Outside
 	w.node.NodePortAddrs = node.Addrs()
 	node.ServeT(t, nettest.TCP, 8443)
+	outside.ServeT(t, nettest.TCP, port)
 	wires := map[netip.Addr]*nettest.Wire{}
 	for _, host := range []*nettest.Host{w.client, w.pods[0], w.pods[1], node, outside} {
 		for _, addr := range host.Addrs() {
@@ -28,14 +30,19 @@ func (s suite) invalid(t *testing.T) {
 	}
 	var services []*dataplane.Service
 	for _, family := range families() {
-		cluster, local, port := w.to(w.endpoints(family, 0, 1)), w.to(w.endpoints(family, 0)), w.to(w.endpoints(family, 1))
+		cluster, local, masqueraded := w.to(w.endpoints(family, 0, 1)), w.to(w.endpoints(family, 0)), w.to(w.endpoints(family, 1))
 		local.ExternalLocal, local.LocalEndpoints, local.Masquerade = true, local.Endpoints, dataplane.MasqueradeNode
-		port.Masquerade = dataplane.MasqueradeAlways
+		masqueraded.Masquerade = dataplane.MasqueradeAlways
 		services = append(services,
 			w.of(dataplane.ClusterIP, "cluster", dataplane.TCP, vip(family, 1, 80), cluster),
 			w.of(dataplane.LoadBalancer, "local", dataplane.TCP, vip(family, 2, 80), local),
-			w.of(dataplane.NodePort, "port", dataplane.TCP, nodePortOf(family, 30080), port),
+			w.of(dataplane.NodePort, "port", dataplane.TCP, nodePortOf(family, 30080), masqueraded),
 			w.of(dataplane.ClusterIP, "host", dataplane.TCP, vip(family, 3, 80), w.to([]netip.AddrPort{at(node, family, 8443)})))
+		elsewhere := w.to([]netip.AddrPort{at(outside, family, port)})
+		elsewhere.Masquerade = dataplane.MasqueradeAlways
+		services = append(services,
+			w.of(dataplane.ClusterIP, "elsewhere", dataplane.TCP, vip(family, 4, 80), elsewhere),
+			w.of(dataplane.NodePort, "elsewhere", dataplane.TCP, nodePortOf(family, 30081), elsewhere))
 	}
 	type connection struct {
 		name string
@@ -45,33 +52,36 @@ func (s suite) invalid(t *testing.T) {
 	vipOf := func(n byte) func(dataplane.Family) netip.AddrPort {
 		return func(f dataplane.Family) netip.AddrPort { return vip(f, n, 80) }
 	}
-	nodePort := func(f dataplane.Family) netip.AddrPort { return at(node, f, 30080) }
-	plain := []connection{
+	nodePort := func(n uint16) func(dataplane.Family) netip.AddrPort {
+		return func(f dataplane.Family) netip.AddrPort { return at(node, f, n) }
+	}
+	connections := []connection{
 		{"from a pod", w.client, vipOf(1)},
 		{"from a pod, with the policy", w.client, vipOf(2)},
 		{"from outside, with the policy", outside, vipOf(2)},
 		{"from a pod to an endpoint that is this node", w.client, vipOf(3)},
-	}
-	masqueraded := []connection{
-		{"from a pod to a node port", w.client, nodePort},
-		{"from outside to a node port", outside, nodePort},
+		// These are masqueraded.
+		{"from a pod to a node port", w.client, nodePort(30080)},
+		{"from outside to a node port", outside, nodePort(30080)},
 		{"from the node", node, vipOf(1)},
+		// An endpoint that is no pod of this node, as those of other nodes are.
+		{"from a pod to an endpoint elsewhere", w.client, vipOf(4)},
+		{"from a pod to a node port with an endpoint elsewhere", w.client, nodePort(30081)},
+		{"from the node to an endpoint elsewhere", node, vipOf(4)},
 	}
 	w.replace()
 	for _, tt := range []struct {
-		name        string
-		node        dataplane.Node
-		connections []connection
+		name string
+		node dataplane.Node
 	}{
-		{"pods told by their address", dataplane.Node{PodCIDRs: w.net.PodCIDRs}, slices.Concat(plain, masqueraded)},
-		{"pods told by their interface", dataplane.Node{PodInterfacePrefix: "veth"}, slices.Concat(plain, masqueraded)},
-		// Nobody knows that the node's masqueraded connections are with pods.
-		{"pods told by nothing", dataplane.Node{}, plain},
+		{"pods told by their address", dataplane.Node{PodCIDRs: w.net.PodCIDRs}},
+		{"pods told by their interface", dataplane.Node{PodInterfacePrefix: "veth"}},
+		{"pods told by nothing", dataplane.Node{}},
 	} {
 		w.node = tt.node
 		w.node.NodePortAddrs = node.Addrs()
 		w.replace(services...)
-		for _, c := range tt.connections {
+		for _, c := range connections {
 			for _, family := range families() {
 				t.Run(fmt.Sprintf("%s/%s/%s", tt.name, c.name, family), func(t *testing.T) {
 					w.inject(t, wires, c.from, c.to(family))
@@ -126,6 +136,47 @@ func (w *world) inject(t *testing.T, wires map[netip.Addr]*nettest.Wire, from *n
 	for _, s := range endpoint.Seen() {
 		if ofClient(s) && s.Flags&nettest.RST != 0 {
 			t.Errorf("the endpoint has got %+v, want no reset", s)
+		}
+	}
+}
+
+// lostConnections has a server go on with connections that its clients know nothing
+// of any more, as after a restart. Its port is one that endpoints have.
+func (s suite) lostConnections(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, s.open, 1)
+	node, outside := w.net.Node, w.net.Outside
+	w.node.PodCIDRs = w.net.PodCIDRs
+	var services []*dataplane.Service
+	for _, family := range families() {
+		services = append(services, w.service("web", dataplane.TCP, []netip.AddrPort{vip(family, 1, 80)}, w.endpoints(family, 0)))
+	}
+	w.replace(services...)
+	for _, family := range families() {
+		for _, tt := range []struct{ server, client *nettest.Host }{
+			{outside, node}, {outside, w.client}, {w.pods[0], node}, {w.pods[0], w.client}, {node, w.client},
+		} {
+			t.Run(fmt.Sprintf("%s with %s/%s", tt.server.Name, tt.client.Name, family), func(t *testing.T) {
+				t.Parallel()
+				wire := tt.server.WireT(t, addrOf(tt.server, family))
+				line := nettest.Segment{
+					Source: at(tt.server, family, port), Destination: at(tt.client, family, 40000),
+					Seq: 1000, Ack: 2000, Flags: nettest.ACK | nettest.PSH, Len: 10,
+				}
+				if err := wire.Send(line); err != nil {
+					t.Fatal(err)
+				}
+				for end := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+					if slices.ContainsFunc(wire.Seen(), func(s nettest.Segment) bool {
+						return s.Source == line.Destination && s.Destination == line.Source && s.Flags&nettest.RST != 0
+					}) {
+						return
+					}
+					if time.Now().After(end) {
+						t.Fatal("the server is not told that there is no connection")
+					}
+				}
+			})
 		}
 	}
 }

@@ -23,7 +23,8 @@
 //     frontend is gone;
 //   - those that were not translated, as the frontend was none when they began,
 //     or had no endpoint;
-//   - after a Replace, which may have found anything, all of a frontend.
+//   - after a Replace, which may have found anything, all of a frontend, and those
+//     to a node port by an address that has left [dataplane.Node] since the start.
 //
 // TCP and SCTP end by themselves, with a reset or a timeout of the client, and
 // are left alone.

@@ -1,6 +1,7 @@
 package conntrack
 
 import (
+	"maps"
 	"net/netip"
 	"slices"
 
@@ -22,14 +23,16 @@ type programmed struct {
 	// owners are the Services of the frontends, of which those with the
 	// unspecified address are node ports.
 	owners map[netip.AddrPort]*dataplane.Service
-	// nodePortAddrs are where node ports answer.
-	nodePortAddrs map[netip.Addr]struct{}
+	// nodePortAddrs are where node ports answer, and formerAddrs where they did.
+	nodePortAddrs, formerAddrs map[netip.Addr]struct{}
 }
 
 func newProgrammed() programmed {
 	return programmed{
 		services: map[dataplane.Key]*dataplane.Service{},
 		owners:   map[netip.AddrPort]*dataplane.Service{},
+
+		formerAddrs: map[netip.Addr]struct{}{},
 	}
 }
 
@@ -51,22 +54,37 @@ func (p *programmed) take(services map[dataplane.Key]*dataplane.Service) {
 }
 
 func (p *programmed) setNode(n dataplane.Node) {
+	maps.Copy(p.formerAddrs, p.nodePortAddrs)
 	p.nodePortAddrs = make(map[netip.Addr]struct{}, len(n.NodePortAddrs))
 	for _, addr := range n.NodePortAddrs {
 		p.nodePortAddrs[addr] = struct{}{}
+		delete(p.formerAddrs, addr)
 	}
 }
 
 // nodePort returns the node port that a destination would be.
 func (p *programmed) nodePort(destination netip.AddrPort) (netip.AddrPort, bool) {
-	if _, ok := p.nodePortAddrs[destination.Addr()]; !ok {
-		return netip.AddrPort{}, false
+	_, ok := p.nodePortAddrs[destination.Addr()]
+	return atAnyAddr(destination), ok
+}
+
+// left reports whether a flow is to a node port, by an address that has none any
+// more.
+func (p *programmed) left(f flow) bool {
+	if _, former := p.formerAddrs[f.destination.Addr()]; !former || !f.translated() {
+		return false
 	}
+	owner := p.owners[atAnyAddr(f.destination)]
+	return owner != nil && serves(owner, f.endpoint)
+}
+
+// atAnyAddr returns the frontend of a node port.
+func atAnyAddr(destination netip.AddrPort) netip.AddrPort {
 	unspecified := netip.IPv6Unspecified()
 	if destination.Addr().Is4() {
 		unspecified = netip.IPv4Unspecified()
 	}
-	return netip.AddrPortFrom(unspecified, destination.Port()), true
+	return netip.AddrPortFrom(unspecified, destination.Port())
 }
 
 // stale reports whether a flow is to be forgotten, of those in s.
@@ -83,6 +101,9 @@ func (p *programmed) stale(f flow, s *suspects) bool {
 		if s.all {
 			return true
 		}
+	}
+	if owner == nil && s.all && p.left(f) {
+		return true
 	}
 	return s.frontends[f.destination].has(f, owner) || isNode && s.frontends[node].has(f, owner)
 }

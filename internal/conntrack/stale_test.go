@@ -266,6 +266,50 @@ func TestStale(t *testing.T) {
 	}
 }
 
+// TestNodePortsLeaveAddresses says that the flows of node ports go whose address has
+// no node ports any more, until it has again.
+func TestNodePortsLeaveAddresses(t *testing.T) {
+	t.Parallel()
+	// Of an address that has node ports, as in TestStale.
+	unserved := []string{"192.0.2.2:30053 192.0.2.2:30053", "192.0.2.2:30053 10.0.0.9:53"}
+	for name, tt := range map[string]struct {
+		nodes []string // the addresses for node ports, one after the other
+		stale []string
+	}{
+		"before":              {[]string{"192.0.2.1 192.0.2.2"}, unserved},
+		"one leaves":          {[]string{"192.0.2.1 192.0.2.2", "192.0.2.1"}, []string{"192.0.2.2:30053 10.0.0.1:53"}},
+		"and nothing happens": {[]string{"192.0.2.1 192.0.2.2", "192.0.2.1", "192.0.2.1"}, []string{"192.0.2.2:30053 10.0.0.1:53"}},
+		"and comes back":      {[]string{"192.0.2.1 192.0.2.2", "192.0.2.1", "192.0.2.1 192.0.2.2"}, unserved},
+		"all leave":           {[]string{"192.0.2.1 192.0.2.2", ""}, []string{"192.0.2.1:30053 10.0.0.1:53", "192.0.2.2:30053 10.0.0.1:53"}},
+	} {
+		p := newProgrammed()
+		node, ext := service("node 0.0.0.0:30053 -> 10.0.0.1:53"), service("ext 192.0.2.2:30054 -> 10.0.0.1:53")
+		p.take(map[dataplane.Key]*dataplane.Service{node.Key: node, ext.Key: ext})
+		for _, addrs := range tt.nodes {
+			var n dataplane.Node
+			for field := range strings.FieldsSeq(addrs) {
+				n.NodePortAddrs = append(n.NodePortAddrs, netip.MustParseAddr(field))
+			}
+			p.setNode(n)
+		}
+		var got []string
+		for _, text := range []string{
+			"192.0.2.1:30053 10.0.0.1:53", "192.0.2.2:30053 10.0.0.1:53",
+			// Not the node ports' doing, where the address has none.
+			"192.0.2.2:30053 192.0.2.2:30053", "192.0.2.2:30053 10.0.0.9:53", "192.0.2.2:30055 10.0.0.1:53",
+			"192.0.2.2:30054 10.0.0.1:53", "192.0.2.3:30053 10.0.0.1:53",
+		} {
+			f := addrPorts(text)
+			if p.stale(flow{destination: f[0], endpoint: f[1]}, &suspects{all: true}) {
+				got = append(got, text)
+			}
+		}
+		if diff := cmp.Diff(tt.stale, got); diff != "" {
+			t.Errorf("%s: stale (-want +got)\n%s", name, diff)
+		}
+	}
+}
+
 // TestLocalEndpointsServe says that flows of clients from outside stay with this
 // node's endpoints.
 func TestLocalEndpointsServe(t *testing.T) {

@@ -9,6 +9,8 @@ import (
 	"net/netip"
 	stdsync "sync"
 	"time"
+
+	"fairlead/dataplane"
 )
 
 const (
@@ -39,15 +41,19 @@ func (r *Relay) connect(ctx context.Context, p *port, client *net.TCPConn) {
 func (r *Relay) reach(ctx context.Context, p *port) (*net.TCPConn, error) {
 	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
 	defer cancel()
+	deadline := time.Now().Add(dialTimeout)
+	all, _ := p.endpoints()
 	var tried []netip.AddrPort
 	var errs []error
-	for range maxTried {
+	for n := range maxTried {
 		addr, ok := p.pick(time.Now(), tried)
 		if !ok {
 			break
 		}
 		tried = append(tried, addr)
-		conn, err := r.opts.Dial(ctx, networkOf(p.family()), addr)
+		// One that does not answer at all leaves the others their share of the time.
+		share := time.Until(deadline) / time.Duration(max(1, min(all, maxTried)-n))
+		conn, err := r.dialWithin(ctx, share, p.family(), addr)
 		if err != nil {
 			errs = append(errs, fmt.Errorf("connect to endpoint %s: %w", addr, err))
 			if ctx.Err() != nil {
@@ -65,6 +71,13 @@ func (r *Relay) reach(ctx context.Context, p *port) (*net.TCPConn, error) {
 		return nil, errors.New("the endpoints have left")
 	}
 	return nil, errors.Join(errs...)
+}
+
+// dialWithin connects to an endpoint, and gives up after a time.
+func (r *Relay) dialWithin(ctx context.Context, timeout time.Duration, family dataplane.Family, addr netip.AddrPort) (net.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	return r.opts.Dial(ctx, networkOf(family), addr)
 }
 
 // join copies between two connections until both have ended, and closes them. The

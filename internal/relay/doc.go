@@ -20,9 +20,9 @@
 // has connected for the timeout.
 //
 // An endpoint that refuses, or is not to be reached, is passed over for another:
-// up to three are tried, within five seconds. If none answers the client, whose
-// connection was accepted before, is reset. Pods see an address of the node as
-// the client's.
+// up to three are tried, within five seconds, of which one that does not answer
+// takes its share. If none answers the client, whose connection was accepted
+// before, is reset. Pods see an address of the node as the client's.
 //
 // The end of either stream is passed on by itself, so that a client may go on
 // reading after it has said all; an error ends both sides with a reset. A

@@ -1,0 +1,79 @@
+package relay
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/netip"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"fairlead/dataplane"
+)
+
+// Endpoints that don't answer at all, as those of a node that is down, leave the
+// others time to. One that is alone has all the time.
+func TestSilentEndpoints(t *testing.T) {
+	t.Parallel()
+	l, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	for _, tt := range []struct {
+		name string
+		// after is how long each endpoint takes to answer; zero for ever.
+		after   []time.Duration
+		reaches bool
+	}{
+		{"one that answers late", []time.Duration{4 * time.Second}, true},
+		{"one that is silent", []time.Duration{0}, false},
+		{"one of two is silent", []time.Duration{0, time.Millisecond}, true},
+		{"the other of two answers when it is asked again", []time.Duration{0, time.Second + time.Millisecond}, true},
+		{"two of three are silent", []time.Duration{0, 0, time.Second + time.Millisecond}, true},
+		{"all are silent", []time.Duration{0, 0, 0, 0}, false},
+	} {
+		for _, affinity := range []time.Duration{0, time.Hour} {
+			t.Run(fmt.Sprintf("%s/affinity %s", tt.name, affinity), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					svc := &dataplane.Service{}
+					svc.Affinity = affinity
+					after := map[netip.AddrPort]time.Duration{}
+					for i, d := range tt.after {
+						addr := netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 0, 0, byte(i)}), 80) //nolint:gosec // few
+						svc.Endpoints = append(svc.Endpoints, dataplane.Endpoint{Addr: addr})
+						after[addr] = d
+					}
+					r := New(Options{Dial: func(ctx context.Context, network string, addr netip.AddrPort) (net.Conn, error) {
+						var answer <-chan time.Time
+						if d := after[addr]; d > 0 {
+							answer = time.After(d)
+						}
+						select {
+						case <-ctx.Done():
+							return nil, ctx.Err()
+						case <-answer:
+							return (&net.Dialer{}).DialContext(ctx, network, l.Addr().String())
+						}
+					}})
+					p := &port{frontend: dataplane.Frontend{Addr: netip.AddrPortFrom(netip.IPv4Unspecified(), 30080)}}
+					p.set(svc)
+					for range 20 { // which is first is a matter of chance
+						start := time.Now()
+						conn, err := r.reach(t.Context(), p)
+						if (err == nil) != tt.reaches {
+							t.Fatalf("error %v after %s, want an endpoint: %t", err, time.Since(start), tt.reaches)
+						}
+						if took := time.Since(start); took > dialTimeout {
+							t.Errorf("it took %s, want %s at most", took, dialTimeout)
+						}
+						if conn != nil {
+							_ = conn.Close()
+						}
+					}
+				})
+			})
+		}
+	}
+}
