@@ -198,7 +198,7 @@ func (d *Dataplane) newBatch() *batch {
 func (b *batch) elements() int {
 	n := 0
 	for i := range b.tables {
-		n += b.tables[i].elements + b.tables[i].addrs.size()
+		n += b.tables[i].elements + b.tables[i].addrs.size() + len(b.tables[i].ports)
 	}
 	return n
 }
@@ -232,13 +232,17 @@ func (b *batch) of(f dataplane.Frontend) *tableEdit {
 }
 
 func (e *tableEdit) count(f dataplane.Frontend, r *row, n int) {
+	for _, b := range r.branches() {
+		e.countBranch(b, n)
+	}
+	e.addrs.add(f.Addr.Addr(), r.addrs, n)
+}
+
+func (e *tableEdit) countBranch(b branch, n int) {
 	if e.branches == nil {
 		e.branches = map[branch]int{}
 	}
-	for _, b := range r.branches() {
-		e.branches[b] += n
-	}
-	e.addrs.add(f.Addr.Addr(), r.addrs, n)
+	e.branches[b] += n
 }
 
 func index(f dataplane.Family) int {
