@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -439,4 +440,51 @@ func TestStepsAreBounded(t *testing.T) {
 			}
 		}
 	}
+}
+
+// TestPortsAreMendedInPieces removes what endpoint-ports holds, adds others, and
+// looks at how much each commit of the Replace that mends it changes.
+func TestPortsAreMendedInPieces(t *testing.T) {
+	t.Parallel()
+	d, ns := newDataplane(t)
+	const many = 300
+	var list []dataplane.Endpoint
+	var others []string
+	for i := range many {
+		list = append(list, dataplane.Endpoint{Addr: netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 1, byte(i >> 8), byte(i)}), uint16(1+i))})
+		others = append(others, fmt.Sprint(1000+i))
+	}
+	s := service(t, "ports", []dataplane.Frontend{frontend(1)}, list)
+	replace(t, d, podNode(), s)
+	for name, script := range map[string]string{
+		"missing": "flush set ip fairlead endpoint-ports",
+		"more":    "add element ip fairlead endpoint-ports { " + strings.Join(others, ", ") + " }",
+	} {
+		nft(t, ns, nftBinaries(t)["1.1.3"], script)
+		d.editSize = 20
+		o := openIn(t, ns)
+		before, largest := len(portSet(t, o)), 0
+		d.flush = func() error {
+			err := d.conn.Flush()
+			now := len(portSet(t, o))
+			largest, before = max(largest, now-before, before-now), now
+			return err
+		}
+		replace(t, d, podNode(), s)
+		if largest > d.editSize || before != many {
+			t.Errorf("%s: %d ports in the end, want %d; up to %d in one commit, want %d", name, before, many, largest, d.editSize)
+		}
+		d.flush, d.editSize = d.conn.Flush, editSize
+		wantClean(t, d, ns, podNode(), []*dataplane.Service{s})
+	}
+}
+
+// portSet returns the elements of endpoint-ports for IPv4.
+func portSet(t *testing.T, d *Dataplane) []element {
+	t.Helper()
+	var all []element
+	if err := d.dump.elements(d.tables[0].endpointPorts, func(e element) { all = append(all, e) }); err != nil {
+		t.Fatal(err)
+	}
+	return all
 }
