@@ -571,11 +571,7 @@ func (r *replacement) commitServices(services []*dataplane.Service) error {
 	after := make([]arranged, len(services))
 	for n, s := range services {
 		have := r.have[index(s.Key.Family)].rows
-		var current arrangement
-		if first := have[s.Frontends[0]]; first != nil {
-			current = first.arrangement()
-		}
-		a := arrangeService(current, s)
+		a := arrangeService(arrangementFound(s, have), s)
 		after[n] = arranged{a, !a.natural(s)}
 		want := render(s, a, r.node)
 		for _, f := range s.Frontends {
@@ -598,6 +594,26 @@ func (r *replacement) commitServices(services []*dataplane.Service) error {
 	}
 	half := len(services) / 2
 	return errors.Join(r.commitServices(services[:half]), r.commitServices(services[half:]))
+}
+
+// arrangementFound returns the arrangement that rows show of a Service: that of its first
+// frontend which was its own, or else of the first one that was there. The others
+// have the same, unless somebody was interrupted.
+func arrangementFound(s *dataplane.Service, have map[dataplane.Frontend]*row) arrangement {
+	var first *row
+	for _, f := range s.Frontends {
+		r := have[f]
+		if r != nil && r.inServices && r.service == comment(s.Key) {
+			return r.arrangement()
+		}
+		if first == nil {
+			first = r
+		}
+	}
+	if first == nil {
+		return arrangement{}
+	}
+	return first.arrangement()
 }
 
 // completed notes that Services are as wanted.
