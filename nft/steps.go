@@ -8,9 +8,10 @@ import (
 // steps splits a batch that is too large for one commit into several of some size
 // elements each, to be carried out in this order:
 //
-//  1. What is added, or changed, besides classes, and the ports of endpoints. Slots that no class draws yet,
-//     their IDs, and source ranges that no class looks for are seen by nobody. A
-//     slot that is in use changes from one endpoint to another by itself.
+//  1. What is added, or changed, besides classes, and the ports of endpoints. Slots
+//     that no class draws yet, their IDs, and source ranges that no class looks for
+//     are seen by nobody. A slot that is in use changes from one endpoint to another
+//     by itself.
 //  2. The classes. This is when a Service appears, grows, shrinks or goes: its
 //     endpoints are all there. A Service with very many frontends does so one
 //     frontend after the other, but each of them in one commit.
