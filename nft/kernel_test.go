@@ -1267,3 +1267,56 @@ func TestUserDataOfOthers(t *testing.T) {
 		t.Errorf("got %q, want %q", got, want)
 	}
 }
+
+// TestIDsStayWhenAFrontendIsNew has a Service get a frontend while nobody looks, one
+// that is new, and one that was another Service's. Its endpoints, of which two want
+// the same ID, keep those that clients of its other frontend are remembered by.
+func TestIDsStayWhenAFrontendIsNew(t *testing.T) {
+	t.Parallel()
+	seen := map[id]netip.AddrPort{}
+	var a, b netip.AddrPort
+	for i := 0; !b.IsValid(); i++ {
+		addr := netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 1, byte(i >> 8), byte(i)}), 8080)
+		n := firstID(clusterList, addr)
+		if other, ok := seen[n]; ok {
+			a, b = other, addr
+		}
+		seen[n] = addr
+	}
+	sticky := func(name string, frontends []dataplane.Frontend, addrs ...netip.AddrPort) *dataplane.Service {
+		var list []dataplane.Endpoint
+		for _, addr := range addrs {
+			list = append(list, dataplane.Endpoint{Addr: addr})
+		}
+		s := service(t, name, frontends, list)
+		s.Affinity = time.Hour
+		return s
+	}
+	for name, others := range map[string][]*dataplane.Service{
+		"new":              nil,
+		"another's before": {sticky("other", []dataplane.Frontend{frontend(1)}, a)},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			d, ns := newDataplane(t)
+			late := sticky("s", []dataplane.Frontend{frontend(2)}, b)
+			both := sticky("s", []dataplane.Frontend{frontend(2)}, a, b)
+			replace(t, d, podNode(), append(others, late)...)
+			apply(t, d, dataplane.Change{Old: late, New: both}) // the late one came first
+			ids := func() map[id]netip.AddrPort {
+				c, err := d.readRows(t.Context(), d.tables[0])
+				if err != nil {
+					t.Fatal(err)
+				}
+				return c.rows[frontend(2)].byID
+			}
+			before := ids()
+			more := sticky("s", []dataplane.Frontend{frontend(1), frontend(2)}, a, b)
+			replace(t, openIn(t, ns), podNode(), more)
+			wantState(t, d, more)
+			if diff := cmp.Diff(fmt.Sprint(before), fmt.Sprint(ids())); diff != "" {
+				t.Errorf("the IDs have changed (-before +after):\n%s", diff)
+			}
+		})
+	}
+}

@@ -36,11 +36,11 @@ type content struct {
 	objects   map[string]nftables.ObjType
 	rangeBits []int
 	// addrs are the addresses in the sets of these, and ports counts the elements
-	// with an endpoint.
-	addrs [addrSets]map[netip.Addr]bool
-	ports portCounts
-	// node has the elements of the sets that follow the node, and of
-	// endpoint-ports, by name.
+	// with an endpoint. portSet are the ports in endpoint-ports.
+	addrs   [addrSets]map[netip.Addr]bool
+	ports   portCounts
+	portSet map[uint16]bool
+	// node has the elements of the sets that follow the node, by name.
 	node map[string][]element
 }
 
@@ -84,7 +84,7 @@ func (d *Dataplane) readRows(ctx context.Context, t *table) (*content, error) {
 		rules:    map[string][]*nftables.Rule{},
 		rows:     map[dataplane.Frontend]*row{},
 		branches: map[branch]bool{}, foreign: map[string][]element{}, objects: map[string]nftables.ObjType{},
-		ports: portCounts{}, node: map[string][]element{},
+		ports: portCounts{}, portSet: map[uint16]bool{}, node: map[string][]element{},
 	}
 	var err error
 	if c.table, err = findTable(d.conn, t); err != nil || c.table == nil {
@@ -135,6 +135,7 @@ func (c *content) readings(t *table) []reading {
 		{t.slots, func(e element) error { return c.parseSlot(t, e) }},
 		{t.stickyEndpoints, func(e element) error { return c.parseSticky(t, e) }},
 		{t.hairpin, func(e element) error { return c.parseHairpin(t, e) }},
+		{t.endpointPorts, c.parsePort},
 	}
 	for s, set := range t.addrSets {
 		c.addrs[s] = map[netip.Addr]bool{}
@@ -146,7 +147,7 @@ func (c *content) readings(t *table) []reading {
 	for shard, set := range t.endpoints {
 		rows = append(rows, reading{set, func(e element) error { return c.parseEndpoint(t, shard, e) }})
 	}
-	for set := range t.derivedSets(dataplane.Node{}, nil) {
+	for set := range t.nodeSets(dataplane.Node{}) {
 		rows = append(rows, reading{set, func(e element) error {
 			c.node[set.Name] = append(c.node[set.Name], e)
 			return nil
@@ -291,6 +292,14 @@ func (c *content) parseAddr(t *table, s addrSet, e element) error {
 		return errForeign
 	}
 	c.addrs[s][addr] = true
+	return nil
+}
+
+func (c *content) parsePort(e element) error {
+	if len(e.Key) != 2 {
+		return errForeign
+	}
+	c.portSet[binary.BigEndian.Uint16(e.Key)] = true
 	return nil
 }
 

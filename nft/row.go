@@ -479,11 +479,13 @@ func (e *edit) changeRanges(f dataplane.Frontend, have, want *row) {
 	})
 }
 
-func (e *edit) countPort(endpoint netip.AddrPort, n int) {
+func (e *edit) countPort(endpoint netip.AddrPort, n int) { e.addPort(endpoint.Port(), n) }
+
+func (e *edit) addPort(port uint16, n int) {
 	if e.ports == nil {
 		e.ports = portCounts{}
 	}
-	e.ports[endpoint.Port()] += n
+	e.ports[port] += n
 }
 
 func (e *edit) delete(set int, el element) {

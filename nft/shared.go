@@ -128,14 +128,6 @@ func (c portCounts) split() (more, less portCounts) {
 	return more, less
 }
 
-func (c portCounts) elements() []element {
-	var all []element
-	for port := range c {
-		all = append(all, element{Key: portElement(port)})
-	}
-	return all
-}
-
 // sharedEdit is a change of one of these sets.
 type sharedEdit struct {
 	set        *nftables.Set

@@ -4,10 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"net/netip"
 	"slices"
+	"strings"
 	"testing"
+	"time"
 
 	"fairlead/dataplane"
 	"fairlead/internal/nettest"
@@ -355,4 +358,133 @@ func TestFaultsAreWhatTheySay(t *testing.T) {
 		d.flush = d.conn.Flush
 		replace(t, d, podNode())
 	}
+}
+
+// TestStepsAreBounded takes apart what no Service has much of as a rule: frontends,
+// and endpoints that have a port each. No step is much larger than it should be, the
+// classes of a frontend are all in one, and together the steps are the whole.
+func TestStepsAreBounded(t *testing.T) {
+	t.Parallel()
+	const many = 2000
+	var frontends []dataplane.Frontend
+	var list []dataplane.Endpoint
+	for i := range many {
+		addr := netip.AddrFrom4([4]byte{203, 0, byte(i >> 8), byte(i)})
+		frontends = append(frontends, dataplane.Frontend{Protocol: dataplane.TCP, Addr: netip.AddrPortFrom(addr, 80)})
+		list = append(list, dataplane.Endpoint{Addr: netip.AddrPortFrom(addr, uint16(1+i))})
+	}
+	of := func(frontends []dataplane.Frontend, treatment dataplane.Treatment) *dataplane.Service {
+		key := dataplane.Key{Namespace: "default", Name: "much", Family: dataplane.IPv4, Kind: dataplane.ExternalIP}
+		s, err := dataplane.NewService(key, slices.Clone(frontends), treatment)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}
+	full := dataplane.Treatment{Endpoints: endpoints(1), ExternalLocal: true, LocalEndpoints: endpoints(1), Affinity: time.Hour}
+	for name, s := range map[string]*dataplane.Service{
+		"frontends": of(frontends, full),
+		"ports":     of(frontends[:1], dataplane.Treatment{Endpoints: list}),
+	} {
+		r := render(s, arrangeService(arrangement{}, s), fullNode())
+		for what, rows := range map[string][2]*row{"come": {nil, r}, "go": {r, nil}} {
+			whole := &batch{}
+			for i, family := range []dataplane.Family{dataplane.IPv4, dataplane.IPv6} {
+				whole.tables[i].table = newTable(family)
+			}
+			for _, f := range s.Frontends {
+				whole.change(f, rows[0], rows[1])
+			}
+			const size = 100
+			together := &tableEdit{addrs: newAddrCounts(), branches: map[branch]int{}, edit: edit{ports: portCounts{}}}
+			in := map[string]int{} // classes are in which step
+			n := 0
+			for step := range whole.steps(size) {
+				if got := step.elements(); got > size+classSets {
+					t.Errorf("%s %s: step %d has %d elements, want some %d", name, what, n, got, size)
+				}
+				e := &step.tables[0]
+				if len(e.ports) > size {
+					t.Errorf("%s %s: step %d has %d ports, want at most %d", name, what, n, len(e.ports), size)
+				}
+				for set := range classSets {
+					for _, el := range slices.Concat(e.del[set], e.add[set]) {
+						if other, ok := in[string(el.Key)]; ok && other != n {
+							t.Errorf("%s %s: the classes of a frontend are in steps %d and %d", name, what, other, n)
+						}
+						in[string(el.Key)] = n
+					}
+				}
+				together.elements += e.elements
+				for set, counts := range e.addrs {
+					for addr, n := range counts {
+						together.addrs[set][addr] += n
+					}
+				}
+				for port, n := range e.ports {
+					together.ports[port] += n
+				}
+				for b, n := range e.branches {
+					together.branches[b] += n
+				}
+				n++
+			}
+			want := &whole.tables[0]
+			if together.elements != want.elements || !maps.Equal(together.ports, want.ports) || !maps.Equal(together.branches, want.branches) {
+				t.Errorf("%s %s: the steps are not the whole", name, what)
+			}
+			for set := range want.addrs {
+				if !maps.Equal(together.addrs[set], want.addrs[set]) {
+					t.Errorf("%s %s: the steps do not have all addresses of %s", name, what, addrSet(set))
+				}
+			}
+		}
+	}
+}
+
+// TestPortsAreMendedInPieces removes what endpoint-ports holds, adds others, and
+// looks at how much each commit of the Replace that mends it changes.
+func TestPortsAreMendedInPieces(t *testing.T) {
+	t.Parallel()
+	d, ns := newDataplane(t)
+	const many = 300
+	var list []dataplane.Endpoint
+	var others []string
+	for i := range many {
+		list = append(list, dataplane.Endpoint{Addr: netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 1, byte(i >> 8), byte(i)}), uint16(1+i))})
+		others = append(others, fmt.Sprint(1000+i))
+	}
+	s := service(t, "ports", []dataplane.Frontend{frontend(1)}, list)
+	replace(t, d, podNode(), s)
+	for name, script := range map[string]string{
+		"missing": "flush set ip fairlead endpoint-ports",
+		"more":    "add element ip fairlead endpoint-ports { " + strings.Join(others, ", ") + " }",
+	} {
+		nft(t, ns, nftBinaries(t)["1.1.3"], script)
+		d.editSize = 20
+		o := openIn(t, ns)
+		before, largest := len(portSet(t, o)), 0
+		d.flush = func() error {
+			err := d.conn.Flush()
+			now := len(portSet(t, o))
+			largest, before = max(largest, now-before, before-now), now
+			return err
+		}
+		replace(t, d, podNode(), s)
+		if largest > d.editSize || before != many {
+			t.Errorf("%s: %d ports in the end, want %d; up to %d in one commit, want %d", name, before, many, largest, d.editSize)
+		}
+		d.flush, d.editSize = d.conn.Flush, editSize
+		wantClean(t, d, ns, podNode(), []*dataplane.Service{s})
+	}
+}
+
+// portSet returns the elements of endpoint-ports for IPv4.
+func portSet(t *testing.T, d *Dataplane) []element {
+	t.Helper()
+	var all []element
+	if err := d.dump.elements(d.tables[0].endpointPorts, func(e element) { all = append(all, e) }); err != nil {
+		t.Fatal(err)
+	}
+	return all
 }

@@ -85,7 +85,36 @@ func (d *Dataplane) mend(t *table, node dataplane.Node, have *content) error {
 	if err := d.flush(); err != nil {
 		return fmt.Errorf("commit: %w", err)
 	}
-	return nil
+	return d.mendPorts(t, have)
+}
+
+// mendPorts makes the ports of endpoints those of the endpoints that there are, in
+// commits of their own, as there may be many.
+func (d *Dataplane) mendPorts(t *table, have *content) error {
+	var gone, come []element
+	for port := range have.portSet {
+		if have.ports[port] == 0 {
+			gone = append(gone, element{Key: portElement(port)})
+		}
+	}
+	for port := range have.ports {
+		if !have.portSet[port] {
+			come = append(come, element{Key: portElement(port)})
+		}
+	}
+	change := func(how func(*nftables.Set, []element) error, elements []element) error {
+		for part := range slices.Chunk(elements, d.editSize) {
+			_ = how(t.endpointPorts, part) // the library keeps the error for Flush
+			if err := d.flush(); err != nil {
+				return fmt.Errorf("mend set %s: %w", t.endpointPorts.Name, err)
+			}
+		}
+		return nil
+	}
+	if err := change(d.conn.SetDeleteElements, gone); err != nil {
+		return err
+	}
+	return change(d.conn.SetAddElements, come)
 }
 
 // flushChains removes chains that are not wanted, and the rules of those that
@@ -174,15 +203,7 @@ func (d *Dataplane) addRules(t *table, ch chain) {
 	}
 }
 
-// derivedSets returns what the sets hold that follow the node, and the one that
-// follows the endpoints that there are.
-func (t *table) derivedSets(node dataplane.Node, ports portCounts) map[*nftables.Set][]element {
-	sets := t.nodeSets(node)
-	sets[t.endpointPorts] = ports.elements()
-	return sets
-}
-
-// mendNodeSets makes the sets that follow from others what they must be.
+// mendNodeSets makes the sets that follow the node what they must be.
 func (d *Dataplane) mendNodeSets(t *table, node dataplane.Node, have *content) {
 	same := func(a, b element) bool { return slices.Equal(a.Key, b.Key) && a.IntervalEnd == b.IntervalEnd }
 	byKey := func(a, b element) int {
@@ -194,7 +215,7 @@ func (d *Dataplane) mendNodeSets(t *table, node dataplane.Node, have *content) {
 		}
 		return 1
 	}
-	for set, want := range t.derivedSets(node, have.ports) {
+	for set, want := range t.nodeSets(node) {
 		found := have.node[set.Name]
 		slices.SortFunc(found, byKey)
 		slices.SortFunc(want, byKey)

@@ -198,7 +198,7 @@ func (d *Dataplane) newBatch() *batch {
 func (b *batch) elements() int {
 	n := 0
 	for i := range b.tables {
-		n += b.tables[i].elements + b.tables[i].addrs.size()
+		n += b.tables[i].elements + b.tables[i].addrs.size() + len(b.tables[i].ports)
 	}
 	return n
 }
@@ -232,13 +232,17 @@ func (b *batch) of(f dataplane.Frontend) *tableEdit {
 }
 
 func (e *tableEdit) count(f dataplane.Frontend, r *row, n int) {
+	for _, b := range r.branches() {
+		e.countBranch(b, n)
+	}
+	e.addrs.add(f.Addr.Addr(), r.addrs, n)
+}
+
+func (e *tableEdit) countBranch(b branch, n int) {
 	if e.branches == nil {
 		e.branches = map[branch]int{}
 	}
-	for _, b := range r.branches() {
-		e.branches[b] += n
-	}
-	e.addrs.add(f.Addr.Addr(), r.addrs, n)
+	e.branches[b] += n
 }
 
 func index(f dataplane.Family) int {
@@ -567,11 +571,7 @@ func (r *replacement) commitServices(services []*dataplane.Service) error {
 	after := make([]arranged, len(services))
 	for n, s := range services {
 		have := r.have[index(s.Key.Family)].rows
-		var current arrangement
-		if first := have[s.Frontends[0]]; first != nil {
-			current = first.arrangement()
-		}
-		a := arrangeService(current, s)
+		a := arrangeService(arrangementFound(s, have), s)
 		after[n] = arranged{a, !a.natural(s)}
 		want := render(s, a, r.node)
 		for _, f := range s.Frontends {
@@ -594,6 +594,26 @@ func (r *replacement) commitServices(services []*dataplane.Service) error {
 	}
 	half := len(services) / 2
 	return errors.Join(r.commitServices(services[:half]), r.commitServices(services[half:]))
+}
+
+// arrangementFound returns the arrangement that rows show of a Service: that of its first
+// frontend which was its own, or else of the first one that was there. The others
+// have the same, unless somebody was interrupted.
+func arrangementFound(s *dataplane.Service, have map[dataplane.Frontend]*row) arrangement {
+	var first *row
+	for _, f := range s.Frontends {
+		r := have[f]
+		if r != nil && r.inServices && r.service == comment(s.Key) {
+			return r.arrangement()
+		}
+		if first == nil {
+			first = r
+		}
+	}
+	if first == nil {
+		return arrangement{}
+	}
+	return first.arrangement()
 }
 
 // completed notes that Services are as wanted.
