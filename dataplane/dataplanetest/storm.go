@@ -34,8 +34,13 @@ const (
 // Connections are opened as fast as the machine can, while the endpoints of the
 // Services change as fast as the kernel takes it: one by one, all at once, from
 // one to all and back, and with them which clients are masqueraded and what they
-// get from outside. None is refused, no SYN is sent twice, and each reaches an
-// endpoint that the Service had at some time while it was being opened.
+// get from outside. None is refused, and each reaches an endpoint that the Service
+// had at some time while it was being opened.
+//
+// Hardly any needs a second SYN, either. A few may: a port that a client uses again
+// can meet what the pod's kernel remembers of the last connection from it, and a
+// machine that is busy can be late by itself. What the changes lose would be far
+// more, as a thousand of them are made a second.
 //
 // Affinity is there or not and stays so: a packet that comes while it is switched
 // on or off may be dropped.
@@ -98,6 +103,11 @@ func (s suite) storm(t *testing.T) {
 	took := time.Since(begin)
 	t.Logf("%d connections in %v (%.0f a second) during %d changes", connections, took.Round(time.Millisecond),
 		float64(connections)/took.Seconds(), changes)
+	if again := st.again.Load(); again > rareResends(connections) {
+		t.Errorf("%d of %d connections needed a second SYN", again, connections)
+	} else if again > 0 {
+		t.Logf("%d connections needed a second SYN", again)
+	}
 	if changes < 10 {
 		t.Errorf("only %d changes during %d connections", changes, connections)
 	}
@@ -171,7 +181,11 @@ type storm struct {
 	history history
 	left    int64 // connections, atomic
 	failed  atomic.Int64
+	again   atomic.Int64 // connections that needed a second SYN
 }
+
+// rareResends returns how many of the connections may need a second SYN.
+func rareResends(connections int64) int64 { return 1 + connections/20_000 }
 
 // forgetSoon has connection tracking forget connections a second after their end.
 // A client uses its ports again sooner than the kernel does so by itself, and then
@@ -297,11 +311,12 @@ func (st *storm) connectAll(family dataplane.Family, addr netip.AddrPort) error 
 		from := st.history.now.Load()
 		pod, again, err := connectOnce(domain(addr), to)
 		allowed := st.history.between(from, st.history.now.Load(), family)
+		if again > 0 {
+			st.again.Add(1)
+		}
 		switch {
 		case err != nil:
 			err = fmt.Errorf("connection to %s: %w", addr, err)
-		case again > 0:
-			err = fmt.Errorf("connection to %s: %d packets were sent again", addr, again)
 		case allowed&(1<<pod) == 0:
 			err = fmt.Errorf("connection to %s reached pod %d; the endpoints were among %0*b", addr, pod, bits.Len32(uint32(allowed)), allowed)
 		default:
