@@ -142,12 +142,9 @@ func TestExternal(t *testing.T) {
 // Of two Services that claim one address the older keeps it, and of two of one
 // second the first by name. The other is told
 // why it goes without, in an Event and in the log, and what else it asks for
-// works.
+// works. kube-proxy reports nothing of the kind.
 func TestWhatCannotBeProgrammedIsReported(t *testing.T) {
 	t.Parallel()
-	if os.Getenv(referenceEnv) != "" {
-		t.Skip("kube-proxy reports nothing of the kind")
-	}
 	s := newScenario(t, shared)
 	const claimed = "203.0.113.4"
 	claim := func(v *corev1.Service) { v.Spec.ExternalIPs = []string{claimed} }
@@ -222,11 +219,9 @@ func TestHealthCheckNodePort(t *testing.T) {
 func (v *service) nodePort() uint16 { return uint16(v.Spec.Ports[0].NodePort) }
 
 // Pods are reached at node ports of TCP on localhost once that is asked for, and
-// from then on as they come and go; UDP is refused.
+// from then on as they come and go; UDP is refused. kube-proxy has this behind a
+// feature gate.
 func TestLocalhostNodePorts(t *testing.T) {
-	if os.Getenv(referenceEnv) != "" {
-		t.Skip("kube-proxy has this behind a feature gate")
-	}
 	s := newScenario(t, shared)
 	web := s.service("web", func(v *corev1.Service) {
 		v.Spec.Type = corev1.ServiceTypeNodePort
