@@ -1192,6 +1192,7 @@ func TestUnsupported(t *testing.T) {
 	t.Parallel()
 	for name, treatment := range map[string]dataplane.Treatment{
 		"affinity with more endpoints than there are IDs": {Affinity: time.Hour, Endpoints: make([]dataplane.Endpoint, maxIDs+1)},
+		"a scheduler": {Scheduler: "rr"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

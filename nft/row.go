@@ -160,6 +160,9 @@ func supported(s *dataplane.Service) error {
 	if s.Affinity != 0 && max(len(s.Endpoints), len(s.LocalEndpoints)) > maxIDs {
 		return fmt.Errorf("%w: session affinity with more than %d endpoints", dataplane.ErrUnsupported, maxIDs)
 	}
+	if s.Scheduler != "" {
+		return fmt.Errorf("%w: IPVS scheduler %s, as endpoints are chosen at random", dataplane.ErrUnsupported, s.Scheduler)
+	}
 	return nil
 }
 
