@@ -246,6 +246,9 @@ func (a attrs) uint32(typ uint16, v uint32) attrs {
 
 func (a attrs) text(typ uint16, s string) attrs { return a.bytes(typ, append([]byte(s), 0)) }
 
+// typeMask leaves flags out of an attribute's type (linux/netlink.h, NLA_TYPE_MASK).
+const typeMask = 1<<14 - 1
+
 // each calls visit with each of the attributes.
 func (a attrs) each(visit func(typ uint16, data []byte)) {
 	for len(a) >= 4 {
@@ -253,7 +256,7 @@ func (a attrs) each(visit func(typ uint16, data []byte)) {
 		if length < 4 || length > len(a) {
 			return
 		}
-		visit(binary.NativeEndian.Uint16(a[2:])&unix.NLA_TYPE_MASK, a[4:length])
+		visit(binary.NativeEndian.Uint16(a[2:])&typeMask, a[4:length])
 		a = a[min(len(a), (length+3)&^3):]
 	}
 }

@@ -15,13 +15,13 @@ import (
 // connections are sent to, or the frontends' own address.
 type Translator interface {
 	// VirtualServers returns where connections go instead of to one of the
-	// Service's Endpoints (cluster) and LocalEndpoints (local). It is not used for a
-	// list that is empty.
+	// Service's Endpoints (cluster) and LocalEndpoints (local). While a list is empty
+	// no connection goes there.
 	//
 	// The zero AddrPort for cluster means that the frontends' own addresses are
 	// virtual servers: such connections are let through untranslated. It is for
 	// frontends that have an address of their own, so not for node ports. For local
-	// there is always an address.
+	// there is an address wherever the policy is Local.
 	//
 	// The answer for a Service must stay the same for as long as it is programmed;
 	// Apply asks again when it goes.
@@ -36,8 +36,8 @@ type Rule struct {
 	// Served says whether connections go to a virtual server. Those to others are
 	// rejected or dropped.
 	Served [2]bool
-	// Virtual is the virtual server that connections are sent to. It is zero where
-	// they are let through or not served.
+	// Virtual is the virtual server that connections are sent to, also while they
+	// are not served. It is zero where they are let through.
 	Virtual [2]netip.AddrPort
 	// Local are the addresses of endpoints that can reach themselves through the
 	// frontend, sorted: those of both lists that are local.
@@ -61,14 +61,10 @@ func (r *row) rule() Rule {
 		of[localList] = r.external
 	}
 	for l, c := range of {
-		slots := r.slots[l].endpoints
-		switch {
-		case c.size() == 0:
-		case c.has(through):
-			rule.Served[l] = true
-		case len(slots) > 0 && slots[0].IsValid():
-			rule.Served[l], rule.Virtual[l] = true, slots[0]
+		if slots := r.slots[l].endpoints; len(slots) > 0 && !c.has(through) {
+			rule.Virtual[l] = slots[0]
 		}
+		rule.Served[l] = c.size() > 0 && (c.has(through) || rule.Virtual[l].IsValid())
 	}
 	return rule
 }
@@ -81,14 +77,13 @@ func renderVirtual(s *dataplane.Service, translator Translator, node dataplane.N
 	r := render(&plain, arrangement{}, node)
 	r.class, r.external = r.class.virtual(), r.external.virtual()
 	cluster, local := translator.VirtualServers(s)
-	if len(s.Endpoints) > 0 {
-		if cluster.IsValid() {
-			r.slots[clusterList].endpoints = []netip.AddrPort{cluster}
-		} else {
-			r.class |= through
-		}
+	switch {
+	case cluster.IsValid():
+		r.slots[clusterList].endpoints = []netip.AddrPort{cluster}
+	case len(s.Endpoints) > 0:
+		r.class |= through
 	}
-	if len(s.LocalEndpoints) > 0 {
+	if s.ExternalLocal {
 		r.slots[localList].endpoints = []netip.AddrPort{local}
 	}
 	r.ports = portsOf(s)
