@@ -104,9 +104,10 @@ func portsOf(s *dataplane.Service) []uint16 {
 	return slices.Compact(ports)
 }
 
-// toOwnClusterIP is the rule for connections to a cluster IP that the node takes for
-// itself, although no interface has the address: the translator has a route for
-// it. In forward and output they would have been told to be undeclared.
+// toOwnClusterIP is the rule for connections to a cluster IP that the node will take
+// for its own, although no interface has the address: the translator has a route for
+// it. It is in prerouting, since the kernel sends no ICMP error from an address that
+// is none of the node's (icmp_route_lookup), as it would have to in input.
 func (t *table) toOwnClusterIP() rule {
 	return rule{exprs: slices.Concat(ctStateNew(),
 		[]expr.Any{t.daddr(0), lookup(t.addrSets[inClusterIPs])},
