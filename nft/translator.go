@@ -123,10 +123,10 @@ func portsOf(s *dataplane.Service) []uint16 {
 
 // toOwnClusterIP is the rule for connections to cluster IPs that the node may take for
 // itself, although no interface has the address, as a translator's routes make it.
-// They do not come by forward, and in input they could not be rejected: the
-// kernel sends no ICMP error of IPv4 for a packet to such an address
-// (net/ipv4/icmp.c, __icmp_send, takes it for the source, and ip_route_output_key
-// refuses that). Nobody translates them any more behind dstnat.
+// They do not come by forward, and in input they could not be rejected: for a packet
+// that is the node's own the kernel sends an ICMP error of IPv4 from the address
+// that it was for (net/ipv4/icmp.c, __icmp_send), or, where that is no interface's,
+// none. Behind dstnat nobody's rules translate them any more.
 func (t *table) toOwnClusterIP() rule {
 	return rule{exprs: slices.Concat(ctStateNew(),
 		[]expr.Any{t.daddr(0), lookup(t.addrSets[inClusterIPs])},

@@ -302,13 +302,13 @@ func TestPortsStayWhenAServiceFails(t *testing.T) {
 }
 
 // badServer has virtual servers that the kernel refuses, but for cluster IPs.
-type badServer struct{ virtualServers }
+type badServer struct{}
 
 func (badServer) VirtualServers(s *dataplane.Service) (cluster, local netip.AddrPort) {
 	if s.Key.Kind != dataplane.ClusterIP {
 		cluster = netip.MustParseAddrPort("[fd00::1]:80")
 	}
-	return cluster, local
+	return cluster, netip.AddrPort{}
 }
 
 // atPods has a virtual server for each list at a pod.
