@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"hash/fnv"
-	"maps"
 	"net"
 	"net/netip"
 	"slices"
@@ -111,8 +110,15 @@ func wantRules(t *testing.T, d *Dataplane, services ...*dataplane.Service) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if !maps.Equal(c.portSet, ports[i]) {
-			t.Errorf("%s: endpoint-ports are %v, want %v", table, c.portSet, ports[i])
+		for port := range c.portSet {
+			if !ports[i][port] {
+				t.Fatalf("%s: %d is in endpoint-ports, and no endpoint's", table, port)
+			}
+		}
+		for port := range ports[i] {
+			if !c.portSet[port] {
+				t.Fatalf("%s: %d is an endpoint's, and not in endpoint-ports", table, port)
+			}
 		}
 	}
 	state, err := d.Read(t.Context())
@@ -164,7 +170,7 @@ func TestDriftWithTranslator(t *testing.T) {
 		"nothing goes past":                  "flush chain ip fairlead class-1-through",
 		"undeclared ports are not told":      "flush chain ip fairlead undeclared",
 		"undeclared ports are let in":        "flush chain ip fairlead filter-prerouting-post-dnat",
-		"there is a map for affinity":        "add map ip fairlead timeouts { type ipv4_addr . inet_proto . inet_service : classid; }; add element ip fairlead timeouts { 10.96.0.1 . tcp . 80 : 8000:1 }",
+		"there is a map for affinity":        "add map ip fairlead timeouts { type ipv4_addr . inet_proto . inet_service : classid; }; add element ip fairlead timeouts { 10.96.0.1 . tcp . 80 : 1:80 }",
 		"hairpin is flushed":                 "flush set ip fairlead hairpin",
 		"the table is deleted":               "delete table ip fairlead",
 	} {
@@ -379,8 +385,13 @@ func TestVirtualServers(t *testing.T) {
 		endpoints := []dataplane.Endpoint{{Addr: netip.AddrPortFrom(client.Addrs()[i], 8080)}} // nobody serves there
 		for kind, addr := range map[dataplane.Kind]string{dataplane.ExternalIP: frontends[0], dataplane.NodePort: frontends[1]} {
 			f := dataplane.Frontend{Protocol: dataplane.TCP, Addr: netip.MustParseAddrPort(addr)}
-			s := service(t, "s", []dataplane.Frontend{f}, endpoints)
-			s.Key.Kind, s.ExternalLocal, s.LocalEndpoints, s.Affinity = kind, true, slices.Clone(endpoints), time.Hour
+			key := dataplane.Key{Namespace: "default", Name: "s", Family: dataplane.FamilyOf(f.Addr.Addr()), Kind: kind}
+			s, err := dataplane.NewService(key, []dataplane.Frontend{f}, dataplane.Treatment{
+				Endpoints: endpoints, ExternalLocal: true, LocalEndpoints: slices.Clone(endpoints), Affinity: time.Hour,
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
 			services = append(services, s)
 		}
 	}
@@ -427,7 +438,7 @@ func TestLetThrough(t *testing.T) {
 			}
 		}
 	}
-	node.ServeAtT(t, nettest.TCP, owned, 81)
+	node.ServeAtT(t, nettest.TCP, owned, 80, 81)
 	replace(t, d, dataplane.Node{PodCIDRs: network.PodCIDRs}, services...)
 	binary := nftBinaries(t)["1.1.3"]
 	nft(t, node.Namespace, binary, `table inet translator {
@@ -435,8 +446,8 @@ func TestLetThrough(t *testing.T) {
 		counter late { }
 		chain input {
 			type filter hook input priority 99
-			ip daddr 10.96.0.1 meta priority != none counter name late
-			ip6 daddr fd00:96::1 meta priority != none counter name late
+			ip daddr { 10.96.0.1, 10.96.0.2 } meta priority != none counter name late
+			ip6 daddr { fd00:96::1, fd00:96::2 } meta priority != none counter name late
 			ip daddr 10.96.0.1 meta l4proto { tcp, udp, sctp } th dport 80 counter name taken drop
 			ip6 daddr fd00:96::1 meta l4proto { tcp, udp, sctp } th dport 80 counter name taken drop
 			ip daddr 10.96.0.1 counter name late
@@ -467,8 +478,10 @@ func TestLetThrough(t *testing.T) {
 			if err := from.Knock(t.Context(), nettest.ESP, bound[i]); !errors.Is(err, nettest.ErrRefused) {
 				t.Errorf("ESP from %s to %s: error %v, want it refused", from.Name, bound[i], err)
 			}
-			if _, err := from.Connect(t.Context(), nettest.TCP, netip.AddrPortFrom(owned[i], 81)); err != nil {
-				t.Errorf("%s to an address of the node: %v", from.Name, err)
+			for _, port := range []uint16{80, 81} {
+				if _, err := from.Connect(t.Context(), nettest.TCP, netip.AddrPortFrom(owned[i], port)); err != nil {
+					t.Errorf("%s to port %d of an address of the node: %v", from.Name, port, err)
+				}
 			}
 		}
 	}
