@@ -191,7 +191,7 @@ func TestTablesSideBySide(t *testing.T) {
 	second := openWith(t, ns, opts)
 	listing := func(table string) string {
 		t.Helper()
-		return nft(t, ns, binary, fmt.Sprintf("list table ip %s\nlist table ip6 %s", table, table))
+		return nft(t, ns, binary, "list table ip "+table) + nft(t, ns, binary, "list table ip6 "+table)
 	}
 	replace(t, first, fullNode(), sample(t)...)
 	before := listing(TableName)
