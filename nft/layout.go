@@ -309,10 +309,10 @@ func (t *table) chains(node dataplane.Node, rangeBits []int) []chain {
 	unserved := append(t.unserved(), t.invalidOfEndpoints())
 	outgoing := append(slices.Clone(unserved), t.answersToInvalid())
 	dstnat, filter := *nftables.ChainPriorityNATDest, *nftables.ChainPriorityFilter
-	arriving := postDNAT
+	incoming := postDNAT
 	if t.virtual {
 		chains = append(chains, t.undeclared())
-		arriving = append(slices.Clone(postDNAT), t.toOwnClusterIP())
+		incoming = append(slices.Clone(postDNAT), t.toOwnClusterIP())
 	}
 	if t.tellsPods(node) {
 		chains = append(chains,
@@ -321,7 +321,7 @@ func (t *table) chains(node dataplane.Node, rangeBits []int) []chain {
 	return append(chains,
 		base("nat-prerouting", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, dstnat, dispatch...),
 		base("nat-output", nftables.ChainTypeNAT, nftables.ChainHookOutput, dstnat, output...),
-		base("filter-prerouting-post-dnat", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, dstnat+10, arriving...),
+		base("filter-prerouting-post-dnat", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, dstnat+10, incoming...),
 		base("filter-output-post-dnat", nftables.ChainTypeFilter, nftables.ChainHookOutput, dstnat+10, postDNAT...),
 		base("filter-forward", nftables.ChainTypeFilter, nftables.ChainHookForward, filter, unserved...),
 		base("filter-output", nftables.ChainTypeFilter, nftables.ChainHookOutput, filter, outgoing...),
