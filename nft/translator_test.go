@@ -54,10 +54,8 @@ func ruleOf(s *dataplane.Service) Rule {
 	r.Endpoints, r.LocalEndpoints, r.Affinity = nil, nil, 0
 	r.Served = [2]bool{len(s.Endpoints) > 0, len(s.LocalEndpoints) > 0}
 	cluster, local := virtualServers{}.VirtualServers(s)
-	if r.Served[0] {
-		r.Virtual[0] = cluster
-	}
-	if r.Served[1] {
+	r.Virtual[0] = cluster
+	if s.ExternalLocal {
 		r.Virtual[1] = local
 	}
 	for _, e := range slices.Concat(s.Endpoints, s.LocalEndpoints) {
