@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"time"
 
 	"fairlead/dataplane"
@@ -13,9 +14,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// guardKind is the kind of the Services that stand in for frontends which must not
-// be reached yet; see Dataplane.guards.
-const guardKind = dataplane.Kind(0xff)
+// The kinds of the Services that stand in for frontends which must not be reached
+// yet, or any more; see guard.
+const (
+	comingKind = dataplane.Kind(0xff)
+	goingKind  = dataplane.Kind(0xfe)
+)
 
 // Apply implements [dataplane.Dataplane]. The order of its steps is that of the
 // package documentation.
@@ -24,10 +28,8 @@ func (d *Dataplane) Apply(ctx context.Context, changes []dataplane.Change) error
 	defer d.mu.Unlock()
 	failed := map[dataplane.Key]error{}
 	p := d.plan(changes, failed)
-	if len(p.guards) > 0 {
-		if err := d.applyRules(ctx, p.guards, failed); err != nil {
-			return fmt.Errorf("apply: %w", err)
-		}
+	if err := d.applyRules(ctx, p.coming, failed); err != nil {
+		return fmt.Errorf("apply: %w", err)
 	}
 	w := d.work()
 	for s, vs := range p.want {
@@ -36,7 +38,7 @@ func (d *Dataplane) Apply(ctx context.Context, changes []dataplane.Change) error
 	if err := w.carryOut(p.owners, failed); err != nil {
 		return fmt.Errorf("apply: %w", err)
 	}
-	if err := d.applyRules(ctx, p.opening(failed), failed); err != nil {
+	if err := d.applyRules(ctx, p.switching(failed), failed); err != nil {
 		return fmt.Errorf("apply: %w", err)
 	}
 	w = d.work()
@@ -51,6 +53,9 @@ func (d *Dataplane) Apply(ctx context.Context, changes []dataplane.Change) error
 		}
 	}
 	if err := w.carryOut(p.owners, failed); err != nil {
+		return fmt.Errorf("apply: %w", err)
+	}
+	if err := d.applyRules(ctx, reversed(p.going), failed); err != nil {
 		return fmt.Errorf("apply: %w", err)
 	}
 	for _, c := range p.changes {
@@ -72,8 +77,9 @@ type plan struct {
 	want map[server]virtualServer
 	// owners are the keys that each virtual server matters to.
 	owners map[server][]dataplane.Key
-	// guards are changes of the rules that come first.
-	guards []dataplane.Change
+	// coming and going are changes of the rules that guard frontends before their
+	// virtual servers come, and until they have gone.
+	coming, going []dataplane.Change
 }
 
 func (d *Dataplane) plan(changes []dataplane.Change, failed map[dataplane.Key]error) *plan {
@@ -81,8 +87,7 @@ func (d *Dataplane) plan(changes []dataplane.Change, failed map[dataplane.Key]er
 		have: map[server]bool{}, want: make(map[server]virtualServer, len(changes)),
 		owners: make(map[server][]dataplane.Key, len(changes)),
 	}
-	// Frontends that have a rule already, and so no need of a guard.
-	ruled := map[dataplane.Frontend]bool{}
+	was, is := map[dataplane.Frontend]bool{}, map[dataplane.Frontend]bool{}
 	for _, c := range changes {
 		if c.Old == nil || d.supported(c.Old) != nil {
 			continue
@@ -92,7 +97,7 @@ func (d *Dataplane) plan(changes []dataplane.Change, failed map[dataplane.Key]er
 			p.own(s, c.Key())
 		})
 		for _, f := range c.Old.Frontends {
-			ruled[f] = true
+			was[f] = true
 		}
 	}
 	for _, c := range changes {
@@ -111,11 +116,20 @@ func (d *Dataplane) plan(changes []dataplane.Change, failed map[dataplane.Key]er
 				p.want[s] = vs
 				p.own(s, c.Key())
 			})
-			p.guard(d.unknown(now, ruled))
+			for _, f := range now.Frontends {
+				is[f] = true
+			}
 		}
 		if old != nil || now != nil {
 			p.changes = append(p.changes, dataplane.Change{Old: old, New: now})
 		}
+	}
+	for _, c := range p.changes {
+		p.coming = guard(p.coming, c.New, comingKind, func(f dataplane.Frontend) bool {
+			_, there := d.servers[server{f.Protocol, f.Addr}]
+			return !there && !was[f]
+		})
+		p.going = guard(p.going, c.Old, goingKind, func(f dataplane.Frontend) bool { return !is[f] })
 	}
 	return p
 }
@@ -140,52 +154,58 @@ func (p *plan) inDoubt(s server, failed map[dataplane.Key]error) bool {
 	return false
 }
 
-// unknown returns a Service in the place of those of s's frontends that nobody has
-// a rule or a virtual server for, or nil. It lets nothing through: what the node
-// itself sends meets a virtual server as soon as that is there, before it has
-// destinations.
-func (d *Dataplane) unknown(s *dataplane.Service, ruled map[dataplane.Frontend]bool) *dataplane.Service {
-	if !direct(s) {
-		return nil // It is reached by a rule only.
+// guard appends the creation of a Service that takes the place of those of s's
+// frontends that want it, if there are any, and lets nothing through to them. Rules
+// are all that leads to a virtual server at an internal address, but one at a cluster
+// IP is met by what the node itself sends while it has no destinations yet; and when
+// it has gone, the node's own programs would be, as long as its address is bound.
+func guard(guards []dataplane.Change, s *dataplane.Service, kind dataplane.Kind, wants func(dataplane.Frontend) bool) []dataplane.Change {
+	if s == nil || !direct(s) {
+		return guards
 	}
 	var frontends []dataplane.Frontend
 	for _, f := range s.Frontends {
-		if _, there := d.servers[server{f.Protocol, f.Addr}]; !there && !ruled[f] {
+		if wants(f) {
 			frontends = append(frontends, f)
 		}
 	}
 	if len(frontends) == 0 {
-		return nil
+		return guards
 	}
 	key := s.Key
-	key.Kind = guardKind
-	return &dataplane.Service{Key: key, Frontends: frontends, Treatment: dataplane.Treatment{NoEndpoints: dataplane.Drop}}
+	key.Kind = kind
+	return append(guards, dataplane.Change{New: &dataplane.Service{
+		Key: key, Frontends: frontends, Treatment: dataplane.Treatment{NoEndpoints: dataplane.Drop},
+	}})
 }
 
-func (p *plan) guard(s *dataplane.Service) {
-	if s != nil {
-		p.guards = append(p.guards, dataplane.Change{New: s})
+// reversed returns the changes that undo creations.
+func reversed(created []dataplane.Change) []dataplane.Change {
+	all := make([]dataplane.Change, 0, len(created))
+	for _, c := range created {
+		all = append(all, dataplane.Change{Old: c.New})
 	}
+	return all
 }
 
-// opening returns the changes of the rules that go with those of the virtual
-// servers, and end the guards. A Service that could not be programmed keeps the
-// rules that it had.
-func (p *plan) opening(failed map[dataplane.Key]error) []dataplane.Change {
-	all := make([]dataplane.Change, 0, len(p.changes)+len(p.guards))
+// switching returns the changes of the rules that go with those of the virtual
+// servers: new Services are opened, and those that go are guarded. A Service that
+// could not be programmed keeps the rules that it had.
+func (p *plan) switching(failed map[dataplane.Key]error) []dataplane.Change {
+	all := slices.Concat(reversed(p.coming), p.going)
 	for _, c := range p.changes {
 		if failed[c.Key()] == nil || c.New == nil {
 			all = append(all, c)
 		}
-	}
-	for _, g := range p.guards {
-		all = append(all, dataplane.Change{Old: g.New})
 	}
 	return all
 }
 
 // applyRules changes the rules, and notes the keys of those that did not take.
 func (d *Dataplane) applyRules(ctx context.Context, changes []dataplane.Change, failed map[dataplane.Key]error) error {
+	if len(changes) == 0 {
+		return nil
+	}
 	return note(d.rules.Apply(ctx, changes), failed)
 }
 
@@ -197,7 +217,7 @@ func note(err error, failed map[dataplane.Key]error) error {
 		return err
 	}
 	for k, e := range keyed.Failed {
-		if k.Kind == guardKind {
+		if k.Kind == comingKind || k.Kind == goingKind {
 			k.Kind = dataplane.ClusterIP
 		}
 		failed[k] = e

@@ -46,11 +46,14 @@
 //  2. Addresses are bound, virtual servers and destinations are added, weights are
 //     set to 1. A virtual server that had destinations has at least those that stay.
 //  3. The rules change, in one transaction: new Services are opened, those that have
-//     lost their last endpoint refuse, those that are gone are gone.
-//  4. Destinations that are not wanted get weight 0 (of UDP, they are deleted), and
-//     virtual servers that are not wanted are deleted, then their addresses.
+//     lost their last endpoint refuse, connections to cluster IPs that go are dropped.
+//  4. Destinations that are not wanted get weight 0, and virtual servers that are not
+//     wanted are deleted, then their addresses; then the rules for these.
 //
-// So an address is never reachable without its destinations. A program that ends in
+// Where nothing of it is to be done, a step takes no request. A change of endpoints
+// is one send to IPVS, and one to nftables if it is about pods of this node.
+//
+// So no address is ever reachable without its destinations. A program that ends in
 // between leaves nothing behind that the next one does not find: a virtual server is
 // taken for one of ours if its address is bound in our routing table, or internal.
 // Others are never touched, nor are those by firewall mark, or in networks that are
@@ -58,11 +61,12 @@
 //
 // # Endpoints that leave
 //
-// A destination of TCP or SCTP with weight 0 takes no new connections, not even of
-// clients that stick to it, and keeps those that it has. It is deleted when the kernel
-// counts none any more, which for a closed connection of TCP is after two minutes, or
-// after [Options.DrainLimit]. An endpoint that comes back meanwhile gets weight 1. The
-// weight is in the kernel, so that all of this goes on after a restart.
+// A destination with weight 0 takes no new connections, not even of clients that
+// stick to it, and keeps those that it has. It is deleted when the kernel counts none
+// any more, which for a closed connection of TCP is after two minutes, or after
+// [Options.DrainLimit]; one of UDP after a moment, and its flows move to another. An
+// endpoint that comes back meanwhile gets weight 1. The weight is in the kernel, so
+// that all of this goes on after a restart.
 //
 // # Many requests at once
 //

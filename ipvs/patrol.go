@@ -17,9 +17,10 @@ const (
 	// since it does not announce what others change, and draining destinations are
 	// looked after.
 	patrolPeriod = 5 * time.Second
-	// patrolRounds is in how many patrols all destinations are looked at: the
-	// kernel lists those of one virtual server at a time.
+	// patrolRounds is in how many patrols all destinations are looked at, if there
+	// are more than a few: the kernel lists those of one virtual server at a time.
 	patrolRounds = 12
+	patrolLeast  = 256
 )
 
 // patrol looks at the kernel every few seconds until ctx ends.
@@ -88,6 +89,7 @@ func (d *Dataplane) look(ctx context.Context, round int) error {
 		return err
 	}
 	slices.SortFunc(programmed, server.compare)
+	rounds := min(patrolRounds, 1+len(programmed)/patrolLeast)
 	for i, s := range programmed {
 		set, there := found[s]
 		delete(found, s)
@@ -95,7 +97,7 @@ func (d *Dataplane) look(ctx context.Context, round int) error {
 			intact = false
 			break
 		}
-		if i%patrolRounds != round%patrolRounds || ctx.Err() != nil {
+		if i%rounds != round%rounds || ctx.Err() != nil {
 			continue
 		}
 		destinations, err := k.destinations(s)
