@@ -43,7 +43,7 @@ controlplane: ## build the etcd and Kubernetes that tests run against into .cach
 # -race needs cgo, and with it the C compiler that deps installs.
 .PHONY: test
 test: deps nftables controlplane ## all tests but e2e (root): with the race detector and the kernel, fuzz targets and benchmarks briefly
-	go vet -tags=e2e ./...
+	go vet -tags=e2e,ipvs ./...
 	CGO_ENABLED=1 go test -race -shuffle=on -timeout=8m ./...
 	test/fuzz.sh $(FUZZTIME)
 	go test -short -run='^$$' -bench=. -benchtime=1x -timeout=5m ./...
@@ -61,9 +61,10 @@ e2e: deps controlplane ## end-to-end tests against a real Kubernetes control pla
 
 # What runs in virtual machines: on which of Debian's kernels, the tests of which
 # packages, with which of go test's flags, and how their processor is had;
-# ACCEL=kvm is much faster than emulation, where it works.
+# ACCEL=kvm is much faster than emulation, where it works. Behind the build tag ipvs
+# are tests and benchmarks that need a kernel with IPVS.
 KERNEL ?= 6.1 6.12
-PKG ?= ./nft $(if $(wildcard ipvs),./ipvs/...)
+PKG ?= ./nft ./ipvs/... $(if $(wildcard internal/kmod),./internal/kmod)
 VMFLAGS ?= $(if $(filter .,$(RUN)),$(if $(FULL),,-short -skip='$(VMSKIP)$(VMSKIP-$*)'),-v)
 VMTIMEOUT ?= 30m
 ACCEL ?= tcg
@@ -76,14 +77,14 @@ VMSKIP := ^TestBehaviour$$/(clients_stick|thousands_of_clients|under_load|1000_e
 VMSKIP := $(VMSKIP)|^(TestRandomStates|TestApplyOfManyServices|TestListingOfManyServices|TestReplaceIsolates)
 VMSKIP-6.12 := |^TestBehaviour$$/./SCTP|^TestBehaviour$$/././SCTP|^TestBehaviour$$/./././SCTP
 
-VM = $(CURDIR)/.cache/vm/vm run -accel=$(ACCEL)
+VM = $(CURDIR)/bin/vm run -accel=$(ACCEL)
 # Programs for virtual machines: static, and for the processor that QEMU emulates.
-VMGO := CGO_ENABLED=0 GOAMD64=v1 go
+VMGO := CGO_ENABLED=0 GOAMD64=v1 GOFLAGS='$(GOFLAGS) -tags=ipvs' go
 
 .PHONY: vm
 vm: deps nftables
-	@go build -o .cache/vm/vm ./test/vm
-	@.cache/vm/vm fetch
+	@go build -o bin/vm ./test/vm
+	@bin/vm fetch
 
 .PHONY: test-vm
 test-vm: vm ## tests as root in virtual machines with Debian's kernels; KERNEL=6.1 PKG=./nft RUN=regexp, or FULL=1
@@ -97,7 +98,7 @@ FORCE:
 
 .PHONY: vm-shell
 vm-shell: vm build ## a shell in a virtual machine with the checkout; KERNEL=6.1
-	@.cache/vm/vm shell -accel=$(ACCEL) -kernel=$(lastword $(KERNEL))
+	@bin/vm shell -accel=$(ACCEL) -kernel=$(lastword $(KERNEL))
 
 .PHONY: vm-demo
 vm-demo: vm build ## the demo in a virtual machine; KERNEL=6.1 ARGS=...

@@ -26,8 +26,9 @@ import (
 
 var update = flag.Bool("update", false, "rewrite the golden listings")
 
-// newDataplane opens a Dataplane in an empty network namespace.
-func newDataplane(t *testing.T) (*Dataplane, *nettest.Namespace) {
+// newDataplane opens a Dataplane in an empty network namespace, with a Translator or
+// without.
+func newDataplane(t *testing.T, translator ...Translator) (*Dataplane, *nettest.Namespace) {
 	t.Helper()
 	ns, err := nettest.NewNamespace("")
 	if err != nil {
@@ -38,12 +39,21 @@ func newDataplane(t *testing.T) (*Dataplane, *nettest.Namespace) {
 			t.Error(err)
 		}
 	})
-	return openIn(t, ns), ns
+	return openIn(t, ns, translator...), ns
 }
 
-func openIn(t *testing.T, ns *nettest.Namespace) *Dataplane {
+func openIn(t *testing.T, ns *nettest.Namespace, translator ...Translator) *Dataplane {
 	t.Helper()
-	d, err := Open(Options{NetNS: ns.Fd()})
+	opts := Options{}
+	for _, opts.Translator = range translator {
+	}
+	return openWith(t, ns, opts)
+}
+
+func openWith(t *testing.T, ns *nettest.Namespace, opts Options) *Dataplane {
+	t.Helper()
+	opts.NetNS = ns.Fd()
+	d, err := Open(opts)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -283,26 +293,28 @@ func randomNode(random *rand.Rand) dataplane.Node {
 // TestListing compares what nft prints of the tables with golden files.
 func TestListing(t *testing.T) {
 	t.Parallel()
-	for version, binary := range nftBinaries(t) {
-		t.Run(version, func(t *testing.T) {
-			t.Parallel()
-			d, ns := newDataplane(t)
-			replace(t, d, fullNode(), sample(t)...)
-			got := nft(t, ns, binary, "list ruleset")
-			golden := filepath.Join("testdata", "ruleset-"+version+".nft")
-			if *update {
-				if err := os.WriteFile(golden, []byte(got), 0o644); err != nil {
+	for name, translator := range map[string]Translator{"ruleset": nil, "ruleset-translator": virtualServers{}} {
+		for version, binary := range nftBinaries(t) {
+			t.Run(name+"-"+version, func(t *testing.T) {
+				t.Parallel()
+				d, ns := newDataplane(t, translator)
+				replace(t, d, fullNode(), sample(t)...)
+				got := nft(t, ns, binary, "list ruleset")
+				golden := filepath.Join("testdata", name+"-"+version+".nft")
+				if *update {
+					if err := os.WriteFile(golden, []byte(got), 0o644); err != nil {
+						t.Fatal(err)
+					}
+				}
+				want, err := os.ReadFile(golden)
+				if err != nil {
 					t.Fatal(err)
 				}
-			}
-			want, err := os.ReadFile(golden)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if diff := cmp.Diff(string(want), got); diff != "" {
-				t.Errorf("listing (-want +got):\n%s", diff)
-			}
-		})
+				if diff := cmp.Diff(string(want), got); diff != "" {
+					t.Errorf("listing (-want +got):\n%s", diff)
+				}
+			})
+		}
 	}
 }
 

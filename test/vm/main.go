@@ -8,7 +8,7 @@
 // It is made to be used by the go command, which then reports on tests as always
 // (`make test-vm` does so):
 //
-//	CGO_ENABLED=0 go test -count=1 -exec "$PWD/.cache/vm/vm run -kernel=6.1" ./nft -run TestX
+//	CGO_ENABLED=0 go test -count=1 -exec "$PWD/bin/vm run -kernel=6.1" ./nft -run TestX
 //
 // A PROGRAM with a slash in it is taken into the virtual machine, together with
 // the shared libraries that it needs; one without is of the machine's own: those of

@@ -257,14 +257,21 @@ func TestKernelLog(t *testing.T) {
 func TestOnce(t *testing.T) {
 	t.Parallel()
 	c := cache{dir: t.TempDir()}
+	// What one that was killed has left.
+	if err := os.MkdirAll(filepath.Join(c.dir, "linux-6.1-aa.new", "root"), 0o755); err != nil {
+		t.Fatal(err)
+	}
 	made := 0
 	ensure := func(name string, fail bool) error {
 		return c.once(filepath.Join(c.dir, name), func(work string) error {
 			made++
+			if err := os.Mkdir(filepath.Join(work, "root"), 0o755); err != nil {
+				return err // something is in there already
+			}
 			if fail {
 				return os.ErrDeadlineExceeded
 			}
-			return os.WriteFile(filepath.Join(work, "file"), nil, 0o644)
+			return nil
 		})
 	}
 	for _, step := range []struct {
@@ -277,7 +284,7 @@ func TestOnce(t *testing.T) {
 		{"linux-6.1-aa", false, 2, []string{"linux-6.1-aa"}},
 		{"linux-6.1-aa", false, 2, []string{"linux-6.1-aa"}},
 		{"linux-6.12-bb", false, 3, []string{"linux-6.1-aa", "linux-6.12-bb"}},
-		{"linux-6.1-cc", false, 4, []string{"linux-6.1-cc", "linux-6.12-bb"}},
+		{"linux-6.1-cc", false, 4, []string{"linux-6.1-aa", "linux-6.1-cc", "linux-6.12-bb"}},
 	} {
 		if err := ensure(step.name, step.fail); (err != nil) != step.fail {
 			t.Fatalf("%s: %v", step.name, err)

@@ -1,0 +1,422 @@
+package ipvs
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"time"
+
+	"fairlead/dataplane"
+
+	"golang.org/x/sys/unix"
+)
+
+// guardKind is the kind of the Services that stand in for frontends which must not
+// be reached yet; see Dataplane.guards.
+const guardKind = dataplane.Kind(0xff)
+
+// Apply implements [dataplane.Dataplane]. The order of its steps is that of the
+// package documentation.
+func (d *Dataplane) Apply(ctx context.Context, changes []dataplane.Change) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	failed := map[dataplane.Key]error{}
+	p := d.plan(changes, failed)
+	if len(p.guards) > 0 {
+		if err := d.applyRules(ctx, p.guards, failed); err != nil {
+			return fmt.Errorf("apply: %w", err)
+		}
+	}
+	w := d.work()
+	for s, vs := range p.want {
+		w.add(s, vs)
+	}
+	if err := w.carryOut(p.owners, failed); err != nil {
+		return fmt.Errorf("apply: %w", err)
+	}
+	if err := d.applyRules(ctx, p.opening(failed), failed); err != nil {
+		return fmt.Errorf("apply: %w", err)
+	}
+	w = d.work()
+	for s, vs := range p.want {
+		if !p.inDoubt(s, failed) {
+			w.drop(s, vs)
+		}
+	}
+	for s := range p.have {
+		if _, stays := p.want[s]; !stays && !p.inDoubt(s, failed) {
+			w.delete(s)
+		}
+	}
+	if err := w.carryOut(p.owners, failed); err != nil {
+		return fmt.Errorf("apply: %w", err)
+	}
+	for _, c := range p.changes {
+		if c.Old != nil {
+			d.places.release(c.Old, c.New)
+		}
+	}
+	if len(failed) > 0 {
+		return &dataplane.Error{Op: "apply", Failed: failed}
+	}
+	return nil
+}
+
+// plan is what the changes of an Apply come to, over all of them at once.
+type plan struct {
+	changes []dataplane.Change
+	// have are the virtual servers of what was, want are those of what is to be.
+	have map[server]bool
+	want map[server]virtualServer
+	// owners are the keys that each virtual server matters to.
+	owners map[server][]dataplane.Key
+	// guards are changes of the rules that come first.
+	guards []dataplane.Change
+}
+
+func (d *Dataplane) plan(changes []dataplane.Change, failed map[dataplane.Key]error) *plan {
+	p := &plan{
+		have: map[server]bool{}, want: make(map[server]virtualServer, len(changes)),
+		owners: make(map[server][]dataplane.Key, len(changes)),
+	}
+	// Frontends that have a rule already, and so no need of a guard.
+	ruled := map[dataplane.Frontend]bool{}
+	for _, c := range changes {
+		if c.Old == nil || d.supported(c.Old) != nil {
+			continue
+		}
+		d.render(c.Old, func(s server, _ virtualServer) {
+			p.have[s] = true
+			p.own(s, c.Key())
+		})
+		for _, f := range c.Old.Frontends {
+			ruled[f] = true
+		}
+	}
+	for _, c := range changes {
+		old, now := c.Old, c.New
+		if old != nil && d.supported(old) != nil {
+			old = nil
+		}
+		if now != nil {
+			if err := d.supported(now); err != nil {
+				failed[c.Key()] = err
+				now = nil
+			}
+		}
+		if now != nil {
+			d.render(now, func(s server, vs virtualServer) {
+				p.want[s] = vs
+				p.own(s, c.Key())
+			})
+			p.guard(d.unknown(now, ruled))
+		}
+		if old != nil || now != nil {
+			p.changes = append(p.changes, dataplane.Change{Old: old, New: now})
+		}
+	}
+	return p
+}
+
+func (p *plan) own(s server, k dataplane.Key) {
+	for _, o := range p.owners[s] {
+		if o == k {
+			return
+		}
+	}
+	p.owners[s] = append(p.owners[s], k)
+}
+
+// inDoubt reports whether something failed for a virtual server, so that nothing is
+// to be taken away from it.
+func (p *plan) inDoubt(s server, failed map[dataplane.Key]error) bool {
+	for _, k := range p.owners[s] {
+		if err := failed[k]; err != nil && !errors.Is(err, dataplane.ErrUnsupported) {
+			return true
+		}
+	}
+	return false
+}
+
+// unknown returns a Service in the place of those of s's frontends that nobody has
+// a rule or a virtual server for, or nil. It lets nothing through: what the node
+// itself sends meets a virtual server as soon as that is there, before it has
+// destinations.
+func (d *Dataplane) unknown(s *dataplane.Service, ruled map[dataplane.Frontend]bool) *dataplane.Service {
+	if !direct(s) {
+		return nil // It is reached by a rule only.
+	}
+	var frontends []dataplane.Frontend
+	for _, f := range s.Frontends {
+		if _, there := d.servers[server{f.Protocol, f.Addr}]; !there && !ruled[f] {
+			frontends = append(frontends, f)
+		}
+	}
+	if len(frontends) == 0 {
+		return nil
+	}
+	key := s.Key
+	key.Kind = guardKind
+	return &dataplane.Service{Key: key, Frontends: frontends, Treatment: dataplane.Treatment{NoEndpoints: dataplane.Drop}}
+}
+
+func (p *plan) guard(s *dataplane.Service) {
+	if s != nil {
+		p.guards = append(p.guards, dataplane.Change{New: s})
+	}
+}
+
+// opening returns the changes of the rules that go with those of the virtual
+// servers, and end the guards. A Service that could not be programmed keeps the
+// rules that it had.
+func (p *plan) opening(failed map[dataplane.Key]error) []dataplane.Change {
+	all := make([]dataplane.Change, 0, len(p.changes)+len(p.guards))
+	for _, c := range p.changes {
+		if failed[c.Key()] == nil || c.New == nil {
+			all = append(all, c)
+		}
+	}
+	for _, g := range p.guards {
+		all = append(all, dataplane.Change{Old: g.New})
+	}
+	return all
+}
+
+// applyRules changes the rules, and notes the keys of those that did not take.
+func (d *Dataplane) applyRules(ctx context.Context, changes []dataplane.Change, failed map[dataplane.Key]error) error {
+	return note(d.rules.Apply(ctx, changes), failed)
+}
+
+// note takes the keys of an error of the rules over. It returns what is about
+// everything.
+func note(err error, failed map[dataplane.Key]error) error {
+	var keyed *dataplane.Error
+	if !errors.As(err, &keyed) {
+		return err
+	}
+	for k, e := range keyed.Failed {
+		if k.Kind == guardKind {
+			k.Kind = dataplane.ClusterIP
+		}
+		failed[k] = e
+	}
+	return nil
+}
+
+// work collects requests to the kernel, and carries them out together.
+type work struct {
+	*Dataplane
+
+	requests []request
+	bind     []netip.Addr
+	unbind   []netip.Addr
+	now      time.Time
+}
+
+func (d *Dataplane) work() *work { return &work{Dataplane: d, now: time.Now()} }
+
+// add makes a virtual server have at least these endpoints.
+func (w *work) add(s server, want virtualServer) {
+	have, there := w.servers[s]
+	switch {
+	case !there:
+		w.request(request{command: newService, server: s, settings: want.settings})
+		if !isInternal(s.addr.Addr()) {
+			if w.bound[s.addr.Addr()] == 0 {
+				w.bind = append(w.bind, s.addr.Addr())
+			}
+			w.bound[s.addr.Addr()]++
+		}
+	case have.settings != want.settings:
+		w.request(request{command: setService, server: s, settings: want.settings})
+	}
+	merge(have.endpoints, want.endpoints, func(e netip.AddrPort, inHave, inWant bool) {
+		if inHave || !inWant {
+			return
+		}
+		c := newDest
+		if _, draining := w.draining[s][e]; draining {
+			c = setDest
+			w.settled(s, e)
+		}
+		w.request(request{command: c, server: s, dest: e, weight: 1})
+	})
+	if len(have.endpoints) == 0 || !there || have.settings != want.settings {
+		w.touch(s)
+	}
+	// Both until those that leave are dropped.
+	w.servers[s] = virtualServer{want.settings, have.endpoints}
+}
+
+// drop ends new connections to endpoints that a virtual server is no longer to
+// have, and notes that it has what is wanted.
+func (w *work) drop(s server, want virtualServer) {
+	have := w.servers[s]
+	merge(have.endpoints, want.endpoints, func(e netip.AddrPort, inHave, inWant bool) {
+		if inHave && !inWant {
+			w.leave(s, e)
+		}
+	})
+	w.touch(s)
+	w.servers[s] = want
+}
+
+// leave removes a destination. Its connections may end before, unless they are
+// flows of UDP, whose clients do not notice that they move.
+func (w *work) leave(s server, e netip.AddrPort) {
+	if s.protocol == dataplane.UDP {
+		w.request(request{command: delDest, server: s, dest: e})
+		return
+	}
+	w.request(request{command: setDest, server: s, dest: e})
+	w.drain(s, e, w.now.Add(w.opts.DrainLimit))
+}
+
+// delete removes a virtual server with its destinations.
+func (w *work) delete(s server) {
+	if _, there := w.servers[s]; !there {
+		return
+	}
+	w.request(request{command: delService, server: s})
+	w.touch(s)
+	delete(w.servers, s)
+	delete(w.draining, s)
+	if addr := s.addr.Addr(); !isInternal(addr) {
+		if w.bound[addr]--; w.bound[addr] == 0 {
+			delete(w.bound, addr)
+			w.unbind = append(w.unbind, addr)
+		}
+	}
+}
+
+func (w *work) request(r request) { w.requests = append(w.requests, r) }
+
+// touch tells the patrol that what it has seen of a virtual server is old.
+func (d *Dataplane) touch(s server) {
+	if d.touched != nil {
+		d.touched[s] = true
+	}
+}
+
+// drain notes that a destination is to go when its connections have ended.
+func (d *Dataplane) drain(s server, e netip.AddrPort, until time.Time) {
+	if d.draining[s] == nil {
+		d.draining[s] = map[netip.AddrPort]time.Time{}
+	}
+	d.draining[s][e] = until
+}
+
+// settled notes that a destination is not draining any more.
+func (d *Dataplane) settled(s server, e netip.AddrPort) {
+	if delete(d.draining[s], e); len(d.draining[s]) == 0 {
+		delete(d.draining, s)
+	}
+}
+
+// carryOut hands the work to the kernel: addresses are bound before their virtual
+// servers come and unbound after these have gone, so that whose address is bound is
+// ours, whenever the program ends. It notes the keys for which something failed; an
+// error is about everything.
+func (w *work) carryOut(owners map[server][]dataplane.Key, failed map[dataplane.Key]error) error {
+	if err := w.bindAll(unix.RTM_NEWROUTE, w.bind, owners, failed); err != nil {
+		return err
+	}
+	answers, err := w.run(w.requests)
+	if err != nil {
+		return err
+	}
+	for i, answer := range answers {
+		if answer == nil {
+			continue
+		}
+		r := w.requests[i]
+		if answer = w.again(r, answer); answer == nil {
+			continue
+		}
+		for _, k := range owners[r.server] {
+			if failed[k] == nil {
+				failed[k] = fmt.Errorf("%s: %w", r, answer)
+			}
+		}
+	}
+	return w.bindAll(unix.RTM_DELROUTE, w.unbind, owners, failed)
+}
+
+func (w *work) run(requests []request) ([]error, error) {
+	if len(requests) == 0 {
+		return nil, nil
+	}
+	return w.kernel.run(requests)
+}
+
+func (w *work) bindAll(typ uint16, addrs []netip.Addr, owners map[server][]dataplane.Key, failed map[dataplane.Key]error) error {
+	if len(addrs) == 0 {
+		return nil
+	}
+	answers, err := w.host.bind(typ, addrs)
+	if err != nil {
+		return err
+	}
+	for i, answer := range answers {
+		if answer == nil {
+			continue
+		}
+		for s, keys := range owners {
+			if s.addr.Addr() != addrs[i] {
+				continue
+			}
+			for _, k := range keys {
+				failed[k] = fmt.Errorf("bind %s to %s: %w", addrs[i], LinkName, answer)
+			}
+		}
+	}
+	return nil
+}
+
+// again tries another request where the kernel's answer is about what was there
+// already, or was not, and returns the answer that counts.
+func (w *work) again(r request, answer error) error {
+	switch {
+	case isGone(answer) && (r.command == delService || r.command == delDest):
+		return nil
+	case r.command == setDest && r.weight == 0 && isGone(answer):
+		w.settled(r.server, r.dest)
+		return nil
+	case errors.Is(answer, unix.EEXIST) && r.command == newService:
+		r.command = setService
+	case errors.Is(answer, unix.EEXIST) && r.command == newDest:
+		r.command = setDest
+	case isGone(answer) && r.command == setDest:
+		r.command = newDest
+	case errors.Is(answer, unix.ENOENT) && (r.command == newService || r.command == setService):
+		// It says that of a scheduler that it does not have.
+		if err := load("ip_vs_" + r.scheduler); err != nil {
+			return fmt.Errorf("the kernel has no scheduler %s: %w", r.scheduler, err)
+		}
+	default:
+		return answer
+	}
+	answers, err := w.run([]request{r})
+	if err == nil {
+		err = answers[0]
+	}
+	return err
+}
+
+// merge walks two lists of endpoints in order of address in step.
+func merge(have, want []dataplane.Endpoint, visit func(e netip.AddrPort, inHave, inWant bool)) {
+	for len(have) > 0 || len(want) > 0 {
+		switch {
+		case len(want) == 0 || len(have) > 0 && have[0].Addr.Compare(want[0].Addr) < 0:
+			visit(have[0].Addr, true, false)
+			have = have[1:]
+		case len(have) == 0 || want[0].Addr.Compare(have[0].Addr) < 0:
+			visit(want[0].Addr, false, true)
+			want = want[1:]
+		default:
+			visit(want[0].Addr, true, true)
+			have, want = have[1:], want[1:]
+		}
+	}
+}

@@ -1,0 +1,242 @@
+package ipvs
+
+import (
+	"context"
+	"errors"
+	"maps"
+	"net/netip"
+	"slices"
+	"time"
+
+	"fairlead/dataplane"
+)
+
+const (
+	// patrolPeriod is how often the kernel is compared with what is programmed,
+	// since it does not announce what others change, and draining destinations are
+	// looked after.
+	patrolPeriod = 5 * time.Second
+	// patrolRounds is in how many patrols all destinations are looked at: the
+	// kernel lists those of one virtual server at a time.
+	patrolRounds = 12
+)
+
+// patrol looks at the kernel every few seconds until ctx ends.
+func (d *Dataplane) patrol(ctx context.Context) {
+	ticker := time.NewTicker(patrolPeriod)
+	defer ticker.Stop()
+	for round := 0; ; round++ {
+		select {
+		case <-ctx.Done():
+			return
+		case <-d.rules.Drift():
+			d.signal()
+			continue
+		case <-ticker.C:
+		}
+		if err := d.look(ctx, round); err != nil && ctx.Err() == nil {
+			d.log.WarnContext(ctx, "the kernel's virtual servers were not compared with what is programmed", "error", err)
+		}
+	}
+}
+
+// look removes destinations that have drained, and signals drift if something is
+// not as it was programmed. It asks the kernel by a connection of its own and holds
+// nobody up meanwhile; what changes while it looks is not judged.
+func (d *Dataplane) look(ctx context.Context, round int) error {
+	d.mu.Lock()
+	if !d.ready {
+		d.mu.Unlock()
+		return nil
+	}
+	d.touched = map[server]bool{}
+	programmed := slices.Collect(maps.Keys(d.servers))
+	d.mu.Unlock()
+	defer func() {
+		d.mu.Lock()
+		d.touched = nil
+		d.mu.Unlock()
+	}()
+	k, err := dialKernel(d.opts.NetNS)
+	if err != nil {
+		return err
+	}
+	defer k.close() //nolint:errcheck // it was only read from
+	h, err := openHost(d.opts.NetNS)
+	if err != nil {
+		return err
+	}
+	defer h.close() //nolint:errcheck // it was only read from
+	if err := h.sysctl(sysctls(d.opts.StrictARP)); err != nil {
+		return err
+	}
+	if err := d.lookAfterDrains(k); err != nil {
+		return err
+	}
+	intact, err := d.hostIntact(h)
+	if err != nil {
+		return err
+	}
+	found, err := k.servers()
+	if err != nil {
+		return err
+	}
+	slices.SortFunc(programmed, server.compare)
+	for i, s := range programmed {
+		set, there := found[s]
+		delete(found, s)
+		if !d.isAsProgrammed(s, set, there) {
+			intact = false
+			break
+		}
+		if i%patrolRounds != round%patrolRounds || ctx.Err() != nil {
+			continue
+		}
+		destinations, err := k.destinations(s)
+		if err != nil {
+			return err
+		}
+		if !d.hasDestinations(s, destinations) {
+			intact = false
+			break
+		}
+	}
+	if intact {
+		intact = !d.hasStrangers(found)
+	}
+	if !intact && ctx.Err() == nil {
+		d.signal()
+	}
+	return nil
+}
+
+// hostIntact reports whether the interface, the rules and the routes are there.
+func (d *Dataplane) hostIntact(h *host) (bool, error) {
+	link, err := h.handle.LinkByName(LinkName)
+	if err != nil {
+		return false, nil //nolint:nilerr // a Replace tells what is wrong
+	}
+	h.link = link.Attrs().Index
+	for _, f := range families() {
+		if there, err := h.hasRule(f); err == nil && !there || err != nil && f == dataplane.IPv4 {
+			return false, err
+		}
+	}
+	bound, err := h.bound()
+	if err != nil {
+		return false, err
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if len(d.touched) > 0 {
+		return true, nil // next time
+	}
+	missing := len(d.bound)
+	for addr := range d.bound {
+		if bound[addr] {
+			missing--
+		}
+	}
+	return h.link == d.host.link && missing == 0 && len(bound) == len(d.bound), nil
+}
+
+// isAsProgrammed compares a virtual server by itself.
+func (d *Dataplane) isAsProgrammed(s server, set settings, there bool) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	want, programmed := d.servers[s]
+	return d.touched[s] || !programmed || there && set == want.settings
+}
+
+// hasDestinations compares the destinations of a virtual server.
+func (d *Dataplane) hasDestinations(s server, found map[netip.AddrPort]destination) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	want, programmed := d.servers[s]
+	if d.touched[s] || !programmed {
+		return true
+	}
+	for _, e := range want.endpoints {
+		if dest, ok := found[e.Addr]; !ok || dest.weight != 1 || !dest.nat {
+			return false
+		}
+		delete(found, e.Addr)
+	}
+	for addr := range found {
+		if _, draining := d.draining[s][addr]; !draining {
+			return false
+		}
+	}
+	return true
+}
+
+// hasStrangers reports whether there are virtual servers where only ours should be.
+func (d *Dataplane) hasStrangers(found map[server]settings) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for s := range found {
+		addr := s.addr.Addr()
+		if _, programmed := d.servers[s]; programmed || d.touched[s] || contains(d.exclude, addr) {
+			continue
+		}
+		if isInternal(addr) || d.bound[addr] > 0 {
+			return true
+		}
+	}
+	return false
+}
+
+// lookAfterDrains deletes destinations whose connections have ended, or whose time
+// is over.
+func (d *Dataplane) lookAfterDrains(k *kernel) error {
+	d.mu.Lock()
+	draining := slices.Collect(maps.Keys(d.draining))
+	d.mu.Unlock()
+	for _, s := range draining {
+		found, err := k.destinations(s)
+		if err != nil {
+			return err
+		}
+		if err := d.endDrains(s, found); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (d *Dataplane) endDrains(s server, found map[netip.AddrPort]destination) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.touched[s] {
+		return nil // what was found may be of before
+	}
+	now := time.Now()
+	var requests []request
+	for addr, until := range d.draining[s] {
+		dest, there := found[addr]
+		if !there {
+			d.settled(s, addr)
+			continue
+		}
+		if dest.connections == 0 || now.After(until) {
+			requests = append(requests, request{command: delDest, server: s, dest: addr})
+		}
+	}
+	if len(requests) == 0 {
+		return nil
+	}
+	answers, err := d.kernel.run(requests)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for i, answer := range answers {
+		if answer != nil && !isGone(answer) {
+			errs = append(errs, answer)
+			continue
+		}
+		d.settled(s, requests[i].dest)
+	}
+	d.touch(s)
+	return errors.Join(errs...)
+}
