@@ -104,18 +104,21 @@ func (m mode) setUp(ctx context.Context, log *slog.Logger, settings ipvs.Options
 		log.InfoContext(ctx, "nothing to set up", "reason", "--init-only")
 		return nil
 	}
-	// Open loads the kernel's modules, and sets what holds for all of IPVS.
-	d, err := m.open(log, settings)
-	if err != nil {
-		return err
+	settings.Logger = log.With("backend", string(m))
+	if err := ipvs.SetUp(settings); err != nil {
+		return fmt.Errorf("--mode=%s: %w", m, err)
 	}
 	log.InfoContext(ctx, "the kernel is set up", "reason", "--init-only", "mode", string(m))
-	return d.Close()
+	return nil
 }
 
 // counters returns what reads the backend's counters.
 func (m mode) counters(log *slog.Logger) *counters {
-	kernel := nft.NewCounters(nft.Options{})
+	var options nft.Options
+	if m == modeIPVS {
+		options.Table = ipvs.TableName
+	}
+	kernel := nft.NewCounters(options)
 	return &counters{log: log.With("backend", string(m)), close: kernel.Close, read: func(ctx context.Context) ([]metrics.Unserved, error) {
 		counts, err := kernel.Read(ctx)
 		if err != nil {

@@ -182,7 +182,7 @@ func settings() []setting {
 func ipvsSettings() []setting {
 	all := []setting{
 		{
-			name: "ipvs-scheduler", kind: text, value: "rr", values: ipvs.Schedulers(),
+			name: "ipvs-scheduler", kind: text, value: ipvs.DefaultScheduler, values: ipvs.Schedulers(),
 			usage: "how endpoints are picked, by the kernel's names, unless a Service has the annotation " + kube.AnnotationIPVSScheduler,
 		},
 		{
