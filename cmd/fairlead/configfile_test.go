@@ -140,21 +140,24 @@ func TestFlags(t *testing.T) {
 			},
 		},
 		{
-			"the longest timeout of IPVS, and none", []string{"--mode=ipvs", "--ipvs-tcp-timeout=2147483s", "--ipvs-udp-timeout=0"},
+			"the longest timeout of IPVS, and none",
+			[]string{"--mode=ipvs", "--ipvs-tcp-timeout=2147483s", "--ipvs-udp-timeout=0"},
 			func(c *config) {
 				c.mode = modeIPVS
 				c.ipvs = ipvs.Options{Scheduler: "rr", TCPTimeout: 2147483 * time.Second}
 			},
 		},
 		{
-			"periods of kube-proxy's ipvs mode", []string{"--mode=ipvs", "--ipvs-sync-period=30s", "--ipvs-min-sync-period=0s"},
+			"periods of kube-proxy's ipvs mode",
+			[]string{"--mode=ipvs", "--ipvs-sync-period=30s", "--ipvs-min-sync-period=0s"},
 			func(c *config) {
 				c.mode, c.ipvs.Scheduler = modeIPVS, "rr"
 				c.notes = []note{{"--ipvs-min-sync-period", idleSync, false}, {"--ipvs-sync-period", idleSync, false}}
 			},
 		},
 		{
-			"settings of IPVS in another mode", []string{"--ipvs-scheduler=lc", "--ipvs-strict-arp"},
+			"settings of IPVS in another mode",
+			[]string{"--ipvs-scheduler=lc", "--ipvs-strict-arp"},
 			func(c *config) {
 				c.notes = []note{{"--ipvs-scheduler", idleIPVS, false}, {"--ipvs-strict-arp", idleIPVS, false}}
 			},
