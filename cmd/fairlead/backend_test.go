@@ -13,6 +13,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"fairlead/dataplane"
+	"fairlead/internal/metrics"
 	"fairlead/ipvs"
 	"fairlead/kube"
 	"fairlead/sync"
@@ -94,6 +96,58 @@ func TestSettingsThatNeedARestart(t *testing.T) {
 				t.Errorf("%q need a restart, want %q", got, test.want)
 			}
 		})
+	}
+}
+
+// A file that names another mode changes nothing that goes with the mode: the one
+// that runs stays until a restart.
+func TestModeStaysUntilRestart(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		runs, file mode
+		everywhere bool
+	}{{modeNFT, modeIPVS, false}, {modeIPVS, modeNFT, true}, {modeNFT, modeNFT, false}, {modeIPVS, modeIPVS, true}} {
+		t.Run(string(test.runs+" to "+test.file), func(t *testing.T) {
+			t.Parallel()
+			var log bytes.Buffer
+			j := newJoin(slog.New(slog.NewTextHandler(&log, nil)))
+			p := &program{log: j.log, join: j, metrics: j.metrics}
+			was, next := usual(), usual()
+			was.mode, next.mode = test.runs, test.file
+			p.reloader(nil, nil, was, &slog.LevelVar{}).apply(t.Context(), next)
+			if j.everywhere != test.everywhere {
+				t.Errorf("node ports are served on all addresses: %t, want %t", j.everywhere, test.everywhere)
+			}
+			if got := strings.Contains(log.String(), "needs a restart"); got != (test.runs != test.file) || got && !strings.Contains(log.String(), "what=mode\n") {
+				t.Errorf("log:\n%s", &log)
+			}
+		})
+	}
+}
+
+// Each mode counts what its own tables have not served.
+func TestModeCounters(t *testing.T) {
+	t.Parallel()
+	n := newNode(t)
+	n.nft("add table ip fairlead-ipvs; add counter ip fairlead-ipvs rejected-no-endpoints { packets 7 bytes 420; };" +
+		"add table ip fairlead; add counter ip fairlead rejected-no-endpoints { packets 3 bytes 180; }")
+	for m, want := range map[mode]uint64{modeNFT: 3, modeIPVS: 7} {
+		c := m.counters(slog.New(slog.DiscardHandler))
+		t.Cleanup(func() { _ = c.close() })
+		var counts []metrics.Unserved
+		err := n.Node.Do(func() (err error) { // where it connects to the kernel
+			counts, err = c.unserved()
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		i := slices.IndexFunc(counts, func(u metrics.Unserved) bool {
+			return u.Family == dataplane.IPv4 && u.Reason == "rejected-no-endpoints"
+		})
+		if i < 0 || counts[i].Packets != want {
+			t.Errorf("--mode=%s: counted %+v, want %d packets", m, counts, want)
+		}
 	}
 }
 
