@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"fairlead/dataplane"
+	"fairlead/internal/kmod"
 
 	"golang.org/x/sys/unix"
 )
@@ -391,7 +392,7 @@ func (w *work) again(r request, answer error) error {
 		r.command = newDest
 	case errors.Is(answer, unix.ENOENT) && (r.command == newService || r.command == setService):
 		// It says that of a scheduler that it does not have.
-		if err := load("ip_vs_" + r.scheduler); err != nil {
+		if err := kmod.Load("ip_vs_" + r.scheduler); err != nil {
 			return fmt.Errorf("the kernel has no scheduler %s: %w", r.scheduler, err)
 		}
 	default:

@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 
+	"fairlead/internal/kmod"
+
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
@@ -19,7 +21,7 @@ func connect(netns int) (*kernel, error) {
 	if !errors.Is(err, unix.ENOENT) {
 		return k, err
 	}
-	if loadErr := load("ip_vs"); loadErr != nil {
+	if loadErr := kmod.Load("ip_vs"); loadErr != nil {
 		return nil, fmt.Errorf("%w: it has no IPVS (CONFIG_IP_VS, module ip_vs): %w", ErrNotSupported, loadErr)
 	}
 	return dialKernel(netns)
@@ -38,7 +40,7 @@ func probe(h *host) error {
 	}
 	err := try()
 	if errors.Is(err, unix.EOPNOTSUPP) {
-		if loadErr := load("dummy"); loadErr != nil {
+		if loadErr := kmod.Load("dummy numdummies=0"); loadErr != nil {
 			return fmt.Errorf("%w: it has no dummy interfaces (CONFIG_DUMMY, module dummy): %w", ErrNotSupported, loadErr)
 		}
 		err = try()
