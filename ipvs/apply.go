@@ -263,15 +263,22 @@ func (w *work) drop(s server, want virtualServer) {
 	w.servers[s] = want
 }
 
-// leave removes a destination. Its connections may end before, unless they are
-// flows of UDP, whose clients do not notice that they move.
+// leave makes a destination take no more connections, and drain.
 func (w *work) leave(s server, e netip.AddrPort) {
-	if s.protocol == dataplane.UDP {
-		w.request(request{command: delDest, server: s, dest: e})
-		return
-	}
 	w.request(request{command: setDest, server: s, dest: e})
-	w.drain(s, e, w.now.Add(w.opts.DrainLimit))
+	w.drain(s, e, w.now.Add(w.drainLimit(s)))
+}
+
+// datagramGrace is how long a destination of UDP drains. Its flows do not end, but
+// move to another when it is deleted, which loses the answers that are on their
+// way then (net/netfilter/ipvs/ip_vs_conn.c, ip_vs_expire_nodest_conn_flush).
+const datagramGrace = 200 * time.Millisecond
+
+func (d *Dataplane) drainLimit(s server) time.Duration {
+	if s.protocol == dataplane.UDP {
+		return datagramGrace
+	}
+	return d.opts.DrainLimit
 }
 
 // delete removes a virtual server with its destinations.
@@ -306,6 +313,10 @@ func (d *Dataplane) drain(s server, e netip.AddrPort, until time.Time) {
 		d.draining[s] = map[netip.AddrPort]time.Time{}
 	}
 	d.draining[s][e] = until
+	if s.protocol == dataplane.UDP && !d.soon {
+		d.soon = true
+		d.datagrams.Reset(time.Until(until))
+	}
 }
 
 // settled notes that a destination is not draining any more.

@@ -84,6 +84,9 @@ type Dataplane struct {
 	// draining are destinations that take no more connections, and until when they
 	// may keep those that they have.
 	draining map[server]map[netip.AddrPort]time.Time
+	// datagrams goes off when some of UDP have drained, if there are any soon.
+	datagrams *time.Timer
+	soon      bool
 	// touched are the servers that have changed since the patrol set out; nil if
 	// it is not under way.
 	touched map[server]bool
@@ -105,8 +108,9 @@ var (
 func Open(opts Options) (*Dataplane, error) {
 	d := &Dataplane{
 		opts: opts, scheduler: opts.Scheduler, log: opts.Logger,
-		drift: make(chan struct{}, 1),
+		drift: make(chan struct{}, 1), datagrams: time.NewTimer(0),
 	}
+	<-d.datagrams.C
 	if d.scheduler == "" {
 		d.scheduler = DefaultScheduler
 	}

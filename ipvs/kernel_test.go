@@ -22,5 +22,5 @@ func open(t testing.TB, netns int) dataplane.Dataplane {
 }
 
 func TestBehaviour(t *testing.T) {
-	dataplanetest.Run(t, open)
+	dataplanetest.Run(t, open, dataplanetest.Limits{AffinityLingers: true})
 }

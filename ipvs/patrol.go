@@ -3,6 +3,7 @@ package ipvs
 import (
 	"context"
 	"errors"
+	"fmt"
 	"maps"
 	"net/netip"
 	"slices"
@@ -31,6 +32,11 @@ func (d *Dataplane) patrol(ctx context.Context) {
 			return
 		case <-d.rules.Drift():
 			d.signal()
+			continue
+		case <-d.datagrams.C:
+			if err := d.endDatagrams(); err != nil {
+				d.log.WarnContext(ctx, "endpoints of UDP that have left were not removed yet", "error", err)
+			}
 			continue
 		case <-ticker.C:
 		}
@@ -204,6 +210,57 @@ func (d *Dataplane) lookAfterDrains(k *kernel) error {
 	return nil
 }
 
+// endDatagrams deletes destinations of UDP whose time is over, and sets the time for
+// those whose is not.
+func (d *Dataplane) endDatagrams() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.soon = false
+	now := time.Now()
+	var requests []request
+	var next time.Time
+	for s, addrs := range d.draining {
+		if s.protocol != dataplane.UDP {
+			continue
+		}
+		for addr, until := range addrs {
+			switch {
+			case now.Before(until) && (next.IsZero() || until.Before(next)):
+				next = until
+			case !now.Before(until):
+				requests = append(requests, request{command: delDest, server: s, dest: addr})
+			}
+		}
+	}
+	if !next.IsZero() {
+		d.soon = true
+		d.datagrams.Reset(time.Until(next))
+	}
+	return d.endAll(requests)
+}
+
+// endAll deletes destinations that have drained.
+func (d *Dataplane) endAll(requests []request) error {
+	if len(requests) == 0 {
+		return nil
+	}
+	answers, err := d.kernel.run(requests)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for i, answer := range answers {
+		r := requests[i]
+		if answer != nil && !isGone(answer) {
+			errs = append(errs, fmt.Errorf("%s: %w", r, answer))
+			continue
+		}
+		d.settled(r.server, r.dest)
+		d.touch(r.server)
+	}
+	return errors.Join(errs...)
+}
+
 func (d *Dataplane) endDrains(s server, found map[netip.AddrPort]destination) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -222,21 +279,5 @@ func (d *Dataplane) endDrains(s server, found map[netip.AddrPort]destination) er
 			requests = append(requests, request{command: delDest, server: s, dest: addr})
 		}
 	}
-	if len(requests) == 0 {
-		return nil
-	}
-	answers, err := d.kernel.run(requests)
-	if err != nil {
-		return err
-	}
-	var errs []error
-	for i, answer := range answers {
-		if answer != nil && !isGone(answer) {
-			errs = append(errs, answer)
-			continue
-		}
-		d.settled(s, requests[i].dest)
-	}
-	d.touch(s)
-	return errors.Join(errs...)
+	return d.endAll(requests)
 }

@@ -7,6 +7,7 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
+	"time"
 
 	"fairlead/dataplane"
 )
@@ -138,7 +139,7 @@ func (d *Dataplane) destinations(s server) ([]dataplane.Endpoint, error) {
 	if err != nil {
 		return nil, err
 	}
-	until := d.work().now.Add(d.opts.DrainLimit)
+	until := time.Now().Add(d.drainLimit(s))
 	var endpoints []dataplane.Endpoint
 	for addr, dest := range found {
 		if dest.weight == 0 || !dest.nat {

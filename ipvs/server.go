@@ -102,11 +102,15 @@ func isInternal(a netip.Addr) bool {
 	return slices.ContainsFunc(internalNets(), func(p netip.Prefix) bool { return p.Contains(a) })
 }
 
-// place is a list of a Service, as the owner of an internal address.
+// place is a list of a Service, as the owner of an internal address, and the address
+// that it has if no other has it.
 type place struct {
-	key  dataplane.Key
-	list list
+	key   dataplane.Key
+	list  list
+	first netip.AddrPort
 }
+
+func placeOf(s *dataplane.Service, l list) place { return place{s.Key, l, firstPlace(s, l)} }
 
 // places says which internal address each list of a Service has, if it has one.
 // The address follows from the Service, so that it is the same after a restart,
@@ -122,12 +126,11 @@ func newPlaces() places {
 
 // of returns the address of a list's virtual servers, and takes it.
 func (p *places) of(s *dataplane.Service, l list) netip.AddrPort {
-	owner := place{s.Key, l}
+	owner := placeOf(s, l)
 	if addr, ok := p.second[owner]; ok {
 		return addr
 	}
-	first := firstPlace(s, l)
-	addr := first
+	addr := owner.first
 	for {
 		if taken, ok := p.used[addr]; !ok || taken == owner {
 			break
@@ -139,7 +142,7 @@ func (p *places) of(s *dataplane.Service, l list) netip.AddrPort {
 		addr = netip.AddrPortFrom(addr.Addr(), port)
 	}
 	p.used[addr] = owner
-	if addr != first {
+	if addr != owner.first {
 		p.second[owner] = addr
 	}
 	return addr
@@ -149,13 +152,13 @@ func (p *places) of(s *dataplane.Service, l list) netip.AddrPort {
 // which is nil when it is gone.
 func (p *places) release(s, next *dataplane.Service) {
 	for l := range lists {
-		owner := place{s.Key, l}
+		owner := placeOf(s, l)
+		if next != nil && placeOf(next, l) == owner {
+			continue
+		}
 		addr, moved := p.second[owner]
 		if !moved {
-			addr = firstPlace(s, l)
-		}
-		if next != nil && (moved || addr == firstPlace(next, l)) {
-			continue
+			addr = owner.first
 		}
 		if p.used[addr] == owner {
 			delete(p.used, addr)

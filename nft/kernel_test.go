@@ -44,8 +44,9 @@ func newDataplane(t *testing.T, translator ...Translator) (*Dataplane, *nettest.
 
 func openIn(t *testing.T, ns *nettest.Namespace, translator ...Translator) *Dataplane {
 	t.Helper()
-	opts := Options{}
-	for _, opts.Translator = range translator {
+	var opts Options
+	if len(translator) > 0 {
+		opts.Translator = translator[0]
 	}
 	return openWith(t, ns, opts)
 }
@@ -119,6 +120,10 @@ func apply(t *testing.T, d *Dataplane, changes ...dataplane.Change) {
 // wantState fails the test unless the kernel holds exactly these Services.
 func wantState(t *testing.T, d *Dataplane, services ...*dataplane.Service) {
 	t.Helper()
+	if d.translator != nil {
+		wantRules(t, d, services...)
+		return
+	}
 	got, err := d.Read(t.Context())
 	if err != nil {
 		t.Fatal(err)
@@ -737,7 +742,17 @@ func TestListingOfManyServices(t *testing.T) {
 // Replace, and reads each back.
 func TestRandomStates(t *testing.T) {
 	t.Parallel()
-	d, ns := newDataplane(t)
+	for name, translator := range translators() {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			testRandomStates(t, translator)
+		})
+	}
+}
+
+func testRandomStates(t *testing.T, translator Translator) {
+	t.Helper()
+	d, ns := newDataplane(t, translator)
 	node := podNode()
 	var have []*dataplane.Service
 	replace(t, d, node, have...)
@@ -745,7 +760,7 @@ func TestRandomStates(t *testing.T) {
 		random := rand.New(rand.NewPCG(seed, 7))
 		want := randomServices(t, random, 40)
 		if random.IntN(5) == 0 {
-			d = openIn(t, ns) // a restart
+			d = openIn(t, ns, translator) // a restart
 			node = randomNode(random)
 			replace(t, d, node, want...)
 		} else {
@@ -754,7 +769,7 @@ func TestRandomStates(t *testing.T) {
 		have = want
 		wantState(t, d, have...)
 		before := generation(t, d)
-		again := openIn(t, ns)
+		again := openIn(t, ns, translator)
 		again.now = func() time.Time { return time.Time{} } // or a class that rests could go
 		replace(t, again, node, have...)
 		if after := generation(t, d); after != before {
@@ -864,31 +879,36 @@ func TestDrift(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			binary := nftBinaries(t)["1.0.6"]
-			d, ns := newDataplane(t)
-			services := sample(t)
-			replace(t, d, fullNode(), services...)
-			wantNoDrift(t, d)
-			before := sortedLines(nft(t, ns, binary, "list ruleset"))
-			nft(t, ns, binary, strings.ReplaceAll(script, "; ", "\n"))
-			if slices.Equal(before, sortedLines(nft(t, ns, binary, "list ruleset"))) {
-				t.Fatal("the edit changes nothing, so the test shows nothing")
-			}
-			select {
-			case <-d.Drift():
-			case <-time.After(5 * time.Second):
-				t.Fatal("the change was not announced")
-			}
-			awaitAnnounced(d)
-			replace(t, d, fullNode(), services...)
-			if diff := cmp.Diff(before, sortedLines(nft(t, ns, binary, "list ruleset"))); diff != "" {
-				t.Errorf("after the repair (-before +after):\n%s", diff)
-			}
-			wantState(t, d, services...)
-			replace(t, d, fullNode(), services...)
-			wantNoDrift(t, d)
+			testDrift(t, script)
 		})
 	}
+}
+
+func testDrift(t *testing.T, script string, translator ...Translator) {
+	t.Helper()
+	binary := nftBinaries(t)["1.0.6"]
+	d, ns := newDataplane(t, translator...)
+	services := sample(t)
+	replace(t, d, fullNode(), services...)
+	wantNoDrift(t, d)
+	before := sortedLines(nft(t, ns, binary, "list ruleset"))
+	nft(t, ns, binary, strings.ReplaceAll(script, "; ", "\n"))
+	if slices.Equal(before, sortedLines(nft(t, ns, binary, "list ruleset"))) {
+		t.Fatal("the edit changes nothing, so the test shows nothing")
+	}
+	select {
+	case <-d.Drift():
+	case <-time.After(5 * time.Second):
+		t.Fatal("the change was not announced")
+	}
+	awaitAnnounced(d)
+	replace(t, d, fullNode(), services...)
+	if diff := cmp.Diff(before, sortedLines(nft(t, ns, binary, "list ruleset"))); diff != "" {
+		t.Errorf("after the repair (-before +after):\n%s", diff)
+	}
+	wantState(t, d, services...)
+	replace(t, d, fullNode(), services...)
+	wantNoDrift(t, d)
 }
 
 // awaitAnnounced waits until the rest of a change is announced: the kernel does

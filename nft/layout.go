@@ -309,21 +309,19 @@ func (t *table) chains(node dataplane.Node, rangeBits []int) []chain {
 	unserved := append(t.unserved(), t.invalidOfEndpoints())
 	outgoing := append(slices.Clone(unserved), t.answersToInvalid())
 	dstnat, filter := *nftables.ChainPriorityNATDest, *nftables.ChainPriorityFilter
-	var input []rule
+	incoming := postDNAT
 	if t.virtual {
 		chains = append(chains, t.undeclared())
-		input = append(input, t.toOwnClusterIP())
+		incoming = append(slices.Clone(postDNAT), t.toOwnClusterIP())
 	}
 	if t.tellsPods(node) {
-		input = append(input, t.invalidOfEndpoints())
-	}
-	if len(input) > 0 {
-		chains = append(chains, base("filter-input", nftables.ChainTypeFilter, nftables.ChainHookInput, filter, input...))
+		chains = append(chains,
+			base("filter-input", nftables.ChainTypeFilter, nftables.ChainHookInput, filter, t.invalidOfEndpoints()))
 	}
 	return append(chains,
 		base("nat-prerouting", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, dstnat, dispatch...),
 		base("nat-output", nftables.ChainTypeNAT, nftables.ChainHookOutput, dstnat, output...),
-		base("filter-prerouting-post-dnat", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, dstnat+10, postDNAT...),
+		base("filter-prerouting-post-dnat", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, dstnat+10, incoming...),
 		base("filter-output-post-dnat", nftables.ChainTypeFilter, nftables.ChainHookOutput, dstnat+10, postDNAT...),
 		base("filter-forward", nftables.ChainTypeFilter, nftables.ChainHookForward, filter, unserved...),
 		base("filter-output", nftables.ChainTypeFilter, nftables.ChainHookOutput, filter, outgoing...),

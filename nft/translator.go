@@ -2,6 +2,7 @@ package nft
 
 import (
 	"context"
+	"fmt"
 	"net/netip"
 	"slices"
 
@@ -42,6 +43,17 @@ type Rule struct {
 	// Local are the addresses of endpoints that can reach themselves through the
 	// frontend, sorted: those of both lists that are local.
 	Local []netip.Addr
+}
+
+// Equal reports whether r and o treat connections alike. The name of the Service
+// takes no part.
+func (r Rule) Equal(o Rule) bool {
+	return r.Binding.Equal(o.Binding) && r.Served == o.Served && r.Virtual == o.Virtual && slices.Equal(r.Local, o.Local)
+}
+
+// String returns the rule in one line.
+func (r Rule) String() string {
+	return fmt.Sprintf("%s served=%v virtual=%v local=%v", r.Treatment, r.Served, r.Virtual, r.Local)
 }
 
 // ReadRules returns what the kernel holds now, for a Dataplane with a Translator. It
@@ -104,9 +116,12 @@ func portsOf(s *dataplane.Service) []uint16 {
 	return slices.Compact(ports)
 }
 
-// toOwnClusterIP is the rule for connections to a cluster IP that the node takes for
-// itself, although no interface has the address: the translator has a route for
-// it. In forward and output they would have been told to be undeclared.
+// toOwnClusterIP is the rule for connections to cluster IPs that the node may take for
+// itself, although no interface has the address, as a translator's routes make it.
+// They do not come by forward, and in input they could not be rejected: for a packet
+// that is the node's own the kernel sends an ICMP error of IPv4 from the address
+// that it was for (net/ipv4/icmp.c, __icmp_send), or, where that is no interface's,
+// none. Behind dstnat nobody's rules translate them any more.
 func (t *table) toOwnClusterIP() rule {
 	return rule{exprs: slices.Concat(ctStateNew(),
 		[]expr.Any{t.daddr(0), lookup(t.addrSets[inClusterIPs])},
