@@ -91,20 +91,11 @@ func (c *conversion) scheduler() string {
 	case len(c.schedulers) == 0:
 		c.problem(field, "%q has no effect, as this node is not in the ipvs mode: remove the annotation, or run Fairlead with --mode=ipvs", name)
 	case !slices.Contains(c.schedulers, name):
-		c.problem(field, "%q is not a scheduler, so that of --ipvs-scheduler holds: use %s", name, alternatives(c.schedulers))
+		c.problem(field, "%q is not a scheduler, so that of --ipvs-scheduler holds: use one of %s", name, strings.Join(c.schedulers, ", "))
 	default:
 		return name
 	}
 	return ""
-}
-
-// alternatives writes a list of one or more as "a, b or c".
-func alternatives(names []string) string {
-	last := len(names) - 1
-	if last == 0 {
-		return names[0]
-	}
-	return strings.Join(names[:last], ", ") + " or " + names[last]
 }
 
 // treatment says what happens to the connections to frontends of one kind.

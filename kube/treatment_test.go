@@ -244,18 +244,18 @@ func TestScheduler(t *testing.T) {
 		{"one that there is not is reported until it is mended", some, []step{
 			{
 				name: "wrong", delta: web(scheduler("leastconn")), want: at(""),
-				problems: []string{field + `"leastconn" is not a scheduler, so that of --ipvs-scheduler holds: use lc, mh or rr`},
+				problems: []string{field + `"leastconn" is not a scheduler, so that of --ipvs-scheduler holds: use one of lc, mh, rr`},
 			},
 			{name: "the same", delta: web(scheduler("leastconn")), want: want{}},
 			{
 				name: "upper case", delta: web(scheduler("LC")), want: want{},
-				problems: []string{field + `"LC" is not a scheduler, so that of --ipvs-scheduler holds: use lc, mh or rr`},
+				problems: []string{field + `"LC" is not a scheduler, so that of --ipvs-scheduler holds: use one of lc, mh, rr`},
 			},
 			{name: "right", delta: web(scheduler("lc")), want: at(", scheduler lc")},
 		}},
 		{"where there is one only", []string{"rr"}, []step{{
 			delta: web(scheduler("lc")), want: at(""),
-			problems: []string{field + `"lc" is not a scheduler, so that of --ipvs-scheduler holds: use rr`},
+			problems: []string{field + `"lc" is not a scheduler, so that of --ipvs-scheduler holds: use one of rr`},
 		}}},
 		{"a mode without schedulers reports it and serves the Service", nil, []step{{
 			delta: web(scheduler("lc")), want: at(""),
