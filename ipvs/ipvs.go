@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"net/netip"
+	"os"
 	"slices"
 	"sync"
 	"time"
@@ -191,6 +192,14 @@ func Cleanup(opts Options) error {
 
 // removeServers deletes the virtual servers that are ours by their address.
 func removeServers(h *host, opts Options) error {
+	// To ask IPVS itself would make the kernel load it.
+	err := inNamespace(opts.NetNS, func() error {
+		_, err := os.Stat("/proc/thread-self/net/ip_vs")
+		return err
+	})
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
 	k, err := dialKernel(opts.NetNS)
 	if errors.Is(err, unix.ENOENT) {
 		return nil
@@ -239,7 +248,7 @@ func (d *Dataplane) setUp() error {
 	}
 	err := d.host.sysctl(sysctls(d.opts.StrictARP))
 	if errors.Is(err, fs.ErrPermission) || errors.Is(err, unix.EROFS) {
-		return fmt.Errorf("%w: mount /proc/sys/net/ipv4/vs writable, or set it on the host", err)
+		return fmt.Errorf("%w: set it on the host, or run `fairlead run --mode=ipvs --init-only` with more rights before", err)
 	}
 	if err != nil {
 		return err

@@ -62,6 +62,8 @@ type replacement struct {
 	closed map[dataplane.Key]bool
 	want   map[server]virtualServer
 	owners map[server][]dataplane.Key
+	// odd are destinations with a weight that is none of ours.
+	odd    []request
 	failed map[dataplane.Key]error
 }
 
@@ -103,7 +105,7 @@ func (d *Dataplane) compare(ctx context.Context, services iter.Seq[*dataplane.Se
 		if err := ctx.Err(); err != nil {
 			return nil, err
 		}
-		endpoints, err := d.destinations(sv)
+		endpoints, err := r.destinations(sv)
 		if err != nil {
 			return nil, err
 		}
@@ -116,9 +118,10 @@ func (d *Dataplane) compare(ctx context.Context, services iter.Seq[*dataplane.Se
 }
 
 // bindAnew binds the addresses of virtual servers that are there without, and ends
-// that of others.
+// that of others. It puts odd weights right.
 func (r *replacement) bindAnew(have map[netip.Addr]bool) error {
 	w := r.work()
+	w.requests = r.odd
 	for addr := range r.bound {
 		if !have[addr] {
 			w.bind = append(w.bind, addr)
@@ -134,17 +137,20 @@ func (r *replacement) bindAnew(have map[netip.Addr]bool) error {
 
 // destinations returns the destinations of a virtual server that take connections,
 // in order, and notes those that do not as draining.
-func (d *Dataplane) destinations(s server) ([]dataplane.Endpoint, error) {
-	found, err := d.kernel.destinations(s)
+func (r *replacement) destinations(s server) ([]dataplane.Endpoint, error) {
+	found, err := r.kernel.destinations(s)
 	if err != nil {
 		return nil, err
 	}
-	until := time.Now().Add(d.drainLimit(s))
+	until := time.Now().Add(r.drainLimit(s))
 	var endpoints []dataplane.Endpoint
 	for addr, dest := range found {
-		if dest.weight == 0 || !dest.nat {
-			d.drain(s, addr, until)
+		if dest.weight == 0 {
+			r.drain(s, addr, until)
 			continue
+		}
+		if dest.weight != 1 || !dest.nat {
+			r.odd = append(r.odd, request{command: setDest, server: s, dest: addr, weight: 1})
 		}
 		endpoints = append(endpoints, dataplane.Endpoint{Addr: addr})
 	}
