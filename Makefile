@@ -24,9 +24,15 @@ help:
 build: ## the static binary, bin/fairlead
 	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/fairlead ./cmd/fairlead
 
+# How the demo's fairlead programs the kernel: nft or ipvs. A kernel that cannot is
+# replaced by a virtual machine's, which -vm is for.
+MODE ?= nft
+DEMO = CGO_ENABLED=0 go build -o bin/demo ./examples/demo
+
 .PHONY: demo
-demo: build ## three front ends, three back ends and a Redis behind Services (root); ARGS=--keep leaves it running
-	go run ./examples/demo $(ARGS)
+demo: build ## three front ends, three back ends and a Redis behind Services (root); MODE=ipvs; ARGS=--keep leaves it running
+	@$(DEMO)
+	@bin/demo -mode=$(MODE) -vm='$(MAKE) -s vm-demo KERNEL=$(lastword $(KERNEL))' $(ARGS)
 
 .PHONY: deps
 deps: ## install the Debian packages that the tests need, where they are missing (root)
@@ -101,12 +107,13 @@ vm-shell: vm build ## a shell in a virtual machine with the checkout; KERNEL=6.1
 	@bin/vm shell -accel=$(ACCEL) -kernel=$(lastword $(KERNEL))
 
 .PHONY: vm-demo
-vm-demo: vm build ## the demo in a virtual machine; KERNEL=6.1 ARGS=...
-	$(VMGO) run -exec='$(VM) -kernel=$(lastword $(KERNEL))' ./examples/demo $(ARGS)
+vm-demo: vm build ## the demo in a virtual machine; KERNEL=6.1 MODE=ipvs ARGS=..., with a shell beside it for ARGS=--keep
+	@$(DEMO)
+	@bin/vm $(if $(findstring -keep,$(ARGS)),shell,run) -accel=$(ACCEL) -kernel=$(lastword $(KERNEL)) bin/demo -mode=$(MODE) $(ARGS)
 
 .PHONY: vm-bench
-vm-bench: vm ## benchmarks in a virtual machine; KERNEL=6.1 BENCH=regexp COUNT=n
-	$(VMGO) test -run='^$$' -bench='$(BENCH)' -count=$(COUNT) -benchmem -p=1 -timeout=60m -v -exec='$(VM) -kernel=$(lastword $(KERNEL))' ./bench
+vm-bench: vm ## benchmarks of both backends in one run in a virtual machine, and their ratios; KERNEL=6.1 BENCH=regexp COUNT=n
+	$(VMGO) test -run='^$$' -bench='$(BENCH)' -count=$(COUNT) -benchmem -p=1 -timeout=60m -v -exec='$(VM) -kernel=$(lastword $(KERNEL))' ./bench 2>&1 | awk -f test/vm/ratios.awk
 
 # A test that makes network namespaces does so with internal/nettest, and needs
 # root; one that runs a control plane does so with test/controlplane.

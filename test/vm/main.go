@@ -2,7 +2,7 @@
 // Debian's kernels: a test binary, the demo, a shell.
 //
 //	vm run [-kernel=6.12] [flags] PROGRAM [ARGUMENT]...
-//	vm shell [-kernel=6.12] [flags]
+//	vm shell [-kernel=6.12] [flags] [PROGRAM [ARGUMENT]...]
 //	vm fetch
 //
 // It is made to be used by the go command, which then reports on tests as always
@@ -18,6 +18,9 @@
 // the exit status is PROGRAM's. Standard input is empty. Of the environment there are
 // GODEBUG, GOGC, GOMAXPROCS, GOMEMLIMIT, GOTRACEBACK, names that begin with FAIRLEAD_,
 // and what -env names.
+//
+// A shell is for a terminal. With a PROGRAM, which is taken into the virtual machine in
+// the same way, the shell runs beside it.
 //
 // If the kernel panics or has an oops, hangs until the time limit, or does not
 // boot, the end of its log is printed and the exit status is 125, as it is for
@@ -93,7 +96,8 @@ type options struct {
 	log      string
 	modprobe bool
 	env      []string // names
-	command  []string // program and arguments; none for a shell
+	shell    bool
+	command  []string // program and arguments; may be none for a shell
 }
 
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
@@ -142,7 +146,7 @@ func do(ctx context.Context, args []string, stdout, stderr io.Writer) (status in
 	defer initrd.Close() //nolint:errcheck // it has no name; nobody reads it again
 	m := &machine{
 		Kernel: kernel, Initrd: initrd, Accel: o.accel, CPUs: o.cpus, MemoryMiB: o.memory, Append: o.append,
-		Limit: o.limit, BootLimit: o.boot, Terminal: o.command == nil, Output: stdout, Errors: stderr,
+		Limit: o.limit, BootLimit: o.boot, Terminal: o.shell, Output: stdout, Errors: stderr,
 	}
 	if o.log != "" {
 		f, err := os.Create(o.log)
@@ -198,9 +202,8 @@ func parse(args []string, stderr io.Writer) (*options, error) {
 		o.command = flags.Args()
 	case "shell":
 		o.limit = 365 * 24 * time.Hour
-		if flags.NArg() > 0 {
-			return nil, usage
-		}
+		o.shell = true
+		o.command = flags.Args()
 	case "fetch":
 	default:
 		return nil, usage
@@ -263,15 +266,16 @@ func (o *options) fill(ctx context.Context, f *os.File, busybox, root, modules s
 		return err
 	}
 	command := slices.Clone(o.command)
-	if command == nil {
-		command = shell(terminalSize(ctx))
-	}
-	if strings.Contains(command[0], "/") {
+	if len(command) > 0 && strings.Contains(command[0], "/") {
 		inside := "/vm/" + filepath.Base(command[0])
 		if err := addProgram(ctx, a, inside, command[0]); err != nil {
 			return err
 		}
 		command[0] = inside
+	}
+	if o.shell {
+		rows, columns := terminalSize(ctx)
+		command = shell(rows, columns, command)
 	}
 	dir, err := os.Getwd()
 	if err != nil {
@@ -301,12 +305,15 @@ func (o *options) environment(all []string) []string {
 	return env
 }
 
-// shell returns the command of a shell for people, in a terminal of that size.
-func shell(rows, columns string) []string {
+// shell returns the command of a shell for people, in a terminal of that size, beside
+// which another command runs, if there is one.
+func shell(rows, columns string, command []string) []string {
 	const start = `stty rows "$1" columns "$2"
 		echo "Linux $(uname -r); exit or Ctrl-D ends it, Ctrl-A X at once"
+		shift 2
+		[ $# -eq 0 ] || "$@" &
 		exec env PS1='\h:\w\$ ' bash --norc -i`
-	return []string{"sh", "-c", start, "sh", rows, columns}
+	return append([]string{"sh", "-c", start, "sh", rows, columns}, command...)
 }
 
 // script returns what the virtual machine's shell runs.
@@ -331,7 +338,7 @@ func quote(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + 
 // settings returns what init.sh reads.
 func (o *options) settings() string {
 	yes := map[bool]string{true: "yes", false: "no"}
-	return fmt.Sprintf("TERMINAL=%s\nMODPROBE=%s\n", yes[o.command == nil], yes[o.modprobe])
+	return fmt.Sprintf("TERMINAL=%s\nMODPROBE=%s\n", yes[o.shell], yes[o.modprobe])
 }
 
 // terminalSize returns the height and width of this process's terminal.

@@ -43,7 +43,11 @@ func TestParse(t *testing.T) {
 		},
 		"a shell has time": {
 			args: []string{"shell"},
-			want: options{kernel: "6.12", limit: 365 * 24 * time.Hour, modprobe: true},
+			want: options{kernel: "6.12", limit: 365 * 24 * time.Hour, modprobe: true, shell: true, command: []string{}},
+		},
+		"a shell beside a program": {
+			args: []string{"shell", "bin/demo", "-keep"},
+			want: options{kernel: "6.12", limit: 365 * 24 * time.Hour, modprobe: true, shell: true, command: []string{"bin/demo", "-keep"}},
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -72,7 +76,6 @@ func TestParseRefuses(t *testing.T) {
 		"nothing":                  {nil, "usage: vm run"},
 		"an unknown word":          {[]string{"walk"}, "usage: vm run"},
 		"nothing to run":           {[]string{"run", "-kernel=6.1"}, "usage: vm run"},
-		"a shell with arguments":   {[]string{"shell", "ls"}, "usage: vm run"},
 		"an unknown kernel":        {[]string{"run", "-kernel=5.10", "true"}, "-kernel=5.10: want one of 6.1, 6.12"},
 		"an unknown accelerator":   {[]string{"run", "-accel=xen", "true"}, "-accel=xen: want tcg or kvm"},
 		"a file that stays inside": {[]string{"run", "/a.test", "-test.cpuprofile=x"}, "-test.cpuprofile: files do not come back"},
