@@ -40,6 +40,13 @@
 // the kernel's modules for networking, the checkout and PROGRAM. There is no disk and
 // no network but what tests make.
 //
+// The clock is the virtual machine's own: a nanosecond passes with each instruction
+// that is executed, and while it has nothing to do time leaps to what it waits for.
+// So whoever waits for a second in it waits for the same work to be done however slow
+// or busy this machine is, which tests with time limits need, and sleeping costs
+// nothing. What is measured in it are instructions. -clock=host is for people; the time
+// limits of the virtual machine itself are this machine's time.
+//
 // Modules are loaded on demand, as on a real host: the kernel calls modprobe.
 // With -modprobe=false there is no modprobe, as in a container without programs;
 // the modules are still in /lib/modules/RELEASE.
@@ -73,6 +80,12 @@ import (
 // runs in the virtual machine.
 const exitFailed = 125
 
+// The clocks that there are.
+const (
+	clockOwn  = "own"
+	clockHost = "host"
+)
+
 // testGrace is what a test binary's time limit is extended by: for the boot, and
 // for the binary to notice and tell what hangs. The go command waits a minute.
 const testGrace = 55 * time.Second
@@ -88,6 +101,7 @@ func main() {
 type options struct {
 	kernel   string
 	accel    string
+	clock    string
 	cpus     int
 	memory   int
 	limit    time.Duration
@@ -145,7 +159,7 @@ func do(ctx context.Context, args []string, stdout, stderr io.Writer) (status in
 	}
 	defer initrd.Close() //nolint:errcheck // it has no name; nobody reads it again
 	m := &machine{
-		Kernel: kernel, Initrd: initrd, Accel: o.accel, CPUs: o.cpus, MemoryMiB: o.memory, Append: o.append,
+		Kernel: kernel, Initrd: initrd, Accel: o.accel, OwnClock: o.clock == clockOwn, CPUs: o.cpus, MemoryMiB: o.memory, Append: o.append,
 		Limit: o.limit, BootLimit: o.boot, Terminal: o.shell, Output: stdout, Errors: stderr,
 	}
 	if o.log != "" {
@@ -174,6 +188,7 @@ func parse(args []string, stderr io.Writer) (*options, error) {
 	flags.SetOutput(stderr)
 	flags.StringVar(&o.kernel, "kernel", "6.12", "one of "+strings.Join(known, ", "))
 	flags.StringVar(&o.accel, "accel", "tcg", "tcg emulates the processor; kvm is faster, where it works")
+	flags.StringVar(&o.clock, "clock", "", "own counts instructions; host is this machine's (default own, where the processor is emulated and there is one, and no shell)")
 	flags.IntVar(&o.cpus, "cpus", 1, "number of processors; emulated, more than one crash Linux 6.12 now and then")
 	flags.IntVar(&o.memory, "memory", 3072, "in MiB")
 	flags.DurationVar(&o.limit, "limit", 30*time.Minute, "time limit, if PROGRAM has no -test.timeout")
@@ -190,6 +205,16 @@ func parse(args []string, stderr io.Writer) (*options, error) {
 	}
 	if o.accel != "tcg" && o.accel != "kvm" {
 		return nil, fmt.Errorf("-accel=%s: want tcg or kvm", o.accel)
+	}
+	switch {
+	case o.clock == "" && o.accel == "tcg" && o.cpus == 1 && args[0] == "run":
+		o.clock = clockOwn
+	case o.clock == "":
+		o.clock = clockHost
+	case o.clock != clockOwn && o.clock != clockHost:
+		return nil, fmt.Errorf("-clock=%s: want %s or %s", o.clock, clockOwn, clockHost)
+	case o.clock == clockOwn && (o.accel != "tcg" || o.cpus != 1):
+		return nil, errors.New("-clock=own: want -accel=tcg -cpus=1, as only one emulated processor has its own")
 	}
 	if names != "" {
 		o.env = strings.Split(names, ",")
