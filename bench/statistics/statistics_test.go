@@ -77,6 +77,33 @@ func TestRatio(t *testing.T) {
 	}
 }
 
+// TestPairedRatio checks that noise that both have does not widen the interval.
+func TestPairedRatio(t *testing.T) {
+	random := rand.New(rand.NewPCG(3, 3))
+	denominator := normal(random, 50, 1)
+	numerator := make([]float64, len(denominator))
+	for i := range denominator {
+		denominator[i] *= float64(1 + i%7) // the machine is slow now and then
+		numerator[i] = 3 * denominator[i] * (1 + 0.01*random.NormFloat64())
+	}
+	got, err := statistics.PairedRatio(numerator, denominator)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got.Low < 2.95 || got.Low > 3.01 || got.High < 2.99 || got.High > 3.05 || got.Ratio < got.Low || got.Ratio > got.High {
+		t.Errorf("got %+v, want about 3", got)
+	}
+	for name, tc := range map[string]struct{ numerator, denominator []float64 }{
+		"none":                {nil, nil},
+		"not as many":         {[]float64{1, 2}, []float64{1}},
+		"zero as denominator": {[]float64{1, 2}, []float64{1, 0}},
+	} {
+		if got, err := statistics.PairedRatio(tc.numerator, tc.denominator); err == nil {
+			t.Errorf("%s: got %+v and no error", name, got)
+		}
+	}
+}
+
 func TestRatioRepeats(t *testing.T) {
 	random := rand.New(rand.NewPCG(1, 1))
 	a, b := normal(random, 30, 2), normal(random, 30, 1)
