@@ -165,8 +165,8 @@ func TestAnnounced(t *testing.T) {
 			}
 			// One slot goes over from one endpoint to the other, whatever it takes.
 			const most = 10
-			some := got.Elements > 0 && got.Elements < most && got.Messages > 0 && got.Bytes > got.Elements
-			if repeated && got != (announced{}) || !repeated && !some {
+			few := got.Elements > 0 && got.Elements < most && got.Messages > 0 && got.Bytes > got.Elements
+			if repeated && got != (announced{}) || !repeated && !few {
 				return fmt.Errorf("repeated %t: got %+v, want a few elements, or nothing if the change is repeated", repeated, got)
 			}
 		}
