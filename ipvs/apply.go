@@ -43,9 +43,11 @@ func (d *Dataplane) Apply(ctx context.Context, changes []dataplane.Change) error
 	}
 	w = d.work()
 	for s, vs := range p.want {
-		if !p.inDoubt(s, failed) {
-			w.drop(s, vs)
+		if p.inDoubt(s, failed) {
+			d.doubtful[s] = true
+			continue
 		}
+		w.drop(s, vs)
 	}
 	for s := range p.have {
 		if _, stays := p.want[s]; !stays && !p.inDoubt(s, failed) {
@@ -267,7 +269,7 @@ func (w *work) add(s server, want virtualServer) {
 		w.touch(s)
 	}
 	// Both until those that leave are dropped.
-	w.servers[s] = virtualServer{want.settings, have.endpoints}
+	w.servers[s] = virtualServer{want.settings, have.endpoints, have.serving}
 }
 
 // drop ends new connections to endpoints that a virtual server is no longer to
@@ -276,22 +278,34 @@ func (w *work) drop(s server, want virtualServer) {
 	have := w.servers[s]
 	merge(have.endpoints, want.endpoints, func(e netip.AddrPort, inHave, inWant bool) {
 		if inHave && !inWant {
-			w.leave(s, e)
+			w.request(request{command: setDest, server: s, dest: e})
+			w.drain(s, e, w.now.Add(w.drainLimit(s)))
 		}
 	})
+	if s.protocol == dataplane.UDP {
+		w.serve(s, want.serving)
+	}
 	w.touch(s)
 	w.servers[s] = want
 }
 
-// leave makes a destination take no more connections, and drain.
-func (w *work) leave(s server, e netip.AddrPort) {
-	w.request(request{command: setDest, server: s, dest: e})
-	w.drain(s, e, w.now.Add(w.drainLimit(s)))
+// serve lets draining destinations of UDP stay for as long as they serve the flows
+// that they have, and no longer.
+func (w *work) serve(s server, serving []netip.AddrPort) {
+	for e, until := range w.draining[s] {
+		_, serves := slices.BinarySearchFunc(serving, e, netip.AddrPort.Compare)
+		switch {
+		case serves:
+			w.draining[s][e] = time.Time{}
+		case until.IsZero():
+			w.drain(s, e, w.now.Add(datagramGrace))
+		}
+	}
 }
 
-// datagramGrace is how long a destination of UDP drains. Its flows do not end, but
-// move to another when it is deleted, which loses the answers that are on their
-// way then (net/netfilter/ipvs/ip_vs_conn.c, ip_vs_expire_nodest_conn_flush).
+// datagramGrace is how long a destination of UDP drains that does not serve any
+// more. Its flows do not end, but move to another when it is deleted, which loses the
+// answers that are on their way then (net/netfilter/ipvs/ip_vs_conn.c, ip_vs_expire_nodest_conn_flush).
 const datagramGrace = 200 * time.Millisecond
 
 func (d *Dataplane) drainLimit(s server) time.Duration {
@@ -366,6 +380,7 @@ func (w *work) carryOut(owners map[server][]dataplane.Key, failed map[dataplane.
 		if answer = w.again(r, answer); answer == nil {
 			continue
 		}
+		w.doubtful[r.server] = true
 		for _, k := range owners[r.server] {
 			if failed[k] == nil {
 				failed[k] = fmt.Errorf("%s: %w", r, answer)
@@ -398,6 +413,7 @@ func (w *work) bindAll(typ uint16, addrs []netip.Addr, owners map[server][]datap
 			if s.addr.Addr() != addrs[i] {
 				continue
 			}
+			w.doubtful[s] = true
 			for _, k := range keys {
 				failed[k] = fmt.Errorf("bind %s to %s: %w", addrs[i], LinkName, answer)
 			}

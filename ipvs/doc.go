@@ -64,8 +64,8 @@
 // A destination with weight 0 takes no new connections, not even of clients that
 // stick to it, and keeps those that it has. It is deleted when the kernel counts none
 // any more, which for a closed connection of TCP is after two minutes, or after
-// [Options.DrainLimit]; one of UDP after a moment, and its flows move to another. An
-// endpoint that comes back meanwhile gets weight 1. The weight is in the kernel, so
+// [Options.DrainLimit]; one of UDP a moment after it serves no more, and its flows
+// move to another. An endpoint that comes back meanwhile gets weight 1. The weight is in the kernel, so
 // that all of this goes on after a restart.
 //
 // # Many requests at once

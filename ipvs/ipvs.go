@@ -83,7 +83,7 @@ type Dataplane struct {
 	servers map[server]virtualServer
 	bound   map[netip.Addr]int
 	// draining are destinations that take no more connections, and until when they
-	// may keep those that they have.
+	// may keep those that they have; the zero Time is for as long as they serve.
 	draining map[server]map[netip.AddrPort]time.Time
 	// datagrams goes off when some of UDP have drained, if there are any soon.
 	datagrams *time.Timer
@@ -91,6 +91,9 @@ type Dataplane struct {
 	// touched are the servers that have changed since the patrol set out; nil if
 	// it is not under way.
 	touched map[server]bool
+	// doubtful are virtual servers for which something failed. The next Replace puts
+	// them right, which is not to come of a comparison.
+	doubtful map[server]bool
 	// ready says that a Replace has succeeded, so that there is something to
 	// compare the kernel with.
 	ready bool
@@ -154,6 +157,7 @@ func (d *Dataplane) forget() {
 	d.servers = map[server]virtualServer{}
 	d.bound = map[netip.Addr]int{}
 	d.draining = map[server]map[netip.AddrPort]time.Time{}
+	d.doubtful = map[server]bool{}
 	d.ready = false
 }
 

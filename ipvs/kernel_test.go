@@ -516,6 +516,48 @@ func TestFlowsOfUDPMove(t *testing.T) {
 	}
 }
 
+// An endpoint of UDP that terminates and still serves keeps its flows until then.
+func TestFlowsOfUDPStayWhereTheyAreServed(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, Options{}, 2)
+	w.replace(w.web(dataplane.UDP, 0))
+	flow, err := w.Outside.Open(t.Context(), nettest.UDP, clusterIP)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer flow.Close() //nolint:errcheck // is not what is tested
+	stays := func(after string) {
+		t.Helper()
+		if answer, err := flow.Ask(t.Context()); err != nil || answer.Host != "pod-0" {
+			t.Errorf("%s: answer %+v, error %v, want one of pod-0", after, answer, err)
+		}
+	}
+	stays("at first")
+	terminating, err := w.web(dataplane.UDP, 1).WithServing([]netip.AddrPort{netip.AddrPortFrom(w.pods[0].IPv4, podPort)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.put(terminating)
+	for range 3 {
+		time.Sleep(2 * datagramGrace)
+		stays("while it serves")
+		if answer, err := w.Outside.Connect(t.Context(), nettest.UDP, clusterIP); err != nil || answer.Host != "pod-1" {
+			t.Errorf("another flow: answer %+v, error %v, want one of pod-1", answer, err)
+		}
+	}
+	w.restart()
+	stays("after a restart")
+	time.Sleep(patrolPeriod * 3 / 2)
+	stays("after a look at it")
+	w.put(w.web(dataplane.UDP, 1))
+	eventually(t, 5*time.Second, "the flow moves", func() bool {
+		ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+		defer cancel()
+		answer, err := flow.Ask(ctx)
+		return err == nil && answer.Host == "pod-1"
+	})
+}
+
 // Services may have any scheduler that the kernel has, and change it.
 func TestSchedulers(t *testing.T) {
 	t.Parallel()

@@ -74,9 +74,6 @@ func (d *Dataplane) look(ctx context.Context, round int) error {
 		return err
 	}
 	defer h.close() //nolint:errcheck // it was only read from
-	if err := h.sysctl(sysctls(d.opts.StrictARP)); err != nil {
-		return err
-	}
 	if err := d.lookAfterDrains(k); err != nil {
 		return err
 	}
@@ -115,7 +112,7 @@ func (d *Dataplane) look(ctx context.Context, round int) error {
 	if !intact && ctx.Err() == nil {
 		d.signal()
 	}
-	return nil
+	return h.sysctl(sysctls(d.opts.StrictARP))
 }
 
 // hostIntact reports whether the interface, the rules and the routes are there.
@@ -136,7 +133,7 @@ func (d *Dataplane) hostIntact(h *host) (bool, error) {
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if len(d.touched) > 0 {
+	if len(d.touched) > 0 || len(d.doubtful) > 0 {
 		return true, nil // next time
 	}
 	missing := len(d.bound)
@@ -153,15 +150,18 @@ func (d *Dataplane) isAsProgrammed(s server, set settings, there bool) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	want, programmed := d.servers[s]
-	return d.touched[s] || !programmed || there && set == want.settings
+	return d.unsure(s) || !programmed || there && set == want.settings
 }
+
+// unsure reports whether a virtual server is not to be judged.
+func (d *Dataplane) unsure(s server) bool { return d.touched[s] || d.doubtful[s] }
 
 // hasDestinations compares the destinations of a virtual server.
 func (d *Dataplane) hasDestinations(s server, found map[netip.AddrPort]destination) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	want, programmed := d.servers[s]
-	if d.touched[s] || !programmed {
+	if d.unsure(s) || !programmed {
 		return true
 	}
 	for _, e := range want.endpoints {
@@ -184,7 +184,7 @@ func (d *Dataplane) hasStrangers(found map[server]settings) bool {
 	defer d.mu.Unlock()
 	for s := range found {
 		addr := s.addr.Addr()
-		if _, programmed := d.servers[s]; programmed || d.touched[s] || contains(d.exclude, addr) {
+		if _, programmed := d.servers[s]; programmed || d.unsure(s) || contains(d.exclude, addr) {
 			continue
 		}
 		if isInternal(addr) || d.bound[addr] > 0 {
@@ -227,6 +227,7 @@ func (d *Dataplane) endDatagrams() error {
 		}
 		for addr, until := range addrs {
 			switch {
+			case until.IsZero():
 			case now.Before(until) && (next.IsZero() || until.Before(next)):
 				next = until
 			case !now.Before(until):
@@ -277,7 +278,7 @@ func (d *Dataplane) endDrains(s server, found map[netip.AddrPort]destination) er
 			d.settled(s, addr)
 			continue
 		}
-		if dest.connections == 0 || now.After(until) {
+		if dest.connections == 0 || !until.IsZero() && now.After(until) {
 			requests = append(requests, request{command: delDest, server: s, dest: addr})
 		}
 	}

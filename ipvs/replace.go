@@ -109,7 +109,7 @@ func (d *Dataplane) compare(ctx context.Context, services iter.Seq[*dataplane.Se
 		if err != nil {
 			return nil, err
 		}
-		d.servers[sv] = virtualServer{set, endpoints}
+		d.servers[sv] = virtualServer{settings: set, endpoints: endpoints}
 		if !isInternal(addr) {
 			d.bound[addr]++
 		}

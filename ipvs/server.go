@@ -33,6 +33,8 @@ type virtualServer struct {
 	// endpoints are its destinations that take connections, in order of address.
 	// The list is the Service's.
 	endpoints []dataplane.Endpoint
+	// serving are those that keep the flows of UDP which they have.
+	serving []netip.AddrPort
 }
 
 // settings are those of a virtual server by itself.
@@ -222,7 +224,7 @@ func (d *Dataplane) VirtualServers(s *dataplane.Service) (cluster, local netip.A
 func (d *Dataplane) render(s *dataplane.Service, yield func(server, virtualServer)) {
 	set := settingsOf(s, d.scheduler)
 	cluster, local := d.VirtualServers(s)
-	all := virtualServer{set, s.Endpoints}
+	all := virtualServer{set, s.Endpoints, s.Serving}
 	if direct(s) {
 		for _, f := range s.Frontends {
 			yield(server{f.Protocol, f.Addr}, all)
@@ -236,7 +238,7 @@ func (d *Dataplane) render(s *dataplane.Service, yield func(server, virtualServe
 			yield(server{f.Protocol, cluster}, all)
 		}
 		if s.ExternalLocal {
-			yield(server{f.Protocol, local}, virtualServer{set, s.LocalEndpoints})
+			yield(server{f.Protocol, local}, virtualServer{set, s.LocalEndpoints, s.Serving})
 		}
 	}
 }
