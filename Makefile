@@ -70,28 +70,30 @@ e2e: deps controlplane ## end-to-end tests against a real Kubernetes control pla
 # ACCEL=kvm is much faster than emulation, where it works. Behind the build tag ipvs
 # are tests and benchmarks that need a kernel with IPVS.
 KERNEL ?= 6.1 6.12
-PKG ?= ./nft ./ipvs/... $(if $(wildcard internal/kmod),./internal/kmod)
+PKG ?= ./nft ./ipvs/... ./internal/kmod ./cmd/fairlead
 VMTIMEOUT ?= 30m
 ACCEL ?= tcg
 
 # What FULL=1 does not leave out. Of nft: what takes longest under emulation, as it is
 # about large numbers or long histories, and is tested on this machine's own kernel too.
 # SCTP, which is slow, is for the oldest kernel, and the many kinds of drift for the
-# other. Of ipvs, which is tested nowhere else: what is about large numbers.
+# other. Nothing of ipvs, which is tested nowhere else; and of cmd/fairlead those tests
+# alone that are behind the build tag.
 VMSKIP-nft := ^TestBehaviour$$/(thousands_of_clients|1000_endpoints|Read_returns)
 VMSKIP-nft := $(VMSKIP-nft)|^(TestRandomStates|TestCountsFollowTheKernel|TestApplyOfManyServices|TestListingOfManyServices)
 VMSKIP-nft := $(VMSKIP-nft)|^(TestReplaceIsolates|TestLargestService|TestInterrupted|TestStepsAreSeenInOrder)
 VMSKIP-nft-6.1 := |^TestDrift
 VMSKIP-nft-6.12 := |^TestBehaviour$$/./SCTP|^TestBehaviour$$/././SCTP|^TestBehaviour$$/./././SCTP
-VMSKIP-ipvs := ^TestBehaviour$$/(thousands_of_clients|1000_endpoints)
+VMRUN-cmd = ^($(shell sed -n 's/^func \(Test[A-Za-z0-9]*\).*/\1/p' cmd/fairlead/ipvs_test.go | paste -sd '|'))$$
 
 VM = $(CURDIR)/bin/vm run -accel=$(ACCEL)
 # Programs for virtual machines: static, and for the processor that QEMU emulates,
 # which is slow where memory is plenty.
 VMGO := CGO_ENABLED=0 GOAMD64=v1 GOGC=400 GOFLAGS='$(GOFLAGS) -tags=ipvs' go
-# The arguments are a kernel, what to leave out of all tests, and packages.
-VMTEST = $(VMGO) test -count=1 -p=1 -parallel=2 -timeout=$(VMTIMEOUT) -run='$(RUN)' \
-	$(if $(filter .,$(RUN)),$(if $(FULL),,-short -skip='$(2)'),-v) -exec='$(VM) -kernel=$(1)' $(3)
+# The arguments are a kernel, packages, and if all tests are wanted (RUN is one dot),
+# what is left out of them or else which they are.
+VMTEST = $(VMGO) test -count=1 -p=1 -parallel=2 -timeout=$(VMTIMEOUT) -exec='$(VM) -kernel=$(1)' \
+	$(if $(filter .,$(RUN)),$(if $(FULL),,-short) $(if $(4),-run='$(4)',$(if $(FULL),,-skip='$(3)')),-v -run='$(RUN)') $(2)
 
 .PHONY: vm
 vm: deps nftables
@@ -103,9 +105,11 @@ test-vm: vm ## tests as root in virtual machines with Debian's kernels; KERNEL=6
 	$(if $(filter .,$(RUN)),go test -tags=e2e -count=1 -timeout=10m ./test/vm)
 	@$(MAKE) --no-print-directory $(if $(filter .,$(RUN)),-j2) $(KERNEL:%=test-vm-%)
 
+test-vm-%: others = $(filter-out ./nft ./cmd/fairlead,$(PKG))
 test-vm-%: FORCE
-	$(if $(filter ./nft,$(PKG)),$(call VMTEST,$*,$(VMSKIP-nft)$(VMSKIP-nft-$*),./nft))
-	$(if $(filter-out ./nft,$(PKG)),$(call VMTEST,$*,$(VMSKIP-ipvs),$(filter-out ./nft,$(PKG))))
+	$(if $(others),$(call VMTEST,$*,$(others)))
+	$(if $(filter ./nft,$(PKG)),$(call VMTEST,$*,./nft,$(VMSKIP-nft)$(VMSKIP-nft-$*)))
+	$(if $(filter ./cmd/fairlead,$(PKG)),$(call VMTEST,$*,./cmd/fairlead,,$(VMRUN-cmd)))
 
 FORCE:
 
