@@ -124,6 +124,16 @@ func pad(b []byte) []byte {
 	return b
 }
 
+// send sends messages to the kernel.
+func (c *conn) send(messages []byte) error {
+	for {
+		err := unix.Sendto(c.fd, messages, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK})
+		if !errors.Is(err, unix.EINTR) {
+			return err
+		}
+	}
+}
+
 // transact sends the messages, many at once, and returns the kernel's answer to
 // each: nil or an errno. Any other error is about all of them, of which some may
 // have been carried out.
@@ -142,7 +152,7 @@ func (c *conn) transact(messages []message) ([]error, error) {
 			c.seq++
 			out = m.appendTo(out, c.seq)
 		}
-		if err := unix.Sendto(c.fd, out, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+		if err := c.send(out); err != nil {
 			return nil, fmt.Errorf("send %d netlink requests: %w", len(part), err)
 		}
 		err := c.receive(func(h header, body []byte) (done bool, err error) {
@@ -164,7 +174,7 @@ func (c *conn) transact(messages []message) ([]error, error) {
 func (c *conn) dump(m message, each func(body []byte) error) error {
 	c.seq++
 	m.flags |= unix.NLM_F_DUMP
-	if err := unix.Sendto(c.fd, m.appendTo(nil, c.seq), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+	if err := c.send(m.appendTo(nil, c.seq)); err != nil {
 		return fmt.Errorf("send a netlink request: %w", err)
 	}
 	var failed error // the rest of the dump has to be received all the same

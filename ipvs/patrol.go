@@ -88,6 +88,9 @@ func (d *Dataplane) look(ctx context.Context, round int) error {
 	slices.SortFunc(programmed, server.compare)
 	rounds := min(patrolRounds, 1+len(programmed)/patrolLeast)
 	for i, s := range programmed {
+		if err := k.complete(found, slices.Values([]server{s})); err != nil {
+			return err
+		}
 		set, there := found[s]
 		delete(found, s)
 		if !d.isAsProgrammed(s, set, there) {

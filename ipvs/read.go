@@ -34,6 +34,9 @@ func (d *Dataplane) Read(ctx context.Context) (dataplane.State, error) {
 		if v := rule.Virtual[clusterList]; v.IsValid() {
 			cluster.addr = v
 		}
+		if err := d.kernel.complete(found, slices.Values([]server{cluster})); err != nil {
+			return nil, err
+		}
 		set, there := found[cluster]
 		if !there {
 			state[f] = b

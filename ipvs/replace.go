@@ -93,7 +93,12 @@ func (d *Dataplane) compare(ctx context.Context, services iter.Seq[*dataplane.Se
 	if err != nil {
 		return nil, err
 	}
-	addresses := bound
+	// Where there are none, there is nothing to be missed.
+	if len(found) > 0 {
+		if err := d.kernel.complete(found, maps.Keys(r.want)); err != nil {
+			return nil, err
+		}
+	}
 	for sv, set := range found {
 		addr := sv.addr.Addr()
 		_, wanted := r.want[sv]
@@ -114,7 +119,7 @@ func (d *Dataplane) compare(ctx context.Context, services iter.Seq[*dataplane.Se
 			d.bound[addr]++
 		}
 	}
-	return r, r.bindAnew(addresses)
+	return r, r.bindAnew(bound)
 }
 
 // bindAnew binds the addresses of virtual servers that are there without, and ends

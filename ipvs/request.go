@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"iter"
 	"net/netip"
 	"time"
 
@@ -33,8 +34,7 @@ func dialKernel(netns int) (*kernel, error) {
 		body: attrs{unix.CTRL_CMD_GETFAMILY, 1, 0, 0}.text(unix.CTRL_ATTR_FAMILY_NAME, "IPVS"),
 	}
 	c.seq++
-	err = unix.Sendto(c.fd, request.appendTo(nil, c.seq), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK})
-	if err == nil {
+	if err = c.send(request.appendTo(nil, c.seq)); err == nil {
 		err = c.receive(func(h header, body []byte) (bool, error) {
 			if h.typ == unix.NLMSG_ERROR {
 				return true, errnoOf(body)
@@ -192,6 +192,10 @@ func (k *kernel) run(requests []request) ([]error, error) {
 
 // servers returns all virtual servers of the namespace by protocol and address, but
 // those by firewall mark.
+//
+// One may be missing, or two, when any are added or deleted meanwhile, in whatever
+// namespace: the kernel goes on in its table where as many came before as it has
+// listed (net/netfilter/ipvs/ip_vs_ctl.c, ip_vs_genl_dump_services). See complete.
 func (k *kernel) servers() (map[server]settings, error) {
 	found := map[server]settings{}
 	err := k.dump(message{typ: k.family, body: attrs{byte(getService), 1, 0, 0}}, func(body []byte) error {
@@ -208,6 +212,53 @@ func (k *kernel) servers() (map[server]settings, error) {
 		return nil, fmt.Errorf("list the virtual servers: %w", err)
 	}
 	return found, nil
+}
+
+// complete looks for virtual servers one by one that were not listed although they
+// should have been.
+func (k *kernel) complete(found map[server]settings, expected iter.Seq[server]) error {
+	for s := range expected {
+		if _, listed := found[s]; listed {
+			continue
+		}
+		set, there, err := k.server(s)
+		if err != nil {
+			return err
+		}
+		if there {
+			found[s] = set
+		}
+	}
+	return nil
+}
+
+// server returns one virtual server, and whether it is there.
+func (k *kernel) server(s server) (set settings, there bool, err error) {
+	k.seq++
+	m := message{typ: k.family, body: attrs{byte(getService), 1, 0, 0}.bytes(attrService, identify(s))}
+	if err = k.send(m.appendTo(nil, k.seq)); err == nil {
+		err = k.receive(func(h header, body []byte) (bool, error) {
+			switch {
+			case h.seq != k.seq:
+				return false, nil
+			case h.typ == unix.NLMSG_ERROR:
+				return true, errnoOf(body)
+			}
+			attrs(body[min(4, len(body)):]).each(func(typ uint16, data []byte) {
+				if typ == attrService {
+					_, set, there = parseService(data)
+				}
+			})
+			return true, nil
+		})
+	}
+	if isGone(err) {
+		return settings{}, false, nil
+	}
+	if err != nil {
+		return settings{}, false, fmt.Errorf("look for the virtual server %s: %w", s, err)
+	}
+	return set, there, nil
 }
 
 // parseService decodes a virtual server; one by firewall mark is none of ours.
