@@ -186,15 +186,15 @@ func TestCheck(t *testing.T) {
 		},
 		"Kubernetes where the row does not say so": {
 			func(p packages) { p["net"].Imports = []string{"k8s.io/api/core/v1"} },
-			"net imports k8s.io/api/core/v1: only kube, source, cmd and test",
+			"net imports k8s.io/api/core/v1: only kube, source, cmd, test and bench",
 		},
 		"Kubernetes' other domain": {
 			func(p packages) { p["cmd/x"].Imports = []string{"sigs.k8s.io/yaml"} },
-			"cmd/x imports sigs.k8s.io/yaml: only kube, source, cmd and test",
+			"cmd/x imports sigs.k8s.io/yaml: only kube, source, cmd, test and bench",
 		},
 		"Kubernetes in a test": {
 			func(p packages) { p["net"].TestImports = []string{"k8s.io/api/core/v1"} },
-			"a test of net imports k8s.io/api/core/v1: only kube, source, cmd and test",
+			"a test of net imports k8s.io/api/core/v1: only kube, source, cmd, test and bench",
 		},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -1,0 +1,54 @@
+package result
+
+import (
+	"bufio"
+	"fmt"
+	"os"
+	"runtime"
+	"strconv"
+	"strings"
+)
+
+// Here returns the environment of this process, named [Native] and taken not to be
+// emulated. What cannot be found out is empty.
+func Here() Environment {
+	e := Environment{
+		Name:    Native,
+		Machine: Machine{CPU: field("/proc/cpuinfo", "model name"), CPUs: runtime.NumCPU(), Architecture: runtime.GOARCH},
+		Kernel:  firstLine("/proc/sys/kernel/osrelease"),
+	}
+	e.OS = strings.Trim(field("/etc/os-release", "PRETTY_NAME"), `"`)
+	var kilobytes int64
+	if _, err := fmt.Sscanf(field("/proc/meminfo", "MemTotal"), "%d", &kilobytes); err == nil {
+		e.Machine.MemoryBytes = kilobytes << 10
+	}
+	load, _, _ := strings.Cut(firstLine("/proc/loadavg"), " ")
+	if v, err := strconv.ParseFloat(load, 64); err == nil {
+		e.Load = v
+	}
+	return e
+}
+
+// field returns what stands behind the first "name:" or "name=" of a file.
+func field(file, name string) string {
+	f, err := os.Open(file)
+	if err != nil {
+		return ""
+	}
+	defer f.Close() //nolint:errcheck // only read from
+	for lines := bufio.NewScanner(f); lines.Scan(); {
+		if i := strings.IndexAny(lines.Text(), ":="); i >= 0 && strings.TrimSpace(lines.Text()[:i]) == name {
+			return strings.TrimSpace(lines.Text()[i+1:])
+		}
+	}
+	return ""
+}
+
+func firstLine(file string) string {
+	text, err := os.ReadFile(file)
+	if err != nil {
+		return ""
+	}
+	line, _, _ := strings.Cut(string(text), "\n")
+	return line
+}
