@@ -277,4 +277,3 @@ func (s *stream) follow(r *http.Request, c *collection, at int) error {
 		}
 	}
 }
-
