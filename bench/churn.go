@@ -1,0 +1,176 @@
+package bench
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"os"
+	"runtime"
+	stdsync "sync"
+	"time"
+
+	discoveryv1 "k8s.io/api/discovery/v1"
+
+	"fairlead/bench/cluster"
+	"fairlead/bench/result"
+	"fairlead/bench/rig"
+	"fairlead/bench/system"
+	"fairlead/dataplane"
+	"fairlead/kube"
+	"fairlead/sync"
+)
+
+// churn replaces endpoints at given rates. Events come when they are due, however
+// long others take: what is due while the syncer's input is worked on goes into one
+// Delta, as a source would do.
+func churn(ctx context.Context, o Options, m *measurements) error {
+	services := some(o.Services, o.Endpoints)
+	err := loaded(ctx, o, services, func(s *subject, _ *rig.Probe) error {
+		c := &churner{subject: s, slices: slicesOf(services)}
+		for _, rate := range o.Rates {
+			o.Progress(fmt.Sprintf("churn: %d Services, %g changes a second for %s", o.Services, rate, o.ChurnTime))
+			if err := c.at(ctx, rate, o, m); err != nil {
+				return fmt.Errorf("%g changes a second: %w", rate, err)
+			}
+		}
+		return nil
+	})
+	if err == nil {
+		m.note("Figures of churn and memory are of the benchmark's own process, which makes the events as well.")
+	}
+	return err
+}
+
+// slicesOf returns the EndpointSlices of up to some thousand of the Services.
+func slicesOf(services []*cluster.Service) []*discoveryv1.EndpointSlice {
+	const most = 4096
+	list := make([]*discoveryv1.EndpointSlice, min(len(services), most))
+	for i := range list {
+		list[i] = services[i*len(services)/len(list)].Slice()
+	}
+	return list
+}
+
+// replaced returns the EndpointSlice with another endpoint instead of the last. It
+// costs little, as it counts as the subject's.
+func replaced(slice *discoveryv1.EndpointSlice, with netip.Addr) *discoveryv1.EndpointSlice {
+	other := *slice
+	other.Endpoints = append([]discoveryv1.Endpoint(nil), slice.Endpoints...)
+	other.Endpoints[len(other.Endpoints)-1].Addresses = []string{with.String()}
+	return &other
+}
+
+// churner makes changes.
+type churner struct {
+	subject *subject
+	slices  []*discoveryv1.EndpointSlice
+	made    int
+}
+
+// next is the next change: no two are to the same.
+func (c *churner) next() *discoveryv1.EndpointSlice {
+	c.made++
+	return replaced(c.slices[c.made%len(c.slices)], cluster.Watched(c.made))
+}
+
+func (c *churner) at(ctx context.Context, rate float64, o Options, m *measurements) error {
+	s := c.subject
+	runtime.GC()
+	waiting := &pending{since: map[dataplane.Key][]change{}}
+	s.listen(waiting.committed)
+	defer s.listen(nil)
+	before, err := system.UsageOf(os.Getpid())
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	commits := s.commits
+	s.mu.Unlock()
+	begin := time.Now()
+	total := max(int(rate*o.ChurnTime.Seconds()), 1)
+	due := func(i int) time.Time { return begin.Add(time.Duration(float64(i) / rate * float64(time.Second))) }
+	var woke time.Time
+	for sent := 0; sent < total; {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if wait := time.Until(due(sent)); wait > 0 {
+			time.Sleep(wait)
+			woke = time.Now() // that it slept for too long is not the subject's doing
+		}
+		var d kube.Delta
+		var oldest time.Time
+		for now := time.Now(); sent < total && !due(sent).After(now); sent++ {
+			if oldest.IsZero() {
+				if oldest = due(sent); oldest.Before(woke) {
+					oldest = woke
+				}
+			}
+			d.EndpointSlices = append(d.EndpointSlices, c.next())
+		}
+		changes := s.tracker.Apply(d).Changes
+		waiting.add(changes, oldest)
+		s.syncer.Update(changes)
+	}
+	if _, err := s.settled(ctx); err != nil {
+		return err
+	}
+	took := time.Since(begin)
+	after, err := system.UsageOf(os.Getpid())
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	commits = s.commits - commits
+	s.mu.Unlock()
+	scenario := result.Scenario{Change: result.ReplaceEndpoint, Services: o.Services, Endpoints: o.Endpoints, Rate: rate}
+	m.samples(result.Churn, scenario, "s", waiting.took,
+		result.Value{Name: "cpu", Unit: "s", Value: (after.CPU() - before.CPU()).Seconds()},
+		result.Value{Name: "duration", Unit: "s", Value: took.Seconds()},
+		result.Value{Name: "changes", Unit: "1", Value: float64(total)},
+		result.Value{Name: "commits", Unit: "1", Value: float64(commits)},
+		result.Value{Name: "resident", Unit: "B", Value: float64(after.Resident)})
+	return nil
+}
+
+// pending are the changes that the kernel has not acknowledged yet.
+type pending struct {
+	mu    stdsync.Mutex
+	since map[dataplane.Key][]change
+	took  []float64
+}
+
+// change is a value that was handed over, and since when.
+type change struct {
+	value *dataplane.Service
+	event time.Time
+}
+
+func (p *pending) add(changes map[dataplane.Key]*dataplane.Service, event time.Time) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for key, value := range changes {
+		p.since[key] = append(p.since[key], change{value, event})
+	}
+}
+
+// committed takes what is programmed now: with a value, those that came before it have
+// had their effect, or were made up for.
+func (p *pending) committed(c sync.Commit) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, programmed := range c.Changes {
+		key := programmed.Key()
+		list := p.since[key]
+		for i, waiting := range list {
+			if waiting.value != programmed.New {
+				continue
+			}
+			for _, done := range list[:i+1] {
+				p.took = append(p.took, c.End.Sub(done.event).Seconds())
+			}
+			p.since[key] = list[i+1:]
+			break
+		}
+	}
+}

@@ -1,0 +1,161 @@
+// Package cluster makes up the Kubernetes objects that benchmarks program: Services
+// with one TCP port and a cluster IP, and an EndpointSlice each. Objects are made
+// for the networks of package rig.
+package cluster
+
+import (
+	"encoding/binary"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strconv"
+
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/intstr"
+	"k8s.io/utils/ptr"
+
+	"fairlead/bench/rig"
+)
+
+// What all Services have in common.
+const (
+	Namespace  = "bench"
+	Port       = 80   // of Services
+	TargetPort = 8000 // of endpoints
+	portName   = "http"
+	// NodeName is the name of the node that is measured. One endpoint in ten is on
+	// it.
+	NodeName  = "node"
+	otherNode = "other"
+	perNode   = 10
+)
+
+// Service is one Service and its endpoints, in their order.
+type Service struct {
+	Index     int
+	Endpoints []netip.Addr
+}
+
+// New returns Service number i with endpoints in [rig.Background] that no other
+// number has. There are addresses for 800,000 Services of 10 endpoints.
+func New(i, endpoints int) *Service {
+	s := &Service{Index: i, Endpoints: make([]netip.Addr, endpoints)}
+	for e := range s.Endpoints {
+		s.Endpoints[e] = after(rig.Background.Addr(), i*endpoints+e)
+	}
+	return s
+}
+
+// Watched returns the n-th address of an endpoint that the probe sees.
+func Watched(n int) netip.Addr { return after(rig.Watched.Addr(), n) }
+
+// Addr is the Service's cluster IP and port.
+func (s *Service) Addr() netip.AddrPort {
+	return netip.AddrPortFrom(after(rig.ServiceCIDR.Addr(), s.Index), Port)
+}
+
+func after(first netip.Addr, n int) netip.Addr {
+	b := first.As4()
+	binary.BigEndian.PutUint32(b[:], binary.BigEndian.Uint32(b[:])+1+uint32(n)) //nolint:gosec // see New
+	return netip.AddrFrom4(b)
+}
+
+// Replaced returns the Service with another endpoint instead of the last.
+func (s *Service) Replaced(with netip.Addr) *Service {
+	endpoints := slices.Clone(s.Endpoints)
+	endpoints[len(endpoints)-1] = with
+	return &Service{s.Index, endpoints}
+}
+
+// With returns the Service with one more endpoint.
+func (s *Service) With(addr netip.Addr) *Service {
+	return &Service{s.Index, append(slices.Clone(s.Endpoints), addr)}
+}
+
+// Without returns the Service without an endpoint.
+func (s *Service) Without(addr netip.Addr) *Service {
+	return &Service{s.Index, slices.DeleteFunc(slices.Clone(s.Endpoints), func(a netip.Addr) bool { return a == addr })}
+}
+
+func (s *Service) name() string { return "service-" + strconv.Itoa(s.Index) }
+
+// Name is the name of the Service object.
+func (s *Service) Name() types.NamespacedName {
+	return types.NamespacedName{Namespace: Namespace, Name: s.name()}
+}
+
+// SliceName is the name of the EndpointSlice object.
+func (s *Service) SliceName() types.NamespacedName {
+	return types.NamespacedName{Namespace: Namespace, Name: s.name() + "-x7k2p"}
+}
+
+// Object returns the Service object, as an API server would.
+func (s *Service) Object() *corev1.Service {
+	addr := s.Addr().Addr().String()
+	return &corev1.Service{
+		TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "Service"},
+		ObjectMeta: metav1.ObjectMeta{
+			Namespace: Namespace, Name: s.name(), UID: types.UID(fmt.Sprintf("00000000-0000-4000-8000-%012d", s.Index)),
+		},
+		Spec: corev1.ServiceSpec{
+			Type: corev1.ServiceTypeClusterIP, ClusterIP: addr, ClusterIPs: []string{addr},
+			IPFamilies: []corev1.IPFamily{corev1.IPv4Protocol}, IPFamilyPolicy: ptr.To(corev1.IPFamilyPolicySingleStack),
+			SessionAffinity: corev1.ServiceAffinityNone, InternalTrafficPolicy: ptr.To(corev1.ServiceInternalTrafficPolicyCluster),
+			Selector: map[string]string{"app": s.name()},
+			Ports: []corev1.ServicePort{{
+				Name: portName, Protocol: corev1.ProtocolTCP, Port: Port, TargetPort: intstr.FromInt32(TargetPort),
+			}},
+		},
+	}
+}
+
+// Slice returns the EndpointSlice object, as the controller would write it.
+func (s *Service) Slice() *discoveryv1.EndpointSlice {
+	slice := &discoveryv1.EndpointSlice{
+		TypeMeta: metav1.TypeMeta{APIVersion: "discovery.k8s.io/v1", Kind: "EndpointSlice"},
+		ObjectMeta: metav1.ObjectMeta{
+			Namespace: Namespace, Name: s.SliceName().Name,
+			Labels: map[string]string{
+				discoveryv1.LabelServiceName: s.name(),
+				discoveryv1.LabelManagedBy:   "endpointslice-controller.k8s.io",
+			},
+		},
+		AddressType: discoveryv1.AddressTypeIPv4,
+		Ports:       []discoveryv1.EndpointPort{{Name: ptr.To(portName), Protocol: ptr.To(corev1.ProtocolTCP), Port: ptr.To[int32](TargetPort)}},
+		Endpoints:   make([]discoveryv1.Endpoint, len(s.Endpoints)),
+	}
+	for i, addr := range s.Endpoints {
+		node := otherNode
+		if i%perNode == 0 {
+			node = NodeName
+		}
+		slice.Endpoints[i] = discoveryv1.Endpoint{
+			Addresses:  []string{addr.String()},
+			NodeName:   &node,
+			Conditions: discoveryv1.EndpointConditions{Ready: ptr.To(true), Serving: ptr.To(true), Terminating: ptr.To(false)},
+		}
+	}
+	return slice
+}
+
+// Node returns the object of the node that is measured, which has the address.
+func Node(addr netip.Addr) *corev1.Node {
+	return &corev1.Node{
+		TypeMeta:   metav1.TypeMeta{APIVersion: "v1", Kind: "Node"},
+		ObjectMeta: metav1.ObjectMeta{Name: NodeName, UID: "00000000-0000-4000-8000-ffffffffffff"},
+		Status:     corev1.NodeStatus{Addresses: []corev1.NodeAddress{{Type: corev1.NodeInternalIP, Address: addr.String()}}},
+	}
+}
+
+// ServiceCIDR returns the object that says where Services' addresses are from.
+func ServiceCIDR() *networkingv1.ServiceCIDR {
+	return &networkingv1.ServiceCIDR{
+		TypeMeta:   metav1.TypeMeta{APIVersion: "networking.k8s.io/v1", Kind: "ServiceCIDR"},
+		ObjectMeta: metav1.ObjectMeta{Name: "kubernetes"},
+		Spec:       networkingv1.ServiceCIDRSpec{CIDRs: []string{rig.ServiceCIDR.String()}},
+	}
+}

@@ -1,0 +1,51 @@
+package bench
+
+import (
+	"context"
+	"fmt"
+
+	"fairlead/bench/cluster"
+	"fairlead/bench/result"
+	"fairlead/bench/rig"
+	"fairlead/bench/statistics"
+)
+
+// fairness connects to one of the Services often and looks at where connections
+// end.
+func fairness(ctx context.Context, o Options, m *measurements) error {
+	services := some(o.Services, o.Endpoints)
+	one := services[len(services)/2]
+	for e := range one.Endpoints {
+		one.Endpoints[e] = cluster.Watched(e)
+	}
+	return loaded(ctx, o, services, func(_ *subject, p *rig.Probe) error {
+		connections := max(o.Samples, 100) * o.Endpoints
+		o.Progress(fmt.Sprintf("fairness: %d connections to %d endpoints", connections, o.Endpoints))
+		where, err := p.Spread(ctx, one.Addr(), connections)
+		if err != nil {
+			return err
+		}
+		counts, samples := make([]int, 0, o.Endpoints), make([]float64, 0, o.Endpoints)
+		arrived := 0
+		for _, addr := range one.Endpoints {
+			counts, samples = append(counts, where[addr]), append(samples, float64(where[addr]))
+			arrived += where[addr]
+		}
+		if arrived != connections {
+			return fmt.Errorf("of %d connections, %d arrived at an endpoint", connections, arrived)
+		}
+		values := []result.Value{{Name: "connections", Unit: "1", Value: float64(connections)}}
+		if o.Endpoints > 1 {
+			fit, err := statistics.Uniform(counts)
+			if err != nil {
+				return err
+			}
+			values = append(values,
+				result.Value{Name: "chi-squared", Unit: "1", Value: fit.ChiSquared},
+				result.Value{Name: "degrees-of-freedom", Unit: "1", Value: float64(fit.DegreesOfFreedom)},
+				result.Value{Name: "p-value", Unit: "1", Value: fit.P})
+		}
+		m.samples(result.Fairness, result.Scenario{Services: o.Services, Endpoints: o.Endpoints}, "1", samples, values...)
+		return nil
+	})
+}

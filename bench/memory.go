@@ -1,0 +1,108 @@
+package bench
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"runtime"
+	"runtime/debug"
+	"slices"
+	"strings"
+
+	"fairlead/bench/result"
+	"fairlead/bench/rig"
+	"fairlead/bench/system"
+)
+
+// memory measures what is held with everything programmed. Of the program it is
+// what is resident more than before, without what is garbage; of the kernel it is by
+// how much more of its own memory is in use, see [kernelMemory]. It is the median
+// of a few starts.
+func memory(ctx context.Context, o Options, m *measurements) error {
+	var resident, peak, kernel []float64
+	times := min(o.starts(), 5)
+	for i := range times {
+		o.Progress(fmt.Sprintf("memory: %d Services, start %d of %d", o.Services, i+1, times))
+		err := inRig(func(r *rig.Rig, _ *rig.Probe) (err error) {
+			u0, err := usage()
+			if err != nil {
+				return err
+			}
+			k0, err := kernelMemory()
+			if err != nil {
+				return err
+			}
+			s, err := newSubject(ctx, o, r)
+			if err != nil {
+				return err
+			}
+			defer func() { err = errors.Join(err, s.close()) }()
+			if _, err := s.load(ctx, everything(some(o.Services, o.Endpoints), r.Node.IPv4)); err != nil {
+				return err
+			}
+			highest, err := system.UsageOf(os.Getpid())
+			if err != nil {
+				return err
+			}
+			u1, err := usage()
+			if err != nil {
+				return err
+			}
+			k1, err := kernelMemory()
+			resident = append(resident, float64(u1.Resident-u0.Resident))
+			peak = append(peak, float64(highest.PeakResident-u0.Resident))
+			kernel = append(kernel, float64(k1-k0))
+			runtime.KeepAlive(s)
+			return err
+		})
+		if err != nil {
+			return err
+		}
+	}
+	median := func(samples []float64) float64 {
+		slices.Sort(samples)
+		return samples[len(samples)/2]
+	}
+	m.samples(result.Memory, result.Scenario{Services: o.Services, Endpoints: o.Endpoints}, "", nil,
+		result.Value{Name: "resident", Unit: "B", Value: median(resident)},
+		result.Value{Name: "peak-resident", Unit: "B", Value: median(peak)},
+		result.Value{Name: "kernel", Unit: "B", Value: median(kernel)})
+	m.note("The kernel's memory is by how much Slab, VmallocUsed and Percpu of /proc/meminfo grow, " +
+		"which has in it what other programs have the kernel allocate at the same time.")
+	return nil
+}
+
+// usage is what this process uses after garbage was collected and its memory given
+// back. The peak counts from now on.
+func usage() (system.Usage, error) {
+	debug.FreeOSMemory()
+	const resetPeak = "5" // see proc_pid_clear_refs(5)
+	if err := os.WriteFile("/proc/self/clear_refs", []byte(resetPeak), 0); err != nil {
+		return system.Usage{}, fmt.Errorf("reset the peak of memory: %w", err)
+	}
+	return system.UsageOf(os.Getpid())
+}
+
+// kernelMemory returns the bytes that the kernel has allocated for itself, which is
+// where the elements of nftables' sets and IPVS' entries are: Slab has small objects,
+// VmallocUsed large tables, and Percpu statistics. It is of the whole machine.
+func kernelMemory() (int64, error) {
+	text, err := os.ReadFile("/proc/meminfo")
+	if err != nil {
+		return 0, fmt.Errorf("read the kernel's memory: %w", err)
+	}
+	var sum int64
+	for line := range strings.Lines(string(text)) {
+		name, value, _ := strings.Cut(line, ":")
+		if !slices.Contains([]string{"Slab", "VmallocUsed", "Percpu"}, name) {
+			continue
+		}
+		var kilobytes int64
+		if _, err := fmt.Sscanf(strings.TrimSpace(value), "%d kB", &kilobytes); err != nil {
+			return 0, fmt.Errorf("read the kernel's memory: %s: %w", name, err)
+		}
+		sum += kilobytes << 10
+	}
+	return sum, nil
+}

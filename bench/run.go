@@ -1,0 +1,88 @@
+package bench
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"time"
+
+	"fairlead/bench/result"
+	"fairlead/bench/statistics"
+)
+
+// Run measures Fairlead on this machine, in network namespaces of its own, which are
+// gone when it returns. It needs CAP_NET_ADMIN and CAP_SYS_ADMIN. It returns
+// the context's error when that ends before.
+func Run(ctx context.Context, o Options) (*result.Report, error) {
+	if err := o.Validate(); err != nil {
+		return nil, err
+	}
+	o = o.withDefaults()
+	begin := time.Now()
+	m := &measurements{system: o.Mode}
+	report := &result.Report{
+		Schema: result.Schema, Time: begin.UTC().Truncate(time.Second), Command: o.Command, Version: o.Version,
+		Environments: []result.Environment{result.Here()},
+		Systems:      []result.System{{Name: o.Mode, Version: o.Version}},
+	}
+	for _, stage := range []struct {
+		parts []Part
+		run   func(context.Context, Options, *measurements) error
+	}{
+		{[]Part{Update}, update},
+		{[]Part{Start, Restart}, start},
+		{[]Part{Churn}, churn},
+		{[]Part{DataPath}, dataPath},
+		{[]Part{Fairness}, fairness},
+		{[]Part{Memory}, memory},
+	} {
+		if !slices.ContainsFunc(stage.parts, o.measures) {
+			continue
+		}
+		if err := stage.run(ctx, o, m); err != nil {
+			if ctx.Err() != nil {
+				return nil, ctx.Err()
+			}
+			return nil, fmt.Errorf("measure %s: %w", stage.parts[0], err)
+		}
+	}
+	if o.measures(DataPath) {
+		report.Systems = append(report.Systems, result.System{Name: result.Direct})
+	}
+	report.Measurements, report.Ratios, report.Notes = m.all, m.ratios, m.notes
+	report.TookSeconds = time.Since(begin).Seconds()
+	return report, nil
+}
+
+func (o Options) measures(p Part) bool { return slices.Contains(o.Only, p) }
+
+// measurements gathers what the parts find out about one system.
+type measurements struct {
+	system string
+	all    []result.Measurement
+	ratios []result.Ratio
+	notes  []string
+}
+
+// samples adds samples, if there are any.
+func (m *measurements) samples(measure result.Measure, scenario result.Scenario, unit string, samples []float64, values ...result.Value) {
+	m.of(m.system, measure, scenario, unit, samples, values...)
+}
+
+func (m *measurements) of(
+	system string, measure result.Measure, scenario result.Scenario, unit string, samples []float64, values ...result.Value,
+) {
+	if len(samples) == 0 && len(values) == 0 {
+		return
+	}
+	one := result.Measurement{
+		Measure: measure, System: system, Environment: result.Native, Scenario: scenario, Unit: unit,
+		Distribution: statistics.Summarize(samples), Values: values,
+	}
+	if len(samples) <= result.MaxSamples {
+		one.Samples = samples
+	}
+	m.all = append(m.all, one)
+}
+
+func (m *measurements) note(text string) { m.notes = append(m.notes, text) }

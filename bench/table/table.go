@@ -1,0 +1,236 @@
+// Package table writes the results of benchmarks as a table for people.
+package table
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"strings"
+	"text/tabwriter"
+
+	"fairlead/bench/result"
+)
+
+// Write writes a report: what was measured where, a table for each measure, and the
+// ratios.
+func Write(w io.Writer, r *result.Report) error {
+	t := &writer{to: w}
+	t.printf("%s\n", strings.Join(r.Command, " "))
+	t.printf("Fairlead %s, %s, %.0f s\n", r.Version, r.Time.Format("2006-01-02 15:04 MST"), r.TookSeconds)
+	for _, e := range r.Environments {
+		emulated := ""
+		if e.Emulated {
+			emulated = ", processor emulated: its times say nothing, its ratios little"
+		}
+		t.printf("%s: %d × %s, %s of memory, Linux %s, %s, load %.2f%s\n", e.Name, e.Machine.CPUs, e.Machine.CPU,
+			Number(float64(e.Machine.MemoryBytes), "B"), e.Kernel, e.OS, e.Load, emulated)
+	}
+	for _, group := range groups(r.Measurements) {
+		t.group(group)
+	}
+	t.ratios(r.Ratios)
+	for _, l := range r.LeftOut {
+		t.printf("\nleft out: %s: %s", strings.TrimSpace(fmt.Sprintf("%s %s %s", l.System, l.Measure, l.Environment)), l.Reason)
+	}
+	if len(r.LeftOut) > 0 {
+		t.printf("\n")
+	}
+	for _, n := range r.Notes {
+		t.printf("\n%s\n", n)
+	}
+	return t.err
+}
+
+// writer keeps the first error.
+type writer struct {
+	to  io.Writer
+	err error
+}
+
+func (t *writer) printf(format string, args ...any) {
+	if t.err == nil {
+		_, t.err = fmt.Fprintf(t.to, format, args...)
+	}
+}
+
+// rows writes rows with their cells under each other.
+func (t *writer) rows(rows [][]string) {
+	if t.err != nil {
+		return
+	}
+	const padding = 2
+	tabs := tabwriter.NewWriter(t.to, 0, 0, padding, ' ', 0)
+	var errs []error
+	for _, row := range rows {
+		_, err := fmt.Fprintln(tabs, strings.TrimRight(strings.Join(row, "\t"), "\t"))
+		errs = append(errs, err)
+	}
+	t.err = errors.Join(append(errs, tabs.Flush())...)
+}
+
+// groups returns the measurements of each measure, in their order.
+func groups(all []result.Measurement) [][]result.Measurement {
+	var order []result.Measure
+	of := map[result.Measure][]result.Measurement{}
+	for _, m := range all {
+		if of[m.Measure] == nil {
+			order = append(order, m.Measure)
+		}
+		of[m.Measure] = append(of[m.Measure], m)
+	}
+	list := make([][]result.Measurement, 0, len(order))
+	for _, measure := range order {
+		list = append(list, of[measure])
+	}
+	return list
+}
+
+// title says for people what a measure is.
+func title(m result.Measure) string {
+	switch m {
+	case result.UpdateAck:
+		return "from the event to the kernel's acknowledgement"
+	case result.UpdatePacket:
+		return "from the event to the first packet that it shows in"
+	case result.ColdStartComplete:
+		return "start on a new node, until all is acknowledged"
+	case result.ColdStartAnswer:
+		return "start on a new node, until the last Service answers"
+	case result.Restart:
+		return "restart with nothing to do"
+	case result.Churn:
+		return "one event among so many a second, to its effect"
+	case result.Connect:
+		return "connect(2)"
+	case result.ConnectRate:
+		return "connections, one after another"
+	case result.Throughput:
+		return "one connection's throughput"
+	case result.Fairness:
+		return "connections of each endpoint"
+	case result.Memory:
+		return "memory held"
+	default:
+		return ""
+	}
+}
+
+// group writes the measurements of one measure.
+func (t *writer) group(group []result.Measurement) {
+	t.printf("\n%s", group[0].Measure)
+	if words := title(group[0].Measure); words != "" {
+		t.printf(": %s", words)
+	}
+	t.printf("\n")
+	distributions := false
+	for _, m := range group {
+		distributions = distributions || m.Distribution != nil
+	}
+	head := []string{"  system", "scenario"}
+	if distributions {
+		head = append(head, "p50", "p90", "p99", "max", "n")
+	}
+	rows := [][]string{head}
+	for _, m := range group {
+		row := []string{"  " + m.System, Scenario(m.Scenario)}
+		if m.Environment != result.Native {
+			row[0] += " (" + m.Environment + ")"
+		}
+		if d := m.Distribution; d != nil {
+			for _, v := range []float64{d.P50, d.P90, d.P99, d.Max} {
+				row = append(row, Number(v, m.Unit))
+			}
+			row = append(row, fmt.Sprint(d.N))
+		} else if distributions {
+			row = append(row, "", "", "", "", "")
+		}
+		var values []string
+		for _, v := range m.Values {
+			values = append(values, v.Name+" "+Number(v.Value, v.Unit))
+		}
+		if m.Note != "" {
+			values = append(values, m.Note)
+		}
+		rows = append(rows, append(row, strings.Join(values, ", ")))
+	}
+	t.rows(rows)
+}
+
+func (t *writer) ratios(ratios []result.Ratio) {
+	if len(ratios) == 0 {
+		return
+	}
+	t.printf("\nratios, with the interval that they are in with a confidence of %.0f %%\n", 100*ratios[0].Confidence)
+	rows := [][]string{{"  measure", "scenario", "", "ratio", "interval", ""}}
+	for _, r := range ratios {
+		environment := ""
+		if r.Environment != result.Native {
+			environment = r.Environment
+		}
+		rows = append(rows, []string{
+			"  " + string(r.Measure) + " " + r.Statistic, Scenario(r.Scenario), r.Numerator + " / " + r.Denominator,
+			Number(r.Ratio, "1"), Number(r.Low, "1") + " to " + Number(r.High, "1"), environment,
+		})
+	}
+	t.rows(rows)
+}
+
+// Scenario says for people what a scenario is.
+func Scenario(s result.Scenario) string {
+	words := fmt.Sprintf("%d × %d", s.Services, s.Endpoints)
+	if s.Change != "" {
+		words = string(s.Change) + ", " + words
+	}
+	if s.Rate != 0 {
+		words += fmt.Sprintf(", %g/s", s.Rate)
+	}
+	return words
+}
+
+// Number writes a number of a unit as people want to read it, with three digits:
+// 0.000123 of the unit s is 123 µs.
+func Number(v float64, unit string) string {
+	switch unit {
+	case "s":
+		for _, u := range []struct {
+			scale float64
+			name  string
+		}{{1, "s"}, {1e-3, "ms"}} {
+			if math.Abs(v) >= u.scale || v == 0 {
+				return digits(v/u.scale) + " " + u.name
+			}
+		}
+		return digits(v*1e6) + " µs"
+	case "B", "B/s":
+		for _, u := range []struct {
+			scale float64
+			name  string
+		}{{1e9, "G"}, {1e6, "M"}, {1e3, "k"}} {
+			if math.Abs(v) >= u.scale {
+				return digits(v/u.scale) + " " + u.name + unit
+			}
+		}
+		return digits(v) + " " + unit
+	case "1", "":
+		return digits(v)
+	case "1/s":
+		return digits(v) + "/s"
+	default:
+		return digits(v) + " " + unit
+	}
+}
+
+// digits writes a number with three digits, or as many as are before the point.
+func digits(v float64) string {
+	switch a := math.Abs(v); {
+	case a >= 99.95 || v == math.Trunc(v):
+		return fmt.Sprintf("%.0f", v)
+	case a >= 9.995:
+		return fmt.Sprintf("%.1f", v)
+	case a >= 0.9995:
+		return fmt.Sprintf("%.2f", v)
+	default:
+		return fmt.Sprintf("%.3g", v)
+	}
+}

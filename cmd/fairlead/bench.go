@@ -1,0 +1,157 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"runtime/debug"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
+	"fairlead/bench"
+	"fairlead/bench/result"
+	"fairlead/bench/table"
+)
+
+func benchCommand() *cobra.Command {
+	var o bench.Options
+	var only []string
+	var file string
+	cmd := &cobra.Command{
+		Use:   "bench",
+		Short: "Measure Fairlead on this machine",
+		Long: `Measure Fairlead on this machine, in network namespaces of its own: nothing that
+runs here is touched, and nothing is left. It needs root.
+
+Objects go the way that they go in "fairlead run", without an API server before:
+what is measured begins with an event as a watch has it, and ends with the kernel's
+acknowledgement, or with the first packet that shows it. Parts, for --only:
+
+  update     one change at a time: an endpoint is replaced, comes or goes, a
+             Service comes or goes
+  start      on a new node, until all is programmed, and until all Services answer
+  restart    where all is programmed
+  churn      many changes a second: time, processor, commits, memory
+  data-path  connections through a Service, and direct ones
+  fairness   how connections spread over endpoints
+  memory     of the program, and of what it has the kernel hold
+
+A table goes to standard output, and all figures to the file of --json: see
+"go doc fairlead/bench/result" for what is in it.`,
+		Example: `  fairlead bench
+  fairlead bench --services=1000 --only=update,start --json=result.json`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			for _, part := range only {
+				o.Only = append(o.Only, bench.Part(part))
+			}
+			o.Version, o.Command = version, append([]string{cmd.CommandPath()}, changedFlags(cmd)...)
+			return runBench(cmd.Context(), o, file, cmd.OutOrStdout(), cmd.ErrOrStderr())
+		},
+	}
+	flags := cmd.Flags()
+	flags.StringVar(&o.Mode, "mode", bench.Modes()[0], "the backend: "+strings.Join(bench.Modes(), " or "))
+	flags.IntVar(&o.Services, "services", 10_000, "how many Services there are")
+	flags.IntVar(&o.Endpoints, "endpoints", 10, "how many endpoints each Service has")
+	flags.IntVar(&o.Samples, "samples", 1000, "how often each change and connection is measured; starts a hundredth of it, from 3 to 20 times")
+	flags.StringSliceVar(&only, "only", nil, "parts to measure, some of "+bench.PartNames()+" (default all)")
+	flags.Float64SliceVar(&o.Rates, "rates", []float64{100, 1000, 10_000}, "changes a second, for churn")
+	flags.DurationVar(&o.ChurnTime, "churn-time", 10*time.Second, "how long churn lasts at each rate")
+	flags.IntSliceVar(&o.Sizes, "data-path-services", []int{1, 1000, 10_000, 100_000}, "numbers of Services, for data-path")
+	flags.DurationVar(&o.ThroughputTime, "throughput-time", 500*time.Millisecond, "how long each transfer lasts, for data-path")
+	flags.StringVar(&file, "json", "", "file to write all figures to")
+	return cmd
+}
+
+// changedFlags are the flags that were given, as they may be given again.
+func changedFlags(cmd *cobra.Command) []string {
+	var given []string
+	cmd.Flags().Visit(func(f *pflag.Flag) {
+		value := f.Value.String()
+		if list, ok := f.Value.(pflag.SliceValue); ok {
+			value = strings.Join(list.GetSlice(), ",")
+		}
+		given = append(given, "--"+f.Name+"="+value)
+	})
+	return given
+}
+
+// runBench is `fairlead bench`.
+func runBench(ctx context.Context, o bench.Options, file string, stdout, stderr io.Writer) (err error) {
+	if err := o.Validate(); err != nil {
+		return err
+	}
+	var out *os.File
+	if file != "" { // not after minutes of work
+		if out, err = os.Create(file); err != nil {
+			return fmt.Errorf("--json: %w", err)
+		}
+		defer func() { err = errors.Join(err, out.Close()) }()
+	}
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(gcPercent) // as it runs on nodes
+	}
+	p := newProgress(stderr)
+	o.Progress = p.show
+	report, err := bench.Run(ctx, o)
+	p.end()
+	if err != nil {
+		return err
+	}
+	return writeReport(report, out, stdout)
+}
+
+// writeReport writes the table, and the JSON if there is a file.
+func writeReport(report *result.Report, file *os.File, stdout io.Writer) error {
+	if file != nil {
+		if err := report.Write(file); err != nil {
+			return fmt.Errorf("--json: %w", err)
+		}
+	}
+	return table.Write(stdout, report)
+}
+
+// progress shows what is under way: on a terminal in one line, elsewhere in one
+// every few seconds.
+type progress struct {
+	to       io.Writer
+	terminal bool
+	every    time.Duration
+	shown    time.Time
+	width    int
+}
+
+func newProgress(to io.Writer) *progress {
+	p := &progress{to: to, every: 5 * time.Second}
+	if f, ok := to.(*os.File); ok {
+		if info, err := f.Stat(); err == nil && info.Mode()&os.ModeCharDevice != 0 {
+			p.terminal, p.every = true, 100*time.Millisecond
+		}
+	}
+	return p
+}
+
+func (p *progress) show(words string) {
+	if time.Since(p.shown) < p.every {
+		return
+	}
+	p.shown = time.Now()
+	if !p.terminal {
+		_, _ = fmt.Fprintln(p.to, words)
+		return
+	}
+	_, _ = fmt.Fprintf(p.to, "\r%-*s", p.width, words)
+	p.width = len(words)
+}
+
+// end clears the line.
+func (p *progress) end() {
+	if p.terminal {
+		_, _ = fmt.Fprintf(p.to, "\r%*s\r", p.width, "")
+	}
+}
