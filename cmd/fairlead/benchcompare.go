@@ -15,6 +15,7 @@ import (
 	"fairlead/bench/compare"
 	"fairlead/bench/result"
 	"fairlead/bench/system"
+	"fairlead/bench/table"
 )
 
 // compareFlags are the flags of `fairlead bench compare`.
@@ -158,6 +159,6 @@ func (f *compareFlags) write(report *result.Report, stdout io.Writer) error {
 			return fmt.Errorf("--json: %w", err)
 		}
 	}
-	return compare.Table(stdout, report)
+	return table.Write(stdout, report)
 }
 
