@@ -3,8 +3,10 @@ package report
 import (
 	"bytes"
 	"fmt"
+	"html"
+	"image/color"
 	"math"
-	"strings"
+	"slices"
 
 	"codeberg.org/go-fonts/liberation/liberationsansbold"
 	"codeberg.org/go-fonts/liberation/liberationsansregular"
@@ -46,6 +48,9 @@ type canvas struct {
 	inset         float64 // of the coordinates, on all sides
 	colours       palette
 	face          *typeface
+	// texts, if not nil, collects SVG text: fonts differ between who looks at a page,
+	// so it has to be laid out there.
+	texts *bytes.Buffer
 }
 
 // drawing is a chart that knows its height once it is told its width.
@@ -59,12 +64,13 @@ type drawing interface {
 func (f *typeface) svg(d drawing, width float64) ([]byte, error) {
 	height := d.height(width)
 	to := vgsvg.New(vg.Length(width), vg.Length(height))
-	d.draw(&canvas{to: draw.New(to), width: width, height: height, colours: marked, face: f})
-	var b bytes.Buffer
+	var b, texts bytes.Buffer
+	d.draw(&canvas{to: draw.New(to), width: width, height: height, colours: marked, face: f, texts: &texts})
 	if _, err := to.WriteTo(&b); err != nil {
 		return nil, fmt.Errorf("draw %q: %w", d.title(), err)
 	}
-	return b.Bytes(), nil
+	end := bytes.LastIndex(b.Bytes(), []byte("</svg>"))
+	return slices.Concat(b.Bytes()[:end], texts.Bytes(), []byte("</svg>\n")), nil
 }
 
 // png draws in the colours of light, with twice the number of pixels.
@@ -126,11 +132,26 @@ func (c *canvas) style(l letters) text.Style {
 
 // write writes text with its middle at y.
 func (c *canvas) write(l letters, x, y float64, words string) {
-	c.to.FillText(c.style(l), c.point(x, y), words)
+	if c.texts == nil {
+		c.to.FillText(c.style(l), c.point(x, y), words)
+		return
+	}
+	const baseline = 0.35 // of the size, below the middle
+	anchor := map[float64]string{0: "start", 0.5: "middle", 1: "end"}[l.align]
+	weight := 400
+	if l.bold {
+		weight = 700
+	}
+	rgb, _ := color.NRGBAModel.Convert(c.colours(l.role)).(color.NRGBA)
+	fmt.Fprintf(c.texts, `<text x="%.1f" y="%.1f" text-anchor=%q style="fill:#%02X%02X%02X;font-size:%gpx;font-weight:%d">%s</text>`+"\n",
+		x, y+baseline*l.size, anchor, rgb.R, rgb.G, rgb.B, l.size, weight, html.EscapeString(words))
 }
 
-// extent is how wide text is.
-func (c *canvas) extent(l letters, words string) float64 { return float64(c.style(l).Width(words)) }
+// extent is how wide text is at most: fonts of others are wider.
+func (c *canvas) extent(l letters, words string) float64 {
+	const wider = 1.2
+	return wider * float64(c.style(l).Width(words))
+}
 
 // scale maps numbers to places on an axis.
 type scale struct {
@@ -230,18 +251,4 @@ func (s scale) ticks(most int) []float64 {
 		list = some
 	}
 	return list
-}
-
-// wrapped breaks words to lines of a width.
-func (c *canvas) wrapped(l letters, words string, width float64) []string {
-	var lines []string
-	line := ""
-	for word := range strings.FieldsSeq(words) {
-		if more := strings.TrimSpace(line + " " + word); c.extent(l, more) <= width || line == "" {
-			line = more
-			continue
-		}
-		lines, line = append(lines, line), word
-	}
-	return append(lines, line)
 }

@@ -64,15 +64,27 @@ type rowsChart struct {
 
 func (r *rowsChart) title() string { return r.name }
 
-func (r *rowsChart) height(float64) float64 {
-	height := axisSpace + margin
+// stacked says whether names are above what they name, as there is no room beside.
+func stacked(width float64) bool { return width < 480 }
+
+// rowHeightAt is that of rows, and the part of it that is above what is drawn.
+func rowHeightAt(width float64) (height, above float64) {
+	if stacked(width) {
+		return 2*rowHeight + 2, rowHeight + 1
+	}
+	return rowHeight, 0
+}
+
+func (r *rowsChart) height(width float64) float64 {
+	rows, _ := rowHeightAt(width)
+	height := float64(axisSpace + margin)
 	for _, g := range r.groups {
 		if g.heading != "" {
 			height += groupHead
 		}
-		height += rowHeight * len(g.rows)
+		height += rows * float64(len(g.rows))
 	}
-	return float64(height)
+	return height
 }
 
 func (r *rowsChart) each(f func(row)) {
@@ -93,34 +105,53 @@ func (r *rowsChart) draw(c *canvas) {
 		values = max(values, c.extent(value, one.text))
 		least, most = min(least, one.least), max(most, one.most)
 	})
-	const gap = 10
+	const gap = 8
 	left, right := names+gap, c.width-values-gap
-	if r.bars {
-		right -= 4
+	height, above := rowHeightAt(c.width)
+	if stacked(c.width) {
+		const room = 6
+		left = 0
+		if !r.bars {
+			left, right = room, c.width-room
+		}
 	}
 	s := logScale(least, most, left, right)
 	if r.bars {
 		s = linearScale(most, left, right)
 	}
-	bottom := c.height - axisSpace
-	c.axis(s, 0, bottom, r.unit)
 	y := float64(margin)
+	var spans [][2]float64 // rows, not headings, have the grid behind them
 	for _, g := range r.groups {
 		if g.heading != "" {
-			// On its own ground, so that no line of the grid goes through.
+			y += groupHead
+		}
+		for range g.rows {
+			spans = append(spans, [2]float64{y + above, y + height})
+			y += height
+		}
+	}
+	c.axis(s, c.height-axisSpace, r.unit, spans...)
+	y = margin
+	for _, g := range r.groups {
+		if g.heading != "" {
 			c.write(letters{role: ink, size: textSize, bold: true}, 0, y+groupHead*0.55, g.heading)
 			y += groupHead
 		}
 		for _, one := range g.rows {
-			middle := y + rowHeight/2
-			c.write(label, 0, middle, one.look.label)
+			middle := y + above + rowHeight/2
+			name, number := middle, middle
+			if stacked(c.width) {
+				middle -= 2
+				name, number = y+above/2, y+above/2
+			}
+			c.write(label, 0, name, one.look.label)
 			if r.bars {
 				c.drawBar(one, s, middle, value)
 			} else {
 				c.drawRange(one, s, middle)
-				c.write(letters{role: ink, size: textSize, bold: true, align: 1}, c.width, middle, one.text)
+				c.write(letters{role: ink, size: textSize, bold: true, align: 1}, c.width, number, one.text)
 			}
-			y += rowHeight
+			y += height
 		}
 	}
 }
@@ -150,17 +181,20 @@ func (c *canvas) drawBar(one row, s scale, y float64, value letters) {
 	c.write(value, reach+7, y, one.text)
 }
 
-// axis draws a grid of lines from top to bottom with the numbers below.
-func (c *canvas) axis(s scale, top, bottom float64, unit string) {
+// axis draws a grid of lines, each from top to bottom of the spans, with the numbers
+// below.
+func (c *canvas) axis(s scale, bottom float64, unit string, spans ...[2]float64) {
 	l := letters{role: muted, size: smallSize, align: 0.5}
 	const apart = 58 // so that numbers do not touch
 	end := math.Inf(-1)
 	for _, v := range s.ticks(max(2, int((s.high-s.low)/apart))) {
 		x := s.at(v)
-		c.line(grid, 1, x, top, x, bottom)
+		for _, span := range spans {
+			c.line(grid, 1, x, span[0], x, span[1])
+		}
 		words := table.Number(v, unit)
 		half := c.extent(l, words) / 2
-		at := min(x, c.width-half)
+		at := min(max(x, half), c.width-half)
 		if at-half > end {
 			c.write(l, at, bottom+14, words)
 			end = at + half + 6
@@ -226,10 +260,10 @@ func (k *curvesChart) draw(c *canvas) {
 		}
 		y += legendLine
 	}
-	top, bottom := y+16, c.height-axisSpace
+	top, bottom := y+20, c.height-axisSpace
 	xs, ys := k.scales(c, top, bottom)
 	c.write(letters{role: muted, size: smallSize}, 0, y+2, k.yTitle)
-	c.horizontal(ys, xs.low, c.width, k.yUnit)
+	c.horizontal(ys, xs.low, xs.high, k.yUnit)
 	c.xAxis(k, xs, top, bottom)
 	for _, one := range k.curves {
 		c.drawCurve(one, xs, ys, k.steps)
@@ -253,7 +287,7 @@ func (k *curvesChart) scales(c *canvas, top, bottom float64) (xs, ys scale) {
 	for _, v := range ys.ticks(5) {
 		labels = max(labels, c.extent(letters{size: smallSize}, table.Number(v, k.yUnit)))
 	}
-	const gap, room = 8, 10
+	const gap, room = 8, 22
 	xs = logScale(leastX, mostX, labels+gap, c.width-room)
 	if k.ticks != nil { // exactly what was measured, with a little room
 		xs.from, xs.to = leastX/1.25, mostX*1.25
@@ -271,7 +305,7 @@ func (c *canvas) horizontal(s scale, left, right float64, unit string) {
 
 func (c *canvas) xAxis(k *curvesChart, s scale, top, bottom float64) {
 	if k.ticks == nil {
-		c.axis(s, top, bottom, k.xUnit)
+		c.axis(s, bottom, k.xUnit, [2]float64{top, bottom})
 		return
 	}
 	l := letters{role: muted, size: smallSize, align: 0.5}

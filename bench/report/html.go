@@ -50,6 +50,7 @@ type environment struct {
 	result.Environment
 	Several  bool
 	Claims   []claim
+	ClaimsAt string
 	Sections []shown
 	Ratios   []result.Ratio
 	Measured []*result.Measurement
@@ -102,7 +103,7 @@ func newPage(r *result.Report) (*content, error) {
 				env.LeftOut = append(env.LeftOut, l)
 			}
 		}
-		env.Claims = claims(r, e.Name)
+		env.Claims, env.ClaimsAt = claims(r, e.Name)
 		for _, s := range sections(r, e.Name) {
 			one := shown{ID: e.Name + "-" + s.id, Title: s.title, Text: s.text}
 			for _, f := range s.figures {
@@ -129,18 +130,17 @@ func newPage(r *result.Report) (*content, error) {
 
 // claims returns the key figures: Fairlead against kube-proxy's nftables mode,
 // with the most Services.
-func claims(r *result.Report, environment string) []claim {
+func claims(r *result.Report, environment string) (list []claim, at string) {
 	const than = "kube-proxy-nftables"
-	var list []claim
 	for _, one := range []struct {
 		measure      result.Measure
 		change       result.Change
 		better, what string
 	}{
-		{result.UpdatePacket, result.ReplaceEndpoint, "faster", "until a packet reaches a replaced endpoint"},
-		{result.ColdStartAnswer, "", "faster", "from a cold start until the last Service answers"},
-		{result.ChurnCPU, result.ReplaceEndpoint, "less processor time", "for each change under churn"},
-		{result.Memory, "", "less memory", "resident after a start"},
+		{result.UpdatePacket, result.ReplaceEndpoint, "faster", "An update: from the event to the first packet at the new endpoint"},
+		{result.ColdStartAnswer, "", "faster", "A cold start, until the last Service answers"},
+		{result.ChurnCPU, result.ReplaceEndpoint, "less processor time", "For each change under churn"},
+		{result.Memory, "", "less memory", "Resident after a start"},
 	} {
 		best := -1
 		for i, ratio := range r.Ratios {
@@ -153,15 +153,20 @@ func claims(r *result.Report, environment string) []claim {
 			continue
 		}
 		ratio := r.Ratios[best]
-		list = append(list, claimOf(r, ratio, one.better, one.what))
+		if at == "" {
+			at = circumstances(ratio.Scenario)
+		}
+		if circumstances(ratio.Scenario) == at {
+			list = append(list, claimOf(r, ratio, one.better, one.what))
+		}
 	}
-	return list
+	return list, at
 }
 
 func claimOf(r *result.Report, ratio result.Ratio, better, what string) claim {
-	c := claim{Than: better, What: what + ", at " + circumstances(ratio.Scenario)}
+	c := claim{Than: better, What: what}
 	if ratio.Scenario.Rate > 0 {
-		c.What += fmt.Sprintf(" and %s changes a second", thousands(int(ratio.Scenario.Rate)))
+		c.What += fmt.Sprintf(", at %s changes a second", thousands(int(ratio.Scenario.Rate)))
 	}
 	v, low, high := ratio.Ratio, ratio.Low, ratio.High
 	if v < 1 {

@@ -343,7 +343,9 @@ func churnSection(measured []*result.Measurement) section {
 		id: "churn", title: "Under churn",
 		text: "Endpoints all over the cluster are replaced all the time. How late is a change, and what does the processor pay?",
 	}
-	rate := func(m *result.Measurement) string { return fmt.Sprintf("%s changes a second", thousands(int(m.Scenario.Rate))) }
+	rate := func(m *result.Measurement) string {
+		return fmt.Sprintf("%s changes a second", thousands(int(m.Scenario.Rate)))
+	}
 	if lag, _ := most(of(measured, result.Churn)); len(lag) > 0 {
 		at := circumstances(lag[0].Scenario)
 		s.figures = append(s.figures, figure{"churn-lag", "From an event to its effect. " + at + ". " + rangeCaption, &rowsChart{

@@ -115,13 +115,13 @@ func named(svg []byte) []byte {
 // size matches the size of an SVG, which is left to where it is shown.
 func size() *regexp.Regexp { return regexp.MustCompile(`width="([0-9.]+)pt" height="([0-9.]+)pt"`) }
 
+// fonts are those of files; on a page they are its own.
 const fonts = "Arimo,'Liberation Sans',Helvetica,Arial,sans-serif"
 
 // inline makes what vg has written part of a page.
 func inline(svg []byte, class, title string) []byte {
 	start := bytes.Index(svg, []byte("<svg"))
 	svg = named(svg[max(0, start):])
-	svg = bytes.ReplaceAll(svg, []byte("font-family:Liberation Sans"), []byte("font-family:"+fonts))
 	svg = size().ReplaceAll(svg, fmt.Appendf(nil, `class=%q role="img" aria-label=%q`, class, title))
 	return svg
 }
@@ -129,7 +129,7 @@ func inline(svg []byte, class, title string) []byte {
 // standalone makes what vg has written a file of its own, in light or dark as whoever
 // looks at it prefers.
 func standalone(svg []byte, title string) []byte {
-	style := "<style>" + css("svg", false) + "@media (prefers-color-scheme:dark){" + css("svg", true) + "}</style>"
+	style := "<style>svg{font-family:" + fonts + "}" + css("svg", false) + "@media (prefers-color-scheme:dark){" + css("svg", true) + "}</style>"
 	width := size().FindSubmatch(svg)
 	svg = inline(svg, "chart", title)
 	if len(width) > 0 {

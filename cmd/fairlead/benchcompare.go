@@ -26,8 +26,10 @@ type compareFlags struct {
 	args          []string
 	only          []string
 	json          string
+	html, svg     string
 	dir           string
 	environment   string
+	command       []string
 	options       compare.Options
 }
 
@@ -59,6 +61,7 @@ A system that this machine cannot run is left out, and the result says why.`,
   fairlead bench compare --only=churn --rate=1000`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			f.command = append([]string{cmd.CommandPath()}, changedFlags(cmd)...)
 			return runCompare(cmd.Context(), f, cmd.OutOrStdout(), cmd.ErrOrStderr())
 		},
 	}
@@ -86,12 +89,16 @@ A system that this machine cannot run is left out, and the result says why.`,
 	flags.DurationVar(&o.Settle, "settle", o.Settle, "time that a system has after a change until the next is measured")
 	flags.StringSliceVar(&f.only, "only", parts, "parts of the comparison")
 	flags.StringVar(&f.json, "json", "", "file to write the result to, as JSON; - is standard output")
+	flags.StringVar(&f.html, "html", "", "file to write a page with charts to")
+	flags.StringVar(&f.svg, "svg", "", "folder to write the charts to, as SVG and PNG")
 	flags.StringVar(&f.dir, "logs", "", "folder for the systems' logs, which is kept; without, they go")
 	flags.StringVar(&f.environment, "environment", "", "name for where this is, such as vm-6.12, in the result")
 	completeWith(cmd, "systems", names...)
 	completeWith(cmd, "only", parts...)
 	_ = cmd.MarkFlagFilename("kube-proxy")
 	_ = cmd.MarkFlagFilename("json", "json")
+	_ = cmd.MarkFlagFilename("html", "html")
+	_ = cmd.MarkFlagDirname("svg")
 	_ = cmd.MarkFlagDirname("logs")
 	return cmd
 }
@@ -134,31 +141,22 @@ func runCompare(ctx context.Context, f *compareFlags, stdout, stderr io.Writer) 
 	o.Progress = func(line string) {
 		_, _ = fmt.Fprintf(stderr, "%6.1fs %s\n", time.Since(begin).Seconds(), line)
 	}
-	report, err := compare.Run(ctx, o)
-	if report == nil {
+	r, err := compare.Run(ctx, o)
+	if r == nil {
 		return err
 	}
-	report.Command, report.Version = append([]string{"fairlead"}, os.Args[1:]...), version
-	if writeErr := f.write(report, stdout); writeErr != nil {
-		return errors.Join(err, writeErr)
-	}
-	return err
+	r.Command, r.Version = f.command, version
+	return errors.Join(err, f.write(r, stdout))
 }
 
-// write writes the result as JSON where that was asked for, and as a table.
-func (f *compareFlags) write(report *result.Report, stdout io.Writer) error {
+// write writes the result where that was asked for, and as a table.
+func (f *compareFlags) write(r *result.Report, stdout io.Writer) error {
 	if f.json == "-" {
-		return report.Write(stdout)
+		return errors.Join(r.Write(stdout), writePage(r, f.html), writePictures(r, f.svg))
 	}
-	if f.json != "" {
-		file, err := os.Create(f.json)
-		if err != nil {
-			return fmt.Errorf("--json: %w", err)
-		}
-		if err := errors.Join(report.Write(file), file.Close()); err != nil {
-			return fmt.Errorf("--json: %w", err)
-		}
+	err := writeFile(f.json, r.Write)
+	if err != nil {
+		err = fmt.Errorf("--json: %w", err)
 	}
-	return table.Write(stdout, report)
+	return errors.Join(err, writePage(r, f.html), writePictures(r, f.svg), table.Write(stdout, r))
 }
-
