@@ -89,27 +89,34 @@ func (c *churner) at(ctx context.Context, rate float64, o Options, m *measuremen
 	begin := time.Now()
 	total := max(int(rate*o.ChurnTime.Seconds()), 1)
 	due := func(i int) time.Time { return begin.Add(time.Duration(float64(i) / rate * float64(time.Second))) }
+	events := map[string][]time.Time{} // by the name of the Service
 	var woke time.Time
 	for sent := 0; sent < total; {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
 		if wait := time.Until(due(sent)); wait > 0 {
-			time.Sleep(wait)
+			select {
+			case <-ctx.Done():
+				return ctx.Err()
+			case <-time.After(wait):
+			}
 			woke = time.Now() // that it slept for too long is not the subject's doing
 		}
 		var d kube.Delta
-		var oldest time.Time
+		clear(events)
 		for now := time.Now(); sent < total && !due(sent).After(now); sent++ {
-			if oldest.IsZero() {
-				if oldest = due(sent); oldest.Before(woke) {
-					oldest = woke
-				}
+			slice := c.next()
+			event := due(sent)
+			if event.Before(woke) {
+				event = woke
 			}
-			d.EndpointSlices = append(d.EndpointSlices, c.next())
+			name := slice.Labels[discoveryv1.LabelServiceName]
+			events[name] = append(events[name], event)
+			d.EndpointSlices = append(d.EndpointSlices, slice)
 		}
 		changes := s.tracker.Apply(d).Changes
-		waiting.add(changes, oldest)
+		waiting.add(changes, events)
 		s.syncer.Update(changes)
 	}
 	if _, err := s.settled(ctx); err != nil {
@@ -140,17 +147,17 @@ type pending struct {
 	took  []float64
 }
 
-// change is a value that was handed over, and since when.
+// change is a value that was handed over, and the events that led to it.
 type change struct {
-	value *dataplane.Service
-	event time.Time
+	value  *dataplane.Service
+	events []time.Time
 }
 
-func (p *pending) add(changes map[dataplane.Key]*dataplane.Service, event time.Time) {
+func (p *pending) add(changes map[dataplane.Key]*dataplane.Service, events map[string][]time.Time) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for key, value := range changes {
-		p.since[key] = append(p.since[key], change{value, event})
+		p.since[key] = append(p.since[key], change{value, events[key.Name]})
 	}
 }
 
@@ -167,7 +174,9 @@ func (p *pending) committed(c sync.Commit) {
 				continue
 			}
 			for _, done := range list[:i+1] {
-				p.took = append(p.took, c.End.Sub(done.event).Seconds())
+				for _, event := range done.events {
+					p.took = append(p.took, c.End.Sub(event).Seconds())
+				}
 			}
 			p.since[key] = list[i+1:]
 			break

@@ -9,6 +9,7 @@ import (
 	"runtime/debug"
 	"slices"
 	"strings"
+	"time"
 
 	"fairlead/bench/result"
 	"fairlead/bench/rig"
@@ -29,7 +30,7 @@ func memory(ctx context.Context, o Options, m *measurements) error {
 			if err != nil {
 				return err
 			}
-			k0, err := kernelMemory()
+			k0, err := settledKernelMemory(ctx)
 			if err != nil {
 				return err
 			}
@@ -49,7 +50,7 @@ func memory(ctx context.Context, o Options, m *measurements) error {
 			if err != nil {
 				return err
 			}
-			k1, err := kernelMemory()
+			k1, err := settledKernelMemory(ctx)
 			resident = append(resident, float64(u1.Resident-u0.Resident))
 			peak = append(peak, float64(highest.PeakResident-u0.Resident))
 			kernel = append(kernel, float64(k1-k0))
@@ -68,8 +69,8 @@ func memory(ctx context.Context, o Options, m *measurements) error {
 		result.Value{Name: "resident", Unit: "B", Value: median(resident)},
 		result.Value{Name: "peak-resident", Unit: "B", Value: median(peak)},
 		result.Value{Name: "kernel", Unit: "B", Value: median(kernel)})
-	m.note("The kernel's memory is by how much Slab, VmallocUsed and Percpu of /proc/meminfo grow, " +
-		"which has in it what other programs have the kernel allocate at the same time.")
+	m.note("The kernel's memory is by how much what it has allocated (Slab, VmallocUsed and Percpu of /proc/meminfo, " +
+		"without what is free in slabs) grows, which has in it what other programs have it allocate at the same time.")
 	return nil
 }
 
@@ -85,24 +86,82 @@ func usage() (system.Usage, error) {
 }
 
 // kernelMemory returns the bytes that the kernel has allocated for itself, which is
-// where the elements of nftables' sets and IPVS' entries are: Slab has small objects,
-// VmallocUsed large tables, and Percpu statistics. It is of the whole machine.
+// where the elements of nftables' sets and IPVS' entries are: Slab of /proc/meminfo has
+// objects, VmallocUsed large tables, and Percpu statistics. What is free within
+// slabs (/proc/slabinfo) does not count. It is of the whole machine.
 func kernelMemory() (int64, error) {
-	text, err := os.ReadFile("/proc/meminfo")
+	fields, err := meminfo("Slab", "VmallocUsed", "Percpu")
 	if err != nil {
 		return 0, fmt.Errorf("read the kernel's memory: %w", err)
+	}
+	free, err := freeInSlabs()
+	if err != nil {
+		return 0, fmt.Errorf("read the kernel's slabs: %w", err)
+	}
+	return fields - free, nil
+}
+
+// meminfo returns the sum of fields of /proc/meminfo, in bytes.
+func meminfo(fields ...string) (int64, error) {
+	text, err := os.ReadFile("/proc/meminfo")
+	if err != nil {
+		return 0, err
 	}
 	var sum int64
 	for line := range strings.Lines(string(text)) {
 		name, value, _ := strings.Cut(line, ":")
-		if !slices.Contains([]string{"Slab", "VmallocUsed", "Percpu"}, name) {
+		if !slices.Contains(fields, name) {
 			continue
 		}
 		var kilobytes int64
 		if _, err := fmt.Sscanf(strings.TrimSpace(value), "%d kB", &kilobytes); err != nil {
-			return 0, fmt.Errorf("read the kernel's memory: %s: %w", name, err)
+			return 0, fmt.Errorf("%s: %w", name, err)
 		}
 		sum += kilobytes << 10
 	}
 	return sum, nil
+}
+
+// freeInSlabs returns how many bytes of slabs no object has.
+func freeInSlabs() (int64, error) {
+	text, err := os.ReadFile("/proc/slabinfo")
+	if err != nil {
+		return 0, err
+	}
+	const heading = 2
+	var free int64
+	for _, line := range strings.Split(strings.TrimSpace(string(text)), "\n")[heading:] {
+		var name string
+		var active, all, size int64
+		if _, err := fmt.Sscan(line, &name, &active, &all, &size); err != nil {
+			return 0, fmt.Errorf("%s: %w", line, err)
+		}
+		free += (all - active) * size
+	}
+	return free, nil
+}
+
+// settledKernelMemory is kernelMemory once it does not fall any more: the kernel removes
+// namespaces and what is in them some time after the last user has gone.
+func settledKernelMemory(ctx context.Context) (int64, error) {
+	const (
+		period = 200 * time.Millisecond
+		slack  = 256 << 10
+		most   = 50 // periods
+	)
+	last, err := kernelMemory()
+	for calm, i := 0, 0; err == nil && calm < 3 && i < most; i++ {
+		select {
+		case <-ctx.Done():
+			return 0, ctx.Err()
+		case <-time.After(period):
+		}
+		var now int64
+		now, err = kernelMemory()
+		if calm++; now < last-slack {
+			calm = 0
+		}
+		last = now
+	}
+	return last, err
 }

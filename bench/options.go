@@ -138,8 +138,13 @@ func (o Options) Validate() error {
 			errs = append(errs, fmt.Errorf("--rates: %g: use numbers above 0", rate))
 		}
 	}
-	if o.ChurnTime < 0 {
-		errs = append(errs, fmt.Errorf("--churn-time: %s: use a time above 0", o.ChurnTime))
+	for _, v := range []struct {
+		flag  string
+		value time.Duration
+	}{{"churn-time", o.ChurnTime}, {"throughput-time", o.ThroughputTime}} {
+		if v.value < 0 {
+			errs = append(errs, fmt.Errorf("--%s: %s: use a time above 0", v.flag, v.value))
+		}
 	}
 	return errors.Join(errs...)
 }

@@ -89,7 +89,7 @@ func startUntilAnswer(
 		return 0, err
 	}
 	defer func() { err = errors.Join(err, s.close()) }()
-	if _, err := s.deliver(all); err != nil {
+	if err := s.deliver(all); err != nil {
 		return 0, err
 	}
 	s.syncer.ListComplete()

@@ -82,20 +82,19 @@ func (s *subject) listen(f func(sync.Commit)) {
 	s.onCommit = f
 }
 
-// deliver hands over what a source would, and returns what the tracker made of it.
-func (s *subject) deliver(deltas ...kube.Delta) (kube.Result, error) {
-	var result kube.Result
+// deliver hands over what a source would.
+func (s *subject) deliver(deltas ...kube.Delta) error {
 	for _, d := range deltas {
-		result = s.tracker.Apply(d)
+		result := s.tracker.Apply(d)
 		if len(result.Problems) > 0 {
-			return result, fmt.Errorf("a Service of the benchmark: %s", result.Problems[0])
+			return fmt.Errorf("a Service of the benchmark: %s", result.Problems[0])
 		}
 		if result.Node != nil {
 			s.syncer.SetNode(*result.Node)
 		}
 		s.syncer.Update(result.Changes)
 	}
-	return result, nil
+	return nil
 }
 
 // settled waits until all that was delivered is acknowledged by the kernel, and
@@ -112,7 +111,7 @@ func (s *subject) settled(ctx context.Context) (time.Time, error) {
 // load delivers everything there is and waits until it is programmed. It returns
 // when that was.
 func (s *subject) load(ctx context.Context, everything kube.Delta) (time.Time, error) {
-	if _, err := s.deliver(everything); err != nil {
+	if err := s.deliver(everything); err != nil {
 		return time.Time{}, err
 	}
 	s.syncer.ListComplete()

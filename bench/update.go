@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"runtime"
+	"sync/atomic"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -121,33 +123,74 @@ func sliceOf(s *cluster.Service) kube.Delta {
 func (u *updater) measure(
 	ctx context.Context, change result.Change, s *cluster.Service, at func(netip.Addr) bool, deltas ...kube.Delta,
 ) error {
-	event := time.Now()
-	if _, err := u.subject.deliver(deltas...); err != nil {
-		return err
-	}
-	var sighting rig.Sighting
 	var err error
+	var took time.Duration
 	if u.byPacket {
-		switch change {
-		case result.ScaleDown, result.DeleteService:
-			sighting, err = u.probe.LastArrival(ctx, event, s.Addr(), at, quiet(u.endpoints))
-		default:
-			sighting, err = u.probe.FirstArrival(ctx, event, s.Addr(), at)
-		}
-		if err != nil {
-			return fmt.Errorf("%s: %w", change, err)
-		}
+		took, err = u.seen(ctx, change, s, at, deltas)
+	} else {
+		took, err = u.acknowledged(ctx, time.Now(), deltas)
 	}
-	end, err := u.subject.settled(ctx)
 	if err != nil {
 		return fmt.Errorf("%s: %w", change, err)
 	}
+	samples := u.took[result.UpdateAck]
 	if u.byPacket {
-		u.took[result.UpdatePacket][change] = append(u.took[result.UpdatePacket][change], sighting.After.Seconds())
-	} else {
-		u.took[result.UpdateAck][change] = append(u.took[result.UpdateAck][change], end.Sub(event).Seconds())
+		samples = u.took[result.UpdatePacket]
 	}
+	samples[change] = append(samples[change], took.Seconds())
 	return nil
+}
+
+// acknowledged makes a change and returns the time from the event to the kernel's
+// acknowledgement.
+func (u *updater) acknowledged(ctx context.Context, event time.Time, deltas []kube.Delta) (time.Duration, error) {
+	if err := u.subject.deliver(deltas...); err != nil {
+		return 0, err
+	}
+	end, err := u.subject.settled(ctx)
+	return end.Sub(event), err
+}
+
+// seen makes a change and returns the time from the event until packets show it.
+func (u *updater) seen(
+	ctx context.Context, change result.Change, s *cluster.Service, at func(netip.Addr) bool, deltas []kube.Delta,
+) (time.Duration, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	type outcome struct {
+		rig.Sighting
+		err error
+	}
+	seen := make(chan outcome, 1)
+	ready := make(chan struct{})
+	// The probe has a thread of its own, which is awake when the event comes:
+	// waking it takes longer than the change.
+	var event atomic.Pointer[time.Time]
+	go func() {
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		close(ready)
+		for event.Load() == nil {
+		}
+		var o outcome
+		switch change {
+		case result.ScaleDown, result.DeleteService:
+			o.Sighting, o.err = u.probe.LastArrival(ctx, *event.Load(), s.Addr(), at, quiet(u.endpoints))
+		default:
+			o.Sighting, o.err = u.probe.FirstArrival(ctx, *event.Load(), s.Addr(), at)
+		}
+		seen <- o
+	}()
+	<-ready
+	now := time.Now()
+	event.Store(&now)
+	if _, err := u.acknowledged(ctx, now, deltas); err != nil {
+		cancel() // there is nothing to be seen
+		<-seen
+		return 0, err
+	}
+	o := <-seen
+	return o.After, o.err
 }
 
 // quiet is how many packets in a row must miss one of so many endpoints to show that

@@ -43,7 +43,7 @@ func UsageOf(pid int) (Usage, error) {
 		if err != nil {
 			continue // the thread has ended
 		}
-		for _, child := range strings.Fields(string(children)) {
+		for child := range strings.FieldsSeq(string(children)) {
 			id, err := strconv.Atoi(child)
 			if err != nil {
 				return Usage{}, fmt.Errorf("children of process %d: %w", pid, err)

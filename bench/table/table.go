@@ -97,10 +97,14 @@ func title(m result.Measure) string {
 		return "start on a new node, until all is acknowledged"
 	case result.ColdStartAnswer:
 		return "start on a new node, until the last Service answers"
+	case result.ColdStartCPU:
+		return "processor time of a start, until there is nothing to do any more"
 	case result.Restart:
 		return "restart with nothing to do"
 	case result.Churn:
 		return "one event among so many a second, to its effect"
+	case result.ChurnCPU:
+		return "processor time for each event of so many a second"
 	case result.Connect:
 		return "connect(2)"
 	case result.ConnectRate:
@@ -111,6 +115,8 @@ func title(m result.Measure) string {
 		return "connections of each endpoint"
 	case result.Memory:
 		return "memory held"
+	case result.PeakMemory:
+		return "most memory that was resident"
 	default:
 		return ""
 	}
@@ -191,6 +197,9 @@ func Scenario(s result.Scenario) string {
 // Number writes a number of a unit as people want to read it, with three digits:
 // 0.000123 of the unit s is 123 µs.
 func Number(v float64, unit string) string {
+	if (unit == "1" || unit == "B") && v == math.Trunc(v) && math.Abs(v) < 1000 {
+		return strings.TrimSpace(fmt.Sprintf("%.0f %s", v, strings.TrimPrefix(unit, "1")))
+	}
 	switch unit {
 	case "s":
 		for _, u := range []struct {
@@ -224,7 +233,7 @@ func Number(v float64, unit string) string {
 // digits writes a number with three digits, or as many as are before the point.
 func digits(v float64) string {
 	switch a := math.Abs(v); {
-	case a >= 99.95 || v == math.Trunc(v):
+	case a >= 99.95 || a == 0:
 		return fmt.Sprintf("%.0f", v)
 	case a >= 9.995:
 		return fmt.Sprintf("%.1f", v)

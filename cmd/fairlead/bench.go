@@ -87,20 +87,30 @@ func runBench(ctx context.Context, o bench.Options, file string, stdout, stderr 
 	if err := o.Validate(); err != nil {
 		return err
 	}
+	// Whether the file can be written is told now, and not after minutes; what is in
+	// it stays until then.
 	var out *os.File
-	if file != "" { // not after minutes of work
-		if out, err = os.Create(file); err != nil {
+	if file != "" {
+		_, there := os.Lstat(file)
+		if out, err = os.OpenFile(file, os.O_CREATE|os.O_WRONLY, 0o644); err != nil {
 			return fmt.Errorf("--json: %w", err)
 		}
-		defer func() { err = errors.Join(err, out.Close()) }()
+		defer func() {
+			if err = errors.Join(err, out.Close()); err != nil && errors.Is(there, os.ErrNotExist) {
+				err = errors.Join(err, os.Remove(file))
+			}
+		}()
 	}
 	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(gcPercent) // as it runs on nodes
+		defer debug.SetGCPercent(debug.SetGCPercent(gcPercent)) // as it runs on nodes
 	}
 	p := newProgress(stderr)
 	o.Progress = p.show
 	report, err := bench.Run(ctx, o)
 	p.end()
+	if errors.Is(err, context.Canceled) {
+		return errors.New("interrupted: its network namespaces are removed, and no results are written")
+	}
 	if err != nil {
 		return err
 	}
@@ -110,7 +120,15 @@ func runBench(ctx context.Context, o bench.Options, file string, stdout, stderr 
 // writeReport writes the table, and the JSON if there is a file.
 func writeReport(report *result.Report, file *os.File, stdout io.Writer) error {
 	if file != nil {
-		if err := report.Write(file); err != nil {
+		err := report.Write(file)
+		if info, statErr := file.Stat(); err == nil && statErr == nil && info.Mode().IsRegular() {
+			// What was longer in it before.
+			var end int64
+			if end, err = file.Seek(0, io.SeekCurrent); err == nil {
+				err = file.Truncate(end)
+			}
+		}
+		if err != nil {
 			return fmt.Errorf("--json: %w", err)
 		}
 	}

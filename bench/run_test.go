@@ -1,0 +1,213 @@
+package bench_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"fairlead/bench"
+	"fairlead/bench/result"
+)
+
+// small are options with which everything is measured in some seconds.
+func small() bench.Options {
+	return bench.Options{
+		Services: 20, Endpoints: 3, Samples: 10, Rates: []float64{100, 5000}, ChurnTime: 200 * time.Millisecond,
+		Sizes: []int{1, 20}, ThroughputTime: 20 * time.Millisecond, Version: "v0", Command: []string{"fairlead", "bench"},
+	}
+}
+
+// TestRun measures everything once, and checks that all is in the report, that the
+// figures can be, and that nothing is left.
+func TestRun(t *testing.T) {
+	before := open(t)
+	o := small()
+	var progress []string
+	o.Progress = func(words string) { progress = append(progress, words) }
+	report, err := bench.Run(t.Context(), o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if left := open(t); len(left) > len(before) {
+		t.Errorf("files that are left open: %q, were %q", left, before)
+	}
+	if len(progress) < len(bench.Parts()) {
+		t.Errorf("progress was told %d times: %q", len(progress), progress)
+	}
+	const starts = 3
+	base := result.Scenario{Services: 20, Endpoints: 3}
+	type key struct {
+		measure  result.Measure
+		system   string
+		scenario result.Scenario
+	}
+	want := map[key]int{ // samples
+		{result.ColdStartComplete, "nft", base}: starts,
+		{result.ColdStartAnswer, "nft", base}:   starts,
+		{result.Restart, "nft", base}:           starts,
+		{result.Fairness, "nft", base}:          3,
+		{result.Memory, "nft", base}:            0,
+	}
+	for _, change := range []result.Change{
+		result.ReplaceEndpoint, result.ScaleUp, result.ScaleDown, result.CreateService, result.DeleteService,
+	} {
+		for _, measure := range []result.Measure{result.UpdateAck, result.UpdatePacket} {
+			want[key{measure, "nft", result.Scenario{Change: change, Services: 20, Endpoints: 3}}] = o.Samples
+		}
+	}
+	for rate, changes := range map[float64]int{100: 20, 5000: 1000} {
+		want[key{result.Churn, "nft", result.Scenario{Change: result.ReplaceEndpoint, Services: 20, Endpoints: 3, Rate: rate}}] = changes
+	}
+	for _, system := range []string{"nft", result.Direct} {
+		for _, n := range o.Sizes {
+			size := result.Scenario{Services: n, Endpoints: 3}
+			want[key{result.Connect, system, size}] = o.Samples
+			want[key{result.ConnectRate, system, size}] = o.Samples
+			want[key{result.Throughput, system, size}] = starts
+		}
+	}
+	got := map[key]int{}
+	for _, m := range report.Measurements {
+		k := key{m.Measure, m.System, m.Scenario}
+		if _, twice := got[k]; twice {
+			t.Errorf("two measurements of %v", k)
+		}
+		got[k] = len(m.Samples)
+		// Fairness counts, and of some changes packets may show that they were there
+		// before any time has passed.
+		for _, s := range m.Samples {
+			if s < 0 || m.Unit == "s" && s > 60 || s == 0 && m.Unit != "1" {
+				t.Errorf("%v: a sample of %g %s", k, s, m.Unit)
+			}
+		}
+		if d := m.Distribution; d != nil && (d.N != len(m.Samples) || !slices.IsSorted([]float64{d.Min, d.P50, d.P90, d.P99, d.Max})) {
+			t.Errorf("%v: distribution %+v of %d samples", k, d, len(m.Samples))
+		}
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("measurements and their samples (-want +got):\n%s", diff)
+	}
+	for _, r := range report.Ratios {
+		if r.Ratio <= 0 || r.Low > r.Ratio || r.High < r.Ratio {
+			t.Errorf("ratio %+v", r)
+		}
+	}
+	if m := report.Find(result.Fairness, "nft", result.Native, base); m != nil {
+		if p, ok := m.Value("p-value"); !ok || p.Value < 1e-6 {
+			t.Errorf("connections do not spread equally: %+v", m)
+		}
+	}
+	if m := report.Find(result.Memory, "nft", result.Native, base); m != nil {
+		for _, name := range []string{"resident", "peak-resident", "kernel"} {
+			if _, ok := m.Value(name); !ok {
+				t.Errorf("memory has no value %q", name)
+			}
+		}
+	}
+	var file bytes.Buffer
+	if err := report.Write(&file); err != nil {
+		t.Fatal(err)
+	}
+	again, err := result.Read(&file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(report, again); diff != "" {
+		t.Errorf("the report is not what was written of it (-want +got):\n%s", diff)
+	}
+}
+
+// TestRunIsInterrupted ends the context in each part: Run must return soon, with the
+// context's error, and leave nothing.
+func TestRunIsInterrupted(t *testing.T) {
+	type test struct {
+		options bench.Options
+		during  string // what progress says
+	}
+	tests := map[string]test{}
+	for _, part := range bench.Parts() {
+		o := small()
+		o.Only, o.Samples, o.ChurnTime = []bench.Part{part}, 1_000_000, time.Hour
+		tests[string(part)] = test{o, ""}
+	}
+	slow := small()
+	slow.Only, slow.Rates = []bench.Part{bench.Churn}, []float64{1e-4}
+	tests["churn that waits"] = test{slow, ""}
+	slow = small()
+	slow.Only, slow.ThroughputTime = []bench.Part{bench.DataPath}, time.Hour
+	tests["transfer"] = test{slow, "transfer"}
+	for name, tc := range tests {
+		t.Run(name, func(t *testing.T) {
+			before := open(t)
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			var interrupted time.Time
+			tc.options.Progress = func(words string) {
+				if interrupted.IsZero() && strings.Contains(words, tc.during) {
+					interrupted = time.Now().Add(100 * time.Millisecond)
+					time.AfterFunc(time.Until(interrupted), cancel)
+				}
+			}
+			_, err := bench.Run(ctx, tc.options)
+			if !errors.Is(err, context.Canceled) {
+				t.Errorf("error %v, want context.Canceled", err)
+			}
+			if took := time.Since(interrupted); took > 5*time.Second {
+				t.Errorf("it took %s to end", took)
+			}
+			if left := open(t); len(left) > len(before) {
+				t.Errorf("files that are left open: %q, were %q", left, before)
+			}
+		})
+	}
+}
+
+func TestRunRefuses(t *testing.T) {
+	for name, tc := range map[string]struct {
+		options bench.Options
+		want    string
+	}{
+		"mode":           {bench.Options{Mode: "iptables"}, `--mode: unknown mode "iptables": use nft or ipvs`},
+		"part":           {bench.Options{Only: []bench.Part{"speed"}}, `--only: unknown part "speed": use some of update,start`},
+		"services":       {bench.Options{Services: -1}, "--services: -1"},
+		"many services":  {bench.Options{Services: 1_000_000}, "1000000 Services of 10 endpoints: there are addresses for 800000"},
+		"endpoints":      {bench.Options{Endpoints: -1}, "--endpoints: -1"},
+		"samples":        {bench.Options{Samples: -5}, "--samples: -5"},
+		"size":           {bench.Options{Sizes: []int{0}}, "--data-path-services: 0"},
+		"rate":           {bench.Options{Rates: []float64{0}}, "--rates: 0"},
+		"time of churn":  {bench.Options{ChurnTime: -time.Second}, "--churn-time: -1s"},
+		"time to send":   {bench.Options{ThroughputTime: -time.Second}, "--throughput-time: -1s"},
+		"several things": {bench.Options{Mode: "x", Samples: -1}, "--samples: -1"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if _, err := bench.Run(t.Context(), tc.options); err == nil || !strings.Contains(err.Error(), tc.want) {
+				t.Errorf("error %v, want one with %q", err, tc.want)
+			}
+		})
+	}
+}
+
+// open returns what namespaces and sockets the process has open.
+func open(t *testing.T) []string {
+	t.Helper()
+	entries, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var list []string
+	for _, e := range entries {
+		link, err := os.Readlink(filepath.Join("/proc/self/fd", e.Name()))
+		if err == nil && (strings.HasPrefix(link, "net:") || strings.HasPrefix(link, "socket:") || strings.HasPrefix(link, "/proc")) {
+			list = append(list, link)
+		}
+	}
+	return list
+}

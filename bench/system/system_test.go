@@ -1,0 +1,130 @@
+package system_test
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"fairlead/bench/system"
+	"fairlead/internal/nettest"
+)
+
+// environment is one that has what processes need.
+func environment(t *testing.T) system.Environment {
+	t.Helper()
+	ns, err := nettest.NewNamespace("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = ns.Close() })
+	return system.Environment{Namespace: ns, Dir: t.TempDir()}
+}
+
+func start(t *testing.T, env system.Environment, script string) *system.Process {
+	t.Helper()
+	p, err := system.StartProcess(env, "program", "sh", "-c", script)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = p.Stop() })
+	return p
+}
+
+// logged waits until the program has printed something that ends in words.
+func logged(t *testing.T, env system.Environment, words string) string {
+	t.Helper()
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		text, err := os.ReadFile(filepath.Join(env.Dir, "program.log"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if strings.HasSuffix(strings.TrimSpace(string(text)), words) {
+			return string(text)
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("the program has printed %q, want %q at the end", text, words)
+		}
+	}
+}
+
+func TestProcess(t *testing.T) {
+	env := environment(t)
+	p := start(t, env, "readlink /proc/self/ns/net; echo ready >&2; exec sleep 1000")
+	var own, others unix.Stat_t
+	if err := unix.Stat("/proc/self/ns/net", &own); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Fstat(env.Namespace.Fd(), &others); err != nil {
+		t.Fatal(err)
+	}
+	text := logged(t, env, "ready")
+	var inode uint64
+	if namespace, _, _ := strings.Cut(strings.TrimPrefix(text, "net:["), "]"); namespace != "" {
+		for _, digit := range namespace {
+			inode = inode*10 + uint64(digit-'0')
+		}
+	}
+	if inode != others.Ino || inode == own.Ino {
+		t.Errorf("the program has printed %q, want namespace %d", text, others.Ino)
+	}
+	if err := p.Stop(); err != nil {
+		t.Error(err)
+	}
+	if err := p.Stop(); err != nil {
+		t.Errorf("a second Stop: %v", err)
+	}
+	if err := unix.Kill(p.PID(), 0); err == nil {
+		t.Errorf("process %d is still there", p.PID())
+	}
+}
+
+func TestProcessThatEnds(t *testing.T) {
+	p := start(t, environment(t), "exit 3")
+	<-p.Done()
+	if err := p.Stop(); err == nil || !strings.Contains(err.Error(), "exit status 3") || !strings.Contains(err.Error(), "program.log") {
+		t.Errorf("error %v, want one that says how it has ended, and where it has printed", err)
+	}
+}
+
+func TestProcessThatIsNotThere(t *testing.T) {
+	if _, err := system.StartProcess(environment(t), "program", "/nowhere"); err == nil {
+		t.Error("no error")
+	}
+}
+
+// TestUsageOf has a shell and a child of it use processor time and memory.
+func TestUsageOf(t *testing.T) {
+	env := environment(t)
+	const work = `i=0; while [ $i -lt 200000 ]; do i=$((i+1)); done; `
+	p := start(t, env, work+"sh -c '"+work+"echo ready; sleep 1000; true'; true")
+	before, err := system.UsageOf(os.Getpid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	logged(t, env, "ready")
+	both, err := system.UsageOf(p.PID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if both.CPU() < 40*time.Millisecond || both.Resident < 1<<20 || both.PeakResident < both.Resident {
+		t.Errorf("a shell and its child use %+v", both)
+	}
+	own, err := system.UsageOf(os.Getpid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	// This process has the shell as a child.
+	if used := own.Resident - both.Resident; used < 1<<20 {
+		t.Errorf("this process uses %+v before and %+v with a child that uses %+v", before, own, both)
+	}
+	if err := p.Stop(); err != nil {
+		t.Error(err)
+	}
+	if _, err := system.UsageOf(p.PID()); err == nil {
+		t.Error("no error for a process that has gone")
+	}
+}
