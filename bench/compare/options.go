@@ -95,6 +95,9 @@ func (o *Options) validate() error {
 	if o.Samples < 1 || o.Starts < 1 || o.Rounds < 1 {
 		errs = append(errs, errors.New("the numbers of samples, starts and rounds must be 1 or more"))
 	}
+	if o.Duration <= 0 || o.Settle < 0 {
+		errs = append(errs, errors.New("how long churn lasts must be more than 0, and the time to settle not less"))
+	}
 	for _, r := range o.Rates {
 		if r <= 0 {
 			errs = append(errs, fmt.Errorf("%v changes a second: use more than 0", r))

@@ -57,7 +57,7 @@ type canvas struct {
 type drawing interface {
 	title() string
 	height(width float64) float64
-	draw(c *canvas)
+	on(c *canvas)
 }
 
 // svg draws for a page, with colours for [named].
@@ -65,7 +65,7 @@ func (f *typeface) svg(d drawing, width float64) ([]byte, error) {
 	height := d.height(width)
 	to := vgsvg.New(vg.Length(width), vg.Length(height))
 	var b, texts bytes.Buffer
-	d.draw(&canvas{to: draw.New(to), width: width, height: height, colours: marked, face: f, texts: &texts})
+	d.on(&canvas{to: draw.New(to), width: width, height: height, colours: marked, face: f, texts: &texts})
 	if _, err := to.WriteTo(&b); err != nil {
 		return nil, fmt.Errorf("draw %q: %w", d.title(), err)
 	}
@@ -78,7 +78,7 @@ func (f *typeface) png(d drawing, width float64) ([]byte, error) {
 	const dpi = 144
 	height := d.height(width)
 	to := vgimg.NewWith(vgimg.UseWH(vg.Length(width), vg.Length(height)), vgimg.UseDPI(dpi))
-	d.draw(&canvas{to: draw.New(to), width: width, height: height, colours: painted, face: f})
+	d.on(&canvas{to: draw.New(to), width: width, height: height, colours: painted, face: f})
 	var b bytes.Buffer
 	if _, err := (vgimg.PngCanvas{Canvas: to}).WriteTo(&b); err != nil {
 		return nil, fmt.Errorf("draw %q: %w", d.title(), err)

@@ -95,7 +95,7 @@ func (r *rowsChart) each(f func(row)) {
 	}
 }
 
-func (r *rowsChart) draw(c *canvas) {
+func (r *rowsChart) on(c *canvas) {
 	label := letters{role: ink, size: textSize}
 	value := letters{role: ink, size: textSize, bold: true}
 	var names, values, most float64
@@ -245,7 +245,7 @@ func (k *curvesChart) height(width float64) float64 {
 	return min(most, max(least, width*ratio)) + float64(legendLine*len(k.legend(width))) + axisSpace
 }
 
-func (k *curvesChart) draw(c *canvas) {
+func (k *curvesChart) on(c *canvas) {
 	y := float64(legendLine) / 2
 	for _, line := range k.legend(c.width) {
 		for i, at := range line {

@@ -115,12 +115,12 @@ const padding = 14
 
 func (p padded) height(width float64) float64 { return p.drawing.height(width-2*padding) + 2*padding }
 
-func (p padded) draw(c *canvas) {
+func (p padded) on(c *canvas) {
 	c.bar(surface, 0, c.height/2, c.width, c.height)
 	inner := *c
 	inner.inset = padding
 	inner.width, inner.height = c.width-2*padding, c.height-2*padding
-	p.drawing.draw(&inner)
+	p.drawing.on(&inner)
 }
 
 // section is what is shown of one measure.
@@ -171,14 +171,13 @@ func of(measured []*result.Measurement, measure result.Measure) []*result.Measur
 	return list
 }
 
-// most returns the measurements with the largest number of Services, and that
-// number.
-func most(measured []*result.Measurement) ([]*result.Measurement, int) {
+// most returns the measurements with the largest number of Services.
+func most(measured []*result.Measurement) []*result.Measurement {
 	n := 0
 	for _, m := range measured {
 		n = max(n, m.Scenario.Services)
 	}
-	return slices.DeleteFunc(slices.Clone(measured), func(m *result.Measurement) bool { return m.Scenario.Services != n }), n
+	return slices.DeleteFunc(slices.Clone(measured), func(m *result.Measurement) bool { return m.Scenario.Services != n })
 }
 
 // grouped makes groups of measurements by a heading, in order of their first.
@@ -223,7 +222,7 @@ func circumstances(s result.Scenario) string {
 const rangeCaption = "The dot is the median, the thick line has 80 % of the samples in it, the thin one all. The axis is logarithmic."
 
 func updateSection(measured []*result.Measurement, measure result.Measure, id, title, words string) section {
-	list, _ := most(of(measured, measure))
+	list := most(of(measured, measure))
 	if len(list) == 0 {
 		return section{}
 	}
@@ -323,7 +322,7 @@ func barsSection(measured []*result.Measurement, id, title, words string, measur
 	for _, unit := range []string{"s", "B"} {
 		var list []*result.Measurement
 		for _, measure := range measures {
-			some, _ := most(of(measured, measure))
+			some := most(of(measured, measure))
 			list = append(list, some...)
 		}
 		list = slices.DeleteFunc(list, func(m *result.Measurement) bool { return m.Unit != unit })
@@ -346,13 +345,13 @@ func churnSection(measured []*result.Measurement) section {
 	rate := func(m *result.Measurement) string {
 		return fmt.Sprintf("%s changes a second", thousands(int(m.Scenario.Rate)))
 	}
-	if lag, _ := most(of(measured, result.Churn)); len(lag) > 0 {
+	if lag := most(of(measured, result.Churn)); len(lag) > 0 {
 		at := circumstances(lag[0].Scenario)
 		s.figures = append(s.figures, figure{"churn-lag", "From an event to its effect. " + at + ". " + rangeCaption, &rowsChart{
 			name: "From an event to its effect under churn: " + at, unit: "s", groups: grouped(lag, rate),
 		}})
 	}
-	if cpu, _ := most(of(measured, result.ChurnCPU)); len(cpu) > 0 {
+	if cpu := most(of(measured, result.ChurnCPU)); len(cpu) > 0 {
 		at := circumstances(cpu[0].Scenario)
 		s.figures = append(s.figures, figure{"churn-cpu", "Processor time for each change, of the program and what it starts. " + at + ".", &rowsChart{
 			name: "Processor time for each change under churn: " + at, unit: "s", bars: true, groups: grouped(cpu, rate),

@@ -33,8 +33,8 @@ type compareFlags struct {
 	options       compare.Options
 }
 
-// comparable are the systems that can be compared, by name.
-func comparable(binary string, f *compareFlags) []system.System {
+// contestants are the systems that can be compared, by name.
+func contestants(binary string, f *compareFlags) []system.System {
 	var all []system.System
 	for _, m := range []string{"nft", "ipvs"} {
 		all = append(all, system.Fairlead{Binary: binary, Mode: m, Args: f.args, Release: version})
@@ -66,7 +66,7 @@ A system that this machine cannot run is left out, and the result says why.`,
 		},
 	}
 	var names []string
-	for _, s := range comparable("", f) {
+	for _, s := range contestants("", f) {
 		names = append(names, s.Name())
 	}
 	var parts []string
@@ -113,7 +113,7 @@ func runCompare(ctx context.Context, f *compareFlags, stdout, stderr io.Writer) 
 	}
 	o := f.options
 	for _, name := range f.systems {
-		all := comparable(binary, f)
+		all := contestants(binary, f)
 		i := slices.IndexFunc(all, func(s system.System) bool { return s.Name() == name })
 		if i < 0 {
 			return fmt.Errorf("--systems: there is no %q", name)
