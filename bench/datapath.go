@@ -73,12 +73,12 @@ func (m *measurements) ways(scenario result.Scenario, ways []*way) error {
 			m.of(w.system, kind.measure, scenario, kind.unit, kind.of(w))
 		}
 		numerator, denominator := kind.of(ways[0]), kind.of(ways[1])
-		interval, err := statistics.Ratio(numerator, denominator, statistics.Quantile(0.5))
+		interval, err := statistics.PairedRatio(numerator, denominator)
 		if err != nil {
 			return fmt.Errorf("compare %s: %w", kind.measure, err)
 		}
 		m.ratios = append(m.ratios, result.Ratio{
-			Measure: kind.measure, Statistic: "p50", Environment: result.Native, Scenario: scenario,
+			Measure: kind.measure, Statistic: "paired-p50", Environment: result.Native, Scenario: scenario,
 			Numerator: ways[0].system, Denominator: ways[1].system, Interval: interval,
 			NumeratorSamples: len(numerator), DenominatorSamples: len(denominator), Method: statistics.Method,
 		})

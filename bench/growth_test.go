@@ -27,9 +27,10 @@ type work struct {
 }
 
 // TestWorkFollowsTheChange compares what one change costs among 1,000 Services
-// and among 20,000: the messages, elements and bytes that the kernel is told, and
-// what the program allocates. It is no matter of time, so it fails on any machine
-// where a change begins to cost more the more Services there are.
+// and among 20,000: the messages, elements and bytes that it changes in the kernel,
+// and what the program allocates, which also tells of messages that change nothing.
+// It is no matter of time, so it fails on any machine once a change costs more the
+// more Services there are.
 func TestWorkFollowsTheChange(t *testing.T) {
 	few, many := 1000, 20_000
 	for _, mode := range Modes() {
@@ -162,9 +163,11 @@ func TestAnnounced(t *testing.T) {
 			if err != nil {
 				return err
 			}
-			// The slot goes over from one endpoint to the other.
-			if want := 2; repeated && got != (announced{}) || !repeated && got.Elements != want {
-				return fmt.Errorf("repeated %t: got %+v, want %d elements, or nothing if the change is repeated", repeated, got, want)
+			// One slot goes over from one endpoint to the other, whatever it takes.
+			const most = 10
+			few := got.Elements > 0 && got.Elements < most && got.Messages > 0 && got.Bytes > got.Elements
+			if repeated && got != (announced{}) || !repeated && !few {
+				return fmt.Errorf("repeated %t: got %+v, want a few elements, or nothing if the change is repeated", repeated, got)
 			}
 		}
 		return nil

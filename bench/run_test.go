@@ -139,7 +139,7 @@ func TestRunIsInterrupted(t *testing.T) {
 		tests[string(part)] = test{o, ""}
 	}
 	slow := small()
-	slow.Only, slow.Rates = []bench.Part{bench.Churn}, []float64{1e-4}
+	slow.Only, slow.Rates, slow.ChurnTime = []bench.Part{bench.Churn}, []float64{1e-3}, time.Hour
 	tests["churn that waits"] = test{slow, ""}
 	slow = small()
 	slow.Only, slow.ThroughputTime = []bench.Part{bench.DataPath}, time.Hour

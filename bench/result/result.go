@@ -236,7 +236,8 @@ type Value struct {
 type Ratio struct {
 	Measure Measure `json:"measure"`
 	// Statistic is what is compared: "p50", "p90", "p99", "mean", or the name of a
-	// [Value].
+	// [Value]. "paired-p50" is the median of the ratios of samples that were taken one
+	// right after the other, which have the same noise of the machine in them.
 	Statistic   string   `json:"statistic"`
 	Environment string   `json:"environment"`
 	Scenario    Scenario `json:"scenario"`

@@ -120,19 +120,24 @@ func (p *Probe) LastArrival(
 	first := p.number + 1
 	last := p.number // the last that has arrived
 	var after time.Time
-	s, err := p.run(ctx, event, service, func(number uint32, addr netip.Addr) {
+	note := func(number uint32, addr netip.Addr) {
 		if at(addr) && number >= first {
 			last = max(last, number)
 		}
-	}, func(sent []time.Time) bool {
-		missing := int(p.number - last)
-		if missing < quiet {
+	}
+	var late error
+	s, err := p.run(ctx, event, service, note, func(sent []time.Time) bool {
+		missing := func() bool { return int(p.number-last) >= quiet }
+		if !missing() {
+			return false
+		}
+		if late = p.drain(note); late == nil && !missing() {
 			return false
 		}
 		after = sent[last+1-first]
 		return true
 	})
-	if err != nil {
+	if err = errors.Join(err, late); err != nil {
 		return Sighting{}, fmt.Errorf("wait until packets to %s no longer arrive: %w", service, err)
 	}
 	s.After = after.Sub(event)
@@ -267,6 +272,18 @@ func (p *Probe) receive(arrived func(number uint32, addr netip.Addr)) error {
 		tcp := b[int(b[0]&0xf)*4:]
 		arrived(binary.BigEndian.Uint32(tcp[4:]), netip.AddrFrom4([4]byte(b[16:20])))
 	}
+}
+
+// drain is receive until what was sent has had the time to arrive: on a busy machine the kernel
+// puts off what it does at once otherwise.
+func (p *Probe) drain(arrived func(number uint32, addr netip.Addr)) error {
+	const grace, period = 3 * time.Millisecond, 200 * time.Microsecond
+	for begin := time.Now(); time.Since(begin) < grace; time.Sleep(period) {
+		if err := p.receive(arrived); err != nil {
+			return err
+		}
+	}
+	return p.receive(arrived)
 }
 
 // discard drops what has arrived so far.

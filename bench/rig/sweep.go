@@ -1,6 +1,7 @@
 package rig
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -36,24 +37,27 @@ func (p *Probe) Answers(ctx context.Context, event time.Time, services []netip.A
 	if err != nil || len(some) == len(services) {
 		return after, err
 	}
-	left, err := p.pass(services)
-	if err != nil || len(left) == 0 {
-		return after, err
+	rest := p.sweep(services)
+	if err := cmp.Or(rest.pass(ctx), p.drain(rest.note)); err != nil {
+		return 0, err
 	}
-	return p.allAnswer(ctx, event, left)
+	if left := rest.left(); len(left) > 0 {
+		return p.allAnswer(ctx, event, left)
+	}
+	return after, nil
 }
 
 // allAnswer makes passes over Services until all have answered.
 func (p *Probe) allAnswer(ctx context.Context, event time.Time, services []netip.AddrPort) (time.Duration, error) {
-	left := services
+	s := p.sweep(services)
 	for {
 		begin := time.Now()
-		var err error
-		if left, err = p.pass(left); err != nil {
+		if err := s.pass(ctx); err != nil {
 			return 0, err
 		}
+		left := s.left()
 		if len(left) == 0 {
-			return time.Since(event), nil
+			return s.last.Sub(event), nil
 		}
 		if err := ctx.Err(); err != nil {
 			if errors.Is(err, context.DeadlineExceeded) {
@@ -61,42 +65,77 @@ func (p *Probe) allAnswer(ctx context.Context, event time.Time, services []netip
 			}
 			return 0, fmt.Errorf("wait until %d Services answer, among them %s: %w", len(left), left[0], err)
 		}
+		// Leave most of the processor to those who are at work.
+		const part = 3
+		time.Sleep(part * time.Since(begin))
 		p.wait(begin, event)
 	}
 }
 
-// pass sends a packet to each Service and returns those that have not answered.
-func (p *Probe) pass(services []netip.AddrPort) ([]netip.AddrPort, error) {
-	if err := p.discard(); err != nil {
-		return nil, err
+// sweep is the sending of packets to many Services.
+type sweep struct {
+	probe    *Probe
+	services []netip.AddrPort
+	answered []bool
+	// first is the number of the first packet, and to has which Service each was sent
+	// to: what arrives late counts as well.
+	first uint32
+	to    []int
+	last  time.Time // when the last was seen that has answered
+}
+
+func (p *Probe) sweep(services []netip.AddrPort) *sweep {
+	return &sweep{probe: p, services: services, answered: make([]bool, len(services)), first: p.number + 1}
+}
+
+func (s *sweep) note(number uint32, _ netip.Addr) {
+	if i := int(number - s.first); number >= s.first && i < len(s.to) && !s.answered[s.to[i]] {
+		s.answered[s.to[i]] = true
+		s.last = time.Now()
 	}
-	first := p.number + 1
-	answered := make([]bool, len(services))
-	note := func(number uint32, _ netip.Addr) {
-		if i := int(number - first); i >= 0 && i < len(answered) {
-			answered[i] = true
-		}
-	}
-	for _, s := range services {
-		if err := p.send(s); err != nil {
-			return nil, err
-		}
-		if err := p.receive(note); err != nil {
-			return nil, err
-		}
-	}
-	// What the kernel has put off is there a little later.
-	time.Sleep(100 * time.Microsecond)
-	if err := p.receive(note); err != nil {
-		return nil, err
-	}
+}
+
+// left returns the Services that have not answered.
+func (s *sweep) left() []netip.AddrPort {
 	var left []netip.AddrPort
-	for i, s := range services {
-		if !answered[i] {
-			left = append(left, s)
+	for i, service := range s.services {
+		if !s.answered[i] {
+			left = append(left, service)
 		}
 	}
-	return left, nil
+	return left
+}
+
+// chunk is how many packets are sent before what was sent gets time to arrive, if
+// it has not arrived at once.
+const chunk = 256
+
+// pass sends a packet to each Service that has not answered.
+func (s *sweep) pass(ctx context.Context) error {
+	behind := 0 // packets of this chunk that may be on their way
+	for i, service := range s.services {
+		if s.answered[i] {
+			continue
+		}
+		s.to = append(s.to, i)
+		if err := s.probe.send(service); err != nil {
+			return err
+		}
+		if err := s.probe.receive(s.note); err != nil {
+			return err
+		}
+		if !s.answered[i] {
+			behind++
+		}
+		if behind < chunk {
+			continue
+		}
+		if err := cmp.Or(ctx.Err(), s.probe.drain(s.note)); err != nil {
+			return err
+		}
+		behind = 0
+	}
+	return nil
 }
 
 // Spread makes n connections to a Service and returns how many of them arrived at
@@ -106,10 +145,11 @@ func (p *Probe) Spread(ctx context.Context, service netip.AddrPort, n int) (map[
 		return nil, err
 	}
 	first := p.number + 1
-	counts := map[netip.Addr]int{}
+	counts, arrived := map[netip.Addr]int{}, 0
 	note := func(number uint32, addr netip.Addr) {
 		if number >= first {
 			counts[addr]++
+			arrived++
 		}
 	}
 	for i := range n {
@@ -119,10 +159,17 @@ func (p *Probe) Spread(ctx context.Context, service netip.AddrPort, n int) (map[
 		if err := p.receive(note); err != nil {
 			return nil, err
 		}
-		if i%64 == 0 && ctx.Err() != nil {
-			return nil, ctx.Err()
+		if i%chunk != 0 {
+			continue
+		}
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		if arrived <= i {
+			if err := p.drain(note); err != nil {
+				return nil, err
+			}
 		}
 	}
-	time.Sleep(time.Millisecond)
-	return counts, p.receive(note)
+	return counts, p.drain(note)
 }

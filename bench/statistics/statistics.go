@@ -52,7 +52,7 @@ const (
 	resamplings = 2000
 )
 
-// Method is the name of what [Ratio] does, for [result.Ratio].
+// Method is the name of what [Ratio] and [PairedRatio] do, for [result.Ratio].
 const Method = "bootstrap"
 
 // Ratio returns the ratio of a statistic of numerator to that of denominator, with
@@ -83,6 +83,25 @@ func Ratio(numerator, denominator []float64, statistic func(sorted []float64) fl
 		Ratio: statistic(n) / below, Confidence: confidence,
 		Low: quantile(ratios, (1-confidence)/2), High: quantile(ratios, (1+confidence)/2),
 	}, nil
+}
+
+// PairedRatio returns the median of the ratios of samples of numerator to those of
+// denominator at the same place, with its confidence interval by the percentile
+// bootstrap of the pairs. It is for samples that were taken in turns, so that what the
+// machine did meanwhile is in both. It is an error if they are not as many, or if there are none,
+// or one of the denominator is 0.
+func PairedRatio(numerator, denominator []float64) (result.Interval, error) {
+	if len(numerator) != len(denominator) || len(numerator) == 0 {
+		return result.Interval{}, fmt.Errorf("a ratio of pairs needs as many samples of both: got %d and %d", len(numerator), len(denominator))
+	}
+	ratios := make([]float64, len(numerator))
+	for i, n := range numerator {
+		if denominator[i] == 0 {
+			return result.Interval{}, errors.New("a ratio needs a denominator other than 0")
+		}
+		ratios[i] = n / denominator[i]
+	}
+	return Ratio(ratios, []float64{1}, Quantile(0.5))
 }
 
 // resample fills into with samples drawn from sorted ones, sorted. It counts how often each is

@@ -1,0 +1,76 @@
+package cluster_test
+
+import (
+	"net/netip"
+	"slices"
+	"testing"
+
+	"fairlead/bench/cluster"
+	"fairlead/bench/rig"
+	"fairlead/kube"
+)
+
+// TestObjects checks that a node makes of the objects what they are meant to be.
+func TestObjects(t *testing.T) {
+	s := cluster.New(70_000, 10)
+	addr := cluster.Watched(5)
+	for name, tc := range map[string]struct {
+		service *cluster.Service
+		want    []netip.Addr
+	}{
+		"new":                 {s, s.Endpoints},
+		"one more":            {s.With(addr), append(slices.Clone(s.Endpoints), addr)},
+		"one replaced":        {s.Replaced(addr), append(slices.Clone(s.Endpoints[:9]), addr)},
+		"one less":            {s.Without(s.Endpoints[0]), s.Endpoints[1:]},
+		"one more, then less": {s.With(addr).Without(addr), s.Endpoints},
+	} {
+		t.Run(name, func(t *testing.T) {
+			tracker := kube.NewTracker(kube.Options{NodeName: cluster.NodeName})
+			d := kube.Delta{Node: cluster.Node(netip.MustParseAddr("192.0.2.1"))}
+			d.Services, d.EndpointSlices = append(d.Services, tc.service.Object()), append(d.EndpointSlices, tc.service.Slice())
+			d.ServiceCIDRs = append(d.ServiceCIDRs, cluster.ServiceCIDR())
+			result := tracker.Apply(d)
+			if len(result.Problems) > 0 || len(result.Changes) != 1 || result.Node == nil || !slices.Equal(result.Node.ServiceCIDRs, []netip.Prefix{rig.ServiceCIDR}) {
+				t.Fatalf("got %+v", result)
+			}
+			for _, got := range result.Changes {
+				if got.Frontends[0].Addr != s.Addr() || !rig.ServiceCIDR.Contains(s.Addr().Addr()) {
+					t.Errorf("frontend %v, want %s, in %s", got.Frontends, s.Addr(), rig.ServiceCIDR)
+				}
+				var addrs []netip.Addr
+				local := 0
+				for _, e := range got.Endpoints {
+					addrs = append(addrs, e.Addr.Addr())
+					if e.Local {
+						local++
+					}
+				}
+				slices.SortFunc(addrs, netip.Addr.Compare)
+				if !slices.Equal(addrs, tc.want) || local < 1 || local > 2 {
+					t.Errorf("endpoints %v, %d of them on this node, want %v and one in ten", addrs, local, tc.want)
+				}
+			}
+		})
+	}
+}
+
+// TestAddresses checks that no two endpoints have one address, and that all are where
+// the rig expects them.
+func TestAddresses(t *testing.T) {
+	const services, endpoints = 2000, 10
+	seen := map[netip.Addr]bool{}
+	for i := range services {
+		for _, addr := range cluster.New(i, endpoints).Endpoints {
+			if seen[addr] || !rig.Background.Contains(addr) || rig.Watched.Contains(addr) {
+				t.Fatalf("Service %d has an endpoint at %s", i, addr)
+			}
+			seen[addr] = true
+		}
+	}
+	if last := cluster.New(800_000-1, endpoints).Endpoints[endpoints-1]; !rig.Background.Contains(last) {
+		t.Errorf("the last of all endpoints is at %s, not in %s", last, rig.Background)
+	}
+	if first, later := cluster.Watched(0), cluster.Watched(4_000_000); !rig.Watched.Contains(first) || !rig.Watched.Contains(later) {
+		t.Errorf("watched endpoints are at %s and %s, not in %s", first, later, rig.Watched)
+	}
+}
