@@ -53,6 +53,7 @@ func (broken) Start(_ context.Context, env system.Environment) (system.Running, 
 }
 
 func small(t *testing.T, systems ...system.System) compare.Options {
+	t.Helper()
 	o := compare.DefaultOptions()
 	o.Systems, o.Services, o.Endpoints = systems, []int{20}, 3
 	o.Samples, o.Starts, o.Rounds = 2, 2, 2

@@ -1,131 +1,121 @@
 package report
 
 import (
-	_ "embed" // the page
+	_ "embed" // the style
 	"fmt"
-	"html/template"
 	"io"
 	"math"
-	"slices"
-	"strings"
 
 	"fairlead/bench/result"
 	"fairlead/bench/table"
 )
 
-//go:embed page.html
-var page string
+//go:embed page.css
+var style string
 
 // WriteHTML writes a report as one page, with its charts in it. It reads well on
 // phones and in print, in light and dark, and loads nothing.
 func WriteHTML(w io.Writer, r *result.Report) error {
-	t, err := template.New("page").Funcs(template.FuncMap{
-		"number": table.Number, "label": func(system string) string { return lookOf(system).label },
-		"thousands": thousands, "bytes": func(n int64) string { return table.Number(float64(n), "B") },
-		"command": func(words []string) string { return strings.Join(words, " ") },
-	}).Parse(page)
-	if err != nil {
-		return fmt.Errorf("write the report as a page: %w", err)
-	}
 	p, err := newPage(r)
 	if err != nil {
 		return err
 	}
-	if err := t.Execute(w, p); err != nil {
+	if err := p.node().Render(w); err != nil {
 		return fmt.Errorf("write the report as a page: %w", err)
 	}
 	return nil
 }
 
-// content is what the page is made of.
-type content struct {
-	Report       *result.Report
-	Colours      template.CSS
-	Title        string
-	Environments []environment
+// page is what there is to show.
+type page struct {
+	report       *result.Report
+	title        string
+	environments []environment
 }
 
 // environment is what was measured in one.
 type environment struct {
 	result.Environment
-	Several  bool
-	Claims   []claim
-	ClaimsAt string
-	Sections []shown
-	Ratios   []result.Ratio
-	Measured []*result.Measurement
-	LeftOut  []result.LeftOut
+	several  bool
+	claims   []claim
+	claimsAt string
+	sections []shown
+	ratios   []result.Ratio
+	measured []*result.Measurement
+	leftOut  []result.LeftOut
 }
 
 // claim is a key figure.
 type claim struct {
-	Ratio, Than, What, Interval, Figures string
-	Worse                                bool
+	ratio, than, what, interval, figures string
+	worse                                bool
 }
 
 type shown struct {
-	ID, Title, Text string
-	Figures         []shownFigure
+	id, title, text string
+	figures         []shownFigure
 }
 
 type shownFigure struct {
-	Caption      string
-	Wide, Narrow template.HTML
+	caption      string
+	wide, narrow []byte // SVG
 }
 
-func newPage(r *result.Report) (*content, error) {
+func newPage(r *result.Report) (*page, error) {
 	face, err := newTypeface()
 	if err != nil {
 		return nil, err
 	}
-	dark := css(":root", true)
-	c := &content{
-		Report: r, Title: "How fast is Fairlead?",
-		Colours: template.CSS(css(":root", false) + "@media screen and (prefers-color-scheme:dark){" + dark + "}"), //nolint:gosec // constants
-	}
+	p := &page{report: r, title: "How fast is Fairlead?"}
 	if len(r.Ratios) > 0 {
-		c.Title = "Fairlead and kube-proxy, side by side"
+		p.title = "Fairlead and kube-proxy, side by side"
 	}
 	for _, e := range r.Environments {
-		env := environment{Environment: e, Several: len(r.Environments) > 1}
+		env := environment{Environment: e, several: len(r.Environments) > 1}
 		for i := range r.Measurements {
 			if r.Measurements[i].Environment == e.Name {
-				env.Measured = append(env.Measured, &r.Measurements[i])
+				env.measured = append(env.measured, &r.Measurements[i])
 			}
 		}
 		for _, ratio := range r.Ratios {
 			if ratio.Environment == e.Name {
-				env.Ratios = append(env.Ratios, ratio)
+				env.ratios = append(env.ratios, ratio)
 			}
 		}
 		for _, l := range r.LeftOut {
 			if l.Environment == e.Name || l.Environment == "" {
-				env.LeftOut = append(env.LeftOut, l)
+				env.leftOut = append(env.leftOut, l)
 			}
 		}
-		env.Claims, env.ClaimsAt = claims(r, e.Name)
+		env.claims, env.claimsAt = claims(r, e.Name)
 		for _, s := range sections(r, e.Name) {
-			one := shown{ID: e.Name + "-" + s.id, Title: s.title, Text: s.text}
+			one := shown{id: e.Name + "-" + s.id, title: s.title, text: s.text}
 			for _, f := range s.figures {
-				wide, err := face.svg(f.chart, pictureWidth)
+				drawn, err := face.shown(f)
 				if err != nil {
 					return nil, err
 				}
-				narrow, err := face.svg(f.chart, narrowWidth)
-				if err != nil {
-					return nil, err
-				}
-				one.Figures = append(one.Figures, shownFigure{
-					Caption: f.caption,
-					Wide:    template.HTML(inline(wide, "wide", f.chart.title())),     //nolint:gosec // drawn here
-					Narrow:  template.HTML(inline(narrow, "narrow", f.chart.title())), //nolint:gosec // drawn here
-				})
+				one.figures = append(one.figures, drawn)
 			}
-			env.Sections = append(env.Sections, one)
+			env.sections = append(env.sections, one)
 		}
-		c.Environments = append(c.Environments, env)
+		p.environments = append(p.environments, env)
 	}
-	return c, nil
+	return p, nil
+}
+
+// shown draws a figure for the page, for wide screens and for narrow ones.
+func (f *typeface) shown(of figure) (shownFigure, error) {
+	wide, err := f.svg(of.chart, pictureWidth)
+	if err != nil {
+		return shownFigure{}, err
+	}
+	narrow, err := f.svg(of.chart, narrowWidth)
+	if err != nil {
+		return shownFigure{}, err
+	}
+	title := of.chart.title()
+	return shownFigure{of.caption, inline(wide, "wide", title), inline(narrow, "narrow", title)}, nil
 }
 
 // claims returns the key figures: Fairlead against kube-proxy's nftables mode,
@@ -164,18 +154,18 @@ func claims(r *result.Report, environment string) (list []claim, at string) {
 }
 
 func claimOf(r *result.Report, ratio result.Ratio, better, what string) claim {
-	c := claim{Than: better, What: what}
+	c := claim{than: better, what: what}
 	if ratio.Scenario.Rate > 0 {
-		c.What += fmt.Sprintf(", at %s changes a second", thousands(int(ratio.Scenario.Rate)))
+		c.what += fmt.Sprintf(", at %s changes a second", thousands(int(ratio.Scenario.Rate)))
 	}
 	v, low, high := ratio.Ratio, ratio.Low, ratio.High
 	if v < 1 {
-		c.Worse = true
+		c.worse = true
 		v, low, high = 1/v, 1/high, 1/low
-		c.Than = map[string]string{"faster": "slower", "less processor time": "more processor time", "less memory": "more memory"}[better]
+		c.than = map[string]string{"faster": "slower", "less processor time": "more processor time", "less memory": "more memory"}[better]
 	}
-	c.Ratio = factor(v) + "×"
-	c.Interval = fmt.Sprintf("%.0f %% confidence: %s to %s", 100*ratio.Confidence, factor(low), factor(high))
+	c.ratio = factor(v) + "×"
+	c.interval = fmt.Sprintf("%.0f %% confidence: %s to %s", 100*ratio.Confidence, factor(low), factor(high))
 	ours := r.Find(ratio.Measure, ratio.Denominator, ratio.Environment, ratio.Scenario)
 	theirs := r.Find(ratio.Measure, ratio.Numerator, ratio.Environment, ratio.Scenario)
 	if ours != nil && theirs != nil && ours.Distribution != nil && theirs.Distribution != nil {
@@ -185,7 +175,7 @@ func claimOf(r *result.Report, ratio result.Ratio, better, what string) claim {
 			}
 			return table.Number(m.Distribution.P50, m.Unit)
 		}
-		c.Figures = fmt.Sprintf("%s against %s", value(ours), value(theirs))
+		c.figures = fmt.Sprintf("%s against %s", value(ours), value(theirs))
 	}
 	return c
 }
@@ -203,15 +193,3 @@ func factor(v float64) string {
 		return fmt.Sprintf("%.1f", v)
 	}
 }
-
-// Percent is for the page: the confidence of its ratios.
-func (e environment) Percent() string {
-	i := slices.IndexFunc(e.Ratios, func(r result.Ratio) bool { return r.Confidence > 0 })
-	if i < 0 {
-		return ""
-	}
-	return fmt.Sprintf("%.0f %%", 100*e.Ratios[i].Confidence)
-}
-
-// Factor is for the page.
-func (environment) Factor(v float64) string { return factor(v) }

@@ -29,6 +29,7 @@ type compareFlags struct {
 	html, svg     string
 	dir           string
 	environment   string
+	quiet         bool
 	command       []string
 	options       compare.Options
 }
@@ -93,6 +94,7 @@ A system that this machine cannot run is left out, and the result says why.`,
 	flags.StringVar(&f.svg, "svg", "", "folder to write the charts to, as SVG and PNG")
 	flags.StringVar(&f.dir, "logs", "", "folder for the systems' logs, which is kept; without, they go")
 	flags.StringVar(&f.environment, "environment", "", "name for where this is, such as vm-6.12, in the result")
+	flags.BoolVar(&f.quiet, "quiet", false, "do not tell what is going on")
 	completeWith(cmd, "systems", names...)
 	completeWith(cmd, "only", parts...)
 	_ = cmd.MarkFlagFilename("kube-proxy")
@@ -139,6 +141,9 @@ func runCompare(ctx context.Context, f *compareFlags, stdout, stderr io.Writer) 
 	}
 	begin := time.Now()
 	o.Progress = func(line string) {
+		if f.quiet {
+			return
+		}
 		_, _ = fmt.Fprintf(stderr, "%6.1fs %s\n", time.Since(begin).Seconds(), line)
 	}
 	r, err := compare.Run(ctx, o)
