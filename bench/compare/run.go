@@ -13,6 +13,7 @@ import (
 
 	"fairlead/bench/cluster"
 	"fairlead/bench/result"
+	"fairlead/bench/rig"
 	"fairlead/bench/statistics"
 	"fairlead/bench/system"
 )
@@ -222,7 +223,7 @@ func (c *comparison) finish(ctx context.Context) {
 		m := &r.Measurements[i]
 		m.Distribution = statistics.Summarize(m.Samples)
 	}
-	env := system.Environment{Kubeconfig: "KUBECONFIG", NodeName: cluster.NodeName}
+	env := system.Environment{Kubeconfig: "KUBECONFIG", NodeName: cluster.NodeName, ClusterCIDR: rig.ClusterCIDR}
 	for _, s := range c.Systems {
 		about := result.System{Name: s.Name()}
 		if with, ok := s.(interface {

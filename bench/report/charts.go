@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"math"
 	"slices"
+	"strings"
 
 	"fairlead/bench/result"
 	"fairlead/bench/table"
@@ -192,7 +193,7 @@ func (c *canvas) axis(s scale, bottom float64, unit string, spans ...[2]float64)
 		for _, span := range spans {
 			c.line(grid, 1, x, span[0], x, span[1])
 		}
-		words := table.Number(v, unit)
+		words := roundNumber(v, unit)
 		half := c.extent(l, words) / 2
 		at := min(max(x, half), c.width-half)
 		if at-half > end {
@@ -285,7 +286,7 @@ func (k *curvesChart) scales(c *canvas, top, bottom float64) (xs, ys scale) {
 	}
 	var labels float64
 	for _, v := range ys.ticks(5) {
-		labels = max(labels, c.extent(letters{size: smallSize}, table.Number(v, k.yUnit)))
+		labels = max(labels, c.extent(letters{size: smallSize}, roundNumber(v, k.yUnit)))
 	}
 	const gap, room = 8, 22
 	xs = logScale(leastX, mostX, labels+gap, c.width-room)
@@ -299,7 +300,7 @@ func (c *canvas) horizontal(s scale, left, right float64, unit string) {
 	for _, v := range s.ticks(5) {
 		y := s.at(v)
 		c.line(grid, 1, left, y, right, y)
-		c.write(letters{role: muted, size: smallSize, align: 1}, left-7, y, table.Number(v, unit))
+		c.write(letters{role: muted, size: smallSize, align: 1}, left-7, y, roundNumber(v, unit))
 	}
 }
 
@@ -364,6 +365,15 @@ func against(of []*result.Measurement) curve {
 		c.y, c.low, c.high = append(c.y, one.middle), append(c.low, one.low), append(c.high, one.high)
 	}
 	return c
+}
+
+// roundNumber writes a number that is round without the digits that say so.
+func roundNumber(v float64, unit string) string {
+	number, rest, _ := strings.Cut(table.Number(v, unit), " ")
+	if strings.Contains(number, ".") {
+		number = strings.TrimRight(strings.TrimRight(number, "0"), ".")
+	}
+	return strings.TrimSpace(number + " " + rest)
 }
 
 // thousands writes a whole number with commas.
