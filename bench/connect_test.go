@@ -25,9 +25,9 @@ func BenchmarkConnect(b *testing.B) {
 	if testing.Short() {
 		sizes = []int{1, 100}
 	}
-	for name, open := range backends() {
+	for _, backend := range backends() {
 		for _, n := range sizes {
-			b.Run(fmt.Sprintf("backend=%s/services=%d", name, n), func(b *testing.B) { connect(b, open, n) })
+			b.Run(fmt.Sprintf("backend=%s/services=%d", backend.name, n), func(b *testing.B) { connect(b, backend.open, n) })
 		}
 	}
 }

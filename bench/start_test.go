@@ -41,9 +41,9 @@ func loads() []load {
 // for a second one, which only reads. It also reports which part of the
 // first is spent in the kernel.
 func BenchmarkColdStart(b *testing.B) {
-	for name, open := range backends() {
+	for _, backend := range backends() {
 		for _, size := range loads() {
-			b.Run(fmt.Sprintf("backend=%s/%s", name, size), func(b *testing.B) {
+			b.Run(fmt.Sprintf("backend=%s/%s", backend.name, size), func(b *testing.B) {
 				services := some(size.services, size.endpoints)
 				var cold, warm time.Duration
 				var user, kernel time.Duration
@@ -53,7 +53,7 @@ func BenchmarkColdStart(b *testing.B) {
 					if err != nil {
 						b.Fatal(err)
 					}
-					d := open(b, ns.Fd())
+					d := backend.open(b, ns.Fd())
 					runtime.GC()
 					b.StartTimer()
 					u0, k0 := cpu(b)
@@ -87,14 +87,14 @@ func BenchmarkOthers(b *testing.B) {
 	if testing.Short() {
 		sizes = []load{{20, endpointsPerService}}
 	}
-	for name, open := range backends() {
+	for _, backend := range backends() {
 		for _, size := range sizes {
-			b.Run(fmt.Sprintf("backend=%s/%s", name, size), func(b *testing.B) {
+			b.Run(fmt.Sprintf("backend=%s/%s", backend.name, size), func(b *testing.B) {
 				services := some(size.services, size.endpoints)
 				var come, gone, idle []time.Duration
 				for b.Loop() {
 					ns := namespace(b)
-					d := open(b, ns.Fd())
+					d := backend.open(b, ns.Fd())
 					idle = append(idle, waits(b, ns, func() { time.Sleep(100 * time.Millisecond) })...)
 					come = append(come, waits(b, ns, func() { replace(b, d, slices.Values(services)) })...)
 					gone = append(gone, waits(b, ns, func() { replace(b, d, slices.Values(services[:0])) })...)
@@ -159,13 +159,13 @@ func waits(b *testing.B, ns *nettest.Namespace, work func()) []time.Duration {
 // endpoints: by the Service itself, the syncer and the backend, with all of
 // them programmed.
 func BenchmarkMemory(b *testing.B) {
-	for name, open := range backends() {
+	for _, backend := range backends() {
 		for _, n := range sizes() {
-			b.Run(fmt.Sprintf("backend=%s/services=%d", name, n), func(b *testing.B) {
+			b.Run(fmt.Sprintf("backend=%s/services=%d", backend.name, n), func(b *testing.B) {
 				var held uint64
 				for b.Loop() {
 					before := heap()
-					s := start(b, open, some(n, endpointsPerService))
+					s := start(b, backend.open, some(n, endpointsPerService))
 					held += heap() - before
 					runtime.KeepAlive(s)
 				}

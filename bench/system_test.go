@@ -25,17 +25,23 @@ func sizes() []int {
 	return []int{1_000, 10_000, 100_000}
 }
 
-// backends are what the benchmarks compare. Each opens in the namespace.
-func backends() map[string]func(b *testing.B, netns int) dataplane.Dataplane {
-	return map[string]func(b *testing.B, netns int) dataplane.Dataplane{
-		"nft": func(b *testing.B, netns int) dataplane.Dataplane {
-			d, err := nft.Open(nft.Options{NetNS: netns})
-			if err != nil {
-				b.Fatal(err)
-			}
-			return d
-		},
-	}
+// backend is what the benchmarks compare, opened in a network namespace.
+type backend struct {
+	name string
+	open func(b *testing.B, netns int) dataplane.Dataplane
+}
+
+// backends are all there are on a kernel that the binary is built for: nft, and
+// with the build tag ipvs another.
+func backends() []backend {
+	return append([]backend{{"nft", func(b *testing.B, netns int) dataplane.Dataplane {
+		b.Helper()
+		d, err := nft.Open(nft.Options{NetNS: netns})
+		if err != nil {
+			b.Fatal(err)
+		}
+		return d
+	}}}, others()...)
 }
 
 func node() dataplane.Node {

@@ -13,10 +13,10 @@ import (
 // BenchmarkUpdate is the time from the syncer's input to the kernel's
 // acknowledgement, for one change at a time.
 func BenchmarkUpdate(b *testing.B) {
-	for name, open := range backends() {
+	for _, backend := range backends() {
 		for _, n := range sizes() {
-			b.Run(fmt.Sprintf("backend=%s/services=%d", name, n), func(b *testing.B) {
-				s := start(b, open, some(n, endpointsPerService))
+			b.Run(fmt.Sprintf("backend=%s/services=%d", backend.name, n), func(b *testing.B) {
+				s := start(b, backend.open, some(n, endpointsPerService))
 				b.Run("replace-endpoint", func(b *testing.B) { s.replaceEndpoint(b) })
 				b.Run("add-service", func(b *testing.B) { s.addService(b) })
 				b.Run("remove-endpoint", func(b *testing.B) { s.removeEndpoint(b) })
@@ -32,12 +32,12 @@ func BenchmarkUpdateLargest(b *testing.B) {
 	if testing.Short() {
 		endpoints, others = 50, []int{0, 10}
 	}
-	for name, open := range backends() {
+	for _, backend := range backends() {
 		for _, n := range others {
-			b.Run(fmt.Sprintf("backend=%s/endpoints=%d/others=%d", name, endpoints, n), func(b *testing.B) {
+			b.Run(fmt.Sprintf("backend=%s/endpoints=%d/others=%d", backend.name, endpoints, n), func(b *testing.B) {
 				services := some(n+1, endpointsPerService)
 				services[0] = bench.Service(0, endpoints)
-				s := start(b, open, services)
+				s := start(b, backend.open, services)
 				s.services = s.services[:1] // the others are left alone
 				b.Run("replace-endpoint", func(b *testing.B) { s.replaceEndpoint(b) })
 				b.Run("add-endpoint", func(b *testing.B) { s.addEndpoint(b) })

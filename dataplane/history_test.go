@@ -128,6 +128,8 @@ func randomTreatment(family dataplane.Family, d dice) dataplane.Treatment {
 			addr := randomEndpoint(family, d).Addr.Addr()
 			t.SourceRanges = append(t.SourceRanges, netip.PrefixFrom(addr, addr.BitLen()-d(2)).Masked())
 		}
+	case 5:
+		t.Scheduler = []string{"lc", "sh"}[d(2)]
 	}
 	return t
 }

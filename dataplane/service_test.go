@@ -38,7 +38,7 @@ func TestEveryFieldIsReviewed(t *testing.T) {
 	}{
 		{dataplane.Service{}, []string{"Key", "Frontends", "Treatment", "Serving"}},
 		{dataplane.Treatment{}, []string{
-			"Endpoints", "ExternalLocal", "LocalEndpoints", "Masquerade", "NoEndpoints", "Affinity", "SourceRanges",
+			"Endpoints", "ExternalLocal", "LocalEndpoints", "Masquerade", "NoEndpoints", "Affinity", "SourceRanges", "Scheduler",
 		}},
 		{dataplane.Key{}, []string{"Namespace", "Name", "Port", "Family", "Kind"}},
 		{dataplane.Frontend{}, []string{"Protocol", "Addr"}},

@@ -69,8 +69,8 @@ const MaxAffinity = 24 * time.Hour
 // The zero Treatment rejects them.
 type Treatment struct {
 	// Endpoints take the connections, each of which goes to one of them, chosen
-	// at random. They are sorted by address and unique; their order has no
-	// meaning.
+	// as Scheduler says. They are sorted by address and unique; their order has
+	// no meaning.
 	Endpoints []Endpoint
 
 	// ExternalLocal is externalTrafficPolicy: Local. Endpoints then take only
@@ -101,7 +101,18 @@ type Treatment struct {
 	// frontend's own address; it counts as having the node's, that is, those of
 	// [Node.Addrs].
 	SourceRanges []netip.Prefix
+
+	// Scheduler is the kernel's name of the IPVS scheduler that picks the
+	// endpoints, such as lc: 1 to [MaxScheduler] lower-case letters, digits and
+	// underscores. Empty means the backend's own way. A backend that has no
+	// schedulers refuses a Service that names one, with an error that wraps
+	// [ErrUnsupported].
+	Scheduler string
 }
+
+// MaxScheduler is the length of the longest name of a scheduler: the kernel's
+// IP_VS_SCHEDNAME_MAXLEN, less the zero at the end.
+const MaxScheduler = 15
 
 // Equal reports whether t and o treat connections alike.
 func (t Treatment) Equal(o Treatment) bool {
@@ -111,7 +122,8 @@ func (t Treatment) Equal(o Treatment) bool {
 		t.Masquerade == o.Masquerade &&
 		t.NoEndpoints == o.NoEndpoints &&
 		t.Affinity == o.Affinity &&
-		slices.Equal(t.SourceRanges, o.SourceRanges)
+		slices.Equal(t.SourceRanges, o.SourceRanges) &&
+		t.Scheduler == o.Scheduler
 }
 
 // String returns the endpoints, and what is not as in the zero Treatment, in one
@@ -134,6 +146,9 @@ func (t Treatment) String() string {
 	}
 	if len(t.SourceRanges) > 0 {
 		fmt.Fprintf(&b, " source-ranges=%v", t.SourceRanges)
+	}
+	if t.Scheduler != "" {
+		fmt.Fprintf(&b, " scheduler=%s", t.Scheduler)
 	}
 	return b.String()
 }
@@ -248,5 +263,12 @@ func (t *Treatment) validate(family Family) error {
 			return fmt.Errorf("source range %s, want a network of the family %s without host bits", p, family)
 		}
 	}
+	if len(t.Scheduler) > MaxScheduler || strings.ContainsFunc(t.Scheduler, notOfScheduler) {
+		return fmt.Errorf("scheduler %q, want up to %d lower-case letters, digits and underscores", t.Scheduler, MaxScheduler)
+	}
 	return nil
+}
+
+func notOfScheduler(r rune) bool {
+	return (r < 'a' || r > 'z') && (r < '0' || r > '9') && r != '_'
 }

@@ -29,6 +29,7 @@ func full() dataplane.Treatment {
 		NoEndpoints:    dataplane.Drop,
 		Affinity:       3 * time.Hour,
 		SourceRanges:   prefixes("192.0.2.0/24", "198.51.100.0/24"),
+		Scheduler:      "lc",
 	}
 }
 
@@ -45,6 +46,7 @@ func TestTreatmentEqual(t *testing.T) {
 		"NoEndpoints":    func(t *dataplane.Treatment) { t.NoEndpoints = dataplane.Reject },
 		"Affinity":       func(t *dataplane.Treatment) { t.Affinity = time.Second },
 		"SourceRanges":   func(t *dataplane.Treatment) { t.SourceRanges = t.SourceRanges[1:] },
+		"Scheduler":      func(t *dataplane.Treatment) { t.Scheduler = "" },
 	} {
 		other := full()
 		edit(&other)
@@ -60,7 +62,7 @@ func TestTreatmentEqual(t *testing.T) {
 func TestTreatmentString(t *testing.T) {
 	t.Parallel()
 	const want = "[10.0.0.1:80 10.0.0.2:80(local)] external=[10.0.0.2:80(local)] masquerade=node no-endpoints=drop" +
-		" affinity=3h0m0s source-ranges=[192.0.2.0/24 198.51.100.0/24]"
+		" affinity=3h0m0s source-ranges=[192.0.2.0/24 198.51.100.0/24] scheduler=lc"
 	if got := full().String(); got != want {
 		t.Errorf("got  %s\nwant %s", got, want)
 	}
@@ -133,6 +135,11 @@ func TestNewServiceChecksTheTreatment(t *testing.T) {
 		"host bits":               {dataplane.Treatment{SourceRanges: prefixes("10.0.0.1/8")}, "source range 10.0.0.1/8"},
 		"range of another family": {dataplane.Treatment{SourceRanges: prefixes("fd00::/8")}, "family IPv4"},
 		"no range":                {dataplane.Treatment{SourceRanges: make([]netip.Prefix, 1)}, "source range"},
+		"longest scheduler":       {dataplane.Treatment{Scheduler: "az_09_azazazaz9"}, ""},
+		"too long a scheduler":    {dataplane.Treatment{Scheduler: "az_09_azazazaz90"}, `scheduler "az_09_azazazaz90", want up to 15 lower-case letters`},
+		"scheduler in upper case": {dataplane.Treatment{Scheduler: "LC"}, `scheduler "LC"`},
+		"two schedulers":          {dataplane.Treatment{Scheduler: "lc,rr"}, `scheduler "lc,rr"`},
+		"a scheduler's module":    {dataplane.Treatment{Scheduler: "ip-vs-lc"}, `scheduler "ip-vs-lc"`},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

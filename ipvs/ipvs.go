@@ -1,22 +1,36 @@
-// Package ipvs is the IPVS backend: a [dataplane.Dataplane] whose Services are
-// virtual servers of the kernel, on a dummy interface.
 package ipvs
 
 import (
 	"context"
 	"errors"
-	"iter"
+	"fmt"
+	"io/fs"
 	"log/slog"
 	"net/netip"
+	"os"
+	"slices"
+	"sync"
 	"time"
 
 	"fairlead/dataplane"
+	"fairlead/nft"
+
+	"golang.org/x/sys/unix"
+)
+
+// TableName is the name of the backend's tables of nftables.
+const TableName = "fairlead-ipvs"
+
+// Defaults of [Options].
+const (
+	DefaultScheduler  = "rr"
+	DefaultDrainLimit = 15 * time.Minute
 )
 
 // Options are the options of [Open]. The zero value is ready to use.
 type Options struct {
 	// NetNS is a file descriptor of the network namespace to program; 0 means
-	// the namespace of the calling thread. It is used during Open only.
+	// the namespace of the calling thread. It must stay open until Close.
 	NetNS int
 	// Logger gets what is worth an operator's attention but is no failure of a
 	// Service. Nil discards it.
@@ -37,7 +51,7 @@ type Options struct {
 	// the namespace. 0 leaves the kernel's.
 	TCPTimeout, TCPFinTimeout, UDPTimeout time.Duration
 	// DrainLimit is how long an endpoint that has left keeps its connections.
-	// 0: 15 minutes.
+	// 0: [DefaultDrainLimit].
 	DrainLimit time.Duration
 }
 
@@ -47,35 +61,204 @@ func Schedulers() []string {
 	return []string{"dh", "fo", "lblc", "lblcr", "lc", "mh", "nq", "ovf", "rr", "sed", "sh", "twos", "wlc", "wrr"}
 }
 
-// ErrNotSupported is wrapped by the error of [Open] on a kernel that lacks IPVS or
-// dummy interfaces and cannot load them. The error says which is missing and what
-// to do.
-var ErrNotSupported = errors.New("the kernel cannot run the ipvs mode")
+// Dataplane programs IPVS. Its methods must be called from one goroutine, except
+// for Drift and the channel it returns.
+type Dataplane struct {
+	opts      Options
+	scheduler string
+	exclude   []netip.Prefix
+	log       *slog.Logger
+	rules     *nft.Dataplane
+	drift     chan struct{}
+	stop      context.CancelFunc
+	done      sync.WaitGroup
 
-// Dataplane programs IPVS.
-type Dataplane struct{}
-
-var _ dataplane.Dataplane = (*Dataplane)(nil)
-
-// Open connects to the kernel, loading the modules that it needs.
-func Open(Options) (*Dataplane, error) { return nil, ErrNotSupported }
-
-// Cleanup removes what the backend made, whoever ran it. It needs no Dataplane.
-func Cleanup(Options) error { return nil }
-
-// Replace implements [dataplane.Dataplane].
-func (d *Dataplane) Replace(context.Context, dataplane.Node, iter.Seq[*dataplane.Service], func(int)) error {
-	return nil
+	// mu is for what is below, which the patrol looks at as well.
+	mu     sync.Mutex
+	kernel *kernel
+	host   *host
+	places places
+	// servers are the virtual servers that are programmed, and bound counts those
+	// at each address of Services.
+	servers map[server]virtualServer
+	bound   map[netip.Addr]int
+	// draining are destinations that take no more connections, and until when they
+	// may keep those that they have; the zero Time is for as long as they serve.
+	draining map[server]map[netip.AddrPort]time.Time
+	// datagrams goes off when some of UDP have drained, if there are any soon.
+	datagrams *time.Timer
+	soon      bool
+	// touched are the servers that have changed since the patrol set out; nil if
+	// it is not under way.
+	touched map[server]bool
+	// doubtful are virtual servers for which something failed. The next Replace puts
+	// them right, which is not to come of a comparison.
+	doubtful map[server]bool
+	// ready says that a Replace has succeeded, so that there is something to
+	// compare the kernel with.
+	ready bool
 }
 
-// Apply implements [dataplane.Dataplane].
-func (d *Dataplane) Apply(context.Context, []dataplane.Change) error { return nil }
+var (
+	_ dataplane.Dataplane = (*Dataplane)(nil)
+	_ nft.Translator      = (*Dataplane)(nil)
+)
 
-// Read implements [dataplane.Dataplane].
-func (d *Dataplane) Read(context.Context) (dataplane.State, error) { return nil, nil }
+// Open connects to the kernel, loading the modules that it needs, and starts to
+// watch for drift. It changes nothing else.
+//
+// The error wraps [ErrNotSupported] on a kernel without IPVS or dummy interfaces,
+// and os.ErrPermission where the process lacks CAP_NET_ADMIN.
+func Open(opts Options) (*Dataplane, error) {
+	d := &Dataplane{
+		opts: opts, scheduler: opts.Scheduler, log: opts.Logger,
+		drift: make(chan struct{}, 1), datagrams: time.NewTimer(0),
+	}
+	<-d.datagrams.C
+	if d.scheduler == "" {
+		d.scheduler = DefaultScheduler
+	}
+	if !slices.Contains(Schedulers(), d.scheduler) {
+		return nil, fmt.Errorf("scheduler %q: want one of %v", d.scheduler, Schedulers())
+	}
+	if d.opts.DrainLimit == 0 {
+		d.opts.DrainLimit = DefaultDrainLimit
+	}
+	for _, p := range opts.ExcludeCIDRs {
+		d.exclude = append(d.exclude, p.Masked())
+	}
+	if d.log == nil {
+		d.log = slog.New(slog.DiscardHandler)
+	}
+	d.forget()
+	var err error
+	if d.kernel, err = connect(opts.NetNS); err != nil {
+		return nil, err
+	}
+	if d.host, err = openHost(opts.NetNS); err != nil {
+		return nil, errors.Join(err, d.kernel.close())
+	}
+	if err := probe(d.host); err != nil {
+		return nil, errors.Join(err, d.host.close(), d.kernel.close())
+	}
+	d.rules, err = nft.Open(nft.Options{NetNS: opts.NetNS, Logger: d.log, Table: TableName, Translator: d})
+	if err != nil {
+		return nil, errors.Join(err, d.host.close(), d.kernel.close())
+	}
+	ctx, stop := context.WithCancel(context.Background())
+	d.stop = stop
+	d.done.Go(func() { d.patrol(ctx) })
+	return d, nil
+}
 
-// Drift implements [dataplane.Dataplane].
-func (d *Dataplane) Drift() <-chan struct{} { return nil }
+// forget drops what is known of the kernel.
+func (d *Dataplane) forget() {
+	d.places = newPlaces()
+	d.servers = map[server]virtualServer{}
+	d.bound = map[netip.Addr]int{}
+	d.draining = map[server]map[netip.AddrPort]time.Time{}
+	d.doubtful = map[server]bool{}
+	d.ready = false
+}
 
-// Close implements [dataplane.Dataplane].
-func (d *Dataplane) Close() error { return nil }
+// Drift implements [dataplane.Dataplane]. The kernel announces changes of
+// nftables; for those of IPVS it is asked every few seconds.
+func (d *Dataplane) Drift() <-chan struct{} { return d.drift }
+
+func (d *Dataplane) signal() {
+	select {
+	case d.drift <- struct{}{}:
+	default:
+	}
+}
+
+// Close implements [dataplane.Dataplane]. Endpoints that have left stay without
+// new connections; the next Dataplane goes on to wait for the end of theirs.
+func (d *Dataplane) Close() error {
+	d.stop()
+	d.done.Wait()
+	return errors.Join(d.rules.Close(), d.host.close(), d.kernel.close())
+}
+
+// Cleanup removes the virtual servers, the interface with its routes, and the
+// tables of nftables, whoever made them; connections through Services end. It
+// needs no Dataplane and no memory of one, and a kernel without IPVS is no error.
+// Virtual servers of others stay, as do settings of the node.
+func Cleanup(opts Options) error {
+	errs := []error{nft.Cleanup(nft.Options{NetNS: opts.NetNS, Logger: opts.Logger, Table: TableName})}
+	h, err := openHost(opts.NetNS)
+	if err != nil {
+		return errors.Join(append(errs, err)...)
+	}
+	errs = append(errs, removeServers(h, opts), h.remove(), h.close())
+	return errors.Join(errs...)
+}
+
+// removeServers deletes the virtual servers that are ours by their address.
+func removeServers(h *host, opts Options) error {
+	// To ask IPVS itself would make the kernel load it.
+	err := inNamespace(opts.NetNS, func() error {
+		_, err := os.Stat("/proc/thread-self/net/ip_vs")
+		return err
+	})
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	k, err := dialKernel(opts.NetNS)
+	if errors.Is(err, unix.ENOENT) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer k.close() //nolint:errcheck // nothing is lost
+	if link, err := h.handle.LinkByName(LinkName); err == nil {
+		h.link = link.Attrs().Index
+	}
+	bound, err := h.bound()
+	if err != nil {
+		return err
+	}
+	found, err := k.servers()
+	if err != nil {
+		return err
+	}
+	var requests []request
+	for s := range found {
+		if excluded := contains(opts.ExcludeCIDRs, s.addr.Addr()); !excluded && (isInternal(s.addr.Addr()) || bound[s.addr.Addr()]) {
+			requests = append(requests, request{command: delService, server: s})
+		}
+	}
+	answers, err := k.run(requests)
+	for i, answer := range answers {
+		if answer != nil && !isGone(answer) {
+			err = errors.Join(err, fmt.Errorf("%s: %w", requests[i], answer))
+		}
+	}
+	return err
+}
+
+func contains(nets []netip.Prefix, a netip.Addr) bool {
+	return slices.ContainsFunc(nets, func(p netip.Prefix) bool { return p.Contains(a) })
+}
+
+// isGone reports whether an answer says that what is to be deleted is not there.
+func isGone(err error) bool { return errors.Is(err, unix.ESRCH) || errors.Is(err, unix.ENOENT) }
+
+// setUp makes everything that does not depend on Services.
+func (d *Dataplane) setUp() error {
+	if err := d.host.setUp(); err != nil {
+		return err
+	}
+	err := d.host.sysctl(sysctls(d.opts.StrictARP))
+	if errors.Is(err, fs.ErrPermission) || errors.Is(err, unix.EROFS) {
+		return fmt.Errorf("%w: set it on the host, or run `fairlead run --mode=ipvs --init-only` with more rights before", err)
+	}
+	if err != nil {
+		return err
+	}
+	if d.opts.TCPTimeout == 0 && d.opts.TCPFinTimeout == 0 && d.opts.UDPTimeout == 0 {
+		return nil
+	}
+	return d.kernel.setTimeouts(d.opts.TCPTimeout, d.opts.TCPFinTimeout, d.opts.UDPTimeout)
+}

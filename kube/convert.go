@@ -51,15 +51,17 @@ type wanted struct {
 	serving []netip.AddrPort
 }
 
-// convert returns what the Service asks for, given all slices that belong to it.
-func convert(svc *corev1.Service, endpointSlices []*discoveryv1.EndpointSlice, here location) demand {
+// convert returns what the Service asks for, given all slices that belong to it
+// and the schedulers that there are.
+func convert(svc *corev1.Service, endpointSlices []*discoveryv1.EndpointSlice, here location, schedulers []string) demand {
 	if !served(svc) {
 		return demand{}
 	}
 	c := conversion{
-		service: svc,
-		name:    types.NamespacedName{Namespace: svc.Namespace, Name: svc.Name},
-		here:    here,
+		service:    svc,
+		name:       types.NamespacedName{Namespace: svc.Namespace, Name: svc.Name},
+		here:       here,
+		schedulers: schedulers,
 	}
 	policy := c.policy()
 	addrs := c.addresses()
@@ -102,10 +104,11 @@ func serviceOf(slice *discoveryv1.EndpointSlice) (types.NamespacedName, bool) {
 
 // conversion is one call of convert.
 type conversion struct {
-	service  *corev1.Service
-	name     types.NamespacedName
-	here     location
-	problems []Problem
+	service    *corev1.Service
+	name       types.NamespacedName
+	here       location
+	schedulers []string
+	problems   []Problem
 
 	unmatched []unmatched
 }

@@ -64,6 +64,11 @@
 // opens the Service to its family, and so does the lack of ranges of a family,
 // but not where an entry can't be read: then nobody of that family is let in.
 //
+// The annotation fairlead.io/ipvs-scheduler names the IPVS scheduler that picks
+// among the endpoints, for all frontends of the Service. Where the backend has
+// none of that name, or no schedulers at all, that is a problem, and endpoints are
+// picked as those of any other Service.
+//
 // # Collisions
 //
 // A frontend (protocol, address, port) belongs to one Service port. If several

@@ -103,12 +103,12 @@ func FuzzParseNodePortAddresses(f *testing.F) {
 		values := strings.Split(text, ",")
 		got, err := ParseNodePortAddresses(values)
 		if err != nil {
-			if !got.zero() {
+			if !got.IsZero() {
 				t.Errorf("%q: %+v and an error %v", text, got, err)
 			}
 			return
 		}
-		if got.zero() != (strings.TrimSpace(text) == "") {
+		if got.IsZero() != (strings.TrimSpace(text) == "") {
 			t.Errorf("%q: %+v", text, got)
 		}
 		// What is parsed must mean something to a node with such addresses.

@@ -69,8 +69,8 @@ func ParseNodePortAddresses(values []string) (NodePortAddresses, error) {
 	return a, nil
 }
 
-// zero reports whether a is the zero value.
-func (a NodePortAddresses) zero() bool {
+// IsZero reports whether a is the zero value, which stands for primary.
+func (a NodePortAddresses) IsZero() bool {
 	return !a.Primary && !a.Localhost && !a.All && len(a.CIDRs) == 0
 }
 
@@ -79,7 +79,7 @@ func (a NodePortAddresses) zero() bool {
 func nodePortAddrs(opts Options, in networks, primary []netip.Addr, serviceCIDRs []netip.Prefix) []netip.Addr {
 	want := opts.NodePortAddresses
 	var addrs []netip.Addr
-	if want.Primary || want.zero() {
+	if want.Primary || want.IsZero() {
 		addrs = append(addrs, primary...)
 	}
 	cidrs := want.CIDRs

@@ -217,6 +217,11 @@ func timeout(seconds int32) func(*corev1.Service) {
 	}
 }
 
+// scheduler asks for an IPVS scheduler.
+func scheduler(name string) func(*corev1.Service) {
+	return func(svc *corev1.Service) { svc.Annotations = map[string]string{AnnotationIPVSScheduler: name} }
+}
+
 // newNode returns the Node here with InternalIPs, changed by the functions.
 func newNode(ips string, changes ...func(*corev1.Node)) *corev1.Node {
 	node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "here"}}
@@ -302,6 +307,9 @@ func text(svc *dataplane.Service) string {
 	}
 	if len(svc.SourceRanges) > 0 {
 		parts = append(parts, fmt.Sprintf("from %v", svc.SourceRanges))
+	}
+	if svc.Scheduler != "" {
+		parts = append(parts, "scheduler "+svc.Scheduler)
 	}
 	return strings.Join(parts, ", ")
 }

@@ -88,6 +88,9 @@ func randomService(c choices) *corev1.Service {
 	if c.IntN(4) == 0 {
 		timeout(pick[int32](c, 60, 0))(svc)
 	}
+	if c.IntN(4) == 0 {
+		scheduler(pick(c, "lc", "sh", "none", ""))(svc)
+	}
 	return svc
 }
 
@@ -382,6 +385,9 @@ func (w *world) naiveTreatment(want naiveWant) dataplane.Treatment {
 	if spec.SessionAffinity == "ClientIP" {
 		t.Affinity = map[int32]time.Duration{60: time.Minute, 0: 3 * time.Hour}[*spec.SessionAffinityConfig.ClientIP.TimeoutSeconds]
 	}
+	if s := want.svc.Annotations[AnnotationIPVSScheduler]; s == "lc" || s == "sh" {
+		t.Scheduler = s
+	}
 	if want.kind == dataplane.LoadBalancer {
 		four := want.key().Family == dataplane.IPv4
 		switch strings.Join(spec.LoadBalancerSourceRanges, ",") {
@@ -603,7 +609,7 @@ func (w *world) naiveNode() dataplane.Node {
 func run(t *testing.T, c choices, steps int) {
 	t.Helper()
 	w := &world{
-		opts:         Options{NodeName: "here"},
+		opts:         Options{NodeName: "here", Schedulers: []string{"lc", "sh"}},
 		services:     map[types.NamespacedName]*corev1.Service{},
 		slices:       map[types.NamespacedName]*discoveryv1.EndpointSlice{},
 		serviceCIDRs: map[string][]string{},

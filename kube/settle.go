@@ -29,14 +29,14 @@ func (t *Tracker) settleAll(touched []*service, result *Result) {
 	}
 	for _, s := range others {
 		// It claims what it claimed before, so nothing changes hands by this.
-		t.settle(s, convert(s.object, s.slices, t.here), result)
+		t.settle(s, convert(s.object, s.slices, t.here, t.opts.Schedulers), result)
 	}
 	slices.SortFunc(result.Problems, Problem.Compare)
 }
 
 // demand works out what s asks for, and moves its claims.
 func (t *Tracker) demand(s *service) demand {
-	d := convert(s.object, s.slices, t.here)
+	d := convert(s.object, s.slices, t.here, t.opts.Schedulers)
 	created := int64(0)
 	if s.object != nil {
 		created = s.object.CreationTimestamp.Unix()

@@ -31,6 +31,9 @@ type Options struct {
 	NodePortAddresses NodePortAddresses
 	// PingServiceIPs is [dataplane.Node.PingServiceIPs].
 	PingServiceIPs bool
+	// Schedulers are the names that [AnnotationIPVSScheduler] may have. There are
+	// none where the backend has no schedulers.
+	Schedulers []string
 }
 
 // Result is what a [Delta] changes.
@@ -174,9 +177,9 @@ func (t *Tracker) Apply(d Delta) Result {
 }
 
 // Configure replaces the options and returns what that changes. The name of the
-// node can't change: that of opts is ignored.
+// node and the schedulers can't change: those of opts are ignored.
 func (t *Tracker) Configure(opts Options) Result {
-	opts.NodeName = t.opts.NodeName
+	opts.NodeName, opts.Schedulers = t.opts.NodeName, t.opts.Schedulers
 	t.opts = opts
 	var result Result
 	t.updateNode(&result)

@@ -1,6 +1,8 @@
 package kube
 
 import (
+	"slices"
+	"strings"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -8,15 +10,23 @@ import (
 	"fairlead/dataplane"
 )
 
+// AnnotationIPVSScheduler is the annotation of a Service whose value is the
+// kernel's name of the IPVS scheduler that picks the endpoints of its
+// connections.
+const AnnotationIPVSScheduler = "fairlead.io/ipvs-scheduler"
+
 // policy is what a Service says about connections to all its ports.
 type policy struct {
 	// internalLocal and externalLocal are the traffic policies Local.
 	internalLocal, externalLocal bool
 	// affinity is zero where there is none.
 	affinity time.Duration
+	// scheduler is empty where the backend is to pick endpoints in its own way.
+	scheduler string
 }
 
-// policy reads the Service's type, traffic policies and session affinity.
+// policy reads the Service's type, traffic policies, session affinity and
+// scheduler.
 func (c *conversion) policy() policy {
 	spec := &c.service.Spec
 	switch spec.Type {
@@ -24,7 +34,7 @@ func (c *conversion) policy() policy {
 	default:
 		c.problem("spec.type", "%q is not a type of Service: use ClusterIP, NodePort or LoadBalancer", spec.Type)
 	}
-	p := policy{affinity: c.affinity()}
+	p := policy{affinity: c.affinity(), scheduler: c.scheduler()}
 	if i := spec.InternalTrafficPolicy; i != nil {
 		switch *i {
 		case corev1.ServiceInternalTrafficPolicyLocal:
@@ -71,9 +81,26 @@ func (c *conversion) affinity() time.Duration {
 	return time.Duration(seconds) * time.Second
 }
 
+// scheduler returns the name of the scheduler that the Service's annotation asks
+// for.
+func (c *conversion) scheduler() string {
+	name := c.service.Annotations[AnnotationIPVSScheduler]
+	const field = "metadata.annotations[" + AnnotationIPVSScheduler + "]"
+	switch {
+	case name == "":
+	case len(c.schedulers) == 0:
+		c.problem(field, "%q has no effect, as this node is not in the ipvs mode: remove the annotation, or run Fairlead with --mode=ipvs", name)
+	case !slices.Contains(c.schedulers, name):
+		c.problem(field, "%q is not a scheduler, so that of --ipvs-scheduler holds: use one of %s", name, strings.Join(c.schedulers, ", "))
+	default:
+		return name
+	}
+	return ""
+}
+
 // treatment says what happens to the connections to frontends of one kind.
 func (p policy) treatment(kind dataplane.Kind, chosen choice) dataplane.Treatment {
-	t := dataplane.Treatment{Endpoints: chosen.cluster, Affinity: p.affinity}
+	t := dataplane.Treatment{Endpoints: chosen.cluster, Affinity: p.affinity, Scheduler: p.scheduler}
 	decisive := chosen.cluster
 	switch {
 	case kind == dataplane.ClusterIP:

@@ -202,3 +202,84 @@ func TestSessionAffinity(t *testing.T) {
 		},
 	})
 }
+
+// TestScheduler says which scheduler picks the endpoints of a Service.
+func TestScheduler(t *testing.T) {
+	t.Parallel()
+	const (
+		cluster = "default/web:http IPv4"
+		field   = "default/web: metadata.annotations[fairlead.io/ipvs-scheduler]: "
+	)
+	web := func(changes ...func(*corev1.Service)) Delta {
+		return Delta{Services: one(newService("web", "10.96.0.1", changes...))}
+	}
+	at := func(text string) want { return want{cluster: "10.96.0.1:80/TCP ->" + text} }
+	some := []string{"lc", "mh", "rr"}
+	for _, tt := range []struct {
+		name       string
+		schedulers []string
+		steps      []step
+	}{
+		{"every kind of frontend has it, in both families", some, []step{{
+			delta: Delta{Services: one(newService("web", "10.96.0.1 fd00::1", ingress("192.0.2.1"), nodePorts(30080), externalIPs("192.0.2.2"), scheduler("lc")))},
+			want: want{
+				cluster:                              "10.96.0.1:80/TCP ->, scheduler lc",
+				"default/web:http IPv6":              "[fd00::1]:80/TCP ->, scheduler lc",
+				"default/web:http IPv4 NodePort":     "0.0.0.0:30080/TCP ->, masquerade always, scheduler lc",
+				"default/web:http IPv6 NodePort":     "[::]:30080/TCP ->, masquerade always, scheduler lc",
+				"default/web:http IPv4 ExternalIP":   "192.0.2.2:80/TCP ->, masquerade always, scheduler lc",
+				"default/web:http IPv4 LoadBalancer": "192.0.2.1:80/TCP ->, masquerade always, scheduler lc",
+			},
+		}}},
+		{"beside session affinity", some, []step{{delta: web(timeout(60), scheduler("mh")), want: at(", affinity 1m0s, scheduler mh")}}},
+		{"an empty name says nothing, in any mode", some, []step{{delta: web(scheduler("")), want: at("")}}},
+		{"an empty name says nothing without schedulers", nil, []step{{delta: web(scheduler("")), want: at("")}}},
+		{"a change holds at once, and so does its end", some, []step{
+			{name: "none", delta: web(), want: at("")},
+			{name: "one", delta: web(scheduler("lc")), want: at(", scheduler lc")},
+			{name: "the same", delta: web(scheduler("lc")), want: want{}},
+			{name: "another", delta: web(scheduler("rr")), want: at(", scheduler rr")},
+			{name: "none again", delta: web(), want: at("")},
+		}},
+		{"one that there is not is reported until it is mended", some, []step{
+			{
+				name: "wrong", delta: web(scheduler("leastconn")), want: at(""),
+				problems: []string{field + `"leastconn" is not a scheduler, so that of --ipvs-scheduler holds: use one of lc, mh, rr`},
+			},
+			{name: "the same", delta: web(scheduler("leastconn")), want: want{}},
+			{
+				name: "upper case", delta: web(scheduler("LC")), want: want{},
+				problems: []string{field + `"LC" is not a scheduler, so that of --ipvs-scheduler holds: use one of lc, mh, rr`},
+			},
+			{name: "right", delta: web(scheduler("lc")), want: at(", scheduler lc")},
+		}},
+		{"where there is one only", []string{"rr"}, []step{{
+			delta: web(scheduler("lc")), want: at(""),
+			problems: []string{field + `"lc" is not a scheduler, so that of --ipvs-scheduler holds: use one of rr`},
+		}}},
+		{"a mode without schedulers reports it and serves the Service", nil, []step{{
+			delta: web(scheduler("lc")), want: at(""),
+			problems: []string{field + `"lc" has no effect, as this node is not in the ipvs mode: remove the annotation, or run Fairlead with --mode=ipvs`},
+		}}},
+		{"a Service that is not served has no problem", nil, []step{{
+			delta: Delta{Services: one(newService("web", "None", scheduler("lc")))}, want: want{},
+		}}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			checkHistory(t, Options{NodeName: "here", Schedulers: tt.schedulers}, tt.steps)
+		})
+	}
+}
+
+// TestSchedulersStay says that another configuration leaves the schedulers as they
+// are: the backend is the one that there was.
+func TestSchedulersStay(t *testing.T) {
+	t.Parallel()
+	tracker := NewTracker(Options{Schedulers: []string{"lc"}})
+	tracker.Configure(Options{})
+	got := tracker.Apply(Delta{Services: one(newService("web", "10.96.0.1", scheduler("lc")))})
+	if want, got := "10.96.0.1:80/TCP ->, scheduler lc", texts(got.Changes)["default/web:http IPv4"]; got != want {
+		t.Errorf("got %s, want %s", got, want)
+	}
+}

@@ -30,6 +30,7 @@ const (
 	sticky                                    // there is session affinity
 	nodePort                                  // the frontend has the unspecified address
 	local                                     // of the list of local endpoints
+	through                                   // the frontend's own address is a virtual server
 
 	affinity class = 1 << 31 // an affinity class; of the bits it can have nodePort
 
@@ -78,6 +79,10 @@ func affinityOf(s *dataplane.Service) class {
 	}
 	return c
 }
+
+// virtual returns the class of connections that go to a virtual server if there
+// are any endpoints.
+func (c class) virtual() class { return c&^sizeMask | min(c&sizeMask, 1) }
 
 func (c class) has(bit class) bool { return c&bit != 0 }
 
@@ -136,6 +141,7 @@ func (c class) String() string {
 		{sticky, "sticky"},
 		{nodePort, nodePortSuffix},
 		{local, "local"},
+		{through, "through"},
 	}
 	if c.has(affinity) {
 		fmt.Fprintf(&b, "%ds", c&timeoutMask)
@@ -241,6 +247,8 @@ func (t *table) classRules(c class) []rule {
 		return append(rules, rule{exprs: []expr.Any{count(droppedNoEndpoints), drop()}})
 	case c.size() == 0:
 		return append(rules, rule{exprs: []expr.Any{count(rejectedNoEndpoints), gotoChain("reject")}})
+	case c.has(through):
+		return append(rules, rule{exprs: append(resetPriority(), accept())})
 	case c.has(sticky):
 		return append(rules, rule{exprs: []expr.Any{gotoChain(by.chainName(l.chainName("sticky")))}})
 	}

@@ -36,6 +36,7 @@ type Count struct {
 // Counters read what was not served, beside a Dataplane and without one. Their
 // methods may be called from any goroutine.
 type Counters struct {
+	table string
 	netns int
 
 	mu sync.Mutex
@@ -47,7 +48,9 @@ type Counters struct {
 
 // NewCounters returns Counters of a network namespace, whose file descriptor must
 // stay open for as long as they are in use. It does not connect to the kernel yet.
-func NewCounters(opts Options) *Counters { return &Counters{netns: opts.NetNS} }
+func NewCounters(opts Options) *Counters {
+	return &Counters{table: opts.tableName(), netns: opts.NetNS}
+}
 
 // Read returns what every counter has counted, in an order that stays; nothing is
 // counted where there is no table. It asks the kernel once for all, which does not
@@ -59,7 +62,7 @@ func (c *Counters) Read(ctx context.Context) ([]Count, error) {
 	defer c.mu.Unlock()
 	counts, err := c.read(ctx)
 	if err != nil {
-		return nil, fmt.Errorf("read the counters of the tables %s: %w", TableName, errors.Join(err, c.disconnect()))
+		return nil, fmt.Errorf("read the counters of the tables %s: %w", c.table, errors.Join(err, c.disconnect()))
 	}
 	return counts, nil
 }
@@ -96,7 +99,7 @@ func (c *Counters) read(ctx context.Context) ([]Count, error) {
 	}
 	conn := c.conn
 	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Now()) })
-	counts, err := dumpCounters(conn)
+	counts, err := dumpCounters(conn, c.table)
 	if !stop() { // the connection is of no use with that deadline
 		return nil, context.Cause(ctx)
 	}
@@ -106,11 +109,11 @@ func (c *Counters) read(ctx context.Context) ([]Count, error) {
 	return counts, nil
 }
 
-// dumpCounters reads the counters of both tables in one dump. The library's
+// dumpCounters reads the counters of both tables of a name in one dump. The library's
 // GetNamedObjects asks for each, and for objects of all kinds.
-func dumpCounters(conn *netlink.Conn) ([]Count, error) {
+func dumpCounters(conn *netlink.Conn, table string) ([]Count, error) {
 	attrs, err := netlink.MarshalAttributes([]netlink.Attribute{
-		{Type: unix.NFTA_OBJ_TABLE, Data: []byte(TableName + "\x00")},
+		{Type: unix.NFTA_OBJ_TABLE, Data: []byte(table + "\x00")},
 		{Type: unix.NFTA_OBJ_TYPE, Data: binary.BigEndian.AppendUint32(nil, unix.NFT_OBJECT_COUNTER)},
 	})
 	if err != nil {

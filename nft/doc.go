@@ -143,6 +143,37 @@
 // Nothing is translated: the kernel sends no packet from a loopback address to
 // another host.
 //
+// # Translators
+//
+// With [Options].Translator somebody else picks the endpoints, and what is above
+// decides who is served, who is masqueraded, and what becomes of the rest. Each list
+// of endpoints is a virtual server then: classes have a size of 0 or 1, slot 0 has
+// the virtual server's address, and there is nothing for session affinity. A class
+// with the bit through has no slot: its connections are let through to the
+// frontend's own address.
+//
+//	map services { elements = { 10.96.0.10 . tcp . 80 : 100:1, 203.0.113.3 . tcp . 443 : 0:1 } }
+//	map endpoints-3 { elements = { 203.0.113.3 . tcp . 443 . fa1d:0 : 250.29.0.1 . 443 } }
+//	chain class-1-through {
+//	    meta priority set none accept
+//	}
+//	chain filter-prerouting-post-dnat {     # as the translator may have the node take cluster IPs
+//	    …
+//	    ct state new ip daddr @cluster-ips fib daddr type != local goto undeclared
+//	}
+//	chain undeclared {
+//	    meta priority set ip daddr . meta l4proto . th dport map @services meta priority set none return
+//	    counter name "rejected-undeclared-port" goto reject
+//	}
+//	chain nat-postrouting {
+//	    ct status dnat goto masquerading
+//	    ct original ip daddr @cluster-ips goto masquerading
+//	}
+//
+// endpoint-ports and hairpin are those of the endpoints all the same. The node's own
+// connections that are let through must be translated before filter-output, where
+// those to a cluster IP are rejected.
+//
 // # Why it is built like this
 //
 // Services and endpoints are elements of data maps, and these the kernel adds

@@ -26,8 +26,9 @@ import (
 
 var update = flag.Bool("update", false, "rewrite the golden listings")
 
-// newDataplane opens a Dataplane in an empty network namespace.
-func newDataplane(t *testing.T) (*Dataplane, *nettest.Namespace) {
+// newDataplane opens a Dataplane in an empty network namespace, with a Translator or
+// without.
+func newDataplane(t *testing.T, translator ...Translator) (*Dataplane, *nettest.Namespace) {
 	t.Helper()
 	ns, err := nettest.NewNamespace("")
 	if err != nil {
@@ -38,12 +39,22 @@ func newDataplane(t *testing.T) (*Dataplane, *nettest.Namespace) {
 			t.Error(err)
 		}
 	})
-	return openIn(t, ns), ns
+	return openIn(t, ns, translator...), ns
 }
 
-func openIn(t *testing.T, ns *nettest.Namespace) *Dataplane {
+func openIn(t *testing.T, ns *nettest.Namespace, translator ...Translator) *Dataplane {
 	t.Helper()
-	d, err := Open(Options{NetNS: ns.Fd()})
+	var opts Options
+	if len(translator) > 0 {
+		opts.Translator = translator[0]
+	}
+	return openWith(t, ns, opts)
+}
+
+func openWith(t *testing.T, ns *nettest.Namespace, opts Options) *Dataplane {
+	t.Helper()
+	opts.NetNS = ns.Fd()
+	d, err := Open(opts)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -109,6 +120,10 @@ func apply(t *testing.T, d *Dataplane, changes ...dataplane.Change) {
 // wantState fails the test unless the kernel holds exactly these Services.
 func wantState(t *testing.T, d *Dataplane, services ...*dataplane.Service) {
 	t.Helper()
+	if d.translator != nil {
+		wantRules(t, d, services...)
+		return
+	}
 	got, err := d.Read(t.Context())
 	if err != nil {
 		t.Fatal(err)
@@ -283,26 +298,28 @@ func randomNode(random *rand.Rand) dataplane.Node {
 // TestListing compares what nft prints of the tables with golden files.
 func TestListing(t *testing.T) {
 	t.Parallel()
-	for version, binary := range nftBinaries(t) {
-		t.Run(version, func(t *testing.T) {
-			t.Parallel()
-			d, ns := newDataplane(t)
-			replace(t, d, fullNode(), sample(t)...)
-			got := nft(t, ns, binary, "list ruleset")
-			golden := filepath.Join("testdata", "ruleset-"+version+".nft")
-			if *update {
-				if err := os.WriteFile(golden, []byte(got), 0o644); err != nil {
+	for name, translator := range map[string]Translator{"ruleset": nil, "ruleset-translator": virtualServers{}} {
+		for version, binary := range nftBinaries(t) {
+			t.Run(name+"-"+version, func(t *testing.T) {
+				t.Parallel()
+				d, ns := newDataplane(t, translator)
+				replace(t, d, fullNode(), sample(t)...)
+				got := nft(t, ns, binary, "list ruleset")
+				golden := filepath.Join("testdata", name+"-"+version+".nft")
+				if *update {
+					if err := os.WriteFile(golden, []byte(got), 0o644); err != nil {
+						t.Fatal(err)
+					}
+				}
+				want, err := os.ReadFile(golden)
+				if err != nil {
 					t.Fatal(err)
 				}
-			}
-			want, err := os.ReadFile(golden)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if diff := cmp.Diff(string(want), got); diff != "" {
-				t.Errorf("listing (-want +got):\n%s", diff)
-			}
-		})
+				if diff := cmp.Diff(string(want), got); diff != "" {
+					t.Errorf("listing (-want +got):\n%s", diff)
+				}
+			})
+		}
 	}
 }
 
@@ -725,7 +742,17 @@ func TestListingOfManyServices(t *testing.T) {
 // Replace, and reads each back.
 func TestRandomStates(t *testing.T) {
 	t.Parallel()
-	d, ns := newDataplane(t)
+	for name, translator := range translators() {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			testRandomStates(t, translator)
+		})
+	}
+}
+
+func testRandomStates(t *testing.T, translator Translator) {
+	t.Helper()
+	d, ns := newDataplane(t, translator)
 	node := podNode()
 	var have []*dataplane.Service
 	replace(t, d, node, have...)
@@ -733,7 +760,7 @@ func TestRandomStates(t *testing.T) {
 		random := rand.New(rand.NewPCG(seed, 7))
 		want := randomServices(t, random, 40)
 		if random.IntN(5) == 0 {
-			d = openIn(t, ns) // a restart
+			d = openIn(t, ns, translator) // a restart
 			node = randomNode(random)
 			replace(t, d, node, want...)
 		} else {
@@ -742,7 +769,7 @@ func TestRandomStates(t *testing.T) {
 		have = want
 		wantState(t, d, have...)
 		before := generation(t, d)
-		again := openIn(t, ns)
+		again := openIn(t, ns, translator)
 		again.now = func() time.Time { return time.Time{} } // or a class that rests could go
 		replace(t, again, node, have...)
 		if after := generation(t, d); after != before {
@@ -852,31 +879,36 @@ func TestDrift(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			binary := nftBinaries(t)["1.0.6"]
-			d, ns := newDataplane(t)
-			services := sample(t)
-			replace(t, d, fullNode(), services...)
-			wantNoDrift(t, d)
-			before := sortedLines(nft(t, ns, binary, "list ruleset"))
-			nft(t, ns, binary, strings.ReplaceAll(script, "; ", "\n"))
-			if slices.Equal(before, sortedLines(nft(t, ns, binary, "list ruleset"))) {
-				t.Fatal("the edit changes nothing, so the test shows nothing")
-			}
-			select {
-			case <-d.Drift():
-			case <-time.After(5 * time.Second):
-				t.Fatal("the change was not announced")
-			}
-			awaitAnnounced(d)
-			replace(t, d, fullNode(), services...)
-			if diff := cmp.Diff(before, sortedLines(nft(t, ns, binary, "list ruleset"))); diff != "" {
-				t.Errorf("after the repair (-before +after):\n%s", diff)
-			}
-			wantState(t, d, services...)
-			replace(t, d, fullNode(), services...)
-			wantNoDrift(t, d)
+			testDrift(t, script)
 		})
 	}
+}
+
+func testDrift(t *testing.T, script string, translator ...Translator) {
+	t.Helper()
+	binary := nftBinaries(t)["1.0.6"]
+	d, ns := newDataplane(t, translator...)
+	services := sample(t)
+	replace(t, d, fullNode(), services...)
+	wantNoDrift(t, d)
+	before := sortedLines(nft(t, ns, binary, "list ruleset"))
+	nft(t, ns, binary, strings.ReplaceAll(script, "; ", "\n"))
+	if slices.Equal(before, sortedLines(nft(t, ns, binary, "list ruleset"))) {
+		t.Fatal("the edit changes nothing, so the test shows nothing")
+	}
+	select {
+	case <-d.Drift():
+	case <-time.After(5 * time.Second):
+		t.Fatal("the change was not announced")
+	}
+	awaitAnnounced(d)
+	replace(t, d, fullNode(), services...)
+	if diff := cmp.Diff(before, sortedLines(nft(t, ns, binary, "list ruleset"))); diff != "" {
+		t.Errorf("after the repair (-before +after):\n%s", diff)
+	}
+	wantState(t, d, services...)
+	replace(t, d, fullNode(), services...)
+	wantNoDrift(t, d)
 }
 
 // awaitAnnounced waits until the rest of a change is announced: the kernel does
@@ -1180,6 +1212,7 @@ func TestUnsupported(t *testing.T) {
 	t.Parallel()
 	for name, treatment := range map[string]dataplane.Treatment{
 		"affinity with more endpoints than there are IDs": {Affinity: time.Hour, Endpoints: make([]dataplane.Endpoint, maxIDs+1)},
+		"a scheduler": {Scheduler: "rr"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -16,7 +16,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TableName is the name of the backend's table in the ip and the ip6 family.
+// TableName is the name of the backend's table in the ip and the ip6 family, where
+// [Options] have no other.
 const TableName = "fairlead"
 
 // table is one IP family's table: its sets and how elements look in it.
@@ -25,6 +26,8 @@ type table struct {
 	nf      *nftables.Table
 	addr    nftables.SetDatatype
 	addrLen int
+	// virtual says that connections go to virtual servers, which a Translator names.
+	virtual bool
 
 	services        *nftables.Set
 	external        *nftables.Set
@@ -123,7 +126,18 @@ func newTable(family dataplane.Family) *table {
 func (t *table) sets() []*nftables.Set {
 	sets := append(slices.Clone(t.rowSets), t.addrSets[:]...)
 	sets = append(append(sets, t.endpointPorts), t.verdicts[:]...)
-	return append(sets, t.affinity, t.nodePortAddrs, t.podCIDRs, t.localPods, t.serviceCIDRs)
+	sets = append(sets, t.affinity, t.nodePortAddrs, t.podCIDRs, t.localPods, t.serviceCIDRs)
+	if t.virtual {
+		sets = slices.DeleteFunc(sets, t.forAffinity)
+	}
+	return sets
+}
+
+// forAffinity reports whether a set is for session affinity alone.
+func (t *table) forAffinity(s *nftables.Set) bool {
+	return slices.Contains([]*nftables.Set{
+		t.timeouts, t.slots, t.stickyEndpoints, t.affinity, t.verdicts[draws], t.verdicts[affinities], t.verdicts[localAffinities],
+	}, s)
 }
 
 const rangesPrefix = "source-ranges-"
@@ -274,15 +288,18 @@ func (t *table) chains(node dataplane.Node, rangeBits []int) []chain {
 	}
 	chains := []chain{t.reject()}
 	for _, by := range addressings() {
-		chains = append(chains, t.sourceRanges(by, rangeBits), t.translate(by), t.translateSticky(by))
-		for l := range lists {
-			chains = append(chains, t.pick(by, l), t.sticky(by, l))
+		chains = append(chains, t.sourceRanges(by, rangeBits), t.translate(by))
+		if !t.virtual {
+			chains = append(chains, t.translateSticky(by))
+			for l := range lists {
+				chains = append(chains, t.pick(by, l), t.sticky(by, l))
+			}
 		}
 		chains = append(chains, t.externalClients(by, node))
 	}
 	chains = append(chains, t.masquerade(node)...)
 	chains = append(chains, t.masquerading(), t.localhost(node), t.invalid(node))
-	dispatch, postDNAT := t.dispatch(), unmark()
+	dispatch, postDNAT := t.dispatch(), t.unmark()
 	if node.PingServiceIPs {
 		chains = append(chains, t.ping(node)...)
 		dispatch = append(dispatch, t.pings())
@@ -292,6 +309,11 @@ func (t *table) chains(node dataplane.Node, rangeBits []int) []chain {
 	unserved := append(t.unserved(), t.invalidOfEndpoints())
 	outgoing := append(slices.Clone(unserved), t.answersToInvalid())
 	dstnat, filter := *nftables.ChainPriorityNATDest, *nftables.ChainPriorityFilter
+	incoming := postDNAT
+	if t.virtual {
+		chains = append(chains, t.undeclared())
+		incoming = append(slices.Clone(postDNAT), t.toOwnClusterIP())
+	}
 	if t.tellsPods(node) {
 		chains = append(chains,
 			base("filter-input", nftables.ChainTypeFilter, nftables.ChainHookInput, filter, t.invalidOfEndpoints()))
@@ -299,7 +321,7 @@ func (t *table) chains(node dataplane.Node, rangeBits []int) []chain {
 	return append(chains,
 		base("nat-prerouting", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, dstnat, dispatch...),
 		base("nat-output", nftables.ChainTypeNAT, nftables.ChainHookOutput, dstnat, output...),
-		base("filter-prerouting-post-dnat", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, dstnat+10, postDNAT...),
+		base("filter-prerouting-post-dnat", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, dstnat+10, incoming...),
 		base("filter-output-post-dnat", nftables.ChainTypeFilter, nftables.ChainHookOutput, dstnat+10, postDNAT...),
 		base("filter-forward", nftables.ChainTypeFilter, nftables.ChainHookForward, filter, unserved...),
 		base("filter-output", nftables.ChainTypeFilter, nftables.ChainHookOutput, filter, outgoing...),
@@ -536,8 +558,12 @@ func (t *table) pick(by addressing, l list) chain {
 
 // unmark puts back the priority of a packet in which a slot or the ID of an
 // endpoint has done its work.
-func unmark() []rule {
-	return []rule{{exprs: slices.Concat(isSlot(), resetPriority())}, {exprs: slices.Concat(isID(), resetPriority())}}
+func (t *table) unmark() []rule {
+	rules := []rule{{exprs: slices.Concat(isSlot(), resetPriority())}}
+	if !t.virtual {
+		rules = append(rules, rule{exprs: slices.Concat(isID(), resetPriority())})
+	}
+	return rules
 }
 
 // unserved are rules for connections to the networks of cluster IPs that are for
@@ -556,7 +582,11 @@ func (t *table) unserved() []rule {
 }
 
 func (t *table) postrouting() []rule {
-	return []rule{{exprs: append(ctStatusDNAT(), gotoChain("masquerading"))}}
+	rules := []rule{{exprs: append(ctStatusDNAT(), gotoChain("masquerading"))}}
+	if t.virtual {
+		rules = append(rules, t.letThrough())
+	}
+	return rules
 }
 
 // masquerading decides on connections that were translated, by us or by others,
@@ -651,9 +681,13 @@ func podInterface(node dataplane.Node) []byte {
 // sourceType compares whether the packet is from an address of the node: `fib
 // saddr type local`.
 func sourceType(op expr.CmpOp) []expr.Any {
+	return addressType(&expr.Fib{FlagSADDR: true}, op)
+}
+
+func addressType(of *expr.Fib, op expr.CmpOp) []expr.Any {
+	of.Register, of.ResultADDRTYPE = reg(0), true
 	return []expr.Any{
-		&expr.Fib{Register: reg(0), FlagSADDR: true, ResultADDRTYPE: true},
-		&expr.Cmp{Op: op, Register: reg(0), Data: binaryutil.NativeEndian.PutUint32(unix.RTN_LOCAL)},
+		of, &expr.Cmp{Op: op, Register: reg(0), Data: binaryutil.NativeEndian.PutUint32(unix.RTN_LOCAL)},
 	}
 }
 
@@ -826,6 +860,8 @@ func gotoChain(name string) expr.Any {
 func jumpTo(name string) expr.Any {
 	return &expr.Verdict{Kind: expr.VerdictJump, Chain: name}
 }
+
+func accept() expr.Any { return &expr.Verdict{Kind: expr.VerdictAccept} }
 
 func drop() expr.Any { return &expr.Verdict{Kind: expr.VerdictDrop} }
 

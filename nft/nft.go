@@ -1,6 +1,7 @@
 package nft
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -24,6 +25,21 @@ type Options struct {
 	// Logger gets what is worth an operator's attention but is no failure of a
 	// Service. Nil discards it.
 	Logger *slog.Logger
+	// Table is the name of the two tables. Empty: [TableName].
+	Table string
+	// Translator picks the endpoints. Nil: the tables themselves do, at random.
+	Translator Translator
+}
+
+func (o Options) tableName() string { return cmp.Or(o.Table, TableName) }
+
+// tables returns the tables that these options are about.
+func (o Options) tables() [2]*table {
+	tables := [2]*table{newTable(dataplane.IPv4), newTable(dataplane.IPv6)}
+	for _, t := range tables {
+		t.nf.Name, t.virtual = o.tableName(), o.Translator != nil
+	}
+	return tables
 }
 
 // Dataplane programs nftables. Its methods must be called from one goroutine,
@@ -35,6 +51,8 @@ type Dataplane struct {
 	log    *slog.Logger
 	tables [2]*table
 	watch  *watch
+
+	translator Translator
 
 	// node is that of the last Replace.
 	node dataplane.Node
@@ -82,7 +100,7 @@ func Open(opts Options) (*Dataplane, error) {
 	if err != nil {
 		return nil, errors.Join(err, conn.CloseLasting())
 	}
-	watch, err := startWatch(opts.NetNS, portID, log)
+	watch, err := startWatch(opts.tableName(), opts.NetNS, portID, log)
 	if err != nil {
 		return nil, errors.Join(err, dump.Close(), conn.CloseLasting())
 	}
@@ -91,11 +109,12 @@ func Open(opts Options) (*Dataplane, error) {
 		dump:   dump,
 		flush:  conn.Flush,
 		log:    log,
-		tables: [2]*table{newTable(dataplane.IPv4), newTable(dataplane.IPv6)},
+		tables: opts.tables(),
 		watch:  watch,
 		now:    time.Now,
 
-		editSize: editSize,
+		translator: opts.Translator,
+		editSize:   editSize,
 	}
 	d.forget()
 	return d, nil
@@ -202,8 +221,7 @@ func Cleanup(opts Options) error {
 	if err := probe(conn); err != nil {
 		return err
 	}
-	for _, family := range []dataplane.Family{dataplane.IPv4, dataplane.IPv6} {
-		t := newTable(family)
+	for _, t := range opts.tables() {
 		found, err := findTable(conn, t)
 		if err != nil {
 			return err
@@ -221,9 +239,9 @@ func Cleanup(opts Options) error {
 // String returns the table as nft names it: "ip fairlead".
 func (t *table) String() string {
 	if t.family == dataplane.IPv6 {
-		return "ip6 " + TableName
+		return "ip6 " + t.nf.Name
 	}
-	return "ip " + TableName
+	return "ip " + t.nf.Name
 }
 
 // findTable returns the table as the kernel has it, or nil.
@@ -233,7 +251,7 @@ func findTable(conn *nftables.Conn, t *table) (*nftables.Table, error) {
 		return nil, fmt.Errorf("list the %s tables: %w", t.family, err)
 	}
 	for _, found := range tables {
-		if found.Name == TableName && found.Family == t.nf.Family {
+		if found.Name == t.nf.Name && found.Family == t.nf.Family {
 			return found, nil
 		}
 	}

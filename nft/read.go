@@ -36,7 +36,8 @@ type content struct {
 	objects   map[string]nftables.ObjType
 	rangeBits []int
 	// addrs are the addresses in the sets of these, and ports counts the elements
-	// with an endpoint. portSet are the ports in endpoint-ports.
+	// with an endpoint, of which there are none where there is a Translator.
+	// portSet are the ports in endpoint-ports.
 	addrs   [addrSets]map[netip.Addr]bool
 	ports   portCounts
 	portSet map[uint16]bool
@@ -56,7 +57,7 @@ func (d *Dataplane) read(ctx context.Context, t *table) (*content, error) {
 		return nil, fmt.Errorf("list the %s chains: %w", t.family, err)
 	}
 	for _, ch := range chains {
-		if ch.Table.Name != TableName {
+		if ch.Table.Name != t.nf.Name {
 			continue
 		}
 		c.chains[ch.Name] = ch
@@ -153,6 +154,8 @@ func (c *content) readings(t *table) []reading {
 			return nil
 		}})
 	}
+	used := t.sets()
+	rows = slices.DeleteFunc(rows, func(r reading) bool { return !slices.Contains(used, r.set) })
 	for name, found := range c.sets {
 		text, ok := strings.CutPrefix(name, rangesPrefix)
 		bits, err := strconv.Atoi(text)
@@ -230,7 +233,9 @@ func (c *content) parseEndpoint(t *table, shard int, e element) error {
 		s.endpoints = append(s.endpoints, netip.AddrPort{})
 	}
 	s.endpoints[slot] = addr
-	c.ports[addr.Port()]++
+	if !t.virtual {
+		c.ports[addr.Port()]++
+	}
 	return nil
 }
 
@@ -376,34 +381,56 @@ func (t *table) sameExpr(have, want expr.Any) bool {
 	return errHave == nil && errWant == nil && bytes.Equal(h, w)
 }
 
-// Read implements [dataplane.Dataplane].
+// Read implements [dataplane.Dataplane]. With a Translator there are no endpoints
+// and no affinity in what it returns; see [Dataplane.ReadRules].
 func (d *Dataplane) Read(ctx context.Context) (dataplane.State, error) {
 	state := dataplane.State{}
-	for _, t := range d.tables {
-		c, err := d.readRows(ctx, t)
-		if err != nil {
-			return nil, err
-		}
-		for f, r := range c.rows {
-			if r.inServices { // the rest is garbage, and looked for by nobody
-				state[f] = r.binding()
-			}
-		}
+	read := (*row).binding
+	if d.translator != nil {
+		read = (*row).withoutEndpoints
+	}
+	err := d.eachRow(ctx, func(f dataplane.Frontend, r *row) { state[f] = read(r) })
+	if err != nil {
+		return nil, err
 	}
 	return state, nil
 }
 
+// eachRow reads the rows of frontends that there are.
+func (d *Dataplane) eachRow(ctx context.Context, visit func(dataplane.Frontend, *row)) error {
+	for _, t := range d.tables {
+		c, err := d.readRows(ctx, t)
+		if err != nil {
+			return err
+		}
+		for f, r := range c.rows {
+			if r.inServices { // the rest is garbage, and looked for by nobody
+				visit(f, r)
+			}
+		}
+	}
+	return nil
+}
+
 // binding returns what the kernel does with connections to the row's frontend.
 func (r *row) binding() dataplane.Binding {
-	b := dataplane.Binding{Service: r.service}
+	b := r.withoutEndpoints()
 	b.Endpoints = r.reachable(clusterList, r.class)
-	b.Masquerade, b.NoEndpoints = r.class.masquerade(), r.class.noEndpoints()
-	if b.ExternalLocal = r.class.has(external); b.ExternalLocal {
+	if b.ExternalLocal {
 		b.LocalEndpoints = r.reachable(localList, r.external)
 	}
 	if r.class.has(sticky) {
 		b.Affinity = r.timeout.timeout()
 	}
+	return b
+}
+
+// withoutEndpoints returns all of the binding but who the endpoints are, and for
+// how long clients stick to them.
+func (r *row) withoutEndpoints() dataplane.Binding {
+	b := dataplane.Binding{Service: r.service}
+	b.Masquerade, b.NoEndpoints = r.class.masquerade(), r.class.noEndpoints()
+	b.ExternalLocal = r.class.has(external)
 	if r.class.has(ranged) {
 		b.SourceRanges = r.ranges
 	}

@@ -21,7 +21,7 @@ func removeTable(conn *nftables.Conn, flush func() error, t *table) error {
 	if err != nil {
 		return fmt.Errorf("list the sets of table %s: %w", t, err)
 	}
-	chains = slices.DeleteFunc(chains, func(ch *nftables.Chain) bool { return ch.Table.Name != TableName })
+	chains = slices.DeleteFunc(chains, func(ch *nftables.Chain) bool { return ch.Table.Name != t.nf.Name })
 	for _, ch := range chains {
 		if ch.Hooknum != nil {
 			conn.FlushChain(ch)

@@ -1,6 +1,7 @@
 package nft
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
@@ -40,6 +41,9 @@ type row struct {
 	// addrs are the sets that the frontend's address is to be in. They are not
 	// known of a row that was read.
 	addrs inAddrSets
+	// ports are those of the endpoints where there is a Translator, sorted, and
+	// otherwise told by slots and byID. They are not known of a row that was read.
+	ports []uint16
 }
 
 // slotList is what is in the slots of a list: endpoints, or with affinity their IDs.
@@ -155,6 +159,9 @@ func ownRange(f dataplane.Frontend) netip.Prefix {
 func supported(s *dataplane.Service) error {
 	if s.Affinity != 0 && max(len(s.Endpoints), len(s.LocalEndpoints)) > maxIDs {
 		return fmt.Errorf("%w: session affinity with more than %d endpoints", dataplane.ErrUnsupported, maxIDs)
+	}
+	if s.Scheduler != "" {
+		return fmt.Errorf("%w: IPVS scheduler %s, as endpoints are chosen at random", dataplane.ErrUnsupported, s.Scheduler)
 	}
 	return nil
 }
@@ -386,6 +393,14 @@ func (e *edit) change(f dataplane.Frontend, have, want *row) {
 	if len(have.ranges)+len(want.ranges) > 0 {
 		e.changeRanges(f, have, want)
 	}
+	merge(have.ports, want.ports, cmp.Compare[uint16], func(port uint16, inHave, inWant bool) {
+		switch {
+		case !inWant:
+			e.addPort(port, -1)
+		case !inHave:
+			e.addPort(port, 1)
+		}
+	})
 }
 
 func (e *edit) changeClass(
@@ -479,7 +494,12 @@ func (e *edit) changeRanges(f dataplane.Frontend, have, want *row) {
 	})
 }
 
-func (e *edit) countPort(endpoint netip.AddrPort, n int) { e.addPort(endpoint.Port(), n) }
+// countPort counts the port of what is in a slot, unless that is a virtual server.
+func (e *edit) countPort(endpoint netip.AddrPort, n int) {
+	if !e.table.virtual {
+		e.addPort(endpoint.Port(), n)
+	}
+}
 
 func (e *edit) addPort(port uint16, n int) {
 	if e.ports == nil {

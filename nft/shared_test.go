@@ -68,7 +68,7 @@ func wantCounts(t *testing.T, d *Dataplane, services []*dataplane.Service) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		branches, addrs := map[branch]int{}, newAddrCounts()
+		branches, addrs, ports := map[branch]int{}, newAddrCounts(), maps.Clone(c.ports)
 		for b := range d.resting[i] {
 			branches[b] = 0
 		}
@@ -76,12 +76,15 @@ func wantCounts(t *testing.T, d *Dataplane, services []*dataplane.Service) {
 			if index(s.Key.Family) != i {
 				continue
 			}
-			r := render(s, d.arrangementOf(s), d.node)
+			r := d.render(s, d.arrangementOf(s))
 			for _, f := range s.Frontends {
 				for _, b := range r.branches() {
 					branches[b]++
 				}
 				addrs.add(f.Addr.Addr(), r.addrs, 1)
+				for _, port := range r.ports {
+					ports[port]++
+				}
 			}
 		}
 		same(t, "branches", d.branches[i], branches)
@@ -90,8 +93,8 @@ func wantCounts(t *testing.T, d *Dataplane, services []*dataplane.Service) {
 			same(t, addrSet(s).String(), d.addrs[i][s], addrs[s])
 			same(t, addrSet(s).String()+" in the kernel", c.addrs[s], keys(addrs[s]))
 		}
-		same(t, "ports", d.ports[i], c.ports)
-		same(t, "ports in the kernel", c.portSet, keys(c.ports))
+		same(t, "ports", d.ports[i], ports)
+		same(t, "ports in the kernel", c.portSet, keys(ports))
 	}
 }
 
@@ -116,54 +119,61 @@ func same[M ~map[K]V, K, V comparable](t *testing.T, what string, got, want M) {
 // is there.
 func TestCountsFollowTheKernel(t *testing.T) {
 	t.Parallel()
-	for seed := range uint64(6) {
-		t.Run(fmt.Sprint(seed), func(t *testing.T) {
-			t.Parallel()
-			random := rand.New(rand.NewPCG(seed, 10))
-			d, ns := newDataplane(t)
-			var have []*dataplane.Service
-			unknown := true
-			for round := range 20 {
-				want := crowdedServices(t, random, 14)
-				if random.IntN(8) == 0 {
-					d = openIn(t, ns)
-					unknown = true
-				}
-				d.editSize = []int{3, 12, 40, editSize}[random.IntN(4)]
-				failing, what := random.IntN(12), []fault{none, none, reject, refuse}[random.IntN(4)]
-				d.flush = func() error {
-					if failing--; failing == 0 {
-						switch what {
-						case reject:
-							_ = d.conn.SetDeleteElements(d.tables[0].services, []element{{Key: []byte{1, 2, 3, 4}}})
-						case refuse:
-							d.conn.DelChain(d.branchOfNobody())
-						case none, lose:
-						}
-					}
-					return d.conn.Flush()
-				}
-				var err error
-				if unknown || random.IntN(4) == 0 {
-					node := randomNode(random)
-					node.PingServiceIPs = random.IntN(4) > 0
-					err = d.Replace(t.Context(), node, slices.Values(want), nil)
-				} else {
-					err = d.Apply(t.Context(), changesBetween(have, want))
-				}
-				have = want
-				keyed, ok := errors.AsType[*dataplane.Error](err)
-				if unknown = err != nil; !unknown {
-					wantState(t, d, have...)
-					wantCounts(t, d, have)
-				} else if ok {
-					wantShared(t, d, have, keyed.Failed)
-				}
-				if t.Failed() {
-					t.Fatalf("round %d: commits of %d, fault %d, error %v", round, d.editSize, what, err)
+	for name, translator := range translators() {
+		for seed := range uint64(6) {
+			t.Run(fmt.Sprint(name, " ", seed), func(t *testing.T) {
+				t.Parallel()
+				testCounts(t, seed, translator)
+			})
+		}
+	}
+}
+
+func testCounts(t *testing.T, seed uint64, translator Translator) {
+	t.Helper()
+	random := rand.New(rand.NewPCG(seed, 10))
+	d, ns := newDataplane(t, translator)
+	var have []*dataplane.Service
+	unknown := true
+	for round := range 20 {
+		want := crowdedServices(t, random, 14)
+		if random.IntN(8) == 0 {
+			d = openIn(t, ns, translator)
+			unknown = true
+		}
+		d.editSize = []int{3, 12, 40, editSize}[random.IntN(4)]
+		failing, what := random.IntN(12), []fault{none, none, reject, refuse}[random.IntN(4)]
+		d.flush = func() error {
+			if failing--; failing == 0 {
+				switch what {
+				case reject:
+					_ = d.conn.SetDeleteElements(d.tables[0].services, []element{{Key: []byte{1, 2, 3, 4}}})
+				case refuse:
+					d.conn.DelChain(d.branchOfNobody())
+				case none, lose:
 				}
 			}
-		})
+			return d.conn.Flush()
+		}
+		var err error
+		if unknown || random.IntN(4) == 0 {
+			node := randomNode(random)
+			node.PingServiceIPs = random.IntN(4) > 0
+			err = d.Replace(t.Context(), node, slices.Values(want), nil)
+		} else {
+			err = d.Apply(t.Context(), changesBetween(have, want))
+		}
+		have = want
+		keyed, ok := errors.AsType[*dataplane.Error](err)
+		if unknown = err != nil; !unknown {
+			wantState(t, d, have...)
+			wantCounts(t, d, have)
+		} else if ok {
+			wantShared(t, d, have, keyed.Failed)
+		}
+		if t.Failed() {
+			t.Fatalf("round %d: commits of %d, fault %d, error %v", round, d.editSize, what, err)
+		}
 	}
 }
 
@@ -185,7 +195,12 @@ func wantShared(t *testing.T, d *Dataplane, services []*dataplane.Service, faile
 			if failed[s.Key] != nil || index(s.Key.Family) != i {
 				continue
 			}
-			r := render(s, d.arrangementOf(s), d.node)
+			r := d.render(s, d.arrangementOf(s))
+			for _, port := range r.ports {
+				if !c.portSet[port] {
+					t.Errorf("%s has taken, and its port %d is not in the set", s.Key, port)
+				}
+			}
 			for _, f := range s.Frontends {
 				for set, in := range r.addrs {
 					if in && !c.addrs[set][f.Addr.Addr()] {

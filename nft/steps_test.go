@@ -44,7 +44,7 @@ var errLost = errors.New("the answer was lost")
 // observer.
 func observe(t *testing.T, d *Dataplane, ns *nettest.Namespace) *observer {
 	t.Helper()
-	o := &observer{t: t, reader: openIn(t, ns), fail: func(int) fault { return none }}
+	o := &observer{t: t, reader: openIn(t, ns, d.translator), fail: func(int) fault { return none }}
 	d.editSize = 6
 	d.flush = func() error {
 		before := generation(t, o.reader)
@@ -158,7 +158,7 @@ func wantClean(t *testing.T, d *Dataplane, ns *nettest.Namespace, node dataplane
 		}
 	}
 	before := generation(t, d)
-	again := openIn(t, ns)
+	again := openIn(t, ns, d.translator)
 	again.now = d.now
 	replace(t, again, node, services...)
 	if generation(t, d) != before {
@@ -170,7 +170,17 @@ func wantClean(t *testing.T, d *Dataplane, ns *nettest.Namespace, node dataplane
 // change in every way, and go, by Apply and by Replace.
 func TestStepsAreSeenInOrder(t *testing.T) {
 	t.Parallel()
-	d, ns := newDataplane(t)
+	for name, translator := range translators() {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			testSteps(t, translator)
+		})
+	}
+}
+
+func testSteps(t *testing.T, translator Translator) {
+	t.Helper()
+	d, ns := newDataplane(t, translator)
 	replace(t, d, podNode())
 	o := observe(t, d, ns)
 	var have []*dataplane.Service
@@ -180,7 +190,7 @@ func TestStepsAreSeenInOrder(t *testing.T) {
 		if seed%4 == 3 {
 			want = nil
 		}
-		o.old, o.new = dataplane.StateOf(slices.Values(have)), dataplane.StateOf(slices.Values(want))
+		o.old, o.new = stateOf(d, have), stateOf(d, want)
 		if seed%2 == 0 {
 			replace(t, d, podNode(), want...)
 		} else {

@@ -91,6 +91,9 @@ func (d *Dataplane) mend(t *table, node dataplane.Node, have *content) error {
 // mendPorts makes the ports of endpoints those of the endpoints that there are, in
 // commits of their own, as there may be many.
 func (d *Dataplane) mendPorts(t *table, have *content) error {
+	if t.virtual { // the Services tell, and not what was read
+		return nil
+	}
 	var gone, come []element
 	for port := range have.portSet {
 		if have.ports[port] == 0 {

@@ -17,6 +17,7 @@ import (
 // watch listens to the kernel's announcements of ruleset changes and signals
 // those of our tables that were made through another socket than ours.
 type watch struct {
+	table string // the name of ours
 	conn  *netlink.Conn
 	drift chan struct{}
 	done  chan struct{}
@@ -26,12 +27,12 @@ type watch struct {
 }
 
 // startWatch starts a goroutine that ends with close.
-func startWatch(netns int, ownPort uint32, log *slog.Logger) (*watch, error) {
+func startWatch(table string, netns int, ownPort uint32, log *slog.Logger) (*watch, error) {
 	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, &netlink.Config{NetNS: netns})
 	if err != nil {
 		return nil, fmt.Errorf("open netlink socket to watch for changes: %w", err)
 	}
-	w := &watch{conn: conn, drift: make(chan struct{}, 1), done: make(chan struct{}), log: log}
+	w := &watch{table: table, conn: conn, drift: make(chan struct{}, 1), done: make(chan struct{}), log: log}
 	if err := w.subscribe(ownPort); err != nil {
 		return nil, errors.Join(err, conn.Close())
 	}
@@ -76,7 +77,7 @@ func (w *watch) run() {
 		messages, err := w.conn.Receive()
 		switch {
 		case err == nil:
-			if slices.ContainsFunc(messages, concernsUs) {
+			if slices.ContainsFunc(messages, w.concernsUs) {
 				w.signal()
 			}
 		case errors.Is(err, unix.ENOBUFS):
@@ -109,7 +110,7 @@ func (w *watch) close() error {
 }
 
 // concernsUs reports whether a message announces a change in one of our tables.
-func concernsUs(m netlink.Message) bool {
+func (w *watch) concernsUs(m netlink.Message) bool {
 	if m.Header.Type>>8 != unix.NFNL_SUBSYS_NFTABLES || len(m.Data) < 4 {
 		return false
 	}
@@ -129,7 +130,7 @@ func concernsUs(m netlink.Message) bool {
 		// The table's name is attribute 1 of tables, chains, rules, sets,
 		// elements and objects alike (linux/netfilter/nf_tables.h).
 		if attrs.Type() == unix.NFTA_TABLE_NAME {
-			return bytes.Equal(attrs.Bytes(), []byte(TableName+"\x00"))
+			return bytes.Equal(attrs.Bytes(), []byte(w.table+"\x00"))
 		}
 	}
 	return false

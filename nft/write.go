@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"iter"
 	"maps"
+	"net/netip"
 	"slices"
 	"time"
 
@@ -116,9 +117,9 @@ func (d *Dataplane) plan(changes []dataplane.Change, failed map[dataplane.Key]er
 	for _, c := range changes {
 		key := c.Key()
 		var before arrangement
-		if c.Old != nil && supported(c.Old) == nil {
+		if c.Old != nil && d.supported(c.Old) == nil {
 			before = d.arrangementOf(c.Old)
-			r := owned{key, render(c.Old, before, d.node)}
+			r := owned{key, d.render(c.Old, before)}
 			for _, f := range c.Old.Frontends {
 				p.have[f] = r
 			}
@@ -127,13 +128,13 @@ func (d *Dataplane) plan(changes []dataplane.Change, failed map[dataplane.Key]er
 		if c.New == nil {
 			continue
 		}
-		if err := supported(c.New); err != nil {
+		if err := d.supported(c.New); err != nil {
 			failed[key] = err
 			continue
 		}
-		a := arrangeService(before, c.New)
-		p.after[key] = arranged{a, !a.natural(c.New)}
-		r := owned{key, render(c.New, a, d.node)}
+		a := d.arrange(before, c.New)
+		p.after[key] = a
+		r := owned{key, d.render(c.New, a.arrangement)}
 		for _, f := range c.New.Frontends {
 			p.want[f] = r
 		}
@@ -254,10 +255,36 @@ func index(f dataplane.Family) int {
 
 // arrangementOf returns the arrangement of a Service that is programmed.
 func (d *Dataplane) arrangementOf(s *dataplane.Service) arrangement {
-	if a, ok := d.arrangements[s.Key]; ok {
+	if a, ok := d.arrangements[s.Key]; ok || d.translator != nil {
 		return a
 	}
 	return arrangeService(arrangement{}, s)
+}
+
+// arrange returns the next arrangement of a Service. Where there is a Translator,
+// there is nothing to arrange.
+func (d *Dataplane) arrange(current arrangement, s *dataplane.Service) arranged {
+	if d.translator != nil {
+		return arranged{}
+	}
+	a := arrangeService(current, s)
+	return arranged{a, !a.natural(s)}
+}
+
+// render returns what the maps hold for each frontend of the Service.
+func (d *Dataplane) render(s *dataplane.Service, a arrangement) *row {
+	if d.translator != nil {
+		return renderVirtual(s, d.translator, d.node)
+	}
+	return render(s, a, d.node)
+}
+
+// supported is as the function of this name. A Translator has no limits.
+func (d *Dataplane) supported(s *dataplane.Service) error {
+	if d.translator != nil {
+		return nil
+	}
+	return supported(s)
 }
 
 // tooLarge reports whether a batch can't be one commit.
@@ -499,11 +526,16 @@ func (d *Dataplane) Replace(ctx context.Context, node dataplane.Node, services i
 			}
 		}
 		d.ports[i].commit(have[i].ports)
+		if t.virtual {
+			for port := range have[i].portSet {
+				d.ports[i][port] = 0
+			}
+		}
 		d.rangeBits[i] = have[i].rangeBits
 	}
 	r := replacement{Dataplane: d, have: have, progress: progress, failed: map[dataplane.Key]error{}}
 	for s := range services {
-		if err := supported(s); err != nil {
+		if err := d.supported(s); err != nil {
 			r.failed[s.Key] = err
 			continue
 		}
@@ -535,7 +567,10 @@ type replacement struct {
 // add puts a Service into the next commit, and commits when that is full.
 func (r *replacement) add(ctx context.Context, s *dataplane.Service) error {
 	endpoints := len(s.Endpoints) + len(s.LocalEndpoints)
-	if s.Affinity != 0 {
+	switch {
+	case r.translator != nil:
+		endpoints = int(lists) // a virtual server each
+	case s.Affinity != 0:
 		endpoints *= 2 // by slot and by ID
 	}
 	elements := len(s.Frontends) * (endpoints + len(s.SourceRanges) + 1)
@@ -571,9 +606,8 @@ func (r *replacement) commitServices(services []*dataplane.Service) error {
 	after := make([]arranged, len(services))
 	for n, s := range services {
 		have := r.have[index(s.Key.Family)].rows
-		a := arrangeService(arrangementFound(s, have), s)
-		after[n] = arranged{a, !a.natural(s)}
-		want := render(s, a, r.node)
+		after[n] = r.arrange(arrangementFound(s, have), s)
+		want := r.render(s, after[n].arrangement)
 		for _, f := range s.Frontends {
 			b.found(f, have[f], want)
 		}
@@ -686,28 +720,48 @@ func (r *replacement) finish(ctx context.Context) error {
 	if err := r.commit(b); err != nil {
 		return err
 	}
-	return r.removeAddrs()
+	return r.removeShared()
 }
 
-// removeAddrs takes addresses out of the sets that no frontend needs them in.
-func (r *replacement) removeAddrs() error {
+// removeShared takes addresses and ports out of the sets that no frontend needs
+// them in. Ports stay if a Service has failed, as nobody knows whether they are
+// those of its endpoints.
+func (r *replacement) removeShared() error {
 	for i, t := range r.tables {
 		for s, set := range t.addrSets {
-			var gone []element
-			for addr, n := range r.addrs[i][s] {
-				if n == 0 {
-					gone = append(gone, element{Key: addr.AsSlice()})
-					delete(r.addrs[i][s], addr)
-				}
+			if err := r.removeElements(set, unneeded(r.addrs[i][s], netip.Addr.AsSlice)); err != nil {
+				return err
 			}
-			for part := range slices.Chunk(gone, r.editSize) {
-				if err := r.conn.SetDeleteElements(set, part); err != nil {
-					return fmt.Errorf("encode deletions from set %s: %w", set.Name, err)
-				}
-				if err := r.flush(); err != nil {
-					return err
-				}
-			}
+		}
+		if len(r.failed) > 0 {
+			continue
+		}
+		if err := r.removeElements(t.endpointPorts, unneeded(r.ports[i], portElement)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// unneeded returns the elements that are counted as nobody's, and forgets them.
+func unneeded[K comparable](counts map[K]int, encode func(K) []byte) []element {
+	var gone []element
+	for k, n := range counts {
+		if n == 0 {
+			gone = append(gone, element{Key: encode(k)})
+			delete(counts, k)
+		}
+	}
+	return gone
+}
+
+func (d *Dataplane) removeElements(set *nftables.Set, gone []element) error {
+	for part := range slices.Chunk(gone, d.editSize) {
+		if err := d.conn.SetDeleteElements(set, part); err != nil {
+			return fmt.Errorf("encode deletions from set %s: %w", set.Name, err)
+		}
+		if err := d.flush(); err != nil {
+			return err
 		}
 	}
 	return nil

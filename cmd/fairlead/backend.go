@@ -9,29 +9,42 @@ import (
 
 	"fairlead/dataplane"
 	"fairlead/internal/metrics"
+	"fairlead/ipvs"
+	"fairlead/kube"
 	"fairlead/nft"
 )
 
 // mode is a backend, by the value of --mode.
 type mode string
 
-const modeNFT mode = "nft"
+const (
+	modeNFT  mode = "nft"
+	modeIPVS mode = "ipvs"
+)
 
 // modes are all backends, the default first.
-func modes() []mode { return []mode{modeNFT} }
+func modes() []mode { return []mode{modeNFT, modeIPVS} }
 
-// modeNames returns the values of --mode, for people.
-func modeNames() string {
+// modeNames returns the values of --mode, and kubeProxyNames those of --proxy-mode.
+func modeNames() []string {
 	var names []string
 	for _, m := range modes() {
 		names = append(names, string(m))
 	}
-	return strings.Join(names, " or ")
+	return names
+}
+
+func kubeProxyNames() []string {
+	var names []string
+	for _, m := range modes() {
+		names = append(names, m.kubeProxyName())
+	}
+	return names
 }
 
 func (m mode) validate() error {
 	if !slices.Contains(modes(), m) {
-		return fmt.Errorf("--mode: unknown mode %q: use %s", string(m), modeNames())
+		return fmt.Errorf("--mode: unknown mode %q: use %s", string(m), strings.Join(modeNames(), " or "))
 	}
 	return nil
 }
@@ -44,18 +57,68 @@ func (m mode) kubeProxyName() string {
 	return string(m)
 }
 
+// fromKubeProxy returns the mode that has a name of kube-proxy's, if one has.
+func fromKubeProxy(name string) (mode, bool) {
+	i := slices.Index(kubeProxyNames(), name)
+	if i < 0 {
+		return "", false
+	}
+	return modes()[i], true
+}
+
+// tracker returns the options of a tracker with what depends on the mode: where
+// node ports are served unless that is said, which is as with kube-proxy, and
+// which schedulers there are.
+func (m mode) tracker(o kube.Options) kube.Options {
+	if m != modeIPVS {
+		return o
+	}
+	if o.NodePortAddresses.IsZero() {
+		o.NodePortAddresses.All = true
+	}
+	o.Schedulers = ipvs.Schedulers()
+	return o
+}
+
 // open opens the backend, whose error says what the kernel or the process lacks.
-func (m mode) open(log *slog.Logger) (dataplane.Dataplane, error) {
-	d, err := nft.Open(nft.Options{Logger: log.With("backend", string(m))})
+// The settings are those of the mode ipvs.
+func (m mode) open(log *slog.Logger, settings ipvs.Options) (d dataplane.Dataplane, err error) {
+	log = log.With("backend", string(m))
+	switch m {
+	case modeIPVS:
+		settings.Logger = log
+		d, err = ipvs.Open(settings)
+	default:
+		d, err = nft.Open(nft.Options{Logger: log})
+	}
 	if err != nil {
 		return nil, fmt.Errorf("--mode=%s: %w", m, err)
 	}
 	return d, nil
 }
 
+// setUp does what may take more rights than to program Services does, and programs
+// none.
+func (m mode) setUp(ctx context.Context, log *slog.Logger, settings ipvs.Options) error {
+	if m != modeIPVS {
+		log.InfoContext(ctx, "nothing to set up", "reason", "--init-only")
+		return nil
+	}
+	settings.Logger = log.With("backend", string(m))
+	if err := ipvs.SetUp(settings); err != nil { //nolint:contextcheck // it takes no time to speak of
+		return fmt.Errorf("--mode=%s: %w", m, err)
+	}
+	log.InfoContext(ctx, "the kernel is set up", "reason", "--init-only", "mode", string(m))
+	return nil
+}
+
 // counters returns what reads the backend's counters.
 func (m mode) counters(log *slog.Logger) *counters {
-	kernel := nft.NewCounters(nft.Options{})
+	var options nft.Options
+	if m == modeIPVS {
+		options.Table = ipvs.TableName
+	}
+	kernel := nft.NewCounters(options)
 	return &counters{log: log.With("backend", string(m)), close: kernel.Close, read: func(ctx context.Context) ([]metrics.Unserved, error) {
 		counts, err := kernel.Read(ctx)
 		if err != nil {
@@ -69,9 +132,40 @@ func (m mode) counters(log *slog.Logger) *counters {
 	}}
 }
 
+// cleanup removes what the backend has programmed.
 func (m mode) cleanup(log *slog.Logger) error {
-	if err := nft.Cleanup(nft.Options{Logger: log}); err != nil {
+	log = log.With("backend", string(m))
+	var err error
+	switch m {
+	case modeIPVS:
+		err = ipvs.Cleanup(ipvs.Options{Logger: log})
+	default:
+		err = nft.Cleanup(nft.Options{Logger: log})
+	}
+	if err != nil {
 		return fmt.Errorf("clean up after --mode=%s: %w", m, err)
 	}
 	return nil
+}
+
+// takeOver removes what other modes have left, once this one has programmed
+// everything: Services work all the time. That it fails is logged, and holds up
+// nothing.
+func (m mode) takeOver(ctx context.Context, log *slog.Logger, programmed <-chan struct{}, cleanup func(mode, *slog.Logger) error) {
+	select {
+	case <-ctx.Done():
+		return
+	case <-programmed:
+	}
+	for _, other := range modes() {
+		if other == m {
+			continue
+		}
+		if err := cleanup(other, log); err != nil {
+			log.WarnContext(ctx, "what another mode may have programmed is still there; the next start tries again",
+				"other_mode", string(other), "error", err)
+			continue
+		}
+		log.InfoContext(ctx, "nothing that another mode has programmed is left", "other_mode", string(other))
+	}
 }

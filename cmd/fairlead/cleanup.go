@@ -2,6 +2,7 @@ package main
 
 import (
 	"errors"
+	"io/fs"
 
 	"github.com/spf13/cobra"
 )
@@ -22,7 +23,11 @@ mostly too. A Fairlead that still runs puts everything back.`,
 			}
 			var errs []error
 			for _, m := range modes() {
-				errs = append(errs, m.cleanup(log))
+				err := m.cleanup(log)
+				errs = append(errs, err)
+				if errors.Is(err, fs.ErrPermission) {
+					break // as it would be with the others
+				}
 			}
 			return errors.Join(errs...)
 		},

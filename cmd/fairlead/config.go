@@ -17,6 +17,7 @@ import (
 
 	"k8s.io/apimachinery/pkg/util/validation"
 
+	"fairlead/ipvs"
 	"fairlead/kube"
 )
 
@@ -31,7 +32,10 @@ type config struct {
 
 // static is what can't change while the program runs.
 type static struct {
-	mode     mode
+	mode mode
+	// ipvs has the settings of the mode ipvs, without a logger, and is zero in
+	// others.
+	ipvs     ipvs.Options
 	initOnly bool
 	// manifests is empty if the source is the API.
 	manifests     string
@@ -163,6 +167,9 @@ func parse(in input) (config, error) {
 	p := &parser{input: in}
 	c := config{notes: in.notes}
 	c.mode = p.mode()
+	if c.mode == modeIPVS {
+		c.ipvs = p.ipvs()
+	}
 	c.initOnly = p.is("init-only")
 	p.source(&c)
 	nodeName, err := nodeName(p.label("hostname-override"), p.text("hostname-override"))
@@ -196,20 +203,52 @@ func parse(in input) (config, error) {
 func (p *parser) mode() mode {
 	own, has := p.given["mode"]
 	theirs, alias := p.given["proxy-mode"]
+	m, known := fromKubeProxy(theirs)
 	switch {
 	case !alias:
-	case theirs != "nftables":
-		p.fail("proxy-mode", "unknown mode %q: use nftables", theirs)
-	case has && own != string(modeNFT):
+	case !known:
+		p.fail("proxy-mode", "unknown mode %q: use %s", theirs, strings.Join(kubeProxyNames(), " or "))
+	case has && own != string(m):
 		p.fail("proxy-mode", "%q differs from --mode=%s: give one of them", theirs, own)
 	default:
-		return modeNFT
+		return m
 	}
-	m := mode(p.text("mode"))
+	m = mode(p.text("mode"))
 	if err := m.validate(); err != nil {
 		p.errs = append(p.errs, err)
 	}
 	return m
+}
+
+// ipvs returns the settings of the mode ipvs.
+func (p *parser) ipvs() ipvs.Options {
+	const name = "ipvs-scheduler"
+	scheduler, all := p.text(name), ipvs.Schedulers()
+	if !slices.Contains(all, scheduler) {
+		p.fail(name, "%q is not a scheduler: use one of %s", scheduler, strings.Join(all, ", "))
+	}
+	return ipvs.Options{
+		Scheduler:     scheduler,
+		ExcludeCIDRs:  p.networks("ipvs-exclude-cidrs", false),
+		StrictARP:     p.is("ipvs-strict-arp"),
+		TCPTimeout:    p.timeout("ipvs-tcp-timeout"),
+		TCPFinTimeout: p.timeout("ipvs-tcpfin-timeout"),
+		UDPTimeout:    p.timeout("ipvs-udp-timeout"),
+	}
+}
+
+// longestTimeout is what the kernel takes whatever the frequency of its clock: it
+// keeps timeouts in ticks, of which there are up to 1,000 a second.
+const longestTimeout = math.MaxInt32 / 1000 * time.Second
+
+// timeout returns one of IPVS's timeouts.
+func (p *parser) timeout(name string) time.Duration {
+	d, err := time.ParseDuration(cmp.Or(p.text(name), "0"))
+	if err != nil || d < 0 || d > longestTimeout || d%time.Second != 0 {
+		p.fail(name, "%q is not a number of whole seconds up to %s: write it as 15m or 90s, or 0 to leave the kernel's",
+			p.text(name), longestTimeout)
+	}
+	return d
 }
 
 // source fills in where the objects come from: a folder or the API.
@@ -407,9 +446,10 @@ func (p *parser) instead() {
 // idle notes the flags that have no effect, and still says if their values make
 // no sense.
 func (p *parser) idle(c *config) {
-	for _, s := range idleSettings() {
+	for _, s := range settings() {
 		value, ok := p.given[s.name]
-		if !ok {
+		why := s.idleIn(c.mode)
+		if !ok || why == "" {
 			continue
 		}
 		var err error
@@ -427,7 +467,7 @@ func (p *parser) idle(c *config) {
 		if err != nil {
 			p.fail(s.name, "%q is no value of type %s, and the flag has no effect: leave it out", value, s.kind)
 		}
-		c.notes = append(c.notes, note{what: p.label(s.name), why: s.idle})
+		c.notes = append(c.notes, note{what: p.label(s.name), why: why})
 	}
 }
 
@@ -435,6 +475,10 @@ func (p *parser) idle(c *config) {
 // running program.
 func (c config) restart(o config) []string {
 	var names []string
+	settings := o.ipvs
+	if c.mode != o.mode {
+		settings = c.ipvs // they come with the mode
+	}
 	for name, same := range map[string]bool{
 		"mode":                        c.mode == o.mode,
 		"the source of the objects":   c.manifests == o.manifests && c.api == o.api,
@@ -444,6 +488,12 @@ func (c config) restart(o config) []string {
 		"bind-address-hard-fail":      c.hardFail == o.hardFail,
 		"profiling":                   c.profiling == o.profiling,
 		"the format of the log":       c.logFormat == o.logFormat,
+		"ipvs-scheduler":              c.ipvs.Scheduler == settings.Scheduler,
+		"ipvs-exclude-cidrs":          slices.Equal(c.ipvs.ExcludeCIDRs, settings.ExcludeCIDRs),
+		"ipvs-strict-arp":             c.ipvs.StrictARP == settings.StrictARP,
+		"ipvs-tcp-timeout":            c.ipvs.TCPTimeout == settings.TCPTimeout,
+		"ipvs-tcpfin-timeout":         c.ipvs.TCPFinTimeout == settings.TCPFinTimeout,
+		"ipvs-udp-timeout":            c.ipvs.UDPTimeout == settings.UDPTimeout,
 		"what --manifests depends on": slices.Equal(c.serviceCIDRs, o.serviceCIDRs) && c.dnsListen == o.dnsListen && c.clusterDomain == o.clusterDomain,
 	} {
 		if !same {

@@ -57,6 +57,12 @@ func fieldFlags() map[string]string {
 		"detectLocal.interfaceNamePrefix":     "pod-interface-name-prefix",
 		"clusterCIDR":                         "cluster-cidr",
 		"nodePortAddresses":                   "nodeport-addresses",
+		"ipvs.scheduler":                      "ipvs-scheduler",
+		"ipvs.excludeCIDRs":                   "ipvs-exclude-cidrs",
+		"ipvs.strictARP":                      "ipvs-strict-arp",
+		"ipvs.tcpTimeout":                     "ipvs-tcp-timeout",
+		"ipvs.tcpFinTimeout":                  "ipvs-tcpfin-timeout",
+		"ipvs.udpTimeout":                     "ipvs-udp-timeout",
 	}
 }
 
@@ -68,11 +74,13 @@ func whyIdle(field string) string {
 		return idleSync
 	case field == "iptables.localhostNodePorts":
 		return idleLocalhost
+	case field == "nftables.masqueradeAll":
+		return idleNFTables
 	case section == "nftables":
 		return "Fairlead marks no packets"
 	}
 	return cmp.Or(map[string]string{
-		"iptables": idleIPTables, "ipvs": idleIPVS, "conntrack": idleConntrack, "oomScoreAdj": idleOOM,
+		"iptables": idleIPTables, "conntrack": idleConntrack, "oomScoreAdj": idleOOM,
 		"featureGates": idleGates, "showHiddenMetricsForVersion": idleHidden, "configSyncPeriod": idleRefresh,
 		"logging": idleLog, "winkernel": idleWindows, "windowsRunAsService": idleWindows,
 		"portRange": "it was of kube-proxy's userspace mode",
@@ -139,9 +147,13 @@ func orNothing(value any) string {
 // effect.
 func (f *configFile) take(fields map[string]string) {
 	flags := fieldFlags()
-	if fields["mode"] == "nftables" {
-		// Where that is not chosen, iptables.masqueradeAll says what is wanted.
+	// kube-proxy's mode ipvs goes by what is said of iptables, and so does a file
+	// that leaves the mode to it.
+	switch fields["mode"] {
+	case modeNFT.kubeProxyName():
 		delete(flags, "iptables.masqueradeAll")
+	case modeIPVS.kubeProxyName():
+		delete(flags, "nftables.masqueradeAll")
 	}
 	for _, field := range slices.Sorted(maps.Keys(fields)) {
 		flag, ok := flags[field]

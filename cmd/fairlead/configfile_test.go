@@ -10,10 +10,12 @@ import (
 	"reflect"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"k8s.io/kube-proxy/config/v1alpha1"
 
+	"fairlead/ipvs"
 	"fairlead/kube"
 )
 
@@ -119,6 +121,47 @@ func TestFlags(t *testing.T) {
 			},
 		},
 		{"pings", []string{"--ping-service-ips"}, func(c *config) { c.tracker.PingServiceIPs = true }},
+		{"the mode ipvs", []string{"--mode=ipvs"}, func(c *config) { c.mode, c.ipvs.Scheduler = modeIPVS, "rr" }},
+		{"the mode ipvs by kube-proxy's name", []string{"--proxy-mode=ipvs"}, func(c *config) { c.mode, c.ipvs.Scheduler = modeIPVS, "rr" }},
+		{
+			"all settings of IPVS",
+			[]string{
+				"--mode=ipvs", "--ipvs-scheduler=mh", "--ipvs-exclude-cidrs=192.0.2.1/24,2001:db8::/64", "--ipvs-exclude-cidrs=10.0.0.0/8",
+				"--ipvs-strict-arp", "--ipvs-tcp-timeout=15m", "--ipvs-tcpfin-timeout=30s", "--ipvs-udp-timeout=1m30s",
+			},
+			func(c *config) {
+				c.mode = modeIPVS
+				c.ipvs = ipvs.Options{
+					Scheduler: "mh", StrictARP: true, TCPTimeout: 15 * time.Minute, TCPFinTimeout: 30 * time.Second, UDPTimeout: 90 * time.Second,
+					ExcludeCIDRs: []netip.Prefix{
+						netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("2001:db8::/64"), netip.MustParsePrefix("10.0.0.0/8"),
+					},
+				}
+			},
+		},
+		{
+			"the longest timeout of IPVS, and none",
+			[]string{"--mode=ipvs", "--ipvs-tcp-timeout=2147483s", "--ipvs-udp-timeout=0"},
+			func(c *config) {
+				c.mode = modeIPVS
+				c.ipvs = ipvs.Options{Scheduler: "rr", TCPTimeout: 2147483 * time.Second}
+			},
+		},
+		{
+			"periods of kube-proxy's ipvs mode",
+			[]string{"--mode=ipvs", "--ipvs-sync-period=30s", "--ipvs-min-sync-period=0s"},
+			func(c *config) {
+				c.mode, c.ipvs.Scheduler = modeIPVS, "rr"
+				c.notes = []note{{"--ipvs-min-sync-period", idleSync, false}, {"--ipvs-sync-period", idleSync, false}}
+			},
+		},
+		{
+			"settings of IPVS in another mode",
+			[]string{"--ipvs-scheduler=lc", "--ipvs-strict-arp"},
+			func(c *config) {
+				c.notes = []note{{"--ipvs-scheduler", idleIPVS, false}, {"--ipvs-strict-arp", idleIPVS, false}}
+			},
+		},
 		{
 			"kube-proxy's switch for localhost",
 			[]string{"--iptables-localhost-nodeports=false"},
@@ -333,10 +376,34 @@ nodePortAddresses: [primary, 10.0.0.0/8]
 					{"--config: conntrack.min", idleConntrack, false},
 					{"--config: conntrack.udpTimeout", idleConntrack, false},
 					{"--config: featureGates.A", idleGates, false},
-					{"--config: ipvs.scheduler", idleIPVS, false},
 					{"--config: ipvs.syncPeriod", idleSync, false},
 					{"--config: nftables.masqueradeBit", "Fairlead marks no packets", false},
+					{"--config: ipvs.scheduler", idleIPVS, false},
 				}
+			},
+		},
+		{
+			"the mode ipvs", configHeader + `
+mode: ipvs
+iptables: {masqueradeAll: true}
+nftables: {masqueradeAll: true}
+ipvs: {scheduler: lc, excludeCIDRs: [10.0.0.0/8], strictARP: true, tcpTimeout: 15m0s, tcpFinTimeout: 30s, udpTimeout: 1m0s, syncPeriod: 30s}
+`, nil,
+			func(c *config) {
+				c.mode, c.tracker.MasqueradeAll = modeIPVS, true
+				c.ipvs = ipvs.Options{
+					Scheduler: "lc", ExcludeCIDRs: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}, StrictARP: true,
+					TCPTimeout: 15 * time.Minute, TCPFinTimeout: 30 * time.Second, UDPTimeout: time.Minute,
+				}
+				c.notes = []note{{"--config: ipvs.syncPeriod", idleSync, false}, {"--config: nftables.masqueradeAll", idleNFTables, false}}
+			},
+		},
+		{
+			"the mode by a flag, as kubeadm's file leaves it out", configHeader + "mode: ''\nipvs: {scheduler: sh}\n",
+			[]string{"--mode=ipvs", "--ipvs-scheduler=lc"},
+			func(c *config) {
+				c.mode, c.ipvs.Scheduler = modeIPVS, "sh"
+				c.notes = []note{{"--ipvs-scheduler", "--config is set: write it into the file", false}}
 			},
 		},
 		{
@@ -407,9 +474,16 @@ func TestWrongConfigFile(t *testing.T) {
 		},
 		{
 			"wrong values", configHeader + "clusterCIDR: pods\nmode: iptables\nhealthzBindAddress: here\n",
-			`--config: mode: unknown mode "iptables": use nftables` +
+			`--config: mode: unknown mode "iptables": use nftables or ipvs` +
 				` --config: clusterCIDR: "pods" is not a network: write it as 10.96.0.0/12 or fd00:96::/112` +
 				` --config: healthzBindAddress: "here" is not an address with a port: write 127.0.0.1:10256 or [::1]:10256`,
+		},
+		{
+			"wrong settings of IPVS", configHeader + "mode: ipvs\nipvs: {scheduler: least, excludeCIDRs: [pods], tcpTimeout: -1s, udpTimeout: 1.5s}\n",
+			`--config: ipvs.scheduler: "least" is not a scheduler: use one of dh, fo, lblc, lblcr, lc, mh, nq, ovf, rr, sed, sh, twos, wlc, wrr` +
+				` --config: ipvs.excludeCIDRs: "pods" is not a network: write it as 10.96.0.0/12 or fd00:96::/112` +
+				` --config: ipvs.tcpTimeout: "-1s" is not a number of whole seconds up to 596h31m23s: write it as 15m or 90s, or 0 to leave the kernel's` +
+				` --config: ipvs.udpTimeout: "1.5s" is not a number of whole seconds up to 596h31m23s: write it as 15m or 90s, or 0 to leave the kernel's`,
 		},
 	}
 	for _, test := range tests {
@@ -427,7 +501,7 @@ func TestWrongConfigFile(t *testing.T) {
 		})
 	}
 	_, _, err := load(given{"config": "/does/not/exist", "mode": "x"})
-	want := "--config: open /does/not/exist: no such file or directory\n--mode: unknown mode \"x\": use nft"
+	want := "--config: open /does/not/exist: no such file or directory\n--mode: unknown mode \"x\": use nft or ipvs"
 	if err == nil || err.Error() != want {
 		t.Errorf("error %v, want %s", err, want)
 	}

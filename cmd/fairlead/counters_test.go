@@ -19,6 +19,7 @@ import (
 	"fairlead/dataplane"
 	"fairlead/internal/metrics"
 	"fairlead/internal/nettest"
+	"fairlead/ipvs"
 	"fairlead/kube"
 	"fairlead/sync"
 )
@@ -91,7 +92,7 @@ func TestUnservedServiceCIDR(t *testing.T) {
 	n := newNode(t)
 	var dp dataplane.Dataplane
 	err := n.Node.Do(func() (err error) {
-		dp, err = modeNFT.open(slog.New(slog.DiscardHandler))
+		dp, err = modeNFT.open(slog.New(slog.DiscardHandler), ipvs.Options{})
 		return err
 	})
 	if err != nil {

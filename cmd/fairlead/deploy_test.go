@@ -2,13 +2,20 @@ package main
 
 import (
 	"bytes"
+	"encoding/json"
+	"errors"
 	"os"
 	"path"
 	"path/filepath"
 	"slices"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
 	"go.yaml.in/yaml/v3"
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/util/strategicpatch"
+	kubejson "sigs.k8s.io/json"
 )
 
 // manifestOf reads a file of deploy.
@@ -71,6 +78,81 @@ func TestDeploy(t *testing.T) {
 		}
 		if len(c.notes) > 0 {
 			t.Errorf("%s: notes %v", name, c.notes)
+		}
+	}
+}
+
+// daemonSetOf makes a DaemonSet of a manifest in JSON, whose every field it must
+// have.
+func daemonSetOf(t *testing.T, text []byte) appsv1.DaemonSet {
+	t.Helper()
+	var set appsv1.DaemonSet
+	strict, err := kubejson.UnmarshalStrict(text, &set)
+	if err := errors.Join(append(strict, err)...); err != nil {
+		t.Fatal(err)
+	}
+	return set
+}
+
+// The component for the mode ipvs patches the DaemonSet as kustomize does: what
+// needs more rights is done by a container that ends, and the program itself has
+// those that it has in the other mode.
+func TestDeployIPVS(t *testing.T) {
+	t.Parallel()
+	component := manifestOf[struct {
+		Kind    string
+		Patches []struct{ Path string }
+	}](t, "ipvs/kustomization.yaml")
+	if component.Kind != "Component" || len(component.Patches) != 1 || component.Patches[0].Path != "daemonset.yaml" {
+		t.Errorf("kustomization: %+v", component)
+	}
+	var texts [2][]byte
+	for i, file := range []string{"daemonset.yaml", "ipvs/daemonset.yaml"} {
+		var err error
+		if texts[i], err = json.Marshal(manifestOf[map[string]any](t, file)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	patched, err := strategicpatch.StrategicMergePatch(texts[0], texts[1], appsv1.DaemonSet{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	base, set := daemonSetOf(t, texts[0]), daemonSetOf(t, patched)
+	spec := &set.Spec.Template.Spec
+	if len(spec.Containers) != 1 || len(spec.InitContainers) != 1 {
+		t.Fatalf("%d containers and %d init containers, want one of each", len(spec.Containers), len(spec.InitContainers))
+	}
+	setUp, want := spec.InitContainers[0], base.Spec.Template.Spec.Containers[0]
+	want.Args = append(slices.Clone(want.Args), "--mode=ipvs")
+	if diff := cmp.Diff(want, spec.Containers[0]); diff != "" {
+		t.Errorf("the program's container (-the other mode's, in this mode +got):\n%s", diff)
+	}
+	if diff := cmp.Diff(append(slices.Clone(want.Args), "--init-only"), setUp.Args); diff != "" {
+		t.Errorf("the arguments of %s (-want +got):\n%s", setUp.Name, diff)
+	}
+	if setUp.Image != want.Image || !cmp.Equal(want.Env, setUp.Env) {
+		t.Errorf("%s has the image %s and the environment %v", setUp.Name, setUp.Image, setUp.Env)
+	}
+	if !*setUp.SecurityContext.Privileged {
+		t.Errorf("%s is not privileged: it can't load modules, nor write to /proc/sys", setUp.Name)
+	}
+	config := want.VolumeMounts[0]
+	modules := corev1.VolumeMount{Name: "modules", MountPath: "/lib/modules", ReadOnly: true}
+	if diff := cmp.Diff([]corev1.VolumeMount{config, modules}, setUp.VolumeMounts); diff != "" {
+		t.Errorf("%s mounts (-want +got):\n%s", setUp.Name, diff)
+	}
+	volumes := map[string]corev1.Volume{}
+	for _, v := range spec.Volumes {
+		volumes[v.Name] = v
+	}
+	if len(volumes) != 2 || volumes["modules"].HostPath == nil || volumes["modules"].HostPath.Path != "/lib/modules" || volumes["config"].ConfigMap == nil {
+		t.Errorf("volumes: %+v", spec.Volumes)
+	}
+	// The files that the DaemonSet is run with leave the mode to the flag, or agree.
+	for name, text := range map[string]string{"kubeadm's": kubeadmConfig, "kubeadm's of the mode ipvs": configHeader + "mode: ipvs\n"} {
+		c, _, err := load(given{"config": configPath(t, text), "hostname-override": "node", "mode": "ipvs"})
+		if err != nil || c.mode != modeIPVS || len(c.notes) > 0 {
+			t.Errorf("%s: mode %s, notes %v, error %v", name, c.mode, c.notes, err)
 		}
 	}
 }

@@ -8,6 +8,9 @@ import (
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
+
+	"fairlead/ipvs"
+	"fairlead/kube"
 )
 
 // setting is a flag of `fairlead run`. Values stay text until all of them are
@@ -30,9 +33,13 @@ type setting struct {
 	// first says that the flag goes before a configuration file: --master, which
 	// has no field there, --hostname-override, and all on logging.
 	first bool
-	// idle says why a flag of kube-proxy has no effect here. It is accepted, so
-	// that command lines can stay as they are, and a warning has the reason.
+	// idle says why a flag of kube-proxy has no effect here, or in all modes but
+	// one. It is accepted, so that command lines can stay as they are, and a
+	// warning has the reason.
 	idle string
+	// only is the mode that a flag of kube-proxy is for. In the others it has no
+	// effect, as idle says.
+	only mode
 	// instead says what to do instead of giving a flag of kube-proxy that has an
 	// effect which is not to be had here.
 	instead string
@@ -54,7 +61,8 @@ const (
 const (
 	idleIPTables  = "it is about kube-proxy's iptables mode"
 	idleLocalhost = idleIPTables + ": node ports of TCP are served at 127.0.0.1 and ::1 where --nodeport-addresses (nodePortAddresses) has localhost"
-	idleIPVS      = "it is about kube-proxy's ipvs mode, and this mode does not use IPVS"
+	idleIPVS      = "it is about the mode ipvs, and this is another"
+	idleNFTables  = "it is about kube-proxy's nftables mode"
 	idleSync      = "a change is programmed at once, and there is no period to set"
 	idleConntrack = "Fairlead leaves the node's connection tracking as it is: set it with sysctl"
 	idleOOM       = "Fairlead leaves its oom_score_adj as it is: in Kubernetes priorityClassName system-node-critical sets it"
@@ -65,17 +73,24 @@ const (
 	idleWindows   = "it is about Windows"
 )
 
+// idleIn says why the flag has no effect in a mode, or is empty.
+func (s setting) idleIn(m mode) string {
+	if s.only != "" && s.only == m {
+		return ""
+	}
+	return s.idle
+}
+
 // settings are all flags of `fairlead run`.
 func settings() []setting {
-	var names []string
-	for _, m := range modes() {
-		names = append(names, string(m))
-	}
 	active := []setting{
-		{name: "mode", kind: text, own: true, value: names[0], values: names, usage: "the kernel mechanism to program: " + modeNames()},
 		{
-			name: "proxy-mode", kind: text, values: []string{"nftables"},
-			usage: "the same by kube-proxy's names: nftables is nft",
+			name: "mode", kind: text, own: true, value: modeNames()[0], values: modeNames(),
+			usage: "the kernel mechanism to program: nft, or ipvs for a choice of how endpoints are picked",
+		},
+		{
+			name: "proxy-mode", kind: text, values: kubeProxyNames(),
+			usage: "the same by kube-proxy's names: nftables is nft, and ipvs is ipvs",
 		},
 		{
 			name: "config", kind: text, own: true, file: true,
@@ -122,7 +137,7 @@ func settings() []setting {
 		{
 			name: "nodeport-addresses", kind: list, values: []string{"primary", "localhost", "all"},
 			usage: "the addresses of this node that node ports are served on: networks, primary (those of the Node object), " +
-				"localhost (TCP only, by a relay) or all (but localhost). Empty: primary, or with --manifests all",
+				"localhost (TCP only, by a relay) or all (but localhost). Empty: primary, or with --mode=ipvs or --manifests all",
 		},
 		{
 			name: "ping-service-ips", kind: boolean, value: "false", own: true,
@@ -150,7 +165,8 @@ func settings() []setting {
 		{name: "profiling", kind: boolean, value: "false", usage: "show the program's profiles at --metrics-bind-address, /debug/pprof/"},
 		{
 			name: "init-only", kind: boolean, value: "false", own: true,
-			usage: "end at once: there is nothing that must be set up with more rights than CAP_NET_ADMIN",
+			usage: "set up what may take more rights than CAP_NET_ADMIN, which are modules and sysctls for --mode=ipvs and nothing " +
+				"for nft, and end",
 		},
 		{name: "log-level", kind: text, first: true, value: levelInfo, values: levels(), usage: levelUsage},
 		{name: "log-format", kind: text, first: true, value: formatText, values: formats(), usage: formatUsage},
@@ -159,10 +175,45 @@ func settings() []setting {
 		{name: "write-config-to", kind: text, instead: "leave it out: Fairlead writes no files"},
 		{name: "logging-format", kind: text, first: true, values: formats(), usage: "kube-proxy's name for --log-format"},
 	}
-	return append(active, idleSettings()...)
+	return slices.Concat(active, ipvsSettings(), idleSettings())
 }
 
-// idleSettings are the flags of kube-proxy that have no effect.
+// ipvsSettings are the flags of kube-proxy for the mode ipvs.
+func ipvsSettings() []setting {
+	all := []setting{
+		{
+			name: "ipvs-scheduler", kind: text, value: ipvs.DefaultScheduler, values: ipvs.Schedulers(),
+			usage: "how endpoints are picked, by the kernel's names, unless a Service has the annotation " + kube.AnnotationIPVSScheduler,
+		},
+		{
+			name: "ipvs-exclude-cidrs", kind: list,
+			usage: "networks whose virtual servers are another program's, and are left alone",
+		},
+		{
+			name: "ipvs-strict-arp", kind: boolean, value: "false",
+			usage: "answer ARP only for addresses of the interface that it came in on (sysctls arp_ignore=1, arp_announce=2)",
+		},
+		{
+			name: "ipvs-tcp-timeout", kind: duration, value: "0s",
+			usage: "how long idle connections of TCP are remembered, in whole seconds, by all of IPVS on this node; 0: as the kernel has it",
+		},
+		{
+			name: "ipvs-tcpfin-timeout", kind: duration, value: "0s",
+			usage: "the same for connections of TCP that the client has closed",
+		},
+		{
+			name: "ipvs-udp-timeout", kind: duration, value: "0s",
+			usage: "the same for UDP",
+		},
+	}
+	for i := range all {
+		all[i].only, all[i].idle = modeIPVS, idleIPVS
+		all[i].usage = "with --mode=ipvs, " + all[i].usage
+	}
+	return all
+}
+
+// idleSettings are the flags of kube-proxy that have no effect in any mode.
 func idleSettings() []setting {
 	var idle []setting
 	for _, group := range []struct {
@@ -174,10 +225,6 @@ func idleSettings() []setting {
 		{idleSync, map[string]kind{
 			"iptables-sync-period": duration, "iptables-min-sync-period": duration,
 			"ipvs-sync-period": duration, "ipvs-min-sync-period": duration,
-		}},
-		{idleIPVS, map[string]kind{
-			"ipvs-scheduler": text, "ipvs-exclude-cidrs": list, "ipvs-strict-arp": boolean,
-			"ipvs-tcp-timeout": duration, "ipvs-tcpfin-timeout": duration, "ipvs-udp-timeout": duration,
 		}},
 		{idleConntrack, map[string]kind{
 			"conntrack-max-per-core": integer, "conntrack-min": integer, "conntrack-tcp-be-liberal": boolean,
@@ -241,7 +288,7 @@ func addFlags(cmd *cobra.Command) given {
 	})
 	for _, s := range settings() {
 		flag := cmd.Flags().VarPF(flagValue{s, into}, s.name, s.short, s.usage)
-		flag.Hidden = s.idle != "" || s.instead != ""
+		flag.Hidden = s.idleIn(s.only) != "" || s.instead != ""
 		if s.kind == boolean {
 			flag.NoOptDefVal = "true"
 		}
@@ -301,7 +348,7 @@ func under(flags given, file configFile) input {
 		value, ok := flags[s.name]
 		switch {
 		case !ok:
-		case s.own || s.first || s.idle != "":
+		case s.own || s.first || s.idleIn(s.only) != "":
 			in.given[s.name] = value
 			delete(in.labels, s.name)
 		default:

@@ -8,6 +8,8 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+
+	"fairlead/ipvs"
 )
 
 // invoke runs the program in this process, for what touches no kernel.
@@ -26,6 +28,7 @@ func TestWrongUse(t *testing.T) {
 	// A folder that does not exist shows how far the program came.
 	const folder = "--manifests=/does/not/exist"
 	const missing = "fairlead: --manifests: read folder /does/not/exist: no such file or directory\n"
+	const timeouts = " is not a number of whole seconds up to 596h31m23s: write it as 15m or 90s, or 0 to leave the kernel's\n"
 	tests := []struct {
 		name string
 		args []string
@@ -59,14 +62,15 @@ func TestWrongUse(t *testing.T) {
 		{"folder does not exist", []string{"run", folder}, missing},
 		{"folder is a file", []string{"run", "--manifests=main.go"}, "fairlead: --manifests: read folder main.go: not a directory\n"},
 
-		{"mode", []string{"run", folder, "--mode=iptables"}, "fairlead: --mode: unknown mode \"iptables\": use nft\n"},
+		{"mode", []string{"run", folder, "--mode=iptables"}, "fairlead: --mode: unknown mode \"iptables\": use nft or ipvs\n"},
 		{"empty mode", []string{"run", folder, "--mode="}, missing},
 		{"kube-proxy's mode", []string{"run", folder, "--proxy-mode=nftables"}, missing},
 		{"both modes", []string{"run", folder, "--proxy-mode=nftables", "--mode=nft"}, missing},
 		{"empty mode of kube-proxy", []string{"run", folder, "--proxy-mode="}, missing},
-		{"another mode of kube-proxy", []string{"run", folder, "--proxy-mode=iptables"}, "fairlead: --proxy-mode: unknown mode \"iptables\": use nftables\n"},
-		{"modes that differ", []string{"run", folder, "--proxy-mode=nftables", "--mode=ipvs"}, "fairlead: --proxy-mode: \"nftables\" differs from --mode=ipvs: give one of them\nfairlead: --mode: unknown mode \"ipvs\": use nft\n"},
-		{"mode is in lower case", []string{"run", folder, "--mode=NFT"}, "fairlead: --mode: unknown mode \"NFT\": use nft\n"},
+		{"another mode of kube-proxy", []string{"run", folder, "--proxy-mode=iptables"}, "fairlead: --proxy-mode: unknown mode \"iptables\": use nftables or ipvs\n"},
+		{"modes that differ", []string{"run", folder, "--proxy-mode=nftables", "--mode=ipvs"}, "fairlead: --proxy-mode: \"nftables\" differs from --mode=ipvs: give one of them\n"},
+		{"modes that agree", []string{"run", folder, "--proxy-mode=ipvs", "--mode=ipvs"}, missing},
+		{"mode is in lower case", []string{"run", folder, "--mode=NFT"}, "fairlead: --mode: unknown mode \"NFT\": use nft or ipvs\n"},
 
 		{
 			"service CIDR that is none",
@@ -162,6 +166,38 @@ func TestWrongUse(t *testing.T) {
 			[]string{"run", folder, "--nodeport-addresses=primary,10.0.0.0"},
 			"fairlead: --nodeport-addresses: \"10.0.0.0\" is not a network: give networks such as 192.0.2.0/24 or 2001:db8::/32, or primary, localhost or all\n",
 		},
+		{
+			"scheduler that there is not",
+			[]string{"run", folder, "--mode=ipvs", "--ipvs-scheduler=leastconn"},
+			"fairlead: --ipvs-scheduler: \"leastconn\" is not a scheduler: " +
+				"use one of dh, fo, lblc, lblcr, lc, mh, nq, ovf, rr, sed, sh, twos, wlc, wrr\n",
+		},
+		{
+			"networks to leave alone",
+			[]string{"run", folder, "--mode=ipvs", "--ipvs-exclude-cidrs=10.0.0.0/8,10.0.0.1"},
+			"fairlead: --ipvs-exclude-cidrs: \"10.0.0.1\" is not a network: write it as 10.96.0.0/12 or fd00:96::/112\n",
+		},
+		{
+			"strict ARP",
+			[]string{"run", folder, "--mode=ipvs", "--ipvs-strict-arp=maybe"},
+			"fairlead: --ipvs-strict-arp: \"maybe\" is neither true nor false\n",
+		},
+		{
+			"timeouts of IPVS: negative, in parts of a second, too long",
+			[]string{"run", folder, "--mode=ipvs", "--ipvs-tcp-timeout=-1s", "--ipvs-tcpfin-timeout=1500ms", "--ipvs-udp-timeout=600h"},
+			"fairlead: --ipvs-tcp-timeout: \"-1s\"" + timeouts + "fairlead: --ipvs-tcpfin-timeout: \"1500ms\"" + timeouts +
+				"fairlead: --ipvs-udp-timeout: \"600h\"" + timeouts,
+		},
+		{
+			"timeout of IPVS without a unit",
+			[]string{"run", folder, "--mode=ipvs", "--ipvs-tcp-timeout=900"},
+			"fairlead: --ipvs-tcp-timeout: \"900\"" + timeouts,
+		},
+		{
+			"flag of another mode, of a form that is wrong",
+			[]string{"run", folder, "--ipvs-tcp-timeout=900"},
+			"fairlead: --ipvs-tcp-timeout: \"900\" is no value of type duration, and the flag has no effect: leave it out\n",
+		},
 		{"node port addresses, spaced, and again", []string{"run", folder, "--nodeport-addresses=primary, 10.0.0.1/8", "--nodeport-addresses=localhost"}, missing},
 		{"bind address", []string{"run", folder, "--bind-address=node"}, "fairlead: --bind-address: \"node\" is not an address: write it as 192.0.2.1 or 2001:db8::1\n"},
 
@@ -212,7 +248,7 @@ func TestWrongUse(t *testing.T) {
 				"run", folder, "--mode=x", "--service-cidr=x", "--cluster-cidr=x", "--dns-listen=x", "--cluster-domain=-",
 				"--hostname-override=-", "--log-level=x", "--log-format=x",
 			},
-			`fairlead: --mode: unknown mode "x": use nft
+			`fairlead: --mode: unknown mode "x": use nft or ipvs
 fairlead: --service-cidr: "x" is not a network: write it as 10.96.0.0/12 or fd00:96::/112
 fairlead: --dns-listen: "x" is not an address with a port: write 10.0.0.1:53 or [fd00::1]:53
 fairlead: --cluster-domain: "-" is not a domain: write it as cluster.local
@@ -278,6 +314,8 @@ func TestHelp(t *testing.T) {
 		{nil, []string{"Kubernetes Service", "run ", "cleanup ", "version ", "completion "}},
 		{[]string{"run", "--help"}, []string{
 			"SIGTERM", `"fairlead cleanup"`, "fairlead run --mode=nft --manifests=", "fairlead run --kubeconfig=",
+			"--mode=ipvs --ipvs-scheduler=lc", "fairlead.io/ipvs-scheduler", "or with --mode=ipvs or --manifests all",
+			"--ipvs-scheduler ", "--ipvs-exclude-cidrs ", "--ipvs-strict-arp ", "--ipvs-tcp-timeout ", "--ipvs-tcpfin-timeout ", "--ipvs-udp-timeout ",
 			"--mode ", "--manifests ", "--service-cidr ", "--cluster-cidr ", "--dns-listen ", "--cluster-domain ",
 			"--hostname-override ", "--log-level ", "--log-format ", "--kubeconfig ", "--nodeport-addresses ",
 			"--healthz-bind-address ", "--metrics-bind-address ", "-v, --v ",
@@ -306,13 +344,14 @@ func TestExample(t *testing.T) {
 	t.Parallel()
 	wants := []string{
 		"fairlead: --kubeconfig: kubeconfig /does/not/exist: ",
+		"fairlead: --kubeconfig: kubeconfig /does/not/exist: ",
 		"fairlead: --manifests: read folder /does/not/exist: no such file or directory\n",
 	}
 	examples := strings.Split(runCommand(ignoreClientLogger).Example, "\n")
 	if len(examples) != len(wants) {
 		t.Fatalf("%d examples, want %d", len(examples), len(wants))
 	}
-	for i, source := range []string{"--kubeconfig=", "--manifests="} {
+	for i, source := range []string{"--kubeconfig=", "--kubeconfig=", "--manifests="} {
 		args := append(strings.Fields(examples[i]), source+"/does/not/exist")
 		code, _, stderr := invoke(t, args[1:]...)
 		if code != 1 || !strings.HasPrefix(stderr, wants[i]) {
@@ -328,8 +367,10 @@ func TestCompletion(t *testing.T) {
 		args []string
 		want string // all but the line for people
 	}{
-		{[]string{"run", "--mode", ""}, "nft\n:4\n"},
-		{[]string{"run", "--mode="}, "nft\n:4\n"},
+		{[]string{"run", "--mode", ""}, "nft\nipvs\n:4\n"},
+		{[]string{"run", "--mode="}, "nft\nipvs\n:4\n"},
+		{[]string{"run", "--proxy-mode="}, "nftables\nipvs\n:4\n"},
+		{[]string{"run", "--ipvs-scheduler="}, strings.Join(ipvs.Schedulers(), "\n") + "\n:4\n"},
 		{[]string{"run", "--log-level="}, "debug\ninfo\nwarn\nerror\n:4\n"},
 		{[]string{"cleanup", "--log-format="}, "text\njson\n:4\n"},
 		{[]string{"run", "--manifests="}, ":16\n"}, // folders

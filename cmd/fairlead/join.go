@@ -39,6 +39,11 @@ type join struct {
 	hasNode  bool
 	nodeName string
 
+	// programmed is closed when the dataplane holds all that it can for the first
+	// time. isProgrammed says so in committed.
+	programmed   chan struct{}
+	isProgrammed bool
+
 	mu       stdsync.Mutex
 	tracker  *kube.Tracker
 	complete bool
@@ -207,6 +212,10 @@ func (j *join) committed(c sync.Commit) {
 	switch {
 	case c.Err == nil:
 		j.failing.Store(nil)
+		if !j.isProgrammed {
+			j.isProgrammed = true
+			close(j.programmed)
+		}
 	case j.failing.Load() == nil:
 		j.failing.Store(&c.Start)
 	}

@@ -35,6 +35,7 @@ func newJoin(log *slog.Logger) *join {
 		log: log, syncer: syncer, flows: conntrack.New(conntrack.Options{}), relay: relay.New(relay.Options{}),
 		ports: health.NewPorts(health.PortsOptions{}), metrics: metrics.New(metrics.Options{Status: syncer.Status}),
 		events: noEvents{}, hasNode: true, nodeName: options.NodeName, tracker: kube.NewTracker(options),
+		programmed: make(chan struct{}),
 	}
 }
 

@@ -33,7 +33,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer, setClient
 		Use:   "fairlead",
 		Short: "Make Kubernetes Services work on this node",
 		Long: `Fairlead programs the kernel of a node so that a connection to the address of a
-Kubernetes Service reaches one of its pods, chosen at random.`,
+Kubernetes Service reaches one of its pods.`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}

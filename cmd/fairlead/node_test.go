@@ -290,15 +290,21 @@ func (n *node) lookup(network, name string) ([]netip.Addr, error) {
 // nft runs the nft program on the node.
 func (n *node) nft(args ...string) string {
 	n.t.Helper()
+	return n.tool("nft", args...)
+}
+
+// tool runs a program on the node that must succeed, and returns what it prints.
+func (n *node) tool(name string, args ...string) string {
+	n.t.Helper()
 	var out bytes.Buffer
-	cmd := exec.CommandContext(n.t.Context(), "nft", args...)
+	cmd := exec.CommandContext(n.t.Context(), name, args...)
 	cmd.Stdout, cmd.Stderr = &out, &out
 	err := n.Node.Do(cmd.Start)
 	if err == nil {
 		err = cmd.Wait()
 	}
 	if err != nil {
-		n.t.Fatalf("nft %s: %v\n%s", strings.Join(args, " "), err, &out)
+		n.t.Fatalf("%s %s: %v\n%s", name, strings.Join(args, " "), err, &out)
 	}
 	return out.String()
 }

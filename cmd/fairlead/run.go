@@ -48,12 +48,14 @@ func runCommand(setClientLogger func(*slog.Logger)) *cobra.Command {
 		Long: `Program this node's kernel with the Services of a Kubernetes API server, or of a
 folder of YAML files, and keep it so until the program is told to stop (SIGTERM
 or SIGINT). What is programmed then stays and works; "fairlead cleanup" removes
-it.
+it. A start in another mode takes over: what the mode before has programmed is
+removed when everything is programmed anew.
 
 The flags are kube-proxy's where it has one for the purpose, and an empty value
 means that a flag is not set. kube-proxy's flags that have no effect here are
 accepted as well, and named in a warning.`,
 		Example: `  fairlead run --kubeconfig=/etc/fairlead/kubeconfig.conf --cluster-cidr=10.244.0.0/16
+  fairlead run --kubeconfig=/etc/fairlead/kubeconfig.conf --mode=ipvs --ipvs-scheduler=lc
   fairlead run --mode=nft --manifests=./services --service-cidr=10.96.0.0/16 --cluster-cidr=10.244.0.0/16`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -79,10 +81,9 @@ func runProgram(ctx context.Context, flags given, stderr io.Writer, setClientLog
 	setClientLogger(log.With("component", "client-go"))
 	c.warn(ctx, log)
 	if c.initOnly {
-		log.InfoContext(ctx, "nothing to set up", "reason", "--init-only")
-		return nil
+		return c.mode.setUp(ctx, log, c.ipvs)
 	}
-	p, err := c.build(log)
+	p, err := c.build(log) //nolint:contextcheck // the backend is there until it is closed
 	if err != nil {
 		return err
 	}
@@ -129,13 +130,14 @@ func (c config) build(log *slog.Logger) (*program, error) {
 	if p.source, events, err = c.open(log); err != nil {
 		return nil, err
 	}
-	if p.dp, err = c.mode.open(log); err != nil {
+	if p.dp, err = c.mode.open(log, c.ipvs); err != nil {
 		return nil, err
 	}
 	// The parts tell each other through join, which is complete before any runs.
+	options := c.mode.tracker(c.tracker)
 	p.join = &join{
-		log: log, events: events, hasNode: c.manifests == "", nodeName: c.tracker.NodeName, tracker: kube.NewTracker(c.tracker),
-		everywhere: c.tracker.NodePortAddresses.All,
+		log: log, events: events, hasNode: c.manifests == "", nodeName: c.tracker.NodeName, tracker: kube.NewTracker(options),
+		everywhere: options.NodePortAddresses.All, programmed: make(chan struct{}),
 	}
 	p.syncer = sync.New(p.dp, sync.Options{
 		Logger: log.With("component", "sync"), ResyncPeriod: resyncPeriod, OnCommit: p.join.committed,
@@ -189,6 +191,10 @@ func (p *program) run(ctx context.Context, c config) error {
 		}
 	})
 	group.Go(func() error { return p.syncer.Run(ctx) })
+	group.Go(func() error {
+		c.mode.takeOver(ctx, p.log, p.join.programmed, mode.cleanup)
+		return nil
+	})
 	group.Go(func() error { return p.flows.Run(ctx) })
 	group.Go(func() error { return p.relay.Run(ctx) })
 	group.Go(func() error { return p.ports.Run(ctx) })
@@ -270,7 +276,7 @@ func (p *program) reloader(flags given, content []byte, c config, level *slog.Le
 				p.log.WarnContext(ctx, "the configuration file has changed what needs a restart; it stays as it is until then", "what", what)
 			}
 			level.Set(next.logLevel)
-			p.join.configure(next.tracker)
+			p.join.configure(c.mode.tracker(next.tracker))
 			p.log.InfoContext(ctx, "the configuration file has changed and is in use")
 		},
 	}

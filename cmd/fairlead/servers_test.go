@@ -241,8 +241,9 @@ func TestSettingsWithoutEffect(t *testing.T) {
 	}
 	want := []string{
 		"--pod-bridge-interface: it needs --detect-local-mode=BridgeInterface",
+		"--ipvs-scheduler: " + idleIPVS,
 		"--conntrack-min: " + idleConntrack, "--feature-gates: " + idleGates, "--iptables-sync-period: " + idleSync,
-		"--ipvs-scheduler: " + idleIPVS, "--oom-score-adj: " + idleOOM,
+		"--oom-score-adj: " + idleOOM,
 	}
 	if got, want := strings.Join(warned, "\n"), strings.Join(want, "\n"); got != want {
 		t.Errorf("warned of:\n%s\nwant:\n%s", got, want)

@@ -171,6 +171,10 @@ func (s suite) affinity(t *testing.T) {
 	})
 	t.Run("the time passes", func(t *testing.T) {
 		time.Sleep(timeout + timeout/2)
+		if s.limits.AffinityLingers {
+			visit(t, 1, sticks)
+			return
+		}
 		check, some := moves()
 		visit(t, 1, check)
 		some(t)

@@ -16,11 +16,20 @@ import (
 // and may open several in one namespace, one after the other or at a time.
 type Opener func(t testing.TB, netns int) dataplane.Dataplane
 
+// Limits are what a backend cannot do for want of the kernel's doing it. Each is a
+// behaviour as well, which the suite checks in the place of the other.
+type Limits struct {
+	// AffinityLingers says that a client's endpoint is remembered, whatever the
+	// timeout, for as long as the kernel remembers one of the client's connections,
+	// which for TCP is some minutes.
+	AffinityLingers bool
+}
+
 // Run runs the suite. Each test has a network of its own, and most run in
 // parallel.
-func Run(t *testing.T, open Opener) {
+func Run(t *testing.T, open Opener, limits Limits) {
 	t.Helper()
-	s := suite{open: open}
+	s := suite{open: open, limits: limits}
 	t.Run("a Service of 1000 endpoints", s.manyEndpoints)
 	t.Run("connections reach the endpoints", s.reach)
 	t.Run("the choice of endpoints is even", s.even)
@@ -57,4 +66,7 @@ func Run(t *testing.T, open Opener) {
 	t.Run("another's change is drift", s.drift)
 }
 
-type suite struct{ open Opener }
+type suite struct {
+	open   Opener
+	limits Limits
+}

@@ -269,7 +269,7 @@ func (c *cluster) startFairlead(ctx context.Context) error {
 		pods = append(pods, p.String())
 	}
 	c.command = []string{
-		"run", "--mode=nft", "--manifests=" + c.manifests, "--service-cidr=" + serviceCIDRs,
+		"run", "--mode=" + c.opts.mode, "--manifests=" + c.manifests, "--service-cidr=" + serviceCIDRs,
 		"--cluster-cidr=" + strings.Join(pods, ","), "--dns-listen=" + c.nameServer().String(),
 		"--hostname-override=node", "--log-level=debug", "--log-format=json",
 	}

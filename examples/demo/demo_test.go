@@ -19,6 +19,8 @@ import (
 	"testing"
 	"time"
 
+	"fairlead/ipvs"
+
 	"github.com/google/go-cmp/cmp"
 )
 
@@ -295,6 +297,7 @@ func TestFails(t *testing.T) {
 		},
 		"no binary":       {args: []string{"-fairlead=bin/nothing"}, code: 1, stderr: "bin/nothing: no such file or directory: run `make build` first"},
 		"other folder":    {args: []string{"-services=nothing"}, code: 1, stderr: "nothing/backend.yaml: no such file or directory: run the demo in the folder"},
+		"an unknown mode": {args: []string{"-mode=iptables"}, code: 1, stderr: `want nft or ipvs, not "iptables"`},
 		"few requests":    {args: []string{"-requests=3"}, code: 1, stderr: "use 50 or more"},
 		"unknown flag":    {args: []string{"-forever"}, code: 2, stderr: "-forever"},
 		"an argument":     {args: []string{"keep"}, code: 2, stderr: `unexpected argument "keep"`},
@@ -314,6 +317,28 @@ func TestFails(t *testing.T) {
 			}
 			if !strings.Contains(d.printed.String(), tc.stdout) || !strings.Contains(d.stderr.String(), tc.stderr) || strings.Contains(d.printed.String(), "OK:") {
 				t.Errorf("output %q, want %q and no OK;\nerrors %q, want %q", &d.printed, tc.stdout, &d.stderr, tc.stderr)
+			}
+			d.wantNothingLeft(t)
+		})
+	}
+}
+
+// TestVM: where the kernel cannot run a mode, and only there, a virtual machine's does.
+func TestVM(t *testing.T) {
+	t.Parallel()
+	cannot := options{mode: modeIPVS}.supported()
+	if cannot != nil && !errors.Is(cannot, ipvs.ErrNotSupported) {
+		t.Fatal(cannot)
+	}
+	for mode, want := range map[string]bool{modeNFT: false, modeIPVS: cannot != nil} {
+		t.Run(mode, func(t *testing.T) {
+			t.Parallel()
+			d := startDemo(t, nil, "-mode="+mode, "-vm=echo there; exit 7")
+			code := d.end(t)
+			there := code == 7 && d.printed.String() == "there\n" && strings.Contains(d.stderr.String(), fmt.Sprint(cannot))
+			here := code == 0 && strings.Contains(d.printed.String(), "OK:")
+			if there != want || here == want {
+				t.Errorf("exit code %d, want a virtual machine: %t\n%s%s", code, want, &d.printed, &d.stderr)
 			}
 			d.wantNothingLeft(t)
 		})

@@ -9,7 +9,8 @@
 // or anything else was not as it must be.
 //
 // It needs root, and no program besides fairlead: a redis-server is used where
-// there is one. What it makes goes with it, however it ends, save for a
+// there is one. With -mode=ipvs it needs a kernel that has IPVS; -vm names a command
+// that runs the demo in a virtual machine, for where the kernel has not. What it makes goes with it, however it ends, save for a
 // temporary folder, and with -keep the names under /run/netns and /etc/netns,
 // if it is killed with SIGKILL; the next run removes these. Processes that it
 // starts are killed by the kernel if it dies.
@@ -26,6 +27,9 @@ import (
 	"path/filepath"
 	"syscall"
 	"time"
+
+	"fairlead/internal/nettest"
+	"fairlead/ipvs"
 )
 
 func main() {
@@ -34,6 +38,8 @@ func main() {
 
 // options are the flags.
 type options struct {
+	mode     string
+	vm       string
 	keep     bool
 	requests int
 	fairlead string
@@ -44,6 +50,12 @@ type options struct {
 // minRequests make it unlikely, less than once in 10,000 runs, that one of
 // five back ends is chosen for none of them.
 const minRequests = 50
+
+// The modes, as fairlead calls them.
+const (
+	modeNFT  = "nft"
+	modeIPVS = "ipvs"
+)
 
 // limit is the time that the demo may take before it gives up, waiting with
 // -keep aside. It takes a few seconds.
@@ -73,6 +85,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	var o options
 	flags := flag.NewFlagSet("demo", flag.ContinueOnError)
 	flags.SetOutput(stderr)
+	flags.StringVar(&o.mode, "mode", modeNFT, "how fairlead programs the kernel: nft or ipvs")
+	flags.StringVar(&o.vm, "vm", "", "the shell's `command` that runs the demo in a virtual machine, for when this kernel cannot run the mode")
 	flags.BoolVar(&o.keep, "keep", false, "leave everything running to look around, until Ctrl-C")
 	flags.IntVar(&o.requests, "requests", 300, "requests to count before the first and after each change")
 	flags.StringVar(&o.fairlead, "fairlead", "bin/fairlead", "the program to show")
@@ -95,6 +109,10 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	switch {
 	case err == nil:
 		return 0
+	case errors.Is(err, ipvs.ErrNotSupported) && o.vm != "":
+		_, _ = fmt.Fprintf(stderr, "demo: %v: running in a virtual machine, emulated, which is slow: %s\n", err, o.vm)
+		err := syscall.Exec("/bin/sh", []string{"sh", "-c", o.vm}, os.Environ()) //nolint:gosec // the caller's choice
+		_, _ = fmt.Fprintf(stderr, "demo: run the shell: %v\n", err)
 	case errors.Is(err, errCleanup):
 		_, _ = fmt.Fprintln(stderr, "demo:", err)
 	case errors.Is(err, errOff):
@@ -134,6 +152,9 @@ func (o options) run(ctx context.Context, out io.Writer) (err error) {
 	if err := o.check(); err != nil {
 		return err
 	}
+	if err := o.supported(); err != nil {
+		return err
+	}
 	lock, err := removeLeftovers(ctx, o.name, o.keep)
 	if err != nil {
 		return err
@@ -171,6 +192,9 @@ func (o options) check() error {
 	if os.Geteuid() != 0 {
 		return errors.New("it makes network namespaces, which only root may: run it as root, for example with sudo")
 	}
+	if o.mode != modeNFT && o.mode != modeIPVS {
+		return fmt.Errorf("-mode: want %s or %s, not %q", modeNFT, modeIPVS, o.mode)
+	}
 	if o.requests < minRequests {
 		return fmt.Errorf("-requests: %d are too few to see each back end get some: use %d or more", o.requests, minRequests)
 	}
@@ -183,4 +207,22 @@ func (o options) check() error {
 		}
 	}
 	return nil
+}
+
+// supported asks the kernel whether it can run the mode, in a namespace made for
+// that. If not, the error says what it lacks, and is an [ipvs.ErrNotSupported].
+func (o options) supported() (err error) {
+	if o.mode != modeIPVS {
+		return nil
+	}
+	ns, err := nettest.NewNamespace("")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, ns.Close()) }()
+	d, err := ipvs.Open(ipvs.Options{NetNS: ns.Fd()})
+	if err != nil {
+		return err
+	}
+	return d.Close()
 }

@@ -360,10 +360,15 @@ func (c *cluster) explain(out io.Writer) {
 	in := func(host, command string) string {
 		return fmt.Sprintf("ip netns exec %s-%s %s", c.opts.name, host, command)
 	}
+	look := "  the rules            " + in("node", "nft list table ip fairlead")
+	if c.opts.mode == modeIPVS {
+		look = "  the virtual servers  " + in("node", "ipvsadm -Ln") + "\n" +
+			"  the rules            " + in("node", "nft list table ip fairlead-ipvs")
+	}
 	_, _ = fmt.Fprintf(out, `
 It all keeps running, until Ctrl-C. To look around:
 
-  the rules            %s
+%s
   a request            %s
   a name               %s
   what is counted      %s
@@ -371,7 +376,7 @@ It all keeps running, until Ctrl-C. To look around:
   what fairlead logs   tail -f %s
   ip not installed?    nsenter --net=/run/netns/%s-node ...
 `,
-		in("node", "nft list table ip fairlead"),
+		look,
 		in("frontend-1", "curl http://"+backend),
 		in("frontend-1", "getent ahosts "+backend),
 		in("frontend-1", "redis-cli -h "+redis+" get "+counter),

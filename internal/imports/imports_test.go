@@ -64,7 +64,7 @@ func listPackages(t *testing.T, m module) []imports.Package {
 			TestImports: slices.Concat(p.TestImports, p.XTestImports),
 		})
 		return nil
-	}, "-e", "-tags=e2e", "-json=ImportPath,Imports,TestImports,XTestImports", "./...")
+	}, "-e", "-tags=e2e,ipvs", "-json=ImportPath,Imports,TestImports,XTestImports", "./...")
 	return packages
 }
 

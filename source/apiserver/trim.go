@@ -29,6 +29,7 @@ func keptAnnotations() []string {
 		// When the pod or the Service changed that the slice was written for, if
 		// that was after the program started.
 		corev1.EndpointsLastChangeTriggerTime,
+		kube.AnnotationIPVSScheduler,
 	}
 }
 

@@ -49,7 +49,7 @@ func decodedService() *corev1.Service {
 	return &corev1.Service{
 		ObjectMeta: metav1.ObjectMeta{
 			Name: "web", Namespace: "shop", UID: "u", ResourceVersion: "6", Labels: map[string]string{"app": "web"},
-			Annotations: map[string]string{corev1.AnnotationTopologyMode: "Auto", "x": "y"}, Finalizers: []string{"x"}, Generation: 3,
+			Annotations: map[string]string{kube.AnnotationIPVSScheduler: "lc", corev1.AnnotationTopologyMode: "Auto", "x": "y"}, Finalizers: []string{"x"}, Generation: 3,
 		},
 		Spec: corev1.ServiceSpec{
 			Type: corev1.ServiceTypeLoadBalancer, ClusterIP: "10.96.0.1", ClusterIPs: []string{"10.96.0.1"}, IPFamilies: []corev1.IPFamily{corev1.IPv4Protocol},
@@ -81,12 +81,13 @@ func TestTrimKeepsMeaning(t *testing.T) {
 	objects := func() kube.Delta {
 		return kube.Delta{Services: []*corev1.Service{decodedService()}, EndpointSlices: []*discoveryv1.EndpointSlice{decoded(5)}, Node: decodedNode()}
 	}
-	want := kube.NewTracker(kube.Options{NodeName: "node-0"}).Apply(objects())
+	options := kube.Options{NodeName: "node-0", Schedulers: []string{"lc"}}
+	want := kube.NewTracker(options).Apply(objects())
 	trimmed, trim := objects(), newTrimmer()
 	trim.service(trimmed.Services[0])
 	trim.endpointSlice(trimmed.EndpointSlices[0])
 	trim.node(trimmed.Node)
-	got := kube.NewTracker(kube.Options{NodeName: "node-0"}).Apply(trimmed)
+	got := kube.NewTracker(options).Apply(trimmed)
 	if len(want.Changes) == 0 {
 		t.Fatal("nothing to compare")
 	}
@@ -119,7 +120,7 @@ func TestTrim(t *testing.T) {
 	svc, wantService := decodedService(), decodedService()
 	trim.service(svc)
 	wantService.Labels, wantService.Finalizers, wantService.Generation, wantService.Spec.Selector, wantService.Status.Conditions = nil, nil, 0, nil, nil
-	wantService.Annotations = nil
+	wantService.Annotations = map[string]string{kube.AnnotationIPVSScheduler: "lc"}
 	if diff := cmp.Diff(wantService, svc); diff != "" {
 		t.Errorf("Service (-want +got):\n%s", diff)
 	}

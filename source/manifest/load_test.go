@@ -54,6 +54,9 @@ func summary(d kube.Delta) []string {
 		for _, p := range svc.Spec.Ports {
 			words = append(words, p.Name+":"+itoa(p.Port)+"->"+p.TargetPort.String()+"/"+string(p.Protocol))
 		}
+		if scheduler, ok := svc.Annotations[kube.AnnotationIPVSScheduler]; ok {
+			words = append(words, "scheduler="+scheduler)
+		}
 		lines = append(lines, strings.Join(words, " "))
 	}
 	for _, slice := range d.EndpointSlices {
@@ -154,6 +157,12 @@ func TestLoad(t *testing.T) {
 			name: "defaults: namespace, type, protocol and target port", cidrs: oneCIDR,
 			files: []string{"a.yaml", "apiVersion: v1\nkind: Service\nmetadata: {name: web}\nspec: {clusterIP: 10.96.0.1, ports: [{port: 80}]}"},
 			want:  []string{"default/web ClusterIP 10.96.0.1 :80->80/TCP"},
+		},
+		{
+			name: "an annotation", cidrs: oneCIDR,
+			files: []string{"a.yaml", "apiVersion: v1\nkind: Service\nmetadata: {name: web, annotations: {fairlead.io/ipvs-scheduler: lc}}\n" +
+				"spec: {clusterIP: 10.96.0.1, ports: [{port: 80}]}"},
+			want: []string{"default/web ClusterIP 10.96.0.1 :80->80/TCP scheduler=lc"},
 		},
 		{
 			name: "several documents, comments, other kinds, and a List", cidrs: oneCIDR,

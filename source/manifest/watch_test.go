@@ -128,6 +128,10 @@ func TestRunDeliversDifferences(t *testing.T) {
 	}
 	w.expect("a file renamed away", "default/"+madeName(t, "web")+" slice gone")
 
+	write(t, w.dir, "web.yaml", strings.Replace(service("web", "clusterIP: 10.96.0.2"),
+		"name: web", "name: web, annotations: {fairlead.io/ipvs-scheduler: lc}", 1))
+	w.expect("an annotation", web2+" scheduler=lc")
+
 	if err := os.Remove(filepath.Join(w.dir, "web.yaml")); err != nil {
 		t.Fatal(err)
 	}

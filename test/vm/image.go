@@ -98,8 +98,8 @@ func (c cache) busybox(ctx context.Context) (string, error) {
 	return filepath.Join(dir, "busybox"), err
 }
 
-// once makes dir by filling a new folder, unless it is there. Older ones of the
-// same kind, up to the last hyphen of the name, go.
+// once makes dir by filling a new folder, unless it is there. Others of the same
+// kind stay: another checkout that shares the cache may be using them.
 func (c cache) once(dir string, fill func(work string) error) error {
 	if _, err := os.Stat(dir); err == nil {
 		return nil
@@ -107,7 +107,7 @@ func (c cache) once(dir string, fill func(work string) error) error {
 	if err := os.MkdirAll(c.dir, 0o755); err != nil {
 		return err
 	}
-	// One at a time: several packages' tests start at once.
+	// One at a time: several packages' tests start at once, and checkouts share caches.
 	lock, err := os.OpenFile(filepath.Join(c.dir, "lock"), os.O_CREATE|os.O_RDWR, 0o644)
 	if err != nil {
 		return err
@@ -119,18 +119,9 @@ func (c cache) once(dir string, fill func(work string) error) error {
 	if _, err := os.Stat(dir); err == nil {
 		return nil
 	}
-	kind := dir[:strings.LastIndex(dir, "-")+1]
-	old, err := filepath.Glob(kind + "*")
-	if err != nil {
-		return err
-	}
-	for _, o := range old {
-		if err := os.RemoveAll(o); err != nil {
-			return err
-		}
-	}
 	work := dir + ".new"
-	if err := os.MkdirAll(work, 0o755); err != nil {
+	// One that was killed may have left something.
+	if err := errors.Join(os.RemoveAll(work), os.MkdirAll(work, 0o755)); err != nil {
 		return err
 	}
 	if err := fill(work); err != nil {

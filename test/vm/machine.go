@@ -21,6 +21,7 @@ type machine struct {
 	Kernel    string   // path of the kernel's image
 	Initrd    *os.File // what the kernel unpacks; it may have no name any more
 	Accel     string   // tcg or kvm
+	OwnClock  bool     // its time follows what it executes; for tcg and one processor
 	CPUs      int
 	MemoryMiB int
 	Append    string // further parameters for the kernel
@@ -56,7 +57,7 @@ func (m *machine) arguments() []string {
 	// cmpxchg16b: one boot in six of Linux 6.12 ended in a double fault or the
 	// like. Without that instruction Linux takes a lock instead.
 	cpu := "max,cx16=off"
-	accel := "tcg,thread=multi"
+	accel := "tcg"
 	if m.Accel == "kvm" {
 		cpu, accel = "host", "kvm"
 	}
@@ -81,6 +82,10 @@ func (m *machine) arguments() []string {
 		"-chardev", "file,id=console,path=/dev/fd/4", "-serial", "chardev:console",
 		"-chardev", output, "-serial", "chardev:output",
 		"-chardev", "file,id=status,path=/dev/fd/5", "-serial", "chardev:status",
+	}
+	if m.OwnClock {
+		// A nanosecond for each instruction, and none while nothing is to be done.
+		args = append(args, "-icount", "shift=0,sleep=off")
 	}
 	if m.Terminal {
 		args = append(args, "-mon", "chardev=output") // for Ctrl-A X

@@ -9,8 +9,10 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 )
@@ -154,6 +156,18 @@ func TestPanicIsReported(t *testing.T) {
 	}
 }
 
+// An hour is slept through at once, and is an hour in there.
+func TestClockIsItsOwn(t *testing.T) {
+	t.Parallel()
+	begin := time.Now()
+	status, stdout, stderr := vm(t.Context(), "run", "-kernel=6.12", "sh", "-c", "sleep 3600; cut -d. -f1 /proc/uptime")
+	wantStatus(t, 0, status, stdout, stderr)
+	up, err := strconv.Atoi(strings.TrimSpace(stdout))
+	if took := time.Since(begin); err != nil || up < 3600 || up > 3660 || took > 10*time.Minute {
+		t.Errorf("after an hour in it, and %v here, it is up for %q seconds (%v)", took, stdout, err)
+	}
+}
+
 func TestHangEndsWithTheLimit(t *testing.T) {
 	t.Parallel()
 	for name, test := range map[string]struct {
@@ -164,7 +178,7 @@ func TestHangEndsWithTheLimit(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			status, stdout, stderr := vm(t.Context(), "run", "-kernel=6.12", test.flag, "sleep", "1000")
+			status, stdout, stderr := vm(t.Context(), "run", "-kernel=6.12", test.flag, "sh", "-c", "while :; do :; done")
 			wantStatus(t, exitFailed, status, stdout, stderr)
 			if !strings.Contains(stderr, "--- the end of the kernel's log:") || !strings.HasSuffix(stderr, "vm: on Linux 6.12: "+test.want+"\n") {
 				t.Errorf("want the log and %q, got %s", test.want, stderr)
@@ -183,7 +197,7 @@ func TestInterrupt(t *testing.T) {
 	done := make(chan int)
 	go func() {
 		// Only the way that the machine ends closes the pipe.
-		status := run(ctx, []string{"run", "-kernel=6.1", "sh", "-c", "echo first; sleep 1000"}, w, &errs)
+		status := run(ctx, []string{"run", "-kernel=6.1", "sh", "-c", "echo first; while :; do :; done"}, w, &errs)
 		w.Close()
 		done <- status
 	}()

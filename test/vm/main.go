@@ -2,13 +2,13 @@
 // Debian's kernels: a test binary, the demo, a shell.
 //
 //	vm run [-kernel=6.12] [flags] PROGRAM [ARGUMENT]...
-//	vm shell [-kernel=6.12] [flags]
+//	vm shell [-kernel=6.12] [flags] [PROGRAM [ARGUMENT]...]
 //	vm fetch
 //
 // It is made to be used by the go command, which then reports on tests as always
 // (`make test-vm` does so):
 //
-//	CGO_ENABLED=0 go test -count=1 -exec "$PWD/.cache/vm/vm run -kernel=6.1" ./nft -run TestX
+//	CGO_ENABLED=0 go test -count=1 -exec "$PWD/bin/vm run -kernel=6.1" ./nft -run TestX
 //
 // A PROGRAM with a slash in it is taken into the virtual machine, together with
 // the shared libraries that it needs; one without is of the machine's own: those of
@@ -18,6 +18,9 @@
 // the exit status is PROGRAM's. Standard input is empty. Of the environment there are
 // GODEBUG, GOGC, GOMAXPROCS, GOMEMLIMIT, GOTRACEBACK, names that begin with FAIRLEAD_,
 // and what -env names.
+//
+// A shell is for a terminal. With a PROGRAM, which is taken into the virtual machine in
+// the same way, the shell runs beside it.
 //
 // If the kernel panics or has an oops, hangs until the time limit, or does not
 // boot, the end of its log is printed and the exit status is 125, as it is for
@@ -36,6 +39,13 @@
 // memory: the kernel unpacks a cpio archive that is made for each run, of busybox,
 // the kernel's modules for networking, the checkout and PROGRAM. There is no disk and
 // no network but what tests make.
+//
+// The clock is the virtual machine's own: a nanosecond passes with each instruction
+// that is executed, and while it has nothing to do time leaps to what it waits for.
+// So whoever waits for a second in it waits for the same work to be done however slow
+// or busy this machine is, which tests with time limits need, and sleeping costs
+// nothing. What is measured in it are instructions. -clock=host is for people; the time
+// limits of the virtual machine itself are this machine's time.
 //
 // Modules are loaded on demand, as on a real host: the kernel calls modprobe.
 // With -modprobe=false there is no modprobe, as in a container without programs;
@@ -70,6 +80,12 @@ import (
 // runs in the virtual machine.
 const exitFailed = 125
 
+// The clocks that there are.
+const (
+	clockOwn  = "own"
+	clockHost = "host"
+)
+
 // testGrace is what a test binary's time limit is extended by: for the boot, and
 // for the binary to notice and tell what hangs. The go command waits a minute.
 const testGrace = 55 * time.Second
@@ -85,6 +101,7 @@ func main() {
 type options struct {
 	kernel   string
 	accel    string
+	clock    string
 	cpus     int
 	memory   int
 	limit    time.Duration
@@ -93,7 +110,8 @@ type options struct {
 	log      string
 	modprobe bool
 	env      []string // names
-	command  []string // program and arguments; none for a shell
+	shell    bool
+	command  []string // program and arguments; may be none for a shell
 }
 
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
@@ -141,8 +159,8 @@ func do(ctx context.Context, args []string, stdout, stderr io.Writer) (status in
 	}
 	defer initrd.Close() //nolint:errcheck // it has no name; nobody reads it again
 	m := &machine{
-		Kernel: kernel, Initrd: initrd, Accel: o.accel, CPUs: o.cpus, MemoryMiB: o.memory, Append: o.append,
-		Limit: o.limit, BootLimit: o.boot, Terminal: o.command == nil, Output: stdout, Errors: stderr,
+		Kernel: kernel, Initrd: initrd, Accel: o.accel, OwnClock: o.clock == clockOwn, CPUs: o.cpus, MemoryMiB: o.memory, Append: o.append,
+		Limit: o.limit, BootLimit: o.boot, Terminal: o.shell, Output: stdout, Errors: stderr,
 	}
 	if o.log != "" {
 		f, err := os.Create(o.log)
@@ -170,6 +188,7 @@ func parse(args []string, stderr io.Writer) (*options, error) {
 	flags.SetOutput(stderr)
 	flags.StringVar(&o.kernel, "kernel", "6.12", "one of "+strings.Join(known, ", "))
 	flags.StringVar(&o.accel, "accel", "tcg", "tcg emulates the processor; kvm is faster, where it works")
+	flags.StringVar(&o.clock, "clock", "", "own counts instructions; host is this machine's (default own, where the processor is emulated and there is one, and no shell)")
 	flags.IntVar(&o.cpus, "cpus", 1, "number of processors; emulated, more than one crash Linux 6.12 now and then")
 	flags.IntVar(&o.memory, "memory", 3072, "in MiB")
 	flags.DurationVar(&o.limit, "limit", 30*time.Minute, "time limit, if PROGRAM has no -test.timeout")
@@ -187,6 +206,16 @@ func parse(args []string, stderr io.Writer) (*options, error) {
 	if o.accel != "tcg" && o.accel != "kvm" {
 		return nil, fmt.Errorf("-accel=%s: want tcg or kvm", o.accel)
 	}
+	switch {
+	case o.clock == "" && o.accel == "tcg" && o.cpus == 1 && args[0] == "run":
+		o.clock = clockOwn
+	case o.clock == "":
+		o.clock = clockHost
+	case o.clock != clockOwn && o.clock != clockHost:
+		return nil, fmt.Errorf("-clock=%s: want %s or %s", o.clock, clockOwn, clockHost)
+	case o.clock == clockOwn && (o.accel != "tcg" || o.cpus != 1):
+		return nil, errors.New("-clock=own: want -accel=tcg -cpus=1, as only one emulated processor has its own")
+	}
 	if names != "" {
 		o.env = strings.Split(names, ",")
 	}
@@ -198,9 +227,8 @@ func parse(args []string, stderr io.Writer) (*options, error) {
 		o.command = flags.Args()
 	case "shell":
 		o.limit = 365 * 24 * time.Hour
-		if flags.NArg() > 0 {
-			return nil, usage
-		}
+		o.shell = true
+		o.command = flags.Args()
 	case "fetch":
 	default:
 		return nil, usage
@@ -263,15 +291,16 @@ func (o *options) fill(ctx context.Context, f *os.File, busybox, root, modules s
 		return err
 	}
 	command := slices.Clone(o.command)
-	if command == nil {
-		command = shell(terminalSize(ctx))
-	}
-	if strings.Contains(command[0], "/") {
+	if len(command) > 0 && strings.Contains(command[0], "/") {
 		inside := "/vm/" + filepath.Base(command[0])
 		if err := addProgram(ctx, a, inside, command[0]); err != nil {
 			return err
 		}
 		command[0] = inside
+	}
+	if o.shell {
+		rows, columns := terminalSize(ctx)
+		command = shell(rows, columns, command)
 	}
 	dir, err := os.Getwd()
 	if err != nil {
@@ -301,12 +330,15 @@ func (o *options) environment(all []string) []string {
 	return env
 }
 
-// shell returns the command of a shell for people, in a terminal of that size.
-func shell(rows, columns string) []string {
+// shell returns the command of a shell for people, in a terminal of that size, beside
+// which another command runs, if there is one.
+func shell(rows, columns string, command []string) []string {
 	const start = `stty rows "$1" columns "$2"
 		echo "Linux $(uname -r); exit or Ctrl-D ends it, Ctrl-A X at once"
+		shift 2
+		[ $# -eq 0 ] || "$@" &
 		exec env PS1='\h:\w\$ ' bash --norc -i`
-	return []string{"sh", "-c", start, "sh", rows, columns}
+	return append([]string{"sh", "-c", start, "sh", rows, columns}, command...)
 }
 
 // script returns what the virtual machine's shell runs.
@@ -331,7 +363,7 @@ func quote(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + 
 // settings returns what init.sh reads.
 func (o *options) settings() string {
 	yes := map[bool]string{true: "yes", false: "no"}
-	return fmt.Sprintf("TERMINAL=%s\nMODPROBE=%s\n", yes[o.command == nil], yes[o.modprobe])
+	return fmt.Sprintf("TERMINAL=%s\nMODPROBE=%s\n", yes[o.shell], yes[o.modprobe])
 }
 
 // terminalSize returns the height and width of this process's terminal.

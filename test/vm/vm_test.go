@@ -34,21 +34,32 @@ func TestParse(t *testing.T) {
 			args: []string{"run", "-limit=1s", "/tmp/nft.test", "-test.timeout=0s"},
 			want: options{kernel: "6.12", limit: time.Second, modprobe: true, command: []string{"/tmp/nft.test", "-test.timeout=0s"}},
 		},
+		"this machine's time": {
+			args: []string{"run", "-clock=host", "true"},
+			want: options{kernel: "6.12", clock: clockHost, limit: 30 * time.Minute, modprobe: true, command: []string{"true"}},
+		},
 		"all": {
 			args: []string{"run", "-accel=kvm", "-modprobe=false", "-env=A,B", "-append=quiet", "-log=/tmp/log", "true"},
 			want: options{
-				kernel: "6.12", accel: "kvm", limit: 30 * time.Minute, env: []string{"A", "B"}, append: "quiet", log: "/tmp/log",
+				kernel: "6.12", accel: "kvm", clock: clockHost, limit: 30 * time.Minute, env: []string{"A", "B"}, append: "quiet", log: "/tmp/log",
 				command: []string{"true"},
 			},
 		},
 		"a shell has time": {
 			args: []string{"shell"},
-			want: options{kernel: "6.12", limit: 365 * 24 * time.Hour, modprobe: true},
+			want: options{kernel: "6.12", clock: clockHost, limit: 365 * 24 * time.Hour, modprobe: true, shell: true, command: []string{}},
+		},
+		"a shell beside a program": {
+			args: []string{"shell", "bin/demo", "-keep"},
+			want: options{kernel: "6.12", clock: clockHost, limit: 365 * 24 * time.Hour, modprobe: true, shell: true, command: []string{"bin/demo", "-keep"}},
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			test.want.cpus, test.want.memory, test.want.boot = 1, 3072, 3*time.Minute
+			if test.want.clock == "" {
+				test.want.clock = clockOwn
+			}
 			if test.want.accel == "" {
 				test.want.accel = "tcg"
 			}
@@ -69,13 +80,14 @@ func TestParseRefuses(t *testing.T) {
 		args []string
 		want string
 	}{
-		"nothing":                  {nil, "usage: vm run"},
-		"an unknown word":          {[]string{"walk"}, "usage: vm run"},
-		"nothing to run":           {[]string{"run", "-kernel=6.1"}, "usage: vm run"},
-		"a shell with arguments":   {[]string{"shell", "ls"}, "usage: vm run"},
-		"an unknown kernel":        {[]string{"run", "-kernel=5.10", "true"}, "-kernel=5.10: want one of 6.1, 6.12"},
-		"an unknown accelerator":   {[]string{"run", "-accel=xen", "true"}, "-accel=xen: want tcg or kvm"},
-		"a file that stays inside": {[]string{"run", "/a.test", "-test.cpuprofile=x"}, "-test.cpuprofile: files do not come back"},
+		"nothing":                   {nil, "usage: vm run"},
+		"an unknown word":           {[]string{"walk"}, "usage: vm run"},
+		"nothing to run":            {[]string{"run", "-kernel=6.1"}, "usage: vm run"},
+		"an unknown kernel":         {[]string{"run", "-kernel=5.10", "true"}, "-kernel=5.10: want one of 6.1, 6.12"},
+		"an unknown accelerator":    {[]string{"run", "-accel=xen", "true"}, "-accel=xen: want tcg or kvm"},
+		"an unknown clock":          {[]string{"run", "-clock=sun", "true"}, "-clock=sun: want own or host"},
+		"a clock without emulation": {[]string{"run", "-clock=own", "-accel=kvm", "true"}, "-clock=own: want -accel=tcg"},
+		"a file that stays inside":  {[]string{"run", "/a.test", "-test.cpuprofile=x"}, "-test.cpuprofile: files do not come back"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -257,14 +269,21 @@ func TestKernelLog(t *testing.T) {
 func TestOnce(t *testing.T) {
 	t.Parallel()
 	c := cache{dir: t.TempDir()}
+	// What one that was killed has left.
+	if err := os.MkdirAll(filepath.Join(c.dir, "linux-6.1-aa.new", "root"), 0o755); err != nil {
+		t.Fatal(err)
+	}
 	made := 0
 	ensure := func(name string, fail bool) error {
 		return c.once(filepath.Join(c.dir, name), func(work string) error {
 			made++
+			if err := os.Mkdir(filepath.Join(work, "root"), 0o755); err != nil {
+				return err // something is in there already
+			}
 			if fail {
 				return os.ErrDeadlineExceeded
 			}
-			return os.WriteFile(filepath.Join(work, "file"), nil, 0o644)
+			return nil
 		})
 	}
 	for _, step := range []struct {
@@ -277,7 +296,7 @@ func TestOnce(t *testing.T) {
 		{"linux-6.1-aa", false, 2, []string{"linux-6.1-aa"}},
 		{"linux-6.1-aa", false, 2, []string{"linux-6.1-aa"}},
 		{"linux-6.12-bb", false, 3, []string{"linux-6.1-aa", "linux-6.12-bb"}},
-		{"linux-6.1-cc", false, 4, []string{"linux-6.1-cc", "linux-6.12-bb"}},
+		{"linux-6.1-cc", false, 4, []string{"linux-6.1-aa", "linux-6.1-cc", "linux-6.12-bb"}},
 	} {
 		if err := ensure(step.name, step.fail); (err != nil) != step.fail {
 			t.Fatalf("%s: %v", step.name, err)

@@ -1,0 +1,22 @@
+//go:build ipvs
+
+package bench_test
+
+import (
+	"testing"
+
+	"fairlead/dataplane"
+	"fairlead/ipvs"
+)
+
+// others is the backend that needs a kernel with IPVS.
+func others() []backend {
+	return []backend{{"ipvs", func(b *testing.B, netns int) dataplane.Dataplane {
+		b.Helper()
+		d, err := ipvs.Open(ipvs.Options{NetNS: netns})
+		if err != nil {
+			b.Fatal(err)
+		}
+		return d
+	}}}
+}

@@ -1,0 +1,98 @@
+package kmod
+
+import (
+	"compress/gzip"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+
+	"github.com/klauspost/compress/zstd"
+	"github.com/ulikunitz/xz"
+	"golang.org/x/sys/unix"
+)
+
+// kernel is what takes modules: the running one, or a test's.
+type kernel interface {
+	// finitModule is finit_module(2), initModule is init_module(2).
+	finitModule(fd int, parameters string, flags int) error
+	initModule(image []byte, parameters string) error
+	// privileged reports whether the caller has CAP_SYS_MODULE.
+	privileged() bool
+}
+
+// running is the running kernel.
+type running struct{}
+
+func (running) finitModule(fd int, parameters string, flags int) error {
+	return unix.FinitModule(fd, parameters, flags)
+}
+
+func (running) initModule(image []byte, parameters string) error {
+	return unix.InitModule(image, parameters)
+}
+
+func (running) privileged() bool {
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var sets [2]unix.CapUserData
+	return unix.Capget(&header, &sets[0]) == nil && sets[0].Effective&(1<<unix.CAP_SYS_MODULE) != 0
+}
+
+// insert hands the file of a module to the kernel. A module that is there by now is
+// no error.
+func insert(k kernel, path, parameters string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close() //nolint:errcheck // it was only read
+	compressed, flags := filepath.Ext(path) != ".ko", 0
+	if compressed {
+		flags = unix.MODULE_INIT_COMPRESSED_FILE
+	}
+	err = os.NewSyscallError("finit_module", k.finitModule(int(f.Fd()), parameters, flags))
+	// Linux before 5.17 does not know the flag, later ones may be built without
+	// decompression, or with another than this file's.
+	undone := compressed && (errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP))
+	if undone || errors.Is(err, unix.ENOSYS) {
+		image, errRead := content(f)
+		if errRead != nil {
+			return fmt.Errorf("read %s: %w", path, errRead)
+		}
+		err = os.NewSyscallError("init_module", k.initModule(image, parameters))
+	}
+	if err == nil || errors.Is(err, unix.EEXIST) {
+		return nil
+	}
+	return fmt.Errorf("%s: %w", path, err)
+}
+
+// content reads a module, decompressing it if its file's name says so.
+func content(f *os.File) ([]byte, error) {
+	switch extension := filepath.Ext(f.Name()); extension {
+	case ".ko":
+		return io.ReadAll(f)
+	case ".gz":
+		r, err := gzip.NewReader(f)
+		if err != nil {
+			return nil, err
+		}
+		return io.ReadAll(r)
+	case ".xz":
+		r, err := xz.NewReader(f)
+		if err != nil {
+			return nil, err
+		}
+		return io.ReadAll(r)
+	case ".zst":
+		r, err := zstd.NewReader(f, zstd.WithDecoderConcurrency(1))
+		if err != nil {
+			return nil, err
+		}
+		defer r.Close()
+		return io.ReadAll(r)
+	default:
+		return nil, fmt.Errorf("%s is none of the compressions .gz, .xz and .zst", extension)
+	}
+}

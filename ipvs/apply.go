@@ -1,0 +1,470 @@
+package ipvs
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+
+	"fairlead/dataplane"
+	"fairlead/internal/kmod"
+
+	"golang.org/x/sys/unix"
+)
+
+// The kinds of the Services that stand in for frontends which must not be reached
+// yet, or any more; see guard.
+const (
+	comingKind = dataplane.Kind(0xff)
+	goingKind  = dataplane.Kind(0xfe)
+)
+
+// Apply implements [dataplane.Dataplane]. The order of its steps is that of the
+// package documentation.
+func (d *Dataplane) Apply(ctx context.Context, changes []dataplane.Change) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	failed := map[dataplane.Key]error{}
+	p := d.plan(changes, failed)
+	if err := d.applyRules(ctx, p.coming, failed); err != nil {
+		return fmt.Errorf("apply: %w", err)
+	}
+	w := d.work()
+	for s, vs := range p.want {
+		w.add(s, vs)
+	}
+	if err := w.carryOut(p.owners, failed); err != nil {
+		return fmt.Errorf("apply: %w", err)
+	}
+	if err := d.applyRules(ctx, p.switching(failed), failed); err != nil {
+		return fmt.Errorf("apply: %w", err)
+	}
+	w = d.work()
+	for s, vs := range p.want {
+		if p.inDoubt(s, failed) {
+			d.doubtful[s] = true
+			continue
+		}
+		w.drop(s, vs)
+	}
+	for s := range p.have {
+		if _, stays := p.want[s]; !stays && !p.inDoubt(s, failed) {
+			w.delete(s)
+		}
+	}
+	if err := w.carryOut(p.owners, failed); err != nil {
+		return fmt.Errorf("apply: %w", err)
+	}
+	if err := d.applyRules(ctx, reversed(p.going), failed); err != nil {
+		return fmt.Errorf("apply: %w", err)
+	}
+	for _, c := range p.changes {
+		if c.Old != nil {
+			d.places.release(c.Old, c.New)
+		}
+	}
+	if len(failed) > 0 {
+		return &dataplane.Error{Op: "apply", Failed: failed}
+	}
+	return nil
+}
+
+// plan is what the changes of an Apply come to, over all of them at once.
+type plan struct {
+	changes []dataplane.Change
+	// have are the virtual servers of what was, want are those of what is to be.
+	have map[server]bool
+	want map[server]virtualServer
+	// owners are the keys that each virtual server matters to.
+	owners map[server][]dataplane.Key
+	// coming and going are changes of the rules that guard frontends before their
+	// virtual servers come, and until they have gone.
+	coming, going []dataplane.Change
+}
+
+func (d *Dataplane) plan(changes []dataplane.Change, failed map[dataplane.Key]error) *plan {
+	p := &plan{
+		have: map[server]bool{}, want: make(map[server]virtualServer, len(changes)),
+		owners: make(map[server][]dataplane.Key, len(changes)),
+	}
+	was, is := map[dataplane.Frontend]bool{}, map[dataplane.Frontend]bool{}
+	for _, c := range changes {
+		if c.Old == nil || d.supported(c.Old) != nil {
+			continue
+		}
+		d.render(c.Old, func(s server, _ virtualServer) {
+			p.have[s] = true
+			p.own(s, c.Key())
+		})
+		for _, f := range c.Old.Frontends {
+			was[f] = true
+		}
+	}
+	for _, c := range changes {
+		old, now := c.Old, c.New
+		if old != nil && d.supported(old) != nil {
+			old = nil
+		}
+		if now != nil {
+			if err := d.supported(now); err != nil {
+				failed[c.Key()] = err
+				now = nil
+			}
+		}
+		if now != nil {
+			d.render(now, func(s server, vs virtualServer) {
+				p.want[s] = vs
+				p.own(s, c.Key())
+			})
+			for _, f := range now.Frontends {
+				is[f] = true
+			}
+		}
+		if old != nil || now != nil {
+			p.changes = append(p.changes, dataplane.Change{Old: old, New: now})
+		}
+	}
+	for _, c := range p.changes {
+		p.coming = guard(p.coming, c.New, comingKind, func(f dataplane.Frontend) bool {
+			_, there := d.servers[server{f.Protocol, f.Addr}]
+			return !there && !was[f]
+		})
+		p.going = guard(p.going, c.Old, goingKind, func(f dataplane.Frontend) bool { return !is[f] })
+	}
+	return p
+}
+
+func (p *plan) own(s server, k dataplane.Key) {
+	for _, o := range p.owners[s] {
+		if o == k {
+			return
+		}
+	}
+	p.owners[s] = append(p.owners[s], k)
+}
+
+// inDoubt reports whether something failed for a virtual server, so that nothing is
+// to be taken away from it.
+func (p *plan) inDoubt(s server, failed map[dataplane.Key]error) bool {
+	for _, k := range p.owners[s] {
+		if err := failed[k]; err != nil && !errors.Is(err, dataplane.ErrUnsupported) {
+			return true
+		}
+	}
+	return false
+}
+
+// guard appends the creation of a Service that takes the place of those of s's
+// frontends that want it, if there are any, and lets nothing through to them. Rules
+// are all that leads to a virtual server at an internal address, but one at a cluster
+// IP is met by what the node itself sends while it has no destinations yet; and when
+// it has gone, the node's own programs would be, as long as its address is bound.
+func guard(guards []dataplane.Change, s *dataplane.Service, kind dataplane.Kind, wants func(dataplane.Frontend) bool) []dataplane.Change {
+	if s == nil || !direct(s) {
+		return guards
+	}
+	var frontends []dataplane.Frontend
+	for _, f := range s.Frontends {
+		if wants(f) {
+			frontends = append(frontends, f)
+		}
+	}
+	if len(frontends) == 0 {
+		return guards
+	}
+	key := s.Key
+	key.Kind = kind
+	return append(guards, dataplane.Change{New: &dataplane.Service{
+		Key: key, Frontends: frontends, Treatment: dataplane.Treatment{NoEndpoints: dataplane.Drop},
+	}})
+}
+
+// reversed returns the changes that undo creations.
+func reversed(created []dataplane.Change) []dataplane.Change {
+	all := make([]dataplane.Change, 0, len(created))
+	for _, c := range created {
+		all = append(all, dataplane.Change{Old: c.New})
+	}
+	return all
+}
+
+// switching returns the changes of the rules that go with those of the virtual
+// servers: new Services are opened, and those that go are guarded. A Service that
+// could not be programmed keeps the rules that it had.
+func (p *plan) switching(failed map[dataplane.Key]error) []dataplane.Change {
+	all := slices.Concat(reversed(p.coming), p.going)
+	for _, c := range p.changes {
+		if failed[c.Key()] == nil || c.New == nil {
+			all = append(all, c)
+		}
+	}
+	return all
+}
+
+// applyRules changes the rules, and notes the keys of those that did not take.
+func (d *Dataplane) applyRules(ctx context.Context, changes []dataplane.Change, failed map[dataplane.Key]error) error {
+	if len(changes) == 0 {
+		return nil
+	}
+	return note(d.rules.Apply(ctx, changes), failed)
+}
+
+// note takes the keys of an error of the rules over. It returns what is about
+// everything.
+func note(err error, failed map[dataplane.Key]error) error {
+	var keyed *dataplane.Error
+	if !errors.As(err, &keyed) {
+		return err
+	}
+	for k, e := range keyed.Failed {
+		if k.Kind == comingKind || k.Kind == goingKind {
+			k.Kind = dataplane.ClusterIP
+		}
+		failed[k] = e
+	}
+	return nil
+}
+
+// work collects requests to the kernel, and carries them out together.
+type work struct {
+	*Dataplane
+
+	requests []request
+	bind     []netip.Addr
+	unbind   []netip.Addr
+	now      time.Time
+}
+
+func (d *Dataplane) work() *work { return &work{Dataplane: d, now: time.Now()} }
+
+// add makes a virtual server have at least these endpoints.
+func (w *work) add(s server, want virtualServer) {
+	have, there := w.servers[s]
+	switch {
+	case !there:
+		w.request(request{command: newService, server: s, settings: want.settings})
+		if !isInternal(s.addr.Addr()) {
+			if w.bound[s.addr.Addr()] == 0 {
+				w.bind = append(w.bind, s.addr.Addr())
+			}
+			w.bound[s.addr.Addr()]++
+		}
+	case have.settings != want.settings:
+		w.request(request{command: setService, server: s, settings: want.settings})
+	}
+	merge(have.endpoints, want.endpoints, func(e netip.AddrPort, inHave, inWant bool) {
+		if inHave || !inWant {
+			return
+		}
+		c := newDest
+		if _, draining := w.draining[s][e]; draining {
+			c = setDest
+			w.settled(s, e)
+		}
+		w.request(request{command: c, server: s, dest: e, weight: 1})
+	})
+	if len(have.endpoints) == 0 || !there || have.settings != want.settings {
+		w.touch(s)
+	}
+	// Both until those that leave are dropped.
+	w.servers[s] = virtualServer{want.settings, have.endpoints, have.serving}
+}
+
+// drop ends new connections to endpoints that a virtual server is no longer to
+// have, and notes that it has what is wanted.
+func (w *work) drop(s server, want virtualServer) {
+	have := w.servers[s]
+	merge(have.endpoints, want.endpoints, func(e netip.AddrPort, inHave, inWant bool) {
+		if inHave && !inWant {
+			w.request(request{command: setDest, server: s, dest: e})
+			w.drain(s, e, w.now.Add(w.drainLimit(s)))
+		}
+	})
+	if s.protocol == dataplane.UDP {
+		w.serve(s, want.serving)
+	}
+	w.touch(s)
+	w.servers[s] = want
+}
+
+// serve lets draining destinations of UDP stay for as long as they serve the flows
+// that they have, and no longer.
+func (w *work) serve(s server, serving []netip.AddrPort) {
+	for e, until := range w.draining[s] {
+		_, serves := slices.BinarySearchFunc(serving, e, netip.AddrPort.Compare)
+		switch {
+		case serves:
+			w.draining[s][e] = time.Time{}
+		case until.IsZero():
+			w.drain(s, e, w.now.Add(datagramGrace))
+		}
+	}
+}
+
+// datagramGrace is how long a destination of UDP drains that does not serve any
+// more. Its flows do not end, but move to another when it is deleted, which loses the
+// answers that are on their way then (net/netfilter/ipvs/ip_vs_conn.c, ip_vs_expire_nodest_conn_flush).
+const datagramGrace = 200 * time.Millisecond
+
+func (d *Dataplane) drainLimit(s server) time.Duration {
+	if s.protocol == dataplane.UDP {
+		return datagramGrace
+	}
+	return d.opts.DrainLimit
+}
+
+// delete removes a virtual server with its destinations.
+func (w *work) delete(s server) {
+	if _, there := w.servers[s]; !there {
+		return
+	}
+	w.request(request{command: delService, server: s})
+	w.touch(s)
+	delete(w.servers, s)
+	delete(w.draining, s)
+	if addr := s.addr.Addr(); !isInternal(addr) {
+		if w.bound[addr]--; w.bound[addr] == 0 {
+			delete(w.bound, addr)
+			w.unbind = append(w.unbind, addr)
+		}
+	}
+}
+
+func (w *work) request(r request) { w.requests = append(w.requests, r) }
+
+// touch tells the patrol that what it has seen of a virtual server is old.
+func (d *Dataplane) touch(s server) {
+	if d.touched != nil {
+		d.touched[s] = true
+	}
+}
+
+// drain notes that a destination is to go when its connections have ended.
+func (d *Dataplane) drain(s server, e netip.AddrPort, until time.Time) {
+	if d.draining[s] == nil {
+		d.draining[s] = map[netip.AddrPort]time.Time{}
+	}
+	d.draining[s][e] = until
+	if s.protocol == dataplane.UDP && !d.soon {
+		d.soon = true
+		d.datagrams.Reset(time.Until(until))
+	}
+}
+
+// settled notes that a destination is not draining any more.
+func (d *Dataplane) settled(s server, e netip.AddrPort) {
+	if delete(d.draining[s], e); len(d.draining[s]) == 0 {
+		delete(d.draining, s)
+	}
+}
+
+// carryOut hands the work to the kernel: addresses are bound before their virtual
+// servers come and unbound after these have gone, so that whose address is bound is
+// ours, whenever the program ends. It notes the keys for which something failed; an
+// error is about everything.
+func (w *work) carryOut(owners map[server][]dataplane.Key, failed map[dataplane.Key]error) error {
+	if err := w.bindAll(unix.RTM_NEWROUTE, w.bind, owners, failed); err != nil {
+		return err
+	}
+	answers, err := w.run(w.requests)
+	if err != nil {
+		return err
+	}
+	for i, answer := range answers {
+		if answer == nil {
+			continue
+		}
+		r := w.requests[i]
+		if answer = w.again(r, answer); answer == nil {
+			continue
+		}
+		w.doubtful[r.server] = true
+		for _, k := range owners[r.server] {
+			if failed[k] == nil {
+				failed[k] = fmt.Errorf("%s: %w", r, answer)
+			}
+		}
+	}
+	return w.bindAll(unix.RTM_DELROUTE, w.unbind, owners, failed)
+}
+
+func (w *work) run(requests []request) ([]error, error) {
+	if len(requests) == 0 {
+		return nil, nil
+	}
+	return w.kernel.run(requests)
+}
+
+func (w *work) bindAll(typ uint16, addrs []netip.Addr, owners map[server][]dataplane.Key, failed map[dataplane.Key]error) error {
+	if len(addrs) == 0 {
+		return nil
+	}
+	answers, err := w.host.bind(typ, addrs)
+	if err != nil {
+		return err
+	}
+	for i, answer := range answers {
+		if answer == nil {
+			continue
+		}
+		for s, keys := range owners {
+			if s.addr.Addr() != addrs[i] {
+				continue
+			}
+			w.doubtful[s] = true
+			for _, k := range keys {
+				failed[k] = fmt.Errorf("bind %s to %s: %w", addrs[i], LinkName, answer)
+			}
+		}
+	}
+	return nil
+}
+
+// again tries another request where the kernel's answer is about what was there
+// already, or was not, and returns the answer that counts.
+func (w *work) again(r request, answer error) error {
+	switch {
+	case isGone(answer) && (r.command == delService || r.command == delDest):
+		return nil
+	case r.command == setDest && r.weight == 0 && isGone(answer):
+		w.settled(r.server, r.dest)
+		return nil
+	case errors.Is(answer, unix.EEXIST) && r.command == newService:
+		r.command = setService
+	case errors.Is(answer, unix.EEXIST) && r.command == newDest:
+		r.command = setDest
+	case isGone(answer) && r.command == setDest:
+		r.command = newDest
+	case errors.Is(answer, unix.ENOENT) && (r.command == newService || r.command == setService):
+		// It says that of a scheduler that it does not have.
+		if err := kmod.Load("ip_vs_" + r.scheduler); err != nil {
+			return fmt.Errorf("the kernel has no scheduler %s: %w", r.scheduler, err)
+		}
+	default:
+		return answer
+	}
+	answers, err := w.run([]request{r})
+	if err == nil {
+		err = answers[0]
+	}
+	return err
+}
+
+// merge walks two lists of endpoints in order of address in step.
+func merge(have, want []dataplane.Endpoint, visit func(e netip.AddrPort, inHave, inWant bool)) {
+	for len(have) > 0 || len(want) > 0 {
+		switch {
+		case len(want) == 0 || len(have) > 0 && have[0].Addr.Compare(want[0].Addr) < 0:
+			visit(have[0].Addr, true, false)
+			have = have[1:]
+		case len(have) == 0 || want[0].Addr.Compare(have[0].Addr) < 0:
+			visit(want[0].Addr, false, true)
+			want = want[1:]
+		default:
+			visit(want[0].Addr, true, true)
+			have, want = have[1:], want[1:]
+		}
+	}
+}

@@ -1,0 +1,212 @@
+//go:build ipvs
+
+package ipvs
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"testing"
+
+	"fairlead/dataplane"
+	"fairlead/internal/nettest"
+
+	"github.com/moby/ipvs"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// benchServers are virtual servers with ten destinations each.
+func benchServers(n int) []server {
+	all := make([]server, n)
+	for i := range all {
+		all[i] = server{dataplane.TCP, netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 96, byte(i >> 8), byte(i)}), 80)} //nolint:gosec // fits
+	}
+	return all
+}
+
+func benchDestination(i, j int) netip.AddrPort {
+	return netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, byte(100 + j), byte(i >> 8), byte(i)}), 8080) //nolint:gosec // fits
+}
+
+const benchDestinations = 10
+
+// BenchmarkLoad compares many requests in one send with one request, and its
+// answer, after the other.
+func BenchmarkLoad(b *testing.B) {
+	for _, n := range []int{1000, 10_000} {
+		servers := benchServers(n)
+		run := func(how string, load func(b *testing.B, netns int)) {
+			b.Run(fmt.Sprintf("%s/servers=%d", how, n), func(b *testing.B) {
+				for b.Loop() {
+					b.StopTimer()
+					ns, err := nettest.NewNamespace("")
+					if err != nil {
+						b.Fatal(err)
+					}
+					b.StartTimer()
+					load(b, ns.Fd())
+					b.StopTimer()
+					if err := ns.Close(); err != nil {
+						b.Fatal(err)
+					}
+					b.StartTimer()
+				}
+				b.ReportMetric(float64(b.Elapsed().Microseconds())/float64(b.N*n*(1+benchDestinations)), "µs/request")
+			})
+		}
+		run("together", func(b *testing.B, netns int) {
+			k, err := dialKernel(netns)
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer k.close() //nolint:errcheck // is not what is measured
+			var requests []request
+			for i, s := range servers {
+				requests = append(requests, request{command: newService, server: s, settings: settings{scheduler: "rr"}})
+				for j := range benchDestinations {
+					requests = append(requests, request{command: newDest, server: s, dest: benchDestination(i, j), weight: 1})
+				}
+			}
+			answers, err := k.run(requests)
+			if err != nil {
+				b.Fatal(err)
+			}
+			if i := slices.IndexFunc(answers, func(err error) bool { return err != nil }); i >= 0 {
+				b.Fatalf("%s: %v", requests[i], answers[i])
+			}
+		})
+		run("one by one", func(b *testing.B, netns int) {
+			h, err := ipvs.New(fmt.Sprintf("/proc/self/fd/%d", netns))
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer h.Close()
+			for i, s := range servers {
+				service := &ipvs.Service{
+					Address: s.addr.Addr().AsSlice(), Protocol: unix.IPPROTO_TCP, Port: 80,
+					SchedName: "rr", AddressFamily: unix.AF_INET, Netmask: 0xffffffff,
+				}
+				if err := h.NewService(service); err != nil {
+					b.Fatal(err)
+				}
+				for j := range benchDestinations {
+					d := benchDestination(i, j)
+					if err := h.NewDestination(service, &ipvs.Destination{
+						Address: d.Addr().AsSlice(), Port: d.Port(), Weight: 1, AddressFamily: unix.AF_INET,
+					}); err != nil {
+						b.Fatal(err)
+					}
+				}
+			}
+		})
+	}
+}
+
+// BenchmarkBind compares routes, many at once, with addresses on the interface.
+func BenchmarkBind(b *testing.B) {
+	for _, n := range []int{1000, 10_000} {
+		var addrs []netip.Addr
+		for _, s := range benchServers(n) {
+			addrs = append(addrs, s.addr.Addr())
+		}
+		run := func(how string, bind func(b *testing.B, ns *nettest.Namespace, h *host)) {
+			b.Run(fmt.Sprintf("%s/addresses=%d", how, n), func(b *testing.B) {
+				for b.Loop() {
+					b.StopTimer()
+					ns, err := nettest.NewNamespace("")
+					if err != nil {
+						b.Fatal(err)
+					}
+					h, err := openHost(ns.Fd())
+					if err != nil {
+						b.Fatal(err)
+					}
+					if err := h.setUp(); err != nil {
+						b.Fatal(err)
+					}
+					b.StartTimer()
+					bind(b, ns, h)
+					b.StopTimer()
+					if err := h.close(); err != nil {
+						b.Fatal(err)
+					}
+					if err := ns.Close(); err != nil {
+						b.Fatal(err)
+					}
+					b.StartTimer()
+				}
+				b.ReportMetric(float64(b.Elapsed().Microseconds())/float64(b.N*n), "µs/address")
+			})
+		}
+		run("routes", func(b *testing.B, _ *nettest.Namespace, h *host) {
+			answers, err := h.bind(unix.RTM_NEWROUTE, addrs)
+			if err != nil {
+				b.Fatal(err)
+			}
+			if i := slices.IndexFunc(answers, func(err error) bool { return err != nil }); i >= 0 {
+				b.Fatalf("%s: %v", addrs[i], answers[i])
+			}
+		})
+		run("addresses", func(b *testing.B, _ *nettest.Namespace, h *host) {
+			link, err := h.handle.LinkByName(LinkName)
+			if err != nil {
+				b.Fatal(err)
+			}
+			for _, a := range addrs {
+				addr := &netlink.Addr{IPNet: &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(32, 32)}}
+				if err := h.handle.AddrAdd(link, addr); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
+// BenchmarkPatrol is what it costs to look at the kernel every few seconds.
+func BenchmarkPatrol(b *testing.B) {
+	for _, n := range []int{1000, 10_000} {
+		b.Run(fmt.Sprintf("Services=%d", n), func(b *testing.B) {
+			ns, err := nettest.NewNamespace("")
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer ns.Close() //nolint:errcheck // is not what is measured
+			d, err := Open(Options{NetNS: ns.Fd()})
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer d.Close() //nolint:errcheck // is not what is measured
+			var services []*dataplane.Service
+			for i, s := range benchServers(n) {
+				var treatment dataplane.Treatment
+				for j := range benchDestinations {
+					treatment.Endpoints = append(treatment.Endpoints, dataplane.Endpoint{Addr: benchDestination(i, j)})
+				}
+				service, err := dataplane.NewService(dataplane.Key{Namespace: "default", Name: fmt.Sprintf("s-%d", i), Family: dataplane.IPv4},
+					[]dataplane.Frontend{{Protocol: dataplane.TCP, Addr: s.addr}}, treatment)
+				if err != nil {
+					b.Fatal(err)
+				}
+				services = append(services, service)
+			}
+			if err := d.Replace(context.Background(), dataplane.Node{}, slices.Values(services), nil); err != nil {
+				b.Fatal(err)
+			}
+			round := 0
+			for b.Loop() {
+				if err := d.look(context.Background(), round); err != nil {
+					b.Fatal(err)
+				}
+				round++
+			}
+			select {
+			case <-d.Drift():
+				b.Error("drift")
+			default:
+			}
+		})
+	}
+}

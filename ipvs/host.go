@@ -1,0 +1,295 @@
+package ipvs
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"os"
+	"strings"
+
+	"fairlead/dataplane"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// LinkName is the dummy interface that the virtual addresses are bound to.
+	LinkName = "fairlead0"
+	// RouteTable is the routing table with the routes to cluster IPs.
+	RouteTable = 0xfa1d
+	// rulePriority is where its rule is: behind that of the table local and before
+	// those that networks of pods have.
+	rulePriority = 20
+	// routeProtocol marks our routes (rtm_protocol).
+	routeProtocol = 0xfa
+)
+
+// host is what is set up on the node besides IPVS: the interface, the rules, and
+// the routes to cluster IPs.
+//
+// A cluster IP is bound by a local route instead of an address, for which the
+// kernel takes quadratic time, and answers ARP if it is told nothing else. The
+// routes are in a table of their own, which packets that arrive are looked up in:
+// what the node itself sends keeps the address and the route that it would have
+// anyway, and IPVS takes it on its way out, whatever the route.
+type host struct {
+	netns  int
+	handle *netlink.Handle
+	routes *conn
+	link   int
+}
+
+func openHost(netns int) (*host, error) {
+	h := &host{netns: netns}
+	err := inNamespace(netns, func() error {
+		var err error
+		if h.handle, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
+			return fmt.Errorf("open netlink socket for interfaces: %w", err)
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	if h.routes, err = dial(netns, unix.NETLINK_ROUTE); err != nil {
+		h.handle.Close()
+		return nil, err
+	}
+	return h, nil
+}
+
+func (h *host) close() error {
+	h.handle.Close()
+	return h.routes.close()
+}
+
+// setUp makes the interface and the rules, where they are missing. It writes
+// nothing if they are there. The error wraps unix.EOPNOTSUPP if the kernel has no
+// dummy interfaces.
+func (h *host) setUp() error {
+	link, err := h.handle.LinkByName(LinkName)
+	if notFound := (netlink.LinkNotFoundError{}); errors.As(err, &notFound) {
+		attrs := netlink.NewLinkAttrs()
+		attrs.Name = LinkName
+		if err = h.handle.LinkAdd(&netlink.Dummy{LinkAttrs: attrs}); err != nil {
+			return fmt.Errorf("make the dummy interface %s: %w", LinkName, err)
+		}
+		link, err = h.handle.LinkByName(LinkName)
+	}
+	if err != nil {
+		return fmt.Errorf("find the interface %s: %w", LinkName, err)
+	}
+	if link.Type() != "dummy" {
+		return fmt.Errorf("the interface %s is of type %s, want dummy: it is somebody else's; remove or rename it", LinkName, link.Type())
+	}
+	h.link = link.Attrs().Index
+	if link.Attrs().Flags&unix.IFF_UP == 0 {
+		// No link-local address: nothing is sent from here.
+		if err := h.sysctl(map[string]string{"net/ipv6/conf/" + LinkName + "/addr_gen_mode": "1"}); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		if err := h.handle.LinkSetUp(link); err != nil {
+			return fmt.Errorf("set the interface %s up: %w", LinkName, err)
+		}
+	}
+	for _, f := range families() {
+		if err := h.setUpFamily(f); err != nil && !(f == dataplane.IPv6 && isNoIPv6(err)) {
+			return err
+		}
+	}
+	return nil
+}
+
+func families() []dataplane.Family { return []dataplane.Family{dataplane.IPv4, dataplane.IPv6} }
+
+// isNoIPv6 reports whether an error is that of a kernel without IPv6, or with IPv6
+// switched off.
+func isNoIPv6(err error) bool {
+	return errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EACCES)
+}
+
+func (h *host) setUpFamily(f dataplane.Family) error {
+	there, err := h.hasRule(f)
+	if err != nil {
+		return err
+	}
+	if !there {
+		if err := h.handle.RuleAdd(ourRule(f)); err != nil && !errors.Is(err, unix.EEXIST) {
+			return fmt.Errorf("add the %s rule that looks up routing table %d: %w", f, RouteTable, err)
+		}
+	}
+	// The internal addresses are the node's for its own connections as well, so
+	// that there is a route when these are translated.
+	messages := []message{h.route(unix.RTM_NEWROUTE, internalNet(f), unix.RT_TABLE_LOCAL)}
+	answers, err := h.routes.transact(messages)
+	if err == nil {
+		err = answers[0]
+	}
+	if err != nil && !errors.Is(err, unix.EEXIST) {
+		return fmt.Errorf("bind the internal addresses %s: %w", internalNet(f), err)
+	}
+	return nil
+}
+
+// ourRule is `not iif lo lookup 64029`.
+func ourRule(f dataplane.Family) *netlink.Rule {
+	r := netlink.NewRule()
+	r.Family = unix.AF_INET
+	if f == dataplane.IPv6 {
+		r.Family = unix.AF_INET6
+	}
+	r.Priority, r.Table, r.IifName, r.Invert = rulePriority, RouteTable, "lo", true
+	return r
+}
+
+func (h *host) hasRule(f dataplane.Family) (bool, error) {
+	want := ourRule(f)
+	rules, err := h.handle.RuleListFiltered(want.Family, want, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_PRIORITY)
+	if err != nil {
+		return false, fmt.Errorf("list the %s routing rules: %w", f, err)
+	}
+	for _, r := range rules {
+		if r.IifName == want.IifName && r.Invert {
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
+// route is a request for a local route through the interface.
+func (h *host) route(typ uint16, to netip.Prefix, table uint32) message {
+	flags := uint16(0)
+	if typ == unix.RTM_NEWROUTE {
+		flags = unix.NLM_F_CREATE | unix.NLM_F_EXCL
+	}
+	body := attrs(routeHeader(addressFamily(to.Addr()), to.Bits(), unix.RTN_LOCAL)).
+		bytes(unix.RTA_DST, to.Addr().AsSlice()).
+		uint32(unix.RTA_OIF, uint32(h.link)). //nolint:gosec // an interface's index
+		uint32(unix.RTA_TABLE, table)
+	return message{typ: typ, flags: flags, body: body}
+}
+
+// routeHeader is a struct rtmsg (linux/rtnetlink.h).
+func routeHeader(family uint16, bits int, typ byte) []byte {
+	const compat = 252 // RT_TABLE_COMPAT: the table is in an attribute
+	return []byte{byte(family), byte(bits), 0, 0, compat, routeProtocol, unix.RT_SCOPE_HOST, typ, 0, 0, 0, 0}
+}
+
+// bind makes addresses the node's, or ends that. It returns the kernel's answer for
+// each. That one is bound already, or is not any more, is no error.
+func (h *host) bind(typ uint16, addrs []netip.Addr) ([]error, error) {
+	messages := make([]message, len(addrs))
+	for i, a := range addrs {
+		messages[i] = h.route(typ, netip.PrefixFrom(a, a.BitLen()), RouteTable)
+	}
+	answers, err := h.routes.transact(messages)
+	for i, answer := range answers {
+		if errors.Is(answer, unix.EEXIST) || errors.Is(answer, unix.ESRCH) {
+			answers[i] = nil
+		}
+	}
+	return answers, err
+}
+
+// bound returns the addresses that are bound.
+func (h *host) bound() (map[netip.Addr]bool, error) {
+	found := map[netip.Addr]bool{}
+	for _, f := range families() {
+		family := addressFamily(internalNet(f).Addr())
+		// With strict checks the kernel lists this table only, and takes no scope
+		// or protocol in the request.
+		body := attrs([]byte{byte(family), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}).uint32(unix.RTA_TABLE, RouteTable)
+		err := h.routes.dump(message{typ: unix.RTM_GETROUTE, body: body}, func(body []byte) error {
+			if len(body) < 12 || body[7] != unix.RTN_LOCAL {
+				return nil
+			}
+			var addr netip.Addr
+			var link, table uint32
+			attrs(body[12:]).each(func(typ uint16, data []byte) {
+				switch typ {
+				case unix.RTA_DST:
+					addr, _ = netip.AddrFromSlice(data)
+				case unix.RTA_OIF:
+					link = number32(data)
+				case unix.RTA_TABLE:
+					table = number32(data)
+				}
+			})
+			if table == RouteTable && addr.IsValid() && int(body[1]) == addr.BitLen() && int(link) == h.link {
+				found[addr] = true
+			}
+			return nil
+		})
+		// ENOENT: there is no such table, as nothing is in it yet.
+		if err != nil && !errors.Is(err, unix.ENOENT) && !(f == dataplane.IPv6 && isNoIPv6(err)) {
+			return nil, fmt.Errorf("list the %s routes of table %d: %w", f, RouteTable, err)
+		}
+	}
+	return found, nil
+}
+
+// remove removes the interface, with which its routes go, and the rules.
+func (h *host) remove() error {
+	var errs []error
+	for _, f := range families() {
+		there, err := h.hasRule(f)
+		if err == nil && there {
+			err = h.handle.RuleDel(ourRule(f))
+		}
+		if err != nil && !(f == dataplane.IPv6 && isNoIPv6(err)) {
+			errs = append(errs, fmt.Errorf("remove the %s rule: %w", f, err))
+		}
+	}
+	link, err := h.handle.LinkByName(LinkName)
+	if notFound := (netlink.LinkNotFoundError{}); errors.As(err, &notFound) {
+		return errors.Join(errs...)
+	}
+	if err == nil && link.Type() == "dummy" {
+		err = h.handle.LinkDel(link)
+	}
+	if err != nil {
+		errs = append(errs, fmt.Errorf("remove the interface %s: %w", LinkName, err))
+	}
+	return errors.Join(errs...)
+}
+
+// sysctl sets the node's settings, by their paths below /proc/sys. It writes those
+// that differ. That there is none is fs.ErrNotExist.
+func (h *host) sysctl(values map[string]string) error {
+	return inNamespace(h.netns, func() error {
+		var errs []error
+		for name, value := range values {
+			path := "/proc/sys/" + name
+			have, err := os.ReadFile(path)
+			if err == nil && strings.TrimSpace(string(have)) == value {
+				continue
+			}
+			if err == nil {
+				err = os.WriteFile(path, []byte(value), 0)
+			}
+			if err != nil {
+				errs = append(errs, fmt.Errorf("set the sysctl %s to %s: %w", strings.ReplaceAll(name, "/", "."), value, err))
+			}
+		}
+		return errors.Join(errs...)
+	})
+}
+
+// sysctls returns the settings that the backend needs.
+func sysctls(strictARP bool) map[string]string {
+	values := map[string]string{
+		// Connections are known to connection tracking, for masquerading.
+		"net/ipv4/vs/conntrack": "1",
+		// Those to an endpoint that is gone end at once, rather than be dropped.
+		"net/ipv4/vs/expire_nodest_conn": "1",
+		// And a client who stuck to an endpoint that takes no more gets another.
+		"net/ipv4/vs/expire_quiescent_template": "1",
+	}
+	if strictARP {
+		values["net/ipv4/conf/all/arp_ignore"] = "1"
+		values["net/ipv4/conf/all/arp_announce"] = "2"
+	}
+	return values
+}

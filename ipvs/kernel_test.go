@@ -1,0 +1,749 @@
+//go:build ipvs
+
+// The tests with this build tag need a kernel that has IPVS, which few machines
+// for tests have: `make test-vm` runs them in virtual machines.
+
+package ipvs
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"fairlead/dataplane"
+	"fairlead/dataplane/dataplanetest"
+	"fairlead/internal/nettest"
+	"fairlead/nft"
+
+	"github.com/moby/ipvs"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+func open(t testing.TB, netns int) dataplane.Dataplane {
+	t.Helper()
+	d, err := Open(Options{NetNS: netns})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return d
+}
+
+func TestBehaviour(t *testing.T) {
+	dataplanetest.Run(t, open, dataplanetest.Limits{AffinityLingers: true})
+}
+
+// world is a network whose node has a Dataplane, and others who use IPVS beside it:
+// they do so by the library that others use.
+type world struct {
+	*nettest.Network
+	t      *testing.T
+	opts   Options
+	dp     *Dataplane
+	others *ipvs.Handle
+	pods   []*nettest.Host
+	held   map[dataplane.Key]*dataplane.Service
+}
+
+const podPort = 8080
+
+func newWorld(t *testing.T, opts Options, pods int) *world {
+	t.Helper()
+	w := &world{Network: nettest.NewT(t, nettest.Options{}), t: t, opts: opts, held: map[dataplane.Key]*dataplane.Service{}}
+	w.opts.NetNS = w.Node.Fd()
+	for i := range pods {
+		pod := w.PodT(t, fmt.Sprintf("pod-%d", i))
+		pod.ServeT(t, nettest.TCP, podPort)
+		pod.ServeT(t, nettest.UDP, podPort)
+		w.pods = append(w.pods, pod)
+	}
+	var err error
+	if w.others, err = ipvs.New(fmt.Sprintf("/proc/self/fd/%d", w.Node.Fd())); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(w.others.Close)
+	w.start()
+	t.Cleanup(func() {
+		if err := w.dp.Close(); err != nil {
+			t.Errorf("close the Dataplane: %v", err)
+		}
+	})
+	return w
+}
+
+func (w *world) start() {
+	w.t.Helper()
+	var err error
+	if w.dp, err = Open(w.opts); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+// restart is what happens when the program does.
+func (w *world) restart() {
+	w.t.Helper()
+	if err := w.dp.Close(); err != nil {
+		w.t.Fatal(err)
+	}
+	w.start()
+	w.replace(slices.Collect(maps.Values(w.held))...)
+}
+
+func (w *world) replace(services ...*dataplane.Service) {
+	w.t.Helper()
+	node := dataplane.Node{PodCIDRs: w.PodCIDRs, NodePortAddrs: w.Node.Addrs()}
+	if err := w.dp.Replace(w.t.Context(), node, slices.Values(services), nil); err != nil {
+		w.t.Fatal(err)
+	}
+	w.held = map[dataplane.Key]*dataplane.Service{}
+	for _, s := range services {
+		w.held[s.Key] = s
+	}
+	w.checkRead()
+}
+
+func (w *world) put(s *dataplane.Service) {
+	w.t.Helper()
+	if err := w.dp.Apply(w.t.Context(), []dataplane.Change{{Old: w.held[s.Key], New: s}}); err != nil {
+		w.t.Fatal(err)
+	}
+	w.held[s.Key] = s
+	w.checkRead()
+}
+
+func (w *world) remove(s *dataplane.Service) {
+	w.t.Helper()
+	if err := w.dp.Apply(w.t.Context(), []dataplane.Change{{Old: w.held[s.Key]}}); err != nil {
+		w.t.Fatal(err)
+	}
+	delete(w.held, s.Key)
+}
+
+func (w *world) checkRead() {
+	w.t.Helper()
+	got, err := w.dp.Read(w.t.Context())
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	if want := dataplane.StateOf(maps.Values(w.held)); !want.Equal(got) {
+		w.t.Fatalf("the kernel does not hold what was programmed:\n%s", want.Diff(got))
+	}
+}
+
+// web returns a Service at 10.96.0.1:80 with these pods as endpoints.
+func (w *world) web(protocol dataplane.Protocol, pods ...int) *dataplane.Service {
+	w.t.Helper()
+	return service(w.t, dataplane.ClusterIP, "web", "10.96.0.1:80/"+protocol.String(), w.to(pods...))
+}
+
+func (w *world) to(pods ...int) dataplane.Treatment {
+	var treatment dataplane.Treatment
+	for _, i := range pods {
+		treatment.Endpoints = append(treatment.Endpoints, dataplane.Endpoint{Addr: netip.AddrPortFrom(w.pods[i].IPv4, podPort)})
+	}
+	return treatment
+}
+
+// listed returns what the kernel has at an address, as others see it: the virtual
+// server with its scheduler, and each destination with its weight.
+func (w *world) listed(addr string) string {
+	w.t.Helper()
+	var lines []string
+	services, err := w.others.GetServices()
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	for _, s := range services {
+		if (&net.TCPAddr{IP: s.Address, Port: int(s.Port)}).String() != addr {
+			continue
+		}
+		line := fmt.Sprintf("%s %s", dataplane.Protocol(s.Protocol), s.SchedName) //nolint:gosec // it is one
+		destinations, err := w.others.GetDestinations(s)
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		var at []string
+		for _, d := range destinations {
+			at = append(at, fmt.Sprintf("%s:%d=%d", d.Address, d.Port, d.Weight))
+		}
+		slices.Sort(at)
+		lines = append(lines, strings.Join(append([]string{line}, at...), " "))
+	}
+	slices.Sort(lines)
+	return strings.Join(lines, "; ")
+}
+
+func (w *world) expectListed(addr, want string) {
+	w.t.Helper()
+	if got := w.listed(addr); got != want {
+		w.t.Errorf("at %s is %q, want %q", addr, got, want)
+	}
+}
+
+// eventually waits until a condition holds.
+func eventually(t *testing.T, limit time.Duration, what string, condition func() bool) {
+	t.Helper()
+	for end := time.Now().Add(limit); !condition(); time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("not within %v: %s", limit, what)
+		}
+	}
+}
+
+var clusterIP = netip.MustParseAddrPort("10.96.0.1:80")
+
+func TestVirtualServersReadAsTheServicesDo(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, Options{Scheduler: "lc"}, 2)
+	w.replace(w.web(dataplane.TCP, 0, 1), service(t, dataplane.NodePort, "web", "0.0.0.0:30080/TCP", w.to(1)))
+	a, b := w.pods[0].IPv4, w.pods[1].IPv4
+	w.expectListed("10.96.0.1:80", fmt.Sprintf("TCP lc %s:8080=1 %s:8080=1", a, b))
+	w.expectListed("250.29.0.1:30080", fmt.Sprintf("TCP lc %s:8080=1", b))
+}
+
+// Others' virtual servers stay, whatever happens to ours: at addresses that are not
+// Services', by firewall mark, and in networks that are excluded.
+func TestVirtualServersOfOthersStay(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, Options{ExcludeCIDRs: []netip.Prefix{netip.MustParsePrefix("10.96.200.0/24")}}, 1)
+	theirs := []*ipvs.Service{
+		{Address: net.IPv4(192, 0, 2, 50).To4(), Protocol: unix.IPPROTO_TCP, Port: 80},
+		{Address: net.IPv4(10, 96, 200, 1).To4(), Protocol: unix.IPPROTO_UDP, Port: 53},
+		{FWMark: 7},
+	}
+	for _, s := range theirs {
+		s.SchedName, s.AddressFamily, s.Netmask = "rr", unix.AF_INET, 0xffffffff
+		if err := w.others.NewService(s); err != nil {
+			t.Fatal(err)
+		}
+		d := &ipvs.Destination{Address: net.IPv4(192, 0, 2, 60).To4(), Port: 80, Weight: 3, AddressFamily: unix.AF_INET}
+		if err := w.others.NewDestination(s, d); err != nil {
+			t.Fatal(err)
+		}
+	}
+	stay := func(after string) {
+		t.Helper()
+		for _, s := range theirs {
+			found, err := w.others.GetDestinations(s)
+			if err != nil || len(found) != 1 || found[0].Weight != 3 {
+				t.Errorf("after %s another's virtual server %+v has the destinations %v (error %v)", after, s, found, err)
+			}
+		}
+	}
+	w.replace(w.web(dataplane.TCP, 0))
+	stay("a Replace")
+	w.restart()
+	stay("a restart")
+	w.replace()
+	stay("a Replace by nothing")
+
+	excluded := service(t, dataplane.ClusterIP, "dns", "10.96.200.1:53/UDP", w.to(0))
+	var keyed *dataplane.Error
+	err := w.dp.Apply(t.Context(), []dataplane.Change{{New: excluded}, {New: w.web(dataplane.TCP, 0)}})
+	if !errors.As(err, &keyed) || len(keyed.Failed) != 1 || !errors.Is(keyed.Failed[excluded.Key], dataplane.ErrUnsupported) {
+		t.Errorf("a Service in an excluded network: error %v, want it refused, and it alone", err)
+	}
+	stay("a Service at its address")
+	if err := w.dp.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := Cleanup(w.opts); err != nil {
+		t.Fatal(err)
+	}
+	stay("a cleanup")
+	w.start()
+}
+
+// Cleanup removes what was made, without knowing what that was.
+func TestCleanup(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, Options{}, 1)
+	w.replace(w.web(dataplane.TCP, 0), service(t, dataplane.NodePort, "web", "0.0.0.0:30080/TCP", w.to(0)))
+	if err := w.dp.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if err := Cleanup(w.opts); err != nil {
+			t.Fatal(err)
+		}
+	}
+	services, err := w.others.GetServices()
+	if err != nil || len(services) != 0 {
+		t.Errorf("virtual servers are left: %v (error %v)", services, err)
+	}
+	if err := w.Node.Do(func() error {
+		if _, err := netlink.LinkByName(LinkName); err == nil {
+			t.Errorf("the interface %s is left", LinkName)
+		}
+		rules, err := netlink.RuleList(netlink.FAMILY_ALL)
+		for _, r := range rules {
+			if r.Table == RouteTable {
+				t.Errorf("the rule %v is left", r)
+			}
+		}
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	w.start()
+	if state, err := w.dp.Read(t.Context()); err != nil || len(state) != 0 {
+		t.Errorf("the rules are left: %v (error %v)", state, err)
+	}
+}
+
+// What others do to ours is found within ten seconds, and repaired by a Replace.
+func TestDrift(t *testing.T) {
+	t.Parallel()
+	ours := &ipvs.Service{
+		Address: net.IPv4(10, 96, 0, 1).To4(), Protocol: unix.IPPROTO_TCP, Port: 80,
+		SchedName: "rr", AddressFamily: unix.AF_INET, Netmask: 0xffffffff,
+	}
+	for _, tt := range []struct {
+		name string
+		do   func(w *world) error
+	}{
+		{"a virtual server is deleted", func(w *world) error { return w.others.DelService(ours) }},
+		{"a virtual server gets another scheduler", func(w *world) error {
+			other := *ours
+			other.SchedName = "lc"
+			return w.others.UpdateService(&other)
+		}},
+		{"a destination is deleted", func(w *world) error {
+			return w.others.DelDestination(ours, &ipvs.Destination{
+				Address: w.pods[0].IPv4.AsSlice(), Port: podPort, AddressFamily: unix.AF_INET,
+			})
+		}},
+		{"a destination gets another weight", func(w *world) error {
+			return w.others.UpdateDestination(ours, &ipvs.Destination{
+				Address: w.pods[0].IPv4.AsSlice(), Port: podPort, AddressFamily: unix.AF_INET, Weight: 5,
+			})
+		}},
+		{"a destination is added", func(w *world) error {
+			return w.others.NewDestination(ours, &ipvs.Destination{
+				Address: w.pods[1].IPv4.AsSlice(), Port: podPort, AddressFamily: unix.AF_INET, Weight: 1,
+			})
+		}},
+		{"a virtual server is added at a Service's address", func(w *world) error {
+			other := *ours
+			other.Port = 81
+			return w.others.NewService(&other)
+		}},
+		{"all virtual servers are flushed", func(w *world) error { return w.others.Flush() }},
+		{"the interface is deleted", func(w *world) error {
+			return w.Node.Do(func() error {
+				link, err := netlink.LinkByName(LinkName)
+				if err != nil {
+					return err
+				}
+				return netlink.LinkDel(link)
+			})
+		}},
+		{"an address is unbound", func(w *world) error {
+			return w.Node.Do(func() error {
+				return netlink.RouteDel(&netlink.Route{
+					Table: RouteTable, Type: unix.RTN_LOCAL, Scope: unix.RT_SCOPE_HOST,
+					Dst: &net.IPNet{IP: net.IPv4(10, 96, 0, 1).To4(), Mask: net.CIDRMask(32, 32)},
+				})
+			})
+		}},
+		{"the rule is deleted", func(w *world) error {
+			return w.Node.Do(func() error { return netlink.RuleDel(ourRule(dataplane.IPv4)) })
+		}},
+		{"the tables are deleted", func(w *world) error {
+			return nft.Cleanup(nft.Options{NetNS: w.Node.Fd(), Table: TableName})
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t, Options{}, 2)
+			w.replace(w.web(dataplane.TCP, 0))
+			want := w.listed("10.96.0.1:80")
+			if err := tt.do(w); err != nil {
+				t.Fatal(err)
+			}
+			start := time.Now()
+			select {
+			case <-w.dp.Drift():
+			case <-time.After(30 * time.Second):
+				t.Fatal("no drift")
+			}
+			t.Logf("noticed after %v", time.Since(start))
+			w.replace(w.web(dataplane.TCP, 0))
+			w.expectListed("10.96.0.1:81", "")
+			eventually(t, 3*patrolPeriod, "all is as it was", func() bool { return w.listed("10.96.0.1:80") == want })
+			for _, from := range []*nettest.Host{w.pods[1], w.Node, w.Outside} {
+				if answer, err := from.Connect(t.Context(), nettest.TCP, clusterIP); err != nil || answer.Host != "pod-0" {
+					t.Errorf("from %s: answer %+v, error %v, want one of pod-0", from.Name, answer, err)
+				}
+			}
+		})
+	}
+}
+
+// What it does itself is no drift, and neither is what others do elsewhere.
+func TestNoDrift(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, Options{}, 3)
+	w.replace(w.web(dataplane.TCP, 0))
+	theirs := &ipvs.Service{
+		Address: net.IPv4(192, 0, 2, 50).To4(), Protocol: unix.IPPROTO_TCP, Port: 80,
+		SchedName: "rr", AddressFamily: unix.AF_INET, Netmask: 0xffffffff,
+	}
+	if err := w.others.NewService(theirs); err != nil {
+		t.Fatal(err)
+	}
+	for end, i := time.Now().Add(patrolPeriod*5/2), 0; time.Now().Before(end); i++ {
+		w.put(w.web(dataplane.TCP, i%3, (i+1)%3))
+		time.Sleep(50 * time.Millisecond)
+		select {
+		case <-w.dp.Drift():
+			t.Fatal("drift")
+		default:
+		}
+	}
+}
+
+// An endpoint of TCP that leaves keeps its connections, also across a restart, takes
+// no others, and goes when they have ended.
+func TestDrain(t *testing.T) {
+	t.Parallel()
+	// How long a closed connection is remembered, which counts as well, is the
+	// kernel's affair, but for one that only the client has closed.
+	w := newWorld(t, Options{}, 2)
+	w.replace(w.web(dataplane.TCP, 0))
+	old, err := w.Outside.Open(t.Context(), nettest.TCP, clusterIP)
+	if err != nil {
+		t.Fatal(err)
+	}
+	answer := func(want string) {
+		t.Helper()
+		if answer, err := old.Ask(t.Context()); err != nil || answer.Host != want {
+			t.Errorf("the old connection: answer %+v, error %v, want one of %s", answer, err, want)
+		}
+	}
+	answer("pod-0")
+	a, b := w.pods[0].IPv4, w.pods[1].IPv4
+	draining := fmt.Sprintf("TCP rr %s:8080=0 %s:8080=1", a, b)
+	w.put(w.web(dataplane.TCP, 1))
+	check := func(after string) {
+		t.Helper()
+		answer("pod-0")
+		for range 5 {
+			if answer, err := w.Outside.Connect(t.Context(), nettest.TCP, clusterIP); err != nil || answer.Host != "pod-1" {
+				t.Errorf("after %s a new connection has the answer %+v (error %v), want one of pod-1", after, answer, err)
+			}
+		}
+		w.expectListed("10.96.0.1:80", draining)
+	}
+	check("it has left")
+	time.Sleep(patrolPeriod * 3 / 2)
+	check("a look at it")
+	w.restart()
+	check("a restart")
+	time.Sleep(patrolPeriod * 3 / 2)
+	check("a look at it after a restart")
+
+	w.put(w.web(dataplane.TCP, 0, 1))
+	w.expectListed("10.96.0.1:80", fmt.Sprintf("TCP rr %s:8080=1 %s:8080=1", a, b))
+	answer("pod-0")
+	if err := old.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// An endpoint that has no connections goes soon.
+func TestDrainedEndpointsGo(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, Options{}, 2)
+	w.replace(w.web(dataplane.TCP, 0, 1))
+	w.put(w.web(dataplane.TCP, 1))
+	gone := fmt.Sprintf("TCP rr %s:8080=1", w.pods[1].IPv4)
+	eventually(t, 3*patrolPeriod, "the endpoint is gone", func() bool { return w.listed("10.96.0.1:80") == gone })
+}
+
+// There is a limit for connections that do not end.
+func TestDrainLimit(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, Options{DrainLimit: 2 * time.Second}, 2)
+	w.replace(w.web(dataplane.TCP, 0))
+	old, err := w.Outside.Open(t.Context(), nettest.TCP, clusterIP)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer old.Close() //nolint:errcheck // it has been cut off
+	if _, err := old.Ask(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	w.put(w.web(dataplane.TCP, 1))
+	gone := fmt.Sprintf("TCP rr %s:8080=1", w.pods[1].IPv4)
+	eventually(t, 3*patrolPeriod, "the endpoint is gone", func() bool { return w.listed("10.96.0.1:80") == gone })
+}
+
+// A flow of UDP moves to another endpoint when its own leaves.
+func TestFlowsOfUDPMove(t *testing.T) {
+	t.Parallel()
+	for _, from := range []string{"outside", "node", "pod"} {
+		t.Run("from "+from, func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t, Options{}, 2)
+			w.replace(w.web(dataplane.UDP, 0))
+			client := map[string]*nettest.Host{"outside": w.Outside, "node": w.Node, "pod": w.PodT(t, "client")}[from]
+			flow, err := client.Open(t.Context(), nettest.UDP, clusterIP)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer flow.Close() //nolint:errcheck // is not what is tested
+			if answer, err := flow.Ask(t.Context()); err != nil || answer.Host != "pod-0" {
+				t.Fatalf("answer %+v, error %v, want one of pod-0", answer, err)
+			}
+			w.put(w.web(dataplane.UDP, 1))
+			eventually(t, 5*time.Second, "the flow moves", func() bool {
+				ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+				defer cancel()
+				answer, err := flow.Ask(ctx)
+				return err == nil && answer.Host == "pod-1"
+			})
+			w.expectListed("10.96.0.1:80", fmt.Sprintf("UDP rr %s:8080=1", w.pods[1].IPv4))
+		})
+	}
+}
+
+// An endpoint of UDP that terminates and still serves keeps its flows until then.
+func TestFlowsOfUDPStayWhereTheyAreServed(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, Options{}, 2)
+	w.replace(w.web(dataplane.UDP, 0))
+	flow, err := w.Outside.Open(t.Context(), nettest.UDP, clusterIP)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer flow.Close() //nolint:errcheck // is not what is tested
+	stays := func(after string) {
+		t.Helper()
+		if answer, err := flow.Ask(t.Context()); err != nil || answer.Host != "pod-0" {
+			t.Errorf("%s: answer %+v, error %v, want one of pod-0", after, answer, err)
+		}
+	}
+	stays("at first")
+	terminating, err := w.web(dataplane.UDP, 1).WithServing([]netip.AddrPort{netip.AddrPortFrom(w.pods[0].IPv4, podPort)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.put(terminating)
+	for range 3 {
+		time.Sleep(2 * datagramGrace)
+		stays("while it serves")
+		if answer, err := w.Outside.Connect(t.Context(), nettest.UDP, clusterIP); err != nil || answer.Host != "pod-1" {
+			t.Errorf("another flow: answer %+v, error %v, want one of pod-1", answer, err)
+		}
+	}
+	w.restart()
+	stays("after a restart")
+	time.Sleep(patrolPeriod * 3 / 2)
+	stays("after a look at it")
+	w.put(w.web(dataplane.UDP, 1))
+	eventually(t, 5*time.Second, "the flow moves", func() bool {
+		ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+		defer cancel()
+		answer, err := flow.Ask(ctx)
+		return err == nil && answer.Host == "pod-1"
+	})
+}
+
+// Services may have any scheduler that the kernel has, and change it.
+func TestSchedulers(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, Options{}, 2)
+	w.replace()
+	for _, name := range Schedulers() {
+		s := w.web(dataplane.TCP, 0, 1)
+		if name != DefaultScheduler {
+			s.Scheduler = name
+		}
+		if name == "twos" { // which Debian has built since 6.12
+			err := w.dp.Apply(t.Context(), []dataplane.Change{{Old: w.held[s.Key], New: s}})
+			if err != nil && !strings.Contains(err.Error(), "ip_vs_twos") {
+				t.Errorf("%s: %v", name, err)
+			}
+			w.replace(w.held[s.Key])
+			if err != nil {
+				continue
+			}
+		}
+		w.put(s)
+		w.expectListed("10.96.0.1:80", fmt.Sprintf("TCP %s %s:8080=1 %s:8080=1", name, w.pods[0].IPv4, w.pods[1].IPv4))
+		for range 3 {
+			if _, err := w.Outside.Connect(t.Context(), nettest.TCP, clusterIP); err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
+	}
+}
+
+// A scheduler that the kernel does not have stops its own Service only.
+func TestUnknownScheduler(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, Options{}, 1)
+	w.replace()
+	bad := service(t, dataplane.ClusterIP, "bad", "10.96.0.2:80/TCP", w.to(0))
+	bad.Scheduler = "nosuch"
+	good := w.web(dataplane.TCP, 0)
+	check := func(err error) {
+		t.Helper()
+		var keyed *dataplane.Error
+		if !errors.As(err, &keyed) || len(keyed.Failed) != 1 || keyed.Failed[bad.Key] == nil {
+			t.Fatalf("error %v, want one for %s alone", err, bad.Key)
+		}
+		if text := keyed.Failed[bad.Key].Error(); !strings.Contains(text, "scheduler nosuch") || !strings.Contains(text, "ip_vs_nosuch") {
+			t.Errorf("error %q, want it to name the scheduler and its module", text)
+		}
+		if _, err := w.Outside.Connect(t.Context(), nettest.TCP, clusterIP); err != nil {
+			t.Error(err)
+		}
+		if _, err := w.Outside.Connect(t.Context(), nettest.TCP, netip.MustParseAddrPort("10.96.0.2:80")); err == nil {
+			t.Error("the Service with the unknown scheduler answers")
+		}
+	}
+	check(w.dp.Apply(t.Context(), []dataplane.Change{{New: bad}, {New: good}}))
+	check(w.dp.Replace(t.Context(), dataplane.Node{}, slices.Values([]*dataplane.Service{bad, good}), nil))
+	if _, err := Open(Options{NetNS: w.Node.Fd(), Scheduler: "nosuch"}); err == nil || !strings.Contains(err.Error(), `"nosuch": want one of [`) {
+		t.Errorf("error %v, want one that says which schedulers there are", err)
+	}
+}
+
+// While Services come and go, what the node and pods send to them is answered by an
+// endpoint, or by nobody: never by the virtual server itself, for want of
+// destinations, nor by a program of the node.
+func TestOrderOfComingAndGoing(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, Options{}, 2)
+	client := w.PodT(t, "client")
+	wild, err := w.Node.Listen(t.Context(), "tcp", netip.MustParseAddrPort("0.0.0.0:80"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer wild.Close() //nolint:errcheck // is not what is tested
+	w.replace()
+	stop, done := make(chan struct{}), make(chan int)
+	for _, from := range []*nettest.Host{w.Node, client} {
+		go func() {
+			reached := 0
+			for {
+				select {
+				case <-stop:
+					done <- reached
+					return
+				default:
+				}
+				ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+				answer, err := from.Connect(ctx, nettest.TCP, clusterIP)
+				cancel()
+				switch {
+				case err == nil && strings.HasPrefix(answer.Host, "pod-"):
+					reached++
+				case err == nil, errors.Is(err, nettest.ErrRefused):
+					t.Errorf("from %s: answer %+v, error %v, want one of a pod, or none", from.Name, answer, err)
+				}
+			}
+		}()
+	}
+	changes := 0
+	for end := time.Now().Add(8 * time.Second); time.Now().Before(end); changes++ {
+		s := w.web(dataplane.TCP, 0, 1)
+		w.put(s)
+		if changes%2 == 0 {
+			time.Sleep(20 * time.Millisecond)
+		}
+		w.remove(s)
+	}
+	close(stop)
+	reached := []int{<-done, <-done}
+	t.Logf("%d times, %v connections", changes, reached)
+	if slices.Min(reached) == 0 {
+		t.Errorf("%v connections of the node and a pod reached an endpoint", reached)
+	}
+}
+
+func TestTimeouts(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, Options{TCPTimeout: 600 * time.Second, UDPTimeout: 20 * time.Second}, 0)
+	before, err := w.others.GetConfig()
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.replace()
+	got, err := w.others.GetConfig()
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := ipvs.Config{TimeoutTCP: 600 * time.Second, TimeoutTCPFin: before.TimeoutTCPFin, TimeoutUDP: 20 * time.Second}
+	if *got != want {
+		t.Errorf("timeouts %+v, want %+v", *got, want)
+	}
+}
+
+func TestSysctls(t *testing.T) {
+	t.Parallel()
+	for _, strict := range []bool{false, true} {
+		w := newWorld(t, Options{StrictARP: strict}, 0)
+		want := sysctls(strict)
+		arp := map[bool]string{false: "0", true: "1"}[strict]
+		want["net/ipv4/conf/all/arp_ignore"] = arp
+		check := func() {
+			t.Helper()
+			if err := w.Node.Do(func() error {
+				for name, value := range want {
+					if got, err := os.ReadFile("/proc/sys/" + name); err != nil || strings.TrimSpace(string(got)) != value {
+						t.Errorf("strict ARP %t: %s is %q (error %v), want %s", strict, name, got, err, value)
+					}
+				}
+				return nil
+			}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		w.replace()
+		check()
+	}
+}
+
+// An interface of the name that is another's is left alone.
+func TestInterfaceOfOthers(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, Options{}, 0)
+	if err := w.Node.Do(func() error {
+		link, err := netlink.LinkByName(LinkName)
+		if err != nil {
+			return err
+		}
+		if err := netlink.LinkDel(link); err != nil {
+			return err
+		}
+		attrs := netlink.NewLinkAttrs()
+		attrs.Name = LinkName
+		return netlink.LinkAdd(&netlink.Bridge{LinkAttrs: attrs})
+	}); err != nil {
+		t.Fatal(err)
+	}
+	err := w.dp.Replace(t.Context(), dataplane.Node{}, slices.Values[[]*dataplane.Service](nil), nil)
+	if err == nil || !strings.Contains(err.Error(), "fairlead0 is of type bridge") {
+		t.Errorf("error %v, want one that says what the interface is", err)
+	}
+	if err := Cleanup(w.opts); err != nil {
+		t.Error(err)
+	}
+	if err := w.Node.Do(func() error {
+		_, err := netlink.LinkByName(LinkName)
+		return err
+	}); err != nil {
+		t.Errorf("the interface is gone: %v", err)
+	}
+}

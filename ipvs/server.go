@@ -1,0 +1,261 @@
+package ipvs
+
+import (
+	"cmp"
+	"crypto/sha256"
+	"encoding/binary"
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+
+	"fairlead/dataplane"
+)
+
+// server names a virtual server: where the kernel finds it by.
+type server struct {
+	protocol dataplane.Protocol
+	addr     netip.AddrPort
+}
+
+// String returns address, port and protocol, as a frontend's.
+func (s server) String() string {
+	return dataplane.Frontend{Protocol: s.protocol, Addr: s.addr}.String()
+}
+
+func (s server) compare(o server) int {
+	return cmp.Or(s.addr.Compare(o.addr), cmp.Compare(s.protocol, o.protocol))
+}
+
+// virtualServer is what the kernel is to hold for a server.
+type virtualServer struct {
+	settings
+	// endpoints are its destinations that take connections, in order of address.
+	// The list is the Service's.
+	endpoints []dataplane.Endpoint
+	// serving are those that keep the flows of UDP which they have.
+	serving []netip.AddrPort
+}
+
+// settings are those of a virtual server by itself.
+type settings struct {
+	scheduler string
+	flags     uint32
+	// timeout is that of its persistence in seconds; 0 without.
+	timeout uint32
+}
+
+// Flags of a virtual server (linux/ip_vs.h), of which the ones in flagMask are
+// compared.
+const (
+	flagPersistent = 0x0001
+	flagHashed     = 0x0002 // set by the kernel
+	flagOnePacket  = 0x0004
+	flagSched1     = 0x0008
+	flagSched2     = 0x0010
+	flagSched3     = 0x0020
+
+	flagMask = flagPersistent | flagOnePacket | flagSched1 | flagSched2 | flagSched3
+)
+
+// settingsOf returns those of the virtual servers of a Service.
+func settingsOf(s *dataplane.Service, scheduler string) settings {
+	if s.Scheduler != "" {
+		scheduler = s.Scheduler
+	}
+	set := settings{scheduler: scheduler, timeout: uint32(s.Affinity / time.Second)} //nolint:gosec // MaxAffinity fits
+	if set.timeout != 0 {
+		set.flags |= flagPersistent
+	}
+	if scheduler == "mh" {
+		set.flags |= flagSched2 // mh-port: the client's port counts as well, as in kube-proxy
+	}
+	return set
+}
+
+// list is which of a Service's lists of endpoints a virtual server has.
+type list int
+
+const (
+	clusterList list = iota // dataplane.Treatment.Endpoints
+	localList               // dataplane.Treatment.LocalEndpoints
+	lists
+)
+
+// internalNets are where the virtual servers are that are not at a cluster IP:
+// a part of the reserved 240.0.0.0/4 (RFC 1112), and of fd00::/8 (RFC 4193).
+// Nothing outside the node ever sees these addresses.
+func internalNets() []netip.Prefix {
+	return []netip.Prefix{
+		netip.PrefixFrom(netip.AddrFrom4([4]byte{0xfa, 0x1d}), 16),
+		netip.PrefixFrom(netip.AddrFrom16([16]byte{0xfd, 0xfa, 0x1d}), 64),
+	}
+}
+
+func internalNet(f dataplane.Family) netip.Prefix {
+	nets := internalNets()
+	if f == dataplane.IPv6 {
+		return nets[1]
+	}
+	return nets[0]
+}
+
+func isInternal(a netip.Addr) bool {
+	return slices.ContainsFunc(internalNets(), func(p netip.Prefix) bool { return p.Contains(a) })
+}
+
+// place is a list of a Service, as the owner of an internal address, and the address
+// that it has if no other has it.
+type place struct {
+	key   dataplane.Key
+	list  list
+	first netip.AddrPort
+}
+
+func placeOf(s *dataplane.Service, l list) place { return place{s.Key, l, firstPlace(s, l)} }
+
+// places says which internal address each list of a Service has, if it has one.
+// The address follows from the Service, so that it is the same after a restart,
+// unless two of them would have the same one: then the later one gets the next.
+type places struct {
+	used   map[netip.AddrPort]place
+	second map[place]netip.AddrPort // those with another address than their first
+}
+
+func newPlaces() places {
+	return places{used: map[netip.AddrPort]place{}, second: map[place]netip.AddrPort{}}
+}
+
+// of returns the address of a list's virtual servers, and takes it.
+func (p *places) of(s *dataplane.Service, l list) netip.AddrPort {
+	owner := placeOf(s, l)
+	if addr, ok := p.second[owner]; ok {
+		return addr
+	}
+	addr := owner.first
+	for {
+		if taken, ok := p.used[addr]; !ok || taken == owner {
+			break
+		}
+		port := addr.Port() + 1
+		if port == 0 {
+			port = 1
+		}
+		addr = netip.AddrPortFrom(addr.Addr(), port)
+	}
+	p.used[addr] = owner
+	if addr != owner.first {
+		p.second[owner] = addr
+	}
+	return addr
+}
+
+// release gives back the addresses of a Service that it does not have as next,
+// which is nil when it is gone.
+func (p *places) release(s, next *dataplane.Service) {
+	for l := range lists {
+		owner := placeOf(s, l)
+		if next != nil && placeOf(next, l) == owner {
+			continue
+		}
+		addr, moved := p.second[owner]
+		if !moved {
+			addr = owner.first
+		}
+		if p.used[addr] == owner {
+			delete(p.used, addr)
+		}
+		delete(p.second, owner)
+	}
+}
+
+// firstPlace returns the internal address that a list has, if no other has it. That
+// of a node port has its number, at an address for each protocol; of the others address
+// and port are drawn by the Service's key, beside the 256 addresses that are kept for
+// the former.
+func firstPlace(s *dataplane.Service, l list) netip.AddrPort {
+	base := internalNet(s.Key.Family).Addr()
+	b := base.AsSlice()
+	if f := s.Frontends[0]; s.Key.Kind == dataplane.NodePort {
+		n := map[dataplane.Protocol]list{dataplane.TCP: 1, dataplane.UDP: 3, dataplane.SCTP: 5}[f.Protocol] + l
+		b[len(b)-1] = byte(n) //nolint:gosec // fits
+		return netip.AddrPortFrom(addrOf(b), f.Addr.Port())
+	}
+	sum := sha256.Sum256(fmt.Appendf(nil, "%s %d", s.Key, l))
+	host := b[2:]
+	if s.Key.Family == dataplane.IPv6 {
+		host = b[8:]
+	}
+	copy(host, sum[:])
+	if n := len(host); host[n-2] == 0 {
+		host[n-2] = 1
+	}
+	port := binary.BigEndian.Uint16(sum[16:])
+	if port == 0 {
+		port = 1
+	}
+	return netip.AddrPortFrom(addrOf(b), port)
+}
+
+func addrOf(b []byte) netip.Addr {
+	a, _ := netip.AddrFromSlice(b)
+	return a
+}
+
+// direct reports whether the virtual servers of a Service's cluster list are at
+// its frontends' own addresses: those of cluster IPs are, and nothing else.
+func direct(s *dataplane.Service) bool { return s.Key.Kind == dataplane.ClusterIP }
+
+// VirtualServers implements [fairlead/nft.Translator].
+func (d *Dataplane) VirtualServers(s *dataplane.Service) (cluster, local netip.AddrPort) {
+	if s.Key.Kind == comingKind || s.Key.Kind == goingKind {
+		return cluster, local
+	}
+	if !direct(s) {
+		cluster = d.places.of(s, clusterList)
+	}
+	if s.ExternalLocal {
+		local = d.places.of(s, localList)
+	}
+	return cluster, local
+}
+
+// render calls yield with each virtual server of a Service.
+func (d *Dataplane) render(s *dataplane.Service, yield func(server, virtualServer)) {
+	set := settingsOf(s, d.scheduler)
+	cluster, local := d.VirtualServers(s)
+	all := virtualServer{set, s.Endpoints, s.Serving}
+	if direct(s) {
+		for _, f := range s.Frontends {
+			yield(server{f.Protocol, f.Addr}, all)
+		}
+	}
+	for i, f := range s.Frontends {
+		if slices.ContainsFunc(s.Frontends[:i], func(o dataplane.Frontend) bool { return o.Protocol == f.Protocol }) {
+			continue
+		}
+		if !direct(s) {
+			yield(server{f.Protocol, cluster}, all)
+		}
+		if s.ExternalLocal {
+			yield(server{f.Protocol, local}, virtualServer{set, s.LocalEndpoints, s.Serving})
+		}
+	}
+}
+
+// supported returns an error that wraps [dataplane.ErrUnsupported] if this backend
+// can't program the Service.
+func (d *Dataplane) supported(s *dataplane.Service) error {
+	if !direct(s) {
+		return nil
+	}
+	for _, f := range s.Frontends {
+		for _, p := range d.exclude {
+			if p.Contains(f.Addr.Addr()) {
+				return fmt.Errorf("%w: the cluster IP %s is in %s, which is excluded from IPVS (--ipvs-exclude-cidrs)",
+					dataplane.ErrUnsupported, f.Addr.Addr(), p)
+			}
+		}
+	}
+	return nil
+}

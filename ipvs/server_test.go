@@ -1,0 +1,215 @@
+package ipvs
+
+import (
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"fairlead/dataplane"
+)
+
+// service returns a Service for the frontends "10.96.0.1:80/TCP …" of a kind.
+func service(t *testing.T, kind dataplane.Kind, name, frontends string, treatment dataplane.Treatment) *dataplane.Service {
+	t.Helper()
+	key := dataplane.Key{Namespace: "default", Name: name, Kind: kind}
+	var all []dataplane.Frontend
+	for text := range strings.FieldsSeq(frontends) {
+		addr, protocol, _ := strings.Cut(text, "/")
+		f := dataplane.Frontend{
+			Protocol: map[string]dataplane.Protocol{"TCP": dataplane.TCP, "UDP": dataplane.UDP, "SCTP": dataplane.SCTP}[protocol],
+			Addr:     netip.MustParseAddrPort(addr),
+		}
+		key.Family = dataplane.FamilyOf(f.Addr.Addr())
+		all = append(all, f)
+	}
+	s, err := dataplane.NewService(key, all, treatment)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+func to(addrs ...string) []dataplane.Endpoint {
+	var all []dataplane.Endpoint
+	for _, a := range addrs {
+		all = append(all, dataplane.Endpoint{Addr: netip.MustParseAddrPort(a)})
+	}
+	return all
+}
+
+func renderer() *Dataplane { return &Dataplane{scheduler: "rr", places: newPlaces()} }
+
+// rendered returns the virtual servers of Services as lines, in order.
+func rendered(d *Dataplane, services ...*dataplane.Service) []string {
+	var lines []string
+	for _, s := range services {
+		d.render(s, func(sv server, vs virtualServer) {
+			line := fmt.Sprintf("%s %s", sv, vs.scheduler)
+			if vs.flags&flagPersistent != 0 {
+				line += fmt.Sprintf(" persistent %d", vs.timeout)
+			}
+			for _, e := range vs.endpoints {
+				line += " " + e.Addr.String()
+			}
+			lines = append(lines, line)
+		})
+	}
+	slices.Sort(lines)
+	return lines
+}
+
+func TestVirtualServersOfServices(t *testing.T) {
+	t.Parallel()
+	one := dataplane.Treatment{Endpoints: to("10.0.0.1:8080")}
+	both := dataplane.Treatment{Endpoints: to("10.0.0.1:8080", "10.0.0.2:8080"), ExternalLocal: true, LocalEndpoints: to("10.0.0.2:8080")}
+	for _, tt := range []struct {
+		name string
+		*dataplane.Service
+		want []string
+	}{
+		{
+			"a cluster IP is its own", service(t, dataplane.ClusterIP, "web", "10.96.0.1:80/TCP", one),
+			[]string{"10.96.0.1:80/TCP rr 10.0.0.1:8080"},
+		},
+		{
+			"each of several cluster IPs is", service(t, dataplane.ClusterIP, "web", "10.96.0.1:80/TCP 10.96.0.2:80/TCP", one),
+			[]string{"10.96.0.1:80/TCP rr 10.0.0.1:8080", "10.96.0.2:80/TCP rr 10.0.0.1:8080"},
+		},
+		{
+			"without endpoints as well", service(t, dataplane.ClusterIP, "web", "10.96.0.1:80/TCP", dataplane.Treatment{}),
+			[]string{"10.96.0.1:80/TCP rr"},
+		},
+		{
+			"a node port has one whatever the addresses", service(t, dataplane.NodePort, "web", "0.0.0.0:30080/TCP", one),
+			[]string{"250.29.0.1:30080/TCP rr 10.0.0.1:8080"},
+		},
+		{
+			"local endpoints have their own", service(t, dataplane.NodePort, "web", "0.0.0.0:30080/UDP", both),
+			[]string{"250.29.0.3:30080/UDP rr 10.0.0.1:8080 10.0.0.2:8080", "250.29.0.4:30080/UDP rr 10.0.0.2:8080"},
+		},
+		{
+			"an IPv6 node port", service(t, dataplane.NodePort, "web", "[::]:30080/SCTP", dataplane.Treatment{}),
+			[]string{"[fdfa:1d00::5]:30080/SCTP rr"},
+		},
+		{
+			"affinity is persistence", service(t, dataplane.ClusterIP, "web", "10.96.0.1:80/TCP",
+				dataplane.Treatment{Endpoints: to("10.0.0.1:8080"), Affinity: 3 * time.Hour}),
+			[]string{"10.96.0.1:80/TCP rr persistent 10800 10.0.0.1:8080"},
+		},
+		{
+			"a scheduler of its own", service(t, dataplane.ClusterIP, "web", "10.96.0.1:80/TCP",
+				dataplane.Treatment{Endpoints: to("10.0.0.1:8080"), Scheduler: "lc"}),
+			[]string{"10.96.0.1:80/TCP lc 10.0.0.1:8080"},
+		},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			if got := rendered(renderer(), tt.Service); !slices.Equal(got, tt.want) {
+				t.Errorf("virtual servers\n%s\nwant\n%s", strings.Join(got, "\n"), strings.Join(tt.want, "\n"))
+			}
+		})
+	}
+}
+
+// The frontends of external addresses share virtual servers, one for each list and
+// protocol, at an internal address.
+func TestVirtualServersOfExternalAddresses(t *testing.T) {
+	t.Parallel()
+	d := renderer()
+	s := service(t, dataplane.LoadBalancer, "web", "192.0.2.1:80/TCP 192.0.2.2:80/TCP 192.0.2.2:80/UDP",
+		dataplane.Treatment{Endpoints: to("10.0.0.1:80"), ExternalLocal: true})
+	found := map[server]int{}
+	d.render(s, func(sv server, vs virtualServer) { found[sv] = len(vs.endpoints) })
+	cluster, local := d.VirtualServers(s)
+	want := map[server]int{
+		{dataplane.TCP, cluster}: 1, {dataplane.UDP, cluster}: 1, {dataplane.TCP, local}: 0, {dataplane.UDP, local}: 0,
+	}
+	if !maps.Equal(found, want) || cluster == local {
+		t.Errorf("virtual servers %v, want %v", found, want)
+	}
+	for addr := range found {
+		if !isInternal(addr.addr.Addr()) {
+			t.Errorf("%s is not internal", addr)
+		}
+	}
+	if again, _ := renderer().VirtualServers(s); again != cluster {
+		t.Errorf("after a restart it is at %s, before at %s", again, cluster)
+	}
+}
+
+// No two lists have the same address, whoever comes first, and those who go leave
+// theirs to others.
+func TestPlacesAreOfOneListEach(t *testing.T) {
+	t.Parallel()
+	p := newPlaces()
+	first := service(t, dataplane.NodePort, "first", "0.0.0.0:30080/TCP", dataplane.Treatment{})
+	second := service(t, dataplane.NodePort, "second", "0.0.0.0:30080/TCP", dataplane.Treatment{})
+	last := service(t, dataplane.NodePort, "last", "0.0.0.0:65535/TCP", dataplane.Treatment{})
+	after := service(t, dataplane.NodePort, "after", "0.0.0.0:65535/TCP", dataplane.Treatment{})
+	a := p.of(first, clusterList)
+	for _, tt := range []struct {
+		*dataplane.Service
+		want string
+	}{{first, "250.29.0.1:30080"}, {second, "250.29.0.1:30081"}, {second, "250.29.0.1:30081"}, {last, "250.29.0.1:65535"}, {after, "250.29.0.1:1"}} {
+		if got := p.of(tt.Service, clusterList); got.String() != tt.want {
+			t.Errorf("%s is at %s, want %s", tt.Key, got, tt.want)
+		}
+	}
+	p.release(first, nil)
+	if got := p.of(second, clusterList); got.String() != "250.29.0.1:30081" {
+		t.Errorf("the second has moved to %s", got)
+	}
+	third := service(t, dataplane.NodePort, "third", "0.0.0.0:30080/TCP", dataplane.Treatment{})
+	if got := p.of(third, clusterList); got != a {
+		t.Errorf("the third is at %s, want the first's %s", got, a)
+	}
+	moved := service(t, dataplane.NodePort, "third", "0.0.0.0:30090/TCP", dataplane.Treatment{})
+	if got := p.of(moved, clusterList); got.Port() != 30090 {
+		t.Errorf("with another node port it is at %s", got)
+	}
+	p.release(third, moved)
+	if len(p.used) != 4 {
+		t.Errorf("%d addresses are in use, want those of 4 Services: %v", len(p.used), p.used)
+	}
+}
+
+// Ten thousand Services of a kind rarely meet.
+func TestPlacesAreSpread(t *testing.T) {
+	t.Parallel()
+	for _, frontend := range []string{"192.0.2.1:443/TCP", "[2001:db8::1]:443/TCP"} {
+		p := newPlaces()
+		for i := range 10_000 {
+			s := service(t, dataplane.LoadBalancer, fmt.Sprintf("web-%d", i), frontend, dataplane.Treatment{})
+			addr := p.of(s, clusterList)
+			if b := addr.Addr().AsSlice(); !isInternal(addr.Addr()) || addr.Port() == 0 || b[len(b)-2] == 0 {
+				t.Fatalf("%s is at %s", s.Key, addr)
+			}
+		}
+		if len(p.used) != 10_000 || len(p.second) > 10 {
+			t.Errorf("%d addresses, of which %d were taken at first", len(p.used), len(p.second))
+		}
+	}
+}
+
+func TestExcludedClusterIPsAreRefused(t *testing.T) {
+	t.Parallel()
+	d := renderer()
+	d.exclude = []netip.Prefix{netip.MustParsePrefix("10.96.1.0/24")}
+	for _, tt := range []struct {
+		kind     dataplane.Kind
+		frontend string
+		refused  bool
+	}{
+		{dataplane.ClusterIP, "10.96.0.1:80/TCP", false},
+		{dataplane.ClusterIP, "10.96.1.1:80/TCP", true},
+		{dataplane.ExternalIP, "10.96.1.1:80/TCP", false}, // its virtual server is elsewhere
+	} {
+		if err := d.supported(service(t, tt.kind, "web", tt.frontend, dataplane.Treatment{})); (err != nil) != tt.refused {
+			t.Errorf("%s %s: error %v, want one: %t", tt.kind, tt.frontend, err, tt.refused)
+		}
+	}
+}

@@ -1,0 +1,153 @@
+package nft
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"fairlead/dataplane"
+
+	"github.com/google/nftables/expr"
+)
+
+// Translator is who picks the endpoints in place of the tables' maps, as IPVS does.
+// Each list of endpoints is a virtual server to the tables: an address that
+// connections are sent to, or the frontends' own address.
+type Translator interface {
+	// VirtualServers returns where connections go instead of to one of the
+	// Service's Endpoints (cluster) and LocalEndpoints (local). While a list is empty
+	// no connection goes there.
+	//
+	// The zero AddrPort for cluster means that the frontends' own addresses are
+	// virtual servers: such connections are let through untranslated. It is for
+	// frontends that have an address of their own, so not for node ports. For local
+	// there is an address wherever the policy is Local.
+	//
+	// The answer for a Service must stay the same for as long as it is programmed;
+	// Apply asks again when it goes.
+	VirtualServers(s *dataplane.Service) (cluster, local netip.AddrPort)
+}
+
+// Rule is what the tables hold for one frontend when there is a Translator. Its
+// pairs are of the lists Endpoints and LocalEndpoints, in this order.
+type Rule struct {
+	// Binding has all but Endpoints, LocalEndpoints and Affinity.
+	dataplane.Binding
+	// Served says whether connections go to a virtual server. Those to others are
+	// rejected or dropped.
+	Served [2]bool
+	// Virtual is the virtual server that connections are sent to, also while they
+	// are not served. It is zero where they are let through.
+	Virtual [2]netip.AddrPort
+	// Local are the addresses of endpoints that can reach themselves through the
+	// frontend, sorted: those of both lists that are local.
+	Local []netip.Addr
+}
+
+// Equal reports whether r and o treat connections alike. The name of the Service
+// takes no part.
+func (r Rule) Equal(o Rule) bool {
+	return r.Binding.Equal(o.Binding) && r.Served == o.Served && r.Virtual == o.Virtual && slices.Equal(r.Local, o.Local)
+}
+
+// String returns the rule in one line.
+func (r Rule) String() string {
+	return fmt.Sprintf("%s served=%v virtual=%v local=%v", r.Treatment, r.Served, r.Virtual, r.Local)
+}
+
+// ReadRules returns what the kernel holds now, for a Dataplane with a Translator. It
+// changes nothing.
+func (d *Dataplane) ReadRules(ctx context.Context) (map[dataplane.Frontend]Rule, error) {
+	rules := map[dataplane.Frontend]Rule{}
+	if err := d.eachRow(ctx, func(f dataplane.Frontend, r *row) { rules[f] = r.rule() }); err != nil {
+		return nil, err
+	}
+	return rules, nil
+}
+
+func (r *row) rule() Rule {
+	rule := Rule{Binding: r.withoutEndpoints(), Local: r.hairpins}
+	of := [lists]class{clusterList: r.class}
+	if rule.ExternalLocal && r.inExternal {
+		of[localList] = r.external
+	}
+	for l, c := range of {
+		if slots := r.slots[l].endpoints; len(slots) > 0 && !c.has(through) {
+			rule.Virtual[l] = slots[0]
+		}
+		rule.Served[l] = c.size() > 0 && (c.has(through) || rule.Virtual[l].IsValid())
+	}
+	return rule
+}
+
+// renderVirtual returns what the maps hold for each frontend of the Service on this
+// node, when a Translator picks its endpoints.
+func renderVirtual(s *dataplane.Service, translator Translator, node dataplane.Node) *row {
+	plain := *s
+	plain.Affinity = 0
+	r := render(&plain, arrangement{}, node)
+	r.class, r.external = r.class.virtual(), r.external.virtual()
+	cluster, local := translator.VirtualServers(s)
+	switch {
+	case cluster.IsValid():
+		r.slots[clusterList].endpoints = []netip.AddrPort{cluster}
+	case len(s.Endpoints) > 0:
+		r.class |= through
+	}
+	if s.ExternalLocal {
+		r.slots[localList].endpoints = []netip.AddrPort{local}
+	}
+	r.ports = portsOf(s)
+	return r
+}
+
+// portsOf returns the ports of the Service's endpoints, sorted.
+func portsOf(s *dataplane.Service) []uint16 {
+	var ports []uint16
+	for _, list := range [lists][]dataplane.Endpoint{s.Endpoints, s.LocalEndpoints} {
+		for _, e := range list {
+			if n := len(ports); n == 0 || ports[n-1] != e.Addr.Port() { // as a rule there is one
+				ports = append(ports, e.Addr.Port())
+			}
+		}
+	}
+	slices.Sort(ports)
+	return slices.Compact(ports)
+}
+
+// toOwnClusterIP is the rule for connections to cluster IPs that the node may take for
+// itself, although no interface has the address, as a translator's routes make it.
+// They do not come by forward, and in input they could not be rejected: for a packet
+// that is the node's own the kernel sends an ICMP error of IPv4 from the address
+// that it was for (net/ipv4/icmp.c, __icmp_send), or, where that is no interface's,
+// none. Behind dstnat nobody's rules translate them any more.
+func (t *table) toOwnClusterIP() rule {
+	return rule{exprs: slices.Concat(ctStateNew(),
+		[]expr.Any{t.daddr(0), lookup(t.addrSets[inClusterIPs])},
+		addressType(&expr.Fib{FlagDADDR: true}, expr.CmpOpNeq),
+		[]expr.Any{gotoChain("undeclared")},
+	)}
+}
+
+// undeclared rejects what is for no frontend.
+func (t *table) undeclared() chain {
+	return t.chain("undeclared",
+		rule{
+			comment: "a frontend: the translator takes it",
+			exprs: slices.Concat(
+				t.frontendKey(byAddress, 0),
+				[]expr.Any{mapLookup(t.services, reg(0)), setPriority(reg(0))},
+				resetPriority(),
+				[]expr.Any{&expr.Verdict{Kind: expr.VerdictReturn}},
+			),
+		},
+		rule{exprs: []expr.Any{count(rejectedUndeclaredPort), gotoChain("reject")}},
+	)
+}
+
+// letThrough is the rule for connections that were let through to the translator,
+// whose translation is none to the kernel's NAT.
+func (t *table) letThrough() rule {
+	return rule{exprs: []expr.Any{t.originalDaddr(0), lookup(t.addrSets[inClusterIPs]), gotoChain("masquerading")}}
+}

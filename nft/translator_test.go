@@ -1,0 +1,543 @@
+package nft
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"hash/fnv"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"fairlead/dataplane"
+	"fairlead/internal/nettest"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+)
+
+// virtualServers lets cluster IPs through, and has an address for each other list.
+type virtualServers struct{}
+
+func (virtualServers) VirtualServers(s *dataplane.Service) (cluster, local netip.AddrPort) {
+	h := fnv.New32a()
+	_, _ = h.Write([]byte(s.Key.String()))
+	sum := h.Sum32()
+	addr := func(l list) netip.AddrPort {
+		if s.Key.Family == dataplane.IPv6 {
+			return netip.AddrPortFrom(netip.AddrFrom16([16]byte{0xfd, 0xfa, 13: byte(l), 14: byte(sum >> 8), 15: byte(sum)}), 7)
+		}
+		return netip.AddrPortFrom(netip.AddrFrom4([4]byte{250, 29 + byte(l), byte(sum >> 8), byte(sum)}), 7)
+	}
+	if s.Key.Kind != dataplane.ClusterIP {
+		cluster = addr(clusterList)
+	}
+	if s.ExternalLocal {
+		local = addr(localList)
+	}
+	return cluster, local
+}
+
+// translators are who may pick the endpoints.
+func translators() map[string]Translator {
+	return map[string]Translator{"the tables": nil, "a translator": virtualServers{}}
+}
+
+// ruleOf returns the rule for each frontend of a Service.
+func ruleOf(s *dataplane.Service) Rule {
+	r := Rule{Binding: dataplane.Binding{Service: s.Key.Service(), Treatment: s.Treatment}}
+	r.Endpoints, r.LocalEndpoints, r.Affinity = nil, nil, 0
+	r.Served = [2]bool{len(s.Endpoints) > 0, len(s.LocalEndpoints) > 0}
+	cluster, local := virtualServers{}.VirtualServers(s)
+	r.Virtual[0] = cluster
+	if s.ExternalLocal {
+		r.Virtual[1] = local
+	}
+	for _, e := range slices.Concat(s.Endpoints, s.LocalEndpoints) {
+		if e.Local {
+			r.Local = append(r.Local, e.Addr.Addr())
+		}
+	}
+	slices.SortFunc(r.Local, netip.Addr.Compare)
+	r.Local = slices.Compact(r.Local)
+	return r
+}
+
+// stateOf returns what Read is to return when the kernel holds these Services.
+func stateOf(d *Dataplane, services []*dataplane.Service) dataplane.State {
+	state := dataplane.StateOf(slices.Values(services))
+	if d.translator != nil {
+		for f, b := range state {
+			b.Endpoints, b.LocalEndpoints, b.Affinity = nil, nil, 0
+			state[f] = b
+		}
+	}
+	return state
+}
+
+// wantRules fails the test unless the kernel holds the rules of these Services, and
+// the ports of their endpoints.
+func wantRules(t *testing.T, d *Dataplane, services ...*dataplane.Service) {
+	t.Helper()
+	got, err := d.ReadRules(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	ports := [2]map[uint16]bool{{}, {}}
+	for _, s := range services {
+		for _, e := range slices.Concat(s.Endpoints, s.LocalEndpoints) {
+			ports[index(s.Key.Family)][e.Addr.Port()] = true
+		}
+		for _, f := range s.Frontends {
+			if g, want := got[f], ruleOf(s); !g.Equal(want) || g.Service != want.Service {
+				t.Errorf("%s: got %s of %s, want %s of %s", f, g, g.Service, want, want.Service)
+			}
+			delete(got, f)
+		}
+	}
+	for f, r := range got {
+		t.Errorf("%s: unexpected, has %s", f, r)
+	}
+	for i, table := range d.tables {
+		c, err := d.readRows(t.Context(), table)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for port := range c.portSet {
+			if !ports[i][port] {
+				t.Fatalf("%s: %d is in endpoint-ports, and no endpoint's", table, port)
+			}
+		}
+		for port := range ports[i] {
+			if !c.portSet[port] {
+				t.Fatalf("%s: %d is an endpoint's, and not in endpoint-ports", table, port)
+			}
+		}
+	}
+	state, err := d.Read(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := stateOf(d, services).Diff(state); diff != "" {
+		t.Errorf("Read returns something else:\n%s", diff)
+	}
+}
+
+// TestTranslatorComesAndGoes checks that a table goes from the one way of picking
+// endpoints to the other, and back, and that nothing is left of the first.
+func TestTranslatorComesAndGoes(t *testing.T) {
+	t.Parallel()
+	binary := nftBinaries(t)["1.1.3"]
+	_, ns := newDataplane(t)
+	for range 3 {
+		for name, translator := range translators() {
+			d := openIn(t, ns, translator)
+			replace(t, d, fullNode(), sample(t)...)
+			wantState(t, d, sample(t)...)
+			d.now = func() time.Time { return time.Now().Add(time.Hour) }
+			apply(t, d) // what rests goes
+			fresh, other := newDataplane(t, translator)
+			replace(t, fresh, fullNode(), sample(t)...)
+			want := sortedLines(nft(t, other, binary, "list ruleset"))
+			if diff := cmp.Diff(want, sortedLines(nft(t, ns, binary, "list ruleset"))); diff != "" {
+				t.Errorf("%s in place of another (-fresh +changed):\n%s", name, diff)
+			}
+		}
+	}
+}
+
+// TestDriftWithTranslator edits what is different in tables with a translator.
+func TestDriftWithTranslator(t *testing.T) {
+	t.Parallel()
+	for name, script := range map[string]string{
+		"a virtual server is deleted":        "delete element ip fairlead endpoints-3 { 203.0.113.3 . tcp . 443 . fa1d:0 }",
+		"a virtual server is another":        "flush map ip fairlead endpoints-3; add element ip fairlead endpoints-3 { 203.0.113.3 . tcp . 443 . fa1d:0 : 10.1.0.9 . 9 }",
+		"a virtual server of what goes past": "add element ip fairlead endpoints-1 { 10.96.0.1 . tcp . 80 . fa1d:0 : 10.1.0.9 . 9 }",
+		"there is a second slot":             "add element ip fairlead endpoints-3 { 203.0.113.3 . tcp . 443 . fa1d:1 : 10.1.0.9 . 9 }",
+		"the ports are deleted":              "flush set ip fairlead endpoint-ports",
+		"a port is added":                    "add element ip fairlead endpoint-ports { 7 }",
+		"endpoint-ports has a catch-all":     "add element ip fairlead endpoint-ports { * }",
+		"endpoint-ports is another set":      "flush table ip fairlead; delete set ip fairlead endpoint-ports; add set ip fairlead endpoint-ports { type mark; }",
+		"a Service goes past":                "delete element ip fairlead services { 10.96.0.2 . udp . 53 }; add element ip fairlead services { 10.96.0.2 . udp . 53 : 100:1 }",
+		"a Service is rejected":              "delete element ip fairlead services { 10.96.0.1 . tcp . 80 }; add element ip fairlead services { 10.96.0.1 . tcp . 80 : 0:0 }",
+		"nothing goes past":                  "flush chain ip fairlead class-1-through",
+		"undeclared ports are not told":      "flush chain ip fairlead undeclared",
+		"undeclared ports are let in":        "flush chain ip fairlead filter-prerouting-post-dnat",
+		"there is a map for affinity":        "add map ip fairlead timeouts { type ipv4_addr . inet_proto . inet_service : classid; }; add element ip fairlead timeouts { 10.96.0.1 . tcp . 80 : 1:80 }",
+		"hairpin is flushed":                 "flush set ip fairlead hairpin",
+		"the table is deleted":               "delete table ip fairlead",
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			testDrift(t, script, virtualServers{})
+		})
+	}
+}
+
+// TestTablesSideBySide has two Dataplanes with tables of their own in one namespace.
+func TestTablesSideBySide(t *testing.T) {
+	t.Parallel()
+	binary := nftBinaries(t)["1.1.3"]
+	first, ns := newDataplane(t)
+	const name = "fairlead-virtual"
+	opts := Options{NetNS: ns.Fd(), Table: name, Translator: virtualServers{}}
+	second := openWith(t, ns, opts)
+	listing := func(table string) string {
+		t.Helper()
+		return nft(t, ns, binary, "list table ip "+table) + nft(t, ns, binary, "list table ip6 "+table)
+	}
+	replace(t, first, fullNode(), sample(t)...)
+	before := listing(TableName)
+	replace(t, second, fullNode(), sample(t)...)
+	wantNoDrift(t, first)
+	apply(t, second, dataplane.Change{Old: sample(t)[0]})
+	replace(t, second, fullNode(), sample(t)...)
+	wantState(t, second, sample(t)...)
+	wantState(t, first, sample(t)...)
+	wantNoDrift(t, first)
+	if diff := cmp.Diff(before, listing(TableName)); diff != "" {
+		t.Errorf("the first one's tables (-before +after):\n%s", diff)
+	}
+	nft(t, ns, binary, "flush set ip fairlead hairpin")
+	awaitAnnounced(first)
+	wantNoDrift(t, second)
+
+	nft(t, ns, binary, "delete table ip fairlead")
+	nft(t, ns, binary, "table ip fairlead {\n counter dropped-invalid { packets 3 bytes 4 }\n}")
+	for _, c := range []*Counters{NewCounters(opts), NewCounters(Options{NetNS: ns.Fd()})} {
+		want := uint64(3)
+		if c.table == name {
+			want = 0
+		}
+		counts, err := c.Read(t.Context())
+		if err := errors.Join(err, c.Close()); err != nil {
+			t.Fatal(err)
+		}
+		if i := slices.IndexFunc(counts, func(c Count) bool { return c.Reason == string(droppedInvalid) }); counts[i].Packets != want {
+			t.Errorf("table %s: got %+v, want %d packets", c.table, counts[i], want)
+		}
+	}
+
+	replace(t, first, fullNode(), sample(t)...)
+	other := listing(name)
+	if err := Cleanup(Options{NetNS: ns.Fd()}); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff("table ip "+name+"\ntable ip6 "+name+"\n", nft(t, ns, binary, "list tables")); diff != "" {
+		t.Errorf("tables after the cleanup of one (-want +got):\n%s", diff)
+	}
+	if diff := cmp.Diff(other, listing(name)); diff != "" {
+		t.Errorf("the other's tables (-before +after):\n%s", diff)
+	}
+	if err := Cleanup(opts); err != nil {
+		t.Fatal(err)
+	}
+	if left := nft(t, ns, binary, "list tables"); left != "" {
+		t.Errorf("left behind:\n%s", left)
+	}
+}
+
+// TestPortsCostLittle checks that a change of one endpoint writes no more than that
+// one's port, however many ports a Service has.
+func TestPortsCostLittle(t *testing.T) {
+	t.Parallel()
+	d, ns := newDataplane(t, virtualServers{})
+	list := make([]dataplane.Endpoint, 30_000)
+	for i := range list {
+		list[i] = dataplane.Endpoint{Addr: netip.AddrPortFrom(netip.MustParseAddr("10.1.0.1"), uint16(i+1))} //nolint:gosec // fits
+	}
+	of := func(list []dataplane.Endpoint) *dataplane.Service {
+		return service(t, "ports", []dataplane.Frontend{frontend(1), frontend(2)}, slices.Clone(list))
+	}
+	replace(t, d, podNode())
+	full, most, few := of(list), of(list[1:]), of(list[:2])
+	before := generation(t, d)
+	apply(t, d, dataplane.Change{New: full})
+	if commits := int(generation(t, d) - before); commits < len(list)/(2*editSize) {
+		t.Errorf("%d ports came in %d commits", len(list), commits)
+	}
+	wantRules(t, d, full)
+	b := d.newBatch()
+	change := dataplane.Change{Old: full, New: most}
+	d.plan([]dataplane.Change{change}, nil).add(b, change)
+	if n := b.elements(); n != 1 {
+		t.Errorf("one endpoint less writes %d elements, want its port", n)
+	}
+	apply(t, d, change)
+	wantRules(t, d, most)
+	again := openIn(t, ns, virtualServers{})
+	before = generation(t, d)
+	replace(t, again, podNode(), most)
+	if generation(t, d) != before {
+		t.Error("an equal Replace changed the ruleset")
+	}
+	replace(t, again, podNode(), few)
+	wantRules(t, again, few)
+	apply(t, again, dataplane.Change{Old: few})
+	wantRules(t, again)
+}
+
+// TestPortsStayWhenAServiceFails checks that ports which may be those of a Service
+// that failed stay until that is known.
+func TestPortsStayWhenAServiceFails(t *testing.T) {
+	t.Parallel()
+	d, _ := newDataplane(t, badServer{})
+	replace(t, d, podNode(), service(t, "s", []dataplane.Frontend{frontend(1)}, endpoints(1)))
+	bad := service(t, "bad", []dataplane.Frontend{frontend(1)}, []dataplane.Endpoint{{Addr: netip.MustParseAddrPort("10.1.0.1:81")}})
+	bad.Key.Kind = dataplane.ExternalIP
+	err := d.Replace(t.Context(), podNode(), slices.Values([]*dataplane.Service{bad}), nil)
+	if failure, ok := errors.AsType[*dataplane.Error](err); !ok || failure.Failed[bad.Key] == nil {
+		t.Fatalf("got error %v, want one for %s", err, bad.Key)
+	}
+	c, err := d.readRows(t.Context(), d.tables[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !c.portSet[8080] {
+		t.Errorf("endpoint-ports are %v, want 8080 among them", c.portSet)
+	}
+	replace(t, d, podNode())
+	wantRules(t, d)
+}
+
+// badServer has virtual servers that the kernel refuses, but for cluster IPs.
+type badServer struct{}
+
+func (badServer) VirtualServers(s *dataplane.Service) (cluster, local netip.AddrPort) {
+	if s.Key.Kind != dataplane.ClusterIP {
+		cluster = netip.MustParseAddrPort("[fd00::1]:80")
+	}
+	return cluster, netip.AddrPort{}
+}
+
+// atPods has a virtual server for each list at a pod.
+type atPods struct{ cluster, local *nettest.Host }
+
+func (p atPods) VirtualServers(s *dataplane.Service) (cluster, local netip.AddrPort) {
+	i := index(s.Key.Family)
+	if s.Key.Kind != dataplane.ClusterIP {
+		cluster = netip.AddrPortFrom(p.cluster.Addrs()[i], 7000)
+	}
+	return cluster, netip.AddrPortFrom(p.local.Addrs()[i], 7000)
+}
+
+// handleIn returns a handle to the host's links and routes.
+func handleIn(t *testing.T, h *nettest.Host) *netlink.Handle {
+	t.Helper()
+	handle, err := netlink.NewHandleAt(netns.NsHandle(h.Fd()), unix.NETLINK_ROUTE)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(handle.Close)
+	return handle
+}
+
+func hostNet(a netip.Addr) *net.IPNet {
+	return &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(a.BitLen(), a.BitLen())}
+}
+
+// bind has the node take these addresses for itself as IPVS needs it: by a route in
+// a table that packets from outside are looked up in.
+func bind(t *testing.T, node *nettest.Host, addrs ...netip.Addr) {
+	t.Helper()
+	const table = 100
+	handle := handleIn(t, node)
+	lo, err := handle.LinkByName("lo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, family := range []int{unix.AF_INET, unix.AF_INET6} {
+		rule := netlink.NewRule()
+		rule.Family, rule.Table, rule.IifName, rule.Invert, rule.Priority = family, table, "lo", true, 100
+		if err := handle.RuleAdd(rule); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, a := range addrs {
+		route := &netlink.Route{LinkIndex: lo.Attrs().Index, Table: table, Type: unix.RTN_LOCAL, Scope: unix.RT_SCOPE_HOST, Dst: hostNet(a)}
+		if err := handle.RouteAdd(route); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestVirtualServers sends connections to virtual servers at pods: to that of the
+// list which the client gets.
+func TestVirtualServers(t *testing.T) {
+	t.Parallel()
+	network := nettest.NewT(t, nettest.Options{})
+	servers := atPods{network.PodT(t, "cluster"), network.PodT(t, "local")}
+	client := network.PodT(t, "client")
+	for _, pod := range []*nettest.Host{servers.cluster, servers.local} {
+		pod.ServeT(t, nettest.TCP, 7000)
+	}
+	d := openWith(t, network.Node.Namespace, Options{Translator: servers})
+	node := dataplane.Node{PodCIDRs: network.PodCIDRs, NodePortAddrs: network.Node.Addrs()}
+	var services []*dataplane.Service
+	for i, frontends := range [][]string{{"203.0.113.1:80", "0.0.0.0:30080"}, {"[2001:db8:113::1]:80", "[::]:30080"}} {
+		endpoints := []dataplane.Endpoint{{Addr: netip.AddrPortFrom(client.Addrs()[i], 8080)}} // nobody serves there
+		for kind, addr := range map[dataplane.Kind]string{dataplane.ExternalIP: frontends[0], dataplane.NodePort: frontends[1]} {
+			f := dataplane.Frontend{Protocol: dataplane.TCP, Addr: netip.MustParseAddrPort(addr)}
+			key := dataplane.Key{Namespace: "default", Name: "s", Family: dataplane.FamilyOf(f.Addr.Addr()), Kind: kind}
+			s, err := dataplane.NewService(key, []dataplane.Frontend{f}, dataplane.Treatment{
+				Endpoints: endpoints, ExternalLocal: true, LocalEndpoints: slices.Clone(endpoints), Affinity: time.Hour,
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			services = append(services, s)
+		}
+	}
+	replace(t, d, node, services...)
+	for _, s := range services {
+		to := s.Frontends[0].Addr
+		if s.Key.Kind == dataplane.NodePort {
+			to = netip.AddrPortFrom(network.Node.Addrs()[index(s.Key.Family)], to.Port())
+		}
+		for from, want := range map[*nettest.Host]*nettest.Host{
+			client: servers.cluster, network.Node: servers.cluster, network.Outside: servers.local,
+		} {
+			answer, err := from.Connect(t.Context(), nettest.TCP, to)
+			if err != nil || answer.Host != want.Name {
+				t.Errorf("%s from %s: answer %+v, error %v, want one of %s", to, from.Name, answer, err, want.Name)
+			}
+		}
+	}
+}
+
+// TestLetThrough has the node take cluster IPs for itself: connections to a frontend
+// come to where a translator takes them, and all else is refused, but at an address
+// that the node has.
+func TestLetThrough(t *testing.T) {
+	t.Parallel()
+	network := nettest.NewT(t, nettest.Options{})
+	node := network.Node
+	pod := network.PodT(t, "pod")
+	client := network.PodT(t, "client")
+	d := openIn(t, node.Namespace, virtualServers{})
+	bound := []netip.Addr{netip.MustParseAddr("10.96.0.1"), netip.MustParseAddr("fd00:96::1")}
+	owned := []netip.Addr{netip.MustParseAddr("10.96.0.2"), netip.MustParseAddr("fd00:96::2")}
+	bind(t, node, bound...)
+	var services []*dataplane.Service
+	for i := range bound {
+		if err := node.AddAddr(owned[i]); err != nil {
+			t.Fatal(err)
+		}
+		for n, addr := range []netip.Addr{bound[i], owned[i]} {
+			for _, p := range protocols() {
+				f := dataplane.Frontend{Protocol: p, Addr: netip.AddrPortFrom(addr, 80)}
+				s := service(t, fmt.Sprintf("s-%d-%s", n, p), []dataplane.Frontend{f}, []dataplane.Endpoint{{Addr: netip.AddrPortFrom(pod.Addrs()[i], 8080)}})
+				services = append(services, s)
+			}
+		}
+	}
+	node.ServeAtT(t, nettest.TCP, owned, 80, 81)
+	replace(t, d, dataplane.Node{PodCIDRs: network.PodCIDRs}, services...)
+	binary := nftBinaries(t)["1.1.3"]
+	nft(t, node.Namespace, binary, `table inet translator {
+		counter taken { }
+		counter late { }
+		chain input {
+			type filter hook input priority 99
+			ip daddr { 10.96.0.1, 10.96.0.2 } meta priority != none counter name late
+			ip6 daddr { fd00:96::1, fd00:96::2 } meta priority != none counter name late
+			ip daddr 10.96.0.1 meta l4proto { tcp, udp, sctp } th dport 80 counter name taken drop
+			ip6 daddr fd00:96::1 meta l4proto { tcp, udp, sctp } th dport 80 counter name taken drop
+			ip daddr 10.96.0.1 counter name late
+			ip6 daddr fd00:96::1 counter name late
+		}
+	}
+	`)
+	taken := 0
+	for i := range bound {
+		for _, from := range []*nettest.Host{client, network.Outside} {
+			for _, p := range protocols() {
+				protocol := map[dataplane.Protocol]string{dataplane.TCP: nettest.TCP, dataplane.UDP: nettest.UDP, dataplane.SCTP: nettest.SCTP}[p]
+				ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+				answer, err := from.Connect(ctx, protocol, netip.AddrPortFrom(bound[i], 80))
+				cancel()
+				now := packetsIn(t, nft(t, node.Namespace, binary, "list counter inet translator taken"))
+				if !errors.Is(err, nettest.ErrTimeout) || now == taken {
+					t.Errorf("%s from %s to %s: answer %+v, error %v, %d packets to take; want some, and no answer", p, from.Name, bound[i], answer, err, now-taken)
+				}
+				taken = now
+				if answer, err := from.Connect(t.Context(), protocol, netip.AddrPortFrom(bound[i], 81)); !errors.Is(err, nettest.ErrRefused) {
+					t.Errorf("%s from %s to an undeclared port of %s: answer %+v, error %v, want it refused", p, from.Name, bound[i], answer, err)
+				}
+			}
+			if err := from.Ping(t.Context(), bound[i]); !errors.Is(err, nettest.ErrRefused) {
+				t.Errorf("ping from %s to %s: error %v, want it refused", from.Name, bound[i], err)
+			}
+			if err := from.Knock(t.Context(), nettest.ESP, bound[i]); !errors.Is(err, nettest.ErrRefused) {
+				t.Errorf("ESP from %s to %s: error %v, want it refused", from.Name, bound[i], err)
+			}
+			for _, port := range []uint16{80, 81} {
+				if _, err := from.Connect(t.Context(), nettest.TCP, netip.AddrPortFrom(owned[i], port)); err != nil {
+					t.Errorf("%s to port %d of an address of the node: %v", from.Name, port, err)
+				}
+			}
+		}
+	}
+	if n := packetsIn(t, nft(t, node.Namespace, binary, "list counter inet translator late")); n != 0 {
+		t.Errorf("%d packets went on that should have been refused, or with a priority of ours", n)
+	}
+	for _, table := range []string{"ip", "ip6"} {
+		// Five a client, of which there are two; those to the node's address are none.
+		if n := packetsIn(t, nft(t, node.Namespace, binary, "list counter "+table+" fairlead rejected-undeclared-port")); n < 10 {
+			t.Errorf("%s: %d packets were counted, want 10 at least", table, n)
+		}
+	}
+}
+
+// TestLetThroughIsMasqueraded forwards connections that are let through to a pod,
+// untranslated, as nobody but a translator can: the pod sees the node's address
+// where that is wanted.
+func TestLetThroughIsMasqueraded(t *testing.T) {
+	t.Parallel()
+	network := nettest.NewT(t, nettest.Options{})
+	node := network.Node
+	pod := network.PodT(t, "pod")
+	client := network.PodT(t, "client")
+	d := openIn(t, node.Namespace, virtualServers{})
+	handle := handleIn(t, node)
+	var services []*dataplane.Service
+	for i, vip := range []netip.Addr{netip.MustParseAddr("10.96.0.1"), netip.MustParseAddr("fd00:96::1")} {
+		if err := pod.AddAddr(vip); err != nil {
+			t.Fatal(err)
+		}
+		via, err := handle.RouteGet(pod.Addrs()[i].AsSlice())
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = handle.RouteAdd(&netlink.Route{
+			LinkIndex: via[0].LinkIndex, Dst: hostNet(vip), Gw: pod.Addrs()[i].AsSlice(), Flags: int(netlink.FLAG_ONLINK),
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for n, m := range []dataplane.Masquerade{dataplane.MasqueradeForeign, dataplane.MasqueradeAlways} {
+			f := dataplane.Frontend{Protocol: dataplane.TCP, Addr: netip.AddrPortFrom(vip, uint16(80+n))} //nolint:gosec // fits
+			s := service(t, m.String(), []dataplane.Frontend{f}, []dataplane.Endpoint{{Addr: netip.AddrPortFrom(pod.Addrs()[i], 8080)}})
+			s.Masquerade = m
+			services = append(services, s)
+		}
+	}
+	pod.ServeT(t, nettest.TCP, 80, 81)
+	replace(t, d, dataplane.Node{PodCIDRs: network.PodCIDRs}, services...)
+	nft(t, node.Namespace, nftBinaries(t)["1.1.3"], "flush chain ip fairlead filter-forward\nflush chain ip6 fairlead filter-forward\n")
+	for _, s := range services {
+		for _, from := range []*nettest.Host{client, network.Outside} {
+			i := index(s.Key.Family)
+			masqueraded := from != client || s.Masquerade == dataplane.MasqueradeAlways
+			answer, err := from.Connect(t.Context(), nettest.TCP, s.Frontends[0].Addr)
+			if err != nil || (answer.Source.Addr() == from.Addrs()[i]) == masqueraded || !strings.HasPrefix(answer.Endpoint.String(), s.Frontends[0].Addr.String()) {
+				t.Errorf("%s of %s from %s: answer %+v, error %v, want it masqueraded: %t", s.Frontends[0], s.Key, from.Name, answer, err, masqueraded)
+			}
+		}
+	}
+}
