@@ -46,6 +46,10 @@ nftables: ## fetch the nft releases that listings are tested with into .cache
 controlplane: ## build the etcd and Kubernetes that tests run against into .cache; cold some ten minutes
 	@test/controlplane/build.sh
 
+.PHONY: kube-proxy
+kube-proxy: ## build the kube-proxy that `fairlead bench compare` measures against into .cache; cold some minutes
+	@bench/kubeproxy/build.sh
+
 # -race needs cgo, and with it the C compiler that deps installs.
 .PHONY: test
 test: deps nftables controlplane ## all tests but e2e (root): with the race detector and the kernel, fuzz targets and benchmarks briefly

@@ -2,12 +2,14 @@
 # Installs the Debian packages that the tests and the demo need and that are
 # missing: the demo's Redis, a C compiler for the race detector, the names of
 # protocols that nft reads and writes, QEMU for test/vm and what it makes its
-# virtual machines of, and what test/nftables/fetch.sh and people who look around
-# use. Needs root only when something is missing. No service is started, now or at the next boot.
+# virtual machines of, what kube-proxy runs, a browser that looks at the report of
+# benchmarks, and what test/nftables/fetch.sh and people who look around use. Needs
+# root only when something is missing. No service is started, now or at the next
+# boot.
 set -euo pipefail
 
 packages=(nftables redis-server iproute2 gcc libc6-dev netbase ca-certificates debian-archive-keyring
-	qemu-system-x86 kmod ipvsadm)
+	qemu-system-x86 kmod ipvsadm iptables ipset chromium-headless-shell fonts-liberation)
 
 if ! command -v dpkg-query >/dev/null; then
 	echo "deps: not a Debian system; please install what these packages hold: ${packages[*]}" >&2

@@ -9,14 +9,15 @@ import (
 	"strings"
 )
 
-// Here returns the environment of this process, named [Native] and taken not to be
-// emulated. What cannot be found out is empty.
+// Here returns the environment of this process, named [Native]. QEMU tells by the
+// processor's name where it emulates one. What cannot be found out is empty.
 func Here() Environment {
 	e := Environment{
 		Name:    Native,
 		Machine: Machine{CPU: field("/proc/cpuinfo", "model name"), CPUs: runtime.NumCPU(), Architecture: runtime.GOARCH},
 		Kernel:  firstLine("/proc/sys/kernel/osrelease"),
 	}
+	e.Emulated = strings.Contains(e.Machine.CPU, "QEMU TCG")
 	e.OS = strings.Trim(field("/etc/os-release", "PRETTY_NAME"), `"`)
 	var kilobytes int64
 	if _, err := fmt.Sscanf(field("/proc/meminfo", "MemTotal"), "%d", &kilobytes); err == nil {

@@ -142,6 +142,9 @@ const (
 	// ColdStartAnswer is the time from the start, with nothing programmed, until the
 	// last of the Services answers.
 	ColdStartAnswer Measure = "cold-start-last-answer"
+	// ColdStartCPU is the processor time of a cold start, until the program has nothing
+	// to do any more.
+	ColdStartCPU Measure = "cold-start-cpu"
 	// Restart is the time from the start, with everything programmed, until it is
 	// known that there is nothing to do.
 	Restart Measure = "restart"
@@ -150,6 +153,9 @@ const (
 	// and of UpdateAck otherwise. Its values are "cpu" in s, "duration" in s,
 	// "changes", "commits", and "resident" in bytes.
 	Churn Measure = "churn"
+	// ChurnCPU is the processor time for each change while changes come at
+	// [Scenario.Rate]: a sample is the mean over one period of churn.
+	ChurnCPU Measure = "churn-cpu"
 	// Connect is the time that connect(2) takes.
 	Connect Measure = "connect"
 	// ConnectRate is how many connections a second are made, one after another.
@@ -161,8 +167,12 @@ const (
 	// "connections", "chi-squared", "degrees-of-freedom" and "p-value".
 	Fairness Measure = "fairness"
 	// Memory has the values "resident" and "peak-resident", of the program, and
-	// "kernel", of what it has the kernel hold, all in bytes.
+	// "kernel", of what it has the kernel hold, all in bytes. Its samples, of a
+	// comparison, are the resident memory after a cold start, when the program has
+	// nothing to do any more.
 	Memory Measure = "memory"
+	// PeakMemory has samples of the most memory that was resident since the start.
+	PeakMemory Measure = "peak-memory"
 )
 
 // Change is a kind of event.

@@ -10,7 +10,7 @@ import (
 )
 
 // sampled is how many Services Answers looks at all the time.
-const sampled = 256
+const sampled = 64
 
 // Answers waits until the last of the Services answers, that is until of each a
 // packet has arrived at an endpoint, and returns the time from event. It looks at
@@ -66,7 +66,7 @@ func (p *Probe) allAnswer(ctx context.Context, event time.Time, services []netip
 			return 0, fmt.Errorf("wait until %d Services answer, among them %s: %w", len(left), left[0], err)
 		}
 		// Leave most of the processor to those who are at work.
-		const part = 3
+		const part = 9
 		time.Sleep(part * time.Since(begin))
 		p.wait(begin, event)
 	}

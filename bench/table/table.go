@@ -97,10 +97,14 @@ func title(m result.Measure) string {
 		return "start on a new node, until all is acknowledged"
 	case result.ColdStartAnswer:
 		return "start on a new node, until the last Service answers"
+	case result.ColdStartCPU:
+		return "processor time of a start, until there is nothing to do any more"
 	case result.Restart:
 		return "restart with nothing to do"
 	case result.Churn:
 		return "one event among so many a second, to its effect"
+	case result.ChurnCPU:
+		return "processor time for each event of so many a second"
 	case result.Connect:
 		return "connect(2)"
 	case result.ConnectRate:
@@ -111,6 +115,8 @@ func title(m result.Measure) string {
 		return "connections of each endpoint"
 	case result.Memory:
 		return "memory held"
+	case result.PeakMemory:
+		return "most memory that was resident"
 	default:
 		return ""
 	}

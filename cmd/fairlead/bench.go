@@ -54,6 +54,7 @@ A table goes to standard output, and all figures to the file of --json: see
 			return runBench(cmd.Context(), o, file, cmd.OutOrStdout(), cmd.ErrOrStderr())
 		},
 	}
+	cmd.AddCommand(compareCommand(), reportCommand())
 	flags := cmd.Flags()
 	flags.StringVar(&o.Mode, "mode", bench.Modes()[0], "the backend: "+strings.Join(bench.Modes(), " or "))
 	flags.IntVar(&o.Services, "services", 10_000, "how many Services there are")

@@ -35,8 +35,15 @@ const busyboxSuite = "trixie"
 // programs are those of this machine that tests, the demo and people use in the
 // virtual machine. Those that are not installed are left out.
 func programs() []string {
-	return []string{"sh", "bash", "ip", "ss", "nft", "ipvsadm", "redis-server", "redis-cli", "curl"}
+	return []string{
+		"sh", "bash", "ip", "ss", "nft", "ipvsadm", "redis-server", "redis-cli", "curl",
+		// What kube-proxy runs, and plugins below.
+		"iptables", "iptables-save", "iptables-restore", "ip6tables", "ip6tables-save", "ip6tables-restore", "ipset",
+	}
 }
+
+// plugins are where this machine has those of iptables.
+const plugins = "/usr/lib/*/xtables"
 
 // cache is the folder with what is downloaded, and what is made of it.
 type cache struct {
@@ -246,6 +253,15 @@ func base(ctx context.Context, a *archive, busybox string) error {
 		}
 		if err := addProgram(ctx, a, "/usr/bin/"+name, at); err != nil {
 			return fmt.Errorf("add the program %s: %w", at, err)
+		}
+	}
+	folders, err := filepath.Glob(plugins)
+	if err != nil {
+		return err
+	}
+	for _, folder := range folders {
+		if err := a.tree(folder, folder, nil); err != nil {
+			return fmt.Errorf("add the plugins of iptables: %w", err)
 		}
 	}
 	return nil

@@ -1,0 +1,172 @@
+package apiserver
+
+import (
+	"bytes"
+	"encoding/binary"
+	"encoding/json"
+	"fmt"
+	"mime"
+	"net/http"
+	"strconv"
+	"strings"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/watch"
+)
+
+// encoding is a format on the wire. Both put together what each object was
+// encoded to already.
+type encoding interface {
+	contentType() string
+	// streamType is the content type of a watch.
+	streamType() string
+	object(v *Version) ([]byte, error)
+	list(r resource, number uint64, items []*Version) ([]byte, error)
+	// frame appends one event of a watch.
+	frame(to *bytes.Buffer, event watch.EventType, v *Version) error
+	status(s *metav1.Status) ([]byte, error)
+}
+
+const (
+	typeJSON     = "application/json"
+	typeProtobuf = "application/vnd.kubernetes.protobuf"
+)
+
+// accepted returns the first encoding of an Accept header that there is. Clients
+// order them by preference.
+func accepted(r *http.Request) (encoding, error) {
+	header := strings.Join(r.Header.Values("Accept"), ",")
+	for clause := range strings.SplitSeq(header, ",") {
+		if clause = strings.TrimSpace(clause); clause == "" {
+			continue
+		}
+		media, params, err := mime.ParseMediaType(clause)
+		if err != nil || params["as"] != "" { // tables, and metadata alone
+			continue
+		}
+		switch media {
+		case typeProtobuf:
+			return inProtobuf{}, nil
+		case typeJSON, "application/*", "*/*":
+			return inJSON{}, nil
+		}
+	}
+	if header == "" {
+		return inJSON{}, nil
+	}
+	return nil, fmt.Errorf("cannot answer in any of %s: there are %s and %s", header, typeProtobuf, typeJSON)
+}
+
+type inJSON struct{}
+
+func (inJSON) contentType() string               { return typeJSON }
+func (inJSON) streamType() string                { return typeJSON }
+func (inJSON) object(v *Version) ([]byte, error) { return v.json() }
+
+func (inJSON) list(r resource, number uint64, items []*Version) ([]byte, error) {
+	meta := r.typeMeta()
+	var b bytes.Buffer
+	fmt.Fprintf(&b, `{"kind":"%sList","apiVersion":%q,"metadata":{"resourceVersion":"%d"},"items":[`, meta.Kind, meta.APIVersion, number)
+	for i, v := range items {
+		data, err := v.json()
+		if err != nil {
+			return nil, err
+		}
+		if i > 0 {
+			b.WriteByte(',')
+		}
+		b.Write(data)
+	}
+	b.WriteString("]}")
+	return b.Bytes(), nil
+}
+
+func (inJSON) frame(to *bytes.Buffer, event watch.EventType, v *Version) error {
+	data, err := v.json()
+	if err != nil {
+		return err
+	}
+	fmt.Fprintf(to, `{"type":%q,"object":`, event)
+	to.Write(data)
+	to.WriteString("}\n")
+	return nil
+}
+
+func (inJSON) status(s *metav1.Status) ([]byte, error) { return json.Marshal(s) }
+
+// inProtobuf is Kubernetes' protobuf: a message runtime.Unknown behind four magic
+// bytes, which holds the object's own message. A watch is a series of messages
+// metav1.WatchEvent, each behind its length, which hold the former.
+type inProtobuf struct{}
+
+// The numbers of the fields that are put together here, with their wire type,
+// which is 2: "length-delimited".
+const (
+	listMetadata = 1<<3 | 2
+	listItems    = 2<<3 | 2
+)
+
+func magic() []byte { return []byte{'k', '8', 's', 0} }
+
+func (inProtobuf) contentType() string { return typeProtobuf }
+func (inProtobuf) streamType() string  { return typeProtobuf + ";stream=watch" }
+
+func envelope(meta metav1.TypeMeta, message []byte) ([]byte, error) {
+	unknown := runtime.Unknown{TypeMeta: runtime.TypeMeta{APIVersion: meta.APIVersion, Kind: meta.Kind}, Raw: message}
+	data := make([]byte, len(magic())+unknown.Size())
+	n := copy(data, magic())
+	_, err := unknown.MarshalTo(data[n:])
+	return data, err
+}
+
+func (inProtobuf) object(v *Version) ([]byte, error) {
+	data, err := v.protobuf()
+	if err != nil {
+		return nil, err
+	}
+	return envelope(v.resource.typeMeta(), data)
+}
+
+func (inProtobuf) list(r resource, number uint64, items []*Version) ([]byte, error) {
+	listMeta := metav1.ListMeta{ResourceVersion: strconv.FormatUint(number, 10)}
+	data, err := listMeta.Marshal()
+	if err != nil {
+		return nil, err
+	}
+	message := append(binary.AppendUvarint([]byte{listMetadata}, uint64(len(data))), data...)
+	for _, v := range items {
+		if data, err = v.protobuf(); err != nil {
+			return nil, err
+		}
+		message = append(binary.AppendUvarint(append(message, listItems), uint64(len(data))), data...)
+	}
+	meta := r.typeMeta()
+	meta.Kind += "List"
+	return envelope(meta, message)
+}
+
+func (p inProtobuf) frame(to *bytes.Buffer, event watch.EventType, v *Version) error {
+	object, err := p.object(v)
+	if err != nil {
+		return err
+	}
+	message := metav1.WatchEvent{Type: string(event), Object: runtime.RawExtension{Raw: object}}
+	size := message.Size()
+	to.Grow(4 + size)
+	data := binary.BigEndian.AppendUint32(to.AvailableBuffer(), uint32(size)) //nolint:gosec // far below 4 GiB
+	data = data[:4+size]
+	if _, err := message.MarshalTo(data[4:]); err != nil {
+		return err
+	}
+	to.Write(data)
+	return nil
+}
+
+func (inProtobuf) status(s *metav1.Status) ([]byte, error) {
+	data, err := s.Marshal()
+	if err != nil {
+		return nil, err
+	}
+	return envelope(metav1.TypeMeta{APIVersion: "v1", Kind: "Status"}, data)
+}

@@ -1,0 +1,279 @@
+package apiserver
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"strconv"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/fields"
+	"k8s.io/apimachinery/pkg/labels"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/watch"
+)
+
+// Server serves objects over HTTP, see [Server.ServeHTTP]. Its methods may be
+// called concurrently.
+type Server struct {
+	collections map[resource]*collection
+	mux         *http.ServeMux
+}
+
+// New returns a Server without objects.
+func New() *Server {
+	s := &Server{collections: map[resource]*collection{}, mux: http.NewServeMux()}
+	for _, r := range resources() {
+		c := newCollection()
+		s.collections[r] = c
+		at := "/apis/" + r.group + "/" + r.version
+		if r.group == "" {
+			at = "/api/" + r.version
+		}
+		all := func(w http.ResponseWriter, q *http.Request) { serveAll(w, q, r, c) }
+		one := func(w http.ResponseWriter, q *http.Request) { serveOne(w, q, r, c) }
+		s.mux.HandleFunc("GET "+at+"/"+r.plural, all)
+		s.mux.HandleFunc("GET "+at+"/"+r.plural+"/{name}", one)
+		s.mux.HandleFunc("GET "+at+"/namespaces/{namespace}/"+r.plural, all)
+		s.mux.HandleFunc("GET "+at+"/namespaces/{namespace}/"+r.plural+"/{name}", one)
+	}
+	for _, at := range []string{"/api/v1", "/apis/events.k8s.io/v1"} {
+		s.mux.HandleFunc("POST "+at+"/namespaces/{namespace}/events", take)
+		s.mux.HandleFunc("PATCH "+at+"/namespaces/{namespace}/events/{name}", refuseMissing)
+	}
+	s.mux.HandleFunc("/", refuseMissing)
+	return s
+}
+
+// Put makes objects be as in these versions, and has told everybody who watches
+// when it returns.
+func (s *Server) Put(versions ...*Version) {
+	for _, v := range versions {
+		s.collections[v.resource].apply(v, false)
+	}
+}
+
+// Delete removes the objects that these versions are of. They are what clients
+// are told was there last, so they are new versions too.
+func (s *Server) Delete(versions ...*Version) {
+	for _, v := range versions {
+		s.collections[v.resource].apply(v, true)
+	}
+}
+
+// ServeHTTP answers GET of the four resources, one or all, and watches; POST of
+// Events gets its own content back.
+func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.mux.ServeHTTP(w, r) }
+
+// take pretends that the object was created.
+func take(w http.ResponseWriter, r *http.Request) {
+	body, err := io.ReadAll(r.Body)
+	if err != nil {
+		refuse(w, r, http.StatusBadRequest, metav1.StatusReasonBadRequest, err.Error())
+		return
+	}
+	w.Header().Set("Content-Type", r.Header.Get("Content-Type"))
+	w.WriteHeader(http.StatusCreated)
+	_, _ = w.Write(body) // the client has gone
+}
+
+func refuseMissing(w http.ResponseWriter, r *http.Request) {
+	refuse(w, r, http.StatusNotFound, metav1.StatusReasonNotFound, r.Method+" "+r.URL.Path+" is not served")
+}
+
+// refuse answers with a Status.
+func refuse(w http.ResponseWriter, r *http.Request, code int32, reason metav1.StatusReason, message string) {
+	enc, err := accepted(r)
+	if err != nil {
+		enc = inJSON{}
+	}
+	data, err := enc.status(failure(code, reason, message))
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusInternalServerError)
+		return
+	}
+	w.Header().Set("Content-Type", enc.contentType())
+	w.WriteHeader(int(code))
+	_, _ = w.Write(data) // the client has gone
+}
+
+func failure(code int32, reason metav1.StatusReason, message string) *metav1.Status {
+	return &metav1.Status{
+		TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "Status"},
+		Status:   metav1.StatusFailure, Code: code, Reason: reason, Message: message,
+	}
+}
+
+func serveOne(w http.ResponseWriter, r *http.Request, res resource, c *collection) {
+	v := c.get(types.NamespacedName{Namespace: r.PathValue("namespace"), Name: r.PathValue("name")})
+	if v == nil {
+		refuse(w, r, http.StatusNotFound, metav1.StatusReasonNotFound, fmt.Sprintf("%s %q not found", res.plural, r.PathValue("name")))
+		return
+	}
+	answer(w, r, func(enc encoding) ([]byte, error) { return enc.object(v) })
+}
+
+func answer(w http.ResponseWriter, r *http.Request, encode func(encoding) ([]byte, error)) {
+	enc, err := accepted(r)
+	if err != nil {
+		refuse(w, r, http.StatusNotAcceptable, metav1.StatusReasonNotAcceptable, err.Error())
+		return
+	}
+	data, err := encode(enc)
+	if err != nil {
+		refuse(w, r, http.StatusInternalServerError, metav1.StatusReasonInternalError, err.Error())
+		return
+	}
+	w.Header().Set("Content-Type", enc.contentType())
+	w.Header().Set("Content-Length", strconv.Itoa(len(data)))
+	_, _ = w.Write(data) // the client has gone
+}
+
+func serveAll(w http.ResponseWriter, r *http.Request, res resource, c *collection) {
+	s, err := selectionOf(r)
+	if err != nil {
+		refuse(w, r, http.StatusBadRequest, metav1.StatusReasonBadRequest, err.Error())
+		return
+	}
+	if on, _ := strconv.ParseBool(r.URL.Query().Get("watch")); on {
+		serveWatch(w, r, res, c, s)
+		return
+	}
+	items, number, _ := c.list(s)
+	answer(w, r, func(enc encoding) ([]byte, error) { return enc.list(res, number, items) })
+}
+
+func selectionOf(r *http.Request) (selection, error) {
+	s := selection{namespace: r.PathValue("namespace")}
+	query := r.URL.Query()
+	var err error
+	if s.labels, err = labels.Parse(query.Get("labelSelector")); err != nil {
+		return s, fmt.Errorf("labelSelector: %w", err)
+	}
+	if s.fields, err = fields.ParseSelector(query.Get("fieldSelector")); err != nil {
+		return s, fmt.Errorf("fieldSelector: %w", err)
+	}
+	for _, requirement := range s.fields.Requirements() {
+		switch requirement.Field {
+		case "metadata.name", "metadata.namespace", "spec.clusterIP", "spec.type":
+		default:
+			return s, fmt.Errorf("fieldSelector: no selection by %s here", requirement.Field)
+		}
+	}
+	return s, nil
+}
+
+// serveWatch streams changes until the client goes.
+func serveWatch(w http.ResponseWriter, r *http.Request, res resource, c *collection, s selection) {
+	enc, err := accepted(r)
+	if err != nil {
+		refuse(w, r, http.StatusNotAcceptable, metav1.StatusReasonNotAcceptable, err.Error())
+		return
+	}
+	query := r.URL.Query()
+	number, err := strconv.ParseUint(query.Get("resourceVersion"), 10, 64)
+	if err != nil && query.Get("resourceVersion") != "" {
+		refuse(w, r, http.StatusBadRequest, metav1.StatusReasonBadRequest, "resourceVersion: "+err.Error())
+		return
+	}
+	stream := stream{enc: enc, selection: s, to: w, flush: http.NewResponseController(w).Flush}
+	initial, _ := strconv.ParseBool(query.Get("sendInitialEvents"))
+	var at int
+	if initial || number == 0 {
+		var items []*Version
+		items, number, at = c.list(s)
+		err = stream.initial(items)
+		if err == nil && initial {
+			err = stream.bookmark(res, number)
+		}
+		if err != nil {
+			refuse(w, r, http.StatusInternalServerError, metav1.StatusReasonInternalError, err.Error())
+			return
+		}
+	} else {
+		var ok bool
+		if at, ok = c.since(number); !ok {
+			refuse(w, r, http.StatusGone, metav1.StatusReasonExpired, "too old resource version")
+			return
+		}
+	}
+	w.Header().Set("Content-Type", enc.streamType())
+	w.WriteHeader(http.StatusOK)
+	_ = stream.follow(r, c, at) // the client has gone, or is too slow
+}
+
+// stream is one client's watch.
+type stream struct {
+	enc       encoding
+	selection selection
+	to        io.Writer
+	flush     func() error
+	buffer    bytes.Buffer
+}
+
+func (s *stream) initial(items []*Version) error {
+	for _, v := range items {
+		if err := s.enc.frame(&s.buffer, watch.Added, v); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// bookmark says that what there was when the stream began is complete.
+func (s *stream) bookmark(r resource, number uint64) error {
+	o := r.empty()
+	o.SetAnnotations(map[string]string{metav1.InitialEventsAnnotationKey: "true"})
+	v, err := new(Clock).Version(o)
+	if err != nil {
+		return err
+	}
+	o.SetResourceVersion(strconv.FormatUint(number, 10))
+	return s.enc.frame(&s.buffer, watch.Bookmark, v)
+}
+
+// keptBuffer is up to which size a stream keeps its buffer: what a list took
+// would not be needed again.
+const keptBuffer = 1 << 20
+
+// errSlow says that a client is too far behind.
+var errSlow = errors.New("the client is too slow")
+
+// follow writes what is in the buffer and then each change.
+func (s *stream) follow(r *http.Request, c *collection, at int) error {
+	for {
+		changes, next, more, ok := c.after(at)
+		if !ok {
+			return errSlow
+		}
+		at = next
+		for _, ch := range changes {
+			event, seen := ch.event(s.selection)
+			if !seen {
+				continue
+			}
+			if err := s.enc.frame(&s.buffer, event, ch.is); err != nil {
+				return err
+			}
+		}
+		if s.buffer.Len() > 0 || len(changes) == 0 {
+			if _, err := s.to.Write(s.buffer.Bytes()); err != nil {
+				return err
+			}
+			if err := s.flush(); err != nil {
+				return err
+			}
+			s.buffer.Reset()
+			if s.buffer.Cap() > keptBuffer {
+				s.buffer = bytes.Buffer{}
+			}
+		}
+		select {
+		case <-r.Context().Done():
+			return r.Context().Err()
+		case <-more:
+		}
+	}
+}

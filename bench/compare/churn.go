@@ -1,0 +1,139 @@
+package compare
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"fairlead/bench/result"
+	"fairlead/bench/rig"
+)
+
+// pause is the time between two changes of which the effect is looked at, under
+// churn.
+const pause = 100 * time.Millisecond
+
+// churn has endpoints replaced at a rate, for one system at a time.
+func (c *comparison) churn(ctx context.Context, nodes []*node, services int, rate float64) error {
+	scenario := result.Scenario{Change: result.ReplaceEndpoint, Services: services, Endpoints: c.Endpoints, Rate: rate}
+	for i := range c.Rounds {
+		for _, n := range rotated(nodes, i) {
+			if err := n.settle(ctx, c.Settle); err != nil {
+				return err
+			}
+			if err := c.churnOf(ctx, n, scenario); err != nil {
+				return fmt.Errorf("%s under churn: %w", n.sys.Name(), err)
+			}
+			n.settled = time.Now()
+		}
+	}
+	return nil
+}
+
+func (c *comparison) churnOf(ctx context.Context, n *node, scenario result.Scenario) error {
+	ctx, cancel := n.whileRunning(ctx)
+	defer cancel()
+	before, err := n.usage()
+	if err != nil {
+		return err
+	}
+	begin := time.Now()
+	feeding, stop := context.WithTimeout(ctx, c.Duration)
+	defer stop()
+	type fed struct {
+		changes int
+		err     error
+	}
+	done := make(chan fed, 1)
+	go func() {
+		changes, err := n.feed(feeding, scenario.Rate)
+		done <- fed{changes, err}
+	}()
+	var lags []float64
+	looks := 0
+	look := func() error {
+		i := n.reserve()
+		at, by, err := n.replace(i, true)
+		if err != nil {
+			return err
+		}
+		looks++
+		seen, err := n.probe.FirstArrival(ctx, at, n.services[i].Addr(), rig.At(by))
+		if err != nil {
+			return errors.Join(err, context.Cause(ctx))
+		}
+		lags = append(lags, seen.After.Seconds())
+		return nil
+	}
+	for feeding.Err() == nil {
+		if err := look(); err != nil {
+			return err
+		}
+		_ = sleep(feeding, pause) // the loop ends then
+	}
+	f := <-done
+	if f.err != nil {
+		return f.err
+	}
+	// When this is seen so is all that went before.
+	if err := look(); err != nil {
+		return err
+	}
+	took := time.Since(begin)
+	after, err := n.usage()
+	if err != nil {
+		return err
+	}
+	changes := f.changes + looks
+	cpu := after.CPU() - before.CPU()
+	for _, lag := range lags {
+		c.sample(n, result.Churn, scenario, "s", lag)
+	}
+	c.sample(n, result.ChurnCPU, scenario, "s", cpu.Seconds()/float64(changes))
+	m := c.measurement(n.sys.Name(), result.Churn, scenario)
+	add(m, "cpu", "s", cpu.Seconds())
+	add(m, "duration", "s", took.Seconds())
+	add(m, "changes", "1", float64(changes))
+	m.Values = set(m.Values, "resident", "B", float64(after.Resident))
+	c.progress("%s: %d changes in %s took %s of processor time, %.1f µs each; %d MB resident",
+		n.sys.Name(), changes, took.Round(10*time.Millisecond), cpu, cpu.Seconds()*1e6/float64(changes), after.Resident/1e6)
+	return nil
+}
+
+// add adds to a value of the measurement.
+func add(m *result.Measurement, name, unit string, v float64) {
+	old, _ := m.Value(name)
+	m.Values = set(m.Values, name, unit, old.Value+v)
+}
+
+func set(values []result.Value, name, unit string, v float64) []result.Value {
+	for i := range values {
+		if values[i].Name == name {
+			values[i].Value = v
+			return values
+		}
+	}
+	return append(values, result.Value{Name: name, Unit: unit, Value: v})
+}
+
+// feed replaces endpoints of Services drawn at random, at a rate, until ctx is done.
+// It returns how many.
+func (n *node) feed(ctx context.Context, rate float64) (changes int, err error) {
+	const shortest = time.Millisecond
+	ticker := time.NewTicker(max(shortest, time.Duration(float64(time.Second)/rate)))
+	defer ticker.Stop()
+	begin := time.Now()
+	for {
+		select {
+		case <-ctx.Done():
+			return changes, nil
+		case <-ticker.C:
+		}
+		for due := int(time.Since(begin).Seconds() * rate); changes < due; changes++ {
+			if _, _, err := n.replace(n.any(), false); err != nil {
+				return changes, err
+			}
+		}
+	}
+}

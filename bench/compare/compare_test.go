@@ -1,0 +1,170 @@
+package compare_test
+
+import (
+	"context"
+	"errors"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"fairlead/bench/compare"
+	"fairlead/bench/result"
+	"fairlead/bench/system"
+)
+
+// binary builds fairlead.
+func binary(t *testing.T) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "fairlead")
+	out, err := exec.CommandContext(t.Context(), "go", "build", "-buildvcs=false", "-o", path, "fairlead/cmd/fairlead").CombinedOutput()
+	if err != nil {
+		t.Fatalf("build fairlead: %v\n%s", err, out)
+	}
+	return path
+}
+
+// renamed is a system by another name: two of them are compared with each other.
+type renamed struct {
+	system.System
+	name string
+}
+
+func (r renamed) Name() string { return r.name }
+
+// absent cannot run here.
+type absent struct{}
+
+func (absent) Name() string { return "absent" }
+
+func (absent) Start(context.Context, system.Environment) (system.Running, error) {
+	return nil, &system.UnavailableError{Reason: "it is not there"}
+}
+
+// broken ends at once.
+type broken struct{}
+
+func (broken) Name() string { return "broken" }
+
+func (broken) Start(_ context.Context, env system.Environment) (system.Running, error) {
+	return system.StartProcess(env, "broken", "/bin/sh", "-c", "echo it is no use; exit 3")
+}
+
+func small(t *testing.T, systems ...system.System) compare.Options {
+	t.Helper()
+	o := compare.DefaultOptions()
+	o.Systems, o.Services, o.Endpoints = systems, []int{20}, 3
+	o.Samples, o.Starts, o.Rounds = 2, 2, 2
+	o.Duration, o.Settle, o.Rates = 300*time.Millisecond, 10*time.Millisecond, []float64{50}
+	o.Environment, o.Dir = result.Here(), t.TempDir()
+	o.Progress = func(line string) { t.Log(line) }
+	return o
+}
+
+// Two systems are measured in all ways, and compared; those that cannot run are
+// left out, with the reason.
+func TestComparison(t *testing.T) {
+	path := binary(t)
+	fairlead := system.Fairlead{Binary: path, Mode: "nft", Release: "v1"}
+	r, err := compare.Run(t.Context(), small(t, fairlead, renamed{fairlead, "other"}, absent{}, broken{}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	size := result.Scenario{Services: 20, Endpoints: 3}
+	with := func(change result.Change, rate float64) result.Scenario {
+		s := size
+		s.Change, s.Rate = change, rate
+		return s
+	}
+	for _, want := range []struct {
+		measure  result.Measure
+		scenario result.Scenario
+		samples  int
+	}{
+		{result.ColdStartAnswer, size, 2},
+		{result.ColdStartCPU, size, 2},
+		{result.Memory, size, 2},
+		{result.PeakMemory, size, 2},
+		{result.UpdatePacket, with(result.ReplaceEndpoint, 0), 2},
+		{result.UpdatePacket, with(result.ScaleUp, 0), 2},
+		{result.UpdatePacket, with(result.ScaleDown, 0), 2},
+		{result.UpdatePacket, with(result.CreateService, 0), 2},
+		{result.UpdatePacket, with(result.DeleteService, 0), 2},
+		{result.ChurnCPU, with(result.ReplaceEndpoint, 50), 2},
+		{result.Churn, with(result.ReplaceEndpoint, 50), 4}, // at least
+	} {
+		for _, name := range []string{"nft", "other"} {
+			m := r.Find(want.measure, name, result.Native, want.scenario)
+			switch {
+			case m == nil:
+				t.Errorf("%s of %s in %+v is missing", want.measure, name, want.scenario)
+			case len(m.Samples) < want.samples || want.measure != result.Churn && len(m.Samples) > want.samples:
+				t.Errorf("%s of %s has %d samples, want %d", want.measure, name, len(m.Samples), want.samples)
+			case m.Distribution == nil || m.Distribution.Max > 1e10 || m.Distribution.Min < 0:
+				t.Errorf("%s of %s: distribution %+v", want.measure, name, m.Distribution)
+			}
+		}
+		// Short as it is, this may take no tick of the processor's clock.
+		if want.measure != result.ChurnCPU && want.measure != result.ColdStartCPU && !slices.ContainsFunc(r.Ratios, func(q result.Ratio) bool {
+			return q.Measure == want.measure && q.Scenario == want.scenario && q.Numerator == "other" && q.Denominator == "nft" && q.Low <= q.Ratio && q.Ratio <= q.High
+		}) {
+			t.Errorf("there is no ratio of %s in %+v", want.measure, want.scenario)
+		}
+	}
+	reasons := map[string]string{}
+	for _, l := range r.LeftOut {
+		reasons[l.System] = l.Reason
+	}
+	if reasons["absent"] != "it is not there" || !strings.Contains(reasons["broken"], "it is no use") || len(reasons) != 2 {
+		t.Errorf("left out are %q", reasons)
+	}
+}
+
+// When it is interrupted, there is what was measured until then.
+func TestInterrupted(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	o := small(t, system.Fairlead{Binary: binary(t), Mode: "nft"})
+	o.Samples = 1000
+	o.Progress = func(line string) {
+		if strings.HasPrefix(line, "update: sample 11 ") {
+			cancel()
+		}
+	}
+	r, err := compare.Run(ctx, o)
+	if !errors.Is(err, context.Canceled) {
+		t.Errorf("error %v, want canceled", err)
+	}
+	scenario := result.Scenario{Services: 20, Endpoints: 3, Change: result.ReplaceEndpoint}
+	if m := r.Find(result.UpdatePacket, "nft", result.Native, scenario); m == nil || m.Distribution == nil || m.Distribution.N != 10 {
+		t.Errorf("after ten samples there is %+v", m)
+	}
+}
+
+func TestOptions(t *testing.T) {
+	for name, test := range map[string]struct {
+		change func(*compare.Options)
+		want   string
+	}{
+		"no systems":      {func(o *compare.Options) { o.Systems = nil }, "no systems"},
+		"one twice":       {func(o *compare.Options) { o.Systems = append(o.Systems, o.Systems...) }, "is there twice"},
+		"too few":         {func(o *compare.Options) { o.Services = []int{1} }, "too few"},
+		"unknown part":    {func(o *compare.Options) { o.Parts = []compare.Part{"x"} }, "unknown part"},
+		"no samples":      {func(o *compare.Options) { o.Samples = 0 }, "1 or more"},
+		"no rate":         {func(o *compare.Options) { o.Rates = []float64{0} }, "more than 0"},
+		"nobody can run":  {func(*compare.Options) {}, "no system can run here"},
+		"endpoints":       {func(o *compare.Options) { o.Endpoints = 0 }, "1 to 100"},
+		"no Services":     {func(o *compare.Options) { o.Services = nil }, "no number of Services"},
+		"duration of all": {func(o *compare.Options) { o.Duration = 0 }, "how long"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			o := small(t, absent{})
+			test.change(&o)
+			if _, err := compare.Run(t.Context(), o); err == nil || !strings.Contains(err.Error(), test.want) {
+				t.Errorf("error %v, want one with %q", err, test.want)
+			}
+		})
+	}
+}

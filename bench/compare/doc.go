@@ -1,0 +1,16 @@
+// Package compare measures Service proxies against each other: Fairlead's modes and
+// kube-proxy's, as the programs that they are.
+//
+// Each has a node of its own, in network namespaces that are laid out alike, and an
+// API server of its own that serves the same objects. A change is given to one
+// after the other, in an order that rotates, and the next kind of change follows: so
+// what else the machine does meanwhile hits all alike, and none takes the processor
+// from another. What is measured is seen by packets, see package rig, and by /proc.
+//
+// kube-proxy waits a second between two rounds of programming (minSyncPeriod). Changes
+// for the measure "update-packet" are further apart than that, so its times are those of
+// a kube-proxy that has nothing to wait for; under churn they are not.
+//
+// Figures of one run are only good for ratios, and these come with confidence
+// intervals.
+package compare

@@ -1,0 +1,41 @@
+package compare
+
+import (
+	"slices"
+
+	"fairlead/bench/result"
+	"fairlead/bench/statistics"
+)
+
+// fairleads are the systems that others are compared with.
+func fairleads() []string { return []string{"nft", "ipvs"} }
+
+// ratios compares each system with Fairlead's, where they were measured under the
+// same circumstances.
+func ratios(measurements []result.Measurement) []result.Ratio {
+	var list []result.Ratio
+	for i := range measurements {
+		of := &measurements[i]
+		for j := range measurements {
+			to := &measurements[j]
+			if i == j || !slices.Contains(fairleads(), to.System) || of.Measure != to.Measure ||
+				of.Environment != to.Environment || of.Scenario != to.Scenario {
+				continue
+			}
+			name, statistic := "p50", statistics.Quantile(0.5)
+			if of.Measure == result.ChurnCPU || of.Measure == result.ColdStartCPU {
+				name, statistic = "mean", statistics.Mean
+			}
+			interval, err := statistics.Ratio(of.Samples, to.Samples, statistic)
+			if err != nil {
+				continue // too fast for the clock, or no samples
+			}
+			list = append(list, result.Ratio{
+				Measure: of.Measure, Statistic: name, Environment: of.Environment, Scenario: of.Scenario,
+				Numerator: of.System, Denominator: to.System, Interval: interval,
+				NumeratorSamples: len(of.Samples), DenominatorSamples: len(to.Samples), Method: statistics.Method,
+			})
+		}
+	}
+	return list
+}

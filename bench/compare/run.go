@@ -1,0 +1,248 @@
+package compare
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"slices"
+	"time"
+
+	"fairlead/bench/cluster"
+	"fairlead/bench/result"
+	"fairlead/bench/rig"
+	"fairlead/bench/statistics"
+	"fairlead/bench/system"
+)
+
+// comparison is one run.
+type comparison struct {
+	Options
+	report *result.Report
+}
+
+// Run measures, and returns what it has found out. A system that cannot run here is
+// left out, and the report says why. When ctx is done the report has what was
+// measured until then, beside the error.
+func Run(ctx context.Context, opts Options) (*result.Report, error) {
+	if err := opts.validate(); err != nil {
+		return nil, err
+	}
+	// The API servers are in this process, which must not pause for its own memory.
+	const seldom = 400
+	defer debug.SetGCPercent(debug.SetGCPercent(seldom))
+	c := &comparison{Options: opts, report: &result.Report{
+		Schema: result.Schema, Time: time.Now(), Environments: []result.Environment{opts.Environment},
+	}}
+	var err error
+	for _, services := range opts.Services {
+		if err = c.size(ctx, services); err != nil {
+			break
+		}
+	}
+	c.finish(ctx)
+	return c.report, err
+}
+
+// size measures with one number of Services.
+func (c *comparison) size(ctx context.Context, services int) (err error) {
+	c.progress("%d Services of %d endpoints", services, c.Endpoints)
+	content, err := newContent(services, c.Endpoints)
+	if err != nil {
+		return err
+	}
+	nodes, err := c.starts(ctx, content)
+	defer func() {
+		for _, n := range nodes {
+			err = errors.Join(err, n.close())
+		}
+	}()
+	if err != nil {
+		return err
+	}
+	if c.has(Update) {
+		if err := c.updates(ctx, nodes, services); err != nil {
+			return err
+		}
+	}
+	if c.has(Churn) {
+		for _, rate := range c.Rates {
+			if err := c.churn(ctx, nodes, services, rate); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// rotated returns the list with another one first each time.
+func rotated[T any](list []T, by int) []T {
+	if len(list) == 0 {
+		return nil
+	}
+	by %= len(list)
+	return slices.Concat(list[by:], list[:by])
+}
+
+// starts starts each system several times on new nodes, and returns those of the last time.
+func (c *comparison) starts(ctx context.Context, content *content) (nodes []*node, err error) {
+	starts := 1
+	if c.has(ColdStart) || c.has(Memory) {
+		starts = c.Starts
+	}
+	for i := range starts {
+		for _, sys := range rotated(c.Systems, i) {
+			if c.isLeftOut(sys) {
+				continue
+			}
+			n, err := c.start(ctx, sys, content)
+			if ctx.Err() != nil {
+				return nodes, errors.Join(context.Cause(ctx), closeNode(n))
+			}
+			if err != nil {
+				if err := c.leaveOut(sys, err); err != nil {
+					return nodes, errors.Join(err, closeNode(n))
+				}
+				_ = closeNode(n) // it is known already that it does not run
+				continue
+			}
+			if i < starts-1 {
+				if err := n.close(); err != nil {
+					return nodes, err
+				}
+				continue
+			}
+			nodes = append(nodes, n)
+		}
+	}
+	// In the order that was asked for.
+	slices.SortFunc(nodes, func(a, b *node) int {
+		index := func(n *node) int {
+			return slices.IndexFunc(c.Systems, func(s system.System) bool { return s.Name() == n.sys.Name() })
+		}
+		return cmp.Compare(index(a), index(b))
+	})
+	return nodes, nil
+}
+
+func closeNode(n *node) error {
+	if n == nil {
+		return nil
+	}
+	return n.close()
+}
+
+// start is one cold start.
+func (c *comparison) start(ctx context.Context, sys system.System, content *content) (*node, error) {
+	dir := filepath.Join(c.Dir, sys.Name())
+	if err := os.MkdirAll(dir, 0o750); err != nil {
+		return nil, fmt.Errorf("make a folder for logs: %w", err)
+	}
+	n, err := newNode(ctx, sys, dir, content)
+	if err != nil {
+		return nil, err
+	}
+	if err := n.rig.Answer(true); err != nil {
+		return n, err
+	}
+	if err := n.start(ctx); err != nil {
+		return n, err
+	}
+	running, cancel := n.whileRunning(ctx)
+	defer cancel()
+	took, err := n.probe.Answers(running, n.begin, content.addrs)
+	if err != nil {
+		return n, errors.Join(err, context.Cause(running))
+	}
+	if err := n.quiesce(running); err != nil {
+		return n, err
+	}
+	n.settled = time.Now()
+	use, err := n.usage()
+	if err != nil {
+		return n, err
+	}
+	c.progress("%s: the last Service answers after %s; %s of processor time, %d MB resident",
+		sys.Name(), took.Round(time.Millisecond), use.CPU(), use.Resident/1e6)
+	scenario := result.Scenario{Services: len(content.services), Endpoints: c.Endpoints}
+	if c.has(ColdStart) {
+		c.sample(n, result.ColdStartAnswer, scenario, "s", took.Seconds())
+		c.sample(n, result.ColdStartCPU, scenario, "s", use.CPU().Seconds())
+	}
+	if c.has(Memory) {
+		c.sample(n, result.Memory, scenario, "B", float64(use.Resident))
+		c.sample(n, result.PeakMemory, scenario, "B", float64(use.PeakResident))
+	}
+	return n, n.rig.Answer(false)
+}
+
+// sample adds a sample to a measurement.
+func (c *comparison) sample(n *node, measure result.Measure, scenario result.Scenario, unit string, v float64) {
+	m := c.measurement(n.sys.Name(), measure, scenario)
+	m.Unit = unit
+	m.Samples = append(m.Samples, v)
+}
+
+// measurement returns the measurement, a new one if there is none.
+func (c *comparison) measurement(sys string, measure result.Measure, scenario result.Scenario) *result.Measurement {
+	if m := c.report.Find(measure, sys, c.Environment.Name, scenario); m != nil {
+		return m
+	}
+	c.report.Measurements = append(c.report.Measurements, result.Measurement{
+		Measure: measure, System: sys, Environment: c.Environment.Name, Scenario: scenario,
+	})
+	return &c.report.Measurements[len(c.report.Measurements)-1]
+}
+
+func (c *comparison) isLeftOut(sys system.System) bool {
+	return slices.ContainsFunc(c.report.LeftOut, func(l result.LeftOut) bool { return l.System == sys.Name() && l.Measure == "" })
+}
+
+// leaveOut records that a system does not run here. The error is that something
+// else is wrong.
+func (c *comparison) leaveOut(sys system.System, err error) error {
+	reason := err.Error()
+	if e, ok := errors.AsType[*system.UnavailableError](err); ok {
+		reason = e.Reason
+	}
+	c.progress("%s is left out: %s", sys.Name(), reason)
+	c.report.LeftOut = append(c.report.LeftOut, result.LeftOut{System: sys.Name(), Environment: c.Environment.Name, Reason: reason})
+	if len(c.report.LeftOut) >= len(c.Systems) {
+		return errors.New("no system can run here")
+	}
+	return nil
+}
+
+// finish sums up.
+func (c *comparison) finish(ctx context.Context) {
+	r := c.report
+	for i := range r.Measurements {
+		m := &r.Measurements[i]
+		m.Distribution = statistics.Summarize(m.Samples)
+	}
+	env := system.Environment{Kubeconfig: "KUBECONFIG", NodeName: cluster.NodeName, ClusterCIDR: rig.ClusterCIDR}
+	for _, s := range c.Systems {
+		about := result.System{Name: s.Name()}
+		if with, ok := s.(interface {
+			Command(env system.Environment) []string
+		}); ok {
+			about.Command = with.Command(env)
+		}
+		if with, ok := s.(interface {
+			Version(ctx context.Context) (string, error)
+		}); ok {
+			about.Version, _ = with.Version(context.WithoutCancel(ctx)) // a system that is not there has none
+		}
+		r.Systems = append(r.Systems, about)
+	}
+	r.Ratios = ratios(r.Measurements)
+	r.TookSeconds = time.Since(r.Time).Seconds()
+	for i := range r.Measurements {
+		if m := &r.Measurements[i]; len(m.Samples) > result.MaxSamples {
+			m.Samples = nil
+		}
+	}
+}

@@ -1,0 +1,101 @@
+package compare
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"time"
+
+	"fairlead/bench/cluster"
+	"fairlead/bench/result"
+	"fairlead/bench/rig"
+)
+
+// quiet is how many packets in a row do not arrive at an endpoint that one packet in
+// so many would arrive at, until it is sure that none does.
+func quiet(endpoints int) int {
+	const sure = 25 // a chance of e^-25, about 1e-11
+	return sure * endpoints
+}
+
+// updates measures the kinds of changes, sample by sample, system by system.
+func (c *comparison) updates(ctx context.Context, nodes []*node, services int) error {
+	changes := []result.Change{result.ReplaceEndpoint, result.ScaleUp, result.ScaleDown, result.CreateService, result.DeleteService}
+	for i := range c.Samples {
+		if i%10 == 0 {
+			c.progress("update: sample %d of %d", i+1, c.Samples)
+		}
+		for j, change := range changes {
+			scenario := result.Scenario{Change: change, Services: services, Endpoints: c.Endpoints}
+			for _, n := range rotated(nodes, i+j) {
+				if err := n.settle(ctx, c.Settle); err != nil {
+					return err
+				}
+				took, err := c.update(ctx, n, change, i)
+				if err != nil {
+					return fmt.Errorf("%s: %s: %w", n.sys.Name(), change, err)
+				}
+				n.settled = time.Now()
+				c.sample(n, result.UpdatePacket, scenario, "s", took.Seconds())
+			}
+		}
+	}
+	return nil
+}
+
+// update makes one change and waits until packets show it. What scales up and what
+// is created goes again with the next change, so that the number of Services stays.
+func (c *comparison) update(ctx context.Context, n *node, change result.Change, sample int) (time.Duration, error) {
+	ctx, cancel := n.whileRunning(ctx)
+	defer cancel()
+	// A Service is replaced and scaled in turns; they are spread over all of them.
+	const prime = 7919
+	first, second := 2*sample*prime%len(n.services), (2*sample+1)*prime%len(n.services)
+	var seen rig.Sighting
+	var at time.Time
+	var err error
+	switch change {
+	case result.ReplaceEndpoint:
+		var by netip.Addr
+		if at, by, err = n.replace(first, true); err == nil {
+			seen, err = n.probe.FirstArrival(ctx, at, n.services[first].Addr(), rig.At(by))
+		}
+	case result.ScaleUp:
+		by := n.address(true)
+		if at, err = n.change(second, func(s *cluster.Service) *cluster.Service { return s.With(by) }); err == nil {
+			seen, err = n.probe.FirstArrival(ctx, at, n.services[second].Addr(), rig.At(by))
+		}
+	case result.ScaleDown:
+		s := n.services[second]
+		gone := s.Endpoints[len(s.Endpoints)-1] // from ScaleUp
+		if at, err = n.change(second, func(s *cluster.Service) *cluster.Service { return s.Without(gone) }); err == nil {
+			seen, err = n.probe.LastArrival(ctx, at, s.Addr(), rig.At(gone), quiet(len(s.Endpoints)))
+		}
+	case result.CreateService:
+		s := c.created(n, sample)
+		if at, err = n.both(s, n.api.Put); err == nil {
+			seen, err = n.probe.FirstArrival(ctx, at, s.Addr(), rig.Anywhere)
+		}
+	case result.DeleteService:
+		s := c.created(n, sample)
+		if at, err = n.both(s, n.api.Delete); err == nil {
+			seen, err = n.probe.LastArrival(ctx, at, s.Addr(), rig.Anywhere, quiet(1))
+		}
+	}
+	if err != nil {
+		return 0, errors.Join(err, context.Cause(ctx))
+	}
+	return seen.After, nil
+}
+
+// created returns the Service that is created for a sample, which has addresses of
+// its own.
+func (c *comparison) created(n *node, sample int) *cluster.Service {
+	s := &cluster.Service{Index: len(n.services) + sample}
+	const apart = 1 << 20 // from those that are given out one by one
+	for e := range c.Endpoints {
+		s.Endpoints = append(s.Endpoints, cluster.Watched(apart+sample*c.Endpoints+e))
+	}
+	return s
+}

@@ -1,0 +1,254 @@
+package report
+
+import (
+	"bytes"
+	"fmt"
+	"html"
+	"image/color"
+	"math"
+	"slices"
+
+	"codeberg.org/go-fonts/liberation/liberationsansbold"
+	"codeberg.org/go-fonts/liberation/liberationsansregular"
+	stdfont "golang.org/x/image/font"
+	"golang.org/x/image/font/opentype"
+	"gonum.org/v1/plot/font"
+	"gonum.org/v1/plot/text"
+	"gonum.org/v1/plot/vg"
+	"gonum.org/v1/plot/vg/draw"
+	"gonum.org/v1/plot/vg/vgimg"
+	"gonum.org/v1/plot/vg/vgsvg"
+)
+
+// typeface has the fonts that are drawn with, and measured.
+type typeface struct{ handler text.Plain }
+
+func newTypeface() (*typeface, error) {
+	var faces font.Collection
+	for _, f := range []struct {
+		font font.Font
+		ttf  []byte
+	}{
+		{font.Font{Typeface: "Liberation", Variant: "Sans"}, liberationsansregular.TTF},
+		{font.Font{Typeface: "Liberation", Variant: "Sans", Weight: stdfont.WeightBold}, liberationsansbold.TTF},
+	} {
+		face, err := opentype.Parse(f.ttf)
+		if err != nil {
+			return nil, fmt.Errorf("parse the font %s: %w", f.font.Name(), err)
+		}
+		faces = append(faces, font.Face{Font: f.font, Face: face})
+	}
+	return &typeface{text.Plain{Fonts: font.NewCache(faces)}}, nil
+}
+
+// canvas is what charts are drawn on: coordinates are in pixels from the top left.
+type canvas struct {
+	to            draw.Canvas
+	width, height float64
+	inset         float64 // of the coordinates, on all sides
+	colours       palette
+	face          *typeface
+	// texts, if not nil, collects SVG text: fonts differ between who looks at a page,
+	// so it has to be laid out there.
+	texts *bytes.Buffer
+}
+
+// drawing is a chart that knows its height once it is told its width.
+type drawing interface {
+	title() string
+	height(width float64) float64
+	on(c *canvas)
+}
+
+// svg draws for a page, with colours for [named].
+func (f *typeface) svg(d drawing, width float64) ([]byte, error) {
+	height := d.height(width)
+	to := vgsvg.New(vg.Length(width), vg.Length(height))
+	var b, texts bytes.Buffer
+	d.on(&canvas{to: draw.New(to), width: width, height: height, colours: marked, face: f, texts: &texts})
+	if _, err := to.WriteTo(&b); err != nil {
+		return nil, fmt.Errorf("draw %q: %w", d.title(), err)
+	}
+	end := bytes.LastIndex(b.Bytes(), []byte("</svg>"))
+	return slices.Concat(b.Bytes()[:end], texts.Bytes(), []byte("</svg>\n")), nil
+}
+
+// png draws in the colours of light, with twice the number of pixels.
+func (f *typeface) png(d drawing, width float64) ([]byte, error) {
+	const dpi = 144
+	height := d.height(width)
+	to := vgimg.NewWith(vgimg.UseWH(vg.Length(width), vg.Length(height)), vgimg.UseDPI(dpi))
+	d.on(&canvas{to: draw.New(to), width: width, height: height, colours: painted, face: f})
+	var b bytes.Buffer
+	if _, err := (vgimg.PngCanvas{Canvas: to}).WriteTo(&b); err != nil {
+		return nil, fmt.Errorf("draw %q: %w", d.title(), err)
+	}
+	return b.Bytes(), nil
+}
+
+func (c *canvas) point(x, y float64) vg.Point {
+	return vg.Point{X: vg.Length(c.inset + x), Y: vg.Length(c.inset + c.height - y)}
+}
+
+// line draws a line through points, which are x and y in turns.
+func (c *canvas) line(r role, width float64, xy ...float64) {
+	points := make([]vg.Point, 0, len(xy)/2)
+	for i := 0; i+1 < len(xy); i += 2 {
+		points = append(points, c.point(xy[i], xy[i+1]))
+	}
+	c.to.StrokeLines(draw.LineStyle{Color: c.colours(r), Width: vg.Length(width)}, points)
+}
+
+// bar fills a rectangle with its left edge at x and its middle at y.
+func (c *canvas) bar(r role, x, y, width, height float64) {
+	top, bottom := y-height/2, y+height/2
+	c.to.FillPolygon(c.colours(r), []vg.Point{c.point(x, top), c.point(x+width, top), c.point(x+width, bottom), c.point(x, bottom)})
+}
+
+// dot draws a marker: filled, or hollow.
+func (c *canvas) dot(r role, hollow bool, x, y, radius float64) {
+	c.to.DrawGlyph(draw.GlyphStyle{Color: c.colours(r), Radius: vg.Length(radius), Shape: draw.CircleGlyph{}}, c.point(x, y))
+	if hollow {
+		const part = 0.55
+		c.to.DrawGlyph(draw.GlyphStyle{Color: c.colours(surface), Radius: vg.Length(radius * part), Shape: draw.CircleGlyph{}}, c.point(x, y))
+	}
+}
+
+// letters are how text is written.
+type letters struct {
+	role  role
+	size  float64
+	bold  bool
+	align float64 // 0 if x is the left end, 1 if it is the right one
+}
+
+func (c *canvas) style(l letters) text.Style {
+	f := font.Font{Typeface: "Liberation", Variant: "Sans", Size: font.Length(l.size)}
+	if l.bold {
+		f.Weight = stdfont.WeightBold
+	}
+	return text.Style{Color: c.colours(l.role), Font: f, XAlign: text.XAlignment(-l.align), YAlign: text.YCenter, Handler: c.face.handler}
+}
+
+// write writes text with its middle at y.
+func (c *canvas) write(l letters, x, y float64, words string) {
+	if c.texts == nil {
+		c.to.FillText(c.style(l), c.point(x, y), words)
+		return
+	}
+	const baseline = 0.35 // of the size, below the middle
+	anchor := map[float64]string{0: "start", 0.5: "middle", 1: "end"}[l.align]
+	weight := 400
+	if l.bold {
+		weight = 700
+	}
+	rgb, _ := color.NRGBAModel.Convert(c.colours(l.role)).(color.NRGBA)
+	fmt.Fprintf(c.texts, `<text x="%.1f" y="%.1f" text-anchor=%q style="fill:#%02X%02X%02X;font-size:%gpx;font-weight:%d">%s</text>`+"\n",
+		x, y+baseline*l.size, anchor, rgb.R, rgb.G, rgb.B, l.size, weight, html.EscapeString(words))
+}
+
+// extent is how wide text is at most: fonts of others are wider.
+func (c *canvas) extent(l letters, words string) float64 {
+	const wider = 1.2
+	return wider * float64(c.style(l).Width(words))
+}
+
+// scale maps numbers to places on an axis.
+type scale struct {
+	from, to  float64 // numbers
+	low, high float64 // places
+	log       bool
+}
+
+func (s scale) at(v float64) float64 {
+	f, t := s.from, s.to
+	if s.log {
+		f, t, v = math.Log(f), math.Log(t), math.Log(math.Max(v, f))
+	}
+	if t == f {
+		return s.low
+	}
+	return s.low + (v-f)/(t-f)*(s.high-s.low)
+}
+
+// logScale is one for positive numbers, from one round number to another.
+func logScale(least, most, low, high float64) scale {
+	if least <= 0 || most <= 0 {
+		least, most = 1, 10
+	}
+	s := scale{from: rounded(least, false), to: rounded(most, true), low: low, high: high, log: true}
+	if s.from == s.to {
+		s.from, s.to = s.from/2, s.to*2
+	}
+	return s
+}
+
+// rounded returns the next number that is 1, 2 or 5 times a power of ten.
+func rounded(v float64, up bool) float64 {
+	const tolerance = 1e-9
+	power := math.Pow(10, math.Floor(math.Log10(v)+tolerance))
+	best := power
+	for _, f := range []float64{1, 2, 5, 10} {
+		n := f * power
+		if up && n >= v*(1-tolerance) {
+			return n
+		}
+		if !up && n <= v*(1+tolerance) {
+			best = n
+		}
+	}
+	return best
+}
+
+// linearScale is one from zero to a round number.
+func linearScale(most, low, high float64) scale {
+	if most <= 0 {
+		most = 1
+	}
+	return scale{from: 0, to: most, low: low, high: high}
+}
+
+// ticks returns the round numbers on a scale, at most so many.
+func (s scale) ticks(most int) []float64 {
+	if !s.log {
+		step := math.Pow(10, math.Floor(math.Log10(s.to/float64(most))))
+		for _, f := range []float64{1, 2, 5, 10} {
+			if s.to/(step*f) <= float64(most) {
+				step *= f
+				break
+			}
+		}
+		var list []float64
+		for v := 0.0; v <= s.to*1.0001; v += step {
+			list = append(list, v)
+		}
+		return list
+	}
+	within := func(v float64) bool { return v >= s.from*0.999 && v <= s.to*1.001 }
+	first, last := int(math.Floor(math.Log10(s.from)+1e-9)), int(math.Ceil(math.Log10(s.to)-1e-9))
+	collect := func(steps ...float64) []float64 {
+		var list []float64
+		for e := first; e <= last; e++ {
+			for _, f := range steps {
+				if v := f * math.Pow(10, float64(e)); within(v) {
+					list = append(list, v)
+				}
+			}
+		}
+		return list
+	}
+	if list := collect(1, 2, 5); len(list) <= most {
+		return list
+	}
+	list := collect(1)
+	for skip := 2; len(list) > most; skip++ {
+		var some []float64
+		for i, v := range collect(1) {
+			if i%skip == 0 {
+				some = append(some, v)
+			}
+		}
+		list = some
+	}
+	return list
+}

@@ -1,0 +1,387 @@
+package report
+
+import (
+	"cmp"
+	"math"
+	"slices"
+	"strings"
+
+	"fairlead/bench/result"
+	"fairlead/bench/table"
+)
+
+// What all charts have in common, in pixels.
+const (
+	textSize  = 12.5
+	smallSize = 11.5
+	rowHeight = 21
+	groupHead = 25
+	axisSpace = 34
+	margin    = 2
+)
+
+// row is one system in a chart.
+type row struct {
+	look look
+	// low to high is what most samples are in, and least to most what all are in.
+	least, low, middle, high, most float64
+	text                           string
+}
+
+// rowOf returns the row of a distribution.
+func rowOf(m *result.Measurement) row {
+	d := m.Distribution
+	low := d.Min
+	if len(m.Samples) > 0 {
+		low = percentile(m.Samples, 0.1)
+	}
+	return row{lookOf(m.System), d.Min, low, d.P50, d.P90, d.Max, table.Number(d.P50, m.Unit)}
+}
+
+func percentile(samples []float64, p float64) float64 {
+	sorted := slices.Sorted(slices.Values(samples))
+	at := p * float64(len(sorted)-1)
+	i := int(at)
+	if i+1 >= len(sorted) {
+		return sorted[len(sorted)-1]
+	}
+	return sorted[i] + (at-float64(i))*(sorted[i+1]-sorted[i])
+}
+
+// group is rows under one heading.
+type group struct {
+	heading string
+	rows    []row
+}
+
+// rowsChart shows one row for each system, in groups: as a range on a logarithmic
+// axis, or as a bar from zero.
+type rowsChart struct {
+	name   string
+	unit   string
+	bars   bool
+	groups []group
+}
+
+func (r *rowsChart) title() string { return r.name }
+
+// stacked says whether names are above what they name, as there is no room beside.
+func stacked(width float64) bool { return width < 480 }
+
+// rowHeightAt is that of rows, and the part of it that is above what is drawn.
+func rowHeightAt(width float64) (height, above float64) {
+	if stacked(width) {
+		return 2*rowHeight + 2, rowHeight + 1
+	}
+	return rowHeight, 0
+}
+
+func (r *rowsChart) height(width float64) float64 {
+	rows, _ := rowHeightAt(width)
+	height := float64(axisSpace + margin)
+	for _, g := range r.groups {
+		if g.heading != "" {
+			height += groupHead
+		}
+		height += rows * float64(len(g.rows))
+	}
+	return height
+}
+
+func (r *rowsChart) each(f func(row)) {
+	for _, g := range r.groups {
+		for _, one := range g.rows {
+			f(one)
+		}
+	}
+}
+
+func (r *rowsChart) on(c *canvas) {
+	label := letters{role: ink, size: textSize}
+	value := letters{role: ink, size: textSize, bold: true}
+	var names, values, most float64
+	least := math.Inf(1)
+	r.each(func(one row) {
+		names = max(names, c.extent(label, one.look.label))
+		values = max(values, c.extent(value, one.text))
+		least, most = min(least, one.least), max(most, one.most)
+	})
+	const gap = 8
+	left, right := names+gap, c.width-values-gap
+	height, above := rowHeightAt(c.width)
+	if stacked(c.width) {
+		const room = 6
+		left = 0
+		if !r.bars {
+			left, right = room, c.width-room
+		}
+	}
+	s := logScale(least, most, left, right)
+	if r.bars {
+		s = linearScale(most, left, right)
+	}
+	y := float64(margin)
+	var spans [][2]float64 // rows, not headings, have the grid behind them
+	for _, g := range r.groups {
+		if g.heading != "" {
+			y += groupHead
+		}
+		for range g.rows {
+			spans = append(spans, [2]float64{y + above, y + height})
+			y += height
+		}
+	}
+	c.axis(s, c.height-axisSpace, r.unit, spans...)
+	y = margin
+	for _, g := range r.groups {
+		if g.heading != "" {
+			c.write(letters{role: ink, size: textSize, bold: true}, 0, y+groupHead*0.55, g.heading)
+			y += groupHead
+		}
+		for _, one := range g.rows {
+			middle := y + above + rowHeight/2
+			name, number := middle, middle
+			if stacked(c.width) {
+				middle -= 2
+				name, number = y+above/2, y+above/2
+			}
+			c.write(label, 0, name, one.look.label)
+			if r.bars {
+				c.drawBar(one, s, middle, value)
+			} else {
+				c.drawRange(one, s, middle)
+				c.write(letters{role: ink, size: textSize, bold: true, align: 1}, c.width, number, one.text)
+			}
+			y += height
+		}
+	}
+}
+
+func (c *canvas) drawRange(one row, s scale, y float64) {
+	const thin, thick, radius, end = 1.2, 5.5, 5, 3
+	c.line(one.look.series, thin, s.at(one.least), y, s.at(one.most), y)
+	for _, v := range []float64{one.least, one.most} {
+		c.line(one.look.series, thin, s.at(v), y-end, s.at(v), y+end)
+	}
+	c.line(one.look.series, thick, s.at(one.low), y, s.at(one.high), y)
+	c.dot(surface, false, s.at(one.middle), y, radius+1.2)
+	c.dot(one.look.series, one.look.hollow, s.at(one.middle), y, radius)
+}
+
+func (c *canvas) drawBar(one row, s scale, y float64, value letters) {
+	const thickness, least, end = 13, 1.5, 3
+	c.bar(one.look.series, s.low, y, max(least, s.at(one.middle)-s.low), thickness)
+	reach := s.at(one.middle)
+	if one.most > one.least {
+		c.line(ink, 1, s.at(one.least), y, s.at(one.most), y)
+		for _, v := range []float64{one.least, one.most} {
+			c.line(ink, 1, s.at(v), y-end, s.at(v), y+end)
+		}
+		reach = s.at(one.most)
+	}
+	c.write(value, reach+7, y, one.text)
+}
+
+// axis draws a grid of lines, each from top to bottom of the spans, with the numbers
+// below.
+func (c *canvas) axis(s scale, bottom float64, unit string, spans ...[2]float64) {
+	l := letters{role: muted, size: smallSize, align: 0.5}
+	const apart = 58 // so that numbers do not touch
+	end := math.Inf(-1)
+	for _, v := range s.ticks(max(2, int((s.high-s.low)/apart))) {
+		x := s.at(v)
+		for _, span := range spans {
+			c.line(grid, 1, x, span[0], x, span[1])
+		}
+		words := roundNumber(v, unit)
+		half := c.extent(l, words) / 2
+		at := min(max(x, half), c.width-half)
+		if at-half > end {
+			c.write(l, at, bottom+14, words)
+			end = at + half + 6
+		}
+	}
+}
+
+// curve is one system's line.
+type curve struct {
+	look look
+	x, y []float64
+	// low and high are a range about y, if there is one.
+	low, high []float64
+}
+
+// curvesChart shows lines: how samples are distributed, or how something depends on
+// a number.
+type curvesChart struct {
+	name         string
+	xUnit, yUnit string
+	yTitle       string
+	logY         bool
+	curves       []curve
+	ticks        []float64 // of x, if these and no others
+	steps        bool
+}
+
+func (k *curvesChart) title() string { return k.name }
+
+// legend returns the lines of the legend, as indices of curves.
+func (k *curvesChart) legend(width float64) [][]int {
+	const entry, most = 165, 4
+	perLine := min(most, max(1, int(width/entry)))
+	var lines [][]int
+	for i := range k.curves {
+		if i%perLine == 0 {
+			lines = append(lines, nil)
+		}
+		lines[len(lines)-1] = append(lines[len(lines)-1], i)
+	}
+	return lines
+}
+
+const legendLine = 20
+
+func (k *curvesChart) height(width float64) float64 {
+	const ratio, least, most = 0.42, 210, 300
+	return min(most, max(least, width*ratio)) + float64(legendLine*len(k.legend(width))) + axisSpace
+}
+
+func (k *curvesChart) on(c *canvas) {
+	y := float64(legendLine) / 2
+	for _, line := range k.legend(c.width) {
+		for i, at := range line {
+			x := float64(i) * c.width / float64(len(line))
+			if len(line) < 4 {
+				x = float64(i) * 175
+			}
+			one := k.curves[at].look
+			c.line(one.series, 2.2, x, y, x+18, y)
+			c.dot(one.series, one.hollow, x+9, y, 4)
+			c.write(letters{role: ink, size: textSize}, x+24, y, one.label)
+		}
+		y += legendLine
+	}
+	top, bottom := y+20, c.height-axisSpace
+	xs, ys := k.scales(c, top, bottom)
+	c.write(letters{role: muted, size: smallSize}, 0, y+2, k.yTitle)
+	c.horizontal(ys, xs.low, xs.high, k.yUnit)
+	c.xAxis(k, xs, top, bottom)
+	for _, one := range k.curves {
+		c.drawCurve(one, xs, ys, k.steps)
+	}
+}
+
+func (k *curvesChart) scales(c *canvas, top, bottom float64) (xs, ys scale) {
+	leastX, mostX, leastY, mostY := math.Inf(1), 0.0, math.Inf(1), 0.0
+	for _, one := range k.curves {
+		leastX, mostX = min(leastX, slices.Min(one.x)), max(mostX, slices.Max(one.x))
+		leastY, mostY = min(leastY, slices.Min(one.y)), max(mostY, slices.Max(one.y))
+		if one.low != nil {
+			leastY, mostY = min(leastY, slices.Min(one.low)), max(mostY, slices.Max(one.high))
+		}
+	}
+	ys = linearScale(mostY, bottom, top)
+	if k.logY {
+		ys = logScale(leastY, mostY, bottom, top)
+	}
+	var labels float64
+	for _, v := range ys.ticks(5) {
+		labels = max(labels, c.extent(letters{size: smallSize}, roundNumber(v, k.yUnit)))
+	}
+	const gap, room = 8, 22
+	xs = logScale(leastX, mostX, labels+gap, c.width-room)
+	if k.ticks != nil { // exactly what was measured, with a little room
+		xs.from, xs.to = leastX/1.25, mostX*1.25
+	}
+	return xs, ys
+}
+
+func (c *canvas) horizontal(s scale, left, right float64, unit string) {
+	for _, v := range s.ticks(5) {
+		y := s.at(v)
+		c.line(grid, 1, left, y, right, y)
+		c.write(letters{role: muted, size: smallSize, align: 1}, left-7, y, roundNumber(v, unit))
+	}
+}
+
+func (c *canvas) xAxis(k *curvesChart, s scale, top, bottom float64) {
+	if k.ticks == nil {
+		c.axis(s, bottom, k.xUnit, [2]float64{top, bottom})
+		return
+	}
+	l := letters{role: muted, size: smallSize, align: 0.5}
+	for _, v := range k.ticks {
+		c.line(grid, 1, s.at(v), top, s.at(v), bottom)
+		words := thousands(int(v))
+		half := c.extent(l, words) / 2
+		c.write(l, min(s.at(v), c.width-half), bottom+14, words)
+	}
+}
+
+func (c *canvas) drawCurve(one curve, xs, ys scale, steps bool) {
+	const width, radius = 2.2, 4.5
+	var points []float64
+	for i := range one.x {
+		x, y := xs.at(one.x[i]), ys.at(one.y[i])
+		if steps && i > 0 {
+			points = append(points, x, ys.at(one.y[i-1]))
+		}
+		points = append(points, x, y)
+	}
+	for i := range one.low {
+		x := xs.at(one.x[i])
+		c.line(one.look.series, 1.2, x, ys.at(one.low[i]), x, ys.at(one.high[i]))
+	}
+	c.line(one.look.series, width, points...)
+	if steps {
+		return
+	}
+	for i := range one.x {
+		c.dot(one.look.series, one.look.hollow, xs.at(one.x[i]), ys.at(one.y[i]), radius)
+	}
+}
+
+// shares returns the curve of the share of samples up to a number.
+func shares(m *result.Measurement) curve {
+	sorted := slices.Sorted(slices.Values(m.Samples))
+	c := curve{look: lookOf(m.System), x: []float64{sorted[0]}, y: []float64{0}}
+	const most = 300 // more cannot be seen
+	for i := range sorted {
+		if len(sorted) > most && i%(len(sorted)/most) != 0 && i != len(sorted)-1 {
+			continue
+		}
+		c.x, c.y = append(c.x, sorted[i]), append(c.y, float64(i+1)/float64(len(sorted)))
+	}
+	return c
+}
+
+// against returns the curve of the median against the number of Services.
+func against(of []*result.Measurement) curve {
+	of = slices.SortedFunc(slices.Values(of), func(a, b *result.Measurement) int { return cmp.Compare(a.Scenario.Services, b.Scenario.Services) })
+	c := curve{look: lookOf(of[0].System)}
+	for _, m := range of {
+		one := rowOf(m)
+		c.x = append(c.x, float64(m.Scenario.Services))
+		c.y, c.low, c.high = append(c.y, one.middle), append(c.low, one.low), append(c.high, one.high)
+	}
+	return c
+}
+
+// roundNumber writes a number that is round without the digits that say so.
+func roundNumber(v float64, unit string) string {
+	number, rest, _ := strings.Cut(table.Number(v, unit), " ")
+	if strings.Contains(number, ".") {
+		number = strings.TrimRight(strings.TrimRight(number, "0"), ".")
+	}
+	return strings.TrimSpace(number + " " + rest)
+}
+
+// thousands writes a whole number with commas.
+func thousands(n int) string {
+	const base = 1000
+	if n < base {
+		return table.Number(float64(n), "1")
+	}
+	rest := []byte{byte('0' + n/100%10), byte('0' + n/10%10), byte('0' + n%10)}
+	return thousands(n/base) + "," + string(rest)
+}

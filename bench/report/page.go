@@ -1,0 +1,193 @@
+package report
+
+import (
+	"fmt"
+	"strings"
+
+	g "maragu.dev/gomponents"
+	h "maragu.dev/gomponents/html"
+
+	"fairlead/bench/result"
+	"fairlead/bench/table"
+)
+
+// The page is made of functions rather than of a template: html/template finds
+// methods by their names, so the linker keeps all of everybody's, 7 MB of them in a
+// program that runs on each node.
+
+// node is the page.
+func (p *page) node() g.Node {
+	colours := css(":root", false) + "@media screen and (prefers-color-scheme:dark){" + css(":root", true) + "}"
+	return h.Doctype(h.HTML(
+		h.Lang("en"),
+		h.Head(
+			h.Meta(h.Charset("utf-8")),
+			h.Meta(h.Name("viewport"), h.Content("width=device-width, initial-scale=1")),
+			h.Meta(h.Name("color-scheme"), h.Content("light dark")),
+			h.TitleEl(g.Text(p.title)),
+			h.StyleEl(g.Raw(colours+"\n"+style)),
+		),
+		h.Body(h.Main(
+			h.H1(g.Text(p.title)),
+			h.P(h.Class("lead"), g.Text(p.subtitle())),
+			g.Map(p.environments, environment.node),
+			p.how(),
+		)),
+	))
+}
+
+func (p *page) subtitle() string {
+	places := make([]string, 0, len(p.environments))
+	for _, e := range p.environments {
+		place := fmt.Sprintf("%d × %s, Linux %s", e.Machine.CPUs, e.Machine.CPU, e.Kernel)
+		if e.Emulated {
+			place += " (emulated)"
+		}
+		places = append(places, place)
+	}
+	return fmt.Sprintf("Fairlead %s, measured on %s, %s.", p.report.Version, p.report.Time.Format("2 January 2006"), strings.Join(places, "; "))
+}
+
+func (p *page) how() g.Node {
+	return h.Section(
+		h.Class("long"),
+		h.H2(g.Text("How")),
+		h.P(g.Text("Repeat it with "), code(p.report.Command), g.Text(", as root.")),
+		h.Dl(g.Map(p.report.Systems, func(s result.System) g.Node {
+			return g.Group{h.Dt(g.Text(lookOf(s.Name).label)), h.Dd(g.Text(s.Version), g.If(len(s.Command) > 0, g.Group{h.Br(), code(s.Command)}))}
+		})),
+		g.If(len(p.report.Notes) > 0, h.Ul(g.Map(p.report.Notes, func(n string) g.Node { return h.Li(g.Text(n)) }))),
+	)
+}
+
+func code(words []string) g.Node { return h.Code(g.Text(strings.Join(words, " "))) }
+
+func (e environment) node() g.Node {
+	return g.Group{
+		g.If(e.several, h.H2(h.Class("place"), g.Text("Environment "+e.Name))),
+		g.If(e.Emulated, h.P(
+			h.Class("emulated"), h.Strong(g.Text("The processor was emulated.")),
+			g.Text(" Times say nothing about real machines, and ratios little: programs and the kernel are slowed down differently. "+
+				"Nothing here is compared with other environments."),
+		)),
+		e.claimed(),
+		g.Map(e.sections, shown.node),
+		e.compared(),
+		e.all(),
+		g.If(len(e.leftOut) > 0, h.Section(
+			h.H2(g.Text("Not measured")),
+			h.Ul(g.Map(e.leftOut, func(l result.LeftOut) g.Node {
+				what := lookOf(l.System).label
+				if l.Measure != "" {
+					what = strings.TrimPrefix(what+", "+string(l.Measure), ", ")
+				}
+				return h.Li(g.Text(what + ": " + l.Reason))
+			})),
+		)),
+		h.Section(
+			h.H2(g.Text("Where")),
+			h.Dl(
+				h.Dt(g.Text("Machine")),
+				h.Dd(g.Text(fmt.Sprintf("%d × %s, %s, %s of memory", e.Machine.CPUs, e.Machine.CPU, e.Machine.Architecture,
+					table.Number(float64(e.Machine.MemoryBytes), "B")))),
+				h.Dt(g.Text("System")), h.Dd(g.Text(strings.TrimSuffix("Linux "+e.Kernel+", "+e.OS, ", "))),
+				h.Dt(g.Text("Load at the start")), h.Dd(g.Text(fmt.Sprintf("%.2f", e.Load))),
+			),
+		),
+	}
+}
+
+func (e environment) claimed() g.Node {
+	if len(e.claims) == 0 {
+		return nil
+	}
+	return g.Group{
+		h.P(g.Text("Fairlead’s nft mode against kube-proxy’s nftables mode, with " + e.claimsAt + ":")),
+		h.Div(h.Class("claims"), g.Map(e.claims, func(c claim) g.Node {
+			class := "claim"
+			if c.worse {
+				class = "claim worse"
+			}
+			return h.Div(
+				h.Class(class),
+				h.Div(h.Class("ratio"), g.Text(c.ratio+" "), h.Small(g.Text(c.than))),
+				h.P(h.Class("what"), g.Text(c.what)),
+				h.P(h.Class("how"), g.Text(c.figures), h.Br(), g.Text(c.interval)),
+			)
+		})),
+		h.P(h.Class("lead"), g.Text("Both were measured in one run and in turns. Figures of one run are good for ratios between what was measured in it, on this machine.")),
+	}
+}
+
+func (s shown) node() g.Node {
+	return h.Section(
+		h.ID(s.id), h.H2(g.Text(s.title)), h.P(g.Text(s.text)),
+		g.Map(s.figures, func(f shownFigure) g.Node {
+			return h.Figure(g.Raw(string(f.wide)), g.Raw(string(f.narrow)), h.FigCaption(g.Text(f.caption)))
+		}),
+	)
+}
+
+func (e environment) compared() g.Node {
+	if len(e.ratios) == 0 {
+		return nil
+	}
+	rows := [][]string{{"Measure", "System", "Against", "Services", "Ratio", "Interval"}}
+	for _, r := range e.ratios {
+		rows = append(rows, []string{
+			what(r.Measure, r.Scenario) + ", " + r.Statistic, lookOf(r.Numerator).label, lookOf(r.Denominator).label,
+			thousands(r.Scenario.Services), factor(r.Ratio), factor(r.Low) + " – " + factor(r.High),
+		})
+	}
+	return h.Section(
+		h.Class("long"),
+		h.H2(g.Text("Ratios")),
+		h.P(g.Text(fmt.Sprintf("How many times as much as Fairlead another system takes, with the interval that the ratio is in with a confidence of %.0f %% (%s). "+
+			"Above 1 Fairlead is better, below it is worse; an interval with 1 in it says nothing.", 100*e.ratios[0].Confidence, e.ratios[0].Method))),
+		tableOf(rows, 3),
+	)
+}
+
+func (e environment) all() g.Node {
+	rows := [][]string{{"Measure", "System", "Services", "p50", "p90", "p99", "max", "n"}}
+	for _, m := range e.measured {
+		if d := m.Distribution; d != nil {
+			rows = append(rows, []string{
+				what(m.Measure, m.Scenario), lookOf(m.System).label, thousands(m.Scenario.Services), table.Number(d.P50, m.Unit), table.Number(d.P90, m.Unit),
+				table.Number(d.P99, m.Unit), table.Number(d.Max, m.Unit), fmt.Sprint(d.N),
+			})
+		}
+	}
+	if len(rows) == 1 {
+		return nil
+	}
+	return h.Section(h.Class("long"), h.Details(h.Summary(g.Text("All measurements")), tableOf(rows, 2)))
+}
+
+// what says what was measured, as the file of results does.
+func what(m result.Measure, s result.Scenario) string {
+	words := string(m)
+	if s.Change != "" {
+		words += ", " + string(s.Change)
+	}
+	if s.Rate > 0 {
+		words += fmt.Sprintf(", %g/s", s.Rate)
+	}
+	return words
+}
+
+// tableOf makes a table of rows, the first of which are headings. After so many
+// columns come numbers.
+func tableOf(rows [][]string, words int) g.Node {
+	line := func(row []string, cell func(...g.Node) g.Node) g.Node {
+		cells := make(g.Group, 0, len(row))
+		for i, text := range row {
+			cells = append(cells, cell(g.If(i >= words, h.Class("n")), g.Text(text)))
+		}
+		return h.Tr(cells...)
+	}
+	return h.Div(h.Class("scroll"), h.Table(
+		line(rows[0], h.Th),
+		g.Map(rows[1:], func(row []string) g.Node { return line(row, h.Td) }),
+	))
+}

@@ -1,0 +1,116 @@
+package system
+
+import (
+	"context"
+	"fmt"
+	"os/exec"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+)
+
+// KubeProxy is Kubernetes' kube-proxy in one of its modes, with its own defaults
+// but for what is no business of a benchmark: it leaves limits of the machine's
+// connection tracking and its own priority when memory is short as they are.
+type KubeProxy struct {
+	// Binary is the path of the program.
+	Binary string
+	// Mode is the value of --proxy-mode: nftables, ipvs or iptables.
+	Mode string
+	// Args are further arguments.
+	Args []string
+}
+
+var _ System = KubeProxy{}
+
+// Name implements [System].
+func (k KubeProxy) Name() string { return "kube-proxy-" + k.Mode }
+
+// Command returns how the program is started.
+func (k KubeProxy) Command(env Environment) []string {
+	return append([]string{
+		k.Binary, "--proxy-mode=" + k.Mode,
+		"--kubeconfig=" + env.Kubeconfig,
+		"--hostname-override=" + env.NodeName,
+		"--cluster-cidr=" + env.ClusterCIDR.String(),
+		"--conntrack-max-per-core=0",
+		"--conntrack-tcp-timeout-established=0s",
+		"--conntrack-tcp-timeout-close-wait=0s",
+		"--oom-score-adj=0",
+	}, k.Args...)
+}
+
+// Start implements [System]. kube-proxy runs programs, whose absence is an
+// [UnavailableError], as is a kernel without IPVS in mode ipvs.
+func (k KubeProxy) Start(ctx context.Context, env Environment) (Running, error) {
+	if _, err := exec.LookPath(k.Binary); err != nil {
+		return nil, unavailable("there is no kube-proxy at %q: build it with `make kube-proxy`, or say where it is with --kube-proxy", k.Binary)
+	}
+	needs := map[string][]string{
+		"nftables": {"nft"},
+		"iptables": {"iptables", "iptables-save", "iptables-restore"},
+		"ipvs":     {"iptables", "iptables-save", "iptables-restore", "ipset"},
+	}
+	for _, program := range needs[k.Mode] {
+		if _, err := exec.LookPath(program); err != nil {
+			return nil, unavailable("kube-proxy's mode %s needs the program %s, which is not installed", k.Mode, program)
+		}
+	}
+	switch k.Mode {
+	case "ipvs":
+		if err := hasIPVS(env); err != nil {
+			return nil, err
+		}
+	case "iptables":
+		if err := hasMatches(ctx, env); err != nil {
+			return nil, err
+		}
+	}
+	return started(StartProcess(env, k.Name(), k.Command(env)...))
+}
+
+// Version returns what the program says it is.
+func (k KubeProxy) Version(ctx context.Context) (string, error) {
+	out, err := exec.CommandContext(ctx, k.Binary, "--version").Output()
+	if err != nil {
+		return "", fmt.Errorf("ask %s for its version: %w", k.Binary, err)
+	}
+	_, version, _ := strings.Cut(strings.TrimSpace(string(out)), " ")
+	return version, nil
+}
+
+// hasIPVS asks the kernel for IPVS, which makes it load the module where it can.
+func hasIPVS(env Environment) error {
+	return env.Namespace.Do(func() error {
+		if _, err := netlink.GenlFamilyGet("IPVS"); err != nil {
+			return unavailable("the kernel has no IPVS (%v)", err)
+		}
+		return nil
+	})
+}
+
+// hasMatches tries the parts of iptables that kube-proxy cannot do without, in a
+// chain that is not used.
+func hasMatches(ctx context.Context, env Environment) error {
+	const chain = "BENCH-TRY"
+	for _, args := range [][]string{
+		{"-N", chain},
+		{"-A", chain, "-m", "comment", "--comment", "a comment", "-m", "statistic", "--mode", "random", "--probability", "0.5", "-j", "RETURN"},
+		{"-A", chain, "-m", "conntrack", "--ctstate", "RELATED,ESTABLISHED", "-j", "ACCEPT"},
+		{"-A", chain, "-j", "MARK", "--or-mark", "0x4000"},
+		{"-A", chain, "-p", "tcp", "-m", "tcp", "-j", "DNAT", "--to-destination", "10.0.0.1:80"},
+		{"-F", chain},
+		{"-X", chain},
+	} {
+		var out []byte
+		err := env.Namespace.Do(func() (err error) {
+			out, err = exec.CommandContext(ctx, "iptables", append([]string{"-w", "-t", "nat"}, args...)...).CombinedOutput()
+			return err
+		})
+		if err != nil {
+			first, _, _ := strings.Cut(strings.TrimSpace(string(out)), "\n")
+			return unavailable("iptables does not work here: iptables -t nat %s: %s", strings.Join(args, " "), first)
+		}
+	}
+	return nil
+}
