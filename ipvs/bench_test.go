@@ -4,6 +4,7 @@ package ipvs
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -33,23 +34,46 @@ func benchDestination(i, j int) netip.AddrPort {
 
 const benchDestinations = 10
 
+// benchHost returns a namespace with what does not depend on Services.
+func benchHost(b *testing.B) (*nettest.Namespace, *host) {
+	b.Helper()
+	ns, err := nettest.NewNamespace("")
+	if err != nil {
+		b.Fatal(err)
+	}
+	h, err := openHost(ns.Fd())
+	if err != nil {
+		b.Fatal(err)
+	}
+	if err := h.setUp(); err != nil {
+		b.Fatal(err)
+	}
+	return ns, h
+}
+
 // BenchmarkLoad compares many requests in one send with one request, and its
 // answer, after the other.
 func BenchmarkLoad(b *testing.B) {
+	warm, err := dialKernel(0) // Modules are loaded by the first request.
+	if err != nil {
+		b.Fatal(err)
+	}
+	s := server{dataplane.TCP, netip.MustParseAddrPort("10.96.0.1:80")}
+	_, err = warm.run([]request{{command: newService, server: s, settings: settings{scheduler: "rr"}}, {command: delService, server: s}})
+	if err := errors.Join(err, warm.close()); err != nil {
+		b.Fatal(err)
+	}
 	for _, n := range []int{1000, 10_000} {
 		servers := benchServers(n)
 		run := func(how string, load func(b *testing.B, netns int)) {
 			b.Run(fmt.Sprintf("%s/servers=%d", how, n), func(b *testing.B) {
 				for b.Loop() {
 					b.StopTimer()
-					ns, err := nettest.NewNamespace("")
-					if err != nil {
-						b.Fatal(err)
-					}
+					ns, h := benchHost(b)
 					b.StartTimer()
 					load(b, ns.Fd())
 					b.StopTimer()
-					if err := ns.Close(); err != nil {
+					if err := errors.Join(h.close(), ns.Close()); err != nil {
 						b.Fatal(err)
 					}
 					b.StartTimer()
@@ -112,28 +136,15 @@ func BenchmarkBind(b *testing.B) {
 		for _, s := range benchServers(n) {
 			addrs = append(addrs, s.addr.Addr())
 		}
-		run := func(how string, bind func(b *testing.B, ns *nettest.Namespace, h *host)) {
+		run := func(how string, bind func(b *testing.B, h *host)) {
 			b.Run(fmt.Sprintf("%s/addresses=%d", how, n), func(b *testing.B) {
 				for b.Loop() {
 					b.StopTimer()
-					ns, err := nettest.NewNamespace("")
-					if err != nil {
-						b.Fatal(err)
-					}
-					h, err := openHost(ns.Fd())
-					if err != nil {
-						b.Fatal(err)
-					}
-					if err := h.setUp(); err != nil {
-						b.Fatal(err)
-					}
+					ns, h := benchHost(b)
 					b.StartTimer()
-					bind(b, ns, h)
+					bind(b, h)
 					b.StopTimer()
-					if err := h.close(); err != nil {
-						b.Fatal(err)
-					}
-					if err := ns.Close(); err != nil {
+					if err := errors.Join(h.close(), ns.Close()); err != nil {
 						b.Fatal(err)
 					}
 					b.StartTimer()
@@ -141,7 +152,7 @@ func BenchmarkBind(b *testing.B) {
 				b.ReportMetric(float64(b.Elapsed().Microseconds())/float64(b.N*n), "µs/address")
 			})
 		}
-		run("routes", func(b *testing.B, _ *nettest.Namespace, h *host) {
+		run("routes", func(b *testing.B, h *host) {
 			answers, err := h.bind(unix.RTM_NEWROUTE, addrs)
 			if err != nil {
 				b.Fatal(err)
@@ -150,7 +161,7 @@ func BenchmarkBind(b *testing.B) {
 				b.Fatalf("%s: %v", addrs[i], answers[i])
 			}
 		})
-		run("addresses", func(b *testing.B, _ *nettest.Namespace, h *host) {
+		run("addresses", func(b *testing.B, h *host) {
 			link, err := h.handle.LinkByName(LinkName)
 			if err != nil {
 				b.Fatal(err)
