@@ -56,7 +56,7 @@ func small(t *testing.T, systems ...system.System) compare.Options {
 	t.Helper()
 	o := compare.DefaultOptions()
 	o.Systems, o.Services, o.Endpoints = systems, []int{20}, 3
-	o.Samples, o.Starts, o.Rounds = 2, 2, 2
+	o.Samples, o.Starts, o.Rounds = 3, 3, 3
 	o.Duration, o.Settle, o.Rates = 300*time.Millisecond, 10*time.Millisecond, []float64{50}
 	o.Environment, o.Dir = result.Here(), t.TempDir()
 	o.Progress = func(line string) { t.Log(line) }
@@ -83,17 +83,17 @@ func TestComparison(t *testing.T) {
 		scenario result.Scenario
 		samples  int
 	}{
-		{result.ColdStartAnswer, size, 2},
-		{result.ColdStartCPU, size, 2},
-		{result.Memory, size, 2},
-		{result.PeakMemory, size, 2},
-		{result.UpdatePacket, with(result.ReplaceEndpoint, 0), 2},
-		{result.UpdatePacket, with(result.ScaleUp, 0), 2},
-		{result.UpdatePacket, with(result.ScaleDown, 0), 2},
-		{result.UpdatePacket, with(result.CreateService, 0), 2},
-		{result.UpdatePacket, with(result.DeleteService, 0), 2},
-		{result.ChurnCPU, with(result.ReplaceEndpoint, 50), 2},
-		{result.Churn, with(result.ReplaceEndpoint, 50), 4}, // at least
+		{result.ColdStartAnswer, size, 3},
+		{result.ColdStartCPU, size, 3},
+		{result.Memory, size, 3},
+		{result.PeakMemory, size, 3},
+		{result.UpdatePacket, with(result.ReplaceEndpoint, 0), 3},
+		{result.UpdatePacket, with(result.ScaleUp, 0), 3},
+		{result.UpdatePacket, with(result.ScaleDown, 0), 3},
+		{result.UpdatePacket, with(result.CreateService, 0), 3},
+		{result.UpdatePacket, with(result.DeleteService, 0), 3},
+		{result.ChurnCPU, with(result.ReplaceEndpoint, 50), 3},
+		{result.Churn, with(result.ReplaceEndpoint, 50), 6}, // at least
 	} {
 		for _, name := range []string{"nft", "other"} {
 			m := r.Find(want.measure, name, result.Native, want.scenario)

@@ -10,6 +10,10 @@ import (
 // fairleads are the systems that others are compared with.
 func fairleads() []string { return []string{"nft", "ipvs"} }
 
+// fewest is how many samples of each a ratio needs: of fewer its interval would say
+// that it is surer than it is.
+const fewest = 3
+
 // ratios compares each system with Fairlead's, where they were measured under the
 // same circumstances.
 func ratios(measurements []result.Measurement) []result.Ratio {
@@ -19,7 +23,7 @@ func ratios(measurements []result.Measurement) []result.Ratio {
 		for j := range measurements {
 			to := &measurements[j]
 			if i == j || !slices.Contains(fairleads(), to.System) || of.Measure != to.Measure ||
-				of.Environment != to.Environment || of.Scenario != to.Scenario {
+				of.Environment != to.Environment || of.Scenario != to.Scenario || min(len(of.Samples), len(to.Samples)) < fewest {
 				continue
 			}
 			name, statistic := "p50", statistics.Quantile(0.5)

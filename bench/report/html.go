@@ -119,7 +119,7 @@ func (f *typeface) shown(of figure) (shownFigure, error) {
 }
 
 // claims returns the key figures: Fairlead against kube-proxy's nftables mode,
-// with the most Services.
+// with the most Services, and of several rates at the one that is worst for Fairlead.
 func claims(r *result.Report, environment string) (list []claim, at string) {
 	const than = "kube-proxy-nftables"
 	for _, one := range []struct {
@@ -135,7 +135,7 @@ func claims(r *result.Report, environment string) (list []claim, at string) {
 		best := -1
 		for i, ratio := range r.Ratios {
 			if ratio.Environment == environment && ratio.Measure == one.measure && ratio.Scenario.Change == one.change &&
-				ratio.Numerator == than && ratio.Denominator == "nft" && (best < 0 || ratio.Scenario.Services > r.Ratios[best].Scenario.Services) {
+				ratio.Numerator == than && ratio.Denominator == "nft" && (best < 0 || rather(ratio, r.Ratios[best])) {
 				best = i
 			}
 		}
@@ -151,6 +151,14 @@ func claims(r *result.Report, environment string) (list []claim, at string) {
 		}
 	}
 	return list, at
+}
+
+// rather says whether a ratio is the one to tell of, rather than another.
+func rather(a, b result.Ratio) bool {
+	if a.Scenario.Services != b.Scenario.Services {
+		return a.Scenario.Services > b.Scenario.Services
+	}
+	return a.Ratio < b.Ratio
 }
 
 func claimOf(r *result.Report, ratio result.Ratio, better, what string) claim {
