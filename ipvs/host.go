@@ -102,6 +102,9 @@ func (h *host) setUp() error {
 	return nil
 }
 
+// linkIndex is the number of the interface, once it is set up.
+func (h *host) linkIndex() int { return h.link }
+
 func families() []dataplane.Family { return []dataplane.Family{dataplane.IPv4, dataplane.IPv6} }
 
 // isNoIPv6 reports whether an error is that of a kernel without IPv6, or with IPv6

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"iter"
 	"log/slog"
 	"net/netip"
 	"os"
@@ -68,15 +69,15 @@ type Dataplane struct {
 	scheduler string
 	exclude   []netip.Prefix
 	log       *slog.Logger
-	rules     *nft.Dataplane
+	rules     rules
 	drift     chan struct{}
 	stop      context.CancelFunc
 	done      sync.WaitGroup
 
 	// mu is for what is below, which the patrol looks at as well.
 	mu     sync.Mutex
-	kernel *kernel
-	host   *host
+	kernel virtualServers
+	host   bindings
 	places places
 	// servers are the virtual servers that are programmed, and bound counts those
 	// at each address of Services.
@@ -104,12 +105,67 @@ var (
 	_ nft.Translator      = (*Dataplane)(nil)
 )
 
+// What a Dataplane works with: IPVS, the node besides it, and nftables. Tests put
+// others in their places, to make them fail.
+type (
+	virtualServers interface {
+		run(requests []request) ([]error, error)
+		servers() (map[server]settings, error)
+		destinations(s server) (map[netip.AddrPort]destination, error)
+		setTimeouts(tcp, tcpFin, udp time.Duration) error
+		close() error
+	}
+	bindings interface {
+		setUp() error
+		sysctl(values map[string]string) error
+		bind(typ uint16, addrs []netip.Addr) ([]error, error)
+		bound() (map[netip.Addr]bool, error)
+		linkIndex() int
+		close() error
+	}
+	rules interface {
+		Apply(ctx context.Context, changes []dataplane.Change) error
+		Replace(ctx context.Context, node dataplane.Node, services iter.Seq[*dataplane.Service], progress func(int)) error
+		ReadRules(ctx context.Context) (map[dataplane.Frontend]nft.Rule, error)
+		Drift() <-chan struct{}
+		Close() error
+	}
+)
+
 // Open connects to the kernel, loading the modules that it needs, and starts to
 // watch for drift. It changes nothing else.
 //
 // The error wraps [ErrNotSupported] on a kernel without IPVS or dummy interfaces,
 // and os.ErrPermission where the process lacks CAP_NET_ADMIN.
 func Open(opts Options) (*Dataplane, error) {
+	d, err := newDataplane(opts)
+	if err != nil {
+		return nil, err
+	}
+	k, err := connect(opts.NetNS)
+	if err != nil {
+		return nil, err
+	}
+	h, err := openHost(opts.NetNS)
+	if err != nil {
+		return nil, errors.Join(err, k.close())
+	}
+	if err := probe(h); err != nil {
+		return nil, errors.Join(err, h.close(), k.close())
+	}
+	r, err := nft.Open(nft.Options{NetNS: opts.NetNS, Logger: d.log, Table: TableName, Translator: d})
+	if err != nil {
+		return nil, errors.Join(err, h.close(), k.close())
+	}
+	d.kernel, d.host, d.rules = k, h, r
+	ctx, stop := context.WithCancel(context.Background())
+	d.stop = stop
+	d.done.Go(func() { d.patrol(ctx) })
+	return d, nil
+}
+
+// newDataplane returns one that is not connected to anything.
+func newDataplane(opts Options) (*Dataplane, error) {
 	d := &Dataplane{
 		opts: opts, scheduler: opts.Scheduler, log: opts.Logger,
 		drift: make(chan struct{}, 1), datagrams: time.NewTimer(0),
@@ -131,23 +187,6 @@ func Open(opts Options) (*Dataplane, error) {
 		d.log = slog.New(slog.DiscardHandler)
 	}
 	d.forget()
-	var err error
-	if d.kernel, err = connect(opts.NetNS); err != nil {
-		return nil, err
-	}
-	if d.host, err = openHost(opts.NetNS); err != nil {
-		return nil, errors.Join(err, d.kernel.close())
-	}
-	if err := probe(d.host); err != nil {
-		return nil, errors.Join(err, d.host.close(), d.kernel.close())
-	}
-	d.rules, err = nft.Open(nft.Options{NetNS: opts.NetNS, Logger: d.log, Table: TableName, Translator: d})
-	if err != nil {
-		return nil, errors.Join(err, d.host.close(), d.kernel.close())
-	}
-	ctx, stop := context.WithCancel(context.Background())
-	d.stop = stop
-	d.done.Go(func() { d.patrol(ctx) })
 	return d, nil
 }
 

@@ -142,7 +142,7 @@ func (d *Dataplane) hostIntact(h *host) (bool, error) {
 			missing--
 		}
 	}
-	return h.link == d.host.link && missing == 0 && len(bound) == len(d.bound), nil
+	return h.link == d.host.linkIndex() && missing == 0 && len(bound) == len(d.bound), nil
 }
 
 // isAsProgrammed compares a virtual server by itself.
