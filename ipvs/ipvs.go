@@ -83,6 +83,8 @@ type Dataplane struct {
 	// at each address of Services.
 	servers map[server]virtualServer
 	bound   map[netip.Addr]int
+	// unbound are addresses that are to be bound, for which that failed.
+	unbound map[netip.Addr]bool
 	// draining are destinations that take no more connections, and until when they
 	// may keep those that they have; the zero Time is for as long as they serve.
 	draining map[server]map[netip.AddrPort]time.Time
@@ -195,6 +197,7 @@ func (d *Dataplane) forget() {
 	d.places = newPlaces()
 	d.servers = map[server]virtualServer{}
 	d.bound = map[netip.Addr]int{}
+	d.unbound = map[netip.Addr]bool{}
 	d.draining = map[server]map[netip.AddrPort]time.Time{}
 	d.doubtful = map[server]bool{}
 	d.ready = false

@@ -133,16 +133,16 @@ func (d *Dataplane) hostIntact(h *host) (bool, error) {
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if len(d.touched) > 0 || len(d.doubtful) > 0 {
+	if len(d.touched) > 0 {
 		return true, nil // next time
 	}
-	missing := len(d.bound)
 	for addr := range d.bound {
-		if bound[addr] {
-			missing--
+		if !bound[addr] && !d.unbound[addr] {
+			return false, nil
 		}
+		delete(bound, addr)
 	}
-	return h.link == d.host.linkIndex() && missing == 0 && len(bound) == len(d.bound), nil
+	return h.link == d.host.linkIndex() && len(bound) == 0, nil
 }
 
 // isAsProgrammed compares a virtual server by itself.

@@ -117,13 +117,15 @@ func (d *Dataplane) compare(ctx context.Context, services iter.Seq[*dataplane.Se
 	return r, r.bindAnew(addresses)
 }
 
-// bindAnew binds the addresses of virtual servers that are there without, and ends
-// that of others. It puts odd weights right.
+// bindAnew binds the addresses of virtual servers that are there without and are to
+// stay, and ends that of others. It puts odd weights right.
 func (r *replacement) bindAnew(have map[netip.Addr]bool) error {
 	w := r.work()
 	w.requests = r.odd
-	for addr := range r.bound {
-		if !have[addr] {
+	missing := map[netip.Addr]bool{}
+	for s := range r.want {
+		if addr := s.addr.Addr(); r.bound[addr] > 0 && !have[addr] && !missing[addr] {
+			missing[addr] = true
 			w.bind = append(w.bind, addr)
 		}
 	}
