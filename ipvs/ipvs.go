@@ -155,7 +155,9 @@ func Open(opts Options) (*Dataplane, error) {
 	if err := probe(h); err != nil {
 		return nil, errors.Join(err, h.close(), k.close())
 	}
-	r, err := nft.Open(nft.Options{NetNS: opts.NetNS, Logger: d.log, Table: TableName, Translator: d})
+	r, err := nft.Open(nft.Options{
+		NetNS: opts.NetNS, Logger: d.log, Table: TableName, Translator: d, VirtualNetworks: internalNets(),
+	})
 	if err != nil {
 		return nil, errors.Join(err, h.close(), k.close())
 	}

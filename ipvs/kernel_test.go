@@ -262,6 +262,45 @@ func TestVirtualServersOfOthersStay(t *testing.T) {
 	w.start()
 }
 
+// Nobody gets round source ranges by connecting to an internal address.
+func TestInternalAddressesAreHidden(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, Options{}, 2)
+	w.replace(
+		service(t, dataplane.NodePort, "web", "0.0.0.0:30080/TCP", w.to(0)),
+		service(t, dataplane.NodePort, "web", "[::]:30080/TCP", dataplane.Treatment{
+			Endpoints: []dataplane.Endpoint{{Addr: netip.AddrPortFrom(w.pods[0].IPv6, podPort)}},
+		}),
+	)
+	if err := w.Outside.Do(func() error {
+		var errs []error
+		for i, via := range []netip.Addr{w.Node.IPv4, w.Node.IPv6} {
+			to := internalNets()[i]
+			errs = append(errs, netlink.RouteAdd(&netlink.Route{
+				Dst: &net.IPNet{IP: to.Addr().AsSlice(), Mask: net.CIDRMask(to.Bits(), to.Addr().BitLen())}, Gw: via.AsSlice(),
+			}))
+		}
+		return errors.Join(errs...)
+	}); err != nil {
+		t.Fatal(err)
+	}
+	for _, from := range []*nettest.Host{w.pods[1], w.Node, w.Outside} {
+		for _, tt := range []struct{ nodePort, internal string }{
+			{w.Node.IPv4.String() + ":30080", "250.29.0.1:30080"},
+			{"[" + w.Node.IPv6.String() + "]:30080", "[fdfa:1d00::1]:30080"},
+		} {
+			if _, err := from.Connect(t.Context(), nettest.TCP, netip.MustParseAddrPort(tt.nodePort)); err != nil {
+				t.Errorf("from %s: %v", from.Name, err)
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+			if answer, err := from.Connect(ctx, nettest.TCP, netip.MustParseAddrPort(tt.internal)); err == nil {
+				t.Errorf("from %s: %s answers %+v", from.Name, tt.internal, answer)
+			}
+			cancel()
+		}
+	}
+}
+
 // Cleanup removes what was made, without knowing what that was.
 func TestCleanup(t *testing.T) {
 	t.Parallel()

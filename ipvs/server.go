@@ -84,7 +84,7 @@ const (
 
 // internalNets are where the virtual servers are that are not at a cluster IP:
 // a part of the reserved 240.0.0.0/4 (RFC 1112), and of fd00::/8 (RFC 4193).
-// Nothing outside the node ever sees these addresses.
+// Nothing but the rules leads to these addresses.
 func internalNets() []netip.Prefix {
 	return []netip.Prefix{
 		netip.PrefixFrom(netip.AddrFrom4([4]byte{0xfa, 0x1d}), 16),
