@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"fairlead/dataplane"
-	"fairlead/internal/kmod"
 
 	"golang.org/x/sys/unix"
 )
@@ -522,9 +521,11 @@ func (w *work) again(r request, answer error) error {
 		r.command = setDest
 	case isGone(answer) && r.command == setDest:
 		r.command = newDest
+	case isGone(answer) && r.command == newDest:
+		// Its virtual server may have come with the scheduler's module.
 	case errors.Is(answer, unix.ENOENT) && (r.command == newService || r.command == setService):
 		// It says that of a scheduler that it does not have.
-		if err := kmod.Load("ip_vs_" + r.scheduler); err != nil {
+		if err := w.load("ip_vs_" + r.scheduler); err != nil {
 			return fmt.Errorf("the kernel has no scheduler %s: %w", r.scheduler, err)
 		}
 	default:

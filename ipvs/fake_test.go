@@ -35,6 +35,9 @@ type fake struct {
 	// asked are all requests, and read the lists of destinations that were asked for.
 	asked []request
 	read  int
+	// loaded are the modules that it was told to load. It has the schedulers of these,
+	// rr and lc.
+	loaded []string
 	// wild is set while the order of things does not count, as something has failed.
 	wild bool
 }
@@ -70,6 +73,10 @@ func (f *fake) start(opts Options) *Dataplane {
 	}
 	f.translator = d
 	d.kernel, d.host, d.rules = fakeKernel{f}, fakeHost{f}, fakeRules{f}
+	d.load = func(modules ...string) error {
+		f.loaded = append(f.loaded, modules...)
+		return f.fault("load modules")
+	}
 	return d
 }
 
@@ -99,6 +106,9 @@ func (k fakeKernel) carryOut(r request) error {
 	s, there := k.held[r.server]
 	if !there && r.command != newService {
 		return unix.ESRCH
+	}
+	if r.scheduler != "" && r.scheduler != "rr" && r.scheduler != "lc" && !slices.Contains(k.loaded, "ip_vs_"+r.scheduler) {
+		return unix.ENOENT
 	}
 	switch r.command {
 	case newService:

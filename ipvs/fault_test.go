@@ -105,6 +105,24 @@ func TestServicesThatFailAreGuarded(t *testing.T) {
 	}
 }
 
+// A scheduler whose module is not loaded yet is loaded, and the Service complete.
+func TestSchedulersAreLoaded(t *testing.T) {
+	t.Parallel()
+	d, f := inMemory(t, Options{})
+	s := service(t, dataplane.ClusterIP, "web", "10.96.0.1:80/TCP",
+		dataplane.Treatment{Endpoints: to("10.0.0.1:80", "10.0.0.2:80"), Scheduler: "wlc"})
+	if err := d.Replace(t.Context(), dataplane.Node{}, all(), nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Apply(t.Context(), []dataplane.Change{{New: s}}); err != nil {
+		t.Error(err)
+	}
+	f.expect("with another scheduler", map[dataplane.Key]*dataplane.Service{s.Key: s}, nil)
+	if !slices.Equal(f.loaded, []string{"ip_vs_wlc"}) {
+		t.Errorf("loaded %v, want the scheduler's module once", f.loaded)
+	}
+}
+
 // A change takes as many requests as it is large, however many Services there are.
 func TestCostFollowsTheChange(t *testing.T) {
 	t.Parallel()

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"fairlead/dataplane"
+	"fairlead/internal/kmod"
 	"fairlead/nft"
 
 	"golang.org/x/sys/unix"
@@ -70,6 +71,7 @@ type Dataplane struct {
 	exclude   []netip.Prefix
 	log       *slog.Logger
 	rules     rules
+	load      func(modules ...string) error
 	drift     chan struct{}
 	stop      context.CancelFunc
 	done      sync.WaitGroup
@@ -171,7 +173,7 @@ func Open(opts Options) (*Dataplane, error) {
 // newDataplane returns one that is not connected to anything.
 func newDataplane(opts Options) (*Dataplane, error) {
 	d := &Dataplane{
-		opts: opts, scheduler: opts.Scheduler, log: opts.Logger,
+		opts: opts, scheduler: opts.Scheduler, log: opts.Logger, load: kmod.Load,
 		drift: make(chan struct{}, 1), datagrams: time.NewTimer(0),
 	}
 	<-d.datagrams.C
