@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"fairlead/dataplane"
 
@@ -120,6 +121,32 @@ func TestSchedulersAreLoaded(t *testing.T) {
 	f.expect("with another scheduler", map[dataplane.Key]*dataplane.Service{s.Key: s}, nil)
 	if !slices.Equal(f.loaded, []string{"ip_vs_wlc"}) {
 		t.Errorf("loaded %v, want the scheduler's module once", f.loaded)
+	}
+}
+
+// A Replace does not give endpoints that have left more time.
+func TestReplaceDoesNotProlongDrains(t *testing.T) {
+	t.Parallel()
+	d, _ := inMemory(t, Options{})
+	web := func(endpoints ...string) *dataplane.Service {
+		return service(t, dataplane.ClusterIP, "web", "10.96.0.1:80/TCP", dataplane.Treatment{Endpoints: to(endpoints...)})
+	}
+	old, now := web("10.0.0.1:80", "10.0.0.2:80"), web("10.0.0.1:80")
+	if err := d.Replace(t.Context(), dataplane.Node{}, all(old), nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Apply(t.Context(), []dataplane.Change{{Old: old, New: now}}); err != nil {
+		t.Fatal(err)
+	}
+	until := func() time.Time {
+		return d.draining[server{dataplane.TCP, netip.MustParseAddrPort("10.96.0.1:80")}][netip.MustParseAddrPort("10.0.0.2:80")]
+	}
+	before := until()
+	if err := d.Replace(t.Context(), dataplane.Node{}, all(now), nil); err != nil {
+		t.Fatal(err)
+	}
+	if before.IsZero() || !until().Equal(before) {
+		t.Errorf("it may drain until %v, before the Replace until %v", until(), before)
 	}
 }
 
