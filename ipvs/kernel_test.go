@@ -427,6 +427,33 @@ func TestDrift(t *testing.T) {
 	}
 }
 
+// A virtual server is found by itself as in the list of all.
+func TestVirtualServersAreFoundByThemselves(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, Options{}, 1)
+	s := w.web(dataplane.TCP, 0)
+	s.Affinity, s.Scheduler = time.Hour, "lc"
+	w.replace(s, service(t, dataplane.NodePort, "web", "[::]:30080/UDP", dataplane.Treatment{}))
+	k, err := dialKernel(w.Node.Fd())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer k.close() //nolint:errcheck // it was only read from
+	all, err := k.servers()
+	if err != nil || len(all) != 2 {
+		t.Fatalf("virtual servers %v, error %v, want two", all, err)
+	}
+	for sv, want := range all {
+		if got, there, err := k.server(sv); err != nil || !there || got != want {
+			t.Errorf("%s is %+v (%t, error %v), in the list %+v", sv, got, there, err, want)
+		}
+		sv.addr = netip.AddrPortFrom(sv.addr.Addr(), 1)
+		if got, there, err := k.server(sv); err != nil || there {
+			t.Errorf("%s is %+v (%t, error %v), and is not there", sv, got, there, err)
+		}
+	}
+}
+
 // What it does itself is no drift, and neither is what others do elsewhere.
 func TestNoDrift(t *testing.T) {
 	t.Parallel()

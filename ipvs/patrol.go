@@ -90,6 +90,11 @@ func (d *Dataplane) look(ctx context.Context, round int) error {
 	for i, s := range programmed {
 		set, there := found[s]
 		delete(found, s)
+		if !there { // which may be because another has gone while they were listed
+			if set, there, err = k.server(s); err != nil {
+				return err
+			}
+		}
 		if !d.isAsProgrammed(s, set, there) {
 			intact = false
 			break

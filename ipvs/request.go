@@ -191,23 +191,54 @@ func (k *kernel) run(requests []request) ([]error, error) {
 }
 
 // servers returns all virtual servers of the namespace by protocol and address, but
-// those by firewall mark.
+// those by firewall mark. If some go meanwhile, others may be missing: the kernel
+// counts how many it has listed (net/netfilter/ipvs/ip_vs_ctl.c,
+// ip_vs_genl_dump_services).
 func (k *kernel) servers() (map[server]settings, error) {
 	found := map[server]settings{}
 	err := k.dump(message{typ: k.family, body: attrs{byte(getService), 1, 0, 0}}, func(body []byte) error {
-		attrs(body[min(4, len(body)):]).each(func(typ uint16, data []byte) {
-			if typ == attrService {
-				if s, set, ok := parseService(data); ok {
-					found[s] = set
-				}
-			}
-		})
+		eachService(body, func(s server, set settings) { found[s] = set })
 		return nil
 	})
 	if err != nil {
 		return nil, fmt.Errorf("list the virtual servers: %w", err)
 	}
 	return found, nil
+}
+
+// server returns one virtual server, if it is there.
+func (k *kernel) server(s server) (set settings, there bool, err error) {
+	k.seq++
+	m := message{typ: k.family, body: attrs{byte(getService), 1, 0, 0}.bytes(attrService, identify(s))}
+	err = unix.Sendto(k.fd, m.appendTo(nil, k.seq), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK})
+	if err == nil {
+		err = k.receive(func(h header, body []byte) (bool, error) {
+			switch {
+			case h.seq != k.seq:
+				return false, nil
+			case h.typ == unix.NLMSG_ERROR:
+				return true, errnoOf(body)
+			}
+			eachService(body, func(found server, of settings) { set, there = of, found == s })
+			return true, nil
+		})
+	}
+	if err != nil && !isGone(err) {
+		return settings{}, false, fmt.Errorf("look for the virtual server %s: %w", s, err)
+	}
+	return set, there, nil
+}
+
+// eachService calls visit with the virtual servers in a message of the family.
+func eachService(body []byte, visit func(server, settings)) {
+	attrs(body[min(4, len(body)):]).each(func(typ uint16, data []byte) {
+		if typ != attrService {
+			return
+		}
+		if s, set, ok := parseService(data); ok {
+			visit(s, set)
+		}
+	})
 }
 
 // parseService decodes a virtual server; one by firewall mark is none of ours.
