@@ -167,6 +167,7 @@ func Open(opts Options) (*Dataplane, error) {
 	ctx, stop := context.WithCancel(context.Background())
 	d.stop = stop
 	d.done.Go(func() { d.patrol(ctx) })
+	d.done.Go(func() { d.attend(ctx) })
 	return d, nil
 }
 

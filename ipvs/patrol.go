@@ -31,18 +31,26 @@ func (d *Dataplane) patrol(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 			return
-		case <-d.rules.Drift():
-			d.signal()
-			continue
-		case <-d.datagrams.C:
-			if err := d.endDatagrams(); err != nil {
-				d.log.WarnContext(ctx, "endpoints of UDP that have left were not removed yet", "error", err)
-			}
-			continue
 		case <-ticker.C:
 		}
 		if err := d.look(ctx, round); err != nil && ctx.Err() == nil {
 			d.log.WarnContext(ctx, "the kernel's virtual servers were not compared with what is programmed", "error", err)
+		}
+	}
+}
+
+// attend does what does not wait for a patrol that takes long, until ctx ends.
+func (d *Dataplane) attend(ctx context.Context) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-d.rules.Drift():
+			d.signal()
+		case <-d.datagrams.C:
+			if err := d.endDatagrams(); err != nil {
+				d.log.WarnContext(ctx, "endpoints of UDP that have left were not removed yet", "error", err)
+			}
 		}
 	}
 }
