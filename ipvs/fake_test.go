@@ -56,18 +56,18 @@ type openRule struct {
 }
 
 // inMemory returns a Dataplane of a node in memory. It does not patrol.
-func inMemory(t *testing.T, opts Options) (*Dataplane, *fake) {
+func inMemory(t *testing.T) (*Dataplane, *fake) {
 	t.Helper()
 	f := &fake{
 		t: t, fault: func(string) error { return nil },
 		held: map[server]*heldServer{}, addrs: map[netip.Addr]bool{}, open: map[dataplane.Frontend]openRule{},
 	}
-	return f.start(opts), f
+	return f.start(), f
 }
 
 // start returns a Dataplane that knows nothing of the node yet.
-func (f *fake) start(opts Options) *Dataplane {
-	d, err := newDataplane(opts)
+func (f *fake) start() *Dataplane {
+	d, err := newDataplane(Options{})
 	if err != nil {
 		f.t.Fatal(err)
 	}
@@ -150,7 +150,7 @@ func (k fakeKernel) servers() (map[server]settings, error) {
 }
 
 func (k fakeKernel) destinations(s server) (map[netip.AddrPort]destination, error) {
-	k.fake.read++
+	k.read++
 	found := map[netip.AddrPort]destination{}
 	if h := k.held[s]; h != nil {
 		for addr, d := range h.dests {
@@ -312,7 +312,7 @@ func (f *fake) expect(when string, services map[dataplane.Key]*dataplane.Service
 			continue
 		}
 		for _, at := range s.Frontends {
-			text := at.String() + " " + s.Key.String() + " " + s.Treatment.String() + " ->"
+			text := at.String() + " " + s.Key.String() + " " + s.String() + " ->"
 			for _, e := range s.Endpoints {
 				text += " " + e.Addr.String()
 			}
@@ -347,7 +347,7 @@ func (f *fake) expect(when string, services map[dataplane.Key]*dataplane.Service
 		if failed[guarded(rule.Key)] != nil {
 			continue
 		}
-		text := at.String() + " " + rule.Key.String() + " " + rule.Treatment.String() + " ->" + takers(rule.cluster) + " ->"
+		text := at.String() + " " + rule.Key.String() + " " + rule.String() + " ->" + takers(rule.cluster) + " ->"
 		if rule.ExternalLocal {
 			text += takers(rule.local)
 		}

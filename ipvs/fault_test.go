@@ -48,7 +48,7 @@ func expectFailed(t *testing.T, err error, keys ...dataplane.Key) {
 // and there is no virtual server that a restart would not tell for ours.
 func TestAddressesThatAreNotBound(t *testing.T) {
 	t.Parallel()
-	d, f := inMemory(t, Options{})
+	d, f := inMemory(t)
 	one := service(t, dataplane.ClusterIP, "one", "10.96.0.1:80/TCP", dataplane.Treatment{Endpoints: to("10.0.0.1:80")})
 	two := service(t, dataplane.ClusterIP, "two", "10.96.0.1:81/TCP", dataplane.Treatment{Endpoints: to("10.0.0.1:80")})
 	if err := d.Replace(t.Context(), dataplane.Node{}, all(), nil); err != nil {
@@ -71,7 +71,7 @@ func TestAddressesThatAreNotBound(t *testing.T) {
 func TestRemovalsThatFail(t *testing.T) {
 	t.Parallel()
 	for _, what := range []string{"delete", "bind"} {
-		d, f := inMemory(t, Options{})
+		d, f := inMemory(t)
 		s := service(t, dataplane.ClusterIP, "web", "10.96.0.1:80/TCP", dataplane.Treatment{Endpoints: to("10.0.0.1:80")})
 		if err := d.Replace(t.Context(), dataplane.Node{}, all(s), nil); err != nil {
 			t.Fatal(err)
@@ -81,7 +81,7 @@ func TestRemovalsThatFail(t *testing.T) {
 		if err := d.Replace(t.Context(), dataplane.Node{}, all(), nil); err == nil || errors.As(err, &keyed) {
 			t.Errorf("error %v, want one that is about no Service", err)
 		}
-		d = f.start(Options{})
+		d = f.start()
 		if err := d.Replace(t.Context(), dataplane.Node{}, all(), nil); err != nil {
 			t.Error(err)
 		}
@@ -93,7 +93,7 @@ func TestRemovalsThatFail(t *testing.T) {
 // may be bound: programs of the node are not to be reached there.
 func TestServicesThatFailAreGuarded(t *testing.T) {
 	t.Parallel()
-	d, f := inMemory(t, Options{})
+	d, f := inMemory(t)
 	s := service(t, dataplane.ClusterIP, "web", "10.96.0.1:80/TCP", dataplane.Treatment{Endpoints: to("10.0.0.1:80")})
 	if err := d.Replace(t.Context(), dataplane.Node{}, all(), nil); err != nil {
 		t.Fatal(err)
@@ -109,7 +109,7 @@ func TestServicesThatFailAreGuarded(t *testing.T) {
 // A scheduler whose module is not loaded yet is loaded, and the Service complete.
 func TestSchedulersAreLoaded(t *testing.T) {
 	t.Parallel()
-	d, f := inMemory(t, Options{})
+	d, f := inMemory(t)
 	s := service(t, dataplane.ClusterIP, "web", "10.96.0.1:80/TCP",
 		dataplane.Treatment{Endpoints: to("10.0.0.1:80", "10.0.0.2:80"), Scheduler: "wlc"})
 	if err := d.Replace(t.Context(), dataplane.Node{}, all(), nil); err != nil {
@@ -127,7 +127,7 @@ func TestSchedulersAreLoaded(t *testing.T) {
 // A Replace does not give endpoints that have left more time.
 func TestReplaceDoesNotProlongDrains(t *testing.T) {
 	t.Parallel()
-	d, _ := inMemory(t, Options{})
+	d, _ := inMemory(t)
 	web := func(endpoints ...string) *dataplane.Service {
 		return service(t, dataplane.ClusterIP, "web", "10.96.0.1:80/TCP", dataplane.Treatment{Endpoints: to(endpoints...)})
 	}
@@ -158,7 +158,7 @@ func TestCostFollowsTheChange(t *testing.T) {
 			dataplane.Treatment{Endpoints: to(endpoints...)})
 	}
 	for _, services := range []int{10, 2_000} {
-		d, f := inMemory(t, Options{})
+		d, f := inMemory(t)
 		f.wild = true // to check the order takes long
 		var held []*dataplane.Service
 		for i := range services {

@@ -100,7 +100,7 @@ func TestHistories(t *testing.T) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			t.Parallel()
 			h := history{t, rand.New(rand.NewPCG(seed, 1))} //nolint:gosec // repeatable
-			d, f := inMemory(t, Options{})
+			d, f := inMemory(t)
 			ctx := context.Background()
 			have := map[dataplane.Key]*dataplane.Service{}
 			replace := func(next map[dataplane.Key]*dataplane.Service) error {
@@ -113,7 +113,7 @@ func TestHistories(t *testing.T) {
 				next := h.draw()
 				switch h.IntN(6) {
 				case 0: // a restart
-					d = f.start(Options{})
+					d = f.start()
 					f.wild = true // addresses may lose their rules before their virtual server
 					if err := replace(next); err != nil {
 						t.Fatal(err)
