@@ -4,12 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"time"
 
 	"fairlead/dataplane"
-	"fairlead/internal/kmod"
 
 	"golang.org/x/sys/unix"
 )
@@ -38,19 +38,20 @@ func (d *Dataplane) Apply(ctx context.Context, changes []dataplane.Change) error
 	if err := w.carryOut(p.owners, failed); err != nil {
 		return fmt.Errorf("apply: %w", err)
 	}
+	p.spread(failed)
 	if err := d.applyRules(ctx, p.switching(failed), failed); err != nil {
 		return fmt.Errorf("apply: %w", err)
 	}
 	w = d.work()
 	for s, vs := range p.want {
-		if p.inDoubt(s, failed) {
+		if inDoubt(p.wanting[s], failed) {
 			d.doubtful[s] = true
 			continue
 		}
 		w.drop(s, vs)
 	}
-	for s := range p.have {
-		if _, stays := p.want[s]; !stays && !p.inDoubt(s, failed) {
+	for s, k := range p.have {
+		if _, stays := p.want[s]; !stays && !inDoubt(k, failed) {
 			w.delete(s)
 		}
 	}
@@ -74,10 +75,12 @@ func (d *Dataplane) Apply(ctx context.Context, changes []dataplane.Change) error
 // plan is what the changes of an Apply come to, over all of them at once.
 type plan struct {
 	changes []dataplane.Change
-	// have are the virtual servers of what was, want are those of what is to be.
-	have map[server]bool
-	want map[server]virtualServer
-	// owners are the keys that each virtual server matters to.
+	// have are the virtual servers of what was, want are those of what is to be, and
+	// wanting says whose these are.
+	have    map[server]dataplane.Key
+	want    map[server]virtualServer
+	wanting map[server]dataplane.Key
+	// owners are the keys of both that each virtual server matters to.
 	owners map[server][]dataplane.Key
 	// coming and going are changes of the rules that guard frontends before their
 	// virtual servers come, and until they have gone.
@@ -86,8 +89,8 @@ type plan struct {
 
 func (d *Dataplane) plan(changes []dataplane.Change, failed map[dataplane.Key]error) *plan {
 	p := &plan{
-		have: map[server]bool{}, want: make(map[server]virtualServer, len(changes)),
-		owners: make(map[server][]dataplane.Key, len(changes)),
+		have: make(map[server]dataplane.Key, len(changes)), want: make(map[server]virtualServer, len(changes)),
+		wanting: make(map[server]dataplane.Key, len(changes)), owners: make(map[server][]dataplane.Key, len(changes)),
 	}
 	was, is := map[dataplane.Frontend]bool{}, map[dataplane.Frontend]bool{}
 	for _, c := range changes {
@@ -95,7 +98,7 @@ func (d *Dataplane) plan(changes []dataplane.Change, failed map[dataplane.Key]er
 			continue
 		}
 		d.render(c.Old, func(s server, _ virtualServer) {
-			p.have[s] = true
+			p.have[s] = c.Key()
 			p.own(s, c.Key())
 		})
 		for _, f := range c.Old.Frontends {
@@ -115,7 +118,7 @@ func (d *Dataplane) plan(changes []dataplane.Change, failed map[dataplane.Key]er
 		}
 		if now != nil {
 			d.render(now, func(s server, vs virtualServer) {
-				p.want[s] = vs
+				p.want[s], p.wanting[s] = vs, c.Key()
 				p.own(s, c.Key())
 			})
 			for _, f := range now.Frontends {
@@ -137,23 +140,44 @@ func (d *Dataplane) plan(changes []dataplane.Change, failed map[dataplane.Key]er
 }
 
 func (p *plan) own(s server, k dataplane.Key) {
-	for _, o := range p.owners[s] {
-		if o == k {
-			return
-		}
+	if !slices.Contains(p.owners[s], k) {
+		p.owners[s] = append(p.owners[s], k)
 	}
-	p.owners[s] = append(p.owners[s], k)
 }
 
-// inDoubt reports whether something failed for a virtual server, so that nothing is
-// to be taken away from it.
-func (p *plan) inDoubt(s server, failed map[dataplane.Key]error) bool {
-	for _, k := range p.owners[s] {
-		if err := failed[k]; err != nil && !errors.Is(err, dataplane.ErrUnsupported) {
-			return true
+// inDoubt reports whether something failed for a key, so that nothing is to be taken
+// away from its virtual servers.
+func inDoubt(k dataplane.Key, failed map[dataplane.Key]error) bool {
+	err := failed[k]
+	return err != nil && !errors.Is(err, dataplane.ErrUnsupported)
+}
+
+// spread makes fail what takes a frontend from a Service that has failed, and keeps it
+// therefore.
+func (p *plan) spread(failed map[dataplane.Key]error) {
+	for more := len(failed) > 0; more; {
+		more = false
+		kept := map[dataplane.Frontend]dataplane.Key{}
+		for _, c := range p.changes {
+			if c.Old != nil && c.New != nil && inDoubt(c.Key(), failed) {
+				for _, f := range c.Old.Frontends {
+					kept[f] = c.Key()
+				}
+			}
+		}
+		for _, c := range p.changes {
+			if c.New == nil || failed[c.Key()] != nil {
+				continue
+			}
+			for _, f := range c.New.Frontends {
+				if k, ok := kept[f]; ok {
+					failed[c.Key()] = fmt.Errorf("the frontend %s is still that of %s: %w", f, k, failed[k])
+					more = true
+					break
+				}
+			}
 		}
 	}
-	return false
 }
 
 // guard appends the creation of a Service that takes the place of those of s's
@@ -181,6 +205,14 @@ func guard(guards []dataplane.Change, s *dataplane.Service, kind dataplane.Kind,
 	}})
 }
 
+// guarded returns the key of the Service that a guard with this key stands in for.
+func guarded(k dataplane.Key) dataplane.Key {
+	if k.Kind == comingKind || k.Kind == goingKind {
+		k.Kind = dataplane.ClusterIP
+	}
+	return k
+}
+
 // reversed returns the changes that undo creations.
 func reversed(created []dataplane.Change) []dataplane.Change {
 	all := make([]dataplane.Change, 0, len(created))
@@ -192,9 +224,15 @@ func reversed(created []dataplane.Change) []dataplane.Change {
 
 // switching returns the changes of the rules that go with those of the virtual
 // servers: new Services are opened, and those that go are guarded. A Service that
-// could not be programmed keeps the rules that it had.
+// could not be programmed keeps the rules that it had, and a new one its guard.
 func (p *plan) switching(failed map[dataplane.Key]error) []dataplane.Change {
-	all := slices.Concat(reversed(p.coming), p.going)
+	all := slices.Clone(p.going)
+	for _, c := range p.coming {
+		// The virtual server of one that failed may be there without destinations.
+		if failed[guarded(c.Key())] == nil {
+			all = append(all, dataplane.Change{Old: c.New})
+		}
+	}
 	for _, c := range p.changes {
 		if failed[c.Key()] == nil || c.New == nil {
 			all = append(all, c)
@@ -219,10 +257,7 @@ func note(err error, failed map[dataplane.Key]error) error {
 		return err
 	}
 	for k, e := range keyed.Failed {
-		if k.Kind == comingKind || k.Kind == goingKind {
-			k.Kind = dataplane.ClusterIP
-		}
-		failed[k] = e
+		failed[guarded(k)] = e
 	}
 	return nil
 }
@@ -246,8 +281,8 @@ func (w *work) add(s server, want virtualServer) {
 	case !there:
 		w.request(request{command: newService, server: s, settings: want.settings})
 		if !isInternal(s.addr.Addr()) {
-			if w.bound[s.addr.Addr()] == 0 {
-				w.bind = append(w.bind, s.addr.Addr())
+			if addr := s.addr.Addr(); w.bound[addr] == 0 || w.unbound[addr] {
+				w.bind = append(w.bind, addr)
 			}
 			w.bound[s.addr.Addr()]++
 		}
@@ -362,12 +397,21 @@ func (d *Dataplane) settled(s server, e netip.AddrPort) {
 
 // carryOut hands the work to the kernel: addresses are bound before their virtual
 // servers come and unbound after these have gone, so that whose address is bound is
-// ours, whenever the program ends. It notes the keys for which something failed; an
-// error is about everything.
+// ours, whenever the program ends, and whatever fails. It notes the keys for which
+// something failed; an error is about everything.
 func (w *work) carryOut(owners map[server][]dataplane.Key, failed map[dataplane.Key]error) error {
-	if err := w.bindAll(unix.RTM_NEWROUTE, w.bind, owners, failed); err != nil {
+	refused, err := w.bindAll(unix.RTM_NEWROUTE, w.bind)
+	if err != nil {
 		return err
 	}
+	for _, addr := range w.bind {
+		if refused[addr] == nil {
+			delete(w.unbound, addr)
+		} else {
+			w.unbound[addr] = true
+		}
+	}
+	w.requests = slices.DeleteFunc(w.requests, func(r request) bool { return refused[r.addr.Addr()] != nil })
 	answers, err := w.run(w.requests)
 	if err != nil {
 		return err
@@ -380,14 +424,19 @@ func (w *work) carryOut(owners map[server][]dataplane.Key, failed map[dataplane.
 		if answer = w.again(r, answer); answer == nil {
 			continue
 		}
-		w.doubtful[r.server] = true
-		for _, k := range owners[r.server] {
-			if failed[k] == nil {
-				failed[k] = fmt.Errorf("%s: %w", r, answer)
-			}
+		if err := w.fail(r.server, owners[r.server], failed, fmt.Errorf("%s: %w", r, answer)); err != nil {
+			return err
+		}
+		if r.command == delService {
+			w.unbind = slices.DeleteFunc(w.unbind, func(a netip.Addr) bool { return a == r.addr.Addr() })
 		}
 	}
-	return w.bindAll(unix.RTM_DELROUTE, w.unbind, owners, failed)
+	stuck, err := w.bindAll(unix.RTM_DELROUTE, w.unbind)
+	if err != nil {
+		return err
+	}
+	maps.Copy(refused, stuck)
+	return w.failAddresses(refused, owners, failed)
 }
 
 func (w *work) run(requests []request) ([]error, error) {
@@ -397,27 +446,59 @@ func (w *work) run(requests []request) ([]error, error) {
 	return w.kernel.run(requests)
 }
 
-func (w *work) bindAll(typ uint16, addrs []netip.Addr, owners map[server][]dataplane.Key, failed map[dataplane.Key]error) error {
+// bindAll binds addresses, or ends that, and returns the errors of those for which it
+// failed.
+func (w *work) bindAll(typ uint16, addrs []netip.Addr) (map[netip.Addr]error, error) {
+	refused := map[netip.Addr]error{}
 	if len(addrs) == 0 {
-		return nil
+		return refused, nil
 	}
 	answers, err := w.host.bind(typ, addrs)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	for i, answer := range answers {
-		if answer == nil {
-			continue
+		switch {
+		case answer == nil:
+		case typ == unix.RTM_NEWROUTE:
+			refused[addrs[i]] = fmt.Errorf("bind %s to %s: %w", addrs[i], LinkName, answer)
+		default:
+			refused[addrs[i]] = fmt.Errorf("unbind %s from %s: %w", addrs[i], LinkName, answer)
 		}
-		for s, keys := range owners {
-			if s.addr.Addr() != addrs[i] {
-				continue
-			}
-			w.doubtful[s] = true
-			for _, k := range keys {
-				failed[k] = fmt.Errorf("bind %s to %s: %w", addrs[i], LinkName, answer)
+	}
+	return refused, nil
+}
+
+// fail notes an error about a virtual server. It is returned if it matters to no key.
+func (w *work) fail(s server, owners []dataplane.Key, failed map[dataplane.Key]error, err error) error {
+	w.doubtful[s] = true
+	if len(owners) == 0 {
+		return err
+	}
+	for _, k := range owners {
+		if failed[k] == nil {
+			failed[k] = err
+		}
+	}
+	return nil
+}
+
+// failAddresses notes errors about addresses.
+func (w *work) failAddresses(refused map[netip.Addr]error, owners map[server][]dataplane.Key, failed map[dataplane.Key]error) error {
+	if len(refused) == 0 {
+		return nil
+	}
+	rest := maps.Clone(refused)
+	for s, keys := range owners {
+		if err := refused[s.addr.Addr()]; err != nil {
+			delete(rest, s.addr.Addr())
+			if err := w.fail(s, keys, failed, err); err != nil {
+				return err
 			}
 		}
+	}
+	for _, err := range rest {
+		return err
 	}
 	return nil
 }
@@ -437,9 +518,11 @@ func (w *work) again(r request, answer error) error {
 		r.command = setDest
 	case isGone(answer) && r.command == setDest:
 		r.command = newDest
+	case isGone(answer) && r.command == newDest:
+		// Its virtual server may have come with the scheduler's module.
 	case errors.Is(answer, unix.ENOENT) && (r.command == newService || r.command == setService):
 		// It says that of a scheduler that it does not have.
-		if err := kmod.Load("ip_vs_" + r.scheduler); err != nil {
+		if err := w.load("ip_vs_" + r.scheduler); err != nil {
 			return fmt.Errorf("the kernel has no scheduler %s: %w", r.scheduler, err)
 		}
 	default:

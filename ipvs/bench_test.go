@@ -184,12 +184,12 @@ func BenchmarkPatrol(b *testing.B) {
 			if err != nil {
 				b.Fatal(err)
 			}
-			defer ns.Close() //nolint:errcheck // is not what is measured
+			defer ns.Close()
 			d, err := Open(Options{NetNS: ns.Fd()})
 			if err != nil {
 				b.Fatal(err)
 			}
-			defer d.Close() //nolint:errcheck // is not what is measured
+			defer d.Close()
 			var services []*dataplane.Service
 			for i, s := range benchServers(n) {
 				var treatment dataplane.Treatment
@@ -208,7 +208,7 @@ func BenchmarkPatrol(b *testing.B) {
 			}
 			round := 0
 			for b.Loop() {
-				if err := d.look(context.Background(), round); err != nil {
+				if err := d.look(round); err != nil {
 					b.Fatal(err)
 				}
 				round++

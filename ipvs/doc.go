@@ -24,8 +24,8 @@
 // All other frontends are addresses that the node has for other purposes (node
 // ports), or that are not its own at all (external addresses, load balancers).
 // Their virtual servers are at addresses in 250.29.0.0/16 and fdfa:1d00::/64, which
-// only the node itself knows, and nftables translates to these as the nft backend
-// does to an endpoint. So other ports at external addresses, and ARP for them, are
+// are the node's own affair, and nftables translates to these as the nft backend does
+// to an endpoint, and drops who connects there otherwise. So other ports at external addresses, and ARP for them, are
 // left alone; and with externalTrafficPolicy: Local the local endpoints are a virtual
 // server of their own. No packet mark is used for any of this.
 //

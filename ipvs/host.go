@@ -95,18 +95,24 @@ func (h *host) setUp() error {
 		}
 	}
 	for _, f := range families() {
-		if err := h.setUpFamily(f); err != nil && !(f == dataplane.IPv6 && isNoIPv6(err)) {
+		if err := h.setUpFamily(f); err != nil && !isWithout(f, err) {
 			return err
 		}
 	}
 	return nil
 }
 
+// linkIndex is the number of the interface, once it is set up.
+func (h *host) linkIndex() int { return h.link }
+
 func families() []dataplane.Family { return []dataplane.Family{dataplane.IPv4, dataplane.IPv6} }
 
-// isNoIPv6 reports whether an error is that of a kernel without IPv6, or with IPv6
-// switched off.
-func isNoIPv6(err error) bool {
+// isWithout reports whether an error about a family is that of a kernel without IPv6,
+// or with IPv6 switched off.
+func isWithout(f dataplane.Family, err error) bool {
+	if f != dataplane.IPv6 {
+		return false
+	}
 	return errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EACCES)
 }
 
@@ -223,7 +229,7 @@ func (h *host) bound() (map[netip.Addr]bool, error) {
 			return nil
 		})
 		// ENOENT: there is no such table, as nothing is in it yet.
-		if err != nil && !errors.Is(err, unix.ENOENT) && !(f == dataplane.IPv6 && isNoIPv6(err)) {
+		if err != nil && !errors.Is(err, unix.ENOENT) && !isWithout(f, err) {
 			return nil, fmt.Errorf("list the %s routes of table %d: %w", f, RouteTable, err)
 		}
 	}
@@ -238,7 +244,7 @@ func (h *host) remove() error {
 		if err == nil && there {
 			err = h.handle.RuleDel(ourRule(f))
 		}
-		if err != nil && !(f == dataplane.IPv6 && isNoIPv6(err)) {
+		if err != nil && !isWithout(f, err) {
 			errs = append(errs, fmt.Errorf("remove the %s rule: %w", f, err))
 		}
 	}

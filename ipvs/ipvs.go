@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"iter"
 	"log/slog"
 	"net/netip"
 	"os"
@@ -13,6 +14,7 @@ import (
 	"time"
 
 	"fairlead/dataplane"
+	"fairlead/internal/kmod"
 	"fairlead/nft"
 
 	"golang.org/x/sys/unix"
@@ -68,20 +70,23 @@ type Dataplane struct {
 	scheduler string
 	exclude   []netip.Prefix
 	log       *slog.Logger
-	rules     *nft.Dataplane
+	rules     rules
+	load      func(modules ...string) error
 	drift     chan struct{}
-	stop      context.CancelFunc
+	stop      chan struct{}
 	done      sync.WaitGroup
 
 	// mu is for what is below, which the patrol looks at as well.
 	mu     sync.Mutex
-	kernel *kernel
-	host   *host
+	kernel virtualServers
+	host   bindings
 	places places
 	// servers are the virtual servers that are programmed, and bound counts those
 	// at each address of Services.
 	servers map[server]virtualServer
 	bound   map[netip.Addr]int
+	// unbound are addresses that are to be bound, for which that failed.
+	unbound map[netip.Addr]bool
 	// draining are destinations that take no more connections, and until when they
 	// may keep those that they have; the zero Time is for as long as they serve.
 	draining map[server]map[netip.AddrPort]time.Time
@@ -104,15 +109,72 @@ var (
 	_ nft.Translator      = (*Dataplane)(nil)
 )
 
+// What a Dataplane works with: IPVS, the node besides it, and nftables. Tests put
+// others in their places, to make them fail.
+type (
+	virtualServers interface {
+		run(requests []request) ([]error, error)
+		servers() (map[server]settings, error)
+		complete(found map[server]settings, expected iter.Seq[server]) error
+		destinations(s server) (map[netip.AddrPort]destination, error)
+		setTimeouts(tcp, tcpFin, udp time.Duration) error
+		close() error
+	}
+	bindings interface {
+		setUp() error
+		sysctl(values map[string]string) error
+		bind(typ uint16, addrs []netip.Addr) ([]error, error)
+		bound() (map[netip.Addr]bool, error)
+		linkIndex() int
+		close() error
+	}
+	rules interface {
+		Apply(ctx context.Context, changes []dataplane.Change) error
+		Replace(ctx context.Context, node dataplane.Node, services iter.Seq[*dataplane.Service], progress func(int)) error
+		ReadRules(ctx context.Context) (map[dataplane.Frontend]nft.Rule, error)
+		Drift() <-chan struct{}
+		Close() error
+	}
+)
+
 // Open connects to the kernel, loading the modules that it needs, and starts to
 // watch for drift. It changes nothing else.
 //
 // The error wraps [ErrNotSupported] on a kernel without IPVS or dummy interfaces,
 // and os.ErrPermission where the process lacks CAP_NET_ADMIN.
 func Open(opts Options) (*Dataplane, error) {
+	d, err := newDataplane(opts)
+	if err != nil {
+		return nil, err
+	}
+	k, err := connect(opts.NetNS)
+	if err != nil {
+		return nil, err
+	}
+	h, err := openHost(opts.NetNS)
+	if err != nil {
+		return nil, errors.Join(err, k.close())
+	}
+	if err := probe(h); err != nil {
+		return nil, errors.Join(err, h.close(), k.close())
+	}
+	r, err := nft.Open(nft.Options{
+		NetNS: opts.NetNS, Logger: d.log, Table: TableName, Translator: d, VirtualNetworks: internalNets(),
+	})
+	if err != nil {
+		return nil, errors.Join(err, h.close(), k.close())
+	}
+	d.kernel, d.host, d.rules = k, h, r
+	d.done.Go(d.patrol)
+	d.done.Go(d.attend)
+	return d, nil
+}
+
+// newDataplane returns one that is not connected to anything.
+func newDataplane(opts Options) (*Dataplane, error) {
 	d := &Dataplane{
-		opts: opts, scheduler: opts.Scheduler, log: opts.Logger,
-		drift: make(chan struct{}, 1), datagrams: time.NewTimer(0),
+		opts: opts, scheduler: opts.Scheduler, log: opts.Logger, load: kmod.Load,
+		drift: make(chan struct{}, 1), datagrams: time.NewTimer(0), stop: make(chan struct{}),
 	}
 	<-d.datagrams.C
 	if d.scheduler == "" {
@@ -125,29 +187,15 @@ func Open(opts Options) (*Dataplane, error) {
 		d.opts.DrainLimit = DefaultDrainLimit
 	}
 	for _, p := range opts.ExcludeCIDRs {
+		if i := slices.IndexFunc(internalNets(), p.Overlaps); i >= 0 {
+			return nil, fmt.Errorf("excluded network %s: want none of %s, where virtual servers of node ports and others are", p, internalNets()[i])
+		}
 		d.exclude = append(d.exclude, p.Masked())
 	}
 	if d.log == nil {
 		d.log = slog.New(slog.DiscardHandler)
 	}
 	d.forget()
-	var err error
-	if d.kernel, err = connect(opts.NetNS); err != nil {
-		return nil, err
-	}
-	if d.host, err = openHost(opts.NetNS); err != nil {
-		return nil, errors.Join(err, d.kernel.close())
-	}
-	if err := probe(d.host); err != nil {
-		return nil, errors.Join(err, d.host.close(), d.kernel.close())
-	}
-	d.rules, err = nft.Open(nft.Options{NetNS: opts.NetNS, Logger: d.log, Table: TableName, Translator: d})
-	if err != nil {
-		return nil, errors.Join(err, d.host.close(), d.kernel.close())
-	}
-	ctx, stop := context.WithCancel(context.Background())
-	d.stop = stop
-	d.done.Go(func() { d.patrol(ctx) })
 	return d, nil
 }
 
@@ -156,6 +204,7 @@ func (d *Dataplane) forget() {
 	d.places = newPlaces()
 	d.servers = map[server]virtualServer{}
 	d.bound = map[netip.Addr]int{}
+	d.unbound = map[netip.Addr]bool{}
 	d.draining = map[server]map[netip.AddrPort]time.Time{}
 	d.doubtful = map[server]bool{}
 	d.ready = false
@@ -175,7 +224,7 @@ func (d *Dataplane) signal() {
 // Close implements [dataplane.Dataplane]. Endpoints that have left stay without
 // new connections; the next Dataplane goes on to wait for the end of theirs.
 func (d *Dataplane) Close() error {
-	d.stop()
+	close(d.stop)
 	d.done.Wait()
 	return errors.Join(d.rules.Close(), d.host.close(), d.kernel.close())
 }

@@ -262,6 +262,45 @@ func TestVirtualServersOfOthersStay(t *testing.T) {
 	w.start()
 }
 
+// Nobody gets round source ranges by connecting to an internal address.
+func TestInternalAddressesAreHidden(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, Options{}, 2)
+	w.replace(
+		service(t, dataplane.NodePort, "web", "0.0.0.0:30080/TCP", w.to(0)),
+		service(t, dataplane.NodePort, "web", "[::]:30080/TCP", dataplane.Treatment{
+			Endpoints: []dataplane.Endpoint{{Addr: netip.AddrPortFrom(w.pods[0].IPv6, podPort)}},
+		}),
+	)
+	if err := w.Outside.Do(func() error {
+		var errs []error
+		for i, via := range []netip.Addr{w.Node.IPv4, w.Node.IPv6} {
+			to := internalNets()[i]
+			errs = append(errs, netlink.RouteAdd(&netlink.Route{
+				Dst: &net.IPNet{IP: to.Addr().AsSlice(), Mask: net.CIDRMask(to.Bits(), to.Addr().BitLen())}, Gw: via.AsSlice(),
+			}))
+		}
+		return errors.Join(errs...)
+	}); err != nil {
+		t.Fatal(err)
+	}
+	for _, from := range []*nettest.Host{w.pods[1], w.Node, w.Outside} {
+		for _, tt := range []struct{ nodePort, internal string }{
+			{w.Node.IPv4.String() + ":30080", "250.29.0.1:30080"},
+			{"[" + w.Node.IPv6.String() + "]:30080", "[fdfa:1d00::1]:30080"},
+		} {
+			if _, err := from.Connect(t.Context(), nettest.TCP, netip.MustParseAddrPort(tt.nodePort)); err != nil {
+				t.Errorf("from %s: %v", from.Name, err)
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+			if answer, err := from.Connect(ctx, nettest.TCP, netip.MustParseAddrPort(tt.internal)); err == nil {
+				t.Errorf("from %s: %s answers %+v", from.Name, tt.internal, answer)
+			}
+			cancel()
+		}
+	}
+}
+
 // Cleanup removes what was made, without knowing what that was.
 func TestCleanup(t *testing.T) {
 	t.Parallel()
@@ -388,6 +427,33 @@ func TestDrift(t *testing.T) {
 	}
 }
 
+// A virtual server is found by itself as in the list of all.
+func TestVirtualServersAreFoundByThemselves(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, Options{}, 1)
+	s := w.web(dataplane.TCP, 0)
+	s.Affinity, s.Scheduler = time.Hour, "lc"
+	w.replace(s, service(t, dataplane.NodePort, "web", "[::]:30080/UDP", dataplane.Treatment{}))
+	k, err := dialKernel(w.Node.Fd())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer k.close() //nolint:errcheck // it was only read from
+	all, err := k.servers()
+	if err != nil || len(all) != 2 {
+		t.Fatalf("virtual servers %v, error %v, want two", all, err)
+	}
+	for sv, want := range all {
+		if got, there, err := k.server(sv); err != nil || !there || got != want {
+			t.Errorf("%s is %+v (%t, error %v), in the list %+v", sv, got, there, err, want)
+		}
+		sv.addr = netip.AddrPortFrom(sv.addr.Addr(), 1)
+		if got, there, err := k.server(sv); err != nil || there {
+			t.Errorf("%s is %+v (%t, error %v), and is not there", sv, got, there, err)
+		}
+	}
+}
+
 // What it does itself is no drift, and neither is what others do elsewhere.
 func TestNoDrift(t *testing.T) {
 	t.Parallel()
@@ -478,7 +544,7 @@ func TestDrainLimit(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer old.Close() //nolint:errcheck // it has been cut off
+	defer old.Close()
 	if _, err := old.Ask(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -500,7 +566,7 @@ func TestFlowsOfUDPMove(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			defer flow.Close() //nolint:errcheck // is not what is tested
+			defer flow.Close()
 			if answer, err := flow.Ask(t.Context()); err != nil || answer.Host != "pod-0" {
 				t.Fatalf("answer %+v, error %v, want one of pod-0", answer, err)
 			}
@@ -525,7 +591,7 @@ func TestFlowsOfUDPStayWhereTheyAreServed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer flow.Close() //nolint:errcheck // is not what is tested
+	defer flow.Close()
 	stays := func(after string) {
 		t.Helper()
 		if answer, err := flow.Ask(t.Context()); err != nil || answer.Host != "pod-0" {
@@ -630,7 +696,7 @@ func TestOrderOfComingAndGoing(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer wild.Close() //nolint:errcheck // is not what is tested
+	defer wild.Close()
 	w.replace()
 	stop, done := make(chan struct{}), make(chan int)
 	for _, from := range []*nettest.Host{w.Node, client} {

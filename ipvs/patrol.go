@@ -1,7 +1,6 @@
 package ipvs
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"maps"
@@ -23,34 +22,51 @@ const (
 	patrolLeast  = 256
 )
 
-// patrol looks at the kernel every few seconds until ctx ends.
-func (d *Dataplane) patrol(ctx context.Context) {
+// patrol looks at the kernel every few seconds until Close.
+func (d *Dataplane) patrol() {
 	ticker := time.NewTicker(patrolPeriod)
 	defer ticker.Stop()
 	for round := 0; ; round++ {
 		select {
-		case <-ctx.Done():
+		case <-d.stop:
+			return
+		case <-ticker.C:
+		}
+		if err := d.look(round); err != nil && !d.stopped() {
+			d.log.Warn("the kernel's virtual servers were not compared with what is programmed", "error", err)
+		}
+	}
+}
+
+// attend does what does not wait for a patrol that takes long, until Close.
+func (d *Dataplane) attend() {
+	for {
+		select {
+		case <-d.stop:
 			return
 		case <-d.rules.Drift():
 			d.signal()
-			continue
 		case <-d.datagrams.C:
 			if err := d.endDatagrams(); err != nil {
-				d.log.WarnContext(ctx, "endpoints of UDP that have left were not removed yet", "error", err)
+				d.log.Warn("endpoints of UDP that have left were not removed yet", "error", err)
 			}
-			continue
-		case <-ticker.C:
 		}
-		if err := d.look(ctx, round); err != nil && ctx.Err() == nil {
-			d.log.WarnContext(ctx, "the kernel's virtual servers were not compared with what is programmed", "error", err)
-		}
+	}
+}
+
+func (d *Dataplane) stopped() bool {
+	select {
+	case <-d.stop:
+		return true
+	default:
+		return false
 	}
 }
 
 // look removes destinations that have drained, and signals drift if something is
 // not as it was programmed. It asks the kernel by a connection of its own and holds
 // nobody up meanwhile; what changes while it looks is not judged.
-func (d *Dataplane) look(ctx context.Context, round int) error {
+func (d *Dataplane) look(round int) error {
 	d.mu.Lock()
 	if !d.ready {
 		d.mu.Unlock()
@@ -97,7 +113,7 @@ func (d *Dataplane) look(ctx context.Context, round int) error {
 			intact = false
 			break
 		}
-		if i%rounds != round%rounds || ctx.Err() != nil {
+		if i%rounds != round%rounds || d.stopped() {
 			continue
 		}
 		destinations, err := k.destinations(s)
@@ -112,7 +128,7 @@ func (d *Dataplane) look(ctx context.Context, round int) error {
 	if intact {
 		intact = !d.hasStrangers(found)
 	}
-	if !intact && ctx.Err() == nil {
+	if !intact && !d.stopped() {
 		d.signal()
 	}
 	return h.sysctl(sysctls(d.opts.StrictARP))
@@ -122,7 +138,7 @@ func (d *Dataplane) look(ctx context.Context, round int) error {
 func (d *Dataplane) hostIntact(h *host) (bool, error) {
 	link, err := h.handle.LinkByName(LinkName)
 	if err != nil {
-		return false, nil //nolint:nilerr // a Replace tells what is wrong
+		return false, nil // a Replace tells what is wrong
 	}
 	h.link = link.Attrs().Index
 	for _, f := range families() {
@@ -136,16 +152,16 @@ func (d *Dataplane) hostIntact(h *host) (bool, error) {
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if len(d.touched) > 0 || len(d.doubtful) > 0 {
+	if len(d.touched) > 0 {
 		return true, nil // next time
 	}
-	missing := len(d.bound)
 	for addr := range d.bound {
-		if bound[addr] {
-			missing--
+		if !bound[addr] && !d.unbound[addr] {
+			return false, nil
 		}
+		delete(bound, addr)
 	}
-	return h.link == d.host.link && missing == 0 && len(bound) == len(d.bound), nil
+	return h.link == d.host.linkIndex() && len(bound) == 0, nil
 }
 
 // isAsProgrammed compares a virtual server by itself.

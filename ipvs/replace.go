@@ -19,13 +19,13 @@ import (
 func (d *Dataplane) Replace(ctx context.Context, node dataplane.Node, services iter.Seq[*dataplane.Service], progress func(int)) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	known := d.servers
+	known, drained := d.servers, d.draining
 	d.forget()
 	d.kernelDrift()
 	if err := d.setUp(); err != nil {
 		return fmt.Errorf("replace: %w", err)
 	}
-	r, err := d.compare(ctx, services, known)
+	r, err := d.compare(ctx, services, known, drained)
 	if err != nil {
 		return fmt.Errorf("replace: %w", err)
 	}
@@ -58,6 +58,8 @@ type replacement struct {
 	*Dataplane
 
 	services []*dataplane.Service
+	// drained is what was draining before.
+	drained map[server]map[netip.AddrPort]time.Time
 	// closed are the Services that are closed at first.
 	closed map[dataplane.Key]bool
 	want   map[server]virtualServer
@@ -68,10 +70,14 @@ type replacement struct {
 }
 
 // compare reads the kernel, and finds which Services are there. What it finds of
-// ours is what is programmed, until that changes.
-func (d *Dataplane) compare(ctx context.Context, services iter.Seq[*dataplane.Service], known map[server]virtualServer) (*replacement, error) {
+// ours is what is programmed, until that changes. Of before it needs which virtual
+// servers were known and what was draining, as far as that is known.
+func (d *Dataplane) compare(
+	ctx context.Context, services iter.Seq[*dataplane.Service],
+	known map[server]virtualServer, drained map[server]map[netip.AddrPort]time.Time,
+) (*replacement, error) {
 	r := &replacement{
-		Dataplane: d, closed: map[dataplane.Key]bool{}, failed: map[dataplane.Key]error{},
+		Dataplane: d, drained: drained, closed: map[dataplane.Key]bool{}, failed: map[dataplane.Key]error{},
 		want: map[server]virtualServer{}, owners: map[server][]dataplane.Key{},
 	}
 	for s := range services {
@@ -122,13 +128,15 @@ func (d *Dataplane) compare(ctx context.Context, services iter.Seq[*dataplane.Se
 	return r, r.bindAnew(bound)
 }
 
-// bindAnew binds the addresses of virtual servers that are there without, and ends
-// that of others. It puts odd weights right.
+// bindAnew binds the addresses of virtual servers that are there without and are to
+// stay, and ends that of others. It puts odd weights right.
 func (r *replacement) bindAnew(have map[netip.Addr]bool) error {
 	w := r.work()
 	w.requests = r.odd
-	for addr := range r.bound {
-		if !have[addr] {
+	missing := map[netip.Addr]bool{}
+	for s := range r.want {
+		if addr := s.addr.Addr(); r.bound[addr] > 0 && !have[addr] && !missing[addr] {
+			missing[addr] = true
 			w.bind = append(w.bind, addr)
 		}
 	}
@@ -147,10 +155,14 @@ func (r *replacement) destinations(s server) ([]dataplane.Endpoint, error) {
 	if err != nil {
 		return nil, err
 	}
-	until := time.Now().Add(r.drainLimit(s))
+	limit := time.Now().Add(r.drainLimit(s))
 	var endpoints []dataplane.Endpoint
 	for addr, dest := range found {
 		if dest.weight == 0 {
+			until, known := r.drained[s][addr]
+			if !known {
+				until = limit
+			}
 			r.drain(s, addr, until)
 			continue
 		}

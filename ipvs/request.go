@@ -199,13 +199,7 @@ func (k *kernel) run(requests []request) ([]error, error) {
 func (k *kernel) servers() (map[server]settings, error) {
 	found := map[server]settings{}
 	err := k.dump(message{typ: k.family, body: attrs{byte(getService), 1, 0, 0}}, func(body []byte) error {
-		attrs(body[min(4, len(body)):]).each(func(typ uint16, data []byte) {
-			if typ == attrService {
-				if s, set, ok := parseService(data); ok {
-					found[s] = set
-				}
-			}
-		})
+		eachService(body, func(s server, set settings) { found[s] = set })
 		return nil
 	})
 	if err != nil {
@@ -244,21 +238,26 @@ func (k *kernel) server(s server) (set settings, there bool, err error) {
 			case h.typ == unix.NLMSG_ERROR:
 				return true, errnoOf(body)
 			}
-			attrs(body[min(4, len(body)):]).each(func(typ uint16, data []byte) {
-				if typ == attrService {
-					_, set, there = parseService(data)
-				}
-			})
+			eachService(body, func(found server, of settings) { set, there = of, found == s })
 			return true, nil
 		})
 	}
-	if isGone(err) {
-		return settings{}, false, nil
-	}
-	if err != nil {
+	if err != nil && !isGone(err) {
 		return settings{}, false, fmt.Errorf("look for the virtual server %s: %w", s, err)
 	}
 	return set, there, nil
+}
+
+// eachService calls visit with the virtual servers in a message of the family.
+func eachService(body []byte, visit func(server, settings)) {
+	attrs(body[min(4, len(body)):]).each(func(typ uint16, data []byte) {
+		if typ != attrService {
+			return
+		}
+		if s, set, ok := parseService(data); ok {
+			visit(s, set)
+		}
+	})
 }
 
 // parseService decodes a virtual server; one by firewall mark is none of ours.

@@ -126,7 +126,7 @@ func TestRequestsNameTheVirtualServer(t *testing.T) {
 // FuzzParse looks for what makes the decoders panic.
 func FuzzParse(f *testing.F) {
 	f.Add([]byte(identify(at("10.96.0.1:80")).text(serviceScheduler, "rr")))
-	f.Add([]byte(request{command: newDest, server: at("[fd00::1]:80"), dest: netip.MustParseAddrPort("[fd01::5]:80")}.message(30).body))
+	f.Add(request{command: newDest, server: at("[fd00::1]:80"), dest: netip.MustParseAddrPort("[fd01::5]:80")}.message(30).body)
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if s, _, ok := parseService(b); ok && !s.addr.Addr().IsValid() {
 			t.Errorf("a virtual server without an address: %v", s)

@@ -84,7 +84,7 @@ const (
 
 // internalNets are where the virtual servers are that are not at a cluster IP:
 // a part of the reserved 240.0.0.0/4 (RFC 1112), and of fd00::/8 (RFC 4193).
-// Nothing outside the node ever sees these addresses.
+// Nothing but the rules leads to these addresses.
 func internalNets() []netip.Prefix {
 	return []netip.Prefix{
 		netip.PrefixFrom(netip.AddrFrom4([4]byte{0xfa, 0x1d}), 16),
@@ -116,7 +116,8 @@ func placeOf(s *dataplane.Service, l list) place { return place{s.Key, l, firstP
 
 // places says which internal address each list of a Service has, if it has one.
 // The address follows from the Service, so that it is the same after a restart,
-// unless two of them would have the same one: then the later one gets the next.
+// unless two of them would have the same one: then the later one gets the next. That
+// of a node port is never another's, and goes with the node port to whoever has it.
 type places struct {
 	used   map[netip.AddrPort]place
 	second map[place]netip.AddrPort // those with another address than their first
@@ -129,6 +130,9 @@ func newPlaces() places {
 // of returns the address of a list's virtual servers, and takes it.
 func (p *places) of(s *dataplane.Service, l list) netip.AddrPort {
 	owner := placeOf(s, l)
+	if s.Key.Kind == dataplane.NodePort {
+		return owner.first
+	}
 	if addr, ok := p.second[owner]; ok {
 		return addr
 	}

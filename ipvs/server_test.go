@@ -141,39 +141,56 @@ func TestVirtualServersOfExternalAddresses(t *testing.T) {
 	}
 }
 
+// A node port keeps its address when another Service gets it, even in the same call,
+// so that a restart finds it there.
+func TestPlacesOfNodePortsAreTheirOwn(t *testing.T) {
+	t.Parallel()
+	p := newPlaces()
+	old := service(t, dataplane.NodePort, "old", "0.0.0.0:30080/TCP", dataplane.Treatment{})
+	renamed := service(t, dataplane.NodePort, "renamed", "0.0.0.0:30080/TCP", dataplane.Treatment{})
+	moved := service(t, dataplane.NodePort, "old", "0.0.0.0:30081/TCP", dataplane.Treatment{})
+	for range 2 {
+		for _, tt := range []struct {
+			*dataplane.Service
+			want string
+		}{{old, "250.29.0.1:30080"}, {renamed, "250.29.0.1:30080"}, {moved, "250.29.0.1:30081"}} {
+			if got := p.of(tt.Service, clusterList); got.String() != tt.want {
+				t.Errorf("%s is at %s, want %s", tt.Key, got, tt.want)
+			}
+		}
+		p.release(old, moved)
+	}
+}
+
 // No two lists have the same address, whoever comes first, and those who go leave
 // theirs to others.
 func TestPlacesAreOfOneListEach(t *testing.T) {
 	t.Parallel()
 	p := newPlaces()
-	first := service(t, dataplane.NodePort, "first", "0.0.0.0:30080/TCP", dataplane.Treatment{})
-	second := service(t, dataplane.NodePort, "second", "0.0.0.0:30080/TCP", dataplane.Treatment{})
-	last := service(t, dataplane.NodePort, "last", "0.0.0.0:65535/TCP", dataplane.Treatment{})
-	after := service(t, dataplane.NodePort, "after", "0.0.0.0:65535/TCP", dataplane.Treatment{})
-	a := p.of(first, clusterList)
-	for _, tt := range []struct {
-		*dataplane.Service
-		want string
-	}{{first, "250.29.0.1:30080"}, {second, "250.29.0.1:30081"}, {second, "250.29.0.1:30081"}, {last, "250.29.0.1:65535"}, {after, "250.29.0.1:1"}} {
-		if got := p.of(tt.Service, clusterList); got.String() != tt.want {
-			t.Errorf("%s is at %s, want %s", tt.Key, got, tt.want)
-		}
+	s := service(t, dataplane.ExternalIP, "web", "192.0.2.1:80/TCP", dataplane.Treatment{})
+	first := firstPlace(s, clusterList)
+	other := place{key: dataplane.Key{Name: "other"}, first: first}
+	p.used[first] = other
+	next := p.of(s, clusterList)
+	if next.Addr() != first.Addr() || next == first {
+		t.Errorf("it is at %s, want the next to %s", next, first)
 	}
-	p.release(first, nil)
-	if got := p.of(second, clusterList); got.String() != "250.29.0.1:30081" {
-		t.Errorf("the second has moved to %s", got)
+	delete(p.used, first)
+	if got := p.of(s, clusterList); got != next {
+		t.Errorf("it has moved to %s when the other went", got)
 	}
-	third := service(t, dataplane.NodePort, "third", "0.0.0.0:30080/TCP", dataplane.Treatment{})
-	if got := p.of(third, clusterList); got != a {
-		t.Errorf("the third is at %s, want the first's %s", got, a)
+	p.release(s, nil)
+	if got := p.of(s, clusterList); got != first {
+		t.Errorf("when it comes back it is at %s, want %s", got, first)
 	}
-	moved := service(t, dataplane.NodePort, "third", "0.0.0.0:30090/TCP", dataplane.Treatment{})
-	if got := p.of(moved, clusterList); got.Port() != 30090 {
-		t.Errorf("with another node port it is at %s", got)
+	changed := service(t, dataplane.ExternalIP, "web", "192.0.2.2:80/TCP", dataplane.Treatment{})
+	p.release(s, changed)
+	if got := p.of(changed, clusterList); got != first {
+		t.Errorf("at another frontend it is at %s, want %s", got, first)
 	}
-	p.release(third, moved)
-	if len(p.used) != 4 {
-		t.Errorf("%d addresses are in use, want those of 4 Services: %v", len(p.used), p.used)
+	p.release(changed, nil)
+	if len(p.used) != 0 || len(p.second) != 0 {
+		t.Errorf("addresses are left: %v %v", p.used, p.second)
 	}
 }
 

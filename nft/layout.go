@@ -28,6 +28,8 @@ type table struct {
 	addrLen int
 	// virtual says that connections go to virtual servers, which a Translator names.
 	virtual bool
+	// virtualNetworks are where virtual servers are that nobody else is to reach.
+	virtualNetworks []netip.Prefix
 
 	services        *nftables.Set
 	external        *nftables.Set
@@ -299,7 +301,7 @@ func (t *table) chains(node dataplane.Node, rangeBits []int) []chain {
 	}
 	chains = append(chains, t.masquerade(node)...)
 	chains = append(chains, t.masquerading(), t.localhost(node), t.invalid(node))
-	dispatch, postDNAT := t.dispatch(), t.unmark()
+	dispatch, postDNAT := append(t.toVirtualNetworks(), t.dispatch()...), t.unmark()
 	if node.PingServiceIPs {
 		chains = append(chains, t.ping(node)...)
 		dispatch = append(dispatch, t.pings())

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"time"
 
 	"fairlead/dataplane"
@@ -29,6 +30,10 @@ type Options struct {
 	Table string
 	// Translator picks the endpoints. Nil: the tables themselves do, at random.
 	Translator Translator
+	// VirtualNetworks are where the Translator's virtual servers are that are not at
+	// a frontend's own address. Connections get there by way of a frontend only: those
+	// of clients that know the address are dropped.
+	VirtualNetworks []netip.Prefix
 }
 
 func (o Options) tableName() string { return cmp.Or(o.Table, TableName) }
@@ -38,6 +43,7 @@ func (o Options) tables() [2]*table {
 	tables := [2]*table{newTable(dataplane.IPv4), newTable(dataplane.IPv6)}
 	for _, t := range tables {
 		t.nf.Name, t.virtual = o.tableName(), o.Translator != nil
+		t.virtualNetworks = t.networksOf(o.VirtualNetworks)
 	}
 	return tables
 }

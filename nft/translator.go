@@ -116,6 +116,24 @@ func portsOf(s *dataplane.Service) []uint16 {
 	return slices.Compact(ports)
 }
 
+// toVirtualNetworks are rules for connections to where virtual servers are, before
+// others are translated to these: they would go round source ranges, policies and
+// masquerading.
+func (t *table) toVirtualNetworks() []rule {
+	var rules []rule
+	for _, p := range t.virtualNetworks {
+		mask, none := make([]byte, t.addrLen), make([]byte, t.addrLen)
+		setBits(mask, p.Bits())
+		rules = append(rules, rule{exprs: []expr.Any{
+			t.daddr(0),
+			&expr.Bitwise{SourceRegister: reg(0), DestRegister: reg(0), Len: uint32(t.addrLen), Mask: mask, Xor: none},
+			&expr.Cmp{Op: expr.CmpOpEq, Register: reg(0), Data: p.Addr().AsSlice()},
+			drop(),
+		}})
+	}
+	return rules
+}
+
 // toOwnClusterIP is the rule for connections to cluster IPs that the node may take for
 // itself, although no interface has the address, as a translator's routes make it.
 // They do not come by forward, and in input they could not be rejected: for a packet

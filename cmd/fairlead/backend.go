@@ -105,7 +105,7 @@ func (m mode) setUp(ctx context.Context, log *slog.Logger, settings ipvs.Options
 		return nil
 	}
 	settings.Logger = log.With("backend", string(m))
-	if err := ipvs.SetUp(settings); err != nil { //nolint:contextcheck // it takes no time to speak of
+	if err := ipvs.SetUp(settings); err != nil {
 		return fmt.Errorf("--mode=%s: %w", m, err)
 	}
 	log.InfoContext(ctx, "the kernel is set up", "reason", "--init-only", "mode", string(m))

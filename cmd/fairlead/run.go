@@ -83,7 +83,7 @@ func runProgram(ctx context.Context, flags given, stderr io.Writer, setClientLog
 	if c.initOnly {
 		return c.mode.setUp(ctx, log, c.ipvs)
 	}
-	p, err := c.build(log) //nolint:contextcheck // the backend is there until it is closed
+	p, err := c.build(log)
 	if err != nil {
 		return err
 	}

@@ -152,7 +152,7 @@ func (o options) run(ctx context.Context, out io.Writer) (err error) {
 	if err := o.check(); err != nil {
 		return err
 	}
-	if err := o.supported(); err != nil { //nolint:contextcheck // the backend is opened and closed
+	if err := o.supported(); err != nil {
 		return err
 	}
 	lock, err := removeLeftovers(ctx, o.name, o.keep)

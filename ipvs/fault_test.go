@@ -1,0 +1,198 @@
+package ipvs
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"fairlead/dataplane"
+
+	"golang.org/x/sys/unix"
+)
+
+// all returns a sequence of Services, as Replace takes it.
+func all(services ...*dataplane.Service) func(func(*dataplane.Service) bool) {
+	return slices.Values(services)
+}
+
+// failing makes the first n of what is asked with this beginning fail.
+func (f *fake) failing(n int, beginning string) {
+	f.wild = true
+	f.fault = func(what string) error {
+		if n > 0 && strings.HasPrefix(what, beginning) {
+			n--
+			return unix.ENOMEM
+		}
+		return nil
+	}
+}
+
+func expectFailed(t *testing.T, err error, keys ...dataplane.Key) {
+	t.Helper()
+	var keyed *dataplane.Error
+	if !errors.As(err, &keyed) || len(keyed.Failed) != len(keys) {
+		t.Fatalf("error %v, want one for %v", err, keys)
+	}
+	for _, k := range keys {
+		if keyed.Failed[k] == nil {
+			t.Errorf("error %v, want one for %s", err, k)
+		}
+	}
+}
+
+// An address that could not be bound is missing for the next port of it as well,
+// and there is no virtual server that a restart would not tell for ours.
+func TestAddressesThatAreNotBound(t *testing.T) {
+	t.Parallel()
+	d, f := inMemory(t)
+	one := service(t, dataplane.ClusterIP, "one", "10.96.0.1:80/TCP", dataplane.Treatment{Endpoints: to("10.0.0.1:80")})
+	two := service(t, dataplane.ClusterIP, "two", "10.96.0.1:81/TCP", dataplane.Treatment{Endpoints: to("10.0.0.1:80")})
+	if err := d.Replace(t.Context(), dataplane.Node{}, all(), nil); err != nil {
+		t.Fatal(err)
+	}
+	f.failing(2, "bind")
+	expectFailed(t, d.Apply(t.Context(), []dataplane.Change{{New: one}}), one.Key)
+	expectFailed(t, d.Apply(t.Context(), []dataplane.Change{{New: two}}), two.Key)
+	if len(f.held) > 0 {
+		t.Errorf("virtual servers %v at an address that is not bound", f.held)
+	}
+	if err := d.Replace(t.Context(), dataplane.Node{}, all(one, two), nil); err != nil {
+		t.Fatal(err)
+	}
+	f.expect("at last", map[dataplane.Key]*dataplane.Service{one.Key: one, two.Key: two}, nil)
+}
+
+// What could not be removed is no matter of a Service that is wanted, and still an
+// error: the next Replace tries again, and finds it by its address.
+func TestRemovalsThatFail(t *testing.T) {
+	t.Parallel()
+	for _, what := range []string{"delete", "bind"} {
+		d, f := inMemory(t)
+		s := service(t, dataplane.ClusterIP, "web", "10.96.0.1:80/TCP", dataplane.Treatment{Endpoints: to("10.0.0.1:80")})
+		if err := d.Replace(t.Context(), dataplane.Node{}, all(s), nil); err != nil {
+			t.Fatal(err)
+		}
+		f.failing(1, what)
+		var keyed *dataplane.Error
+		if err := d.Replace(t.Context(), dataplane.Node{}, all(), nil); err == nil || errors.As(err, &keyed) {
+			t.Errorf("error %v, want one that is about no Service", err)
+		}
+		d = f.start()
+		if err := d.Replace(t.Context(), dataplane.Node{}, all(), nil); err != nil {
+			t.Error(err)
+		}
+		f.expect("after a restart", nil, nil)
+	}
+}
+
+// A new Service that could not be programmed is dropped by the rules, as its address
+// may be bound: programs of the node are not to be reached there.
+func TestServicesThatFailAreGuarded(t *testing.T) {
+	t.Parallel()
+	d, f := inMemory(t)
+	s := service(t, dataplane.ClusterIP, "web", "10.96.0.1:80/TCP", dataplane.Treatment{Endpoints: to("10.0.0.1:80")})
+	if err := d.Replace(t.Context(), dataplane.Node{}, all(), nil); err != nil {
+		t.Fatal(err)
+	}
+	f.failing(1, "add the virtual server")
+	expectFailed(t, d.Apply(t.Context(), []dataplane.Change{{New: s}}), s.Key)
+	rule := f.open[s.Frontends[0]]
+	if rule.Service == nil || rule.NoEndpoints != dataplane.Drop || len(rule.Endpoints) > 0 {
+		t.Errorf("the rules have %v, want that connections are dropped", rule.Service)
+	}
+}
+
+// A scheduler whose module is not loaded yet is loaded, and the Service complete.
+func TestSchedulersAreLoaded(t *testing.T) {
+	t.Parallel()
+	d, f := inMemory(t)
+	s := service(t, dataplane.ClusterIP, "web", "10.96.0.1:80/TCP",
+		dataplane.Treatment{Endpoints: to("10.0.0.1:80", "10.0.0.2:80"), Scheduler: "wlc"})
+	if err := d.Replace(t.Context(), dataplane.Node{}, all(), nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Apply(t.Context(), []dataplane.Change{{New: s}}); err != nil {
+		t.Error(err)
+	}
+	f.expect("with another scheduler", map[dataplane.Key]*dataplane.Service{s.Key: s}, nil)
+	if !slices.Equal(f.loaded, []string{"ip_vs_wlc"}) {
+		t.Errorf("loaded %v, want the scheduler's module once", f.loaded)
+	}
+}
+
+// A Replace does not give endpoints that have left more time.
+func TestReplaceDoesNotProlongDrains(t *testing.T) {
+	t.Parallel()
+	d, _ := inMemory(t)
+	web := func(endpoints ...string) *dataplane.Service {
+		return service(t, dataplane.ClusterIP, "web", "10.96.0.1:80/TCP", dataplane.Treatment{Endpoints: to(endpoints...)})
+	}
+	old, now := web("10.0.0.1:80", "10.0.0.2:80"), web("10.0.0.1:80")
+	if err := d.Replace(t.Context(), dataplane.Node{}, all(old), nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Apply(t.Context(), []dataplane.Change{{Old: old, New: now}}); err != nil {
+		t.Fatal(err)
+	}
+	until := func() time.Time {
+		return d.draining[server{dataplane.TCP, netip.MustParseAddrPort("10.96.0.1:80")}][netip.MustParseAddrPort("10.0.0.2:80")]
+	}
+	before := until()
+	if err := d.Replace(t.Context(), dataplane.Node{}, all(now), nil); err != nil {
+		t.Fatal(err)
+	}
+	if before.IsZero() || !until().Equal(before) {
+		t.Errorf("it may drain until %v, before the Replace until %v", until(), before)
+	}
+}
+
+// A change takes as many requests as it is large, however many Services there are.
+func TestCostFollowsTheChange(t *testing.T) {
+	t.Parallel()
+	web := func(i int, endpoints ...string) *dataplane.Service {
+		return service(t, dataplane.ClusterIP, fmt.Sprintf("web-%d", i), fmt.Sprintf("10.96.%d.%d:80/TCP", i/256, i%256),
+			dataplane.Treatment{Endpoints: to(endpoints...)})
+	}
+	for _, services := range []int{10, 2_000} {
+		d, f := inMemory(t)
+		f.wild = true // to check the order takes long
+		var held []*dataplane.Service
+		for i := range services {
+			held = append(held, web(i, "10.0.0.1:80", "10.0.0.2:80"))
+		}
+		if err := d.Replace(t.Context(), dataplane.Node{}, all(held...), nil); err != nil {
+			t.Fatal(err)
+		}
+		more, fewer, gone := web(3, "10.0.0.1:80", "10.0.0.2:80", "10.0.0.3:80"), web(3, "10.0.0.1:80"), web(3)
+		for _, tt := range []struct {
+			name     string
+			old, new *dataplane.Service
+			requests int
+		}{
+			{"an endpoint comes", held[3], more, 1},
+			{"two leave", more, fewer, 2},
+			{"one comes back", fewer, held[3], 1},
+			{"all leave", held[3], gone, 2},
+			{"the Service goes", gone, nil, 1},
+			{"it comes", nil, held[3], 3},
+			{"nothing changes", held[3], held[3], 0},
+		} {
+			f.asked, f.read = nil, 0
+			if err := d.Apply(t.Context(), []dataplane.Change{{Old: tt.old, New: tt.new}}); err != nil {
+				t.Fatal(err)
+			}
+			if len(f.asked) != tt.requests || f.read > 0 {
+				t.Errorf("%d Services, %s: %d requests %v and %d lists read, want %d and none", services, tt.name, len(f.asked), f.asked, f.read, tt.requests)
+			}
+			for _, r := range f.asked {
+				if want := netip.MustParseAddrPort("10.96.0.3:80"); r.addr != want {
+					t.Errorf("%d Services, %s: %s, want requests about %s alone", services, tt.name, r, want)
+				}
+			}
+		}
+	}
+}
