@@ -38,7 +38,7 @@ func open(t testing.TB, netns int) dataplane.Dataplane {
 }
 
 func TestBehaviour(t *testing.T) {
-	dataplanetest.Run(t, open, dataplanetest.Limits{AffinityLingers: true})
+	dataplanetest.Run(t, open, dataplanetest.Limits{AffinityLingers: true, AmbiguousPorts: true})
 }
 
 // world is a network whose node has a Dataplane, and others who use IPVS beside it:

@@ -22,7 +22,7 @@ type chosen struct {
 func (s suite) affinity(t *testing.T) {
 	t.Parallel()
 	const timeout, long = 4 * time.Second, 3 * time.Hour
-	w := newWorld(t, s.open, 4)
+	w := newWorld(t, s, 4)
 	node := w.net.Node
 	w.node.NodePortAddrs = node.Addrs()
 	clients := []*nettest.Host{w.client, w.pods[0], node, w.net.Outside}
@@ -223,7 +223,7 @@ func (s suite) affinity(t *testing.T) {
 func (s suite) manyClients(t *testing.T) {
 	t.Parallel()
 	const number = 1500
-	w := newWorld(t, s.open, 4)
+	w := newWorld(t, s, 4)
 	networks := map[dataplane.Family]netip.Prefix{
 		dataplane.IPv4: netip.MustParsePrefix("100.64.0.0/16"), dataplane.IPv6: netip.MustParsePrefix("2001:db8:64::/64"),
 	}
@@ -288,7 +288,7 @@ func (s suite) manyClients(t *testing.T) {
 func (s suite) atOnce(t *testing.T) {
 	t.Parallel()
 	const clients, connections = 150, 6
-	w := newWorld(t, s.open, 4)
+	w := newWorld(t, s, 4)
 	networks := map[dataplane.Family]netip.Prefix{
 		dataplane.IPv4: netip.MustParsePrefix("100.64.0.0/16"), dataplane.IPv6: netip.MustParsePrefix("2001:db8:64::/64"),
 	}

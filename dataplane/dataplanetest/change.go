@@ -11,7 +11,7 @@ import (
 
 func (s suite) changes(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, s.open, 5)
+	w := newWorld(t, s, 5)
 	w.replace()
 	// One Service through a life; the tests follow each other.
 	for _, tt := range []struct {
@@ -76,7 +76,7 @@ func (s suite) changes(t *testing.T) {
 
 func (s suite) sharedPods(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, s.open, 3)
+	w := newWorld(t, s, 3)
 	w.replace()
 	check := func(t *testing.T, first, second []int) {
 		t.Helper()
@@ -107,7 +107,7 @@ func (s suite) sharedPods(t *testing.T) {
 
 func (s suite) frontendsMove(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, s.open, 3)
+	w := newWorld(t, s, 3)
 	w.replace()
 	type layout struct{ a, b, c []byte } // the addresses of three Services
 	// Service a has pod 0, b pods 0 and 1, c all three.
@@ -158,7 +158,7 @@ func (s suite) frontendsMove(t *testing.T) {
 
 func (s suite) survive(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, s.open, 3)
+	w := newWorld(t, s, 3)
 	var services []*dataplane.Service
 	for _, family := range families() {
 		services = append(services,

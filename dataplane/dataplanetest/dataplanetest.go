@@ -16,13 +16,16 @@ import (
 // and may open several in one namespace, one after the other or at a time.
 type Opener func(t testing.TB, netns int) dataplane.Dataplane
 
-// Limits are what a backend cannot do for want of the kernel's doing it. Each is a
-// behaviour as well, which the suite checks in the place of the other.
+// Limits are what a backend cannot do for want of the kernel's doing it.
 type Limits struct {
 	// AffinityLingers says that a client's endpoint is remembered, whatever the
 	// timeout, for as long as the kernel remembers one of the client's connections,
-	// which for TCP is some minutes.
+	// which for TCP is some minutes. The suite checks that instead.
 	AffinityLingers bool
+	// AmbiguousPorts says that a client who uses one source port for connections to
+	// two Services loses the first if both are at one endpoint. The suite's clients
+	// use none twice.
+	AmbiguousPorts bool
 }
 
 // Run runs the suite. Each test has a network of its own, and most run in

@@ -11,7 +11,7 @@ import (
 
 func (s suite) externalLocal(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, s.open, 3)
+	w := newWorld(t, s, 3)
 	node, outside := w.net.Node, w.net.Outside
 	w.node.NodePortAddrs = node.Addrs()
 	frontends := func(family dataplane.Family) map[dataplane.Kind]netip.AddrPort {

@@ -17,7 +17,7 @@ import (
 // endpoint sees that it is in order, and gives the connection up.
 func (s suite) invalid(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, s.open, 2)
+	w := newWorld(t, s, 2)
 	node, outside := w.net.Node, w.net.Outside
 	w.node.NodePortAddrs = node.Addrs()
 	node.ServeT(t, nettest.TCP, 8443)
@@ -144,7 +144,7 @@ func (w *world) inject(t *testing.T, wires map[netip.Addr]*nettest.Wire, from *n
 // of any more, as after a restart. Its port is one that endpoints have.
 func (s suite) lostConnections(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, s.open, 1)
+	w := newWorld(t, s, 1)
 	node, outside := w.net.Node, w.net.Outside
 	w.node.PodCIDRs = w.net.PodCIDRs
 	var services []*dataplane.Service
@@ -185,7 +185,7 @@ func (s suite) lostConnections(t *testing.T) {
 // ports are ones that endpoints have.
 func (s suite) oneDirection(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, s.open, 3)
+	w := newWorld(t, s, 3)
 	outside := w.net.Outside
 	outside.ServeT(t, nettest.TCP, port)
 	server, other := w.pods[0], w.pods[1]

@@ -96,7 +96,7 @@ func (w *world) loadServices(pods ...int) []*dataplane.Service {
 // the rest of its connection alone too, however often the client tries again.
 func (s suite) flapUnderLoad(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, s.open, 5)
+	w := newWorld(t, s, 5)
 	w.node.NodePortAddrs = w.net.Node.Addrs()
 	w.replace(w.loadServices(0, 2)...)
 	w.underLoad(t, w.loadServices(0, 1, 2, 3, 4), func() {
@@ -117,7 +117,7 @@ func (s suite) flapUnderLoad(t *testing.T) {
 
 func (s suite) restartUnderLoad(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, s.open, 3)
+	w := newWorld(t, s, 3)
 	w.node.NodePortAddrs = w.net.Node.Addrs()
 	services := w.loadServices(0, 1, 2)
 	w.replace(services...)

@@ -19,7 +19,7 @@ func loopbacks(family dataplane.Family) []netip.Addr {
 // localhost has the node itself serve all the ports at loopback addresses.
 func (s suite) localhost(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, s.open, 2)
+	w := newWorld(t, s, 2)
 	node := w.net.Node
 	const served, empty, dropping, other = 30080, 30081, 30082, 30083
 	w.node.NodePortAddrs = node.Addrs()

@@ -33,7 +33,7 @@ func expectHost(t *testing.T, from *nettest.Host, protocol dataplane.Protocol, a
 // port's ends there.
 func (s suite) nodePorts(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, s.open, 3)
+	w := newWorld(t, s, 3)
 	node, clients := w.net.Node, []*nettest.Host{w.client, w.pods[0], w.net.Node, w.net.Outside}
 	second := map[dataplane.Family]netip.Addr{
 		dataplane.IPv4: netip.MustParseAddr("198.51.100.1"), dataplane.IPv6: netip.MustParseAddr("2001:db8:51::1"),

@@ -94,7 +94,7 @@ func (w *world) pingable(pods ...int) []*dataplane.Service {
 // does not have them: a ping that the node does not answer, nobody does.
 func (s suite) pings(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, s.open, 1)
+	w := newWorld(t, s, 1)
 	node, outside := w.net.Node, w.net.Outside
 	w.node.Addrs = node.Addrs()
 	for _, family := range families() {

@@ -13,7 +13,7 @@ import (
 // of them at the end, whether they were in the kernel already or not.
 func (s suite) progress(t *testing.T) {
 	t.Parallel()
-	w := newBareWorld(t, s.open)
+	w := newBareWorld(t, s)
 	var services []*dataplane.Service
 	for i := range 30 {
 		for _, family := range families() {

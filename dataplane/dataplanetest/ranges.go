@@ -12,7 +12,7 @@ import (
 
 func (s suite) sourceRanges(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, s.open, 1)
+	w := newWorld(t, s, 1)
 	node, outside := w.net.Node, w.net.Outside
 	w.node.Addrs, w.node.NodePortAddrs = node.Addrs(), node.Addrs()
 	prefixes := func(texts ...string) []netip.Prefix {

@@ -12,7 +12,7 @@ import (
 
 func (s suite) reach(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, s.open, 3)
+	w := newWorld(t, s, 3)
 	var services []*dataplane.Service
 	for _, family := range families() {
 		for _, p := range protocols() {
@@ -34,7 +34,7 @@ func (s suite) reach(t *testing.T) {
 
 func (s suite) even(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, s.open, 3)
+	w := newWorld(t, s, 3)
 	var services []*dataplane.Service
 	for _, family := range families() {
 		services = append(services, w.service("web", dataplane.TCP, []netip.AddrPort{vip(family, 1, 80)}, w.endpoints(family, 0, 1, 2)))
@@ -65,7 +65,7 @@ func (s suite) even(t *testing.T) {
 
 func (s suite) masquerade(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, s.open, 1)
+	w := newWorld(t, s, 1)
 	var services []*dataplane.Service
 	for _, family := range families() {
 		for _, p := range protocols() {
@@ -129,7 +129,7 @@ func (s suite) masquerade(t *testing.T) {
 
 func (s suite) noEndpoints(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, s.open, 1)
+	w := newWorld(t, s, 1)
 	services := func(pods ...int) []*dataplane.Service {
 		var services []*dataplane.Service
 		for _, family := range families() {
@@ -164,7 +164,7 @@ func (s suite) noEndpoints(t *testing.T) {
 
 func (s suite) hairpin(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, s.open, 3)
+	w := newWorld(t, s, 3)
 	var services []*dataplane.Service
 	for _, family := range families() {
 		for _, p := range protocols() {
@@ -217,7 +217,7 @@ func (s suite) hairpin(t *testing.T) {
 // not take for a frontend's ends there.
 func (s suite) others(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, s.open, 2)
+	w := newWorld(t, s, 2)
 	outside := w.net.Outside
 	var services []*dataplane.Service
 	for _, family := range families() {
@@ -288,7 +288,7 @@ func (s suite) others(t *testing.T) {
 // above 1,023.
 func (s suite) manyEndpoints(t *testing.T) {
 	const pods, endpoints, connections = 4, 1000, 300
-	w := newWorld(t, s.open, pods)
+	w := newWorld(t, s, pods)
 	ports := make([]uint16, 0, endpoints/pods)
 	for i := range uint16(endpoints / pods) {
 		ports = append(ports, 10_000+i)
@@ -335,7 +335,7 @@ func (s suite) manyEndpoints(t *testing.T) {
 
 func (s suite) longNames(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, s.open, 2)
+	w := newWorld(t, s, 2)
 	long := func(n int) string { return fmt.Sprintf("%0*d", n, 7) }
 	key := dataplane.Key{Namespace: "n" + long(62), Name: "s" + long(62), Port: "p" + long(14)}
 	w.replace()

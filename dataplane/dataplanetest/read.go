@@ -194,7 +194,7 @@ func (g generator) changes() []dataplane.Change {
 // The world checks what the kernel holds after each call.
 func (s suite) read(t *testing.T) {
 	t.Parallel()
-	w := newBareWorld(t, s.open)
+	w := newBareWorld(t, s)
 	seed := rand.Uint64() //nolint:gosec // no secret
 	t.Logf("seed %d", seed)
 	g := generator{w: w, rnd: rand.New(rand.NewPCG(seed, 0))} //nolint:gosec // no secret
@@ -254,7 +254,7 @@ func expectDrift(t *testing.T, drift <-chan struct{}, want bool, after string) {
 // that nothing was written.
 func (s suite) equalReplace(t *testing.T) {
 	t.Parallel()
-	w := newBareWorld(t, s.open)
+	w := newBareWorld(t, s)
 	seed := rand.Uint64() //nolint:gosec // no secret
 	t.Logf("seed %d", seed)
 	g := generator{w: w, rnd: rand.New(rand.NewPCG(seed, 0))} //nolint:gosec // no secret
@@ -276,7 +276,7 @@ func (s suite) equalReplace(t *testing.T) {
 
 func (s suite) drift(t *testing.T) {
 	t.Parallel()
-	w := newBareWorld(t, s.open)
+	w := newBareWorld(t, s)
 	addrs := func(n byte) []netip.AddrPort { return []netip.AddrPort{vip(dataplane.IPv4, n, 80)} }
 	w.replace(w.service("web", dataplane.TCP, addrs(1), addrs(2)))
 	another := w.openAnother()

@@ -14,7 +14,7 @@ import (
 // sides, and to other addresses of Services, which are the outside host's.
 func (s suite) otherProtocols(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, s.open, 1)
+	w := newWorld(t, s, 1)
 	const used, empty, external, unused = 1, 2, 3, 200
 	var services []*dataplane.Service
 	for _, family := range families() {

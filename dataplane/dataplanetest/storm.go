@@ -54,7 +54,7 @@ func (s suite) storm(t *testing.T) {
 		connections = 5_000
 	}
 	const pods = 6
-	w := newWorld(t, s.open, pods)
+	w := newWorld(t, s, pods)
 	st := &storm{world: w, t: t, left: connections}
 	for i := range pods {
 		for _, family := range families() {

@@ -61,7 +61,7 @@ func forEach(build func(family dataplane.Family, p dataplane.Protocol) *dataplan
 
 func (s suite) drop(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, s.open, 1)
+	w := newWorld(t, s, 1)
 	clients := []*nettest.Host{w.client, w.pods[0], w.net.Node, w.net.Outside}
 	put := func(verdict dataplane.Verdict, pods ...int) {
 		t.Helper()
@@ -109,7 +109,7 @@ func (s suite) drop(t *testing.T) {
 // it is not masqueraded: its own address would not show whether it is.
 func (s suite) masqueradeWhom(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, s.open, 1)
+	w := newWorld(t, s, 1)
 	kinds := []dataplane.Masquerade{dataplane.MasqueradeForeign, dataplane.MasqueradeAlways, dataplane.MasqueradeNode}
 	for _, family := range families() {
 		for _, m := range kinds {
@@ -178,7 +178,7 @@ func (s suite) masqueradeWhom(t *testing.T) {
 // the node lets pass ends there.
 func (s suite) undeclared(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, s.open, 1)
+	w := newWorld(t, s, 1)
 	const unused, used, empty, shared = 10, 1, 2, 3
 	for _, family := range families() {
 		for _, n := range []byte{used, empty, shared, unused} {

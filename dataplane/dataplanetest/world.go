@@ -63,11 +63,14 @@ type world struct {
 }
 
 // newBareWorld makes a world without pods, for tests that send no packets.
-func newBareWorld(t *testing.T, open Opener) *world {
+func newBareWorld(t *testing.T, s suite) *world {
 	t.Helper()
-	w := &world{t: t, open: open, net: nettest.NewT(t, nettest.Options{}), held: map[dataplane.Key]*dataplane.Service{}}
+	w := &world{
+		t: t, open: s.open, net: nettest.NewT(t, nettest.Options{UniquePorts: s.limits.AmbiguousPorts}),
+		held: map[dataplane.Key]*dataplane.Service{},
+	}
 	w.node.PodCIDRs = w.net.PodCIDRs
-	w.dp = open(t, w.net.Node.Fd())
+	w.dp = s.open(t, w.net.Node.Fd())
 	t.Cleanup(func() {
 		if err := w.dp.Close(); err != nil {
 			t.Errorf("close the Dataplane: %v", err)
@@ -77,9 +80,9 @@ func newBareWorld(t *testing.T, open Opener) *world {
 }
 
 // newWorld makes a world with a client, a number of pods, and no Services.
-func newWorld(t *testing.T, open Opener, pods int) *world {
+func newWorld(t *testing.T, s suite, pods int) *world {
 	t.Helper()
-	w := newBareWorld(t, open)
+	w := newBareWorld(t, s)
 	w.client = w.net.PodT(t, "client")
 	for i := range pods {
 		pod := w.net.PodT(t, fmt.Sprintf("pod-%d", i))

@@ -30,6 +30,10 @@ type Options struct {
 	// PodCIDRs are where pods get addresses from, one network a family. Unset
 	// they are 10.244.0.0/16 and fd00:10:244::/64.
 	PodCIDRs []netip.Prefix
+	// UniquePorts makes clients of TCP use no source port again for long, as those
+	// of UDP and SCTP do anyway. Without it the kernel chooses, which takes the
+	// same port for connections to different addresses.
+	UniquePorts bool
 }
 
 // Network is a node, its pods, and a host outside of the pod network. Its
@@ -46,7 +50,8 @@ type Network struct {
 	// PodCIDRs hold the addresses of pods, both families.
 	PodCIDRs []netip.Prefix
 
-	name string
+	name        string
+	uniquePorts bool
 
 	mu    sync.Mutex
 	links int          // pods ever added: names and numbers their links
@@ -83,7 +88,7 @@ func gateways() []netip.Addr {
 
 // New makes a network without pods. The caller closes it.
 func New(options Options) (*Network, error) {
-	n := &Network{name: options.Name, PodCIDRs: options.PodCIDRs, pods: map[string]*Host{}}
+	n := &Network{name: options.Name, uniquePorts: options.UniquePorts, PodCIDRs: options.PodCIDRs, pods: map[string]*Host{}}
 	if len(n.PodCIDRs) == 0 {
 		n.PodCIDRs = []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16"), netip.MustParsePrefix("fd00:10:244::/64")}
 	}

@@ -263,8 +263,8 @@ func (h *Host) Open(ctx context.Context, network string, addr netip.AddrPort) (*
 	switch network {
 	case TCP, UDP:
 		dial := h.Dial
-		if network == UDP {
-			dial = h.dialUDP
+		if network == UDP || h.network.uniquePorts {
+			dial = h.dialFromPort
 		}
 		conn, err := dial(ctx, network, addr)
 		if err != nil {
@@ -290,12 +290,17 @@ func (h *Host) sourcePort() uint16 {
 	return uint16(first + h.lastPort.Add(1)%ports) //nolint:gosec // fits
 }
 
-func (h *Host) dialUDP(ctx context.Context, network string, addr netip.AddrPort) (net.Conn, error) {
+// dialFromPort connects from a source port that was not used lately.
+func (h *Host) dialFromPort(ctx context.Context, network string, addr netip.AddrPort) (net.Conn, error) {
 	const tries = 100
 	var c net.Conn
 	err := h.Do(func() (err error) {
 		for range tries {
 			dialer := net.Dialer{LocalAddr: &net.UDPAddr{Port: int(h.sourcePort())}}
+			if network == TCP {
+				dialer.LocalAddr = &net.TCPAddr{Port: int(h.sourcePort())}
+				dialer.SetMultipathTCP(false)
+			}
 			c, err = dialer.DialContext(ctx, network, addr.String())
 			if !errors.Is(err, syscall.EADDRINUSE) {
 				return err
