@@ -65,8 +65,8 @@
 // stick to it, and keeps those that it has. It is deleted when the kernel counts none
 // any more, which for a closed connection of TCP is after two minutes, or after
 // [Options.DrainLimit]; one of UDP a moment after it serves no more, and its flows
-// move to another. An endpoint that comes back meanwhile gets weight 1. The weight is in the kernel, so
-// that all of this goes on after a restart.
+// move to another. An endpoint that comes back meanwhile gets weight 1. The weight is
+// in the kernel, so that all of this goes on after a restart.
 //
 // # Many requests at once
 //

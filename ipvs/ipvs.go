@@ -138,7 +138,8 @@ type (
 )
 
 // Open connects to the kernel, loading the modules that it needs, and starts to
-// watch for drift. It changes nothing else.
+// watch for drift. It makes the interface [LinkName] if there is none, to see that
+// the kernel can, and changes nothing else.
 //
 // The error wraps [ErrNotSupported] on a kernel without IPVS or dummy interfaces,
 // and os.ErrPermission where the process lacks CAP_NET_ADMIN.
