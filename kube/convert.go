@@ -6,7 +6,6 @@ import (
 	"slices"
 
 	corev1 "k8s.io/api/core/v1"
-	discoveryv1 "k8s.io/api/discovery/v1"
 	"k8s.io/apimachinery/pkg/types"
 
 	"fairlead/dataplane"
@@ -53,7 +52,7 @@ type wanted struct {
 
 // convert returns what the Service asks for, given all slices that belong to it
 // and the schedulers that there are.
-func convert(svc *corev1.Service, endpointSlices []*discoveryv1.EndpointSlice, here location, schedulers []string) demand {
+func convert(svc *corev1.Service, endpointSlices []*endpointSlice, here location, schedulers []string) demand {
 	if !served(svc) {
 		return demand{}
 	}
@@ -90,18 +89,6 @@ func served(svc *corev1.Service) bool {
 	return !other
 }
 
-// serviceOf returns the name of the Service that the slice belongs to. It
-// reports false for a slice that belongs to none, or to a headless one, which
-// needs no proxy.
-func serviceOf(slice *discoveryv1.EndpointSlice) (types.NamespacedName, bool) {
-	name := slice.Labels[discoveryv1.LabelServiceName]
-	_, headless := slice.Labels[corev1.IsHeadlessService]
-	if name == "" || headless {
-		return types.NamespacedName{}, false
-	}
-	return types.NamespacedName{Namespace: slice.Namespace, Name: name}, true
-}
-
 // conversion is one call of convert.
 type conversion struct {
 	service    *corev1.Service
@@ -114,15 +101,11 @@ type conversion struct {
 }
 
 func (c *conversion) problem(field, format string, args ...any) {
-	c.sliceProblem("", field, format, args...)
+	c.problems = append(c.problems, c.newProblem(field, format, args...))
 }
 
-func (c *conversion) sliceProblem(slice, field, format string, args ...any) {
-	c.problems = append(c.problems, c.newProblem(slice, field, format, args...))
-}
-
-func (c *conversion) newProblem(slice, field, format string, args ...any) Problem {
-	return Problem{Service: c.name, UID: c.service.UID, EndpointSlice: slice, Field: field, Message: fmt.Sprintf(format, args...)}
+func (c *conversion) newProblem(field, format string, args ...any) Problem {
+	return Problem{Service: c.name, UID: c.service.UID, Field: field, Message: fmt.Sprintf(format, args...)}
 }
 
 // index writes the path of an element: index("spec.ports", 0, ".port").

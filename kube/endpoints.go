@@ -76,7 +76,7 @@ type choice struct {
 }
 
 // endpoints gives each port its endpoints.
-func (c *conversion) endpoints(ports []portFamily, endpointSlices []*discoveryv1.EndpointSlice, policy policy) {
+func (c *conversion) endpoints(ports []portFamily, endpointSlices []*endpointSlice, policy policy) {
 	if len(ports) == 0 {
 		return
 	}
@@ -86,32 +86,26 @@ func (c *conversion) endpoints(ports []portFamily, endpointSlices []*discoveryv1
 	for i := range ports {
 		families[ports[i].family] = true
 	}
-	var parsed []candidate
 	find := portsByName(ports)
 	for _, slice := range endpointSlices {
-		family, ok := familyOf(slice.AddressType)
-		if !ok || !families[family] {
+		if !slice.hasFamily || !families[slice.family] {
 			continue
 		}
-		parsed = c.parseEndpoints(parsed[:0], slice, family)
-		if len(parsed) > 0 {
-			populated[family] = true
+		for _, p := range slice.problems {
+			c.problems = append(c.problems, Problem{
+				Service: c.name, UID: c.service.UID, EndpointSlice: slice.name, Field: p.field, Message: p.message,
+			})
 		}
-		for i := range slice.Ports {
-			name, protocol, number, ok := c.slicePort(slice, i)
-			if !ok {
-				continue
-			}
-			port := find(portName{name, protocol, family})
+		if len(slice.endpoints) > 0 {
+			populated[slice.family] = true
+		}
+		for _, p := range slice.ports {
+			port := find(portName{p.name, p.protocol, slice.family})
 			if port == nil {
 				continue
 			}
 			port.matched = true
-			port.candidates = slices.Grow(port.candidates, len(parsed))
-			for _, candidate := range parsed {
-				candidate.addr = netip.AddrPortFrom(candidate.addr.Addr(), number)
-				port.candidates = append(port.candidates, candidate)
-			}
+			port.candidates = slice.candidates(port.candidates, p.number, c.here)
 		}
 	}
 	for i := range ports {
@@ -161,11 +155,11 @@ type unmatched struct {
 
 func (c *conversion) notMatched(p *portFamily) unmatched {
 	if target := p.port.TargetPort.StrVal; target != "" {
-		return unmatched{p.name(), c.newProblem("", index("spec.ports", p.index, ".targetPort"),
+		return unmatched{p.name(), c.newProblem(index("spec.ports", p.index, ".targetPort"),
 			"no endpoint of family %s has a %s port %q, so connections are refused: give a container port of the pods this name",
 			p.family, p.protocol, target)}
 	}
-	return unmatched{p.name(), c.newProblem("", index("spec.ports", p.index, ".name"),
+	return unmatched{p.name(), c.newProblem(index("spec.ports", p.index, ".name"),
 		"no EndpointSlice of family %s has a %s port with the name %q, so connections are refused: use the same name in both",
 		p.family, p.protocol, p.port.Name)}
 }
@@ -178,34 +172,10 @@ func samePorts(a, b *corev1.Service) bool {
 	})
 }
 
-// parseEndpoints appends the usable endpoints of a slice, with port 0.
-func (c *conversion) parseEndpoints(parsed []candidate, slice *discoveryv1.EndpointSlice, family dataplane.Family) []candidate {
-	parsed = slices.Grow(parsed, len(slice.Endpoints))
-	for i := range slice.Endpoints {
-		ep := &slice.Endpoints[i]
-		if len(ep.Addresses) == 0 {
-			c.sliceProblem(slice.Name, index("endpoints", i, ".addresses"), "empty: name the endpoint's address")
-			continue
-		}
-		// All addresses of an endpoint are the same pod; consumers use the
-		// first, as the API says.
-		addr, err := parseAddr(ep.Addresses[0])
-		if err == nil {
-			err = endpointAddr(addr, family)
-		}
-		if err != nil {
-			c.sliceProblem(slice.Name, index("endpoints", i, ".addresses[0]"),
-				"%q %v: use the address of a pod", ep.Addresses[0], err)
-			continue
-		}
-		parsed = append(parsed, candidate{addr: netip.AddrPortFrom(addr, 0), traits: c.here.traits(ep)})
-	}
-	return parsed
-}
-
-// traits returns what counts about an endpoint as seen from here.
-func (l location) traits(ep *discoveryv1.Endpoint) traits {
-	t := l.hints(ep.Hints)
+// traitsOf returns what counts about an endpoint as seen from a node, but for its
+// hints.
+func traitsOf(ep *discoveryv1.Endpoint, node string) traits {
+	var t traits
 	if !isTrue(ep.Conditions.Ready, true) {
 		t |= notReady
 	}
@@ -218,7 +188,7 @@ func (l location) traits(ep *discoveryv1.Endpoint) traits {
 	switch {
 	case ep.NodeName == nil || *ep.NodeName == "":
 		t |= notHere // but it may be
-	case *ep.NodeName != l.node:
+	case *ep.NodeName != node:
 		t |= notHere | notLocal
 	}
 	return t
@@ -229,29 +199,6 @@ func isTrue(condition *bool, ifNil bool) bool {
 		return ifNil
 	}
 	return *condition
-}
-
-// slicePort returns the i-th port of a slice and whether it can be used.
-func (c *conversion) slicePort(slice *discoveryv1.EndpointSlice, i int) (name string, protocol dataplane.Protocol, port uint16, ok bool) {
-	p := &slice.Ports[i]
-	if p.Name == nil {
-		c.sliceProblem(slice.Name, index("ports", i, ".name"), `missing: use the Service port's name, or "" for an unnamed port`)
-		return "", 0, 0, false
-	}
-	var text corev1.Protocol
-	if p.Protocol != nil {
-		text = *p.Protocol
-	}
-	protocol, ok = protocolOf(text)
-	if !ok {
-		c.sliceProblem(slice.Name, index("ports", i, ".protocol"), "%q is not a protocol: use TCP, UDP or SCTP", text)
-		return "", 0, 0, false
-	}
-	if p.Port == nil || *p.Port < 1 || *p.Port > 65535 {
-		c.sliceProblem(slice.Name, index("ports", i, ".port"), "missing or not a port: use 1 to 65535")
-		return "", 0, 0, false
-	}
-	return *p.Name, protocol, uint16(*p.Port), true //nolint:gosec // the range was checked above
 }
 
 // believed returns the candidate to believe of each address, sorted by address.

@@ -6,7 +6,6 @@ import (
 	"strings"
 
 	corev1 "k8s.io/api/core/v1"
-	discoveryv1 "k8s.io/api/discovery/v1"
 	"k8s.io/apimachinery/pkg/types"
 
 	"fairlead/dataplane"
@@ -100,7 +99,7 @@ type service struct {
 	name   types.NamespacedName
 	object *corev1.Service
 	// slices are sorted by name.
-	slices []*discoveryv1.EndpointSlice
+	slices []*endpointSlice
 
 	// created is the creation time that its claims were made with, in seconds,
 	// which is the precision of the API. A Service without one counts as the
@@ -258,9 +257,9 @@ func (t *Tracker) takeObjects(d Delta, touch func(*service)) {
 		s.object = object
 		touch(s)
 	}
-	for _, slice := range d.EndpointSlices {
-		name := types.NamespacedName{Namespace: slice.Namespace, Name: slice.Name}
-		owner, ok := serviceOf(slice)
+	for _, object := range d.EndpointSlices {
+		name := types.NamespacedName{Namespace: object.Namespace, Name: object.Name}
+		owner, ok := serviceOf(object)
 		if was, had := t.owner[name]; had && (!ok || was.name != owner) {
 			t.dropSlice(name, touch)
 		}
@@ -268,7 +267,8 @@ func (t *Tracker) takeObjects(d Delta, touch func(*service)) {
 			continue
 		}
 		s := t.service(owner)
-		if i, ok := s.slice(slice.Name); ok {
+		slice := readSlice(object, t.opts.NodeName)
+		if i, ok := s.slice(slice.name); ok {
 			s.slices[i] = slice
 		} else {
 			s.slices = slices.Insert(s.slices, i, slice)
@@ -290,8 +290,8 @@ func (t *Tracker) service(name types.NamespacedName) *service {
 
 // slice returns the index of the slice with the name, or where it belongs.
 func (s *service) slice(name string) (int, bool) {
-	return slices.BinarySearchFunc(s.slices, name, func(slice *discoveryv1.EndpointSlice, name string) int {
-		return strings.Compare(slice.Name, name)
+	return slices.BinarySearchFunc(s.slices, name, func(slice *endpointSlice, name string) int {
+		return strings.Compare(slice.name, name)
 	})
 }
 
