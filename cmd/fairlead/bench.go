@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"runtime/debug"
 	"strings"
 	"time"
 
@@ -100,9 +99,6 @@ func runBench(ctx context.Context, o bench.Options, file string, stdout, stderr 
 				err = errors.Join(err, os.Remove(file))
 			}
 		}()
-	}
-	if os.Getenv("GOGC") == "" {
-		defer debug.SetGCPercent(debug.SetGCPercent(gcPercent)) // as it runs on nodes
 	}
 	p := newProgress(stderr)
 	o.Progress = p.show

@@ -9,8 +9,6 @@ import (
 	"net/http"
 	"net/http/pprof"
 	"net/netip"
-	"os"
-	"runtime/debug"
 	stdsync "sync"
 	"time"
 
@@ -32,13 +30,6 @@ import (
 // nobody has announced a change: for announcements that were lost. Where nothing
 // differs nothing is written.
 const resyncPeriod = 15 * time.Minute
-
-// gcPercent is how much the heap may grow until it is collected, see GOGC in
-// package runtime, where the environment does not say otherwise. Almost all of
-// it lives as long as the Services do. With 10,000 Services of 10 endpoints from
-// an API server 145 to 160 MB were resident with Go's 100, and 113 to 129 with 50,
-// for no more time of the processor.
-const gcPercent = 50
 
 func runCommand(setClientLogger func(*slog.Logger)) *cobra.Command {
 	var flags given
@@ -72,9 +63,7 @@ func runProgram(ctx context.Context, flags given, stderr io.Writer, setClientLog
 	if err != nil {
 		return err
 	}
-	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(gcPercent)
-	}
+	heap := newStartHeap()
 	level := &slog.LevelVar{}
 	level.Set(c.logLevel)
 	log := newLogger(stderr, level, c.logFormat)
@@ -91,7 +80,7 @@ func runProgram(ctx context.Context, flags given, stderr io.Writer, setClientLog
 	if content != nil {
 		p.reload = p.reloader(flags, content, c, level)
 	}
-	return p.run(ctx, c)
+	return p.run(ctx, c, heap)
 }
 
 // warn logs what was given without effect, and what is deprecated.
@@ -165,7 +154,7 @@ func (p *program) close(ctx context.Context) {
 }
 
 // run blocks until ctx is done or one of the parts fails.
-func (p *program) run(ctx context.Context, c config) error {
+func (p *program) run(ctx context.Context, c config, heap *startHeap) error {
 	group, ctx := errgroup.WithContext(ctx)
 	names, err := c.serveDNS(ctx, group, p.log)
 	if err != nil {
@@ -193,6 +182,10 @@ func (p *program) run(ctx context.Context, c config) error {
 	group.Go(func() error { return p.syncer.Run(ctx) })
 	group.Go(func() error {
 		c.mode.takeOver(ctx, p.log, p.join.programmed, mode.cleanup)
+		return nil
+	})
+	group.Go(func() error {
+		heap.end(ctx, p.join.programmed)
 		return nil
 	})
 	group.Go(func() error { return p.flows.Run(ctx) })
