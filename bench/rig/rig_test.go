@@ -9,6 +9,7 @@ import (
 
 	"fairlead/bench/rig"
 	"fairlead/dataplane"
+	"fairlead/internal/nettest"
 	"fairlead/nft"
 )
 
@@ -168,5 +169,23 @@ func TestSpread(t *testing.T) {
 	}
 	if a, b := counts[watched(1)], counts[watched(2)]; a+b != n || a < n/3 || b < n/3 {
 		t.Errorf("%d connections went to %v, want half of them to each", n, counts)
+	}
+}
+
+// TestAddresses checks that hosts are where objects say that they are.
+func TestAddresses(t *testing.T) {
+	machine, err := rig.NewMachine("machine")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = machine.Close() })
+	machine.ServeT(t, nettest.TCP, 80)
+	w := newWorld(t)
+	if err := w.Join(machine); err != nil {
+		t.Fatal(err)
+	}
+	a, err := w.Node.Connect(t.Context(), nettest.TCP, netip.AddrPortFrom(rig.MachineIPv4, 80))
+	if err != nil || a.Source.Addr() != rig.NodeIPv4 || w.Node.IPv4 != rig.NodeIPv4 {
+		t.Errorf("the machine has seen %+v, %v, want one of %s", a, err, rig.NodeIPv4)
 	}
 }
