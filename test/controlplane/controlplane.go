@@ -257,6 +257,10 @@ func Programs(dir string) (string, error) { return findPrograms(Options{Programs
 // Version returns what the kube-apiserver in a folder of programs says it is, such as
 // v1.33.1.
 func Version(ctx context.Context, dir string) (string, error) {
+	dir, err := filepath.Abs(dir) // in the folder "." too, and not in PATH
+	if err != nil {
+		return "", err
+	}
 	path := filepath.Join(dir, apiserverName)
 	out, err := exec.CommandContext(ctx, path, "--version").Output()
 	if err != nil {
