@@ -2,7 +2,6 @@ package compare
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"time"
 
@@ -57,16 +56,15 @@ func (c *comparison) churnOf(ctx context.Context, n *node, scenario result.Scena
 	look := func() error {
 		i, giveBack := n.take()
 		defer giveBack()
-		event, by, err := n.replace(ctx, i, true)
+		event, by := n.replace(ctx, i, true)
+		looks++
+		took, err := n.see(ctx, event, func(ctx context.Context) (rig.Sighting, error) {
+			return n.probe.FirstArrival(ctx, event.at, n.services[i].Addr(), rig.At(by))
+		})
 		if err != nil {
 			return err
 		}
-		looks++
-		seen, err := n.probe.FirstArrival(ctx, event.at, n.services[i].Addr(), rig.At(by))
-		if err != nil {
-			return errors.Join(err, context.Cause(ctx))
-		}
-		lags = append(lags, seen.After.Seconds())
+		lags = append(lags, took.Seconds())
 		return nil
 	}
 	for feeding.Err() == nil {
@@ -151,8 +149,8 @@ func (n *node) feed(ctx context.Context, end <-chan struct{}, rate float64) (cha
 			group.Go(func() error {
 				i, giveBack := n.take()
 				defer giveBack()
-				_, _, err := n.replace(ctx, i, false)
-				return err
+				event, _ := n.replace(ctx, i, false)
+				return event.wait()
 			})
 		}
 	}

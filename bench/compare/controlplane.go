@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 	corev1 "k8s.io/api/core/v1"
@@ -26,9 +27,11 @@ import (
 type controlPlanes struct {
 	programs string
 	content  *content
+	progress func(format string, args ...any)
 }
 
 func (p *controlPlanes) open(ctx context.Context) (_ server, err error) {
+	begin := time.Now()
 	s := &controlPlane{}
 	defer func() {
 		if err != nil {
@@ -46,7 +49,11 @@ func (p *controlPlanes) open(ctx context.Context) (_ server, err error) {
 	if err := s.connect(); err != nil {
 		return nil, err
 	}
-	return s, s.load(ctx, p.content)
+	if err := s.load(ctx, p.content); err != nil {
+		return nil, err
+	}
+	p.progress("an API server runs and has all Services after %s", time.Since(begin).Round(time.Millisecond))
+	return s, nil
 }
 
 // controlPlane is a real etcd and kube-apiserver on a machine of its own.
@@ -96,7 +103,7 @@ func (s *controlPlane) load(ctx context.Context, c *content) error {
 		if o.GetObjectKind().GroupVersionKind().Kind == "ServiceCIDR" {
 			continue // kube-apiserver makes it
 		}
-		group.Go(func() error { return s.create(ctx, o) })
+		group.Go(func() error { return s.create(ctx, o).wait() })
 	}
 	return group.Wait()
 }
@@ -108,43 +115,40 @@ func (s *controlPlane) join(_ context.Context, r *rig.Rig, kubeconfig string) (f
 	return func() error { return nil }, r.Join(s.machine)
 }
 
-func (s *controlPlane) create(ctx context.Context, objects ...apiserver.Object) error {
-	for _, o := range objects {
-		client, resource, err := s.kind(o)
-		if err == nil {
-			err = client.Post().NamespaceIfScoped(o.GetNamespace(), o.GetNamespace() != "").Resource(resource).Body(o).Do(ctx).Error()
-		}
-		if err != nil {
-			return fmt.Errorf("create %s %s: %w", resource, o.GetName(), err)
-		}
-	}
-	return nil
+func (s *controlPlane) create(ctx context.Context, objects ...apiserver.Object) *request {
+	return s.each(ctx, "create", objects, func(client *rest.RESTClient, o apiserver.Object) *rest.Request {
+		return client.Post().Body(o)
+	})
 }
 
-func (s *controlPlane) update(ctx context.Context, objects ...apiserver.Object) error {
-	for _, o := range objects {
-		client, resource, err := s.kind(o)
-		if err == nil {
-			err = client.Put().Namespace(o.GetNamespace()).Resource(resource).Name(o.GetName()).Body(o).Do(ctx).Error()
-		}
-		if err != nil {
-			return fmt.Errorf("update %s %s: %w", resource, o.GetName(), err)
-		}
-	}
-	return nil
+func (s *controlPlane) update(ctx context.Context, objects ...apiserver.Object) *request {
+	return s.each(ctx, "update", objects, func(client *rest.RESTClient, o apiserver.Object) *rest.Request {
+		return client.Put().Name(o.GetName()).Body(o)
+	})
 }
 
-func (s *controlPlane) delete(ctx context.Context, objects ...apiserver.Object) error {
-	for _, o := range objects {
-		client, resource, err := s.kind(o)
-		if err == nil {
-			err = client.Delete().Namespace(o.GetNamespace()).Resource(resource).Name(o.GetName()).Do(ctx).Error()
+func (s *controlPlane) delete(ctx context.Context, objects ...apiserver.Object) *request {
+	return s.each(ctx, "delete", objects, func(client *rest.RESTClient, o apiserver.Object) *rest.Request {
+		return client.Delete().Name(o.GetName())
+	})
+}
+
+// each makes a request for each object.
+func (s *controlPlane) each(
+	ctx context.Context, verb string, objects []apiserver.Object, about func(*rest.RESTClient, apiserver.Object) *rest.Request,
+) *request {
+	return asking(func() error {
+		for _, o := range objects {
+			client, resource, err := s.kind(o)
+			if err == nil {
+				err = about(client, o).NamespaceIfScoped(o.GetNamespace(), o.GetNamespace() != "").Resource(resource).Do(ctx).Error()
+			}
+			if err != nil {
+				return fmt.Errorf("%s %s %s: %w", verb, resource, o.GetName(), err)
+			}
 		}
-		if err != nil {
-			return fmt.Errorf("delete %s %s: %w", resource, o.GetName(), err)
-		}
-	}
-	return nil
+		return nil
+	})
 }
 
 // kind returns the client for an object, and the name of its kind there.

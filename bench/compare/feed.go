@@ -88,30 +88,32 @@ current-context: bench
 	return nil
 }
 
-func (f *feed) create(_ context.Context, objects ...apiserver.Object) error {
+func (f *feed) create(_ context.Context, objects ...apiserver.Object) *request {
 	return f.each(objects, f.api.Put)
 }
 
-func (f *feed) update(_ context.Context, objects ...apiserver.Object) error {
+func (f *feed) update(_ context.Context, objects ...apiserver.Object) *request {
 	return f.each(objects, f.api.Put)
 }
 
-func (f *feed) delete(_ context.Context, objects ...apiserver.Object) error {
+func (f *feed) delete(_ context.Context, objects ...apiserver.Object) *request {
 	return f.each(objects, f.api.Delete)
 }
 
 // each does something to a new version of each object.
-func (f *feed) each(objects []apiserver.Object, do func(...*apiserver.Version)) error {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	for _, o := range objects {
-		v, err := f.clock.Version(o)
-		if err != nil {
-			return err
+func (f *feed) each(objects []apiserver.Object, do func(...*apiserver.Version)) *request {
+	return asked(func() error {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		for _, o := range objects {
+			v, err := f.clock.Version(o)
+			if err != nil {
+				return err
+			}
+			do(v)
 		}
-		do(v)
-	}
-	return nil
+		return nil
+	})
 }
 
 func (f *feed) close() error { return nil }

@@ -162,50 +162,37 @@ func (n *node) take() (i int, giveBack func()) {
 	}
 }
 
-// asked is a request to the API server: when it was sent, and how long it took until
-// it was answered.
-type asked struct {
-	at   time.Time
-	took time.Duration
-}
-
-// ask sends a request.
-func ask(request func() error) (asked, error) {
-	at := time.Now()
-	err := request()
-	return asked{at, time.Since(at)}, err
-}
-
 // change changes the list of endpoints of a Service that nobody else changes.
-func (n *node) change(ctx context.Context, i int, to *cluster.Service) (asked, error) {
+func (n *node) change(ctx context.Context, i int, to *cluster.Service) *request {
 	n.services[i] = to
-	slice := to.Slice()
-	return ask(func() error { return n.server.update(ctx, slice) })
+	return n.server.update(ctx, to.Slice())
 }
 
 // replace replaces an endpoint of a Service with an unused one.
-func (n *node) replace(ctx context.Context, i int, watched bool) (a asked, by netip.Addr, err error) {
+func (n *node) replace(ctx context.Context, i int, watched bool) (event *request, by netip.Addr) {
 	by = n.address(watched)
-	a, err = n.change(ctx, i, n.services[i].Replaced(by))
-	return a, by, err
+	return n.change(ctx, i, n.services[i].Replaced(by)), by
 }
 
-// create creates a Service with its endpoints.
-func (n *node) create(ctx context.Context, s *cluster.Service) (asked, error) {
-	service, slice := s.Object(), s.Slice()
-	return ask(func() error { return n.server.create(ctx, service, slice) })
-}
-
-// delete deletes a Service. Its endpoints stay until collect, as they do in a cluster
-// for a moment.
-func (n *node) delete(ctx context.Context, s *cluster.Service) (asked, error) {
-	service := s.Object()
-	return ask(func() error { return n.server.delete(ctx, service) })
-}
-
-// collect deletes the endpoints of a Service.
-func (n *node) collect(ctx context.Context, s *cluster.Service) error {
-	return n.server.delete(ctx, s.Slice())
+// see has the probe look for the effect of a request that may be under way. It returns
+// when both are done.
+func (n *node) see(ctx context.Context, event *request, look func(context.Context) (rig.Sighting, error)) (time.Duration, error) {
+	looking, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go func() {
+		if event.wait() != nil {
+			cancel()
+		}
+	}()
+	n.probe.Gently(event.done)
+	seen, err := look(looking)
+	if failed := event.wait(); failed != nil {
+		err = failed // why there was nothing to see
+	}
+	if err != nil {
+		return 0, errors.Join(err, context.Cause(ctx))
+	}
+	return seen.After, nil
 }
 
 // close ends the system and removes the node. The API server stays.

@@ -29,10 +29,9 @@ type comparison struct {
 // size is what is measured with one number of Services.
 type size struct {
 	*content
-	servers  servers
-	of       map[string]server // by system
-	spare    []server          // those of systems that cannot run here
-	progress func(format string, args ...any)
+	servers servers
+	of      map[string]server // by system
+	spare   []server          // those of systems that cannot run here
 }
 
 // server returns the API server of a system.
@@ -44,12 +43,10 @@ func (s *size) server(ctx context.Context, sys system.System) (server, error) {
 		s.of[sys.Name()], s.spare = s.spare[n-1], s.spare[:n-1]
 		return s.of[sys.Name()], nil
 	}
-	begin := time.Now()
 	opened, err := s.servers.open(ctx)
 	if err != nil {
 		return nil, err
 	}
-	s.progress("%s: its API server has all after %s", sys.Name(), time.Since(begin).Round(time.Millisecond))
 	s.of[sys.Name()] = opened
 	return opened, nil
 }
@@ -103,7 +100,7 @@ func Run(ctx context.Context, opts Options) (*result.Report, error) {
 // size measures with one number of Services.
 func (c *comparison) size(ctx context.Context, services int) (err error) {
 	c.progress("%d Services of %d endpoints", services, c.Endpoints)
-	s := &size{content: newContent(services, c.Endpoints), of: map[string]server{}, progress: c.progress}
+	s := &size{content: newContent(services, c.Endpoints), of: map[string]server{}}
 	if s.servers, err = c.servers(s.content); err != nil {
 		return err
 	}
@@ -153,6 +150,9 @@ func (c *comparison) starts(ctx context.Context, s *size) (nodes []*node, err er
 				continue
 			}
 			server, err := s.server(ctx, sys)
+			if ctx.Err() != nil {
+				return nodes, context.Cause(ctx)
+			}
 			if err != nil {
 				return nodes, err
 			}

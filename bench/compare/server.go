@@ -2,6 +2,7 @@ package compare
 
 import (
 	"context"
+	"time"
 
 	"fairlead/bench/apiserver"
 	"fairlead/bench/rig"
@@ -16,13 +17,46 @@ type server interface {
 	// function that it returns undoes it, before the rig is closed. Watches may end
 	// when ctx is done.
 	join(ctx context.Context, r *rig.Rig, kubeconfig string) (leave func() error, err error)
-	// create, update and delete change objects, one right after the other. They return
-	// when the server has the last change. Objects are not changed afterwards.
-	create(ctx context.Context, objects ...apiserver.Object) error
-	update(ctx context.Context, objects ...apiserver.Object) error
-	delete(ctx context.Context, objects ...apiserver.Object) error
+	// create, update and delete change objects, one right after the other. Objects are
+	// not changed afterwards.
+	create(ctx context.Context, objects ...apiserver.Object) *request
+	update(ctx context.Context, objects ...apiserver.Object) *request
+	delete(ctx context.Context, objects ...apiserver.Object) *request
 	// close ends the server, which no node is joined with any more.
 	close() error
+}
+
+// request is what a server was asked for.
+type request struct {
+	at   time.Time     // when it was asked
+	done chan struct{} // closed when it has answered; took and err are valid then
+	took time.Duration
+	err  error
+}
+
+// asked does what a server is asked for, and returns when that is done.
+func asked(do func() error) *request {
+	r := &request{at: time.Now(), done: make(chan struct{})}
+	r.answer(do())
+	return r
+}
+
+// asking is asked, but returns at once.
+func asking(do func() error) *request {
+	r := &request{at: time.Now(), done: make(chan struct{})}
+	go func() { r.answer(do()) }()
+	return r
+}
+
+func (r *request) answer(err error) {
+	r.took, r.err = time.Since(r.at), err
+	close(r.done)
+}
+
+// wait waits for the answer.
+func (r *request) wait() error {
+	<-r.done
+	return r.err
 }
 
 // servers opens a server for each system, all with the same content.
@@ -33,7 +67,7 @@ type servers interface {
 // servers returns what opens the API servers that were asked for.
 func (o *Options) servers(c *content) (servers, error) {
 	if o.ControlPlane != "" {
-		return &controlPlanes{programs: o.ControlPlane, content: c}, nil
+		return &controlPlanes{programs: o.ControlPlane, content: c, progress: o.progress}, nil
 	}
 	return newFeeds(c)
 }

@@ -139,7 +139,7 @@ const (
 	// connection that reaches a new endpoint, or the first that does not reach an
 	// endpoint or a Service that is gone. The event is when the change is sent to the API
 	// server. The value "request" in s, of a comparison, is the mean time until that has
-	// answered, before which no packet is sent.
+	// answered, which may be later than the effect.
 	UpdatePacket Measure = "update-packet"
 	// ColdStartComplete is the time from the start, with nothing programmed, to a
 	// complete ruleset, acknowledged by the kernel.

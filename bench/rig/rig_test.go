@@ -111,6 +111,32 @@ func TestFirstArrival(t *testing.T) {
 	within(t, s.After, happened)
 }
 
+// Gently, the probe leaves the processor to others until it is told that it may not.
+func TestGently(t *testing.T) {
+	w := newWorld(t)
+	w.set(t, background(1))
+	event, happened := w.late(t, watched(1))
+	never := make(chan struct{})
+	w.probe.Gently(never)
+	s, err := w.probe.FirstArrival(t.Context(), event, vip(), rig.Anywhere)
+	if err != nil {
+		t.Fatal(err)
+	}
+	within(t, s.After, happened)
+	if most := int(s.After/(100*time.Microsecond)) + 1; s.Packets > most {
+		t.Errorf("sent %d packets in %s, want %d or fewer", s.Packets, s.After, most)
+	}
+	// It does not hold for the next time.
+	w.set(t, background(1))
+	event, happened = w.late(t, watched(1))
+	if s, err = w.probe.FirstArrival(t.Context(), event, vip(), rig.Anywhere); err != nil {
+		t.Fatal(err)
+	}
+	if h := <-happened; s.Packets < int(h.from/(100*time.Microsecond)) {
+		t.Errorf("sent %d packets in %s after having been gentle before", s.Packets, s.After)
+	}
+}
+
 func TestLastArrival(t *testing.T) {
 	w := newWorld(t)
 	w.set(t, background(1), background(2), watched(1))
