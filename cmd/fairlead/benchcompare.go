@@ -89,7 +89,7 @@ A system that this machine cannot run is left out, and the result says why.`,
 	flags.IntVar(&o.Rounds, "rounds", o.Rounds, "rounds of churn of each system")
 	flags.DurationVar(&o.Settle, "settle", o.Settle, "time that a system has after a change until the next is measured")
 	flags.StringSliceVar(&f.only, "only", parts, "parts of the comparison")
-	flags.StringVar(&o.ControlPlane, "apiserver", "", "folder with etcd and kube-apiserver, started for each system; `make controlplane` builds .cache/controlplane; without, API servers are simulated")
+	flags.StringVar(&o.ControlPlane, "apiserver", "", "folder with etcd and kube-apiserver, to start for each system, such as .cache/controlplane of make controlplane; without, API servers are in this process")
 	flags.StringVar(&f.json, "json", "", "file to write the result to, as JSON; - is standard output")
 	flags.StringVar(&f.html, "html", "", "file to write a page with charts to")
 	flags.StringVar(&f.svg, "svg", "", "folder to write the charts to, as SVG and PNG")
