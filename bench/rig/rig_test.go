@@ -123,18 +123,22 @@ func TestGently(t *testing.T) {
 		t.Fatal(err)
 	}
 	within(t, s.After, happened)
-	if most := int(s.After/(100*time.Microsecond)) + 1; s.Packets > most {
-		t.Errorf("sent %d packets in %s, want %d or fewer", s.Packets, s.After, most)
+	most := func() int { return int(s.After/(100*time.Microsecond)) + 1 }
+	if s.Packets > most() {
+		t.Errorf("sent %d packets in %s, want %d or fewer", s.Packets, s.After, most())
 	}
-	// It does not hold for the next time.
-	w.set(t, background(1))
-	event, happened = w.late(t, watched(1))
-	if s, err = w.probe.FirstArrival(t.Context(), event, vip(), rig.Anywhere); err != nil {
-		t.Fatal(err)
+	// It does not hold for the next time, which shows unless the machine is busy.
+	for range 20 {
+		w.set(t, background(1))
+		event, happened = w.late(t, watched(1))
+		if s, err = w.probe.FirstArrival(t.Context(), event, vip(), rig.Anywhere); err != nil {
+			t.Fatal(err)
+		}
+		if <-happened; s.Packets > most() {
+			return
+		}
 	}
-	if h := <-happened; s.Packets < int(h.from/(100*time.Microsecond)) {
-		t.Errorf("sent %d packets in %s after having been gentle before", s.Packets, s.After)
-	}
+	t.Errorf("sent %d packets in %s after having been gentle before, want more", s.Packets, s.After)
 }
 
 func TestLastArrival(t *testing.T) {
