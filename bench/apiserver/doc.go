@@ -5,7 +5,8 @@
 // It is a feed, not an API server to test behaviour against: nothing is stored,
 // defaulted, validated or authorised, timeouts that clients ask for are ignored
 // so that no measurement meets a reconnection, and lists are one page whatever the
-// limit. For behaviour there is test/controlplane, which runs the real one.
+// limit. For behaviour there is test/controlplane, which runs the real one, and benchmarks can
+// be fed by it too, see bench/compare.
 //
 // What it is, is fast and exact in time: an object is encoded once, however many
 // programs on however many Servers it is served to, and [Server.Put] hands it to

@@ -52,9 +52,10 @@ func New(i, endpoints int) *Service {
 // Watched returns the n-th address of an endpoint that the probe sees.
 func Watched(n int) netip.Addr { return after(rig.Watched.Addr(), n) }
 
-// Addr is the Service's cluster IP and port.
+// Addr is the Service's cluster IP and port. The first address of all is left to the
+// Service default/kubernetes, which takes it in a cluster.
 func (s *Service) Addr() netip.AddrPort {
-	return netip.AddrPortFrom(after(rig.ServiceCIDR.Addr(), s.Index), Port)
+	return netip.AddrPortFrom(after(rig.ServiceCIDR.Addr(), s.Index+1), Port)
 }
 
 func after(first netip.Addr, n int) netip.Addr {

@@ -70,6 +70,9 @@ func TestAddresses(t *testing.T) {
 	if last := cluster.New(800_000-1, endpoints).Endpoints[endpoints-1]; !rig.Background.Contains(last) {
 		t.Errorf("the last of all endpoints is at %s, not in %s", last, rig.Background)
 	}
+	if first := cluster.New(0, endpoints).Addr().Addr(); first == rig.ServiceCIDR.Addr().Next() || !rig.ServiceCIDR.Contains(first) {
+		t.Errorf("the first Service is at %s, want an address of %s that default/kubernetes does not take", first, rig.ServiceCIDR)
+	}
 	if first, later := cluster.Watched(0), cluster.Watched(4_000_000); !rig.Watched.Contains(first) || !rig.Watched.Contains(later) {
 		t.Errorf("watched endpoints are at %s and %s, not in %s", first, later, rig.Watched)
 	}

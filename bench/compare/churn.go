@@ -2,9 +2,10 @@ package compare
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"fairlead/bench/result"
 	"fairlead/bench/rig"
@@ -47,23 +48,23 @@ func (c *comparison) churnOf(ctx context.Context, n *node, scenario result.Scena
 	}
 	done := make(chan fed, 1)
 	go func() {
-		changes, err := n.feed(feeding, scenario.Rate)
+		changes, err := n.feed(ctx, feeding.Done(), scenario.Rate)
 		done <- fed{changes, err}
 	}()
 	var lags []float64
 	looks := 0
 	look := func() error {
-		i := n.reserve()
-		at, by, err := n.replace(i, true)
+		i, giveBack := n.take()
+		defer giveBack()
+		event, by := n.replace(ctx, i, true)
+		looks++
+		took, err := n.see(ctx, event, func(ctx context.Context) (rig.Sighting, error) {
+			return n.probe.FirstArrival(ctx, event.at, n.services[i].Addr(), rig.At(by))
+		})
 		if err != nil {
 			return err
 		}
-		looks++
-		seen, err := n.probe.FirstArrival(ctx, at, n.services[i].Addr(), rig.At(by))
-		if err != nil {
-			return errors.Join(err, context.Cause(ctx))
-		}
-		lags = append(lags, seen.After.Seconds())
+		lags = append(lags, took.Seconds())
 		return nil
 	}
 	for feeding.Err() == nil {
@@ -117,23 +118,40 @@ func set(values []result.Value, name, unit string, v float64) []result.Value {
 	return append(values, result.Value{Name: name, Unit: unit, Value: v})
 }
 
-// feed replaces endpoints of Services drawn at random, at a rate, until ctx is done.
-// It returns how many.
-func (n *node) feed(ctx context.Context, rate float64) (changes int, err error) {
+// mean makes another sample part of a value that is the mean of as many as the
+// measurement has samples.
+func mean(m *result.Measurement, name, unit string, v float64) {
+	old, _ := m.Value(name)
+	m.Values = set(m.Values, name, unit, old.Value+(v-old.Value)/float64(len(m.Samples)))
+}
+
+// writers is how many requests are made at a time where many are made.
+const writers = 16
+
+// feed replaces endpoints of Services drawn at random, at a rate, until end. It returns
+// how many, when all are answered.
+func (n *node) feed(ctx context.Context, end <-chan struct{}, rate float64) (changes int, err error) {
 	const shortest = time.Millisecond
 	ticker := time.NewTicker(max(shortest, time.Duration(float64(time.Second)/rate)))
 	defer ticker.Stop()
+	group, ctx := errgroup.WithContext(ctx)
+	group.SetLimit(min(writers, len(n.services)/2)) // each has one that it changes, and so has who looks
 	begin := time.Now()
 	for {
 		select {
+		case <-end:
+			return changes, group.Wait()
 		case <-ctx.Done():
-			return changes, nil
+			return changes, group.Wait()
 		case <-ticker.C:
 		}
-		for due := int(time.Since(begin).Seconds() * rate); changes < due; changes++ {
-			if _, _, err := n.replace(n.any(), false); err != nil {
-				return changes, err
-			}
+		for due := int(time.Since(begin).Seconds() * rate); changes < due && ctx.Err() == nil; changes++ {
+			group.Go(func() error {
+				i, giveBack := n.take()
+				defer giveBack()
+				event, _ := n.replace(ctx, i, false)
+				return event.wait()
+			})
 		}
 	}
 }

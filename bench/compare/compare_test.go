@@ -157,6 +157,7 @@ func TestOptions(t *testing.T) {
 		"nobody can run":  {func(*compare.Options) {}, "no system can run here"},
 		"endpoints":       {func(o *compare.Options) { o.Endpoints = 0 }, "1 to 100"},
 		"no Services":     {func(o *compare.Options) { o.Services = nil }, "no number of Services"},
+		"no API server":   {func(o *compare.Options) { o.ControlPlane = "/nowhere" }, "--apiserver: no etcd in /nowhere: run `make controlplane`"},
 		"duration of all": {func(o *compare.Options) { o.Duration = 0 }, "how long"},
 	} {
 		t.Run(name, func(t *testing.T) {

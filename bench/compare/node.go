@@ -5,11 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"net"
-	"net/http"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -20,33 +19,30 @@ import (
 	"fairlead/bench/system"
 )
 
-// apiPort is where a node's API server listens, at its loopback address.
-const apiPort = 8080
-
 // node is one system's node, with the API that it sees.
 type node struct {
 	sys    system.System
 	env    system.Environment
 	rig    *rig.Rig
 	probe  *rig.Probe
-	api    *apiserver.Server
-	server *http.Server
+	server server
+	leave  func() error // from the server
 
 	begin   time.Time // of the system
 	running system.Running
 	settled time.Time // when it was last seen to have done what it was told
 
-	mu       sync.Mutex
-	clock    *apiserver.Clock
-	services []*cluster.Service // as the API has them
-	fresh    int                // the number of the next unused address
-	reserved int                // the Service that any does not return
+	// services are as the API has them. Who has taken one may change it.
+	services []*cluster.Service
+
+	mu    sync.Mutex
+	fresh int          // the number of the next unused address
+	taken map[int]bool // see take
 }
 
 // newNode makes a node without a system. The content is what its API serves first.
-func newNode(ctx context.Context, sys system.System, dir string, c *content) (_ *node, err error) {
-	n := &node{sys: sys, clock: c.clock, services: append([]*cluster.Service(nil), c.services...), api: apiserver.New(), reserved: -1}
-	n.fresh = len(c.services) * c.endpoints
+func newNode(ctx context.Context, sys system.System, dir string, s server, c *content) (_ *node, err error) {
+	n := &node{sys: sys, server: s, services: slices.Clone(c.services), fresh: len(c.services) * c.endpoints, taken: map[int]bool{}}
 	defer func() {
 		if err != nil {
 			err = errors.Join(fmt.Errorf("make a node for %s: %w", sys.Name(), err), n.close())
@@ -58,49 +54,12 @@ func newNode(ctx context.Context, sys system.System, dir string, c *content) (_ 
 	if n.probe, err = n.rig.NewProbe(); err != nil {
 		return nil, err
 	}
-	nodeObject, err := c.clock.Version(cluster.Node(n.rig.Node.IPv4))
-	if err != nil {
-		return nil, err
-	}
-	n.api.Put(c.versions...)
-	n.api.Put(nodeObject)
-	at := netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), apiPort)
-	listener, err := n.rig.Node.Listen(ctx, "tcp4", at)
-	if err != nil {
-		return nil, err
-	}
-	n.server = &http.Server{
-		Handler: n.api, ReadHeaderTimeout: time.Minute,
-		// Requests end with the server, which Close alone does not tell them.
-		BaseContext: func(net.Listener) context.Context { return ctx },
-	}
-	go func() { _ = n.server.Serve(listener) }() // returns when it is closed
 	n.env = system.Environment{
-		Namespace: n.rig.Node.Namespace, APIServer: "http://" + at.String(), Kubeconfig: filepath.Join(dir, "kubeconfig"),
+		Namespace: n.rig.Node.Namespace, Kubeconfig: filepath.Join(dir, "kubeconfig"),
 		ClusterCIDR: rig.ClusterCIDR, ServiceCIDR: rig.ServiceCIDR, NodeName: cluster.NodeName, Dir: dir,
 	}
-	return n, writeKubeconfig(n.env)
-}
-
-// writeKubeconfig writes how the API server is reached: without TLS, so that no
-// system spends time on it.
-func writeKubeconfig(env system.Environment) error {
-	text := `apiVersion: v1
-kind: Config
-clusters:
-- name: bench
-  cluster: {server: "` + env.APIServer + `"}
-users:
-- name: bench
-contexts:
-- name: bench
-  context: {cluster: bench, user: bench}
-current-context: bench
-`
-	if err := os.WriteFile(env.Kubeconfig, []byte(text), 0o600); err != nil {
-		return fmt.Errorf("write a kubeconfig: %w", err)
-	}
-	return nil
+	n.leave, err = s.join(ctx, n.rig, n.env.Kubeconfig)
+	return n, err
 }
 
 // start starts the system.
@@ -175,6 +134,8 @@ func (n *node) settle(ctx context.Context, d time.Duration) error {
 
 // address returns an address of an endpoint that was not used before.
 func (n *node) address(watched bool) netip.Addr {
+	n.mu.Lock()
+	defer n.mu.Unlock()
 	n.fresh++
 	if watched {
 		return cluster.Watched(n.fresh)
@@ -182,75 +143,66 @@ func (n *node) address(watched bool) netip.Addr {
 	return cluster.New(n.fresh, 1).Endpoints[0]
 }
 
-// any returns a Service drawn at random, but not the reserved one.
-func (n *node) any() int {
+// take returns a Service drawn at random that nobody else has taken, until it is
+// given back. There must be one.
+func (n *node) take() (i int, giveBack func()) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	for {
-		if i := rand.IntN(len(n.services)); i != n.reserved { //nolint:gosec // no secret
-			return i
+		i := rand.IntN(len(n.services)) //nolint:gosec // no secret
+		if n.taken[i] {
+			continue
+		}
+		n.taken[i] = true
+		return i, func() {
+			n.mu.Lock()
+			defer n.mu.Unlock()
+			delete(n.taken, i)
 		}
 	}
 }
 
-// reserve returns a Service drawn at random, that any does not return until the
-// next call.
-func (n *node) reserve() int {
-	i := n.any()
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	n.reserved = i
-	return i
-}
-
-// change hands a changed list of endpoints to the system, and returns when it did.
-func (n *node) change(i int, to func(*cluster.Service) *cluster.Service) (time.Time, error) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	n.services[i] = to(n.services[i])
-	v, err := n.clock.Version(n.services[i].Slice())
-	if err != nil {
-		return time.Time{}, err
-	}
-	at := time.Now()
-	n.api.Put(v)
-	return at, nil
+// change changes the list of endpoints of a Service that nobody else changes.
+func (n *node) change(ctx context.Context, i int, to *cluster.Service) *request {
+	n.services[i] = to
+	return n.server.update(ctx, to.Slice())
 }
 
 // replace replaces an endpoint of a Service with an unused one.
-func (n *node) replace(i int, watched bool) (at time.Time, by netip.Addr, err error) {
-	at, err = n.change(i, func(s *cluster.Service) *cluster.Service {
-		by = n.address(watched)
-		return s.Replaced(by)
-	})
-	return at, by, err
+func (n *node) replace(ctx context.Context, i int, watched bool) (event *request, by netip.Addr) {
+	by = n.address(watched)
+	return n.change(ctx, i, n.services[i].Replaced(by)), by
 }
 
-// both creates or deletes a Service with its endpoints.
-func (n *node) both(s *cluster.Service, act func(...*apiserver.Version)) (time.Time, error) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	service, err := n.clock.Version(s.Object())
-	if err != nil {
-		return time.Time{}, err
+// see has the probe look for the effect of a request that may be under way. It returns
+// when both are done.
+func (n *node) see(ctx context.Context, event *request, look func(context.Context) (rig.Sighting, error)) (time.Duration, error) {
+	looking, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go func() {
+		if event.wait() != nil {
+			cancel()
+		}
+	}()
+	n.probe.Gently(event.done)
+	seen, err := look(looking)
+	if failed := event.wait(); failed != nil {
+		err = failed // why there was nothing to see
 	}
-	slice, err := n.clock.Version(s.Slice())
 	if err != nil {
-		return time.Time{}, err
+		return 0, errors.Join(err, context.Cause(ctx))
 	}
-	at := time.Now()
-	act(service, slice)
-	return at, nil
+	return seen.After, nil
 }
 
-// close ends the system and removes the node.
+// close ends the system and removes the node. The API server stays.
 func (n *node) close() error {
 	var errs []error
 	if n.running != nil {
 		errs = append(errs, n.running.Stop())
 	}
-	if n.server != nil {
-		errs = append(errs, n.server.Close())
+	if n.leave != nil {
+		errs = append(errs, n.leave())
 	}
 	if n.probe != nil {
 		errs = append(errs, n.probe.Close())
@@ -261,28 +213,27 @@ func (n *node) close() error {
 	return errors.Join(errs...)
 }
 
-// content is what all API servers serve at the beginning. Its versions are shared,
-// so that each object is encoded once.
+// content is what all API servers serve at the beginning.
 type content struct {
 	endpoints int
 	services  []*cluster.Service
 	addrs     []netip.AddrPort
-	clock     *apiserver.Clock
-	versions  []*apiserver.Version
 }
 
-func newContent(services, endpoints int) (*content, error) {
-	c := &content{endpoints: endpoints, clock: &apiserver.Clock{}}
-	add := func(o apiserver.Object) error {
-		v, err := c.clock.Version(o)
-		c.versions = append(c.versions, v)
-		return err
-	}
-	err := add(cluster.ServiceCIDR())
+func newContent(services, endpoints int) *content {
+	c := &content{endpoints: endpoints}
 	for i := range services {
 		s := cluster.New(i, endpoints)
 		c.services, c.addrs = append(c.services, s), append(c.addrs, s.Addr())
-		err = errors.Join(err, add(s.Object()), add(s.Slice()))
 	}
-	return c, err
+	return c
+}
+
+// objects makes the objects, new ones each time.
+func (c *content) objects() []apiserver.Object {
+	objects := []apiserver.Object{cluster.ServiceCIDR(), cluster.Node(rig.NodeIPv4)}
+	for _, s := range c.services {
+		objects = append(objects, s.Object(), s.Slice())
+	}
+	return objects
 }

@@ -9,6 +9,7 @@ import (
 
 	"fairlead/bench/result"
 	"fairlead/bench/system"
+	"fairlead/test/controlplane"
 )
 
 // Options say what to compare, and how thoroughly.
@@ -32,7 +33,10 @@ type Options struct {
 	// Settle is the time that a system has between two changes of which the effect is
 	// measured.
 	Settle time.Duration
-	// Environment is where this is.
+	// ControlPlane is a folder with the programs etcd and kube-apiserver, which are then
+	// started for each system. Without, systems follow API servers in this process.
+	ControlPlane string
+	// Environment is where this is. Run adds the version of kube-apiserver.
 	Environment result.Environment
 	// Dir is a folder for logs.
 	Dir string
@@ -101,6 +105,11 @@ func (o *Options) validate() error {
 	for _, r := range o.Rates {
 		if r <= 0 {
 			errs = append(errs, fmt.Errorf("%v changes a second: use more than 0", r))
+		}
+	}
+	if o.ControlPlane != "" {
+		if _, err := controlplane.Programs(o.ControlPlane); err != nil {
+			errs = append(errs, fmt.Errorf("--apiserver: %w", err))
 		}
 	}
 	return errors.Join(errs...)

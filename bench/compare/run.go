@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"runtime/debug"
@@ -16,12 +17,54 @@ import (
 	"fairlead/bench/rig"
 	"fairlead/bench/statistics"
 	"fairlead/bench/system"
+	"fairlead/test/controlplane"
 )
 
 // comparison is one run.
 type comparison struct {
 	Options
 	report *result.Report
+}
+
+// size is what is measured with one number of Services.
+type size struct {
+	*content
+	servers servers
+	of      map[string]server // by system
+	spare   []server          // those of systems that cannot run here
+}
+
+// server returns the API server of a system.
+func (s *size) server(ctx context.Context, sys system.System) (server, error) {
+	if s.of[sys.Name()] != nil {
+		return s.of[sys.Name()], nil
+	}
+	if n := len(s.spare); n > 0 {
+		s.of[sys.Name()], s.spare = s.spare[n-1], s.spare[:n-1]
+		return s.of[sys.Name()], nil
+	}
+	opened, err := s.servers.open(ctx)
+	if err != nil {
+		return nil, err
+	}
+	s.of[sys.Name()] = opened
+	return opened, nil
+}
+
+// leaveOut spares the API server of a system that cannot run here.
+func (s *size) leaveOut(sys system.System) {
+	if unused := s.of[sys.Name()]; unused != nil {
+		delete(s.of, sys.Name())
+		s.spare = append(s.spare, unused)
+	}
+}
+
+func (s *size) close() error {
+	var errs []error
+	for _, one := range slices.Concat(s.spare, slices.Collect(maps.Values(s.of))) {
+		errs = append(errs, one.close())
+	}
+	return errors.Join(errs...)
 }
 
 // Run measures, and returns what it has found out. A system that cannot run here is
@@ -34,6 +77,13 @@ func Run(ctx context.Context, opts Options) (*result.Report, error) {
 	// The API servers are in this process, which must not pause for its own memory.
 	const seldom = 400
 	defer debug.SetGCPercent(debug.SetGCPercent(seldom))
+	if opts.ControlPlane != "" {
+		version, err := controlplane.Version(ctx, opts.ControlPlane)
+		if err != nil {
+			return nil, err
+		}
+		opts.Environment.APIServer = version
+	}
 	c := &comparison{Options: opts, report: &result.Report{
 		Schema: result.Schema, Time: time.Now(), Environments: []result.Environment{opts.Environment},
 	}}
@@ -50,11 +100,12 @@ func Run(ctx context.Context, opts Options) (*result.Report, error) {
 // size measures with one number of Services.
 func (c *comparison) size(ctx context.Context, services int) (err error) {
 	c.progress("%d Services of %d endpoints", services, c.Endpoints)
-	content, err := newContent(services, c.Endpoints)
-	if err != nil {
+	s := &size{content: newContent(services, c.Endpoints), of: map[string]server{}}
+	if s.servers, err = c.servers(s.content); err != nil {
 		return err
 	}
-	nodes, err := c.starts(ctx, content)
+	defer func() { err = errors.Join(err, s.close()) }()
+	nodes, err := c.starts(ctx, s)
 	defer func() {
 		for _, n := range nodes {
 			err = errors.Join(err, n.close())
@@ -88,7 +139,7 @@ func rotated[T any](list []T, by int) []T {
 }
 
 // starts starts each system several times on new nodes, and returns those of the last time.
-func (c *comparison) starts(ctx context.Context, content *content) (nodes []*node, err error) {
+func (c *comparison) starts(ctx context.Context, s *size) (nodes []*node, err error) {
 	starts := 1
 	if c.has(ColdStart) || c.has(Memory) {
 		starts = c.Starts
@@ -98,7 +149,14 @@ func (c *comparison) starts(ctx context.Context, content *content) (nodes []*nod
 			if c.isLeftOut(sys) {
 				continue
 			}
-			n, err := c.start(ctx, sys, content)
+			server, err := s.server(ctx, sys)
+			if ctx.Err() != nil {
+				return nodes, context.Cause(ctx)
+			}
+			if err != nil {
+				return nodes, err
+			}
+			n, err := c.start(ctx, sys, server, s.content)
 			if ctx.Err() != nil {
 				return nodes, errors.Join(context.Cause(ctx), closeNode(n))
 			}
@@ -107,6 +165,7 @@ func (c *comparison) starts(ctx context.Context, content *content) (nodes []*nod
 					return nodes, errors.Join(err, closeNode(n))
 				}
 				_ = closeNode(n) // it is known already that it does not run
+				s.leaveOut(sys)
 				continue
 			}
 			if i < starts-1 {
@@ -136,12 +195,12 @@ func closeNode(n *node) error {
 }
 
 // start is one cold start.
-func (c *comparison) start(ctx context.Context, sys system.System, content *content) (*node, error) {
+func (c *comparison) start(ctx context.Context, sys system.System, s server, content *content) (*node, error) {
 	dir := filepath.Join(c.Dir, sys.Name())
 	if err := os.MkdirAll(dir, 0o750); err != nil {
 		return nil, fmt.Errorf("make a folder for logs: %w", err)
 	}
-	n, err := newNode(ctx, sys, dir, content)
+	n, err := newNode(ctx, sys, dir, s, content)
 	if err != nil {
 		return nil, err
 	}

@@ -2,7 +2,6 @@ package compare
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net/netip"
 	"time"
@@ -32,12 +31,13 @@ func (c *comparison) updates(ctx context.Context, nodes []*node, services int) e
 				if err := n.settle(ctx, c.Settle); err != nil {
 					return err
 				}
-				took, err := c.update(ctx, n, change, i)
+				took, answered, err := c.update(ctx, n, change, i)
 				if err != nil {
 					return fmt.Errorf("%s: %s: %w", n.sys.Name(), change, err)
 				}
 				n.settled = time.Now()
 				c.sample(n, result.UpdatePacket, scenario, "s", took.Seconds())
+				mean(c.measurement(n.sys.Name(), result.UpdatePacket, scenario), "request", "s", answered.Seconds())
 			}
 		}
 	}
@@ -46,47 +46,54 @@ func (c *comparison) updates(ctx context.Context, nodes []*node, services int) e
 
 // update makes one change and waits until packets show it. What scales up and what
 // is created goes again with the next change, so that the number of Services stays.
-func (c *comparison) update(ctx context.Context, n *node, change result.Change, sample int) (time.Duration, error) {
+//
+// It returns how long packets took to show it, and the API server to answer.
+func (c *comparison) update(ctx context.Context, n *node, change result.Change, sample int) (took, answered time.Duration, err error) {
 	ctx, cancel := n.whileRunning(ctx)
 	defer cancel()
 	// A Service is replaced and scaled in turns; they are spread over all of them.
 	const prime = 7919
 	first, second := 2*sample*prime%len(n.services), (2*sample+1)*prime%len(n.services)
-	var seen rig.Sighting
-	var at time.Time
-	var err error
+	var s *cluster.Service
+	var event *request
+	var look func(context.Context) (rig.Sighting, error)
+	arrival := func(at func(netip.Addr) bool) {
+		look = func(ctx context.Context) (rig.Sighting, error) {
+			return n.probe.FirstArrival(ctx, event.at, s.Addr(), at)
+		}
+	}
+	absence := func(at func(netip.Addr) bool, quiet int) {
+		look = func(ctx context.Context) (rig.Sighting, error) {
+			return n.probe.LastArrival(ctx, event.at, s.Addr(), at, quiet)
+		}
+	}
 	switch change {
 	case result.ReplaceEndpoint:
 		var by netip.Addr
-		if at, by, err = n.replace(first, true); err == nil {
-			seen, err = n.probe.FirstArrival(ctx, at, n.services[first].Addr(), rig.At(by))
-		}
+		s = n.services[first]
+		event, by = n.replace(ctx, first, true)
+		arrival(rig.At(by))
 	case result.ScaleUp:
 		by := n.address(true)
-		if at, err = n.change(second, func(s *cluster.Service) *cluster.Service { return s.With(by) }); err == nil {
-			seen, err = n.probe.FirstArrival(ctx, at, n.services[second].Addr(), rig.At(by))
-		}
+		s = n.services[second]
+		event = n.change(ctx, second, s.With(by))
+		arrival(rig.At(by))
 	case result.ScaleDown:
-		s := n.services[second]
+		s = n.services[second]
 		gone := s.Endpoints[len(s.Endpoints)-1] // from ScaleUp
-		if at, err = n.change(second, func(s *cluster.Service) *cluster.Service { return s.Without(gone) }); err == nil {
-			seen, err = n.probe.LastArrival(ctx, at, s.Addr(), rig.At(gone), quiet(len(s.Endpoints)))
-		}
+		event = n.change(ctx, second, s.Without(gone))
+		absence(rig.At(gone), quiet(len(s.Endpoints)))
 	case result.CreateService:
-		s := c.created(n, sample)
-		if at, err = n.both(s, n.api.Put); err == nil {
-			seen, err = n.probe.FirstArrival(ctx, at, s.Addr(), rig.Anywhere)
-		}
+		s = c.created(n, sample)
+		event = n.server.create(ctx, s.Object(), s.Slice())
+		arrival(rig.Anywhere)
 	case result.DeleteService:
-		s := c.created(n, sample)
-		if at, err = n.both(s, n.api.Delete); err == nil {
-			seen, err = n.probe.LastArrival(ctx, at, s.Addr(), rig.Anywhere, quiet(1))
-		}
+		s = c.created(n, sample)
+		event = n.server.delete(ctx, s.Object(), s.Slice())
+		absence(rig.Anywhere, quiet(1))
 	}
-	if err != nil {
-		return 0, errors.Join(err, context.Cause(ctx))
-	}
-	return seen.After, nil
+	took, err = n.see(ctx, event, look)
+	return took, event.took, err
 }
 
 // created returns the Service that is created for a sample, which has addresses of

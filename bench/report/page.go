@@ -91,6 +91,9 @@ func (e environment) node() g.Node {
 				h.Dd(g.Text(fmt.Sprintf("%d × %s, %s, %s of memory", e.Machine.CPUs, e.Machine.CPU, e.Machine.Architecture,
 					table.Number(float64(e.Machine.MemoryBytes), "B")))),
 				h.Dt(g.Text("System")), h.Dd(g.Text(strings.TrimSuffix("Linux "+e.Kernel+", "+e.OS, ", "))),
+				g.If(e.APIServer != "", g.Group{
+					h.Dt(g.Text("API server")), h.Dd(g.Text("kube-apiserver " + e.APIServer + ", a real one for each system, whose time is in that of each update")),
+				}),
 				h.Dt(g.Text("Load at the start")), h.Dd(g.Text(fmt.Sprintf("%.2f", e.Load))),
 			),
 		),

@@ -9,9 +9,9 @@ import (
 	"fairlead/bench/result"
 )
 
-// Merge joins results to one. Environments of one name must be the same machine, and
-// no measurement may be in two of them. Ratios stay those that each run has found,
-// as only what was measured in one run may be compared.
+// Merge joins results to one. Environments of one name must be the same machine, kernel
+// and API server, and no measurement may be in two of them. Ratios stay those that each
+// run has found, as only what was measured in one run may be compared.
 func Merge(reports ...*result.Report) (*result.Report, error) {
 	if len(reports) == 0 {
 		return nil, fmt.Errorf("merge results: there are none")
@@ -30,7 +30,7 @@ func Merge(reports ...*result.Report) (*result.Report, error) {
 			case i < 0:
 				all.Environments = append(all.Environments, e)
 			case !sameEnvironment(all.Environments[i], e):
-				return nil, fmt.Errorf("merge results: environment %q is two different machines or kernels: measure with --environment=NAME", e.Name)
+				return nil, fmt.Errorf("merge results: environment %q is two different machines, kernels or API servers: measure with --environment=NAME", e.Name)
 			}
 		}
 		for _, m := range r.Measurements {
@@ -145,7 +145,7 @@ func sections(r *result.Report, environment string) []section {
 	}
 	all := []section{
 		updateSection(measured, result.UpdatePacket, "update",
-			"An update, seen by packets", "Time from an event of the API server to the first packet that shows it: "+
+			"An update, seen by packets", "Time from when the API server is given a change to the first packet that shows it: "+
 				"the first that reaches a new endpoint, or the first that no longer reaches one that is gone."),
 		updateSection(measured, result.UpdateAck, "update-ack",
 			"An update, acknowledged by the kernel", "Time from an event to the kernel's acknowledgement."),

@@ -115,6 +115,18 @@ func TestPage(t *testing.T) {
 	}
 }
 
+// Which API server there was is said where there was a real one.
+func TestAPIServer(t *testing.T) {
+	r := fixture(t)
+	if page := pageOf(t, r); strings.Contains(page, "kube-apiserver") {
+		t.Error("the page says that there was a kube-apiserver")
+	}
+	r.Environments[0].APIServer = "v1.33.1"
+	if page := pageOf(t, r); !strings.Contains(page, "kube-apiserver v1.33.1") {
+		t.Error("the page does not say which kube-apiserver there was")
+	}
+}
+
 // Emulated figures say so.
 func TestEmulated(t *testing.T) {
 	r := fixture(t)
@@ -146,13 +158,16 @@ func TestMerge(t *testing.T) {
 	}
 	other := fixture(t)
 	other.Environments[0].Kernel = "5.10"
+	realAPI := fixture(t)
+	realAPI.Environments[0].APIServer = "v1.33.1"
 	for name, test := range map[string]struct {
 		with *result.Report
 		want string // part of the error
 	}{
 		"another environment":             {vm, ""},
 		"the same once more":              {fixture(t), "is there twice"},
-		"another kernel of the same name": {other, "two different machines or kernels"},
+		"another kernel of the same name": {other, "two different machines, kernels or API servers"},
+		"a real API server":               {realAPI, "two different machines, kernels or API servers"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			merged, err := report.Merge(fixture(t), test.with)

@@ -17,7 +17,7 @@
 //	  "environments": [{
 //	    "name": "native", "emulated": false,
 //	    "machine": {"cpu": "…", "cpus": 2, "memory_bytes": 25276030976, "architecture": "amd64"},
-//	    "kernel": "6.18.44", "os": "Debian GNU/Linux 13 (trixie)"
+//	    "kernel": "6.18.44", "os": "Debian GNU/Linux 13 (trixie)", "api_server": "v1.33.1"
 //	  }],
 //	  "systems": [{"name": "nft", "version": "v1.2.3", "command": ["fairlead", "run", "…"]}],
 //	  "measurements": [{
@@ -98,6 +98,9 @@ type Environment struct {
 	Kernel string `json:"kernel"`
 	// OS is the distribution's name for itself.
 	OS string `json:"os,omitempty"`
+	// APIServer is the version of the real kube-apiserver that systems followed, such as
+	// "v1.33.1". Empty, they followed the benchmark's own, or none.
+	APIServer string `json:"api_server,omitempty"`
 	// Load is the load average over a minute when the run began.
 	Load float64 `json:"load,omitempty"`
 }
@@ -134,7 +137,9 @@ const (
 	UpdateAck Measure = "update-ack"
 	// UpdatePacket is the time from an event until packets show it: until the first
 	// connection that reaches a new endpoint, or the first that does not reach an
-	// endpoint or a Service that is gone.
+	// endpoint or a Service that is gone. The event is when the change is sent to the API
+	// server. The value "request" in s, of a comparison, is the mean time until that has
+	// answered, which may be later than the effect.
 	UpdatePacket Measure = "update-packet"
 	// ColdStartComplete is the time from the start, with nothing programmed, to a
 	// complete ruleset, acknowledged by the kernel.

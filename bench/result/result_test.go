@@ -34,6 +34,7 @@ const file = `{
       },
       "kernel": "6.18.44",
       "os": "Debian",
+      "api_server": "v1.33.1",
       "load": 0.5
     }
   ],
@@ -125,7 +126,7 @@ func report() *result.Report {
 		Environments: []result.Environment{{
 			Name:    "native",
 			Machine: result.Machine{CPU: "A processor", CPUs: 2, MemoryBytes: 1024, Architecture: "amd64"},
-			Kernel:  "6.18.44", OS: "Debian", Load: 0.5,
+			Kernel:  "6.18.44", OS: "Debian", APIServer: "v1.33.1", Load: 0.5,
 		}},
 		Systems: []result.System{{Name: "nft", Version: "v1.2.3", Command: []string{"fairlead", "run"}}},
 		Measurements: []result.Measurement{{

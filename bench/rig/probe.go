@@ -30,6 +30,7 @@ type Probe struct {
 	used    uint32 // sources so far
 	number  uint32 // of the last packet
 	buf     [256]byte
+	gently  <-chan struct{}
 }
 
 const (
@@ -71,6 +72,11 @@ func (p *Probe) Close() error {
 	}
 	return errors.Join(errs...)
 }
+
+// Gently has the Probe keep packets apart by 100 µs until the channel is closed, for an
+// event that takes others a processor to bring about. It holds for the next time that
+// packets are sent only.
+func (p *Probe) Gently(until <-chan struct{}) { p.gently = until }
 
 // ErrNotSeen is wrapped by the error of a Probe that has waited for too long.
 var ErrNotSeen = errors.New("the packets do not show it in time")
@@ -157,6 +163,7 @@ func (p *Probe) run(
 		ctx, cancel = context.WithTimeout(ctx, patience)
 		defer cancel()
 	}
+	defer p.Gently(nil)
 	runtime.LockOSThread() // what the processor has of it stays near
 	defer runtime.UnlockOSThread()
 	if err := p.discard(); err != nil {
@@ -194,6 +201,15 @@ func (p *Probe) run(
 // wait waits until it is time for the next packet.
 func (p *Probe) wait(last, event time.Time) {
 	next := last.Add(last.Sub(event) / pace)
+	if p.gently != nil {
+		select {
+		case <-p.gently:
+			p.gently = nil
+		default:
+			const gentle = 100 * time.Microsecond
+			next = last.Add(max(gentle, next.Sub(last)))
+		}
+	}
 	const shortest = 50 * time.Microsecond // to sleep
 	for {
 		left := time.Until(next)

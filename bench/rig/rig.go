@@ -33,6 +33,11 @@ var (
 	// ServiceCIDR has the addresses of Services.
 	ServiceCIDR = netip.MustParsePrefix("172.16.0.0/12") //nolint:gochecknoglobals // a constant
 
+	// NodeIPv4 is the node's address, and MachineIPv4 that of a machine that Join makes a
+	// neighbour of it.
+	NodeIPv4    = netip.MustParseAddr("192.0.2.1")    //nolint:gochecknoglobals // a constant
+	MachineIPv4 = netip.MustParseAddr("198.51.100.1") //nolint:gochecknoglobals // a constant
+
 	clients = netip.MustParsePrefix("10.192.0.0/11") //nolint:gochecknoglobals // a constant: what probes come from
 	pods    = netip.MustParsePrefix("10.224.0.0/16") //nolint:gochecknoglobals // a constant: the client's and the endpoints' own addresses
 )
@@ -87,6 +92,14 @@ func (r *Rig) build() (err error) {
 		blackhole(clients),
 	)
 }
+
+// NewMachine makes a host at [MachineIPv4] that outlives rigs, such as an API server's.
+// The caller closes it.
+func NewMachine(name string) (*nettest.Host, error) { return nettest.NewMachine(name, MachineIPv4) }
+
+// Join joins the node with a machine, until the rig is closed. A machine is joined with
+// one rig at a time.
+func (r *Rig) Join(machine *nettest.Host) error { return r.network.Join(machine) }
 
 // Answer says whether endpoints in [Background] are on the host of the endpoints,
 // as Watched ones are, or nowhere.

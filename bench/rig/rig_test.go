@@ -9,6 +9,7 @@ import (
 
 	"fairlead/bench/rig"
 	"fairlead/dataplane"
+	"fairlead/internal/nettest"
 	"fairlead/nft"
 )
 
@@ -110,6 +111,36 @@ func TestFirstArrival(t *testing.T) {
 	within(t, s.After, happened)
 }
 
+// Gently, the probe leaves the processor to others until it is told that it may not.
+func TestGently(t *testing.T) {
+	w := newWorld(t)
+	w.set(t, background(1))
+	event, happened := w.late(t, watched(1))
+	never := make(chan struct{})
+	w.probe.Gently(never)
+	s, err := w.probe.FirstArrival(t.Context(), event, vip(), rig.Anywhere)
+	if err != nil {
+		t.Fatal(err)
+	}
+	within(t, s.After, happened)
+	most := func() int { return int(s.After/(100*time.Microsecond)) + 1 }
+	if s.Packets > most() {
+		t.Errorf("sent %d packets in %s, want %d or fewer", s.Packets, s.After, most())
+	}
+	// It does not hold for the next time, which shows unless the machine is busy.
+	for range 20 {
+		w.set(t, background(1))
+		event, happened = w.late(t, watched(1))
+		if s, err = w.probe.FirstArrival(t.Context(), event, vip(), rig.Anywhere); err != nil {
+			t.Fatal(err)
+		}
+		if <-happened; s.Packets > most() {
+			return
+		}
+	}
+	t.Errorf("sent %d packets in %s after having been gentle before, want more", s.Packets, s.After)
+}
+
 func TestLastArrival(t *testing.T) {
 	w := newWorld(t)
 	w.set(t, background(1), background(2), watched(1))
@@ -168,5 +199,23 @@ func TestSpread(t *testing.T) {
 	}
 	if a, b := counts[watched(1)], counts[watched(2)]; a+b != n || a < n/3 || b < n/3 {
 		t.Errorf("%d connections went to %v, want half of them to each", n, counts)
+	}
+}
+
+// TestAddresses checks that hosts are where objects say that they are.
+func TestAddresses(t *testing.T) {
+	machine, err := rig.NewMachine("machine")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = machine.Close() })
+	machine.ServeT(t, nettest.TCP, 80)
+	w := newWorld(t)
+	if err := w.Join(machine); err != nil {
+		t.Fatal(err)
+	}
+	a, err := w.Node.Connect(t.Context(), nettest.TCP, netip.AddrPortFrom(rig.MachineIPv4, 80))
+	if err != nil || a.Source.Addr() != rig.NodeIPv4 || w.Node.IPv4 != rig.NodeIPv4 {
+		t.Errorf("the machine has seen %+v, %v, want one of %s", a, err, rig.NodeIPv4)
 	}
 }

@@ -23,9 +23,9 @@ type System interface {
 type Environment struct {
 	// Namespace is that of the node, which the program runs in.
 	Namespace *nettest.Namespace
-	// Kubeconfig is the path of a file that says how the API server is reached, and
-	// APIServer its URL, both from within the Namespace.
-	Kubeconfig, APIServer string
+	// Kubeconfig is the path of a file that says how the API server is reached from
+	// within the Namespace.
+	Kubeconfig string
 	// ClusterCIDR holds the addresses of pods and ServiceCIDR those of Services.
 	ClusterCIDR, ServiceCIDR netip.Prefix
 	// NodeName is the node's name in the API.

@@ -25,6 +25,9 @@ func Write(w io.Writer, r *result.Report) error {
 		}
 		t.printf("%s: %d × %s, %s of memory, Linux %s, %s, load %.2f%s\n", e.Name, e.Machine.CPUs, e.Machine.CPU,
 			Number(float64(e.Machine.MemoryBytes), "B"), e.Kernel, e.OS, e.Load, emulated)
+		if e.APIServer != "" {
+			t.printf("%s: fed by kube-apiserver %s, a real one for each system\n", e.Name, e.APIServer)
+		}
 	}
 	for _, group := range groups(r.Measurements) {
 		t.group(group)

@@ -26,7 +26,7 @@ func TestWrite(t *testing.T) {
 			{
 				Name:    "native",
 				Machine: result.Machine{CPU: "A processor", CPUs: 2, MemoryBytes: 25_276_030_976, Architecture: "amd64"},
-				Kernel:  "6.18.44", OS: "Debian GNU/Linux 13", Load: 0.5,
+				Kernel:  "6.18.44", OS: "Debian GNU/Linux 13", Load: 0.5, APIServer: "v1.33.1",
 			},
 			{Name: "vm-6.1", Emulated: true, Machine: result.Machine{CPU: "QEMU", CPUs: 1, MemoryBytes: 1 << 30}, Kernel: "6.1", OS: "Debian"},
 		},
@@ -53,6 +53,7 @@ func TestWrite(t *testing.T) {
 	const want = `fairlead bench --samples=200
 Fairlead v1.2.3, 2025-01-31 12:00 UTC, 94 s
 native: 2 × A processor, 25.3 GB of memory, Linux 6.18.44, Debian GNU/Linux 13, load 0.50
+native: fed by kube-apiserver v1.33.1, a real one for each system
 vm-6.1: 1 × QEMU, 1.07 GB of memory, Linux 6.1, Debian, load 0.00, processor emulated: its times say nothing, its ratios little
 
 update-ack: from the event to the kernel's acknowledgement

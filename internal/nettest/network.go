@@ -57,6 +57,7 @@ type Network struct {
 	links int          // pods ever added: names and numbers their links
 	next  []netip.Addr // the address last given in each of PodCIDRs
 	pods  map[string]*Host
+	joins []string // the node's ends of links from Join
 }
 
 // Host is one machine of a [Network]: a namespace with a name and an address of
@@ -337,10 +338,68 @@ func (n *Network) Bypass(from, to *Host) error {
 	return nil
 }
 
+// NewMachine makes a host that is of no Network and outlives those that it is joined
+// with, see [Network.Join]. The caller closes it.
+func NewMachine(name string, addr netip.Addr) (*Host, error) {
+	h, err := new(Network).newHost(name, addr, netip.Addr{})
+	if err != nil {
+		return nil, err
+	}
+	if err := h.ownAddr(addr); err != nil {
+		return nil, errors.Join(err, h.Close())
+	}
+	return h, nil
+}
+
+// ownAddr gives the host its address where no link has it.
+func (h *Host) ownAddr(addr netip.Addr) error {
+	handle, err := netlink.NewHandleAt(netns.NsHandle(h.Fd()), unix.NETLINK_ROUTE)
+	if err != nil {
+		return fmt.Errorf("host %s: open netlink: %w", h.Name, err)
+	}
+	defer handle.Close()
+	lo, err := handle.LinkByName("lo")
+	if err == nil {
+		own := end{addrs: []netip.Prefix{netip.PrefixFrom(addr, addr.BitLen())}}
+		err = own.configure(handle, lo.Attrs().Index, nil)
+	}
+	if err != nil {
+		return fmt.Errorf("host %s: %w", h.Name, err)
+	}
+	return nil
+}
+
+// Join makes a link between the node and a host of [NewMachine], over which they reach
+// each other over IPv4. It goes with the Network's Close. As the nodes of all Networks
+// have the same addresses, a machine is joined with one Network at a time.
+func (n *Network) Join(machine *Host) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.links++
+	link := fmt.Sprintf("join%d", n.links)
+	to := func(a, from *Host) []route {
+		return []route{{to: netip.PrefixFrom(a.IPv4, a.IPv4.BitLen()), source: from.IPv4}}
+	}
+	n.joins = append(n.joins, link)
+	err := connect(
+		end{host: n.Node, link: link, hw: hardwareAddr(n.links, 1), routes: to(machine, n.Node)},
+		end{host: machine, link: link, hw: hardwareAddr(n.links, 2), routes: to(n.Node, machine)},
+	)
+	if err != nil {
+		return fmt.Errorf("join the node with %s: %w", machine.Name, err)
+	}
+	return nil
+}
+
 // Close removes all pods, the node and the outside host, and ends their
 // servers. Closing twice is no error.
 func (n *Network) Close() error {
 	n.mu.Lock()
+	var errs []error
+	// The machines' ends must be gone, for the next network to be joined with.
+	for _, link := range n.joins {
+		errs = append(errs, n.deleteLink(link))
+	}
 	// The node first: links that go with it need not be removed one by one,
 	// for which the kernel takes 50 ms each.
 	hosts := []*Host{n.Node, n.Outside}
@@ -348,7 +407,6 @@ func (n *Network) Close() error {
 		hosts = append(hosts, pod)
 	}
 	n.mu.Unlock()
-	var errs []error
 	for _, h := range hosts {
 		if h != nil {
 			errs = append(errs, h.Close())
@@ -398,16 +456,25 @@ func (n *Network) unlink(pod *Host) error {
 		delete(n.pods, pod.Name)
 	}
 	n.mu.Unlock()
+	if err := n.deleteLink(pod.link); err != nil {
+		return fmt.Errorf("remove pod %s: %w", pod.Name, err)
+	}
+	return nil
+}
+
+// deleteLink removes a link by the name of the node's end. It is no error if there
+// is none.
+func (n *Network) deleteLink(name string) error {
 	fd := n.Node.Fd()
 	if fd < 0 {
 		return nil // The node has gone, and the link with it.
 	}
 	handle, err := netlink.NewHandleAt(netns.NsHandle(fd), unix.NETLINK_ROUTE)
 	if err != nil {
-		return fmt.Errorf("remove pod %s: open netlink: %w", pod.Name, err)
+		return fmt.Errorf("delete link %s: open netlink: %w", name, err)
 	}
 	defer handle.Close()
-	link, err := handle.LinkByName(pod.link)
+	link, err := handle.LinkByName(name)
 	if errors.As(err, new(netlink.LinkNotFoundError)) {
 		return nil
 	}
@@ -415,7 +482,7 @@ func (n *Network) unlink(pod *Host) error {
 		err = handle.LinkDel(link)
 	}
 	if err != nil {
-		return fmt.Errorf("remove pod %s: delete its link: %w", pod.Name, err)
+		return fmt.Errorf("delete link %s: %w", name, err)
 	}
 	return nil
 }

@@ -117,3 +117,31 @@ func TestBypass(t *testing.T) {
 		t.Errorf("no answers passed the node:\n%s", got)
 	}
 }
+
+// TestJoin checks that a machine keeps its servers while networks come and go, and is
+// reached from each one's node.
+func TestJoin(t *testing.T) {
+	t.Parallel()
+	machine, err := nettest.NewMachine("machine", netip.MustParseAddr("198.51.100.1"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = machine.Close() })
+	machine.ServeT(t, nettest.TCP, 80)
+	for range 2 {
+		n, err := nettest.New(nettest.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := n.Join(machine); err != nil {
+			t.Error(err)
+		} else if a, err := n.Node.Connect(t.Context(), nettest.TCP, netip.AddrPortFrom(machine.IPv4, 80)); err != nil {
+			t.Error(err)
+		} else if a.Host != machine.Name || a.Source.Addr() != n.Node.IPv4 {
+			t.Errorf("got the answer %+v, want one of %s to %s", a, machine.Name, n.Node.IPv4)
+		}
+		if err := n.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}

@@ -9,10 +9,10 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
-	"testing"
 	"time"
 
 	"k8s.io/client-go/rest"
@@ -23,6 +23,13 @@ import (
 // `make controlplane` puts them, in .cache/controlplane below the root of the
 // module that the working directory is in.
 const Env = "FAIRLEAD_CONTROLPLANE"
+
+// The programs by their names.
+const (
+	etcdName      = "etcd"
+	apiserverName = "kube-apiserver"
+	managerName   = "kube-controller-manager"
+)
 
 // DefaultStartTimeout is how long [New] waits for readiness, unless its context
 // ends before. It takes some seconds on an idle machine.
@@ -39,6 +46,9 @@ type Namespace interface {
 
 // Options say how a control plane is started. The zero value is usable.
 type Options struct {
+	// Programs is the folder with the programs. Unset, it is the one that [Env] names,
+	// or the default.
+	Programs string
 	// Namespace is the network namespace that the API server listens in and
 	// the configurations of Config connect from. Unset, it is the caller's.
 	Namespace Namespace
@@ -101,13 +111,23 @@ type ControlPlane struct {
 	managerArgs []string // set before programs start
 }
 
+// TB is the part of testing.TB that [Start] needs. The package does not import
+// testing, for the sake of programs.
+type TB interface {
+	Helper()
+	Context() context.Context
+	Cleanup(func())
+	Errorf(format string, args ...any)
+	Fatalf(format string, args ...any)
+}
+
 // Start is [New] for a test: it fails the test if the control plane does not
 // get ready, and closes it when the test ends.
-func Start(t testing.TB, options Options) *ControlPlane {
+func Start(t TB, options Options) *ControlPlane {
 	t.Helper()
 	cp, err := New(t.Context(), options)
 	if err != nil {
-		t.Fatal(err)
+		t.Fatalf("%v", err)
 	}
 	t.Cleanup(func() {
 		if err := cp.Close(); err != nil {
@@ -142,7 +162,7 @@ func New(ctx context.Context, options Options) (*ControlPlane, error) {
 
 func (cp *ControlPlane) start(ctx context.Context) error {
 	var err error
-	if cp.bin, err = findPrograms(cp.options.ControllerManager); err != nil {
+	if cp.bin, err = findPrograms(cp.options); err != nil {
 		return err
 	}
 	if cp.dir, err = newFolder(); err != nil {
@@ -165,7 +185,7 @@ func (cp *ControlPlane) start(ctx context.Context) error {
 
 	cp.mu.Lock()
 	defer cp.mu.Unlock()
-	if cp.etcd, err = cp.run.start("etcd", filepath.Join(cp.bin, "etcd"), etcdArgs()); err != nil {
+	if cp.etcd, err = cp.run.start(etcdName, filepath.Join(cp.bin, etcdName), etcdArgs()); err != nil {
 		return err
 	}
 	config := filepath.Join(cp.dir.path, "controller-manager.kubeconfig")
@@ -205,25 +225,48 @@ func (cp *ControlPlane) choosePort(ctx context.Context) error {
 }
 
 // findPrograms returns the folder of the programs.
-func findPrograms(controllerManager bool) (string, error) {
-	dir, from := os.Getenv(Env), Env
+func findPrograms(options Options) (string, error) {
+	dir, from := options.Programs, ""
+	if dir == "" {
+		dir, from = os.Getenv(Env), " ("+Env+")"
+	}
 	if dir == "" {
 		root, err := moduleRoot()
 		if err != nil {
 			return "", err
 		}
-		dir, from = filepath.Join(root, ".cache", "controlplane"), "the default"
+		dir, from = filepath.Join(root, ".cache", "controlplane"), " (the default)"
 	}
-	names := []string{"etcd", "kube-apiserver"}
-	if controllerManager {
-		names = append(names, "kube-controller-manager")
+	names := []string{etcdName, apiserverName}
+	if options.ControllerManager {
+		names = append(names, managerName)
 	}
 	for _, name := range names {
 		if _, err := os.Stat(filepath.Join(dir, name)); err != nil {
-			return "", fmt.Errorf("no %s in %s (%s): run `make controlplane`: %w", name, dir, from, err)
+			return "", fmt.Errorf("no %s in %s%s: run `make controlplane`: %w", name, dir, from, err)
 		}
 	}
 	return filepath.Abs(dir)
+}
+
+// Programs returns the folder that the programs are in: dir, or if that is empty the
+// one that [New] takes without Programs. The error says that etcd or kube-apiserver
+// is not there.
+func Programs(dir string) (string, error) { return findPrograms(Options{Programs: dir}) }
+
+// Version returns what the kube-apiserver in a folder of programs says it is, such as
+// v1.33.1.
+func Version(ctx context.Context, dir string) (string, error) {
+	dir, err := filepath.Abs(dir) // in the folder "." too, and not in PATH
+	if err != nil {
+		return "", err
+	}
+	path := filepath.Join(dir, apiserverName)
+	out, err := exec.CommandContext(ctx, path, "--version").Output()
+	if err != nil {
+		return "", fmt.Errorf("ask %s for its version: %w", path, err)
+	}
+	return strings.TrimPrefix(strings.TrimSpace(string(out)), "Kubernetes "), nil
 }
 
 func moduleRoot() (string, error) {
@@ -244,14 +287,14 @@ func moduleRoot() (string, error) {
 func (cp *ControlPlane) startAPIServer(ctx context.Context) error {
 	args := append(cp.apiserverArgs(), cp.options.APIServerArgs...)
 	var err error
-	cp.apiserver, err = cp.run.start("kube-apiserver", filepath.Join(cp.bin, "kube-apiserver"), args)
+	cp.apiserver, err = cp.run.start(apiserverName, filepath.Join(cp.bin, apiserverName), args)
 	if err != nil {
 		return err
 	}
 	if err := cp.waitReady(ctx); err != nil || !cp.options.ControllerManager {
 		return err
 	}
-	cp.manager, err = cp.run.start("kube-controller-manager", filepath.Join(cp.bin, "kube-controller-manager"), cp.managerArgs)
+	cp.manager, err = cp.run.start(managerName, filepath.Join(cp.bin, managerName), cp.managerArgs)
 	return err
 }
 

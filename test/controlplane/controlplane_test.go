@@ -391,6 +391,20 @@ func TestKilledProcessLeavesNothing(t *testing.T) {
 	}
 }
 
+func TestVersion(t *testing.T) {
+	t.Parallel()
+	dir, err := controlplane.Programs("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if version, err := controlplane.Version(t.Context(), dir); err != nil || !strings.HasPrefix(version, "v1.") {
+		t.Errorf("got %q, %v", version, err)
+	}
+	if version, err := controlplane.Version(t.Context(), t.TempDir()); err == nil {
+		t.Errorf("got %q of a program that is not there", version)
+	}
+}
+
 func TestMistakes(t *testing.T) {
 	for name, tc := range map[string]struct {
 		options  controlplane.Options
@@ -398,6 +412,7 @@ func TestMistakes(t *testing.T) {
 		want     string
 	}{
 		"no programs":              {programs: t.TempDir(), want: "run `make controlplane`"},
+		"no programs in a folder":  {options: controlplane.Options{Programs: "/nowhere"}, want: "no etcd in /nowhere: run `make controlplane`"},
 		"unspecified address":      {options: controlplane.Options{Address: netip.IPv4Unspecified()}, want: "Address 0.0.0.0"},
 		"host bits":                {options: controlplane.Options{ServiceCIDRs: []netip.Prefix{netip.MustParsePrefix("10.0.0.1/16")}}, want: "ServiceCIDRs: 10.0.0.1/16"},
 		"two networks of a family": {options: controlplane.Options{ServiceCIDRs: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/16"), netip.MustParsePrefix("10.1.0.0/16")}}, want: "ServiceCIDRs: two"},

@@ -1,5 +1,5 @@
-// Package controlplane runs a real Kubernetes control plane for tests: etcd,
-// kube-apiserver and, where asked for, kube-controller-manager. It needs no
+// Package controlplane runs a real Kubernetes control plane for tests and
+// benchmarks: etcd, kube-apiserver and, where asked for, kube-controller-manager. It needs no
 // root, network beyond the machine, or container; `make controlplane` builds
 // the programs.
 //

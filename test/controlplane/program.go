@@ -80,7 +80,8 @@ func (r *runner) start(name, path string, args []string) (*program, error) {
 	p.cmd.Stdout, p.cmd.Stderr = log, log
 	// Nothing of the test's environment, such as a proxy, may matter.
 	p.cmd.Env = []string{"HOME=" + r.dir, "TMPDIR=" + r.dir, "PATH=/nonexistent"}
-	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	// A group of its own: Ctrl-C is for the process that then closes the control plane.
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
 	if err := r.do(p.cmd.Start); err != nil {
 		return nil, fmt.Errorf("start %s: %w", name, err)
 	}

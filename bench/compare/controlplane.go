@@ -1,0 +1,177 @@
+package compare
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/runtime/serializer"
+	"k8s.io/client-go/rest"
+
+	"fairlead/bench/apiserver"
+	"fairlead/bench/cluster"
+	"fairlead/bench/rig"
+	"fairlead/internal/nettest"
+	"fairlead/test/controlplane"
+)
+
+// controlPlanes are servers that are a real etcd and kube-apiserver each.
+type controlPlanes struct {
+	programs string
+	content  *content
+	progress func(format string, args ...any)
+}
+
+func (p *controlPlanes) open(ctx context.Context) (_ server, err error) {
+	begin := time.Now()
+	s := &controlPlane{}
+	defer func() {
+		if err != nil {
+			err = errors.Join(fmt.Errorf("start an API server: %w", err), s.close())
+		}
+	}()
+	if s.machine, err = rig.NewMachine("api-server"); err != nil {
+		return nil, err
+	}
+	if s.programs, err = controlplane.New(ctx, controlplane.Options{
+		Programs: p.programs, Namespace: s.machine.Namespace, Address: s.machine.IPv4, ServiceCIDRs: []netip.Prefix{rig.ServiceCIDR},
+	}); err != nil {
+		return nil, err
+	}
+	if err := s.connect(); err != nil {
+		return nil, err
+	}
+	if err := s.load(ctx, p.content); err != nil {
+		return nil, err
+	}
+	p.progress("an API server runs and has all Services after %s", time.Since(begin).Round(time.Millisecond))
+	return s, nil
+}
+
+// controlPlane is a real etcd and kube-apiserver on a machine of its own.
+type controlPlane struct {
+	machine         *nettest.Host
+	programs        *controlplane.ControlPlane
+	core, discovery *rest.RESTClient
+}
+
+// connect makes the clients. That of all kinds of objects would make the program, which runs
+// on each node, much larger.
+func (s *controlPlane) connect() error {
+	scheme := runtime.NewScheme()
+	metav1.AddToGroupVersion(scheme, schema.GroupVersion{Version: "v1"})
+	if err := errors.Join(corev1.AddToScheme(scheme), discoveryv1.AddToScheme(scheme)); err != nil {
+		return fmt.Errorf("register API types: %w", err)
+	}
+	config := s.programs.Config()
+	config.ContentType = "application/vnd.kubernetes.protobuf"
+	config.NegotiatedSerializer = serializer.NewCodecFactory(scheme).WithoutConversion()
+	http, err := rest.HTTPClientFor(config)
+	if err != nil {
+		return fmt.Errorf("make a client: %w", err)
+	}
+	for _, c := range []struct {
+		client **rest.RESTClient
+		path   string
+		group  schema.GroupVersion
+	}{{&s.core, "/api", corev1.SchemeGroupVersion}, {&s.discovery, "/apis", discoveryv1.SchemeGroupVersion}} {
+		config.APIPath, config.GroupVersion = c.path, &c.group
+		if *c.client, err = rest.RESTClientForConfigAndClient(config, http); err != nil {
+			return fmt.Errorf("make a client: %w", err)
+		}
+	}
+	return nil
+}
+
+// load creates the content.
+func (s *controlPlane) load(ctx context.Context, c *content) error {
+	namespace := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: cluster.Namespace}}
+	if err := s.core.Post().Resource("namespaces").Body(namespace).Do(ctx).Error(); err != nil {
+		return fmt.Errorf("create namespace %s: %w", cluster.Namespace, err)
+	}
+	group, ctx := errgroup.WithContext(ctx)
+	group.SetLimit(writers)
+	for _, o := range c.objects() {
+		if o.GetObjectKind().GroupVersionKind().Kind == "ServiceCIDR" {
+			continue // kube-apiserver makes it
+		}
+		group.Go(func() error { return s.create(ctx, o).wait() })
+	}
+	return group.Wait()
+}
+
+func (s *controlPlane) join(_ context.Context, r *rig.Rig, kubeconfig string) (func() error, error) {
+	if err := s.programs.Kubeconfig(kubeconfig, "bench", "system:masters"); err != nil {
+		return nil, err
+	}
+	return func() error { return nil }, r.Join(s.machine)
+}
+
+func (s *controlPlane) create(ctx context.Context, objects ...apiserver.Object) *request {
+	return s.each(ctx, "create", objects, func(client *rest.RESTClient, o apiserver.Object) *rest.Request {
+		return client.Post().Body(o)
+	})
+}
+
+func (s *controlPlane) update(ctx context.Context, objects ...apiserver.Object) *request {
+	return s.each(ctx, "update", objects, func(client *rest.RESTClient, o apiserver.Object) *rest.Request {
+		return client.Put().Name(o.GetName()).Body(o)
+	})
+}
+
+func (s *controlPlane) delete(ctx context.Context, objects ...apiserver.Object) *request {
+	return s.each(ctx, "delete", objects, func(client *rest.RESTClient, o apiserver.Object) *rest.Request {
+		return client.Delete().Name(o.GetName())
+	})
+}
+
+// each makes a request for each object.
+func (s *controlPlane) each(
+	ctx context.Context, verb string, objects []apiserver.Object, about func(*rest.RESTClient, apiserver.Object) *rest.Request,
+) *request {
+	return asking(func() error {
+		for _, o := range objects {
+			client, resource, err := s.kind(o)
+			if err == nil {
+				err = about(client, o).NamespaceIfScoped(o.GetNamespace(), o.GetNamespace() != "").Resource(resource).Do(ctx).Error()
+			}
+			if err != nil {
+				return fmt.Errorf("%s %s %s: %w", verb, resource, o.GetName(), err)
+			}
+		}
+		return nil
+	})
+}
+
+// kind returns the client for an object, and the name of its kind there.
+func (s *controlPlane) kind(o apiserver.Object) (client *rest.RESTClient, resource string, err error) {
+	switch o.(type) {
+	case *corev1.Service:
+		return s.core, "services", nil
+	case *corev1.Node:
+		return s.core, "nodes", nil
+	case *discoveryv1.EndpointSlice:
+		return s.discovery, "endpointslices", nil
+	default:
+		return nil, "", fmt.Errorf("a %T is nothing that a benchmark changes", o)
+	}
+}
+
+func (s *controlPlane) close() error {
+	var errs []error
+	if s.programs != nil {
+		errs = append(errs, s.programs.Close())
+	}
+	if s.machine != nil {
+		errs = append(errs, s.machine.Close())
+	}
+	return errors.Join(errs...)
+}
