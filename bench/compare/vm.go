@@ -1,0 +1,155 @@
+package compare
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os/exec"
+	"regexp"
+	"runtime"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"fairlead/bench/result"
+)
+
+// VM is a comparison in a virtual machine, for what this machine's kernel cannot run.
+type VM struct {
+	// Command runs what stands behind it in a virtual machine, as `bin/vm run` does. It
+	// is the shell's.
+	Command string
+	// Program is `fairlead bench compare` with its arguments, which say that the result
+	// goes to standard output.
+	Program []string
+	// Progress is told what the program tells of what happens. It may be nil.
+	Progress func(line string)
+}
+
+// vmGrace is how long a virtual machine may take to end.
+const vmGrace = 10 * time.Second
+
+// Run blocks until the virtual machine has ended, which it also does when ctx is done. Its
+// environment is called vm-VERSION in the report, by its kernel. With an error there is
+// a report too if something was measured.
+func (v VM) Run(ctx context.Context) (*result.Report, error) {
+	// By the shell, as it knows about quotes.
+	cmd := exec.CommandContext(ctx, "sh", append([]string{"-c", v.Command + ` "$@"`, "sh"}, v.Program...)...) //nolint:gosec // the caller's choice
+	// Ctrl-C is for this process, which then ends the virtual machine. That goes too if this
+	// process is killed; the kernel goes by the thread that started it.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGTERM}
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGTERM) }
+	cmd.WaitDelay = vmGrace
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		return nil, fmt.Errorf("run a virtual machine: %w", err)
+	}
+	stderr, err := cmd.StderrPipe()
+	if err != nil {
+		return nil, fmt.Errorf("run a virtual machine: %w", err)
+	}
+	if err := cmd.Start(); err != nil {
+		return nil, fmt.Errorf("run a virtual machine: %w", err)
+	}
+	out, complaints := listener{tell: v.tell}, listener{tell: v.tell}
+	var readers sync.WaitGroup
+	readers.Go(func() { complaints.read(stderr) })
+	out.read(stdout)
+	readers.Wait()
+	err = errors.Join(out.err, cmd.Wait())
+	switch {
+	case ctx.Err() != nil:
+		err = context.Cause(ctx)
+	case err == nil && out.report == nil:
+		err = errors.New("it has told no result")
+	}
+	if err != nil {
+		err = fmt.Errorf("%w: %s", err, strings.Join(append(out.last, complaints.last...), " | "))
+	}
+	if out.report != nil {
+		rename(out.report, "vm-"+series(out.report))
+	}
+	return out.report, err
+}
+
+func (v VM) tell(line string) {
+	if v.Progress != nil {
+		v.Progress(line)
+	}
+}
+
+// listener reads what a comparison in a virtual machine prints. Its standard output
+// and errors are one: lines for people, among them the result, which is JSON over
+// several lines.
+type listener struct {
+	tell func(line string)
+
+	report *result.Report
+	last   []string // the last lines that were no progress
+	err    error    // about the result
+}
+
+// progressTime is how lines of progress begin: with the virtual machine's time, which
+// means nothing here.
+var progressTime = regexp.MustCompile(`^ *[0-9.]+s `) //nolint:gochecknoglobals // a constant
+
+func (l *listener) read(from io.Reader) {
+	const kept = 3
+	var document *strings.Builder
+	lines := bufio.NewReader(from)
+	for {
+		line, err := lines.ReadString('\n')
+		text := strings.TrimRight(line, "\r\n")
+		switch {
+		case document != nil:
+			document.WriteString(line)
+			if text == "}" {
+				l.report, l.err = result.Read(strings.NewReader(document.String()))
+				document = nil
+			}
+		case text == "{":
+			document = &strings.Builder{}
+			document.WriteString(line)
+		case strings.TrimSpace(text) == "":
+		case progressTime.MatchString(text):
+			l.tell(progressTime.ReplaceAllString(text, ""))
+		default:
+			l.tell(text)
+			l.last = append(l.last, text)
+			l.last = l.last[max(0, len(l.last)-kept):]
+		}
+		if err != nil {
+			return
+		}
+	}
+}
+
+// series is the first two numbers of the version of the kernel, such as 6.12.
+func series(r *result.Report) string {
+	if len(r.Environments) == 0 {
+		return ""
+	}
+	numbers := strings.SplitN(r.Environments[0].Kernel, ".", 3)
+	return strings.Join(numbers[:min(len(numbers), 2)], ".")
+}
+
+// rename calls all that was measured measured in that environment.
+func rename(r *result.Report, environment string) {
+	for i := range r.Environments {
+		r.Environments[i].Name = environment
+	}
+	for i := range r.Measurements {
+		r.Measurements[i].Environment = environment
+	}
+	for i := range r.Ratios {
+		r.Ratios[i].Environment = environment
+	}
+	for i := range r.LeftOut {
+		r.LeftOut[i].Environment = environment
+	}
+}
