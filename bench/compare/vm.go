@@ -23,7 +23,7 @@ type VM struct {
 	// is the shell's.
 	Command string
 	// Program is `fairlead bench compare` with its arguments, which say that the result
-	// goes to standard output.
+	// goes to standard output. Before it may be further flags of Command.
 	Program []string
 	// Progress is told what the program tells of what happens. It may be nil.
 	Progress func(line string)
@@ -68,8 +68,8 @@ func (v VM) Run(ctx context.Context) (*result.Report, error) {
 	case err == nil && out.report == nil:
 		err = errors.New("it has told no result")
 	}
-	if err != nil {
-		err = fmt.Errorf("%w: %s", err, strings.Join(append(out.last, complaints.last...), " | "))
+	if last := append(out.last, complaints.last...); err != nil && len(last) > 0 {
+		err = fmt.Errorf("%w: %s", err, strings.Join(last, " | "))
 	}
 	if out.report != nil {
 		rename(out.report, "vm-"+series(out.report))

@@ -36,7 +36,7 @@ const (
 func (v *vmFlags) register(flags *pflag.FlagSet) {
 	flags.StringVar(&v.command, "vm", "bin/vm run -kernel=6.12",
 		"`command` that runs systems in a virtual machine that this kernel cannot run; `make vm` builds it; empty leaves them out")
-	flags.IntVar(&v.services, "vm-services", 1000, "number of Services in the virtual machine")
+	flags.IntVar(&v.services, "vm-services", 200, "number of Services in the virtual machine")
 	flags.IntVar(&v.samples, "vm-samples", 5, "how often each kind of change is measured in the virtual machine")
 }
 
@@ -60,14 +60,15 @@ func divide(ctx context.Context, systems []system.System) (_ *divided, err error
 	defer func() { err = errors.Join(err, node.Close()) }()
 	d := &divided{}
 	for _, s := range systems {
-		var unavailable *system.UnavailableError
+		var why error
 		if c, ok := s.(system.Checker); ok {
-			if err := c.Check(ctx, node); err != nil && !errors.As(err, &unavailable) {
-				return nil, fmt.Errorf("whether %s can run here: %w", s.Name(), err)
-			}
+			why = c.Check(ctx, node)
 		}
+		unavailable, known := errors.AsType[*system.UnavailableError](why)
 		switch {
-		case unavailable == nil:
+		case why != nil && !known:
+			return nil, fmt.Errorf("whether %s can run here: %w", s.Name(), why)
+		case why == nil:
 			d.native = append(d.native, s)
 			if slices.Contains(references(), s.Name()) {
 				d.vm = append(d.vm, s)
@@ -110,7 +111,7 @@ func (f *compareFlags) compareAll(ctx context.Context, binary string, o compare.
 		o.Progress(d.missed[i].System + " is left out: " + d.missed[i].Reason)
 	}
 	if len(reports) == 0 {
-		return nil, errors.Join(errors.New("no system can run here"), ctx.Err())
+		return nil, errors.Join(errors.New("no system can run here"), context.Cause(ctx))
 	}
 	all, err := report.Merge(reports...)
 	if err != nil {
@@ -118,7 +119,7 @@ func (f *compareFlags) compareAll(ctx context.Context, binary string, o compare.
 	}
 	all.LeftOut = append(all.LeftOut, d.missed...)
 	all.TookSeconds = time.Since(all.Time).Seconds()
-	return all, ctx.Err()
+	return all, context.Cause(ctx)
 }
 
 // vmRun compares in a virtual machine. It returns nil if there is none or nothing was
@@ -128,8 +129,8 @@ func (f *compareFlags) vmRun(ctx context.Context, binary string, o compare.Optio
 	if command == "" {
 		return nil, "without --vm it does not run in a virtual machine"
 	}
-	program := strings.Fields(command)[0]
-	if _, err := exec.LookPath(program); err != nil {
+	program, _, _ := strings.Cut(command, " ")
+	if _, err := exec.LookPath(program); err != nil && strings.Contains(program, "/") { // else it may be the shell's own
 		return nil, fmt.Sprintf("`make vm` builds a virtual machine that can run it, which --vm names (there is no %s)", program)
 	}
 	var with []string
@@ -177,7 +178,7 @@ func (f *compareFlags) vmRun(ctx context.Context, binary string, o compare.Optio
 	)
 	o.Progress(strings.Join(names, ", ") + ": in a virtual machine, emulated, which takes minutes")
 	vm := compare.VM{
-		Command: strings.Join(append([]string{command}, with...), " "), Program: args,
+		Command: command, Program: append(with, args...),
 		Progress: func(line string) { o.Progress("vm: " + line) },
 	}
 	r, err := vm.Run(ctx)
