@@ -147,7 +147,7 @@ BENCHDIR ?= bin/bench
 .PHONY: bench
 bench: deps build kube-proxy ## Fairlead and kube-proxy side by side (root), some minutes; ARGS=flags of fairlead bench compare
 	@mkdir -p $(BENCHDIR)
-	bin/fairlead bench compare --systems=nft,kube-proxy-nftables --services=1000 --samples=8 --starts=3 --rounds=3 --duration=5s \
+	bin/fairlead bench compare --systems=nft,kube-proxy-nftables --services=1000 --samples=12 --starts=3 --rounds=3 --duration=5s \
 		--json=$(BENCHDIR)/bench.json --html=$(BENCHDIR)/bench.html $(ARGS)
 
 .PHONY: bench-full

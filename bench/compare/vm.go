@@ -33,7 +33,7 @@ type VM struct {
 const vmGrace = 10 * time.Second
 
 // Run blocks until the virtual machine has ended, which it also does when ctx is done. Its
-// environment is called vm-VERSION in the report, by its kernel. With an error there is
+// environment is called as [result.InVM] says, and is the only one in the report. With an error there is
 // a report too if something was measured.
 func (v VM) Run(ctx context.Context) (*result.Report, error) {
 	// By the shell, as it knows about quotes.
@@ -62,6 +62,13 @@ func (v VM) Run(ctx context.Context) (*result.Report, error) {
 	out.read(stdout)
 	readers.Wait()
 	err = errors.Join(out.err, cmd.Wait())
+	switch r := out.report; {
+	case r == nil:
+	case len(r.Environments) != 1:
+		out.report, err = nil, errors.Join(err, errors.New("its result does not say where it is from"))
+	default:
+		rename(r, result.InVM(r.Environments[0].Kernel))
+	}
 	switch {
 	case ctx.Err() != nil:
 		err = context.Cause(ctx)
@@ -70,9 +77,6 @@ func (v VM) Run(ctx context.Context) (*result.Report, error) {
 	}
 	if last := append(out.last, complaints.last...); err != nil && len(last) > 0 {
 		err = fmt.Errorf("%w: %s", err, strings.Join(last, " | "))
-	}
-	if out.report != nil {
-		rename(out.report, "vm-"+series(out.report))
 	}
 	return out.report, err
 }
@@ -127,15 +131,6 @@ func (l *listener) read(from io.Reader) {
 			return
 		}
 	}
-}
-
-// series is the first two numbers of the version of the kernel, such as 6.12.
-func series(r *result.Report) string {
-	if len(r.Environments) == 0 {
-		return ""
-	}
-	numbers := strings.SplitN(r.Environments[0].Kernel, ".", 3)
-	return strings.Join(numbers[:min(len(numbers), 2)], ".")
 }
 
 // rename calls all that was measured measured in that environment.

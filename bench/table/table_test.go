@@ -77,7 +77,7 @@ memory: memory held
 ratios, with the interval that they are in with a confidence of 95 %
   measure         scenario                                         ratio  interval
   update-ack p50  scale-up, 10000 × 10  kube-proxy-nftables / nft  311    9.10 to 342
-  update-ack p50  scale-up, 10000 × 10  nft / ipvs                 1.50   1 to 2       vm-6.1, emulated
+  update-ack p50  scale-up, 10000 × 10  nft / ipvs                 1.50   1 to 2  vm-6.1, emulated
 
 left out: ipvs memory native: the kernel has no IPVS
 left out: ipvs native: the kernel has no IPVS

@@ -97,7 +97,7 @@ does not run at all is left out, and the result says why.`,
 	flags.StringVar(&f.html, "html", "", "file to write a page with charts to")
 	flags.StringVar(&f.svg, "svg", "", "folder to write the charts to, as SVG and PNG")
 	flags.StringVar(&f.dir, "logs", "", "folder for the systems' logs, which is kept; without, they go")
-	flags.StringVar(&f.environment, "environment", "", "name for where this is, such as vm-6.12, in the result")
+	flags.StringVar(&f.environment, "environment", "", "name for where this is in the result (default native, or such as vm-6.12 where the processor is emulated)")
 	flags.BoolVar(&f.quiet, "quiet", false, "do not tell what is going on")
 	f.vm.register(flags)
 	completeWith(cmd, "systems", names...)
