@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"regexp"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -36,6 +37,11 @@ const vmGrace = 10 * time.Second
 // environment is called as [result.InVM] says, and is the only one in the report. With an error there is
 // a report too if something was measured.
 func (v VM) Run(ctx context.Context) (*result.Report, error) {
+	program, _, _ := strings.Cut(v.Command, " ")
+	// A name without a slash may be the shell's own.
+	if _, err := exec.LookPath(program); err != nil && strings.Contains(program, "/") {
+		return nil, fmt.Errorf("there is no %s: `make vm` builds one, or say with --vm how virtual machines are run", program)
+	}
 	// By the shell, as it knows about quotes.
 	cmd := exec.CommandContext(ctx, "sh", append([]string{"-c", v.Command + ` "$@"`, "sh"}, v.Program...)...) //nolint:gosec // the caller's choice
 	// Ctrl-C is for this process, which then ends the virtual machine. That goes too if this
@@ -75,7 +81,7 @@ func (v VM) Run(ctx context.Context) (*result.Report, error) {
 	case err == nil && out.report == nil:
 		err = errors.New("it has told no result")
 	}
-	if last := append(out.last, complaints.last...); err != nil && len(last) > 0 {
+	if last := slices.Concat(out.last, complaints.last); err != nil && len(last) > 0 {
 		err = fmt.Errorf("%w: %s", err, strings.Join(last, " | "))
 	}
 	return out.report, err
@@ -100,7 +106,7 @@ type listener struct {
 
 // progressTime is how lines of progress begin: with the virtual machine's time, which
 // means nothing here.
-var progressTime = regexp.MustCompile(`^ *[0-9.]+s `) //nolint:gochecknoglobals // a constant
+var progressTime = regexp.MustCompile(`^ *[0-9.]+s `)
 
 func (l *listener) read(from io.Reader) {
 	const kept = 3

@@ -115,12 +115,15 @@ func TestPage(t *testing.T) {
 	}
 }
 
-// Emulated figures say so.
+// Emulated figures say so, and claim nothing.
 func TestEmulated(t *testing.T) {
+	const says, claims = "The processor was emulated.", `<div class="claims">`
 	r := fixture(t)
-	r.Environments[0].Emulated = true
-	if page := pageOf(t, r); !strings.Contains(page, "The processor was emulated.") {
-		t.Error("the page does not say that the processor was emulated")
+	for _, r.Environments[0].Emulated = range []bool{false, true} {
+		emulated, page := r.Environments[0].Emulated, pageOf(t, r)
+		if strings.Contains(page, says) != emulated || strings.Contains(page, claims) == emulated {
+			t.Errorf("emulated: %v, but the page says so: %v, and makes claims: %v", emulated, strings.Contains(page, says), strings.Contains(page, claims))
+		}
 	}
 }
 

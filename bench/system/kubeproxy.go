@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os/exec"
+	"path/filepath"
 	"strings"
 
 	"github.com/vishvananda/netlink"
@@ -77,6 +78,18 @@ func (k KubeProxy) Start(ctx context.Context, env Environment) (Running, error) 
 		return nil, err
 	}
 	return started(StartProcess(env, k.Name(), k.Command(env)...))
+}
+
+// Path returns the absolute path of the program.
+func (k KubeProxy) Path() (string, error) {
+	path, err := exec.LookPath(k.Binary)
+	if err == nil {
+		path, err = filepath.Abs(path)
+	}
+	if err != nil {
+		return "", fmt.Errorf("find kube-proxy: %w", err)
+	}
+	return path, nil
 }
 
 // Version returns what the program says it is.

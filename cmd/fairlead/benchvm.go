@@ -5,8 +5,6 @@ import (
 	"encoding/csv"
 	"errors"
 	"fmt"
-	"os/exec"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -51,8 +49,8 @@ type divided struct {
 	missed []result.LeftOut
 }
 
-// divide asks each system whether this kernel can run it.
-func divide(ctx context.Context, systems []system.System) (_ *divided, err error) {
+// divide asks each system whether the kernel of this environment can run it.
+func divide(ctx context.Context, systems []system.System, environment string) (_ *divided, err error) {
 	node, err := nettest.NewNamespace("")
 	if err != nil {
 		return nil, err
@@ -75,7 +73,7 @@ func divide(ctx context.Context, systems []system.System) (_ *divided, err error
 			}
 		case unavailable.Kernel:
 			d.vm = append(d.vm, s)
-			d.missed = append(d.missed, result.LeftOut{System: s.Name(), Environment: result.Native, Reason: unavailable.Reason})
+			d.missed = append(d.missed, result.LeftOut{System: s.Name(), Environment: environment, Reason: unavailable.Reason})
 		default:
 			d.native = append(d.native, s) // which leaves it out, as another kernel would
 		}
@@ -86,52 +84,61 @@ func divide(ctx context.Context, systems []system.System) (_ *divided, err error
 // compareAll compares the systems on this machine, and in a virtual machine those that its
 // kernel cannot run. What goes wrong with the latter is in the report alone.
 func (f *compareFlags) compareAll(ctx context.Context, binary string, o compare.Options) (*result.Report, error) {
-	d, err := divide(ctx, o.Systems)
+	d, err := divide(ctx, o.Systems, o.Environment.Name)
 	if err != nil {
 		return nil, err
 	}
 	if len(d.missed) == 0 {
 		return compare.Run(ctx, o)
 	}
+	vm := f.vm.of(o, d.vm)
+	if err := vm.Validate(); err != nil {
+		return nil, fmt.Errorf("in the virtual machine: %w", err)
+	}
 	var reports []*result.Report
 	if o.Systems = d.native; len(d.native) > 0 {
-		r, err := compare.Run(ctx, o)
-		if err != nil {
-			return r, err
+		var r *result.Report
+		if r, err = compare.Run(ctx, o); r == nil {
+			return nil, err
 		}
 		reports = append(reports, r)
 	}
-	inside, why := f.vmRun(ctx, binary, o, d)
-	if inside != nil {
-		reports = append(reports, inside)
-	}
-	for i := range d.missed {
-		d.missed[i].Environment = o.Environment.Name
-		d.missed[i].Reason += "; " + why
-		o.Progress(d.missed[i].System + " is left out: " + d.missed[i].Reason)
+	if ctx.Err() == nil {
+		inside, why := f.vmRun(ctx, binary, vm)
+		if inside != nil {
+			reports = append(reports, inside)
+		}
+		for i := range d.missed {
+			d.missed[i].Reason += "; " + why
+			o.Progress(d.missed[i].System + ": " + d.missed[i].Reason)
+		}
+		err = errors.Join(err, context.Cause(ctx))
 	}
 	if len(reports) == 0 {
-		return nil, errors.Join(errors.New("no system can run here"), context.Cause(ctx))
+		return nil, errors.Join(errors.New("no system can run here"), err)
 	}
-	all, err := report.Merge(reports...)
-	if err != nil {
-		return reports[0], err
+	all, mergeErr := report.Merge(reports...)
+	if mergeErr != nil {
+		all, err = reports[0], errors.Join(err, mergeErr)
 	}
 	all.LeftOut = append(all.LeftOut, d.missed...)
 	all.TookSeconds = time.Since(all.Time).Seconds()
-	return all, context.Cause(ctx)
+	return all, err
+}
+
+// of are the options in a virtual machine, in which systems are compared.
+func (v *vmFlags) of(o compare.Options, systems []system.System) compare.Options {
+	o.Systems, o.Services, o.Samples = systems, []int{v.services}, v.samples
+	o.Starts, o.Rounds, o.Duration = min(o.Starts, vmStarts), min(o.Rounds, vmRounds), min(o.Duration, vmDuration)
+	return o
 }
 
 // vmRun compares in a virtual machine. It returns nil if there is none or nothing was
 // measured, and in words what became of it.
-func (f *compareFlags) vmRun(ctx context.Context, binary string, o compare.Options, d *divided) (*result.Report, string) {
+func (f *compareFlags) vmRun(ctx context.Context, binary string, o compare.Options) (*result.Report, string) {
 	command := f.vm.command
 	if command == "" {
 		return nil, "without --vm it does not run in a virtual machine"
-	}
-	program, _, _ := strings.Cut(command, " ")
-	if _, err := exec.LookPath(program); err != nil && strings.Contains(program, "/") { // else it may be the shell's own
-		return nil, fmt.Sprintf("`make vm` builds a virtual machine that can run it, which --vm names (there is no %s)", program)
 	}
 	var with []string
 	args := []string{binary, "bench", "compare", "--json=-", "--vm="}
@@ -143,13 +150,10 @@ func (f *compareFlags) vmRun(ctx context.Context, binary string, o compare.Optio
 		args = append(args, "--"+flag+"="+strings.TrimSuffix(b.String(), "\n"))
 	}
 	var names []string
-	for _, s := range d.vm {
+	for _, s := range o.Systems {
 		names = append(names, s.Name())
 		if k, ok := s.(system.KubeProxy); ok && with == nil {
-			path, err := exec.LookPath(k.Binary)
-			if err == nil {
-				path, err = filepath.Abs(path)
-			}
+			path, err := k.Path()
 			if err != nil {
 				return nil, err.Error()
 			}
@@ -172,9 +176,8 @@ func (f *compareFlags) vmRun(ctx context.Context, binary string, o compare.Optio
 	list("rate", rates...)
 	args = append(
 		args,
-		fmt.Sprintf("--services=%d", f.vm.services), fmt.Sprintf("--endpoints=%d", o.Endpoints),
-		fmt.Sprintf("--samples=%d", f.vm.samples), fmt.Sprintf("--starts=%d", min(o.Starts, vmStarts)),
-		fmt.Sprintf("--rounds=%d", min(o.Rounds, vmRounds)), "--duration="+min(o.Duration, vmDuration).String(), "--settle="+o.Settle.String(),
+		fmt.Sprintf("--services=%d", o.Services[0]), fmt.Sprintf("--endpoints=%d", o.Endpoints), fmt.Sprintf("--samples=%d", o.Samples),
+		fmt.Sprintf("--starts=%d", o.Starts), fmt.Sprintf("--rounds=%d", o.Rounds), "--duration="+o.Duration.String(), "--settle="+o.Settle.String(),
 	)
 	o.Progress(strings.Join(names, ", ") + ": in a virtual machine, emulated, which takes minutes")
 	vm := compare.VM{
@@ -184,7 +187,7 @@ func (f *compareFlags) vmRun(ctx context.Context, binary string, o compare.Optio
 	r, err := vm.Run(ctx)
 	switch {
 	case r == nil:
-		return nil, fmt.Sprintf("in the virtual machine: %v", err)
+		return nil, fmt.Sprintf("nor does it run in a virtual machine: %v", err)
 	case err != nil:
 		return r, fmt.Sprintf("in the virtual machine %s not all was measured: %v", r.Environments[0].Name, err)
 	default:

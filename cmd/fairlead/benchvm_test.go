@@ -106,13 +106,21 @@ func TestBenchCompareInVM(t *testing.T) {
 	}
 }
 
+// What is wrong is told before anything is measured.
+func TestBenchCompareVMMistakes(t *testing.T) {
+	r, code, said := vmCompare(t, programOf(t), "--systems=nft,kube-proxy-iptables", "--vm-services=1")
+	if code != 1 || r != nil || !strings.Contains(said, "in the virtual machine: 1 Services are too few") {
+		t.Errorf("exit code %d, report %+v: %s", code, r, said)
+	}
+}
+
 // Whatever becomes of the virtual machine, the result has the rest.
 func TestBenchCompareWithoutVM(t *testing.T) {
 	program := programOf(t)
 	for name, test := range map[string]struct{ vm, want string }{
-		"there is none":    {"/nowhere/vm run", "`make vm` builds a virtual machine"},
+		"there is none":    {"/nowhere/vm run", "there is no /nowhere/vm: `make vm` builds one"},
 		"it is not wanted": {"", "without --vm"},
-		"it breaks":        {"echo it burns; false", "in the virtual machine: exit status 1: it burns"},
+		"it breaks":        {"echo it burns; false", "nor does it run in a virtual machine: exit status 1: it burns"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			r, code, said := vmCompare(t, program, "--systems=nft,kube-proxy-iptables", "--vm="+test.vm)
