@@ -145,15 +145,17 @@ test-short: ## the tests that need neither root nor packages nor a control plane
 BENCHDIR ?= bin/bench
 
 .PHONY: bench
-bench: deps build kube-proxy ## Fairlead and kube-proxy side by side (root), some minutes; ARGS=flags of fairlead bench compare
+bench: SERVICES ?= 1000
+bench: build kube-proxy ## Fairlead and kube-proxy side by side (root), minutes; SERVICES=10000 ARGS=flags of fairlead bench compare
 	@mkdir -p $(BENCHDIR)
-	bin/fairlead bench compare --systems=nft,kube-proxy-nftables --services=1000 --samples=12 --starts=3 --rounds=3 --duration=5s \
+	bin/fairlead bench compare --systems=nft,kube-proxy-nftables --services=$(SERVICES) --samples=12 --starts=3 --rounds=3 --duration=5s \
 		--json=$(BENCHDIR)/bench.json --html=$(BENCHDIR)/bench.html $(ARGS)
 
 .PHONY: bench-full
+bench-full: SERVICES ?= 100,1000,10000
 bench-full: build kube-proxy vm ## all systems, up to 10,000 Services, and in a virtual machine what this kernel cannot run (root), most of an hour
 	@mkdir -p $(BENCHDIR)
-	bin/fairlead bench compare --services=100,1000,10000 \
+	bin/fairlead bench compare --services=$(SERVICES) \
 		--json=$(BENCHDIR)/full.json --html=$(BENCHDIR)/full.html --svg=$(BENCHDIR)/images $(ARGS)
 
 .PHONY: gobench
