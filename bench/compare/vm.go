@@ -34,13 +34,13 @@ type VM struct {
 const vmGrace = 10 * time.Second
 
 // Run blocks until the virtual machine has ended, which it also does when ctx is done. Its
-// environment is called as [result.InVM] says, and is the only one in the report. With an error there is
-// a report too if something was measured.
+// environment is called as [result.InVM] says, and is the only one in the report. With an
+// error there is a report too if something was measured.
 func (v VM) Run(ctx context.Context) (*result.Report, error) {
 	program, _, _ := strings.Cut(v.Command, " ")
 	// A name without a slash may be the shell's own.
 	if _, err := exec.LookPath(program); err != nil && strings.Contains(program, "/") {
-		return nil, fmt.Errorf("there is no %s: `make vm` builds one, or say with --vm how virtual machines are run", program)
+		return nil, fmt.Errorf("there is no %s: `make vm` builds it", program)
 	}
 	// By the shell, as it knows about quotes.
 	cmd := exec.CommandContext(ctx, "sh", append([]string{"-c", v.Command + ` "$@"`, "sh"}, v.Program...)...) //nolint:gosec // the caller's choice
@@ -51,23 +51,25 @@ func (v VM) Run(ctx context.Context) (*result.Report, error) {
 	defer runtime.UnlockOSThread()
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGTERM) }
 	cmd.WaitDelay = vmGrace
-	stdout, err := cmd.StdoutPipe()
-	if err != nil {
-		return nil, fmt.Errorf("run a virtual machine: %w", err)
+	var telling sync.Mutex
+	tell := func(line string) {
+		telling.Lock()
+		defer telling.Unlock()
+		if v.Progress != nil {
+			v.Progress(line)
+		}
 	}
-	stderr, err := cmd.StderrPipe()
-	if err != nil {
-		return nil, fmt.Errorf("run a virtual machine: %w", err)
-	}
-	if err := cmd.Start(); err != nil {
-		return nil, fmt.Errorf("run a virtual machine: %w", err)
-	}
-	out, complaints := listener{tell: v.tell}, listener{tell: v.tell}
+	out, complaints := listener{tell: tell}, listener{tell: tell}
 	var readers sync.WaitGroup
+	stdout, outWriter := io.Pipe()
+	stderr, errWriter := io.Pipe()
+	cmd.Stdout, cmd.Stderr = outWriter, errWriter
+	readers.Go(func() { out.read(stdout) })
 	readers.Go(func() { complaints.read(stderr) })
-	out.read(stdout)
+	err := cmd.Run()
+	err = errors.Join(err, outWriter.Close(), errWriter.Close())
 	readers.Wait()
-	err = errors.Join(out.err, cmd.Wait())
+	err = errors.Join(out.err, err)
 	switch r := out.report; {
 	case r == nil:
 	case len(r.Environments) != 1:
@@ -85,12 +87,6 @@ func (v VM) Run(ctx context.Context) (*result.Report, error) {
 		err = fmt.Errorf("%w: %s", err, strings.Join(last, " | "))
 	}
 	return out.report, err
-}
-
-func (v VM) tell(line string) {
-	if v.Progress != nil {
-		v.Progress(line)
-	}
 }
 
 // listener reads what a comparison in a virtual machine prints. Its standard output

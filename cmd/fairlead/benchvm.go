@@ -33,7 +33,7 @@ const (
 
 func (v *vmFlags) register(flags *pflag.FlagSet) {
 	flags.StringVar(&v.command, "vm", "bin/vm run -kernel=6.12",
-		"`command` that runs systems in a virtual machine that this kernel cannot run; `make vm` builds it; empty leaves them out")
+		"`command` of test/vm, for systems that this kernel cannot run; \"make vm\" builds it; empty leaves them out")
 	flags.IntVar(&v.services, "vm-services", 200, "number of Services in the virtual machine")
 	flags.IntVar(&v.samples, "vm-samples", 5, "how often each kind of change is measured in the virtual machine")
 }

@@ -118,7 +118,7 @@ func TestBenchCompareVMMistakes(t *testing.T) {
 func TestBenchCompareWithoutVM(t *testing.T) {
 	program := programOf(t)
 	for name, test := range map[string]struct{ vm, want string }{
-		"there is none":    {"/nowhere/vm run", "there is no /nowhere/vm: `make vm` builds one"},
+		"there is none":    {"/nowhere/vm run", "there is no /nowhere/vm: `make vm` builds it"},
 		"it is not wanted": {"", "without --vm"},
 		"it breaks":        {"echo it burns; false", "nor does it run in a virtual machine: exit status 1: it burns"},
 	} {
