@@ -153,7 +153,7 @@ bench: build kube-proxy ## Fairlead and kube-proxy side by side (root), minutes;
 
 .PHONY: bench-full
 bench-full: SERVICES ?= 100,1000,10000
-bench-full: build kube-proxy vm ## all systems, up to 10,000 Services, and in a virtual machine what this kernel cannot run (root), most of an hour
+bench-full: build kube-proxy vm ## all systems, up to 10,000 Services, and in a virtual machine what this kernel cannot run (root), about an hour
 	@mkdir -p $(BENCHDIR)
 	bin/fairlead bench compare --services=$(SERVICES) \
 		--json=$(BENCHDIR)/full.json --html=$(BENCHDIR)/full.html --svg=$(BENCHDIR)/images $(ARGS)
