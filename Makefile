@@ -7,7 +7,7 @@ VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unkn
 
 # What `make demo` hands to the demo: make demo ARGS=--keep
 ARGS ?=
-# Which benchmarks, and how often: make bench BENCH=Apply COUNT=10
+# Which benchmarks of the Go packages, and how often: make gobench BENCH=Apply COUNT=10
 BENCH ?= .
 COUNT ?= 1
 # How long each fuzz target runs.
@@ -141,8 +141,25 @@ test-short: ## the tests that need neither root nor packages nor a control plane
 	@echo 'left out, as they need root: $(filter-out $(rootless),$(shell go list -f '{{if or .TestGoFiles .XTestGoFiles}}{{.ImportPath}}{{end}}' ./...))'
 	go test -short -shuffle=on $(rootless)
 
+# Where the results go, as JSON, as a page and, of bench-full, as pictures.
+BENCHDIR ?= bin/bench
+
 .PHONY: bench
-bench: ## benchmarks (root), minutes; BENCH=regexp COUNT=n
+bench: SERVICES ?= 1000
+bench: build kube-proxy ## Fairlead and kube-proxy side by side (root), minutes; SERVICES=10000 ARGS=flags of fairlead bench compare
+	@mkdir -p $(BENCHDIR)
+	bin/fairlead bench compare --systems=nft,kube-proxy-nftables --services=$(SERVICES) --samples=12 --starts=3 --rounds=3 --duration=5s \
+		--json=$(BENCHDIR)/bench.json --html=$(BENCHDIR)/bench.html $(ARGS)
+
+.PHONY: bench-full
+bench-full: SERVICES ?= 100,1000,10000
+bench-full: build kube-proxy vm ## all systems, up to 10,000 Services, and in a virtual machine what this kernel cannot run (root), about an hour
+	@mkdir -p $(BENCHDIR)
+	bin/fairlead bench compare --services=$(SERVICES) \
+		--json=$(BENCHDIR)/full.json --html=$(BENCHDIR)/full.html --svg=$(BENCHDIR)/images $(ARGS)
+
+.PHONY: gobench
+gobench: ## benchmarks of the Go packages (root), minutes; BENCH=regexp COUNT=n
 	go test -run='^$$' -bench='$(BENCH)' -count=$(COUNT) -benchmem -timeout=60m ./...
 
 .PHONY: lint

@@ -78,7 +78,7 @@ func (m *measurements) ways(scenario result.Scenario, ways []*way) error {
 			return fmt.Errorf("compare %s: %w", kind.measure, err)
 		}
 		m.ratios = append(m.ratios, result.Ratio{
-			Measure: kind.measure, Statistic: "paired-p50", Environment: result.Native, Scenario: scenario,
+			Measure: kind.measure, Statistic: "paired-p50", Environment: m.environment, Scenario: scenario,
 			Numerator: ways[0].system, Denominator: ways[1].system, Interval: interval,
 			NumeratorSamples: len(numerator), DenominatorSamples: len(denominator), Method: statistics.Method,
 		})

@@ -29,7 +29,7 @@
 //   - [Fairness]: how connections spread over the endpoints of one Service.
 //   - [Memory]: what is held more than before when all is programmed.
 //
-// The other benchmarks are in the test files and run with `make bench`: they are of
+// The other benchmarks are in the test files and run with `make gobench`: they are of
 // the syncer and the backend without Kubernetes' objects. They program
 // the real kernel, in a network namespace of their own. Latencies are reported
 // as percentiles, in microseconds, beside the usual mean.

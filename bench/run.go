@@ -19,10 +19,11 @@ func Run(ctx context.Context, o Options) (*result.Report, error) {
 	}
 	o = o.withDefaults()
 	begin := time.Now()
-	m := &measurements{system: o.Mode}
+	here := result.Here()
+	m := &measurements{system: o.Mode, environment: here.Name}
 	report := &result.Report{
 		Schema: result.Schema, Time: begin.UTC().Truncate(time.Second), Command: o.Command, Version: o.Version,
-		Environments: []result.Environment{result.Here()},
+		Environments: []result.Environment{here},
 		Systems:      []result.System{{Name: o.Mode, Version: o.Version}},
 	}
 	for _, stage := range []struct {
@@ -58,10 +59,11 @@ func (o Options) measures(p Part) bool { return slices.Contains(o.Only, p) }
 
 // measurements gathers what the parts find out about one system.
 type measurements struct {
-	system string
-	all    []result.Measurement
-	ratios []result.Ratio
-	notes  []string
+	system      string
+	environment string
+	all         []result.Measurement
+	ratios      []result.Ratio
+	notes       []string
 }
 
 // samples adds samples, if there are any.
@@ -76,7 +78,7 @@ func (m *measurements) of(
 		return
 	}
 	one := result.Measurement{
-		Measure: measure, System: system, Environment: result.Native, Scenario: scenario, Unit: unit,
+		Measure: measure, System: system, Environment: m.environment, Scenario: scenario, Unit: unit,
 		Distribution: statistics.Summarize(samples), Values: values,
 	}
 	if len(samples) <= result.MaxSamples {

@@ -67,7 +67,8 @@ func DefaultOptions() Options {
 	}
 }
 
-func (o *Options) validate() error {
+// Validate returns all that is wrong with the options.
+func (o *Options) Validate() error {
 	var errs []error
 	if len(o.Systems) == 0 {
 		errs = append(errs, errors.New("no systems to compare"))

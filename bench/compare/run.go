@@ -71,7 +71,7 @@ func (s *size) close() error {
 // left out, and the report says why. When ctx is done the report has what was
 // measured until then, beside the error.
 func Run(ctx context.Context, opts Options) (*result.Report, error) {
-	if err := opts.validate(); err != nil {
+	if err := opts.Validate(); err != nil {
 		return nil, err
 	}
 	// The API servers are in this process, which must not pause for its own memory.

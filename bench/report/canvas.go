@@ -46,6 +46,7 @@ type canvas struct {
 	to            draw.Canvas
 	width, height float64
 	inset         float64 // of the coordinates, on all sides
+	below         float64 // what is below the coordinates besides
 	colours       palette
 	face          *typeface
 	// texts, if not nil, collects SVG text: fonts differ between who looks at a page,
@@ -87,7 +88,7 @@ func (f *typeface) png(d drawing, width float64) ([]byte, error) {
 }
 
 func (c *canvas) point(x, y float64) vg.Point {
-	return vg.Point{X: vg.Length(c.inset + x), Y: vg.Length(c.inset + c.height - y)}
+	return vg.Point{X: vg.Length(c.inset + x), Y: vg.Length(c.inset + c.below + c.height - y)}
 }
 
 // line draws a line through points, which are x and y in turns.

@@ -87,7 +87,9 @@ func newPage(r *result.Report) (*page, error) {
 				env.leftOut = append(env.leftOut, l)
 			}
 		}
-		env.claims, env.claimsAt = claims(r, e.Name)
+		if !e.Emulated {
+			env.claims, env.claimsAt = claims(r, e.Name)
+		}
 		for _, s := range sections(r, e.Name) {
 			one := shown{id: e.Name + "-" + s.id, title: s.title, text: s.text}
 			for _, f := range s.figures {

@@ -81,7 +81,7 @@ func (e environment) node() g.Node {
 				if l.Measure != "" {
 					what = strings.TrimPrefix(what+", "+string(l.Measure), ", ")
 				}
-				return h.Li(g.Text(what + ": " + l.Reason))
+				return h.Li(g.Text(strings.TrimPrefix(what+": "+l.Reason, ": ")))
 			})),
 		)),
 		h.Section(

@@ -78,8 +78,8 @@ const (
 	narrowWidth  = 344
 )
 
-// Pictures draws all charts of a report. Names begin with the environment's where
-// there are several.
+// Pictures draws all charts of a report. Names begin with the environment's, unless that
+// is this machine. A chart says so where its processor was emulated.
 func Pictures(r *result.Report) ([]Picture, error) {
 	face, err := newTypeface()
 	if err != nil {
@@ -89,16 +89,20 @@ func Pictures(r *result.Report) ([]Picture, error) {
 	for _, e := range r.Environments {
 		for _, s := range sections(r, e.Name) {
 			for _, f := range s.figures {
-				p := Picture{Name: f.name, Title: f.chart.title()}
-				if len(r.Environments) > 1 {
+				chart := f.chart
+				if e.Emulated {
+					chart = emulated{chart}
+				}
+				p := Picture{Name: f.name, Title: chart.title()}
+				if e.Name != result.Native {
 					p.Name = e.Name + "-" + p.Name
 				}
-				svg, err := face.svg(f.chart, pictureWidth)
+				svg, err := face.svg(chart, pictureWidth)
 				if err != nil {
 					return nil, err
 				}
 				p.SVG = standalone(svg, p.Title)
-				if p.PNG, err = face.png(padded{f.chart}, pictureWidth); err != nil {
+				if p.PNG, err = face.png(padded{chart}, pictureWidth); err != nil {
 					return nil, err
 				}
 				list = append(list, p)
@@ -121,6 +125,24 @@ func (p padded) on(c *canvas) {
 	inner.inset = padding
 	inner.width, inner.height = c.width-2*padding, c.height-2*padding
 	p.drawing.on(&inner)
+}
+
+// emulated is a drawing that says that its figures are of an emulated processor.
+type emulated struct{ drawing }
+
+const emulatedLine = 20
+
+func (e emulated) title() string { return e.drawing.title() + " (the processor was emulated)" }
+
+func (e emulated) height(width float64) float64 { return e.drawing.height(width) + emulatedLine }
+
+func (e emulated) on(c *canvas) {
+	c.write(letters{role: ink, size: smallSize, bold: true}, 0, c.height-emulatedLine/2,
+		"The processor was emulated: times say nothing about real machines.")
+	inner := *c
+	inner.height -= emulatedLine
+	inner.below = emulatedLine
+	e.drawing.on(&inner)
 }
 
 // section is what is shown of one measure.

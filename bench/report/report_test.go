@@ -127,12 +127,15 @@ func TestAPIServer(t *testing.T) {
 	}
 }
 
-// Emulated figures say so.
+// Emulated figures say so, and claim nothing.
 func TestEmulated(t *testing.T) {
+	const says, claims = "The processor was emulated.", `<div class="claims">`
 	r := fixture(t)
-	r.Environments[0].Emulated = true
-	if page := pageOf(t, r); !strings.Contains(page, "The processor was emulated.") {
-		t.Error("the page does not say that the processor was emulated")
+	for _, r.Environments[0].Emulated = range []bool{false, true} {
+		emulated, page := r.Environments[0].Emulated, pageOf(t, r)
+		if strings.Contains(page, says) != emulated || strings.Contains(page, claims) == emulated {
+			t.Errorf("emulated: %v, but the page says so: %v, and makes claims: %v", emulated, strings.Contains(page, says), strings.Contains(page, claims))
+		}
 	}
 }
 
@@ -150,12 +153,21 @@ func TestWorse(t *testing.T) {
 	}
 }
 
+// inVM makes a report one of a virtual machine.
+func inVM(r *result.Report) {
+	const name = "vm-6.12"
+	r.Environments[0].Name, r.Environments[0].Emulated = name, true
+	for i := range r.Measurements {
+		r.Measurements[i].Environment = name
+	}
+	for i := range r.Ratios {
+		r.Ratios[i].Environment = name
+	}
+}
+
 func TestMerge(t *testing.T) {
 	vm := fixture(t)
-	vm.Environments[0].Name = "vm-6.12"
-	for i := range vm.Measurements {
-		vm.Measurements[i].Environment = "vm-6.12"
-	}
+	inVM(vm)
 	other := fixture(t)
 	other.Environments[0].Kernel = "5.10"
 	realAPI := fixture(t)
@@ -175,6 +187,9 @@ func TestMerge(t *testing.T) {
 			case test.want == "" && err != nil:
 				t.Error(err)
 			case test.want == "":
+				if want := len(fixture(t).Ratios) + len(vm.Ratios); len(merged.Ratios) != want {
+					t.Errorf("there are %d ratios, want the %d of both and no others", len(merged.Ratios), want)
+				}
 				if page := pageOf(t, merged); !strings.Contains(page, "Environment vm-6.12") || !strings.Contains(page, "Environment native") {
 					t.Error("the page does not have both environments")
 				}
@@ -208,6 +223,21 @@ func TestPictures(t *testing.T) {
 	want := "update update-distribution services-update services-start start churn-lag churn-cpu memory"
 	if got := strings.Join(names, " "); got != want {
 		t.Errorf("pictures are %s, want %s", got, want)
+	}
+}
+
+// Pictures are looked at without the page around them.
+func TestEmulatedPictures(t *testing.T) {
+	r := fixture(t)
+	inVM(r)
+	pictures, err := report.Pictures(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range pictures {
+		if !strings.HasPrefix(p.Name, "vm-6.12-") || !strings.Contains(p.Title, "emulated") || !bytes.Contains(p.SVG, []byte("emulated")) {
+			t.Errorf("%s, %q does not say that it is of an emulated machine", p.Name, p.Title)
+		}
 	}
 }
 

@@ -9,8 +9,8 @@ import (
 	"strings"
 )
 
-// Here returns the environment of this process, named [Native]. QEMU tells by the
-// processor's name where it emulates one. What cannot be found out is empty.
+// Here returns the environment of this process, named [Native], or as [InVM] says if QEMU
+// tells by the processor's name that it emulates one. What cannot be found out is empty.
 func Here() Environment {
 	e := Environment{
 		Name:    Native,
@@ -18,6 +18,9 @@ func Here() Environment {
 		Kernel:  firstLine("/proc/sys/kernel/osrelease"),
 	}
 	e.Emulated = strings.Contains(e.Machine.CPU, "QEMU TCG")
+	if e.Emulated {
+		e.Name = InVM(e.Kernel)
+	}
 	e.OS = strings.Trim(field("/etc/os-release", "PRETTY_NAME"), `"`)
 	var kilobytes int64
 	if _, err := fmt.Sscanf(field("/proc/meminfo", "MemTotal"), "%d", &kilobytes); err == nil {
@@ -28,6 +31,14 @@ func Here() Environment {
 		e.Load = v
 	}
 	return e
+}
+
+// InVM is the name of the environment that is a virtual machine with that kernel, of which
+// the first two numbers of the version are in it.
+func InVM(kernel string) string {
+	const numbers = 2
+	list := strings.SplitN(kernel, ".", numbers+1)
+	return "vm-" + strings.Join(list[:min(len(list), numbers)], ".")
 }
 
 // field returns what stands behind the first "name:" or "name=" of a file.

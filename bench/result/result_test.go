@@ -217,3 +217,11 @@ func TestHere(t *testing.T) {
 		t.Errorf("got %+v", got)
 	}
 }
+
+func TestInVM(t *testing.T) {
+	for kernel, want := range map[string]string{"6.12.57+deb13-cloud-amd64": "vm-6.12", "6.1.0-41-cloud-amd64": "vm-6.1", "7": "vm-7"} {
+		if got := result.InVM(kernel); got != want {
+			t.Errorf("%s is called %s, want %s", kernel, got, want)
+		}
+	}
+}

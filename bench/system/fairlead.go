@@ -3,6 +3,8 @@ package system
 import (
 	"context"
 	"fmt"
+
+	"fairlead/internal/nettest"
 )
 
 // Fairlead is `fairlead run` in one of its modes.
@@ -17,7 +19,10 @@ type Fairlead struct {
 	Release string
 }
 
-var _ System = Fairlead{}
+var (
+	_ System  = Fairlead{}
+	_ Checker = Fairlead{}
+)
 
 // Name implements [System].
 func (f Fairlead) Name() string { return f.Mode }
@@ -35,12 +40,18 @@ func (f Fairlead) Command(env Environment) []string {
 	}, f.Args...)
 }
 
-// Start implements [System].
-func (f Fairlead) Start(_ context.Context, env Environment) (Running, error) {
+// Check implements [Checker].
+func (f Fairlead) Check(_ context.Context, node *nettest.Namespace) error {
 	if f.Mode == "ipvs" {
-		if err := hasIPVS(env); err != nil {
-			return nil, err
-		}
+		return hasIPVS(node)
+	}
+	return nil
+}
+
+// Start implements [System].
+func (f Fairlead) Start(ctx context.Context, env Environment) (Running, error) {
+	if err := f.Check(ctx, env.Namespace); err != nil {
+		return nil, err
 	}
 	return started(StartProcess(env, f.Name(), f.Command(env)...))
 }
@@ -56,6 +67,8 @@ func started(p *Process, err error) (Running, error) {
 // UnavailableError says why a System cannot run here.
 type UnavailableError struct {
 	Reason string
+	// Kernel says that it is this machine's kernel: with another the System could run.
+	Kernel bool
 }
 
 // Error implements error.
@@ -63,4 +76,8 @@ func (e *UnavailableError) Error() string { return e.Reason }
 
 func unavailable(format string, args ...any) error {
 	return &UnavailableError{Reason: fmt.Sprintf(format, args...)}
+}
+
+func unsupported(format string, args ...any) error {
+	return &UnavailableError{Reason: fmt.Sprintf(format, args...), Kernel: true}
 }

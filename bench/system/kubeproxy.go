@@ -4,9 +4,12 @@ import (
 	"context"
 	"fmt"
 	"os/exec"
+	"path/filepath"
 	"strings"
 
 	"github.com/vishvananda/netlink"
+
+	"fairlead/internal/nettest"
 )
 
 // KubeProxy is Kubernetes' kube-proxy in one of its modes, with its own defaults
@@ -21,7 +24,10 @@ type KubeProxy struct {
 	Args []string
 }
 
-var _ System = KubeProxy{}
+var (
+	_ System  = KubeProxy{}
+	_ Checker = KubeProxy{}
+)
 
 // Name implements [System].
 func (k KubeProxy) Name() string { return "kube-proxy-" + k.Mode }
@@ -40,11 +46,11 @@ func (k KubeProxy) Command(env Environment) []string {
 	}, k.Args...)
 }
 
-// Start implements [System]. kube-proxy runs programs, whose absence is an
-// [UnavailableError], as is a kernel without IPVS in mode ipvs.
-func (k KubeProxy) Start(ctx context.Context, env Environment) (Running, error) {
+// Check implements [Checker]. It looks for the programs that kube-proxy runs before it asks
+// the kernel.
+func (k KubeProxy) Check(ctx context.Context, node *nettest.Namespace) error {
 	if _, err := exec.LookPath(k.Binary); err != nil {
-		return nil, unavailable("there is no kube-proxy at %q: build it with `make kube-proxy`, or say where it is with --kube-proxy", k.Binary)
+		return unavailable("there is no kube-proxy at %q: build it with `make kube-proxy`, or say where it is with --kube-proxy", k.Binary)
 	}
 	needs := map[string][]string{
 		"nftables": {"nft"},
@@ -53,20 +59,37 @@ func (k KubeProxy) Start(ctx context.Context, env Environment) (Running, error) 
 	}
 	for _, program := range needs[k.Mode] {
 		if _, err := exec.LookPath(program); err != nil {
-			return nil, unavailable("kube-proxy's mode %s needs the program %s, which is not installed", k.Mode, program)
+			return unavailable("kube-proxy's mode %s needs the program %s, which is not installed", k.Mode, program)
 		}
 	}
 	switch k.Mode {
 	case "ipvs":
-		if err := hasIPVS(env); err != nil {
-			return nil, err
-		}
+		return hasIPVS(node)
 	case "iptables":
-		if err := hasMatches(ctx, env); err != nil {
-			return nil, err
-		}
+		return hasMatches(ctx, node)
+	default:
+		return nil
+	}
+}
+
+// Start implements [System].
+func (k KubeProxy) Start(ctx context.Context, env Environment) (Running, error) {
+	if err := k.Check(ctx, env.Namespace); err != nil {
+		return nil, err
 	}
 	return started(StartProcess(env, k.Name(), k.Command(env)...))
+}
+
+// Path returns the absolute path of the program.
+func (k KubeProxy) Path() (string, error) {
+	path, err := exec.LookPath(k.Binary)
+	if err == nil {
+		path, err = filepath.Abs(path)
+	}
+	if err != nil {
+		return "", fmt.Errorf("find kube-proxy: %w", err)
+	}
+	return path, nil
 }
 
 // Version returns what the program says it is.
@@ -80,10 +103,10 @@ func (k KubeProxy) Version(ctx context.Context) (string, error) {
 }
 
 // hasIPVS asks the kernel for IPVS, which makes it load the module where it can.
-func hasIPVS(env Environment) error {
-	return env.Namespace.Do(func() error {
+func hasIPVS(node *nettest.Namespace) error {
+	return node.Do(func() error {
 		if _, err := netlink.GenlFamilyGet("IPVS"); err != nil {
-			return unavailable("the kernel has no IPVS (%v)", err)
+			return unsupported("the kernel has no IPVS (%v)", err)
 		}
 		return nil
 	})
@@ -91,7 +114,7 @@ func hasIPVS(env Environment) error {
 
 // hasMatches tries the parts of iptables that kube-proxy cannot do without, in a
 // chain that is not used.
-func hasMatches(ctx context.Context, env Environment) error {
+func hasMatches(ctx context.Context, node *nettest.Namespace) error {
 	const chain = "BENCH-TRY"
 	for _, args := range [][]string{
 		{"-N", chain},
@@ -103,13 +126,13 @@ func hasMatches(ctx context.Context, env Environment) error {
 		{"-X", chain},
 	} {
 		var out []byte
-		err := env.Namespace.Do(func() (err error) {
+		err := node.Do(func() (err error) {
 			out, err = exec.CommandContext(ctx, "iptables", append([]string{"-w", "-t", "nat"}, args...)...).CombinedOutput()
 			return err
 		})
 		if err != nil {
 			first, _, _ := strings.Cut(strings.TrimSpace(string(out)), "\n")
-			return unavailable("iptables does not work here: iptables -t nat %s: %s", strings.Join(args, " "), first)
+			return unsupported("iptables does not work here: iptables -t nat %s: %s", strings.Join(args, " "), first)
 		}
 	}
 	return nil

@@ -19,6 +19,13 @@ type System interface {
 	Start(ctx context.Context, env Environment) (Running, error)
 }
 
+// Checker is a System that knows whether it can run on this machine.
+type Checker interface {
+	// Check returns an [UnavailableError] if the System cannot run in such a namespace.
+	// Nothing is left in it.
+	Check(ctx context.Context, node *nettest.Namespace) error
+}
+
 // Environment is where a [System] runs.
 type Environment struct {
 	// Namespace is that of the node, which the program runs in.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"slices"
 	"strings"
 	"text/tabwriter"
 
@@ -15,16 +16,24 @@ import (
 // Write writes a report: what was measured where, a table for each measure, and the
 // ratios.
 func Write(w io.Writer, r *result.Report) error {
-	t := &writer{to: w}
+	t := &writer{to: w, marks: map[string]string{}}
 	t.printf("%s\n", strings.Join(r.Command, " "))
 	t.printf("Fairlead %s, %s, %.0f s\n", r.Version, r.Time.Format("2006-01-02 15:04 MST"), r.TookSeconds)
 	for _, e := range r.Environments {
-		emulated := ""
-		if e.Emulated {
-			emulated = ", processor emulated: its times say nothing, its ratios little"
+		words := []string{
+			fmt.Sprintf("%d × %s", e.Machine.CPUs, e.Machine.CPU), Number(float64(e.Machine.MemoryBytes), "B") + " of memory", "Linux " + e.Kernel,
+			e.OS, fmt.Sprintf("load %.2f", e.Load),
 		}
-		t.printf("%s: %d × %s, %s of memory, Linux %s, %s, load %.2f%s\n", e.Name, e.Machine.CPUs, e.Machine.CPU,
-			Number(float64(e.Machine.MemoryBytes), "B"), e.Kernel, e.OS, e.Load, emulated)
+		mark := ""
+		if e.Name != result.Native {
+			mark = e.Name
+		}
+		if e.Emulated {
+			words = append(words, "processor emulated: its times say nothing, its ratios little")
+			mark = e.Name + ", emulated"
+		}
+		t.marks[e.Name] = mark
+		t.printf("%s: %s\n", e.Name, joined(", ", words...))
 		if e.APIServer != "" {
 			t.printf("%s: fed by kube-apiserver %s, a real one for each system\n", e.Name, e.APIServer)
 		}
@@ -34,7 +43,7 @@ func Write(w io.Writer, r *result.Report) error {
 	}
 	t.ratios(r.Ratios)
 	for _, l := range r.LeftOut {
-		t.printf("\nleft out: %s: %s", strings.TrimSpace(fmt.Sprintf("%s %s %s", l.System, l.Measure, l.Environment)), l.Reason)
+		t.printf("\nleft out: %s: %s", joined(" ", l.System, string(l.Measure), l.Environment), l.Reason)
 	}
 	if len(r.LeftOut) > 0 {
 		t.printf("\n")
@@ -45,10 +54,17 @@ func Write(w io.Writer, r *result.Report) error {
 	return t.err
 }
 
+// joined joins the words that there are.
+func joined(by string, words ...string) string {
+	return strings.Join(slices.DeleteFunc(words, func(w string) bool { return w == "" }), by)
+}
+
 // writer keeps the first error.
 type writer struct {
-	to  io.Writer
-	err error
+	to io.Writer
+	// marks are what figures of an environment are marked with, but for this machine's.
+	marks map[string]string
+	err   error
 }
 
 func (t *writer) printf(format string, args ...any) {
@@ -143,8 +159,8 @@ func (t *writer) group(group []result.Measurement) {
 	rows := [][]string{head}
 	for _, m := range group {
 		row := []string{"  " + m.System, Scenario(m.Scenario)}
-		if m.Environment != result.Native {
-			row[0] += " (" + m.Environment + ")"
+		if mark := t.marks[m.Environment]; mark != "" {
+			row[0] += " (" + mark + ")"
 		}
 		if d := m.Distribution; d != nil {
 			for _, v := range []float64{d.P50, d.P90, d.P99, d.Max} {
@@ -173,13 +189,9 @@ func (t *writer) ratios(ratios []result.Ratio) {
 	t.printf("\nratios, with the interval that they are in with a confidence of %.0f %%\n", 100*ratios[0].Confidence)
 	rows := [][]string{{"  measure", "scenario", "", "ratio", "interval", ""}}
 	for _, r := range ratios {
-		environment := ""
-		if r.Environment != result.Native {
-			environment = r.Environment
-		}
 		rows = append(rows, []string{
 			"  " + string(r.Measure) + " " + r.Statistic, Scenario(r.Scenario), r.Numerator + " / " + r.Denominator,
-			Number(r.Ratio, "1"), Number(r.Low, "1") + " to " + Number(r.High, "1"), environment,
+			Number(r.Ratio, "1"), Number(r.Low, "1") + " to " + Number(r.High, "1"), t.marks[r.Environment],
 		})
 	}
 	t.rows(rows)

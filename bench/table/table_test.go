@@ -28,7 +28,7 @@ func TestWrite(t *testing.T) {
 				Machine: result.Machine{CPU: "A processor", CPUs: 2, MemoryBytes: 25_276_030_976, Architecture: "amd64"},
 				Kernel:  "6.18.44", OS: "Debian GNU/Linux 13", Load: 0.5, APIServer: "v1.33.1",
 			},
-			{Name: "vm-6.1", Emulated: true, Machine: result.Machine{CPU: "QEMU", CPUs: 1, MemoryBytes: 1 << 30}, Kernel: "6.1", OS: "Debian"},
+			{Name: "vm-6.1", Emulated: true, Machine: result.Machine{CPU: "QEMU", CPUs: 1, MemoryBytes: 1 << 30}, Kernel: "6.1"},
 		},
 		Measurements: []result.Measurement{
 			{Measure: result.UpdateAck, System: "nft", Environment: "native", Scenario: changed, Unit: "s", Distribution: distribution},
@@ -46,20 +46,26 @@ func TestWrite(t *testing.T) {
 			Measure: result.UpdateAck, Statistic: "p50", Environment: "native", Scenario: changed,
 			Numerator: "kube-proxy-nftables", Denominator: "nft",
 			Interval: result.Interval{Ratio: 310.52, Low: 9.1, High: 341.9, Confidence: 0.95},
+		}, {
+			Measure: result.UpdateAck, Statistic: "p50", Environment: "vm-6.1", Scenario: changed, Numerator: "nft", Denominator: "ipvs",
+			Interval: result.Interval{Ratio: 1.5, Low: 1, High: 2, Confidence: 0.95},
 		}},
-		LeftOut: []result.LeftOut{{System: "ipvs", Measure: result.Memory, Environment: "native", Reason: "the kernel has no IPVS"}},
-		Notes:   []string{"A note."},
+		LeftOut: []result.LeftOut{
+			{System: "ipvs", Measure: result.Memory, Environment: "native", Reason: "the kernel has no IPVS"},
+			{System: "ipvs", Environment: "native", Reason: "the kernel has no IPVS"},
+		},
+		Notes: []string{"A note."},
 	}
 	const want = `fairlead bench --samples=200
 Fairlead v1.2.3, 2025-01-31 12:00 UTC, 94 s
 native: 2 × A processor, 25.3 GB of memory, Linux 6.18.44, Debian GNU/Linux 13, load 0.50
 native: fed by kube-apiserver v1.33.1, a real one for each system
-vm-6.1: 1 × QEMU, 1.07 GB of memory, Linux 6.1, Debian, load 0.00, processor emulated: its times say nothing, its ratios little
+vm-6.1: 1 × QEMU, 1.07 GB of memory, Linux 6.1, load 0.00, processor emulated: its times say nothing, its ratios little
 
 update-ack: from the event to the kernel's acknowledgement
-  system         scenario              p50      p90     p99      max     n
-  nft            scale-up, 10000 × 10  21.0 µs  145 µs  12.3 ms  1.50 s  200
-  ipvs (vm-6.1)  scale-up, 10000 × 10  21.0 µs  145 µs  12.3 ms  1.50 s  200
+  system                   scenario              p50      p90     p99      max     n
+  nft                      scale-up, 10000 × 10  21.0 µs  145 µs  12.3 ms  1.50 s  200
+  ipvs (vm-6.1, emulated)  scale-up, 10000 × 10  21.0 µs  145 µs  12.3 ms  1.50 s  200
 
 churn: one event among so many a second, to its effect
   system  scenario                      p50      p90     p99      max     n
@@ -72,8 +78,10 @@ memory: memory held
 ratios, with the interval that they are in with a confidence of 95 %
   measure         scenario                                         ratio  interval
   update-ack p50  scale-up, 10000 × 10  kube-proxy-nftables / nft  311    9.10 to 342
+  update-ack p50  scale-up, 10000 × 10  nft / ipvs                 1.50   1 to 2  vm-6.1, emulated
 
 left out: ipvs memory native: the kernel has no IPVS
+left out: ipvs native: the kernel has no IPVS
 
 A note.
 `

@@ -30,6 +30,7 @@ type compareFlags struct {
 	dir           string
 	environment   string
 	quiet         bool
+	vm            vmFlags
 	command       []string
 	options       compare.Options
 }
@@ -56,7 +57,10 @@ in network namespaces of its own and fed by an API server of its own, in turns.
 What is measured is seen by packets and in /proc. Needs root, and for kube-proxy
 the programs that it runs: nft, or iptables and ipset.
 
-A system that this machine cannot run is left out, and the result says why.`,
+A system that this machine's kernel cannot run runs in a virtual machine, if there is
+one (make vm), with Fairlead's mode nft and kube-proxy's mode nftables beside it. Its
+figures are marked as emulated, and ratios are only taken within it. A system that
+does not run at all is left out, and the result says why.`,
 		Example: `  fairlead bench compare --json=result.json
   fairlead bench compare --systems=nft,kube-proxy-nftables --services=1000,10000 --samples=50
   fairlead bench compare --only=churn --rate=1000`,
@@ -94,8 +98,9 @@ A system that this machine cannot run is left out, and the result says why.`,
 	flags.StringVar(&f.html, "html", "", "file to write a page with charts to")
 	flags.StringVar(&f.svg, "svg", "", "folder to write the charts to, as SVG and PNG")
 	flags.StringVar(&f.dir, "logs", "", "folder for the systems' logs, which is kept; without, they go")
-	flags.StringVar(&f.environment, "environment", "", "name for where this is, such as vm-6.12, in the result")
+	flags.StringVar(&f.environment, "environment", "", "name for where this is in the result (default native, or such as vm-6.12 where the processor is emulated)")
 	flags.BoolVar(&f.quiet, "quiet", false, "do not tell what is going on")
+	f.vm.register(flags)
 	completeWith(cmd, "systems", names...)
 	completeWith(cmd, "only", parts...)
 	_ = cmd.MarkFlagFilename("kube-proxy")
@@ -148,7 +153,7 @@ func runCompare(ctx context.Context, f *compareFlags, stdout, stderr io.Writer) 
 		}
 		_, _ = fmt.Fprintf(stderr, "%6.1fs %s\n", time.Since(begin).Seconds(), line)
 	}
-	r, err := compare.Run(ctx, o)
+	r, err := f.compareAll(ctx, binary, o)
 	if r == nil {
 		return err
 	}

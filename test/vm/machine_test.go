@@ -78,6 +78,20 @@ func TestModules(t *testing.T) {
 	}
 }
 
+// Files from outside of the checkout, or of its caches, come along where that is asked for.
+func TestFilesComeAlong(t *testing.T) {
+	t.Parallel()
+	file := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(file, []byte("along\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	status, stdout, stderr := vm(t.Context(), "run", "-with="+file, "cat", file)
+	wantStatus(t, 0, status, stdout, stderr)
+	if stdout != "along\n" {
+		t.Errorf("the file has %q in it", stdout)
+	}
+}
+
 // build returns the path of the program.
 func build(t *testing.T) string {
 	t.Helper()

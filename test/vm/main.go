@@ -14,7 +14,8 @@
 // the shared libraries that it needs; one without is of the machine's own: those of
 // busybox, and ip, nft and others if this machine has them. The checkout is there
 // under the same path as here, and so is the working folder; what is written there
-// is gone afterwards. Output and errors come back as they are printed, as one, and
+// is gone afterwards. Of its .cache only nft releases are there, and other files that -with
+// names. Output and errors come back as they are printed, as one, and
 // the exit status is PROGRAM's. Standard input is empty. Of the environment there are
 // GODEBUG, GOGC, GOMAXPROCS, GOMEMLIMIT, GOTRACEBACK, names that begin with FAIRLEAD_,
 // and what -env names.
@@ -110,6 +111,7 @@ type options struct {
 	log      string
 	modprobe bool
 	env      []string // names
+	with     []string // files
 	shell    bool
 	command  []string // program and arguments; may be none for a shell
 }
@@ -182,7 +184,7 @@ func parse(args []string, stderr io.Writer) (*options, error) {
 		return nil, usage
 	}
 	o := &options{}
-	var names string
+	var names, files string
 	known := slices.Sorted(maps.Keys(kernels()))
 	flags := flag.NewFlagSet("vm "+args[0], flag.ContinueOnError)
 	flags.SetOutput(stderr)
@@ -197,6 +199,7 @@ func parse(args []string, stderr io.Writer) (*options, error) {
 	flags.StringVar(&o.log, "log", "", "`file` to write the kernel's log into")
 	flags.BoolVar(&o.modprobe, "modprobe", true, "whether there is a modprobe, which loads modules on demand")
 	flags.StringVar(&names, "env", "", "further `names` of environment variables to pass on, separated by commas")
+	flags.StringVar(&files, "with", "", "further `files` to take along, to the same paths, separated by commas")
 	if err := flags.Parse(args[1:]); err != nil {
 		return nil, err
 	}
@@ -218,6 +221,9 @@ func parse(args []string, stderr io.Writer) (*options, error) {
 	}
 	if names != "" {
 		o.env = strings.Split(names, ",")
+	}
+	if files != "" {
+		o.with = strings.Split(files, ",")
 	}
 	switch args[0] {
 	case "run":
@@ -289,6 +295,15 @@ func (o *options) fill(ctx context.Context, f *os.File, busybox, root, modules s
 	}
 	if err := repository(a, root); err != nil {
 		return err
+	}
+	for _, file := range o.with {
+		at, err := filepath.Abs(file)
+		if err != nil {
+			return err
+		}
+		if err := addProgram(ctx, a, at, at); err != nil {
+			return fmt.Errorf("-with=%s: %w", file, err)
+		}
 	}
 	command := slices.Clone(o.command)
 	if len(command) > 0 && strings.Contains(command[0], "/") {

@@ -39,9 +39,9 @@ func TestParse(t *testing.T) {
 			want: options{kernel: "6.12", clock: clockHost, limit: 30 * time.Minute, modprobe: true, command: []string{"true"}},
 		},
 		"all": {
-			args: []string{"run", "-accel=kvm", "-modprobe=false", "-env=A,B", "-append=quiet", "-log=/tmp/log", "true"},
+			args: []string{"run", "-accel=kvm", "-modprobe=false", "-env=A,B", "-with=/c,d", "-append=quiet", "-log=/tmp/log", "true"},
 			want: options{
-				kernel: "6.12", accel: "kvm", clock: clockHost, limit: 30 * time.Minute, env: []string{"A", "B"}, append: "quiet", log: "/tmp/log",
+				kernel: "6.12", accel: "kvm", clock: clockHost, limit: 30 * time.Minute, env: []string{"A", "B"}, with: []string{"/c", "d"}, append: "quiet", log: "/tmp/log",
 				command: []string{"true"},
 			},
 		},

@@ -1,0 +1,37 @@
+package compare
+
+import (
+	"slices"
+	"testing"
+
+	"fairlead/bench/result"
+)
+
+// What one run joins from several environments is only compared within each.
+func TestRatiosStayInTheirEnvironment(t *testing.T) {
+	t.Parallel()
+	scenario := result.Scenario{Services: 10, Endpoints: 1}
+	var list []result.Measurement
+	for _, environment := range []string{result.Native, "vm-6.12"} {
+		for _, system := range []string{"nft", "ipvs", "kube-proxy-nftables"} {
+			if environment == result.Native && system == "ipvs" {
+				continue // as where the kernel has none
+			}
+			list = append(list, result.Measurement{
+				Measure: result.Memory, System: system, Environment: environment, Scenario: scenario, Unit: "B", Samples: []float64{1, 2, 3},
+			})
+		}
+	}
+	var got []string
+	for _, r := range ratios(list) {
+		got = append(got, r.Environment+": "+r.Numerator+" / "+r.Denominator)
+	}
+	slices.Sort(got)
+	want := []string{
+		"native: kube-proxy-nftables / nft",
+		"vm-6.12: ipvs / nft", "vm-6.12: kube-proxy-nftables / ipvs", "vm-6.12: kube-proxy-nftables / nft", "vm-6.12: nft / ipvs",
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("ratios are %q, want %q", got, want)
+	}
+}

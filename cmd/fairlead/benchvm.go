@@ -1,0 +1,196 @@
+package main
+
+import (
+	"context"
+	"encoding/csv"
+	"errors"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/pflag"
+
+	"fairlead/bench/compare"
+	"fairlead/bench/report"
+	"fairlead/bench/result"
+	"fairlead/bench/system"
+	"fairlead/internal/nettest"
+)
+
+// vmFlags say how systems are compared that this machine's kernel cannot run.
+type vmFlags struct {
+	command           string
+	services, samples int
+}
+
+// In a virtual machine everything takes longer.
+const (
+	vmStarts, vmRounds = 3, 3 // no more than a ratio needs
+	vmDuration         = 3 * time.Second
+)
+
+func (v *vmFlags) register(flags *pflag.FlagSet) {
+	flags.StringVar(&v.command, "vm", "bin/vm run -kernel=6.12",
+		"`command` of test/vm, for systems that this kernel cannot run; \"make vm\" builds it; empty leaves them out")
+	flags.IntVar(&v.services, "vm-services", 200, "number of Services in the virtual machine")
+	flags.IntVar(&v.samples, "vm-samples", 5, "how often each kind of change is measured in the virtual machine")
+}
+
+// references are the systems that run in a virtual machine too, so that there are
+// ratios to them.
+func references() []string { return []string{"nft", "kube-proxy-nftables"} }
+
+// divided are systems by where they run.
+type divided struct {
+	native, vm []system.System
+	// missed are those of vm that this kernel cannot run, with the reasons.
+	missed []result.LeftOut
+}
+
+// divide asks each system whether the kernel of this environment can run it.
+func divide(ctx context.Context, systems []system.System, environment string) (_ *divided, err error) {
+	node, err := nettest.NewNamespace("")
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, node.Close()) }()
+	d := &divided{}
+	for _, s := range systems {
+		var why error
+		if c, ok := s.(system.Checker); ok {
+			why = c.Check(ctx, node)
+		}
+		unavailable, known := errors.AsType[*system.UnavailableError](why)
+		switch {
+		case why != nil && !known:
+			return nil, fmt.Errorf("whether %s can run here: %w", s.Name(), why)
+		case why == nil:
+			d.native = append(d.native, s)
+			if slices.Contains(references(), s.Name()) {
+				d.vm = append(d.vm, s)
+			}
+		case unavailable.Kernel:
+			d.vm = append(d.vm, s)
+			d.missed = append(d.missed, result.LeftOut{System: s.Name(), Environment: environment, Reason: unavailable.Reason})
+		default:
+			d.native = append(d.native, s) // which leaves it out, as another kernel would
+		}
+	}
+	return d, nil
+}
+
+// compareAll compares the systems on this machine, and in a virtual machine those that its
+// kernel cannot run. What goes wrong with the latter is in the report alone.
+func (f *compareFlags) compareAll(ctx context.Context, binary string, o compare.Options) (*result.Report, error) {
+	d, err := divide(ctx, o.Systems, o.Environment.Name)
+	if err != nil {
+		return nil, err
+	}
+	if len(d.missed) == 0 {
+		return compare.Run(ctx, o)
+	}
+	vm := f.vm.of(o, d.vm)
+	if err := vm.Validate(); err != nil {
+		return nil, fmt.Errorf("in the virtual machine: %w", err)
+	}
+	var reports []*result.Report
+	if o.Systems = d.native; len(d.native) > 0 {
+		var r *result.Report
+		if r, err = compare.Run(ctx, o); r == nil {
+			return nil, err
+		}
+		reports = append(reports, r)
+	}
+	if ctx.Err() == nil {
+		inside, why := f.vmRun(ctx, binary, vm)
+		if inside != nil {
+			reports = append(reports, inside)
+		}
+		for i := range d.missed {
+			d.missed[i].Reason += "; " + why
+			o.Progress(d.missed[i].System + ": " + d.missed[i].Reason)
+		}
+		err = errors.Join(err, context.Cause(ctx))
+	}
+	if len(reports) == 0 {
+		return nil, errors.Join(errors.New("no system can run here"), err)
+	}
+	all, mergeErr := report.Merge(reports...)
+	if mergeErr != nil {
+		all, err = reports[0], errors.Join(err, mergeErr)
+	}
+	all.LeftOut = append(all.LeftOut, d.missed...)
+	all.TookSeconds = time.Since(all.Time).Seconds()
+	return all, err
+}
+
+// of are the options in a virtual machine, in which systems are compared.
+func (v *vmFlags) of(o compare.Options, systems []system.System) compare.Options {
+	o.Systems, o.Services, o.Samples = systems, []int{v.services}, v.samples
+	o.Starts, o.Rounds, o.Duration = min(o.Starts, vmStarts), min(o.Rounds, vmRounds), min(o.Duration, vmDuration)
+	return o
+}
+
+// vmRun compares in a virtual machine. It returns nil if there is none or nothing was
+// measured, and in words what became of it.
+func (f *compareFlags) vmRun(ctx context.Context, binary string, o compare.Options) (*result.Report, string) {
+	command := f.vm.command
+	if command == "" {
+		return nil, "without --vm it does not run in a virtual machine"
+	}
+	var with []string
+	args := []string{binary, "bench", "compare", "--json=-", "--vm="}
+	list := func(flag string, values ...string) {
+		var b strings.Builder
+		w := csv.NewWriter(&b)
+		_ = w.Write(values) // to memory
+		w.Flush()
+		args = append(args, "--"+flag+"="+strings.TrimSuffix(b.String(), "\n"))
+	}
+	var names []string
+	for _, s := range o.Systems {
+		names = append(names, s.Name())
+		if k, ok := s.(system.KubeProxy); ok && with == nil {
+			path, err := k.Path()
+			if err != nil {
+				return nil, err.Error()
+			}
+			with = []string{"-with=" + path}
+			args = append(args, "--kube-proxy="+path)
+		}
+	}
+	list("systems", names...)
+	if len(f.kubeProxyArgs) > 0 {
+		list("kube-proxy-args", f.kubeProxyArgs...)
+	}
+	if len(f.args) > 0 {
+		list("fairlead-args", f.args...)
+	}
+	list("only", f.only...)
+	var rates []string
+	for _, r := range o.Rates {
+		rates = append(rates, strconv.FormatFloat(r, 'g', -1, 64))
+	}
+	list("rate", rates...)
+	args = append(
+		args,
+		fmt.Sprintf("--services=%d", o.Services[0]), fmt.Sprintf("--endpoints=%d", o.Endpoints), fmt.Sprintf("--samples=%d", o.Samples),
+		fmt.Sprintf("--starts=%d", o.Starts), fmt.Sprintf("--rounds=%d", o.Rounds), "--duration="+o.Duration.String(), "--settle="+o.Settle.String(),
+	)
+	o.Progress(strings.Join(names, ", ") + ": in a virtual machine, emulated, which takes minutes")
+	vm := compare.VM{
+		Command: command, Program: append(with, args...),
+		Progress: func(line string) { o.Progress("vm: " + line) },
+	}
+	r, err := vm.Run(ctx)
+	switch {
+	case r == nil:
+		return nil, fmt.Sprintf("nor does it run in a virtual machine: %v", err)
+	case err != nil:
+		return r, fmt.Sprintf("in the virtual machine %s not all was measured: %v", r.Environments[0].Name, err)
+	default:
+		return r, "it was measured in the virtual machine " + r.Environments[0].Name
+	}
+}
