@@ -3,6 +3,7 @@ package compare
 import (
 	"context"
 	"fmt"
+	"math/rand/v2"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -11,9 +12,13 @@ import (
 	"fairlead/bench/rig"
 )
 
-// pause is the time between two changes of which the effect is looked at, under
-// churn.
-const pause = 100 * time.Millisecond
+// pauseMin and pauseMax bound the time between two changes of which the effect is
+// looked at, under churn. It is drawn at random: in step with a system that
+// gathers changes for a while, each look would see the same part of that while.
+const (
+	pauseMin = 50 * time.Millisecond
+	pauseMax = 150 * time.Millisecond
+)
 
 // churn has endpoints replaced at a rate, for one system at a time.
 func (c *comparison) churn(ctx context.Context, nodes []*node, services int, rate float64) error {
@@ -71,7 +76,7 @@ func (c *comparison) churnOf(ctx context.Context, n *node, scenario result.Scena
 		if err := look(); err != nil {
 			return err
 		}
-		_ = sleep(feeding, pause) // the loop ends then
+		_ = sleep(feeding, pauseMin+rand.N(pauseMax-pauseMin)) // the loop ends then
 	}
 	f := <-done
 	if f.err != nil {

@@ -60,6 +60,7 @@ type apiConfig struct {
 	qps                             float32
 	burst                           int
 	contentType, acceptContentTypes string
+	batchPeriod                     time.Duration
 }
 
 // Ports that kube-proxy serves on.
@@ -269,6 +270,7 @@ func (p *parser) source(c *config) {
 		kubeconfig: p.text("kubeconfig"), master: p.text("master"), label: p.label("kubeconfig"),
 		qps: p.float("kube-api-qps"), burst: int(p.whole("kube-api-burst", 0, 1<<31-1)),
 		contentType: p.given["kube-api-content-type"], acceptContentTypes: p.given[acceptContentTypes],
+		batchPeriod: p.batchPeriod(c),
 	}
 	exclude := []string{"kubeconfig", "master"}
 	instead := "use either, --manifests is set"
@@ -281,6 +283,22 @@ func (p *parser) source(c *config) {
 			p.fail(name, "%s", instead)
 		}
 	}
+}
+
+// longestBatch is as long as kube-proxy waits between its rounds.
+const longestBatch = time.Second
+
+// batchPeriod returns how long changes of the API server may gather.
+func (p *parser) batchPeriod(c *config) time.Duration {
+	const name = "batch-period"
+	d, err := time.ParseDuration(p.text(name))
+	if err != nil || d < 0 || d > longestBatch {
+		p.fail(name, "%q is not a time up to %s: write it as 50ms, or 0 to have every change read at once", p.text(name), longestBatch)
+	}
+	if _, ok := p.given[name]; ok && c.manifests != "" {
+		c.notes = append(c.notes, note{what: p.label(name), why: "it is about an API server, and --manifests is set"})
+	}
+	return d
 }
 
 // serviceCIDRs returns the networks that addresses are handed out from.

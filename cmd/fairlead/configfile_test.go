@@ -48,7 +48,7 @@ func usual() config {
 	return config{
 		static: static{
 			mode: modeNFT, clusterDomain: "cluster.local", healthz: "0.0.0.0:10256", metrics: "127.0.0.1:10249", logFormat: "text",
-			api: apiConfig{label: "--kubeconfig", qps: 5, burst: 10},
+			api: apiConfig{label: "--kubeconfig", qps: 5, burst: 10, batchPeriod: 50 * time.Millisecond},
 		},
 		tracker: kube.Options{
 			NodeName: "node", DetectLocal: kube.DetectLocal{Mode: kube.DetectByClusterCIDR},
@@ -75,14 +75,27 @@ func TestFlags(t *testing.T) {
 				"--detect-local-mode=", "--masquerade-all=", "--nodeport-addresses=", "--bind-address=", "--healthz-bind-address=",
 				"--healthz-port=", "--metrics-bind-address=", "--metrics-port=", "--bind-address-hard-fail=", "--profiling=",
 				"--mode=", "--proxy-mode=", "--config=", "--manifests=", "--service-cidr=", "--dns-listen=", "--cluster-domain=",
-				"--log-level=", "--log-format=", "--v=", "--conntrack-min=", "--oom-score-adj=", "--init-only=",
+				"--log-level=", "--log-format=", "--v=", "--conntrack-min=", "--oom-score-adj=", "--init-only=", "--batch-period=",
 			}, func(*config) {},
 		},
 		{
 			"API server",
 			[]string{"--kubeconfig=k", "--master=https://m", "--kube-api-qps=7.5", "--kube-api-burst=20", "--kube-api-content-type=application/json"},
 			func(c *config) {
-				c.api = apiConfig{kubeconfig: "k", master: "https://m", label: "--kubeconfig", qps: 7.5, burst: 20, contentType: "application/json"}
+				c.api = apiConfig{
+					kubeconfig: "k", master: "https://m", label: "--kubeconfig", qps: 7.5, burst: 20, contentType: "application/json",
+					batchPeriod: c.api.batchPeriod,
+				}
+			},
+		},
+		{"batches", []string{"--batch-period=1s"}, func(c *config) { c.api.batchPeriod = time.Second }},
+		{"no batches", []string{"--batch-period=0"}, func(c *config) { c.api.batchPeriod = 0 }},
+		{
+			"batches of a folder",
+			[]string{"--manifests=m", "--batch-period=10ms"},
+			func(c *config) {
+				c.manifests, c.tracker.NodePortAddresses, c.api.batchPeriod = "m", kube.NodePortAddresses{All: true}, 10*time.Millisecond
+				c.notes = []note{{"--batch-period", "it is about an API server, and --manifests is set", false}}
 			},
 		},
 		{
@@ -346,7 +359,7 @@ clusterCIDR: 10.244.0.0/16,fd00::/56
 nodePortAddresses: [primary, 10.0.0.0/8]
 `, nil,
 			func(c *config) {
-				c.api = apiConfig{kubeconfig: "k", acceptContentTypes: "a", contentType: "c", qps: 2.5, burst: 3}
+				c.api = apiConfig{kubeconfig: "k", acceptContentTypes: "a", contentType: "c", qps: 2.5, burst: 3, batchPeriod: c.api.batchPeriod}
 				c.logFormat, c.logLevel = "json", slog.LevelDebug
 				c.healthz, c.metrics, c.hardFail, c.profiling = "192.0.2.1:1", "192.0.2.1:2", true, true
 				c.tracker = kube.Options{
@@ -414,6 +427,11 @@ ipvs: {scheduler: lc, excludeCIDRs: [10.0.0.0/8], strictARP: true, tcpTimeout: 1
 			"a flag that kube-proxy does not have", configHeader,
 			[]string{"--ping-service-ips"},
 			func(c *config) { c.tracker.PingServiceIPs = true },
+		},
+		{
+			"batches", configHeader,
+			[]string{"--batch-period=0s"},
+			func(c *config) { c.api.batchPeriod = 0 },
 		},
 		{
 			"flags that go before the file", configHeader + "hostnameOverride: other\nlogging: {verbosity: 9}\nmode: nftables\n",

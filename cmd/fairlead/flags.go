@@ -63,7 +63,7 @@ const (
 	idleLocalhost = idleIPTables + ": node ports of TCP are served at 127.0.0.1 and ::1 where --nodeport-addresses (nodePortAddresses) has localhost"
 	idleIPVS      = "it is about the mode ipvs, and this is another"
 	idleNFTables  = "it is about kube-proxy's nftables mode"
-	idleSync      = "a change is programmed at once, and there is no period to set"
+	idleSync      = "there are no rounds: a change is programmed when it arrives, and --batch-period says how changes gather before that"
 	idleConntrack = "Fairlead leaves the node's connection tracking as it is: set it with sysctl"
 	idleOOM       = "Fairlead leaves its oom_score_adj as it is: in Kubernetes priorityClassName system-node-critical sets it"
 	idleGates     = "Fairlead has no feature gates"
@@ -105,6 +105,11 @@ func settings() []setting {
 		{
 			name: "kube-api-content-type", kind: text, value: "application/vnd.kubernetes.protobuf",
 			usage: "the content type of requests to the API server",
+		},
+		{
+			name: "batch-period", kind: duration, own: true, value: "50ms",
+			usage: "how long changes of the API server may gather while there are many, to save processor time; a few are read at once. " +
+				"0: all are",
 		},
 		{name: "hostname-override", kind: text, first: true, usage: "the name of this node; empty: the hostname"},
 

@@ -221,6 +221,22 @@ func TestWrongUse(t *testing.T) {
 		{"rate", []string{"run", folder, "--kube-api-qps=fast"}, "fairlead: --kube-api-qps: \"fast\" is not a number: write it as 5 or 2.5\n"},
 		{"burst", []string{"run", folder, "--kube-api-burst=-1"}, "fairlead: --kube-api-burst: \"-1\" is not an integer from 0 to 2147483647\n"},
 
+		{
+			"batches that are too long",
+			[]string{"run", "--kubeconfig=x", "--batch-period=2s"},
+			"fairlead: --batch-period: \"2s\" is not a time up to 1s: write it as 50ms, or 0 to have every change read at once\n",
+		},
+		{
+			"batches of less than nothing",
+			[]string{"run", "--kubeconfig=x", "--batch-period=-1ms"},
+			"fairlead: --batch-period: \"-1ms\" is not a time up to 1s: write it as 50ms, or 0 to have every change read at once\n",
+		},
+		{
+			"batches without a unit",
+			[]string{"run", "--kubeconfig=x", "--batch-period=50"},
+			"fairlead: --batch-period: \"50\" is not a time up to 1s: write it as 50ms, or 0 to have every change read at once\n",
+		},
+
 		{"cleanup by a flag", []string{"run", folder, "--cleanup"}, "fairlead: --cleanup: run fairlead cleanup\n"},
 		{"no cleanup by a flag", []string{"run", folder, "--cleanup=false"}, missing},
 		{"file to write", []string{"run", folder, "--write-config-to=x"}, "fairlead: --write-config-to: leave it out: Fairlead writes no files\n"},
@@ -318,7 +334,7 @@ func TestHelp(t *testing.T) {
 			"--ipvs-scheduler ", "--ipvs-exclude-cidrs ", "--ipvs-strict-arp ", "--ipvs-tcp-timeout ", "--ipvs-tcpfin-timeout ", "--ipvs-udp-timeout ",
 			"--mode ", "--manifests ", "--service-cidr ", "--cluster-cidr ", "--dns-listen ", "--cluster-domain ",
 			"--hostname-override ", "--log-level ", "--log-format ", "--kubeconfig ", "--nodeport-addresses ",
-			"--healthz-bind-address ", "--metrics-bind-address ", "-v, --v ",
+			"--healthz-bind-address ", "--metrics-bind-address ", "-v, --v ", "--batch-period ",
 		}},
 		{[]string{"cleanup", "--help"}, []string{"Remove everything", "Other\nprograms' rules are not touched"}},
 	}

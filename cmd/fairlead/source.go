@@ -71,7 +71,8 @@ func (c config) open(log *slog.Logger) (source, events, error) {
 		return nil, nil, err
 	}
 	s, err := apiserver.New(apiserver.Options{
-		Config: client, NodeName: c.tracker.NodeName, Version: version, Logger: log.With("component", "apiserver"),
+		Config: client, NodeName: c.tracker.NodeName, Version: version, BatchPeriod: c.api.batchPeriod,
+		Logger: log.With("component", "apiserver"),
 	})
 	if err != nil {
 		return nil, nil, fmt.Errorf("follow the API server: %w", err)

@@ -2,8 +2,10 @@ package apiserver_test
 
 import (
 	"fmt"
+	"net/netip"
 	"slices"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
@@ -216,4 +218,55 @@ func TestServiceCIDRs(t *testing.T) {
 		t.Log(err)
 	}
 	r.wait(t, "a ServiceCIDR goes", func(r *receiver) bool { return !r.cidrs[name] })
+}
+
+// TestBatches says that of many changes, which are read together, none is lost and
+// each object ends as it was last, over HTTP/2 and TLS.
+func TestBatches(t *testing.T) {
+	t.Parallel()
+	client := admin(t)
+	ns := namespace(t, client)
+	svcs, eps := client.CoreV1().Services(ns), client.DiscoveryV1().EndpointSlices(ns)
+	r := follow(t, ns, apiserver.Options{BatchPeriod: 50 * time.Millisecond})
+	r.wait(t, "first Delta", delivered)
+	ctx := t.Context()
+	const names, rounds = 20, 20
+	var begun []*discoveryv1.EndpointSlice
+	for i := range names {
+		name := fmt.Sprintf("web-%d", i)
+		must[*corev1.Service](t)(svcs.Create(ctx, newService(name), metav1.CreateOptions{}))
+		begun = append(begun, must[*discoveryv1.EndpointSlice](t)(eps.Create(ctx, newSlice(name, name, "10.0.0.0"), metav1.CreateOptions{})))
+	}
+	for round := 1; round <= rounds; round++ {
+		for i, slice := range begun {
+			slice.Endpoints[0].Addresses = []string{fmt.Sprintf("10.0.0.%d", round)}
+			begun[i] = must[*discoveryv1.EndpointSlice](t)(eps.Update(ctx, slice, metav1.UpdateOptions{}))
+		}
+	}
+	for i := range names / 2 {
+		if err := svcs.Delete(ctx, fmt.Sprintf("web-%d", i), metav1.DeleteOptions{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r.wait(t, "all that was done", func(r *receiver) bool {
+		for i, slice := range begun {
+			got := r.slices[slice.Name]
+			if got == nil || got.ResourceVersion != slice.ResourceVersion || (r.services[slice.Name] == nil) != (i < names/2) {
+				return false
+			}
+		}
+		return true
+	})
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	last := map[string]byte{}
+	for _, d := range r.deltas {
+		for _, slice := range d.EndpointSlices {
+			round := netip.MustParseAddr(slice.Endpoints[0].Addresses[0]).As4()[3]
+			if round < last[slice.Name] {
+				t.Errorf("%s of round %d came after that of round %d", slice.Name, round, last[slice.Name])
+			}
+			last[slice.Name] = round
+		}
+	}
 }

@@ -15,11 +15,13 @@
 // server's word, says that an object is gone. After an outage what has changed
 // meanwhile is delivered, and nothing else.
 //
-// Changes are delivered at once. While the receiver is busy they gather, the last
-// of each name, so that a burst ends in few Deltas.
+// Changes are delivered at once while there are few. Where they go on coming faster
+// than BatchPeriod says, what arrives during a period is read together, since to be
+// woken for each takes more of the processor than the change does. While the receiver is
+// busy they gather as well, the last of each name, so that a burst ends in few Deltas.
 //
-//	reflector ──► store ──► mailbox ──► deliver
-//	(client-go)  (versions)  (the last of each name)
+//	connection ──► reflector ──► store ──► mailbox ──► deliver
+//	 (paced)      (client-go)  (versions)  (the last of each name)
 //
 // There is no cache: a store knows no more of an object than its version, so that
 // a later list can be compared; the one copy of each object is with whom it was

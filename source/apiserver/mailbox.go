@@ -25,6 +25,8 @@ type mailbox struct {
 	// there was a time without.
 	missing map[kind]bool
 	taken   bool
+	// listing has the lists that are being read, for the first time or again.
+	listing map[kind]bool
 }
 
 func newMailbox() *mailbox {
@@ -35,7 +37,23 @@ func newMailbox() *mailbox {
 		nodes:          gathered[*corev1.Node]{},
 		serviceCIDRs:   gathered[*networkingv1.ServiceCIDR]{},
 		missing:        map[kind]bool{services: true, endpointSlices: true, nodes: true, serviceCIDRs: true},
+		listing:        map[kind]bool{},
 	}
+}
+
+// list notes that a list of the kind is being read, until it is complete.
+func (m *mailbox) list(k kind) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.listing[k] = true
+}
+
+// following reports whether everything has been there, and there are no lists to be
+// read but changes to be heard of.
+func (m *mailbox) following() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.taken && len(m.listing) == 0
 }
 
 // complete notes that the list of the kind is complete, or will not come.
@@ -48,6 +66,7 @@ func (m *mailbox) complete(k kind) {
 // completed is complete for those who hold the lock.
 func (m *mailbox) completed(k kind) {
 	delete(m.missing, k)
+	delete(m.listing, k)
 	m.signal()
 }
 

@@ -45,6 +45,11 @@ type Options struct {
 	NodeName string
 	// Version is the program's, for the user agent. It may be empty.
 	Version string
+	// BatchPeriod is how far apart changes are read in the long run, so that those
+	// that come faster gather. No change is late by more than that, and none while
+	// they are few: ten readings may follow each other at once. Lists never wait.
+	// Zero has every change read as it arrives.
+	BatchPeriod time.Duration
 	// Logger takes what is unusual: once when the API server goes away, once
 	// when it is back. Nil discards it.
 	Logger *slog.Logger
@@ -69,7 +74,8 @@ func New(opts Options) (*Source, error) {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	clients, err := newClients(opts.Config, opts.Version, services.group(), endpointSlices.group(), serviceCIDRs.group())
+	box := newMailbox()
+	clients, err := newClients(newPace(opts.BatchPeriod, box.following).config(opts.Config), opts.Version, services.group(), endpointSlices.group(), serviceCIDRs.group())
 	if err != nil {
 		return nil, err
 	}
@@ -78,7 +84,7 @@ func New(opts Options) (*Source, error) {
 		log:      log,
 		clients:  clients,
 		trimmer:  newTrimmer(),
-		box:      newMailbox(),
+		box:      box,
 		contact:  newContact(log, credentials(opts.Config)),
 	}, nil
 }
@@ -309,6 +315,7 @@ func (l *list) list(ctx context.Context, opts metav1.ListOptions) (runtime.Objec
 		return nil, context.Canceled
 	}
 	defer l.src.lists.Done()
+	l.src.box.list(l.kind)
 	objects := l.empty()
 	err := l.request(&opts).Do(ctx).Into(objects)
 	l.heard(ctx, verbList, err)
@@ -322,6 +329,9 @@ func (l *list) list(ctx context.Context, opts metav1.ListOptions) (runtime.Objec
 
 func (l *list) watch(ctx context.Context, opts metav1.ListOptions) (watch.Interface, error) {
 	opts.Watch = true
+	if opts.SendInitialEvents != nil {
+		l.src.box.list(l.kind)
+	}
 	stream, err := l.request(&opts).Watch(ctx)
 	if err == nil || opts.SendInitialEvents == nil || !refusal(err) {
 		// Whoever can't stream a list may still be able to list.
