@@ -438,3 +438,34 @@ func TestLostWatch(t *testing.T) {
 		wantDrift(t, d)
 	})
 }
+
+// TestLostAnswerHidesNobody has a commit's answer lost, and somebody else commit at
+// the same time. The halves in which the commit is tried again change nothing any
+// more, so by number they could stand for both.
+func TestLostAnswerHidesNobody(t *testing.T) {
+	t.Parallel()
+	d, ns := newDataplane(t)
+	services := []*dataplane.Service{
+		service(t, "a", []dataplane.Frontend{frontend(1)}, endpoints(1)),
+		service(t, "b", []dataplane.Frontend{frontend(2)}, endpoints(2)),
+	}
+	var generations []uint32
+	d.flush = func() error {
+		if err := d.conn.Flush(); err != nil {
+			t.Error(err)
+		}
+		var err error
+		if len(generations) == 3 { // after both tables, and the class
+			nft(t, ns, nftBinaries(t)["1.1.3"], "add table inet others")
+			err = errLost
+		}
+		generations = append(generations, generation(t, d))
+		return err
+	}
+	replace(t, d, fullNode(), services...)
+	d.flush = d.conn.Flush
+	if want := []uint32{2, 3, 4, 6, 6, 6}; !slices.Equal(generations, want) {
+		t.Fatalf("generations %d, want %d", generations, want)
+	}
+	wantOneRepair(t, d, ns, services)
+}
