@@ -3,13 +3,15 @@ package nft
 import "fmt"
 
 // silence is a time in which the watch is not subscribed to announcements: that of
-// a Replace that makes both tables. The kernel would put every element that it adds
-// into an announcement, only for the watch's filter to drop it, and take two thirds
-// longer for a commit.
+// a Replace that makes both tables. If anybody is, in whatever network namespace, the
+// kernel puts every element that it adds into an announcement (nf_tables_api.c,
+// nf_tables_setelem_notify). That is two fifths of what a commit costs it, and
+// those of our own changes the watch's filter drops.
 //
-// The kernel numbers its generations, which every commit to any table of the network
-// namespace begins one of. So if in the end the generation is that before anything
-// was read, and one for each commit of ours, then nobody else has committed anything.
+// Every commit that changes anything in any table of the network namespace begins a
+// generation, and these are numbered. So if in the end the generation is the one
+// before anything was read, and one more for each commit of ours, then nobody else
+// has committed anything.
 type silence struct {
 	generation uint32 // of the kernel, if all commits are ours
 	doubt      bool   // whether they are
