@@ -57,6 +57,8 @@ type Dataplane struct {
 	log    *slog.Logger
 	tables [2]*table
 	watch  *watch
+	// silence is nil while the watch is subscribed.
+	silence *silence
 
 	translator Translator
 
@@ -205,7 +207,9 @@ func checkDescriptor(conn *netlink.Conn) error {
 }
 
 // Drift implements [dataplane.Dataplane]. The kernel announces every change of
-// a ruleset; those of our tables by others arrive here at once.
+// a ruleset; those of our tables by others arrive here at once. While a Replace
+// makes both tables they do not: it signals in the end if others have changed
+// anything, be it in other tables.
 func (d *Dataplane) Drift() <-chan struct{} { return d.watch.drift }
 
 // Close implements [dataplane.Dataplane].

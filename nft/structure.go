@@ -82,7 +82,7 @@ func (d *Dataplane) mend(t *table, node dataplane.Node, have *content) error {
 		}
 	}
 	d.mendNodeSets(t, node, have)
-	if err := d.flush(); err != nil {
+	if err := d.submit(); err != nil {
 		return fmt.Errorf("commit: %w", err)
 	}
 	return d.mendPorts(t, have)
@@ -108,7 +108,7 @@ func (d *Dataplane) mendPorts(t *table, have *content) error {
 	change := func(how func(*nftables.Set, []element) error, elements []element) error {
 		for part := range slices.Chunk(elements, d.editSize) {
 			_ = how(t.endpointPorts, part) // the library keeps the error for Flush
-			if err := d.flush(); err != nil {
+			if err := d.submit(); err != nil {
 				return fmt.Errorf("mend set %s: %w", t.endpointPorts.Name, err)
 			}
 		}
@@ -172,7 +172,7 @@ func (d *Dataplane) deleteForeign(t *table, have *content) error {
 				keys[i].Key = e.Key
 			}
 			_ = d.conn.SetDeleteElements(set, keys)
-			if err := d.flush(); err != nil {
+			if err := d.submit(); err != nil {
 				return fmt.Errorf("delete what is not ours from set %s: %w", set.Name, err)
 			}
 		}

@@ -24,6 +24,7 @@ type watch struct {
 	log   *slog.Logger
 
 	closing atomic.Bool // an error is that of the closed socket, by whatever name
+	member  bool        // of the kernel's multicast group; for who calls join and leave
 }
 
 // startWatch starts a goroutine that ends with close.
@@ -59,9 +60,27 @@ func (w *watch) subscribe(ownPort uint32) error {
 	if err := w.conn.SetReadBuffer(receiveBuffer); err != nil {
 		return fmt.Errorf("set the receive buffer for changes to %d bytes: %w", receiveBuffer, err)
 	}
+	return w.join()
+}
+
+// join subscribes to announcements, unless the watch is subscribed.
+func (w *watch) join() error {
+	if w.member {
+		return nil
+	}
 	if err := w.conn.JoinGroup(unix.NFNLGRP_NFTABLES); err != nil {
 		return fmt.Errorf("subscribe to nftables changes: %w", err)
 	}
+	w.member = true
+	return nil
+}
+
+// leave ends the subscription until join. What was announced before arrives.
+func (w *watch) leave() error {
+	if err := w.conn.LeaveGroup(unix.NFNLGRP_NFTABLES); err != nil {
+		return fmt.Errorf("unsubscribe from nftables changes: %w", err)
+	}
+	w.member = false
 	return nil
 }
 

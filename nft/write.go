@@ -313,13 +313,18 @@ func (d *Dataplane) commit(b *batch) error {
 
 // transact carries out a batch, or a step of one, in one transaction.
 func (d *Dataplane) transact(b *batch) error {
+	something := false
 	for i := range b.tables {
-		if err := d.write(i, &b.tables[i]); err != nil {
+		written, err := d.write(i, &b.tables[i])
+		if err != nil {
 			return err
 		}
+		something = something || written
 	}
-	if err := d.flush(); err != nil {
-		return err
+	if something {
+		if err := d.submit(); err != nil {
+			return err
+		}
 	}
 	for i := range b.tables {
 		for branch, n := range b.tables[i].branches {
@@ -331,19 +336,23 @@ func (d *Dataplane) transact(b *batch) error {
 	return nil
 }
 
-// write adds the edit of the i-th table to the transaction.
-func (d *Dataplane) write(i int, e *tableEdit) error {
+// write adds the edit of the i-th table to the transaction, and reports whether that
+// is anything.
+func (d *Dataplane) write(i int, e *tableEdit) (bool, error) {
 	if e.elements == 0 && e.addrs.size() == 0 && len(e.ports) == 0 {
-		return nil
+		return false, nil
 	}
 	shared := d.sharedEdits(i, e)
+	something := false
 	var errs []error
 	del := func(set *nftables.Set, elements []element) {
+		something = something || len(elements) > 0
 		if err := d.conn.SetDeleteElements(set, elements); err != nil {
 			errs = append(errs, fmt.Errorf("encode deletions from set %s: %w", set.Name, err))
 		}
 	}
 	add := func(set *nftables.Set, elements []element) {
+		something = something || len(elements) > 0
 		if err := d.conn.SetAddElements(set, elements); err != nil {
 			errs = append(errs, fmt.Errorf("encode additions to set %s: %w", set.Name, err))
 		}
@@ -366,7 +375,7 @@ func (d *Dataplane) write(i int, e *tableEdit) error {
 	for _, s := range shared {
 		add(s.set, s.come)
 	}
-	return errors.Join(errs...)
+	return something, errors.Join(errs...)
 }
 
 // prepare makes the branches, and sets of source ranges, that the batch needs and
@@ -417,7 +426,7 @@ func (d *Dataplane) addBranches(t *table, branches []branch) error {
 		// The library keeps the error for Flush.
 		_ = d.conn.SetAddElements(t.verdicts[b.in], []element{{Key: t.classElement(b.class), VerdictData: b.verdict()}})
 	}
-	if err := d.flush(); err != nil {
+	if err := d.submit(); err != nil {
 		return fmt.Errorf("add classes: %w", err)
 	}
 	return nil
@@ -499,21 +508,34 @@ func (d *Dataplane) removeBranches(t *table, branches []branch) error {
 			d.conn.DelChain(ch)
 		}
 	}
-	return d.flush()
+	return d.submit()
 }
 
 // Replace implements [dataplane.Dataplane]. It is split into commits of some
 // [editSize] elements, each of which completes the Services it touches; but a
 // Service that has more by itself is carried out in steps, see batch.steps.
-func (d *Dataplane) Replace(ctx context.Context, node dataplane.Node, services iter.Seq[*dataplane.Service], progress func(int)) error {
+func (d *Dataplane) Replace(ctx context.Context, node dataplane.Node, services iter.Seq[*dataplane.Service], progress func(int)) (err error) {
 	d.forget()
 	d.node = node
+	if err := d.watch.join(); err != nil { // in case that the end of an earlier silence failed to
+		return fmt.Errorf("replace: %w", err)
+	}
+	generation, generationErr := d.generation()
 	have := [2]*content{}
 	for i, t := range d.tables {
-		var err error
 		if have[i], err = d.read(ctx, t); err != nil {
 			return fmt.Errorf("replace: %w", err)
 		}
+	}
+	if have[0].table == nil && have[1].table == nil && generationErr == nil {
+		d.silent(generation)
+		defer func() {
+			if failure := d.listen(); failure != nil {
+				err = errors.Join(err, fmt.Errorf("replace: %w", failure))
+			}
+		}()
+	}
+	for i, t := range d.tables {
 		if err := d.repairStructure(t, node, have[i]); err != nil {
 			return fmt.Errorf("replace: set up table %s: %w", t, err)
 		}
@@ -760,7 +782,7 @@ func (d *Dataplane) removeElements(set *nftables.Set, gone []element) error {
 		if err := d.conn.SetDeleteElements(set, part); err != nil {
 			return fmt.Errorf("encode deletions from set %s: %w", set.Name, err)
 		}
-		if err := d.flush(); err != nil {
+		if err := d.submit(); err != nil {
 			return err
 		}
 	}

@@ -1,0 +1,81 @@
+package nft
+
+import "fmt"
+
+// silence is a time in which the watch is not subscribed to announcements: that of
+// a Replace that makes both tables. If anybody is, in whatever network namespace, the
+// kernel puts every element that it adds into an announcement (nf_tables_api.c,
+// nf_tables_setelem_notify). That is two fifths of what a commit costs it, and
+// those of our own changes the watch's filter drops.
+//
+// Every commit that changes anything in any table of the network namespace begins a
+// generation, and these are numbered. So if in the end the generation is the one
+// before anything was read, and one more for each commit of ours, then nobody else
+// has committed anything.
+type silence struct {
+	generation uint32 // of the kernel, if all commits are ours
+	doubt      bool   // whether they are
+}
+
+// silent ends the subscription until listen. What the kernel holds must have been
+// read in this generation or later. If the watch cannot unsubscribe, nothing changes.
+func (d *Dataplane) silent(generation uint32) {
+	if err := d.watch.leave(); err != nil {
+		d.log.Debug("the kernel announces our own changes", "error", err)
+		return
+	}
+	d.silence = &silence{generation: generation}
+}
+
+// listen ends silence, if there is one. It signals drift if somebody else may have
+// committed anything, be it to tables that do not concern us: nobody knows which.
+// The Replace that follows finds the tables, so it is not silent.
+func (d *Dataplane) listen() error {
+	s := d.silence
+	if s == nil {
+		return nil
+	}
+	d.silence = nil
+	if err := d.watch.join(); err != nil {
+		d.watch.signal()
+		return err
+	}
+	// In this order: a commit begins its generation before it looks for subscribers
+	// (nf_tables_api.c, nf_tables_commit), so one that is not in the generation that
+	// is read now is announced.
+	if s.doubt || !d.inGeneration(s.generation) {
+		d.watch.signal()
+	}
+	return nil
+}
+
+// submit commits the transaction, in which there must be something that changes
+// what the kernel holds: then a commit that succeeds is one generation.
+func (d *Dataplane) submit() error {
+	err := d.flush()
+	s := d.silence
+	switch {
+	case s == nil:
+	case err == nil:
+		// The kernel leaves out 0 when the number starts over. That looks like a
+		// commit of somebody else's, and does no harm.
+		s.generation++
+	case !d.inGeneration(s.generation):
+		s.doubt = true // the kernel may have taken it all the same
+	}
+	return err
+}
+
+// inGeneration reports whether the kernel is certainly in this generation.
+func (d *Dataplane) inGeneration(generation uint32) bool {
+	now, err := d.generation()
+	return err == nil && now == generation
+}
+
+func (d *Dataplane) generation() (uint32, error) {
+	g, err := d.conn.GetGen()
+	if err != nil {
+		return 0, fmt.Errorf("ask the kernel for its generation: %w", err)
+	}
+	return g.ID, nil
+}

@@ -1,0 +1,471 @@
+package nft
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"iter"
+	"math/rand/v2"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"fairlead/dataplane"
+	"fairlead/internal/nettest"
+
+	"golang.org/x/sys/unix"
+)
+
+const othersCommit = "add table inet others\nadd chain inet others c"
+
+// subscribed reports whether the kernel counts the watch among its subscribers.
+func subscribed(t *testing.T, d *Dataplane, ns *nettest.Namespace) bool {
+	t.Helper()
+	var is bool
+	err := ns.Do(func() error {
+		f, err := os.Open("/proc/thread-self/net/netlink")
+		if err != nil {
+			return err
+		}
+		defer func() { _ = f.Close() }()
+		sockets := bufio.NewScanner(f)
+		for sockets.Scan() { // sk Eth Pid Groups …
+			fields := strings.Fields(sockets.Text())
+			if len(fields) < 4 || fields[1] != strconv.Itoa(unix.NETLINK_NETFILTER) || fields[2] != strconv.Itoa(int(d.watch.conn.PID())) {
+				continue
+			}
+			groups, err := strconv.ParseUint(fields[3], 16, 32)
+			if err != nil {
+				return err
+			}
+			is = groups&(1<<(unix.NFNLGRP_NFTABLES-1)) != 0
+			return sockets.Err()
+		}
+		return fmt.Errorf("no socket of the watch: %w", sockets.Err())
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return is
+}
+
+func wantSubscribed(t *testing.T, d *Dataplane, ns *nettest.Namespace) {
+	t.Helper()
+	if !subscribed(t, d, ns) {
+		t.Fatal("the watch is not subscribed any more")
+	}
+}
+
+func wantDrift(t *testing.T, d *Dataplane) {
+	t.Helper()
+	select {
+	case <-d.Drift():
+	case <-time.After(5 * time.Second):
+		t.Fatal("no drift is signalled")
+	}
+}
+
+// wantOneRepair expects drift that one Replace repairs, and a watch that works.
+func wantOneRepair(t *testing.T, d *Dataplane, ns *nettest.Namespace, services []*dataplane.Service) {
+	t.Helper()
+	wantDrift(t, d)
+	wantSubscribed(t, d, ns)
+	replace(t, d, fullNode(), services...)
+	wantNoDrift(t, d)
+	wantState(t, d, services...)
+	wantWatching(t, d, ns)
+}
+
+// wantWatching expects a change of our tables by somebody else to be noticed, and
+// one of others' not.
+func wantWatching(t *testing.T, d *Dataplane, ns *nettest.Namespace) {
+	t.Helper()
+	wantSubscribed(t, d, ns)
+	nft(t, ns, nftBinaries(t)["1.1.3"], "add table inet more\ndelete table inet more")
+	wantNoDrift(t, d)
+	nft(t, ns, nftBinaries(t)["1.1.3"], "add table ip fairlead\nadd chain ip fairlead extra")
+	wantDrift(t, d)
+	awaitAnnounced(d)
+}
+
+// inBothModes runs a test with and without a Translator.
+func inBothModes(t *testing.T, test func(t *testing.T, d *Dataplane, ns *nettest.Namespace)) {
+	t.Helper()
+	for name, translator := range map[string][]Translator{"endpoints": nil, "translator": {virtualServers{}}} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			d, ns := newDataplane(t, translator...)
+			d.editSize = 6 // many commits, and steps
+			test(t, d, ns)
+		})
+	}
+}
+
+// TestMakingTheTablesIsSilent looks at who is subscribed while tables are made, and
+// while they are changed.
+func TestMakingTheTablesIsSilent(t *testing.T) {
+	t.Parallel()
+	inBothModes(t, func(t *testing.T, d *Dataplane, ns *nettest.Namespace) {
+		services := sample(t)
+		calls := 0
+		replaceAnd := func(silent bool, services []*dataplane.Service) {
+			t.Helper()
+			err := d.Replace(t.Context(), fullNode(), slices.Values(services), func(int) {
+				if calls++; subscribed(t, d, ns) == silent {
+					t.Errorf("the watch is subscribed: %t", !silent)
+				}
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			wantNoDrift(t, d)
+		}
+		replaceAnd(true, services)
+		wantState(t, d, services...)
+		replaceAnd(false, services[1:])
+		replaceAnd(false, services)
+		if calls < 10 {
+			t.Errorf("looked %d times", calls)
+		}
+		wantWatching(t, d, ns)
+		nft(t, ns, nftBinaries(t)["1.1.3"], "delete table ip fairlead")
+		wantDrift(t, d)
+		awaitAnnounced(d)
+		replaceAnd(false, services) // there is one of the tables
+		nft(t, ns, nftBinaries(t)["1.1.3"], "delete table ip fairlead\ndelete table ip6 fairlead")
+		wantDrift(t, d)
+		awaitAnnounced(d)
+		replaceAnd(true, services)
+		wantWatching(t, d, ns)
+	})
+}
+
+// TestOthersCommitBetweenOurs has somebody else commit before each of the commits
+// by which the tables are made, and after the last one.
+func TestOthersCommitBetweenOurs(t *testing.T) {
+	t.Parallel()
+	services := sample(t)
+	replaceWith := func(t *testing.T, d *Dataplane, ns *nettest.Namespace, at int) (commits int) {
+		t.Helper()
+		d.flush = func() error {
+			if commits == at {
+				nft(t, ns, nftBinaries(t)["1.1.3"], othersCommit)
+			}
+			commits++
+			return d.conn.Flush()
+		}
+		replace(t, d, fullNode(), services...)
+		d.flush = d.conn.Flush
+		return commits
+	}
+	inBothModes(t, func(t *testing.T, d *Dataplane, ns *nettest.Namespace) {
+		commits := replaceWith(t, d, ns, -1)
+		wantNoDrift(t, d)
+		for at := range commits {
+			nft(t, ns, nftBinaries(t)["1.1.3"], "flush ruleset")
+			awaitAnnounced(d)
+			replaceWith(t, d, ns, at)
+			wantDrift(t, d)
+			replace(t, d, fullNode(), services...)
+			wantNoDrift(t, d)
+		}
+		if commits < 10 {
+			t.Errorf("looked between %d commits", commits)
+		}
+		wantState(t, d, services...)
+		wantWatching(t, d, ns)
+	})
+}
+
+// TestOthersChangeWhatIsBeingMade has somebody else change our tables, and other
+// ones, while they are made.
+func TestOthersChangeWhatIsBeingMade(t *testing.T) {
+	t.Parallel()
+	for name, script := range map[string]string{
+		"rules are deleted":      "flush chain ip fairlead filter-forward",
+		"a Service is added":     "add element ip fairlead services { 10.96.7.7 . tcp . 80 : 0:1 }",
+		"a rule is added":        "insert rule ip fairlead nat-prerouting counter accept",
+		"another table is added": othersCommit,
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			services := sample(t)
+			edit := func(t *testing.T, ns *nettest.Namespace) { nft(t, ns, nftBinaries(t)["1.1.3"], script) }
+			t.Run("first", func(t *testing.T) {
+				t.Parallel()
+				d, ns := newDataplane(t)
+				err := d.Replace(t.Context(), fullNode(), func(yield func(*dataplane.Service) bool) {
+					edit(t, ns)
+					for s := range slices.Values(services) {
+						if !yield(s) {
+							return
+						}
+					}
+				}, nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				wantOneRepair(t, d, ns, services)
+			})
+			t.Run("last", func(t *testing.T) {
+				t.Parallel()
+				d, ns := newDataplane(t)
+				err := d.Replace(t.Context(), fullNode(), slices.Values(services), func(complete int) {
+					if complete == len(services) {
+						edit(t, ns)
+					}
+				})
+				if err != nil {
+					t.Fatal(err)
+				}
+				wantOneRepair(t, d, ns, services)
+			})
+		})
+	}
+}
+
+// TestSilenceEndsWithAFailure ends the making of the tables in its middle.
+func TestSilenceEndsWithAFailure(t *testing.T) {
+	t.Parallel()
+	whole := errors.New("some error")
+	for name, end := range map[string]func(t *testing.T, d *Dataplane, during func()) error{
+		"canceled": func(t *testing.T, d *Dataplane, during func()) error {
+			t.Helper()
+			ctx, cancel := context.WithCancel(t.Context())
+			return d.Replace(ctx, fullNode(), slices.Values(sample(t)), func(int) {
+				during()
+				cancel()
+			})
+		},
+		"refused at first": func(t *testing.T, d *Dataplane, during func()) error {
+			t.Helper()
+			d.flush = func() error {
+				during()
+				d.conn.DelChain(d.branchOfNobody())
+				return d.conn.Flush()
+			}
+			return d.Replace(t.Context(), fullNode(), slices.Values(sample(t)), nil)
+		},
+		"refused": func(t *testing.T, d *Dataplane, during func()) error {
+			t.Helper()
+			return d.Replace(t.Context(), fullNode(), slices.Values(sample(t)), func(int) {
+				during()
+				d.flush = func() error {
+					d.conn.DelChain(d.branchOfNobody())
+					return d.conn.Flush()
+				}
+			})
+		},
+		"panic": func(t *testing.T, d *Dataplane, during func()) (err error) {
+			t.Helper()
+			defer func() {
+				if recover() != nil {
+					err = whole
+				}
+			}()
+			return d.Replace(t.Context(), fullNode(), slices.Values(sample(t)), func(int) {
+				during()
+				panic(whole)
+			})
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			for _, others := range []bool{false, true} {
+				inBothModes(t, func(t *testing.T, d *Dataplane, ns *nettest.Namespace) {
+					ended := 0
+					err := end(t, d, func() {
+						if subscribed(t, d, ns) {
+							t.Error("the watch is subscribed")
+						}
+						if ended++; others && ended == 1 {
+							nft(t, ns, nftBinaries(t)["1.1.3"], othersCommit)
+						}
+					})
+					d.flush = d.conn.Flush
+					if err == nil || ended == 0 {
+						t.Fatalf("the Replace has not failed: %v", err)
+					}
+					wantSubscribed(t, d, ns)
+					if others {
+						wantDrift(t, d)
+					}
+					wantNoDrift(t, d)
+					replace(t, d, fullNode(), sample(t)...)
+					wantNoDrift(t, d)
+					wantWatching(t, d, ns)
+				})
+			}
+		})
+	}
+}
+
+// TestFailedCommitsAreNotCounted has the kernel reject what each of the commits says
+// by which the tables are made, and loses its answer to each.
+func TestFailedCommitsAreNotCounted(t *testing.T) {
+	t.Parallel()
+	services := sample(t)
+	inBothModes(t, func(t *testing.T, d *Dataplane, ns *nettest.Namespace) {
+		commits := 0
+		replaceWith := func(at int, f fault) error {
+			commits = 0
+			d.flush = func() error {
+				commits++
+				if commits-1 != at {
+					return d.conn.Flush()
+				}
+				if f == reject {
+					_ = d.conn.SetDeleteElements(d.tables[0].services, []element{{Key: []byte{1, 2, 3, 4}}})
+					return d.conn.Flush()
+				}
+				if err := d.conn.Flush(); err != nil {
+					t.Error(err)
+				}
+				return errLost
+			}
+			err := d.Replace(t.Context(), fullNode(), slices.Values(services), nil)
+			d.flush = d.conn.Flush
+			return err
+		}
+		if err := replaceWith(-1, none); err != nil || commits < 10 {
+			t.Fatalf("%d commits: %v", commits, err)
+		}
+		for at, all := 0, commits; at < all; at++ {
+			for _, f := range []fault{reject, lose} {
+				nft(t, ns, nftBinaries(t)["1.1.3"], "flush ruleset")
+				awaitAnnounced(d)
+				err := replaceWith(at, f)
+				if commits <= at {
+					t.Fatalf("fault %d at %d of %d commits: did not happen", f, at, commits)
+				}
+				if f == lose {
+					wantDrift(t, d)
+				}
+				wantNoDrift(t, d)
+				if t.Failed() {
+					t.Fatalf("fault %d at %d of %d commits: %v", f, at, all, err)
+				}
+			}
+		}
+		replace(t, d, fullNode(), services...)
+		wantWatching(t, d, ns)
+	})
+}
+
+// TestCommitsOfManyKindsAreCounted makes tables with all kinds of Services, in commits
+// of all sizes, with some that are rejected.
+func TestCommitsOfManyKindsAreCounted(t *testing.T) {
+	t.Parallel()
+	for seed := range uint64(4) {
+		inBothModes(t, func(t *testing.T, d *Dataplane, ns *nettest.Namespace) {
+			random := rand.New(rand.NewPCG(seed, 27))
+			for range 12 {
+				nft(t, ns, nftBinaries(t)["1.1.3"], "flush ruleset")
+				awaitAnnounced(d)
+				services := crowdedServices(t, random, 14)
+				d.editSize = []int{3, 12, 40, editSize}[random.IntN(4)]
+				failing := random.IntN(30)
+				d.flush = func() error {
+					if failing--; failing == 0 {
+						_ = d.conn.SetDeleteElements(d.tables[0].services, []element{{Key: []byte{1, 2, 3, 4}}})
+					}
+					return d.conn.Flush()
+				}
+				silent := false
+				err := d.Replace(t.Context(), randomNode(random), slices.Values(services), func(int) { silent = d.silence != nil })
+				if _, keyed := errors.AsType[*dataplane.Error](err); err != nil && !keyed && failing > 0 {
+					t.Fatal(err)
+				}
+				if !silent && failing > 0 && len(services) > 0 {
+					t.Error("the tables were not made in silence")
+				}
+				wantNoDrift(t, d)
+			}
+		})
+	}
+}
+
+// TestLostWatch loses the watch's socket before, and while, the tables are made.
+func TestLostWatch(t *testing.T) {
+	t.Parallel()
+	services := sample(t)
+	open := func(t *testing.T) *Dataplane {
+		t.Helper()
+		ns, err := nettest.NewNamespace("")
+		if err != nil {
+			t.Fatal(err)
+		}
+		d, err := Open(Options{NetNS: ns.Fd()})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			_ = d.Close()
+			_ = ns.Close()
+		})
+		return d
+	}
+	closing := func(d *Dataplane) iter.Seq[*dataplane.Service] {
+		return func(yield func(*dataplane.Service) bool) {
+			_ = d.watch.conn.Close()
+			slices.Values(services)(yield)
+		}
+	}
+	t.Run("before", func(t *testing.T) {
+		t.Parallel()
+		d := open(t)
+		_ = d.watch.conn.Close()
+		replace(t, d, fullNode(), services...) // the watch has logged it
+		wantNoDrift(t, d)
+		wantState(t, d, services...)
+	})
+	t.Run("while", func(t *testing.T) {
+		t.Parallel()
+		d := open(t)
+		for range 2 {
+			err := d.Replace(t.Context(), fullNode(), closing(d), nil)
+			if err == nil || !strings.Contains(err.Error(), "subscribe") {
+				t.Errorf("error %v, want one that tells of the subscription", err)
+			}
+			if _, keyed := errors.AsType[*dataplane.Error](err); keyed {
+				t.Errorf("error %v is about single Services", err)
+			}
+		}
+		wantDrift(t, d)
+	})
+}
+
+// TestLostAnswerHidesNobody has a commit's answer lost, and somebody else commit at
+// the same time. The halves in which the commit is tried again change nothing any
+// more, so by number they could stand for both.
+func TestLostAnswerHidesNobody(t *testing.T) {
+	t.Parallel()
+	d, ns := newDataplane(t)
+	services := []*dataplane.Service{
+		service(t, "a", []dataplane.Frontend{frontend(1)}, endpoints(1)),
+		service(t, "b", []dataplane.Frontend{frontend(2)}, endpoints(2)),
+	}
+	var generations []uint32
+	d.flush = func() error {
+		if err := d.conn.Flush(); err != nil {
+			t.Error(err)
+		}
+		var err error
+		if len(generations) == 3 { // after both tables, and the class
+			nft(t, ns, nftBinaries(t)["1.1.3"], "add table inet others")
+			err = errLost
+		}
+		generations = append(generations, generation(t, d))
+		return err
+	}
+	replace(t, d, fullNode(), services...)
+	d.flush = d.conn.Flush
+	if want := []uint32{2, 3, 4, 6, 6, 6}; !slices.Equal(generations, want) {
+		t.Fatalf("generations %d, want %d", generations, want)
+	}
+	wantOneRepair(t, d, ns, services)
+}
