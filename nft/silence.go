@@ -5,8 +5,8 @@ import "fmt"
 // silence is a time in which the watch is not subscribed to announcements: that of
 // a Replace that makes both tables. If anybody is, in whatever network namespace, the
 // kernel puts every element that it adds into an announcement (nf_tables_api.c,
-// nf_tables_setelem_notify). That is two fifths of what a commit costs it, and
-// those of our own changes the watch's filter drops.
+// nf_tables_setelem_notify). That is half of what a commit costs it, and those of our
+// own changes the watch's filter drops.
 //
 // Every commit that changes anything in any table of the network namespace begins a
 // generation, and these are numbered. So if in the end the generation is the one
