@@ -63,7 +63,7 @@ func Parts() []Part { return []Part{ColdStart, Memory, Update, Churn} }
 func DefaultOptions() Options {
 	return Options{
 		Services: []int{10_000}, Endpoints: 10, Samples: 30, Starts: 5,
-		Rates: []float64{200}, Duration: 10 * time.Second, Rounds: 3, Settle: 2 * time.Second,
+		Rates: []float64{100, 1000}, Duration: 10 * time.Second, Rounds: 3, Settle: 2 * time.Second,
 	}
 }
 
