@@ -52,6 +52,15 @@ func (broken) Start(_ context.Context, env system.Environment) (system.Running, 
 	return system.StartProcess(env, "broken", "/bin/sh", "-c", "echo it is no use; exit 3")
 }
 
+// idle does nothing.
+type idle struct{}
+
+func (idle) Name() string { return "idle" }
+
+func (idle) Start(_ context.Context, env system.Environment) (system.Running, error) {
+	return system.StartProcess(env, "idle", "/bin/sleep", "60")
+}
+
 func small(t *testing.T, systems ...system.System) compare.Options {
 	t.Helper()
 	o := compare.DefaultOptions()
@@ -167,5 +176,18 @@ func TestOptions(t *testing.T) {
 				t.Errorf("error %v, want one with %q", err, test.want)
 			}
 		})
+	}
+}
+
+// A system whose start takes too long is left out, and that is the reason.
+func TestStartLimit(t *testing.T) {
+	o := small(t, idle{})
+	o.StartLimit = 100 * time.Millisecond
+	r, err := compare.Run(t.Context(), o)
+	if err == nil || len(r.LeftOut) != 1 {
+		t.Fatalf("error %v, left out %v, want that no system can run, and one left out", err, r.LeftOut)
+	}
+	if got, want := r.LeftOut[0].Reason, "with 20 Services not all of them answered within 100ms"; got != want {
+		t.Errorf("the reason is %q, want %q", got, want)
 	}
 }

@@ -25,6 +25,9 @@ type Options struct {
 	// Samples is how often each kind of change is measured, and Starts how many cold
 	// starts of each system.
 	Samples, Starts int
+	// StartLimit is how long a cold start may take. A system that takes longer with
+	// some number of Services is left out from there on.
+	StartLimit time.Duration
 	// Rates are the numbers of changes a second for churn, which lasts for Duration,
 	// Rounds times.
 	Rates    []float64
@@ -62,7 +65,7 @@ func Parts() []Part { return []Part{ColdStart, Memory, Update, Churn} }
 // the systems.
 func DefaultOptions() Options {
 	return Options{
-		Services: []int{10_000}, Endpoints: 10, Samples: 30, Starts: 5,
+		Services: []int{10_000}, Endpoints: 10, Samples: 30, Starts: 5, StartLimit: 2 * time.Minute,
 		Rates: []float64{100, 1000}, Duration: 10 * time.Second, Rounds: 3, Settle: 2 * time.Second,
 	}
 }
@@ -99,6 +102,9 @@ func (o *Options) Validate() error {
 	}
 	if o.Samples < 1 || o.Starts < 1 || o.Rounds < 1 {
 		errs = append(errs, errors.New("the numbers of samples, starts and rounds must be 1 or more"))
+	}
+	if o.StartLimit <= 0 {
+		errs = append(errs, errors.New("how long a start may take must be more than 0"))
 	}
 	if o.Duration <= 0 || o.Settle < 0 {
 		errs = append(errs, errors.New("how long churn lasts must be more than 0, and the time to settle not less"))

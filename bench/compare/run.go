@@ -212,7 +212,12 @@ func (c *comparison) start(ctx context.Context, sys system.System, s server, con
 	}
 	running, cancel := n.whileRunning(ctx)
 	defer cancel()
-	took, err := n.probe.Answers(running, n.begin, content.addrs)
+	answering, stop := context.WithTimeout(running, c.StartLimit)
+	defer stop()
+	took, err := n.probe.Answers(answering, n.begin, content.addrs)
+	if errors.Is(err, rig.ErrNotSeen) || answering.Err() != nil && running.Err() == nil {
+		return n, fmt.Errorf("with %d Services not all of them answered within %s", len(content.services), c.StartLimit)
+	}
 	if err != nil {
 		return n, errors.Join(err, context.Cause(running))
 	}

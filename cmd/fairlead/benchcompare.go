@@ -88,6 +88,7 @@ does not run at all is left out, and the result says why.`,
 	flags.IntVar(&o.Endpoints, "endpoints", o.Endpoints, "endpoints of each Service")
 	flags.IntVar(&o.Samples, "samples", o.Samples, "how often each kind of change is measured")
 	flags.IntVar(&o.Starts, "starts", o.Starts, "how many cold starts of each system are measured")
+	flags.DurationVar(&o.StartLimit, "start-limit", o.StartLimit, "how long a cold start may take; who takes longer is left out from that number of Services on")
 	flags.Float64SliceVar(&o.Rates, "rate", o.Rates, "changes a second for churn")
 	flags.DurationVar(&o.Duration, "duration", o.Duration, "how long each round of churn takes")
 	flags.IntVar(&o.Rounds, "rounds", o.Rounds, "rounds of churn of each system")

@@ -29,6 +29,7 @@ type vmFlags struct {
 const (
 	vmStarts, vmRounds = 3, 3 // no more than a ratio needs
 	vmDuration         = 3 * time.Second
+	vmStartLimit       = 10 * time.Minute
 )
 
 func (v *vmFlags) register(flags *pflag.FlagSet) {
@@ -130,6 +131,7 @@ func (f *compareFlags) compareAll(ctx context.Context, binary string, o compare.
 func (v *vmFlags) of(o compare.Options, systems []system.System) compare.Options {
 	o.Systems, o.Services, o.Samples = systems, []int{v.services}, v.samples
 	o.Starts, o.Rounds, o.Duration = min(o.Starts, vmStarts), min(o.Rounds, vmRounds), min(o.Duration, vmDuration)
+	o.StartLimit = max(o.StartLimit, vmStartLimit)
 	return o
 }
 
@@ -178,6 +180,7 @@ func (f *compareFlags) vmRun(ctx context.Context, binary string, o compare.Optio
 		args,
 		fmt.Sprintf("--services=%d", o.Services[0]), fmt.Sprintf("--endpoints=%d", o.Endpoints), fmt.Sprintf("--samples=%d", o.Samples),
 		fmt.Sprintf("--starts=%d", o.Starts), fmt.Sprintf("--rounds=%d", o.Rounds), "--duration="+o.Duration.String(), "--settle="+o.Settle.String(),
+		"--start-limit="+o.StartLimit.String(),
 	)
 	o.Progress(strings.Join(names, ", ") + ": in a virtual machine, emulated, which takes minutes")
 	vm := compare.VM{
