@@ -148,7 +148,7 @@ BENCHDIR ?= bin/bench
 bench: SERVICES ?= 1000
 bench: build kube-proxy ## Fairlead and kube-proxy side by side (root), minutes; SERVICES=10000 ARGS=flags of fairlead bench compare
 	@mkdir -p $(BENCHDIR)
-	bin/fairlead bench compare --systems=nft,kube-proxy-nftables --services=$(SERVICES) --samples=12 --starts=3 --rounds=3 --duration=5s \
+	bin/fairlead bench compare --systems=nft,kube-proxy-nftables --services=$(SERVICES) --samples=12 --starts=3 --rounds=3 --churn-time=5s \
 		--json=$(BENCHDIR)/bench.json --html=$(BENCHDIR)/bench.html $(ARGS)
 
 .PHONY: bench-full

@@ -63,7 +63,7 @@ figures are marked as emulated, and ratios are only taken within it. A system th
 does not run at all is left out, and the result says why.`,
 		Example: `  fairlead bench compare --json=result.json
   fairlead bench compare --systems=nft,kube-proxy-nftables --services=1000,10000 --samples=50
-  fairlead bench compare --only=churn --rate=1000`,
+  fairlead bench compare --only=churn --rates=1000`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			f.command = append([]string{cmd.CommandPath()}, changedFlags(cmd)...)
@@ -89,8 +89,8 @@ does not run at all is left out, and the result says why.`,
 	flags.IntVar(&o.Samples, "samples", o.Samples, "how often each kind of change is measured")
 	flags.IntVar(&o.Starts, "starts", o.Starts, "how many cold starts of each system are measured")
 	flags.DurationVar(&o.StartLimit, "start-limit", o.StartLimit, "how long a cold start may take; who takes longer is left out from that number of Services on")
-	flags.Float64SliceVar(&o.Rates, "rate", o.Rates, "changes a second for churn")
-	flags.DurationVar(&o.Duration, "duration", o.Duration, "how long each round of churn takes")
+	flags.Float64SliceVar(&o.Rates, "rates", o.Rates, "changes a second, for churn")
+	flags.DurationVar(&o.Duration, "churn-time", o.Duration, "how long each round of churn lasts")
 	flags.IntVar(&o.Rounds, "rounds", o.Rounds, "rounds of churn of each system")
 	flags.DurationVar(&o.Settle, "settle", o.Settle, "time that a system has after a change until the next is measured")
 	flags.StringSliceVar(&f.only, "only", parts, "parts of the comparison")

@@ -175,11 +175,11 @@ func (f *compareFlags) vmRun(ctx context.Context, binary string, o compare.Optio
 	for _, r := range o.Rates {
 		rates = append(rates, strconv.FormatFloat(r, 'g', -1, 64))
 	}
-	list("rate", rates...)
+	list("rates", rates...)
 	args = append(
 		args,
 		fmt.Sprintf("--services=%d", o.Services[0]), fmt.Sprintf("--endpoints=%d", o.Endpoints), fmt.Sprintf("--samples=%d", o.Samples),
-		fmt.Sprintf("--starts=%d", o.Starts), fmt.Sprintf("--rounds=%d", o.Rounds), "--duration="+o.Duration.String(), "--settle="+o.Settle.String(),
+		fmt.Sprintf("--starts=%d", o.Starts), fmt.Sprintf("--rounds=%d", o.Rounds), "--churn-time="+o.Duration.String(), "--settle="+o.Settle.String(),
 		"--start-limit="+o.StartLimit.String(),
 	)
 	o.Progress(strings.Join(names, ", ") + ": in a virtual machine, emulated, which takes minutes")
