@@ -6,7 +6,7 @@
 // [Problem].
 //
 // Everything here is computation: no I/O, no clock, no lock, no goroutine. A
-// source delivers each change as a [Delta]; a [Tracker] keeps the objects and
+// source delivers each change as a [Delta]; a [Tracker] keeps what it needs of the objects and
 // answers with a [Result], at a cost that follows the change and not the number
 // of Services.
 //
