@@ -11,9 +11,6 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/runtime"
-	"k8s.io/apimachinery/pkg/runtime/schema"
-	"k8s.io/apimachinery/pkg/runtime/serializer"
 	"k8s.io/client-go/rest"
 
 	"fairlead/bench/apiserver"
@@ -63,32 +60,13 @@ type controlPlane struct {
 	core, discovery *rest.RESTClient
 }
 
-// connect makes the clients. That of all kinds of objects would make the program, which runs
-// on each node, much larger.
-func (s *controlPlane) connect() error {
-	scheme := runtime.NewScheme()
-	metav1.AddToGroupVersion(scheme, schema.GroupVersion{Version: "v1"})
-	if err := errors.Join(corev1.AddToScheme(scheme), discoveryv1.AddToScheme(scheme)); err != nil {
-		return fmt.Errorf("register API types: %w", err)
+// connect makes the clients.
+func (s *controlPlane) connect() (err error) {
+	if s.core, err = s.programs.Client(corev1.SchemeGroupVersion, corev1.AddToScheme); err != nil {
+		return err
 	}
-	config := s.programs.Config()
-	config.ContentType = "application/vnd.kubernetes.protobuf"
-	config.NegotiatedSerializer = serializer.NewCodecFactory(scheme).WithoutConversion()
-	http, err := rest.HTTPClientFor(config)
-	if err != nil {
-		return fmt.Errorf("make a client: %w", err)
-	}
-	for _, c := range []struct {
-		client **rest.RESTClient
-		path   string
-		group  schema.GroupVersion
-	}{{&s.core, "/api", corev1.SchemeGroupVersion}, {&s.discovery, "/apis", discoveryv1.SchemeGroupVersion}} {
-		config.APIPath, config.GroupVersion = c.path, &c.group
-		if *c.client, err = rest.RESTClientForConfigAndClient(config, http); err != nil {
-			return fmt.Errorf("make a client: %w", err)
-		}
-	}
-	return nil
+	s.discovery, err = s.programs.Client(discoveryv1.SchemeGroupVersion, discoveryv1.AddToScheme)
+	return err
 }
 
 // load creates the content.

@@ -215,7 +215,7 @@ func (c *comparison) start(ctx context.Context, sys system.System, s server, con
 	answering, stop := context.WithTimeout(running, c.StartLimit)
 	defer stop()
 	took, err := n.probe.Answers(answering, n.begin, content.addrs)
-	if errors.Is(err, rig.ErrNotSeen) || answering.Err() != nil && running.Err() == nil {
+	if errors.Is(err, rig.ErrNotSeen) || errors.Is(err, context.DeadlineExceeded) {
 		return n, fmt.Errorf("with %d Services not all of them answered within %s", len(content.services), c.StartLimit)
 	}
 	if err != nil {

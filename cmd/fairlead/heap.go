@@ -4,7 +4,6 @@ import (
 	"context"
 	"math"
 	"os"
-	"runtime"
 	"runtime/debug"
 )
 
@@ -49,7 +48,6 @@ func (h *startHeap) end(ctx context.Context, programmed <-chan struct{}) {
 		return
 	case <-programmed:
 	}
-	runtime.KeepAlive(h.reserve)
 	h.reserve = nil
 	debug.SetGCPercent(h.percent)
 	debug.FreeOSMemory()

@@ -6,11 +6,7 @@ import (
 	"time"
 
 	authenticationv1 "k8s.io/api/authentication/v1"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
-	"k8s.io/apimachinery/pkg/runtime/serializer"
-	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/client-go/tools/clientcmd/api"
 )
@@ -45,7 +41,7 @@ func (cp *ControlPlane) ServiceAccountKubeconfig(ctx context.Context, path, name
 func (cp *ControlPlane) Token(ctx context.Context, namespace, name string) (string, error) {
 	seconds := int64(tokenLife.Seconds())
 	token := &authenticationv1.TokenRequest{Spec: authenticationv1.TokenRequestSpec{ExpirationSeconds: &seconds}}
-	client, err := cp.tokens()
+	client, err := cp.Client(schema.GroupVersion{Version: "v1"}, authenticationv1.AddToScheme)
 	if err == nil {
 		err = client.Post().Namespace(namespace).Resource("serviceaccounts").Name(name).SubResource("token").Body(token).Do(ctx).Into(token)
 	}
@@ -53,20 +49,6 @@ func (cp *ControlPlane) Token(ctx context.Context, namespace, name string) (stri
 		return "", fmt.Errorf("request a token for Service account %s/%s: %w", namespace, name, err)
 	}
 	return token.Status.Token, nil
-}
-
-// tokens returns a client for the requests of Token. That of all kinds there are would
-// make programs that run a control plane much larger.
-func (cp *ControlPlane) tokens() (*rest.RESTClient, error) {
-	scheme := runtime.NewScheme()
-	metav1.AddToGroupVersion(scheme, schema.GroupVersion{Version: "v1"})
-	if err := authenticationv1.AddToScheme(scheme); err != nil {
-		return nil, err
-	}
-	config := cp.Config()
-	config.APIPath, config.GroupVersion = "/api", &schema.GroupVersion{Version: "v1"}
-	config.NegotiatedSerializer = serializer.NewCodecFactory(scheme).WithoutConversion()
-	return rest.RESTClientForConfigAndClient(config, cp.admin)
 }
 
 func (cp *ControlPlane) write(path string, user *api.AuthInfo) error {
