@@ -1,7 +1,6 @@
 package dataplanetest
 
 import (
-	"errors"
 	"fmt"
 	"math/bits"
 	"math/rand/v2"
@@ -13,8 +12,7 @@ import (
 	"time"
 
 	"fairlead/dataplane"
-
-	"golang.org/x/sys/unix"
+	"fairlead/internal/nettest"
 )
 
 // SoakVariable is the environment variable that has the suite open a million
@@ -173,8 +171,7 @@ func (h *history) between(from, to uint64, family dataplane.Family) podSet {
 	return all
 }
 
-// storm is many connections. It uses the system calls themselves: the package net
-// would take several times as long.
+// storm is many connections.
 type storm struct {
 	*world
 	t       *testing.T
@@ -245,71 +242,25 @@ func (st *storm) services(pods membership) []*dataplane.Service {
 // serve has a pod accept connections and write its number to each.
 func (st *storm) serve(i int, family dataplane.Family, port uint16) {
 	st.t.Helper()
-	var fd int
-	err := st.pods[i].Do(func() (err error) {
-		fd, err = listenOn(netip.AddrPortFrom(addrOf(st.pods[i], family), port))
-		return err
-	})
+	server, err := st.pods[i].ServeIdentity(nettest.TCP, netip.AddrPortFrom(addrOf(st.pods[i], family), port), byte(i)) //nolint:gosec // fits
 	if err != nil {
 		st.t.Fatal(err)
 	}
-	ended := make(chan struct{})
-	go func() {
-		defer close(ended)
-		for {
-			c, _, err := unix.Accept4(fd, unix.SOCK_CLOEXEC)
-			switch {
-			case err == nil:
-				_, _ = unix.Write(c, []byte{byte(i)}) //nolint:gosec // fits
-				_ = unix.Close(c)
-			case !errors.Is(err, unix.EINTR) && !errors.Is(err, unix.ECONNABORTED):
-				return
-			}
-		}
-	}()
 	st.t.Cleanup(func() {
-		_ = unix.Shutdown(fd, unix.SHUT_RDWR) // ends accept
-		<-ended
-		_ = unix.Close(fd)
+		if err := server.Close(); err != nil {
+			st.t.Error(err)
+		}
 	})
-}
-
-func listenOn(addr netip.AddrPort) (int, error) {
-	fd, err := unix.Socket(domain(addr), unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return 0, fmt.Errorf("make a socket: %w", err)
-	}
-	if err := unix.Bind(fd, sockaddr(addr)); err != nil {
-		return 0, errors.Join(fmt.Errorf("bind to %s: %w", addr, err), unix.Close(fd))
-	}
-	if err := unix.Listen(fd, 1024); err != nil {
-		return 0, errors.Join(fmt.Errorf("listen on %s: %w", addr, err), unix.Close(fd))
-	}
-	return fd, nil
-}
-
-func domain(addr netip.AddrPort) int {
-	if addr.Addr().Is4() {
-		return unix.AF_INET
-	}
-	return unix.AF_INET6
-}
-
-func sockaddr(addr netip.AddrPort) unix.Sockaddr {
-	if addr.Addr().Is4() {
-		return &unix.SockaddrInet4{Port: int(addr.Port()), Addr: addr.Addr().As4()}
-	}
-	return &unix.SockaddrInet6{Port: int(addr.Port()), Addr: addr.Addr().As16()}
 }
 
 // connectAll opens connections until enough have been, in the namespace that the
 // thread is in. The server ends each, and then the client resets it, so that neither
 // has anything left of it.
 func (st *storm) connectAll(family dataplane.Family, addr netip.AddrPort) error {
-	to := sockaddr(addr)
+	client := &nettest.IdentityClient{Timeout: 10 * time.Second}
 	for atomic.AddInt64(&st.left, -1) >= 0 {
 		from := st.history.now.Load()
-		pod, again, err := connectOnce(domain(addr), to)
+		pod, again, err := client.Connect(addr)
 		allowed := st.history.between(from, st.history.now.Load(), family)
 		if again > 0 {
 			st.again.Add(1)
@@ -328,61 +279,4 @@ func (st *storm) connectAll(family dataplane.Family, addr netip.AddrPort) error 
 		st.t.Error(err)
 	}
 	return nil
-}
-
-// connectOnce opens a connection and returns which pod answered, and how many
-// packets the client has sent more than once.
-func connectOnce(domain int, to unix.Sockaddr) (pod byte, again uint32, err error) {
-	fd, err := unix.Socket(domain, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return 0, 0, fmt.Errorf("make a socket: %w", err)
-	}
-	defer func() { err = errors.Join(err, unix.Close(fd)) }()
-	patience := unix.Timeval{Sec: 10}
-	if err := errors.Join(
-		unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1}),
-		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &patience),
-		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &patience),
-	); err != nil {
-		return 0, 0, fmt.Errorf("set the options of a socket: %w", err)
-	}
-	if err := connectSocket(fd, to); err != nil {
-		return 0, 0, fmt.Errorf("connect: %w", err)
-	}
-	info, err := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO)
-	if err != nil {
-		return 0, 0, fmt.Errorf("read TCP_INFO: %w", err)
-	}
-	var answer []byte
-	for len(answer) < 2 {
-		var buf [2]byte
-		n, err := unix.Read(fd, buf[:])
-		switch {
-		case errors.Is(err, unix.EINTR):
-		case err != nil:
-			return 0, 0, fmt.Errorf("read the answer: %w", err)
-		case n == 0 && len(answer) == 1:
-			return answer[0], info.Total_retrans, nil
-		case n == 0:
-			return 0, 0, errors.New("the server closed the connection without an answer")
-		default:
-			answer = append(answer, buf[:n]...)
-		}
-	}
-	return 0, 0, fmt.Errorf("an answer of more than a byte: %v", answer)
-}
-
-// connectSocket is connect(2), which goes on by itself when a signal interrupts it.
-func connectSocket(fd int, to unix.Sockaddr) error {
-	err := unix.Connect(fd, to)
-	for errors.Is(err, unix.EINTR) {
-		if _, err = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}, 10_000); err != nil { //nolint:gosec // a descriptor
-			continue
-		}
-		var code int
-		if code, err = unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR); err == nil && code != 0 {
-			err = unix.Errno(code) //nolint:gosec // an error number
-		}
-	}
-	return err
 }

@@ -1,0 +1,253 @@
+package nettest
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// The servers and clients in this file exchange one byte, the server's identity,
+// by system calls alone. A test that opens a million connections uses them, as the
+// package net takes several times as long.
+
+// IdentityServer writes its identity to everybody who connects.
+type IdentityServer struct {
+	fd    int
+	ended chan struct{}
+}
+
+// ServeIdentity answers TCP connections or UDP datagrams at one of the host's
+// addresses with one byte. A TCP connection is closed after it. The caller closes
+// the server.
+func (h *Host) ServeIdentity(network string, addr netip.AddrPort, identity byte) (*IdentityServer, error) {
+	s := &IdentityServer{ended: make(chan struct{})}
+	err := h.Do(func() (err error) {
+		s.fd, err = bindSocket(network, addr)
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("serve %s on %s: %w", network, h.Name, err)
+	}
+	answer := s.answerDatagrams
+	if network == TCP {
+		answer = s.answerConnections
+	}
+	go func() {
+		defer close(s.ended)
+		answer([]byte{identity})
+	}()
+	return s, nil
+}
+
+func (s *IdentityServer) answerConnections(identity []byte) {
+	for {
+		c, _, err := unix.Accept4(s.fd, unix.SOCK_CLOEXEC)
+		switch {
+		case err == nil:
+			_, _ = unix.Write(c, identity)
+			_ = unix.Close(c)
+		case !errors.Is(err, unix.EINTR) && !errors.Is(err, unix.ECONNABORTED):
+			return
+		}
+	}
+}
+
+func (s *IdentityServer) answerDatagrams(identity []byte) {
+	buf := make([]byte, 16)
+	for {
+		n, from, err := unix.Recvfrom(s.fd, buf, 0)
+		switch {
+		case err == nil && from == nil, err == nil && n == 0: // shut down
+			return
+		case err == nil:
+			// An answer that cannot be sent is a lost datagram.
+			_ = unix.Sendto(s.fd, identity, 0, from)
+		case !errors.Is(err, unix.EINTR) && !errors.Is(err, unix.ECONNREFUSED):
+			return
+		}
+	}
+}
+
+// Close ends the server. It must be called once.
+func (s *IdentityServer) Close() error {
+	_ = unix.Shutdown(s.fd, unix.SHUT_RDWR) // wakes the system call that the server waits in
+	<-s.ended
+	return unix.Close(s.fd)
+}
+
+func bindSocket(network string, addr netip.AddrPort) (fd int, err error) {
+	kind := unix.SOCK_STREAM
+	if network == UDP {
+		kind = unix.SOCK_DGRAM
+	}
+	fd, err = unix.Socket(socketDomain(addr.Addr()), kind|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return 0, fmt.Errorf("make a socket: %w", err)
+	}
+	if err := unix.Bind(fd, socketAddress(addr)); err != nil {
+		return 0, errors.Join(fmt.Errorf("bind to %s: %w", addr, err), unix.Close(fd))
+	}
+	if network == UDP {
+		return fd, nil
+	}
+	const backlog = 1024
+	if err := unix.Listen(fd, backlog); err != nil {
+		return 0, errors.Join(fmt.Errorf("listen on %s: %w", addr, err), unix.Close(fd))
+	}
+	return fd, nil
+}
+
+func socketDomain(addr netip.Addr) int {
+	if addr.Is4() {
+		return unix.AF_INET
+	}
+	return unix.AF_INET6
+}
+
+func socketAddress(addr netip.AddrPort) unix.Sockaddr {
+	if addr.Addr().Is4() {
+		return &unix.SockaddrInet4{Port: int(addr.Port()), Addr: addr.Addr().As4()}
+	}
+	return &unix.SockaddrInet6{Port: int(addr.Port()), Addr: addr.Addr().As16()}
+}
+
+// IdentityClient asks servers of [Host.ServeIdentity] for their identity. It belongs
+// to the network namespace of the thread that calls it, see [Namespace.Do]. Its
+// methods may be called concurrently.
+type IdentityClient struct {
+	// Timeout bounds each step: the connection and the answer.
+	Timeout time.Duration
+
+	mu sync.Mutex
+	// port is the last source port of a datagram.
+	port uint16
+}
+
+// Connect opens a TCP connection and returns the server's identity and how many
+// segments the client sent more than once. The client resets the connection in the
+// end, so that neither side remembers it.
+func (c *IdentityClient) Connect(addr netip.AddrPort) (identity byte, resent uint32, err error) {
+	fd, err := c.socket(addr, unix.SOCK_STREAM)
+	if err != nil {
+		return 0, 0, err
+	}
+	defer func() { err = errors.Join(err, unix.Close(fd)) }()
+	if err := unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1}); err != nil {
+		return 0, 0, fmt.Errorf("set the options of a socket: %w", err)
+	}
+	if err := c.connect(fd, socketAddress(addr)); err != nil {
+		return 0, 0, fmt.Errorf("connect: %w", err)
+	}
+	info, err := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO)
+	if err != nil {
+		return 0, 0, fmt.Errorf("read TCP_INFO: %w", err)
+	}
+	var answer []byte
+	for len(answer) < 2 {
+		var buf [2]byte
+		n, err := unix.Read(fd, buf[:])
+		switch {
+		case errors.Is(err, unix.EINTR):
+		case err != nil:
+			return 0, 0, fmt.Errorf("read the answer: %w", err)
+		case n == 0 && len(answer) == 1:
+			return answer[0], info.Total_retrans, nil
+		case n == 0:
+			return 0, 0, errors.New("the server closed the connection without an answer")
+		default:
+			answer = append(answer, buf[:n]...)
+		}
+	}
+	return 0, 0, fmt.Errorf("an answer of more than a byte: %v", answer)
+}
+
+// connect is connect(2), which goes on by itself when a signal interrupts it.
+func (c *IdentityClient) connect(fd int, to unix.Sockaddr) error {
+	err := unix.Connect(fd, to)
+	for errors.Is(err, unix.EINTR) {
+		patience := int(c.Timeout.Milliseconds())
+		if _, err = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}, patience); err != nil { //nolint:gosec // a descriptor
+			continue
+		}
+		var code int
+		if code, err = unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR); err == nil && code != 0 {
+			err = unix.Errno(code) //nolint:gosec // an error number
+		}
+	}
+	return err
+}
+
+// Ask sends a UDP datagram from a port that the client has not used lately and
+// returns the server's identity. It does not send the datagram again.
+func (c *IdentityClient) Ask(addr netip.AddrPort) (identity byte, err error) {
+	fd, err := c.socket(addr, unix.SOCK_DGRAM)
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, unix.Close(fd)) }()
+	if err := c.bindNextPort(fd, addr.Addr()); err != nil {
+		return 0, err
+	}
+	if err := unix.Connect(fd, socketAddress(addr)); err != nil {
+		return 0, fmt.Errorf("connect: %w", err)
+	}
+	if _, err := unix.Write(fd, []byte{'?'}); err != nil {
+		return 0, fmt.Errorf("send: %w", err)
+	}
+	for {
+		var buf [2]byte
+		n, err := unix.Read(fd, buf[:])
+		switch {
+		case errors.Is(err, unix.EINTR):
+		case err != nil:
+			return 0, fmt.Errorf("receive: %w", err)
+		case n != 1:
+			return 0, fmt.Errorf("an answer of %d bytes", n)
+		default:
+			return buf[0], nil
+		}
+	}
+}
+
+// bindNextPort binds a socket to the next source port, as connection tracking
+// sends a flow that it remembers where it went before.
+func (c *IdentityClient) bindNextPort(fd int, to netip.Addr) error {
+	const first, ports = 20_000, 40_000
+	anywhere := netip.IPv4Unspecified()
+	if to.Is6() {
+		anywhere = netip.IPv6Unspecified()
+	}
+	for range ports {
+		c.mu.Lock()
+		c.port = (c.port + 1) % ports
+		port := first + c.port
+		c.mu.Unlock()
+		err := unix.Bind(fd, socketAddress(netip.AddrPortFrom(anywhere, port)))
+		if err == nil {
+			return nil
+		}
+		if !errors.Is(err, unix.EADDRINUSE) {
+			return fmt.Errorf("bind to port %d: %w", port, err)
+		}
+	}
+	return fmt.Errorf("bind: none of %d ports is free", ports)
+}
+
+func (c *IdentityClient) socket(addr netip.AddrPort, kind int) (int, error) {
+	fd, err := unix.Socket(socketDomain(addr.Addr()), kind|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return 0, fmt.Errorf("make a socket: %w", err)
+	}
+	patience := unix.NsecToTimeval(c.Timeout.Nanoseconds())
+	if err := errors.Join(
+		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &patience),
+		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &patience),
+	); err != nil {
+		return 0, errors.Join(fmt.Errorf("set the options of a socket: %w", err), unix.Close(fd))
+	}
+	return fd, nil
+}
