@@ -131,7 +131,10 @@ func (c config) build(log *slog.Logger) (*program, error) {
 	p.syncer = sync.New(p.dp, sync.Options{
 		Logger: log.With("component", "sync"), ResyncPeriod: resyncPeriod, OnCommit: p.join.committed,
 	})
-	p.relay = relay.New(relay.Options{Logger: log.With("component", "relay")})
+	shares := divideDescriptors(openFilesLimit())
+	p.relay = relay.New(relay.Options{
+		MaxConnections: shares.relayConnections, MaxListeners: shares.relayListeners, Logger: log.With("component", "relay"),
+	})
 	p.counters = c.mode.counters(log)
 	p.metrics = metrics.New(metrics.Options{
 		Version: version, Mode: string(c.mode), Status: p.syncer.Status, Relay: p.relay.Stats, Unserved: p.counters.unserved,

@@ -11,7 +11,7 @@ import (
 type relayed struct {
 	stats func(dataplane.Family) relay.Stats
 
-	listeners, failures, failing, open, connections *prometheus.Desc
+	listeners, failures, failing, open, limit, connections, halfClosed *prometheus.Desc
 }
 
 var _ prometheus.Collector = (*relayed)(nil)
@@ -28,21 +28,27 @@ func newRelayed(stats func(dataplane.Family) relay.Stats) *relayed {
 			"Node ports that can't be listened on at loopback addresses now; see the log.", family, nil),
 		open: prometheus.NewDesc("fairlead_localhost_node_port_connections",
 			"Connections that clients have now to node ports at loopback addresses.", family, nil),
+		limit: prometheus.NewDesc("fairlead_localhost_node_port_connections_limit",
+			"Maximum number of connections to node ports at loopback addresses, both families together.", nil, nil),
+		halfClosed: prometheus.NewDesc("fairlead_localhost_node_port_half_closed_total",
+			"Connections to node ports at loopback addresses that were ended because one side had closed and nothing moved for a minute.",
+			family, nil),
 		connections: prometheus.NewDesc("fairlead_localhost_node_port_connections_total",
 			"Clients of node ports at loopback addresses, by result: connected, unreachable if no endpoint answered, "+
-				"limit if there were too many connections.", []string{"ip_family", "result"}, nil),
+				"limit if all connections were in use, port_limit if the node port had its share of them.", []string{"ip_family", "result"}, nil),
 	}
 }
 
 // Describe implements [prometheus.Collector].
 func (r *relayed) Describe(ch chan<- *prometheus.Desc) {
-	for _, desc := range []*prometheus.Desc{r.listeners, r.failures, r.failing, r.open, r.connections} {
+	for _, desc := range []*prometheus.Desc{r.listeners, r.failures, r.failing, r.open, r.limit, r.connections, r.halfClosed} {
 		ch <- desc
 	}
 }
 
 // Collect implements [prometheus.Collector].
 func (r *relayed) Collect(ch chan<- prometheus.Metric) {
+	ch <- prometheus.MustNewConstMetric(r.limit, prometheus.GaugeValue, float64(r.stats(dataplane.IPv4).Limit))
 	for _, f := range ipFamilies() {
 		stats := r.stats(f)
 		gauge := func(desc *prometheus.Desc, value int) {
@@ -58,5 +64,7 @@ func (r *relayed) Collect(ch chan<- prometheus.Metric) {
 		counter(r.connections, stats.Connected, "connected")
 		counter(r.connections, stats.Unreachable, "unreachable")
 		counter(r.connections, stats.Refused, "limit")
+		counter(r.connections, stats.RefusedByPort, "port_limit")
+		counter(r.halfClosed, stats.HalfClosed)
 	}
 }

@@ -17,7 +17,8 @@ func TestRelay(t *testing.T) {
 		if f == dataplane.IPv6 {
 			return relay.Stats{}
 		}
-		return relay.Stats{Listeners: 1, Failing: 2, ListenFailures: 3, Open: 4, Connected: 5, Unreachable: 6, Refused: 7}
+		return relay.Stats{Listeners: 1, Failing: 2, ListenFailures: 3, Open: 4, Limit: 10, Connected: 5, Unreachable: 6, Refused: 7,
+			RefusedByPort: 8, HalfClosed: 9}
 	}
 	prefixes := []string{"kubeproxy_nftables_localhost", "fairlead_localhost"}
 	want := map[string]string{
@@ -32,6 +33,11 @@ func TestRelay(t *testing.T) {
 		`fairlead_localhost_node_port_connections_total{ip_family="IPv4",result="connected"}`:      "5",
 		`fairlead_localhost_node_port_connections_total{ip_family="IPv4",result="unreachable"}`:    "6",
 		`fairlead_localhost_node_port_connections_total{ip_family="IPv4",result="limit"}`:          "7",
+		`fairlead_localhost_node_port_connections_total{ip_family="IPv4",result="port_limit"}`:     "8",
+		`fairlead_localhost_node_port_connections_total{ip_family="IPv6",result="port_limit"}`:     "0",
+		`fairlead_localhost_node_port_half_closed_total{ip_family="IPv4"}`:                         "9",
+		`fairlead_localhost_node_port_half_closed_total{ip_family="IPv6"}`:                         "0",
+		`fairlead_localhost_node_port_connections_limit`:                                           "10",
 		`fairlead_localhost_node_port_connections_total{ip_family="IPv6",result="connected"}`:      "0",
 		`fairlead_localhost_node_port_connections_total{ip_family="IPv6",result="unreachable"}`:    "0",
 		`fairlead_localhost_node_port_connections_total{ip_family="IPv6",result="limit"}`:          "0",

@@ -96,7 +96,7 @@ func BenchmarkThroughput(b *testing.B) {
 			from, to := pair()
 			if relayed {
 				endpoint, accepted := pair()
-				go join(b.Context(), to, endpoint)
+				go New(Options{}).join(b.Context(), to, endpoint)
 				to = accepted
 			}
 			done := make(chan struct{})

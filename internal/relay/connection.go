@@ -8,7 +8,10 @@ import (
 	"net"
 	"net/netip"
 	stdsync "sync"
+	"sync/atomic"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"fairlead/dataplane"
 )
@@ -34,7 +37,14 @@ func (r *Relay) connect(ctx context.Context, p *port, client *net.TCPConn) {
 		return
 	}
 	c.connected.Add(1)
-	join(ctx, client, endpoint)
+	// Without the probes a peer whose host is gone would hold a slot for ever.
+	for _, conn := range []*net.TCPConn{client, endpoint} {
+		_ = conn.SetKeepAliveConfig(r.opts.KeepAlive) // fails if the connection has ended
+	}
+	if halfClosed := r.join(ctx, client, endpoint); halfClosed {
+		c.halfClosed.Add(1)
+		r.log.DebugContext(ctx, "a connection to a node port was half closed for too long", "frontend", p.frontend.String())
+	}
 }
 
 // reach connects to an endpoint.
@@ -82,8 +92,9 @@ func (r *Relay) dialWithin(ctx context.Context, timeout time.Duration, family da
 
 // join copies between two connections until both have ended, and closes them. The
 // end of one direction is passed on; an error, or the end of ctx, ends both with
-// a reset, so that neither takes what it has got for all.
-func join(ctx context.Context, client, endpoint *net.TCPConn) {
+// a reset, so that neither takes what it has got for all. So does a half-closed
+// connection without progress, see Options.HalfClosedTimeout; halfClosed reports it.
+func (r *Relay) join(ctx context.Context, client, endpoint *net.TCPConn) (halfClosed bool) {
 	abort := func() {
 		reset(client)
 		reset(endpoint)
@@ -100,17 +111,71 @@ func join(ctx context.Context, client, endpoint *net.TCPConn) {
 		_ = client.Close() // both sides have said all
 		_ = endpoint.Close()
 	}()
-	pass := func(to, from *net.TCPConn) {
-		if _, err := io.Copy(to, from); err != nil { // which splices
+	var stalled atomic.Bool
+	pass := func(to, from *net.TCPConn, done chan<- struct{}, otherDone <-chan struct{}) {
+		_, err := io.Copy(to, from) // which splices
+		if err == nil {
+			_ = to.CloseWrite() // if that fails the other direction meets the reason
+		}
+		close(done)
+		if err != nil {
 			abort()
 			return
 		}
-		_ = to.CloseWrite() // if that fails the other direction meets the reason
+		if !r.awaitProgress(otherDone, to, from) {
+			stalled.Store(true)
+			abort()
+		}
 	}
+	toEndpoint, toClient := make(chan struct{}), make(chan struct{})
 	var both stdsync.WaitGroup
-	both.Go(func() { pass(endpoint, client) })
-	pass(client, endpoint)
+	both.Go(func() { pass(endpoint, client, toEndpoint, toClient) })
+	pass(client, endpoint, toClient, toEndpoint)
 	both.Wait()
+	return stalled.Load()
+}
+
+// awaitProgress blocks while bytes move between two connections in the direction
+// that is left, and reports whether done was closed in the end. It is false if
+// nothing moved for Options.HalfClosedTimeout.
+func (r *Relay) awaitProgress(done <-chan struct{}, from, to *net.TCPConn) bool {
+	const checks = 8 // in a timeout: so much later than that the connection ends at most
+	ticker := time.NewTicker(max(r.opts.HalfClosedTimeout/checks, time.Millisecond))
+	defer ticker.Stop()
+	moved, since := progress(from, to), time.Now()
+	for {
+		select {
+		case <-done:
+			return true
+		case <-ticker.C:
+		}
+		if total := progress(from, to); total != moved {
+			moved, since = total, time.Now()
+		} else if time.Since(since) >= r.opts.HalfClosedTimeout {
+			return false
+		}
+	}
+}
+
+// progress returns a number that grows while from receives bytes or the peer of to
+// acknowledges some. io.Copy splices, and reports nothing until it ends.
+func progress(from, to *net.TCPConn) uint64 {
+	return tcpInfo(from).Bytes_received + tcpInfo(to).Bytes_acked
+}
+
+// tcpInfo returns the kernel's TCP_INFO, zero for a closed connection.
+func tcpInfo(conn *net.TCPConn) unix.TCPInfo {
+	var info unix.TCPInfo
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return info
+	}
+	_ = raw.Control(func(fd uintptr) {
+		if got, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO); err == nil {
+			info = *got
+		}
+	})
+	return info
 }
 
 // reset closes a connection so that its peer gets an error, and not the end of

@@ -34,6 +34,12 @@
 //
 // A connection takes six file descriptors at most, two sockets and two pipes to
 // move data without copying it through the program. There are no more
-// connections at a time than [Options.MaxConnections]; further clients are reset.
-// A port that is taken holds no other up, and is tried again.
+// connections at a time than [Options.MaxConnections]. A node port gets at most
+// three times as many as are free, so that none keeps others from being served;
+// further clients are reset. A connection that one side has closed ends when
+// nothing moves for [Options.HalfClosedTimeout], and a silent one when its peer's
+// host does not answer probes ([Options.KeepAlive]). A silent one of live hosts stays.
+//
+// A port that is taken holds no other up, and is tried again; so is a port beyond
+// [Options.MaxListeners].
 package relay

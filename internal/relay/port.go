@@ -9,11 +9,13 @@ import (
 	"time"
 
 	"fairlead/dataplane"
+	"fairlead/internal/logrepeat"
 )
 
 // port is a node port in one family.
 type port struct {
 	frontend dataplane.Frontend
+	refusals logrepeat.Limiter
 
 	mu      stdsync.Mutex
 	service *dataplane.Service // nil if there is none any more
@@ -64,6 +66,17 @@ func (p *port) endpoints() (n int, there bool) {
 		return 0, false
 	}
 	return len(p.service.Endpoints), true
+}
+
+// serviceName returns the Service port's namespace, name and port for the log, or
+// "" if the Service is gone.
+func (p *port) serviceName() string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.service == nil {
+		return ""
+	}
+	return p.service.Key.Service()
 }
 
 // pick returns an endpoint for a client that has tried these before; ok is false

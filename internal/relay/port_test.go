@@ -1,7 +1,6 @@
 package relay
 
 import (
-	"math"
 	"net/netip"
 	"testing"
 	"time"
@@ -92,15 +91,5 @@ func TestPickAnother(t *testing.T) {
 	}
 	if addr, ok := (&port{}).pick(now, nil); ok {
 		t.Errorf("%s without a Service", addr)
-	}
-}
-
-// The default number of connections leaves files for the rest of the program.
-func TestConnectionsFor(t *testing.T) {
-	t.Parallel()
-	for files, want := range map[uint64]int{0: 1, 1024: 64, 65536: 4096, 1 << 20: 4096, math.MaxUint64: 4096} {
-		if got := connectionsFor(files); got != want {
-			t.Errorf("%d files: %d connections, want %d", files, got, want)
-		}
 	}
 }

@@ -3,13 +3,13 @@ package relay
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"net/netip"
 	"slices"
 	stdsync "sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"fairlead/dataplane"
@@ -18,18 +18,24 @@ import (
 
 // Options adjust a [Relay]. The zero value is ready to use.
 type Options struct {
-	// MaxConnections is how many connections there are at a time at most. Zero
-	// means 4096, or a sixteenth of the files that the process may have open
-	// (RLIMIT_NOFILE) if that is less.
-	MaxConnections int
+	// MaxConnections limits the connections at a time, and MaxListeners the node
+	// ports that are listened on. Zero means 4096 of either.
+	MaxConnections, MaxListeners int
+	// HalfClosedTimeout ends a connection that one side has closed and in which
+	// nothing moves towards that side any more. Zero means a minute.
+	HalfClosedTimeout time.Duration
+	// KeepAlive configures the probes that find out that the host of a silent
+	// client or endpoint is gone. Zero means four probes, 15 s apart, after 15 s
+	// of silence.
+	KeepAlive net.KeepAliveConfig
 	// Listen makes the sockets of node ports, and Dial connects to endpoints; the
 	// network is "tcp4" or "tcp6". Connections must be of type *[net.TCPConn]. Nil
 	// means in this process's network namespace.
 	Listen func(ctx context.Context, network string, addr netip.AddrPort) (net.Listener, error)
 	Dial   func(ctx context.Context, network string, addr netip.AddrPort) (net.Conn, error)
-	// Logger gets a Warn when a port can't be listened on, an Info when it can
-	// be again, and a Debug for each client that no endpoint was found for. Nil
-	// means no logging.
+	// Logger gets a Warn when a port can't be listened on and when its clients are
+	// refused, an Info when it can be listened on again, and a Debug for each client
+	// that no endpoint was found for. Nil means no logging.
 	Logger *slog.Logger
 }
 
@@ -40,11 +46,15 @@ type Stats struct {
 	Listeners, Failing int
 	// ListenFailures counts the attempts to listen that failed.
 	ListenFailures uint64
-	// Open is the number of connections that clients have now.
-	Open int
-	// Connected counts the clients that got an endpoint, Unreachable those for
-	// which none answered, and Refused those that were too many.
-	Connected, Unreachable, Refused uint64
+	// Open is the number of connections that clients have now, and Limit the
+	// maximum of both families together.
+	Open, Limit int
+	// Connected counts the clients that got an endpoint, and Unreachable those for
+	// which none answered. Refused counts the clients that were reset because all
+	// connections were in use, and RefusedByPort those whose node port had its share.
+	Connected, Unreachable, Refused, RefusedByPort uint64
+	// HalfClosed counts the connections that Options.HalfClosedTimeout ended.
+	HalfClosed uint64
 }
 
 // The delays between attempts to listen on one port.
@@ -53,10 +63,13 @@ const (
 	retryMax = 30 * time.Second
 )
 
-// The default of Options.MaxConnections.
+// The defaults of Options.
 const (
-	maxConnections     = 4096
-	filesPerConnection = 16 // what one takes, and much more for the rest of the program
+	maxConnections    = 4096
+	maxListeners      = 4096
+	halfClosedTimeout = time.Minute
+	keepAliveInterval = 15 * time.Second
+	keepAliveCount    = 4
 )
 
 // Relay listens on node ports at loopback addresses. Make one with [New].
@@ -79,14 +92,15 @@ type Relay struct {
 	retryAt  time.Time // when retry fires; zero for never
 	serving  stdsync.WaitGroup
 
-	open     atomic.Int64
+	slots    *slots
 	counters map[dataplane.Family]*counters // not written to
 }
 
 // counters are the Stats of a family.
 type counters struct {
-	listeners, failing, open                        atomic.Int64
-	listenFailures, connected, unreachable, refused atomic.Uint64
+	listeners, failing, open               atomic.Int64
+	listenFailures, connected, unreachable atomic.Uint64
+	refused, refusedByPort, halfClosed     atomic.Uint64
 }
 
 // New returns a Relay that listens nowhere. It starts nothing: call [Relay.Run].
@@ -95,7 +109,16 @@ func New(opts Options) *Relay {
 		opts.Logger = slog.New(slog.DiscardHandler)
 	}
 	if opts.MaxConnections <= 0 {
-		opts.MaxConnections = connectionsFor(openFiles())
+		opts.MaxConnections = maxConnections
+	}
+	if opts.MaxListeners <= 0 {
+		opts.MaxListeners = maxListeners
+	}
+	if opts.HalfClosedTimeout <= 0 {
+		opts.HalfClosedTimeout = halfClosedTimeout
+	}
+	if opts.KeepAlive == (net.KeepAliveConfig{}) {
+		opts.KeepAlive = net.KeepAliveConfig{Enable: true, Idle: keepAliveInterval, Interval: keepAliveInterval, Count: keepAliveCount}
 	}
 	if opts.Listen == nil {
 		opts.Listen = listen
@@ -109,23 +132,9 @@ func New(opts Options) *Relay {
 		services: map[dataplane.Key]*dataplane.Service{},
 		ports:    map[dataplane.Frontend]*port{},
 		failing:  map[*port]struct{}{},
+		slots:    &slots{max: opts.MaxConnections, byPort: map[dataplane.Frontend]int{}},
 		counters: map[dataplane.Family]*counters{dataplane.IPv4: {}, dataplane.IPv6: {}},
 	}
-}
-
-// openFiles returns how many files the process may have open.
-func openFiles() uint64 {
-	var limit syscall.Rlimit
-	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
-		return 0
-	}
-	return limit.Cur
-}
-
-// connectionsFor returns how many connections a process may have that may have
-// so many files open.
-func connectionsFor(files uint64) int {
-	return int(max(1, min(maxConnections, files/filesPerConnection))) //nolint:gosec // maxConnections at most
 }
 
 func listen(ctx context.Context, network string, addr netip.AddrPort) (net.Listener, error) {
@@ -189,7 +198,9 @@ func (r *Relay) Stats(family dataplane.Family) Stats {
 	}
 	return Stats{
 		Listeners: int(c.listeners.Load()), Failing: int(c.failing.Load()), ListenFailures: c.listenFailures.Load(),
-		Open: int(c.open.Load()), Connected: c.connected.Load(), Unreachable: c.unreachable.Load(), Refused: c.refused.Load(),
+		Open: int(c.open.Load()), Limit: r.opts.MaxConnections,
+		Connected: c.connected.Load(), Unreachable: c.unreachable.Load(), HalfClosed: c.halfClosed.Load(),
+		Refused: c.refused.Load(), RefusedByPort: c.refusedByPort.Load(),
 	}
 }
 
@@ -311,7 +322,7 @@ func (r *Relay) close(p *port) {
 func (r *Relay) listen(ctx context.Context, p *port, now time.Time) {
 	network, addr := p.address()
 	c := r.counters[p.family()]
-	l, err := r.opts.Listen(ctx, network, addr)
+	l, err := r.listenWithin(ctx, network, addr)
 	if err != nil {
 		c.listenFailures.Add(1)
 		if p.attempts == 0 {
@@ -341,6 +352,19 @@ func (r *Relay) listen(ctx context.Context, p *port, now time.Time) {
 	c.listeners.Add(1)
 	p.listener = l
 	r.serving.Go(func() { r.serve(ctx, p, l) })
+}
+
+// listenWithin opens a socket unless there are Options.MaxListeners of them.
+func (r *Relay) listenWithin(ctx context.Context, network string, addr netip.AddrPort) (net.Listener, error) {
+	var listeners int64
+	for _, c := range r.counters {
+		listeners += c.listeners.Load()
+	}
+	if listeners >= int64(r.opts.MaxListeners) {
+		return nil, fmt.Errorf("%d node ports are listened on at loopback addresses, and no more are allowed: "+
+			"raise the limit of open files (RLIMIT_NOFILE)", listeners)
+	}
+	return r.opts.Listen(ctx, network, addr)
 }
 
 // retryBy sees to it that ports are tried again at a time, or before.
@@ -403,18 +427,33 @@ func (r *Relay) serve(ctx context.Context, p *port, l net.Listener) {
 			_ = conn.Close()
 			return
 		}
-		c := r.counters[p.family()]
-		if r.open.Add(1) > int64(r.opts.MaxConnections) {
-			r.open.Add(-1)
-			c.refused.Add(1)
+		if reason := r.slots.acquire(p.frontend); reason != admitted {
 			reset(client)
+			r.refuse(ctx, p, reason)
 			continue
 		}
+		c := r.counters[p.family()]
 		c.open.Add(1)
 		r.serving.Go(func() {
-			defer r.open.Add(-1)
+			defer r.slots.release(p.frontend)
 			defer c.open.Add(-1)
 			r.connect(ctx, p, client)
 		})
+	}
+}
+
+// refuse records that a client of a node port was reset for want of a slot.
+func (r *Relay) refuse(ctx context.Context, p *port, reason refusal) {
+	c, text := r.counters[p.family()], "clients of a node port are refused at a loopback address: all connections are in use"
+	if reason == portAtShare {
+		c.refusedByPort.Add(1)
+		text = "clients of a node port are refused at a loopback address: it has its share of the connections"
+	} else {
+		c.refused.Add(1)
+	}
+	if refused, ok := p.refusals.Allow(time.Now()); ok {
+		_, addr := p.address()
+		r.log.WarnContext(ctx, text, "address", addr.String(), "service", p.serviceName(), "refused", refused,
+			"connections", c.open.Load(), "limit", r.opts.MaxConnections)
 	}
 }

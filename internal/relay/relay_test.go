@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
 	stdsync "sync"
@@ -252,7 +253,7 @@ func TestReachesPods(t *testing.T) {
 			t.Errorf("%d clients met only %v", clients, met)
 		}
 		eventually(t, "no connection is open", func() bool { return n.relay.Stats(f).Open == 0 })
-		if got, want := n.relay.Stats(f), (relay.Stats{Listeners: 1, Connected: clients}); got != want {
+		if got, want := n.relay.Stats(f), (relay.Stats{Listeners: 1, Connected: clients, Limit: 4096}); got != want {
 			t.Errorf("stats %+v, want %+v", got, want)
 		}
 		if n.log.String() != "" {
@@ -627,6 +628,196 @@ func TestMaxConnections(t *testing.T) {
 	}
 }
 
+// A connection that one side has closed ends with a reset when nothing moves in
+// the other direction any more, and not before.
+func TestHalfClosedEnds(t *testing.T) {
+	t.Parallel()
+	const timeout = 300 * time.Millisecond
+	for _, test := range []struct {
+		name     string
+		byClient bool
+		close    func(*net.TCPConn) error
+	}{
+		{"the client closes", true, (*net.TCPConn).Close},
+		{"the client closes one direction", true, (*net.TCPConn).CloseWrite},
+		{"the pod closes", false, (*net.TCPConn).Close},
+		{"the pod closes one direction", false, (*net.TCPConn).CloseWrite},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			eachFamily(t, func(t *testing.T, f dataplane.Family) {
+				n := newNode(t, relay.Options{HalfClosedTimeout: timeout})
+				client, pod := n.pair(t, f)
+				from, to := pod, client
+				if test.byClient {
+					from, to = client, pod
+				}
+				if err := test.close(from); err != nil {
+					t.Fatal(err)
+				}
+				if _, err := io.ReadAll(to); err != nil && !errors.Is(err, syscall.ECONNRESET) {
+					t.Fatalf("the end of the stream is not passed on: %v", err)
+				}
+				eventually(t, "no connection is open", func() bool { return n.relay.Stats(f).Open == 0 })
+				if got := n.relay.Stats(f).HalfClosed; got != 1 {
+					t.Errorf("%d connections are counted as half closed for too long, want 1", got)
+				}
+				eventually(t, "the peer is reset", func() bool {
+					_, err := to.Write([]byte("x"))
+					return errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
+				})
+			})
+		})
+	}
+}
+
+// A half-closed connection stays as long as the other direction moves, however
+// slowly and however long: a client may say all that it asks for, and read for an hour.
+func TestHalfClosedWithProgressStays(t *testing.T) {
+	t.Parallel()
+	const timeout = 2 * time.Second
+	eachFamily(t, func(t *testing.T, f dataplane.Family) {
+		n := newNode(t, relay.Options{HalfClosedTimeout: timeout})
+		client, pod := n.pair(t, f)
+		if err := client.CloseWrite(); err != nil {
+			t.Fatal(err)
+		}
+		one := make([]byte, 1)
+		for end := time.Now().Add(2 * timeout); time.Now().Before(end); time.Sleep(timeout / 20) {
+			if _, err := pod.Write(one); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := io.ReadFull(client, one); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if got := n.relay.Stats(f); got.Open != 1 || got.HalfClosed != 0 {
+			t.Errorf("stats %+v", got)
+		}
+	})
+}
+
+// Clients that close while the pod never does, as a program that leaks sockets,
+// take no slots for ever, and none of another node port's.
+func TestLeakingPodTakesNoSlotsForEver(t *testing.T) {
+	t.Parallel()
+	const f = dataplane.IPv4
+	n := newNode(t, relay.Options{MaxConnections: 16, HalfClosedTimeout: 3 * time.Second})
+	leaking, good := n.PodT(t, "leaking"), n.PodT(t, "good")
+	good.ServeT(t, nettest.TCP, targetPort)
+	l, err := leaking.Listen(t.Context(), "tcp", netip.AddrPortFrom(of(leaking, f), targetPort))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	go func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			t.Cleanup(func() { _ = conn.Close() })
+		}
+	}()
+	n.relay.Committed(sync.Commit{Changes: []dataplane.Change{
+		{New: service(t, f, "leaking", nodePort, dataplane.Treatment{Endpoints: at(f, leaking)})},
+		{New: service(t, f, "good", nodePort+1, dataplane.Treatment{Endpoints: at(f, good)})},
+	}})
+	n.listening(t, f, 2)
+	for range 50 {
+		conn, err := n.Node.Dial(t.Context(), "tcp", loopback(f, nodePort))
+		if err == nil {
+			_ = conn.Close()
+		}
+	}
+	eventually(t, "clients are refused", func() bool { return n.relay.Stats(f).RefusedByPort > 0 })
+	for range 20 {
+		if _, err := n.Node.Connect(t.Context(), nettest.TCP, loopback(f, nodePort+1)); err != nil {
+			t.Fatalf("the other node port: %v", err)
+		}
+	}
+	eventually(t, "one warning", func() bool { return strings.Count(n.log.String(), "level=WARN") == 1 })
+	if log := n.log.String(); !strings.Contains(log, "it has its share of the connections") ||
+		!strings.Contains(log, "address=127.0.0.1:30080 service=default/leaking") || !strings.Contains(log, "limit=16") {
+		t.Errorf("log:\n%s", log)
+	}
+	eventually(t, "the slots are free", func() bool { return n.relay.Stats(f).Open == 0 })
+	before := n.relay.Stats(f)
+	n.dial(t, loopback(f, nodePort))
+	eventually(t, "a client is connected", func() bool { return n.relay.Stats(f).Connected > before.Connected })
+	if before.HalfClosed == 0 || before.Refused != 0 {
+		t.Errorf("stats %+v", before)
+	}
+}
+
+// A silent connection ends when the host of its endpoint is gone, and stays while
+// it is there.
+func TestKeepAlive(t *testing.T) {
+	t.Parallel()
+	eachFamily(t, func(t *testing.T, f dataplane.Family) {
+		n := newNode(t, relay.Options{KeepAlive: net.KeepAliveConfig{Enable: true, Idle: time.Second, Interval: time.Second, Count: 1}})
+		gone, there := n.PodT(t, "gone"), n.PodT(t, "there")
+		clients := map[*nettest.Host]*net.TCPConn{}
+		for port, host := range map[uint16]*nettest.Host{nodePort: gone, nodePort + 1: there} {
+			l, err := host.Listen(t.Context(), "tcp", netip.AddrPortFrom(of(host, f), targetPort))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer l.Close()
+			n.change(nil, service(t, f, host.Name, port, dataplane.Treatment{Endpoints: at(f, host)}))
+			eventually(t, "listening", func() bool {
+				conn, err := n.Node.Dial(t.Context(), "tcp", loopback(f, port))
+				if err == nil {
+					clients[host] = prepared(t, conn)
+				}
+				return err == nil
+			})
+			pod, err := l.Accept() // which outlives its network, and says nothing of it
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer pod.Close()
+		}
+		lost, kept := clients[gone], clients[there]
+		if err := gone.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.ReadAll(lost); !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("%v, want a reset", err)
+		}
+		eventually(t, "one connection", func() bool { return n.relay.Stats(f).Open == 1 })
+		if err := kept.SetReadDeadline(time.Now().Add(3 * time.Second)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := kept.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("the silent connection to a live pod: %v", err)
+		}
+	})
+}
+
+// Sockets of node ports leave files for other parts of the program.
+func TestMaxListeners(t *testing.T) {
+	t.Parallel()
+	const f = dataplane.IPv4
+	n := newNode(t, relay.Options{MaxListeners: 1})
+	pod := n.PodT(t, "pod")
+	pod.ServeT(t, nettest.TCP, targetPort)
+	first := service(t, f, "web", nodePort, dataplane.Treatment{Endpoints: at(f, pod)})
+	n.change(nil, first)
+	n.listening(t, f, 1)
+	n.change(nil, service(t, f, "other", nodePort+1, dataplane.Treatment{Endpoints: at(f, pod)}))
+	eventually(t, "a failure", func() bool { return n.relay.Stats(f).Failing == 1 })
+	if log := n.log.String(); !strings.Contains(log, "RLIMIT_NOFILE") || !strings.Contains(log, "service=default/other") {
+		t.Errorf("log:\n%s", log)
+	}
+	n.change(first, nil)
+	n.listening(t, f, 0)
+	n.listening(t, f, 1)
+	if _, err := n.Node.Connect(t.Context(), nettest.TCP, loopback(f, nodePort+1)); err != nil {
+		t.Error(err)
+	}
+}
+
 // The end resets connections and frees the ports; a client that waits for an
 // endpoint does not hold it up.
 func TestEnd(t *testing.T) {
@@ -642,7 +833,8 @@ func TestEnd(t *testing.T) {
 		n.change(nil, service(t, f, "silent", nodePort+1, dataplane.Treatment{Endpoints: []dataplane.Endpoint{silent}}))
 		n.listening(t, f, 2)
 		waiting := n.dial(t, loopback(f, nodePort+1))
-		eventually(t, "two connections", func() bool { return n.relay.Stats(f).Open == 2 })
+		// Before it counts as connected, the Relay may not know the pod's connection yet.
+		eventually(t, "two connections", func() bool { return n.relay.Stats(f).Open == 2 && n.relay.Stats(f).Connected == 1 })
 		n.stop()
 		for name, conn := range map[string]*net.TCPConn{"client": client, "pod": pod, "client that waits": waiting} {
 			if _, err := io.ReadAll(conn); !errors.Is(err, syscall.ECONNRESET) {

@@ -1,0 +1,42 @@
+package logrepeat_test
+
+import (
+	"testing"
+	"time"
+
+	"fairlead/internal/logrepeat"
+)
+
+func TestAllow(t *testing.T) {
+	t.Parallel()
+	var l logrepeat.Limiter
+	start := time.Now()
+	for _, step := range []struct {
+		after time.Duration
+		want  uint64 // 0 if nothing is logged
+	}{
+		{0, 1},
+		{time.Second, 0},
+		{30 * time.Second, 0},
+		{89 * time.Second, 0},
+		{89*time.Second + logrepeat.Quiet, 4}, // a new episode
+		{150 * time.Second, 0},
+	} {
+		got, ok := l.Allow(start.Add(step.after))
+		if ok != (step.want > 0) || got != step.want {
+			t.Errorf("after %s: %d occurrences, logged: %t, want %d", step.after, got, ok, step.want)
+		}
+	}
+	// An episode without an end is repeated.
+	var lines, sum uint64
+	begin := start.Add(time.Hour)
+	for at := time.Duration(0); at < time.Hour; at += time.Second {
+		if n, ok := l.Allow(begin.Add(at)); ok {
+			lines++
+			sum += n
+		}
+	}
+	if lines != 6 || sum != 3002 {
+		t.Errorf("%d lines about %d occurrences, want 6 about 3002", lines, sum)
+	}
+}

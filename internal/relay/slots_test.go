@@ -1,0 +1,86 @@
+package relay
+
+import (
+	"fmt"
+	"net/netip"
+	"testing"
+
+	"fairlead/dataplane"
+)
+
+func frontendAt(port int) dataplane.Frontend {
+	return dataplane.Frontend{Protocol: dataplane.TCP, Addr: netip.AddrPortFrom(netip.IPv4Unspecified(), uint16(port))} //nolint:gosec // small
+}
+
+// However many node ports take all that they get, another one gets a slot.
+func TestSlotsAreShared(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		max, busy int
+		each      int // the slots of a busy node port, at least
+		newcomer  int // and of one that comes later
+	}{
+		{4096, 1, 3072, 768},
+		{4096, 2, 1755, 438},
+		{4096, 100, 40, 9},
+		{16, 1, 12, 3},
+		{1, 1, 1, 0},
+	} {
+		t.Run(fmt.Sprintf("%d slots and %d busy ports", test.max, test.busy), func(t *testing.T) {
+			t.Parallel()
+			s := &slots{max: test.max, byPort: map[dataplane.Frontend]int{}}
+			for more := true; more; { // in turns, until none gets any more
+				more = false
+				for port := range test.busy {
+					more = s.acquire(frontendAt(port)) == admitted || more
+				}
+			}
+			for port := range test.busy {
+				if got := s.byPort[frontendAt(port)]; got < test.each {
+					t.Errorf("port %d has %d slots, want %d at least", port, got, test.each)
+				}
+			}
+			if got := s.acquire(frontendAt(0)); got == admitted {
+				t.Error("the first port gets one more")
+			}
+			newcomer := frontendAt(test.busy)
+			var got int
+			for s.acquire(newcomer) == admitted {
+				got++
+			}
+			if got < test.newcomer {
+				t.Errorf("a node port that comes later gets %d slots, want %d at least", got, test.newcomer)
+			}
+			// As the connections of the busy ones end and begin, the shares become equal.
+			all := append([]dataplane.Frontend{newcomer}, make([]dataplane.Frontend, test.busy)...)
+			for port := range test.busy {
+				all[port+1] = frontendAt(port)
+			}
+			for range 20 * test.max {
+				for _, f := range all {
+					if s.byPort[f] > 0 {
+						s.release(f)
+					}
+				}
+				for _, f := range all {
+					for range 2 {
+						s.acquire(f)
+					}
+				}
+			}
+			for _, f := range all[1:] {
+				if a, b := s.byPort[f], s.byPort[newcomer]; a-b > 2+test.max/len(all)/4 && test.max > 1 {
+					t.Errorf("in the end %d and %d slots", a, b)
+				}
+			}
+			for _, f := range all {
+				for s.byPort[f] > 0 {
+					s.release(f)
+				}
+			}
+			if s.used != 0 || len(s.byPort) != 0 {
+				t.Errorf("%d slots used by %v after all were released", s.used, s.byPort)
+			}
+		})
+	}
+}
