@@ -9,17 +9,26 @@ import (
 
 func cleanupCommand() *cobra.Command {
 	var logs logOptions
+	var force bool
 	cmd := &cobra.Command{
 		Use:   "cleanup",
 		Short: "Remove everything that Fairlead has programmed on this node",
 		Long: `Remove everything that Fairlead has programmed on this node, in any mode. Other
 programs' rules are not touched. Connections to Services end, established ones
-mostly too. A Fairlead that still runs puts everything back.`,
+mostly too. A Fairlead that still runs would put everything back, so it must be
+stopped first.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			log, err := logs.logger(cmd.ErrOrStderr())
 			if err != nil {
 				return err
+			}
+			if !force {
+				lock, err := alone(cmd.Context())
+				if err != nil {
+					return err
+				}
+				defer lock.Release() //nolint:errcheck // the process ends
 			}
 			var errs []error
 			for _, m := range modes() {
@@ -32,6 +41,7 @@ mostly too. A Fairlead that still runs puts everything back.`,
 			return errors.Join(errs...)
 		},
 	}
+	cmd.Flags().BoolVar(&force, "force", false, "clean up although another Fairlead programs this node")
 	logs.addFlags(cmd)
 	return cmd
 }

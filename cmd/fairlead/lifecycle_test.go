@@ -141,9 +141,9 @@ func TestCleanup(t *testing.T) {
 	n := newNode(t, "a")
 	n.nft(foreignTables)
 	foreign := n.nft("list", "ruleset")
-	cleanup := func() {
+	cleanup := func(args ...string) {
 		t.Helper()
-		if code, stderr := n.once(nil, "cleanup"); code != 0 || stderr != "" {
+		if code, stderr := n.once(nil, append([]string{"cleanup"}, args...)...); code != 0 || stderr != "" {
 			t.Fatalf("cleanup: exit code %d, output %q, want 0 and nothing", code, stderr)
 		}
 	}
@@ -163,9 +163,17 @@ func TestCleanup(t *testing.T) {
 	n.run()
 	n.awaitAnswers(vips(10, 80), "a")
 
-	// Under a program that runs, which puts everything back.
-	before := n.ruleset()
-	cleanup()
+	// Under a program that runs: it would put everything back, and does.
+	before, generation := n.ruleset(), n.generation()
+	code, stderr := n.once(nil, "cleanup")
+	want := fmt.Sprintf("fairlead: another Fairlead programs this node (PID %d, fairlead %s in mode nft on ", n.program.cmd.Process.Pid, version)
+	if code != 1 || !strings.HasPrefix(stderr, want) || !strings.Contains(stderr, "--force") || strings.Count(stderr, "\n") != 1 {
+		t.Errorf("cleanup beside another instance: exit code %d, output %q; want 1 and %q", code, stderr, want)
+	}
+	if got := n.generation(); got != generation {
+		t.Errorf("it made %d commits all the same", got-generation)
+	}
+	cleanup("--force")
 	eventually(t, func() error {
 		if !slices.Equal(n.ruleset(), before) {
 			return fmt.Errorf("the ruleset is:\n%s", n.nft("list", "ruleset"))
@@ -180,7 +188,7 @@ func TestCleanup(t *testing.T) {
 	n.awaitGone(vips(10, 80))
 
 	// Again, with nothing to remove.
-	generation := n.generation()
+	generation = n.generation()
 	cleanup()
 	isForeign()
 	if got := n.generation(); got != generation {

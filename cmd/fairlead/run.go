@@ -107,13 +107,14 @@ type program struct {
 	proxy    *health.Proxy
 	metrics  *metrics.Metrics
 	join     *join
+	standby  *standby
 	reload   *reloader // nil without a configuration file
 }
 
 // build makes the parts and joins them. Nothing runs yet, and nothing is
 // programmed.
 func (c config) build(log *slog.Logger) (*program, error) {
-	p := &program{log: log}
+	p := &program{log: log, standby: newStandby(log, c.describe())}
 	var err error
 	var events events
 	if p.source, events, err = c.open(log); err != nil {
@@ -138,6 +139,7 @@ func (c config) build(log *slog.Logger) (*program, error) {
 	p.counters = c.mode.counters(log)
 	p.metrics = metrics.New(metrics.Options{
 		Version: version, Mode: string(c.mode), Status: p.syncer.Status, Relay: p.relay.Stats, Unserved: p.counters.unserved,
+		Standby: p.standby.onStandby, Waiting: p.standby.waiting,
 	})
 	p.proxy = health.NewProxy(health.ProxyOptions{
 		Progress: p.join.progress, Eligible: p.join.eligible, Answered: p.metrics.Answered,
@@ -151,7 +153,7 @@ func (c config) build(log *slog.Logger) (*program, error) {
 }
 
 func (p *program) close(ctx context.Context) {
-	if err := errors.Join(p.counters.close(), p.dp.Close()); err != nil {
+	if err := errors.Join(p.counters.close(), p.dp.Close(), p.standby.release()); err != nil {
 		p.log.WarnContext(ctx, "the connection to the kernel was not closed", "error", err)
 	}
 }
@@ -159,7 +161,12 @@ func (p *program) close(ctx context.Context) {
 // run blocks until ctx is done or one of the parts fails.
 func (p *program) run(ctx context.Context, c config, heap *startHeap) error {
 	group, ctx := errgroup.WithContext(ctx)
-	names, err := c.serveDNS(ctx, group, p.log)
+	p.standby.start(ctx, group)
+	active := func(run func(context.Context) error) {
+		run = p.standby.gate(run)
+		group.Go(func() error { return run(ctx) })
+	}
+	names, err := c.serveDNS(ctx, group, p)
 	if err != nil {
 		return err
 	}
@@ -182,7 +189,7 @@ func (p *program) run(ctx context.Context, c config, heap *startHeap) error {
 			return p.source.Run(ctx, p.join.deliver)
 		}
 	})
-	group.Go(func() error { return p.syncer.Run(ctx) })
+	active(p.syncer.Run)
 	group.Go(func() error {
 		c.mode.takeOver(ctx, p.log, p.join.programmed, mode.cleanup)
 		return nil
@@ -191,10 +198,10 @@ func (p *program) run(ctx context.Context, c config, heap *startHeap) error {
 		heap.end(ctx, p.join.programmed)
 		return nil
 	})
-	group.Go(func() error { return p.flows.Run(ctx) })
-	group.Go(func() error { return p.relay.Run(ctx) })
-	group.Go(func() error { return p.ports.Run(ctx) })
-	group.Go(func() error { return p.join.events.Run(ctx) })
+	active(p.flows.Run)
+	active(p.relay.Run)
+	active(p.ports.Run)
+	active(p.join.events.Run)
 	p.serve(ctx, group, c, "healthz-bind-address", c.healthz, p.proxy.Handler())
 	p.serve(ctx, group, c, "metrics-bind-address", c.metrics, p.metricsHandler(c))
 	if p.reload != nil {
@@ -222,20 +229,25 @@ func (c config) sourceName() string {
 	}
 }
 
-// serve serves HTTP at an address, if there is one.
+// serve serves HTTP at an address, if there is one. On standby the other instance
+// mostly has the address, which is no reason to end.
 func (p *program) serve(ctx context.Context, group *errgroup.Group, c config, flag, address string, handler http.Handler) {
 	if address == "" {
 		return
 	}
-	group.Go(func() error {
+	run := func(ctx context.Context) error {
 		err := health.Serve(ctx, health.ServeOptions{
-			Address: address, Handler: handler, HardFail: c.hardFail, Logger: p.log.With("setting", flag),
+			Address: address, Handler: handler, HardFail: c.hardFail, Wake: p.standby.active, Logger: p.log.With("setting", flag),
 		})
 		if err != nil {
 			return fmt.Errorf("--%s: %w", flag, err)
 		}
 		return nil
-	})
+	}
+	if c.hardFail {
+		run = p.standby.gate(run)
+	}
+	group.Go(func() error { return run(ctx) })
 }
 
 // metricsHandler answers at the metrics' address, by kube-proxy's paths.
@@ -278,16 +290,35 @@ func (p *program) reloader(flags given, content []byte, c config, level *slog.Le
 	}
 }
 
-// serveDNS starts to answer DNS names, if it is asked for.
-func (c config) serveDNS(ctx context.Context, group *errgroup.Group, log *slog.Logger) (*dns.Server, error) {
+// serveDNS starts to answer DNS names, if it is asked for: on standby when the other
+// instance has ended.
+func (c config) serveDNS(ctx context.Context, group *errgroup.Group, p *program) (*dns.Server, error) {
 	if c.dnsListen == "" {
 		return nil, nil
 	}
-	sockets, err := dns.Listen(ctx, c.dnsListen)
-	if err != nil {
-		return nil, fmt.Errorf("--dns-listen: %w", err)
+	server := dns.New(dns.Options{ClusterDomain: c.clusterDomain, Logger: p.log.With("component", "dns")})
+	listen := func(ctx context.Context) (func(context.Context) error, error) {
+		sockets, err := dns.Listen(ctx, c.dnsListen)
+		if err != nil {
+			return nil, fmt.Errorf("--dns-listen: %w", err)
+		}
+		return func(ctx context.Context) error { return server.Serve(ctx, sockets) }, nil
 	}
-	server := dns.New(dns.Options{ClusterDomain: c.clusterDomain, Logger: log.With("component", "dns")})
-	group.Go(func() error { return server.Serve(ctx, sockets) })
+	if p.standby.isActive() {
+		serve, err := listen(ctx)
+		if err != nil {
+			return nil, err
+		}
+		group.Go(func() error { return serve(ctx) })
+		return server, nil
+	}
+	serve := p.standby.gate(func(ctx context.Context) error {
+		serve, err := listen(ctx)
+		if err != nil {
+			return err
+		}
+		return serve(ctx)
+	})
+	group.Go(func() error { return serve(ctx) })
 	return server, nil
 }

@@ -43,6 +43,9 @@ type ServeOptions struct {
 	// HardFail makes Serve return when it can't listen. Otherwise it logs a Warn
 	// and tries again, every [RetryPeriod].
 	HardFail bool
+	// Wake, when it is closed, makes Serve try at once if it can't listen. Nil never
+	// is.
+	Wake <-chan struct{}
 	// Listen makes the socket; nil means in this process's network namespace.
 	Listen ListenFunc
 	// Logger, if nil, gets nothing.
@@ -74,6 +77,8 @@ func Serve(ctx context.Context, options ServeOptions) error {
 		select {
 		case <-ctx.Done():
 			return nil
+		case <-options.Wake:
+			options.Wake = nil // once
 		case <-time.After(RetryPeriod):
 		}
 	}

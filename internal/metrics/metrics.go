@@ -37,6 +37,10 @@ type Options struct {
 	// left out of a scrape when it fails, which is its own to report. Nil means
 	// that nobody counts.
 	Unserved func() ([]Unserved, error)
+	// Standby and Waiting are asked at each scrape: whether this instance waits for
+	// the end of another one, and how many wait for this one's. They must not block.
+	Standby func() bool
+	Waiting func() int
 }
 
 // Metrics are the program's. Their methods may be called from any goroutine and
@@ -124,6 +128,7 @@ func New(options Options) *Metrics {
 	if options.Relay != nil {
 		m.registry.MustRegister(newRelayed(options.Relay))
 	}
+	m.addInstances(options)
 	if options.Unserved != nil {
 		m.registry.MustRegister(newUnserved(options.Unserved))
 	}

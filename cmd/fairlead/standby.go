@@ -1,0 +1,144 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	stdsync "sync"
+	"sync/atomic"
+
+	"golang.org/x/sync/errgroup"
+
+	"fairlead/internal/instance"
+)
+
+// standby keeps the parts that write to the kernel, listen on the node's ports or
+// speak for the node from running before this instance is the node's only one.
+// Until then the program follows its source, so that it can take over at once.
+type standby struct {
+	log     *slog.Logger
+	options instance.Options
+	active  chan struct{} // closed when this instance is the only one
+
+	mu   stdsync.Mutex
+	lock *instance.Lock // nil without one
+	is   atomic.Bool    // on standby
+}
+
+func newStandby(log *slog.Logger, description string) *standby {
+	s := &standby{log: log, active: make(chan struct{})}
+	s.options = instance.Options{Description: description, Waiting: func(h instance.Holder) {
+		s.is.Store(true)
+		s.log.Warn("another Fairlead programs this node; standing by until it ends", "other", h.String())
+	}}
+	return s
+}
+
+// describe is what other instances are told of this one.
+func (c config) describe() string {
+	host, err := os.Hostname()
+	if err != nil {
+		host = c.tracker.NodeName
+	}
+	return fmt.Sprintf("fairlead %s in mode %s on %s", version, c.mode, host)
+}
+
+// start activates this instance at once, if there is no other one, and else in the
+// group when the other one has ended.
+func (s *standby) start(ctx context.Context, group *errgroup.Group) {
+	if lock, err := instance.TryAcquire(s.options); err == nil {
+		s.activate(lock)
+		return
+	}
+	group.Go(func() error {
+		lock, err := instance.Acquire(ctx, s.options)
+		switch {
+		case ctx.Err() != nil:
+			if lock != nil {
+				return lock.Release()
+			}
+			return nil
+		case err != nil:
+			// Whoever keeps the lock from us must not keep Services from the node.
+			s.log.ErrorContext(ctx, "can't tell whether another Fairlead programs this node; going on as if there were none", "error", err)
+		case s.is.Load():
+			s.log.InfoContext(ctx, "the other Fairlead has ended; taking over")
+		}
+		s.activate(lock)
+		return nil
+	})
+}
+
+func (s *standby) activate(lock *instance.Lock) {
+	s.mu.Lock()
+	s.lock = lock
+	s.mu.Unlock()
+	s.is.Store(false)
+	close(s.active)
+}
+
+// gate returns a function that calls run as soon as this instance is active.
+func (s *standby) gate(run func(context.Context) error) func(context.Context) error {
+	return func(ctx context.Context) error {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-s.active:
+			return run(ctx)
+		}
+	}
+}
+
+// isActive reports whether this instance may write to the kernel.
+func (s *standby) isActive() bool {
+	select {
+	case <-s.active:
+		return true
+	default:
+		return false
+	}
+}
+
+// onStandby reports whether this instance waits for another one's end.
+func (s *standby) onStandby() bool { return s.is.Load() }
+
+// waiting returns how many other instances wait for this one's end.
+func (s *standby) waiting() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.lock == nil {
+		return 0
+	}
+	return s.lock.Waiting()
+}
+
+// release lets the next instance take over.
+func (s *standby) release() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.lock == nil {
+		return nil
+	}
+	lock := s.lock
+	s.lock = nil
+	return lock.Release()
+}
+
+// errRuns is about an instance that runs.
+var errRuns = errors.New("stop it first, or it puts everything back; --force removes everything all the same")
+
+// alone returns a lock that keeps other instances from starting to write, or an
+// error if one runs that would.
+func alone(ctx context.Context) (*instance.Lock, error) {
+	lock, err := instance.TryAcquire(instance.Options{Description: "fairlead cleanup"})
+	if err == nil {
+		return lock, nil
+	}
+	holder, err := instance.Find(ctx)
+	if err != nil || holder == nil { // none of ours, or it has just ended
+		return nil, nil
+	}
+	return nil, fmt.Errorf("another Fairlead programs this node (%s): %w", holder, errRuns)
+}

@@ -1,0 +1,214 @@
+package instance
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// asHolder makes the test binary take the lock of this address and end with a
+// signal only.
+const asHolder = "FAIRLEAD_TEST_HOLD_THE_LOCK"
+
+func TestMain(m *testing.M) {
+	if address := os.Getenv(asHolder); address != "" {
+		if _, err := TryAcquire(Options{Description: "the first", address: address}); err != nil {
+			panic(err)
+		}
+		fmt.Println("held")
+		select {}
+	}
+	os.Exit(m.Run())
+}
+
+// patience bounds what takes milliseconds on an idle machine.
+const patience = 20 * time.Second
+
+func testAddress(t *testing.T) string {
+	t.Helper()
+	return fmt.Sprintf("@fairlead-%d-%s", os.Getpid(), t.Name())
+}
+
+// hold starts a process that holds the lock, of another user if one is given.
+func hold(t *testing.T, address string, uid ...uint32) *exec.Cmd {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), "/proc/self/exe")
+	cmd.Env = append(os.Environ(), asHolder+"="+address)
+	for _, id := range uid {
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: id, Gid: id}}
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	})
+	if _, err := out.Read(make([]byte, 5)); err != nil {
+		t.Fatalf("the holder: %v", err)
+	}
+	return cmd
+}
+
+type acquired struct {
+	lock *Lock
+	err  error
+}
+
+// A waiting instance has the lock as soon as its holder has ended, however that
+// comes about.
+func TestAcquireAfterTheHoldersEnd(t *testing.T) {
+	t.Parallel()
+	for name, end := range map[string]func(*exec.Cmd) error{
+		"killed":             func(c *exec.Cmd) error { return c.Process.Kill() },
+		"terminated":         func(c *exec.Cmd) error { return c.Process.Signal(unix.SIGTERM) },
+		"stopped and killed": func(c *exec.Cmd) error { return errors.Join(c.Process.Signal(unix.SIGSTOP), c.Process.Kill()) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			address := testAddress(t)
+			holder := hold(t, address)
+			waiting, result := make(chan Holder, 1), make(chan acquired, 1)
+			go func() {
+				lock, err := Acquire(t.Context(), Options{address: address, Waiting: func(h Holder) { waiting <- h }})
+				result <- acquired{lock, err}
+			}()
+			if h := <-waiting; h.PID != holder.Process.Pid || h.Description != "the first" {
+				t.Errorf("waits for %+v, want PID %d, the first", h, holder.Process.Pid)
+			}
+			select {
+			case r := <-result:
+				t.Fatalf("acquired (error %v) while the other process holds it", r.err)
+			case <-time.After(50 * time.Millisecond):
+			}
+			if err := end(holder); err != nil {
+				t.Fatal(err)
+			}
+			select {
+			case r := <-result:
+				if r.err != nil {
+					t.Fatal(r.err)
+				}
+				if err := r.lock.Release(); err != nil {
+					t.Error(err)
+				}
+			case <-time.After(patience):
+				t.Fatal("the lock was not acquired")
+			}
+		})
+	}
+}
+
+// Of many that wait one at a time has the lock, and each has it once.
+func TestOneHoldsTheLock(t *testing.T) {
+	t.Parallel()
+	address := testAddress(t)
+	const instances = maxWaiting + 4
+	var holding, most atomic.Int64
+	results := make(chan error, instances)
+	for range instances {
+		go func() {
+			lock, err := Acquire(t.Context(), Options{address: address})
+			if err != nil {
+				results <- err
+				return
+			}
+			if n := holding.Add(1); n > 1 {
+				most.Store(n)
+			}
+			time.Sleep(time.Millisecond)
+			holding.Add(-1)
+			results <- lock.Release()
+		}()
+	}
+	for range instances {
+		select {
+		case err := <-results:
+			if err != nil {
+				t.Error(err)
+			}
+		case <-time.After(patience):
+			t.Fatal("not everybody got the lock")
+		}
+	}
+	if n := most.Load(); n > 1 {
+		t.Errorf("%d held the lock at once", n)
+	}
+}
+
+func TestFind(t *testing.T) {
+	t.Parallel()
+	opts := Options{Description: "version 1, mode nft", address: testAddress(t)}
+	if h, err := opts.find(t.Context()); h != nil || err != nil {
+		t.Errorf("nobody holds it, but found %+v, error %v", h, err)
+	}
+	lock, err := TryAcquire(opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	h, err := opts.find(t.Context())
+	if err != nil || h == nil || *h != (Holder{PID: os.Getpid(), Description: opts.Description}) {
+		t.Errorf("found %+v, error %v", h, err)
+	}
+	if want := fmt.Sprintf("PID %d, version 1, mode nft", os.Getpid()); h != nil && h.String() != want {
+		t.Errorf("in words: %q, want %q", h, want)
+	}
+	if _, err := TryAcquire(opts); !errors.Is(err, unix.EADDRINUSE) {
+		t.Errorf("a second time: error %v", err)
+	}
+	if err := lock.Release(); err != nil {
+		t.Fatal(err)
+	}
+	if h, err := opts.find(t.Context()); h != nil || err != nil {
+		t.Errorf("released, but found %+v, error %v", h, err)
+	}
+}
+
+// Who waits can be told to stop; a holder that is stopped is known by its PID.
+func TestAcquireEndsWithItsContext(t *testing.T) {
+	t.Parallel()
+	address := testAddress(t)
+	holder := hold(t, address)
+	if err := holder.Process.Signal(unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	_, err := Acquire(ctx, Options{address: address, Waiting: func(h Holder) {
+		if h.PID != holder.Process.Pid {
+			t.Errorf("waits for %+v, want PID %d", h, holder.Process.Pid)
+		}
+		cancel()
+	}})
+	if !errors.Is(err, context.Canceled) {
+		t.Errorf("error %v", err)
+	}
+}
+
+// A process of another user that holds the lock does not keep an operator waiting.
+func TestStranger(t *testing.T) {
+	t.Parallel()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root, to start a process of another user")
+	}
+	address := testAddress(t)
+	const nobody = 65534
+	cmd := hold(t, address, nobody)
+	_, err := Acquire(t.Context(), Options{address: address})
+	if !errors.Is(err, ErrStranger) || !strings.Contains(err.Error(), fmt.Sprintf("PID %d, UID %d", cmd.Process.Pid, nobody)) {
+		t.Errorf("error %v", err)
+	}
+}
