@@ -45,6 +45,11 @@ type Node struct {
 	// of UDP and SCTP, and without LocalhostNodePorts those of TCP.
 	LocalhostNodePorts bool
 
+	// ProtectLoopback drops packets to 127.0.0.0/8 that arrive by another interface
+	// than lo, which the kernel lets in with the sysctl route_localnet. Packets that
+	// were sent to another address and translated to a loopback address pass.
+	ProtectLoopback bool
+
 	// PingServiceIPs makes the node answer ICMP echo requests to the addresses
 	// of frontends that have an endpoint for the one who asks. A frontend with
 	// [Treatment.SourceRanges] takes no part.
@@ -65,6 +70,7 @@ func (n Node) Equal(o Node) bool {
 		slices.Equal(n.Addrs, o.Addrs) &&
 		slices.Equal(n.NodePortAddrs, o.NodePortAddrs) &&
 		n.LocalhostNodePorts == o.LocalhostNodePorts &&
+		n.ProtectLoopback == o.ProtectLoopback &&
 		n.PingServiceIPs == o.PingServiceIPs &&
 		slices.Equal(n.ServiceCIDRs, o.ServiceCIDRs)
 }

@@ -139,6 +139,7 @@ func dataplaneNode(opts Options, in networks) dataplane.Node {
 	n.Addrs = in.ofInterfaces(primaryAddrs(in.node.addresses, opts.BindAddress))
 	n.NodePortAddrs = nodePortAddrs(opts, in, n.Addrs, n.ServiceCIDRs)
 	n.LocalhostNodePorts = len(loopbackAddrs(opts.NodePortAddresses, in)) > 0
+	n.ProtectLoopback = opts.ProtectLoopback || n.LocalhostNodePorts
 	return n
 }
 

@@ -30,6 +30,9 @@ type Options struct {
 	NodePortAddresses NodePortAddresses
 	// PingServiceIPs is [dataplane.Node.PingServiceIPs].
 	PingServiceIPs bool
+	// ProtectLoopback sets [dataplane.Node.ProtectLoopback]. Node ports at loopback
+	// addresses set it as well.
+	ProtectLoopback bool
 	// Schedulers are the names that [AnnotationIPVSScheduler] may have. There are
 	// none where the backend has no schedulers.
 	Schedulers []string

@@ -143,6 +143,26 @@
 // Nothing is translated: the kernel sends no packet from a loopback address to
 // another host.
 //
+// # Packets to loopback addresses
+//
+// With the sysctl route_localnet of an interface, which kube-proxy's iptables mode sets
+// and leaves behind, the kernel accepts packets to 127.0.0.0/8 from other hosts. With
+// Node.ProtectLoopback the chain loopback-from-network drops them, and the counter
+// dropped-loopback counts them:
+//
+//	chain filter-prerouting-post-dnat {
+//	    ip daddr 127.0.0.0/8 iifname != "lo" goto loopback-from-network
+//	}
+//	chain loopback-from-network {
+//	    ct direction reply return
+//	    ct status dnat return
+//	    counter name "dropped-loopback" drop
+//	}
+//
+// All other packets meet one comparison of a byte. The chain sees addresses after
+// translation, so it passes packets that another program translates to a loopback
+// address, such as kube-proxy's node ports on localhost or a service mesh.
+//
 // # Translators
 //
 // With [Options].Translator somebody else picks the endpoints, and what is above

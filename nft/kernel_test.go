@@ -154,7 +154,7 @@ func fullNode() dataplane.Node {
 	node.Addrs = []netip.Addr{netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8::1")}
 	// Loopback addresses have no effect.
 	node.NodePortAddrs = append(slices.Clone(node.Addrs), netip.MustParseAddr("127.0.0.1"), netip.IPv6Loopback())
-	node.PingServiceIPs = true
+	node.PingServiceIPs, node.ProtectLoopback = true, true
 	return node
 }
 
@@ -283,7 +283,7 @@ func randomNode(random *rand.Rand) dataplane.Node {
 	case 1:
 		node = dataplane.Node{PodInterfacePrefix: "veth", MasqueradeAll: true}
 	}
-	node.PingServiceIPs, node.LocalhostNodePorts = random.IntN(2) == 0, random.IntN(2) == 0
+	node.PingServiceIPs, node.LocalhostNodePorts, node.ProtectLoopback = random.IntN(2) == 0, random.IntN(2) == 0, random.IntN(2) == 0
 	for range random.IntN(3) {
 		n := byte(random.IntN(3))
 		node.NodePortAddrs = append(node.NodePortAddrs, netip.AddrFrom4([4]byte{10, 1, 0, n}), netip.AddrFrom16([16]byte{0: 0xfd, 15: n}))

@@ -252,6 +252,7 @@ const (
 	rejectedUndeclaredPort counter = "rejected-undeclared-port"
 	droppedNoService       counter = "dropped-no-service"
 	droppedInvalid         counter = "dropped-invalid"
+	droppedLoopback        counter = "dropped-loopback"
 )
 
 // rejectedLocalhost counts connections to a node port at a loopback address.
@@ -267,7 +268,7 @@ func protocols() []dataplane.Protocol {
 func counters() []counter {
 	all := []counter{
 		rejectedNoEndpoints, droppedNoEndpoints, droppedNoLocalEndpoint, droppedSourceRanges,
-		rejectedUndeclaredPort, droppedNoService, droppedInvalid,
+		rejectedUndeclaredPort, droppedNoService, droppedInvalid, droppedLoopback,
 	}
 	for _, p := range protocols() {
 		all = append(all, rejectedLocalhost(p))
@@ -311,10 +312,13 @@ func (t *table) chains(node dataplane.Node, rangeBits []int) []chain {
 	unserved := append(t.unserved(), t.invalidOfEndpoints())
 	outgoing := append(slices.Clone(unserved), t.answersToInvalid())
 	dstnat, filter := *nftables.ChainPriorityNATDest, *nftables.ChainPriorityFilter
-	incoming := postDNAT
+	incoming := slices.Concat(postDNAT, t.loopbackFromNetwork(node))
+	if t.protectsLoopback(node) {
+		chains = append(chains, t.dropLoopback())
+	}
 	if t.virtual {
 		chains = append(chains, t.undeclared())
-		incoming = append(slices.Clone(postDNAT), t.toOwnClusterIP())
+		incoming = append(incoming, t.toOwnClusterIP())
 	}
 	if t.tellsPods(node) {
 		chains = append(chains,

@@ -192,12 +192,19 @@ func parse(in input) (config, error) {
 	}
 	c.healthz = p.server(&c, "healthz", wildcard, healthzPort)
 	c.metrics = p.server(&c, "metrics", loopback, metricsPort)
+	c.tracker.ProtectLoopback = slices.ContainsFunc([]string{c.healthz, c.metrics, c.dnsListen}, isLoopback)
 	c.hardFail = p.is("bind-address-hard-fail")
 	c.profiling = p.is("profiling")
 	c.logLevel, c.logFormat = p.logging()
 	p.instead()
 	p.idle(&c)
 	return c, errors.Join(p.errs...)
+}
+
+// isLoopback reports whether an address with a port is a loopback address.
+func isLoopback(address string) bool {
+	a, err := netip.ParseAddrPort(address)
+	return err == nil && a.Addr().IsLoopback()
 }
 
 // mode returns the backend, by its name here or kube-proxy's.

@@ -51,7 +51,8 @@ func usual() config {
 			api: apiConfig{label: "--kubeconfig", qps: 5, burst: 10, batchPeriod: 50 * time.Millisecond},
 		},
 		tracker: kube.Options{
-			NodeName: "node", DetectLocal: kube.DetectLocal{Mode: kube.DetectByClusterCIDR},
+			ProtectLoopback: true,
+			NodeName:        "node", DetectLocal: kube.DetectLocal{Mode: kube.DetectByClusterCIDR},
 		},
 	}
 }
@@ -205,6 +206,7 @@ func TestFlags(t *testing.T) {
 			[]string{"--healthz-bind-address=[fd00::1]:1", "--metrics-bind-address=192.0.2.1", "--bind-address-hard-fail", "--profiling"},
 			func(c *config) {
 				c.healthz, c.metrics, c.hardFail, c.profiling = "[fd00::1]:1", "192.0.2.1:10249", true, true
+				c.tracker.ProtectLoopback = false // nothing listens there
 			},
 		},
 		{

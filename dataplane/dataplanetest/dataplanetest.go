@@ -44,6 +44,7 @@ func Run(t *testing.T, open Opener, limits Limits) {
 	t.Run("what is neither TCP, UDP nor SCTP is refused or dropped alike", s.otherProtocols)
 	t.Run("node ports answer on the node's addresses for them", s.nodePorts)
 	t.Run("node ports at loopback addresses are refused", s.localhost)
+	t.Run("packets to loopback addresses from other hosts are dropped", s.loopback)
 	t.Run("pings to Services are answered where that is wanted", s.pings)
 	t.Run("invalid packets of endpoints reach nobody", s.invalid)
 	t.Run("connections that a client has lost", s.lostConnections)

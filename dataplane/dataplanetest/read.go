@@ -97,7 +97,7 @@ func (g generator) node() dataplane.Node {
 		n.PodInterfacePrefix = "veth"
 	}
 	n.LocalPodCIDRs, n.ServiceCIDRs, n.MasqueradeAll = networks(), networks(), g.rnd.IntN(3) == 0
-	n.PingServiceIPs, n.LocalhostNodePorts = g.rnd.IntN(2) == 0, g.rnd.IntN(2) == 0
+	n.PingServiceIPs, n.LocalhostNodePorts, n.ProtectLoopback = g.rnd.IntN(2) == 0, g.rnd.IntN(2) == 0, g.rnd.IntN(2) == 0
 	for _, family := range families() {
 		for range g.rnd.IntN(3) {
 			n.NodePortAddrs = append(n.NodePortAddrs, g.endpoint(family).Addr.Addr())

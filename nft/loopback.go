@@ -1,0 +1,52 @@
+package nft
+
+import (
+	"slices"
+
+	"fairlead/dataplane"
+
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+)
+
+// loopbackFromNetwork returns the rule that sends packets to 127.0.0.0/8 that arrive
+// from another host or a pod to the chain loopback-from-network. Without the sysctl
+// route_localnet the kernel drops them itself, and it always drops those to ::1
+// (net/ipv6/ip6_input.c, ip6_rcv_core), so there is no rule for IPv6.
+func (t *table) loopbackFromNetwork(node dataplane.Node) []rule {
+	if !t.protectsLoopback(node) {
+		return nil
+	}
+	lo := make([]byte, unix.IFNAMSIZ)
+	copy(lo, "lo")
+	return []rule{{exprs: []expr.Any{
+		networkHeader(0, 16, 1), // as nft writes 127.0.0.0/8: the first byte
+		&expr.Cmp{Op: expr.CmpOpEq, Register: reg(0), Data: []byte{127}},
+		&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg(0)},
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: reg(0), Data: lo},
+		gotoChain(loopbackChain),
+	}}}
+}
+
+const loopbackChain = "loopback-from-network"
+
+func (t *table) protectsLoopback(node dataplane.Node) bool {
+	return t.family == dataplane.IPv4 && node.ProtectLoopback
+}
+
+// dropLoopback returns the chain that drops packets which were sent to a loopback
+// address. By the time the rules run, connection tracking may have put a loopback
+// address in place of another: in a reply to a process of the node that uses one, and
+// where another program's rules translate to one. These pass.
+func (t *table) dropLoopback() chain {
+	pass := &expr.Verdict{Kind: expr.VerdictReturn}
+	return t.chain(loopbackChain,
+		rule{comment: "replies to processes of the node", exprs: []expr.Any{
+			&expr.Ct{Key: expr.CtKeyDIRECTION, Register: reg(0)},
+			&expr.Cmp{Op: expr.CmpOpEq, Register: reg(0), Data: []byte{1}}, // IP_CT_DIR_REPLY
+			pass,
+		}},
+		rule{comment: "translated by another program", exprs: slices.Concat(ctStatusDNAT(), []expr.Any{pass})},
+		rule{exprs: []expr.Any{count(droppedLoopback), drop()}},
+	)
+}
