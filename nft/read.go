@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -29,8 +30,9 @@ type content struct {
 	// branches has the elements of verdict maps, and whether each goes where it
 	// should.
 	branches map[branch]bool
-	// foreign are elements that we would never make, by set.
-	foreign map[string][]element
+	// foreign are elements that we would never make, by set. extended are elements
+	// of ours that have got a statement, which packets run when they meet them.
+	foreign, extended map[string][]element
 	// objects are the named objects, and rangeBits the lengths for which there
 	// is a set of source ranges.
 	objects   map[string]nftables.ObjType
@@ -43,6 +45,77 @@ type content struct {
 	portSet map[uint16]bool
 	// node has the elements of the sets that follow the node, by name.
 	node map[string][]element
+}
+
+// readAttempts limits how often the kernel is read again because somebody else
+// changed it at the same time.
+const readAttempts = 4
+
+// consistently calls read, and again if what it reads is not one state of the kernel:
+// others have changed our tables meanwhile, or a dump was torn. It returns the last
+// generation, and whether that is the state that was read.
+func (d *Dataplane) consistently(ctx context.Context, read func() error) (generation uint32, verified bool, err error) {
+	var readErr error
+	for range readAttempts {
+		if err := ctx.Err(); err != nil {
+			return 0, false, err
+		}
+		changes := d.watch.announcedChanges()
+		before, err := d.generation()
+		if err != nil {
+			return 0, false, err
+		}
+		d.dump.torn = false
+		readErr = read()
+		if generation, err = d.generation(); err != nil {
+			return 0, false, err
+		}
+		same := before == generation
+		if readErr != nil && (same || !isRace(readErr)) {
+			return 0, false, readErr
+		}
+		if readErr == nil && !d.dump.torn && (same || d.onlyOthers(changes, generation)) {
+			return generation, true, nil
+		}
+	}
+	return generation, false, readErr
+}
+
+// onlyOthers reports whether all commits up to a generation left our tables alone,
+// since so many announcements of changes to them had arrived.
+func (d *Dataplane) onlyOthers(changes uint64, generation uint32) bool {
+	return d.watch.announcedUntil(generation) && d.watch.announcedChanges() == changes
+}
+
+// isRace reports whether an error of a read is what somebody else's commit causes
+// between two parts of the read, or while the kernel fills a buffer.
+func isRace(err error) bool {
+	for _, e := range []error{unix.ENOENT, unix.EINTR, unix.EAGAIN, unix.EBUSY} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
+}
+
+// readTables reads both tables, as far as that is possible in one state. If it is
+// not, because others change them all the time, readTables signals drift, so that
+// another Replace follows.
+func (d *Dataplane) readTables(ctx context.Context) (have [2]*content, generation uint32, err error) {
+	generation, verified, err := d.consistently(ctx, func() error {
+		for i, t := range d.tables {
+			var err error
+			if have[i], err = d.read(ctx, t); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err == nil && !verified {
+		d.log.Debug("the tables change while they are read")
+		d.watch.signal()
+	}
+	return have, generation, err
 }
 
 // read reads all of a table. That takes time in proportion to the number of
@@ -84,7 +157,8 @@ func (d *Dataplane) readRows(ctx context.Context, t *table) (*content, error) {
 		chains:   map[string]*nftables.Chain{},
 		rules:    map[string][]*nftables.Rule{},
 		rows:     map[dataplane.Frontend]*row{},
-		branches: map[branch]bool{}, foreign: map[string][]element{}, objects: map[string]nftables.ObjType{},
+		branches: map[branch]bool{}, objects: map[string]nftables.ObjType{},
+		foreign: map[string][]element{}, extended: map[string][]element{},
 		ports: portCounts{}, portSet: map[uint16]bool{}, node: map[string][]element{},
 	}
 	var err error
@@ -106,9 +180,11 @@ func (d *Dataplane) readRows(ctx context.Context, t *table) (*content, error) {
 		if !ok || !sameSet(found, read.set) {
 			continue
 		}
-		err := d.dump.elements(read.set, func(e element) {
+		err := d.dump.elements(read.set, func(e element, extended bool) {
 			if err := read.parse(e); err != nil {
 				c.foreign[read.set.Name] = append(c.foreign[read.set.Name], e)
+			} else if extended {
+				c.extended[read.set.Name] = append(c.extended[read.set.Name], e)
 			}
 		})
 		if err != nil {
@@ -398,11 +474,20 @@ func (d *Dataplane) Read(ctx context.Context) (dataplane.State, error) {
 
 // eachRow reads the rows of frontends that there are.
 func (d *Dataplane) eachRow(ctx context.Context, visit func(dataplane.Frontend, *row)) error {
-	for _, t := range d.tables {
-		c, err := d.readRows(ctx, t)
-		if err != nil {
-			return err
+	var have [2]*content
+	_, _, err := d.consistently(ctx, func() error {
+		for i, t := range d.tables {
+			var err error
+			if have[i], err = d.readRows(ctx, t); err != nil {
+				return err
+			}
 		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	for _, c := range have {
 		for f, r := range c.rows {
 			if r.inServices { // the rest is garbage, and looked for by nobody
 				visit(f, r)

@@ -291,7 +291,7 @@ func FuzzElements(f *testing.F) {
 			table = newTable(dataplane.IPv6)
 		}
 		parseElement(b)
-		_ = parseElements(b, func(element) {})
+		_ = parseElements(b, func(element, bool) {})
 		if f, _, err := table.parseFrontend(b); err == nil {
 			l := list(slot & 1)
 			key := table.slotElement(f, l, uint32(slot))

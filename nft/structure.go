@@ -159,25 +159,59 @@ func (d *Dataplane) flushChains(t *table, have *content, wanted []chain) map[str
 }
 
 // deleteForeign removes elements that we would never make, in commits of their own,
-// before anything is added that might have the same key.
+// before anything is added that might have the same key. Elements that have got a
+// statement are replaced by the same without it.
 func (d *Dataplane) deleteForeign(t *table, have *content) error {
 	sets := t.sets()
 	for _, bits := range have.rangeBits {
 		sets = append(sets, t.ranges(bits))
 	}
+	ofNode := t.nodeSets(dataplane.Node{}) // mendNodeSets does these
 	for _, set := range sets {
+		if _, ok := ofNode[set]; ok {
+			continue
+		}
 		for part := range slices.Chunk(have.foreign[set.Name], d.editSize) {
-			keys := make([]element, len(part))
-			for i, e := range part {
-				keys[i].Key = e.Key
-			}
-			_ = d.conn.SetDeleteElements(set, keys)
+			_ = d.conn.SetDeleteElements(set, deletionKeys(part)) // the library keeps the error for Flush
 			if err := d.submit(); err != nil {
-				return fmt.Errorf("delete what is not ours from set %s: %w", set.Name, err)
+				return fmt.Errorf("delete foreign elements from set %s: %w", set.Name, err)
+			}
+		}
+		for part := range slices.Chunk(have.extended[set.Name], d.editSize) {
+			_ = d.conn.SetDeleteElements(set, deletionKeys(part))
+			_ = d.conn.SetAddElements(set, t.plain(set, part))
+			if err := d.submit(); err != nil {
+				return fmt.Errorf("remove statements from elements of set %s: %w", set.Name, err)
 			}
 		}
 	}
 	return nil
+}
+
+// deletionKeys returns elements as the kernel needs them to be deleted.
+func deletionKeys(elements []element) []element {
+	keys := make([]element, len(elements))
+	for i, e := range elements {
+		keys[i] = element{Key: e.Key, IntervalEnd: e.IntervalEnd}
+	}
+	return keys
+}
+
+// plain returns elements that were read as they are added. Elements of verdict maps
+// that go elsewhere than ours are left out.
+func (t *table) plain(set *nftables.Set, elements []element) []element {
+	m := slices.Index(t.verdicts[:], set)
+	if m < 0 {
+		return elements
+	}
+	var all []element
+	for _, e := range elements {
+		class, err := t.parseClass(e.Key)
+		if b := (branch{verdictMap(m), class}); err == nil && isVerdict(e.Val, b.verdict()) {
+			all = append(all, element{Key: e.Key, VerdictData: b.verdict(), Comment: e.Comment})
+		}
+	}
+	return all
 }
 
 func (d *Dataplane) mendSets(t *table, have *content) {
@@ -222,7 +256,7 @@ func (d *Dataplane) mendNodeSets(t *table, node dataplane.Node, have *content) {
 		found := have.node[set.Name]
 		slices.SortFunc(found, byKey)
 		slices.SortFunc(want, byKey)
-		if slices.EqualFunc(found, want, same) {
+		if slices.EqualFunc(found, want, same) && len(have.extended[set.Name]) == 0 {
 			continue
 		}
 		if have.sets[set.Name] != nil {

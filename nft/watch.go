@@ -6,8 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"slices"
-	"sync/atomic"
+	"os"
+	"runtime"
+	"sync"
+	"time"
 
 	"github.com/mdlayher/netlink"
 	"golang.org/x/net/bpf"
@@ -17,54 +19,109 @@ import (
 // watch listens to the kernel's announcements of ruleset changes and signals
 // those of our tables that were made through another socket than ours.
 type watch struct {
-	table string // the name of ours
-	conn  *netlink.Conn
-	drift chan struct{}
-	done  chan struct{}
-	log   *slog.Logger
+	table   string // the name of ours
+	ownPort uint32
+	netns   *os.File
+	drift   chan struct{}
+	lost    chan struct{}
+	stop    chan struct{} // closed by close
+	done    chan struct{} // closed when run has returned
+	log     *slog.Logger
 
-	closing atomic.Bool // an error is that of the closed socket, by whatever name
-	member  bool        // of the kernel's multicast group; for who calls join and leave
+	mu     sync.Mutex
+	conn   *netlink.Conn
+	member bool // of the kernel's multicast group
+
+	// changes counts the announcements that concern our tables, or may have been
+	// lost. generation is the last generation that was announced. announced is
+	// closed, and made again, when it changes.
+	changes    uint64
+	generation uint32
+	announced  chan struct{}
 }
+
+// Pauses before the watch opens its socket again, after an unexpected error.
+const (
+	minReopenPause = 10 * time.Millisecond
+	maxReopenPause = 10 * time.Second
+)
 
 // startWatch starts a goroutine that ends with close.
 func startWatch(table string, netns int, ownPort uint32, log *slog.Logger) (*watch, error) {
-	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, &netlink.Config{NetNS: netns})
+	ns, err := openNetNS(netns)
 	if err != nil {
-		return nil, fmt.Errorf("open netlink socket to watch for changes: %w", err)
+		return nil, err
 	}
-	w := &watch{table: table, conn: conn, drift: make(chan struct{}, 1), done: make(chan struct{}), log: log}
-	if err := w.subscribe(ownPort); err != nil {
-		return nil, errors.Join(err, conn.Close())
+	w := &watch{
+		table: table, ownPort: ownPort, netns: ns, log: log,
+		drift: make(chan struct{}, 1), lost: make(chan struct{}, 1),
+		stop: make(chan struct{}), done: make(chan struct{}), announced: make(chan struct{}),
 	}
-	go w.run()
+	if w.conn, err = w.dial(); err != nil {
+		return nil, errors.Join(err, ns.Close())
+	}
+	if err := w.join(); err != nil {
+		return nil, errors.Join(err, w.conn.Close(), ns.Close())
+	}
+	go w.run(w.conn)
 	return w, nil
 }
 
-func (w *watch) subscribe(ownPort uint32) error {
+// openNetNS opens the network namespace that a descriptor refers to, or that of the
+// calling thread for 0, to be kept as long as the watch may need another socket.
+func openNetNS(netns int) (*os.File, error) {
+	path := fmt.Sprintf("/proc/thread-self/fd/%d", netns)
+	if netns == 0 {
+		path = "/proc/thread-self/ns/net"
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+	}
+	ns, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("open the network namespace to watch for changes: %w", err)
+	}
+	return ns, nil
+}
+
+// dial opens a socket whose announcements leave out our own changes. It is not
+// subscribed yet.
+func (w *watch) dial() (*netlink.Conn, error) {
+	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, &netlink.Config{NetNS: int(w.netns.Fd())}) //nolint:gosec // a descriptor
+	if err != nil {
+		return nil, fmt.Errorf("open netlink socket to watch for changes: %w", err)
+	}
+	if err := w.setUp(conn); err != nil {
+		return nil, errors.Join(err, conn.Close())
+	}
+	return conn, nil
+}
+
+func (w *watch) setUp(conn *netlink.Conn) error {
 	// An announcement carries the port of the socket through which the change
 	// came. All messages of one buffer are of one commit, so the first one's
 	// header tells, and a filter in the kernel spares us the echo of our own.
 	filter, err := bpf.Assemble([]bpf.Instruction{
 		bpf.LoadAbsolute{Off: 12, Size: 4}, // nlmsghdr.nlmsg_pid
-		bpf.JumpIf{Cond: bpf.JumpEqual, Val: networkOrder(ownPort), SkipTrue: 1},
+		bpf.JumpIf{Cond: bpf.JumpEqual, Val: networkOrder(w.ownPort), SkipTrue: 1},
 		bpf.RetConstant{Val: 0xffffffff},
 		bpf.RetConstant{Val: 0},
 	})
 	if err != nil {
 		return fmt.Errorf("assemble the filter for changes: %w", err)
 	}
-	if err := w.conn.SetBPF(filter); err != nil {
+	if err := conn.SetBPF(filter); err != nil {
 		return fmt.Errorf("filter out our own changes: %w", err)
 	}
-	if err := w.conn.SetReadBuffer(receiveBuffer); err != nil {
+	if err := conn.SetReadBuffer(receiveBuffer); err != nil {
 		return fmt.Errorf("set the receive buffer for changes to %d bytes: %w", receiveBuffer, err)
 	}
-	return w.join()
+	return nil
 }
 
 // join subscribes to announcements, unless the watch is subscribed.
 func (w *watch) join() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	if w.member {
 		return nil
 	}
@@ -77,6 +134,8 @@ func (w *watch) join() error {
 
 // leave ends the subscription until join. What was announced before arrives.
 func (w *watch) leave() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	if err := w.conn.LeaveGroup(unix.NFNLGRP_NFTABLES); err != nil {
 		return fmt.Errorf("unsubscribe from nftables changes: %w", err)
 	}
@@ -90,30 +149,155 @@ func networkOrder(v uint32) uint32 {
 	return binary.BigEndian.Uint32(binary.NativeEndian.AppendUint32(nil, v))
 }
 
-func (w *watch) run() {
+// run receives announcements until close. After an unexpected error it opens another
+// socket, and signals drift, because announcements may have been lost.
+func (w *watch) run(conn *netlink.Conn) {
 	defer close(w.done)
+	pause := minReopenPause
 	for {
-		messages, err := w.conn.Receive()
+		opened := time.Now()
+		err := w.receive(conn)
+		if w.stopped() {
+			return
+		}
+		w.log.Warn("lost the notifications of nftables changes, opening another socket", "error", err)
+		if time.Since(opened) > maxReopenPause {
+			pause = minReopenPause
+		}
+		for {
+			select {
+			case <-w.stop:
+				return
+			case <-time.After(pause):
+			}
+			pause = min(2*pause, maxReopenPause)
+			if conn, err = w.reopen(); err == nil {
+				break
+			}
+			w.log.Warn("no notifications of nftables changes", "retry_in", pause, "error", err)
+		}
+		w.changed()
+		w.signalLoss()
+	}
+}
+
+// reopen replaces the socket. The new one is subscribed if the old one was.
+func (w *watch) reopen() (*netlink.Conn, error) {
+	conn, err := w.dial()
+	if err != nil {
+		return nil, err
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.member {
+		if err := conn.JoinGroup(unix.NFNLGRP_NFTABLES); err != nil {
+			return nil, errors.Join(fmt.Errorf("subscribe to nftables changes: %w", err), conn.Close())
+		}
+	}
+	if w.stopped() { // close has closed the old socket only
+		return conn, conn.Close()
+	}
+	_ = w.conn.Close() // it failed before
+	w.conn = conn
+	return conn, nil
+}
+
+// receive handles announcements until an error that it does not expect.
+func (w *watch) receive(conn *netlink.Conn) error {
+	for {
+		messages, err := conn.Receive()
 		switch {
 		case err == nil:
-			if slices.ContainsFunc(messages, w.concernsUs) {
-				w.signal()
-			}
+			w.handle(messages)
 		case errors.Is(err, unix.ENOBUFS):
 			// Announcements were lost: some may have been about us.
-			w.signal()
+			w.changed()
+			w.signalLoss()
 		case errors.Is(err, unix.EINTR), errors.Is(err, unix.EAGAIN):
 		default:
-			// Closed, or beyond help. A caller that wants to be sure replaces now
-			// and then without being told.
-			if !w.closing.Load() {
-				w.log.Error("no longer notified of nftables changes", "error", err)
-			}
-			return
+			return err
 		}
 	}
 }
 
+func (w *watch) handle(messages []netlink.Message) {
+	concerned, lost := false, false
+	for _, m := range messages {
+		if m.Header.Type == unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_NEWGEN {
+			w.inGeneration(m)
+			continue
+		}
+		if w.concernsUs(m) {
+			concerned = true
+			lost = lost || losesRules(m)
+		}
+	}
+	switch {
+	case lost:
+		w.changed()
+		w.signalLoss()
+	case concerned:
+		w.changed()
+		w.signal()
+	}
+}
+
+// inGeneration records the generation that a message announces. It is the last
+// message of its commit (nf_tables_api.c, nf_tables_commit).
+func (w *watch) inGeneration(m netlink.Message) {
+	if len(m.Data) < 4 {
+		return
+	}
+	if v, ok := attribute(m.Data[4:], unix.NFTA_GEN_ID); ok && len(v) == 4 {
+		w.mu.Lock()
+		w.generation = binary.BigEndian.Uint32(v)
+		close(w.announced)
+		w.announced = make(chan struct{})
+		w.mu.Unlock()
+	}
+}
+
+// changed counts an announcement that concerns our tables, or may have.
+func (w *watch) changed() {
+	w.mu.Lock()
+	w.changes++
+	w.mu.Unlock()
+}
+
+// announcedChanges returns how many announcements concerned our tables so far.
+func (w *watch) announcedChanges() uint64 {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.changes
+}
+
+// announcementDelay is how long announcedUntil waits for an announcement.
+const announcementDelay = 100 * time.Millisecond
+
+// announcedUntil waits until the commit that began a generation is announced, and
+// returns false if that takes too long. The commit must be somebody else's.
+func (w *watch) announcedUntil(generation uint32) bool {
+	deadline := time.NewTimer(announcementDelay)
+	defer deadline.Stop()
+	for {
+		w.mu.Lock()
+		last, announced, member := w.generation, w.announced, w.member
+		w.mu.Unlock()
+		if !member {
+			return false
+		}
+		if int32(last-generation) >= 0 { //nolint:gosec // the number starts over
+			return true
+		}
+		select {
+		case <-announced:
+		case <-deadline.C:
+			return false
+		}
+	}
+}
+
+// signal signals drift.
 func (w *watch) signal() {
 	select {
 	case w.drift <- struct{}{}:
@@ -121,11 +305,31 @@ func (w *watch) signal() {
 	}
 }
 
+// signalLoss signals drift that may have taken something that packets need.
+func (w *watch) signalLoss() {
+	select {
+	case w.lost <- struct{}{}:
+	default:
+	}
+	w.signal()
+}
+
+func (w *watch) stopped() bool {
+	select {
+	case <-w.stop:
+		return true
+	default:
+		return false
+	}
+}
+
 func (w *watch) close() error {
-	w.closing.Store(true)
+	close(w.stop)
+	w.mu.Lock()
 	err := w.conn.Close()
+	w.mu.Unlock()
 	<-w.done
-	return err
+	return errors.Join(err, w.netns.Close())
 }
 
 // concernsUs reports whether a message announces a change in one of our tables.
@@ -138,19 +342,19 @@ func (w *watch) concernsUs(m netlink.Message) bool {
 	default:
 		return false
 	}
-	if m.Header.Type&0xff == unix.NFT_MSG_NEWGEN {
-		return false
-	}
-	attrs, err := netlink.NewAttributeDecoder(m.Data[4:])
-	if err != nil {
-		return false
-	}
-	for attrs.Next() {
-		// The table's name is attribute 1 of tables, chains, rules, sets,
-		// elements and objects alike (linux/netfilter/nf_tables.h).
-		if attrs.Type() == unix.NFTA_TABLE_NAME {
-			return bytes.Equal(attrs.Bytes(), []byte(w.table+"\x00"))
-		}
+	// The table's name is attribute 1 of tables, chains, rules, sets, elements and
+	// objects alike (linux/netfilter/nf_tables.h).
+	name, ok := attribute(m.Data[4:], unix.NFTA_TABLE_NAME)
+	return ok && bytes.Equal(name, []byte(w.table+"\x00"))
+}
+
+// losesRules reports whether a message announces that something is gone, or that a
+// table has changed, which may have made it dormant.
+func losesRules(m netlink.Message) bool {
+	switch m.Header.Type & 0xff {
+	case unix.NFT_MSG_NEWTABLE, unix.NFT_MSG_DELTABLE, unix.NFT_MSG_DELCHAIN, unix.NFT_MSG_DELRULE,
+		unix.NFT_MSG_DELSET, unix.NFT_MSG_DELSETELEM, unix.NFT_MSG_DELOBJ:
+		return true
 	}
 	return false
 }

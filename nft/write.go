@@ -520,14 +520,11 @@ func (d *Dataplane) Replace(ctx context.Context, node dataplane.Node, services i
 	if err := d.watch.join(); err != nil { // in case that the end of an earlier silence failed to
 		return fmt.Errorf("replace: %w", err)
 	}
-	generation, generationErr := d.generation()
-	have := [2]*content{}
-	for i, t := range d.tables {
-		if have[i], err = d.read(ctx, t); err != nil {
-			return fmt.Errorf("replace: %w", err)
-		}
+	have, generation, err := d.readTables(ctx)
+	if err != nil {
+		return fmt.Errorf("replace: %w", err)
 	}
-	if have[0].table == nil && have[1].table == nil && generationErr == nil {
+	if have[0].table == nil && have[1].table == nil {
 		d.silent(generation)
 		defer func() {
 			if failure := d.listen(); failure != nil {

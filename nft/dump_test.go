@@ -1,0 +1,199 @@
+package nft
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"slices"
+	"testing"
+
+	"fairlead/dataplane"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+)
+
+// TestDumpDuringResize dumps a set while the kernel moves its elements to a hash table
+// of another size. A dump that does not have all of them must be known as torn.
+func TestDumpDuringResize(t *testing.T) {
+	t.Parallel()
+	d, _ := newDataplane(t)
+	replace(t, d, dataplane.Node{})
+	table := d.tables[index(dataplane.IPv4)]
+	set := table.addrSets[inClusterIPs]
+	const elements = 20_000
+	all := make([]element, elements)
+	for i := range all {
+		all[i].Key = binary.BigEndian.AppendUint32(nil, 10<<24+uint32(i))
+	}
+	change := func(how func(*nftables.Set, []element) error, part []element) {
+		t.Helper()
+		if err := errors.Join(how(set, part), d.conn.Flush()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	incomplete := 0
+	for range 10 {
+		before := generation(t, d)
+		change(d.conn.SetAddElements, all)
+		for range 2 {
+			found := map[string]bool{}
+			d.dump.torn = false
+			if err := d.dump.elements(set, func(e element, _ bool) { found[string(e.Key)] = true }); err != nil {
+				t.Fatal(err)
+			}
+			if len(found) == elements {
+				continue
+			}
+			incomplete++
+			if !d.dump.torn {
+				t.Errorf("a dump has %d elements of %d and is not torn", len(found), elements)
+			}
+			if now := generation(t, d); now != before+1 {
+				t.Errorf("generation %d, want %d: somebody else changes the set", now, before+1)
+			}
+		}
+		d.conn.FlushSet(set)
+		if err := d.conn.Flush(); err != nil {
+			t.Fatal(err)
+		}
+		if incomplete > 0 {
+			break
+		}
+	}
+	t.Logf("%d dumps were incomplete", incomplete)
+}
+
+// TestReadAgain has others commit while the tables are read.
+func TestReadAgain(t *testing.T) {
+	t.Parallel()
+	d, ns := newDataplane(t)
+	services := sample(t)
+	replace(t, d, fullNode(), services...)
+	binary := nftBinaries(t)["1.1.3"]
+	read := func(interfere func(n int)) (reads int, verified bool) {
+		t.Helper()
+		_, verified, err := d.consistently(t.Context(), func() error {
+			reads++
+			interfere(reads)
+			_, err := d.read(t.Context(), d.tables[0])
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return reads, verified
+	}
+	for _, test := range []struct {
+		name      string
+		interfere func(n int)
+		reads     int
+		verified  bool
+	}{
+		{"nobody", func(int) {}, 1, true},
+		{"another table", func(int) { nft(t, ns, binary, "add table ip others\ndelete table ip others") }, 1, true},
+		{"our table, once", func(n int) {
+			if n == 1 {
+				nft(t, ns, binary, "add element ip fairlead cluster-ips { 10.96.7.7 }")
+			}
+		}, 2, true},
+		{"our table, always", func(int) {
+			nft(t, ns, binary, "add element ip fairlead cluster-ips { 10.96.7.7 }; delete element ip fairlead cluster-ips { 10.96.7.7 }")
+		}, readAttempts, false},
+		{"a torn dump, once", func(n int) { d.dump.torn = n == 1 }, 2, true},
+	} {
+		reads, verified := read(test.interfere)
+		if reads != test.reads || verified != test.verified {
+			t.Errorf("%s: read %d times, verified %t; want %d, %t", test.name, reads, verified, test.reads, test.verified)
+		}
+	}
+
+	interfered := errors.New("interfered")
+	if _, _, err := d.consistently(t.Context(), func() error { return interfered }); !errors.Is(err, interfered) {
+		t.Errorf("error %v, want that of the read", err)
+	}
+	reads := 0
+	if _, _, err := d.consistently(t.Context(), func() error {
+		reads++
+		nft(t, ns, binary, "add table ip others\ndelete table ip others")
+		return unix.ENOENT
+	}); !errors.Is(err, unix.ENOENT) || reads != readAttempts {
+		t.Errorf("error %v after %d reads, want ENOENT after %d", err, reads, readAttempts)
+	}
+	canceled, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, _, err := d.consistently(canceled, func() error { return nil }); !errors.Is(err, context.Canceled) {
+		t.Errorf("error %v, want that of the context", err)
+	}
+}
+
+// TestWatchRecovers takes the watch's socket away. It must open another one, and
+// signal drift, because announcements may have been lost.
+func TestWatchRecovers(t *testing.T) {
+	t.Parallel()
+	d, ns := newDataplane(t)
+	services := []*dataplane.Service{service(t, "s", []dataplane.Frontend{frontend(1)}, endpoints(1, 2))}
+	replace(t, d, fullNode(), services...)
+	for range 2 {
+		d.watch.mu.Lock()
+		conn := d.watch.conn
+		d.watch.mu.Unlock()
+		if err := conn.Close(); err != nil {
+			t.Fatal(err)
+		}
+		wantDrift(t, d) // announcements may have been lost
+		awaitAnnounced(d)
+		wantSubscribed(t, d, ns)
+		nft(t, ns, nftBinaries(t)["1.1.3"], "add element ip fairlead cluster-ips { 10.96.7.7 }")
+		wantDrift(t, d)
+		replace(t, d, fullNode(), services...)
+		awaitAnnounced(d)
+		wantState(t, d, services...)
+	}
+}
+
+// TestStatements replaces elements by the same ones with a statement, which nft does
+// not print as a difference of sets. One Replace must take the statements away.
+func TestStatements(t *testing.T) {
+	t.Parallel()
+	d, ns := newDataplane(t)
+	services := sample(t)
+	replace(t, d, fullNode(), services...)
+	binary := nftBinaries(t)["1.1.3"]
+	before := sortedLines(nft(t, ns, binary, "list ruleset"))
+	other, err := nftables.New(nftables.WithNetNSFd(ns.Fd()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	table := d.tables[index(dataplane.IPv4)]
+	for _, set := range []*nftables.Set{table.services, table.endpoints[1], table.verdicts[classes], table.nodePortAddrs, table.addrSets[inClusterIPs]} {
+		var all []element
+		if err := d.dump.elements(set, func(e element, _ bool) { all = append(all, e) }); err != nil {
+			t.Fatal(err)
+		}
+		if len(all) == 0 {
+			t.Fatalf("set %s is empty", set.Name)
+		}
+		with := table.plain(set, all[:1])
+		with[0].Counter = &expr.Counter{}
+		for _, change := range []func(*nftables.Set, []element) error{other.SetDeleteElements, other.SetAddElements} {
+			if err := change(set, with); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := other.Flush(); err != nil {
+			t.Fatalf("set %s: %v", set.Name, err)
+		}
+		wantDrift(t, d)
+		awaitAnnounced(d)
+		if slices.Equal(before, sortedLines(nft(t, ns, binary, "list ruleset"))) {
+			t.Errorf("set %s: the statement is not there", set.Name)
+		}
+		replace(t, d, fullNode(), services...)
+		if diff := cmp.Diff(before, sortedLines(nft(t, ns, binary, "list ruleset"))); diff != "" {
+			t.Errorf("set %s: after the repair (-before +after):\n%s", set.Name, diff)
+		}
+	}
+}
