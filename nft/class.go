@@ -17,7 +17,8 @@ import (
 // endpoints, the major holds the bits below.
 //
 // An affinity class names a session affinity instead: its minor, with the
-// lowest bit of its major, is the timeout in seconds.
+// lowest bit of its major, is the timeout in seconds, and five bits of the major
+// are the shard of what is remembered.
 type class uint32
 
 // The bits of a class.
@@ -32,7 +33,10 @@ const (
 	local                                     // of the list of local endpoints
 	through                                   // the frontend's own address is a virtual server
 
-	affinity class = 1 << 31 // an affinity class; of the bits it can have nodePort
+	affinity class = 1 << 31 // an affinity class; of the bits it can have nodePort, and affinityShardMask
+
+	affinityShardUnit class = 1 << 24
+	affinityShardMask class = (affinityShards - 1) * affinityShardUnit
 
 	sizeMask    class = 1<<16 - 1
 	timeoutMask class = 1<<17 - 1
@@ -73,7 +77,7 @@ func affinityOf(s *dataplane.Service) class {
 	if s.Affinity == 0 {
 		return 0
 	}
-	c := affinity | class(s.Affinity/time.Second) //nolint:gosec // MaxAffinity fits
+	c := affinity | class(s.Affinity/time.Second) | class(affinityShard(s.Key))*affinityShardUnit //nolint:gosec // MaxAffinity fits
 	if s.Key.Kind == dataplane.NodePort {
 		c |= nodePort
 	}
@@ -88,6 +92,9 @@ func (c class) has(bit class) bool { return c&bit != 0 }
 
 // size is the number of endpoints.
 func (c class) size() int { return int(c & sizeMask) }
+
+// affinityShard is that of an affinity class.
+func (c class) affinityShard() int { return int(c & affinityShardMask / affinityShardUnit) }
 
 // timeout is that of an affinity class.
 func (c class) timeout() time.Duration { return time.Duration(c&timeoutMask) * time.Second }
@@ -144,7 +151,7 @@ func (c class) String() string {
 		{through, "through"},
 	}
 	if c.has(affinity) {
-		fmt.Fprintf(&b, "%ds", c&timeoutMask)
+		fmt.Fprintf(&b, "%ds-%02x", c&timeoutMask, c.affinityShard())
 		c &= nodePort
 	} else {
 		fmt.Fprintf(&b, "%d", c.size())

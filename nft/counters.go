@@ -149,7 +149,7 @@ func dumpCounters(conn *netlink.Conn, table string) ([]Count, error) {
 		if f == dataplane.IPv6 {
 			family = nftables.TableFamilyIPv6
 		}
-		for _, name := range counters() {
+		for _, name := range unservedCounters() {
 			c := found[object{family, string(name)}]
 			c.Family, c.Reason, c.Localhost = f, string(name), localhost[name]
 			counts = append(counts, c)

@@ -30,6 +30,8 @@ type table struct {
 	virtual bool
 	// virtualNetworks are where virtual servers are that nobody else is to reach.
 	virtualNetworks []netip.Prefix
+	// affinityLimit is how many clients each of the affinity maps remembers.
+	affinityLimit int
 
 	services        *nftables.Set
 	external        *nftables.Set
@@ -46,7 +48,6 @@ type table struct {
 	addrSets      [addrSets]*nftables.Set
 	endpointPorts *nftables.Set
 	verdicts      [verdictMaps]*nftables.Set
-	affinity      *nftables.Set
 	nodePortAddrs *nftables.Set
 	podCIDRs      *nftables.Set
 	localPods     *nftables.Set
@@ -64,12 +65,8 @@ type rule struct {
 	exprs   []expr.Any
 }
 
-// maxRemembered is how many clients' endpoints are remembered at a time, for
-// session affinity. The connections of more clients go to any endpoint.
-const maxRemembered = 1 << 20
-
 func newTable(family dataplane.Family) *table {
-	t := &table{family: family, addr: nftables.TypeIPAddr, addrLen: 4}
+	t := &table{family: family, addr: nftables.TypeIPAddr, addrLen: 4, affinityLimit: affinityLimit}
 	t.nf = &nftables.Table{Name: TableName, Family: nftables.TableFamilyIPv4}
 	if family == dataplane.IPv6 {
 		t.addr, t.addrLen = nftables.TypeIP6Addr, 16
@@ -98,8 +95,6 @@ func newTable(family dataplane.Family) *table {
 		t.verdicts[m] = mapOf(verdictMap(m).String(), nftables.TypeClassID, nftables.TypeVerdict)
 		t.verdicts[m].KeyByteOrder = binaryutil.BigEndian
 	}
-	t.affinity = mapOf("affinity", concat(append([]nftables.SetDatatype{addr}, frontend...)...), nftables.TypeClassID)
-	t.affinity.Dynamic, t.affinity.HasTimeout, t.affinity.Size = true, true, maxRemembered
 	t.hairpin = &nftables.Set{
 		Table: t.nf, Name: "hairpin",
 		KeyType: concat(append([]nftables.SetDatatype{addr, addr}, frontend...)...),
@@ -124,11 +119,14 @@ func newTable(family dataplane.Family) *table {
 }
 
 // sets returns all sets of the table, in the order in which they are made. Those
-// of source ranges are made when they are needed.
+// of source ranges and of what is remembered are made when they are needed.
 func (t *table) sets() []*nftables.Set {
 	sets := append(slices.Clone(t.rowSets), t.addrSets[:]...)
 	sets = append(append(sets, t.endpointPorts), t.verdicts[:]...)
-	sets = append(sets, t.affinity, t.nodePortAddrs, t.podCIDRs, t.localPods, t.serviceCIDRs)
+	sets = append(sets, t.nodePortAddrs, t.podCIDRs, t.localPods, t.serviceCIDRs)
+	if t.family == dataplane.IPv6 && !t.virtual {
+		sets = append(sets, t.affinityNetworks())
+	}
 	if t.virtual {
 		sets = slices.DeleteFunc(sets, t.forAffinity)
 	}
@@ -138,7 +136,7 @@ func (t *table) sets() []*nftables.Set {
 // forAffinity reports whether a set is for session affinity alone.
 func (t *table) forAffinity(s *nftables.Set) bool {
 	return slices.Contains([]*nftables.Set{
-		t.timeouts, t.slots, t.stickyEndpoints, t.affinity, t.verdicts[draws], t.verdicts[affinities], t.verdicts[localAffinities],
+		t.timeouts, t.slots, t.stickyEndpoints, t.verdicts[draws], t.verdicts[affinities], t.verdicts[localAffinities],
 	}, s)
 }
 
@@ -255,6 +253,13 @@ const (
 	droppedLoopback        counter = "dropped-loopback"
 )
 
+// Counters of connections whose clients are not remembered, although their Service has
+// session affinity.
+const (
+	affinityFull         counter = "affinity-full"
+	affinityNetworkLimit counter = "affinity-network-limit"
+)
+
 // rejectedLocalhost counts connections to a node port at a loopback address.
 func rejectedLocalhost(p dataplane.Protocol) counter {
 	return counter("rejected-localhost-" + strings.ToLower(p.String()))
@@ -265,7 +270,12 @@ func protocols() []dataplane.Protocol {
 	return []dataplane.Protocol{dataplane.TCP, dataplane.UDP, dataplane.SCTP}
 }
 
+// counters returns all counters, unservedCounters those of what is not served.
 func counters() []counter {
+	return append(unservedCounters(), affinityFull, affinityNetworkLimit)
+}
+
+func unservedCounters() []counter {
 	all := []counter{
 		rejectedNoEndpoints, droppedNoEndpoints, droppedNoLocalEndpoint, droppedSourceRanges,
 		rejectedUndeclaredPort, droppedNoService, droppedInvalid, droppedLoopback,
@@ -496,47 +506,6 @@ func (t *table) sticky(by addressing, l list) chain {
 		rule{comment: "it has just changed: the client will try again", exprs: []expr.Any{drop()}},
 	)
 }
-
-// affinityRules are those of an affinity's timeout. They refer to no map but the
-// one of what is remembered.
-func (t *table) affinityRules(c class, l list) []rule {
-	by := c.addressing()
-	recall := rule{exprs: slices.Concat(
-		t.clientKey(by), []expr.Any{mapLookup(t.affinity, reg(0)), setPriority(reg(0))})}
-	remember := func(op uint32) []expr.Any {
-		id := t.addrLen/2 + 2
-		update := &expr.Dynset{
-			SrcRegKey: reg(0), SrcRegData: reg(id), SetName: t.affinity.Name, Operation: op,
-		}
-		if op != dynsetDelete {
-			update.Timeout = c.timeout()
-		}
-		return slices.Concat(t.clientKey(by), []expr.Any{&expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg(id)}, update})
-	}
-	forget := rule{exprs: slices.Concat(isID(), remember(dynsetDelete))}
-	pick := rule{exprs: []expr.Any{jumpTo(by.chainName(l.chainName("pick")))}}
-	translate := rule{exprs: []expr.Any{jumpTo(by.chainName("translate-sticky"))}}
-	forget.comment = "that endpoint is gone"
-	again := recall
-	again.comment = "another connection of the client's may have been faster"
-	return []rule{
-		recall,
-		{exprs: slices.Concat(isIDOf(l), remember(unix.NFT_DYNSET_OP_UPDATE), translate.exprs)},
-		forget,
-		pick,
-		{exprs: slices.Concat(isIDOf(l), remember(unix.NFT_DYNSET_OP_UPDATE))},
-		again,
-		translate,
-		forget, // as it went while the packet was on its way
-		pick,
-		translate,
-		{comment: "the last one went: the client will try again", exprs: []expr.Any{drop()}},
-	}
-}
-
-// dynsetDelete is NFT_DYNSET_OP_DELETE (linux/netfilter/nf_tables.h), which
-// x/sys lacks.
-const dynsetDelete = 2
 
 // pick draws an endpoint: a slot, and then the ID of the endpoint in it.
 func (t *table) pick(by addressing, l list) chain {

@@ -34,6 +34,8 @@ type Options struct {
 	// a frontend's own address. Connections get there by way of a frontend only: those
 	// of clients that know the address are dropped.
 	VirtualNetworks []netip.Prefix
+
+	affinityLimit int // the constant; tests make it small
 }
 
 func (o Options) tableName() string { return cmp.Or(o.Table, TableName) }
@@ -44,6 +46,7 @@ func (o Options) tables() [2]*table {
 	for _, t := range tables {
 		t.nf.Name, t.virtual = o.tableName(), o.Translator != nil
 		t.virtualNetworks = t.networksOf(o.VirtualNetworks)
+		t.affinityLimit = cmp.Or(o.affinityLimit, affinityLimit)
 	}
 	return tables
 }
@@ -78,8 +81,10 @@ type Dataplane struct {
 	// rangeBits are, by table, the prefix lengths that there is a set of source
 	// ranges for, in order.
 	rangeBits [2][]int
-	now       func() time.Time
-	editSize  int // the constant; tests make it small
+	// affinityShards are, by table, the shards that have a map of what is remembered.
+	affinityShards [2][]int
+	now            func() time.Time
+	editSize       int // the constant; tests make it small
 }
 
 var _ dataplane.Dataplane = (*Dataplane)(nil)
@@ -135,7 +140,7 @@ func (d *Dataplane) forget() {
 		d.branches[i] = map[branch]int{}
 		d.resting[i] = map[branch]time.Time{}
 		d.addrs[i], d.ports[i] = newAddrCounts(), portCounts{}
-		d.rangeBits[i] = nil
+		d.rangeBits[i], d.affinityShards[i] = nil, nil
 	}
 }
 

@@ -417,6 +417,7 @@ func (d *Dataplane) branchesAtOnce() int { return max(1, d.editSize/branchWeight
 
 // addBranches commits new branches, with whatever else is in the transaction.
 func (d *Dataplane) addBranches(t *table, branches []branch) error {
+	shards := d.addAffinityMaps(t, branches)
 	for _, b := range branches {
 		if b.own() {
 			ch := t.branchChain(b)
@@ -429,6 +430,7 @@ func (d *Dataplane) addBranches(t *table, branches []branch) error {
 	if err := d.submit(); err != nil {
 		return fmt.Errorf("add classes: %w", err)
 	}
+	d.affinityShards[index(t.family)] = shards
 	return nil
 }
 
@@ -550,7 +552,7 @@ func (d *Dataplane) Replace(ctx context.Context, node dataplane.Node, services i
 				d.ports[i][port] = 0
 			}
 		}
-		d.rangeBits[i] = have[i].rangeBits
+		d.rangeBits[i], d.affinityShards[i] = have[i].rangeBits, have[i].affinityShardsIn(t)
 	}
 	r := replacement{Dataplane: d, have: have, progress: progress, failed: map[dataplane.Key]error{}}
 	for s := range services {
