@@ -62,6 +62,16 @@ test: deps nftables controlplane ## all tests but e2e (root): with the race dete
 soak: ## a million connections while endpoints come and go (root), minutes
 	FAIRLEAD_SOAK=1 go test -count=1 -timeout=20m -v -run='TestBehaviour/connections_while_endpoints_come_and_go' ./nft
 
+# How long each fault of make chaos lasts, which faults, and what else it is told:
+# make chaos TIME=60s FAULTS='kill|flush' ARGS='-services=10000'
+TIME ?= 8s
+FAULTS ?= .
+
+.PHONY: chaos
+chaos: deps controlplane kube-proxy build ## disturb a node under load and count lost connections (root), minutes; TIME=60s FAULTS=regexp ARGS=flags
+	@go build -o bin/chaos ./test/chaos
+	bin/chaos -time=$(TIME) -faults='$(FAULTS)' $(ARGS)
+
 # Which end-to-end scenarios: make e2e RUN=TestRollout
 RUN ?= .
 

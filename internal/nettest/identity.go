@@ -3,6 +3,7 @@ package nettest
 import (
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net/netip"
 	"sync"
 	"time"
@@ -119,12 +120,14 @@ func socketAddress(addr netip.AddrPort) unix.Sockaddr {
 // to the network namespace of the thread that calls it, see [Namespace.Do]. Its
 // methods may be called concurrently.
 type IdentityClient struct {
-	// Timeout bounds each step: the connection and the answer.
+	// Timeout bounds each step of a TCP connection, and all of a datagram's.
 	Timeout time.Duration
 
 	mu sync.Mutex
-	// port is the last source port of a datagram.
-	port uint16
+	// port is the last source port of a datagram, counted from the first. It begins at
+	// random, as another client of the host may have been there before.
+	port    uint16
+	started bool
 }
 
 // Connect opens a TCP connection and returns the server's identity and how many
@@ -182,33 +185,37 @@ func (c *IdentityClient) connect(fd int, to unix.Sockaddr) error {
 }
 
 // Ask sends a UDP datagram from a port that the client has not used lately and
-// returns the server's identity. It does not send the datagram again.
-func (c *IdentityClient) Ask(addr netip.AddrPort) (identity byte, err error) {
+// returns the server's identity and how often the client sent the datagram again: it
+// does so each second, as resolvers do, until Timeout has passed.
+func (c *IdentityClient) Ask(addr netip.AddrPort) (identity byte, resent uint32, err error) {
 	fd, err := c.socket(addr, unix.SOCK_DGRAM)
 	if err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	defer func() { err = errors.Join(err, unix.Close(fd)) }()
 	if err := c.bindNextPort(fd, addr.Addr()); err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	if err := unix.Connect(fd, socketAddress(addr)); err != nil {
-		return 0, fmt.Errorf("connect: %w", err)
+		return 0, 0, fmt.Errorf("connect: %w", err)
 	}
-	if _, err := unix.Write(fd, []byte{'?'}); err != nil {
-		return 0, fmt.Errorf("send: %w", err)
+	wait := min(c.Timeout, time.Second)
+	if err := setTimeout(fd, unix.SO_RCVTIMEO, wait); err != nil {
+		return 0, 0, err
 	}
-	for {
+	for begin := time.Now(); ; resent++ {
+		if _, err := unix.Write(fd, []byte{'?'}); err != nil {
+			return 0, resent, fmt.Errorf("send: %w", err)
+		}
 		var buf [2]byte
 		n, err := unix.Read(fd, buf[:])
 		switch {
-		case errors.Is(err, unix.EINTR):
-		case err != nil:
-			return 0, fmt.Errorf("receive: %w", err)
-		case n != 1:
-			return 0, fmt.Errorf("an answer of %d bytes", n)
-		default:
-			return buf[0], nil
+		case err == nil && n == 1:
+			return buf[0], resent, nil
+		case err == nil:
+			return 0, resent, fmt.Errorf("an answer of %d bytes", n)
+		case !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EINTR), time.Since(begin) >= c.Timeout-wait/2:
+			return 0, resent, fmt.Errorf("receive: %w", err)
 		}
 	}
 }
@@ -223,6 +230,9 @@ func (c *IdentityClient) bindNextPort(fd int, to netip.Addr) error {
 	}
 	for range ports {
 		c.mu.Lock()
+		if !c.started {
+			c.started, c.port = true, rand.N[uint16](ports) //nolint:gosec // no secret
+		}
 		c.port = (c.port + 1) % ports
 		port := first + c.port
 		c.mu.Unlock()
@@ -242,12 +252,17 @@ func (c *IdentityClient) socket(addr netip.AddrPort, kind int) (int, error) {
 	if err != nil {
 		return 0, fmt.Errorf("make a socket: %w", err)
 	}
-	patience := unix.NsecToTimeval(c.Timeout.Nanoseconds())
-	if err := errors.Join(
-		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &patience),
-		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &patience),
-	); err != nil {
-		return 0, errors.Join(fmt.Errorf("set the options of a socket: %w", err), unix.Close(fd))
+	if err := errors.Join(setTimeout(fd, unix.SO_SNDTIMEO, c.Timeout), setTimeout(fd, unix.SO_RCVTIMEO, c.Timeout)); err != nil {
+		return 0, errors.Join(err, unix.Close(fd))
 	}
 	return fd, nil
+}
+
+// setTimeout sets SO_SNDTIMEO or SO_RCVTIMEO.
+func setTimeout(fd, option int, d time.Duration) error {
+	value := unix.NsecToTimeval(d.Nanoseconds())
+	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, option, &value); err != nil {
+		return fmt.Errorf("set the timeout of a socket: %w", err)
+	}
+	return nil
 }

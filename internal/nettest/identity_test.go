@@ -23,7 +23,7 @@ func TestIdentity(t *testing.T) {
 				var identity byte
 				err := client.Do(func() (err error) {
 					if network == nettest.UDP {
-						identity, err = c.Ask(at)
+						identity, _, err = c.Ask(at)
 					} else {
 						identity, _, err = c.Connect(at)
 					}

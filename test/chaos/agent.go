@@ -1,0 +1,155 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/netip"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"fairlead/bench/system"
+)
+
+// agent is Fairlead on the node. Its methods may be called concurrently. While it
+// is to run, it is started again when it ends by itself, as a kubelet does.
+type agent struct {
+	system   system.System
+	env      system.Environment
+	recorder *recorder
+
+	mu      sync.Mutex
+	process *system.Process // nil: it is not to run
+}
+
+// start starts the agent.
+func (a *agent) start(ctx context.Context) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.startLocked(ctx)
+}
+
+func (a *agent) startLocked(ctx context.Context) error {
+	running, err := a.system.Start(ctx, a.env)
+	if err != nil {
+		return err
+	}
+	process, ok := running.(*system.Process)
+	if !ok {
+		return fmt.Errorf("%s is a %T, not a process", a.system.Name(), running)
+	}
+	a.process = process
+	go a.watch(ctx, process)
+	return nil
+}
+
+// watch starts the agent again if the process ends by itself.
+func (a *agent) watch(ctx context.Context, process *system.Process) {
+	<-process.Done()
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.process != process || ctx.Err() != nil {
+		return
+	}
+	a.recorder.crashed()
+	_ = a.startLocked(ctx) // A failure shows as connections that fail, or stale endpoints.
+}
+
+// take returns the running process, which nobody starts again from now on.
+func (a *agent) take() *system.Process {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	process := a.process
+	a.process = nil
+	return process
+}
+
+// stop ends the agent with SIGTERM and waits for its end. It is no error if it does
+// not run.
+func (a *agent) stop() error {
+	process := a.take()
+	if process == nil {
+		return nil
+	}
+	return process.Stop()
+}
+
+// kill ends the agent with SIGKILL and waits for its end.
+func (a *agent) kill() error { return a.end(syscall.SIGKILL) }
+
+func (a *agent) end(signal syscall.Signal) error {
+	process := a.take()
+	if process == nil {
+		return nil
+	}
+	if err := syscall.Kill(process.PID(), signal); err != nil {
+		return fmt.Errorf("send %s to %s: %w", signal, a.system.Name(), err)
+	}
+	<-process.Done()
+	return nil
+}
+
+// signal sends a signal that does not end the process.
+func (a *agent) signal(signal syscall.Signal) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.process == nil {
+		return errors.New("the agent does not run")
+	}
+	if err := syscall.Kill(a.process.PID(), signal); err != nil {
+		return fmt.Errorf("send %s to %s: %w", signal, a.system.Name(), err)
+	}
+	return nil
+}
+
+// pid returns the process ID, or 0 if the agent is not to run.
+func (a *agent) pid() int {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.process == nil {
+		return 0
+	}
+	return a.process.PID()
+}
+
+// waitReady returns when /healthz of the node says that all is programmed.
+func (a *agent) waitReady(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
+	defer cancel()
+	at := netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), 10256)
+	for {
+		err := a.healthy(ctx, at)
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("%s is not ready: %w", a.system.Name(), err)
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
+
+func (a *agent) healthy(ctx context.Context, at netip.AddrPort) error {
+	conn, err := a.env.Namespace.Dial(ctx, "tcp", at)
+	if err != nil {
+		return err
+	}
+	defer conn.Close() //nolint:errcheck // the answer counts
+	_ = conn.SetDeadline(time.Now().Add(time.Second))
+	if _, err := fmt.Fprintf(conn, "GET /healthz HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n"); err != nil {
+		return fmt.Errorf("ask /healthz: %w", err)
+	}
+	var status [32]byte
+	n, err := conn.Read(status[:])
+	if err != nil {
+		return fmt.Errorf("ask /healthz: %w", err)
+	}
+	if answer := string(status[:n]); !strings.Contains(answer, fmt.Sprint(http.StatusOK)) {
+		return fmt.Errorf("/healthz answers %q", answer)
+	}
+	return nil
+}

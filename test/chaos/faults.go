@@ -1,0 +1,337 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"fairlead/bench/system"
+)
+
+// fault is a disturbance and what it may do to connections. New connections that
+// fail outside of a disturbance and open ones that break are never allowed.
+type fault struct {
+	name string
+	// stale is for how long a removed endpoint may get connections.
+	stale time.Duration
+	// disturbs says that the fault loses connections by its nature, see recorder.disturb.
+	disturbs bool
+	// ends says that the fault ends Fairlead in ways that only the agent's watch sees.
+	ends bool
+	// noChanges says that nothing can be written to the API.
+	noChanges bool
+	// needs returns why the fault can't be caused here, or "". Nil: it always can.
+	needs func(*testbed) string
+	// cause causes the fault again and again, until ctx is done.
+	cause func(*testbed, context.Context) error
+}
+
+func (f fault) unavailable(t *testbed) string {
+	if f.needs == nil {
+		return ""
+	}
+	return f.needs(t)
+}
+
+// What an endpoint may be late to go, for the reasons that there are: the change is
+// on its way on a busy machine; Fairlead starts again; it does not run.
+const (
+	onTheWay = 2 * time.Second
+	restart  = 5 * time.Second
+)
+
+// faults returns all faults, in the order in which they are caused.
+func faults() []fault {
+	return []fault{
+		{name: "none", stale: onTheWay, cause: func(*testbed, context.Context) error { return nil }},
+		{name: "kill -9", stale: restart, cause: every(2*time.Second, (*testbed).killAgent)},
+		{name: "restart", stale: restart, cause: every(2*time.Second, (*testbed).restartAgent)},
+		{name: "hang", stale: restart, cause: every(3*time.Second, (*testbed).hangAgent)},
+		{name: "second instance", stale: restart, cause: every(4*time.Second, (*testbed).runSecond)},
+		{name: "edits by hand", stale: onTheWay, needs: program("nft"), cause: (*testbed).editByHand},
+		{name: "table deleted", stale: restart, disturbs: true, needs: program("nft"), cause: every(3*time.Second, disturbedBy("delete table ip %[1]s; delete table ip6 %[1]s"))},
+		{name: "chain deleted", stale: restart, disturbs: true, needs: program("nft"), cause: every(3*time.Second, disturbedBy("flush chain ip %[1]s nat-prerouting; delete chain ip %[1]s nat-prerouting"))},
+		{name: "ruleset flushed", stale: restart, disturbs: true, needs: program("nft"), cause: every(3*time.Second, disturbedBy("flush ruleset"))},
+		{name: "ruleset flushed in a loop", stale: restart, disturbs: true, needs: program("nft"), cause: every(4*time.Second, (*testbed).flushInALoop)},
+		{name: "kube-proxy beside it", stale: 2 * restart, needs: (*testbed).needsKubeProxy, cause: (*testbed).runKubeProxy},
+		{name: "API server away", stale: onTheWay, cause: (*testbed).stopAPI},
+		{name: "restart while the API server is away", stale: restart, cause: (*testbed).restartWithoutAPI},
+		{name: "too little memory", stale: 2 * restart, ends: true, needs: needsMemoryLimit, cause: (*testbed).limitMemory},
+	}
+}
+
+// every returns a cause that does something again and again.
+func every(period time.Duration, do func(*testbed, context.Context) error) func(*testbed, context.Context) error {
+	return func(t *testbed, ctx context.Context) error {
+		for ctx.Err() == nil {
+			if err := do(t, ctx); err != nil && ctx.Err() == nil {
+				return err
+			}
+			pause(ctx, period)
+		}
+		return nil
+	}
+}
+
+// pause waits, or until ctx is done.
+func pause(ctx context.Context, d time.Duration) {
+	select {
+	case <-ctx.Done():
+	case <-time.After(d):
+	}
+}
+
+// outlast returns a context for what has to outlast the fault.
+func outlast(ctx context.Context) context.Context { return context.WithoutCancel(ctx) }
+
+func (t *testbed) killAgent(ctx context.Context) error {
+	if err := t.agent.kill(); err != nil {
+		return err
+	}
+	return t.agent.start(outlast(ctx))
+}
+
+func (t *testbed) restartAgent(ctx context.Context) error {
+	if err := t.agent.stop(); err != nil {
+		return err
+	}
+	return t.agent.start(outlast(ctx))
+}
+
+// hangAgent stops the agent's clock for a second, as on a node that swaps.
+func (t *testbed) hangAgent(ctx context.Context) error {
+	if err := t.agent.signal(syscall.SIGSTOP); err != nil {
+		return err
+	}
+	pause(ctx, time.Second)
+	return t.agent.signal(syscall.SIGCONT)
+}
+
+// runSecond runs the program a second time beside the first, which then ends in one
+// of two ways, as in a rolling update.
+func (t *testbed) runSecond(ctx context.Context) error {
+	if err := t.second.start(outlast(ctx)); err != nil {
+		return err
+	}
+	pause(ctx, 2*time.Second)
+	end := (*agent).kill
+	if t.second.pid()%2 == 0 {
+		end = (*agent).stop
+	}
+	if err := end(t.agent); err != nil {
+		return err
+	}
+	t.agent, t.second = t.second, t.agent
+	return nil
+}
+
+// table is the name of Fairlead's tables.
+func (t *testbed) table() string {
+	if t.options.mode == "ipvs" {
+		return "fairlead-ipvs"
+	}
+	return "fairlead"
+}
+
+// nft runs the nft program on the node with a script.
+func (t *testbed) nft(script string) error {
+	cmd := exec.Command("nft", "-f", "-") //nolint:noctx // it takes milliseconds
+	cmd.Stdin = strings.NewReader(strings.ReplaceAll(script, "; ", "\n") + "\n")
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	if err := t.net.Node.Do(cmd.Run); err != nil {
+		return fmt.Errorf("nft %s: %w: %s", script, err, strings.TrimSpace(out.String()))
+	}
+	return nil
+}
+
+// disturbedBy returns a step that runs an nft script, whose %[1]s is the table's name.
+func disturbedBy(script string) func(*testbed, context.Context) error {
+	return func(t *testbed, _ context.Context) error {
+		return t.recorder.disturb(func() error {
+			text := script
+			if strings.Contains(script, "%") {
+				text = fmt.Sprintf(script, t.table())
+			}
+			return t.nft(text)
+		})
+	}
+}
+
+func (t *testbed) flushInALoop(ctx context.Context) error {
+	return t.recorder.disturb(func() error {
+		for end := time.Now().Add(3 * time.Second); time.Now().Before(end) && ctx.Err() == nil; {
+			if err := t.nft("flush ruleset"); err != nil {
+				return err
+			}
+			pause(ctx, 10*time.Millisecond)
+		}
+		return nil
+	})
+}
+
+// handEdits are changes that a person may make to Fairlead's tables while looking
+// for a fault. None of them stops a connection.
+func handEdits() []string {
+	return []string{
+		"insert rule ip %[1]s filter-forward tcp dport { 80, 443 } counter",
+		"add rule ip %[1]s filter-forward tcp dport { 80, 443 } counter",
+		"insert rule ip %[1]s nat-prerouting meta nftrace set 1",
+		"add chain ip %[1]s mine; add rule ip %[1]s mine tcp dport { 1, 2, 3 } counter",
+		"add chain ip %[1]s mine; add rule ip %[1]s mine counter; insert rule ip %[1]s filter-forward jump mine",
+		"add chain ip %[1]s mine { type filter hook forward priority 10; policy accept; }; add rule ip %[1]s mine counter",
+		"add chain ip %[1]s mine; add map ip %[1]s jumps { type inet_service : verdict; elements = { 4242 : jump mine }; }; insert rule ip %[1]s filter-forward tcp dport vmap @jumps",
+		"add set ip %[1]s seen { type ipv4_addr; flags dynamic,timeout; size 1000; timeout 1m; }; insert rule ip %[1]s filter-forward update @seen { ip saddr }",
+		"add counter ip %[1]s mine; insert rule ip %[1]s filter-forward counter name mine",
+		"add chain ip %[1]s mine; add rule ip %[1]s mine tcp dport vmap { 4242 : return, 4243 : continue }",
+		"add set ip %[1]s ports { type inet_service; elements = { 4242 }; }; insert rule ip %[1]s filter-forward tcp dport @ports counter",
+		"insert rule ip %[1]s reject counter",
+	}
+}
+
+// editByHand makes one edit after the other.
+func (t *testbed) editByHand(ctx context.Context) error {
+	edits := handEdits()
+	for i := 0; ctx.Err() == nil; i++ {
+		for _, family := range []string{"ip", "ip6"} {
+			script := strings.ReplaceAll(fmt.Sprintf(edits[i%len(edits)], t.table()), " ip "+t.table(), " "+family+" "+t.table())
+			if family == "ip6" {
+				script = strings.NewReplacer("ip saddr", "ip6 saddr", "ipv4_addr", "ipv6_addr").Replace(script)
+			}
+			if err := t.nft(script); err != nil {
+				return err
+			}
+		}
+		pause(ctx, 300*time.Millisecond)
+	}
+	return nil
+}
+
+// program returns a check that a program is installed.
+func program(name string) func(*testbed) string {
+	return func(*testbed) string {
+		if _, err := exec.LookPath(name); err != nil {
+			return "the program " + name + " is not installed"
+		}
+		return ""
+	}
+}
+
+func (t *testbed) proxy() system.KubeProxy {
+	return system.KubeProxy{Binary: t.options.kubeProxy, Mode: "nftables", Args: t.networks()}
+}
+
+func (t *testbed) needsKubeProxy() string {
+	err := t.proxy().Check(context.Background(), t.net.Node.Namespace)
+	if e, ok := errors.AsType[*system.UnavailableError](err); ok {
+		return e.Reason
+	}
+	if err != nil {
+		return err.Error()
+	}
+	return ""
+}
+
+// runKubeProxy runs kube-proxy beside Fairlead, ends it without cleaning up, starts
+// Fairlead again, and then cleans up after kube-proxy.
+func (t *testbed) runKubeProxy(ctx context.Context) error {
+	third := t.options.time / 3
+	proxy := t.proxy()
+	// Fairlead has kube-proxy's ports for health and metrics.
+	proxy.Args = append(proxy.Args, "--healthz-bind-address=127.0.0.1:11256", "--metrics-bind-address=127.0.0.1:11249")
+	other := &agent{system: proxy, env: t.agent.env, recorder: &t.recorder}
+	if err := other.start(outlast(ctx)); err != nil {
+		return err
+	}
+	pause(ctx, third)
+	if err := errors.Join(other.kill(), t.restartAgent(ctx)); err != nil {
+		return err
+	}
+	pause(ctx, third)
+	cleanup := exec.Command(proxy.Binary, "--cleanup") //nolint:noctx // it takes a second
+	var out bytes.Buffer
+	cleanup.Stdout, cleanup.Stderr = &out, &out
+	if err := t.net.Node.Do(cleanup.Run); err != nil {
+		return fmt.Errorf("kube-proxy --cleanup: %w: %s", err, out.String())
+	}
+	return nil
+}
+
+// stopAPI stops the API server for half of the time.
+func (t *testbed) stopAPI(ctx context.Context) error {
+	if err := t.api.stop(); err != nil {
+		return err
+	}
+	pause(ctx, t.options.time/2)
+	return t.api.start(outlast(ctx))
+}
+
+func (t *testbed) restartWithoutAPI(ctx context.Context) error {
+	if err := t.api.stop(); err != nil {
+		return err
+	}
+	err := t.killAgent(ctx)
+	pause(ctx, t.options.time/2)
+	return errors.Join(err, t.api.start(outlast(ctx)))
+}
+
+// memoryGroup returns the folder of a new cgroup, and the file in it that limits
+// memory, of whichever version of cgroups has the controller.
+func memoryGroup() (dir, limit string, err error) {
+	if controllers, _ := os.ReadFile("/sys/fs/cgroup/cgroup.controllers"); bytes.Contains(controllers, []byte("memory")) {
+		dir, err = os.MkdirTemp("/sys/fs/cgroup", "fairlead-chaos-")
+		return dir, "memory.max", err
+	}
+	dir, err = os.MkdirTemp("/sys/fs/cgroup/memory", "fairlead-chaos-")
+	return dir, "memory.limit_in_bytes", err
+}
+
+func needsMemoryLimit(*testbed) string {
+	dir, limit, err := memoryGroup()
+	if err != nil {
+		return "no cgroup that limits memory can be made"
+	}
+	defer os.Remove(dir) //nolint:errcheck // nothing is in it
+	if _, err := os.Stat(filepath.Join(dir, limit)); err != nil {
+		return "the cgroup's memory cannot be limited"
+	}
+	return ""
+}
+
+// limitMemory gives the agent a third of the memory that it uses, and so kills it,
+// again and again.
+func (t *testbed) limitMemory(ctx context.Context) error {
+	dir, limit, err := memoryGroup()
+	if err != nil {
+		return fmt.Errorf("make a cgroup: %w", err)
+	}
+	defer os.Remove(dir) //nolint:errcheck // it is empty by then
+	usage, err := system.UsageOf(t.agent.pid())
+	if err != nil {
+		return err
+	}
+	write := func(name, value string) error {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(value), 0); err != nil {
+			return fmt.Errorf("limit memory: %w", err)
+		}
+		return nil
+	}
+	if err := write(limit, strconv.FormatInt(usage.Resident/3, 10)); err != nil {
+		return err
+	}
+	for ctx.Err() == nil {
+		// The process may have ended meanwhile; its successor is limited next time.
+		_ = write("cgroup.procs", strconv.Itoa(t.agent.pid()))
+		pause(ctx, 2*time.Second)
+	}
+	// What comes now has all memory.
+	return t.killAgent(outlast(ctx))
+}

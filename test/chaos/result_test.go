@@ -1,0 +1,110 @@
+package main
+
+import (
+	"errors"
+	"strings"
+	"testing"
+	"time"
+)
+
+// A connection counts as disturbed only if it overlaps the disturbance or the time
+// to settle after it.
+func TestDisturbance(t *testing.T) {
+	begin := time.Unix(1000, 0)
+	i := interval{begin: begin, end: begin.Add(time.Second)}
+	for name, test := range map[string]struct {
+		interval   interval
+		begin, end time.Duration
+		want       bool
+	}{
+		"before":           {i, -2 * time.Second, -time.Second, false},
+		"across":           {i, -time.Second, 3 * time.Second, true},
+		"within":           {i, 100 * time.Millisecond, 200 * time.Millisecond, true},
+		"while it settles": {i, time.Second + settleTime/2, 5 * time.Second, true},
+		"after":            {i, time.Second + settleTime + time.Millisecond, 5 * time.Second, false},
+		"it lasts":         {interval{begin: begin}, time.Hour, time.Hour, true},
+		"before it lasts":  {interval{begin: begin}, -time.Hour, -time.Second, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if got := test.interval.overlaps(begin.Add(test.begin), begin.Add(test.end)); got != test.want {
+				t.Errorf("overlaps is %t, want %t", got, test.want)
+			}
+		})
+	}
+}
+
+// Every kind of loss is noticed.
+func TestExceeded(t *testing.T) {
+	now := time.Now().Add(time.Second)
+	failure := errors.New("refused")
+	for name, test := range map[string]struct {
+		fault fault
+		do    func(*recorder)
+		want  string // part of the problem; empty if there is none
+	}{
+		"all is well":       {fault{}, func(*recorder) {}, ""},
+		"a failure":         {fault{}, func(r *recorder) { r.failed(now, now, failure) }, "1 of 2 connections failed"},
+		"a broken one":      {fault{}, func(r *recorder) { r.opened(1); r.broke(now, now, failure) }, "1 of 1 open connections broke"},
+		"a crash":           {fault{}, (*recorder).crashed, "ended by itself"},
+		"an expected crash": {fault{ends: true}, (*recorder).crashed, ""},
+		"stale":             {fault{stale: time.Second}, func(r *recorder) { r.connected(time.Now(), 0, 2*time.Second) }, "1s is allowed"},
+		"stale as allowed":  {fault{stale: time.Second}, func(r *recorder) { r.connected(time.Now(), 0, time.Second) }, ""},
+		"disturbed": {fault{disturbs: true}, func(r *recorder) {
+			_ = r.disturb(func() error { r.failed(time.Now(), time.Now(), failure); return nil })
+		}, ""},
+		"disturbed by what does not disturb": {fault{}, func(r *recorder) {
+			_ = r.disturb(func() error { r.failed(time.Now(), time.Now(), failure); return nil })
+		}, "disturbs none"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := &recorder{}
+			record := r.beginFault()
+			r.connected(time.Now(), 0, 0)
+			r.changed()
+			test.do(r)
+			got := strings.Join(test.fault.exceeded(r.resultOf(record)), "; ")
+			if (got == "") != (test.want == "") || !strings.Contains(got, test.want) {
+				t.Errorf("exceeded is %q, want %q", got, test.want)
+			}
+		})
+	}
+	if got := (fault{}).exceeded(result{}); len(got) != 2 {
+		t.Errorf("a result without connections and changes exceeds %q, want two problems", got)
+	}
+}
+
+func TestStaleness(t *testing.T) {
+	e := newEndpoints(2)
+	if err := e.change(0b01, func() error { return nil }); err != nil {
+		t.Fatal(err)
+	}
+	later := time.Now().Add(time.Minute)
+	if got := e.staleness(0, later); got != 0 {
+		t.Errorf("an endpoint is stale by %s", got)
+	}
+	if got := e.staleness(1, later); got < 50*time.Second || got > 2*time.Minute {
+		t.Errorf("a removed endpoint is stale by %s, want about a minute", got)
+	}
+	// As long as it is not known what was written, both sets are valid.
+	if err := e.change(0b10, func() error { return errors.New("the API server is away") }); err == nil {
+		t.Fatal("the error is lost")
+	}
+	if e.pods() != 0b11 || e.staleness(0, later) != 0 || e.staleness(1, later) != 0 {
+		t.Errorf("the endpoints are %b", e.pods())
+	}
+}
+
+// A connection that fails late counts for the fault during which it began.
+func TestFailureCountsForItsFault(t *testing.T) {
+	r := &recorder{}
+	first := r.beginFault()
+	begin := time.Now()
+	second := r.beginFault()
+	r.failed(begin, time.Now(), errors.New("no answer"))
+	if got := r.resultOf(first); got.failed != 1 || len(got.examples) != 1 {
+		t.Errorf("the first fault has %d failures", got.failed)
+	}
+	if got := r.resultOf(second); got.connections != 0 {
+		t.Errorf("the second fault has %d connections", got.connections)
+	}
+}
