@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"fairlead/dataplane"
+	"fairlead/internal/connlimit"
 	"fairlead/internal/conntrack"
 	"fairlead/internal/health"
 	"fairlead/internal/metrics"
@@ -103,6 +104,7 @@ type program struct {
 	syncer   *sync.Syncer
 	flows    *conntrack.Cleaner
 	relay    *relay.Relay
+	servers  servers
 	ports    *health.Ports
 	proxy    *health.Proxy
 	metrics  *metrics.Metrics
@@ -136,16 +138,18 @@ func (c config) build(log *slog.Logger) (*program, error) {
 	p.relay = relay.New(relay.Options{
 		MaxConnections: shares.relayConnections, MaxListeners: shares.relayListeners, Logger: log.With("component", "relay"),
 	})
+	p.servers = newServers(shares.serverConnections, log)
 	p.counters = c.mode.counters(log)
 	p.metrics = metrics.New(metrics.Options{
 		Version: version, Mode: string(c.mode), Status: p.syncer.Status, Relay: p.relay.Stats, Unserved: p.counters.unserved,
-		Standby: p.standby.onStandby, Waiting: p.standby.waiting,
+		Servers: p.servers.stats, Standby: p.standby.onStandby, Waiting: p.standby.waiting,
 	})
 	p.proxy = health.NewProxy(health.ProxyOptions{
 		Progress: p.join.progress, Eligible: p.join.eligible, Answered: p.metrics.Answered,
 	})
 	p.ports = health.NewPorts(health.PortsOptions{
-		Healthy: p.proxy.Healthy, Failed: p.join.healthCheckFailed, Logger: log.With("component", "health"),
+		Healthy: p.proxy.Healthy, Failed: p.join.healthCheckFailed, MaxListeners: shares.healthCheckListeners,
+		Limiter: p.servers.healthChecks, Logger: log.With("component", "health"),
 	})
 	p.flows = conntrack.New(conntrack.Options{Logger: log.With("component", "conntrack"), OnLook: p.join.looked})
 	p.join.syncer, p.join.flows, p.join.relay, p.join.ports, p.join.metrics = p.syncer, p.flows, p.relay, p.ports, p.metrics
@@ -202,8 +206,8 @@ func (p *program) run(ctx context.Context, c config, heap *startHeap) error {
 	active(p.relay.Run)
 	active(p.ports.Run)
 	active(p.join.events.Run)
-	p.serve(ctx, group, c, "healthz-bind-address", c.healthz, p.proxy.Handler())
-	p.serve(ctx, group, c, "metrics-bind-address", c.metrics, p.metricsHandler(c))
+	p.serve(ctx, group, c, "healthz-bind-address", c.healthz, p.proxy.Handler(), p.servers.healthz)
+	p.serve(ctx, group, c, "metrics-bind-address", c.metrics, p.metricsHandler(c), p.servers.metrics)
 	if p.reload != nil {
 		group.Go(func() error { return p.reload.run(ctx) })
 	}
@@ -231,13 +235,14 @@ func (c config) sourceName() string {
 
 // serve serves HTTP at an address, if there is one. On standby the other instance
 // mostly has the address, which is no reason to end.
-func (p *program) serve(ctx context.Context, group *errgroup.Group, c config, flag, address string, handler http.Handler) {
+func (p *program) serve(ctx context.Context, group *errgroup.Group, c config, flag, address string, handler http.Handler, limiter *connlimit.Limiter) {
 	if address == "" {
 		return
 	}
 	run := func(ctx context.Context) error {
 		err := health.Serve(ctx, health.ServeOptions{
-			Address: address, Handler: handler, HardFail: c.hardFail, Wake: p.standby.active, Logger: p.log.With("setting", flag),
+			Address: address, Handler: handler, HardFail: c.hardFail, Limiter: limiter, Wake: p.standby.active,
+			Logger: p.log.With("setting", flag),
 		})
 		if err != nil {
 			return fmt.Errorf("--%s: %w", flag, err)
@@ -296,7 +301,7 @@ func (c config) serveDNS(ctx context.Context, group *errgroup.Group, p *program)
 	if c.dnsListen == "" {
 		return nil, nil
 	}
-	server := dns.New(dns.Options{ClusterDomain: c.clusterDomain, Logger: p.log.With("component", "dns")})
+	server := dns.New(dns.Options{ClusterDomain: c.clusterDomain, Limiter: p.servers.dns, Logger: p.log.With("component", "dns")})
 	listen := func(ctx context.Context) (func(context.Context) error, error) {
 		sockets, err := dns.Listen(ctx, c.dnsListen)
 		if err != nil {

@@ -8,4 +8,7 @@
 //     Service with externalTrafficPolicy: Local asks whether this node has
 //     endpoints of it.
 //   - [Serve] is an HTTP server that keeps trying to listen.
+//
+// Servers bound the time and the size of requests, and package connlimit their
+// connections, so that no client keeps others from being answered.
 package health

@@ -15,6 +15,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"fairlead/internal/connlimit"
 )
 
 // Service names a Service.
@@ -41,6 +43,12 @@ type PortsOptions struct {
 	Failed func(service Service, port uint16, err error)
 	// Listen makes the sockets; nil means in this process's network namespace.
 	Listen ListenFunc
+	// MaxListeners limits the sockets that listen, one for each Service and address.
+	// Zero means no limit.
+	MaxListeners int
+	// Limiter bounds the connections of all Services together. Nil means one with
+	// defaults.
+	Limiter *connlimit.Limiter
 	// Logger gets a Warn for each failure. Nil means no logging.
 	Logger *slog.Logger
 }
@@ -66,6 +74,8 @@ type Ports struct {
 	servers map[Service]*server
 	failing map[Service]string // what was reported
 	serving sync.WaitGroup
+	// listeners is how many there are of all servers.
+	listeners int
 }
 
 // server answers for one Service.
@@ -91,6 +101,9 @@ func NewPorts(options PortsOptions) *Ports {
 	}
 	if options.Listen == nil {
 		options.Listen = listen
+	}
+	if options.Limiter == nil {
+		options.Limiter = connlimit.New(connlimit.Options{Server: "health-check node ports", Logger: options.Logger})
 	}
 	return &Ports{
 		options: options, wake: make(chan struct{}, 1), changes: map[Service]*Check{},
@@ -172,6 +185,7 @@ func (p *Ports) step(ctx context.Context, retry bool) {
 	for _, l := range ended {
 		if s := p.servers[l.service]; s == l.server && s.listeners[l.addr] == l {
 			delete(s.listeners, l.addr)
+			p.listeners--
 			open[l.service] = struct{}{}
 		}
 	}
@@ -197,6 +211,7 @@ func (p *Ports) step(ctx context.Context, retry bool) {
 			for addr, l := range s.listeners {
 				if !slices.Contains(p.wanted, addr) {
 					delete(s.listeners, addr)
+					p.listeners--
 					_ = l.Close()
 				}
 			}
@@ -221,6 +236,7 @@ func (p *Ports) close(service Service) {
 	for _, l := range s.listeners { // those that the server has not seen yet, too
 		_ = l.Close()
 	}
+	p.listeners -= len(s.listeners)
 	_ = s.http.Close()
 	delete(p.servers, service)
 	delete(p.failing, service)
@@ -238,6 +254,11 @@ func (p *Ports) open(ctx context.Context, service Service) error {
 		if addr.Is4() {
 			network = "tcp4"
 		}
+		if limit := p.options.MaxListeners; limit > 0 && p.listeners >= limit {
+			errs = append(errs, fmt.Errorf("%d sockets of health-check node ports are open, and no more are allowed: "+
+				"raise the limit of open files (RLIMIT_NOFILE)", p.listeners))
+			break
+		}
 		socket, err := p.options.Listen(ctx, network, netip.AddrPortFrom(addr, s.port).String())
 		switch {
 		case addr.IsUnspecified() && errors.Is(err, syscall.EAFNOSUPPORT):
@@ -246,8 +267,9 @@ func (p *Ports) open(ctx context.Context, service Service) error {
 			errs = append(errs, err)
 			continue
 		}
-		l := &listener{Listener: socket, service: service, server: s, addr: addr}
+		l := &listener{Listener: p.options.Limiter.Listener(socket), service: service, server: s, addr: addr}
 		s.listeners[addr] = l
+		p.listeners++
 		p.serving.Go(func() { p.serve(ctx, l) })
 	}
 	return errors.Join(errs...)
@@ -294,7 +316,7 @@ func (p *Ports) newServer(service Service, port uint16) *server {
 		}
 		w.Header().Set("X-Load-Balancing-Endpoint-Weight", strconv.FormatInt(endpoints, 10))
 		writeJSON(w, status, portBody(service, endpoints, healthy))
-	}))
+	}), p.options.Logger)
 	return s
 }
 

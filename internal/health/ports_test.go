@@ -13,6 +13,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
@@ -326,4 +327,61 @@ func TestServeEndsWhileItWaits(t *testing.T) {
 	if err := health.Serve(ctx, health.ServeOptions{Address: "x", Listen: listen}); err != nil {
 		t.Errorf("error %v, want none", err)
 	}
+}
+
+// Sockets of health-check node ports leave file descriptors for other parts of the
+// program; what is beyond the limit is reported, and opened when there is room.
+func TestMaxListeners(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var open atomic.Int64
+		var failed []string
+		ports := health.NewPorts(health.PortsOptions{
+			Healthy: func() bool { return true }, MaxListeners: 3,
+			Failed: func(service health.Service, _ uint16, err error) {
+				failed = append(failed, service.Name+" "+err.Error())
+			},
+			Listen: func(context.Context, string, string) (net.Listener, error) {
+				open.Add(1)
+				l := newSilent()
+				inner := l.close
+				l.close = sync.OnceFunc(func() { open.Add(-1); inner() })
+				return l, nil
+			},
+		})
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { done <- ports.Run(ctx) }()
+		step := func(want int64, wantFailed int) {
+			t.Helper()
+			time.Sleep(2 * health.RetryPeriod)
+			if got := open.Load(); got != want || len(failed) != wantFailed {
+				t.Errorf("%d sockets, want %d; failures %q, want %d", got, want, failed, wantFailed)
+			}
+		}
+		service := func(name string) health.Service { return health.Service{Namespace: "shop", Name: name} }
+		addrs := []netip.Addr{netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("192.0.2.2")}
+		ports.SetAddrs(addrs)
+		ports.Set(map[health.Service]*health.Check{service("a"): {Port: 30100}})
+		step(2, 0)
+		ports.Set(map[health.Service]*health.Check{service("b"): {Port: 30101}})
+		step(3, 1)
+		if len(failed) > 0 && (!strings.HasPrefix(failed[0], "b ") || !strings.Contains(failed[0], "RLIMIT_NOFILE")) {
+			t.Errorf("failure %q", failed[0])
+		}
+		ports.Set(map[health.Service]*health.Check{service("a"): nil})
+		step(2, 1)
+		ports.Set(map[health.Service]*health.Check{service("c"): {Port: 30102}})
+		step(3, 2)
+		ports.SetAddrs(addrs[:1])
+		step(2, 2)
+		ports.SetAddrs(nil)
+		step(0, 2)
+		ports.SetAddrs(addrs[1:])
+		step(2, 2)
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
 }

@@ -8,22 +8,35 @@ import (
 	"net"
 	"net/http"
 	"time"
+
+	"fairlead/internal/connlimit"
 )
 
 // RetryPeriod is the time between attempts to listen, as kube-proxy has it.
 const RetryPeriod = 5 * time.Second
 
-// Connections that say nothing must not pile up.
+// Connections that say nothing, and clients that read nothing, must not pile up.
 const (
-	// readTimeout bounds how long a client may take to send a request.
-	readTimeout = 30 * time.Second
+	// readHeaderTimeout bounds how long a client may take to send the header of a
+	// request, and readTimeout the whole of it.
+	readHeaderTimeout = 10 * time.Second
+	readTimeout       = 30 * time.Second
+	// writeTimeout bounds how long a client may take to read the answer. Profiles
+	// of net/http/pprof add their duration to it.
+	writeTimeout = 30 * time.Second
+	// maxHeader is the size of a header in bytes, to which net/http adds 4096: room
+	// for the token of a monitoring system.
+	maxHeader = 16 << 10
 	// idleTimeout bounds how long it may take until its next request, if there
 	// is one: longer than most intervals between scrapes and probes.
 	idleTimeout = 2 * time.Minute
 )
 
-func newServer(handler http.Handler) *http.Server {
-	return &http.Server{Handler: handler, ReadHeaderTimeout: readTimeout, ReadTimeout: readTimeout, IdleTimeout: idleTimeout}
+func newServer(handler http.Handler, logger *slog.Logger) *http.Server {
+	return &http.Server{
+		Handler: handler, ReadHeaderTimeout: readHeaderTimeout, ReadTimeout: readTimeout, WriteTimeout: writeTimeout,
+		IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeader, ErrorLog: newErrorLog(logger),
+	}
 }
 
 // ListenFunc is [net.ListenConfig.Listen].
@@ -48,6 +61,8 @@ type ServeOptions struct {
 	Wake <-chan struct{}
 	// Listen makes the socket; nil means in this process's network namespace.
 	Listen ListenFunc
+	// Limiter bounds the connections. Nil means one of its own, with defaults.
+	Limiter *connlimit.Limiter
 	// Logger, if nil, gets nothing.
 	Logger *slog.Logger
 }
@@ -61,6 +76,10 @@ func Serve(ctx context.Context, options ServeOptions) error {
 	}
 	if options.Listen == nil {
 		options.Listen = listen
+	}
+	options.Logger = log
+	if options.Limiter == nil {
+		options.Limiter = connlimit.New(connlimit.Options{Server: options.Address, Logger: log})
 	}
 	warned := ""
 	for {
@@ -90,7 +109,8 @@ func serve(ctx context.Context, options ServeOptions) error {
 	if err != nil {
 		return fmt.Errorf("listen on %s: %w", options.Address, err)
 	}
-	server := newServer(options.Handler)
+	l = options.Limiter.Listener(l)
+	server := newServer(options.Handler, options.Logger)
 	stop := context.AfterFunc(ctx, func() { _ = server.Close() })
 	defer stop()
 	if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {

@@ -37,8 +37,8 @@ func TestServeLeavesSilentClients(t *testing.T) {
 		name, request string
 		want          time.Duration
 	}{
-		{"nothing", "", 30 * time.Second},
-		{"half a header", "GET / HTTP/1.1\r\nHost:", 30 * time.Second},
+		{"nothing", "", 10 * time.Second},
+		{"half a header", "GET / HTTP/1.1\r\nHost:", 10 * time.Second},
 		{"half a body", "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nhalf", 30 * time.Second},
 		{"a whole request, and no other", "GET / HTTP/1.1\r\nHost: x\r\n\r\n", 2 * time.Minute},
 	} {

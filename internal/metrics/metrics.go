@@ -19,6 +19,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"fairlead/dataplane"
+	"fairlead/internal/connlimit"
 	"fairlead/internal/relay"
 	"fairlead/sync"
 )
@@ -32,6 +33,9 @@ type Options struct {
 	// Relay is asked for each family at each scrape, as [relay.Relay.Stats], and
 	// must not block. Nil means that there is no relay.
 	Relay func(dataplane.Family) relay.Stats
+	// Servers is asked at each scrape for the connections of servers by name, and
+	// must not block. Nil means that there are none.
+	Servers func() map[string]connlimit.Stats
 	// Unserved is asked at each scrape for what the kernel did not serve since it
 	// began to count, and may be asked from several goroutines. Its metrics are
 	// left out of a scrape when it fails, which is its own to report. Nil means
@@ -129,6 +133,9 @@ func New(options Options) *Metrics {
 		m.registry.MustRegister(newRelayed(options.Relay))
 	}
 	m.addInstances(options)
+	if options.Servers != nil {
+		m.registry.MustRegister(newServers(options.Servers))
+	}
 	if options.Unserved != nil {
 		m.registry.MustRegister(newUnserved(options.Unserved))
 	}

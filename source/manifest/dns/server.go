@@ -19,6 +19,7 @@ import (
 	discoveryv1 "k8s.io/api/discovery/v1"
 	"k8s.io/apimachinery/pkg/types"
 
+	"fairlead/internal/connlimit"
 	"fairlead/kube"
 )
 
@@ -33,9 +34,16 @@ type Options struct {
 	// TTL is how long clients may remember an answer, in whole seconds; 5 s
 	// unless set.
 	TTL time.Duration
+	// Limiter bounds the connections over TCP. Nil means one with defaults.
+	Limiter *connlimit.Limiter
 	// Logger gets what goes wrong. Without one nothing is logged.
 	Logger *slog.Logger
 }
+
+// WriteTimeout is how long a client over TCP may take to read an answer, for
+// [connlimit.Options]. How long it may take to send a query has package
+// github.com/miekg/dns: 2 s for the first, and 8 s for others.
+const WriteTimeout = 2 * time.Second
 
 const (
 	defaultClusterDomain = "cluster.local"
@@ -49,6 +57,7 @@ type Server struct {
 	domainLabels []string // of domain
 	namespace    string
 	ttl          uint32
+	limiter      *connlimit.Limiter
 	logger       *slog.Logger
 
 	mu sync.RWMutex // for all below
@@ -75,7 +84,12 @@ func New(o Options) *Server {
 	if logger == nil {
 		logger = slog.New(slog.DiscardHandler)
 	}
+	limiter := o.Limiter
+	if limiter == nil {
+		limiter = connlimit.New(connlimit.Options{Server: "dns", WriteTimeout: WriteTimeout, Logger: logger})
+	}
 	return &Server{
+		limiter:      limiter,
 		domain:       domain,
 		domainLabels: labelsOf(domain),
 		namespace:    cmp.Or(o.DefaultNamespace, defaultNamespace),
@@ -247,7 +261,7 @@ func (s *Server) Serve(ctx context.Context, sockets ...*Sockets) error {
 	group, ctx := errgroup.WithContext(ctx)
 	for _, socket := range sockets {
 		s.serve(ctx, group, "udp "+socket.Addr(), &dns.Server{PacketConn: socket.UDP})
-		s.serve(ctx, group, "tcp "+socket.Addr(), &dns.Server{Listener: socket.TCP})
+		s.serve(ctx, group, "tcp "+socket.Addr(), &dns.Server{Listener: s.limiter.Listener(socket.TCP)})
 	}
 	// Without sockets there is still the context to wait for.
 	group.Go(func() error {
@@ -266,6 +280,7 @@ func (s *Server) serve(ctx context.Context, group *errgroup.Group, where string,
 	server.NotifyStartedFunc = func() { close(started) }
 	server.Handler = s
 	server.UDPSize = maxUDPQuery
+	server.DecorateReader = func(r dns.Reader) dns.Reader { return patientReader{r} }
 	group.Go(func() error {
 		defer close(ended)
 		// An error after the end of the context is that of the closed socket.
@@ -288,6 +303,21 @@ func (s *Server) serve(ctx context.Context, group *errgroup.Group, where string,
 		}
 		return nil
 	})
+}
+
+// patientReader reads again after errors that pass, which would end the server.
+type patientReader struct{ dns.Reader }
+
+// ReadUDP implements [dns.Reader].
+func (r patientReader) ReadUDP(conn *net.UDPConn, timeout time.Duration) ([]byte, *dns.SessionUDP, error) {
+	const pause = 10 * time.Millisecond
+	for {
+		query, session, err := r.Reader.ReadUDP(conn, timeout)
+		if err == nil || !connlimit.IsTransient(err) {
+			return query, session, err //nolint:wrapcheck // as the server of the package has it
+		}
+		time.Sleep(pause)
+	}
 }
 
 const (

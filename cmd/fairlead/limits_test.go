@@ -1,0 +1,211 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"net/netip"
+	"os"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/miekg/dns"
+	"golang.org/x/sys/unix"
+
+	"fairlead/internal/nettest"
+)
+
+// halfSent opens connections from a host that send part of a request, and holds
+// them until the test ends. The program may close them.
+func (n *node) halfSent(count int, host *nettest.Host, addr netip.AddrPort, part string) {
+	n.t.Helper()
+	for range count {
+		ctx, cancel := context.WithTimeout(n.t.Context(), attempt)
+		conn, err := host.Dial(ctx, "tcp", addr)
+		cancel()
+		if err != nil {
+			continue // a server that takes no more: then others are not answered either
+		}
+		n.t.Cleanup(func() { _ = conn.Close() })
+		_, _ = conn.Write([]byte(part)) // it may be closed already
+	}
+}
+
+// limitFiles sets how many files the running program may have open.
+func (n *node) limitFiles(files uint64) {
+	n.t.Helper()
+	pid := n.program.cmd.Process.Pid
+	var limit unix.Rlimit
+	if err := unix.Prlimit(pid, unix.RLIMIT_NOFILE, nil, &limit); err != nil {
+		n.t.Fatal(err)
+	}
+	limit.Cur = files
+	if err := unix.Prlimit(pid, unix.RLIMIT_NOFILE, &limit, nil); err != nil {
+		n.t.Fatal(err)
+	}
+}
+
+// askOverTCP asks the program for the name of the Service backend.
+func (n *node) askOverTCP() error {
+	ctx, cancel := context.WithTimeout(n.t.Context(), patience)
+	defer cancel()
+	conn, err := n.client.Dial(ctx, "tcp", n.dnsAddress())
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	if err := conn.SetDeadline(time.Now().Add(patience)); err != nil {
+		return err
+	}
+	c := &dns.Conn{Conn: conn}
+	query := new(dns.Msg).SetQuestion("backend.default.svc.cluster.local.", dns.TypeA)
+	if err := c.WriteMsg(query); err != nil {
+		return err
+	}
+	reply, err := c.ReadMsg()
+	if err == nil && len(reply.Answer) == 0 {
+		err = fmt.Errorf("no answer in %s", reply)
+	}
+	return err
+}
+
+// A pod that holds thousands of half-sent requests keeps nobody from being
+// answered: neither the kubelet nor load balancers, from any address, its own
+// included, and at no other server.
+func TestHalfSentRequests(t *testing.T) {
+	t.Parallel()
+	n := newNode(t, "a")
+	n.put("backend.yaml", serviceOfBalancer(32000))
+	n.putPods("backend", "a")
+	n.run()
+	health, check, metrics := netip.AddrPortFrom(n.Node.IPv4, 10256), netip.AddrPortFrom(n.Node.IPv4, 32000), "127.0.0.1:10249"
+	n.awaitGet(n.Node, metrics, "/metrics", http.StatusOK, "fairlead_server_connections_limit{server=\"healthz\"} 256\n")
+	n.limitFiles(1024)
+	const part = "GET /livez HTTP/1.1\r\nHost:"
+	n.halfSent(2000, n.Outside, health, part)
+	n.halfSent(500, n.Outside, check, part)
+	n.halfSent(500, n.Outside, n.dnsAddress(), "\x00")
+	n.halfSent(500, n.Node, netip.MustParseAddrPort(metrics), part)
+	n.halfSent(500, n.Node, health, part)
+	for _, from := range []*nettest.Host{n.Outside, n.client, n.Node} {
+		n.awaitGet(from, health.String(), "/livez", http.StatusOK, `"healthy":true`)
+		n.awaitGet(from, check.String(), "/", http.StatusOK, `"localEndpoints": 1`)
+	}
+	n.awaitGet(n.Node, "127.0.0.1:10256", "/livez", http.StatusOK, `"healthy":true`)
+	if err := n.askOverTCP(); err != nil {
+		t.Errorf("DNS over TCP: %v", err)
+	}
+	if got, err := n.lookup("ip4", "backend"); err != nil || len(got) != 1 {
+		t.Errorf("DNS: %v, error %v", got, err)
+	}
+	_, body, err := get(t.Context(), n.Node, metrics, "/metrics")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(body) {
+		text, ok := strings.CutPrefix(line, "fairlead_server_connections{")
+		if !ok {
+			continue
+		}
+		server, value, _ := strings.Cut(strings.TrimSpace(text), "} ")
+		if open, err := strconv.Atoi(value); err != nil || open > 200 { // two clients at most, or one of health-check node ports
+			t.Errorf("%s has %s connections", server, value)
+		}
+	}
+	n.program.await(func(r record) bool {
+		return r.Level == "WARN" && strings.Contains(r.Msg, "closed to make room") && strings.Contains(r.Reason, "one client")
+	})
+	if got := len(n.program.log.records()); got > 100 {
+		t.Errorf("the log has %d lines", got)
+	}
+}
+
+// Without file descriptors left, probes are answered, nothing spins, and all is
+// answered again when there are some.
+func TestNoDescriptorsLeft(t *testing.T) {
+	t.Parallel()
+	n := newNode(t, "a")
+	n.put("backend.yaml", serviceYAML("backend", 10, 80))
+	n.putPods("backend", "a")
+	n.run()
+	metrics := netip.MustParseAddrPort("127.0.0.1:10249")
+	n.awaitGet(n.Outside, n.on(n.Node.IPv4, 10256), "/livez", http.StatusOK, "")
+	if err := n.askOverTCP(); err != nil {
+		t.Fatal(err)
+	}
+	// Connections take the numbers that are free below those of the reserve, so
+	// that the limit leaves none.
+	eventually(t, func() error {
+		folder := fmt.Sprintf("/proc/%d/fd", n.program.cmd.Process.Pid)
+		free, reserve := 0, 0
+		for fd := range 1024 {
+			target, err := os.Readlink(fmt.Sprintf("%s/%d", folder, fd))
+			switch {
+			case err == nil && target == "anon_inode:[eventfd]":
+				reserve = fd
+			case err != nil && free == 0:
+				free = fd
+			}
+		}
+		if free < reserve {
+			n.halfSent(1, n.Node, metrics, "G")
+			return fmt.Errorf("descriptor %d is free, and the last of the reserve is %d", free, reserve)
+		}
+		n.limitFiles(uint64(free)) //nolint:gosec // positive
+		return nil
+	})
+	probe := func() {
+		t.Helper()
+		for _, from := range []*nettest.Host{n.Outside, n.client, n.Node} {
+			n.awaitGet(from, n.on(n.Node.IPv4, 10256), "/livez", http.StatusOK, `"healthy":true`)
+		}
+	}
+	probe()
+	n.halfSent(20, n.Outside, netip.AddrPortFrom(n.Node.IPv4, 10256), "GET /") // which takes the reserve
+	probe()
+	if got, err := n.lookup("ip4", "backend"); err != nil || len(got) != 1 {
+		t.Errorf("DNS over UDP: %v, error %v", got, err)
+	}
+	// A client over TCP waits, and uses no processor meanwhile.
+	answered := make(chan error, 1)
+	go func() { answered <- n.askOverTCP() }()
+	before := n.processorTime()
+	time.Sleep(2 * time.Second)
+	if used := n.processorTime() - before; used > time.Second {
+		t.Errorf("%s of processor time while a client of DNS waits", used)
+	}
+	n.limitFiles(1024)
+	if err := <-answered; err != nil {
+		t.Errorf("DNS over TCP, when there are descriptors again: %v", err)
+	}
+	probe()
+	n.awaitGet(n.Node, metrics.String(), "/metrics", http.StatusOK, "fairlead_server_connections")
+	select {
+	case <-n.program.ended:
+		t.Error("the program has ended")
+	default:
+	}
+}
+
+// processorTime returns what the program has used so far.
+func (n *node) processorTime() time.Duration {
+	n.t.Helper()
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", n.program.cmd.Process.Pid))
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(string(stat), ") ")
+	fields := strings.Fields(rest)
+	var ticks int
+	for _, field := range fields[11:13] { // utime and stime of proc(5)
+		t, err := strconv.Atoi(field)
+		if err != nil {
+			n.t.Fatal(err)
+		}
+		ticks += t
+	}
+	const tick = 10 * time.Millisecond
+	return time.Duration(ticks) * tick
+}

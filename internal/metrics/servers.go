@@ -1,0 +1,48 @@
+package metrics
+
+import (
+	"github.com/prometheus/client_golang/prometheus"
+
+	"fairlead/internal/connlimit"
+)
+
+// servers collects the connections of the program's servers.
+type servers struct {
+	stats func() map[string]connlimit.Stats
+
+	open, limit, displaced *prometheus.Desc
+}
+
+var _ prometheus.Collector = (*servers)(nil)
+
+func newServers(stats func() map[string]connlimit.Stats) *servers {
+	server := []string{"server"}
+	return &servers{
+		stats: stats,
+		open:  prometheus.NewDesc("fairlead_server_connections", "Connections that a server has now.", server, nil),
+		limit: prometheus.NewDesc("fairlead_server_connections_limit", "Maximum number of connections of a server.", server, nil),
+		displaced: prometheus.NewDesc("fairlead_server_connections_displaced_total",
+			"Connections that a server closed to make room for others, by reason: client_limit if one client had too many, "+
+				"limit if the server had, descriptors if the process had too many open files.", []string{"server", "reason"}, nil),
+	}
+}
+
+// Describe implements [prometheus.Collector].
+func (s *servers) Describe(ch chan<- *prometheus.Desc) {
+	for _, desc := range []*prometheus.Desc{s.open, s.limit, s.displaced} {
+		ch <- desc
+	}
+}
+
+// Collect implements [prometheus.Collector].
+func (s *servers) Collect(ch chan<- prometheus.Metric) {
+	for name, stats := range s.stats() {
+		ch <- prometheus.MustNewConstMetric(s.open, prometheus.GaugeValue, float64(stats.Open), name)
+		ch <- prometheus.MustNewConstMetric(s.limit, prometheus.GaugeValue, float64(stats.Limit), name)
+		for reason, count := range map[string]uint64{
+			"client_limit": stats.DisplacedByClient, "limit": stats.DisplacedByLimit, "descriptors": stats.DisplacedByDescriptors,
+		} {
+			ch <- prometheus.MustNewConstMetric(s.displaced, prometheus.CounterValue, float64(count), name, reason)
+		}
+	}
+}
