@@ -4,9 +4,9 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
-	"strings"
 
 	discoveryv1 "k8s.io/api/discovery/v1"
+	netutils "k8s.io/utils/net"
 
 	"fairlead/dataplane"
 )
@@ -60,18 +60,18 @@ const (
 	errMulticast   addrError = "is a multicast address"
 )
 
-// parseAddr reads an IP address as old API servers accepted it: leading zeros
-// in IPv4 octets are decimal, and an IPv4-mapped IPv6 address is the IPv4 one. The error completes a sentence that begins with
-// the text.
+// parseAddr reads an IP address as old API servers and kube-proxy accept it:
+// leading zeros in IPv4 octets are decimal, and an IPv4-mapped IPv6 address is
+// the IPv4 one. The error completes a sentence that begins with the text.
 func parseAddr(text string) (netip.Addr, error) {
 	addr, err := netip.ParseAddr(text)
 	if err != nil {
-		addr, err = netip.ParseAddr(withoutLeadingZeros(text))
+		var ok bool
+		if addr, ok = netip.AddrFromSlice(netutils.ParseIPSloppy(text)); !ok {
+			return netip.Addr{}, errNotIP
+		}
 	}
-	switch {
-	case err != nil:
-		return netip.Addr{}, errNotIP
-	case addr.Zone() != "":
+	if addr.Zone() != "" {
 		return netip.Addr{}, errZone
 	}
 	if addr = addr.Unmap(); addr.IsUnspecified() {
@@ -80,19 +80,20 @@ func parseAddr(text string) (netip.Addr, error) {
 	return addr, nil
 }
 
-// parseNetwork reads a network as old API servers accepted it: with host bits,
-// which are cleared, leading zeros in IPv4 octets, and IPv4-mapped IPv6 networks,
-// which are IPv4 ones unless they hold more than these. The error completes a
-// sentence that begins with the text.
+// parseNetwork reads a network as old API servers and kube-proxy accept it: with
+// host bits, which are cleared, with leading zeros in IPv4 octets and in the
+// prefix length, and IPv4-mapped IPv6 networks, which are IPv4 ones unless they
+// hold more than these. The error completes a sentence that begins with the text.
 func parseNetwork(text string) (netip.Prefix, error) {
 	prefix, err := netip.ParsePrefix(text)
 	if err != nil {
-		if addr, bits, ok := strings.Cut(text, "/"); ok {
-			prefix, err = netip.ParsePrefix(withoutLeadingZeros(addr) + "/" + bits)
+		_, network, err := netutils.ParseCIDRSloppy(text)
+		if err != nil {
+			return netip.Prefix{}, errNotNetwork
 		}
-	}
-	if err != nil {
-		return netip.Prefix{}, errNotNetwork
+		addr, _ := netip.AddrFromSlice(network.IP)
+		bits, _ := network.Mask.Size()
+		prefix = netip.PrefixFrom(addr, bits)
 	}
 	if addr := prefix.Addr(); addr.Is4In6() {
 		const mapped = 128 - 32
@@ -101,21 +102,6 @@ func parseNetwork(text string) (netip.Prefix, error) {
 		}
 	}
 	return prefix.Masked(), nil
-}
-
-func withoutLeadingZeros(text string) string {
-	octets := strings.Split(text, ".")
-	if len(octets) != 4 {
-		return text
-	}
-	for i, octet := range octets {
-		if trimmed := strings.TrimLeft(octet, "0"); trimmed != "" {
-			octets[i] = trimmed
-		} else if octet != "" {
-			octets[i] = "0"
-		}
-	}
-	return strings.Join(octets, ".")
 }
 
 // ordinary refuses what the API server refuses in an EndpointSlice and in

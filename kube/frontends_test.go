@@ -171,6 +171,15 @@ func TestFrontends(t *testing.T) {
 			},
 		},
 		{
+			name:     "leading zeros are decimal in every address",
+			services: one(newService("web", "010.096.000.001", ingress("192.0.2.08"), externalIPs("192.0.02.9"))),
+			want: want{
+				cluster:  "10.96.0.1:80/TCP ->",
+				external: "192.0.2.9:80/TCP ->, masquerade always",
+				balancer: "192.0.2.8:80/TCP ->, masquerade always",
+			},
+		},
+		{
 			name:     "a node port that cannot be is left out and reported",
 			services: one(newService("web", "10.96.0.1", nodePorts(70000))),
 			want:     want{cluster: "10.96.0.1:80/TCP ->"},

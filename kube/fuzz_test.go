@@ -1,6 +1,7 @@
 package kube
 
 import (
+	"cmp"
 	"net"
 	"net/netip"
 	"strings"
@@ -87,12 +88,26 @@ func FuzzSourceRanges(f *testing.F) {
 	})
 }
 
+// withoutZeros removes leading zeros from the octets and the prefix length of an
+// IPv4 network.
 func withoutZeros(text string) string {
 	addr, bits, ok := strings.Cut(text, "/")
 	if !ok {
 		return text
 	}
-	return withoutLeadingZeros(addr) + "/" + bits
+	decimal := func(text string) string {
+		if text == "" {
+			return ""
+		}
+		return cmp.Or(strings.TrimLeft(text, "0"), "0")
+	}
+	octets := strings.Split(addr, ".")
+	for i := range octets {
+		if len(octets) == 4 {
+			octets[i] = decimal(octets[i])
+		}
+	}
+	return strings.Join(octets, ".") + "/" + decimal(bits)
 }
 
 func FuzzParseNodePortAddresses(f *testing.F) {

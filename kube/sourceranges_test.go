@@ -46,6 +46,14 @@ func TestSourceRanges(t *testing.T) {
 		{name: "a range of everything lets in everyone of its family", services: web("10.0.0.0/8", "0.0.0.0/0", "2001:db8:1::/48"), want: from("", "2001:db8:1::/48")},
 		{name: "leading zeros are decimal, as in all old fields", services: web("010.0.0.0/8"), want: from("10.0.0.0/8", "")},
 		{
+			name: "the same in prefix lengths", services: web("203.0.113.000/025", "2001:db8:1::/048", "010.1.0.0/0016"),
+			want: from("10.1.0.0/16 203.0.113.0/25", "2001:db8:1::/48"),
+		},
+		{
+			name: "a sign or a space is no digit", services: web("203.0.113.0/+25", "10.0.0.0/8"),
+			want: from("10.0.0.0/8", ""), problems: []string{problem("0", `"203.0.113.0/+25" is not a network`)},
+		},
+		{
 			name: "beside one that cannot be read the others go on to filter", services: web("10.0.0.0/8", "192.0.2.0/33"),
 			want: from("10.0.0.0/8", ""), problems: []string{problem("1", `"192.0.2.0/33" is not a network`)},
 		},
