@@ -39,6 +39,11 @@ type Node struct {
 	// them have no effect.
 	NodePortAddrs []netip.Addr
 
+	// NodePortNetworks are networks of which every address is one of this node's,
+	// by a local route, and on which these frontends answer, too. Loopback
+	// addresses in them have no effect.
+	NodePortNetworks []netip.Prefix
+
 	// LocalhostNodePorts says that something on this node listens on the node
 	// ports of TCP at loopback addresses, so that connections to these are left
 	// alone. All others to a node port at a loopback address are rejected: those
@@ -69,6 +74,7 @@ func (n Node) Equal(o Node) bool {
 		n.MasqueradeAll == o.MasqueradeAll &&
 		slices.Equal(n.Addrs, o.Addrs) &&
 		slices.Equal(n.NodePortAddrs, o.NodePortAddrs) &&
+		slices.Equal(n.NodePortNetworks, o.NodePortNetworks) &&
 		n.LocalhostNodePorts == o.LocalhostNodePorts &&
 		n.ProtectLoopback == o.ProtectLoopback &&
 		n.PingServiceIPs == o.PingServiceIPs &&

@@ -181,8 +181,8 @@ type Service struct {
 	// Serving are the endpoints to which no new connection goes and which still
 	// serve those that they have: pods that terminate, and pods that a traffic
 	// policy or a topology hint leaves out. They are sorted and unique. They are
-	// there for UDP only, where a flow to an endpoint that is neither here nor
-	// in the Treatment is to be forgotten, so that its client moves on; a
+	// there for UDP and SCTP only, where a flow to an endpoint that is neither here
+	// nor in the Treatment is to be forgotten, so that its client moves on; a
 	// kernel treats new connections alike whatever this says, and a Dataplane
 	// has nothing to write where only this changes. Set it with
 	// [Service.WithServing].
@@ -234,8 +234,8 @@ func (s *Service) validateServing() error {
 		}
 	}
 	for _, f := range s.Frontends {
-		if len(s.Serving) > 0 && f.Protocol != UDP {
-			return fmt.Errorf("frontend %s: want UDP where endpoints are listed that serve without new connections", f)
+		if len(s.Serving) > 0 && f.Protocol == TCP {
+			return fmt.Errorf("frontend %s: want UDP or SCTP where endpoints are listed that serve without new connections", f)
 		}
 	}
 	return nil

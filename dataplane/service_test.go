@@ -44,7 +44,7 @@ func TestEveryFieldIsReviewed(t *testing.T) {
 		{dataplane.Frontend{}, []string{"Protocol", "Addr"}},
 		{dataplane.Endpoint{}, []string{"Addr", "Local"}},
 		{dataplane.Node{}, []string{
-			"PodCIDRs", "PodInterface", "PodInterfacePrefix", "LocalPodCIDRs", "MasqueradeAll", "Addrs", "NodePortAddrs",
+			"PodCIDRs", "PodInterface", "PodInterfacePrefix", "LocalPodCIDRs", "MasqueradeAll", "Addrs", "NodePortAddrs", "NodePortNetworks",
 			"LocalhostNodePorts", "ProtectLoopback", "PingServiceIPs", "ServiceCIDRs",
 		}},
 		{dataplane.Binding{}, []string{"Service", "Treatment"}},
@@ -427,7 +427,6 @@ func TestWithServing(t *testing.T) {
 		want     string
 	}{
 		"TCP":                     {dataplane.TCP, "10.0.0.2:53", "want UDP"},
-		"SCTP":                    {dataplane.SCTP, "10.0.0.2:53", "want UDP"},
 		"of another family":       {dataplane.UDP, "[fd00::1]:53", "endpoint [fd00::1]:53: not of the Service's family"},
 		"without a port":          {dataplane.UDP, "10.0.0.2:0", "endpoint 10.0.0.2:0: port 0"},
 		"the unspecified address": {dataplane.UDP, "0.0.0.0:53", "no pod's"},
@@ -439,5 +438,8 @@ func TestWithServing(t *testing.T) {
 	}
 	if _, err := newService(dataplane.TCP).WithServing(nil); err != nil {
 		t.Errorf("none for TCP: %v", err)
+	}
+	if _, err := newService(dataplane.SCTP).WithServing(addrPorts("10.0.0.2:53")); err != nil {
+		t.Errorf("SCTP: %v", err)
 	}
 }

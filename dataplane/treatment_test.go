@@ -89,6 +89,7 @@ func TestNodeEqual(t *testing.T) {
 			PodCIDRs: prefixes("10.0.0.0/8"), PodInterface: "cbr0", PodInterfacePrefix: "veth", LocalPodCIDRs: prefixes("10.0.1.0/24"),
 			MasqueradeAll: true, Addrs: []netip.Addr{netip.MustParseAddr("192.0.2.7")},
 			NodePortAddrs:      []netip.Addr{netip.MustParseAddr("192.0.2.1")},
+			NodePortNetworks:   []netip.Prefix{netip.MustParsePrefix("198.51.100.0/24")},
 			LocalhostNodePorts: true, ProtectLoopback: true, PingServiceIPs: true, ServiceCIDRs: prefixes("10.96.0.0/12"),
 		}
 	}
@@ -103,6 +104,7 @@ func TestNodeEqual(t *testing.T) {
 		"MasqueradeAll":      func(n *dataplane.Node) { n.MasqueradeAll = false },
 		"Addrs":              func(n *dataplane.Node) { n.Addrs = nil },
 		"NodePortAddrs":      func(n *dataplane.Node) { n.NodePortAddrs = nil },
+		"NodePortNetworks":   func(n *dataplane.Node) { n.NodePortNetworks = nil },
 		"LocalhostNodePorts": func(n *dataplane.Node) { n.LocalhostNodePorts = false },
 		"ProtectLoopback":    func(n *dataplane.Node) { n.ProtectLoopback = false },
 		"PingServiceIPs":     func(n *dataplane.Node) { n.PingServiceIPs = false },

@@ -48,7 +48,8 @@
 //
 // Those who have been talking to an endpoint over UDP go on as long as it serves,
 // whatever traffic policy, hints and its termination say of new connections: it
-// is in Service.Serving then.
+// is in Service.Serving then. So do those who have an association of SCTP with it,
+// also while it is not ready, unless it terminates and does not serve.
 //
 // # Treatment
 //

@@ -45,6 +45,11 @@ func (t traits) draining() bool { return t.has(notReady) && t.has(terminating) &
 // with publishNotReadyAddresses can be ready without serving.
 func (t traits) serving() bool { return t.ready() || !t.has(notServing) }
 
+// keepsAssociations says that those who have an association of SCTP with the
+// endpoint need not leave it. They may even if it is not ready, as connections of
+// TCP do, unless it is about to end.
+func (t traits) keepsAssociations() bool { return t.serving() || !t.has(terminating) }
+
 // candidate is an endpoint before the choice among candidates is made.
 type candidate struct {
 	addr netip.AddrPort
@@ -241,13 +246,13 @@ func choose(candidates []candidate, local bool) choice {
 // servingBesides returns the addresses of the candidates that serve although the
 // treatment names them nowhere: those that terminate, and those that a policy or
 // hints leave out. All lists are sorted.
-func servingBesides(candidates []candidate, t *dataplane.Treatment) []netip.AddrPort {
+func servingBesides(candidates []candidate, t *dataplane.Treatment, serves func(traits) bool) []netip.AddrPort {
 	var besides []netip.AddrPort
 	endpoints, local := t.Endpoints, t.LocalEndpoints
 	for _, c := range candidates {
 		inEndpoints := skipTo(&endpoints, c.addr)
 		inLocal := skipTo(&local, c.addr)
-		if c.serving() && !inEndpoints && !inLocal {
+		if serves(c.traits) && !inEndpoints && !inLocal {
 			besides = append(besides, c.addr)
 		}
 	}

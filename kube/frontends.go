@@ -261,10 +261,15 @@ func (c *conversion) wants(ports []portFamily, addrs addresses, policy policy) [
 // serving returns Service.Serving for a treatment: a list that one of the port's
 // other wants has already, if it is equal.
 func (p *portFamily) serving(t *dataplane.Treatment, others []wanted) []netip.AddrPort {
-	if p.protocol != dataplane.UDP {
+	var list []netip.AddrPort
+	switch p.protocol {
+	case dataplane.TCP:
 		return nil
+	case dataplane.UDP:
+		list = servingBesides(p.candidates, t, traits.serving)
+	case dataplane.SCTP:
+		list = servingBesides(p.candidates, t, traits.keepsAssociations)
 	}
-	list := servingBesides(p.candidates, t)
 	for i := range others {
 		if slices.Equal(others[i].serving, list) {
 			return others[i].serving

@@ -67,6 +67,14 @@ func TestServing(t *testing.T) {
 			want:     want{cluster: "10.96.0.1:80/UDP -> 10.0.0.1:8080, still serving [10.0.0.2:8080]"},
 		},
 		{
+			name:     "associations of SCTP stay with an endpoint that is not ready, unless it is about to end",
+			services: one(newService("web", "10.96.0.1", ports(port("http", corev1.ProtocolSCTP, 80)))),
+			slices: []*discoveryv1.EndpointSlice{newSlice("web-1", "web", eps("10.0.0.1 @there", "10.0.0.2 @there !ready !serving",
+				"10.0.0.3 @there !ready !serving +terminating", "10.0.0.4 @there !ready +serving +terminating"),
+				slicePorts(slicePort("http", corev1.ProtocolSCTP, 8080)))},
+			want: want{cluster: "10.96.0.1:80/SCTP -> 10.0.0.1:8080, still serving [10.0.0.2:8080 10.0.0.4:8080]"},
+		},
+		{
 			name:     "of several entries for an address the one that counts for new flows counts here",
 			services: web(),
 			slices: append(udpSlice("10.0.0.1 @there", "10.0.0.2 @there !ready !serving"),

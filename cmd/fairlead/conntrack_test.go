@@ -2,12 +2,19 @@ package main
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/crc32"
+	"net"
 	"net/netip"
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
 
 	"fairlead/dataplane"
 	"fairlead/internal/conntrack"
@@ -371,5 +378,168 @@ func TestProgramForgetsFlows(t *testing.T) {
 			}
 			return err
 		})
+	}
+}
+
+// handOver hands over a Service of a protocol at vip(last).
+func (c *cleaned) handOver(protocol dataplane.Protocol, last byte, pods ...string) {
+	c.t.Helper()
+	var treatment dataplane.Treatment
+	for _, pod := range pods {
+		treatment.Endpoints = append(treatment.Endpoints, dataplane.Endpoint{Addr: c.endpoint(pod), Local: true})
+	}
+	svc, err := dataplane.NewService(c.key(last), []dataplane.Frontend{{Protocol: protocol, Addr: c.vip(last)}}, treatment)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	c.hand(map[dataplane.Key]*dataplane.Service{svc.Key: svc})
+}
+
+// A client of TCP whose SYN went to an endpoint that never answers sends it again
+// from the same port. When the endpoint is replaced, it reaches the new one; what
+// other clients have open stays.
+func TestConnectionAttemptsMoveOn(t *testing.T) {
+	t.Parallel()
+	for _, family := range []dataplane.Family{dataplane.IPv4, dataplane.IPv6} {
+		t.Run(family.String(), func(t *testing.T) {
+			t.Parallel()
+			c := newCleaned(t, family, "old", "new")
+			for _, pod := range c.pods {
+				pod.ServeT(t, nettest.TCP, podPort)
+			}
+			c.run()
+			c.handOver(dataplane.TCP, 1, "old")
+			c.handOver(dataplane.TCP, 2, "new")
+			open, err := c.client.Open(t.Context(), nettest.TCP, c.vip(2))
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { _ = open.Close() })
+
+			mute(t, c.pods["old"], c.client)
+			answers := make(chan string, 1)
+			go func() {
+				ctx, cancel := context.WithTimeout(t.Context(), 50*time.Second)
+				defer cancel()
+				answer, err := c.client.Connect(ctx, nettest.TCP, c.vip(1))
+				answers <- fmt.Sprint(answer.Host, " ", err)
+			}()
+			select {
+			case answer := <-answers:
+				t.Fatalf("an endpoint that never answers: %s", answer)
+			case <-time.After(300 * time.Millisecond):
+			}
+			c.handOver(dataplane.TCP, 1, "new")
+			if got := <-answers; got != "new <nil>" {
+				t.Errorf("after the endpoint was replaced: %s, want an answer of new", got)
+			}
+			if answer, err := open.Ask(t.Context()); err != nil || answer.Host != "new" {
+				t.Errorf("what was open: %+v, %v", answer, err)
+			}
+		})
+	}
+}
+
+// A client of SCTP that sends its INIT again and again from one port, as those of
+// telecommunications do, reaches the new endpoint with the next one.
+func TestInitsMoveOn(t *testing.T) {
+	t.Parallel()
+	for _, family := range []dataplane.Family{dataplane.IPv4, dataplane.IPv6} {
+		t.Run(family.String(), func(t *testing.T) {
+			t.Parallel()
+			c := newCleaned(t, family, "old", "new")
+			c.run()
+			arrived := make(chan string, 1000)
+			for name, pod := range c.pods {
+				packets := rawSCTP(t, pod, c.endpoint(name).Addr())
+				go func() {
+					buf := make([]byte, 1500)
+					for {
+						if _, _, err := packets.ReadFrom(buf); err != nil {
+							return
+						}
+						arrived <- name
+					}
+				}()
+			}
+			from := c.client.IPv4
+			if family == dataplane.IPv6 {
+				from = c.client.IPv6
+			}
+			client := rawSCTP(t, c.client, from)
+			reaches := func(want string) error {
+				if _, err := client.WriteTo(initChunk(36412, c.vip(1).Port()), &net.IPAddr{IP: c.vip(1).Addr().AsSlice()}); err != nil {
+					return err
+				}
+				select {
+				case got := <-arrived:
+					if got != want {
+						return fmt.Errorf("an INIT arrives at %s, want %s", got, want)
+					}
+					return nil
+				case <-time.After(attempt):
+					return errors.New("an INIT arrives nowhere")
+				}
+			}
+			c.handOver(dataplane.SCTP, 1, "old")
+			for range 2 {
+				if err := reaches("old"); err != nil {
+					t.Fatal(err)
+				}
+			}
+			c.forgetting(func() { c.handOver(dataplane.SCTP, 1, "new") })
+			if err := reaches("new"); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// rawSCTP returns a socket for packets of SCTP at one of the host's addresses.
+func rawSCTP(t *testing.T, host *nettest.Host, addr netip.Addr) net.PacketConn {
+	t.Helper()
+	network := "ip4:132"
+	if addr.Is6() {
+		network = "ip6:132"
+	}
+	var conn net.PacketConn
+	err := host.Do(func() (err error) {
+		conn, err = net.ListenPacket(network, addr.String())
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close() })
+	return conn
+}
+
+// initChunk returns a packet with an INIT (RFC 9260, 3.3.2).
+func initChunk(source, destination uint16) []byte {
+	b := binary.BigEndian.AppendUint16(nil, source)
+	b = binary.BigEndian.AppendUint16(b, destination)
+	b = append(b, make([]byte, 8)...)                // verification tag, checksum
+	b = append(b, 1, 0, 0, 20)                       // INIT, flags, length
+	b = binary.BigEndian.AppendUint32(b, 0x12345678) // initiate tag
+	b = binary.BigEndian.AppendUint32(b, 1<<16)      // receiver window
+	b = append(b, 0, 1, 0, 1)                        // streams
+	b = binary.BigEndian.AppendUint32(b, 1)          // initial TSN
+	binary.LittleEndian.PutUint32(b[8:], crc32.Checksum(b, crc32.MakeTable(crc32.Castagnoli)))
+	return b
+}
+
+// mute keeps a pod from answering a client.
+func mute(t *testing.T, pod, client *nettest.Host) {
+	t.Helper()
+	handle, err := netlink.NewHandleAt(netns.NsHandle(pod.Fd()), unix.NETLINK_ROUTE)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer handle.Close()
+	for _, addr := range client.Addrs() {
+		to := &net.IPNet{IP: addr.AsSlice(), Mask: net.CIDRMask(addr.BitLen(), addr.BitLen())}
+		if err := handle.RouteReplace(&netlink.Route{Dst: to, Type: unix.RTN_BLACKHOLE}); err != nil {
+			t.Fatal(err)
+		}
 	}
 }

@@ -230,7 +230,7 @@ func (j *join) healthCheckFailed(service health.Service, port uint16, err error)
 	j.events.HealthCheckFailed(types.NamespacedName{Namespace: service.Namespace, Name: service.Name}, port, err)
 }
 
-// looked takes what became of a look for stale UDP flows.
+// looked records a look for stale connection-tracking entries.
 func (j *join) looked(l conntrack.Look) {
 	if l.Err == nil || l.Deleted > 0 {
 		j.metrics.Looked(l.Family, l.Took, l.Deleted)

@@ -47,7 +47,7 @@ func BenchmarkLook(b *testing.B) {
 				c.programmed.take(services)
 				b.ReportAllocs()
 				for b.Loop() {
-					if err := c.look(b.Context(), &s); err != nil {
+					if err := c.look(b.Context(), c.programmed.queries(&s), func(f flow) bool { return c.programmed.stale(f, &s) }); err != nil {
 						b.Fatal(err)
 					}
 				}

@@ -78,12 +78,18 @@ type Cleaner struct {
 	failedAt time.Time
 	attempts int
 	reported string // the error that was logged last; empty for none
+	// attemptsAt is when to look at the attempts of TCP, zero for never, and
+	// attemptsFrom is when the next such look may be. attemptsFailed says that the
+	// last one did.
+	attemptsAt, attemptsFrom time.Time
+	attemptsFailed           bool
 }
 
 // mailbox is what was told since Run last looked.
 type mailbox struct {
 	services map[dataplane.Key]*dataplane.Service // nil for those that are gone
 	suspects suspects
+	attempts attempts // stay here until they are looked at
 	node     *dataplane.Node
 }
 
@@ -114,7 +120,7 @@ func (c *Cleaner) SetNode(node dataplane.Node) {
 
 // Committed tells of a call to the dataplane that has ended, as sync.Options has
 // it. It must not be called twice at a time. It does not block, and costs as much
-// as the UDP Services among the changes.
+// as the changes: the TCP Services among them are compared, and no more.
 func (c *Cleaner) Committed(commit sync.Commit) {
 	var found suspects
 	// A Replace reads the kernel because nobody knew what it holds: at the start,
@@ -125,17 +131,23 @@ func (c *Cleaner) Committed(commit sync.Commit) {
 		found.change(change)
 	}
 	c.mu.Lock()
+	hadAttempts := len(c.box.attempts) > 0
 	for _, change := range commit.Changes {
-		if isUDP(change.Old) || isUDP(change.New) {
+		if isTracked(change.Old) || isTracked(change.New) {
 			if c.box.services == nil {
 				c.box.services = map[dataplane.Key]*dataplane.Service{}
 			}
 			c.box.services[change.Key()] = change.New
 		}
+		// What a Replace found in the kernel may be older than change.Old.
+		if commit.Kind != sync.KindReplace {
+			c.box.attempts.note(change)
+		}
 	}
 	c.box.suspects.merge(found)
+	firstAttempts := !hadAttempts && len(c.box.attempts) > 0
 	c.mu.Unlock()
-	if found.none() {
+	if found.none() && !firstAttempts {
 		return
 	}
 	select {
@@ -173,7 +185,7 @@ func (c *Cleaner) next() time.Time {
 	if c.due {
 		return c.restsUntil
 	}
-	return earlier(c.secondAt, c.failedAt)
+	return earlier(earlier(c.secondAt, c.failedAt), c.attemptsAt)
 }
 
 // earlier returns the earlier of two times, of which a zero one means none.
@@ -191,6 +203,7 @@ func (c *Cleaner) step(ctx context.Context, now time.Time) {
 	}
 	due := func(at time.Time) bool { return !at.IsZero() && !at.After(now) }
 	fresh := c.take()
+	c.lookAtAttempts(ctx, now)
 	var all suspects
 	all.merge(fresh)
 	if due(c.secondAt) {
@@ -207,7 +220,7 @@ func (c *Cleaner) step(ctx context.Context, now time.Time) {
 	if all.none() {
 		return
 	}
-	err := c.look(ctx, &all)
+	err := c.look(ctx, c.programmed.queries(&all), func(f flow) bool { return c.programmed.stale(f, &all) })
 	if ctx.Err() != nil {
 		return
 	}
@@ -228,7 +241,7 @@ func (c *Cleaner) step(ctx context.Context, now time.Time) {
 func (c *Cleaner) settle(ctx context.Context, err error, looked suspects, now time.Time) {
 	if err == nil {
 		if c.failed.none() && c.reported != "" {
-			c.log.InfoContext(ctx, "stale UDP flows are removed again", "attempts", c.attempts)
+			c.log.InfoContext(ctx, "stale connection-tracking entries are removed again", "attempts", c.attempts)
 		}
 		if c.failed.none() {
 			c.attempts, c.reported = 0, ""
@@ -247,7 +260,7 @@ func (c *Cleaner) settle(ctx context.Context, err error, looked suspects, now ti
 	c.failedAt = earlier(c.failedAt, now.Add(delay))
 	if text := err.Error(); text != c.reported {
 		c.reported = text
-		c.log.WarnContext(ctx, "stale UDP flows are not removed: their clients may stay with endpoints that have left",
+		c.log.WarnContext(ctx, "stale connection-tracking entries are not removed: clients of UDP and SCTP may stay with endpoints that have left",
 			"retry_in", delay, "error", err)
 	}
 }
@@ -256,13 +269,52 @@ func (c *Cleaner) settle(ctx context.Context, err error, looked suspects, now ti
 func (c *Cleaner) take() suspects {
 	c.mu.Lock()
 	box := c.box
-	c.box = mailbox{}
+	c.box = mailbox{attempts: box.attempts}
 	c.mu.Unlock()
 	if box.node != nil {
 		c.programmed.setNode(*box.node)
 	}
 	c.programmed.take(box.services)
 	return box.suspects
+}
+
+// lookAtAttempts deletes the entries of connection attempts of TCP that lead
+// nowhere, if it is time, and otherwise sees to it that it will be.
+func (c *Cleaner) lookAtAttempts(ctx context.Context, now time.Time) {
+	c.mu.Lock()
+	attempts := c.box.attempts
+	none := len(attempts) == 0
+	due := !c.attemptsAt.IsZero() && !c.attemptsAt.After(now)
+	if due {
+		c.box.attempts = nil
+	}
+	c.mu.Unlock()
+	switch {
+	case none:
+		c.attemptsAt = time.Time{}
+		return
+	case c.attemptsAt.IsZero():
+		c.attemptsAt = now.Add(firstAttemptLook)
+		if c.attemptsAt.Before(c.attemptsFrom) {
+			c.attemptsAt = c.attemptsFrom
+		}
+		return
+	case !due:
+		return
+	}
+	err := c.look(ctx, attempts.queries(), func(f flow) bool {
+		nodePort, ok := c.programmed.nodePort(f.frontend())
+		return attempts.stale(f, nodePort, ok)
+	})
+	end := time.Now()
+	c.attemptsAt, c.attemptsFrom = time.Time{}, end.Add(attemptRest)
+	c.restsUntil = end.Add(rest(end.Sub(now)))
+	if failed := err != nil && ctx.Err() == nil; failed != c.attemptsFailed {
+		if c.attemptsFailed = failed; failed {
+			c.log.WarnContext(ctx, "connection attempts to endpoints that have left are not redirected: they go on until their clients give up",
+				"error", err)
+		}
+	}
 }
 
 // catchUp takes only the Services from the mailbox.
@@ -274,9 +326,8 @@ func (c *Cleaner) catchUp() {
 	c.programmed.take(services)
 }
 
-// look deletes the stale entries among the suspects.
-func (c *Cleaner) look(ctx context.Context, s *suspects) error {
-	queries := c.programmed.queries(s)
+// look deletes the entries among the answers to queries that are stale.
+func (c *Cleaner) look(ctx context.Context, queries map[dataplane.Family][]query, stale func(flow) bool) error {
 	if len(queries) == 0 {
 		return nil
 	}
@@ -287,12 +338,12 @@ func (c *Cleaner) look(ctx context.Context, s *suspects) error {
 	var errs []error
 	for _, family := range families(queries) {
 		start := time.Now()
-		deleted, err := c.lookAt(ctx, t, queries[family], s)
+		deleted, err := c.lookAt(ctx, t, queries[family], stale)
 		look := Look{Family: family, Took: time.Since(start), Deleted: deleted, Err: err}
 		if ctx.Err() != nil {
 			break
 		}
-		c.log.DebugContext(ctx, "looked for stale UDP flows", "family", family.String(), "dumps", len(queries[family]),
+		c.log.DebugContext(ctx, "looked for stale connection-tracking entries", "family", family.String(), "dumps", len(queries[family]),
 			"deleted", deleted, "took", look.Took)
 		if c.opts.OnLook != nil {
 			c.opts.OnLook(look)
@@ -303,12 +354,12 @@ func (c *Cleaner) look(ctx context.Context, s *suspects) error {
 }
 
 // lookAt looks at one family.
-func (c *Cleaner) lookAt(ctx context.Context, t table, queries []query, s *suspects) (deleted int, err error) {
-	var stale []entry
+func (c *Cleaner) lookAt(ctx context.Context, t table, queries []query, stale func(flow) bool) (deleted int, err error) {
+	var found []entry
 	var errs []error
 	for _, q := range queries {
-		entries, narrowed, err := t.list(ctx, q, func(f flow) bool { return c.programmed.stale(f, s) })
-		stale = append(stale, entries...)
+		entries, narrowed, err := t.list(ctx, q, stale)
+		found = append(found, entries...)
 		errs = append(errs, err)
 		if err != nil || !narrowed {
 			break // What is not narrowed is everything.
@@ -318,9 +369,9 @@ func (c *Cleaner) lookAt(ctx context.Context, t table, queries []query, s *suspe
 	// programmed just now, and has its first flow already, may still be taken
 	// for none after a Replace; its client is then sent somewhere again.
 	c.catchUp()
-	stale = slices.DeleteFunc(stale, func(e entry) bool { return !c.programmed.stale(e.flow, s) })
-	if len(stale) > 0 {
-		deleted, err = t.delete(ctx, stale)
+	found = slices.DeleteFunc(found, func(e entry) bool { return !stale(e.flow) })
+	if len(found) > 0 {
+		deleted, err = t.delete(ctx, found)
 		errs = append(errs, err)
 	}
 	return deleted, errors.Join(errs...)

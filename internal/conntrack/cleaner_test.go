@@ -52,7 +52,7 @@ func (t *fakeTable) list(_ context.Context, q query, visit func(flow) bool) (ent
 		return nil, true, refuse
 	}
 	for _, f := range flows {
-		if dataplane.FamilyOf(f.destination.Addr()) != q.family || !t.old && !q.covers(f.destination) {
+		if dataplane.FamilyOf(f.destination.Addr()) != q.family || !t.old && !q.covers(f) {
 			continue
 		}
 		if visit(f) {
@@ -87,7 +87,7 @@ func (t *fakeTable) set(texts ...string) {
 	t.flows = nil
 	for _, text := range texts {
 		f := addrPorts(text)
-		t.flows = append(t.flows, flow{destination: f[0], endpoint: f[1]})
+		t.flows = append(t.flows, flow{protocol: dataplane.UDP, destination: f[0], endpoint: f[1]})
 	}
 }
 

@@ -9,38 +9,42 @@ import (
 	"fairlead/dataplane"
 )
 
-// maxQueries is how many narrow dumps are made at most instead of one of all UDP
-// of a family. Each walks the whole table: with 262,144 buckets that takes 9 ms,
+// maxQueries is how many narrow dumps are made at most instead of one of a whole
+// protocol of a family. Each walks the whole table: with 262,144 buckets that takes 9 ms,
 // and 0.25 µs an entry, while handing an entry over takes 2.5 µs. So three are
 // cheaper from some 10,000 entries on.
 const maxQueries = 3
 
-// query says what a dump is narrowed to: UDP of a family, and the destination's
-// address and port where they are not the zero ones. There is no address of IPv6:
+// query says what a dump is narrowed to: a protocol of a family, the destination's
+// address and port where they are not the zero ones, and with unreplied the
+// entries without a reply (Linux 5.15). There is no address of IPv6:
 // the kernel compares it the wrong way round, and leaves out the entries that are
 // asked for (ctnetlink_filter_match_tuple, seen with Linux 6.18).
 type query struct {
-	family dataplane.Family
-	addr   netip.Addr
-	port   uint16
+	family    dataplane.Family
+	protocol  dataplane.Protocol
+	addr      netip.Addr
+	port      uint16
+	unreplied bool
 }
 
 func (q query) compare(o query) int {
-	return cmp.Or(cmp.Compare(q.family, o.family), q.addr.Compare(o.addr), cmp.Compare(q.port, o.port))
+	return cmp.Or(cmp.Compare(q.family, o.family), cmp.Compare(q.protocol, o.protocol), q.addr.Compare(o.addr), cmp.Compare(q.port, o.port))
 }
 
-// covers reports whether the answer to q has flows to destination.
-func (q query) covers(destination netip.AddrPort) bool {
-	return (!q.addr.IsValid() || q.addr == destination.Addr()) && (q.port == 0 || q.port == destination.Port())
+// covers reports whether the answer to q has the flow.
+func (q query) covers(f flow) bool {
+	return f.protocol == q.protocol && (!q.addr.IsValid() || q.addr == f.destination.Addr()) &&
+		(q.port == 0 || q.port == f.destination.Port()) && !(q.unreplied && f.replied)
 }
 
 // queries returns the dumps that show all suspect entries, by family. Families
 // without suspects are not in it.
 func (p *programmed) queries(s *suspects) map[dataplane.Family][]query {
 	narrow := map[query]netip.Addr{} // by family and port; the zero Addr for several
-	add := func(f netip.AddrPort) {
-		q := query{family: dataplane.FamilyOf(f.Addr()), port: f.Port()}
-		addr := f.Addr()
+	add := func(f dataplane.Frontend) {
+		addr := f.Addr.Addr()
+		q := query{family: dataplane.FamilyOf(addr), protocol: f.Protocol, port: f.Addr.Port()}
 		if have, ok := narrow[q]; ok && have != addr || addr.IsUnspecified() || addr.Is6() {
 			addr = netip.Addr{}
 		}
@@ -61,7 +65,13 @@ func (p *programmed) queries(s *suspects) map[dataplane.Family][]query {
 	}
 	for family, list := range queries {
 		if len(list) > maxQueries {
-			queries[family] = []query{{family: family}}
+			queries[family] = slices.CompactFunc(slices.SortedFunc(func(yield func(query) bool) {
+				for _, q := range list {
+					if !yield(query{family: family, protocol: q.protocol}) {
+						return
+					}
+				}
+			}, query.compare), func(a, b query) bool { return a == b })
 			continue
 		}
 		slices.SortFunc(list, query.compare)

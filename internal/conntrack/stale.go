@@ -1,6 +1,7 @@
 package conntrack
 
 import (
+	"iter"
 	"maps"
 	"net/netip"
 	"slices"
@@ -8,29 +9,38 @@ import (
 	"fairlead/dataplane"
 )
 
-// flow is what counts of an entry of UDP.
+// flow is what counts of an entry.
 type flow struct {
+	protocol dataplane.Protocol
 	// destination is where the client sends to, and endpoint is where replies
 	// come from. They are the same where nothing was translated.
 	destination, endpoint netip.AddrPort
+	// replied says that a packet came back (IPS_SEEN_REPLY).
+	replied bool
+}
+
+// frontend returns the frontend that the client sends to.
+func (f flow) frontend() dataplane.Frontend {
+	return dataplane.Frontend{Protocol: f.protocol, Addr: f.destination}
 }
 
 func (f flow) translated() bool { return f.endpoint != f.destination }
 
-// programmed is what the kernel's maps have for UDP.
+// programmed is what the kernel's maps have for UDP and SCTP.
 type programmed struct {
 	services map[dataplane.Key]*dataplane.Service
 	// owners are the Services of the frontends, of which those with the
 	// unspecified address are node ports.
-	owners map[netip.AddrPort]*dataplane.Service
+	owners map[dataplane.Frontend]*dataplane.Service
 	// nodePortAddrs are where node ports answer, and formerAddrs where they did.
 	nodePortAddrs, formerAddrs map[netip.Addr]struct{}
+	nodePortNetworks           []netip.Prefix
 }
 
 func newProgrammed() programmed {
 	return programmed{
 		services: map[dataplane.Key]*dataplane.Service{},
-		owners:   map[netip.AddrPort]*dataplane.Service{},
+		owners:   map[dataplane.Frontend]*dataplane.Service{},
 
 		formerAddrs: map[netip.Addr]struct{}{},
 	}
@@ -60,12 +70,15 @@ func (p *programmed) setNode(n dataplane.Node) {
 		p.nodePortAddrs[addr] = struct{}{}
 		delete(p.formerAddrs, addr)
 	}
+	p.nodePortNetworks = n.NodePortNetworks
 }
 
-// nodePort returns the node port that a destination would be.
-func (p *programmed) nodePort(destination netip.AddrPort) (netip.AddrPort, bool) {
-	_, ok := p.nodePortAddrs[destination.Addr()]
-	return atAnyAddr(destination), ok
+// nodePort returns the node port that a frontend with one of the node's addresses
+// would be.
+func (p *programmed) nodePort(f dataplane.Frontend) (dataplane.Frontend, bool) {
+	addr := f.Addr.Addr()
+	_, ok := p.nodePortAddrs[addr]
+	return atAnyAddr(f), ok || slices.ContainsFunc(p.nodePortNetworks, func(n netip.Prefix) bool { return n.Contains(addr) })
 }
 
 // left reports whether a flow is to a node port, by an address that has none any
@@ -74,28 +87,30 @@ func (p *programmed) left(f flow) bool {
 	if _, former := p.formerAddrs[f.destination.Addr()]; !former || !f.translated() {
 		return false
 	}
-	owner := p.owners[atAnyAddr(f.destination)]
-	return owner != nil && serves(owner, f.endpoint)
+	owner := p.owners[atAnyAddr(f.frontend())]
+	return owner != nil && serves(owner, f)
 }
 
 // atAnyAddr returns the frontend of a node port.
-func atAnyAddr(destination netip.AddrPort) netip.AddrPort {
+func atAnyAddr(f dataplane.Frontend) dataplane.Frontend {
 	unspecified := netip.IPv6Unspecified()
-	if destination.Addr().Is4() {
+	if f.Addr.Addr().Is4() {
 		unspecified = netip.IPv4Unspecified()
 	}
-	return netip.AddrPortFrom(unspecified, destination.Port())
+	f.Addr = netip.AddrPortFrom(unspecified, f.Addr.Port())
+	return f
 }
 
 // stale reports whether a flow is to be forgotten, of those in s.
 func (p *programmed) stale(f flow, s *suspects) bool {
-	owner := p.owners[f.destination]
-	node, isNode := p.nodePort(f.destination)
+	frontend := f.frontend()
+	owner := p.owners[frontend]
+	node, isNode := p.nodePort(frontend)
 	if owner == nil && isNode {
 		owner = p.owners[node]
 	}
 	if owner != nil {
-		if serves(owner, f.endpoint) {
+		if serves(owner, f) {
 			return false
 		}
 		if s.all {
@@ -105,14 +120,14 @@ func (p *programmed) stale(f flow, s *suspects) bool {
 	if owner == nil && s.all && p.left(f) {
 		return true
 	}
-	return s.frontends[f.destination].has(f, owner) || isNode && s.frontends[node].has(f, owner)
+	return s.frontends[frontend].has(f, owner) || isNode && s.frontends[node].has(f, owner)
 }
 
 // suspects are the frontends that may have stale entries.
 type suspects struct {
 	// all says that every entry of every frontend is suspect.
 	all       bool
-	frontends map[netip.AddrPort]suspicion
+	frontends map[dataplane.Frontend]suspicion
 }
 
 // suspicion says which entries of a frontend are suspect.
@@ -130,6 +145,12 @@ func (s suspicion) has(f flow, owner *dataplane.Service) bool {
 	if !f.translated() && owner == nil {
 		return false
 	}
+	return s.matches(f)
+}
+
+// matches reports whether a flow was not translated, or goes to an endpoint that
+// has left, as s says.
+func (s suspicion) matches(f flow) bool {
 	if !f.translated() && s.untranslated {
 		return true
 	}
@@ -138,9 +159,9 @@ func (s suspicion) has(f flow, owner *dataplane.Service) bool {
 
 func (s *suspects) none() bool { return !s.all && len(s.frontends) == 0 }
 
-func (s *suspects) add(frontend netip.AddrPort, more suspicion) {
+func (s *suspects) add(frontend dataplane.Frontend, more suspicion) {
 	if s.frontends == nil {
-		s.frontends = map[netip.AddrPort]suspicion{}
+		s.frontends = map[dataplane.Frontend]suspicion{}
 	}
 	have := s.frontends[frontend]
 	have.left = append(have.left, more.left...)
@@ -157,12 +178,18 @@ func (s *suspects) merge(o suspects) {
 
 // change adds the frontends of which a change leaves stale entries behind.
 func (s *suspects) change(c dataplane.Change) {
-	if !isUDP(c.Old) && !isUDP(c.New) {
+	if !isTracked(c.Old) && !isTracked(c.New) {
 		return
 	}
 	old, now := endpoints(c.Old), endpoints(c.New)
+	gone := without(old, now)
+	if isSCTP(c.Old) {
+		// The handshakes that an endpoint of Service.Serving has not answered are
+		// stale, too.
+		gone = without(old, accepting(c.New))
+	}
 	var left [][]netip.AddrPort
-	if gone := without(old, now); len(gone) > 0 {
+	if len(gone) > 0 {
 		left = [][]netip.AddrPort{gone}
 	}
 	first := len(old) == 0 && len(now) > 0
@@ -180,61 +207,83 @@ func (s *suspects) change(c dataplane.Change) {
 	}
 }
 
-// frontends yields the frontends of UDP. The Service may be nil.
-func frontends(svc *dataplane.Service) func(yield func(netip.AddrPort) bool) {
-	return func(yield func(netip.AddrPort) bool) {
+// frontends yields the frontends of UDP and SCTP. The Service may be nil.
+func frontends(svc *dataplane.Service) iter.Seq[dataplane.Frontend] {
+	return func(yield func(dataplane.Frontend) bool) {
 		if svc == nil {
 			return
 		}
 		for _, f := range svc.Frontends {
-			if f.Protocol == dataplane.UDP && !yield(f.Addr) {
+			if f.Protocol != dataplane.TCP && !yield(f) {
 				return
 			}
 		}
 	}
 }
 
-func isUDP(svc *dataplane.Service) bool {
+// isTracked reports whether the Service has a frontend of UDP or SCTP.
+func isTracked(svc *dataplane.Service) bool {
 	for range frontends(svc) {
 		return true
 	}
 	return false
 }
 
-func has(svc *dataplane.Service, frontend netip.AddrPort) bool {
-	for f := range frontends(svc) {
-		if f == frontend {
-			return true
-		}
-	}
-	return false
+// isSCTP reports whether the frontends of the Service are of SCTP.
+func isSCTP(svc *dataplane.Service) bool {
+	return svc != nil && svc.Frontends[0].Protocol == dataplane.SCTP
+}
+
+func has(svc *dataplane.Service, frontend dataplane.Frontend) bool {
+	return svc != nil && slices.Contains(svc.Frontends, frontend)
 }
 
 // endpoints returns all endpoints that serve, sorted and unique. The Service may
 // be nil.
 func endpoints(svc *dataplane.Service) []netip.AddrPort {
-	if svc == nil {
-		return nil
-	}
-	list := make([]netip.AddrPort, 0, len(svc.Endpoints)+len(svc.Serving))
-	for _, e := range svc.Endpoints {
-		list = append(list, e.Addr)
-	}
-	for _, e := range svc.LocalEndpoints {
-		list = append(list, e.Addr)
+	list := accepting(svc)
+	if svc == nil || len(svc.Serving) == 0 {
+		return list
 	}
 	list = append(list, svc.Serving...)
 	slices.SortFunc(list, netip.AddrPort.Compare)
 	return slices.Compact(list)
 }
 
-// serves reports whether an address is one of the endpoints.
-func serves(svc *dataplane.Service, addr netip.AddrPort) bool {
-	in := func(list []dataplane.Endpoint) bool {
-		_, ok := slices.BinarySearchFunc(list, addr, func(e dataplane.Endpoint, addr netip.AddrPort) int { return e.Addr.Compare(addr) })
-		return ok
+// accepting returns the endpoints to which new connections go, sorted and unique.
+// The Service may be nil.
+func accepting(svc *dataplane.Service) []netip.AddrPort {
+	if svc == nil {
+		return nil
 	}
-	return in(svc.Endpoints) || in(svc.LocalEndpoints) || contains(svc.Serving, addr)
+	list := make([]netip.AddrPort, 0, len(svc.Endpoints)+len(svc.LocalEndpoints)+len(svc.Serving))
+	for _, e := range svc.Endpoints {
+		list = append(list, e.Addr)
+	}
+	if len(svc.LocalEndpoints) == 0 {
+		return list
+	}
+	for _, e := range svc.LocalEndpoints {
+		list = append(list, e.Addr)
+	}
+	slices.SortFunc(list, netip.AddrPort.Compare)
+	return slices.Compact(list)
+}
+
+// serves reports whether the endpoint of a flow still serves it.
+func serves(svc *dataplane.Service, f flow) bool {
+	if among(svc.Endpoints, f.endpoint) || among(svc.LocalEndpoints, f.endpoint) {
+		return true
+	}
+	// An endpoint of SCTP that has not answered the handshake and takes no new
+	// ones may never answer.
+	return (f.protocol != dataplane.SCTP || f.replied) && contains(svc.Serving, f.endpoint)
+}
+
+// among reports whether an address is one of the endpoints, which are sorted.
+func among(list []dataplane.Endpoint, addr netip.AddrPort) bool {
+	_, ok := slices.BinarySearchFunc(list, addr, func(e dataplane.Endpoint, addr netip.AddrPort) int { return e.Addr.Compare(addr) })
+	return ok
 }
 
 func contains(sorted []netip.AddrPort, addr netip.AddrPort) bool {

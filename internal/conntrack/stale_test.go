@@ -79,7 +79,7 @@ func judge(all bool, changes []dataplane.Change, flows []string) (stale []string
 	p.take(after)
 	for _, text := range flows {
 		f := addrPorts(text)
-		if p.stale(flow{destination: f[0], endpoint: f[1]}, &s) {
+		if p.stale(flow{protocol: dataplane.UDP, destination: f[0], endpoint: f[1]}, &s) {
 			stale = append(stale, text)
 		}
 	}
@@ -300,7 +300,7 @@ func TestNodePortsLeaveAddresses(t *testing.T) {
 			"192.0.2.2:30054 10.0.0.1:53", "192.0.2.3:30053 10.0.0.1:53",
 		} {
 			f := addrPorts(text)
-			if p.stale(flow{destination: f[0], endpoint: f[1]}, &suspects{all: true}) {
+			if p.stale(flow{protocol: dataplane.UDP, destination: f[0], endpoint: f[1]}, &suspects{all: true}) {
 				got = append(got, text)
 			}
 		}
@@ -331,18 +331,62 @@ func TestLocalEndpointsServe(t *testing.T) {
 	}
 }
 
-// TestOnlyUDP says that Services of other protocols cost nothing.
-func TestOnlyUDP(t *testing.T) {
+// TestTCPIsNoSuspect says that Services of TCP are not remembered.
+func TestTCPIsNoSuspect(t *testing.T) {
 	t.Parallel()
-	for _, protocol := range []dataplane.Protocol{dataplane.TCP, dataplane.SCTP} {
-		p := newProgrammed()
-		var s suspects
-		old := serviceOver(protocol, "a 10.96.0.10:53 -> 10.0.0.1:53")
-		s.change(dataplane.Change{Old: old})
-		s.change(dataplane.Change{New: old})
-		p.take(map[dataplane.Key]*dataplane.Service{old.Key: old})
-		if !s.none() || len(p.services)+len(p.owners) > 0 {
-			t.Errorf("%s: suspects %v, %d Services remembered", protocol, s, len(p.services))
+	p := newProgrammed()
+	var s suspects
+	old := serviceOver(dataplane.TCP, "a 10.96.0.10:53 -> 10.0.0.1:53")
+	s.change(dataplane.Change{Old: old})
+	s.change(dataplane.Change{New: old})
+	p.take(map[dataplane.Key]*dataplane.Service{old.Key: old})
+	if !s.none() || len(p.services)+len(p.owners) > 0 {
+		t.Errorf("suspects %v, %d Services remembered", s, len(p.services))
+	}
+}
+
+// TestStaleSCTP says which entries of SCTP go after a change, by whether there was
+// a reply.
+func TestStaleSCTP(t *testing.T) {
+	t.Parallel()
+	const vip = "a 10.96.0.10:7777 ->"
+	for _, tt := range []struct {
+		name            string
+		before, after   string
+		handshake, open bool // whether those to 10.0.0.1 go
+		replace         bool
+	}{
+		{name: "the endpoint has left", before: vip + " 10.0.0.1:77", after: vip + " 10.0.0.2:77", handshake: true, open: true},
+		{
+			name:   "the endpoint takes nothing new: associations stay, unanswered handshakes go elsewhere",
+			before: vip + " 10.0.0.1:77", after: vip + " 10.0.0.2:77 (10.0.0.1:77)", handshake: true,
+		},
+		{name: "it leaves then", before: vip + " 10.0.0.2:77 (10.0.0.1:77)", after: vip + " 10.0.0.2:77", handshake: true, open: true},
+		{name: "another endpoint comes", before: vip + " 10.0.0.1:77", after: vip + " 10.0.0.1:77 10.0.0.2:77"},
+		{name: "the Service is deleted", before: vip + " 10.0.0.1:77", handshake: true, open: true},
+		{name: "at the start, one that takes nothing new", after: vip + " 10.0.0.2:77 (10.0.0.1:77)", handshake: true, replace: true},
+		{name: "at the start, one that is not there", after: vip + " 10.0.0.2:77", handshake: true, open: true, replace: true},
+	} {
+		c := dataplane.Change{Old: serviceOver(dataplane.SCTP, tt.before), New: serviceOver(dataplane.SCTP, tt.after)}
+		p, s := newProgrammed(), suspects{all: tt.replace}
+		s.change(c)
+		p.take(map[dataplane.Key]*dataplane.Service{c.Key(): c.New})
+		for _, replied := range []bool{false, true} {
+			want := tt.handshake
+			if replied {
+				want = tt.open
+			}
+			f := flow{
+				protocol: dataplane.SCTP, replied: replied,
+				destination: netip.MustParseAddrPort("10.96.0.10:7777"), endpoint: netip.MustParseAddrPort("10.0.0.1:77"),
+			}
+			if got := p.stale(f, &s); got != want {
+				t.Errorf("%s: with a reply %t: stale %t", tt.name, replied, got)
+			}
+			f.protocol = dataplane.UDP
+			if p.stale(f, &s) {
+				t.Errorf("%s: a flow of UDP goes, too", tt.name)
+			}
 		}
 	}
 }
@@ -385,7 +429,7 @@ func TestQueries(t *testing.T) {
 		p.take(services)
 		s := suspects{all: tt.all}
 		for _, f := range addrPorts(tt.suspect) {
-			s.add(f, suspicion{untranslated: true})
+			s.add(dataplane.Frontend{Protocol: dataplane.UDP, Addr: f}, suspicion{untranslated: true})
 		}
 		var got []string
 		queries := p.queries(&s)

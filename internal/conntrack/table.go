@@ -23,9 +23,13 @@ const (
 
 	ctaTupleOrig  = 1
 	ctaTupleReply = 2
+	ctaStatus     = 3
 	ctaID         = 12
 	ctaZone       = 18
 	ctaFilter     = 25
+	ctaStatusMask = 26
+
+	statusSeenReply = 1 << 1 // IPS_SEEN_REPLY
 
 	ctaTupleIP    = 1
 	ctaTupleProto = 2
@@ -57,7 +61,7 @@ const (
 	deleteBatch = 64
 )
 
-// entry is an entry of UDP as it was listed.
+// entry is an entry as it was listed.
 type entry struct {
 	flow
 	family dataplane.Family
@@ -65,14 +69,11 @@ type entry struct {
 	// entry from a later one with the same tuple in other memory.
 	tuple []byte
 	id    []byte
-
-	udp bool
 }
 
 // table is the kernel's connection-tracking table.
 type table interface {
-	// list calls visit with the entries of UDP, in the default zone, that q is
-	// for. It reports false if the kernel has listed others as well.
+	// list calls visit with the entries in the default zone that q is for. It reports false if the kernel has listed others as well.
 	list(ctx context.Context, q query, visit func(flow) bool) (entries []entry, narrowed bool, err error)
 	// delete deletes entries and returns how many were still there. After an
 	// error others may be there still.
@@ -153,7 +154,7 @@ func (k *kernel) dump(q query, filter []byte, visit func(flow) bool) (entries []
 			continue
 		}
 		e, ok := parseEntry(m.Data[4:], q.family)
-		narrowed = narrowed && e.udp && q.covers(e.destination)
+		narrowed = narrowed && q.covers(e.flow)
 		if ok && visit(e.flow) {
 			e.tuple, e.id = slices.Clone(e.tuple), slices.Clone(e.id)
 			entries = append(entries, e)
@@ -219,7 +220,7 @@ func header(f dataplane.Family) []byte {
 // filter returns the attributes that narrow a dump (ctnetlink_alloc_filter).
 func filter(q query) []byte {
 	flags := uint32(filterProtoNum)
-	proto := attribute(ctaProtoNum, []byte{unix.IPPROTO_UDP})
+	proto := attribute(ctaProtoNum, []byte{byte(q.protocol)})
 	if q.port != 0 {
 		flags |= filterProtoDstPort
 		proto = append(proto, attribute(ctaProtoDstPort, binary.BigEndian.AppendUint16(nil, q.port))...)
@@ -230,8 +231,13 @@ func filter(q query) []byte {
 		tuple = nested(ctaTupleIP, attribute(ctaIPv4Dst, q.addr.AsSlice()))
 	}
 	tuple = append(tuple, nested(ctaTupleProto, proto)...)
-	return append(nested(ctaTupleOrig, tuple),
+	narrowing := append(nested(ctaTupleOrig, tuple),
 		nested(ctaFilter, attribute(ctaFilterOrigFlags, binary.NativeEndian.AppendUint32(nil, flags)))...)
+	if q.unreplied {
+		narrowing = append(narrowing, attribute(ctaStatus, make([]byte, 4))...)
+		narrowing = append(narrowing, attribute(ctaStatusMask, binary.BigEndian.AppendUint32(nil, statusSeenReply))...)
+	}
+	return narrowing
 }
 
 func nested(typ uint16, value []byte) []byte { return attribute(unix.NLA_F_NESTED|typ, value) }
@@ -266,7 +272,7 @@ func attributes(b []byte) func(yield func(typ uint16, value []byte) bool) {
 }
 
 // parseEntry reads an entry, whose lists belong to b. It reports false for what
-// is not UDP, not in the default zone (other zones are those of virtual
+// is not in the default zone (other zones are those of virtual
 // switches, which see packets before or after their translation here), or can't
 // be read.
 func parseEntry(b []byte, family dataplane.Family) (entry, bool) {
@@ -276,19 +282,21 @@ func parseEntry(b []byte, family dataplane.Family) (entry, bool) {
 		switch typ {
 		case ctaTupleOrig:
 			t := parseTuple(value)
-			e.udp, zone = t.protocol == unix.IPPROTO_UDP, zone || t.zone
+			e.protocol, zone = dataplane.Protocol(t.protocol), zone || t.zone
 			e.tuple, e.destination = value, t.destination
 		case ctaTupleReply:
 			t := parseTuple(value)
 			zone = zone || t.zone
 			e.endpoint = t.source
+		case ctaStatus:
+			e.replied = len(value) == 4 && binary.BigEndian.Uint32(value)&statusSeenReply != 0
 		case ctaID:
 			e.id = value
 		case ctaZone:
 			zone = true
 		}
 	}
-	return e, e.udp && !zone && len(e.id) == 4 && e.destination.IsValid() && e.endpoint.IsValid()
+	return e, !zone && len(e.id) == 4 && e.destination.IsValid() && e.endpoint.IsValid()
 }
 
 // tuple is one direction of an entry.

@@ -51,6 +51,7 @@ type made struct {
 	protocol                      byte // UDP if it is 0
 	client, destination, endpoint netip.AddrPort
 	zone                          uint16
+	replied                       bool
 }
 
 // makeEntry writes "client destination endpoint"; without an endpoint nothing is
@@ -94,6 +95,10 @@ func (m made) message() netlink.Message {
 	if protocol == unix.IPPROTO_TCP {
 		// CTA_PROTOINFO_TCP, CTA_PROTOINFO_TCP_STATE: established
 		data = append(data, nested(ctaProtoInfo, nested(1, attribute(1, []byte{3})))...)
+	}
+	if m.replied {
+		const confirmed = 1 << 3 // IPS_CONFIRMED
+		data = append(data, attribute(ctaStatus, binary.BigEndian.AppendUint32(nil, statusSeenReply|confirmed))...)
 	}
 	if m.zone != 0 {
 		data = append(data, attribute(ctaZone, binary.BigEndian.AppendUint16(nil, m.zone))...)
@@ -155,18 +160,18 @@ func TestList(t *testing.T) {
 		q    query
 		want []string
 	}{
-		{"UDP of IPv4", query{family: dataplane.IPv4}, []string{
+		{"UDP of IPv4", query{family: dataplane.IPv4, protocol: dataplane.UDP}, []string{
 			"10.96.0.10:53 10.0.0.1:5353", "10.96.0.10:54 10.0.0.1:5353", "10.96.0.11:53 10.96.0.11:53",
 		}},
-		{"UDP of IPv6", query{family: dataplane.IPv6}, []string{"[fd00:96::10]:53 [fd01::1]:5353"}},
-		{"a port", query{family: dataplane.IPv4, port: 53}, []string{
+		{"UDP of IPv6", query{family: dataplane.IPv6, protocol: dataplane.UDP}, []string{"[fd00:96::10]:53 [fd01::1]:5353"}},
+		{"a port", query{family: dataplane.IPv4, protocol: dataplane.UDP, port: 53}, []string{
 			"10.96.0.10:53 10.0.0.1:5353", "10.96.0.11:53 10.96.0.11:53",
 		}},
-		{"a port and an address", query{family: dataplane.IPv4, addr: netip.MustParseAddr("10.96.0.10"), port: 53}, []string{
+		{"a port and an address", query{family: dataplane.IPv4, protocol: dataplane.UDP, addr: netip.MustParseAddr("10.96.0.10"), port: 53}, []string{
 			"10.96.0.10:53 10.0.0.1:5353",
 		}},
-		{"a port of IPv6", query{family: dataplane.IPv6, port: 53}, []string{"[fd00:96::10]:53 [fd01::1]:5353"}},
-		{"nothing", query{family: dataplane.IPv4, port: 99}, nil},
+		{"a port of IPv6", query{family: dataplane.IPv6, protocol: dataplane.UDP, port: 53}, []string{"[fd00:96::10]:53 [fd01::1]:5353"}},
+		{"nothing", query{family: dataplane.IPv4, protocol: dataplane.UDP, port: 99}, nil},
 	} {
 		got, narrowed := listed(t, k, tt.q)
 		if diff := cmp.Diff(tt.want, got); diff != "" {
@@ -179,7 +184,7 @@ func TestList(t *testing.T) {
 
 	// Kernels before 5.8 ignore the filter, and list TCP as well.
 	var got []string
-	entries, narrowed, err := k.dump(query{family: dataplane.IPv4, port: 54}, nil, func(f flow) bool {
+	entries, narrowed, err := k.dump(query{family: dataplane.IPv4, protocol: dataplane.UDP, port: 54}, nil, func(f flow) bool {
 		got = append(got, f.destination.String())
 		return f.destination.Port() == 53
 	})
@@ -187,7 +192,7 @@ func TestList(t *testing.T) {
 		t.Fatal(err)
 	}
 	slices.Sort(got)
-	if diff := cmp.Diff([]string{"10.96.0.10:53", "10.96.0.10:54", "10.96.0.11:53"}, got); diff != "" || narrowed || len(entries) != 2 {
+	if diff := cmp.Diff([]string{"10.96.0.10:53", "10.96.0.10:53", "10.96.0.10:54", "10.96.0.11:53"}, got); diff != "" || narrowed || len(entries) != 3 {
 		t.Errorf("without a filter: %d entries, narrowed %t, seen (-want +got)\n%s", len(entries), narrowed, diff)
 	}
 }
@@ -202,7 +207,7 @@ func TestDelete(t *testing.T) {
 	}
 	insert(t, k, all...)
 	insert(t, k, makeEntry("10.1.0.1:1", "10.96.0.11:53", ""))
-	q := query{family: dataplane.IPv4}
+	q := query{family: dataplane.IPv4, protocol: dataplane.UDP}
 	ours := func(f flow) bool { return f.destination.Addr() == netip.MustParseAddr("10.96.0.10") }
 	entries, _, err := k.list(t.Context(), q, ours)
 	if err != nil {
@@ -234,7 +239,7 @@ func TestUntilTheContextEnds(t *testing.T) {
 	// The deadline passes in another goroutine, so that a first answer may come.
 	var err error
 	for range 1000 {
-		if _, _, err = k.list(ctx, query{family: dataplane.IPv4}, func(flow) bool { return false }); err != nil {
+		if _, _, err = k.list(ctx, query{family: dataplane.IPv4, protocol: dataplane.UDP}, func(flow) bool { return false }); err != nil {
 			break
 		}
 	}
