@@ -109,9 +109,9 @@ func (c *Counters) read(ctx context.Context) ([]Count, error) {
 	return counts, nil
 }
 
-// dumpCounters reads the counters of both tables of a name in one dump. The library's
-// GetNamedObjects asks for each, and for objects of all kinds.
-func dumpCounters(conn *netlink.Conn, table string) ([]Count, error) {
+// dumpCounterObjects reads the counters of both tables of a name in one dump. The library's
+// GetNamedObjects asks for each, and for objects of all kinds. Others may have added some.
+func dumpCounterObjects(conn *netlink.Conn, table string) (map[object]Count, error) {
 	attrs, err := netlink.MarshalAttributes([]netlink.Attribute{
 		{Type: unix.NFTA_OBJ_TABLE, Data: []byte(table + "\x00")},
 		{Type: unix.NFTA_OBJ_TYPE, Data: binary.BigEndian.AppendUint32(nil, unix.NFT_OBJECT_COUNTER)},
@@ -136,8 +136,17 @@ func dumpCounters(conn *netlink.Conn, table string) ([]Count, error) {
 		}
 		if len(m.Data) >= 4 {
 			o, c := parseCounter(m.Data)
-			found[o] = c // others may have some as well
+			found[o] = c
 		}
+	}
+	return found, nil
+}
+
+// dumpCounters returns the counters of what is not served.
+func dumpCounters(conn *netlink.Conn, table string) ([]Count, error) {
+	found, err := dumpCounterObjects(conn, table)
+	if err != nil {
+		return nil, err
 	}
 	localhost := map[counter]dataplane.Protocol{}
 	for _, p := range protocols() {

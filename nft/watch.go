@@ -345,7 +345,19 @@ func (w *watch) concernsUs(m netlink.Message) bool {
 	// The table's name is attribute 1 of tables, chains, rules, sets, elements and
 	// objects alike (linux/netfilter/nf_tables.h).
 	name, ok := attribute(m.Data[4:], unix.NFTA_TABLE_NAME)
-	return ok && bytes.Equal(name, []byte(w.table+"\x00"))
+	return ok && bytes.Equal(name, []byte(w.table+"\x00")) && !isRemembered(m)
+}
+
+// isRemembered reports whether a message announces elements of what session affinity
+// remembers, such as those that an [AffinityLimiter] evicts.
+func isRemembered(m netlink.Message) bool {
+	switch m.Header.Type & 0xff {
+	case unix.NFT_MSG_NEWSETELEM, unix.NFT_MSG_DELSETELEM:
+		set, _ := attribute(m.Data[4:], unix.NFTA_SET_ELEM_LIST_SET)
+		_, ok := parseAffinityShard(string(bytes.TrimSuffix(set, []byte{0})))
+		return ok
+	}
+	return false
 }
 
 // losesRules reports whether a message announces that something is gone, or that a

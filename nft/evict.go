@@ -1,0 +1,353 @@
+package nft
+
+import (
+	"cmp"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"fairlead/dataplane"
+
+	"github.com/google/nftables"
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// AffinityStats describes what session affinity remembers in one of the two tables.
+type AffinityStats struct {
+	Family dataplane.Family
+	// Clients is how many clients are remembered, FullestMap how many of them are in
+	// the map that has most, and Limit how many one map takes. They are as of the
+	// last measurement, see [AffinityLimiter.Limit].
+	Clients, FullestMap, Limit int
+	// Full and NetworkLimit count connections of clients that were not remembered, as
+	// the map was full or the client's network had had its share. Like [Count] they
+	// begin again when the table is made anew.
+	Full, NetworkLimit uint64
+	// Evicted is how many clients this AffinityLimiter has made the kernel forget.
+	Evicted uint64
+}
+
+// AffinityLimiter evicts clients from the maps of session affinity that are full, beside
+// a Dataplane. Its methods may be called from any goroutine.
+type AffinityLimiter struct {
+	tables [2]*table
+	netns  int
+
+	mu    sync.Mutex
+	conn  *netlink.Conn // nil until it is needed, and after an error
+	stats [2]AffinityStats
+	// measured is when Clients was last counted, and the zero Time before.
+	measured time.Time
+	now      func() time.Time
+}
+
+const (
+	// evictedShare is the part of a full map that one eviction makes free. A larger
+	// part would let a flood of new clients push out those of before sooner.
+	evictedShare = 16
+	// measureInterval is how often clients are counted where no map is full.
+	measureInterval = time.Minute
+)
+
+// NewAffinityLimiter returns an AffinityLimiter of a network namespace, whose file
+// descriptor must stay open for as long as it is in use. It does not connect to the
+// kernel yet.
+func NewAffinityLimiter(opts Options) *AffinityLimiter {
+	l := &AffinityLimiter{tables: opts.tables(), netns: opts.NetNS, now: time.Now}
+	for i, t := range l.tables {
+		l.stats[i] = AffinityStats{Family: t.family, Limit: t.affinityLimit}
+	}
+	return l
+}
+
+// Limit evicts clients from full maps, if the kernel could not remember a client since
+// the last call: of the frontends with most clients, those that have not connected for
+// the longest time. It reads two counters from the kernel, and all elements of the maps
+// only where a client could not be remembered, or a minute after the last time. It does
+// nothing where there are no tables. The error is that of ctx, or as for [Open].
+func (l *AffinityLimiter) Limit(ctx context.Context) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	err := l.limit(ctx)
+	if err != nil && l.conn != nil {
+		err = errors.Join(err, l.conn.Close())
+		l.conn = nil
+	}
+	if err != nil {
+		return fmt.Errorf("limit session affinity: %w", err)
+	}
+	return nil
+}
+
+// Stats returns what is known of both tables. It does not ask the kernel.
+func (l *AffinityLimiter) Stats() []AffinityStats {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return slices.Clone(l.stats[:])
+}
+
+// Close closes the connection to the kernel. Limit opens another.
+func (l *AffinityLimiter) Close() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.conn == nil {
+		return nil
+	}
+	err := l.conn.Close()
+	l.conn = nil
+	if err != nil {
+		return fmt.Errorf("close the netlink socket: %w", err)
+	}
+	return nil
+}
+
+func (l *AffinityLimiter) limit(ctx context.Context) error {
+	if l.conn == nil {
+		conn, err := netlink.Dial(unix.NETLINK_NETFILTER, &netlink.Config{NetNS: l.netns, MessageBufferSize: dumpSize})
+		if err != nil {
+			return fmt.Errorf("open netlink socket: %w", explain(err))
+		}
+		l.conn = conn
+	}
+	found, err := dumpCounterObjects(l.conn, l.tables[0].nf.Name)
+	if err != nil {
+		return explain(err)
+	}
+	due := l.measured.IsZero() || l.now().Sub(l.measured) >= measureInterval
+	if due {
+		l.measured = l.now()
+	}
+	for i, t := range l.tables {
+		stats := &l.stats[i]
+		full := found[object{t.nf.Family, string(affinityFull)}].Packets
+		evict := full > stats.Full
+		stats.Full = full
+		stats.NetworkLimit = found[object{t.nf.Family, string(affinityNetworkLimit)}].Packets
+		if !evict && !due {
+			continue
+		}
+		if err := l.limitTable(ctx, t, stats, evict); err != nil {
+			return fmt.Errorf("table %s: %w", t, err)
+		}
+	}
+	return nil
+}
+
+func (l *AffinityLimiter) limitTable(ctx context.Context, t *table, stats *AffinityStats, evict bool) error {
+	shards, err := affinityMaps(l.conn, t)
+	if err != nil {
+		return err
+	}
+	stats.Clients, stats.FullestMap = 0, 0
+	for _, shard := range shards {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		clients, err := readRemembered(l.conn, t, shard)
+		if err != nil {
+			return err
+		}
+		n := len(clients)
+		if few := t.affinityLimit - t.affinityLimit/evictedShare; evict && n > few {
+			evicted, err := l.evict(t, shard, victims(clients, t.addrLen, max(1, t.affinityLimit/evictedShare)))
+			stats.Evicted += uint64(evicted) //nolint:gosec // a length
+			n -= evicted
+			if err != nil {
+				return err
+			}
+		}
+		stats.Clients += n
+		stats.FullestMap = max(stats.FullestMap, n)
+	}
+	return nil
+}
+
+// remembered is an element of an affinity map. Key has the client's address and the
+// frontend.
+type remembered struct {
+	key []byte
+	// expires is how much of the timeout is left.
+	expires time.Duration
+}
+
+// victims returns n of the clients, or fewer if there are fewer: so many of the
+// frontends with most clients that no other has more than they keep, and of one
+// frontend those that have not connected for the longest time. It sorts clients.
+func victims(clients []remembered, addrLen, n int) []remembered {
+	frontend := func(r remembered) string { return string(r.key[min(addrLen, len(r.key)):]) }
+	groups := map[string][]remembered{}
+	for _, c := range clients {
+		groups[frontend(c)] = append(groups[frontend(c)], c)
+	}
+	sizes := make([]int, 0, len(groups))
+	for _, g := range groups {
+		sizes = append(sizes, len(g))
+	}
+	keep := keptEach(sizes, n)
+	var chosen []remembered
+	for _, g := range groups {
+		if len(g) <= keep {
+			continue
+		}
+		slices.SortFunc(g, func(a, b remembered) int { return cmp.Compare(a.expires, b.expires) })
+		chosen = append(chosen, g[:len(g)-keep]...)
+	}
+	return chosen[:min(n, len(chosen))]
+}
+
+// keptEach returns the largest number that leaves at least n over if no group keeps more.
+func keptEach(sizes []int, n int) int {
+	slices.SortFunc(sizes, func(a, b int) int { return cmp.Compare(b, a) })
+	total := 0
+	for i, size := range sizes {
+		total += size
+		next := 0
+		if i+1 < len(sizes) {
+			next = sizes[i+1]
+		}
+		if keep := (total - n) / (i + 1); total >= n && keep >= next {
+			return keep
+		}
+	}
+	return 0
+}
+
+// evict deletes elements, in commits that do not hold up others, and returns how many
+// it has deleted. Elements that have gone meanwhile are none of them.
+func (l *AffinityLimiter) evict(t *table, shard int, clients []remembered) (int, error) {
+	if len(clients) == 0 {
+		return 0, nil
+	}
+	conn, err := nftables.New(nftables.AsLasting(), nftables.WithNetNSFd(l.netns), nftables.WithSockOptions(socketOptions))
+	if err != nil {
+		return 0, fmt.Errorf("open netlink socket: %w", explain(err))
+	}
+	defer func() { _ = conn.CloseLasting() }()
+	evicted := 0
+	for part := range slices.Chunk(clients, editSize) {
+		n, err := deleteRemembered(conn, t.affinity(shard), part)
+		evicted += n
+		if err != nil {
+			return evicted, err
+		}
+	}
+	return evicted, nil
+}
+
+// deleteRemembered deletes elements in one commit. If one of them is gone, which fails
+// all, it tries each half.
+func deleteRemembered(conn *nftables.Conn, set *nftables.Set, clients []remembered) (int, error) {
+	elements := make([]element, len(clients))
+	for i, c := range clients {
+		elements[i].Key = c.key
+	}
+	err := conn.SetDeleteElements(set, elements)
+	if err == nil {
+		err = conn.Flush()
+	}
+	switch {
+	case err == nil:
+		return len(clients), nil
+	case !errors.Is(err, unix.ENOENT):
+		return 0, fmt.Errorf("delete from map %s: %w", set.Name, err)
+	case len(clients) == 1:
+		return 0, nil
+	}
+	half := len(clients) / 2
+	first, err := deleteRemembered(conn, set, clients[:half])
+	if err != nil {
+		return first, err
+	}
+	second, err := deleteRemembered(conn, set, clients[half:])
+	return first + second, err
+}
+
+// affinityMaps returns the shards that have a map.
+func affinityMaps(conn *netlink.Conn, t *table) ([]int, error) {
+	var shards []int
+	err := dumpTable(conn, t, unix.NFT_MSG_GETSET, []netlink.Attribute{
+		{Type: unix.NFTA_SET_TABLE, Data: []byte(t.nf.Name + "\x00")},
+	}, func(attrs []byte) {
+		name, _ := attribute(attrs, unix.NFTA_SET_NAME)
+		if shard, ok := parseAffinityShard(strings.TrimSuffix(string(name), "\x00")); ok {
+			shards = append(shards, shard)
+		}
+	})
+	if errors.Is(err, unix.ENOENT) { // there is no table
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("list the sets: %w", err)
+	}
+	return shards, nil
+}
+
+// readRemembered returns what a map has. A map that has gone has nothing. An element
+// that expires or is added meanwhile may be missing.
+func readRemembered(conn *netlink.Conn, t *table, shard int) ([]remembered, error) {
+	name := t.affinity(shard).Name
+	var clients []remembered
+	err := dumpTable(conn, t, unix.NFT_MSG_GETSETELEM, []netlink.Attribute{
+		{Type: unix.NFTA_SET_ELEM_LIST_TABLE, Data: []byte(t.nf.Name + "\x00")},
+		{Type: unix.NFTA_SET_ELEM_LIST_SET, Data: []byte(name + "\x00")},
+	}, func(attrs []byte) {
+		list, _ := attribute(attrs, unix.NFTA_SET_ELEM_LIST_ELEMENTS)
+		for len(list) > 0 {
+			_, item, rest, err := nextAttribute(list)
+			if err != nil {
+				return
+			}
+			list = rest
+			data, _ := attribute(item, unix.NFTA_SET_ELEM_KEY)
+			key, ok := attribute(data, unix.NFTA_DATA_VALUE)
+			if !ok {
+				continue
+			}
+			r := remembered{key: slices.Clone(key)}
+			if v, ok := attribute(item, unix.NFTA_SET_ELEM_EXPIRATION); ok && len(v) == 8 {
+				r.expires = time.Duration(binary.BigEndian.Uint64(v)) * time.Millisecond //nolint:gosec // at most a day
+			}
+			clients = append(clients, r)
+		}
+	})
+	if errors.Is(err, unix.ENOENT) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("list the elements of map %s: %w", name, err)
+	}
+	return clients, nil
+}
+
+// dumpTable calls visit with the attributes of each message of a dump of a table.
+func dumpTable(conn *netlink.Conn, t *table, typ uint16, attrs []netlink.Attribute, visit func(attrs []byte)) error {
+	b, err := netlink.MarshalAttributes(attrs)
+	if err != nil {
+		return fmt.Errorf("encode the request: %w", err)
+	}
+	request := netlink.Message{
+		Header: netlink.Header{
+			Type:  netlink.HeaderType(unix.NFNL_SUBSYS_NFTABLES<<8 | typ),
+			Flags: netlink.Request | netlink.Dump,
+		},
+		Data: append([]byte{byte(t.nf.Family), unix.NFNETLINK_V0, 0, 0}, b...),
+	}
+	if _, err := conn.Send(request); err != nil {
+		return fmt.Errorf("request: %w", err)
+	}
+	for m, err := range conn.ReceiveIter() {
+		if err != nil {
+			return err
+		}
+		if len(m.Data) >= 4 {
+			visit(m.Data[4:])
+		}
+	}
+	return nil
+}

@@ -1,0 +1,220 @@
+package nft
+
+import (
+	"encoding/binary"
+	"fmt"
+	"net/netip"
+	"slices"
+	"testing"
+	"time"
+
+	"fairlead/dataplane"
+	"fairlead/internal/nettest"
+
+	"golang.org/x/sys/unix"
+)
+
+// stickyServices returns Services of UDP with affinity and these endpoints, by name.
+func stickyServices(t *testing.T, endpoints []netip.AddrPort, names ...string) map[string]*dataplane.Service {
+	t.Helper()
+	services := map[string]*dataplane.Service{}
+	for i, name := range names {
+		addr := netip.AddrFrom4([4]byte{10, 96, 0, byte(i + 1)})
+		if endpoints[0].Addr().Is6() {
+			addr = netip.AddrFrom16([16]byte{0: 0xfd, 3: 0x96, 15: byte(i + 1)})
+		}
+		f := dataplane.Frontend{Protocol: dataplane.UDP, Addr: netip.AddrPortFrom(addr, 80)}
+		list := make([]dataplane.Endpoint, len(endpoints))
+		for j, e := range endpoints {
+			list[j].Addr = e
+		}
+		services[name] = service(t, name, []dataplane.Frontend{f}, list)
+		services[name].Affinity = 3 * time.Hour
+	}
+	return services
+}
+
+// nameInShard returns the name of a Service in namespace default in a shard, or in any
+// other, that is none of those taken.
+func nameInShard(shard int, in bool, taken ...string) string {
+	for i := 0; ; i++ {
+		name := fmt.Sprintf("s%d", i)
+		key := dataplane.Key{Namespace: "default", Name: name}
+		if (affinityShard(key) == shard) == in && !slices.Contains(taken, name) {
+			return name
+		}
+	}
+}
+
+// flood sends a packet of UDP from each of n source addresses that the host does not
+// have.
+func flood(t *testing.T, h *nettest.Host, to netip.AddrPort, n int, source func(i int) netip.Addr) {
+	t.Helper()
+	err := h.Do(func() error {
+		family := unix.AF_INET
+		var address unix.Sockaddr = &unix.SockaddrInet4{Addr: [4]byte(to.Addr().AsSlice()[:4])}
+		if to.Addr().Is6() {
+			family, address = unix.AF_INET6, &unix.SockaddrInet6{Addr: to.Addr().As16()}
+		}
+		fd, err := unix.Socket(family, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(fd) //nolint:errcheck // nothing is buffered
+		for i := range n {
+			if err := unix.Sendto(fd, datagram(source(i), to), 0, address); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// datagram returns an empty packet of UDP with its IP header.
+func datagram(source netip.Addr, to netip.AddrPort) []byte {
+	udp := binary.BigEndian.AppendUint16(nil, 4321)
+	udp = binary.BigEndian.AppendUint16(udp, to.Port())
+	udp = append(udp, 0, 8, 0, 0)
+	if source.Is4() { // without a checksum; the kernel fills in that of the IP header
+		b := []byte{0x45, 0, 0, 28, 0, 0, 0, 0, 64, unix.IPPROTO_UDP, 0, 0}
+		return slices.Concat(b, source.AsSlice(), to.Addr().AsSlice(), udp)
+	}
+	b := slices.Concat([]byte{0x60, 0, 0, 0, 0, 8, unix.IPPROTO_UDP, 64}, source.AsSlice(), to.Addr().AsSlice())
+	sum := uint32(8 + unix.IPPROTO_UDP)
+	for _, part := range [][]byte{b[8:], udp} {
+		for j := 0; j < len(part); j += 2 {
+			sum += uint32(binary.BigEndian.Uint16(part[j:]))
+		}
+	}
+	for sum > 0xffff {
+		sum = sum&0xffff + sum>>16
+	}
+	binary.BigEndian.PutUint16(udp[6:], ^uint16(sum)) //nolint:gosec // folded
+	return append(b, udp...)
+}
+
+// sticks reports whether a client reaches one endpoint with many connections.
+func sticks(t *testing.T, client *nettest.Host, to netip.AddrPort) bool {
+	t.Helper()
+	reached := map[netip.AddrPort]bool{}
+	for range 12 {
+		answer, err := client.Connect(t.Context(), nettest.UDP, to)
+		if err != nil {
+			t.Fatal(err)
+		}
+		reached[answer.Endpoint] = true
+	}
+	return len(reached) == 1
+}
+
+// TestAffinityUnderFlood floods a Service with packets from addresses that nobody has,
+// and checks who sticks to an endpoint meanwhile and afterwards.
+func TestAffinityUnderFlood(t *testing.T) {
+	t.Parallel()
+	const limit = 96
+	network := nettest.NewT(t, nettest.Options{})
+	client := network.PodT(t, "client")
+	var v4, v6 []netip.AddrPort
+	for i := range 4 {
+		pod := network.PodT(t, fmt.Sprintf("pod%d", i))
+		pod.ServeT(t, nettest.UDP, 8080)
+		v4, v6 = append(v4, netip.AddrPortFrom(pod.IPv4, 8080)), append(v6, netip.AddrPortFrom(pod.IPv6, 8080))
+	}
+	opts := Options{affinityLimit: limit, NetNS: network.Node.Fd()}
+	d := openWith(t, network.Node.Namespace, opts)
+	limiter := NewAffinityLimiter(opts)
+	t.Cleanup(func() {
+		if err := limiter.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	const flooded = "flooded"
+	shard := affinityShard(dataplane.Key{Namespace: "default", Name: flooded})
+	neighbour, other := nameInShard(shard, true), nameInShard(shard, false)
+	s4, s6 := stickyServices(t, v4, flooded, neighbour, other), stickyServices(t, v6, flooded, neighbour, other)
+	var all []*dataplane.Service
+	for _, s := range []map[string]*dataplane.Service{s4, s6} {
+		for _, name := range []string{flooded, neighbour, other} {
+			all = append(all, s[name])
+		}
+	}
+	replace(t, d, podNode(), all...)
+	limitNow := func() []AffinityStats {
+		t.Helper()
+		if err := limiter.Limit(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		return limiter.Stats()
+	}
+	at := func(s *dataplane.Service) netip.AddrPort { return s.Frontends[0].Addr }
+
+	flood(t, network.Outside, at(s4[flooded]), 10*limit, func(i int) netip.Addr {
+		return netip.AddrFrom4([4]byte{198, 18, byte(i >> 8), byte(i)}) //nolint:gosec // low bits
+	})
+	if sticks(t, client, at(s4[flooded])) {
+		t.Error("a new client of the flooded Service sticks: the flood has not filled the map")
+	}
+	if !sticks(t, client, at(s4[other])) {
+		t.Error("a new client of a Service with another map does not stick")
+	}
+	stats := limitNow()
+	if got := stats[0]; got.Evicted != limit/evictedShare || got.Full == 0 || got.FullestMap != limit-limit/evictedShare || got.Clients != got.FullestMap+1 {
+		t.Errorf("after an eviction: %+v", got)
+	}
+	for _, name := range []string{flooded, neighbour} {
+		if !sticks(t, client, at(s4[name])) {
+			t.Errorf("a new client of the Service %s does not stick after an eviction", name)
+		}
+	}
+
+	flood(t, network.Outside, at(s6[flooded]), 10*limit, func(i int) netip.Addr {
+		return netip.AddrFrom16([16]byte{0x20, 0x01, 0x0d, 0xb8, 0xba, 0xd0, 8: 1, 14: byte(i >> 8), 15: byte(i)}) //nolint:gosec // low bits
+	})
+	for _, name := range []string{flooded, neighbour, other} {
+		if !sticks(t, client, at(s6[name])) {
+			t.Errorf("a client of the Service %s does not stick, after a flood from another IPv6 network", name)
+		}
+	}
+	limiter.measured = time.Time{}
+	stats = limitNow()
+	if got := stats[1]; got.Full != 0 || got.NetworkLimit == 0 || got.Clients > limit/networkShare+4 {
+		t.Errorf("after a flood from one IPv6 network: %+v", got)
+	}
+	select {
+	case <-d.Drift():
+		t.Error("an eviction is drift")
+	case <-time.After(100 * time.Millisecond):
+	}
+}
+
+// TestVictims checks from which frontends clients are evicted.
+func TestVictims(t *testing.T) {
+	t.Parallel()
+	client := func(frontend byte, expires int) remembered {
+		return remembered{key: []byte{10, 0, 0, byte(expires), frontend}, expires: time.Duration(expires)} //nolint:gosec // small
+	}
+	var clients []remembered
+	for frontend, n := range []int{10, 6, 1} {
+		for i := range n {
+			clients = append(clients, client(byte(frontend), i+1)) //nolint:gosec // small
+		}
+	}
+	for _, tt := range []struct {
+		n    int
+		want [3]int // from each frontend
+	}{{0, [3]int{}}, {1, [3]int{1}}, {4, [3]int{4}}, {6, [3]int{5, 1}}, {14, [3]int{9, 5}}, {17, [3]int{10, 6, 1}}, {20, [3]int{10, 6, 1}}} {
+		var got [3]int
+		for _, v := range victims(slices.Clone(clients), 4, tt.n) {
+			got[v.key[4]]++
+			if int(v.expires) > tt.want[v.key[4]] {
+				t.Errorf("of %d clients one of those that connected last", tt.n)
+			}
+		}
+		if got != tt.want {
+			t.Errorf("%d clients: %v from each frontend, want %v", tt.n, got, tt.want)
+		}
+	}
+}
