@@ -17,6 +17,7 @@ import (
 	"fairlead/internal/conntrack"
 	"fairlead/internal/health"
 	"fairlead/internal/metrics"
+	"fairlead/internal/nodesettings"
 	"fairlead/internal/relay"
 	"fairlead/kube"
 	"fairlead/source/manifest/dns"
@@ -32,8 +33,10 @@ type join struct {
 	relay   *relay.Relay
 	ports   *health.Ports
 	metrics *metrics.Metrics
-	events  events
-	names   *dns.Server // nil if nobody asks for names
+	// settings warns of settings of the node's kernel.
+	settings *nodesettings.Watcher
+	events   events
+	names    *dns.Server // nil if nobody asks for names
 	// hasNode says that the source has Node objects, of which nodeName is this
 	// node's.
 	hasNode  bool
@@ -113,6 +116,7 @@ func (j *join) listen() {
 func (j *join) pass(result kube.Result) {
 	if result.Node != nil {
 		j.flows.SetNode(*result.Node)
+		j.settings.SetPods(podsOf(*result.Node))
 		j.syncer.SetNode(*result.Node)
 		j.served = slices.Concat(result.Node.NodePortAddrs, result.Loopback)
 		j.relay.SetFamilies(familiesOf(result.Loopback)...)

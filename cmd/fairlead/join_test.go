@@ -22,6 +22,7 @@ import (
 	"fairlead/internal/conntrack"
 	"fairlead/internal/health"
 	"fairlead/internal/metrics"
+	"fairlead/internal/nodesettings"
 	"fairlead/internal/relay"
 	"fairlead/kube"
 	"fairlead/sync"
@@ -34,7 +35,7 @@ func newJoin(log *slog.Logger) *join {
 	return &join{
 		log: log, syncer: syncer, flows: conntrack.New(conntrack.Options{}), relay: relay.New(relay.Options{}),
 		ports: health.NewPorts(health.PortsOptions{}), metrics: metrics.New(metrics.Options{Status: syncer.Status}),
-		events: noEvents{}, hasNode: true, nodeName: options.NodeName, tracker: kube.NewTracker(options),
+		settings: nodesettings.New(nodesettings.Options{}), events: noEvents{}, hasNode: true, nodeName: options.NodeName, tracker: kube.NewTracker(options),
 		programmed: make(chan struct{}),
 	}
 }

@@ -21,6 +21,7 @@ import (
 	"fairlead/internal/health"
 	"fairlead/internal/metrics"
 	"fairlead/internal/nodeip"
+	"fairlead/internal/nodesettings"
 	"fairlead/internal/relay"
 	"fairlead/kube"
 	"fairlead/source/manifest/dns"
@@ -108,6 +109,8 @@ type program struct {
 	ports    *health.Ports
 	proxy    *health.Proxy
 	metrics  *metrics.Metrics
+	affinity *affinity // nil where the kernel has no maps for it
+	settings *nodesettings.Watcher
 	join     *join
 	standby  *standby
 	reload   *reloader // nil without a configuration file
@@ -144,6 +147,12 @@ func (c config) build(log *slog.Logger) (*program, error) {
 		Version: version, Mode: string(c.mode), Status: p.syncer.Status, Relay: p.relay.Stats, Unserved: p.counters.unserved,
 		Servers: p.servers.stats, Standby: p.standby.onStandby, Waiting: p.standby.waiting,
 	})
+	p.settings = nodesettings.New(nodesettings.Options{Logger: log.With("component", "node-settings")})
+	p.join.settings = p.settings
+	p.metrics.AddNodeSettings(func() map[string]int { return countSettings(p.settings.Problems()) })
+	if p.affinity = c.mode.affinity(log); p.affinity != nil {
+		p.metrics.AddAffinity(p.affinity.stats)
+	}
 	p.proxy = health.NewProxy(health.ProxyOptions{
 		Progress: p.join.progress, Eligible: p.join.eligible, Answered: p.metrics.Answered,
 	})
@@ -204,6 +213,10 @@ func (p *program) run(ctx context.Context, c config, heap *startHeap) error {
 	})
 	active(p.flows.Run)
 	active(p.relay.Run)
+	active(p.settings.Run)
+	if p.affinity != nil {
+		active(p.affinity.run)
+	}
 	active(p.ports.Run)
 	active(p.join.events.Run)
 	p.serve(ctx, group, c, "healthz-bind-address", c.healthz, p.proxy.Handler(), p.servers.healthz)

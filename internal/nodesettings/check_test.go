@@ -1,0 +1,142 @@
+package nodesettings_test
+
+import (
+	"bytes"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"fairlead/internal/nettest"
+	"fairlead/internal/nodesettings"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// TestCheck changes settings of a network namespace with bridges.
+func TestCheck(t *testing.T) {
+	t.Parallel()
+	ns, err := nettest.NewNamespace("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := ns.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	do := func(fn func() error) {
+		t.Helper()
+		if err := ns.Do(fn); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ip := func(command string) {
+		t.Helper()
+		do(func() error {
+			if out, err := exec.Command("ip", strings.Fields(command)...).CombinedOutput(); err != nil {
+				return fmt.Errorf("ip %s: %w: %s", command, err, out)
+			}
+			return nil
+		})
+	}
+	sysctl := func(file, value string) {
+		t.Helper()
+		do(func() error { return os.WriteFile(filepath.Join("/proc/sys/net", file), []byte(value), 0) })
+	}
+	check := func(pods nodesettings.Pods, want ...string) {
+		t.Helper()
+		got := []string{}
+		do(func() error {
+			problems, err := nodesettings.Check(pods)
+			for _, p := range problems {
+				got = append(got, p.Setting+" "+p.Interface)
+			}
+			return err
+		})
+		if diff := cmp.Diff(append([]string{}, want...), got); diff != "" {
+			t.Errorf("problems (-want +got):\n%s", diff)
+		}
+	}
+	ip("link add cni0 type bridge")
+	ip("link add docker0 type bridge")
+	for i, br := range []string{"cni0", "cni0", "docker0", "docker0"} {
+		if i != 1 { // the second port of cni0 comes later
+			ip(fmt.Sprintf("link add p%d type veth peer name q%d", i, i))
+			ip(fmt.Sprintf("link set p%d master %s", i, br))
+		}
+	}
+	ip("addr add 10.244.1.1/24 dev cni0")
+	ip("addr add 172.17.0.1/16 dev docker0")
+	sysctl("bridge/bridge-nf-call-iptables", "0")
+	sysctl("bridge/bridge-nf-call-ip6tables", "0")
+	for _, conf := range []string{"all", "cni0", "docker0", "p0"} {
+		sysctl("ipv4/conf/"+conf+"/route_localnet", "0")
+	}
+	pods := nodesettings.Pods{CIDRs: []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16"), netip.MustParsePrefix("fd00:10::/64")}}
+	check(pods) // one pod: there is nobody to connect to
+	ip("link add p1 type veth peer name q1")
+	ip("link set p1 master cni0")
+	check(pods, "net.bridge.bridge-nf-call-iptables cni0")
+	check(nodesettings.Pods{Bridge: "docker0"}, "net.bridge.bridge-nf-call-iptables docker0")
+	check(nodesettings.Pods{}, "net.bridge.bridge-nf-call-iptables cni0", "net.bridge.bridge-nf-call-iptables docker0")
+	check(nodesettings.Pods{CIDRs: []netip.Prefix{netip.MustParsePrefix("10.9.0.0/16")}})
+	ip("addr add fd00:10::1/64 dev cni0 nodad")
+	check(pods, "net.bridge.bridge-nf-call-ip6tables cni0", "net.bridge.bridge-nf-call-iptables cni0")
+	sysctl("bridge/bridge-nf-call-iptables", "1")
+	check(pods, "net.bridge.bridge-nf-call-ip6tables cni0")
+	sysctl("bridge/bridge-nf-call-ip6tables", "1")
+	check(pods)
+	sysctl("ipv4/conf/p0/route_localnet", "1")
+	check(pods, "net.ipv4.conf.p0.route_localnet p0")
+	sysctl("ipv4/conf/all/route_localnet", "1")
+	check(pods, "net.ipv4.conf.all.route_localnet all")
+}
+
+// TestWatcher checks what is logged, and when, in a namespace whose settings change.
+func TestWatcher(t *testing.T) {
+	t.Parallel()
+	ns, err := nettest.NewNamespace("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := ns.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	set := func(value string) error {
+		return os.WriteFile("/proc/sys/net/ipv4/conf/all/route_localnet", []byte(value), 0)
+	}
+	var log bytes.Buffer
+	w := nodesettings.New(nodesettings.Options{Logger: slog.New(slog.NewTextHandler(&log, nil))})
+	err = ns.Do(func() error {
+		for _, step := range []struct {
+			value          string
+			warned, fixed  int
+			wantedProblems int
+		}{{"1", 1, 0, 1}, {"1", 1, 0, 1}, {"0", 1, 1, 0}, {"1", 2, 1, 1}} {
+			if err := set(step.value); err != nil {
+				return err
+			}
+			w.Update(t.Context())
+			warned, fixed := strings.Count(log.String(), "level=WARN"), strings.Count(log.String(), "no longer a problem")
+			if warned != step.warned || fixed != step.fixed || len(w.Problems()) != step.wantedProblems {
+				t.Errorf("after route_localnet=%s: problems %v, log:\n%s", step.value, w.Problems(), &log)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"net.ipv4.conf.all.route_localnet", "fix="} {
+		if !strings.Contains(log.String(), want) {
+			t.Errorf("the log does not name %q:\n%s", want, &log)
+		}
+	}
+}
