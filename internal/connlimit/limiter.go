@@ -130,7 +130,7 @@ func (l *Limiter) admit(inner net.Conn, closed func()) net.Conn {
 	l.mu.Lock()
 	switch own := l.clients[c.client]; {
 	case own != nil && own.Len() >= l.options.MaxPerClient:
-		victim, reason = own.Front().Value.(*conn), "one client has too many connections" //nolint:revive // only *conn is in lists
+		victim, reason = own.Front().Value.(*conn), "one client has too many connections"
 		l.displacedByClient.Add(1)
 	case l.open >= l.options.Max:
 		victim, reason = l.leastRecent(), "the server has too many connections"
@@ -159,7 +159,7 @@ func (l *Limiter) leastRecent() *conn {
 	var found *conn
 	most := 0
 	for _, own := range l.clients {
-		first := own.Front().Value.(*conn) //nolint:revive // only *conn is in lists
+		first := own.Front().Value.(*conn)
 		if own.Len() > most || own.Len() == most && first.order < found.order {
 			found, most = first, own.Len()
 		}
@@ -245,17 +245,17 @@ func (c *conn) Write(p []byte) (int, error) {
 	l.mu.Unlock()
 	if l.options.WriteTimeout > 0 {
 		if err := c.SetWriteDeadline(time.Now().Add(l.options.WriteTimeout)); err != nil {
-			return 0, err //nolint:wrapcheck // as the connection has it
+			return 0, err
 		}
 	}
-	return c.Conn.Write(p) //nolint:wrapcheck // as the connection has it
+	return c.Conn.Write(p)
 }
 
 // CloseWrite closes the sending direction, which net/http does before it closes a
 // connection that it has refused.
 func (c *conn) CloseWrite() error {
 	if tcp, ok := c.Conn.(*net.TCPConn); ok {
-		return tcp.CloseWrite() //nolint:wrapcheck // as the connection has it
+		return tcp.CloseWrite()
 	}
 	return nil
 }

@@ -53,7 +53,7 @@ func (l *listener) Accept() (net.Conn, error) {
 		default:
 		}
 		if !IsTransient(err) {
-			return nil, err //nolint:wrapcheck // as the listener has it
+			return nil, err
 		}
 		if failures, ok := l.limiter.exhaustions.Allow(time.Now()); ok {
 			l.limiter.log.Warn("connections can't be accepted; trying again until it succeeds",
@@ -155,5 +155,5 @@ func (l *listener) Close() error {
 	}
 	l.reserve = nil
 	l.mu.Unlock()
-	return l.Listener.Close() //nolint:wrapcheck // as the listener has it
+	return l.Listener.Close()
 }

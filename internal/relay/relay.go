@@ -444,16 +444,16 @@ func (r *Relay) serve(ctx context.Context, p *port, l net.Listener) {
 
 // refuse records that a client of a node port was reset for want of a slot.
 func (r *Relay) refuse(ctx context.Context, p *port, reason refusal) {
-	c, text := r.counters[p.family()], "clients of a node port are refused at a loopback address: all connections are in use"
+	c, text := r.counters[p.family()], "all connections are in use"
 	if reason == portAtShare {
 		c.refusedByPort.Add(1)
-		text = "clients of a node port are refused at a loopback address: it has its share of the connections"
+		text = "it has its share of the connections"
 	} else {
 		c.refused.Add(1)
 	}
 	if refused, ok := p.refusals.Allow(time.Now()); ok {
 		_, addr := p.address()
-		r.log.WarnContext(ctx, text, "address", addr.String(), "service", p.serviceName(), "refused", refused,
-			"connections", c.open.Load(), "limit", r.opts.MaxConnections)
+		r.log.WarnContext(ctx, "clients of a node port are refused at a loopback address", "reason", text,
+			"address", addr.String(), "service", p.serviceName(), "refused", refused, "connections", c.open.Load(), "limit", r.opts.MaxConnections)
 	}
 }

@@ -314,7 +314,7 @@ func (r patientReader) ReadUDP(conn *net.UDPConn, timeout time.Duration) ([]byte
 	for {
 		query, session, err := r.Reader.ReadUDP(conn, timeout)
 		if err == nil || !connlimit.IsTransient(err) {
-			return query, session, err //nolint:wrapcheck // as the server of the package has it
+			return query, session, err
 		}
 		time.Sleep(pause)
 	}
