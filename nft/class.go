@@ -32,12 +32,15 @@ const (
 	nodePort                                  // the frontend has the unspecified address
 	local                                     // of the list of local endpoints
 	through                                   // the frontend's own address is a virtual server
+	shared                                    // what depends on endpoints is found by a list ID
+	listShard                                 // the lowest of three bits: the shard of the list ID
 
 	affinity class = 1 << 31 // an affinity class; of the bits it can have nodePort, and affinityShardMask
 
 	affinityShardUnit class = 1 << 24
 	affinityShardMask class = (affinityShards - 1) * affinityShardUnit
 
+	shardMask   class = (listShards - 1) * listShard
 	sizeMask    class = 1<<16 - 1
 	timeoutMask class = 1<<17 - 1
 )
@@ -87,6 +90,13 @@ func affinityOf(s *dataplane.Service) class {
 // virtual returns the class of connections that go to a virtual server if there
 // are any endpoints.
 func (c class) virtual() class { return c&^sizeMask | min(c&sizeMask, 1) }
+
+// shared returns the class of frontends that share a list of endpoints. The size
+// of the list is in list-sizes, so that it changes there alone.
+func (c class) shared() class { return c.virtual() | shared }
+
+// shard returns the shard of the list ID that a class in list-sizes is for.
+func (c class) shard() int { return int(c & shardMask / listShard) }
 
 func (c class) has(bit class) bool { return c&bit != 0 }
 
@@ -149,6 +159,7 @@ func (c class) String() string {
 		{nodePort, nodePortSuffix},
 		{local, "local"},
 		{through, "through"},
+		{shared, "shared"},
 	}
 	if c.has(affinity) {
 		fmt.Fprintf(&b, "%ds-%02x", c&timeoutMask, c.affinityShard())
@@ -185,11 +196,12 @@ const (
 	affinities                        // the affinity of a timeout
 	localAffinities                   // the same for clients that get local endpoints
 	masquerades                       // which clients are masqueraded
+	listDraws                         // how an endpoint of a list with an ID is drawn
 	verdictMaps
 )
 
 func (m verdictMap) String() string {
-	return [...]string{"classes", "local-classes", "draws", "affinities", "local-affinities", "masquerades"}[m]
+	return [...]string{"classes", "local-classes", "draws", "affinities", "local-affinities", "masquerades", "list-draws"}[m]
 }
 
 // chainName is where `nft list` shows the rules.
@@ -199,12 +211,14 @@ func (b branch) chainName() string {
 		return "class-" + b.String()
 	case draws:
 		return "draw-" + b.String()
+	case listDraws:
+		return fmt.Sprintf("list-%s-%x", b.String(), b.shard())
 	case affinities:
 		return "affinity-" + b.String()
 	case localAffinities:
 		return "affinity-" + b.String() + "-local"
 	default:
-		return "masquerade-" + b.masquerade().String()
+		return masqueradeChain(b.masquerade(), b.has(shared))
 	}
 }
 
@@ -233,6 +247,8 @@ func (t *table) branchChain(b branch) chain {
 		rules = t.affinityRules(b.class, clusterList)
 	case localAffinities:
 		rules = t.affinityRules(b.class, localList)
+	case listDraws:
+		rules = t.listRules(b.class)
 	case masquerades, verdictMaps: // has none of its own
 	}
 	return chain{Chain: &nftables.Chain{Name: b.chainName(), Table: t.nf}, rules: rules}
@@ -241,7 +257,11 @@ func (t *table) branchChain(b branch) chain {
 func (t *table) classRules(c class) []rule {
 	by, l := c.addressing(), c.list()
 	var rules []rule
-	if l == clusterList && c.has(ranged) {
+	switch {
+	case l == localList || !c.has(ranged):
+	case c.has(shared):
+		rules = append(rules, rule{exprs: []expr.Any{jumpTo("source-ranges-shared")}})
+	default:
 		rules = append(rules, rule{exprs: []expr.Any{jumpTo(by.chainName("source-ranges"))}})
 	}
 	if l == clusterList && c.has(external) {
@@ -256,6 +276,8 @@ func (t *table) classRules(c class) []rule {
 		return append(rules, rule{exprs: []expr.Any{count(rejectedNoEndpoints), gotoChain("reject")}})
 	case c.has(through):
 		return append(rules, rule{exprs: append(resetPriority(), accept())})
+	case c.has(shared):
+		return append(rules, rule{exprs: []expr.Any{gotoChain(l.chainName("shared"))}})
 	case c.has(sticky):
 		return append(rules, rule{exprs: []expr.Any{gotoChain(by.chainName(l.chainName("sticky")))}})
 	}

@@ -40,6 +40,12 @@ type table struct {
 	stickyEndpoints *nftables.Set
 	hairpin         *nftables.Set
 	endpoints       [shards]*nftables.Set
+	// lists, listSizes, sharedHairpin and sharedEndpoints are for Services with many
+	// frontends, see lists.go.
+	lists           *nftables.Set
+	listSizes       *nftables.Set
+	sharedHairpin   *nftables.Set
+	sharedEndpoints [listShards]*nftables.Set
 	// rowSets are the sets that rows have elements in, by the indices that edit
 	// uses.
 	rowSets []*nftables.Set
@@ -99,10 +105,17 @@ func newTable(family dataplane.Family) *table {
 		Table: t.nf, Name: "hairpin",
 		KeyType: concat(append([]nftables.SetDatatype{addr, addr}, frontend...)...),
 	}
+	// A list ID, a slot and the priority that they travel in are 32 bits each.
+	t.lists = mapOf("lists", with(), nftables.TypeClassID)
+	t.listSizes = mapOf("list-sizes", concat(nftables.TypeClassID, nftables.TypeMark), nftables.TypeClassID)
+	for i := range t.sharedEndpoints {
+		t.sharedEndpoints[i] = mapOf(fmt.Sprintf("shared-endpoints-%x", i), concat(nftables.TypeClassID, nftables.TypeMark), addrPort)
+	}
+	t.sharedHairpin = &nftables.Set{Table: t.nf, Name: "shared-hairpin", KeyType: concat(addr, addr, nftables.TypeClassID)}
 	t.rowSets = append([]*nftables.Set{
-		inServices: t.services, inExternal: t.external, inTimeouts: t.timeouts, inSlots: t.slots,
-		inStickyEndpoints: t.stickyEndpoints, inHairpin: t.hairpin,
-	}, t.endpoints[:]...)
+		inServices: t.services, inExternal: t.external, inTimeouts: t.timeouts, inLists: t.lists, inListSizes: t.listSizes,
+		inSlots: t.slots, inStickyEndpoints: t.stickyEndpoints, inHairpin: t.hairpin, inSharedHairpin: t.sharedHairpin,
+	}, slices.Concat(t.sharedEndpoints[:], t.endpoints[:])...)
 	for s := range t.addrSets {
 		t.addrSets[s] = &nftables.Set{Table: t.nf, Name: addrSet(s).String(), KeyType: addr}
 	}
@@ -140,7 +153,10 @@ func (t *table) forAffinity(s *nftables.Set) bool {
 	}, s)
 }
 
-const rangesPrefix = "source-ranges-"
+const (
+	rangesPrefix       = "source-ranges-"
+	sharedRangesPrefix = "shared-source-ranges-"
+)
 
 // ranges returns the set of the source ranges with prefixes of a length, each
 // with its frontend. Ranges of one length do not overlap, so that it need not be
@@ -149,6 +165,14 @@ func (t *table) ranges(bits int) *nftables.Set {
 	return &nftables.Set{
 		Table: t.nf, Name: rangesPrefix + strconv.Itoa(bits),
 		KeyType: nftables.MustConcatSetType(t.addr, nftables.TypeInetProto, nftables.TypeInetService, t.addr),
+	}
+}
+
+// sharedRanges returns the set of the same for list IDs.
+func (t *table) sharedRanges(bits int) *nftables.Set {
+	return &nftables.Set{
+		Table: t.nf, Name: sharedRangesPrefix + strconv.Itoa(bits),
+		KeyType: nftables.MustConcatSetType(nftables.TypeClassID, t.addr),
 	}
 }
 
@@ -310,6 +334,7 @@ func (t *table) chains(node dataplane.Node, rangeBits []int) []chain {
 		}
 		chains = append(chains, t.externalClients(by, node))
 	}
+	chains = append(chains, t.shared(rangeBits)...)
 	chains = append(chains, t.masquerade(node)...)
 	chains = append(chains, t.masquerading(), t.localhost(node), t.invalid(node))
 	dispatch, postDNAT := append(t.toVirtualNetworks(), t.dispatch()...), t.unmark()
@@ -531,10 +556,10 @@ func (t *table) pick(by addressing, l list) chain {
 	)
 }
 
-// unmark puts back the priority of a packet in which a slot or the ID of an
-// endpoint has done its work.
+// unmark puts back the priority of a packet in which a slot, or the ID of a list or
+// an endpoint, has done its work.
 func (t *table) unmark() []rule {
-	rules := []rule{{exprs: slices.Concat(isSlot(), resetPriority())}}
+	rules := []rule{{exprs: slices.Concat(isSlotOrList(), resetPriority())}}
 	if !t.virtual {
 		rules = append(rules, rule{exprs: slices.Concat(isID(), resetPriority())})
 	}
@@ -590,7 +615,7 @@ func (t *table) masquerading() chain {
 // masquerade returns the chains that connections of Services may end in after
 // that. They put the priority back, which has the class.
 func (t *table) masquerade(node dataplane.Node) []chain {
-	name := func(m dataplane.Masquerade) string { return "masquerade-" + m.String() }
+	name := func(m dataplane.Masquerade) string { return masqueradeChain(m, false) }
 	none := rule{exprs: resetPriority()}
 	masquerade := gotoChain("masquerade")
 	foreign := []rule{none}
@@ -600,7 +625,7 @@ func (t *table) masquerade(node dataplane.Node) []chain {
 			none,
 		}
 	}
-	return []chain{
+	chains := []chain{
 		t.chain("masquerade", rule{exprs: append(resetPriority(), &expr.Masq{FullyRandom: true})}),
 		t.chain(name(dataplane.MasqueradeAlways), rule{exprs: []expr.Any{masquerade}}),
 		t.chain(name(dataplane.MasqueradeNode),
@@ -609,6 +634,10 @@ func (t *table) masquerade(node dataplane.Node) []chain {
 		),
 		t.chain(name(dataplane.MasqueradeForeign), foreign...),
 	}
+	for _, m := range []dataplane.Masquerade{dataplane.MasqueradeNode, dataplane.MasqueradeForeign} {
+		chains = append(chains, t.sharedMasquerade(m))
+	}
+	return chains
 }
 
 // foreign matches clients that dataplane.MasqueradeForeign is about, if there are
@@ -704,6 +733,11 @@ func (i id) list() list { return list(i & 1) }
 // isSlot matches priorities that are slots, isID those that are IDs.
 func isSlot() []expr.Any {
 	return priorityIs(binaryutil.NativeEndian.PutUint32(slotMask), binaryutil.NativeEndian.PutUint32(slotMajor))
+}
+
+// isSlotOrList matches list IDs as well.
+func isSlotOrList() []expr.Any {
+	return priorityIs(binaryutil.NativeEndian.PutUint32(listMask), binaryutil.NativeEndian.PutUint32(listBase))
 }
 
 func isID() []expr.Any {

@@ -83,8 +83,11 @@ type Dataplane struct {
 	rangeBits [2][]int
 	// affinityShards are, by table, the shards that have a map of what is remembered.
 	affinityShards [2][]int
-	now            func() time.Time
-	editSize       int // the constant; tests make it small
+	// lists has, by table, the list IDs of Services whose frontends share a list.
+	lists [2]listIDs
+	now   func() time.Time
+	// editSize and shareFrom are the constants; tests make them small.
+	editSize, shareFrom int
 }
 
 var _ dataplane.Dataplane = (*Dataplane)(nil)
@@ -128,6 +131,7 @@ func Open(opts Options) (*Dataplane, error) {
 
 		translator: opts.Translator,
 		editSize:   editSize,
+		shareFrom:  shareFrom,
 	}
 	d.forget()
 	return d, nil
@@ -141,6 +145,7 @@ func (d *Dataplane) forget() {
 		d.resting[i] = map[branch]time.Time{}
 		d.addrs[i], d.ports[i] = newAddrCounts(), portCounts{}
 		d.rangeBits[i], d.affinityShards[i] = nil, nil
+		d.lists[i] = newListIDs()
 	}
 }
 

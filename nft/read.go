@@ -27,6 +27,7 @@ type content struct {
 	chains map[string]*nftables.Chain
 	rules  map[string][]*nftables.Rule
 	rows   map[dataplane.Frontend]*row
+	lists  map[listID]*sharedList
 	// branches has the elements of verdict maps, and whether each goes where it
 	// should.
 	branches map[branch]bool
@@ -157,6 +158,7 @@ func (d *Dataplane) readRows(ctx context.Context, t *table) (*content, error) {
 		chains:   map[string]*nftables.Chain{},
 		rules:    map[string][]*nftables.Rule{},
 		rows:     map[dataplane.Frontend]*row{},
+		lists:    map[listID]*sharedList{},
 		branches: map[branch]bool{}, objects: map[string]nftables.ObjType{},
 		foreign: map[string][]element{}, extended: map[string][]element{},
 		ports: portCounts{}, portSet: map[uint16]bool{}, node: map[string][]element{},
@@ -195,6 +197,7 @@ func (d *Dataplane) readRows(ctx context.Context, t *table) (*content, error) {
 		slices.SortFunc(r.hairpins, netip.Addr.Compare)
 		slices.SortFunc(r.ranges, netip.Prefix.Compare)
 	}
+	c.resolveLists()
 	return c, nil
 }
 
@@ -209,6 +212,9 @@ func (c *content) readings(t *table) []reading {
 		{t.services, func(e element) error { return c.parseService(t, e) }},
 		{t.external, func(e element) error { return c.parseExternal(t, e) }},
 		{t.timeouts, func(e element) error { return c.parseTimeout(t, e) }},
+		{t.lists, func(e element) error { return c.parseListOf(t, e) }},
+		{t.listSizes, func(e element) error { return c.parseListSize(t, e) }},
+		{t.sharedHairpin, func(e element) error { return c.parseSharedHairpin(t, e) }},
 		{t.slots, func(e element) error { return c.parseSlot(t, e) }},
 		{t.stickyEndpoints, func(e element) error { return c.parseSticky(t, e) }},
 		{t.hairpin, func(e element) error { return c.parseHairpin(t, e) }},
@@ -223,6 +229,9 @@ func (c *content) readings(t *table) []reading {
 	}
 	for shard, set := range t.endpoints {
 		rows = append(rows, reading{set, func(e element) error { return c.parseEndpoint(t, shard, e) }})
+	}
+	for shard, set := range t.sharedEndpoints {
+		rows = append(rows, reading{set, func(e element) error { return c.parseSharedEndpoint(t, shard, e) }})
 	}
 	for set := range t.nodeSets(dataplane.Node{}) {
 		rows = append(rows, reading{set, func(e element) error {
@@ -239,7 +248,10 @@ func (c *content) readings(t *table) []reading {
 			continue
 		}
 		c.rangeBits = append(c.rangeBits, bits)
-		rows = append(rows, reading{t.ranges(bits), func(e element) error { return c.parseRange(t, bits, e) }})
+		rows = append(rows,
+			reading{t.ranges(bits), func(e element) error { return c.parseRange(t, bits, e) }},
+			reading{t.sharedRanges(bits), func(e element) error { return c.parseSharedRange(t, bits, e) }},
+		)
 	}
 	slices.Sort(c.rangeBits)
 	return rows
@@ -516,7 +528,13 @@ func (r *row) withoutEndpoints() dataplane.Binding {
 	b := dataplane.Binding{Service: r.service}
 	b.Masquerade, b.NoEndpoints = r.class.masquerade(), r.class.noEndpoints()
 	b.ExternalLocal = r.class.has(external)
-	if r.class.has(ranged) {
+	switch {
+	case !r.class.has(ranged):
+	case r.class.has(shared):
+		if r.shared != nil {
+			b.SourceRanges = r.shared.ranges
+		}
+	default:
 		b.SourceRanges = r.ranges
 	}
 	return b
@@ -524,14 +542,19 @@ func (r *row) withoutEndpoints() dataplane.Binding {
 
 // reachable returns the endpoints of a list that connections of a class reach.
 func (r *row) reachable(l list, c class) []dataplane.Endpoint {
-	slots := r.slots[l].endpoints
-	if c.has(sticky) {
+	slots, size, hairpins := r.slots[l].endpoints, c.size(), r.hairpins
+	switch {
+	case c.has(shared) && (r.shared == nil || size == 0):
+		return nil
+	case c.has(shared):
+		slots, size, hairpins = r.shared.slots[l], r.shared.draws[l].size(), r.shared.hairpins
+	case c.has(sticky):
 		slots = r.arrangement()[l].slots
 	}
 	var all []dataplane.Endpoint
-	for _, addr := range slots[:min(c.size(), len(slots))] {
+	for _, addr := range slots[:min(size, len(slots))] {
 		if addr.IsValid() {
-			_, isLocal := slices.BinarySearchFunc(r.hairpins, addr.Addr(), netip.Addr.Compare)
+			_, isLocal := slices.BinarySearchFunc(hairpins, addr.Addr(), netip.Addr.Compare)
 			all = append(all, dataplane.Endpoint{Addr: addr, Local: isLocal})
 		}
 	}

@@ -11,6 +11,8 @@ import (
 	"slices"
 
 	"fairlead/dataplane"
+
+	"github.com/google/nftables"
 )
 
 // row is everything that the maps and sets hold for one frontend. All elements
@@ -37,6 +39,11 @@ type row struct {
 	// the frontend's own address.
 	ranges []netip.Prefix
 	self   bool
+
+	// list is the value in lists, and shared the elements of that list; 0 and nil
+	// where the frontend shares none.
+	list   listID
+	shared *sharedList
 
 	// addrs are the sets that the frontend's address is to be in. They are not
 	// known of a row that was read.
@@ -275,6 +282,10 @@ func (r *row) arrangement() arrangement {
 	var a arrangement
 	for l := range lists {
 		a[l].slots = r.slots[l].endpoints
+		if r.class.has(shared) && r.shared != nil {
+			a[l].slots = r.shared.slots[l]
+			continue
+		}
 		if !r.class.has(sticky) {
 			continue
 		}
@@ -339,27 +350,46 @@ func firstID(l list, addr netip.AddrPort) id {
 type edit struct {
 	table    *table
 	del, add [inEndpoints + shards][]element
-	// delRanges and addRanges are those of source ranges, by prefix length.
-	delRanges, addRanges map[int][]element
+	// delRanges and addRanges are those of source ranges, by set.
+	delRanges, addRanges map[rangeSet][]element
 	// ports is by how much the number of elements with an endpoint of each port
 	// changes.
 	ports    portCounts
 	elements int
 }
 
-// The sets that rows have elements in, as indices into edit's fields. The last
-// is the first of the shards of endpoints. Those before classSets have the classes
-// of a frontend: what is in the others is looked for on account of these only.
+// rangeSet is the set of the source ranges of a prefix length, of frontends or of
+// list IDs.
+type rangeSet struct {
+	bits   int
+	shared bool
+}
+
+func (t *table) rangeSet(s rangeSet) *nftables.Set {
+	if s.shared {
+		return t.sharedRanges(s.bits)
+	}
+	return t.ranges(s.bits)
+}
+
+// The sets that rows and lists have elements in, as indices into edit's fields. The
+// last ones are the first of the shards of endpoints. Those before classSets have the
+// classes of a frontend: the others are looked into on account of these only, and of
+// what a list has in inListSizes.
 const (
 	inServices = iota
 	inExternal
 	inTimeouts
+	inLists
+	inListSizes
 	inSlots
 	inStickyEndpoints
 	inHairpin
-	inEndpoints
+	inSharedHairpin
+	inSharedEndpoints
+	inEndpoints = inSharedEndpoints + listShards
 
-	classSets = inSlots
+	classSets = inListSizes
 )
 
 // change adds to the edit what turns one row of a frontend into another.
@@ -378,6 +408,7 @@ func (e *edit) change(f dataplane.Frontend, have, want *row) {
 	e.changeClass(inServices, f, have.inServices, have.class, have.service, want.inServices, want.class, want.service)
 	e.changeClass(inExternal, f, have.inExternal, have.external, "", want.inExternal, want.external, "")
 	e.changeClass(inTimeouts, f, have.timeout != 0, have.timeout, "", want.timeout != 0, want.timeout, "")
+	e.changeListOf(f, have.list, want.list)
 	for l := range lists {
 		e.changeSlots(f, l, have.slots[l], want.slots[l])
 	}
@@ -393,7 +424,11 @@ func (e *edit) change(f dataplane.Frontend, have, want *row) {
 	if len(have.ranges)+len(want.ranges) > 0 {
 		e.changeRanges(f, have, want)
 	}
-	merge(have.ports, want.ports, cmp.Compare[uint16], func(port uint16, inHave, inWant bool) {
+	e.changePorts(have.ports, want.ports)
+}
+
+func (e *edit) changePorts(have, want []uint16) {
+	merge(have, want, cmp.Compare[uint16], func(port uint16, inHave, inWant bool) {
 		switch {
 		case !inWant:
 			e.addPort(port, -1)
@@ -401,6 +436,19 @@ func (e *edit) change(f dataplane.Frontend, have, want *row) {
 			e.addPort(port, 1)
 		}
 	})
+}
+
+func (e *edit) changeListOf(f dataplane.Frontend, have, want listID) {
+	if have == want {
+		return
+	}
+	key := e.table.frontendElement(f)
+	if have != 0 {
+		e.delete(inLists, element{Key: key})
+	}
+	if want != 0 {
+		e.insert(inLists, element{Key: key, Val: e.table.listElement(want)})
+	}
 }
 
 func (e *edit) changeClass(
@@ -484,12 +532,12 @@ func (e *edit) changeRanges(f dataplane.Frontend, have, want *row) {
 		if inHave && inWant && have.rangeComment(f, p) == want.rangeComment(f, p) {
 			return
 		}
-		key := t.rangeElement(f, p)
+		set, key := rangeSet{bits: p.Bits()}, t.rangeElement(f, p)
 		if inHave {
-			e.deleteRange(p.Bits(), element{Key: key})
+			e.deleteRange(set, element{Key: key})
 		}
 		if inWant {
-			e.insertRange(p.Bits(), element{Key: key, Comment: want.rangeComment(f, p)})
+			e.insertRange(set, element{Key: key, Comment: want.rangeComment(f, p)})
 		}
 	})
 }
@@ -518,19 +566,19 @@ func (e *edit) insert(set int, el element) {
 	e.elements++
 }
 
-func (e *edit) deleteRange(bits int, el element) {
+func (e *edit) deleteRange(set rangeSet, el element) {
 	if e.delRanges == nil {
-		e.delRanges = map[int][]element{}
+		e.delRanges = map[rangeSet][]element{}
 	}
-	e.delRanges[bits] = append(e.delRanges[bits], el)
+	e.delRanges[set] = append(e.delRanges[set], el)
 	e.elements++
 }
 
-func (e *edit) insertRange(bits int, el element) {
+func (e *edit) insertRange(set rangeSet, el element) {
 	if e.addRanges == nil {
-		e.addRanges = map[int][]element{}
+		e.addRanges = map[rangeSet][]element{}
 	}
-	e.addRanges[bits] = append(e.addRanges[bits], el)
+	e.addRanges[set] = append(e.addRanges[set], el)
 	e.elements++
 }
 

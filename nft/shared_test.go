@@ -76,7 +76,15 @@ func wantCounts(t *testing.T, d *Dataplane, services []*dataplane.Service) {
 			if index(s.Key.Family) != i {
 				continue
 			}
-			r := d.render(s, d.arrangementOf(s))
+			r := d.render(s, d.arrangementOf(s), d.lists[i].byKey[s.Key])
+			if r.list != 0 {
+				for _, b := range r.shared.branches() {
+					branches[b]++
+				}
+				for _, port := range r.shared.ports {
+					ports[port]++
+				}
+			}
 			for _, f := range s.Frontends {
 				for _, b := range r.branches() {
 					branches[b]++
@@ -142,6 +150,7 @@ func testCounts(t *testing.T, seed uint64, translator Translator) {
 			unknown = true
 		}
 		d.editSize = []int{3, 12, 40, editSize}[random.IntN(4)]
+		d.shareFrom = []int{2, 3, shareFrom}[random.IntN(3)]
 		failing, what := random.IntN(12), []fault{none, none, reject, refuse}[random.IntN(4)]
 		d.flush = func() error {
 			if failing--; failing == 0 {
@@ -195,7 +204,10 @@ func wantShared(t *testing.T, d *Dataplane, services []*dataplane.Service, faile
 			if failed[s.Key] != nil || index(s.Key.Family) != i {
 				continue
 			}
-			r := d.render(s, d.arrangementOf(s))
+			r := d.render(s, d.arrangementOf(s), d.lists[i].byKey[s.Key])
+			if r.list != 0 {
+				r.ports = r.shared.ports
+			}
 			for _, port := range r.ports {
 				if !c.portSet[port] {
 					t.Errorf("%s has taken, and its port %d is not in the set", s.Key, port)

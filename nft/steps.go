@@ -61,21 +61,21 @@ func (s *stepper) into(i int, change func(*tableEdit)) bool {
 }
 
 // ahead makes the steps before the classes. IDs come before slots that refer to
-// them, so the sets are in reverse order.
+// them, and slots before the size of their list, so the sets are in reverse order.
 func (s *stepper) ahead() bool {
 	for i := range s.whole.tables {
 		e := &s.whole.tables[i]
 		if more, _ := e.ports.split(); !s.ports(i, more) {
 			return false
 		}
-		for bits, elements := range e.addRanges {
-			replaced := keysOf(e.delRanges[bits])
+		for set, elements := range e.addRanges {
+			replaced := keysOf(e.delRanges[set])
 			for _, el := range elements {
 				ok := s.into(i, func(step *tableEdit) {
 					if replaced[string(el.Key)] {
-						step.deleteRange(bits, element{Key: el.Key})
+						step.deleteRange(set, element{Key: el.Key})
 					}
-					step.insertRange(bits, el)
+					step.insertRange(set, el)
 				})
 				if !ok {
 					return false
@@ -212,13 +212,13 @@ func (s *stepper) behind() bool {
 				}
 			}
 		}
-		for bits, elements := range e.delRanges {
-			replaced := keysOf(e.addRanges[bits])
+		for set, elements := range e.delRanges {
+			replaced := keysOf(e.addRanges[set])
 			for _, el := range elements {
 				if replaced[string(el.Key)] {
 					continue
 				}
-				if !s.into(i, func(step *tableEdit) { step.deleteRange(bits, el) }) {
+				if !s.into(i, func(step *tableEdit) { step.deleteRange(set, el) }) {
 					return false
 				}
 			}

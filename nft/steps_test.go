@@ -106,7 +106,7 @@ func (o *observer) check(got dataplane.State, f dataplane.Frontend) error {
 	switch {
 	case !there && before && after:
 		return errors.New("is missing, and was to stay")
-	case !there, before && g.Equal(was), after && g.Equal(is):
+	case !there, before && g.Equal(was), after && g.Equal(is), o.shares(g, was, is):
 		return nil
 	case !before:
 		return fmt.Errorf("is seen before it is complete: %s, want %s", g.Treatment, is.Treatment)
@@ -124,6 +124,37 @@ func (o *observer) check(got dataplane.State, f dataplane.Frontend) error {
 		}
 	}
 	return fmt.Errorf("is %s, neither like %s nor like %s", g.Treatment, was.Treatment, is.Treatment)
+}
+
+// shares reports whether a frontend is one of several of its Service, and has lists of
+// endpoints that others have before or after: each list changes for all frontends that
+// share it at once, while each has the rest of its Treatment by itself.
+func (o *observer) shares(got, was, is dataplane.Binding) bool {
+	var all []dataplane.Treatment
+	for _, state := range []dataplane.State{o.old, o.new} {
+		var same []dataplane.Treatment
+		for _, b := range state {
+			if b.Service == got.Service {
+				same = append(same, b.Treatment)
+			}
+		}
+		if len(same) > 1 {
+			all = append(all, same[0])
+		}
+	}
+	rest := []dataplane.Treatment{was.Treatment, is.Treatment}
+	like := func(list func(dataplane.Treatment) []dataplane.Endpoint) bool {
+		endpoints, known := list(got.Treatment), slices.Concat(list(was.Treatment), list(is.Treatment))
+		for _, t := range all {
+			known = append(known, list(t)...)
+		}
+		return slices.ContainsFunc(all, func(t dataplane.Treatment) bool {
+			return len(endpoints) == len(list(t)) && among(endpoints, known)
+		})
+	}
+	return slices.ContainsFunc(rest, func(t dataplane.Treatment) bool { return bare(got.Treatment).Equal(bare(t)) }) &&
+		like(func(t dataplane.Treatment) []dataplane.Endpoint { return t.Endpoints }) &&
+		(!got.ExternalLocal || like(func(t dataplane.Treatment) []dataplane.Endpoint { return t.LocalEndpoints }))
 }
 
 // bare returns what of a Treatment changes all at once.
@@ -156,10 +187,16 @@ func wantClean(t *testing.T, d *Dataplane, ns *nettest.Namespace, node dataplane
 				t.Errorf("table %s has garbage of %s: %+v", table, f, r)
 			}
 		}
+		for n, l := range c.lists {
+			used := func(f dataplane.Frontend) bool { return c.rows[f].list == n }
+			if !slices.ContainsFunc(slices.Collect(maps.Keys(c.rows)), used) {
+				t.Errorf("table %s has garbage of list %d: %+v", table, n, l)
+			}
+		}
 	}
 	before := generation(t, d)
 	again := openIn(t, ns, d.translator)
-	again.now = d.now
+	again.now, again.shareFrom = d.now, d.shareFrom
 	replace(t, again, node, services...)
 	if generation(t, d) != before {
 		t.Error("a Replace by the same Services changed the ruleset")

@@ -164,7 +164,7 @@ func (d *Dataplane) flushChains(t *table, have *content, wanted []chain) map[str
 func (d *Dataplane) deleteForeign(t *table, have *content) error {
 	sets := t.sets()
 	for _, bits := range have.rangeBits {
-		sets = append(sets, t.ranges(bits))
+		sets = append(sets, t.ranges(bits), t.sharedRanges(bits))
 	}
 	ofNode := t.nodeSets(dataplane.Node{}) // mendNodeSets does these
 	for _, set := range sets {
@@ -220,7 +220,7 @@ func (d *Dataplane) mendSets(t *table, have *content) {
 		wanted = append(wanted, t.affinity(shard))
 	}
 	for _, bits := range have.rangeBits {
-		wanted = append(wanted, t.ranges(bits))
+		wanted = append(wanted, t.ranges(bits), t.sharedRanges(bits))
 	}
 	for name, found := range have.sets {
 		i := slices.IndexFunc(wanted, func(s *nftables.Set) bool { return s.Name == name })

@@ -68,15 +68,20 @@ func (d *Dataplane) ReadRules(ctx context.Context) (map[dataplane.Frontend]Rule,
 
 func (r *row) rule() Rule {
 	rule := Rule{Binding: r.withoutEndpoints(), Local: r.hairpins}
+	slotsOf := [lists][]netip.AddrPort{r.slots[clusterList].endpoints, r.slots[localList].endpoints}
+	if r.class.has(shared) && r.shared != nil {
+		rule.Local, slotsOf = r.shared.hairpins, r.shared.slots
+	}
 	of := [lists]class{clusterList: r.class}
 	if rule.ExternalLocal && r.inExternal {
 		of[localList] = r.external
 	}
 	for l, c := range of {
-		if slots := r.slots[l].endpoints; len(slots) > 0 && !c.has(through) {
+		if slots := slotsOf[l]; len(slots) > 0 && !c.has(through) {
 			rule.Virtual[l] = slots[0]
 		}
-		rule.Served[l] = c.size() > 0 && (c.has(through) || rule.Virtual[l].IsValid())
+		rule.Served[l] = c.size() > 0 && (c.has(through) || rule.Virtual[l].IsValid()) &&
+			(!c.has(shared) || r.shared != nil && r.shared.draws[l] != 0)
 	}
 	return rule
 }

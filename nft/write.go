@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"iter"
-	"maps"
 	"net/netip"
 	"slices"
 	"time"
@@ -36,6 +35,10 @@ const classRest = time.Second
 // has more by itself is carried out in steps, see batch.steps.
 func (d *Dataplane) Apply(_ context.Context, changes []dataplane.Change) error {
 	failed := map[dataplane.Key]error{}
+	// A list goes with the last Service that takes a frontend from its own, so
+	// frontends that nobody takes must be gone by then.
+	changes = slices.Clone(changes)
+	slices.SortStableFunc(changes, func(a, b dataplane.Change) int { return falseFirst(a.New != nil, b.New != nil) })
 	p := d.plan(changes, failed)
 	b, first := d.newBatch(), 0
 	for i, c := range changes {
@@ -48,6 +51,9 @@ func (d *Dataplane) Apply(_ context.Context, changes []dataplane.Change) error {
 	for key, a := range p.after {
 		if failed[key] == nil {
 			d.keep(key, a)
+			if !p.shares[key] {
+				d.lists[index(key.Family)].release(key)
+			}
 		}
 	}
 	d.removeUnusedBranches()
@@ -55,6 +61,17 @@ func (d *Dataplane) Apply(_ context.Context, changes []dataplane.Change) error {
 		return &dataplane.Error{Op: "apply", Failed: failed}
 	}
 	return nil
+}
+
+func falseFirst(a, b bool) int {
+	switch {
+	case a == b:
+		return 0
+	case b:
+		return -1
+	default:
+		return 1
+	}
 }
 
 // applyTogether commits a batch made of these changes. If it is too large for one
@@ -91,7 +108,15 @@ type plan struct {
 	have, want map[dataplane.Frontend]owned
 	// after has the arrangement of each Service that changes.
 	after map[dataplane.Key]arranged
+	// lists has, by Service with whose change it is made, how lists that frontends
+	// share change.
+	lists map[dataplane.Key][]listChange
+	// shares has the Services whose frontends share a list after their change.
+	shares map[dataplane.Key]bool
 }
+
+// listChange has the row of a Service before and after, of which one shares a list.
+type listChange struct{ have, want *row }
 
 // owned is a row with the Service that it is of.
 type owned struct {
@@ -113,18 +138,25 @@ func (d *Dataplane) plan(changes []dataplane.Change, failed map[dataplane.Key]er
 		have:  make(map[dataplane.Frontend]owned, len(changes)),
 		want:  make(map[dataplane.Frontend]owned, len(changes)),
 		after: make(map[dataplane.Key]arranged, len(changes)),
+		lists: map[dataplane.Key][]listChange{}, shares: map[dataplane.Key]bool{},
 	}
+	changed := map[dataplane.Key]listChange{}
 	for _, c := range changes {
 		key := c.Key()
 		var before arrangement
+		var list listChange
 		if c.Old != nil && d.supported(c.Old) == nil {
 			before = d.arrangementOf(c.Old)
-			r := owned{key, d.render(c.Old, before)}
+			r := owned{key, d.render(c.Old, before, d.lists[index(key.Family)].byKey[key])}
+			list.have = r.row
 			for _, f := range c.Old.Frontends {
 				p.have[f] = r
 			}
 		}
 		p.after[key] = arranged{}
+		if list.have != nil && list.have.list != 0 {
+			changed[key] = list
+		}
 		if c.New == nil {
 			continue
 		}
@@ -134,12 +166,47 @@ func (d *Dataplane) plan(changes []dataplane.Change, failed map[dataplane.Key]er
 		}
 		a := d.arrange(before, c.New)
 		p.after[key] = a
-		r := owned{key, d.render(c.New, a.arrangement)}
+		r := owned{key, d.render(c.New, a.arrangement, d.listOf(c.New))}
+		if list.want = r.row; r.list != 0 || changed[key].have != nil {
+			changed[key] = list
+		}
 		for _, f := range c.New.Frontends {
 			p.want[f] = r
 		}
 	}
+	if len(changed) > 0 {
+		p.placeLists(changes, changed)
+	}
 	return p
+}
+
+// placeLists decides with which change each list changes: with its Service's, or, if
+// that is deleted, with the last one that takes frontends from it, as a list must not
+// go before the frontends that share it.
+func (p plan) placeLists(changes []dataplane.Change, changed map[dataplane.Key]listChange) {
+	with := map[dataplane.Key]dataplane.Key{}
+	for _, c := range changes {
+		if c.New == nil {
+			continue
+		}
+		for _, f := range c.New.Frontends {
+			have := p.have[f]
+			if have.row == nil || have.list == 0 || have.key == c.New.Key || p.want[f].row == nil {
+				continue
+			}
+			if changed[have.key].want == nil {
+				with[have.key] = c.New.Key
+			}
+		}
+	}
+	for key, l := range changed {
+		to, moved := with[key]
+		if !moved {
+			to = key
+		}
+		p.lists[to] = append(p.lists[to], l)
+		p.shares[key] = l.want != nil && l.want.list != 0
+	}
 }
 
 // add puts the frontends of a change into a batch. One that moves belongs to the
@@ -158,6 +225,9 @@ func (p plan) add(b *batch, c dataplane.Change) {
 				b.change(f, have.row, nil)
 			}
 		}
+	}
+	for _, l := range p.lists[c.Key()] {
+		b.changeList(c.Key().Family, l)
 	}
 }
 
@@ -227,6 +297,28 @@ func (b *batch) found(f dataplane.Frontend, have, want *row) {
 	e.change(f, have, want)
 }
 
+// changeList adds what turns the list of a Service into another.
+func (b *batch) changeList(family dataplane.Family, l listChange) {
+	e := &b.tables[index(family)]
+	var have, want sharedRow
+	if l.have != nil {
+		have = sharedRow{l.have.list, l.have.shared}
+	}
+	if l.want != nil {
+		want = sharedRow{l.want.list, l.want.shared}
+	}
+	if have.list == want.list {
+		e.changeList(want.list, have.shared, want.shared)
+		return
+	}
+	if have.list != 0 {
+		e.changeList(have.list, have.shared, nil)
+	}
+	if want.list != 0 {
+		e.changeList(want.list, nil, want.shared)
+	}
+}
+
 // of returns the edit of the table that a frontend is in.
 func (b *batch) of(f dataplane.Frontend) *tableEdit {
 	return &b.tables[index(dataplane.FamilyOf(f.Addr.Addr()))]
@@ -271,12 +363,19 @@ func (d *Dataplane) arrange(current arrangement, s *dataplane.Service) arranged 
 	return arranged{a, !a.natural(s)}
 }
 
-// render returns what the maps hold for each frontend of the Service.
-func (d *Dataplane) render(s *dataplane.Service, a arrangement) *row {
+// render returns what the maps hold for each frontend of the Service, and for the
+// list that they share if they have a list ID.
+func (d *Dataplane) render(s *dataplane.Service, a arrangement, n listID) *row {
+	var r *row
 	if d.translator != nil {
-		return renderVirtual(s, d.translator, d.node)
+		r = renderVirtual(s, d.translator, d.node)
+	} else {
+		r = render(s, a, d.node)
 	}
-	return render(s, a, d.node)
+	if n != 0 && !r.class.has(through) {
+		r.share(s, n)
+	}
+	return r
 }
 
 // supported is as the function of this name. A Translator has no limits.
@@ -360,8 +459,8 @@ func (d *Dataplane) write(i int, e *tableEdit) (bool, error) {
 	for s, set := range e.table.rowSets {
 		del(set, e.del[s])
 	}
-	for bits, elements := range e.delRanges {
-		del(e.table.ranges(bits), elements)
+	for set, elements := range e.delRanges {
+		del(e.table.rangeSet(set), elements)
 	}
 	for _, s := range shared {
 		del(s.set, s.gone)
@@ -369,8 +468,8 @@ func (d *Dataplane) write(i int, e *tableEdit) (bool, error) {
 	for s, set := range e.table.rowSets {
 		add(set, e.add[s])
 	}
-	for bits, elements := range e.addRanges {
-		add(e.table.ranges(bits), elements)
+	for set, elements := range e.addRanges {
+		add(e.table.rangeSet(set), elements)
 	}
 	for _, s := range shared {
 		add(s.set, s.come)
@@ -438,21 +537,29 @@ func (d *Dataplane) addBranches(t *table, branches []branch) error {
 // yet, and the rules that look into them. They stay: there can't be many.
 func (d *Dataplane) addRangeSets(e *tableEdit, have []int) []int {
 	want := slices.Clone(have)
-	for _, bits := range slices.Sorted(maps.Keys(e.addRanges)) {
-		if !slices.Contains(have, bits) {
-			_ = d.conn.AddSet(e.table.ranges(bits), nil)
-			want = append(want, bits)
+	for set := range e.addRanges {
+		if !slices.Contains(want, set.bits) {
+			want = append(want, set.bits)
 		}
 	}
 	if len(want) == len(have) {
 		return have
 	}
 	slices.Sort(want)
+	for _, bits := range want {
+		if !slices.Contains(have, bits) {
+			_ = d.conn.AddSet(e.table.ranges(bits), nil)
+			_ = d.conn.AddSet(e.table.sharedRanges(bits), nil)
+		}
+	}
 	for _, by := range addressings() {
 		ch := e.table.sourceRanges(by, want)
 		d.conn.FlushChain(ch.Chain)
 		d.addRules(e.table, ch)
 	}
+	ch := e.table.sharedSourceRanges(want)
+	d.conn.FlushChain(ch.Chain)
+	d.addRules(e.table, ch)
 	return want
 }
 
@@ -553,8 +660,17 @@ func (d *Dataplane) Replace(ctx context.Context, node dataplane.Node, services i
 			}
 		}
 		d.rangeBits[i], d.affinityShards[i] = have[i].rangeBits, have[i].affinityShardsIn(t)
+		for n := range have[i].lists {
+			d.lists[i].reserve(n)
+		}
+		for _, r := range have[i].rows {
+			if r.list != 0 {
+				d.lists[i].reserve(r.list)
+			}
+		}
 	}
 	r := replacement{Dataplane: d, have: have, progress: progress, failed: map[dataplane.Key]error{}}
+	r.taken = [2]map[listID]bool{{}, {}}
 	for s := range services {
 		if err := d.supported(s); err != nil {
 			r.failed[s.Key] = err
@@ -583,6 +699,8 @@ type replacement struct {
 	complete int // Services
 	progress func(complete int)
 	failed   map[dataplane.Key]error
+	// taken has, by table, the list IDs of this call's Services.
+	taken [2]map[listID]bool
 }
 
 // add puts a Service into the next commit, and commits when that is full.
@@ -595,6 +713,9 @@ func (r *replacement) add(ctx context.Context, s *dataplane.Service) error {
 		endpoints *= 2 // by slot and by ID
 	}
 	elements := len(s.Frontends) * (endpoints + len(s.SourceRanges) + 1)
+	if r.shares(s) {
+		elements = 2*len(s.Frontends) + endpoints + len(s.SourceRanges)
+	}
 	if elements >= r.editSize { // others need not wait for a large one
 		if err := r.commitPending(ctx); err != nil {
 			return err
@@ -628,9 +749,13 @@ func (r *replacement) commitServices(services []*dataplane.Service) error {
 	for n, s := range services {
 		have := r.have[index(s.Key.Family)].rows
 		after[n] = r.arrange(arrangementFound(s, have), s)
-		want := r.render(s, after[n].arrangement)
+		want := r.render(s, after[n].arrangement, r.listFor(s))
 		for _, f := range s.Frontends {
 			b.found(f, have[f], want)
+		}
+		if want.list != 0 {
+			i := index(s.Key.Family)
+			b.tables[i].foundList(want.list, r.have[i].lists[want.list], want.shared)
 		}
 	}
 	var err error
@@ -649,6 +774,28 @@ func (r *replacement) commitServices(services []*dataplane.Service) error {
 	}
 	half := len(services) / 2
 	return errors.Join(r.commitServices(services[:half]), r.commitServices(services[half:]))
+}
+
+// listFor returns the list ID that a Service gets: the one that its frontends have in
+// the kernel, unless another Service has got that in this call.
+func (r *replacement) listFor(s *dataplane.Service) listID {
+	ids, have := &r.lists[index(s.Key.Family)], r.have[index(s.Key.Family)]
+	if _, ok := ids.byKey[s.Key]; ok || !r.shares(s) {
+		return r.listOf(s)
+	}
+	for _, f := range s.Frontends {
+		row := have.rows[f]
+		if row == nil || row.list == 0 || !row.inServices || row.service != comment(s.Key) {
+			continue
+		}
+		if !r.taken[index(s.Key.Family)][row.list] {
+			ids.claim(s.Key, row.list)
+			break
+		}
+	}
+	n := r.listOf(s)
+	r.taken[index(s.Key.Family)][n] = true
+	return n
 }
 
 // arrangementFound returns the arrangement that rows show of a Service: that of its first
@@ -675,8 +822,12 @@ func arrangementFound(s *dataplane.Service, have map[dataplane.Frontend]*row) ar
 func (r *replacement) completed(services []*dataplane.Service, after []arranged) {
 	for n, s := range services {
 		r.keep(s.Key, after[n])
+		i := index(s.Key.Family)
 		for _, f := range s.Frontends {
-			delete(r.have[index(s.Key.Family)].rows, f)
+			delete(r.have[i].rows, f)
+		}
+		if list, ok := r.lists[i].byKey[s.Key]; ok {
+			delete(r.have[i].lists, list)
 		}
 	}
 	r.complete += len(services)
@@ -690,12 +841,20 @@ func (r *replacement) completed(services []*dataplane.Service, after []arranged)
 func (r *replacement) leave(s *dataplane.Service, err error) {
 	r.failed[s.Key] = err
 	i := index(s.Key.Family)
+	use := func(branches []branch) {
+		for _, b := range branches {
+			if _, exists := r.branches[i][b]; exists {
+				r.use(i, b, 1)
+			}
+		}
+	}
 	for _, f := range s.Frontends {
 		if row := r.have[i].rows[f]; row != nil {
-			for _, b := range row.branches() {
-				if _, exists := r.branches[i][b]; exists {
-					r.use(i, b, 1)
-				}
+			use(row.branches())
+			if list := r.have[i].lists[row.list]; list != nil {
+				use(list.branches())
+				delete(r.have[i].lists, row.list)
+				r.taken[i][row.list] = true
 			}
 			for set, in := range addrSetsOf(s.Key.Kind, row.class, row.external, r.node) {
 				if n, there := r.addrs[i][set][f.Addr.Addr()]; in && there {
@@ -731,6 +890,17 @@ func (r *replacement) finish(ctx context.Context) error {
 			}
 			if err := ctx.Err(); err != nil {
 				return err
+			}
+			if err := r.commit(b); err != nil {
+				return err
+			}
+			b = r.newBatch()
+		}
+	}
+	for i := range r.tables {
+		for n, list := range r.have[i].lists {
+			if b.tables[i].foundList(n, list, nil); b.elements() < r.editSize {
+				continue
 			}
 			if err := r.commit(b); err != nil {
 				return err

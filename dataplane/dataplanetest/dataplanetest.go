@@ -59,6 +59,7 @@ func Run(t *testing.T, open Opener, limits Limits) {
 	t.Run("a Service with the longest names", s.longNames)
 	t.Run("a Service changes", s.changes)
 	t.Run("Services of the same pods", s.sharedPods)
+	t.Run("a Service with many frontends", s.manyFrontends)
 	t.Run("frontends move between Services", s.frontendsMove)
 	t.Run("connections survive", s.survive)
 	t.Run("endpoints come and go under load", s.flapUnderLoad)
