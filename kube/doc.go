@@ -98,6 +98,9 @@
 //     reach into the node, or take what the node itself uses.
 //   - A port with more than 65,535 endpoints is not served, but reported: it is
 //     what the dataplane can hold.
+//   - Of one Service at most 262,144 frontends, endpoints and source ranges are
+//     programmed, each counted for every port, family and kind of frontend; cluster
+//     IPs and node ports before the others. What is beyond is reported.
 //   - Where --nodeport-addresses names networks of one family, the other has no
 //     node ports; and addresses inside a ServiceCIDR, which another proxy may have
 //     left on an interface, are never among those that networks, or all, stand for.

@@ -91,7 +91,7 @@ func (c *conversion) endpoints(ports []portFamily, endpointSlices []*endpointSli
 	for i := range ports {
 		families[ports[i].family] = true
 	}
-	find := portsByName(ports)
+	find, read := portsByName(ports), 0 // candidates
 	for _, slice := range endpointSlices {
 		if !slice.hasFamily || !families[slice.family] {
 			continue
@@ -110,6 +110,11 @@ func (c *conversion) endpoints(ports []portFamily, endpointSlices []*endpointSli
 				continue
 			}
 			port.matched = true
+			if read += len(slice.endpoints); read > maxElements || port.beyondLimit {
+				read -= len(port.candidates) + len(slice.endpoints)
+				port.candidates, port.beyondLimit = nil, true
+				continue
+			}
 			port.candidates = slice.candidates(port.candidates, p.number, c.here)
 		}
 	}

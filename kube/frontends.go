@@ -41,6 +41,8 @@ type portFamily struct {
 	candidates []candidate
 	matched    bool
 	chosen     choice
+	// beyondLimit says that the Service has more candidates than are read.
+	beyondLimit bool
 }
 
 func (c *conversion) addresses() addresses {
@@ -222,13 +224,17 @@ func (c *conversion) wants(ports []portFamily, addrs addresses, policy policy) [
 	if hasNodePorts(c.service.Spec.Type) {
 		perPort++
 	}
-	frontends := make([]dataplane.Frontend, 0, len(ports)*perPort)
+	frontends := make([]dataplane.Frontend, 0, min(len(ports)*perPort, maxElements))
 	wants := make([]wanted, 0, len(ports)*min(perPort, len(allKinds{})))
 	ranges := c.sourceRanges()
+	limit := c.limit(ports, addrs, policy, ranges)
 	for i := range ports {
 		p := &ports[i]
 		others := len(wants)
 		for _, kind := range kinds() {
+			if !limit.allows(i, kind) {
+				continue
+			}
 			first := len(frontends)
 			frontends = c.appendFrontends(frontends, p, kind, addrs)
 			if len(frontends) == first {

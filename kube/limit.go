@@ -1,0 +1,110 @@
+package kube
+
+import (
+	"fairlead/dataplane"
+)
+
+// maxElements is how much of one Service is programmed: frontends, endpoints and
+// source ranges, each counted for every port, family and kind of frontend. It is far
+// above what Services have: 1,000 endpoints behind 80 ports, or 100 ports on 200
+// external IPs with 100 endpoints six times over. Without a limit one object of
+// 27 kB could ask for millions, and starve all other Services of the node.
+const maxElements = 1 << 18
+
+// limit decides which frontends of a Service that asks for more than maxElements are
+// programmed: those of its first ports, and cluster IPs and node ports before the
+// others.
+type limit struct {
+	policy policy
+	ranges sourceRanges
+	// external and balancer are the numbers of addresses, by family.
+	external, balancer [dataplane.IPv6 + 1]int
+	// rejected has the wants without a place, by index of the port and kind; nil where
+	// all have one.
+	rejected map[rejected]bool
+}
+
+type rejected struct {
+	port int
+	kind dataplane.Kind
+}
+
+func (c *conversion) limit(ports []portFamily, addrs addresses, policy policy, ranges sourceRanges) *limit {
+	l := &limit{policy: policy, ranges: ranges}
+	for _, addr := range addrs.external.list {
+		l.external[dataplane.FamilyOf(addr)]++
+	}
+	for _, addr := range addrs.balancer.list {
+		l.balancer[dataplane.FamilyOf(addr)]++
+	}
+	total, beyond := 0, 0
+	for i := range ports {
+		if ports[i].beyondLimit {
+			beyond++
+		}
+		for _, kind := range kinds() {
+			total += l.elements(c, &ports[i], kind)
+		}
+	}
+	if total <= maxElements && beyond == 0 {
+		return l
+	}
+	l.rejected = map[rejected]bool{}
+	left, frontends := maxElements, 0
+	for _, first := range []bool{true, false} {
+		for i := range ports {
+			for _, kind := range kinds() {
+				if (kind == dataplane.ClusterIP || kind == dataplane.NodePort) != first {
+					continue
+				}
+				if n := l.elements(c, &ports[i], kind); n <= left && !ports[i].beyondLimit {
+					left -= n
+					continue
+				}
+				l.rejected[rejected{i, kind}] = true
+				frontends += l.frontends(c, &ports[i], kind)
+			}
+		}
+	}
+	c.problem("spec.ports", "%d ports, %d external addresses and their endpoints need more than the %d rules that one Service may have, "+
+		"so %d of its address and port pairs are not served: split it into several Services",
+		len(c.service.Spec.Ports), len(addrs.external.list)+len(addrs.balancer.list), maxElements, frontends)
+	return l
+}
+
+// allows reports whether the i-th port's frontends of a kind are programmed.
+func (l *limit) allows(i int, kind dataplane.Kind) bool { return !l.rejected[rejected{i, kind}] }
+
+// frontends returns the number of frontends of a kind that a port asks for.
+func (l *limit) frontends(c *conversion, p *portFamily, kind dataplane.Kind) int {
+	switch {
+	case kind == dataplane.ClusterIP:
+		return 1
+	case kind == dataplane.NodePort && p.port.NodePort > 0 && hasNodePorts(c.service.Spec.Type):
+		return 1
+	case kind == dataplane.ExternalIP:
+		return l.external[p.family]
+	case kind == dataplane.LoadBalancer:
+		return l.balancer[p.family]
+	default:
+		return 0
+	}
+}
+
+// elements returns what the frontends of one kind of a port count. With session
+// affinity each frontend has its own elements for every endpoint.
+func (l *limit) elements(c *conversion, p *portFamily, kind dataplane.Kind) int {
+	frontends := l.frontends(c, p, kind)
+	if frontends == 0 {
+		return 0
+	}
+	t := l.policy.treatment(kind, p.chosen)
+	endpoints := len(t.Endpoints) + len(t.LocalEndpoints)
+	if t.Affinity != 0 {
+		endpoints *= 2 * frontends
+	}
+	if kind == dataplane.LoadBalancer {
+		endpoints += len(l.ranges.of(p.family))
+	}
+	return frontends + endpoints
+}
