@@ -6,8 +6,15 @@
 // [Syncer.Run], empties the mailbox, calls the dataplane, and owns everything
 // else in this package. While a call is in flight, further changes gather in
 // the mailbox, the last one for each key, and go in the next call: a slow
-// kernel makes calls larger, never more numerous, and an idle one gets every
-// change at once. There is no minimum period between calls.
+// kernel makes calls larger, up to a limit, and an idle one gets every change at
+// once. There is no minimum period between calls.
+//
+// # Turns
+//
+// A call of Apply gets changes of some 4,096 frontends and endpoints; more wait in a
+// queue. Kubernetes Services take turns in it as flows do in a fair queue, so small
+// changes come first, the ports of one huge Service delay no other's, and none
+// waits for ever. Changes between which a frontend moves go in one call.
 //
 // # The tables
 //
@@ -17,9 +24,9 @@
 //   - failing: the keys that did not take. For most of them, what the kernel
 //     holds is unknown: its old value, its new one, or a mix.
 //
-// Between two steps of Run, desired and applied differ for failing keys only,
-// or everything is unknown: before the first Replace, and after a call that
-// failed as a whole. So there is no set of dirty keys to look after.
+// Between two steps of Run, desired and applied differ for failing keys and for
+// those in the queue, or everything is unknown: before the first Replace, and after a
+// call that failed as a whole. The next Replace has what is in the queue.
 //
 // # Apply or Replace
 //
@@ -36,7 +43,8 @@
 //   - every [Options.ResyncPeriod], if that is set.
 //
 // Replace is given the Services of kube-system first, the cluster's DNS among
-// them, and all in the order of their keys. [Commit] says when the first and the
+// them, and all in the order of their keys, but for what a Service has beyond the
+// weight of a call of Apply, which comes last. [Commit] says when the first and the
 // last were complete.
 //
 // A failing key takes no part in Apply, because Apply trusts the old value of a

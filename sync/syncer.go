@@ -69,9 +69,10 @@ func New(dp dataplane.Dataplane, opts Options) *Syncer {
 }
 
 // Update hands over changes: the Services now wanted, and nil for those that
-// are not wanted any more. All that is in one call goes to the dataplane in one
-// call, so a frontend that moves between Services must leave the one and join
-// the other in the same Update. Update keeps the Services but not the map.
+// are not wanted any more. A frontend that moves between Services must leave the one
+// and join the other in the same Update; both then go to the dataplane in one
+// call. All of an Update does, unless it is large: then the Services with little
+// go first. Update keeps the Services but not the map.
 //
 // It does not block on the kernel and may be called from any goroutine, before
 // and during Run. An entry whose key is not its Service's is a bug of the
@@ -124,6 +125,11 @@ func (s *Syncer) ListComplete() {
 func (s *Syncer) handed() {
 	s.inbox.seq++
 	s.mu.Unlock()
+	s.signal()
+}
+
+// signal wakes Run.
+func (s *Syncer) signal() {
 	select {
 	case s.wake <- struct{}{}:
 	default:
@@ -195,6 +201,9 @@ func (s *Syncer) Run(ctx context.Context) error {
 		if ctx.Err() != nil {
 			return nil
 		}
+		if len(t.queue.entries) > 0 {
+			s.signal()
+		}
 	}
 }
 
@@ -202,20 +211,20 @@ func (s *Syncer) Run(ctx context.Context) error {
 func (s *Syncer) step(ctx context.Context) {
 	t := &s.tables
 	in := s.take()
-	changes, oldest := t.merge(in)
+	t.merge(in)
 	reason := t.replaceDue(time.Now())
-	if reason != "" || len(changes) > 0 {
+	if reason != "" || len(t.queue.entries) > 0 {
 		start := time.Now()
 		s.mu.Lock()
 		s.status.CallSince = start
-		s.status.PendingSince = earlier(t.pending, oldest)
+		s.status.PendingSince = earlier(t.pending, t.oldest())
 		s.mu.Unlock()
 		var commit Commit
 		var ok bool
 		if reason != "" {
-			commit, ok = t.replace(ctx, reason, in, oldest, start)
+			commit, ok = t.replace(ctx, reason, in, start)
 		} else {
-			commit, ok = t.apply(ctx, changes, in, oldest, start)
+			commit, ok = t.apply(ctx, start)
 		}
 		if !ok {
 			return
@@ -255,7 +264,7 @@ func (s *Syncer) publish(in inbox) {
 	if t.untried {
 		return
 	}
-	s.done = in.seq
+	s.done = t.tried()
 	keep := s.waiting[:0]
 	for _, w := range s.waiting {
 		if w.seq <= s.done {

@@ -1,6 +1,7 @@
 package sync
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"iter"
@@ -30,6 +31,11 @@ type tables struct {
 	// known.
 	applied map[dataplane.Key]*dataplane.Service
 	failing map[dataplane.Key]*failure
+	// queue has the keys whose change waits for its turn. For these, too, desired and
+	// applied differ.
+	queue queue
+	// merged is the number of the last input that merge has taken.
+	merged uint64
 
 	// allUnknown is set before the first Replace and after a call that failed
 	// as a whole. Only Replace is possible then.
@@ -90,15 +96,15 @@ func newTables(dp dataplane.Dataplane, opts Options) tables {
 		desired:    map[dataplane.Key]*dataplane.Service{},
 		applied:    map[dataplane.Key]*dataplane.Service{},
 		failing:    map[dataplane.Key]*failure{},
+		queue:      newQueue(),
 		allUnknown: true,
 		untried:    true,
 	}
 }
 
-// merge takes the input into desired. It returns the changes that can be
-// applied, and when the oldest of them was handed over. All other changes wait
-// for a Replace.
-func (t *tables) merge(in inbox) (changes []dataplane.Change, oldest time.Time) {
+// merge takes the input into desired, and the changes that can be applied into the
+// queue. All other changes wait for a Replace.
+func (t *tables) merge(in inbox) {
 	if in.node != nil && !in.node.Equal(t.node) {
 		t.node = *in.node
 		t.nodeChanged = true
@@ -132,16 +138,33 @@ func (t *tables) merge(in inbox) (changes []dataplane.Change, oldest time.Time) 
 		if c.svc.Equal(have) {
 			// Undone, or said again. Keeping the value we have frees the other.
 			t.want(k, have)
+			t.queue.remove(k)
 			if f != nil {
 				t.recovered(k, f)
 			}
 			continue
 		}
 		t.want(k, c.svc)
-		changes = append(changes, dataplane.Change{Old: have, New: c.svc})
-		oldest = earlier(oldest, c.at)
+		t.queue.put(dataplane.Change{Old: have, New: c.svc}, c.at, t.merged)
 	}
-	return changes, oldest
+	t.merged = in.seq
+}
+
+// oldest returns when the oldest change was handed over that waits in the queue; zero
+// if there is none.
+func (t *tables) oldest() time.Time {
+	if e := t.queue.first(); e != nil {
+		return e.at
+	}
+	return time.Time{}
+}
+
+// tried returns the number of the last input of which everything has been tried.
+func (t *tables) tried() uint64 {
+	if e := t.queue.first(); e != nil {
+		return e.after
+	}
+	return t.merged
 }
 
 func (t *tables) want(k dataplane.Key, svc *dataplane.Service) {
@@ -223,7 +246,7 @@ func (t *tables) nextReplace() time.Time {
 
 // replace makes the kernel hold what is desired, less what was refused. It
 // returns false when ctx has ended and nothing can be said.
-func (t *tables) replace(ctx context.Context, reason Reason, in inbox, oldest, start time.Time) (Commit, bool) {
+func (t *tables) replace(ctx context.Context, reason Reason, in inbox, start time.Time) (Commit, bool) {
 	// Drift announced until now is repaired by this call.
 	select {
 	case <-t.drift:
@@ -248,8 +271,10 @@ func (t *tables) replace(ctx context.Context, reason Reason, in inbox, oldest, s
 	}
 	c := Commit{
 		Kind: KindReplace, Reason: reason,
-		Services: len(t.desired), Oldest: earlier(t.pending, oldest), Start: start, End: end,
+		Services: len(t.desired), Oldest: earlier(t.pending, t.oldest()), Start: start, End: end,
 	}
+	waiting := t.queue.entries
+	t.queue.clear()
 	if c.Failed, c.Err = outcome(err); c.Err != nil {
 		t.failedWhole(&c)
 		return c, true
@@ -283,7 +308,12 @@ func (t *tables) replace(ctx context.Context, reason Reason, in inbox, oldest, s
 	}
 	// Every key that is unknown was in this call and has failed again.
 	t.repairAt = time.Time{}
-	t.failed(&c, in)
+	t.failed(&c, func(k dataplane.Key) time.Time {
+		if e := waiting[k]; e != nil {
+			return e.at
+		}
+		return in.changes[k].at
+	})
 	t.report(ctx, &c)
 	return c, true
 }
@@ -325,7 +355,8 @@ const firstNamespace = "kube-system"
 
 // offered returns the Services that Replace is given: those that others need
 // come first, and all in the order of their keys, so that two calls with the same
-// Services make the same steps. Sorting is a small part of what a Replace costs.
+// Services make the same steps. Of a Kubernetes Service that has more than a call of
+// Apply is given, the rest comes last. Sorting is a small part of what a Replace costs.
 func (t *tables) offered() iter.Seq[*dataplane.Service] {
 	return func(yield func(*dataplane.Service) bool) {
 		for _, first := range []bool{true, false} {
@@ -336,7 +367,7 @@ func (t *tables) offered() iter.Seq[*dataplane.Service] {
 				}
 			}
 			slices.SortFunc(services, func(a, b *dataplane.Service) int { return a.Key.Compare(b.Key) })
-			for _, svc := range services {
+			for _, svc := range largeLast(services) {
 				if !yield(svc) {
 					return
 				}
@@ -345,9 +376,47 @@ func (t *tables) offered() iter.Seq[*dataplane.Service] {
 	}
 }
 
-// apply carries out changes. It returns false when ctx has ended and nothing
-// can be said.
-func (t *tables) apply(ctx context.Context, changes []dataplane.Change, in inbox, oldest, start time.Time) (Commit, bool) {
+// largeLast returns Services, which are in the order of their keys, in this order but for
+// what a Kubernetes Service has beyond callWeight: that comes last, in the order of how
+// much its Service has before it.
+func largeLast(services []*dataplane.Service) []*dataplane.Service {
+	type excess struct {
+		service *dataplane.Service
+		before  int
+	}
+	ordinary := services[:0]
+	var large []excess
+	var last dataplane.Key
+	before := 0
+	for _, s := range services {
+		if s.Key.Namespace != last.Namespace || s.Key.Name != last.Name {
+			last, before = s.Key, 0
+		}
+		if before += weightOf(dataplane.Change{New: s}); before <= callWeight {
+			ordinary = append(ordinary, s)
+		} else {
+			large = append(large, excess{s, before})
+		}
+	}
+	slices.SortStableFunc(large, func(a, b excess) int { return cmp.Compare(a.before, b.before) })
+	for _, l := range large {
+		ordinary = append(ordinary, l.service)
+	}
+	return ordinary
+}
+
+// apply carries out the changes whose turn it is. It returns false when ctx has ended
+// and nothing can be said.
+func (t *tables) apply(ctx context.Context, start time.Time) (Commit, bool) {
+	entries := t.queue.next(callWeight)
+	changes := make([]dataplane.Change, 0, len(entries))
+	handed := make(map[dataplane.Key]time.Time, len(entries))
+	var oldest time.Time
+	for _, e := range entries {
+		changes = append(changes, e.Change)
+		handed[e.Key()] = e.at
+		oldest = earlier(oldest, e.at)
+	}
 	err := t.dp.Apply(ctx, changes)
 	end := time.Now()
 	if err != nil && ctx.Err() != nil {
@@ -379,7 +448,7 @@ func (t *tables) apply(ctx context.Context, changes []dataplane.Change, in inbox
 			t.recovered(k, f)
 		}
 	}
-	t.failed(&c, in)
+	t.failed(&c, func(k dataplane.Key) time.Time { return handed[k] })
 	t.report(ctx, &c)
 	return c, true
 }
@@ -418,11 +487,16 @@ func (t *tables) failedWhole(c *Commit) {
 	}
 	t.allUnknown = true
 	t.allErr = c.Err
-	t.pending = c.Oldest
+	t.pending = earlier(c.Oldest, t.oldest())
+	if len(t.queue.entries) > 0 { // the next Replace has them
+		t.queue.clear()
+		t.untried = true
+	}
 }
 
-// failed makes the failed keys of a call unknown, or refused.
-func (t *tables) failed(c *Commit, in inbox) {
+// failed makes the failed keys of a call unknown, or refused. handed returns when the
+// change of a key was handed over, or zero.
+func (t *tables) failed(c *Commit, handed func(dataplane.Key) time.Time) {
 	// A call can fail for all of its keys at once. A few are logged by name,
 	// the others, if they keep failing, after a later attempt.
 	const named = 10
@@ -435,8 +509,12 @@ func (t *tables) failed(c *Commit, in inbox) {
 		}
 		f.err = err
 		f.attempts++
+		if t.queue.entries[k] != nil { // the next Replace has it
+			t.queue.remove(k)
+			t.untried = true
+		}
 		if f.handed.IsZero() {
-			if f.handed = in.changes[k].at; f.handed.IsZero() {
+			if f.handed = handed(k); f.handed.IsZero() {
 				f.handed = c.Oldest
 			}
 		}
@@ -518,7 +596,7 @@ func (t *tables) status() Status {
 		Failing:      t.shown,
 		Err:          t.allErr,
 		LastSuccess:  t.lastSuccess,
-		PendingSince: t.pending,
+		PendingSince: earlier(t.pending, t.oldest()),
 	}
 }
 

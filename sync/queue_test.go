@@ -1,0 +1,158 @@
+package sync
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"testing"
+	"time"
+
+	"fairlead/dataplane"
+)
+
+// sized returns a Service of a weight, whose frontends are at addr and behind.
+func sized(t testing.TB, name, port, addr string, frontends, weight int) *dataplane.Service {
+	t.Helper()
+	a := netip.MustParseAddr(addr)
+	var fs []dataplane.Frontend
+	for range frontends {
+		fs = append(fs, dataplane.Frontend{Protocol: dataplane.TCP, Addr: netip.AddrPortFrom(a, 80)})
+		a = a.Next()
+	}
+	var es []dataplane.Endpoint
+	for n := range weight - frontends {
+		es = append(es, dataplane.Endpoint{Addr: netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, byte(n >> 16), byte(n >> 8), byte(n)}), 8080)})
+	}
+	key := dataplane.Key{Namespace: "default", Name: name, Port: port, Family: dataplane.IPv4, Kind: dataplane.ExternalIP}
+	s, err := dataplane.NewService(key, fs, dataplane.Treatment{Endpoints: es})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+func namesOf(entries []*entry) []string {
+	var names []string
+	for _, e := range entries {
+		names = append(names, e.Key().Name)
+	}
+	return names
+}
+
+// monster puts the creation of a Service of many ports into the queue.
+func monster(t testing.TB, q *queue, ports int) {
+	t.Helper()
+	for i := range ports {
+		q.put(dataplane.Change{New: sized(t, "monster", fmt.Sprint(i), fmt.Sprintf("203.0.%d.1", i), 200, 300)}, time.Time{}, 0)
+	}
+}
+
+// TestQueueIsFair has Services come while a huge one is served: each call is bounded,
+// small ones go with the next call, middling ones soon, and the huge one goes on.
+func TestQueueIsFair(t *testing.T) {
+	t.Parallel()
+	q := newQueue()
+	monster(t, &q, 200)
+	calls, served := 0, 0
+	for round := 0; len(q.entries) > 0; round++ {
+		name := fmt.Sprint("small-", round)
+		q.put(dataplane.Change{New: sized(t, name, "", "192.0.2.1", 1, 11)}, time.Time{}, 0)
+		taken := q.next(callWeight)
+		calls++
+		weight, ports := 0, 0
+		for _, e := range taken {
+			weight += e.weight
+			if e.Key().Name == "monster" {
+				ports++
+			}
+		}
+		if weight > callWeight+300 {
+			t.Fatalf("call %d has a weight of %d, want some %d", round, weight, callWeight)
+		}
+		if !slices.Contains(namesOf(taken), name) {
+			t.Fatalf("call %d is without the small Service that waits", round)
+		}
+		if served += ports; ports == 0 && served < 200 {
+			t.Fatalf("call %d has nothing of the huge Service", round)
+		}
+		if round > 100 {
+			t.Fatal("the queue does not become empty")
+		}
+	}
+	if want := 200 * 300 / callWeight; calls < want {
+		t.Errorf("%d calls, want at least %d", calls, want)
+	}
+
+	monster(t, &q, 200)
+	q.next(callWeight)
+	q.put(dataplane.Change{New: sized(t, "middling", "", "192.0.2.1", 1, 2000)}, time.Time{}, 0)
+	if taken := namesOf(q.next(callWeight)); !slices.Contains(taken, "middling") {
+		t.Errorf("a Service of 2,000 endpoints waits for a huge one: %v", taken)
+	}
+}
+
+// TestQueueStarvesNobody has small Services change all the time.
+func TestQueueStarvesNobody(t *testing.T) {
+	t.Parallel()
+	q := newQueue()
+	q.put(dataplane.Change{New: sized(t, "large", "", "203.0.113.1", 1, 10_000)}, time.Time{}, 0)
+	for round := range 20 {
+		for i := range 500 {
+			q.put(dataplane.Change{New: sized(t, fmt.Sprintf("small-%d-%d", round, i), "", "192.0.2.1", 1, 11)}, time.Time{}, 0)
+		}
+		if slices.Contains(namesOf(q.next(callWeight)), "large") {
+			return
+		}
+	}
+	t.Error("the large Service is never served")
+}
+
+// TestQueueKeepsMovesTogether moves frontends in a ring of Services, in updates of which
+// each replaces another.
+func TestQueueKeepsMovesTogether(t *testing.T) {
+	t.Parallel()
+	q := newQueue()
+	monster(t, &q, 50)
+	q.put(dataplane.Change{New: sized(t, "x", "", "192.0.2.1", 1, 11)}, time.Time{}, 0)
+	q.next(1) // all are in groups now
+	at := func(name, addr string, n, weight int) *dataplane.Service { return sized(t, name, "", addr, n, weight) }
+	a, b, c := at("a", "192.0.2.10", 3, 20), at("b", "192.0.2.20", 3, 3000), at("c", "192.0.2.30", 3, 6000)
+	q.put(dataplane.Change{Old: a, New: at("a", "192.0.2.20", 3, 20)}, time.Time{}, 1)
+	q.put(dataplane.Change{Old: b, New: at("b", "192.0.2.40", 3, 3000)}, time.Time{}, 1)
+	q.next(1)
+	q.put(dataplane.Change{Old: c, New: at("c", "192.0.2.50", 3, 6000)}, time.Time{}, 2)
+	q.put(dataplane.Change{Old: b, New: at("b", "192.0.2.30", 3, 3000)}, time.Time{}, 2)
+	for range 100 {
+		taken := namesOf(q.next(callWeight))
+		moved := 0
+		for _, name := range []string{"a", "b", "c"} {
+			if slices.Contains(taken, name) {
+				moved++
+			}
+		}
+		if moved == 3 {
+			return
+		}
+		if moved > 0 {
+			t.Fatalf("a call has %v, want a, b and c together", taken)
+		}
+	}
+	t.Error("the frontends never move")
+}
+
+// TestQueueForgets undoes changes and takes all others off.
+func TestQueueForgets(t *testing.T) {
+	t.Parallel()
+	q := newQueue()
+	monster(t, &q, 50)
+	q.next(callWeight)
+	for k := range q.entries {
+		q.remove(k)
+	}
+	if q.weight != 0 || q.first() != nil {
+		t.Errorf("the empty queue has a weight of %d", q.weight)
+	}
+	if taken := q.next(callWeight); len(taken) != 0 || len(q.moving)+len(q.groups)+len(q.finish)+len(q.arrived) != 0 {
+		t.Errorf("the empty queue has %d changes, and remembers %d frontends", len(taken), len(q.moving))
+	}
+}
