@@ -24,9 +24,9 @@ func TestElementsOfManyFrontends(t *testing.T) {
 	}
 	replaced := slices.Clone(list)
 	replaced[17] = dataplane.Endpoint{Addr: endpoint(5000).Addr, Local: true}
-	const perFrontend = 2              // in services and lists
-	const whole = 1 + 2*count + 2      // the size, slots and hairpin, ranges
-	const replacing, removing = 4, 2*3 // a slot and hairpin; the size, two slots and hairpin
+	const perFrontend = 2                // in services and lists
+	const whole = 1 + 2*count + 2        // the size, slots and hairpin, ranges
+	const replacing, removing = 4, 2 * 3 // a slot and hairpin; the size, two slots and hairpin
 	for _, test := range []struct {
 		name     string
 		old, new *dataplane.Service
