@@ -2,12 +2,16 @@ package kube
 
 import (
 	"cmp"
+	"encoding/json"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	"k8s.io/apimachinery/pkg/types"
 
 	"fairlead/dataplane"
 )
@@ -140,6 +144,62 @@ func FuzzParseNodePortAddresses(f *testing.F) {
 			if !within(got.CIDRs, a) && !a.IsLoopback() && !got.All {
 				t.Errorf("%q: %s is served", text, a)
 			}
+		}
+	})
+}
+
+// FuzzObjects says that whatever JSON an API server sends as a Service and an
+// EndpointSlice, the dataplane takes the result, the same objects change nothing
+// once more, and nothing is left when they are deleted.
+func FuzzObjects(f *testing.F) {
+	for _, seed := range []struct{ service, slice string }{
+		{
+			`{"metadata":{"name":"web","namespace":"default"},"spec":{"clusterIP":"10.96.0.1","clusterIPs":["10.96.0.1","fd00::1"],"type":"LoadBalancer",
+			"externalIPs":["192.0.2.9","x"],"loadBalancerSourceRanges":["10.0.0.0/8"],"externalTrafficPolicy":"Local","healthCheckNodePort":31000,
+			"sessionAffinity":"ClientIP","ports":[{"name":"http","port":80,"nodePort":30080,"protocol":"TCP"}]},
+			"status":{"loadBalancer":{"ingress":[{"ip":"203.0.113.1"},{"hostname":"x"},{"ip":"203.0.113.1","ipMode":"Proxy"}]}}}`,
+			`{"metadata":{"name":"web-1","namespace":"default","labels":{"kubernetes.io/service-name":"web"}},"addressType":"IPv4",
+			"ports":[{"name":"http","port":8080,"protocol":"TCP"}],"endpoints":[{"addresses":["10.244.0.1"],"conditions":{"ready":true},"nodeName":"n"}]}`,
+		},
+		{
+			`{"metadata":{"name":"web"},"spec":{"clusterIPs":["127.0.0.1","::"],"ports":[{"port":-1},{"port":70000,"nodePort":-5,"protocol":"x"}]}}`,
+			`{"metadata":{"name":"web-1","labels":{"kubernetes.io/service-name":"web"}},"addressType":"IPv6","ports":[{"port":null}],
+			"endpoints":[{},{"addresses":null},{"addresses":["fe80::1%eth0","10.0.0.1"],"hints":{"forZones":[{"name":""}]}}]}`,
+		},
+		{`{}`, `{}`},
+	} {
+		f.Add([]byte(seed.service), []byte(seed.slice))
+	}
+	f.Fuzz(func(t *testing.T, serviceJSON, sliceJSON []byte) {
+		service, slice := &corev1.Service{}, &discoveryv1.EndpointSlice{}
+		if json.Unmarshal(serviceJSON, service) != nil || json.Unmarshal(sliceJSON, slice) != nil {
+			return
+		}
+		tracker := NewTracker(Options{NodeName: "n"})
+		delta := Delta{Services: []*corev1.Service{service}, EndpointSlices: []*discoveryv1.EndpointSlice{slice}}
+		got := tracker.Apply(delta)
+		for key, s := range got.Changes {
+			if s == nil {
+				t.Fatalf("%s is gone before it was there", key)
+			}
+			if _, err := dataplane.NewService(s.Key, slices.Clone(s.Frontends), s.Treatment); err != nil {
+				t.Errorf("%s: the dataplane refuses it: %v", key, err)
+			}
+		}
+		if again := tracker.Apply(delta); len(again.Changes) > 0 || len(again.Problems) > 0 {
+			t.Errorf("the same objects change %d keys and bring up the problems %v", len(again.Changes), again.Problems)
+		}
+		gone := tracker.Apply(Delta{
+			DeletedServices:       []types.NamespacedName{{Namespace: service.Namespace, Name: service.Name}},
+			DeletedEndpointSlices: []types.NamespacedName{{Namespace: slice.Namespace, Name: slice.Name}},
+		})
+		for key, s := range gone.Changes {
+			if s != nil {
+				t.Errorf("%s is left when its Service is deleted", key)
+			}
+		}
+		if len(gone.Changes) != len(got.Changes) {
+			t.Errorf("%d keys came and %d went", len(got.Changes), len(gone.Changes))
 		}
 	})
 }
