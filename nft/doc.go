@@ -89,6 +89,36 @@
 // A node port is a frontend with the unspecified address in all of these, and
 // chains for such classes make the address of the packet that.
 //
+// # Many frontends
+//
+// Where a Service has 8 frontends of a kind or more, elements for each frontend and
+// endpoint would be too many. Such frontends share a list:
+//
+//	map lists { … }                # frontend : list ID
+//	map list-sizes { … }           # list ID . first slot : number of endpoints
+//	map shared-endpoints-1 { … }   # list ID . slot : endpoint; 0 to 7, by list ID
+//	set shared-hairpin { … }       # endpoint . endpoint . list ID
+//	set shared-source-ranges-24 { … }
+//
+//	chain class-1-always-shared {
+//	    goto shared
+//	}
+//	chain shared {
+//	    jump list                  # meta priority set ip daddr . meta l4proto . th dport map @lists
+//	    meta priority set meta priority . numgen random mod 1 offset … map @list-sizes meta priority vmap @list-draws
+//	    drop
+//	}
+//	chain list-3-shared-1 {
+//	    jump list
+//	    dnat to meta priority . numgen random mod 3 offset … map @shared-endpoints-1
+//	    …
+//	}
+//
+// The class of such a frontend has the size 1 where there are endpoints, so that an
+// endpoint that comes or goes changes the list alone. A list ID is a priority of
+// fa18:1 and up. Session affinity knows no lists. docs/design/shared-endpoint-lists.md
+// has the reasons.
+//
 // # Invalid packets
 //
 // The kernel does not translate a packet of TCP that its connection tracking calls
