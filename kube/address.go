@@ -58,6 +58,8 @@ const (
 	errLoopback    addrError = "is a loopback address"
 	errLinkLocal   addrError = "is a link-local address"
 	errMulticast   addrError = "is a multicast address"
+	errBroadcast   addrError = "is the broadcast address"
+	errOwn         addrError = "is an address of this node"
 )
 
 // parseAddr reads an IP address as old API servers and kube-proxy accept it:
@@ -115,6 +117,8 @@ func ordinary(addr netip.Addr) error {
 		return errLinkLocal
 	case addr.IsMulticast():
 		return errMulticast
+	case addr == netip.AddrFrom4([4]byte{255, 255, 255, 255}):
+		return errBroadcast
 	}
 	return nil
 }

@@ -21,6 +21,8 @@ type location struct {
 	node string
 	// zone is the node's label topology.kubernetes.io/zone.
 	zone string
+	// own are the node's own addresses, see networks.ownAddrs.
+	own map[netip.Addr]struct{}
 }
 
 // demand is what a Service asks for, given its slices, before collisions are
@@ -36,6 +38,8 @@ type demand struct {
 	zoned bool
 	// check is the health-check node port, or has port 0.
 	check HealthCheck
+	// clusterIPs are the cluster IPs, served or not.
+	clusterIPs []netip.Addr
 }
 
 // wanted is one Service port in one family with its frontends of one kind.
@@ -70,6 +74,8 @@ func convert(svc *corev1.Service, endpointSlices []*endpointSlice, here location
 		wants: c.wants(ports, addrs, policy),
 		zoned: slices.ContainsFunc(ports, func(p portFamily) bool { return p.chosen.zoned }),
 		check: c.healthCheck(ports, policy),
+
+		clusterIPs: addrs.cluster,
 	}
 	d.unmatched = c.unmatched
 	slices.SortFunc(c.problems, Problem.Compare)

@@ -29,4 +29,9 @@ type Delta struct {
 	// LocalAddrs, if not nil, are all addresses that this node's interfaces now
 	// have: nil says that they have not changed.
 	LocalAddrs []netip.Addr
+	// VirtualAddrs are, where LocalAddrs is not nil, those of them that only the
+	// loopback device and dummy interfaces have, and LocalRoutes the networks of
+	// which every address is this node's by a local route.
+	VirtualAddrs []netip.Addr
+	LocalRoutes  []netip.Prefix
 }

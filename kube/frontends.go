@@ -21,6 +21,9 @@ type addresses struct {
 	// cluster has at most one a family. Without one of a family the Service is
 	// not served in that family.
 	cluster []netip.Addr
+	// unserved are those of cluster to which no connection is translated, as
+	// something else has them.
+	unserved []netip.Addr
 	// external and balancer are of families with a cluster IP. No address is
 	// in both.
 	external, balancer addrSet
@@ -50,6 +53,7 @@ func (c *conversion) addresses() addresses {
 	if len(a.cluster) == 0 {
 		return a
 	}
+	a.unserved = c.unservedClusterIPs(a.cluster)
 	a.balancer = c.balancerIPs(a.cluster)
 	a.external = c.externalIPs(a)
 	return a
@@ -84,6 +88,35 @@ func (c *conversion) clusterIPs() []netip.Addr {
 		}
 	}
 	return addrs
+}
+
+// unservedClusterIPs returns those of the cluster IPs that belong to the node, or
+// that no packet to a Service can have. If one of these were programmed, the node
+// would lose its own connections to it, on every port.
+func (c *conversion) unservedClusterIPs(cluster []netip.Addr) (unserved []netip.Addr) {
+	for _, addr := range cluster {
+		err := ordinary(addr)
+		if _, ok := c.here.own[addr]; err == nil && ok {
+			err = errOwn
+		}
+		if err == nil {
+			continue
+		}
+		unserved = append(unserved, addr)
+		c.problem(c.clusterIPField(addr), "%s %v, so it is not served: create the Service anew with another cluster IP, "+
+			"and see to it that no ServiceCIDR (--service-cluster-ip-range) overlaps the nodes' networks", addr, err)
+	}
+	return unserved
+}
+
+// clusterIPField returns the field that a cluster IP is from.
+func (c *conversion) clusterIPField(addr netip.Addr) string {
+	for i, text := range c.service.Spec.ClusterIPs {
+		if a, err := parseAddr(text); err == nil && a == addr {
+			return index("spec.clusterIPs", i, "")
+		}
+	}
+	return "spec.clusterIP"
 }
 
 // clusterIP reads the i-th cluster IP, which is that of clusterIPs if field is
@@ -303,7 +336,9 @@ func (c *conversion) appendFrontends(
 	}
 	switch kind {
 	case dataplane.ClusterIP:
-		add(p.cluster, p.port.Port)
+		if !slices.Contains(addrs.unserved, p.cluster) {
+			add(p.cluster, p.port.Port)
+		}
 	case dataplane.NodePort:
 		if number := p.port.NodePort; number > 0 && number <= 65535 && hasNodePorts(c.service.Spec.Type) {
 			add(anyAddr(p.family), number)

@@ -139,7 +139,7 @@ func FuzzParseNodePortAddresses(f *testing.F) {
 			}
 			local = append(local, p.Addr())
 		}
-		found := nodePortAddrs(opts, networks{localAddrs: local, known: true}, nil, nil)
+		found, _ := nodePortAddrs(opts, networks{localAddrs: local, known: true}, nil, nil)
 		for _, a := range found {
 			if !within(got.CIDRs, a) && !a.IsLoopback() && !got.All {
 				t.Errorf("%q: %s is served", text, a)

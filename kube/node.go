@@ -1,6 +1,7 @@
 package kube
 
 import (
+	"iter"
 	"net/netip"
 	"slices"
 
@@ -95,6 +96,45 @@ type networks struct {
 	// whether they were ever delivered.
 	localAddrs []netip.Addr
 	known      bool
+	// virtualAddrs and localRoutes are Delta's.
+	virtualAddrs []netip.Addr
+	localRoutes  []netip.Prefix
+}
+
+// ownAddrs returns the addresses by which other hosts, and the API server, know
+// this node: those of the Node object, and those of its interfaces. Addresses that
+// only the loopback device and dummy interfaces have are not among them unless the
+// Node object names them, since this is how others bind cluster IPs: NodeLocal
+// DNSCache that of the cluster's DNS, kube-proxy in its mode ipvs all of them.
+func (n *networks) ownAddrs(override netip.Addr) map[netip.Addr]struct{} {
+	own := map[netip.Addr]struct{}{}
+	if override.IsValid() {
+		own[plain(override)] = struct{}{}
+	}
+	for _, a := range n.node.addresses {
+		if addr, err := parseAddr(a.Address); err == nil && (a.Type == corev1.NodeInternalIP || a.Type == corev1.NodeExternalIP) {
+			own[addr] = struct{}{}
+		}
+	}
+	for _, a := range n.localAddrs {
+		if _, ok := slices.BinarySearchFunc(n.virtualAddrs, a, netip.Addr.Compare); !ok {
+			own[plain(a)] = struct{}{}
+		}
+	}
+	return own
+}
+
+// symmetricDifference yields what is in one of the sets only.
+func symmetricDifference(a, b map[netip.Addr]struct{}) iter.Seq[netip.Addr] {
+	return func(yield func(netip.Addr) bool) {
+		for _, sets := range [...][2]map[netip.Addr]struct{}{{a, b}, {b, a}} {
+			for addr := range sets[0] {
+				if _, ok := sets[1][addr]; !ok && !yield(addr) {
+					return
+				}
+			}
+		}
+	}
 }
 
 // ofInterfaces returns, sorted, those of the node's primary addresses that an
@@ -103,7 +143,7 @@ type networks struct {
 func (n *networks) ofInterfaces(primary []netip.Addr) []netip.Addr {
 	var addrs []netip.Addr
 	for _, a := range primary {
-		if !a.IsLoopback() && (!n.known || slices.ContainsFunc(n.localAddrs, func(l netip.Addr) bool { return plain(l) == a })) {
+		if !a.IsLoopback() && (!n.known || slices.ContainsFunc(n.localAddrs, func(l netip.Addr) bool { return plain(l) == a }) || within(n.localRoutes, a)) {
 			addrs = append(addrs, a)
 		}
 	}
@@ -137,7 +177,7 @@ func dataplaneNode(opts Options, in networks) dataplane.Node {
 	}
 	n.ServiceCIDRs = outermost(serviceCIDRs)
 	n.Addrs = in.ofInterfaces(primaryAddrs(in.node.addresses, opts.BindAddress))
-	n.NodePortAddrs = nodePortAddrs(opts, in, n.Addrs, n.ServiceCIDRs)
+	n.NodePortAddrs, n.NodePortNetworks = nodePortAddrs(opts, in, n.Addrs, n.ServiceCIDRs)
 	n.LocalhostNodePorts = len(loopbackAddrs(opts.NodePortAddresses, in)) > 0
 	n.ProtectLoopback = opts.ProtectLoopback || n.LocalhostNodePorts
 	return n

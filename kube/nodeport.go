@@ -74,9 +74,9 @@ func (a NodePortAddresses) IsZero() bool {
 	return !a.Primary && !a.Localhost && !a.All && len(a.CIDRs) == 0
 }
 
-// nodePortAddrs returns the addresses on which the kernel serves node ports,
-// sorted: it can't at loopback addresses. primary are the node's.
-func nodePortAddrs(opts Options, in networks, primary []netip.Addr, serviceCIDRs []netip.Prefix) []netip.Addr {
+// nodePortAddrs returns the addresses and networks on which the kernel serves node
+// ports, sorted: it can't at loopback addresses. primary are the node's.
+func nodePortAddrs(opts Options, in networks, primary []netip.Addr, serviceCIDRs []netip.Prefix) ([]netip.Addr, []netip.Prefix) {
 	want := opts.NodePortAddresses
 	var addrs []netip.Addr
 	if want.Primary || want.IsZero() {
@@ -92,7 +92,27 @@ func nodePortAddrs(opts Options, in networks, primary []netip.Addr, serviceCIDRs
 			addrs = append(addrs, a)
 		}
 	}
-	return sorted(addrs)
+	var selected []netip.Prefix
+	for _, route := range in.localRoutes {
+		for _, p := range cidrs {
+			switch {
+			case !p.Overlaps(route) || route.Addr().IsLoopback() || slices.ContainsFunc(serviceCIDRs, route.Overlaps):
+			case p.Bits() > route.Bits():
+				selected = append(selected, p)
+			case selects(p, route.Addr()):
+				selected = append(selected, route)
+			}
+		}
+	}
+	var networks []netip.Prefix
+	for _, p := range outermost(selected) {
+		if p.IsSingleIP() {
+			addrs = append(addrs, p.Addr())
+		} else {
+			networks = append(networks, p)
+		}
+	}
+	return sorted(addrs), networks
 }
 
 // loopbackAddrs returns the loopback addresses that are asked for by themselves:

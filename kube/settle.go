@@ -2,6 +2,7 @@ package kube
 
 import (
 	"fmt"
+	"net/netip"
 	"slices"
 
 	"k8s.io/apimachinery/pkg/types"
@@ -46,6 +47,7 @@ func (t *Tracker) demand(s *service) demand {
 	} else {
 		delete(t.zoned, s)
 	}
+	t.index(s, d.clusterIPs)
 	if created == s.created && slices.EqualFunc(d.wants, s.claimed, func(w wanted, c claimed) bool { return w.claimed().equal(c) }) {
 		return d
 	}
@@ -65,6 +67,25 @@ func (t *Tracker) demand(s *service) demand {
 		}
 	}
 	return d
+}
+
+// index notes the cluster IPs of s.
+func (t *Tracker) index(s *service, clusterIPs []netip.Addr) {
+	if slices.Equal(s.clusterIPs, clusterIPs) {
+		return
+	}
+	for _, addr := range s.clusterIPs {
+		rest := slices.DeleteFunc(t.byClusterIP[addr], func(o *service) bool { return o == s })
+		if len(rest) == 0 {
+			delete(t.byClusterIP, addr)
+		} else {
+			t.byClusterIP[addr] = rest
+		}
+	}
+	for _, addr := range clusterIPs {
+		t.byClusterIP[addr] = append(t.byClusterIP[addr], s)
+	}
+	s.clusterIPs = clusterIPs
 }
 
 func (w *wanted) claimed() claimed {

@@ -82,6 +82,9 @@ type Tracker struct {
 	// zoned are the Services for which another zone of this node may make a
 	// difference.
 	zoned map[*service]struct{}
+	// byClusterIP has the Services with a cluster IP, for when the node gets or
+	// loses that address.
+	byClusterIP map[netip.Addr][]*service
 
 	networks networks
 	// node and loopback are what the last Result with a Node had; node is nil
@@ -108,8 +111,9 @@ type service struct {
 	// which is the precision of the API. A Service without one counts as the
 	// oldest.
 	created int64
-	// claimed are its claims.
-	claimed []claimed
+	// claimed are its claims, and clusterIPs its cluster IPs.
+	claimed    []claimed
+	clusterIPs []netip.Addr
 	// problems of the objects and of collisions, sorted and without doubles.
 	problems []Problem
 	// programmed is what the last Result left in place, in the order of
@@ -150,7 +154,9 @@ func NewTracker(opts Options) *Tracker {
 		owner:    map[types.NamespacedName]*service{},
 		claims:   newClaims(),
 		zoned:    map[*service]struct{}{},
-		networks: networks{serviceCIDRs: map[string][]netip.Prefix{}},
+
+		byClusterIP: map[netip.Addr][]*service{},
+		networks:    networks{serviceCIDRs: map[string][]netip.Prefix{}},
 	}
 }
 
@@ -163,17 +169,24 @@ func NewTracker(opts Options) *Tracker {
 // its pod networks are taken to be as they were: the node is still there, and
 // has connections.
 func (t *Tracker) Apply(d Delta) Result {
+	return t.update(func(result *Result, touch func(*service)) {
+		t.takeNode(d, result, touch)
+		t.takeObjects(d, touch)
+	})
+}
+
+// update returns the Result of a change, which names the Services to work out
+// again.
+func (t *Tracker) update(change func(result *Result, touch func(*service))) Result {
 	t.round++
 	var result Result
 	var work []*service
-	touch := func(s *service) {
+	change(&result, func(s *service) {
 		if s.touched != t.round {
 			s.touched = t.round
 			work = append(work, s)
 		}
-	}
-	t.takeNode(d, &result, touch)
-	t.takeObjects(d, touch)
+	})
 	t.settleAll(work, &result)
 	return result
 }
@@ -183,9 +196,7 @@ func (t *Tracker) Apply(d Delta) Result {
 func (t *Tracker) Configure(opts Options) Result {
 	opts.NodeName, opts.Schedulers = t.opts.NodeName, t.opts.Schedulers
 	t.opts = opts
-	var result Result
-	t.updateNode(&result)
-	return result
+	return t.update(t.updateNode)
 }
 
 // takeNode takes over what d says of the node.
@@ -223,15 +234,24 @@ func (t *Tracker) takeNode(d Delta, result *Result, touch func(*service)) {
 	}
 	if d.LocalAddrs != nil {
 		t.networks.localAddrs, t.networks.known = d.LocalAddrs, true
+		t.networks.virtualAddrs, t.networks.localRoutes = d.VirtualAddrs, d.LocalRoutes
 		changed = true
 	}
 	if changed {
-		t.updateNode(result)
+		t.updateNode(result, touch)
 	}
 }
 
-// updateNode computes what the dataplane must know of the node.
-func (t *Tracker) updateNode(result *Result) {
+// updateNode computes what the dataplane must know of the node, and touches the
+// Services whose cluster IPs have become the node's own, or no longer are.
+func (t *Tracker) updateNode(result *Result, touch func(*service)) {
+	own := t.networks.ownAddrs(t.opts.BindAddress)
+	for addr := range symmetricDifference(t.here.own, own) {
+		for _, s := range t.byClusterIP[addr] {
+			touch(s)
+		}
+	}
+	t.here.own = own
 	node := dataplaneNode(t.opts, t.networks)
 	loopback := loopbackAddrs(t.opts.NodePortAddresses, t.networks)
 	if t.node != nil && t.node.Equal(node) && slices.Equal(t.loopback, loopback) {

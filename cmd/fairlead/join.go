@@ -17,6 +17,7 @@ import (
 	"fairlead/internal/conntrack"
 	"fairlead/internal/health"
 	"fairlead/internal/metrics"
+	"fairlead/internal/nodeip"
 	"fairlead/internal/nodesettings"
 	"fairlead/internal/relay"
 	"fairlead/kube"
@@ -87,10 +88,10 @@ func (j *join) deliver(d kube.Delta) {
 }
 
 // addresses takes the addresses of this node's interfaces.
-func (j *join) addresses(addrs []netip.Addr) {
+func (j *join) addresses(addrs nodeip.Addresses) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	j.pass(j.tracker.Apply(kube.Delta{LocalAddrs: addrs}))
+	j.pass(j.tracker.Apply(kube.Delta{LocalAddrs: addrs.All, VirtualAddrs: addrs.Virtual, LocalRoutes: addrs.Routes}))
 }
 
 // configure takes another configuration.
@@ -273,8 +274,8 @@ func (j *join) eligible() bool {
 }
 
 // follow delivers the node's addresses and calls ready after the first time.
-func (j *join) follow(ctx context.Context, watch func(context.Context, func([]netip.Addr)) error, ready func()) error {
-	return watch(ctx, func(addrs []netip.Addr) {
+func (j *join) follow(ctx context.Context, watch func(context.Context, func(nodeip.Addresses)) error, ready func()) error {
+	return watch(ctx, func(addrs nodeip.Addresses) {
 		j.addresses(addrs)
 		ready()
 	})

@@ -22,6 +22,7 @@ import (
 	"fairlead/internal/conntrack"
 	"fairlead/internal/health"
 	"fairlead/internal/metrics"
+	"fairlead/internal/nodeip"
 	"fairlead/internal/nodesettings"
 	"fairlead/internal/relay"
 	"fairlead/kube"
@@ -214,7 +215,7 @@ func TestNodePortsNowhere(t *testing.T) {
 			Status:     corev1.NodeStatus{Addresses: []corev1.NodeAddress{{Type: corev1.NodeInternalIP, Address: addr}}},
 		}
 	}
-	j.addresses([]netip.Addr{netip.MustParseAddr("192.0.2.1")})
+	j.addresses(nodeip.Addresses{All: []netip.Addr{netip.MustParseAddr("192.0.2.1")}})
 	steps := []struct {
 		name  string
 		delta kube.Delta

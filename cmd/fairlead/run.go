@@ -8,7 +8,6 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/pprof"
-	"net/netip"
 	stdsync "sync"
 	"time"
 
@@ -189,7 +188,7 @@ func (p *program) run(ctx context.Context, c config, heap *startHeap) error {
 	addressed := make(chan struct{})
 	ready := stdsync.OnceFunc(func() { close(addressed) })
 	group.Go(func() error {
-		watch := func(ctx context.Context, deliver func([]netip.Addr)) error {
+		watch := func(ctx context.Context, deliver func(nodeip.Addresses)) error {
 			return nodeip.Watch(ctx, nodeip.Options{Logger: p.log.With("component", "nodeip")}, deliver)
 		}
 		return p.join.follow(ctx, watch, ready)

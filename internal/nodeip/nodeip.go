@@ -1,4 +1,5 @@
-// Package nodeip follows the addresses of this node's interfaces.
+// Package nodeip follows the addresses of this node: those of its interfaces, and
+// those that local routes make its own.
 //
 // The kernel announces each change over rtnetlink. An announcement is taken as
 // a hint only: the addresses are read anew after it, so that an announcement
@@ -16,6 +17,7 @@ import (
 	"time"
 
 	"github.com/mdlayher/netlink"
+	"golang.org/x/net/bpf"
 	"golang.org/x/sys/unix"
 )
 
@@ -31,31 +33,46 @@ type Options struct {
 	Logger *slog.Logger
 }
 
-// Watch calls deliver with all addresses of this node's interfaces: once before
+// Addresses are the addresses of this node. The lists are sorted, unique, without
+// zones, and never nil.
+type Addresses struct {
+	// All are those of all interfaces. IPv6 addresses count from when the kernel
+	// has found that no other host has them (RFC 4862, or at once with optimistic
+	// detection, RFC 4429) until they are removed; deprecated ones are included, as
+	// they still take connections.
+	All []netip.Addr
+	// Virtual are those of All that only the loopback device and dummy interfaces
+	// have: no network leads to them because of that.
+	Virtual []netip.Addr
+	// Routes are the networks of which every address is the node's by a route of
+	// type local in the table local that the kernel has not made by itself.
+	Routes []netip.Prefix
+}
+
+func (a Addresses) equal(o Addresses) bool {
+	return slices.Equal(a.All, o.All) && slices.Equal(a.Virtual, o.Virtual) && slices.Equal(a.Routes, o.Routes)
+}
+
+// Watch calls deliver with the addresses of this node: once before
 // anything else, and again whenever one has appeared or gone. It blocks until
 // ctx is done and then returns nil. It returns an error only if it can't begin;
 // later failures are logged, and what they hid is made up for.
 //
-// The addresses are sorted, unique, without zones, and never nil. IPv6 addresses
-// count from when the kernel has found that no other host has them (RFC 4862,
-// or at once with optimistic detection, RFC 4429) until they are removed;
-// deprecated ones are included, as they still take connections.
-//
 // Deliver must not block for long: changes are gathered meanwhile.
-func Watch(ctx context.Context, options Options, deliver func([]netip.Addr)) error {
+func Watch(ctx context.Context, options Options, deliver func(Addresses)) error {
 	log := options.Logger
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	var last []netip.Addr
+	var last Addresses
 	for first := true; ; first = false {
 		w, err := open(options.NetNS)
 		switch {
 		case err == nil:
-			err = w.run(ctx, func(addrs []netip.Addr) {
-				if last == nil || !slices.Equal(last, addrs) {
+			err = w.run(ctx, func(addrs Addresses) {
+				if last.All == nil || !last.equal(addrs) {
 					last = addrs
-					deliver(slices.Clone(addrs))
+					deliver(Addresses{slices.Clone(addrs.All), slices.Clone(addrs.Virtual), slices.Clone(addrs.Routes)})
 				}
 			})
 			w.close()
@@ -82,7 +99,8 @@ type watcher struct{ announcements, requests *netlink.Conn }
 func open(netns int) (watcher, error) {
 	var w watcher
 	var err error
-	config := &netlink.Config{NetNS: netns, Groups: 1<<(unix.RTNLGRP_IPV4_IFADDR-1) | 1<<(unix.RTNLGRP_IPV6_IFADDR-1)}
+	config := &netlink.Config{NetNS: netns, Groups: groups(
+		unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE)}
 	if w.announcements, err = netlink.Dial(unix.NETLINK_ROUTE, config); err != nil {
 		return w, fmt.Errorf("subscribe to the node's addresses: %w", err)
 	}
@@ -90,7 +108,41 @@ func open(netns int) (watcher, error) {
 		w.close()
 		return w, fmt.Errorf("open netlink to read the node's addresses: %w", err)
 	}
+	// Both save work only: a kernel that lacks them tells more than is needed.
+	_ = w.announcements.SetBPF(onlyLocal())
+	_ = w.requests.SetOption(netlink.GetStrictCheck, true)
 	return w, nil
+}
+
+// groups returns the mask of multicast groups.
+func groups(list ...uint) (mask uint32) {
+	for _, group := range list {
+		mask |= 1 << (group - 1)
+	}
+	return mask
+}
+
+// onlyLocal returns a filter for announcements: of routes, which may come and go by
+// the thousand, only those of type local pass.
+func onlyLocal() []bpf.RawInstruction {
+	// struct nlmsghdr has the type at 4, in the byte order of the host, and struct
+	// rtmsg follows it at 16, with the type of the route at 7.
+	host := func(t uint16) uint32 {
+		return uint32(binary.BigEndian.Uint16(binary.NativeEndian.AppendUint16(nil, t)))
+	}
+	filter, err := bpf.Assemble([]bpf.Instruction{
+		bpf.LoadAbsolute{Off: 4, Size: 2},
+		bpf.JumpIf{Cond: bpf.JumpEqual, Val: host(unix.RTM_NEWROUTE), SkipTrue: 1},
+		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: host(unix.RTM_DELROUTE), SkipTrue: 2},
+		bpf.LoadAbsolute{Off: unix.SizeofNlMsghdr + 7, Size: 1},
+		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: unix.RTN_LOCAL, SkipTrue: 1},
+		bpf.RetConstant{Val: 1 << 16},
+		bpf.RetConstant{Val: 0},
+	})
+	if err != nil {
+		panic(err) // the instructions are constant
+	}
+	return filter
 }
 
 // close closes both sockets, of which either may be missing. Closing twice does
@@ -105,7 +157,7 @@ func (w watcher) close() {
 
 // run delivers the addresses, at first and after each announcement, until ctx
 // is done or something fails. It never returns nil unless ctx is done.
-func (w watcher) run(ctx context.Context, deliver func([]netip.Addr)) error {
+func (w watcher) run(ctx context.Context, deliver func(Addresses)) error {
 	stop := context.AfterFunc(ctx, w.close) // ends Receive
 	defer stop()
 	for {
@@ -126,34 +178,146 @@ func transient(err error) bool {
 	return errors.Is(err, unix.ENOBUFS) || errors.Is(err, unix.EINTR) || errors.Is(err, unix.EAGAIN)
 }
 
-// list reads all addresses. A reading during which they changed is repeated.
-func (w watcher) list() ([]netip.Addr, error) {
-	// struct ifaddrmsg with AF_UNSPEC, see linux/if_addr.h.
-	request := netlink.Message{
-		Header: netlink.Header{Type: unix.RTM_GETADDR, Flags: netlink.Request | netlink.Dump},
-		Data:   make([]byte, unix.SizeofIfAddrmsg),
+// list reads all addresses and local routes.
+func (w watcher) list() (Addresses, error) {
+	virtual, err := w.virtualLinks()
+	if err != nil {
+		return Addresses{}, fmt.Errorf("read the node's interfaces: %w", err)
 	}
-	for {
-		messages, err := w.requests.Execute(request)
-		switch {
-		case err != nil:
-			return nil, fmt.Errorf("read the node's addresses: %w", err)
-		case slices.ContainsFunc(messages, func(m netlink.Message) bool { return m.Header.Flags&netlink.DumpInterrupted != 0 }):
+	// struct ifaddrmsg with AF_UNSPEC, see linux/if_addr.h.
+	messages, err := w.dump(unix.RTM_GETADDR, make([]byte, unix.SizeofIfAddrmsg))
+	if err != nil {
+		return Addresses{}, fmt.Errorf("read the node's addresses: %w", err)
+	}
+	addrs := Addresses{All: []netip.Addr{}, Virtual: []netip.Addr{}, Routes: []netip.Prefix{}}
+	ofNetworks := map[netip.Addr]struct{}{}
+	for _, m := range messages {
+		addr, ok, err := parse(m)
+		if err != nil {
+			return Addresses{}, fmt.Errorf("read the node's addresses: %w", err)
+		}
+		if !ok {
 			continue
 		}
-		addrs := []netip.Addr{}
+		addrs.All = append(addrs.All, addr)
+		if _, ok := virtual[binary.NativeEndian.Uint32(m.Data[4:])]; !ok {
+			ofNetworks[addr] = struct{}{}
+		}
+	}
+	slices.SortFunc(addrs.All, netip.Addr.Compare)
+	addrs.All = slices.Compact(addrs.All)
+	for _, addr := range addrs.All {
+		if _, ok := ofNetworks[addr]; !ok {
+			addrs.Virtual = append(addrs.Virtual, addr)
+		}
+	}
+	for _, family := range []byte{unix.AF_INET, unix.AF_INET6} {
+		// struct rtmsg, see linux/rtnetlink.h.
+		messages, err := w.dump(unix.RTM_GETROUTE, []byte{family, 0, 0, 0, unix.RT_TABLE_LOCAL, 0, 0, unix.RTN_LOCAL, 0, 0, 0, 0})
+		if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.ENOENT) {
+			continue // no such family, or no such table
+		}
+		if err != nil {
+			return Addresses{}, fmt.Errorf("read the node's local routes: %w", err)
+		}
 		for _, m := range messages {
-			addr, ok, err := parse(m)
-			if err != nil {
-				return nil, fmt.Errorf("read the node's addresses: %w", err)
-			}
-			if ok {
-				addrs = append(addrs, addr)
+			if route, ok := parseRoute(m); ok {
+				addrs.Routes = append(addrs.Routes, route)
 			}
 		}
-		slices.SortFunc(addrs, netip.Addr.Compare)
-		return slices.Compact(addrs), nil
 	}
+	slices.SortFunc(addrs.Routes, netip.Prefix.Compare)
+	addrs.Routes = slices.Compact(addrs.Routes)
+	return addrs, nil
+}
+
+// dump returns all messages of a reading that nothing has interrupted.
+func (w watcher) dump(typ netlink.HeaderType, data []byte) ([]netlink.Message, error) {
+	for {
+		messages, err := w.requests.Execute(netlink.Message{
+			Header: netlink.Header{Type: typ, Flags: netlink.Request | netlink.Dump}, Data: data,
+		})
+		if err != nil || !slices.ContainsFunc(messages, func(m netlink.Message) bool { return m.Header.Flags&netlink.DumpInterrupted != 0 }) {
+			return messages, err
+		}
+	}
+}
+
+// virtualLinks returns the indices of the loopback device and of dummy interfaces.
+func (w watcher) virtualLinks() (map[uint32]struct{}, error) {
+	// The kernel leaves out other kinds, unless it has no dummy interfaces.
+	kind := netlink.NewAttributeEncoder()
+	kind.Nested(unix.IFLA_LINKINFO, func(info *netlink.AttributeEncoder) error {
+		info.String(unix.IFLA_INFO_KIND, dummy)
+		return nil
+	})
+	attributes, err := kind.Encode()
+	if err != nil {
+		return nil, err
+	}
+	messages, err := w.dump(unix.RTM_GETLINK, append(make([]byte, unix.SizeofIfInfomsg), attributes...))
+	if err != nil {
+		return nil, err
+	}
+	const loopback = 1 // LOOPBACK_IFINDEX, see include/net/flow.h
+	links := map[uint32]struct{}{loopback: {}}
+	for _, m := range messages {
+		if m.Header.Type == unix.RTM_NEWLINK && len(m.Data) >= unix.SizeofIfInfomsg && isDummy(m.Data[unix.SizeofIfInfomsg:]) {
+			links[binary.NativeEndian.Uint32(m.Data[4:])] = struct{}{}
+		}
+	}
+	return links, nil
+}
+
+// dummy is the kernel's name of the kind of dummy interfaces.
+const dummy = "dummy"
+
+// isDummy reports whether a link's attributes are those of a dummy interface.
+func isDummy(b []byte) (is bool) {
+	attributes, err := netlink.NewAttributeDecoder(b)
+	if err != nil {
+		return false
+	}
+	for attributes.Next() {
+		if attributes.Type() == unix.IFLA_LINKINFO {
+			attributes.Nested(func(info *netlink.AttributeDecoder) error {
+				for info.Next() {
+					if info.Type() == unix.IFLA_INFO_KIND {
+						is = info.String() == dummy
+					}
+				}
+				return nil
+			})
+		}
+	}
+	return is && attributes.Err() == nil
+}
+
+// parseRoute returns the network of a local route, and false if the kernel has
+// made the route for an address of an interface, or for the loopback network.
+func parseRoute(m netlink.Message) (netip.Prefix, bool) {
+	if m.Header.Type != unix.RTM_NEWROUTE || len(m.Data) < unix.SizeofRtMsg {
+		return netip.Prefix{}, false
+	}
+	family, bits, table, protocol, typ := m.Data[0], int(m.Data[1]), m.Data[4], m.Data[5], m.Data[7]
+	if typ != unix.RTN_LOCAL || table != unix.RT_TABLE_LOCAL || protocol == unix.RTPROT_KERNEL {
+		return netip.Prefix{}, false
+	}
+	addr := netip.IPv4Unspecified()
+	if family == unix.AF_INET6 {
+		addr = netip.IPv6Unspecified()
+	}
+	attributes, err := netlink.NewAttributeDecoder(m.Data[unix.SizeofRtMsg:])
+	if err != nil {
+		return netip.Prefix{}, false
+	}
+	for attributes.Next() {
+		if attributes.Type() == unix.RTA_DST {
+			addr, _ = netip.AddrFromSlice(attributes.Bytes())
+		}
+	}
+	route := netip.PrefixFrom(addr, bits)
+	return route.Masked(), attributes.Err() == nil && route.IsValid()
 }
 
 // parse returns the address in a message, and false if it can't be used (yet).

@@ -5,6 +5,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -22,6 +23,7 @@ type host struct {
 	t         *testing.T
 	handle    *netlink.Handle
 	delivered chan []netip.Addr
+	latest    atomic.Pointer[nodeip.Addresses]
 }
 
 func watch(t *testing.T) *host {
@@ -53,7 +55,7 @@ func watch(t *testing.T) *host {
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() {
-		done <- nodeip.Watch(ctx, nodeip.Options{NetNS: ns.Fd()}, func(addrs []netip.Addr) { h.delivered <- addrs })
+		done <- nodeip.Watch(ctx, nodeip.Options{NetNS: ns.Fd()}, func(addrs nodeip.Addresses) { h.delivered <- addrs.All; h.latest.Store(&addrs) })
 	}()
 	t.Cleanup(func() {
 		cancel()
@@ -181,11 +183,11 @@ func TestSameAddressTwice(t *testing.T) {
 	h.await()
 	h.add("veth0", "192.0.2.1/32", 0)
 	h.await("192.0.2.1")
-	h.add("lo", "192.0.2.1/32", 0)
+	h.add("veth1", "192.0.2.1/32", 0)
 	h.quiet()
 	h.remove("veth0", "192.0.2.1/32")
 	h.quiet()
-	h.remove("lo", "192.0.2.1/32")
+	h.remove("veth1", "192.0.2.1/32")
 	h.await()
 }
 
@@ -250,7 +252,8 @@ func TestManyAtOnce(t *testing.T) {
 	first, last := make(chan struct{}), make(chan int, n)
 	done := make(chan error, 1)
 	go func() {
-		done <- nodeip.Watch(ctx, nodeip.Options{NetNS: ns.Fd()}, func(addrs []netip.Addr) {
+		done <- nodeip.Watch(ctx, nodeip.Options{NetNS: ns.Fd()}, func(a nodeip.Addresses) {
+			addrs := a.All
 			last <- len(addrs)
 			select {
 			case <-first:
@@ -285,8 +288,98 @@ func TestManyAtOnce(t *testing.T) {
 
 func TestNoSuchNamespace(t *testing.T) {
 	t.Parallel()
-	err := nodeip.Watch(t.Context(), nodeip.Options{NetNS: 1 << 20}, func([]netip.Addr) { t.Error("delivered") })
+	err := nodeip.Watch(t.Context(), nodeip.Options{NetNS: 1 << 20}, func(nodeip.Addresses) { t.Error("delivered") })
 	if err == nil {
 		t.Error("no error")
 	}
+}
+
+// TestLocalRoutes says which local routes count, and that they are followed.
+func TestLocalRoutes(t *testing.T) {
+	t.Parallel()
+	h := watch(t)
+	await := func(want ...string) {
+		t.Helper()
+		var got []string
+		for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+			got = nil
+			if latest := h.latest.Load(); latest != nil {
+				for _, route := range latest.Routes {
+					got = append(got, route.String())
+				}
+			}
+			if slices.Equal(got, want) {
+				return
+			}
+		}
+		t.Fatalf("local routes (-want +got):\n%s", cmp.Diff(want, got))
+	}
+	change := func(fn func(*netlink.Route) error, prefix string, table, typ int) {
+		t.Helper()
+		p := netip.MustParsePrefix(prefix)
+		h.do(func(l netlink.Link) error {
+			scope := netlink.SCOPE_LINK
+			if typ == unix.RTN_LOCAL {
+				scope = netlink.SCOPE_HOST
+			}
+			return fn(&netlink.Route{
+				LinkIndex: l.Attrs().Index, Type: typ, Table: table, Scope: scope, Family: familyOf(p),
+				Dst: &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())},
+			})
+		}, "veth0")
+	}
+	h.add("veth0", "10.0.0.1/24", 0)
+	await()
+	change(h.handle.RouteAdd, "192.0.2.90/32", unix.RT_TABLE_LOCAL, unix.RTN_LOCAL)
+	await("192.0.2.90/32")
+	change(h.handle.RouteAdd, "2001:db8:5::/64", unix.RT_TABLE_LOCAL, unix.RTN_LOCAL)
+	await("192.0.2.90/32", "2001:db8:5::/64")
+	// As of a transparent proxy, or of another network.
+	change(h.handle.RouteAdd, "0.0.0.0/0", 100, unix.RTN_LOCAL)
+	change(h.handle.RouteAdd, "203.0.113.0/24", unix.RT_TABLE_MAIN, unix.RTN_UNICAST)
+	change(h.handle.RouteAdd, "198.51.100.0/24", unix.RT_TABLE_LOCAL, unix.RTN_LOCAL)
+	await("192.0.2.90/32", "198.51.100.0/24", "2001:db8:5::/64")
+	change(h.handle.RouteDel, "192.0.2.90/32", unix.RT_TABLE_LOCAL, unix.RTN_LOCAL)
+	await("198.51.100.0/24", "2001:db8:5::/64")
+}
+
+// TestVirtual says which addresses no network leads to.
+func TestVirtual(t *testing.T) {
+	t.Parallel()
+	h := watch(t)
+	h.add("veth0", "10.0.0.1/24", 0)
+	h.add("lo", "10.96.0.10/32", 0)
+	h.add("lo", "10.0.0.2/32", 0)
+	h.add("veth0", "10.0.0.2/24", 0)
+	want := []string{"10.96.0.10"}
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = "nodelocaldns"
+	if err := h.handle.LinkAdd(&netlink.Dummy{LinkAttrs: attrs}); err != nil {
+		t.Logf("this kernel has no dummy interfaces: %v", err)
+	} else {
+		h.add("nodelocaldns", "10.96.0.11/32", 0)
+		want = append(want, "10.96.0.11")
+	}
+	var got []string
+	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+		got = nil
+		if latest := h.latest.Load(); latest != nil {
+			for _, addr := range latest.Virtual {
+				if !addr.IsLoopback() {
+					got = append(got, addr.String())
+				}
+			}
+		}
+		if slices.Equal(got, want) {
+			return
+		}
+	}
+	t.Errorf("virtual addresses (-want +got):\n%s", cmp.Diff(want, got))
+}
+
+func familyOf(p netip.Prefix) int {
+	if p.Addr().Is4() {
+		return unix.AF_INET
+	}
+	return unix.AF_INET6
 }
