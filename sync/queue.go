@@ -94,13 +94,19 @@ func (q *queue) put(c dataplane.Change, at time.Time, after uint64) {
 	q.weight += e.weight
 }
 
-// weightOf returns at least 1.
+// weightOf returns at least 1. With session affinity backends may have as much for each
+// frontend as there are endpoints.
 func weightOf(c dataplane.Change) int {
 	weight := 1
 	for _, s := range []*dataplane.Service{c.Old, c.New} {
-		if s != nil {
-			weight = max(weight, len(s.Frontends)+len(s.Endpoints)+len(s.LocalEndpoints)+len(s.SourceRanges))
+		if s == nil {
+			continue
 		}
+		endpoints := len(s.Endpoints) + len(s.LocalEndpoints)
+		if s.Affinity != 0 {
+			endpoints *= len(s.Frontends)
+		}
+		weight = max(weight, len(s.Frontends)+endpoints+len(s.SourceRanges))
 	}
 	return weight
 }
