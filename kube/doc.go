@@ -96,6 +96,11 @@
 //   - Loopback, link-local and multicast addresses are refused as endpoints and
 //     external IPs, as the API server refuses new ones: they would let a Service
 //     reach into the node, or take what the node itself uses.
+//   - A cluster IP that is a loopback, link-local, multicast or broadcast address, or
+//     one of the node's own, is reported and not served; the Service's other
+//     addresses are. The node's own are those of the Node object, and those of its
+//     interfaces other than the loopback device and dummy interfaces: NodeLocal
+//     DNSCache and kube-proxy's mode ipvs bind cluster IPs to dummy interfaces.
 //   - A port with more than 65,535 endpoints is not served, but reported: it is
 //     what the dataplane can hold.
 //   - Of one Service at most 262,144 frontends, endpoints and source ranges are
