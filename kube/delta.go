@@ -22,6 +22,9 @@ type Delta struct {
 	// NodeDeleted says that it is gone. A source without Nodes sets neither.
 	Node        *corev1.Node
 	NodeDeleted bool
+	// NodeUnknown says that the source could not find out in time whether there is
+	// a Node. A later Delta says it.
+	NodeUnknown bool
 
 	ServiceCIDRs        []*networkingv1.ServiceCIDR
 	DeletedServiceCIDRs []string

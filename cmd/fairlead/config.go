@@ -60,7 +60,7 @@ type apiConfig struct {
 	qps                             float32
 	burst                           int
 	contentType, acceptContentTypes string
-	batchPeriod                     time.Duration
+	batchPeriod, massRemovalDelay   time.Duration
 }
 
 // Ports that kube-proxy serves on.
@@ -277,7 +277,8 @@ func (p *parser) source(c *config) {
 		kubeconfig: p.text("kubeconfig"), master: p.text("master"), label: p.label("kubeconfig"),
 		qps: p.float("kube-api-qps"), burst: int(p.whole("kube-api-burst", 0, 1<<31-1)),
 		contentType: p.given["kube-api-content-type"], acceptContentTypes: p.given[acceptContentTypes],
-		batchPeriod: p.batchPeriod(c),
+		batchPeriod:      p.apiTime(c, "batch-period", longestBatch, "50ms, or 0 to have every change read at once"),
+		massRemovalDelay: p.apiTime(c, "mass-removal-delay", longestMassRemovalDelay, "1m, or 0 to have everything removed at once"),
 	}
 	exclude := []string{"kubeconfig", "master"}
 	instead := "use either, --manifests is set"
@@ -293,14 +294,16 @@ func (p *parser) source(c *config) {
 }
 
 // longestBatch is as long as kube-proxy waits between its rounds.
-const longestBatch = time.Second
+const (
+	longestBatch            = time.Second
+	longestMassRemovalDelay = time.Hour
+)
 
-// batchPeriod returns how long changes of the API server may gather.
-func (p *parser) batchPeriod(c *config) time.Duration {
-	const name = "batch-period"
+// apiTime returns a time from 0 to the longest that concerns an API server.
+func (p *parser) apiTime(c *config, name string, longest time.Duration, example string) time.Duration {
 	d, err := time.ParseDuration(p.text(name))
-	if err != nil || d < 0 || d > longestBatch {
-		p.fail(name, "%q is not a time up to %s: write it as 50ms, or 0 to have every change read at once", p.text(name), longestBatch)
+	if err != nil || d < 0 || d > longest {
+		p.fail(name, "%q is not a time up to %s: write it as %s", p.text(name), longest, example)
 	}
 	if _, ok := p.given[name]; ok && c.manifests != "" {
 		c.notes = append(c.notes, note{what: p.label(name), why: "it is about an API server, and --manifests is set"})

@@ -111,6 +111,11 @@ func settings() []setting {
 			usage: "how long changes of the API server may gather while there are many, to save processor time; a few are read at once. " +
 				"0: all are",
 		},
+		{
+			name: "mass-removal-delay", kind: duration, own: true, value: "1m",
+			usage: "how long removals wait if a list of the API server lacks more than half of the Services or EndpointSlices that are programmed, " +
+				"before it is listed once more. 0: they do not wait",
+		},
 		{name: "hostname-override", kind: text, first: true, usage: "the name of this node; empty: the hostname"},
 
 		{

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/url"
+	"strconv"
 	"sync"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -27,12 +28,99 @@ type contact struct {
 	unknown map[kind]bool
 	// refused has the verb that the server refuses to those whom it knows.
 	refused map[kind]string
+	// failing has the last attempt of each kind if that failed, and counts how
+	// many did.
+	failing map[kind]attempt
+	counts  map[attempt]uint64
+	// trouble has an element when requests begin to fail.
+	trouble chan struct{}
+}
+
+// attempt is a request and what became of it.
+type attempt struct {
+	kind kind
+	verb string
+	// code is the HTTP status, or "unreachable", "timeout" or "error".
+	code string
+}
+
+const codeUnreachable = "unreachable"
+
+func newAttempt(k kind, verb string, err error) attempt {
+	a := attempt{kind: k, verb: verb, code: "error"}
+	status, answered := errors.AsType[*apierrors.StatusError](err)
+	_, unreachable := errors.AsType[*url.Error](err)
+	switch {
+	case answered:
+		a.code = strconv.Itoa(int(status.ErrStatus.Code))
+	case errors.Is(err, errTimeout):
+		a.code = "timeout"
+	case unreachable:
+		a.code = codeUnreachable
+	}
+	return a
+}
+
+// String is for the log.
+func (a attempt) String() string { return string(a.kind) + ": " + a.code }
+
+// note remembers what became of an attempt.
+func (c *contact) note(k kind, verb string, err error) {
+	before, failing := c.failing[k]
+	switch {
+	case err != nil && !isExpired(err):
+		if len(c.failing) == 0 {
+			select {
+			case c.trouble <- struct{}{}:
+			default:
+			}
+		}
+		a := newAttempt(k, verb, err)
+		c.failing[k] = a
+		c.counts[a]++
+	case failing && (verb == verbWatch || verb == before.verb):
+		delete(c.failing, k)
+	}
+}
+
+// isUnreachable reports whether the last request for the kind was not answered.
+func (c *contact) isUnreachable(k kind) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.failing[k].code == codeUnreachable
+}
+
+// failed returns how many requests of the kind have failed.
+func (c *contact) failed(k kind) map[Failure]uint64 {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	failed := map[Failure]uint64{}
+	for a, n := range c.counts {
+		if a.kind == k {
+			failed[Failure{Verb: a.verb, Code: a.code}] = n
+		}
+	}
+	return failed
+}
+
+// failures returns which kinds are not answered as they should, and how they are.
+func (c *contact) failures() []string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	var failures []string
+	for _, k := range allKinds() {
+		if a, ok := c.failing[k]; ok {
+			failures = append(failures, a.String())
+		}
+	}
+	return failures
 }
 
 func newContact(log *slog.Logger, credentials string) *contact {
 	return &contact{
 		log: log, credentials: credentials,
 		away: map[kind]bool{}, told: map[bool]bool{}, unknown: map[kind]bool{}, refused: map[kind]string{},
+		failing: map[kind]attempt{}, counts: map[attempt]uint64{}, trouble: make(chan struct{}, 1),
 	}
 }
 
@@ -40,6 +128,7 @@ func newContact(log *slog.Logger, credentials string) *contact {
 func (c *contact) heard(ctx context.Context, k kind, verb string, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.note(k, verb, err)
 	switch {
 	case apierrors.IsUnauthorized(err):
 		c.back(ctx, k)
@@ -68,12 +157,12 @@ func (c *contact) heard(ctx context.Context, k kind, verb string, err error) {
 			c.log.InfoContext(ctx, "API server allows a request that it had refused", "verb", verb, "resource", string(k))
 		}
 	default:
-		c.trouble(ctx, k, err)
+		c.unwell(ctx, k, verb, err)
 	}
 }
 
-// trouble notes that there was no answer, or none of use.
-func (c *contact) trouble(ctx context.Context, k kind, err error) {
+// unwell notes that there was no answer, or none of use.
+func (c *contact) unwell(ctx context.Context, k kind, verb string, err error) {
 	c.away[k] = true
 	_, unreachable := errors.AsType[*url.Error](err)
 	switch {
@@ -81,7 +170,8 @@ func (c *contact) trouble(ctx context.Context, k kind, err error) {
 	case unreachable:
 		c.log.WarnContext(ctx, "API server can't be reached; what is programmed stays", "error", err)
 	default:
-		c.log.WarnContext(ctx, "API server does not answer as it should; what is programmed stays", "error", err)
+		c.log.WarnContext(ctx, "API server does not answer as it should; what is programmed stays",
+			"resource", string(k), "code", newAttempt(k, verb, err).code, "error", err)
 	}
 	c.told[unreachable] = true
 }
@@ -110,9 +200,11 @@ func (c *contact) known(ctx context.Context, k kind) {
 }
 
 // without notes that the server refuses the kind and that this is as well.
-func (c *contact) without(ctx context.Context, k kind) {
+func (c *contact) without(ctx context.Context, k kind, verb string, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.counts[newAttempt(k, verb, err)]++
+	delete(c.failing, k)
 	c.back(ctx, k)
 	c.known(ctx, k)
 }

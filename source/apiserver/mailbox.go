@@ -25,6 +25,12 @@ type mailbox struct {
 	// there was a time without.
 	missing map[kind]bool
 	taken   bool
+	// synced has the lists that were ever complete. nodeUnknown says that the Node
+	// was not waited for.
+	synced      map[kind]bool
+	nodeUnknown bool
+	// skipped has the lists that are not waited for, which may be read for ever.
+	skipped map[kind]bool
 	// listing has the lists that are being read, for the first time or again.
 	listing map[kind]bool
 }
@@ -38,6 +44,8 @@ func newMailbox() *mailbox {
 		serviceCIDRs:   gathered[*networkingv1.ServiceCIDR]{},
 		missing:        map[kind]bool{services: true, endpointSlices: true, nodes: true, serviceCIDRs: true},
 		listing:        map[kind]bool{},
+		synced:         map[kind]bool{},
+		skipped:        map[kind]bool{},
 	}
 }
 
@@ -45,7 +53,9 @@ func newMailbox() *mailbox {
 func (m *mailbox) list(k kind) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.listing[k] = true
+	if !m.skipped[k] {
+		m.listing[k] = true
+	}
 }
 
 // following reports whether everything has been there, and there are no lists to be
@@ -56,18 +66,33 @@ func (m *mailbox) following() bool {
 	return m.taken && len(m.listing) == 0
 }
 
-// complete notes that the list of the kind is complete, or will not come.
-func (m *mailbox) complete(k kind) {
+// without notes that the list of the kind is not waited for.
+func (m *mailbox) without(k kind) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.completed(k)
-}
-
-// completed is complete for those who hold the lock.
-func (m *mailbox) completed(k kind) {
+	if k == nodes && m.missing[k] {
+		m.nodeUnknown = true
+	}
+	m.skipped[k] = true
 	delete(m.missing, k)
 	delete(m.listing, k)
 	m.signal()
+}
+
+// completed notes that the list of the kind is complete. The caller holds the lock.
+func (m *mailbox) completed(k kind) {
+	delete(m.missing, k)
+	delete(m.listing, k)
+	delete(m.skipped, k)
+	m.synced[k] = true
+	m.signal()
+}
+
+// isSynced reports whether the list of the kind was ever complete.
+func (m *mailbox) isSynced(k kind) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.synced[k]
 }
 
 func (m *mailbox) signal() {
@@ -82,7 +107,7 @@ func (m *mailbox) late() []kind {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	var late []kind
-	for _, k := range []kind{services, endpointSlices, nodes, serviceCIDRs} {
+	for _, k := range allKinds() {
 		if m.missing[k] {
 			late = append(late, k)
 		}
@@ -98,7 +123,8 @@ func (m *mailbox) take() (kube.Delta, bool) {
 	if len(m.missing) > 0 {
 		return kube.Delta{}, false
 	}
-	if m.taken && len(m.services)+len(m.endpointSlices)+len(m.nodes)+len(m.serviceCIDRs) == 0 {
+	nodeKnown := m.nodeUnknown && m.synced[nodes]
+	if m.taken && !nodeKnown && len(m.services)+len(m.endpointSlices)+len(m.nodes)+len(m.serviceCIDRs) == 0 {
 		return kube.Delta{}, false
 	}
 	m.taken = true
@@ -109,7 +135,12 @@ func (m *mailbox) take() (kube.Delta, bool) {
 	if len(node) > 0 {
 		d.Node = node[0]
 	}
-	d.NodeDeleted = len(node) == 0 && len(gone) > 0
+	if nodeKnown {
+		m.nodeUnknown = false
+	}
+	// If it was unknown, that there is none has to be said.
+	d.NodeDeleted = len(node) == 0 && (len(gone) > 0 || nodeKnown)
+	d.NodeUnknown = m.nodeUnknown
 	var names []types.NamespacedName
 	d.ServiceCIDRs, names = take(&m.serviceCIDRs)
 	for _, name := range names {

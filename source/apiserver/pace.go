@@ -47,14 +47,19 @@ func (p pace) config(config *rest.Config) *rest.Config {
 	if p.period <= 0 {
 		return config
 	}
-	dial := dialFunc(config.Dial)
-	if dial == nil {
-		// As client-go has it.
-		dial = (&net.Dialer{Timeout: 30 * time.Second, KeepAlive: 30 * time.Second}).DialContext
-	}
+	dial := dialer(config)
 	config = rest.CopyConfig(config)
 	config.Dial = p.dial(dial)
 	return config
+}
+
+// dialer returns how a configuration connects.
+func dialer(config *rest.Config) dialFunc {
+	if config.Dial != nil {
+		return config.Dial
+	}
+	// As client-go has it.
+	return (&net.Dialer{Timeout: 30 * time.Second, KeepAlive: 30 * time.Second}).DialContext
 }
 
 // dial returns a dialFunc that paces the connections of TCP that next makes.

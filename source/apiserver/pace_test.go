@@ -453,6 +453,13 @@ func TestPaceDials(t *testing.T) {
 	}
 }
 
+// complete notes that the list of the kind is complete.
+func (m *mailbox) complete(k kind) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.completed(k)
+}
+
 // refusing is a server that nothing is to be had from.
 type refusing struct{}
 
@@ -471,7 +478,7 @@ func TestListsAreNotPaced(t *testing.T) {
 	}
 	s.box.take()
 	yes := true
-	for _, l := range s.kinds() {
+	for _, l := range s.followed {
 		for _, tt := range []struct {
 			name string
 			ask  func() error

@@ -16,17 +16,15 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/wait"
-	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
+	"k8s.io/client-go/util/connrotation"
 	"k8s.io/utils/clock"
 
 	"fairlead/kube"
 )
 
 const (
-	// lateAfter is when the operator is told which lists are waited for.
-	lateAfter = 5 * time.Second
 	// refusedRetryMin and refusedRetryMax are how long after a refusal
 	// ServiceCIDRs are asked for again. The first time may be soon: an API
 	// server that starts can refuse what it allows a moment later.
@@ -50,8 +48,19 @@ type Options struct {
 	// they are few: ten readings may follow each other at once. Lists never wait.
 	// Zero has every change read as it arrives.
 	BatchPeriod time.Duration
-	// Logger takes what is unusual: once when the API server goes away, once
-	// when it is back. Nil discards it.
+	// MassRemovalDelay is how long removals are held if a list lacks more than half
+	// of the Services or EndpointSlices that there were before. The list is then
+	// made once more. Zero or less removes them at once.
+	MassRemovalDelay time.Duration
+	// Programmed, if not nil, returns the names of the Services for which an earlier
+	// run of the program has left endpoints in the kernel. The first list of each kind
+	// is compared with them. It is called at most once for each kind, and may block.
+	Programmed func() map[types.NamespacedName]struct{}
+	// OnMassRemoval, if not nil, is called when removals begin to be held, with the
+	// resource and how many of its objects are affected. It must not block.
+	OnMassRemoval func(resource string, removed, before int)
+	// Logger takes what is unusual: when the API server goes away, with growing
+	// pauses while it is, and when it is back. Nil discards it.
 	Logger *slog.Logger
 }
 
@@ -65,6 +74,8 @@ type Source struct {
 	contact  *contact
 	synced   atomic.Bool
 	lists    underWay
+	followed []*list
+	conns    *connrotation.ConnectionTracker
 }
 
 // New returns a Source. It starts nothing and does not speak to the server. The
@@ -75,28 +86,44 @@ func New(opts Options) (*Source, error) {
 		log = slog.New(slog.DiscardHandler)
 	}
 	box := newMailbox()
-	clients, err := newClients(newPace(opts.BatchPeriod, box.following).config(opts.Config), opts.Version, services.group(), endpointSlices.group(), serviceCIDRs.group())
+	conns := connrotation.NewConnectionTracker()
+	config := tracked(newPace(opts.BatchPeriod, box.following).config(opts.Config), conns)
+	clients, err := newClients(config, opts.Version, services.group(), endpointSlices.group(), serviceCIDRs.group())
 	if err != nil {
 		return nil, err
 	}
-	return &Source{
+	s := &Source{
 		nodeName: opts.NodeName,
 		log:      log,
 		clients:  clients,
 		trimmer:  newTrimmer(),
 		box:      box,
 		contact:  newContact(log, credentials(opts.Config)),
-	}, nil
+		conns:    conns,
+	}
+	s.followed = s.kinds(opts)
+	return s, nil
 }
+
+// tracked returns a configuration whose connections can be closed all at once.
+func tracked(config *rest.Config, conns *connrotation.ConnectionTracker) *rest.Config {
+	config = rest.CopyConfig(config)
+	config.Dial = connrotation.NewDialerWithTracker(connrotation.DialFunc(dialer(config)), conns).DialContext
+	return config
+}
+
+// disconnect closes all connections to the API server, so that others are made:
+// something on the way may answer pings and pass nothing on.
+func (s *Source) disconnect() { s.conns.CloseAll() }
 
 // Run delivers everything there is, and then each change. It blocks until ctx is
 // done, and then returns nil: whatever is wrong with the API server, it tries
 // again. deliver is called from within Run, one call at a time. Run must be called
 // only once.
 //
-// The first Delta comes when the lists of Services and EndpointSlices are complete,
-// it is known whether there is a Node of this name, and ServiceCIDRs are listed or
-// refused; it may be empty. Changes that arrive while deliver is busy gather and
+// The first Delta comes when the lists of Services and EndpointSlices are complete.
+// It waits some seconds longer for the Node of this name and for ServiceCIDRs; it may
+// be empty. Changes that arrive while deliver is busy gather and
 // come in one Delta, which has the last of each name.
 func (s *Source) Run(ctx context.Context, deliver func(kube.Delta)) error {
 	ctx, cancel := context.WithCancel(logr.NewContext(ctx, logr.FromSlogHandler(demoted{s.log.Handler()})))
@@ -106,24 +133,29 @@ func (s *Source) Run(ctx context.Context, deliver func(kube.Delta)) error {
 		reflectors.Wait()
 		s.lists.end()
 	}()
-	for _, k := range s.kinds() {
+	for _, k := range s.followed {
 		reflectors.Go(func() { k.follow(ctx) })
 	}
-	late := time.NewTimer(lateAfter)
-	defer late.Stop()
+	reminder, optional := newReminder(), &optional{Timer: newReminder().Timer}
+	defer reminder.Stop()
+	defer optional.Stop()
+	reminder.begin(0)
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-late.C:
-			if missing := s.box.late(); len(missing) > 0 {
-				s.log.WarnContext(ctx, "lists of the API server are late; nothing new is programmed until they are complete",
-					"missing", missing)
-			}
+		case <-reminder.C:
+			s.remind(ctx, reminder)
+		case <-s.contact.trouble:
+			reminder.begin(1)
+		case <-optional.C:
+			s.proceed(ctx, optional)
 		case <-s.box.wake:
 			if d, ok := s.box.take(); ok {
 				deliver(d)
 				s.synced.Store(true)
+			} else if missing := s.box.late(); len(missing) > 0 {
+				optional.begin(missing)
 			}
 		}
 	}
@@ -161,42 +193,77 @@ func (u *underWay) end() {
 
 // list is one kind of objects to follow.
 type list struct {
-	kind  kind
-	item  runtime.Object
-	empty func() runtime.Object
-	store cache.TransformingStore
-	src   *Source
+	kind     kind
+	item     runtime.Object
+	empty    func() runtime.Object
+	store    cache.TransformingStore
+	src      *Source
+	progress *progress
+	guard    *guard // nil for kinds whose removals are not held
+	// again has an element when the list is to be made once more.
+	again chan struct{}
 	// refused, if not nil, is told that the server does not serve the kind, or
 	// not to us: then there is nothing to wait for. watched is told that it does.
 	refused func(error)
 	watched func()
 }
 
-func (s *Source) kinds() []*list {
-	return []*list{
-		{
-			kind: services, src: s, item: &corev1.Service{}, empty: func() runtime.Object { return &corev1.ServiceList{} },
-			store: newStore(services, s.box, func(m *mailbox) gathered[*corev1.Service] { return m.services }, s.trimmer.service, nil),
-		},
-		{
-			kind: endpointSlices, src: s, item: &discoveryv1.EndpointSlice{}, empty: func() runtime.Object { return &discoveryv1.EndpointSliceList{} },
-			store: newStore(endpointSlices, s.box,
-				func(m *mailbox) gathered[*discoveryv1.EndpointSlice] { return m.endpointSlices }, s.trimmer.endpointSlice, nil),
-		},
-		{
-			kind: nodes, src: s, item: &corev1.Node{}, empty: func() runtime.Object { return &corev1.NodeList{} },
-			store: newStore(nodes, s.box, func(m *mailbox) gathered[*corev1.Node] { return m.nodes }, s.trimmer.node, sameNode),
-		},
-		{
-			kind: serviceCIDRs, src: s, item: &networkingv1.ServiceCIDR{}, empty: func() runtime.Object { return &networkingv1.ServiceCIDRList{} },
-			store: newStore(serviceCIDRs, s.box,
-				func(m *mailbox) gathered[*networkingv1.ServiceCIDR] { return m.serviceCIDRs }, s.trimmer.serviceCIDR, nil),
-		},
+// listOnceMore has the list made once more after a time.
+func (l *list) listOnceMore(after time.Duration) {
+	time.AfterFunc(after, func() {
+		select {
+		case l.again <- struct{}{}:
+		default:
+		}
+	})
+}
+
+// newList returns a list that is to be given a store.
+func (s *Source) newList(k kind, item runtime.Object, empty func() runtime.Object) *list {
+	l := &list{kind: k, item: item, empty: empty, src: s, again: make(chan struct{}, 1)}
+	l.progress = &progress{kind: k, log: s.log, again: l.listOnceMore}
+	return l
+}
+
+// guarded has the removals of a list held if they are many.
+func (l *list) guarded(opts Options) {
+	l.guard = &guard{
+		kind: l.kind, delay: opts.MassRemovalDelay, log: l.src.log, again: l.listOnceMore,
+		programmed: opts.Programmed, onHold: opts.OnMassRemoval,
 	}
 }
 
-func newStore[T metav1.Object](k kind, box *mailbox, pending func(*mailbox) gathered[T], trim func(T), same func(a, b T) bool) *store[T] {
-	return &store[T]{kind: k, box: box, pending: pending, trim: trim, same: same, known: map[types.NamespacedName]seen[T]{}}
+func (s *Source) kinds(opts Options) []*list {
+	followedServices := s.newList(services, &corev1.Service{}, func() runtime.Object { return &corev1.ServiceList{} })
+	followedServices.guarded(opts)
+	serviceStore := newStore(services, s.box, func(m *mailbox) gathered[*corev1.Service] { return m.services }, s.trimmer.service, nil)
+	serviceStore.guard, serviceStore.progress = followedServices.guard, followedServices.progress
+	serviceStore.service = func(svc *corev1.Service) (types.NamespacedName, bool) { return nameOf(svc), true }
+	followedServices.store = serviceStore
+
+	slices := s.newList(endpointSlices, &discoveryv1.EndpointSlice{}, func() runtime.Object { return &discoveryv1.EndpointSliceList{} })
+	slices.guarded(opts)
+	sliceStore := newStore(endpointSlices, s.box,
+		func(m *mailbox) gathered[*discoveryv1.EndpointSlice] { return m.endpointSlices }, s.trimmer.endpointSlice, nil)
+	sliceStore.guard, sliceStore.progress = slices.guard, slices.progress
+	sliceStore.service = serviceOfSlice
+	slices.store = sliceStore
+
+	node := s.newList(nodes, &corev1.Node{}, func() runtime.Object { return &corev1.NodeList{} })
+	nodeStore := newStore(nodes, s.box, func(m *mailbox) gathered[*corev1.Node] { return m.nodes }, s.trimmer.node, sameNode)
+	nodeStore.progress, node.store = node.progress, nodeStore
+
+	cidrs := s.newList(serviceCIDRs, &networkingv1.ServiceCIDR{}, func() runtime.Object { return &networkingv1.ServiceCIDRList{} })
+	cidrStore := newStore(serviceCIDRs, s.box,
+		func(m *mailbox) gathered[*networkingv1.ServiceCIDR] { return m.serviceCIDRs }, s.trimmer.serviceCIDR, nil)
+	cidrStore.progress, cidrs.store = cidrs.progress, cidrStore
+	return []*list{followedServices, slices, node, cidrs}
+}
+
+// serviceOfSlice returns the name of the Service that the slice has endpoints for.
+func serviceOfSlice(slice *discoveryv1.EndpointSlice) (types.NamespacedName, bool) {
+	name := slice.Labels[discoveryv1.LabelServiceName]
+	return types.NamespacedName{Namespace: slice.Namespace, Name: name}, name != "" && len(slice.Endpoints) > 0
 }
 
 // sameNode says whether two trimmed Nodes are equal but for their versions. A
@@ -230,7 +297,7 @@ func (l *list) follow(ctx context.Context) {
 					"a cluster since 1.33 serves them to who may list and watch servicecidrs of networking.k8s.io", "error", err)
 			}
 			told = true
-			l.src.box.complete(l.kind)
+			l.src.box.without(l.kind)
 			cancel()
 		}
 		attempt.watched = func() {
@@ -310,47 +377,19 @@ func (l *list) request(opts *metav1.ListOptions) *rest.Request {
 	return l.src.clients[l.kind.group()].Get().Resource(string(l.kind)).VersionedParams(opts, metav1.ParameterCodec)
 }
 
-func (l *list) list(ctx context.Context, opts metav1.ListOptions) (runtime.Object, error) {
-	if !l.src.lists.begin() {
-		return nil, context.Canceled
-	}
-	defer l.src.lists.Done()
-	l.src.box.list(l.kind)
-	objects := l.empty()
-	err := l.request(&opts).Do(ctx).Into(objects)
-	l.heard(ctx, verbList, err)
-	if err != nil {
-		return nil, err
-	}
-	// A page at a time, before the next one comes.
-	l.src.trimmer.list(objects)
-	return objects, nil
-}
-
-func (l *list) watch(ctx context.Context, opts metav1.ListOptions) (watch.Interface, error) {
-	opts.Watch = true
-	if opts.SendInitialEvents != nil {
-		l.src.box.list(l.kind)
-	}
-	stream, err := l.request(&opts).Watch(ctx)
-	if err == nil || opts.SendInitialEvents == nil || !refusal(err) {
-		// Whoever can't stream a list may still be able to list.
-		l.heard(ctx, verbWatch, err)
-	}
-	return stream, err
-}
-
 // heard passes on what the server answered.
 func (l *list) heard(ctx context.Context, verb string, err error) {
-	switch {
-	case ctx.Err() != nil:
-	case l.refused != nil && refusal(err):
-		l.src.contact.without(ctx, l.kind)
+	if ctx.Err() != nil {
+		return
+	}
+	l.progress.answered(err == nil || isExpired(err) || refusal(err))
+	if l.refused != nil && refusal(err) {
+		l.src.contact.without(ctx, l.kind, verb, err)
 		l.refused(err)
-	default:
-		l.src.contact.heard(ctx, l.kind, verb, err)
-		if l.watched != nil && verb == verbWatch && err == nil {
-			l.watched()
-		}
+		return
+	}
+	l.src.contact.heard(ctx, l.kind, verb, err)
+	if l.watched != nil && verb == verbWatch && err == nil {
+		l.watched()
 	}
 }

@@ -38,6 +38,19 @@ func object(name, version string) *corev1.Service {
 	return &corev1.Service{ObjectMeta: metav1.ObjectMeta{Name: name, Namespace: "shop", ResourceVersion: version}}
 }
 
+// other returns another object of the name, and changed one with other content.
+func other(name, version string) *corev1.Service {
+	svc := object(name, version)
+	svc.UID = "other"
+	return svc
+}
+
+func changed(name, version string) *corev1.Service {
+	svc := object(name, version)
+	svc.Spec.ClusterIP = "10.0.0.1"
+	return svc
+}
+
 func (h *history) do(err error) {
 	h.t.Helper()
 	if err != nil {
@@ -109,6 +122,12 @@ func TestGathering(t *testing.T) {
 		{name: "new, gone and new", do: func(h *history) { h.put(b); h.remove(b); h.put(b) }, objects: "b@4"},
 		{name: "the end of what never was", do: func(h *history) { h.remove(b) }},
 		{name: "the same version", do: func(h *history) { h.do(h.store.Update(object(a, h.there[a]))) }},
+		{name: "the same version of another object", do: func(h *history) { h.do(h.store.Update(other(a, h.there[a]))) }, objects: "a@1"},
+		{name: "the same version with other content", do: func(h *history) { h.do(h.store.Update(changed(a, h.there[a]))) }, objects: "a@1"},
+		{name: "a list with the same version of another object", do: func(h *history) {
+			h.do(h.store.Replace([]any{other(a, h.there[a]), object("other", h.there["other"])}, ""))
+		}, objects: "a@1"},
+		{name: "made again with the same version", do: func(h *history) { h.remove(a); h.do(h.store.Add(other(a, "1"))) }, objects: "a@1"},
 		{name: "the same list", do: func(h *history) { h.list() }},
 		{name: "a list with a change", do: func(h *history) { h.next(a); h.list() }, objects: "a@3"},
 		{name: "a list without", do: func(h *history) { delete(h.there, a); h.list() }, deleted: "a"},
