@@ -293,8 +293,8 @@ func (p *parser) source(c *config) {
 	}
 }
 
-// longestBatch is as long as kube-proxy waits between its rounds.
 const (
+	// longestBatch is as long as kube-proxy waits between its rounds.
 	longestBatch            = time.Second
 	longestMassRemovalDelay = time.Hour
 )

@@ -48,7 +48,7 @@ func usual() config {
 	return config{
 		static: static{
 			mode: modeNFT, clusterDomain: "cluster.local", healthz: "0.0.0.0:10256", metrics: "127.0.0.1:10249", logFormat: "text",
-			api: apiConfig{label: "--kubeconfig", qps: 5, burst: 10, batchPeriod: 50 * time.Millisecond},
+			api: apiConfig{label: "--kubeconfig", qps: 5, burst: 10, batchPeriod: 50 * time.Millisecond, massRemovalDelay: time.Minute},
 		},
 		tracker: kube.Options{
 			ProtectLoopback: true,
@@ -85,11 +85,12 @@ func TestFlags(t *testing.T) {
 			func(c *config) {
 				c.api = apiConfig{
 					kubeconfig: "k", master: "https://m", label: "--kubeconfig", qps: 7.5, burst: 20, contentType: "application/json",
-					batchPeriod: c.api.batchPeriod,
+					batchPeriod: c.api.batchPeriod, massRemovalDelay: c.api.massRemovalDelay,
 				}
 			},
 		},
 		{"batches", []string{"--batch-period=1s"}, func(c *config) { c.api.batchPeriod = time.Second }},
+		{"removals at once", []string{"--mass-removal-delay=0"}, func(c *config) { c.api.massRemovalDelay = 0 }},
 		{"no batches", []string{"--batch-period=0"}, func(c *config) { c.api.batchPeriod = 0 }},
 		{
 			"batches of a folder",
@@ -361,7 +362,7 @@ clusterCIDR: 10.244.0.0/16,fd00::/56
 nodePortAddresses: [primary, 10.0.0.0/8]
 `, nil,
 			func(c *config) {
-				c.api = apiConfig{kubeconfig: "k", acceptContentTypes: "a", contentType: "c", qps: 2.5, burst: 3, batchPeriod: c.api.batchPeriod}
+				c.api = apiConfig{kubeconfig: "k", acceptContentTypes: "a", contentType: "c", qps: 2.5, burst: 3, batchPeriod: c.api.batchPeriod, massRemovalDelay: c.api.massRemovalDelay}
 				c.logFormat, c.logLevel = "json", slog.LevelDebug
 				c.healthz, c.metrics, c.hardFail, c.profiling = "192.0.2.1:1", "192.0.2.1:2", true, true
 				c.tracker = kube.Options{

@@ -59,8 +59,10 @@ type join struct {
 	// unserved is about node ports without an address to be served on.
 	unserved unserved
 
-	node    atomic.Pointer[kube.NodeHealth]
-	failing atomic.Pointer[time.Time] // since when calls to the dataplane fail as a whole
+	node atomic.Pointer[kube.NodeHealth]
+	// nodeUnknown says that the source could not find out whether there is a Node.
+	nodeUnknown atomic.Bool
+	failing     atomic.Pointer[time.Time] // since when calls to the dataplane fail as a whole
 }
 
 // deliver takes objects from the source. The first time it is everything.
@@ -69,6 +71,7 @@ func (j *join) deliver(d kube.Delta) {
 	defer j.mu.Unlock()
 	j.metrics.Arrived(len(d.Services)+len(d.DeletedServices), len(d.EndpointSlices)+len(d.DeletedEndpointSlices))
 	j.events.Apply(d)
+	j.nodeUnknown.Store(d.NodeUnknown)
 	result := j.tracker.Apply(d)
 	j.pass(result)
 	for _, name := range d.DeletedServices {
@@ -162,7 +165,7 @@ func familiesOf(addrs []netip.Addr) []dataplane.Family {
 // checkNode tells of a Node that does not exist, which may be a matter of its
 // name: then no endpoint is local, and load balancers leave this node out.
 func (j *join) checkNode() {
-	if !j.hasNode {
+	if !j.hasNode || j.nodeUnknown.Load() {
 		return
 	}
 	node := j.node.Load()
@@ -266,7 +269,7 @@ func (j *join) progress() health.Progress {
 
 // eligible says whether load balancers should use this node.
 func (j *join) eligible() bool {
-	if !j.hasNode {
+	if !j.hasNode || j.nodeUnknown.Load() {
 		return true
 	}
 	node := j.node.Load()

@@ -74,6 +74,22 @@ func TestMissingNode(t *testing.T) {
 	}
 }
 
+// TestUnknownNode checks that load balancers keep the node, and nothing is logged,
+// while the API server does not say whether there is a Node.
+func TestUnknownNode(t *testing.T) {
+	t.Parallel()
+	var log bytes.Buffer
+	j := newJoin(slog.New(slog.NewTextHandler(&log, nil)))
+	j.deliver(kube.Delta{NodeUnknown: true})
+	if log.Len() > 0 || !j.eligible() {
+		t.Errorf("log %q, eligible: %t", &log, j.eligible())
+	}
+	j.deliver(kube.Delta{NodeDeleted: true})
+	if !strings.Contains(log.String(), "there is no Node") || j.eligible() {
+		t.Errorf("log %q, eligible: %t", &log, j.eligible())
+	}
+}
+
 // All is well from the beginning: nothing is logged.
 func TestNodeIsThere(t *testing.T) {
 	t.Parallel()

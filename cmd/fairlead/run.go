@@ -145,6 +145,7 @@ func (c config) build(log *slog.Logger) (*program, error) {
 	p.metrics = metrics.New(metrics.Options{
 		Version: version, Mode: string(c.mode), Status: p.syncer.Status, Relay: p.relay.Stats, Unserved: p.counters.unserved,
 		Servers: p.servers.stats, Standby: p.standby.onStandby, Waiting: p.standby.waiting,
+		APILists: apiLists(p.source),
 	})
 	p.settings = nodesettings.New(nodesettings.Options{Logger: log.With("component", "node-settings")})
 	p.join.settings = p.settings

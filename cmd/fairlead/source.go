@@ -72,7 +72,7 @@ func (c config) open(log *slog.Logger) (source, events, error) {
 	}
 	s, err := apiserver.New(apiserver.Options{
 		Config: client, NodeName: c.tracker.NodeName, Version: version, BatchPeriod: c.api.batchPeriod,
-		MassRemovalDelay: c.api.massRemovalDelay, Logger: log.With("component", "apiserver"),
+		MassRemovalDelay: c.api.massRemovalDelay, Programmed: c.mode.served(log), Logger: log.With("component", "apiserver"),
 	})
 	if err != nil {
 		return nil, nil, fmt.Errorf("follow the API server: %w", err)

@@ -45,6 +45,9 @@ type Options struct {
 	// the end of another one, and how many wait for this one's. They must not block.
 	Standby func() bool
 	Waiting func() int
+	// APILists is asked at each scrape how the lists of the API server are followed,
+	// and must not block. Nil means that there is no API server.
+	APILists func() []APIList
 }
 
 // Metrics are the program's. Their methods may be called from any goroutine and
@@ -133,8 +136,13 @@ func New(options Options) *Metrics {
 		m.registry.MustRegister(newRelayed(options.Relay))
 	}
 	m.addInstances(options)
+<<<<<<< HEAD
 	if options.Servers != nil {
 		m.registry.MustRegister(newServers(options.Servers))
+=======
+	if options.APILists != nil {
+		m.registry.MustRegister(newAPILists(options.APILists))
+>>>>>>> cf22adb (apiserver: count failures, compare the first list with the kernel)
 	}
 	if options.Unserved != nil {
 		m.registry.MustRegister(newUnserved(options.Unserved))

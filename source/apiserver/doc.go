@@ -10,10 +10,24 @@
 // service.kubernetes.io/headless. An object that gets such a label is delivered as
 // deleted.
 //
-// Nothing is delivered before all lists are complete, and nothing is ever deleted
-// because a list is late or the API server is away: only a complete list, or the
-// server's word, says that an object is gone. After an outage what has changed
-// meanwhile is delivered, and nothing else.
+// Nothing is delivered before the lists of Services and EndpointSlices are complete,
+// and nothing is ever deleted because a list is late or the API server is away: only a
+// complete list, or the server's word, says that an object is gone. After an outage
+// what has changed meanwhile is delivered, and nothing else. The other lists are
+// waited for some seconds only.
+//
+// The API server is not trusted to be complete, fresh and growing:
+//
+//   - Objects are compared by a hash of UID, resource version and content. Two
+//     objects with the same name and version may differ after a restore of etcd.
+//   - A list that lacks more than half of the Services or EndpointSlices is made
+//     once more before anything is removed ([Options.MassRemovalDelay]).
+//   - A streamed list has a minute until its closing bookmark, other lists two
+//     minutes. A watch without events and bookmarks for three minutes is made anew.
+//   - After a watch has ended early, the current resource version is compared with
+//     the one that the next watch begins at: for a version that it has not reached
+//     yet, kube-apiserver sends nothing and reports no error.
+//   - What fails for long is logged again and again, with growing pauses.
 //
 // Changes are delivered at once while there are few. Where they go on coming faster
 // than BatchPeriod says, what arrives during a period is read together, since to be
@@ -23,8 +37,8 @@
 //	connection ──► reflector ──► store ──► mailbox ──► deliver
 //	 (paced)      (client-go)  (versions)  (the last of each name)
 //
-// There is no cache: a store knows no more of an object than its version, so that
-// a later list can be compared; the one copy of each object is with whom it was
+// There is no cache: a store knows no more of an object than hashes, so that a
+// later list can be compared; the one copy of each object is with whom it was
 // delivered to. Objects are trimmed to what somebody reads, while a list is
 // still arriving where the server streams lists (WatchList, Kubernetes 1.34 and
 // later by default), and equal strings share their memory.

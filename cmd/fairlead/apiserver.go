@@ -1,0 +1,65 @@
+package main
+
+import (
+	"context"
+	"log/slog"
+	"strings"
+	"time"
+
+	"k8s.io/apimachinery/pkg/types"
+
+	"fairlead/internal/metrics"
+	"fairlead/ipvs"
+	"fairlead/nft"
+	"fairlead/source/apiserver"
+)
+
+// readServedLimit bounds the time that the start takes to read what is programmed.
+const readServedLimit = 10 * time.Second
+
+// served returns what an earlier run of the program has left in the kernel: the
+// names of the Services with endpoints. Without an answer there are none.
+func (m mode) served(log *slog.Logger) func() map[types.NamespacedName]struct{} {
+	return func() map[types.NamespacedName]struct{} {
+		ctx, cancel := context.WithTimeout(context.Background(), readServedLimit)
+		defer cancel()
+		var options nft.Options
+		if m == modeIPVS {
+			options.Table = ipvs.TableName
+		}
+		texts, err := nft.ServedServices(ctx, options)
+		if err != nil {
+			log.WarnContext(ctx, "what is programmed could not be read, so the first list of the API server is not compared with it", "error", err)
+			return nil
+		}
+		names := make(map[types.NamespacedName]struct{}, len(texts))
+		for text := range texts {
+			name, _, _ := strings.Cut(text, ":")
+			if namespace, name, ok := strings.Cut(name, "/"); ok && !strings.Contains(name, "~") {
+				names[types.NamespacedName{Namespace: namespace, Name: name}] = struct{}{}
+			}
+		}
+		return names
+	}
+}
+
+// apiLists returns how the lists of the API server are followed, or nil if the
+// source is none.
+func apiLists(s source) func() []metrics.APIList {
+	api, ok := s.(*apiserver.Source)
+	if !ok {
+		return nil
+	}
+	return func() []metrics.APIList {
+		stats := api.Stats()
+		lists := make([]metrics.APIList, 0, len(stats))
+		for _, l := range stats {
+			list := metrics.APIList{Resource: l.Resource, Synced: l.Synced, HeldRemovals: l.HeldRemovals, Recoveries: l.Recoveries}
+			for failure, count := range l.Failures {
+				list.Failures = append(list.Failures, metrics.APIFailures{Verb: failure.Verb, Code: failure.Code, Count: count})
+			}
+			lists = append(lists, list)
+		}
+		return lists
+	}
+}
