@@ -6,6 +6,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/resourceversion"
 )
 
@@ -43,6 +44,12 @@ type progress struct {
 
 	mu      sync.Mutex
 	version string // everything up to it has arrived
+	// newest is the object with the highest version, and newestVersion that version.
+	newest        types.NamespacedName
+	newestVersion string
+	// known and found, if not empty, are a version of an object and the lower one that
+	// the server has now.
+	known, found string
 	// ends is when the server ends the last watch, or zero.
 	ends time.Time
 	// lost is when requests began to fail, or zero.
@@ -100,6 +107,12 @@ func (p *progress) replaced(version string) {
 		p.version = version
 	}
 	p.hung = 0
+	p.newest, p.newestVersion = types.NamespacedName{}, ""
+	now := version
+	if p.found != "" {
+		back, before, now = true, p.known, p.found
+		p.known, p.found = "", ""
+	}
 	if back {
 		p.count(recoveryBackwards)
 	}
@@ -108,8 +121,34 @@ func (p *progress) replaced(version string) {
 	p.lists.Add(1)
 	if back {
 		p.log.Warn("resource versions of the API server went backwards, as after a restore of etcd from a backup; "+
-			"what the API server has now is programmed", "resource", string(p.kind), "before", before, "now", version)
+			"what the API server has now is programmed", "resource", string(p.kind), "before", before, "now", now)
 	}
+}
+
+// changed notes the version of an object.
+func (p *progress) changed(name types.NamespacedName, version string) {
+	if p == nil {
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.newestVersion == "" || isBefore(p.newestVersion, version) {
+		p.newest, p.newestVersion = name, version
+	}
+}
+
+// newestObject returns the object with the highest version, if there is any.
+func (p *progress) newestObject() (name types.NamespacedName, version string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.newest, p.newestVersion
+}
+
+// foundLower notes that an object has a lower version than is known.
+func (p *progress) foundLower(known, found string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.known, p.found = known, found
 }
 
 // isBefore reports whether a is a lower version than b. Versions that are no

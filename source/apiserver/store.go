@@ -105,6 +105,7 @@ func (s *store[T]) upsert(object T, uid uint64) {
 		after.object = object
 	}
 	s.known[name] = after
+	s.progress.changed(name, object.GetResourceVersion())
 	if known && s.same != nil && s.same(before.object, object) {
 		return
 	}

@@ -5,9 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"strings"
 	"time"
 
+	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/watch"
 )
@@ -199,8 +202,10 @@ func (s *supervision) awaitList(ctx context.Context) bool {
 }
 
 // verifyVersion asks for the API server's current resource version after a watch
-// has ended early. If it is lower than the one that the watch begins at, which the
-// API server does not say by itself, it ends the watch and reports false.
+// has ended early, and for the newest of the known objects. If one has a lower version
+// than is known, or the object is gone, history may be another one than before, which
+// the API server does not say by itself. verifyVersion then ends the watch and reports
+// false.
 func (s *supervision) verifyVersion(ctx context.Context) bool {
 	wait := verifyMin + rand.N(verifyMax-verifyMin)
 	for range verifyAttempts {
@@ -211,34 +216,68 @@ func (s *supervision) verifyVersion(ctx context.Context) bool {
 			continue // The watch is not answered yet.
 		}
 		wait = verifyPause
-		now, err := s.currentVersion(ctx)
-		switch {
-		case err != nil:
+		continued, err := s.isContinued(ctx)
+		if err != nil {
 			s.src.log.DebugContext(ctx, "current resource version is unknown", "resource", string(s.kind), "error", err)
 			continue
-		case isBefore(now, s.version):
-			s.listAgain()
-			return false
 		}
-		return true
+		if !continued {
+			s.listAgain()
+		}
+		return continued
 	}
 	return true
 }
 
-// currentVersion returns the resource version of the API server's data.
-func (s *supervision) currentVersion(ctx context.Context) (string, error) {
+// isContinued reports whether the API server's data can be the continuation of what
+// is known. It requests one object at most.
+func (s *supervision) isContinued(ctx context.Context) (bool, error) {
 	ctx, cancel := context.WithTimeout(ctx, verifyPause)
 	defer cancel()
+	name, known := s.progress.newestObject()
+	opts := metav1.ListOptions{Limit: 1}
+	s.kind.narrow(&opts, s.src.nodeName)
+	if known != "" {
+		selectors := []string{fields.OneTermEqualSelector(metav1.ObjectNameField, name.Name).String()}
+		if opts.FieldSelector != "" {
+			selectors = append(selectors, opts.FieldSelector)
+		}
+		opts.FieldSelector = strings.Join(selectors, ",")
+	}
 	objects := s.empty()
-	err := s.request(&metav1.ListOptions{Limit: 1}).Do(ctx).Into(objects)
+	request := s.src.clients[s.kind.group()].Get().Resource(string(s.kind)).VersionedParams(&opts, metav1.ParameterCodec)
+	if name.Namespace != "" {
+		request = request.Namespace(name.Namespace)
+	}
+	if err := request.Do(ctx).Into(objects); err != nil {
+		return false, err
+	}
+	list, err := meta.ListAccessor(objects)
 	if err != nil {
-		return "", err
+		return false, err
 	}
-	list, ok := objects.(metav1.ListMetaAccessor)
-	if !ok {
-		return "", fmt.Errorf("%T is no list", objects)
+	items, err := meta.ExtractList(objects)
+	if err != nil {
+		return false, err
 	}
-	return list.GetListMeta().GetResourceVersion(), nil
+	if isBefore(list.GetResourceVersion(), s.version) {
+		return false, nil // The next list reports it.
+	}
+	if known == "" {
+		return true, nil
+	}
+	for _, item := range items {
+		object, err := meta.Accessor(item)
+		if err != nil {
+			return false, err
+		}
+		lower := isBefore(object.GetResourceVersion(), known)
+		if lower {
+			s.progress.foundLower(known, object.GetResourceVersion())
+		}
+		return !lower, nil
+	}
+	return false, nil
 }
 
 // awaitSilence ends a watch that is silent.

@@ -185,7 +185,7 @@ func (cp *ControlPlane) start(ctx context.Context) error {
 
 	cp.mu.Lock()
 	defer cp.mu.Unlock()
-	if cp.etcd, err = cp.run.start(etcdName, filepath.Join(cp.bin, etcdName), etcdArgs()); err != nil {
+	if err := cp.startEtcd(); err != nil {
 		return err
 	}
 	config := filepath.Join(cp.dir.path, "controller-manager.kubeconfig")
@@ -282,6 +282,11 @@ func moduleRoot() (string, error) {
 			return "", fmt.Errorf("find the module's root: no go.mod in %s or above; set %s", start, Env)
 		}
 	}
+}
+
+func (cp *ControlPlane) startEtcd() (err error) {
+	cp.etcd, err = cp.run.start(etcdName, filepath.Join(cp.bin, etcdName), etcdArgs())
+	return err
 }
 
 func (cp *ControlPlane) startAPIServer(ctx context.Context) error {
@@ -478,7 +483,7 @@ func etcdArgs() []string {
 	const client, peer = "unix://etcd.sock", "unix://peer.sock"
 	return []string{
 		"--name=etcd",
-		"--data-dir=etcd",
+		"--data-dir=" + dataDir,
 		"--listen-client-urls=" + client,
 		"--advertise-client-urls=" + client,
 		"--listen-peer-urls=" + peer,

@@ -9,6 +9,8 @@ import (
 	"maps"
 	"net"
 	"net/http"
+	"os"
+	"path/filepath"
 	"slices"
 )
 
@@ -34,6 +36,56 @@ func compact(ctx context.Context, socket string) error {
 		return err
 	}
 	return post(ctx, client, "compaction", map[string]any{"revision": now.Header.Revision, "physical": true}, nil)
+}
+
+// dataDir is where etcd has its data, in the folder that the programs run in.
+const dataDir = "etcd"
+
+// Backup copies etcd's data, for [ControlPlane.Restore]. etcd, the API server and
+// the controller manager are stopped meanwhile. Another Backup replaces the first.
+func (cp *ControlPlane) Backup(ctx context.Context) error {
+	return cp.whileStopped(ctx, "back etcd up", func(data, backup string) error {
+		if err := os.RemoveAll(backup); err != nil {
+			return err
+		}
+		return os.CopyFS(backup, os.DirFS(data))
+	})
+}
+
+// Restore makes etcd's data what it was at the last Backup, resource versions
+// included. etcd, the API server and the controller manager are stopped meanwhile.
+func (cp *ControlPlane) Restore(ctx context.Context) error {
+	return cp.whileStopped(ctx, "restore etcd", func(data, backup string) error {
+		if err := os.RemoveAll(data); err != nil {
+			return err
+		}
+		if err := os.CopyFS(data, os.DirFS(backup)); err != nil {
+			return err
+		}
+		return os.Chmod(data, 0o700) // as etcd wants it
+	})
+}
+
+// whileStopped calls change with the folders of the data and of the backup while
+// no program runs.
+func (cp *ControlPlane) whileStopped(ctx context.Context, what string, change func(data, backup string) error) error {
+	if err := cp.StopAPIServer(); err != nil {
+		return err
+	}
+	cp.mu.Lock()
+	data := filepath.Join(cp.dir.path, dataDir)
+	err := cp.etcd.stop()
+	if err == nil {
+		err = change(data, data+".backup")
+	}
+	if err == nil {
+		err = cp.startEtcd()
+	}
+	cp.mu.Unlock()
+	if err != nil {
+		return fmt.Errorf("%s: %w", what, err)
+	}
+	return cp.StartAPIServer(ctx)
 }
 
 func post(ctx context.Context, client *http.Client, call string, body, answer any) error {

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"fairlead/internal/nettest"
@@ -69,6 +70,37 @@ func TestWatchesExpire(t *testing.T) {
 	s.reaches(client, tcpTo(web2.at(80)), third)
 	s.fails(client, tcpTo(doomed.at(80)), nettest.ErrRefused, nettest.ErrTimeout)
 	s.wentWell(load)
+}
+
+// TestEtcdRestore checks that what the API server says after a restore of etcd from a
+// backup is programmed, although resource versions went backwards: the API server
+// reports no error for a watch that begins at a version it has not reached.
+func TestEtcdRestore(t *testing.T) {
+	s := newScenario(t, shared)
+	web := s.service("web", func(v *corev1.Service) { v.Spec.Selector = nil })
+	client, first, second := s.client(), s.pod("first"), s.pod("second")
+	s.slice("web", endpoint{pod: first})
+	s.reaches(client, tcpTo(web.at(80)), first)
+	s.must(s.cp.Backup(s.ctx))
+
+	s.churn(50)
+	slices := s.api.DiscoveryV1().EndpointSlices(s.namespace)
+	listed, err := slices.List(s.ctx, metav1.ListOptions{LabelSelector: discoveryv1.LabelServiceName + "=web"})
+	s.must(err)
+	for _, slice := range listed.Items {
+		slice.Endpoints[0].Addresses = []string{second.IPv4.String()}
+		_, err := slices.Update(s.ctx, &slice, metav1.UpdateOptions{})
+		s.must(err)
+	}
+	s.reaches(client, tcpTo(web.at(80)), second)
+	s.must(s.cp.Restore(s.ctx))
+	s.eventually(func(context.Context) error {
+		if ok, err := s.lead.logged("went backwards", "resource=endpointslices"); !ok {
+			return errors.Join(errors.New("the log does not say that versions went backwards"), err)
+		}
+		return nil
+	})
+	s.reaches(client, tcpTo(web.at(80)), first)
 }
 
 // churn raises the resource version.
