@@ -136,13 +136,11 @@ func New(options Options) *Metrics {
 		m.registry.MustRegister(newRelayed(options.Relay))
 	}
 	m.addInstances(options)
-<<<<<<< HEAD
 	if options.Servers != nil {
 		m.registry.MustRegister(newServers(options.Servers))
-=======
+	}
 	if options.APILists != nil {
 		m.registry.MustRegister(newAPILists(options.APILists))
->>>>>>> cf22adb (apiserver: count failures, compare the first list with the kernel)
 	}
 	if options.Unserved != nil {
 		m.registry.MustRegister(newUnserved(options.Unserved))
