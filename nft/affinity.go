@@ -2,8 +2,6 @@ package nft
 
 import (
 	"fmt"
-	"hash/fnv"
-	"maps"
 	"slices"
 	"strconv"
 	"strings"
@@ -16,15 +14,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// What clients are remembered by is spread over affinityShards maps, by the name of
-// the Service, so that clients of one Service can fill only one of them. The kernel
+// What clients are remembered by is spread over maps by the frontend's shard, see
+// shardOf, so that clients of one frontend can fill only one of them. The kernel
 // allocates the hash table of a map with a size when it makes the map, here 512 kB
-// (net/netfilter/nft_set_hash.c, nft_rhash_init), so a map exists only once a Service
-// needs it.
+// (net/netfilter/nft_set_hash.c, nft_rhash_init).
 //
 // docs/design/session-affinity-limits.md has the measurements.
 const (
-	affinityShards = 32
 	// affinityLimit is how many clients a map remembers. Four thirds of it are a
 	// power of two, which is what the kernel rounds the size of the hash table to.
 	affinityLimit = 3 << 14
@@ -38,19 +34,11 @@ const (
 	networkBits = 64
 )
 
-// affinityShard returns the shard of a Service.
-func affinityShard(k dataplane.Key) int {
-	h := fnv.New32a()
-	_, _ = h.Write([]byte(k.Namespace + "/" + k.Name))
-	sum := h.Sum32()
-	return int((sum ^ sum>>16) % affinityShards)
-}
-
 // affinity returns the map of what is remembered in a shard.
 func (t *table) affinity(shard int) *nftables.Set {
 	key := nftables.MustConcatSetType(t.addr, t.addr, nftables.TypeInetProto, nftables.TypeInetService)
 	return &nftables.Set{
-		Table: t.nf, Name: fmt.Sprintf(affinityPrefix+"%02x", shard), IsMap: true, KeyType: key, DataType: nftables.TypeClassID,
+		Table: t.nf, Name: fmt.Sprintf(affinityPrefix+"%x", shard), IsMap: true, KeyType: key, DataType: nftables.TypeClassID,
 		Dynamic: true, HasTimeout: true, Size: uint32(t.affinityLimit), //nolint:gosec // small
 	}
 }
@@ -69,82 +57,56 @@ func (t *table) affinityNetworks() *nftables.Set {
 func parseAffinityShard(name string) (int, bool) {
 	text, ok := strings.CutPrefix(name, affinityPrefix)
 	shard, err := strconv.ParseUint(text, 16, 8)
-	return int(shard), ok && err == nil && len(text) == 2 && shard < affinityShards //nolint:gosec // small
+	return int(shard), ok && err == nil && len(text) == 1 && shard < shards //nolint:gosec // small
 }
 
-// affinityShardsIn returns the shards that have a map in the kernel which is as it must
-// be, or whose branches need one.
-func (c *content) affinityShardsIn(t *table) []int {
-	if t.virtual {
-		return nil
-	}
-	in := map[int]bool{}
-	for name, found := range c.sets {
-		if shard, ok := parseAffinityShard(name); ok && sameSet(found, t.affinity(shard)) {
-			in[shard] = true
-		}
-	}
-	for b, intact := range c.branches {
-		if intact && b.usesAffinityMap() {
-			in[b.affinityShard()] = true
-		}
-	}
-	return slices.Sorted(maps.Keys(in))
-}
-
-func (b branch) usesAffinityMap() bool { return b.in == affinities || b.in == localAffinities }
-
-// addAffinityMaps adds the maps of the branches' shards to the transaction where there
-// are none yet, and returns the shards that have one when it is committed.
-func (d *Dataplane) addAffinityMaps(t *table, branches []branch) []int {
-	shards := slices.Clone(d.affinityShards[index(t.family)])
-	for _, b := range branches {
-		if shard := b.affinityShard(); b.usesAffinityMap() && !slices.Contains(shards, shard) {
-			_ = d.conn.AddSet(t.affinity(shard), nil) // the library keeps the error for Flush
-			shards = append(shards, shard)
-		}
-	}
-	return shards
-}
-
-// affinityRules are those of an affinity's timeout and shard. They refer to no map but
-// those of what is remembered.
+// affinityRules are those of an affinity's timeout. They refer to no map but those of
+// what is remembered. The rules for a shard are side by side, as in table.translate: a
+// chain for each shard would multiply the paths that the kernel walks when a class is
+// new.
 func (t *table) affinityRules(c class, l list) []rule {
-	by, remembered := c.addressing(), t.affinity(c.affinityShard())
-	recall := slices.Concat(t.clientKey(by), []expr.Any{mapLookup(remembered, reg(0)), setPriority(reg(0))})
-	remember := func(op uint32) []expr.Any {
-		id := t.addrLen/2 + 2
-		update := &expr.Dynset{
-			SrcRegKey: reg(0), SrcRegData: reg(id), SetName: remembered.Name, Operation: op,
+	by := c.addressing()
+	each := func(comment string, condition []expr.Any, do func(*nftables.Set) []expr.Any) []rule {
+		var rules []rule
+		for shard := range shards {
+			rules = append(rules, rule{comment: comment, exprs: slices.Concat(condition, t.inShard(by, shard), do(t.affinity(shard)))})
 		}
-		if op != dynsetDelete {
-			update.Timeout = c.timeout()
-		}
-		return slices.Concat(t.clientKey(by), []expr.Any{&expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg(id)}, update})
+		return rules
 	}
+	recall := func(remembered *nftables.Set) []expr.Any {
+		return slices.Concat(t.clientKey(by), []expr.Any{mapLookup(remembered, reg(0)), setPriority(reg(0))})
+	}
+	write := func(op uint32) func(*nftables.Set) []expr.Any {
+		return func(remembered *nftables.Set) []expr.Any {
+			id := t.addrLen/2 + 2
+			update := &expr.Dynset{
+				SrcRegKey: reg(0), SrcRegData: reg(id), SetName: remembered.Name, Operation: op,
+			}
+			if op != dynsetDelete {
+				update.Timeout = c.timeout()
+			}
+			return slices.Concat(t.clientKey(by), []expr.Any{&expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg(id)}, update})
+		}
+	}
+	update := write(unix.NFT_DYNSET_OP_UPDATE)
 	translate := jumpTo(by.chainName("translate-sticky"))
-	forget := rule{comment: "that endpoint is gone", exprs: slices.Concat(isID(), remember(dynsetDelete))}
-	pick := rule{exprs: []expr.Any{jumpTo(by.chainName(l.chainName("pick")))}}
-	rules := []rule{
-		{exprs: recall},
-		{exprs: slices.Concat(isIDOf(l), remember(unix.NFT_DYNSET_OP_UPDATE), []expr.Any{translate})},
-		forget,
-		pick,
+	remember := func(remembered *nftables.Set) []expr.Any {
+		return slices.Concat(update(remembered), recall(remembered), []expr.Any{translate})
 	}
+	forget := each("that endpoint is gone", isID(), write(dynsetDelete))
+	pick := rule{exprs: []expr.Any{jumpTo(by.chainName(l.chainName("pick")))}}
+	known := []rule{{exprs: append(isIDOf(l), translate)}}
+	rules := slices.Concat(each("", nil, recall), each("", isIDOf(l), update), known, forget, []rule{pick})
 	if t.family == dataplane.IPv6 {
 		rules = append(rules, rule{
 			comment: "the client's network has had its share",
 			exprs:   slices.Concat(isIDOf(l), t.overNetworkShare(c), []expr.Any{count(affinityNetworkLimit), translate}),
 		})
 	}
-	return append(rules,
-		rule{
-			comment: "another connection of the client's may have been faster",
-			exprs:   slices.Concat(isIDOf(l), remember(unix.NFT_DYNSET_OP_UPDATE), recall, []expr.Any{translate}),
-		},
-		rule{comment: "the map is full", exprs: slices.Concat(isIDOf(l), []expr.Any{count(affinityFull), translate})},
-		forget, // as it went while the packet was on its way
-		pick,
+	rules = append(rules, each("another connection of the client's may have been faster", isIDOf(l), remember)...)
+	rules = append(rules, rule{comment: "the map is full", exprs: slices.Concat(isIDOf(l), []expr.Any{count(affinityFull), translate})})
+	rules = append(rules, forget...) // as it went while the packet was on its way
+	return append(rules, pick,
 		rule{exprs: []expr.Any{translate}},
 		rule{comment: "the last one went: the client will try again", exprs: []expr.Any{drop()}},
 	)

@@ -17,8 +17,7 @@ import (
 // endpoints, the major holds the bits below.
 //
 // An affinity class names a session affinity instead: its minor, with the
-// lowest bit of its major, is the timeout in seconds, and five bits of the major
-// are the shard of what is remembered.
+// lowest bit of its major, is the timeout in seconds.
 type class uint32
 
 // The bits of a class.
@@ -35,10 +34,7 @@ const (
 	shared                                    // what depends on endpoints is found by a list ID
 	listShard                                 // the lowest of three bits: the shard of the list ID
 
-	affinity class = 1 << 31 // an affinity class; of the bits it can have nodePort, and affinityShardMask
-
-	affinityShardUnit class = 1 << 24
-	affinityShardMask class = (affinityShards - 1) * affinityShardUnit
+	affinity class = 1 << 31 // an affinity class; of the bits it can have nodePort
 
 	shardMask   class = (listShards - 1) * listShard
 	sizeMask    class = 1<<16 - 1
@@ -80,7 +76,7 @@ func affinityOf(s *dataplane.Service) class {
 	if s.Affinity == 0 {
 		return 0
 	}
-	c := affinity | class(s.Affinity/time.Second) | class(affinityShard(s.Key))*affinityShardUnit //nolint:gosec // MaxAffinity fits
+	c := affinity | class(s.Affinity/time.Second) //nolint:gosec // MaxAffinity fits
 	if s.Key.Kind == dataplane.NodePort {
 		c |= nodePort
 	}
@@ -102,9 +98,6 @@ func (c class) has(bit class) bool { return c&bit != 0 }
 
 // size is the number of endpoints.
 func (c class) size() int { return int(c & sizeMask) }
-
-// affinityShard is that of an affinity class.
-func (c class) affinityShard() int { return int(c & affinityShardMask / affinityShardUnit) }
 
 // timeout is that of an affinity class.
 func (c class) timeout() time.Duration { return time.Duration(c&timeoutMask) * time.Second }
@@ -162,7 +155,7 @@ func (c class) String() string {
 		{shared, "shared"},
 	}
 	if c.has(affinity) {
-		fmt.Fprintf(&b, "%ds-%02x", c&timeoutMask, c.affinityShard())
+		fmt.Fprintf(&b, "%ds", c&timeoutMask)
 		c &= nodePort
 	} else {
 		fmt.Fprintf(&b, "%d", c.size())

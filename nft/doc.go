@@ -71,16 +71,16 @@
 //   - externalTrafficPolicy: Local: `external` has the class of the list of local
 //     endpoints, whose slots are fa1c:0 and up. `chain external` sends clients
 //     there that are neither the node nor its pods.
-//   - Session affinity: `timeouts` has the frontend's timeout and the Service's
-//     shard, for which there is a chain. `affinity-00` to `affinity-1f`, one for each
-//     shard in use, remember for a client and a frontend, for that long,
-//     the ID of an endpoint: a slot would not do, as endpoints change slots. So
-//     `slots` goes from slot to ID, and `sticky-endpoints` from ID to endpoint:
+//   - Session affinity: `timeouts` has the frontend's timeout, for which there is
+//     a chain. `affinity-0` to `affinity-f` remember for a client and a frontend, for
+//     that long, the ID of an endpoint: a slot would not do, as endpoints change slots.
+//     So `slots` goes from slot to ID, and `sticky-endpoints` from ID to endpoint:
 //     an ID that is not there any more is forgotten when it is met. Packets write
-//     these maps. They are bounded, and a full one concerns the Services of its shard
-//     only: `affinity-full` counts connections whose clients are not remembered.
-//     `affinity-networks` limits how many clients of one IPv6 network of 64 bits a
-//     frontend remembers; `affinity-network-limit` counts the others.
+//     these maps, and an AffinityLimiter makes room in them. They are bounded, and a
+//     full one concerns the frontends of its shard only: `affinity-full` counts
+//     connections whose clients are not remembered. `affinity-networks` limits how
+//     many clients of one IPv6 network of 64 bits a frontend remembers;
+//     `affinity-network-limit` counts the others.
 //   - Source ranges: `source-ranges-24` has frontend and network for each range of
 //     that prefix length, to be looked up with so many bits of the client's
 //     address. The sets and their rules exist for lengths in use. No interval

@@ -19,9 +19,10 @@ func stickyServices(t *testing.T, endpoints []netip.AddrPort, names ...string) m
 	t.Helper()
 	services := map[string]*dataplane.Service{}
 	for i, name := range names {
-		addr := netip.AddrFrom4([4]byte{10, 96, 0, byte(i + 1)})
+		last := []byte{1, 0x11, 2}[i] // the last digit is the shard
+		addr := netip.AddrFrom4([4]byte{10, 96, 0, last})
 		if endpoints[0].Addr().Is6() {
-			addr = netip.AddrFrom16([16]byte{0: 0xfd, 3: 0x96, 15: byte(i + 1)})
+			addr = netip.AddrFrom16([16]byte{0: 0xfd, 3: 0x96, 15: last})
 		}
 		f := dataplane.Frontend{Protocol: dataplane.UDP, Addr: netip.AddrPortFrom(addr, 80)}
 		list := make([]dataplane.Endpoint, len(endpoints))
@@ -32,18 +33,6 @@ func stickyServices(t *testing.T, endpoints []netip.AddrPort, names ...string) m
 		services[name].Affinity = 3 * time.Hour
 	}
 	return services
-}
-
-// nameInShard returns the name of a Service in namespace default in a shard, or in any
-// other, that is none of those taken.
-func nameInShard(shard int, in bool, taken ...string) string {
-	for i := 0; ; i++ {
-		name := fmt.Sprintf("s%d", i)
-		key := dataplane.Key{Namespace: "default", Name: name}
-		if (affinityShard(key) == shard) == in && !slices.Contains(taken, name) {
-			return name
-		}
-	}
 }
 
 // flood sends a packet of UDP from each of n source addresses that the host does not
@@ -131,9 +120,7 @@ func TestAffinityUnderFlood(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	const flooded = "flooded"
-	shard := affinityShard(dataplane.Key{Namespace: "default", Name: flooded})
-	neighbour, other := nameInShard(shard, true), nameInShard(shard, false)
+	const flooded, neighbour, other = "flooded", "neighbour", "other"
 	s4, s6 := stickyServices(t, v4, flooded, neighbour, other), stickyServices(t, v6, flooded, neighbour, other)
 	var all []*dataplane.Service
 	for _, s := range []map[string]*dataplane.Service{s4, s6} {

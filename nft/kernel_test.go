@@ -887,7 +887,7 @@ func TestDrift(t *testing.T) {
 		"another is masqueraded":                "delete element ip fairlead masquerades { 0:1 }; add element ip fairlead masquerades { 0:1 : goto masquerade-always }",
 		"no slots are drawn":                    "flush map ip fairlead draws",
 		"no affinity":                           "flush map ip fairlead affinities; flush map ip fairlead local-affinities",
-		"what is remembered is of another kind": "flush chain ip fairlead affinity-10800s-15; flush chain ip fairlead affinity-10800s-15-local; delete map ip fairlead affinity-15; add map ip fairlead affinity-15 { type mark : mark; }",
+		"what is remembered is of another kind": "flush chain ip fairlead affinity-10800s; flush chain ip fairlead affinity-10800s-local; delete map ip fairlead affinity-1; add map ip fairlead affinity-1 { type mark : mark; }",
 		"the classes are flushed":               "flush map ip fairlead classes",
 		"a class goes elsewhere":                "delete element ip fairlead classes { 0:1 }; add element ip fairlead classes { 0:1 : drop }",
 		"a class's chain is flushed":            "flush chain ip fairlead class-1",

@@ -132,11 +132,16 @@ func newTable(family dataplane.Family) *table {
 }
 
 // sets returns all sets of the table, in the order in which they are made. Those
-// of source ranges and of what is remembered are made when they are needed.
+// of source ranges are made when they are needed.
 func (t *table) sets() []*nftables.Set {
 	sets := append(slices.Clone(t.rowSets), t.addrSets[:]...)
 	sets = append(append(sets, t.endpointPorts), t.verdicts[:]...)
 	sets = append(sets, t.nodePortAddrs, t.podCIDRs, t.localPods, t.serviceCIDRs)
+	for shard := range shards {
+		if !t.virtual {
+			sets = append(sets, t.affinity(shard))
+		}
+	}
 	if t.family == dataplane.IPv6 && !t.virtual {
 		sets = append(sets, t.affinityNetworks())
 	}
@@ -472,27 +477,28 @@ func (t *table) outsiders(node dataplane.Node) []expr.Any {
 // new class at 100,000 Services, if each class had rules of its own.
 func (t *table) translate(by addressing) chain {
 	slot := t.addrLen/4 + 2
-	// in matches frontends of a shard: `ip daddr & 0.0.0.15 == 0.0.0.3`.
-	in := func(shard int) []expr.Any {
-		n, field := t.addrLen, t.daddr(0)
-		if by == byNodePort {
-			n, field = 2, dport(0)
-		}
-		mask, value, none := make([]byte, n), make([]byte, n), make([]byte, n)
-		mask[n-1], value[n-1] = shards-1, byte(shard)
-		return []expr.Any{
-			field,
-			&expr.Bitwise{SourceRegister: reg(0), DestRegister: reg(0), Len: uint32(n), Mask: mask, Xor: none},
-			&expr.Cmp{Op: expr.CmpOpEq, Register: reg(0), Data: value},
-		}
-	}
 	var rules []rule
 	for i := range shards {
-		rules = append(rules, rule{exprs: slices.Concat(in(i),
+		rules = append(rules, rule{exprs: slices.Concat(t.inShard(by, i),
 			t.frontendKey(by, 0), []expr.Any{&expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg(slot)}},
 			t.dnat(t.endpoints[i]))})
 	}
 	return t.chain(by.chainName("translate"), rules...)
+}
+
+// inShard matches frontends of a shard: `ip daddr & 0.0.0.15 == 0.0.0.3`.
+func (t *table) inShard(by addressing, shard int) []expr.Any {
+	n, field := t.addrLen, t.daddr(0)
+	if by == byNodePort {
+		n, field = 2, dport(0)
+	}
+	mask, value, none := make([]byte, n), make([]byte, n), make([]byte, n)
+	mask[n-1], value[n-1] = shards-1, byte(shard)
+	return []expr.Any{
+		field,
+		&expr.Bitwise{SourceRegister: reg(0), DestRegister: reg(0), Len: uint32(n), Mask: mask, Xor: none},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: reg(0), Data: value},
+	}
 }
 
 // translateSticky sends a connection to the endpoint whose ID is the packet's

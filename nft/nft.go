@@ -81,8 +81,6 @@ type Dataplane struct {
 	// rangeBits are, by table, the prefix lengths that there is a set of source
 	// ranges for, in order.
 	rangeBits [2][]int
-	// affinityShards are, by table, the shards that have a map of what is remembered.
-	affinityShards [2][]int
 	// lists has, by table, the list IDs of Services whose frontends share a list.
 	lists [2]listIDs
 	now   func() time.Time
@@ -144,7 +142,7 @@ func (d *Dataplane) forget() {
 		d.branches[i] = map[branch]int{}
 		d.resting[i] = map[branch]time.Time{}
 		d.addrs[i], d.ports[i] = newAddrCounts(), portCounts{}
-		d.rangeBits[i], d.affinityShards[i] = nil, nil
+		d.rangeBits[i] = nil
 		d.lists[i] = newListIDs()
 	}
 }

@@ -216,9 +216,6 @@ func (t *table) plain(set *nftables.Set, elements []element) []element {
 
 func (d *Dataplane) mendSets(t *table, have *content) {
 	wanted := t.sets()
-	for _, shard := range have.affinityShardsIn(t) {
-		wanted = append(wanted, t.affinity(shard))
-	}
 	for _, bits := range have.rangeBits {
 		wanted = append(wanted, t.ranges(bits), t.sharedRanges(bits))
 	}

@@ -516,7 +516,6 @@ func (d *Dataplane) branchesAtOnce() int { return max(1, d.editSize/branchWeight
 
 // addBranches commits new branches, with whatever else is in the transaction.
 func (d *Dataplane) addBranches(t *table, branches []branch) error {
-	shards := d.addAffinityMaps(t, branches)
 	for _, b := range branches {
 		if b.own() {
 			ch := t.branchChain(b)
@@ -529,7 +528,6 @@ func (d *Dataplane) addBranches(t *table, branches []branch) error {
 	if err := d.submit(); err != nil {
 		return fmt.Errorf("add classes: %w", err)
 	}
-	d.affinityShards[index(t.family)] = shards
 	return nil
 }
 
@@ -659,7 +657,7 @@ func (d *Dataplane) Replace(ctx context.Context, node dataplane.Node, services i
 				d.ports[i][port] = 0
 			}
 		}
-		d.rangeBits[i], d.affinityShards[i] = have[i].rangeBits, have[i].affinityShardsIn(t)
+		d.rangeBits[i] = have[i].rangeBits
 		for n := range have[i].lists {
 			d.lists[i].reserve(n)
 		}

@@ -36,7 +36,7 @@ func (m *Metrics) AddAffinity(read func() []Affinity) {
 		clients: prometheus.NewDesc("fairlead_session_affinity_clients",
 			"Clients of Services with session affinity whose endpoint is remembered, as counted in the last minute.", family, nil),
 		fullest: prometheus.NewDesc("fairlead_session_affinity_fullest_map_clients",
-			"Clients in the fullest of the maps that Services share by a hash of their name, as counted in the last minute.", family, nil),
+			"Clients in the fullest of the maps that Services share by the last digit of their address, as counted in the last minute.", family, nil),
 		limit: prometheus.NewDesc("fairlead_session_affinity_map_limit_clients", "Clients that one map takes.", family, nil),
 		forgotten: prometheus.NewDesc("fairlead_session_affinity_not_remembered_total",
 			"Connections whose client was not remembered, by reason: full if the Service's map was full, network if the client's "+
