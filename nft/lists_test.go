@@ -49,7 +49,7 @@ func TestElementsOfManyFrontends(t *testing.T) {
 			changes := []dataplane.Change{{Old: test.old, New: test.new}}
 			b := d.newBatch()
 			d.plan(changes, map[dataplane.Key]error{}).add(b, changes[0])
-			if n := b.tables[0].edit.elements; n > test.max {
+			if n := b.tables[0].elements; n > test.max {
 				t.Errorf("%d elements are written, want at most %d", n, test.max)
 			}
 		})
