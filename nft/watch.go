@@ -83,10 +83,27 @@ func openNetNS(netns int) (*os.File, error) {
 	return ns, nil
 }
 
+// isCurrentNetNS reports whether the calling thread is in the network namespace.
+func isCurrentNetNS(ns *os.File) bool {
+	want, err := ns.Stat()
+	if err != nil {
+		return false
+	}
+	current, err := os.Stat("/proc/thread-self/ns/net")
+	return err == nil && os.SameFile(want, current)
+}
+
 // dial opens a socket whose announcements leave out our own changes. It is not
 // subscribed yet.
 func (w *watch) dial() (*netlink.Conn, error) {
-	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, &netlink.Config{NetNS: int(w.netns.Fd())}) //nolint:gosec // a descriptor
+	// To enter a namespace takes CAP_SYS_ADMIN, even the one that a thread is in.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	var config netlink.Config
+	if !isCurrentNetNS(w.netns) {
+		config.NetNS = int(w.netns.Fd()) //nolint:gosec // a descriptor
+	}
+	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, &config)
 	if err != nil {
 		return nil, fmt.Errorf("open netlink socket to watch for changes: %w", err)
 	}
