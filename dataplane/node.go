@@ -63,6 +63,11 @@ type Node struct {
 	// ServiceCIDRs are the networks that cluster IPs are given from. Connections
 	// to an address in them that is no frontend's are dropped.
 	ServiceCIDRs []netip.Prefix
+
+	// AheadOfOthers makes the node translate connections before other programs'
+	// rules do, such as those that another Service proxy has left behind. Otherwise
+	// connections that others translate are left to them.
+	AheadOfOthers bool
 }
 
 // Equal reports whether n and o mean the same.
@@ -78,5 +83,6 @@ func (n Node) Equal(o Node) bool {
 		n.LocalhostNodePorts == o.LocalhostNodePorts &&
 		n.ProtectLoopback == o.ProtectLoopback &&
 		n.PingServiceIPs == o.PingServiceIPs &&
-		slices.Equal(n.ServiceCIDRs, o.ServiceCIDRs)
+		slices.Equal(n.ServiceCIDRs, o.ServiceCIDRs) &&
+		n.AheadOfOthers == o.AheadOfOthers
 }

@@ -45,7 +45,7 @@ func TestEveryFieldIsReviewed(t *testing.T) {
 		{dataplane.Endpoint{}, []string{"Addr", "Local"}},
 		{dataplane.Node{}, []string{
 			"PodCIDRs", "PodInterface", "PodInterfacePrefix", "LocalPodCIDRs", "MasqueradeAll", "Addrs", "NodePortAddrs", "NodePortNetworks",
-			"LocalhostNodePorts", "ProtectLoopback", "PingServiceIPs", "ServiceCIDRs",
+			"LocalhostNodePorts", "ProtectLoopback", "PingServiceIPs", "ServiceCIDRs", "AheadOfOthers",
 		}},
 		{dataplane.Binding{}, []string{"Service", "Treatment"}},
 	} {

@@ -91,6 +91,7 @@ func TestNodeEqual(t *testing.T) {
 			NodePortAddrs:      []netip.Addr{netip.MustParseAddr("192.0.2.1")},
 			NodePortNetworks:   []netip.Prefix{netip.MustParsePrefix("198.51.100.0/24")},
 			LocalhostNodePorts: true, ProtectLoopback: true, PingServiceIPs: true, ServiceCIDRs: prefixes("10.96.0.0/12"),
+			AheadOfOthers: true,
 		}
 	}
 	if !base().Equal(base()) {
@@ -109,6 +110,7 @@ func TestNodeEqual(t *testing.T) {
 		"ProtectLoopback":    func(n *dataplane.Node) { n.ProtectLoopback = false },
 		"PingServiceIPs":     func(n *dataplane.Node) { n.PingServiceIPs = false },
 		"ServiceCIDRs":       func(n *dataplane.Node) { n.ServiceCIDRs = nil },
+		"AheadOfOthers":      func(n *dataplane.Node) { n.AheadOfOthers = false },
 	} {
 		other := base()
 		edit(&other)

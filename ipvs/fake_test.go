@@ -272,8 +272,9 @@ func (r fakeRules) Replace(_ context.Context, _ dataplane.Node, services iter.Se
 func (r fakeRules) ReadRules(context.Context) (map[dataplane.Frontend]nft.Rule, error) {
 	return nil, errors.New("not in memory")
 }
-func (r fakeRules) Drift() <-chan struct{} { return nil }
-func (r fakeRules) Close() error           { return nil }
+func (r fakeRules) Drift() <-chan struct{}      { return nil }
+func (r fakeRules) GiveWay(time.Duration) error { return nil }
+func (r fakeRules) Close() error                { return nil }
 
 // checkOrder fails the test if connections are led to where nobody takes them, or
 // to an address without rules.

@@ -133,6 +133,7 @@ type (
 		Replace(ctx context.Context, node dataplane.Node, services iter.Seq[*dataplane.Service], progress func(int)) error
 		ReadRules(ctx context.Context) (map[dataplane.Frontend]nft.Rule, error)
 		Drift() <-chan struct{}
+		GiveWay(after time.Duration) error
 		Close() error
 	}
 )
@@ -214,6 +215,10 @@ func (d *Dataplane) forget() {
 // Drift implements [dataplane.Dataplane]. The kernel announces changes of
 // nftables; for those of IPVS it is asked every few seconds.
 func (d *Dataplane) Drift() <-chan struct{} { return d.drift }
+
+// GiveWay ends Node.AheadOfOthers of the last Replace after a time, see
+// [nft.Dataplane.GiveWay].
+func (d *Dataplane) GiveWay(after time.Duration) error { return d.rules.GiveWay(after) }
 
 func (d *Dataplane) signal() {
 	select {

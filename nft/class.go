@@ -268,7 +268,7 @@ func (t *table) classRules(c class) []rule {
 	case c.size() == 0:
 		return append(rules, rule{exprs: []expr.Any{count(rejectedNoEndpoints), gotoChain("reject")}})
 	case c.has(through):
-		return append(rules, rule{exprs: append(resetPriority(), accept())})
+		return append(rules, rule{exprs: append(resetPriority(), t.stayHere()...)})
 	case c.has(shared):
 		return append(rules, rule{exprs: []expr.Any{gotoChain(l.chainName("shared"))}})
 	case c.has(sticky):

@@ -155,7 +155,7 @@ func fullNode() dataplane.Node {
 	node.Addrs = []netip.Addr{netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8::1")}
 	// Loopback addresses have no effect.
 	node.NodePortAddrs = append(slices.Clone(node.Addrs), netip.MustParseAddr("127.0.0.1"), netip.IPv6Loopback())
-	node.PingServiceIPs, node.ProtectLoopback = true, true
+	node.PingServiceIPs, node.ProtectLoopback, node.AheadOfOthers = true, true, true
 	return node
 }
 

@@ -58,6 +58,7 @@ type table struct {
 	podCIDRs      *nftables.Set
 	localPods     *nftables.Set
 	serviceCIDRs  *nftables.Set
+	ahead         *nftables.Set
 }
 
 // chain is a chain with the rules it must have.
@@ -128,6 +129,7 @@ func newTable(family dataplane.Family) *table {
 		return &nftables.Set{Table: t.nf, Name: name, KeyType: addr, Interval: true}
 	}
 	t.podCIDRs, t.localPods, t.serviceCIDRs = interval("pod-cidrs"), interval("local-pods"), interval("service-cidrs")
+	t.ahead = newAhead(t.nf)
 	return t
 }
 
@@ -136,7 +138,7 @@ func newTable(family dataplane.Family) *table {
 func (t *table) sets() []*nftables.Set {
 	sets := append(slices.Clone(t.rowSets), t.addrSets[:]...)
 	sets = append(append(sets, t.endpointPorts), t.verdicts[:]...)
-	sets = append(sets, t.nodePortAddrs, t.podCIDRs, t.localPods, t.serviceCIDRs)
+	sets = append(sets, t.nodePortAddrs, t.podCIDRs, t.localPods, t.serviceCIDRs, t.ahead)
 	for shard := range shards {
 		if !t.virtual {
 			sets = append(sets, t.affinity(shard))
@@ -259,6 +261,7 @@ func (t *table) nodeSets(node dataplane.Node) map[*nftables.Set][]element {
 		t.localPods:     intervals(t.networksOf(node.PodCIDRs, node.LocalPodCIDRs)),
 		t.serviceCIDRs:  intervals(t.networksOf(node.ServiceCIDRs)),
 		t.nodePortAddrs: nil,
+		t.ahead:         t.aheadElements(node),
 	}
 	for _, a := range slices.Compact(slices.SortedFunc(slices.Values(node.NodePortAddrs), netip.Addr.Compare)) {
 		if dataplane.FamilyOf(a) == t.family && !a.IsLoopback() {
@@ -364,9 +367,8 @@ func (t *table) chains(node dataplane.Node, rangeBits []int) []chain {
 		chains = append(chains,
 			base("filter-input", nftables.ChainTypeFilter, nftables.ChainHookInput, filter, t.invalidOfEndpoints()))
 	}
+	chains = append(chains, t.places(base, dispatch, output)...)
 	return append(chains,
-		base("nat-prerouting", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, dstnat, dispatch...),
-		base("nat-output", nftables.ChainTypeNAT, nftables.ChainHookOutput, dstnat, output...),
 		base("filter-prerouting-post-dnat", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, dstnat+10, incoming...),
 		base("filter-output-post-dnat", nftables.ChainTypeFilter, nftables.ChainHookOutput, dstnat+10, postDNAT...),
 		base("filter-forward", nftables.ChainTypeFilter, nftables.ChainHookForward, filter, unserved...),
@@ -875,8 +877,6 @@ func gotoChain(name string) expr.Any {
 func jumpTo(name string) expr.Any {
 	return &expr.Verdict{Kind: expr.VerdictJump, Chain: name}
 }
-
-func accept() expr.Any { return &expr.Verdict{Kind: expr.VerdictAccept} }
 
 func drop() expr.Any { return &expr.Verdict{Kind: expr.VerdictDrop} }
 

@@ -169,6 +169,15 @@ func (t *table) undeclared() chain {
 	)
 }
 
+// stayHere translates a connection to the address that it is for, which settles that
+// no other program's NAT rules translate it. A connection that nobody translates gets
+// the same from the kernel in the end (nf_nat_core.c, nf_nat_alloc_null_binding).
+func (t *table) stayHere() []expr.Any {
+	return []expr.Any{t.daddr(0), &expr.NAT{
+		Type: expr.NATTypeDestNAT, Family: uint32(t.nf.Family), RegAddrMin: reg(0), RegAddrMax: reg(0),
+	}}
+}
+
 // letThrough is the rule for connections that were let through to the translator,
 // whose translation is none to the kernel's NAT.
 func (t *table) letThrough() rule {

@@ -1,0 +1,58 @@
+package otherproxy
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// family is an IP family by nftables' name and number.
+type family struct {
+	name   string
+	number byte
+}
+
+// nftFamilies returns the families that proxies have tables in.
+func nftFamilies() [2]family {
+	return [2]family{{"ip", unix.NFPROTO_IPV4}, {"ip6", unix.NFPROTO_IPV6}}
+}
+
+// nftConn asks nf_tables for single objects, which is cheap however many there are.
+// iptables-nft has its chains there too.
+type nftConn struct{ *netlink.Conn }
+
+func dialNFTables() (*nftConn, error) {
+	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
+	if err != nil {
+		return nil, fmt.Errorf("open netlink socket to look for another Service proxy's rules: %w", err)
+	}
+	return &nftConn{conn}, nil
+}
+
+func (c *nftConn) hasTable(f family, table string) (bool, error) {
+	return c.has(f, unix.NFT_MSG_GETTABLE, netlink.Attribute{Type: unix.NFTA_TABLE_NAME, Data: []byte(table + "\x00")})
+}
+
+func (c *nftConn) hasChain(f family, table, chain string) (bool, error) {
+	return c.has(f, unix.NFT_MSG_GETCHAIN,
+		netlink.Attribute{Type: unix.NFTA_CHAIN_TABLE, Data: []byte(table + "\x00")},
+		netlink.Attribute{Type: unix.NFTA_CHAIN_NAME, Data: []byte(chain + "\x00")},
+	)
+}
+
+func (c *nftConn) has(f family, get netlink.HeaderType, attributes ...netlink.Attribute) (bool, error) {
+	data, err := netlink.MarshalAttributes(attributes)
+	if err != nil {
+		return false, fmt.Errorf("encode the request: %w", err)
+	}
+	_, err = c.Execute(netlink.Message{
+		Header: netlink.Header{Type: unix.NFNL_SUBSYS_NFTABLES<<8 | get, Flags: netlink.Request},
+		Data:   append([]byte{f.number, unix.NFNETLINK_V0, 0, 0}, data...),
+	})
+	if errors.Is(err, unix.ENOENT) {
+		return false, nil
+	}
+	return err == nil, err
+}
