@@ -25,9 +25,12 @@
 //	set node-port-addrs { … }      # and pod-cidrs, local-pods, service-cidrs: what dataplane.Node says
 //	counter rejected-no-endpoints  # and others: the reasons not to serve a connection
 //
+//	set ahead { type nf_proto }    # has ipv4 while Fairlead translates before other proxies
 //	chain nat-prerouting {         # and nat-output: the same for the node's own connections, behind
-//	                               # ip daddr 127.0.0.0/8 goto localhost
-//	    type nat hook prerouting priority dstnat
+//	                               # ip daddr 127.0.0.0/8 goto localhost; nat-prerouting-ahead and
+//	                               # nat-output-ahead at dstnat - 1, for which != @ahead return
+//	    type nat hook prerouting priority dstnat + 1
+//	    meta nfproto @ahead return
 //	    meta priority set ip daddr . meta l4proto . th dport map @services meta priority vmap @classes
 //	    ip daddr @node-port-addrs meta priority set ip daddr & 0.0.0.0 . meta l4proto . th dport map @services meta priority vmap @classes
 //	}
@@ -209,7 +212,7 @@
 //	map services { elements = { 10.96.0.10 . tcp . 80 : 100:1, 203.0.113.3 . tcp . 443 : 0:1 } }
 //	map endpoints-3 { elements = { 203.0.113.3 . tcp . 443 . fa1d:0 : 250.29.0.1 . 443 } }
 //	chain class-1-through {
-//	    meta priority set none accept
+//	    meta priority set none dnat to ip daddr
 //	}
 //	chain filter-prerouting-post-dnat {     # as the translator may have the node take cluster IPs
 //	    …

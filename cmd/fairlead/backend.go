@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"slices"
 	"strings"
+	"time"
 
 	"fairlead/dataplane"
 	"fairlead/internal/metrics"
@@ -80,9 +81,15 @@ func (m mode) tracker(o kube.Options) kube.Options {
 	return o
 }
 
+// backend is a dataplane that can let other programs' rules go first after its end.
+type backend interface {
+	dataplane.Dataplane
+	GiveWay(after time.Duration) error
+}
+
 // open opens the backend, whose error says what the kernel or the process lacks.
 // The settings are those of the mode ipvs.
-func (m mode) open(log *slog.Logger, settings ipvs.Options) (d dataplane.Dataplane, err error) {
+func (m mode) open(log *slog.Logger, settings ipvs.Options) (d backend, err error) {
 	log = log.With("backend", string(m))
 	switch m {
 	case modeIPVS:

@@ -48,8 +48,11 @@ type static struct {
 	// healthz and metrics are addresses with a port, or empty for none.
 	healthz, metrics string
 	hardFail         bool
-	profiling        bool
-	logFormat        string
+	// giveWayAfter is how long after the program's end its rules go before those of
+	// another proxy.
+	giveWayAfter time.Duration
+	profiling    bool
+	logFormat    string
 }
 
 // apiConfig says how to reach the API server.
@@ -194,6 +197,7 @@ func parse(in input) (config, error) {
 	c.metrics = p.server(&c, "metrics", loopback, metricsPort)
 	c.tracker.ProtectLoopback = slices.ContainsFunc([]string{c.healthz, c.metrics, c.dnsListen}, isLoopback)
 	c.hardFail = p.is("bind-address-hard-fail")
+	c.giveWayAfter = p.giveWayAfter()
 	c.profiling = p.is("profiling")
 	c.logLevel, c.logFormat = p.logging()
 	p.instead()
@@ -298,6 +302,16 @@ const (
 	longestBatch            = time.Second
 	longestMassRemovalDelay = time.Hour
 )
+
+// giveWayAfter returns for how long other proxies' rules wait after the program's end.
+func (p *parser) giveWayAfter() time.Duration {
+	const name = "give-way-after"
+	d, err := time.ParseDuration(p.text(name))
+	if err != nil || d < 0 {
+		p.fail(name, "%q is not a time: write it as 1m, or 0 to let another proxy's rules go first at once", p.text(name))
+	}
+	return d
+}
 
 // apiTime returns a time from 0 to the longest that concerns an API server.
 func (p *parser) apiTime(c *config, name string, longest time.Duration, example string) time.Duration {
@@ -515,6 +529,7 @@ func (c config) restart(o config) []string {
 		"the address of /metrics":     c.metrics == o.metrics,
 		"bind-address-hard-fail":      c.hardFail == o.hardFail,
 		"profiling":                   c.profiling == o.profiling,
+		"give-way-after":              c.giveWayAfter == o.giveWayAfter,
 		"the format of the log":       c.logFormat == o.logFormat,
 		"ipvs-scheduler":              c.ipvs.Scheduler == settings.Scheduler,
 		"ipvs-exclude-cidrs":          slices.Equal(c.ipvs.ExcludeCIDRs, settings.ExcludeCIDRs),

@@ -48,7 +48,8 @@ func usual() config {
 	return config{
 		static: static{
 			mode: modeNFT, clusterDomain: "cluster.local", healthz: "0.0.0.0:10256", metrics: "127.0.0.1:10249", logFormat: "text",
-			api: apiConfig{label: "--kubeconfig", qps: 5, burst: 10, batchPeriod: 50 * time.Millisecond, massRemovalDelay: time.Minute},
+			api:          apiConfig{label: "--kubeconfig", qps: 5, burst: 10, batchPeriod: 50 * time.Millisecond, massRemovalDelay: time.Minute},
+			giveWayAfter: time.Minute,
 		},
 		tracker: kube.Options{
 			ProtectLoopback: true,
@@ -90,6 +91,7 @@ func TestFlags(t *testing.T) {
 			},
 		},
 		{"batches", []string{"--batch-period=1s"}, func(c *config) { c.api.batchPeriod = time.Second }},
+		{"give way at once", []string{"--give-way-after=0"}, func(c *config) { c.giveWayAfter = 0 }},
 		{"removals at once", []string{"--mass-removal-delay=0"}, func(c *config) { c.api.massRemovalDelay = 0 }},
 		{"no batches", []string{"--batch-period=0"}, func(c *config) { c.api.batchPeriod = 0 }},
 		{

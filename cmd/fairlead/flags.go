@@ -116,6 +116,11 @@ func settings() []setting {
 			usage: "how long removals wait if a list of the API server lacks more than half of the Services or EndpointSlices that are programmed, " +
 				"before it is listed once more. 0: they do not wait",
 		},
+		{
+			name: "give-way-after", kind: duration, own: true, value: "1m",
+			usage: "how long after this program has ended its rules still go before those of another Service proxy, such as kube-proxy, " +
+				"if there are any. 0: no longer",
+		},
 		{name: "hostname-override", kind: text, first: true, usage: "the name of this node; empty: the hostname"},
 
 		{

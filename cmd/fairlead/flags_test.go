@@ -227,6 +227,11 @@ func TestWrongUse(t *testing.T) {
 			"fairlead: --batch-period: \"2s\" is not a time up to 1s: write it as 50ms, or 0 to have every change read at once\n",
 		},
 		{
+			"to give way before the end",
+			[]string{"run", "--kubeconfig=x", "--give-way-after=-1s"},
+			"fairlead: --give-way-after: \"-1s\" is not a time: write it as 1m, or 0 to let another proxy's rules go first at once\n",
+		},
+		{
 			"a mass removal that never ends",
 			[]string{"run", "--kubeconfig=x", "--mass-removal-delay=2h"},
 			"fairlead: --mass-removal-delay: \"2h\" is not a time up to 1h0m0s: write it as 1m, or 0 to have everything removed at once\n",
@@ -339,7 +344,7 @@ func TestHelp(t *testing.T) {
 			"--ipvs-scheduler ", "--ipvs-exclude-cidrs ", "--ipvs-strict-arp ", "--ipvs-tcp-timeout ", "--ipvs-tcpfin-timeout ", "--ipvs-udp-timeout ",
 			"--mode ", "--manifests ", "--service-cidr ", "--cluster-cidr ", "--dns-listen ", "--cluster-domain ",
 			"--hostname-override ", "--log-level ", "--log-format ", "--kubeconfig ", "--nodeport-addresses ",
-			"--healthz-bind-address ", "--metrics-bind-address ", "-v, --v ", "--batch-period ", "--mass-removal-delay ",
+			"--healthz-bind-address ", "--metrics-bind-address ", "-v, --v ", "--batch-period ", "--mass-removal-delay ", "--give-way-after ",
 		}},
 		{[]string{"cleanup", "--help"}, []string{"Remove everything", "Other\nprograms' rules are not touched"}},
 	}

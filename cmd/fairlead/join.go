@@ -59,7 +59,12 @@ type join struct {
 	// unserved is about node ports without an address to be served on.
 	unserved unserved
 
-	node atomic.Pointer[kube.NodeHealth]
+	// isAhead says that another Service proxy's rules are on the node, and node is
+	// what the backend was told of it, nil before anything was.
+	isAhead bool
+	node    *dataplane.Node
+
+	health atomic.Pointer[kube.NodeHealth]
 	// nodeUnknown says that the source could not find out whether there is a Node.
 	nodeUnknown atomic.Bool
 	failing     atomic.Pointer[time.Time] // since when calls to the dataplane fail as a whole
@@ -121,7 +126,7 @@ func (j *join) pass(result kube.Result) {
 	if result.Node != nil {
 		j.flows.SetNode(*result.Node)
 		j.settings.SetPods(podsOf(*result.Node))
-		j.syncer.SetNode(*result.Node)
+		j.setNode(*result.Node)
 		j.served = slices.Concat(result.Node.NodePortAddrs, result.Loopback)
 		j.relay.SetFamilies(familiesOf(result.Loopback)...)
 		j.listen()
@@ -132,7 +137,7 @@ func (j *join) pass(result kube.Result) {
 		j.unserved.check(j.log, j.served)
 	}
 	if result.NodeHealth != nil {
-		j.node.Store(result.NodeHealth)
+		j.health.Store(result.NodeHealth)
 		if j.complete {
 			j.checkNode()
 		}
@@ -149,6 +154,13 @@ func (j *join) pass(result kube.Result) {
 	for _, p := range result.Problems {
 		j.problem(p)
 	}
+}
+
+// setNode tells the backend of the node.
+func (j *join) setNode(node dataplane.Node) {
+	node.AheadOfOthers = j.isAhead
+	j.node = &node
+	j.syncer.SetNode(node)
 }
 
 // familiesOf returns the families that addresses are of.
@@ -168,7 +180,7 @@ func (j *join) checkNode() {
 	if !j.hasNode || j.nodeUnknown.Load() {
 		return
 	}
-	node := j.node.Load()
+	node := j.health.Load()
 	missing := node == nil || !node.Exists
 	switch {
 	case missing && !j.missing:
@@ -272,7 +284,7 @@ func (j *join) eligible() bool {
 	if !j.hasNode || j.nodeUnknown.Load() {
 		return true
 	}
-	node := j.node.Load()
+	node := j.health.Load()
 	return node != nil && node.Eligible()
 }
 

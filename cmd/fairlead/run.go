@@ -14,7 +14,6 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
 
-	"fairlead/dataplane"
 	"fairlead/internal/connlimit"
 	"fairlead/internal/conntrack"
 	"fairlead/internal/health"
@@ -77,7 +76,7 @@ func runProgram(ctx context.Context, flags given, stderr io.Writer, setClientLog
 	if err != nil {
 		return err
 	}
-	defer p.close(ctx)
+	defer p.close(ctx, c)
 	if content != nil {
 		p.reload = p.reloader(flags, content, c, level)
 	}
@@ -98,7 +97,7 @@ func (c config) warn(ctx context.Context, log *slog.Logger) {
 // program has all parts, joined.
 type program struct {
 	log      *slog.Logger
-	dp       dataplane.Dataplane
+	dp       backend
 	counters *counters
 	source   source
 	syncer   *sync.Syncer
@@ -165,7 +164,8 @@ func (c config) build(log *slog.Logger) (*program, error) {
 	return p, nil
 }
 
-func (p *program) close(ctx context.Context) {
+func (p *program) close(ctx context.Context, c config) {
+	p.giveWay(context.WithoutCancel(ctx), c.giveWayAfter)
 	if err := errors.Join(p.counters.close(), p.dp.Close(), p.standby.release()); err != nil {
 		p.log.WarnContext(ctx, "the connection to the kernel was not closed", "error", err)
 	}
@@ -184,6 +184,8 @@ func (p *program) run(ctx context.Context, c config, heap *startHeap) error {
 		return err
 	}
 	p.join.names = names
+	watchOthers := p.lookForOthers(ctx)
+	group.Go(func() error { return watchOthers(ctx) })
 	// The node's addresses are known before the first programming, so that node
 	// ports are part of it.
 	addressed := make(chan struct{})

@@ -27,6 +27,7 @@ type events interface {
 	Problem(p kube.Problem)
 	NotProgrammed(key dataplane.Key, err error)
 	HealthCheckFailed(service types.NamespacedName, port uint16, err error)
+	OtherProxy(rules, effect, remove string)
 }
 
 var (
@@ -54,6 +55,9 @@ func (noEvents) NotProgrammed(dataplane.Key, error) {}
 
 // HealthCheckFailed implements events.
 func (noEvents) HealthCheckFailed(types.NamespacedName, uint16, error) {}
+
+// OtherProxy implements events.
+func (noEvents) OtherProxy(string, string, string) {}
 
 // open returns the source, and where Events go. It does not wait for anything.
 func (c config) open(log *slog.Logger) (source, events, error) {

@@ -1,6 +1,10 @@
 package metrics
 
-import "github.com/prometheus/client_golang/prometheus"
+import (
+	"github.com/prometheus/client_golang/prometheus"
+
+	"fairlead/internal/otherproxy"
+)
 
 // addInstances makes what is counted of other instances on the node.
 func (m *Metrics) addInstances(options Options) {
@@ -19,5 +23,22 @@ func (m *Metrics) addInstances(options Options) {
 		gauge("waiting_instances", "Other instances on this node that wait until this one ends.", func() float64 {
 			return float64(options.Waiting())
 		})
+	}
+}
+
+// addOtherProxy makes what is said of another Service proxy.
+func (m *Metrics) addOtherProxy() {
+	m.otherProxy = m.gauges(namespace, "other_proxy_rules", "Whether rules of another Service proxy, by its mode, are on this node: 1 or 0; "+
+		"see the log and the Events of the Node.", "proxy", "mode")
+	m.OtherProxy(nil)
+}
+
+// OtherProxy takes all that is on the node of another Service proxy.
+func (m *Metrics) OtherProxy(rules []otherproxy.Rules) {
+	for _, mode := range otherproxy.Modes() {
+		m.otherProxy.WithLabelValues("kube-proxy", string(mode)).Set(0)
+	}
+	for _, r := range rules {
+		m.otherProxy.WithLabelValues("kube-proxy", string(r.Mode)).Set(1)
 	}
 }

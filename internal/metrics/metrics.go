@@ -73,6 +73,7 @@ type Metrics struct {
 	problems, healthCheckFailure prometheus.Counter
 	reloads                      *prometheus.CounterVec
 	reloaded                     prometheus.Gauge
+	otherProxy                   *prometheus.GaugeVec
 
 	mu       stdsync.Mutex
 	first    bool // has succeeded
@@ -136,6 +137,7 @@ func New(options Options) *Metrics {
 		m.registry.MustRegister(newRelayed(options.Relay))
 	}
 	m.addInstances(options)
+	m.addOtherProxy()
 	if options.Servers != nil {
 		m.registry.MustRegister(newServers(options.Servers))
 	}

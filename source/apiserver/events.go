@@ -34,6 +34,8 @@ const (
 	ReasonHealthCheck = "FailedToStartServiceHealthcheck"
 	// ReasonStarting is of the Node when the program starts, as of kube-proxy.
 	ReasonStarting = "Starting"
+	// ReasonOtherProxy is of a Node on which another Service proxy's rules are.
+	ReasonOtherProxy = "OtherServiceProxy"
 )
 
 const (
@@ -92,8 +94,11 @@ type Events struct {
 
 	mu      sync.Mutex
 	started bool
-	uids    map[types.NamespacedName]types.UID
-	queue   []report
+	// node is this Node, once started, and early what was reported of it before.
+	node  corev1.ObjectReference
+	early []report
+	uids  map[types.NamespacedName]types.UID
+	queue []report
 	// remembered has when each report was last made, by its number, and order
 	// the numbers from the oldest.
 	remembered map[uint64]memory
@@ -168,15 +173,36 @@ func (e *Events) Apply(d kube.Delta) {
 	}
 	e.started = true
 	// Without a Node object the name stands for the UID, as with a kubelet.
-	node := corev1.ObjectReference{APIVersion: "v1", Kind: "Node", Name: e.nodeName, UID: types.UID(e.nodeName)}
+	e.node = corev1.ObjectReference{APIVersion: "v1", Kind: "Node", Name: e.nodeName, UID: types.UID(e.nodeName)}
 	if d.Node != nil {
-		node.UID = d.Node.UID
+		e.node.UID = d.Node.UID
 	}
 	now := time.Now()
 	e.enqueue(report{
-		regarding: node, at: now, name: fmt.Sprintf("%s.%x", e.nodeName, now.UnixNano()), eventType: corev1.EventTypeNormal,
+		regarding: e.node, at: now, name: fmt.Sprintf("%s.%x", e.nodeName, now.UnixNano()), eventType: corev1.EventTypeNormal,
 		reason: ReasonStarting, action: "StartFairlead", note: "fairlead programs the Services of this node",
 	})
+	for _, r := range e.early {
+		e.warnAbout(e.node, r)
+	}
+	e.early = nil
+}
+
+// OtherProxy reports that rules of another Service proxy are on this node, what they
+// still do, and the command that removes them.
+func (e *Events) OtherProxy(rules, effect, remove string) {
+	r := report{
+		reason: ReasonOtherProxy, action: "LookForOtherProxies",
+		note: fmt.Sprintf("rules of %s are on this node. Fairlead's go first, but %s. Remove them with kube-proxy --cleanup, or with: %s",
+			rules, effect, remove),
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if !e.started {
+		e.early = append(e.early, r)
+		return
+	}
+	e.warnAbout(e.node, r)
 }
 
 // Problem reports what a Service asks for and does not get.
@@ -208,7 +234,6 @@ func (e *Events) HealthCheckFailed(service types.NamespacedName, port uint16, er
 // warn completes and queues a report about a Service, unless it is nothing new.
 // Without a UID it takes that of the last Delta.
 func (e *Events) warn(service types.NamespacedName, uid types.UID, r report) {
-	now := time.Now()
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if uid == "" {
@@ -217,15 +242,21 @@ func (e *Events) warn(service types.NamespacedName, uid types.UID, r report) {
 	if uid == "" {
 		return // gone, and so are its Events for who looks for them
 	}
-	r.regarding = corev1.ObjectReference{
+	e.warnAbout(corev1.ObjectReference{
 		APIVersion: "v1", Kind: "Service", Namespace: service.Namespace, Name: service.Name, UID: uid,
-	}
+	}, r)
+}
+
+// warnAbout is warn for any object, for those who hold the lock.
+func (e *Events) warnAbout(object corev1.ObjectReference, r report) {
+	now := time.Now()
+	r.regarding = object
 	r.at, r.eventType = now, corev1.EventTypeWarning
 	r.note = truncate(r.note, maxNote)
 	number := fnv.New64a()
-	_, _ = fmt.Fprintf(number, "%s %s %s", uid, r.reason, r.note) // a hash takes everything
+	_, _ = fmt.Fprintf(number, "%s %s %s", object.UID, r.reason, r.note) // a hash takes everything
 	n := number.Sum64()
-	r.name = fmt.Sprintf("%s.%016x", service.Name, n)
+	r.name = fmt.Sprintf("%s.%016x", object.Name, n)
 	before, again := e.remembered[n]
 	if again && now.Sub(before.last) < persistsFor {
 		e.remembered[n] = memory{now, before.count}

@@ -1,0 +1,67 @@
+package main
+
+import (
+	"context"
+	"time"
+
+	"fairlead/internal/otherproxy"
+)
+
+// lookForOthers looks for the rules of another Service proxy, before anything is
+// programmed, and returns what goes on to look until ctx is done.
+func (p *program) lookForOthers(ctx context.Context) (watch func(context.Context) error) {
+	log := p.log.With("component", "otherproxy")
+	scanner, err := otherproxy.NewScanner()
+	if err != nil {
+		log.WarnContext(ctx, "can't tell whether another Service proxy's rules are on this node", "error", err)
+		return func(context.Context) error { return nil }
+	}
+	rules, err := scanner.Scan()
+	if err != nil {
+		log.WarnContext(ctx, "can't tell whether another Service proxy's rules are on this node", "error", err)
+	}
+	if len(rules) > 0 {
+		p.join.others(rules)
+	}
+	return func(ctx context.Context) error {
+		scanner.Watch(ctx, rules, log, p.join.others)
+		return scanner.Close()
+	}
+}
+
+// others takes what there is of another Service proxy. Fairlead's rules go first while
+// it is there.
+func (j *join) others(rules []otherproxy.Rules) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.metrics.OtherProxy(rules)
+	if len(rules) == 0 {
+		j.log.Info("no rules of another Service proxy are left on this node")
+	}
+	for _, r := range rules {
+		j.log.Warn("another Service proxy's rules are on this node; Fairlead's go first", "rules", r.String(), "but", r.Effect(),
+			"fix", "kube-proxy --cleanup, or "+r.Remove())
+		j.events.OtherProxy(r.String(), r.Effect(), r.Remove())
+	}
+	j.isAhead = len(rules) > 0
+	if j.node != nil {
+		j.setNode(*j.node)
+	}
+}
+
+// giveWay lets another Service proxy's rules go first some time after this program's
+// end, if there are any.
+func (p *program) giveWay(ctx context.Context, after time.Duration) {
+	p.join.mu.Lock()
+	ahead := p.join.isAhead
+	p.join.mu.Unlock()
+	if !ahead || !p.standby.isActive() {
+		return
+	}
+	if err := p.dp.GiveWay(after); err != nil {
+		p.log.WarnContext(ctx, "Fairlead's rules stay in front of the other Service proxy's until fairlead cleanup", "error", err)
+		return
+	}
+	p.log.InfoContext(ctx, "the other Service proxy's rules will go first, unless Fairlead starts again; fairlead cleanup makes them at once",
+		"after", after.String())
+}

@@ -1,0 +1,210 @@
+package otherproxy
+
+import (
+	"fmt"
+	"log/slog"
+	"os/exec"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"fairlead/internal/nettest"
+)
+
+// on runs commands in a namespace, one a line.
+func on(t *testing.T, ns *nettest.Namespace, commands string) {
+	t.Helper()
+	for line := range strings.Lines(commands) {
+		err := ns.Do(func() error {
+			out, err := exec.Command("sh", "-c", line).CombinedOutput()
+			if err != nil {
+				return fmt.Errorf("%s: %w\n%s", line, err, out)
+			}
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// scan returns what a scanner finds in the namespace, and fails the test on an error.
+func scan(t *testing.T, ns *nettest.Namespace, s *Scanner) []Rules {
+	t.Helper()
+	var rules []Rules
+	err := ns.Do(func() (err error) {
+		rules, err = s.Scan()
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return rules
+}
+
+func newScanner(t *testing.T) (*Scanner, *nettest.Namespace) {
+	t.Helper()
+	ns, err := nettest.NewNamespace("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var s *Scanner
+	if err := ns.Do(func() (err error) {
+		s, err = NewScanner()
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+		if err := ns.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return s, ns
+}
+
+// TestScan makes what kube-proxy makes, by its own tools, and takes it away by the
+// commands that are named for that.
+func TestScan(t *testing.T) {
+	t.Parallel()
+	chains := func(program string) string {
+		return program + " -t nat -N KUBE-SERVICES\n" +
+			program + " -t nat -A PREROUTING -m comment --comment 'kubernetes service portals' -j KUBE-SERVICES\n" +
+			program + " -t nat -A KUBE-SERVICES -p tcp --dport 80 -j RETURN"
+	}
+	remove := func(flavour string) string { // the named one is about the iptables of the node
+		return strings.NewReplacer("iptables-save", "iptables-"+flavour+"-save", "iptables-restore", "iptables-"+flavour+"-restore",
+			"ip6tables-save", "ip6tables-"+flavour+"-save", "ip6tables-restore", "ip6tables-"+flavour+"-restore").
+			Replace(Rules{Mode: ModeIPTables}.Remove())
+	}
+	for name, test := range map[string]struct {
+		make, remove string
+		want         []Rules
+	}{
+		"nftables": {
+			"nft add table ip kube-proxy\nnft add table ip6 kube-proxy",
+			Rules{ModeNFTables, []string{"table ip kube-proxy", "table ip6 kube-proxy"}}.Remove(),
+			[]Rules{{ModeNFTables, []string{"table ip kube-proxy", "table ip6 kube-proxy"}}},
+		},
+		"one family": {
+			"nft add table ip6 kube-proxy", "nft delete table ip6 kube-proxy",
+			[]Rules{{ModeNFTables, []string{"table ip6 kube-proxy"}}},
+		},
+		"iptables nft": {
+			chains("iptables-nft") + "\n" + chains("ip6tables-nft"), remove("nft"),
+			[]Rules{{ModeIPTables, []string{"chain KUBE-SERVICES in table ip nat", "chain KUBE-SERVICES in table ip6 nat"}}},
+		},
+		"iptables legacy": {
+			chains("iptables-legacy") + "\n" + chains("ip6tables-legacy"), remove("legacy"),
+			[]Rules{{ModeIPTables, []string{
+				"chain KUBE-SERVICES in table ip nat of iptables-legacy", "chain KUBE-SERVICES in table ip6 nat of iptables-legacy",
+			}}},
+		},
+		"ipvs": {
+			"ip link add kube-ipvs0 type veth", Rules{Mode: ModeIPVS}.Remove(),
+			[]Rules{{ModeIPVS, []string{"interface kube-ipvs0"}}},
+		},
+		"others": {
+			"nft add table inet kube-proxy\nnft add table ip fairlead\n" +
+				"iptables-legacy -t nat -N KUBE-SERVICES-OF-OTHERS\niptables-legacy -t nat -N KUBE-SERVICE\n" +
+				"iptables-nft -t nat -N KUBE\niptables-nft -t filter -N KUBE-FORWARD\niptables-legacy -N KUBE-SERVICES",
+			"true", nil,
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s, ns := newScanner(t)
+			if got := scan(t, ns, s); got != nil {
+				t.Errorf("before anything: %v", got)
+			}
+			on(t, ns, test.make)
+			for range 2 {
+				if diff := cmp.Diff(test.want, scan(t, ns, s)); diff != "" {
+					t.Errorf("(-want +got):\n%s", diff)
+				}
+			}
+			on(t, ns, test.remove)
+			if got := scan(t, ns, s); got != nil {
+				t.Errorf("after %s: %v", test.remove, got)
+			}
+		})
+	}
+}
+
+// A scan makes no tables of iptables, which would come with hooks that each packet
+// goes through.
+func TestScanChangesNothing(t *testing.T) {
+	t.Parallel()
+	s, ns := newScanner(t)
+	scan(t, ns, s)
+	on(t, ns, `test -z "$(cat /proc/thread-self/net/ip_tables_names /proc/thread-self/net/ip6_tables_names)"`+"\n"+`test -z "$(nft list ruleset)"`)
+}
+
+// TestWatch is told of what comes and goes, and of nothing else.
+func TestWatch(t *testing.T) {
+	t.Parallel()
+	s, ns := newScanner(t)
+	found := make(chan []Rules, 10)
+	go s.Watch(t.Context(), nil, slog.New(slog.DiscardHandler), func(r []Rules) { found <- r })
+	next := func(want []Rules) {
+		t.Helper()
+		select {
+		case got := <-found:
+			if diff := cmp.Diff(want, got); diff != "" {
+				t.Errorf("(-want +got):\n%s", diff)
+			}
+		case <-time.After(30 * time.Second):
+			t.Fatalf("not told of %v", want)
+		}
+	}
+	on(t, ns, "nft add table ip kube-proxy")
+	next([]Rules{{ModeNFTables, []string{"table ip kube-proxy"}}})
+	on(t, ns, "nft delete table ip kube-proxy")
+	next(nil)
+}
+
+// BenchmarkScan has as many rules of iptables as kube-proxy has for 10,000 Services of
+// 10 endpoints.
+func BenchmarkScan(b *testing.B) {
+	ns, err := nettest.NewNamespace("")
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer ns.Close() //nolint:errcheck // it ends with the process
+	err = ns.Do(func() error {
+		var rules strings.Builder
+		rules.WriteString("*nat\n:KUBE-SERVICES - [0:0]\n")
+		for i := range 220_000 {
+			fmt.Fprintf(&rules, "-A KUBE-SERVICES -d 10.%d.%d.%d/32 -j RETURN\n", i>>16, i>>8&255, i&255)
+		}
+		rules.WriteString("COMMIT\n")
+		cmd := exec.Command("iptables-legacy-restore")
+		cmd.Stdin = strings.NewReader(rules.String())
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return fmt.Errorf("%w\n%s", err, out)
+		}
+		s, err := NewScanner()
+		if err != nil {
+			return err
+		}
+		defer s.Close() //nolint:errcheck // only read from
+		for first := true; b.Loop(); first = false {
+			began := time.Now()
+			if _, err := s.Scan(); err != nil {
+				return err
+			}
+			if first {
+				b.ReportMetric(float64(time.Since(began).Microseconds())/1000, "ms/first")
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		b.Fatal(err)
+	}
+}
