@@ -56,6 +56,9 @@ type Result struct {
 	// LocalhostNodePorts, and something else serves the node ports of TCP at the
 	// loopback addresses of the families that they are of.
 	Loopback []netip.Addr
+	// Overlaps are, where Node is set, those of ServiceCIDRs that this Delta brought up:
+	// Node.ServiceCIDRs has no such addresses.
+	Overlaps []Overlap
 	// NodeHealth is what the node's health depends on, if that has changed. The
 	// first Result of a Delta with Node or NodeDeleted has it; there is none
 	// before, as nothing is known of the Node object.
@@ -91,6 +94,7 @@ type Tracker struct {
 	// before the first.
 	node     *dataplane.Node
 	loopback []netip.Addr
+	overlaps []Overlap
 	// health is what the last Result with a NodeHealth had, and nil before the
 	// first.
 	health *NodeHealth
@@ -253,11 +257,18 @@ func (t *Tracker) updateNode(result *Result, touch func(*service)) {
 	}
 	t.here.own = own
 	node := dataplaneNode(t.opts, t.networks)
+	var overlaps []Overlap
+	node.ServiceCIDRs, overlaps = separate(node.ServiceCIDRs, slices.Concat(node.PodCIDRs, node.LocalPodCIDRs), own)
 	loopback := loopbackAddrs(t.opts.NodePortAddresses, t.networks)
 	if t.node != nil && t.node.Equal(node) && slices.Equal(t.loopback, loopback) {
 		return
 	}
-	t.node, t.loopback = &node, loopback
+	for _, o := range overlaps {
+		if !slices.Contains(t.overlaps, o) {
+			result.Overlaps = append(result.Overlaps, o)
+		}
+	}
+	t.node, t.loopback, t.overlaps = &node, loopback, overlaps
 	result.Node, result.Loopback = &node, loopback
 }
 

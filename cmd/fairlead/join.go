@@ -131,6 +131,10 @@ func (j *join) pass(result kube.Result) {
 		j.relay.SetFamilies(familiesOf(result.Loopback)...)
 		j.listen()
 	}
+	for _, o := range result.Overlaps {
+		j.log.Warn("addresses of pods or of this node lie in a ServiceCIDR; connections to them pass, to those of other nodes they may be dropped: use networks that do not overlap",
+			"service_cidr", o.ServiceCIDR, "overlaps", o.Other)
+	}
 	j.syncer.Update(result.Changes)
 	j.unserved.take(result.Changes)
 	if j.complete {

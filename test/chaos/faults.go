@@ -57,8 +57,8 @@ func faults() []fault {
 		{name: "hang", stale: restart, cause: every(3*time.Second, (*testbed).hangAgent)},
 		{name: "second instance", stale: restart, cause: every(4*time.Second, (*testbed).runSecond)},
 		{name: "edits by hand", stale: onTheWay, needs: program("nft"), cause: (*testbed).editByHand},
-		{name: "table deleted", stale: restart, disturbs: true, needs: program("nft"), cause: every(3*time.Second, disturbedBy("delete table ip %[1]s; delete table ip6 %[1]s"))},
-		{name: "chain deleted", stale: restart, disturbs: true, needs: program("nft"), cause: every(3*time.Second, disturbedBy("flush chain ip %[1]s nat-prerouting; delete chain ip %[1]s nat-prerouting"))},
+		{name: "table deleted", stale: restart, disturbs: true, needs: program("nft"), cause: every(3*time.Second, disturbedBy("delete table ip %[1]s\ndelete table ip6 %[1]s"))},
+		{name: "chain deleted", stale: restart, disturbs: true, needs: program("nft"), cause: every(3*time.Second, disturbedBy("flush chain ip %[1]s nat-prerouting\ndelete chain ip %[1]s nat-prerouting"))},
 		{name: "ruleset flushed", stale: restart, disturbs: true, needs: program("nft"), cause: every(3*time.Second, disturbedBy("flush ruleset"))},
 		{name: "ruleset flushed in a loop", stale: restart, disturbs: true, needs: program("nft"), cause: every(4*time.Second, (*testbed).flushInALoop)},
 		{name: "kube-proxy beside it", stale: 2 * restart, needs: (*testbed).needsKubeProxy, cause: (*testbed).runKubeProxy},
@@ -144,7 +144,7 @@ func (t *testbed) table() string {
 // nft runs the nft program on the node with a script.
 func (t *testbed) nft(script string) error {
 	cmd := exec.Command("nft", "-f", "-") //nolint:noctx // it takes milliseconds
-	cmd.Stdin = strings.NewReader(strings.ReplaceAll(script, "; ", "\n") + "\n")
+	cmd.Stdin = strings.NewReader(script + "\n")
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
 	if err := t.net.Node.Do(cmd.Run); err != nil {
@@ -185,14 +185,14 @@ func handEdits() []string {
 		"insert rule ip %[1]s filter-forward tcp dport { 80, 443 } counter",
 		"add rule ip %[1]s filter-forward tcp dport { 80, 443 } counter",
 		"insert rule ip %[1]s nat-prerouting meta nftrace set 1",
-		"add chain ip %[1]s mine; add rule ip %[1]s mine tcp dport { 1, 2, 3 } counter",
-		"add chain ip %[1]s mine; add rule ip %[1]s mine counter; insert rule ip %[1]s filter-forward jump mine",
-		"add chain ip %[1]s mine { type filter hook forward priority 10; policy accept; }; add rule ip %[1]s mine counter",
-		"add chain ip %[1]s mine; add map ip %[1]s jumps { type inet_service : verdict; elements = { 4242 : jump mine }; }; insert rule ip %[1]s filter-forward tcp dport vmap @jumps",
-		"add set ip %[1]s seen { type ipv4_addr; flags dynamic,timeout; size 1000; timeout 1m; }; insert rule ip %[1]s filter-forward update @seen { ip saddr }",
-		"add counter ip %[1]s mine; insert rule ip %[1]s filter-forward counter name mine",
-		"add chain ip %[1]s mine; add rule ip %[1]s mine tcp dport vmap { 4242 : return, 4243 : continue }",
-		"add set ip %[1]s ports { type inet_service; elements = { 4242 }; }; insert rule ip %[1]s filter-forward tcp dport @ports counter",
+		"add chain ip %[1]s mine\nadd rule ip %[1]s mine tcp dport { 1, 2, 3 } counter",
+		"add chain ip %[1]s mine\nadd rule ip %[1]s mine counter\ninsert rule ip %[1]s filter-forward jump mine",
+		"add chain ip %[1]s mine { type filter hook forward priority 10; policy accept; }\nadd rule ip %[1]s mine counter",
+		"add chain ip %[1]s mine\nadd map ip %[1]s jumps { type inet_service : verdict; elements = { 4242 : jump mine }; }\ninsert rule ip %[1]s filter-forward tcp dport vmap @jumps",
+		"add set ip %[1]s seen { type ipv4_addr; flags dynamic,timeout; size 1000; timeout 1m; }\ninsert rule ip %[1]s filter-forward update @seen { ip saddr }",
+		"add counter ip %[1]s mine\ninsert rule ip %[1]s filter-forward counter name mine",
+		"add chain ip %[1]s mine\nadd rule ip %[1]s mine tcp dport vmap { 4242 : return, 4243 : continue }",
+		"add set ip %[1]s ports { type inet_service; elements = { 4242 }; }\ninsert rule ip %[1]s filter-forward tcp dport @ports counter",
 		"insert rule ip %[1]s reject counter",
 	}
 }
@@ -206,9 +206,9 @@ func (t *testbed) editByHand(ctx context.Context) error {
 			if family == "ip6" {
 				script = strings.NewReplacer("ip saddr", "ip6 saddr", "ipv4_addr", "ipv6_addr").Replace(script)
 			}
-			if err := t.nft(script); err != nil {
-				return err
-			}
+			// What the edits add has names of its own, as the repair of the last one may be
+			// under way. It can also make nft fail, as it would for a person.
+			_ = t.nft(strings.ReplaceAll(script, "mine", fmt.Sprintf("mine-%d", i)))
 		}
 		pause(ctx, 300*time.Millisecond)
 	}

@@ -17,7 +17,8 @@ type result struct {
 	// got no answer, a refusal, or an answer from a server of another Service. Those
 	// that overlap a disturbance count as disturbed instead.
 	connections, failed, disturbed int
-	// resent connections needed a TCP segment more than once.
+	// resent connections needed a TCP segment, a datagram or an SCTP association more
+	// than once.
 	resent int
 	// stale connections reached an endpoint after it was removed, by at most staleness.
 	stale     int
@@ -192,13 +193,13 @@ func (r *result) example(begin, end time.Time, err error) {
 }
 
 // The report is a Markdown table, so that it can go into a document as it is.
-const header = `| fault | connections | failed | failed in the disturbance | open: broken | broken by the disturbance | stale at most | allowed | changes |
-|---|---|---|---|---|---|---|---|---|`
+const header = `| fault | connections | failed | failed in the disturbance | sent again | open: broken | broken by the disturbance | stale at most | allowed | changes |
+|---|---|---|---|---|---|---|---|---|---|`
 
 // line returns the fault's line of the report.
 func (f fault) line(r result) string {
-	return fmt.Sprintf("| %s | %d | %d | %d | %d: %d | %d | %s | %s | %d |", f.name, r.connections, r.failed, r.disturbed,
-		r.open, r.broken, r.disturbedOpen, r.staleness.Round(time.Millisecond), f.limit(), r.changes)
+	return fmt.Sprintf("| %s | %d | %d | %d | %d | %d: %d | %d | %s | %s | %d |", f.name, r.connections, r.failed, r.disturbed,
+		r.resent, r.open, r.broken, r.disturbedOpen, r.staleness.Round(time.Millisecond), f.limit(), r.changes)
 }
 
 func (f fault) limit() string {
@@ -209,7 +210,7 @@ func (f fault) limit() string {
 }
 
 func (f fault) skipped(reason string) string {
-	return fmt.Sprintf("| %s | not here: %s | | | | | | | |", f.name, reason)
+	return fmt.Sprintf("| %s | not here: %s | | | | | | | | |", f.name, reason)
 }
 
 // exceeded describes how the result exceeds what the fault may do.

@@ -374,14 +374,7 @@ func (t *testbed) connect(ctx context.Context, client *nettest.IdentityClient, t
 	case nettest.UDP:
 		identity, resent, err = client.Ask(to.addr)
 	default:
-		ctx, cancel := context.WithTimeout(ctx, timeout)
-		defer cancel()
-		var answer nettest.Answer
-		answer, err = to.from.Connect(ctx, to.service.protocol, to.addr)
-		if err == nil {
-			_, err = fmt.Sscanf(answer.Host, "pod-%d", &pod)
-		}
-		return pod, 0, err
+		return t.associate(ctx, to)
 	}
 	if err != nil {
 		return 0, 0, err
@@ -392,6 +385,26 @@ func (t *testbed) connect(ctx context.Context, client *nettest.IdentityClient, t
 		}
 	}
 	return 0, 0, fmt.Errorf("a server of another Service answered with %d", identity)
+}
+
+// associate opens an SCTP association and asks once. An association whose endpoint is
+// removed meanwhile is forgotten by connection tracking, as its client is to reach
+// another one: so a client that gets no answer associates once more.
+func (t *testbed) associate(ctx context.Context, to target) (pod int, resent uint32, err error) {
+	for ; resent < 2; resent++ {
+		within, cancel := context.WithTimeout(ctx, timeout/2)
+		var answer nettest.Answer
+		answer, err = to.from.Connect(within, to.service.protocol, to.addr)
+		cancel()
+		if err == nil {
+			_, err = fmt.Sscanf(answer.Host, "pod-%d", &pod)
+			return pod, resent, err
+		}
+		if !errors.Is(err, nettest.ErrTimeout) {
+			break
+		}
+	}
+	return 0, resent, err
 }
 
 // keep holds a connection open and uses it, and opens another when it breaks.
