@@ -60,6 +60,19 @@ type Dataplane interface {
 	Close() error
 }
 
+// LossNotifier is implemented by a Dataplane that can tell drift that packets may
+// suffer from, such as the loss of a table, from other drift.
+type LossNotifier interface {
+	// Lost returns a channel on which a value arrives, besides the value on that of
+	// Drift, when something that was programmed is gone, or may be.
+	Lost() <-chan struct{}
+}
+
+// ErrConflict is wrapped by the error of a call that failed as a whole because
+// somebody else changed the kernel at the same time. The answer is another Replace,
+// without delay.
+var ErrConflict = errors.New("somebody else changes the kernel at the same time")
+
 // Binding is what a kernel does with the connections to one Frontend.
 type Binding struct {
 	// Service is [Key.Service] of the owner, possibly shortened, or empty

@@ -214,6 +214,9 @@ func checkDescriptor(conn *netlink.Conn) error {
 	return nil
 }
 
+// Lost implements [dataplane.LossNotifier].
+func (d *Dataplane) Lost() <-chan struct{} { return d.watch.lost }
+
 // Drift implements [dataplane.Dataplane]. The kernel announces every change of
 // a ruleset; those of our tables by others arrive here at once. While a Replace
 // makes both tables they do not: it signals in the end if others have changed

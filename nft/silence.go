@@ -37,14 +37,14 @@ func (d *Dataplane) listen() error {
 	}
 	d.silence = nil
 	if err := d.watch.join(); err != nil {
-		d.watch.signal()
+		d.watch.signalLoss()
 		return err
 	}
 	// In this order: a commit begins its generation before it looks for subscribers
 	// (nf_tables_api.c, nf_tables_commit), so one that is not in the generation that
 	// is read now is announced.
 	if s.doubt || !d.inGeneration(s.generation) {
-		d.watch.signal()
+		d.watch.signalLoss()
 	}
 	return nil
 }

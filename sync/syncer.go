@@ -196,6 +196,12 @@ func (s *Syncer) Run(ctx context.Context) error {
 				continue
 			}
 			t.drifted(time.Now())
+		case _, ok := <-t.lost:
+			if !ok {
+				t.lost = nil
+				continue
+			}
+			t.lostSomething(time.Now())
 		}
 		s.step(ctx)
 		if ctx.Err() != nil {

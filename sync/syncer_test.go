@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"log/slog"
 	"maps"
 	"math/rand/v2"
@@ -12,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	stdsync "sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -737,6 +739,119 @@ func TestDriftIsRepairedAtOnceAndThenLessOften(t *testing.T) {
 		edit()
 		fx.want(fx.since(), "replace(drift) 0")
 		fx.holds(service(1, 1))
+	})
+}
+
+// lossy is a dataplane that tells losses, and whose calls can fail by a conflict.
+type lossy struct {
+	*fake.Dataplane
+	lost     chan struct{}
+	conflict atomic.Bool
+	broken   atomic.Bool
+	calls    atomic.Int64
+}
+
+func (d *lossy) Lost() <-chan struct{} { return d.lost }
+
+func (d *lossy) lose() {
+	select {
+	case d.lost <- struct{}{}:
+	default:
+	}
+	d.Edit(func(s dataplane.State) { clear(s) })
+}
+
+func (d *lossy) Replace(ctx context.Context, node dataplane.Node, services iter.Seq[*dataplane.Service], progress func(int)) error {
+	d.calls.Add(1)
+	switch {
+	case d.conflict.Load():
+		return fmt.Errorf("replace: %w: no such table", dataplane.ErrConflict)
+	case d.broken.Load():
+		return errors.New("broken")
+	}
+	return d.Dataplane.Replace(ctx, node, services, progress)
+}
+
+func startLossy(t *testing.T) (*lossy, *sync.Syncer) {
+	t.Helper()
+	d := &lossy{Dataplane: fake.New(fake.Options{}), lost: make(chan struct{}, 1)}
+	s := sync.New(d, sync.Options{})
+	ctx, cancel := context.WithCancel(t.Context())
+	var ended stdsync.WaitGroup
+	ended.Go(func() { _ = s.Run(ctx) })
+	t.Cleanup(func() {
+		cancel()
+		ended.Wait()
+	})
+	s.Update(set(service(1, 1)))
+	s.ListComplete()
+	synctest.Wait()
+	return d, s
+}
+
+// A loss is repaired at once whatever came before: many other edits, or a failure
+// that is tried again less and less often.
+func TestLossIsRepairedAtOnce(t *testing.T) {
+	t.Parallel()
+	const promptly = 25 * time.Millisecond
+	synctest.Test(t, func(t *testing.T) {
+		d, _ := startLossy(t)
+		for range 20 {
+			time.Sleep(3 * time.Second)
+			d.Edit(func(s dataplane.State) { clear(s) })
+		}
+		time.Sleep(100 * time.Millisecond)
+		before := d.calls.Load()
+		d.lose()
+		time.Sleep(promptly)
+		if got := d.calls.Load() - before; got == 0 {
+			t.Error("after many edits a loss was not repaired at once")
+		}
+
+		d.broken.Store(true)
+		d.lose()
+		time.Sleep(5 * time.Minute)
+		before = d.calls.Load()
+		time.Sleep(time.Minute)
+		if got := d.calls.Load() - before; got > 4 {
+			t.Errorf("%d attempts in a minute although nothing changed", got)
+		}
+		d.broken.Store(false)
+		before = d.calls.Load()
+		d.lose()
+		time.Sleep(promptly)
+		if got := d.calls.Load() - before; got == 0 {
+			t.Error("after failures a loss was not repaired at once")
+		}
+	})
+}
+
+// A disturbance of half a minute, in which each Replace conflicts with somebody else,
+// is over as soon as it ends.
+func TestConflictsAreNoFailures(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		d, s := startLossy(t)
+		d.conflict.Store(true)
+		before := d.calls.Load()
+		for end := time.Now().Add(30 * time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+			d.lose()
+		}
+		if got := d.calls.Load() - before; got > 3000 {
+			t.Errorf("%d calls in 30 s, want pauses between them", got)
+		}
+		d.conflict.Store(false)
+		time.Sleep(25 * time.Millisecond)
+		if st := s.Status(); st.Err != nil {
+			t.Errorf("still failing after the end: %v", st.Err)
+		}
+		got, err := d.Read(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := dataplane.StateOf(slices.Values([]*dataplane.Service{service(1, 1)})).Diff(got); diff != "" {
+			t.Errorf("after the end:\n%s", diff)
+		}
 	})
 }
 

@@ -20,6 +20,7 @@ type tables struct {
 	opts  Options
 	log   *slog.Logger
 	drift <-chan struct{}
+	lost  <-chan struct{} // nil if the dataplane tells no loss
 
 	node     dataplane.Node
 	complete bool // the initial list is complete
@@ -52,11 +53,13 @@ type tables struct {
 	nodeChanged bool
 	repairAt    time.Time // when failing keys, or everything, are due; zero for never
 	driftAt     time.Time // when the drift seen is due; zero for none seen
+	lostAt      time.Time // when the repair of a loss is due; zero for none
 	resyncAt    time.Time // zero for never
 
 	driftRepairs  int // in a row
 	lastDrift     time.Time
 	replaceLasted time.Duration // the last Replace
+	lastReplace   time.Time     // its end
 
 	lastSuccess time.Time
 	// shown is failing as Status shows it, made anew after failing changed.
@@ -88,11 +91,16 @@ const (
 )
 
 func newTables(dp dataplane.Dataplane, opts Options) tables {
+	var lost <-chan struct{}
+	if notifier, ok := dp.(dataplane.LossNotifier); ok {
+		lost = notifier.Lost()
+	}
 	return tables{
 		dp:         dp,
 		opts:       opts,
 		log:        opts.Logger,
 		drift:      dp.Drift(),
+		lost:       lost,
 		desired:    map[dataplane.Key]*dataplane.Service{},
 		applied:    map[dataplane.Key]*dataplane.Service{},
 		failing:    map[dataplane.Key]*failure{},
@@ -196,6 +204,23 @@ func (t *tables) retrySoon() {
 // to others. Services may be dead meanwhile, so it is short.
 const maxDriftDelay = time.Second
 
+// lossDelay is how long the loss of something waits for its repair if a Replace
+// has just ended, and how long a call waits after a conflict: somebody else may be
+// about to commit again. At the end of a disturbance Services are dead for as long.
+const lossDelay = 20 * time.Millisecond
+
+// lostSomething records that somebody else has removed what packets may need. Unlike
+// other drift it does not wait longer when it happens again and again.
+func (t *tables) lostSomething(now time.Time) {
+	if !t.lostAt.IsZero() {
+		return
+	}
+	t.lostAt = now
+	if next := t.lastReplace.Add(lossDelay); next.After(now) {
+		t.lostAt = next
+	}
+}
+
 // drifted notes that somebody else has changed the kernel.
 func (t *tables) drifted(now time.Time) {
 	if !t.driftAt.IsZero() {
@@ -219,7 +244,7 @@ func (t *tables) replaceDue(now time.Time) Reason {
 	switch {
 	case !t.complete:
 		return ""
-	case t.allUnknown && !t.repairAt.IsZero() && !due(t.repairAt):
+	case t.allUnknown && !t.repairAt.IsZero() && !due(t.repairAt) && !due(t.lostAt):
 		return "" // No other reason makes a call more likely to work.
 	case !t.replaced:
 		return ReasonStart
@@ -227,7 +252,7 @@ func (t *tables) replaceDue(now time.Time) Reason {
 		return ReasonRetry
 	case t.nodeChanged:
 		return ReasonNode
-	case due(t.driftAt):
+	case due(t.driftAt), due(t.lostAt):
 		return ReasonDrift
 	case due(t.resyncAt):
 		return ReasonResync
@@ -238,10 +263,13 @@ func (t *tables) replaceDue(now time.Time) Reason {
 // nextReplace returns when replaceDue will have a reason if nothing else
 // happens; zero for never.
 func (t *tables) nextReplace() time.Time {
-	if !t.complete || t.allUnknown {
+	switch {
+	case !t.complete:
 		return t.repairAt
+	case t.allUnknown:
+		return earlier(t.repairAt, t.lostAt)
 	}
-	return earlier(t.repairAt, earlier(t.driftAt, t.resyncAt))
+	return earlier(earlier(t.repairAt, t.lostAt), earlier(t.driftAt, t.resyncAt))
 }
 
 // replace makes the kernel hold what is desired, less what was refused. It
@@ -252,8 +280,12 @@ func (t *tables) replace(ctx context.Context, reason Reason, in inbox, start tim
 	case <-t.drift:
 	default:
 	}
-	drifted := !t.driftAt.IsZero()
-	t.driftAt, t.nodeChanged, t.untried = time.Time{}, false, false
+	select {
+	case <-t.lost:
+	default:
+	}
+	drifted := !t.driftAt.IsZero() || !t.lostAt.IsZero()
+	t.driftAt, t.lostAt, t.nodeChanged, t.untried = time.Time{}, time.Time{}, false, false
 
 	var progress progress
 	err := t.dp.Replace(ctx, t.node, t.offered(), progress.completed)
@@ -261,7 +293,7 @@ func (t *tables) replace(ctx context.Context, reason Reason, in inbox, start tim
 	if err != nil && ctx.Err() != nil {
 		return Commit{}, false
 	}
-	t.replaceLasted = end.Sub(start)
+	t.replaceLasted, t.lastReplace = end.Sub(start), end
 	if drifted {
 		t.driftRepairs++
 		t.lastDrift = end
@@ -478,8 +510,11 @@ func (t *tables) succeeded(end time.Time) {
 
 // failedWhole makes everything unknown.
 func (t *tables) failedWhole(c *Commit) {
-	t.attempts++
-	delay := t.delay(t.attempts)
+	delay := lossDelay
+	if !errors.Is(c.Err, dataplane.ErrConflict) {
+		t.attempts++
+		delay = t.delay(t.attempts)
+	}
 	t.repairAt = c.End.Add(delay)
 	if t.allErr == nil || t.allErr.Error() != c.Err.Error() {
 		t.log.Warn("dataplane failed", "kind", string(c.Kind), "reason", string(c.Reason), "services", c.Services,
