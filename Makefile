@@ -76,7 +76,7 @@ chaos: deps controlplane kube-proxy build ## disturb a node under load and count
 RUN ?= .
 
 .PHONY: e2e
-e2e: deps controlplane ## end-to-end tests against a real Kubernetes control plane (root); RUN=regexp
+e2e: deps controlplane kube-proxy ## end-to-end tests against a real Kubernetes control plane (root); RUN=regexp
 	go test -tags=e2e -v -count=1 -timeout=15m -run='$(RUN)' ./test/e2e/...
 
 # What runs in virtual machines: on which of Debian's kernels, the tests of which

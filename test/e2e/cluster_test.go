@@ -93,6 +93,7 @@ func (c *cluster) make(ctx context.Context, options controlplane.Options) error 
 	podCIDRs := strings.Join(cidrs, ",")
 	c.lead = &fairlead{host: c.net.Node, log: filepath.Join(c.dir, "fairlead.log")}
 	if c.lead.binary = os.Getenv(referenceEnv); c.lead.binary != "" {
+		c.lead.kubeProxy = true
 		c.lead.args = []string{
 			"--proxy-mode=nftables", "--kubeconfig=" + kubeconfig, "--hostname-override=" + thisNode, "--cluster-cidr=" + podCIDRs,
 		}

@@ -36,6 +36,9 @@ type fairlead struct {
 	binary string
 	args   []string
 	log    string // file; starts append to it
+	// kubeProxy says that the program is kube-proxy, which needs all capabilities
+	// and does not handle SIGTERM.
+	kubeProxy bool
 
 	cmd  *exec.Cmd
 	done chan struct{}
@@ -59,7 +62,7 @@ func (f *fairlead) start() error {
 		runtime.LockOSThread() // and never unlocked: the thread ends here
 		defer log.Close()
 		err := unix.Setns(f.host.Fd(), unix.CLONE_NEWNET)
-		if err == nil && os.Getenv(referenceEnv) == "" {
+		if err == nil && !f.kubeProxy {
 			err = limitCapabilities()
 		}
 		if err == nil {
@@ -118,8 +121,7 @@ func (f *fairlead) stop() error {
 		return fmt.Errorf("stop fairlead: %w", err)
 	}
 	<-f.done
-	// kube-proxy is ended by the signal itself.
-	if f.err != nil && os.Getenv(referenceEnv) == "" {
+	if f.err != nil && !f.kubeProxy {
 		return fmt.Errorf("fairlead ended with %w:\n%s", f.err, f.tail())
 	}
 	return nil
@@ -150,7 +152,13 @@ func (f *fairlead) waitReady(ctx context.Context) error {
 			return fmt.Errorf("fairlead has ended: %w\n%s", f.err, f.tail())
 		default:
 		}
-		if _, err := f.get(ctx, healthzAddr, "/healthz"); err != nil {
+		body, err := f.get(ctx, healthzAddr, "/healthz")
+		// It is healthy before it has programmed anything, as kube-proxy is, but has
+		// no status then.
+		if err == nil && !f.kubeProxy && !bytes.Contains(body, []byte(`"status"`)) {
+			err = fmt.Errorf("nothing is programmed yet: %s", body)
+		}
+		if err != nil {
 			return fmt.Errorf("%w\n%s", err, f.tail())
 		}
 		return nil
