@@ -227,6 +227,25 @@
 //	    ct original ip daddr @cluster-ips goto masquerading
 //	}
 //
+// bound-ips has the addresses that the Translator binds to the node; see
+// [BoundAddress]. Connections to them that no frontend takes are rejected or dropped.
+// Packets that the node sends there, and that the Translator sends to one of the
+// node's own addresses, get a new route:
+//
+//	set bound-ips { elements = { 10.96.0.10 } }
+//	chain nat-output {                      # and filter-prerouting-post-dnat
+//	    …
+//	    ip daddr @bound-ips fib daddr type != local goto bound
+//	}
+//	chain bound {
+//	    ip daddr @cluster-ips counter name "rejected-undeclared-port" goto reject
+//	    counter name "dropped-no-service" drop
+//	}
+//	chain route-output {                    # filter-output-post-dnat flips the bit back
+//	    type route hook output priority dstnat + 9
+//	    oifname != "lo" ct original ip daddr @bound-ips fib daddr type local meta mark set meta mark ^ 0x80000000
+//	}
+//
 // endpoint-ports and hairpin are those of the endpoints all the same. The node's own
 // connections that are let through must be translated before filter-output, where
 // those to a cluster IP are rejected.

@@ -147,10 +147,12 @@ func (t *table) sets() []*nftables.Set {
 	if t.family == dataplane.IPv6 && !t.virtual {
 		sets = append(sets, t.affinityNetworks())
 	}
-	if t.virtual {
-		sets = slices.DeleteFunc(sets, t.forAffinity)
-	}
-	return sets
+	return slices.DeleteFunc(sets, func(s *nftables.Set) bool {
+		if t.virtual {
+			return t.forAffinity(s)
+		}
+		return s == t.addrSets[inBoundIPs]
+	})
 }
 
 // forAffinity reports whether a set is for session affinity alone.
@@ -355,13 +357,16 @@ func (t *table) chains(node dataplane.Node, rangeBits []int) []chain {
 	unserved := append(t.unserved(), t.invalidOfEndpoints())
 	outgoing := append(slices.Clone(unserved), t.answersToInvalid())
 	dstnat, filter := *nftables.ChainPriorityNATDest, *nftables.ChainPriorityFilter
-	incoming := slices.Concat(postDNAT, t.loopbackFromNetwork(node))
+	incoming, sent := slices.Concat(postDNAT, t.loopbackFromNetwork(node)), postDNAT
 	if t.protectsLoopback(node) {
 		chains = append(chains, t.dropLoopback())
 	}
 	if t.virtual {
-		chains = append(chains, t.undeclared())
-		incoming = append(incoming, t.toOwnClusterIP())
+		chains = append(chains, t.undeclared(), t.bound(),
+			base("route-output", nftables.ChainTypeRoute, nftables.ChainHookOutput, dstnat+routeOffset, t.toOwnEndpoint()))
+		output = append(output, t.toBoundIP())
+		incoming = append(incoming, t.toOwnClusterIP(), rule{exprs: append(ctStateNew(), t.toBoundIP().exprs...)})
+		sent = append(slices.Clone(postDNAT), t.toOwnEndpoint())
 	}
 	if t.tellsPods(node) {
 		chains = append(chains,
@@ -370,7 +375,7 @@ func (t *table) chains(node dataplane.Node, rangeBits []int) []chain {
 	chains = append(chains, t.places(base, dispatch, output)...)
 	return append(chains,
 		base("filter-prerouting-post-dnat", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, dstnat+10, incoming...),
-		base("filter-output-post-dnat", nftables.ChainTypeFilter, nftables.ChainHookOutput, dstnat+10, postDNAT...),
+		base("filter-output-post-dnat", nftables.ChainTypeFilter, nftables.ChainHookOutput, dstnat+10, sent...),
 		base("filter-forward", nftables.ChainTypeFilter, nftables.ChainHookForward, filter, unserved...),
 		base("filter-output", nftables.ChainTypeFilter, nftables.ChainHookOutput, filter, outgoing...),
 		base("nat-postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, *nftables.ChainPriorityNATSource, t.postrouting()...),

@@ -15,13 +15,14 @@ type addrSet int
 
 const (
 	inClusterIPs   addrSet = iota // cluster IPs: their other ports are rejected
+	inBoundIPs                    // addresses that a Translator binds to the node; see BoundAddress
 	inPingInternal                // the node and its pods get an answer to pings
 	inPingExternal                // other clients do
 	addrSets
 )
 
 func (s addrSet) String() string {
-	return [...]string{"cluster-ips", "ping-internal", "ping-external"}[s]
+	return [...]string{"cluster-ips", "bound-ips", "ping-internal", "ping-external"}[s]
 }
 
 // inAddrSets are the sets that an address is to be in, on account of one frontend.
@@ -31,6 +32,10 @@ type inAddrSets [addrSets]bool
 // connections to it are in.
 func addrSetsOf(kind dataplane.Kind, c, forExternal class, node dataplane.Node) inAddrSets {
 	var in inAddrSets
+	if kind == boundAddress {
+		in[inBoundIPs] = true
+		return in
+	}
 	in[inClusterIPs] = kind == dataplane.ClusterIP
 	if !node.PingServiceIPs || kind == dataplane.NodePort || c.has(ranged) {
 		return in

@@ -8,7 +8,9 @@ import (
 
 	"fairlead/dataplane"
 
+	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
 )
 
 // Translator is who picks the endpoints in place of the tables' maps, as IPVS does.
@@ -27,6 +29,34 @@ type Translator interface {
 	// The answer for a Service must stay the same for as long as it is programmed;
 	// Apply asks again when it goes.
 	VirtualServers(s *dataplane.Service) (cluster, local netip.AddrPort)
+}
+
+// boundAddress is the Kind of the Services that BoundAddress returns.
+const boundAddress = dataplane.Kind(0xff)
+
+// BoundAddress returns a Service that represents an address which a Translator binds to
+// the node, so that virtual servers at the address get its packets. While the Service
+// is programmed, connections to the address that no frontend takes reach neither a
+// virtual server nor a program of the node: they are rejected if the address is a
+// cluster IP, and dropped otherwise. Packets that the node sends to the address are
+// routed again if the Translator sends them to an address of the node.
+//
+// Program it before the address is bound, and remove it afterwards.
+func BoundAddress(addr netip.Addr) *dataplane.Service {
+	return &dataplane.Service{
+		Key:       dataplane.Key{Name: addr.String(), Family: dataplane.FamilyOf(addr), Kind: boundAddress},
+		Frontends: []dataplane.Frontend{{Addr: netip.AddrPortFrom(addr, 0)}},
+	}
+}
+
+// BoundAddressOf returns the address that a Service of BoundAddress with this key
+// represents. It returns false for all other keys.
+func BoundAddressOf(k dataplane.Key) (netip.Addr, bool) {
+	if k.Kind != boundAddress {
+		return netip.Addr{}, false
+	}
+	addr, err := netip.ParseAddr(k.Name)
+	return addr, err == nil
 }
 
 // Rule is what the tables hold for one frontend when there is a Translator. Its
@@ -89,6 +119,9 @@ func (r *row) rule() Rule {
 // renderVirtual returns what the maps hold for each frontend of the Service on this
 // node, when a Translator picks its endpoints.
 func renderVirtual(s *dataplane.Service, translator Translator, node dataplane.Node) *row {
+	if s.Key.Kind == boundAddress {
+		return &row{addrs: addrSetsOf(s.Key.Kind, 0, 0, node)}
+	}
 	plain := *s
 	plain.Affinity = 0
 	r := render(&plain, arrangement{}, node)
@@ -176,6 +209,69 @@ func (t *table) stayHere() []expr.Any {
 	return []expr.Any{t.daddr(0), &expr.NAT{
 		Type: expr.NATTypeDestNAT, Family: uint32(t.nf.Family), RegAddrMin: reg(0), RegAddrMax: reg(0),
 	}}
+}
+
+// toBoundIP matches connections to bound addresses, behind the rules for frontends. In
+// nat-output it comes before IPVS, so that the node's own connections do not reach a
+// virtual server which has no destinations yet, or only those with weight 0.
+func (t *table) toBoundIP() rule {
+	return rule{exprs: slices.Concat(
+		[]expr.Any{t.daddr(0), lookup(t.addrSets[inBoundIPs])},
+		addressType(&expr.Fib{FlagDADDR: true}, expr.CmpOpNeq),
+		[]expr.Any{gotoChain("bound")},
+	)}
+}
+
+// bound refuses connections to bound addresses as filter-forward and filter-output
+// refuse those to other addresses of Services.
+func (t *table) bound() chain {
+	return t.chain("bound",
+		rule{exprs: []expr.Any{
+			t.daddr(0), lookup(t.addrSets[inClusterIPs]), count(rejectedUndeclaredPort), gotoChain("reject"),
+		}},
+		rule{exprs: []expr.Any{count(droppedNoService), drop()}},
+	)
+}
+
+const (
+	// routeOffset is how far the chain route-output is behind dstnat: behind IPVS
+	// (net/netfilter/ipvs/ip_vs_core.c, ip_vs_ops), and right before
+	// filter-output-post-dnat.
+	routeOffset = 9
+	// routeMark is the bit of a packet's mark that is flipped to have it routed
+	// again, and flipped back afterwards.
+	routeMark = 1 << 31
+)
+
+// toOwnEndpoint flips a bit in the mark of packets that the node sends to a bound
+// address and the Translator to an address of the node. IPVS keeps the packet's route
+// to the bound address (net/netfilter/ipvs/ip_vs_xmit.c, __ip_vs_get_out_rt), which
+// leads out of the node. A chain of type route makes the kernel look up the route again
+// if the mark changes (net/netfilter/nft_chain_route.c). The same rule in the next
+// chain flips the bit back.
+func (t *table) toOwnEndpoint() rule {
+	loopback := make([]byte, unix.IFNAMSIZ)
+	copy(loopback, "lo")
+	flip := binaryutil.NativeEndian.PutUint32(routeMark)
+	return rule{
+		comment: "an endpoint of this node: route again",
+		exprs: slices.Concat(
+			[]expr.Any{
+				&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: reg(0)},
+				&expr.Cmp{Op: expr.CmpOpNeq, Register: reg(0), Data: loopback},
+				t.originalDaddr(0), lookup(t.addrSets[inBoundIPs]),
+			},
+			addressType(&expr.Fib{FlagDADDR: true}, expr.CmpOpEq),
+			[]expr.Any{
+				&expr.Meta{Key: expr.MetaKeyMARK, Register: reg(0)},
+				&expr.Bitwise{
+					SourceRegister: reg(0), DestRegister: reg(0), Len: 4,
+					Mask: binaryutil.NativeEndian.PutUint32(^uint32(0)), Xor: flip,
+				},
+				&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: reg(0)},
+			},
+		),
+	}
 }
 
 // letThrough is the rule for connections that were let through to the translator,

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -539,5 +540,136 @@ func TestLetThroughIsMasqueraded(t *testing.T) {
 				t.Errorf("%s of %s from %s: answer %+v, error %v, want it masqueraded: %t", s.Frontends[0], s.Key, from.Name, answer, err, masqueraded)
 			}
 		}
+	}
+}
+
+// TestBoundAddress has the node take an address for itself that has no frontend, or
+// none at this port: neither a program of the node nor the host that has the address
+// gets connections to it.
+func TestBoundAddress(t *testing.T) {
+	t.Parallel()
+	network := nettest.NewT(t, nettest.Options{})
+	node := network.Node
+	client := network.PodT(t, "client")
+	d := openIn(t, node.Namespace, virtualServers{})
+	addrs := []netip.Addr{netip.MustParseAddr("10.96.0.1"), netip.MustParseAddr("fd00:96::1")}
+	bind(t, node, addrs...)
+	for _, addr := range addrs {
+		if err := network.Outside.AddAddr(addr); err != nil {
+			t.Fatal(err)
+		}
+	}
+	network.Outside.ServeT(t, nettest.TCP, 80)
+	for _, wild := range []string{"0.0.0.0:80", "[::]:80"} {
+		l, err := node.Listen(t.Context(), map[bool]string{true: "tcp4", false: "tcp6"}[wild[0] == '0'], netip.MustParseAddrPort(wild))
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = l.Close() })
+	}
+	replace(t, d, dataplane.Node{})
+	expect := func(when string, fromNode, fromPod error) {
+		t.Helper()
+		var checks sync.WaitGroup
+		for _, addr := range addrs {
+			for from, want := range map[*nettest.Host]error{node: fromNode, client: fromPod} {
+				if want == nil && addr.Is4() && from == client {
+					continue // the node has no route from the address to answer with
+				}
+				checks.Go(func() {
+					ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+					defer cancel()
+					conn, err := from.Open(ctx, nettest.TCP, netip.AddrPortFrom(addr, 80))
+					if err == nil {
+						_ = conn.Close()
+					}
+					if !errors.Is(err, want) {
+						t.Errorf("%s: %s from %s: error %v, want %v", when, addr, from.Name, err, want)
+					}
+				})
+			}
+		}
+		checks.Wait()
+	}
+	expect("at first", nil, nil)
+	var bound, services []*dataplane.Service
+	for _, addr := range addrs {
+		bound = append(bound, BoundAddress(addr))
+		f := dataplane.Frontend{Protocol: dataplane.TCP, Addr: netip.AddrPortFrom(addr, 81)}
+		services = append(services, service(t, "s", []dataplane.Frontend{f}, nil))
+	}
+	add := func(services []*dataplane.Service) []dataplane.Change {
+		var all []dataplane.Change
+		for _, s := range services {
+			all = append(all, dataplane.Change{New: s})
+		}
+		return all
+	}
+	remove := func(services []*dataplane.Service) []dataplane.Change {
+		var all []dataplane.Change
+		for _, s := range services {
+			all = append(all, dataplane.Change{Old: s})
+		}
+		return all
+	}
+	apply(t, d, add(bound)...)
+	expect("bound", nettest.ErrTimeout, nettest.ErrTimeout)
+	apply(t, d, add(services)...)
+	expect("with a frontend at another port", nettest.ErrRefused, nettest.ErrRefused)
+	before := generation(t, d)
+	replace(t, openIn(t, node.Namespace, virtualServers{}), dataplane.Node{}, slices.Concat(bound, services)...)
+	if generation(t, d) != before {
+		t.Error("an equal Replace changed the ruleset")
+	}
+	wantRules(t, d, services...)
+	apply(t, d, remove(services)...)
+	expect("without it", nettest.ErrTimeout, nettest.ErrTimeout)
+	replace(t, d, dataplane.Node{}, bound...)
+	expect("after a Replace", nettest.ErrTimeout, nettest.ErrTimeout)
+	apply(t, d, remove(bound)...)
+	expect("not bound any more", nil, nil)
+}
+
+// TestOwnEndpoints translates what the node sends to a bound address behind its own
+// translations, as IPVS does and without a new route, to an address of the node: such
+// packets reach it, and with the mark that they had.
+func TestOwnEndpoints(t *testing.T) {
+	t.Parallel()
+	network := nettest.NewT(t, nettest.Options{})
+	node := network.Node
+	d := openIn(t, node.Namespace, virtualServers{})
+	var services []*dataplane.Service
+	script := "table inet translator {\n counter kept { }\n counter lost { }\n"
+	var sent, answered strings.Builder
+	for i, addr := range []netip.Addr{netip.MustParseAddr("10.96.0.1"), netip.MustParseAddr("fd00:96::1")} {
+		services = append(services, BoundAddress(addr))
+		ip := []string{"ip", "ip6"}[i]
+		for _, p := range []dataplane.Protocol{dataplane.TCP, dataplane.UDP} {
+			f := dataplane.Frontend{Protocol: p, Addr: netip.AddrPortFrom(addr, 80)}
+			services = append(services, service(t, p.String(), []dataplane.Frontend{f}, []dataplane.Endpoint{{Addr: netip.AddrPortFrom(node.Addrs()[i], 6443)}}))
+			l4 := strings.ToLower(p.String())
+			fmt.Fprintf(&sent, "%s daddr %s %s dport 80 %s daddr set %s %s dport set 6443\n", ip, addr, l4, ip, node.Addrs()[i], l4)
+			fmt.Fprintf(&answered, "%s saddr %s %s sport 6443 %s saddr set %s %s sport set 80\n", ip, node.Addrs()[i], l4, ip, addr, l4)
+		}
+	}
+	replace(t, d, dataplane.Node{}, services...)
+	script += "chain sent {\n type filter hook output priority -98\n" + sent.String() + "}\n" +
+		"chain answered {\n type filter hook output priority -300\n meta mark set 0x80000005\n" + answered.String() + "}\n" +
+		"chain seen {\n type filter hook postrouting priority 0\n" +
+		"th dport 6443 meta mark 0x80000005 counter name kept\n th dport 6443 meta mark != 0x80000005 counter name lost\n}\n}\n"
+	binary := nftBinaries(t)["1.1.3"]
+	nft(t, node.Namespace, binary, script)
+	node.ServeT(t, nettest.TCP, 6443)
+	node.ServeT(t, nettest.UDP, 6443)
+	for _, protocol := range []string{nettest.TCP, nettest.UDP} {
+		for _, addr := range []string{"10.96.0.1:80", "[fd00:96::1]:80"} {
+			if answer, err := node.Connect(t.Context(), protocol, netip.MustParseAddrPort(addr)); err != nil || answer.Host != node.Name {
+				t.Errorf("%s to %s: answer %+v, error %v, want one of the node", protocol, addr, answer, err)
+			}
+		}
+	}
+	kept, lost := packetsIn(t, nft(t, node.Namespace, binary, "list counter inet translator kept")), packetsIn(t, nft(t, node.Namespace, binary, "list counter inet translator lost"))
+	if kept == 0 || lost > 0 {
+		t.Errorf("%d packets kept their mark, and %d did not", kept, lost)
 	}
 }

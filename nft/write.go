@@ -705,6 +705,7 @@ type replacement struct {
 func (r *replacement) add(ctx context.Context, s *dataplane.Service) error {
 	endpoints := len(s.Endpoints) + len(s.LocalEndpoints)
 	switch {
+	case s.Key.Kind == boundAddress: // has none
 	case r.translator != nil:
 		endpoints = int(lists) // a virtual server each
 	case s.Affinity != 0:
