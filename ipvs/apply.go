@@ -4,21 +4,16 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"maps"
 	"net/netip"
 	"slices"
 	"time"
 
 	"fairlead/dataplane"
+	"fairlead/nft"
 
 	"golang.org/x/sys/unix"
-)
-
-// The kinds of the Services that stand in for frontends which must not be reached
-// yet, or any more; see guard.
-const (
-	comingKind = dataplane.Kind(0xff)
-	goingKind  = dataplane.Kind(0xfe)
 )
 
 // Apply implements [dataplane.Dataplane]. The order of its steps is that of the
@@ -28,18 +23,20 @@ func (d *Dataplane) Apply(ctx context.Context, changes []dataplane.Change) error
 	defer d.mu.Unlock()
 	failed := map[dataplane.Key]error{}
 	p := d.plan(changes, failed)
-	if err := d.applyRules(ctx, p.coming, failed); err != nil {
+	if err := d.applyRules(ctx, p.guards, p.owners, failed); err != nil {
 		return fmt.Errorf("apply: %w", err)
 	}
 	w := d.work()
 	for s, vs := range p.want {
-		w.add(s, vs)
+		if failed[p.wanting[s]] == nil { // or else its address may be without a drop rule
+			w.add(s, vs)
+		}
 	}
 	if err := w.carryOut(p.owners, failed); err != nil {
 		return fmt.Errorf("apply: %w", err)
 	}
 	p.spread(failed)
-	if err := d.applyRules(ctx, p.switching(failed), failed); err != nil {
+	if err := d.applyRules(ctx, p.switching(failed), p.owners, failed); err != nil {
 		return fmt.Errorf("apply: %w", err)
 	}
 	w = d.work()
@@ -52,13 +49,18 @@ func (d *Dataplane) Apply(ctx context.Context, changes []dataplane.Change) error
 	}
 	for s, k := range p.have {
 		if _, stays := p.want[s]; !stays && !inDoubt(k, failed) {
+			w.retire(s, p.translated[s])
+		}
+	}
+	for s := range p.translated {
+		if d.leaving[s] {
 			w.delete(s)
 		}
 	}
 	if err := w.carryOut(p.owners, failed); err != nil {
 		return fmt.Errorf("apply: %w", err)
 	}
-	if err := d.applyRules(ctx, reversed(p.going), failed); err != nil {
+	if err := d.applyRules(ctx, w.released(), p.owners, failed); err != nil {
 		return fmt.Errorf("apply: %w", err)
 	}
 	for _, c := range p.changes {
@@ -82,17 +84,19 @@ type plan struct {
 	wanting map[server]dataplane.Key
 	// owners are the keys of both that each virtual server matters to.
 	owners map[server][]dataplane.Key
-	// coming and going are changes of the rules that guard frontends before their
-	// virtual servers come, and until they have gone.
-	coming, going []dataplane.Change
+	// guards add the rules for addresses that are not bound yet; see directAddrs.
+	guards []dataplane.Change
+	// translated are the frontends whose connections are translated, so that no
+	// virtual server can be there.
+	translated map[server]bool
 }
 
 func (d *Dataplane) plan(changes []dataplane.Change, failed map[dataplane.Key]error) *plan {
 	p := &plan{
 		have: make(map[server]dataplane.Key, len(changes)), want: make(map[server]virtualServer, len(changes)),
 		wanting: make(map[server]dataplane.Key, len(changes)), owners: make(map[server][]dataplane.Key, len(changes)),
+		translated: map[server]bool{},
 	}
-	was, is := map[dataplane.Frontend]bool{}, map[dataplane.Frontend]bool{}
 	for _, c := range changes {
 		if c.Old == nil || d.supported(c.Old) != nil {
 			continue
@@ -101,10 +105,8 @@ func (d *Dataplane) plan(changes []dataplane.Change, failed map[dataplane.Key]er
 			p.have[s] = c.Key()
 			p.own(s, c.Key())
 		})
-		for _, f := range c.Old.Frontends {
-			was[f] = true
-		}
 	}
+	guarded := map[netip.Addr]bool{}
 	for _, c := range changes {
 		old, now := c.Old, c.New
 		if old != nil && d.supported(old) != nil {
@@ -121,22 +123,29 @@ func (d *Dataplane) plan(changes []dataplane.Change, failed map[dataplane.Key]er
 				p.want[s], p.wanting[s] = vs, c.Key()
 				p.own(s, c.Key())
 			})
-			for _, f := range now.Frontends {
-				is[f] = true
+			addTranslated(p.translated, now)
+			for addr := range directAddrs(now) {
+				if d.bound[addr] == 0 && !guarded[addr] {
+					guarded[addr] = true
+					p.guards = append(p.guards, dataplane.Change{New: nft.BoundAddress(addr)})
+				}
 			}
 		}
 		if old != nil || now != nil {
 			p.changes = append(p.changes, dataplane.Change{Old: old, New: now})
 		}
 	}
-	for _, c := range p.changes {
-		p.coming = guard(p.coming, c.New, comingKind, func(f dataplane.Frontend) bool {
-			_, there := d.servers[server{f.Protocol, f.Addr}]
-			return !there && !was[f]
-		})
-		p.going = guard(p.going, c.Old, goingKind, func(f dataplane.Frontend) bool { return !is[f] })
-	}
 	return p
+}
+
+// addTranslated adds the frontends of a Service whose connections are translated.
+func addTranslated(to map[server]bool, s *dataplane.Service) {
+	if direct(s) {
+		return
+	}
+	for _, f := range s.Frontends {
+		to[server{f.Protocol, f.Addr}] = true
+	}
 }
 
 func (p *plan) own(s server, k dataplane.Key) {
@@ -180,59 +189,29 @@ func (p *plan) spread(failed map[dataplane.Key]error) {
 	}
 }
 
-// guard appends the creation of a Service that takes the place of those of s's
-// frontends that want it, if there are any, and lets nothing through to them. Rules
-// are all that leads to a virtual server at an internal address, but one at a cluster
-// IP is met by what the node itself sends while it has no destinations yet; and when
-// it has gone, the node's own programs would be, as long as its address is bound.
-func guard(guards []dataplane.Change, s *dataplane.Service, kind dataplane.Kind, wants func(dataplane.Frontend) bool) []dataplane.Change {
-	if s == nil || !direct(s) {
-		return guards
-	}
-	var frontends []dataplane.Frontend
-	for _, f := range s.Frontends {
-		if wants(f) {
-			frontends = append(frontends, f)
+// directAddrs returns the addresses of a Service with virtual servers, each of which has
+// a [nft.BoundAddress] in the rules. Only rules lead to a virtual server at an internal
+// address. But connections of the node meet a virtual server at a cluster IP before it
+// has destinations, and where it is gone, and the address still bound, connections of
+// others would reach the node's own programs.
+func directAddrs(s *dataplane.Service) iter.Seq[netip.Addr] {
+	return func(yield func(netip.Addr) bool) {
+		if !direct(s) {
+			return
+		}
+		for _, f := range s.Frontends {
+			if !yield(f.Addr.Addr()) {
+				return
+			}
 		}
 	}
-	if len(frontends) == 0 {
-		return guards
-	}
-	key := s.Key
-	key.Kind = kind
-	return append(guards, dataplane.Change{New: &dataplane.Service{
-		Key: key, Frontends: frontends, Treatment: dataplane.Treatment{NoEndpoints: dataplane.Drop},
-	}})
-}
-
-// guarded returns the key of the Service that a guard with this key stands in for.
-func guarded(k dataplane.Key) dataplane.Key {
-	if k.Kind == comingKind || k.Kind == goingKind {
-		k.Kind = dataplane.ClusterIP
-	}
-	return k
-}
-
-// reversed returns the changes that undo creations.
-func reversed(created []dataplane.Change) []dataplane.Change {
-	all := make([]dataplane.Change, 0, len(created))
-	for _, c := range created {
-		all = append(all, dataplane.Change{Old: c.New})
-	}
-	return all
 }
 
 // switching returns the changes of the rules that go with those of the virtual
-// servers: new Services are opened, and those that go are guarded. A Service that
-// could not be programmed keeps the rules that it had, and a new one its guard.
+// servers: new Services are opened, and those that go are closed. A Service that could
+// not be programmed keeps the rules that it had.
 func (p *plan) switching(failed map[dataplane.Key]error) []dataplane.Change {
-	all := slices.Clone(p.going)
-	for _, c := range p.coming {
-		// The virtual server of one that failed may be there without destinations.
-		if failed[guarded(c.Key())] == nil {
-			all = append(all, dataplane.Change{Old: c.New})
-		}
-	}
+	var all []dataplane.Change
 	for _, c := range p.changes {
 		if failed[c.Key()] == nil || c.New == nil {
 			all = append(all, c)
@@ -242,22 +221,47 @@ func (p *plan) switching(failed map[dataplane.Key]error) []dataplane.Change {
 }
 
 // applyRules changes the rules, and notes the keys of those that did not take.
-func (d *Dataplane) applyRules(ctx context.Context, changes []dataplane.Change, failed map[dataplane.Key]error) error {
+func (d *Dataplane) applyRules(
+	ctx context.Context, changes []dataplane.Change, owners map[server][]dataplane.Key, failed map[dataplane.Key]error,
+) error {
 	if len(changes) == 0 {
 		return nil
 	}
-	return note(d.rules.Apply(ctx, changes), failed)
+	return note(d.rules.Apply(ctx, changes), owners, failed)
 }
 
-// note takes the keys of an error of the rules over. It returns what is about
-// everything.
-func note(err error, failed map[dataplane.Key]error) error {
+// note adds the keys of an error of the rules to failed. For an address these are the
+// owners of the virtual servers there. It returns an error that concerns all changes, or
+// an address without owners.
+func note(err error, owners map[server][]dataplane.Key, failed map[dataplane.Key]error) error {
 	var keyed *dataplane.Error
 	if !errors.As(err, &keyed) {
 		return err
 	}
+	refused := map[netip.Addr]error{}
 	for k, e := range keyed.Failed {
-		failed[guarded(k)] = e
+		if addr, ok := nft.BoundAddressOf(k); ok {
+			refused[addr] = fmt.Errorf("the drop rule of %s: %w", addr, e)
+		} else {
+			failed[k] = e
+		}
+	}
+	if len(refused) == 0 {
+		return nil
+	}
+	rest := maps.Clone(refused)
+	for s, keys := range owners {
+		if e := refused[s.addr.Addr()]; e != nil {
+			delete(rest, s.addr.Addr())
+			for _, k := range keys {
+				if failed[k] == nil {
+					failed[k] = e
+				}
+			}
+		}
+	}
+	for _, e := range rest {
+		return e
 	}
 	return nil
 }
@@ -274,9 +278,10 @@ type work struct {
 
 func (d *Dataplane) work() *work { return &work{Dataplane: d, now: time.Now()} }
 
-// add makes a virtual server have at least these endpoints.
+// add makes a virtual server have at least these endpoints. One that is leaving stays.
 func (w *work) add(s server, want virtualServer) {
 	have, there := w.servers[s]
+	delete(w.leaving, s)
 	switch {
 	case !there:
 		w.request(request{command: newService, server: s, settings: want.settings})
@@ -350,6 +355,22 @@ func (d *Dataplane) drainLimit(s server) time.Duration {
 	return d.opts.DrainLimit
 }
 
+// retire begins to drain a virtual server that no Service has any more; the rules keep
+// new connections from it. It deletes the virtual server immediately if that has no
+// destinations, or if now is set.
+func (w *work) retire(s server, now bool) {
+	have, there := w.servers[s]
+	if !there {
+		return
+	}
+	if now || len(have.endpoints) == 0 && len(w.draining[s]) == 0 {
+		w.delete(s)
+		return
+	}
+	w.drop(s, virtualServer{settings: have.settings})
+	w.leaving[s] = true
+}
+
 // delete removes a virtual server with its destinations.
 func (w *work) delete(s server) {
 	if _, there := w.servers[s]; !there {
@@ -359,6 +380,7 @@ func (w *work) delete(s server) {
 	w.touch(s)
 	delete(w.servers, s)
 	delete(w.draining, s)
+	delete(w.leaving, s)
 	if addr := s.addr.Addr(); !isInternal(addr) {
 		if w.bound[addr]--; w.bound[addr] == 0 {
 			delete(w.bound, addr)
@@ -435,8 +457,19 @@ func (w *work) carryOut(owners map[server][]dataplane.Key, failed map[dataplane.
 	if err != nil {
 		return err
 	}
+	w.unbind = slices.DeleteFunc(w.unbind, func(a netip.Addr) bool { return stuck[a] != nil })
 	maps.Copy(refused, stuck)
 	return w.failAddresses(refused, owners, failed)
+}
+
+// released returns the changes of the rules for addresses that are no longer bound,
+// once the work has been carried out.
+func (w *work) released() []dataplane.Change {
+	all := make([]dataplane.Change, 0, len(w.unbind))
+	for _, addr := range w.unbind {
+		all = append(all, dataplane.Change{Old: nft.BoundAddress(addr)})
+	}
+	return all
 }
 
 func (w *work) run(requests []request) ([]error, error) {

@@ -42,13 +42,15 @@
 //
 // IPVS takes one change after the other, so their order is what clients see:
 //
-//  1. Rules that drop connections to new cluster IPs come first.
+//  1. Addresses to bind get a rule first that drops connections which no frontend
+//     takes ([nft.BoundAddress]). It stays as long as the address is bound.
 //  2. Addresses are bound, virtual servers and destinations are added, weights are
 //     set to 1. A virtual server that had destinations has at least those that stay.
 //  3. The rules change, in one transaction: new Services are opened, those that have
-//     lost their last endpoint refuse, connections to cluster IPs that go are dropped.
-//  4. Destinations that are not wanted get weight 0, and virtual servers that are not
-//     wanted are deleted, then their addresses; then the rules for these.
+//     lost their last endpoint refuse, connections to Services that go are dropped.
+//  4. Destinations that are not wanted get weight 0, also those of virtual servers
+//     that no Service has any more. Virtual servers without destinations are
+//     deleted, then their addresses, then the rules for these.
 //
 // Where nothing of it is to be done, a step takes no request. A change of endpoints
 // is one send to IPVS, and one to nftables if it is about pods of this node.
@@ -67,6 +69,12 @@
 // [Options.DrainLimit]; one of UDP a moment after it serves no more, and its flows
 // move to another. An endpoint that comes back meanwhile gets weight 1. The weight is
 // in the kernel, so that all of this goes on after a restart.
+//
+// When a Service is deleted, its endpoints leave in the same way, and its virtual
+// servers are deleted after the last endpoint. Until then its cluster IP stays bound,
+// and the rule for bound addresses drops new connections. A new Service at the same
+// frontend takes the virtual server over. Replace finds the virtual servers of Services
+// that were deleted while no Dataplane was running.
 //
 // # Many requests at once
 //

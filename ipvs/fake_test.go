@@ -28,8 +28,10 @@ type fake struct {
 
 	held  map[server]*heldServer
 	addrs map[netip.Addr]bool
-	// open are the rules, by frontend.
-	open map[dataplane.Frontend]openRule
+	// open are the rules, by frontend, and guarded the addresses whose other
+	// connections they drop.
+	open    map[dataplane.Frontend]openRule
+	guarded map[netip.Addr]bool
 	// translator is asked where connections go.
 	translator nft.Translator
 	// asked are all requests, and read the lists of destinations that were asked for.
@@ -61,6 +63,7 @@ func inMemory(t *testing.T) (*Dataplane, *fake) {
 	f := &fake{
 		t: t, fault: func(string) error { return nil },
 		held: map[server]*heldServer{}, addrs: map[netip.Addr]bool{}, open: map[dataplane.Frontend]openRule{},
+		guarded: map[netip.Addr]bool{},
 	}
 	return f.start(), f
 }
@@ -221,6 +224,10 @@ func (r fakeRules) Apply(_ context.Context, changes []dataplane.Change) error {
 	}
 	for _, c := range changes {
 		if failed[c.Key()] == nil && c.Old != nil {
+			if addr, ok := nft.BoundAddressOf(c.Key()); ok {
+				delete(r.guarded, addr)
+				continue
+			}
 			for _, f := range c.Old.Frontends {
 				delete(r.open, f)
 			}
@@ -247,6 +254,10 @@ func (r fakeRules) Apply(_ context.Context, changes []dataplane.Change) error {
 }
 
 func (r fakeRules) put(s *dataplane.Service) {
+	if addr, ok := nft.BoundAddressOf(s.Key); ok {
+		r.guarded[addr] = true
+		return
+	}
 	cluster, local := r.translator.VirtualServers(s)
 	for _, f := range s.Frontends {
 		rule := openRule{s, server{f.Protocol, cluster}, server{f.Protocol, local}}
@@ -262,6 +273,7 @@ func (r fakeRules) Replace(_ context.Context, _ dataplane.Node, services iter.Se
 		return err
 	}
 	clear(r.open)
+	clear(r.guarded)
 	for s := range services {
 		r.put(s)
 	}
@@ -300,14 +312,19 @@ func (f *fake) checkOrder(after string) {
 		}
 	}
 	for s := range f.held {
-		if _, ok := f.open[dataplane.Frontend{Protocol: s.protocol, Addr: s.addr}]; !ok && !isInternal(s.addr.Addr()) {
-			f.t.Errorf("after %s the virtual server %s is there without rules", after, s)
+		if addr := s.addr.Addr(); !f.guarded[addr] && !isInternal(addr) {
+			f.t.Errorf("after %s the virtual server %s is there without a drop rule for its address", after, s)
+		}
+	}
+	for addr := range f.addrs {
+		if !f.guarded[addr] {
+			f.t.Errorf("after %s %s is bound without a drop rule", after, addr)
 		}
 	}
 }
 
 // expect fails the test unless exactly these Services are served, but for those that
-// have failed, of which it knows nothing.
+// have failed, of which it knows nothing. Other virtual servers must be leaving.
 func (f *fake) expect(when string, services map[dataplane.Key]*dataplane.Service, failed map[dataplane.Key]error) {
 	f.t.Helper()
 	var want, got []string
@@ -348,7 +365,7 @@ func (f *fake) expect(when string, services map[dataplane.Key]*dataplane.Service
 		return text
 	}
 	for at, rule := range f.open {
-		if failed[guarded(rule.Key)] != nil {
+		if failed[rule.Key] != nil {
 			continue
 		}
 		text := at.String() + " " + rule.Key.String() + " " + rule.String() + " ->" + takers(rule.cluster) + " ->"
@@ -365,12 +382,21 @@ func (f *fake) expect(when string, services map[dataplane.Key]*dataplane.Service
 	if len(failed) > 0 {
 		return
 	}
-	for s := range f.held {
-		if !used[s] {
+	for s, h := range f.held {
+		if used[s] {
+			continue
+		}
+		if len(h.dests) == 0 {
 			f.t.Errorf("%s the virtual server %s is left", when, s)
+		}
+		if text := takers(s); text != "" {
+			f.t.Errorf("%s the virtual server %s is left with%s", when, s, text)
 		}
 	}
 	if !maps.Equal(bound, f.addrs) {
 		f.t.Errorf("%s the addresses %v are bound, want %v", when, f.addrs, bound)
+	}
+	if !maps.Equal(bound, f.guarded) {
+		f.t.Errorf("%s the addresses %v have drop rules, want %v", when, f.guarded, bound)
 	}
 }

@@ -3,6 +3,8 @@ package ipvs
 import (
 	"errors"
 	"fmt"
+	"maps"
+	"math"
 	"net/netip"
 	"slices"
 	"strings"
@@ -72,7 +74,7 @@ func TestRemovalsThatFail(t *testing.T) {
 	t.Parallel()
 	for _, what := range []string{"delete", "bind"} {
 		d, f := inMemory(t)
-		s := service(t, dataplane.ClusterIP, "web", "10.96.0.1:80/TCP", dataplane.Treatment{Endpoints: to("10.0.0.1:80")})
+		s := service(t, dataplane.ClusterIP, "web", "10.96.0.1:80/TCP", dataplane.Treatment{})
 		if err := d.Replace(t.Context(), dataplane.Node{}, all(s), nil); err != nil {
 			t.Fatal(err)
 		}
@@ -89,6 +91,93 @@ func TestRemovalsThatFail(t *testing.T) {
 	}
 }
 
+// What could not be removed once a deleted Service has drained leads to a Replace, which
+// tries again. Nothing is reached there until then.
+func TestDrainedServicesThatAreNotRemoved(t *testing.T) {
+	t.Parallel()
+	for _, what := range []string{"delete the virtual server", "bind", "rules", "all requests"} {
+		d, f := inMemory(t)
+		s := service(t, dataplane.ClusterIP, "web", "10.96.0.1:80/TCP", dataplane.Treatment{Endpoints: to("10.0.0.1:80")})
+		if err := d.Replace(t.Context(), dataplane.Node{}, all(s), nil); err != nil {
+			t.Fatal(err)
+		}
+		if err := d.Apply(t.Context(), []dataplane.Change{{Old: s}}); err != nil {
+			t.Fatal(err)
+		}
+		addr := s.Frontends[0].Addr
+		delete(f.held[server{dataplane.TCP, addr}].dests, netip.MustParseAddrPort("10.0.0.1:80"))
+		if err := d.endDrains(server{dataplane.TCP, addr}, nil); err != nil {
+			t.Fatal(err)
+		}
+		f.failing(1, what)
+		f.wild = false
+		if _, err := d.removeDrained(math.MaxInt); err == nil {
+			t.Errorf("%s fails: no error", what)
+		}
+		select {
+		case <-d.Drift():
+		default:
+			t.Errorf("%s fails: no drift", what)
+		}
+		if err := d.Replace(t.Context(), dataplane.Node{}, all(), nil); err != nil {
+			t.Error(err)
+		}
+		f.expect("at last", nil, nil)
+	}
+}
+
+// A deleted Service whose connections drain is taken back by one at the same frontend,
+// and by one that has another of its ports, as far as that goes. It ends at once for an
+// external address, whose connections are translated.
+func TestServicesThatDrainAreTakenBack(t *testing.T) {
+	t.Parallel()
+	d, f := inMemory(t)
+	endpoints := dataplane.Treatment{Endpoints: to("10.0.0.1:80")}
+	web := service(t, dataplane.ClusterIP, "web", "10.96.0.1:80/TCP 10.96.0.1:81/TCP", endpoints)
+	same := service(t, dataplane.ClusterIP, "same", "10.96.0.1:81/TCP 10.96.0.1:82/TCP", endpoints)
+	external := service(t, dataplane.ExternalIP, "external", "10.96.0.1:80/TCP", endpoints)
+	services := map[dataplane.Key]*dataplane.Service{}
+	step := func(name string, c dataplane.Change, leaving ...string) {
+		t.Helper()
+		if err := d.Apply(t.Context(), []dataplane.Change{c}); err != nil {
+			t.Fatal(err)
+		}
+		if delete(services, c.Key()); c.New != nil {
+			services[c.Key()] = c.New
+		}
+		check := func(when string) {
+			t.Helper()
+			f.expect(when, services, nil)
+			if len(leaving) != len(d.leaving) {
+				t.Errorf("%s %v are leaving, want %v", when, d.leaving, leaving)
+			}
+			for _, addr := range leaving {
+				if !d.leaving[server{dataplane.TCP, netip.MustParseAddrPort(addr)}] {
+					t.Errorf("%s %v are leaving, want %v", when, d.leaving, leaving)
+				}
+			}
+		}
+		check("after " + name)
+		d = f.start()
+		asked := len(f.asked)
+		if err := d.Replace(t.Context(), dataplane.Node{}, maps.Values(services), nil); err != nil {
+			t.Fatal(err)
+		}
+		check("after a restart after " + name)
+		if n := f.asked[asked:]; len(n) > 0 {
+			t.Errorf("after %s a restart asks for %v", name, n)
+		}
+	}
+	if err := d.Replace(t.Context(), dataplane.Node{}, all(web), nil); err != nil {
+		t.Fatal(err)
+	}
+	step("the deletion", dataplane.Change{Old: web}, "10.96.0.1:80", "10.96.0.1:81")
+	step("another Service at one of the frontends", dataplane.Change{New: same}, "10.96.0.1:80")
+	step("an external address", dataplane.Change{New: external})
+	internal := firstPlace(external, clusterList)
+	step("the deletion of that", dataplane.Change{Old: external}, internal.String())
+}
+
 // A new Service that could not be programmed is dropped by the rules, as its address
 // may be bound: programs of the node are not to be reached there.
 func TestServicesThatFailAreGuarded(t *testing.T) {
@@ -100,9 +189,8 @@ func TestServicesThatFailAreGuarded(t *testing.T) {
 	}
 	f.failing(1, "add the virtual server")
 	expectFailed(t, d.Apply(t.Context(), []dataplane.Change{{New: s}}), s.Key)
-	rule := f.open[s.Frontends[0]]
-	if rule.Service == nil || rule.NoEndpoints != dataplane.Drop || len(rule.Endpoints) > 0 {
-		t.Errorf("the rules have %v, want that connections are dropped", rule.Service)
+	if rule, open := f.open[s.Frontends[0]]; open || !f.guarded[s.Frontends[0].Addr.Addr()] {
+		t.Errorf("the rules have %v and drop at %v, want that connections are dropped", rule.Service, f.guarded)
 	}
 }
 
@@ -177,8 +265,10 @@ func TestCostFollowsTheChange(t *testing.T) {
 			{"two leave", more, fewer, 2},
 			{"one comes back", fewer, held[3], 1},
 			{"all leave", held[3], gone, 2},
-			{"the Service goes", gone, nil, 1},
-			{"it comes", nil, held[3], 3},
+			{"the Service goes, whose endpoints drain", gone, nil, 0},
+			{"it comes back", nil, held[3], 2},
+			{"it goes with its endpoints", held[3], nil, 2},
+			{"it comes back again", nil, held[3], 2},
 			{"nothing changes", held[3], held[3], 0},
 		} {
 			f.asked, f.read = nil, 0

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math"
 	"math/rand/v2"
 	"net/netip"
 	"testing"
@@ -114,11 +115,9 @@ func TestHistories(t *testing.T) {
 				switch h.IntN(6) {
 				case 0: // a restart
 					d = f.start()
-					f.wild = true // addresses may lose their rules before their virtual server
 					if err := replace(next); err != nil {
 						t.Fatal(err)
 					}
-					f.wild = false
 				case 1: // faults, until a Replace
 					f.wild = true
 					f.fault = func(string) error {
@@ -193,7 +192,13 @@ func (h history) drained(d *Dataplane, f *fake) {
 			h.Fatal(err)
 		}
 	}
+	if _, err := d.removeDrained(math.MaxInt); err != nil {
+		h.Fatal(err)
+	}
 	for s, held := range f.held {
+		if len(d.leaving) > 0 {
+			h.Errorf("%v have no connections and are still there", d.leaving)
+		}
 		for addr, dest := range held.dests {
 			if dest.weight == 0 {
 				h.Errorf("%s of %s has no connections and is still there", addr, s)

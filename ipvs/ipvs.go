@@ -52,8 +52,8 @@ type Options struct {
 	// and a flow of UDP. They are whole seconds and hold for all virtual servers of
 	// the namespace. 0 leaves the kernel's.
 	TCPTimeout, TCPFinTimeout, UDPTimeout time.Duration
-	// DrainLimit is how long an endpoint that has left keeps its connections.
-	// 0: [DefaultDrainLimit].
+	// DrainLimit is how long an endpoint that has left keeps its connections, and
+	// a Service that was deleted. 0: [DefaultDrainLimit].
 	DrainLimit time.Duration
 }
 
@@ -82,7 +82,8 @@ type Dataplane struct {
 	host   bindings
 	places places
 	// servers are the virtual servers that are programmed, and bound counts those
-	// at each address of Services.
+	// at each address of Services. The rules have a [nft.BoundAddress] for each of
+	// these addresses.
 	servers map[server]virtualServer
 	bound   map[netip.Addr]int
 	// unbound are addresses that are to be bound, for which that failed.
@@ -90,6 +91,9 @@ type Dataplane struct {
 	// draining are destinations that take no more connections, and until when they
 	// may keep those that they have; the zero Time is for as long as they serve.
 	draining map[server]map[netip.AddrPort]time.Time
+	// leaving are virtual servers, among those in servers, that no Service has any
+	// more. Each is deleted once its destinations have drained.
+	leaving map[server]bool
 	// datagrams goes off when some of UDP have drained, if there are any soon.
 	datagrams *time.Timer
 	soon      bool
@@ -208,6 +212,7 @@ func (d *Dataplane) forget() {
 	d.bound = map[netip.Addr]int{}
 	d.unbound = map[netip.Addr]bool{}
 	d.draining = map[server]map[netip.AddrPort]time.Time{}
+	d.leaving = map[server]bool{}
 	d.doubtful = map[server]bool{}
 	d.ready = false
 }

@@ -553,6 +553,160 @@ func TestDrainLimit(t *testing.T) {
 	eventually(t, 3*patrolPeriod, "the endpoint is gone", func() bool { return w.listed("10.96.0.1:80") == gone })
 }
 
+// bound reports whether an address is bound to the node.
+func (w *world) bound(addr string) bool {
+	w.t.Helper()
+	h, err := openHost(w.Node.Fd())
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	defer h.close() //nolint:errcheck // it was only read from
+	link, err := h.handle.LinkByName(LinkName)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	h.link = link.Attrs().Index
+	all, err := h.bound()
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return all[netip.MustParseAddr(addr)]
+}
+
+// A Service that is deleted, also while nobody is there, keeps its connections and
+// takes no others, and programs of the node are not reached at its address. A Service
+// at the same frontend takes its connections over. The node's own connections to itself
+// are among those that last.
+func TestDeletedServicesDrain(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, Options{}, 3)
+	wild, err := w.Node.Listen(t.Context(), "tcp", netip.MustParseAddrPort("0.0.0.0:80"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer wild.Close()
+	w.Node.ServeT(t, nettest.TCP, podPort)
+	to := func(host *nettest.Host) dataplane.Treatment {
+		return dataplane.Treatment{Endpoints: []dataplane.Endpoint{{Addr: netip.AddrPortFrom(host.IPv4, podPort), Local: true}}}
+	}
+	nodePort := netip.AddrPortFrom(w.Node.IPv4, 30080)
+	services := []*dataplane.Service{
+		w.web(dataplane.TCP, 0),
+		service(t, dataplane.ClusterIP, "host", "10.96.0.2:80/TCP", to(w.Node)),
+		service(t, dataplane.NodePort, "web", "0.0.0.0:30080/TCP", w.to(0)),
+	}
+	addrs := []netip.AddrPort{clusterIP, netip.MustParseAddrPort("10.96.0.2:80"), nodePort}
+	w.replace(services...)
+	clients := []*nettest.Host{w.pods[2], w.Node, w.Outside}
+	var open []*nettest.Conn
+	for _, addr := range addrs {
+		for _, from := range clients {
+			conn, err := from.Open(t.Context(), nettest.TCP, addr)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { _ = conn.Close() })
+			open = append(open, conn)
+		}
+	}
+	check := func(after string) {
+		t.Helper()
+		for _, conn := range open {
+			if _, err := conn.Ask(t.Context()); err != nil {
+				t.Errorf("after %s: %v", after, err)
+			}
+		}
+		for _, addr := range addrs[:2] {
+			for _, from := range clients {
+				ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+				if conn, err := from.Open(ctx, nettest.TCP, addr); !errors.Is(err, nettest.ErrTimeout) {
+					t.Errorf("after %s: a new connection from %s to %s: %v, error %v, want none", after, from.Name, addr, conn, err)
+				}
+				cancel()
+			}
+		}
+		w.expectListed("10.96.0.1:80", fmt.Sprintf("TCP rr %s:8080=0", w.pods[0].IPv4))
+		w.expectListed("250.29.0.1:30080", fmt.Sprintf("TCP rr %s:8080=0", w.pods[0].IPv4))
+	}
+	for _, s := range services {
+		w.remove(s)
+	}
+	check("the deletion")
+	time.Sleep(patrolPeriod * 3 / 2)
+	check("a look at it")
+	w.restart()
+	check("a restart")
+	time.Sleep(patrolPeriod * 3 / 2)
+	check("a look at it after a restart")
+	w.replace(services...)
+	if err := w.dp.Close(); err != nil {
+		t.Fatal(err)
+	}
+	w.start()
+	w.replace()
+	check("a deletion while nobody is there")
+
+	w.put(w.web(dataplane.TCP, 1))
+	w.expectListed("10.96.0.1:80", fmt.Sprintf("TCP rr %s:8080=0 %s:8080=1", w.pods[0].IPv4, w.pods[1].IPv4))
+	for _, from := range clients {
+		if answer, err := from.Connect(t.Context(), nettest.TCP, clusterIP); err != nil || answer.Host != "pod-1" {
+			t.Errorf("from %s: answer %+v, error %v, want one of pod-1", from.Name, answer, err)
+		}
+	}
+	for _, conn := range open {
+		if _, err := conn.Ask(t.Context()); err != nil {
+			t.Errorf("after the creation of another: %v", err)
+		}
+	}
+}
+
+// A Service that is deleted goes when its connections have ended, or after a limit, with
+// its address and the rules for it.
+func TestDeletedServicesGo(t *testing.T) {
+	t.Parallel()
+	for _, connected := range []bool{false, true} {
+		t.Run(fmt.Sprintf("connected=%t", connected), func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t, Options{DrainLimit: 7 * time.Second}, 1)
+			nodePort := service(t, dataplane.NodePort, "web", "0.0.0.0:30080/UDP", w.to(0))
+			w.replace(w.web(dataplane.TCP, 0), nodePort)
+			if connected {
+				conn, err := w.Outside.Open(t.Context(), nettest.TCP, clusterIP)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer conn.Close()
+				if _, err := conn.Ask(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+			}
+			w.remove(w.web(dataplane.TCP, 0))
+			w.remove(nodePort)
+			if !w.bound("10.96.0.1") {
+				t.Error("the address went before the virtual server")
+			}
+			eventually(t, 3*time.Second, "the virtual server of UDP is gone", func() bool { return w.listed("250.29.0.3:30080") == "" })
+			eventually(t, 5*patrolPeriod, "the virtual server is gone", func() bool { return w.listed("10.96.0.1:80") == "" })
+			eventually(t, 3*time.Second, "the address is gone", func() bool { return !w.bound("10.96.0.1") })
+			if err := w.Outside.AddAddr(clusterIP.Addr()); err != nil {
+				t.Fatal(err)
+			}
+			w.Outside.ServeT(t, nettest.TCP, 80)
+			eventually(t, 3*time.Second, "the address is nobody's any more", func() bool {
+				ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+				defer cancel()
+				_, err := w.Node.Connect(ctx, nettest.TCP, clusterIP)
+				return err == nil
+			})
+			select {
+			case <-w.dp.Drift():
+				t.Error("drift")
+			case <-time.After(patrolPeriod * 3 / 2):
+			}
+		})
+	}
+}
+
 // A flow of UDP moves to another endpoint when its own leaves.
 func TestFlowsOfUDPMove(t *testing.T) {
 	t.Parallel()

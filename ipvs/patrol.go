@@ -1,9 +1,11 @@
 package ipvs
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"maps"
+	"math"
 	"net/netip"
 	"slices"
 	"time"
@@ -13,8 +15,8 @@ import (
 
 const (
 	// patrolPeriod is how often the kernel is compared with what is programmed,
-	// since it does not announce what others change, and draining destinations are
-	// looked after.
+	// since it does not announce what others change, and draining destinations and
+	// leaving virtual servers are looked after.
 	patrolPeriod = 5 * time.Second
 	// patrolRounds is in how many patrols all destinations are looked at, if there
 	// are more than a few: the kernel lists those of one virtual server at a time.
@@ -228,7 +230,44 @@ func (d *Dataplane) lookAfterDrains(k *kernel) error {
 			return err
 		}
 	}
-	return nil
+	for {
+		d.mu.Lock()
+		more, err := d.removeDrained(requestsAtOnce)
+		d.mu.Unlock()
+		if !more || err != nil {
+			return err
+		}
+	}
+}
+
+// removeDrained deletes at most limit virtual servers that are leaving and have no
+// destinations, then their addresses, then the rules for these addresses. It reports
+// whether there may be more. If a step fails, it signals drift, so that a Replace finds
+// the rest.
+func (d *Dataplane) removeDrained(limit int) (more bool, err error) {
+	w := d.work()
+	for s := range d.leaving {
+		if len(d.draining[s]) > 0 {
+			continue
+		}
+		if w.delete(s); len(w.requests) == limit {
+			more = true
+			break
+		}
+	}
+	if len(w.requests) == 0 {
+		return false, nil
+	}
+	failed := map[dataplane.Key]error{}
+	err = w.carryOut(nil, failed)
+	if err == nil {
+		err = d.applyRules(context.Background(), w.released(), nil, failed)
+	}
+	if err != nil {
+		d.signal()
+		return false, fmt.Errorf("remove virtual servers that have drained: %w", err)
+	}
+	return more, nil
 }
 
 // endDatagrams deletes destinations of UDP whose time is over, and sets the time for
@@ -258,7 +297,11 @@ func (d *Dataplane) endDatagrams() error {
 		d.soon = true
 		d.datagrams.Reset(time.Until(next))
 	}
-	return d.endAll(requests)
+	if err := d.endAll(requests); err != nil {
+		return err
+	}
+	_, err := d.removeDrained(math.MaxInt)
+	return err
 }
 
 // endAll deletes destinations that have drained.

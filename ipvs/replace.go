@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"fairlead/dataplane"
+	"fairlead/nft"
 )
 
 // Replace implements [dataplane.Dataplane]. The rules come first, in which Services
@@ -29,13 +30,13 @@ func (d *Dataplane) Replace(ctx context.Context, node dataplane.Node, services i
 	if err != nil {
 		return fmt.Errorf("replace: %w", err)
 	}
-	if err := note(d.rules.Replace(ctx, node, r.first(), nil), r.failed); err != nil {
+	if err := note(d.rules.Replace(ctx, node, r.first(), nil), r.owners, r.failed); err != nil {
 		return fmt.Errorf("replace: %w", err)
 	}
 	if err := r.fill(ctx, progress); err != nil {
 		return fmt.Errorf("replace: %w", err)
 	}
-	if err := r.clear(); err != nil {
+	if err := r.clear(ctx); err != nil {
 		return fmt.Errorf("replace: %w", err)
 	}
 	d.ready = true
@@ -64,6 +65,8 @@ type replacement struct {
 	closed map[dataplane.Key]bool
 	want   map[server]virtualServer
 	owners map[server][]dataplane.Key
+	// translated are the frontends whose connections are translated.
+	translated map[server]bool
 	// odd are destinations with a weight that is none of ours.
 	odd    []request
 	failed map[dataplane.Key]error
@@ -78,7 +81,7 @@ func (d *Dataplane) compare(
 ) (*replacement, error) {
 	r := &replacement{
 		Dataplane: d, drained: drained, closed: map[dataplane.Key]bool{}, failed: map[dataplane.Key]error{},
-		want: map[server]virtualServer{}, owners: map[server][]dataplane.Key{},
+		want: map[server]virtualServer{}, owners: map[server][]dataplane.Key{}, translated: map[server]bool{},
 	}
 	for s := range services {
 		if err := d.supported(s); err != nil {
@@ -86,6 +89,7 @@ func (d *Dataplane) compare(
 			continue
 		}
 		r.services = append(r.services, s)
+		addTranslated(r.translated, s)
 		d.render(s, func(sv server, vs virtualServer) {
 			r.want[sv] = vs
 			r.owners[sv] = []dataplane.Key{s.Key}
@@ -175,10 +179,29 @@ func (r *replacement) destinations(s server) ([]dataplane.Endpoint, error) {
 	return endpoints, nil
 }
 
-// first returns the Services as the rules have them at first.
+// first returns the Services as the rules have them at first, and the addresses that
+// are bound or will be, each before its Services.
 func (r *replacement) first() iter.Seq[*dataplane.Service] {
 	return func(yield func(*dataplane.Service) bool) {
+		guarded := make(map[netip.Addr]bool, len(r.bound))
+		guard := func(addrs iter.Seq[netip.Addr]) bool {
+			for addr := range addrs {
+				if !guarded[addr] {
+					guarded[addr] = true
+					if !yield(nft.BoundAddress(addr)) {
+						return false
+					}
+				}
+			}
+			return true
+		}
+		if !guard(maps.Keys(r.bound)) {
+			return
+		}
 		for _, s := range r.services {
+			if !guard(directAddrs(s)) {
+				return
+			}
 			if !r.servable(s) {
 				r.closed[s.Key] = true
 				s = closed(s)
@@ -226,7 +249,7 @@ func (r *replacement) fill(ctx context.Context, progress func(int)) error {
 		}
 		opening = slices.DeleteFunc(opening, func(c dataplane.Change) bool { return r.failed[c.Key()] != nil })
 		if len(opening) > 0 {
-			if err := r.applyRules(ctx, opening, r.failed); err != nil {
+			if err := r.applyRules(ctx, opening, r.owners, r.failed); err != nil {
 				return err
 			}
 		}
@@ -258,17 +281,21 @@ func (r *replacement) fill(ctx context.Context, progress func(int)) error {
 	return commit()
 }
 
-// clear removes what is not wanted.
-func (r *replacement) clear() error {
+// clear removes destinations and virtual servers that are not wanted, once they have
+// drained. Some may be of Services that were deleted while no Dataplane was running.
+func (r *replacement) clear(ctx context.Context) error {
 	w := r.work()
 	for _, s := range slices.SortedFunc(maps.Keys(r.servers), server.compare) {
 		want, wanted := r.want[s]
 		switch {
 		case !wanted:
-			w.delete(s)
+			w.retire(s, r.translated[s])
 		case r.failed[r.owners[s][0]] == nil:
 			w.drop(s, want)
 		}
 	}
-	return w.carryOut(r.owners, r.failed)
+	if err := w.carryOut(r.owners, r.failed); err != nil {
+		return err
+	}
+	return r.applyRules(ctx, w.released(), r.owners, r.failed)
 }

@@ -212,9 +212,6 @@ func direct(s *dataplane.Service) bool { return s.Key.Kind == dataplane.ClusterI
 
 // VirtualServers implements [fairlead/nft.Translator].
 func (d *Dataplane) VirtualServers(s *dataplane.Service) (cluster, local netip.AddrPort) {
-	if s.Key.Kind == comingKind || s.Key.Kind == goingKind {
-		return cluster, local
-	}
 	if !direct(s) {
 		cluster = d.places.of(s, clusterList)
 	}
