@@ -2,6 +2,7 @@ package dataplanetest
 
 import (
 	"fmt"
+	"maps"
 	"net/netip"
 	"testing"
 
@@ -237,5 +238,36 @@ func (s suite) survive(t *testing.T) {
 			w.put(w.service("web", s.Frontends[0].Protocol, []netip.AddrPort{s.Frontends[0].Addr}, w.endpoints(s.Key.Family, 2)))
 		}
 		check(t, "pod-2")
+	})
+	var deleted []*dataplane.Service
+	t.Run("a Service is deleted", func(t *testing.T) {
+		for key, s := range maps.Clone(w.held) {
+			if s.Frontends[0].Protocol == dataplane.TCP {
+				w.remove(s)
+			}
+			deleted = append(deleted, w.make(key, s.Frontends[0].Protocol, []netip.AddrPort{s.Frontends[0].Addr}, s.Treatment))
+		}
+		check(t, "pod-2")
+	})
+	t.Run("a Service is deleted while nobody is there", func(t *testing.T) {
+		if err := w.dp.Close(); err != nil {
+			t.Fatal(err)
+		}
+		w.dp = w.open(t, w.net.Node.Fd())
+		w.replace()
+		check(t, "pod-2")
+	})
+	t.Run("a restart without Services", func(t *testing.T) {
+		w.restart()
+		check(t, "pod-2")
+	})
+	t.Run("they are created again", func(t *testing.T) {
+		w.put(deleted...)
+		check(t, "pod-2")
+		for _, s := range deleted {
+			for _, from := range []*nettest.Host{w.client, w.net.Node, w.net.Outside} {
+				expect(t, from, s.Frontends[0].Protocol, s.Frontends[0].Addr, w.endpoints(s.Key.Family, 2))
+			}
+		}
 	})
 }

@@ -55,6 +55,7 @@ func Run(t *testing.T, open Opener, limits Limits) {
 	t.Run("thousands of clients stick", s.manyClients)
 	t.Run("a client's first connections stick together", s.atOnce)
 	t.Run("a pod reaches itself through its Service", s.hairpin)
+	t.Run("endpoints with the address of the node", s.nodeAsEndpoint)
 	t.Run("what is no frontend is left alone", s.others)
 	t.Run("a Service with the longest names", s.longNames)
 	t.Run("a Service changes", s.changes)
