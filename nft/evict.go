@@ -59,7 +59,7 @@ const (
 // descriptor must stay open for as long as it is in use. It does not connect to the
 // kernel yet.
 func NewAffinityLimiter(opts Options) *AffinityLimiter {
-	l := &AffinityLimiter{tables: opts.tables(), netns: opts.NetNS, now: time.Now}
+	l := &AffinityLimiter{tables: opts.tables(opts.tableName()), netns: opts.NetNS, now: time.Now}
 	for i, t := range l.tables {
 		l.stats[i] = AffinityStats{Family: t.family, Limit: t.affinityLimit}
 	}

@@ -28,6 +28,8 @@ type table struct {
 	addrLen int
 	// virtual says that connections go to virtual servers, which a Translator names.
 	virtual bool
+	// detached says that base chains are left out, so that no packet comes.
+	detached bool
 	// virtualNetworks are where virtual servers are that nobody else is to reach.
 	virtualNetworks []netip.Prefix
 	// affinityLimit is how many clients each of the affinity maps remembers.
@@ -123,7 +125,7 @@ func newTable(family dataplane.Family) *table {
 	// No rule adds to it. But a set of keys this short without the flag is a bitmap
 	// with a list beside it, which the kernel walks for each element that comes or
 	// goes (nft_set_bitmap.c): 60,000 at once took 19 s.
-	t.endpointPorts = &nftables.Set{Table: t.nf, Name: "endpoint-ports", KeyType: nftables.TypeInetService, Dynamic: true}
+	t.endpointPorts = &nftables.Set{Table: t.nf, Name: "endpoint-ports", KeyType: nftables.TypeInetService, Dynamic: !otherDefinitions}
 	t.nodePortAddrs = &nftables.Set{Table: t.nf, Name: "node-port-addrs", KeyType: addr}
 	interval := func(name string) *nftables.Set {
 		return &nftables.Set{Table: t.nf, Name: name, KeyType: addr, Interval: true}

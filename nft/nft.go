@@ -40,11 +40,11 @@ type Options struct {
 
 func (o Options) tableName() string { return cmp.Or(o.Table, TableName) }
 
-// tables returns the tables that these options are about.
-func (o Options) tables() [2]*table {
+// tables returns the tables of a name that these options are about.
+func (o Options) tables(name string) [2]*table {
 	tables := [2]*table{newTable(dataplane.IPv4), newTable(dataplane.IPv6)}
 	for _, t := range tables {
-		t.nf.Name, t.virtual = o.tableName(), o.Translator != nil
+		t.nf.Name, t.virtual = name, o.Translator != nil
 		t.virtualNetworks = t.networksOf(o.VirtualNetworks)
 		t.affinityLimit = cmp.Or(o.affinityLimit, affinityLimit)
 	}
@@ -55,11 +55,20 @@ func (o Options) tables() [2]*table {
 // except for Drift and the channel it returns.
 type Dataplane struct {
 	conn   *nftables.Conn
+	socket *netlink.Conn // of conn
 	dump   *dumpConn
 	flush  func() error // conn.Flush; tests make it fail
 	log    *slog.Logger
 	tables [2]*table
-	watch  *watch
+	// makeTables returns tables of a name. It is that of the options, unless tests
+	// change it.
+	makeTables func(name string) [2]*table
+	// schema is the constant; tests change it.
+	schema int
+	// generation is the generation of the kernel, if only this Dataplane has changed
+	// it since the tables were read.
+	generation uint32
+	watch      *watch
 	// silence is nil while the watch is subscribed.
 	silence *silence
 
@@ -99,7 +108,9 @@ func Open(opts Options) (*Dataplane, error) {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	conn, err := nftables.New(nftables.AsLasting(), nftables.WithNetNSFd(opts.NetNS), nftables.WithSockOptions(socketOptions))
+	var socket *netlink.Conn
+	conn, err := nftables.New(nftables.AsLasting(), nftables.WithNetNSFd(opts.NetNS), nftables.WithSockOptions(socketOptions,
+		func(conn *netlink.Conn) error { socket = conn; return nil }))
 	if err != nil {
 		return nil, fmt.Errorf("open netlink socket: %w", explain(err))
 	}
@@ -120,13 +131,16 @@ func Open(opts Options) (*Dataplane, error) {
 	}
 	d := &Dataplane{
 		conn:   conn,
+		socket: socket,
 		dump:   dump,
 		flush:  conn.Flush,
 		log:    log,
-		tables: opts.tables(),
+		tables: opts.tables(opts.tableName()),
 		watch:  watch,
 		now:    time.Now,
 
+		makeTables: opts.tables,
+		schema:     schema,
 		translator: opts.Translator,
 		editSize:   editSize,
 		shareFrom:  shareFrom,
@@ -138,13 +152,18 @@ func Open(opts Options) (*Dataplane, error) {
 // forget drops what is known of the kernel.
 func (d *Dataplane) forget() {
 	d.arrangements = map[dataplane.Key]arrangement{}
-	for i := range d.branches {
-		d.branches[i] = map[branch]int{}
-		d.resting[i] = map[branch]time.Time{}
-		d.addrs[i], d.ports[i] = newAddrCounts(), portCounts{}
-		d.rangeBits[i] = nil
-		d.lists[i] = newListIDs()
+	for i := range d.tables {
+		d.forgetTable(i)
 	}
+}
+
+// forgetTable drops what is known of the i-th table, except for arrangements.
+func (d *Dataplane) forgetTable(i int) {
+	d.branches[i] = map[branch]int{}
+	d.resting[i] = map[branch]time.Time{}
+	d.addrs[i], d.ports[i] = newAddrCounts(), portCounts{}
+	d.rangeBits[i] = nil
+	d.lists[i] = newListIDs()
 }
 
 // probe asks the kernel for something that only nf_tables can answer, and that
@@ -242,7 +261,8 @@ func Cleanup(opts Options) error {
 	if err := probe(conn); err != nil {
 		return err
 	}
-	for _, t := range opts.tables() {
+	next, own := opts.tables(opts.tableName()+nextSuffix), opts.tables(opts.tableName())
+	for _, t := range append(next[:], own[:]...) {
 		found, err := findTable(conn, t)
 		if err != nil {
 			return err

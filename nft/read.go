@@ -23,11 +23,17 @@ import (
 type content struct {
 	// table is nil if there is none.
 	table  *nftables.Table
-	sets   map[string]*nftables.Set
-	chains map[string]*nftables.Chain
-	rules  map[string][]*nftables.Rule
-	rows   map[dataplane.Frontend]*row
-	lists  map[listID]*sharedList
+	schema int
+	// unread says which sets have elements of Services that were not read, because the
+	// set is defined otherwise; empty for none.
+	unread string
+	// leftover says that there is a table of an interrupted rebuild.
+	leftover bool
+	sets     map[string]*nftables.Set
+	chains   map[string]*nftables.Chain
+	rules    map[string][]*nftables.Rule
+	rows     map[dataplane.Frontend]*row
+	lists    map[listID]*sharedList
 	// branches has the elements of verdict maps, and whether each goes where it
 	// should.
 	branches map[branch]bool
@@ -62,13 +68,13 @@ func (d *Dataplane) consistently(ctx context.Context, read func() error) (genera
 			return 0, false, err
 		}
 		changes := d.watch.announcedChanges()
-		before, err := d.generation()
+		before, err := d.currentGeneration()
 		if err != nil {
 			return 0, false, err
 		}
 		d.dump.torn = false
 		readErr = read()
-		if generation, err = d.generation(); err != nil {
+		if generation, err = d.currentGeneration(); err != nil {
 			return 0, false, err
 		}
 		same := before == generation
@@ -163,10 +169,17 @@ func (d *Dataplane) readRows(ctx context.Context, t *table) (*content, error) {
 		foreign: map[string][]element{}, extended: map[string][]element{},
 		ports: portCounts{}, portSet: map[uint16]bool{}, node: map[string][]element{},
 	}
-	var err error
-	if c.table, err = findTable(d.conn, t); err != nil || c.table == nil {
-		return c, err
+	tables, err := d.dump.tables(t.nf.Family)
+	if err != nil {
+		return nil, fmt.Errorf("list the %s tables: %w", t.family, err)
 	}
+	_, c.leftover = tables[t.nf.Name+nextSuffix]
+	info, ok := tables[t.nf.Name]
+	if !ok {
+		return c, nil
+	}
+	c.table = &nftables.Table{Name: t.nf.Name, Family: t.nf.Family, Flags: info.flags}
+	c.schema = info.schema
 	sets, err := d.conn.GetSets(t.nf)
 	if err != nil {
 		return nil, fmt.Errorf("list the sets of table %s: %w", t, err)
@@ -179,7 +192,13 @@ func (d *Dataplane) readRows(ctx context.Context, t *table) (*content, error) {
 			return nil, err
 		}
 		found, ok := c.sets[read.set.Name]
-		if !ok || !sameSet(found, read.set) {
+		if !ok {
+			continue
+		}
+		if !sameSet(found, read.set) {
+			if t.carriesServices(read.set) {
+				c.unread = fmt.Sprintf("set %s is defined otherwise", read.set.Name)
+			}
 			continue
 		}
 		err := d.dump.elements(read.set, func(e element, extended bool) {
@@ -199,6 +218,13 @@ func (d *Dataplane) readRows(ctx context.Context, t *table) (*content, error) {
 	}
 	c.resolveLists()
 	return c, nil
+}
+
+// carriesServices reports whether a set has elements that only the Services tell:
+// not the node, nor other sets.
+func (t *table) carriesServices(s *nftables.Set) bool {
+	_, ofNode := t.nodeSets(dataplane.Node{})[s]
+	return !ofNode && s != t.endpointPorts
 }
 
 // reading is a set to read, and what to do with its elements.

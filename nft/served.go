@@ -18,7 +18,7 @@ func ServedServices(ctx context.Context, opts Options) (map[string]struct{}, err
 		return nil, err
 	}
 	names := map[string]struct{}{}
-	for _, t := range opts.tables() {
+	for _, t := range opts.tables(opts.tableName()) {
 		if err := ctx.Err(); err != nil {
 			return nil, errors.Join(err, conn.Close())
 		}

@@ -1,6 +1,11 @@
 package nft
 
-import "fmt"
+import (
+	"errors"
+	"fmt"
+
+	"fairlead/dataplane"
+)
 
 // silence is a time in which the watch is not subscribed to announcements: that of
 // a Replace that makes both tables. If anybody is, in whatever network namespace, the
@@ -52,7 +57,14 @@ func (d *Dataplane) listen() error {
 // submit commits the transaction, in which there must be something that changes
 // what the kernel holds: then a commit that succeeds is one generation.
 func (d *Dataplane) submit() error {
-	err := d.flush()
+	return d.committed(d.flush())
+}
+
+// committed records that a transaction was committed, or failed with an error.
+func (d *Dataplane) committed(err error) error {
+	if err == nil {
+		d.generation++
+	}
 	s := d.silence
 	switch {
 	case s == nil:
@@ -68,11 +80,21 @@ func (d *Dataplane) submit() error {
 
 // inGeneration reports whether the kernel is certainly in this generation.
 func (d *Dataplane) inGeneration(generation uint32) bool {
-	now, err := d.generation()
+	now, err := d.currentGeneration()
 	return err == nil && now == generation
 }
 
-func (d *Dataplane) generation() (uint32, error) {
+// conflict returns an error of a transaction, and wraps [dataplane.ErrConflict] if
+// others have committed since the tables were read.
+func (d *Dataplane) conflict(err error) error {
+	if err == nil || errors.Is(err, dataplane.ErrConflict) || d.inGeneration(d.generation) {
+		return err
+	}
+	return fmt.Errorf("%w: %w", dataplane.ErrConflict, err)
+}
+
+// currentGeneration asks the kernel for its generation.
+func (d *Dataplane) currentGeneration() (uint32, error) {
 	g, err := d.conn.GetGen()
 	if err != nil {
 		return 0, fmt.Errorf("ask the kernel for its generation: %w", err)

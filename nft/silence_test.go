@@ -454,8 +454,8 @@ func TestLostWatch(t *testing.T) {
 }
 
 // TestLostAnswerHidesNobody has a commit's answer lost, and somebody else commit at
-// the same time. The halves in which the commit is tried again change nothing any
-// more, so by number they could stand for both.
+// the same time. The commit is not tried again in halves, which would change nothing
+// any more, so that by number they could stand for both.
 func TestLostAnswerHidesNobody(t *testing.T) {
 	t.Parallel()
 	d, ns := newDataplane(t)
@@ -476,9 +476,12 @@ func TestLostAnswerHidesNobody(t *testing.T) {
 		generations = append(generations, generation(t, d))
 		return err
 	}
-	replace(t, d, fullNode(), services...)
+	err := d.Replace(t.Context(), fullNode(), slices.Values(services), nil)
 	d.flush = d.conn.Flush
-	if want := []uint32{2, 3, 4, 6, 6, 6}; !slices.Equal(generations, want) {
+	if !errors.Is(err, dataplane.ErrConflict) || !errors.Is(err, errLost) {
+		t.Errorf("error %v, want that of the commit, as a conflict", err)
+	}
+	if want := []uint32{3, 5, 6, 8}; !slices.Equal(generations, want) {
 		t.Fatalf("generations %d, want %d", generations, want)
 	}
 	wantOneRepair(t, d, ns, services)

@@ -2,77 +2,86 @@ package nft
 
 import (
 	"fmt"
+	"iter"
+	"maps"
 	"slices"
+	"strings"
 
 	"fairlead/dataplane"
 
 	"github.com/google/nftables"
 )
 
-// repairStructure brings the table, its sets, chains and rules to what they
-// must be, and have up to date with it. It writes nothing if they are. Named
-// objects, such as counters, that somebody has added are left alone: without a
+// repairStructure brings the table, its sets, chains and rules to what they must be,
+// in one transaction, and have up to date with it. It writes nothing if they are.
+// Named objects, such as counters, that somebody has added are left alone: without a
 // rule they do nothing.
-//
-// What can be mended in place is. If the kernel refuses that, as when a set of
-// another type is in use by a rule, or somebody's own set refers to ours, the
-// table is made anew.
 func (d *Dataplane) repairStructure(t *table, node dataplane.Node, have *content) error {
-	if have.table != nil {
-		err := have.mendable()
-		if err == nil {
-			err = d.deleteForeign(t, have)
-		}
-		if err == nil {
-			err = d.mend(t, node, have)
-		}
-		if err == nil {
-			return nil
-		}
-		d.log.Warn("table is made anew, as it can't be mended", "table", t.String(), "error", err)
-		if err := removeTable(d.conn, d.flush, t); err != nil {
-			return err
-		}
+	if have.table == nil {
+		*have = content{}
+		return d.mend(t, node, have)
 	}
-	*have = content{}
+	if err := d.deleteForeign(t, have); err != nil {
+		return err
+	}
 	return d.mend(t, node, have)
 }
 
-// mendable returns an error if there is something that can't be removed by
-// itself: an element without a key is a set's catch-all (`*`), and those the
-// library cannot delete.
-func (c *content) mendable() error {
-	for _, name := range counters() {
-		if typ, ok := c.objects[string(name)]; ok && typ != nftables.ObjTypeCounter {
-			return fmt.Errorf("%s is no counter", name)
-		}
-	}
-	for set, elements := range c.foreign {
-		if slices.ContainsFunc(elements, func(e element) bool { return len(e.Key) == 0 }) {
-			return fmt.Errorf("set %s has a catch-all element", set)
-		}
-	}
-	return nil
-}
-
+// mend changes rules first, because they refer to chains and sets; then what maps
+// refer to; then sets, because maps refer to chains; then chains.
 func (d *Dataplane) mend(t *table, node dataplane.Node, have *content) error {
-	if have.table == nil || have.table.Flags != t.nf.Flags {
-		d.conn.AddTable(t.nf)
-	}
-	for _, c := range counters() {
-		if _, ok := have.objects[string(c)]; !ok {
-			d.conn.AddObj(t.object(c))
+	if have.table == nil {
+		if err := d.createTable(t); err != nil {
+			return err
 		}
+	} else if flags := wantedFlags(have.table.Flags); flags != have.table.Flags {
+		d.conn.AddTable(&nftables.Table{Name: t.nf.Name, Family: t.nf.Family, Flags: flags})
 	}
 	wanted := t.chains(node, have.rangeBits)
+	if t.detached {
+		wanted = slices.DeleteFunc(wanted, func(ch chain) bool { return ch.Hooknum != nil })
+	}
 	for b, intact := range have.branches {
 		if intact && b.own() {
 			wanted = append(wanted, t.branchChain(b))
 		}
 	}
-	// Rules first: they hold on to chains and sets.
-	changed := d.flushChains(t, have, wanted)
-	d.mendSets(t, have)
+	gone := t.unwantedSets(have)
+	wrong := have.wrongCounters()
+	changed, remove := d.flushChains(t, have, wanted, len(gone) > 0 || len(wrong) > 0)
+	// Elements that go to a chain hold on to it as rules do.
+	for b, intact := range have.branches {
+		if !intact {
+			_ = d.conn.SetDeleteElements(t.verdicts[b.in], []element{{Key: t.classElement(b.class)}})
+			delete(have.branches, b)
+		}
+	}
+	for _, s := range gone {
+		d.conn.DelSet(s)
+		delete(have.sets, s.Name)
+	}
+	for _, ch := range remove {
+		d.conn.DelChain(ch)
+		delete(have.chains, ch.Name)
+	}
+	for _, o := range wrong {
+		o.Table = t.nf
+		d.conn.DeleteObject(o)
+	}
+	for _, c := range counters() {
+		if typ, ok := have.objects[string(c)]; !ok || typ != nftables.ObjTypeCounter {
+			d.conn.AddObj(t.object(c))
+		}
+	}
+	newPorts := have.sets[t.endpointPorts.Name] == nil
+	for _, s := range t.wantedSets(have) {
+		if have.sets[s.Name] == nil {
+			_ = d.conn.AddSet(s, nil)
+		}
+	}
+	if newPorts && len(have.ports) > 0 { // there may have been one, in use
+		_ = d.conn.SetAddElements(t.endpointPorts, portElements(maps.Keys(have.ports)))
+	}
 	for _, ch := range wanted {
 		if have.chains[ch.Name] == nil {
 			d.conn.AddChain(ch.Chain)
@@ -85,7 +94,58 @@ func (d *Dataplane) mend(t *table, node dataplane.Node, have *content) error {
 	if err := d.submit(); err != nil {
 		return fmt.Errorf("commit: %w", err)
 	}
+	if newPorts {
+		have.portSet = map[uint16]bool{}
+		for port := range have.ports {
+			have.portSet[port] = true
+		}
+	}
 	return d.mendPorts(t, have)
+}
+
+func portElements(ports iter.Seq[uint16]) []element {
+	var all []element
+	for port := range ports {
+		all = append(all, element{Key: portElement(port)})
+	}
+	return all
+}
+
+// wantedSets returns the sets that must be there.
+func (t *table) wantedSets(have *content) []*nftables.Set {
+	wanted := t.sets()
+	for _, bits := range have.rangeBits {
+		wanted = append(wanted, t.ranges(bits), t.sharedRanges(bits))
+	}
+	return wanted
+}
+
+// unwantedSets returns the sets that must go: those of others, and those of ours that
+// are defined otherwise. Anonymous sets go with their rules.
+func (t *table) unwantedSets(have *content) []*nftables.Set {
+	wanted := t.wantedSets(have)
+	var gone []*nftables.Set
+	for name, found := range have.sets {
+		i := slices.IndexFunc(wanted, func(s *nftables.Set) bool { return s.Name == name })
+		if found.Anonymous || i >= 0 && sameSet(found, wanted[i]) {
+			continue
+		}
+		found.Table = t.nf
+		gone = append(gone, found)
+	}
+	return gone
+}
+
+// wrongCounters returns the objects with the name of one of our counters that are
+// none.
+func (c *content) wrongCounters() []*nftables.NamedObj {
+	var wrong []*nftables.NamedObj
+	for _, name := range counters() {
+		if typ, ok := c.objects[string(name)]; ok && typ != nftables.ObjTypeCounter {
+			wrong = append(wrong, &nftables.NamedObj{Name: string(name), Type: typ})
+		}
+	}
+	return wrong
 }
 
 // mendPorts makes the ports of endpoints those of the endpoints that there are, in
@@ -120,9 +180,9 @@ func (d *Dataplane) mendPorts(t *table, have *content) error {
 	return change(d.conn.SetAddElements, come)
 }
 
-// flushChains removes chains that are not wanted, and the rules of those that
-// are not as wanted. It returns the names of the chains that need their rules.
-func (d *Dataplane) flushChains(t *table, have *content, wanted []chain) map[string]bool {
+// flushChains removes the rules of chains that are not as wanted, or of all chains. It
+// returns the names of the chains that need their rules, and the chains to delete.
+func (d *Dataplane) flushChains(t *table, have *content, wanted []chain, all bool) (map[string]bool, []*nftables.Chain) {
 	changed := map[string]bool{}
 	keep := map[string]bool{}
 	for _, ch := range wanted {
@@ -132,31 +192,24 @@ func (d *Dataplane) flushChains(t *table, have *content, wanted []chain) map[str
 			continue
 		}
 		keep[ch.Name] = true
-		if !sameRules(t, have.rules[ch.Name], ch.rules) {
+		if all || !sameRules(t, have.rules[ch.Name], ch.rules) {
 			changed[ch.Name] = true
 			d.conn.FlushChain(found)
 		}
 	}
 	var remove []*nftables.Chain
 	for name, found := range have.chains {
-		if !keep[name] {
+		if !keep[name] && !isBound(name) {
 			d.conn.FlushChain(found)
 			remove = append(remove, found)
 		}
 	}
-	// Elements that go to a chain hold on to it as rules do.
-	for b, intact := range have.branches {
-		if !intact {
-			_ = d.conn.SetDeleteElements(t.verdicts[b.in], []element{{Key: t.classElement(b.class)}})
-			delete(have.branches, b)
-		}
-	}
-	for _, found := range remove {
-		d.conn.DelChain(found)
-		delete(have.chains, found.Name)
-	}
-	return changed
+	return changed, remove
 }
+
+// isBound reports whether a chain belongs to a rule, with which it comes and goes
+// (nf_tables_api.c, nf_tables_addchain, NFT_CHAIN_BINDING).
+func isBound(chain string) bool { return strings.HasPrefix(chain, "__chain") }
 
 // deleteForeign removes elements that we would never make, in commits of their own,
 // before anything is added that might have the same key. Elements that have got a
@@ -171,7 +224,14 @@ func (d *Dataplane) deleteForeign(t *table, have *content) error {
 		if _, ok := ofNode[set]; ok {
 			continue
 		}
-		for part := range slices.Chunk(have.foreign[set.Name], d.editSize) {
+		foreign := have.foreign[set.Name]
+		if slices.ContainsFunc(foreign, isCatchAll) {
+			if err := d.deleteCatchAll(t, set); err != nil {
+				return err
+			}
+			foreign = slices.DeleteFunc(foreign, isCatchAll)
+		}
+		for part := range slices.Chunk(foreign, d.editSize) {
 			_ = d.conn.SetDeleteElements(set, deletionKeys(part)) // the library keeps the error for Flush
 			if err := d.submit(); err != nil {
 				return fmt.Errorf("delete foreign elements from set %s: %w", set.Name, err)
@@ -187,6 +247,9 @@ func (d *Dataplane) deleteForeign(t *table, have *content) error {
 	}
 	return nil
 }
+
+// isCatchAll reports whether an element is a set's catch-all (`*`).
+func isCatchAll(e element) bool { return len(e.Key) == 0 }
 
 // deletionKeys returns elements as the kernel needs them to be deleted.
 func deletionKeys(elements []element) []element {
@@ -212,26 +275,6 @@ func (t *table) plain(set *nftables.Set, elements []element) []element {
 		}
 	}
 	return all
-}
-
-func (d *Dataplane) mendSets(t *table, have *content) {
-	wanted := t.sets()
-	for _, bits := range have.rangeBits {
-		wanted = append(wanted, t.ranges(bits), t.sharedRanges(bits))
-	}
-	for name, found := range have.sets {
-		i := slices.IndexFunc(wanted, func(s *nftables.Set) bool { return s.Name == name })
-		if i < 0 || !sameSet(found, wanted[i]) {
-			found.Table = t.nf
-			d.conn.DelSet(found)
-			delete(have.sets, name)
-		}
-	}
-	for _, s := range wanted {
-		if have.sets[s.Name] == nil {
-			_ = d.conn.AddSet(s, nil)
-		}
-	}
 }
 
 func (d *Dataplane) addRules(t *table, ch chain) {

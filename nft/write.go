@@ -622,27 +622,20 @@ func (d *Dataplane) removeBranches(t *table, branches []branch) error {
 // [editSize] elements, each of which completes the Services it touches; but a
 // Service that has more by itself is carried out in steps, see batch.steps.
 func (d *Dataplane) Replace(ctx context.Context, node dataplane.Node, services iter.Seq[*dataplane.Service], progress func(int)) (err error) {
-	d.forget()
 	d.node = node
 	if err := d.watch.join(); err != nil { // in case that the end of an earlier silence failed to
 		return fmt.Errorf("replace: %w", err)
 	}
-	have, generation, err := d.readTables(ctx)
+	defer func() {
+		if failure := d.listen(); failure != nil {
+			err = errors.Join(err, fmt.Errorf("replace: %w", failure))
+		}
+	}()
+	have, services, err := d.repair(ctx, node, services)
 	if err != nil {
 		return fmt.Errorf("replace: %w", err)
 	}
-	if have[0].table == nil && have[1].table == nil {
-		d.silent(generation)
-		defer func() {
-			if failure := d.listen(); failure != nil {
-				err = errors.Join(err, fmt.Errorf("replace: %w", failure))
-			}
-		}()
-	}
 	for i, t := range d.tables {
-		if err := d.repairStructure(t, node, have[i]); err != nil {
-			return fmt.Errorf("replace: set up table %s: %w", t, err)
-		}
 		for b := range have[i].branches {
 			d.use(i, b, 0)
 		}
@@ -675,10 +668,13 @@ func (d *Dataplane) Replace(ctx context.Context, node dataplane.Node, services i
 			continue
 		}
 		if err := r.add(ctx, s); err != nil {
-			return fmt.Errorf("replace: %w", err)
+			return fmt.Errorf("replace: %w", d.conflict(err))
 		}
 	}
 	if err := r.finish(ctx); err != nil {
+		return fmt.Errorf("replace: %w", d.conflict(err))
+	}
+	if err := d.removeLeftovers(ctx, have); err != nil {
 		return fmt.Errorf("replace: %w", err)
 	}
 	d.removeUnusedBranches()
@@ -687,6 +683,91 @@ func (d *Dataplane) Replace(ctx context.Context, node dataplane.Node, services i
 	}
 	return nil
 }
+
+// repairAttempts is how often a table is read and repaired in place, if that fails
+// although nobody else commits, before it is rebuilt; conflictAttempts how often if
+// somebody does, before Replace fails.
+const (
+	repairAttempts   = 3
+	conflictAttempts = 5
+)
+
+// repair reads the tables and repairs their structure, from a fresh read each time that
+// fails. It returns what the tables hold then, and the Services, which can be read
+// once only.
+func (d *Dataplane) repair(
+	ctx context.Context, node dataplane.Node, services iter.Seq[*dataplane.Service],
+) (have [2]*content, _ iter.Seq[*dataplane.Service], err error) {
+	var failures, rebuilt [2]int
+	for conflicts := 0; ; {
+		d.forget()
+		have, generation, err := d.readTables(ctx)
+		if d.generation = generation; err != nil {
+			return have, nil, d.conflict(err)
+		}
+		if d.silence == nil && have[0].isNew() && have[1].isNew() {
+			d.silent(generation)
+		}
+		again := false
+		for i, t := range d.tables {
+			reason := d.rebuildReason(t, have[i])
+			if failures[i] >= repairAttempts {
+				reason = "repairs failed"
+			}
+			if reason == "" || rebuilt[i] > 1 {
+				err = d.repairStructure(t, node, have[i])
+			} else if rebuilt[i]++; rebuilt[i] == 1 {
+				d.log.Warn("table is rebuilt", "table", t.String(), "reason", reason)
+				list := slices.Collect(services)
+				services = slices.Values(list)
+				err, again = d.rebuild(ctx, i, node, list), true
+			} else {
+				d.log.Warn("table is removed and made anew", "table", t.String(), "reason", reason)
+				err, again = removeTable(d.conn, d.submit, t), true
+			}
+			if err == nil && !again {
+				d.skipEmptyCommit()
+				continue
+			}
+			if err == nil {
+				break
+			}
+			err = fmt.Errorf("set up table %s: %w", t, d.conflict(err))
+			switch {
+			case ctx.Err() != nil:
+				return have, nil, ctx.Err()
+			case errors.Is(err, dataplane.ErrConflict):
+				if conflicts++; conflicts >= conflictAttempts {
+					return have, nil, err
+				}
+			default:
+				if failures[i]++; rebuilt[i] > 1 || have[i].table == nil || failures[i] > 2*repairAttempts {
+					return have, nil, err
+				}
+			}
+			d.log.Debug("table is read again, because its repair failed", "error", err)
+			again = true
+			break
+		}
+		if again {
+			continue
+		}
+		if d.generation, err = d.currentGeneration(); err != nil {
+			return have, nil, err
+		}
+		return have, services, nil
+	}
+}
+
+// skipEmptyCommit corrects the generation after a repair that had nothing to write.
+func (d *Dataplane) skipEmptyCommit() {
+	if now, err := d.currentGeneration(); err == nil && now == d.generation-1 {
+		d.generation = now
+	}
+}
+
+// isNew reports whether there is neither a table nor one of an interrupted rebuild.
+func (c *content) isNew() bool { return c.table == nil && !c.leftover }
 
 // replacement is a Replace under way.
 type replacement struct {
@@ -765,6 +846,9 @@ func (r *replacement) commitServices(services []*dataplane.Service) error {
 		}
 	}
 	if err != nil && !isRejection(err) {
+		return err
+	}
+	if err := r.conflict(err); errors.Is(err, dataplane.ErrConflict) {
 		return err
 	}
 	if len(services) == 1 {

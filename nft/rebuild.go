@@ -1,0 +1,173 @@
+package nft
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"time"
+
+	"fairlead/dataplane"
+
+	"github.com/google/nftables"
+)
+
+// nextSuffix is the suffix of the table that serves while a table is rebuilt.
+const nextSuffix = "-next"
+
+// packetRest is longer than any packet is on its way through a table.
+const packetRest = 100 * time.Millisecond
+
+// rebuildReason returns why a table cannot be repaired in place, or an empty string.
+func (d *Dataplane) rebuildReason(t *table, have *content) string {
+	if have.table == nil {
+		return ""
+	}
+	if have.schema != d.schema {
+		return fmt.Sprintf("it has schema %d, want %d", have.schema, d.schema)
+	}
+	return have.unread
+}
+
+// rebuild makes a table anew while packets go on to meet a complete one: it builds
+// the table under another name without base chains, and then, in one transaction,
+// adds these and removes those of the old table; then the same with the right name.
+// The kernel registers hooks when a chain is added, and unregisters those of deleted
+// chains after the commit (nf_tables_api.c), so a nat hook is always there and
+// connection tracking goes on for established connections. What session affinity
+// remembers of clients is lost.
+func (d *Dataplane) rebuild(ctx context.Context, i int, node dataplane.Node, services []*dataplane.Service) error {
+	name := d.tables[i].nf.Name
+	names := []string{name + nextSuffix, name}
+	next := d.makeTables(name + nextSuffix)[i]
+	hooks, err := d.baseChains(next)
+	if err != nil {
+		return err
+	}
+	if len(hooks) > 0 { // an interrupted rebuild has left it complete, and maybe nothing else
+		d.tables[i], names = next, names[1:]
+	}
+	for _, to := range names {
+		if err := d.moveTo(ctx, i, to, node, services); err != nil {
+			d.tables[i] = d.makeTables(name)[i]
+			return fmt.Errorf("rebuild table %s: %w", d.tables[i], err)
+		}
+	}
+	return nil
+}
+
+// moveTo makes the i-th table under another name, and removes the one that it
+// replaces. d.tables has the new one if there is no error.
+func (d *Dataplane) moveTo(ctx context.Context, i int, name string, node dataplane.Node, services []*dataplane.Service) error {
+	from, to := d.tables[i], d.makeTables(name)[i]
+	if err := d.removeIfThere(to); err != nil {
+		return err
+	}
+	d.forgetTable(i)
+	d.tables[i] = to
+	to.detached = true
+	have := &content{}
+	if err := d.mend(to, node, have); err != nil {
+		return err
+	}
+	r := replacement{Dataplane: d, have: [2]*content{{}, {}}, failed: map[dataplane.Key]error{},
+		taken: [2]map[listID]bool{{}, {}}}
+	for _, s := range services {
+		if index(s.Key.Family) != i || d.supported(s) != nil {
+			continue
+		}
+		if err := r.add(ctx, s); err != nil {
+			return err
+		}
+	}
+	if err := r.commitPending(ctx); err != nil {
+		return err
+	}
+	to.detached = false
+	if err := d.takeOver(to, from, node, i); err != nil {
+		return err
+	}
+	return d.retire(ctx, from)
+}
+
+// retire removes a table without base chains, when no packet can be on its way through
+// it any more.
+func (d *Dataplane) retire(ctx context.Context, t *table) error {
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(packetRest):
+	}
+	return removeTable(d.conn, d.submit, t)
+}
+
+// takeOver adds the base chains of one table and deletes those of the other, in one
+// transaction.
+func (d *Dataplane) takeOver(to, from *table, node dataplane.Node, i int) error {
+	for _, ch := range to.chains(node, d.rangeBits[i]) {
+		if ch.Hooknum != nil {
+			d.conn.AddChain(ch.Chain)
+			d.addRules(to, ch)
+		}
+	}
+	if err := d.deleteBaseChains(from); err != nil {
+		return err
+	}
+	if err := d.submit(); err != nil {
+		return fmt.Errorf("switch from table %s to %s: %w", from, to, err)
+	}
+	return nil
+}
+
+// deleteBaseChains adds the deletion of a table's base chains to the transaction.
+func (d *Dataplane) deleteBaseChains(t *table) error {
+	chains, err := d.baseChains(t)
+	for _, ch := range chains {
+		d.conn.FlushChain(ch)
+		d.conn.DelChain(ch)
+	}
+	return err
+}
+
+// baseChains returns the chains with a hook that a table has in the kernel.
+func (d *Dataplane) baseChains(t *table) ([]*nftables.Chain, error) {
+	chains, err := d.conn.ListChainsOfTableFamily(t.nf.Family)
+	if err != nil {
+		return nil, fmt.Errorf("list the %s chains: %w", t.family, err)
+	}
+	return slices.DeleteFunc(chains, func(ch *nftables.Chain) bool {
+		return ch.Table.Name != t.nf.Name || ch.Hooknum == nil
+	}), nil
+}
+
+// removeIfThere removes a table if there is one of that name.
+func (d *Dataplane) removeIfThere(t *table) error {
+	found, err := findTable(d.conn, t)
+	if err != nil || found == nil {
+		return err
+	}
+	return removeTable(d.conn, d.submit, t)
+}
+
+// removeLeftovers removes what an interrupted rebuild has left. It must be called
+// when the tables are complete, because until then the leftovers may serve.
+func (d *Dataplane) removeLeftovers(ctx context.Context, have [2]*content) error {
+	for i, t := range d.tables {
+		if !have[i].leftover {
+			continue
+		}
+		next := d.makeTables(t.nf.Name + nextSuffix)[i]
+		chains, err := d.baseChains(next)
+		if err == nil && len(chains) > 0 {
+			if err = d.deleteBaseChains(next); err == nil {
+				err = d.submit()
+			}
+		}
+		if err == nil {
+			err = d.retire(ctx, next)
+		}
+		if err != nil {
+			return fmt.Errorf("remove table %s of an interrupted rebuild: %w", next, err)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,264 @@
+package nft
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"fairlead/dataplane"
+	"fairlead/internal/nettest"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// plausibleEdits are what an operator may add to the table while looking for a fault.
+// None of them may end any connection, or keep a new one from its Service.
+func plausibleEdits() map[string]string {
+	return map[string]string{
+		"a rule with an anonymous set":           "insert rule ip fairlead filter-forward tcp dport { 80, 8080 } counter",
+		"a rule with an anonymous interval set":  "insert rule ip fairlead nat-prerouting ip daddr { 10.0.0.0/8, 192.168.0.0/16 } counter",
+		"a rule with an anonymous map":           "insert rule ip fairlead filter-forward meta mark set tcp dport map { 80 : 1, 8080 : 2 }",
+		"a rule with an anonymous verdict map":   "insert rule ip fairlead filter-forward tcp dport vmap { 80 : continue, 443 : accept }",
+		"a rule that jumps to an own chain":      "add chain ip fairlead debug; add rule ip fairlead debug counter; insert rule ip fairlead nat-prerouting jump debug",
+		"own chains with an anonymous set":       "add chain ip fairlead debug; add rule ip fairlead debug tcp dport { 80, 8080 } counter; insert rule ip fairlead filter-forward jump debug",
+		"an own chain that jumps to ours":        "add chain ip fairlead debug; add rule ip fairlead debug tcp dport 9 goto class-2",
+		"chains that jump to one another":        "add chain ip fairlead a; add chain ip fairlead b; add chain ip fairlead c; add rule ip fairlead a jump b; add rule ip fairlead b jump c; add rule ip fairlead a jump c",
+		"a verdict map to an own chain":          "add chain ip fairlead debug; add map ip fairlead debugs { type inet_service : verdict; }; add element ip fairlead debugs { 80 : jump debug }; insert rule ip fairlead filter-forward tcp dport vmap @debugs",
+		"a verdict map to our chain":             "add map ip fairlead debugs { type inet_service : verdict; }; add element ip fairlead debugs { 9 : goto class-2 }; insert rule ip fairlead nat-prerouting tcp dport vmap @debugs",
+		"an anonymous verdict map to an own one": "add chain ip fairlead debug; add rule ip fairlead debug counter; insert rule ip fairlead filter-forward tcp dport vmap { 80 : jump debug, 8080 : jump debug }",
+		"an anonymous chain":                     "insert rule ip fairlead filter-forward tcp dport 8080 jump { counter; }",
+		"a named set":                            "add set ip fairlead seen { type ipv4_addr; flags dynamic; size 1000; }; insert rule ip fairlead nat-prerouting add @seen { ip saddr }",
+		"a meter":                                "insert rule ip fairlead filter-forward tcp dport 8080 meter seen { ip saddr counter }",
+		"a set with timeouts":                    "add set ip fairlead seen { type ipv4_addr; flags dynamic,timeout; timeout 1m; }; insert rule ip fairlead nat-prerouting update @seen { ip saddr timeout 10s }",
+		"a named counter":                        "add counter ip fairlead debug; insert rule ip fairlead filter-forward counter name debug",
+		"a map of counters":                      "add counter ip fairlead debug; add map ip fairlead debugs { type inet_service : counter; }; add element ip fairlead debugs { 8080 : \"debug\" }; insert rule ip fairlead filter-forward counter name tcp dport map @debugs",
+		"a quota with the name of a counter":     "add quota ip fairlead debug { over 1 mbytes }; insert rule ip fairlead filter-forward quota name debug",
+		"a rule that uses our sets":              "insert rule ip fairlead filter-forward ip daddr @cluster-ips counter; add rule ip fairlead class-2 ip daddr @pod-cidrs counter",
+		"an own base chain":                      "add chain ip fairlead debug { type filter hook prerouting priority -400; }; add rule ip fairlead debug meta nftrace set 1",
+		"an own nat chain":                       "add chain ip fairlead debug { type nat hook prerouting priority -150; }; add rule ip fairlead debug counter",
+		"a rule with a log":                      "insert rule ip fairlead nat-prerouting limit rate 1/second counter comment \"debug\"",
+		"an element in a verdict map":            "add chain ip fairlead debug; add element ip fairlead classes { 7:7 : goto debug }",
+		"a comment":                              "add table ip fairlead { comment \"ours\"; }; add chain ip fairlead debug { comment \"debug\"; }",
+		"a catch-all":                            "add element ip fairlead hairpin { * }",
+	}
+}
+
+// rebuilds counts what is logged about tables that cannot be repaired in place.
+type rebuilds struct{ text bytes.Buffer }
+
+func (r *rebuilds) logger() *slog.Logger { return slog.New(slog.NewTextHandler(&r.text, nil)) }
+
+func (r *rebuilds) check(t *testing.T, what string, want bool) {
+	t.Helper()
+	if got := strings.Contains(r.text.String(), "rebuilt"); got != want || strings.Contains(r.text.String(), "made anew") {
+		t.Errorf("%s: rebuilt %t, want %t; the log:\n%s", what, got, want, r.text.String())
+	}
+	r.text.Reset()
+}
+
+// testbed is a node with one Service, a client with open connections to it, and another
+// one that opens connections all the time.
+type testbed struct {
+	*Dataplane
+	t        *testing.T
+	node     dataplane.Node
+	netns    *nettest.Namespace
+	services []*dataplane.Service
+	log      rebuilds
+	client   *nettest.Host
+	frontend netip.AddrPort
+	open     []*nettest.Conn
+
+	stop           context.CancelFunc
+	ended          sync.WaitGroup
+	opened, failed atomic.Int64
+	failure        atomic.Value
+}
+
+func newTestbed(t *testing.T, opts Options) *testbed {
+	t.Helper()
+	network := nettest.NewT(t, nettest.Options{})
+	b := &testbed{t: t, netns: network.Node.Namespace, client: network.PodT(t, "client")}
+	var list []dataplane.Endpoint
+	for _, name := range []string{"a", "b"} {
+		pod := network.PodT(t, name)
+		pod.ServeT(t, nettest.TCP, 8080)
+		list = append(list, dataplane.Endpoint{Addr: netip.AddrPortFrom(pod.Addrs()[0], 8080)})
+	}
+	f := dataplane.Frontend{Protocol: dataplane.TCP, Addr: netip.MustParseAddrPort("10.96.0.1:80")}
+	b.frontend = f.Addr
+	b.services = append(sample(t)[1:], service(t, "served", []dataplane.Frontend{f}, list))
+	b.services = slices.DeleteFunc(b.services, func(s *dataplane.Service) bool {
+		return s.Key.Name != "served" && slices.Contains(s.Frontends, f)
+	})
+	b.node = fullNode()
+	b.node.PodCIDRs = network.PodCIDRs
+	opts.Logger = b.log.logger()
+	b.Dataplane = openWith(t, b.netns, opts)
+	replace(t, b.Dataplane, b.node, b.services...)
+	for range 20 {
+		conn, err := b.client.Open(t.Context(), nettest.TCP, b.frontend)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b.open = append(b.open, conn)
+		t.Cleanup(func() { _ = conn.Close() })
+	}
+	b.askAll("before")
+	ctx, cancel := context.WithCancel(t.Context())
+	b.stop = cancel
+	for range 2 {
+		b.ended.Go(func() {
+			for ctx.Err() == nil {
+				_, err := b.client.Connect(ctx, nettest.TCP, b.frontend)
+				switch {
+				case ctx.Err() != nil:
+				case err != nil:
+					b.failed.Add(1)
+					b.failure.Store(err.Error())
+				default:
+					b.opened.Add(1)
+				}
+			}
+		})
+	}
+	return b
+}
+
+// askAll expects an answer on each open connection.
+func (b *testbed) askAll(when string) {
+	b.t.Helper()
+	for _, conn := range b.open {
+		if _, err := conn.Ask(b.t.Context()); err != nil {
+			b.t.Fatalf("%s: an open connection broke: %v", when, err)
+		}
+	}
+}
+
+// check expects that nothing failed since it was called last, while connections were
+// opened.
+func (b *testbed) check(when string) {
+	b.t.Helper()
+	b.askAll(when)
+	for at := b.opened.Load(); b.opened.Load() < at+2 && b.failed.Load() == 0; {
+		time.Sleep(time.Millisecond)
+	}
+	if n := b.failed.Swap(0); n > 0 {
+		b.t.Errorf("%s: %d new connections failed: %v", when, n, b.failure.Load())
+	}
+}
+
+func (b *testbed) end() {
+	b.stop()
+	b.ended.Wait()
+	b.t.Logf("%d connections", b.opened.Load())
+}
+
+// TestPlausibleEdits has an operator edit the table under load.
+func TestPlausibleEdits(t *testing.T) {
+	t.Parallel()
+	binary := nftBinaries(t)["1.1.3"]
+	b := newTestbed(t, Options{})
+	before := sortedLines(nft(t, b.netns, binary, "list ruleset"))
+	edits := plausibleEdits()
+	for name, script := range edits {
+		nft(t, b.netns, binary, strings.ReplaceAll(script, "; ", "\n"))
+		replace(t, b.Dataplane, b.node, b.services...)
+		b.check(name)
+		b.log.check(t, name, false)
+		after := sortedLines(nft(t, b.netns, binary, "list ruleset"))
+		// Named objects that no rule uses stay.
+		after = slices.DeleteFunc(after, func(s string) bool { return strings.Contains(s, "debug") })
+		if diff := cmp.Diff(withoutCounts(before), withoutCounts(after)); diff != "" {
+			t.Errorf("%s: after the repair (-before +after):\n%s", name, diff)
+		}
+		nft(t, b.netns, binary, "destroy counter ip fairlead debug\ndestroy quota ip fairlead debug")
+	}
+	b.end()
+}
+
+// withoutCounts leaves out lines that packets change, and those of objects of others.
+func withoutCounts(lines []string) []string {
+	return slices.DeleteFunc(slices.Clone(lines), func(s string) bool {
+		s = strings.TrimSpace(s)
+		return strings.HasPrefix(s, "packets ") || strings.HasPrefix(s, "quota ") || strings.HasPrefix(s, "over ") ||
+			strings.HasPrefix(s, "1 mbytes") || s == "}" || s == ""
+	})
+}
+
+// TestOtherDefinitions has another version of Fairlead define a set or a chain in
+// another way, under load, and this one put it right.
+func TestOtherDefinitions(t *testing.T) {
+	t.Parallel()
+	b := newTestbed(t, Options{})
+	other := openIn(t, b.netns)
+	for _, version := range []struct {
+		name    string
+		differ  func(*table)
+		schema  int
+		rebuilt bool
+	}{
+		{"endpoint-ports is not dynamic", func(t *table) { t.endpointPorts.Dynamic = false }, schema, false},
+		{"cluster-ips has another size", func(t *table) { t.addrSets[inClusterIPs].Size = 100_000 }, schema, true},
+		{"services has another size", func(t *table) { t.services.Size = 100_000 }, schema, true},
+		{"another schema", func(*table) {}, schema + 1, true},
+	} {
+		other.makeTables = func(name string) [2]*table {
+			tables := Options{}.tables(name)
+			for _, t := range tables {
+				version.differ(t)
+			}
+			return tables
+		}
+		other.tables = other.makeTables(TableName)
+		other.schema = version.schema
+		for range 2 {
+			replace(t, other, b.node, b.services...)
+			b.check(version.name + ", upgrade")
+			replace(t, b.Dataplane, b.node, b.services...)
+			b.check(version.name + ", downgrade")
+			b.log.check(t, version.name, version.rebuilt)
+		}
+		wantState(t, b.Dataplane, b.services...)
+	}
+	if listing := nft(t, b.netns, nftBinaries(t)["1.1.3"], "list tables"); strings.Contains(listing, nextSuffix) {
+		t.Errorf("tables are left:\n%s", listing)
+	}
+	b.end()
+}
+
+// TestRebuildInterrupted ends a rebuild after each of its commits. What is left must
+// serve, and the next Replace must complete it.
+func TestRebuildInterrupted(t *testing.T) {
+	t.Parallel()
+	b := newTestbed(t, Options{})
+	for commits, done := 1, false; !done; commits += commits + 2 {
+		b.schema++
+		n := 0
+		b.flush = func() error {
+			if n++; n > commits {
+				_ = b.conn.FlushWithGenID(1) // leaves nothing in the library's queue
+				return errLost
+			}
+			return b.conn.Flush()
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		err := b.Replace(ctx, b.node, slices.Values(b.services), nil)
+		cancel()
+		done = err == nil && n <= commits
+		b.check(fmt.Sprintf("interrupted after %d commits", commits))
+		b.flush = b.conn.Flush
+		replace(t, b.Dataplane, b.node, b.services...)
+		b.check("completed")
+		wantState(t, b.Dataplane, b.services...)
+	}
+	b.end()
+}
