@@ -70,6 +70,7 @@ FAULTS ?= .
 .PHONY: chaos
 chaos: deps controlplane kube-proxy build ## disturb a node under load and count lost connections (root), minutes; TIME=60s FAULTS=regexp ARGS=flags
 	@go build -o bin/chaos ./test/chaos
+	@go build -tags=schematest -o bin/fairlead-schematest ./cmd/fairlead
 	bin/chaos -time=$(TIME) -faults='$(FAULTS)' $(ARGS)
 
 # Which end-to-end scenarios: make e2e RUN=TestRollout

@@ -67,6 +67,13 @@ func (a *agent) take() *system.Process {
 	return process
 }
 
+// use makes the agent run another program from its next start on.
+func (a *agent) use(s system.System) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.system = s
+}
+
 // stop ends the agent with SIGTERM and waits for its end. It is no error if it does
 // not run.
 func (a *agent) stop() error {

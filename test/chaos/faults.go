@@ -54,6 +54,7 @@ func faults() []fault {
 		{name: "none", stale: onTheWay, cause: func(*testbed, context.Context) error { return nil }},
 		{name: "kill -9", stale: restart, cause: every(2*time.Second, (*testbed).killAgent)},
 		{name: "restart", stale: restart, cause: every(2*time.Second, (*testbed).restartAgent)},
+		{name: "upgrade and downgrade", stale: restart, needs: (*testbed).needsOtherBinary, cause: (*testbed).changeVersions},
 		{name: "hang", stale: restart, cause: every(3*time.Second, (*testbed).hangAgent)},
 		{name: "second instance", stale: restart, cause: every(4*time.Second, (*testbed).runSecond)},
 		{name: "edits by hand", stale: onTheWay, needs: program("nft"), cause: (*testbed).editByHand},
@@ -104,6 +105,30 @@ func (t *testbed) restartAgent(ctx context.Context) error {
 		return err
 	}
 	return t.agent.start(outlast(ctx))
+}
+
+// changeVersions restarts the agent with one of two versions and the other in turn,
+// which define sets in different ways and have different schemas.
+func (t *testbed) changeVersions(ctx context.Context) error {
+	other := t.fairlead
+	other.Binary = t.options.other
+	for ctx.Err() == nil {
+		for _, version := range []system.Fairlead{other, t.fairlead} {
+			t.agent.use(version)
+			if err := t.restartAgent(ctx); err != nil {
+				return err
+			}
+			pause(ctx, 2*time.Second)
+		}
+	}
+	return nil
+}
+
+func (t *testbed) needsOtherBinary() string {
+	if _, err := exec.LookPath(t.options.other); err != nil {
+		return "there is no other version at " + t.options.other
+	}
+	return ""
 }
 
 // hangAgent stops the agent's clock for a second, as on a node that swaps.

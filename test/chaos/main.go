@@ -34,6 +34,7 @@ import (
 // options are the flags.
 type options struct {
 	binary    string
+	other     string
 	kubeProxy string
 	mode      string
 	api       string
@@ -50,6 +51,7 @@ type options struct {
 func main() {
 	var o options
 	flag.StringVar(&o.binary, "binary", "bin/fairlead", "path of the Fairlead binary")
+	flag.StringVar(&o.other, "other-binary", "bin/fairlead-schematest", "path of another version of the Fairlead binary")
 	flag.StringVar(&o.kubeProxy, "kube-proxy", ".cache/kube-proxy/kube-proxy", "path of the kube-proxy binary")
 	flag.StringVar(&o.mode, "mode", "nft", "Fairlead's mode: nft or ipvs")
 	flag.StringVar(&o.api, "api", "real", "API server: real (etcd and kube-apiserver) or feed (in this process)")

@@ -163,11 +163,11 @@ func (r *recorder) opened(n int) {
 func (r *recorder) broke(begin, end time.Time, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	got := r.at(begin)
 	if r.isDisturbed(begin, end) {
-		got.disturbedOpen++
+		r.at(end).disturbedOpen++ // it may have been idle since the fault before
 		return
 	}
+	got := r.at(begin)
 	got.broken++
 	got.example(begin, end, fmt.Errorf("an open connection broke: %w", err))
 }

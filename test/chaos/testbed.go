@@ -34,6 +34,7 @@ type testbed struct {
 	api       api
 	agent     *agent
 	second    *agent // the same program once more
+	fairlead  system.Fairlead
 	services  []*service
 	stopAll   context.CancelFunc
 	running   sync.WaitGroup // clients and what changes endpoints
@@ -76,9 +77,9 @@ func newTestbed(ctx context.Context, o *options) (*testbed, error) {
 	if err := t.api.kubeconfig(env.Kubeconfig); err != nil {
 		return t, err
 	}
-	fairlead := system.Fairlead{Binary: o.binary, Mode: o.mode, Args: append(t.networks(), strings.Fields(o.args)...)}
-	t.agent = &agent{system: fairlead, env: env, recorder: &t.recorder}
-	t.second = &agent{system: fairlead, env: env, recorder: &t.recorder}
+	t.fairlead = system.Fairlead{Binary: o.binary, Mode: o.mode, Args: append(t.networks(), strings.Fields(o.args)...)}
+	t.agent = &agent{system: t.fairlead, env: env, recorder: &t.recorder}
+	t.second = &agent{system: t.fairlead, env: env, recorder: &t.recorder}
 	if err := t.agent.start(ctx); err != nil {
 		return t, err
 	}
