@@ -5,6 +5,8 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+
+	"fairlead/dataplane"
 )
 
 // NodePortAddresses says on which of this node's addresses node ports are
@@ -72,6 +74,13 @@ func ParseNodePortAddresses(values []string) (NodePortAddresses, error) {
 // IsZero reports whether a is the zero value, which stands for primary.
 func (a NodePortAddresses) IsZero() bool {
 	return !a.Primary && !a.Localhost && !a.All && len(a.CIDRs) == 0
+}
+
+// Everywhere reports whether a selects all addresses of a family.
+func (a NodePortAddresses) Everywhere(family dataplane.Family) bool {
+	return a.All || slices.ContainsFunc(a.CIDRs, func(p netip.Prefix) bool {
+		return p.Bits() == 0 && dataplane.FamilyOf(p.Addr()) == family
+	})
 }
 
 // nodePortAddrs returns the addresses and networks on which the kernel serves node

@@ -23,6 +23,7 @@
 //	set ping-internal { … }        # and ping-external: addresses whose pings are answered
 //	set endpoint-ports { … }       # ports that some endpoint has
 //	set node-port-addrs { … }      # and pod-cidrs, local-pods, service-cidrs: what dataplane.Node says
+//	set node-port-networks { … }   # the same; while it has elements, the rules with node-port-addrs exist for it, too
 //	counter rejected-no-endpoints  # and others: the reasons not to serve a connection
 //
 //	set ahead { type nf_proto }    # has ipv4 while Fairlead translates before other proxies

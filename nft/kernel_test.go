@@ -155,6 +155,7 @@ func fullNode() dataplane.Node {
 	node.Addrs = []netip.Addr{netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8::1")}
 	// Loopback addresses have no effect.
 	node.NodePortAddrs = append(slices.Clone(node.Addrs), netip.MustParseAddr("127.0.0.1"), netip.IPv6Loopback())
+	node.NodePortNetworks = []netip.Prefix{netip.MustParsePrefix("198.51.100.0/25"), netip.MustParsePrefix("2001:db8:51::/64")}
 	node.PingServiceIPs, node.ProtectLoopback, node.AheadOfOthers = true, true, true
 	return node
 }
@@ -306,6 +307,12 @@ func randomNode(random *rand.Rand) dataplane.Node {
 	for range random.IntN(3) {
 		n := byte(random.IntN(3))
 		node.NodePortAddrs = append(node.NodePortAddrs, netip.AddrFrom4([4]byte{10, 1, 0, n}), netip.AddrFrom16([16]byte{0: 0xfd, 15: n}))
+	}
+	if random.IntN(2) == 0 {
+		n := byte(random.IntN(3))
+		node.NodePortNetworks = []netip.Prefix{
+			netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 1, 0, n}), 30+int(n)).Masked(), netip.MustParsePrefix("fd00:8::/64"),
+		}
 	}
 	if random.IntN(2) == 0 { // in some of the source ranges, or not
 		n := byte(random.IntN(3))

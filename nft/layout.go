@@ -57,10 +57,14 @@ type table struct {
 	endpointPorts *nftables.Set
 	verdicts      [verdictMaps]*nftables.Set
 	nodePortAddrs *nftables.Set
-	podCIDRs      *nftables.Set
-	localPods     *nftables.Set
-	serviceCIDRs  *nftables.Set
-	ahead         *nftables.Set
+	// nodePortNetworks is an interval set, which rules look into only while it has
+	// elements.
+	nodePortNetworks *nftables.Set
+
+	podCIDRs     *nftables.Set
+	localPods    *nftables.Set
+	serviceCIDRs *nftables.Set
+	ahead        *nftables.Set
 }
 
 // chain is a chain with the rules it must have.
@@ -130,6 +134,7 @@ func newTable(family dataplane.Family) *table {
 	interval := func(name string) *nftables.Set {
 		return &nftables.Set{Table: t.nf, Name: name, KeyType: addr, Interval: true}
 	}
+	t.nodePortNetworks = interval("node-port-networks")
 	t.podCIDRs, t.localPods, t.serviceCIDRs = interval("pod-cidrs"), interval("local-pods"), interval("service-cidrs")
 	t.ahead = newAhead(t.nf)
 	return t
@@ -140,7 +145,7 @@ func newTable(family dataplane.Family) *table {
 func (t *table) sets() []*nftables.Set {
 	sets := append(slices.Clone(t.rowSets), t.addrSets[:]...)
 	sets = append(append(sets, t.endpointPorts), t.verdicts[:]...)
-	sets = append(sets, t.nodePortAddrs, t.podCIDRs, t.localPods, t.serviceCIDRs, t.ahead)
+	sets = append(sets, t.nodePortAddrs, t.nodePortNetworks, t.podCIDRs, t.localPods, t.serviceCIDRs, t.ahead)
 	for shard := range shards {
 		if !t.virtual {
 			sets = append(sets, t.affinity(shard))
@@ -266,6 +271,8 @@ func (t *table) nodeSets(node dataplane.Node) map[*nftables.Set][]element {
 		t.serviceCIDRs:  intervals(t.networksOf(node.ServiceCIDRs)),
 		t.nodePortAddrs: nil,
 		t.ahead:         t.aheadElements(node),
+
+		t.nodePortNetworks: intervals(t.networksForNodePorts(node)),
 	}
 	for _, a := range slices.Compact(slices.SortedFunc(slices.Values(node.NodePortAddrs), netip.Addr.Compare)) {
 		if dataplane.FamilyOf(a) == t.family && !a.IsLoopback() {
@@ -273,6 +280,37 @@ func (t *table) nodeSets(node dataplane.Node) map[*nftables.Set][]element {
 		}
 	}
 	return sets
+}
+
+// networksForNodePorts returns dataplane.Node.NodePortNetworks without loopback
+// addresses and without the networks of virtual servers, in order.
+func (t *table) networksForNodePorts(node dataplane.Node) []netip.Prefix {
+	loopback := netip.MustParsePrefix("127.0.0.0/8")
+	if t.family == dataplane.IPv6 {
+		loopback = netip.PrefixFrom(netip.IPv6Unspecified().Next(), 128)
+	}
+	networks := t.networksOf(node.NodePortNetworks)
+	for _, excluded := range append([]netip.Prefix{loopback}, t.virtualNetworks...) {
+		var kept []netip.Prefix
+		for _, p := range networks {
+			kept = append(kept, subtract(p, excluded)...)
+		}
+		networks = kept
+	}
+	return t.networksOf(networks)
+}
+
+// subtract returns the networks that make up p without the addresses of excluded.
+func subtract(p, excluded netip.Prefix) []netip.Prefix {
+	switch {
+	case !p.Overlaps(excluded):
+		return []netip.Prefix{p}
+	case excluded.Bits() <= p.Bits():
+		return nil
+	}
+	lower := netip.PrefixFrom(p.Addr(), p.Bits()+1)
+	upper := netip.PrefixFrom(lastAddr(lower).Next(), p.Bits()+1)
+	return append(subtract(lower, excluded), subtract(upper, excluded)...)
 }
 
 // counter is a named counter: a reason not to serve a connection.
@@ -348,8 +386,8 @@ func (t *table) chains(node dataplane.Node, rangeBits []int) []chain {
 	}
 	chains = append(chains, t.shared(rangeBits)...)
 	chains = append(chains, t.masquerade(node)...)
-	chains = append(chains, t.masquerading(), t.localhost(node), t.invalid(node))
-	dispatch, postDNAT := append(t.toVirtualNetworks(), t.dispatch()...), t.unmark()
+	chains = append(chains, t.masquerading(node), t.localhost(node), t.invalid(node))
+	dispatch, postDNAT := append(t.toVirtualNetworks(), t.dispatch(node)...), t.unmark()
 	if node.PingServiceIPs {
 		chains = append(chains, t.ping(node)...)
 		dispatch = append(dispatch, t.pings())
@@ -408,13 +446,13 @@ func (t *table) reject() chain {
 }
 
 // dispatch are the rules that a connection starts with: one for frontends with
-// an address of their own, which go first, and one for node ports.
-func (t *table) dispatch() []rule {
+// an address of their own, which go first, and one or two for node ports.
+func (t *table) dispatch(node dataplane.Node) []rule {
 	var rules []rule
-	for _, by := range addressings() {
+	for _, to := range t.destinations(node) {
 		rules = append(rules, rule{exprs: slices.Concat(
-			t.toNodePort(by, t.daddr(0)),
-			t.frontendKey(by, 0),
+			to.match(t.daddr(0)),
+			t.frontendKey(to.by, 0),
 			[]expr.Any{mapLookup(t.services, reg(0)), setPriority(reg(0))},
 			t.branchOff(classes),
 		)})
@@ -422,13 +460,28 @@ func (t *table) dispatch() []rule {
 	return rules
 }
 
-// toNodePort matches the node's addresses for node ports, and is nothing
-// for frontends by address.
-func (t *table) toNodePort(by addressing, address expr.Any) []expr.Any {
-	if by == byAddress {
+// destination is a set of addresses that frontends of an addressing answer at, and
+// nil if all do.
+type destination struct {
+	by    addressing
+	addrs *nftables.Set
+}
+
+// destinations returns the destinations that rules look for, in this order.
+func (t *table) destinations(node dataplane.Node) []destination {
+	all := []destination{{by: byAddress}, {byNodePort, t.nodePortAddrs}}
+	if len(t.networksForNodePorts(node)) > 0 {
+		all = append(all, destination{byNodePort, t.nodePortNetworks})
+	}
+	return all
+}
+
+// match matches packets to the destination, given what loads their address.
+func (d destination) match(address expr.Any) []expr.Any {
+	if d.addrs == nil {
 		return nil
 	}
-	return []expr.Any{address, lookup(t.nodePortAddrs)}
+	return []expr.Any{address, lookup(d.addrs)}
 }
 
 // branchOff is `meta priority vmap @…`.
@@ -606,20 +659,20 @@ func (t *table) postrouting() []rule {
 
 // masquerading decides on connections that were translated, by us or by others,
 // which is why it looks their frontend up.
-func (t *table) masquerading() chain {
+func (t *table) masquerading(node dataplane.Node) chain {
 	var rules []rule
-	for _, by := range addressings() {
-		toNodePort := t.toNodePort(by, t.originalDaddr(0))
+	for _, to := range t.destinations(node) {
+		match := to.match(t.originalDaddr(0))
 		rules = append(rules,
 			rule{
 				comment: "pods that reach themselves through a Service",
-				exprs: slices.Concat(toNodePort,
+				exprs: slices.Concat(match,
 					[]expr.Any{t.saddr(0), t.daddr(t.addrLen / 4)},
-					t.originalFrontendKey(by, 2*t.addrLen/4),
+					t.originalFrontendKey(to.by, 2*t.addrLen/4),
 					[]expr.Any{lookup(t.hairpin), gotoChain("masquerade")}),
 			},
-			rule{exprs: slices.Concat(toNodePort,
-				t.originalFrontendKey(by, 0),
+			rule{exprs: slices.Concat(match,
+				t.originalFrontendKey(to.by, 0),
 				[]expr.Any{mapLookup(t.services, reg(0)), setPriority(reg(0))},
 				t.branchOff(masquerades))},
 		)

@@ -1,10 +1,58 @@
 package nft
 
 import (
+	"net/netip"
+	"strings"
 	"testing"
 
 	"fairlead/dataplane"
+
+	"github.com/google/go-cmp/cmp"
 )
+
+// TestNetworksForNodePorts checks that loopback addresses and virtual servers get no
+// node ports, and that packets meet a rule for networks only where there are some.
+func TestNetworksForNodePorts(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		family         dataplane.Family
+		networks, want string
+	}{
+		{dataplane.IPv4, "", ""},
+		{dataplane.IPv4, "2001:db8::/32 198.51.100.0/24 198.51.100.0/25 192.0.2.0/24", "192.0.2.0/24 198.51.100.0/24"},
+		{dataplane.IPv4, "127.0.0.0/8 127.0.0.128/25 240.0.0.0/16", ""},
+		{dataplane.IPv4, "124.0.0.0/6", "124.0.0.0/7 126.0.0.0/8"},
+		{dataplane.IPv4, "240.0.0.0/14", "240.1.0.0/16 240.2.0.0/15"},
+		{dataplane.IPv4, "0.0.0.0/0", "0.0.0.0/2 64.0.0.0/3 96.0.0.0/4 112.0.0.0/5 120.0.0.0/6 124.0.0.0/7 126.0.0.0/8 " +
+			"128.0.0.0/2 192.0.0.0/3 224.0.0.0/4 240.1.0.0/16 240.2.0.0/15 240.4.0.0/14 240.8.0.0/13 240.16.0.0/12 240.32.0.0/11 " +
+			"240.64.0.0/10 240.128.0.0/9 241.0.0.0/8 242.0.0.0/7 244.0.0.0/6 248.0.0.0/5"},
+		{dataplane.IPv6, "::/126", "::/128 ::2/127"},
+		{dataplane.IPv6, "2001:db8::1/64", "2001:db8::/64"},
+	} {
+		table := newTable(tt.family)
+		if tt.family == dataplane.IPv4 {
+			table.virtualNetworks = []netip.Prefix{netip.MustParsePrefix("240.0.0.0/16")}
+		}
+		var node dataplane.Node
+		for text := range strings.FieldsSeq(tt.networks) {
+			node.NodePortNetworks = append(node.NodePortNetworks, netip.MustParsePrefix(text))
+		}
+		var got []string
+		for _, p := range table.networksForNodePorts(node) {
+			got = append(got, p.String())
+		}
+		if diff := cmp.Diff(strings.Fields(tt.want), got, cmp.Transformer("text", func(s []string) string { return strings.Join(s, " ") })); diff != "" {
+			t.Errorf("%s of %q (-want +got):\n%s", tt.family, tt.networks, diff)
+		}
+		want := len(table.dispatch(dataplane.Node{}))
+		if tt.want != "" {
+			want++
+		}
+		if got := len(table.dispatch(node)); got != want {
+			t.Errorf("%s of %q: a new connection meets %d rules, want %d", tt.family, tt.networks, got, want)
+		}
+	}
+}
 
 // The kernel makes a bitmap of a set with short keys that has none of these flags,
 // and for each change of an element walks all of them (nft_set_bitmap.c).

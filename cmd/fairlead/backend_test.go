@@ -115,8 +115,8 @@ func TestModeStaysUntilRestart(t *testing.T) {
 			was, next := usual(), usual()
 			was.mode, next.mode = test.runs, test.file
 			p.reloader(nil, nil, was, &slog.LevelVar{}).apply(t.Context(), next)
-			if j.everywhere != test.everywhere {
-				t.Errorf("node ports are served on all addresses: %t, want %t", j.everywhere, test.everywhere)
+			if j.nodePorts.All != test.everywhere {
+				t.Errorf("node ports are served on all addresses: %t, want %t", j.nodePorts.All, test.everywhere)
 			}
 			if got := strings.Contains(log.String(), "needs a restart"); got != (test.runs != test.file) || got && !strings.Contains(log.String(), "what=mode\n") {
 				t.Errorf("log:\n%s", &log)

@@ -52,10 +52,12 @@ type join struct {
 	tracker  *kube.Tracker
 	complete bool
 	missing  bool // there is no Node, and that was logged
-	// everywhere says that node ports are served on all addresses, and served
-	// has those that they are served on, loopback ones included.
-	everywhere bool
-	served     []netip.Addr
+	// nodePorts selects the addresses on which node ports are served. served has
+	// these, loopback ones included, and servedFamilies their families and those of
+	// the networks on which node ports are served.
+	nodePorts      kube.NodePortAddresses
+	served         []netip.Addr
+	servedFamilies []dataplane.Family
 	// unserved is about node ports without an address to be served on.
 	unserved unserved
 
@@ -86,7 +88,7 @@ func (j *join) deliver(d kube.Delta) {
 		j.complete = true
 		j.syncer.ListComplete()
 		j.checkNode()
-		j.unserved.check(j.log, j.served)
+		j.unserved.check(j.log, j.servedFamilies)
 	} else {
 		j.trigger(d, result)
 	}
@@ -106,19 +108,29 @@ func (j *join) addresses(addrs nodeip.Addresses) {
 func (j *join) configure(options kube.Options) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	j.everywhere = options.NodePortAddresses.All
+	j.nodePorts = options.NodePortAddresses
 	j.pass(j.tracker.Configure(options))
 	j.listen()
 }
 
-// listen says on which addresses health-check node ports answer: where node
-// ports do, except that all of them are listened on at once.
+// listen sets the addresses on which health-check node ports answer: those of node
+// ports, and the unspecified address for a family of which all are served. No
+// socket can listen on a network, so that networks count only with the latter.
 func (j *join) listen() {
-	if j.everywhere {
-		j.ports.SetAddrs([]netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()})
-		return
+	var addrs []netip.Addr
+	for _, unspecified := range []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()} {
+		family := dataplane.FamilyOf(unspecified)
+		if j.nodePorts.Everywhere(family) {
+			addrs = append(addrs, unspecified)
+			continue
+		}
+		for _, a := range j.served {
+			if dataplane.FamilyOf(a) == family {
+				addrs = append(addrs, a)
+			}
+		}
 	}
-	j.ports.SetAddrs(j.served)
+	j.ports.SetAddrs(addrs)
 }
 
 // pass passes on what the tracker has made of its input.
@@ -128,6 +140,10 @@ func (j *join) pass(result kube.Result) {
 		j.settings.SetPods(podsOf(*result.Node))
 		j.setNode(*result.Node)
 		j.served = slices.Concat(result.Node.NodePortAddrs, result.Loopback)
+		j.servedFamilies = familiesOf(j.served)
+		for _, network := range result.Node.NodePortNetworks {
+			j.servedFamilies = append(j.servedFamilies, dataplane.FamilyOf(network.Addr()))
+		}
 		j.relay.SetFamilies(familiesOf(result.Loopback)...)
 		j.listen()
 	}
@@ -138,7 +154,7 @@ func (j *join) pass(result kube.Result) {
 	j.syncer.Update(result.Changes)
 	j.unserved.take(result.Changes)
 	if j.complete {
-		j.unserved.check(j.log, j.served)
+		j.unserved.check(j.log, j.servedFamilies)
 	}
 	if result.NodeHealth != nil {
 		j.health.Store(result.NodeHealth)

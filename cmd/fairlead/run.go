@@ -130,7 +130,7 @@ func (c config) build(log *slog.Logger) (*program, error) {
 	options := c.mode.tracker(c.tracker)
 	p.join = &join{
 		log: log, events: events, hasNode: c.manifests == "", nodeName: c.tracker.NodeName, tracker: kube.NewTracker(options),
-		everywhere: options.NodePortAddresses.All, programmed: make(chan struct{}),
+		nodePorts: options.NodePortAddresses, programmed: make(chan struct{}),
 	}
 	p.syncer = sync.New(p.dp, sync.Options{
 		Logger: log.With("component", "sync"), ResyncPeriod: resyncPeriod, OnCommit: p.join.committed,

@@ -178,6 +178,78 @@ func TestNodePortAddressesFollow(t *testing.T) {
 	n.awaitClosed(n.on(n.Node.IPv4, 32000))
 }
 
+// Node ports and health-check node ports answer at the addresses that local routes
+// make the node's, and no longer once a route is gone.
+func TestNodePortsAtLocalRoutes(t *testing.T) {
+	t.Parallel()
+	const port, healthCheck = 30080, 32000
+	n := newNode(t, "a")
+	n.put("backend.yaml", fmt.Sprintf(`apiVersion: v1
+kind: Service
+metadata: {name: backend, namespace: default}
+spec:
+  clusterIP: 10.96.0.10
+  clusterIPs: [10.96.0.10, "fd00:10:96::a"]
+  ipFamilyPolicy: RequireDualStack
+  type: LoadBalancer
+  externalTrafficPolicy: Local
+  healthCheckNodePort: %d
+  selector: {app: backend}
+  ports:
+    - {name: tcp, protocol: TCP, port: 80, targetPort: web, nodePort: %d}
+    - {name: udp, protocol: UDP, port: 80, targetPort: %d, nodePort: %[2]d}
+`, healthCheck, port, podPort))
+	n.putPods("backend", "a")
+	n.program = n.start(nil, append(n.runArgs(), "--nodeport-addresses=0.0.0.0/0,::/0")...)
+	n.program.await(func(r record) bool { return r.Msg == "committed" && r.Reason == "start" })
+	// Without a local route, connections fail at once instead of going in circles.
+	n.tool("ip", "-4", "route", "add", "unreachable", "192.0.2.64/26")
+	n.tool("ip", "-4", "route", "add", "unreachable", "203.0.113.0/24")
+	n.tool("ip", "-6", "route", "add", "unreachable", "2001:db8:4::/46")
+	served := func(addr string) {
+		t.Helper()
+		at := netip.AddrPortFrom(netip.MustParseAddr(addr), port)
+		for _, network := range []string{nettest.TCP, nettest.UDP} {
+			eventually(t, func() error { return answers(t.Context(), n.Outside, network, at, "a") })
+		}
+		n.awaitGet(n.Outside, n.on(at.Addr(), healthCheck), "/", http.StatusOK, `"localEndpoints": 1`)
+	}
+	silent := func(addr string) {
+		t.Helper()
+		at := netip.AddrPortFrom(netip.MustParseAddr(addr), port)
+		for _, network := range []string{nettest.TCP, nettest.UDP} {
+			eventually(t, func() error {
+				answer, err := connect(t.Context(), n.Outside, network, at)
+				if err == nil {
+					return fmt.Errorf("%s %s: answered by %s", network, at, answer.Host)
+				}
+				return nil
+			})
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), attempt)
+		defer cancel()
+		if status, body, err := get(ctx, n.Outside, n.on(at.Addr(), healthCheck), "/"); err == nil {
+			t.Errorf("the health check at %s is answered: status %d, body %q", addr, status, body)
+		}
+	}
+	for _, test := range []struct{ family, route, addr, other string }{
+		{"-4", "192.0.2.90/32", "192.0.2.90", "192.0.2.91"},
+		{"-6", "2001:db8:5::5a/128", "2001:db8:5::5a", "2001:db8:5::5b"},
+		{"-4", "203.0.113.128/26", "203.0.113.150", "203.0.113.200"},
+		{"-6", "2001:db8:6::/64", "2001:db8:6::7", "2001:db8:7::7"},
+	} {
+		silent(test.addr)
+		route := []string{"local", test.route, "dev", "lo", "proto", "66"}
+		n.tool("ip", append([]string{test.family, "route", "add"}, route...)...)
+		served(test.addr)
+		silent(test.other)
+		n.tool("ip", append([]string{test.family, "route", "del"}, route...)...)
+		silent(test.addr)
+	}
+	served(n.Node.IPv4.String())
+	served(n.Node.IPv6.String())
+}
+
 // A health-check node port that somebody else has is told of, and taken over
 // when it is free.
 func TestHealthCheckNodePortTaken(t *testing.T) {

@@ -2,7 +2,6 @@ package main
 
 import (
 	"log/slog"
-	"net/netip"
 	"slices"
 
 	"fairlead/dataplane"
@@ -32,11 +31,11 @@ func (u *unserved) take(changes map[dataplane.Key]*dataplane.Service) {
 }
 
 // check logs once for each family, until it is served again. served are the
-// addresses on which node ports are served.
-func (u *unserved) check(log *slog.Logger, served []netip.Addr) {
+// families of the addresses on which node ports are served.
+func (u *unserved) check(log *slog.Logger, served []dataplane.Family) {
 	for _, f := range []dataplane.Family{dataplane.IPv4, dataplane.IPv6} {
 		switch {
-		case slices.ContainsFunc(served, func(a netip.Addr) bool { return a.Is4() == (f == dataplane.IPv4) }):
+		case slices.Contains(served, f):
 			delete(u.logged, f)
 		case !u.logged[f]:
 			for key := range u.wanted {

@@ -127,6 +127,51 @@ func (s suite) nodePorts(t *testing.T) {
 		})
 	})
 
+	networks := map[dataplane.Family]netip.Prefix{
+		dataplane.IPv4: netip.MustParsePrefix("198.51.100.128/25"), dataplane.IPv6: netip.MustParsePrefix("2001:db8:51:1::/64"),
+	}
+	inNetwork := func(family dataplane.Family, port uint16) netip.AddrPort {
+		addr := networks[family].Addr()
+		for range 9 {
+			addr = addr.Next()
+		}
+		return netip.AddrPortFrom(addr, port)
+	}
+	for _, family := range families() {
+		if err := node.AddNetwork(networks[family]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	notInNetworks := func(t *testing.T) {
+		t.Helper()
+		each(t, clients, func(t *testing.T, family dataplane.Family, p dataplane.Protocol, from *nettest.Host) {
+			if from == node && p == dataplane.SCTP {
+				return // an abort from an address that no interface has is lost
+			}
+			expectRefused(t, from, p, inNetwork(family, plain))
+		})
+	}
+	t.Run("not yet in networks", notInNetworks)
+	w.node.NodePortNetworks = []netip.Prefix{networks[dataplane.IPv4], networks[dataplane.IPv6]}
+	w.restart()
+	t.Run("in networks", func(t *testing.T) {
+		each(t, clients, func(t *testing.T, family dataplane.Family, p dataplane.Protocol, from *nettest.Host) {
+			for _, answer := range expectSome(t, from, p, inNetwork(family, plain), w.endpoints(family, 0)) {
+				if answer.Source.Addr() != addrOf(node, family) {
+					t.Errorf("the endpoint of a connection from %s sees %s, want the node", from.Name, answer.Source)
+				}
+			}
+			for _, port := range []uint16{dropping, kept} {
+				expectSome(t, from, p, inNetwork(family, port), w.endpoints(family, 0))
+			}
+			expectSome(t, from, p, inNetwork(family, shared), w.endpoints(family, 1))
+			expectSome(t, from, p, at(node, family, plain), w.endpoints(family, 0))
+		})
+	})
+	w.node.NodePortNetworks = nil
+	w.restart()
+	t.Run("in networks no more", notInNetworks)
+
 	w.node.NodePortAddrs = nil
 	w.restart()
 	t.Run("on no address", func(t *testing.T) {

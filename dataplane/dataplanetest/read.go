@@ -103,6 +103,10 @@ func (g generator) node() dataplane.Node {
 			n.NodePortAddrs = append(n.NodePortAddrs, g.endpoint(family).Addr.Addr())
 		}
 		for range g.rnd.IntN(2) {
+			network, _ := g.endpoint(family).Addr.Addr().Prefix(28)
+			n.NodePortNetworks = append(n.NodePortNetworks, network)
+		}
+		for range g.rnd.IntN(2) {
 			n.Addrs = append(n.Addrs, g.endpoint(family).Addr.Addr())
 		}
 	}

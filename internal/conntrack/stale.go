@@ -32,9 +32,10 @@ type programmed struct {
 	// owners are the Services of the frontends, of which those with the
 	// unspecified address are node ports.
 	owners map[dataplane.Frontend]*dataplane.Service
-	// nodePortAddrs are where node ports answer, and formerAddrs where they did.
-	nodePortAddrs, formerAddrs map[netip.Addr]struct{}
-	nodePortNetworks           []netip.Prefix
+	// nodePortAddrs and nodePortNetworks are where node ports answer, and formerAddrs
+	// and formerNetworks where they did.
+	nodePortAddrs, formerAddrs       map[netip.Addr]struct{}
+	nodePortNetworks, formerNetworks []netip.Prefix
 }
 
 func newProgrammed() programmed {
@@ -70,7 +71,15 @@ func (p *programmed) setNode(n dataplane.Node) {
 		p.nodePortAddrs[addr] = struct{}{}
 		delete(p.formerAddrs, addr)
 	}
+	for _, network := range p.nodePortNetworks {
+		if !slices.Contains(p.formerNetworks, network) {
+			p.formerNetworks = append(p.formerNetworks, network)
+		}
+	}
 	p.nodePortNetworks = n.NodePortNetworks
+	p.formerNetworks = slices.DeleteFunc(p.formerNetworks, func(former netip.Prefix) bool {
+		return slices.Contains(p.nodePortNetworks, former)
+	})
 }
 
 // nodePort returns the node port that a frontend with one of the node's addresses
@@ -78,13 +87,18 @@ func (p *programmed) setNode(n dataplane.Node) {
 func (p *programmed) nodePort(f dataplane.Frontend) (dataplane.Frontend, bool) {
 	addr := f.Addr.Addr()
 	_, ok := p.nodePortAddrs[addr]
-	return atAnyAddr(f), ok || slices.ContainsFunc(p.nodePortNetworks, func(n netip.Prefix) bool { return n.Contains(addr) })
+	return atAnyAddr(f), ok || within(p.nodePortNetworks, addr)
+}
+
+func within(networks []netip.Prefix, addr netip.Addr) bool {
+	return slices.ContainsFunc(networks, func(n netip.Prefix) bool { return n.Contains(addr) })
 }
 
 // left reports whether a flow is to a node port, by an address that has none any
 // more.
 func (p *programmed) left(f flow) bool {
-	if _, former := p.formerAddrs[f.destination.Addr()]; !former || !f.translated() {
+	addr := f.destination.Addr()
+	if _, former := p.formerAddrs[addr]; !f.translated() || !former && !within(p.formerNetworks, addr) {
 		return false
 	}
 	owner := p.owners[atAnyAddr(f.frontend())]

@@ -273,13 +273,15 @@ func TestNodePortsLeaveAddresses(t *testing.T) {
 	// Of an address that has node ports, as in TestStale.
 	unserved := []string{"192.0.2.2:30053 192.0.2.2:30053", "192.0.2.2:30053 10.0.0.9:53"}
 	for name, tt := range map[string]struct {
-		nodes []string // the addresses for node ports, one after the other
+		nodes []string // the addresses and networks for node ports, one after the other
 		stale []string
 	}{
 		"before":              {[]string{"192.0.2.1 192.0.2.2"}, unserved},
 		"one leaves":          {[]string{"192.0.2.1 192.0.2.2", "192.0.2.1"}, []string{"192.0.2.2:30053 10.0.0.1:53"}},
 		"and nothing happens": {[]string{"192.0.2.1 192.0.2.2", "192.0.2.1", "192.0.2.1"}, []string{"192.0.2.2:30053 10.0.0.1:53"}},
 		"and comes back":      {[]string{"192.0.2.1 192.0.2.2", "192.0.2.1", "192.0.2.1 192.0.2.2"}, unserved},
+		"a network leaves":    {[]string{"192.0.2.1 192.0.2.2/31", "192.0.2.1"}, []string{"192.0.2.2:30053 10.0.0.1:53", "192.0.2.3:30053 10.0.0.1:53"}},
+		"the network returns": {[]string{"192.0.2.1 192.0.2.2/31", "192.0.2.1", "192.0.2.1 192.0.2.2/31"}, unserved},
 		"all leave":           {[]string{"192.0.2.1 192.0.2.2", ""}, []string{"192.0.2.1:30053 10.0.0.1:53", "192.0.2.2:30053 10.0.0.1:53"}},
 	} {
 		p := newProgrammed()
@@ -288,6 +290,10 @@ func TestNodePortsLeaveAddresses(t *testing.T) {
 		for _, addrs := range tt.nodes {
 			var n dataplane.Node
 			for field := range strings.FieldsSeq(addrs) {
+				if network, err := netip.ParsePrefix(field); err == nil {
+					n.NodePortNetworks = append(n.NodePortNetworks, network)
+					continue
+				}
 				n.NodePortAddrs = append(n.NodePortAddrs, netip.MustParseAddr(field))
 			}
 			p.setNode(n)
