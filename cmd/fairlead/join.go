@@ -116,11 +116,15 @@ func (j *join) configure(options kube.Options) {
 // listen sets the addresses on which health-check node ports answer: those of node
 // ports, and the unspecified address for a family of which all are served. No
 // socket can listen on a network, so that networks count only with the latter.
+//
+// Unless the operator chose addresses, they answer on all, as with kube-proxy's mode
+// iptables: a load balancer that passes packets through probes its own address, which
+// the node may have on its loopback device.
 func (j *join) listen() {
 	var addrs []netip.Addr
 	for _, unspecified := range []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()} {
 		family := dataplane.FamilyOf(unspecified)
-		if j.nodePorts.Everywhere(family) {
+		if j.nodePorts.IsZero() || j.nodePorts.Everywhere(family) {
 			addrs = append(addrs, unspecified)
 			continue
 		}

@@ -250,6 +250,41 @@ spec:
 	served(n.Node.IPv6.String())
 }
 
+// Unless the operator chose addresses, a health-check node port answers at every
+// address of the node: also at that of a load balancer which the node has on its
+// loopback device, for as long as it has it.
+func TestHealthCheckAtTheLoadBalancersAddress(t *testing.T) {
+	t.Parallel()
+	const healthCheck = 32000
+	vip := netip.MustParseAddr("192.0.2.71")
+	n := newNode(t, "a")
+	n.put("backend.yaml", fmt.Sprintf(`apiVersion: v1
+kind: Service
+metadata: {name: backend, namespace: default}
+spec:
+  clusterIP: 10.96.0.10
+  type: LoadBalancer
+  externalTrafficPolicy: Local
+  healthCheckNodePort: %d
+  selector: {app: backend}
+  ports: [{name: tcp, port: 80, targetPort: web}]
+status: {loadBalancer: {ingress: [{ip: %s}]}}
+`, healthCheck, vip))
+	n.putPods("backend", "a")
+	n.run()
+	n.awaitGet(n.Outside, n.on(n.Node.IPv4, healthCheck), "/", http.StatusOK, `"localEndpoints": 1`)
+	address := func(verb string) {
+		t.Helper()
+		n.tool("ip", "addr", verb, vip.String()+"/32", "dev", "lo")
+	}
+	address("add")
+	n.awaitGet(n.Outside, n.on(vip, healthCheck), "/", http.StatusOK, `"localEndpoints": 1`)
+	address("del")
+	if status, body, err := get(t.Context(), n.Outside, n.on(vip, healthCheck), "/"); err == nil {
+		t.Errorf("the health check is answered without the address: status %d, body %q", status, body)
+	}
+}
+
 // A health-check node port that somebody else has is told of, and taken over
 // when it is free.
 func TestHealthCheckNodePortTaken(t *testing.T) {
