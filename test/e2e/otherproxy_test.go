@@ -103,6 +103,7 @@ func (p *kubeProxy) begin(endpoints ...*pod) {
 // programs waits until kube-proxy has rules for the endpoints, in both families.
 func (p *kubeProxy) programs(endpoints ...*pod) {
 	p.s.Helper()
+	const pause = 200 * time.Millisecond // leaves kube-proxy the processor
 	p.s.eventually(func(context.Context) error {
 		var rules strings.Builder
 		for _, command := range p.ruleset {
@@ -122,6 +123,7 @@ func (p *kubeProxy) programs(endpoints ...*pod) {
 		for _, endpoint := range endpoints {
 			for _, addr := range endpoint.Addrs() {
 				if !strings.Contains(rules.String(), addr.String()) {
+					time.Sleep(pause)
 					return fmt.Errorf("kube-proxy has no rule for %s; its log ends:\n%s", addr, p.tail())
 				}
 			}
@@ -306,7 +308,7 @@ func TestKubeProxy(t *testing.T) {
 					}
 				}
 			}
-			load := s.load(client, to...)
+			load := s.load(client, to[0], to[len(to)-1])
 
 			step("kube-proxy runs beside Fairlead, ends, and leaves its rules; the endpoints change while Fairlead is away")
 			logged := s.logsNext(found...)
