@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"bytes"
 	"context"
 	"encoding/json"
@@ -75,6 +76,9 @@ type node struct {
 	client  *nettest.Host // a pod that is no endpoint
 	pods    map[string]*nettest.Host
 	program *process // the last that was started
+
+	// executable is a link to this program under another name, or empty.
+	executable string
 }
 
 // newNode makes a node with pods that serve TCP and UDP. Nothing in the folder
@@ -373,7 +377,7 @@ type process struct {
 func (n *node) start(attributes *syscall.SysProcAttr, args ...string) *process {
 	n.t.Helper()
 	p := &process{t: n.t, log: &logbook{}, ended: make(chan struct{})}
-	p.cmd = exec.CommandContext(n.t.Context(), "/proc/self/exe", args...)
+	p.cmd = exec.CommandContext(n.t.Context(), cmp.Or(n.executable, "/proc/self/exe"), args...)
 	// The race detector makes each process sleep for a second at its end.
 	p.cmd.Env = []string{asFairlead + "=1", "GORACE=atexit_sleep_ms=0"}
 	p.cmd.Stdout, p.cmd.Stderr = p.log, p.log
