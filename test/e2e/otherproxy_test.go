@@ -78,11 +78,17 @@ func newKubeProxy(s *scenario, mode, iptables string) *kubeProxy {
 		"--healthz-bind-address=127.0.0.1:30256", "--metrics-bind-address=127.0.0.1:30249",
 		"--conntrack-max-per-core=0", "--conntrack-tcp-timeout-established=0s", "--conntrack-tcp-timeout-close-wait=0s", "--oom-score-adj=0",
 	}
+	// kube-proxy --cleanup does not set it back.
+	const routeLocalnet = "/proc/sys/net/ipv4/conf/all/route_localnet"
+	before, err := p.output("cat", routeLocalnet)
+	s.must(err)
 	s.Cleanup(func() {
 		if s.Failed() {
 			s.Logf("the end of kube-proxy's log:\n%s", p.tail())
 		}
 		err := errors.Join(p.kill(), p.removeRules())
+		_, resetErr := p.output("sh", "-c", "echo "+strings.TrimSpace(before)+" >"+routeLocalnet)
+		err = errors.Join(err, resetErr)
 		if !s.lead.running() {
 			err = errors.Join(err, s.start(context.WithoutCancel(s.ctx)))
 		}
