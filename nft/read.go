@@ -157,9 +157,8 @@ func (d *Dataplane) read(ctx context.Context, t *table) (*content, error) {
 	return c, nil
 }
 
-// readRows reads the sets of a table and what is in them.
-func (d *Dataplane) readRows(ctx context.Context, t *table) (*content, error) {
-	c := &content{
+func newContent() *content {
+	return &content{
 		sets:     map[string]*nftables.Set{},
 		chains:   map[string]*nftables.Chain{},
 		rules:    map[string][]*nftables.Rule{},
@@ -169,6 +168,11 @@ func (d *Dataplane) readRows(ctx context.Context, t *table) (*content, error) {
 		foreign: map[string][]element{}, extended: map[string][]element{},
 		ports: portCounts{}, portSet: map[uint16]bool{}, node: map[string][]element{},
 	}
+}
+
+// readRows reads the sets of a table and what is in them.
+func (d *Dataplane) readRows(ctx context.Context, t *table) (*content, error) {
+	c := newContent()
 	tables, err := d.dump.tables(t.nf.Family)
 	if err != nil {
 		return nil, fmt.Errorf("list the %s tables: %w", t.family, err)
