@@ -235,6 +235,30 @@ func TestOtherDefinitions(t *testing.T) {
 	b.end()
 }
 
+// TestFailingRepair has the kernel refuse the repairs of a table, and then also the
+// first rebuilds. The table must serve throughout, and must not be removed.
+func TestFailingRepair(t *testing.T) {
+	t.Parallel()
+	b := newTestbed(t, Options{})
+	for _, failures := range []int{repairAttempts - 1, repairAttempts, repairAttempts + 2} {
+		nft(t, b.netns, nftBinaries(t)["1.1.3"], "insert rule ip fairlead filter-forward counter")
+		n := 0
+		b.flush = func() error {
+			if n++; n <= failures {
+				_ = b.conn.FlushWithGenID(1) // leaves nothing in the library's queue
+				return errLost
+			}
+			return b.conn.Flush()
+		}
+		replace(t, b.Dataplane, b.node, b.services...)
+		name := fmt.Sprintf("%d failures", failures)
+		b.check(name)
+		b.log.check(t, name, failures >= repairAttempts)
+		wantState(t, b.Dataplane, b.services...)
+	}
+	b.end()
+}
+
 // TestRebuildInterrupted ends a rebuild after each of its commits. What is left must
 // serve, and the next Replace must complete it.
 func TestRebuildInterrupted(t *testing.T) {

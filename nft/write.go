@@ -684,9 +684,9 @@ func (d *Dataplane) Replace(ctx context.Context, node dataplane.Node, services i
 	return nil
 }
 
-// repairAttempts is how often a table is read and repaired in place, if that fails
-// although nobody else commits, before it is rebuilt; conflictAttempts how often if
-// somebody does, before Replace fails.
+// repairAttempts is how often Replace repairs a table in place if that fails although
+// no other process commits, and then how often it rebuilds the table, before it removes
+// it. conflictAttempts limits both while another process commits.
 const (
 	repairAttempts   = 3
 	conflictAttempts = 5
@@ -698,7 +698,8 @@ const (
 func (d *Dataplane) repair(
 	ctx context.Context, node dataplane.Node, services iter.Seq[*dataplane.Service],
 ) (have [2]*content, _ iter.Seq[*dataplane.Service], err error) {
-	var failures, rebuilt [2]int
+	var failures, rebuilds [2]int // of a table
+	var removed [2]bool
 	for conflicts := 0; ; {
 		d.forget()
 		have, generation, err := d.readTables(ctx)
@@ -714,14 +715,19 @@ func (d *Dataplane) repair(
 			if failures[i] >= repairAttempts {
 				reason = "repairs failed"
 			}
-			if reason == "" || rebuilt[i] > 1 {
+			switch {
+			case reason == "" || removed[i]:
 				err = d.repairStructure(t, node, have[i])
-			} else if rebuilt[i]++; rebuilt[i] == 1 {
+			case rebuilds[i] < repairAttempts:
+				rebuilds[i]++
 				d.log.Warn("table is rebuilt", "table", t.String(), "reason", reason)
 				list := slices.Collect(services)
 				services = slices.Values(list)
-				err, again = d.rebuild(ctx, i, node, list), true
-			} else {
+				if err, again = d.rebuild(ctx, i, node, list), true; err == nil {
+					failures[i] = 0
+				}
+			default:
+				removed[i] = true
 				d.log.Warn("table is removed and made anew", "table", t.String(), "reason", reason)
 				err, again = removeTable(d.conn, d.submit, t), true
 			}
@@ -740,8 +746,9 @@ func (d *Dataplane) repair(
 				if conflicts++; conflicts >= conflictAttempts {
 					return have, nil, err
 				}
+				rebuilds[i] = 0 // the kernel has refused none
 			default:
-				if failures[i]++; rebuilt[i] > 1 || have[i].table == nil || failures[i] > 2*repairAttempts {
+				if failures[i]++; removed[i] || have[i].table == nil {
 					return have, nil, err
 				}
 			}
