@@ -72,7 +72,7 @@ func TestReadAgain(t *testing.T) {
 	d, ns := newDataplane(t)
 	services := sample(t)
 	replace(t, d, fullNode(), services...)
-	binary := nftBinaries(t)["1.1.3"]
+	tool := nftBinaries(t)["1.1.3"]
 	read := func(interfere func(n int)) (reads int, verified bool) {
 		t.Helper()
 		_, verified, err := d.consistently(t.Context(), func() error {
@@ -93,14 +93,14 @@ func TestReadAgain(t *testing.T) {
 		verified  bool
 	}{
 		{"nobody", func(int) {}, 1, true},
-		{"another table", func(int) { nft(t, ns, binary, "add table ip others\ndelete table ip others") }, 1, true},
+		{"another table", func(int) { nft(t, ns, tool, "add table ip others\ndelete table ip others") }, 1, true},
 		{"our table, once", func(n int) {
 			if n == 1 {
-				nft(t, ns, binary, "add element ip fairlead cluster-ips { 10.96.7.7 }")
+				nft(t, ns, tool, "add element ip fairlead cluster-ips { 10.96.7.7 }")
 			}
 		}, 2, true},
 		{"our table, always", func(int) {
-			nft(t, ns, binary, "add element ip fairlead cluster-ips { 10.96.7.7 }; delete element ip fairlead cluster-ips { 10.96.7.7 }")
+			nft(t, ns, tool, "add element ip fairlead cluster-ips { 10.96.7.7 }; delete element ip fairlead cluster-ips { 10.96.7.7 }")
 		}, readAttempts, false},
 		{"a torn dump, once", func(n int) { d.dump.torn = n == 1 }, 2, true},
 	} {
@@ -117,7 +117,7 @@ func TestReadAgain(t *testing.T) {
 	reads := 0
 	if _, _, err := d.consistently(t.Context(), func() error {
 		reads++
-		nft(t, ns, binary, "add table ip others\ndelete table ip others")
+		nft(t, ns, tool, "add table ip others\ndelete table ip others")
 		return unix.ENOENT
 	}); !errors.Is(err, unix.ENOENT) || reads != readAttempts {
 		t.Errorf("error %v after %d reads, want ENOENT after %d", err, reads, readAttempts)
@@ -161,8 +161,8 @@ func TestStatements(t *testing.T) {
 	d, ns := newDataplane(t)
 	services := sample(t)
 	replace(t, d, fullNode(), services...)
-	binary := nftBinaries(t)["1.1.3"]
-	before := sortedLines(nft(t, ns, binary, "list ruleset"))
+	tool := nftBinaries(t)["1.1.3"]
+	before := sortedLines(nft(t, ns, tool, "list ruleset"))
 	other, err := nftables.New(nftables.WithNetNSFd(ns.Fd()))
 	if err != nil {
 		t.Fatal(err)
@@ -188,11 +188,11 @@ func TestStatements(t *testing.T) {
 		}
 		wantDrift(t, d)
 		awaitAnnounced(d)
-		if slices.Equal(before, sortedLines(nft(t, ns, binary, "list ruleset"))) {
+		if slices.Equal(before, sortedLines(nft(t, ns, tool, "list ruleset"))) {
 			t.Errorf("set %s: the statement is not there", set.Name)
 		}
 		replace(t, d, fullNode(), services...)
-		if diff := cmp.Diff(before, sortedLines(nft(t, ns, binary, "list ruleset"))); diff != "" {
+		if diff := cmp.Diff(before, sortedLines(nft(t, ns, tool, "list ruleset"))); diff != "" {
 			t.Errorf("set %s: after the repair (-before +after):\n%s", set.Name, diff)
 		}
 	}

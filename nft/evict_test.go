@@ -49,7 +49,7 @@ func flood(t *testing.T, h *nettest.Host, to netip.AddrPort, n int, source func(
 		if err != nil {
 			return err
 		}
-		defer unix.Close(fd) //nolint:errcheck // nothing is buffered
+		defer unix.Close(fd)
 		for i := range n {
 			if err := unix.Sendto(fd, datagram(source(i), to), 0, address); err != nil {
 				return err

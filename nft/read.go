@@ -119,7 +119,7 @@ func (d *Dataplane) readTables(ctx context.Context) (have [2]*content, generatio
 		return nil
 	})
 	if err == nil && !verified {
-		d.log.Debug("the tables change while they are read")
+		d.log.DebugContext(ctx, "the tables change while they are read")
 		d.watch.signal()
 	}
 	return have, generation, err

@@ -18,7 +18,7 @@ const nextSuffix = "-next"
 const packetRest = 100 * time.Millisecond
 
 // rebuildReason returns why a table cannot be repaired in place, or an empty string.
-func (d *Dataplane) rebuildReason(t *table, have *content) string {
+func (d *Dataplane) rebuildReason(have *content) string {
 	if have.table == nil {
 		return ""
 	}
@@ -69,8 +69,10 @@ func (d *Dataplane) moveTo(ctx context.Context, i int, name string, node datapla
 	if err := d.mend(to, node, have); err != nil {
 		return err
 	}
-	r := replacement{Dataplane: d, have: [2]*content{{}, {}}, failed: map[dataplane.Key]error{},
-		taken: [2]map[listID]bool{{}, {}}}
+	r := replacement{
+		Dataplane: d, have: [2]*content{{}, {}}, failed: map[dataplane.Key]error{},
+		taken: [2]map[listID]bool{{}, {}},
+	}
 	for _, s := range services {
 		if index(s.Key.Family) != i || d.supported(s) != nil {
 			continue

@@ -83,7 +83,7 @@ type testbed struct {
 	failure        atomic.Value
 }
 
-func newTestbed(t *testing.T, opts Options) *testbed {
+func newTestbed(t *testing.T) *testbed {
 	t.Helper()
 	network := nettest.NewT(t, nettest.Options{})
 	b := &testbed{t: t, netns: network.Node.Namespace, client: network.PodT(t, "client")}
@@ -95,14 +95,13 @@ func newTestbed(t *testing.T, opts Options) *testbed {
 	}
 	f := dataplane.Frontend{Protocol: dataplane.TCP, Addr: netip.MustParseAddrPort("10.96.0.1:80")}
 	b.frontend = f.Addr
-	b.services = append(sample(t)[1:], service(t, "served", []dataplane.Frontend{f}, list))
+	b.services = slices.Concat(sample(t)[1:], []*dataplane.Service{service(t, "served", []dataplane.Frontend{f}, list)})
 	b.services = slices.DeleteFunc(b.services, func(s *dataplane.Service) bool {
 		return s.Key.Name != "served" && slices.Contains(s.Frontends, f)
 	})
 	b.node = fullNode()
 	b.node.PodCIDRs = network.PodCIDRs
-	opts.Logger = b.log.logger()
-	b.Dataplane = openWith(t, b.netns, opts)
+	b.Dataplane = openWith(t, b.netns, Options{Logger: b.log.logger()})
 	replace(t, b.Dataplane, b.node, b.services...)
 	for range 20 {
 		conn, err := b.client.Open(t.Context(), nettest.TCP, b.frontend)
@@ -166,7 +165,7 @@ func (b *testbed) end() {
 func TestPlausibleEdits(t *testing.T) {
 	t.Parallel()
 	binary := nftBinaries(t)["1.1.3"]
-	b := newTestbed(t, Options{})
+	b := newTestbed(t)
 	before := sortedLines(nft(t, b.netns, binary, "list ruleset"))
 	edits := plausibleEdits()
 	for name, script := range edits {
@@ -198,7 +197,7 @@ func withoutCounts(lines []string) []string {
 // another way, under load, and this one put it right.
 func TestOtherDefinitions(t *testing.T) {
 	t.Parallel()
-	b := newTestbed(t, Options{})
+	b := newTestbed(t)
 	other := openIn(t, b.netns)
 	for _, version := range []struct {
 		name    string
@@ -239,7 +238,7 @@ func TestOtherDefinitions(t *testing.T) {
 // first rebuilds. The table must serve throughout, and must not be removed.
 func TestFailingRepair(t *testing.T) {
 	t.Parallel()
-	b := newTestbed(t, Options{})
+	b := newTestbed(t)
 	for _, failures := range []int{repairAttempts - 1, repairAttempts, repairAttempts + 2} {
 		nft(t, b.netns, nftBinaries(t)["1.1.3"], "insert rule ip fairlead filter-forward counter")
 		n := 0
@@ -263,7 +262,7 @@ func TestFailingRepair(t *testing.T) {
 // serve, and the next Replace must complete it.
 func TestRebuildInterrupted(t *testing.T) {
 	t.Parallel()
-	b := newTestbed(t, Options{})
+	b := newTestbed(t)
 	for commits, done := 1, false; !done; commits += commits + 2 {
 		b.schema++
 		n := 0

@@ -373,8 +373,9 @@ func isRemembered(m netlink.Message) bool {
 		set, _ := attribute(m.Data[4:], unix.NFTA_SET_ELEM_LIST_SET)
 		_, ok := parseAffinityShard(string(bytes.TrimSuffix(set, []byte{0})))
 		return ok
+	default:
+		return false
 	}
-	return false
 }
 
 // losesRules reports whether a message announces that something is gone, or that a
@@ -384,6 +385,7 @@ func losesRules(m netlink.Message) bool {
 	case unix.NFT_MSG_NEWTABLE, unix.NFT_MSG_DELTABLE, unix.NFT_MSG_DELCHAIN, unix.NFT_MSG_DELRULE,
 		unix.NFT_MSG_DELSET, unix.NFT_MSG_DELSETELEM, unix.NFT_MSG_DELOBJ:
 		return true
+	default:
+		return false
 	}
-	return false
 }

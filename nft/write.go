@@ -711,7 +711,7 @@ func (d *Dataplane) repair(
 		}
 		again := false
 		for i, t := range d.tables {
-			reason := d.rebuildReason(t, have[i])
+			reason := d.rebuildReason(have[i])
 			if failures[i] >= repairAttempts {
 				reason = "repairs failed"
 			}
@@ -720,7 +720,7 @@ func (d *Dataplane) repair(
 				err = d.repairStructure(t, node, have[i])
 			case rebuilds[i] < repairAttempts:
 				rebuilds[i]++
-				d.log.Warn("table is rebuilt", "table", t.String(), "reason", reason)
+				d.log.WarnContext(ctx, "table is rebuilt", "table", t.String(), "reason", reason)
 				list := slices.Collect(services)
 				services = slices.Values(list)
 				if err, again = d.rebuild(ctx, i, node, list), true; err == nil {
@@ -728,7 +728,7 @@ func (d *Dataplane) repair(
 				}
 			default:
 				removed[i] = true
-				d.log.Warn("table is removed and made anew", "table", t.String(), "reason", reason)
+				d.log.WarnContext(ctx, "table is removed and made anew", "table", t.String(), "reason", reason)
 				err, again = removeTable(d.conn, d.submit, t), true
 			}
 			if err == nil && !again {
@@ -752,7 +752,7 @@ func (d *Dataplane) repair(
 					return have, nil, err
 				}
 			}
-			d.log.Debug("table is read again, because its repair failed", "error", err)
+			d.log.DebugContext(ctx, "table is read again, because its repair failed", "error", err)
 			again = true
 			break
 		}

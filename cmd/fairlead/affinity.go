@@ -36,13 +36,13 @@ func (a *affinity) run(ctx context.Context) error {
 	for {
 		select {
 		case <-ctx.Done():
-			return nil //nolint:nilerr // the program ends
+			return nil
 		case <-ticker.C:
 		}
 		err := a.limiter.Limit(ctx)
 		switch {
 		case ctx.Err() != nil:
-			return nil //nolint:nilerr // the program ends
+			return nil
 		case err != nil && !failing:
 			a.log.WarnContext(ctx, "session affinity cannot be limited", "error", err)
 		case err == nil && failing:

@@ -72,7 +72,7 @@ func runProgram(ctx context.Context, flags given, stderr io.Writer, setClientLog
 	if c.initOnly {
 		return c.mode.setUp(ctx, log, c.ipvs)
 	}
-	p, err := c.build(log)
+	p, err := c.build(log) //nolint:contextcheck // what it opens has contexts of its own
 	if err != nil {
 		return err
 	}

@@ -48,7 +48,7 @@ func (c config) describe() string {
 // start activates this instance at once, if there is no other one, and else in the
 // group when the other one has ended.
 func (s *standby) start(ctx context.Context, group *errgroup.Group) {
-	if lock, err := instance.TryAcquire(s.options); err == nil {
+	if lock, err := instance.TryAcquire(s.options); err == nil { //nolint:contextcheck // a Lock outlives ctx
 		s.activate(lock)
 		return
 	}
@@ -132,13 +132,13 @@ var errRuns = errors.New("stop it first, or it puts everything back; --force rem
 // alone returns a lock that keeps other instances from starting to write, or an
 // error if one runs that would.
 func alone(ctx context.Context) (*instance.Lock, error) {
-	lock, err := instance.TryAcquire(instance.Options{Description: "fairlead cleanup"})
+	lock, err := instance.TryAcquire(instance.Options{Description: "fairlead cleanup"}) //nolint:contextcheck // a Lock outlives ctx
 	if err == nil {
 		return lock, nil
 	}
 	holder, err := instance.Find(ctx)
 	if err != nil || holder == nil { // none of ours, or it has just ended
-		return nil, nil
+		return nil, nil //nolint:nilerr // cleanup goes on without the lock
 	}
 	return nil, fmt.Errorf("another Fairlead programs this node (%s): %w", holder, errRuns)
 }

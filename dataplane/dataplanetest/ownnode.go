@@ -56,8 +56,11 @@ func (s suite) nodeAsEndpoint(t *testing.T) {
 			{"cluster IP, a pod too", dataplane.ClusterIP, vip(family, 4, 443), clusterIP, append(pod, host...)},
 			{"node port", dataplane.NodePort, nodePortOf(family, 30443), external, host},
 			{"node port, policy Local", dataplane.NodePort, nodePortOf(family, 30444), local, host},
-			{"node port, affinity", dataplane.NodePort, nodePortOf(family, 30445),
-				dataplane.Treatment{Masquerade: dataplane.MasqueradeAlways, Affinity: time.Hour}, host},
+			{
+				"node port, affinity", dataplane.NodePort, nodePortOf(family, 30445),
+				dataplane.Treatment{Masquerade: dataplane.MasqueradeAlways, Affinity: time.Hour},
+				host,
+			},
 			{"external IP", dataplane.ExternalIP, vip(family, 5, 443), external, host},
 			{"external IP, a pod too", dataplane.ExternalIP, vip(family, 6, 443), external, append(pod, host...)},
 			{"external IP, the node's", dataplane.ExternalIP, at(node, family, 443), external, host},

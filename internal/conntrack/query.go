@@ -35,7 +35,7 @@ func (q query) compare(o query) int {
 // covers reports whether the answer to q has the flow.
 func (q query) covers(f flow) bool {
 	return f.protocol == q.protocol && (!q.addr.IsValid() || q.addr == f.destination.Addr()) &&
-		(q.port == 0 || q.port == f.destination.Port()) && !(q.unreplied && f.replied)
+		(q.port == 0 || q.port == f.destination.Port()) && (!q.unreplied || !f.replied)
 }
 
 // queries returns the dumps that show all suspect entries, by family. Families

@@ -95,7 +95,7 @@ type Lock struct {
 // The error wraps [ErrStranger] if a process of another user holds the lock.
 func Acquire(ctx context.Context, opts Options) (*Lock, error) {
 	for {
-		lock, err := TryAcquire(opts)
+		lock, err := TryAcquire(opts) //nolint:contextcheck // a Lock outlives ctx
 		if err == nil || !errors.Is(err, unix.EADDRINUSE) {
 			return lock, err
 		}

@@ -17,8 +17,10 @@ func TestRelay(t *testing.T) {
 		if f == dataplane.IPv6 {
 			return relay.Stats{}
 		}
-		return relay.Stats{Listeners: 1, Failing: 2, ListenFailures: 3, Open: 4, Limit: 10, Connected: 5, Unreachable: 6, Refused: 7,
-			RefusedByPort: 8, HalfClosed: 9}
+		return relay.Stats{
+			Listeners: 1, Failing: 2, ListenFailures: 3, Open: 4, Limit: 10, Connected: 5, Unreachable: 6, Refused: 7,
+			RefusedByPort: 8, HalfClosed: 9,
+		}
 	}
 	prefixes := []string{"kubeproxy_nftables_localhost", "fairlead_localhost"}
 	want := map[string]string{

@@ -101,7 +101,7 @@ func (w *Watcher) update(ctx context.Context) {
 	w.mu.Unlock()
 	for _, p := range now {
 		if !slices.Contains(before, p) {
-			w.log.WarnContext(ctx, p.Consequence, "setting", p.Setting, "interface", p.Interface, "fix", p.Fix)
+			w.log.WarnContext(ctx, "a setting of the node breaks Services", "consequence", p.Consequence, "setting", p.Setting, "interface", p.Interface, "fix", p.Fix)
 		}
 	}
 	for _, p := range before {

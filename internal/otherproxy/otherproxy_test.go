@@ -175,7 +175,7 @@ func BenchmarkScan(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	defer ns.Close() //nolint:errcheck // it ends with the process
+	defer ns.Close()
 	err = ns.Do(func() error {
 		var rules strings.Builder
 		rules.WriteString("*nat\n:KUBE-SERVICES - [0:0]\n")
@@ -192,7 +192,7 @@ func BenchmarkScan(b *testing.B) {
 		if err != nil {
 			return err
 		}
-		defer s.Close() //nolint:errcheck // only read from
+		defer s.Close()
 		for first := true; b.Loop(); first = false {
 			began := time.Now()
 			if _, err := s.Scan(); err != nil {

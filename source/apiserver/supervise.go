@@ -266,18 +266,18 @@ func (s *supervision) isContinued(ctx context.Context) (bool, error) {
 	if known == "" {
 		return true, nil
 	}
-	for _, item := range items {
-		object, err := meta.Accessor(item)
-		if err != nil {
-			return false, err
-		}
-		lower := isBefore(object.GetResourceVersion(), known)
-		if lower {
-			s.progress.foundLower(known, object.GetResourceVersion())
-		}
-		return !lower, nil
+	if len(items) == 0 {
+		return false, nil
 	}
-	return false, nil
+	object, err := meta.Accessor(items[0])
+	if err != nil {
+		return false, err
+	}
+	lower := isBefore(object.GetResourceVersion(), known)
+	if lower {
+		s.progress.foundLower(known, object.GetResourceVersion())
+	}
+	return !lower, nil
 }
 
 // awaitSilence ends a watch that is silent.

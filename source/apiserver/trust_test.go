@@ -55,10 +55,11 @@ func (s *scripted) do(change func()) {
 	change()
 }
 
-func (s *scripted) requests(resource, verb string) int {
+// requests returns how many requests for Services with this verb there were.
+func (s *scripted) requests(verb string) int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.asked[resource+" "+verb]
+	return s.asked["services "+verb]
 }
 
 // cut ends all watches.
@@ -80,7 +81,7 @@ func (s *scripted) serve(r *http.Request) (*http.Response, error) {
 		verb = "version"
 	}
 	s.mu.Lock()
-	s.asked[resource+" "+verb]++
+	s.asked["services "+verb]++
 	fault := s.fault
 	s.mu.Unlock()
 	if fault != nil {
@@ -193,10 +194,10 @@ func (f *follower) uid(service string) types.UID {
 	return f.services[service]
 }
 
-func (f *follower) sizes() (services, slices int) {
+func (f *follower) size() int {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return len(f.services), len(f.slices)
+	return len(f.services)
 }
 
 // trust runs a Source in a bubble of synctest.
@@ -287,7 +288,7 @@ func TestUnfinishedStream(t *testing.T) {
 			t.Fatalf("nothing is delivered:\n%s", log.text.String())
 		}
 		log.has(t, "did not finish a streamed list", "resource=services")
-		streams := server.requests("services", "stream")
+		streams := server.requests("stream")
 		server.do(func() {
 			server.fault = says(410, "Gone").of("services", "watch")
 			server.put("services", "later", "uid", 101)
@@ -296,8 +297,8 @@ func TestUnfinishedStream(t *testing.T) {
 		time.Sleep(time.Second)
 		server.do(func() { server.fault = nil })
 		time.Sleep(30 * time.Second)
-		if f.uid("later") == "" || server.requests("services", "stream") != streams {
-			t.Errorf("Service %q, %d streams after the first", f.uid("later"), server.requests("services", "stream")-streams)
+		if f.uid("later") == "" || server.requests("stream") != streams {
+			t.Errorf("Service %q, %d streams after the first", f.uid("later"), server.requests("stream")-streams)
 		}
 		stop()
 	})
@@ -312,8 +313,8 @@ func TestStuckWatch(t *testing.T) {
 		var log record
 		f, stop := trust(t, server, &log, apiserver.Options{})
 		time.Sleep(5*time.Minute + 30*time.Second)
-		if log.count("level=") != 0 || server.requests("services", "watch") != 0 {
-			t.Errorf("%d watches after the stream:\n%s", server.requests("services", "watch"), log.text.String())
+		if log.count("level=") != 0 || server.requests("watch") != 0 {
+			t.Errorf("%d watches after the stream:\n%s", server.requests("watch"), log.text.String())
 		}
 		server.do(func() { server.stuck = true; server.version = 105; server.put("services", "later", "uid", 104) })
 		time.Sleep(10 * time.Minute)
@@ -362,10 +363,10 @@ func TestVersionsGoBackwards(t *testing.T) {
 		if f.uid("same") != "uid-old" || log.count("is programmed\" resource=services before=70 now=65") != 1 {
 			t.Errorf("delivered are %v:\n%s", f.services, log.text.String())
 		}
-		lists := server.requests("services", "stream")
+		lists := server.requests("stream")
 		server.do(func() { server.cut() })
 		time.Sleep(time.Minute)
-		if server.requests("services", "stream") != lists {
+		if server.requests("stream") != lists {
 			t.Error("listed again although versions did not go backwards")
 		}
 		stop()
@@ -419,11 +420,11 @@ func TestMassRemoval(t *testing.T) {
 					}
 				})
 				time.Sleep(delay / 2)
-				if n, _ := f.sizes(); n != tt.held || (f.uid("a") == "uid-a") != (tt.delay > 0) {
+				if n := f.size(); n != tt.held || (f.uid("a") == "uid-a") != (tt.delay > 0) {
 					t.Errorf("%d Services while removals are held, want %d; the first is %s\n%s", n, tt.held, f.uid("a"), log.text.String())
 				}
 				time.Sleep(delay + 5*time.Second)
-				if n, _ := f.sizes(); n != tt.final || (f.uid("a") == "uid-a") != tt.returns {
+				if n := f.size(); n != tt.final || (f.uid("a") == "uid-a") != tt.returns {
 					t.Errorf("%d Services at last, want %d; the first is %s\n%s", n, tt.final, f.uid("a"), log.text.String())
 				}
 				switch {
@@ -465,7 +466,7 @@ func TestMassRemovalAtStart(t *testing.T) {
 		}
 		log.has(t, "lacks more than half", "resource=services", "removed=20")
 		time.Sleep(30 * time.Second)
-		if n, _ := f.sizes(); n != 1 {
+		if n := f.size(); n != 1 {
 			t.Errorf("%d Services after the second list, want 1:\n%s", n, log.text.String())
 		}
 		stop()

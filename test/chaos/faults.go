@@ -57,11 +57,11 @@ func faults() []fault {
 		{name: "upgrade and downgrade", stale: restart, needs: (*testbed).needsOtherBinary, cause: (*testbed).changeVersions},
 		{name: "hang", stale: restart, cause: every(3*time.Second, (*testbed).hangAgent)},
 		{name: "second instance", stale: restart, cause: every(4*time.Second, (*testbed).runSecond)},
-		{name: "edits by hand", stale: onTheWay, needs: program("nft"), cause: (*testbed).editByHand},
-		{name: "table deleted", stale: restart, disturbs: true, needs: program("nft"), cause: every(3*time.Second, disturbedBy("delete table ip %[1]s\ndelete table ip6 %[1]s"))},
-		{name: "chain deleted", stale: restart, disturbs: true, needs: program("nft"), cause: every(3*time.Second, disturbedBy("flush chain ip %[1]s nat-prerouting\ndelete chain ip %[1]s nat-prerouting"))},
-		{name: "ruleset flushed", stale: restart, disturbs: true, needs: program("nft"), cause: every(3*time.Second, disturbedBy("flush ruleset"))},
-		{name: "ruleset flushed in a loop", stale: restart, disturbs: true, needs: program("nft"), cause: every(4*time.Second, (*testbed).flushInALoop)},
+		{name: "edits by hand", stale: onTheWay, needs: needsNFT, cause: (*testbed).editByHand},
+		{name: "table deleted", stale: restart, disturbs: true, needs: needsNFT, cause: every(3*time.Second, disturbedBy("delete table ip %[1]s\ndelete table ip6 %[1]s"))},
+		{name: "chain deleted", stale: restart, disturbs: true, needs: needsNFT, cause: every(3*time.Second, disturbedBy("flush chain ip %[1]s nat-prerouting\ndelete chain ip %[1]s nat-prerouting"))},
+		{name: "ruleset flushed", stale: restart, disturbs: true, needs: needsNFT, cause: every(3*time.Second, disturbedBy("flush ruleset"))},
+		{name: "ruleset flushed in a loop", stale: restart, disturbs: true, needs: needsNFT, cause: every(4*time.Second, (*testbed).flushInALoop)},
 		{name: "kube-proxy beside it", stale: 2 * restart, needs: (*testbed).needsKubeProxy, cause: (*testbed).runKubeProxy},
 		{name: "API server away", stale: onTheWay, cause: (*testbed).stopAPI},
 		{name: "restart while the API server is away", stale: restart, cause: (*testbed).restartWithoutAPI},
@@ -240,14 +240,11 @@ func (t *testbed) editByHand(ctx context.Context) error {
 	return nil
 }
 
-// program returns a check that a program is installed.
-func program(name string) func(*testbed) string {
-	return func(*testbed) string {
-		if _, err := exec.LookPath(name); err != nil {
-			return "the program " + name + " is not installed"
-		}
-		return ""
+func needsNFT(*testbed) string {
+	if _, err := exec.LookPath("nft"); err != nil {
+		return "the program nft is not installed"
 	}
+	return ""
 }
 
 func (t *testbed) proxy() system.KubeProxy {

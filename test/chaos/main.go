@@ -65,8 +65,8 @@ func main() {
 	flag.BoolVar(&o.keepLogs, "keep-logs", false, "keep the folder with the logs of all programs")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
 	exceeded, err := run(ctx, &o)
+	stop()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "chaos:", err)
 		os.Exit(1)

@@ -53,7 +53,7 @@ func newTestbed(ctx context.Context, o *options) (*testbed, error) {
 	if t.net, err = nettest.New(nettest.Options{}); err != nil {
 		return t, err
 	}
-	if err := t.addPods(); err != nil {
+	if err := t.addPods(); err != nil { //nolint:contextcheck // servers end with their hosts
 		return t, err
 	}
 	if o.api == "real" {

@@ -195,12 +195,11 @@ func ask(ctx context.Context, from *nettest.Host, at netip.AddrPort, path string
 	return response.StatusCode, body, err
 }
 
-// metric returns the sum of a metric's series, and whether there are any. A
-// series counts if it has all of the labels, each written as name="value".
-func (f *fairlead) metric(ctx context.Context, name string, labels ...string) (sum float64, ok bool, err error) {
+// metric returns the sum of a metric's series. A series counts if it has all of the labels, each written as name="value".
+func (f *fairlead) metric(ctx context.Context, name string, labels ...string) (sum float64, err error) {
 	body, err := f.get(ctx, metricsAddr, "/metrics")
 	if err != nil {
-		return 0, false, err
+		return 0, err
 	}
 lines:
 	for line := range strings.Lines(string(body)) {
@@ -215,11 +214,11 @@ lines:
 		}
 		v, err := strconv.ParseFloat(value, 64)
 		if err != nil {
-			return 0, false, fmt.Errorf("metric %s: %w", name, err)
+			return 0, fmt.Errorf("metric %s: %w", name, err)
 		}
-		sum, ok = sum+v, true
+		sum += v
 	}
-	return sum, ok, nil
+	return sum, nil
 }
 
 // resident returns how many bytes of memory the program has resident, ever had

@@ -280,7 +280,7 @@ func TestKubeProxy(t *testing.T) {
 			metric := func(want float64) {
 				t.Helper()
 				s.eventually(func(ctx context.Context) error {
-					got, _, err := s.lead.metric(ctx, "fairlead_other_proxy_rules", `mode="`+flavour.mode+`"`)
+					got, err := s.lead.metric(ctx, "fairlead_other_proxy_rules", `mode="`+flavour.mode+`"`)
 					if err == nil && got != want {
 						err = fmt.Errorf("fairlead_other_proxy_rules is %v, want %v", got, want)
 					}

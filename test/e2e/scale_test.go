@@ -62,7 +62,7 @@ func TestBurst(t *testing.T) {
 	client, only := s.client(), s.pod("web")
 	s.reaches(client, tcpTo(web.at(80)), only)
 	commits := func() int {
-		n, _, err := s.lead.metric(s.ctx, commitsMetric, `ip_family="IPv4"`)
+		n, err := s.lead.metric(s.ctx, commitsMetric, `ip_family="IPv4"`)
 		s.must(err)
 		return int(n)
 	}
