@@ -355,6 +355,7 @@ func TestMaxListeners(t *testing.T) {
 		step := func(want int64, wantFailed int) {
 			t.Helper()
 			time.Sleep(2 * health.RetryPeriod)
+			synctest.Wait() // Orders the goroutine's writes before this one's reads.
 			if got := open.Load(); got != want || len(failed) != wantFailed {
 				t.Errorf("%d sockets, want %d; failures %q, want %d", got, want, failed, wantFailed)
 			}

@@ -251,6 +251,7 @@ func TestOptionalLists(t *testing.T) {
 					var log record
 					f, stop := trust(t, server, &log, apiserver.Options{})
 					time.Sleep(16 * time.Second)
+					synctest.Wait() // Orders the Source's writes before the reads here.
 					if f.count() != 1 || f.unknown != (resource == "nodes") {
 						t.Fatalf("%d Deltas, Node unknown %v:\n%s", f.count(), f.unknown, log.text.String())
 					}
@@ -264,6 +265,7 @@ func TestOptionalLists(t *testing.T) {
 					server.do(func() { server.put("services", "later", "uid", 101); server.cut() })
 					server.do(func() { server.fault = nil })
 					time.Sleep(3 * time.Minute)
+					synctest.Wait()
 					if !f.node || f.unknown || f.cidrs != 1 {
 						t.Errorf("Node %v, unknown %v, %d ServiceCIDRs after the server is well", f.node, f.unknown, f.cidrs)
 					}
