@@ -124,6 +124,8 @@ func (s *scripted) serve(r *http.Request) (*http.Response, error) {
 
 // send writes a watch until it is cut or the client ends it.
 func (s *scripted) send(ctx context.Context, w *io.PipeWriter, lines []string, name, group string) {
+	// A stopped AfterFunc may not have run although ctx is done.
+	defer func() { _ = w.Close() }()
 	stop := context.AfterFunc(ctx, func() { _ = w.Close() })
 	defer stop()
 	for _, line := range lines {
