@@ -231,12 +231,12 @@ func transfer(ctx context.Context, r *rig.Rig, l net.Listener, addr netip.AddrPo
 	received := make(chan int64, 1)
 	begin := time.Now()
 	go func() {
-		defer other.Close() //nolint:errcheck // only read from
 		var sum int64
 		for b := make([]byte, transferBuffer); ; {
 			n, err := other.Read(b)
 			sum += int64(n)
 			if err != nil {
+				_ = other.Close() // It was only read from.
 				received <- sum
 				return
 			}
