@@ -1,4 +1,4 @@
-module fairlead
+module fairlead.io/fairlead
 
 go 1.26.0
 

@@ -11,13 +11,13 @@ import (
 
 	discoveryv1 "k8s.io/api/discovery/v1"
 
-	"fairlead/bench/cluster"
-	"fairlead/bench/result"
-	"fairlead/bench/rig"
-	"fairlead/bench/system"
-	"fairlead/dataplane"
-	"fairlead/kube"
-	"fairlead/sync"
+	"fairlead.io/fairlead/bench/cluster"
+	"fairlead.io/fairlead/bench/result"
+	"fairlead.io/fairlead/bench/rig"
+	"fairlead.io/fairlead/bench/system"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/kube"
+	"fairlead.io/fairlead/sync"
 )
 
 // churn replaces endpoints at given rates. Events come when they are due, however

@@ -11,11 +11,11 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"fairlead/bench/cluster"
-	"fairlead/bench/result"
-	"fairlead/bench/rig"
-	"fairlead/bench/statistics"
-	"fairlead/internal/nettest"
+	"fairlead.io/fairlead/bench/cluster"
+	"fairlead.io/fairlead/bench/result"
+	"fairlead.io/fairlead/bench/rig"
+	"fairlead.io/fairlead/bench/statistics"
+	"fairlead.io/fairlead/internal/nettest"
 )
 
 // way is a way to an endpoint: through a Service, or direct.

@@ -45,7 +45,7 @@ import (
 	"slices"
 	"time"
 
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 )
 
 // Service returns the i-th of a set of made-up Services: one TCP port on an

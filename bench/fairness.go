@@ -4,10 +4,10 @@ import (
 	"context"
 	"fmt"
 
-	"fairlead/bench/cluster"
-	"fairlead/bench/result"
-	"fairlead/bench/rig"
-	"fairlead/bench/statistics"
+	"fairlead.io/fairlead/bench/cluster"
+	"fairlead.io/fairlead/bench/result"
+	"fairlead.io/fairlead/bench/rig"
+	"fairlead.io/fairlead/bench/statistics"
 )
 
 // fairness connects to one of the Services often and looks at where connections

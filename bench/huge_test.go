@@ -13,10 +13,10 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
-	"fairlead/bench"
-	"fairlead/dataplane"
-	"fairlead/kube"
-	"fairlead/sync"
+	"fairlead.io/fairlead/bench"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/kube"
+	"fairlead.io/fairlead/sync"
 )
 
 // huge returns a Service with external IPs and ports, and a slice of endpoints that has

@@ -5,8 +5,8 @@ package bench_test
 import (
 	"testing"
 
-	"fairlead/dataplane"
-	"fairlead/ipvs"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/ipvs"
 )
 
 // others is the backend that needs a kernel with IPVS.

@@ -11,9 +11,9 @@ import (
 	"strings"
 	"time"
 
-	"fairlead/bench/result"
-	"fairlead/bench/rig"
-	"fairlead/bench/system"
+	"fairlead.io/fairlead/bench/result"
+	"fairlead.io/fairlead/bench/rig"
+	"fairlead.io/fairlead/bench/system"
 )
 
 // memory measures what is held with everything programmed. Of the program it is

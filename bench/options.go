@@ -8,9 +8,9 @@ import (
 	"strings"
 	"time"
 
-	"fairlead/dataplane"
-	"fairlead/ipvs"
-	"fairlead/nft"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/ipvs"
+	"fairlead.io/fairlead/nft"
 )
 
 // Part is a part of what [Run] measures.

@@ -6,8 +6,8 @@ import (
 	"slices"
 	"time"
 
-	"fairlead/bench/result"
-	"fairlead/bench/statistics"
+	"fairlead.io/fairlead/bench/result"
+	"fairlead.io/fairlead/bench/statistics"
 )
 
 // Run measures Fairlead on this machine, in network namespaces of its own, which are

@@ -13,8 +13,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"fairlead/bench"
-	"fairlead/bench/result"
+	"fairlead.io/fairlead/bench"
+	"fairlead.io/fairlead/bench/result"
 )
 
 // small are options with which everything is measured in some seconds.

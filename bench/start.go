@@ -8,9 +8,9 @@ import (
 	"runtime"
 	"time"
 
-	"fairlead/bench/result"
-	"fairlead/bench/rig"
-	"fairlead/kube"
+	"fairlead.io/fairlead/bench/result"
+	"fairlead.io/fairlead/bench/rig"
+	"fairlead.io/fairlead/kube"
 )
 
 // start measures starts, each on a new node. A restart follows on those that the

@@ -9,9 +9,9 @@ import (
 	"testing"
 	"time"
 
-	"fairlead/bench"
-	"fairlead/dataplane"
-	"fairlead/internal/nettest"
+	"fairlead.io/fairlead/bench"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/nettest"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"

@@ -10,11 +10,11 @@ import (
 
 	networkingv1 "k8s.io/api/networking/v1"
 
-	"fairlead/bench/cluster"
-	"fairlead/bench/rig"
-	"fairlead/dataplane"
-	"fairlead/kube"
-	"fairlead/sync"
+	"fairlead.io/fairlead/bench/cluster"
+	"fairlead.io/fairlead/bench/rig"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/kube"
+	"fairlead.io/fairlead/sync"
 )
 
 // subject is Fairlead in this process, joined as `fairlead run` joins it: objects

@@ -8,11 +8,11 @@ import (
 	"testing"
 	"time"
 
-	"fairlead/bench"
-	"fairlead/dataplane"
-	"fairlead/internal/nettest"
-	"fairlead/nft"
-	"fairlead/sync"
+	"fairlead.io/fairlead/bench"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/nettest"
+	"fairlead.io/fairlead/nft"
+	"fairlead.io/fairlead/sync"
 )
 
 const endpointsPerService = 10

@@ -12,10 +12,10 @@ import (
 	discoveryv1 "k8s.io/api/discovery/v1"
 	"k8s.io/apimachinery/pkg/types"
 
-	"fairlead/bench/cluster"
-	"fairlead/bench/result"
-	"fairlead/bench/rig"
-	"fairlead/kube"
+	"fairlead.io/fairlead/bench/cluster"
+	"fairlead.io/fairlead/bench/result"
+	"fairlead.io/fairlead/bench/rig"
+	"fairlead.io/fairlead/kube"
 )
 
 // updater makes one change after another, and measures each.

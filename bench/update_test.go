@@ -7,7 +7,7 @@ import (
 	"testing"
 	"time"
 
-	"fairlead/bench"
+	"fairlead.io/fairlead/bench"
 )
 
 // BenchmarkUpdate is the time from the syncer's input to the kernel's

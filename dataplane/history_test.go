@@ -11,8 +11,8 @@ import (
 	"testing"
 	"time"
 
-	"fairlead/dataplane"
-	"fairlead/dataplane/fake"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane/fake"
 )
 
 // A history is a run of random changes to a few Services that fight over a few

@@ -9,8 +9,8 @@ import (
 	"slices"
 	"testing"
 
-	"fairlead/dataplane"
-	"fairlead/dataplane/fake"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane/fake"
 )
 
 // The laws of the package documentation, one test each, on random Services.

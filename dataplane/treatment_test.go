@@ -8,7 +8,7 @@ import (
 	"testing"
 	"time"
 
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 )
 
 func prefixes(texts ...string) []netip.Prefix {

@@ -10,8 +10,8 @@ import (
 	"slices"
 	"time"
 
-	"fairlead/dataplane"
-	"fairlead/nft"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/nft"
 
 	"golang.org/x/sys/unix"
 )

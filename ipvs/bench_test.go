@@ -11,8 +11,8 @@ import (
 	"slices"
 	"testing"
 
-	"fairlead/dataplane"
-	"fairlead/internal/nettest"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/nettest"
 
 	"github.com/moby/ipvs"
 	"github.com/vishvananda/netlink"

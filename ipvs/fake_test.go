@@ -13,8 +13,8 @@ import (
 	"testing"
 	"time"
 
-	"fairlead/dataplane"
-	"fairlead/nft"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/nft"
 
 	"golang.org/x/sys/unix"
 )

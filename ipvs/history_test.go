@@ -11,7 +11,7 @@ import (
 	"testing"
 	"time"
 
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 
 	"golang.org/x/sys/unix"
 )

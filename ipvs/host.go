@@ -8,7 +8,7 @@ import (
 	"os"
 	"strings"
 
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"

@@ -13,9 +13,9 @@ import (
 	"sync"
 	"time"
 
-	"fairlead/dataplane"
-	"fairlead/internal/kmod"
-	"fairlead/nft"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/kmod"
+	"fairlead.io/fairlead/nft"
 
 	"golang.org/x/sys/unix"
 )

@@ -18,10 +18,10 @@ import (
 	"testing"
 	"time"
 
-	"fairlead/dataplane"
-	"fairlead/dataplane/dataplanetest"
-	"fairlead/internal/nettest"
-	"fairlead/nft"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane/dataplanetest"
+	"fairlead.io/fairlead/internal/nettest"
+	"fairlead.io/fairlead/nft"
 
 	"github.com/moby/ipvs"
 	"github.com/vishvananda/netlink"

@@ -10,7 +10,7 @@ import (
 	"slices"
 	"time"
 
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 )
 
 const (

@@ -6,8 +6,8 @@ import (
 	"slices"
 	"time"
 
-	"fairlead/dataplane"
-	"fairlead/nft"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/nft"
 )
 
 // Read implements [dataplane.Dataplane]. The rules say which virtual servers the

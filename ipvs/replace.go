@@ -9,8 +9,8 @@ import (
 	"slices"
 	"time"
 
-	"fairlead/dataplane"
-	"fairlead/nft"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/nft"
 )
 
 // Replace implements [dataplane.Dataplane]. The rules come first, in which Services

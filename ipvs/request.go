@@ -8,7 +8,7 @@ import (
 	"net/netip"
 	"time"
 
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 
 	"golang.org/x/sys/unix"
 )

@@ -5,7 +5,7 @@ import (
 	"net/netip"
 	"testing"
 
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 
 	"golang.org/x/sys/unix"
 )

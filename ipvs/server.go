@@ -9,7 +9,7 @@ import (
 	"slices"
 	"time"
 
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 )
 
 // server names a virtual server: where the kernel finds it by.

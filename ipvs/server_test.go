@@ -9,7 +9,7 @@ import (
 	"testing"
 	"time"
 
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 )
 
 // service returns a Service for the frontends "10.96.0.1:80/TCP …" of a kind.

@@ -4,7 +4,7 @@ import (
 	"errors"
 	"fmt"
 
-	"fairlead/internal/kmod"
+	"fairlead.io/fairlead/internal/kmod"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"

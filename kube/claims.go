@@ -4,7 +4,7 @@ import (
 	"cmp"
 	"slices"
 
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 )
 
 // claim is the wish of a Service port for a frontend.

@@ -7,7 +7,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
 
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 )
 
 // collisions are the frontends that a Service goes without: thousands, where two

@@ -13,7 +13,7 @@ import (
 	discoveryv1 "k8s.io/api/discovery/v1"
 	"k8s.io/apimachinery/pkg/types"
 
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 )
 
 func FuzzParseAddr(f *testing.F) {

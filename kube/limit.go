@@ -1,7 +1,7 @@
 package kube
 
 import (
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 )
 
 // maxElements is how much of one Service is programmed: frontends, endpoints and

@@ -6,7 +6,7 @@ import (
 	"slices"
 	"strings"
 
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 )
 
 // NodePortAddresses says on which of this node's addresses node ports are

@@ -5,7 +5,7 @@ import (
 	"slices"
 	"strings"
 
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 )
 
 // sourceRanges are the networks whose clients may connect to the addresses of

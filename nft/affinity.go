@@ -7,7 +7,7 @@ import (
 	"strings"
 	"time"
 
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"

@@ -7,7 +7,7 @@ import (
 	"slices"
 	"testing"
 
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/nftables"

@@ -11,7 +11,7 @@ import (
 	"sync"
 	"time"
 
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 
 	"github.com/google/nftables"
 	"github.com/mdlayher/netlink"

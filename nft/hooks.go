@@ -5,7 +5,7 @@ import (
 	"fmt"
 	"time"
 
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"

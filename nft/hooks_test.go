@@ -9,8 +9,8 @@ import (
 	"testing"
 	"time"
 
-	"fairlead/dataplane"
-	"fairlead/internal/nettest"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/nettest"
 )
 
 // otherProxies translate a frontend of TCP in the ways of kube-proxy: each returns

@@ -1,7 +1,7 @@
 package nft
 
 import (
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 
 	"github.com/google/nftables/expr"
 )

@@ -5,7 +5,7 @@ import (
 	"slices"
 	"testing"
 
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 )
 
 // TestElementsOfManyFrontends counts elements: they must grow with frontends plus

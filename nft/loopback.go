@@ -3,7 +3,7 @@ package nft
 import (
 	"slices"
 
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"

@@ -3,9 +3,9 @@ package nft_test
 import (
 	"testing"
 
-	"fairlead/dataplane"
-	"fairlead/dataplane/dataplanetest"
-	"fairlead/nft"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane/dataplanetest"
+	"fairlead.io/fairlead/nft"
 )
 
 func open(t testing.TB, netns int) dataplane.Dataplane {

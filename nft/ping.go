@@ -4,7 +4,7 @@ import (
 	"net/netip"
 	"slices"
 
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"

@@ -11,7 +11,7 @@ import (
 	"strconv"
 	"strings"
 
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"

@@ -5,7 +5,7 @@ import (
 	"slices"
 	"testing"
 
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 )
 
 // FuzzDump puts any elements into the sets and expects that they can be read: the

@@ -6,7 +6,7 @@ import (
 	"slices"
 	"time"
 
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 
 	"github.com/google/nftables"
 )

@@ -9,7 +9,7 @@ import (
 	"strings"
 	"testing"
 
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 
 	"github.com/google/go-cmp/cmp"
 )

@@ -4,7 +4,7 @@ import (
 	"net/netip"
 	"testing"
 
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 )
 
 // TestServingWritesNothing says that the kernel is left alone when only the

@@ -9,7 +9,7 @@ import (
 	"slices"
 	"testing"
 
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 )
 
 // crowdedServices returns up to n Services like those of randomServices, but with

@@ -4,7 +4,7 @@ import (
 	"errors"
 	"fmt"
 
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 )
 
 // silence is a time in which the watch is not subscribed to announcements: that of

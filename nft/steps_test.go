@@ -12,8 +12,8 @@ import (
 	"testing"
 	"time"
 
-	"fairlead/dataplane"
-	"fairlead/internal/nettest"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/nettest"
 
 	"github.com/google/nftables"
 	"golang.org/x/sys/unix"

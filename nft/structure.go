@@ -7,7 +7,7 @@ import (
 	"slices"
 	"strings"
 
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 
 	"github.com/google/nftables"
 )

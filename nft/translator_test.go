@@ -13,8 +13,8 @@ import (
 	"testing"
 	"time"
 
-	"fairlead/dataplane"
-	"fairlead/internal/nettest"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/nettest"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"

@@ -6,8 +6,8 @@ import (
 	"testing"
 	"time"
 
-	"fairlead/internal/nettest"
-	"fairlead/nft"
+	"fairlead.io/fairlead/internal/nettest"
+	"fairlead.io/fairlead/nft"
 )
 
 // Closing is no loss of the watch: it is not reported as one, neither when the

@@ -9,9 +9,9 @@ import (
 	"testing"
 	"time"
 
-	"fairlead/dataplane"
-	"fairlead/dataplane/fake"
-	"fairlead/sync"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane/fake"
+	"fairlead.io/fairlead/sync"
 )
 
 // The benchmarks show that the work for one event does not grow with the number

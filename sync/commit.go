@@ -3,7 +3,7 @@ package sync
 import (
 	"time"
 
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 )
 
 // Kind is the verb of a [Commit].

@@ -4,9 +4,9 @@ import (
 	"context"
 	"fmt"
 
-	"fairlead/dataplane"
-	"fairlead/dataplane/fake"
-	"fairlead/sync"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane/fake"
+	"fairlead.io/fairlead/sync"
 )
 
 func Example() {

@@ -9,9 +9,9 @@ import (
 	"testing/synctest"
 	"time"
 
-	"fairlead/dataplane"
-	"fairlead/dataplane/fake"
-	"fairlead/sync"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane/fake"
+	"fairlead.io/fairlead/sync"
 
 	"github.com/google/go-cmp/cmp"
 )

@@ -6,7 +6,7 @@ import (
 	"slices"
 	"time"
 
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 )
 
 // callWeight is how much one call of Apply is given, in frontends, endpoints and

@@ -7,7 +7,7 @@ import (
 	"testing"
 	"time"
 
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 )
 
 // sized returns a Service of a weight, whose frontends are at addr and behind.

@@ -3,7 +3,7 @@ package sync
 import (
 	"time"
 
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 )
 
 // Status is what a [Syncer] was like at one moment.

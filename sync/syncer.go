@@ -7,7 +7,7 @@ import (
 	"sync"
 	"time"
 
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 )
 
 // Syncer programs a dataplane with what is wanted. Make one with [New].

@@ -18,9 +18,9 @@ import (
 	"testing/synctest"
 	"time"
 
-	"fairlead/dataplane"
-	"fairlead/dataplane/fake"
-	"fairlead/sync"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane/fake"
+	"fairlead.io/fairlead/sync"
 )
 
 // The tests run in synctest bubbles: time stands still while anything can run,

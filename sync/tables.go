@@ -10,7 +10,7 @@ import (
 	"slices"
 	"time"
 
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 )
 
 // tables is what Run knows: the wanted, the programmed and the failing. It is

@@ -6,7 +6,7 @@ import (
 	"testing"
 	"time"
 
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 )
 
 // Only an error that is about keys, and nothing else, leaves the other keys

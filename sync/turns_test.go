@@ -8,8 +8,8 @@ import (
 	"slices"
 	"testing"
 
-	"fairlead/dataplane"
-	"fairlead/sync"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/sync"
 )
 
 // recorder is a Dataplane that hands over each call and waits for permission to return.

@@ -20,7 +20,7 @@ import (
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
 
-	"fairlead/bench/apiserver"
+	"fairlead.io/fairlead/bench/apiserver"
 )
 
 const patience = 20 * time.Second

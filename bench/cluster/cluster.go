@@ -17,7 +17,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/intstr"
 
-	"fairlead/bench/rig"
+	"fairlead.io/fairlead/bench/rig"
 )
 
 // What all Services have in common.

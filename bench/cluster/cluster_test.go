@@ -5,9 +5,9 @@ import (
 	"slices"
 	"testing"
 
-	"fairlead/bench/cluster"
-	"fairlead/bench/rig"
-	"fairlead/kube"
+	"fairlead.io/fairlead/bench/cluster"
+	"fairlead.io/fairlead/bench/rig"
+	"fairlead.io/fairlead/kube"
 )
 
 // TestObjects checks that a node makes of the objects what they are meant to be.

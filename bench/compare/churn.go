@@ -8,8 +8,8 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
-	"fairlead/bench/result"
-	"fairlead/bench/rig"
+	"fairlead.io/fairlead/bench/result"
+	"fairlead.io/fairlead/bench/rig"
 )
 
 // pauseMin and pauseMax bound the time between two changes of which the effect is

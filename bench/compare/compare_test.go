@@ -10,16 +10,16 @@ import (
 	"testing"
 	"time"
 
-	"fairlead/bench/compare"
-	"fairlead/bench/result"
-	"fairlead/bench/system"
+	"fairlead.io/fairlead/bench/compare"
+	"fairlead.io/fairlead/bench/result"
+	"fairlead.io/fairlead/bench/system"
 )
 
 // binary builds fairlead.
 func binary(t *testing.T) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "fairlead")
-	out, err := exec.CommandContext(t.Context(), "go", "build", "-buildvcs=false", "-o", path, "fairlead/cmd/fairlead").CombinedOutput()
+	out, err := exec.CommandContext(t.Context(), "go", "build", "-buildvcs=false", "-o", path, "fairlead.io/fairlead/cmd/fairlead").CombinedOutput()
 	if err != nil {
 		t.Fatalf("build fairlead: %v\n%s", err, out)
 	}

@@ -13,11 +13,11 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/rest"
 
-	"fairlead/bench/apiserver"
-	"fairlead/bench/cluster"
-	"fairlead/bench/rig"
-	"fairlead/internal/nettest"
-	"fairlead/test/controlplane"
+	"fairlead.io/fairlead/bench/apiserver"
+	"fairlead.io/fairlead/bench/cluster"
+	"fairlead.io/fairlead/bench/rig"
+	"fairlead.io/fairlead/internal/nettest"
+	"fairlead.io/fairlead/test/controlplane"
 )
 
 // controlPlanes are servers that are a real etcd and kube-apiserver each.

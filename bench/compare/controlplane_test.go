@@ -10,10 +10,10 @@ import (
 	"syscall"
 	"testing"
 
-	"fairlead/bench/compare"
-	"fairlead/bench/result"
-	"fairlead/bench/system"
-	"fairlead/test/controlplane"
+	"fairlead.io/fairlead/bench/compare"
+	"fairlead.io/fairlead/bench/result"
+	"fairlead.io/fairlead/bench/system"
+	"fairlead.io/fairlead/test/controlplane"
 )
 
 // programs is the folder of a real control plane's programs.

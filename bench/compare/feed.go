@@ -10,8 +10,8 @@ import (
 	"sync"
 	"time"
 
-	"fairlead/bench/apiserver"
-	"fairlead/bench/rig"
+	"fairlead.io/fairlead/bench/apiserver"
+	"fairlead.io/fairlead/bench/rig"
 )
 
 // feeds are servers in this process. Each object of the content is encoded once for

@@ -13,10 +13,10 @@ import (
 	"sync"
 	"time"
 
-	"fairlead/bench/apiserver"
-	"fairlead/bench/cluster"
-	"fairlead/bench/rig"
-	"fairlead/bench/system"
+	"fairlead.io/fairlead/bench/apiserver"
+	"fairlead.io/fairlead/bench/cluster"
+	"fairlead.io/fairlead/bench/rig"
+	"fairlead.io/fairlead/bench/system"
 )
 
 // node is one system's node, with the API that it sees.

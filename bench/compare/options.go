@@ -7,9 +7,9 @@ import (
 	"slices"
 	"time"
 
-	"fairlead/bench/result"
-	"fairlead/bench/system"
-	"fairlead/test/controlplane"
+	"fairlead.io/fairlead/bench/result"
+	"fairlead.io/fairlead/bench/system"
+	"fairlead.io/fairlead/test/controlplane"
 )
 
 // Options say what to compare, and how thoroughly.

@@ -3,8 +3,8 @@ package compare
 import (
 	"slices"
 
-	"fairlead/bench/result"
-	"fairlead/bench/statistics"
+	"fairlead.io/fairlead/bench/result"
+	"fairlead.io/fairlead/bench/statistics"
 )
 
 // fairleads are the systems that others are compared with.

@@ -4,7 +4,7 @@ import (
 	"slices"
 	"testing"
 
-	"fairlead/bench/result"
+	"fairlead.io/fairlead/bench/result"
 )
 
 // What one run joins from several environments is only compared within each.

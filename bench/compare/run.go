@@ -12,12 +12,12 @@ import (
 	"slices"
 	"time"
 
-	"fairlead/bench/cluster"
-	"fairlead/bench/result"
-	"fairlead/bench/rig"
-	"fairlead/bench/statistics"
-	"fairlead/bench/system"
-	"fairlead/test/controlplane"
+	"fairlead.io/fairlead/bench/cluster"
+	"fairlead.io/fairlead/bench/result"
+	"fairlead.io/fairlead/bench/rig"
+	"fairlead.io/fairlead/bench/statistics"
+	"fairlead.io/fairlead/bench/system"
+	"fairlead.io/fairlead/test/controlplane"
 )
 
 // comparison is one run.

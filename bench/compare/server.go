@@ -4,8 +4,8 @@ import (
 	"context"
 	"time"
 
-	"fairlead/bench/apiserver"
-	"fairlead/bench/rig"
+	"fairlead.io/fairlead/bench/apiserver"
+	"fairlead.io/fairlead/bench/rig"
 )
 
 // server is the API server that one system follows. It has the content from the

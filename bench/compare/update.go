@@ -6,9 +6,9 @@ import (
 	"net/netip"
 	"time"
 
-	"fairlead/bench/cluster"
-	"fairlead/bench/result"
-	"fairlead/bench/rig"
+	"fairlead.io/fairlead/bench/cluster"
+	"fairlead.io/fairlead/bench/result"
+	"fairlead.io/fairlead/bench/rig"
 )
 
 // quiet is how many packets in a row do not arrive at an endpoint that one packet in

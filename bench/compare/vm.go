@@ -15,7 +15,7 @@ import (
 	"syscall"
 	"time"
 
-	"fairlead/bench/result"
+	"fairlead.io/fairlead/bench/result"
 )
 
 // VM is a comparison in a virtual machine, for what this machine's kernel cannot run.

@@ -11,8 +11,8 @@ import (
 	"syscall"
 	"testing"
 
-	"fairlead/bench/compare"
-	"fairlead/bench/result"
+	"fairlead.io/fairlead/bench/compare"
+	"fairlead.io/fairlead/bench/result"
 )
 
 // inside is a result as a comparison in a virtual machine prints it.

@@ -1,6 +1,6 @@
 // The kube-proxy that `fairlead bench compare` measures against: built from
 // source, so that one pinned version is used everywhere.
-module fairlead/bench/kubeproxy
+module fairlead.io/fairlead/bench/kubeproxy
 
 go 1.26.0
 

@@ -6,8 +6,8 @@ import (
 	"slices"
 	"strings"
 
-	"fairlead/bench/result"
-	"fairlead/bench/table"
+	"fairlead.io/fairlead/bench/result"
+	"fairlead.io/fairlead/bench/table"
 )
 
 // What all charts have in common, in pixels.

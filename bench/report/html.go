@@ -6,8 +6,8 @@ import (
 	"io"
 	"math"
 
-	"fairlead/bench/result"
-	"fairlead/bench/table"
+	"fairlead.io/fairlead/bench/result"
+	"fairlead.io/fairlead/bench/table"
 )
 
 //go:embed page.css

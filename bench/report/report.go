@@ -6,7 +6,7 @@ import (
 	"slices"
 	"strings"
 
-	"fairlead/bench/result"
+	"fairlead.io/fairlead/bench/result"
 )
 
 // Merge joins results to one. Environments of one name must be the same machine, kernel

@@ -15,9 +15,9 @@ import (
 	"testing"
 	"time"
 
-	"fairlead/bench/report"
-	"fairlead/bench/result"
-	"fairlead/bench/statistics"
+	"fairlead.io/fairlead/bench/report"
+	"fairlead.io/fairlead/bench/result"
+	"fairlead.io/fairlead/bench/statistics"
 )
 
 // fixture is a made-up result of a comparison.

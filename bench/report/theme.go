@@ -7,7 +7,7 @@ import (
 	"regexp"
 	"strings"
 
-	"fairlead/bench/result"
+	"fairlead.io/fairlead/bench/result"
 )
 
 // role is what a colour stands for.

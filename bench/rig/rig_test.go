@@ -7,10 +7,10 @@ import (
 	"testing"
 	"time"
 
-	"fairlead/bench/rig"
-	"fairlead/dataplane"
-	"fairlead/internal/nettest"
-	"fairlead/nft"
+	"fairlead.io/fairlead/bench/rig"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/nettest"
+	"fairlead.io/fairlead/nft"
 )
 
 // world is a rig with Fairlead's nftables backend on its node.

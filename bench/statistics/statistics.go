@@ -11,7 +11,7 @@ import (
 	"gonum.org/v1/gonum/stat"
 	"gonum.org/v1/gonum/stat/distuv"
 
-	"fairlead/bench/result"
+	"fairlead.io/fairlead/bench/result"
 )
 
 // Summarize returns the distribution of the samples, nil if there are none. It

@@ -7,8 +7,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"fairlead/bench/result"
-	"fairlead/bench/statistics"
+	"fairlead.io/fairlead/bench/result"
+	"fairlead.io/fairlead/bench/statistics"
 )
 
 func TestSummarize(t *testing.T) {

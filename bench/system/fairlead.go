@@ -4,7 +4,7 @@ import (
 	"context"
 	"fmt"
 
-	"fairlead/internal/nettest"
+	"fairlead.io/fairlead/internal/nettest"
 )
 
 // Fairlead is `fairlead run` in one of its modes.

@@ -6,8 +6,8 @@ import (
 	"strings"
 	"testing"
 
-	"fairlead/bench/system"
-	"fairlead/internal/nettest"
+	"fairlead.io/fairlead/bench/system"
+	"fairlead.io/fairlead/internal/nettest"
 )
 
 // What is not there is told apart from what goes wrong.

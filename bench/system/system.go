@@ -6,7 +6,7 @@ import (
 	"context"
 	"net/netip"
 
-	"fairlead/internal/nettest"
+	"fairlead.io/fairlead/internal/nettest"
 )
 
 // System is a Service proxy that can be measured: a program that follows an API

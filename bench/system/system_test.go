@@ -9,8 +9,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"fairlead/bench/system"
-	"fairlead/internal/nettest"
+	"fairlead.io/fairlead/bench/system"
+	"fairlead.io/fairlead/internal/nettest"
 )
 
 // environment is one that has what processes need.

@@ -10,7 +10,7 @@ import (
 	"strings"
 	"text/tabwriter"
 
-	"fairlead/bench/result"
+	"fairlead.io/fairlead/bench/result"
 )
 
 // Write writes a report: what was measured where, a table for each measure, and the

@@ -8,8 +8,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"fairlead/bench/result"
-	"fairlead/bench/table"
+	"fairlead.io/fairlead/bench/result"
+	"fairlead.io/fairlead/bench/table"
 )
 
 func TestWrite(t *testing.T) {

@@ -5,8 +5,8 @@ import (
 	"log/slog"
 	"time"
 
-	"fairlead/internal/metrics"
-	"fairlead/nft"
+	"fairlead.io/fairlead/internal/metrics"
+	"fairlead.io/fairlead/nft"
 )
 
 // affinityInterval is how often the agent looks whether a map of session affinity is full.

@@ -8,10 +8,10 @@ import (
 
 	"k8s.io/apimachinery/pkg/types"
 
-	"fairlead/internal/metrics"
-	"fairlead/ipvs"
-	"fairlead/nft"
-	"fairlead/source/apiserver"
+	"fairlead.io/fairlead/internal/metrics"
+	"fairlead.io/fairlead/ipvs"
+	"fairlead.io/fairlead/nft"
+	"fairlead.io/fairlead/source/apiserver"
 )
 
 // readServedLimit bounds the time that the start takes to read what is programmed.

@@ -8,11 +8,11 @@ import (
 	"strings"
 	"time"
 
-	"fairlead/dataplane"
-	"fairlead/internal/metrics"
-	"fairlead/ipvs"
-	"fairlead/kube"
-	"fairlead/nft"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/metrics"
+	"fairlead.io/fairlead/ipvs"
+	"fairlead.io/fairlead/kube"
+	"fairlead.io/fairlead/nft"
 )
 
 // mode is a backend, by the value of --mode.

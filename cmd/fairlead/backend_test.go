@@ -13,11 +13,11 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"fairlead/dataplane"
-	"fairlead/internal/metrics"
-	"fairlead/ipvs"
-	"fairlead/kube"
-	"fairlead/sync"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/metrics"
+	"fairlead.io/fairlead/ipvs"
+	"fairlead.io/fairlead/kube"
+	"fairlead.io/fairlead/sync"
 )
 
 func TestModeNames(t *testing.T) {

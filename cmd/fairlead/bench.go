@@ -12,9 +12,9 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
-	"fairlead/bench"
-	"fairlead/bench/result"
-	"fairlead/bench/table"
+	"fairlead.io/fairlead/bench"
+	"fairlead.io/fairlead/bench/result"
+	"fairlead.io/fairlead/bench/table"
 )
 
 func benchCommand() *cobra.Command {

@@ -15,7 +15,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"
 
-	"fairlead/bench/result"
+	"fairlead.io/fairlead/bench/result"
 )
 
 // links are the names of the interfaces of this process's network namespace.

@@ -12,10 +12,10 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"fairlead/bench/compare"
-	"fairlead/bench/result"
-	"fairlead/bench/system"
-	"fairlead/bench/table"
+	"fairlead.io/fairlead/bench/compare"
+	"fairlead.io/fairlead/bench/result"
+	"fairlead.io/fairlead/bench/system"
+	"fairlead.io/fairlead/bench/table"
 )
 
 // compareFlags are the flags of `fairlead bench compare`.

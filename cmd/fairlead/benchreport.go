@@ -9,9 +9,9 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"fairlead/bench/report"
-	"fairlead/bench/result"
-	"fairlead/bench/table"
+	"fairlead.io/fairlead/bench/report"
+	"fairlead.io/fairlead/bench/result"
+	"fairlead.io/fairlead/bench/table"
 )
 
 func reportCommand() *cobra.Command {

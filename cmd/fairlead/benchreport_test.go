@@ -9,7 +9,7 @@ import (
 	"testing"
 	"time"
 
-	"fairlead/bench/result"
+	"fairlead.io/fairlead/bench/result"
 )
 
 func TestBenchReport(t *testing.T) {

@@ -12,11 +12,11 @@ import (
 
 	"github.com/spf13/pflag"
 
-	"fairlead/bench/compare"
-	"fairlead/bench/report"
-	"fairlead/bench/result"
-	"fairlead/bench/system"
-	"fairlead/internal/nettest"
+	"fairlead.io/fairlead/bench/compare"
+	"fairlead.io/fairlead/bench/report"
+	"fairlead.io/fairlead/bench/result"
+	"fairlead.io/fairlead/bench/system"
+	"fairlead.io/fairlead/internal/nettest"
 )
 
 // vmFlags say how systems are compared that this machine's kernel cannot run.

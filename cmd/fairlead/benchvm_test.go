@@ -8,7 +8,7 @@ import (
 	"strings"
 	"testing"
 
-	"fairlead/bench/result"
+	"fairlead.io/fairlead/bench/result"
 )
 
 // programOf builds the program, as `bench compare` runs itself as what is measured.

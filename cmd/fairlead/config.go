@@ -17,8 +17,8 @@ import (
 
 	"k8s.io/apimachinery/pkg/util/validation"
 
-	"fairlead/ipvs"
-	"fairlead/kube"
+	"fairlead.io/fairlead/ipvs"
+	"fairlead.io/fairlead/kube"
 )
 
 // config is what the flags and the configuration file say.

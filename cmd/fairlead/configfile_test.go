@@ -15,8 +15,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"k8s.io/kube-proxy/config/v1alpha1"
 
-	"fairlead/ipvs"
-	"fairlead/kube"
+	"fairlead.io/fairlead/ipvs"
+	"fairlead.io/fairlead/kube"
 )
 
 // flagsOf returns what the flags of `fairlead run` are set to.

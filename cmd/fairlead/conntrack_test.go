@@ -16,11 +16,11 @@ import (
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
-	"fairlead/dataplane"
-	"fairlead/internal/conntrack"
-	"fairlead/internal/nettest"
-	"fairlead/nft"
-	"fairlead/sync"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/conntrack"
+	"fairlead.io/fairlead/internal/nettest"
+	"fairlead.io/fairlead/nft"
+	"fairlead.io/fairlead/sync"
 )
 
 // cleaned is a node with the nft backend, a syncer, and what deletes stale flows.

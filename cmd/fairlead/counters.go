@@ -6,7 +6,7 @@ import (
 	"sync/atomic"
 	"time"
 
-	"fairlead/internal/metrics"
+	"fairlead.io/fairlead/internal/metrics"
 )
 
 // countersTimeout is how long a scrape waits for the kernel's counters, which

@@ -16,12 +16,12 @@ import (
 	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
-	"fairlead/dataplane"
-	"fairlead/internal/metrics"
-	"fairlead/internal/nettest"
-	"fairlead/ipvs"
-	"fairlead/kube"
-	"fairlead/sync"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/metrics"
+	"fairlead.io/fairlead/internal/nettest"
+	"fairlead.io/fairlead/ipvs"
+	"fairlead.io/fairlead/kube"
+	"fairlead.io/fairlead/sync"
 )
 
 // awaitCounted waits until the metrics have so many packets of a label, for each

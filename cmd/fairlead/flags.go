@@ -9,8 +9,8 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
-	"fairlead/ipvs"
-	"fairlead/kube"
+	"fairlead.io/fairlead/ipvs"
+	"fairlead.io/fairlead/kube"
 )
 
 // setting is a flag of `fairlead run`. Values stay text until all of them are

@@ -9,7 +9,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"fairlead/ipvs"
+	"fairlead.io/fairlead/ipvs"
 )
 
 // invoke runs the program in this process, for what touches no kernel.

@@ -11,7 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"fairlead/ipvs"
+	"fairlead.io/fairlead/ipvs"
 )
 
 // runIPVS starts the program in the mode ipvs and waits until it has programmed the

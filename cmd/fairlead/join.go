@@ -13,16 +13,16 @@ import (
 	discoveryv1 "k8s.io/api/discovery/v1"
 	"k8s.io/apimachinery/pkg/types"
 
-	"fairlead/dataplane"
-	"fairlead/internal/conntrack"
-	"fairlead/internal/health"
-	"fairlead/internal/metrics"
-	"fairlead/internal/nodeip"
-	"fairlead/internal/nodesettings"
-	"fairlead/internal/relay"
-	"fairlead/kube"
-	"fairlead/source/manifest/dns"
-	"fairlead/sync"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/conntrack"
+	"fairlead.io/fairlead/internal/health"
+	"fairlead.io/fairlead/internal/metrics"
+	"fairlead.io/fairlead/internal/nodeip"
+	"fairlead.io/fairlead/internal/nodesettings"
+	"fairlead.io/fairlead/internal/relay"
+	"fairlead.io/fairlead/kube"
+	"fairlead.io/fairlead/source/manifest/dns"
+	"fairlead.io/fairlead/sync"
 )
 
 // join passes what happens on to those who need it. Objects, addresses of this

@@ -17,16 +17,16 @@ import (
 	discoveryv1 "k8s.io/api/discovery/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
-	"fairlead/dataplane"
-	"fairlead/dataplane/fake"
-	"fairlead/internal/conntrack"
-	"fairlead/internal/health"
-	"fairlead/internal/metrics"
-	"fairlead/internal/nodeip"
-	"fairlead/internal/nodesettings"
-	"fairlead/internal/relay"
-	"fairlead/kube"
-	"fairlead/sync"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane/fake"
+	"fairlead.io/fairlead/internal/conntrack"
+	"fairlead.io/fairlead/internal/health"
+	"fairlead.io/fairlead/internal/metrics"
+	"fairlead.io/fairlead/internal/nodeip"
+	"fairlead.io/fairlead/internal/nodesettings"
+	"fairlead.io/fairlead/internal/relay"
+	"fairlead.io/fairlead/kube"
+	"fairlead.io/fairlead/sync"
 )
 
 // newJoin returns a join of parts of which none runs.

@@ -14,7 +14,7 @@ import (
 	"github.com/miekg/dns"
 	"golang.org/x/sys/unix"
 
-	"fairlead/internal/nettest"
+	"fairlead.io/fairlead/internal/nettest"
 )
 
 // halfSent opens connections from a host that send part of a request, and holds

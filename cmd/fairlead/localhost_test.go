@@ -9,7 +9,7 @@ import (
 	"path/filepath"
 	"testing"
 
-	"fairlead/internal/nettest"
+	"fairlead.io/fairlead/internal/nettest"
 )
 
 // localhost are the addresses that node ports are served at by a relay.

@@ -22,7 +22,7 @@ import (
 
 	"github.com/google/nftables"
 
-	"fairlead/internal/nettest"
+	"fairlead.io/fairlead/internal/nettest"
 )
 
 // asFairlead makes the test binary be the program, so that the race detector

@@ -3,8 +3,8 @@ package main
 import (
 	"slices"
 
-	"fairlead/dataplane"
-	"fairlead/internal/nodesettings"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/nodesettings"
 )
 
 // podsOf returns how pods are recognised on a node.

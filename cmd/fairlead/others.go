@@ -4,7 +4,7 @@ import (
 	"context"
 	"time"
 
-	"fairlead/internal/otherproxy"
+	"fairlead.io/fairlead/internal/otherproxy"
 )
 
 // lookForOthers looks for the rules of another Service proxy, before anything is

@@ -14,16 +14,16 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
 
-	"fairlead/internal/connlimit"
-	"fairlead/internal/conntrack"
-	"fairlead/internal/health"
-	"fairlead/internal/metrics"
-	"fairlead/internal/nodeip"
-	"fairlead/internal/nodesettings"
-	"fairlead/internal/relay"
-	"fairlead/kube"
-	"fairlead/source/manifest/dns"
-	"fairlead/sync"
+	"fairlead.io/fairlead/internal/connlimit"
+	"fairlead.io/fairlead/internal/conntrack"
+	"fairlead.io/fairlead/internal/health"
+	"fairlead.io/fairlead/internal/metrics"
+	"fairlead.io/fairlead/internal/nodeip"
+	"fairlead.io/fairlead/internal/nodesettings"
+	"fairlead.io/fairlead/internal/relay"
+	"fairlead.io/fairlead/kube"
+	"fairlead.io/fairlead/source/manifest/dns"
+	"fairlead.io/fairlead/sync"
 )
 
 // resyncPeriod is how often the kernel is compared with what is wanted although

@@ -11,7 +11,7 @@ import (
 	"strings"
 	"testing"
 
-	"fairlead/internal/nettest"
+	"fairlead.io/fairlead/internal/nettest"
 )
 
 // From a Service and three Pods in YAML to connections by name.

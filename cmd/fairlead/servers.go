@@ -3,8 +3,8 @@ package main
 import (
 	"log/slog"
 
-	"fairlead/internal/connlimit"
-	"fairlead/source/manifest/dns"
+	"fairlead.io/fairlead/internal/connlimit"
+	"fairlead.io/fairlead/source/manifest/dns"
 )
 
 // servers bounds the connections of the program's servers, each on its own, so

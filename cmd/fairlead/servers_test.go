@@ -13,7 +13,7 @@ import (
 	"syscall"
 	"testing"
 
-	"fairlead/internal/nettest"
+	"fairlead.io/fairlead/internal/nettest"
 )
 
 // get asks an HTTP server of the program.

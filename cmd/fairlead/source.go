@@ -8,10 +8,10 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/rest"
 
-	"fairlead/dataplane"
-	"fairlead/kube"
-	"fairlead/source/apiserver"
-	"fairlead/source/manifest"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/kube"
+	"fairlead.io/fairlead/source/apiserver"
+	"fairlead.io/fairlead/source/manifest"
 )
 
 // source is where objects come from. Run delivers everything there is, then each

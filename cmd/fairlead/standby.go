@@ -11,7 +11,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
-	"fairlead/internal/instance"
+	"fairlead.io/fairlead/internal/instance"
 )
 
 // standby keeps the parts that write to the kernel, listen on the node's ports or

@@ -10,7 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"fairlead/internal/nettest"
+	"fairlead.io/fairlead/internal/nettest"
 )
 
 const nobody = 65534

@@ -4,7 +4,7 @@ import (
 	"log/slog"
 	"slices"
 
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 )
 
 // unserved tells of node ports that no address of this node serves, which may be

@@ -8,7 +8,7 @@ package dataplanetest
 import (
 	"testing"
 
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 )
 
 // Opener opens the Dataplane under test in the network namespace that the file

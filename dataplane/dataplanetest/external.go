@@ -5,8 +5,8 @@ import (
 	"net/netip"
 	"testing"
 
-	"fairlead/dataplane"
-	"fairlead/internal/nettest"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/nettest"
 )
 
 func (s suite) externalLocal(t *testing.T) {

@@ -4,8 +4,8 @@ import (
 	"net/netip"
 	"testing"
 
-	"fairlead/dataplane"
-	"fairlead/internal/nettest"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/nettest"
 )
 
 // manyFrontends has Services with as many frontends as a backend may treat as a

@@ -4,8 +4,8 @@ import (
 	"net/netip"
 	"testing"
 
-	"fairlead/dataplane"
-	"fairlead/internal/nettest"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/nettest"
 )
 
 // loopbacks returns loopback addresses of a family.

@@ -4,7 +4,7 @@ import (
 	"net/netip"
 	"testing"
 
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 )
 
 // loopback has another host connect to what the node serves at loopback addresses.

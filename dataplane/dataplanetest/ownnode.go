@@ -11,8 +11,8 @@ import (
 	"testing"
 	"time"
 
-	"fairlead/dataplane"
-	"fairlead/internal/nettest"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/nettest"
 )
 
 // hostPort is the port on which the node itself serves all protocols, as the API

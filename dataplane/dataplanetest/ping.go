@@ -10,8 +10,8 @@ import (
 	"testing"
 	"time"
 
-	"fairlead/dataplane"
-	"fairlead/internal/nettest"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/nettest"
 )
 
 // pinged is what comes back of an echo request.

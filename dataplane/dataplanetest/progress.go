@@ -6,7 +6,7 @@ import (
 	"slices"
 	"testing"
 
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 )
 
 // A Replace tells how many Services are complete: never fewer than before, and all

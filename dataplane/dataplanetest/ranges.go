@@ -6,8 +6,8 @@ import (
 	"slices"
 	"testing"
 
-	"fairlead/dataplane"
-	"fairlead/internal/nettest"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/nettest"
 )
 
 func (s suite) sourceRanges(t *testing.T) {

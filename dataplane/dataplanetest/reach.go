@@ -6,8 +6,8 @@ import (
 	"net/netip"
 	"testing"
 
-	"fairlead/dataplane"
-	"fairlead/internal/nettest"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/nettest"
 )
 
 func (s suite) reach(t *testing.T) {

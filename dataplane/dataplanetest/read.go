@@ -9,7 +9,7 @@ import (
 	"testing"
 	"time"
 
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 )
 
 // generator makes random Services out of few names, addresses and ports, so

@@ -6,8 +6,8 @@ import (
 	"sync"
 	"testing"
 
-	"fairlead/dataplane"
-	"fairlead/internal/nettest"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/nettest"
 )
 
 // otherProtocols sends everything that is no Service's to cluster IPs, from all

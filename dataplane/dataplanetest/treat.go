@@ -7,8 +7,8 @@ import (
 	"sync"
 	"testing"
 
-	"fairlead/dataplane"
-	"fairlead/internal/nettest"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/nettest"
 )
 
 // each calls check for each family, protocol and client, all at once: where

@@ -16,7 +16,7 @@ import (
 	"slices"
 	"sync"
 
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 )
 
 // ErrClosed is returned by all calls after Close.

@@ -11,7 +11,7 @@ import (
 	"sync"
 	"time"
 
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 )
 
 // ErrInjected is wrapped by the errors of a [Faulty] that chance has caused.

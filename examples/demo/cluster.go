@@ -14,7 +14,7 @@ import (
 	"sync"
 	"time"
 
-	"fairlead/internal/nettest"
+	"fairlead.io/fairlead/internal/nettest"
 )
 
 // The apps: what the labels of pods say, and the names of their Services.

@@ -19,7 +19,7 @@ import (
 	"testing"
 	"time"
 
-	"fairlead/ipvs"
+	"fairlead.io/fairlead/ipvs"
 
 	"github.com/google/go-cmp/cmp"
 )
@@ -45,7 +45,7 @@ func TestMain(m *testing.M) {
 		}
 		defer func() { _ = os.RemoveAll(dir) }()
 		fairleadBinary = filepath.Join(dir, "fairlead")
-		build := exec.Command("go", "build", "-buildvcs=false", "-o", fairleadBinary, "fairlead/cmd/fairlead")
+		build := exec.Command("go", "build", "-buildvcs=false", "-o", fairleadBinary, "fairlead.io/fairlead/cmd/fairlead")
 		if output, err := build.CombinedOutput(); err != nil {
 			fmt.Fprintf(os.Stderr, "build fairlead: %v\n%s", err, output)
 			return 1

@@ -28,8 +28,8 @@ import (
 	"syscall"
 	"time"
 
-	"fairlead/internal/nettest"
-	"fairlead/ipvs"
+	"fairlead.io/fairlead/internal/nettest"
+	"fairlead.io/fairlead/ipvs"
 )
 
 func main() {

@@ -14,7 +14,7 @@ import (
 	"syscall"
 	"time"
 
-	"fairlead/internal/nettest"
+	"fairlead.io/fairlead/internal/nettest"
 )
 
 // process is a program that runs in a namespace.

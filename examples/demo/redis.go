@@ -13,7 +13,7 @@ import (
 	"strings"
 	"sync"
 
-	"fairlead/internal/nettest"
+	"fairlead.io/fairlead/internal/nettest"
 )
 
 const redisPort = 6379

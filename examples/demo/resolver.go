@@ -11,7 +11,7 @@ import (
 
 	"github.com/miekg/dns"
 
-	"fairlead/internal/nettest"
+	"fairlead.io/fairlead/internal/nettest"
 )
 
 // searchDomain is where a pod of the namespace default looks for names first.

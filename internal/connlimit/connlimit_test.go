@@ -13,7 +13,7 @@ import (
 	"testing/synctest"
 	"time"
 
-	"fairlead/internal/connlimit"
+	"fairlead.io/fairlead/internal/connlimit"
 )
 
 // scripted is a listener whose connections and errors the test gives.

@@ -22,7 +22,7 @@ import (
 	"sync/atomic"
 	"time"
 
-	"fairlead/internal/logrepeat"
+	"fairlead.io/fairlead/internal/logrepeat"
 )
 
 // Options configure a [Limiter].

@@ -5,7 +5,7 @@ import (
 	"slices"
 	"time"
 
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 )
 
 // The delays of looks at TCP, see [Cleaner.Run]. A handshake that was under way

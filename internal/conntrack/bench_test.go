@@ -5,7 +5,7 @@ import (
 	"fmt"
 	"testing"
 
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 )
 
 // BenchmarkLook measures one look among entries of others, from the change to

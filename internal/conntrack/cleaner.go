@@ -8,8 +8,8 @@ import (
 	stdsync "sync"
 	"time"
 
-	"fairlead/dataplane"
-	"fairlead/sync"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/sync"
 )
 
 // Options adjust a [Cleaner]. The zero value is ready to use.

@@ -14,8 +14,8 @@ import (
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
-	"fairlead/dataplane"
-	"fairlead/internal/nettest"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/nettest"
 )
 
 func newNamespace(tb testing.TB) *nettest.Namespace {

@@ -7,7 +7,7 @@ import (
 	"sync"
 	"time"
 
-	"fairlead/internal/logrepeat"
+	"fairlead.io/fairlead/internal/logrepeat"
 )
 
 // maxMessages bounds how many messages of net/http are told apart.

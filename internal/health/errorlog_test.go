@@ -12,7 +12,7 @@ import (
 	"sync"
 	"testing"
 
-	"fairlead/internal/health"
+	"fairlead.io/fairlead/internal/health"
 )
 
 type lockedBuffer struct {

@@ -16,7 +16,7 @@ import (
 	"syscall"
 	"time"
 
-	"fairlead/internal/connlimit"
+	"fairlead.io/fairlead/internal/connlimit"
 )
 
 // Service names a Service.

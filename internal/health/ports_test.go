@@ -18,8 +18,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"fairlead/internal/health"
-	"fairlead/internal/nettest"
+	"fairlead.io/fairlead/internal/health"
+	"fairlead.io/fairlead/internal/nettest"
 )
 
 // patience bounds what takes milliseconds, or one [health.RetryPeriod].

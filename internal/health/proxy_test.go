@@ -11,7 +11,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"fairlead/internal/health"
+	"fairlead.io/fairlead/internal/health"
 )
 
 func get(t *testing.T, handler http.Handler, path string) *httptest.ResponseRecorder {

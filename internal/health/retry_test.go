@@ -11,7 +11,7 @@ import (
 	"testing/synctest"
 	"time"
 
-	"fairlead/internal/health"
+	"fairlead.io/fairlead/internal/health"
 )
 
 // silent is a listener that nobody connects to.

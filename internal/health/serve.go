@@ -9,7 +9,7 @@ import (
 	"net/http"
 	"time"
 
-	"fairlead/internal/connlimit"
+	"fairlead.io/fairlead/internal/connlimit"
 )
 
 // RetryPeriod is the time between attempts to listen, as kube-proxy has it.

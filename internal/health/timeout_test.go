@@ -9,7 +9,7 @@ import (
 	"testing/synctest"
 	"time"
 
-	"fairlead/internal/health"
+	"fairlead.io/fairlead/internal/health"
 )
 
 // pipes is a listener in memory.

@@ -14,7 +14,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"fairlead/internal/imports"
+	"fairlead.io/fairlead/internal/imports"
 )
 
 // The table in ARCHITECTURE.md is true of this module.

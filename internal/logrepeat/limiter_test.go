@@ -4,7 +4,7 @@ import (
 	"testing"
 	"time"
 
-	"fairlead/internal/logrepeat"
+	"fairlead.io/fairlead/internal/logrepeat"
 )
 
 func TestAllow(t *testing.T) {

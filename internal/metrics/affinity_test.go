@@ -5,8 +5,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"fairlead/dataplane"
-	"fairlead/internal/metrics"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/metrics"
 )
 
 func TestAffinityAndNodeSettings(t *testing.T) {

@@ -5,7 +5,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"fairlead/internal/metrics"
+	"fairlead.io/fairlead/internal/metrics"
 )
 
 // TestAPILists checks the metrics of the lists of the API server.

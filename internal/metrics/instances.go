@@ -3,7 +3,7 @@ package metrics
 import (
 	"github.com/prometheus/client_golang/prometheus"
 
-	"fairlead/internal/otherproxy"
+	"fairlead.io/fairlead/internal/otherproxy"
 )
 
 // addInstances makes what is counted of other instances on the node.

@@ -18,10 +18,10 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
-	"fairlead/dataplane"
-	"fairlead/internal/connlimit"
-	"fairlead/internal/relay"
-	"fairlead/sync"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/connlimit"
+	"fairlead.io/fairlead/internal/relay"
+	"fairlead.io/fairlead/sync"
 )
 
 // Options are what [Metrics] depend on.

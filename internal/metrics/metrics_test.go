@@ -15,9 +15,9 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"fairlead/dataplane"
-	"fairlead/internal/metrics"
-	"fairlead/sync"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/metrics"
+	"fairlead.io/fairlead/sync"
 )
 
 // scrape returns the metrics whose names begin with one of the prefixes, without

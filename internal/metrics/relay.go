@@ -3,8 +3,8 @@ package metrics
 import (
 	"github.com/prometheus/client_golang/prometheus"
 
-	"fairlead/dataplane"
-	"fairlead/internal/relay"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/relay"
 )
 
 // relayed collects what the relay for node ports at loopback addresses does.

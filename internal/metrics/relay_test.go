@@ -5,9 +5,9 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"fairlead/dataplane"
-	"fairlead/internal/metrics"
-	"fairlead/internal/relay"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/metrics"
+	"fairlead.io/fairlead/internal/relay"
 )
 
 // The relay for node ports at loopback addresses has metrics where there is one.

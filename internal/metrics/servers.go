@@ -3,7 +3,7 @@ package metrics
 import (
 	"github.com/prometheus/client_golang/prometheus"
 
-	"fairlead/internal/connlimit"
+	"fairlead.io/fairlead/internal/connlimit"
 )
 
 // servers collects the connections of the program's servers.

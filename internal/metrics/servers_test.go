@@ -5,8 +5,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"fairlead/internal/connlimit"
-	"fairlead/internal/metrics"
+	"fairlead.io/fairlead/internal/connlimit"
+	"fairlead.io/fairlead/internal/metrics"
 )
 
 func TestServers(t *testing.T) {

@@ -16,7 +16,7 @@ import (
 	"testing"
 	"time"
 
-	"fairlead/internal/nettest"
+	"fairlead.io/fairlead/internal/nettest"
 )
 
 func networks() []string { return []string{nettest.TCP, nettest.UDP, nettest.SCTP} }

@@ -8,7 +8,7 @@ import (
 	"testing"
 	"time"
 
-	"fairlead/internal/nettest"
+	"fairlead.io/fairlead/internal/nettest"
 )
 
 // TestProbes pings and knocks where the node refuses one address, drops what is

@@ -14,8 +14,8 @@ import (
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
-	"fairlead/internal/nettest"
-	"fairlead/internal/nodeip"
+	"fairlead.io/fairlead/internal/nettest"
+	"fairlead.io/fairlead/internal/nodeip"
 )
 
 // host is a network namespace whose addresses are watched.

@@ -11,8 +11,8 @@ import (
 	"strings"
 	"testing"
 
-	"fairlead/internal/nettest"
-	"fairlead/internal/nodesettings"
+	"fairlead.io/fairlead/internal/nettest"
+	"fairlead.io/fairlead/internal/nodesettings"
 
 	"github.com/google/go-cmp/cmp"
 )

@@ -9,8 +9,8 @@ import (
 	"net/netip"
 	"testing"
 
-	"fairlead/dataplane"
-	"fairlead/sync"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/sync"
 )
 
 // BenchmarkCommit is a changed endpoint of one node port, until its clients get

@@ -8,8 +8,8 @@ import (
 	stdsync "sync"
 	"time"
 
-	"fairlead/dataplane"
-	"fairlead/internal/logrepeat"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/logrepeat"
 )
 
 // port is a node port in one family.

@@ -5,7 +5,7 @@ import (
 	"testing"
 	"time"
 
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 )
 
 func endpoints(addrs ...string) []dataplane.Endpoint {

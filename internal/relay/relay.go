@@ -12,8 +12,8 @@ import (
 	"sync/atomic"
 	"time"
 
-	"fairlead/dataplane"
-	"fairlead/sync"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/sync"
 )
 
 // Options adjust a [Relay]. The zero value is ready to use.

@@ -18,10 +18,10 @@ import (
 	"testing"
 	"time"
 
-	"fairlead/dataplane"
-	"fairlead/internal/nettest"
-	"fairlead/internal/relay"
-	"fairlead/sync"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/nettest"
+	"fairlead.io/fairlead/internal/relay"
+	"fairlead.io/fairlead/sync"
 )
 
 const (

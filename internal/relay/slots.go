@@ -3,7 +3,7 @@ package relay
 import (
 	stdsync "sync"
 
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 )
 
 // portShare limits a node port to this many times the slots that are free. So one

@@ -5,7 +5,7 @@ import (
 	"net/netip"
 	"testing"
 
-	"fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane"
 )
 
 func frontendAt(port int) dataplane.Frontend {

@@ -1,4 +1,4 @@
-module fairlead/internal/tools
+module fairlead.io/fairlead/internal/tools
 
 go 1.26.0
 

@@ -15,8 +15,8 @@ import (
 
 	"k8s.io/client-go/rest"
 
-	"fairlead/kube"
-	"fairlead/source/apiserver"
+	"fairlead.io/fairlead/kube"
+	"fairlead.io/fairlead/source/apiserver"
 )
 
 // longestPause is the longest between two attempts.

@@ -15,7 +15,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
-	"fairlead/source/apiserver"
+	"fairlead.io/fairlead/source/apiserver"
 )
 
 // TestFirstDelta says that the first Delta has everything that is for us, and

@@ -10,7 +10,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
-	"fairlead/source/apiserver"
+	"fairlead.io/fairlead/source/apiserver"
 )
 
 // TestConfigErrors says that an error names the file or URL and the fix, and no flag:

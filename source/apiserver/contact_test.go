@@ -15,7 +15,7 @@ import (
 
 	"k8s.io/client-go/rest"
 
-	"fairlead/source/apiserver"
+	"fairlead.io/fairlead/source/apiserver"
 )
 
 // moody is an API server that can be told how to behave. Streams end when it

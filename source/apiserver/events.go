@@ -18,8 +18,8 @@ import (
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/util/flowcontrol"
 
-	"fairlead/dataplane"
-	"fairlead/kube"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/kube"
 )
 
 // The reasons of Events.

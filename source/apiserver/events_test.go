@@ -20,9 +20,9 @@ import (
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 
-	"fairlead/dataplane"
-	"fairlead/kube"
-	"fairlead/source/apiserver"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/kube"
+	"fairlead.io/fairlead/source/apiserver"
 )
 
 // startEvents runs Events until the returned function is called, or the test ends.

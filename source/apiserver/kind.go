@@ -15,7 +15,7 @@ import (
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/util/flowcontrol"
 
-	"fairlead/kube"
+	"fairlead.io/fairlead/kube"
 )
 
 // kind is a list that is followed, by its name in the API.

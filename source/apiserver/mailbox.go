@@ -8,7 +8,7 @@ import (
 	networkingv1 "k8s.io/api/networking/v1"
 	"k8s.io/apimachinery/pkg/types"
 
-	"fairlead/kube"
+	"fairlead.io/fairlead/kube"
 )
 
 // mailbox gathers what the stores hear of until it is delivered.

@@ -16,9 +16,9 @@ import (
 	"k8s.io/apimachinery/pkg/util/intstr"
 	"k8s.io/client-go/kubernetes"
 
-	"fairlead/kube"
-	"fairlead/source/apiserver"
-	"fairlead/test/controlplane"
+	"fairlead.io/fairlead/kube"
+	"fairlead.io/fairlead/source/apiserver"
+	"fairlead.io/fairlead/test/controlplane"
 )
 
 // cluster is the control plane that all tests share. Each has a namespace, or

@@ -22,8 +22,8 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
-	"fairlead/kube"
-	"fairlead/source/apiserver"
+	"fairlead.io/fairlead/kube"
+	"fairlead.io/fairlead/source/apiserver"
 )
 
 // followEnv has the path of a kubeconfig for the process that [BenchmarkMemory]

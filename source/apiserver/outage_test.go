@@ -17,7 +17,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/rest"
 
-	"fairlead/source/apiserver"
+	"fairlead.io/fairlead/source/apiserver"
 )
 
 // record is a log that a test can read while it is written.

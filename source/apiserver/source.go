@@ -21,7 +21,7 @@ import (
 	"k8s.io/client-go/util/connrotation"
 	"k8s.io/utils/clock"
 
-	"fairlead/kube"
+	"fairlead.io/fairlead/kube"
 )
 
 const (

@@ -11,7 +11,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 
-	"fairlead/kube"
+	"fairlead.io/fairlead/kube"
 )
 
 // The labels and annotations that somebody reads. All others are let go.

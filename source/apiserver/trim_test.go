@@ -15,7 +15,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/intstr"
 
-	"fairlead/kube"
+	"fairlead.io/fairlead/kube"
 )
 
 // decoded returns a slice as the decoder makes it: nothing is shared, and there is

@@ -16,8 +16,8 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/rest"
 
-	"fairlead/kube"
-	"fairlead/source/apiserver"
+	"fairlead.io/fairlead/kube"
+	"fairlead.io/fairlead/source/apiserver"
 )
 
 // scripted is an API server whose objects and faults a test sets. Its watches send

@@ -13,7 +13,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
 
-	"fairlead/kube"
+	"fairlead.io/fairlead/kube"
 )
 
 // clusterIPs returns the addresses of a Delta's Services, by name.

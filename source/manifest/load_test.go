@@ -14,7 +14,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 
-	"fairlead/kube"
+	"fairlead.io/fairlead/kube"
 )
 
 var update = flag.Bool("update", false, "write testdata anew")

@@ -11,7 +11,7 @@ import (
 	discoveryv1 "k8s.io/api/discovery/v1"
 	"k8s.io/apimachinery/pkg/types"
 
-	"fairlead/kube"
+	"fairlead.io/fairlead/kube"
 )
 
 // model holds the objects of all files and does what a control plane would:

@@ -12,7 +12,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
 
-	"fairlead/kube"
+	"fairlead.io/fairlead/kube"
 )
 
 // external returns the YAML of a Service with ports such as "80", "53/UDP" and

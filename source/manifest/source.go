@@ -17,7 +17,7 @@ import (
 
 	"github.com/fsnotify/fsnotify"
 
-	"fairlead/kube"
+	"fairlead.io/fairlead/kube"
 )
 
 const (

@@ -13,7 +13,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"fairlead/kube"
+	"fairlead.io/fairlead/kube"
 )
 
 // watched is a Source that runs over a folder.

@@ -11,7 +11,7 @@ import (
 	"syscall"
 	"time"
 
-	"fairlead/bench/system"
+	"fairlead.io/fairlead/bench/system"
 )
 
 // agent is Fairlead on the node. Its methods may be called concurrently. While it

@@ -17,9 +17,9 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/rest"
 
-	"fairlead/bench/apiserver"
-	"fairlead/internal/nettest"
-	"fairlead/test/controlplane"
+	"fairlead.io/fairlead/bench/apiserver"
+	"fairlead.io/fairlead/internal/nettest"
+	"fairlead.io/fairlead/test/controlplane"
 )
 
 // api is the API server that Fairlead follows. Its methods may be called

@@ -13,7 +13,7 @@ import (
 	"syscall"
 	"time"
 
-	"fairlead/bench/system"
+	"fairlead.io/fairlead/bench/system"
 )
 
 // fault is a disturbance and what it may do to connections. New connections that

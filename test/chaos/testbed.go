@@ -15,8 +15,8 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
-	"fairlead/bench/system"
-	"fairlead/internal/nettest"
+	"fairlead.io/fairlead/bench/system"
+	"fairlead.io/fairlead/internal/nettest"
 )
 
 // pods is the number of pods that serve. Each is an endpoint of every Service at

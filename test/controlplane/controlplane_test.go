@@ -24,7 +24,7 @@ import (
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 
-	"fairlead/test/controlplane"
+	"fairlead.io/fairlead/test/controlplane"
 )
 
 // dieEnv makes the test binary start a control plane and die without closing it.

@@ -22,8 +22,8 @@ import (
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/kubernetes/scheme"
 
-	"fairlead/internal/nettest"
-	"fairlead/test/controlplane"
+	"fairlead.io/fairlead/internal/nettest"
+	"fairlead.io/fairlead/test/controlplane"
 )
 
 // The nodes of the cluster: Fairlead runs on thisNode. To the network, the pods

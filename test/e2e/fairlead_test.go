@@ -21,7 +21,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"fairlead/internal/nettest"
+	"fairlead.io/fairlead/internal/nettest"
 )
 
 // Where the program's HTTP servers are, by deploy/config.yaml and by default.

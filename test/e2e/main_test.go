@@ -11,7 +11,7 @@ import (
 	"path/filepath"
 	"testing"
 
-	"fairlead/test/controlplane"
+	"fairlead.io/fairlead/test/controlplane"
 )
 
 // root is the module's.

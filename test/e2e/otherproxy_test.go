@@ -16,9 +16,9 @@ import (
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
-	"fairlead/bench/system"
-	"fairlead/internal/nettest"
-	"fairlead/internal/otherproxy"
+	"fairlead.io/fairlead/bench/system"
+	"fairlead.io/fairlead/internal/nettest"
+	"fairlead.io/fairlead/internal/otherproxy"
 )
 
 // kubeProxy is a kube-proxy that runs beside Fairlead on this node.

@@ -21,7 +21,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
-	"fairlead/test/controlplane"
+	"fairlead.io/fairlead/test/controlplane"
 )
 
 // commitsMetric counts what is written to the kernel, by both Fairlead and

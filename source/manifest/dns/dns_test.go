@@ -17,8 +17,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
-	"fairlead/kube"
-	"fairlead/source/manifest/dns"
+	"fairlead.io/fairlead/kube"
+	"fairlead.io/fairlead/source/manifest/dns"
 )
 
 // start serves s on loopback until the test ends, and returns the address.

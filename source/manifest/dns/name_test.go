@@ -12,7 +12,7 @@ import (
 	discoveryv1 "k8s.io/api/discovery/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
-	"fairlead/kube"
+	"fairlead.io/fairlead/kube"
 )
 
 // compose is the inverse of parseName, for the kinds with parts of their own.

@@ -19,8 +19,8 @@ import (
 	discoveryv1 "k8s.io/api/discovery/v1"
 	"k8s.io/apimachinery/pkg/types"
 
-	"fairlead/internal/connlimit"
-	"fairlead/kube"
+	"fairlead.io/fairlead/internal/connlimit"
+	"fairlead.io/fairlead/kube"
 )
 
 // Options are the settings of a [Server]. The zero value is usable.

@@ -1,6 +1,6 @@
 // The control plane that the end-to-end tests run: the programs are built from
 // source, so that one pinned version is used everywhere.
-module fairlead/test/e2e/kubernetes
+module fairlead.io/fairlead/test/e2e/kubernetes
 
 go 1.26.0
 
