@@ -144,7 +144,7 @@ vm-bench: vm ## benchmarks of both backends in one run in a virtual machine, and
 # A test that makes network namespaces does so with internal/nettest, and needs
 # root; one that runs a control plane does so with test/controlplane.
 ROOTLESS = $(shell go list -test -f '{{.ImportPath}} {{join .Deps " "}}' ./... | awk \
-	'$$1 ~ /\.test$$/ && !/ fairlead\/(internal\/nettest|test\/controlplane)( |$$)/ { sub(/\.test$$/, "", $$1); print $$1 }')
+	'$$1 ~ /\.test$$/ && !/ fairlead\.io\/fairlead\/(internal\/nettest|test\/controlplane)( |$$)/ { sub(/\.test$$/, "", $$1); print $$1 }')
 
 .PHONY: test-short
 test-short: rootless = $(ROOTLESS)
