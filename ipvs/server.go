@@ -210,7 +210,7 @@ func addrOf(b []byte) netip.Addr {
 // its frontends' own addresses: those of cluster IPs are, and nothing else.
 func direct(s *dataplane.Service) bool { return s.Key.Kind == dataplane.ClusterIP }
 
-// VirtualServers implements [fairlead/nft.Translator].
+// VirtualServers implements [fairlead.io/fairlead/nft.Translator].
 func (d *Dataplane) VirtualServers(s *dataplane.Service) (cluster, local netip.AddrPort) {
 	if !direct(s) {
 		cluster = d.places.of(s, clusterList)

@@ -9,7 +9,7 @@ import (
 )
 
 // ServedServices returns the names of the Services that have endpoints in the
-// kernel, as [fairlead/dataplane.Key.Service] writes them. Names of more than 127
+// kernel, as [fairlead.io/fairlead/dataplane.Key.Service] writes them. Names of more than 127
 // bytes are shortened. It reads one map, which takes some 10 ms for 10,000 Services,
 // and needs no Dataplane. Where there are no tables there are no names.
 func ServedServices(ctx context.Context, opts Options) (map[string]struct{}, error) {

@@ -12,7 +12,7 @@ import (
 // System is a Service proxy that can be measured: a program that follows an API
 // server and programs the kernel of a network namespace.
 type System interface {
-	// Name is that of [fairlead/bench/result.System].
+	// Name is that of [fairlead.io/fairlead/bench/result.System].
 	Name() string
 	// Start starts the program and returns at once, without waiting until it has
 	// programmed anything. What it programs must be gone with the namespace.

@@ -2,7 +2,7 @@
 // from the network: it builds a node, pods and a host outside out of network
 // namespaces, programs Services, and opens real connections, of TCP, UDP and
 // SCTP, over IPv4 and IPv6. It needs root, and of the kernel what
-// [fairlead/internal/nettest] and the backend need.
+// [fairlead.io/fairlead/internal/nettest] and the backend need.
 package dataplanetest
 
 import (

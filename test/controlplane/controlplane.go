@@ -35,7 +35,7 @@ const (
 // ends before. It takes some seconds on an idle machine.
 const DefaultStartTimeout = 2 * time.Minute
 
-// Namespace is where the programs run. [fairlead/internal/nettest.Namespace] is
+// Namespace is where the programs run. [fairlead.io/fairlead/internal/nettest.Namespace] is
 // one.
 type Namespace interface {
 	// Fd is the file descriptor of the network namespace.

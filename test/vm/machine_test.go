@@ -140,7 +140,7 @@ func TestGoTest(t *testing.T) {
 		t.Errorf("go test ended well, but a test fails")
 	}
 	for _, want := range []string{
-		"--- PASS: TestPasses", "Linux 6.1.", "told something", "--- FAIL: TestFails", "this is why", "FAIL\tfairlead/test/vm/testdata/outcome",
+		"--- PASS: TestPasses", "Linux 6.1.", "told something", "--- FAIL: TestFails", "this is why", "FAIL\tfairlead.io/fairlead/test/vm/testdata/outcome",
 	} {
 		if !strings.Contains(string(out), want) {
 			t.Errorf("no %q in what go test prints", want)
