@@ -55,6 +55,8 @@ type Options struct {
 	// DrainLimit is how long an endpoint that has left keeps its connections, and
 	// a Service that was deleted. 0: [DefaultDrainLimit].
 	DrainLimit time.Duration
+	// OnRebuild is the option of this name of package nft.
+	OnRebuild func(nft.Rebuild)
 }
 
 // Schedulers returns the names of the schedulers that the kernel's sources have,
@@ -165,7 +167,7 @@ func Open(opts Options) (*Dataplane, error) {
 		return nil, errors.Join(err, h.close(), k.close())
 	}
 	r, err := nft.Open(nft.Options{
-		NetNS: opts.NetNS, Logger: d.log, Table: TableName, Translator: d, VirtualNetworks: internalNets(),
+		NetNS: opts.NetNS, Logger: d.log, Table: TableName, Translator: d, VirtualNetworks: internalNets(), OnRebuild: opts.OnRebuild,
 	})
 	if err != nil {
 		return nil, errors.Join(err, h.close(), k.close())

@@ -34,8 +34,19 @@ type Options struct {
 	// a frontend's own address. Connections get there by way of a frontend only: those
 	// of clients that know the address are dropped.
 	VirtualNetworks []netip.Prefix
+	// OnRebuild, if not nil, is called in Replace before it rebuilds a table that it
+	// cannot repair in place, or removes one to make it anew. It must not block.
+	OnRebuild func(Rebuild)
 
 	affinityLimit int // the constant; tests make it small
+}
+
+// Rebuild describes the rebuild of a table.
+type Rebuild struct {
+	Family dataplane.Family
+	// Table is the table as nft names it, such as "ip fairlead", and Reason says why it
+	// is not repaired in place.
+	Table, Reason string
 }
 
 func (o Options) tableName() string { return cmp.Or(o.Table, TableName) }
@@ -63,6 +74,8 @@ type Dataplane struct {
 	// makeTables returns tables of a name. It is that of the options, unless tests
 	// change it.
 	makeTables func(name string) [2]*table
+	// onRebuild is that of the options, or nil.
+	onRebuild func(Rebuild)
 	// schema is the constant; tests change it.
 	schema int
 	// generation is the generation of the kernel, if only this Dataplane has changed
@@ -140,6 +153,7 @@ func Open(opts Options) (*Dataplane, error) {
 		now:    time.Now,
 
 		makeTables: opts.tables,
+		onRebuild:  opts.OnRebuild,
 		schema:     schema,
 		translator: opts.Translator,
 		editSize:   editSize,

@@ -28,6 +28,12 @@ func (d *Dataplane) rebuildReason(have *content) string {
 	return have.unread
 }
 
+func (d *Dataplane) reportRebuild(t *table, reason string) {
+	if d.onRebuild != nil {
+		d.onRebuild(Rebuild{Family: t.family, Table: t.String(), Reason: reason})
+	}
+}
+
 // rebuild makes a table anew while packets go on to meet a complete one: it builds
 // the table under another name without base chains, and then, in one transaction,
 // adds these and removes those of the old table; then the same with the right name.

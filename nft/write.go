@@ -721,6 +721,7 @@ func (d *Dataplane) repair(
 			case rebuilds[i] < repairAttempts:
 				rebuilds[i]++
 				d.log.WarnContext(ctx, "table is rebuilt", "table", t.String(), "reason", reason)
+				d.reportRebuild(t, reason)
 				list := slices.Collect(services)
 				services = slices.Values(list)
 				if err, again = d.rebuild(ctx, i, node, list), true; err == nil {
@@ -729,6 +730,7 @@ func (d *Dataplane) repair(
 			default:
 				removed[i] = true
 				d.log.WarnContext(ctx, "table is removed and made anew", "table", t.String(), "reason", reason)
+				d.reportRebuild(t, reason)
 				err, again = removeTable(d.conn, d.submit, t), true
 			}
 			if err == nil && !again {

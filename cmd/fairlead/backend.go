@@ -88,15 +88,15 @@ type backend interface {
 }
 
 // open opens the backend, whose error says what the kernel or the process lacks.
-// The settings are those of the mode ipvs.
-func (m mode) open(log *slog.Logger, settings ipvs.Options) (d backend, err error) {
+// The settings are those of the mode ipvs. onRebuild is called when a table is rebuilt.
+func (m mode) open(log *slog.Logger, settings ipvs.Options, onRebuild func(nft.Rebuild)) (d backend, err error) {
 	log = log.With("backend", string(m))
 	switch m {
 	case modeIPVS:
-		settings.Logger = log
+		settings.Logger, settings.OnRebuild = log, onRebuild
 		d, err = ipvs.Open(settings)
 	default:
-		d, err = nft.Open(nft.Options{Logger: log})
+		d, err = nft.Open(nft.Options{Logger: log, OnRebuild: onRebuild})
 	}
 	if err != nil {
 		return nil, fmt.Errorf("--mode=%s: %w", m, err)

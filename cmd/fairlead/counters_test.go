@@ -92,7 +92,7 @@ func TestUnservedServiceCIDR(t *testing.T) {
 	n := newNode(t)
 	var dp dataplane.Dataplane
 	err := n.Node.Do(func() (err error) {
-		dp, err = modeNFT.open(slog.New(slog.DiscardHandler), ipvs.Options{})
+		dp, err = modeNFT.open(slog.New(slog.DiscardHandler), ipvs.Options{}, nil)
 		return err
 	})
 	if err != nil {

@@ -21,6 +21,7 @@ import (
 	"fairlead.io/fairlead/internal/nodesettings"
 	"fairlead.io/fairlead/internal/relay"
 	"fairlead.io/fairlead/kube"
+	"fairlead.io/fairlead/nft"
 	"fairlead.io/fairlead/source/manifest/dns"
 	"fairlead.io/fairlead/sync"
 )
@@ -272,6 +273,12 @@ func (j *join) committed(c sync.Commit) {
 func (j *join) healthCheckFailed(service health.Service, port uint16, err error) {
 	j.metrics.HealthCheckFailed()
 	j.events.HealthCheckFailed(types.NamespacedName{Namespace: service.Namespace, Name: service.Name}, port, err)
+}
+
+// rebuilt reports that a table could not be repaired in place.
+func (j *join) rebuilt(r nft.Rebuild) {
+	j.metrics.TableRebuilt(r.Family)
+	j.events.TableRebuilt(r.Table, r.Reason)
 }
 
 // looked records a look for stale connection-tracking entries.

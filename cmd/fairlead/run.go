@@ -22,6 +22,7 @@ import (
 	"fairlead.io/fairlead/internal/nodesettings"
 	"fairlead.io/fairlead/internal/relay"
 	"fairlead.io/fairlead/kube"
+	"fairlead.io/fairlead/nft"
 	"fairlead.io/fairlead/source/manifest/dns"
 	"fairlead.io/fairlead/sync"
 )
@@ -123,7 +124,7 @@ func (c config) build(log *slog.Logger) (*program, error) {
 	if p.source, events, err = c.open(log); err != nil {
 		return nil, err
 	}
-	if p.dp, err = c.mode.open(log, c.ipvs); err != nil {
+	if p.dp, err = c.mode.open(log, c.ipvs, func(r nft.Rebuild) { p.join.rebuilt(r) }); err != nil {
 		return nil, err
 	}
 	// The parts tell each other through join, which is complete before any runs.

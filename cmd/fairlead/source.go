@@ -28,6 +28,7 @@ type events interface {
 	NotProgrammed(key dataplane.Key, err error)
 	HealthCheckFailed(service types.NamespacedName, port uint16, err error)
 	OtherProxy(rules, effect, remove string)
+	TableRebuilt(table, reason string)
 }
 
 var (
@@ -59,6 +60,9 @@ func (noEvents) HealthCheckFailed(types.NamespacedName, uint16, error) {}
 // OtherProxy implements events.
 func (noEvents) OtherProxy(string, string, string) {}
 
+// TableRebuilt implements events.
+func (noEvents) TableRebuilt(string, string) {}
+
 // open returns the source, and where Events go. It does not wait for anything.
 func (c config) open(log *slog.Logger) (source, events, error) {
 	if c.manifests != "" {
@@ -74,18 +78,21 @@ func (c config) open(log *slog.Logger) (source, events, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	s, err := apiserver.New(apiserver.Options{
-		Config: client, NodeName: c.tracker.NodeName, Version: version, BatchPeriod: c.api.batchPeriod,
-		MassRemovalDelay: c.api.massRemovalDelay, Programmed: c.mode.served(log), Logger: log.With("component", "apiserver"),
-	})
-	if err != nil {
-		return nil, nil, fmt.Errorf("follow the API server: %w", err)
-	}
 	e, err := apiserver.NewEvents(apiserver.EventOptions{
 		Config: client, NodeName: c.tracker.NodeName, Version: version, Logger: log.With("component", "events"),
 	})
 	if err != nil {
 		return nil, nil, fmt.Errorf("write Events to the API server: %w", err)
+	}
+	s, err := apiserver.New(apiserver.Options{
+		Config: client, NodeName: c.tracker.NodeName, Version: version, BatchPeriod: c.api.batchPeriod,
+		MassRemovalDelay: c.api.massRemovalDelay, Programmed: c.mode.served(log), Logger: log.With("component", "apiserver"),
+		OnMassRemoval: func(resource string, removed, before int) {
+			e.MassRemoval(resource, removed, before, c.api.massRemovalDelay)
+		},
+	})
+	if err != nil {
+		return nil, nil, fmt.Errorf("follow the API server: %w", err)
 	}
 	return s, e, nil
 }

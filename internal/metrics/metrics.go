@@ -74,6 +74,7 @@ type Metrics struct {
 	reloads                      *prometheus.CounterVec
 	reloaded                     prometheus.Gauge
 	otherProxy                   *prometheus.GaugeVec
+	rebuilds                     *prometheus.CounterVec
 
 	mu       stdsync.Mutex
 	first    bool // has succeeded
@@ -216,6 +217,11 @@ func (m *Metrics) addOwn() {
 		"Times that a Service was found to ask for something that it does not get; see the Events and the log.").WithLabelValues()
 	m.healthCheckFailure = m.counters(namespace, "health_check_node_port_failures_total",
 		"Times that a health-check node port could not be listened on.").WithLabelValues()
+	m.rebuilds = m.counters(namespace, "nftables_table_rebuilds_total",
+		"Times that an nftables table could not be repaired in place and was rebuilt; see the log and the Events of the Node.", "ip_family")
+	for _, f := range ipFamilies() {
+		m.rebuilds.WithLabelValues(f.String())
+	}
 	m.reloads = m.counters(namespace, "config_reloads_total", "Changes of the configuration file by result (success, failure).", "result")
 	m.reloaded = m.gauges(namespace, "config_valid", "Whether the configuration file is in use as it is: 1, or 0 if it is broken.").WithLabelValues()
 	m.reloaded.Set(1)
@@ -485,6 +491,9 @@ func (m *Metrics) Problem() { m.problems.Inc() }
 
 // HealthCheckFailed counts a health-check node port that can't be listened on.
 func (m *Metrics) HealthCheckFailed() { m.healthCheckFailure.Inc() }
+
+// TableRebuilt counts a table of nftables that was rebuilt.
+func (m *Metrics) TableRebuilt(f dataplane.Family) { m.rebuilds.WithLabelValues(f.String()).Inc() }
 
 // Reloaded counts a change of the configuration file, with what became of it.
 func (m *Metrics) Reloaded(err error) {

@@ -36,6 +36,12 @@ const (
 	ReasonStarting = "Starting"
 	// ReasonOtherProxy is of a Node on which another Service proxy's rules are.
 	ReasonOtherProxy = "OtherServiceProxy"
+	// ReasonMassRemoval is of a Node that holds removals back because a list of the
+	// API server lacks most objects, see [Options.MassRemovalDelay].
+	ReasonMassRemoval = "MassRemovalHeld"
+	// ReasonTableRebuilt is of a Node on which an nftables table could not be
+	// repaired in place.
+	ReasonTableRebuilt = "TableRebuilt"
 )
 
 const (
@@ -94,7 +100,8 @@ type Events struct {
 
 	mu      sync.Mutex
 	started bool
-	// node is this Node, once started, and early what was reported of it before.
+	// node is this Node, with its UID once started, and early what was reported of it
+	// before.
 	node  corev1.ObjectReference
 	early []report
 	uids  map[types.NamespacedName]types.UID
@@ -146,9 +153,11 @@ func NewEvents(opts EventOptions) (*Events, error) {
 		return nil, err
 	}
 	return &Events{
-		client:     clients[group],
-		log:        log,
-		nodeName:   opts.NodeName,
+		client:   clients[group],
+		log:      log,
+		nodeName: opts.NodeName,
+		// Without a Node object the name stands for the UID, as with a kubelet.
+		node:       corev1.ObjectReference{APIVersion: "v1", Kind: "Node", Name: opts.NodeName, UID: types.UID(opts.NodeName)},
 		limiter:    flowcontrol.NewTokenBucketRateLimiter(eventsPerSecond, eventsBurst),
 		wake:       make(chan struct{}, 1),
 		uids:       map[types.NamespacedName]types.UID{},
@@ -172,8 +181,6 @@ func (e *Events) Apply(d kube.Delta) {
 		return
 	}
 	e.started = true
-	// Without a Node object the name stands for the UID, as with a kubelet.
-	e.node = corev1.ObjectReference{APIVersion: "v1", Kind: "Node", Name: e.nodeName, UID: types.UID(e.nodeName)}
 	if d.Node != nil {
 		e.node.UID = d.Node.UID
 	}
@@ -203,6 +210,30 @@ func (e *Events) OtherProxy(rules, effect, remove string) {
 		return
 	}
 	e.warnAbout(e.node, r)
+}
+
+// MassRemoval reports that a list of the API server lacks most of the objects that are
+// programmed, and that this node waits for another list before it removes them.
+func (e *Events) MassRemoval(resource string, removed, before int, delay time.Duration) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	// A first list that is held is not delivered, so this cannot wait for the UID.
+	e.warnAbout(e.node, report{
+		reason: ReasonMassRemoval, action: "ListObjects",
+		note: fmt.Sprintf("list of %s from the API server lacks %d of %d that are programmed. They stay, and are listed once more after %s. "+
+			"Check that this is the right cluster and that etcd has its data; --mass-removal-delay sets the time",
+			resource, removed, before, delay),
+	})
+}
+
+// TableRebuilt reports that an nftables table could not be repaired in place.
+func (e *Events) TableRebuilt(table, reason string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.warnAbout(e.node, report{
+		reason: ReasonTableRebuilt, action: "RepairTable",
+		note: fmt.Sprintf("nftables table %s was rebuilt, because %s. Established connections continue, session affinity starts over", table, reason),
+	})
 }
 
 // Problem reports what a Service asks for and does not get.
@@ -247,7 +278,7 @@ func (e *Events) warn(service types.NamespacedName, uid types.UID, r report) {
 	}, r)
 }
 
-// warnAbout is warn for any object, for those who hold the lock.
+// warnAbout is warn for any object. The caller holds mu.
 func (e *Events) warnAbout(object corev1.ObjectReference, r report) {
 	now := time.Now()
 	r.regarding = object

@@ -1,0 +1,101 @@
+//go:build e2e
+
+package e2e_test
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"fairlead.io/fairlead/internal/nettest"
+)
+
+// reportedOnNode waits until the Node has an Event with a reason whose note has all of
+// the parts.
+func (s *scenario) reportedOnNode(reason string, parts ...string) {
+	s.Helper()
+	s.eventually(func(ctx context.Context) error {
+		events, err := s.api.EventsV1().Events(metav1.NamespaceDefault).List(ctx, metav1.ListOptions{})
+		if err != nil {
+			return err
+		}
+		var notes []string
+		for i := range events.Items {
+			e := &events.Items[i]
+			if e.Reason != reason || e.Regarding.Kind != "Node" || e.Regarding.Name != thisNode {
+				continue
+			}
+			if !slices.ContainsFunc(parts, func(part string) bool { return !strings.Contains(e.Note, part) }) {
+				return nil
+			}
+			notes = append(notes, e.Note)
+		}
+		return fmt.Errorf("no Event %s of the Node has %q, but %q", reason, parts, notes)
+	})
+}
+
+// Fairlead starts where most Services of an earlier run are gone from the API server,
+// and where a table has the schema of another version. Both are reported on the Node.
+func TestNodeEvents(t *testing.T) {
+	if os.Getenv(referenceEnv) != "" {
+		t.Skip("kube-proxy reports neither")
+	}
+	s := newScenario(t, shared)
+	kept := s.service("kept")
+	client, only := s.client(), s.pod("kept")
+	var doomed []*service
+	for i := range 12 {
+		v := s.service(fmt.Sprintf("doomed-%d", i), func(v *corev1.Service) { v.Spec.Selector = kept.Spec.Selector })
+		doomed = append(doomed, v)
+	}
+	for _, v := range append(doomed, kept) {
+		s.reaches(client, tcpTo(v.at(80)), only)
+	}
+	s.must(s.lead.stop())
+	for _, v := range doomed {
+		v.delete()
+	}
+	s.eventually(func(ctx context.Context) error {
+		slices, err := s.api.DiscoveryV1().EndpointSlices(s.namespace).List(ctx, metav1.ListOptions{})
+		if err == nil && len(slices.Items) > 2 {
+			err = fmt.Errorf("%d EndpointSlices, want those of one Service", len(slices.Items))
+		}
+		return err
+	})
+	args := s.lead.args
+	s.Cleanup(func() { s.lead.args = args })
+	s.lead.args = append(slices.Clone(args), "--mass-removal-delay=3s")
+	s.must(s.lead.start())
+	s.reportedOnNode("MassRemovalHeld", "list of services", "lacks 12 of ", "--mass-removal-delay")
+	s.must(s.lead.waitReady(s.ctx))
+	s.fails(client, tcpTo(doomed[0].at(80)), nettest.ErrRefused, nettest.ErrTimeout)
+
+	// A table of another version.
+	s.must(s.lead.stop())
+	s.lead.args = args
+	s.must(s.lead.host.Do(func() error {
+		script := `delete table ip fairlead; add table ip fairlead { comment "fairlead schema 99"; }`
+		out, err := exec.CommandContext(s.ctx, "nft", script).CombinedOutput()
+		if err != nil {
+			err = fmt.Errorf("nft: %w\n%s", err, out)
+		}
+		return err
+	}))
+	s.must(s.start(s.ctx))
+	s.reaches(client, tcpTo(kept.at(80)), only)
+	s.reportedOnNode("TableRebuilt", "table ip fairlead ", "schema")
+	s.eventually(func(ctx context.Context) error {
+		n, err := s.lead.metric(ctx, "fairlead_nftables_table_rebuilds_total", `ip_family="IPv4"`)
+		if err == nil && n != 1 {
+			err = fmt.Errorf("%v rebuilds are counted, want 1", n)
+		}
+		return err
+	})
+}
