@@ -40,7 +40,7 @@ deps: ## install the Debian packages that the tests need, where they are missing
 
 .PHONY: nftables
 nftables: ## fetch the nft releases that listings are tested with into .cache
-	@test/nftables/fetch.sh
+	@test/debian/fetch.sh nftables
 
 .PHONY: controlplane
 controlplane: ## build the etcd and Kubernetes that tests run against into .cache; cold some ten minutes

@@ -3,7 +3,7 @@
 # missing: the demo's Redis, a C compiler for the race detector, the names of
 # protocols that nft reads and writes, QEMU for test/vm and what it makes its
 # virtual machines of, what kube-proxy runs, a browser that looks at the report of
-# benchmarks, and what test/nftables/fetch.sh and people who look around use. Needs
+# benchmarks, and what test/debian/fetch.sh and people who look around use. Needs
 # root only when something is missing. No service is started, now or at the next
 # boot.
 set -euo pipefail

@@ -15,13 +15,12 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+
+	"fairlead.io/fairlead/test/debian"
 )
 
 //go:embed init.sh
 var initScript string
-
-//go:embed debs.sh
-var debsScript string
 
 // kernels are the kernels there are: what they are called, and the Debian
 // release that they come from.
@@ -31,6 +30,14 @@ func kernels() map[string]string {
 
 // busyboxSuite is the Debian release that busybox comes from.
 const busyboxSuite = "trixie"
+
+// architecture is the one that QEMU emulates.
+const architecture = "amd64"
+
+const (
+	kernelPackage  = "linux-image-cloud-amd64" // depends on the current kernel's
+	busyboxPackage = "busybox-static"
+)
 
 // programs are those of this machine that tests, the demo and people use in the
 // virtual machine. Those that are not installed are left out.
@@ -54,12 +61,12 @@ type cache struct {
 // it downloads if they are not there.
 func (c cache) kernel(ctx context.Context, version string) (image, modules string, err error) {
 	suite := kernels()[version]
-	// What is there is taken as long as it was made by these scripts.
-	dir := filepath.Join(c.dir, fmt.Sprintf("linux-%s-%s", version, digest(debsScript, moduleRules, suite)))
+	// A kernel that is there is used as long as it was made by the same rules.
+	dir := filepath.Join(c.dir, fmt.Sprintf("linux-%s-%s", version, digest(kernelPackage, moduleRules, suite)))
 	image, modules = filepath.Join(dir, "vmlinuz"), filepath.Join(dir, "modules.cpio")
 	return image, modules, c.once(dir, func(work string) error {
 		root := filepath.Join(work, "root")
-		if err := debs(ctx, suite, root, "linux-image-cloud-amd64/"); err != nil {
+		if err := debian.Unpack(ctx, architecture, suite, root, kernelPackage+"/"); err != nil {
 			return err
 		}
 		found, err := filepath.Glob(filepath.Join(root, "boot", "vmlinuz-*"))
@@ -82,10 +89,10 @@ func (c cache) kernel(ctx context.Context, version string) (image, modules strin
 
 // busybox returns the path of a statically linked busybox.
 func (c cache) busybox(ctx context.Context) (string, error) {
-	dir := filepath.Join(c.dir, "busybox-"+digest(debsScript, busyboxSuite))
+	dir := filepath.Join(c.dir, "busybox-"+digest(busyboxPackage, busyboxSuite))
 	err := c.once(dir, func(work string) error {
 		root := filepath.Join(work, "root")
-		if err := debs(ctx, busyboxSuite, root, "busybox-static"); err != nil {
+		if err := debian.Unpack(ctx, architecture, busyboxSuite, root, busyboxPackage); err != nil {
 			return err
 		}
 		for _, at := range []string{"usr/bin/busybox", "bin/busybox"} {
@@ -133,17 +140,6 @@ func (c cache) once(dir string, fill func(work string) error) error {
 func digest(texts ...string) string {
 	sum := sha256.Sum256([]byte(strings.Join(texts, "\x00")))
 	return hex.EncodeToString(sum[:6])
-}
-
-// debs unpacks packages of a Debian release into the folder dir.
-func debs(ctx context.Context, suite, dir string, packages ...string) error {
-	cmd := exec.CommandContext(ctx, "bash", append([]string{"-s", "--", suite, dir}, packages...)...)
-	cmd.Stdin = strings.NewReader(debsScript)
-	cmd.Stdout, cmd.Stderr = os.Stderr, os.Stderr
-	if err := cmd.Run(); err != nil {
-		return fmt.Errorf("get %s of Debian %s: %w", strings.Join(packages, ", "), suite, err)
-	}
-	return nil
 }
 
 // moduleRules says which of Debian's modules are in the virtual machine: those of
