@@ -24,6 +24,10 @@ help:
 build: ## the static binary, bin/fairlead
 	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/fairlead ./cmd/fairlead
 
+.PHONY: build-bench
+build-bench: ## the benchmarks, bin/fairlead-bench
+	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/fairlead-bench ./cmd/fairlead-bench
+
 # How the demo's fairlead programs the kernel: nft or ipvs. A kernel that cannot is
 # replaced by a virtual machine's, which -vm is for.
 MODE ?= nft
@@ -47,7 +51,7 @@ controlplane: ## build the etcd and Kubernetes that tests run against into .cach
 	@test/controlplane/build.sh
 
 .PHONY: kube-proxy
-kube-proxy: ## build the kube-proxy that `fairlead bench compare` measures against into .cache; cold some minutes
+kube-proxy: ## build the kube-proxy that `fairlead-bench compare` measures against into .cache; cold some minutes
 	@bench/kubeproxy/build.sh
 
 # -race needs cgo, and with it the C compiler that deps installs.
@@ -157,16 +161,16 @@ BENCHDIR ?= bin/bench
 
 .PHONY: bench
 bench: SERVICES ?= 1000
-bench: build kube-proxy ## Fairlead and kube-proxy side by side (root), minutes; SERVICES=10000 ARGS=flags of fairlead bench compare
+bench: build build-bench kube-proxy ## Fairlead and kube-proxy side by side (root), minutes; SERVICES=10000 ARGS=flags of fairlead-bench compare
 	@mkdir -p $(BENCHDIR)
-	bin/fairlead bench compare --systems=nft,kube-proxy-nftables --services=$(SERVICES) --samples=12 --starts=3 --rounds=3 --churn-time=5s \
+	bin/fairlead-bench compare --systems=nft,kube-proxy-nftables --services=$(SERVICES) --samples=12 --starts=3 --rounds=3 --churn-time=5s \
 		--json=$(BENCHDIR)/bench.json --html=$(BENCHDIR)/bench.html $(ARGS)
 
 .PHONY: bench-full
 bench-full: SERVICES ?= 100,1000,10000
-bench-full: build kube-proxy vm ## all systems, up to 10,000 Services, and in a virtual machine what this kernel cannot run (root), about an hour
+bench-full: build build-bench kube-proxy vm ## all systems, up to 10,000 Services, and in a virtual machine what this kernel cannot run (root), about an hour
 	@mkdir -p $(BENCHDIR)
-	bin/fairlead bench compare --services=$(SERVICES) \
+	bin/fairlead-bench compare --services=$(SERVICES) \
 		--json=$(BENCHDIR)/full.json --html=$(BENCHDIR)/full.html --svg=$(BENCHDIR)/images $(ARGS)
 
 .PHONY: gobench

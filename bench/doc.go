@@ -2,7 +2,7 @@
 // change of a Service is in the kernel, and how that depends on the number of
 // Services.
 //
-// [Run] is `fairlead bench`. It makes the namespaces of package rig, joins Fairlead's
+// [Run] is `fairlead-bench`. It makes the namespaces of package rig, joins Fairlead's
 // parts in this process as `fairlead run` does, but for the source, and hands over
 // Kubernetes objects. What it measures:
 //

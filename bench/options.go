@@ -103,7 +103,7 @@ func (o Options) withDefaults() Options {
 const maxEndpoints = 8_000_000
 
 // Validate returns what is wrong with options, with all of it named as the flags of
-// `fairlead bench` are.
+// `fairlead-bench` are.
 func (o Options) Validate() error {
 	o = o.withDefaults()
 	var errs []error

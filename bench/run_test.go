@@ -21,7 +21,7 @@ import (
 func small() bench.Options {
 	return bench.Options{
 		Services: 20, Endpoints: 3, Samples: 10, Rates: []float64{100, 5000}, ChurnTime: 200 * time.Millisecond,
-		Sizes: []int{1, 20}, ThroughputTime: 20 * time.Millisecond, Version: "v0", Command: []string{"fairlead", "bench"},
+		Sizes: []int{1, 20}, ThroughputTime: 20 * time.Millisecond, Version: "v0", Command: []string{"fairlead-bench"},
 	}
 }
 

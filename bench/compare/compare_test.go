@@ -76,7 +76,7 @@ func small(t *testing.T, systems ...system.System) compare.Options {
 // left out, with the reason.
 func TestComparison(t *testing.T) {
 	path := binary(t)
-	fairlead := system.Fairlead{Binary: path, Mode: "nft", Release: "v1"}
+	fairlead := system.Fairlead{Binary: path, Mode: "nft"}
 	r, err := compare.Run(t.Context(), small(t, fairlead, renamed{fairlead, "other"}, absent{}, broken{}))
 	if err != nil {
 		t.Fatal(err)

@@ -29,7 +29,7 @@ func programs(t *testing.T) string {
 // With a real API server all is measured as with those in this process. A system that
 // cannot run is left out, and its API server serves the next.
 func TestRealAPIServer(t *testing.T) {
-	o := small(t, absent{}, system.Fairlead{Binary: binary(t), Mode: "nft", Release: "v1"})
+	o := small(t, absent{}, system.Fairlead{Binary: binary(t), Mode: "nft"})
 	o.ControlPlane = programs(t)
 	o.Starts, o.Rounds = 2, 1 // a start on a second node, which the API server is joined with after the first
 	opened := 0

@@ -61,7 +61,7 @@ const (
 // Parts are all parts.
 func Parts() []Part { return []Part{ColdStart, Memory, Update, Churn} }
 
-// DefaultOptions are those that `fairlead bench compare` has without flags, but for
+// DefaultOptions are those that `fairlead-bench compare` has without flags, but for
 // the systems.
 func DefaultOptions() Options {
 	return Options{

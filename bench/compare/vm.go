@@ -23,7 +23,7 @@ type VM struct {
 	// Command runs what stands behind it in a virtual machine, as `bin/vm run` does. It
 	// is the shell's.
 	Command string
-	// Program is `fairlead bench compare` with its arguments, which say that the result
+	// Program is `fairlead-bench compare` with its arguments, which say that the result
 	// goes to standard output. Before it may be further flags of Command.
 	Program []string
 	// Progress is told what the program tells of what happens. It may be nil.

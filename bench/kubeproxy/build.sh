@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the kube-proxy that `fairlead bench compare` measures against:
+# Builds the kube-proxy that `fairlead-bench compare` measures against:
 #
 #   .cache/kube-proxy/kube-proxy
 #

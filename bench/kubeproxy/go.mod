@@ -1,4 +1,4 @@
-// The kube-proxy that `fairlead bench compare` measures against: built from
+// The kube-proxy that `fairlead-bench compare` measures against: built from
 // source, so that one pinned version is used everywhere.
 module fairlead.io/fairlead/bench/kubeproxy
 

@@ -4,8 +4,7 @@
 //
 // The charts are drawn with the drawing half of gonum/plot (vg), which writes SVG and PNG
 // alike. Its other half, package plot, parses a dozen fonts when a program
-// starts, whatever the program then does: 5 MB of memory on each node, since this is part of the
-// program that runs there. Libraries that draw in the browser were no choice for a
+// starts, whatever the program then does, which takes 5 MB of memory. Libraries that draw in the browser were no choice for a
 // page that is to be read without them.
 //
 // Colours are named in the SVG by what they stand for, and the page, or the file,

@@ -11,9 +11,7 @@ import (
 	"fairlead.io/fairlead/bench/table"
 )
 
-// The page is made of functions rather than of a template: html/template finds
-// methods by their names, so the linker keeps all of everybody's, 7 MB of them in a
-// program that runs on each node.
+// The page is made of functions rather than of a template, so that the compiler checks it.
 
 // node is the page.
 func (p *page) node() g.Node {

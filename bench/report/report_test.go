@@ -26,7 +26,7 @@ func fixture(t testing.TB) *result.Report {
 	random := rand.New(rand.NewPCG(1, 2))
 	r := &result.Report{
 		Schema: result.Schema, Time: time.Date(2025, 1, 31, 12, 0, 0, 0, time.UTC), TookSeconds: 321, Version: "v1.2.3",
-		Command: []string{"fairlead", "bench", "compare", "--services=1000,10000"},
+		Command: []string{"fairlead-bench", "compare", "--services=1000,10000"},
 		Environments: []result.Environment{{
 			Name: result.Native, Kernel: "6.18.44", OS: "Debian GNU/Linux 12 (bookworm)", Load: 0.3,
 			Machine: result.Machine{CPU: "AMD EPYC", CPUs: 2, MemoryBytes: 25 << 30, Architecture: "amd64"},
@@ -99,7 +99,7 @@ func pageOf(t *testing.T, r *result.Report) string {
 func TestPage(t *testing.T) {
 	page := pageOf(t, fixture(t))
 	for _, want := range []string{
-		"Fairlead v1.2.3", "31 January 2025", "AMD EPYC", "Linux 6.18.44", "fairlead bench compare --services=1000,10000",
+		"Fairlead v1.2.3", "31 January 2025", "AMD EPYC", "Linux 6.18.44", "fairlead-bench compare --services=1000,10000",
 		"kube-proxy ipvs", "the kernel has no IPVS", "10,000 Services of 10 endpoints", "prefers-color-scheme:dark",
 		"An update, seen by packets", "Against the number of Services", "A cold start", "Under churn", "Memory", "95 %", "The figures are made up.",
 	} {

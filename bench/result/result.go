@@ -1,5 +1,5 @@
-// Package result is what benchmarks find out, as data: `fairlead bench` and
-// `fairlead bench compare` write it as JSON, and tables and reports are made of it.
+// Package result is what benchmarks find out, as data: `fairlead-bench` and
+// `fairlead-bench compare` write it as JSON, and tables and reports are made of it.
 //
 // # The file
 //
@@ -12,7 +12,7 @@
 //	  "schema": 1,
 //	  "time": "2025-01-31T12:00:00Z",
 //	  "took_seconds": 93.2,
-//	  "command": ["fairlead", "bench", "--services=10000"],
+//	  "command": ["fairlead-bench", "--services=10000"],
 //	  "version": "v1.2.3",
 //	  "environments": [{
 //	    "name": "native", "emulated": false,

@@ -18,8 +18,7 @@ const file = `{
   "time": "2025-01-31T12:00:00Z",
   "took_seconds": 93.5,
   "command": [
-    "fairlead",
-    "bench"
+    "fairlead-bench"
   ],
   "version": "v1.2.3",
   "environments": [
@@ -122,7 +121,7 @@ func report() *result.Report {
 	changed := result.Scenario{Change: result.ReplaceEndpoint, Services: 10_000, Endpoints: 10, Rate: 100}
 	return &result.Report{
 		Schema: 1, Time: time.Date(2025, 1, 31, 12, 0, 0, 0, time.UTC), TookSeconds: 93.5,
-		Command: []string{"fairlead", "bench"}, Version: "v1.2.3",
+		Command: []string{"fairlead-bench"}, Version: "v1.2.3",
 		Environments: []result.Environment{{
 			Name:    "native",
 			Machine: result.Machine{CPU: "A processor", CPUs: 2, MemoryBytes: 1024, Architecture: "amd64"},

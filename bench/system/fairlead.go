@@ -3,11 +3,14 @@ package system
 import (
 	"context"
 	"fmt"
+	"os/exec"
+	"path/filepath"
+	"strings"
 
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// Fairlead is `fairlead run` in one of its modes.
+// Fairlead is `fairlead run` in one mode.
 type Fairlead struct {
 	// Binary is the path of the program.
 	Binary string
@@ -15,8 +18,6 @@ type Fairlead struct {
 	Mode string
 	// Args are further arguments.
 	Args []string
-	// Release is the program's version.
-	Release string
 }
 
 var (
@@ -27,8 +28,13 @@ var (
 // Name implements [System].
 func (f Fairlead) Name() string { return f.Mode }
 
-// Version returns the program's version.
-func (f Fairlead) Version(context.Context) (string, error) { return f.Release, nil }
+// Path returns the absolute path of the program, or an error if there is none.
+func (f Fairlead) Path() (string, error) { return absolutePath(f.Binary) }
+
+// Version returns the version that the program prints.
+func (f Fairlead) Version(ctx context.Context) (string, error) {
+	return printedVersion(ctx, f.Binary, "version")
+}
 
 // Command returns how the program is started.
 func (f Fairlead) Command(env Environment) []string {
@@ -54,6 +60,28 @@ func (f Fairlead) Start(ctx context.Context, env Environment) (Running, error) {
 		return nil, err
 	}
 	return started(StartProcess(env, f.Name(), f.Command(env)...))
+}
+
+// absolutePath returns the absolute path of an executable.
+func absolutePath(binary string) (string, error) {
+	path, err := exec.LookPath(binary)
+	if err == nil {
+		path, err = filepath.Abs(path)
+	}
+	if err != nil {
+		return "", fmt.Errorf("find the program: %w", err)
+	}
+	return path, nil
+}
+
+// printedVersion runs the program, which prints its name and its version.
+func printedVersion(ctx context.Context, binary, arg string) (string, error) {
+	out, err := exec.CommandContext(ctx, binary, arg).Output()
+	if err != nil {
+		return "", fmt.Errorf("ask %s for its version: %w", binary, err)
+	}
+	_, version, _ := strings.Cut(strings.TrimSpace(string(out)), " ")
+	return version, nil
 }
 
 // started is a *Process as a [Running], of which a nil one is none.

@@ -2,9 +2,7 @@ package system
 
 import (
 	"context"
-	"fmt"
 	"os/exec"
-	"path/filepath"
 	"strings"
 
 	"github.com/vishvananda/netlink"
@@ -80,26 +78,12 @@ func (k KubeProxy) Start(ctx context.Context, env Environment) (Running, error) 
 	return started(StartProcess(env, k.Name(), k.Command(env)...))
 }
 
-// Path returns the absolute path of the program.
-func (k KubeProxy) Path() (string, error) {
-	path, err := exec.LookPath(k.Binary)
-	if err == nil {
-		path, err = filepath.Abs(path)
-	}
-	if err != nil {
-		return "", fmt.Errorf("find kube-proxy: %w", err)
-	}
-	return path, nil
-}
+// Path returns the absolute path of the program, or an error if there is none.
+func (k KubeProxy) Path() (string, error) { return absolutePath(k.Binary) }
 
-// Version returns what the program says it is.
+// Version returns the version that the program prints.
 func (k KubeProxy) Version(ctx context.Context) (string, error) {
-	out, err := exec.CommandContext(ctx, k.Binary, "--version").Output()
-	if err != nil {
-		return "", fmt.Errorf("ask %s for its version: %w", k.Binary, err)
-	}
-	_, version, _ := strings.Cut(strings.TrimSpace(string(out)), " ")
-	return version, nil
+	return printedVersion(ctx, k.Binary, "--version")
 }
 
 // hasIPVS asks the kernel for IPVS, which makes it load the module where it can.

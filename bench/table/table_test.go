@@ -21,7 +21,7 @@ func TestWrite(t *testing.T) {
 	distribution := &result.Distribution{N: 200, Min: 1e-5, Mean: 3e-5, P50: 2.1e-5, P90: 0.000145, P99: 0.0123, Max: 1.5}
 	report := &result.Report{
 		Schema: 1, Time: time.Date(2025, 1, 31, 12, 0, 0, 0, time.UTC), TookSeconds: 93.5,
-		Command: []string{"fairlead", "bench", "--samples=200"}, Version: "v1.2.3",
+		Command: []string{"fairlead-bench", "--samples=200"}, Version: "v1.2.3",
 		Environments: []result.Environment{
 			{
 				Name:    "native",
@@ -56,7 +56,7 @@ func TestWrite(t *testing.T) {
 		},
 		Notes: []string{"A note."},
 	}
-	const want = `fairlead bench --samples=200
+	const want = `fairlead-bench --samples=200
 Fairlead v1.2.3, 2025-01-31 12:00 UTC, 94 s
 native: 2 × A processor, 25.3 GB of memory, Linux 6.18.44, Debian GNU/Linux 13, load 0.50
 native: fed by kube-apiserver v1.33.1, a real one for each system

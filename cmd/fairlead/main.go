@@ -43,7 +43,7 @@ Kubernetes Service reaches one of its pods.`,
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return fmt.Errorf("%w: see %s --help", err, cmd.CommandPath())
 	})
-	root.AddCommand(runCommand(setClientLogger), cleanupCommand(), benchCommand(), versionCommand()) //nolint:contextcheck // cobra hands them ctx
+	root.AddCommand(runCommand(setClientLogger), cleanupCommand(), versionCommand()) //nolint:contextcheck // cobra hands them ctx
 	if err := root.ExecuteContext(ctx); err != nil && !errors.Is(err, context.Canceled) {
 		for line := range strings.Lines(err.Error()) {
 			_, _ = fmt.Fprintln(stderr, "fairlead:", strings.TrimSpace(line))

@@ -22,6 +22,9 @@
 // A row whose second column begins with "test helper:" describes packages that
 // the test files of every package may import. Test files may also import other
 // modules than Kubernetes'.
+//
+// It also checks that a program for nodes links nothing that only tests and benchmarks
+// need, however indirectly: see [Table.CheckLinked].
 package imports
 
 import (

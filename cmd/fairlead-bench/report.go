@@ -19,12 +19,12 @@ func reportCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "report FILE...",
 		Short: "Make a page, or pictures, of what benchmarks have measured",
-		Long: `Make a page, or pictures, of the files that "fairlead bench --json" and "fairlead
-bench compare --json" have written. The page needs nothing else to be looked at.
+		Long: `Make a page, or pictures, of the files that "fairlead-bench --json" and
+"fairlead-bench compare --json" have written. The page needs nothing else to be looked at.
 Several files are joined to one report; a measurement must not be in two of them.
 Without --html and --svg a table goes to standard output.`,
-		Example: `  fairlead bench report result.json --html=report.html
-  fairlead bench report native.json vm.json --html=report.html --svg=docs/images`,
+		Example: `  fairlead-bench report result.json --html=report.html
+  fairlead-bench report native.json vm.json --html=report.html --svg=docs/images`,
 		Args: cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, files []string) error {
 			merged, err := readReports(files)

@@ -18,9 +18,10 @@ import (
 	"fairlead.io/fairlead/bench/table"
 )
 
-// compareFlags are the flags of `fairlead bench compare`.
+// compareFlags are the flags of `fairlead-bench compare`.
 type compareFlags struct {
 	systems       []string
+	fairlead      string
 	kubeProxy     string
 	kubeProxyArgs []string
 	args          []string
@@ -35,11 +36,11 @@ type compareFlags struct {
 	options       compare.Options
 }
 
-// contestants are the systems that can be compared, by name.
-func contestants(binary string, f *compareFlags) []system.System {
+// contestants returns the systems that can be compared.
+func (f *compareFlags) contestants() []system.System {
 	var all []system.System
 	for _, m := range []string{"nft", "ipvs"} {
-		all = append(all, system.Fairlead{Binary: binary, Mode: m, Args: f.args, Release: version})
+		all = append(all, system.Fairlead{Binary: f.fairlead, Mode: m, Args: f.args})
 	}
 	for _, m := range []string{"nftables", "ipvs", "iptables"} {
 		all = append(all, system.KubeProxy{Binary: f.kubeProxy, Mode: m, Args: f.kubeProxyArgs})
@@ -48,7 +49,7 @@ func contestants(binary string, f *compareFlags) []system.System {
 }
 
 func compareCommand() *cobra.Command {
-	f := &compareFlags{options: compare.DefaultOptions(), kubeProxy: ".cache/kube-proxy/kube-proxy"}
+	f := &compareFlags{options: compare.DefaultOptions(), fairlead: "bin/fairlead", kubeProxy: ".cache/kube-proxy/kube-proxy"}
 	cmd := &cobra.Command{
 		Use:   "compare",
 		Short: "Measure Fairlead and kube-proxy against each other",
@@ -61,9 +62,9 @@ A system that this machine's kernel cannot run runs in a virtual machine, if the
 one (make vm), with Fairlead's mode nft and kube-proxy's mode nftables beside it. Its
 figures are marked as emulated, and ratios are only taken within it. A system that
 does not run at all is left out, and the result says why.`,
-		Example: `  fairlead bench compare --json=result.json
-  fairlead bench compare --systems=nft,kube-proxy-nftables --services=1000,10000 --samples=50
-  fairlead bench compare --only=churn --rates=1000`,
+		Example: `  fairlead-bench compare --json=result.json
+  fairlead-bench compare --systems=nft,kube-proxy-nftables --services=1000,10000 --samples=50
+  fairlead-bench compare --only=churn --rates=1000`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			f.command = append([]string{cmd.CommandPath()}, changedFlags(cmd)...)
@@ -71,7 +72,7 @@ does not run at all is left out, and the result says why.`,
 		},
 	}
 	var names []string
-	for _, s := range contestants("", f) {
+	for _, s := range f.contestants() {
 		names = append(names, s.Name())
 	}
 	var parts []string
@@ -81,6 +82,7 @@ does not run at all is left out, and the result says why.`,
 	o := &f.options
 	flags := cmd.Flags()
 	flags.StringSliceVar(&f.systems, "systems", names, "what to compare")
+	flags.StringVar(&f.fairlead, "fairlead", f.fairlead, "path of Fairlead's binary; `make build` builds it")
 	flags.StringVar(&f.kubeProxy, "kube-proxy", f.kubeProxy, "path of kube-proxy's binary; `make kube-proxy` builds it")
 	flags.StringSliceVar(&f.kubeProxyArgs, "kube-proxy-args", nil, "further arguments for kube-proxy, such as --nftables-min-sync-period=0s")
 	flags.StringSliceVar(&f.args, "fairlead-args", nil, "further arguments for fairlead run")
@@ -104,6 +106,7 @@ does not run at all is left out, and the result says why.`,
 	f.vm.register(flags)
 	completeWith(cmd, "systems", names...)
 	completeWith(cmd, "only", parts...)
+	_ = cmd.MarkFlagFilename("fairlead")
 	_ = cmd.MarkFlagFilename("kube-proxy")
 	_ = cmd.MarkFlagDirname("apiserver")
 	_ = cmd.MarkFlagFilename("json", "json")
@@ -115,18 +118,19 @@ does not run at all is left out, and the result says why.`,
 
 func runCompare(ctx context.Context, f *compareFlags, stdout, stderr io.Writer) (err error) {
 	if os.Geteuid() != 0 {
-		return errors.New("bench compare makes network namespaces, which needs root")
-	}
-	binary, err := os.Executable()
-	if err != nil {
-		return fmt.Errorf("find the program itself: %w", err)
+		return errors.New("fairlead-bench compare makes network namespaces, which needs root")
 	}
 	o := f.options
 	for _, name := range f.systems {
-		all := contestants(binary, f)
+		all := f.contestants()
 		i := slices.IndexFunc(all, func(s system.System) bool { return s.Name() == name })
 		if i < 0 {
 			return fmt.Errorf("--systems: there is no %q", name)
+		}
+		if fairlead, ok := all[i].(system.Fairlead); ok {
+			if _, err := fairlead.Path(); err != nil {
+				return fmt.Errorf("--fairlead: %w: build it with `make build`", err)
+			}
 		}
 		o.Systems = append(o.Systems, all[i])
 	}
@@ -154,7 +158,7 @@ func runCompare(ctx context.Context, f *compareFlags, stdout, stderr io.Writer) 
 		}
 		_, _ = fmt.Fprintf(stderr, "%6.1fs %s\n", time.Since(begin).Seconds(), line)
 	}
-	r, err := f.compareAll(ctx, binary, o)
+	r, err := f.compareAll(ctx, o)
 	if r == nil {
 		return err
 	}

@@ -10,19 +10,19 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
-	"github.com/spf13/pflag"
 
 	"fairlead.io/fairlead/bench"
 	"fairlead.io/fairlead/bench/result"
 	"fairlead.io/fairlead/bench/table"
 )
 
-func benchCommand() *cobra.Command {
+// measureCommand returns `fairlead-bench` itself, which measures Fairlead alone.
+func measureCommand() *cobra.Command {
 	var o bench.Options
 	var only []string
 	var file string
 	cmd := &cobra.Command{
-		Use:   "bench",
+		Use:   "fairlead-bench",
 		Short: "Measure Fairlead on this machine",
 		Long: `Measure Fairlead on this machine, in network namespaces of its own: nothing that
 runs here is touched, and nothing is left. It needs root.
@@ -41,19 +41,18 @@ acknowledgement, or with the first packet that shows it. Parts, for --only:
   memory     of the program, and of what it has the kernel hold
 
 A table goes to standard output, and all figures to the file of --json: see
-"go doc fairlead/bench/result" for what is in it.`,
-		Example: `  fairlead bench
-  fairlead bench --services=1000 --only=update,start --json=result.json`,
+"go doc fairlead.io/fairlead/bench/result" for what is in it.`,
+		Example: `  fairlead-bench
+  fairlead-bench --services=1000 --only=update,start --json=result.json`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			for _, part := range only {
 				o.Only = append(o.Only, bench.Part(part))
 			}
 			o.Version, o.Command = version, append([]string{cmd.CommandPath()}, changedFlags(cmd)...)
-			return runBench(cmd.Context(), o, file, cmd.OutOrStdout(), cmd.ErrOrStderr())
+			return measure(cmd.Context(), o, file, cmd.OutOrStdout(), cmd.ErrOrStderr())
 		},
 	}
-	cmd.AddCommand(compareCommand(), reportCommand())
 	flags := cmd.Flags()
 	flags.StringVar(&o.Mode, "mode", bench.Modes()[0], "the backend: "+strings.Join(bench.Modes(), " or "))
 	flags.IntVar(&o.Services, "services", 10_000, "how many Services there are")
@@ -68,21 +67,8 @@ A table goes to standard output, and all figures to the file of --json: see
 	return cmd
 }
 
-// changedFlags are the flags that were given, as they may be given again.
-func changedFlags(cmd *cobra.Command) []string {
-	var given []string
-	cmd.Flags().Visit(func(f *pflag.Flag) {
-		value := f.Value.String()
-		if list, ok := f.Value.(pflag.SliceValue); ok {
-			value = strings.Join(list.GetSlice(), ",")
-		}
-		given = append(given, "--"+f.Name+"="+value)
-	})
-	return given
-}
-
-// runBench is `fairlead bench`.
-func runBench(ctx context.Context, o bench.Options, file string, stdout, stderr io.Writer) (err error) {
+// measure runs the benchmarks, writes the table to stdout and the JSON to the file, if there is one.
+func measure(ctx context.Context, o bench.Options, file string, stdout, stderr io.Writer) (err error) {
 	if err := o.Validate(); err != nil {
 		return err
 	}

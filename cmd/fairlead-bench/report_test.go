@@ -12,11 +12,11 @@ import (
 	"fairlead.io/fairlead/bench/result"
 )
 
-func TestBenchReport(t *testing.T) {
+func TestReport(t *testing.T) {
 	dir := t.TempDir()
 	file, page := filepath.Join(dir, "result.json"), filepath.Join(dir, "report.html")
 	r := &result.Report{
-		Schema: result.Schema, Time: time.Date(2025, 1, 31, 0, 0, 0, 0, time.UTC), Version: "v1", Command: []string{"fairlead", "bench"},
+		Schema: result.Schema, Time: time.Date(2025, 1, 31, 0, 0, 0, 0, time.UTC), Version: "v1", Command: []string{"fairlead-bench"},
 		Environments: []result.Environment{{Name: result.Native, Kernel: "6.1"}},
 		Measurements: []result.Measurement{{
 			Measure: result.Memory, System: "nft", Environment: result.Native, Scenario: result.Scenario{Services: 10, Endpoints: 1}, Unit: "B",
@@ -40,7 +40,7 @@ func TestBenchReport(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			var out bytes.Buffer
-			code := run(context.Background(), append([]string{"bench", "report"}, test.args...), &out, &out, nil)
+			code := run(context.Background(), append([]string{"report"}, test.args...), &out, &out)
 			if code != test.code || !strings.Contains(out.String(), test.want) {
 				t.Errorf("exit code %d, %q; want %d and %q", code, out.String(), test.code, test.want)
 			}
@@ -53,14 +53,16 @@ func TestBenchReport(t *testing.T) {
 	}
 }
 
-func TestBenchCompareMistakes(t *testing.T) {
+func TestCompareMistakes(t *testing.T) {
 	for arg, want := range map[string]string{
 		"--systems=envoy": `there is no "envoy"`,
 		"--only=nothing":  `unknown part "nothing"`,
 		"--services=1":    "too few",
+
+		"--fairlead=/nowhere/fairlead": "--fairlead: find the program",
 	} {
 		var out bytes.Buffer
-		if code := run(t.Context(), []string{"bench", "compare", "--quiet", arg}, &out, &out, nil); code == 0 || !strings.Contains(out.String(), want) {
+		if code := run(t.Context(), []string{"compare", "--quiet", "--fairlead=/bin/true", arg}, &out, &out); code == 0 || !strings.Contains(out.String(), want) {
 			t.Errorf("%s: exit code %d, %q; want a failure with %q", arg, code, out.String(), want)
 		}
 	}

@@ -5,6 +5,8 @@ import (
 	"encoding/csv"
 	"errors"
 	"fmt"
+	"maps"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -84,7 +86,7 @@ func divide(ctx context.Context, systems []system.System, environment string) (_
 
 // compareAll compares the systems on this machine, and in a virtual machine those that its
 // kernel cannot run. What goes wrong with the latter is in the report alone.
-func (f *compareFlags) compareAll(ctx context.Context, binary string, o compare.Options) (*result.Report, error) {
+func (f *compareFlags) compareAll(ctx context.Context, o compare.Options) (*result.Report, error) {
 	d, err := divide(ctx, o.Systems, o.Environment.Name)
 	if err != nil {
 		return nil, err
@@ -105,7 +107,7 @@ func (f *compareFlags) compareAll(ctx context.Context, binary string, o compare.
 		reports = append(reports, r)
 	}
 	if ctx.Err() == nil {
-		inside, why := f.vmRun(ctx, binary, vm)
+		inside, why := f.vmRun(ctx, vm)
 		if inside != nil {
 			reports = append(reports, inside)
 		}
@@ -137,13 +139,16 @@ func (v *vmFlags) of(o compare.Options, systems []system.System) compare.Options
 
 // vmRun compares in a virtual machine. It returns nil if there is none or nothing was
 // measured, and in words what became of it.
-func (f *compareFlags) vmRun(ctx context.Context, binary string, o compare.Options) (*result.Report, string) {
+func (f *compareFlags) vmRun(ctx context.Context, o compare.Options) (*result.Report, string) {
 	command := f.vm.command
 	if command == "" {
 		return nil, "without --vm it does not run in a virtual machine"
 	}
-	var with []string
-	args := []string{binary, "bench", "compare", "--json=-", "--vm="}
+	program, err := os.Executable()
+	if err != nil {
+		return nil, fmt.Sprintf("find the program itself: %v", err)
+	}
+	args := []string{program, "compare", "--json=-", "--vm="}
 	list := func(flag string, values ...string) {
 		var b strings.Builder
 		w := csv.NewWriter(&b)
@@ -152,18 +157,27 @@ func (f *compareFlags) vmRun(ctx context.Context, binary string, o compare.Optio
 		args = append(args, "--"+flag+"="+strings.TrimSuffix(b.String(), "\n"))
 	}
 	var names []string
+	paths := map[string]string{} // of the systems' programs, by the flag
 	for _, s := range o.Systems {
 		names = append(names, s.Name())
-		if k, ok := s.(system.KubeProxy); ok && with == nil {
-			path, err := k.Path()
-			if err != nil {
-				return nil, err.Error()
-			}
-			with = []string{"-with=" + path}
-			args = append(args, "--kube-proxy="+path)
+		var flag, path string
+		switch s := s.(type) {
+		case system.Fairlead:
+			flag = "fairlead"
+			path, err = s.Path()
+		case system.KubeProxy:
+			flag = "kube-proxy"
+			path, err = s.Path()
 		}
+		if err != nil {
+			return nil, fmt.Sprintf("--%s: %v", flag, err)
+		}
+		paths[flag] = path
 	}
 	list("systems", names...)
+	for _, flag := range slices.Sorted(maps.Keys(paths)) {
+		args = append(args, "--"+flag+"="+paths[flag])
+	}
 	if len(f.kubeProxyArgs) > 0 {
 		list("kube-proxy-args", f.kubeProxyArgs...)
 	}
@@ -184,7 +198,7 @@ func (f *compareFlags) vmRun(ctx context.Context, binary string, o compare.Optio
 	)
 	o.Progress(strings.Join(names, ", ") + ": in a virtual machine, emulated, which takes minutes")
 	vm := compare.VM{
-		Command: command, Program: append(with, args...),
+		Command: command, Program: append([]string{"-with=" + strings.Join(slices.Sorted(maps.Values(paths)), ",")}, args...),
 		Progress: func(line string) { o.Progress("vm: " + line) },
 	}
 	r, err := vm.Run(ctx)

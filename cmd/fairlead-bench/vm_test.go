@@ -11,19 +11,9 @@ import (
 	"fairlead.io/fairlead/bench/result"
 )
 
-// programOf builds the program, as `bench compare` runs itself as what is measured.
-func programOf(t *testing.T) string {
-	t.Helper()
-	path := filepath.Join(t.TempDir(), "fairlead")
-	if out, err := exec.CommandContext(t.Context(), "go", "build", "-buildvcs=false", "-o", path, ".").CombinedOutput(); err != nil {
-		t.Fatalf("build fairlead: %v\n%s", err, out)
-	}
-	return path
-}
-
-// vmCompare runs `fairlead bench compare` where the kernel cannot run kube-proxy's mode
+// vmCompare runs `fairlead-bench compare` where the kernel cannot run kube-proxy's mode
 // iptables, as iptables says. The report is nil if none was written.
-func vmCompare(t *testing.T, program string, args ...string) (r *result.Report, code int, said string) {
+func vmCompare(t *testing.T, fairlead string, args ...string) (r *result.Report, code int, said string) {
 	t.Helper()
 	programs := t.TempDir()
 	for _, name := range []string{"iptables", "iptables-save", "iptables-restore"} {
@@ -33,11 +23,11 @@ func vmCompare(t *testing.T, program string, args ...string) (r *result.Report, 
 	}
 	file := filepath.Join(t.TempDir(), "result.json")
 	args = append([]string{
-		"bench", "compare", "--kube-proxy=/bin/true", "--only=coldstart,memory", "--starts=1", "--services=20", "--endpoints=1",
+		"compare", "--fairlead=" + fairlead, "--kube-proxy=/bin/true", "--only=coldstart,memory", "--starts=1", "--services=20", "--endpoints=1",
 		"--vm-services=10", "--json=" + file,
 	}, args...)
-	cmd := exec.CommandContext(t.Context(), program, args...)
-	cmd.Env = append(os.Environ(), "PATH="+programs+":"+os.Getenv("PATH"))
+	cmd := program(t, args...)
+	cmd.Env = append(cmd.Env, "PATH="+programs+":"+os.Getenv("PATH"))
 	out, err := cmd.CombinedOutput()
 	if _, ended := errors.AsType[*exec.ExitError](err); err != nil && !ended {
 		t.Fatal(err)
@@ -81,13 +71,16 @@ const host = `f() { while [ "${1#-}" != "$1" ]; do shift; done; "$@"; }; f`
 
 // What this kernel cannot run goes to the virtual machine, with those that others are
 // compared with, and the results are one.
-func TestBenchCompareInVM(t *testing.T) {
-	r, code, said := vmCompare(t, programOf(t), "--systems=nft,kube-proxy-iptables", "--vm="+host)
+func TestCompareInVM(t *testing.T) {
+	r, code, said := vmCompare(t, buildFairlead(t), "--systems=nft,kube-proxy-iptables", "--vm="+host)
 	if code != 0 || r == nil {
 		t.Fatalf("exit code %d: %s", code, said)
 	}
 	if got, want := found(r), "native nft, vm nft"; got != want {
 		t.Errorf("measured are %q, want %q", got, want)
+	}
+	if len(r.Systems) == 0 || r.Systems[0].Version != fairleadVersion {
+		t.Errorf("the systems are %+v, want the first with version %s", r.Systems, fairleadVersion)
 	}
 	for _, m := range r.Measurements {
 		if want := map[bool]int{true: 20, false: 10}[m.Environment == result.Native]; m.Scenario.Services != want {
@@ -107,23 +100,23 @@ func TestBenchCompareInVM(t *testing.T) {
 }
 
 // What is wrong is told before anything is measured.
-func TestBenchCompareVMMistakes(t *testing.T) {
-	r, code, said := vmCompare(t, programOf(t), "--systems=nft,kube-proxy-iptables", "--vm-services=1")
+func TestCompareVMMistakes(t *testing.T) {
+	r, code, said := vmCompare(t, buildFairlead(t), "--systems=nft,kube-proxy-iptables", "--vm-services=1")
 	if code != 1 || r != nil || !strings.Contains(said, "in the virtual machine: 1 Services are too few") {
 		t.Errorf("exit code %d, report %+v: %s", code, r, said)
 	}
 }
 
 // Whatever becomes of the virtual machine, the result has the rest.
-func TestBenchCompareWithoutVM(t *testing.T) {
-	program := programOf(t)
+func TestCompareWithoutVM(t *testing.T) {
+	fairlead := buildFairlead(t)
 	for name, test := range map[string]struct{ vm, want string }{
 		"there is none":    {"/nowhere/vm run", "there is no /nowhere/vm: `make vm` builds it"},
 		"it is not wanted": {"", "without --vm"},
 		"it breaks":        {"echo it burns; false", "nor does it run in a virtual machine: exit status 1: it burns"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			r, code, said := vmCompare(t, program, "--systems=nft,kube-proxy-iptables", "--vm="+test.vm)
+			r, code, said := vmCompare(t, fairlead, "--systems=nft,kube-proxy-iptables", "--vm="+test.vm)
 			if code != 0 || r == nil || found(r) != "native nft" {
 				t.Fatalf("exit code %d, %+v: %s", code, r, said)
 			}
@@ -132,7 +125,7 @@ func TestBenchCompareWithoutVM(t *testing.T) {
 			}
 		})
 	}
-	if r, code, said := vmCompare(t, program, "--systems=kube-proxy-iptables", "--vm="); code != 1 || r != nil || !strings.Contains(said, "no system can run here") {
+	if r, code, said := vmCompare(t, fairlead, "--systems=kube-proxy-iptables", "--vm="); code != 1 || r != nil || !strings.Contains(said, "no system can run here") {
 		t.Errorf("with nothing to compare: exit code %d, %+v: %s", code, r, said)
 	}
 }

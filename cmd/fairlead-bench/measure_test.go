@@ -3,10 +3,9 @@ package main
 import (
 	"bytes"
 	"context"
-	"log/slog"
 	"os"
-	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -32,14 +31,14 @@ func links(t *testing.T) []string {
 	return names
 }
 
-func TestBench(t *testing.T) {
+func TestMeasure(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "result.json")
 	if err := os.WriteFile(file, bytes.Repeat([]byte("older results\n"), 10_000), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	args := []string{"bench", "--services=20", "--endpoints=2", "--samples=5", "--only=update,restart", "--json=" + file}
+	args := []string{"--services=20", "--endpoints=2", "--samples=5", "--only=update,restart", "--json=" + file}
 	var stdout, stderr strings.Builder
-	if code := run(context.Background(), args, &stdout, &stderr, func(*slog.Logger) {}); code != 0 {
+	if code := run(context.Background(), args, &stdout, &stderr); code != 0 {
 		t.Fatalf("exit code %d: %s", code, stderr.String())
 	}
 	for _, want := range []string{"update-ack", "update-packet", "replace-endpoint, 20 × 2", "restart"} {
@@ -60,7 +59,7 @@ func TestBench(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := []string{
-		"fairlead bench", "--endpoints=2", "--json=" + file, "--only=update,restart", "--samples=5", "--services=20",
+		"fairlead-bench", "--endpoints=2", "--json=" + file, "--only=update,restart", "--samples=5", "--services=20",
 	}
 	if diff := cmp.Diff(want, report.Command); diff != "" || len(report.Measurements) != 11 {
 		t.Errorf("%d measurements, want 11; command (-want +got):\n%s", len(report.Measurements), diff)
@@ -70,17 +69,15 @@ func TestBench(t *testing.T) {
 	}
 }
 
-// TestBenchIsInterrupted sends SIGINT, as Ctrl-C does.
-func TestBenchIsInterrupted(t *testing.T) {
+// TestMeasureIsInterrupted sends SIGINT, as Ctrl-C does.
+func TestMeasureIsInterrupted(t *testing.T) {
 	before := links(t)
 	file := filepath.Join(t.TempDir(), "result.json")
-	cmd := exec.Command(os.Args[0], "bench", "--services=20", "--samples=100000000", "--only=update", "--json="+file)
-	cmd.Env = append(os.Environ(), asFairlead+"=1")
-	stdin, err := cmd.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer stdin.Close()
+	cmd := program(t, "--services=20", "--samples=100000000", "--only=update", "--json="+file)
+	// The program must not outlive this process. The kernel watches the thread that starts it.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	stderr, err := cmd.StderrPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -90,7 +87,7 @@ func TestBenchIsInterrupted(t *testing.T) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	watchdog := time.AfterFunc(patience, func() { _ = cmd.Process.Kill() })
+	watchdog := time.AfterFunc(time.Minute, func() { _ = cmd.Process.Kill() })
 	defer watchdog.Stop()
 	var said bytes.Buffer
 	interrupted := false
@@ -108,7 +105,7 @@ func TestBenchIsInterrupted(t *testing.T) {
 		}
 	}
 	_ = cmd.Wait() // its exit code is looked at
-	if code := cmd.ProcessState.ExitCode(); code != 1 || !strings.Contains(said.String(), "fairlead: interrupted") || stdout.Len() > 0 {
+	if code := cmd.ProcessState.ExitCode(); code != 1 || !strings.Contains(said.String(), "fairlead-bench: interrupted") || stdout.Len() > 0 {
 		t.Errorf("exit code %d, it has said %q and printed %q", code, said.String(), stdout.String())
 	}
 	if _, err := os.Stat(file); err == nil {
@@ -119,7 +116,7 @@ func TestBenchIsInterrupted(t *testing.T) {
 	}
 }
 
-func TestBenchRefuses(t *testing.T) {
+func TestMeasureRefuses(t *testing.T) {
 	for name, tc := range map[string]struct {
 		args []string
 		want string
@@ -132,7 +129,7 @@ func TestBenchRefuses(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			var stdout, stderr strings.Builder
-			code := run(context.Background(), append([]string{"bench"}, tc.args...), &stdout, &stderr, func(*slog.Logger) {})
+			code := run(context.Background(), tc.args, &stdout, &stderr)
 			if code != 1 || !strings.Contains(stderr.String(), tc.want) {
 				t.Errorf("exit code %d, %q, want 1 and %q", code, stderr.String(), tc.want)
 			}

@@ -1,0 +1,51 @@
+package main
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// asProgram makes the test binary be the program, so that the race detector and the
+// coverage see it as well.
+const asProgram = "FAIRLEAD_TEST_BE_THE_BENCHMARK"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(asProgram) != "" {
+		main()
+	}
+	os.Exit(m.Run())
+}
+
+// program returns a command that runs this program in a process of its own.
+func program(t *testing.T, args ...string) *exec.Cmd {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), os.Args[0], args...)
+	cmd.Env = append(os.Environ(), asProgram+"=1")
+	return cmd
+}
+
+// fairleadVersion is the version of the node agent that buildFairlead builds.
+const fairleadVersion = "v1.2.3-test"
+
+// buildFairlead builds the node agent that is measured and returns its path.
+func buildFairlead(t *testing.T) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "fairlead")
+	build := exec.CommandContext(t.Context(), "go", "build", "-buildvcs=false", "-ldflags=-s -w -X main.version="+fairleadVersion,
+		"-o", path, "fairlead.io/fairlead/cmd/fairlead")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("build fairlead: %v\n%s", err, out)
+	}
+	return path
+}
+
+func TestVersion(t *testing.T) {
+	t.Parallel()
+	var stdout, stderr strings.Builder
+	if code := run(t.Context(), []string{"--version"}, &stdout, &stderr); code != 0 || stdout.String() != "fairlead-bench version "+version+"\n" {
+		t.Errorf("exit code %d, %q, %q", code, stdout.String(), stderr.String())
+	}
+}

@@ -1,0 +1,103 @@
+package imports
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+)
+
+// Linked is a package that a program links.
+type Linked struct {
+	Path    string   // its import path
+	Imports []string // the import paths of the packages that it imports
+}
+
+// forbidden describes packages of other modules that a node agent must not link.
+type forbidden struct {
+	path   string // import path; the packages below it are forbidden too
+	reason string
+	// except lists packages that may import it, as the agent cannot do without them.
+	except []string
+}
+
+const (
+	startsPrograms = "it starts programs, and the image is empty"
+	onlyTests      = "only tests need it"
+	onlyReports    = "only reports of benchmarks need it"
+)
+
+// forbiddenPackages returns the packages of other modules and of the standard library that
+// a node agent must not link.
+func forbiddenPackages() []forbidden {
+	return []forbidden{
+		// client-go/rest imports the credential plugins of kubeconfig files (users[].user.exec)
+		// unconditionally.
+		{"os/exec", startsPrograms, []string{"k8s.io/client-go/plugin/pkg/client/auth/exec"}},
+		{"testing", onlyTests, nil},
+		{"net/http/httptest", onlyTests, nil},
+		{"github.com/google/go-cmp", onlyTests, nil},
+		{"github.com/pion", onlyTests, nil},
+		{"k8s.io/client-go/testing", onlyTests, nil},
+		{"k8s.io/apiserver", onlyTests, nil},
+		{"sigs.k8s.io/controller-runtime", onlyTests, nil},
+		{"gonum.org", onlyReports, nil},
+		{"codeberg.org", onlyReports, nil},
+		{"git.sr.ht", onlyReports, nil},
+		{"github.com/ajstarks/svgo", onlyReports, nil},
+		{"github.com/golang/freetype", onlyReports, nil},
+		{"golang.org/x/image", onlyReports, nil},
+		{"image", onlyReports, nil},
+		{"html/template", onlyReports, nil},
+		{"maragu.dev/gomponents", onlyReports, nil},
+	}
+}
+
+// CheckLinked checks the packages that a program for nodes links, itself included: no test
+// helper of the table, no other program, nothing below bench, examples and test, and nothing
+// of other modules that only these need. The program is named by its folder. The error has
+// one line for each deviation, in the order of the packages.
+func (t *Table) CheckLinked(module, program string, packages []Linked) error {
+	var errs []error
+	for _, p := range packages {
+		folder, ours := strings.CutPrefix(p.Path, module+"/")
+		if reason := t.notForNodes(folder); ours && folder != program && reason != "" {
+			errs = append(errs, fmt.Errorf("%s links %s: %s", program, folder, reason))
+		}
+		for _, path := range p.Imports {
+			if reason := forbids(p.Path, path); reason != "" {
+				errs = append(errs, fmt.Errorf("%s links %s, which imports %s: %s", program, p.Path, path, reason))
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// forbids returns why a program for nodes must not link a package of another module that
+// importer imports, or nothing.
+func forbids(importer, path string) string {
+	for _, f := range forbiddenPackages() {
+		// Imports within the forbidden packages are no deviations of their own.
+		if below(path, f.path) && !below(importer, f.path) && !slices.Contains(f.except, importer) {
+			return f.reason
+		}
+	}
+	if strings.HasSuffix(path, "/fake") {
+		return onlyTests
+	}
+	return ""
+}
+
+// notForNodes returns why a program for nodes must not link the package in this folder of the
+// module, or nothing.
+func (t *Table) notForNodes(folder string) string {
+	if r := t.rows[folder]; r != nil && r.testHelper {
+		return "it is a test helper"
+	}
+	for _, parent := range []string{"bench", "cmd", "examples", "test"} {
+		if below(folder, parent) {
+			return "nothing below " + parent + " belongs on a node"
+		}
+	}
+	return ""
+}
