@@ -68,6 +68,15 @@ type LossNotifier interface {
 	Lost() <-chan struct{}
 }
 
+// Prefetcher is implemented by a Dataplane that can read in advance what the next
+// Replace compares with, so that this takes less time.
+type Prefetcher interface {
+	// Prefetch reads what the kernel holds, unless that was read before and has not
+	// changed, or still changes. It changes nothing in the kernel. It must not be
+	// called while another method but Drift runs.
+	Prefetch(ctx context.Context) error
+}
+
 // ErrConflict is wrapped by the error of a call that failed as a whole because
 // somebody else changed the kernel at the same time. The answer is another Replace,
 // without delay.

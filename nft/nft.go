@@ -82,6 +82,10 @@ type Dataplane struct {
 	// it since the tables were read.
 	generation uint32
 	watch      *watch
+	prefetched *prefetched // nil for none
+	// unprefetched is the number of announced changes when Prefetch last saw that there
+	// is something to read.
+	unprefetched uint64
 	// silence is nil while the watch is subscribed.
 	silence *silence
 

@@ -62,8 +62,13 @@ const readAttempts = 4
 // others have changed our tables meanwhile, or a dump was torn. It returns the last
 // generation, and whether that is the state that was read.
 func (d *Dataplane) consistently(ctx context.Context, read func() error) (generation uint32, verified bool, err error) {
+	return d.tryConsistently(ctx, readAttempts, read)
+}
+
+// tryConsistently is consistently with a number of attempts.
+func (d *Dataplane) tryConsistently(ctx context.Context, attempts int, read func() error) (generation uint32, verified bool, err error) {
 	var readErr error
-	for range readAttempts {
+	for range attempts {
 		if err := ctx.Err(); err != nil {
 			return 0, false, err
 		}
@@ -109,20 +114,28 @@ func isRace(err error) bool {
 // not, because others change them all the time, readTables signals drift, so that
 // another Replace follows.
 func (d *Dataplane) readTables(ctx context.Context) (have [2]*content, generation uint32, err error) {
-	generation, verified, err := d.consistently(ctx, func() error {
-		for i, t := range d.tables {
-			var err error
-			if have[i], err = d.read(ctx, t); err != nil {
-				return err
-			}
-		}
-		return nil
+	if have, generation, ok := d.takePrefetched(ctx); ok {
+		return have, generation, nil
+	}
+	generation, verified, err := d.consistently(ctx, func() (err error) {
+		have, err = d.readBoth(ctx)
+		return err
 	})
 	if err == nil && !verified {
 		d.log.DebugContext(ctx, "the tables change while they are read")
 		d.watch.signal()
 	}
 	return have, generation, err
+}
+
+// readBoth reads both tables, in whatever states they are meanwhile.
+func (d *Dataplane) readBoth(ctx context.Context) (have [2]*content, err error) {
+	for i, t := range d.tables {
+		if have[i], err = d.read(ctx, t); err != nil {
+			return have, err
+		}
+	}
+	return have, nil
 }
 
 // read reads all of a table. That takes time in proportion to the number of

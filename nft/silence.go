@@ -62,6 +62,7 @@ func (d *Dataplane) submit() error {
 
 // committed records that a transaction was committed, or failed with an error.
 func (d *Dataplane) committed(err error) error {
+	d.prefetched = nil // the watch ignores our own commits
 	if err == nil {
 		d.generation++
 	}

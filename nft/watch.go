@@ -240,10 +240,6 @@ func (w *watch) receive(conn *netlink.Conn) error {
 func (w *watch) handle(messages []netlink.Message) {
 	concerned, lost := false, false
 	for _, m := range messages {
-		if m.Header.Type == unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_NEWGEN {
-			w.inGeneration(m)
-			continue
-		}
 		if w.concernsUs(m) {
 			concerned = true
 			lost = lost || losesRules(m)
@@ -256,6 +252,12 @@ func (w *watch) handle(messages []netlink.Message) {
 	case concerned:
 		w.changed()
 		w.signal()
+	}
+	// Only now: see onlyOthers.
+	for _, m := range messages {
+		if m.Header.Type == unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_NEWGEN {
+			w.inGeneration(m)
+		}
 	}
 }
 

@@ -205,7 +205,10 @@ func (p *program) run(ctx context.Context, c config, heap *startHeap) error {
 			return p.source.Run(ctx, p.join.deliver)
 		}
 	})
-	active(p.syncer.Run)
+	group.Go(func() error {
+		p.standby.prefetch(ctx, p.dp)
+		return p.standby.gate(p.syncer.Run)(ctx)
+	})
 	group.Go(func() error {
 		c.mode.takeOver(ctx, p.log, p.join.programmed, mode.cleanup)
 		return nil

@@ -8,9 +8,11 @@ import (
 	"os"
 	stdsync "sync"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
+	"fairlead.io/fairlead/dataplane"
 	"fairlead.io/fairlead/internal/instance"
 )
 
@@ -88,6 +90,38 @@ func (s *standby) gate(run func(context.Context) error) func(context.Context) er
 		case <-s.active:
 			return run(ctx)
 		}
+	}
+}
+
+// The standby looks for something to prefetch every prefetchPeriod, and leaves nineteen
+// twentieths of the time to others.
+const (
+	prefetchPeriod = 200 * time.Millisecond
+	prefetchRest   = 19
+)
+
+// prefetch has the dataplane read what the other instance has programmed, again when
+// that has changed, until this instance is active. Then there is less to do.
+func (s *standby) prefetch(ctx context.Context, dp dataplane.Dataplane) {
+	prefetcher, ok := dp.(dataplane.Prefetcher)
+	if !ok {
+		return
+	}
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for !s.isActive() {
+		select {
+		case <-ctx.Done():
+			return
+		case <-s.active:
+			return
+		case <-timer.C:
+		}
+		start := time.Now()
+		if err := prefetcher.Prefetch(ctx); err != nil && ctx.Err() == nil {
+			s.log.DebugContext(ctx, "what the other Fairlead has programmed was not read in advance", "error", err)
+		}
+		timer.Reset(max(prefetchPeriod, prefetchRest*time.Since(start)))
 	}
 }
 

@@ -1,0 +1,80 @@
+package nft
+
+import (
+	"context"
+	"fmt"
+
+	"fairlead.io/fairlead/dataplane"
+)
+
+// prefetched is what the tables held when they were last read by Prefetch.
+type prefetched struct {
+	have       [2]*content
+	generation uint32
+	// changes is how many announcements concerned the tables before they were read.
+	changes uint64
+}
+
+var _ dataplane.Prefetcher = (*Dataplane)(nil)
+
+// Prefetch implements [dataplane.Prefetcher]. It reads the tables when no change of them
+// was announced between two calls.
+func (d *Dataplane) Prefetch(ctx context.Context) error {
+	changes := d.watch.announcedChanges()
+	if p := d.prefetched; p != nil && p.changes == changes {
+		return nil
+	}
+	d.prefetched = nil
+	if d.unprefetched != changes {
+		d.unprefetched = changes
+		return nil
+	}
+	p := &prefetched{}
+	generation, verified, err := d.tryConsistently(ctx, 1, func() (err error) {
+		// A change that is announced later makes what is read here outdated.
+		p.changes = d.watch.announcedChanges()
+		p.have, err = d.readBoth(ctx)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("prefetch: %w", err)
+	}
+	if p.generation = generation; verified {
+		d.prefetched = p
+	}
+	return nil
+}
+
+// takePrefetched returns what Prefetch has read, if that is what the tables hold, and
+// the kernel's generation.
+func (d *Dataplane) takePrefetched(ctx context.Context) (have [2]*content, generation uint32, ok bool) {
+	p := d.prefetched
+	d.prefetched = nil
+	if p == nil {
+		return have, 0, false
+	}
+	generation, err := d.currentGeneration()
+	if err != nil {
+		return have, 0, false
+	}
+	if generation != p.generation && !(d.onlyOthers(p.changes, generation) && d.hasLeftovers(p.have)) {
+		d.log.DebugContext(ctx, "the tables have changed since they were read in advance")
+		return have, 0, false
+	}
+	return p.have, generation, true
+}
+
+// hasLeftovers reports whether there are the tables of an interrupted rebuild that were
+// read. Their changes are not announced to us.
+func (d *Dataplane) hasLeftovers(have [2]*content) bool {
+	for i, t := range d.tables {
+		tables, err := d.dump.tables(t.nf.Family)
+		if err != nil {
+			return false
+		}
+		if _, there := tables[t.nf.Name+nextSuffix]; there != have[i].leftover {
+			return false
+		}
+	}
+	return true
+}
