@@ -1,7 +1,6 @@
 package nft
 
 import (
-	"encoding/binary"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -10,8 +9,6 @@ import (
 
 	"fairlead.io/fairlead/dataplane"
 	"fairlead.io/fairlead/internal/nettest"
-
-	"golang.org/x/sys/unix"
 )
 
 // stickyServices returns Services of UDP with affinity and these endpoints, by name.
@@ -39,50 +36,13 @@ func stickyServices(t *testing.T, endpoints []netip.AddrPort, names ...string) m
 // have.
 func flood(t *testing.T, h *nettest.Host, to netip.AddrPort, n int, source func(i int) netip.Addr) {
 	t.Helper()
-	err := h.Do(func() error {
-		family := unix.AF_INET
-		var address unix.Sockaddr = &unix.SockaddrInet4{Addr: [4]byte(to.Addr().AsSlice()[:4])}
-		if to.Addr().Is6() {
-			family, address = unix.AF_INET6, &unix.SockaddrInet6{Addr: to.Addr().As16()}
+	err := h.SpoofUDP(to, func(yield func(netip.Addr) bool) {
+		for i := 0; i < n && yield(source(i)); i++ {
 		}
-		fd, err := unix.Socket(family, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
-		if err != nil {
-			return err
-		}
-		defer unix.Close(fd)
-		for i := range n {
-			if err := unix.Sendto(fd, datagram(source(i), to), 0, address); err != nil {
-				return err
-			}
-		}
-		return nil
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
-}
-
-// datagram returns an empty packet of UDP with its IP header.
-func datagram(source netip.Addr, to netip.AddrPort) []byte {
-	udp := binary.BigEndian.AppendUint16(nil, 4321)
-	udp = binary.BigEndian.AppendUint16(udp, to.Port())
-	udp = append(udp, 0, 8, 0, 0)
-	if source.Is4() { // without a checksum; the kernel fills in that of the IP header
-		b := []byte{0x45, 0, 0, 28, 0, 0, 0, 0, 64, unix.IPPROTO_UDP, 0, 0}
-		return slices.Concat(b, source.AsSlice(), to.Addr().AsSlice(), udp)
-	}
-	b := slices.Concat([]byte{0x60, 0, 0, 0, 0, 8, unix.IPPROTO_UDP, 64}, source.AsSlice(), to.Addr().AsSlice())
-	sum := uint32(8 + unix.IPPROTO_UDP)
-	for _, part := range [][]byte{b[8:], udp} {
-		for j := 0; j < len(part); j += 2 {
-			sum += uint32(binary.BigEndian.Uint16(part[j:]))
-		}
-	}
-	for sum > 0xffff {
-		sum = sum&0xffff + sum>>16
-	}
-	binary.BigEndian.PutUint16(udp[6:], ^uint16(sum)) //nolint:gosec // folded
-	return append(b, udp...)
 }
 
 // sticks reports whether a client reaches one endpoint with many connections.

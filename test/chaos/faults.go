@@ -23,7 +23,8 @@ type fault struct {
 	// stale is for how long a removed endpoint may get connections.
 	stale time.Duration
 	// disturbs says that the fault loses connections by its nature, see recorder.disturb.
-	disturbs bool
+	// With keepsOpen it leaves open ones alone.
+	disturbs, keepsOpen bool
 	// ends says that the fault ends Fairlead in ways that only the agent's watch sees.
 	ends bool
 	// noChanges says that nothing can be written to the API.
@@ -66,6 +67,9 @@ func faults() []fault {
 		{name: "API server away", stale: onTheWay, cause: (*testbed).stopAPI},
 		{name: "restart while the API server is away", stale: restart, cause: (*testbed).restartWithoutAPI},
 		{name: "too little memory", stale: 2 * restart, ends: true, needs: needsMemoryLimit, cause: (*testbed).limitMemory},
+		{name: "connection tracking full", stale: 2 * restart, disturbs: true, keepsOpen: true, needs: (*testbed).needsConntrackLimit, cause: (*testbed).fillConntrack},
+		{name: "session affinity full", stale: onTheWay, needs: (*testbed).needsAffinityMaps, cause: (*testbed).floodAffinity},
+		{name: "clock jumps", stale: restart, needs: (*testbed).needsOwnClock, cause: (*testbed).jumpClock},
 	}
 }
 

@@ -45,6 +45,7 @@ type options struct {
 	changes   int
 	rate      int
 	open      int
+	jumpClock bool
 	keepLogs  bool
 }
 
@@ -62,6 +63,7 @@ func main() {
 	flag.IntVar(&o.changes, "changes", 50, "changes of endpoints a second")
 	flag.IntVar(&o.rate, "rate", 100, "connections a second that each client opens at most")
 	flag.IntVar(&o.open, "open", 20, "TCP connections that stay open, for each family")
+	flag.BoolVar(&o.jumpClock, "jump-clock", false, "set the time of day too; only in a virtual machine of bin/vm")
 	flag.BoolVar(&o.keepLogs, "keep-logs", false, "keep the folder with the logs of all programs")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -81,6 +83,11 @@ func main() {
 func run(ctx context.Context, o *options) (exceeded bool, err error) {
 	if os.Geteuid() != 0 {
 		return false, errors.New("not root: the program makes network namespaces and programs the kernel in them")
+	}
+	if own, err := inVirtualMachine(); err != nil {
+		return false, err
+	} else if o.jumpClock && !own {
+		return false, errors.New("-jump-clock: this is no virtual machine of bin/vm, and others use its clock")
 	}
 	pattern, err := regexp.Compile(o.faults)
 	if err != nil {
@@ -108,10 +115,10 @@ func run(ctx context.Context, o *options) (exceeded bool, err error) {
 			continue
 		}
 		record, err := t.cause(ctx, f)
+		report.finishLast()
 		if err != nil {
 			return false, fmt.Errorf("%s: %w", f.name, err)
 		}
-		report.finishLast()
 		report.fault, report.record = f, record
 	}
 	time.Sleep(timeout) // until no connection waits

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"strings"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
@@ -31,8 +32,8 @@ type service struct {
 	protocol string // as nettest has it
 	// target is the port of its endpoints, which no other Service has.
 	target   uint16
-	nodePort uint16 // 0: none
-	affinity bool
+	nodePort uint16        // 0: none
+	affinity time.Duration // 0: none
 	// clusterIPs and endpoints have an element for each family, IPv4 first.
 	clusterIPs [2]netip.Addr
 	endpoints  [2]*endpoints
@@ -78,10 +79,10 @@ func (s *service) object() *corev1.Service {
 		o.Spec.Type = corev1.ServiceTypeNodePort
 		o.Spec.ExternalTrafficPolicy = corev1.ServiceExternalTrafficPolicyCluster
 	}
-	if s.affinity {
+	if s.affinity != 0 {
 		o.Spec.SessionAffinity = corev1.ServiceAffinityClientIP
 		o.Spec.SessionAffinityConfig = &corev1.SessionAffinityConfig{
-			ClientIP: &corev1.ClientIPConfig{TimeoutSeconds: new(int32(1))}, // so that clients change their endpoint now and then
+			ClientIP: &corev1.ClientIPConfig{TimeoutSeconds: new(int32(s.affinity.Seconds()))},
 		}
 	}
 	return o

@@ -232,6 +232,9 @@ func (f fault) exceeded(r result) []string {
 	if !f.disturbs && r.disturbed+r.disturbedOpen > 0 {
 		exceeds("connections were disturbed, but the fault disturbs none")
 	}
+	if f.keepsOpen && r.disturbedOpen > 0 {
+		exceeds("%d of %d open connections broke by the disturbance, 0 are allowed", r.disturbedOpen, r.open)
+	}
 	if r.staleness > f.stale {
 		exceeds("an endpoint got connections %s after it was removed, %s is allowed", r.staleness, f.stale)
 	}

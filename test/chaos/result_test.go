@@ -52,6 +52,9 @@ func TestExceeded(t *testing.T) {
 		"disturbed": {fault{disturbs: true}, func(r *recorder) {
 			_ = r.disturb(func() error { r.failed(time.Now(), time.Now(), failure); return nil })
 		}, ""},
+		"an open one breaks in a disturbance that keeps them": {fault{disturbs: true, keepsOpen: true}, func(r *recorder) {
+			_ = r.disturb(func() error { r.broke(time.Now(), time.Now(), failure); return nil })
+		}, "1 of 0 open connections broke by the disturbance"},
 		"disturbed by what does not disturb": {fault{}, func(r *recorder) {
 			_ = r.disturb(func() error { r.failed(time.Now(), time.Now(), failure); return nil })
 		}, "disturbs none"},

@@ -8,8 +8,10 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -39,7 +41,8 @@ type testbed struct {
 	stopAll   context.CancelFunc
 	running   sync.WaitGroup // clients and what changes endpoints
 	servers   []*nettest.IdentityServer
-	openConns []target // that keepers keep open
+	openConns []target      // that keepers keep open
+	spoofed   atomic.Uint32 // addresses that nobody has and that datagrams were sent from
 }
 
 // newTestbed makes everything and starts it. The caller closes the testbed also
@@ -175,13 +178,18 @@ func (t *testbed) addPods() (err error) {
 	}
 	t.services = []*service{
 		{name: "web", protocol: nettest.TCP, target: 8000, nodePort: 30080},
-		{name: "sticky", protocol: nettest.TCP, target: 8001, affinity: true},
+		{name: "sticky", protocol: nettest.TCP, target: 8001, affinity: time.Second},
 		{name: "names", protocol: nettest.UDP, target: 8002, nodePort: 30053},
 		{name: "signals", protocol: nettest.SCTP, target: 8003},
+		{name: "crowded", protocol: nettest.UDP, target: 8005, affinity: 3 * time.Hour},
 		{name: "steady", protocol: nettest.TCP, target: 8004, nodePort: 30090},
 	}
+	const firstIP = 10
 	for i, s := range t.services {
-		s.clusterIPs = clusterIPs(i + 10)
+		s.clusterIPs = clusterIPs(firstIP + i)
+		if s.name == "crowded" { // shares its maps of clients with `sticky`, by the last digit of the address
+			s.clusterIPs = clusterIPs(firstIP + 1 + 16)
+		}
 		s.endpoints = [2]*endpoints{newEndpoints(pods), newEndpoints(pods)}
 	}
 	for i := range pods {
@@ -197,6 +205,11 @@ func (t *testbed) addPods() (err error) {
 		}
 	}
 	return nil
+}
+
+// serviceNamed returns one of the Services that clients connect to.
+func (t *testbed) serviceNamed(name string) *service {
+	return t.services[slices.IndexFunc(t.services, func(s *service) bool { return s.name == name })]
 }
 
 func podName(i int) string { return fmt.Sprintf("pod-%d", i) }

@@ -1,0 +1,118 @@
+package main
+
+import (
+	"context"
+	"encoding/binary"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+)
+
+// metricsPort is where Fairlead answers with its metrics.
+const metricsPort = 10249
+
+// notRemembered returns how many connections there were whose client Fairlead's metrics
+// say a full map could not remember, in a family: IPv4 or IPv6.
+func (t *testbed) notRemembered(ctx context.Context, family string) (float64, error) {
+	client := http.Client{
+		Timeout: timeout,
+		Transport: &http.Transport{
+			DisableKeepAlives: true,
+			DialContext: func(ctx context.Context, network, _ string) (net.Conn, error) {
+				return t.net.Node.Dial(ctx, network, netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), metricsPort))
+			},
+		},
+	}
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://node/metrics", nil)
+	if err != nil {
+		return 0, err
+	}
+	answer, err := client.Do(request)
+	if err != nil {
+		return 0, fmt.Errorf("read the metrics: %w", err)
+	}
+	defer answer.Body.Close() //nolint:errcheck // it is only read from
+	text, err := io.ReadAll(answer.Body)
+	if err != nil {
+		return 0, fmt.Errorf("read the metrics: %w", err)
+	}
+	metric := fmt.Sprintf("fairlead_session_affinity_not_remembered_total{ip_family=%q,reason=%q} ", family, "full")
+	for line := range strings.Lines(string(text)) {
+		if value, ok := strings.CutPrefix(line, metric); ok {
+			return strconv.ParseFloat(strings.TrimSpace(value), 64)
+		}
+	}
+	return 0, fmt.Errorf("the metrics lack %s", metric)
+}
+
+func (t *testbed) needsAffinityMaps() string {
+	if t.options.mode != "nft" {
+		return "the mode " + t.options.mode + " has no maps of clients"
+	}
+	return ""
+}
+
+// floodAffinity sends datagrams from ever more addresses to the Service `crowded`, so
+// that the maps of clients that it shares with `sticky` are full in both families.
+func (t *testbed) floodAffinity(ctx context.Context) error {
+	group := errgroup.Group{}
+	for family, name := range []string{"IPv4", "IPv6"} {
+		group.Go(func() error { return t.fillAffinity(ctx, family, name) })
+	}
+	return group.Wait()
+}
+
+// fillAffinity floods one family until ctx is done, and longer on a machine that is too
+// busy to have filled the map by then.
+func (t *testbed) fillAffinity(ctx context.Context, family int, name string) error {
+	before, err := t.notRemembered(outlast(ctx), name)
+	if err != nil {
+		return err
+	}
+	limit := time.Now().Add(2 * time.Minute)
+	for read := time.Now(); ; {
+		if err := t.flood(family); err != nil {
+			return err
+		}
+		if ctx.Err() == nil || time.Since(read) < time.Second {
+			continue
+		}
+		after, err := t.notRemembered(outlast(ctx), name)
+		if err != nil || after > before {
+			return err
+		}
+		if read = time.Now(); read.After(limit) {
+			return fmt.Errorf("the map of clients has room still in %s", name)
+		}
+	}
+}
+
+// flood sends some datagrams and leaves the processors to the clients for a moment.
+func (t *testbed) flood(family int) error {
+	const some = 1024
+	begin := time.Now()
+	err := t.client.SpoofUDP(t.serviceNamed("crowded").frontend(family), func(yield func(netip.Addr) bool) {
+		for n := 0; n < some && yield(spoofedSource(family, t.spoofed.Add(1))); n++ {
+		}
+	})
+	time.Sleep(time.Since(begin) / 2)
+	return err
+}
+
+// spoofedSource returns the nth address that nobody has. Those of IPv6 are in networks of
+// their own, as the clients of one /64 have only a share of a map.
+func spoofedSource(family int, n uint32) netip.Addr {
+	if family == 0 {
+		return netip.AddrFrom4([4]byte{100, 64 + byte(n>>16&0x3f), byte(n >> 8), byte(n)}) //nolint:gosec // the low bits
+	}
+	a := netip.MustParseAddr("2001:db8::1").As16()
+	binary.BigEndian.PutUint32(a[4:], 0xbad<<20|n)
+	return netip.AddrFrom16(a)
+}

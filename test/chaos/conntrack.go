@@ -1,0 +1,260 @@
+package main
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// What include/uapi/linux/netfilter/nfnetlink_conntrack.h defines and x/sys/unix lacks.
+const (
+	conntrackNew    = unix.NFNL_SUBSYS_CTNETLINK<<8 | 0 // IPCTNL_MSG_CT_NEW
+	conntrackDelete = unix.NFNL_SUBSYS_CTNETLINK<<8 | 2 // IPCTNL_MSG_CT_DELETE
+
+	ctaTupleOrig  = 1
+	ctaTupleReply = 2
+	ctaStatus     = 3
+	ctaTimeout    = 7
+	ctaMark       = 8
+	ctaMarkMask   = 21
+
+	ctaTupleIP      = 1
+	ctaTupleProto   = 2
+	ctaIPv4Src      = 1
+	ctaIPv4Dst      = 2
+	ctaProtoNum     = 1
+	ctaProtoSrcPort = 2
+	ctaProtoDstPort = 3
+
+	// Entries with IPS_SEEN_REPLY, IPS_ASSURED and IPS_CONFIRMED are not evicted from a
+	// full table.
+	statusLasting = 1<<1 | 1<<2 | 1<<3
+)
+
+// fillerMark is the mark of the entries that a [conntrackFiller] adds.
+const fillerMark = 0xc4a05
+
+// conntrackFiller fills the node's connection-tracking table with connections that
+// nobody has. The limit is the machine's, while each network namespace counts its own
+// entries: no other namespace loses anything.
+type conntrackFiller struct {
+	fd   int
+	next uint32 // the number of the next entry
+}
+
+// newConntrackFiller makes a filler of the namespace of the thread that calls it.
+func newConntrackFiller() (*conntrackFiller, error) {
+	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_NETFILTER)
+	if err != nil {
+		return nil, fmt.Errorf("open a netlink socket: %w", err)
+	}
+	f := &conntrackFiller{fd: fd}
+	// Answers need not repeat what they are about.
+	if err := unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_CAP_ACK, 1); err != nil {
+		return nil, errors.Join(fmt.Errorf("set NETLINK_CAP_ACK: %w", err), f.close())
+	}
+	return f, nil
+}
+
+func (f *conntrackFiller) close() error { return unix.Close(f.fd) }
+
+// add adds up to n entries and returns whether the table is full. The kernel handles
+// messages while they are sent, and answers only those that fail.
+func (f *conntrackFiller) add(n int) (full bool, err error) {
+	const batch = 128
+	for ; n > 0 && !full; n -= batch {
+		var messages []byte
+		for range min(n, batch) {
+			messages = append(messages, message(conntrackNew, unix.NLM_F_CREATE|unix.NLM_F_EXCL, fillerEntry(f.next))...)
+			f.next++
+		}
+		if err := f.send(messages); err != nil {
+			return false, err
+		}
+		for {
+			err := f.answer(unix.MSG_DONTWAIT)
+			if errors.Is(err, unix.EAGAIN) {
+				break
+			}
+			// A full table answers all the messages, which may be too many for the socket.
+			full = full || errors.Is(err, unix.ENOMEM) || errors.Is(err, unix.ENOBUFS)
+			if err != nil && !full {
+				return false, err
+			}
+		}
+	}
+	return full, nil
+}
+
+func (f *conntrackFiller) send(messages []byte) error {
+	if err := unix.Sendto(f.fd, messages, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+		return fmt.Errorf("send to connection tracking: %w", err)
+	}
+	return nil
+}
+
+// answer returns what the next answer says: the error of a message, or nil.
+func (f *conntrackFiller) answer(flags int) error {
+	var b [4096]byte
+	n, _, err := unix.Recvfrom(f.fd, b[:], flags)
+	if err != nil {
+		return fmt.Errorf("receive from connection tracking: %w", err)
+	}
+	if n < unix.NLMSG_HDRLEN+4 || binary.NativeEndian.Uint16(b[4:]) != unix.NLMSG_ERROR {
+		return errors.New("connection tracking does not answer with a status")
+	}
+	if errno := -int32(binary.NativeEndian.Uint32(b[unix.NLMSG_HDRLEN:])); errno != 0 { //nolint:gosec // it is a negative number
+		return fmt.Errorf("connection tracking: %w", unix.Errno(errno)) //nolint:gosec // a small number
+	}
+	return nil
+}
+
+// clear deletes all entries that add has added.
+func (f *conntrackFiller) clear() error {
+	mark := binary.BigEndian.AppendUint32(nil, fillerMark)
+	request := message(conntrackDelete, unix.NLM_F_ACK,
+		slices.Concat(conntrackHeader(unix.AF_UNSPEC), attribute(ctaMark, mark), attribute(ctaMarkMask, []byte{0xff, 0xff, 0xff, 0xff})))
+	if err := f.send(request); err != nil {
+		return err
+	}
+	return f.answer(0)
+}
+
+// message returns a netlink message, a request.
+func message(kind, flags uint16, data []byte) []byte {
+	b := binary.NativeEndian.AppendUint32(nil, uint32(unix.NLMSG_HDRLEN+len(data))) //nolint:gosec // small
+	b = binary.NativeEndian.AppendUint16(b, kind)
+	b = binary.NativeEndian.AppendUint16(b, unix.NLM_F_REQUEST|flags)
+	return slices.Concat(b, make([]byte, 8), data)
+}
+
+// conntrackHeader returns a struct nfgenmsg. The kernel reads the family only if the
+// version is not 0 (ctnetlink_del_conntrack).
+func conntrackHeader(family byte) []byte { return []byte{family, unix.NFNETLINK_V0, 0, 0} }
+
+// fillerEntry returns the nth entry, of UDP from the network for benchmarks (RFC 2544).
+func fillerEntry(n uint32) []byte {
+	const (
+		perAddress = 50_000 // ports
+		seconds    = 600
+	)
+	client := binary.BigEndian.AppendUint32(nil, 198<<24|18<<16|n/perAddress)
+	server := []byte{198, 19, 0, 1}
+	clientPort := binary.BigEndian.AppendUint16(nil, uint16(10_000+n%perAddress)) //nolint:gosec // fits
+	serverPort := []byte{0, 9}
+	tuple := func(kind uint16, source, destination, sourcePort, destinationPort []byte) []byte {
+		return nested(kind, nested(ctaTupleIP, attribute(ctaIPv4Src, source), attribute(ctaIPv4Dst, destination)),
+			nested(ctaTupleProto, attribute(ctaProtoNum, []byte{unix.IPPROTO_UDP}),
+				attribute(ctaProtoSrcPort, sourcePort), attribute(ctaProtoDstPort, destinationPort)))
+	}
+	return slices.Concat(conntrackHeader(unix.AF_INET),
+		tuple(ctaTupleOrig, client, server, clientPort, serverPort),
+		tuple(ctaTupleReply, server, client, serverPort, clientPort),
+		attribute(ctaStatus, binary.BigEndian.AppendUint32(nil, statusLasting)),
+		attribute(ctaTimeout, binary.BigEndian.AppendUint32(nil, seconds)),
+		attribute(ctaMark, binary.BigEndian.AppendUint32(nil, fillerMark)))
+}
+
+func nested(kind uint16, attributes ...[]byte) []byte {
+	return attribute(unix.NLA_F_NESTED|kind, slices.Concat(attributes...))
+}
+
+// attribute returns a netlink attribute (man 7 netlink, "nlattr").
+func attribute(kind uint16, value []byte) []byte {
+	b := binary.NativeEndian.AppendUint16(nil, uint16(unix.NLA_HDRLEN+len(value))) //nolint:gosec // small
+	b = binary.NativeEndian.AppendUint16(b, kind)
+	b = append(b, value...)
+	for len(b)%unix.NLA_ALIGNTO != 0 {
+		b = append(b, 0)
+	}
+	return b
+}
+
+// conntrackSetting reads one of the node's files under /proc/sys/net/netfilter.
+func (t *testbed) conntrackSetting(name string) (value int, err error) {
+	err = t.net.Node.Do(func() error {
+		text, err := os.ReadFile("/proc/sys/net/netfilter/" + name)
+		if err != nil {
+			return fmt.Errorf("read a sysctl: %w", err)
+		}
+		value, err = strconv.Atoi(strings.TrimSpace(string(text)))
+		return err
+	})
+	return value, err
+}
+
+// maxConntrackEntries is the largest table that the fault fills: 300 MB of memory.
+const maxConntrackEntries = 1 << 20
+
+func (t *testbed) needsConntrackLimit() string {
+	limit, err := t.conntrackSetting("nf_conntrack_max")
+	switch {
+	case err != nil:
+		return err.Error()
+	case limit == 0 || limit > maxConntrackEntries:
+		return fmt.Sprintf("net.netfilter.nf_conntrack_max is %d, and more than %d entries are not made", limit, maxConntrackEntries)
+	}
+	return ""
+}
+
+// fillConntrack keeps the node's connection-tracking table nearly full, and for two
+// seconds at a time full. Every other time Fairlead starts again meanwhile. A full table
+// lets no new connection through the node, and leaves open ones alone.
+func (t *testbed) fillConntrack(ctx context.Context) (err error) {
+	var filler *conntrackFiller
+	err = t.net.Node.Do(func() error {
+		filler, err = newConntrackFiller()
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, filler.clear(), filler.close()) }()
+	limit, err := t.conntrackSetting("nf_conntrack_max")
+	if err != nil {
+		return err
+	}
+	for round := 0; round == 0 || ctx.Err() == nil; round++ {
+		if _, err := filler.add(limit * 3 / 4); err != nil {
+			return err
+		}
+		err := t.recorder.disturb(func() (err error) {
+			defer func() { err = errors.Join(err, filler.clear()) }()
+			full, err := filler.add(limit)
+			if err == nil && !full {
+				err = fmt.Errorf("connection tracking takes more than the %d entries of nf_conntrack_max", limit)
+			}
+			if err == nil && round%2 == 1 {
+				err = t.killAgent(ctx)
+			}
+			if err == nil {
+				err = filler.keepFull(2 * time.Second)
+			}
+			return err
+		})
+		if err != nil {
+			return err
+		}
+		pause(ctx, 3*time.Second)
+	}
+	return nil
+}
+
+// keepFull takes the place of whatever leaves the table.
+func (f *conntrackFiller) keepFull(d time.Duration) error {
+	const some = 256
+	for end := time.Now().Add(d); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+		if _, err := f.add(some); err != nil {
+			return err
+		}
+	}
+	return nil
+}
