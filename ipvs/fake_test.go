@@ -286,6 +286,7 @@ func (r fakeRules) ReadRules(context.Context) (map[dataplane.Frontend]nft.Rule, 
 }
 func (r fakeRules) Drift() <-chan struct{}      { return nil }
 func (r fakeRules) GiveWay(time.Duration) error { return nil }
+func (r fakeRules) OwnsTables() bool            { return false }
 func (r fakeRules) Close() error                { return nil }
 
 // checkOrder fails the test if connections are led to where nobody takes them, or

@@ -57,6 +57,9 @@ type Options struct {
 	DrainLimit time.Duration
 	// OnRebuild is the option of this name of package nft.
 	OnRebuild func(nft.Rebuild)
+	// OwnTables is as [nft.Options.OwnTables], for the tables that are named
+	// [TableName]. Virtual servers and addresses have no owner.
+	OwnTables bool
 }
 
 // Schedulers returns the names of the schedulers that the kernel's sources have,
@@ -140,6 +143,7 @@ type (
 		ReadRules(ctx context.Context) (map[dataplane.Frontend]nft.Rule, error)
 		Drift() <-chan struct{}
 		GiveWay(after time.Duration) error
+		OwnsTables() bool
 		Close() error
 	}
 )
@@ -168,6 +172,7 @@ func Open(opts Options) (*Dataplane, error) {
 	}
 	r, err := nft.Open(nft.Options{
 		NetNS: opts.NetNS, Logger: d.log, Table: TableName, Translator: d, VirtualNetworks: internalNets(), OnRebuild: opts.OnRebuild,
+		OwnTables: opts.OwnTables,
 	})
 	if err != nil {
 		return nil, errors.Join(err, h.close(), k.close())
@@ -226,6 +231,10 @@ func (d *Dataplane) Drift() <-chan struct{} { return d.drift }
 // GiveWay ends Node.AheadOfOthers of the last Replace after a time, see
 // [nft.Dataplane.GiveWay].
 func (d *Dataplane) GiveWay(after time.Duration) error { return d.rules.GiveWay(after) }
+
+// OwnsTables reports whether the nftables tables get an owner, see
+// [nft.Dataplane.OwnsTables].
+func (d *Dataplane) OwnsTables() bool { return d.rules.OwnsTables() }
 
 func (d *Dataplane) signal() {
 	select {

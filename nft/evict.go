@@ -36,12 +36,15 @@ type AffinityStats struct {
 // AffinityLimiter evicts clients from the maps of session affinity that are full, beside
 // a Dataplane. Its methods may be called from any goroutine.
 type AffinityLimiter struct {
-	tables [2]*table
-	netns  int
+	dataplane *Dataplane
+	tables    [2]*table
+	netns     int
 
 	mu    sync.Mutex
-	conn  *netlink.Conn // nil until it is needed, and after an error
 	stats [2]AffinityStats
+
+	calls sync.Mutex    // for what is below; a call may wait for one of the Dataplane
+	conn  *netlink.Conn // nil until it is needed, and after an error
 	// measured is when Clients was last counted, and the zero Time before.
 	measured time.Time
 	now      func() time.Time
@@ -55,11 +58,12 @@ const (
 	measureInterval = time.Minute
 )
 
-// NewAffinityLimiter returns an AffinityLimiter of a network namespace, whose file
-// descriptor must stay open for as long as it is in use. It does not connect to the
-// kernel yet.
-func NewAffinityLimiter(opts Options) *AffinityLimiter {
-	l := &AffinityLimiter{tables: opts.tables(opts.tableName()), netns: opts.NetNS, now: time.Now}
+// NewAffinityLimiter returns an AffinityLimiter beside a Dataplane that was opened with
+// the same options, and which it makes its changes through. The network namespace's file
+// descriptor must stay open for as long as it is in use, and the Dataplane, too. It does
+// not connect to the kernel yet.
+func NewAffinityLimiter(d *Dataplane, opts Options) *AffinityLimiter {
+	l := &AffinityLimiter{dataplane: d, tables: opts.tables(opts.tableName()), netns: opts.NetNS, now: time.Now}
 	for i, t := range l.tables {
 		l.stats[i] = AffinityStats{Family: t.family, Limit: t.affinityLimit}
 	}
@@ -72,9 +76,15 @@ func NewAffinityLimiter(opts Options) *AffinityLimiter {
 // only where a client could not be remembered, or a minute after the last time. It does
 // nothing where there are no tables. The error is that of ctx, or as for [Open].
 func (l *AffinityLimiter) Limit(ctx context.Context) error {
+	l.calls.Lock()
+	defer l.calls.Unlock()
 	l.mu.Lock()
-	defer l.mu.Unlock()
-	err := l.limit(ctx)
+	stats := l.stats
+	l.mu.Unlock()
+	err := l.limit(ctx, &stats)
+	l.mu.Lock()
+	l.stats = stats
+	l.mu.Unlock()
 	if err != nil && l.conn != nil {
 		err = errors.Join(err, l.conn.Close())
 		l.conn = nil
@@ -94,8 +104,8 @@ func (l *AffinityLimiter) Stats() []AffinityStats {
 
 // Close closes the connection to the kernel. Limit opens another.
 func (l *AffinityLimiter) Close() error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
+	l.calls.Lock()
+	defer l.calls.Unlock()
 	if l.conn == nil {
 		return nil
 	}
@@ -107,7 +117,7 @@ func (l *AffinityLimiter) Close() error {
 	return nil
 }
 
-func (l *AffinityLimiter) limit(ctx context.Context) error {
+func (l *AffinityLimiter) limit(ctx context.Context, all *[2]AffinityStats) error {
 	if l.conn == nil {
 		conn, err := netlink.Dial(unix.NETLINK_NETFILTER, &netlink.Config{NetNS: l.netns, MessageBufferSize: dumpSize})
 		if err != nil {
@@ -124,7 +134,7 @@ func (l *AffinityLimiter) limit(ctx context.Context) error {
 		l.measured = l.now()
 	}
 	for i, t := range l.tables {
-		stats := &l.stats[i]
+		stats := &all[i]
 		full := found[object{t.nf.Family, string(affinityFull)}].Packets
 		evict := full > stats.Full
 		stats.Full = full
@@ -221,17 +231,9 @@ func keptEach(sizes []int, n int) int {
 // evict deletes elements, in commits that do not hold up others, and returns how many
 // it has deleted. Elements that have gone meanwhile are none of them.
 func (l *AffinityLimiter) evict(t *table, shard int, clients []remembered) (int, error) {
-	if len(clients) == 0 {
-		return 0, nil
-	}
-	conn, err := nftables.New(nftables.AsLasting(), nftables.WithNetNSFd(l.netns), nftables.WithSockOptions(socketOptions))
-	if err != nil {
-		return 0, fmt.Errorf("open netlink socket: %w", explain(err))
-	}
-	defer func() { _ = conn.CloseLasting() }()
 	evicted := 0
 	for part := range slices.Chunk(clients, editSize) {
-		n, err := deleteRemembered(conn, t.affinity(shard), part)
+		n, err := l.dataplane.deleteRemembered(t.affinity(shard), part)
 		evicted += n
 		if err != nil {
 			return evicted, err
@@ -242,15 +244,12 @@ func (l *AffinityLimiter) evict(t *table, shard int, clients []remembered) (int,
 
 // deleteRemembered deletes elements in one commit. If one of them is gone, which fails
 // all, it tries each half.
-func deleteRemembered(conn *nftables.Conn, set *nftables.Set, clients []remembered) (int, error) {
+func (d *Dataplane) deleteRemembered(set *nftables.Set, clients []remembered) (int, error) {
 	elements := make([]element, len(clients))
 	for i, c := range clients {
 		elements[i].Key = c.key
 	}
-	err := conn.SetDeleteElements(set, elements)
-	if err == nil {
-		err = conn.Flush()
-	}
+	err := d.changeBesideCalls(func() error { return d.conn.SetDeleteElements(set, elements) })
 	switch {
 	case err == nil:
 		return len(clients), nil
@@ -260,12 +259,23 @@ func deleteRemembered(conn *nftables.Conn, set *nftables.Set, clients []remember
 		return 0, nil
 	}
 	half := len(clients) / 2
-	first, err := deleteRemembered(conn, set, clients[:half])
+	first, err := d.deleteRemembered(set, clients[:half])
 	if err != nil {
 		return first, err
 	}
-	second, err := deleteRemembered(conn, set, clients[half:])
+	second, err := d.deleteRemembered(set, clients[half:])
 	return first + second, err
+}
+
+// changeBesideCalls commits what change adds to the transaction, when no other call is
+// under way.
+func (d *Dataplane) changeBesideCalls(change func() error) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if err := change(); err != nil {
+		return err
+	}
+	return d.submit()
 }
 
 // affinityMaps returns the shards that have a map.

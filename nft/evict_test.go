@@ -72,9 +72,9 @@ func TestAffinityUnderFlood(t *testing.T) {
 		pod.ServeT(t, nettest.UDP, 8080)
 		v4, v6 = append(v4, netip.AddrPortFrom(pod.IPv4, 8080)), append(v6, netip.AddrPortFrom(pod.IPv6, 8080))
 	}
-	opts := Options{affinityLimit: limit, NetNS: network.Node.Fd()}
+	opts := Options{affinityLimit: limit, NetNS: network.Node.Fd(), OwnTables: true}
 	d := openWith(t, network.Node.Namespace, opts)
-	limiter := NewAffinityLimiter(opts)
+	limiter := NewAffinityLimiter(d, opts)
 	t.Cleanup(func() {
 		if err := limiter.Close(); err != nil {
 			t.Error(err)

@@ -90,6 +90,8 @@ func (t *table) unlessAhead(ahead bool) rule {
 //
 // Like all methods it must not be called beside others.
 func (d *Dataplane) GiveWay(after time.Duration) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	if !d.node.AheadOfOthers {
 		return nil
 	}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"sync"
 	"time"
 
 	"fairlead.io/fairlead/dataplane"
@@ -37,6 +38,10 @@ type Options struct {
 	// OnRebuild, if not nil, is called in Replace before it rebuilds a table that it
 	// cannot repair in place, or removes one to make it anew. It must not block.
 	OnRebuild func(Rebuild)
+	// OwnTables makes the Dataplane the owner of the tables until Close: the kernel
+	// refuses changes of other processes, and `nft flush ruleset` leaves the tables
+	// out. It takes Linux 6.9 and has no effect before, see [Dataplane.OwnsTables].
+	OwnTables bool
 
 	affinityLimit int // the constant; tests make it small
 }
@@ -65,8 +70,13 @@ func (o Options) tables(name string) [2]*table {
 // Dataplane programs nftables. Its methods must be called from one goroutine,
 // except for Drift and the channel it returns.
 type Dataplane struct {
+	// mu keeps an [AffinityLimiter] from the socket during a call: all changes go
+	// through it, because it may own the tables.
+	mu     sync.Mutex
 	conn   *nftables.Conn
 	socket *netlink.Conn // of conn
+	port   uint32        // of socket
+	own    bool          // the tables get an owner
 	dump   *dumpConn
 	flush  func() error // conn.Flush; tests make it fail
 	log    *slog.Logger
@@ -138,6 +148,12 @@ func Open(opts Options) (*Dataplane, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("read the netlink socket's port: %w", err), conn.CloseLasting())
 	}
+	own := opts.OwnTables
+	if own {
+		if own, err = canOwn(socket, opts.tables(opts.tableName())[0]); err != nil {
+			return nil, errors.Join(err, conn.CloseLasting())
+		}
+	}
 	dump, err := dialDump(opts.NetNS)
 	if err != nil {
 		return nil, errors.Join(err, conn.CloseLasting())
@@ -149,6 +165,8 @@ func Open(opts Options) (*Dataplane, error) {
 	d := &Dataplane{
 		conn:   conn,
 		socket: socket,
+		port:   portID,
+		own:    own,
 		dump:   dump,
 		flush:  conn.Flush,
 		log:    log,
@@ -270,6 +288,8 @@ func (d *Dataplane) Close() error {
 // on only where somebody else's rules make the kernel translate addresses: it
 // stops to with the last nat chain of a family, and with the last rule that
 // needs connection tracking.
+//
+// The error wraps [ErrOwned] and names the process if another one owns a table.
 func Cleanup(opts Options) error {
 	conn, err := nftables.New(nftables.AsLasting(), nftables.WithNetNSFd(opts.NetNS), nftables.WithSockOptions(socketOptions))
 	if err != nil {
@@ -287,6 +307,9 @@ func Cleanup(opts Options) error {
 		}
 		if found == nil {
 			continue
+		}
+		if found.Flags&nftables.TableFlagOwner != 0 {
+			return ownedError(t, found.Owner)
 		}
 		if err := removeTable(conn, conn.Flush, t); err != nil && !errors.Is(err, unix.ENOENT) {
 			return err

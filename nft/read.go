@@ -529,6 +529,8 @@ func (d *Dataplane) Read(ctx context.Context) (dataplane.State, error) {
 
 // eachRow reads the rows of frontends that there are.
 func (d *Dataplane) eachRow(ctx context.Context, visit func(dataplane.Frontend, *row)) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	var have [2]*content
 	_, _, err := d.consistently(ctx, func() error {
 		for i, t := range d.tables {

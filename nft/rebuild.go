@@ -25,6 +25,9 @@ func (d *Dataplane) rebuildReason(have *content) string {
 	if have.schema != d.schema {
 		return fmt.Sprintf("it has schema %d, want %d", have.schema, d.schema)
 	}
+	if d.own && have.table.Flags&nftables.TableFlagPersist == 0 {
+		return noOwner
+	}
 	return have.unread
 }
 

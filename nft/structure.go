@@ -34,7 +34,7 @@ func (d *Dataplane) mend(t *table, node dataplane.Node, have *content) error {
 		if err := d.createTable(t); err != nil {
 			return err
 		}
-	} else if flags := wantedFlags(have.table.Flags); flags != have.table.Flags {
+	} else if flags := d.wantedFlags(have.table.Flags); flags != have.table.Flags {
 		d.conn.AddTable(&nftables.Table{Name: t.nf.Name, Family: t.nf.Family, Flags: flags})
 	}
 	wanted := t.chains(node, have.rangeBits)

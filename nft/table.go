@@ -17,8 +17,11 @@ import (
 // only when a table is made (nf_tables_api.c, nf_tables_updtable).
 const schemaLabel = "fairlead schema "
 
-// tableUserData is NFTA_TABLE_USERDATA of linux/netfilter/nf_tables.h (Linux 5.10).
-const tableUserData = 6
+// Attributes of linux/netfilter/nf_tables.h.
+const (
+	tableUserData = 6 // NFTA_TABLE_USERDATA (Linux 5.10)
+	tableOwner    = 7 // NFTA_TABLE_OWNER (Linux 5.12)
+)
 
 // firstSchema is the schema of tables without a label.
 const firstSchema = 1
@@ -27,6 +30,7 @@ const firstSchema = 1
 type tableInfo struct {
 	flags  nftables.TableFlags
 	schema int
+	owner  uint32 // the port of a netlink socket, with the flag owner
 }
 
 // tables returns the tables of a family by name.
@@ -37,6 +41,9 @@ func (c *dumpConn) tables(family nftables.TableFamily) (map[string]tableInfo, er
 		info := tableInfo{schema: firstSchema}
 		if v, ok := attribute(attrs, unix.NFTA_TABLE_FLAGS); ok && len(v) == 4 {
 			info.flags = nftables.TableFlags(binary.BigEndian.Uint32(v))
+		}
+		if v, ok := attribute(attrs, tableOwner); ok && len(v) == 4 {
+			info.owner = binary.BigEndian.Uint32(v)
 		}
 		if v, ok := attribute(attrs, tableUserData); ok {
 			if number, ok := strings.CutPrefix(commentOf(v), schemaLabel); ok {
@@ -54,16 +61,28 @@ func (c *dumpConn) tables(family nftables.TableFamily) (map[string]tableInfo, er
 
 // wantedFlags returns the flags that a table with these must have. The kernel takes
 // the flag persist from no table (nf_tables_api.c, nf_tables_updtable).
-func wantedFlags(have nftables.TableFlags) nftables.TableFlags {
+func (d *Dataplane) wantedFlags(have nftables.TableFlags) nftables.TableFlags {
+	if d.own && have&nftables.TableFlagPersist != 0 {
+		return ownerFlags
+	}
 	return have & nftables.TableFlagPersist
+}
+
+// tableFlags encodes flags for the kernel.
+func tableFlags(flags nftables.TableFlags) []byte {
+	return binary.BigEndian.AppendUint32(nil, uint32(flags))
 }
 
 // createTable makes an empty table with the schema in its user data, which the
 // library has no way to set.
 func (d *Dataplane) createTable(t *table) error {
+	var flags nftables.TableFlags
+	if d.own {
+		flags = ownerFlags
+	}
 	err := d.transactOne(t, unix.NFT_MSG_NEWTABLE, netlink.Create, []netlink.Attribute{
 		{Type: unix.NFTA_TABLE_NAME, Data: []byte(t.nf.Name + "\x00")},
-		{Type: unix.NFTA_TABLE_FLAGS, Data: make([]byte, 4)},
+		{Type: unix.NFTA_TABLE_FLAGS, Data: tableFlags(flags)},
 		{Type: tableUserData, Data: userdata.AppendString(
 			nil, userdata.NFTNL_UDATA_SET_ELEM_COMMENT, schemaLabel+strconv.Itoa(d.schema))},
 	})
@@ -97,9 +116,21 @@ func (d *Dataplane) deleteCatchAll(t *table, set *nftables.Set) error {
 // transactOne commits a transaction of one message through the library's socket, so
 // that the watch knows it as ours.
 func (d *Dataplane) transactOne(t *table, typ uint16, flags netlink.HeaderFlags, attrs []netlink.Attribute) error {
+	messages, err := oneMessageBatch(t, typ, flags, attrs)
+	if err != nil {
+		return err
+	}
+	if _, err = d.socket.SendMessages(messages); err == nil {
+		_, err = d.socket.Receive() // the answer to the message in the middle
+	}
+	return d.committed(err)
+}
+
+// oneMessageBatch returns a message between the beginning and the end of a batch.
+func oneMessageBatch(t *table, typ uint16, flags netlink.HeaderFlags, attrs []netlink.Attribute) ([]netlink.Message, error) {
 	b, err := netlink.MarshalAttributes(attrs)
 	if err != nil {
-		return fmt.Errorf("encode the request: %w", err)
+		return nil, fmt.Errorf("encode the request: %w", err)
 	}
 	edge := func(typ netlink.HeaderType) netlink.Message {
 		return netlink.Message{
@@ -107,7 +138,7 @@ func (d *Dataplane) transactOne(t *table, typ uint16, flags netlink.HeaderFlags,
 			Data:   []byte{unix.AF_UNSPEC, unix.NFNETLINK_V0, 0, unix.NFNL_SUBSYS_NFTABLES},
 		}
 	}
-	_, err = d.socket.SendMessages([]netlink.Message{
+	return []netlink.Message{
 		edge(unix.NFNL_MSG_BATCH_BEGIN),
 		{
 			Header: netlink.Header{
@@ -117,9 +148,5 @@ func (d *Dataplane) transactOne(t *table, typ uint16, flags netlink.HeaderFlags,
 			Data: append([]byte{byte(t.nf.Family), unix.NFNETLINK_V0, 0, 0}, b...),
 		},
 		edge(unix.NFNL_MSG_BATCH_END),
-	})
-	if err == nil {
-		_, err = d.socket.Receive() // the answer to the message in the middle
-	}
-	return d.committed(err)
+	}, nil
 }

@@ -368,7 +368,7 @@ func (w *watch) concernsUs(m netlink.Message) bool {
 }
 
 // isRemembered reports whether a message announces elements of what session affinity
-// remembers, such as those that an [AffinityLimiter] evicts.
+// remembers, such as clients that an operator makes the kernel forget.
 func isRemembered(m netlink.Message) bool {
 	switch m.Header.Type & 0xff {
 	case unix.NFT_MSG_NEWSETELEM, unix.NFT_MSG_DELSETELEM:

@@ -34,6 +34,8 @@ const classRest = time.Second
 // [editSize] elements is split, between Services, and a change of a Service that
 // has more by itself is carried out in steps, see batch.steps.
 func (d *Dataplane) Apply(_ context.Context, changes []dataplane.Change) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	failed := map[dataplane.Key]error{}
 	// A list goes with the last Service that takes a frontend from its own, so
 	// frontends that nobody takes must be gone by then.
@@ -622,6 +624,8 @@ func (d *Dataplane) removeBranches(t *table, branches []branch) error {
 // [editSize] elements, each of which completes the Services it touches; but a
 // Service that has more by itself is carried out in steps, see batch.steps.
 func (d *Dataplane) Replace(ctx context.Context, node dataplane.Node, services iter.Seq[*dataplane.Service], progress func(int)) (err error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	d.node = node
 	if err := d.watch.join(); err != nil { // in case that the end of an earlier silence failed to
 		return fmt.Errorf("replace: %w", err)
@@ -702,6 +706,9 @@ func (d *Dataplane) repair(
 	var removed [2]bool
 	for conflicts := 0; ; {
 		d.forget()
+		if err := d.awaitOwners(ctx); err != nil {
+			return have, nil, err
+		}
 		have, generation, err := d.readTables(ctx)
 		if d.generation = generation; err != nil {
 			return have, nil, d.conflict(err)

@@ -18,12 +18,13 @@ type affinity struct {
 	limiter *nft.AffinityLimiter
 }
 
-// affinity returns nil in the mode ipvs, where IPVS remembers clients in its own table.
-func (m mode) affinity(log *slog.Logger) *affinity {
-	if m != modeNFT {
+// newAffinity returns nil in the mode ipvs, where IPVS remembers clients in its own table.
+func newAffinity(dp backend, log *slog.Logger) *affinity {
+	d, ok := dp.(*nft.Dataplane)
+	if !ok {
 		return nil
 	}
-	return &affinity{log: log.With("component", "session-affinity"), limiter: nft.NewAffinityLimiter(nft.Options{})}
+	return &affinity{log: log.With("component", "session-affinity"), limiter: nft.NewAffinityLimiter(d, nft.Options{})}
 }
 
 // run evicts clients from full maps until ctx is done. It logs the beginning and the end

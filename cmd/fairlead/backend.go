@@ -8,6 +8,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"fairlead.io/fairlead/dataplane"
 	"fairlead.io/fairlead/internal/metrics"
 	"fairlead.io/fairlead/ipvs"
@@ -85,23 +87,39 @@ func (m mode) tracker(o kube.Options) kube.Options {
 type backend interface {
 	dataplane.Dataplane
 	GiveWay(after time.Duration) error
+	// OwnsTables reports whether the kernel keeps other processes from changing the
+	// nftables tables.
+	OwnsTables() bool
 }
 
-// open opens the backend, whose error says what the kernel or the process lacks.
-// The settings are those of the mode ipvs. onRebuild is called when a table is rebuilt.
-func (m mode) open(log *slog.Logger, settings ipvs.Options, onRebuild func(nft.Rebuild)) (d backend, err error) {
-	log = log.With("backend", string(m))
-	switch m {
+// openBackend opens the backend, whose error says what the kernel or the process lacks.
+// onRebuild is called when a table is rebuilt.
+func (c config) openBackend(log *slog.Logger, onRebuild func(nft.Rebuild)) (d backend, err error) {
+	backendLog := log.With("backend", string(c.mode))
+	switch c.mode {
 	case modeIPVS:
-		settings.Logger, settings.OnRebuild = log, onRebuild
+		settings := c.ipvs
+		settings.Logger, settings.OnRebuild, settings.OwnTables = backendLog, onRebuild, c.ownTables
 		d, err = ipvs.Open(settings)
 	default:
-		d, err = nft.Open(nft.Options{Logger: log, OnRebuild: onRebuild})
+		d, err = nft.Open(nft.Options{Logger: backendLog, OnRebuild: onRebuild, OwnTables: c.ownTables})
 	}
 	if err != nil {
-		return nil, fmt.Errorf("--mode=%s: %w", m, err)
+		return nil, fmt.Errorf("--mode=%s: %w", c.mode, err)
+	}
+	if c.ownTables && !d.OwnsTables() {
+		log.Warn("a setting has no effect", "setting", "--nft-own-table", "reason", "it needs Linux 6.9 or newer, and this is "+kernelRelease())
 	}
 	return d, nil
+}
+
+// kernelRelease returns the release of the kernel, as `uname -r` does.
+func kernelRelease() string {
+	var name unix.Utsname
+	if err := unix.Uname(&name); err != nil {
+		return "a kernel that does not tell its release"
+	}
+	return unix.ByteSliceToString(name.Release[:])
 }
 
 // setUp does what may take more rights than to program Services does, and programs

@@ -51,8 +51,10 @@ type static struct {
 	// giveWayAfter is how long after the program's end its rules go before those of
 	// another proxy.
 	giveWayAfter time.Duration
-	profiling    bool
-	logFormat    string
+	// ownTables makes the program the owner of its nftables tables.
+	ownTables bool
+	profiling bool
+	logFormat string
 }
 
 // apiConfig says how to reach the API server.
@@ -198,6 +200,7 @@ func parse(in input) (config, error) {
 	c.tracker.ProtectLoopback = slices.ContainsFunc([]string{c.healthz, c.metrics, c.dnsListen}, isLoopback)
 	c.hardFail = p.is("bind-address-hard-fail")
 	c.giveWayAfter = p.giveWayAfter()
+	c.ownTables = p.is("nft-own-table")
 	c.profiling = p.is("profiling")
 	c.logLevel, c.logFormat = p.logging()
 	p.instead()
@@ -530,6 +533,7 @@ func (c config) restart(o config) []string {
 		"bind-address-hard-fail":      c.hardFail == o.hardFail,
 		"profiling":                   c.profiling == o.profiling,
 		"give-way-after":              c.giveWayAfter == o.giveWayAfter,
+		"nft-own-table":               c.ownTables == o.ownTables,
 		"the format of the log":       c.logFormat == o.logFormat,
 		"ipvs-scheduler":              c.ipvs.Scheduler == settings.Scheduler,
 		"ipvs-exclude-cidrs":          slices.Equal(c.ipvs.ExcludeCIDRs, settings.ExcludeCIDRs),

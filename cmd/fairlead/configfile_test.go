@@ -92,6 +92,7 @@ func TestFlags(t *testing.T) {
 		},
 		{"batches", []string{"--batch-period=1s"}, func(c *config) { c.api.batchPeriod = time.Second }},
 		{"give way at once", []string{"--give-way-after=0"}, func(c *config) { c.giveWayAfter = 0 }},
+		{"own tables", []string{"--nft-own-table"}, func(c *config) { c.ownTables = true }},
 		{"removals at once", []string{"--mass-removal-delay=0"}, func(c *config) { c.api.massRemovalDelay = 0 }},
 		{"no batches", []string{"--batch-period=0"}, func(c *config) { c.api.batchPeriod = 0 }},
 		{

@@ -19,7 +19,6 @@ import (
 	"fairlead.io/fairlead/dataplane"
 	"fairlead.io/fairlead/internal/metrics"
 	"fairlead.io/fairlead/internal/nettest"
-	"fairlead.io/fairlead/ipvs"
 	"fairlead.io/fairlead/kube"
 	"fairlead.io/fairlead/sync"
 )
@@ -92,7 +91,7 @@ func TestUnservedServiceCIDR(t *testing.T) {
 	n := newNode(t)
 	var dp dataplane.Dataplane
 	err := n.Node.Do(func() (err error) {
-		dp, err = modeNFT.open(slog.New(slog.DiscardHandler), ipvs.Options{}, nil)
+		dp, err = config{static: static{mode: modeNFT}}.openBackend(slog.New(slog.DiscardHandler), nil)
 		return err
 	})
 	if err != nil {

@@ -121,6 +121,11 @@ func settings() []setting {
 			usage: "how long after this program has ended its rules still go before those of another Service proxy, such as kube-proxy, " +
 				"if there are any. 0: no longer",
 		},
+		{
+			name: "nft-own-table", kind: boolean, own: true, value: "false",
+			usage: "own the nftables tables: while this program runs, the kernel refuses changes of them by others, and nft flush ruleset " +
+				"leaves them out. It needs Linux 6.9 or newer",
+		},
 		{name: "hostname-override", kind: text, first: true, usage: "the name of this node; empty: the hostname"},
 
 		{

@@ -345,6 +345,7 @@ func TestHelp(t *testing.T) {
 			"--mode ", "--manifests ", "--service-cidr ", "--cluster-cidr ", "--dns-listen ", "--cluster-domain ",
 			"--hostname-override ", "--log-level ", "--log-format ", "--kubeconfig ", "--nodeport-addresses ",
 			"--healthz-bind-address ", "--metrics-bind-address ", "-v, --v ", "--batch-period ", "--mass-removal-delay ", "--give-way-after ",
+			"--nft-own-table ",
 		}},
 		{[]string{"cleanup", "--help"}, []string{"Remove everything", "Other\nprograms' rules are not touched"}},
 	}

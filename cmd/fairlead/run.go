@@ -124,7 +124,7 @@ func (c config) build(log *slog.Logger) (*program, error) {
 	if p.source, events, err = c.open(log); err != nil {
 		return nil, err
 	}
-	if p.dp, err = c.mode.open(log, c.ipvs, func(r nft.Rebuild) { p.join.rebuilt(r) }); err != nil {
+	if p.dp, err = c.openBackend(log, func(r nft.Rebuild) { p.join.rebuilt(r) }); err != nil {
 		return nil, err
 	}
 	// The parts tell each other through join, which is complete before any runs.
@@ -150,7 +150,7 @@ func (c config) build(log *slog.Logger) (*program, error) {
 	p.settings = nodesettings.New(nodesettings.Options{Logger: log.With("component", "node-settings")})
 	p.join.settings = p.settings
 	p.metrics.AddNodeSettings(func() map[string]int { return countSettings(p.settings.Problems()) })
-	if p.affinity = c.mode.affinity(log); p.affinity != nil {
+	if p.affinity = newAffinity(p.dp, log); p.affinity != nil {
 		p.metrics.AddAffinity(p.affinity.stats)
 	}
 	p.proxy = health.NewProxy(health.ProxyOptions{

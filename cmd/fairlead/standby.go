@@ -161,7 +161,7 @@ func (s *standby) release() error {
 }
 
 // errRuns is about an instance that runs.
-var errRuns = errors.New("stop it first, or it puts everything back; --force removes everything all the same")
+var errRuns = errors.New("stop it first, or it puts everything back; --force removes everything all the same, but for tables that the other one owns (--nft-own-table)")
 
 // alone returns a lock that keeps other instances from starting to write, or an
 // error if one runs that would.

@@ -1,0 +1,221 @@
+package nft
+
+import (
+	"errors"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"fairlead.io/fairlead/internal/nettest"
+
+	"github.com/google/nftables"
+)
+
+// tryNFT runs the nft program with a script, which may fail.
+func tryNFT(t *testing.T, ns *nettest.Namespace, script string) (string, error) {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), "nft", "-f", "-")
+	cmd.Stdin = strings.NewReader(script)
+	var out strings.Builder
+	cmd.Stdout, cmd.Stderr = &out, &out
+	err := ns.Do(cmd.Run)
+	return out.String(), err
+}
+
+// ownerTestbed is a testbed whose Dataplane is closed and opened again.
+type ownerTestbed struct {
+	*testbed
+	*Dataplane // hides that of the testbed, which has only made the tables
+}
+
+// reopen ends the Dataplane as the end of its process does, and starts another one.
+func (b *ownerTestbed) reopen(own bool) {
+	b.t.Helper()
+	b.close()
+	var err error
+	if b.Dataplane, err = Open(Options{NetNS: b.netns.Fd(), Logger: b.testbed.log.logger(), OwnTables: own}); err != nil {
+		b.t.Fatal(err)
+	}
+	b.replace()
+}
+
+func (b *ownerTestbed) close() {
+	b.t.Helper()
+	if b.Dataplane == nil {
+		return
+	}
+	if err := b.Dataplane.Close(); err != nil {
+		b.t.Error(err)
+	}
+	b.Dataplane = nil
+}
+
+func (b *ownerTestbed) replace() {
+	b.t.Helper()
+	replace(b.t, b.Dataplane, b.testbed.node, b.services...)
+}
+
+// checkOwner expects that both tables have an owner, or that none has.
+func (b *ownerTestbed) checkOwner(when string, want bool) {
+	b.t.Helper()
+	for _, t := range b.tables {
+		info, err := b.dump.tables(t.nf.Family)
+		if err != nil {
+			b.t.Fatal(err)
+		}
+		got := info[t.nf.Name]
+		if has := got.flags&nftables.TableFlagOwner != 0; has != want || has && got.owner != b.port {
+			b.t.Errorf("%s: table %s has flags %b and owner %d, want an owner: %t (%d)", when, t, got.flags, got.owner, want, b.port)
+		}
+	}
+}
+
+// TestOwnTables tries to change tables with an owner, under load, and starts processes
+// with and without ownership one after the other.
+func TestOwnTables(t *testing.T) {
+	t.Parallel()
+	b := &ownerTestbed{testbed: newTestbed(t)}
+	defer b.testbed.end()
+	defer b.close()
+
+	b.reopen(true)
+	if !b.OwnsTables() {
+		t.Log("this kernel does not support it")
+		b.testbed.log.check(t, "with ownership on an old kernel", false)
+		b.checkOwner("on an old kernel", false)
+		b.check("with ownership on an old kernel")
+		return
+	}
+	b.testbed.log.check(t, "with ownership, after tables without an owner", true)
+	b.checkOwner("with ownership", true)
+	b.check("with ownership, after tables without an owner")
+	b.tryChanges()
+
+	other, err := Open(Options{NetNS: b.netns.Fd()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close() //nolint:errcheck // nothing was written
+	for what, err := range map[string]error{
+		"Replace by another process": other.Replace(t.Context(), b.testbed.node, slices.Values(b.services), nil),
+		"Cleanup":                    Cleanup(Options{NetNS: b.netns.Fd()}),
+	} {
+		if !errors.Is(err, ErrOwned) || !strings.Contains(err.Error(), "table ip fairlead belongs to ") {
+			t.Errorf("%s: %v, want ErrOwned", what, err)
+		}
+	}
+
+	b.reopen(true)
+	b.testbed.log.check(t, "a restart with ownership", false)
+	b.checkOwner("a restart with ownership", true)
+	b.check("a restart with ownership")
+
+	b.schema++ // as an upgrade does
+	b.replace()
+	b.testbed.log.check(t, "another schema", true)
+	b.checkOwner("another schema", true)
+	b.check("another schema")
+	b.schema--
+	b.replace()
+	b.testbed.log.check(t, "the schema of before", true)
+
+	b.reopen(false)
+	b.testbed.log.check(t, "a restart without ownership", false)
+	b.checkOwner("a restart without ownership", false)
+	if out, err := tryNFT(t, b.netns, "insert rule ip fairlead filter-forward counter"); err != nil {
+		t.Errorf("an edit by hand, without ownership: %v: %s", err, out)
+	}
+	b.replace()
+	b.check("without ownership")
+
+	b.reopen(true)
+	b.testbed.log.check(t, "ownership of a table that had an owner", false)
+	b.checkOwner("ownership of a table that had an owner", true)
+	b.check("ownership of a table that had an owner")
+
+	b.stop()
+	b.ended.Wait()
+	b.close()
+	if err := Cleanup(Options{NetNS: b.netns.Fd()}); err != nil {
+		t.Error(err)
+	}
+	if out, err := tryNFT(t, b.netns, "list tables"); err != nil || strings.Contains(out, "fairlead") {
+		t.Errorf("the tables after Cleanup: %v: %s", err, out)
+	}
+}
+
+// tryChanges has other processes change tables that belong to this one.
+func (b *ownerTestbed) tryChanges() {
+	b.t.Helper()
+	for _, script := range []string{
+		"delete table ip fairlead",
+		"add table ip fairlead { flags dormant; }",
+		"flush table ip fairlead",
+		"insert rule ip fairlead filter-forward counter",
+		"delete element ip fairlead services { 10.96.0.1 . tcp . 80 }",
+	} {
+		if out, err := tryNFT(b.t, b.netns, script); err == nil {
+			b.t.Errorf("nft %s: it succeeded: %s", script, out)
+		}
+	}
+	b.check("changes by other processes")
+	generation, err := b.currentGeneration()
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	if out, err := tryNFT(b.t, b.netns, strings.Repeat("add table ip other\nflush ruleset\n", 100)); err != nil {
+		b.t.Fatalf("nft flush ruleset: %v: %s", err, out)
+	}
+	conn, err := nftables.New(nftables.WithNetNSFd(b.netns.Fd()))
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	for until := b.opened.Load() + 100; b.opened.Load() < until && b.failed.Load() == 0; {
+		conn.AddTable(&nftables.Table{Name: "other", Family: nftables.TableFamilyIPv4})
+		conn.FlushRuleset()
+		if err := conn.Flush(); err != nil {
+			b.t.Fatal(err)
+		}
+	}
+	b.check("nft flush ruleset in a loop")
+	if out, err := tryNFT(b.t, b.netns, "list table ip fairlead"); err != nil || !strings.Contains(out, "flags owner") {
+		b.t.Errorf("nft list table: %v: %.200s", err, out)
+	}
+	if now, err := b.currentGeneration(); err != nil || now == generation {
+		b.t.Errorf("the flushes changed nothing: %v", err)
+	}
+	select {
+	case <-b.Lost():
+		b.t.Error("the flushes were noticed as a loss")
+	case <-time.After(10 * time.Millisecond):
+	}
+}
+
+// TestOwnerEnds has a process wait in Replace for the end of the one that owns the
+// tables.
+func TestOwnerEnds(t *testing.T) {
+	t.Parallel()
+	network := nettest.NewT(t, nettest.Options{})
+	opts := Options{NetNS: network.Node.Fd(), OwnTables: true}
+	first, err := Open(opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !first.OwnsTables() {
+		_ = first.Close()
+		t.Skip("this kernel does not support it")
+	}
+	replace(t, first, podNode(), sample(t)...)
+	second := openWith(t, network.Node.Namespace, opts)
+	closed := make(chan error, 1)
+	time.AfterFunc(50*time.Millisecond, func() { closed <- first.Close() })
+	replace(t, second, podNode(), sample(t)...)
+	if err := <-closed; err != nil {
+		t.Error(err)
+	}
+	if err := second.checkOwners(); err != nil {
+		t.Error(err)
+	}
+}
