@@ -113,6 +113,7 @@ func TestCompareWithoutVM(t *testing.T) {
 	for name, test := range map[string]struct{ vm, want string }{
 		"there is none":    {"/nowhere/vm run", "there is no /nowhere/vm: `make vm` builds it"},
 		"it is not wanted": {"", "without --vm"},
+		"its arguments":    {"echo", "-with=/bin/true," + fairlead + " "},
 		"it breaks":        {"echo it burns; false", "nor does it run in a virtual machine: exit status 1: it burns"},
 	} {
 		t.Run(name, func(t *testing.T) {
