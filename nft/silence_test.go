@@ -486,3 +486,25 @@ func TestLostAnswerHidesNobody(t *testing.T) {
 	}
 	wantOneRepair(t, d, ns, services)
 }
+
+// A commit of somebody else between the repair of the structure and the first Service is
+// a conflict, too.
+func TestConflictAfterRepair(t *testing.T) {
+	t.Parallel()
+	d, ns := newDataplane(t)
+	commits := 0
+	d.flush = func() error {
+		err := d.conn.Flush()
+		if commits++; commits == len(d.tables) {
+			nft(t, ns, "nft", "flush ruleset")
+		}
+		return err
+	}
+	one := service(t, "one", []dataplane.Frontend{frontend(1)}, endpoints(1))
+	err := d.Replace(t.Context(), podNode(), slices.Values([]*dataplane.Service{one}), nil)
+	if !errors.Is(err, dataplane.ErrConflict) {
+		t.Errorf("Replace returned %v, want a conflict", err)
+	}
+	replace(t, d, podNode(), one)
+	wantState(t, d, one)
+}

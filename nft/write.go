@@ -768,8 +768,14 @@ func (d *Dataplane) repair(
 		if again {
 			continue
 		}
-		if d.generation, err = d.currentGeneration(); err != nil {
+		current, err := d.currentGeneration()
+		if err != nil {
 			return have, nil, err
+		}
+		// A later generation has somebody else's commit, which an error of ours may be
+		// due to. An earlier one is that some repairs had nothing to write.
+		if int32(current-d.generation) < 0 { //nolint:gosec // the number starts over
+			d.generation = current
 		}
 		return have, services, nil
 	}
