@@ -285,6 +285,7 @@ func (r fakeRules) ReadRules(context.Context) (map[dataplane.Frontend]nft.Rule, 
 	return nil, errors.New("not in memory")
 }
 func (r fakeRules) Drift() <-chan struct{}      { return nil }
+func (r fakeRules) Lost() <-chan struct{}       { return nil }
 func (r fakeRules) GiveWay(time.Duration) error { return nil }
 func (r fakeRules) OwnsTables() bool            { return false }
 func (r fakeRules) Close() error                { return nil }

@@ -114,8 +114,9 @@ type Dataplane struct {
 }
 
 var (
-	_ dataplane.Dataplane = (*Dataplane)(nil)
-	_ nft.Translator      = (*Dataplane)(nil)
+	_ dataplane.Dataplane    = (*Dataplane)(nil)
+	_ dataplane.LossNotifier = (*Dataplane)(nil)
+	_ nft.Translator         = (*Dataplane)(nil)
 )
 
 // What a Dataplane works with: IPVS, the node besides it, and nftables. Tests put
@@ -142,6 +143,7 @@ type (
 		Replace(ctx context.Context, node dataplane.Node, services iter.Seq[*dataplane.Service], progress func(int)) error
 		ReadRules(ctx context.Context) (map[dataplane.Frontend]nft.Rule, error)
 		Drift() <-chan struct{}
+		Lost() <-chan struct{}
 		GiveWay(after time.Duration) error
 		OwnsTables() bool
 		Close() error
@@ -227,6 +229,10 @@ func (d *Dataplane) forget() {
 // Drift implements [dataplane.Dataplane]. The kernel announces changes of
 // nftables; for those of IPVS it is asked every few seconds.
 func (d *Dataplane) Drift() <-chan struct{} { return d.drift }
+
+// Lost implements [dataplane.LossNotifier] for the tables of nftables. Lost virtual
+// servers are drift.
+func (d *Dataplane) Lost() <-chan struct{} { return d.rules.Lost() }
 
 // GiveWay ends Node.AheadOfOthers of the last Replace after a time, see
 // [nft.Dataplane.GiveWay].

@@ -415,6 +415,13 @@ func TestDrift(t *testing.T) {
 				t.Fatal("no drift")
 			}
 			t.Logf("noticed after %v", time.Since(start))
+			if tt.name == "the tables are deleted" {
+				select {
+				case <-w.dp.Lost():
+				case <-time.After(30 * time.Second):
+					t.Error("the loss of the tables is not reported")
+				}
+			}
 			w.replace(w.web(dataplane.TCP, 0))
 			w.expectListed("10.96.0.1:81", "")
 			eventually(t, 3*patrolPeriod, "all is as it was", func() bool { return w.listed("10.96.0.1:80") == want })
