@@ -57,23 +57,30 @@ func (d *Dataplane) takePrefetched(ctx context.Context) (have [2]*content, gener
 	if err != nil {
 		return have, 0, false
 	}
-	if generation != p.generation && !(d.onlyOthers(p.changes, generation) && d.hasLeftovers(p.have)) {
+	if generation != p.generation && !d.onlyOthers(p.changes, generation) || !d.refreshTables(p.have) {
 		d.log.DebugContext(ctx, "the tables have changed since they were read in advance")
 		return have, 0, false
 	}
 	return p.have, generation, true
 }
 
-// hasLeftovers reports whether there are the tables of an interrupted rebuild that were
-// read. Their changes are not announced to us.
-func (d *Dataplane) hasLeftovers(have [2]*content) bool {
+// refreshTables reads the properties of the tables that change without an announcement to
+// us: the flag owner goes with its process, without a generation, and tables of an
+// interrupted rebuild have another name. It reports whether all but the flags is as it
+// was read.
+func (d *Dataplane) refreshTables(have [2]*content) bool {
 	for i, t := range d.tables {
 		tables, err := d.dump.tables(t.nf.Family)
 		if err != nil {
 			return false
 		}
-		if _, there := tables[t.nf.Name+nextSuffix]; there != have[i].leftover {
+		_, leftover := tables[t.nf.Name+nextSuffix]
+		info, there := tables[t.nf.Name]
+		if leftover != have[i].leftover || there != (have[i].table != nil) {
 			return false
+		}
+		if there {
+			have[i].table.Flags = info.flags
 		}
 	}
 	return true
