@@ -126,6 +126,12 @@ func (s *Source) Run(ctx context.Context, deliver func(kube.Delta)) error {
 	if err := watcher.Add(s.opts.Dir); err != nil {
 		return fmt.Errorf("watch folder %s: %w", s.opts.Dir, err)
 	}
+	return s.follow(ctx, watcher, deliver)
+}
+
+// follow reads the folder, delivers everything, and then each change that the
+// watcher announces.
+func (s *Source) follow(ctx context.Context, watcher *fsnotify.Watcher, deliver func(kube.Delta)) error {
 	d, again, err := s.readAll(noFile)
 	if err != nil {
 		return err

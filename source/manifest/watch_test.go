@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
@@ -208,14 +209,15 @@ func TestRunKeepsWhatWasGood(t *testing.T) {
 // does: the Service must not go in between.
 func TestRunWaitsForWriters(t *testing.T) {
 	t.Parallel()
-	w := watchFolder(t, folder(t, "a.yaml", service("web", "clusterIP: 10.96.0.1")))
-	w.first()
-	write(t, w.dir, "a.yaml", "")
-	time.Sleep(10 * settle)
-	write(t, w.dir, "a.yaml", service("web", "clusterIP: 10.96.0.2"))
-	w.expect("filled", web2)
-	write(t, w.dir, "a.yaml", "# nothing")
-	w.expect("left empty", "default/web gone")
+	synctest.Test(t, func(t *testing.T) {
+		a := announceFolder(t, folder(t, "a.yaml", service("web", "clusterIP: 10.96.0.1")))
+		a.write("a.yaml", "")
+		a.expectAfter("emptied", 10*settle)
+		a.write("a.yaml", service("web", "clusterIP: 10.96.0.2"))
+		a.expectAfter("filled", settle, web2)
+		a.write("a.yaml", "# nothing")
+		a.expectAfter("left without objects", settle+emptyAfter, "default/web gone")
+	})
 }
 
 // TestRunRetriesOnce makes a file readable without an event that names it: the

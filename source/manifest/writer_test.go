@@ -1,6 +1,7 @@
 package manifest
 
 import (
+	"context"
 	"errors"
 	"io/fs"
 	"os"
@@ -8,30 +9,116 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
+
+	"github.com/fsnotify/fsnotify"
+	"github.com/google/go-cmp/cmp"
+
+	"fairlead.io/fairlead/kube"
 )
+
+// announced is a Source in a synctest bubble. The test announces the events of its
+// folder, as inotify would, and time is the bubble's.
+type announced struct {
+	t      *testing.T
+	dir    string
+	events chan fsnotify.Event
+	deltas chan kube.Delta
+	logged *logBuffer
+}
+
+// announceFolder starts a Source, and waits until it has delivered the folder's
+// files. It ends with the bubble.
+func announceFolder(t *testing.T, dir string) *announced {
+	t.Helper()
+	a := &announced{t: t, dir: dir, events: make(chan fsnotify.Event), deltas: make(chan kube.Delta, 100), logged: &logBuffer{}}
+	source, err := New(Options{Dir: dir, ServiceCIDRs: bothCIDR, NodeName: "here", Logger: a.logged.logger()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error)
+	go func() {
+		watcher := &fsnotify.Watcher{Events: a.events, Errors: make(chan error)}
+		done <- source.follow(ctx, watcher, func(d kube.Delta) { a.deltas <- d })
+	}()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("follow: %v", err)
+		}
+	})
+	synctest.Wait()
+	<-a.deltas
+	return a
+}
+
+// write replaces the content of a file and announces that.
+func (a *announced) write(name, content string) {
+	a.t.Helper()
+	write(a.t, a.dir, name, content)
+	a.events <- fsnotify.Event{Name: filepath.Join(a.dir, name), Op: fsnotify.Write}
+}
+
+// expectAfter checks that nothing is delivered before the given time has passed, and
+// then the lines; none stands for no Delta.
+func (a *announced) expectAfter(what string, wait time.Duration, want ...string) {
+	a.t.Helper()
+	time.Sleep(wait - 1)
+	synctest.Wait()
+	if len(a.deltas) > 0 {
+		a.t.Fatalf("%s: earlier than %s: %v", what, wait, summary(<-a.deltas))
+	}
+	time.Sleep(1)
+	synctest.Wait()
+	var got []string
+	for len(a.deltas) > 0 {
+		got = append(got, summary(<-a.deltas)...)
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		a.t.Fatalf("%s, after %s (-want +got):\n%s", what, wait, diff)
+	}
+}
 
 // TestRunWaitsForSlowWriters empties a file and fills it as late as kubectl get
 // does in kubectl get -o yaml > a.yaml: the Service must not go in between.
 func TestRunWaitsForSlowWriters(t *testing.T) {
 	t.Parallel()
-	w := watchFolder(t, folder(t, "a.yaml", service("web", "clusterIP: 10.96.0.1"), "b.yaml", service("db", "clusterIP: 10.96.0.9")))
-	w.first()
-	write(t, w.dir, "a.yaml", "")
-	time.Sleep(emptyAfter * 6 / 10)
-	// Another file does not make it shorter, and need not wait.
-	if err := os.Remove(filepath.Join(w.dir, "b.yaml")); err != nil {
-		t.Fatal(err)
-	}
-	w.expect("another file", "default/db gone")
-	// An event of the file makes it longer.
-	write(t, w.dir, "a.yaml", "# soon\n")
-	time.Sleep(emptyAfter * 6 / 10)
-	write(t, w.dir, "a.yaml", service("web", "clusterIP: 10.96.0.2"))
-	w.expect("filled", web2)
-	if logged := w.logged.String(); logged != "" {
-		t.Errorf("logged: %s", logged)
-	}
+	synctest.Test(t, func(t *testing.T) {
+		a := announceFolder(t, folder(t, "a.yaml", service("web", "clusterIP: 10.96.0.1"), "b.yaml", service("db", "clusterIP: 10.96.0.9")))
+		a.write("a.yaml", "")
+		a.expectAfter("emptied", emptyAfter-settle)
+		// Another file does not make it shorter, and need not wait.
+		other := filepath.Join(a.dir, "b.yaml")
+		if err := os.Remove(other); err != nil {
+			t.Fatal(err)
+		}
+		a.events <- fsnotify.Event{Name: other, Op: fsnotify.Remove}
+		a.expectAfter("another file", settle, "default/db gone")
+		// An event of the file makes it longer.
+		a.write("a.yaml", "# soon\n")
+		a.expectAfter("an event of the file", emptyAfter-settle)
+		a.write("a.yaml", service("web", "clusterIP: 10.96.0.2"))
+		a.expectAfter("filled", settle, web2)
+		a.expectAfter("nothing else", time.Hour)
+		if logged := a.logged.String(); logged != "" {
+			t.Errorf("logged: %s", logged)
+		}
+	})
+}
+
+// TestRunBelievesEmptyFiles leaves files empty for as long as no writer needs.
+func TestRunBelievesEmptyFiles(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		a := announceFolder(t, folder(t, "a.yaml", service("web", "clusterIP: 10.96.0.1")))
+		a.write("a.yaml", "")
+		a.expectAfter("left empty", settle+emptyAfter, "default/web gone")
+		if want := "file has no objects any more"; !strings.Contains(a.logged.String(), want) {
+			t.Errorf("not logged: %s\nlogged:\n%s", want, a.logged)
+		}
+	})
 }
 
 func TestRunLogsThatAFileIsEmpty(t *testing.T) {
