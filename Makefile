@@ -184,6 +184,17 @@ lint: ## golangci-lint, and whether go.mod is tidy
 	$(LINT) run ./...
 	go mod tidy -diff
 
+# The commit that the API is compared with: make apidiff BASE=main
+BASE ?= HEAD^
+
+.PHONY: apidiff
+apidiff: ## fail on incompatible changes of dataplane since BASE that CHANGELOG.md does not announce; BASE=commit
+	@test/apidiff.sh $(BASE)
+
+.PHONY: govulncheck
+govulncheck: ## known vulnerabilities in code that Fairlead calls; needs vuln.go.dev
+	go tool -modfile=internal/tools/go.mod govulncheck ./...
+
 .PHONY: fmt
 fmt: ## format the Go files
 	$(LINT) fmt ./...
