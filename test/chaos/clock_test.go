@@ -1,0 +1,27 @@
+package main
+
+import (
+	"context"
+	"os"
+	"strings"
+	"testing"
+)
+
+// The clock of a machine that others use is never set.
+func TestClockIsRefusedOutsideOfVirtualMachines(t *testing.T) {
+	if own, err := inVirtualMachine(); own || err != nil {
+		t.Skipf("this is a virtual machine of test/vm (%v)", err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel() // no jump, should it not be refused
+	rig := &testbed{options: &options{jumpClock: true}}
+	if rig.needsOwnClock() == "" || rig.jumpClock(ctx) == nil {
+		t.Error("the fault is not refused")
+	}
+	if os.Geteuid() != 0 {
+		return // run refuses everything
+	}
+	if _, err := run(ctx, rig.options); err == nil || !strings.Contains(err.Error(), "-jump-clock") {
+		t.Errorf("-jump-clock is not refused: %v", err)
+	}
+}
