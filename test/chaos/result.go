@@ -23,6 +23,8 @@ type result struct {
 	// stale connections reached an endpoint after it was removed, by at most staleness.
 	stale     int
 	staleness time.Duration
+	// stalest describes the connection with that staleness.
+	stalest string
 	// open connections stayed, or were to stay. Broken ones ended by themselves; those
 	// that overlap a disturbance count as disturbedOpen instead.
 	open, broken, disturbedOpen int
@@ -122,9 +124,10 @@ func (r *recorder) isDisturbed(begin, end time.Time) bool {
 	return slices.ContainsFunc(r.disturbances, func(i interval) bool { return i.overlaps(begin, end) })
 }
 
-// connected records a connection that began at a time and that an endpoint answered.
-// staleness is how long the endpoint had been removed when the connection began, or 0.
-func (r *recorder) connected(begin time.Time, resent uint32, staleness time.Duration) {
+// connected records a connection to a target that began at a time and that an endpoint
+// answered. staleness is how long the endpoint had been removed when the connection began,
+// or 0.
+func (r *recorder) connected(to fmt.Stringer, begin time.Time, resent uint32, staleness time.Duration) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	got := r.at(begin)
@@ -134,7 +137,10 @@ func (r *recorder) connected(begin time.Time, resent uint32, staleness time.Dura
 	}
 	if staleness > 0 {
 		got.stale++
-		got.staleness = max(got.staleness, staleness)
+	}
+	if staleness > got.staleness {
+		got.staleness = staleness
+		got.stalest = fmt.Sprintf("%s: %s", begin.Format(clock), to)
 	}
 }
 
@@ -185,9 +191,11 @@ func (r *recorder) crashed() {
 	r.at(time.Now()).crashes++
 }
 
+// clock is how the times of examples are written.
+const clock = "15:04:05.000"
+
 func (r *result) example(begin, end time.Time, err error) {
 	if len(r.examples) < maxExamples {
-		const clock = "15:04:05.000"
 		r.examples = append(r.examples, fmt.Sprintf("%s to %s: %v", begin.Format(clock), end.Format(clock), err))
 	}
 }
@@ -236,7 +244,7 @@ func (f fault) exceeded(r result) []string {
 		exceeds("%d of %d open connections broke by the disturbance, 0 are allowed", r.disturbedOpen, r.open)
 	}
 	if r.staleness > f.stale {
-		exceeds("an endpoint got connections %s after it was removed, %s is allowed", r.staleness, f.stale)
+		exceeds("an endpoint got connections %s after it was removed, %s is allowed: %s", r.staleness, f.stale, r.stalest)
 	}
 	if r.crashes > 0 && !f.ends {
 		exceeds("Fairlead ended by itself %d times", r.crashes)

@@ -5,6 +5,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"fairlead.io/fairlead/internal/nettest"
 )
 
 // A connection counts as disturbed only if it overlaps the disturbance or the time
@@ -47,8 +49,12 @@ func TestExceeded(t *testing.T) {
 		"a broken one":      {fault{}, func(r *recorder) { r.opened(1); r.broke(now, now, failure) }, "1 of 1 open connections broke"},
 		"a crash":           {fault{}, (*recorder).crashed, "ended by itself"},
 		"an expected crash": {fault{ends: true}, (*recorder).crashed, ""},
-		"stale":             {fault{stale: time.Second}, func(r *recorder) { r.connected(time.Now(), 0, 2*time.Second) }, "1s is allowed"},
-		"stale as allowed":  {fault{stale: time.Second}, func(r *recorder) { r.connected(time.Now(), 0, time.Second) }, ""},
+		"stale": {fault{stale: time.Second}, func(r *recorder) {
+			r.connected(target{from: &nettest.Host{}, service: &service{}}, time.Now(), 0, 2*time.Second)
+		}, "1s is allowed"},
+		"stale as allowed": {fault{stale: time.Second}, func(r *recorder) {
+			r.connected(target{from: &nettest.Host{}, service: &service{}}, time.Now(), 0, time.Second)
+		}, ""},
 		"disturbed": {fault{disturbs: true}, func(r *recorder) {
 			_ = r.disturb(func() error { r.failed(time.Now(), time.Now(), failure); return nil })
 		}, ""},
@@ -62,7 +68,7 @@ func TestExceeded(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			r := &recorder{}
 			record := r.beginFault()
-			r.connected(time.Now(), 0, 0)
+			r.connected(target{from: &nettest.Host{}, service: &service{}}, time.Now(), 0, 0)
 			r.changed()
 			test.do(r)
 			got := strings.Join(test.fault.exceeded(r.resultOf(record)), "; ")

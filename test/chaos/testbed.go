@@ -372,7 +372,7 @@ func (t *testbed) connectAll(ctx context.Context, to target) {
 			case err != nil:
 				t.recorder.failed(begin, time.Now(), fmt.Errorf("%s: %w", to, err))
 			default:
-				t.recorder.connected(begin, resent, to.service.endpoints[to.family].staleness(pod, begin))
+				t.recorder.connected(to, begin, resent, to.service.endpoints[to.family].staleness(pod, begin))
 			}
 		}
 	})
