@@ -119,9 +119,15 @@ func (r *recorder) disturb(fn func() error) error {
 	return fn()
 }
 
-// isDisturbed is called with the recorder locked.
-func (r *recorder) isDisturbed(begin, end time.Time) bool {
-	return slices.ContainsFunc(r.disturbances, func(i interval) bool { return i.overlaps(begin, end) })
+// disturbance returns the last disturbance that overlaps a time. It is called with the
+// recorder locked.
+func (r *recorder) disturbance(begin, end time.Time) (interval, bool) {
+	for _, i := range slices.Backward(r.disturbances) {
+		if i.overlaps(begin, end) {
+			return i, true
+		}
+	}
+	return interval{}, false
 }
 
 // connected records a connection to a target that began at a time and that an endpoint
@@ -150,7 +156,7 @@ func (r *recorder) failed(begin, end time.Time, err error) {
 	defer r.mu.Unlock()
 	got := r.at(begin)
 	got.connections++
-	if r.isDisturbed(begin, end) {
+	if _, disturbed := r.disturbance(begin, end); disturbed {
 		got.disturbed++
 		return
 	}
@@ -169,8 +175,9 @@ func (r *recorder) opened(n int) {
 func (r *recorder) broke(begin, end time.Time, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.isDisturbed(begin, end) {
-		r.at(end).disturbedOpen++ // it may have been idle since the fault before
+	if by, disturbed := r.disturbance(begin, end); disturbed {
+		// It may have been idle since the fault before, and may be noticed in the next.
+		r.at(by.begin).disturbedOpen++
 		return
 	}
 	got := r.at(begin)

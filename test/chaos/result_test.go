@@ -117,3 +117,23 @@ func TestFailureCountsForItsFault(t *testing.T) {
 		t.Errorf("the second fault has %d connections", got.connections)
 	}
 }
+
+// An open connection that a disturbance broke counts for the fault of the disturbance,
+// whenever it was used last and found broken.
+func TestBrokenConnectionCountsForItsDisturbance(t *testing.T) {
+	r := &recorder{}
+	before := r.beginFault()
+	used := time.Now()
+	disturbing := r.beginFault()
+	_ = r.disturb(func() error { return nil })
+	after := r.beginFault()
+	r.broke(used, time.Now(), errors.New("no answer"))
+	for name, record := range map[string]*record{"before": before, "after": after} {
+		if got := r.resultOf(record); got.broken+got.disturbedOpen != 0 {
+			t.Errorf("the fault %s it has %d broken connections, %d by a disturbance", name, got.broken, got.disturbedOpen)
+		}
+	}
+	if got := r.resultOf(disturbing); got.disturbedOpen != 1 || got.broken != 0 {
+		t.Errorf("the fault has %d broken connections, %d by a disturbance; want 0 and 1", got.broken, got.disturbedOpen)
+	}
+}
