@@ -5,8 +5,8 @@ import (
 	"log/slog"
 	"time"
 
-	"fairlead.io/fairlead/internal/metrics"
-	"fairlead.io/fairlead/nft"
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/backend"
 )
 
 // affinityInterval is how often the agent looks whether a map of session affinity is full.
@@ -15,16 +15,15 @@ const affinityInterval = 5 * time.Second
 // affinity keeps room in the maps of session affinity.
 type affinity struct {
 	log     *slog.Logger
-	limiter *nft.AffinityLimiter
+	limiter backend.AffinityLimiter
 }
 
-// newAffinity returns nil in the mode ipvs, where IPVS remembers clients in its own table.
-func newAffinity(dp backend, log *slog.Logger) *affinity {
-	d, ok := dp.(*nft.Dataplane)
-	if !ok {
+// newAffinity returns nil if the backend has no such maps.
+func newAffinity(b backend.Backend, dp dataplane.Dataplane, log *slog.Logger) *affinity {
+	if b.Affinity == nil {
 		return nil
 	}
-	return &affinity{log: log.With("component", "session-affinity"), limiter: nft.NewAffinityLimiter(d, nft.Options{})}
+	return &affinity{log: log.With("component", "session-affinity"), limiter: b.Affinity(dp)}
 }
 
 // run evicts clients from full maps until ctx is done. It logs the beginning and the end
@@ -63,12 +62,4 @@ func (a *affinity) run(ctx context.Context) error {
 		}
 		evicting, evicted = now > evicted, now
 	}
-}
-
-func (a *affinity) stats() []metrics.Affinity {
-	var all []metrics.Affinity
-	for _, s := range a.limiter.Stats() {
-		all = append(all, metrics.Affinity(s))
-	}
-	return all
 }

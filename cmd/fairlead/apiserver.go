@@ -8,26 +8,24 @@ import (
 
 	"k8s.io/apimachinery/pkg/types"
 
+	"fairlead.io/fairlead/internal/backend"
 	"fairlead.io/fairlead/internal/metrics"
-	"fairlead.io/fairlead/ipvs"
-	"fairlead.io/fairlead/nft"
 	"fairlead.io/fairlead/source/apiserver"
 )
 
 // readServedLimit bounds the time that the start takes to read what is programmed.
 const readServedLimit = 10 * time.Second
 
-// served returns what an earlier run of the program has left in the kernel: the
+// servedServices returns what an earlier run of the program has left in the kernel: the
 // names of the Services with endpoints. Without an answer there are none.
-func (m mode) served(log *slog.Logger) func() map[types.NamespacedName]struct{} {
+func servedServices(b backend.Backend, log *slog.Logger) func() map[types.NamespacedName]struct{} {
+	if b.ServedServices == nil {
+		return nil
+	}
 	return func() map[types.NamespacedName]struct{} {
 		ctx, cancel := context.WithTimeout(context.Background(), readServedLimit)
 		defer cancel()
-		var options nft.Options
-		if m == modeIPVS {
-			options.Table = ipvs.TableName
-		}
-		texts, err := nft.ServedServices(ctx, options)
+		texts, err := b.ServedServices(ctx)
 		if err != nil {
 			log.WarnContext(ctx, "what is programmed could not be read, so the first list of the API server is not compared with it", "error", err)
 			return nil

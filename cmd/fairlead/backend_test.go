@@ -14,25 +14,22 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/backend"
+	"fairlead.io/fairlead/internal/config"
 	"fairlead.io/fairlead/internal/metrics"
 	"fairlead.io/fairlead/ipvs"
 	"fairlead.io/fairlead/kube"
 	"fairlead.io/fairlead/sync"
 )
 
-func TestModeNames(t *testing.T) {
-	t.Parallel()
-	for m, want := range map[mode]string{modeNFT: "nftables", modeIPVS: "ipvs"} {
-		if got := m.kubeProxyName(); got != want {
-			t.Errorf("%s is %s to kube-proxy, want %s", m, got, want)
-		}
-		if got, ok := fromKubeProxy(want); got != m || !ok {
-			t.Errorf("kube-proxy's %s is %q, want %s", want, got, m)
-		}
+// byName returns a backend of the table.
+func byName(t *testing.T, name string) backend.Backend {
+	t.Helper()
+	b, err := backend.ByName(name)
+	if err != nil {
+		t.Fatal(err)
 	}
-	if got, ok := fromKubeProxy("iptables"); ok {
-		t.Errorf("kube-proxy's iptables is %q, want none", got)
-	}
+	return b
 }
 
 // What a tracker is told depends on the mode that runs: where node ports are
@@ -44,56 +41,23 @@ func TestModeTracker(t *testing.T) {
 	all := kube.NodePortAddresses{All: true}
 	for _, test := range []struct {
 		name        string
-		mode        mode
+		mode        string
 		given, want kube.NodePortAddresses
 		schedulers  []string
 	}{
-		{"nft: the primary addresses, which the zero value stands for", modeNFT, kube.NodePortAddresses{}, kube.NodePortAddresses{}, nil},
-		{"nft, with a folder", modeNFT, all, all, nil},
-		{"nft, networks", modeNFT, network, network, nil},
-		{"ipvs: all addresses", modeIPVS, kube.NodePortAddresses{}, all, ipvs.Schedulers()},
-		{"ipvs, primary", modeIPVS, primary, primary, ipvs.Schedulers()},
-		{"ipvs, networks", modeIPVS, network, network, ipvs.Schedulers()},
+		{"nft: the primary addresses, which the zero value stands for", backend.NFT, kube.NodePortAddresses{}, kube.NodePortAddresses{}, nil},
+		{"nft, with a folder", backend.NFT, all, all, nil},
+		{"nft, networks", backend.NFT, network, network, nil},
+		{"ipvs: all addresses", backend.IPVS, kube.NodePortAddresses{}, all, ipvs.Schedulers()},
+		{"ipvs, primary", backend.IPVS, primary, primary, ipvs.Schedulers()},
+		{"ipvs, networks", backend.IPVS, network, network, ipvs.Schedulers()},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
-			got := test.mode.tracker(kube.Options{NodeName: "node", NodePortAddresses: test.given})
+			got := trackerOptions(byName(t, test.mode), kube.Options{NodeName: "node", NodePortAddresses: test.given})
 			want := kube.Options{NodeName: "node", NodePortAddresses: test.want, Schedulers: test.schedulers}
 			if diff := cmp.Diff(want, got, cmp.Comparer(func(a, b netip.Prefix) bool { return a == b }), cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {
 				t.Errorf("(-want +got):\n%s", diff)
-			}
-		})
-	}
-}
-
-// What a changed file asks for that a running program can't do is named.
-func TestSettingsThatNeedARestart(t *testing.T) {
-	t.Parallel()
-	const full = "mode: ipvs\nipvs: {scheduler: lc, excludeCIDRs: [10.0.0.0/8], strictARP: true, tcpTimeout: 1s, tcpFinTimeout: 2s, udpTimeout: 3s}\n"
-	for _, test := range []struct {
-		name, was, is string
-		want          []string
-	}{
-		{"nothing", full, full, nil},
-		{"all of IPVS", full, "mode: ipvs\n", []string{
-			"ipvs-exclude-cidrs", "ipvs-scheduler", "ipvs-strict-arp", "ipvs-tcp-timeout", "ipvs-tcpfin-timeout", "ipvs-udp-timeout",
-		}},
-		{"one timeout", full, strings.Replace(full, "udpTimeout: 3s", "udpTimeout: 4s", 1), []string{"ipvs-udp-timeout"}},
-		{"the mode, with all that belongs to it", "mode: nftables\n", full, []string{"mode"}},
-		{"the mode, back", full, "mode: nftables\n", []string{"mode"}},
-		{"IPVS without the mode", "mode: nftables\n", strings.Replace(full, "mode: ipvs", "mode: nftables", 1), nil},
-	} {
-		t.Run(test.name, func(t *testing.T) {
-			t.Parallel()
-			var configs [2]config
-			for i, text := range []string{test.was, test.is} {
-				var err error
-				if configs[i], _, err = load(given{"config": configPath(t, configHeader+text), "hostname-override": "node"}); err != nil {
-					t.Fatal(err)
-				}
-			}
-			if got := configs[0].restart(configs[1]); !slices.Equal(got, test.want) {
-				t.Errorf("%q need a restart, want %q", got, test.want)
 			}
 		})
 	}
@@ -104,17 +68,21 @@ func TestSettingsThatNeedARestart(t *testing.T) {
 func TestModeStaysUntilRestart(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
-		runs, file mode
+		runs, file string
 		everywhere bool
-	}{{modeNFT, modeIPVS, false}, {modeIPVS, modeNFT, true}, {modeNFT, modeNFT, false}, {modeIPVS, modeIPVS, true}} {
-		t.Run(string(test.runs+" to "+test.file), func(t *testing.T) {
+	}{{backend.NFT, backend.IPVS, false}, {backend.IPVS, backend.NFT, true}, {backend.NFT, backend.NFT, false}, {backend.IPVS, backend.IPVS, true}} {
+		t.Run(test.runs+" to "+test.file, func(t *testing.T) {
 			t.Parallel()
 			var log bytes.Buffer
 			j := newJoin(slog.New(slog.NewTextHandler(&log, nil)))
-			p := &program{log: j.log, join: j, metrics: j.metrics}
-			was, next := usual(), usual()
-			was.mode, next.mode = test.runs, test.file
-			p.reloader(nil, nil, was, &slog.LevelVar{}).apply(t.Context(), next)
+			p := &program{log: j.log, backend: byName(t, test.runs), join: j, metrics: j.metrics}
+			was, _, err := config.Load(config.Flags{"hostname-override": "node"})
+			if err != nil {
+				t.Fatal(err)
+			}
+			next := was
+			was.Mode, next.Mode = test.runs, test.file
+			p.applier(was, &slog.LevelVar{})(t.Context(), next)
 			if j.nodePorts.All != test.everywhere {
 				t.Errorf("node ports are served on all addresses: %t, want %t", j.nodePorts.All, test.everywhere)
 			}
@@ -131,8 +99,8 @@ func TestModeCounters(t *testing.T) {
 	n := newNode(t)
 	n.nft("add table ip fairlead-ipvs; add counter ip fairlead-ipvs rejected-no-endpoints { packets 7 bytes 420; };" +
 		"add table ip fairlead; add counter ip fairlead rejected-no-endpoints { packets 3 bytes 180; }")
-	for m, want := range map[mode]uint64{modeNFT: 3, modeIPVS: 7} {
-		c := m.counters(slog.New(slog.DiscardHandler))
+	for m, want := range map[string]uint64{backend.NFT: 3, backend.IPVS: 7} {
+		c := newCounters(byName(t, m), slog.New(slog.DiscardHandler))
 		t.Cleanup(func() { _ = c.close() })
 		var counts []metrics.Unserved
 		err := n.Node.Do(func() (err error) { // where it connects to the kernel
@@ -156,14 +124,14 @@ func TestModeCounters(t *testing.T) {
 func TestTakeOver(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
-		mode mode
+		mode string
 		err  error
 		want string // cleaned up
 		log  string
 	}{
-		{modeNFT, nil, "ipvs", `level=INFO msg="nothing that another mode has programmed is left" other_mode=ipvs`},
-		{modeIPVS, nil, "nft", `level=INFO msg="nothing that another mode has programmed is left" other_mode=nft`},
-		{modeIPVS, errors.New("no"), "nft", `level=WARN msg="what another mode may have programmed is still there; the next start tries again" other_mode=nft error=no`},
+		{backend.NFT, nil, "ipvs", `level=INFO msg="nothing that another mode has programmed is left" other_mode=ipvs`},
+		{backend.IPVS, nil, "nft", `level=INFO msg="nothing that another mode has programmed is left" other_mode=nft`},
+		{backend.IPVS, errors.New("no"), "nft", `level=WARN msg="what another mode may have programmed is still there; the next start tries again" other_mode=nft error=no`},
 	} {
 		t.Run(test.want+" "+test.log[:10], func(t *testing.T) {
 			t.Parallel()
@@ -176,8 +144,8 @@ func TestTakeOver(t *testing.T) {
 			committed := make(chan bool, 1)
 			go func() {
 				defer close(done)
-				test.mode.takeOver(ctx, j.log, j.programmed, func(m mode, _ *slog.Logger) error {
-					cleaned = append(cleaned, string(m))
+				takeOver(ctx, byName(t, test.mode), j.log, j.programmed, func(b backend.Backend, _ *slog.Logger) error {
+					cleaned = append(cleaned, b.Name)
 					select {
 					case <-committed:
 					default:
@@ -206,8 +174,8 @@ func TestNoTakeOver(t *testing.T) {
 	t.Parallel()
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	modeIPVS.takeOver(ctx, slog.New(slog.DiscardHandler), make(chan struct{}), func(m mode, _ *slog.Logger) error {
-		t.Errorf("removed what is of %s", m)
+	takeOver(ctx, byName(t, backend.IPVS), slog.New(slog.DiscardHandler), make(chan struct{}), func(b backend.Backend, _ *slog.Logger) error {
+		t.Errorf("removed what is of %s", b.Name)
 		return nil
 	})
 }
@@ -226,7 +194,7 @@ func TestTakeOverFromNFT(t *testing.T) {
 	programmed := make(chan struct{})
 	close(programmed)
 	err := n.Node.Do(func() error {
-		modeIPVS.takeOver(t.Context(), slog.New(slog.DiscardHandler), programmed, mode.cleanup)
+		takeOver(t.Context(), byName(t, backend.IPVS), slog.New(slog.DiscardHandler), programmed, backend.Backend.Remove)
 		return nil
 	})
 	if err != nil {

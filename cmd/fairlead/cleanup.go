@@ -5,10 +5,13 @@ import (
 	"io/fs"
 
 	"github.com/spf13/cobra"
+
+	"fairlead.io/fairlead/internal/backend"
+	"fairlead.io/fairlead/internal/config"
 )
 
 func cleanupCommand() *cobra.Command {
-	var logs logOptions
+	var logs config.LogFlags
 	var force bool
 	cmd := &cobra.Command{
 		Use:   "cleanup",
@@ -19,7 +22,7 @@ mostly too. A Fairlead that still runs would put everything back, so it must be
 stopped first.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			log, err := logs.logger(cmd.ErrOrStderr())
+			log, err := logs.Logger(cmd.ErrOrStderr())
 			if err != nil {
 				return err
 			}
@@ -31,8 +34,8 @@ stopped first.`,
 				defer lock.Release() //nolint:errcheck // the process ends
 			}
 			var errs []error
-			for _, m := range modes() {
-				err := m.cleanup(log)
+			for _, b := range backend.All() {
+				err := b.Remove(log)
 				errs = append(errs, err)
 				if errors.Is(err, fs.ErrPermission) {
 					break // as it would be with the others
@@ -42,6 +45,6 @@ stopped first.`,
 		},
 	}
 	cmd.Flags().BoolVar(&force, "force", false, "clean up although another Fairlead programs this node")
-	logs.addFlags(cmd)
+	logs.AddFlags(cmd)
 	return cmd
 }

@@ -2,10 +2,12 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
 	"sync/atomic"
 	"time"
 
+	"fairlead.io/fairlead/internal/backend"
 	"fairlead.io/fairlead/internal/metrics"
 )
 
@@ -20,6 +22,21 @@ type counters struct {
 	close func() error
 
 	failing atomic.Bool
+}
+
+// newCounters returns nil if the backend counts nothing.
+func newCounters(b backend.Backend, log *slog.Logger) *counters {
+	if b.Counters == nil {
+		return nil
+	}
+	kernel := b.Counters()
+	return &counters{log: log.With("backend", b.Name), close: kernel.Close, read: func(ctx context.Context) ([]metrics.Unserved, error) {
+		counts, err := kernel.Read(ctx)
+		if err != nil {
+			return nil, fmt.Errorf("--mode=%s: %w", b.Name, err)
+		}
+		return counts, nil
+	}}
 }
 
 // unserved reads them. That they can't be read is logged once, and so is that

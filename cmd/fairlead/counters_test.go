@@ -17,6 +17,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/backend"
 	"fairlead.io/fairlead/internal/metrics"
 	"fairlead.io/fairlead/internal/nettest"
 	"fairlead.io/fairlead/kube"
@@ -91,7 +92,7 @@ func TestUnservedServiceCIDR(t *testing.T) {
 	n := newNode(t)
 	var dp dataplane.Dataplane
 	err := n.Node.Do(func() (err error) {
-		dp, err = config{static: static{mode: modeNFT}}.openBackend(slog.New(slog.DiscardHandler), nil)
+		dp, err = byName(t, backend.NFT).Dial(backend.Options{Logger: slog.New(slog.DiscardHandler)})
 		return err
 	})
 	if err != nil {
@@ -122,7 +123,7 @@ func TestUnservedServiceCIDR(t *testing.T) {
 	})
 	n.connectInVain(n.client, vips(1, 80))
 
-	c := modeNFT.counters(slog.New(slog.DiscardHandler))
+	c := newCounters(byName(t, backend.NFT), slog.New(slog.DiscardHandler))
 	t.Cleanup(func() {
 		if err := c.close(); err != nil {
 			t.Error(err)

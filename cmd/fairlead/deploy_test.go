@@ -16,6 +16,9 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/util/strategicpatch"
 	kubejson "sigs.k8s.io/json"
+
+	"fairlead.io/fairlead/internal/backend"
+	"fairlead.io/fairlead/internal/config"
 )
 
 // manifestOf reads a file of deploy.
@@ -62,22 +65,22 @@ func TestDeploy(t *testing.T) {
 	if want := "--config=" + path.Join(mounted, "config.conf"); !slices.Contains(container.Args, want) {
 		t.Errorf("arguments %q, want %s", container.Args, want)
 	}
-	for name, text := range map[string]string{"config.yaml": configMap.Data["config.conf"], "kubeadm's": kubeadmConfig} {
+	for name, text := range map[string]string{"config.yaml": configMap.Data["config.conf"], "kubeadm's": kubeadmConfig(t)} {
 		file := filepath.Join(t.TempDir(), "config.conf")
 		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		c, _, err := load(given{"config": file, "hostname-override": "node"})
+		c, _, err := config.Load(config.Flags{"config": file, "hostname-override": "node"})
 		if err != nil {
 			t.Errorf("%s: %v", name, err)
 			continue
 		}
-		dir, kubeconfig := path.Split(c.api.kubeconfig)
+		dir, kubeconfig := path.Split(c.API.Kubeconfig)
 		if path.Clean(dir) != mounted || configMap.Data[kubeconfig] == "" {
-			t.Errorf("%s: the kubeconfig is at %s, and the ConfigMap, whose files are %v, at %s", name, c.api.kubeconfig, configMap.Data, mounted)
+			t.Errorf("%s: the kubeconfig is at %s, and the ConfigMap, whose files are %v, at %s", name, c.API.Kubeconfig, configMap.Data, mounted)
 		}
-		if len(c.notes) > 0 {
-			t.Errorf("%s: notes %v", name, c.notes)
+		if len(c.Notes) > 0 {
+			t.Errorf("%s: notes %v", name, c.Notes)
 		}
 	}
 }
@@ -136,9 +139,9 @@ func TestDeployIPVS(t *testing.T) {
 	if !*setUp.SecurityContext.Privileged {
 		t.Errorf("%s is not privileged: it can't load modules, nor write to /proc/sys", setUp.Name)
 	}
-	config := want.VolumeMounts[0]
+	files := want.VolumeMounts[0]
 	modules := corev1.VolumeMount{Name: "modules", MountPath: "/lib/modules", ReadOnly: true}
-	if diff := cmp.Diff([]corev1.VolumeMount{config, modules}, setUp.VolumeMounts); diff != "" {
+	if diff := cmp.Diff([]corev1.VolumeMount{files, modules}, setUp.VolumeMounts); diff != "" {
 		t.Errorf("%s mounts (-want +got):\n%s", setUp.Name, diff)
 	}
 	volumes := map[string]corev1.Volume{}
@@ -149,10 +152,10 @@ func TestDeployIPVS(t *testing.T) {
 		t.Errorf("volumes: %+v", spec.Volumes)
 	}
 	// The files that the DaemonSet is run with leave the mode to the flag, or agree.
-	for name, text := range map[string]string{"kubeadm's": kubeadmConfig, "kubeadm's of the mode ipvs": configHeader + "mode: ipvs\n"} {
-		c, _, err := load(given{"config": configPath(t, text), "hostname-override": "node", "mode": "ipvs"})
-		if err != nil || c.mode != modeIPVS || len(c.notes) > 0 {
-			t.Errorf("%s: mode %s, notes %v, error %v", name, c.mode, c.notes, err)
+	for name, text := range map[string]string{"kubeadm's": kubeadmConfig(t), "kubeadm's of the mode ipvs": configHeader + "mode: ipvs\n"} {
+		c, _, err := config.Load(config.Flags{"config": configPath(t, text), "hostname-override": "node", "mode": "ipvs"})
+		if err != nil || c.Mode != backend.IPVS || len(c.Notes) > 0 {
+			t.Errorf("%s: mode %s, notes %v, error %v", name, c.Mode, c.Notes, err)
 		}
 	}
 }

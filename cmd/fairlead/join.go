@@ -14,6 +14,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 
 	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/backend"
 	"fairlead.io/fairlead/internal/conntrack"
 	"fairlead.io/fairlead/internal/health"
 	"fairlead.io/fairlead/internal/metrics"
@@ -21,7 +22,6 @@ import (
 	"fairlead.io/fairlead/internal/nodesettings"
 	"fairlead.io/fairlead/internal/relay"
 	"fairlead.io/fairlead/kube"
-	"fairlead.io/fairlead/nft"
 	"fairlead.io/fairlead/source/manifest/dns"
 	"fairlead.io/fairlead/sync"
 )
@@ -276,7 +276,7 @@ func (j *join) healthCheckFailed(service health.Service, port uint16, err error)
 }
 
 // rebuilt reports that a table could not be repaired in place.
-func (j *join) rebuilt(r nft.Rebuild) {
+func (j *join) rebuilt(r backend.Rebuild) {
 	j.metrics.TableRebuilt(r.Family)
 	j.events.TableRebuilt(r.Table, r.Reason)
 }

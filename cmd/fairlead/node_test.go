@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -20,7 +21,8 @@ import (
 	"testing"
 	"time"
 
-	"github.com/google/nftables"
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
 
 	"fairlead.io/fairlead/internal/nettest"
 )
@@ -322,18 +324,34 @@ func (n *node) ruleset() []string {
 	return words
 }
 
-// generation returns the number of commits that the node's ruleset has seen.
+// generation returns the number of commits that the node's ruleset has seen. Package
+// nftables cannot read it by a file descriptor above 1023, as it waits by select(2).
 func (n *node) generation() uint32 {
 	n.t.Helper()
-	conn, err := nftables.New(nftables.WithNetNSFd(n.Node.Fd()))
+	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, &netlink.Config{NetNS: n.Node.Fd()})
 	if err != nil {
 		n.t.Fatal(err)
 	}
-	gen, err := conn.GetGen()
+	defer conn.Close()
+	replies, err := conn.Execute(netlink.Message{
+		Header: netlink.Header{Type: unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETGEN, Flags: netlink.Request},
+		Data:   make([]byte, 4), // nfgenmsg
+	})
+	if err != nil || len(replies) != 1 {
+		n.t.Fatalf("%d replies, error %v", len(replies), err)
+	}
+	attrs, err := netlink.NewAttributeDecoder(replies[0].Data[4:])
 	if err != nil {
 		n.t.Fatal(err)
 	}
-	return gen.ID
+	attrs.ByteOrder = binary.BigEndian
+	for attrs.Next() {
+		if attrs.Type() == unix.NFTA_GEN_ID {
+			return attrs.Uint32()
+		}
+	}
+	n.t.Fatalf("no generation: %v", attrs.Err())
+	return 0
 }
 
 // run starts `fairlead run` on the node and waits until it has programmed it.

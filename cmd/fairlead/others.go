@@ -4,6 +4,7 @@ import (
 	"context"
 	"time"
 
+	"fairlead.io/fairlead/internal/backend"
 	"fairlead.io/fairlead/internal/otherproxy"
 )
 
@@ -58,7 +59,11 @@ func (p *program) giveWay(ctx context.Context, after time.Duration) {
 	if !ahead || !p.standby.isActive() {
 		return
 	}
-	if err := p.dp.GiveWay(after); err != nil {
+	yielder, ok := p.dp.(backend.Yielder)
+	if !ok {
+		return
+	}
+	if err := yielder.GiveWay(after); err != nil {
 		p.log.WarnContext(ctx, "Fairlead's rules stay in front of the other Service proxy's until fairlead cleanup", "error", err)
 		return
 	}

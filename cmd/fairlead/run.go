@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -14,6 +15,9 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
 
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/backend"
+	"fairlead.io/fairlead/internal/config"
 	"fairlead.io/fairlead/internal/connlimit"
 	"fairlead.io/fairlead/internal/conntrack"
 	"fairlead.io/fairlead/internal/health"
@@ -22,7 +26,6 @@ import (
 	"fairlead.io/fairlead/internal/nodesettings"
 	"fairlead.io/fairlead/internal/relay"
 	"fairlead.io/fairlead/kube"
-	"fairlead.io/fairlead/nft"
 	"fairlead.io/fairlead/source/manifest/dns"
 	"fairlead.io/fairlead/sync"
 )
@@ -33,7 +36,7 @@ import (
 const resyncPeriod = 15 * time.Minute
 
 func runCommand(setClientLogger func(*slog.Logger)) *cobra.Command {
-	var flags given
+	var flags config.Flags
 	cmd := &cobra.Command{
 		Use:   "run",
 		Short: "Program this node and keep it programmed",
@@ -54,51 +57,58 @@ accepted as well, and named in a warning.`,
 			return runProgram(cmd.Context(), flags, cmd.ErrOrStderr(), setClientLogger)
 		},
 	}
-	flags = addFlags(cmd)
+	flags = config.AddFlags(cmd)
 	return cmd
 }
 
 // runProgram is `fairlead run`.
-func runProgram(ctx context.Context, flags given, stderr io.Writer, setClientLogger func(*slog.Logger)) error {
-	c, content, err := load(flags)
+func runProgram(ctx context.Context, flags config.Flags, stderr io.Writer, setClientLogger func(*slog.Logger)) error {
+	c, content, err := config.Load(flags)
 	if err != nil {
 		return err
 	}
 	heap := newStartHeap()
 	level := &slog.LevelVar{}
-	level.Set(c.logLevel)
-	log := newLogger(stderr, level, c.logFormat)
+	level.Set(c.LogLevel)
+	log := config.NewLogger(stderr, level, c.LogFormat)
 	setClientLogger(log.With("component", "client-go"))
-	c.warn(ctx, log)
-	if c.initOnly {
-		return c.mode.setUp(ctx, log, c.ipvs)
+	warn(ctx, log, c)
+	b, err := backend.ByName(c.Mode)
+	if err != nil {
+		return err
 	}
-	p, err := c.build(log) //nolint:contextcheck // what it opens has contexts of its own
+	if c.InitOnly {
+		return b.Prepare(ctx, backend.Options{Logger: log, Values: c.Values})
+	}
+	p, err := build(c, b, log) //nolint:contextcheck // what it opens has contexts of its own
 	if err != nil {
 		return err
 	}
 	defer p.close(ctx, c)
 	if content != nil {
-		p.reload = p.reloader(flags, content, c, level)
+		p.reload = config.NewReloader(config.ReloaderOptions{
+			Flags: flags, Content: content, Logger: log, Apply: p.applier(c, level), Done: p.metrics.Reloaded,
+		})
 	}
 	return p.run(ctx, c, heap)
 }
 
 // warn logs what was given without effect, and what is deprecated.
-func (c config) warn(ctx context.Context, log *slog.Logger) {
-	for _, n := range c.notes {
-		if n.deprecated {
-			log.WarnContext(ctx, "a setting is deprecated", "setting", n.what, "instead", n.why)
+func warn(ctx context.Context, log *slog.Logger, c config.Config) {
+	for _, n := range c.Notes {
+		if n.Deprecated {
+			log.WarnContext(ctx, "a setting is deprecated", "setting", n.Setting, "instead", n.Reason)
 			continue
 		}
-		log.WarnContext(ctx, "a setting has no effect", "setting", n.what, "reason", n.why)
+		log.WarnContext(ctx, "a setting has no effect", "setting", n.Setting, "reason", n.Reason)
 	}
 }
 
 // program has all parts, joined.
 type program struct {
 	log      *slog.Logger
-	dp       backend
+	backend  backend.Backend
+	dp       dataplane.Dataplane
 	counters *counters
 	source   source
 	syncer   *sync.Syncer
@@ -112,25 +122,25 @@ type program struct {
 	settings *nodesettings.Watcher
 	join     *join
 	standby  *standby
-	reload   *reloader // nil without a configuration file
+	reload   *config.Reloader // nil without a configuration file
 }
 
 // build makes the parts and joins them. Nothing runs yet, and nothing is
 // programmed.
-func (c config) build(log *slog.Logger) (*program, error) {
-	p := &program{log: log, standby: newStandby(log, c.describe())}
+func build(c config.Config, b backend.Backend, log *slog.Logger) (*program, error) {
+	p := &program{log: log, backend: b, standby: newStandby(log, describe(c))}
 	var err error
 	var events events
-	if p.source, events, err = c.open(log); err != nil {
+	if p.source, events, err = openSource(c, b, log); err != nil {
 		return nil, err
 	}
-	if p.dp, err = c.openBackend(log, func(r nft.Rebuild) { p.join.rebuilt(r) }); err != nil {
+	if p.dp, err = b.Dial(backend.Options{Logger: log, Values: c.Values, OwnTables: c.OwnTables, OnRebuild: func(r backend.Rebuild) { p.join.rebuilt(r) }}); err != nil {
 		return nil, err
 	}
 	// The parts tell each other through join, which is complete before any runs.
-	options := c.mode.tracker(c.tracker)
+	options := trackerOptions(b, c.Tracker)
 	p.join = &join{
-		log: log, events: events, hasNode: c.manifests == "", nodeName: c.tracker.NodeName, tracker: kube.NewTracker(options),
+		log: log, events: events, hasNode: c.Manifests == "", nodeName: c.Tracker.NodeName, tracker: kube.NewTracker(options),
 		nodePorts: options.NodePortAddresses, programmed: make(chan struct{}),
 	}
 	p.syncer = sync.New(p.dp, sync.Options{
@@ -141,17 +151,21 @@ func (c config) build(log *slog.Logger) (*program, error) {
 		MaxConnections: shares.relayConnections, MaxListeners: shares.relayListeners, Logger: log.With("component", "relay"),
 	})
 	p.servers = newServers(shares.serverConnections, log)
-	p.counters = c.mode.counters(log)
+	p.counters = newCounters(b, log)
+	var unserved func() ([]metrics.Unserved, error)
+	if p.counters != nil {
+		unserved = p.counters.unserved
+	}
 	p.metrics = metrics.New(metrics.Options{
-		Version: version, Mode: string(c.mode), Status: p.syncer.Status, Relay: p.relay.Stats, Unserved: p.counters.unserved,
+		Version: version, Mode: c.Mode, Status: p.syncer.Status, Relay: p.relay.Stats, Unserved: unserved,
 		Servers: p.servers.stats, Standby: p.standby.onStandby, Waiting: p.standby.waiting,
 		APILists: apiLists(p.source),
 	})
 	p.settings = nodesettings.New(nodesettings.Options{Logger: log.With("component", "node-settings")})
 	p.join.settings = p.settings
 	p.metrics.AddNodeSettings(func() map[string]int { return countSettings(p.settings.Problems()) })
-	if p.affinity = newAffinity(p.dp, log); p.affinity != nil {
-		p.metrics.AddAffinity(p.affinity.stats)
+	if p.affinity = newAffinity(b, p.dp, log); p.affinity != nil {
+		p.metrics.AddAffinity(p.affinity.limiter.Stats)
 	}
 	p.proxy = health.NewProxy(health.ProxyOptions{
 		Progress: p.join.progress, Eligible: p.join.eligible, Answered: p.metrics.Answered,
@@ -165,22 +179,26 @@ func (c config) build(log *slog.Logger) (*program, error) {
 	return p, nil
 }
 
-func (p *program) close(ctx context.Context, c config) {
-	p.giveWay(context.WithoutCancel(ctx), c.giveWayAfter)
-	if err := errors.Join(p.counters.close(), p.dp.Close(), p.standby.release()); err != nil {
+func (p *program) close(ctx context.Context, c config.Config) {
+	p.giveWay(context.WithoutCancel(ctx), c.GiveWayAfter)
+	closeCounters := func() error { return nil }
+	if p.counters != nil {
+		closeCounters = p.counters.close
+	}
+	if err := errors.Join(closeCounters(), p.dp.Close(), p.standby.release()); err != nil {
 		p.log.WarnContext(ctx, "the connection to the kernel was not closed", "error", err)
 	}
 }
 
 // run blocks until ctx is done or one of the parts fails.
-func (p *program) run(ctx context.Context, c config, heap *startHeap) error {
+func (p *program) run(ctx context.Context, c config.Config, heap *startHeap) error {
 	group, ctx := errgroup.WithContext(ctx)
 	p.standby.start(ctx, group)
 	active := func(run func(context.Context) error) {
 		run = p.standby.gate(run)
 		group.Go(func() error { return run(ctx) })
 	}
-	names, err := c.serveDNS(ctx, group, p)
+	names, err := p.serveDNS(ctx, group, c)
 	if err != nil {
 		return err
 	}
@@ -210,14 +228,16 @@ func (p *program) run(ctx context.Context, c config, heap *startHeap) error {
 		return p.standby.gate(p.syncer.Run)(ctx)
 	})
 	group.Go(func() error {
-		c.mode.takeOver(ctx, p.log, p.join.programmed, mode.cleanup)
+		takeOver(ctx, p.backend, p.log, p.join.programmed, backend.Backend.Remove)
 		return nil
 	})
 	group.Go(func() error {
 		heap.end(ctx, p.join.programmed)
 		return nil
 	})
-	active(p.flows.Run)
+	if p.backend.Conntrack {
+		active(p.flows.Run)
+	}
 	active(p.relay.Run)
 	active(p.settings.Run)
 	if p.affinity != nil {
@@ -225,12 +245,12 @@ func (p *program) run(ctx context.Context, c config, heap *startHeap) error {
 	}
 	active(p.ports.Run)
 	active(p.join.events.Run)
-	p.serve(ctx, group, c, "healthz-bind-address", c.healthz, p.proxy.Handler(), p.servers.healthz)
-	p.serve(ctx, group, c, "metrics-bind-address", c.metrics, p.metricsHandler(c), p.servers.metrics)
+	p.serve(ctx, group, c, "healthz-bind-address", c.HealthzAddress, p.proxy.Handler(), p.servers.healthz)
+	p.serve(ctx, group, c, "metrics-bind-address", c.MetricsAddress, p.metricsHandler(c), p.servers.metrics)
 	if p.reload != nil {
-		group.Go(func() error { return p.reload.run(ctx) })
+		group.Go(func() error { return p.reload.Run(ctx) })
 	}
-	p.log.InfoContext(ctx, "running", "version", version, "mode", string(c.mode), "source", c.sourceName(), "node", c.tracker.NodeName)
+	p.log.InfoContext(ctx, "running", "version", version, "mode", c.Mode, "source", sourceName(c), "node", c.Tracker.NodeName)
 	if err := group.Wait(); err != nil && !errors.Is(err, context.Canceled) {
 		return err
 	}
@@ -239,14 +259,14 @@ func (p *program) run(ctx context.Context, c config, heap *startHeap) error {
 }
 
 // sourceName says for people where objects come from.
-func (c config) sourceName() string {
+func sourceName(c config.Config) string {
 	switch {
-	case c.manifests != "":
-		return "manifests " + c.manifests
-	case c.api.kubeconfig != "":
-		return "API server of " + c.api.kubeconfig
-	case c.api.master != "":
-		return "API server " + c.api.master
+	case c.Manifests != "":
+		return "manifests " + c.Manifests
+	case c.API.Kubeconfig != "":
+		return "API server of " + c.API.Kubeconfig
+	case c.API.Master != "":
+		return "API server " + c.API.Master
 	default:
 		return "API server of this pod's cluster"
 	}
@@ -254,13 +274,13 @@ func (c config) sourceName() string {
 
 // serve serves HTTP at an address, if there is one. On standby the other instance
 // mostly has the address, which is no reason to end.
-func (p *program) serve(ctx context.Context, group *errgroup.Group, c config, flag, address string, handler http.Handler, limiter *connlimit.Limiter) {
+func (p *program) serve(ctx context.Context, group *errgroup.Group, c config.Config, flag, address string, handler http.Handler, limiter *connlimit.Limiter) {
 	if address == "" {
 		return
 	}
 	run := func(ctx context.Context) error {
 		err := health.Serve(ctx, health.ServeOptions{
-			Address: address, Handler: handler, HardFail: c.hardFail, Limiter: limiter, Wake: p.standby.active,
+			Address: address, Handler: handler, HardFail: c.HardFail, Limiter: limiter, Wake: p.standby.active,
 			Logger: p.log.With("setting", flag),
 		})
 		if err != nil {
@@ -268,14 +288,14 @@ func (p *program) serve(ctx context.Context, group *errgroup.Group, c config, fl
 		}
 		return nil
 	}
-	if c.hardFail {
+	if c.HardFail {
 		run = p.standby.gate(run)
 	}
 	group.Go(func() error { return run(ctx) })
 }
 
 // metricsHandler answers at the metrics' address, by kube-proxy's paths.
-func (p *program) metricsHandler(c config) http.Handler {
+func (p *program) metricsHandler(c config.Config) http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("/metrics", p.metrics.Handler())
 	answer := func(text string) http.HandlerFunc {
@@ -286,8 +306,8 @@ func (p *program) metricsHandler(c config) http.Handler {
 		}
 	}
 	mux.Handle("/healthz", answer("ok"))
-	mux.Handle("/proxyMode", answer(c.mode.kubeProxyName()))
-	if c.profiling {
+	mux.Handle("/proxyMode", answer(cmp.Or(p.backend.KubeProxyName, p.backend.Name)))
+	if c.Profiling {
 		mux.HandleFunc("/debug/pprof/", pprof.Index)
 		mux.HandleFunc("/debug/pprof/cmdline", pprof.Cmdline)
 		mux.HandleFunc("/debug/pprof/profile", pprof.Profile)
@@ -297,32 +317,28 @@ func (p *program) metricsHandler(c config) http.Handler {
 	return mux
 }
 
-// reloader returns what follows the configuration file. c is what it says now.
-func (p *program) reloader(flags given, content []byte, c config, level *slog.LevelVar) *reloader {
-	return &reloader{
-		flags: flags, content: content, log: p.log, poll: pollPeriod,
-		done: p.metrics.Reloaded,
-		apply: func(ctx context.Context, next config) {
-			next.warn(ctx, p.log)
-			for _, what := range c.restart(next) {
-				p.log.WarnContext(ctx, "the configuration file has changed what needs a restart; it stays as it is until then", "what", what)
-			}
-			level.Set(next.logLevel)
-			p.join.configure(c.mode.tracker(next.tracker))
-			p.log.InfoContext(ctx, "the configuration file has changed and is in use")
-		},
+// applier returns what applies a changed configuration. c is the one that runs.
+func (p *program) applier(c config.Config, level *slog.LevelVar) func(context.Context, config.Config) {
+	return func(ctx context.Context, next config.Config) {
+		warn(ctx, p.log, next)
+		for _, what := range c.NeedRestart(next) {
+			p.log.WarnContext(ctx, "the configuration file has changed what needs a restart; it stays as it is until then", "what", what)
+		}
+		level.Set(next.LogLevel)
+		p.join.configure(trackerOptions(p.backend, next.Tracker))
+		p.log.InfoContext(ctx, "the configuration file has changed and is in use")
 	}
 }
 
 // serveDNS starts to answer DNS names, if it is asked for: on standby when the other
 // instance has ended.
-func (c config) serveDNS(ctx context.Context, group *errgroup.Group, p *program) (*dns.Server, error) {
-	if c.dnsListen == "" {
+func (p *program) serveDNS(ctx context.Context, group *errgroup.Group, c config.Config) (*dns.Server, error) {
+	if c.DNSListen == "" {
 		return nil, nil
 	}
-	server := dns.New(dns.Options{ClusterDomain: c.clusterDomain, Limiter: p.servers.dns, Logger: p.log.With("component", "dns")})
+	server := dns.New(dns.Options{ClusterDomain: c.ClusterDomain, Limiter: p.servers.dns, Logger: p.log.With("component", "dns")})
 	listen := func(ctx context.Context) (func(context.Context) error, error) {
-		sockets, err := dns.Listen(ctx, c.dnsListen)
+		sockets, err := dns.Listen(ctx, c.DNSListen)
 		if err != nil {
 			return nil, fmt.Errorf("--dns-listen: %w", err)
 		}

@@ -9,6 +9,8 @@ import (
 	"k8s.io/client-go/rest"
 
 	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/backend"
+	"fairlead.io/fairlead/internal/config"
 	"fairlead.io/fairlead/kube"
 	"fairlead.io/fairlead/source/apiserver"
 	"fairlead.io/fairlead/source/manifest"
@@ -63,32 +65,32 @@ func (noEvents) OtherProxy(string, string, string) {}
 // TableRebuilt implements events.
 func (noEvents) TableRebuilt(string, string) {}
 
-// open returns the source, and where Events go. It does not wait for anything.
-func (c config) open(log *slog.Logger) (source, events, error) {
-	if c.manifests != "" {
+// openSource returns the source, and where Events go. It does not wait for anything.
+func openSource(c config.Config, b backend.Backend, log *slog.Logger) (source, events, error) {
+	if c.Manifests != "" {
 		s, err := manifest.New(manifest.Options{
-			Dir: c.manifests, ServiceCIDRs: c.serviceCIDRs, NodeName: c.tracker.NodeName, Logger: log.With("component", "manifest"),
+			Dir: c.Manifests, ServiceCIDRs: c.ServiceCIDRs, NodeName: c.Tracker.NodeName, Logger: log.With("component", "manifest"),
 		})
 		if err != nil {
 			return nil, nil, fmt.Errorf("--manifests: %w", err)
 		}
 		return s, noEvents{}, nil
 	}
-	client, err := c.api.client()
+	client, err := clientOf(c.API)
 	if err != nil {
 		return nil, nil, err
 	}
 	e, err := apiserver.NewEvents(apiserver.EventOptions{
-		Config: client, NodeName: c.tracker.NodeName, Version: version, Logger: log.With("component", "events"),
+		Config: client, NodeName: c.Tracker.NodeName, Version: version, Logger: log.With("component", "events"),
 	})
 	if err != nil {
 		return nil, nil, fmt.Errorf("write Events to the API server: %w", err)
 	}
 	s, err := apiserver.New(apiserver.Options{
-		Config: client, NodeName: c.tracker.NodeName, Version: version, BatchPeriod: c.api.batchPeriod,
-		MassRemovalDelay: c.api.massRemovalDelay, Programmed: c.mode.served(log), Logger: log.With("component", "apiserver"),
+		Config: client, NodeName: c.Tracker.NodeName, Version: version, BatchPeriod: c.API.BatchPeriod,
+		MassRemovalDelay: c.API.MassRemovalDelay, Programmed: servedServices(b, log), Logger: log.With("component", "apiserver"),
 		OnMassRemoval: func(resource string, removed, before int) {
-			e.MassRemoval(resource, removed, before, c.api.massRemovalDelay)
+			e.MassRemoval(resource, removed, before, c.API.MassRemovalDelay)
 		},
 	})
 	if err != nil {
@@ -97,26 +99,26 @@ func (c config) open(log *slog.Logger) (source, events, error) {
 	return s, e, nil
 }
 
-// client returns how to reach the API server.
-func (a apiConfig) client() (*rest.Config, error) {
-	client, err := apiserver.Config(a.kubeconfig, a.master)
+// clientOf returns how to reach the API server.
+func clientOf(a config.APIServer) (*rest.Config, error) {
+	client, err := apiserver.Config(a.Kubeconfig, a.Master)
 	if err != nil {
-		label := a.label
-		if a.master != "" {
+		label := a.Label
+		if a.Master != "" {
 			// Is it all the same without?
-			if _, err := apiserver.Config(a.kubeconfig, ""); err == nil || a.kubeconfig == "" {
+			if _, err := apiserver.Config(a.Kubeconfig, ""); err == nil || a.Kubeconfig == "" {
 				label = "--master"
 			}
 		}
 		return nil, fmt.Errorf("%s: %w", label, err)
 	}
-	client.QPS, client.Burst = a.qps, a.burst
-	if a.contentType != "" {
-		client.ContentType = a.contentType
-		client.AcceptContentTypes = a.contentType + ",application/json"
+	client.QPS, client.Burst = a.QPS, a.Burst
+	if a.ContentType != "" {
+		client.ContentType = a.ContentType
+		client.AcceptContentTypes = a.ContentType + ",application/json"
 	}
-	if a.acceptContentTypes != "" {
-		client.AcceptContentTypes = a.acceptContentTypes
+	if a.AcceptContentTypes != "" {
+		client.AcceptContentTypes = a.AcceptContentTypes
 	}
 	return client, nil
 }

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/config"
 	"fairlead.io/fairlead/internal/instance"
 )
 
@@ -39,12 +40,12 @@ func newStandby(log *slog.Logger, description string) *standby {
 }
 
 // describe is what other instances are told of this one.
-func (c config) describe() string {
+func describe(c config.Config) string {
 	host, err := os.Hostname()
 	if err != nil {
-		host = c.tracker.NodeName
+		host = c.Tracker.NodeName
 	}
-	return fmt.Sprintf("fairlead %s in mode %s on %s", version, c.mode, host)
+	return fmt.Sprintf("fairlead %s in mode %s on %s", version, c.Mode, host)
 }
 
 // start activates this instance at once, if there is no other one, and else in the

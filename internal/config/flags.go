@@ -1,4 +1,4 @@
-package main
+package config
 
 import (
 	"cmp"
@@ -9,8 +9,7 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
-	"fairlead.io/fairlead/ipvs"
-	"fairlead.io/fairlead/kube"
+	"fairlead.io/fairlead/internal/backend"
 )
 
 // setting is a flag of `fairlead run`. Values stay text until all of them are
@@ -39,7 +38,7 @@ type setting struct {
 	idle string
 	// only is the mode that a flag of kube-proxy is for. In the others it has no
 	// effect, as idle says.
-	only mode
+	only string
 	// instead says what to do instead of giving a flag of kube-proxy that has an
 	// effect which is not to be had here.
 	instead string
@@ -61,7 +60,6 @@ const (
 const (
 	idleIPTables  = "it is about kube-proxy's iptables mode"
 	idleLocalhost = idleIPTables + ": node ports of TCP are served at 127.0.0.1 and ::1 where --nodeport-addresses (nodePortAddresses) has localhost"
-	idleIPVS      = "it is about the mode ipvs, and this is another"
 	idleNFTables  = "it is about kube-proxy's nftables mode"
 	idleSync      = "there are no rounds: a change is programmed when it arrives, and --batch-period says how changes gather before that"
 	idleConntrack = "Fairlead leaves the node's connection tracking as it is: set it with sysctl"
@@ -73,9 +71,12 @@ const (
 	idleWindows   = "it is about Windows"
 )
 
+// idleOutside says why the flag of a backend has no effect with another.
+func idleOutside(name string) string { return "it is about the mode " + name + ", and this is another" }
+
 // idleIn says why the flag has no effect in a mode, or is empty.
-func (s setting) idleIn(m mode) string {
-	if s.only != "" && s.only == m {
+func (s setting) idleIn(mode string) string {
+	if s.only != "" && s.only == mode {
 		return ""
 	}
 	return s.idle
@@ -85,11 +86,11 @@ func (s setting) idleIn(m mode) string {
 func settings() []setting {
 	active := []setting{
 		{
-			name: "mode", kind: text, own: true, value: modeNames()[0], values: modeNames(),
+			name: "mode", kind: text, own: true, value: backend.Names()[0], values: backend.Names(),
 			usage: "the kernel mechanism to program: nft, or ipvs for a choice of how endpoints are picked",
 		},
 		{
-			name: "proxy-mode", kind: text, values: kubeProxyNames(),
+			name: "proxy-mode", kind: text, values: backend.KubeProxyNames(),
 			usage: "the same by kube-proxy's names: nftables is nft, and ipvs is ipvs",
 		},
 		{
@@ -195,40 +196,19 @@ func settings() []setting {
 		{name: "write-config-to", kind: text, instead: "leave it out: Fairlead writes no files"},
 		{name: "logging-format", kind: text, first: true, values: formats(), usage: "kube-proxy's name for --log-format"},
 	}
-	return slices.Concat(active, ipvsSettings(), idleSettings())
+	return slices.Concat(active, backendSettings(), idleSettings())
 }
 
-// ipvsSettings are the flags of kube-proxy for the mode ipvs.
-func ipvsSettings() []setting {
-	all := []setting{
-		{
-			name: "ipvs-scheduler", kind: text, value: ipvs.DefaultScheduler, values: ipvs.Schedulers(),
-			usage: "how endpoints are picked, by the kernel's names, unless a Service has the annotation " + kube.AnnotationIPVSScheduler,
-		},
-		{
-			name: "ipvs-exclude-cidrs", kind: list,
-			usage: "networks whose virtual servers are another program's, and are left alone",
-		},
-		{
-			name: "ipvs-strict-arp", kind: boolean, value: "false",
-			usage: "answer ARP only for addresses of the interface that it came in on (sysctls arp_ignore=1, arp_announce=2)",
-		},
-		{
-			name: "ipvs-tcp-timeout", kind: duration, value: "0s",
-			usage: "how long idle connections of TCP are remembered, in whole seconds, by all of IPVS on this node; 0: as the kernel has it",
-		},
-		{
-			name: "ipvs-tcpfin-timeout", kind: duration, value: "0s",
-			usage: "the same for connections of TCP that the client has closed",
-		},
-		{
-			name: "ipvs-udp-timeout", kind: duration, value: "0s",
-			usage: "the same for UDP",
-		},
-	}
-	for i := range all {
-		all[i].only, all[i].idle = modeIPVS, idleIPVS
-		all[i].usage = "with --mode=ipvs, " + all[i].usage
+// backendSettings are the flags that one backend obeys.
+func backendSettings() []setting {
+	var all []setting
+	for _, b := range backend.All() {
+		for _, f := range b.Flags {
+			all = append(all, setting{
+				name: f.Name, kind: kind(f.Kind), value: f.Default, values: f.Choices, own: f.Own, only: b.Name, idle: idleOutside(b.Name),
+				usage: "with --mode=" + b.Name + ", " + f.Usage,
+			})
+		}
 	}
 	return all
 }
@@ -269,14 +249,14 @@ func idleSettings() []setting {
 	return idle
 }
 
-// given has the values that are set, by the names of the flags. Empty ones are
+// Flags has the values that are set, by the names of the flags. Empty ones are
 // not in it.
-type given map[string]string
+type Flags map[string]string
 
-// flagValue is a flag whose value goes into a given.
+// flagValue is a flag whose value goes into Flags.
 type flagValue struct {
 	setting setting
-	into    given
+	into    Flags
 }
 
 var _ pflag.Value = flagValue{}
@@ -298,10 +278,10 @@ func (v flagValue) Set(value string) error {
 // Type implements [pflag.Value].
 func (v flagValue) Type() string { return string(v.setting.kind) }
 
-// addFlags adds all settings to the command and returns what will hold those
+// AddFlags adds all settings to the command and returns what will hold those
 // that are set.
-func addFlags(cmd *cobra.Command) given {
-	into := given{}
+func AddFlags(cmd *cobra.Command) Flags {
+	into := Flags{}
 	// As kube-proxy does.
 	cmd.Flags().SetNormalizeFunc(func(_ *pflag.FlagSet, name string) pflag.NormalizedName {
 		return pflag.NormalizedName(strings.ReplaceAll(name, "_", "-"))
@@ -327,19 +307,20 @@ func addFlags(cmd *cobra.Command) given {
 
 // input is where a configuration comes from.
 type input struct {
-	given
+	given Flags
 
 	// labels say where a value stands that is from no flag.
 	labels map[string]string
 	// notes are warnings about the input.
-	notes []note
+	notes []Note
 }
 
-// note says that something was given which has no effect, and why; or that is
-// deprecated, and what to use.
-type note struct {
-	what, why  string
-	deprecated bool
+// Note warns of a setting that was given.
+type Note struct {
+	// Setting is what the user wrote, and Reason why it has no effect, or what to use
+	// if it is Deprecated.
+	Setting, Reason string
+	Deprecated      bool
 }
 
 // label returns how the user knows the setting.
@@ -348,11 +329,11 @@ func (in input) label(name string) string {
 }
 
 // fromFlags returns the input from flags alone.
-func fromFlags(flags given) input { return input{given: flags} }
+func fromFlags(flags Flags) input { return input{given: flags} }
 
 // under returns the input from flags with a configuration file under them:
 // kube-proxy's flags are ignored then, with few exceptions.
-func under(flags given, file configFile) input {
+func under(flags Flags, file configFile) input {
 	in := input{given: maps.Clone(file.given), labels: map[string]string{}, notes: slices.Clone(file.notes)}
 	fields := fieldFlags()
 	for _, field := range slices.Sorted(maps.Keys(fields)) {
@@ -372,7 +353,7 @@ func under(flags given, file configFile) input {
 			in.given[s.name] = value
 			delete(in.labels, s.name)
 		default:
-			in.notes = append(in.notes, note{what: "--" + s.name, why: "--config is set: write it into the file"})
+			in.notes = append(in.notes, Note{Setting: "--" + s.name, Reason: "--config is set: write it into the file"})
 		}
 	}
 	return in

@@ -1,4 +1,4 @@
-package main
+package config
 
 import (
 	"strings"
@@ -19,14 +19,14 @@ func FuzzConfigFile(f *testing.F) {
 		f.Add([]byte(text))
 	}
 	f.Fuzz(func(t *testing.T, content []byte) {
-		file := configFile{given: given{}, content: content, fields: map[string]string{}}
-		if err := file.decode(); err != nil {
+		file, err := parseConfigFile(content)
+		if err != nil {
 			if strings.TrimSpace(err.Error()) == "" {
 				t.Error("an error without words")
 			}
 			return
 		}
-		_, err := parse(under(given{"config": "/config.conf"}, file))
+		_, err = parse(under(Flags{"config": "/config.conf"}, file))
 		if err == nil {
 			return
 		}

@@ -1,6 +1,7 @@
-package main
+package config
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -13,9 +14,9 @@ import (
 	"github.com/fsnotify/fsnotify"
 )
 
-// load returns the configuration that flags and, if --config is one of them, the
+// Load returns the configuration that flags and, if --config is one of them, the
 // file give; content is the file's.
-func load(flags given) (c config, content []byte, err error) {
+func Load(flags Flags) (c Config, content []byte, err error) {
 	path, ok := flags["config"]
 	if !ok {
 		c, err = parse(fromFlags(flags))
@@ -44,23 +45,37 @@ const (
 	lostPeriod = time.Second
 )
 
-// reloader follows the configuration file.
-type reloader struct {
-	flags   given
+// Reloader follows the configuration file.
+type Reloader struct {
+	options ReloaderOptions
+	// content is the file's, when it was last applied.
 	content []byte
-	log     *slog.Logger
-	// poll is how often the file is read in any case.
-	poll time.Duration
-	// apply is given each configuration that is valid, and done what became of
-	// each new content.
-	apply func(context.Context, config)
-	done  func(error)
 
-	// The rest is run's.
+	// The rest is Run's.
 	broken *broken // what was reported last, and nil if all is well since
 	// target is the folder of the file that the path leads to, if it is another
 	// than the path's.
 	target string
+}
+
+// ReloaderOptions are what a [Reloader] depends on.
+type ReloaderOptions struct {
+	// Flags has the path of the file, and Content what [Load] has returned of it.
+	Flags   Flags
+	Content []byte
+	Logger  *slog.Logger
+	// Apply is called with each configuration that is valid, and Done with the result
+	// of each new content.
+	Apply func(context.Context, Config)
+	Done  func(error)
+
+	poll time.Duration // how often the file is read in any case; 0: pollPeriod
+}
+
+// NewReloader returns a Reloader of the file that --config names.
+func NewReloader(o ReloaderOptions) *Reloader {
+	o.poll = cmp.Or(o.poll, pollPeriod)
+	return &Reloader{options: o, content: o.Content}
 }
 
 // broken is a file that is left aside.
@@ -69,9 +84,9 @@ type broken struct {
 	err     string
 }
 
-// run blocks until ctx is done, or until the folder can't be watched at first.
-func (r *reloader) run(ctx context.Context) error {
-	path := filepath.Clean(r.flags["config"])
+// Run blocks until ctx is done, or until the folder can't be watched at first.
+func (r *Reloader) Run(ctx context.Context) error {
+	path := filepath.Clean(r.options.Flags["config"])
 	watcher, err := fsnotify.NewWatcher()
 	if err != nil {
 		return fmt.Errorf("--config: watch %s: %w", path, err)
@@ -93,7 +108,7 @@ func (r *reloader) run(ctx context.Context) error {
 			settled.Reset(min(settleTime, limit.Sub(now)))
 		}
 	}
-	poll := time.NewTimer(r.poll)
+	poll := time.NewTimer(r.options.poll)
 	defer poll.Stop()
 	for {
 		select {
@@ -105,7 +120,7 @@ func (r *reloader) run(ctx context.Context) error {
 			pending = false
 			err := r.watch(watcher, path) // before it is read: nothing is missed
 			r.reload(ctx)
-			again := r.poll
+			again := r.options.poll
 			if err != nil || r.broken != nil {
 				again = min(again, lostPeriod)
 			}
@@ -120,7 +135,7 @@ func (r *reloader) run(ctx context.Context) error {
 			if !ok {
 				return nil
 			}
-			r.log.WarnContext(ctx, "changes of the configuration file may have been missed; reading it", "error", err)
+			r.options.Logger.WarnContext(ctx, "changes of the configuration file may have been missed; reading it", "error", err)
 			settle(false)
 		}
 	}
@@ -130,7 +145,7 @@ func (r *reloader) run(ctx context.Context) error {
 // another: by editors, and by the kubelet, which swaps the folder that a
 // ConfigMap's files link to. Where the path is a link, it also watches the folder
 // that it leads to. Doing so again has no effect, unless a folder is another.
-func (r *reloader) watch(watcher *fsnotify.Watcher, path string) error {
+func (r *Reloader) watch(watcher *fsnotify.Watcher, path string) error {
 	dir, target := filepath.Dir(path), ""
 	if file, err := filepath.EvalSymlinks(path); err == nil && filepath.Dir(file) != dir {
 		target = filepath.Dir(file)
@@ -147,23 +162,23 @@ func (r *reloader) watch(watcher *fsnotify.Watcher, path string) error {
 
 // reload reads the file, and applies it if it is another than before. One that
 // is wrong, or not there, leaves everything as it is, and is reported once.
-func (r *reloader) reload(ctx context.Context) {
-	next, content, err := load(r.flags)
+func (r *Reloader) reload(ctx context.Context) {
+	next, content, err := Load(r.options.Flags)
 	if err != nil {
 		now := broken{err: err.Error()}
-		now.content, _ = os.ReadFile(r.flags["config"]) // nothing if it is not there
+		now.content, _ = os.ReadFile(r.options.Flags["config"]) // nothing if it is not there
 		if r.broken != nil && r.broken.err == now.err && slices.Equal(r.broken.content, now.content) {
 			return
 		}
 		r.broken = &now
-		r.log.ErrorContext(ctx, "the configuration file is left aside, and the one before stays in use: mend it", "error", err)
-		r.done(err)
+		r.options.Logger.ErrorContext(ctx, "the configuration file is left aside, and the one before stays in use: mend it", "error", err)
+		r.options.Done(err)
 		return
 	}
 	if slices.Equal(content, r.content) && r.broken == nil {
 		return
 	}
 	r.content, r.broken = content, nil
-	r.apply(ctx, next)
-	r.done(nil)
+	r.options.Apply(ctx, next)
+	r.options.Done(nil)
 }

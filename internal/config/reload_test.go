@@ -1,4 +1,4 @@
-package main
+package config
 
 import (
 	"context"
@@ -10,6 +10,9 @@ import (
 )
 
 // following is a reloader that runs.
+// patience bounds what takes milliseconds on a machine that has nothing else to do.
+const patience = 15 * time.Second
+
 type following struct {
 	t       *testing.T
 	applied chan string // modes of local detection
@@ -18,24 +21,24 @@ type following struct {
 
 func startReloader(t *testing.T, path string, poll time.Duration) following {
 	t.Helper()
-	flags := given{"config": path, "hostname-override": "node"}
-	_, content, err := load(flags)
+	flags := Flags{"config": path, "hostname-override": "node"}
+	_, content, err := Load(flags)
 	if err != nil {
 		t.Fatal(err)
 	}
 	f := following{t, make(chan string, 10), make(chan error, 10)}
-	r := &reloader{
-		flags: flags, content: content, log: slog.New(slog.DiscardHandler), poll: poll,
-		apply: func(_ context.Context, c config) { f.applied <- string(c.tracker.DetectLocal.Mode) },
-		done: func(err error) {
+	r := NewReloader(ReloaderOptions{
+		Flags: flags, Content: content, Logger: slog.New(slog.DiscardHandler), poll: poll,
+		Apply: func(_ context.Context, c Config) { f.applied <- string(c.Tracker.DetectLocal.Mode) },
+		Done: func(err error) {
 			if err != nil {
 				f.failed <- err
 			}
 		},
-	}
+	})
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
-	go func() { ended <- r.run(ctx) }()
+	go func() { ended <- r.Run(ctx) }()
 	t.Cleanup(func() {
 		cancel()
 		if err := <-ended; err != nil {

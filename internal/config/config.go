@@ -1,4 +1,6 @@
-package main
+// Package config reads the settings of `fairlead run`, from flags and from a file with
+// kube-proxy's configuration, and follows the file.
+package config
 
 import (
 	"cmp"
@@ -10,62 +12,58 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"reflect"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
 
-	"k8s.io/apimachinery/pkg/util/validation"
-
-	"fairlead.io/fairlead/ipvs"
+	"fairlead.io/fairlead/internal/backend"
 	"fairlead.io/fairlead/kube"
 )
 
-// config is what the flags and the configuration file say.
-type config struct {
-	static
+// Config is what the flags and the configuration file say.
+type Config struct {
+	// Tracker and LogLevel may change while the program runs, all else needs a restart.
+	Tracker  kube.Options
+	LogLevel slog.Level
+	// Notes warn of the input.
+	Notes []Note
 
-	tracker  kube.Options
-	logLevel slog.Level
-	notes    []note
-}
+	// Mode is the name of the backend, and Values has the values of its own flags.
+	Mode     string
+	Values   backend.Values
+	InitOnly bool
+	// Manifests is the folder of the objects. It is empty if the source is the API.
+	Manifests     string
+	ServiceCIDRs  []netip.Prefix
+	DNSListen     string
+	ClusterDomain string
 
-// static is what can't change while the program runs.
-type static struct {
-	mode mode
-	// ipvs has the settings of the mode ipvs, without a logger, and is zero in
-	// others.
-	ipvs     ipvs.Options
-	initOnly bool
-	// manifests is empty if the source is the API.
-	manifests     string
-	serviceCIDRs  []netip.Prefix
-	dnsListen     string
-	clusterDomain string
+	API APIServer
 
-	api apiConfig
-
-	// healthz and metrics are addresses with a port, or empty for none.
-	healthz, metrics string
-	hardFail         bool
-	// giveWayAfter is how long after the program's end its rules go before those of
+	// HealthzAddress and MetricsAddress have a port, or are empty for no server.
+	HealthzAddress, MetricsAddress string
+	// HardFail ends the program if it cannot listen on an address.
+	HardFail bool
+	// GiveWayAfter is how long after the program's end its rules go before those of
 	// another proxy.
-	giveWayAfter time.Duration
-	// ownTables makes the program the owner of its nftables tables.
-	ownTables bool
-	profiling bool
-	logFormat string
+	GiveWayAfter time.Duration
+	// OwnTables makes the program the owner of its nftables tables.
+	OwnTables bool
+	Profiling bool
+	LogFormat string
 }
 
-// apiConfig says how to reach the API server.
-type apiConfig struct {
-	kubeconfig, master string
-	// label is how the user knows where the kubeconfig is to be written.
-	label                           string
-	qps                             float32
-	burst                           int
-	contentType, acceptContentTypes string
-	batchPeriod, massRemovalDelay   time.Duration
+// APIServer says how to reach the API server.
+type APIServer struct {
+	Kubeconfig, Master string
+	// Label is how the user knows the setting of Kubeconfig.
+	Label                           string
+	QPS                             float32
+	Burst                           int
+	ContentType, AcceptContentTypes string
+	BatchPeriod, MassRemovalDelay   time.Duration
 }
 
 // Ports that kube-proxy serves on.
@@ -169,40 +167,38 @@ func elements(list string) iter.Seq[string] {
 
 // parse returns the configuration, or an error that names everything that is
 // wrong.
-func parse(in input) (config, error) {
+func parse(in input) (Config, error) {
 	p := &parser{input: in}
-	c := config{notes: in.notes}
-	c.mode = p.mode()
-	if c.mode == modeIPVS {
-		c.ipvs = p.ipvs()
-	}
-	c.initOnly = p.is("init-only")
+	c := Config{Notes: in.notes}
+	b := p.backend()
+	c.Mode, c.Values = b.Name, p.values(b)
+	c.InitOnly = p.is("init-only")
 	p.source(&c)
 	nodeName, err := nodeName(p.label("hostname-override"), p.text("hostname-override"))
 	if err != nil {
 		p.errs = append(p.errs, err)
 	}
 	bind := p.bindAddress()
-	c.tracker = kube.Options{
+	c.Tracker = kube.Options{
 		NodeName:          nodeName,
 		BindAddress:       bind,
 		MasqueradeAll:     p.is("masquerade-all"),
 		DetectLocal:       p.detectLocal(&c),
-		NodePortAddresses: p.nodePortAddresses(c.manifests != ""),
+		NodePortAddresses: p.nodePortAddresses(c.Manifests != ""),
 		PingServiceIPs:    p.is("ping-service-ips"),
 	}
 	wildcard, loopback := "0.0.0.0", "127.0.0.1"
 	if bind.Is6() {
 		wildcard, loopback = "::", "::1"
 	}
-	c.healthz = p.server(&c, "healthz", wildcard, healthzPort)
-	c.metrics = p.server(&c, "metrics", loopback, metricsPort)
-	c.tracker.ProtectLoopback = slices.ContainsFunc([]string{c.healthz, c.metrics, c.dnsListen}, isLoopback)
-	c.hardFail = p.is("bind-address-hard-fail")
-	c.giveWayAfter = p.giveWayAfter()
-	c.ownTables = p.is("nft-own-table")
-	c.profiling = p.is("profiling")
-	c.logLevel, c.logFormat = p.logging()
+	c.HealthzAddress = p.server(&c, "healthz", wildcard, healthzPort)
+	c.MetricsAddress = p.server(&c, "metrics", loopback, metricsPort)
+	c.Tracker.ProtectLoopback = slices.ContainsFunc([]string{c.HealthzAddress, c.MetricsAddress, c.DNSListen}, isLoopback)
+	c.HardFail = p.is("bind-address-hard-fail")
+	c.GiveWayAfter = p.giveWayAfter()
+	c.OwnTables = p.is("nft-own-table")
+	c.Profiling = p.is("profiling")
+	c.LogLevel, c.LogFormat = p.logging()
 	p.instead()
 	p.idle(&c)
 	return c, errors.Join(p.errs...)
@@ -214,82 +210,89 @@ func isLoopback(address string) bool {
 	return err == nil && a.Addr().IsLoopback()
 }
 
-// mode returns the backend, by its name here or kube-proxy's.
-func (p *parser) mode() mode {
+// backend returns the backend, by its name here or kube-proxy's.
+func (p *parser) backend() backend.Backend {
 	own, has := p.given["mode"]
 	theirs, alias := p.given["proxy-mode"]
-	m, known := fromKubeProxy(theirs)
+	b, known := backend.ByKubeProxyName(theirs)
 	switch {
 	case !alias:
 	case !known:
-		p.fail("proxy-mode", "unknown mode %q: use %s", theirs, strings.Join(kubeProxyNames(), " or "))
-	case has && own != string(m):
+		p.fail("proxy-mode", "unknown mode %q: use %s", theirs, strings.Join(backend.KubeProxyNames(), " or "))
+	case has && own != b.Name:
 		p.fail("proxy-mode", "%q differs from --mode=%s: give one of them", theirs, own)
 	default:
-		return m
+		return b
 	}
-	m = mode(p.text("mode"))
-	if err := m.validate(); err != nil {
+	b, err := backend.ByName(p.text("mode"))
+	if err != nil {
 		p.errs = append(p.errs, err)
 	}
-	return m
+	return b
 }
 
-// ipvs returns the settings of the mode ipvs.
-func (p *parser) ipvs() ipvs.Options {
-	const name = "ipvs-scheduler"
-	scheduler, all := p.text(name), ipvs.Schedulers()
-	if !slices.Contains(all, scheduler) {
-		p.fail(name, "%q is not a scheduler: use one of %s", scheduler, strings.Join(all, ", "))
+// values returns the values of the backend's own flags, nil if it has none.
+func (p *parser) values(b backend.Backend) backend.Values {
+	if len(b.Flags) == 0 {
+		return nil
 	}
-	return ipvs.Options{
-		Scheduler:     scheduler,
-		ExcludeCIDRs:  p.networks("ipvs-exclude-cidrs", false),
-		StrictARP:     p.is("ipvs-strict-arp"),
-		TCPTimeout:    p.timeout("ipvs-tcp-timeout"),
-		TCPFinTimeout: p.timeout("ipvs-tcpfin-timeout"),
-		UDPTimeout:    p.timeout("ipvs-udp-timeout"),
+	values := backend.Values{}
+	for _, f := range b.Flags {
+		if f.Parse != nil {
+			value, err := f.Parse(p.text(f.Name))
+			if err != nil {
+				p.fail(f.Name, "%w", err)
+			}
+			values[f.Name] = value
+			continue
+		}
+		switch f.Kind {
+		case backend.Bool:
+			values[f.Name] = p.is(f.Name)
+		case backend.Duration:
+			values[f.Name] = p.duration(f.Name)
+		case backend.Networks:
+			values[f.Name] = p.networks(f.Name, false)
+		case backend.String:
+			values[f.Name] = p.text(f.Name)
+		}
 	}
+	return values
 }
 
-// longestTimeout is what the kernel takes whatever the frequency of its clock: it
-// keeps timeouts in ticks, of which there are up to 1,000 a second.
-const longestTimeout = math.MaxInt32 / 1000 * time.Second
-
-// timeout returns one of IPVS's timeouts.
-func (p *parser) timeout(name string) time.Duration {
+// duration returns a time that is not negative.
+func (p *parser) duration(name string) time.Duration {
 	d, err := time.ParseDuration(cmp.Or(p.text(name), "0"))
-	if err != nil || d < 0 || d > longestTimeout || d%time.Second != 0 {
-		p.fail(name, "%q is not a number of whole seconds up to %s: write it as 15m or 90s, or 0 to leave the kernel's",
-			p.text(name), longestTimeout)
+	if err != nil || d < 0 {
+		p.fail(name, "%q is not a time: write it as 15m or 90s", p.text(name))
 	}
 	return d
 }
 
 // source fills in where the objects come from: a folder or the API.
-func (p *parser) source(c *config) {
-	c.manifests = p.text("manifests")
-	c.dnsListen = p.text("dns-listen")
-	c.clusterDomain = p.text("cluster-domain")
-	c.serviceCIDRs = p.serviceCIDRs()
-	if c.dnsListen != "" {
-		if _, err := netip.ParseAddrPort(c.dnsListen); err != nil {
-			p.fail("dns-listen", "%q is not an address with a port: write 10.0.0.1:53 or [fd00::1]:53", c.dnsListen)
+func (p *parser) source(c *Config) {
+	c.Manifests = p.text("manifests")
+	c.DNSListen = p.text("dns-listen")
+	c.ClusterDomain = p.text("cluster-domain")
+	c.ServiceCIDRs = p.serviceCIDRs()
+	if c.DNSListen != "" {
+		if _, err := netip.ParseAddrPort(c.DNSListen); err != nil {
+			p.fail("dns-listen", "%q is not an address with a port: write 10.0.0.1:53 or [fd00::1]:53", c.DNSListen)
 		}
 	}
-	if problems := validation.IsDNS1123Subdomain(strings.TrimSuffix(c.clusterDomain, ".")); len(problems) > 0 {
-		p.fail("cluster-domain", "%q is not a domain: write it as cluster.local", c.clusterDomain)
+	if !kube.IsDNSSubdomain(strings.TrimSuffix(c.ClusterDomain, ".")) {
+		p.fail("cluster-domain", "%q is not a domain: write it as cluster.local", c.ClusterDomain)
 	}
-	c.api = apiConfig{
-		kubeconfig: p.text("kubeconfig"), master: p.text("master"), label: p.label("kubeconfig"),
-		qps: p.float("kube-api-qps"), burst: int(p.whole("kube-api-burst", 0, 1<<31-1)),
-		contentType: p.given["kube-api-content-type"], acceptContentTypes: p.given[acceptContentTypes],
-		batchPeriod:      p.apiTime(c, "batch-period", longestBatch, "50ms, or 0 to have every change read at once"),
-		massRemovalDelay: p.apiTime(c, "mass-removal-delay", longestMassRemovalDelay, "1m, or 0 to have everything removed at once"),
+	c.API = APIServer{
+		Kubeconfig: p.text("kubeconfig"), Master: p.text("master"), Label: p.label("kubeconfig"),
+		QPS: p.float("kube-api-qps"), Burst: int(p.whole("kube-api-burst", 0, 1<<31-1)),
+		ContentType: p.given["kube-api-content-type"], AcceptContentTypes: p.given[acceptContentTypes],
+		BatchPeriod:      p.apiTime(c, "batch-period", longestBatch, "50ms, or 0 to have every change read at once"),
+		MassRemovalDelay: p.apiTime(c, "mass-removal-delay", longestMassRemovalDelay, "1m, or 0 to have everything removed at once"),
 	}
 	exclude := []string{"kubeconfig", "master"}
 	instead := "use either, --manifests is set"
-	if c.manifests == "" {
+	if c.Manifests == "" {
 		exclude = []string{"service-cidr", "dns-listen", "cluster-domain"}
 		instead = "it needs --manifests: where there is an API server, the cluster has its own"
 	}
@@ -317,13 +320,13 @@ func (p *parser) giveWayAfter() time.Duration {
 }
 
 // apiTime returns a time from 0 to the longest that concerns an API server.
-func (p *parser) apiTime(c *config, name string, longest time.Duration, example string) time.Duration {
+func (p *parser) apiTime(c *Config, name string, longest time.Duration, example string) time.Duration {
 	d, err := time.ParseDuration(p.text(name))
 	if err != nil || d < 0 || d > longest {
 		p.fail(name, "%q is not a time up to %s: write it as %s", p.text(name), longest, example)
 	}
-	if _, ok := p.given[name]; ok && c.manifests != "" {
-		c.notes = append(c.notes, note{what: p.label(name), why: "it is about an API server, and --manifests is set"})
+	if _, ok := p.given[name]; ok && c.Manifests != "" {
+		c.Notes = append(c.Notes, Note{Setting: p.label(name), Reason: "it is about an API server, and --manifests is set"})
 	}
 	return d
 }
@@ -357,14 +360,14 @@ func nodeName(label, override string) (string, error) {
 		}
 	}
 	name = strings.ToLower(strings.TrimSpace(name))
-	if problems := validation.IsDNS1123Subdomain(name); len(problems) > 0 {
+	if !kube.IsDNSSubdomain(name) {
 		return "", fmt.Errorf("%s: %q is not the name of a node: write it as node-1 or node-1.example", label, cmp.Or(override, name))
 	}
 	return name, nil
 }
 
 // detectLocal returns how a client is told to be a pod.
-func (p *parser) detectLocal(c *config) kube.DetectLocal {
+func (p *parser) detectLocal(c *Config) kube.DetectLocal {
 	const name = "detect-local-mode"
 	d := kube.DetectLocal{
 		Mode: kube.DetectLocalMode(p.text(name)), ClusterCIDRs: p.networks("cluster-cidr", false),
@@ -373,7 +376,7 @@ func (p *parser) detectLocal(c *config) kube.DetectLocal {
 	switch d.Mode {
 	case kube.DetectByClusterCIDR:
 	case kube.DetectByNodeCIDR:
-		if c.manifests != "" {
+		if c.Manifests != "" {
 			p.fail(name, "NodeCIDR needs the Node object of an API server: use ClusterCIDR with --manifests")
 		}
 	case kube.DetectByBridgeInterface:
@@ -399,7 +402,7 @@ func (p *parser) detectLocal(c *config) kube.DetectLocal {
 		"pod-interface-name-prefix": kube.DetectByInterfaceNamePrefix,
 	} {
 		if _, ok := p.given[name]; ok && d.Mode != mode {
-			c.notes = append(c.notes, note{what: p.label(name), why: fmt.Sprintf("it needs %s=%s", p.label("detect-local-mode"), mode)})
+			c.Notes = append(c.Notes, Note{Setting: p.label(name), Reason: fmt.Sprintf("it needs %s=%s", p.label("detect-local-mode"), mode)})
 		}
 	}
 	return d
@@ -433,10 +436,10 @@ func (p *parser) nodePortAddresses(manifests bool) kube.NodePortAddresses {
 }
 
 // server returns the address and port of a server, empty for none.
-func (p *parser) server(c *config, what, host, port string) string {
+func (p *parser) server(c *Config, what, host, port string) string {
 	name, portName := what+"-bind-address", what+"-port"
 	if _, ok := p.given[portName]; ok {
-		c.notes = append(c.notes, note{p.label(portName), "use " + p.label(name), true})
+		c.Notes = append(c.Notes, Note{p.label(portName), "use " + p.label(name), true})
 		given := p.whole(portName, 0, 1<<16-1)
 		if given == 0 {
 			return ""
@@ -490,10 +493,10 @@ func (p *parser) instead() {
 
 // idle notes the flags that have no effect, and still says if their values make
 // no sense.
-func (p *parser) idle(c *config) {
+func (p *parser) idle(c *Config) {
 	for _, s := range settings() {
 		value, ok := p.given[s.name]
-		why := s.idleIn(c.mode)
+		why := s.idleIn(c.Mode)
 		if !ok || why == "" {
 			continue
 		}
@@ -512,36 +515,33 @@ func (p *parser) idle(c *config) {
 		if err != nil {
 			p.fail(s.name, "%q is no value of type %s, and the flag has no effect: leave it out", value, s.kind)
 		}
-		c.notes = append(c.notes, note{what: p.label(s.name), why: why})
+		c.Notes = append(c.Notes, Note{Setting: p.label(s.name), Reason: why})
 	}
 }
 
-// restart returns the names of what differs from o and can't change in a
+// NeedRestart returns the names of what differs from o and can't change in a
 // running program.
-func (c config) restart(o config) []string {
+func (c Config) NeedRestart(o Config) []string {
 	var names []string
-	settings := o.ipvs
-	if c.mode != o.mode {
-		settings = c.ipvs // they come with the mode
+	if c.Mode == o.Mode { // the values come with the mode
+		for name, value := range c.Values {
+			if !reflect.DeepEqual(value, o.Values[name]) {
+				names = append(names, name)
+			}
+		}
 	}
 	for name, same := range map[string]bool{
-		"mode":                        c.mode == o.mode,
-		"the source of the objects":   c.manifests == o.manifests && c.api == o.api,
-		"the node's name":             c.tracker.NodeName == o.tracker.NodeName,
-		"the address of /healthz":     c.healthz == o.healthz,
-		"the address of /metrics":     c.metrics == o.metrics,
-		"bind-address-hard-fail":      c.hardFail == o.hardFail,
-		"profiling":                   c.profiling == o.profiling,
-		"give-way-after":              c.giveWayAfter == o.giveWayAfter,
-		"nft-own-table":               c.ownTables == o.ownTables,
-		"the format of the log":       c.logFormat == o.logFormat,
-		"ipvs-scheduler":              c.ipvs.Scheduler == settings.Scheduler,
-		"ipvs-exclude-cidrs":          slices.Equal(c.ipvs.ExcludeCIDRs, settings.ExcludeCIDRs),
-		"ipvs-strict-arp":             c.ipvs.StrictARP == settings.StrictARP,
-		"ipvs-tcp-timeout":            c.ipvs.TCPTimeout == settings.TCPTimeout,
-		"ipvs-tcpfin-timeout":         c.ipvs.TCPFinTimeout == settings.TCPFinTimeout,
-		"ipvs-udp-timeout":            c.ipvs.UDPTimeout == settings.UDPTimeout,
-		"what --manifests depends on": slices.Equal(c.serviceCIDRs, o.serviceCIDRs) && c.dnsListen == o.dnsListen && c.clusterDomain == o.clusterDomain,
+		"mode":                        c.Mode == o.Mode,
+		"the source of the objects":   c.Manifests == o.Manifests && c.API == o.API,
+		"the node's name":             c.Tracker.NodeName == o.Tracker.NodeName,
+		"the address of /healthz":     c.HealthzAddress == o.HealthzAddress,
+		"the address of /metrics":     c.MetricsAddress == o.MetricsAddress,
+		"bind-address-hard-fail":      c.HardFail == o.HardFail,
+		"profiling":                   c.Profiling == o.Profiling,
+		"give-way-after":              c.GiveWayAfter == o.GiveWayAfter,
+		"nft-own-table":               c.OwnTables == o.OwnTables,
+		"the format of the log":       c.LogFormat == o.LogFormat,
+		"what --manifests depends on": slices.Equal(c.ServiceCIDRs, o.ServiceCIDRs) && c.DNSListen == o.DNSListen && c.ClusterDomain == o.ClusterDomain,
 	} {
 		if !same {
 			names = append(names, name)

@@ -1,4 +1,4 @@
-package main
+package config
 
 import (
 	"cmp"
@@ -23,18 +23,19 @@ const (
 func levels() []string  { return []string{"debug", levelInfo, "warn", "error"} }
 func formats() []string { return []string{formatText, formatJSON} }
 
-// logOptions are the flags on logging of a command that has no others.
-type logOptions struct{ level, format string }
+// LogFlags are the flags on logging of a command that has no others.
+type LogFlags struct{ level, format string }
 
-func (o *logOptions) addFlags(cmd *cobra.Command) {
+// AddFlags adds --log-level and --log-format to the command.
+func (o *LogFlags) AddFlags(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&o.level, "log-level", levelInfo, levelUsage)
 	cmd.Flags().StringVar(&o.format, "log-format", formatText, formatUsage)
 	completeWith(cmd, "log-level", levels()...)
 	completeWith(cmd, "log-format", formats()...)
 }
 
-// logger returns the logger, or an error that names each flag that is wrong.
-func (o *logOptions) logger(w io.Writer) (*slog.Logger, error) {
+// Logger returns the logger, or an error that names each flag that is wrong.
+func (o *LogFlags) Logger(w io.Writer) (*slog.Logger, error) {
 	var errs []error
 	level, err := parseLevel(cmp.Or(o.level, levelInfo))
 	if err != nil {
@@ -47,11 +48,11 @@ func (o *logOptions) logger(w io.Writer) (*slog.Logger, error) {
 	if len(errs) > 0 {
 		return nil, errors.Join(errs...)
 	}
-	return newLogger(w, level, format), nil
+	return NewLogger(w, level, format), nil
 }
 
-// newLogger returns a logger in a format that [checkFormat] accepts.
-func newLogger(w io.Writer, level slog.Leveler, format string) *slog.Logger {
+// NewLogger returns a logger in one of the formats of --log-format.
+func NewLogger(w io.Writer, level slog.Leveler, format string) *slog.Logger {
 	options := &slog.HandlerOptions{Level: level}
 	if format == formatJSON {
 		return slog.New(slog.NewJSONHandler(w, options))

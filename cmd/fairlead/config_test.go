@@ -1,0 +1,129 @@
+package main
+
+import (
+	"fmt"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+const configHeader = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n"
+
+// configPath writes a configuration file.
+func configPath(t *testing.T, text string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "config.conf")
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// kubeadmConfig returns what kubeadm 1.37 writes into the ConfigMap kube-proxy.
+func kubeadmConfig(t *testing.T) string {
+	t.Helper()
+	text, err := os.ReadFile("../../internal/config/testdata/kubeadm.conf")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
+
+// A changed file changes the running program; a broken one does not.
+func TestConfigReload(t *testing.T) {
+	t.Parallel()
+	n := newNode(t, "a")
+	n.put("backend.yaml", serviceYAML("backend", 10, 80))
+	n.putPods("backend", "a")
+	path := filepath.Join(t.TempDir(), "config.conf")
+	write := func(text string) {
+		t.Helper()
+		if err := os.WriteFile(path+".new", []byte(configHeader+text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Rename(path+".new", path); err != nil {
+			t.Fatal(err)
+		}
+	}
+	pods := "clusterCIDR: " + n.PodCIDRs[0].String() + "," + n.PodCIDRs[1].String() + "\nmode: nftables\n"
+	const others = "clusterCIDR: 203.0.113.0/24,2001:db8:99::/64\n"
+	write(others)
+	n.program = n.start(nil, "run", "--manifests="+n.folder, "--config="+path, "--log-format=json")
+	n.awaitAnswers(vips(10, 80), "a")
+	// seen waits until the pod sees the client with this address.
+	seen := func(want netip.Addr) {
+		t.Helper()
+		eventually(t, func() error {
+			answer, err := connect(t.Context(), n.client, "tcp", vips(10, 80)[0])
+			if err == nil && answer.Source.Addr() != want {
+				err = fmt.Errorf("the pod saw %s, want %s", answer.Source.Addr(), want)
+			}
+			return err
+		})
+	}
+	stop := n.keepConnecting(vips(10, 80))
+	seen(n.Node.IPv4)
+	write(pods)
+	seen(n.client.IPv4)
+
+	write("clusterCIDR: here\n")
+	n.program.await(func(r record) bool {
+		return r.Level == "ERROR" && strings.Contains(r.Error, `clusterCIDR: "here" is not a network`)
+	})
+	n.awaitGet(n.Node, "127.0.0.1:10249", "/metrics", http.StatusOK, "fairlead_config_valid 0\n")
+	seen(n.client.IPv4)
+
+	write(others + "metricsBindAddress: 127.0.0.1:9999\n")
+	n.program.await(func(r record) bool { return r.Level == "WARN" && r.What == "the address of /metrics" })
+	seen(n.Node.IPv4)
+	n.awaitGet(n.Node, "127.0.0.1:10249", "/metrics", http.StatusOK, "fairlead_config_valid 1\n")
+	n.awaitGet(n.Node, "127.0.0.1:10249", "/metrics", http.StatusOK, `fairlead_config_reloads_total{result="success"} 2`)
+	stop()
+	n.stop()
+}
+
+// Who is told that the API server can't be reached as configured learns where to
+// write it, which with a file is no flag.
+func TestWrongKubeconfig(t *testing.T) {
+	t.Parallel()
+	good := filepath.Join(t.TempDir(), "kubeconfig")
+	text := "{apiVersion: v1, kind: Config, current-context: c, contexts: [{name: c, context: {cluster: c}}], clusters: [{name: c, cluster: {server: https://192.0.2.1}}]}"
+	if err := os.WriteFile(good, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	const none = "/does/not/exist"
+	tests := []struct {
+		name, file string // no file if it is empty
+		args       []string
+		want       string
+	}{
+		{"flag", "", []string{"--kubeconfig=" + none}, "--kubeconfig: kubeconfig " + none + ": "},
+		{"flag, and a server", "", []string{"--kubeconfig=" + none, "--master=https://192.0.2.1"}, "--kubeconfig: kubeconfig " + none + ": "},
+		{"neither", "", nil, "--kubeconfig: no kubeconfig is given"},
+		{"server", "", []string{"--master=http://a b"}, "--master: API server http://a b: "},
+		{"server, and a good flag", "", []string{"--master=http://a b", "--kubeconfig=" + good}, "--master: "},
+		{"kubeadm's file", kubeadmConfig(t), nil, "--config: clientConnection.kubeconfig: kubeconfig /var/lib/kube-proxy/kubeconfig.conf: "},
+		{"file without one", configHeader, nil, "--config: clientConnection.kubeconfig: no kubeconfig is given"},
+		{"server, and a file without one", configHeader, []string{"--master=http://a b"}, "--master: API server http://a b: "},
+		{
+			"what belongs to another field", configHeader + "detectLocalMode: BridgeInterface\n", nil,
+			"--config: detectLocalMode: BridgeInterface needs --config: detectLocal.bridgeInterface: ",
+		},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			args := append([]string{"run", "--hostname-override=node"}, test.args...)
+			if test.file != "" {
+				args = append(args, "--config="+configPath(t, test.file))
+			}
+			code, _, stderr := invoke(t, args...)
+			if lines := strings.Split(strings.TrimSpace(stderr), "\n"); code != 1 || !strings.HasPrefix(lines[len(lines)-1], "fairlead: "+test.want) {
+				t.Errorf("exit code %d, stderr %q, want 1 and %q", code, stderr, test.want)
+			}
+		})
+	}
+}

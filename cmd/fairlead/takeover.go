@@ -1,0 +1,43 @@
+package main
+
+import (
+	"context"
+	"log/slog"
+
+	"fairlead.io/fairlead/internal/backend"
+	"fairlead.io/fairlead/kube"
+)
+
+// trackerOptions returns the options of a tracker with what depends on the backend:
+// where node ports are served unless that is configured, which is as with kube-proxy,
+// and which schedulers there are.
+func trackerOptions(b backend.Backend, o kube.Options) kube.Options {
+	if b.NodePortsOnAllAddresses && o.NodePortAddresses.IsZero() {
+		o.NodePortAddresses.All = true
+	}
+	o.Schedulers = b.Schedulers
+	return o
+}
+
+// takeOver removes what other backends have left, once the running one has programmed
+// everything: Services work all the time. A failure is logged and holds up nothing.
+func takeOver(
+	ctx context.Context, running backend.Backend, log *slog.Logger, programmed <-chan struct{}, cleanup func(backend.Backend, *slog.Logger) error,
+) {
+	select {
+	case <-ctx.Done():
+		return
+	case <-programmed:
+	}
+	for _, other := range backend.All() {
+		if other.Name == running.Name {
+			continue
+		}
+		if err := cleanup(other, log); err != nil {
+			log.WarnContext(ctx, "what another mode may have programmed is still there; the next start tries again",
+				"other_mode", other.Name, "error", err)
+			continue
+		}
+		log.InfoContext(ctx, "nothing that another mode has programmed is left", "other_mode", other.Name)
+	}
+}

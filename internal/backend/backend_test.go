@@ -1,0 +1,78 @@
+package backend_test
+
+import (
+	"net/netip"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"fairlead.io/fairlead/internal/backend"
+	"fairlead.io/fairlead/ipvs"
+)
+
+func TestNames(t *testing.T) {
+	t.Parallel()
+	for name, want := range map[string]string{backend.NFT: "nftables", backend.IPVS: "ipvs"} {
+		b, err := backend.ByName(name)
+		if err != nil || b.Name != name || b.KubeProxyName != want {
+			t.Errorf("%s is %s to kube-proxy, error %v, want %s", name, b.KubeProxyName, err, want)
+		}
+		if got, ok := backend.ByKubeProxyName(want); got.Name != name || !ok {
+			t.Errorf("kube-proxy's %s is %q, want %s", want, got.Name, name)
+		}
+	}
+	for _, none := range []string{"iptables", ""} {
+		if got, ok := backend.ByKubeProxyName(none); ok {
+			t.Errorf("kube-proxy's %q is %q, want none", none, got.Name)
+		}
+	}
+	if _, err := backend.ByName("iptables"); err == nil || err.Error() != `--mode: unknown mode "iptables": use nft or ipvs` {
+		t.Errorf("error %v", err)
+	}
+}
+
+// Each entry of the table is complete, and no two of them share a name or a flag.
+func TestTable(t *testing.T) {
+	t.Parallel()
+	var names []string
+	for _, b := range backend.All() {
+		names = append(names, b.Name, "proxy-mode="+b.KubeProxyName)
+		if b.Name == "" || b.Open == nil || b.Cleanup == nil {
+			t.Errorf("%q lacks a name, Open or Cleanup", b.Name)
+		}
+		for _, f := range b.Flags {
+			names = append(names, "--"+f.Name)
+			if f.Parse == nil {
+				continue
+			}
+			if _, err := f.Parse(f.Default); err != nil {
+				t.Errorf("--%s: the default is refused: %v", f.Name, err)
+			}
+		}
+	}
+	slices.Sort(names)
+	for i, name := range names[1:] {
+		if name == names[i] {
+			t.Errorf("%s occurs twice", name)
+		}
+	}
+}
+
+// The flags of the mode ipvs arrive in its options.
+func TestIPVSOptions(t *testing.T) {
+	t.Parallel()
+	networks := []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}
+	got := backend.IPVSOptions(backend.Options{NetNS: 7, Values: backend.Values{
+		"ipvs-scheduler": "lc", "ipvs-exclude-cidrs": networks, "ipvs-strict-arp": true,
+		"ipvs-tcp-timeout": time.Second, "ipvs-tcpfin-timeout": 2 * time.Second, "ipvs-udp-timeout": 3 * time.Second,
+	}})
+	want := ipvs.Options{
+		NetNS: 7, Scheduler: "lc", ExcludeCIDRs: networks, StrictARP: true,
+		TCPTimeout: time.Second, TCPFinTimeout: 2 * time.Second, UDPTimeout: 3 * time.Second,
+	}
+	if diff := cmp.Diff(want, got, cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+}

@@ -1,0 +1,113 @@
+package backend
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"log/slog"
+	"math"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/ipvs"
+	"fairlead.io/fairlead/kube"
+	"fairlead.io/fairlead/nft"
+)
+
+var (
+	_ Yielder    = (*ipvs.Dataplane)(nil)
+	_ TableOwner = (*ipvs.Dataplane)(nil)
+)
+
+// Flags of kube-proxy for its mode ipvs.
+const (
+	flagScheduler     = "ipvs-scheduler"
+	flagExcludeCIDRs  = "ipvs-exclude-cidrs"
+	flagStrictARP     = "ipvs-strict-arp"
+	flagTCPTimeout    = "ipvs-tcp-timeout"
+	flagTCPFinTimeout = "ipvs-tcpfin-timeout"
+	flagUDPTimeout    = "ipvs-udp-timeout"
+)
+
+// ipvsBackend describes package ipvs, whose rules are in tables of package nft. It has
+// no affinity limiter, as IPVS remembers clients in its own connection table.
+func ipvsBackend() Backend {
+	tables := nft.Options{Table: ipvs.TableName}
+	return Backend{
+		Name: IPVS, KubeProxyName: "ipvs", Flags: ipvsFlags(), Conntrack: true,
+		NodePortsOnAllAddresses: true, Schedulers: ipvs.Schedulers(),
+		Open: func(o Options) (dataplane.Dataplane, error) {
+			return opened(ipvs.Open(ipvsOptions(o)))
+		},
+		SetUp:    func(o Options) error { return ipvs.SetUp(ipvsOptions(o)) },
+		Cleanup:  func(log *slog.Logger) error { return ipvs.Cleanup(ipvs.Options{Logger: log}) },
+		Counters: func() Counters { return tableCounters{nft.NewCounters(tables)} },
+		ServedServices: func(ctx context.Context) (map[string]struct{}, error) {
+			return nft.ServedServices(ctx, tables)
+		},
+	}
+}
+
+func ipvsOptions(o Options) ipvs.Options {
+	return ipvs.Options{
+		NetNS: o.NetNS, Logger: o.Logger, OnRebuild: o.onRebuild(), OwnTables: o.OwnTables,
+		Scheduler:     value[string](o.Values, flagScheduler),
+		ExcludeCIDRs:  value[[]netip.Prefix](o.Values, flagExcludeCIDRs),
+		StrictARP:     value[bool](o.Values, flagStrictARP),
+		TCPTimeout:    value[time.Duration](o.Values, flagTCPTimeout),
+		TCPFinTimeout: value[time.Duration](o.Values, flagTCPFinTimeout),
+		UDPTimeout:    value[time.Duration](o.Values, flagUDPTimeout),
+	}
+}
+
+func ipvsFlags() []Flag {
+	return []Flag{
+		{
+			Name: flagScheduler, Kind: String, Default: ipvs.DefaultScheduler, Choices: ipvs.Schedulers(), Parse: parseScheduler,
+			Usage: "how endpoints are picked, by the kernel's names, unless a Service has the annotation " + kube.AnnotationIPVSScheduler,
+		},
+		{
+			Name: flagExcludeCIDRs, Kind: Networks,
+			Usage: "networks whose virtual servers are another program's, and are left alone",
+		},
+		{
+			Name: flagStrictARP, Kind: Bool, Default: "false",
+			Usage: "answer ARP only for addresses of the interface that it came in on (sysctls arp_ignore=1, arp_announce=2)",
+		},
+		{
+			Name: flagTCPTimeout, Kind: Duration, Default: "0s", Parse: parseTimeout,
+			Usage: "how long idle connections of TCP are remembered, in whole seconds, by all of IPVS on this node; 0: as the kernel has it",
+		},
+		{
+			Name: flagTCPFinTimeout, Kind: Duration, Default: "0s", Parse: parseTimeout,
+			Usage: "the same for connections of TCP that the client has closed",
+		},
+		{
+			Name: flagUDPTimeout, Kind: Duration, Default: "0s", Parse: parseTimeout,
+			Usage: "the same for UDP",
+		},
+	}
+}
+
+func parseScheduler(text string) (any, error) {
+	if all := ipvs.Schedulers(); !slices.Contains(all, text) {
+		return nil, fmt.Errorf("%q is not a scheduler: use one of %s", text, strings.Join(all, ", "))
+	}
+	return text, nil
+}
+
+// longestTimeout is what the kernel takes whatever the frequency of its clock: it
+// keeps timeouts in ticks, of which there are up to 1,000 a second.
+const longestTimeout = math.MaxInt32 / 1000 * time.Second
+
+func parseTimeout(text string) (any, error) {
+	d, err := time.ParseDuration(cmp.Or(text, "0"))
+	if err != nil || d < 0 || d > longestTimeout || d%time.Second != 0 {
+		return nil, fmt.Errorf("%q is not a number of whole seconds up to %s: write it as 15m or 90s, or 0 to leave the kernel's",
+			text, longestTimeout)
+	}
+	return d, nil
+}

@@ -1,0 +1,77 @@
+package backend
+
+import (
+	"context"
+	"log/slog"
+
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/metrics"
+	"fairlead.io/fairlead/nft"
+)
+
+var (
+	_ Yielder    = (*nft.Dataplane)(nil)
+	_ TableOwner = (*nft.Dataplane)(nil)
+)
+
+// nftBackend describes package nft.
+func nftBackend() Backend {
+	return Backend{
+		Name: NFT, KubeProxyName: "nftables", Conntrack: true,
+		Open: func(o Options) (dataplane.Dataplane, error) {
+			return opened(nft.Open(nft.Options{NetNS: o.NetNS, Logger: o.Logger, OnRebuild: o.onRebuild(), OwnTables: o.OwnTables}))
+		},
+		Cleanup:  func(log *slog.Logger) error { return nft.Cleanup(nft.Options{Logger: log}) },
+		Counters: func() Counters { return tableCounters{nft.NewCounters(nft.Options{})} },
+		Affinity: func(d dataplane.Dataplane) AffinityLimiter {
+			return affinityMaps{nft.NewAffinityLimiter(d.(*nft.Dataplane), nft.Options{})} // as Open has returned it
+		},
+		ServedServices: func(ctx context.Context) (map[string]struct{}, error) {
+			return nft.ServedServices(ctx, nft.Options{})
+		},
+	}
+}
+
+// onRebuild returns the callback of o for package nft.
+func (o Options) onRebuild() func(nft.Rebuild) {
+	if o.OnRebuild == nil {
+		return nil
+	}
+	return func(r nft.Rebuild) { o.OnRebuild(Rebuild(r)) }
+}
+
+// opened returns an untyped nil with an error.
+func opened[D dataplane.Dataplane](d D, err error) (dataplane.Dataplane, error) {
+	if err != nil {
+		return nil, err
+	}
+	return d, nil
+}
+
+// tableCounters reads the counters of tables of package nft.
+type tableCounters struct{ *nft.Counters }
+
+// Read implements [Counters].
+func (c tableCounters) Read(ctx context.Context) ([]metrics.Unserved, error) {
+	counts, err := c.Counters.Read(ctx)
+	if err != nil {
+		return nil, err
+	}
+	unserved := make([]metrics.Unserved, 0, len(counts))
+	for _, c := range counts {
+		unserved = append(unserved, metrics.Unserved{Family: c.Family, Reason: c.Reason, Localhost: c.Localhost, Packets: c.Packets})
+	}
+	return unserved, nil
+}
+
+// affinityMaps limits the maps of package nft.
+type affinityMaps struct{ *nft.AffinityLimiter }
+
+// Stats implements [AffinityLimiter].
+func (a affinityMaps) Stats() []metrics.Affinity {
+	var all []metrics.Affinity
+	for _, s := range a.AffinityLimiter.Stats() {
+		all = append(all, metrics.Affinity(s))
+	}
+	return all
+}
