@@ -209,13 +209,16 @@ func TestOwnerEnds(t *testing.T) {
 	}
 	replace(t, first, podNode(), sample(t)...)
 	second := openWith(t, network.Node.Namespace, opts)
+	for range 2 { // the first sees that there is something to read
+		if err := second.Prefetch(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
 	closed := make(chan error, 1)
 	time.AfterFunc(50*time.Millisecond, func() { closed <- first.Close() })
 	replace(t, second, podNode(), sample(t)...)
 	if err := <-closed; err != nil {
 		t.Error(err)
 	}
-	if err := second.checkOwners(); err != nil {
-		t.Error(err)
-	}
+	(&ownerTestbed{testbed: &testbed{t: t}, Dataplane: second}).checkOwner("after the end of the owner", true)
 }

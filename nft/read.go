@@ -195,7 +195,7 @@ func (d *Dataplane) readRows(ctx context.Context, t *table) (*content, error) {
 	if !ok {
 		return c, nil
 	}
-	c.table = &nftables.Table{Name: t.nf.Name, Family: t.nf.Family, Flags: info.flags}
+	c.table = &nftables.Table{Name: t.nf.Name, Family: t.nf.Family, Flags: info.flags, Owner: info.owner}
 	c.schema = info.schema
 	sets, err := d.conn.GetSets(t.nf)
 	if err != nil {

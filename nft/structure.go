@@ -34,7 +34,8 @@ func (d *Dataplane) mend(t *table, node dataplane.Node, have *content) error {
 		if err := d.createTable(t); err != nil {
 			return err
 		}
-	} else if flags := d.wantedFlags(have.table.Flags); flags != have.table.Flags {
+	} else if flags := d.wantedFlags(have.table.Flags); flags != have.table.Flags || d.own && have.table.Owner != d.port {
+		// The owner may have ended since the table was read: that is no generation.
 		d.conn.AddTable(&nftables.Table{Name: t.nf.Name, Family: t.nf.Family, Flags: flags})
 	}
 	wanted := t.chains(node, have.rangeBits)
