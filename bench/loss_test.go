@@ -1,4 +1,4 @@
-package nft_test
+package bench_test
 
 import (
 	"context"
