@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/nlconn"
 
 	"github.com/google/nftables"
 	"github.com/mdlayher/netlink"
@@ -178,12 +179,12 @@ type object struct {
 // nft_counter_attributes).
 func parseCounter(b []byte) (object, Count) {
 	o, attrs := object{family: nftables.TableFamily(b[0])}, b[4:]
-	if name, ok := attribute(attrs, unix.NFTA_OBJ_NAME); ok {
+	if name, ok := nlconn.Attribute(attrs, unix.NFTA_OBJ_NAME); ok {
 		o.name = strings.TrimSuffix(string(name), "\x00")
 	}
-	data, _ := attribute(attrs, unix.NFTA_OBJ_DATA)
+	data, _ := nlconn.Attribute(attrs, unix.NFTA_OBJ_DATA)
 	number := func(typ uint16) uint64 {
-		if v, ok := attribute(data, typ); ok && len(v) == 8 {
+		if v, ok := nlconn.Attribute(data, typ); ok && len(v) == 8 {
 			return binary.BigEndian.Uint64(v)
 		}
 		return 0

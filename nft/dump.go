@@ -2,11 +2,13 @@ package nft
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"hash/maphash"
 	"slices"
+
+	"fairlead.io/fairlead/internal/nlconn"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/userdata"
@@ -14,16 +16,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// dumpSize is the receive buffer that dumps are read with. The kernel fills
-// buffers of the size that it has seen its reader use, up to 32 KiB
-// (net/netlink/af_netlink.c, netlink_dump), and for each buffer walks the set
-// from its start: small ones make the dump of a large set quadratic.
-const dumpSize = 32 << 10
-
 // dumpConn reads sets and their elements. The library's own way is 5 times slower
-// with 100,000 elements, as it asks for buffers of a page.
+// with 100,000 elements, as it asks for buffers of a page, and the kernel walks the set
+// from its start for each buffer.
 type dumpConn struct {
-	*netlink.Conn
+	*nlconn.Conn
 
 	// torn says that a dump since it was last cleared did not show one state of the
 	// kernel.
@@ -31,7 +28,7 @@ type dumpConn struct {
 }
 
 func dialDump(netns int) (*dumpConn, error) {
-	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, &netlink.Config{NetNS: netns, MessageBufferSize: dumpSize})
+	conn, err := nlconn.Dial(unix.NETLINK_NETFILTER, netns)
 	if err != nil {
 		return nil, fmt.Errorf("open netlink socket for reading sets: %w", err)
 	}
@@ -39,34 +36,22 @@ func dialDump(netns int) (*dumpConn, error) {
 }
 
 // dump calls visit with the attributes of each message of a dump.
-func (c *dumpConn) dump(family byte, typ uint16, attrs []netlink.Attribute, visit func(attrs []byte) error) error {
+func (c *dumpConn) dump(ctx context.Context, family byte, typ uint16, attrs []netlink.Attribute, visit func(attrs []byte) error) error {
 	b, err := netlink.MarshalAttributes(attrs)
 	if err != nil {
 		return fmt.Errorf("encode the request: %w", err)
 	}
-	request := netlink.Message{
-		Header: netlink.Header{
-			Type:  netlink.HeaderType(unix.NFNL_SUBSYS_NFTABLES<<8 | typ),
-			Flags: netlink.Request | netlink.Dump,
-		},
-		Data: append([]byte{family, unix.NFNETLINK_V0, 0, 0}, b...),
-	}
-	if _, err := c.Send(request); err != nil {
-		return fmt.Errorf("request: %w", err)
-	}
-	var failure error
-	for m, err := range c.ReceiveIter() {
-		if err != nil {
-			return err
+	interrupted, err := c.Dump(ctx, netlink.Message{
+		Header: netlink.Header{Type: netlink.HeaderType(unix.NFNL_SUBSYS_NFTABLES<<8 | typ)},
+		Data:   append([]byte{family, unix.NFNETLINK_V0, 0, 0}, b...),
+	}, func(data []byte) error {
+		if len(data) < 4 {
+			return nil
 		}
-		if m.Header.Flags&netlink.DumpInterrupted != 0 {
-			c.torn = true
-		}
-		if failure == nil && len(m.Data) >= 4 {
-			failure = visit(m.Data[4:])
-		}
-	}
-	return failure
+		return visit(data[4:])
+	})
+	c.torn = c.torn || interrupted
+	return err
 }
 
 // elements calls visit with each element of a set, and whether it has a part that
@@ -77,9 +62,9 @@ func (c *dumpConn) dump(family byte, typ uint16, attrs []netlink.Attribute, visi
 // to a larger hash table between two buffers, which it does in the background and
 // without beginning a generation, some elements come twice and as many do not come.
 // So an element that comes twice says that the dump is torn.
-func (c *dumpConn) elements(s *nftables.Set, visit func(e element, extended bool)) error {
+func (c *dumpConn) elements(ctx context.Context, s *nftables.Set, visit func(e element, extended bool)) error {
 	seed, seen, buffers := maphash.MakeSeed(), map[uint64]struct{}{}, 0
-	return c.dump(byte(s.Table.Family), unix.NFT_MSG_GETSETELEM, []netlink.Attribute{
+	return c.dump(ctx, byte(s.Table.Family), unix.NFT_MSG_GETSETELEM, []netlink.Attribute{
 		{Type: unix.NFTA_SET_ELEM_LIST_TABLE, Data: []byte(s.Table.Name + "\x00")},
 		{Type: unix.NFTA_SET_ELEM_LIST_SET, Data: []byte(s.Name + "\x00")},
 	}, func(attrs []byte) error {
@@ -98,12 +83,12 @@ func (c *dumpConn) elements(s *nftables.Set, visit func(e element, extended bool
 }
 
 func parseElements(b []byte, visit func(e element, extended bool)) error {
-	list, ok := attribute(b, unix.NFTA_SET_ELEM_LIST_ELEMENTS)
+	list, ok := nlconn.Attribute(b, unix.NFTA_SET_ELEM_LIST_ELEMENTS)
 	if !ok {
 		return nil
 	}
 	for len(list) > 0 {
-		_, item, rest, err := nextAttribute(list)
+		_, item, rest, err := nlconn.NextAttribute(list)
 		if err != nil {
 			return err
 		}
@@ -117,21 +102,21 @@ func parseElements(b []byte, visit func(e element, extended bool)) error {
 // the kernel's attributes.
 func parseElement(b []byte) element {
 	var e element
-	if data, ok := attribute(b, unix.NFTA_SET_ELEM_KEY); ok {
-		v, _ := attribute(data, unix.NFTA_DATA_VALUE)
+	if data, ok := nlconn.Attribute(b, unix.NFTA_SET_ELEM_KEY); ok {
+		v, _ := nlconn.Attribute(data, unix.NFTA_DATA_VALUE)
 		e.Key = slices.Clone(v)
 	}
-	if data, ok := attribute(b, unix.NFTA_SET_ELEM_DATA); ok {
-		if v, ok := attribute(data, unix.NFTA_DATA_VALUE); ok {
+	if data, ok := nlconn.Attribute(b, unix.NFTA_SET_ELEM_DATA); ok {
+		if v, ok := nlconn.Attribute(data, unix.NFTA_DATA_VALUE); ok {
 			e.Val = slices.Clone(v)
-		} else if v, ok := attribute(data, unix.NFTA_DATA_VERDICT); ok {
+		} else if v, ok := nlconn.Attribute(data, unix.NFTA_DATA_VERDICT); ok {
 			e.Val = slices.Clone(v)
 		}
 	}
-	if v, ok := attribute(b, unix.NFTA_SET_ELEM_FLAGS); ok && len(v) == 4 {
+	if v, ok := nlconn.Attribute(b, unix.NFTA_SET_ELEM_FLAGS); ok && len(v) == 4 {
 		e.IntervalEnd = binary.BigEndian.Uint32(v)&unix.NFT_SET_ELEM_INTERVAL_END != 0
 	}
-	if v, ok := attribute(b, unix.NFTA_SET_ELEM_USERDATA); ok {
+	if v, ok := nlconn.Attribute(b, unix.NFTA_SET_ELEM_USERDATA); ok {
 		e.Comment = commentOf(v)
 	}
 	return e
@@ -141,7 +126,7 @@ func parseElement(b []byte) element {
 // statement, a timeout or a reference to an object.
 func isExtended(b []byte) bool {
 	for len(b) > 0 {
-		typ, _, rest, err := nextAttribute(b)
+		typ, _, rest, err := nlconn.NextAttribute(b)
 		if err != nil {
 			return true
 		}
@@ -166,37 +151,4 @@ func commentOf(b []byte) string {
 		b = b[2+int(b[1]):]
 	}
 	return ""
-}
-
-// attribute returns the value of the first attribute of a type.
-func attribute(b []byte, typ uint16) ([]byte, bool) {
-	for len(b) > 0 {
-		t, v, rest, err := nextAttribute(b)
-		if err != nil {
-			return nil, false
-		}
-		if t == typ {
-			return v, true
-		}
-		b = rest
-	}
-	return nil, false
-}
-
-var errTruncated = errors.New("a netlink attribute is longer than its message")
-
-// nextAttribute splits a netlink attribute off (man 7 netlink, "nlattr"): two
-// bytes of length with the header, two of type, the value, padded to four.
-func nextAttribute(b []byte) (typ uint16, value, rest []byte, err error) {
-	if len(b) < unix.NLA_HDRLEN {
-		return 0, nil, nil, errTruncated
-	}
-	length := int(binary.NativeEndian.Uint16(b))
-	if length < unix.NLA_HDRLEN || length > len(b) {
-		return 0, nil, nil, errTruncated
-	}
-	typ = binary.NativeEndian.Uint16(b[2:]) & ^uint16(unix.NLA_F_NESTED|unix.NLA_F_NET_BYTEORDER)
-	value = b[unix.NLA_HDRLEN:length]
-	padded := min((length+unix.NLA_ALIGNTO-1)&^(unix.NLA_ALIGNTO-1), len(b))
-	return typ, value, b[padded:], nil
 }

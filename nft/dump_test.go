@@ -41,7 +41,7 @@ func TestDumpDuringResize(t *testing.T) {
 		for range 2 {
 			found := map[string]bool{}
 			d.dump.torn = false
-			if err := d.dump.elements(set, func(e element, _ bool) { found[string(e.Key)] = true }); err != nil {
+			if err := d.dump.elements(t.Context(), set, func(e element, _ bool) { found[string(e.Key)] = true }); err != nil {
 				t.Fatal(err)
 			}
 			if len(found) == elements {
@@ -170,7 +170,7 @@ func TestStatements(t *testing.T) {
 	table := d.tables[index(dataplane.IPv4)]
 	for _, set := range []*nftables.Set{table.services, table.endpoints[1], table.verdicts[classes], table.nodePortAddrs, table.addrSets[inClusterIPs]} {
 		var all []element
-		if err := d.dump.elements(set, func(e element, _ bool) { all = append(all, e) }); err != nil {
+		if err := d.dump.elements(t.Context(), set, func(e element, _ bool) { all = append(all, e) }); err != nil {
 			t.Fatal(err)
 		}
 		if len(all) == 0 {

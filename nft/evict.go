@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/nlconn"
 
 	"github.com/google/nftables"
 	"github.com/mdlayher/netlink"
@@ -119,7 +120,7 @@ func (l *AffinityLimiter) Close() error {
 
 func (l *AffinityLimiter) limit(ctx context.Context, all *[2]AffinityStats) error {
 	if l.conn == nil {
-		conn, err := netlink.Dial(unix.NETLINK_NETFILTER, &netlink.Config{NetNS: l.netns, MessageBufferSize: dumpSize})
+		conn, err := netlink.Dial(unix.NETLINK_NETFILTER, &netlink.Config{NetNS: l.netns, MessageBufferSize: nlconn.MessageSize})
 		if err != nil {
 			return fmt.Errorf("open netlink socket: %w", explain(err))
 		}
@@ -284,7 +285,7 @@ func affinityMaps(conn *netlink.Conn, t *table) ([]int, error) {
 	err := dumpTable(conn, t, unix.NFT_MSG_GETSET, []netlink.Attribute{
 		{Type: unix.NFTA_SET_TABLE, Data: []byte(t.nf.Name + "\x00")},
 	}, func(attrs []byte) {
-		name, _ := attribute(attrs, unix.NFTA_SET_NAME)
+		name, _ := nlconn.Attribute(attrs, unix.NFTA_SET_NAME)
 		if shard, ok := parseAffinityShard(strings.TrimSuffix(string(name), "\x00")); ok {
 			shards = append(shards, shard)
 		}
@@ -307,20 +308,20 @@ func readRemembered(conn *netlink.Conn, t *table, shard int) ([]remembered, erro
 		{Type: unix.NFTA_SET_ELEM_LIST_TABLE, Data: []byte(t.nf.Name + "\x00")},
 		{Type: unix.NFTA_SET_ELEM_LIST_SET, Data: []byte(name + "\x00")},
 	}, func(attrs []byte) {
-		list, _ := attribute(attrs, unix.NFTA_SET_ELEM_LIST_ELEMENTS)
+		list, _ := nlconn.Attribute(attrs, unix.NFTA_SET_ELEM_LIST_ELEMENTS)
 		for len(list) > 0 {
-			_, item, rest, err := nextAttribute(list)
+			_, item, rest, err := nlconn.NextAttribute(list)
 			if err != nil {
 				return
 			}
 			list = rest
-			data, _ := attribute(item, unix.NFTA_SET_ELEM_KEY)
-			key, ok := attribute(data, unix.NFTA_DATA_VALUE)
+			data, _ := nlconn.Attribute(item, unix.NFTA_SET_ELEM_KEY)
+			key, ok := nlconn.Attribute(data, unix.NFTA_DATA_VALUE)
 			if !ok {
 				continue
 			}
 			r := remembered{key: slices.Clone(key)}
-			if v, ok := attribute(item, unix.NFTA_SET_ELEM_EXPIRATION); ok && len(v) == 8 {
+			if v, ok := nlconn.Attribute(item, unix.NFTA_SET_ELEM_EXPIRATION); ok && len(v) == 8 {
 				r.expires = time.Duration(binary.BigEndian.Uint64(v)) * time.Millisecond //nolint:gosec // at most a day
 			}
 			clients = append(clients, r)

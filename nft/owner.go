@@ -68,7 +68,7 @@ func canOwn(socket *netlink.Conn, t *table) (bool, error) {
 // an error if one still does.
 func (d *Dataplane) awaitOwners(ctx context.Context) error {
 	for deadline := time.Now().Add(ownerEnd); ; {
-		err := d.checkOwners()
+		err := d.checkOwners(ctx)
 		if err == nil || !errors.Is(err, ErrOwned) || time.Now().After(deadline) {
 			return err
 		}
@@ -81,9 +81,9 @@ func (d *Dataplane) awaitOwners(ctx context.Context) error {
 }
 
 // checkOwners returns an error if another process owns one of the tables.
-func (d *Dataplane) checkOwners() error {
+func (d *Dataplane) checkOwners(ctx context.Context) error {
 	for i, t := range d.tables {
-		tables, err := d.dump.tables(t.nf.Family)
+		tables, err := d.dump.tables(ctx, t.nf.Family)
 		if err != nil {
 			return err
 		}

@@ -61,7 +61,7 @@ func (b *ownerTestbed) replace() {
 func (b *ownerTestbed) checkOwner(when string, want bool) {
 	b.t.Helper()
 	for _, t := range b.tables {
-		info, err := b.dump.tables(t.nf.Family)
+		info, err := b.dump.tables(b.t.Context(), t.nf.Family)
 		if err != nil {
 			b.t.Fatal(err)
 		}

@@ -57,7 +57,7 @@ func (d *Dataplane) takePrefetched(ctx context.Context) (have [2]*content, gener
 	if err != nil {
 		return have, 0, false
 	}
-	if generation != p.generation && !d.onlyOthers(p.changes, generation) || !d.refreshTables(p.have) {
+	if generation != p.generation && !d.onlyOthers(p.changes, generation) || !d.refreshTables(ctx, p.have) {
 		d.log.DebugContext(ctx, "the tables have changed since they were read in advance")
 		return have, 0, false
 	}
@@ -68,9 +68,9 @@ func (d *Dataplane) takePrefetched(ctx context.Context) (have [2]*content, gener
 // us: the flag owner goes with its process, without a generation, and tables of an
 // interrupted rebuild have another name. It reports whether all but the flags is as it
 // was read.
-func (d *Dataplane) refreshTables(have [2]*content) bool {
+func (d *Dataplane) refreshTables(ctx context.Context, have [2]*content) bool {
 	for i, t := range d.tables {
-		tables, err := d.dump.tables(t.nf.Family)
+		tables, err := d.dump.tables(ctx, t.nf.Family)
 		if err != nil {
 			return false
 		}

@@ -186,7 +186,7 @@ func newContent() *content {
 // readRows reads the sets of a table and what is in them.
 func (d *Dataplane) readRows(ctx context.Context, t *table) (*content, error) {
 	c := newContent()
-	tables, err := d.dump.tables(t.nf.Family)
+	tables, err := d.dump.tables(ctx, t.nf.Family)
 	if err != nil {
 		return nil, fmt.Errorf("list the %s tables: %w", t.family, err)
 	}
@@ -218,7 +218,7 @@ func (d *Dataplane) readRows(ctx context.Context, t *table) (*content, error) {
 			}
 			continue
 		}
-		err := d.dump.elements(read.set, func(e element, extended bool) {
+		err := d.dump.elements(ctx, read.set, func(e element, extended bool) {
 			if err := read.parse(e); err != nil {
 				c.foreign[read.set.Name] = append(c.foreign[read.set.Name], e)
 			} else if extended {

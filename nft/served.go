@@ -22,7 +22,7 @@ func ServedServices(ctx context.Context, opts Options) (map[string]struct{}, err
 		if err := ctx.Err(); err != nil {
 			return nil, errors.Join(err, conn.Close())
 		}
-		err := conn.elements(t.services, func(e element, _ bool) {
+		err := conn.elements(ctx, t.services, func(e element, _ bool) {
 			if _, class, err := t.parseFrontendClass(e); err == nil && class.size() > 0 {
 				names[e.Comment] = struct{}{}
 			}

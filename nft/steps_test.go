@@ -530,7 +530,7 @@ func TestPortsAreMendedInPieces(t *testing.T) {
 func portSet(t *testing.T, d *Dataplane) []element {
 	t.Helper()
 	var all []element
-	if err := d.dump.elements(d.tables[0].endpointPorts, func(e element, _ bool) { all = append(all, e) }); err != nil {
+	if err := d.dump.elements(t.Context(), d.tables[0].endpointPorts, func(e element, _ bool) { all = append(all, e) }); err != nil {
 		t.Fatal(err)
 	}
 	return all

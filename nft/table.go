@@ -1,10 +1,13 @@
 package nft
 
 import (
+	"context"
 	"encoding/binary"
 	"fmt"
 	"strconv"
 	"strings"
+
+	"fairlead.io/fairlead/internal/nlconn"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/userdata"
@@ -34,18 +37,18 @@ type tableInfo struct {
 }
 
 // tables returns the tables of a family by name.
-func (c *dumpConn) tables(family nftables.TableFamily) (map[string]tableInfo, error) {
+func (c *dumpConn) tables(ctx context.Context, family nftables.TableFamily) (map[string]tableInfo, error) {
 	all := map[string]tableInfo{}
-	err := c.dump(byte(family), unix.NFT_MSG_GETTABLE, nil, func(attrs []byte) error {
-		name, _ := attribute(attrs, unix.NFTA_TABLE_NAME)
+	err := c.dump(ctx, byte(family), unix.NFT_MSG_GETTABLE, nil, func(attrs []byte) error {
+		name, _ := nlconn.Attribute(attrs, unix.NFTA_TABLE_NAME)
 		info := tableInfo{schema: firstSchema}
-		if v, ok := attribute(attrs, unix.NFTA_TABLE_FLAGS); ok && len(v) == 4 {
+		if v, ok := nlconn.Attribute(attrs, unix.NFTA_TABLE_FLAGS); ok && len(v) == 4 {
 			info.flags = nftables.TableFlags(binary.BigEndian.Uint32(v))
 		}
-		if v, ok := attribute(attrs, tableOwner); ok && len(v) == 4 {
+		if v, ok := nlconn.Attribute(attrs, tableOwner); ok && len(v) == 4 {
 			info.owner = binary.BigEndian.Uint32(v)
 		}
-		if v, ok := attribute(attrs, tableUserData); ok {
+		if v, ok := nlconn.Attribute(attrs, tableUserData); ok {
 			if number, ok := strings.CutPrefix(commentOf(v), schemaLabel); ok {
 				info.schema, _ = strconv.Atoi(number) // 0 is none of ours either
 			}

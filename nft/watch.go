@@ -11,6 +11,8 @@ import (
 	"sync"
 	"time"
 
+	"fairlead.io/fairlead/internal/nlconn"
+
 	"github.com/mdlayher/netlink"
 	"golang.org/x/net/bpf"
 	"golang.org/x/sys/unix"
@@ -267,7 +269,7 @@ func (w *watch) inGeneration(m netlink.Message) {
 	if len(m.Data) < 4 {
 		return
 	}
-	if v, ok := attribute(m.Data[4:], unix.NFTA_GEN_ID); ok && len(v) == 4 {
+	if v, ok := nlconn.Attribute(m.Data[4:], unix.NFTA_GEN_ID); ok && len(v) == 4 {
 		w.mu.Lock()
 		w.generation = binary.BigEndian.Uint32(v)
 		close(w.announced)
@@ -363,7 +365,7 @@ func (w *watch) concernsUs(m netlink.Message) bool {
 	}
 	// The table's name is attribute 1 of tables, chains, rules, sets, elements and
 	// objects alike (linux/netfilter/nf_tables.h).
-	name, ok := attribute(m.Data[4:], unix.NFTA_TABLE_NAME)
+	name, ok := nlconn.Attribute(m.Data[4:], unix.NFTA_TABLE_NAME)
 	return ok && bytes.Equal(name, []byte(w.table+"\x00")) && !isRemembered(m)
 }
 
@@ -372,7 +374,7 @@ func (w *watch) concernsUs(m netlink.Message) bool {
 func isRemembered(m netlink.Message) bool {
 	switch m.Header.Type & 0xff {
 	case unix.NFT_MSG_NEWSETELEM, unix.NFT_MSG_DELSETELEM:
-		set, _ := attribute(m.Data[4:], unix.NFTA_SET_ELEM_LIST_SET)
+		set, _ := nlconn.Attribute(m.Data[4:], unix.NFTA_SET_ELEM_LIST_SET)
 		_, ok := parseAffinityShard(string(bytes.TrimSuffix(set, []byte{0})))
 		return ok
 	default:

@@ -1,0 +1,83 @@
+package nlconn
+
+import (
+	"encoding/binary"
+	"errors"
+	"iter"
+
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// ErrTruncated says that an attribute is longer than what contains it.
+var ErrTruncated = errors.New("a netlink attribute is longer than its message")
+
+const flags = unix.NLA_F_NESTED | unix.NLA_F_NET_BYTEORDER
+
+// NextAttribute splits the first attribute off (man 7 netlink, "nlattr"): two bytes of
+// length with the header, two bytes of type, the value, padded to four. The value and
+// the rest share memory with b. The type is without flags.
+func NextAttribute(b []byte) (typ uint16, value, rest []byte, err error) {
+	if len(b) < unix.NLA_HDRLEN {
+		return 0, nil, nil, ErrTruncated
+	}
+	length := int(binary.NativeEndian.Uint16(b))
+	if length < unix.NLA_HDRLEN || length > len(b) {
+		return 0, nil, nil, ErrTruncated
+	}
+	typ = binary.NativeEndian.Uint16(b[2:]) &^ flags
+	padded := min((length+unix.NLA_ALIGNTO-1)&^(unix.NLA_ALIGNTO-1), len(b))
+	return typ, b[unix.NLA_HDRLEN:length], b[padded:], nil
+}
+
+// Attributes yields types and values of the attributes in b, up to the first truncated one.
+// The values share memory with b.
+func Attributes(b []byte) iter.Seq2[uint16, []byte] {
+	return func(yield func(uint16, []byte) bool) {
+		for {
+			typ, value, rest, err := NextAttribute(b)
+			if err != nil || !yield(typ, value) {
+				return
+			}
+			b = rest
+		}
+	}
+}
+
+// Attribute returns the value of the first attribute of a type.
+func Attribute(b []byte, typ uint16) ([]byte, bool) {
+	for t, value := range Attributes(b) {
+		if t == typ {
+			return value, true
+		}
+	}
+	return nil, false
+}
+
+// Uint16 decodes a value in an order of bytes. A value of another size is 0.
+func Uint16(value []byte, order binary.ByteOrder) uint16 {
+	if len(value) != 2 {
+		return 0
+	}
+	return order.Uint16(value)
+}
+
+// Uint32 decodes a value in the host's order of bytes. A value of another size is 0.
+func Uint32(value []byte) uint32 {
+	if len(value) != 4 {
+		return 0
+	}
+	return binary.NativeEndian.Uint32(value)
+}
+
+// Encode returns a header and the attributes behind it. The error is about a value that
+// is too long for an attribute.
+func Encode(header []byte, encode func(*netlink.AttributeEncoder)) ([]byte, error) {
+	e := netlink.NewAttributeEncoder()
+	encode(e)
+	b, err := e.Encode()
+	if err != nil {
+		return nil, err
+	}
+	return append(header, b...), nil
+}
