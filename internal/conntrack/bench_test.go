@@ -65,6 +65,6 @@ type unfiltered struct{ *kernel }
 
 func (unfiltered) close() error { return nil }
 
-func (u unfiltered) list(_ context.Context, q query, visit func(flow) bool) ([]entry, bool, error) {
-	return u.dump(q, nil, visit)
+func (u unfiltered) list(ctx context.Context, q query, visit func(flow) bool) ([]entry, bool, error) {
+	return u.dump(ctx, q, nil, visit)
 }

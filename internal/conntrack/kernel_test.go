@@ -14,23 +14,18 @@ import (
 	"golang.org/x/sys/unix"
 
 	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/nlconn"
 )
 
 // everything lists all entries, of whatever protocol and zone, sorted.
 func everything(t *testing.T, k *kernel) (texts []string) {
 	t.Helper()
 	for _, family := range []dataplane.Family{dataplane.IPv4, dataplane.IPv6} {
-		messages, err := k.conn.Execute(netlink.Message{
-			Header: netlink.Header{Type: msgGet, Flags: netlink.Request | netlink.Dump},
-			Data:   header(family),
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, m := range messages {
+		request := netlink.Message{Header: netlink.Header{Type: msgGet}, Data: header(family)}
+		if _, err := k.conn.Dump(t.Context(), request, func(data []byte) error {
 			var original, reply tuple
 			var zone uint16
-			for typ, value := range attributes(m.Data[4:]) {
+			for typ, value := range nlconn.Attributes(data[4:]) {
 				switch typ {
 				case ctaTupleOrig:
 					original = parseTuple(value)
@@ -41,6 +36,9 @@ func everything(t *testing.T, k *kernel) (texts []string) {
 				}
 			}
 			texts = append(texts, fmt.Sprintf("%d %d %s %s", original.protocol, zone, original.destination, reply.source))
+			return nil
+		}); err != nil {
+			t.Fatal(err)
 		}
 	}
 	slices.Sort(texts)

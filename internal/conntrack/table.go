@@ -7,12 +7,12 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
-	"time"
 
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
 	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/nlconn"
 )
 
 // What include/uapi/linux/netfilter/nfnetlink_conntrack.h and, for the flags of
@@ -50,17 +50,6 @@ const (
 	filterProtoDstPort = 1 << 5
 )
 
-const (
-	// receiveSize is the buffer that dumps are read with: the kernel fills up to
-	// as much as its reader has shown to take, and at most 32 KiB
-	// (net/netlink/af_netlink.c, netlink_dump).
-	receiveSize = 32 << 10
-	// deleteBatch is how many entries are deleted by one system call. The answers
-	// wait in the socket's receive buffer, which has room for several times as
-	// many.
-	deleteBatch = 64
-)
-
 // entry is an entry as it was listed.
 type entry struct {
 	flow
@@ -82,7 +71,7 @@ type table interface {
 }
 
 // kernel is the table of a network namespace.
-type kernel struct{ conn *netlink.Conn }
+type kernel struct{ conn *nlconn.Conn }
 
 var _ table = (*kernel)(nil)
 
@@ -93,9 +82,9 @@ var ErrUnavailable = errors.New("the kernel has no access to connection tracking
 var errInterrupted = errors.New("the kernel has changed the table during the dump")
 
 func openKernel(netns int) (table, error) {
-	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, &netlink.Config{NetNS: netns, MessageBufferSize: receiveSize})
+	conn, err := nlconn.Dial(unix.NETLINK_NETFILTER, netns)
 	if err != nil {
-		return nil, fmt.Errorf("open netlink socket: %w", explain(err))
+		return nil, explain(err)
 	}
 	return &kernel{conn}, nil
 }
@@ -114,18 +103,16 @@ func explain(err error) error {
 	return err
 }
 
-// until makes calls fail when ctx ends, and returns what ends that.
-func (k *kernel) until(ctx context.Context) (stop func() bool) {
-	return context.AfterFunc(ctx, func() { _ = k.conn.SetDeadline(time.Unix(1, 0)) })
-}
-
 func (k *kernel) list(ctx context.Context, q query, visit func(flow) bool) (entries []entry, narrowed bool, err error) {
-	defer k.until(ctx)()
-	entries, narrowed, err = k.dump(q, filter(q), visit)
+	narrowing, err := filter(q)
+	if err != nil {
+		return nil, false, err
+	}
+	entries, narrowed, err = k.dump(ctx, q, narrowing, visit)
 	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP) {
 		// Such filters are not for this kernel. If it has no connection tracking
 		// at all, it says so once more.
-		entries, narrowed, err = k.dump(q, nil, visit)
+		entries, narrowed, err = k.dump(ctx, q, nil, visit)
 	}
 	if err != nil {
 		return entries, narrowed, fmt.Errorf("list entries of %s: %w", q.family, explain(err))
@@ -135,41 +122,31 @@ func (k *kernel) list(ctx context.Context, q query, visit func(flow) bool) (entr
 
 // dump lists the entries that pass the filter, or more where the kernel does not
 // know the filter.
-func (k *kernel) dump(q query, filter []byte, visit func(flow) bool) (entries []entry, narrowed bool, err error) {
-	_, err = k.conn.Send(netlink.Message{
-		Header: netlink.Header{Type: msgGet, Flags: netlink.Request | netlink.Dump},
-		Data:   append(header(q.family), filter...),
-	})
-	if err != nil {
-		return nil, true, err
-	}
+func (k *kernel) dump(ctx context.Context, q query, filter []byte, visit func(flow) bool) (entries []entry, narrowed bool, err error) {
+	request := netlink.Message{Header: netlink.Header{Type: msgGet}, Data: append(header(q.family), filter...)}
 	narrowed = true
-	interrupted := false
-	for m, err := range k.conn.ReceiveIter() {
-		if err != nil {
-			return entries, narrowed, err
+	interrupted, err := k.conn.Dump(ctx, request, func(data []byte) error {
+		if len(data) < 4 {
+			return nil
 		}
-		interrupted = interrupted || m.Header.Flags&netlink.DumpInterrupted != 0
-		if len(m.Data) < 4 {
-			continue
-		}
-		e, ok := parseEntry(m.Data[4:], q.family)
+		e, ok := parseEntry(data[4:], q.family)
 		narrowed = narrowed && q.covers(e.flow)
 		if ok && visit(e.flow) {
+			// The message is part of a large buffer.
 			e.tuple, e.id = slices.Clone(e.tuple), slices.Clone(e.id)
 			entries = append(entries, e)
 		}
+		return nil
+	})
+	if err == nil && interrupted {
+		err = errInterrupted
 	}
-	if interrupted {
-		return entries, narrowed, errInterrupted
-	}
-	return entries, narrowed, nil
+	return entries, narrowed, err
 }
 
 func (k *kernel) delete(ctx context.Context, entries []entry) (deleted int, err error) {
-	defer k.until(ctx)()
-	for batch := range slices.Chunk(entries, deleteBatch) {
-		n, err := k.deleteBatch(batch)
+	for batch := range slices.Chunk(entries, nlconn.BatchSize) {
+		n, err := k.deleteBatch(ctx, batch)
 		deleted += n
 		if err != nil {
 			return deleted, fmt.Errorf("delete entries: %w", explain(err))
@@ -178,31 +155,30 @@ func (k *kernel) delete(ctx context.Context, entries []entry) (deleted int, err 
 	return deleted, nil
 }
 
-func (k *kernel) deleteBatch(entries []entry) (deleted int, err error) {
-	messages := make([]netlink.Message, len(entries))
+func (k *kernel) deleteBatch(ctx context.Context, entries []entry) (deleted int, err error) {
+	requests := make([]netlink.Message, len(entries))
 	for i, e := range entries {
-		messages[i] = netlink.Message{
-			Header: netlink.Header{Type: msgDelete, Flags: netlink.Request | netlink.Acknowledge},
-			Data: slices.Concat(header(e.family),
-				attribute(unix.NLA_F_NESTED|ctaTupleOrig, e.tuple), attribute(ctaID, e.id)),
+		data, err := nlconn.Encode(header(e.family), func(enc *netlink.AttributeEncoder) {
+			enc.Bytes(netlink.Nested|ctaTupleOrig, e.tuple)
+			enc.Bytes(ctaID, e.id)
+		})
+		if err != nil {
+			return 0, err
 		}
+		requests[i] = netlink.Message{Header: netlink.Header{Type: msgDelete}, Data: data}
 	}
-	if _, err := k.conn.SendMessages(messages); err != nil {
+	answers, err := k.conn.Batch(ctx, requests)
+	if err != nil {
 		return 0, err
 	}
 	var failure error
-	for range messages {
-		switch _, err := k.conn.Receive(); {
-		case err == nil:
+	for _, answer := range answers {
+		switch {
+		case answer == nil:
 			deleted++
-		case errors.Is(err, unix.ENOENT): // It has gone by itself.
-		case errors.Is(err, unix.EBUSY):
-			// A flowtable holds on to it (IPS_OFFLOAD) until it has been idle.
-			failure = err
-		case errors.Is(err, unix.EPERM), errors.Is(err, unix.EINVAL), errors.Is(err, unix.EOPNOTSUPP):
-			failure = err
-		default:
-			return deleted, err // The socket itself, so that no more answers come.
+		case errors.Is(answer, unix.ENOENT): // It has gone by itself.
+		default: // EBUSY: a flowtable holds on to it (IPS_OFFLOAD) until it has been idle.
+			failure = answer
 		}
 	}
 	return deleted, failure
@@ -218,57 +194,40 @@ func header(f dataplane.Family) []byte {
 }
 
 // filter returns the attributes that narrow a dump (ctnetlink_alloc_filter).
-func filter(q query) []byte {
+func filter(q query) ([]byte, error) {
 	flags := uint32(filterProtoNum)
-	proto := attribute(ctaProtoNum, []byte{byte(q.protocol)})
 	if q.port != 0 {
 		flags |= filterProtoDstPort
-		proto = append(proto, attribute(ctaProtoDstPort, binary.BigEndian.AppendUint16(nil, q.port))...)
 	}
-	var tuple []byte
 	if q.addr.IsValid() {
 		flags |= filterIPDst
-		tuple = nested(ctaTupleIP, attribute(ctaIPv4Dst, q.addr.AsSlice()))
 	}
-	tuple = append(tuple, nested(ctaTupleProto, proto)...)
-	narrowing := append(nested(ctaTupleOrig, tuple),
-		nested(ctaFilter, attribute(ctaFilterOrigFlags, binary.NativeEndian.AppendUint32(nil, flags)))...)
-	if q.unreplied {
-		narrowing = append(narrowing, attribute(ctaStatus, make([]byte, 4))...)
-		narrowing = append(narrowing, attribute(ctaStatusMask, binary.BigEndian.AppendUint32(nil, statusSeenReply))...)
-	}
-	return narrowing
-}
-
-func nested(typ uint16, value []byte) []byte { return attribute(unix.NLA_F_NESTED|typ, value) }
-
-// attribute writes a netlink attribute (man 7 netlink, "nlattr").
-func attribute(typ uint16, value []byte) []byte {
-	b := make([]byte, 0, unix.NLA_HDRLEN+len(value)+unix.NLA_ALIGNTO)
-	b = binary.NativeEndian.AppendUint16(b, uint16(unix.NLA_HDRLEN+len(value))) //nolint:gosec // a tuple has less than 100 bytes
-	b = binary.NativeEndian.AppendUint16(b, typ)
-	b = append(b, value...)
-	for len(b)%unix.NLA_ALIGNTO != 0 {
-		b = append(b, 0)
-	}
-	return b
-}
-
-// attributes yields the attributes in b, until one is broken.
-func attributes(b []byte) func(yield func(typ uint16, value []byte) bool) {
-	return func(yield func(uint16, []byte) bool) {
-		for len(b) >= unix.NLA_HDRLEN {
-			length := int(binary.NativeEndian.Uint16(b))
-			if length < unix.NLA_HDRLEN || length > len(b) {
-				return
+	return nlconn.Encode(nil, func(e *netlink.AttributeEncoder) {
+		e.Nested(ctaTupleOrig, func(e *netlink.AttributeEncoder) error {
+			if q.addr.IsValid() {
+				e.Nested(ctaTupleIP, func(e *netlink.AttributeEncoder) error {
+					e.Bytes(ctaIPv4Dst, q.addr.AsSlice())
+					return nil
+				})
 			}
-			typ := binary.NativeEndian.Uint16(b[2:]) &^ (unix.NLA_F_NESTED | unix.NLA_F_NET_BYTEORDER)
-			if !yield(typ, b[unix.NLA_HDRLEN:length]) {
-				return
-			}
-			b = b[min((length+unix.NLA_ALIGNTO-1)&^(unix.NLA_ALIGNTO-1), len(b)):]
+			e.Nested(ctaTupleProto, func(e *netlink.AttributeEncoder) error {
+				e.Uint8(ctaProtoNum, byte(q.protocol))
+				if q.port != 0 {
+					e.Bytes(ctaProtoDstPort, binary.BigEndian.AppendUint16(nil, q.port))
+				}
+				return nil
+			})
+			return nil
+		})
+		e.Nested(ctaFilter, func(e *netlink.AttributeEncoder) error {
+			e.Uint32(ctaFilterOrigFlags, flags)
+			return nil
+		})
+		if q.unreplied {
+			e.Bytes(ctaStatus, make([]byte, 4))
+			e.Bytes(ctaStatusMask, binary.BigEndian.AppendUint32(nil, statusSeenReply))
 		}
-	}
+	})
 }
 
 // parseEntry reads an entry, whose lists belong to b. It reports false for what
@@ -278,7 +237,7 @@ func attributes(b []byte) func(yield func(typ uint16, value []byte) bool) {
 func parseEntry(b []byte, family dataplane.Family) (entry, bool) {
 	e := entry{family: family}
 	zone := false
-	for typ, value := range attributes(b) {
+	for typ, value := range nlconn.Attributes(b) {
 		switch typ {
 		case ctaTupleOrig:
 			t := parseTuple(value)
@@ -310,10 +269,10 @@ func parseTuple(b []byte) tuple {
 	var t tuple
 	var source, destination netip.Addr
 	var sourcePort, destinationPort uint16
-	for typ, value := range attributes(b) {
+	for typ, value := range nlconn.Attributes(b) {
 		switch typ {
 		case ctaTupleIP:
-			for typ, value := range attributes(value) {
+			for typ, value := range nlconn.Attributes(value) {
 				switch typ {
 				case ctaIPv4Src, ctaIPv6Src:
 					source, _ = netip.AddrFromSlice(value)
@@ -322,7 +281,7 @@ func parseTuple(b []byte) tuple {
 				}
 			}
 		case ctaTupleProto:
-			for typ, value := range attributes(value) {
+			for typ, value := range nlconn.Attributes(value) {
 				switch {
 				case typ == ctaProtoNum && len(value) == 1:
 					t.protocol = value[0]

@@ -16,6 +16,7 @@ import (
 
 	"fairlead.io/fairlead/dataplane"
 	"fairlead.io/fairlead/internal/nettest"
+	"fairlead.io/fairlead/internal/nlconn"
 )
 
 func newNamespace(tb testing.TB) *nettest.Namespace {
@@ -65,65 +66,76 @@ func makeEntry(client, destination, endpoint string) made {
 	return m
 }
 
-func (m made) message() netlink.Message {
+func (m made) message(tb testing.TB) netlink.Message {
+	tb.Helper()
 	protocol := m.protocol
 	if protocol == 0 {
 		protocol = unix.IPPROTO_UDP
 	}
-	direction := func(typ uint16, from, to netip.AddrPort) []byte {
+	direction := func(from, to netip.AddrPort) func(*netlink.AttributeEncoder) error {
 		source, destination := uint16(ctaIPv4Src), uint16(ctaIPv4Dst)
 		if to.Addr().Is6() {
 			source, destination = ctaIPv6Src, ctaIPv6Dst
 		}
-		return nested(typ, slices.Concat(
-			nested(ctaTupleIP, slices.Concat(
-				attribute(source, from.Addr().AsSlice()), attribute(destination, to.Addr().AsSlice()))),
-			nested(ctaTupleProto, slices.Concat(
-				attribute(ctaProtoNum, []byte{protocol}),
-				attribute(ctaProtoSrcPort, binary.BigEndian.AppendUint16(nil, from.Port())),
-				attribute(ctaProtoDstPort, binary.BigEndian.AppendUint16(nil, to.Port())))),
-		))
+		return func(e *netlink.AttributeEncoder) error {
+			e.Nested(ctaTupleIP, func(e *netlink.AttributeEncoder) error {
+				e.Bytes(source, from.Addr().AsSlice())
+				e.Bytes(destination, to.Addr().AsSlice())
+				return nil
+			})
+			e.Nested(ctaTupleProto, func(e *netlink.AttributeEncoder) error {
+				e.Uint8(ctaProtoNum, protocol)
+				e.Bytes(ctaProtoSrcPort, binary.BigEndian.AppendUint16(nil, from.Port()))
+				e.Bytes(ctaProtoDstPort, binary.BigEndian.AppendUint16(nil, to.Port()))
+				return nil
+			})
+			return nil
+		}
 	}
 	const (
 		msgNew       = unix.NFNL_SUBSYS_CTNETLINK << 8
 		ctaProtoInfo = 4
 		ctaTimeout   = 7
 	)
-	data := slices.Concat(header(dataplane.FamilyOf(m.client.Addr())),
-		direction(ctaTupleOrig, m.client, m.destination), direction(ctaTupleReply, m.endpoint, m.client),
-		attribute(ctaTimeout, binary.BigEndian.AppendUint32(nil, 600)))
-	if protocol == unix.IPPROTO_TCP {
-		// CTA_PROTOINFO_TCP, CTA_PROTOINFO_TCP_STATE: established
-		data = append(data, nested(ctaProtoInfo, nested(1, attribute(1, []byte{3})))...)
+	data, err := nlconn.Encode(header(dataplane.FamilyOf(m.client.Addr())), func(e *netlink.AttributeEncoder) {
+		e.Nested(ctaTupleOrig, direction(m.client, m.destination))
+		e.Nested(ctaTupleReply, direction(m.endpoint, m.client))
+		e.Bytes(ctaTimeout, binary.BigEndian.AppendUint32(nil, 600))
+		if protocol == unix.IPPROTO_TCP {
+			// CTA_PROTOINFO_TCP, CTA_PROTOINFO_TCP_STATE: established
+			e.Nested(ctaProtoInfo, func(e *netlink.AttributeEncoder) error {
+				e.Nested(1, func(e *netlink.AttributeEncoder) error { e.Uint8(1, 3); return nil })
+				return nil
+			})
+		}
+		if m.replied {
+			const confirmed = 1 << 3 // IPS_CONFIRMED
+			e.Bytes(ctaStatus, binary.BigEndian.AppendUint32(nil, statusSeenReply|confirmed))
+		}
+		if m.zone != 0 {
+			e.Bytes(ctaZone, binary.BigEndian.AppendUint16(nil, m.zone))
+		}
+	})
+	if err != nil {
+		tb.Fatal(err)
 	}
-	if m.replied {
-		const confirmed = 1 << 3 // IPS_CONFIRMED
-		data = append(data, attribute(ctaStatus, binary.BigEndian.AppendUint32(nil, statusSeenReply|confirmed))...)
-	}
-	if m.zone != 0 {
-		data = append(data, attribute(ctaZone, binary.BigEndian.AppendUint16(nil, m.zone))...)
-	}
-	return netlink.Message{
-		Header: netlink.Header{Type: msgNew, Flags: netlink.Request | netlink.Acknowledge | netlink.Create | netlink.Excl},
-		Data:   data,
-	}
+	return netlink.Message{Header: netlink.Header{Type: msgNew, Flags: netlink.Create | netlink.Excl}, Data: data}
 }
 
 // insert makes entries.
 func insert(tb testing.TB, k *kernel, entries ...made) {
 	tb.Helper()
-	for batch := range slices.Chunk(entries, deleteBatch) {
-		var messages []netlink.Message
-		for _, m := range batch {
-			messages = append(messages, m.message())
-		}
-		if _, err := k.conn.SendMessages(messages); err != nil {
-			tb.Fatal(err)
-		}
-		for _, m := range batch {
-			if _, err := k.conn.Receive(); err != nil {
-				tb.Fatalf("make %+v: %v", m, err)
-			}
+	var requests []netlink.Message
+	for _, m := range entries {
+		requests = append(requests, m.message(tb))
+	}
+	answers, err := k.conn.Batch(tb.Context(), requests)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	for i, answer := range answers {
+		if answer != nil {
+			tb.Fatalf("make %+v: %v", entries[i], answer)
 		}
 	}
 }
@@ -184,7 +196,7 @@ func TestList(t *testing.T) {
 
 	// Kernels before 5.8 ignore the filter, and list TCP as well.
 	var got []string
-	entries, narrowed, err := k.dump(query{family: dataplane.IPv4, protocol: dataplane.UDP, port: 54}, nil, func(f flow) bool {
+	entries, narrowed, err := k.dump(t.Context(), query{family: dataplane.IPv4, protocol: dataplane.UDP, port: 54}, nil, func(f flow) bool {
 		got = append(got, f.destination.String())
 		return f.destination.Port() == 53
 	})
@@ -202,7 +214,7 @@ func TestDelete(t *testing.T) {
 	t.Parallel()
 	k := openTable(t, newNamespace(t))
 	var all []made
-	for i := range 3*deleteBatch + 1 {
+	for i := range 3*nlconn.BatchSize + 1 {
 		all = append(all, makeEntry(fmt.Sprintf("10.1.0.1:%d", 1000+i), "10.96.0.10:53", "10.0.0.1:5353"))
 	}
 	insert(t, k, all...)
@@ -246,4 +258,18 @@ func TestUntilTheContextEnds(t *testing.T) {
 	if !errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Errorf("error %v, want a deadline exceeded", err)
 	}
+}
+
+// FuzzParseEntry looks for what makes the decoder panic, or accept an entry without addresses.
+func FuzzParseEntry(f *testing.F) {
+	replied := makeEntry("[fd00::1]:4", "[fd00:96::10]:53", "[fd01::1]:5353")
+	replied.replied = true
+	for _, m := range []made{makeEntry("10.1.0.1:1", "10.96.0.10:53", "10.0.0.1:5353"), replied} {
+		f.Add(m.message(f).Data[4:])
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if e, ok := parseEntry(b, dataplane.IPv4); ok && (!e.destination.IsValid() || !e.endpoint.IsValid() || len(e.id) != 4) {
+			t.Errorf("entry %+v", e)
+		}
+	})
 }
