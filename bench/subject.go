@@ -44,7 +44,7 @@ func newSubject(ctx context.Context, o Options, r *rig.Rig) (*subject, error) {
 	s.tracker = kube.NewTracker(kube.Options{
 		NodeName: cluster.NodeName, DetectLocal: kube.DetectLocal{ClusterCIDRs: []netip.Prefix{rig.ClusterCIDR}},
 	})
-	s.syncer = sync.New(dp, sync.Options{OnCommit: s.committed})
+	s.syncer = sync.New(dp, sync.Options{First: kube.IsFirst, OnCommit: s.committed})
 	ctx, cancel := context.WithCancel(ctx)
 	ended := make(chan error, 1)
 	go func() { ended <- s.syncer.Run(ctx) }()

@@ -6,6 +6,7 @@ import (
 	"strings"
 
 	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
 	"k8s.io/apimachinery/pkg/types"
 
 	"fairlead.io/fairlead/dataplane"
@@ -66,6 +67,11 @@ type Result struct {
 	// HealthChecks holds the health-check node ports that are new or have
 	// changed, by Service, and nil for those that are gone.
 	HealthChecks map[types.NamespacedName]*HealthCheck
+	// UnservedNodePorts are those that this Delta brought up, at most one of a family. A
+	// family is reported again only after an address has served it.
+	UnservedNodePorts []UnservedNodePorts
+
+	endpointSlices []*discoveryv1.EndpointSlice // the Delta's, for Triggers
 }
 
 // Tracker keeps Services and EndpointSlices by name and computes what this node
@@ -98,6 +104,8 @@ type Tracker struct {
 	// health is what the last Result with a NodeHealth had, and nil before the
 	// first.
 	health *NodeHealth
+
+	nodePorts nodePortCheck
 
 	// round counts the Deltas.
 	round uint64
@@ -174,6 +182,7 @@ func NewTracker(opts Options) *Tracker {
 // has connections.
 func (t *Tracker) Apply(d Delta) Result {
 	return t.update(func(result *Result, touch func(*service)) {
+		result.endpointSlices = d.EndpointSlices
 		t.takeNode(d, result, touch)
 		t.takeObjects(d, touch)
 	})
@@ -192,6 +201,8 @@ func (t *Tracker) update(change func(result *Result, touch func(*service))) Resu
 		}
 	})
 	t.settleAll(work, &result)
+	t.nodePorts.update(result.Changes)
+	result.UnservedNodePorts = t.nodePorts.check()
 	return result
 }
 
@@ -270,6 +281,7 @@ func (t *Tracker) updateNode(result *Result, touch func(*service)) {
 	}
 	t.node, t.loopback, t.overlaps = &node, loopback, overlaps
 	result.Node, result.Loopback = &node, loopback
+	t.nodePorts.setNode(node, loopback)
 }
 
 // takeObjects takes over the Services and slices of d.

@@ -3,6 +3,8 @@ package sync
 import (
 	"log/slog"
 	"time"
+
+	"fairlead.io/fairlead/dataplane"
 )
 
 // The values that the zero Options stand for.
@@ -35,6 +37,10 @@ type Options struct {
 	// asked for one. Zero, the default, means never: a dataplane announces
 	// drift by itself. Set it for one that has no way to notice.
 	ResyncPeriod time.Duration
+
+	// First reports whether Replace is given a Service before others, because other
+	// programs need it for their work. Nil means that none is.
+	First func(dataplane.Key) bool
 }
 
 func (o Options) withDefaults() Options {

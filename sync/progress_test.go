@@ -80,7 +80,10 @@ func TestReplaceTellsHowItWentOn(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				tt.dp.Dataplane = fake.New(fake.Options{})
 				commits := make(chan sync.Commit, 1)
-				s := sync.New(&tt.dp, sync.Options{OnCommit: func(c sync.Commit) { commits <- c }})
+				s := sync.New(&tt.dp, sync.Options{
+					First:    func(k dataplane.Key) bool { return k.Namespace == "kube-system" },
+					OnCommit: func(c sync.Commit) { commits <- c },
+				})
 				ctx, cancel := context.WithCancel(t.Context())
 				defer cancel()
 				go func() { _ = s.Run(ctx) }()

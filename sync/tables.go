@@ -381,11 +381,7 @@ func (p *progress) completed(complete int) {
 	}
 }
 
-// firstNamespace has the Services that a node needs before others can do their
-// work: the cluster's DNS.
-const firstNamespace = "kube-system"
-
-// offered returns the Services that Replace is given: those that others need
+// offered returns the Services that Replace is given: those of Options.First
 // come first, and all in the order of their keys, so that two calls with the same
 // Services make the same steps. Of a Kubernetes Service that has more than a call of
 // Apply is given, the rest comes last. Sorting is a small part of what a Replace costs.
@@ -394,7 +390,7 @@ func (t *tables) offered() iter.Seq[*dataplane.Service] {
 		for _, first := range []bool{true, false} {
 			var services []*dataplane.Service
 			for k, svc := range t.desired {
-				if f := t.failing[k]; (k.Namespace == firstNamespace) == first && (f == nil || f.state != refused) {
+				if f := t.failing[k]; t.comesFirst(k) == first && (f == nil || f.state != refused) {
 					services = append(services, svc)
 				}
 			}
@@ -407,6 +403,9 @@ func (t *tables) offered() iter.Seq[*dataplane.Service] {
 		}
 	}
 }
+
+// comesFirst applies [Options.First].
+func (t *tables) comesFirst(k dataplane.Key) bool { return t.opts.First != nil && t.opts.First(k) }
 
 // largeLast returns Services, which are in the order of their keys, in this order but for
 // what a Kubernetes Service has beyond callWeight: that comes last, in the order of how

@@ -9,8 +9,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	corev1 "k8s.io/api/core/v1"
-	discoveryv1 "k8s.io/api/discovery/v1"
 	"k8s.io/apimachinery/pkg/types"
 
 	"fairlead.io/fairlead/dataplane"
@@ -54,13 +52,9 @@ type join struct {
 	complete bool
 	missing  bool // there is no Node, and that was logged
 	// nodePorts selects the addresses on which node ports are served. served has
-	// these, loopback ones included, and servedFamilies their families and those of
-	// the networks on which node ports are served.
-	nodePorts      kube.NodePortAddresses
-	served         []netip.Addr
-	servedFamilies []dataplane.Family
-	// unserved is about node ports without an address to be served on.
-	unserved unserved
+	// these, loopback ones included.
+	nodePorts kube.NodePortAddresses
+	served    []netip.Addr
 
 	// isAhead says that another Service proxy's rules are on the node, and node is
 	// what the backend was told of it, nil before anything was.
@@ -89,9 +83,10 @@ func (j *join) deliver(d kube.Delta) {
 		j.complete = true
 		j.syncer.ListComplete()
 		j.checkNode()
-		j.unserved.check(j.log, j.servedFamilies)
 	} else {
-		j.trigger(d, result)
+		for t := range result.Triggers() {
+			j.metrics.Triggered(t.Service.Namespace, t.Service.Name, t.At)
+		}
 	}
 	if j.names != nil {
 		j.names.Apply(d)
@@ -145,10 +140,6 @@ func (j *join) pass(result kube.Result) {
 		j.settings.SetPods(podsOf(*result.Node))
 		j.setNode(*result.Node)
 		j.served = slices.Concat(result.Node.NodePortAddrs, result.Loopback)
-		j.servedFamilies = familiesOf(j.served)
-		for _, network := range result.Node.NodePortNetworks {
-			j.servedFamilies = append(j.servedFamilies, dataplane.FamilyOf(network.Addr()))
-		}
 		j.relay.SetFamilies(familiesOf(result.Loopback)...)
 		j.listen()
 	}
@@ -157,9 +148,10 @@ func (j *join) pass(result kube.Result) {
 			"service_cidr", o.ServiceCIDR, "overlaps", o.Other)
 	}
 	j.syncer.Update(result.Changes)
-	j.unserved.take(result.Changes)
-	if j.complete {
-		j.unserved.check(j.log, j.servedFamilies)
+	for _, u := range result.UnservedNodePorts {
+		j.log.Warn("node ports are not served, as no address of this node is one for them: check --nodeport-addresses "+
+			"(nodePortAddresses in the file of --config), and the addresses of the Node, which count only if an interface "+
+			"has them, and none that lies in a ServiceCIDR unless it is the Node's", "ip_family", u.Family.String(), "service", u.Example.String())
 	}
 	if result.NodeHealth != nil {
 		j.health.Store(result.NodeHealth)
@@ -225,28 +217,6 @@ func (j *join) problem(p kube.Problem) {
 	log.Warn("Service can't be carried out as written", "field", p.Field, "problem", p.Message)
 	j.events.Problem(p)
 	j.metrics.Problem()
-}
-
-// trigger tells the metrics when the changes of endpoints happened that this
-// node now sees.
-func (j *join) trigger(d kube.Delta, result kube.Result) {
-	var changed map[types.NamespacedName]struct{} // made when it is needed
-	for _, slice := range d.EndpointSlices {
-		at, err := time.Parse(time.RFC3339Nano, slice.Annotations[corev1.EndpointsLastChangeTriggerTime])
-		if err != nil {
-			continue
-		}
-		if changed == nil {
-			changed = make(map[types.NamespacedName]struct{}, len(result.Changes))
-			for key := range result.Changes {
-				changed[types.NamespacedName{Namespace: key.Namespace, Name: key.Name}] = struct{}{}
-			}
-		}
-		service := types.NamespacedName{Namespace: slice.Namespace, Name: slice.Labels[discoveryv1.LabelServiceName]}
-		if _, ok := changed[service]; ok {
-			j.metrics.Triggered(service.Namespace, service.Name, at)
-		}
-	}
 }
 
 // committed takes what became of a call to the dataplane.

@@ -144,7 +144,7 @@ func build(c config.Config, b backend.Backend, log *slog.Logger) (*program, erro
 		nodePorts: options.NodePortAddresses, programmed: make(chan struct{}),
 	}
 	p.syncer = sync.New(p.dp, sync.Options{
-		Logger: log.With("component", "sync"), ResyncPeriod: resyncPeriod, OnCommit: p.join.committed,
+		Logger: log.With("component", "sync"), ResyncPeriod: resyncPeriod, First: kube.IsFirst, OnCommit: p.join.committed,
 	})
 	shares := divideDescriptors(openFilesLimit())
 	p.relay = relay.New(relay.Options{

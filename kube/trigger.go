@@ -1,0 +1,42 @@
+package kube
+
+import (
+	"iter"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/types"
+)
+
+// Trigger is a change of a Service's endpoints, as the EndpointSlice controller reports
+// it in the annotation endpoints.kubernetes.io/last-change-trigger-time.
+type Trigger struct {
+	// Service is the name of the Service.
+	Service types.NamespacedName
+	// At is when the pods or the Service changed, by the controller's clock.
+	At time.Time
+}
+
+// Triggers yields the triggers of the Delta's EndpointSlices whose Service the Result
+// changes. Slices without the annotation have none.
+func (r Result) Triggers() iter.Seq[Trigger] {
+	return func(yield func(Trigger) bool) {
+		var changed map[types.NamespacedName]struct{} // made when it is needed
+		for _, slice := range r.endpointSlices {
+			at, err := time.Parse(time.RFC3339Nano, slice.Annotations[corev1.EndpointsLastChangeTriggerTime])
+			if err != nil {
+				continue
+			}
+			if changed == nil {
+				changed = make(map[types.NamespacedName]struct{}, len(r.Changes))
+				for key := range r.Changes {
+					changed[types.NamespacedName{Namespace: key.Namespace, Name: key.Name}] = struct{}{}
+				}
+			}
+			service, _ := serviceOf(slice)
+			if _, ok := changed[service]; ok && !yield(Trigger{Service: service, At: at}) {
+				return
+			}
+		}
+	}
+}
