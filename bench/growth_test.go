@@ -14,6 +14,7 @@ import (
 	"fairlead.io/fairlead/bench/cluster"
 	"fairlead.io/fairlead/bench/result"
 	"fairlead.io/fairlead/bench/rig"
+	"fairlead.io/fairlead/internal/backend"
 	"fairlead.io/fairlead/ipvs"
 	"fairlead.io/fairlead/kube"
 )
@@ -48,7 +49,7 @@ func TestWorkFollowsTheChange(t *testing.T) {
 			for _, change := range changes() {
 				a, b := of[few][change], of[many][change]
 				t.Logf("%s: among %d Services %+v, among %d %+v", change, few, a, many, b)
-				if mode == modeNFT && (a.Messages == 0 || a.Elements == 0) {
+				if mode == backend.NFT && (a.Messages == 0 || a.Elements == 0) {
 					t.Errorf("%s: nothing was announced", change)
 				}
 				if b.announced != a.announced {

@@ -9,8 +9,7 @@ import (
 	"time"
 
 	"fairlead.io/fairlead/dataplane"
-	"fairlead.io/fairlead/ipvs"
-	"fairlead.io/fairlead/nft"
+	"fairlead.io/fairlead/internal/backend"
 )
 
 // Part is a part of what [Run] measures.
@@ -31,12 +30,7 @@ const (
 func Parts() []Part { return []Part{Update, Start, Restart, Churn, DataPath, Fairness, Memory} }
 
 // Modes are the backends that can be measured, the default first.
-func Modes() []string { return []string{modeNFT, modeIPVS} }
-
-const (
-	modeNFT  = "nft"
-	modeIPVS = "ipvs"
-)
+func Modes() []string { return backend.Names() }
 
 // Options say what [Run] measures. The zero value stands for the defaults.
 type Options struct {
@@ -76,7 +70,7 @@ func (o Options) withDefaults() Options {
 	def(&o.Endpoints, 10)
 	def(&o.Samples, 1000)
 	if o.Mode == "" {
-		o.Mode = modeNFT
+		o.Mode = Modes()[0]
 	}
 	if o.Only == nil {
 		o.Only = Parts()
@@ -163,17 +157,9 @@ func (o Options) starts() int { return min(max(o.Samples/100, 3), 20) }
 
 // open opens the backend in a network namespace.
 func (o Options) open(netns int) (dataplane.Dataplane, error) {
-	log := slog.New(slog.DiscardHandler)
-	var dp dataplane.Dataplane
-	var err error
-	switch o.Mode {
-	case modeIPVS:
-		dp, err = ipvs.Open(ipvs.Options{NetNS: netns, Logger: log})
-	default:
-		dp, err = nft.Open(nft.Options{NetNS: netns, Logger: log})
-	}
+	b, err := backend.ByName(o.Mode)
 	if err != nil {
-		return nil, fmt.Errorf("--mode=%s: %w", o.Mode, err)
+		return nil, err
 	}
-	return dp, nil
+	return b.Dial(backend.Options{NetNS: netns, Logger: slog.New(slog.DiscardHandler)})
 }

@@ -3,6 +3,7 @@ package dataplane_test
 import (
 	"context"
 	"fmt"
+	"io"
 	"iter"
 	"maps"
 	"math/rand/v2"
@@ -15,14 +16,35 @@ import (
 
 // The laws of the package documentation, one test each, on random Services.
 
-func eachHistory(t *testing.T, law func(t *testing.T, kernel *fake.Dataplane, c *cluster, d dice)) {
-	t.Helper()
+// lawful is a Dataplane that counts what it has written.
+type lawful interface {
+	dataplane.Dataplane
+	writes() int
+}
+
+type lawfulFake struct{ *fake.Dataplane }
+
+func (k lawfulFake) writes() int { return k.Counts().Writes }
+
+func (p *printer) writes() int { return p.lines }
+
+// lawfuls are the Dataplanes that the laws are tested with.
+func lawfuls() map[string]func() lawful {
+	all := map[string]func() lawful{"printer of the example": func() lawful { return newPrinter(io.Discard, "lc", "sh") }}
 	for name, opts := range kernels() {
+		all[name] = func() lawful { return lawfulFake{fake.New(opts)} }
+	}
+	return all
+}
+
+func eachHistory(t *testing.T, law func(t *testing.T, kernel lawful, c *cluster, d dice)) {
+	t.Helper()
+	for name, open := range lawfuls() {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			for seed := range uint64(200) {
 				t.Run(fmt.Sprintf("seed=%d", seed), func(t *testing.T) {
-					law(t, fake.New(opts), newCluster(), seeded(seed))
+					law(t, open(), newCluster(), seeded(seed))
 				})
 			}
 		})
@@ -47,7 +69,7 @@ func replace(t *testing.T, dp dataplane.Dataplane, services iter.Seq[*dataplane.
 
 func TestLaw1ReplaceMakesExactlyThis(t *testing.T) {
 	t.Parallel()
-	eachHistory(t, func(t *testing.T, kernel *fake.Dataplane, c *cluster, d dice) {
+	eachHistory(t, func(t *testing.T, kernel lawful, c *cluster, d dice) {
 		for range 10 {
 			c.change(d)
 			replace(t, kernel, maps.Values(c.desired))
@@ -63,7 +85,7 @@ func TestLaw1ReplaceMakesExactlyThis(t *testing.T) {
 // order the changes are listed.
 func TestLaw2And3ApplyIsADifferenceOverTheWholeCall(t *testing.T) {
 	t.Parallel()
-	eachHistory(t, func(t *testing.T, kernel *fake.Dataplane, c *cluster, d dice) {
+	eachHistory(t, func(t *testing.T, kernel lawful, c *cluster, d dice) {
 		p := newProgrammer(unknownUntilReplace, kernel)
 		p.sync(t.Context(), c.desired, true)
 		for range 10 {
@@ -99,12 +121,12 @@ func TestLaw2And3ApplyIsADifferenceOverTheWholeCall(t *testing.T) {
 
 func TestLaw4EqualStatesWriteNothing(t *testing.T) {
 	t.Parallel()
-	eachHistory(t, func(t *testing.T, kernel *fake.Dataplane, c *cluster, d dice) {
+	eachHistory(t, func(t *testing.T, kernel lawful, c *cluster, d dice) {
 		for range 5 {
 			c.change(d)
 		}
 		replace(t, kernel, maps.Values(c.desired))
-		before := kernel.Counts().Writes
+		before := kernel.writes()
 		var again []*dataplane.Service
 		var none []dataplane.Change
 		for k, s := range c.desired {
@@ -119,7 +141,7 @@ func TestLaw4EqualStatesWriteNothing(t *testing.T) {
 		if err := kernel.Apply(t.Context(), none); err != nil {
 			t.Fatal(err)
 		}
-		if n := kernel.Counts().Writes - before; n != 0 {
+		if n := kernel.writes() - before; n != 0 {
 			t.Errorf("%d writes to replace a state by an equal one, want 0", n)
 		}
 	})
@@ -175,10 +197,10 @@ func TestLaw5KeysNotNamedTook(t *testing.T) {
 func TestCostFollowsTheChange(t *testing.T) {
 	t.Parallel()
 	for _, services := range []int{10, 1000} {
-		for name, opts := range kernels() {
+		for name, open := range lawfuls() {
 			t.Run(fmt.Sprintf("%s/services=%d", name, services), func(t *testing.T) {
 				t.Parallel()
-				kernel := fake.New(opts)
+				kernel := open()
 				all := numbered(t, services)
 				replace(t, kernel, slices.Values(all))
 				for _, tt := range []struct {
@@ -190,11 +212,11 @@ func TestCostFollowsTheChange(t *testing.T) {
 					{"that endpoint less", dataplane.Change{Old: endpoints(t, all[0], 4), New: all[0]}, 1},
 					{"no change", dataplane.Change{Old: all[1], New: all[1]}, 0},
 				} {
-					before := kernel.Counts().Writes
+					before := kernel.writes()
 					if err := kernel.Apply(t.Context(), []dataplane.Change{tt.change}); err != nil {
 						t.Fatalf("%s: %v", tt.what, err)
 					}
-					if n := kernel.Counts().Writes - before; n != tt.writes {
+					if n := kernel.writes() - before; n != tt.writes {
 						t.Errorf("%s: %d writes, want %d", tt.what, n, tt.writes)
 					}
 				}

@@ -182,10 +182,13 @@ type Service struct {
 	// serve those that they have: pods that terminate, and pods that a traffic
 	// policy or a topology hint leaves out. They are sorted and unique. They are
 	// there for UDP and SCTP only, where a flow to an endpoint that is neither here
-	// nor in the Treatment is to be forgotten, so that its client moves on; a
-	// kernel treats new connections alike whatever this says, and a Dataplane
-	// has nothing to write where only this changes. Set it with
-	// [Service.WithServing].
+	// nor in the Treatment is to be forgotten, so that its client moves on. Set it
+	// with [Service.WithServing].
+	//
+	// Serving belongs to connection tracking, not to the contract: internal/conntrack
+	// reads it, and package ipvs to let such endpoints keep their connections. New
+	// connections do not depend on it, [State] does not have it, and a Dataplane has
+	// nothing to write where only this changes.
 	Serving []netip.AddrPort
 }
 

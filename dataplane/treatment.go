@@ -104,9 +104,11 @@ type Treatment struct {
 
 	// Scheduler is the kernel's name of the IPVS scheduler that picks the
 	// endpoints, such as lc: 1 to [MaxScheduler] lower-case letters, digits and
-	// underscores. Empty means the backend's own way. A backend that has no
-	// schedulers refuses a Service that names one, with an error that wraps
-	// [ErrUnsupported].
+	// underscores. Empty means the backend's own way.
+	//
+	// Scheduler belongs to package ipvs. A backend without schedulers refuses a Service
+	// that names one, with an error that wraps [ErrUnsupported]. The agent hands such a
+	// backend none: its entry in internal/backend lists the schedulers that it knows.
 	Scheduler string
 }
 

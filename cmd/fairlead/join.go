@@ -29,7 +29,7 @@ import (
 type join struct {
 	log     *slog.Logger
 	syncer  *sync.Syncer
-	flows   *conntrack.Cleaner
+	flows   *conntrack.Cleaner // nil if the backend needs none
 	relay   *relay.Relay
 	ports   *health.Ports
 	metrics *metrics.Metrics
@@ -136,7 +136,9 @@ func (j *join) listen() {
 // pass passes on what the tracker has made of its input.
 func (j *join) pass(result kube.Result) {
 	if result.Node != nil {
-		j.flows.SetNode(*result.Node)
+		if j.flows != nil {
+			j.flows.SetNode(*result.Node)
+		}
 		j.settings.SetPods(podsOf(*result.Node))
 		j.setNode(*result.Node)
 		j.served = slices.Concat(result.Node.NodePortAddrs, result.Loopback)
@@ -222,7 +224,9 @@ func (j *join) problem(p kube.Problem) {
 // committed takes what became of a call to the dataplane.
 func (j *join) committed(c sync.Commit) {
 	j.metrics.Committed(c)
-	j.flows.Committed(c)
+	if j.flows != nil {
+		j.flows.Committed(c)
+	}
 	j.relay.Committed(c)
 	switch {
 	case c.Err == nil:

@@ -174,7 +174,9 @@ func build(c config.Config, b backend.Backend, log *slog.Logger) (*program, erro
 		Healthy: p.proxy.Healthy, Failed: p.join.healthCheckFailed, MaxListeners: shares.healthCheckListeners,
 		Limiter: p.servers.healthChecks, Logger: log.With("component", "health"),
 	})
-	p.flows = conntrack.New(conntrack.Options{Logger: log.With("component", "conntrack"), OnLook: p.join.looked})
+	if b.Conntrack {
+		p.flows = conntrack.New(conntrack.Options{Logger: log.With("component", "conntrack"), OnLook: p.join.looked})
+	}
 	p.join.syncer, p.join.flows, p.join.relay, p.join.ports, p.join.metrics = p.syncer, p.flows, p.relay, p.ports, p.metrics
 	return p, nil
 }
@@ -235,7 +237,7 @@ func (p *program) run(ctx context.Context, c config.Config, heap *startHeap) err
 		heap.end(ctx, p.join.programmed)
 		return nil
 	})
-	if p.backend.Conntrack {
+	if p.flows != nil {
 		active(p.flows.Run)
 	}
 	active(p.relay.Run)
