@@ -75,7 +75,7 @@ func TestModeStaysUntilRestart(t *testing.T) {
 			t.Parallel()
 			var log bytes.Buffer
 			j := newJoin(slog.New(slog.NewTextHandler(&log, nil)))
-			p := &program{log: j.log, backend: byName(t, test.runs), join: j, metrics: j.metrics}
+			p := &program{log: j.log, backend: byName(t, test.runs), join: j.join, metrics: j.metrics}
 			was, _, err := config.Load(config.Flags{"hostname-override": "node"})
 			if err != nil {
 				t.Fatal(err)
@@ -154,11 +154,11 @@ func TestTakeOver(t *testing.T) {
 					return test.err
 				})
 			}()
-			j.committed(sync.Commit{Start: time.Now(), End: time.Now(), Err: errors.New("not yet")})
+			j.commits.notify(sync.Commit{Start: time.Now(), End: time.Now(), Err: errors.New("not yet")})
 			committed <- true
-			j.committed(sync.Commit{Start: time.Now(), End: time.Now()})
+			j.commits.notify(sync.Commit{Start: time.Now(), End: time.Now()})
 			<-done
-			j.committed(sync.Commit{Start: time.Now(), End: time.Now()})
+			j.commits.notify(sync.Commit{Start: time.Now(), End: time.Now()})
 			if got := strings.Join(cleaned, " "); got != test.want {
 				t.Errorf("removed what is of %q, want %q", got, test.want)
 			}

@@ -6,13 +6,8 @@ import (
 	"net/netip"
 	"slices"
 	stdsync "sync"
-	"sync/atomic"
-	"time"
-
-	"k8s.io/apimachinery/pkg/types"
 
 	"fairlead.io/fairlead/dataplane"
-	"fairlead.io/fairlead/internal/backend"
 	"fairlead.io/fairlead/internal/conntrack"
 	"fairlead.io/fairlead/internal/health"
 	"fairlead.io/fairlead/internal/metrics"
@@ -37,20 +32,11 @@ type join struct {
 	settings *nodesettings.Watcher
 	events   events
 	names    *dns.Server // nil if nobody asks for names
-	// hasNode says that the source has Node objects, of which nodeName is this
-	// node's.
-	hasNode  bool
-	nodeName string
-
-	// programmed is closed when the dataplane holds all that it can for the first
-	// time. isProgrammed says so in committed.
-	programmed   chan struct{}
-	isProgrammed bool
+	state    *nodeState
 
 	mu       stdsync.Mutex
 	tracker  *kube.Tracker
 	complete bool
-	missing  bool // there is no Node, and that was logged
 	// nodePorts selects the addresses on which node ports are served. served has
 	// these, loopback ones included.
 	nodePorts kube.NodePortAddresses
@@ -60,11 +46,6 @@ type join struct {
 	// what the backend was told of it, nil before anything was.
 	isAhead bool
 	node    *dataplane.Node
-
-	health atomic.Pointer[kube.NodeHealth]
-	// nodeUnknown says that the source could not find out whether there is a Node.
-	nodeUnknown atomic.Bool
-	failing     atomic.Pointer[time.Time] // since when calls to the dataplane fail as a whole
 }
 
 // deliver takes objects from the source. The first time it is everything.
@@ -73,7 +54,7 @@ func (j *join) deliver(d kube.Delta) {
 	defer j.mu.Unlock()
 	j.metrics.Arrived(len(d.Services)+len(d.DeletedServices), len(d.EndpointSlices)+len(d.DeletedEndpointSlices))
 	j.events.Apply(d)
-	j.nodeUnknown.Store(d.NodeUnknown)
+	j.state.unknown.Store(d.NodeUnknown)
 	result := j.tracker.Apply(d)
 	j.pass(result)
 	for _, name := range d.DeletedServices {
@@ -82,7 +63,7 @@ func (j *join) deliver(d kube.Delta) {
 	if !j.complete {
 		j.complete = true
 		j.syncer.ListComplete()
-		j.checkNode()
+		j.state.check()
 	} else {
 		for t := range result.Triggers() {
 			j.metrics.Triggered(t.Service.Namespace, t.Service.Name, t.At)
@@ -156,9 +137,9 @@ func (j *join) pass(result kube.Result) {
 			"has them, and none that lies in a ServiceCIDR unless it is the Node's", "ip_family", u.Family.String(), "service", u.Example.String())
 	}
 	if result.NodeHealth != nil {
-		j.health.Store(result.NodeHealth)
+		j.state.health.Store(result.NodeHealth)
 		if j.complete {
-			j.checkNode()
+			j.state.check()
 		}
 	}
 	checks := make(map[health.Service]*health.Check, len(result.HealthChecks))
@@ -193,23 +174,6 @@ func familiesOf(addrs []netip.Addr) []dataplane.Family {
 	return families
 }
 
-// checkNode tells of a Node that does not exist, which may be a matter of its
-// name: then no endpoint is local, and load balancers leave this node out.
-func (j *join) checkNode() {
-	if !j.hasNode || j.nodeUnknown.Load() {
-		return
-	}
-	node := j.health.Load()
-	missing := node == nil || !node.Exists
-	switch {
-	case missing && !j.missing:
-		j.log.Warn("there is no Node of this node's name: if that lasts, check --hostname-override", "node", j.nodeName)
-	case !missing && j.missing:
-		j.log.Info("the Node is there", "node", j.nodeName)
-	}
-	j.missing = missing
-}
-
 // problem tells of what a Service asks for and does not get.
 func (j *join) problem(p kube.Problem) {
 	log := j.log.With("service", p.Service.String())
@@ -219,78 +183,6 @@ func (j *join) problem(p kube.Problem) {
 	log.Warn("Service can't be carried out as written", "field", p.Field, "problem", p.Message)
 	j.events.Problem(p)
 	j.metrics.Problem()
-}
-
-// committed takes what became of a call to the dataplane.
-func (j *join) committed(c sync.Commit) {
-	j.metrics.Committed(c)
-	if j.flows != nil {
-		j.flows.Committed(c)
-	}
-	j.relay.Committed(c)
-	switch {
-	case c.Err == nil:
-		j.failing.Store(nil)
-		if !j.isProgrammed {
-			j.isProgrammed = true
-			close(j.programmed)
-		}
-	case j.failing.Load() == nil:
-		j.failing.Store(&c.Start)
-	}
-	for key, err := range c.Failed {
-		j.events.NotProgrammed(key, err)
-	}
-}
-
-// healthCheckFailed takes a health-check node port that can't be listened on.
-func (j *join) healthCheckFailed(service health.Service, port uint16, err error) {
-	j.metrics.HealthCheckFailed()
-	j.events.HealthCheckFailed(types.NamespacedName{Namespace: service.Namespace, Name: service.Name}, port, err)
-}
-
-// rebuilt reports that a table could not be repaired in place.
-func (j *join) rebuilt(r backend.Rebuild) {
-	j.metrics.TableRebuilt(r.Family)
-	j.events.TableRebuilt(r.Table, r.Reason)
-}
-
-// looked records a look for stale connection-tracking entries.
-func (j *join) looked(l conntrack.Look) {
-	if l.Err == nil || l.Deleted > 0 {
-		j.metrics.Looked(l.Family, l.Took, l.Deleted)
-	}
-}
-
-// progress says how far the dataplane is: a call that lasts counts as waiting as
-// changes do, and so does one that fails again and again. Until the first has
-// succeeded only the latter counts, as the list, and all that is in it, may take
-// its time.
-func (j *join) progress() health.Progress {
-	status := j.syncer.Status()
-	if status.LastSuccess.IsZero() {
-		var p health.Progress
-		if failing := j.failing.Load(); failing != nil {
-			p.WaitingSince = *failing
-		}
-		return p
-	}
-	p := health.Progress{LastSuccess: status.LastSuccess, WaitingSince: status.PendingSince}
-	for _, at := range []*time.Time{&status.CallSince, j.failing.Load()} {
-		if at != nil && !at.IsZero() && (p.WaitingSince.IsZero() || at.Before(p.WaitingSince)) {
-			p.WaitingSince = *at
-		}
-	}
-	return p
-}
-
-// eligible says whether load balancers should use this node.
-func (j *join) eligible() bool {
-	if !j.hasNode || j.nodeUnknown.Load() {
-		return true
-	}
-	node := j.health.Load()
-	return node != nil && node.Eligible()
 }
 
 // follow delivers the node's addresses and calls ready after the first time.

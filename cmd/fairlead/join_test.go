@@ -29,16 +29,31 @@ import (
 	"fairlead.io/fairlead/sync"
 )
 
-// newJoin returns a join of parts of which none runs.
-func newJoin(log *slog.Logger) *join {
+// joined has the parts that take objects and commits.
+type joined struct {
+	*join
+	*nodeState
+	*progress
+
+	log     *slog.Logger
+	commits observers[sync.Commit]
+}
+
+// newJoin returns parts of which none runs.
+func newJoin(log *slog.Logger) *joined {
 	options := kube.Options{NodeName: "node"}
 	syncer := sync.New(fake.New(fake.Options{}), sync.Options{})
-	return &join{
+	state := &nodeState{log: log, hasNode: true, name: options.NodeName}
+	j := &joined{log: log, nodeState: state, progress: newProgress(syncer.Status), join: &join{
 		log: log, syncer: syncer, flows: conntrack.New(conntrack.Options{}), relay: relay.New(relay.Options{}),
 		ports: health.NewPorts(health.PortsOptions{}), metrics: metrics.New(metrics.Options{Status: syncer.Status}),
-		settings: nodesettings.New(nodesettings.Options{}), events: noEvents{}, hasNode: true, nodeName: options.NodeName, tracker: kube.NewTracker(options),
-		programmed: make(chan struct{}),
-	}
+		settings: nodesettings.New(nodesettings.Options{}), events: noEvents{}, state: state, tracker: kube.NewTracker(options),
+	}}
+	j.commits.add(j.metrics.Committed)
+	j.commits.add(j.flows.Committed)
+	j.commits.add(j.relay.Committed)
+	j.commits.add(j.progress.committed)
+	return j
 }
 
 // A Node that does not exist is told of once, and so is its return. Load
@@ -112,7 +127,7 @@ func TestProgress(t *testing.T) {
 	at := func(minute int) time.Time { return time.Date(2026, 1, 1, 0, minute, 0, 0, time.UTC) }
 	// Before the first attempt, nothing counts: the list may take its time.
 	j.syncer.Update(map[dataplane.Key]*dataplane.Service{{Name: "x"}: nil})
-	if got := j.progress().WaitingSince; !got.IsZero() {
+	if got := j.report().WaitingSince; !got.IsZero() {
 		t.Errorf("before the first attempt: waiting since %s", got)
 	}
 	j = newJoin(j.log)
@@ -129,8 +144,8 @@ func TestProgress(t *testing.T) {
 		{sync.Commit{Start: at(8), End: at(9), Err: errors.New("no")}, at(8)},
 	}
 	for i, step := range steps {
-		j.committed(step.commit)
-		if got := j.progress().WaitingSince; !got.Equal(step.want) {
+		j.commits.notify(step.commit)
+		if got := j.report().WaitingSince; !got.Equal(step.want) {
 			t.Errorf("after step %d: waiting since %s, want %s", i, got, step.want)
 		}
 	}
@@ -148,8 +163,8 @@ func TestProgress(t *testing.T) {
 	}
 	before := time.Now()
 	j.syncer.Update(map[dataplane.Key]*dataplane.Service{{Name: "x"}: nil})
-	j.committed(sync.Commit{})
-	if got := j.progress().WaitingSince; got.Before(before) {
+	j.commits.notify(sync.Commit{})
+	if got := j.report().WaitingSince; got.Before(before) {
 		t.Errorf("waiting since %s, want what was just handed over", got)
 	}
 }
@@ -184,7 +199,7 @@ func TestNetworkProgrammingLatency(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		j.committed(sync.Commit{Start: time.Now(), End: time.Now(), Changes: []dataplane.Change{{New: svc}}})
+		j.commits.notify(sync.Commit{Start: time.Now(), End: time.Now(), Changes: []dataplane.Change{{New: svc}}})
 	}
 	steps := []struct {
 		name  string

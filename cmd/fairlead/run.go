@@ -14,6 +14,7 @@ import (
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
+	"k8s.io/apimachinery/pkg/types"
 
 	"fairlead.io/fairlead/dataplane"
 	"fairlead.io/fairlead/internal/backend"
@@ -104,7 +105,7 @@ func warn(ctx context.Context, log *slog.Logger, c config.Config) {
 	}
 }
 
-// program has all parts, joined.
+// program has all parts.
 type program struct {
 	log      *slog.Logger
 	backend  backend.Backend
@@ -122,11 +123,14 @@ type program struct {
 	settings *nodesettings.Watcher
 	join     *join
 	standby  *standby
+	progress *progress
+	names    *dns.Server      // nil if nobody asks for names
 	reload   *config.Reloader // nil without a configuration file
 }
 
-// build makes the parts and joins them. Nothing runs yet, and nothing is
-// programmed.
+// build makes the parts, each after those that it needs. Nothing runs yet, and nothing
+// is programmed. The dataplane and the syncer report to observers, since those that
+// read the syncer's status also hear of its commits.
 func build(c config.Config, b backend.Backend, log *slog.Logger) (*program, error) {
 	p := &program{log: log, backend: b, standby: newStandby(log, describe(c))}
 	var err error
@@ -134,51 +138,84 @@ func build(c config.Config, b backend.Backend, log *slog.Logger) (*program, erro
 	if p.source, events, err = openSource(c, b, log); err != nil {
 		return nil, err
 	}
-	if p.dp, err = b.Dial(backend.Options{Logger: log, Values: c.Values, OwnTables: c.OwnTables, OnRebuild: func(r backend.Rebuild) { p.join.rebuilt(r) }}); err != nil {
+	var rebuilds observers[backend.Rebuild]
+	if p.dp, err = b.Dial(backend.Options{Logger: log, Values: c.Values, OwnTables: c.OwnTables, OnRebuild: rebuilds.notify}); err != nil {
 		return nil, err
 	}
-	// The parts tell each other through join, which is complete before any runs.
-	options := trackerOptions(b, c.Tracker)
-	p.join = &join{
-		log: log, events: events, hasNode: c.Manifests == "", nodeName: c.Tracker.NodeName, tracker: kube.NewTracker(options),
-		nodePorts: options.NodePortAddresses, programmed: make(chan struct{}),
-	}
+	var commits observers[sync.Commit]
 	p.syncer = sync.New(p.dp, sync.Options{
-		Logger: log.With("component", "sync"), ResyncPeriod: resyncPeriod, First: kube.IsFirst, OnCommit: p.join.committed,
+		Logger: log.With("component", "sync"), ResyncPeriod: resyncPeriod, First: kube.IsFirst, OnCommit: commits.notify,
 	})
+	p.progress = newProgress(p.syncer.Status)
+	state := &nodeState{log: log, hasNode: c.Manifests == "", name: c.Tracker.NodeName}
 	shares := divideDescriptors(openFilesLimit())
 	p.relay = relay.New(relay.Options{
 		MaxConnections: shares.relayConnections, MaxListeners: shares.relayListeners, Logger: log.With("component", "relay"),
 	})
 	p.servers = newServers(shares.serverConnections, log)
-	p.counters = newCounters(b, log)
-	var unserved func() ([]metrics.Unserved, error)
-	if p.counters != nil {
-		unserved = p.counters.unserved
-	}
-	p.metrics = metrics.New(metrics.Options{
-		Version: version, Mode: c.Mode, Status: p.syncer.Status, Relay: p.relay.Stats, Unserved: unserved,
-		Servers: p.servers.stats, Standby: p.standby.onStandby, Waiting: p.standby.waiting,
-		APILists: apiLists(p.source),
-	})
 	p.settings = nodesettings.New(nodesettings.Options{Logger: log.With("component", "node-settings")})
-	p.join.settings = p.settings
-	p.metrics.AddNodeSettings(func() map[string]int { return countSettings(p.settings.Problems()) })
+	p.counters = newCounters(b, log)
+	p.metrics = p.newMetrics(c)
 	if p.affinity = newAffinity(b, p.dp, log); p.affinity != nil {
 		p.metrics.AddAffinity(p.affinity.limiter.Stats)
 	}
 	p.proxy = health.NewProxy(health.ProxyOptions{
-		Progress: p.join.progress, Eligible: p.join.eligible, Answered: p.metrics.Answered,
+		Progress: p.progress.report, Eligible: state.eligible, Answered: p.metrics.Answered,
 	})
 	p.ports = health.NewPorts(health.PortsOptions{
-		Healthy: p.proxy.Healthy, Failed: p.join.healthCheckFailed, MaxListeners: shares.healthCheckListeners,
+		Healthy: p.proxy.Healthy, MaxListeners: shares.healthCheckListeners,
+		Failed: func(service health.Service, port uint16, err error) {
+			p.metrics.HealthCheckFailed()
+			events.HealthCheckFailed(types.NamespacedName{Namespace: service.Namespace, Name: service.Name}, port, err)
+		},
 		Limiter: p.servers.healthChecks, Logger: log.With("component", "health"),
 	})
 	if b.Conntrack {
-		p.flows = conntrack.New(conntrack.Options{Logger: log.With("component", "conntrack"), OnLook: p.join.looked})
+		p.flows = conntrack.New(conntrack.Options{Logger: log.With("component", "conntrack"), OnLook: func(l conntrack.Look) {
+			if l.Err == nil || l.Deleted > 0 {
+				p.metrics.Looked(l.Family, l.Took, l.Deleted)
+			}
+		}})
 	}
-	p.join.syncer, p.join.flows, p.join.relay, p.join.ports, p.join.metrics = p.syncer, p.flows, p.relay, p.ports, p.metrics
+	if c.DNSListen != "" {
+		p.names = dns.New(dns.Options{ClusterDomain: c.ClusterDomain, Limiter: p.servers.dns, Logger: log.With("component", "dns")})
+	}
+	rebuilds.add(func(r backend.Rebuild) {
+		p.metrics.TableRebuilt(r.Family)
+		events.TableRebuilt(r.Table, r.Reason)
+	})
+	commits.add(p.metrics.Committed)
+	if p.flows != nil {
+		commits.add(p.flows.Committed)
+	}
+	commits.add(p.relay.Committed)
+	commits.add(p.progress.committed)
+	commits.add(func(c sync.Commit) {
+		for key, err := range c.Failed {
+			events.NotProgrammed(key, err)
+		}
+	})
+	options := trackerOptions(b, c.Tracker)
+	p.join = &join{
+		log: log, syncer: p.syncer, flows: p.flows, relay: p.relay, ports: p.ports, metrics: p.metrics, settings: p.settings,
+		events: events, names: p.names, state: state, tracker: kube.NewTracker(options), nodePorts: options.NodePortAddresses,
+	}
 	return p, nil
+}
+
+// newMetrics returns the metrics of the parts that there are by now.
+func (p *program) newMetrics(c config.Config) *metrics.Metrics {
+	options := metrics.Options{
+		Version: version, Mode: c.Mode, Status: p.syncer.Status, Relay: p.relay.Stats,
+		Servers: p.servers.stats, Standby: p.standby.onStandby, Waiting: p.standby.waiting,
+		APILists: apiLists(p.source),
+	}
+	if p.counters != nil {
+		options.Unserved = p.counters.unserved
+	}
+	m := metrics.New(options)
+	m.AddNodeSettings(func() map[string]int { return countSettings(p.settings.Problems()) })
+	return m
 }
 
 func (p *program) close(ctx context.Context, c config.Config) {
@@ -200,11 +237,9 @@ func (p *program) run(ctx context.Context, c config.Config, heap *startHeap) err
 		run = p.standby.gate(run)
 		group.Go(func() error { return run(ctx) })
 	}
-	names, err := p.serveDNS(ctx, group, c)
-	if err != nil {
+	if err := p.serveDNS(ctx, group, c); err != nil {
 		return err
 	}
-	p.join.names = names
 	watchOthers := p.lookForOthers(ctx)
 	group.Go(func() error { return watchOthers(ctx) })
 	// The node's addresses are known before the first programming, so that node
@@ -230,11 +265,11 @@ func (p *program) run(ctx context.Context, c config.Config, heap *startHeap) err
 		return p.standby.gate(p.syncer.Run)(ctx)
 	})
 	group.Go(func() error {
-		takeOver(ctx, p.backend, p.log, p.join.programmed, backend.Backend.Remove)
+		takeOver(ctx, p.backend, p.log, p.progress.programmed, backend.Backend.Remove)
 		return nil
 	})
 	group.Go(func() error {
-		heap.end(ctx, p.join.programmed)
+		heap.end(ctx, p.progress.programmed)
 		return nil
 	})
 	if p.flows != nil {
@@ -334,25 +369,24 @@ func (p *program) applier(c config.Config, level *slog.LevelVar) func(context.Co
 
 // serveDNS starts to answer DNS names, if it is asked for: on standby when the other
 // instance has ended.
-func (p *program) serveDNS(ctx context.Context, group *errgroup.Group, c config.Config) (*dns.Server, error) {
-	if c.DNSListen == "" {
-		return nil, nil
+func (p *program) serveDNS(ctx context.Context, group *errgroup.Group, c config.Config) error {
+	if p.names == nil {
+		return nil
 	}
-	server := dns.New(dns.Options{ClusterDomain: c.ClusterDomain, Limiter: p.servers.dns, Logger: p.log.With("component", "dns")})
 	listen := func(ctx context.Context) (func(context.Context) error, error) {
 		sockets, err := dns.Listen(ctx, c.DNSListen)
 		if err != nil {
 			return nil, fmt.Errorf("--dns-listen: %w", err)
 		}
-		return func(ctx context.Context) error { return server.Serve(ctx, sockets) }, nil
+		return func(ctx context.Context) error { return p.names.Serve(ctx, sockets) }, nil
 	}
 	if p.standby.isActive() {
 		serve, err := listen(ctx)
 		if err != nil {
-			return nil, err
+			return err
 		}
 		group.Go(func() error { return serve(ctx) })
-		return server, nil
+		return nil
 	}
 	serve := p.standby.gate(func(ctx context.Context) error {
 		serve, err := listen(ctx)
@@ -362,5 +396,5 @@ func (p *program) serveDNS(ctx context.Context, group *errgroup.Group, c config.
 		return serve(ctx)
 	})
 	group.Go(func() error { return serve(ctx) })
-	return server, nil
+	return nil
 }

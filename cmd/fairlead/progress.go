@@ -1,0 +1,71 @@
+package main
+
+import (
+	"sync/atomic"
+	"time"
+
+	"fairlead.io/fairlead/internal/health"
+	"fairlead.io/fairlead/sync"
+)
+
+// observers passes each value on to all functions that were added. All are added
+// before the first value.
+type observers[T any] struct{ functions []func(T) }
+
+func (o *observers[T]) add(f func(T)) { o.functions = append(o.functions, f) }
+
+func (o *observers[T]) notify(value T) {
+	for _, f := range o.functions {
+		f(value)
+	}
+}
+
+// progress tracks how far the dataplane is.
+type progress struct {
+	status func() sync.Status
+	// programmed is closed when the dataplane holds all that it can for the first
+	// time. isProgrammed says so in committed.
+	programmed   chan struct{}
+	isProgrammed bool
+	failing      atomic.Pointer[time.Time] // since when calls to the dataplane fail as a whole
+}
+
+func newProgress(status func() sync.Status) *progress {
+	return &progress{status: status, programmed: make(chan struct{})}
+}
+
+// committed records the result of a call to the dataplane.
+func (p *progress) committed(c sync.Commit) {
+	switch {
+	case c.Err == nil:
+		p.failing.Store(nil)
+		if !p.isProgrammed {
+			p.isProgrammed = true
+			close(p.programmed)
+		}
+	case p.failing.Load() == nil:
+		p.failing.Store(&c.Start)
+	}
+}
+
+// report returns how far the dataplane is: a call that lasts counts as waiting as
+// changes do, and so does one that fails again and again. Until the first has
+// succeeded only the latter counts, as the list, and all that is in it, may take
+// its time.
+func (p *progress) report() health.Progress {
+	status := p.status()
+	if status.LastSuccess.IsZero() {
+		var h health.Progress
+		if failing := p.failing.Load(); failing != nil {
+			h.WaitingSince = *failing
+		}
+		return h
+	}
+	h := health.Progress{LastSuccess: status.LastSuccess, WaitingSince: status.PendingSince}
+	for _, at := range []*time.Time{&status.CallSince, p.failing.Load()} {
+		if at != nil && !at.IsZero() && (h.WaitingSince.IsZero() || at.Before(h.WaitingSince)) {
+			h.WaitingSince = *at
+		}
+	}
+	return h
+}
