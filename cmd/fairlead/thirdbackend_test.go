@@ -1,0 +1,62 @@
+package main
+
+import (
+	"context"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane/fake"
+	"fairlead.io/fairlead/internal/backend"
+	"fairlead.io/fairlead/internal/config"
+	"fairlead.io/fairlead/kube"
+)
+
+// The program works with a backend of which only the required fields are set.
+func TestBackendWithRequiredFieldsOnly(t *testing.T) {
+	t.Parallel()
+	c, _, err := config.Load(config.Flags{"manifests": t.TempDir(), "hostname-override": "node"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Mode = "third"
+	third := backend.Backend{
+		Name:    c.Mode,
+		Open:    func(backend.Options) (dataplane.Dataplane, error) { return fake.New(fake.Options{}), nil },
+		Cleanup: func(*slog.Logger) error { return nil },
+	}
+	p, err := build(c, third, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if p.counters != nil || p.flows != nil || p.affinity != nil {
+		t.Errorf("counters %v, connection tracking %v, session affinity %v, want none", p.counters, p.flows, p.affinity)
+	}
+	if err := third.Prepare(t.Context(), backend.Options{Logger: p.log}); err != nil {
+		t.Errorf("--init-only: %v", err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- p.syncer.Run(ctx) }()
+	p.join.deliver(kube.Delta{})
+	select {
+	case <-p.progress.programmed:
+	case <-t.Context().Done():
+	}
+	handler := p.metricsHandler(c)
+	for path, want := range map[string]string{"/proxyMode": "third", "/metrics": `fairlead_commits_total{kind="replace",reason="start",result="success"} 1`} {
+		response := httptest.NewRecorder()
+		handler.ServeHTTP(response, httptest.NewRequestWithContext(ctx, http.MethodGet, path, nil))
+		if !strings.Contains(response.Body.String(), want) {
+			t.Errorf("%s: no %q", path, want)
+		}
+	}
+	cancel()
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+	p.close(t.Context(), c)
+}
