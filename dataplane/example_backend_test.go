@@ -15,14 +15,15 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// printer is a backend that programs nothing: it prints what it would do. The tests of
-// the laws run against it, see eachHistory.
+// printer is a backend that programs nothing: it prints each change. The tests of the
+// laws run against it, see eachHistory.
 type printer struct {
 	out io.Writer
 	// state is what a kernel would hold. A real backend reads it from the kernel.
 	state dataplane.State
 	lines int
-	// schedulers are those that it knows; its entry in internal/backend lists them, too.
+	// schedulers are the known values of Treatment.Scheduler. The backend's entry in
+	// internal/backend lists them, too.
 	schedulers []string
 }
 
@@ -32,7 +33,7 @@ func newPrinter(out io.Writer, schedulers ...string) *printer {
 	return &printer{out: out, state: dataplane.State{}, schedulers: schedulers}
 }
 
-// Replace writes the difference between what is there and what is wanted.
+// Replace writes the difference between the state and the Services.
 func (p *printer) Replace(ctx context.Context, _ dataplane.Node, services iter.Seq[*dataplane.Service], progress func(int)) error {
 	if err := ctx.Err(); err != nil {
 		return err
@@ -122,12 +123,12 @@ func (p *printer) print(format string, args ...any) {
 	_, _ = fmt.Fprintf(p.out, format+"\n", args...)
 }
 
-// Read returns what is there.
+// Read returns the state.
 func (p *printer) Read(ctx context.Context) (dataplane.State, error) {
 	return maps.Clone(p.state), ctx.Err()
 }
 
-// Drift returns nil, on which no value arrives: nobody else changes the state.
+// Drift returns nil, on which no value arrives: no other program changes the state.
 func (p *printer) Drift() <-chan struct{} { return nil }
 
 // Close leaves everything in place.

@@ -15,7 +15,7 @@ type nodeState struct {
 	name    string
 
 	health atomic.Pointer[kube.NodeHealth]
-	// unknown says that the source could not find out whether there is a Node.
+	// unknown says that the source could not find out whether the Node exists.
 	unknown atomic.Bool
 	missing bool // there is no Node, and that was logged
 }

@@ -23,8 +23,8 @@ func (o *observers[T]) notify(value T) {
 // progress tracks how far the dataplane is.
 type progress struct {
 	status func() sync.Status
-	// programmed is closed when the dataplane holds all that it can for the first
-	// time. isProgrammed says so in committed.
+	// programmed is closed after the first call to the dataplane that succeeds.
+	// isProgrammed guards the close; only committed uses it.
 	programmed   chan struct{}
 	isProgrammed bool
 	failing      atomic.Pointer[time.Time] // since when calls to the dataplane fail as a whole
@@ -48,10 +48,9 @@ func (p *progress) committed(c sync.Commit) {
 	}
 }
 
-// report returns how far the dataplane is: a call that lasts counts as waiting as
-// changes do, and so does one that fails again and again. Until the first has
-// succeeded only the latter counts, as the list, and all that is in it, may take
-// its time.
+// report returns since when the dataplane has work to do: changes that wait, a call that
+// has not returned, or calls that fail. Until the first call succeeds only failures
+// count, because the first list may take long. It may be called from any goroutine.
 func (p *progress) report() health.Progress {
 	status := p.status()
 	if status.LastSuccess.IsZero() {

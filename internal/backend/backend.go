@@ -40,7 +40,7 @@ type Backend struct {
 	// A Dataplane may implement [Yielder].
 	Open func(Options) (dataplane.Dataplane, error)
 	// SetUp does what may take more rights than to program Services, and programs
-	// none. Nil means that there is nothing to set up.
+	// none. Nil means that the backend needs no preparation.
 	SetUp func(Options) error
 	// Cleanup removes everything that the backend has programmed, in this or an
 	// earlier process.
@@ -105,8 +105,8 @@ type Counters interface {
 
 // AffinityLimiter keeps room for new clients in the kernel's maps of session affinity.
 type AffinityLimiter interface {
-	// Limit counts the clients, and evicts those that have not connected for the
-	// longest time from full maps.
+	// Limit counts the clients, and evicts from full maps the clients with the oldest
+	// last connection.
 	Limit(context.Context) error
 	// Stats may be called from any goroutine.
 	Stats() []metrics.Affinity

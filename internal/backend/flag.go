@@ -32,7 +32,7 @@ type Flag struct {
 // Values has the value of each of a backend's flags, by name.
 type Values map[string]any
 
-// value returns the value of a flag, or the zero value of one that is missing.
+// value returns the value of a flag, or the zero value of a missing flag.
 func value[T any](v Values, name string) T {
 	typed, _ := v[name].(T)
 	return typed
