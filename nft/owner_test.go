@@ -46,7 +46,7 @@ func (b *ownerTestbed) close() {
 	if b.Dataplane == nil {
 		return
 	}
-	if err := b.Dataplane.Close(); err != nil {
+	if err := b.Close(); err != nil {
 		b.t.Error(err)
 	}
 	b.Dataplane = nil
@@ -77,7 +77,7 @@ func (b *ownerTestbed) checkOwner(when string, want bool) {
 func TestOwnTables(t *testing.T) {
 	t.Parallel()
 	b := &ownerTestbed{testbed: newTestbed(t)}
-	defer b.testbed.end()
+	defer b.end()
 	defer b.close()
 
 	b.reopen(true)
@@ -97,7 +97,7 @@ func TestOwnTables(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer other.Close() //nolint:errcheck // nothing was written
+	defer other.Close()
 	for what, err := range map[string]error{
 		"Replace by another process": other.Replace(t.Context(), b.testbed.node, slices.Values(b.services), nil),
 		"Cleanup":                    Cleanup(Options{NetNS: b.netns.Fd()}),

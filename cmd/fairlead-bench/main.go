@@ -28,7 +28,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	ctx, stop := signal.NotifyContext(ctx, syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 	context.AfterFunc(ctx, stop) // a second signal ends the program at once
-	root := measureCommand()
+	root := measureCommand()     //nolint:contextcheck // cobra hands it ctx
 	root.Version = version
 	root.SilenceUsage, root.SilenceErrors = true, true
 	root.SetArgs(args)
@@ -37,7 +37,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return fmt.Errorf("%w: see %s --help", err, cmd.CommandPath())
 	})
-	root.AddCommand(compareCommand(), reportCommand())
+	root.AddCommand(compareCommand(), reportCommand()) //nolint:contextcheck // cobra hands them ctx
 	if err := root.ExecuteContext(ctx); err != nil && !errors.Is(err, context.Canceled) {
 		for line := range strings.Lines(err.Error()) {
 			_, _ = fmt.Fprintln(stderr, "fairlead-bench:", strings.TrimSpace(line))

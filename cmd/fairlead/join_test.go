@@ -52,7 +52,7 @@ func newJoin(log *slog.Logger) *joined {
 	j.commits.add(j.metrics.Committed)
 	j.commits.add(j.flows.Committed)
 	j.commits.add(j.relay.Committed)
-	j.commits.add(j.progress.committed)
+	j.commits.add(j.committed)
 	return j
 }
 

@@ -211,11 +211,11 @@ func TestRunWaitsForWriters(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		a := announceFolder(t, folder(t, "a.yaml", service("web", "clusterIP: 10.96.0.1")))
-		a.write("a.yaml", "")
+		a.write("")
 		a.expectAfter("emptied", 10*settle)
-		a.write("a.yaml", service("web", "clusterIP: 10.96.0.2"))
+		a.write(service("web", "clusterIP: 10.96.0.2"))
 		a.expectAfter("filled", settle, web2)
-		a.write("a.yaml", "# nothing")
+		a.write("# nothing")
 		a.expectAfter("left without objects", settle+emptyAfter, "default/web gone")
 	})
 }

@@ -54,9 +54,10 @@ func announceFolder(t *testing.T, dir string) *announced {
 	return a
 }
 
-// write replaces the content of a file and announces that.
-func (a *announced) write(name, content string) {
+// write replaces the content of the file a.yaml and announces that.
+func (a *announced) write(content string) {
 	a.t.Helper()
+	const name = "a.yaml"
 	write(a.t, a.dir, name, content)
 	a.events <- fsnotify.Event{Name: filepath.Join(a.dir, name), Op: fsnotify.Write}
 }
@@ -65,12 +66,12 @@ func (a *announced) write(name, content string) {
 // then the lines; none stands for no Delta.
 func (a *announced) expectAfter(what string, wait time.Duration, want ...string) {
 	a.t.Helper()
-	time.Sleep(wait - 1)
+	time.Sleep(wait - time.Nanosecond)
 	synctest.Wait()
 	if len(a.deltas) > 0 {
 		a.t.Fatalf("%s: earlier than %s: %v", what, wait, summary(<-a.deltas))
 	}
-	time.Sleep(1)
+	time.Sleep(time.Nanosecond)
 	synctest.Wait()
 	var got []string
 	for len(a.deltas) > 0 {
@@ -87,7 +88,7 @@ func TestRunWaitsForSlowWriters(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		a := announceFolder(t, folder(t, "a.yaml", service("web", "clusterIP: 10.96.0.1"), "b.yaml", service("db", "clusterIP: 10.96.0.9")))
-		a.write("a.yaml", "")
+		a.write("")
 		a.expectAfter("emptied", emptyAfter-settle)
 		// Another file does not make it shorter, and need not wait.
 		other := filepath.Join(a.dir, "b.yaml")
@@ -97,9 +98,9 @@ func TestRunWaitsForSlowWriters(t *testing.T) {
 		a.events <- fsnotify.Event{Name: other, Op: fsnotify.Remove}
 		a.expectAfter("another file", settle, "default/db gone")
 		// An event of the file makes it longer.
-		a.write("a.yaml", "# soon\n")
+		a.write("# soon\n")
 		a.expectAfter("an event of the file", emptyAfter-settle)
-		a.write("a.yaml", service("web", "clusterIP: 10.96.0.2"))
+		a.write(service("web", "clusterIP: 10.96.0.2"))
 		a.expectAfter("filled", settle, web2)
 		a.expectAfter("nothing else", time.Hour)
 		if logged := a.logged.String(); logged != "" {
@@ -113,7 +114,7 @@ func TestRunBelievesEmptyFiles(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		a := announceFolder(t, folder(t, "a.yaml", service("web", "clusterIP: 10.96.0.1")))
-		a.write("a.yaml", "")
+		a.write("")
 		a.expectAfter("left empty", settle+emptyAfter, "default/web gone")
 		if want := "file has no objects any more"; !strings.Contains(a.logged.String(), want) {
 			t.Errorf("not logged: %s\nlogged:\n%s", want, a.logged)

@@ -16,7 +16,7 @@ import (
 
 // What include/uapi/linux/netfilter/nfnetlink_conntrack.h defines and x/sys/unix lacks.
 const (
-	conntrackNew    = unix.NFNL_SUBSYS_CTNETLINK<<8 | 0 // IPCTNL_MSG_CT_NEW
+	conntrackNew    = unix.NFNL_SUBSYS_CTNETLINK << 8   // IPCTNL_MSG_CT_NEW
 	conntrackDelete = unix.NFNL_SUBSYS_CTNETLINK<<8 | 2 // IPCTNL_MSG_CT_DELETE
 
 	ctaTupleOrig  = 1
