@@ -144,12 +144,12 @@ func TestWatchRecovers(t *testing.T) {
 			t.Fatal(err)
 		}
 		wantDrift(t, d) // announcements may have been lost
-		awaitAnnounced(d)
+		awaitAnnounced(t, d)
 		wantSubscribed(t, d, ns)
 		nft(t, ns, nftBinaries(t)["1.1.3"], "add element ip fairlead cluster-ips { 10.96.7.7 }")
 		wantDrift(t, d)
 		replace(t, d, fullNode(), services...)
-		awaitAnnounced(d)
+		awaitAnnounced(t, d)
 		wantState(t, d, services...)
 	}
 }
@@ -187,7 +187,7 @@ func TestStatements(t *testing.T) {
 			t.Fatalf("set %s: %v", set.Name, err)
 		}
 		wantDrift(t, d)
-		awaitAnnounced(d)
+		awaitAnnounced(t, d)
 		if slices.Equal(before, sortedLines(nft(t, ns, tool, "list ruleset"))) {
 			t.Errorf("set %s: the statement is not there", set.Name)
 		}

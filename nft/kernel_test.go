@@ -21,6 +21,7 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/nftables"
 	"golang.org/x/sys/unix"
 )
 
@@ -932,7 +933,7 @@ func testDrift(t *testing.T, script string, translator ...Translator) {
 	case <-time.After(5 * time.Second):
 		t.Fatal("the change was not announced")
 	}
-	awaitAnnounced(d)
+	awaitAnnounced(t, d)
 	replace(t, d, fullNode(), services...)
 	if diff := cmp.Diff(before, sortedLines(nft(t, ns, binary, "list ruleset"))); diff != "" {
 		t.Errorf("after the repair (-before +after):\n%s", diff)
@@ -943,14 +944,31 @@ func testDrift(t *testing.T, script string, translator ...Translator) {
 }
 
 // awaitAnnounced waits until the rest of a change is announced: the kernel does
-// it in as many buffers as it takes, each of which may signal drift.
-func awaitAnnounced(d *Dataplane) {
-	for {
-		select {
-		case <-d.Drift():
-		case <-time.After(50 * time.Millisecond):
-			return
+// it in as many buffers as it takes, each of which may signal drift. What is announced
+// of a commit to an unrelated table comes after all of them. A watch that receives
+// nothing is given up.
+func awaitAnnounced(t *testing.T, d *Dataplane) {
+	t.Helper()
+	conn, err := nftables.New(nftables.WithNetNSFd(int(d.watch.netns.Fd())))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for deadline := time.Now().Add(3 * time.Second); time.Now().Before(deadline); {
+		conn.DelTable(conn.AddTable(&nftables.Table{Name: "unrelated", Family: nftables.TableFamilyARP}))
+		if err := conn.Flush(); err != nil {
+			t.Fatal(err)
 		}
+		g, err := conn.GetGen()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if d.watch.announcedUntil(g.ID) {
+			break
+		}
+	}
+	select {
+	case <-d.Drift():
+	default:
 	}
 }
 

@@ -92,7 +92,7 @@ func wantWatching(t *testing.T, d *Dataplane, ns *nettest.Namespace) {
 	wantNoDrift(t, d)
 	nft(t, ns, nftBinaries(t)["1.1.3"], "add table ip fairlead\nadd chain ip fairlead extra")
 	wantDrift(t, d)
-	awaitAnnounced(d)
+	awaitAnnounced(t, d)
 }
 
 // inBothModes runs a test with and without a Translator.
@@ -137,11 +137,11 @@ func TestMakingTheTablesIsSilent(t *testing.T) {
 		wantWatching(t, d, ns)
 		nft(t, ns, nftBinaries(t)["1.1.3"], "delete table ip fairlead")
 		wantDrift(t, d)
-		awaitAnnounced(d)
+		awaitAnnounced(t, d)
 		replaceAnd(false, services) // there is one of the tables
 		nft(t, ns, nftBinaries(t)["1.1.3"], "delete table ip fairlead\ndelete table ip6 fairlead")
 		wantDrift(t, d)
-		awaitAnnounced(d)
+		awaitAnnounced(t, d)
 		replaceAnd(true, services)
 		wantWatching(t, d, ns)
 	})
@@ -170,7 +170,7 @@ func TestOthersCommitBetweenOurs(t *testing.T) {
 		wantNoDrift(t, d)
 		for at := range commits {
 			nft(t, ns, nftBinaries(t)["1.1.3"], "flush ruleset")
-			awaitAnnounced(d)
+			awaitAnnounced(t, d)
 			replaceWith(t, d, ns, at)
 			wantDrift(t, d)
 			replace(t, d, fullNode(), services...)
@@ -340,7 +340,7 @@ func TestFailedCommitsAreNotCounted(t *testing.T) {
 		for at, all := 0, commits; at < all; at++ {
 			for _, f := range []fault{reject, lose} {
 				nft(t, ns, nftBinaries(t)["1.1.3"], "flush ruleset")
-				awaitAnnounced(d)
+				awaitAnnounced(t, d)
 				err := replaceWith(at, f)
 				if commits <= at {
 					t.Fatalf("fault %d at %d of %d commits: did not happen", f, at, commits)
@@ -368,7 +368,7 @@ func TestCommitsOfManyKindsAreCounted(t *testing.T) {
 			random := rand.New(rand.NewPCG(seed, 27))
 			for range 12 {
 				nft(t, ns, nftBinaries(t)["1.1.3"], "flush ruleset")
-				awaitAnnounced(d)
+				awaitAnnounced(t, d)
 				services := crowdedServices(t, random, 14)
 				d.editSize = []int{3, 12, 40, editSize}[random.IntN(4)]
 				failing := random.IntN(30)
@@ -427,7 +427,7 @@ func TestLostWatch(t *testing.T) {
 		_ = d.watch.conn.Close()
 		d.watch.mu.Unlock()
 		wantDrift(t, d) // the watch has another socket
-		awaitAnnounced(d)
+		awaitAnnounced(t, d)
 		replace(t, d, fullNode(), services...)
 		wantNoDrift(t, d)
 		wantState(t, d, services...)
@@ -446,7 +446,7 @@ func TestLostWatch(t *testing.T) {
 			}
 		}
 		wantDrift(t, d)
-		awaitAnnounced(d)
+		awaitAnnounced(t, d)
 		replace(t, d, fullNode(), services...)
 		wantNoDrift(t, d)
 		wantState(t, d, services...)

@@ -205,7 +205,7 @@ func TestTablesSideBySide(t *testing.T) {
 		t.Errorf("the first one's tables (-before +after):\n%s", diff)
 	}
 	nft(t, ns, binary, "flush set ip fairlead hairpin")
-	awaitAnnounced(first)
+	awaitAnnounced(t, first)
 	wantNoDrift(t, second)
 
 	nft(t, ns, binary, "delete table ip fairlead")
