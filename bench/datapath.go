@@ -183,8 +183,16 @@ func connectOnce(addr netip.AddrPort) (took time.Duration, err error) {
 		}
 	}
 	begin := time.Now()
-	if err := unix.Connect(fd, &unix.SockaddrInet4{Port: int(addr.Port()), Addr: addr.Addr().As4()}); err != nil {
-		return 0, os.NewSyscallError("connect", err)
+	// With a timeout the kernel does not restart a call that a signal has interrupted
+	// (signal(7)). The next call waits for the same connection.
+	for {
+		err := unix.Connect(fd, &unix.SockaddrInet4{Port: int(addr.Port()), Addr: addr.Addr().As4()})
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, unix.EINTR) {
+			return 0, os.NewSyscallError("connect", err)
+		}
 	}
 	took = time.Since(begin)
 	for {

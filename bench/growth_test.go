@@ -145,7 +145,7 @@ func median[T int | uint64](list []work, of func(work) T) T {
 // TestAnnounced checks that what is counted is what a change consists of.
 func TestAnnounced(t *testing.T) {
 	services := some(3, 10)
-	err := loaded(t.Context(), Options{}, services, func(s *subject, _ *rig.Probe) (err error) {
+	err := loaded(t.Context(), Options{Mode: Modes()[0]}, services, func(s *subject, _ *rig.Probe) (err error) {
 		told, err := listen(s.rig.Node.Fd())
 		if err != nil {
 			return err
