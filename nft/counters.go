@@ -17,6 +17,53 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// counter is a named counter: a reason not to serve a connection.
+type counter string
+
+const (
+	rejectedNoEndpoints    counter = "rejected-no-endpoints"
+	droppedNoEndpoints     counter = "dropped-no-endpoints"
+	droppedNoLocalEndpoint counter = "dropped-no-local-endpoints"
+	droppedSourceRanges    counter = "dropped-source-ranges"
+	rejectedUndeclaredPort counter = "rejected-undeclared-port"
+	droppedNoService       counter = "dropped-no-service"
+	droppedInvalid         counter = "dropped-invalid"
+	droppedLoopback        counter = "dropped-loopback"
+)
+
+// Counters of connections whose clients are not remembered, although their Service has
+// session affinity.
+const (
+	affinityFull         counter = "affinity-full"
+	affinityNetworkLimit counter = "affinity-network-limit"
+)
+
+// rejectedLocalhost counts connections to a node port at a loopback address.
+func rejectedLocalhost(p dataplane.Protocol) counter {
+	return counter("rejected-localhost-" + strings.ToLower(p.String()))
+}
+
+// protocols returns those that frontends have.
+func protocols() []dataplane.Protocol {
+	return []dataplane.Protocol{dataplane.TCP, dataplane.UDP, dataplane.SCTP}
+}
+
+// counters returns all counters, unservedCounters those of what is not served.
+func counters() []counter {
+	return append(unservedCounters(), affinityFull, affinityNetworkLimit)
+}
+
+func unservedCounters() []counter {
+	all := []counter{
+		rejectedNoEndpoints, droppedNoEndpoints, droppedNoLocalEndpoint, droppedSourceRanges,
+		rejectedUndeclaredPort, droppedNoService, droppedInvalid, droppedLoopback,
+	}
+	for _, p := range protocols() {
+		all = append(all, rejectedLocalhost(p))
+	}
+	return all
+}
+
 // Count is what one of the backend's counters has counted since its table was
 // made. Restarts of the program leave it alone; [Cleanup], a reboot and whoever
 // else removes the table make it begin again.

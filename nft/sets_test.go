@@ -10,6 +10,43 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
+func TestNetworks(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		name  string
+		cidrs []string
+		want  string // the elements of the IPv4 table
+	}{
+		{"none", nil, ""},
+		{"one", []string{"10.1.0.0/16"}, "10.1.0.0 10.2.0.0)"},
+		{"only of the family", []string{"10.1.0.0/16", "fd00::/64"}, "10.1.0.0 10.2.0.0)"},
+		{"one within another", []string{"10.1.2.0/24", "10.0.0.0/8", "10.1.0.0/16"}, "10.0.0.0 11.0.0.0)"},
+		{"neighbours", []string{"10.1.0.0/24", "10.1.1.0/24"}, "10.1.0.0 10.1.1.0) 10.1.1.0 10.1.2.0)"},
+		{"up to the last address", []string{"240.0.0.0/4"}, "240.0.0.0"},
+		{"everything", []string{"0.0.0.0/0"}, "0.0.0.0"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			var node dataplane.Node
+			for _, c := range test.cidrs {
+				node.PodCIDRs = append(node.PodCIDRs, netip.MustParsePrefix(c))
+			}
+			var got []string
+			for _, e := range intervals(newTable(dataplane.IPv4).networksOf(node.PodCIDRs)) {
+				a, _ := netip.AddrFromSlice(e.Key)
+				text := a.String()
+				if e.IntervalEnd {
+					text += ")"
+				}
+				got = append(got, text)
+			}
+			if diff := cmp.Diff(test.want, strings.Join(got, " ")); diff != "" {
+				t.Errorf("elements (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
 // TestNetworksForNodePorts checks that loopback addresses and virtual servers get no
 // node ports, and that packets meet a rule for networks only where there are some.
 func TestNetworksForNodePorts(t *testing.T) {

@@ -1,0 +1,112 @@
+package nft
+
+import (
+	"slices"
+
+	"fairlead.io/fairlead/dataplane"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"github.com/google/nftables/userdata"
+)
+
+// chain is a chain with the rules it must have.
+type chain struct {
+	*nftables.Chain
+	rules []rule
+}
+
+type rule struct {
+	comment string
+	exprs   []expr.Any
+}
+
+func (r rule) userData() []byte {
+	if r.comment == "" {
+		return nil
+	}
+	return userdata.AppendString(nil, userdata.TypeComment, r.comment)
+}
+
+// addressing is how frontends are told: by their address, or, as node ports, by
+// the node's. In sets a node port has the unspecified address, as in a
+// dataplane.Frontend, and rules make that of the packet's (`ip daddr & 0.0.0.0`).
+type addressing bool
+
+const (
+	byAddress  addressing = false
+	byNodePort addressing = true
+
+	nodePortSuffix = "node-port"
+)
+
+func addressings() []addressing { return []addressing{byAddress, byNodePort} }
+
+func (by addressing) chainName(name string) string {
+	if by == byNodePort {
+		return name + "-" + nodePortSuffix
+	}
+	return name
+}
+
+// chains returns the chains that do not depend on Services, callees first, but
+// for the lengths of source ranges.
+func (t *table) chains(node dataplane.Node, rangeBits []int) []chain {
+	accept := nftables.ChainPolicyAccept
+	base := func(name string, typ nftables.ChainType, hook *nftables.ChainHook, prio nftables.ChainPriority, rules ...rule) chain {
+		return chain{rules: rules, Chain: &nftables.Chain{
+			Name: name, Table: t.nf, Type: typ, Hooknum: hook, Priority: &prio, Policy: &accept,
+		}}
+	}
+	chains := []chain{t.reject()}
+	for _, by := range addressings() {
+		chains = append(chains, t.sourceRanges(by, rangeBits), t.translate(by))
+		if !t.virtual {
+			chains = append(chains, t.translateSticky(by))
+			for l := range lists {
+				chains = append(chains, t.pick(by, l), t.sticky(by, l))
+			}
+		}
+		chains = append(chains, t.externalClients(by, node))
+	}
+	chains = append(chains, t.shared(rangeBits)...)
+	chains = append(chains, t.masquerade(node)...)
+	chains = append(chains, t.masquerading(node), t.localhost(node), t.invalid(node))
+	dispatch, postDNAT := append(t.toVirtualNetworks(), t.dispatch(node)...), t.unmark()
+	if node.PingServiceIPs {
+		chains = append(chains, t.ping(node)...)
+		dispatch = append(dispatch, t.pings())
+		postDNAT = append(postDNAT, t.answeredPings())
+	}
+	output := append([]rule{t.toLocalhost()}, dispatch...)
+	unserved := append(t.unserved(), t.invalidOfEndpoints())
+	outgoing := append(slices.Clone(unserved), t.answersToInvalid())
+	dstnat, filter := *nftables.ChainPriorityNATDest, *nftables.ChainPriorityFilter
+	incoming, sent := slices.Concat(postDNAT, t.loopbackFromNetwork(node)), postDNAT
+	if t.protectsLoopback(node) {
+		chains = append(chains, t.dropLoopback())
+	}
+	if t.virtual {
+		chains = append(chains, t.undeclared(), t.bound(),
+			base("route-output", nftables.ChainTypeRoute, nftables.ChainHookOutput, dstnat+routeOffset, t.toOwnEndpoint()))
+		output = append(output, t.toBoundIP())
+		incoming = append(incoming, t.toOwnClusterIP(), rule{exprs: append(ctStateNew(), t.toBoundIP().exprs...)})
+		sent = append(slices.Clone(postDNAT), t.toOwnEndpoint())
+	}
+	if t.tellsPods(node) {
+		chains = append(chains,
+			base("filter-input", nftables.ChainTypeFilter, nftables.ChainHookInput, filter, t.invalidOfEndpoints()))
+	}
+	chains = append(chains, t.places(base, dispatch, output)...)
+	return append(chains,
+		base("filter-prerouting-post-dnat", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, dstnat+10, incoming...),
+		base("filter-output-post-dnat", nftables.ChainTypeFilter, nftables.ChainHookOutput, dstnat+10, sent...),
+		base("filter-forward", nftables.ChainTypeFilter, nftables.ChainHookForward, filter, unserved...),
+		base("filter-output", nftables.ChainTypeFilter, nftables.ChainHookOutput, filter, outgoing...),
+		base("nat-postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, *nftables.ChainPriorityNATSource, t.postrouting()...),
+	)
+}
+
+func (t *table) chain(name string, rules ...rule) chain {
+	return chain{Chain: &nftables.Chain{Name: name, Table: t.nf}, rules: rules}
+}

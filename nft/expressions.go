@@ -1,0 +1,252 @@
+package nft
+
+import (
+	"slices"
+
+	"fairlead.io/fairlead/dataplane"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+)
+
+// reg returns the register at a 32-bit offset, by the name that the kernel
+// gives it when it lists rules: the old 128-bit name where there is one
+// (nf_tables_api.c, nft_dump_register).
+func reg(word int) uint32 {
+	if word%4 == 0 {
+		return unix.NFT_REG_1 + uint32(word/4)
+	}
+	return unix.NFT_REG32_00 + uint32(word)
+}
+
+func (t *table) saddr(word int) expr.Any {
+	if t.family == dataplane.IPv6 {
+		return networkHeader(word, 8, 16)
+	}
+	return networkHeader(word, 12, 4)
+}
+
+func (t *table) daddr(word int) expr.Any {
+	if t.family == dataplane.IPv6 {
+		return networkHeader(word, 24, 16)
+	}
+	return networkHeader(word, 16, 4)
+}
+
+func networkHeader(word int, offset, length uint32) expr.Any {
+	return &expr.Payload{
+		DestRegister: reg(word), Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: length,
+	}
+}
+
+// dport loads the destination port: TCP, UDP and SCTP all have it in bytes 2
+// and 3.
+func dport(word int) expr.Any {
+	return &expr.Payload{DestRegister: reg(word), Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2}
+}
+
+// frontendKey loads `ip daddr . meta l4proto . th dport`.
+func (t *table) frontendKey(by addressing, word int) []expr.Any {
+	n := t.addrLen / 4
+	return slices.Concat(
+		t.address(by, t.daddr(word), word),
+		[]expr.Any{&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg(word + n)}, dport(word + n + 1)},
+	)
+}
+
+// address makes the address in a key that of the frontend.
+func (t *table) address(by addressing, load expr.Any, word int) []expr.Any {
+	if by == byAddress {
+		return []expr.Any{load}
+	}
+	return []expr.Any{load, &expr.Bitwise{
+		SourceRegister: reg(word), DestRegister: reg(word), Len: uint32(t.addrLen),
+		Mask: make([]byte, t.addrLen), Xor: make([]byte, t.addrLen),
+	}}
+}
+
+// clientKey loads the client's address and the frontend.
+func (t *table) clientKey(by addressing) []expr.Any {
+	return append([]expr.Any{t.saddr(0)}, t.frontendKey(by, t.addrLen/4)...)
+}
+
+// originalFrontendKey loads what the client asked for before it was
+// translated, in the same form.
+func (t *table) originalFrontendKey(by addressing, word int) []expr.Any {
+	n := t.addrLen / 4
+	return slices.Concat(
+		t.address(by, t.originalDaddr(word), word),
+		[]expr.Any{
+			&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg(word + n)},
+			original(expr.CtKeyPROTODST, word+n+1),
+		},
+	)
+}
+
+func (t *table) originalDaddr(word int) expr.Any {
+	if t.family == dataplane.IPv6 {
+		return original(expr.CtKeyDSTIP6, word)
+	}
+	return original(expr.CtKeyDSTIP, word)
+}
+
+func original(k expr.CtKey, word int) expr.Any {
+	return &expr.Ct{Key: k, Register: reg(word), Direction: expr.CtDirOriginal, OptDirection: true}
+}
+
+// inShard matches frontends of a shard: `ip daddr & 0.0.0.15 == 0.0.0.3`.
+func (t *table) inShard(by addressing, shard int) []expr.Any {
+	n, field := t.addrLen, t.daddr(0)
+	if by == byNodePort {
+		n, field = 2, dport(0)
+	}
+	mask, value, none := make([]byte, n), make([]byte, n), make([]byte, n)
+	mask[n-1], value[n-1] = shards-1, byte(shard)
+	return []expr.Any{
+		field,
+		&expr.Bitwise{SourceRegister: reg(0), DestRegister: reg(0), Len: uint32(n), Mask: mask, Xor: none},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: reg(0), Data: value},
+	}
+}
+
+func lookup(s *nftables.Set) *expr.Lookup {
+	return &expr.Lookup{SourceRegister: reg(0), SetName: s.Name}
+}
+
+func notIn(s *nftables.Set) expr.Any {
+	l := lookup(s)
+	l.Invert = true
+	return l
+}
+
+func mapLookup(s *nftables.Set, dest uint32) expr.Any {
+	return &expr.Lookup{SourceRegister: reg(0), DestRegister: dest, IsDestRegSet: true, SetName: s.Name}
+}
+
+func verdictLookup(s *nftables.Set) expr.Any {
+	return &expr.Lookup{SourceRegister: reg(0), DestRegister: unix.NFT_REG_VERDICT, IsDestRegSet: true, SetName: s.Name}
+}
+
+// branchOff is `meta priority vmap @…`.
+func (t *table) branchOff(m verdictMap) []expr.Any {
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg(0)}, verdictLookup(t.verdicts[m])}
+}
+
+// randomSlot is `numgen random mod n offset slotBase`.
+func randomSlot(n int, l list, register uint32) expr.Any {
+	return &expr.Numgen{Register: register, Modulus: uint32(n), Type: unix.NFT_NG_RANDOM, Offset: l.slotBase()} //nolint:gosec // a size
+}
+
+// firstSlot is a draw of one: nft can't print a constant in a concatenation.
+func firstSlot(l list, register uint32) expr.Any { return randomSlot(1, l, register) }
+
+func setPriority(source uint32) expr.Any {
+	return &expr.Meta{Key: expr.MetaKeyPRIORITY, SourceRegister: true, Register: source}
+}
+
+// resetPriority is `meta priority set none`.
+func resetPriority() []expr.Any {
+	return []expr.Any{&expr.Immediate{Register: reg(0), Data: []byte{0, 0, 0, 0}}, setPriority(reg(0))}
+}
+
+// isSlot matches priorities that are slots, isID those that are IDs.
+func isSlot() []expr.Any {
+	return priorityIs(binaryutil.NativeEndian.PutUint32(slotMask), binaryutil.NativeEndian.PutUint32(slotMajor))
+}
+
+// isSlotOrList matches list IDs as well.
+func isSlotOrList() []expr.Any {
+	return priorityIs(binaryutil.NativeEndian.PutUint32(listMask), binaryutil.NativeEndian.PutUint32(listBase))
+}
+
+func isID() []expr.Any {
+	return priorityIs([]byte{0, 0, 0xff, 0xff}, []byte{0, 0, idMark, idMark})
+}
+
+func isIDOf(l list) []expr.Any {
+	return priorityIs([]byte{0, 1, 0xff, 0xff}, []byte{0, byte(l), idMark, idMark})
+}
+
+func priorityIs(mask, value []byte) []expr.Any {
+	return []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg(0)},
+		&expr.Bitwise{SourceRegister: reg(0), DestRegister: reg(0), Len: 4, Mask: mask, Xor: make([]byte, 4)},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: reg(0), Data: value},
+	}
+}
+
+// notFrom matches packets that did not come in through a pod's interface; those
+// of the node itself are among them.
+func notFrom(node dataplane.Node) []expr.Any {
+	if name := podInterface(node); name != nil {
+		return []expr.Any{
+			&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg(0)},
+			&expr.Cmp{Op: expr.CmpOpNeq, Register: reg(0), Data: name},
+		}
+	}
+	return nil
+}
+
+// podInterface returns what the names of pods' interfaces are compared with, or
+// nil if these do not tell pods.
+func podInterface(node dataplane.Node) []byte {
+	switch {
+	case node.PodInterface != "":
+		name := make([]byte, unix.IFNAMSIZ)
+		copy(name, node.PodInterface)
+		return name
+	case node.PodInterfacePrefix != "":
+		return []byte(node.PodInterfacePrefix)
+	default:
+		return nil
+	}
+}
+
+// sourceType compares whether the packet is from an address of the node: `fib
+// saddr type local`.
+func sourceType(op expr.CmpOp) []expr.Any {
+	return addressType(&expr.Fib{FlagSADDR: true}, op)
+}
+
+func addressType(of *expr.Fib, op expr.CmpOp) []expr.Any {
+	of.Register, of.ResultADDRTYPE = reg(0), true
+	return []expr.Any{
+		of, &expr.Cmp{Op: op, Register: reg(0), Data: binaryutil.NativeEndian.PutUint32(unix.RTN_LOCAL)},
+	}
+}
+
+func ctStateNew() []expr.Any { return ctBits(expr.CtKeySTATE, expr.CtStateBitNEW) }
+
+func ctStateInvalid() []expr.Any { return ctBits(expr.CtKeySTATE, expr.CtStateBitINVALID) }
+
+func ctStatusDNAT() []expr.Any {
+	const dstNAT = 1 << 5 // IPS_DST_NAT, linux/netfilter/nf_conntrack_common.h
+	return ctBits(expr.CtKeySTATUS, dstNAT)
+}
+
+func ctBits(key expr.CtKey, bits uint32) []expr.Any {
+	return []expr.Any{
+		&expr.Ct{Key: key, Register: reg(0)},
+		&expr.Bitwise{
+			SourceRegister: reg(0), DestRegister: reg(0), Len: 4,
+			Mask: binaryutil.NativeEndian.PutUint32(bits), Xor: []byte{0, 0, 0, 0},
+		},
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: reg(0), Data: []byte{0, 0, 0, 0}},
+	}
+}
+
+func gotoChain(name string) expr.Any {
+	return &expr.Verdict{Kind: expr.VerdictGoto, Chain: name}
+}
+
+func jumpTo(name string) expr.Any {
+	return &expr.Verdict{Kind: expr.VerdictJump, Chain: name}
+}
+
+func drop() expr.Any { return &expr.Verdict{Kind: expr.VerdictDrop} }
+
+func count(c counter) expr.Any {
+	return &expr.Objref{Type: int(nftables.ObjTypeCounter), Name: string(c)}
+}

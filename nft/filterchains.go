@@ -1,0 +1,54 @@
+package nft
+
+import (
+	"slices"
+
+	"fairlead.io/fairlead/dataplane"
+
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+)
+
+// reject rejects with a TCP reset or an ICMP port unreachable. Chains go here
+// from prerouting, rather than from input and forward, so that clients are told
+// even where the node has no route to the address. (Kernel 5.9, netfilter:
+// nf_tables: add "reject" to prerouting.)
+func (t *table) reject() chain {
+	icmp := &expr.Reject{Type: unix.NFT_REJECT_ICMP_UNREACH, Code: 3} // port unreachable (RFC 792)
+	if t.family == dataplane.IPv6 {
+		icmp.Code = 4 // port unreachable (RFC 4443)
+	}
+	return t.chain("reject",
+		rule{exprs: []expr.Any{
+			&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg(0)},
+			&expr.Cmp{Op: expr.CmpOpEq, Register: reg(0), Data: []byte{byte(dataplane.TCP)}},
+			&expr.Reject{Type: unix.NFT_REJECT_TCP_RST},
+		}},
+		rule{exprs: []expr.Any{icmp}},
+	)
+}
+
+// unmark puts back the priority of a packet in which a slot, or the ID of a list or
+// an endpoint, has done its work.
+func (t *table) unmark() []rule {
+	rules := []rule{{exprs: slices.Concat(isSlotOrList(), resetPriority())}}
+	if !t.virtual {
+		rules = append(rules, rule{exprs: slices.Concat(isID(), resetPriority())})
+	}
+	return rules
+}
+
+// unserved are rules for connections to the networks of cluster IPs that are for
+// no Service. They are in forward and output, not before, so that an address
+// that is the node's own, as that of a DNS cache may be, or that somebody else
+// translates, is left alone.
+func (t *table) unserved() []rule {
+	return []rule{
+		{exprs: slices.Concat(ctStateNew(), []expr.Any{
+			t.daddr(0), lookup(t.addrSets[inClusterIPs]), count(rejectedUndeclaredPort), gotoChain("reject"),
+		})},
+		{exprs: slices.Concat(ctStateNew(), []expr.Any{
+			t.daddr(0), lookup(t.serviceCIDRs), count(droppedNoService), drop(),
+		})},
+	}
+}

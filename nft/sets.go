@@ -1,0 +1,267 @@
+package nft
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strconv"
+
+	"fairlead.io/fairlead/dataplane"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
+)
+
+// TableName is the name of the backend's table in the ip and the ip6 family, where
+// [Options] have no other.
+const TableName = "fairlead"
+
+// table is one IP family's table: its sets and how elements look in it.
+type table struct {
+	family  dataplane.Family
+	nf      *nftables.Table
+	addr    nftables.SetDatatype
+	addrLen int
+	// virtual says that connections go to virtual servers, which a Translator names.
+	virtual bool
+	// detached says that base chains are left out, so that no packet comes.
+	detached bool
+	// virtualNetworks are where virtual servers are that nobody else is to reach.
+	virtualNetworks []netip.Prefix
+	// affinityLimit is how many clients each of the affinity maps remembers.
+	affinityLimit int
+
+	services        *nftables.Set
+	external        *nftables.Set
+	timeouts        *nftables.Set
+	slots           *nftables.Set
+	stickyEndpoints *nftables.Set
+	hairpin         *nftables.Set
+	endpoints       [shards]*nftables.Set
+	// lists, listSizes, sharedHairpin and sharedEndpoints are for Services with many
+	// frontends, see lists.go.
+	lists           *nftables.Set
+	listSizes       *nftables.Set
+	sharedHairpin   *nftables.Set
+	sharedEndpoints [listShards]*nftables.Set
+	// rowSets are the sets that rows have elements in, by the indices that edit
+	// uses.
+	rowSets []*nftables.Set
+
+	// addrSets and endpointPorts have elements that frontends share.
+	addrSets      [addrSets]*nftables.Set
+	endpointPorts *nftables.Set
+	verdicts      [verdictMaps]*nftables.Set
+	nodePortAddrs *nftables.Set
+	// nodePortNetworks is an interval set, which rules look into only while it has
+	// elements.
+	nodePortNetworks *nftables.Set
+
+	podCIDRs     *nftables.Set
+	localPods    *nftables.Set
+	serviceCIDRs *nftables.Set
+	ahead        *nftables.Set
+}
+
+func newTable(family dataplane.Family) *table {
+	t := &table{family: family, addr: nftables.TypeIPAddr, addrLen: 4, affinityLimit: affinityLimit}
+	t.nf = &nftables.Table{Name: TableName, Family: nftables.TableFamilyIPv4}
+	if family == dataplane.IPv6 {
+		t.addr, t.addrLen = nftables.TypeIP6Addr, 16
+		t.nf.Family = nftables.TableFamilyIPv6
+	}
+	addr := t.addr
+	frontend := []nftables.SetDatatype{addr, nftables.TypeInetProto, nftables.TypeInetService}
+	concat := nftables.MustConcatSetType
+	with := func(more ...nftables.SetDatatype) nftables.SetDatatype {
+		return concat(append(slices.Clone(frontend), more...)...)
+	}
+	mapOf := func(name string, key, data nftables.SetDatatype) *nftables.Set {
+		return &nftables.Set{Table: t.nf, Name: name, IsMap: true, KeyType: key, DataType: data}
+	}
+	addrPort := concat(addr, nftables.TypeInetService)
+	t.services = mapOf("services", with(), nftables.TypeClassID)
+	t.external = mapOf("external", with(), nftables.TypeClassID)
+	t.timeouts = mapOf("timeouts", with(), nftables.TypeClassID)
+	// A slot is a class ID because it travels as the packet's priority.
+	t.slots = mapOf("slots", with(nftables.TypeClassID), nftables.TypeClassID)
+	t.stickyEndpoints = mapOf("sticky-endpoints", with(nftables.TypeInetService), addrPort)
+	for i := range t.endpoints {
+		t.endpoints[i] = mapOf(fmt.Sprintf("endpoints-%x", i), with(nftables.TypeClassID), addrPort)
+	}
+	for m := range t.verdicts {
+		t.verdicts[m] = mapOf(verdictMap(m).String(), nftables.TypeClassID, nftables.TypeVerdict)
+		t.verdicts[m].KeyByteOrder = binaryutil.BigEndian
+	}
+	t.hairpin = &nftables.Set{
+		Table: t.nf, Name: "hairpin",
+		KeyType: concat(append([]nftables.SetDatatype{addr, addr}, frontend...)...),
+	}
+	// A list ID, a slot and the priority that they travel in are 32 bits each.
+	t.lists = mapOf("lists", with(), nftables.TypeClassID)
+	t.listSizes = mapOf("list-sizes", concat(nftables.TypeClassID, nftables.TypeMark), nftables.TypeClassID)
+	for i := range t.sharedEndpoints {
+		t.sharedEndpoints[i] = mapOf(fmt.Sprintf("shared-endpoints-%x", i), concat(nftables.TypeClassID, nftables.TypeMark), addrPort)
+	}
+	t.sharedHairpin = &nftables.Set{Table: t.nf, Name: "shared-hairpin", KeyType: concat(addr, addr, nftables.TypeClassID)}
+	t.rowSets = append([]*nftables.Set{
+		inServices: t.services, inExternal: t.external, inTimeouts: t.timeouts, inLists: t.lists, inListSizes: t.listSizes,
+		inSlots: t.slots, inStickyEndpoints: t.stickyEndpoints, inHairpin: t.hairpin, inSharedHairpin: t.sharedHairpin,
+	}, slices.Concat(t.sharedEndpoints[:], t.endpoints[:])...)
+	for s := range t.addrSets {
+		t.addrSets[s] = &nftables.Set{Table: t.nf, Name: addrSet(s).String(), KeyType: addr}
+	}
+	// No rule adds to it. But a set of keys this short without the flag is a bitmap
+	// with a list beside it, which the kernel walks for each element that comes or
+	// goes (nft_set_bitmap.c): 60,000 at once took 19 s.
+	t.endpointPorts = &nftables.Set{Table: t.nf, Name: "endpoint-ports", KeyType: nftables.TypeInetService, Dynamic: !otherDefinitions}
+	t.nodePortAddrs = &nftables.Set{Table: t.nf, Name: "node-port-addrs", KeyType: addr}
+	interval := func(name string) *nftables.Set {
+		return &nftables.Set{Table: t.nf, Name: name, KeyType: addr, Interval: true}
+	}
+	t.nodePortNetworks = interval("node-port-networks")
+	t.podCIDRs, t.localPods, t.serviceCIDRs = interval("pod-cidrs"), interval("local-pods"), interval("service-cidrs")
+	t.ahead = newAhead(t.nf)
+	return t
+}
+
+// sets returns all sets of the table, in the order in which they are made. Those
+// of source ranges are made when they are needed.
+func (t *table) sets() []*nftables.Set {
+	sets := append(slices.Clone(t.rowSets), t.addrSets[:]...)
+	sets = append(append(sets, t.endpointPorts), t.verdicts[:]...)
+	sets = append(sets, t.nodePortAddrs, t.nodePortNetworks, t.podCIDRs, t.localPods, t.serviceCIDRs, t.ahead)
+	for shard := range shards {
+		if !t.virtual {
+			sets = append(sets, t.affinity(shard))
+		}
+	}
+	if t.family == dataplane.IPv6 && !t.virtual {
+		sets = append(sets, t.affinityNetworks())
+	}
+	return slices.DeleteFunc(sets, func(s *nftables.Set) bool {
+		if t.virtual {
+			return t.forAffinity(s)
+		}
+		return s == t.addrSets[inBoundIPs]
+	})
+}
+
+// forAffinity reports whether a set is for session affinity alone.
+func (t *table) forAffinity(s *nftables.Set) bool {
+	return slices.Contains([]*nftables.Set{
+		t.timeouts, t.slots, t.stickyEndpoints, t.verdicts[draws], t.verdicts[affinities], t.verdicts[localAffinities],
+	}, s)
+}
+
+const (
+	rangesPrefix       = "source-ranges-"
+	sharedRangesPrefix = "shared-source-ranges-"
+)
+
+// ranges returns the set of the source ranges with prefixes of a length, each
+// with its frontend. Ranges of one length do not overlap, so that it need not be
+// an interval set.
+func (t *table) ranges(bits int) *nftables.Set {
+	return &nftables.Set{
+		Table: t.nf, Name: rangesPrefix + strconv.Itoa(bits),
+		KeyType: nftables.MustConcatSetType(t.addr, nftables.TypeInetProto, nftables.TypeInetService, t.addr),
+	}
+}
+
+// sharedRanges returns the set of the same for list IDs.
+func (t *table) sharedRanges(bits int) *nftables.Set {
+	return &nftables.Set{
+		Table: t.nf, Name: sharedRangesPrefix + strconv.Itoa(bits),
+		KeyType: nftables.MustConcatSetType(nftables.TypeClassID, t.addr),
+	}
+}
+
+// shards is the number of maps that endpoints are spread over, by the last hex
+// digit of the frontend's address, or of a node port. To the packet and to an
+// update it makes no difference, but the kernel takes quadratic time to list a
+// map (see nlconn.MessageSize): with one map reading 100,000 Services took 47 s.
+const shards = 16
+
+func shardOf(f dataplane.Frontend) int {
+	if f.Addr.Addr().IsUnspecified() {
+		return int(f.Addr.Port() % shards)
+	}
+	b := f.Addr.Addr().AsSlice()
+	return int(b[len(b)-1] % shards)
+}
+
+// nodeSets returns what the sets that follow the node hold.
+func (t *table) nodeSets(node dataplane.Node) map[*nftables.Set][]element {
+	sets := map[*nftables.Set][]element{
+		t.podCIDRs:      intervals(t.networksOf(node.PodCIDRs)),
+		t.localPods:     intervals(t.networksOf(node.PodCIDRs, node.LocalPodCIDRs)),
+		t.serviceCIDRs:  intervals(t.networksOf(node.ServiceCIDRs)),
+		t.nodePortAddrs: nil,
+		t.ahead:         t.aheadElements(node),
+
+		t.nodePortNetworks: intervals(t.networksForNodePorts(node)),
+	}
+	for _, a := range slices.Compact(slices.SortedFunc(slices.Values(node.NodePortAddrs), netip.Addr.Compare)) {
+		if dataplane.FamilyOf(a) == t.family && !a.IsLoopback() {
+			sets[t.nodePortAddrs] = append(sets[t.nodePortAddrs], element{Key: a.AsSlice()})
+		}
+	}
+	return sets
+}
+
+// networksOf returns the networks of the table's family, without those that lie
+// within another, in order.
+func (t *table) networksOf(lists ...[]netip.Prefix) []netip.Prefix {
+	var all []netip.Prefix
+	for _, p := range slices.Concat(lists...) {
+		if dataplane.FamilyOf(p.Addr()) == t.family {
+			all = append(all, p.Masked())
+		}
+	}
+	slices.SortFunc(all, func(a, b netip.Prefix) int { return a.Compare(b) })
+	var merged []netip.Prefix
+	for _, p := range all {
+		if n := len(merged); n > 0 && merged[n-1].Contains(p.Addr()) {
+			continue
+		}
+		merged = append(merged, p)
+	}
+	return merged
+}
+
+// networksForNodePorts returns dataplane.Node.NodePortNetworks without loopback
+// addresses and without the networks of virtual servers, in order.
+func (t *table) networksForNodePorts(node dataplane.Node) []netip.Prefix {
+	loopback := netip.MustParsePrefix("127.0.0.0/8")
+	if t.family == dataplane.IPv6 {
+		loopback = netip.PrefixFrom(netip.IPv6Unspecified().Next(), 128)
+	}
+	networks := t.networksOf(node.NodePortNetworks)
+	for _, excluded := range append([]netip.Prefix{loopback}, t.virtualNetworks...) {
+		var kept []netip.Prefix
+		for _, p := range networks {
+			kept = append(kept, subtract(p, excluded)...)
+		}
+		networks = kept
+	}
+	return t.networksOf(networks)
+}
+
+// subtract returns the networks that make up p without the addresses of excluded.
+func subtract(p, excluded netip.Prefix) []netip.Prefix {
+	switch {
+	case !p.Overlaps(excluded):
+		return []netip.Prefix{p}
+	case excluded.Bits() <= p.Bits():
+		return nil
+	}
+	lower := netip.PrefixFrom(p.Addr(), p.Bits()+1)
+	upper := netip.PrefixFrom(lastAddr(lower).Next(), p.Bits()+1)
+	return append(subtract(lower, excluded), subtract(upper, excluded)...)
+}
+
+func (t *table) object(c counter) *nftables.NamedObj {
+	return &nftables.NamedObj{Table: t.nf, Name: string(c), Type: nftables.ObjTypeCounter, Obj: &expr.Counter{}}
+}
