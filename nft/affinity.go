@@ -64,6 +64,25 @@ func parseAffinityShard(name string) (int, bool) {
 // what is remembered. The rules for a shard are side by side, as in table.translate: a
 // chain for each shard would multiply the paths that the kernel walks when a class is
 // new.
+//
+//	chain affinity-10800s {
+//		ip daddr & 0.0.0.15 == 0.0.0.0 meta priority set ip saddr . ip daddr . meta l4proto . th dport map @affinity-0
+//		…
+//		meta priority & ffff:100 == fafa:0 ip daddr & 0.0.0.15 == 0.0.0.0 update @affinity-0 { ip saddr . ip daddr . meta l4proto . th dport timeout 3h : meta priority }
+//		…
+//		meta priority & ffff:100 == fafa:0 jump translate-sticky
+//		meta priority & ffff:0 == fafa:0 ip daddr & 0.0.0.15 == 0.0.0.0 delete @affinity-0 { ip saddr . ip daddr . meta l4proto . th dport : meta priority } comment "that endpoint is gone"
+//		…
+//		jump pick
+//		meta priority & ffff:100 == fafa:0 ip daddr & 0.0.0.15 == 0.0.0.0 update @affinity-0 { ip saddr . ip daddr . meta l4proto . th dport timeout 3h : meta priority } meta priority set ip saddr . ip daddr . meta l4proto . th dport map @affinity-0 jump translate-sticky comment "another connection of the client's may have been faster"
+//		…
+//		meta priority & ffff:100 == fafa:0 counter name "affinity-full" jump translate-sticky comment "the map is full"
+//		meta priority & ffff:0 == fafa:0 ip daddr & 0.0.0.15 == 0.0.0.0 delete @affinity-0 { ip saddr . ip daddr . meta l4proto . th dport : meta priority } comment "that endpoint is gone"
+//		…
+//		jump pick
+//		jump translate-sticky
+//		drop comment "the last one went: the client will try again"
+//	}
 func (t *table) affinityRules(c class, l list) []rule {
 	by := c.addressing()
 	each := func(comment string, condition []expr.Any, do func(*nftables.Set) []expr.Any) []rule {
@@ -114,6 +133,8 @@ func (t *table) affinityRules(c class, l list) []rule {
 
 // overNetworkShare matches new clients of a network and a frontend that has had its
 // share of clients remembered. It matches none if there are too many networks.
+//
+//	update @affinity-networks { ip6 saddr & ffff:ffff:ffff:ffff:: . ip6 daddr & :: . meta l4proto . th dport timeout 3h limit rate over 2048/hour burst 6144 packets }
 func (t *table) overNetworkShare(c class) []expr.Any {
 	mask := make([]byte, t.addrLen)
 	setBits(mask, networkBits)

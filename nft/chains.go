@@ -51,6 +51,19 @@ func (by addressing) chainName(name string) string {
 
 // chains returns the chains that do not depend on Services, callees first, but
 // for the lengths of source ranges.
+//
+//	chain filter-input {
+//		type filter hook input priority filter; policy accept;
+//	chain filter-prerouting-post-dnat {
+//		type filter hook prerouting priority dstnat + 10; policy accept;
+//	chain filter-output-post-dnat {
+//		type filter hook output priority dstnat + 10; policy accept;
+//	chain filter-forward {
+//		type filter hook forward priority filter; policy accept;
+//	chain filter-output {
+//		type filter hook output priority filter; policy accept;
+//	chain nat-postrouting {
+//		type nat hook postrouting priority srcnat; policy accept;
 func (t *table) chains(node dataplane.Node, rangeBits []int) []chain {
 	accept := nftables.ChainPolicyAccept
 	base := func(name string, typ nftables.ChainType, hook *nftables.ChainHook, prio nftables.ChainPriority, rules ...rule) chain {

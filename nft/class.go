@@ -229,6 +229,10 @@ func (b branch) verdict() *expr.Verdict {
 
 // branchChain returns the chain of a branch that has one of its own. It refers
 // to no map with elements of Services, see table.translate.
+//
+//	chain draw-2-node-drop-external-ranged-sticky {
+//		meta priority set numgen random mod 2 offset 4196204544
+//	}
 func (t *table) branchChain(b branch) chain {
 	var rules []rule
 	switch b.in {
@@ -247,6 +251,29 @@ func (t *table) branchChain(b branch) chain {
 	return chain{Chain: &nftables.Chain{Name: b.chainName(), Table: t.nf}, rules: rules}
 }
 
+// classRules returns the rules of a class.
+//
+//	chain class-0 {
+//		counter name "rejected-no-endpoints" goto reject
+//	}
+//	chain class-1 {
+//		meta priority set numgen random mod 1 offset 4196204544 jump translate
+//		meta priority set numgen random mod 1 offset 4196204544 jump translate comment "the slot went while the packet was on its way"
+//		drop comment "and so did the last one: the client will try again"
+//	}
+//	chain class-2-node-drop-external-ranged-sticky {
+//		jump source-ranges
+//		jump external
+//		goto sticky
+//	}
+//	chain class-1-node-drop-external-ranged-shared {
+//		jump source-ranges-shared
+//		jump external
+//		goto shared
+//	}
+//	chain class-1-through {
+//		meta priority set none dnat to ip daddr
+//	}
 func (t *table) classRules(c class) []rule {
 	by, l := c.addressing(), c.list()
 	var rules []rule

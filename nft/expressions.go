@@ -21,6 +21,7 @@ func reg(word int) uint32 {
 	return unix.NFT_REG32_00 + uint32(word)
 }
 
+// saddr loads `ip saddr`.
 func (t *table) saddr(word int) expr.Any {
 	if t.family == dataplane.IPv6 {
 		return networkHeader(word, 8, 16)
@@ -28,6 +29,7 @@ func (t *table) saddr(word int) expr.Any {
 	return networkHeader(word, 12, 4)
 }
 
+// daddr loads `ip daddr`.
 func (t *table) daddr(word int) expr.Any {
 	if t.family == dataplane.IPv6 {
 		return networkHeader(word, 24, 16)
@@ -41,7 +43,7 @@ func networkHeader(word int, offset, length uint32) expr.Any {
 	}
 }
 
-// dport loads the destination port: TCP, UDP and SCTP all have it in bytes 2
+// dport loads `th dport`, the destination port: TCP, UDP and SCTP all have it in bytes 2
 // and 3.
 func dport(word int) expr.Any {
 	return &expr.Payload{DestRegister: reg(word), Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2}
@@ -56,7 +58,8 @@ func (t *table) frontendKey(by addressing, word int) []expr.Any {
 	)
 }
 
-// address makes the address in a key that of the frontend.
+// address makes the address in a key that of the frontend: a node port's is
+// `ip daddr & 0.0.0.0`.
 func (t *table) address(by addressing, load expr.Any, word int) []expr.Any {
 	if by == byAddress {
 		return []expr.Any{load}
@@ -67,13 +70,15 @@ func (t *table) address(by addressing, load expr.Any, word int) []expr.Any {
 	}}
 }
 
-// clientKey loads the client's address and the frontend.
+// clientKey loads the client's address and the frontend:
+// `ip saddr . ip daddr . meta l4proto . th dport`.
 func (t *table) clientKey(by addressing) []expr.Any {
 	return append([]expr.Any{t.saddr(0)}, t.frontendKey(by, t.addrLen/4)...)
 }
 
 // originalFrontendKey loads what the client asked for before it was
-// translated, in the same form.
+// translated, in the same form:
+// `ct original ip daddr . meta l4proto . ct original proto-dst`.
 func (t *table) originalFrontendKey(by addressing, word int) []expr.Any {
 	n := t.addrLen / 4
 	return slices.Concat(
@@ -85,6 +90,7 @@ func (t *table) originalFrontendKey(by addressing, word int) []expr.Any {
 	)
 }
 
+// originalDaddr loads `ct original ip daddr`.
 func (t *table) originalDaddr(word int) expr.Any {
 	if t.family == dataplane.IPv6 {
 		return original(expr.CtKeyDSTIP6, word)
@@ -111,20 +117,24 @@ func (t *table) inShard(by addressing, shard int) []expr.Any {
 	}
 }
 
+// lookup is `@name`.
 func lookup(s *nftables.Set) *expr.Lookup {
 	return &expr.Lookup{SourceRegister: reg(0), SetName: s.Name}
 }
 
+// notIn is `!= @name`.
 func notIn(s *nftables.Set) expr.Any {
 	l := lookup(s)
 	l.Invert = true
 	return l
 }
 
+// mapLookup is `map @name`.
 func mapLookup(s *nftables.Set, dest uint32) expr.Any {
 	return &expr.Lookup{SourceRegister: reg(0), DestRegister: dest, IsDestRegSet: true, SetName: s.Name}
 }
 
+// verdictLookup is `vmap @name`.
 func verdictLookup(s *nftables.Set) expr.Any {
 	return &expr.Lookup{SourceRegister: reg(0), DestRegister: unix.NFT_REG_VERDICT, IsDestRegSet: true, SetName: s.Name}
 }
@@ -142,6 +152,7 @@ func randomSlot(n int, l list, register uint32) expr.Any {
 // firstSlot is a draw of one: nft can't print a constant in a concatenation.
 func firstSlot(l list, register uint32) expr.Any { return randomSlot(1, l, register) }
 
+// setPriority is `meta priority set …`.
 func setPriority(source uint32) expr.Any {
 	return &expr.Meta{Key: expr.MetaKeyPRIORITY, SourceRegister: true, Register: source}
 }
@@ -151,20 +162,22 @@ func resetPriority() []expr.Any {
 	return []expr.Any{&expr.Immediate{Register: reg(0), Data: []byte{0, 0, 0, 0}}, setPriority(reg(0))}
 }
 
-// isSlot matches priorities that are slots, isID those that are IDs.
+// isSlot matches priorities that are slots: `meta priority & fffe:0 == fa1c:0`.
 func isSlot() []expr.Any {
 	return priorityIs(binaryutil.NativeEndian.PutUint32(slotMask), binaryutil.NativeEndian.PutUint32(slotMajor))
 }
 
-// isSlotOrList matches list IDs as well.
+// isSlotOrList matches list IDs as well: `meta priority & fff8:0 == fa18:0`.
 func isSlotOrList() []expr.Any {
 	return priorityIs(binaryutil.NativeEndian.PutUint32(listMask), binaryutil.NativeEndian.PutUint32(listBase))
 }
 
+// isID matches priorities that are IDs: `meta priority & ffff:0 == fafa:0`.
 func isID() []expr.Any {
 	return priorityIs([]byte{0, 0, 0xff, 0xff}, []byte{0, 0, idMark, idMark})
 }
 
+// isIDOf matches the IDs of one list: `meta priority & ffff:100 == fafa:0`.
 func isIDOf(l list) []expr.Any {
 	return priorityIs([]byte{0, 1, 0xff, 0xff}, []byte{0, byte(l), idMark, idMark})
 }
@@ -178,7 +191,7 @@ func priorityIs(mask, value []byte) []expr.Any {
 }
 
 // notFrom matches packets that did not come in through a pod's interface; those
-// of the node itself are among them.
+// of the node itself are among them: `iifname != "cni0"`.
 func notFrom(node dataplane.Node) []expr.Any {
 	if name := podInterface(node); name != nil {
 		return []expr.Any{
@@ -210,6 +223,7 @@ func sourceType(op expr.CmpOp) []expr.Any {
 	return addressType(&expr.Fib{FlagSADDR: true}, op)
 }
 
+// addressType is `fib saddr type local`, or another address and comparison.
 func addressType(of *expr.Fib, op expr.CmpOp) []expr.Any {
 	of.Register, of.ResultADDRTYPE = reg(0), true
 	return []expr.Any{
@@ -217,10 +231,13 @@ func addressType(of *expr.Fib, op expr.CmpOp) []expr.Any {
 	}
 }
 
+// ctStateNew is `ct state new`.
 func ctStateNew() []expr.Any { return ctBits(expr.CtKeySTATE, expr.CtStateBitNEW) }
 
+// ctStateInvalid is `ct state invalid`.
 func ctStateInvalid() []expr.Any { return ctBits(expr.CtKeySTATE, expr.CtStateBitINVALID) }
 
+// ctStatusDNAT is `ct status dnat`.
 func ctStatusDNAT() []expr.Any {
 	const dstNAT = 1 << 5 // IPS_DST_NAT, linux/netfilter/nf_conntrack_common.h
 	return ctBits(expr.CtKeySTATUS, dstNAT)
@@ -237,16 +254,19 @@ func ctBits(key expr.CtKey, bits uint32) []expr.Any {
 	}
 }
 
+// gotoChain is `goto name`.
 func gotoChain(name string) expr.Any {
 	return &expr.Verdict{Kind: expr.VerdictGoto, Chain: name}
 }
 
+// jumpTo is `jump name`.
 func jumpTo(name string) expr.Any {
 	return &expr.Verdict{Kind: expr.VerdictJump, Chain: name}
 }
 
 func drop() expr.Any { return &expr.Verdict{Kind: expr.VerdictDrop} }
 
+// count is `counter name "…"`.
 func count(c counter) expr.Any {
 	return &expr.Objref{Type: int(nftables.ObjTypeCounter), Name: string(c)}
 }

@@ -13,6 +13,11 @@ import (
 // from prerouting, rather than from input and forward, so that clients are told
 // even where the node has no route to the address. (Kernel 5.9, netfilter:
 // nf_tables: add "reject" to prerouting.)
+//
+//	chain reject {
+//		reject with tcp reset
+//		reject
+//	}
 func (t *table) reject() chain {
 	icmp := &expr.Reject{Type: unix.NFT_REJECT_ICMP_UNREACH, Code: 3} // port unreachable (RFC 792)
 	if t.family == dataplane.IPv6 {
@@ -30,6 +35,9 @@ func (t *table) reject() chain {
 
 // unmark puts back the priority of a packet in which a slot, or the ID of a list or
 // an endpoint, has done its work.
+//
+//	meta priority & fff8:0 == fa18:0 meta priority set none
+//	meta priority & ffff:0 == fafa:0 meta priority set none
 func (t *table) unmark() []rule {
 	rules := []rule{{exprs: slices.Concat(isSlotOrList(), resetPriority())}}
 	if !t.virtual {
@@ -42,6 +50,9 @@ func (t *table) unmark() []rule {
 // no Service. They are in forward and output, not before, so that an address
 // that is the node's own, as that of a DNS cache may be, or that somebody else
 // translates, is left alone.
+//
+//	ct state new ip daddr @cluster-ips counter name "rejected-undeclared-port" goto reject
+//	ct state new ip daddr @service-cidrs counter name "dropped-no-service" drop
 func (t *table) unserved() []rule {
 	return []rule{
 		{exprs: slices.Concat(ctStateNew(), []expr.Any{

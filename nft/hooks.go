@@ -50,6 +50,19 @@ func (t *table) aheadElements(node dataplane.Node) []element {
 }
 
 // places returns the base chains that translate, in both places.
+//
+//	chain nat-prerouting-ahead {
+//		type nat hook prerouting priority dstnat - 1; policy accept;
+//		meta nfproto != @ahead return
+//	chain nat-output-ahead {
+//		type nat hook output priority dstnat - 1; policy accept;
+//		meta nfproto != @ahead return
+//	chain nat-prerouting {
+//		type nat hook prerouting priority dstnat + 1; policy accept;
+//		meta nfproto @ahead return
+//	chain nat-output {
+//		type nat hook output priority dstnat + 1; policy accept;
+//		meta nfproto @ahead return
 func (t *table) places(base baseChain, prerouting, output []rule) []chain {
 	dstnat := *nftables.ChainPriorityNATDest
 	var chains []chain
@@ -74,7 +87,10 @@ func (t *table) places(base baseChain, prerouting, output []rule) []chain {
 type baseChain func(name string, typ nftables.ChainType, hook *nftables.ChainHook, prio nftables.ChainPriority, rules ...rule) chain
 
 // unlessAhead leaves a chain unless Fairlead is ahead of others, or unless it is
-// not: `meta nfproto != @ahead return`.
+// not.
+//
+//	meta nfproto != @ahead return
+//	meta nfproto @ahead return
 func (t *table) unlessAhead(ahead bool) rule {
 	found := lookup(t.ahead)
 	found.Invert = ahead

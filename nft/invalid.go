@@ -23,6 +23,8 @@ import (
 //
 // It wants a source port that some endpoint has, as the node may also see
 // nothing but what clients send: all of that is invalid until a SYN-ACK comes by.
+//
+//	ct state invalid tcp flags & (fin | syn | rst | ack) == ack tcp sport @endpoint-ports goto invalid
 func (t *table) invalidOfEndpoints() rule {
 	const sourcePort = 0
 	return rule{exprs: append(t.invalidOf(ack, sourcePort), gotoChain("invalid"))}
@@ -31,6 +33,8 @@ func (t *table) invalidOfEndpoints() rule {
 // answersToInvalid is the rule for the node's own answers to such packets: a reset
 // without ACK is what the kernel sends where there is no socket. It belongs to no
 // connection either, while one that ends a connection of the node does.
+//
+//	ct state invalid tcp flags & (fin | syn | rst | ack) == rst tcp dport @endpoint-ports counter name "dropped-invalid" drop
 func (t *table) answersToInvalid() rule {
 	const destinationPort = 2
 	return rule{exprs: append(t.invalidOf(rst, destinationPort), count(droppedInvalid), drop())}
@@ -61,6 +65,11 @@ func (t *table) tellsPods(node dataplane.Node) bool {
 
 // invalid drops what comes from or goes to a pod. Where no pods are told, it is
 // all that the node forwards.
+//
+//	chain invalid {
+//		ip saddr @pod-cidrs counter name "dropped-invalid" drop
+//		ip daddr @pod-cidrs counter name "dropped-invalid" drop
+//	}
 func (t *table) invalid(node dataplane.Node) chain {
 	dropped := []expr.Any{count(droppedInvalid), drop()}
 	with := func(condition ...expr.Any) rule { return rule{exprs: append(condition, dropped...)} }

@@ -280,6 +280,15 @@ func (e *tableEdit) changeSharedRanges(n listID, have, want *sharedList) {
 // shared returns the chains that connections to frontends which share a list go
 // through. A packet keeps one number from one lookup to the next, its
 // priority, so the list ID is looked up again once the size is known.
+//
+//	chain list {
+//		meta priority set ip daddr . meta l4proto . th dport map @lists
+//	}
+//	chain shared {
+//		jump list
+//		meta priority set meta priority . numgen random mod 1 offset 4196204544 map @list-sizes meta priority vmap @list-draws
+//		drop comment "it has just changed: the client will try again"
+//	}
 func (t *table) shared(rangeBits []int) []chain {
 	priority := &expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg(0)}
 	chains := []chain{
@@ -304,6 +313,13 @@ func (t *table) shared(rangeBits []int) []chain {
 }
 
 // listRules draw an endpoint of a list of one size.
+//
+//	chain list-2-shared-1 {
+//		jump list
+//		dnat ip to meta priority . numgen random mod 2 offset 4196204544 map @shared-endpoints-1
+//		dnat ip to meta priority . numgen random mod 1 offset 4196204544 map @shared-endpoints-1 comment "the slot went while the packet was on its way"
+//		drop comment "and so did the last one: the client will try again"
+//	}
 func (t *table) listRules(c class) []rule {
 	translate := func(slot expr.Any) []expr.Any {
 		return slices.Concat(
@@ -321,6 +337,13 @@ func (t *table) listRules(c class) []rule {
 
 // sharedSourceRanges returns from frontends whose list has a source range that the
 // client is in.
+//
+//	chain source-ranges-shared {
+//		jump list
+//		meta priority . ip saddr & 255.255.255.0 @shared-source-ranges-24 return
+//		…
+//		counter name "dropped-source-ranges" drop
+//	}
 func (t *table) sharedSourceRanges(bits []int) chain {
 	rules := []rule{{exprs: []expr.Any{jumpTo("list")}}}
 	for _, n := range bits {
@@ -339,6 +362,12 @@ func (t *table) sharedSourceRanges(bits []int) chain {
 
 // sharedMasquerade decides on connections to frontends that share a list. With
 // MasqueradeAlways there is nothing to decide.
+//
+//	chain masquerade-node-shared {
+//		meta priority set ct original ip daddr . meta l4proto . ct original proto-dst map @lists
+//		ip saddr . ip daddr . meta priority @shared-hairpin goto masquerade comment "pods that reach themselves through a Service"
+//		goto masquerade-node
+//	}
 func (t *table) sharedMasquerade(m dataplane.Masquerade) chain {
 	return t.chain(masqueradeChain(m, true),
 		rule{exprs: slices.Concat(

@@ -12,6 +12,9 @@ import (
 // toLocalhost is the rule for the node's connections to loopback addresses. It
 // stands first, so that this is all that they meet besides localhost, and that no
 // frontend is looked for.
+//
+//	ip daddr 127.0.0.0/8 goto localhost
+//	ip6 daddr ::1 goto localhost
 func (t *table) toLocalhost() rule {
 	// As `nft` writes 127.0.0.0/8: the first byte.
 	address, value := networkHeader(0, 16, 1), []byte{127}
@@ -25,6 +28,12 @@ func (t *table) toLocalhost() rule {
 
 // localhost rejects connections to node ports. Nothing puts the priority back, as
 // the packet ends here.
+//
+//	chain localhost {
+//		meta priority set ip daddr & 0.0.0.0 . meta l4proto . tcp dport map @services counter name "rejected-localhost-tcp" goto reject
+//		meta priority set ip daddr & 0.0.0.0 . meta l4proto . udp dport map @services counter name "rejected-localhost-udp" goto reject
+//		meta priority set ip daddr & 0.0.0.0 . meta l4proto . sctp dport map @services counter name "rejected-localhost-sctp" goto reject
+//	}
 func (t *table) localhost(node dataplane.Node) chain {
 	var rules []rule
 	for _, p := range protocols() {

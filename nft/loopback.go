@@ -13,6 +13,8 @@ import (
 // from another host or a pod to the chain loopback-from-network. Without the sysctl
 // route_localnet the kernel drops them itself, and it always drops those to ::1
 // (net/ipv6/ip6_input.c, ip6_rcv_core), so there is no rule for IPv6.
+//
+//	ip daddr 127.0.0.0/8 iifname != "lo" goto loopback-from-network
 func (t *table) loopbackFromNetwork(node dataplane.Node) []rule {
 	if !t.protectsLoopback(node) {
 		return nil
@@ -38,6 +40,12 @@ func (t *table) protectsLoopback(node dataplane.Node) bool {
 // address. By the time the rules run, connection tracking may have put a loopback
 // address in place of another: in a reply to a process of the node that uses one, and
 // where another program's rules translate to one. These pass.
+//
+//	chain loopback-from-network {
+//		ct direction reply return comment "replies to processes of the node"
+//		ct status dnat return comment "translated by another program"
+//		counter name "dropped-loopback" drop
+//	}
 func (t *table) dropLoopback() chain {
 	pass := &expr.Verdict{Kind: expr.VerdictReturn}
 	return t.chain(loopbackChain,

@@ -11,6 +11,10 @@ import (
 
 // dispatch are the rules that a connection starts with: one for frontends with
 // an address of their own, which go first, and one or two for node ports.
+//
+//	meta priority set ip daddr . meta l4proto . th dport map @services meta priority vmap @classes
+//	ip daddr @node-port-addrs meta priority set ip daddr & 0.0.0.0 . meta l4proto . th dport map @services meta priority vmap @classes
+//	ip daddr @node-port-networks meta priority set ip daddr & 0.0.0.0 . meta l4proto . th dport map @services meta priority vmap @classes
 func (t *table) dispatch(node dataplane.Node) []rule {
 	var rules []rule
 	for _, to := range t.destinations(node) {
@@ -49,6 +53,12 @@ func (d destination) match(address expr.Any) []expr.Any {
 }
 
 // sourceRanges returns from frontends whose source ranges the client is in.
+//
+//	chain source-ranges {
+//		ip daddr . meta l4proto . th dport . ip saddr & 255.255.255.0 @source-ranges-24 return
+//		…
+//		counter name "dropped-source-ranges" drop
+//	}
 func (t *table) sourceRanges(by addressing, bits []int) chain {
 	var rules []rule
 	for _, n := range bits {
@@ -69,6 +79,10 @@ func (t *table) sourceRanges(by addressing, bits []int) chain {
 
 // externalClients sends clients that are not this node nor its pods to the class
 // of the local endpoints.
+//
+//	chain external {
+//		ip saddr != @local-pods fib saddr type != local meta priority set ip daddr . meta l4proto . th dport map @external meta priority vmap @local-classes comment "not this node nor its pods"
+//	}
 func (t *table) externalClients(by addressing, node dataplane.Node) chain {
 	return t.chain(by.chainName("external"), rule{
 		comment: outsiders,
@@ -82,7 +96,8 @@ func (t *table) externalClients(by addressing, node dataplane.Node) chain {
 
 const outsiders = "not this node nor its pods"
 
-// outsiders matches clients that are not this node nor its pods.
+// outsiders matches clients that are not this node nor its pods:
+// `ip saddr != @local-pods fib saddr type != local`.
 func (t *table) outsiders(node dataplane.Node) []expr.Any {
 	var others []expr.Any
 	if len(t.networksOf(node.PodCIDRs, node.LocalPodCIDRs)) > 0 {
@@ -96,6 +111,16 @@ func (t *table) outsiders(node dataplane.Node) []expr.Any {
 // classes because the kernel walks a map of any kind for each new chain in
 // which a rule refers to it (nf_tables_api.c, nf_tables_bind_set): 0.5 s for a
 // new class at 100,000 Services, if each class had rules of its own.
+//
+//	chain translate {
+//		ip daddr & 0.0.0.15 == 0.0.0.0 dnat ip to ip daddr . meta l4proto . th dport . meta priority map @endpoints-0
+//		…
+//		ip daddr & 0.0.0.15 == 0.0.0.15 dnat ip to ip daddr . meta l4proto . th dport . meta priority map @endpoints-f
+//	}
+//	chain translate-node-port {
+//		th dport & 15 == 0 dnat ip to ip daddr & 0.0.0.0 . meta l4proto . th dport . meta priority map @endpoints-0
+//		…
+//	}
 func (t *table) translate(by addressing) chain {
 	slot := t.addrLen/4 + 2
 	var rules []rule
@@ -109,6 +134,10 @@ func (t *table) translate(by addressing) chain {
 
 // translateSticky sends a connection to the endpoint whose ID is the packet's
 // priority, if it is there.
+//
+//	chain translate-sticky {
+//		dnat ip to ip daddr . meta l4proto . th dport . meta priority map @sticky-endpoints
+//	}
 func (t *table) translateSticky(by addressing) chain {
 	return t.chain(by.chainName("translate-sticky"), rule{exprs: slices.Concat(
 		t.frontendKey(by, 0), []expr.Any{&expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg(t.addrLen/4 + 2)}},
@@ -116,6 +145,7 @@ func (t *table) translateSticky(by addressing) chain {
 	)})
 }
 
+// dnat returns `dnat ip to … map @endpoints-a`, given a key in the registers from 0.
 func (t *table) dnat(endpoints *nftables.Set) []expr.Any {
 	return []expr.Any{
 		mapLookup(endpoints, reg(0)),
@@ -129,6 +159,11 @@ func (t *table) dnat(endpoints *nftables.Set) []expr.Any {
 }
 
 // sticky branches off to the affinity of a frontend.
+//
+//	chain sticky {
+//		meta priority set ip daddr . meta l4proto . th dport map @timeouts meta priority vmap @affinities
+//		drop comment "it has just changed: the client will try again"
+//	}
 func (t *table) sticky(by addressing, l list) chain {
 	m := affinities
 	if l == localList {
@@ -145,6 +180,12 @@ func (t *table) sticky(by addressing, l list) chain {
 }
 
 // pick draws an endpoint: a slot, and then the ID of the endpoint in it.
+//
+//	chain pick {
+//		meta priority set ip daddr . meta l4proto . th dport map @services meta priority vmap @draws
+//		meta priority set ip daddr . meta l4proto . th dport . meta priority map @slots
+//		meta priority & fffe:0 == fa1c:0 meta priority set ip daddr . meta l4proto . th dport . numgen random mod 1 offset 4196204544 map @slots comment "the slot went while the packet was on its way"
+//	}
 func (t *table) pick(by addressing, l list) chain {
 	sizes := t.services
 	if l == localList {
@@ -168,6 +209,9 @@ func (t *table) pick(by addressing, l list) chain {
 	)
 }
 
+// postrouting returns the rules that find connections to masquerade.
+//
+//	ct status dnat goto masquerading
 func (t *table) postrouting() []rule {
 	rules := []rule{{exprs: append(ctStatusDNAT(), gotoChain("masquerading"))}}
 	if t.virtual {
@@ -178,6 +222,14 @@ func (t *table) postrouting() []rule {
 
 // masquerading decides on connections that were translated, by us or by others,
 // which is why it looks their frontend up.
+//
+//	chain masquerading {
+//		ip saddr . ip daddr . ct original ip daddr . meta l4proto . ct original proto-dst @hairpin goto masquerade comment "pods that reach themselves through a Service"
+//		meta priority set ct original ip daddr . meta l4proto . ct original proto-dst map @services meta priority vmap @masquerades
+//		ct original ip daddr @node-port-addrs ip saddr . ip daddr . ct original ip daddr & 0.0.0.0 . meta l4proto . ct original proto-dst @hairpin goto masquerade comment "pods that reach themselves through a Service"
+//		ct original ip daddr @node-port-addrs meta priority set ct original ip daddr & 0.0.0.0 . meta l4proto . ct original proto-dst map @services meta priority vmap @masquerades
+//		…
+//	}
 func (t *table) masquerading(node dataplane.Node) chain {
 	var rules []rule
 	for _, to := range t.destinations(node) {
@@ -201,6 +253,21 @@ func (t *table) masquerading(node dataplane.Node) chain {
 
 // masquerade returns the chains that connections of Services may end in after
 // that. They put the priority back, which has the class.
+//
+//	chain masquerade {
+//		meta priority set none masquerade fully-random
+//	}
+//	chain masquerade-always {
+//		goto masquerade
+//	}
+//	chain masquerade-node {
+//		fib saddr type local goto masquerade comment "this node's own connections"
+//		meta priority set none
+//	}
+//	chain masquerade-foreign {
+//		ip saddr != @pod-cidrs goto masquerade comment "clients that are no pods"
+//		meta priority set none
+//	}
 func (t *table) masquerade(node dataplane.Node) []chain {
 	name := func(m dataplane.Masquerade) string { return masqueradeChain(m, false) }
 	none := rule{exprs: resetPriority()}
@@ -228,7 +295,7 @@ func (t *table) masquerade(node dataplane.Node) []chain {
 }
 
 // foreign matches clients that dataplane.MasqueradeForeign is about, if there are
-// any.
+// any: `ip saddr != @pod-cidrs`, or the condition of notFrom.
 func (t *table) foreign(node dataplane.Node) (conditions []expr.Any, some bool) {
 	switch {
 	case node.MasqueradeAll:

@@ -12,6 +12,8 @@ import (
 
 // pings is the rule for new echo requests, with dataplane.Node.PingServiceIPs. It
 // stands behind those of the Services, which end the way of their connections.
+//
+//	icmp type echo-request goto ping
 func (t *table) pings() rule {
 	return rule{exprs: append(t.echoRequest(), gotoChain("ping"))}
 }
@@ -21,6 +23,22 @@ func (t *table) pings() rule {
 // Service's address back. `redirect` is for a node that is not told to have an
 // address of the family: it takes one of the interface that the request came in
 // by, and drops the request where there is none.
+//
+//	chain answer-ping {
+//		dnat to 192.0.2.1
+//	}
+//	chain ping-external {
+//		ip daddr @ping-external goto answer-ping
+//	}
+//	chain ping {
+//		ip saddr != @local-pods fib saddr type != local goto ping-external comment "not this node nor its pods"
+//		ip daddr @ping-internal goto answer-ping
+//	}
+//	chain pinged {
+//		ct original ip daddr @ping-internal return
+//		ct original ip daddr @cluster-ips counter name "rejected-undeclared-port" goto reject
+//		ct original ip daddr @service-cidrs counter name "dropped-no-service" drop
+//	}
 func (t *table) ping(node dataplane.Node) []chain {
 	answer := []expr.Any{&expr.Redir{}}
 	if i := slices.IndexFunc(node.Addrs, func(a netip.Addr) bool { return dataplane.FamilyOf(a) == t.family }); i >= 0 {
@@ -49,6 +67,8 @@ func (t *table) ping(node dataplane.Node) []chain {
 // answeredPings is the rule for all echo requests that were translated. A program
 // that goes on to ping is one connection to the kernel, so that it must be looked
 // at again whether there are still endpoints.
+//
+//	icmp type echo-request ct status dnat goto pinged
 func (t *table) answeredPings() rule {
 	return rule{exprs: slices.Concat(t.echoRequest(), ctStatusDNAT(), []expr.Any{gotoChain("pinged")})}
 }

@@ -157,6 +157,8 @@ func portsOf(s *dataplane.Service) []uint16 {
 // toVirtualNetworks are rules for connections to where virtual servers are, before
 // others are translated to these: they would go round source ranges, policies and
 // masquerading.
+//
+//	ip daddr & 255.0.0.0 == 250.0.0.0 drop
 func (t *table) toVirtualNetworks() []rule {
 	var rules []rule
 	for _, p := range t.virtualNetworks {
@@ -178,6 +180,8 @@ func (t *table) toVirtualNetworks() []rule {
 // that is the node's own the kernel sends an ICMP error of IPv4 from the address
 // that it was for (net/ipv4/icmp.c, __icmp_send), or, where that is no interface's,
 // none. Behind dstnat nobody's rules translate them any more.
+//
+//	ct state new ip daddr @cluster-ips fib daddr type != local goto undeclared
 func (t *table) toOwnClusterIP() rule {
 	return rule{exprs: slices.Concat(ctStateNew(),
 		[]expr.Any{t.daddr(0), lookup(t.addrSets[inClusterIPs])},
@@ -187,6 +191,11 @@ func (t *table) toOwnClusterIP() rule {
 }
 
 // undeclared rejects what is for no frontend.
+//
+//	chain undeclared {
+//		meta priority set ip daddr . meta l4proto . th dport map @services meta priority set none return comment "a frontend: the translator takes it"
+//		counter name "rejected-undeclared-port" goto reject
+//	}
 func (t *table) undeclared() chain {
 	return t.chain("undeclared",
 		rule{
@@ -202,9 +211,10 @@ func (t *table) undeclared() chain {
 	)
 }
 
-// stayHere translates a connection to the address that it is for, which settles that
-// no other program's NAT rules translate it. A connection that nobody translates gets
-// the same from the kernel in the end (nf_nat_core.c, nf_nat_alloc_null_binding).
+// stayHere is `dnat to ip daddr`. It translates a connection to the address that it is
+// for, which settles that no other program's NAT rules translate it. A connection that
+// nobody translates gets the same from the kernel in the end (nf_nat_core.c,
+// nf_nat_alloc_null_binding).
 func (t *table) stayHere() []expr.Any {
 	return []expr.Any{t.daddr(0), &expr.NAT{
 		Type: expr.NATTypeDestNAT, Family: uint32(t.nf.Family), RegAddrMin: reg(0), RegAddrMax: reg(0),
@@ -214,6 +224,8 @@ func (t *table) stayHere() []expr.Any {
 // toBoundIP matches connections to bound addresses, behind the rules for frontends. In
 // nat-output it comes before IPVS, so that the node's own connections do not reach a
 // virtual server which has no destinations yet, or only those with weight 0.
+//
+//	ip daddr @bound-ips fib daddr type != local goto bound
 func (t *table) toBoundIP() rule {
 	return rule{exprs: slices.Concat(
 		[]expr.Any{t.daddr(0), lookup(t.addrSets[inBoundIPs])},
@@ -224,6 +236,11 @@ func (t *table) toBoundIP() rule {
 
 // bound refuses connections to bound addresses as filter-forward and filter-output
 // refuse those to other addresses of Services.
+//
+//	chain bound {
+//		ip daddr @cluster-ips counter name "rejected-undeclared-port" goto reject
+//		counter name "dropped-no-service" drop
+//	}
 func (t *table) bound() chain {
 	return t.chain("bound",
 		rule{exprs: []expr.Any{
@@ -249,6 +266,8 @@ const (
 // leads out of the node. A chain of type route makes the kernel look up the route again
 // if the mark changes (net/netfilter/nft_chain_route.c). The same rule in the next
 // chain flips the bit back.
+//
+//	oifname != "lo" ct original ip daddr @bound-ips fib daddr type local meta mark set meta mark ^ 0x80000000 comment "an endpoint of this node: route again"
 func (t *table) toOwnEndpoint() rule {
 	loopback := make([]byte, unix.IFNAMSIZ)
 	copy(loopback, "lo")
@@ -276,6 +295,8 @@ func (t *table) toOwnEndpoint() rule {
 
 // letThrough is the rule for connections that were let through to the translator,
 // whose translation is none to the kernel's NAT.
+//
+//	ct original ip daddr @cluster-ips goto masquerading
 func (t *table) letThrough() rule {
 	return rule{exprs: []expr.Any{t.originalDaddr(0), lookup(t.addrSets[inClusterIPs]), gotoChain("masquerading")}}
 }

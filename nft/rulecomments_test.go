@@ -1,0 +1,99 @@
+package nft
+
+import (
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// TestRuleComments checks that the comment on each function which builds rules shows
+// them in nft's syntax, as the listings have them. A line with only "…" stands for more
+// rules like the one before.
+func TestRuleComments(t *testing.T) {
+	t.Parallel()
+	listed := map[string]bool{"…": true}
+	for _, file := range []string{"ruleset-1.1.3.nft", "ruleset-translator-1.1.3.nft"} {
+		text, err := os.ReadFile(filepath.Join("testdata", file))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for line := range strings.Lines(string(text)) {
+			listed[strings.TrimSpace(line)] = true
+		}
+	}
+	// The listings are of Options without VirtualNetworks.
+	listed["ip daddr & 255.0.0.0 == 250.0.0.0 drop"] = true
+	files, err := filepath.Glob("*.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	functions := 0
+	for _, name := range files {
+		if strings.HasSuffix(name, "_test.go") {
+			continue
+		}
+		file, err := parser.ParseFile(token.NewFileSet(), name, nil, parser.ParseComments|parser.SkipObjectResolution)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, decl := range file.Decls {
+			f, ok := decl.(*ast.FuncDecl)
+			if !ok || !buildsRules(f) {
+				continue
+			}
+			functions++
+			lines := codeLines(f.Doc)
+			if len(lines) == 0 {
+				t.Errorf("%s: the comment on %s has no rule in nft's syntax", name, f.Name.Name)
+			}
+			for _, line := range lines {
+				if !listed[line] {
+					t.Errorf("%s: the comment on %s has a line that no listing has:\n%s", name, f.Name.Name, line)
+				}
+			}
+		}
+	}
+	if functions == 0 {
+		t.Error("no function builds rules")
+	}
+}
+
+// buildsRules reports whether a function returns rules or chains that it is not given.
+func buildsRules(f *ast.FuncDecl) bool {
+	if f.Type.Results == nil {
+		return false
+	}
+	for _, param := range f.Type.Params.List {
+		if _, variadic := param.Type.(*ast.Ellipsis); variadic {
+			return false
+		}
+	}
+	for _, result := range f.Type.Results.List {
+		typ := result.Type
+		if list, ok := typ.(*ast.ArrayType); ok {
+			typ = list.Elt
+		}
+		if name, ok := typ.(*ast.Ident); ok && (name.Name == "rule" || name.Name == "chain") {
+			return true
+		}
+	}
+	return false
+}
+
+// codeLines returns the lines of a comment's code blocks, without indentation.
+func codeLines(doc *ast.CommentGroup) []string {
+	if doc == nil {
+		return nil
+	}
+	var lines []string
+	for _, comment := range doc.List {
+		if code, ok := strings.CutPrefix(comment.Text, "//\t"); ok {
+			lines = append(lines, strings.TrimSpace(code))
+		}
+	}
+	return lines
+}
