@@ -118,7 +118,7 @@ func (d *Dataplane) plan(changes []dataplane.Change, failed map[dataplane.Key]er
 		key := c.Key()
 		var before arrangement
 		var list listChange
-		if c.Old != nil && d.supported(c.Old) == nil {
+		if c.Old != nil && d.renderer.supported(c.Old) == nil {
 			before = d.arrangementOf(c.Old)
 			r := owned{key, d.render(c.Old, before, d.lists[index(key.Family)].byKey[key])}
 			list.have = r.row
@@ -133,11 +133,11 @@ func (d *Dataplane) plan(changes []dataplane.Change, failed map[dataplane.Key]er
 		if c.New == nil {
 			continue
 		}
-		if err := d.supported(c.New); err != nil {
+		if err := d.renderer.supported(c.New); err != nil {
 			failed[key] = err
 			continue
 		}
-		a := d.arrange(before, c.New)
+		a := d.renderer.arrange(before, c.New)
 		p.after[key] = a
 		r := owned{key, d.render(c.New, a.arrangement, d.listOf(c.New))}
 		if list.want = r.row; r.list != 0 || changed[key].have != nil {

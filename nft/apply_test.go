@@ -19,7 +19,7 @@ func BenchmarkPlan(b *testing.B) {
 			old := service(b, "s", []dataplane.Frontend{frontend(1)}, slices.Clone(list))
 			list[n/2] = endpoint(5000)
 			changes := []dataplane.Change{{Old: old, New: service(b, "s", old.Frontends, list)}}
-			d := &Dataplane{tables: [2]*table{newTable(dataplane.IPv4), newTable(dataplane.IPv6)}}
+			d := &Dataplane{renderer: endpointRenderer{}, tables: [2]*table{newTable(dataplane.IPv4), newTable(dataplane.IPv6)}}
 			d.forget()
 			b.ReportAllocs()
 			for b.Loop() {

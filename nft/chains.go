@@ -74,12 +74,7 @@ func (t *table) chains(node dataplane.Node, rangeBits []int) []chain {
 	chains := []chain{t.reject()}
 	for _, by := range addressings() {
 		chains = append(chains, t.sourceRanges(by, rangeBits), t.translate(by))
-		if !t.virtual {
-			chains = append(chains, t.translateSticky(by))
-			for l := range lists {
-				chains = append(chains, t.pick(by, l), t.sticky(by, l))
-			}
-		}
+		chains = append(chains, t.renderer.selectionChains(t, by)...)
 		chains = append(chains, t.externalClients(by, node))
 	}
 	chains = append(chains, t.shared(rangeBits)...)
@@ -95,17 +90,15 @@ func (t *table) chains(node dataplane.Node, rangeBits []int) []chain {
 	unserved := append(t.unserved(), t.invalidOfEndpoints())
 	outgoing := append(slices.Clone(unserved), t.answersToInvalid())
 	dstnat, filter := *nftables.ChainPriorityNATDest, *nftables.ChainPriorityFilter
-	incoming, sent := slices.Concat(postDNAT, t.loopbackFromNetwork(node)), postDNAT
 	if t.protectsLoopback(node) {
 		chains = append(chains, t.dropLoopback())
 	}
-	if t.virtual {
-		chains = append(chains, t.undeclared(), t.bound(),
-			base("route-output", nftables.ChainTypeRoute, nftables.ChainHookOutput, dstnat+routeOffset, t.toOwnEndpoint()))
-		output = append(output, t.toBoundIP())
-		incoming = append(incoming, t.toOwnClusterIP(), rule{exprs: append(ctStateNew(), t.toBoundIP().exprs...)})
-		sent = append(slices.Clone(postDNAT), t.toOwnEndpoint())
-	}
+	extra := t.renderer.extraRules(t, base)
+	chains = append(chains, extra.chains...)
+	output = append(output, extra.natOutput...)
+	incoming := slices.Concat(postDNAT, t.loopbackFromNetwork(node), extra.filterPreroutingPostDNAT)
+	sent := slices.Concat(postDNAT, extra.filterOutputPostDNAT)
+	postrouting := append(t.postrouting(), extra.natPostrouting...)
 	if t.tellsPods(node) {
 		chains = append(chains,
 			base("filter-input", nftables.ChainTypeFilter, nftables.ChainHookInput, filter, t.invalidOfEndpoints()))
@@ -116,7 +109,7 @@ func (t *table) chains(node dataplane.Node, rangeBits []int) []chain {
 		base("filter-output-post-dnat", nftables.ChainTypeFilter, nftables.ChainHookOutput, dstnat+10, sent...),
 		base("filter-forward", nftables.ChainTypeFilter, nftables.ChainHookForward, filter, unserved...),
 		base("filter-output", nftables.ChainTypeFilter, nftables.ChainHookOutput, filter, outgoing...),
-		base("nat-postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, *nftables.ChainPriorityNATSource, t.postrouting()...),
+		base("nat-postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, *nftables.ChainPriorityNATSource, postrouting...),
 	)
 }
 

@@ -208,8 +208,8 @@ func (e *edit) changeRanges(f dataplane.Frontend, have, want *row) {
 
 // countPort counts the port of what is in a slot, unless that is a virtual server.
 func (e *edit) countPort(endpoint netip.AddrPort, n int) {
-	if !e.table.virtual {
-		e.addPort(endpoint.Port(), n)
+	if port, ok := e.table.renderer.endpointPort(endpoint); ok {
+		e.addPort(port, n)
 	}
 }
 

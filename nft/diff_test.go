@@ -34,7 +34,7 @@ func TestChangeWritesFew(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
-			d := &Dataplane{tables: [2]*table{newTable(dataplane.IPv4), newTable(dataplane.IPv6)}}
+			d := &Dataplane{renderer: endpointRenderer{}, tables: [2]*table{newTable(dataplane.IPv4), newTable(dataplane.IPv6)}}
 			d.forget()
 			changes := []dataplane.Change{{Old: test.old, New: test.new}}
 			if test.old.Key != test.new.Key {

@@ -39,9 +39,9 @@ func (t *table) reject() chain {
 //	meta priority & fff8:0 == fa18:0 meta priority set none
 //	meta priority & ffff:0 == fafa:0 meta priority set none
 func (t *table) unmark() []rule {
-	rules := []rule{{exprs: slices.Concat(isSlotOrList(), resetPriority())}}
-	if !t.virtual {
-		rules = append(rules, rule{exprs: slices.Concat(isID(), resetPriority())})
+	var rules []rule
+	for _, match := range t.renderer.usedPriorities() {
+		rules = append(rules, rule{exprs: append(match, resetPriority()...)})
 	}
 	return rules
 }

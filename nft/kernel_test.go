@@ -122,7 +122,7 @@ func apply(t *testing.T, d *Dataplane, changes ...dataplane.Change) {
 // wantState fails the test unless the kernel holds exactly these Services.
 func wantState(t *testing.T, d *Dataplane, services ...*dataplane.Service) {
 	t.Helper()
-	if d.translator != nil {
+	if translatorOf(d) != nil {
 		wantRules(t, d, services...)
 		return
 	}

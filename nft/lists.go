@@ -490,9 +490,7 @@ func (c *content) parseSharedEndpoint(t *table, shard int, e element) error {
 		*slots = append(*slots, netip.AddrPort{})
 	}
 	(*slots)[slot] = addr
-	if !t.virtual {
-		c.ports[addr.Port()]++
-	}
+	c.countPort(t, addr)
 	return nil
 }
 

@@ -41,7 +41,7 @@ func TestElementsOfManyFrontends(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
-			d := &Dataplane{tables: [2]*table{newTable(dataplane.IPv4), newTable(dataplane.IPv6)}, shareFrom: shareFrom}
+			d := &Dataplane{renderer: endpointRenderer{}, tables: [2]*table{newTable(dataplane.IPv4), newTable(dataplane.IPv6)}, shareFrom: shareFrom}
 			d.forget()
 			if test.old != nil {
 				d.listOf(test.old)

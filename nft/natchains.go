@@ -213,11 +213,7 @@ func (t *table) pick(by addressing, l list) chain {
 //
 //	ct status dnat goto masquerading
 func (t *table) postrouting() []rule {
-	rules := []rule{{exprs: append(ctStatusDNAT(), gotoChain("masquerading"))}}
-	if t.virtual {
-		rules = append(rules, t.letThrough())
-	}
-	return rules
+	return []rule{{exprs: append(ctStatusDNAT(), gotoChain("masquerading"))}}
 }
 
 // masquerading decides on connections that were translated, by us or by others,

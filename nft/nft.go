@@ -59,8 +59,9 @@ func (o Options) tableName() string { return cmp.Or(o.Table, TableName) }
 // tables returns the tables of a name that these options are about.
 func (o Options) tables(name string) [2]*table {
 	tables := [2]*table{newTable(dataplane.IPv4), newTable(dataplane.IPv6)}
+	r := o.renderer()
 	for _, t := range tables {
-		t.nf.Name, t.virtual = name, o.Translator != nil
+		t.nf.Name, t.renderer = name, r
 		t.virtualNetworks = t.networksOf(o.VirtualNetworks)
 		t.affinityLimit = cmp.Or(o.affinityLimit, affinityLimit)
 	}
@@ -99,7 +100,8 @@ type Dataplane struct {
 	// silence is nil while the watch is subscribed.
 	silence *silence
 
-	translator Translator
+	// renderer is the one that Open has chosen. tables have the same.
+	renderer renderer
 
 	// node is that of the last Replace.
 	node dataplane.Node
@@ -177,7 +179,7 @@ func Open(opts Options) (*Dataplane, error) {
 		makeTables: opts.tables,
 		onRebuild:  opts.OnRebuild,
 		schema:     schema,
-		translator: opts.Translator,
+		renderer:   opts.renderer(),
 		editSize:   editSize,
 		shareFrom:  shareFrom,
 	}

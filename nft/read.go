@@ -364,10 +364,15 @@ func (c *content) parseEndpoint(t *table, shard int, e element) error {
 		s.endpoints = append(s.endpoints, netip.AddrPort{})
 	}
 	s.endpoints[slot] = addr
-	if !t.virtual {
-		c.ports[addr.Port()]++
-	}
+	c.countPort(t, addr)
 	return nil
+}
+
+// countPort counts the port of an address in a slot, if that is an endpoint's.
+func (c *content) countPort(t *table, addr netip.AddrPort) {
+	if port, ok := t.renderer.endpointPort(addr); ok {
+		c.ports[port]++
+	}
 }
 
 func (c *content) parseSlot(t *table, e element) error {
@@ -516,11 +521,7 @@ func (t *table) sameExpr(have, want expr.Any) bool {
 // and no affinity in what it returns; see [Dataplane.ReadRules].
 func (d *Dataplane) Read(ctx context.Context) (dataplane.State, error) {
 	state := dataplane.State{}
-	read := (*row).binding
-	if d.translator != nil {
-		read = (*row).withoutEndpoints
-	}
-	err := d.eachRow(ctx, func(f dataplane.Frontend, r *row) { state[f] = read(r) })
+	err := d.eachRow(ctx, func(f dataplane.Frontend, r *row) { state[f] = d.renderer.binding(r) })
 	if err != nil {
 		return nil, err
 	}

@@ -31,7 +31,9 @@ func FuzzDump(f *testing.F) {
 		}
 		d := &Dataplane{tables: [2]*table{newTable(dataplane.IPv4), newTable(dataplane.IPv6)}}
 		tab := d.tables[index(family)]
-		tab.virtual = virtual
+		if virtual {
+			tab.renderer = virtualRenderer{}
+		}
 		d.forget()
 		c := newContent()
 		readings := sortedReadings(c, tab)

@@ -83,7 +83,7 @@ func (d *Dataplane) moveTo(ctx context.Context, i int, name string, node datapla
 		taken: [2]map[listID]bool{{}, {}},
 	}
 	for _, s := range services {
-		if index(s.Key.Family) != i || d.supported(s) != nil {
+		if index(s.Key.Family) != i || d.renderer.supported(s) != nil {
 			continue
 		}
 		if err := r.add(ctx, s); err != nil {

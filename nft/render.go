@@ -3,7 +3,6 @@ package nft
 import (
 	"crypto/sha256"
 	"encoding/hex"
-	"fmt"
 	"net/netip"
 	"slices"
 
@@ -13,24 +12,11 @@ import (
 // render returns what the maps hold for each frontend of the Service, and for the
 // list that they share if they have a list ID.
 func (d *Dataplane) render(s *dataplane.Service, a arrangement, n listID) *row {
-	var r *row
-	if d.translator != nil {
-		r = renderVirtual(s, d.translator, d.node)
-	} else {
-		r = render(s, a, d.node)
-	}
+	r := d.renderer.render(s, a, d.node)
 	if n != 0 && !r.class.has(through) {
 		r.share(s, n)
 	}
 	return r
-}
-
-// supported is as the function of this name. A Translator has no limits.
-func (d *Dataplane) supported(s *dataplane.Service) error {
-	if d.translator != nil {
-		return nil
-	}
-	return supported(s)
 }
 
 // row is everything that the maps and sets hold for one frontend. All elements
@@ -177,18 +163,6 @@ const selfComment = "this node"
 
 func ownRange(f dataplane.Frontend) netip.Prefix {
 	return netip.PrefixFrom(f.Addr.Addr(), f.Addr.Addr().BitLen())
-}
-
-// supported returns an error that wraps [dataplane.ErrUnsupported] if this
-// backend can't program the Service.
-func supported(s *dataplane.Service) error {
-	if s.Affinity != 0 && max(len(s.Endpoints), len(s.LocalEndpoints)) > maxIDs {
-		return fmt.Errorf("%w: session affinity with more than %d endpoints", dataplane.ErrUnsupported, maxIDs)
-	}
-	if s.Scheduler != "" {
-		return fmt.Errorf("%w: IPVS scheduler %s, as endpoints are chosen at random", dataplane.ErrUnsupported, s.Scheduler)
-	}
-	return nil
 }
 
 // maxComment is the longest comment that `nft` prints, less the final zero

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"maps"
 	"net/netip"
 	"slices"
 
@@ -39,12 +40,7 @@ func (d *Dataplane) Replace(ctx context.Context, node dataplane.Node, services i
 				d.addrs[i][s][addr] = 0
 			}
 		}
-		d.ports[i].commit(have[i].ports)
-		if t.virtual {
-			for port := range have[i].portSet {
-				d.ports[i][port] = 0
-			}
-		}
+		maps.Copy(d.ports[i], t.renderer.foundPorts(have[i]))
 		d.rangeBits[i] = have[i].rangeBits
 		for n := range have[i].lists {
 			d.lists[i].reserve(n)
@@ -58,7 +54,7 @@ func (d *Dataplane) Replace(ctx context.Context, node dataplane.Node, services i
 	r := replacement{Dataplane: d, have: have, progress: progress, failed: map[dataplane.Key]error{}}
 	r.taken = [2]map[listID]bool{{}, {}}
 	for s := range services {
-		if err := d.supported(s); err != nil {
+		if err := d.renderer.supported(s); err != nil {
 			r.failed[s.Key] = err
 			continue
 		}
@@ -197,14 +193,7 @@ type replacement struct {
 
 // add puts a Service into the next commit, and commits when that is full.
 func (r *replacement) add(ctx context.Context, s *dataplane.Service) error {
-	endpoints := len(s.Endpoints) + len(s.LocalEndpoints)
-	switch {
-	case s.Key.Kind == boundAddress: // has none
-	case r.translator != nil:
-		endpoints = int(lists) // a virtual server each
-	case s.Affinity != 0:
-		endpoints *= 2 // by slot and by ID
-	}
+	endpoints := r.renderer.endpointElements(s)
 	elements := len(s.Frontends) * (endpoints + len(s.SourceRanges) + 1)
 	if r.shares(s) {
 		elements = 2*len(s.Frontends) + endpoints + len(s.SourceRanges)
@@ -241,7 +230,7 @@ func (r *replacement) commitServices(services []*dataplane.Service) error {
 	after := make([]arranged, len(services))
 	for n, s := range services {
 		have := r.have[index(s.Key.Family)].rows
-		after[n] = r.arrange(arrangementFound(s, have), s)
+		after[n] = r.renderer.arrange(arrangementFound(s, have), s)
 		want := r.render(s, after[n].arrangement, r.listFor(s))
 		for _, f := range s.Frontends {
 			b.found(f, have[f], want)

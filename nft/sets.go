@@ -23,8 +23,8 @@ type table struct {
 	nf      *nftables.Table
 	addr    nftables.SetDatatype
 	addrLen int
-	// virtual says that connections go to virtual servers, which a Translator names.
-	virtual bool
+	// renderer is the Dataplane's.
+	renderer renderer
 	// detached says that base chains are left out, so that no packet comes.
 	detached bool
 	// virtualNetworks are where virtual servers are that nobody else is to reach.
@@ -65,7 +65,7 @@ type table struct {
 }
 
 func newTable(family dataplane.Family) *table {
-	t := &table{family: family, addr: nftables.TypeIPAddr, addrLen: 4, affinityLimit: affinityLimit}
+	t := &table{family: family, renderer: endpointRenderer{}, addr: nftables.TypeIPAddr, addrLen: 4, affinityLimit: affinityLimit}
 	t.nf = &nftables.Table{Name: TableName, Family: nftables.TableFamilyIPv4}
 	if family == dataplane.IPv6 {
 		t.addr, t.addrLen = nftables.TypeIP6Addr, 16
@@ -132,20 +132,7 @@ func (t *table) sets() []*nftables.Set {
 	sets := append(slices.Clone(t.rowSets), t.addrSets[:]...)
 	sets = append(append(sets, t.endpointPorts), t.verdicts[:]...)
 	sets = append(sets, t.nodePortAddrs, t.nodePortNetworks, t.podCIDRs, t.localPods, t.serviceCIDRs, t.ahead)
-	for shard := range shards {
-		if !t.virtual {
-			sets = append(sets, t.affinity(shard))
-		}
-	}
-	if t.family == dataplane.IPv6 && !t.virtual {
-		sets = append(sets, t.affinityNetworks())
-	}
-	return slices.DeleteFunc(sets, func(s *nftables.Set) bool {
-		if t.virtual {
-			return t.forAffinity(s)
-		}
-		return s == t.addrSets[inBoundIPs]
-	})
+	return t.renderer.sets(t, sets)
 }
 
 // forAffinity reports whether a set is for session affinity alone.

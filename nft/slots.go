@@ -60,20 +60,10 @@ type arranged struct {
 
 // arrangementOf returns the arrangement of a Service that is programmed.
 func (d *Dataplane) arrangementOf(s *dataplane.Service) arrangement {
-	if a, ok := d.arrangements[s.Key]; ok || d.translator != nil {
+	if a, ok := d.arrangements[s.Key]; ok {
 		return a
 	}
-	return arrangeService(arrangement{}, s)
-}
-
-// arrange returns the next arrangement of a Service. Where there is a Translator,
-// there is nothing to arrange.
-func (d *Dataplane) arrange(current arrangement, s *dataplane.Service) arranged {
-	if d.translator != nil {
-		return arranged{}
-	}
-	a := arrangeService(current, s)
-	return arranged{a, !a.natural(s)}
+	return d.renderer.initialArrangement(s)
 }
 
 // arrangeService arranges the endpoints of a Service so that as little as

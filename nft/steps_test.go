@@ -44,7 +44,7 @@ var errLost = errors.New("the answer was lost")
 // observer.
 func observe(t *testing.T, d *Dataplane, ns *nettest.Namespace) *observer {
 	t.Helper()
-	o := &observer{t: t, reader: openIn(t, ns, d.translator), fail: func(int) fault { return none }}
+	o := &observer{t: t, reader: openIn(t, ns, translatorOf(d)), fail: func(int) fault { return none }}
 	d.editSize = 6
 	d.flush = func() error {
 		before := generation(t, o.reader)
@@ -195,7 +195,7 @@ func wantClean(t *testing.T, d *Dataplane, ns *nettest.Namespace, node dataplane
 		}
 	}
 	before := generation(t, d)
-	again := openIn(t, ns, d.translator)
+	again := openIn(t, ns, translatorOf(d))
 	again.now, again.shareFrom = d.now, d.shareFrom
 	replace(t, again, node, services...)
 	if generation(t, d) != before {

@@ -152,16 +152,14 @@ func (c *content) wrongCounters() []*nftables.NamedObj {
 // mendPorts makes the ports of endpoints those of the endpoints that there are, in
 // commits of their own, as there may be many.
 func (d *Dataplane) mendPorts(t *table, have *content) error {
-	if t.virtual { // the Services tell, and not what was read
-		return nil
-	}
+	found := t.renderer.foundPorts(have)
 	var gone, come []element
 	for port := range have.portSet {
-		if have.ports[port] == 0 {
+		if _, ok := found[port]; !ok {
 			gone = append(gone, element{Key: portElement(port)})
 		}
 	}
-	for port := range have.ports {
+	for port := range found {
 		if !have.portSet[port] {
 			come = append(come, element{Key: portElement(port)})
 		}

@@ -116,44 +116,6 @@ func (r *row) rule() Rule {
 	return rule
 }
 
-// renderVirtual returns what the maps hold for each frontend of the Service on this
-// node, when a Translator picks its endpoints.
-func renderVirtual(s *dataplane.Service, translator Translator, node dataplane.Node) *row {
-	if s.Key.Kind == boundAddress {
-		return &row{addrs: addrSetsOf(s.Key.Kind, 0, 0, node)}
-	}
-	plain := *s
-	plain.Affinity = 0
-	r := render(&plain, arrangement{}, node)
-	r.class, r.external = r.class.virtual(), r.external.virtual()
-	cluster, local := translator.VirtualServers(s)
-	switch {
-	case cluster.IsValid():
-		r.slots[clusterList].endpoints = []netip.AddrPort{cluster}
-	case len(s.Endpoints) > 0:
-		r.class |= through
-	}
-	if s.ExternalLocal {
-		r.slots[localList].endpoints = []netip.AddrPort{local}
-	}
-	r.ports = portsOf(s)
-	return r
-}
-
-// portsOf returns the ports of the Service's endpoints, sorted.
-func portsOf(s *dataplane.Service) []uint16 {
-	var ports []uint16
-	for _, list := range [lists][]dataplane.Endpoint{s.Endpoints, s.LocalEndpoints} {
-		for _, e := range list {
-			if n := len(ports); n == 0 || ports[n-1] != e.Addr.Port() { // as a rule there is one
-				ports = append(ports, e.Addr.Port())
-			}
-		}
-	}
-	slices.Sort(ports)
-	return slices.Compact(ports)
-}
-
 // toVirtualNetworks are rules for connections to where virtual servers are, before
 // others are translated to these: they would go round source ranges, policies and
 // masquerading.

@@ -49,6 +49,12 @@ func translators() map[string]Translator {
 	return map[string]Translator{"the tables": nil, "a translator": virtualServers{}}
 }
 
+// translatorOf returns the Translator that d was opened with, or nil.
+func translatorOf(d *Dataplane) Translator {
+	r, _ := d.renderer.(virtualRenderer)
+	return r.translator
+}
+
 // ruleOf returns the rule for each frontend of a Service.
 func ruleOf(s *dataplane.Service) Rule {
 	r := Rule{Binding: dataplane.Binding{Service: s.Key.Service(), Treatment: s.Treatment}}
@@ -72,7 +78,7 @@ func ruleOf(s *dataplane.Service) Rule {
 // stateOf returns what Read is to return when the kernel holds these Services.
 func stateOf(d *Dataplane, services []*dataplane.Service) dataplane.State {
 	state := dataplane.StateOf(slices.Values(services))
-	if d.translator != nil {
+	if translatorOf(d) != nil {
 		for f, b := range state {
 			b.Endpoints, b.LocalEndpoints, b.Affinity = nil, nil, 0
 			state[f] = b

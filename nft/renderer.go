@@ -1,0 +1,72 @@
+package nft
+
+import (
+	"net/netip"
+
+	"fairlead.io/fairlead/dataplane"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+)
+
+// renderer determines how the tables send connections to endpoints: with an
+// endpointRenderer they select an endpoint themselves, with a virtualRenderer they
+// leave that to a Translator. [Open] chooses one. A renderer has no state, so the
+// tables and the Dataplane can share it.
+type renderer interface {
+	// supported returns an error that wraps [dataplane.ErrUnsupported] if the tables
+	// cannot serve the Service.
+	supported(s *dataplane.Service) error
+	// initialArrangement returns the arrangement of a Service that is programmed and
+	// has none in Dataplane.arrangements.
+	initialArrangement(s *dataplane.Service) arrangement
+	// arrange returns the arrangement that follows the current one when the Service
+	// changes to s.
+	arrange(current arrangement, s *dataplane.Service) arranged
+	// render returns what the maps hold for each frontend of the Service on this node.
+	render(s *dataplane.Service, a arrangement, node dataplane.Node) *row
+	// binding returns what Read reports of a row.
+	binding(r *row) dataplane.Binding
+
+	// endpointElements estimates how many elements one frontend of the Service has for
+	// its endpoints.
+	endpointElements(s *dataplane.Service) int
+	// endpointPort returns the port that an address in a slot, or with an ID, adds to
+	// the set endpoint-ports. It returns false if the address is not an endpoint's.
+	endpointPort(addr netip.AddrPort) (uint16, bool)
+	// foundPorts returns the ports that belong in the set endpoint-ports according to
+	// what was read, with the number of elements that need each.
+	foundPorts(c *content) portCounts
+
+	// sets returns the sets of a table in the order in which they are made, given those
+	// that the fields of table name.
+	sets(t *table, named []*nftables.Set) []*nftables.Set
+	// selectionChains returns the chains that select and remember endpoints of frontends
+	// with an addressing.
+	selectionChains(t *table, by addressing) []chain
+	// usedPriorities returns one match for each kind of priority that NAT chains leave on
+	// a packet.
+	usedPriorities() [][]expr.Any
+	// extraRules returns the chains and rules that no other renderer has.
+	extraRules(t *table, base baseChain) extraRules
+}
+
+// extraRules has chains that a renderer adds to a table, and rules that it adds to the
+// end of base chains.
+type extraRules struct {
+	chains []chain
+	// natOutput is for nat-output and nat-output-ahead, the others are for the base
+	// chain of their name.
+	natOutput                []rule
+	filterPreroutingPostDNAT []rule
+	filterOutputPostDNAT     []rule
+	natPostrouting           []rule
+}
+
+// renderer returns the renderer that the options ask for.
+func (o Options) renderer() renderer {
+	if o.Translator != nil {
+		return virtualRenderer{translator: o.Translator}
+	}
+	return endpointRenderer{}
+}
