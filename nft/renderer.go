@@ -12,7 +12,7 @@ import (
 // renderer determines how the tables send connections to endpoints: with an
 // endpointRenderer they select an endpoint themselves, with a virtualRenderer they
 // leave that to a Translator. [Open] chooses one. A renderer has no state, so the
-// tables and the Dataplane can share it.
+// tables and the Dataplane share it.
 type renderer interface {
 	// supported returns an error that wraps [dataplane.ErrUnsupported] if the tables
 	// cannot serve the Service.
@@ -35,11 +35,11 @@ type renderer interface {
 	// the set endpoint-ports. It returns false if the address is not an endpoint's.
 	endpointPort(addr netip.AddrPort) (uint16, bool)
 	// foundPorts returns the ports that belong in the set endpoint-ports according to
-	// what was read, with the number of elements that need each.
+	// the elements read, with the number of elements that need each.
 	foundPorts(c *content) portCounts
 
-	// sets returns the sets of a table in the order in which they are made, given those
-	// that the fields of table name.
+	// sets returns the sets of a table in the order in which they are made. named has
+	// the sets that are fields of table.
 	sets(t *table, named []*nftables.Set) []*nftables.Set
 	// selectionChains returns the chains that select and remember endpoints of frontends
 	// with an addressing.

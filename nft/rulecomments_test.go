@@ -84,7 +84,7 @@ func buildsRules(f *ast.FuncDecl) bool {
 	return false
 }
 
-// returnsNil reports whether all that a function does is to return nil.
+// returnsNil reports whether a function only returns nil.
 func returnsNil(f *ast.FuncDecl) bool {
 	if len(f.Body.List) != 1 {
 		return false
