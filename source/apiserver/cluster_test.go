@@ -49,7 +49,9 @@ func TestFirstDelta(t *testing.T) {
 
 	r := follow(t, ns, apiserver.Options{NodeName: ns})
 	r.wait(t, "first Delta", delivered)
+	r.mu.Lock()
 	first := r.deltas[0]
+	r.mu.Unlock()
 
 	got := first.Services
 	if len(got) != 1 || got[0].Name != "web" || len(got[0].Spec.ClusterIPs) != 2 {

@@ -8,6 +8,7 @@ import (
 	"net/url"
 	"strconv"
 	"sync"
+	"time"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 )
@@ -30,8 +31,9 @@ type contact struct {
 	refused map[kind]string
 	// failing has the last attempt of each kind if that failed, and counts how
 	// many did.
-	failing map[kind]attempt
-	counts  map[attempt]uint64
+	failing  map[kind]attempt
+	failedAt map[kind]time.Time
+	counts   map[attempt]uint64
 	// trouble has an element when requests begin to fail.
 	trouble chan struct{}
 }
@@ -76,18 +78,20 @@ func (c *contact) note(k kind, verb string, err error) {
 			}
 		}
 		a := newAttempt(k, verb, err)
-		c.failing[k] = a
+		c.failing[k], c.failedAt[k] = a, time.Now()
 		c.counts[a]++
 	case failing && (verb == verbWatch || verb == before.verb):
 		delete(c.failing, k)
 	}
 }
 
-// isUnreachable reports whether the last request for the kind was not answered.
-func (c *contact) isUnreachable(k kind) bool {
+// awaitsRetry reports whether the last request for the kind was not answered, or has
+// failed before a time and was not repeated since.
+func (c *contact) awaitsRetry(k kind, since time.Time) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.failing[k].code == codeUnreachable
+	last, failing := c.failing[k]
+	return failing && (last.code == codeUnreachable || c.failedAt[k].Before(since))
 }
 
 // failed returns how many requests of the kind have failed.
@@ -120,7 +124,7 @@ func newContact(log *slog.Logger, credentials string) *contact {
 	return &contact{
 		log: log, credentials: credentials,
 		away: map[kind]bool{}, told: map[bool]bool{}, unknown: map[kind]bool{}, refused: map[kind]string{},
-		failing: map[kind]attempt{}, counts: map[attempt]uint64{}, trouble: make(chan struct{}, 1),
+		failing: map[kind]attempt{}, failedAt: map[kind]time.Time{}, counts: map[attempt]uint64{}, trouble: make(chan struct{}, 1),
 	}
 }
 

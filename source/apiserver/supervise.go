@@ -208,13 +208,14 @@ func (s *supervision) awaitList(ctx context.Context) bool {
 // false.
 func (s *supervision) verifyVersion(ctx context.Context) bool {
 	wait := verifyMin + rand.N(verifyMax-verifyMin)
-	for range verifyAttempts {
+	for attempts := 0; attempts < verifyAttempts; {
 		if !s.pause(ctx, wait) {
 			return false
 		}
 		if len(s.opened) == 0 {
 			continue // The watch is not answered yet.
 		}
+		attempts++
 		wait = verifyPause
 		continued, err := s.isContinued(ctx)
 		if err != nil {

@@ -377,6 +377,36 @@ func TestVersionsGoBackwards(t *testing.T) {
 	})
 }
 
+// TestVersionsGoBackwardsBehindASlowServer says that versions are compared also when
+// the watch is answered late.
+func TestVersionsGoBackwardsBehindASlowServer(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		server := newScripted()
+		server.put("services", "lost", "uid-lost", 99)
+		var log record
+		f, stop := trust(t, server, &log, apiserver.Options{})
+		time.Sleep(time.Minute)
+		server.do(func() {
+			server.version = 70
+			delete(server.objects["services"], "lost")
+			server.fault = func(r *http.Request, verb string) (*http.Response, error) {
+				if verb == "watch" && resourceOf(r) == "services" {
+					time.Sleep(45 * time.Second)
+				}
+				return nil, r.Context().Err()
+			}
+			server.cut()
+		})
+		time.Sleep(75 * time.Second) // before a bookmark of the new watch tells
+		if f.uid("lost") != "" {
+			t.Errorf("a Service that the server does not have is still delivered:\n%s", log.text.String())
+		}
+		log.has(t, "went backwards", "resource=services", "before=100", "now=70")
+		stop()
+	})
+}
+
 // TestMassRemoval says that removals are held when a list lacks most of the objects,
 // unless the list that follows a minute later lacks them too.
 func TestMassRemoval(t *testing.T) {

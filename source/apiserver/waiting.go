@@ -16,8 +16,9 @@ const (
 	// topology hints and no networks of local pods, so it is waited for longer.
 	serviceCIDRsLimit = 3 * time.Second
 	nodesLimit        = 15 * time.Second
-	// attemptLimit is how much longer it waits while the API server can't be reached:
-	// until each list has been requested again.
+	// attemptLimit is how much longer it waits for a list while the API server can't be
+	// reached, or if the list was last requested before the others were complete: until
+	// each list has been requested again.
 	attemptLimit = 20 * time.Second
 )
 
@@ -125,7 +126,7 @@ func (s *Source) proceed(ctx context.Context, o *optional) {
 		if limit == 0 || time.Since(o.begun) < limit {
 			continue
 		}
-		if !s.contact.isUnreachable(k) || time.Since(o.begun) >= limit+attemptLimit {
+		if !s.contact.awaitsRetry(k, o.begun) || time.Since(o.begun) >= limit+attemptLimit {
 			s.log.WarnContext(ctx, "list of the API server is late; Services are programmed without it until it is complete",
 				"resource", string(k), "failing", s.contact.failures())
 			s.box.without(k)
