@@ -41,13 +41,8 @@ func servedServices(b backend.Backend, log *slog.Logger) func() map[types.Namesp
 	}
 }
 
-// apiLists returns how the lists of the API server are followed, or nil if the
-// source is none.
-func apiLists(s source) func() []metrics.APIList {
-	api, ok := s.(*apiserver.Source)
-	if !ok {
-		return nil
-	}
+// apiLists returns a function that returns how the lists of the API server are followed.
+func apiLists(api *apiserver.Source) func() []metrics.APIList {
 	return func() []metrics.APIList {
 		stats := api.Stats()
 		lists := make([]metrics.APIList, 0, len(stats))

@@ -1,13 +1,16 @@
 package main
 
 import (
+	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 
 	"github.com/spf13/cobra"
 
 	"fairlead.io/fairlead/internal/backend"
 	"fairlead.io/fairlead/internal/config"
+	"fairlead.io/fairlead/internal/instance"
 )
 
 func cleanupCommand() *cobra.Command {
@@ -47,4 +50,21 @@ stopped first.`,
 	cmd.Flags().BoolVar(&force, "force", false, "clean up although another Fairlead programs this node")
 	logs.AddFlags(cmd)
 	return cmd
+}
+
+// errRuns is about an instance that runs.
+var errRuns = errors.New("stop it first, or it puts everything back; --force removes everything all the same, but for tables that the other one owns (--nft-own-table)")
+
+// alone returns a lock that keeps other instances from starting to write, or an
+// error if one runs that would.
+func alone(ctx context.Context) (*instance.Lock, error) {
+	lock, err := instance.TryAcquire(instance.Options{Description: "fairlead cleanup"}) //nolint:contextcheck // a Lock outlives ctx
+	if err == nil {
+		return lock, nil
+	}
+	holder, err := instance.Find(ctx)
+	if err != nil || holder == nil { // none of ours, or it has just ended
+		return nil, nil //nolint:nilerr // cleanup goes on without the lock
+	}
+	return nil, fmt.Errorf("another Fairlead programs this node (%s): %w", holder, errRuns)
 }

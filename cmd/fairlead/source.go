@@ -1,102 +1,68 @@
 package main
 
 import (
-	"context"
 	"fmt"
-	"log/slog"
 
-	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/rest"
 
-	"fairlead.io/fairlead/dataplane"
-	"fairlead.io/fairlead/internal/backend"
+	"fairlead.io/fairlead/internal/agent"
 	"fairlead.io/fairlead/internal/config"
-	"fairlead.io/fairlead/kube"
 	"fairlead.io/fairlead/source/apiserver"
 	"fairlead.io/fairlead/source/manifest"
 )
 
-// source is where objects come from. Run delivers everything there is, then each
-// change, and returns nil when ctx is done.
-type source interface {
-	Run(ctx context.Context, deliver func(kube.Delta)) error
-}
+var _ agent.Events = (*apiserver.Events)(nil)
 
-// events are where operators of a cluster look for what is wrong.
-type events interface {
-	Run(ctx context.Context) error
-	Apply(d kube.Delta)
-	Problem(p kube.Problem)
-	NotProgrammed(key dataplane.Key, err error)
-	HealthCheckFailed(service types.NamespacedName, port uint16, err error)
-	OtherProxy(rules, effect, remove string)
-	TableRebuilt(table, reason string)
-}
-
-var (
-	_ events = (*apiserver.Events)(nil)
-	_ events = noEvents{}
-)
-
-// noEvents are for where nobody could read them.
-type noEvents struct{}
-
-// Run implements events.
-func (noEvents) Run(ctx context.Context) error {
-	<-ctx.Done()
-	return nil
-}
-
-// Apply implements events.
-func (noEvents) Apply(kube.Delta) {}
-
-// Problem implements events.
-func (noEvents) Problem(kube.Problem) {}
-
-// NotProgrammed implements events.
-func (noEvents) NotProgrammed(dataplane.Key, error) {}
-
-// HealthCheckFailed implements events.
-func (noEvents) HealthCheckFailed(types.NamespacedName, uint16, error) {}
-
-// OtherProxy implements events.
-func (noEvents) OtherProxy(string, string, string) {}
-
-// TableRebuilt implements events.
-func (noEvents) TableRebuilt(string, string) {}
-
-// openSource returns the source, and where Events go. It does not wait for anything.
-func openSource(c config.Config, b backend.Backend, log *slog.Logger) (source, events, error) {
+// openSource sets the source, and where Events go. It does not wait for anything.
+func openSource(o *agent.Options) error {
+	c, log := o.Config, o.Logger
+	o.SourceName = sourceName(c)
 	if c.Manifests != "" {
 		s, err := manifest.New(manifest.Options{
 			Dir: c.Manifests, ServiceCIDRs: c.ServiceCIDRs, NodeName: c.Tracker.NodeName, Logger: log.With("component", "manifest"),
 		})
 		if err != nil {
-			return nil, nil, fmt.Errorf("--manifests: %w", err)
+			return fmt.Errorf("--manifests: %w", err)
 		}
-		return s, noEvents{}, nil
+		o.Source, o.Events = s, agent.NoEvents{}
+		return nil
 	}
 	client, err := clientOf(c.API)
 	if err != nil {
-		return nil, nil, err
+		return err
 	}
 	e, err := apiserver.NewEvents(apiserver.EventOptions{
 		Config: client, NodeName: c.Tracker.NodeName, Version: version, Logger: log.With("component", "events"),
 	})
 	if err != nil {
-		return nil, nil, fmt.Errorf("write Events to the API server: %w", err)
+		return fmt.Errorf("write Events to the API server: %w", err)
 	}
 	s, err := apiserver.New(apiserver.Options{
 		Config: client, NodeName: c.Tracker.NodeName, Version: version, BatchPeriod: c.API.BatchPeriod,
-		MassRemovalDelay: c.API.MassRemovalDelay, Programmed: servedServices(b, log), Logger: log.With("component", "apiserver"),
+		MassRemovalDelay: c.API.MassRemovalDelay, Programmed: servedServices(o.Backend, log), Logger: log.With("component", "apiserver"),
 		OnMassRemoval: func(resource string, removed, before int) {
 			e.MassRemoval(resource, removed, before, c.API.MassRemovalDelay)
 		},
 	})
 	if err != nil {
-		return nil, nil, fmt.Errorf("follow the API server: %w", err)
+		return fmt.Errorf("follow the API server: %w", err)
 	}
-	return s, e, nil
+	o.Source, o.Events, o.APILists = s, e, apiLists(s)
+	return nil
+}
+
+// sourceName says for people where objects come from.
+func sourceName(c config.Config) string {
+	switch {
+	case c.Manifests != "":
+		return "manifests " + c.Manifests
+	case c.API.Kubeconfig != "":
+		return "API server of " + c.API.Kubeconfig
+	case c.API.Master != "":
+		return "API server " + c.API.Master
+	default:
+		return "API server of this pod's cluster"
+	}
 }
 
 // clientOf returns how to reach the API server.

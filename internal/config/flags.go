@@ -2,6 +2,8 @@ package config
 
 import (
 	"cmp"
+	"context"
+	"log/slog"
 	"maps"
 	"slices"
 	"strings"
@@ -321,6 +323,17 @@ type Note struct {
 	// if it is Deprecated.
 	Setting, Reason string
 	Deprecated      bool
+}
+
+// LogNotes warns of settings without effect, and of deprecated ones.
+func (c Config) LogNotes(ctx context.Context, log *slog.Logger) {
+	for _, n := range c.Notes {
+		if n.Deprecated {
+			log.WarnContext(ctx, "a setting is deprecated", "setting", n.Setting, "instead", n.Reason)
+			continue
+		}
+		log.WarnContext(ctx, "a setting has no effect", "setting", n.Setting, "reason", n.Reason)
+	}
 }
 
 // label returns how the user knows the setting.

@@ -255,7 +255,8 @@ func (e *Events) NotProgrammed(key dataplane.Key, err error) {
 
 // HealthCheckFailed reports that the health-check node port of a Service cannot be
 // listened on. It may be called on every attempt.
-func (e *Events) HealthCheckFailed(service types.NamespacedName, port uint16, err error) {
+func (e *Events) HealthCheckFailed(namespace, name string, port uint16, err error) {
+	service := types.NamespacedName{Namespace: namespace, Name: name}
 	e.warn(service, "", report{
 		reason: ReasonHealthCheck, action: "StartServiceHealthcheck",
 		note: fmt.Sprintf("node %s failed to start healthcheck %q on port %d: %v", e.nodeName, service, port, err),

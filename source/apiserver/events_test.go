@@ -86,7 +86,7 @@ func TestEvents(t *testing.T) {
 		events.Problem(kube.Problem{Service: named(ns, "unknown"), Field: "x", Message: "y"})
 		for range 3 {
 			events.NotProgrammed(key, errors.New("no space left on device"))
-			events.HealthCheckFailed(name, 30000, errors.New("address already in use"))
+			events.HealthCheckFailed(ns, "web", 30000, errors.New("address already in use"))
 		}
 	}
 	report(events)

@@ -1,4 +1,4 @@
-package main
+package agent
 
 import (
 	"context"
@@ -28,25 +28,27 @@ func TestBackendWithRequiredFieldsOnly(t *testing.T) {
 		Open:    func(backend.Options) (dataplane.Dataplane, error) { return fake.New(fake.Options{}), nil },
 		Cleanup: func(*slog.Logger) error { return nil },
 	}
-	p, err := build(c, third, slog.New(slog.DiscardHandler))
+	a, err := New(Options{
+		Config: c, Backend: third, Events: NoEvents{}, Logger: slog.New(slog.DiscardHandler), LogLevel: &slog.LevelVar{},
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if p.counters != nil || p.flows != nil || p.affinity != nil {
-		t.Errorf("counters %v, connection tracking %v, session affinity %v, want none", p.counters, p.flows, p.affinity)
+	if a.counters != nil || a.flows != nil || a.affinity != nil {
+		t.Errorf("counters %v, connection tracking %v, session affinity %v, want none", a.counters, a.flows, a.affinity)
 	}
-	if err := third.Prepare(t.Context(), backend.Options{Logger: p.log}); err != nil {
+	if err := third.Prepare(t.Context(), backend.Options{Logger: a.log}); err != nil {
 		t.Errorf("--init-only: %v", err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
-	go func() { ended <- p.syncer.Run(ctx) }()
-	p.join.deliver(kube.Delta{})
+	go func() { ended <- a.syncer.Run(ctx) }()
+	a.join.deliver(kube.Delta{})
 	select {
-	case <-p.progress.programmed:
+	case <-a.progress.programmed:
 	case <-t.Context().Done():
 	}
-	handler := p.metricsHandler(c)
+	handler := a.metricsHandler()
 	for path, want := range map[string]string{"/proxyMode": "third", "/metrics": `fairlead_commits_total{kind="replace",reason="start",result="success"} 1`} {
 		response := httptest.NewRecorder()
 		handler.ServeHTTP(response, httptest.NewRequestWithContext(ctx, http.MethodGet, path, nil))
@@ -58,5 +60,5 @@ func TestBackendWithRequiredFieldsOnly(t *testing.T) {
 	if err := <-ended; err != nil {
 		t.Error(err)
 	}
-	p.close(t.Context(), c)
+	a.close(t.Context())
 }

@@ -1,4 +1,4 @@
-package main
+package agent
 
 import (
 	"bytes"
@@ -13,10 +13,6 @@ import (
 	"testing"
 	"time"
 
-	corev1 "k8s.io/api/core/v1"
-	discoveryv1 "k8s.io/api/discovery/v1"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-
 	"fairlead.io/fairlead/dataplane"
 	"fairlead.io/fairlead/dataplane/fake"
 	"fairlead.io/fairlead/internal/conntrack"
@@ -26,6 +22,7 @@ import (
 	"fairlead.io/fairlead/internal/nodesettings"
 	"fairlead.io/fairlead/internal/relay"
 	"fairlead.io/fairlead/kube"
+	"fairlead.io/fairlead/kube/kubetest"
 	"fairlead.io/fairlead/sync"
 )
 
@@ -39,6 +36,9 @@ type joined struct {
 	commits observers[sync.Commit]
 }
 
+// list returns a list of objects whose type this package may not name.
+func list[T any](objects ...T) []T { return objects }
+
 // newJoin returns parts of which none runs.
 func newJoin(log *slog.Logger) *joined {
 	options := kube.Options{NodeName: "node"}
@@ -47,7 +47,7 @@ func newJoin(log *slog.Logger) *joined {
 	j := &joined{log: log, nodeState: state, progress: newProgress(syncer.Status), join: &join{
 		log: log, syncer: syncer, flows: conntrack.New(conntrack.Options{}), relay: relay.New(relay.Options{}),
 		ports: health.NewPorts(health.PortsOptions{}), metrics: metrics.New(metrics.Options{Status: syncer.Status}),
-		settings: nodesettings.New(nodesettings.Options{}), events: noEvents{}, state: state, tracker: kube.NewTracker(options),
+		settings: nodesettings.New(nodesettings.Options{}), events: NoEvents{}, state: state, tracker: kube.NewTracker(options),
 	}}
 	j.commits.add(j.metrics.Committed)
 	j.commits.add(j.flows.Committed)
@@ -62,7 +62,7 @@ func TestMissingNode(t *testing.T) {
 	t.Parallel()
 	var log bytes.Buffer
 	j := newJoin(slog.New(slog.NewTextHandler(&log, nil)))
-	node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "node"}}
+	node := kubetest.Node("node")
 	steps := []struct {
 		name     string
 		delta    kube.Delta
@@ -113,7 +113,7 @@ func TestNodeIsThere(t *testing.T) {
 	if j.eligible() {
 		t.Error("eligible before anything is known of the Node")
 	}
-	j.deliver(kube.Delta{Node: &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "node"}}})
+	j.deliver(kube.Delta{Node: kubetest.Node("node")})
 	if log.Len() > 0 || !j.eligible() {
 		t.Errorf("log %q, eligible: %t", &log, j.eligible())
 	}
@@ -175,24 +175,11 @@ func TestNetworkProgrammingLatency(t *testing.T) {
 	t.Parallel()
 	j := newJoin(slog.New(slog.DiscardHandler))
 	began := time.Now()
-	slice := func(address string, at time.Time) *discoveryv1.EndpointSlice {
-		return &discoveryv1.EndpointSlice{
-			ObjectMeta: metav1.ObjectMeta{
-				Namespace: "shop", Name: "web-1", Labels: map[string]string{discoveryv1.LabelServiceName: "web"},
-				Annotations: map[string]string{corev1.EndpointsLastChangeTriggerTime: at.UTC().Format(time.RFC3339Nano)},
-			},
-			AddressType: discoveryv1.AddressTypeIPv4,
-			Ports:       []discoveryv1.EndpointPort{{Name: new(""), Port: new(int32(8080)), Protocol: new(corev1.ProtocolTCP)}},
-			Endpoints:   []discoveryv1.Endpoint{{Addresses: []string{address}}},
-		}
+	endpoint := func(address string, changed time.Time) kube.Delta {
+		return kube.Delta{EndpointSlices: list(kubetest.EndpointSlice("shop", "web", netip.MustParseAddr(address), changed))}
 	}
-	service := &corev1.Service{
-		ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "web"},
-		Spec: corev1.ServiceSpec{
-			Type: corev1.ServiceTypeClusterIP, ClusterIP: "10.96.0.10", ClusterIPs: []string{"10.96.0.10"},
-			IPFamilies: []corev1.IPFamily{corev1.IPv4Protocol}, Ports: []corev1.ServicePort{{Port: 80, Protocol: corev1.ProtocolTCP}},
-		},
-	}
+	first := endpoint("10.244.0.1", time.Now())
+	first.Services = list(kubetest.Service("shop", "web", netip.MustParseAddr("10.96.0.10")))
 	key := dataplane.Key{Namespace: "shop", Name: "web", Family: dataplane.IPv4}
 	commit := func() {
 		svc, err := dataplane.NewService(key, []dataplane.Frontend{{Protocol: dataplane.TCP, Addr: netip.MustParseAddrPort("10.96.0.10:80")}}, dataplane.Treatment{})
@@ -206,11 +193,11 @@ func TestNetworkProgrammingLatency(t *testing.T) {
 		delta kube.Delta
 		want  int
 	}{
-		{"the first list", kube.Delta{Services: []*corev1.Service{service}, EndpointSlices: []*discoveryv1.EndpointSlice{slice("10.244.0.1", time.Now())}}, 0},
-		{"a change", kube.Delta{EndpointSlices: []*discoveryv1.EndpointSlice{slice("10.244.0.2", time.Now())}}, 1},
-		{"no change for this node", kube.Delta{EndpointSlices: []*discoveryv1.EndpointSlice{slice("10.244.0.2", time.Now())}}, 1},
-		{"older than the program", kube.Delta{EndpointSlices: []*discoveryv1.EndpointSlice{slice("10.244.0.3", began.Add(-time.Hour))}}, 1},
-		{"another", kube.Delta{EndpointSlices: []*discoveryv1.EndpointSlice{slice("10.244.0.4", time.Now())}}, 2},
+		{"the first list", first, 0},
+		{"a change", endpoint("10.244.0.2", time.Now()), 1},
+		{"no change for this node", endpoint("10.244.0.2", time.Now()), 1},
+		{"older than the program", endpoint("10.244.0.3", began.Add(-time.Hour)), 1},
+		{"another", endpoint("10.244.0.4", time.Now()), 2},
 	}
 	for _, step := range steps {
 		j.deliver(step.delta)
@@ -231,36 +218,25 @@ func TestNodePortsNowhere(t *testing.T) {
 	var log bytes.Buffer
 	j := newJoin(slog.New(slog.NewTextHandler(&log, nil)))
 	j.hasNode = false
-	service := func(kind corev1.ServiceType, name string) *corev1.Service {
-		return &corev1.Service{
-			ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: name},
-			Spec: corev1.ServiceSpec{
-				Type: kind, ClusterIP: "10.96.0.10", ClusterIPs: []string{"10.96.0.10"},
-				IPFamilies: []corev1.IPFamily{corev1.IPv4Protocol}, Ports: []corev1.ServicePort{{Port: 80, NodePort: 30080, Protocol: corev1.ProtocolTCP}},
-			},
-		}
-	}
-	node := func(addr string) *corev1.Node {
-		return &corev1.Node{
-			ObjectMeta: metav1.ObjectMeta{Name: "node"},
-			Status:     corev1.NodeStatus{Addresses: []corev1.NodeAddress{{Type: corev1.NodeInternalIP, Address: addr}}},
-		}
-	}
+	web := kubetest.Service("shop", "web", netip.MustParseAddr("10.96.0.10"))
+	web.Spec.Ports[0].NodePort = 30080
+	webNodePort := web.DeepCopy()
+	webNodePort.Spec.Type = "NodePort"
 	j.addresses(nodeip.Addresses{All: []netip.Addr{netip.MustParseAddr("192.0.2.1")}})
 	steps := []struct {
 		name  string
 		delta kube.Delta
 		want  bool
 	}{
-		{"no node port", kube.Delta{Services: []*corev1.Service{service(corev1.ServiceTypeClusterIP, "web")}, Node: node("203.0.113.1")}, false},
-		{"a node port, and an address that no interface has", kube.Delta{Services: []*corev1.Service{service(corev1.ServiceTypeNodePort, "web")}}, true},
+		{"no node port", kube.Delta{Services: list(web), Node: kubetest.Node("node", "203.0.113.1")}, false},
+		{"a node port, and an address that no interface has", kube.Delta{Services: list(webNodePort)}, true},
 		{"nothing", kube.Delta{}, false},
-		{"an address of the other family", kube.Delta{Node: node("2001:db8::1")}, false},
-		{"an address", kube.Delta{Node: node("192.0.2.1")}, false},
-		{"no more", kube.Delta{Node: node("203.0.113.1")}, true},
-		{"no node port any more", kube.Delta{Services: []*corev1.Service{service(corev1.ServiceTypeClusterIP, "web")}}, false},
-		{"an address, in the end", kube.Delta{Node: node("192.0.2.1")}, false},
-		{"none, and no node port", kube.Delta{Node: node("203.0.113.1")}, false},
+		{"an address of the other family", kube.Delta{Node: kubetest.Node("node", "2001:db8::1")}, false},
+		{"an address", kube.Delta{Node: kubetest.Node("node", "192.0.2.1")}, false},
+		{"no more", kube.Delta{Node: kubetest.Node("node", "203.0.113.1")}, true},
+		{"no node port any more", kube.Delta{Services: list(web)}, false},
+		{"an address, in the end", kube.Delta{Node: kubetest.Node("node", "192.0.2.1")}, false},
+		{"none, and no node port", kube.Delta{Node: kubetest.Node("node", "203.0.113.1")}, false},
 	}
 	for _, step := range steps {
 		log.Reset()

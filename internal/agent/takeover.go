@@ -1,23 +1,11 @@
-package main
+package agent
 
 import (
 	"context"
 	"log/slog"
 
 	"fairlead.io/fairlead/internal/backend"
-	"fairlead.io/fairlead/kube"
 )
-
-// trackerOptions returns the options of a tracker with what depends on the backend:
-// where node ports are served unless that is configured, which is as with kube-proxy,
-// and which schedulers there are.
-func trackerOptions(b backend.Backend, o kube.Options) kube.Options {
-	if b.NodePortsOnAllAddresses && o.NodePortAddresses.IsZero() {
-		o.NodePortAddresses.All = true
-	}
-	o.Schedulers = b.Schedulers
-	return o
-}
 
 // takeOver removes what other backends have left, once the running one has programmed
 // everything: Services work all the time. A failure is logged and holds up nothing.

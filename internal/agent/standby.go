@@ -1,8 +1,7 @@
-package main
+package agent
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -13,7 +12,6 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"fairlead.io/fairlead/dataplane"
-	"fairlead.io/fairlead/internal/config"
 	"fairlead.io/fairlead/internal/instance"
 )
 
@@ -39,13 +37,13 @@ func newStandby(log *slog.Logger, description string) *standby {
 	return s
 }
 
-// describe is what other instances are told of this one.
-func describe(c config.Config) string {
+// describe returns the description of this instance for others.
+func describe(o Options) string {
 	host, err := os.Hostname()
 	if err != nil {
-		host = c.Tracker.NodeName
+		host = o.Config.Tracker.NodeName
 	}
-	return fmt.Sprintf("fairlead %s in mode %s on %s", version, c.Mode, host)
+	return fmt.Sprintf("fairlead %s in mode %s on %s", o.Version, o.Config.Mode, host)
 }
 
 // start activates this instance at once, if there is no other one, and else in the
@@ -159,21 +157,4 @@ func (s *standby) release() error {
 	lock := s.lock
 	s.lock = nil
 	return lock.Release()
-}
-
-// errRuns is about an instance that runs.
-var errRuns = errors.New("stop it first, or it puts everything back; --force removes everything all the same, but for tables that the other one owns (--nft-own-table)")
-
-// alone returns a lock that keeps other instances from starting to write, or an
-// error if one runs that would.
-func alone(ctx context.Context) (*instance.Lock, error) {
-	lock, err := instance.TryAcquire(instance.Options{Description: "fairlead cleanup"}) //nolint:contextcheck // a Lock outlives ctx
-	if err == nil {
-		return lock, nil
-	}
-	holder, err := instance.Find(ctx)
-	if err != nil || holder == nil { // none of ours, or it has just ended
-		return nil, nil //nolint:nilerr // cleanup goes on without the lock
-	}
-	return nil, fmt.Errorf("another Fairlead programs this node (%s): %w", holder, errRuns)
 }

@@ -1,4 +1,4 @@
-package main
+package agent
 
 import (
 	"context"
@@ -10,8 +10,8 @@ import (
 
 // lookForOthers looks for the rules of another Service proxy, before anything is
 // programmed, and returns what goes on to look until ctx is done.
-func (p *program) lookForOthers(ctx context.Context) (watch func(context.Context) error) {
-	log := p.log.With("component", "otherproxy")
+func (a *Agent) lookForOthers(ctx context.Context) (watch func(context.Context) error) {
+	log := a.log.With("component", "otherproxy")
 	scanner, err := otherproxy.NewScanner()
 	if err != nil {
 		log.WarnContext(ctx, "can't tell whether another Service proxy's rules are on this node", "error", err)
@@ -22,10 +22,10 @@ func (p *program) lookForOthers(ctx context.Context) (watch func(context.Context
 		log.WarnContext(ctx, "can't tell whether another Service proxy's rules are on this node", "error", err)
 	}
 	if len(rules) > 0 {
-		p.join.others(rules)
+		a.join.others(rules)
 	}
 	return func(ctx context.Context) error {
-		scanner.Watch(ctx, rules, log, p.join.others)
+		scanner.Watch(ctx, rules, log, a.join.others)
 		return scanner.Close()
 	}
 }
@@ -52,21 +52,21 @@ func (j *join) others(rules []otherproxy.Rules) {
 
 // giveWay lets another Service proxy's rules go first some time after this program's
 // end, if there are any.
-func (p *program) giveWay(ctx context.Context, after time.Duration) {
-	p.join.mu.Lock()
-	ahead := p.join.isAhead
-	p.join.mu.Unlock()
-	if !ahead || !p.standby.isActive() {
+func (a *Agent) giveWay(ctx context.Context, after time.Duration) {
+	a.join.mu.Lock()
+	ahead := a.join.isAhead
+	a.join.mu.Unlock()
+	if !ahead || !a.standby.isActive() {
 		return
 	}
-	yielder, ok := p.dp.(backend.Yielder)
+	yielder, ok := a.dp.(backend.Yielder)
 	if !ok {
 		return
 	}
 	if err := yielder.GiveWay(after); err != nil {
-		p.log.WarnContext(ctx, "Fairlead's rules stay in front of the other Service proxy's until fairlead cleanup", "error", err)
+		a.log.WarnContext(ctx, "Fairlead's rules stay in front of the other Service proxy's until fairlead cleanup", "error", err)
 		return
 	}
-	p.log.InfoContext(ctx, "the other Service proxy's rules will go first, unless Fairlead starts again; fairlead cleanup makes them at once",
+	a.log.InfoContext(ctx, "the other Service proxy's rules will go first, unless Fairlead starts again; fairlead cleanup makes them at once",
 		"after", after.String())
 }

@@ -1,4 +1,4 @@
-package main
+package agent
 
 import (
 	"context"
@@ -30,7 +30,7 @@ type join struct {
 	metrics *metrics.Metrics
 	// settings warns of settings of the node's kernel.
 	settings *nodesettings.Watcher
-	events   events
+	events   Events
 	names    *dns.Server // nil if nobody asks for names
 	state    *nodeState
 

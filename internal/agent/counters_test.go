@@ -1,0 +1,130 @@
+package agent
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"slices"
+	"strings"
+	stdsync "sync"
+	"testing"
+
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/backend"
+	"fairlead.io/fairlead/internal/metrics"
+	"fairlead.io/fairlead/kube"
+	"fairlead.io/fairlead/kube/kubetest"
+	"fairlead.io/fairlead/sync"
+)
+
+// Connections to addresses of a ServiceCIDR that no Service has show as dropped.
+func TestUnservedServiceCIDR(t *testing.T) {
+	t.Parallel()
+	n := newNode(t)
+	dp := n.dial(backend.NFT)
+	syncer := sync.New(dp, sync.Options{})
+	var group stdsync.WaitGroup
+	ctx, stop := context.WithCancel(t.Context())
+	group.Go(func() { _ = syncer.Run(ctx) })
+	t.Cleanup(func() {
+		stop()
+		group.Wait()
+		if err := dp.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	j := newJoin(slog.New(slog.DiscardHandler))
+	j.syncer, j.hasNode = syncer, false
+	j.deliver(kube.Delta{ServiceCIDRs: list(kubetest.ServiceCIDR("kubernetes", "10.96.0.0/16", "fd00:10:96::/112"))})
+	if err := syncer.WaitSynced(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	n.connectInVain(n.client, vips(1, 80))
+
+	c := newCounters(byName(t, backend.NFT), slog.New(slog.DiscardHandler))
+	t.Cleanup(func() {
+		if err := c.close(); err != nil {
+			t.Error(err)
+		}
+	})
+	var counts []metrics.Unserved
+	err := n.Node.Do(func() (err error) { // where it connects to the kernel
+		counts, err = c.unserved()
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	response := httptest.NewRecorder()
+	m := metrics.New(metrics.Options{Status: syncer.Status, Unserved: func() ([]metrics.Unserved, error) { return counts, nil }})
+	m.Handler().ServeHTTP(response, httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/metrics", nil))
+	for _, family := range []string{"IPv4", "IPv6"} {
+		want := fmt.Sprintf("\nfairlead_unserved_packets_total{ip_family=%q,reason=\"dropped-no-service\"} 1\n", family)
+		if !strings.Contains(response.Body.String(), want) {
+			t.Errorf("want %q in\n%s", want, response.Body)
+		}
+	}
+}
+
+// Each mode counts what its own tables have not served.
+func TestModeCounters(t *testing.T) {
+	t.Parallel()
+	n := newNode(t)
+	n.nft("add table ip fairlead-ipvs; add counter ip fairlead-ipvs rejected-no-endpoints { packets 7 bytes 420; };" +
+		"add table ip fairlead; add counter ip fairlead rejected-no-endpoints { packets 3 bytes 180; }")
+	for m, want := range map[string]uint64{backend.NFT: 3, backend.IPVS: 7} {
+		c := newCounters(byName(t, m), slog.New(slog.DiscardHandler))
+		t.Cleanup(func() { _ = c.close() })
+		var counts []metrics.Unserved
+		err := n.Node.Do(func() (err error) { // where it connects to the kernel
+			counts, err = c.unserved()
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		i := slices.IndexFunc(counts, func(u metrics.Unserved) bool {
+			return u.Family == dataplane.IPv4 && u.Reason == "rejected-no-endpoints"
+		})
+		if i < 0 || counts[i].Packets != want {
+			t.Errorf("--mode=%s: counted %+v, want %d packets", m, counts, want)
+		}
+	}
+}
+
+// That the counters can't be read is told once, and so is that they can again.
+func TestUnreadableCounters(t *testing.T) {
+	t.Parallel()
+	var log bytes.Buffer
+	var failure error
+	c := &counters{
+		log: slog.New(slog.NewJSONHandler(&log, nil)),
+		read: func(ctx context.Context) ([]metrics.Unserved, error) {
+			if _, ok := ctx.Deadline(); !ok {
+				t.Error("it may take for ever")
+			}
+			return nil, failure
+		},
+	}
+	var levels []string
+	for _, failure = range []error{nil, errors.New("one"), errors.New("two"), nil, nil, errors.New("three")} {
+		if _, err := c.unserved(); !errors.Is(err, failure) {
+			t.Errorf("error %v, want %v", err, failure)
+		}
+	}
+	for line := range strings.Lines(log.String()) {
+		var r struct{ Level, Error string }
+		if err := json.Unmarshal([]byte(line), &r); err != nil {
+			t.Fatal(err)
+		}
+		levels = append(levels, r.Level+" "+r.Error)
+	}
+	if want := []string{"WARN one", "INFO ", "WARN three"}; !slices.Equal(levels, want) {
+		t.Errorf("logged %q, want %q:\n%s", levels, want, log.String())
+	}
+}

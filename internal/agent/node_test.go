@@ -1,0 +1,83 @@
+package agent
+
+import (
+	"bytes"
+	"context"
+	"log/slog"
+	"net/netip"
+	"os/exec"
+	"testing"
+	"time"
+
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/backend"
+	"fairlead.io/fairlead/internal/nettest"
+)
+
+const (
+	// patience bounds what takes milliseconds on a machine that has nothing else to do.
+	patience = 15 * time.Second
+	// silence is how long an answer is waited for that must not come.
+	silence = 100 * time.Millisecond
+)
+
+// node is a network whose node parts of the agent program.
+type node struct {
+	*nettest.Network
+
+	t      *testing.T
+	client *nettest.Host // a pod that is no endpoint
+}
+
+func newNode(t *testing.T) *node {
+	t.Helper()
+	n := &node{t: t, Network: nettest.NewT(t, nettest.Options{})}
+	n.client = n.PodT(t, "client")
+	return n
+}
+
+// dial opens a backend on the node.
+func (n *node) dial(name string) dataplane.Dataplane {
+	n.t.Helper()
+	dp, err := byName(n.t, name).Dial(backend.Options{Logger: slog.New(slog.DiscardHandler), NetNS: n.Node.Fd()})
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	return dp
+}
+
+// nft runs the nft program on the node.
+func (n *node) nft(args ...string) string {
+	n.t.Helper()
+	var out bytes.Buffer
+	cmd := exec.CommandContext(n.t.Context(), "nft", args...)
+	cmd.Stdout, cmd.Stderr = &out, &out
+	err := n.Node.Do(cmd.Start)
+	if err == nil {
+		err = cmd.Wait()
+	}
+	if err != nil {
+		n.t.Fatalf("nft %s: %v\n%s", args, err, &out)
+	}
+	return out.String()
+}
+
+// connectInVain sends a packet to each of the addresses.
+func (n *node) connectInVain(from *nettest.Host, addrs []netip.AddrPort) {
+	n.t.Helper()
+	for _, addr := range addrs {
+		ctx, cancel := context.WithTimeout(n.t.Context(), silence)
+		if answer, err := from.Connect(ctx, nettest.UDP, addr); err == nil {
+			n.t.Errorf("%s answered: %+v", addr, answer)
+		}
+		cancel()
+	}
+}
+
+// vips returns the addresses of a Service, IPv4 first, that end with this byte.
+func vips(last byte, port uint16) []netip.AddrPort {
+	return []netip.AddrPort{
+		netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 96, 0, last}), port),
+		netip.AddrPortFrom(netip.AddrFrom16([16]byte{0: 0xfd, 3: 0x10, 5: 0x96, 15: last}), port),
+	}
+}

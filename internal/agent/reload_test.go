@@ -1,0 +1,87 @@
+package agent
+
+import (
+	"bytes"
+	"log/slog"
+	"net/netip"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"fairlead.io/fairlead/internal/backend"
+	"fairlead.io/fairlead/internal/config"
+	"fairlead.io/fairlead/ipvs"
+	"fairlead.io/fairlead/kube"
+)
+
+// byName returns a backend of the table.
+func byName(t *testing.T, name string) backend.Backend {
+	t.Helper()
+	b, err := backend.ByName(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// What a tracker is told depends on the mode that runs: where node ports are
+// served unless somebody says it, and which schedulers there are.
+func TestModeTracker(t *testing.T) {
+	t.Parallel()
+	network := kube.NodePortAddresses{CIDRs: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}}
+	primary := kube.NodePortAddresses{Primary: true}
+	all := kube.NodePortAddresses{All: true}
+	for _, test := range []struct {
+		name        string
+		mode        string
+		given, want kube.NodePortAddresses
+		schedulers  []string
+	}{
+		{"nft: the primary addresses, which the zero value stands for", backend.NFT, kube.NodePortAddresses{}, kube.NodePortAddresses{}, nil},
+		{"nft, with a folder", backend.NFT, all, all, nil},
+		{"nft, networks", backend.NFT, network, network, nil},
+		{"ipvs: all addresses", backend.IPVS, kube.NodePortAddresses{}, all, ipvs.Schedulers()},
+		{"ipvs, primary", backend.IPVS, primary, primary, ipvs.Schedulers()},
+		{"ipvs, networks", backend.IPVS, network, network, ipvs.Schedulers()},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			got := trackerOptions(byName(t, test.mode), kube.Options{NodeName: "node", NodePortAddresses: test.given})
+			want := kube.Options{NodeName: "node", NodePortAddresses: test.want, Schedulers: test.schedulers}
+			if diff := cmp.Diff(want, got, cmp.Comparer(func(a, b netip.Prefix) bool { return a == b }), cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {
+				t.Errorf("(-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+// A file that names another mode changes nothing that goes with the mode: the one
+// that runs stays until a restart.
+func TestModeStaysUntilRestart(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		runs, file string
+		everywhere bool
+	}{{backend.NFT, backend.IPVS, false}, {backend.IPVS, backend.NFT, true}, {backend.NFT, backend.NFT, false}, {backend.IPVS, backend.IPVS, true}} {
+		t.Run(test.runs+" to "+test.file, func(t *testing.T) {
+			t.Parallel()
+			var log bytes.Buffer
+			j := newJoin(slog.New(slog.NewTextHandler(&log, nil)))
+			was, _, err := config.Load(config.Flags{"hostname-override": "node"})
+			if err != nil {
+				t.Fatal(err)
+			}
+			next := was
+			was.Mode, next.Mode = test.runs, test.file
+			a := &Agent{log: j.log, level: &slog.LevelVar{}, config: was, backend: byName(t, test.runs), join: j.join}
+			a.apply(t.Context(), next)
+			if j.nodePorts.All != test.everywhere {
+				t.Errorf("node ports are served on all addresses: %t, want %t", j.nodePorts.All, test.everywhere)
+			}
+			if got := strings.Contains(log.String(), "needs a restart"); got != (test.runs != test.file) || got && !strings.Contains(log.String(), "what=mode\n") {
+				t.Errorf("log:\n%s", &log)
+			}
+		})
+	}
+}

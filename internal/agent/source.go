@@ -1,0 +1,54 @@
+package agent
+
+import (
+	"context"
+
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/kube"
+)
+
+// Source is where objects come from. Run delivers everything there is, then each
+// change, and returns nil when ctx is done.
+type Source interface {
+	Run(ctx context.Context, deliver func(kube.Delta)) error
+}
+
+// Events are where operators of a cluster look for what is wrong.
+type Events interface {
+	Run(ctx context.Context) error
+	Apply(d kube.Delta)
+	Problem(p kube.Problem)
+	NotProgrammed(key dataplane.Key, err error)
+	HealthCheckFailed(namespace, name string, port uint16, err error)
+	OtherProxy(rules, effect, remove string)
+	TableRebuilt(table, reason string)
+}
+
+var _ Events = NoEvents{}
+
+// NoEvents are for where nobody could read them.
+type NoEvents struct{}
+
+// Run implements Events.
+func (NoEvents) Run(ctx context.Context) error {
+	<-ctx.Done()
+	return nil
+}
+
+// Apply implements Events.
+func (NoEvents) Apply(kube.Delta) {}
+
+// Problem implements Events.
+func (NoEvents) Problem(kube.Problem) {}
+
+// NotProgrammed implements Events.
+func (NoEvents) NotProgrammed(dataplane.Key, error) {}
+
+// HealthCheckFailed implements Events.
+func (NoEvents) HealthCheckFailed(string, string, uint16, error) {}
+
+// OtherProxy implements Events.
+func (NoEvents) OtherProxy(string, string, string) {}
+
+// TableRebuilt implements Events.
+func (NoEvents) TableRebuilt(string, string) {}
