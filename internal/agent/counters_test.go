@@ -26,7 +26,7 @@ import (
 func TestUnservedServiceCIDR(t *testing.T) {
 	t.Parallel()
 	n := newNode(t)
-	dp := n.dial(backend.NFT)
+	dp := dial(t, n.Network, backend.NFT)
 	syncer := sync.New(dp, sync.Options{})
 	var group stdsync.WaitGroup
 	ctx, stop := context.WithCancel(t.Context())

@@ -17,9 +17,30 @@ import (
 const (
 	// patience bounds what takes milliseconds on a machine that has nothing else to do.
 	patience = 15 * time.Second
+	// attempt bounds a connection that should succeed at once.
+	attempt = 500 * time.Millisecond
 	// silence is how long an answer is waited for that must not come.
 	silence = 100 * time.Millisecond
+
+	podPort = 8080
 )
+
+// eventually returns when check does without error, and fails the test if that
+// takes too long.
+func eventually(t *testing.T, check func() error) {
+	t.Helper()
+	deadline := time.Now().Add(patience)
+	for {
+		err := check()
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("not within %s: %v", patience, err)
+		}
+		time.Sleep(2 * time.Millisecond)
+	}
+}
 
 // node is a network whose node parts of the agent program.
 type node struct {
@@ -36,12 +57,12 @@ func newNode(t *testing.T) *node {
 	return n
 }
 
-// dial opens a backend on the node.
-func (n *node) dial(name string) dataplane.Dataplane {
-	n.t.Helper()
-	dp, err := byName(n.t, name).Dial(backend.Options{Logger: slog.New(slog.DiscardHandler), NetNS: n.Node.Fd()})
+// dial opens a backend on the node of a network.
+func dial(t *testing.T, network *nettest.Network, name string) dataplane.Dataplane {
+	t.Helper()
+	dp, err := byName(t, name).Dial(backend.Options{Logger: slog.New(slog.DiscardHandler), NetNS: network.Node.Fd()})
 	if err != nil {
-		n.t.Fatal(err)
+		t.Fatal(err)
 	}
 	return dp
 }

@@ -97,20 +97,20 @@ func TestTakeOverFromNFT(t *testing.T) {
 	n.nft(foreignTables)
 	foreign := n.nft("list", "ruleset")
 	pod := n.PodT(t, "a")
-	pod.ServeT(t, nettest.TCP, 8080)
+	pod.ServeT(t, nettest.TCP, podPort)
 	var services []*dataplane.Service
 	for i, addr := range vips(10, 80) {
 		service, err := dataplane.NewService(
 			dataplane.Key{Namespace: "default", Name: "backend", Family: dataplane.FamilyOf(addr.Addr())},
 			[]dataplane.Frontend{{Protocol: dataplane.TCP, Addr: addr}},
-			dataplane.Treatment{Endpoints: []dataplane.Endpoint{{Addr: netip.AddrPortFrom(pod.Addrs()[i], 8080), Local: true}}},
+			dataplane.Treatment{Endpoints: []dataplane.Endpoint{{Addr: netip.AddrPortFrom(pod.Addrs()[i], podPort), Local: true}}},
 		)
 		if err != nil {
 			t.Fatal(err)
 		}
 		services = append(services, service)
 	}
-	dp := n.dial(backend.NFT)
+	dp := dial(t, n.Network, backend.NFT)
 	if err := dp.Replace(t.Context(), dataplane.Node{}, slices.Values(services), nil); err != nil {
 		t.Fatal(err)
 	}

@@ -1,0 +1,510 @@
+package agent
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"net"
+	"net/netip"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/backend"
+	"fairlead.io/fairlead/internal/conntrack"
+	"fairlead.io/fairlead/internal/nettest"
+	"fairlead.io/fairlead/sync"
+)
+
+// cleaned is a node with the nft backend, a syncer, and what deletes stale flows.
+type cleaned struct {
+	*nettest.Network
+
+	t      *testing.T
+	family dataplane.Family
+	client *nettest.Host
+	pods   map[string]*nettest.Host
+	syncer *sync.Syncer
+	node   dataplane.Node // to be set before run
+	// setNode tells of another, from then on.
+	setNode func(dataplane.Node)
+
+	deleted atomic.Int64 // entries
+	looks   atomic.Int64
+}
+
+func newCleaned(t *testing.T, family dataplane.Family, pods ...string) *cleaned {
+	t.Helper()
+	c := &cleaned{t: t, family: family, Network: nettest.NewT(t, nettest.Options{}), pods: map[string]*nettest.Host{}}
+	c.client = c.PodT(t, "client")
+	for _, name := range pods {
+		c.pods[name] = c.PodT(t, name)
+		c.pods[name].ServeT(t, nettest.UDP, podPort)
+	}
+	return c
+}
+
+// run starts the parts, which end with the test, or when stop is called.
+func (c *cleaned) run() (stop func()) {
+	c.t.Helper()
+	dp := dial(c.t, c.Network, backend.NFT)
+	cleaner := conntrack.New(conntrack.Options{NetNS: c.Node.Fd(), OnLook: func(l conntrack.Look) {
+		if l.Err != nil {
+			c.t.Errorf("a look failed: %v", l.Err)
+		}
+		c.deleted.Add(int64(l.Deleted))
+		c.looks.Add(1)
+	}})
+	c.syncer = sync.New(dp, sync.Options{OnCommit: cleaner.Committed})
+	c.setNode = func(node dataplane.Node) {
+		cleaner.SetNode(node)
+		c.syncer.SetNode(node)
+	}
+	c.setNode(c.node)
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 2)
+	go func() { done <- c.syncer.Run(ctx) }()
+	go func() { done <- cleaner.Run(ctx) }()
+	stopped := false
+	stop = func() {
+		if stopped {
+			return
+		}
+		stopped = true
+		cancel()
+		for range 2 {
+			if err := <-done; err != nil {
+				c.t.Error(err)
+			}
+		}
+		if err := dp.Close(); err != nil {
+			c.t.Error(err)
+		}
+	}
+	c.t.Cleanup(stop)
+	return stop
+}
+
+// vip is the frontend with the last byte.
+func (c *cleaned) vip(last byte) netip.AddrPort {
+	if c.family == dataplane.IPv4 {
+		return netip.AddrPortFrom(netip.AddrFrom4([4]byte{198, 51, 100, last}), 53)
+	}
+	return netip.AddrPortFrom(netip.AddrFrom16([16]byte{0: 0x20, 1: 1, 2: 0xd, 3: 0xb8, 5: 0x96, 15: last}), 53)
+}
+
+func (c *cleaned) endpoint(pod string) netip.AddrPort {
+	if c.family == dataplane.IPv4 {
+		return netip.AddrPortFrom(c.pods[pod].IPv4, podPort)
+	}
+	return netip.AddrPortFrom(c.pods[pod].IPv6, podPort)
+}
+
+// want hands over a Service. It returns when the kernel has it.
+func (c *cleaned) want(last byte, takes, serves []string) {
+	c.t.Helper()
+	c.hand(map[dataplane.Key]*dataplane.Service{c.key(last): c.service(last, takes, serves)})
+}
+
+// service is a Service at vip(last): the pods that take connections, and those
+// that only serve on.
+func (c *cleaned) service(last byte, takes, serves []string) *dataplane.Service {
+	c.t.Helper()
+	var treatment dataplane.Treatment
+	for _, pod := range takes {
+		treatment.Endpoints = append(treatment.Endpoints, dataplane.Endpoint{Addr: c.endpoint(pod), Local: true})
+	}
+	var serving []netip.AddrPort
+	for _, pod := range serves {
+		serving = append(serving, c.endpoint(pod))
+	}
+	svc, err := dataplane.NewService(c.key(last), []dataplane.Frontend{{Protocol: dataplane.UDP, Addr: c.vip(last)}}, treatment)
+	if err == nil {
+		svc, err = svc.WithServing(serving)
+	}
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return svc
+}
+
+func (c *cleaned) key(last byte) dataplane.Key {
+	return dataplane.Key{Namespace: "default", Name: fmt.Sprint("s", last), Family: c.family}
+}
+
+func (c *cleaned) hand(changes map[dataplane.Key]*dataplane.Service) {
+	c.t.Helper()
+	c.syncer.Update(changes)
+	c.syncer.ListComplete()
+	if err := c.syncer.WaitSynced(c.t.Context()); err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+// forgetting does something that makes flows stale, and returns after one of them
+// was deleted.
+func (c *cleaned) forgetting(what func()) {
+	c.t.Helper()
+	before := c.deleted.Load()
+	what()
+	eventually(c.t, func() error {
+		if c.deleted.Load() == before {
+			return errors.New("no flow was deleted")
+		}
+		return nil
+	})
+}
+
+// open opens a flow, of which every datagram comes from the same port.
+func (c *cleaned) open(to netip.AddrPort) *nettest.Conn {
+	c.t.Helper()
+	conn, err := c.client.Open(c.t.Context(), nettest.UDP, to)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	c.t.Cleanup(func() { _ = conn.Close() })
+	return conn
+}
+
+// ask sends one datagram and returns who answers, or nobody.
+func (c *cleaned) ask(conn *nettest.Conn, patience time.Duration) string {
+	c.t.Helper()
+	ctx, cancel := context.WithTimeout(c.t.Context(), patience)
+	defer cancel()
+	answer, err := conn.Ask(ctx)
+	switch {
+	case errors.Is(err, nettest.ErrTimeout):
+		return "nobody"
+	case errors.Is(err, nettest.ErrRefused):
+		return "refused"
+	case err != nil:
+		c.t.Fatal(err)
+	}
+	return answer.Host
+}
+
+func (c *cleaned) wantAnswer(conn *nettest.Conn, what, want string) {
+	c.t.Helper()
+	patience := attempt
+	if want == "nobody" {
+		patience = silence
+	}
+	if got := c.ask(conn, patience); got != want {
+		c.t.Errorf("%s: the next datagram is answered by %s, want %s", what, got, want)
+	}
+}
+
+// move tells of another Node, and returns when the flows have been looked at after the
+// kernel has it: the second look from now on cannot have begun before. The cleaner
+// hears of a Node earlier than the kernel, so a flow may be forgotten twice.
+func (c *cleaned) move(node dataplane.Node) {
+	c.t.Helper()
+	c.setNode(node)
+	c.hand(nil)
+	before := c.looks.Load()
+	eventually(c.t, func() error {
+		if c.looks.Load() < before+2 {
+			return errors.New("the flows were not looked at")
+		}
+		return nil
+	})
+}
+
+// Clients that send all their datagrams from one port go where the Service is
+// served, with the next datagram, and stay where it still is.
+func TestFlowsMoveOn(t *testing.T) {
+	t.Parallel()
+	for _, family := range []dataplane.Family{dataplane.IPv4, dataplane.IPv6} {
+		t.Run(family.String(), func(t *testing.T) {
+			t.Parallel()
+			c := newCleaned(t, family, "a", "b")
+			c.run()
+			// Begun before there is a Service.
+			early := c.open(c.vip(1))
+			c.wantAnswer(early, "no Service", "nobody")
+			c.want(2, []string{"a", "b"}, nil)
+			c.wantAnswer(early, "still no Service", "nobody")
+			// Flows of another Service. If they were deleted one of them would
+			// go elsewhere.
+			neighbours := map[*nettest.Conn]string{}
+			for range 16 {
+				conn := c.open(c.vip(2))
+				neighbours[conn] = c.ask(conn, attempt)
+			}
+
+			c.forgetting(func() { c.want(1, []string{"a"}, nil) })
+			c.wantAnswer(early, "a Service appears", "a")
+
+			c.want(1, []string{"a", "b"}, nil)
+			c.wantAnswer(early, "another endpoint", "a")
+			c.want(1, []string{"b"}, []string{"a"})
+			c.wantAnswer(early, "its endpoint drains", "a")
+			// A commit that writes nothing.
+			c.forgetting(func() { c.want(1, []string{"b"}, nil) })
+			c.wantAnswer(early, "its endpoint has left", "b")
+
+			c.forgetting(func() { c.want(1, nil, nil) })
+			c.wantAnswer(early, "the last endpoint has left", "refused")
+			c.want(1, []string{"a"}, nil)
+			c.wantAnswer(early, "the first endpoint", "a")
+
+			c.forgetting(func() { c.hand(map[dataplane.Key]*dataplane.Service{c.key(1): nil}) })
+			c.wantAnswer(early, "the Service is deleted", "nobody")
+
+			for conn, host := range neighbours {
+				c.wantAnswer(conn, "another Service", host)
+			}
+		})
+	}
+}
+
+// The same with a node port, on an address of the node on which somebody else
+// listens as long as it is none, and with session affinity.
+func TestNodePortFlowsMoveOn(t *testing.T) {
+	t.Parallel()
+	for _, family := range []dataplane.Family{dataplane.IPv4, dataplane.IPv6} {
+		t.Run(family.String(), func(t *testing.T) {
+			t.Parallel()
+			const port = 30053
+			c := newCleaned(t, family, "a", "b")
+			address, unspecified := c.Node.IPv4, netip.IPv4Unspecified()
+			if family == dataplane.IPv6 {
+				address, unspecified = c.Node.IPv6, netip.IPv6Unspecified()
+			}
+			c.node.NodePortAddrs = []netip.Addr{address}
+			c.Node.ServeT(t, nettest.UDP, port)
+			c.client = c.Outside
+			c.run()
+			key := dataplane.Key{Namespace: "default", Name: "node", Family: family, Kind: dataplane.NodePort}
+			want := func(number uint16, pods ...string) {
+				t.Helper()
+				treatment := dataplane.Treatment{Masquerade: dataplane.MasqueradeAlways, Affinity: time.Hour}
+				for _, pod := range pods {
+					treatment.Endpoints = append(treatment.Endpoints, dataplane.Endpoint{Addr: c.endpoint(pod), Local: true})
+				}
+				frontend := dataplane.Frontend{Protocol: dataplane.UDP, Addr: netip.AddrPortFrom(unspecified, number)}
+				svc, err := dataplane.NewService(key, []dataplane.Frontend{frontend}, treatment)
+				if err != nil {
+					t.Fatal(err)
+				}
+				c.hand(map[dataplane.Key]*dataplane.Service{key: svc})
+			}
+			c.hand(nil)
+			conn := c.open(netip.AddrPortFrom(address, port))
+			c.wantAnswer(conn, "no node port", "node")
+			c.forgetting(func() { want(port, "a") })
+			c.wantAnswer(conn, "the node port appears", "a")
+			want(port, "a", "b")
+			c.wantAnswer(conn, "another endpoint", "a")
+			c.forgetting(func() { want(port, "b") })
+			c.wantAnswer(conn, "its endpoint has left", "b")
+			c.forgetting(func() { want(port+1, "b") })
+			c.wantAnswer(conn, "another node port", "node")
+			c.forgetting(func() { want(port, "b") })
+			c.wantAnswer(conn, "the node port is back", "b")
+			c.move(dataplane.Node{})
+			c.wantAnswer(conn, "node ports are served elsewhere", "node")
+			c.move(dataplane.Node{NodePortAddrs: []netip.Addr{address}})
+			c.wantAnswer(conn, "node ports are served here again", "b")
+			c.forgetting(func() { c.hand(map[dataplane.Key]*dataplane.Service{key: nil}) })
+			c.wantAnswer(conn, "the Service is deleted", "node")
+		})
+	}
+}
+
+// Flows that got stale while nobody was there to see it are found at the start.
+func TestFlowsMoveOnAfterARestart(t *testing.T) {
+	t.Parallel()
+	for _, family := range []dataplane.Family{dataplane.IPv4, dataplane.IPv6} {
+		t.Run(family.String(), func(t *testing.T) {
+			t.Parallel()
+			c := newCleaned(t, family, "a", "b")
+			stop := c.run()
+			c.want(1, []string{"a"}, nil)
+			c.want(2, []string{"a", "b"}, nil)
+			moves, stays := c.open(c.vip(1)), c.open(c.vip(2))
+			c.wantAnswer(moves, "before", "a")
+			where := c.ask(stays, attempt)
+			stop()
+			c.wantAnswer(moves, "while nobody runs", "a")
+			c.run()
+			c.forgetting(func() {
+				c.hand(map[dataplane.Key]*dataplane.Service{
+					c.key(1): c.service(1, []string{"b"}, nil), c.key(2): c.service(2, []string{"a", "b"}, nil),
+				})
+			})
+			c.wantAnswer(moves, "after the restart", "b")
+			c.wantAnswer(stays, "an endpoint that was there all the time", where)
+		})
+	}
+}
+
+// handOver hands over a Service of a protocol at vip(last).
+func (c *cleaned) handOver(protocol dataplane.Protocol, last byte, pods ...string) {
+	c.t.Helper()
+	var treatment dataplane.Treatment
+	for _, pod := range pods {
+		treatment.Endpoints = append(treatment.Endpoints, dataplane.Endpoint{Addr: c.endpoint(pod), Local: true})
+	}
+	svc, err := dataplane.NewService(c.key(last), []dataplane.Frontend{{Protocol: protocol, Addr: c.vip(last)}}, treatment)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	c.hand(map[dataplane.Key]*dataplane.Service{svc.Key: svc})
+}
+
+// A client of TCP whose SYN went to an endpoint that never answers sends it again
+// from the same port. When the endpoint is replaced, it reaches the new one; what
+// other clients have open stays.
+func TestConnectionAttemptsMoveOn(t *testing.T) {
+	t.Parallel()
+	for _, family := range []dataplane.Family{dataplane.IPv4, dataplane.IPv6} {
+		t.Run(family.String(), func(t *testing.T) {
+			t.Parallel()
+			c := newCleaned(t, family, "old", "new")
+			for _, pod := range c.pods {
+				pod.ServeT(t, nettest.TCP, podPort)
+			}
+			c.run()
+			c.handOver(dataplane.TCP, 1, "old")
+			c.handOver(dataplane.TCP, 2, "new")
+			open, err := c.client.Open(t.Context(), nettest.TCP, c.vip(2))
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { _ = open.Close() })
+
+			mute(t, c.pods["old"], c.client)
+			answers := make(chan string, 1)
+			go func() {
+				ctx, cancel := context.WithTimeout(t.Context(), 50*time.Second)
+				defer cancel()
+				answer, err := c.client.Connect(ctx, nettest.TCP, c.vip(1))
+				answers <- fmt.Sprint(answer.Host, " ", err)
+			}()
+			select {
+			case answer := <-answers:
+				t.Fatalf("an endpoint that never answers: %s", answer)
+			case <-time.After(300 * time.Millisecond):
+			}
+			c.handOver(dataplane.TCP, 1, "new")
+			if got := <-answers; got != "new <nil>" {
+				t.Errorf("after the endpoint was replaced: %s, want an answer of new", got)
+			}
+			if answer, err := open.Ask(t.Context()); err != nil || answer.Host != "new" {
+				t.Errorf("what was open: %+v, %v", answer, err)
+			}
+		})
+	}
+}
+
+// A client of SCTP that sends its INIT again and again from one port, as those of
+// telecommunications do, reaches the new endpoint with the next one.
+func TestInitsMoveOn(t *testing.T) {
+	t.Parallel()
+	for _, family := range []dataplane.Family{dataplane.IPv4, dataplane.IPv6} {
+		t.Run(family.String(), func(t *testing.T) {
+			t.Parallel()
+			c := newCleaned(t, family, "old", "new")
+			c.run()
+			arrived := make(chan string, 1000)
+			for name, pod := range c.pods {
+				packets := rawSCTP(t, pod, c.endpoint(name).Addr())
+				go func() {
+					buf := make([]byte, 1500)
+					for {
+						if _, _, err := packets.ReadFrom(buf); err != nil {
+							return
+						}
+						arrived <- name
+					}
+				}()
+			}
+			from := c.client.IPv4
+			if family == dataplane.IPv6 {
+				from = c.client.IPv6
+			}
+			client := rawSCTP(t, c.client, from)
+			reaches := func(want string) error {
+				if _, err := client.WriteTo(initChunk(36412, c.vip(1).Port()), &net.IPAddr{IP: c.vip(1).Addr().AsSlice()}); err != nil {
+					return err
+				}
+				select {
+				case got := <-arrived:
+					if got != want {
+						return fmt.Errorf("an INIT arrives at %s, want %s", got, want)
+					}
+					return nil
+				case <-time.After(attempt):
+					return errors.New("an INIT arrives nowhere")
+				}
+			}
+			c.handOver(dataplane.SCTP, 1, "old")
+			for range 2 {
+				if err := reaches("old"); err != nil {
+					t.Fatal(err)
+				}
+			}
+			c.forgetting(func() { c.handOver(dataplane.SCTP, 1, "new") })
+			if err := reaches("new"); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// rawSCTP returns a socket for packets of SCTP at one of the host's addresses.
+func rawSCTP(t *testing.T, host *nettest.Host, addr netip.Addr) net.PacketConn {
+	t.Helper()
+	network := "ip4:132"
+	if addr.Is6() {
+		network = "ip6:132"
+	}
+	var conn net.PacketConn
+	err := host.Do(func() (err error) {
+		conn, err = net.ListenPacket(network, addr.String())
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close() })
+	return conn
+}
+
+// initChunk returns a packet with an INIT (RFC 9260, 3.3.2).
+func initChunk(source, destination uint16) []byte {
+	b := binary.BigEndian.AppendUint16(nil, source)
+	b = binary.BigEndian.AppendUint16(b, destination)
+	b = append(b, make([]byte, 8)...)                // verification tag, checksum
+	b = append(b, 1, 0, 0, 20)                       // INIT, flags, length
+	b = binary.BigEndian.AppendUint32(b, 0x12345678) // initiate tag
+	b = binary.BigEndian.AppendUint32(b, 1<<16)      // receiver window
+	b = append(b, 0, 1, 0, 1)                        // streams
+	b = binary.BigEndian.AppendUint32(b, 1)          // initial TSN
+	binary.LittleEndian.PutUint32(b[8:], crc32.Checksum(b, crc32.MakeTable(crc32.Castagnoli)))
+	return b
+}
+
+// mute keeps a pod from answering a client.
+func mute(t *testing.T, pod, client *nettest.Host) {
+	t.Helper()
+	handle, err := netlink.NewHandleAt(netns.NsHandle(pod.Fd()), unix.NETLINK_ROUTE)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer handle.Close()
+	for _, addr := range client.Addrs() {
+		to := &net.IPNet{IP: addr.AsSlice(), Mask: net.CIDRMask(addr.BitLen(), addr.BitLen())}
+		if err := handle.RouteReplace(&netlink.Route{Dst: to, Type: unix.RTN_BLACKHOLE}); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
