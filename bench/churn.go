@@ -115,9 +115,9 @@ func (c *churner) at(ctx context.Context, rate float64, o Options, m *measuremen
 			events[name] = append(events[name], event)
 			d.EndpointSlices = append(d.EndpointSlices, slice)
 		}
-		changes := s.tracker.Apply(d).Changes
-		waiting.add(changes, events)
-		s.syncer.Update(changes)
+		tracked := s.pipeline.Track(d)
+		waiting.add(tracked.Changes, events)
+		s.pipeline.Program(tracked)
 	}
 	if _, err := s.settled(ctx); err != nil {
 		return err

@@ -92,7 +92,7 @@ func startUntilAnswer(
 	if err := s.deliver(all); err != nil {
 		return 0, err
 	}
-	s.syncer.ListComplete()
+	s.pipeline.Syncer.ListComplete()
 	took, err = p.Answers(ctx, begin, vips)
 	if err != nil {
 		return 0, err

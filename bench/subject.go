@@ -13,18 +13,18 @@ import (
 	"fairlead.io/fairlead/bench/cluster"
 	"fairlead.io/fairlead/bench/rig"
 	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/pipeline"
 	"fairlead.io/fairlead/kube"
 	"fairlead.io/fairlead/sync"
 )
 
-// subject is Fairlead in this process, joined as `fairlead run` joins it: objects
-// go in, the kernel's acknowledgement comes out.
+// subject is the agent's pipeline in this process: objects go in, the kernel's
+// acknowledgement comes out.
 type subject struct {
-	rig     *rig.Rig
-	dp      dataplane.Dataplane
-	tracker *kube.Tracker
-	syncer  *sync.Syncer
-	stop    func() error
+	rig      *rig.Rig
+	dp       dataplane.Dataplane
+	pipeline *pipeline.Pipeline
+	stop     func() error
 
 	mu       stdsync.Mutex
 	commits  int
@@ -41,13 +41,12 @@ func newSubject(ctx context.Context, o Options, r *rig.Rig) (*subject, error) {
 		return nil, err
 	}
 	s := &subject{rig: r, dp: dp}
-	s.tracker = kube.NewTracker(kube.Options{
+	s.pipeline = pipeline.New(dp, pipeline.Options{OnCommit: s.committed, Tracker: kube.Options{
 		NodeName: cluster.NodeName, DetectLocal: kube.DetectLocal{ClusterCIDRs: []netip.Prefix{rig.ClusterCIDR}},
-	})
-	s.syncer = sync.New(dp, sync.Options{First: kube.IsFirst, OnCommit: s.committed})
+	}})
 	ctx, cancel := context.WithCancel(ctx)
 	ended := make(chan error, 1)
-	go func() { ended <- s.syncer.Run(ctx) }()
+	go func() { ended <- s.pipeline.Syncer.Run(ctx) }()
 	s.stop = stdsync.OnceValue(func() error {
 		cancel()
 		return errors.Join(<-ended, dp.Close())
@@ -85,14 +84,11 @@ func (s *subject) listen(f func(sync.Commit)) {
 // deliver hands over what a source would.
 func (s *subject) deliver(deltas ...kube.Delta) error {
 	for _, d := range deltas {
-		result := s.tracker.Apply(d)
+		result := s.pipeline.Track(d)
 		if len(result.Problems) > 0 {
 			return fmt.Errorf("a Service of the benchmark: %s", result.Problems[0])
 		}
-		if result.Node != nil {
-			s.syncer.SetNode(*result.Node)
-		}
-		s.syncer.Update(result.Changes)
+		s.pipeline.Program(result)
 	}
 	return nil
 }
@@ -100,7 +96,7 @@ func (s *subject) deliver(deltas ...kube.Delta) error {
 // settled waits until all that was delivered is acknowledged by the kernel, and
 // returns when that was.
 func (s *subject) settled(ctx context.Context) (time.Time, error) {
-	if err := s.syncer.WaitSynced(ctx); err != nil {
+	if err := s.pipeline.Syncer.WaitSynced(ctx); err != nil {
 		return time.Time{}, fmt.Errorf("wait for the kernel: %w", err)
 	}
 	s.mu.Lock()
@@ -114,7 +110,7 @@ func (s *subject) load(ctx context.Context, everything kube.Delta) (time.Time, e
 	if err := s.deliver(everything); err != nil {
 		return time.Time{}, err
 	}
-	s.syncer.ListComplete()
+	s.pipeline.Syncer.ListComplete()
 	return s.settled(ctx)
 }
 

@@ -23,8 +23,8 @@ import (
 	"fairlead.io/fairlead/internal/metrics"
 	"fairlead.io/fairlead/internal/nodeip"
 	"fairlead.io/fairlead/internal/nodesettings"
+	"fairlead.io/fairlead/internal/pipeline"
 	"fairlead.io/fairlead/internal/relay"
-	"fairlead.io/fairlead/kube"
 	"fairlead.io/fairlead/source/manifest/dns"
 	"fairlead.io/fairlead/sync"
 )
@@ -76,7 +76,7 @@ type Agent struct {
 	counters   *counters
 	source     Source
 	sourceName string
-	syncer     *sync.Syncer
+	pipeline   *pipeline.Pipeline
 	flows      *conntrack.Cleaner
 	relay      *relay.Relay
 	servers    servers
@@ -109,10 +109,11 @@ func New(o Options) (*Agent, error) {
 		return nil, err
 	}
 	var commits observers[sync.Commit]
-	a.syncer = sync.New(a.dp, sync.Options{
-		Logger: log.With("component", "sync"), ResyncPeriod: resyncPeriod, First: kube.IsFirst, OnCommit: commits.notify,
+	tracker := trackerOptions(b, c.Tracker)
+	a.pipeline = pipeline.New(a.dp, pipeline.Options{
+		Tracker: tracker, Logger: log.With("component", "sync"), ResyncPeriod: resyncPeriod, OnCommit: commits.notify,
 	})
-	a.progress = newProgress(a.syncer.Status)
+	a.progress = newProgress(a.pipeline.Syncer.Status)
 	state := &nodeState{log: log, hasNode: c.Manifests == "", name: c.Tracker.NodeName}
 	shares := divideDescriptors(openFilesLimit())
 	a.relay = relay.New(relay.Options{
@@ -161,10 +162,9 @@ func New(o Options) (*Agent, error) {
 			o.Events.NotProgrammed(key, err)
 		}
 	})
-	options := trackerOptions(b, c.Tracker)
 	a.join = &join{
-		log: log, syncer: a.syncer, flows: a.flows, relay: a.relay, ports: a.ports, metrics: a.metrics, settings: a.settings,
-		events: o.Events, names: a.names, state: state, tracker: kube.NewTracker(options), nodePorts: options.NodePortAddresses,
+		log: log, pipeline: a.pipeline, flows: a.flows, relay: a.relay, ports: a.ports, metrics: a.metrics, settings: a.settings,
+		events: o.Events, names: a.names, state: state, nodePorts: tracker.NodePortAddresses,
 	}
 	if f := o.File; f != nil {
 		a.reload = config.NewReloader(config.ReloaderOptions{
@@ -177,7 +177,7 @@ func New(o Options) (*Agent, error) {
 // newMetrics returns the metrics of the parts that there are by now.
 func (a *Agent) newMetrics(o Options) *metrics.Metrics {
 	options := metrics.Options{
-		Version: a.version, Mode: a.config.Mode, Status: a.syncer.Status, Relay: a.relay.Stats,
+		Version: a.version, Mode: a.config.Mode, Status: a.pipeline.Syncer.Status, Relay: a.relay.Stats,
 		Servers: a.servers.stats, Standby: a.standby.onStandby, Waiting: a.standby.waiting,
 		APILists: o.APILists,
 	}
@@ -240,7 +240,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	})
 	group.Go(func() error {
 		a.standby.prefetch(ctx, a.dp)
-		return a.standby.gate(a.syncer.Run)(ctx)
+		return a.standby.gate(a.pipeline.Syncer.Run)(ctx)
 	})
 	group.Go(func() error {
 		takeOver(ctx, a.backend, a.log, a.progress.programmed, backend.Backend.Remove)

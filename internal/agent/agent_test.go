@@ -42,7 +42,7 @@ func TestBackendWithRequiredFieldsOnly(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
-	go func() { ended <- a.syncer.Run(ctx) }()
+	go func() { ended <- a.pipeline.Syncer.Run(ctx) }()
 	a.join.deliver(kube.Delta{})
 	select {
 	case <-a.progress.programmed:

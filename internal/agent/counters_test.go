@@ -17,9 +17,9 @@ import (
 	"fairlead.io/fairlead/dataplane"
 	"fairlead.io/fairlead/internal/backend"
 	"fairlead.io/fairlead/internal/metrics"
+	"fairlead.io/fairlead/internal/pipeline"
 	"fairlead.io/fairlead/kube"
 	"fairlead.io/fairlead/kube/kubetest"
-	"fairlead.io/fairlead/sync"
 )
 
 // Connections to addresses of a ServiceCIDR that no Service has show as dropped.
@@ -27,7 +27,8 @@ func TestUnservedServiceCIDR(t *testing.T) {
 	t.Parallel()
 	n := newNode(t)
 	dp := dial(t, n.Network, backend.NFT)
-	syncer := sync.New(dp, sync.Options{})
+	p := pipeline.New(dp, pipeline.Options{Tracker: kube.Options{NodeName: "node"}})
+	syncer := p.Syncer
 	var group stdsync.WaitGroup
 	ctx, stop := context.WithCancel(t.Context())
 	group.Go(func() { _ = syncer.Run(ctx) })
@@ -39,7 +40,7 @@ func TestUnservedServiceCIDR(t *testing.T) {
 		}
 	})
 	j := newJoin(slog.New(slog.DiscardHandler))
-	j.syncer, j.hasNode = syncer, false
+	j.pipeline, j.hasNode = p, false
 	j.deliver(kube.Delta{ServiceCIDRs: list(kubetest.ServiceCIDR("kubernetes", "10.96.0.0/16", "fd00:10:96::/112"))})
 	if err := syncer.WaitSynced(t.Context()); err != nil {
 		t.Fatal(err)

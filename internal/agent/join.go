@@ -13,17 +13,16 @@ import (
 	"fairlead.io/fairlead/internal/metrics"
 	"fairlead.io/fairlead/internal/nodeip"
 	"fairlead.io/fairlead/internal/nodesettings"
+	"fairlead.io/fairlead/internal/pipeline"
 	"fairlead.io/fairlead/internal/relay"
 	"fairlead.io/fairlead/kube"
 	"fairlead.io/fairlead/source/manifest/dns"
-	"fairlead.io/fairlead/sync"
 )
 
 // join passes what happens on to those who need it. Objects, addresses of this
 // node and configurations come in from goroutines of their own, one at a time.
 type join struct {
 	log     *slog.Logger
-	syncer  *sync.Syncer
 	flows   *conntrack.Cleaner // nil if the backend needs none
 	relay   *relay.Relay
 	ports   *health.Ports
@@ -35,17 +34,12 @@ type join struct {
 	state    *nodeState
 
 	mu       stdsync.Mutex
-	tracker  *kube.Tracker
+	pipeline *pipeline.Pipeline
 	complete bool
 	// nodePorts selects the addresses on which node ports are served. served has
 	// these, loopback ones included.
 	nodePorts kube.NodePortAddresses
 	served    []netip.Addr
-
-	// isAhead says that another Service proxy's rules are on the node, and node is
-	// what the backend was told of it, nil before anything was.
-	isAhead bool
-	node    *dataplane.Node
 }
 
 // deliver takes objects from the source. The first time it is everything.
@@ -55,14 +49,14 @@ func (j *join) deliver(d kube.Delta) {
 	j.metrics.Arrived(len(d.Services)+len(d.DeletedServices), len(d.EndpointSlices)+len(d.DeletedEndpointSlices))
 	j.events.Apply(d)
 	j.state.unknown.Store(d.NodeUnknown)
-	result := j.tracker.Apply(d)
+	result := j.pipeline.Track(d)
 	j.pass(result)
 	for _, name := range d.DeletedServices {
 		j.metrics.Gone(name.Namespace, name.Name)
 	}
 	if !j.complete {
 		j.complete = true
-		j.syncer.ListComplete()
+		j.pipeline.Syncer.ListComplete()
 		j.state.check()
 	} else {
 		for t := range result.Triggers() {
@@ -78,7 +72,7 @@ func (j *join) deliver(d kube.Delta) {
 func (j *join) addresses(addrs nodeip.Addresses) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	j.pass(j.tracker.Apply(kube.Delta{LocalAddrs: addrs.All, VirtualAddrs: addrs.Virtual, LocalRoutes: addrs.Routes}))
+	j.pass(j.pipeline.Track(kube.Delta{LocalAddrs: addrs.All, VirtualAddrs: addrs.Virtual, LocalRoutes: addrs.Routes}))
 }
 
 // configure takes another configuration.
@@ -86,7 +80,7 @@ func (j *join) configure(options kube.Options) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	j.nodePorts = options.NodePortAddresses
-	j.pass(j.tracker.Configure(options))
+	j.pass(j.pipeline.Configure(options))
 	j.listen()
 }
 
@@ -121,7 +115,6 @@ func (j *join) pass(result kube.Result) {
 			j.flows.SetNode(*result.Node)
 		}
 		j.settings.SetPods(podsOf(*result.Node))
-		j.setNode(*result.Node)
 		j.served = slices.Concat(result.Node.NodePortAddrs, result.Loopback)
 		j.relay.SetFamilies(familiesOf(result.Loopback)...)
 		j.listen()
@@ -130,7 +123,7 @@ func (j *join) pass(result kube.Result) {
 		j.log.Warn("addresses of pods or of this node lie in a ServiceCIDR; connections to them pass, to those of other nodes they may be dropped: use networks that do not overlap",
 			"service_cidr", o.ServiceCIDR, "overlaps", o.Other)
 	}
-	j.syncer.Update(result.Changes)
+	j.pipeline.Program(result)
 	for _, u := range result.UnservedNodePorts {
 		j.log.Warn("node ports are not served, as no address of this node is one for them: check --nodeport-addresses "+
 			"(nodePortAddresses in the file of --config), and the addresses of the Node, which count only if an interface "+
@@ -154,13 +147,6 @@ func (j *join) pass(result kube.Result) {
 	for _, p := range result.Problems {
 		j.problem(p)
 	}
-}
-
-// setNode tells the backend of the node.
-func (j *join) setNode(node dataplane.Node) {
-	node.AheadOfOthers = j.isAhead
-	j.node = &node
-	j.syncer.SetNode(node)
 }
 
 // familiesOf returns the families that addresses are of.

@@ -20,6 +20,7 @@ import (
 	"fairlead.io/fairlead/internal/metrics"
 	"fairlead.io/fairlead/internal/nodeip"
 	"fairlead.io/fairlead/internal/nodesettings"
+	"fairlead.io/fairlead/internal/pipeline"
 	"fairlead.io/fairlead/internal/relay"
 	"fairlead.io/fairlead/kube"
 	"fairlead.io/fairlead/kube/kubetest"
@@ -42,12 +43,13 @@ func list[T any](objects ...T) []T { return objects }
 // newJoin returns parts of which none runs.
 func newJoin(log *slog.Logger) *joined {
 	options := kube.Options{NodeName: "node"}
-	syncer := sync.New(fake.New(fake.Options{}), sync.Options{})
+	p := pipeline.New(fake.New(fake.Options{}), pipeline.Options{Tracker: options})
+	status := p.Syncer.Status
 	state := &nodeState{log: log, hasNode: true, name: options.NodeName}
-	j := &joined{log: log, nodeState: state, progress: newProgress(syncer.Status), join: &join{
-		log: log, syncer: syncer, flows: conntrack.New(conntrack.Options{}), relay: relay.New(relay.Options{}),
-		ports: health.NewPorts(health.PortsOptions{}), metrics: metrics.New(metrics.Options{Status: syncer.Status}),
-		settings: nodesettings.New(nodesettings.Options{}), events: NoEvents{}, state: state, tracker: kube.NewTracker(options),
+	j := &joined{log: log, nodeState: state, progress: newProgress(status), join: &join{
+		log: log, pipeline: p, flows: conntrack.New(conntrack.Options{}), relay: relay.New(relay.Options{}),
+		ports: health.NewPorts(health.PortsOptions{}), metrics: metrics.New(metrics.Options{Status: status}),
+		settings: nodesettings.New(nodesettings.Options{}), events: NoEvents{}, state: state,
 	}}
 	j.commits.add(j.metrics.Committed)
 	j.commits.add(j.flows.Committed)
@@ -126,7 +128,7 @@ func TestProgress(t *testing.T) {
 	j := newJoin(slog.New(slog.DiscardHandler))
 	at := func(minute int) time.Time { return time.Date(2026, 1, 1, 0, minute, 0, 0, time.UTC) }
 	// Before the first attempt, nothing counts: the list may take its time.
-	j.syncer.Update(map[dataplane.Key]*dataplane.Service{{Name: "x"}: nil})
+	j.pipeline.Syncer.Update(map[dataplane.Key]*dataplane.Service{{Name: "x"}: nil})
 	if got := j.report().WaitingSince; !got.IsZero() {
 		t.Errorf("before the first attempt: waiting since %s", got)
 	}
@@ -152,9 +154,9 @@ func TestProgress(t *testing.T) {
 	// Once a call has succeeded, changes count as well.
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
-	go func() { ended <- j.syncer.Run(ctx) }()
-	j.syncer.ListComplete()
-	if err := j.syncer.WaitSynced(t.Context()); err != nil {
+	go func() { ended <- j.pipeline.Syncer.Run(ctx) }()
+	j.pipeline.Syncer.ListComplete()
+	if err := j.pipeline.Syncer.WaitSynced(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	cancel()
@@ -162,7 +164,7 @@ func TestProgress(t *testing.T) {
 		t.Fatal(err)
 	}
 	before := time.Now()
-	j.syncer.Update(map[dataplane.Key]*dataplane.Service{{Name: "x"}: nil})
+	j.pipeline.Syncer.Update(map[dataplane.Key]*dataplane.Service{{Name: "x"}: nil})
 	j.commits.notify(sync.Commit{})
 	if got := j.report().WaitingSince; got.Before(before) {
 		t.Errorf("waiting since %s, want what was just handed over", got)

@@ -44,17 +44,14 @@ func (j *join) others(rules []otherproxy.Rules) {
 			"fix", "kube-proxy --cleanup, or "+r.Remove())
 		j.events.OtherProxy(r.String(), r.Effect(), r.Remove())
 	}
-	j.isAhead = len(rules) > 0
-	if j.node != nil {
-		j.setNode(*j.node)
-	}
+	j.pipeline.SetAheadOfOthers(len(rules) > 0)
 }
 
 // giveWay lets another Service proxy's rules go first some time after this program's
 // end, if there are any.
 func (a *Agent) giveWay(ctx context.Context, after time.Duration) {
 	a.join.mu.Lock()
-	ahead := a.join.isAhead
+	ahead := a.join.pipeline.IsAheadOfOthers()
 	a.join.mu.Unlock()
 	if !ahead || !a.standby.isActive() {
 		return

@@ -1,0 +1,78 @@
+package pipeline_test
+
+import (
+	"context"
+	"iter"
+	"net/netip"
+	"slices"
+	"testing"
+
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane/fake"
+	"fairlead.io/fairlead/internal/pipeline"
+	"fairlead.io/fairlead/kube"
+	"fairlead.io/fairlead/kube/kubetest"
+)
+
+// recorder is a dataplane that records the node and the Services of each Replace.
+type recorder struct {
+	*fake.Dataplane
+
+	nodes    []dataplane.Node
+	services []dataplane.Key
+}
+
+// Replace implements dataplane.Dataplane.
+func (r *recorder) Replace(ctx context.Context, node dataplane.Node, services iter.Seq[*dataplane.Service], progress func(int)) error {
+	r.nodes = append(r.nodes, node)
+	r.services = nil
+	for s := range services {
+		r.services = append(r.services, s.Key)
+	}
+	return r.Dataplane.Replace(ctx, node, services, progress)
+}
+
+// TestPipeline checks that objects reach the dataplane, the Services that others need
+// first, and that AheadOfOthers holds for the Nodes before and after it is set.
+func TestPipeline(t *testing.T) {
+	t.Parallel()
+	dp := &recorder{Dataplane: fake.New(fake.Options{})}
+	p := pipeline.New(dp, pipeline.Options{Tracker: kube.Options{NodeName: "node"}})
+	ctx, stop := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	wait := func() {
+		t.Helper()
+		if err := p.Syncer.WaitSynced(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p.SetAheadOfOthers(true) // before there is a node
+	everything := kube.Delta{LocalAddrs: []netip.Addr{netip.MustParseAddr("192.0.2.1")}, Node: kubetest.Node("node", "192.0.2.1")}
+	everything.Services = append(everything.Services,
+		kubetest.Service("default", "web", netip.MustParseAddr("10.96.0.11")),
+		kubetest.Service("kube-system", "dns", netip.MustParseAddr("10.96.0.10")))
+	p.Program(p.Track(everything))
+	p.Syncer.ListComplete()
+	go func() { ended <- p.Syncer.Run(ctx) }()
+	wait()
+	p.SetAheadOfOthers(false)
+	wait()
+	p.Program(p.Configure(kube.Options{DetectLocal: kube.DetectLocal{ClusterCIDRs: []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16")}}}))
+	wait()
+	p.SetAheadOfOthers(true)
+	wait()
+	stop()
+	if err := <-ended; err != nil {
+		t.Fatal(err)
+	}
+	var ahead []bool
+	for _, node := range dp.nodes {
+		ahead = append(ahead, node.AheadOfOthers)
+	}
+	if want := []bool{true, false, false, true}; !slices.Equal(ahead, want) || !p.IsAheadOfOthers() {
+		t.Errorf("ahead of others: %v, want %v", ahead, want)
+	}
+	if want := []string{"kube-system/dns", "default/web"}; len(dp.services) != len(want) || dp.services[0].Service() != want[0] || dp.services[1].Service() != want[1] {
+		t.Errorf("programmed %v, want %v", dp.services, want)
+	}
+}
