@@ -63,7 +63,7 @@ func runProgram(ctx context.Context, flags config.Flags, stderr io.Writer, setCl
 	if err := openSource(&options); err != nil { //nolint:contextcheck // what it opens has contexts of its own
 		return err
 	}
-	a, err := agent.New(options) //nolint:contextcheck // what it opens has contexts of its own
+	a, err := agent.New(options)
 	if err != nil {
 		return err
 	}

@@ -85,7 +85,7 @@ type Agent struct {
 	metrics    *metrics.Metrics
 	affinity   *affinity // nil where the kernel has no maps for it
 	settings   *nodesettings.Watcher
-	join       *join
+	dispatcher *dispatcher
 	standby    *standby
 	progress   *progress
 	names      *dns.Server      // nil if nobody asks for names
@@ -162,7 +162,7 @@ func New(o Options) (*Agent, error) {
 			o.Events.NotProgrammed(key, err)
 		}
 	})
-	a.join = &join{
+	a.dispatcher = &dispatcher{
 		log: log, pipeline: a.pipeline, flows: a.flows, relay: a.relay, ports: a.ports, metrics: a.metrics, settings: a.settings,
 		events: o.Events, names: a.names, state: state, nodePorts: tracker.NodePortAddresses,
 	}
@@ -228,14 +228,14 @@ func (a *Agent) Run(ctx context.Context) error {
 		watch := func(ctx context.Context, deliver func(nodeip.Addresses)) error {
 			return nodeip.Watch(ctx, nodeip.Options{Logger: a.log.With("component", "nodeip")}, deliver)
 		}
-		return a.join.follow(ctx, watch, ready)
+		return a.dispatcher.followAddresses(ctx, watch, ready)
 	})
 	group.Go(func() error {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-addressed:
-			return a.source.Run(ctx, a.join.deliver)
+			return a.source.Run(ctx, a.dispatcher.deliver)
 		}
 	})
 	group.Go(func() error {
@@ -259,7 +259,7 @@ func (a *Agent) Run(ctx context.Context) error {
 		active(a.affinity.run)
 	}
 	active(a.ports.Run)
-	active(a.join.events.Run)
+	active(a.dispatcher.events.Run)
 	a.serve(ctx, group, "healthz-bind-address", a.config.HealthzAddress, a.proxy.Handler(), a.servers.healthz)
 	a.serve(ctx, group, "metrics-bind-address", a.config.MetricsAddress, a.metricsHandler(), a.servers.metrics)
 	if a.reload != nil {

@@ -43,7 +43,7 @@ func TestBackendWithRequiredFieldsOnly(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
 	go func() { ended <- a.pipeline.Syncer.Run(ctx) }()
-	a.join.deliver(kube.Delta{})
+	a.dispatcher.deliver(kube.Delta{})
 	select {
 	case <-a.progress.programmed:
 	case <-t.Context().Done():

@@ -39,7 +39,7 @@ func TestUnservedServiceCIDR(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	j := newJoin(slog.New(slog.DiscardHandler))
+	j := newParts(slog.New(slog.DiscardHandler))
 	j.pipeline, j.hasNode = p, false
 	j.deliver(kube.Delta{ServiceCIDRs: list(kubetest.ServiceCIDR("kubernetes", "10.96.0.0/16", "fd00:10:96::/112"))})
 	if err := syncer.WaitSynced(t.Context()); err != nil {

@@ -22,37 +22,37 @@ func (a *Agent) lookForOthers(ctx context.Context) (watch func(context.Context) 
 		log.WarnContext(ctx, "can't tell whether another Service proxy's rules are on this node", "error", err)
 	}
 	if len(rules) > 0 {
-		a.join.others(rules)
+		a.dispatcher.setOtherProxy(rules)
 	}
 	return func(ctx context.Context) error {
-		scanner.Watch(ctx, rules, log, a.join.others)
+		scanner.Watch(ctx, rules, log, a.dispatcher.setOtherProxy)
 		return scanner.Close()
 	}
 }
 
-// others takes what there is of another Service proxy. Fairlead's rules go first while
+// setOtherProxy reports rules of another Service proxy. Fairlead's rules go first while
 // it is there.
-func (j *join) others(rules []otherproxy.Rules) {
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	j.metrics.OtherProxy(rules)
+func (d *dispatcher) setOtherProxy(rules []otherproxy.Rules) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.metrics.OtherProxy(rules)
 	if len(rules) == 0 {
-		j.log.Info("no rules of another Service proxy are left on this node")
+		d.log.Info("no rules of another Service proxy are left on this node")
 	}
 	for _, r := range rules {
-		j.log.Warn("another Service proxy's rules are on this node; Fairlead's go first", "rules", r.String(), "but", r.Effect(),
+		d.log.Warn("another Service proxy's rules are on this node; Fairlead's go first", "rules", r.String(), "but", r.Effect(),
 			"fix", "kube-proxy --cleanup, or "+r.Remove())
-		j.events.OtherProxy(r.String(), r.Effect(), r.Remove())
+		d.events.OtherProxy(r.String(), r.Effect(), r.Remove())
 	}
-	j.pipeline.SetAheadOfOthers(len(rules) > 0)
+	d.pipeline.SetAheadOfOthers(len(rules) > 0)
 }
 
 // giveWay lets another Service proxy's rules go first some time after this program's
 // end, if there are any.
 func (a *Agent) giveWay(ctx context.Context, after time.Duration) {
-	a.join.mu.Lock()
-	ahead := a.join.pipeline.IsAheadOfOthers()
-	a.join.mu.Unlock()
+	a.dispatcher.mu.Lock()
+	ahead := a.dispatcher.pipeline.IsAheadOfOthers()
+	a.dispatcher.mu.Unlock()
 	if !ahead || !a.standby.isActive() {
 		return
 	}

@@ -15,7 +15,7 @@ func (a *Agent) apply(ctx context.Context, next config.Config) {
 		a.log.WarnContext(ctx, "the configuration file has changed what needs a restart; it stays as it is until then", "what", what)
 	}
 	a.level.Set(next.LogLevel)
-	a.join.configure(trackerOptions(a.backend, next.Tracker))
+	a.dispatcher.configure(trackerOptions(a.backend, next.Tracker))
 	a.log.InfoContext(ctx, "the configuration file has changed and is in use")
 }
 

@@ -67,14 +67,14 @@ func TestModeStaysUntilRestart(t *testing.T) {
 		t.Run(test.runs+" to "+test.file, func(t *testing.T) {
 			t.Parallel()
 			var log bytes.Buffer
-			j := newJoin(slog.New(slog.NewTextHandler(&log, nil)))
+			j := newParts(slog.New(slog.NewTextHandler(&log, nil)))
 			was, _, err := config.Load(config.Flags{"hostname-override": "node"})
 			if err != nil {
 				t.Fatal(err)
 			}
 			next := was
 			was.Mode, next.Mode = test.runs, test.file
-			a := &Agent{log: j.log, level: &slog.LevelVar{}, config: was, backend: byName(t, test.runs), join: j.join}
+			a := &Agent{log: j.log, level: &slog.LevelVar{}, config: was, backend: byName(t, test.runs), dispatcher: j.dispatcher}
 			a.apply(t.Context(), next)
 			if j.nodePorts.All != test.everywhere {
 				t.Errorf("node ports are served on all addresses: %t, want %t", j.nodePorts.All, test.everywhere)

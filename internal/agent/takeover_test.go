@@ -37,7 +37,7 @@ func TestTakeOver(t *testing.T) {
 			t.Parallel()
 			var log bytes.Buffer
 			var cleaned []string
-			j := newJoin(slog.New(slog.NewTextHandler(&log, nil)))
+			j := newParts(slog.New(slog.NewTextHandler(&log, nil)))
 			done := make(chan struct{})
 			ctx, cancel := context.WithTimeout(t.Context(), patience)
 			defer cancel()

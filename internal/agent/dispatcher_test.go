@@ -27,9 +27,9 @@ import (
 	"fairlead.io/fairlead/sync"
 )
 
-// joined has the parts that take objects and commits.
-type joined struct {
-	*join
+// parts has the parts of an agent that take objects and commits.
+type parts struct {
+	*dispatcher
 	*nodeState
 	*progress
 
@@ -40,13 +40,13 @@ type joined struct {
 // list returns a list of objects whose type this package may not name.
 func list[T any](objects ...T) []T { return objects }
 
-// newJoin returns parts of which none runs.
-func newJoin(log *slog.Logger) *joined {
+// newParts returns parts of which none runs.
+func newParts(log *slog.Logger) *parts {
 	options := kube.Options{NodeName: "node"}
 	p := pipeline.New(fake.New(fake.Options{}), pipeline.Options{Tracker: options})
 	status := p.Syncer.Status
 	state := &nodeState{log: log, hasNode: true, name: options.NodeName}
-	j := &joined{log: log, nodeState: state, progress: newProgress(status), join: &join{
+	j := &parts{log: log, nodeState: state, progress: newProgress(status), dispatcher: &dispatcher{
 		log: log, pipeline: p, flows: conntrack.New(conntrack.Options{}), relay: relay.New(relay.Options{}),
 		ports: health.NewPorts(health.PortsOptions{}), metrics: metrics.New(metrics.Options{Status: status}),
 		settings: nodesettings.New(nodesettings.Options{}), events: NoEvents{}, state: state,
@@ -63,7 +63,7 @@ func newJoin(log *slog.Logger) *joined {
 func TestMissingNode(t *testing.T) {
 	t.Parallel()
 	var log bytes.Buffer
-	j := newJoin(slog.New(slog.NewTextHandler(&log, nil)))
+	j := newParts(slog.New(slog.NewTextHandler(&log, nil)))
 	node := kubetest.Node("node")
 	steps := []struct {
 		name     string
@@ -96,7 +96,7 @@ func TestMissingNode(t *testing.T) {
 func TestUnknownNode(t *testing.T) {
 	t.Parallel()
 	var log bytes.Buffer
-	j := newJoin(slog.New(slog.NewTextHandler(&log, nil)))
+	j := newParts(slog.New(slog.NewTextHandler(&log, nil)))
 	j.deliver(kube.Delta{NodeUnknown: true})
 	if log.Len() > 0 || !j.eligible() {
 		t.Errorf("log %q, eligible: %t", &log, j.eligible())
@@ -111,7 +111,7 @@ func TestUnknownNode(t *testing.T) {
 func TestNodeIsThere(t *testing.T) {
 	t.Parallel()
 	var log bytes.Buffer
-	j := newJoin(slog.New(slog.NewTextHandler(&log, nil)))
+	j := newParts(slog.New(slog.NewTextHandler(&log, nil)))
 	if j.eligible() {
 		t.Error("eligible before anything is known of the Node")
 	}
@@ -125,14 +125,14 @@ func TestNodeIsThere(t *testing.T) {
 // first failure on, although it may have nothing to do but repairs.
 func TestProgress(t *testing.T) {
 	t.Parallel()
-	j := newJoin(slog.New(slog.DiscardHandler))
+	j := newParts(slog.New(slog.DiscardHandler))
 	at := func(minute int) time.Time { return time.Date(2026, 1, 1, 0, minute, 0, 0, time.UTC) }
 	// Before the first attempt, nothing counts: the list may take its time.
 	j.pipeline.Syncer.Update(map[dataplane.Key]*dataplane.Service{{Name: "x"}: nil})
 	if got := j.report().WaitingSince; !got.IsZero() {
 		t.Errorf("before the first attempt: waiting since %s", got)
 	}
-	j = newJoin(j.log)
+	j = newParts(j.log)
 	steps := []struct {
 		commit sync.Commit
 		want   time.Time
@@ -175,7 +175,7 @@ func TestProgress(t *testing.T) {
 // program has seen happen and for nothing else.
 func TestNetworkProgrammingLatency(t *testing.T) {
 	t.Parallel()
-	j := newJoin(slog.New(slog.DiscardHandler))
+	j := newParts(slog.New(slog.DiscardHandler))
 	began := time.Now()
 	endpoint := func(address string, changed time.Time) kube.Delta {
 		return kube.Delta{EndpointSlices: list(kubetest.EndpointSlice("shop", "web", netip.MustParseAddr(address), changed))}
@@ -218,13 +218,13 @@ func TestNetworkProgrammingLatency(t *testing.T) {
 func TestNodePortsNowhere(t *testing.T) {
 	t.Parallel()
 	var log bytes.Buffer
-	j := newJoin(slog.New(slog.NewTextHandler(&log, nil)))
+	j := newParts(slog.New(slog.NewTextHandler(&log, nil)))
 	j.hasNode = false
 	web := kubetest.Service("shop", "web", netip.MustParseAddr("10.96.0.10"))
 	web.Spec.Ports[0].NodePort = 30080
 	webNodePort := web.DeepCopy()
 	webNodePort.Spec.Type = "NodePort"
-	j.addresses(nodeip.Addresses{All: []netip.Addr{netip.MustParseAddr("192.0.2.1")}})
+	j.setAddresses(nodeip.Addresses{All: []netip.Addr{netip.MustParseAddr("192.0.2.1")}})
 	steps := []struct {
 		name  string
 		delta kube.Delta
