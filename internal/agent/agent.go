@@ -29,9 +29,9 @@ import (
 	"fairlead.io/fairlead/sync"
 )
 
-// resyncPeriod is how often the kernel is compared with what is wanted although
-// nobody has announced a change: for announcements that were lost. Where nothing
-// differs nothing is written.
+// resyncPeriod is the time after which the kernel's state is compared with the desired
+// state although the kernel has announced no change: announcements can get lost. The
+// comparison writes only differences.
 const resyncPeriod = 15 * time.Minute
 
 // Options describe an [Agent].
@@ -88,13 +88,13 @@ type Agent struct {
 	dispatcher *dispatcher
 	standby    *standby
 	progress   *progress
-	names      *dns.Server      // nil if nobody asks for names
+	names      *dns.Server      // nil without --dns-listen
 	reload     *config.Reloader // nil without a configuration file
 }
 
-// New opens the backend and makes the parts, each after those that it needs. Nothing runs
-// yet, and nothing is programmed. The dataplane and the syncer report to observers, since
-// those that read the syncer's status also hear of its commits.
+// New opens the backend and makes the parts, each after the parts that it needs. Nothing
+// runs yet, and New programs nothing. The dataplane and the syncer report to observers,
+// because parts that need the syncer's status also observe its commits.
 //
 // Only [Agent.Run] closes the backend.
 func New(o Options) (*Agent, error) {
@@ -202,7 +202,7 @@ func (a *Agent) close(ctx context.Context) {
 }
 
 // Run programs the node until ctx is done or one of the parts fails, and then closes the
-// backend. What is programmed stays. Run must be called once.
+// backend. The kernel keeps the Services. Run must be called at most once.
 //
 // While everything is programmed for the first time, it changes the settings of the garbage
 // collector, unless the environment has them (GOGC, GOMEMLIMIT).

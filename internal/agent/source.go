@@ -13,7 +13,7 @@ type Source interface {
 	Run(ctx context.Context, deliver func(kube.Delta)) error
 }
 
-// Events are where operators of a cluster look for what is wrong.
+// Events report problems to the operators of a cluster.
 type Events interface {
 	Run(ctx context.Context) error
 	Apply(d kube.Delta)
@@ -26,7 +26,7 @@ type Events interface {
 
 var _ Events = NoEvents{}
 
-// NoEvents are for where nobody could read them.
+// NoEvents drop all reports, for a source without a cluster.
 type NoEvents struct{}
 
 // Run implements Events.

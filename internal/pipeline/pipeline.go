@@ -21,7 +21,7 @@ type Options struct {
 	ResyncPeriod time.Duration
 }
 
-// Pipeline turns objects into what a dataplane programs. Its methods must not be called at
+// Pipeline turns objects into the state of a dataplane. Its methods must not be called at
 // the same time.
 type Pipeline struct {
 	// Syncer programs the dataplane while its Run runs. Only [Pipeline.Program] calls its
@@ -44,11 +44,11 @@ func New(dp dataplane.Dataplane, o Options) *Pipeline {
 	}
 }
 
-// Track returns what changes with the objects of a Delta. The caller hands the Result to
+// Track returns the changes that follow from the objects of a Delta. The caller hands the Result to
 // Program, before the next call of Track or Configure.
 func (p *Pipeline) Track(d kube.Delta) kube.Result { return p.tracker.Apply(d) }
 
-// Configure returns what changes with other options of the tracker, as Track does.
+// Configure returns the changes that follow from other options of the tracker.
 func (p *Pipeline) Configure(o kube.Options) kube.Result { return p.tracker.Configure(o) }
 
 // Program hands a Result to the syncer. It does not wait for the kernel.
