@@ -81,3 +81,48 @@ func Encode(header []byte, encode func(*netlink.AttributeEncoder)) ([]byte, erro
 	}
 	return append(header, b...), nil
 }
+
+// AppendBytes appends an attribute with a value of at most 65,531 bytes, and its padding.
+// Unlike [Encode], the Append functions need no allocation for a value; they are for requests
+// that go by the hundred.
+func AppendBytes(b []byte, typ uint16, value []byte) []byte {
+	b = appendHeader(b, typ, len(value))
+	return pad(append(b, value...))
+}
+
+// AppendUint16 appends an attribute with a value in the host's order of bytes.
+func AppendUint16(b []byte, typ, value uint16) []byte {
+	return pad(binary.NativeEndian.AppendUint16(appendHeader(b, typ, 2), value))
+}
+
+// AppendUint32 appends an attribute with a value in the host's order of bytes.
+func AppendUint32(b []byte, typ uint16, value uint32) []byte {
+	return binary.NativeEndian.AppendUint32(appendHeader(b, typ, 4), value)
+}
+
+// AppendString appends an attribute with a text and the zero that ends it.
+func AppendString(b []byte, typ uint16, text string) []byte {
+	b = appendHeader(b, typ, len(text)+1)
+	return pad(append(append(b, text...), 0))
+}
+
+// AppendNested appends an attribute with the attributes that appendValue appends.
+func AppendNested(b []byte, typ uint16, appendValue func([]byte) []byte) []byte {
+	start := len(b)
+	b = appendValue(appendHeader(b, unix.NLA_F_NESTED|typ, 0))
+	binary.NativeEndian.PutUint16(b[start:], uint16(len(b)-start)) //nolint:gosec // at most 65,535, says the documentation
+	return b
+}
+
+func appendHeader(b []byte, typ uint16, length int) []byte {
+	b = binary.NativeEndian.AppendUint16(b, uint16(unix.NLA_HDRLEN+length)) //nolint:gosec // at most 65,535, says the documentation
+	return binary.NativeEndian.AppendUint16(b, typ)
+}
+
+// pad ends an attribute. What is before it must be padded.
+func pad(b []byte) []byte {
+	for len(b)%unix.NLA_ALIGNTO != 0 {
+		b = append(b, 0)
+	}
+	return b
+}

@@ -46,6 +46,24 @@ func TestAttributes(t *testing.T) {
 	}
 }
 
+// What is appended is what netlink.AttributeEncoder encodes.
+func TestAppend(t *testing.T) {
+	t.Parallel()
+	want := encode(t, func(e *netlink.AttributeEncoder) {
+		e.String(1, "wlc")
+		e.Nested(2, func(e *netlink.AttributeEncoder) error { e.Uint16(3, 0x1234); e.Bytes(4, []byte{1}); return nil })
+		e.Uint32(5, 0x12345678)
+		e.Nested(6, func(*netlink.AttributeEncoder) error { return nil })
+	})
+	got := AppendString(nil, 1, "wlc")
+	got = AppendNested(got, 2, func(b []byte) []byte { return AppendBytes(AppendUint16(b, 3, 0x1234), 4, []byte{1}) })
+	got = AppendUint32(got, 5, 0x12345678)
+	got = AppendNested(got, 6, func(b []byte) []byte { return b })
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("(-want +got)\n%s", diff)
+	}
+}
+
 func TestTruncatedAttributes(t *testing.T) {
 	t.Parallel()
 	whole := encode(t, func(e *netlink.AttributeEncoder) { e.Uint32(1, 7); e.Uint32(2, 8) })

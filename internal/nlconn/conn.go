@@ -42,6 +42,8 @@ type Conn struct {
 	conn *netlink.Conn
 	// sequence is the number of the last request.
 	sequence uint32
+	// deadline is when the socket stops to wait for answers.
+	deadline time.Time
 }
 
 // Dial connects to a netlink protocol (unix.NETLINK_*) in the network namespace of a file
@@ -63,7 +65,7 @@ func (c *Conn) dial() error {
 	if err := errors.Join(conn.SetWriteBuffer(sendBuffer), conn.SetReadBuffer(receiveBuffer)); err != nil {
 		return errors.Join(fmt.Errorf("set the buffers of a netlink socket: %w", err), conn.Close())
 	}
-	c.conn = conn
+	c.conn, c.deadline = conn, time.Time{}
 	return nil
 }
 
@@ -213,7 +215,10 @@ func (c *Conn) begin(ctx context.Context) (done func(error), err error) {
 		}
 	}
 	conn := c.conn
-	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
+	stop := func() bool { return true }
+	if ctx.Done() != nil {
+		stop = context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
+	}
 	done = func(err error) {
 		var answer *Error
 		if running := !stop(); running || err != nil && !errors.As(err, &answer) {
@@ -228,17 +233,21 @@ func (c *Conn) begin(ctx context.Context) (done func(error), err error) {
 	return done, nil
 }
 
-// setDeadline limits the wait for the next answer.
+// setDeadline limits the wait for the next answer to answerTimeout or somewhat more. It sets
+// another deadline only when the last one comes near, as that takes as long as a request.
 func (c *Conn) setDeadline(ctx context.Context) error {
-	deadline := time.Now().Add(answerTimeout)
-	for {
-		if err := c.conn.SetDeadline(deadline); err != nil {
+	if now := time.Now(); c.deadline.Sub(now) < answerTimeout {
+		c.deadline = now.Add(2 * answerTimeout)
+		if err := c.conn.SetDeadline(c.deadline); err != nil {
 			return fmt.Errorf("set the time limit of a netlink socket: %w", err)
 		}
-		// The deadline may have replaced the one that ends the wait with ctx.
-		if ctx.Err() == nil || deadline.Unix() == 1 {
-			return nil
-		}
-		deadline = time.Unix(1, 0)
 	}
+	if ctx.Err() == nil {
+		return nil
+	}
+	// The deadline may have replaced the one that ends the wait with ctx.
+	if err := c.conn.SetDeadline(time.Unix(1, 0)); err != nil {
+		return fmt.Errorf("set the time limit of a netlink socket: %w", err)
+	}
+	return nil
 }
