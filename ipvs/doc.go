@@ -76,11 +76,22 @@
 // frontend takes the virtual server over. Replace finds the virtual servers of Services
 // that were deleted while no Dataplane was running.
 //
-// # Many requests at once
+// # Netlink
 //
-// The kernel handles the requests of one sendmsg(2) in order and answers only those
-// that ask for it or fail. Virtual servers, destinations and routes are sent by the
-// hundred, with one answer for all; see conn.transact.
+// Package nlconn sends virtual servers, destinations and routes by the hundred: the kernel
+// handles the requests of one sendmsg(2) in order, and answers only the last one and those that
+// fail. github.com/moby/ipvs waits for an answer to each request: 10,000 virtual servers with 10
+// destinations took 7.0 s with it and 2.0 s together (BenchmarkLoad).
+//
+// The tests use that library to see what other programs see. The backend does not read by
+// it, for these reasons:
+//
+//   - It asks for the number of the family once for the life of the process. After the
+//     module was loaded again, all its calls fail (TestModuleIsLoadedAgain).
+//   - It takes 344 ms and 32 MB to read 1,000 virtual servers with 10 destinations each; this
+//     package takes 217 ms and 9 MB at most (BenchmarkRead).
+//   - It runs modprobe by os/exec, and logs by logrus that an image without programs lacks it.
+//   - It reads half of the 32 bits of a weight, and waits for lost answers without end.
 //
 // # What IPVS does not have
 //

@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/nlconn"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -37,7 +38,7 @@ const (
 type host struct {
 	netns  int
 	handle *netlink.Handle
-	routes *conn
+	routes *nlconn.Conn
 	link   int
 }
 
@@ -53,7 +54,7 @@ func openHost(netns int) (*host, error) {
 	if err != nil {
 		return nil, err
 	}
-	if h.routes, err = dial(netns, unix.NETLINK_ROUTE); err != nil {
+	if h.routes, err = nlconn.Dial(unix.NETLINK_ROUTE, netns); err != nil {
 		h.handle.Close()
 		return nil, err
 	}
@@ -62,7 +63,7 @@ func openHost(netns int) (*host, error) {
 
 func (h *host) close() error {
 	h.handle.Close()
-	return h.routes.close()
+	return h.routes.Close()
 }
 
 // setUp makes the interface and the rules, where they are missing. It writes
@@ -128,8 +129,7 @@ func (h *host) setUpFamily(f dataplane.Family) error {
 	}
 	// The internal addresses are the node's for its own connections as well, so
 	// that there is a route when these are translated.
-	messages := []message{h.route(unix.RTM_NEWROUTE, internalNet(f), unix.RT_TABLE_LOCAL)}
-	answers, err := h.routes.transact(messages)
+	answers, err := h.change(unix.RTM_NEWROUTE, unix.RT_TABLE_LOCAL, []netip.Prefix{internalNet(f)})
 	if err == nil {
 		err = answers[0]
 	}
@@ -162,78 +162,6 @@ func (h *host) hasRule(f dataplane.Family) (bool, error) {
 		}
 	}
 	return false, nil
-}
-
-// route is a request for a local route through the interface.
-func (h *host) route(typ uint16, to netip.Prefix, table uint32) message {
-	flags := uint16(0)
-	if typ == unix.RTM_NEWROUTE {
-		flags = unix.NLM_F_CREATE | unix.NLM_F_EXCL
-	}
-	body := attrs(routeHeader(addressFamily(to.Addr()), to.Bits(), unix.RTN_LOCAL)).
-		bytes(unix.RTA_DST, to.Addr().AsSlice()).
-		uint32(unix.RTA_OIF, uint32(h.link)). //nolint:gosec // an interface's index
-		uint32(unix.RTA_TABLE, table)
-	return message{typ: typ, flags: flags, body: body}
-}
-
-// routeHeader is a struct rtmsg (linux/rtnetlink.h).
-func routeHeader(family uint16, bits int, typ byte) []byte {
-	const compat = 252 // RT_TABLE_COMPAT: the table is in an attribute
-	return []byte{byte(family), byte(bits), 0, 0, compat, routeProtocol, unix.RT_SCOPE_HOST, typ, 0, 0, 0, 0}
-}
-
-// bind makes addresses the node's, or ends that. It returns the kernel's answer for
-// each. That one is bound already, or is not any more, is no error.
-func (h *host) bind(typ uint16, addrs []netip.Addr) ([]error, error) {
-	messages := make([]message, len(addrs))
-	for i, a := range addrs {
-		messages[i] = h.route(typ, netip.PrefixFrom(a, a.BitLen()), RouteTable)
-	}
-	answers, err := h.routes.transact(messages)
-	for i, answer := range answers {
-		if errors.Is(answer, unix.EEXIST) || errors.Is(answer, unix.ESRCH) {
-			answers[i] = nil
-		}
-	}
-	return answers, err
-}
-
-// bound returns the addresses that are bound.
-func (h *host) bound() (map[netip.Addr]bool, error) {
-	found := map[netip.Addr]bool{}
-	for _, f := range families() {
-		family := addressFamily(internalNet(f).Addr())
-		// With strict checks the kernel lists this table only, and takes no scope
-		// or protocol in the request.
-		body := attrs([]byte{byte(family), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}).uint32(unix.RTA_TABLE, RouteTable)
-		err := h.routes.dump(message{typ: unix.RTM_GETROUTE, body: body}, func(body []byte) error {
-			if len(body) < 12 || body[7] != unix.RTN_LOCAL {
-				return nil
-			}
-			var addr netip.Addr
-			var link, table uint32
-			attrs(body[12:]).each(func(typ uint16, data []byte) {
-				switch typ {
-				case unix.RTA_DST:
-					addr, _ = netip.AddrFromSlice(data)
-				case unix.RTA_OIF:
-					link = number32(data)
-				case unix.RTA_TABLE:
-					table = number32(data)
-				}
-			})
-			if table == RouteTable && addr.IsValid() && int(body[1]) == addr.BitLen() && int(link) == h.link {
-				found[addr] = true
-			}
-			return nil
-		})
-		// ENOENT: there is no such table, as nothing is in it yet.
-		if err != nil && !errors.Is(err, unix.ENOENT) && !isWithout(f, err) {
-			return nil, fmt.Errorf("list the %s routes of table %d: %w", f, RouteTable, err)
-		}
-	}
-	return found, nil
 }
 
 // remove removes the interface, with which its routes go, and the rules.

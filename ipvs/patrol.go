@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/nlconn"
 )
 
 const (
@@ -232,7 +233,7 @@ func (d *Dataplane) lookAfterDrains(k *kernel) error {
 	}
 	for {
 		d.mu.Lock()
-		more, err := d.removeDrained(requestsAtOnce)
+		more, err := d.removeDrained(nlconn.BatchSize)
 		d.mu.Unlock()
 		if !more || err != nil {
 			return err

@@ -10,12 +10,13 @@ import (
 	"time"
 
 	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/nlconn"
 	"fairlead.io/fairlead/nft"
 )
 
 // Replace implements [dataplane.Dataplane]. The rules come first, in which Services
 // whose virtual servers cannot take connections yet are closed; then the virtual
-// servers, and with every [requestsAtOnce] requests the rules that open them; and at
+// servers, and with every [nlconn.BatchSize] requests the rules that open them; and at
 // the end goes what is not wanted.
 func (d *Dataplane) Replace(ctx context.Context, node dataplane.Node, services iter.Seq[*dataplane.Service], progress func(int)) error {
 	d.mu.Lock()
@@ -269,7 +270,7 @@ func (r *replacement) fill(ctx context.Context, progress func(int)) error {
 			opening = append(opening, dataplane.Change{Old: closed(s), New: s})
 		}
 		pending++
-		if len(w.requests) >= requestsAtOnce {
+		if len(w.requests) >= nlconn.BatchSize {
 			if err := commit(); err != nil {
 				return err
 			}

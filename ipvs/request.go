@@ -1,6 +1,7 @@
 package ipvs
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -9,49 +10,62 @@ import (
 	"time"
 
 	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/nlconn"
 
+	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 )
 
 // kernel is IPVS of a network namespace, as its generic netlink family offers it
 // (linux/ip_vs.h, IPVS_GENL_NAME).
 type kernel struct {
-	*conn
-
-	family uint16
+	conn   *nlconn.Conn
+	family netlink.HeaderType
 }
 
 // dialKernel connects to IPVS. The error is unix.ENOENT where the kernel has none:
 // to ask makes it load the module, where there is a modprobe.
 func dialKernel(netns int) (*kernel, error) {
-	c, err := dial(netns, unix.NETLINK_GENERIC)
+	conn, err := nlconn.Dial(unix.NETLINK_GENERIC, netns)
 	if err != nil {
 		return nil, err
 	}
-	k := &kernel{conn: c}
-	request := message{
-		typ:  unix.GENL_ID_CTRL,
-		body: attrs{unix.CTRL_CMD_GETFAMILY, 1, 0, 0}.text(unix.CTRL_ATTR_FAMILY_NAME, "IPVS"),
-	}
-	c.seq++
-	if err = c.send(request.appendTo(nil, c.seq)); err == nil {
-		err = c.receive(func(h header, body []byte) (bool, error) {
-			if h.typ == unix.NLMSG_ERROR {
-				return true, errnoOf(body)
-			}
-			attrs(body[4:]).each(func(typ uint16, data []byte) {
-				if typ == unix.CTRL_ATTR_FAMILY_ID && len(data) == 2 {
-					k.family = binary.NativeEndian.Uint16(data)
-				}
-			})
-			return true, nil
-		})
-	}
-	if err != nil {
-		return nil, errors.Join(fmt.Errorf("ask the kernel for IPVS: %w", err), c.close())
+	k := &kernel{conn: conn}
+	if err := k.resolve(); err != nil {
+		return nil, errors.Join(err, k.close())
 	}
 	return k, nil
 }
+
+func (k *kernel) close() error { return k.conn.Close() }
+
+// resolve asks for the number of the family, which the kernel assigns when the module is
+// loaded.
+func (k *kernel) resolve() error {
+	request := message(unix.GENL_ID_CTRL, command(unix.CTRL_CMD_GETFAMILY), func(b []byte) []byte {
+		return nlconn.AppendString(b, unix.CTRL_ATTR_FAMILY_NAME, "IPVS")
+	})
+	body, err := k.conn.Get(context.Background(), request)
+	if err != nil {
+		return fmt.Errorf("ask the kernel for IPVS: %w", err)
+	}
+	number, _ := nlconn.Attribute(body[genericHeaderLen:], unix.CTRL_ATTR_FAMILY_ID)
+	k.family = netlink.HeaderType(nlconn.Uint16(number, binary.NativeEndian))
+	return nil
+}
+
+// genericHeaderLen is the size of a struct genlmsghdr (linux/genetlink.h).
+const genericHeaderLen = 4
+
+// message encodes a command of a family: a header with version 1 of the family, and
+// attributes.
+func message(family netlink.HeaderType, c command, attributes func([]byte) []byte) netlink.Message {
+	b := append(make([]byte, 0, typicalMessage), byte(c), 1, 0, 0)
+	return netlink.Message{Header: netlink.Header{Type: family}, Data: attributes(b)}
+}
+
+// typicalMessage is room for the largest request.
+const typicalMessage = 192
 
 // command is a command of the IPVS family.
 type command uint8
@@ -123,34 +137,69 @@ func (r request) String() string {
 }
 
 // message encodes the request for the family.
-func (r request) message(family uint16) message {
-	service := identify(r.server)
-	if r.command == newService || r.command == setService {
-		flags := binary.NativeEndian.AppendUint32(nil, r.flags)
-		flags = binary.NativeEndian.AppendUint32(flags, flagMask)
-		service = service.text(serviceScheduler, r.scheduler).bytes(serviceFlags, flags).uint32(serviceTimeout, r.timeout)
-		// All of the client's address counts for persistence.
-		if r.addr.Addr().Is4() {
-			service = service.bytes(serviceNetmask, []byte{0xff, 0xff, 0xff, 0xff})
-		} else {
-			service = service.uint32(serviceNetmask, 128)
+func (r request) message(family netlink.HeaderType) netlink.Message {
+	return message(family, r.command, func(b []byte) []byte {
+		b = nlconn.AppendNested(b, attrService, r.appendService)
+		if r.dest.IsValid() {
+			b = nlconn.AppendNested(b, attrDest, r.appendDestination)
 		}
-	}
-	body := attrs{byte(r.command), 1, 0, 0}.bytes(attrService, service)
-	if r.dest.IsValid() {
-		dest := attrs{}.bytes(destAddr, wide(r.dest.Addr())).bytes(destPort, networkPort(r.dest.Port()))
-		if r.command != delDest {
-			dest = dest.uint32(destForwarding, 0) // NAT
-			dest = dest.uint32(destWeight, r.weight).uint32(destUpperThreshold, 0).uint32(destLowerThreshold, 0)
-		}
-		body = body.bytes(attrDest, dest.uint16(destFamily, addressFamily(r.dest.Addr())))
-	}
-	return message{typ: family, body: body}
+		return b
+	})
 }
 
-func identify(s server) attrs {
-	return attrs{}.uint16(serviceFamily, addressFamily(s.addr.Addr())).uint16(serviceProtocol, uint16(s.protocol)).
-		bytes(serviceAddr, wide(s.addr.Addr())).bytes(servicePort, networkPort(s.addr.Port()))
+func (r request) appendService(b []byte) []byte {
+	b = r.appendKey(b)
+	if r.command != newService && r.command != setService {
+		return b
+	}
+	var flags [8]byte
+	binary.NativeEndian.PutUint32(flags[:], r.flags)
+	binary.NativeEndian.PutUint32(flags[4:], flagMask)
+	b = nlconn.AppendString(b, serviceScheduler, r.scheduler)
+	b = nlconn.AppendBytes(b, serviceFlags, flags[:])
+	b = nlconn.AppendUint32(b, serviceTimeout, r.timeout)
+	// All of the client's address counts for persistence.
+	if r.addr.Addr().Is4() {
+		return nlconn.AppendBytes(b, serviceNetmask, []byte{0xff, 0xff, 0xff, 0xff})
+	}
+	return nlconn.AppendUint32(b, serviceNetmask, 128)
+}
+
+func (r request) appendDestination(b []byte) []byte {
+	b = appendAddrPort(b, destAddr, destPort, r.dest)
+	if r.command != delDest {
+		b = nlconn.AppendUint32(b, destForwarding, 0) // NAT
+		b = nlconn.AppendUint32(b, destWeight, r.weight)
+		b = nlconn.AppendUint32(b, destUpperThreshold, 0)
+		b = nlconn.AppendUint32(b, destLowerThreshold, 0)
+	}
+	return nlconn.AppendUint16(b, destFamily, addressFamily(r.dest.Addr()))
+}
+
+// appendKey appends the attributes that the kernel finds the virtual server by.
+func (s server) appendKey(b []byte) []byte {
+	b = nlconn.AppendUint16(b, serviceFamily, addressFamily(s.addr.Addr()))
+	b = nlconn.AppendUint16(b, serviceProtocol, uint16(s.protocol))
+	return appendAddrPort(b, serviceAddr, servicePort, s.addr)
+}
+
+// appendAttribute appends the attribute of a command about a virtual server.
+func (s server) appendAttribute(b []byte) []byte {
+	return nlconn.AppendNested(b, attrService, s.appendKey)
+}
+
+// appendAddrPort appends an address as the kernel's union nf_inet_addr, which has an IPv4
+// address in the first four of 16 bytes, and a port in network byte order.
+func appendAddrPort(b []byte, addrType, portType uint16, a netip.AddrPort) []byte {
+	var addr [16]byte
+	if a.Addr().Is4() {
+		v4 := a.Addr().As4()
+		copy(addr[:], v4[:])
+	} else {
+		addr = a.Addr().As16()
+	}
+	b = nlconn.AppendBytes(b, addrType, addr[:])
+	return nlconn.AppendBytes(b, portType, []byte{byte(a.Port() >> 8), byte(a.Port())}) //nolint:gosec // the two halves
 }
 
 func addressFamily(a netip.Addr) uint16 {
@@ -158,14 +207,6 @@ func addressFamily(a netip.Addr) uint16 {
 		return unix.AF_INET
 	}
 	return unix.AF_INET6
-}
-
-// wide returns an address as the kernel's union nf_inet_addr: an IPv4 address is in
-// the first four of 16 bytes.
-func wide(a netip.Addr) []byte {
-	b := make([]byte, 16)
-	copy(b, a.AsSlice())
-	return b
 }
 
 func narrow(b []byte, family uint16) netip.Addr {
@@ -179,15 +220,14 @@ func narrow(b []byte, family uint16) netip.Addr {
 	return a
 }
 
-func networkPort(p uint16) []byte { return binary.BigEndian.AppendUint16(nil, p) }
-
-// run carries out requests, and returns the kernel's answer to each.
+// run carries out requests, many by one system call, and returns the kernel's answer to
+// each.
 func (k *kernel) run(requests []request) ([]error, error) {
-	messages := make([]message, len(requests))
+	messages := make([]netlink.Message, len(requests))
 	for i, r := range requests {
 		messages[i] = r.message(k.family)
 	}
-	return k.transact(messages)
+	return k.conn.Batch(context.Background(), messages)
 }
 
 // servers returns all virtual servers of the namespace by protocol and address, but
@@ -198,10 +238,20 @@ func (k *kernel) run(requests []request) ([]error, error) {
 // listed (net/netfilter/ipvs/ip_vs_ctl.c, ip_vs_genl_dump_services). See complete.
 func (k *kernel) servers() (map[server]settings, error) {
 	found := map[server]settings{}
-	err := k.dump(message{typ: k.family, body: attrs{byte(getService), 1, 0, 0}}, func(body []byte) error {
-		eachService(body, func(s server, set settings) { found[s] = set })
-		return nil
-	})
+	list := func() error {
+		request := message(k.family, getService, func(b []byte) []byte { return b })
+		_, err := k.conn.Dump(context.Background(), request, func(body []byte) error {
+			eachService(body, func(s server, set settings) { found[s] = set })
+			return nil
+		})
+		return err
+	}
+	err := list()
+	if errors.Is(err, unix.ENOENT) { // The module was loaded anew.
+		if err = k.resolve(); err == nil {
+			err = list()
+		}
+	}
 	if err != nil {
 		return nil, fmt.Errorf("list the virtual servers: %w", err)
 	}
@@ -228,20 +278,8 @@ func (k *kernel) complete(found map[server]settings, expected iter.Seq[server]) 
 
 // server returns one virtual server, and whether it is there.
 func (k *kernel) server(s server) (set settings, there bool, err error) {
-	k.seq++
-	m := message{typ: k.family, body: attrs{byte(getService), 1, 0, 0}.bytes(attrService, identify(s))}
-	if err = k.send(m.appendTo(nil, k.seq)); err == nil {
-		err = k.receive(func(h header, body []byte) (bool, error) {
-			switch {
-			case h.seq != k.seq:
-				return false, nil
-			case h.typ == unix.NLMSG_ERROR:
-				return true, errnoOf(body)
-			}
-			eachService(body, func(found server, of settings) { set, there = of, found == s })
-			return true, nil
-		})
-	}
+	body, err := k.conn.Get(context.Background(), message(k.family, getService, s.appendAttribute))
+	eachService(body, func(found server, of settings) { set, there = of, found == s })
 	if err != nil && !isGone(err) {
 		return settings{}, false, fmt.Errorf("look for the virtual server %s: %w", s, err)
 	}
@@ -250,18 +288,18 @@ func (k *kernel) server(s server) (set settings, there bool, err error) {
 
 // eachService calls visit with the virtual servers in a message of the family.
 func eachService(body []byte, visit func(server, settings)) {
-	attrs(body[min(4, len(body)):]).each(func(typ uint16, data []byte) {
+	for typ, data := range nlconn.Attributes(body[min(genericHeaderLen, len(body)):]) {
 		if typ != attrService {
-			return
+			continue
 		}
 		if s, set, ok := parseService(data); ok {
 			visit(s, set)
 		}
-	})
+	}
 }
 
 // parseService decodes a virtual server; one by firewall mark is none of ours.
-func parseService(b attrs) (server, settings, bool) {
+func parseService(b []byte) (server, settings, bool) {
 	var (
 		s                server
 		set              settings
@@ -269,26 +307,26 @@ func parseService(b attrs) (server, settings, bool) {
 		addr             []byte
 		marked, complete bool
 	)
-	b.each(func(typ uint16, data []byte) {
+	for typ, data := range nlconn.Attributes(b) {
 		switch typ {
 		case serviceFamily:
-			family = number16(data, binary.NativeEndian)
+			family = nlconn.Uint16(data, binary.NativeEndian)
 		case serviceProtocol:
-			s.protocol = dataplane.Protocol(number16(data, binary.NativeEndian)) //nolint:gosec // it is one
+			s.protocol = dataplane.Protocol(nlconn.Uint16(data, binary.NativeEndian)) //nolint:gosec // it is one
 		case serviceAddr:
 			addr = data
 		case servicePort:
-			port, complete = number16(data, binary.BigEndian), true
+			port, complete = nlconn.Uint16(data, binary.BigEndian), true
 		case serviceFwmark:
 			marked = true
 		case serviceScheduler:
-			set.scheduler = text(data)
+			set.scheduler = unix.ByteSliceToString(data)
 		case serviceFlags:
-			set.flags = number32(data) & flagMask
+			set.flags = nlconn.Uint32(data[:min(4, len(data))]) & flagMask // struct ip_vs_flags: behind them is a mask
 		case serviceTimeout:
-			set.timeout = number32(data)
+			set.timeout = nlconn.Uint32(data)
 		}
-	})
+	}
 	if set.flags&flagPersistent == 0 {
 		set.timeout = 0
 	}
@@ -310,14 +348,13 @@ type destination struct {
 // such server.
 func (k *kernel) destinations(s server) (map[netip.AddrPort]destination, error) {
 	found := map[netip.AddrPort]destination{}
-	request := message{typ: k.family, body: attrs{byte(getDest), 1, 0, 0}.bytes(attrService, identify(s))}
-	err := k.dump(request, func(body []byte) error {
-		attrs(body[min(4, len(body)):]).each(func(typ uint16, data []byte) {
+	_, err := k.conn.Dump(context.Background(), message(k.family, getDest, s.appendAttribute), func(body []byte) error {
+		for typ, data := range nlconn.Attributes(body[min(genericHeaderLen, len(body)):]) {
 			if typ == attrDest {
 				addr, d := parseDestination(data, addressFamily(s.addr.Addr()))
 				found[addr] = d
 			}
-		})
+		}
 		return nil
 	})
 	if err != nil && !errors.Is(err, unix.ESRCH) && !errors.Is(err, unix.ENOENT) {
@@ -326,28 +363,28 @@ func (k *kernel) destinations(s server) (map[netip.AddrPort]destination, error) 
 	return found, nil
 }
 
-func parseDestination(b attrs, family uint16) (netip.AddrPort, destination) {
+func parseDestination(b []byte, family uint16) (netip.AddrPort, destination) {
 	var (
 		addr []byte
 		port uint16
 		d    destination
 	)
-	b.each(func(typ uint16, data []byte) {
+	for typ, data := range nlconn.Attributes(b) {
 		switch typ {
 		case destAddr:
 			addr = data
 		case destPort:
-			port = number16(data, binary.BigEndian)
+			port = nlconn.Uint16(data, binary.BigEndian)
 		case destFamily:
-			family = number16(data, binary.NativeEndian)
+			family = nlconn.Uint16(data, binary.NativeEndian)
 		case destForwarding:
-			d.nat = number32(data)&7 == 0 // IP_VS_CONN_F_FWD_MASK
+			d.nat = nlconn.Uint32(data)&7 == 0 // IP_VS_CONN_F_FWD_MASK
 		case destWeight:
-			d.weight = number32(data)
+			d.weight = nlconn.Uint32(data)
 		case destActive, destInactive:
-			d.connections += number32(data)
+			d.connections += nlconn.Uint32(data)
 		}
-	})
+	}
 	return netip.AddrPortFrom(narrow(addr, family), port), d
 }
 
@@ -355,9 +392,12 @@ func parseDestination(b attrs, family uint16) (netip.AddrPort, destination) {
 func (k *kernel) setTimeouts(tcp, tcpFin, udp time.Duration) error {
 	// What is 0 stays as it is (net/netfilter/ipvs/ip_vs_ctl.c, ip_vs_set_timeout).
 	seconds := func(d time.Duration) uint32 { return uint32(d / time.Second) } //nolint:gosec // checked when it was given
-	body := attrs{byte(setTimeouts), 1, 0, 0}.uint32(attrTCPTimeout, seconds(tcp)).
-		uint32(attrTCPFin, seconds(tcpFin)).uint32(attrUDPTimeout, seconds(udp))
-	answers, err := k.transact([]message{{typ: k.family, body: body}})
+	request := message(k.family, setTimeouts, func(b []byte) []byte {
+		b = nlconn.AppendUint32(b, attrTCPTimeout, seconds(tcp))
+		b = nlconn.AppendUint32(b, attrTCPFin, seconds(tcpFin))
+		return nlconn.AppendUint32(b, attrUDPTimeout, seconds(udp))
+	})
+	answers, err := k.conn.Batch(context.Background(), []netlink.Message{request})
 	if err == nil {
 		err = answers[0]
 	}
@@ -365,27 +405,4 @@ func (k *kernel) setTimeouts(tcp, tcpFin, udp time.Duration) error {
 		return fmt.Errorf("set the timeouts of connections: %w", err)
 	}
 	return nil
-}
-
-func number16(b []byte, order binary.ByteOrder) uint16 {
-	if len(b) < 2 {
-		return 0
-	}
-	return order.Uint16(b)
-}
-
-func number32(b []byte) uint32 {
-	if len(b) < 4 {
-		return 0
-	}
-	return binary.NativeEndian.Uint32(b)
-}
-
-func text(b []byte) string {
-	for i, c := range b {
-		if c == 0 {
-			return string(b[:i])
-		}
-	}
-	return string(b)
 }

@@ -1,11 +1,11 @@
 package ipvs
 
 import (
-	"encoding/binary"
 	"net/netip"
 	"testing"
 
 	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/nlconn"
 
 	"golang.org/x/sys/unix"
 )
@@ -33,11 +33,11 @@ func TestServicesAreReadAsTheyAreWritten(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			m := request{command: newService, server: tt.server, settings: tt.settings}.message(30)
-			if m.typ != 30 || m.body[0] != byte(newService) || m.body[1] != 1 {
-				t.Errorf("the message is of type %d with the header % x, want the family's number, the command and version 1", m.typ, m.body[:4])
+			if m.Header.Type != 30 || m.Data[0] != byte(newService) || m.Data[1] != 1 {
+				t.Errorf("the message is of type %d with the header % x, want the family's number, the command and version 1", m.Header.Type, m.Data[:4])
 			}
 			found := 0
-			attrs(m.body[4:]).each(func(typ uint16, data []byte) {
+			for typ, data := range nlconn.Attributes(m.Data[4:]) {
 				if typ != attrService {
 					t.Errorf("attribute %d, want a service alone", typ)
 				}
@@ -45,7 +45,7 @@ func TestServicesAreReadAsTheyAreWritten(t *testing.T) {
 				if s, set, ok := parseService(data); !ok || s != tt.server || set != tt.settings {
 					t.Errorf("read %v %+v (%t), want %v %+v", s, set, ok, tt.server, tt.settings)
 				}
-			})
+			}
 			if found != 1 {
 				t.Errorf("%d services, want 1", found)
 			}
@@ -57,14 +57,15 @@ func TestServicesAreReadAsTheyAreWritten(t *testing.T) {
 func TestATimeoutWithoutPersistenceIsNotRead(t *testing.T) {
 	t.Parallel()
 	m := request{command: newService, server: at("10.96.0.1:80"), settings: settings{scheduler: "rr", timeout: 360}}.message(30)
-	if _, set, ok := parseService(attrs(m.body[8:])); !ok || set != (settings{scheduler: "rr"}) {
+	if _, set, ok := parseService(m.Data[8:]); !ok || set != (settings{scheduler: "rr"}) {
 		t.Errorf("read %+v (%t), want no timeout", set, ok)
 	}
 }
 
 func TestVirtualServersByMarkAreNotOurs(t *testing.T) {
 	t.Parallel()
-	marked := identify(at("0.0.0.0:0")).uint32(serviceFwmark, 7).text(serviceScheduler, "rr")
+	marked := nlconn.AppendUint32(at("0.0.0.0:0").appendKey(nil), serviceFwmark, 7)
+	marked = nlconn.AppendString(marked, serviceScheduler, "rr")
 	if s, _, ok := parseService(marked); ok {
 		t.Errorf("a virtual server by mark is read as %s", s)
 	}
@@ -79,16 +80,16 @@ func TestDestinationsAreReadAsTheyAreWritten(t *testing.T) {
 		dest := netip.MustParseAddrPort(tt.dest)
 		m := request{command: newDest, server: tt.server, dest: dest, weight: 1}.message(30)
 		found := 0
-		attrs(m.body[4:]).each(func(typ uint16, data []byte) {
+		for typ, data := range nlconn.Attributes(m.Data[4:]) {
 			if typ != attrDest {
-				return
+				continue
 			}
 			found++
 			addr, d := parseDestination(data, unix.AF_UNSPEC)
 			if want := (destination{weight: 1, nat: true}); addr != dest || d != want {
 				t.Errorf("read %s %+v, want %s %+v", addr, d, dest, want)
 			}
-		})
+		}
 		if found != 1 {
 			t.Errorf("%d destinations, want 1", found)
 		}
@@ -97,7 +98,7 @@ func TestDestinationsAreReadAsTheyAreWritten(t *testing.T) {
 
 func TestConnectionsAreThoseOfBothStates(t *testing.T) {
 	t.Parallel()
-	b := attrs{}.uint32(destActive, 3).uint32(destInactive, 4).uint32(destForwarding, 3)
+	b := nlconn.AppendUint32(nlconn.AppendUint32(nlconn.AppendUint32(nil, destActive, 3), destInactive, 4), destForwarding, 3)
 	if _, d := parseDestination(b, unix.AF_INET); d.connections != 7 || d.nat {
 		t.Errorf("%+v, want 7 connections, and no translation", d)
 	}
@@ -112,11 +113,11 @@ func TestRequestsNameTheVirtualServer(t *testing.T) {
 			r.dest = netip.MustParseAddrPort("10.0.0.1:1")
 		}
 		m := r.message(30)
-		attrs(m.body[4:]).each(func(typ uint16, data []byte) {
+		for typ, data := range nlconn.Attributes(m.Data[4:]) {
 			if s, _, ok := parseService(data); typ == attrService && (!ok || s != r.server) {
 				t.Errorf("%s: %s (%t), want %s", r, s, ok, r.server)
 			}
-		})
+		}
 		if c.String() == "" {
 			t.Errorf("command %d has no name", c)
 		}
@@ -125,28 +126,16 @@ func TestRequestsNameTheVirtualServer(t *testing.T) {
 
 // FuzzParse looks for what makes the decoders panic.
 func FuzzParse(f *testing.F) {
-	f.Add([]byte(identify(at("10.96.0.1:80")).text(serviceScheduler, "rr")))
-	f.Add(request{command: newDest, server: at("[fd00::1]:80"), dest: netip.MustParseAddrPort("[fd01::5]:80")}.message(30).body)
+	f.Add(nlconn.AppendString(at("10.96.0.1:80").appendKey(nil), serviceScheduler, "rr"))
+	f.Add(request{command: newDest, server: at("[fd00::1]:80"), dest: netip.MustParseAddrPort("[fd01::5]:80")}.message(30).Data)
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if s, _, ok := parseService(b); ok && !s.addr.Addr().IsValid() {
 			t.Errorf("a virtual server without an address: %v", s)
 		}
 		parseDestination(b, unix.AF_INET6)
-		_ = errnoOf(b)
-	})
-}
-
-func TestAnswersAreErrnos(t *testing.T) {
-	t.Parallel()
-	code := func(n int32) []byte { return binary.NativeEndian.AppendUint32(nil, uint32(n)) } //nolint:gosec // as the kernel does
-	for _, tt := range []struct {
-		body []byte
-		want error
-	}{
-		{code(0), nil}, {code(-int32(unix.EEXIST)), unix.EEXIST}, {code(12), nil}, {nil, nil}, {[]byte{1}, nil},
-	} {
-		if got := errnoOf(tt.body); got != tt.want { //nolint:errorlint // an errno as it is
-			t.Errorf("% x is %v, want %v", tt.body, got, tt.want)
+		h := host{link: 1}
+		if addr, ok := h.parseRoute(b); ok && !addr.IsValid() {
+			t.Errorf("a route to nowhere: % x", b)
 		}
-	}
+	})
 }

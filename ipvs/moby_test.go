@@ -1,0 +1,159 @@
+//go:build ipvs
+
+package ipvs
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/kmod"
+	"fairlead.io/fairlead/internal/nettest"
+
+	"github.com/moby/ipvs"
+	"golang.org/x/sys/unix"
+)
+
+// The kernel gives IPVS another family number when its module is loaded again. The backend
+// asks for the number again. github.com/moby/ipvs asks once for the life of the process,
+// so none of its handles works any more; if that changes, this package may use more of it.
+func TestModuleIsLoadedAgain(t *testing.T) {
+	ns, err := nettest.NewNamespace("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ns.Close()
+	path := fmt.Sprintf("/proc/self/fd/%d", ns.Fd())
+	moby, err := ipvs.New(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := moby.GetServices(); err != nil {
+		t.Fatal(err)
+	}
+	moby.Close()
+	k, err := dialKernel(ns.Fd())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer k.close() //nolint:errcheck // it is not used any more
+	before := k.family
+	reload(t)
+	if _, err := k.servers(); err != nil {
+		t.Error(err)
+	}
+	if k.family == before {
+		t.Errorf("the family's number is %d as before", before)
+	}
+	s := server{dataplane.TCP, benchServers(1)[0].addr}
+	answers, err := k.run([]request{{command: newService, server: s, settings: settings{scheduler: "rr"}}, {command: delService, server: s}})
+	if err := errors.Join(append(answers, err)...); err != nil {
+		t.Error(err)
+	}
+	if moby, err = ipvs.New(path); err == nil {
+		_, err = moby.GetServices()
+		moby.Close()
+	}
+	if !errors.Is(err, unix.ENOENT) {
+		t.Errorf("github.com/moby/ipvs: error %v, want ENOENT", err)
+	}
+}
+
+// reload unloads IPVS with its schedulers and loads it again. The kernel takes a moment to
+// let go of the namespaces of tests before.
+func reload(t *testing.T) {
+	t.Helper()
+	for limit := time.Now().Add(time.Minute); ; time.Sleep(100 * time.Millisecond) {
+		b, err := os.ReadFile("/proc/modules")
+		if err != nil {
+			t.Fatal(err)
+		}
+		var loaded []string
+		for line := range strings.Lines(string(b)) {
+			if name, _, _ := strings.Cut(line, " "); strings.HasPrefix(name, "ip_vs") {
+				loaded = append(loaded, name)
+			}
+		}
+		if len(loaded) == 0 {
+			break
+		}
+		slices.Sort(loaded)
+		slices.Reverse(loaded) // ip_vs itself comes last
+		for _, name := range loaded {
+			if err = unix.DeleteModule(name, 0); err != nil {
+				break
+			}
+		}
+		if err != nil && time.Now().After(limit) {
+			t.Fatalf("unload %v: %v", loaded, err)
+		}
+	}
+	if err := kmod.Load("ip_vs"); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// BenchmarkRead compares reading by this package and by github.com/moby/ipvs: all virtual
+// servers, and the destinations of each.
+func BenchmarkRead(b *testing.B) {
+	const n = 1000
+	ns, h := benchHost(b)
+	k, err := dialKernel(ns.Fd())
+	if err != nil {
+		b.Fatal(err)
+	}
+	var requests []request
+	for i, s := range benchServers(n) {
+		requests = append(requests, request{command: newService, server: s, settings: settings{scheduler: "rr"}})
+		for j := range benchDestinations {
+			requests = append(requests, request{command: newDest, server: s, dest: benchDestination(i, j), weight: 1})
+		}
+	}
+	answers, err := k.run(requests)
+	if err := errors.Join(append(answers, err)...); err != nil {
+		b.Fatal(err)
+	}
+	b.Run(fmt.Sprintf("by=fairlead/servers=%d", n), func(b *testing.B) {
+		b.ReportAllocs()
+		for b.Loop() {
+			found, err := k.servers()
+			if err != nil || len(found) != n {
+				b.Fatalf("%d virtual servers, %v", len(found), err)
+			}
+			for s := range found {
+				destinations, err := k.destinations(s)
+				if err != nil || len(destinations) != benchDestinations {
+					b.Fatalf("%s: %d destinations, %v", s, len(destinations), err)
+				}
+			}
+		}
+	})
+	b.Run(fmt.Sprintf("by=moby/servers=%d", n), func(b *testing.B) {
+		moby, err := ipvs.New(fmt.Sprintf("/proc/self/fd/%d", ns.Fd()))
+		if err != nil {
+			b.Fatal(err)
+		}
+		defer moby.Close()
+		b.ReportAllocs()
+		for b.Loop() {
+			found, err := moby.GetServices()
+			if err != nil || len(found) != n {
+				b.Fatalf("%d virtual servers, %v", len(found), err)
+			}
+			for _, s := range found {
+				destinations, err := moby.GetDestinations(s)
+				if err != nil || len(destinations) != benchDestinations {
+					b.Fatalf("%v: %d destinations, %v", s, len(destinations), err)
+				}
+			}
+		}
+	})
+	if err := errors.Join(k.close(), h.close(), ns.Close()); err != nil {
+		b.Fatal(err)
+	}
+}

@@ -1,0 +1,100 @@
+package ipvs
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+
+	"fairlead.io/fairlead/internal/nlconn"
+
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// change adds or deletes local routes through the interface, many by one system call. It
+// returns the kernel's answer for each.
+func (h *host) change(typ uint16, table uint32, to []netip.Prefix) ([]error, error) {
+	requests := make([]netlink.Message, len(to))
+	for i, p := range to {
+		b := append(make([]byte, 0, 64), routeHeader(addressFamily(p.Addr()), p.Bits(), unix.RTN_LOCAL)...)
+		b = nlconn.AppendBytes(b, unix.RTA_DST, p.Addr().AsSlice())
+		b = nlconn.AppendUint32(b, unix.RTA_OIF, uint32(h.link)) //nolint:gosec // an interface's index
+		b = nlconn.AppendUint32(b, unix.RTA_TABLE, table)
+		requests[i] = netlink.Message{Header: netlink.Header{Type: netlink.HeaderType(typ)}, Data: b}
+		if typ == unix.RTM_NEWROUTE {
+			requests[i].Header.Flags = netlink.Create | netlink.Excl
+		}
+	}
+	return h.routes.Batch(context.Background(), requests)
+}
+
+// routeHeaderLen is the size of a struct rtmsg.
+const routeHeaderLen = unix.SizeofRtMsg
+
+// routeHeader is a struct rtmsg (linux/rtnetlink.h).
+func routeHeader(family uint16, bits int, typ byte) []byte {
+	const compat = 252 // RT_TABLE_COMPAT: the table is in an attribute
+	return []byte{byte(family), byte(bits), 0, 0, compat, routeProtocol, unix.RT_SCOPE_HOST, typ, 0, 0, 0, 0}
+}
+
+// bind makes addresses the node's, or ends that. It returns the kernel's answer for
+// each. That one is bound already, or is not any more, is no error.
+func (h *host) bind(typ uint16, addrs []netip.Addr) ([]error, error) {
+	to := make([]netip.Prefix, len(addrs))
+	for i, a := range addrs {
+		to[i] = netip.PrefixFrom(a, a.BitLen())
+	}
+	answers, err := h.change(typ, RouteTable, to)
+	for i, answer := range answers {
+		if errors.Is(answer, unix.EEXIST) || errors.Is(answer, unix.ESRCH) {
+			answers[i] = nil
+		}
+	}
+	return answers, err
+}
+
+// bound returns the addresses that are bound.
+func (h *host) bound() (map[netip.Addr]bool, error) {
+	found := map[netip.Addr]bool{}
+	for _, f := range families() {
+		family := addressFamily(internalNet(f).Addr())
+		// With strict checks the kernel lists this table only, and takes no scope
+		// or protocol in the request.
+		request := netlink.Message{
+			Header: netlink.Header{Type: unix.RTM_GETROUTE},
+			Data:   nlconn.AppendUint32([]byte{byte(family), routeHeaderLen - 1: 0}, unix.RTA_TABLE, RouteTable),
+		}
+		_, err := h.routes.Dump(context.Background(), request, func(data []byte) error {
+			if addr, ok := h.parseRoute(data); ok {
+				found[addr] = true
+			}
+			return nil
+		})
+		// ENOENT: there is no such table, as nothing is in it yet.
+		if err != nil && !errors.Is(err, unix.ENOENT) && !isWithout(f, err) {
+			return nil, fmt.Errorf("list the %s routes of table %d: %w", f, RouteTable, err)
+		}
+	}
+	return found, nil
+}
+
+// parseRoute returns the address that a route binds, if it is one of ours.
+func (h *host) parseRoute(b []byte) (netip.Addr, bool) {
+	if len(b) < routeHeaderLen || b[7] != unix.RTN_LOCAL {
+		return netip.Addr{}, false
+	}
+	var addr netip.Addr
+	var link, table uint32
+	for typ, data := range nlconn.Attributes(b[routeHeaderLen:]) {
+		switch typ {
+		case unix.RTA_DST:
+			addr, _ = netip.AddrFromSlice(data)
+		case unix.RTA_OIF:
+			link = nlconn.Uint32(data)
+		case unix.RTA_TABLE:
+			table = nlconn.Uint32(data)
+		}
+	}
+	return addr, table == RouteTable && addr.IsValid() && int(b[1]) == addr.BitLen() && int(link) == h.link
+}
