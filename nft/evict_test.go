@@ -32,16 +32,25 @@ func stickyServices(t *testing.T, endpoints []netip.AddrPort, names ...string) m
 	return services
 }
 
-// flood sends a packet of UDP from each of n source addresses that the host does not
-// have.
-func flood(t *testing.T, h *nettest.Host, to netip.AddrPort, n int, source func(i int) netip.Addr) {
+// flood sends a UDP packet from each of n source addresses that the host does not have.
+// It sends them in small batches and waits after each until the endpoints have read their
+// packets: a full socket buffer would drop the packets of the clients that follow.
+func flood(t *testing.T, h *nettest.Host, to netip.AddrPort, endpoints []netip.AddrPort, n int, source func(i int) netip.Addr) {
 	t.Helper()
-	err := h.SpoofUDP(to, func(yield func(netip.Addr) bool) {
-		for i := 0; i < n && yield(source(i)); i++ {
+	const batch = 64
+	for first := 0; first < n; first += batch {
+		err := h.SpoofUDP(to, func(yield func(netip.Addr) bool) {
+			for i := first; i < min(first+batch, n) && yield(source(i)); i++ {
+			}
+		})
+		if err != nil {
+			t.Fatal(err)
 		}
-	})
-	if err != nil {
-		t.Fatal(err)
+		for _, e := range endpoints { // an endpoint answers in the order of arrival
+			if _, err := h.Connect(t.Context(), nettest.UDP, e); err != nil {
+				t.Fatal(err)
+			}
+		}
 	}
 }
 
@@ -98,7 +107,7 @@ func TestAffinityUnderFlood(t *testing.T) {
 	}
 	at := func(s *dataplane.Service) netip.AddrPort { return s.Frontends[0].Addr }
 
-	flood(t, network.Outside, at(s4[flooded]), 10*limit, func(i int) netip.Addr {
+	flood(t, network.Outside, at(s4[flooded]), v4, 10*limit, func(i int) netip.Addr {
 		return netip.AddrFrom4([4]byte{198, 18, byte(i >> 8), byte(i)}) //nolint:gosec // low bits
 	})
 	if sticks(t, client, at(s4[flooded])) {
@@ -117,7 +126,7 @@ func TestAffinityUnderFlood(t *testing.T) {
 		}
 	}
 
-	flood(t, network.Outside, at(s6[flooded]), 10*limit, func(i int) netip.Addr {
+	flood(t, network.Outside, at(s6[flooded]), v6, 10*limit, func(i int) netip.Addr {
 		return netip.AddrFrom16([16]byte{0x20, 0x01, 0x0d, 0xb8, 0xba, 0xd0, 8: 1, 14: byte(i >> 8), 15: byte(i)}) //nolint:gosec // low bits
 	})
 	for _, name := range []string{flooded, neighbour, other} {
