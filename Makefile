@@ -99,8 +99,8 @@ ACCEL ?= tcg
 # other. Nothing of ipvs, which is tested nowhere else; and of cmd/fairlead those tests
 # alone that are behind the build tag.
 VMSKIP-nft := ^TestBehaviour$$/(thousands_of_clients|1000_endpoints|Read_returns)
-VMSKIP-nft := $(VMSKIP-nft)|^(TestRandomStates|TestCountsFollowTheKernel|TestApplyOfManyServices|TestListingOfManyServices)
-VMSKIP-nft := $(VMSKIP-nft)|^(TestReplaceIsolates|TestLargestService|TestInterrupted|TestStepsAreSeenInOrder)
+VMSKIP-nft := $(VMSKIP-nft)|^(TestRandomStates|TestReferenceCounts|TestApplyManyServices|TestListManyServices)
+VMSKIP-nft := $(VMSKIP-nft)|^(TestReplaceIsolates|TestLargestService|TestRunInterrupted|TestStepOrder)
 VMSKIP-nft-6.1 := |^TestDrift
 VMSKIP-nft-6.12 := |^TestBehaviour$$/./SCTP|^TestBehaviour$$/././SCTP|^TestBehaviour$$/./././SCTP
 VMRUN-cmd = ^($(shell sed -n 's/^func \(Test[A-Za-z0-9]*\).*/\1/p' cmd/fairlead/ipvs_test.go | paste -sd '|'))$$

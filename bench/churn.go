@@ -13,8 +13,8 @@ import (
 
 	"fairlead.io/fairlead/bench/cluster"
 	"fairlead.io/fairlead/bench/result"
-	"fairlead.io/fairlead/bench/rig"
 	"fairlead.io/fairlead/bench/system"
+	"fairlead.io/fairlead/bench/testbed"
 	"fairlead.io/fairlead/dataplane"
 	"fairlead.io/fairlead/kube"
 	"fairlead.io/fairlead/sync"
@@ -24,25 +24,25 @@ import (
 // long others take: what is due while the syncer's input is worked on goes into one
 // Delta, as a source would do.
 func churn(ctx context.Context, o Options, m *measurements) error {
-	services := some(o.Services, o.Endpoints)
-	err := loaded(ctx, o, services, func(s *subject, _ *rig.Probe) error {
-		c := &churner{subject: s, slices: slicesOf(services)}
+	services := newServices(o.Services, o.Endpoints)
+	err := withLoadedTestbed(ctx, o, services, func(s *pipelineUnderTest, _ *testbed.Probe) error {
+		c := &churner{pipeline: s, slices: churnSlices(services)}
 		for _, rate := range o.Rates {
 			o.Progress(fmt.Sprintf("churn: %d Services, %g changes a second for %s", o.Services, rate, o.ChurnTime))
-			if err := c.at(ctx, rate, o, m); err != nil {
+			if err := c.runAt(ctx, rate, o, m); err != nil {
 				return fmt.Errorf("%g changes a second: %w", rate, err)
 			}
 		}
 		return nil
 	})
 	if err == nil {
-		m.note("Figures of churn and memory are of the benchmark's own process, which makes the events as well.")
+		m.addNote("Figures of churn and memory are of the benchmark's own process, which makes the events as well.")
 	}
 	return err
 }
 
-// slicesOf returns the EndpointSlices of up to some thousand of the Services.
-func slicesOf(services []*cluster.Service) []*discoveryv1.EndpointSlice {
+// churnSlices returns the EndpointSlices of up to some thousand of the Services.
+func churnSlices(services []*cluster.Service) []*discoveryv1.EndpointSlice {
 	const most = 4096
 	list := make([]*discoveryv1.EndpointSlice, min(len(services), most))
 	for i := range list {
@@ -51,9 +51,9 @@ func slicesOf(services []*cluster.Service) []*discoveryv1.EndpointSlice {
 	return list
 }
 
-// replaced returns the EndpointSlice with another endpoint instead of the last. It
+// withReplacedEndpoint returns the EndpointSlice with another endpoint instead of the last. It
 // costs little, as it counts as the subject's.
-func replaced(slice *discoveryv1.EndpointSlice, with netip.Addr) *discoveryv1.EndpointSlice {
+func withReplacedEndpoint(slice *discoveryv1.EndpointSlice, with netip.Addr) *discoveryv1.EndpointSlice {
 	other := *slice
 	other.Endpoints = append([]discoveryv1.Endpoint(nil), slice.Endpoints...)
 	other.Endpoints[len(other.Endpoints)-1].Addresses = []string{with.String()}
@@ -62,23 +62,23 @@ func replaced(slice *discoveryv1.EndpointSlice, with netip.Addr) *discoveryv1.En
 
 // churner makes changes.
 type churner struct {
-	subject *subject
-	slices  []*discoveryv1.EndpointSlice
-	made    int
+	pipeline *pipelineUnderTest
+	slices   []*discoveryv1.EndpointSlice
+	count    int
 }
 
 // next is the next change: no two are to the same.
 func (c *churner) next() *discoveryv1.EndpointSlice {
-	c.made++
-	return replaced(c.slices[c.made%len(c.slices)], cluster.Watched(c.made))
+	c.count++
+	return withReplacedEndpoint(c.slices[c.count%len(c.slices)], cluster.WatchedAddr(c.count))
 }
 
-func (c *churner) at(ctx context.Context, rate float64, o Options, m *measurements) error {
-	s := c.subject
+func (c *churner) runAt(ctx context.Context, rate float64, o Options, m *measurements) error {
+	s := c.pipeline
 	runtime.GC()
-	waiting := &pending{since: map[dataplane.Key][]change{}}
-	s.listen(waiting.committed)
-	defer s.listen(nil)
+	waiting := &pending{changes: map[dataplane.Key][]pendingChange{}}
+	s.setCommitHook(waiting.onCommit)
+	defer s.setCommitHook(nil)
 	before, err := system.UsageOf(os.Getpid())
 	if err != nil {
 		return err
@@ -119,7 +119,7 @@ func (c *churner) at(ctx context.Context, rate float64, o Options, m *measuremen
 		waiting.add(tracked.Changes, events)
 		s.pipeline.Program(tracked)
 	}
-	if _, err := s.settled(ctx); err != nil {
+	if _, err := s.waitSynced(ctx); err != nil {
 		return err
 	}
 	took := time.Since(begin)
@@ -131,7 +131,7 @@ func (c *churner) at(ctx context.Context, rate float64, o Options, m *measuremen
 	commits = s.commits - commits
 	s.mu.Unlock()
 	scenario := result.Scenario{Change: result.ReplaceEndpoint, Services: o.Services, Endpoints: o.Endpoints, Rate: rate}
-	m.samples(result.Churn, scenario, "s", waiting.took,
+	m.addSamples(result.Churn, scenario, "s", waiting.latencies,
 		result.Value{Name: "cpu", Unit: "s", Value: (after.CPU() - before.CPU()).Seconds()},
 		result.Value{Name: "duration", Unit: "s", Value: took.Seconds()},
 		result.Value{Name: "changes", Unit: "1", Value: float64(total)},
@@ -142,43 +142,43 @@ func (c *churner) at(ctx context.Context, rate float64, o Options, m *measuremen
 
 // pending are the changes that the kernel has not acknowledged yet.
 type pending struct {
-	mu    stdsync.Mutex
-	since map[dataplane.Key][]change
-	took  []float64
+	mu        stdsync.Mutex
+	changes   map[dataplane.Key][]pendingChange
+	latencies []float64
 }
 
-// change is a value that was handed over, and the events that led to it.
-type change struct {
-	value  *dataplane.Service
-	events []time.Time
+// pendingChange is a value that was handed over, and the events that led to it.
+type pendingChange struct {
+	service *dataplane.Service
+	events  []time.Time
 }
 
 func (p *pending) add(changes map[dataplane.Key]*dataplane.Service, events map[string][]time.Time) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for key, value := range changes {
-		p.since[key] = append(p.since[key], change{value, events[key.Name]})
+		p.changes[key] = append(p.changes[key], pendingChange{value, events[key.Name]})
 	}
 }
 
-// committed takes what is programmed now: with a value, those that came before it have
+// commitHook takes what is programmed now: with a value, those that came before it have
 // had their effect, or were made up for.
-func (p *pending) committed(c sync.Commit) {
+func (p *pending) onCommit(c sync.Commit) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, programmed := range c.Changes {
 		key := programmed.Key()
-		list := p.since[key]
+		list := p.changes[key]
 		for i, waiting := range list {
-			if waiting.value != programmed.New {
+			if waiting.service != programmed.New {
 				continue
 			}
 			for _, done := range list[:i+1] {
 				for _, event := range done.events {
-					p.took = append(p.took, c.End.Sub(event).Seconds())
+					p.latencies = append(p.latencies, c.End.Sub(event).Seconds())
 				}
 			}
-			p.since[key] = list[i+1:]
+			p.changes[key] = list[i+1:]
 			break
 		}
 	}

@@ -13,42 +13,42 @@ import (
 
 	"fairlead.io/fairlead/bench/cluster"
 	"fairlead.io/fairlead/bench/result"
-	"fairlead.io/fairlead/bench/rig"
 	"fairlead.io/fairlead/bench/statistics"
+	"fairlead.io/fairlead/bench/testbed"
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// way is a way to an endpoint: through a Service, or direct.
-type way struct {
+// path is a way to an endpoint: through a Service, or direct.
+type path struct {
 	system string
 	addr   netip.AddrPort
 
-	connects, rates, throughputs []float64
+	connectTimes, connectRates, throughputs []float64
 }
 
 // dataPath compares connections through a Service with direct ones, for different
 // numbers of Services. The two take turns.
 func dataPath(ctx context.Context, o Options, m *measurements) error {
 	for _, n := range o.Sizes {
-		services := some(n, o.Endpoints)
+		services := newServices(n, o.Endpoints)
 		one := services[n/2]
-		one.Endpoints = []netip.Addr{cluster.Watched(0)}
-		err := loaded(ctx, o, services, func(s *subject, _ *rig.Probe) error {
-			ways := []*way{
+		one.Endpoints = []netip.Addr{cluster.WatchedAddr(0)}
+		err := withLoadedTestbed(ctx, o, services, func(s *pipelineUnderTest, _ *testbed.Probe) error {
+			ways := []*path{
 				{system: m.system, addr: one.Addr()},
 				{system: result.Direct, addr: netip.AddrPortFrom(one.Endpoints[0], cluster.TargetPort)},
 			}
 			o.Progress(fmt.Sprintf("data path: %d Services, %d connections", n, o.Samples))
-			if err := connects(ctx, s.rig, ways, o.Samples); err != nil {
+			if err := measureConnects(ctx, s.testbed, ways, o.Samples); err != nil {
 				return err
 			}
-			for i := range o.starts() {
-				o.Progress(fmt.Sprintf("data path: %d Services, transfer %d of %d", n, i+1, o.starts()))
-				if err := transfers(ctx, s.rig, ways, o.ThroughputTime); err != nil {
+			for i := range o.startCount() {
+				o.Progress(fmt.Sprintf("data path: %d Services, transfer %d of %d", n, i+1, o.startCount()))
+				if err := measureThroughput(ctx, s.testbed, ways, o.ThroughputTime); err != nil {
 					return err
 				}
 			}
-			return m.ways(result.Scenario{Services: n, Endpoints: o.Endpoints}, ways)
+			return m.addPaths(result.Scenario{Services: n, Endpoints: o.Endpoints}, ways)
 		})
 		if err != nil {
 			return fmt.Errorf("%d Services: %w", n, err)
@@ -57,20 +57,20 @@ func dataPath(ctx context.Context, o Options, m *measurements) error {
 	return nil
 }
 
-// ways adds what was measured of the ways, and how the first compares with the
+// addPaths adds what was measured of the ways, and how the first compares with the
 // second.
-func (m *measurements) ways(scenario result.Scenario, ways []*way) error {
+func (m *measurements) addPaths(scenario result.Scenario, ways []*path) error {
 	for _, kind := range []struct {
 		measure result.Measure
 		unit    string
-		of      func(*way) []float64
+		of      func(*path) []float64
 	}{
-		{result.Connect, "s", func(w *way) []float64 { return w.connects }},
-		{result.ConnectRate, "1/s", func(w *way) []float64 { return w.rates }},
-		{result.Throughput, "B/s", func(w *way) []float64 { return w.throughputs }},
+		{result.Connect, "s", func(w *path) []float64 { return w.connectTimes }},
+		{result.ConnectRate, "1/s", func(w *path) []float64 { return w.connectRates }},
+		{result.Throughput, "B/s", func(w *path) []float64 { return w.throughputs }},
 	} {
 		for _, w := range ways {
-			m.of(w.system, kind.measure, scenario, kind.unit, kind.of(w))
+			m.add(w.system, kind.measure, scenario, kind.unit, kind.of(w))
 		}
 		numerator, denominator := kind.of(ways[0]), kind.of(ways[1])
 		interval, err := statistics.PairedRatio(numerator, denominator)
@@ -86,9 +86,9 @@ func (m *measurements) ways(scenario result.Scenario, ways []*way) error {
 	return nil
 }
 
-// connects makes connections, one after another.
-func connects(ctx context.Context, r *rig.Rig, ways []*way, n int) (err error) {
-	stop, err := accept(r.Endpoints)
+// measureConnects makes connections, one after another.
+func measureConnects(ctx context.Context, r *testbed.Testbed, ways []*path, n int) (err error) {
+	stop, err := acceptAndClose(r.Endpoints)
 	if err != nil {
 		return err
 	}
@@ -111,10 +111,10 @@ func connects(ctx context.Context, r *rig.Rig, ways []*way, n int) (err error) {
 				if i < warm {
 					continue
 				}
-				w.connects = append(w.connects, took.Seconds())
+				w.connectTimes = append(w.connectTimes, took.Seconds())
 				each[j] += time.Since(begin)
 				if (i-warm+1)%batch == 0 {
-					w.rates = append(w.rates, float64(batch)/each[j].Seconds())
+					w.connectRates = append(w.connectRates, float64(batch)/each[j].Seconds())
 					each[j] = 0
 				}
 			}
@@ -123,9 +123,9 @@ func connects(ctx context.Context, r *rig.Rig, ways []*way, n int) (err error) {
 	})
 }
 
-// accept has a host accept connections, and close them, until stop is called. It
+// acceptAndClose has a host accept connections, and close them, until stop is called. It
 // makes system calls itself, as the times of connections are some microseconds.
-func accept(host *nettest.Host) (stop func() error, err error) {
+func acceptAndClose(host *nettest.Host) (stop func() error, err error) {
 	fd := -1
 	err = host.Do(func() (err error) {
 		if fd, err = unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0); err != nil {
@@ -202,8 +202,8 @@ func connectOnce(addr netip.AddrPort) (took time.Duration, err error) {
 	}
 }
 
-// transfers sends over one connection each for some time.
-func transfers(ctx context.Context, r *rig.Rig, ways []*way, lasts time.Duration) error {
+// measureThroughput sends over one connection each for some time.
+func measureThroughput(ctx context.Context, r *testbed.Testbed, ways []*path, lasts time.Duration) error {
 	l, err := r.Endpoints.Listen(ctx, nettest.TCP, netip.AddrPortFrom(netip.IPv4Unspecified(), cluster.TargetPort))
 	if err != nil {
 		return fmt.Errorf("listen on the endpoints: %w", err)
@@ -222,7 +222,7 @@ func transfers(ctx context.Context, r *rig.Rig, ways []*way, lasts time.Duration
 const transferBuffer = 256 << 10
 
 // transfer returns how many bytes a second have arrived.
-func transfer(ctx context.Context, r *rig.Rig, l net.Listener, addr netip.AddrPort, lasts time.Duration) (float64, error) {
+func transfer(ctx context.Context, r *testbed.Testbed, l net.Listener, addr netip.AddrPort, lasts time.Duration) (float64, error) {
 	ctx, cancel := context.WithTimeout(ctx, lasts+10*time.Second)
 	defer cancel()
 	c, err := r.Client.Dial(ctx, nettest.TCP, addr)

@@ -2,7 +2,7 @@
 // change of a Service is in the kernel, and how that depends on the number of
 // Services.
 //
-// [Run] is `fairlead-bench`. It makes the namespaces of package rig, joins Fairlead's
+// [Run] is `fairlead-bench`. It makes the namespaces of package testbed, joins Fairlead's
 // parts in this process as `fairlead run` does, but for the source, and hands over
 // Kubernetes objects. What it measures:
 //
@@ -55,17 +55,17 @@ import (
 func Service(i, endpoints int) *dataplane.Service {
 	frontend := dataplane.Frontend{
 		Protocol: dataplane.TCP,
-		Addr:     netip.AddrPortFrom(addr(netip.AddrFrom4([4]byte{172, 16, 0, 1}), i), 80),
+		Addr:     netip.AddrPortFrom(addrPlus(netip.AddrFrom4([4]byte{172, 16, 0, 1}), i), 80),
 	}
 	list := make([]dataplane.Endpoint, endpoints)
 	for e := range list {
 		list[e] = dataplane.Endpoint{
-			Addr:  netip.AddrPortFrom(addr(netip.AddrFrom4([4]byte{10, 0, 0, 1}), i*endpoints+e), 8000),
+			Addr:  netip.AddrPortFrom(addrPlus(netip.AddrFrom4([4]byte{10, 0, 0, 1}), i*endpoints+e), 8000),
 			Local: e%10 == 0,
 		}
 	}
 	key := dataplane.Key{Namespace: "bench", Name: fmt.Sprintf("service-%d", i), Port: "http", Family: dataplane.IPv4}
-	s, err := dataplane.NewService(key, []dataplane.Frontend{frontend}, dataplane.Treatment{Endpoints: list})
+	s, err := dataplane.NewService(key, []dataplane.Frontend{frontend}, dataplane.ServiceSpec{Endpoints: list})
 	if err != nil {
 		panic(err)
 	}
@@ -74,14 +74,14 @@ func Service(i, endpoints int) *dataplane.Service {
 
 // WithEndpoints returns a copy of the Service with other endpoints.
 func WithEndpoints(s *dataplane.Service, endpoints []dataplane.Endpoint) *dataplane.Service {
-	changed, err := dataplane.NewService(s.Key, slices.Clone(s.Frontends), dataplane.Treatment{Endpoints: endpoints})
+	changed, err := dataplane.NewService(s.Key, slices.Clone(s.Frontends), dataplane.ServiceSpec{Endpoints: endpoints})
 	if err != nil {
 		panic(err)
 	}
 	return changed
 }
 
-func addr(first netip.Addr, n int) netip.Addr {
+func addrPlus(first netip.Addr, n int) netip.Addr {
 	b := first.As4()
 	binary.BigEndian.PutUint32(b[:], binary.BigEndian.Uint32(b[:])+uint32(n))
 	return netip.AddrFrom4(b)

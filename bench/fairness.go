@@ -6,22 +6,22 @@ import (
 
 	"fairlead.io/fairlead/bench/cluster"
 	"fairlead.io/fairlead/bench/result"
-	"fairlead.io/fairlead/bench/rig"
 	"fairlead.io/fairlead/bench/statistics"
+	"fairlead.io/fairlead/bench/testbed"
 )
 
 // fairness connects to one of the Services often and looks at where connections
 // end.
 func fairness(ctx context.Context, o Options, m *measurements) error {
-	services := some(o.Services, o.Endpoints)
+	services := newServices(o.Services, o.Endpoints)
 	one := services[len(services)/2]
 	for e := range one.Endpoints {
-		one.Endpoints[e] = cluster.Watched(e)
+		one.Endpoints[e] = cluster.WatchedAddr(e)
 	}
-	return loaded(ctx, o, services, func(_ *subject, p *rig.Probe) error {
+	return withLoadedTestbed(ctx, o, services, func(_ *pipelineUnderTest, p *testbed.Probe) error {
 		connections := max(o.Samples, 100) * o.Endpoints
 		o.Progress(fmt.Sprintf("fairness: %d connections to %d endpoints", connections, o.Endpoints))
-		where, err := p.Spread(ctx, one.Addr(), connections)
+		where, err := p.CountArrivals(ctx, one.Addr(), connections)
 		if err != nil {
 			return err
 		}
@@ -36,7 +36,7 @@ func fairness(ctx context.Context, o Options, m *measurements) error {
 		}
 		values := []result.Value{{Name: "connections", Unit: "1", Value: float64(connections)}}
 		if o.Endpoints > 1 {
-			fit, err := statistics.Uniform(counts)
+			fit, err := statistics.FitUniform(counts)
 			if err != nil {
 				return err
 			}
@@ -45,7 +45,7 @@ func fairness(ctx context.Context, o Options, m *measurements) error {
 				result.Value{Name: "degrees-of-freedom", Unit: "1", Value: float64(fit.DegreesOfFreedom)},
 				result.Value{Name: "p-value", Unit: "1", Value: fit.P})
 		}
-		m.samples(result.Fairness, result.Scenario{Services: o.Services, Endpoints: o.Endpoints}, "1", samples, values...)
+		m.addSamples(result.Fairness, result.Scenario{Services: o.Services, Endpoints: o.Endpoints}, "1", samples, values...)
 		return nil
 	})
 }

@@ -9,8 +9,8 @@ import (
 	"fairlead.io/fairlead/ipvs"
 )
 
-// others is the backend that needs a kernel with IPVS.
-func others() []backend {
+// ipvsBackends is the backend that needs a kernel with IPVS.
+func ipvsBackends() []backend {
 	return []backend{{"ipvs", func(b *testing.B, netns int) dataplane.Dataplane {
 		b.Helper()
 		d, err := ipvs.Open(ipvs.Options{NetNS: netns})

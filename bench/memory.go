@@ -12,8 +12,8 @@ import (
 	"time"
 
 	"fairlead.io/fairlead/bench/result"
-	"fairlead.io/fairlead/bench/rig"
 	"fairlead.io/fairlead/bench/system"
+	"fairlead.io/fairlead/bench/testbed"
 )
 
 // memory measures what is held with everything programmed. Of the program it is
@@ -22,35 +22,35 @@ import (
 // of a few starts.
 func memory(ctx context.Context, o Options, m *measurements) error {
 	var resident, peak, kernel []float64
-	times := min(o.starts(), 5)
+	times := min(o.startCount(), 5)
 	for i := range times {
 		o.Progress(fmt.Sprintf("memory: %d Services, start %d of %d", o.Services, i+1, times))
-		err := inRig(func(r *rig.Rig, _ *rig.Probe) (err error) {
-			u0, err := usage()
+		err := withTestbed(func(r *testbed.Testbed, _ *testbed.Probe) (err error) {
+			u0, err := resetUsage()
 			if err != nil {
 				return err
 			}
-			k0, err := settledKernelMemory(ctx)
+			k0, err := stableKernelMemory(ctx)
 			if err != nil {
 				return err
 			}
-			s, err := newSubject(ctx, o, r)
+			s, err := newPipelineUnderTest(ctx, o, r)
 			if err != nil {
 				return err
 			}
 			defer func() { err = errors.Join(err, s.close()) }()
-			if _, err := s.load(ctx, everything(some(o.Services, o.Endpoints), r.Node.IPv4)); err != nil {
+			if _, err := s.load(ctx, initialDelta(newServices(o.Services, o.Endpoints), r.Node.IPv4)); err != nil {
 				return err
 			}
 			highest, err := system.UsageOf(os.Getpid())
 			if err != nil {
 				return err
 			}
-			u1, err := usage()
+			u1, err := resetUsage()
 			if err != nil {
 				return err
 			}
-			k1, err := settledKernelMemory(ctx)
+			k1, err := stableKernelMemory(ctx)
 			resident = append(resident, float64(u1.Resident-u0.Resident))
 			peak = append(peak, float64(highest.PeakResident-u0.Resident))
 			kernel = append(kernel, float64(k1-k0))
@@ -65,18 +65,18 @@ func memory(ctx context.Context, o Options, m *measurements) error {
 		slices.Sort(samples)
 		return samples[len(samples)/2]
 	}
-	m.samples(result.Memory, result.Scenario{Services: o.Services, Endpoints: o.Endpoints}, "", nil,
+	m.addSamples(result.Memory, result.Scenario{Services: o.Services, Endpoints: o.Endpoints}, "", nil,
 		result.Value{Name: "resident", Unit: "B", Value: median(resident)},
 		result.Value{Name: "peak-resident", Unit: "B", Value: median(peak)},
 		result.Value{Name: "kernel", Unit: "B", Value: median(kernel)})
-	m.note("The kernel's memory is by how much what it has allocated (Slab, VmallocUsed and Percpu of /proc/meminfo, " +
+	m.addNote("The kernel's memory is by how much what it has allocated (Slab, VmallocUsed and Percpu of /proc/meminfo, " +
 		"without what is free in slabs) grows, which has in it what other programs have it allocate at the same time.")
 	return nil
 }
 
-// usage is what this process uses after garbage was collected and its memory given
+// resetUsage is what this process uses after garbage was collected and its memory given
 // back. The peak counts from now on.
-func usage() (system.Usage, error) {
+func resetUsage() (system.Usage, error) {
 	debug.FreeOSMemory()
 	const resetPeak = "5" // see proc_pid_clear_refs(5)
 	if err := os.WriteFile("/proc/self/clear_refs", []byte(resetPeak), 0); err != nil {
@@ -94,7 +94,7 @@ func kernelMemory() (int64, error) {
 	if err != nil {
 		return 0, fmt.Errorf("read the kernel's memory: %w", err)
 	}
-	free, err := freeInSlabs()
+	free, err := freeSlabBytes()
 	if err != nil {
 		return 0, fmt.Errorf("read the kernel's slabs: %w", err)
 	}
@@ -122,8 +122,8 @@ func meminfo(fields ...string) (int64, error) {
 	return sum, nil
 }
 
-// freeInSlabs returns how many bytes of slabs no object has.
-func freeInSlabs() (int64, error) {
+// freeSlabBytes returns how many bytes of slabs no object has.
+func freeSlabBytes() (int64, error) {
 	text, err := os.ReadFile("/proc/slabinfo")
 	if err != nil {
 		return 0, err
@@ -141,9 +141,9 @@ func freeInSlabs() (int64, error) {
 	return free, nil
 }
 
-// settledKernelMemory is kernelMemory once it does not fall any more: the kernel removes
+// stableKernelMemory is kernelMemory once it does not fall any more: the kernel removes
 // namespaces and what is in them some time after the last user has gone.
-func settledKernelMemory(ctx context.Context) (int64, error) {
+func stableKernelMemory(ctx context.Context) (int64, error) {
 	const (
 		period = 200 * time.Millisecond
 		slack  = 256 << 10

@@ -152,11 +152,11 @@ func PartNames() string {
 	return strings.Join(names, ",")
 }
 
-// starts is how often a start is measured.
-func (o Options) starts() int { return min(max(o.Samples/100, 3), 20) }
+// startCount is how often a start is measured.
+func (o Options) startCount() int { return min(max(o.Samples/100, 3), 20) }
 
-// open opens the backend in a network namespace.
-func (o Options) open(netns int) (dataplane.Dataplane, error) {
+// openDataplane opens the backend in a network namespace.
+func (o Options) openDataplane(netns int) (dataplane.Dataplane, error) {
 	b, err := backend.ByName(o.Mode)
 	if err != nil {
 		return nil, err

@@ -19,7 +19,7 @@ func Run(ctx context.Context, o Options) (*result.Report, error) {
 	}
 	o = o.withDefaults()
 	begin := time.Now()
-	here := result.Here()
+	here := result.DetectEnvironment()
 	m := &measurements{system: o.Mode, environment: here.Name}
 	report := &result.Report{
 		Schema: result.Schema, Time: begin.UTC().Truncate(time.Second), Command: o.Command, Version: o.Version,
@@ -37,7 +37,7 @@ func Run(ctx context.Context, o Options) (*result.Report, error) {
 		{[]Part{Fairness}, fairness},
 		{[]Part{Memory}, memory},
 	} {
-		if !slices.ContainsFunc(stage.parts, o.measures) {
+		if !slices.ContainsFunc(stage.parts, o.includes) {
 			continue
 		}
 		if err := stage.run(ctx, o, m); err != nil {
@@ -47,7 +47,7 @@ func Run(ctx context.Context, o Options) (*result.Report, error) {
 			return nil, fmt.Errorf("measure %s: %w", stage.parts[0], err)
 		}
 	}
-	if o.measures(DataPath) {
+	if o.includes(DataPath) {
 		report.Systems = append(report.Systems, result.System{Name: result.Direct})
 	}
 	report.Measurements, report.Ratios, report.Notes = m.all, m.ratios, m.notes
@@ -55,7 +55,7 @@ func Run(ctx context.Context, o Options) (*result.Report, error) {
 	return report, nil
 }
 
-func (o Options) measures(p Part) bool { return slices.Contains(o.Only, p) }
+func (o Options) includes(p Part) bool { return slices.Contains(o.Only, p) }
 
 // measurements gathers what the parts find out about one system.
 type measurements struct {
@@ -66,12 +66,12 @@ type measurements struct {
 	notes       []string
 }
 
-// samples adds samples, if there are any.
-func (m *measurements) samples(measure result.Measure, scenario result.Scenario, unit string, samples []float64, values ...result.Value) {
-	m.of(m.system, measure, scenario, unit, samples, values...)
+// addSamples adds samples, if there are any.
+func (m *measurements) addSamples(measure result.Measure, scenario result.Scenario, unit string, samples []float64, values ...result.Value) {
+	m.add(m.system, measure, scenario, unit, samples, values...)
 }
 
-func (m *measurements) of(
+func (m *measurements) add(
 	system string, measure result.Measure, scenario result.Scenario, unit string, samples []float64, values ...result.Value,
 ) {
 	if len(samples) == 0 && len(values) == 0 {
@@ -87,4 +87,4 @@ func (m *measurements) of(
 	m.all = append(m.all, one)
 }
 
-func (m *measurements) note(text string) { m.notes = append(m.notes, text) }
+func (m *measurements) addNote(text string) { m.notes = append(m.notes, text) }

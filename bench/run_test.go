@@ -17,8 +17,8 @@ import (
 	"fairlead.io/fairlead/bench/result"
 )
 
-// small are options with which everything is measured in some seconds.
-func small() bench.Options {
+// smallOptions are options with which everything is measured in some seconds.
+func smallOptions() bench.Options {
 	return bench.Options{
 		Services: 20, Endpoints: 3, Samples: 10, Rates: []float64{100, 5000}, ChurnTime: 200 * time.Millisecond,
 		Sizes: []int{1, 20}, ThroughputTime: 20 * time.Millisecond, Version: "v0", Command: []string{"fairlead-bench"},
@@ -28,15 +28,15 @@ func small() bench.Options {
 // TestRun measures everything once, and checks that all is in the report, that the
 // figures can be, and that nothing is left.
 func TestRun(t *testing.T) {
-	before := open(t)
-	o := small()
+	before := openFiles(t)
+	o := smallOptions()
 	var progress []string
 	o.Progress = func(words string) { progress = append(progress, words) }
 	report, err := bench.Run(t.Context(), o)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if left := open(t); len(left) > len(before) {
+	if left := openFiles(t); len(left) > len(before) {
 		t.Errorf("files that are left open: %q, were %q", left, before)
 	}
 	if len(progress) < len(bench.Parts()) {
@@ -125,28 +125,28 @@ func TestRun(t *testing.T) {
 	}
 }
 
-// TestRunIsInterrupted ends the context in each part: Run must return soon, with the
+// TestRunInterrupted ends the context in each part: Run must return soon, with the
 // context's error, and leave nothing.
-func TestRunIsInterrupted(t *testing.T) {
+func TestRunInterrupted(t *testing.T) {
 	type test struct {
 		options bench.Options
 		during  string // what progress says
 	}
 	tests := map[string]test{}
 	for _, part := range bench.Parts() {
-		o := small()
+		o := smallOptions()
 		o.Only, o.Samples, o.ChurnTime = []bench.Part{part}, 1_000_000, time.Hour
 		tests[string(part)] = test{o, ""}
 	}
-	slow := small()
+	slow := smallOptions()
 	slow.Only, slow.Rates, slow.ChurnTime = []bench.Part{bench.Churn}, []float64{1e-3}, time.Hour
 	tests["churn that waits"] = test{slow, ""}
-	slow = small()
+	slow = smallOptions()
 	slow.Only, slow.ThroughputTime = []bench.Part{bench.DataPath}, time.Hour
 	tests["transfer"] = test{slow, "transfer"}
 	for name, tc := range tests {
 		t.Run(name, func(t *testing.T) {
-			before := open(t)
+			before := openFiles(t)
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
 			var interrupted time.Time
@@ -163,14 +163,14 @@ func TestRunIsInterrupted(t *testing.T) {
 			if took := time.Since(interrupted); took > 5*time.Second {
 				t.Errorf("it took %s to end", took)
 			}
-			if left := open(t); len(left) > len(before) {
+			if left := openFiles(t); len(left) > len(before) {
 				t.Errorf("files that are left open: %q, were %q", left, before)
 			}
 		})
 	}
 }
 
-func TestRunRefuses(t *testing.T) {
+func TestRunInvalidOptions(t *testing.T) {
 	for name, tc := range map[string]struct {
 		options bench.Options
 		want    string
@@ -195,8 +195,8 @@ func TestRunRefuses(t *testing.T) {
 	}
 }
 
-// open returns what namespaces and sockets the process has open.
-func open(t *testing.T) []string {
+// openFiles returns what namespaces and sockets the process has open.
+func openFiles(t *testing.T) []string {
 	t.Helper()
 	entries, err := os.ReadDir("/proc/self/fd")
 	if err != nil {

@@ -18,23 +18,23 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// load is a number of Services, with a number of endpoints each.
-type load struct{ services, endpoints int }
+// workload is a number of Services, with a number of endpoints each.
+type workload struct{ services, endpoints int }
 
-func (l load) String() string {
+func (l workload) String() string {
 	return fmt.Sprintf("services=%d/endpoints=%d", l.services, l.endpoints)
 }
 
-// loads are what a start is measured with.
-func loads() []load {
-	var all []load
-	for _, n := range sizes() {
-		all = append(all, load{n, endpointsPerService})
+// workloads are what a start is measured with.
+func workloads() []workload {
+	var all []workload
+	for _, n := range serviceCounts() {
+		all = append(all, workload{n, endpointsPerService})
 	}
 	if testing.Short() {
-		return append(all, load{20, 50})
+		return append(all, workload{20, 50})
 	}
-	return append(all, load{5000, 50})
+	return append(all, workload{5000, 50})
 }
 
 // BenchmarkColdStart is the time for a first Replace in an empty kernel, and
@@ -42,9 +42,9 @@ func loads() []load {
 // first is spent in the kernel.
 func BenchmarkColdStart(b *testing.B) {
 	for _, backend := range backends() {
-		for _, size := range loads() {
+		for _, size := range workloads() {
 			b.Run(fmt.Sprintf("backend=%s/%s", backend.name, size), func(b *testing.B) {
-				services := some(size.services, size.endpoints)
+				services := newServices(size.services, size.endpoints)
 				var cold, warm time.Duration
 				var user, kernel time.Duration
 				for b.Loop() {
@@ -79,25 +79,25 @@ func BenchmarkColdStart(b *testing.B) {
 	}
 }
 
-// BenchmarkOthers reports how long another user of nftables has to wait for a
+// BenchmarkOtherTransactions reports how long another user of nftables has to wait for a
 // transaction of one rule: while Services are programmed, and while all of them are
 // removed. It looks every millisecond.
-func BenchmarkOthers(b *testing.B) {
-	sizes := []load{{10_000, endpointsPerService}, {5000, 50}, {1, 50_000}}
+func BenchmarkOtherTransactions(b *testing.B) {
+	sizes := []workload{{10_000, endpointsPerService}, {5000, 50}, {1, 50_000}}
 	if testing.Short() {
-		sizes = []load{{20, endpointsPerService}}
+		sizes = []workload{{20, endpointsPerService}}
 	}
 	for _, backend := range backends() {
 		for _, size := range sizes {
 			b.Run(fmt.Sprintf("backend=%s/%s", backend.name, size), func(b *testing.B) {
-				services := some(size.services, size.endpoints)
+				services := newServices(size.services, size.endpoints)
 				var come, gone, idle []time.Duration
 				for b.Loop() {
-					ns := namespace(b)
+					ns := newNamespace(b)
 					d := backend.open(b, ns.Fd())
-					idle = append(idle, waits(b, ns, func() { time.Sleep(100 * time.Millisecond) })...)
-					come = append(come, waits(b, ns, func() { replace(b, d, slices.Values(services)) })...)
-					gone = append(gone, waits(b, ns, func() { replace(b, d, slices.Values(services[:0])) })...)
+					idle = append(idle, transactionLatencies(b, ns, func() { time.Sleep(100 * time.Millisecond) })...)
+					come = append(come, transactionLatencies(b, ns, func() { replace(b, d, slices.Values(services)) })...)
+					gone = append(gone, transactionLatencies(b, ns, func() { replace(b, d, slices.Values(services[:0])) })...)
 					if err := d.Close(); err != nil {
 						b.Error(err)
 					}
@@ -111,8 +111,8 @@ func BenchmarkOthers(b *testing.B) {
 	}
 }
 
-// waits returns how long the transactions of another user took until work was done.
-func waits(b *testing.B, ns *nettest.Namespace, work func()) []time.Duration {
+// transactionLatencies returns how long the transactions of another user took until work was done.
+func transactionLatencies(b *testing.B, ns *nettest.Namespace, work func()) []time.Duration {
 	b.Helper()
 	conn, err := nftables.New(nftables.AsLasting(), nftables.WithNetNSFd(ns.Fd()))
 	if err != nil {
@@ -160,13 +160,13 @@ func waits(b *testing.B, ns *nettest.Namespace, work func()) []time.Duration {
 // them programmed.
 func BenchmarkMemory(b *testing.B) {
 	for _, backend := range backends() {
-		for _, n := range sizes() {
+		for _, n := range serviceCounts() {
 			b.Run(fmt.Sprintf("backend=%s/services=%d", backend.name, n), func(b *testing.B) {
 				var held uint64
 				for b.Loop() {
-					before := heap()
-					s := start(b, backend.open, some(n, endpointsPerService))
-					held += heap() - before
+					before := liveHeap()
+					s := start(b, backend.open, newServices(n, endpointsPerService))
+					held += liveHeap() - before
 					runtime.KeepAlive(s)
 				}
 				b.ReportMetric(float64(held)/float64(b.N)/float64(n), "B/service")
@@ -175,8 +175,8 @@ func BenchmarkMemory(b *testing.B) {
 	}
 }
 
-// heap returns the bytes of live objects.
-func heap() uint64 {
+// liveHeap returns the bytes of live objects.
+func liveHeap() uint64 {
 	runtime.GC()
 	runtime.GC() // what finalizers have kept
 	var m runtime.MemStats

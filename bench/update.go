@@ -14,32 +14,32 @@ import (
 
 	"fairlead.io/fairlead/bench/cluster"
 	"fairlead.io/fairlead/bench/result"
-	"fairlead.io/fairlead/bench/rig"
+	"fairlead.io/fairlead/bench/testbed"
 	"fairlead.io/fairlead/kube"
 )
 
 // updater makes one change after another, and measures each.
 type updater struct {
-	subject  *subject
-	probe    *rig.Probe
+	pipeline *pipelineUnderTest
+	probe    *testbed.Probe
 	services []*cluster.Service
 	// endpoints is the number that a Service has at rest.
 	endpoints int
-	watched   int // addresses used so far
-	// byPacket says that the probe looks; otherwise the kernel's acknowledgement
+	usedAddrs int // addresses used so far
+	// untilPacket says that the probe looks; otherwise the kernel's acknowledgement
 	// counts, without the probe's packets beside.
-	byPacket bool
-	took     map[result.Measure]map[result.Change][]float64
+	untilPacket bool
+	samples     map[result.Measure]map[result.Change][]float64
 }
 
 // update measures single changes. Between them there is rest. The kinds take turns,
 // so that what else happens on the machine hits all alike.
 func update(ctx context.Context, o Options, m *measurements) error {
-	services := some(o.Services, o.Endpoints)
-	return loaded(ctx, o, services, func(s *subject, p *rig.Probe) error {
+	services := newServices(o.Services, o.Endpoints)
+	return withLoadedTestbed(ctx, o, services, func(s *pipelineUnderTest, p *testbed.Probe) error {
 		u := &updater{
-			subject: s, probe: p, services: services, endpoints: o.Endpoints,
-			took: map[result.Measure]map[result.Change][]float64{result.UpdateAck: {}, result.UpdatePacket: {}},
+			pipeline: s, probe: p, services: services, endpoints: o.Endpoints,
+			samples: map[result.Measure]map[result.Change][]float64{result.UpdateAck: {}, result.UpdatePacket: {}},
 		}
 		for i := range o.Samples {
 			o.Progress(fmt.Sprintf("update: %d Services, round %d of %d", o.Services, i+1, o.Samples))
@@ -49,7 +49,7 @@ func update(ctx context.Context, o Options, m *measurements) error {
 		}
 		for _, measure := range []result.Measure{result.UpdateAck, result.UpdatePacket} {
 			for _, change := range changes() {
-				m.samples(measure, result.Scenario{Change: change, Services: o.Services, Endpoints: o.Endpoints}, "s", u.took[measure][change])
+				m.addSamples(measure, result.Scenario{Change: change, Services: o.Services, Endpoints: o.Endpoints}, "s", u.samples[measure][change])
 			}
 		}
 		return nil
@@ -63,58 +63,58 @@ func changes() []result.Change {
 // round makes each change twice: for the kernel's acknowledgement, and for the
 // probe.
 func (u *updater) round(ctx context.Context, i int) error {
-	for _, u.byPacket = range []bool{false, true} {
+	for _, u.untilPacket = range []bool{false, true} {
 		const stride = 7919 // all over the table
 		at := i * stride % len(u.services)
-		if err := u.endpointsOf(ctx, at); err != nil {
+		if err := u.changeEndpoints(ctx, at); err != nil {
 			return fmt.Errorf("change %s: %w", u.services[at].Name(), err)
 		}
-		if err := u.service(ctx); err != nil {
+		if err := u.createAndDeleteService(ctx); err != nil {
 			return fmt.Errorf("one more Service: %w", err)
 		}
 	}
 	return nil
 }
 
-// endpointsOf changes the endpoints of a Service.
-func (u *updater) endpointsOf(ctx context.Context, at int) error {
+// changeEndpoints changes the endpoints of a Service.
+func (u *updater) changeEndpoints(ctx context.Context, at int) error {
 	old := u.services[at]
-	addr := u.next()
-	replaced := old.Replaced(addr)
-	if err := u.measure(ctx, result.ReplaceEndpoint, replaced, rig.At(addr), sliceOf(replaced)); err != nil {
+	addr := u.nextAddr()
+	replaced := old.WithReplacedEndpoint(addr)
+	if err := u.measure(ctx, result.ReplaceEndpoint, replaced, testbed.ToEndpoint(addr), sliceDelta(replaced)); err != nil {
 		return err
 	}
 	u.services[at] = replaced
-	more := u.next()
-	scaled := replaced.With(more)
-	if err := u.measure(ctx, result.ScaleUp, scaled, rig.At(more), sliceOf(scaled)); err != nil {
+	more := u.nextAddr()
+	scaled := replaced.WithEndpoint(more)
+	if err := u.measure(ctx, result.ScaleUp, scaled, testbed.ToEndpoint(more), sliceDelta(scaled)); err != nil {
 		return err
 	}
-	return u.measure(ctx, result.ScaleDown, replaced, rig.At(more), sliceOf(replaced))
+	return u.measure(ctx, result.ScaleDown, replaced, testbed.ToEndpoint(more), sliceDelta(replaced))
 }
 
-// service creates a Service and deletes it.
-func (u *updater) service(ctx context.Context) error {
+// createAndDeleteService creates a Service and deletes it.
+func (u *updater) createAndDeleteService(ctx context.Context) error {
 	s := &cluster.Service{Index: len(u.services)}
 	for range u.endpoints {
-		s.Endpoints = append(s.Endpoints, u.next())
+		s.Endpoints = append(s.Endpoints, u.nextAddr())
 	}
-	err := u.measure(ctx, result.CreateService, s, rig.Anywhere, kube.Delta{Services: []*corev1.Service{s.Object()}}, sliceOf(s))
+	err := u.measure(ctx, result.CreateService, s, testbed.ToAnyEndpoint, kube.Delta{Services: []*corev1.Service{s.Object()}}, sliceDelta(s))
 	if err != nil {
 		return err
 	}
-	return u.measure(ctx, result.DeleteService, s, rig.Anywhere,
+	return u.measure(ctx, result.DeleteService, s, testbed.ToAnyEndpoint,
 		kube.Delta{DeletedServices: []types.NamespacedName{s.Name()}},
 		kube.Delta{DeletedEndpointSlices: []types.NamespacedName{s.SliceName()}})
 }
 
-// next returns an endpoint's address that was not used before.
-func (u *updater) next() netip.Addr {
-	u.watched++
-	return cluster.Watched(u.watched)
+// nextAddr returns an endpoint's address that was not used before.
+func (u *updater) nextAddr() netip.Addr {
+	u.usedAddrs++
+	return cluster.WatchedAddr(u.usedAddrs)
 }
 
-func sliceOf(s *cluster.Service) kube.Delta {
+func sliceDelta(s *cluster.Service) kube.Delta {
 	return kube.Delta{EndpointSlices: []*discoveryv1.EndpointSlice{s.Slice()}}
 }
 
@@ -125,40 +125,40 @@ func (u *updater) measure(
 ) error {
 	var err error
 	var took time.Duration
-	if u.byPacket {
-		took, err = u.seen(ctx, change, s, at, deltas)
+	if u.untilPacket {
+		took, err = u.timeToPacket(ctx, change, s, at, deltas)
 	} else {
-		took, err = u.acknowledged(ctx, time.Now(), deltas)
+		took, err = u.timeToAck(ctx, time.Now(), deltas)
 	}
 	if err != nil {
 		return fmt.Errorf("%s: %w", change, err)
 	}
-	samples := u.took[result.UpdateAck]
-	if u.byPacket {
-		samples = u.took[result.UpdatePacket]
+	samples := u.samples[result.UpdateAck]
+	if u.untilPacket {
+		samples = u.samples[result.UpdatePacket]
 	}
 	samples[change] = append(samples[change], took.Seconds())
 	return nil
 }
 
-// acknowledged makes a change and returns the time from the event to the kernel's
+// timeToAck makes a change and returns the time from the event to the kernel's
 // acknowledgement.
-func (u *updater) acknowledged(ctx context.Context, event time.Time, deltas []kube.Delta) (time.Duration, error) {
-	if err := u.subject.deliver(deltas...); err != nil {
+func (u *updater) timeToAck(ctx context.Context, event time.Time, deltas []kube.Delta) (time.Duration, error) {
+	if err := u.pipeline.apply(deltas...); err != nil {
 		return 0, err
 	}
-	end, err := u.subject.settled(ctx)
+	end, err := u.pipeline.waitSynced(ctx)
 	return end.Sub(event), err
 }
 
-// seen makes a change and returns the time from the event until packets show it.
-func (u *updater) seen(
+// timeToPacket makes a change and returns the time from the event until packets show it.
+func (u *updater) timeToPacket(
 	ctx context.Context, change result.Change, s *cluster.Service, at func(netip.Addr) bool, deltas []kube.Delta,
 ) (time.Duration, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	type outcome struct {
-		rig.Sighting
+		testbed.Observation
 		err error
 	}
 	seen := make(chan outcome, 1)
@@ -175,16 +175,16 @@ func (u *updater) seen(
 		var o outcome
 		switch change {
 		case result.ScaleDown, result.DeleteService:
-			o.Sighting, o.err = u.probe.LastArrival(ctx, *event.Load(), s.Addr(), at, quiet(u.endpoints))
+			o.Observation, o.err = u.probe.LastArrival(ctx, *event.Load(), s.Addr(), at, requiredMisses(u.endpoints))
 		default:
-			o.Sighting, o.err = u.probe.FirstArrival(ctx, *event.Load(), s.Addr(), at)
+			o.Observation, o.err = u.probe.FirstArrival(ctx, *event.Load(), s.Addr(), at)
 		}
 		seen <- o
 	}()
 	<-ready
 	now := time.Now()
 	event.Store(&now)
-	if _, err := u.acknowledged(ctx, now, deltas); err != nil {
+	if _, err := u.timeToAck(ctx, now, deltas); err != nil {
 		cancel() // there is nothing to be seen
 		<-seen
 		return 0, err
@@ -193,6 +193,6 @@ func (u *updater) seen(
 	return o.After, o.err
 }
 
-// quiet is how many packets in a row must miss one of so many endpoints to show that
+// requiredMisses is how many packets in a row must miss one of so many endpoints to show that
 // it is gone: that it happens by chance has a probability of some 1 in 100,000.
-func quiet(endpoints int) int { return max(12*(endpoints+1), 20) }
+func requiredMisses(endpoints int) int { return max(12*(endpoints+1), 20) }

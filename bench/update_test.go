@@ -14,9 +14,9 @@ import (
 // acknowledgement, for one change at a time.
 func BenchmarkUpdate(b *testing.B) {
 	for _, backend := range backends() {
-		for _, n := range sizes() {
+		for _, n := range serviceCounts() {
 			b.Run(fmt.Sprintf("backend=%s/services=%d", backend.name, n), func(b *testing.B) {
-				s := start(b, backend.open, some(n, endpointsPerService))
+				s := start(b, backend.open, newServices(n, endpointsPerService))
 				b.Run("replace-endpoint", func(b *testing.B) { s.replaceEndpoint(b) })
 				b.Run("add-service", func(b *testing.B) { s.addService(b) })
 				b.Run("remove-endpoint", func(b *testing.B) { s.removeEndpoint(b) })
@@ -35,7 +35,7 @@ func BenchmarkUpdateLargest(b *testing.B) {
 	for _, backend := range backends() {
 		for _, n := range others {
 			b.Run(fmt.Sprintf("backend=%s/endpoints=%d/others=%d", backend.name, endpoints, n), func(b *testing.B) {
-				services := some(n+1, endpointsPerService)
+				services := newServices(n+1, endpointsPerService)
 				services[0] = bench.Service(0, endpoints)
 				s := start(b, backend.open, services)
 				s.services = s.services[:1] // the others are left alone
@@ -47,7 +47,7 @@ func BenchmarkUpdateLargest(b *testing.B) {
 	}
 }
 
-func (s *system) replaceEndpoint(b *testing.B) {
+func (s *fixture) replaceEndpoint(b *testing.B) {
 	b.Helper()
 	i, generation := 0, 1
 	measure(b, func() time.Duration {
@@ -64,7 +64,7 @@ func (s *system) replaceEndpoint(b *testing.B) {
 	})
 }
 
-func (s *system) addService(b *testing.B) {
+func (s *fixture) addService(b *testing.B) {
 	b.Helper()
 	i := len(s.services)
 	measure(b, func() time.Duration {
@@ -77,7 +77,7 @@ func (s *system) addService(b *testing.B) {
 	})
 }
 
-func (s *system) removeEndpoint(b *testing.B) {
+func (s *fixture) removeEndpoint(b *testing.B) {
 	b.Helper()
 	i := 0
 	measure(b, func() time.Duration {
@@ -93,7 +93,7 @@ func (s *system) removeEndpoint(b *testing.B) {
 	})
 }
 
-func (s *system) addEndpoint(b *testing.B) {
+func (s *fixture) addEndpoint(b *testing.B) {
 	b.Helper()
 	i := 0
 	measure(b, func() time.Duration {

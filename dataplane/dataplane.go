@@ -87,12 +87,12 @@ type Binding struct {
 	// Service is [Key.Service] of the owner, possibly shortened, or empty
 	// where a backend has no place to keep it.
 	Service string
-	Treatment
+	ServiceSpec
 }
 
 // Equal reports whether b and o treat connections alike. The name of the
 // Service takes no part.
-func (b Binding) Equal(o Binding) bool { return b.Treatment.Equal(o.Treatment) }
+func (b Binding) Equal(o Binding) bool { return b.ServiceSpec.Equal(o.ServiceSpec) }
 
 // State is what a kernel holds, by frontend: the form that can be read back
 // whatever the backend.
@@ -103,7 +103,7 @@ func StateOf(services iter.Seq[*Service]) State {
 	state := State{}
 	for s := range services {
 		for _, f := range s.Frontends {
-			state[f] = Binding{Service: s.Key.Service(), Treatment: s.Treatment}
+			state[f] = Binding{Service: s.Key.Service(), ServiceSpec: s.ServiceSpec}
 		}
 	}
 	return state
@@ -128,11 +128,11 @@ func (s State) Diff(got State) string {
 		g, inGot := got[f]
 		switch {
 		case !inGot:
-			fmt.Fprintf(&b, "%s of %s: missing, want %s\n", f, w.Service, w.Treatment)
+			fmt.Fprintf(&b, "%s of %s: missing, want %s\n", f, w.Service, w.ServiceSpec)
 		case !inWant:
-			fmt.Fprintf(&b, "%s: unexpected, has %s\n", f, g.Treatment)
+			fmt.Fprintf(&b, "%s: unexpected, has %s\n", f, g.ServiceSpec)
 		case !w.Equal(g):
-			fmt.Fprintf(&b, "%s of %s: has %s, want %s\n", f, w.Service, g.Treatment, w.Treatment)
+			fmt.Fprintf(&b, "%s of %s: has %s, want %s\n", f, w.Service, g.ServiceSpec, w.ServiceSpec)
 		}
 	}
 	return b.String()

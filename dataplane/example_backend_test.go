@@ -16,13 +16,13 @@ import (
 )
 
 // printer is a backend that programs nothing: it prints each change. The tests of the
-// laws run against it, see eachHistory.
+// laws run against it, see forEachHistory.
 type printer struct {
 	out io.Writer
 	// state is what a kernel would hold. A real backend reads it from the kernel.
 	state dataplane.State
 	lines int
-	// schedulers are the known values of Treatment.Scheduler. The backend's entry in
+	// schedulers are the known values of ServiceSpec.Scheduler. The backend's entry in
 	// internal/backend lists them, too.
 	schedulers []string
 }
@@ -46,7 +46,7 @@ func (p *printer) Replace(ctx context.Context, _ dataplane.Node, services iter.S
 	}
 	complete := 0
 	for s := range services {
-		if p.want(wanted, s, failed) {
+		if p.addDesired(wanted, s, failed) {
 			complete++
 		}
 	}
@@ -54,7 +54,7 @@ func (p *printer) Replace(ctx context.Context, _ dataplane.Node, services iter.S
 	if progress != nil {
 		progress(complete)
 	}
-	return errorOf("replace", failed)
+	return keyedError("replace", failed)
 }
 
 // Apply looks at the frontends of the changes only. All Olds are taken out before any
@@ -74,26 +74,26 @@ func (p *printer) Apply(ctx context.Context, changes []dataplane.Change) error {
 	}
 	for _, c := range changes {
 		if c.New != nil {
-			p.want(wanted, c.New, failed)
+			p.addDesired(wanted, c.New, failed)
 		}
 	}
 	p.write(wanted)
-	return errorOf("apply", failed)
+	return keyedError("apply", failed)
 }
 
-// want adds the frontends of a Service, or says why it cannot be programmed.
-func (p *printer) want(wanted map[dataplane.Frontend]*dataplane.Binding, s *dataplane.Service, failed map[dataplane.Key]error) bool {
+// addDesired adds the frontends of a Service, or says why it cannot be programmed.
+func (p *printer) addDesired(wanted map[dataplane.Frontend]*dataplane.Binding, s *dataplane.Service, failed map[dataplane.Key]error) bool {
 	if s.Scheduler != "" && !slices.Contains(p.schedulers, s.Scheduler) {
 		failed[s.Key] = fmt.Errorf("scheduler %s: %w", s.Scheduler, dataplane.ErrUnsupported)
 		return false
 	}
 	for _, f := range s.Frontends {
-		wanted[f] = &dataplane.Binding{Service: s.Key.Service(), Treatment: s.Treatment}
+		wanted[f] = &dataplane.Binding{Service: s.Key.Service(), ServiceSpec: s.ServiceSpec}
 	}
 	return true
 }
 
-func errorOf(op string, failed map[dataplane.Key]error) error {
+func keyedError(op string, failed map[dataplane.Key]error) error {
 	if len(failed) == 0 {
 		return nil
 	}
@@ -110,7 +110,7 @@ func (p *printer) write(wanted map[dataplane.Frontend]*dataplane.Binding) {
 			p.print("- %s", f)
 			delete(p.state, f)
 		case b != nil && (!ok || !had.Equal(*b)):
-			p.print("+ %s of %s: %s", f, b.Service, b.Treatment)
+			p.print("+ %s of %s: %s", f, b.Service, b.ServiceSpec)
 			p.state[f] = *b
 		case b != nil:
 			p.state[f] = *b // the name of the Service may have changed
@@ -145,7 +145,7 @@ func Example_backend() {
 		s, err := dataplane.NewService(
 			dataplane.Key{Namespace: "shop", Name: "web", Family: dataplane.IPv4},
 			[]dataplane.Frontend{{Protocol: dataplane.TCP, Addr: netip.MustParseAddrPort("10.96.0.10:80")}},
-			dataplane.Treatment{Endpoints: list},
+			dataplane.ServiceSpec{Endpoints: list},
 		)
 		if err != nil {
 			log.Fatal(err)

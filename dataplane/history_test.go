@@ -19,14 +19,14 @@ import (
 // frontends, programmed by a small syncer while the dataplane misbehaves. When
 // the faults stop, what is programmed must be what is wanted.
 
-// dice returns a number in [0, n): from a seed, or from a fuzzer's bytes.
-type dice func(n int) int
+// intN returns a number in [0, n): from a seed, or from a fuzzer's bytes.
+type intN func(n int) int
 
-func seeded(seed uint64) dice {
+func seededIntN(seed uint64) intN {
 	return rand.New(rand.NewPCG(seed, 1)).IntN
 }
 
-func fromBytes(data []byte) dice {
+func bytesIntN(data []byte) intN {
 	return func(n int) int {
 		if len(data) == 0 {
 			return 0
@@ -42,14 +42,14 @@ type cluster struct {
 	keys      []dataplane.Key
 	frontends []dataplane.Frontend
 	owner     map[dataplane.Frontend]dataplane.Key
-	treated   map[dataplane.Key]dataplane.Treatment
+	specs     map[dataplane.Key]dataplane.ServiceSpec
 	desired   map[dataplane.Key]*dataplane.Service
 }
 
 func newCluster() *cluster {
 	c := &cluster{
 		owner:   map[dataplane.Frontend]dataplane.Key{},
-		treated: map[dataplane.Key]dataplane.Treatment{},
+		specs:   map[dataplane.Key]dataplane.ServiceSpec{},
 		desired: map[dataplane.Key]*dataplane.Service{},
 	}
 	for i := range byte(4) {
@@ -69,7 +69,7 @@ func newCluster() *cluster {
 // change makes one to four random changes: a frontend moves to another Service
 // or leaves one, a Service gets other endpoints or
 // is treated otherwise.
-func (c *cluster) change(d dice) {
+func (c *cluster) change(d intN) {
 	for range 1 + d(4) {
 		k := c.keys[d(len(c.keys))]
 		switch d(4) {
@@ -81,7 +81,7 @@ func (c *cluster) change(d dice) {
 		case 2:
 			delete(c.owner, c.frontends[d(len(c.frontends))])
 		case 3:
-			c.treated[k] = randomTreatment(k.Family, d)
+			c.specs[k] = randomSpec(k.Family, d)
 		}
 	}
 	desired := map[dataplane.Key]*dataplane.Service{}
@@ -95,7 +95,7 @@ func (c *cluster) change(d dice) {
 		if len(fs) == 0 {
 			continue
 		}
-		s, err := dataplane.NewService(k, fs, cloned(c.treated[k]))
+		s, err := dataplane.NewService(k, fs, cloneSpec(c.specs[k]))
 		if err != nil {
 			panic(err)
 		}
@@ -104,23 +104,23 @@ func (c *cluster) change(d dice) {
 	c.desired = desired
 }
 
-// cloned returns a Treatment with lists of its own, for NewService takes them.
-func cloned(t dataplane.Treatment) dataplane.Treatment {
+// cloneSpec returns a Treatment with lists of its own, for NewService takes them.
+func cloneSpec(t dataplane.ServiceSpec) dataplane.ServiceSpec {
 	t.Endpoints, t.LocalEndpoints, t.SourceRanges = slices.Clone(t.Endpoints), slices.Clone(t.LocalEndpoints), slices.Clone(t.SourceRanges)
 	return t
 }
 
-// randomTreatment returns a Treatment in which everything that can be set is, now
+// randomSpec returns a Treatment in which everything that can be set is, now
 // and then; endpoints are what changes most.
-func randomTreatment(family dataplane.Family, d dice) dataplane.Treatment {
-	t := dataplane.Treatment{Endpoints: randomEndpoints(family, d)}
+func randomSpec(family dataplane.Family, d intN) dataplane.ServiceSpec {
+	t := dataplane.ServiceSpec{Endpoints: randomEndpoints(family, d)}
 	switch d(8) {
 	case 0:
-		t.ExternalLocal, t.LocalEndpoints = true, randomEndpoints(family, d)
+		t.ExternalTrafficPolicyLocal, t.LocalEndpoints = true, randomEndpoints(family, d)
 	case 1:
 		t.Masquerade = dataplane.Masquerade(d(3)) //nolint:gosec // fits
 	case 2:
-		t.NoEndpoints = dataplane.Drop
+		t.NoEndpointsVerdict = dataplane.Drop
 	case 3:
 		t.Affinity = time.Duration(1+d(2)) * time.Hour
 	case 4:
@@ -134,7 +134,7 @@ func randomTreatment(family dataplane.Family, d dice) dataplane.Treatment {
 	return t
 }
 
-func randomEndpoints(family dataplane.Family, d dice) []dataplane.Endpoint {
+func randomEndpoints(family dataplane.Family, d intN) []dataplane.Endpoint {
 	var es []dataplane.Endpoint
 	for range d(5) {
 		es = append(es, randomEndpoint(family, d))
@@ -142,7 +142,7 @@ func randomEndpoints(family dataplane.Family, d dice) []dataplane.Endpoint {
 	return es
 }
 
-func randomEndpoint(family dataplane.Family, d dice) dataplane.Endpoint {
+func randomEndpoint(family dataplane.Family, d intN) dataplane.Endpoint {
 	prefix := "10.0.0.%d"
 	if family == dataplane.IPv6 {
 		prefix = "fd01::%d"
@@ -151,35 +151,35 @@ func randomEndpoint(family dataplane.Family, d dice) dataplane.Endpoint {
 	return dataplane.Endpoint{Addr: netip.AddrPortFrom(addr, 8080), Local: d(2) == 0}
 }
 
-// rule is what a syncer believes after an error.
-type rule string
+// errorRule is what a syncer believes after an error.
+type errorRule string
 
 const (
-	unknownUntilReplace rule = "failed keys are unknown until a Replace" // the contract
-	assumeOld           rule = "failed keys have their Old"
-	assumeNew           rule = "applied is moved before the write"
-	keyByKey            rule = "each change is a call of its own"
+	unknownUntilReplace errorRule = "failed keys are unknown until a Replace" // the contract
+	assumeOld           errorRule = "failed keys have their Old"
+	assumeNew           errorRule = "applied is moved before the write"
+	keyByKey            errorRule = "each change is a call of its own"
 )
 
-// programmer is a small syncer that follows a rule.
-type programmer struct {
-	rule    rule
-	dp      dataplane.Dataplane
-	applied map[dataplane.Key]*dataplane.Service
-	unknown map[dataplane.Key]bool
-	all     bool // everything is unknown
+// testSyncer is a small syncer that follows a rule.
+type testSyncer struct {
+	rule       errorRule
+	dp         dataplane.Dataplane
+	applied    map[dataplane.Key]*dataplane.Service
+	unknown    map[dataplane.Key]bool
+	allUnknown bool // everything is unknown
 }
 
-func newProgrammer(r rule, dp dataplane.Dataplane) *programmer {
-	return &programmer{
-		rule: r, dp: dp, all: true,
+func newTestSyncer(r errorRule, dp dataplane.Dataplane) *testSyncer {
+	return &testSyncer{
+		rule: r, dp: dp, allUnknown: true,
 		applied: map[dataplane.Key]*dataplane.Service{},
 		unknown: map[dataplane.Key]bool{},
 	}
 }
 
 // diff returns the changes from applied to desired, of known keys.
-func (p *programmer) diff(desired map[dataplane.Key]*dataplane.Service) []dataplane.Change {
+func (p *testSyncer) diff(desired map[dataplane.Key]*dataplane.Service) []dataplane.Change {
 	var changes []dataplane.Change
 	for k, s := range desired {
 		if !p.unknown[k] && !s.Equal(p.applied[k]) {
@@ -198,31 +198,31 @@ func (p *programmer) diff(desired map[dataplane.Key]*dataplane.Service) []datapl
 
 // sync programs desired. A Replace is made when everything is unknown, or when
 // something is and repair says that it is time.
-func (p *programmer) sync(ctx context.Context, desired map[dataplane.Key]*dataplane.Service, repair bool) {
+func (p *testSyncer) sync(ctx context.Context, desired map[dataplane.Key]*dataplane.Service, repair bool) {
 	select {
 	case <-p.dp.Drift():
-		p.all = true
+		p.allUnknown = true
 	default:
 	}
-	if p.all || repair && len(p.unknown) > 0 {
+	if p.allUnknown || repair && len(p.unknown) > 0 {
 		err := p.dp.Replace(ctx, dataplane.Node{}, maps.Values(desired), nil)
-		p.settle(err, nil, desired)
+		p.recordResult(err, nil, desired)
 		return
 	}
 	changes := p.diff(desired)
 	switch p.rule {
 	case keyByKey:
 		for _, c := range changes {
-			p.settle(p.dp.Apply(ctx, []dataplane.Change{c}), []dataplane.Change{c}, nil)
+			p.recordResult(p.dp.Apply(ctx, []dataplane.Change{c}), []dataplane.Change{c}, nil)
 		}
 	default:
-		p.settle(p.dp.Apply(ctx, changes), changes, nil)
+		p.recordResult(p.dp.Apply(ctx, changes), changes, nil)
 	}
 }
 
-// settle draws the conclusions from a call: an Apply of changes, or a Replace
+// recordResult draws the conclusions from a call: an Apply of changes, or a Replace
 // by desired.
-func (p *programmer) settle(err error, changes []dataplane.Change, desired map[dataplane.Key]*dataplane.Service) {
+func (p *testSyncer) recordResult(err error, changes []dataplane.Change, desired map[dataplane.Key]*dataplane.Service) {
 	var keyed *dataplane.Error
 	if !errors.As(err, &keyed) {
 		keyed = &dataplane.Error{}
@@ -232,14 +232,14 @@ func (p *programmer) settle(err error, changes []dataplane.Change, desired map[d
 		keyed, whole = &dataplane.Error{}, false
 	}
 	if whole && p.rule == unknownUntilReplace {
-		p.all = true
+		p.allUnknown = true
 	}
 	if whole {
 		return
 	}
 	if desired != nil {
 		p.applied = maps.Clone(desired)
-		p.all = false
+		p.allUnknown = false
 		clear(p.unknown)
 	}
 	for _, c := range changes {
@@ -263,8 +263,8 @@ func (p *programmer) settle(err error, changes []dataplane.Change, desired map[d
 	}
 }
 
-// kernels are the fakes that histories run against.
-func kernels() map[string]fake.Options {
+// fakeOptions are the fakes that histories run against.
+func fakeOptions() map[string]fake.Options {
 	return map[string]fake.Options{
 		"atomic":     {},
 		"strict":     {Strict: true},
@@ -274,21 +274,21 @@ func kernels() map[string]fake.Options {
 
 // allFaults are met at once in a history with faults.
 func allFaults(opts fake.Options) fake.Faults {
-	return possible(opts, fake.Faults{Reject: 0.1, Lose: 0.1, Partial: 0.1, Keys: 0.2, Drift: 0.05})
+	return supportedFaults(opts, fake.Faults{Reject: 0.1, Lose: 0.1, Partial: 0.1, Keys: 0.2, Drift: 0.05})
 }
 
-// possible leaves out of faults what a kernel does not do: a strict one takes
+// supportedFaults leaves out of faults what a kernel does not do: a strict one takes
 // a call as a whole or not at all.
-func possible(opts fake.Options, faults fake.Faults) fake.Faults {
+func supportedFaults(opts fake.Options, faults fake.Faults) fake.Faults {
 	if opts.Strict {
 		faults.Partial, faults.Keys = 0, 0
 	}
 	return faults
 }
 
-// play runs a history of 40 rounds. It returns how what is programmed at its
+// runHistory runs a history of 40 rounds. It returns how what is programmed at its
 // end deviates from what is wanted.
-func play(t *testing.T, r rule, opts fake.Options, faults fake.Faults, seed uint64, d dice) string {
+func runHistory(t *testing.T, r errorRule, opts fake.Options, faults fake.Faults, seed uint64, d intN) string {
 	t.Helper()
 	if opts.PerObject && faults.Keys > 0 {
 		writes := rand.New(rand.NewPCG(seed, 2))
@@ -300,7 +300,7 @@ func play(t *testing.T, r rule, opts fake.Options, faults fake.Faults, seed uint
 		}
 	}
 	faulty := fake.NewFaulty(fake.New(opts), seed, fake.Faults{})
-	p := newProgrammer(r, faulty)
+	p := newTestSyncer(r, faulty)
 	c := newCluster()
 	c.change(d)
 	p.sync(t.Context(), c.desired, true)
@@ -327,13 +327,13 @@ func play(t *testing.T, r rule, opts fake.Options, faults fake.Faults, seed uint
 }
 
 // After faults stop, what is programmed is what is wanted.
-func TestHistoriesEndRight(t *testing.T) {
+func TestHistoriesConverge(t *testing.T) {
 	t.Parallel()
-	for name, opts := range kernels() {
+	for name, opts := range fakeOptions() {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			for seed := range uint64(2000) {
-				if diff := play(t, unknownUntilReplace, opts, allFaults(opts), seed, seeded(seed)); diff != "" {
+				if diff := runHistory(t, unknownUntilReplace, opts, allFaults(opts), seed, seededIntN(seed)); diff != "" {
 					t.Fatalf("seed %d ends wrong:\n%s", seed, diff)
 				}
 			}
@@ -343,12 +343,12 @@ func TestHistoriesEndRight(t *testing.T) {
 
 // The same histories catch a syncer that believes something else after an
 // error: without this, the test above could pass because it sees nothing.
-func TestHistoriesCatchWrongRules(t *testing.T) {
+func TestHistoriesDetectWrongErrorRules(t *testing.T) {
 	t.Parallel()
 	const seeds = 200
-	for name, opts := range kernels() {
+	for name, opts := range fakeOptions() {
 		for _, tt := range []struct {
-			rule   rule
+			rule   errorRule
 			faults fake.Faults
 			least  int // histories that must end wrong, of seeds
 		}{
@@ -366,7 +366,7 @@ func TestHistoriesCatchWrongRules(t *testing.T) {
 				t.Parallel()
 				wrong := 0
 				for seed := range uint64(seeds) {
-					if play(t, tt.rule, opts, possible(opts, tt.faults), seed, seeded(seed)) != "" {
+					if runHistory(t, tt.rule, opts, supportedFaults(opts, tt.faults), seed, seededIntN(seed)) != "" {
 						wrong++
 					}
 				}
@@ -383,18 +383,18 @@ func TestHistoriesCatchWrongRules(t *testing.T) {
 }
 
 // A kernel that refuses a wrong Old sees none while there are no faults.
-func TestHistoriesTellTheTruth(t *testing.T) {
+func TestHistoriesPassCorrectOld(t *testing.T) {
 	t.Parallel()
 	for seed := range uint64(500) {
-		d := seeded(seed)
+		d := seededIntN(seed)
 		kernel := fake.New(fake.Options{Strict: true})
-		p := newProgrammer(unknownUntilReplace, kernel)
+		p := newTestSyncer(unknownUntilReplace, kernel)
 		c := newCluster()
 		for range 40 {
 			c.change(d)
 			p.sync(t.Context(), c.desired, true)
-			if p.all || len(p.unknown) > 0 {
-				t.Fatalf("seed %d: a call failed: all unknown %t, keys unknown %v", seed, p.all, p.unknown)
+			if p.allUnknown || len(p.unknown) > 0 {
+				t.Fatalf("seed %d: a call failed: all unknown %t, keys unknown %v", seed, p.allUnknown, p.unknown)
 			}
 		}
 	}
@@ -403,7 +403,7 @@ func TestHistoriesTellTheTruth(t *testing.T) {
 // FuzzHistory looks for histories that end wrong.
 func FuzzHistory(f *testing.F) {
 	for seed := range uint64(8) {
-		d := seeded(seed)
+		d := seededIntN(seed)
 		data := make([]byte, 400)
 		for i := range data {
 			data[i] = byte(d(256))
@@ -412,7 +412,7 @@ func FuzzHistory(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, seed uint64, perObject bool, data []byte) {
 		opts := fake.Options{PerObject: perObject, Strict: !perObject && seed%4 == 1}
-		if diff := play(t, unknownUntilReplace, opts, allFaults(opts), seed, fromBytes(data)); diff != "" {
+		if diff := runHistory(t, unknownUntilReplace, opts, allFaults(opts), seed, bytesIntN(data)); diff != "" {
 			t.Errorf("the history ends wrong:\n%s", diff)
 		}
 	})

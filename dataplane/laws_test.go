@@ -16,42 +16,42 @@ import (
 
 // The laws of the package documentation, one test each, on random Services.
 
-// lawful is a Dataplane that counts what it has written.
-type lawful interface {
+// countingDataplane is a Dataplane that counts what it has written.
+type countingDataplane interface {
 	dataplane.Dataplane
-	writes() int
+	writeCount() int
 }
 
-type lawfulFake struct{ *fake.Dataplane }
+type countingFake struct{ *fake.Dataplane }
 
-func (k lawfulFake) writes() int { return k.Counts().Writes }
+func (k countingFake) writeCount() int { return k.Counts().Writes }
 
-func (p *printer) writes() int { return p.lines }
+func (p *printer) writeCount() int { return p.lines }
 
-// lawfuls are the Dataplanes that the laws are tested with.
-func lawfuls() map[string]func() lawful {
-	all := map[string]func() lawful{"printer of the example": func() lawful { return newPrinter(io.Discard, "lc", "sh") }}
-	for name, opts := range kernels() {
-		all[name] = func() lawful { return lawfulFake{fake.New(opts)} }
+// countingDataplanes are the Dataplanes that the laws are tested with.
+func countingDataplanes() map[string]func() countingDataplane {
+	all := map[string]func() countingDataplane{"printer of the example": func() countingDataplane { return newPrinter(io.Discard, "lc", "sh") }}
+	for name, opts := range fakeOptions() {
+		all[name] = func() countingDataplane { return countingFake{fake.New(opts)} }
 	}
 	return all
 }
 
-func eachHistory(t *testing.T, law func(t *testing.T, kernel lawful, c *cluster, d dice)) {
+func forEachHistory(t *testing.T, law func(t *testing.T, kernel countingDataplane, c *cluster, d intN)) {
 	t.Helper()
-	for name, open := range lawfuls() {
+	for name, open := range countingDataplanes() {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			for seed := range uint64(200) {
 				t.Run(fmt.Sprintf("seed=%d", seed), func(t *testing.T) {
-					law(t, open(), newCluster(), seeded(seed))
+					law(t, open(), newCluster(), seededIntN(seed))
 				})
 			}
 		})
 	}
 }
 
-func read(t *testing.T, dp dataplane.Dataplane) dataplane.State {
+func mustRead(t *testing.T, dp dataplane.Dataplane) dataplane.State {
 	t.Helper()
 	state, err := dp.Read(t.Context())
 	if err != nil {
@@ -60,21 +60,21 @@ func read(t *testing.T, dp dataplane.Dataplane) dataplane.State {
 	return state
 }
 
-func replace(t *testing.T, dp dataplane.Dataplane, services iter.Seq[*dataplane.Service]) {
+func mustReplace(t *testing.T, dp dataplane.Dataplane, services iter.Seq[*dataplane.Service]) {
 	t.Helper()
 	if err := dp.Replace(t.Context(), dataplane.Node{}, services, nil); err != nil {
 		t.Fatal(err)
 	}
 }
 
-func TestLaw1ReplaceMakesExactlyThis(t *testing.T) {
+func TestLaw1ReplaceIsExact(t *testing.T) {
 	t.Parallel()
-	eachHistory(t, func(t *testing.T, kernel lawful, c *cluster, d dice) {
+	forEachHistory(t, func(t *testing.T, kernel countingDataplane, c *cluster, d intN) {
 		for range 10 {
 			c.change(d)
-			replace(t, kernel, maps.Values(c.desired))
+			mustReplace(t, kernel, maps.Values(c.desired))
 			want := dataplane.StateOf(maps.Values(c.desired))
-			if diff := want.Diff(read(t, kernel)); diff != "" {
+			if diff := want.Diff(mustRead(t, kernel)); diff != "" {
 				t.Fatal(diff)
 			}
 		}
@@ -83,14 +83,14 @@ func TestLaw1ReplaceMakesExactlyThis(t *testing.T) {
 
 // Laws 2 and 3: every Old is taken out and every New is put in, in whatever
 // order the changes are listed.
-func TestLaw2And3ApplyIsADifferenceOverTheWholeCall(t *testing.T) {
+func TestLaw2And3ApplyDiffsWholeCall(t *testing.T) {
 	t.Parallel()
-	eachHistory(t, func(t *testing.T, kernel lawful, c *cluster, d dice) {
-		p := newProgrammer(unknownUntilReplace, kernel)
+	forEachHistory(t, func(t *testing.T, kernel countingDataplane, c *cluster, d intN) {
+		p := newTestSyncer(unknownUntilReplace, kernel)
 		p.sync(t.Context(), c.desired, true)
 		for range 10 {
 			c.change(d)
-			want := read(t, kernel)
+			want := mustRead(t, kernel)
 			changes := p.diff(c.desired)
 			rand.Shuffle(len(changes), func(i, j int) { changes[i], changes[j] = changes[j], changes[i] })
 			for _, ch := range changes {
@@ -103,7 +103,7 @@ func TestLaw2And3ApplyIsADifferenceOverTheWholeCall(t *testing.T) {
 			for _, ch := range changes {
 				if ch.New != nil {
 					for _, f := range ch.New.Frontends {
-						want[f] = dataplane.Binding{Service: ch.New.Key.Service(), Treatment: ch.New.Treatment}
+						want[f] = dataplane.Binding{Service: ch.New.Key.Service(), ServiceSpec: ch.New.ServiceSpec}
 					}
 				}
 			}
@@ -111,8 +111,8 @@ func TestLaw2And3ApplyIsADifferenceOverTheWholeCall(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			p.settle(err, changes, nil)
-			if diff := want.Diff(read(t, kernel)); diff != "" {
+			p.recordResult(err, changes, nil)
+			if diff := want.Diff(mustRead(t, kernel)); diff != "" {
 				t.Fatal(diff)
 			}
 		}
@@ -121,36 +121,36 @@ func TestLaw2And3ApplyIsADifferenceOverTheWholeCall(t *testing.T) {
 
 func TestLaw4EqualStatesWriteNothing(t *testing.T) {
 	t.Parallel()
-	eachHistory(t, func(t *testing.T, kernel lawful, c *cluster, d dice) {
+	forEachHistory(t, func(t *testing.T, kernel countingDataplane, c *cluster, d intN) {
 		for range 5 {
 			c.change(d)
 		}
-		replace(t, kernel, maps.Values(c.desired))
-		before := kernel.writes()
+		mustReplace(t, kernel, maps.Values(c.desired))
+		before := kernel.writeCount()
 		var again []*dataplane.Service
 		var none []dataplane.Change
 		for k, s := range c.desired {
-			same, err := dataplane.NewService(k, slices.Clone(s.Frontends), cloned(s.Treatment))
+			same, err := dataplane.NewService(k, slices.Clone(s.Frontends), cloneSpec(s.ServiceSpec))
 			if err != nil {
 				t.Fatal(err)
 			}
 			again = append(again, same)
 			none = append(none, dataplane.Change{Old: s, New: same})
 		}
-		replace(t, kernel, slices.Values(again))
+		mustReplace(t, kernel, slices.Values(again))
 		if err := kernel.Apply(t.Context(), none); err != nil {
 			t.Fatal(err)
 		}
-		if n := kernel.writes() - before; n != 0 {
+		if n := kernel.writeCount() - before; n != 0 {
 			t.Errorf("%d writes to replace a state by an equal one, want 0", n)
 		}
 	})
 }
 
 // Law 5, the half that can be checked: the keys that are not named took.
-func TestLaw5KeysNotNamedTook(t *testing.T) {
+func TestLaw5UnnamedKeysSucceed(t *testing.T) {
 	t.Parallel()
-	for name, opts := range kernels() {
+	for name, opts := range fakeOptions() {
 		if opts.Strict {
 			continue // It takes all keys of a call or none.
 		}
@@ -158,9 +158,9 @@ func TestLaw5KeysNotNamedTook(t *testing.T) {
 			t.Parallel()
 			failures := 0
 			for seed := range uint64(500) {
-				d := seeded(seed)
+				d := seededIntN(seed)
 				faulty := fake.NewFaulty(fake.New(opts), seed, fake.Faults{Keys: 0.5})
-				p := newProgrammer(unknownUntilReplace, faulty)
+				p := newTestSyncer(unknownUntilReplace, faulty)
 				c := newCluster()
 				for range 10 {
 					c.change(d)
@@ -169,10 +169,10 @@ func TestLaw5KeysNotNamedTook(t *testing.T) {
 						continue
 					}
 					failures++
-					got := read(t, faulty)
+					got := mustRead(t, faulty)
 					for k, s := range p.applied {
 						for _, f := range s.Frontends {
-							want := dataplane.Binding{Treatment: s.Treatment}
+							want := dataplane.Binding{ServiceSpec: s.ServiceSpec}
 							if !got[f].Equal(want) {
 								t.Fatalf("seed %d: %s was not named but has %v for %s, want %v; named: %v",
 									seed, k, got[f], f, s.Endpoints, p.unknown)
@@ -194,29 +194,29 @@ func TestLaw5KeysNotNamedTook(t *testing.T) {
 }
 
 // The writes of an Apply follow the change, not the number of Services.
-func TestCostFollowsTheChange(t *testing.T) {
+func TestApplyCostProportionalToChange(t *testing.T) {
 	t.Parallel()
 	for _, services := range []int{10, 1000} {
-		for name, open := range lawfuls() {
+		for name, open := range countingDataplanes() {
 			t.Run(fmt.Sprintf("%s/services=%d", name, services), func(t *testing.T) {
 				t.Parallel()
 				kernel := open()
-				all := numbered(t, services)
-				replace(t, kernel, slices.Values(all))
+				all := numberedServices(t, services)
+				mustReplace(t, kernel, slices.Values(all))
 				for _, tt := range []struct {
 					what   string
 					change dataplane.Change
 					writes int
 				}{
-					{"one endpoint more", dataplane.Change{Old: all[0], New: endpoints(t, all[0], 4)}, 1},
-					{"that endpoint less", dataplane.Change{Old: endpoints(t, all[0], 4), New: all[0]}, 1},
+					{"one endpoint more", dataplane.Change{Old: all[0], New: withEndpoints(t, all[0], 4)}, 1},
+					{"that endpoint less", dataplane.Change{Old: withEndpoints(t, all[0], 4), New: all[0]}, 1},
 					{"no change", dataplane.Change{Old: all[1], New: all[1]}, 0},
 				} {
-					before := kernel.writes()
+					before := kernel.writeCount()
 					if err := kernel.Apply(t.Context(), []dataplane.Change{tt.change}); err != nil {
 						t.Fatalf("%s: %v", tt.what, err)
 					}
-					if n := kernel.writes() - before; n != tt.writes {
+					if n := kernel.writeCount() - before; n != tt.writes {
 						t.Errorf("%s: %d writes, want %d", tt.what, n, tt.writes)
 					}
 				}
@@ -225,11 +225,11 @@ func TestCostFollowsTheChange(t *testing.T) {
 	}
 }
 
-func TestClosedAndCancelledCallsTakeNothing(t *testing.T) {
+func TestCancelledCallsChangeNothing(t *testing.T) {
 	t.Parallel()
 	kernel := fake.New(fake.Options{})
-	all := numbered(t, 3)
-	replace(t, kernel, slices.Values(all))
+	all := numberedServices(t, 3)
+	mustReplace(t, kernel, slices.Values(all))
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	if err := kernel.Replace(ctx, dataplane.Node{}, slices.Values(all[:1]), nil); err == nil {
@@ -238,34 +238,34 @@ func TestClosedAndCancelledCallsTakeNothing(t *testing.T) {
 	if err := kernel.Apply(ctx, []dataplane.Change{{Old: all[0]}}); err == nil {
 		t.Error("Apply with an ended context succeeded")
 	}
-	if diff := dataplane.StateOf(slices.Values(all)).Diff(read(t, kernel)); diff != "" {
+	if diff := dataplane.StateOf(slices.Values(all)).Diff(mustRead(t, kernel)); diff != "" {
 		t.Error(diff)
 	}
 }
 
-// numbered returns n Services with one frontend and three endpoints each.
-func numbered(t *testing.T, n int) []*dataplane.Service {
+// numberedServices returns n Services with one frontend and three endpoints each.
+func numberedServices(t *testing.T, n int) []*dataplane.Service {
 	t.Helper()
 	all := make([]*dataplane.Service, n)
 	for i := range all {
 		k := dataplane.Key{Namespace: "default", Name: fmt.Sprintf("s%d", i), Family: dataplane.IPv4}
-		s, err := dataplane.NewService(k, []dataplane.Frontend{frontend(fmt.Sprintf("10.96.%d.%d:80", i/256, i%256))}, dataplane.Treatment{})
+		s, err := dataplane.NewService(k, []dataplane.Frontend{frontend(fmt.Sprintf("10.96.%d.%d:80", i/256, i%256))}, dataplane.ServiceSpec{})
 		if err != nil {
 			t.Fatal(err)
 		}
-		all[i] = endpoints(t, s, 3)
+		all[i] = withEndpoints(t, s, 3)
 	}
 	return all
 }
 
-// endpoints returns s with n endpoints.
-func endpoints(t *testing.T, s *dataplane.Service, n int) *dataplane.Service {
+// withEndpoints returns s with n endpoints.
+func withEndpoints(t *testing.T, s *dataplane.Service, n int) *dataplane.Service {
 	t.Helper()
 	var es []dataplane.Endpoint
 	for i := range n {
 		es = append(es, endpoint(fmt.Sprintf("10.0.0.%d:8080", i+1)))
 	}
-	s, err := dataplane.NewService(s.Key, slices.Clone(s.Frontends), dataplane.Treatment{Endpoints: es})
+	s, err := dataplane.NewService(s.Key, slices.Clone(s.Frontends), dataplane.ServiceSpec{Endpoints: es})
 	if err != nil {
 		t.Fatal(err)
 	}

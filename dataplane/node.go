@@ -12,7 +12,7 @@ type Node struct {
 	// PodCIDRs, PodInterface and PodInterfacePrefix say how a client is told to
 	// be a pod: by its address, by the interface that its packets arrive on, or
 	// by the beginning of that interface's name. At most one of the three is
-	// set. They decide on [MasqueradeForeign]: of a family without a PodCIDR no
+	// set. They decide on [MasqueradeOffCluster]: of a family without a PodCIDR no
 	// client is foreign where PodCIDRs is what is set, and so where nothing is.
 	// The node's own connections arrive on no interface, so that they are
 	// foreign to PodInterface and PodInterfacePrefix.
@@ -21,18 +21,18 @@ type Node struct {
 	PodInterfacePrefix string
 
 	// LocalPodCIDRs are networks of which clients count as pods of this node
-	// for [Treatment.ExternalLocal], besides those that PodCIDRs, PodInterface
+	// for [ServiceSpec.ExternalTrafficPolicyLocal], besides those that PodCIDRs, PodInterface
 	// and PodInterfacePrefix tell.
 	LocalPodCIDRs []netip.Prefix
 
-	// MasqueradeAll makes every client of a [MasqueradeForeign] Service a
+	// MasqueradeAll makes every client of a [MasqueradeOffCluster] Service a
 	// foreign one.
 	MasqueradeAll bool
 
-	// Addrs are the node's primary addresses, of both families. A client on this
+	// PrimaryAddrs are the node's primary addresses, of both families. A client on this
 	// node that uses a frontend's own address as its source counts as having
-	// these, for [Treatment.SourceRanges].
-	Addrs []netip.Addr
+	// these, for [ServiceSpec.SourceRanges].
+	PrimaryAddrs []netip.Addr
 
 	// NodePortAddrs are the addresses of this node, of both families, on which
 	// the frontends with the unspecified address answer. Loopback addresses among
@@ -57,7 +57,7 @@ type Node struct {
 
 	// PingServiceIPs makes the node answer ICMP echo requests to the addresses
 	// of frontends that have an endpoint for the one who asks. A frontend with
-	// [Treatment.SourceRanges] takes no part.
+	// [ServiceSpec.SourceRanges] takes no part.
 	PingServiceIPs bool
 
 	// ServiceCIDRs are the networks that cluster IPs are given from. Connections
@@ -77,7 +77,7 @@ func (n Node) Equal(o Node) bool {
 		n.PodInterfacePrefix == o.PodInterfacePrefix &&
 		slices.Equal(n.LocalPodCIDRs, o.LocalPodCIDRs) &&
 		n.MasqueradeAll == o.MasqueradeAll &&
-		slices.Equal(n.Addrs, o.Addrs) &&
+		slices.Equal(n.PrimaryAddrs, o.PrimaryAddrs) &&
 		slices.Equal(n.NodePortAddrs, o.NodePortAddrs) &&
 		slices.Equal(n.NodePortNetworks, o.NodePortNetworks) &&
 		n.LocalhostNodePorts == o.LocalhostNodePorts &&

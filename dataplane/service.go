@@ -168,7 +168,7 @@ type Endpoint struct {
 }
 
 // Service is one port of a Kubernetes Service in one IP family with its
-// frontends of one kind, and the [Treatment] of the connections to them.
+// frontends of one kind, and the [ServiceSpec] of the connections to them.
 //
 // A Service is a value. Make one with [NewService]; once handed over it must
 // not be changed.
@@ -176,7 +176,7 @@ type Service struct {
 	Key Key
 	// Frontends are sorted and unique; there is at least one.
 	Frontends []Frontend
-	Treatment
+	ServiceSpec
 
 	// Serving are the endpoints to which no new connection goes and which still
 	// serve those that they have: pods that terminate, and pods that a traffic
@@ -204,8 +204,8 @@ var ErrInvalid = errors.New("invalid Service")
 // or an error that wraps [ErrInvalid]. It takes the lists over: the caller must
 // not write to them again. Lists that are sorted and free of duplicates may be
 // shared by several Services.
-func NewService(key Key, frontends []Frontend, treatment Treatment) (*Service, error) {
-	s := &Service{Key: key, Frontends: frontends, Treatment: treatment}
+func NewService(key Key, frontends []Frontend, treatment ServiceSpec) (*Service, error) {
+	s := &Service{Key: key, Frontends: frontends, ServiceSpec: treatment}
 	slices.SortFunc(s.Frontends, Frontend.Compare)
 	s.Frontends = slices.Compact(s.Frontends)
 	s.normalize()
@@ -232,7 +232,7 @@ func (s *Service) WithServing(serving []netip.AddrPort) (*Service, error) {
 
 func (s *Service) validateServing() error {
 	for _, e := range s.Serving {
-		if err := checkEndpoint(e, s.Key.Family); err != nil {
+		if err := validateEndpoint(e, s.Key.Family); err != nil {
 			return fmt.Errorf("serving %w", err)
 		}
 	}
@@ -261,17 +261,17 @@ func (s *Service) validate() error {
 		if f.Protocol != TCP && f.Protocol != UDP && f.Protocol != SCTP {
 			return fmt.Errorf("frontend %s: unknown protocol, want TCP, UDP or SCTP", f)
 		}
-		if err := checkAddr(f.Addr, s.Key.Family); err != nil {
+		if err := validateAddrPort(f.Addr, s.Key.Family); err != nil {
 			return fmt.Errorf("frontend %s: %w", f, err)
 		}
 		if f.Addr.Addr().IsUnspecified() != (s.Key.Kind == NodePort) {
 			return fmt.Errorf("frontend %s: want the unspecified address for a NodePort, and for nothing else", f)
 		}
 	}
-	return s.Treatment.validate(s.Key.Family)
+	return s.ServiceSpec.validate(s.Key.Family)
 }
 
-func checkAddr(a netip.AddrPort, family Family) error {
+func validateAddrPort(a netip.AddrPort, family Family) error {
 	switch {
 	case !a.IsValid():
 		return errors.New("no address")
@@ -287,9 +287,9 @@ func checkAddr(a netip.AddrPort, family Family) error {
 	return nil
 }
 
-// checkEndpoint says what is wrong with the address of an endpoint.
-func checkEndpoint(a netip.AddrPort, family Family) error {
-	if err := checkAddr(a, family); err != nil {
+// validateEndpoint says what is wrong with the address of an endpoint.
+func validateEndpoint(a netip.AddrPort, family Family) error {
+	if err := validateAddrPort(a, family); err != nil {
 		return fmt.Errorf("endpoint %s: %w", a, err)
 	}
 	if a.Addr().IsUnspecified() {
@@ -308,6 +308,6 @@ func (s *Service) Equal(o *Service) bool {
 	}
 	return s.Key == o.Key &&
 		slices.Equal(s.Frontends, o.Frontends) &&
-		s.Treatment.Equal(o.Treatment) &&
+		s.ServiceSpec.Equal(o.ServiceSpec) &&
 		slices.Equal(s.Serving, o.Serving)
 }

@@ -30,24 +30,24 @@ var (
 
 // Equal is written by hand. A new field fails this test until somebody has
 // looked at Equal (and, for a Key, at Compare and String) and listed it here.
-func TestEveryFieldIsReviewed(t *testing.T) {
+func TestFieldsReviewed(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
 		value  any
 		fields []string
 	}{
-		{dataplane.Service{}, []string{"Key", "Frontends", "Treatment", "Serving"}},
-		{dataplane.Treatment{}, []string{
-			"Endpoints", "ExternalLocal", "LocalEndpoints", "Masquerade", "NoEndpoints", "Affinity", "SourceRanges", "Scheduler",
+		{dataplane.Service{}, []string{"Key", "Frontends", "ServiceSpec", "Serving"}},
+		{dataplane.ServiceSpec{}, []string{
+			"Endpoints", "ExternalTrafficPolicyLocal", "LocalEndpoints", "Masquerade", "NoEndpointsVerdict", "Affinity", "SourceRanges", "Scheduler",
 		}},
 		{dataplane.Key{}, []string{"Namespace", "Name", "Port", "Family", "Kind"}},
 		{dataplane.Frontend{}, []string{"Protocol", "Addr"}},
 		{dataplane.Endpoint{}, []string{"Addr", "Local"}},
 		{dataplane.Node{}, []string{
-			"PodCIDRs", "PodInterface", "PodInterfacePrefix", "LocalPodCIDRs", "MasqueradeAll", "Addrs", "NodePortAddrs", "NodePortNetworks",
+			"PodCIDRs", "PodInterface", "PodInterfacePrefix", "LocalPodCIDRs", "MasqueradeAll", "PrimaryAddrs", "NodePortAddrs", "NodePortNetworks",
 			"LocalhostNodePorts", "ProtectLoopback", "PingServiceIPs", "ServiceCIDRs", "AheadOfOthers",
 		}},
-		{dataplane.Binding{}, []string{"Service", "Treatment"}},
+		{dataplane.Binding{}, []string{"Service", "ServiceSpec"}},
 	} {
 		var got []string
 		for f := range reflect.TypeOf(tt.value).Fields() {
@@ -63,9 +63,9 @@ func TestServiceEqual(t *testing.T) {
 	t.Parallel()
 	base := func() *dataplane.Service {
 		return &dataplane.Service{
-			Key:       key4,
-			Frontends: []dataplane.Frontend{frontend("10.96.0.1:80")},
-			Treatment: dataplane.Treatment{Endpoints: []dataplane.Endpoint{endpoint("10.0.0.1:8080"), endpoint("10.0.0.2:8080")}},
+			Key:         key4,
+			Frontends:   []dataplane.Frontend{frontend("10.96.0.1:80")},
+			ServiceSpec: dataplane.ServiceSpec{Endpoints: []dataplane.Endpoint{endpoint("10.0.0.1:8080"), endpoint("10.0.0.2:8080")}},
 		}
 	}
 	edited := func(edit func(*dataplane.Service)) *dataplane.Service {
@@ -106,7 +106,7 @@ func TestServiceEqual(t *testing.T) {
 	}
 }
 
-func TestNewServiceSortsAndRemovesDoubles(t *testing.T) {
+func TestNewServiceSortsAndDeduplicates(t *testing.T) {
 	t.Parallel()
 	local := func(e dataplane.Endpoint) dataplane.Endpoint { e.Local = true; return e }
 	got, err := dataplane.NewService(key4,
@@ -114,7 +114,7 @@ func TestNewServiceSortsAndRemovesDoubles(t *testing.T) {
 			frontend("10.96.0.2:80"), frontend("10.96.0.1:443"), frontend("10.96.0.1:80"), frontend("10.96.0.2:80"),
 			{Protocol: dataplane.UDP, Addr: netip.MustParseAddrPort("10.96.0.1:80")},
 		},
-		dataplane.Treatment{Endpoints: []dataplane.Endpoint{
+		dataplane.ServiceSpec{Endpoints: []dataplane.Endpoint{
 			endpoint("10.0.0.2:80"), local(endpoint("10.0.0.2:80")), endpoint("10.0.0.1:80"), endpoint("10.0.0.1:80"),
 			endpoint("10.0.0.2:81"), endpoint("10.0.0.2:79"), endpoint("10.0.0.3:80"),
 		}})
@@ -129,7 +129,7 @@ func TestNewServiceSortsAndRemovesDoubles(t *testing.T) {
 			frontend("10.96.0.1:443"), frontend("10.96.0.2:80"),
 		},
 		// Of doubles one stays. What is local is the pod, with all of its ports.
-		Treatment: dataplane.Treatment{Endpoints: []dataplane.Endpoint{
+		ServiceSpec: dataplane.ServiceSpec{Endpoints: []dataplane.Endpoint{
 			endpoint("10.0.0.1:80"),
 			local(endpoint("10.0.0.2:79")), local(endpoint("10.0.0.2:80")), local(endpoint("10.0.0.2:81")),
 			endpoint("10.0.0.3:80"),
@@ -140,7 +140,7 @@ func TestNewServiceSortsAndRemovesDoubles(t *testing.T) {
 	}
 }
 
-func TestNewServiceRefuses(t *testing.T) {
+func TestNewServiceValidates(t *testing.T) {
 	t.Parallel()
 	fs := []dataplane.Frontend{frontend("10.96.0.1:80")}
 	es := []dataplane.Endpoint{endpoint("10.0.0.1:80")}
@@ -196,7 +196,7 @@ func TestNewServiceRefuses(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			s, err := dataplane.NewService(tt.key, slices.Clone(tt.frontends), dataplane.Treatment{Endpoints: slices.Clone(tt.endpoints)})
+			s, err := dataplane.NewService(tt.key, slices.Clone(tt.frontends), dataplane.ServiceSpec{Endpoints: slices.Clone(tt.endpoints)})
 			if tt.want == "" {
 				if err != nil {
 					t.Fatal(err)
@@ -252,7 +252,7 @@ func TestStrings(t *testing.T) {
 // Each list is in order; everything before an element is less than it.
 func TestCompare(t *testing.T) {
 	t.Parallel()
-	ordered(t, dataplane.Key.Compare,
+	checkOrder(t, dataplane.Key.Compare,
 		dataplane.Key{},
 		dataplane.Key{Family: dataplane.IPv4},
 		dataplane.Key{Family: dataplane.IPv4, Kind: dataplane.NodePort},
@@ -264,7 +264,7 @@ func TestCompare(t *testing.T) {
 		dataplane.Key{Namespace: "a", Name: "a", Port: "b", Family: dataplane.IPv4},
 		dataplane.Key{Namespace: "b"},
 	)
-	ordered(t, dataplane.Frontend.Compare,
+	checkOrder(t, dataplane.Frontend.Compare,
 		frontend("0.0.0.0:30000"),
 		frontend("10.0.0.1:80"),
 		dataplane.Frontend{Protocol: dataplane.UDP, Addr: netip.MustParseAddrPort("10.0.0.1:80")},
@@ -274,7 +274,7 @@ func TestCompare(t *testing.T) {
 	)
 }
 
-func ordered[T any](t *testing.T, compare func(T, T) int, list ...T) {
+func checkOrder[T any](t *testing.T, compare func(T, T) int, list ...T) {
 	t.Helper()
 	for i, a := range list {
 		for j, b := range list {
@@ -312,7 +312,7 @@ func TestStateDiff(t *testing.T) {
 		"both empty": {nil, dataplane.State{}, nil},
 		"equal, with another name": {
 			dataplane.State{f1: web("10.0.0.1:1")},
-			dataplane.State{f1: {Service: "default/w...", Treatment: web("10.0.0.1:1").Treatment}},
+			dataplane.State{f1: {Service: "default/w...", ServiceSpec: web("10.0.0.1:1").ServiceSpec}},
 			nil,
 		},
 		"missing, different and unexpected": {
@@ -340,12 +340,12 @@ func TestStateDiff(t *testing.T) {
 func TestStateOf(t *testing.T) {
 	t.Parallel()
 	two, err := dataplane.NewService(key4,
-		[]dataplane.Frontend{frontend("10.96.0.1:80"), frontend("10.96.0.2:80")}, dataplane.Treatment{Endpoints: []dataplane.Endpoint{endpoint("10.0.0.1:80")}})
+		[]dataplane.Frontend{frontend("10.96.0.1:80"), frontend("10.96.0.2:80")}, dataplane.ServiceSpec{Endpoints: []dataplane.Endpoint{endpoint("10.0.0.1:80")}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	got := dataplane.StateOf(slices.Values([]*dataplane.Service{two}))
-	b := dataplane.Binding{Service: "default/web", Treatment: two.Treatment}
+	b := dataplane.Binding{Service: "default/web", ServiceSpec: two.ServiceSpec}
 	want := dataplane.State{frontend("10.96.0.1:80"): b, frontend("10.96.0.2:80"): b}
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("got %v, want %v", got, want)
@@ -394,7 +394,7 @@ func TestWithServing(t *testing.T) {
 	newService := func(protocol dataplane.Protocol) *dataplane.Service {
 		s, err := dataplane.NewService(key4,
 			[]dataplane.Frontend{{Protocol: protocol, Addr: netip.MustParseAddrPort("10.96.0.1:53")}},
-			dataplane.Treatment{Endpoints: []dataplane.Endpoint{endpoint("10.0.0.1:53")}})
+			dataplane.ServiceSpec{Endpoints: []dataplane.Endpoint{endpoint("10.0.0.1:53")}})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -411,7 +411,7 @@ func TestWithServing(t *testing.T) {
 	if s.Serving != nil {
 		t.Errorf("the Service itself has changed: %v", s.Serving)
 	}
-	if !got.Treatment.Equal(s.Treatment) || s.Equal(got) {
+	if !got.ServiceSpec.Equal(s.ServiceSpec) || s.Equal(got) {
 		t.Errorf("%+v and %+v: want the same Treatment in Services that differ", got, s)
 	}
 	state := func(s *dataplane.Service) dataplane.State {

@@ -22,50 +22,50 @@ func (d *Dataplane) Apply(ctx context.Context, changes []dataplane.Change) error
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	failed := map[dataplane.Key]error{}
-	p := d.plan(changes, failed)
-	if err := d.applyRules(ctx, p.guards, p.owners, failed); err != nil {
+	p := d.newPlan(changes, failed)
+	if err := d.applyRules(ctx, p.dropRules, p.owners, failed); err != nil {
 		return fmt.Errorf("apply: %w", err)
 	}
-	w := d.work()
-	for s, vs := range p.want {
-		if failed[p.wanting[s]] == nil { // or else its address may be without a drop rule
-			w.add(s, vs)
+	w := d.newBatch()
+	for s, vs := range p.desired {
+		if failed[p.desiredKeys[s]] == nil { // or else its address may be without a drop rule
+			w.ensureServer(s, vs)
 		}
 	}
-	if err := w.carryOut(p.owners, failed); err != nil {
+	if err := w.execute(p.owners, failed); err != nil {
 		return fmt.Errorf("apply: %w", err)
 	}
-	p.spread(failed)
-	if err := d.applyRules(ctx, p.switching(failed), p.owners, failed); err != nil {
+	p.propagateFailures(failed)
+	if err := d.applyRules(ctx, p.ruleChanges(failed), p.owners, failed); err != nil {
 		return fmt.Errorf("apply: %w", err)
 	}
-	w = d.work()
-	for s, vs := range p.want {
-		if inDoubt(p.wanting[s], failed) {
-			d.doubtful[s] = true
+	w = d.newBatch()
+	for s, vs := range p.desired {
+		if writeFailed(p.desiredKeys[s], failed) {
+			d.unverified[s] = true
 			continue
 		}
-		w.drop(s, vs)
+		w.drainUndesired(s, vs)
 	}
-	for s, k := range p.have {
-		if _, stays := p.want[s]; !stays && !inDoubt(k, failed) {
+	for s, k := range p.current {
+		if _, stays := p.desired[s]; !stays && !writeFailed(k, failed) {
 			w.retire(s, p.translated[s])
 		}
 	}
 	for s := range p.translated {
-		if d.leaving[s] {
-			w.delete(s)
+		if d.retiring[s] {
+			w.deleteServer(s)
 		}
 	}
-	if err := w.carryOut(p.owners, failed); err != nil {
+	if err := w.execute(p.owners, failed); err != nil {
 		return fmt.Errorf("apply: %w", err)
 	}
-	if err := d.applyRules(ctx, w.released(), p.owners, failed); err != nil {
+	if err := d.applyRules(ctx, w.dropRuleRemovals(), p.owners, failed); err != nil {
 		return fmt.Errorf("apply: %w", err)
 	}
 	for _, c := range p.changes {
 		if c.Old != nil {
-			d.places.release(c.Old, c.New)
+			d.allocator.release(c.Old, c.New)
 		}
 	}
 	if len(failed) > 0 {
@@ -77,57 +77,57 @@ func (d *Dataplane) Apply(ctx context.Context, changes []dataplane.Change) error
 // plan is what the changes of an Apply come to, over all of them at once.
 type plan struct {
 	changes []dataplane.Change
-	// have are the virtual servers of what was, want are those of what is to be, and
+	// current are the virtual servers of what was, want are those of what is to be, and
 	// wanting says whose these are.
-	have    map[server]dataplane.Key
-	want    map[server]virtualServer
-	wanting map[server]dataplane.Key
+	current     map[serverKey]dataplane.Key
+	desired     map[serverKey]virtualServer
+	desiredKeys map[serverKey]dataplane.Key
 	// owners are the keys of both that each virtual server matters to.
-	owners map[server][]dataplane.Key
-	// guards add the rules for addresses that are not bound yet; see directAddrs.
-	guards []dataplane.Change
+	owners map[serverKey][]dataplane.Key
+	// dropRules add the rules for addresses that are not bound yet; see directAddrs.
+	dropRules []dataplane.Change
 	// translated are the frontends whose connections are translated, so that no
 	// virtual server can be there.
-	translated map[server]bool
+	translated map[serverKey]bool
 }
 
-func (d *Dataplane) plan(changes []dataplane.Change, failed map[dataplane.Key]error) *plan {
+func (d *Dataplane) newPlan(changes []dataplane.Change, failed map[dataplane.Key]error) *plan {
 	p := &plan{
-		have: make(map[server]dataplane.Key, len(changes)), want: make(map[server]virtualServer, len(changes)),
-		wanting: make(map[server]dataplane.Key, len(changes)), owners: make(map[server][]dataplane.Key, len(changes)),
-		translated: map[server]bool{},
+		current: make(map[serverKey]dataplane.Key, len(changes)), desired: make(map[serverKey]virtualServer, len(changes)),
+		desiredKeys: make(map[serverKey]dataplane.Key, len(changes)), owners: make(map[serverKey][]dataplane.Key, len(changes)),
+		translated: map[serverKey]bool{},
 	}
 	for _, c := range changes {
-		if c.Old == nil || d.supported(c.Old) != nil {
+		if c.Old == nil || d.checkSupported(c.Old) != nil {
 			continue
 		}
-		d.render(c.Old, func(s server, _ virtualServer) {
-			p.have[s] = c.Key()
-			p.own(s, c.Key())
+		d.render(c.Old, func(s serverKey, _ virtualServer) {
+			p.current[s] = c.Key()
+			p.addOwner(s, c.Key())
 		})
 	}
 	guarded := map[netip.Addr]bool{}
 	for _, c := range changes {
 		old, now := c.Old, c.New
-		if old != nil && d.supported(old) != nil {
+		if old != nil && d.checkSupported(old) != nil {
 			old = nil
 		}
 		if now != nil {
-			if err := d.supported(now); err != nil {
+			if err := d.checkSupported(now); err != nil {
 				failed[c.Key()] = err
 				now = nil
 			}
 		}
 		if now != nil {
-			d.render(now, func(s server, vs virtualServer) {
-				p.want[s], p.wanting[s] = vs, c.Key()
-				p.own(s, c.Key())
+			d.render(now, func(s serverKey, vs virtualServer) {
+				p.desired[s], p.desiredKeys[s] = vs, c.Key()
+				p.addOwner(s, c.Key())
 			})
 			addTranslated(p.translated, now)
 			for addr := range directAddrs(now) {
-				if d.bound[addr] == 0 && !guarded[addr] {
+				if d.boundRefs[addr] == 0 && !guarded[addr] {
 					guarded[addr] = true
-					p.guards = append(p.guards, dataplane.Change{New: nft.BoundAddress(addr)})
+					p.dropRules = append(p.dropRules, dataplane.Change{New: nft.BoundAddressService(addr)})
 				}
 			}
 		}
@@ -139,36 +139,36 @@ func (d *Dataplane) plan(changes []dataplane.Change, failed map[dataplane.Key]er
 }
 
 // addTranslated adds the frontends of a Service whose connections are translated.
-func addTranslated(to map[server]bool, s *dataplane.Service) {
-	if direct(s) {
+func addTranslated(to map[serverKey]bool, s *dataplane.Service) {
+	if hasDirectServers(s) {
 		return
 	}
 	for _, f := range s.Frontends {
-		to[server{f.Protocol, f.Addr}] = true
+		to[serverKey{f.Protocol, f.Addr}] = true
 	}
 }
 
-func (p *plan) own(s server, k dataplane.Key) {
+func (p *plan) addOwner(s serverKey, k dataplane.Key) {
 	if !slices.Contains(p.owners[s], k) {
 		p.owners[s] = append(p.owners[s], k)
 	}
 }
 
-// inDoubt reports whether something failed for a key, so that nothing is to be taken
+// writeFailed reports whether something failed for a key, so that nothing is to be taken
 // away from its virtual servers.
-func inDoubt(k dataplane.Key, failed map[dataplane.Key]error) bool {
+func writeFailed(k dataplane.Key, failed map[dataplane.Key]error) bool {
 	err := failed[k]
 	return err != nil && !errors.Is(err, dataplane.ErrUnsupported)
 }
 
-// spread makes fail what takes a frontend from a Service that has failed, and keeps it
+// propagateFailures makes fail what takes a frontend from a Service that has failed, and keeps it
 // therefore.
-func (p *plan) spread(failed map[dataplane.Key]error) {
+func (p *plan) propagateFailures(failed map[dataplane.Key]error) {
 	for more := len(failed) > 0; more; {
 		more = false
 		kept := map[dataplane.Frontend]dataplane.Key{}
 		for _, c := range p.changes {
-			if c.Old != nil && c.New != nil && inDoubt(c.Key(), failed) {
+			if c.Old != nil && c.New != nil && writeFailed(c.Key(), failed) {
 				for _, f := range c.Old.Frontends {
 					kept[f] = c.Key()
 				}
@@ -190,13 +190,13 @@ func (p *plan) spread(failed map[dataplane.Key]error) {
 }
 
 // directAddrs returns the addresses of a Service with virtual servers, each of which has
-// a [nft.BoundAddress] in the rules. Only rules lead to a virtual server at an internal
+// a [nft.BoundAddressService] in the rules. Only rules lead to a virtual server at an internal
 // address. But connections of the node meet a virtual server at a cluster IP before it
 // has destinations, and where it is gone, and the address still bound, connections of
 // others would reach the node's own programs.
 func directAddrs(s *dataplane.Service) iter.Seq[netip.Addr] {
 	return func(yield func(netip.Addr) bool) {
-		if !direct(s) {
+		if !hasDirectServers(s) {
 			return
 		}
 		for _, f := range s.Frontends {
@@ -207,10 +207,10 @@ func directAddrs(s *dataplane.Service) iter.Seq[netip.Addr] {
 	}
 }
 
-// switching returns the changes of the rules that go with those of the virtual
+// ruleChanges returns the changes of the rules that go with those of the virtual
 // servers: new Services are opened, and those that go are closed. A Service that could
 // not be programmed keeps the rules that it had.
-func (p *plan) switching(failed map[dataplane.Key]error) []dataplane.Change {
+func (p *plan) ruleChanges(failed map[dataplane.Key]error) []dataplane.Change {
 	var all []dataplane.Change
 	for _, c := range p.changes {
 		if failed[c.Key()] == nil || c.New == nil {
@@ -222,18 +222,18 @@ func (p *plan) switching(failed map[dataplane.Key]error) []dataplane.Change {
 
 // applyRules changes the rules, and notes the keys of those that did not take.
 func (d *Dataplane) applyRules(
-	ctx context.Context, changes []dataplane.Change, owners map[server][]dataplane.Key, failed map[dataplane.Key]error,
+	ctx context.Context, changes []dataplane.Change, owners map[serverKey][]dataplane.Key, failed map[dataplane.Key]error,
 ) error {
 	if len(changes) == 0 {
 		return nil
 	}
-	return note(d.rules.Apply(ctx, changes), owners, failed)
+	return recordFailures(d.rules.Apply(ctx, changes), owners, failed)
 }
 
-// note adds the keys of an error of the rules to failed. For an address these are the
+// recordFailures adds the keys of an error of the rules to failed. For an address these are the
 // owners of the virtual servers there. It returns an error that concerns all changes, or
 // an address without owners.
-func note(err error, owners map[server][]dataplane.Key, failed map[dataplane.Key]error) error {
+func recordFailures(err error, owners map[serverKey][]dataplane.Key, failed map[dataplane.Key]error) error {
 	var keyed *dataplane.Error
 	if !errors.As(err, &keyed) {
 		return err
@@ -266,8 +266,8 @@ func note(err error, owners map[server][]dataplane.Key, failed map[dataplane.Key
 	return nil
 }
 
-// work collects requests to the kernel, and carries them out together.
-type work struct {
+// batch collects requests to the kernel, and carries them out together.
+type batch struct {
 	*Dataplane
 
 	requests []request
@@ -276,81 +276,81 @@ type work struct {
 	now      time.Time
 }
 
-func (d *Dataplane) work() *work { return &work{Dataplane: d, now: time.Now()} }
+func (d *Dataplane) newBatch() *batch { return &batch{Dataplane: d, now: time.Now()} }
 
-// add makes a virtual server have at least these endpoints. One that is leaving stays.
-func (w *work) add(s server, want virtualServer) {
+// ensureServer makes a virtual server have at least these endpoints. One that is leaving stays.
+func (w *batch) ensureServer(s serverKey, want virtualServer) {
 	have, there := w.servers[s]
-	delete(w.leaving, s)
+	delete(w.retiring, s)
 	switch {
 	case !there:
-		w.request(request{command: newService, server: s, settings: want.settings})
+		w.enqueue(request{command: newService, serverKey: s, settings: want.settings})
 		if !isInternal(s.addr.Addr()) {
-			if addr := s.addr.Addr(); w.bound[addr] == 0 || w.unbound[addr] {
+			if addr := s.addr.Addr(); w.boundRefs[addr] == 0 || w.bindFailed[addr] {
 				w.bind = append(w.bind, addr)
 			}
-			w.bound[s.addr.Addr()]++
+			w.boundRefs[s.addr.Addr()]++
 		}
 	case have.settings != want.settings:
-		w.request(request{command: setService, server: s, settings: want.settings})
+		w.enqueue(request{command: setService, serverKey: s, settings: want.settings})
 	}
-	merge(have.endpoints, want.endpoints, func(e netip.AddrPort, inHave, inWant bool) {
+	diffEndpoints(have.endpoints, want.endpoints, func(e netip.AddrPort, inHave, inWant bool) {
 		if inHave || !inWant {
 			return
 		}
 		c := newDest
 		if _, draining := w.draining[s][e]; draining {
 			c = setDest
-			w.settled(s, e)
+			w.endDrain(s, e)
 		}
-		w.request(request{command: c, server: s, dest: e, weight: 1})
+		w.enqueue(request{command: c, serverKey: s, dest: e, weight: 1})
 	})
 	if len(have.endpoints) == 0 || !there || have.settings != want.settings {
-		w.touch(s)
+		w.markDirty(s)
 	}
 	// Both until those that leave are dropped.
 	w.servers[s] = virtualServer{want.settings, have.endpoints, have.serving}
 }
 
-// drop ends new connections to endpoints that a virtual server is no longer to
+// drainUndesired ends new connections to endpoints that a virtual server is no longer to
 // have, and notes that it has what is wanted.
-func (w *work) drop(s server, want virtualServer) {
+func (w *batch) drainUndesired(s serverKey, want virtualServer) {
 	have := w.servers[s]
-	merge(have.endpoints, want.endpoints, func(e netip.AddrPort, inHave, inWant bool) {
+	diffEndpoints(have.endpoints, want.endpoints, func(e netip.AddrPort, inHave, inWant bool) {
 		if inHave && !inWant {
-			w.request(request{command: setDest, server: s, dest: e})
-			w.drain(s, e, w.now.Add(w.drainLimit(s)))
+			w.enqueue(request{command: setDest, serverKey: s, dest: e})
+			w.startDrain(s, e, w.now.Add(w.drainLimit(s)))
 		}
 	})
 	if s.protocol == dataplane.UDP {
-		w.serve(s, want.serving)
+		w.keepServing(s, want.serving)
 	}
-	w.touch(s)
+	w.markDirty(s)
 	w.servers[s] = want
 }
 
-// serve lets draining destinations of UDP stay for as long as they serve the flows
+// keepServing lets draining destinations of UDP stay for as long as they serve the flows
 // that they have, and no longer.
-func (w *work) serve(s server, serving []netip.AddrPort) {
+func (w *batch) keepServing(s serverKey, serving []netip.AddrPort) {
 	for e, until := range w.draining[s] {
 		_, serves := slices.BinarySearchFunc(serving, e, netip.AddrPort.Compare)
 		switch {
 		case serves:
 			w.draining[s][e] = time.Time{}
 		case until.IsZero():
-			w.drain(s, e, w.now.Add(datagramGrace))
+			w.startDrain(s, e, w.now.Add(udpDrainGrace))
 		}
 	}
 }
 
-// datagramGrace is how long a destination of UDP drains that does not serve any
+// udpDrainGrace is how long a destination of UDP drains that does not serve any
 // more. Its flows do not end, but move to another when it is deleted, which loses the
 // answers that are on their way then (net/netfilter/ipvs/ip_vs_conn.c, ip_vs_expire_nodest_conn_flush).
-const datagramGrace = 200 * time.Millisecond
+const udpDrainGrace = 200 * time.Millisecond
 
-func (d *Dataplane) drainLimit(s server) time.Duration {
+func (d *Dataplane) drainLimit(s serverKey) time.Duration {
 	if s.protocol == dataplane.UDP {
-		return datagramGrace
+		return udpDrainGrace
 	}
 	return d.opts.DrainLimit
 }
@@ -358,79 +358,79 @@ func (d *Dataplane) drainLimit(s server) time.Duration {
 // retire begins to drain a virtual server that no Service has any more; the rules keep
 // new connections from it. It deletes the virtual server immediately if that has no
 // destinations, or if now is set.
-func (w *work) retire(s server, now bool) {
+func (w *batch) retire(s serverKey, now bool) {
 	have, there := w.servers[s]
 	if !there {
 		return
 	}
 	if now || len(have.endpoints) == 0 && len(w.draining[s]) == 0 {
-		w.delete(s)
+		w.deleteServer(s)
 		return
 	}
-	w.drop(s, virtualServer{settings: have.settings})
-	w.leaving[s] = true
+	w.drainUndesired(s, virtualServer{settings: have.settings})
+	w.retiring[s] = true
 }
 
-// delete removes a virtual server with its destinations.
-func (w *work) delete(s server) {
+// deleteServer removes a virtual server with its destinations.
+func (w *batch) deleteServer(s serverKey) {
 	if _, there := w.servers[s]; !there {
 		return
 	}
-	w.request(request{command: delService, server: s})
-	w.touch(s)
+	w.enqueue(request{command: delService, serverKey: s})
+	w.markDirty(s)
 	delete(w.servers, s)
 	delete(w.draining, s)
-	delete(w.leaving, s)
+	delete(w.retiring, s)
 	if addr := s.addr.Addr(); !isInternal(addr) {
-		if w.bound[addr]--; w.bound[addr] == 0 {
-			delete(w.bound, addr)
+		if w.boundRefs[addr]--; w.boundRefs[addr] == 0 {
+			delete(w.boundRefs, addr)
 			w.unbind = append(w.unbind, addr)
 		}
 	}
 }
 
-func (w *work) request(r request) { w.requests = append(w.requests, r) }
+func (w *batch) enqueue(r request) { w.requests = append(w.requests, r) }
 
-// touch tells the patrol that what it has seen of a virtual server is old.
-func (d *Dataplane) touch(s server) {
-	if d.touched != nil {
-		d.touched[s] = true
+// markDirty tells the patrol that what it has seen of a virtual server is old.
+func (d *Dataplane) markDirty(s serverKey) {
+	if d.dirty != nil {
+		d.dirty[s] = true
 	}
 }
 
-// drain notes that a destination is to go when its connections have ended.
-func (d *Dataplane) drain(s server, e netip.AddrPort, until time.Time) {
+// startDrain notes that a destination is to go when its connections have ended.
+func (d *Dataplane) startDrain(s serverKey, e netip.AddrPort, until time.Time) {
 	if d.draining[s] == nil {
 		d.draining[s] = map[netip.AddrPort]time.Time{}
 	}
 	d.draining[s][e] = until
-	if s.protocol == dataplane.UDP && !d.soon {
-		d.soon = true
-		d.datagrams.Reset(time.Until(until))
+	if s.protocol == dataplane.UDP && !d.udpDrainTimerSet {
+		d.udpDrainTimerSet = true
+		d.udpDrainTimer.Reset(time.Until(until))
 	}
 }
 
-// settled notes that a destination is not draining any more.
-func (d *Dataplane) settled(s server, e netip.AddrPort) {
+// endDrain notes that a destination is not draining any more.
+func (d *Dataplane) endDrain(s serverKey, e netip.AddrPort) {
 	if delete(d.draining[s], e); len(d.draining[s]) == 0 {
 		delete(d.draining, s)
 	}
 }
 
-// carryOut hands the work to the kernel: addresses are bound before their virtual
+// execute hands the work to the kernel: addresses are bound before their virtual
 // servers come and unbound after these have gone, so that whose address is bound is
 // ours, whenever the program ends, and whatever fails. It notes the keys for which
 // something failed; an error is about everything.
-func (w *work) carryOut(owners map[server][]dataplane.Key, failed map[dataplane.Key]error) error {
-	refused, err := w.bindAll(unix.RTM_NEWROUTE, w.bind)
+func (w *batch) execute(owners map[serverKey][]dataplane.Key, failed map[dataplane.Key]error) error {
+	refused, err := w.changeBindings(unix.RTM_NEWROUTE, w.bind)
 	if err != nil {
 		return err
 	}
 	for _, addr := range w.bind {
 		if refused[addr] == nil {
-			delete(w.unbound, addr)
+			delete(w.bindFailed, addr)
 		} else {
-			w.unbound[addr] = true
+			w.bindFailed[addr] = true
 		}
 	}
 	w.requests = slices.DeleteFunc(w.requests, func(r request) bool { return refused[r.addr.Addr()] != nil })
@@ -443,50 +443,50 @@ func (w *work) carryOut(owners map[server][]dataplane.Key, failed map[dataplane.
 			continue
 		}
 		r := w.requests[i]
-		if answer = w.again(r, answer); answer == nil {
+		if answer = w.retry(r, answer); answer == nil {
 			continue
 		}
-		if err := w.fail(r.server, owners[r.server], failed, fmt.Errorf("%s: %w", r, answer)); err != nil {
+		if err := w.recordFailure(r.serverKey, owners[r.serverKey], failed, fmt.Errorf("%s: %w", r, answer)); err != nil {
 			return err
 		}
 		if r.command == delService {
 			w.unbind = slices.DeleteFunc(w.unbind, func(a netip.Addr) bool { return a == r.addr.Addr() })
 		}
 	}
-	stuck, err := w.bindAll(unix.RTM_DELROUTE, w.unbind)
+	stuck, err := w.changeBindings(unix.RTM_DELROUTE, w.unbind)
 	if err != nil {
 		return err
 	}
 	w.unbind = slices.DeleteFunc(w.unbind, func(a netip.Addr) bool { return stuck[a] != nil })
 	maps.Copy(refused, stuck)
-	return w.failAddresses(refused, owners, failed)
+	return w.recordAddrFailures(refused, owners, failed)
 }
 
-// released returns the changes of the rules for addresses that are no longer bound,
+// dropRuleRemovals returns the changes of the rules for addresses that are no longer bound,
 // once the work has been carried out.
-func (w *work) released() []dataplane.Change {
+func (w *batch) dropRuleRemovals() []dataplane.Change {
 	all := make([]dataplane.Change, 0, len(w.unbind))
 	for _, addr := range w.unbind {
-		all = append(all, dataplane.Change{Old: nft.BoundAddress(addr)})
+		all = append(all, dataplane.Change{Old: nft.BoundAddressService(addr)})
 	}
 	return all
 }
 
-func (w *work) run(requests []request) ([]error, error) {
+func (w *batch) run(requests []request) ([]error, error) {
 	if len(requests) == 0 {
 		return nil, nil
 	}
-	return w.kernel.run(requests)
+	return w.ipvs.run(requests)
 }
 
-// bindAll binds addresses, or ends that, and returns the errors of those for which it
+// changeBindings binds addresses, or ends that, and returns the errors of those for which it
 // failed.
-func (w *work) bindAll(typ uint16, addrs []netip.Addr) (map[netip.Addr]error, error) {
+func (w *batch) changeBindings(typ uint16, addrs []netip.Addr) (map[netip.Addr]error, error) {
 	refused := map[netip.Addr]error{}
 	if len(addrs) == 0 {
 		return refused, nil
 	}
-	answers, err := w.host.bind(typ, addrs)
+	answers, err := w.host.changeBindings(typ, addrs)
 	if err != nil {
 		return nil, err
 	}
@@ -502,9 +502,9 @@ func (w *work) bindAll(typ uint16, addrs []netip.Addr) (map[netip.Addr]error, er
 	return refused, nil
 }
 
-// fail notes an error about a virtual server. It is returned if it matters to no key.
-func (w *work) fail(s server, owners []dataplane.Key, failed map[dataplane.Key]error, err error) error {
-	w.doubtful[s] = true
+// recordFailure notes an error about a virtual server. It is returned if it matters to no key.
+func (w *batch) recordFailure(s serverKey, owners []dataplane.Key, failed map[dataplane.Key]error, err error) error {
+	w.unverified[s] = true
 	if len(owners) == 0 {
 		return err
 	}
@@ -516,8 +516,8 @@ func (w *work) fail(s server, owners []dataplane.Key, failed map[dataplane.Key]e
 	return nil
 }
 
-// failAddresses notes errors about addresses.
-func (w *work) failAddresses(refused map[netip.Addr]error, owners map[server][]dataplane.Key, failed map[dataplane.Key]error) error {
+// recordAddrFailures notes errors about addresses.
+func (w *batch) recordAddrFailures(refused map[netip.Addr]error, owners map[serverKey][]dataplane.Key, failed map[dataplane.Key]error) error {
 	if len(refused) == 0 {
 		return nil
 	}
@@ -525,7 +525,7 @@ func (w *work) failAddresses(refused map[netip.Addr]error, owners map[server][]d
 	for s, keys := range owners {
 		if err := refused[s.addr.Addr()]; err != nil {
 			delete(rest, s.addr.Addr())
-			if err := w.fail(s, keys, failed, err); err != nil {
+			if err := w.recordFailure(s, keys, failed, err); err != nil {
 				return err
 			}
 		}
@@ -536,26 +536,26 @@ func (w *work) failAddresses(refused map[netip.Addr]error, owners map[server][]d
 	return nil
 }
 
-// again tries another request where the kernel's answer is about what was there
+// retry tries another request where the kernel's answer is about what was there
 // already, or was not, and returns the answer that counts.
-func (w *work) again(r request, answer error) error {
+func (w *batch) retry(r request, answer error) error {
 	switch {
-	case isGone(answer) && (r.command == delService || r.command == delDest):
+	case isNotFound(answer) && (r.command == delService || r.command == delDest):
 		return nil
-	case r.command == setDest && r.weight == 0 && isGone(answer):
-		w.settled(r.server, r.dest)
+	case r.command == setDest && r.weight == 0 && isNotFound(answer):
+		w.endDrain(r.serverKey, r.dest)
 		return nil
 	case errors.Is(answer, unix.EEXIST) && r.command == newService:
 		r.command = setService
 	case errors.Is(answer, unix.EEXIST) && r.command == newDest:
 		r.command = setDest
-	case isGone(answer) && r.command == setDest:
+	case isNotFound(answer) && r.command == setDest:
 		r.command = newDest
-	case isGone(answer) && r.command == newDest:
+	case isNotFound(answer) && r.command == newDest:
 		// Its virtual server may have come with the scheduler's module.
 	case errors.Is(answer, unix.ENOENT) && (r.command == newService || r.command == setService):
 		// It says that of a scheduler that it does not have.
-		if err := w.load("ip_vs_" + r.scheduler); err != nil {
+		if err := w.loadModules("ip_vs_" + r.scheduler); err != nil {
 			return fmt.Errorf("the kernel has no scheduler %s: %w", r.scheduler, err)
 		}
 	default:
@@ -568,8 +568,8 @@ func (w *work) again(r request, answer error) error {
 	return err
 }
 
-// merge walks two lists of endpoints in order of address in step.
-func merge(have, want []dataplane.Endpoint, visit func(e netip.AddrPort, inHave, inWant bool)) {
+// diffEndpoints walks two lists of endpoints in order of address in step.
+func diffEndpoints(have, want []dataplane.Endpoint, visit func(e netip.AddrPort, inHave, inWant bool)) {
 	for len(have) > 0 || len(want) > 0 {
 		switch {
 		case len(want) == 0 || len(have) > 0 && have[0].Addr.Compare(want[0].Addr) < 0:

@@ -20,10 +20,10 @@ import (
 )
 
 // benchServers are virtual servers with ten destinations each.
-func benchServers(n int) []server {
-	all := make([]server, n)
+func benchServers(n int) []serverKey {
+	all := make([]serverKey, n)
 	for i := range all {
-		all[i] = server{dataplane.TCP, netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 96, byte(i >> 8), byte(i)}), 80)} //nolint:gosec // fits
+		all[i] = serverKey{dataplane.TCP, netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 96, byte(i >> 8), byte(i)}), 80)} //nolint:gosec // fits
 	}
 	return all
 }
@@ -54,12 +54,12 @@ func benchHost(b *testing.B) (*nettest.Namespace, *host) {
 // BenchmarkLoad compares many requests in one send with one request, and its
 // answer, after the other.
 func BenchmarkLoad(b *testing.B) {
-	warm, err := dialKernel(0) // Modules are loaded by the first request.
+	warm, err := dialIPVS(0) // Modules are loaded by the first request.
 	if err != nil {
 		b.Fatal(err)
 	}
-	s := server{dataplane.TCP, netip.MustParseAddrPort("10.96.0.1:80")}
-	_, err = warm.run([]request{{command: newService, server: s, settings: settings{scheduler: "rr"}}, {command: delService, server: s}})
+	s := serverKey{dataplane.TCP, netip.MustParseAddrPort("10.96.0.1:80")}
+	_, err = warm.run([]request{{command: newService, serverKey: s, settings: settings{scheduler: "rr"}}, {command: delService, serverKey: s}})
 	if err := errors.Join(err, warm.close()); err != nil {
 		b.Fatal(err)
 	}
@@ -82,16 +82,16 @@ func BenchmarkLoad(b *testing.B) {
 			})
 		}
 		run("together", func(b *testing.B, netns int) {
-			k, err := dialKernel(netns)
+			k, err := dialIPVS(netns)
 			if err != nil {
 				b.Fatal(err)
 			}
 			defer k.close() //nolint:errcheck // is not what is measured
 			var requests []request
 			for i, s := range servers {
-				requests = append(requests, request{command: newService, server: s, settings: settings{scheduler: "rr"}})
+				requests = append(requests, request{command: newService, serverKey: s, settings: settings{scheduler: "rr"}})
 				for j := range benchDestinations {
-					requests = append(requests, request{command: newDest, server: s, dest: benchDestination(i, j), weight: 1})
+					requests = append(requests, request{command: newDest, serverKey: s, dest: benchDestination(i, j), weight: 1})
 				}
 			}
 			answers, err := k.run(requests)
@@ -153,7 +153,7 @@ func BenchmarkBind(b *testing.B) {
 			})
 		}
 		run("routes", func(b *testing.B, h *host) {
-			answers, err := h.bind(unix.RTM_NEWROUTE, addrs)
+			answers, err := h.changeBindings(unix.RTM_NEWROUTE, addrs)
 			if err != nil {
 				b.Fatal(err)
 			}
@@ -176,8 +176,8 @@ func BenchmarkBind(b *testing.B) {
 	}
 }
 
-// BenchmarkPatrol is what it costs to look at the kernel every few seconds.
-func BenchmarkPatrol(b *testing.B) {
+// BenchmarkResync is what it costs to look at the kernel every few seconds.
+func BenchmarkResync(b *testing.B) {
 	for _, n := range []int{1000, 10_000} {
 		b.Run(fmt.Sprintf("Services=%d", n), func(b *testing.B) {
 			ns, err := nettest.NewNamespace("")
@@ -192,7 +192,7 @@ func BenchmarkPatrol(b *testing.B) {
 			defer d.Close()
 			var services []*dataplane.Service
 			for i, s := range benchServers(n) {
-				var treatment dataplane.Treatment
+				var treatment dataplane.ServiceSpec
 				for j := range benchDestinations {
 					treatment.Endpoints = append(treatment.Endpoints, dataplane.Endpoint{Addr: benchDestination(i, j)})
 				}
@@ -208,7 +208,7 @@ func BenchmarkPatrol(b *testing.B) {
 			}
 			round := 0
 			for b.Loop() {
-				if err := d.look(round); err != nil {
+				if err := d.verify(round); err != nil {
 					b.Fatal(err)
 				}
 				round++

@@ -43,7 +43,7 @@
 // IPVS takes one change after the other, so their order is what clients see:
 //
 //  1. Addresses to bind get a rule first that drops connections which no frontend
-//     takes ([nft.BoundAddress]). It stays as long as the address is bound.
+//     takes ([nft.BoundAddressService]). It stays as long as the address is bound.
 //  2. Addresses are bound, virtual servers and destinations are added, weights are
 //     set to 1. A virtual server that had destinations has at least those that stay.
 //  3. The rules change, in one transaction: new Services are opened, those that have
@@ -87,7 +87,7 @@
 // it, for these reasons:
 //
 //   - It asks for the number of the family once for the life of the process. After the
-//     module was loaded again, all its calls fail (TestModuleIsLoadedAgain).
+//     module was loaded again, all its calls fail (TestModuleReload).
 //   - It takes 344 ms and 32 MB to read 1,000 virtual servers with 10 destinations each; this
 //     package takes 217 ms and 9 MB at most (BenchmarkRead).
 //   - It runs modprobe by os/exec, and logs by logrus that an image without programs lacks it.

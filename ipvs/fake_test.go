@@ -19,98 +19,98 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// fake is a node in memory, whose kernel answers as IPVS and routing do, and which
+// fakeNode is a node in memory, whose kernel answers as IPVS and routing do, and which
 // can be made to fail. It holds its Dataplane to the order of a change.
-type fake struct {
+type fakeNode struct {
 	t *testing.T
 	// fault returns the error of something that is asked of it, or nil.
 	fault func(what string) error
 
-	held  map[server]*heldServer
-	addrs map[netip.Addr]bool
-	// open are the rules, by frontend, and guarded the addresses whose other
+	servers map[serverKey]*fakeServer
+	addrs   map[netip.Addr]bool
+	// rules are the rules, by frontend, and guarded the addresses whose other
 	// connections they drop.
-	open    map[dataplane.Frontend]openRule
-	guarded map[netip.Addr]bool
+	rules        map[dataplane.Frontend]fakeRule
+	droppedAddrs map[netip.Addr]bool
 	// translator is asked where connections go.
 	translator nft.Translator
-	// asked are all requests, and read the lists of destinations that were asked for.
-	asked []request
-	read  int
-	// loaded are the modules that it was told to load. It has the schedulers of these,
+	// requests are all requests, and read the lists of destinations that were asked for.
+	requests         []request
+	destinationDumps int
+	// loadedModules are the modules that it was told to load. It has the schedulers of these,
 	// rr and lc.
-	loaded []string
-	// wild is set while the order of things does not count, as something has failed.
-	wild bool
+	loadedModules []string
+	// skipOrderChecks is set while the order of things does not count, as something has failed.
+	skipOrderChecks bool
 }
 
-type heldServer struct {
+type fakeServer struct {
 	settings
 
 	dests map[netip.AddrPort]*destination
 }
 
-// openRule is what the rules do with the connections to a frontend.
-type openRule struct {
+// fakeRule is what the rules do with the connections to a frontend.
+type fakeRule struct {
 	*dataplane.Service
 
-	cluster, local server
+	cluster, local serverKey
 }
 
-// inMemory returns a Dataplane of a node in memory. It does not patrol.
-func inMemory(t *testing.T) (*Dataplane, *fake) {
+// newFakeNode returns a Dataplane of a node in memory. It does not patrol.
+func newFakeNode(t *testing.T) (*Dataplane, *fakeNode) {
 	t.Helper()
-	f := &fake{
+	f := &fakeNode{
 		t: t, fault: func(string) error { return nil },
-		held: map[server]*heldServer{}, addrs: map[netip.Addr]bool{}, open: map[dataplane.Frontend]openRule{},
-		guarded: map[netip.Addr]bool{},
+		servers: map[serverKey]*fakeServer{}, addrs: map[netip.Addr]bool{}, rules: map[dataplane.Frontend]fakeRule{},
+		droppedAddrs: map[netip.Addr]bool{},
 	}
-	return f.start(), f
+	return f.openDataplane(), f
 }
 
-// start returns a Dataplane that knows nothing of the node yet.
-func (f *fake) start() *Dataplane {
+// openDataplane returns a Dataplane that knows nothing of the node yet.
+func (f *fakeNode) openDataplane() *Dataplane {
 	d, err := newDataplane(Options{})
 	if err != nil {
 		f.t.Fatal(err)
 	}
 	f.translator = d
-	d.kernel, d.host, d.rules = fakeKernel{f}, fakeHost{f}, fakeRules{f}
-	d.load = func(modules ...string) error {
-		f.loaded = append(f.loaded, modules...)
+	d.ipvs, d.host, d.rules = fakeIPVS{f}, fakeHost{f}, fakeRules{f}
+	d.loadModules = func(modules ...string) error {
+		f.loadedModules = append(f.loadedModules, modules...)
 		return f.fault("load modules")
 	}
 	return d
 }
 
-type fakeKernel struct{ *fake }
+type fakeIPVS struct{ *fakeNode }
 
-func (k fakeKernel) run(requests []request) ([]error, error) {
+func (k fakeIPVS) run(requests []request) ([]error, error) {
 	if err := k.fault("all requests"); err != nil {
 		// Some have been carried out.
 		for _, r := range requests[:rand.IntN(len(requests))] {
-			_ = k.carryOut(r)
+			_ = k.executeOne(r)
 		}
 		return nil, err
 	}
 	answers := make([]error, len(requests))
 	for i, r := range requests {
-		k.asked = append(k.asked, r)
+		k.requests = append(k.requests, r)
 		if answers[i] = k.fault(r.String()); answers[i] == nil {
-			answers[i] = k.carryOut(r)
+			answers[i] = k.executeOne(r)
 		}
 		k.checkOrder(r.String())
 	}
 	return answers, nil
 }
 
-// carryOut is net/netfilter/ipvs/ip_vs_ctl.c, ip_vs_genl_set_cmd.
-func (k fakeKernel) carryOut(r request) error {
-	s, there := k.held[r.server]
+// executeOne is net/netfilter/ipvs/ip_vs_ctl.c, ip_vs_genl_set_cmd.
+func (k fakeIPVS) executeOne(r request) error {
+	s, there := k.servers[r.serverKey]
 	if !there && r.command != newService {
 		return unix.ESRCH
 	}
-	if r.scheduler != "" && r.scheduler != "rr" && r.scheduler != "lc" && !slices.Contains(k.loaded, "ip_vs_"+r.scheduler) {
+	if r.scheduler != "" && r.scheduler != "rr" && r.scheduler != "lc" && !slices.Contains(k.loadedModules, "ip_vs_"+r.scheduler) {
 		return unix.ENOENT
 	}
 	switch r.command {
@@ -118,11 +118,11 @@ func (k fakeKernel) carryOut(r request) error {
 		if there {
 			return unix.EEXIST
 		}
-		k.held[r.server] = &heldServer{r.settings, map[netip.AddrPort]*destination{}}
+		k.servers[r.serverKey] = &fakeServer{r.settings, map[netip.AddrPort]*destination{}}
 	case setService:
 		s.settings = r.settings
 	case delService:
-		delete(k.held, r.server)
+		delete(k.servers, r.serverKey)
 	case newDest:
 		if s.dests[r.dest] != nil {
 			return unix.EEXIST
@@ -144,21 +144,21 @@ func (k fakeKernel) carryOut(r request) error {
 	return nil
 }
 
-// complete finds nothing more: all that there are have been listed.
-func (fakeKernel) complete(map[server]settings, iter.Seq[server]) error { return nil }
+// addMissing finds nothing more: all that there are have been listed.
+func (fakeIPVS) addMissing(map[serverKey]settings, iter.Seq[serverKey]) error { return nil }
 
-func (k fakeKernel) servers() (map[server]settings, error) {
-	found := map[server]settings{}
-	for s, h := range k.held {
+func (k fakeIPVS) dumpServers() (map[serverKey]settings, error) {
+	found := map[serverKey]settings{}
+	for s, h := range k.servers {
 		found[s] = h.settings
 	}
 	return found, k.fault("list the virtual servers")
 }
 
-func (k fakeKernel) destinations(s server) (map[netip.AddrPort]destination, error) {
-	k.read++
+func (k fakeIPVS) dumpDestinations(s serverKey) (map[netip.AddrPort]destination, error) {
+	k.destinationDumps++
 	found := map[netip.AddrPort]destination{}
-	if h := k.held[s]; h != nil {
+	if h := k.servers[s]; h != nil {
 		for addr, d := range h.dests {
 			found[addr] = *d
 		}
@@ -166,17 +166,17 @@ func (k fakeKernel) destinations(s server) (map[netip.AddrPort]destination, erro
 	return found, k.fault("list the destinations")
 }
 
-func (k fakeKernel) setTimeouts(_, _, _ time.Duration) error { return nil }
-func (k fakeKernel) close() error                            { return nil }
+func (k fakeIPVS) setTimeouts(_, _, _ time.Duration) error { return nil }
+func (k fakeIPVS) close() error                            { return nil }
 
-type fakeHost struct{ *fake }
+type fakeHost struct{ *fakeNode }
 
-func (h fakeHost) setUp() error                   { return h.fault("set up") }
-func (h fakeHost) sysctl(map[string]string) error { return nil }
-func (h fakeHost) linkIndex() int                 { return 1 }
-func (h fakeHost) close() error                   { return nil }
+func (h fakeHost) setUp() error                       { return h.fault("set up") }
+func (h fakeHost) setSysctls(map[string]string) error { return nil }
+func (h fakeHost) linkIndex() int                     { return 1 }
+func (h fakeHost) close() error                       { return nil }
 
-func (h fakeHost) bind(typ uint16, addrs []netip.Addr) ([]error, error) {
+func (h fakeHost) changeBindings(typ uint16, addrs []netip.Addr) ([]error, error) {
 	answers := make([]error, len(addrs))
 	for i, a := range addrs {
 		if answers[i] = h.fault(fmt.Sprintf("bind %s", a)); answers[i] != nil {
@@ -192,11 +192,11 @@ func (h fakeHost) bind(typ uint16, addrs []netip.Addr) ([]error, error) {
 	return answers, nil
 }
 
-func (h fakeHost) bound() (map[netip.Addr]bool, error) {
+func (h fakeHost) boundAddrs() (map[netip.Addr]bool, error) {
 	return maps.Clone(h.addrs), h.fault("list the routes")
 }
 
-type fakeRules struct{ *fake }
+type fakeRules struct{ *fakeNode }
 
 func (r fakeRules) Apply(_ context.Context, changes []dataplane.Change) error {
 	failed := map[dataplane.Key]error{}
@@ -225,11 +225,11 @@ func (r fakeRules) Apply(_ context.Context, changes []dataplane.Change) error {
 	for _, c := range changes {
 		if failed[c.Key()] == nil && c.Old != nil {
 			if addr, ok := nft.BoundAddressOf(c.Key()); ok {
-				delete(r.guarded, addr)
+				delete(r.droppedAddrs, addr)
 				continue
 			}
 			for _, f := range c.Old.Frontends {
-				delete(r.open, f)
+				delete(r.rules, f)
 			}
 		}
 	}
@@ -238,12 +238,12 @@ func (r fakeRules) Apply(_ context.Context, changes []dataplane.Change) error {
 			continue
 		}
 		for _, f := range c.New.Frontends {
-			if _, there := r.open[f]; there {
+			if _, there := r.rules[f]; there {
 				failed[c.Key()] = fmt.Errorf("the element of %s: %w", f, unix.EEXIST)
 			}
 		}
 		if failed[c.Key()] == nil {
-			r.put(c.New)
+			r.add(c.New)
 		}
 	}
 	r.checkOrder("the rules")
@@ -253,18 +253,18 @@ func (r fakeRules) Apply(_ context.Context, changes []dataplane.Change) error {
 	return nil
 }
 
-func (r fakeRules) put(s *dataplane.Service) {
+func (r fakeRules) add(s *dataplane.Service) {
 	if addr, ok := nft.BoundAddressOf(s.Key); ok {
-		r.guarded[addr] = true
+		r.droppedAddrs[addr] = true
 		return
 	}
 	cluster, local := r.translator.VirtualServers(s)
 	for _, f := range s.Frontends {
-		rule := openRule{s, server{f.Protocol, cluster}, server{f.Protocol, local}}
+		rule := fakeRule{s, serverKey{f.Protocol, cluster}, serverKey{f.Protocol, local}}
 		if !cluster.IsValid() {
 			rule.cluster.addr = f.Addr
 		}
-		r.open[f] = rule
+		r.rules[f] = rule
 	}
 }
 
@@ -272,16 +272,16 @@ func (r fakeRules) Replace(_ context.Context, _ dataplane.Node, services iter.Se
 	if err := r.fault("all rules"); err != nil {
 		return err
 	}
-	clear(r.open)
-	clear(r.guarded)
+	clear(r.rules)
+	clear(r.droppedAddrs)
 	for s := range services {
-		r.put(s)
+		r.add(s)
 	}
 	r.checkOrder("all rules")
 	return nil
 }
 
-func (r fakeRules) ReadRules(context.Context) (map[dataplane.Frontend]nft.Rule, error) {
+func (r fakeRules) ReadVirtualBindings(context.Context) (map[dataplane.Frontend]nft.VirtualBinding, error) {
 	return nil, errors.New("not in memory")
 }
 func (r fakeRules) Drift() <-chan struct{}      { return nil }
@@ -292,12 +292,12 @@ func (r fakeRules) Close() error                { return nil }
 
 // checkOrder fails the test if connections are led to where nobody takes them, or
 // to an address without rules.
-func (f *fake) checkOrder(after string) {
-	if f.wild {
+func (f *fakeNode) checkOrder(after string) {
+	if f.skipOrderChecks {
 		return
 	}
-	taken := func(s server) bool {
-		h := f.held[s]
+	taken := func(s serverKey) bool {
+		h := f.servers[s]
 		if h == nil || !isInternal(s.addr.Addr()) && !f.addrs[s.addr.Addr()] {
 			return false
 		}
@@ -308,18 +308,18 @@ func (f *fake) checkOrder(after string) {
 		}
 		return false
 	}
-	for at, rule := range f.open {
+	for at, rule := range f.rules {
 		if len(rule.Endpoints) > 0 && !taken(rule.cluster) || len(rule.LocalEndpoints) > 0 && !taken(rule.local) {
 			f.t.Errorf("after %s connections to %s reach no endpoint", after, at)
 		}
 	}
-	for s := range f.held {
-		if addr := s.addr.Addr(); !f.guarded[addr] && !isInternal(addr) {
+	for s := range f.servers {
+		if addr := s.addr.Addr(); !f.droppedAddrs[addr] && !isInternal(addr) {
 			f.t.Errorf("after %s the virtual server %s is there without a drop rule for its address", after, s)
 		}
 	}
 	for addr := range f.addrs {
-		if !f.guarded[addr] {
+		if !f.droppedAddrs[addr] {
 			f.t.Errorf("after %s %s is bound without a drop rule", after, addr)
 		}
 	}
@@ -327,7 +327,7 @@ func (f *fake) checkOrder(after string) {
 
 // expect fails the test unless exactly these Services are served, but for those that
 // have failed, of which it knows nothing. Other virtual servers must be leaving.
-func (f *fake) expect(when string, services map[dataplane.Key]*dataplane.Service, failed map[dataplane.Key]error) {
+func (f *fakeNode) expect(when string, services map[dataplane.Key]*dataplane.Service, failed map[dataplane.Key]error) {
 	f.t.Helper()
 	var want, got []string
 	for k, s := range services {
@@ -346,10 +346,10 @@ func (f *fake) expect(when string, services map[dataplane.Key]*dataplane.Service
 			want = append(want, text)
 		}
 	}
-	used, bound := map[server]bool{}, map[netip.Addr]bool{}
-	takers := func(s server) string {
+	used, bound := map[serverKey]bool{}, map[netip.Addr]bool{}
+	takers := func(s serverKey) string {
 		used[s] = true
-		h := f.held[s]
+		h := f.servers[s]
 		if h == nil {
 			return " no virtual server " + s.String()
 		}
@@ -366,12 +366,12 @@ func (f *fake) expect(when string, services map[dataplane.Key]*dataplane.Service
 		}
 		return text
 	}
-	for at, rule := range f.open {
+	for at, rule := range f.rules {
 		if failed[rule.Key] != nil {
 			continue
 		}
 		text := at.String() + " " + rule.Key.String() + " " + rule.String() + " ->" + takers(rule.cluster) + " ->"
-		if rule.ExternalLocal {
+		if rule.ExternalTrafficPolicyLocal {
 			text += takers(rule.local)
 		}
 		got = append(got, text)
@@ -384,7 +384,7 @@ func (f *fake) expect(when string, services map[dataplane.Key]*dataplane.Service
 	if len(failed) > 0 {
 		return
 	}
-	for s, h := range f.held {
+	for s, h := range f.servers {
 		if used[s] {
 			continue
 		}
@@ -398,7 +398,7 @@ func (f *fake) expect(when string, services map[dataplane.Key]*dataplane.Service
 	if !maps.Equal(bound, f.addrs) {
 		f.t.Errorf("%s the addresses %v are bound, want %v", when, f.addrs, bound)
 	}
-	if !maps.Equal(bound, f.guarded) {
-		f.t.Errorf("%s the addresses %v have drop rules, want %v", when, f.guarded, bound)
+	if !maps.Equal(bound, f.droppedAddrs) {
+		f.t.Errorf("%s the addresses %v have drop rules, want %v", when, f.droppedAddrs, bound)
 	}
 }

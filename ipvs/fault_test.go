@@ -16,14 +16,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// all returns a sequence of Services, as Replace takes it.
-func all(services ...*dataplane.Service) func(func(*dataplane.Service) bool) {
+// sequence returns a sequence of Services, as Replace takes it.
+func sequence(services ...*dataplane.Service) func(func(*dataplane.Service) bool) {
 	return slices.Values(services)
 }
 
-// failing makes the first n of what is asked with this beginning fail.
-func (f *fake) failing(n int, beginning string) {
-	f.wild = true
+// failNext makes the first n of what is asked with this beginning fail.
+func (f *fakeNode) failNext(n int, beginning string) {
+	f.skipOrderChecks = true
 	f.fault = func(what string) error {
 		if n > 0 && strings.HasPrefix(what, beginning) {
 			n--
@@ -48,21 +48,21 @@ func expectFailed(t *testing.T, err error, keys ...dataplane.Key) {
 
 // An address that could not be bound is missing for the next port of it as well,
 // and there is no virtual server that a restart would not tell for ours.
-func TestAddressesThatAreNotBound(t *testing.T) {
+func TestBindFailure(t *testing.T) {
 	t.Parallel()
-	d, f := inMemory(t)
-	one := service(t, dataplane.ClusterIP, "one", "10.96.0.1:80/TCP", dataplane.Treatment{Endpoints: to("10.0.0.1:80")})
-	two := service(t, dataplane.ClusterIP, "two", "10.96.0.1:81/TCP", dataplane.Treatment{Endpoints: to("10.0.0.1:80")})
-	if err := d.Replace(t.Context(), dataplane.Node{}, all(), nil); err != nil {
+	d, f := newFakeNode(t)
+	one := service(t, dataplane.ClusterIP, "one", "10.96.0.1:80/TCP", dataplane.ServiceSpec{Endpoints: endpointsAt("10.0.0.1:80")})
+	two := service(t, dataplane.ClusterIP, "two", "10.96.0.1:81/TCP", dataplane.ServiceSpec{Endpoints: endpointsAt("10.0.0.1:80")})
+	if err := d.Replace(t.Context(), dataplane.Node{}, sequence(), nil); err != nil {
 		t.Fatal(err)
 	}
-	f.failing(2, "bind")
+	f.failNext(2, "bind")
 	expectFailed(t, d.Apply(t.Context(), []dataplane.Change{{New: one}}), one.Key)
 	expectFailed(t, d.Apply(t.Context(), []dataplane.Change{{New: two}}), two.Key)
-	if len(f.held) > 0 {
-		t.Errorf("virtual servers %v at an address that is not bound", f.held)
+	if len(f.servers) > 0 {
+		t.Errorf("virtual servers %v at an address that is not bound", f.servers)
 	}
-	if err := d.Replace(t.Context(), dataplane.Node{}, all(one, two), nil); err != nil {
+	if err := d.Replace(t.Context(), dataplane.Node{}, sequence(one, two), nil); err != nil {
 		t.Fatal(err)
 	}
 	f.expect("at last", map[dataplane.Key]*dataplane.Service{one.Key: one, two.Key: two}, nil)
@@ -70,21 +70,21 @@ func TestAddressesThatAreNotBound(t *testing.T) {
 
 // What could not be removed is no matter of a Service that is wanted, and still an
 // error: the next Replace tries again, and finds it by its address.
-func TestRemovalsThatFail(t *testing.T) {
+func TestDeleteFailure(t *testing.T) {
 	t.Parallel()
 	for _, what := range []string{"delete", "bind"} {
-		d, f := inMemory(t)
-		s := service(t, dataplane.ClusterIP, "web", "10.96.0.1:80/TCP", dataplane.Treatment{})
-		if err := d.Replace(t.Context(), dataplane.Node{}, all(s), nil); err != nil {
+		d, f := newFakeNode(t)
+		s := service(t, dataplane.ClusterIP, "web", "10.96.0.1:80/TCP", dataplane.ServiceSpec{})
+		if err := d.Replace(t.Context(), dataplane.Node{}, sequence(s), nil); err != nil {
 			t.Fatal(err)
 		}
-		f.failing(1, what)
+		f.failNext(1, what)
 		var keyed *dataplane.Error
-		if err := d.Replace(t.Context(), dataplane.Node{}, all(), nil); err == nil || errors.As(err, &keyed) {
+		if err := d.Replace(t.Context(), dataplane.Node{}, sequence(), nil); err == nil || errors.As(err, &keyed) {
 			t.Errorf("error %v, want one that is about no Service", err)
 		}
-		d = f.start()
-		if err := d.Replace(t.Context(), dataplane.Node{}, all(), nil); err != nil {
+		d = f.openDataplane()
+		if err := d.Replace(t.Context(), dataplane.Node{}, sequence(), nil); err != nil {
 			t.Error(err)
 		}
 		f.expect("after a restart", nil, nil)
@@ -93,25 +93,25 @@ func TestRemovalsThatFail(t *testing.T) {
 
 // What could not be removed once a deleted Service has drained leads to a Replace, which
 // tries again. Nothing is reached there until then.
-func TestDrainedServicesThatAreNotRemoved(t *testing.T) {
+func TestDrainedServiceDeleteFailure(t *testing.T) {
 	t.Parallel()
 	for _, what := range []string{"delete the virtual server", "bind", "rules", "all requests"} {
-		d, f := inMemory(t)
-		s := service(t, dataplane.ClusterIP, "web", "10.96.0.1:80/TCP", dataplane.Treatment{Endpoints: to("10.0.0.1:80")})
-		if err := d.Replace(t.Context(), dataplane.Node{}, all(s), nil); err != nil {
+		d, f := newFakeNode(t)
+		s := service(t, dataplane.ClusterIP, "web", "10.96.0.1:80/TCP", dataplane.ServiceSpec{Endpoints: endpointsAt("10.0.0.1:80")})
+		if err := d.Replace(t.Context(), dataplane.Node{}, sequence(s), nil); err != nil {
 			t.Fatal(err)
 		}
 		if err := d.Apply(t.Context(), []dataplane.Change{{Old: s}}); err != nil {
 			t.Fatal(err)
 		}
 		addr := s.Frontends[0].Addr
-		delete(f.held[server{dataplane.TCP, addr}].dests, netip.MustParseAddrPort("10.0.0.1:80"))
-		if err := d.endDrains(server{dataplane.TCP, addr}, nil); err != nil {
+		delete(f.servers[serverKey{dataplane.TCP, addr}].dests, netip.MustParseAddrPort("10.0.0.1:80"))
+		if err := d.finishServerDrains(serverKey{dataplane.TCP, addr}, nil); err != nil {
 			t.Fatal(err)
 		}
-		f.failing(1, what)
-		f.wild = false
-		if _, err := d.removeDrained(math.MaxInt); err == nil {
+		f.failNext(1, what)
+		f.skipOrderChecks = false
+		if _, err := d.deleteRetired(math.MaxInt); err == nil {
 			t.Errorf("%s fails: no error", what)
 		}
 		select {
@@ -119,7 +119,7 @@ func TestDrainedServicesThatAreNotRemoved(t *testing.T) {
 		default:
 			t.Errorf("%s fails: no drift", what)
 		}
-		if err := d.Replace(t.Context(), dataplane.Node{}, all(), nil); err != nil {
+		if err := d.Replace(t.Context(), dataplane.Node{}, sequence(), nil); err != nil {
 			t.Error(err)
 		}
 		f.expect("at last", nil, nil)
@@ -129,10 +129,10 @@ func TestDrainedServicesThatAreNotRemoved(t *testing.T) {
 // A deleted Service whose connections drain is taken back by one at the same frontend,
 // and by one that has another of its ports, as far as that goes. It ends at once for an
 // external address, whose connections are translated.
-func TestServicesThatDrainAreTakenBack(t *testing.T) {
+func TestDrainingServiceReused(t *testing.T) {
 	t.Parallel()
-	d, f := inMemory(t)
-	endpoints := dataplane.Treatment{Endpoints: to("10.0.0.1:80")}
+	d, f := newFakeNode(t)
+	endpoints := dataplane.ServiceSpec{Endpoints: endpointsAt("10.0.0.1:80")}
 	web := service(t, dataplane.ClusterIP, "web", "10.96.0.1:80/TCP 10.96.0.1:81/TCP", endpoints)
 	same := service(t, dataplane.ClusterIP, "same", "10.96.0.1:81/TCP 10.96.0.1:82/TCP", endpoints)
 	external := service(t, dataplane.ExternalIP, "external", "10.96.0.1:80/TCP", endpoints)
@@ -148,89 +148,89 @@ func TestServicesThatDrainAreTakenBack(t *testing.T) {
 		check := func(when string) {
 			t.Helper()
 			f.expect(when, services, nil)
-			if len(leaving) != len(d.leaving) {
-				t.Errorf("%s %v are leaving, want %v", when, d.leaving, leaving)
+			if len(leaving) != len(d.retiring) {
+				t.Errorf("%s %v are leaving, want %v", when, d.retiring, leaving)
 			}
 			for _, addr := range leaving {
-				if !d.leaving[server{dataplane.TCP, netip.MustParseAddrPort(addr)}] {
-					t.Errorf("%s %v are leaving, want %v", when, d.leaving, leaving)
+				if !d.retiring[serverKey{dataplane.TCP, netip.MustParseAddrPort(addr)}] {
+					t.Errorf("%s %v are leaving, want %v", when, d.retiring, leaving)
 				}
 			}
 		}
 		check("after " + name)
-		d = f.start()
-		asked := len(f.asked)
+		d = f.openDataplane()
+		asked := len(f.requests)
 		if err := d.Replace(t.Context(), dataplane.Node{}, maps.Values(services), nil); err != nil {
 			t.Fatal(err)
 		}
 		check("after a restart after " + name)
-		if n := f.asked[asked:]; len(n) > 0 {
+		if n := f.requests[asked:]; len(n) > 0 {
 			t.Errorf("after %s a restart asks for %v", name, n)
 		}
 	}
-	if err := d.Replace(t.Context(), dataplane.Node{}, all(web), nil); err != nil {
+	if err := d.Replace(t.Context(), dataplane.Node{}, sequence(web), nil); err != nil {
 		t.Fatal(err)
 	}
 	step("the deletion", dataplane.Change{Old: web}, "10.96.0.1:80", "10.96.0.1:81")
 	step("another Service at one of the frontends", dataplane.Change{New: same}, "10.96.0.1:80")
 	step("an external address", dataplane.Change{New: external})
-	internal := firstPlace(external, clusterList)
+	internal := preferredAddr(external, clusterEndpoints)
 	step("the deletion of that", dataplane.Change{Old: external}, internal.String())
 }
 
 // A new Service that could not be programmed is dropped by the rules, as its address
 // may be bound: programs of the node are not to be reached there.
-func TestServicesThatFailAreGuarded(t *testing.T) {
+func TestFailedServiceHasDropRule(t *testing.T) {
 	t.Parallel()
-	d, f := inMemory(t)
-	s := service(t, dataplane.ClusterIP, "web", "10.96.0.1:80/TCP", dataplane.Treatment{Endpoints: to("10.0.0.1:80")})
-	if err := d.Replace(t.Context(), dataplane.Node{}, all(), nil); err != nil {
+	d, f := newFakeNode(t)
+	s := service(t, dataplane.ClusterIP, "web", "10.96.0.1:80/TCP", dataplane.ServiceSpec{Endpoints: endpointsAt("10.0.0.1:80")})
+	if err := d.Replace(t.Context(), dataplane.Node{}, sequence(), nil); err != nil {
 		t.Fatal(err)
 	}
-	f.failing(1, "add the virtual server")
+	f.failNext(1, "add the virtual server")
 	expectFailed(t, d.Apply(t.Context(), []dataplane.Change{{New: s}}), s.Key)
-	if rule, open := f.open[s.Frontends[0]]; open || !f.guarded[s.Frontends[0].Addr.Addr()] {
-		t.Errorf("the rules have %v and drop at %v, want that connections are dropped", rule.Service, f.guarded)
+	if rule, open := f.rules[s.Frontends[0]]; open || !f.droppedAddrs[s.Frontends[0].Addr.Addr()] {
+		t.Errorf("the rules have %v and drop at %v, want that connections are dropped", rule.Service, f.droppedAddrs)
 	}
 }
 
 // A scheduler whose module is not loaded yet is loaded, and the Service complete.
-func TestSchedulersAreLoaded(t *testing.T) {
+func TestSchedulerModuleLoaded(t *testing.T) {
 	t.Parallel()
-	d, f := inMemory(t)
+	d, f := newFakeNode(t)
 	s := service(t, dataplane.ClusterIP, "web", "10.96.0.1:80/TCP",
-		dataplane.Treatment{Endpoints: to("10.0.0.1:80", "10.0.0.2:80"), Scheduler: "wlc"})
-	if err := d.Replace(t.Context(), dataplane.Node{}, all(), nil); err != nil {
+		dataplane.ServiceSpec{Endpoints: endpointsAt("10.0.0.1:80", "10.0.0.2:80"), Scheduler: "wlc"})
+	if err := d.Replace(t.Context(), dataplane.Node{}, sequence(), nil); err != nil {
 		t.Fatal(err)
 	}
 	if err := d.Apply(t.Context(), []dataplane.Change{{New: s}}); err != nil {
 		t.Error(err)
 	}
 	f.expect("with another scheduler", map[dataplane.Key]*dataplane.Service{s.Key: s}, nil)
-	if !slices.Equal(f.loaded, []string{"ip_vs_wlc"}) {
-		t.Errorf("loaded %v, want the scheduler's module once", f.loaded)
+	if !slices.Equal(f.loadedModules, []string{"ip_vs_wlc"}) {
+		t.Errorf("loaded %v, want the scheduler's module once", f.loadedModules)
 	}
 }
 
 // A Replace does not give endpoints that have left more time.
-func TestReplaceDoesNotProlongDrains(t *testing.T) {
+func TestReplaceKeepsDrainDeadlines(t *testing.T) {
 	t.Parallel()
-	d, _ := inMemory(t)
+	d, _ := newFakeNode(t)
 	web := func(endpoints ...string) *dataplane.Service {
-		return service(t, dataplane.ClusterIP, "web", "10.96.0.1:80/TCP", dataplane.Treatment{Endpoints: to(endpoints...)})
+		return service(t, dataplane.ClusterIP, "web", "10.96.0.1:80/TCP", dataplane.ServiceSpec{Endpoints: endpointsAt(endpoints...)})
 	}
 	old, now := web("10.0.0.1:80", "10.0.0.2:80"), web("10.0.0.1:80")
-	if err := d.Replace(t.Context(), dataplane.Node{}, all(old), nil); err != nil {
+	if err := d.Replace(t.Context(), dataplane.Node{}, sequence(old), nil); err != nil {
 		t.Fatal(err)
 	}
 	if err := d.Apply(t.Context(), []dataplane.Change{{Old: old, New: now}}); err != nil {
 		t.Fatal(err)
 	}
 	until := func() time.Time {
-		return d.draining[server{dataplane.TCP, netip.MustParseAddrPort("10.96.0.1:80")}][netip.MustParseAddrPort("10.0.0.2:80")]
+		return d.draining[serverKey{dataplane.TCP, netip.MustParseAddrPort("10.96.0.1:80")}][netip.MustParseAddrPort("10.0.0.2:80")]
 	}
 	before := until()
-	if err := d.Replace(t.Context(), dataplane.Node{}, all(now), nil); err != nil {
+	if err := d.Replace(t.Context(), dataplane.Node{}, sequence(now), nil); err != nil {
 		t.Fatal(err)
 	}
 	if before.IsZero() || !until().Equal(before) {
@@ -239,20 +239,20 @@ func TestReplaceDoesNotProlongDrains(t *testing.T) {
 }
 
 // A change takes as many requests as it is large, however many Services there are.
-func TestCostFollowsTheChange(t *testing.T) {
+func TestRequestCount(t *testing.T) {
 	t.Parallel()
 	web := func(i int, endpoints ...string) *dataplane.Service {
 		return service(t, dataplane.ClusterIP, fmt.Sprintf("web-%d", i), fmt.Sprintf("10.96.%d.%d:80/TCP", i/256, i%256),
-			dataplane.Treatment{Endpoints: to(endpoints...)})
+			dataplane.ServiceSpec{Endpoints: endpointsAt(endpoints...)})
 	}
 	for _, services := range []int{10, 2_000} {
-		d, f := inMemory(t)
-		f.wild = true // to check the order takes long
+		d, f := newFakeNode(t)
+		f.skipOrderChecks = true // to check the order takes long
 		var held []*dataplane.Service
 		for i := range services {
 			held = append(held, web(i, "10.0.0.1:80", "10.0.0.2:80"))
 		}
-		if err := d.Replace(t.Context(), dataplane.Node{}, all(held...), nil); err != nil {
+		if err := d.Replace(t.Context(), dataplane.Node{}, sequence(held...), nil); err != nil {
 			t.Fatal(err)
 		}
 		more, fewer, gone := web(3, "10.0.0.1:80", "10.0.0.2:80", "10.0.0.3:80"), web(3, "10.0.0.1:80"), web(3)
@@ -271,14 +271,14 @@ func TestCostFollowsTheChange(t *testing.T) {
 			{"it comes back again", nil, held[3], 2},
 			{"nothing changes", held[3], held[3], 0},
 		} {
-			f.asked, f.read = nil, 0
+			f.requests, f.destinationDumps = nil, 0
 			if err := d.Apply(t.Context(), []dataplane.Change{{Old: tt.old, New: tt.new}}); err != nil {
 				t.Fatal(err)
 			}
-			if len(f.asked) != tt.requests || f.read > 0 {
-				t.Errorf("%d Services, %s: %d requests %v and %d lists read, want %d and none", services, tt.name, len(f.asked), f.asked, f.read, tt.requests)
+			if len(f.requests) != tt.requests || f.destinationDumps > 0 {
+				t.Errorf("%d Services, %s: %d requests %v and %d lists read, want %d and none", services, tt.name, len(f.requests), f.requests, f.destinationDumps, tt.requests)
 			}
-			for _, r := range f.asked {
+			for _, r := range f.requests {
 				if want := netip.MustParseAddrPort("10.96.0.3:80"); r.addr != want {
 					t.Errorf("%d Services, %s: %s, want requests about %s alone", services, tt.name, r, want)
 				}

@@ -88,7 +88,7 @@ func (h *host) setUp() error {
 	h.link = link.Attrs().Index
 	if link.Attrs().Flags&unix.IFF_UP == 0 {
 		// No link-local address: nothing is sent from here.
-		if err := h.sysctl(map[string]string{"net/ipv6/conf/" + LinkName + "/addr_gen_mode": "1"}); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err := h.setSysctls(map[string]string{"net/ipv6/conf/" + LinkName + "/addr_gen_mode": "1"}); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
 		if err := h.handle.LinkSetUp(link); err != nil {
@@ -96,7 +96,7 @@ func (h *host) setUp() error {
 		}
 	}
 	for _, f := range families() {
-		if err := h.setUpFamily(f); err != nil && !isWithout(f, err) {
+		if err := h.setUpFamily(f); err != nil && !isFamilyUnsupported(f, err) {
 			return err
 		}
 	}
@@ -108,9 +108,9 @@ func (h *host) linkIndex() int { return h.link }
 
 func families() []dataplane.Family { return []dataplane.Family{dataplane.IPv4, dataplane.IPv6} }
 
-// isWithout reports whether an error about a family is that of a kernel without IPv6,
+// isFamilyUnsupported reports whether an error about a family is that of a kernel without IPv6,
 // or with IPv6 switched off.
-func isWithout(f dataplane.Family, err error) bool {
+func isFamilyUnsupported(f dataplane.Family, err error) bool {
 	if f != dataplane.IPv6 {
 		return false
 	}
@@ -118,18 +118,18 @@ func isWithout(f dataplane.Family, err error) bool {
 }
 
 func (h *host) setUpFamily(f dataplane.Family) error {
-	there, err := h.hasRule(f)
+	there, err := h.hasLookupRule(f)
 	if err != nil {
 		return err
 	}
 	if !there {
-		if err := h.handle.RuleAdd(ourRule(f)); err != nil && !errors.Is(err, unix.EEXIST) {
+		if err := h.handle.RuleAdd(lookupRule(f)); err != nil && !errors.Is(err, unix.EEXIST) {
 			return fmt.Errorf("add the %s rule that looks up routing table %d: %w", f, RouteTable, err)
 		}
 	}
 	// The internal addresses are the node's for its own connections as well, so
 	// that there is a route when these are translated.
-	answers, err := h.change(unix.RTM_NEWROUTE, unix.RT_TABLE_LOCAL, []netip.Prefix{internalNet(f)})
+	answers, err := h.changeRoutes(unix.RTM_NEWROUTE, unix.RT_TABLE_LOCAL, []netip.Prefix{internalNet(f)})
 	if err == nil {
 		err = answers[0]
 	}
@@ -139,8 +139,8 @@ func (h *host) setUpFamily(f dataplane.Family) error {
 	return nil
 }
 
-// ourRule is `not iif lo lookup 64029`.
-func ourRule(f dataplane.Family) *netlink.Rule {
+// lookupRule is `not iif lo lookup 64029`.
+func lookupRule(f dataplane.Family) *netlink.Rule {
 	r := netlink.NewRule()
 	r.Family = unix.AF_INET
 	if f == dataplane.IPv6 {
@@ -150,8 +150,8 @@ func ourRule(f dataplane.Family) *netlink.Rule {
 	return r
 }
 
-func (h *host) hasRule(f dataplane.Family) (bool, error) {
-	want := ourRule(f)
+func (h *host) hasLookupRule(f dataplane.Family) (bool, error) {
+	want := lookupRule(f)
 	rules, err := h.handle.RuleListFiltered(want.Family, want, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_PRIORITY)
 	if err != nil {
 		return false, fmt.Errorf("list the %s routing rules: %w", f, err)
@@ -168,11 +168,11 @@ func (h *host) hasRule(f dataplane.Family) (bool, error) {
 func (h *host) remove() error {
 	var errs []error
 	for _, f := range families() {
-		there, err := h.hasRule(f)
+		there, err := h.hasLookupRule(f)
 		if err == nil && there {
-			err = h.handle.RuleDel(ourRule(f))
+			err = h.handle.RuleDel(lookupRule(f))
 		}
-		if err != nil && !isWithout(f, err) {
+		if err != nil && !isFamilyUnsupported(f, err) {
 			errs = append(errs, fmt.Errorf("remove the %s rule: %w", f, err))
 		}
 	}
@@ -189,9 +189,9 @@ func (h *host) remove() error {
 	return errors.Join(errs...)
 }
 
-// sysctl sets the node's settings, by their paths below /proc/sys. It writes those
+// setSysctls sets the node's settings, by their paths below /proc/sys. It writes those
 // that differ. That there is none is fs.ErrNotExist.
-func (h *host) sysctl(values map[string]string) error {
+func (h *host) setSysctls(values map[string]string) error {
 	return inNamespace(h.netns, func() error {
 		var errs []error
 		for name, value := range values {
@@ -211,8 +211,8 @@ func (h *host) sysctl(values map[string]string) error {
 	})
 }
 
-// sysctls returns the settings that the backend needs.
-func sysctls(strictARP bool) map[string]string {
+// requiredSysctls returns the settings that the backend needs.
+func requiredSysctls(strictARP bool) map[string]string {
 	values := map[string]string{
 		// Connections are known to connection tracking, for masquerading.
 		"net/ipv4/vs/conntrack": "1",

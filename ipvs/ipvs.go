@@ -71,43 +71,43 @@ func Schedulers() []string {
 // Dataplane programs IPVS. Its methods must be called from one goroutine, except
 // for Drift and the channel it returns.
 type Dataplane struct {
-	opts      Options
-	scheduler string
-	exclude   []netip.Prefix
-	log       *slog.Logger
-	rules     rules
-	load      func(modules ...string) error
-	drift     chan struct{}
-	stop      chan struct{}
-	done      sync.WaitGroup
+	opts         Options
+	scheduler    string
+	excludeCIDRs []netip.Prefix
+	log          *slog.Logger
+	rules        nftRules
+	loadModules  func(modules ...string) error
+	drift        chan struct{}
+	stop         chan struct{}
+	goroutines   sync.WaitGroup
 
 	// mu is for what is below, which the patrol looks at as well.
-	mu     sync.Mutex
-	kernel virtualServers
-	host   bindings
-	places places
+	mu        sync.Mutex
+	ipvs      ipvsAPI
+	host      hostAPI
+	allocator addrAllocator
 	// servers are the virtual servers that are programmed, and bound counts those
-	// at each address of Services. The rules have a [nft.BoundAddress] for each of
+	// at each address of Services. The rules have a [nft.BoundAddressService] for each of
 	// these addresses.
-	servers map[server]virtualServer
-	bound   map[netip.Addr]int
-	// unbound are addresses that are to be bound, for which that failed.
-	unbound map[netip.Addr]bool
+	servers   map[serverKey]virtualServer
+	boundRefs map[netip.Addr]int
+	// bindFailed are addresses that are to be bound, for which that failed.
+	bindFailed map[netip.Addr]bool
 	// draining are destinations that take no more connections, and until when they
 	// may keep those that they have; the zero Time is for as long as they serve.
-	draining map[server]map[netip.AddrPort]time.Time
-	// leaving are virtual servers, among those in servers, that no Service has any
+	draining map[serverKey]map[netip.AddrPort]time.Time
+	// retiring are virtual servers, among those in servers, that no Service has any
 	// more. Each is deleted once its destinations have drained.
-	leaving map[server]bool
-	// datagrams goes off when some of UDP have drained, if there are any soon.
-	datagrams *time.Timer
-	soon      bool
-	// touched are the servers that have changed since the patrol set out; nil if
+	retiring map[serverKey]bool
+	// udpDrainTimer goes off when some of UDP have drained, if there are any soon.
+	udpDrainTimer    *time.Timer
+	udpDrainTimerSet bool
+	// dirty are the servers that have changed since the patrol set out; nil if
 	// it is not under way.
-	touched map[server]bool
-	// doubtful are virtual servers for which something failed. The next Replace puts
+	dirty map[serverKey]bool
+	// unverified are virtual servers for which something failed. The next Replace puts
 	// them right, which is not to come of a comparison.
-	doubtful map[server]bool
+	unverified map[serverKey]bool
 	// ready says that a Replace has succeeded, so that there is something to
 	// compare the kernel with.
 	ready bool
@@ -122,26 +122,26 @@ var (
 // What a Dataplane works with: IPVS, the node besides it, and nftables. Tests put
 // others in their places, to make them fail.
 type (
-	virtualServers interface {
+	ipvsAPI interface {
 		run(requests []request) ([]error, error)
-		servers() (map[server]settings, error)
-		complete(found map[server]settings, expected iter.Seq[server]) error
-		destinations(s server) (map[netip.AddrPort]destination, error)
+		dumpServers() (map[serverKey]settings, error)
+		addMissing(found map[serverKey]settings, expected iter.Seq[serverKey]) error
+		dumpDestinations(s serverKey) (map[netip.AddrPort]destination, error)
 		setTimeouts(tcp, tcpFin, udp time.Duration) error
 		close() error
 	}
-	bindings interface {
+	hostAPI interface {
 		setUp() error
-		sysctl(values map[string]string) error
-		bind(typ uint16, addrs []netip.Addr) ([]error, error)
-		bound() (map[netip.Addr]bool, error)
+		setSysctls(values map[string]string) error
+		changeBindings(typ uint16, addrs []netip.Addr) ([]error, error)
+		boundAddrs() (map[netip.Addr]bool, error)
 		linkIndex() int
 		close() error
 	}
-	rules interface {
+	nftRules interface {
 		Apply(ctx context.Context, changes []dataplane.Change) error
 		Replace(ctx context.Context, node dataplane.Node, services iter.Seq[*dataplane.Service], progress func(int)) error
-		ReadRules(ctx context.Context) (map[dataplane.Frontend]nft.Rule, error)
+		ReadVirtualBindings(ctx context.Context) (map[dataplane.Frontend]nft.VirtualBinding, error)
 		Drift() <-chan struct{}
 		Lost() <-chan struct{}
 		GiveWay(after time.Duration) error
@@ -161,7 +161,7 @@ func Open(opts Options) (*Dataplane, error) {
 	if err != nil {
 		return nil, err
 	}
-	k, err := connect(opts.NetNS)
+	k, err := openIPVS(opts.NetNS)
 	if err != nil {
 		return nil, err
 	}
@@ -169,7 +169,7 @@ func Open(opts Options) (*Dataplane, error) {
 	if err != nil {
 		return nil, errors.Join(err, k.close())
 	}
-	if err := probe(h); err != nil {
+	if err := ensureDummyLink(h); err != nil {
 		return nil, errors.Join(err, h.close(), k.close())
 	}
 	r, err := nft.Open(nft.Options{
@@ -179,19 +179,19 @@ func Open(opts Options) (*Dataplane, error) {
 	if err != nil {
 		return nil, errors.Join(err, h.close(), k.close())
 	}
-	d.kernel, d.host, d.rules = k, h, r
-	d.done.Go(d.patrol)
-	d.done.Go(d.attend)
+	d.ipvs, d.host, d.rules = k, h, r
+	d.goroutines.Go(d.resync)
+	d.goroutines.Go(d.handleEvents)
 	return d, nil
 }
 
 // newDataplane returns one that is not connected to anything.
 func newDataplane(opts Options) (*Dataplane, error) {
 	d := &Dataplane{
-		opts: opts, scheduler: opts.Scheduler, log: opts.Logger, load: kmod.Load,
-		drift: make(chan struct{}, 1), datagrams: time.NewTimer(0), stop: make(chan struct{}),
+		opts: opts, scheduler: opts.Scheduler, log: opts.Logger, loadModules: kmod.Load,
+		drift: make(chan struct{}, 1), udpDrainTimer: time.NewTimer(0), stop: make(chan struct{}),
 	}
-	<-d.datagrams.C
+	<-d.udpDrainTimer.C
 	if d.scheduler == "" {
 		d.scheduler = DefaultScheduler
 	}
@@ -205,24 +205,24 @@ func newDataplane(opts Options) (*Dataplane, error) {
 		if i := slices.IndexFunc(internalNets(), p.Overlaps); i >= 0 {
 			return nil, fmt.Errorf("excluded network %s: want none of %s, where virtual servers of node ports and others are", p, internalNets()[i])
 		}
-		d.exclude = append(d.exclude, p.Masked())
+		d.excludeCIDRs = append(d.excludeCIDRs, p.Masked())
 	}
 	if d.log == nil {
 		d.log = slog.New(slog.DiscardHandler)
 	}
-	d.forget()
+	d.reset()
 	return d, nil
 }
 
-// forget drops what is known of the kernel.
-func (d *Dataplane) forget() {
-	d.places = newPlaces()
-	d.servers = map[server]virtualServer{}
-	d.bound = map[netip.Addr]int{}
-	d.unbound = map[netip.Addr]bool{}
-	d.draining = map[server]map[netip.AddrPort]time.Time{}
-	d.leaving = map[server]bool{}
-	d.doubtful = map[server]bool{}
+// reset drops what is known of the kernel.
+func (d *Dataplane) reset() {
+	d.allocator = newAddrAllocator()
+	d.servers = map[serverKey]virtualServer{}
+	d.boundRefs = map[netip.Addr]int{}
+	d.bindFailed = map[netip.Addr]bool{}
+	d.draining = map[serverKey]map[netip.AddrPort]time.Time{}
+	d.retiring = map[serverKey]bool{}
+	d.unverified = map[serverKey]bool{}
 	d.ready = false
 }
 
@@ -242,7 +242,7 @@ func (d *Dataplane) GiveWay(after time.Duration) error { return d.rules.GiveWay(
 // [nft.Dataplane.OwnsTables].
 func (d *Dataplane) OwnsTables() bool { return d.rules.OwnsTables() }
 
-func (d *Dataplane) signal() {
+func (d *Dataplane) signalDrift() {
 	select {
 	case d.drift <- struct{}{}:
 	default:
@@ -253,8 +253,8 @@ func (d *Dataplane) signal() {
 // new connections; the next Dataplane goes on to wait for the end of theirs.
 func (d *Dataplane) Close() error {
 	close(d.stop)
-	d.done.Wait()
-	return errors.Join(d.rules.Close(), d.host.close(), d.kernel.close())
+	d.goroutines.Wait()
+	return errors.Join(d.rules.Close(), d.host.close(), d.ipvs.close())
 }
 
 // Cleanup removes the virtual servers, the interface with its routes, and the
@@ -281,7 +281,7 @@ func removeServers(h *host, opts Options) error {
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	k, err := dialKernel(opts.NetNS)
+	k, err := dialIPVS(opts.NetNS)
 	if errors.Is(err, unix.ENOENT) {
 		return nil
 	}
@@ -292,42 +292,42 @@ func removeServers(h *host, opts Options) error {
 	if link, err := h.handle.LinkByName(LinkName); err == nil {
 		h.link = link.Attrs().Index
 	}
-	bound, err := h.bound()
+	bound, err := h.boundAddrs()
 	if err != nil {
 		return err
 	}
-	found, err := k.servers()
+	found, err := k.dumpServers()
 	if err != nil {
 		return err
 	}
 	var requests []request
 	for s := range found {
-		if excluded := contains(opts.ExcludeCIDRs, s.addr.Addr()); !excluded && (isInternal(s.addr.Addr()) || bound[s.addr.Addr()]) {
-			requests = append(requests, request{command: delService, server: s})
+		if excluded := prefixesContain(opts.ExcludeCIDRs, s.addr.Addr()); !excluded && (isInternal(s.addr.Addr()) || bound[s.addr.Addr()]) {
+			requests = append(requests, request{command: delService, serverKey: s})
 		}
 	}
 	answers, err := k.run(requests)
 	for i, answer := range answers {
-		if answer != nil && !isGone(answer) {
+		if answer != nil && !isNotFound(answer) {
 			err = errors.Join(err, fmt.Errorf("%s: %w", requests[i], answer))
 		}
 	}
 	return err
 }
 
-func contains(nets []netip.Prefix, a netip.Addr) bool {
+func prefixesContain(nets []netip.Prefix, a netip.Addr) bool {
 	return slices.ContainsFunc(nets, func(p netip.Prefix) bool { return p.Contains(a) })
 }
 
-// isGone reports whether an answer says that what is to be deleted is not there.
-func isGone(err error) bool { return errors.Is(err, unix.ESRCH) || errors.Is(err, unix.ENOENT) }
+// isNotFound reports whether an answer says that what is to be deleted is not there.
+func isNotFound(err error) bool { return errors.Is(err, unix.ESRCH) || errors.Is(err, unix.ENOENT) }
 
 // setUp makes everything that does not depend on Services.
 func (d *Dataplane) setUp() error {
 	if err := d.host.setUp(); err != nil {
 		return err
 	}
-	err := d.host.sysctl(sysctls(d.opts.StrictARP))
+	err := d.host.setSysctls(requiredSysctls(d.opts.StrictARP))
 	if errors.Is(err, fs.ErrPermission) || errors.Is(err, unix.EROFS) {
 		return fmt.Errorf("%w: set it on the host, or run `fairlead run --mode=ipvs --init-only` with more rights before", err)
 	}
@@ -337,5 +337,5 @@ func (d *Dataplane) setUp() error {
 	if d.opts.TCPTimeout == 0 && d.opts.TCPFinTimeout == 0 && d.opts.UDPTimeout == 0 {
 		return nil
 	}
-	return d.kernel.setTimeouts(d.opts.TCPTimeout, d.opts.TCPFinTimeout, d.opts.UDPTimeout)
+	return d.ipvs.setTimeouts(d.opts.TCPTimeout, d.opts.TCPFinTimeout, d.opts.UDPTimeout)
 }

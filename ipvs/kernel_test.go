@@ -28,7 +28,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-func open(t testing.TB, netns int) dataplane.Dataplane {
+func openForTest(t testing.TB, netns int) dataplane.Dataplane {
 	t.Helper()
 	d, err := Open(Options{NetNS: netns})
 	if err != nil {
@@ -38,26 +38,26 @@ func open(t testing.TB, netns int) dataplane.Dataplane {
 }
 
 func TestBehaviour(t *testing.T) {
-	dataplanetest.Run(t, open, dataplanetest.Limits{AffinityLingers: true, AmbiguousPorts: true})
+	dataplanetest.Run(t, openForTest, dataplanetest.Limitations{AffinityOutlivesTimeout: true, NeedUniquePorts: true})
 }
 
-// world is a network whose node has a Dataplane, and others who use IPVS beside it:
+// topology is a network whose node has a Dataplane, and others who use IPVS beside it:
 // they do so by the library that others use.
-type world struct {
+type topology struct {
 	*nettest.Network
-	t      *testing.T
-	opts   Options
-	dp     *Dataplane
-	others *ipvs.Handle
-	pods   []*nettest.Host
-	held   map[dataplane.Key]*dataplane.Service
+	t        *testing.T
+	opts     Options
+	dp       *Dataplane
+	moby     *ipvs.Handle
+	pods     []*nettest.Host
+	services map[dataplane.Key]*dataplane.Service
 }
 
 const podPort = 8080
 
-func newWorld(t *testing.T, opts Options, pods int) *world {
+func newTopology(t *testing.T, opts Options, pods int) *topology {
 	t.Helper()
-	w := &world{Network: nettest.NewT(t, nettest.Options{}), t: t, opts: opts, held: map[dataplane.Key]*dataplane.Service{}}
+	w := &topology{Network: nettest.NewT(t, nettest.Options{}), t: t, opts: opts, services: map[dataplane.Key]*dataplane.Service{}}
 	w.opts.NetNS = w.Node.Fd()
 	for i := range pods {
 		pod := w.PodT(t, fmt.Sprintf("pod-%d", i))
@@ -66,11 +66,11 @@ func newWorld(t *testing.T, opts Options, pods int) *world {
 		w.pods = append(w.pods, pod)
 	}
 	var err error
-	if w.others, err = ipvs.New(fmt.Sprintf("/proc/self/fd/%d", w.Node.Fd())); err != nil {
+	if w.moby, err = ipvs.New(fmt.Sprintf("/proc/self/fd/%d", w.Node.Fd())); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(w.others.Close)
-	w.start()
+	t.Cleanup(w.moby.Close)
+	w.openDataplane()
 	t.Cleanup(func() {
 		if err := w.dp.Close(); err != nil {
 			t.Errorf("close the Dataplane: %v", err)
@@ -79,7 +79,7 @@ func newWorld(t *testing.T, opts Options, pods int) *world {
 	return w
 }
 
-func (w *world) start() {
+func (w *topology) openDataplane() {
 	w.t.Helper()
 	var err error
 	if w.dp, err = Open(w.opts); err != nil {
@@ -88,76 +88,76 @@ func (w *world) start() {
 }
 
 // restart is what happens when the program does.
-func (w *world) restart() {
+func (w *topology) restart() {
 	w.t.Helper()
 	if err := w.dp.Close(); err != nil {
 		w.t.Fatal(err)
 	}
-	w.start()
-	w.replace(slices.Collect(maps.Values(w.held))...)
+	w.openDataplane()
+	w.replace(slices.Collect(maps.Values(w.services))...)
 }
 
-func (w *world) replace(services ...*dataplane.Service) {
+func (w *topology) replace(services ...*dataplane.Service) {
 	w.t.Helper()
 	node := dataplane.Node{PodCIDRs: w.PodCIDRs, NodePortAddrs: w.Node.Addrs()}
 	if err := w.dp.Replace(w.t.Context(), node, slices.Values(services), nil); err != nil {
 		w.t.Fatal(err)
 	}
-	w.held = map[dataplane.Key]*dataplane.Service{}
+	w.services = map[dataplane.Key]*dataplane.Service{}
 	for _, s := range services {
-		w.held[s.Key] = s
+		w.services[s.Key] = s
 	}
 	w.checkRead()
 }
 
-func (w *world) put(s *dataplane.Service) {
+func (w *topology) apply(s *dataplane.Service) {
 	w.t.Helper()
-	if err := w.dp.Apply(w.t.Context(), []dataplane.Change{{Old: w.held[s.Key], New: s}}); err != nil {
+	if err := w.dp.Apply(w.t.Context(), []dataplane.Change{{Old: w.services[s.Key], New: s}}); err != nil {
 		w.t.Fatal(err)
 	}
-	w.held[s.Key] = s
+	w.services[s.Key] = s
 	w.checkRead()
 }
 
-func (w *world) remove(s *dataplane.Service) {
+func (w *topology) remove(s *dataplane.Service) {
 	w.t.Helper()
-	if err := w.dp.Apply(w.t.Context(), []dataplane.Change{{Old: w.held[s.Key]}}); err != nil {
+	if err := w.dp.Apply(w.t.Context(), []dataplane.Change{{Old: w.services[s.Key]}}); err != nil {
 		w.t.Fatal(err)
 	}
-	delete(w.held, s.Key)
+	delete(w.services, s.Key)
 }
 
-func (w *world) checkRead() {
+func (w *topology) checkRead() {
 	w.t.Helper()
 	got, err := w.dp.Read(w.t.Context())
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	if want := dataplane.StateOf(maps.Values(w.held)); !want.Equal(got) {
+	if want := dataplane.StateOf(maps.Values(w.services)); !want.Equal(got) {
 		w.t.Fatalf("the kernel does not hold what was programmed:\n%s", want.Diff(got))
 	}
 }
 
 // web returns a Service at 10.96.0.1:80 with these pods as endpoints.
-func (w *world) web(protocol dataplane.Protocol, pods ...int) *dataplane.Service {
+func (w *topology) web(protocol dataplane.Protocol, pods ...int) *dataplane.Service {
 	w.t.Helper()
-	return service(w.t, dataplane.ClusterIP, "web", "10.96.0.1:80/"+protocol.String(), w.to(pods...))
+	return service(w.t, dataplane.ClusterIP, "web", "10.96.0.1:80/"+protocol.String(), w.spec(pods...))
 }
 
-func (w *world) to(pods ...int) dataplane.Treatment {
-	var treatment dataplane.Treatment
+func (w *topology) spec(pods ...int) dataplane.ServiceSpec {
+	var treatment dataplane.ServiceSpec
 	for _, i := range pods {
 		treatment.Endpoints = append(treatment.Endpoints, dataplane.Endpoint{Addr: netip.AddrPortFrom(w.pods[i].IPv4, podPort)})
 	}
 	return treatment
 }
 
-// listed returns what the kernel has at an address, as others see it: the virtual
+// dump returns what the kernel has at an address, as others see it: the virtual
 // server with its scheduler, and each destination with its weight.
-func (w *world) listed(addr string) string {
+func (w *topology) dump(addr string) string {
 	w.t.Helper()
 	var lines []string
-	services, err := w.others.GetServices()
+	services, err := w.moby.GetServices()
 	if err != nil {
 		w.t.Fatal(err)
 	}
@@ -166,7 +166,7 @@ func (w *world) listed(addr string) string {
 			continue
 		}
 		line := fmt.Sprintf("%s %s", dataplane.Protocol(s.Protocol), s.SchedName) //nolint:gosec // it is one
-		destinations, err := w.others.GetDestinations(s)
+		destinations, err := w.moby.GetDestinations(s)
 		if err != nil {
 			w.t.Fatal(err)
 		}
@@ -181,9 +181,9 @@ func (w *world) listed(addr string) string {
 	return strings.Join(lines, "; ")
 }
 
-func (w *world) expectListed(addr, want string) {
+func (w *topology) expectDump(addr, want string) {
 	w.t.Helper()
-	if got := w.listed(addr); got != want {
+	if got := w.dump(addr); got != want {
 		w.t.Errorf("at %s is %q, want %q", addr, got, want)
 	}
 }
@@ -200,20 +200,20 @@ func eventually(t *testing.T, limit time.Duration, what string, condition func()
 
 var clusterIP = netip.MustParseAddrPort("10.96.0.1:80")
 
-func TestVirtualServersReadAsTheServicesDo(t *testing.T) {
+func TestVirtualServerAddresses(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, Options{Scheduler: "lc"}, 2)
-	w.replace(w.web(dataplane.TCP, 0, 1), service(t, dataplane.NodePort, "web", "0.0.0.0:30080/TCP", w.to(1)))
+	w := newTopology(t, Options{Scheduler: "lc"}, 2)
+	w.replace(w.web(dataplane.TCP, 0, 1), service(t, dataplane.NodePort, "web", "0.0.0.0:30080/TCP", w.spec(1)))
 	a, b := w.pods[0].IPv4, w.pods[1].IPv4
-	w.expectListed("10.96.0.1:80", fmt.Sprintf("TCP lc %s:8080=1 %s:8080=1", a, b))
-	w.expectListed("250.29.0.1:30080", fmt.Sprintf("TCP lc %s:8080=1", b))
+	w.expectDump("10.96.0.1:80", fmt.Sprintf("TCP lc %s:8080=1 %s:8080=1", a, b))
+	w.expectDump("250.29.0.1:30080", fmt.Sprintf("TCP lc %s:8080=1", b))
 }
 
 // Others' virtual servers stay, whatever happens to ours: at addresses that are not
 // Services', by firewall mark, and in networks that are excluded.
-func TestVirtualServersOfOthersStay(t *testing.T) {
+func TestPreservesUnmanagedServers(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, Options{ExcludeCIDRs: []netip.Prefix{netip.MustParsePrefix("10.96.200.0/24")}}, 1)
+	w := newTopology(t, Options{ExcludeCIDRs: []netip.Prefix{netip.MustParsePrefix("10.96.200.0/24")}}, 1)
 	theirs := []*ipvs.Service{
 		{Address: net.IPv4(192, 0, 2, 50).To4(), Protocol: unix.IPPROTO_TCP, Port: 80},
 		{Address: net.IPv4(10, 96, 200, 1).To4(), Protocol: unix.IPPROTO_UDP, Port: 53},
@@ -221,18 +221,18 @@ func TestVirtualServersOfOthersStay(t *testing.T) {
 	}
 	for _, s := range theirs {
 		s.SchedName, s.AddressFamily, s.Netmask = "rr", unix.AF_INET, 0xffffffff
-		if err := w.others.NewService(s); err != nil {
+		if err := w.moby.NewService(s); err != nil {
 			t.Fatal(err)
 		}
 		d := &ipvs.Destination{Address: net.IPv4(192, 0, 2, 60).To4(), Port: 80, Weight: 3, AddressFamily: unix.AF_INET}
-		if err := w.others.NewDestination(s, d); err != nil {
+		if err := w.moby.NewDestination(s, d); err != nil {
 			t.Fatal(err)
 		}
 	}
 	stay := func(after string) {
 		t.Helper()
 		for _, s := range theirs {
-			found, err := w.others.GetDestinations(s)
+			found, err := w.moby.GetDestinations(s)
 			if err != nil || len(found) != 1 || found[0].Weight != 3 {
 				t.Errorf("after %s another's virtual server %+v has the destinations %v (error %v)", after, s, found, err)
 			}
@@ -245,7 +245,7 @@ func TestVirtualServersOfOthersStay(t *testing.T) {
 	w.replace()
 	stay("a Replace by nothing")
 
-	excluded := service(t, dataplane.ClusterIP, "dns", "10.96.200.1:53/UDP", w.to(0))
+	excluded := service(t, dataplane.ClusterIP, "dns", "10.96.200.1:53/UDP", w.spec(0))
 	var keyed *dataplane.Error
 	err := w.dp.Apply(t.Context(), []dataplane.Change{{New: excluded}, {New: w.web(dataplane.TCP, 0)}})
 	if !errors.As(err, &keyed) || len(keyed.Failed) != 1 || !errors.Is(keyed.Failed[excluded.Key], dataplane.ErrUnsupported) {
@@ -259,16 +259,16 @@ func TestVirtualServersOfOthersStay(t *testing.T) {
 		t.Fatal(err)
 	}
 	stay("a cleanup")
-	w.start()
+	w.openDataplane()
 }
 
 // Nobody gets round source ranges by connecting to an internal address.
-func TestInternalAddressesAreHidden(t *testing.T) {
+func TestInternalAddressesUnreachable(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, Options{}, 2)
+	w := newTopology(t, Options{}, 2)
 	w.replace(
-		service(t, dataplane.NodePort, "web", "0.0.0.0:30080/TCP", w.to(0)),
-		service(t, dataplane.NodePort, "web", "[::]:30080/TCP", dataplane.Treatment{
+		service(t, dataplane.NodePort, "web", "0.0.0.0:30080/TCP", w.spec(0)),
+		service(t, dataplane.NodePort, "web", "[::]:30080/TCP", dataplane.ServiceSpec{
 			Endpoints: []dataplane.Endpoint{{Addr: netip.AddrPortFrom(w.pods[0].IPv6, podPort)}},
 		}),
 	)
@@ -304,8 +304,8 @@ func TestInternalAddressesAreHidden(t *testing.T) {
 // Cleanup removes what was made, without knowing what that was.
 func TestCleanup(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, Options{}, 1)
-	w.replace(w.web(dataplane.TCP, 0), service(t, dataplane.NodePort, "web", "0.0.0.0:30080/TCP", w.to(0)))
+	w := newTopology(t, Options{}, 1)
+	w.replace(w.web(dataplane.TCP, 0), service(t, dataplane.NodePort, "web", "0.0.0.0:30080/TCP", w.spec(0)))
 	if err := w.dp.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -314,7 +314,7 @@ func TestCleanup(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	services, err := w.others.GetServices()
+	services, err := w.moby.GetServices()
 	if err != nil || len(services) != 0 {
 		t.Errorf("virtual servers are left: %v (error %v)", services, err)
 	}
@@ -332,7 +332,7 @@ func TestCleanup(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	w.start()
+	w.openDataplane()
 	if state, err := w.dp.Read(t.Context()); err != nil || len(state) != 0 {
 		t.Errorf("the rules are left: %v (error %v)", state, err)
 	}
@@ -347,36 +347,36 @@ func TestDrift(t *testing.T) {
 	}
 	for _, tt := range []struct {
 		name string
-		do   func(w *world) error
+		do   func(w *topology) error
 	}{
-		{"a virtual server is deleted", func(w *world) error { return w.others.DelService(ours) }},
-		{"a virtual server gets another scheduler", func(w *world) error {
+		{"a virtual server is deleted", func(w *topology) error { return w.moby.DelService(ours) }},
+		{"a virtual server gets another scheduler", func(w *topology) error {
 			other := *ours
 			other.SchedName = "lc"
-			return w.others.UpdateService(&other)
+			return w.moby.UpdateService(&other)
 		}},
-		{"a destination is deleted", func(w *world) error {
-			return w.others.DelDestination(ours, &ipvs.Destination{
+		{"a destination is deleted", func(w *topology) error {
+			return w.moby.DelDestination(ours, &ipvs.Destination{
 				Address: w.pods[0].IPv4.AsSlice(), Port: podPort, AddressFamily: unix.AF_INET,
 			})
 		}},
-		{"a destination gets another weight", func(w *world) error {
-			return w.others.UpdateDestination(ours, &ipvs.Destination{
+		{"a destination gets another weight", func(w *topology) error {
+			return w.moby.UpdateDestination(ours, &ipvs.Destination{
 				Address: w.pods[0].IPv4.AsSlice(), Port: podPort, AddressFamily: unix.AF_INET, Weight: 5,
 			})
 		}},
-		{"a destination is added", func(w *world) error {
-			return w.others.NewDestination(ours, &ipvs.Destination{
+		{"a destination is added", func(w *topology) error {
+			return w.moby.NewDestination(ours, &ipvs.Destination{
 				Address: w.pods[1].IPv4.AsSlice(), Port: podPort, AddressFamily: unix.AF_INET, Weight: 1,
 			})
 		}},
-		{"a virtual server is added at a Service's address", func(w *world) error {
+		{"a virtual server is added at a Service's address", func(w *topology) error {
 			other := *ours
 			other.Port = 81
-			return w.others.NewService(&other)
+			return w.moby.NewService(&other)
 		}},
-		{"all virtual servers are flushed", func(w *world) error { return w.others.Flush() }},
-		{"the interface is deleted", func(w *world) error {
+		{"all virtual servers are flushed", func(w *topology) error { return w.moby.Flush() }},
+		{"the interface is deleted", func(w *topology) error {
 			return w.Node.Do(func() error {
 				link, err := netlink.LinkByName(LinkName)
 				if err != nil {
@@ -385,7 +385,7 @@ func TestDrift(t *testing.T) {
 				return netlink.LinkDel(link)
 			})
 		}},
-		{"an address is unbound", func(w *world) error {
+		{"an address is unbound", func(w *topology) error {
 			return w.Node.Do(func() error {
 				return netlink.RouteDel(&netlink.Route{
 					Table: RouteTable, Type: unix.RTN_LOCAL, Scope: unix.RT_SCOPE_HOST,
@@ -393,18 +393,18 @@ func TestDrift(t *testing.T) {
 				})
 			})
 		}},
-		{"the rule is deleted", func(w *world) error {
-			return w.Node.Do(func() error { return netlink.RuleDel(ourRule(dataplane.IPv4)) })
+		{"the rule is deleted", func(w *topology) error {
+			return w.Node.Do(func() error { return netlink.RuleDel(lookupRule(dataplane.IPv4)) })
 		}},
-		{"the tables are deleted", func(w *world) error {
+		{"the tables are deleted", func(w *topology) error {
 			return nft.Cleanup(nft.Options{NetNS: w.Node.Fd(), Table: TableName})
 		}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			w := newWorld(t, Options{}, 2)
+			w := newTopology(t, Options{}, 2)
 			w.replace(w.web(dataplane.TCP, 0))
-			want := w.listed("10.96.0.1:80")
+			want := w.dump("10.96.0.1:80")
 			if err := tt.do(w); err != nil {
 				t.Fatal(err)
 			}
@@ -423,8 +423,8 @@ func TestDrift(t *testing.T) {
 				}
 			}
 			w.replace(w.web(dataplane.TCP, 0))
-			w.expectListed("10.96.0.1:81", "")
-			eventually(t, 3*patrolPeriod, "all is as it was", func() bool { return w.listed("10.96.0.1:80") == want })
+			w.expectDump("10.96.0.1:81", "")
+			eventually(t, 3*resyncPeriod, "all is as it was", func() bool { return w.dump("10.96.0.1:80") == want })
 			for _, from := range []*nettest.Host{w.pods[1], w.Node, w.Outside} {
 				if answer, err := from.Connect(t.Context(), nettest.TCP, clusterIP); err != nil || answer.Host != "pod-0" {
 					t.Errorf("from %s: answer %+v, error %v, want one of pod-0", from.Name, answer, err)
@@ -435,27 +435,27 @@ func TestDrift(t *testing.T) {
 }
 
 // A virtual server is found by itself as in the list of all.
-func TestVirtualServersAreFoundByThemselves(t *testing.T) {
+func TestGetServer(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, Options{}, 1)
+	w := newTopology(t, Options{}, 1)
 	s := w.web(dataplane.TCP, 0)
 	s.Affinity, s.Scheduler = time.Hour, "lc"
-	w.replace(s, service(t, dataplane.NodePort, "web", "[::]:30080/UDP", dataplane.Treatment{}))
-	k, err := dialKernel(w.Node.Fd())
+	w.replace(s, service(t, dataplane.NodePort, "web", "[::]:30080/UDP", dataplane.ServiceSpec{}))
+	k, err := dialIPVS(w.Node.Fd())
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer k.close() //nolint:errcheck // it was only read from
-	all, err := k.servers()
+	all, err := k.dumpServers()
 	if err != nil || len(all) != 2 {
 		t.Fatalf("virtual servers %v, error %v, want two", all, err)
 	}
 	for sv, want := range all {
-		if got, there, err := k.server(sv); err != nil || !there || got != want {
+		if got, there, err := k.getServer(sv); err != nil || !there || got != want {
 			t.Errorf("%s is %+v (%t, error %v), in the list %+v", sv, got, there, err, want)
 		}
 		sv.addr = netip.AddrPortFrom(sv.addr.Addr(), 1)
-		if got, there, err := k.server(sv); err != nil || there {
+		if got, there, err := k.getServer(sv); err != nil || there {
 			t.Errorf("%s is %+v (%t, error %v), and is not there", sv, got, there, err)
 		}
 	}
@@ -464,17 +464,17 @@ func TestVirtualServersAreFoundByThemselves(t *testing.T) {
 // What it does itself is no drift, and neither is what others do elsewhere.
 func TestNoDrift(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, Options{}, 3)
+	w := newTopology(t, Options{}, 3)
 	w.replace(w.web(dataplane.TCP, 0))
 	theirs := &ipvs.Service{
 		Address: net.IPv4(192, 0, 2, 50).To4(), Protocol: unix.IPPROTO_TCP, Port: 80,
 		SchedName: "rr", AddressFamily: unix.AF_INET, Netmask: 0xffffffff,
 	}
-	if err := w.others.NewService(theirs); err != nil {
+	if err := w.moby.NewService(theirs); err != nil {
 		t.Fatal(err)
 	}
-	for end, i := time.Now().Add(patrolPeriod*5/2), 0; time.Now().Before(end); i++ {
-		w.put(w.web(dataplane.TCP, i%3, (i+1)%3))
+	for end, i := time.Now().Add(resyncPeriod*5/2), 0; time.Now().Before(end); i++ {
+		w.apply(w.web(dataplane.TCP, i%3, (i+1)%3))
 		time.Sleep(50 * time.Millisecond)
 		select {
 		case <-w.dp.Drift():
@@ -486,11 +486,11 @@ func TestNoDrift(t *testing.T) {
 
 // An endpoint of TCP that leaves keeps its connections, also across a restart, takes
 // no others, and goes when they have ended.
-func TestDrain(t *testing.T) {
+func TestTCPDrain(t *testing.T) {
 	t.Parallel()
 	// How long a closed connection is remembered, which counts as well, is the
 	// kernel's affair, but for one that only the client has closed.
-	w := newWorld(t, Options{}, 2)
+	w := newTopology(t, Options{}, 2)
 	w.replace(w.web(dataplane.TCP, 0))
 	old, err := w.Outside.Open(t.Context(), nettest.TCP, clusterIP)
 	if err != nil {
@@ -505,7 +505,7 @@ func TestDrain(t *testing.T) {
 	answer("pod-0")
 	a, b := w.pods[0].IPv4, w.pods[1].IPv4
 	draining := fmt.Sprintf("TCP rr %s:8080=0 %s:8080=1", a, b)
-	w.put(w.web(dataplane.TCP, 1))
+	w.apply(w.web(dataplane.TCP, 1))
 	check := func(after string) {
 		t.Helper()
 		answer("pod-0")
@@ -514,18 +514,18 @@ func TestDrain(t *testing.T) {
 				t.Errorf("after %s a new connection has the answer %+v (error %v), want one of pod-1", after, answer, err)
 			}
 		}
-		w.expectListed("10.96.0.1:80", draining)
+		w.expectDump("10.96.0.1:80", draining)
 	}
 	check("it has left")
-	time.Sleep(patrolPeriod * 3 / 2)
+	time.Sleep(resyncPeriod * 3 / 2)
 	check("a look at it")
 	w.restart()
 	check("a restart")
-	time.Sleep(patrolPeriod * 3 / 2)
+	time.Sleep(resyncPeriod * 3 / 2)
 	check("a look at it after a restart")
 
-	w.put(w.web(dataplane.TCP, 0, 1))
-	w.expectListed("10.96.0.1:80", fmt.Sprintf("TCP rr %s:8080=1 %s:8080=1", a, b))
+	w.apply(w.web(dataplane.TCP, 0, 1))
+	w.expectDump("10.96.0.1:80", fmt.Sprintf("TCP rr %s:8080=1 %s:8080=1", a, b))
 	answer("pod-0")
 	if err := old.Close(); err != nil {
 		t.Error(err)
@@ -533,19 +533,19 @@ func TestDrain(t *testing.T) {
 }
 
 // An endpoint that has no connections goes soon.
-func TestDrainedEndpointsGo(t *testing.T) {
+func TestIdleEndpointRemoved(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, Options{}, 2)
+	w := newTopology(t, Options{}, 2)
 	w.replace(w.web(dataplane.TCP, 0, 1))
-	w.put(w.web(dataplane.TCP, 1))
+	w.apply(w.web(dataplane.TCP, 1))
 	gone := fmt.Sprintf("TCP rr %s:8080=1", w.pods[1].IPv4)
-	eventually(t, 3*patrolPeriod, "the endpoint is gone", func() bool { return w.listed("10.96.0.1:80") == gone })
+	eventually(t, 3*resyncPeriod, "the endpoint is gone", func() bool { return w.dump("10.96.0.1:80") == gone })
 }
 
 // There is a limit for connections that do not end.
 func TestDrainLimit(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, Options{DrainLimit: 2 * time.Second}, 2)
+	w := newTopology(t, Options{DrainLimit: 2 * time.Second}, 2)
 	w.replace(w.web(dataplane.TCP, 0))
 	old, err := w.Outside.Open(t.Context(), nettest.TCP, clusterIP)
 	if err != nil {
@@ -555,13 +555,13 @@ func TestDrainLimit(t *testing.T) {
 	if _, err := old.Ask(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	w.put(w.web(dataplane.TCP, 1))
+	w.apply(w.web(dataplane.TCP, 1))
 	gone := fmt.Sprintf("TCP rr %s:8080=1", w.pods[1].IPv4)
-	eventually(t, 3*patrolPeriod, "the endpoint is gone", func() bool { return w.listed("10.96.0.1:80") == gone })
+	eventually(t, 3*resyncPeriod, "the endpoint is gone", func() bool { return w.dump("10.96.0.1:80") == gone })
 }
 
-// bound reports whether an address is bound to the node.
-func (w *world) bound(addr string) bool {
+// isBound reports whether an address is bound to the node.
+func (w *topology) isBound(addr string) bool {
 	w.t.Helper()
 	h, err := openHost(w.Node.Fd())
 	if err != nil {
@@ -573,7 +573,7 @@ func (w *world) bound(addr string) bool {
 		w.t.Fatal(err)
 	}
 	h.link = link.Attrs().Index
-	all, err := h.bound()
+	all, err := h.boundAddrs()
 	if err != nil {
 		w.t.Fatal(err)
 	}
@@ -584,23 +584,23 @@ func (w *world) bound(addr string) bool {
 // takes no others, and programs of the node are not reached at its address. A Service
 // at the same frontend takes its connections over. The node's own connections to itself
 // are among those that last.
-func TestDeletedServicesDrain(t *testing.T) {
+func TestDeletedServiceDrains(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, Options{}, 3)
+	w := newTopology(t, Options{}, 3)
 	wild, err := w.Node.Listen(t.Context(), "tcp", netip.MustParseAddrPort("0.0.0.0:80"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer wild.Close()
 	w.Node.ServeT(t, nettest.TCP, podPort)
-	to := func(host *nettest.Host) dataplane.Treatment {
-		return dataplane.Treatment{Endpoints: []dataplane.Endpoint{{Addr: netip.AddrPortFrom(host.IPv4, podPort), Local: true}}}
+	to := func(host *nettest.Host) dataplane.ServiceSpec {
+		return dataplane.ServiceSpec{Endpoints: []dataplane.Endpoint{{Addr: netip.AddrPortFrom(host.IPv4, podPort), Local: true}}}
 	}
 	nodePort := netip.AddrPortFrom(w.Node.IPv4, 30080)
 	services := []*dataplane.Service{
 		w.web(dataplane.TCP, 0),
 		service(t, dataplane.ClusterIP, "host", "10.96.0.2:80/TCP", to(w.Node)),
-		service(t, dataplane.NodePort, "web", "0.0.0.0:30080/TCP", w.to(0)),
+		service(t, dataplane.NodePort, "web", "0.0.0.0:30080/TCP", w.spec(0)),
 	}
 	addrs := []netip.AddrPort{clusterIP, netip.MustParseAddrPort("10.96.0.2:80"), nodePort}
 	w.replace(services...)
@@ -632,29 +632,29 @@ func TestDeletedServicesDrain(t *testing.T) {
 				cancel()
 			}
 		}
-		w.expectListed("10.96.0.1:80", fmt.Sprintf("TCP rr %s:8080=0", w.pods[0].IPv4))
-		w.expectListed("250.29.0.1:30080", fmt.Sprintf("TCP rr %s:8080=0", w.pods[0].IPv4))
+		w.expectDump("10.96.0.1:80", fmt.Sprintf("TCP rr %s:8080=0", w.pods[0].IPv4))
+		w.expectDump("250.29.0.1:30080", fmt.Sprintf("TCP rr %s:8080=0", w.pods[0].IPv4))
 	}
 	for _, s := range services {
 		w.remove(s)
 	}
 	check("the deletion")
-	time.Sleep(patrolPeriod * 3 / 2)
+	time.Sleep(resyncPeriod * 3 / 2)
 	check("a look at it")
 	w.restart()
 	check("a restart")
-	time.Sleep(patrolPeriod * 3 / 2)
+	time.Sleep(resyncPeriod * 3 / 2)
 	check("a look at it after a restart")
 	w.replace(services...)
 	if err := w.dp.Close(); err != nil {
 		t.Fatal(err)
 	}
-	w.start()
+	w.openDataplane()
 	w.replace()
 	check("a deletion while nobody is there")
 
-	w.put(w.web(dataplane.TCP, 1))
-	w.expectListed("10.96.0.1:80", fmt.Sprintf("TCP rr %s:8080=0 %s:8080=1", w.pods[0].IPv4, w.pods[1].IPv4))
+	w.apply(w.web(dataplane.TCP, 1))
+	w.expectDump("10.96.0.1:80", fmt.Sprintf("TCP rr %s:8080=0 %s:8080=1", w.pods[0].IPv4, w.pods[1].IPv4))
 	for _, from := range clients {
 		if answer, err := from.Connect(t.Context(), nettest.TCP, clusterIP); err != nil || answer.Host != "pod-1" {
 			t.Errorf("from %s: answer %+v, error %v, want one of pod-1", from.Name, answer, err)
@@ -669,13 +669,13 @@ func TestDeletedServicesDrain(t *testing.T) {
 
 // A Service that is deleted goes when its connections have ended, or after a limit, with
 // its address and the rules for it.
-func TestDeletedServicesGo(t *testing.T) {
+func TestDeletedServiceRemoved(t *testing.T) {
 	t.Parallel()
 	for _, connected := range []bool{false, true} {
 		t.Run(fmt.Sprintf("connected=%t", connected), func(t *testing.T) {
 			t.Parallel()
-			w := newWorld(t, Options{DrainLimit: 7 * time.Second}, 1)
-			nodePort := service(t, dataplane.NodePort, "web", "0.0.0.0:30080/UDP", w.to(0))
+			w := newTopology(t, Options{DrainLimit: 7 * time.Second}, 1)
+			nodePort := service(t, dataplane.NodePort, "web", "0.0.0.0:30080/UDP", w.spec(0))
 			w.replace(w.web(dataplane.TCP, 0), nodePort)
 			if connected {
 				conn, err := w.Outside.Open(t.Context(), nettest.TCP, clusterIP)
@@ -689,12 +689,12 @@ func TestDeletedServicesGo(t *testing.T) {
 			}
 			w.remove(w.web(dataplane.TCP, 0))
 			w.remove(nodePort)
-			if !w.bound("10.96.0.1") {
+			if !w.isBound("10.96.0.1") {
 				t.Error("the address went before the virtual server")
 			}
-			eventually(t, 3*time.Second, "the virtual server of UDP is gone", func() bool { return w.listed("250.29.0.3:30080") == "" })
-			eventually(t, 5*patrolPeriod, "the virtual server is gone", func() bool { return w.listed("10.96.0.1:80") == "" })
-			eventually(t, 3*time.Second, "the address is gone", func() bool { return !w.bound("10.96.0.1") })
+			eventually(t, 3*time.Second, "the virtual server of UDP is gone", func() bool { return w.dump("250.29.0.3:30080") == "" })
+			eventually(t, 5*resyncPeriod, "the virtual server is gone", func() bool { return w.dump("10.96.0.1:80") == "" })
+			eventually(t, 3*time.Second, "the address is gone", func() bool { return !w.isBound("10.96.0.1") })
 			if err := w.Outside.AddAddr(clusterIP.Addr()); err != nil {
 				t.Fatal(err)
 			}
@@ -708,19 +708,19 @@ func TestDeletedServicesGo(t *testing.T) {
 			select {
 			case <-w.dp.Drift():
 				t.Error("drift")
-			case <-time.After(patrolPeriod * 3 / 2):
+			case <-time.After(resyncPeriod * 3 / 2):
 			}
 		})
 	}
 }
 
 // A flow of UDP moves to another endpoint when its own leaves.
-func TestFlowsOfUDPMove(t *testing.T) {
+func TestUDPFlowMoves(t *testing.T) {
 	t.Parallel()
 	for _, from := range []string{"outside", "node", "pod"} {
 		t.Run("from "+from, func(t *testing.T) {
 			t.Parallel()
-			w := newWorld(t, Options{}, 2)
+			w := newTopology(t, Options{}, 2)
 			w.replace(w.web(dataplane.UDP, 0))
 			client := map[string]*nettest.Host{"outside": w.Outside, "node": w.Node, "pod": w.PodT(t, "client")}[from]
 			flow, err := client.Open(t.Context(), nettest.UDP, clusterIP)
@@ -731,22 +731,22 @@ func TestFlowsOfUDPMove(t *testing.T) {
 			if answer, err := flow.Ask(t.Context()); err != nil || answer.Host != "pod-0" {
 				t.Fatalf("answer %+v, error %v, want one of pod-0", answer, err)
 			}
-			w.put(w.web(dataplane.UDP, 1))
+			w.apply(w.web(dataplane.UDP, 1))
 			eventually(t, 5*time.Second, "the flow moves", func() bool {
 				ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
 				defer cancel()
 				answer, err := flow.Ask(ctx)
 				return err == nil && answer.Host == "pod-1"
 			})
-			w.expectListed("10.96.0.1:80", fmt.Sprintf("UDP rr %s:8080=1", w.pods[1].IPv4))
+			w.expectDump("10.96.0.1:80", fmt.Sprintf("UDP rr %s:8080=1", w.pods[1].IPv4))
 		})
 	}
 }
 
 // An endpoint of UDP that terminates and still serves keeps its flows until then.
-func TestFlowsOfUDPStayWhereTheyAreServed(t *testing.T) {
+func TestUDPFlowStaysWhileServing(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, Options{}, 2)
+	w := newTopology(t, Options{}, 2)
 	w.replace(w.web(dataplane.UDP, 0))
 	flow, err := w.Outside.Open(t.Context(), nettest.UDP, clusterIP)
 	if err != nil {
@@ -764,9 +764,9 @@ func TestFlowsOfUDPStayWhereTheyAreServed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w.put(terminating)
+	w.apply(terminating)
 	for range 3 {
-		time.Sleep(2 * datagramGrace)
+		time.Sleep(2 * udpDrainGrace)
 		stays("while it serves")
 		if answer, err := w.Outside.Connect(t.Context(), nettest.UDP, clusterIP); err != nil || answer.Host != "pod-1" {
 			t.Errorf("another flow: answer %+v, error %v, want one of pod-1", answer, err)
@@ -774,9 +774,9 @@ func TestFlowsOfUDPStayWhereTheyAreServed(t *testing.T) {
 	}
 	w.restart()
 	stays("after a restart")
-	time.Sleep(patrolPeriod * 3 / 2)
+	time.Sleep(resyncPeriod * 3 / 2)
 	stays("after a look at it")
-	w.put(w.web(dataplane.UDP, 1))
+	w.apply(w.web(dataplane.UDP, 1))
 	eventually(t, 5*time.Second, "the flow moves", func() bool {
 		ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
 		defer cancel()
@@ -788,7 +788,7 @@ func TestFlowsOfUDPStayWhereTheyAreServed(t *testing.T) {
 // Services may have any scheduler that the kernel has, and change it.
 func TestSchedulers(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, Options{}, 2)
+	w := newTopology(t, Options{}, 2)
 	w.replace()
 	for _, name := range Schedulers() {
 		s := w.web(dataplane.TCP, 0, 1)
@@ -796,17 +796,17 @@ func TestSchedulers(t *testing.T) {
 			s.Scheduler = name
 		}
 		if name == "twos" { // which Debian has built since 6.12
-			err := w.dp.Apply(t.Context(), []dataplane.Change{{Old: w.held[s.Key], New: s}})
+			err := w.dp.Apply(t.Context(), []dataplane.Change{{Old: w.services[s.Key], New: s}})
 			if err != nil && !strings.Contains(err.Error(), "ip_vs_twos") {
 				t.Errorf("%s: %v", name, err)
 			}
-			w.replace(w.held[s.Key])
+			w.replace(w.services[s.Key])
 			if err != nil {
 				continue
 			}
 		}
-		w.put(s)
-		w.expectListed("10.96.0.1:80", fmt.Sprintf("TCP %s %s:8080=1 %s:8080=1", name, w.pods[0].IPv4, w.pods[1].IPv4))
+		w.apply(s)
+		w.expectDump("10.96.0.1:80", fmt.Sprintf("TCP %s %s:8080=1 %s:8080=1", name, w.pods[0].IPv4, w.pods[1].IPv4))
 		for range 3 {
 			if _, err := w.Outside.Connect(t.Context(), nettest.TCP, clusterIP); err != nil {
 				t.Errorf("%s: %v", name, err)
@@ -818,9 +818,9 @@ func TestSchedulers(t *testing.T) {
 // A scheduler that the kernel does not have stops its own Service only.
 func TestUnknownScheduler(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, Options{}, 1)
+	w := newTopology(t, Options{}, 1)
 	w.replace()
-	bad := service(t, dataplane.ClusterIP, "bad", "10.96.0.2:80/TCP", w.to(0))
+	bad := service(t, dataplane.ClusterIP, "bad", "10.96.0.2:80/TCP", w.spec(0))
 	bad.Scheduler = "nosuch"
 	good := w.web(dataplane.TCP, 0)
 	check := func(err error) {
@@ -849,9 +849,9 @@ func TestUnknownScheduler(t *testing.T) {
 // While Services come and go, what the node and pods send to them is answered by an
 // endpoint, or by nobody: never by the virtual server itself, for want of
 // destinations, nor by a program of the node.
-func TestOrderOfComingAndGoing(t *testing.T) {
+func TestChurnOrdering(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, Options{}, 2)
+	w := newTopology(t, Options{}, 2)
 	client := w.PodT(t, "client")
 	wild, err := w.Node.Listen(t.Context(), "tcp", netip.MustParseAddrPort("0.0.0.0:80"))
 	if err != nil {
@@ -885,7 +885,7 @@ func TestOrderOfComingAndGoing(t *testing.T) {
 	changes := 0
 	for end := time.Now().Add(8 * time.Second); time.Now().Before(end); changes++ {
 		s := w.web(dataplane.TCP, 0, 1)
-		w.put(s)
+		w.apply(s)
 		if changes%2 == 0 {
 			time.Sleep(20 * time.Millisecond)
 		}
@@ -901,13 +901,13 @@ func TestOrderOfComingAndGoing(t *testing.T) {
 
 func TestTimeouts(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, Options{TCPTimeout: 600 * time.Second, UDPTimeout: 20 * time.Second}, 0)
-	before, err := w.others.GetConfig()
+	w := newTopology(t, Options{TCPTimeout: 600 * time.Second, UDPTimeout: 20 * time.Second}, 0)
+	before, err := w.moby.GetConfig()
 	if err != nil {
 		t.Fatal(err)
 	}
 	w.replace()
-	got, err := w.others.GetConfig()
+	got, err := w.moby.GetConfig()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -920,8 +920,8 @@ func TestTimeouts(t *testing.T) {
 func TestSysctls(t *testing.T) {
 	t.Parallel()
 	for _, strict := range []bool{false, true} {
-		w := newWorld(t, Options{StrictARP: strict}, 0)
-		want := sysctls(strict)
+		w := newTopology(t, Options{StrictARP: strict}, 0)
+		want := requiredSysctls(strict)
 		arp := map[bool]string{false: "0", true: "1"}[strict]
 		want["net/ipv4/conf/all/arp_ignore"] = arp
 		check := func() {
@@ -943,9 +943,9 @@ func TestSysctls(t *testing.T) {
 }
 
 // An interface of the name that is another's is left alone.
-func TestInterfaceOfOthers(t *testing.T) {
+func TestPreservesUnmanagedInterface(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, Options{}, 0)
+	w := newTopology(t, Options{}, 0)
 	if err := w.Node.Do(func() error {
 		link, err := netlink.LinkByName(LinkName)
 		if err != nil {

@@ -22,7 +22,7 @@ import (
 // The kernel gives IPVS another family number when its module is loaded again. The backend
 // asks for the number again. github.com/moby/ipvs asks once for the life of the process,
 // so none of its handles works any more; if that changes, this package may use more of it.
-func TestModuleIsLoadedAgain(t *testing.T) {
+func TestModuleReload(t *testing.T) {
 	ns, err := nettest.NewNamespace("")
 	if err != nil {
 		t.Fatal(err)
@@ -37,21 +37,21 @@ func TestModuleIsLoadedAgain(t *testing.T) {
 		t.Fatal(err)
 	}
 	moby.Close()
-	k, err := dialKernel(ns.Fd())
+	k, err := dialIPVS(ns.Fd())
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer k.close() //nolint:errcheck // it is not used any more
 	before := k.family
-	reload(t)
-	if _, err := k.servers(); err != nil {
+	reloadModules(t)
+	if _, err := k.dumpServers(); err != nil {
 		t.Error(err)
 	}
 	if k.family == before {
 		t.Errorf("the family's number is %d as before", before)
 	}
-	s := server{dataplane.TCP, benchServers(1)[0].addr}
-	answers, err := k.run([]request{{command: newService, server: s, settings: settings{scheduler: "rr"}}, {command: delService, server: s}})
+	s := serverKey{dataplane.TCP, benchServers(1)[0].addr}
+	answers, err := k.run([]request{{command: newService, serverKey: s, settings: settings{scheduler: "rr"}}, {command: delService, serverKey: s}})
 	if err := errors.Join(append(answers, err)...); err != nil {
 		t.Error(err)
 	}
@@ -64,9 +64,9 @@ func TestModuleIsLoadedAgain(t *testing.T) {
 	}
 }
 
-// reload unloads IPVS with its schedulers and loads it again. The kernel takes a moment to
+// reloadModules unloads IPVS with its schedulers and loads it again. The kernel takes a moment to
 // let go of the namespaces of tests before.
-func reload(t *testing.T) {
+func reloadModules(t *testing.T) {
 	t.Helper()
 	for limit := time.Now().Add(time.Minute); ; time.Sleep(100 * time.Millisecond) {
 		b, err := os.ReadFile("/proc/modules")
@@ -103,15 +103,15 @@ func reload(t *testing.T) {
 func BenchmarkRead(b *testing.B) {
 	const n = 1000
 	ns, h := benchHost(b)
-	k, err := dialKernel(ns.Fd())
+	k, err := dialIPVS(ns.Fd())
 	if err != nil {
 		b.Fatal(err)
 	}
 	var requests []request
 	for i, s := range benchServers(n) {
-		requests = append(requests, request{command: newService, server: s, settings: settings{scheduler: "rr"}})
+		requests = append(requests, request{command: newService, serverKey: s, settings: settings{scheduler: "rr"}})
 		for j := range benchDestinations {
-			requests = append(requests, request{command: newDest, server: s, dest: benchDestination(i, j), weight: 1})
+			requests = append(requests, request{command: newDest, serverKey: s, dest: benchDestination(i, j), weight: 1})
 		}
 	}
 	answers, err := k.run(requests)
@@ -121,12 +121,12 @@ func BenchmarkRead(b *testing.B) {
 	b.Run(fmt.Sprintf("by=fairlead/servers=%d", n), func(b *testing.B) {
 		b.ReportAllocs()
 		for b.Loop() {
-			found, err := k.servers()
+			found, err := k.dumpServers()
 			if err != nil || len(found) != n {
 				b.Fatalf("%d virtual servers, %v", len(found), err)
 			}
 			for s := range found {
-				destinations, err := k.destinations(s)
+				destinations, err := k.dumpDestinations(s)
 				if err != nil || len(destinations) != benchDestinations {
 					b.Fatalf("%s: %d destinations, %v", s, len(destinations), err)
 				}

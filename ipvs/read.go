@@ -16,11 +16,11 @@ import (
 func (d *Dataplane) Read(ctx context.Context) (dataplane.State, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	rules, err := d.rules.ReadRules(ctx)
+	rules, err := d.rules.ReadVirtualBindings(ctx)
 	if err != nil {
 		return nil, err
 	}
-	found, err := d.kernel.servers()
+	found, err := d.ipvs.dumpServers()
 	if err != nil {
 		return nil, err
 	}
@@ -30,11 +30,11 @@ func (d *Dataplane) Read(ctx context.Context) (dataplane.State, error) {
 			return nil, err
 		}
 		b := rule.Binding
-		cluster := server{f.Protocol, f.Addr}
-		if v := rule.Virtual[clusterList]; v.IsValid() {
+		cluster := serverKey{f.Protocol, f.Addr}
+		if v := rule.Virtual[clusterEndpoints]; v.IsValid() {
 			cluster.addr = v
 		}
-		if err := d.kernel.complete(found, slices.Values([]server{cluster})); err != nil {
+		if err := d.ipvs.addMissing(found, slices.Values([]serverKey{cluster})); err != nil {
 			return nil, err
 		}
 		set, there := found[cluster]
@@ -48,13 +48,13 @@ func (d *Dataplane) Read(ctx context.Context) (dataplane.State, error) {
 		if set.scheduler != d.scheduler {
 			b.Scheduler = set.scheduler
 		}
-		if rule.Served[clusterList] {
-			if b.Endpoints, err = d.reachable(cluster, rule); err != nil {
+		if rule.Served[clusterEndpoints] {
+			if b.Endpoints, err = d.activeEndpoints(cluster, rule); err != nil {
 				return nil, err
 			}
 		}
-		if rule.Served[localList] {
-			if b.LocalEndpoints, err = d.reachable(server{f.Protocol, rule.Virtual[localList]}, rule); err != nil {
+		if rule.Served[localEndpoints] {
+			if b.LocalEndpoints, err = d.activeEndpoints(serverKey{f.Protocol, rule.Virtual[localEndpoints]}, rule); err != nil {
 				return nil, err
 			}
 		}
@@ -63,9 +63,9 @@ func (d *Dataplane) Read(ctx context.Context) (dataplane.State, error) {
 	return state, nil
 }
 
-// reachable returns the endpoints that take new connections of a virtual server.
-func (d *Dataplane) reachable(s server, rule nft.Rule) ([]dataplane.Endpoint, error) {
-	found, err := d.kernel.destinations(s)
+// activeEndpoints returns the endpoints that take new connections of a virtual server.
+func (d *Dataplane) activeEndpoints(s serverKey, rule nft.VirtualBinding) ([]dataplane.Endpoint, error) {
+	found, err := d.ipvs.dumpDestinations(s)
 	if err != nil {
 		return nil, err
 	}

@@ -22,22 +22,22 @@ func (d *Dataplane) Replace(ctx context.Context, node dataplane.Node, services i
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	known, drained := d.servers, d.draining
-	d.forget()
-	d.kernelDrift()
+	d.reset()
+	d.clearDrift()
 	if err := d.setUp(); err != nil {
 		return fmt.Errorf("replace: %w", err)
 	}
-	r, err := d.compare(ctx, services, known, drained)
+	r, err := d.newReplacement(ctx, services, known, drained)
 	if err != nil {
 		return fmt.Errorf("replace: %w", err)
 	}
-	if err := note(d.rules.Replace(ctx, node, r.first(), nil), r.owners, r.failed); err != nil {
+	if err := recordFailures(d.rules.Replace(ctx, node, r.initialServices(), nil), r.owners, r.failed); err != nil {
 		return fmt.Errorf("replace: %w", err)
 	}
-	if err := r.fill(ctx, progress); err != nil {
+	if err := r.programServers(ctx, progress); err != nil {
 		return fmt.Errorf("replace: %w", err)
 	}
-	if err := r.clear(ctx); err != nil {
+	if err := r.removeUndesired(ctx); err != nil {
 		return fmt.Errorf("replace: %w", err)
 	}
 	d.ready = true
@@ -47,8 +47,8 @@ func (d *Dataplane) Replace(ctx context.Context, node dataplane.Node, services i
 	return nil
 }
 
-// kernelDrift takes a value from the channel of drift: what is read now shows it.
-func (d *Dataplane) kernelDrift() {
+// clearDrift takes a value from the channel of drift: what is read now shows it.
+func (d *Dataplane) clearDrift() {
 	select {
 	case <-d.drift:
 	default:
@@ -60,103 +60,103 @@ type replacement struct {
 	*Dataplane
 
 	services []*dataplane.Service
-	// drained is what was draining before.
-	drained map[server]map[netip.AddrPort]time.Time
+	// previousDrains is what was draining before.
+	previousDrains map[serverKey]map[netip.AddrPort]time.Time
 	// closed are the Services that are closed at first.
-	closed map[dataplane.Key]bool
-	want   map[server]virtualServer
-	owners map[server][]dataplane.Key
+	closed  map[dataplane.Key]bool
+	desired map[serverKey]virtualServer
+	owners  map[serverKey][]dataplane.Key
 	// translated are the frontends whose connections are translated.
-	translated map[server]bool
-	// odd are destinations with a weight that is none of ours.
-	odd    []request
-	failed map[dataplane.Key]error
+	translated map[serverKey]bool
+	// repairs are destinations with a weight that is none of ours.
+	repairs []request
+	failed  map[dataplane.Key]error
 }
 
-// compare reads the kernel, and finds which Services are there. What it finds of
+// newReplacement reads the kernel, and finds which Services are there. What it finds of
 // ours is what is programmed, until that changes. Of before it needs which virtual
 // servers were known and what was draining, as far as that is known.
-func (d *Dataplane) compare(
+func (d *Dataplane) newReplacement(
 	ctx context.Context, services iter.Seq[*dataplane.Service],
-	known map[server]virtualServer, drained map[server]map[netip.AddrPort]time.Time,
+	known map[serverKey]virtualServer, drained map[serverKey]map[netip.AddrPort]time.Time,
 ) (*replacement, error) {
 	r := &replacement{
-		Dataplane: d, drained: drained, closed: map[dataplane.Key]bool{}, failed: map[dataplane.Key]error{},
-		want: map[server]virtualServer{}, owners: map[server][]dataplane.Key{}, translated: map[server]bool{},
+		Dataplane: d, previousDrains: drained, closed: map[dataplane.Key]bool{}, failed: map[dataplane.Key]error{},
+		desired: map[serverKey]virtualServer{}, owners: map[serverKey][]dataplane.Key{}, translated: map[serverKey]bool{},
 	}
 	for s := range services {
-		if err := d.supported(s); err != nil {
+		if err := d.checkSupported(s); err != nil {
 			r.failed[s.Key] = err
 			continue
 		}
 		r.services = append(r.services, s)
 		addTranslated(r.translated, s)
-		d.render(s, func(sv server, vs virtualServer) {
-			r.want[sv] = vs
+		d.render(s, func(sv serverKey, vs virtualServer) {
+			r.desired[sv] = vs
 			r.owners[sv] = []dataplane.Key{s.Key}
 		})
 	}
-	bound, err := d.host.bound()
+	bound, err := d.host.boundAddrs()
 	if err != nil {
 		return nil, err
 	}
-	found, err := d.kernel.servers()
+	found, err := d.ipvs.dumpServers()
 	if err != nil {
 		return nil, err
 	}
 	// Where there are none, there is nothing to be missed.
 	if len(found) > 0 {
-		if err := d.kernel.complete(found, maps.Keys(r.want)); err != nil {
+		if err := d.ipvs.addMissing(found, maps.Keys(r.desired)); err != nil {
 			return nil, err
 		}
 	}
 	for sv, set := range found {
 		addr := sv.addr.Addr()
-		_, wanted := r.want[sv]
+		_, wanted := r.desired[sv]
 		_, programmed := known[sv]
 		ours := isInternal(addr) || bound[addr] || wanted || programmed
-		if !ours || contains(d.exclude, addr) {
+		if !ours || prefixesContain(d.excludeCIDRs, addr) {
 			continue
 		}
 		if err := ctx.Err(); err != nil {
 			return nil, err
 		}
-		endpoints, err := r.destinations(sv)
+		endpoints, err := r.readDestinations(sv)
 		if err != nil {
 			return nil, err
 		}
 		d.servers[sv] = virtualServer{settings: set, endpoints: endpoints}
 		if !isInternal(addr) {
-			d.bound[addr]++
+			d.boundRefs[addr]++
 		}
 	}
-	return r, r.bindAnew(bound)
+	return r, r.reconcileBindings(bound)
 }
 
-// bindAnew binds the addresses of virtual servers that are there without and are to
+// reconcileBindings binds the addresses of virtual servers that are there without and are to
 // stay, and ends that of others. It puts odd weights right.
-func (r *replacement) bindAnew(have map[netip.Addr]bool) error {
-	w := r.work()
-	w.requests = r.odd
+func (r *replacement) reconcileBindings(have map[netip.Addr]bool) error {
+	w := r.newBatch()
+	w.requests = r.repairs
 	missing := map[netip.Addr]bool{}
-	for s := range r.want {
-		if addr := s.addr.Addr(); r.bound[addr] > 0 && !have[addr] && !missing[addr] {
+	for s := range r.desired {
+		if addr := s.addr.Addr(); r.boundRefs[addr] > 0 && !have[addr] && !missing[addr] {
 			missing[addr] = true
 			w.bind = append(w.bind, addr)
 		}
 	}
 	for addr := range have {
-		if r.bound[addr] == 0 {
+		if r.boundRefs[addr] == 0 {
 			w.unbind = append(w.unbind, addr)
 		}
 	}
-	return w.carryOut(r.owners, r.failed)
+	return w.execute(r.owners, r.failed)
 }
 
-// destinations returns the destinations of a virtual server that take connections,
+// readDestinations returns the destinations of a virtual server that take connections,
 // in order, and notes those that do not as draining.
-func (r *replacement) destinations(s server) ([]dataplane.Endpoint, error) {
-	found, err := r.kernel.destinations(s)
+func (r *replacement) readDestinations(s serverKey) ([]dataplane.Endpoint, error) {
+	found, err := r.ipvs.dumpDestinations(s)
 	if err != nil {
 		return nil, err
 	}
@@ -164,15 +164,15 @@ func (r *replacement) destinations(s server) ([]dataplane.Endpoint, error) {
 	var endpoints []dataplane.Endpoint
 	for addr, dest := range found {
 		if dest.weight == 0 {
-			until, known := r.drained[s][addr]
+			until, known := r.previousDrains[s][addr]
 			if !known {
 				until = limit
 			}
-			r.drain(s, addr, until)
+			r.startDrain(s, addr, until)
 			continue
 		}
 		if dest.weight != 1 || !dest.nat {
-			r.odd = append(r.odd, request{command: setDest, server: s, dest: addr, weight: 1})
+			r.repairs = append(r.repairs, request{command: setDest, serverKey: s, dest: addr, weight: 1})
 		}
 		endpoints = append(endpoints, dataplane.Endpoint{Addr: addr})
 	}
@@ -180,32 +180,32 @@ func (r *replacement) destinations(s server) ([]dataplane.Endpoint, error) {
 	return endpoints, nil
 }
 
-// first returns the Services as the rules have them at first, and the addresses that
+// initialServices returns the Services as the rules have them at first, and the addresses that
 // are bound or will be, each before its Services.
-func (r *replacement) first() iter.Seq[*dataplane.Service] {
+func (r *replacement) initialServices() iter.Seq[*dataplane.Service] {
 	return func(yield func(*dataplane.Service) bool) {
-		guarded := make(map[netip.Addr]bool, len(r.bound))
+		guarded := make(map[netip.Addr]bool, len(r.boundRefs))
 		guard := func(addrs iter.Seq[netip.Addr]) bool {
 			for addr := range addrs {
 				if !guarded[addr] {
 					guarded[addr] = true
-					if !yield(nft.BoundAddress(addr)) {
+					if !yield(nft.BoundAddressService(addr)) {
 						return false
 					}
 				}
 			}
 			return true
 		}
-		if !guard(maps.Keys(r.bound)) {
+		if !guard(maps.Keys(r.boundRefs)) {
 			return
 		}
 		for _, s := range r.services {
 			if !guard(directAddrs(s)) {
 				return
 			}
-			if !r.servable(s) {
+			if !r.canServe(s) {
 				r.closed[s.Key] = true
-				s = closed(s)
+				s = closedService(s)
 			}
 			if !yield(s) {
 				return
@@ -214,38 +214,38 @@ func (r *replacement) first() iter.Seq[*dataplane.Service] {
 	}
 }
 
-// closed returns the Service as one that no endpoint can take connections of.
-func closed(s *dataplane.Service) *dataplane.Service {
+// closedService returns the Service as one that no endpoint can take connections of.
+func closedService(s *dataplane.Service) *dataplane.Service {
 	c := *s
-	c.Endpoints, c.LocalEndpoints, c.NoEndpoints = nil, nil, dataplane.Drop
+	c.Endpoints, c.LocalEndpoints, c.NoEndpointsVerdict = nil, nil, dataplane.Drop
 	return &c
 }
 
-// servable reports whether connections to a Service reach an endpoint of it: each
+// canServe reports whether connections to a Service reach an endpoint of it: each
 // of its virtual servers has one that it is to have, or is to have none.
-func (r *replacement) servable(s *dataplane.Service) bool {
+func (r *replacement) canServe(s *dataplane.Service) bool {
 	yes := true
-	r.render(s, func(sv server, want virtualServer) {
+	r.render(s, func(sv serverKey, want virtualServer) {
 		have, there := r.servers[sv]
 		if len(want.endpoints) == 0 {
 			return
 		}
 		some := false
-		merge(have.endpoints, want.endpoints, func(_ netip.AddrPort, inHave, inWant bool) { some = some || inHave && inWant })
+		diffEndpoints(have.endpoints, want.endpoints, func(_ netip.AddrPort, inHave, inWant bool) { some = some || inHave && inWant })
 		yes = yes && there && some
 	})
 	return yes
 }
 
-// fill makes the virtual servers of all Services and opens those that are closed.
-func (r *replacement) fill(ctx context.Context, progress func(int)) error {
-	w, opening, complete := r.work(), []dataplane.Change(nil), 0
+// programServers makes the virtual servers of all Services and opens those that are closed.
+func (r *replacement) programServers(ctx context.Context, progress func(int)) error {
+	w, opening, complete := r.newBatch(), []dataplane.Change(nil), 0
 	pending := 0
 	commit := func() error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		if err := w.carryOut(r.owners, r.failed); err != nil {
+		if err := w.execute(r.owners, r.failed); err != nil {
 			return err
 		}
 		opening = slices.DeleteFunc(opening, func(c dataplane.Change) bool { return r.failed[c.Key()] != nil })
@@ -255,7 +255,7 @@ func (r *replacement) fill(ctx context.Context, progress func(int)) error {
 			}
 		}
 		complete += pending
-		w, opening, pending = r.work(), nil, 0
+		w, opening, pending = r.newBatch(), nil, 0
 		if progress != nil {
 			progress(complete)
 		}
@@ -265,9 +265,9 @@ func (r *replacement) fill(ctx context.Context, progress func(int)) error {
 		if r.failed[s.Key] != nil {
 			continue
 		}
-		r.render(s, func(sv server, want virtualServer) { w.add(sv, want) })
+		r.render(s, func(sv serverKey, want virtualServer) { w.ensureServer(sv, want) })
 		if r.closed[s.Key] {
-			opening = append(opening, dataplane.Change{Old: closed(s), New: s})
+			opening = append(opening, dataplane.Change{Old: closedService(s), New: s})
 		}
 		pending++
 		if len(w.requests) >= nlconn.BatchSize {
@@ -282,21 +282,21 @@ func (r *replacement) fill(ctx context.Context, progress func(int)) error {
 	return commit()
 }
 
-// clear removes destinations and virtual servers that are not wanted, once they have
+// removeUndesired removes destinations and virtual servers that are not wanted, once they have
 // drained. Some may be of Services that were deleted while no Dataplane was running.
-func (r *replacement) clear(ctx context.Context) error {
-	w := r.work()
-	for _, s := range slices.SortedFunc(maps.Keys(r.servers), server.compare) {
-		want, wanted := r.want[s]
+func (r *replacement) removeUndesired(ctx context.Context) error {
+	w := r.newBatch()
+	for _, s := range slices.SortedFunc(maps.Keys(r.servers), serverKey.compare) {
+		want, wanted := r.desired[s]
 		switch {
 		case !wanted:
 			w.retire(s, r.translated[s])
 		case r.failed[r.owners[s][0]] == nil:
-			w.drop(s, want)
+			w.drainUndesired(s, want)
 		}
 	}
-	if err := w.carryOut(r.owners, r.failed); err != nil {
+	if err := w.execute(r.owners, r.failed); err != nil {
 		return err
 	}
-	return r.applyRules(ctx, w.released(), r.owners, r.failed)
+	return r.applyRules(ctx, w.dropRuleRemovals(), r.owners, r.failed)
 }

@@ -16,33 +16,33 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// kernel is IPVS of a network namespace, as its generic netlink family offers it
+// ipvsConn is IPVS of a network namespace, as its generic netlink family offers it
 // (linux/ip_vs.h, IPVS_GENL_NAME).
-type kernel struct {
+type ipvsConn struct {
 	conn   *nlconn.Conn
 	family netlink.HeaderType
 }
 
-// dialKernel connects to IPVS. The error is unix.ENOENT where the kernel has none:
+// dialIPVS connects to IPVS. The error is unix.ENOENT where the kernel has none:
 // to ask makes it load the module, where there is a modprobe.
-func dialKernel(netns int) (*kernel, error) {
+func dialIPVS(netns int) (*ipvsConn, error) {
 	conn, err := nlconn.Dial(unix.NETLINK_GENERIC, netns)
 	if err != nil {
 		return nil, err
 	}
-	k := &kernel{conn: conn}
-	if err := k.resolve(); err != nil {
+	k := &ipvsConn{conn: conn}
+	if err := k.resolveFamily(); err != nil {
 		return nil, errors.Join(err, k.close())
 	}
 	return k, nil
 }
 
-func (k *kernel) close() error { return k.conn.Close() }
+func (k *ipvsConn) close() error { return k.conn.Close() }
 
-// resolve asks for the number of the family, which the kernel assigns when the module is
+// resolveFamily asks for the number of the family, which the kernel assigns when the module is
 // loaded.
-func (k *kernel) resolve() error {
-	request := message(unix.GENL_ID_CTRL, command(unix.CTRL_CMD_GETFAMILY), func(b []byte) []byte {
+func (k *ipvsConn) resolveFamily() error {
+	request := newMessage(unix.GENL_ID_CTRL, command(unix.CTRL_CMD_GETFAMILY), func(b []byte) []byte {
 		return nlconn.AppendString(b, unix.CTRL_ATTR_FAMILY_NAME, "IPVS")
 	})
 	body, err := k.conn.Get(context.Background(), request)
@@ -57,15 +57,15 @@ func (k *kernel) resolve() error {
 // genericHeaderLen is the size of a struct genlmsghdr (linux/genetlink.h).
 const genericHeaderLen = 4
 
-// message encodes a command of a family: a header with version 1 of the family, and
+// newMessage encodes a command of a family: a header with version 1 of the family, and
 // attributes.
-func message(family netlink.HeaderType, c command, attributes func([]byte) []byte) netlink.Message {
-	b := append(make([]byte, 0, typicalMessage), byte(c), 1, 0, 0)
+func newMessage(family netlink.HeaderType, c command, attributes func([]byte) []byte) netlink.Message {
+	b := append(make([]byte, 0, messageCapacity), byte(c), 1, 0, 0)
 	return netlink.Message{Header: netlink.Header{Type: family}, Data: attributes(b)}
 }
 
-// typicalMessage is room for the largest request.
-const typicalMessage = 192
+// messageCapacity is room for the largest request.
+const messageCapacity = 192
 
 // command is a command of the IPVS family.
 type command uint8
@@ -121,7 +121,7 @@ const (
 // request is a change of one virtual server or destination.
 type request struct {
 	command
-	server
+	serverKey
 
 	settings                // of newService and setService
 	dest     netip.AddrPort // of the commands about destinations
@@ -131,14 +131,14 @@ type request struct {
 // String says what is done, to what: "add the destination 10.0.0.1:80 of 10.96.0.1:80/TCP".
 func (r request) String() string {
 	if r.dest.IsValid() {
-		return fmt.Sprintf("%s %s of %s", r.command, r.dest, r.server)
+		return fmt.Sprintf("%s %s of %s", r.command, r.dest, r.serverKey)
 	}
-	return fmt.Sprintf("%s %s", r.command, r.server)
+	return fmt.Sprintf("%s %s", r.command, r.serverKey)
 }
 
 // message encodes the request for the family.
 func (r request) message(family netlink.HeaderType) netlink.Message {
-	return message(family, r.command, func(b []byte) []byte {
+	return newMessage(family, r.command, func(b []byte) []byte {
 		b = nlconn.AppendNested(b, attrService, r.appendService)
 		if r.dest.IsValid() {
 			b = nlconn.AppendNested(b, attrDest, r.appendDestination)
@@ -177,14 +177,14 @@ func (r request) appendDestination(b []byte) []byte {
 }
 
 // appendKey appends the attributes that the kernel finds the virtual server by.
-func (s server) appendKey(b []byte) []byte {
+func (s serverKey) appendKey(b []byte) []byte {
 	b = nlconn.AppendUint16(b, serviceFamily, addressFamily(s.addr.Addr()))
 	b = nlconn.AppendUint16(b, serviceProtocol, uint16(s.protocol))
 	return appendAddrPort(b, serviceAddr, servicePort, s.addr)
 }
 
 // appendAttribute appends the attribute of a command about a virtual server.
-func (s server) appendAttribute(b []byte) []byte {
+func (s serverKey) appendAttribute(b []byte) []byte {
 	return nlconn.AppendNested(b, attrService, s.appendKey)
 }
 
@@ -209,7 +209,7 @@ func addressFamily(a netip.Addr) uint16 {
 	return unix.AF_INET6
 }
 
-func narrow(b []byte, family uint16) netip.Addr {
+func parseAddr(b []byte, family uint16) netip.Addr {
 	if len(b) < 16 {
 		return netip.Addr{}
 	}
@@ -222,7 +222,7 @@ func narrow(b []byte, family uint16) netip.Addr {
 
 // run carries out requests, many by one system call, and returns the kernel's answer to
 // each.
-func (k *kernel) run(requests []request) ([]error, error) {
+func (k *ipvsConn) run(requests []request) ([]error, error) {
 	messages := make([]netlink.Message, len(requests))
 	for i, r := range requests {
 		messages[i] = r.message(k.family)
@@ -230,25 +230,25 @@ func (k *kernel) run(requests []request) ([]error, error) {
 	return k.conn.Batch(context.Background(), messages)
 }
 
-// servers returns all virtual servers of the namespace by protocol and address, but
+// dumpServers returns all virtual servers of the namespace by protocol and address, but
 // those by firewall mark.
 //
 // One may be missing, or two, when any are added or deleted meanwhile, in whatever
 // namespace: the kernel goes on in its table where as many came before as it has
 // listed (net/netfilter/ipvs/ip_vs_ctl.c, ip_vs_genl_dump_services). See complete.
-func (k *kernel) servers() (map[server]settings, error) {
-	found := map[server]settings{}
+func (k *ipvsConn) dumpServers() (map[serverKey]settings, error) {
+	found := map[serverKey]settings{}
 	list := func() error {
-		request := message(k.family, getService, func(b []byte) []byte { return b })
+		request := newMessage(k.family, getService, func(b []byte) []byte { return b })
 		_, err := k.conn.Dump(context.Background(), request, func(body []byte) error {
-			eachService(body, func(s server, set settings) { found[s] = set })
+			forEachService(body, func(s serverKey, set settings) { found[s] = set })
 			return nil
 		})
 		return err
 	}
 	err := list()
 	if errors.Is(err, unix.ENOENT) { // The module was loaded anew.
-		if err = k.resolve(); err == nil {
+		if err = k.resolveFamily(); err == nil {
 			err = list()
 		}
 	}
@@ -258,14 +258,14 @@ func (k *kernel) servers() (map[server]settings, error) {
 	return found, nil
 }
 
-// complete looks for virtual servers one by one that were not listed although they
+// addMissing looks for virtual servers one by one that were not listed although they
 // should have been.
-func (k *kernel) complete(found map[server]settings, expected iter.Seq[server]) error {
+func (k *ipvsConn) addMissing(found map[serverKey]settings, expected iter.Seq[serverKey]) error {
 	for s := range expected {
 		if _, listed := found[s]; listed {
 			continue
 		}
-		set, there, err := k.server(s)
+		set, there, err := k.getServer(s)
 		if err != nil {
 			return err
 		}
@@ -276,18 +276,18 @@ func (k *kernel) complete(found map[server]settings, expected iter.Seq[server]) 
 	return nil
 }
 
-// server returns one virtual server, and whether it is there.
-func (k *kernel) server(s server) (set settings, there bool, err error) {
-	body, err := k.conn.Get(context.Background(), message(k.family, getService, s.appendAttribute))
-	eachService(body, func(found server, of settings) { set, there = of, found == s })
-	if err != nil && !isGone(err) {
+// getServer returns one virtual server, and whether it is there.
+func (k *ipvsConn) getServer(s serverKey) (set settings, there bool, err error) {
+	body, err := k.conn.Get(context.Background(), newMessage(k.family, getService, s.appendAttribute))
+	forEachService(body, func(found serverKey, of settings) { set, there = of, found == s })
+	if err != nil && !isNotFound(err) {
 		return settings{}, false, fmt.Errorf("look for the virtual server %s: %w", s, err)
 	}
 	return set, there, nil
 }
 
-// eachService calls visit with the virtual servers in a message of the family.
-func eachService(body []byte, visit func(server, settings)) {
+// forEachService calls visit with the virtual servers in a message of the family.
+func forEachService(body []byte, visit func(serverKey, settings)) {
 	for typ, data := range nlconn.Attributes(body[min(genericHeaderLen, len(body)):]) {
 		if typ != attrService {
 			continue
@@ -299,9 +299,9 @@ func eachService(body []byte, visit func(server, settings)) {
 }
 
 // parseService decodes a virtual server; one by firewall mark is none of ours.
-func parseService(b []byte) (server, settings, bool) {
+func parseService(b []byte) (serverKey, settings, bool) {
 	var (
-		s                server
+		s                serverKey
 		set              settings
 		family, port     uint16
 		addr             []byte
@@ -330,7 +330,7 @@ func parseService(b []byte) (server, settings, bool) {
 	if set.flags&flagPersistent == 0 {
 		set.timeout = 0
 	}
-	s.addr = netip.AddrPortFrom(narrow(addr, family), port)
+	s.addr = netip.AddrPortFrom(parseAddr(addr, family), port)
 	return s, set, complete && !marked && s.addr.Addr().IsValid()
 }
 
@@ -344,11 +344,11 @@ type destination struct {
 	nat bool
 }
 
-// destinations returns those of a virtual server. It returns none if there is no
+// dumpDestinations returns those of a virtual server. It returns none if there is no
 // such server.
-func (k *kernel) destinations(s server) (map[netip.AddrPort]destination, error) {
+func (k *ipvsConn) dumpDestinations(s serverKey) (map[netip.AddrPort]destination, error) {
 	found := map[netip.AddrPort]destination{}
-	_, err := k.conn.Dump(context.Background(), message(k.family, getDest, s.appendAttribute), func(body []byte) error {
+	_, err := k.conn.Dump(context.Background(), newMessage(k.family, getDest, s.appendAttribute), func(body []byte) error {
 		for typ, data := range nlconn.Attributes(body[min(genericHeaderLen, len(body)):]) {
 			if typ == attrDest {
 				addr, d := parseDestination(data, addressFamily(s.addr.Addr()))
@@ -385,14 +385,14 @@ func parseDestination(b []byte, family uint16) (netip.AddrPort, destination) {
 			d.connections += nlconn.Uint32(data)
 		}
 	}
-	return netip.AddrPortFrom(narrow(addr, family), port), d
+	return netip.AddrPortFrom(parseAddr(addr, family), port), d
 }
 
 // setTimeouts sets for how long connections are remembered, those that are not 0.
-func (k *kernel) setTimeouts(tcp, tcpFin, udp time.Duration) error {
+func (k *ipvsConn) setTimeouts(tcp, tcpFin, udp time.Duration) error {
 	// What is 0 stays as it is (net/netfilter/ipvs/ip_vs_ctl.c, ip_vs_set_timeout).
 	seconds := func(d time.Duration) uint32 { return uint32(d / time.Second) } //nolint:gosec // checked when it was given
-	request := message(k.family, setTimeouts, func(b []byte) []byte {
+	request := newMessage(k.family, setTimeouts, func(b []byte) []byte {
 		b = nlconn.AppendUint32(b, attrTCPTimeout, seconds(tcp))
 		b = nlconn.AppendUint32(b, attrTCPFin, seconds(tcpFin))
 		return nlconn.AppendUint32(b, attrUDPTimeout, seconds(udp))

@@ -10,29 +10,29 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-func at(addr string) server {
-	return server{dataplane.TCP, netip.MustParseAddrPort(addr)}
+func tcpServer(addr string) serverKey {
+	return serverKey{dataplane.TCP, netip.MustParseAddrPort(addr)}
 }
 
 // What is sent for a virtual server is what is read of one.
-func TestServicesAreReadAsTheyAreWritten(t *testing.T) {
+func TestServiceRoundTrip(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
 		name string
-		server
+		serverKey
 		settings
 	}{
-		{"IPv4", at("10.96.0.1:80"), settings{scheduler: "rr"}},
-		{"IPv6", at("[fd00::1]:80"), settings{scheduler: "wlc"}},
-		{"UDP", server{dataplane.UDP, netip.MustParseAddrPort("10.96.0.10:53")}, settings{scheduler: "sh"}},
-		{"SCTP", server{dataplane.SCTP, netip.MustParseAddrPort("10.96.0.10:36412")}, settings{scheduler: "lc"}},
-		{"persistent", at("10.96.0.1:80"), settings{scheduler: "rr", flags: flagPersistent, timeout: 10800}},
-		{"a scheduler's flag", at("10.96.0.1:80"), settings{scheduler: "mh", flags: flagSched2}},
-		{"the highest port", at("10.96.0.1:65535"), settings{scheduler: "rr"}},
+		{"IPv4", tcpServer("10.96.0.1:80"), settings{scheduler: "rr"}},
+		{"IPv6", tcpServer("[fd00::1]:80"), settings{scheduler: "wlc"}},
+		{"UDP", serverKey{dataplane.UDP, netip.MustParseAddrPort("10.96.0.10:53")}, settings{scheduler: "sh"}},
+		{"SCTP", serverKey{dataplane.SCTP, netip.MustParseAddrPort("10.96.0.10:36412")}, settings{scheduler: "lc"}},
+		{"persistent", tcpServer("10.96.0.1:80"), settings{scheduler: "rr", flags: flagPersistent, timeout: 10800}},
+		{"a scheduler's flag", tcpServer("10.96.0.1:80"), settings{scheduler: "mh", flags: flagSched2}},
+		{"the highest port", tcpServer("10.96.0.1:65535"), settings{scheduler: "rr"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			m := request{command: newService, server: tt.server, settings: tt.settings}.message(30)
+			m := request{command: newService, serverKey: tt.serverKey, settings: tt.settings}.message(30)
 			if m.Header.Type != 30 || m.Data[0] != byte(newService) || m.Data[1] != 1 {
 				t.Errorf("the message is of type %d with the header % x, want the family's number, the command and version 1", m.Header.Type, m.Data[:4])
 			}
@@ -42,8 +42,8 @@ func TestServicesAreReadAsTheyAreWritten(t *testing.T) {
 					t.Errorf("attribute %d, want a service alone", typ)
 				}
 				found++
-				if s, set, ok := parseService(data); !ok || s != tt.server || set != tt.settings {
-					t.Errorf("read %v %+v (%t), want %v %+v", s, set, ok, tt.server, tt.settings)
+				if s, set, ok := parseService(data); !ok || s != tt.serverKey || set != tt.settings {
+					t.Errorf("read %v %+v (%t), want %v %+v", s, set, ok, tt.serverKey, tt.settings)
 				}
 			}
 			if found != 1 {
@@ -54,31 +54,31 @@ func TestServicesAreReadAsTheyAreWritten(t *testing.T) {
 }
 
 // Without persistence a timeout means nothing, and the kernel keeps what it was.
-func TestATimeoutWithoutPersistenceIsNotRead(t *testing.T) {
+func TestTimeoutWithoutPersistence(t *testing.T) {
 	t.Parallel()
-	m := request{command: newService, server: at("10.96.0.1:80"), settings: settings{scheduler: "rr", timeout: 360}}.message(30)
+	m := request{command: newService, serverKey: tcpServer("10.96.0.1:80"), settings: settings{scheduler: "rr", timeout: 360}}.message(30)
 	if _, set, ok := parseService(m.Data[8:]); !ok || set != (settings{scheduler: "rr"}) {
 		t.Errorf("read %+v (%t), want no timeout", set, ok)
 	}
 }
 
-func TestVirtualServersByMarkAreNotOurs(t *testing.T) {
+func TestFwmarkServersIgnored(t *testing.T) {
 	t.Parallel()
-	marked := nlconn.AppendUint32(at("0.0.0.0:0").appendKey(nil), serviceFwmark, 7)
+	marked := nlconn.AppendUint32(tcpServer("0.0.0.0:0").appendKey(nil), serviceFwmark, 7)
 	marked = nlconn.AppendString(marked, serviceScheduler, "rr")
 	if s, _, ok := parseService(marked); ok {
 		t.Errorf("a virtual server by mark is read as %s", s)
 	}
 }
 
-func TestDestinationsAreReadAsTheyAreWritten(t *testing.T) {
+func TestDestinationRoundTrip(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
-		server
+		serverKey
 		dest string
-	}{{at("10.96.0.1:80"), "10.244.1.5:8080"}, {at("[fd00::1]:80"), "[fd01::5]:8080"}} {
+	}{{tcpServer("10.96.0.1:80"), "10.244.1.5:8080"}, {tcpServer("[fd00::1]:80"), "[fd01::5]:8080"}} {
 		dest := netip.MustParseAddrPort(tt.dest)
-		m := request{command: newDest, server: tt.server, dest: dest, weight: 1}.message(30)
+		m := request{command: newDest, serverKey: tt.serverKey, dest: dest, weight: 1}.message(30)
 		found := 0
 		for typ, data := range nlconn.Attributes(m.Data[4:]) {
 			if typ != attrDest {
@@ -96,7 +96,7 @@ func TestDestinationsAreReadAsTheyAreWritten(t *testing.T) {
 	}
 }
 
-func TestConnectionsAreThoseOfBothStates(t *testing.T) {
+func TestConnectionCount(t *testing.T) {
 	t.Parallel()
 	b := nlconn.AppendUint32(nlconn.AppendUint32(nlconn.AppendUint32(nil, destActive, 3), destInactive, 4), destForwarding, 3)
 	if _, d := parseDestination(b, unix.AF_INET); d.connections != 7 || d.nat {
@@ -105,17 +105,17 @@ func TestConnectionsAreThoseOfBothStates(t *testing.T) {
 }
 
 // A virtual server is found by what is at the head of every request about it.
-func TestRequestsNameTheVirtualServer(t *testing.T) {
+func TestRequestKey(t *testing.T) {
 	t.Parallel()
 	for _, c := range []command{newService, setService, delService, newDest, setDest, delDest} {
-		r := request{command: c, server: at("10.96.0.1:80"), settings: settings{scheduler: "rr"}}
+		r := request{command: c, serverKey: tcpServer("10.96.0.1:80"), settings: settings{scheduler: "rr"}}
 		if c >= newDest {
 			r.dest = netip.MustParseAddrPort("10.0.0.1:1")
 		}
 		m := r.message(30)
 		for typ, data := range nlconn.Attributes(m.Data[4:]) {
-			if s, _, ok := parseService(data); typ == attrService && (!ok || s != r.server) {
-				t.Errorf("%s: %s (%t), want %s", r, s, ok, r.server)
+			if s, _, ok := parseService(data); typ == attrService && (!ok || s != r.serverKey) {
+				t.Errorf("%s: %s (%t), want %s", r, s, ok, r.serverKey)
 			}
 		}
 		if c.String() == "" {
@@ -126,8 +126,8 @@ func TestRequestsNameTheVirtualServer(t *testing.T) {
 
 // FuzzParse looks for what makes the decoders panic.
 func FuzzParse(f *testing.F) {
-	f.Add(nlconn.AppendString(at("10.96.0.1:80").appendKey(nil), serviceScheduler, "rr"))
-	f.Add(request{command: newDest, server: at("[fd00::1]:80"), dest: netip.MustParseAddrPort("[fd01::5]:80")}.message(30).Data)
+	f.Add(nlconn.AppendString(tcpServer("10.96.0.1:80").appendKey(nil), serviceScheduler, "rr"))
+	f.Add(request{command: newDest, serverKey: tcpServer("[fd00::1]:80"), dest: netip.MustParseAddrPort("[fd01::5]:80")}.message(30).Data)
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if s, _, ok := parseService(b); ok && !s.addr.Addr().IsValid() {
 			t.Errorf("a virtual server without an address: %v", s)

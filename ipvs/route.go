@@ -12,9 +12,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// change adds or deletes local routes through the interface, many by one system call. It
+// changeRoutes adds or deletes local routes through the interface, many by one system call. It
 // returns the kernel's answer for each.
-func (h *host) change(typ uint16, table uint32, to []netip.Prefix) ([]error, error) {
+func (h *host) changeRoutes(typ uint16, table uint32, to []netip.Prefix) ([]error, error) {
 	requests := make([]netlink.Message, len(to))
 	for i, p := range to {
 		b := append(make([]byte, 0, 64), routeHeader(addressFamily(p.Addr()), p.Bits(), unix.RTN_LOCAL)...)
@@ -38,14 +38,14 @@ func routeHeader(family uint16, bits int, typ byte) []byte {
 	return []byte{byte(family), byte(bits), 0, 0, compat, routeProtocol, unix.RT_SCOPE_HOST, typ, 0, 0, 0, 0}
 }
 
-// bind makes addresses the node's, or ends that. It returns the kernel's answer for
+// changeBindings makes addresses the node's, or ends that. It returns the kernel's answer for
 // each. That one is bound already, or is not any more, is no error.
-func (h *host) bind(typ uint16, addrs []netip.Addr) ([]error, error) {
+func (h *host) changeBindings(typ uint16, addrs []netip.Addr) ([]error, error) {
 	to := make([]netip.Prefix, len(addrs))
 	for i, a := range addrs {
 		to[i] = netip.PrefixFrom(a, a.BitLen())
 	}
-	answers, err := h.change(typ, RouteTable, to)
+	answers, err := h.changeRoutes(typ, RouteTable, to)
 	for i, answer := range answers {
 		if errors.Is(answer, unix.EEXIST) || errors.Is(answer, unix.ESRCH) {
 			answers[i] = nil
@@ -54,8 +54,8 @@ func (h *host) bind(typ uint16, addrs []netip.Addr) ([]error, error) {
 	return answers, err
 }
 
-// bound returns the addresses that are bound.
-func (h *host) bound() (map[netip.Addr]bool, error) {
+// boundAddrs returns the addresses that are bound.
+func (h *host) boundAddrs() (map[netip.Addr]bool, error) {
 	found := map[netip.Addr]bool{}
 	for _, f := range families() {
 		family := addressFamily(internalNet(f).Addr())
@@ -72,7 +72,7 @@ func (h *host) bound() (map[netip.Addr]bool, error) {
 			return nil
 		})
 		// ENOENT: there is no such table, as nothing is in it yet.
-		if err != nil && !errors.Is(err, unix.ENOENT) && !isWithout(f, err) {
+		if err != nil && !errors.Is(err, unix.ENOENT) && !isFamilyUnsupported(f, err) {
 			return nil, fmt.Errorf("list the %s routes of table %d: %w", f, RouteTable, err)
 		}
 	}

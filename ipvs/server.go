@@ -12,18 +12,18 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// server names a virtual server: where the kernel finds it by.
-type server struct {
+// serverKey names a virtual server: where the kernel finds it by.
+type serverKey struct {
 	protocol dataplane.Protocol
 	addr     netip.AddrPort
 }
 
 // String returns address, port and protocol, as a frontend's.
-func (s server) String() string {
+func (s serverKey) String() string {
 	return dataplane.Frontend{Protocol: s.protocol, Addr: s.addr}.String()
 }
 
-func (s server) compare(o server) int {
+func (s serverKey) compare(o serverKey) int {
 	return cmp.Or(s.addr.Compare(o.addr), cmp.Compare(s.protocol, o.protocol))
 }
 
@@ -58,8 +58,8 @@ const (
 	flagMask = flagPersistent | flagOnePacket | flagSched1 | flagSched2 | flagSched3
 )
 
-// settingsOf returns those of the virtual servers of a Service.
-func settingsOf(s *dataplane.Service, scheduler string) settings {
+// settingsFor returns those of the virtual servers of a Service.
+func settingsFor(s *dataplane.Service, scheduler string) settings {
 	if s.Scheduler != "" {
 		scheduler = s.Scheduler
 	}
@@ -73,13 +73,13 @@ func settingsOf(s *dataplane.Service, scheduler string) settings {
 	return set
 }
 
-// list is which of a Service's lists of endpoints a virtual server has.
-type list int
+// endpointList is which of a Service's lists of endpoints a virtual server has.
+type endpointList int
 
 const (
-	clusterList list = iota // dataplane.Treatment.Endpoints
-	localList               // dataplane.Treatment.LocalEndpoints
-	lists
+	clusterEndpoints endpointList = iota // dataplane.ServiceSpec.Endpoints
+	localEndpoints                       // dataplane.ServiceSpec.LocalEndpoints
+	endpointLists
 )
 
 // internalNets are where the virtual servers are that are not at a cluster IP:
@@ -104,41 +104,43 @@ func isInternal(a netip.Addr) bool {
 	return slices.ContainsFunc(internalNets(), func(p netip.Prefix) bool { return p.Contains(a) })
 }
 
-// place is a list of a Service, as the owner of an internal address, and the address
+// addrOwner is a list of a Service, as the owner of an internal address, and the address
 // that it has if no other has it.
-type place struct {
-	key   dataplane.Key
-	list  list
-	first netip.AddrPort
+type addrOwner struct {
+	key       dataplane.Key
+	list      endpointList
+	preferred netip.AddrPort
 }
 
-func placeOf(s *dataplane.Service, l list) place { return place{s.Key, l, firstPlace(s, l)} }
+func addrOwnerOf(s *dataplane.Service, l endpointList) addrOwner {
+	return addrOwner{s.Key, l, preferredAddr(s, l)}
+}
 
-// places says which internal address each list of a Service has, if it has one.
+// addrAllocator says which internal address each list of a Service has, if it has one.
 // The address follows from the Service, so that it is the same after a restart,
 // unless two of them would have the same one: then the later one gets the next. That
 // of a node port is never another's, and goes with the node port to whoever has it.
-type places struct {
-	used   map[netip.AddrPort]place
-	second map[place]netip.AddrPort // those with another address than their first
+type addrAllocator struct {
+	owners    map[netip.AddrPort]addrOwner
+	displaced map[addrOwner]netip.AddrPort // those with another address than their first
 }
 
-func newPlaces() places {
-	return places{used: map[netip.AddrPort]place{}, second: map[place]netip.AddrPort{}}
+func newAddrAllocator() addrAllocator {
+	return addrAllocator{owners: map[netip.AddrPort]addrOwner{}, displaced: map[addrOwner]netip.AddrPort{}}
 }
 
-// of returns the address of a list's virtual servers, and takes it.
-func (p *places) of(s *dataplane.Service, l list) netip.AddrPort {
-	owner := placeOf(s, l)
+// allocate returns the address of a list's virtual servers, and takes it.
+func (p *addrAllocator) allocate(s *dataplane.Service, l endpointList) netip.AddrPort {
+	owner := addrOwnerOf(s, l)
 	if s.Key.Kind == dataplane.NodePort {
-		return owner.first
+		return owner.preferred
 	}
-	if addr, ok := p.second[owner]; ok {
+	if addr, ok := p.displaced[owner]; ok {
 		return addr
 	}
-	addr := owner.first
+	addr := owner.preferred
 	for {
-		if taken, ok := p.used[addr]; !ok || taken == owner {
+		if taken, ok := p.owners[addr]; !ok || taken == owner {
 			break
 		}
 		port := addr.Port() + 1
@@ -147,43 +149,43 @@ func (p *places) of(s *dataplane.Service, l list) netip.AddrPort {
 		}
 		addr = netip.AddrPortFrom(addr.Addr(), port)
 	}
-	p.used[addr] = owner
-	if addr != owner.first {
-		p.second[owner] = addr
+	p.owners[addr] = owner
+	if addr != owner.preferred {
+		p.displaced[owner] = addr
 	}
 	return addr
 }
 
 // release gives back the addresses of a Service that it does not have as next,
 // which is nil when it is gone.
-func (p *places) release(s, next *dataplane.Service) {
-	for l := range lists {
-		owner := placeOf(s, l)
-		if next != nil && placeOf(next, l) == owner {
+func (p *addrAllocator) release(s, next *dataplane.Service) {
+	for l := range endpointLists {
+		owner := addrOwnerOf(s, l)
+		if next != nil && addrOwnerOf(next, l) == owner {
 			continue
 		}
-		addr, moved := p.second[owner]
+		addr, moved := p.displaced[owner]
 		if !moved {
-			addr = owner.first
+			addr = owner.preferred
 		}
-		if p.used[addr] == owner {
-			delete(p.used, addr)
+		if p.owners[addr] == owner {
+			delete(p.owners, addr)
 		}
-		delete(p.second, owner)
+		delete(p.displaced, owner)
 	}
 }
 
-// firstPlace returns the internal address that a list has, if no other has it. That
+// preferredAddr returns the internal address that a list has, if no other has it. That
 // of a node port has its number, at an address for each protocol; of the others address
 // and port are drawn by the Service's key, beside the 256 addresses that are kept for
 // the former.
-func firstPlace(s *dataplane.Service, l list) netip.AddrPort {
+func preferredAddr(s *dataplane.Service, l endpointList) netip.AddrPort {
 	base := internalNet(s.Key.Family).Addr()
 	b := base.AsSlice()
 	if f := s.Frontends[0]; s.Key.Kind == dataplane.NodePort {
-		n := map[dataplane.Protocol]list{dataplane.TCP: 1, dataplane.UDP: 3, dataplane.SCTP: 5}[f.Protocol] + l
+		n := map[dataplane.Protocol]endpointList{dataplane.TCP: 1, dataplane.UDP: 3, dataplane.SCTP: 5}[f.Protocol] + l
 		b[len(b)-1] = byte(n) //nolint:gosec // fits
-		return netip.AddrPortFrom(addrOf(b), f.Addr.Port())
+		return netip.AddrPortFrom(addrFromSlice(b), f.Addr.Port())
 	}
 	sum := sha256.Sum256(fmt.Appendf(nil, "%s %d", s.Key, l))
 	host := b[2:]
@@ -198,60 +200,60 @@ func firstPlace(s *dataplane.Service, l list) netip.AddrPort {
 	if port == 0 {
 		port = 1
 	}
-	return netip.AddrPortFrom(addrOf(b), port)
+	return netip.AddrPortFrom(addrFromSlice(b), port)
 }
 
-func addrOf(b []byte) netip.Addr {
+func addrFromSlice(b []byte) netip.Addr {
 	a, _ := netip.AddrFromSlice(b)
 	return a
 }
 
-// direct reports whether the virtual servers of a Service's cluster list are at
+// hasDirectServers reports whether the virtual servers of a Service's cluster list are at
 // its frontends' own addresses: those of cluster IPs are, and nothing else.
-func direct(s *dataplane.Service) bool { return s.Key.Kind == dataplane.ClusterIP }
+func hasDirectServers(s *dataplane.Service) bool { return s.Key.Kind == dataplane.ClusterIP }
 
 // VirtualServers implements [fairlead.io/fairlead/nft.Translator].
 func (d *Dataplane) VirtualServers(s *dataplane.Service) (cluster, local netip.AddrPort) {
-	if !direct(s) {
-		cluster = d.places.of(s, clusterList)
+	if !hasDirectServers(s) {
+		cluster = d.allocator.allocate(s, clusterEndpoints)
 	}
-	if s.ExternalLocal {
-		local = d.places.of(s, localList)
+	if s.ExternalTrafficPolicyLocal {
+		local = d.allocator.allocate(s, localEndpoints)
 	}
 	return cluster, local
 }
 
 // render calls yield with each virtual server of a Service.
-func (d *Dataplane) render(s *dataplane.Service, yield func(server, virtualServer)) {
-	set := settingsOf(s, d.scheduler)
+func (d *Dataplane) render(s *dataplane.Service, yield func(serverKey, virtualServer)) {
+	set := settingsFor(s, d.scheduler)
 	cluster, local := d.VirtualServers(s)
 	all := virtualServer{set, s.Endpoints, s.Serving}
-	if direct(s) {
+	if hasDirectServers(s) {
 		for _, f := range s.Frontends {
-			yield(server{f.Protocol, f.Addr}, all)
+			yield(serverKey{f.Protocol, f.Addr}, all)
 		}
 	}
 	for i, f := range s.Frontends {
 		if slices.ContainsFunc(s.Frontends[:i], func(o dataplane.Frontend) bool { return o.Protocol == f.Protocol }) {
 			continue
 		}
-		if !direct(s) {
-			yield(server{f.Protocol, cluster}, all)
+		if !hasDirectServers(s) {
+			yield(serverKey{f.Protocol, cluster}, all)
 		}
-		if s.ExternalLocal {
-			yield(server{f.Protocol, local}, virtualServer{set, s.LocalEndpoints, s.Serving})
+		if s.ExternalTrafficPolicyLocal {
+			yield(serverKey{f.Protocol, local}, virtualServer{set, s.LocalEndpoints, s.Serving})
 		}
 	}
 }
 
-// supported returns an error that wraps [dataplane.ErrUnsupported] if this backend
+// checkSupported returns an error that wraps [dataplane.ErrUnsupported] if this backend
 // can't program the Service.
-func (d *Dataplane) supported(s *dataplane.Service) error {
-	if !direct(s) {
+func (d *Dataplane) checkSupported(s *dataplane.Service) error {
+	if !hasDirectServers(s) {
 		return nil
 	}
 	for _, f := range s.Frontends {
-		for _, p := range d.exclude {
+		for _, p := range d.excludeCIDRs {
 			if p.Contains(f.Addr.Addr()) {
 				return fmt.Errorf("%w: the cluster IP %s is in %s, which is excluded from IPVS (--ipvs-exclude-cidrs)",
 					dataplane.ErrUnsupported, f.Addr.Addr(), p)

@@ -13,7 +13,7 @@ import (
 )
 
 // service returns a Service for the frontends "10.96.0.1:80/TCP …" of a kind.
-func service(t *testing.T, kind dataplane.Kind, name, frontends string, treatment dataplane.Treatment) *dataplane.Service {
+func service(t *testing.T, kind dataplane.Kind, name, frontends string, treatment dataplane.ServiceSpec) *dataplane.Service {
 	t.Helper()
 	key := dataplane.Key{Namespace: "default", Name: name, Kind: kind}
 	var all []dataplane.Frontend
@@ -33,7 +33,7 @@ func service(t *testing.T, kind dataplane.Kind, name, frontends string, treatmen
 	return s
 }
 
-func to(addrs ...string) []dataplane.Endpoint {
+func endpointsAt(addrs ...string) []dataplane.Endpoint {
 	var all []dataplane.Endpoint
 	for _, a := range addrs {
 		all = append(all, dataplane.Endpoint{Addr: netip.MustParseAddrPort(a)})
@@ -41,13 +41,13 @@ func to(addrs ...string) []dataplane.Endpoint {
 	return all
 }
 
-func renderer() *Dataplane { return &Dataplane{scheduler: "rr", places: newPlaces()} }
+func newRenderer() *Dataplane { return &Dataplane{scheduler: "rr", allocator: newAddrAllocator()} }
 
 // rendered returns the virtual servers of Services as lines, in order.
 func rendered(d *Dataplane, services ...*dataplane.Service) []string {
 	var lines []string
 	for _, s := range services {
-		d.render(s, func(sv server, vs virtualServer) {
+		d.render(s, func(sv serverKey, vs virtualServer) {
 			line := fmt.Sprintf("%s %s", sv, vs.scheduler)
 			if vs.flags&flagPersistent != 0 {
 				line += fmt.Sprintf(" persistent %d", vs.timeout)
@@ -62,10 +62,10 @@ func rendered(d *Dataplane, services ...*dataplane.Service) []string {
 	return lines
 }
 
-func TestVirtualServersOfServices(t *testing.T) {
+func TestRender(t *testing.T) {
 	t.Parallel()
-	one := dataplane.Treatment{Endpoints: to("10.0.0.1:8080")}
-	both := dataplane.Treatment{Endpoints: to("10.0.0.1:8080", "10.0.0.2:8080"), ExternalLocal: true, LocalEndpoints: to("10.0.0.2:8080")}
+	one := dataplane.ServiceSpec{Endpoints: endpointsAt("10.0.0.1:8080")}
+	both := dataplane.ServiceSpec{Endpoints: endpointsAt("10.0.0.1:8080", "10.0.0.2:8080"), ExternalTrafficPolicyLocal: true, LocalEndpoints: endpointsAt("10.0.0.2:8080")}
 	for _, tt := range []struct {
 		name string
 		*dataplane.Service
@@ -80,7 +80,7 @@ func TestVirtualServersOfServices(t *testing.T) {
 			[]string{"10.96.0.1:80/TCP rr 10.0.0.1:8080", "10.96.0.2:80/TCP rr 10.0.0.1:8080"},
 		},
 		{
-			"without endpoints as well", service(t, dataplane.ClusterIP, "web", "10.96.0.1:80/TCP", dataplane.Treatment{}),
+			"without endpoints as well", service(t, dataplane.ClusterIP, "web", "10.96.0.1:80/TCP", dataplane.ServiceSpec{}),
 			[]string{"10.96.0.1:80/TCP rr"},
 		},
 		{
@@ -92,23 +92,23 @@ func TestVirtualServersOfServices(t *testing.T) {
 			[]string{"250.29.0.3:30080/UDP rr 10.0.0.1:8080 10.0.0.2:8080", "250.29.0.4:30080/UDP rr 10.0.0.2:8080"},
 		},
 		{
-			"an IPv6 node port", service(t, dataplane.NodePort, "web", "[::]:30080/SCTP", dataplane.Treatment{}),
+			"an IPv6 node port", service(t, dataplane.NodePort, "web", "[::]:30080/SCTP", dataplane.ServiceSpec{}),
 			[]string{"[fdfa:1d00::5]:30080/SCTP rr"},
 		},
 		{
 			"affinity is persistence", service(t, dataplane.ClusterIP, "web", "10.96.0.1:80/TCP",
-				dataplane.Treatment{Endpoints: to("10.0.0.1:8080"), Affinity: 3 * time.Hour}),
+				dataplane.ServiceSpec{Endpoints: endpointsAt("10.0.0.1:8080"), Affinity: 3 * time.Hour}),
 			[]string{"10.96.0.1:80/TCP rr persistent 10800 10.0.0.1:8080"},
 		},
 		{
 			"a scheduler of its own", service(t, dataplane.ClusterIP, "web", "10.96.0.1:80/TCP",
-				dataplane.Treatment{Endpoints: to("10.0.0.1:8080"), Scheduler: "lc"}),
+				dataplane.ServiceSpec{Endpoints: endpointsAt("10.0.0.1:8080"), Scheduler: "lc"}),
 			[]string{"10.96.0.1:80/TCP lc 10.0.0.1:8080"},
 		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			if got := rendered(renderer(), tt.Service); !slices.Equal(got, tt.want) {
+			if got := rendered(newRenderer(), tt.Service); !slices.Equal(got, tt.want) {
 				t.Errorf("virtual servers\n%s\nwant\n%s", strings.Join(got, "\n"), strings.Join(tt.want, "\n"))
 			}
 		})
@@ -117,15 +117,15 @@ func TestVirtualServersOfServices(t *testing.T) {
 
 // The frontends of external addresses share virtual servers, one for each list and
 // protocol, at an internal address.
-func TestVirtualServersOfExternalAddresses(t *testing.T) {
+func TestRenderExternalAddresses(t *testing.T) {
 	t.Parallel()
-	d := renderer()
+	d := newRenderer()
 	s := service(t, dataplane.LoadBalancer, "web", "192.0.2.1:80/TCP 192.0.2.2:80/TCP 192.0.2.2:80/UDP",
-		dataplane.Treatment{Endpoints: to("10.0.0.1:80"), ExternalLocal: true})
-	found := map[server]int{}
-	d.render(s, func(sv server, vs virtualServer) { found[sv] = len(vs.endpoints) })
+		dataplane.ServiceSpec{Endpoints: endpointsAt("10.0.0.1:80"), ExternalTrafficPolicyLocal: true})
+	found := map[serverKey]int{}
+	d.render(s, func(sv serverKey, vs virtualServer) { found[sv] = len(vs.endpoints) })
 	cluster, local := d.VirtualServers(s)
-	want := map[server]int{
+	want := map[serverKey]int{
 		{dataplane.TCP, cluster}: 1, {dataplane.UDP, cluster}: 1, {dataplane.TCP, local}: 0, {dataplane.UDP, local}: 0,
 	}
 	if !maps.Equal(found, want) || cluster == local {
@@ -136,25 +136,25 @@ func TestVirtualServersOfExternalAddresses(t *testing.T) {
 			t.Errorf("%s is not internal", addr)
 		}
 	}
-	if again, _ := renderer().VirtualServers(s); again != cluster {
+	if again, _ := newRenderer().VirtualServers(s); again != cluster {
 		t.Errorf("after a restart it is at %s, before at %s", again, cluster)
 	}
 }
 
 // A node port keeps its address when another Service gets it, even in the same call,
 // so that a restart finds it there.
-func TestPlacesOfNodePortsAreTheirOwn(t *testing.T) {
+func TestNodePortAddressIsStable(t *testing.T) {
 	t.Parallel()
-	p := newPlaces()
-	old := service(t, dataplane.NodePort, "old", "0.0.0.0:30080/TCP", dataplane.Treatment{})
-	renamed := service(t, dataplane.NodePort, "renamed", "0.0.0.0:30080/TCP", dataplane.Treatment{})
-	moved := service(t, dataplane.NodePort, "old", "0.0.0.0:30081/TCP", dataplane.Treatment{})
+	p := newAddrAllocator()
+	old := service(t, dataplane.NodePort, "old", "0.0.0.0:30080/TCP", dataplane.ServiceSpec{})
+	renamed := service(t, dataplane.NodePort, "renamed", "0.0.0.0:30080/TCP", dataplane.ServiceSpec{})
+	moved := service(t, dataplane.NodePort, "old", "0.0.0.0:30081/TCP", dataplane.ServiceSpec{})
 	for range 2 {
 		for _, tt := range []struct {
 			*dataplane.Service
 			want string
 		}{{old, "250.29.0.1:30080"}, {renamed, "250.29.0.1:30080"}, {moved, "250.29.0.1:30081"}} {
-			if got := p.of(tt.Service, clusterList); got.String() != tt.want {
+			if got := p.allocate(tt.Service, clusterEndpoints); got.String() != tt.want {
 				t.Errorf("%s is at %s, want %s", tt.Key, got, tt.want)
 			}
 		}
@@ -164,58 +164,58 @@ func TestPlacesOfNodePortsAreTheirOwn(t *testing.T) {
 
 // No two lists have the same address, whoever comes first, and those who go leave
 // theirs to others.
-func TestPlacesAreOfOneListEach(t *testing.T) {
+func TestAllocatorConflict(t *testing.T) {
 	t.Parallel()
-	p := newPlaces()
-	s := service(t, dataplane.ExternalIP, "web", "192.0.2.1:80/TCP", dataplane.Treatment{})
-	first := firstPlace(s, clusterList)
-	other := place{key: dataplane.Key{Name: "other"}, first: first}
-	p.used[first] = other
-	next := p.of(s, clusterList)
+	p := newAddrAllocator()
+	s := service(t, dataplane.ExternalIP, "web", "192.0.2.1:80/TCP", dataplane.ServiceSpec{})
+	first := preferredAddr(s, clusterEndpoints)
+	other := addrOwner{key: dataplane.Key{Name: "other"}, preferred: first}
+	p.owners[first] = other
+	next := p.allocate(s, clusterEndpoints)
 	if next.Addr() != first.Addr() || next == first {
 		t.Errorf("it is at %s, want the next to %s", next, first)
 	}
-	delete(p.used, first)
-	if got := p.of(s, clusterList); got != next {
+	delete(p.owners, first)
+	if got := p.allocate(s, clusterEndpoints); got != next {
 		t.Errorf("it has moved to %s when the other went", got)
 	}
 	p.release(s, nil)
-	if got := p.of(s, clusterList); got != first {
+	if got := p.allocate(s, clusterEndpoints); got != first {
 		t.Errorf("when it comes back it is at %s, want %s", got, first)
 	}
-	changed := service(t, dataplane.ExternalIP, "web", "192.0.2.2:80/TCP", dataplane.Treatment{})
+	changed := service(t, dataplane.ExternalIP, "web", "192.0.2.2:80/TCP", dataplane.ServiceSpec{})
 	p.release(s, changed)
-	if got := p.of(changed, clusterList); got != first {
+	if got := p.allocate(changed, clusterEndpoints); got != first {
 		t.Errorf("at another frontend it is at %s, want %s", got, first)
 	}
 	p.release(changed, nil)
-	if len(p.used) != 0 || len(p.second) != 0 {
-		t.Errorf("addresses are left: %v %v", p.used, p.second)
+	if len(p.owners) != 0 || len(p.displaced) != 0 {
+		t.Errorf("addresses are left: %v %v", p.owners, p.displaced)
 	}
 }
 
 // Ten thousand Services of a kind rarely meet.
-func TestPlacesAreSpread(t *testing.T) {
+func TestAllocatorSpread(t *testing.T) {
 	t.Parallel()
 	for _, frontend := range []string{"192.0.2.1:443/TCP", "[2001:db8::1]:443/TCP"} {
-		p := newPlaces()
+		p := newAddrAllocator()
 		for i := range 10_000 {
-			s := service(t, dataplane.LoadBalancer, fmt.Sprintf("web-%d", i), frontend, dataplane.Treatment{})
-			addr := p.of(s, clusterList)
+			s := service(t, dataplane.LoadBalancer, fmt.Sprintf("web-%d", i), frontend, dataplane.ServiceSpec{})
+			addr := p.allocate(s, clusterEndpoints)
 			if b := addr.Addr().AsSlice(); !isInternal(addr.Addr()) || addr.Port() == 0 || b[len(b)-2] == 0 {
 				t.Fatalf("%s is at %s", s.Key, addr)
 			}
 		}
-		if len(p.used) != 10_000 || len(p.second) > 10 {
-			t.Errorf("%d addresses, of which %d were taken at first", len(p.used), len(p.second))
+		if len(p.owners) != 10_000 || len(p.displaced) > 10 {
+			t.Errorf("%d addresses, of which %d were taken at first", len(p.owners), len(p.displaced))
 		}
 	}
 }
 
-func TestExcludedClusterIPsAreRefused(t *testing.T) {
+func TestExcludedClusterIPs(t *testing.T) {
 	t.Parallel()
-	d := renderer()
-	d.exclude = []netip.Prefix{netip.MustParsePrefix("10.96.1.0/24")}
+	d := newRenderer()
+	d.excludeCIDRs = []netip.Prefix{netip.MustParsePrefix("10.96.1.0/24")}
 	for _, tt := range []struct {
 		kind     dataplane.Kind
 		frontend string
@@ -225,7 +225,7 @@ func TestExcludedClusterIPsAreRefused(t *testing.T) {
 		{dataplane.ClusterIP, "10.96.1.1:80/TCP", true},
 		{dataplane.ExternalIP, "10.96.1.1:80/TCP", false}, // its virtual server is elsewhere
 	} {
-		if err := d.supported(service(t, tt.kind, "web", tt.frontend, dataplane.Treatment{})); (err != nil) != tt.refused {
+		if err := d.checkSupported(service(t, tt.kind, "web", tt.frontend, dataplane.ServiceSpec{})); (err != nil) != tt.refused {
 			t.Errorf("%s %s: error %v, want one: %t", tt.kind, tt.frontend, err, tt.refused)
 		}
 	}

@@ -11,13 +11,13 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// few is how many things are searched one by one. More have a map.
-const few = 8
+// linearSearchMax is how many things are searched one by one. More have a map.
+const linearSearchMax = 8
 
 // addrSet is a set of addresses, for one or for thousands.
 type addrSet struct {
-	list []netip.Addr
-	more map[netip.Addr]struct{}
+	list  []netip.Addr
+	index map[netip.Addr]struct{}
 }
 
 func (s *addrSet) add(a netip.Addr) {
@@ -26,19 +26,19 @@ func (s *addrSet) add(a netip.Addr) {
 	}
 	s.list = append(s.list, a)
 	switch {
-	case s.more != nil:
-		s.more[a] = struct{}{}
-	case len(s.list) > few:
-		s.more = make(map[netip.Addr]struct{}, 2*len(s.list))
+	case s.index != nil:
+		s.index[a] = struct{}{}
+	case len(s.list) > linearSearchMax:
+		s.index = make(map[netip.Addr]struct{}, 2*len(s.list))
 		for _, a := range s.list {
-			s.more[a] = struct{}{}
+			s.index[a] = struct{}{}
 		}
 	}
 }
 
 func (s *addrSet) has(a netip.Addr) bool {
-	if s.more != nil {
-		_, ok := s.more[a]
+	if s.index != nil {
+		_, ok := s.index[a]
 		return ok
 	}
 	return slices.Contains(s.list, a)
@@ -59,7 +59,7 @@ const (
 	errLinkLocal   addrError = "is a link-local address"
 	errMulticast   addrError = "is a multicast address"
 	errBroadcast   addrError = "is the broadcast address"
-	errOwn         addrError = "is an address of this node"
+	errNodeAddr    addrError = "is an address of this node"
 )
 
 // parseAddr reads an IP address as old API servers and kube-proxy accept it:
@@ -106,10 +106,10 @@ func parseNetwork(text string) (netip.Prefix, error) {
 	return prefix.Masked(), nil
 }
 
-// ordinary refuses what the API server refuses in an EndpointSlice and in
+// validateAddr refuses what the API server refuses in an EndpointSlice and in
 // spec.externalIPs: a loopback or link-local address would let a Service reach
 // into the node, or take over what the node itself uses.
-func ordinary(addr netip.Addr) error {
+func validateAddr(addr netip.Addr) error {
 	switch {
 	case addr.IsLoopback():
 		return errLoopback
@@ -123,17 +123,17 @@ func ordinary(addr netip.Addr) error {
 	return nil
 }
 
-// endpointAddr refuses addresses that an endpoint of this family can't have.
-func endpointAddr(addr netip.Addr, family dataplane.Family) error {
+// validateEndpointAddr refuses addresses that an endpoint of this family can't have.
+func validateEndpointAddr(addr netip.Addr, family dataplane.Family) error {
 	if dataplane.FamilyOf(addr) != family {
 		return fmt.Errorf("is not of the slice's addressType %s", family)
 	}
-	return ordinary(addr)
+	return validateAddr(addr)
 }
 
-// familyOf reports false for address types that are not a family: FQDN, and
+// addressTypeFamily reports false for address types that are not a family: FQDN, and
 // whatever is added later.
-func familyOf(t discoveryv1.AddressType) (dataplane.Family, bool) {
+func addressTypeFamily(t discoveryv1.AddressType) (dataplane.Family, bool) {
 	switch t {
 	case discoveryv1.AddressTypeIPv4:
 		return dataplane.IPv4, true
@@ -144,8 +144,8 @@ func familyOf(t discoveryv1.AddressType) (dataplane.Family, bool) {
 	}
 }
 
-// anyAddr returns the unspecified address of the family.
-func anyAddr(family dataplane.Family) netip.Addr {
+// unspecifiedAddr returns the unspecified address of the family.
+func unspecifiedAddr(family dataplane.Family) netip.Addr {
 	if family == dataplane.IPv4 {
 		return netip.IPv4Unspecified()
 	}

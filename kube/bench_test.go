@@ -20,9 +20,9 @@ func addrOf(first, i int) string {
 	return fmt.Sprintf("%d.%d.%d.%d", first, 16+i>>16, i>>8&0xff, i&0xff)
 }
 
-// many returns n Services, each with a slice of 10 endpoints, changed by what
+// manyServices returns n Services, each with a slice of 10 endpoints, changed by what
 // change returns for each, if it is not nil.
-func many(n int, change func(i int) func(*corev1.Service)) Delta {
+func manyServices(n int, change func(i int) func(*corev1.Service)) Delta {
 	var d Delta
 	for i := range n {
 		name := fmt.Sprintf("service-%d", i)
@@ -53,9 +53,9 @@ func hintedEndpoints(service string) *discoveryv1.EndpointSlice {
 	return newSlice(service+"-x7k2p", service, eps(addrs...))
 }
 
-// sizes are the numbers of Services among which an event is measured. Its cost
+// serviceCounts are the numbers of Services among which an event is measured. Its cost
 // must not depend on them.
-func sizes() []int { return []int{1_000, 10_000, 100_000} }
+func serviceCounts() []int { return []int{1_000, 10_000, 100_000} }
 
 // BenchmarkTrackerApply measures one changed EndpointSlice of 10 endpoints, one
 // of which is another, for Services with a cluster IP only and for those that
@@ -66,9 +66,9 @@ func BenchmarkTrackerApply(b *testing.B) {
 		change func(int) func(*corev1.Service)
 		keys   int
 	}{{"cluster-ip", nil, 1}, {"every-kind", everyKind, 4}} {
-		for _, n := range sizes() {
+		for _, n := range serviceCounts() {
 			b.Run(fmt.Sprintf("kinds=%s/services=%d", kinds.name, n), func(b *testing.B) {
-				d := many(n, kinds.change)
+				d := manyServices(n, kinds.change)
 				tracker := NewTracker(Options{NodeName: "here"})
 				tracker.Apply(d)
 				// Two variants of the slices of up to 512 Services: each lap over
@@ -96,10 +96,10 @@ func BenchmarkTrackerApply(b *testing.B) {
 // BenchmarkTrackerHeartbeat measures a Node whose status has changed in nothing
 // that counts.
 func BenchmarkTrackerHeartbeat(b *testing.B) {
-	for _, n := range sizes() {
+	for _, n := range serviceCounts() {
 		b.Run(fmt.Sprintf("services=%d", n), func(b *testing.B) {
 			tracker := NewTracker(Options{NodeName: "here"})
-			tracker.Apply(many(n, nil))
+			tracker.Apply(manyServices(n, nil))
 			var deltas [2]Delta
 			for i := range deltas {
 				deltas[i].Node = newNode("198.51.100.1 2001:db8::1", inZone("a"), podCIDRs("10.1.0.0/24"))
@@ -121,9 +121,9 @@ func BenchmarkTrackerHeartbeat(b *testing.B) {
 // BenchmarkTrackerZone measures the move of the node to another zone, with 10
 // Services whose endpoints have hints.
 func BenchmarkTrackerZone(b *testing.B) {
-	for _, n := range sizes() {
+	for _, n := range serviceCounts() {
 		b.Run(fmt.Sprintf("services=%d", n), func(b *testing.B) {
-			d := many(n, nil)
+			d := manyServices(n, nil)
 			for i := range 10 {
 				d.EndpointSlices[i] = hintedEndpoints(d.Services[i].Name)
 			}
@@ -146,9 +146,9 @@ func BenchmarkTrackerZone(b *testing.B) {
 // BenchmarkTrackerService measures one Service that gets another external IP,
 // and so other claims.
 func BenchmarkTrackerService(b *testing.B) {
-	for _, n := range sizes() {
+	for _, n := range serviceCounts() {
 		b.Run(fmt.Sprintf("services=%d", n), func(b *testing.B) {
-			d := many(n, everyKind)
+			d := manyServices(n, everyKind)
 			tracker := NewTracker(Options{NodeName: "here"})
 			tracker.Apply(d)
 			var deltas [2]Delta
@@ -177,9 +177,9 @@ func BenchmarkTrackerLoad(b *testing.B) {
 		change func(int) func(*corev1.Service)
 		keys   int
 	}{{"cluster-ip", nil, 1}, {"every-kind", everyKind, 4}} {
-		for _, n := range sizes() {
+		for _, n := range serviceCounts() {
 			b.Run(fmt.Sprintf("kinds=%s/services=%d", kinds.name, n), func(b *testing.B) {
-				d := many(n, kinds.change)
+				d := manyServices(n, kinds.change)
 				before := heap()
 				var tracker *Tracker
 				b.ReportAllocs()

@@ -25,7 +25,7 @@ func (c claim) compare(o claim) int {
 		return r
 	}
 	return cmp.Or(
-		cmp.Compare(c.service.created, o.service.created),
+		cmp.Compare(c.service.createdUnix, o.service.createdUnix),
 		compareNames(c.service.name, o.service.name),
 		cmp.Compare(c.port, o.port),
 		cmp.Compare(c.kind, o.kind),
@@ -49,9 +49,9 @@ type claims struct {
 	// waiting are the others, the next owner first. Hardly any frontend has
 	// others.
 	waiting map[dataplane.Frontend][]claim
-	// before has, for the frontends whose claims have changed since the last
+	// ownersBefore has, for the frontends whose claims have changed since the last
 	// changed(), who owned them before: the zero claim for nobody.
-	before map[dataplane.Frontend]claim
+	ownersBefore map[dataplane.Frontend]claim
 }
 
 func newClaims() claims {
@@ -59,7 +59,7 @@ func newClaims() claims {
 }
 
 func (c *claims) add(f dataplane.Frontend, added claim) {
-	c.note(f)
+	c.recordOwner(f)
 	owner, taken := c.owners[f]
 	switch {
 	case !taken:
@@ -75,7 +75,7 @@ func (c *claims) add(f dataplane.Frontend, added claim) {
 }
 
 func (c *claims) remove(f dataplane.Frontend, old claim) {
-	c.note(f)
+	c.recordOwner(f)
 	waiting := c.waiting[f]
 	if c.owners[f] != old {
 		if i, ok := slices.BinarySearchFunc(waiting, old, claim.compare); ok {
@@ -99,19 +99,19 @@ func (c *claims) setWaiting(f dataplane.Frontend, waiting []claim) {
 	c.waiting[f] = waiting
 }
 
-func (c *claims) note(f dataplane.Frontend) {
-	if c.before == nil {
-		c.before = map[dataplane.Frontend]claim{}
+func (c *claims) recordOwner(f dataplane.Frontend) {
+	if c.ownersBefore == nil {
+		c.ownersBefore = map[dataplane.Frontend]claim{}
 	}
-	if _, ok := c.before[f]; !ok {
-		c.before[f] = c.owners[f]
+	if _, ok := c.ownersBefore[f]; !ok {
+		c.ownersBefore[f] = c.owners[f]
 	}
 }
 
-// changed yields all who claim the frontends that have a new owner since the
+// drainChanged yields all who claim the frontends that have a new owner since the
 // last call.
-func (c *claims) changed(yield func(*service)) {
-	for f, before := range c.before {
+func (c *claims) drainChanged(yield func(*service)) {
+	for f, before := range c.ownersBefore {
 		owner, ok := c.owners[f]
 		if !ok || owner == before {
 			continue
@@ -121,5 +121,5 @@ func (c *claims) changed(yield func(*service)) {
 			yield(w.service)
 		}
 	}
-	c.before = nil
+	c.ownersBefore = nil
 }

@@ -21,70 +21,70 @@ type location struct {
 	node string
 	// zone is the node's label topology.kubernetes.io/zone.
 	zone string
-	// own are the node's own addresses, see networks.ownAddrs.
-	own map[netip.Addr]struct{}
+	// ownAddrs are the node's own addresses, see networks.ownAddrs.
+	ownAddrs map[netip.Addr]struct{}
 }
 
-// demand is what a Service asks for, given its slices, before collisions are
+// desiredState is what a Service asks for, given its slices, before collisions are
 // settled.
-type demand struct {
-	wants []wanted
+type desiredState struct {
+	services []desiredService
 	// problems of the objects, sorted and without doubles.
 	problems []Problem
-	// unmatched are the ports that no slice knows although there are slices with
+	// unmatchedPorts are the ports that no slice knows although there are slices with
 	// endpoints.
-	unmatched []unmatched
-	// zoned says that another zone of this node may give another demand.
-	zoned bool
-	// check is the health-check node port, or has port 0.
-	check HealthCheck
+	unmatchedPorts []unmatchedPort
+	// zoneDependent says that another zone of this node may give another demand.
+	zoneDependent bool
+	// healthCheck is the health-check node port, or has port 0.
+	healthCheck HealthCheck
 	// clusterIPs are the cluster IPs, served or not.
 	clusterIPs []netip.Addr
 }
 
-// wanted is one Service port in one family with its frontends of one kind.
-type wanted struct {
+// desiredService is one Service port in one family with its frontends of one kind.
+type desiredService struct {
 	key dataplane.Key
 	// port is the index in spec.ports.
 	port int
 	// frontends are sorted and unique.
 	frontends []dataplane.Frontend
-	treatment dataplane.Treatment
+	treatment dataplane.ServiceSpec
 	// serving is Service.Serving.
 	serving []netip.AddrPort
 }
 
 // convert returns what the Service asks for, given all slices that belong to it
 // and the schedulers that there are.
-func convert(svc *corev1.Service, endpointSlices []*endpointSlice, here location, schedulers []string) demand {
-	if !served(svc) {
-		return demand{}
+func convert(svc *corev1.Service, endpointSlices []*endpointSlice, here location, schedulers []string) desiredState {
+	if !shouldServe(svc) {
+		return desiredState{}
 	}
 	c := conversion{
 		service:    svc,
 		name:       types.NamespacedName{Namespace: svc.Namespace, Name: svc.Name},
-		here:       here,
+		location:   here,
 		schedulers: schedulers,
 	}
 	policy := c.policy()
 	addrs := c.addresses()
 	ports := c.ports(addrs)
 	c.endpoints(ports, endpointSlices, policy)
-	d := demand{
-		wants: c.wants(ports, addrs, policy),
-		zoned: slices.ContainsFunc(ports, func(p portFamily) bool { return p.chosen.zoned }),
-		check: c.healthCheck(ports, policy),
+	d := desiredState{
+		services:      c.desiredServices(ports, addrs, policy),
+		zoneDependent: slices.ContainsFunc(ports, func(p portFamily) bool { return p.chosen.zoneDependent }),
+		healthCheck:   c.healthCheck(ports, policy),
 
-		clusterIPs: addrs.cluster,
+		clusterIPs: addrs.clusterIPs,
 	}
-	d.unmatched = c.unmatched
+	d.unmatchedPorts = c.unmatchedPorts
 	slices.SortFunc(c.problems, Problem.Compare)
 	d.problems = slices.Compact(c.problems)
 	return d
 }
 
-// served reports whether the Service is one for this proxy to serve.
-func served(svc *corev1.Service) bool {
+// shouldServe reports whether the Service is one for this proxy to serve.
+func shouldServe(svc *corev1.Service) bool {
 	if svc == nil || svc.Spec.Type == corev1.ServiceTypeExternalName {
 		return false
 	}
@@ -99,14 +99,14 @@ func served(svc *corev1.Service) bool {
 type conversion struct {
 	service    *corev1.Service
 	name       types.NamespacedName
-	here       location
+	location   location
 	schedulers []string
 	problems   []Problem
 
-	unmatched []unmatched
+	unmatchedPorts []unmatchedPort
 }
 
-func (c *conversion) problem(field, format string, args ...any) {
+func (c *conversion) addProblem(field, format string, args ...any) {
 	c.problems = append(c.problems, c.newProblem(field, format, args...))
 }
 
@@ -114,5 +114,7 @@ func (c *conversion) newProblem(field, format string, args ...any) Problem {
 	return Problem{Service: c.name, UID: c.service.UID, Field: field, Message: fmt.Sprintf(format, args...)}
 }
 
-// index writes the path of an element: index("spec.ports", 0, ".port").
-func index(list string, i int, rest string) string { return fmt.Sprintf("%s[%d]%s", list, i, rest) }
+// elementPath writes the path of an element: index("spec.ports", 0, ".port").
+func elementPath(list string, i int, rest string) string {
+	return fmt.Sprintf("%s[%d]%s", list, i, rest)
+}

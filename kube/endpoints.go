@@ -22,12 +22,12 @@ type traits uint16
 const (
 	// The hints come last. Where entries differ in nothing else they only make
 	// the choice independent of the order of the slices.
-	notForZone traits = 1 << iota // this node's zone is not in hints.forZones
-	noZoneHint                    // hints.forZones is empty
-	notForNode                    // this node is not in hints.forNodes
-	noNodeHint                    // hints.forNodes is empty
-	notHere                       // nodeName is another node's, or missing
-	notLocal                      // nodeName is another node's
+	notForZone    traits = 1 << iota // this node's zone is not in hints.forZones
+	noZoneHint                       // hints.forZones is empty
+	notForNode                       // this node is not in hints.forNodes
+	noNodeHint                       // hints.forNodes is empty
+	notOnThisNode                    // nodeName is another node's, or missing
+	onOtherNode                      // nodeName is another node's
 	notServing
 	notReady
 	terminating
@@ -37,8 +37,10 @@ func (t traits) has(bits traits) bool { return t&bits != 0 }
 
 func (t traits) ready() bool { return !t.has(notReady) }
 
-// draining says that the endpoint takes connections if no ready one does.
-func (t traits) draining() bool { return t.has(notReady) && t.has(terminating) && !t.has(notServing) }
+// servingTerminating says that the endpoint takes connections if no ready one does.
+func (t traits) servingTerminating() bool {
+	return t.has(notReady) && t.has(terminating) && !t.has(notServing)
+}
 
 // serving says that the endpoint does not need to be left by those who talk to
 // it. A ready one counts whatever its condition serving says: pods of a Service
@@ -72,12 +74,12 @@ type choice struct {
 	// are shared with every dataplane.Service made of them, and so must not be
 	// changed.
 	cluster, local []dataplane.Endpoint
-	// somewhere says that an endpoint of the cluster can take connections.
-	somewhere bool
-	// draining says that the local ones are terminating.
-	draining bool
-	// zoned says that another zone of this node may give another choice.
-	zoned bool
+	// usableAnywhere says that an endpoint of the cluster can take connections.
+	usableAnywhere bool
+	// localTerminating says that the local ones are terminating.
+	localTerminating bool
+	// zoneDependent says that another zone of this node may give another choice.
+	zoneDependent bool
 }
 
 // endpoints gives each port its endpoints.
@@ -91,7 +93,7 @@ func (c *conversion) endpoints(ports []portFamily, endpointSlices []*endpointSli
 	for i := range ports {
 		families[ports[i].family] = true
 	}
-	find, read := portsByName(ports), 0 // candidates
+	find, read := portFinder(ports), 0 // candidates
 	for _, slice := range endpointSlices {
 		if !slice.hasFamily || !families[slice.family] {
 			continue
@@ -115,15 +117,15 @@ func (c *conversion) endpoints(ports []portFamily, endpointSlices []*endpointSli
 				port.candidates, port.beyondLimit = nil, true
 				continue
 			}
-			port.candidates = slice.candidates(port.candidates, p.number, c.here)
+			port.candidates = slice.appendCandidates(port.candidates, p.number, c.location)
 		}
 	}
 	for i := range ports {
 		p := &ports[i]
-		p.candidates = believed(p.candidates)
-		p.chosen = choose(p.candidates, policy.internalLocal || policy.externalLocal)
+		p.candidates = preferredCandidates(p.candidates)
+		p.chosen = chooseEndpoints(p.candidates, policy.internalLocal || policy.externalLocal)
 		if populated[p.family] && !p.matched {
-			c.unmatched = append(c.unmatched, c.notMatched(p))
+			c.unmatchedPorts = append(c.unmatchedPorts, c.newUnmatchedPort(p))
 		}
 	}
 }
@@ -135,9 +137,9 @@ type portName struct {
 	family   dataplane.Family
 }
 
-// portsByName returns a function that finds a port, or nil.
-func portsByName(ports []portFamily) func(portName) *portFamily {
-	if len(ports) <= few {
+// portFinder returns a function that finds a port, or nil.
+func portFinder(ports []portFamily) func(portName) *portFamily {
+	if len(ports) <= linearSearchMax {
 		return func(name portName) *portFamily {
 			for i := range ports {
 				if ports[i].name() == name {
@@ -156,20 +158,20 @@ func portsByName(ports []portFamily) func(portName) *portFamily {
 
 func (p *portFamily) name() portName { return portName{p.port.Name, p.protocol, p.family} }
 
-// unmatched is a port that no slice knows although there are slices with
+// unmatchedPort is a port that no slice knows although there are slices with
 // endpoints. It is a problem if the slices are not just late.
-type unmatched struct {
+type unmatchedPort struct {
 	port    portName
 	problem Problem
 }
 
-func (c *conversion) notMatched(p *portFamily) unmatched {
+func (c *conversion) newUnmatchedPort(p *portFamily) unmatchedPort {
 	if target := p.port.TargetPort.StrVal; target != "" {
-		return unmatched{p.name(), c.newProblem(index("spec.ports", p.index, ".targetPort"),
+		return unmatchedPort{p.name(), c.newProblem(elementPath("spec.ports", p.index, ".targetPort"),
 			"no endpoint of family %s has a %s port %q, so connections are refused: give a container port of the pods this name",
 			p.family, p.protocol, target)}
 	}
-	return unmatched{p.name(), c.newProblem(index("spec.ports", p.index, ".name"),
+	return unmatchedPort{p.name(), c.newProblem(elementPath("spec.ports", p.index, ".name"),
 		"no EndpointSlice of family %s has a %s port with the name %q, so connections are refused: use the same name in both",
 		p.family, p.protocol, p.port.Name)}
 }
@@ -182,9 +184,9 @@ func samePorts(a, b *corev1.Service) bool {
 	})
 }
 
-// traitsOf returns what counts about an endpoint as seen from a node, but for its
+// conditionTraits returns what counts about an endpoint as seen from a node, but for its
 // hints.
-func traitsOf(ep *discoveryv1.Endpoint, node string) traits {
+func conditionTraits(ep *discoveryv1.Endpoint, node string) traits {
 	var t traits
 	if !isTrue(ep.Conditions.Ready, true) {
 		t |= notReady
@@ -197,9 +199,9 @@ func traitsOf(ep *discoveryv1.Endpoint, node string) traits {
 	}
 	switch {
 	case ep.NodeName == nil || *ep.NodeName == "":
-		t |= notHere // but it may be
+		t |= notOnThisNode // but it may be
 	case *ep.NodeName != node:
-		t |= notHere | notLocal
+		t |= notOnThisNode | onOtherNode
 	}
 	return t
 }
@@ -211,36 +213,36 @@ func isTrue(condition *bool, ifNil bool) bool {
 	return *condition
 }
 
-// believed returns the candidate to believe of each address, sorted by address.
+// preferredCandidates returns the candidate to believe of each address, sorted by address.
 // It reuses the list.
-func believed(candidates []candidate) []candidate {
+func preferredCandidates(candidates []candidate) []candidate {
 	slices.SortFunc(candidates, candidate.compare)
 	candidates = slices.CompactFunc(candidates, func(a, b candidate) bool { return a.addr == b.addr })
-	shareLocal(candidates)
+	propagateLocal(candidates)
 	return candidates
 }
 
-// choose returns what connections go to: with the policy Cluster the ready
+// chooseEndpoints returns what connections go to: with the policy Cluster the ready
 // endpoints that the hints leave, or else those that are terminating and still
 // serve; with the policy Local the ready ones of this node, or else those of
 // this node that are terminating and still serve. The candidates are those
 // believed.
-func choose(candidates []candidate, local bool) choice {
+func chooseEndpoints(candidates []candidate, local bool) choice {
 	var c choice
 	hints := topologyOf(candidates)
-	c.zoned = hints.zoned
-	c.cluster = filter(candidates, func(t traits) bool { return t.ready() && !t.has(hints.excluded) })
+	c.zoneDependent = hints.zoneDependent
+	c.cluster = filterEndpoints(candidates, func(t traits) bool { return t.ready() && !t.has(hints.excluded) })
 	if len(c.cluster) == 0 {
-		c.cluster = filter(candidates, traits.draining)
+		c.cluster = filterEndpoints(candidates, traits.servingTerminating)
 	}
-	c.somewhere = len(c.cluster) > 0
+	c.usableAnywhere = len(c.cluster) > 0
 	if !local {
 		return c
 	}
-	c.local = filter(candidates, func(t traits) bool { return t.ready() && !t.has(notHere) })
+	c.local = filterEndpoints(candidates, func(t traits) bool { return t.ready() && !t.has(notOnThisNode) })
 	if len(c.local) == 0 {
-		c.local = filter(candidates, func(t traits) bool { return t.draining() && !t.has(notHere) })
-		c.draining = true
+		c.local = filterEndpoints(candidates, func(t traits) bool { return t.servingTerminating() && !t.has(notOnThisNode) })
+		c.localTerminating = true
 	}
 	if slices.Equal(c.cluster, c.local) {
 		c.local = c.cluster
@@ -248,10 +250,10 @@ func choose(candidates []candidate, local bool) choice {
 	return c
 }
 
-// servingBesides returns the addresses of the candidates that serve although the
+// servingExcluded returns the addresses of the candidates that serve although the
 // treatment names them nowhere: those that terminate, and those that a policy or
 // hints leave out. All lists are sorted.
-func servingBesides(candidates []candidate, t *dataplane.Treatment, serves func(traits) bool) []netip.AddrPort {
+func servingExcluded(candidates []candidate, t *dataplane.ServiceSpec, serves func(traits) bool) []netip.AddrPort {
 	var besides []netip.AddrPort
 	endpoints, local := t.Endpoints, t.LocalEndpoints
 	for _, c := range candidates {
@@ -279,25 +281,25 @@ func skipTo(list *[]dataplane.Endpoint, addr netip.AddrPort) bool {
 	return false
 }
 
-// shareLocal makes all candidates of an address local if one of them is: it is
+// propagateLocal makes all candidates of an address local if one of them is: it is
 // the pod that is. Those of one address stand together.
-func shareLocal(candidates []candidate) {
+func propagateLocal(candidates []candidate) {
 	for i, c := range candidates {
-		if c.has(notLocal) {
+		if c.has(onOtherNode) {
 			continue
 		}
 		same := c.addr.Addr()
-		for j := i - 1; j >= 0 && candidates[j].addr.Addr() == same && candidates[j].has(notLocal); j-- {
-			candidates[j].traits &^= notLocal
+		for j := i - 1; j >= 0 && candidates[j].addr.Addr() == same && candidates[j].has(onOtherNode); j-- {
+			candidates[j].traits &^= onOtherNode
 		}
-		for j := i + 1; j < len(candidates) && candidates[j].addr.Addr() == same && candidates[j].has(notLocal); j++ {
-			candidates[j].traits &^= notLocal
+		for j := i + 1; j < len(candidates) && candidates[j].addr.Addr() == same && candidates[j].has(onOtherNode); j++ {
+			candidates[j].traits &^= onOtherNode
 		}
 	}
 }
 
-// filter returns the endpoints of the candidates with these traits.
-func filter(candidates []candidate, wanted func(traits) bool) []dataplane.Endpoint {
+// filterEndpoints returns the endpoints of the candidates with these traits.
+func filterEndpoints(candidates []candidate, wanted func(traits) bool) []dataplane.Endpoint {
 	n := 0
 	for _, c := range candidates {
 		if wanted(c.traits) {
@@ -310,7 +312,7 @@ func filter(candidates []candidate, wanted func(traits) bool) []dataplane.Endpoi
 	endpoints := make([]dataplane.Endpoint, 0, n)
 	for _, c := range candidates {
 		if wanted(c.traits) {
-			endpoints = append(endpoints, dataplane.Endpoint{Addr: c.addr, Local: !c.has(notLocal)})
+			endpoints = append(endpoints, dataplane.Endpoint{Addr: c.addr, Local: !c.has(onOtherNode)})
 		}
 	}
 	return endpoints

@@ -7,8 +7,8 @@ import (
 	discoveryv1 "k8s.io/api/discovery/v1"
 )
 
-// TestEndpointChoice says which endpoints of those there are take connections.
-func TestEndpointChoice(t *testing.T) {
+// TestEndpointSelection says which endpoints of those there are take connections.
+func TestEndpointSelection(t *testing.T) {
 	t.Parallel()
 	const (
 		cluster  = "default/web:http IPv4"
@@ -27,7 +27,7 @@ func TestEndpointChoice(t *testing.T) {
 			external: "192.0.2.2:80/TCP ->" + cl + ", others -> " + local + ", masquerade node" + verdict,
 		}
 	}
-	checkRules(t, []rule{
+	testConversion(t, []conversionTest{
 		{
 			name: "the ready ones, and no draining one beside them", services: web,
 			slices: slice("10.0.0.1 @here", "10.0.0.2 @here"+draining, "10.0.0.3 @there", "10.0.0.4 @there"+draining),

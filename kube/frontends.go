@@ -18,15 +18,15 @@ func kinds() allKinds {
 
 // addresses are a Service's, of all its ports.
 type addresses struct {
-	// cluster has at most one a family. Without one of a family the Service is
+	// clusterIPs has at most one a family. Without one of a family the Service is
 	// not served in that family.
-	cluster []netip.Addr
-	// unserved are those of cluster to which no connection is translated, as
+	clusterIPs []netip.Addr
+	// unusableClusterIPs are those of cluster to which no connection is translated, as
 	// something else has them.
-	unserved []netip.Addr
-	// external and balancer are of families with a cluster IP. No address is
+	unusableClusterIPs []netip.Addr
+	// externalIPs and balancer are of families with a cluster IP. No address is
 	// in both.
-	external, balancer addrSet
+	externalIPs, loadBalancerIPs addrSet
 }
 
 // portFamily is a usable port of a Service in one family.
@@ -49,13 +49,13 @@ type portFamily struct {
 }
 
 func (c *conversion) addresses() addresses {
-	a := addresses{cluster: c.clusterIPs()}
-	if len(a.cluster) == 0 {
+	a := addresses{clusterIPs: c.clusterIPs()}
+	if len(a.clusterIPs) == 0 {
 		return a
 	}
-	a.unserved = c.unservedClusterIPs(a.cluster)
-	a.balancer = c.balancerIPs(a.cluster)
-	a.external = c.externalIPs(a)
+	a.unusableClusterIPs = c.unusableClusterIPs(a.clusterIPs)
+	a.loadBalancerIPs = c.loadBalancerIPs(a.clusterIPs)
+	a.externalIPs = c.externalIPs(a)
 	return a
 }
 
@@ -90,20 +90,20 @@ func (c *conversion) clusterIPs() []netip.Addr {
 	return addrs
 }
 
-// unservedClusterIPs returns those of the cluster IPs that belong to the node, or
+// unusableClusterIPs returns those of the cluster IPs that belong to the node, or
 // that no packet to a Service can have. If one of these were programmed, the node
 // would lose its own connections to it, on every port.
-func (c *conversion) unservedClusterIPs(cluster []netip.Addr) (unserved []netip.Addr) {
+func (c *conversion) unusableClusterIPs(cluster []netip.Addr) (unserved []netip.Addr) {
 	for _, addr := range cluster {
-		err := ordinary(addr)
-		if _, ok := c.here.own[addr]; err == nil && ok {
-			err = errOwn
+		err := validateAddr(addr)
+		if _, ok := c.location.ownAddrs[addr]; err == nil && ok {
+			err = errNodeAddr
 		}
 		if err == nil {
 			continue
 		}
 		unserved = append(unserved, addr)
-		c.problem(c.clusterIPField(addr), "%s %v, so it is not served: create the Service anew with another cluster IP, "+
+		c.addProblem(c.clusterIPField(addr), "%s %v, so it is not served: create the Service anew with another cluster IP, "+
 			"and see to it that no ServiceCIDR (--service-cluster-ip-range) overlaps the nodes' networks", addr, err)
 	}
 	return unserved
@@ -113,7 +113,7 @@ func (c *conversion) unservedClusterIPs(cluster []netip.Addr) (unserved []netip.
 func (c *conversion) clusterIPField(addr netip.Addr) string {
 	for i, text := range c.service.Spec.ClusterIPs {
 		if a, err := parseAddr(text); err == nil && a == addr {
-			return index("spec.clusterIPs", i, "")
+			return elementPath("spec.clusterIPs", i, "")
 		}
 	}
 	return "spec.clusterIP"
@@ -126,30 +126,30 @@ func (c *conversion) clusterIP(field string, i int, text string, earlier []netip
 		if field != "" {
 			return field
 		}
-		return index("spec.clusterIPs", i, "")
+		return elementPath("spec.clusterIPs", i, "")
 	}
 	families := c.service.Spec.IPFamilies
 	addr, err := parseAddr(text)
 	switch {
 	case err != nil:
-		c.problem(path(), "%q %v: give the Service another cluster IP", text, err)
+		c.addProblem(path(), "%q %v: give the Service another cluster IP", text, err)
 	case len(families) > 0 && i >= len(families):
-		c.problem(path(), "%s has no family in spec.ipFamilies: name one family for each cluster IP", addr)
+		c.addProblem(path(), "%s has no family in spec.ipFamilies: name one family for each cluster IP", addr)
 	case len(families) > 0 && string(families[i]) != dataplane.FamilyOf(addr).String():
-		c.problem(path(), "%s is not of the family %s that spec.ipFamilies[%d] names: make them match", addr, families[i], i)
+		c.addProblem(path(), "%s is not of the family %s that spec.ipFamilies[%d] names: make them match", addr, families[i], i)
 	case hasFamilyOf(earlier, addr):
-		c.problem(path(), "%s is a second address of one family: a Service has one cluster IP per family", addr)
+		c.addProblem(path(), "%s is a second address of one family: a Service has one cluster IP per family", addr)
 	default:
 		return addr, true
 	}
 	return netip.Addr{}, false
 }
 
-// balancerIPs returns the addresses of load balancers that deliver packets as
+// loadBalancerIPs returns the addresses of load balancers that deliver packets as
 // they came in, addressed to the load balancer. Those of load balancers that
 // connect by themselves (ipMode Proxy), or have only a name, are not for nodes
 // to answer.
-func (c *conversion) balancerIPs(cluster []netip.Addr) addrSet {
+func (c *conversion) loadBalancerIPs(cluster []netip.Addr) addrSet {
 	var addrs addrSet
 	for i := range c.service.Status.LoadBalancer.Ingress {
 		ingress := &c.service.Status.LoadBalancer.Ingress[i]
@@ -164,7 +164,7 @@ func (c *conversion) balancerIPs(cluster []netip.Addr) addrSet {
 			err = errMulticast
 		}
 		if err != nil {
-			c.problem(index("status.loadBalancer.ingress", i, ".ip"),
+			c.addProblem(elementPath("status.loadBalancer.ingress", i, ".ip"),
 				"%q %v: the controller of the load balancer must write an address that clients can connect to", ingress.IP, err)
 			continue
 		}
@@ -188,16 +188,16 @@ func (c *conversion) externalIPs(a addresses) addrSet {
 		}
 		addr, err := parseAddr(text)
 		if err == nil {
-			err = ordinary(addr)
+			err = validateAddr(addr)
 		}
 		switch {
 		case err != nil:
-			c.problem(index("spec.externalIPs", i, ""), "%q %v: name an address that clients can connect to", text, err)
-		case !hasFamilyOf(a.cluster, addr):
-			c.problem(index("spec.externalIPs", i, ""),
+			c.addProblem(elementPath("spec.externalIPs", i, ""), "%q %v: name an address that clients can connect to", text, err)
+		case !hasFamilyOf(a.clusterIPs, addr):
+			c.addProblem(elementPath("spec.externalIPs", i, ""),
 				"%s is not served, as the Service has no cluster IP of the family %s: add the family to spec.ipFamilies, or remove the address",
 				addr, dataplane.FamilyOf(addr))
-		case !a.balancer.has(addr):
+		case !a.loadBalancerIPs.has(addr):
 			addrs.add(addr)
 		}
 	}
@@ -207,9 +207,9 @@ func (c *conversion) externalIPs(a addresses) addrSet {
 // ports returns the usable ports, each in every family that has a cluster IP.
 func (c *conversion) ports(addrs addresses) []portFamily {
 	list := c.service.Spec.Ports
-	ports := make([]portFamily, 0, len(list)*len(addrs.cluster))
+	ports := make([]portFamily, 0, len(list)*len(addrs.clusterIPs))
 	var names map[string]struct{}
-	if len(list) > few {
+	if len(list) > linearSearchMax {
 		names = make(map[string]struct{}, len(list))
 	}
 	taken := func(i int) bool {
@@ -227,22 +227,22 @@ func (c *conversion) ports(addrs addresses) []portFamily {
 		}
 		protocol, ok := protocolOf(port.Protocol)
 		if !ok {
-			c.problem(index("spec.ports", i, ".protocol"), "%q is not a protocol: use TCP, UDP or SCTP", port.Protocol)
+			c.addProblem(elementPath("spec.ports", i, ".protocol"), "%q is not a protocol: use TCP, UDP or SCTP", port.Protocol)
 			continue
 		}
 		if port.Port < 1 || port.Port > 65535 {
-			c.problem(index("spec.ports", i, ".port"), "%d is not a port: use 1 to 65535", port.Port)
+			c.addProblem(elementPath("spec.ports", i, ".port"), "%d is not a port: use 1 to 65535", port.Port)
 			continue
 		}
 		if again {
-			c.problem(index("spec.ports", i, ".name"),
+			c.addProblem(elementPath("spec.ports", i, ".name"),
 				"%q is the name of an earlier port: give each port a name of its own", port.Name)
 			continue
 		}
 		if port.NodePort < 0 || port.NodePort > 65535 {
-			c.problem(index("spec.ports", i, ".nodePort"), "%d is not a port: use 1 to 65535, or leave it out", port.NodePort)
+			c.addProblem(elementPath("spec.ports", i, ".nodePort"), "%d is not a port: use 1 to 65535, or leave it out", port.NodePort)
 		}
-		for _, addr := range addrs.cluster {
+		for _, addr := range addrs.clusterIPs {
 			ports = append(ports, portFamily{
 				index: i, port: port, protocol: protocol, family: dataplane.FamilyOf(addr), cluster: addr,
 			})
@@ -251,14 +251,14 @@ func (c *conversion) ports(addrs addresses) []portFamily {
 	return ports
 }
 
-// wants makes the wants: one for each port, family and kind with a frontend.
-func (c *conversion) wants(ports []portFamily, addrs addresses, policy policy) []wanted {
-	perPort := 1 + len(addrs.external.list) + len(addrs.balancer.list)
+// desiredServices makes the wants: one for each port, family and kind with a frontend.
+func (c *conversion) desiredServices(ports []portFamily, addrs addresses, policy policy) []desiredService {
+	perPort := 1 + len(addrs.externalIPs.list) + len(addrs.loadBalancerIPs.list)
 	if hasNodePorts(c.service.Spec.Type) {
 		perPort++
 	}
 	frontends := make([]dataplane.Frontend, 0, min(len(ports)*perPort, maxElements))
-	wants := make([]wanted, 0, len(ports)*min(perPort, len(allKinds{})))
+	wants := make([]desiredService, 0, len(ports)*min(perPort, len(allKinds{})))
 	ranges := c.sourceRanges()
 	limit := c.limit(ports, addrs, policy, ranges)
 	for i := range ports {
@@ -274,16 +274,16 @@ func (c *conversion) wants(ports []portFamily, addrs addresses, policy policy) [
 				continue
 			}
 			mine := frontends[first:len(frontends):len(frontends)]
-			if cap(frontends) > few*len(allKinds{}) {
+			if cap(frontends) > linearSearchMax*len(allKinds{}) {
 				// Whoever keeps a few must not keep all.
 				mine = slices.Clone(mine)
 			}
 			slices.SortFunc(mine, dataplane.Frontend.Compare)
 			treatment := policy.treatment(kind, p.chosen)
 			if kind == dataplane.LoadBalancer {
-				treatment.SourceRanges = ranges.of(p.family)
+				treatment.SourceRanges = ranges.forFamily(p.family)
 			}
-			wants = append(wants, wanted{
+			wants = append(wants, desiredService{
 				key: dataplane.Key{
 					Namespace: c.name.Namespace, Name: c.name.Name, Port: p.port.Name, Family: p.family, Kind: kind,
 				},
@@ -299,15 +299,15 @@ func (c *conversion) wants(ports []portFamily, addrs addresses, policy policy) [
 
 // serving returns Service.Serving for a treatment: a list that one of the port's
 // other wants has already, if it is equal.
-func (p *portFamily) serving(t *dataplane.Treatment, others []wanted) []netip.AddrPort {
+func (p *portFamily) serving(t *dataplane.ServiceSpec, others []desiredService) []netip.AddrPort {
 	var list []netip.AddrPort
 	switch p.protocol {
 	case dataplane.TCP:
 		return nil
 	case dataplane.UDP:
-		list = servingBesides(p.candidates, t, traits.serving)
+		list = servingExcluded(p.candidates, t, traits.serving)
 	case dataplane.SCTP:
-		list = servingBesides(p.candidates, t, traits.keepsAssociations)
+		list = servingExcluded(p.candidates, t, traits.keepsAssociations)
 	}
 	for i := range others {
 		if slices.Equal(others[i].serving, list) {
@@ -336,17 +336,17 @@ func (c *conversion) appendFrontends(
 	}
 	switch kind {
 	case dataplane.ClusterIP:
-		if !slices.Contains(addrs.unserved, p.cluster) {
+		if !slices.Contains(addrs.unusableClusterIPs, p.cluster) {
 			add(p.cluster, p.port.Port)
 		}
 	case dataplane.NodePort:
 		if number := p.port.NodePort; number > 0 && number <= 65535 && hasNodePorts(c.service.Spec.Type) {
-			add(anyAddr(p.family), number)
+			add(unspecifiedAddr(p.family), number)
 		}
 	case dataplane.ExternalIP:
-		all(addrs.external.list)
+		all(addrs.externalIPs.list)
 	case dataplane.LoadBalancer:
-		all(addrs.balancer.list)
+		all(addrs.loadBalancerIPs.list)
 	}
 	return frontends
 }

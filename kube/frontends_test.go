@@ -16,7 +16,7 @@ func TestFrontends(t *testing.T) {
 		external, external6 = "default/web:http IPv4 ExternalIP", "default/web:http IPv6 ExternalIP"
 		balancer, balancer6 = "default/web:http IPv4 LoadBalancer", "default/web:http IPv6 LoadBalancer"
 	)
-	checkRules(t, []rule{
+	testConversion(t, []conversionTest{
 		{
 			name:     "a ClusterIP Service answers on its cluster IP only",
 			services: one(newService("web", "10.96.0.1")),

@@ -68,7 +68,7 @@ func FuzzSourceRanges(f *testing.F) {
 			// Open: everything that can be read must agree.
 			everything, mine, unreadable := false, 0, 0
 			for _, entry := range entries {
-				p, err := netip.ParsePrefix(withoutZeros(strings.TrimSpace(entry)))
+				p, err := netip.ParsePrefix(trimLeadingZeros(strings.TrimSpace(entry)))
 				switch {
 				case err != nil:
 					unreadable++
@@ -92,9 +92,9 @@ func FuzzSourceRanges(f *testing.F) {
 	})
 }
 
-// withoutZeros removes leading zeros from the octets and the prefix length of an
+// trimLeadingZeros removes leading zeros from the octets and the prefix length of an
 // IPv4 network.
-func withoutZeros(text string) string {
+func trimLeadingZeros(text string) string {
 	addr, bits, ok := strings.Cut(text, "/")
 	if !ok {
 		return text
@@ -139,9 +139,9 @@ func FuzzParseNodePortAddresses(f *testing.F) {
 			}
 			local = append(local, p.Addr())
 		}
-		found, _ := nodePortAddrs(opts, networks{localAddrs: local, known: true}, nil, nil)
+		found, _ := nodePortAddrs(opts, networks{localAddrs: local, localAddrsKnown: true}, nil, nil)
 		for _, a := range found {
-			if !within(got.CIDRs, a) && !a.IsLoopback() && !got.All {
+			if !anyContains(got.CIDRs, a) && !a.IsLoopback() && !got.All {
 				t.Errorf("%q: %s is served", text, a)
 			}
 		}
@@ -182,7 +182,7 @@ func FuzzObjects(f *testing.F) {
 			if s == nil {
 				t.Fatalf("%s is gone before it was there", key)
 			}
-			if _, err := dataplane.NewService(s.Key, slices.Clone(s.Frontends), s.Treatment); err != nil {
+			if _, err := dataplane.NewService(s.Key, slices.Clone(s.Frontends), s.ServiceSpec); err != nil {
 				t.Errorf("%s: the dataplane refuses it: %v", key, err)
 			}
 		}

@@ -24,9 +24,9 @@ func everyKind(i int) func(*corev1.Service) {
 	}
 }
 
-// TestMeaninglessChanges says that what changes nothing for this node is no
+// TestIrrelevantChanges says that what changes nothing for this node is no
 // change.
-func TestMeaninglessChanges(t *testing.T) {
+func TestIrrelevantChanges(t *testing.T) {
 	t.Parallel()
 	full := func(changes ...func(*corev1.Service)) *corev1.Service {
 		return newService("web", "10.96.0.1", append([]func(*corev1.Service){
@@ -72,7 +72,7 @@ func TestMeaninglessChanges(t *testing.T) {
 	} {
 		got := tracker.Apply(step.delta)
 		if len(got.Changes)+len(got.Problems)+len(got.HealthChecks) != 0 || got.Node != nil || got.NodeHealth != nil {
-			t.Errorf("%s: %s %+v", step.name, texts(got.Changes), got)
+			t.Errorf("%s: %s %+v", step.name, serviceTexts(got.Changes), got)
 		}
 	}
 }
@@ -104,7 +104,7 @@ func TestListsAreShared(t *testing.T) {
 		copies := map[*dataplane.Endpoint]bool{}
 		for _, svc := range got {
 			if len(svc.Endpoints) != 2 {
-				t.Fatalf("%s: %s", step.name, text(svc))
+				t.Fatalf("%s: %s", step.name, serviceText(svc))
 			}
 			copies[&svc.Endpoints[0]] = true
 		}
@@ -140,7 +140,7 @@ func TestLocalListsAreShared(t *testing.T) {
 		copies := map[*dataplane.Endpoint]bool{}
 		for _, svc := range got {
 			copies[&svc.Endpoints[0]] = true
-			if svc.ExternalLocal {
+			if svc.ExternalTrafficPolicyLocal {
 				copies[&svc.LocalEndpoints[0]] = true
 			}
 		}
@@ -150,12 +150,12 @@ func TestLocalListsAreShared(t *testing.T) {
 	}
 }
 
-// TestApplyTouchesOnlyItsService shows that a changed slice leaves everything
+// TestApplyResolvesOnlyItsService shows that a changed slice leaves everything
 // else alone: all other Services are replaced by ones that must not be read.
-func TestApplyTouchesOnlyItsService(t *testing.T) {
+func TestApplyResolvesOnlyItsService(t *testing.T) {
 	t.Parallel()
 	tracker := NewTracker(Options{NodeName: "here"})
-	tracker.Apply(many(100, everyKind))
+	tracker.Apply(manyServices(100, everyKind))
 	untouched := tracker.services[named("service-7")]
 	for name, s := range tracker.services {
 		if s != untouched {
@@ -165,7 +165,7 @@ func TestApplyTouchesOnlyItsService(t *testing.T) {
 	}
 	result := tracker.Apply(Delta{EndpointSlices: []*discoveryv1.EndpointSlice{newSlice("service-7-x7k2p", "service-7", eps("10.0.0.1"))}})
 	if len(result.Changes) != 4 {
-		t.Errorf("changes %v, want those of service-7", texts(result.Changes))
+		t.Errorf("changes %v, want those of service-7", serviceTexts(result.Changes))
 	}
 	for key := range result.Changes {
 		if key.Name != "service-7" {
@@ -174,12 +174,12 @@ func TestApplyTouchesOnlyItsService(t *testing.T) {
 	}
 }
 
-// TestZoneTouchesOnlyHinted shows that another zone leaves Services without
+// TestZoneChangeResolvesOnlyHintedServices shows that another zone leaves Services without
 // hints alone, and a heartbeat all of them.
-func TestZoneTouchesOnlyHinted(t *testing.T) {
+func TestZoneChangeResolvesOnlyHintedServices(t *testing.T) {
 	t.Parallel()
 	tracker := NewTracker(Options{NodeName: "here"})
-	d := many(100, nil)
+	d := manyServices(100, nil)
 	for i := range 10 {
 		d.EndpointSlices[i] = hintedEndpoints(d.EndpointSlices[i].Labels[discoveryv1.LabelServiceName])
 	}
@@ -190,7 +190,7 @@ func TestZoneTouchesOnlyHinted(t *testing.T) {
 		got := tracker.Apply(Delta{Node: newNode("198.51.100.1", inZone(zone))})
 		touched := 0
 		for _, s := range tracker.services {
-			if s.touched == before+1 {
+			if s.dirtyRound == before+1 {
 				touched++
 			}
 		}

@@ -18,24 +18,24 @@ type limit struct {
 	policy policy
 	ranges sourceRanges
 	// external and balancer are the numbers of addresses, by family.
-	external, balancer [dataplane.IPv6 + 1]int
-	// rejected has the wants without a place, by index of the port and kind; nil where
+	external, loadBalancer [dataplane.IPv6 + 1]int
+	// excluded has the wants without a place, by index of the port and kind; nil where
 	// all have one.
-	rejected map[rejected]bool
+	excluded map[portKind]bool
 }
 
-type rejected struct {
+type portKind struct {
 	port int
 	kind dataplane.Kind
 }
 
 func (c *conversion) limit(ports []portFamily, addrs addresses, policy policy, ranges sourceRanges) *limit {
 	l := &limit{policy: policy, ranges: ranges}
-	for _, addr := range addrs.external.list {
+	for _, addr := range addrs.externalIPs.list {
 		l.external[dataplane.FamilyOf(addr)]++
 	}
-	for _, addr := range addrs.balancer.list {
-		l.balancer[dataplane.FamilyOf(addr)]++
+	for _, addr := range addrs.loadBalancerIPs.list {
+		l.loadBalancer[dataplane.FamilyOf(addr)]++
 	}
 	total, beyond := 0, 0
 	for i := range ports {
@@ -43,13 +43,13 @@ func (c *conversion) limit(ports []portFamily, addrs addresses, policy policy, r
 			beyond++
 		}
 		for _, kind := range kinds() {
-			total += l.elements(c, &ports[i], kind)
+			total += l.countElements(c, &ports[i], kind)
 		}
 	}
 	if total <= maxElements && beyond == 0 {
 		return l
 	}
-	l.rejected = map[rejected]bool{}
+	l.excluded = map[portKind]bool{}
 	left, frontends := maxElements, 0
 	for _, first := range []bool{true, false} {
 		for i := range ports {
@@ -57,26 +57,26 @@ func (c *conversion) limit(ports []portFamily, addrs addresses, policy policy, r
 				if (kind == dataplane.ClusterIP || kind == dataplane.NodePort) != first {
 					continue
 				}
-				if n := l.elements(c, &ports[i], kind); n <= left && !ports[i].beyondLimit {
+				if n := l.countElements(c, &ports[i], kind); n <= left && !ports[i].beyondLimit {
 					left -= n
 					continue
 				}
-				l.rejected[rejected{i, kind}] = true
-				frontends += l.frontends(c, &ports[i], kind)
+				l.excluded[portKind{i, kind}] = true
+				frontends += l.countFrontends(c, &ports[i], kind)
 			}
 		}
 	}
-	c.problem("spec.ports", "%d ports, %d external addresses and their endpoints need more than the %d rules that one Service may have, "+
+	c.addProblem("spec.ports", "%d ports, %d external addresses and their endpoints need more than the %d rules that one Service may have, "+
 		"so %d of its address and port pairs are not served: split it into several Services",
-		len(c.service.Spec.Ports), len(addrs.external.list)+len(addrs.balancer.list), maxElements, frontends)
+		len(c.service.Spec.Ports), len(addrs.externalIPs.list)+len(addrs.loadBalancerIPs.list), maxElements, frontends)
 	return l
 }
 
 // allows reports whether the i-th port's frontends of a kind are programmed.
-func (l *limit) allows(i int, kind dataplane.Kind) bool { return !l.rejected[rejected{i, kind}] }
+func (l *limit) allows(i int, kind dataplane.Kind) bool { return !l.excluded[portKind{i, kind}] }
 
-// frontends returns the number of frontends of a kind that a port asks for.
-func (l *limit) frontends(c *conversion, p *portFamily, kind dataplane.Kind) int {
+// countFrontends returns the number of frontends of a kind that a port asks for.
+func (l *limit) countFrontends(c *conversion, p *portFamily, kind dataplane.Kind) int {
 	switch {
 	case kind == dataplane.ClusterIP:
 		return 1
@@ -85,16 +85,16 @@ func (l *limit) frontends(c *conversion, p *portFamily, kind dataplane.Kind) int
 	case kind == dataplane.ExternalIP:
 		return l.external[p.family]
 	case kind == dataplane.LoadBalancer:
-		return l.balancer[p.family]
+		return l.loadBalancer[p.family]
 	default:
 		return 0
 	}
 }
 
-// elements returns what the frontends of one kind of a port count. With session
+// countElements returns what the frontends of one kind of a port count. With session
 // affinity each frontend has its own elements for every endpoint.
-func (l *limit) elements(c *conversion, p *portFamily, kind dataplane.Kind) int {
-	frontends := l.frontends(c, p, kind)
+func (l *limit) countElements(c *conversion, p *portFamily, kind dataplane.Kind) int {
+	frontends := l.countFrontends(c, p, kind)
 	if frontends == 0 {
 		return 0
 	}
@@ -104,7 +104,7 @@ func (l *limit) elements(c *conversion, p *portFamily, kind dataplane.Kind) int 
 		endpoints *= 2 * frontends
 	}
 	if kind == dataplane.LoadBalancer {
-		endpoints += len(l.ranges.of(p.family))
+		endpoints += len(l.ranges.forFamily(p.family))
 	}
 	return frontends + endpoints
 }

@@ -12,9 +12,9 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// huge returns a Service with ports times addresses external frontends, and a slice of
+// hugeService returns a Service with ports times addresses external frontends, and a slice of
 // endpoints that has all the ports.
-func huge(portCount, addresses, endpoints int, changes ...func(*corev1.Service)) Delta {
+func hugeService(portCount, addresses, endpoints int, changes ...func(*corev1.Service)) Delta {
 	var list []corev1.ServicePort
 	var known []discoveryv1.EndpointPort
 	for i := range portCount {
@@ -35,8 +35,8 @@ func huge(portCount, addresses, endpoints int, changes ...func(*corev1.Service))
 	return Delta{Services: []*corev1.Service{svc}, EndpointSlices: []*discoveryv1.EndpointSlice{slice}}
 }
 
-// elementsOf counts frontends and endpoints of the Services, by kind.
-func elementsOf(changes map[dataplane.Key]*dataplane.Service) (total int, frontends [dataplane.LoadBalancer + 1]int) {
+// countElements counts frontends and endpoints of the Services, by kind.
+func countElements(changes map[dataplane.Key]*dataplane.Service) (total int, frontends [dataplane.LoadBalancer + 1]int) {
 	for key, s := range changes {
 		if s != nil {
 			frontends[key.Kind] += len(s.Frontends)
@@ -57,18 +57,18 @@ func TestLimit(t *testing.T) {
 		cluster  int // frontends
 		external int
 	}{
-		{"200 external IPs with 100 ports and 100 endpoints", huge(100, 200, 100), 100, 20_000},
-		{"500 ports", huge(500, 200, 100), 500, 100_000},
-		{"2,000 ports", huge(2000, 200, 100), 2000, 200 * ((maxElements - 2000*101) / 300)},
-		{"2,000 ports and external IPs", huge(2000, 2000, 10), 2000, 2000 * ((maxElements - 2000*11) / 2010)},
-		{"more endpoints than there may be", huge(3000, 1, 1000), maxElements / 1001, 0},
-		{"affinity", huge(100, 200, 100, withAffinity), 100, 200 * ((maxElements - 100*201) / (200 + 2*200*100))},
+		{"200 external IPs with 100 ports and 100 endpoints", hugeService(100, 200, 100), 100, 20_000},
+		{"500 ports", hugeService(500, 200, 100), 500, 100_000},
+		{"2,000 ports", hugeService(2000, 200, 100), 2000, 200 * ((maxElements - 2000*101) / 300)},
+		{"2,000 ports and external IPs", hugeService(2000, 2000, 10), 2000, 2000 * ((maxElements - 2000*11) / 2010)},
+		{"more endpoints than there may be", hugeService(3000, 1, 1000), maxElements / 1001, 0},
+		{"affinity", hugeService(100, 200, 100, withAffinity), 100, 200 * ((maxElements - 100*201) / (200 + 2*200*100))},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			tracker := NewTracker(Options{})
 			got := tracker.Apply(tt.delta)
-			total, frontends := elementsOf(got.Changes)
+			total, frontends := countElements(got.Changes)
 			if frontends[dataplane.ClusterIP] != tt.cluster || frontends[dataplane.ExternalIP] != tt.external {
 				t.Errorf("%d cluster IPs and %d external frontends, want %d and %d",
 					frontends[dataplane.ClusterIP], frontends[dataplane.ExternalIP], tt.cluster, tt.external)
@@ -82,9 +82,9 @@ func TestLimit(t *testing.T) {
 			if reported := strings.Contains(text, "split it into several Services"); reported == complete || complete && text != "" {
 				t.Errorf("problems: %s", text)
 			}
-			small := huge(3, 3, 3)
+			small := hugeService(3, 3, 3)
 			got = tracker.Apply(small)
-			_, frontends = elementsOf(got.Changes)
+			_, frontends = countElements(got.Changes)
 			if frontends[dataplane.ClusterIP] != 3 || frontends[dataplane.ExternalIP] != 9 || len(got.Problems) > 0 {
 				t.Errorf("when it is small again: %v frontends, problems %v", frontends, problemTexts(got.Problems))
 			}
@@ -92,10 +92,10 @@ func TestLimit(t *testing.T) {
 	}
 }
 
-// TestLimitBoundsMemory has a Service ask for a hundred million frontends. It is not
+// TestLimitBoundsAllocation has a Service ask for a hundred million frontends. It is not
 // parallel, as it counts what the whole process allocates.
-func TestLimitBoundsMemory(t *testing.T) { //nolint:paralleltest // see above
-	d := huge(10_000, 10_000, 100)
+func TestLimitBoundsAllocation(t *testing.T) { //nolint:paralleltest // see above
+	d := hugeService(10_000, 10_000, 100)
 	var before, after runtime.MemStats
 	runtime.ReadMemStats(&before)
 	NewTracker(Options{}).Apply(d)

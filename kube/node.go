@@ -48,28 +48,28 @@ type DetectLocal struct {
 type NodeHealth struct {
 	// Exists says that there is a Node object.
 	Exists bool
-	// Leaving says that the node is being deleted, or that the cluster
+	// ToBeDeleted says that the node is being deleted, or that the cluster
 	// autoscaler is about to.
-	Leaving bool
+	ToBeDeleted bool
 }
 
 // Eligible reports whether the node can take connections for long.
-func (h NodeHealth) Eligible() bool { return h.Exists && !h.Leaving }
+func (h NodeHealth) Eligible() bool { return h.Exists && !h.ToBeDeleted }
 
-// nodeFacts are what counts of a Node object.
-type nodeFacts struct {
+// nodeInfo are what counts of a Node object.
+type nodeInfo struct {
 	health    NodeHealth
 	zone      string
 	podCIDRs  []string
 	addresses []corev1.NodeAddress
 }
 
-// factsOf returns what counts of a Node object. The lists are the object's.
-func factsOf(node *corev1.Node) nodeFacts {
-	facts := nodeFacts{
+// newNodeInfo returns what counts of a Node object. The lists are the object's.
+func newNodeInfo(node *corev1.Node) nodeInfo {
+	facts := nodeInfo{
 		health: NodeHealth{
 			Exists: true,
-			Leaving: node.DeletionTimestamp != nil ||
+			ToBeDeleted: node.DeletionTimestamp != nil ||
 				slices.ContainsFunc(node.Spec.Taints, func(t corev1.Taint) bool { return t.Key == taintToBeDeleted }),
 		},
 		zone:      node.Labels[corev1.LabelTopologyZone],
@@ -82,20 +82,20 @@ func factsOf(node *corev1.Node) nodeFacts {
 	return facts
 }
 
-// sameNetwork reports whether f and o mean the same for dataplane.Node.
-func (f nodeFacts) sameNetwork(o nodeFacts) bool {
+// equalNetwork reports whether f and o mean the same for dataplane.Node.
+func (f nodeInfo) equalNetwork(o nodeInfo) bool {
 	return slices.Equal(f.podCIDRs, o.podCIDRs) && slices.Equal(f.addresses, o.addresses)
 }
 
 // networks are all that dataplane.Node is made of, besides the Options.
 type networks struct {
-	node nodeFacts
+	node nodeInfo
 	// serviceCIDRs has the networks of each ServiceCIDR object.
 	serviceCIDRs map[string][]netip.Prefix
 	// localAddrs are the addresses of this node's interfaces; known says
 	// whether they were ever delivered.
-	localAddrs []netip.Addr
-	known      bool
+	localAddrs      []netip.Addr
+	localAddrsKnown bool
 	// virtualAddrs and localRoutes are Delta's.
 	virtualAddrs []netip.Addr
 	localRoutes  []netip.Prefix
@@ -109,7 +109,7 @@ type networks struct {
 func (n *networks) ownAddrs(override netip.Addr) map[netip.Addr]struct{} {
 	own := map[netip.Addr]struct{}{}
 	if override.IsValid() {
-		own[plain(override)] = struct{}{}
+		own[canonicalAddr(override)] = struct{}{}
 	}
 	for _, a := range n.node.addresses {
 		if addr, err := parseAddr(a.Address); err == nil && (a.Type == corev1.NodeInternalIP || a.Type == corev1.NodeExternalIP) {
@@ -118,7 +118,7 @@ func (n *networks) ownAddrs(override netip.Addr) map[netip.Addr]struct{} {
 	}
 	for _, a := range n.localAddrs {
 		if _, ok := slices.BinarySearchFunc(n.virtualAddrs, a, netip.Addr.Compare); !ok {
-			own[plain(a)] = struct{}{}
+			own[canonicalAddr(a)] = struct{}{}
 		}
 	}
 	return own
@@ -137,13 +137,13 @@ func symmetricDifference(a, b map[netip.Addr]struct{}) iter.Seq[netip.Addr] {
 	}
 }
 
-// ofInterfaces returns, sorted, those of the node's primary addresses that an
+// onInterfaces returns, sorted, those of the node's primary addresses that an
 // interface has, or all if it is not known what interfaces have: an address that
 // none has is a NAT's in front of the node, and no packet here carries it.
-func (n *networks) ofInterfaces(primary []netip.Addr) []netip.Addr {
+func (n *networks) onInterfaces(primary []netip.Addr) []netip.Addr {
 	var addrs []netip.Addr
 	for _, a := range primary {
-		if !a.IsLoopback() && (!n.known || slices.ContainsFunc(n.localAddrs, func(l netip.Addr) bool { return plain(l) == a }) || within(n.localRoutes, a)) {
+		if !a.IsLoopback() && (!n.localAddrsKnown || slices.ContainsFunc(n.localAddrs, func(l netip.Addr) bool { return canonicalAddr(l) == a }) || anyContains(n.localRoutes, a)) {
 			addrs = append(addrs, a)
 		}
 	}
@@ -151,11 +151,11 @@ func (n *networks) ofInterfaces(primary []netip.Addr) []netip.Addr {
 	return addrs
 }
 
-// plain returns the address as package dataplane writes it.
-func plain(a netip.Addr) netip.Addr { return a.Unmap().WithZone("") }
+// canonicalAddr returns the address as package dataplane writes it.
+func canonicalAddr(a netip.Addr) netip.Addr { return a.Unmap().WithZone("") }
 
-// dataplaneNode returns what the dataplane must know of the node.
-func dataplaneNode(opts Options, in networks) dataplane.Node {
+// newDataplaneNode returns what the dataplane must know of the node.
+func newDataplaneNode(opts Options, in networks) dataplane.Node {
 	n := dataplane.Node{
 		LocalPodCIDRs:  outermost(parseNetworks(in.node.podCIDRs)),
 		MasqueradeAll:  opts.MasqueradeAll,
@@ -176,8 +176,8 @@ func dataplaneNode(opts Options, in networks) dataplane.Node {
 		serviceCIDRs = append(serviceCIDRs, cidrs...)
 	}
 	n.ServiceCIDRs = outermost(serviceCIDRs)
-	n.Addrs = in.ofInterfaces(primaryAddrs(in.node.addresses, opts.BindAddress))
-	n.NodePortAddrs, n.NodePortNetworks = nodePortAddrs(opts, in, n.Addrs, n.ServiceCIDRs)
+	n.PrimaryAddrs = in.onInterfaces(primaryAddrs(in.node.addresses, opts.BindAddress))
+	n.NodePortAddrs, n.NodePortNetworks = nodePortAddrs(opts, in, n.PrimaryAddrs, n.ServiceCIDRs)
 	n.LocalhostNodePorts = len(loopbackAddrs(opts.NodePortAddresses, in)) > 0
 	n.ProtectLoopback = opts.ProtectLoopback || n.LocalhostNodePorts
 	return n
@@ -206,7 +206,7 @@ func primaryAddrs(addresses []corev1.NodeAddress, override netip.Addr) []netip.A
 		}
 	}
 	if override.IsValid() && !override.IsUnspecified() {
-		add(plain(override))
+		add(canonicalAddr(override))
 	}
 	for _, t := range [...]corev1.NodeAddressType{corev1.NodeInternalIP, corev1.NodeExternalIP} {
 		for _, a := range addresses {

@@ -33,7 +33,7 @@ func nodeText(n *dataplane.Node) string {
 	add("prefix", n.PodInterfacePrefix == "", n.PodInterfacePrefix)
 	add("local-pods", len(n.LocalPodCIDRs) == 0, n.LocalPodCIDRs)
 	add("masquerade-all", !n.MasqueradeAll, n.MasqueradeAll)
-	add("node", len(n.Addrs) == 0, n.Addrs)
+	add("node", len(n.PrimaryAddrs) == 0, n.PrimaryAddrs)
 	add("node-ports", len(n.NodePortAddrs) == 0, n.NodePortAddrs)
 	add("localhost", !n.LocalhostNodePorts, n.LocalhostNodePorts)
 	add("ping", !n.PingServiceIPs, n.PingServiceIPs)
@@ -199,7 +199,7 @@ func TestLoopback(t *testing.T) {
 	} {
 		opts := Options{NodePortAddresses: parsedNodePortAddresses(t, tt.flag)}
 		got := NewTracker(opts).Apply(Delta{LocalAddrs: addrs(tt.local)})
-		if diff := cmp.Diff("["+tt.want+"]", fmt.Sprint(got.Loopback)); diff != "" {
+		if diff := cmp.Diff("["+tt.want+"]", fmt.Sprint(got.LoopbackNodePortAddrs)); diff != "" {
 			t.Errorf("%q, interfaces with %s: %s", tt.flag, tt.local, diff)
 		}
 		if got.Node.LocalhostNodePorts != (tt.want != "") {
@@ -233,7 +233,7 @@ func TestNodeAddrs(t *testing.T) {
 				opts.BindAddress = netip.MustParseAddr(tt.bind)
 			}
 			got := NewTracker(opts).Apply(Delta{Node: tt.node, LocalAddrs: tt.local})
-			if diff := cmp.Diff("["+tt.want+"]", fmt.Sprint(got.Node.Addrs)); diff != "" {
+			if diff := cmp.Diff("["+tt.want+"]", fmt.Sprint(got.Node.PrimaryAddrs)); diff != "" {
 				t.Error(diff)
 			}
 		})
@@ -253,9 +253,9 @@ func parsedNodePortAddresses(t *testing.T, flag string) NodePortAddresses {
 	return parsed
 }
 
-// TestNodePortCIDRsAreNotWrittenTo says that networks that are given, which may be
+// TestNodePortCIDRsNotModified says that networks that are given, which may be
 // part of a longer list of the caller's, stay as they are.
-func TestNodePortCIDRsAreNotWrittenTo(t *testing.T) {
+func TestNodePortCIDRsNotModified(t *testing.T) {
 	t.Parallel()
 	list := cidrs("203.0.113.0/24 192.0.2.0/24 10.0.0.0/8")
 	opts := Options{NodePortAddresses: NodePortAddresses{All: true, CIDRs: list[:1]}}
@@ -299,9 +299,9 @@ func TestParseNodePortAddresses(t *testing.T) {
 	}
 }
 
-// TestNodeFollowed says that what changes about the node takes effect with the
+// TestNodeUpdates says that what changes about the node takes effect with the
 // Delta that says so, and that what means the same is no change.
-func TestNodeFollowed(t *testing.T) {
+func TestNodeUpdates(t *testing.T) {
 	t.Parallel()
 	opts := Options{NodeName: "here", DetectLocal: DetectLocal{Mode: DetectByNodeCIDR}}
 	tracker := NewTracker(opts)
@@ -362,13 +362,13 @@ func TestNodeFollowed(t *testing.T) {
 	}
 }
 
-// TestConfigureKeepsTheName says that a node can't become another one.
-func TestConfigureKeepsTheName(t *testing.T) {
+// TestConfigureKeepsNodeName says that a node can't become another one.
+func TestConfigureKeepsNodeName(t *testing.T) {
 	t.Parallel()
 	tracker := NewTracker(Options{NodeName: "here"})
 	tracker.Configure(Options{NodeName: "there"})
 	got := tracker.Apply(Delta{Services: one(newService("web", "10.96.0.1")), EndpointSlices: slice("10.0.0.1 @here", "10.0.0.2 @there")})
-	if want, got := "10.96.0.1:80/TCP -> 10.0.0.1:8080(local) 10.0.0.2:8080", texts(got.Changes)["default/web:http IPv4"]; got != want {
+	if want, got := "10.96.0.1:80/TCP -> 10.0.0.1:8080(local) 10.0.0.2:8080", serviceTexts(got.Changes)["default/web:http IPv4"]; got != want {
 		t.Errorf("got %s, want %s", got, want)
 	}
 }

@@ -268,14 +268,14 @@ func named(name string) types.NamespacedName {
 	return types.NamespacedName{Namespace: "default", Name: name}
 }
 
-// text writes a Service as
+// serviceText writes a Service as
 //
 //	10.96.0.1:80/TCP -> 10.0.0.1:8080 10.0.0.2:8080(local)
 //
 // with the rest of the treatment behind it, where it is not as in the zero one:
 //
 //	0.0.0.0:30080/TCP -> 10.0.0.1:8080, others -> none, masquerade node, drop
-func text(svc *dataplane.Service) string {
+func serviceText(svc *dataplane.Service) string {
 	if svc == nil {
 		return "gone"
 	}
@@ -286,18 +286,18 @@ func text(svc *dataplane.Service) string {
 	words = append(words, "->")
 	words = append(words, endpointTexts(svc.Endpoints)...)
 	parts := []string{strings.Join(words, " ")}
-	if svc.ExternalLocal {
+	if svc.ExternalTrafficPolicyLocal {
 		others := endpointTexts(svc.LocalEndpoints)
 		if len(others) == 0 {
 			others = []string{"none"}
 		}
 		parts = append(parts, "others -> "+strings.Join(others, " "))
 	}
-	if svc.Masquerade != dataplane.MasqueradeForeign {
+	if svc.Masquerade != dataplane.MasqueradeOffCluster {
 		parts = append(parts, "masquerade "+svc.Masquerade.String())
 	}
-	if svc.NoEndpoints != dataplane.Reject {
-		parts = append(parts, svc.NoEndpoints.String())
+	if svc.NoEndpointsVerdict != dataplane.Reject {
+		parts = append(parts, svc.NoEndpointsVerdict.String())
 	}
 	if len(svc.Serving) > 0 {
 		parts = append(parts, fmt.Sprint("still serving ", svc.Serving))
@@ -334,13 +334,13 @@ func problemTexts(problems []Problem) []string {
 	return texts
 }
 
-func texts(changes map[dataplane.Key]*dataplane.Service) map[string]string {
+func serviceTexts(changes map[dataplane.Key]*dataplane.Service) map[string]string {
 	out := map[string]string{}
 	for key, svc := range changes {
 		if svc != nil && svc.Key != key {
 			panic(fmt.Sprintf("key %s has a Service with key %s", key, svc.Key))
 		}
-		out[key.String()] = text(svc)
+		out[key.String()] = serviceText(svc)
 	}
 	return out
 }

@@ -20,14 +20,14 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// choices is where a history gets its decisions from: a random generator, or
+// intNSource is where a history gets its decisions from: a random generator, or
 // the bytes of a fuzzer.
-type choices interface{ IntN(n int) int }
+type intNSource interface{ IntN(n int) int }
 
-// bytesChoices takes each decision from one byte, and is all 0 after them.
-type bytesChoices struct{ data []byte }
+// bytesIntN takes each decision from one byte, and is all 0 after them.
+type bytesIntN struct{ data []byte }
 
-func (b *bytesChoices) IntN(n int) int {
+func (b *bytesIntN) IntN(n int) int {
 	if len(b.data) == 0 {
 		return 0
 	}
@@ -36,10 +36,10 @@ func (b *bytesChoices) IntN(n int) int {
 	return int(c) % n
 }
 
-func pick[T any](c choices, from ...T) T { return from[c.IntN(len(from))] }
+func pick[T any](c intNSource, from ...T) T { return from[c.IntN(len(from))] }
 
-// world is what a source would hold.
-type world struct {
+// clusterModel is what a source would hold.
+type clusterModel struct {
 	opts         Options
 	services     map[types.NamespacedName]*corev1.Service
 	slices       map[types.NamespacedName]*discoveryv1.EndpointSlice
@@ -51,7 +51,7 @@ type world struct {
 }
 
 // Few names, addresses and ports, so that histories collide all the time.
-func randomService(c choices) *corev1.Service {
+func randomService(c intNSource) *corev1.Service {
 	ips := pick(c, "10.96.0.1", "10.96.0.2", "10.96.0.1 fd00::1", "fd00::1 10.96.0.2", "None", "", "10.96.0.010 fd00::2", "x fd00::1")
 	svc := newService(pick(c, "a", "b", "c", "d"), ips, age(time.Duration(c.IntN(3))*time.Hour))
 	svc.Spec.Ports = nil
@@ -94,7 +94,7 @@ func randomService(c choices) *corev1.Service {
 	return svc
 }
 
-func randomSlice(c choices) *discoveryv1.EndpointSlice {
+func randomSlice(c intNSource) *discoveryv1.EndpointSlice {
 	slice := newSlice(pick(c, "s1", "s2", "s3", "s4", "s5", "s6", "s7"), pick(c, "a", "b", "c", "d", "a", "b", "c", "d", "nobody", ""), nil)
 	ips := []string{"10.0.0.1", "10.0.0.2", "10.0.0.03", "10.0.0.4", "127.0.0.1"}
 	if c.IntN(4) == 0 {
@@ -137,7 +137,7 @@ func randomSlice(c choices) *discoveryv1.EndpointSlice {
 	return slice
 }
 
-func randomNode(c choices) *corev1.Node {
+func randomNode(c intNSource) *corev1.Node {
 	node := newNode(pick(c, "", "198.51.100.1", "198.51.100.2 2001:db8:1::1", "127.0.0.1"))
 	node.Labels = map[string]string{corev1.LabelTopologyZone: pick(c, "", "a", "b")}
 	node.Spec.PodCIDRs = pick(c, nil, []string{"10.1.0.0/24"}, []string{"10.2.0.0/24", "fd02::/64"})
@@ -150,8 +150,8 @@ func randomNode(c choices) *corev1.Node {
 	return node
 }
 
-// step makes a random Delta and carries it out on the world.
-func (w *world) step(c choices) Delta {
+// randomDelta makes a random Delta and carries it out on the world.
+func (w *clusterModel) randomDelta(c intNSource) Delta {
 	var d Delta
 	for range 1 + c.IntN(3) {
 		switch c.IntN(8) {
@@ -177,12 +177,12 @@ func (w *world) step(c choices) Delta {
 			d.LocalAddrs = addrs(pick(c, "127.0.0.1 198.51.100.1", "198.51.100.2 203.0.113.1 2001:db8:1::1 fe80::1 ::1", ""))
 		}
 	}
-	w.take(d)
+	w.apply(d)
 	return d
 }
 
-// take carries a Delta out.
-func (w *world) take(d Delta) {
+// apply carries a Delta out.
+func (w *clusterModel) apply(d Delta) {
 	for _, name := range d.DeletedServices {
 		delete(w.services, name)
 	}
@@ -212,9 +212,9 @@ func (w *world) take(d Delta) {
 	}
 }
 
-// deltas returns the world as one that starts now would hear of it. Two are
+// initialDeltas returns the world as one that starts now would hear of it. Two are
 // needed where the node is deleted, as what was known of it counts.
-func (w *world) deltas() []Delta {
+func (w *clusterModel) initialDeltas() []Delta {
 	d := Delta{
 		Services:       slices.Collect(maps.Values(w.services)),
 		EndpointSlices: slices.Collect(maps.Values(w.slices)),
@@ -230,23 +230,23 @@ func (w *world) deltas() []Delta {
 	return []Delta{d}
 }
 
-// naiveWant is a frontend that somebody wants.
-type naiveWant struct {
+// modelFrontend is a frontend that somebody wants.
+type modelFrontend struct {
 	svc      *corev1.Service
 	port     int
 	kind     dataplane.Kind
 	frontend dataplane.Frontend
 }
 
-func (n naiveWant) key() dataplane.Key {
+func (n modelFrontend) key() dataplane.Key {
 	return dataplane.Key{
 		Namespace: n.svc.Namespace, Name: n.svc.Name, Port: n.svc.Spec.Ports[n.port].Name,
 		Family: dataplane.FamilyOf(n.frontend.Addr.Addr()), Kind: n.kind,
 	}
 }
 
-// naiveWants lists the frontends that a Service asks for.
-func naiveWants(svc *corev1.Service) (wants []naiveWant) {
+// modelFrontends lists the frontends that a Service asks for.
+func modelFrontends(svc *corev1.Service) (wants []modelFrontend) {
 	if svc.Spec.Type == corev1.ServiceTypeExternalName || svc.Spec.ClusterIP == "None" || svc.Labels[LabelServiceProxyName] != "" {
 		return nil
 	}
@@ -281,7 +281,7 @@ func naiveWants(svc *corev1.Service) (wants []naiveWant) {
 			seen[p.Name] = true
 			want := func(kind dataplane.Kind, number int32, list ...netip.Addr) {
 				for _, a := range list {
-					wants = append(wants, naiveWant{svc, i, kind, dataplane.Frontend{Protocol: protocol, Addr: addrPort(a, number)}})
+					wants = append(wants, modelFrontend{svc, i, kind, dataplane.Frontend{Protocol: protocol, Addr: addrPort(a, number)}})
 				}
 			}
 			want(dataplane.ClusterIP, p.Port, cluster[0])
@@ -297,14 +297,14 @@ func naiveWants(svc *corev1.Service) (wants []naiveWant) {
 	return wants
 }
 
-// compute says from scratch, the naive way, what the node must have.
-func (w *world) compute() map[dataplane.Key]*dataplane.Service {
-	var wants []naiveWant
+// expectedServices says from scratch, the naive way, what the node must have.
+func (w *clusterModel) expectedServices() map[dataplane.Key]*dataplane.Service {
+	var wants []modelFrontend
 	for _, svc := range w.services {
-		wants = append(wants, naiveWants(svc)...)
+		wants = append(wants, modelFrontends(svc)...)
 	}
-	slices.SortFunc(wants, func(a, b naiveWant) int {
-		isCluster := func(n naiveWant) int { return min(int(n.kind), 1) }
+	slices.SortFunc(wants, func(a, b modelFrontend) int {
+		isCluster := func(n modelFrontend) int { return min(int(n.kind), 1) }
 		return cmp.Or(
 			cmp.Compare(isCluster(a), isCluster(b)),
 			a.svc.CreationTimestamp.Compare(b.svc.CreationTimestamp.Time),
@@ -314,7 +314,7 @@ func (w *world) compute() map[dataplane.Key]*dataplane.Service {
 		)
 	})
 	taken := map[dataplane.Frontend]bool{}
-	granted := map[dataplane.Key][]naiveWant{}
+	granted := map[dataplane.Key][]modelFrontend{}
 	for _, want := range wants {
 		if !taken[want.frontend] {
 			taken[want.frontend] = true
@@ -327,9 +327,9 @@ func (w *world) compute() map[dataplane.Key]*dataplane.Service {
 		for _, want := range wants {
 			frontends = append(frontends, want.frontend)
 		}
-		s, err := dataplane.NewService(key, frontends, w.naiveTreatment(wants[0]))
+		s, err := dataplane.NewService(key, frontends, w.expectedSpec(wants[0]))
 		if err == nil {
-			s, err = s.WithServing(w.naiveServing(wants[0], s.Treatment))
+			s, err = s.WithServing(w.expectedServing(wants[0], s.ServiceSpec))
 		}
 		if err != nil {
 			panic(err)
@@ -340,7 +340,7 @@ func (w *world) compute() map[dataplane.Key]*dataplane.Service {
 }
 
 // slicesOf returns the slices of a Service.
-func (w *world) slicesOf(svc *corev1.Service) (mine []*discoveryv1.EndpointSlice) {
+func (w *clusterModel) slicesOf(svc *corev1.Service) (mine []*discoveryv1.EndpointSlice) {
 	for _, slice := range w.slices {
 		if _, headless := slice.Labels[corev1.IsHeadlessService]; !headless &&
 			slice.Namespace == svc.Namespace && slice.Labels[discoveryv1.LabelServiceName] == svc.Name {
@@ -350,22 +350,22 @@ func (w *world) slicesOf(svc *corev1.Service) (mine []*discoveryv1.EndpointSlice
 	return mine
 }
 
-func (w *world) naiveTreatment(want naiveWant) dataplane.Treatment {
+func (w *clusterModel) expectedSpec(want modelFrontend) dataplane.ServiceSpec {
 	spec := want.svc.Spec
-	endpoints := w.naiveEndpoints(want)
+	endpoints := w.expectedEndpoints(want)
 	zone := ""
 	if w.node != nil {
 		zone = w.node.Labels[corev1.LabelTopologyZone]
 	}
-	cluster := naiveCluster(endpoints, zone)
-	local := usable(endpoints, func(e entry) bool { return e.here })
-	all := func(list []entry) (out []dataplane.Endpoint) {
+	cluster := modelClusterEndpoints(endpoints, zone)
+	local := modelUsableEndpoints(endpoints, func(e modelEndpoint) bool { return e.onThisNode })
+	all := func(list []modelEndpoint) (out []dataplane.Endpoint) {
 		for _, e := range list {
-			out = append(out, dataplane.Endpoint{Addr: e.addr, Local: e.local})
+			out = append(out, dataplane.Endpoint{Addr: e.addr, Local: e.maybeLocal})
 		}
 		return out
 	}
-	var t dataplane.Treatment
+	var t dataplane.ServiceSpec
 	external := want.kind != dataplane.ClusterIP
 	externalLocal := external && spec.ExternalTrafficPolicy == "Local" &&
 		(spec.Type == "NodePort" || spec.Type == "LoadBalancer" || len(spec.ExternalIPs) > 0)
@@ -375,12 +375,12 @@ func (w *world) naiveTreatment(want naiveWant) dataplane.Treatment {
 		t.Endpoints = all(local)
 	}
 	if externalLocal {
-		t.ExternalLocal, t.LocalEndpoints, t.Masquerade = true, all(local), dataplane.MasqueradeNode
+		t.ExternalTrafficPolicyLocal, t.LocalEndpoints, t.Masquerade = true, all(local), dataplane.MasqueradeFromNode
 	} else if external {
 		t.Masquerade = dataplane.MasqueradeAlways
 	}
-	if (internalLocal || externalLocal) && len(local) == 0 && len(usable(endpoints, func(entry) bool { return true })) > 0 {
-		t.NoEndpoints = dataplane.Drop
+	if (internalLocal || externalLocal) && len(local) == 0 && len(modelUsableEndpoints(endpoints, func(modelEndpoint) bool { return true })) > 0 {
+		t.NoEndpointsVerdict = dataplane.Drop
 	}
 	if spec.SessionAffinity == "ClientIP" {
 		t.Affinity = map[int32]time.Duration{60: time.Minute, 0: 3 * time.Hour}[*spec.SessionAffinityConfig.ClientIP.TimeoutSeconds]
@@ -408,9 +408,9 @@ func (w *world) naiveTreatment(want naiveWant) dataplane.Treatment {
 	return t
 }
 
-// naiveServing lists what serves over UDP and is not in the treatment.
-func (w *world) naiveServing(want naiveWant, t dataplane.Treatment) (list []netip.AddrPort) {
-	for _, e := range w.naiveEndpoints(want) {
+// expectedServing lists what serves over UDP and is not in the treatment.
+func (w *clusterModel) expectedServing(want modelFrontend, t dataplane.ServiceSpec) (list []netip.AddrPort) {
+	for _, e := range w.expectedEndpoints(want) {
 		named := slices.ContainsFunc(append(slices.Clone(t.Endpoints), t.LocalEndpoints...),
 			func(other dataplane.Endpoint) bool { return other.Addr == e.addr })
 		if want.frontend.Protocol == dataplane.UDP && (e.ready || e.serving) && !named {
@@ -420,41 +420,41 @@ func (w *world) naiveServing(want naiveWant, t dataplane.Treatment) (list []neti
 	return list
 }
 
-// entry is an endpoint as the naive model sees it.
-type entry struct {
+// modelEndpoint is an endpoint as the naive model sees it.
+type modelEndpoint struct {
 	addr                        netip.AddrPort
 	ready, serving, terminating bool
-	local, here                 bool
+	maybeLocal, onThisNode      bool
 	zones, nodes                []string
 }
 
-// naiveCluster is the list of the policy Cluster.
-func naiveCluster(endpoints []entry, zone string) []entry {
-	var ready []entry
+// modelClusterEndpoints is the list of the policy Cluster.
+func modelClusterEndpoints(endpoints []modelEndpoint, zone string) []modelEndpoint {
+	var ready []modelEndpoint
 	for _, e := range endpoints {
 		if e.ready {
 			ready = append(ready, e)
 		}
 	}
-	every := func(has func(entry) bool) bool {
-		return !slices.ContainsFunc(ready, func(e entry) bool { return !has(e) })
+	every := func(has func(modelEndpoint) bool) bool {
+		return !slices.ContainsFunc(ready, func(e modelEndpoint) bool { return !has(e) })
 	}
-	only := func(has func(entry) bool) []entry {
-		return slices.DeleteFunc(slices.Clone(ready), func(e entry) bool { return !has(e) })
+	only := func(has func(modelEndpoint) bool) []modelEndpoint {
+		return slices.DeleteFunc(slices.Clone(ready), func(e modelEndpoint) bool { return !has(e) })
 	}
-	if forHere := only(func(e entry) bool { return slices.Contains(e.nodes, "here") }); len(forHere) > 0 &&
-		every(func(e entry) bool { return len(e.nodes) > 0 }) {
+	if forHere := only(func(e modelEndpoint) bool { return slices.Contains(e.nodes, "here") }); len(forHere) > 0 &&
+		every(func(e modelEndpoint) bool { return len(e.nodes) > 0 }) {
 		return forHere
 	}
-	if inZone := only(func(e entry) bool { return slices.Contains(e.zones, zone) }); len(inZone) > 0 &&
-		every(func(e entry) bool { return len(e.zones) > 0 }) {
+	if inZone := only(func(e modelEndpoint) bool { return slices.Contains(e.zones, zone) }); len(inZone) > 0 &&
+		every(func(e modelEndpoint) bool { return len(e.zones) > 0 }) {
 		return inZone
 	}
-	return usable(endpoints, func(entry) bool { return true })
+	return modelUsableEndpoints(endpoints, func(modelEndpoint) bool { return true })
 }
 
-// usable returns the ready ones, or else those that drain.
-func usable(endpoints []entry, of func(entry) bool) (list []entry) {
+// modelUsableEndpoints returns the ready ones, or else those that drain.
+func modelUsableEndpoints(endpoints []modelEndpoint, of func(modelEndpoint) bool) (list []modelEndpoint) {
 	for _, e := range endpoints {
 		if e.ready && of(e) {
 			list = append(list, e)
@@ -471,16 +471,16 @@ func usable(endpoints []entry, of func(entry) bool) (list []entry) {
 	return list
 }
 
-// naiveEndpoints is the specification of what slices say of an address in
+// expectedEndpoints is the specification of what slices say of an address in
 // another form: of all entries, keep those that satisfy each condition in turn,
 // unless none does.
-func (w *world) naiveEndpoints(want naiveWant) (list []entry) {
+func (w *clusterModel) expectedEndpoints(want modelFrontend) (list []modelEndpoint) {
 	key := want.key()
 	zone := ""
 	if w.node != nil {
 		zone = w.node.Labels[corev1.LabelTopologyZone]
 	}
-	entries := map[netip.AddrPort][]entry{}
+	entries := map[netip.AddrPort][]modelEndpoint{}
 	for _, slice := range w.slicesOf(want.svc) {
 		if string(slice.AddressType) != key.Family.String() {
 			continue
@@ -494,13 +494,13 @@ func (w *world) naiveEndpoints(want naiveWant) (list []entry) {
 				if err != nil || addr.IsLoopback() || dataplane.FamilyOf(addr) != key.Family {
 					continue
 				}
-				e := entry{
+				e := modelEndpoint{
 					addr:        addrPort(addr, *p.Port),
 					ready:       ep.Conditions.Ready == nil || *ep.Conditions.Ready,
 					serving:     ep.Conditions.Serving == nil || *ep.Conditions.Serving,
 					terminating: ep.Conditions.Terminating != nil && *ep.Conditions.Terminating,
-					local:       ep.NodeName == nil || *ep.NodeName == "here",
-					here:        ep.NodeName != nil && *ep.NodeName == "here",
+					maybeLocal:  ep.NodeName == nil || *ep.NodeName == "here",
+					onThisNode:  ep.NodeName != nil && *ep.NodeName == "here",
 				}
 				if ep.Hints != nil {
 					for _, z := range ep.Hints.ForZones {
@@ -516,42 +516,42 @@ func (w *world) naiveEndpoints(want naiveWant) (list []entry) {
 	}
 	local := map[netip.Addr]bool{}
 	for addr, all := range entries {
-		for _, satisfies := range []func(entry) bool{
-			func(e entry) bool { return !e.terminating },
-			func(e entry) bool { return e.ready },
-			func(e entry) bool { return e.serving },
-			func(e entry) bool { return e.local },
-			func(e entry) bool { return e.here },
-			func(e entry) bool { return len(e.nodes) > 0 },
-			func(e entry) bool { return slices.Contains(e.nodes, "here") },
-			func(e entry) bool { return len(e.zones) > 0 },
-			func(e entry) bool { return slices.Contains(e.zones, zone) },
+		for _, satisfies := range []func(modelEndpoint) bool{
+			func(e modelEndpoint) bool { return !e.terminating },
+			func(e modelEndpoint) bool { return e.ready },
+			func(e modelEndpoint) bool { return e.serving },
+			func(e modelEndpoint) bool { return e.maybeLocal },
+			func(e modelEndpoint) bool { return e.onThisNode },
+			func(e modelEndpoint) bool { return len(e.nodes) > 0 },
+			func(e modelEndpoint) bool { return slices.Contains(e.nodes, "here") },
+			func(e modelEndpoint) bool { return len(e.zones) > 0 },
+			func(e modelEndpoint) bool { return slices.Contains(e.zones, zone) },
 		} {
-			if some := slices.DeleteFunc(slices.Clone(all), func(e entry) bool { return !satisfies(e) }); len(some) > 0 {
+			if some := slices.DeleteFunc(slices.Clone(all), func(e modelEndpoint) bool { return !satisfies(e) }); len(some) > 0 {
 				all = some
 			}
 		}
 		list = append(list, all[0])
-		local[addr.Addr()] = local[addr.Addr()] || all[0].local
+		local[addr.Addr()] = local[addr.Addr()] || all[0].maybeLocal
 	}
 	for i := range list {
-		list[i].local = local[list[i].addr.Addr()]
+		list[i].maybeLocal = local[list[i].addr.Addr()]
 	}
 	return list
 }
 
-// checks says from scratch what the health-check node ports answer.
-func (w *world) checks() map[types.NamespacedName]HealthCheck {
+// expectedHealthChecks says from scratch what the health-check node ports answer.
+func (w *clusterModel) expectedHealthChecks() map[types.NamespacedName]HealthCheck {
 	out := map[types.NamespacedName]HealthCheck{}
 	for name, svc := range w.services {
-		wants := naiveWants(svc)
+		wants := modelFrontends(svc)
 		if svc.Spec.Type != "LoadBalancer" || svc.Spec.ExternalTrafficPolicy != "Local" || svc.Spec.HealthCheckNodePort == 0 || len(wants) == 0 {
 			continue
 		}
 		count := map[dataplane.Family]map[netip.Addr]bool{dataplane.IPv4: {}, dataplane.IPv6: {}}
 		for _, want := range wants {
-			for _, e := range w.naiveEndpoints(want) {
-				if e.ready && e.here {
+			for _, e := range w.expectedEndpoints(want) {
+				if e.ready && e.onThisNode {
 					count[want.key().Family][e.addr.Addr()] = true
 				}
 			}
@@ -564,21 +564,21 @@ func (w *world) checks() map[types.NamespacedName]HealthCheck {
 	return out
 }
 
-// naiveNode says from scratch what the dataplane must know of the node. The
+// expectedNode says from scratch what the dataplane must know of the node. The
 // cases of nodePortAddrs are in a table of their own.
-func (w *world) naiveNode() dataplane.Node {
+func (w *clusterModel) expectedNode() dataplane.Node {
 	n := dataplane.Node{MasqueradeAll: w.opts.MasqueradeAll}
 	if w.node != nil {
 		n.LocalPodCIDRs = cidrs(strings.Join(w.node.Spec.PodCIDRs, " "))
 		for _, a := range w.node.Status.Addresses {
 			addr := netip.MustParseAddr(a.Address)
 			if !addr.IsLoopback() && (w.localAddrs == nil || slices.Contains(w.localAddrs, addr)) {
-				n.Addrs = append(n.Addrs, addr)
+				n.PrimaryAddrs = append(n.PrimaryAddrs, addr)
 			}
 		}
 	}
-	slices.SortFunc(n.Addrs, netip.Addr.Compare)
-	n.NodePortAddrs = slices.Clone(n.Addrs)
+	slices.SortFunc(n.PrimaryAddrs, netip.Addr.Compare)
+	n.NodePortAddrs = slices.Clone(n.PrimaryAddrs)
 	if w.opts.NodePortAddresses.All {
 		n.NodePortAddrs = nil
 		for _, a := range w.localAddrs {
@@ -603,12 +603,12 @@ func (w *world) naiveNode() dataplane.Node {
 	return n
 }
 
-// run plays a history and compares, after every step, what the Results add up
+// runHistory plays a history and compares, after every step, what the Results add up
 // to with what is computed from scratch, twice: by a naive model, and by a
 // Tracker that starts with everything.
-func run(t *testing.T, c choices, steps int) {
+func runHistory(t *testing.T, c intNSource, steps int) {
 	t.Helper()
-	w := &world{
+	w := &clusterModel{
 		opts:         Options{NodeName: "here", Schedulers: []string{"lc", "sh"}},
 		services:     map[types.NamespacedName]*corev1.Service{},
 		slices:       map[types.NamespacedName]*discoveryv1.EndpointSlice{},
@@ -622,7 +622,7 @@ func run(t *testing.T, c choices, steps int) {
 	take := func(step int, result Result) {
 		for key, svc := range result.Changes {
 			if svc.Equal(got[key]) {
-				t.Fatalf("step %d: %s is named as changed, but is not: %s", step, key, text(svc))
+				t.Fatalf("step %d: %s is named as changed, but is not: %s", step, key, serviceText(svc))
 			}
 			if svc == nil {
 				delete(got, key)
@@ -661,41 +661,41 @@ func run(t *testing.T, c choices, steps int) {
 			w.opts.DetectLocal.Mode = pick(c, DetectByClusterCIDR, DetectByNodeCIDR)
 			take(step, tracker.Configure(w.opts))
 		}
-		take(step, tracker.Apply(w.step(c)))
-		if diff := gocmp.Diff(texts(w.compute()), texts(got)); diff != "" {
+		take(step, tracker.Apply(w.randomDelta(c)))
+		if diff := gocmp.Diff(serviceTexts(w.expectedServices()), serviceTexts(got)); diff != "" {
 			t.Fatalf("step %d: Services (-naive +incremental):\n%s", step, diff)
 		}
-		if diff := gocmp.Diff(w.checks(), gotChecks); diff != "" {
+		if diff := gocmp.Diff(w.expectedHealthChecks(), gotChecks); diff != "" {
 			t.Fatalf("step %d: health checks (-naive +incremental):\n%s", step, diff)
 		}
-		if diff := gocmp.Diff(fmt.Sprintf("%+v", w.naiveNode()), fmt.Sprintf("%+v", *gotNode)); diff != "" {
+		if diff := gocmp.Diff(fmt.Sprintf("%+v", w.expectedNode()), fmt.Sprintf("%+v", *gotNode)); diff != "" {
 			t.Fatalf("step %d: node (-naive +incremental):\n%s", step, diff)
 		}
 		if w.nodeSeen {
 			want := NodeHealth{Exists: !w.nodeDeleted}
 			if !w.nodeDeleted {
-				want.Leaving = w.node.DeletionTimestamp != nil || len(w.node.Spec.Taints) > 0
+				want.ToBeDeleted = w.node.DeletionTimestamp != nil || len(w.node.Spec.Taints) > 0
 			}
 			if gotHealth == nil || *gotHealth != want {
 				t.Fatalf("step %d: node health %v, want %v", step, gotHealth, want)
 			}
 		}
 		fresh := NewTracker(w.opts)
-		for _, d := range w.deltas() {
+		for _, d := range w.initialDeltas() {
 			fresh.Apply(d)
 		}
-		if diff := gocmp.Diff(memory(fresh), memory(tracker)); diff != "" {
+		if diff := gocmp.Diff(dumpTracker(fresh), dumpTracker(tracker)); diff != "" {
 			t.Fatalf("step %d: memory (-fresh +incremental):\n%s", step, diff)
 		}
 	}
 }
 
-// memory writes what a Tracker remembers: problems, claims, and names, so that
+// dumpTracker writes what a Tracker remembers: problems, claims, and names, so that
 // nothing of deleted objects stays behind.
-func memory(t *Tracker) map[string][]string {
+func dumpTracker(t *Tracker) map[string][]string {
 	out := map[string][]string{}
 	for name, s := range t.services {
-		out["service"] = append(out["service"], fmt.Sprint(name, s.created, s.check, len(s.claimed)))
+		out["service"] = append(out["service"], fmt.Sprint(name, s.createdUnix, s.healthCheck, len(s.portClaims)))
 		for _, p := range s.problems {
 			// When a port that no slice knows is a problem is a matter of history.
 			if !strings.Contains(p.Message, "so connections are refused") {
@@ -704,14 +704,14 @@ func memory(t *Tracker) map[string][]string {
 		}
 		for _, svc := range s.programmed {
 			if svc != nil {
-				out["programmed"] = append(out["programmed"], svc.Key.String()+" "+text(svc))
+				out["programmed"] = append(out["programmed"], svc.Key.String()+" "+serviceText(svc))
 			}
 		}
 	}
-	for name, owner := range t.owner {
+	for name, owner := range t.sliceOwners {
 		out["slice"] = append(out["slice"], name.String()+" of "+owner.name.String())
 	}
-	for s := range t.zoned {
+	for s := range t.zoneDependent {
 		out["zoned"] = append(out["zoned"], s.name.String())
 	}
 	for f, owner := range t.claims.owners {
@@ -736,7 +736,7 @@ func TestRandomHistories(t *testing.T) {
 		histories = 150
 	}
 	for seed := range histories {
-		run(t, rand.New(rand.NewPCG(uint64(seed), 1)), 40)
+		runHistory(t, rand.New(rand.NewPCG(uint64(seed), 1)), 40)
 	}
 }
 
@@ -753,7 +753,7 @@ func FuzzTracker(f *testing.F) {
 		if len(data) > 2000 {
 			return
 		}
-		c := &bytesChoices{data: data}
-		run(t, c, 1+len(data)/20)
+		c := &bytesIntN{data: data}
+		runHistory(t, c, 1+len(data)/20)
 	})
 }

@@ -35,7 +35,7 @@ func TestServing(t *testing.T) {
 		return one(newService("web", "10.96.0.1", append(changes, overUDP)...))
 	}
 	draining := []string{"10.0.0.1 @there", "10.0.0.2 @there !ready +serving +terminating"}
-	checkRules(t, []rule{
+	testConversion(t, []conversionTest{
 		{
 			name:     "an endpoint that terminates and serves",
 			services: web(),
@@ -126,7 +126,7 @@ func TestServingIsShared(t *testing.T) {
 		maps.Copy(got, changes)
 		for key, svc := range got {
 			if len(svc.Serving) != 1 {
-				t.Fatalf("%s: %s: %s", step.name, key, text(svc))
+				t.Fatalf("%s: %s: %s", step.name, key, serviceText(svc))
 			}
 			if first == nil {
 				first = &svc.Serving[0]

@@ -4,8 +4,8 @@ import (
 	discoveryv1 "k8s.io/api/discovery/v1"
 )
 
-// hints returns what an endpoint's hints say to this place.
-func (l location) hints(hints *discoveryv1.EndpointHints) traits {
+// hintTraits returns what an endpoint's hints say to this place.
+func (l location) hintTraits(hints *discoveryv1.EndpointHints) traits {
 	t := noZoneHint | notForZone | noNodeHint | notForNode
 	if hints == nil {
 		return t
@@ -29,8 +29,8 @@ func (l location) hints(hints *discoveryv1.EndpointHints) traits {
 type topology struct {
 	// excluded are the traits of those that are left out.
 	excluded traits
-	// zoned says that the zone of this node takes part in the decision.
-	zoned bool
+	// zoneDependent says that the zone of this node takes part in the decision.
+	zoneDependent bool
 }
 
 // topologyOf decides which hints are followed. If every ready candidate has a
@@ -56,8 +56,8 @@ func topologyOf(candidates []candidate) topology {
 	case some.has(noZoneHint):
 		return topology{}
 	case all.has(notForZone):
-		return topology{zoned: true}
+		return topology{zoneDependent: true}
 	default:
-		return topology{excluded: notForZone, zoned: true}
+		return topology{excluded: notForZone, zoneDependent: true}
 	}
 }

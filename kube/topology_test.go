@@ -26,7 +26,7 @@ func TestHints(t *testing.T) {
 		}
 		return want{cluster: text}
 	}
-	checkRules(t, []rule{
+	testConversion(t, []conversionTest{
 		{
 			name: "all have zones, some this one: only those", node: inA, services: web,
 			slices: slice("10.0.0.1 @x zone=a", "10.0.0.2 @x zone=b", "10.0.0.3 @x zone=b,a"),

@@ -50,13 +50,13 @@ type Result struct {
 	// Node is what the dataplane must know of the node, if that or Loopback has
 	// changed, and nil otherwise. The first Result has it.
 	Node *dataplane.Node
-	// Loopback are, where Node is set, the loopback addresses of this node's
+	// LoopbackNodePortAddrs are, where Node is set, the loopback addresses of this node's
 	// interfaces that [Options.NodePortAddresses] asks for by themselves, sorted.
 	// They are none of [dataplane.Node.NodePortAddrs], as a kernel does not
 	// forward from them: if there are any, of whatever family, Node has
 	// LocalhostNodePorts, and something else serves the node ports of TCP at the
 	// loopback addresses of the families that they are of.
-	Loopback []netip.Addr
+	LoopbackNodePortAddrs []netip.Addr
 	// Overlaps are, where Node is set, those of ServiceCIDRs that this Delta brought up:
 	// Node.ServiceCIDRs has no such addresses.
 	Overlaps []Overlap
@@ -67,9 +67,9 @@ type Result struct {
 	// HealthChecks holds the health-check node ports that are new or have
 	// changed, by Service, and nil for those that are gone.
 	HealthChecks map[types.NamespacedName]*HealthCheck
-	// UnservedNodePorts are those that this Delta brought up, at most one of a family. A
+	// NodePortsWithoutAddress are those that this Delta brought up, at most one of a family. A
 	// family is reported again only after an address has served it.
-	UnservedNodePorts []UnservedNodePorts
+	NodePortsWithoutAddress []NodePortsWithoutAddress
 
 	endpointSlices []*discoveryv1.EndpointSlice // the Delta's, for Triggers
 }
@@ -83,14 +83,14 @@ type Result struct {
 // A Tracker is not safe for concurrent use.
 type Tracker struct {
 	opts     Options
-	here     location
+	location location
 	services map[types.NamespacedName]*service
-	// owner has the Service of each slice that belongs to one.
-	owner  map[types.NamespacedName]*service
-	claims claims
-	// zoned are the Services for which another zone of this node may make a
+	// sliceOwners has the Service of each slice that belongs to one.
+	sliceOwners map[types.NamespacedName]*service
+	claims      claims
+	// zoneDependent are the Services for which another zone of this node may make a
 	// difference.
-	zoned map[*service]struct{}
+	zoneDependent map[*service]struct{}
 	// byClusterIP has the Services with a cluster IP, for when the node gets or
 	// loses that address.
 	byClusterIP map[netip.Addr][]*service
@@ -119,53 +119,53 @@ type service struct {
 	// slices are sorted by name.
 	slices []*endpointSlice
 
-	// created is the creation time that its claims were made with, in seconds,
+	// createdUnix is the creation time that its claims were made with, in seconds,
 	// which is the precision of the API. A Service without one counts as the
 	// oldest.
-	created int64
-	// claimed are its claims, and clusterIPs its cluster IPs.
-	claimed    []claimed
+	createdUnix int64
+	// portClaims are its claims, and clusterIPs its cluster IPs.
+	portClaims []portClaims
 	clusterIPs []netip.Addr
 	// problems of the objects and of collisions, sorted and without doubles.
 	problems []Problem
 	// programmed is what the last Result left in place, in the order of
 	// claimed: nil for what lost its frontends.
 	programmed []*dataplane.Service
-	// check is the health-check node port, or has port 0.
-	check HealthCheck
+	// healthCheck is the health-check node port, or has port 0.
+	healthCheck HealthCheck
 
-	// touched is the round in which the Service was last found to be touched,
+	// dirtyRound is the round in which the Service was last found to be touched,
 	// and disputed that in which its claims, or the owner of one, last changed.
-	touched, disputed uint64
-	// portsChanged is the round in which what slices know of its ports last
-	// changed, and slicesCame that in which a slice of it was last delivered.
-	portsChanged, slicesCame uint64
-	// unmatched are the ports that were reported to be known to no slice.
-	unmatched []portName
-	// loses says that another owns something that it claims.
-	loses bool
+	dirtyRound, claimsChangedRound uint64
+	// portsChangedRound is the round in which what slices know of its ports last
+	// changed, and slicesRound that in which a slice of it was last delivered.
+	portsChangedRound, slicesRound uint64
+	// unmatchedPorts are the ports that were reported to be known to no slice.
+	unmatchedPorts []portName
+	// hasConflict says that another owns something that it claims.
+	hasConflict bool
 }
 
-// claimed are the frontends of one kind that a port claims.
-type claimed struct {
+// portClaims are the frontends of one kind that a port claims.
+type portClaims struct {
 	port      int
 	kind      dataplane.Kind
 	frontends []dataplane.Frontend
 }
 
-func (c claimed) equal(o claimed) bool {
+func (c portClaims) equal(o portClaims) bool {
 	return c.port == o.port && c.kind == o.kind && slices.Equal(c.frontends, o.frontends)
 }
 
 // NewTracker returns a Tracker that knows no objects.
 func NewTracker(opts Options) *Tracker {
 	return &Tracker{
-		opts:     opts,
-		here:     location{node: opts.NodeName},
-		services: map[types.NamespacedName]*service{},
-		owner:    map[types.NamespacedName]*service{},
-		claims:   newClaims(),
-		zoned:    map[*service]struct{}{},
+		opts:          opts,
+		location:      location{node: opts.NodeName},
+		services:      map[types.NamespacedName]*service{},
+		sliceOwners:   map[types.NamespacedName]*service{},
+		claims:        newClaims(),
+		zoneDependent: map[*service]struct{}{},
 
 		byClusterIP: map[netip.Addr][]*service{},
 		networks:    networks{serviceCIDRs: map[string][]netip.Prefix{}},
@@ -181,28 +181,28 @@ func NewTracker(opts Options) *Tracker {
 // its pod networks are taken to be as they were: the node is still there, and
 // has connections.
 func (t *Tracker) Apply(d Delta) Result {
-	return t.update(func(result *Result, touch func(*service)) {
+	return t.process(func(result *Result, touch func(*service)) {
 		result.endpointSlices = d.EndpointSlices
-		t.takeNode(d, result, touch)
-		t.takeObjects(d, touch)
+		t.applyNode(d, result, touch)
+		t.applyObjects(d, touch)
 	})
 }
 
-// update returns the Result of a change, which names the Services to work out
+// process returns the Result of a change, which names the Services to work out
 // again.
-func (t *Tracker) update(change func(result *Result, touch func(*service))) Result {
+func (t *Tracker) process(change func(result *Result, touch func(*service))) Result {
 	t.round++
 	var result Result
 	var work []*service
 	change(&result, func(s *service) {
-		if s.touched != t.round {
-			s.touched = t.round
+		if s.dirtyRound != t.round {
+			s.dirtyRound = t.round
 			work = append(work, s)
 		}
 	})
-	t.settleAll(work, &result)
-	t.nodePorts.update(result.Changes)
-	result.UnservedNodePorts = t.nodePorts.check()
+	t.resolveAll(work, &result)
+	t.nodePorts.updateServices(result.Changes)
+	result.NodePortsWithoutAddress = t.nodePorts.newlyWithoutAddress()
 	return result
 }
 
@@ -211,19 +211,19 @@ func (t *Tracker) update(change func(result *Result, touch func(*service))) Resu
 func (t *Tracker) Configure(opts Options) Result {
 	opts.NodeName, opts.Schedulers = t.opts.NodeName, t.opts.Schedulers
 	t.opts = opts
-	return t.update(t.updateNode)
+	return t.process(t.updateNode)
 }
 
-// takeNode takes over what d says of the node.
-func (t *Tracker) takeNode(d Delta, result *Result, touch func(*service)) {
+// applyNode takes over what d says of the node.
+func (t *Tracker) applyNode(d Delta, result *Result, touch func(*service)) {
 	changed := t.node == nil
 	facts := t.networks.node
 	if d.NodeDeleted {
 		facts.health = NodeHealth{}
 	}
 	if d.Node != nil {
-		facts = factsOf(d.Node)
-		changed = changed || !facts.sameNetwork(t.networks.node)
+		facts = newNodeInfo(d.Node)
+		changed = changed || !facts.equalNetwork(t.networks.node)
 	}
 	if (d.Node != nil || d.NodeDeleted) && (t.health == nil || *t.health != facts.health) {
 		health := facts.health
@@ -231,9 +231,9 @@ func (t *Tracker) takeNode(d Delta, result *Result, touch func(*service)) {
 		result.NodeHealth = &health
 	}
 	t.networks.node = facts
-	if t.here.zone != facts.zone {
-		t.here.zone = facts.zone
-		for s := range t.zoned {
+	if t.location.zone != facts.zone {
+		t.location.zone = facts.zone
+		for s := range t.zoneDependent {
 			touch(s)
 		}
 	}
@@ -248,7 +248,7 @@ func (t *Tracker) takeNode(d Delta, result *Result, touch func(*service)) {
 		changed = true
 	}
 	if d.LocalAddrs != nil {
-		t.networks.localAddrs, t.networks.known = d.LocalAddrs, true
+		t.networks.localAddrs, t.networks.localAddrsKnown = d.LocalAddrs, true
 		t.networks.virtualAddrs, t.networks.localRoutes = d.VirtualAddrs, d.LocalRoutes
 		changed = true
 	}
@@ -261,15 +261,15 @@ func (t *Tracker) takeNode(d Delta, result *Result, touch func(*service)) {
 // Services whose cluster IPs have become the node's own, or no longer are.
 func (t *Tracker) updateNode(result *Result, touch func(*service)) {
 	own := t.networks.ownAddrs(t.opts.BindAddress)
-	for addr := range symmetricDifference(t.here.own, own) {
+	for addr := range symmetricDifference(t.location.ownAddrs, own) {
 		for _, s := range t.byClusterIP[addr] {
 			touch(s)
 		}
 	}
-	t.here.own = own
-	node := dataplaneNode(t.opts, t.networks)
+	t.location.ownAddrs = own
+	node := newDataplaneNode(t.opts, t.networks)
 	var overlaps []Overlap
-	node.ServiceCIDRs, overlaps = separate(node.ServiceCIDRs, slices.Concat(node.PodCIDRs, node.LocalPodCIDRs), own)
+	node.ServiceCIDRs, overlaps = subtractOverlaps(node.ServiceCIDRs, slices.Concat(node.PodCIDRs, node.LocalPodCIDRs), own)
 	loopback := loopbackAddrs(t.opts.NodePortAddresses, t.networks)
 	if t.node != nil && t.node.Equal(node) && slices.Equal(t.loopback, loopback) {
 		return
@@ -280,12 +280,12 @@ func (t *Tracker) updateNode(result *Result, touch func(*service)) {
 		}
 	}
 	t.node, t.loopback, t.overlaps = &node, loopback, overlaps
-	result.Node, result.Loopback = &node, loopback
+	result.Node, result.LoopbackNodePortAddrs = &node, loopback
 	t.nodePorts.setNode(node, loopback)
 }
 
-// takeObjects takes over the Services and slices of d.
-func (t *Tracker) takeObjects(d Delta, touch func(*service)) {
+// applyObjects takes over the Services and slices of d.
+func (t *Tracker) applyObjects(d Delta, touch func(*service)) {
 	for _, name := range d.DeletedServices {
 		if s, ok := t.services[name]; ok {
 			s.object = nil
@@ -293,39 +293,39 @@ func (t *Tracker) takeObjects(d Delta, touch func(*service)) {
 		}
 	}
 	for _, name := range d.DeletedEndpointSlices {
-		t.dropSlice(name, touch)
+		t.removeSlice(name, touch)
 	}
 	for _, object := range d.Services {
-		s := t.service(types.NamespacedName{Namespace: object.Namespace, Name: object.Name})
+		s := t.ensureService(types.NamespacedName{Namespace: object.Namespace, Name: object.Name})
 		if !samePorts(s.object, object) {
-			s.portsChanged = t.round
+			s.portsChangedRound = t.round
 		}
 		s.object = object
 		touch(s)
 	}
 	for _, object := range d.EndpointSlices {
 		name := types.NamespacedName{Namespace: object.Namespace, Name: object.Name}
-		owner, ok := serviceOf(object)
-		if was, had := t.owner[name]; had && (!ok || was.name != owner) {
-			t.dropSlice(name, touch)
+		owner, ok := owningService(object)
+		if was, had := t.sliceOwners[name]; had && (!ok || was.name != owner) {
+			t.removeSlice(name, touch)
 		}
 		if !ok {
 			continue
 		}
-		s := t.service(owner)
-		slice := readSlice(object, t.opts.NodeName)
-		if i, ok := s.slice(slice.name); ok {
+		s := t.ensureService(owner)
+		slice := newEndpointSlice(object, t.opts.NodeName)
+		if i, ok := s.findSlice(slice.name); ok {
 			s.slices[i] = slice
 		} else {
 			s.slices = slices.Insert(s.slices, i, slice)
-			t.owner[name] = s
+			t.sliceOwners[name] = s
 		}
-		s.slicesCame = t.round
+		s.slicesRound = t.round
 		touch(s)
 	}
 }
 
-func (t *Tracker) service(name types.NamespacedName) *service {
+func (t *Tracker) ensureService(name types.NamespacedName) *service {
 	s, ok := t.services[name]
 	if !ok {
 		s = &service{name: name}
@@ -334,20 +334,20 @@ func (t *Tracker) service(name types.NamespacedName) *service {
 	return s
 }
 
-// slice returns the index of the slice with the name, or where it belongs.
-func (s *service) slice(name string) (int, bool) {
+// findSlice returns the index of the slice with the name, or where it belongs.
+func (s *service) findSlice(name string) (int, bool) {
 	return slices.BinarySearchFunc(s.slices, name, func(slice *endpointSlice, name string) int {
 		return strings.Compare(slice.name, name)
 	})
 }
 
-func (t *Tracker) dropSlice(name types.NamespacedName, touch func(*service)) {
-	s, ok := t.owner[name]
+func (t *Tracker) removeSlice(name types.NamespacedName, touch func(*service)) {
+	s, ok := t.sliceOwners[name]
 	if !ok {
 		return
 	}
-	delete(t.owner, name)
-	if i, ok := s.slice(name.Name); ok {
+	delete(t.sliceOwners, name)
+	if i, ok := s.findSlice(name.Name); ok {
 		s.slices = slices.Delete(s.slices, i, i+1)
 	}
 	touch(s)

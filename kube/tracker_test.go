@@ -290,7 +290,7 @@ func TestObjects(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			got := NewTracker(Options{NodeName: "here"}).Apply(Delta{Services: tt.services, EndpointSlices: tt.slices})
-			if diff := cmp.Diff(tt.want, texts(got.Changes)); diff != "" {
+			if diff := cmp.Diff(tt.want, serviceTexts(got.Changes)); diff != "" {
 				t.Errorf("Services (-want +got):\n%s", diff)
 			}
 			if diff := cmp.Diff(tt.problems, problemTexts(got.Problems)); diff != "" {
@@ -313,7 +313,7 @@ func checkHistory(t *testing.T, opts Options, steps []step) {
 	tracker := NewTracker(opts)
 	for _, step := range steps {
 		got := tracker.Apply(step.delta)
-		if diff := cmp.Diff(step.want, texts(got.Changes)); diff != "" {
+		if diff := cmp.Diff(step.want, serviceTexts(got.Changes)); diff != "" {
 			t.Errorf("%s: Services (-want +got):\n%s", step.name, diff)
 		}
 		if diff := cmp.Diff(step.problems, problemTexts(got.Problems)); diff != "" {

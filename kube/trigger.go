@@ -33,7 +33,7 @@ func (r Result) Triggers() iter.Seq[Trigger] {
 					changed[types.NamespacedName{Namespace: key.Namespace, Name: key.Name}] = struct{}{}
 				}
 			}
-			service, _ := serviceOf(slice)
+			service, _ := owningService(slice)
 			if _, ok := changed[service]; ok && !yield(Trigger{Service: service, At: at}) {
 				return
 			}

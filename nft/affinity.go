@@ -21,35 +21,35 @@ import (
 //
 // docs/design/session-affinity-limits.md has the measurements.
 const (
-	// affinityLimit is how many clients a map remembers. Four thirds of it are a
+	// affinityMapSize is how many clients a map remembers. Four thirds of it are a
 	// power of two, which is what the kernel rounds the size of the hash table to.
-	affinityLimit = 3 << 14
-	// networkShare is the part of a map that the clients of one IPv6 network of 64
+	affinityMapSize = 3 << 14
+	// networkDivisor is the part of a map that the clients of one IPv6 network of 64
 	// bits can take at once. As much again is granted over the affinity's timeout.
-	networkShare = 8
+	networkDivisor = 8
 
 	affinityPrefix = "affinity-"
-	// networkBits is the length of the prefix that one IPv6 link has (RFC 4291),
+	// clientNetworkBits is the length of the prefix that one IPv6 link has (RFC 4291),
 	// so that one client can use any address in it.
-	networkBits = 64
+	clientNetworkBits = 64
 )
 
-// affinity returns the map of what is remembered in a shard.
-func (t *table) affinity(shard int) *nftables.Set {
+// affinityMap returns the map of what is remembered in a shard.
+func (t *table) affinityMap(shard int) *nftables.Set {
 	key := nftables.MustConcatSetType(t.addr, t.addr, nftables.TypeInetProto, nftables.TypeInetService)
 	return &nftables.Set{
 		Table: t.nf, Name: fmt.Sprintf(affinityPrefix+"%x", shard), IsMap: true, KeyType: key, DataType: nftables.TypeClassID,
-		Dynamic: true, HasTimeout: true, Size: uint32(t.affinityLimit), //nolint:gosec // small
+		Dynamic: true, HasTimeout: true, Size: uint32(t.affinityMapSize), //nolint:gosec // small
 	}
 }
 
-// affinityNetworks returns the set of client networks that have had clients remembered,
+// affinityNetworkSet returns the set of client networks that have had clients remembered,
 // each with a frontend and a limit. It is for IPv6 only: a client has one IPv4 address.
-func (t *table) affinityNetworks() *nftables.Set {
+func (t *table) affinityNetworkSet() *nftables.Set {
 	return &nftables.Set{
 		Table: t.nf, Name: affinityPrefix + "networks",
 		KeyType: nftables.MustConcatSetType(t.addr, t.addr, nftables.TypeInetProto, nftables.TypeInetService),
-		Dynamic: true, HasTimeout: true, Size: uint32(t.affinityLimit), //nolint:gosec // small
+		Dynamic: true, HasTimeout: true, Size: uint32(t.affinityMapSize), //nolint:gosec // small
 	}
 }
 
@@ -57,11 +57,11 @@ func (t *table) affinityNetworks() *nftables.Set {
 func parseAffinityShard(name string) (int, bool) {
 	text, ok := strings.CutPrefix(name, affinityPrefix)
 	shard, err := strconv.ParseUint(text, 16, 8)
-	return int(shard), ok && err == nil && len(text) == 1 && shard < shards //nolint:gosec // small
+	return int(shard), ok && err == nil && len(text) == 1 && shard < numShards //nolint:gosec // small
 }
 
 // affinityRules are those of an affinity's timeout. They refer to no map but those of
-// what is remembered. The rules for a shard are side by side, as in table.translate: a
+// what is remembered. The rules for a shard are side by side, as in table.translateChain: a
 // chain for each shard would multiply the paths that the kernel walks when a class is
 // new.
 //
@@ -83,12 +83,12 @@ func parseAffinityShard(name string) (int, bool) {
 //		jump translate-sticky
 //		drop comment "the last one went: the client will try again"
 //	}
-func (t *table) affinityRules(c class, l list) []rule {
+func (t *table) affinityRules(c serviceClass, l endpointList) []rule {
 	by := c.addressing()
 	each := func(comment string, condition []expr.Any, do func(*nftables.Set) []expr.Any) []rule {
 		var rules []rule
-		for shard := range shards {
-			rules = append(rules, rule{comment: comment, exprs: slices.Concat(condition, t.inShard(by, shard), do(t.affinity(shard)))})
+		for shard := range numShards {
+			rules = append(rules, rule{comment: comment, exprs: slices.Concat(condition, t.matchShard(by, shard), do(t.affinityMap(shard)))})
 		}
 		return rules
 	}
@@ -108,22 +108,22 @@ func (t *table) affinityRules(c class, l list) []rule {
 		}
 	}
 	update := write(unix.NFT_DYNSET_OP_UPDATE)
-	translate := jumpTo(by.chainName("translate-sticky"))
+	translate := jumpChain(by.chainName("translate-sticky"))
 	remember := func(remembered *nftables.Set) []expr.Any {
 		return slices.Concat(update(remembered), recall(remembered), []expr.Any{translate})
 	}
-	forget := each("that endpoint is gone", isID(), write(dynsetDelete))
-	pick := rule{exprs: []expr.Any{jumpTo(by.chainName(l.chainName("pick")))}}
-	known := []rule{{exprs: append(isIDOf(l), translate)}}
-	rules := slices.Concat(each("", nil, recall), each("", isIDOf(l), update), known, forget, []rule{pick})
+	forget := each("that endpoint is gone", matchEndpointID(), write(dynsetDelete))
+	pick := rule{exprs: []expr.Any{jumpChain(by.chainName(l.chainName("pick")))}}
+	known := []rule{{exprs: append(matchEndpointIDInList(l), translate)}}
+	rules := slices.Concat(each("", nil, recall), each("", matchEndpointIDInList(l), update), known, forget, []rule{pick})
 	if t.family == dataplane.IPv6 {
 		rules = append(rules, rule{
 			comment: "the client's network has had its share",
-			exprs:   slices.Concat(isIDOf(l), t.overNetworkShare(c), []expr.Any{count(affinityNetworkLimit), translate}),
+			exprs:   slices.Concat(matchEndpointIDInList(l), t.matchNetworkOverLimit(c), []expr.Any{counterRef(affinityNetworkLimit), translate}),
 		})
 	}
-	rules = append(rules, each("another connection of the client's may have been faster", isIDOf(l), remember)...)
-	rules = append(rules, rule{comment: "the map is full", exprs: slices.Concat(isIDOf(l), []expr.Any{count(affinityFull), translate})})
+	rules = append(rules, each("another connection of the client's may have been faster", matchEndpointIDInList(l), remember)...)
+	rules = append(rules, rule{comment: "the map is full", exprs: slices.Concat(matchEndpointIDInList(l), []expr.Any{counterRef(affinityFull), translate})})
 	rules = append(rules, forget...) // as it went while the packet was on its way
 	return append(rules, pick,
 		rule{exprs: []expr.Any{translate}},
@@ -131,14 +131,14 @@ func (t *table) affinityRules(c class, l list) []rule {
 	)
 }
 
-// overNetworkShare matches new clients of a network and a frontend that has had its
+// matchNetworkOverLimit matches new clients of a network and a frontend that has had its
 // share of clients remembered. It matches none if there are too many networks.
 //
 //	update @affinity-networks { ip6 saddr & ffff:ffff:ffff:ffff:: . ip6 daddr & :: . meta l4proto . th dport timeout 3h limit rate over 2048/hour burst 6144 packets }
-func (t *table) overNetworkShare(c class) []expr.Any {
+func (t *table) matchNetworkOverLimit(c serviceClass) []expr.Any {
 	mask := make([]byte, t.addrLen)
-	setBits(mask, networkBits)
-	share := max(1, t.affinityLimit/networkShare)
+	setLeadingBits(mask, clientNetworkBits)
+	share := max(1, t.affinityMapSize/networkDivisor)
 	perHour := max(1, uint64(share)*uint64(time.Hour)/uint64(c.timeout())) //nolint:gosec // positive
 	return slices.Concat(
 		[]expr.Any{
@@ -147,7 +147,7 @@ func (t *table) overNetworkShare(c class) []expr.Any {
 		},
 		t.frontendKey(c.addressing(), t.addrLen/4),
 		[]expr.Any{&expr.Dynset{
-			SrcRegKey: reg(0), SetName: t.affinityNetworks().Name, Operation: unix.NFT_DYNSET_OP_UPDATE, Timeout: c.timeout(),
+			SrcRegKey: reg(0), SetName: t.affinityNetworkSet().Name, Operation: unix.NFT_DYNSET_OP_UPDATE, Timeout: c.timeout(),
 			Exprs: []expr.Any{&expr.Limit{
 				Type: expr.LimitTypePkts, Rate: perHour, Unit: expr.LimitTimeHour, Burst: uint32(share), Over: true, //nolint:gosec // small
 			}},

@@ -8,8 +8,8 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// BenchmarkPlan is the part of an update that is spent before the kernel.
-func BenchmarkPlan(b *testing.B) {
+// BenchmarkPlanChanges is the part of an update that is spent before the kernel.
+func BenchmarkPlanChanges(b *testing.B) {
 	for _, n := range []int{10, 100, 1000} {
 		b.Run(fmt.Sprintf("endpoints=%d", n), func(b *testing.B) {
 			list := make([]dataplane.Endpoint, n)
@@ -20,10 +20,10 @@ func BenchmarkPlan(b *testing.B) {
 			list[n/2] = endpoint(5000)
 			changes := []dataplane.Change{{Old: old, New: service(b, "s", old.Frontends, list)}}
 			d := &Dataplane{renderer: endpointRenderer{}, tables: [2]*table{newTable(dataplane.IPv4), newTable(dataplane.IPv6)}}
-			d.forget()
+			d.resetState()
 			b.ReportAllocs()
 			for b.Loop() {
-				d.plan(changes, nil).add(d.newBatch(), changes[0])
+				d.planChanges(changes, nil).addChange(d.newBatch(), changes[0])
 			}
 		})
 	}

@@ -17,19 +17,19 @@ func BenchmarkApply(b *testing.B) {
 	list := endpoints(1, 2, 3, 4, 5, 6, 7, 8, 9, 10)
 	for _, treatment := range []struct {
 		name string
-		dataplane.Treatment
+		dataplane.ServiceSpec
 	}{
-		{"plain", dataplane.Treatment{}},
-		{"affinity", dataplane.Treatment{Affinity: 3 * time.Hour}},
-		{"external-local", dataplane.Treatment{ExternalLocal: true, LocalEndpoints: list[:3]}},
-		{"source-ranges", dataplane.Treatment{SourceRanges: []netip.Prefix{
+		{"plain", dataplane.ServiceSpec{}},
+		{"affinity", dataplane.ServiceSpec{Affinity: 3 * time.Hour}},
+		{"external-local", dataplane.ServiceSpec{ExternalTrafficPolicyLocal: true, LocalEndpoints: list[:3]}},
+		{"source-ranges", dataplane.ServiceSpec{SourceRanges: []netip.Prefix{
 			netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("198.51.100.0/24"),
 		}}},
 	} {
 		for _, n := range []int{1000, 10_000} {
 			b.Run(fmt.Sprintf("%s/services=%d", treatment.name, n), func(b *testing.B) {
 				benchmarkApply(b, n, func(i int, endpoints []dataplane.Endpoint) *dataplane.Service {
-					t := treatment.Treatment
+					t := treatment.ServiceSpec
 					t.Endpoints, t.LocalEndpoints = endpoints, slices.Clone(t.LocalEndpoints)
 					if len(t.SourceRanges) > 0 { // each Service has its own
 						own := netip.AddrFrom4([4]byte{203, 0, byte(i >> 8), byte(i)})
@@ -63,7 +63,7 @@ func benchmarkApply(b *testing.B, n int, build func(int, []dataplane.Endpoint) *
 	for i := range services {
 		services[i] = build(i, slices.Clone(list))
 	}
-	if err := d.Replace(b.Context(), podNode(), slices.Values(services), nil); err != nil {
+	if err := d.Replace(b.Context(), nodeWithPodCIDRs(), slices.Values(services), nil); err != nil {
 		b.Fatal(err)
 	}
 	apply := func(b *testing.B, change func(i int) dataplane.Change) {

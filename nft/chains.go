@@ -40,7 +40,7 @@ const (
 	nodePortSuffix = "node-port"
 )
 
-func addressings() []addressing { return []addressing{byAddress, byNodePort} }
+func allAddressings() []addressing { return []addressing{byAddress, byNodePort} }
 
 func (by addressing) chainName(name string) string {
 	if by == byNodePort {
@@ -71,39 +71,39 @@ func (t *table) chains(node dataplane.Node, rangeBits []int) []chain {
 			Name: name, Table: t.nf, Type: typ, Hooknum: hook, Priority: &prio, Policy: &accept,
 		}}
 	}
-	chains := []chain{t.reject()}
-	for _, by := range addressings() {
-		chains = append(chains, t.sourceRanges(by, rangeBits), t.translate(by))
+	chains := []chain{t.rejectChain()}
+	for _, by := range allAddressings() {
+		chains = append(chains, t.sourceRangesChain(by, rangeBits), t.translateChain(by))
 		chains = append(chains, t.renderer.selectionChains(t, by)...)
-		chains = append(chains, t.externalClients(by, node))
+		chains = append(chains, t.externalChain(by, node))
 	}
-	chains = append(chains, t.shared(rangeBits)...)
-	chains = append(chains, t.masquerade(node)...)
-	chains = append(chains, t.masquerading(node), t.localhost(node), t.invalid(node))
-	dispatch, postDNAT := append(t.toVirtualNetworks(), t.dispatch(node)...), t.unmark()
+	chains = append(chains, t.sharedListChains(rangeBits)...)
+	chains = append(chains, t.masqueradeChains(node)...)
+	chains = append(chains, t.masqueradingChain(node), t.localhostChain(node), t.invalidChain(node))
+	dispatch, postDNAT := append(t.virtualNetworkRules(), t.dispatchRules(node)...), t.resetPriorityRules()
 	if node.PingServiceIPs {
-		chains = append(chains, t.ping(node)...)
-		dispatch = append(dispatch, t.pings())
-		postDNAT = append(postDNAT, t.answeredPings())
+		chains = append(chains, t.pingChains(node)...)
+		dispatch = append(dispatch, t.pingRule())
+		postDNAT = append(postDNAT, t.answeredPingRule())
 	}
-	output := append([]rule{t.toLocalhost()}, dispatch...)
-	unserved := append(t.unserved(), t.invalidOfEndpoints())
-	outgoing := append(slices.Clone(unserved), t.answersToInvalid())
+	output := append([]rule{t.toLocalhostRule()}, dispatch...)
+	unserved := append(t.noServiceRules(), t.invalidFromEndpointRule())
+	outgoing := append(slices.Clone(unserved), t.resetToEndpointRule())
 	dstnat, filter := *nftables.ChainPriorityNATDest, *nftables.ChainPriorityFilter
 	if t.protectsLoopback(node) {
-		chains = append(chains, t.dropLoopback())
+		chains = append(chains, t.dropLoopbackChain())
 	}
 	extra := t.renderer.extraRules(t, base)
 	chains = append(chains, extra.chains...)
 	output = append(output, extra.natOutput...)
-	incoming := slices.Concat(postDNAT, t.loopbackFromNetwork(node), extra.filterPreroutingPostDNAT)
+	incoming := slices.Concat(postDNAT, t.loopbackFromNetworkRules(node), extra.filterPreroutingPostDNAT)
 	sent := slices.Concat(postDNAT, extra.filterOutputPostDNAT)
-	postrouting := append(t.postrouting(), extra.natPostrouting...)
-	if t.tellsPods(node) {
+	postrouting := append(t.postroutingRules(), extra.natPostrouting...)
+	if t.identifiesPods(node) {
 		chains = append(chains,
-			base("filter-input", nftables.ChainTypeFilter, nftables.ChainHookInput, filter, t.invalidOfEndpoints()))
+			base("filter-input", nftables.ChainTypeFilter, nftables.ChainHookInput, filter, t.invalidFromEndpointRule()))
 	}
-	chains = append(chains, t.places(base, dispatch, output)...)
+	chains = append(chains, t.natBaseChains(base, dispatch, output)...)
 	return append(chains,
 		base("filter-prerouting-post-dnat", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, dstnat+10, incoming...),
 		base("filter-output-post-dnat", nftables.ChainTypeFilter, nftables.ChainHookOutput, dstnat+10, sent...),
@@ -113,6 +113,6 @@ func (t *table) chains(node dataplane.Node, rangeBits []int) []chain {
 	)
 }
 
-func (t *table) chain(name string, rules ...rule) chain {
+func (t *table) newChain(name string, rules ...rule) chain {
 	return chain{Chain: &nftables.Chain{Name: name, Table: t.nf}, rules: rules}
 }

@@ -12,30 +12,30 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// editSize is how many elements go into one commit, give or take as many. A commit
+// transactionSize is how many elements go into one commit, give or take as many. A commit
 // holds up every other user of nftables on the node, and this one is some 10 ms.
 // Larger ones save nothing: the kernel takes more than proportional time for them.
-const editSize = 2048
+const transactionSize = 2048
 
-// branchWeight is as how many elements a branch counts that comes or goes, with
+// verdictElementWeight is as how many elements a branch counts that comes or goes, with
 // its chain and rules.
-const branchWeight = 16
+const verdictElementWeight = 16
 
-// classRest is for how long a class stays when nothing is in it any more: longer
+// unusedClassDelay is for how long a class stays when nothing is in it any more: longer
 // than any packet is on its way, and so long that a Service that goes from one
 // size to another and back doesn't make chains come and go.
-const classRest = time.Second
+const unusedClassDelay = time.Second
 
 // batch is what is committed together.
-type batch struct{ tables [2]tableEdit }
+type batch struct{ tables [2]tableDiff }
 
-// tableEdit is what is done to one table.
-type tableEdit struct {
-	edit
-	// branches is by how much the number of frontends that need each branch
+// tableDiff is what is done to one table.
+type tableDiff struct {
+	elementDiff
+	// verdictElements is by how much the number of frontends that need each branch
 	// changes, addrs by how much that with each address does.
-	branches map[branch]int
-	addrs    addrCounts
+	verdictElements map[verdictElement]int
+	addrs           addrCounts
 }
 
 func (d *Dataplane) newBatch() *batch {
@@ -54,71 +54,71 @@ func (b *batch) elements() int {
 	return n
 }
 
-// change adds what turns one row of a frontend into another; see edit.change.
-func (b *batch) change(f dataplane.Frontend, have, want *row) {
-	e := b.of(f)
-	if have != nil && want != nil && have.sameBranches(want) {
-		e.change(f, have, want)
+// diffFrontend adds what turns one row of a frontend into another; see elementDiff.diffFrontendElements.
+func (b *batch) diffFrontend(f dataplane.Frontend, have, want *frontendElements) {
+	e := b.tableOf(f)
+	if have != nil && want != nil && have.sameVerdictElements(want) {
+		e.diffFrontendElements(f, have, want)
 		return
 	}
 	if have != nil {
-		e.count(f, have, -1)
+		e.countFrontend(f, have, -1)
 	}
-	b.found(f, have, want)
+	b.diffFrontendFromKernel(f, have, want)
 }
 
-// found is change for a row that was found in the kernel, whose branches have not
+// diffFrontendFromKernel is change for a row that was found in the kernel, whose branches have not
 // been counted.
-func (b *batch) found(f dataplane.Frontend, have, want *row) {
-	e := b.of(f)
+func (b *batch) diffFrontendFromKernel(f dataplane.Frontend, have, want *frontendElements) {
+	e := b.tableOf(f)
 	if want != nil {
-		e.count(f, want, 1)
+		e.countFrontend(f, want, 1)
 	}
-	e.change(f, have, want)
+	e.diffFrontendElements(f, have, want)
 }
 
-// changeList adds what turns the list of a Service into another.
-func (b *batch) changeList(family dataplane.Family, l listChange) {
-	e := &b.tables[index(family)]
-	var have, want sharedRow
+// diffSharedList adds what turns the list of a Service into another.
+func (b *batch) diffSharedList(family dataplane.Family, l listChange) {
+	e := &b.tables[familyIndex(family)]
+	var have, want sharedListWithID
 	if l.have != nil {
-		have = sharedRow{l.have.list, l.have.shared}
+		have = sharedListWithID{l.have.listID, l.have.sharedList}
 	}
 	if l.want != nil {
-		want = sharedRow{l.want.list, l.want.shared}
+		want = sharedListWithID{l.want.listID, l.want.sharedList}
 	}
-	if have.list == want.list {
-		e.changeList(want.list, have.shared, want.shared)
+	if have.id == want.id {
+		e.diffSharedList(want.id, have.sharedList, want.sharedList)
 		return
 	}
-	if have.list != 0 {
-		e.changeList(have.list, have.shared, nil)
+	if have.id != 0 {
+		e.diffSharedList(have.id, have.sharedList, nil)
 	}
-	if want.list != 0 {
-		e.changeList(want.list, nil, want.shared)
+	if want.id != 0 {
+		e.diffSharedList(want.id, nil, want.sharedList)
 	}
 }
 
-// of returns the edit of the table that a frontend is in.
-func (b *batch) of(f dataplane.Frontend) *tableEdit {
-	return &b.tables[index(dataplane.FamilyOf(f.Addr.Addr()))]
+// tableOf returns the edit of the table that a frontend is in.
+func (b *batch) tableOf(f dataplane.Frontend) *tableDiff {
+	return &b.tables[familyIndex(dataplane.FamilyOf(f.Addr.Addr()))]
 }
 
-func (e *tableEdit) count(f dataplane.Frontend, r *row, n int) {
-	for _, b := range r.branches() {
-		e.countBranch(b, n)
+func (e *tableDiff) countFrontend(f dataplane.Frontend, r *frontendElements, n int) {
+	for _, b := range r.verdictElements() {
+		e.countVerdictElement(b, n)
 	}
 	e.addrs.add(f.Addr.Addr(), r.addrs, n)
 }
 
-func (e *tableEdit) countBranch(b branch, n int) {
-	if e.branches == nil {
-		e.branches = map[branch]int{}
+func (e *tableDiff) countVerdictElement(b verdictElement, n int) {
+	if e.verdictElements == nil {
+		e.verdictElements = map[verdictElement]int{}
 	}
-	e.branches[b] += n
+	e.verdictElements[b] += n
 }
 
-func index(f dataplane.Family) int {
+func familyIndex(f dataplane.Family) int {
 	if f == dataplane.IPv6 {
 		return 1
 	}
@@ -126,7 +126,7 @@ func index(f dataplane.Family) int {
 }
 
 // tooLarge reports whether a batch can't be one commit.
-func (d *Dataplane) tooLarge(b *batch) bool { return b.elements() > 2*d.editSize }
+func (d *Dataplane) tooLarge(b *batch) bool { return b.elements() > 2*d.transactionSize }
 
 // commit carries out a batch in one transaction, and counts its branches. It
 // writes nothing if the batch is empty.
@@ -139,21 +139,21 @@ func (d *Dataplane) commit(b *batch) error {
 		return err
 	}
 	if !d.tooLarge(b) {
-		return d.transact(b)
+		return d.commitTransaction(b)
 	}
-	for step := range b.steps(d.editSize) {
-		if err := d.transact(step); err != nil {
+	for step := range b.steps(d.transactionSize) {
+		if err := d.commitTransaction(step); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// transact carries out a batch, or a step of one, in one transaction.
-func (d *Dataplane) transact(b *batch) error {
+// commitTransaction carries out a batch, or a step of one, in one transaction.
+func (d *Dataplane) commitTransaction(b *batch) error {
 	something := false
 	for i := range b.tables {
-		written, err := d.write(i, &b.tables[i])
+		written, err := d.encodeDiff(i, &b.tables[i])
 		if err != nil {
 			return err
 		}
@@ -165,22 +165,22 @@ func (d *Dataplane) transact(b *batch) error {
 		}
 	}
 	for i := range b.tables {
-		for branch, n := range b.tables[i].branches {
-			d.use(i, branch, n)
+		for branch, n := range b.tables[i].verdictElements {
+			d.addReferences(i, branch, n)
 		}
-		d.addrs[i].commit(b.tables[i].addrs)
-		d.ports[i].commit(b.tables[i].ports)
+		d.addrs[i].merge(b.tables[i].addrs)
+		d.ports[i].merge(b.tables[i].ports)
 	}
 	return nil
 }
 
-// write adds the edit of the i-th table to the transaction, and reports whether that
+// encodeDiff adds the edit of the i-th table to the transaction, and reports whether that
 // is anything.
-func (d *Dataplane) write(i int, e *tableEdit) (bool, error) {
+func (d *Dataplane) encodeDiff(i int, e *tableDiff) (bool, error) {
 	if e.elements == 0 && e.addrs.size() == 0 && len(e.ports) == 0 {
 		return false, nil
 	}
-	shared := d.sharedEdits(i, e)
+	shared := d.sharedSetDiffs(i, e)
 	something := false
 	var errs []error
 	del := func(set *nftables.Set, elements []element) {
@@ -195,20 +195,20 @@ func (d *Dataplane) write(i int, e *tableEdit) (bool, error) {
 			errs = append(errs, fmt.Errorf("encode additions to set %s: %w", set.Name, err))
 		}
 	}
-	for s, set := range e.table.rowSets {
+	for s, set := range e.table.frontendSets {
 		del(set, e.del[s])
 	}
 	for set, elements := range e.delRanges {
-		del(e.table.rangeSet(set), elements)
+		del(e.table.rangeSetByKey(set), elements)
 	}
 	for _, s := range shared {
 		del(s.set, s.gone)
 	}
-	for s, set := range e.table.rowSets {
+	for s, set := range e.table.frontendSets {
 		add(set, e.add[s])
 	}
 	for set, elements := range e.addRanges {
-		add(e.table.rangeSet(set), elements)
+		add(e.table.rangeSetByKey(set), elements)
 	}
 	for _, s := range shared {
 		add(s.set, s.come)
@@ -222,25 +222,25 @@ func (d *Dataplane) write(i int, e *tableEdit) (bool, error) {
 func (d *Dataplane) prepare(b *batch) error {
 	for i := range b.tables {
 		e := &b.tables[i]
-		bits := d.addRangeSets(e, d.rangeBits[i])
-		var added []branch
-		for branch, n := range e.branches {
-			if _, exists := d.branches[i][branch]; !exists && n > 0 {
+		bits := d.addSourceRangeSets(e, d.rangePrefixLengths[i])
+		var added []verdictElement
+		for branch, n := range e.verdictElements {
+			if _, exists := d.verdictElements[i][branch]; !exists && n > 0 {
 				added = append(added, branch)
 			}
 		}
-		if len(added) == 0 && len(bits) == len(d.rangeBits[i]) {
+		if len(added) == 0 && len(bits) == len(d.rangePrefixLengths[i]) {
 			continue
 		}
-		slices.SortFunc(added, branch.compare)
+		slices.SortFunc(added, verdictElement.compare)
 		for {
-			now := added[:min(len(added), d.branchesAtOnce())]
-			if err := d.addBranches(e.table, now); err != nil {
+			now := added[:min(len(added), d.verdictElementsPerCommit())]
+			if err := d.addVerdictElements(e.table, now); err != nil {
 				return err
 			}
-			d.rangeBits[i] = bits
+			d.rangePrefixLengths[i] = bits
 			for _, branch := range now {
-				d.use(i, branch, 0)
+				d.addReferences(i, branch, 0)
 			}
 			if added = added[len(now):]; len(added) == 0 {
 				break
@@ -250,19 +250,21 @@ func (d *Dataplane) prepare(b *batch) error {
 	return nil
 }
 
-// branchesAtOnce is how many branches come, or go, in one commit.
-func (d *Dataplane) branchesAtOnce() int { return max(1, d.editSize/branchWeight) }
+// verdictElementsPerCommit is how many branches come, or go, in one commit.
+func (d *Dataplane) verdictElementsPerCommit() int {
+	return max(1, d.transactionSize/verdictElementWeight)
+}
 
-// addBranches commits new branches, with whatever else is in the transaction.
-func (d *Dataplane) addBranches(t *table, branches []branch) error {
+// addVerdictElements commits new branches, with whatever else is in the transaction.
+func (d *Dataplane) addVerdictElements(t *table, branches []verdictElement) error {
 	for _, b := range branches {
-		if b.own() {
-			ch := t.branchChain(b)
+		if b.hasOwnChain() {
+			ch := t.verdictElementChain(b)
 			d.conn.AddChain(ch.Chain)
 			d.addRules(t, ch)
 		}
 		// The library keeps the error for Flush.
-		_ = d.conn.SetAddElements(t.verdicts[b.in], []element{{Key: t.classElement(b.class), VerdictData: b.verdict()}})
+		_ = d.conn.SetAddElements(t.verdicts[b.vmap], []element{{Key: t.encodeClass(b.serviceClass), VerdictData: b.verdict()}})
 	}
 	if err := d.submit(); err != nil {
 		return fmt.Errorf("add classes: %w", err)
@@ -270,9 +272,9 @@ func (d *Dataplane) addBranches(t *table, branches []branch) error {
 	return nil
 }
 
-// addRangeSets adds sets for the lengths of source ranges that there are none for
+// addSourceRangeSets adds sets for the lengths of source ranges that there are none for
 // yet, and the rules that look into them. They stay: there can't be many.
-func (d *Dataplane) addRangeSets(e *tableEdit, have []int) []int {
+func (d *Dataplane) addSourceRangeSets(e *tableDiff, have []int) []int {
 	want := slices.Clone(have)
 	for set := range e.addRanges {
 		if !slices.Contains(want, set.bits) {
@@ -285,61 +287,61 @@ func (d *Dataplane) addRangeSets(e *tableEdit, have []int) []int {
 	slices.Sort(want)
 	for _, bits := range want {
 		if !slices.Contains(have, bits) {
-			_ = d.conn.AddSet(e.table.ranges(bits), nil)
-			_ = d.conn.AddSet(e.table.sharedRanges(bits), nil)
+			_ = d.conn.AddSet(e.table.sourceRangeSet(bits), nil)
+			_ = d.conn.AddSet(e.table.sharedSourceRangeSet(bits), nil)
 		}
 	}
-	for _, by := range addressings() {
-		ch := e.table.sourceRanges(by, want)
+	for _, by := range allAddressings() {
+		ch := e.table.sourceRangesChain(by, want)
 		d.conn.FlushChain(ch.Chain)
 		d.addRules(e.table, ch)
 	}
-	ch := e.table.sharedSourceRanges(want)
+	ch := e.table.sharedSourceRangesChain(want)
 	d.conn.FlushChain(ch.Chain)
 	d.addRules(e.table, ch)
 	return want
 }
 
-// use counts n more frontends that need a branch of the i-th table.
-func (d *Dataplane) use(i int, b branch, n int) {
-	d.branches[i][b] += n
-	if d.branches[i][b] > 0 {
-		delete(d.resting[i], b)
+// addReferences counts n more frontends that need a branch of the i-th table.
+func (d *Dataplane) addReferences(i int, b verdictElement, n int) {
+	d.verdictElements[i][b] += n
+	if d.verdictElements[i][b] > 0 {
+		delete(d.unusedSince[i], b)
 		return
 	}
-	if _, resting := d.resting[i][b]; !resting {
-		d.resting[i][b] = d.now()
+	if _, resting := d.unusedSince[i][b]; !resting {
+		d.unusedSince[i][b] = d.now()
 	}
 }
 
-// removeUnusedBranches removes the branches that no frontend has needed for a
+// removeUnusedVerdictElements removes the branches that no frontend has needed for a
 // while. What can't be removed now, as some kernels before 6.2 hold on to a
 // chain for a moment longer, is tried again after a later commit.
-func (d *Dataplane) removeUnusedBranches() {
+func (d *Dataplane) removeUnusedVerdictElements() {
 	for i, t := range d.tables {
-		var unused []branch
-		for b, since := range d.resting[i] {
-			if d.now().Sub(since) >= classRest {
+		var unused []verdictElement
+		for b, since := range d.unusedSince[i] {
+			if d.now().Sub(since) >= unusedClassDelay {
 				unused = append(unused, b)
 			}
 		}
-		for part := range slices.Chunk(unused, d.branchesAtOnce()) {
-			if err := d.removeBranches(t, part); err != nil {
+		for part := range slices.Chunk(unused, d.verdictElementsPerCommit()) {
+			if err := d.removeVerdictElements(t, part); err != nil {
 				d.log.Debug("unused classes stay for now", "table", t.String(), "classes", len(part), "error", err)
 				continue
 			}
 			for _, b := range part {
-				delete(d.branches[i], b)
-				delete(d.resting[i], b)
+				delete(d.verdictElements[i], b)
+				delete(d.unusedSince[i], b)
 			}
 		}
 	}
 }
 
-func (d *Dataplane) removeBranches(t *table, branches []branch) error {
+func (d *Dataplane) removeVerdictElements(t *table, branches []verdictElement) error {
 	for _, b := range branches {
-		_ = d.conn.SetDeleteElements(t.verdicts[b.in], []element{{Key: t.classElement(b.class)}})
-		if b.own() {
+		_ = d.conn.SetDeleteElements(t.verdicts[b.vmap], []element{{Key: t.encodeClass(b.serviceClass)}})
+		if b.hasOwnChain() {
 			ch := &nftables.Chain{Name: b.chainName(), Table: t.nf}
 			d.conn.FlushChain(ch)
 			d.conn.DelChain(ch)
@@ -349,7 +351,7 @@ func (d *Dataplane) removeBranches(t *table, branches []branch) error {
 }
 
 func (d *Dataplane) removeElements(set *nftables.Set, gone []element) error {
-	for part := range slices.Chunk(gone, d.editSize) {
+	for part := range slices.Chunk(gone, d.transactionSize) {
 		if err := d.conn.SetDeleteElements(set, part); err != nil {
 			return fmt.Errorf("encode deletions from set %s: %w", set.Name, err)
 		}

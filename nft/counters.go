@@ -21,14 +21,14 @@ import (
 type counter string
 
 const (
-	rejectedNoEndpoints    counter = "rejected-no-endpoints"
-	droppedNoEndpoints     counter = "dropped-no-endpoints"
-	droppedNoLocalEndpoint counter = "dropped-no-local-endpoints"
-	droppedSourceRanges    counter = "dropped-source-ranges"
-	rejectedUndeclaredPort counter = "rejected-undeclared-port"
-	droppedNoService       counter = "dropped-no-service"
-	droppedInvalid         counter = "dropped-invalid"
-	droppedLoopback        counter = "dropped-loopback"
+	rejectedNoEndpoints     counter = "rejected-no-endpoints"
+	droppedNoEndpoints      counter = "dropped-no-endpoints"
+	droppedNoLocalEndpoints counter = "dropped-no-local-endpoints"
+	droppedSourceRanges     counter = "dropped-source-ranges"
+	rejectedUndeclaredPort  counter = "rejected-undeclared-port"
+	droppedNoService        counter = "dropped-no-service"
+	droppedInvalid          counter = "dropped-invalid"
+	droppedLoopback         counter = "dropped-loopback"
 )
 
 // Counters of connections whose clients are not remembered, although their Service has
@@ -38,8 +38,8 @@ const (
 	affinityNetworkLimit counter = "affinity-network-limit"
 )
 
-// rejectedLocalhost counts connections to a node port at a loopback address.
-func rejectedLocalhost(p dataplane.Protocol) counter {
+// rejectedLocalhostCounter counts connections to a node port at a loopback address.
+func rejectedLocalhostCounter(p dataplane.Protocol) counter {
 	return counter("rejected-localhost-" + strings.ToLower(p.String()))
 }
 
@@ -48,31 +48,31 @@ func protocols() []dataplane.Protocol {
 	return []dataplane.Protocol{dataplane.TCP, dataplane.UDP, dataplane.SCTP}
 }
 
-// counters returns all counters, unservedCounters those of what is not served.
-func counters() []counter {
-	return append(unservedCounters(), affinityFull, affinityNetworkLimit)
+// allCounters returns all counters, refusedCounters those of what is not served.
+func allCounters() []counter {
+	return append(refusedCounters(), affinityFull, affinityNetworkLimit)
 }
 
-func unservedCounters() []counter {
+func refusedCounters() []counter {
 	all := []counter{
-		rejectedNoEndpoints, droppedNoEndpoints, droppedNoLocalEndpoint, droppedSourceRanges,
+		rejectedNoEndpoints, droppedNoEndpoints, droppedNoLocalEndpoints, droppedSourceRanges,
 		rejectedUndeclaredPort, droppedNoService, droppedInvalid, droppedLoopback,
 	}
 	for _, p := range protocols() {
-		all = append(all, rejectedLocalhost(p))
+		all = append(all, rejectedLocalhostCounter(p))
 	}
 	return all
 }
 
-// Count is what one of the backend's counters has counted since its table was
+// CounterValue is what one of the backend's counters has counted since its table was
 // made. Restarts of the program leave it alone; [Cleanup], a reboot and whoever
 // else removes the table make it begin again.
-type Count struct {
+type CounterValue struct {
 	// Family says which of the two tables the counter is in.
 	Family dataplane.Family
-	// Reason is the counter's name, as `nft list counters` shows it: what became
+	// Name is the counter's name, as `nft list counters` shows it: what became
 	// of the packets, and why. For example, "rejected-no-endpoints".
-	Reason string
+	Name string
 	// Localhost is the protocol of the counters of node ports at loopback
 	// addresses, each of which counts one protocol, and 0 of all others.
 	Localhost dataplane.Protocol
@@ -81,9 +81,9 @@ type Count struct {
 	Packets, Bytes uint64
 }
 
-// Counters read what was not served, beside a Dataplane and without one. Their
+// CounterReader read what was not served, beside a Dataplane and without one. Their
 // methods may be called from any goroutine.
-type Counters struct {
+type CounterReader struct {
 	table string
 	netns int
 
@@ -94,10 +94,10 @@ type Counters struct {
 	conn *netlink.Conn
 }
 
-// NewCounters returns Counters of a network namespace, whose file descriptor must
+// NewCounterReader returns Counters of a network namespace, whose file descriptor must
 // stay open for as long as they are in use. It does not connect to the kernel yet.
-func NewCounters(opts Options) *Counters {
-	return &Counters{table: opts.tableName(), netns: opts.NetNS}
+func NewCounterReader(opts Options) *CounterReader {
+	return &CounterReader{table: opts.tableName(), netns: opts.NetNS}
 }
 
 // Read returns what every counter has counted, in an order that stays; nothing is
@@ -105,7 +105,7 @@ func NewCounters(opts Options) *Counters {
 // wait for commits, nor they for it, and takes a fraction of a millisecond however
 // many Services there are. The error is that of ctx, or as for [Open]; the next
 // Read connects anew.
-func (c *Counters) Read(ctx context.Context) ([]Count, error) {
+func (c *CounterReader) Read(ctx context.Context) ([]CounterValue, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	counts, err := c.read(ctx)
@@ -116,13 +116,13 @@ func (c *Counters) Read(ctx context.Context) ([]Count, error) {
 }
 
 // Close closes the connection to the kernel. A Read after that opens another.
-func (c *Counters) Close() error {
+func (c *CounterReader) Close() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.disconnect()
 }
 
-func (c *Counters) disconnect() error {
+func (c *CounterReader) disconnect() error {
 	if c.conn == nil {
 		return nil
 	}
@@ -134,32 +134,32 @@ func (c *Counters) disconnect() error {
 	return nil
 }
 
-func (c *Counters) read(ctx context.Context) ([]Count, error) {
+func (c *CounterReader) read(ctx context.Context) ([]CounterValue, error) {
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}
 	if c.conn == nil {
 		conn, err := netlink.Dial(unix.NETLINK_NETFILTER, &netlink.Config{NetNS: c.netns})
 		if err != nil {
-			return nil, fmt.Errorf("open netlink socket: %w", explain(err))
+			return nil, fmt.Errorf("open netlink socket: %w", explainError(err))
 		}
 		c.conn = conn
 	}
 	conn := c.conn
 	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Now()) })
-	counts, err := dumpCounters(conn, c.table)
+	counts, err := dumpRefusedCounters(conn, c.table)
 	if !stop() { // the connection is of no use with that deadline
 		return nil, context.Cause(ctx)
 	}
 	if err != nil {
-		return nil, explain(err)
+		return nil, explainError(err)
 	}
 	return counts, nil
 }
 
 // dumpCounterObjects reads the counters of both tables of a name in one dump. The library's
 // GetNamedObjects asks for each, and for objects of all kinds. Others may have added some.
-func dumpCounterObjects(conn *netlink.Conn, table string) (map[object]Count, error) {
+func dumpCounterObjects(conn *netlink.Conn, table string) (map[objectKey]CounterValue, error) {
 	attrs, err := netlink.MarshalAttributes([]netlink.Attribute{
 		{Type: unix.NFTA_OBJ_TABLE, Data: []byte(table + "\x00")},
 		{Type: unix.NFTA_OBJ_TYPE, Data: binary.BigEndian.AppendUint32(nil, unix.NFT_OBJECT_COUNTER)},
@@ -177,7 +177,7 @@ func dumpCounterObjects(conn *netlink.Conn, table string) (map[object]Count, err
 	if _, err := conn.Send(request); err != nil {
 		return nil, fmt.Errorf("request: %w", err)
 	}
-	found := map[object]Count{}
+	found := map[objectKey]CounterValue{}
 	for m, err := range conn.ReceiveIter() {
 		if err != nil {
 			return nil, err
@@ -190,33 +190,33 @@ func dumpCounterObjects(conn *netlink.Conn, table string) (map[object]Count, err
 	return found, nil
 }
 
-// dumpCounters returns the counters of what is not served.
-func dumpCounters(conn *netlink.Conn, table string) ([]Count, error) {
+// dumpRefusedCounters returns the counters of what is not served.
+func dumpRefusedCounters(conn *netlink.Conn, table string) ([]CounterValue, error) {
 	found, err := dumpCounterObjects(conn, table)
 	if err != nil {
 		return nil, err
 	}
 	localhost := map[counter]dataplane.Protocol{}
 	for _, p := range protocols() {
-		localhost[rejectedLocalhost(p)] = p
+		localhost[rejectedLocalhostCounter(p)] = p
 	}
-	var counts []Count
+	var counts []CounterValue
 	for _, f := range []dataplane.Family{dataplane.IPv4, dataplane.IPv6} {
 		family := nftables.TableFamilyIPv4
 		if f == dataplane.IPv6 {
 			family = nftables.TableFamilyIPv6
 		}
-		for _, name := range unservedCounters() {
-			c := found[object{family, string(name)}]
-			c.Family, c.Reason, c.Localhost = f, string(name), localhost[name]
+		for _, name := range refusedCounters() {
+			c := found[objectKey{family, string(name)}]
+			c.Family, c.Name, c.Localhost = f, string(name), localhost[name]
 			counts = append(counts, c)
 		}
 	}
 	return counts, nil
 }
 
-// object tells objects of tables of our name.
-type object struct {
+// objectKey tells objects of tables of our name.
+type objectKey struct {
 	family nftables.TableFamily
 	name   string
 }
@@ -224,8 +224,8 @@ type object struct {
 // parseCounter decodes a message about a counter: the header with the family, and
 // attributes (linux/netfilter/nf_tables.h, nft_object_attributes and
 // nft_counter_attributes).
-func parseCounter(b []byte) (object, Count) {
-	o, attrs := object{family: nftables.TableFamily(b[0])}, b[4:]
+func parseCounter(b []byte) (objectKey, CounterValue) {
+	o, attrs := objectKey{family: nftables.TableFamily(b[0])}, b[4:]
 	if name, ok := nlconn.Attribute(attrs, unix.NFTA_OBJ_NAME); ok {
 		o.name = strings.TrimSuffix(string(name), "\x00")
 	}
@@ -236,5 +236,5 @@ func parseCounter(b []byte) (object, Count) {
 		}
 		return 0
 	}
-	return o, Count{Packets: number(unix.NFTA_COUNTER_PACKETS), Bytes: number(unix.NFTA_COUNTER_BYTES)}
+	return o, CounterValue{Packets: number(unix.NFTA_COUNTER_PACKETS), Bytes: number(unix.NFTA_COUNTER_BYTES)}
 }

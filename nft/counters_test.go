@@ -16,10 +16,10 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// newCounters returns Counters that are closed with the test.
-func newCounters(t testing.TB, ns *nettest.Namespace) *Counters {
+// newTestCounterReader returns Counters that are closed with the test.
+func newTestCounterReader(t testing.TB, ns *nettest.Namespace) *CounterReader {
 	t.Helper()
-	c := NewCounters(Options{NetNS: ns.Fd()})
+	c := NewCounterReader(Options{NetNS: ns.Fd()})
 	t.Cleanup(func() {
 		if err := c.Close(); err != nil {
 			t.Error(err)
@@ -28,8 +28,8 @@ func newCounters(t testing.TB, ns *nettest.Namespace) *Counters {
 	return c
 }
 
-// readCounters returns what has counted something.
-func readCounters(t *testing.T, c *Counters) []Count {
+// readNonzeroCounters returns what has counted something.
+func readNonzeroCounters(t *testing.T, c *CounterReader) []CounterValue {
 	t.Helper()
 	all, err := c.Read(t.Context())
 	if err != nil {
@@ -37,18 +37,18 @@ func readCounters(t *testing.T, c *Counters) []Count {
 	}
 	var reasons []string
 	for _, c := range all {
-		reasons = append(reasons, c.Family.String()+" "+c.Reason)
+		reasons = append(reasons, c.Family.String()+" "+c.Name)
 	}
 	var want []string
 	for _, f := range []dataplane.Family{dataplane.IPv4, dataplane.IPv6} {
-		for _, c := range unservedCounters() {
+		for _, c := range refusedCounters() {
 			want = append(want, f.String()+" "+string(c))
 		}
 	}
 	if diff := cmp.Diff(want, reasons); diff != "" {
 		t.Errorf("counters (-want +got):\n%s", diff)
 	}
-	return slices.DeleteFunc(all, func(c Count) bool { return c.Packets == 0 && c.Bytes == 0 })
+	return slices.DeleteFunc(all, func(c CounterValue) bool { return c.Packets == 0 && c.Bytes == 0 })
 }
 
 // TestReadCounters checks that every counter of both tables is read, that tables
@@ -57,21 +57,21 @@ func readCounters(t *testing.T, c *Counters) []Count {
 func TestReadCounters(t *testing.T) {
 	t.Parallel()
 	d, ns := newDataplane(t)
-	c := newCounters(t, ns)
+	c := newTestCounterReader(t, ns)
 	binary := nftBinaries(t)["1.1.3"]
-	if got := readCounters(t, c); len(got) > 0 {
+	if got := readNonzeroCounters(t, c); len(got) > 0 {
 		t.Errorf("without tables: %+v", got)
 	}
 	var script strings.Builder
 	script.WriteString("table inet fairlead {\n counter dropped-no-service { packets 1 bytes 2 }\n}\n" +
 		"table ip others {\n counter dropped-no-service { packets 3 bytes 4 }\n}\n")
-	var want []Count
+	var want []CounterValue
 	for i, family := range []dataplane.Family{dataplane.IPv4, dataplane.IPv6} {
 		fmt.Fprintf(&script, "table %s fairlead {\n counter foreign { packets 5 bytes 6 }\n", []string{"ip", "ip6"}[i])
-		for n, name := range unservedCounters() {
-			count := Count{Family: family, Reason: string(name), Packets: uint64(1000*i+n+1) << 32, Bytes: uint64(n) + 100} //nolint:gosec // small numbers
+		for n, name := range refusedCounters() {
+			count := CounterValue{Family: family, Name: string(name), Packets: uint64(1000*i+n+1) << 32, Bytes: uint64(n) + 100} //nolint:gosec // small numbers
 			for _, p := range protocols() {
-				if strings.HasSuffix(count.Reason, "-localhost-"+strings.ToLower(p.String())) {
+				if strings.HasSuffix(count.Name, "-localhost-"+strings.ToLower(p.String())) {
 					count.Localhost = p
 				}
 			}
@@ -81,25 +81,25 @@ func TestReadCounters(t *testing.T) {
 		script.WriteString("}\n")
 	}
 	script.WriteString("table ip others2 {\n counter dropped-no-service { packets 3 bytes 4 }\n}\n") // the kernel tells it last
-	nft(t, ns, binary, script.String())
-	if diff := cmp.Diff(want, readCounters(t, c)); diff != "" {
+	runNFT(t, ns, binary, script.String())
+	if diff := cmp.Diff(want, readNonzeroCounters(t, c)); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
 	}
 
 	// A start takes over what was counted.
-	replace(t, d, podNode(), sample(t)...)
-	if diff := cmp.Diff(want, readCounters(t, c)); diff != "" {
+	mustReplace(t, d, nodeWithPodCIDRs(), sampleServices(t)...)
+	if diff := cmp.Diff(want, readNonzeroCounters(t, c)); diff != "" {
 		t.Errorf("after a Replace (-want +got):\n%s", diff)
 	}
-	nft(t, ns, binary, "add quota ip fairlead dropped-no-service { over 7 bytes }")
-	if diff := cmp.Diff(want, readCounters(t, c)); diff != "" {
+	runNFT(t, ns, binary, "add quota ip fairlead dropped-no-service { over 7 bytes }")
+	if diff := cmp.Diff(want, readNonzeroCounters(t, c)); diff != "" {
 		t.Errorf("beside a quota of the same name (-want +got):\n%s", diff)
 	}
 	if err := Cleanup(Options{NetNS: ns.Fd()}); err != nil {
 		t.Fatal(err)
 	}
-	replace(t, d, podNode(), sample(t)...)
-	if got := readCounters(t, c); len(got) > 0 {
+	mustReplace(t, d, nodeWithPodCIDRs(), sampleServices(t)...)
+	if got := readNonzeroCounters(t, c); len(got) > 0 {
 		t.Errorf("in new tables: %+v", got)
 	}
 }
@@ -109,9 +109,9 @@ func TestReadCounters(t *testing.T) {
 func TestReadCountersDuringCommits(t *testing.T) {
 	t.Parallel()
 	d, ns := newDataplane(t)
-	c := newCounters(t, ns)
-	services := sample(t)
-	replace(t, d, podNode(), services...)
+	c := newTestCounterReader(t, ns)
+	services := sampleServices(t)
+	mustReplace(t, d, nodeWithPodCIDRs(), services...)
 	var readers sync.WaitGroup
 	done := make(chan struct{})
 	go func() {
@@ -128,7 +128,7 @@ func TestReadCountersDuringCommits(t *testing.T) {
 	for range 4 {
 		readers.Go(func() {
 			for range 25 {
-				readCounters(t, c)
+				readNonzeroCounters(t, c)
 			}
 		})
 	}
@@ -142,8 +142,8 @@ func TestReadCountersDuringCommits(t *testing.T) {
 func TestReadCountersCancelled(t *testing.T) {
 	t.Parallel()
 	_, ns := newDataplane(t)
-	c := newCounters(t, ns)
-	readCounters(t, c)
+	c := newTestCounterReader(t, ns)
+	readNonzeroCounters(t, c)
 	cause := errors.New("the client has gone")
 	ctx, cancel := context.WithCancelCause(t.Context())
 	cancel(cause)
@@ -156,7 +156,7 @@ func TestReadCountersCancelled(t *testing.T) {
 			t.Errorf("error %v, want %v", err, cause)
 		}
 		cancel()
-		readCounters(t, c)
+		readNonzeroCounters(t, c)
 	}
 }
 
@@ -164,15 +164,15 @@ func TestReadCountersCancelled(t *testing.T) {
 func TestReadCountersAfterFailure(t *testing.T) {
 	t.Parallel()
 	_, ns := newDataplane(t)
-	c := newCounters(t, ns)
-	readCounters(t, c)
+	c := newTestCounterReader(t, ns)
+	readNonzeroCounters(t, c)
 	if err := c.conn.Close(); err != nil {
 		t.Fatal(err)
 	}
 	if counts, err := c.Read(t.Context()); err == nil {
 		t.Errorf("read %v without a connection", counts)
 	}
-	readCounters(t, c)
+	readNonzeroCounters(t, c)
 }
 
 func BenchmarkReadCounters(b *testing.B) {
@@ -181,7 +181,7 @@ func BenchmarkReadCounters(b *testing.B) {
 		b.Fatal(err)
 	}
 	b.Cleanup(func() { _ = ns.Close() })
-	c := newCounters(b, ns)
+	c := newTestCounterReader(b, ns)
 	d, err := Open(Options{NetNS: ns.Fd()})
 	if err != nil {
 		b.Fatal(err)

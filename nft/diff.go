@@ -9,90 +9,90 @@ import (
 	"github.com/google/nftables"
 )
 
-// edit collects the elements to delete and to add in one table. In a commit all
+// elementDiff collects the elements to delete and to add in one table. In a commit all
 // deletions come first, so an element whose value changes is in both.
-type edit struct {
+type elementDiff struct {
 	table    *table
-	del, add [inEndpoints + shards][]element
+	del, add [endpointsSet + numShards][]element
 	// delRanges and addRanges are those of source ranges, by set.
-	delRanges, addRanges map[rangeSet][]element
+	delRanges, addRanges map[rangeSetKey][]element
 	// ports is by how much the number of elements with an endpoint of each port
 	// changes.
 	ports    portCounts
 	elements int
 }
 
-// rangeSet is the set of the source ranges of a prefix length, of frontends or of
+// rangeSetKey is the set of the source ranges of a prefix length, of frontends or of
 // list IDs.
-type rangeSet struct {
+type rangeSetKey struct {
 	bits   int
 	shared bool
 }
 
-func (t *table) rangeSet(s rangeSet) *nftables.Set {
+func (t *table) rangeSetByKey(s rangeSetKey) *nftables.Set {
 	if s.shared {
-		return t.sharedRanges(s.bits)
+		return t.sharedSourceRangeSet(s.bits)
 	}
-	return t.ranges(s.bits)
+	return t.sourceRangeSet(s.bits)
 }
 
 // The sets that rows and lists have elements in, as indices into edit's fields. The
-// last ones are the first of the shards of endpoints. Those before classSets have the
+// last ones are the first of the shards of endpoints. Those before numClassSets have the
 // classes of a frontend: the others are looked into on account of these only, and of
-// what a list has in inListSizes.
+// what a list has in listSizesSet.
 const (
-	inServices = iota
-	inExternal
-	inTimeouts
-	inLists
-	inListSizes
-	inSlots
-	inStickyEndpoints
-	inHairpin
-	inSharedHairpin
-	inSharedEndpoints
-	inEndpoints = inSharedEndpoints + listShards
+	servicesSet = iota
+	externalSet
+	timeoutsSet
+	listsSet
+	listSizesSet
+	slotsSet
+	stickyEndpointsSet
+	hairpinSet
+	sharedHairpinSet
+	sharedEndpointsSet
+	endpointsSet = sharedEndpointsSet + numListShards
 
-	classSets = inListSizes
+	numClassSets = listSizesSet
 )
 
-// change adds to the edit what turns one row of a frontend into another.
+// diffFrontendElements adds to the edit what turns one row of a frontend into another.
 // Either may be nil.
-func (e *edit) change(f dataplane.Frontend, have, want *row) {
+func (e *elementDiff) diffFrontendElements(f dataplane.Frontend, have, want *frontendElements) {
 	if have == want {
 		return
 	}
 	if have == nil {
-		have = &row{}
+		have = &frontendElements{}
 	}
 	if want == nil {
-		want = &row{}
+		want = &frontendElements{}
 	}
 	t := e.table
-	e.changeClass(inServices, f, have.inServices, have.class, have.service, want.inServices, want.class, want.service)
-	e.changeClass(inExternal, f, have.inExternal, have.external, "", want.inExternal, want.external, "")
-	e.changeClass(inTimeouts, f, have.timeout != 0, have.timeout, "", want.timeout != 0, want.timeout, "")
-	e.changeListOf(f, have.list, want.list)
-	for l := range lists {
-		e.changeSlots(f, l, have.slots[l], want.slots[l])
+	e.diffClass(servicesSet, f, have.inServices, have.class, have.service, want.inServices, want.class, want.service)
+	e.diffClass(externalSet, f, have.inExternal, have.externalClass, "", want.inExternal, want.externalClass, "")
+	e.diffClass(timeoutsSet, f, have.timeoutClass != 0, have.timeoutClass, "", want.timeoutClass != 0, want.timeoutClass, "")
+	e.diffListID(f, have.listID, want.listID)
+	for l := range numEndpointLists {
+		e.diffSlots(f, l, have.slots[l], want.slots[l])
 	}
-	e.changeIDs(f, have.byID, want.byID)
-	merge(have.hairpins, want.hairpins, netip.Addr.Compare, func(a netip.Addr, inHave, inWant bool) {
+	e.diffEndpointIDs(f, have.byID, want.byID)
+	mergeSorted(have.hairpins, want.hairpins, netip.Addr.Compare, func(a netip.Addr, inHave, inWant bool) {
 		switch {
 		case !inWant:
-			e.delete(inHairpin, element{Key: t.hairpinElement(a, f)})
+			e.delete(hairpinSet, element{Key: t.encodeHairpinKey(a, f)})
 		case !inHave:
-			e.insert(inHairpin, element{Key: t.hairpinElement(a, f)})
+			e.insert(hairpinSet, element{Key: t.encodeHairpinKey(a, f)})
 		}
 	})
 	if len(have.ranges)+len(want.ranges) > 0 {
-		e.changeRanges(f, have, want)
+		e.diffSourceRanges(f, have, want)
 	}
-	e.changePorts(have.ports, want.ports)
+	e.diffPorts(have.ports, want.ports)
 }
 
-func (e *edit) changePorts(have, want []uint16) {
-	merge(have, want, cmp.Compare[uint16], func(port uint16, inHave, inWant bool) {
+func (e *elementDiff) diffPorts(have, want []uint16) {
+	mergeSorted(have, want, cmp.Compare[uint16], func(port uint16, inHave, inWant bool) {
 		switch {
 		case !inWant:
 			e.addPort(port, -1)
@@ -102,36 +102,36 @@ func (e *edit) changePorts(have, want []uint16) {
 	})
 }
 
-func (e *edit) changeListOf(f dataplane.Frontend, have, want listID) {
+func (e *elementDiff) diffListID(f dataplane.Frontend, have, want listID) {
 	if have == want {
 		return
 	}
-	key := e.table.frontendElement(f)
+	key := e.table.encodeFrontend(f)
 	if have != 0 {
-		e.delete(inLists, element{Key: key})
+		e.delete(listsSet, element{Key: key})
 	}
 	if want != 0 {
-		e.insert(inLists, element{Key: key, Val: e.table.listElement(want)})
+		e.insert(listsSet, element{Key: key, Val: e.table.encodeListID(want)})
 	}
 }
 
-func (e *edit) changeClass(
-	set int, f dataplane.Frontend, inHave bool, have class, haveComment string, inWant bool, want class, wantComment string,
+func (e *elementDiff) diffClass(
+	set int, f dataplane.Frontend, inHave bool, have serviceClass, haveComment string, inWant bool, want serviceClass, wantComment string,
 ) {
 	if inHave == inWant && (!inHave || have == want && haveComment == wantComment) {
 		return
 	}
-	key := e.table.frontendElement(f)
+	key := e.table.encodeFrontend(f)
 	if inHave {
 		e.delete(set, element{Key: key})
 	}
 	if inWant {
-		e.insert(set, element{Key: key, Val: e.table.classElement(want), Comment: wantComment})
+		e.insert(set, element{Key: key, Val: e.table.encodeClass(want), Comment: wantComment})
 	}
 }
 
-func (e *edit) changeSlots(f dataplane.Frontend, l list, have, want slotList) {
-	t, shard := e.table, inEndpoints+shardOf(f)
+func (e *elementDiff) diffSlots(f dataplane.Frontend, l endpointList, have, want listElements) {
+	t, shard := e.table, endpointsSet+shardOf(f)
 	for i := range max(len(have.endpoints), len(want.endpoints)) {
 		var h, w netip.AddrPort
 		if i < len(have.endpoints) {
@@ -143,18 +143,18 @@ func (e *edit) changeSlots(f dataplane.Frontend, l list, have, want slotList) {
 		if h == w {
 			continue
 		}
-		key := t.slotElement(f, l, uint32(i)) //nolint:gosec // a slot
+		key := t.encodeSlotKey(f, l, uint32(i)) //nolint:gosec // a slot
 		if h.IsValid() {
 			e.delete(shard, element{Key: key})
-			e.countPort(h, -1)
+			e.countEndpointPort(h, -1)
 		}
 		if w.IsValid() {
-			e.insert(shard, element{Key: key, Val: t.addrPortElement(w)})
-			e.countPort(w, 1)
+			e.insert(shard, element{Key: key, Val: t.encodeAddrPort(w)})
+			e.countEndpointPort(w, 1)
 		}
 	}
 	for i := range max(len(have.ids), len(want.ids)) {
-		h, w := noID, noID
+		h, w := noEndpointID, noEndpointID
 		if i < len(have.ids) {
 			h = have.ids[i]
 		}
@@ -164,39 +164,39 @@ func (e *edit) changeSlots(f dataplane.Frontend, l list, have, want slotList) {
 		if h == w {
 			continue
 		}
-		key := t.slotElement(f, l, uint32(i)) //nolint:gosec // a slot
-		if h != noID {
-			e.delete(inSlots, element{Key: key})
+		key := t.encodeSlotKey(f, l, uint32(i)) //nolint:gosec // a slot
+		if h != noEndpointID {
+			e.delete(slotsSet, element{Key: key})
 		}
-		if w != noID {
-			e.insert(inSlots, element{Key: key, Val: t.idElement(id(w))}) //nolint:gosec // an ID
+		if w != noEndpointID {
+			e.insert(slotsSet, element{Key: key, Val: t.encodeEndpointID(endpointID(w))}) //nolint:gosec // an ID
 		}
 	}
 }
 
-func (e *edit) changeIDs(f dataplane.Frontend, have, want map[id]netip.AddrPort) {
+func (e *elementDiff) diffEndpointIDs(f dataplane.Frontend, have, want map[endpointID]netip.AddrPort) {
 	t := e.table
 	for n, addr := range have {
 		if want[n] != addr {
-			e.delete(inStickyEndpoints, element{Key: t.stickyElement(f, n)})
-			e.countPort(addr, -1)
+			e.delete(stickyEndpointsSet, element{Key: t.encodeStickyKey(f, n)})
+			e.countEndpointPort(addr, -1)
 		}
 	}
 	for n, addr := range want {
 		if have[n] != addr {
-			e.insert(inStickyEndpoints, element{Key: t.stickyElement(f, n), Val: t.addrPortElement(addr)})
-			e.countPort(addr, 1)
+			e.insert(stickyEndpointsSet, element{Key: t.encodeStickyKey(f, n), Val: t.encodeAddrPort(addr)})
+			e.countEndpointPort(addr, 1)
 		}
 	}
 }
 
-func (e *edit) changeRanges(f dataplane.Frontend, have, want *row) {
+func (e *elementDiff) diffSourceRanges(f dataplane.Frontend, have, want *frontendElements) {
 	t := e.table
-	merge(have.allowed(f), want.allowed(f), netip.Prefix.Compare, func(p netip.Prefix, inHave, inWant bool) {
+	mergeSorted(have.allowedRanges(f), want.allowedRanges(f), netip.Prefix.Compare, func(p netip.Prefix, inHave, inWant bool) {
 		if inHave && inWant && have.rangeComment(f, p) == want.rangeComment(f, p) {
 			return
 		}
-		set, key := rangeSet{bits: p.Bits()}, t.rangeElement(f, p)
+		set, key := rangeSetKey{bits: p.Bits()}, t.encodeSourceRangeKey(f, p)
 		if inHave {
 			e.deleteRange(set, element{Key: key})
 		}
@@ -206,48 +206,48 @@ func (e *edit) changeRanges(f dataplane.Frontend, have, want *row) {
 	})
 }
 
-// countPort counts the port of what is in a slot, unless that is a virtual server.
-func (e *edit) countPort(endpoint netip.AddrPort, n int) {
+// countEndpointPort counts the port of what is in a slot, unless that is a virtual server.
+func (e *elementDiff) countEndpointPort(endpoint netip.AddrPort, n int) {
 	if port, ok := e.table.renderer.endpointPort(endpoint); ok {
 		e.addPort(port, n)
 	}
 }
 
-func (e *edit) addPort(port uint16, n int) {
+func (e *elementDiff) addPort(port uint16, n int) {
 	if e.ports == nil {
 		e.ports = portCounts{}
 	}
 	e.ports[port] += n
 }
 
-func (e *edit) delete(set int, el element) {
+func (e *elementDiff) delete(set int, el element) {
 	e.del[set] = append(e.del[set], el)
 	e.elements++
 }
 
-func (e *edit) insert(set int, el element) {
+func (e *elementDiff) insert(set int, el element) {
 	e.add[set] = append(e.add[set], el)
 	e.elements++
 }
 
-func (e *edit) deleteRange(set rangeSet, el element) {
+func (e *elementDiff) deleteRange(set rangeSetKey, el element) {
 	if e.delRanges == nil {
-		e.delRanges = map[rangeSet][]element{}
+		e.delRanges = map[rangeSetKey][]element{}
 	}
 	e.delRanges[set] = append(e.delRanges[set], el)
 	e.elements++
 }
 
-func (e *edit) insertRange(set rangeSet, el element) {
+func (e *elementDiff) insertRange(set rangeSetKey, el element) {
 	if e.addRanges == nil {
-		e.addRanges = map[rangeSet][]element{}
+		e.addRanges = map[rangeSetKey][]element{}
 	}
 	e.addRanges[set] = append(e.addRanges[set], el)
 	e.elements++
 }
 
-// merge walks two sorted lists without duplicates in step.
-func merge[E any](a, b []E, compare func(E, E) int, visit func(e E, inA, inB bool)) {
+// mergeSorted walks two sorted lists without duplicates in step.
+func mergeSorted[E any](a, b []E, compare func(E, E) int, visit func(e E, inA, inB bool)) {
 	for len(a) > 0 || len(b) > 0 {
 		switch {
 		case len(b) == 0 || len(a) > 0 && compare(a[0], b[0]) < 0:

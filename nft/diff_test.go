@@ -7,9 +7,9 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// TestChangeWritesFew counts elements: the cost of a change must not depend on
+// TestChangeElementCount counts elements: the cost of a change must not depend on
 // how many endpoints the Service has.
-func TestChangeWritesFew(t *testing.T) {
+func TestChangeElementCount(t *testing.T) {
 	t.Parallel()
 	list := make([]dataplane.Endpoint, 1000)
 	for n := range list {
@@ -35,14 +35,14 @@ func TestChangeWritesFew(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
 			d := &Dataplane{renderer: endpointRenderer{}, tables: [2]*table{newTable(dataplane.IPv4), newTable(dataplane.IPv6)}}
-			d.forget()
+			d.resetState()
 			changes := []dataplane.Change{{Old: test.old, New: test.new}}
 			if test.old.Key != test.new.Key {
 				changes = []dataplane.Change{{Old: test.old}, {New: test.new}}
 			}
-			p, b := d.plan(changes, map[dataplane.Key]error{}), d.newBatch()
+			p, b := d.planChanges(changes, map[dataplane.Key]error{}), d.newBatch()
 			for _, c := range changes {
-				p.add(b, c)
+				p.addChange(b, c)
 			}
 			var del, add int
 			for set := range b.tables[0].del {

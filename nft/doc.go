@@ -65,7 +65,7 @@
 // # Classes
 //
 // A class says how many endpoints there are, and in its other bits all that
-// is yes or no about a [dataplane.Treatment]; see the type class. Chains exist
+// is yes or no about a [dataplane.ServiceSpec]; see the type class. Chains exist
 // for classes in use, so the number of rules depends on how many different
 // kinds and sizes of Services there are, not on how many Services.
 //
@@ -229,7 +229,7 @@
 //	}
 //
 // bound-ips has the addresses that the Translator binds to the node; see
-// [BoundAddress]. Connections to them that no frontend takes are rejected or dropped.
+// [BoundAddressService]. Connections to them that no frontend takes are rejected or dropped.
 // Packets that the node sends there, and that the Translator sends to one of the
 // node's own addresses, get a new route:
 //
@@ -258,7 +258,7 @@
 // map with a goto an element would be simpler, but a new goto makes the kernel
 // walk all elements of all verdict maps at commit (nf_tables_api.c,
 // nft_table_validate): 17 ms an update at 50,000 Services. For a like reason
-// no chain of a class refers to endpoints: see table.translate.
+// no chain of a class refers to endpoints: see table.translateChain.
 //
 // The class, and then the slot, travel from one map to the next in the packet's
 // priority, because `nft` cannot print a rule that looks one lookup's result

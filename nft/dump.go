@@ -22,9 +22,9 @@ import (
 type dumpConn struct {
 	*nlconn.Conn
 
-	// torn says that a dump since it was last cleared did not show one state of the
+	// inconsistent says that a dump since it was last cleared did not show one state of the
 	// kernel.
-	torn bool
+	inconsistent bool
 }
 
 func dialDump(netns int) (*dumpConn, error) {
@@ -50,11 +50,11 @@ func (c *dumpConn) dump(ctx context.Context, family byte, typ uint16, attrs []ne
 		}
 		return visit(data[4:])
 	})
-	c.torn = c.torn || interrupted
+	c.inconsistent = c.inconsistent || interrupted
 	return err
 }
 
-// elements calls visit with each element of a set, and whether it has a part that
+// dumpElements calls visit with each element of a set, and whether it has a part that
 // ours never have, such as a statement. The element's slices are visit's to keep.
 //
 // The kernel fills one buffer after the other, and finds where it was by counting
@@ -62,7 +62,7 @@ func (c *dumpConn) dump(ctx context.Context, family byte, typ uint16, attrs []ne
 // to a larger hash table between two buffers, which it does in the background and
 // without beginning a generation, some elements come twice and as many do not come.
 // So an element that comes twice says that the dump is torn.
-func (c *dumpConn) elements(ctx context.Context, s *nftables.Set, visit func(e element, extended bool)) error {
+func (c *dumpConn) dumpElements(ctx context.Context, s *nftables.Set, visit func(e element, extended bool)) error {
 	seed, seen, buffers := maphash.MakeSeed(), map[uint64]struct{}{}, 0
 	return c.dump(ctx, byte(s.Table.Family), unix.NFT_MSG_GETSETELEM, []netlink.Attribute{
 		{Type: unix.NFTA_SET_ELEM_LIST_TABLE, Data: []byte(s.Table.Name + "\x00")},
@@ -73,7 +73,7 @@ func (c *dumpConn) elements(ctx context.Context, s *nftables.Set, visit func(e e
 			if !s.Interval {
 				key := maphash.Bytes(seed, e.Key)
 				if _, twice := seen[key]; twice && buffers > 1 {
-					c.torn = true
+					c.inconsistent = true
 				}
 				seen[key] = struct{}{}
 			}
@@ -92,7 +92,7 @@ func parseElements(b []byte, visit func(e element, extended bool)) error {
 		if err != nil {
 			return err
 		}
-		visit(parseElement(item), isExtended(item))
+		visit(parseElement(item), hasExtraAttributes(item))
 		list = rest
 	}
 	return nil
@@ -117,14 +117,14 @@ func parseElement(b []byte) element {
 		e.IntervalEnd = binary.BigEndian.Uint32(v)&unix.NFT_SET_ELEM_INTERVAL_END != 0
 	}
 	if v, ok := nlconn.Attribute(b, unix.NFTA_SET_ELEM_USERDATA); ok {
-		e.Comment = commentOf(v)
+		e.Comment = parseComment(v)
 	}
 	return e
 }
 
-// isExtended reports whether an element has a part that ours never have: a
+// hasExtraAttributes reports whether an element has a part that ours never have: a
 // statement, a timeout or a reference to an object.
-func isExtended(b []byte) bool {
+func hasExtraAttributes(b []byte) bool {
 	for len(b) > 0 {
 		typ, _, rest, err := nlconn.NextAttribute(b)
 		if err != nil {
@@ -140,10 +140,10 @@ func isExtended(b []byte) bool {
 	return false
 }
 
-// commentOf returns the comment in an element's user data, which is a list of
+// parseComment returns the comment in an element's user data, which is a list of
 // type, length and value, and may be anything if somebody else wrote it. The
 // library's parser relies on the lengths.
-func commentOf(b []byte) string {
+func parseComment(b []byte) string {
 	for len(b) >= 2 && len(b) >= 2+int(b[1]) {
 		if userdata.Type(b[0]) == userdata.NFTNL_UDATA_SET_ELEM_COMMENT {
 			return string(bytes.TrimSuffix(b[2:2+int(b[1])], []byte{0}))

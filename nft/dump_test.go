@@ -20,9 +20,9 @@ import (
 func TestDumpDuringResize(t *testing.T) {
 	t.Parallel()
 	d, _ := newDataplane(t)
-	replace(t, d, dataplane.Node{})
-	table := d.tables[index(dataplane.IPv4)]
-	set := table.addrSets[inClusterIPs]
+	mustReplace(t, d, dataplane.Node{})
+	table := d.tables[familyIndex(dataplane.IPv4)]
+	set := table.addrSets[clusterIPAddrs]
 	const elements = 20_000
 	all := make([]element, elements)
 	for i := range all {
@@ -40,15 +40,15 @@ func TestDumpDuringResize(t *testing.T) {
 		change(d.conn.SetAddElements, all)
 		for range 2 {
 			found := map[string]bool{}
-			d.dump.torn = false
-			if err := d.dump.elements(t.Context(), set, func(e element, _ bool) { found[string(e.Key)] = true }); err != nil {
+			d.dump.inconsistent = false
+			if err := d.dump.dumpElements(t.Context(), set, func(e element, _ bool) { found[string(e.Key)] = true }); err != nil {
 				t.Fatal(err)
 			}
 			if len(found) == elements {
 				continue
 			}
 			incomplete++
-			if !d.dump.torn {
+			if !d.dump.inconsistent {
 				t.Errorf("a dump has %d elements of %d and is not torn", len(found), elements)
 			}
 			if now := generation(t, d); now != before+1 {
@@ -66,19 +66,19 @@ func TestDumpDuringResize(t *testing.T) {
 	t.Logf("%d dumps were incomplete", incomplete)
 }
 
-// TestReadAgain has others commit while the tables are read.
-func TestReadAgain(t *testing.T) {
+// TestReadRetries has others commit while the tables are read.
+func TestReadRetries(t *testing.T) {
 	t.Parallel()
 	d, ns := newDataplane(t)
-	services := sample(t)
-	replace(t, d, fullNode(), services...)
+	services := sampleServices(t)
+	mustReplace(t, d, nodeWithAllSettings(), services...)
 	tool := nftBinaries(t)["1.1.3"]
 	read := func(interfere func(n int)) (reads int, verified bool) {
 		t.Helper()
-		_, verified, err := d.consistently(t.Context(), func() error {
+		_, verified, err := d.readConsistently(t.Context(), func() error {
 			reads++
 			interfere(reads)
-			_, err := d.read(t.Context(), d.tables[0])
+			_, err := d.readTable(t.Context(), d.tables[0])
 			return err
 		})
 		if err != nil {
@@ -93,16 +93,16 @@ func TestReadAgain(t *testing.T) {
 		verified  bool
 	}{
 		{"nobody", func(int) {}, 1, true},
-		{"another table", func(int) { nft(t, ns, tool, "add table ip others\ndelete table ip others") }, 1, true},
+		{"another table", func(int) { runNFT(t, ns, tool, "add table ip others\ndelete table ip others") }, 1, true},
 		{"our table, once", func(n int) {
 			if n == 1 {
-				nft(t, ns, tool, "add element ip fairlead cluster-ips { 10.96.7.7 }")
+				runNFT(t, ns, tool, "add element ip fairlead cluster-ips { 10.96.7.7 }")
 			}
 		}, 2, true},
 		{"our table, always", func(int) {
-			nft(t, ns, tool, "add element ip fairlead cluster-ips { 10.96.7.7 }; delete element ip fairlead cluster-ips { 10.96.7.7 }")
+			runNFT(t, ns, tool, "add element ip fairlead cluster-ips { 10.96.7.7 }; delete element ip fairlead cluster-ips { 10.96.7.7 }")
 		}, readAttempts, false},
-		{"a torn dump, once", func(n int) { d.dump.torn = n == 1 }, 2, true},
+		{"a torn dump, once", func(n int) { d.dump.inconsistent = n == 1 }, 2, true},
 	} {
 		reads, verified := read(test.interfere)
 		if reads != test.reads || verified != test.verified {
@@ -111,20 +111,20 @@ func TestReadAgain(t *testing.T) {
 	}
 
 	interfered := errors.New("interfered")
-	if _, _, err := d.consistently(t.Context(), func() error { return interfered }); !errors.Is(err, interfered) {
+	if _, _, err := d.readConsistently(t.Context(), func() error { return interfered }); !errors.Is(err, interfered) {
 		t.Errorf("error %v, want that of the read", err)
 	}
 	reads := 0
-	if _, _, err := d.consistently(t.Context(), func() error {
+	if _, _, err := d.readConsistently(t.Context(), func() error {
 		reads++
-		nft(t, ns, tool, "add table ip others\ndelete table ip others")
+		runNFT(t, ns, tool, "add table ip others\ndelete table ip others")
 		return unix.ENOENT
 	}); !errors.Is(err, unix.ENOENT) || reads != readAttempts {
 		t.Errorf("error %v after %d reads, want ENOENT after %d", err, reads, readAttempts)
 	}
 	canceled, cancel := context.WithCancel(t.Context())
 	cancel()
-	if _, _, err := d.consistently(canceled, func() error { return nil }); !errors.Is(err, context.Canceled) {
+	if _, _, err := d.readConsistently(canceled, func() error { return nil }); !errors.Is(err, context.Canceled) {
 		t.Errorf("error %v, want that of the context", err)
 	}
 }
@@ -135,7 +135,7 @@ func TestWatchRecovers(t *testing.T) {
 	t.Parallel()
 	d, ns := newDataplane(t)
 	services := []*dataplane.Service{service(t, "s", []dataplane.Frontend{frontend(1)}, endpoints(1, 2))}
-	replace(t, d, fullNode(), services...)
+	mustReplace(t, d, nodeWithAllSettings(), services...)
 	for range 2 {
 		d.watch.mu.Lock()
 		conn := d.watch.conn
@@ -144,39 +144,39 @@ func TestWatchRecovers(t *testing.T) {
 			t.Fatal(err)
 		}
 		wantDrift(t, d) // announcements may have been lost
-		awaitAnnounced(t, d)
+		drainNotifications(t, d)
 		wantSubscribed(t, d, ns)
-		nft(t, ns, nftBinaries(t)["1.1.3"], "add element ip fairlead cluster-ips { 10.96.7.7 }")
+		runNFT(t, ns, nftBinaries(t)["1.1.3"], "add element ip fairlead cluster-ips { 10.96.7.7 }")
 		wantDrift(t, d)
-		replace(t, d, fullNode(), services...)
-		awaitAnnounced(t, d)
+		mustReplace(t, d, nodeWithAllSettings(), services...)
+		drainNotifications(t, d)
 		wantState(t, d, services...)
 	}
 }
 
-// TestStatements replaces elements by the same ones with a statement, which nft does
+// TestElementStatementsRemoved replaces elements by the same ones with a statement, which nft does
 // not print as a difference of sets. One Replace must take the statements away.
-func TestStatements(t *testing.T) {
+func TestElementStatementsRemoved(t *testing.T) {
 	t.Parallel()
 	d, ns := newDataplane(t)
-	services := sample(t)
-	replace(t, d, fullNode(), services...)
+	services := sampleServices(t)
+	mustReplace(t, d, nodeWithAllSettings(), services...)
 	tool := nftBinaries(t)["1.1.3"]
-	before := sortedLines(nft(t, ns, tool, "list ruleset"))
+	before := sortedLines(runNFT(t, ns, tool, "list ruleset"))
 	other, err := nftables.New(nftables.WithNetNSFd(ns.Fd()))
 	if err != nil {
 		t.Fatal(err)
 	}
-	table := d.tables[index(dataplane.IPv4)]
-	for _, set := range []*nftables.Set{table.services, table.endpoints[1], table.verdicts[classes], table.nodePortAddrs, table.addrSets[inClusterIPs]} {
+	table := d.tables[familyIndex(dataplane.IPv4)]
+	for _, set := range []*nftables.Set{table.services, table.endpoints[1], table.verdicts[vmapClasses], table.nodePortAddrs, table.addrSets[clusterIPAddrs]} {
 		var all []element
-		if err := d.dump.elements(t.Context(), set, func(e element, _ bool) { all = append(all, e) }); err != nil {
+		if err := d.dump.dumpElements(t.Context(), set, func(e element, _ bool) { all = append(all, e) }); err != nil {
 			t.Fatal(err)
 		}
 		if len(all) == 0 {
 			t.Fatalf("set %s is empty", set.Name)
 		}
-		with := table.plain(set, all[:1])
+		with := table.plainElements(set, all[:1])
 		with[0].Counter = &expr.Counter{}
 		for _, change := range []func(*nftables.Set, []element) error{other.SetDeleteElements, other.SetAddElements} {
 			if err := change(set, with); err != nil {
@@ -187,12 +187,12 @@ func TestStatements(t *testing.T) {
 			t.Fatalf("set %s: %v", set.Name, err)
 		}
 		wantDrift(t, d)
-		awaitAnnounced(t, d)
-		if slices.Equal(before, sortedLines(nft(t, ns, tool, "list ruleset"))) {
+		drainNotifications(t, d)
+		if slices.Equal(before, sortedLines(runNFT(t, ns, tool, "list ruleset"))) {
 			t.Errorf("set %s: the statement is not there", set.Name)
 		}
-		replace(t, d, fullNode(), services...)
-		if diff := cmp.Diff(before, sortedLines(nft(t, ns, tool, "list ruleset"))); diff != "" {
+		mustReplace(t, d, nodeWithAllSettings(), services...)
+		if diff := cmp.Diff(before, sortedLines(runNFT(t, ns, tool, "list ruleset"))); diff != "" {
 			t.Errorf("set %s: after the repair (-before +after):\n%s", set.Name, diff)
 		}
 	}

@@ -26,54 +26,54 @@ func appendPort(b []byte, port uint16) []byte {
 	return append(binary.BigEndian.AppendUint16(b, port), 0, 0)
 }
 
-func (t *table) frontendElement(f dataplane.Frontend) []byte {
+func (t *table) encodeFrontend(f dataplane.Frontend) []byte {
 	return t.appendFrontend(make([]byte, 0, t.addrLen+8), f)
 }
 
-func (t *table) slotElement(f dataplane.Frontend, l list, slot uint32) []byte {
+func (t *table) encodeSlotKey(f dataplane.Frontend, l endpointList, slot uint32) []byte {
 	b := t.appendFrontend(make([]byte, 0, t.addrLen+12), f)
 	return binary.NativeEndian.AppendUint32(b, l.slotBase()|slot)
 }
 
-// idElement is an ID as it travels in the packet's priority.
-func (*table) idElement(n id) []byte {
-	return append(binary.BigEndian.AppendUint16(nil, uint16(n)), idMark, idMark)
+// encodeEndpointID is an ID as it travels in the packet's priority.
+func (*table) encodeEndpointID(n endpointID) []byte {
+	return append(binary.BigEndian.AppendUint16(nil, uint16(n)), endpointIDMark, endpointIDMark)
 }
 
-func (t *table) stickyElement(f dataplane.Frontend, n id) []byte {
+func (t *table) encodeStickyKey(f dataplane.Frontend, n endpointID) []byte {
 	b := t.appendFrontend(make([]byte, 0, t.addrLen+12), f)
-	return append(b, t.idElement(n)...)
+	return append(b, t.encodeEndpointID(n)...)
 }
 
-func (t *table) rangeElement(f dataplane.Frontend, p netip.Prefix) []byte {
+func (t *table) encodeSourceRangeKey(f dataplane.Frontend, p netip.Prefix) []byte {
 	b := t.appendFrontend(make([]byte, 0, 2*t.addrLen+8), f)
 	return append(b, p.Addr().AsSlice()...)
 }
 
-// classElement is in network byte order, although it becomes the packet's
+// encodeClass is in network byte order, although it becomes the packet's
 // priority, because that is how `nft` prints it: 0:3 for three slots.
-func (*table) classElement(c class) []byte {
+func (*table) encodeClass(c serviceClass) []byte {
 	return binary.BigEndian.AppendUint32(nil, uint32(c))
 }
 
-func (t *table) addrPortElement(a netip.AddrPort) []byte {
+func (t *table) encodeAddrPort(a netip.AddrPort) []byte {
 	b := append(make([]byte, 0, t.addrLen+4), a.Addr().AsSlice()...)
 	return appendPort(b, a.Port())
 }
 
-func (t *table) hairpinElement(a netip.Addr, f dataplane.Frontend) []byte {
+func (t *table) encodeHairpinKey(a netip.Addr, f dataplane.Frontend) []byte {
 	b := make([]byte, 0, 3*t.addrLen+8)
 	b = append(b, a.AsSlice()...)
 	b = append(b, a.AsSlice()...)
 	return t.appendFrontend(b, f)
 }
 
-// errForeign marks an element that this package would never make.
-var errForeign = errors.New("not an element of ours")
+// errUnexpectedElement marks an element that this package would never make.
+var errUnexpectedElement = errors.New("not an element of ours")
 
 func (t *table) parseFrontend(b []byte) (dataplane.Frontend, []byte, error) {
 	if len(b) < t.addrLen+8 {
-		return dataplane.Frontend{}, nil, errForeign
+		return dataplane.Frontend{}, nil, errUnexpectedElement
 	}
 	addr, _ := netip.AddrFromSlice(b[:t.addrLen])
 	b = b[t.addrLen:]
@@ -84,28 +84,28 @@ func (t *table) parseFrontend(b []byte) (dataplane.Frontend, []byte, error) {
 	return f, b[8:], nil
 }
 
-func (t *table) parseSlot(b []byte) (dataplane.Frontend, list, int, error) {
+func (t *table) parseSlot(b []byte) (dataplane.Frontend, endpointList, int, error) {
 	f, rest, err := t.parseFrontend(b)
 	if err != nil || len(rest) != 4 {
-		return f, 0, 0, errForeign
+		return f, 0, 0, errUnexpectedElement
 	}
 	slot := binary.NativeEndian.Uint32(rest)
-	for l := range lists {
-		if slot&^uint32(sizeMask) == l.slotBase() {
-			return f, l, int(slot & uint32(sizeMask)), nil
+	for l := range numEndpointLists {
+		if slot&^uint32(classSizeMask) == l.slotBase() {
+			return f, l, int(slot & uint32(classSizeMask)), nil
 		}
 	}
-	return f, 0, 0, errForeign
+	return f, 0, 0, errUnexpectedElement
 }
 
-func (*table) parseID(b []byte) (id, error) {
-	if len(b) != 4 || b[2] != idMark || b[3] != idMark {
-		return 0, errForeign
+func (*table) parseID(b []byte) (endpointID, error) {
+	if len(b) != 4 || b[2] != endpointIDMark || b[3] != endpointIDMark {
+		return 0, errUnexpectedElement
 	}
-	return id(binary.BigEndian.Uint16(b)), nil
+	return endpointID(binary.BigEndian.Uint16(b)), nil
 }
 
-func (t *table) parseSticky(b []byte) (dataplane.Frontend, id, error) {
+func (t *table) parseSticky(b []byte) (dataplane.Frontend, endpointID, error) {
 	f, rest, err := t.parseFrontend(b)
 	if err != nil {
 		return f, 0, err
@@ -114,29 +114,29 @@ func (t *table) parseSticky(b []byte) (dataplane.Frontend, id, error) {
 	return f, n, err
 }
 
-func (t *table) parseRange(b []byte, bits int) (dataplane.Frontend, netip.Prefix, error) {
+func (t *table) parseSourceRangeKey(b []byte, bits int) (dataplane.Frontend, netip.Prefix, error) {
 	f, rest, err := t.parseFrontend(b)
 	if err != nil || len(rest) != t.addrLen {
-		return f, netip.Prefix{}, errForeign
+		return f, netip.Prefix{}, errUnexpectedElement
 	}
 	addr, _ := netip.AddrFromSlice(rest)
 	p := netip.PrefixFrom(addr, bits)
 	if p != p.Masked() {
-		return f, p, errForeign
+		return f, p, errUnexpectedElement
 	}
 	return f, p, nil
 }
 
-func (*table) parseClass(b []byte) (class, error) {
+func (*table) parseClass(b []byte) (serviceClass, error) {
 	if len(b) != 4 {
-		return 0, errForeign
+		return 0, errUnexpectedElement
 	}
-	return class(binary.BigEndian.Uint32(b)), nil
+	return serviceClass(binary.BigEndian.Uint32(b)), nil
 }
 
 func (t *table) parseAddrPort(b []byte) (netip.AddrPort, error) {
 	if len(b) < t.addrLen+2 {
-		return netip.AddrPort{}, errForeign
+		return netip.AddrPort{}, errUnexpectedElement
 	}
 	addr, _ := netip.AddrFromSlice(b[:t.addrLen])
 	return netip.AddrPortFrom(addr, binary.BigEndian.Uint16(b[t.addrLen:])), nil
@@ -145,16 +145,16 @@ func (t *table) parseAddrPort(b []byte) (netip.AddrPort, error) {
 func (t *table) parseHairpin(b []byte) (netip.Addr, dataplane.Frontend, error) {
 	n := t.addrLen
 	if len(b) < 2*n || !slices.Equal(b[:n], b[n:2*n]) {
-		return netip.Addr{}, dataplane.Frontend{}, errForeign
+		return netip.Addr{}, dataplane.Frontend{}, errUnexpectedElement
 	}
 	addr, _ := netip.AddrFromSlice(b[:n])
 	f, _, err := t.parseFrontend(b[2*n:])
 	return addr, f, err
 }
 
-// intervals returns the elements that an interval set holds for prefixes that
+// intervalElements returns the elements that an interval set holds for prefixes that
 // don't overlap: each one's first address, and the first address behind it.
-func intervals(prefixes []netip.Prefix) []element {
+func intervalElements(prefixes []netip.Prefix) []element {
 	var elements []element
 	for _, p := range prefixes {
 		elements = append(elements, element{Key: p.Addr().AsSlice()})
@@ -167,7 +167,7 @@ func intervals(prefixes []netip.Prefix) []element {
 
 func lastAddr(p netip.Prefix) netip.Addr {
 	b, mask := p.Addr().AsSlice(), make([]byte, p.Addr().BitLen()/8)
-	setBits(mask, p.Bits())
+	setLeadingBits(mask, p.Bits())
 	for i := range b {
 		b[i] |= ^mask[i]
 	}
@@ -175,8 +175,8 @@ func lastAddr(p netip.Prefix) netip.Addr {
 	return a
 }
 
-// setBits sets the first n bits.
-func setBits(b []byte, n int) {
+// setLeadingBits sets the first n bits.
+func setLeadingBits(b []byte, n int) {
 	for i := range n {
 		b[i/8] |= 0x80 >> (i % 8)
 	}

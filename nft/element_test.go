@@ -22,34 +22,34 @@ func FuzzElements(f *testing.F) {
 		parseElement(b)
 		_ = parseElements(b, func(element, bool) {})
 		if f, _, err := table.parseFrontend(b); err == nil {
-			l := list(slot & 1)
-			key := table.slotElement(f, l, uint32(slot))
+			l := endpointList(slot & 1)
+			key := table.encodeSlotKey(f, l, uint32(slot))
 			if gotFrontend, gotList, got, err := table.parseSlot(key); err != nil || got != int(slot) || gotFrontend != f || gotList != l {
 				t.Fatalf("slot %d of list %d of %v became %d of %d of %v, %v", slot, l, f, got, gotList, gotFrontend, err)
 			}
-			if gotFrontend, got, err := table.parseSticky(table.stickyElement(f, id(slot))); err != nil || got != id(slot) || gotFrontend != f {
+			if gotFrontend, got, err := table.parseSticky(table.encodeStickyKey(f, endpointID(slot))); err != nil || got != endpointID(slot) || gotFrontend != f {
 				t.Fatalf("ID %d of %v became %d of %v, %v", slot, f, got, gotFrontend, err)
 			}
 			p := netip.PrefixFrom(f.Addr.Addr(), int(slot)%(8*table.addrLen+1)).Masked()
-			if gotFrontend, got, err := table.parseRange(table.rangeElement(f, p), p.Bits()); err != nil || got != p || gotFrontend != f {
+			if gotFrontend, got, err := table.parseSourceRangeKey(table.encodeSourceRangeKey(f, p), p.Bits()); err != nil || got != p || gotFrontend != f {
 				t.Fatalf("range %v of %v became %v of %v, %v", p, f, got, gotFrontend, err)
 			}
 			a, err := table.parseAddrPort(b)
 			if err != nil {
 				t.Fatal(err)
 			}
-			if got, err := table.parseAddrPort(table.addrPortElement(a)); err != nil || got != a {
+			if got, err := table.parseAddrPort(table.encodeAddrPort(a)); err != nil || got != a {
 				t.Fatalf("endpoint %v became %v, %v", a, got, err)
 			}
-			got, gotFrontend, err := table.parseHairpin(table.hairpinElement(a.Addr(), f))
+			got, gotFrontend, err := table.parseHairpin(table.encodeHairpinKey(a.Addr(), f))
 			if err != nil || got != a.Addr() || gotFrontend != f {
 				t.Fatalf("hairpin of %v and %v became %v and %v, %v", a, f, got, gotFrontend, err)
 			}
 		}
-		if f, l, slot, err := table.parseSlot(b); err == nil && len(b) != len(table.slotElement(f, l, uint32(slot))) {
+		if f, l, slot, err := table.parseSlot(b); err == nil && len(b) != len(table.encodeSlotKey(f, l, uint32(slot))) {
 			t.Fatalf("%x was taken for slot %d of %v", b, slot, f)
 		}
-		if c, err := table.parseClass(b); err == nil && !bytes.Equal(table.classElement(c), b) {
+		if c, err := table.parseClass(b); err == nil && !bytes.Equal(table.encodeClass(c), b) {
 			t.Fatalf("%x was taken for class %d", b, c)
 		}
 		_, _, _ = table.parseHairpin(b)

@@ -53,14 +53,14 @@ func dport(word int) expr.Any {
 func (t *table) frontendKey(by addressing, word int) []expr.Any {
 	n := t.addrLen / 4
 	return slices.Concat(
-		t.address(by, t.daddr(word), word),
+		t.frontendAddress(by, t.daddr(word), word),
 		[]expr.Any{&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg(word + n)}, dport(word + n + 1)},
 	)
 }
 
-// address makes the address in a key that of the frontend: a node port's is
+// frontendAddress makes the address in a key that of the frontend: a node port's is
 // `ip daddr & 0.0.0.0`.
-func (t *table) address(by addressing, load expr.Any, word int) []expr.Any {
+func (t *table) frontendAddress(by addressing, load expr.Any, word int) []expr.Any {
 	if by == byAddress {
 		return []expr.Any{load}
 	}
@@ -82,7 +82,7 @@ func (t *table) clientKey(by addressing) []expr.Any {
 func (t *table) originalFrontendKey(by addressing, word int) []expr.Any {
 	n := t.addrLen / 4
 	return slices.Concat(
-		t.address(by, t.originalDaddr(word), word),
+		t.frontendAddress(by, t.originalDaddr(word), word),
 		[]expr.Any{
 			&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg(word + n)},
 			original(expr.CtKeyPROTODST, word+n+1),
@@ -102,14 +102,14 @@ func original(k expr.CtKey, word int) expr.Any {
 	return &expr.Ct{Key: k, Register: reg(word), Direction: expr.CtDirOriginal, OptDirection: true}
 }
 
-// inShard matches frontends of a shard: `ip daddr & 0.0.0.15 == 0.0.0.3`.
-func (t *table) inShard(by addressing, shard int) []expr.Any {
+// matchShard matches frontends of a shard: `ip daddr & 0.0.0.15 == 0.0.0.3`.
+func (t *table) matchShard(by addressing, shard int) []expr.Any {
 	n, field := t.addrLen, t.daddr(0)
 	if by == byNodePort {
 		n, field = 2, dport(0)
 	}
 	mask, value, none := make([]byte, n), make([]byte, n), make([]byte, n)
-	mask[n-1], value[n-1] = shards-1, byte(shard)
+	mask[n-1], value[n-1] = numShards-1, byte(shard)
 	return []expr.Any{
 		field,
 		&expr.Bitwise{SourceRegister: reg(0), DestRegister: reg(0), Len: uint32(n), Mask: mask, Xor: none},
@@ -122,8 +122,8 @@ func lookup(s *nftables.Set) *expr.Lookup {
 	return &expr.Lookup{SourceRegister: reg(0), SetName: s.Name}
 }
 
-// notIn is `!= @name`.
-func notIn(s *nftables.Set) expr.Any {
+// lookupInverted is `!= @name`.
+func lookupInverted(s *nftables.Set) expr.Any {
 	l := lookup(s)
 	l.Invert = true
 	return l
@@ -139,18 +139,18 @@ func verdictLookup(s *nftables.Set) expr.Any {
 	return &expr.Lookup{SourceRegister: reg(0), DestRegister: unix.NFT_REG_VERDICT, IsDestRegSet: true, SetName: s.Name}
 }
 
-// branchOff is `meta priority vmap @…`.
-func (t *table) branchOff(m verdictMap) []expr.Any {
+// priorityVmap is `meta priority vmap @…`.
+func (t *table) priorityVmap(m verdictMap) []expr.Any {
 	return []expr.Any{&expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg(0)}, verdictLookup(t.verdicts[m])}
 }
 
-// randomSlot is `numgen random mod n offset slotBase`.
-func randomSlot(n int, l list, register uint32) expr.Any {
+// randomSlot is `numgen random mod n offset clusterSlotBase`.
+func randomSlot(n int, l endpointList, register uint32) expr.Any {
 	return &expr.Numgen{Register: register, Modulus: uint32(n), Type: unix.NFT_NG_RANDOM, Offset: l.slotBase()} //nolint:gosec // a size
 }
 
 // firstSlot is a draw of one: nft can't print a constant in a concatenation.
-func firstSlot(l list, register uint32) expr.Any { return randomSlot(1, l, register) }
+func firstSlot(l endpointList, register uint32) expr.Any { return randomSlot(1, l, register) }
 
 // setPriority is `meta priority set …`.
 func setPriority(source uint32) expr.Any {
@@ -162,27 +162,27 @@ func resetPriority() []expr.Any {
 	return []expr.Any{&expr.Immediate{Register: reg(0), Data: []byte{0, 0, 0, 0}}, setPriority(reg(0))}
 }
 
-// isSlot matches priorities that are slots: `meta priority & fffe:0 == fa1c:0`.
-func isSlot() []expr.Any {
-	return priorityIs(binaryutil.NativeEndian.PutUint32(slotMask), binaryutil.NativeEndian.PutUint32(slotMajor))
+// matchSlot matches priorities that are slots: `meta priority & fffe:0 == fa1c:0`.
+func matchSlot() []expr.Any {
+	return matchPriority(binaryutil.NativeEndian.PutUint32(slotMask), binaryutil.NativeEndian.PutUint32(slotMajor))
 }
 
-// isSlotOrList matches list IDs as well: `meta priority & fff8:0 == fa18:0`.
-func isSlotOrList() []expr.Any {
-	return priorityIs(binaryutil.NativeEndian.PutUint32(listMask), binaryutil.NativeEndian.PutUint32(listBase))
+// matchSlotOrListID matches list IDs as well: `meta priority & fff8:0 == fa18:0`.
+func matchSlotOrListID() []expr.Any {
+	return matchPriority(binaryutil.NativeEndian.PutUint32(listIDMask), binaryutil.NativeEndian.PutUint32(listIDBase))
 }
 
-// isID matches priorities that are IDs: `meta priority & ffff:0 == fafa:0`.
-func isID() []expr.Any {
-	return priorityIs([]byte{0, 0, 0xff, 0xff}, []byte{0, 0, idMark, idMark})
+// matchEndpointID matches priorities that are IDs: `meta priority & ffff:0 == fafa:0`.
+func matchEndpointID() []expr.Any {
+	return matchPriority([]byte{0, 0, 0xff, 0xff}, []byte{0, 0, endpointIDMark, endpointIDMark})
 }
 
-// isIDOf matches the IDs of one list: `meta priority & ffff:100 == fafa:0`.
-func isIDOf(l list) []expr.Any {
-	return priorityIs([]byte{0, 1, 0xff, 0xff}, []byte{0, byte(l), idMark, idMark})
+// matchEndpointIDInList matches the IDs of one list: `meta priority & ffff:100 == fafa:0`.
+func matchEndpointIDInList(l endpointList) []expr.Any {
+	return matchPriority([]byte{0, 1, 0xff, 0xff}, []byte{0, byte(l), endpointIDMark, endpointIDMark})
 }
 
-func priorityIs(mask, value []byte) []expr.Any {
+func matchPriority(mask, value []byte) []expr.Any {
 	return []expr.Any{
 		&expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg(0)},
 		&expr.Bitwise{SourceRegister: reg(0), DestRegister: reg(0), Len: 4, Mask: mask, Xor: make([]byte, 4)},
@@ -190,10 +190,10 @@ func priorityIs(mask, value []byte) []expr.Any {
 	}
 }
 
-// notFrom matches packets that did not come in through a pod's interface; those
+// matchNotFromPods matches packets that did not come in through a pod's interface; those
 // of the node itself are among them: `iifname != "cni0"`.
-func notFrom(node dataplane.Node) []expr.Any {
-	if name := podInterface(node); name != nil {
+func matchNotFromPods(node dataplane.Node) []expr.Any {
+	if name := podInterfaceData(node); name != nil {
 		return []expr.Any{
 			&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg(0)},
 			&expr.Cmp{Op: expr.CmpOpNeq, Register: reg(0), Data: name},
@@ -202,9 +202,9 @@ func notFrom(node dataplane.Node) []expr.Any {
 	return nil
 }
 
-// podInterface returns what the names of pods' interfaces are compared with, or
+// podInterfaceData returns what the names of pods' interfaces are compared with, or
 // nil if these do not tell pods.
-func podInterface(node dataplane.Node) []byte {
+func podInterfaceData(node dataplane.Node) []byte {
 	switch {
 	case node.PodInterface != "":
 		name := make([]byte, unix.IFNAMSIZ)
@@ -217,33 +217,33 @@ func podInterface(node dataplane.Node) []byte {
 	}
 }
 
-// sourceType compares whether the packet is from an address of the node: `fib
+// matchSourceLocal compares whether the packet is from an address of the node: `fib
 // saddr type local`.
-func sourceType(op expr.CmpOp) []expr.Any {
-	return addressType(&expr.Fib{FlagSADDR: true}, op)
+func matchSourceLocal(op expr.CmpOp) []expr.Any {
+	return matchAddrType(&expr.Fib{FlagSADDR: true}, op)
 }
 
-// addressType is `fib saddr type local`, or another address and comparison.
-func addressType(of *expr.Fib, op expr.CmpOp) []expr.Any {
+// matchAddrType is `fib saddr type local`, or another address and comparison.
+func matchAddrType(of *expr.Fib, op expr.CmpOp) []expr.Any {
 	of.Register, of.ResultADDRTYPE = reg(0), true
 	return []expr.Any{
 		of, &expr.Cmp{Op: op, Register: reg(0), Data: binaryutil.NativeEndian.PutUint32(unix.RTN_LOCAL)},
 	}
 }
 
-// ctStateNew is `ct state new`.
-func ctStateNew() []expr.Any { return ctBits(expr.CtKeySTATE, expr.CtStateBitNEW) }
+// matchCtStateNew is `ct state new`.
+func matchCtStateNew() []expr.Any { return matchCtBits(expr.CtKeySTATE, expr.CtStateBitNEW) }
 
-// ctStateInvalid is `ct state invalid`.
-func ctStateInvalid() []expr.Any { return ctBits(expr.CtKeySTATE, expr.CtStateBitINVALID) }
+// matchCtStateInvalid is `ct state invalid`.
+func matchCtStateInvalid() []expr.Any { return matchCtBits(expr.CtKeySTATE, expr.CtStateBitINVALID) }
 
-// ctStatusDNAT is `ct status dnat`.
-func ctStatusDNAT() []expr.Any {
+// matchCtStatusDNAT is `ct status dnat`.
+func matchCtStatusDNAT() []expr.Any {
 	const dstNAT = 1 << 5 // IPS_DST_NAT, linux/netfilter/nf_conntrack_common.h
-	return ctBits(expr.CtKeySTATUS, dstNAT)
+	return matchCtBits(expr.CtKeySTATUS, dstNAT)
 }
 
-func ctBits(key expr.CtKey, bits uint32) []expr.Any {
+func matchCtBits(key expr.CtKey, bits uint32) []expr.Any {
 	return []expr.Any{
 		&expr.Ct{Key: key, Register: reg(0)},
 		&expr.Bitwise{
@@ -259,14 +259,14 @@ func gotoChain(name string) expr.Any {
 	return &expr.Verdict{Kind: expr.VerdictGoto, Chain: name}
 }
 
-// jumpTo is `jump name`.
-func jumpTo(name string) expr.Any {
+// jumpChain is `jump name`.
+func jumpChain(name string) expr.Any {
 	return &expr.Verdict{Kind: expr.VerdictJump, Chain: name}
 }
 
 func drop() expr.Any { return &expr.Verdict{Kind: expr.VerdictDrop} }
 
-// count is `counter name "…"`.
-func count(c counter) expr.Any {
+// counterRef is `counter name "…"`.
+func counterRef(c counter) expr.Any {
 	return &expr.Objref{Type: int(nftables.ObjTypeCounter), Name: string(c)}
 }

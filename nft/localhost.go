@@ -9,13 +9,13 @@ import (
 	"github.com/google/nftables/expr"
 )
 
-// toLocalhost is the rule for the node's connections to loopback addresses. It
+// toLocalhostRule is the rule for the node's connections to loopback addresses. It
 // stands first, so that this is all that they meet besides localhost, and that no
 // frontend is looked for.
 //
 //	ip daddr 127.0.0.0/8 goto localhost
 //	ip6 daddr ::1 goto localhost
-func (t *table) toLocalhost() rule {
+func (t *table) toLocalhostRule() rule {
 	// As `nft` writes 127.0.0.0/8: the first byte.
 	address, value := networkHeader(0, 16, 1), []byte{127}
 	if t.family == dataplane.IPv6 {
@@ -26,7 +26,7 @@ func (t *table) toLocalhost() rule {
 	}}
 }
 
-// localhost rejects connections to node ports. Nothing puts the priority back, as
+// localhostChain rejects connections to node ports. Nothing puts the priority back, as
 // the packet ends here.
 //
 //	chain localhost {
@@ -34,7 +34,7 @@ func (t *table) toLocalhost() rule {
 //		meta priority set ip daddr & 0.0.0.0 . meta l4proto . udp dport map @services counter name "rejected-localhost-udp" goto reject
 //		meta priority set ip daddr & 0.0.0.0 . meta l4proto . sctp dport map @services counter name "rejected-localhost-sctp" goto reject
 //	}
-func (t *table) localhost(node dataplane.Node) chain {
+func (t *table) localhostChain(node dataplane.Node) chain {
 	var rules []rule
 	for _, p := range protocols() {
 		if p == dataplane.TCP && node.LocalhostNodePorts {
@@ -46,8 +46,8 @@ func (t *table) localhost(node dataplane.Node) chain {
 				&expr.Cmp{Op: expr.CmpOpEq, Register: reg(0), Data: []byte{byte(p)}},
 			},
 			t.frontendKey(byNodePort, 0),
-			[]expr.Any{mapLookup(t.services, reg(0)), setPriority(reg(0)), count(rejectedLocalhost(p)), gotoChain("reject")},
+			[]expr.Any{mapLookup(t.services, reg(0)), setPriority(reg(0)), counterRef(rejectedLocalhostCounter(p)), gotoChain("reject")},
 		)})
 	}
-	return t.chain("localhost", rules...)
+	return t.newChain("localhost", rules...)
 }

@@ -9,13 +9,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// loopbackFromNetwork returns the rule that sends packets to 127.0.0.0/8 that arrive
+// loopbackFromNetworkRules returns the rule that sends packets to 127.0.0.0/8 that arrive
 // from another host or a pod to the chain loopback-from-network. Without the sysctl
 // route_localnet the kernel drops them itself, and it always drops those to ::1
 // (net/ipv6/ip6_input.c, ip6_rcv_core), so there is no rule for IPv6.
 //
 //	ip daddr 127.0.0.0/8 iifname != "lo" goto loopback-from-network
-func (t *table) loopbackFromNetwork(node dataplane.Node) []rule {
+func (t *table) loopbackFromNetworkRules(node dataplane.Node) []rule {
 	if !t.protectsLoopback(node) {
 		return nil
 	}
@@ -26,17 +26,17 @@ func (t *table) loopbackFromNetwork(node dataplane.Node) []rule {
 		&expr.Cmp{Op: expr.CmpOpEq, Register: reg(0), Data: []byte{127}},
 		&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg(0)},
 		&expr.Cmp{Op: expr.CmpOpNeq, Register: reg(0), Data: lo},
-		gotoChain(loopbackChain),
+		gotoChain(loopbackChainName),
 	}}}
 }
 
-const loopbackChain = "loopback-from-network"
+const loopbackChainName = "loopback-from-network"
 
 func (t *table) protectsLoopback(node dataplane.Node) bool {
 	return t.family == dataplane.IPv4 && node.ProtectLoopback
 }
 
-// dropLoopback returns the chain that drops packets which were sent to a loopback
+// dropLoopbackChain returns the chain that drops packets which were sent to a loopback
 // address. By the time the rules run, connection tracking may have put a loopback
 // address in place of another: in a reply to a process of the node that uses one, and
 // where another program's rules translate to one. These pass.
@@ -46,15 +46,15 @@ func (t *table) protectsLoopback(node dataplane.Node) bool {
 //		ct status dnat return comment "translated by another program"
 //		counter name "dropped-loopback" drop
 //	}
-func (t *table) dropLoopback() chain {
+func (t *table) dropLoopbackChain() chain {
 	pass := &expr.Verdict{Kind: expr.VerdictReturn}
-	return t.chain(loopbackChain,
+	return t.newChain(loopbackChainName,
 		rule{comment: "replies to processes of the node", exprs: []expr.Any{
 			&expr.Ct{Key: expr.CtKeyDIRECTION, Register: reg(0)},
 			&expr.Cmp{Op: expr.CmpOpEq, Register: reg(0), Data: []byte{1}}, // IP_CT_DIR_REPLY
 			pass,
 		}},
-		rule{comment: "translated by another program", exprs: slices.Concat(ctStatusDNAT(), []expr.Any{pass})},
-		rule{exprs: []expr.Any{count(droppedLoopback), drop()}},
+		rule{comment: "translated by another program", exprs: slices.Concat(matchCtStatusDNAT(), []expr.Any{pass})},
+		rule{exprs: []expr.Any{counterRef(droppedLoopback), drop()}},
 	)
 }

@@ -10,10 +10,10 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// TestLoopbackBesideOthersRules checks that packets which another program translates
+// TestProtectLoopbackWithOtherRules checks that packets which another program translates
 // to a loopback address reach it, in both directions, and that those that were sent to
 // one do not although nobody tracks their connections.
-func TestLoopbackBesideOthersRules(t *testing.T) {
+func TestProtectLoopbackWithOtherRules(t *testing.T) {
 	t.Parallel()
 	network := nettest.NewT(t, nettest.Options{})
 	node, outside := network.Node, network.Outside
@@ -26,7 +26,7 @@ func TestLoopbackBesideOthersRules(t *testing.T) {
 	}
 	outside.ServeT(t, nettest.TCP, 9090)
 	binary := nftBinaries(t)["1.1.3"]
-	nft(t, node.Namespace, binary, `table ip other {
+	runNFT(t, node.Namespace, binary, `table ip other {
 		chain prerouting {
 			type nat hook prerouting priority dstnat + 5
 			ip daddr 192.0.2.1 meta l4proto { tcp, udp } th dport 7070 dnat to 127.0.0.1:8080
@@ -40,10 +40,10 @@ func TestLoopbackBesideOthersRules(t *testing.T) {
 			ip daddr 127.0.0.2 notrack
 		}
 	}`)
-	d := openIn(t, node.Namespace)
-	protected := podNode()
+	d := openInNamespace(t, node.Namespace)
+	protected := nodeWithPodCIDRs()
 	protected.ProtectLoopback = true
-	replace(t, d, protected)
+	mustReplace(t, d, protected)
 	for _, p := range []string{nettest.TCP, nettest.UDP} {
 		if _, err := outside.Connect(t.Context(), p, netip.AddrPortFrom(node.IPv4, 7070)); err != nil {
 			t.Errorf("%s: a connection that another program translates to a loopback address: %v", p, err)
@@ -52,7 +52,7 @@ func TestLoopbackBesideOthersRules(t *testing.T) {
 	if _, err := node.ConnectFrom(t.Context(), loopback, netip.AddrPortFrom(outside.IPv4, 9090)); err != nil {
 		t.Errorf("a connection from a loopback address that another program masquerades: %v", err)
 	}
-	if n := packetsIn(t, nft(t, node.Namespace, binary, "list counter ip fairlead dropped-loopback")); n != 0 {
+	if n := counterPackets(t, runNFT(t, node.Namespace, binary, "list counter ip fairlead dropped-loopback")); n != 0 {
 		t.Errorf("%d packets were dropped, want none yet", n)
 	}
 	node.ServeAtT(t, nettest.UDP, []netip.Addr{netip.MustParseAddr("127.0.0.2")}, 8080)
@@ -63,7 +63,7 @@ func TestLoopbackBesideOthersRules(t *testing.T) {
 		}
 		cancel()
 	}
-	if n := packetsIn(t, nft(t, node.Namespace, binary, "list counter ip fairlead dropped-loopback")); n != 2 {
+	if n := counterPackets(t, runNFT(t, node.Namespace, binary, "list counter ip fairlead dropped-loopback")); n != 2 {
 		t.Errorf("%d packets were dropped and counted, want 2", n)
 	}
 }

@@ -43,7 +43,7 @@ type Options struct {
 	// out. It takes Linux 6.9 and has no effect before, see [Dataplane.OwnsTables].
 	OwnTables bool
 
-	affinityLimit int // the constant; tests make it small
+	affinityMapSize int // the constant; tests make it small
 }
 
 // Rebuild describes the rebuild of a table.
@@ -56,14 +56,14 @@ type Rebuild struct {
 
 func (o Options) tableName() string { return cmp.Or(o.Table, TableName) }
 
-// tables returns the tables of a name that these options are about.
-func (o Options) tables(name string) [2]*table {
+// newTables returns the tables of a name that these options are about.
+func (o Options) newTables(name string) [2]*table {
 	tables := [2]*table{newTable(dataplane.IPv4), newTable(dataplane.IPv6)}
 	r := o.renderer()
 	for _, t := range tables {
 		t.nf.Name, t.renderer = name, r
-		t.virtualNetworks = t.networksOf(o.VirtualNetworks)
-		t.affinityLimit = cmp.Or(o.affinityLimit, affinityLimit)
+		t.virtualNetworks = t.mergeNetworks(o.VirtualNetworks)
+		t.affinityMapSize = cmp.Or(o.affinityMapSize, affinityMapSize)
 	}
 	return tables
 }
@@ -73,18 +73,18 @@ func (o Options) tables(name string) [2]*table {
 type Dataplane struct {
 	// mu keeps an [AffinityLimiter] from the socket during a call: all changes go
 	// through it, because it may own the tables.
-	mu     sync.Mutex
-	conn   *nftables.Conn
-	socket *netlink.Conn // of conn
-	port   uint32        // of socket
-	own    bool          // the tables get an owner
-	dump   *dumpConn
-	flush  func() error // conn.Flush; tests make it fail
-	log    *slog.Logger
-	tables [2]*table
-	// makeTables returns tables of a name. It is that of the options, unless tests
+	mu        sync.Mutex
+	conn      *nftables.Conn
+	socket    *netlink.Conn // of conn
+	portID    uint32        // of socket
+	ownTables bool          // the tables get an owner
+	dump      *dumpConn
+	flush     func() error // conn.Flush; tests make it fail
+	log       *slog.Logger
+	tables    [2]*table
+	// newTables returns tables of a name. It is that of the options, unless tests
 	// change it.
-	makeTables func(name string) [2]*table
+	newTables func(name string) [2]*table
 	// onRebuild is that of the options, or nil.
 	onRebuild func(Rebuild)
 	// schema is the constant; tests change it.
@@ -94,36 +94,36 @@ type Dataplane struct {
 	generation uint32
 	watch      *watch
 	prefetched *prefetched // nil for none
-	// unprefetched is the number of announced changes when Prefetch last saw that there
+	// lastPrefetchChanges is the number of announced changes when Prefetch last saw that there
 	// is something to read.
-	unprefetched uint64
-	// silence is nil while the watch is subscribed.
-	silence *silence
+	lastPrefetchChanges uint64
+	// pause is nil while the watch is subscribed.
+	pause *notificationPause
 
 	// renderer is the one that Open has chosen. tables have the same.
 	renderer renderer
 
 	// node is that of the last Replace.
 	node dataplane.Node
-	// arrangements holds those of Services, as programmed, that are not what
-	// arrangeService makes from nothing.
-	arrangements map[dataplane.Key]arrangement
-	// branches counts, by table, the programmed frontends that need each branch
+	// slotAssignments holds those of Services, as programmed, that are not what
+	// assignServiceSlots makes from nothing.
+	slotAssignments map[dataplane.Key]slotAssignment
+	// verdictElements counts, by table, the programmed frontends that need each branch
 	// that there is; resting says since when a branch is needed by none.
-	branches [2]map[branch]int
-	resting  [2]map[branch]time.Time
+	verdictElements [2]map[verdictElement]int
+	unusedSince     [2]map[verdictElement]time.Time
 	// addrs and ports count, by table, what is programmed of those who share the
 	// elements of sets.
 	addrs [2]addrCounts
 	ports [2]portCounts
-	// rangeBits are, by table, the prefix lengths that there is a set of source
+	// rangePrefixLengths are, by table, the prefix lengths that there is a set of source
 	// ranges for, in order.
-	rangeBits [2][]int
-	// lists has, by table, the list IDs of Services whose frontends share a list.
-	lists [2]listIDs
-	now   func() time.Time
-	// editSize and shareFrom are the constants; tests make them small.
-	editSize, shareFrom int
+	rangePrefixLengths [2][]int
+	// listIDAllocator has, by table, the list IDs of Services whose frontends share a list.
+	listIDs [2]listIDAllocator
+	now     func() time.Time
+	// transactionSize and minSharedFrontends are the constants; tests make them small.
+	transactionSize, minSharedFrontends int
 }
 
 var _ dataplane.Dataplane = (*Dataplane)(nil)
@@ -141,7 +141,7 @@ func Open(opts Options) (*Dataplane, error) {
 	conn, err := nftables.New(nftables.AsLasting(), nftables.WithNetNSFd(opts.NetNS), nftables.WithSockOptions(socketOptions,
 		func(conn *netlink.Conn) error { socket = conn; return nil }))
 	if err != nil {
-		return nil, fmt.Errorf("open netlink socket: %w", explain(err))
+		return nil, fmt.Errorf("open netlink socket: %w", explainError(err))
 	}
 	if err := probe(conn); err != nil {
 		return nil, errors.Join(err, conn.CloseLasting())
@@ -152,7 +152,7 @@ func Open(opts Options) (*Dataplane, error) {
 	}
 	own := opts.OwnTables
 	if own {
-		if own, err = canOwn(socket, opts.tables(opts.tableName())[0]); err != nil {
+		if own, err = supportsOwner(socket, opts.newTables(opts.tableName())[0]); err != nil {
 			return nil, errors.Join(err, conn.CloseLasting())
 		}
 	}
@@ -165,43 +165,43 @@ func Open(opts Options) (*Dataplane, error) {
 		return nil, errors.Join(err, dump.Close(), conn.CloseLasting())
 	}
 	d := &Dataplane{
-		conn:   conn,
-		socket: socket,
-		port:   portID,
-		own:    own,
-		dump:   dump,
-		flush:  conn.Flush,
-		log:    log,
-		tables: opts.tables(opts.tableName()),
-		watch:  watch,
-		now:    time.Now,
+		conn:      conn,
+		socket:    socket,
+		portID:    portID,
+		ownTables: own,
+		dump:      dump,
+		flush:     conn.Flush,
+		log:       log,
+		tables:    opts.newTables(opts.tableName()),
+		watch:     watch,
+		now:       time.Now,
 
-		makeTables: opts.tables,
-		onRebuild:  opts.OnRebuild,
-		schema:     schema,
-		renderer:   opts.renderer(),
-		editSize:   editSize,
-		shareFrom:  shareFrom,
+		newTables:          opts.newTables,
+		onRebuild:          opts.OnRebuild,
+		schema:             schema,
+		renderer:           opts.renderer(),
+		transactionSize:    transactionSize,
+		minSharedFrontends: minSharedFrontends,
 	}
-	d.forget()
+	d.resetState()
 	return d, nil
 }
 
-// forget drops what is known of the kernel.
-func (d *Dataplane) forget() {
-	d.arrangements = map[dataplane.Key]arrangement{}
+// resetState drops what is known of the kernel.
+func (d *Dataplane) resetState() {
+	d.slotAssignments = map[dataplane.Key]slotAssignment{}
 	for i := range d.tables {
-		d.forgetTable(i)
+		d.resetTableState(i)
 	}
 }
 
-// forgetTable drops what is known of the i-th table, except for arrangements.
-func (d *Dataplane) forgetTable(i int) {
-	d.branches[i] = map[branch]int{}
-	d.resting[i] = map[branch]time.Time{}
+// resetTableState drops what is known of the i-th table, except for arrangements.
+func (d *Dataplane) resetTableState(i int) {
+	d.verdictElements[i] = map[verdictElement]int{}
+	d.unusedSince[i] = map[verdictElement]time.Time{}
 	d.addrs[i], d.ports[i] = newAddrCounts(), portCounts{}
-	d.rangeBits[i] = nil
-	d.lists[i] = newListIDs()
+	d.rangePrefixLengths[i] = nil
+	d.listIDs[i] = newListIDAllocator()
 }
 
 // probe asks the kernel for something that only nf_tables can answer, and that
@@ -209,13 +209,13 @@ func (d *Dataplane) forgetTable(i int) {
 func probe(conn *nftables.Conn) error {
 	_, err := conn.ListTablesOfFamily(nftables.TableFamilyIPv4)
 	if err != nil {
-		return fmt.Errorf("ask the kernel for its nftables tables: %w", explain(err))
+		return fmt.Errorf("ask the kernel for its nftables tables: %w", explainError(err))
 	}
 	return nil
 }
 
-// explain adds what the kernel means by an error of the first requests.
-func explain(err error) error {
+// explainError adds what the kernel means by an error of the first requests.
+func explainError(err error) error {
 	switch {
 	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
 		return fmt.Errorf("%w: run as root or with CAP_NET_ADMIN", err)
@@ -228,7 +228,7 @@ func explain(err error) error {
 }
 
 // Socket buffers. A batch is one sendmsg, which fails with EMSGSIZE unless the
-// send buffer holds all of it; see editSize for how large a batch gets. The
+// send buffer holds all of it; see transactionSize for how large a batch gets. The
 // kernel allocates what is used, not what is allowed.
 const (
 	sendBuffer    = 16 << 20
@@ -295,13 +295,13 @@ func (d *Dataplane) Close() error {
 func Cleanup(opts Options) error {
 	conn, err := nftables.New(nftables.AsLasting(), nftables.WithNetNSFd(opts.NetNS), nftables.WithSockOptions(socketOptions))
 	if err != nil {
-		return fmt.Errorf("open netlink socket: %w", explain(err))
+		return fmt.Errorf("open netlink socket: %w", explainError(err))
 	}
 	defer func() { _ = conn.CloseLasting() }()
 	if err := probe(conn); err != nil {
 		return err
 	}
-	next, own := opts.tables(opts.tableName()+nextSuffix), opts.tables(opts.tableName())
+	next, own := opts.newTables(opts.tableName()+nextSuffix), opts.newTables(opts.tableName())
 	for _, t := range append(next[:], own[:]...) {
 		found, err := findTable(conn, t)
 		if err != nil {

@@ -19,5 +19,5 @@ func open(t testing.TB, netns int) dataplane.Dataplane {
 
 // TestBehaviour sends real packets through the backend.
 func TestBehaviour(t *testing.T) {
-	dataplanetest.Run(t, open, dataplanetest.Limits{})
+	dataplanetest.Run(t, open, dataplanetest.Limitations{})
 }

@@ -25,28 +25,28 @@ const ownerFlags = nftables.TableFlagOwner | nftables.TableFlagPersist
 // process owns a table, see [Options.OwnTables].
 var ErrOwned = errors.New("the kernel lets nobody but its owner change it")
 
-// noOwner is the reason to rebuild a table that cannot get an owner.
-const noOwner = "the kernel gives no owner to a table that was created without one"
+// noOwnerReason is the reason to rebuild a table that cannot get an owner.
+const noOwnerReason = "the kernel gives no owner to a table that was created without one"
 
 const (
-	// ownerEnd is how long Replace waits for the owner of a table to end. The lock of
+	// ownerExitTimeout is how long Replace waits for the owner of a table to end. The lock of
 	// an instance that was killed can be free before its netlink socket is closed.
-	ownerEnd = time.Second
-	// ownerPoll is the time between looks. The kernel does not announce the end.
-	ownerPoll = 5 * time.Millisecond
+	ownerExitTimeout = time.Second
+	// ownerPollInterval is the time between looks. The kernel does not announce the end.
+	ownerPollInterval = 5 * time.Millisecond
 )
 
 // OwnsTables reports whether the tables get an owner, which takes [Options.OwnTables]
 // and a kernel that supports it.
-func (d *Dataplane) OwnsTables() bool { return d.own }
+func (d *Dataplane) OwnsTables() bool { return d.ownTables }
 
-// canOwn reports whether the kernel supports tables that stay without their owner. It
+// supportsOwner reports whether the kernel supports tables that stay without their owner. It
 // asks for one in a batch without an end, which the kernel validates and undoes
 // (nfnetlink.c, nfnetlink_rcv_batch).
-func canOwn(socket *netlink.Conn, t *table) (bool, error) {
-	messages, err := oneMessageBatch(t, unix.NFT_MSG_NEWTABLE, netlink.Create, []netlink.Attribute{
+func supportsOwner(socket *netlink.Conn, t *table) (bool, error) {
+	messages, err := singleMessageBatch(t, unix.NFT_MSG_NEWTABLE, netlink.Create, []netlink.Attribute{
 		{Type: unix.NFTA_TABLE_NAME, Data: []byte(t.nf.Name + "-probe\x00")},
-		{Type: unix.NFTA_TABLE_FLAGS, Data: tableFlags(ownerFlags)},
+		{Type: unix.NFTA_TABLE_FLAGS, Data: encodeTableFlags(ownerFlags)},
 	})
 	if err != nil {
 		return false, err
@@ -64,10 +64,10 @@ func canOwn(socket *netlink.Conn, t *table) (bool, error) {
 	}
 }
 
-// awaitOwners waits a moment until no other process owns one of the tables, and returns
+// waitForOwners waits a moment until no other process owns one of the tables, and returns
 // an error if one still does.
-func (d *Dataplane) awaitOwners(ctx context.Context) error {
-	for deadline := time.Now().Add(ownerEnd); ; {
+func (d *Dataplane) waitForOwners(ctx context.Context) error {
+	for deadline := time.Now().Add(ownerExitTimeout); ; {
 		err := d.checkOwners(ctx)
 		if err == nil || !errors.Is(err, ErrOwned) || time.Now().After(deadline) {
 			return err
@@ -75,7 +75,7 @@ func (d *Dataplane) awaitOwners(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
-		case <-time.After(ownerPoll):
+		case <-time.After(ownerPollInterval):
 		}
 	}
 }
@@ -83,16 +83,16 @@ func (d *Dataplane) awaitOwners(ctx context.Context) error {
 // checkOwners returns an error if another process owns one of the tables.
 func (d *Dataplane) checkOwners(ctx context.Context) error {
 	for i, t := range d.tables {
-		tables, err := d.dump.tables(ctx, t.nf.Family)
+		tables, err := d.dump.listTables(ctx, t.nf.Family)
 		if err != nil {
 			return err
 		}
 		for _, name := range []string{t.nf.Name, t.nf.Name + nextSuffix} {
 			info := tables[name]
-			if info.flags&nftables.TableFlagOwner == 0 || info.owner == d.port {
+			if info.flags&nftables.TableFlagOwner == 0 || info.owner == d.portID {
 				continue
 			}
-			return ownedError(d.makeTables(name)[i], info.owner)
+			return ownedError(d.newTables(name)[i], info.owner)
 		}
 	}
 	return nil

@@ -54,30 +54,30 @@ func (b *ownerTestbed) close() {
 
 func (b *ownerTestbed) replace() {
 	b.t.Helper()
-	replace(b.t, b.Dataplane, b.testbed.node, b.services...)
+	mustReplace(b.t, b.Dataplane, b.testbed.node, b.services...)
 }
 
 // checkOwner expects that both tables have an owner, or that none has.
 func (b *ownerTestbed) checkOwner(when string, want bool) {
 	b.t.Helper()
 	for _, t := range b.tables {
-		info, err := b.dump.tables(b.t.Context(), t.nf.Family)
+		info, err := b.dump.listTables(b.t.Context(), t.nf.Family)
 		if err != nil {
 			b.t.Fatal(err)
 		}
 		got := info[t.nf.Name]
-		if has := got.flags&nftables.TableFlagOwner != 0; has != want || has && got.owner != b.port {
-			b.t.Errorf("%s: table %s has flags %b and owner %d, want an owner: %t (%d)", when, t, got.flags, got.owner, want, b.port)
+		if has := got.flags&nftables.TableFlagOwner != 0; has != want || has && got.owner != b.portID {
+			b.t.Errorf("%s: table %s has flags %b and owner %d, want an owner: %t (%d)", when, t, got.flags, got.owner, want, b.portID)
 		}
 	}
 }
 
-// TestOwnTables tries to change tables with an owner, under load, and starts processes
+// TestTableOwnership tries to change tables with an owner, under load, and starts processes
 // with and without ownership one after the other.
-func TestOwnTables(t *testing.T) {
+func TestTableOwnership(t *testing.T) {
 	t.Parallel()
 	b := &ownerTestbed{testbed: newTestbed(t)}
-	defer b.end()
+	defer b.endLoad()
 	defer b.close()
 
 	b.reopen(true)
@@ -91,7 +91,7 @@ func TestOwnTables(t *testing.T) {
 	b.testbed.log.check(t, "with ownership, after tables without an owner", true)
 	b.checkOwner("with ownership", true)
 	b.check("with ownership, after tables without an owner")
-	b.tryChanges()
+	b.expectChangesRejected()
 
 	other, err := Open(Options{NetNS: b.netns.Fd()})
 	if err != nil {
@@ -135,8 +135,8 @@ func TestOwnTables(t *testing.T) {
 	b.checkOwner("ownership of a table that had an owner", true)
 	b.check("ownership of a table that had an owner")
 
-	b.stop()
-	b.ended.Wait()
+	b.stopLoad()
+	b.load.Wait()
 	b.close()
 	if err := Cleanup(Options{NetNS: b.netns.Fd()}); err != nil {
 		t.Error(err)
@@ -146,8 +146,8 @@ func TestOwnTables(t *testing.T) {
 	}
 }
 
-// tryChanges has other processes change tables that belong to this one.
-func (b *ownerTestbed) tryChanges() {
+// expectChangesRejected has other processes change tables that belong to this one.
+func (b *ownerTestbed) expectChangesRejected() {
 	b.t.Helper()
 	for _, script := range []string{
 		"delete table ip fairlead",
@@ -193,9 +193,9 @@ func (b *ownerTestbed) tryChanges() {
 	}
 }
 
-// TestOwnerEnds has a process wait in Replace for the end of the one that owns the
+// TestOwnershipHandover has a process wait in Replace for the end of the one that owns the
 // tables.
-func TestOwnerEnds(t *testing.T) {
+func TestOwnershipHandover(t *testing.T) {
 	t.Parallel()
 	network := nettest.NewT(t, nettest.Options{})
 	opts := Options{NetNS: network.Node.Fd(), OwnTables: true}
@@ -207,8 +207,8 @@ func TestOwnerEnds(t *testing.T) {
 		_ = first.Close()
 		t.Skip("this kernel does not support it")
 	}
-	replace(t, first, podNode(), sample(t)...)
-	second := openWith(t, network.Node.Namespace, opts)
+	mustReplace(t, first, nodeWithPodCIDRs(), sampleServices(t)...)
+	second := openWithOptions(t, network.Node.Namespace, opts)
 	for range 2 { // the first sees that there is something to read
 		if err := second.Prefetch(t.Context()); err != nil {
 			t.Fatal(err)
@@ -216,7 +216,7 @@ func TestOwnerEnds(t *testing.T) {
 	}
 	closed := make(chan error, 1)
 	time.AfterFunc(50*time.Millisecond, func() { closed <- first.Close() })
-	replace(t, second, podNode(), sample(t)...)
+	mustReplace(t, second, nodeWithPodCIDRs(), sampleServices(t)...)
 	if err := <-closed; err != nil {
 		t.Error(err)
 	}

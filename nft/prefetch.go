@@ -9,7 +9,7 @@ import (
 
 // prefetched is what the tables held when they were last read by Prefetch.
 type prefetched struct {
-	have       [2]*content
+	have       [2]*tableContent
 	generation uint32
 	// changes is how many announcements concerned the tables before they were read.
 	changes uint64
@@ -20,20 +20,20 @@ var _ dataplane.Prefetcher = (*Dataplane)(nil)
 // Prefetch implements [dataplane.Prefetcher]. It reads the tables when no change of them
 // was announced between two calls.
 func (d *Dataplane) Prefetch(ctx context.Context) error {
-	changes := d.watch.announcedChanges()
+	changes := d.watch.changeCount()
 	if p := d.prefetched; p != nil && p.changes == changes {
 		return nil
 	}
 	d.prefetched = nil
-	if d.unprefetched != changes {
-		d.unprefetched = changes
+	if d.lastPrefetchChanges != changes {
+		d.lastPrefetchChanges = changes
 		return nil
 	}
 	p := &prefetched{}
-	generation, verified, err := d.tryConsistently(ctx, 1, func() (err error) {
+	generation, verified, err := d.readConsistentlyAttempts(ctx, 1, func() (err error) {
 		// A change that is announced later makes what is read here outdated.
-		p.changes = d.watch.announcedChanges()
-		p.have, err = d.readBoth(ctx)
+		p.changes = d.watch.changeCount()
+		p.have, err = d.readTablesOnce(ctx)
 		return err
 	})
 	if err != nil {
@@ -45,9 +45,9 @@ func (d *Dataplane) Prefetch(ctx context.Context) error {
 	return nil
 }
 
-// takePrefetched returns what Prefetch has read, if that is what the tables hold, and
+// usePrefetched returns what Prefetch has read, if that is what the tables hold, and
 // the kernel's generation.
-func (d *Dataplane) takePrefetched(ctx context.Context) (have [2]*content, generation uint32, ok bool) {
+func (d *Dataplane) usePrefetched(ctx context.Context) (have [2]*tableContent, generation uint32, ok bool) {
 	p := d.prefetched
 	d.prefetched = nil
 	if p == nil {
@@ -57,7 +57,7 @@ func (d *Dataplane) takePrefetched(ctx context.Context) (have [2]*content, gener
 	if err != nil {
 		return have, 0, false
 	}
-	if generation != p.generation && !d.onlyOthers(p.changes, generation) || !d.refreshTables(ctx, p.have) {
+	if generation != p.generation && !d.tablesUnchanged(p.changes, generation) || !d.refreshTables(ctx, p.have) {
 		d.log.DebugContext(ctx, "the tables have changed since they were read in advance")
 		return have, 0, false
 	}
@@ -68,9 +68,9 @@ func (d *Dataplane) takePrefetched(ctx context.Context) (have [2]*content, gener
 // us: the flag owner goes with its process, without a generation, and tables of an
 // interrupted rebuild have another name. It reports whether all but the flags is as it
 // was read.
-func (d *Dataplane) refreshTables(ctx context.Context, have [2]*content) bool {
+func (d *Dataplane) refreshTables(ctx context.Context, have [2]*tableContent) bool {
 	for i, t := range d.tables {
-		tables, err := d.dump.tables(ctx, t.nf.Family)
+		tables, err := d.dump.listTables(ctx, t.nf.Family)
 		if err != nil {
 			return false
 		}

@@ -28,59 +28,59 @@ func TestPrefetch(t *testing.T) {
 	}{
 		"nothing happens": {func(*testing.T, *nettest.Namespace, *Dataplane, *Dataplane) {}, true},
 		"another table changes": {func(t *testing.T, ns *nettest.Namespace, _, _ *Dataplane) {
-			nft(t, ns, byHand, "add table ip stranger; add chain ip stranger a")
+			runNFT(t, ns, byHand, "add table ip stranger; add chain ip stranger a")
 		}, true},
 		"the other instance deletes a Service": {func(t *testing.T, _ *nettest.Namespace, _, other *Dataplane) {
-			apply(t, other, dataplane.Change{Old: services[1]})
+			mustApply(t, other, dataplane.Change{Old: services[1]})
 		}, false},
 		"this instance deletes a Service": {func(t *testing.T, ns *nettest.Namespace, d, other *Dataplane) {
 			kept := d.prefetched
-			replace(t, d, podNode(), services...)
+			mustReplace(t, d, nodeWithPodCIDRs(), services...)
 			d.prefetched = kept
-			apply(t, d, dataplane.Change{Old: services[1]})
-			nft(t, ns, byHand, "add table ip stranger") // so that the last generation is announced
+			mustApply(t, d, dataplane.Change{Old: services[1]})
+			runNFT(t, ns, byHand, "add table ip stranger") // so that the last generation is announced
 		}, false},
 		"a table is deleted": {func(t *testing.T, ns *nettest.Namespace, _, _ *Dataplane) {
-			nft(t, ns, byHand, "delete table ip fairlead")
+			runNFT(t, ns, byHand, "delete table ip fairlead")
 		}, false},
 		"a rebuild begins": {func(t *testing.T, ns *nettest.Namespace, _, _ *Dataplane) {
-			nft(t, ns, byHand, "add table ip fairlead-next")
+			runNFT(t, ns, byHand, "add table ip fairlead-next")
 		}, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			other, ns := newDataplane(t)
-			d := openIn(t, ns)
-			replace(t, other, podNode(), services...)
+			d := openInNamespace(t, ns)
+			mustReplace(t, other, nodeWithPodCIDRs(), services...)
 			for d.prefetched == nil {
-				awaitAnnouncements(t, d)
+				awaitNotifications(t, d)
 				if err := d.Prefetch(t.Context()); err != nil {
 					t.Fatal(err)
 				}
 			}
 			test.between(t, ns, d, other)
 			if name != "this instance deletes a Service" {
-				awaitAnnouncements(t, d)
+				awaitNotifications(t, d)
 			}
 			prefetched := d.prefetched
-			if _, _, used := d.takePrefetched(t.Context()); used != test.used {
+			if _, _, used := d.usePrefetched(t.Context()); used != test.used {
 				t.Errorf("what was prefetched is used: %t, want %t", used, test.used)
 			}
 			d.prefetched = prefetched
-			replace(t, d, podNode(), services...)
+			mustReplace(t, d, nodeWithPodCIDRs(), services...)
 			wantState(t, d, services...)
 		})
 	}
 }
 
-// awaitAnnouncements waits until all changes by others are announced.
-func awaitAnnouncements(t *testing.T, d *Dataplane) {
+// awaitNotifications waits until all changes by others are announced.
+func awaitNotifications(t *testing.T, d *Dataplane) {
 	t.Helper()
 	generation, err := d.currentGeneration()
 	if err != nil {
 		t.Fatal(err)
 	}
-	for deadline := time.Now().Add(10 * time.Second); !d.watch.announcedUntil(generation); {
+	for deadline := time.Now().Add(10 * time.Second); !d.watch.waitForGeneration(generation); {
 		if time.Now().After(deadline) {
 			t.Fatalf("generation %d is not announced", generation)
 		}
@@ -88,15 +88,15 @@ func awaitAnnouncements(t *testing.T, d *Dataplane) {
 }
 
 // Prefetch waits until the tables rest, and reads them again after a change.
-func TestPrefetchRests(t *testing.T) {
+func TestPrefetchWaitsForUnchangedTables(t *testing.T) {
 	t.Parallel()
 	other, ns := newDataplane(t)
-	d := openIn(t, ns)
+	d := openInNamespace(t, ns)
 	one := service(t, "one", []dataplane.Frontend{frontend(1)}, endpoints(1))
-	replace(t, other, podNode(), one)
+	mustReplace(t, other, nodeWithPodCIDRs(), one)
 	prefetch := func(want bool) {
 		t.Helper()
-		awaitAnnouncements(t, d)
+		awaitNotifications(t, d)
 		if err := d.Prefetch(t.Context()); err != nil {
 			t.Fatal(err)
 		}
@@ -112,18 +112,18 @@ func TestPrefetchRests(t *testing.T) {
 		t.Error("the tables were read again although they have not changed")
 	}
 	two := service(t, "two", []dataplane.Frontend{frontend(2)}, endpoints(2))
-	apply(t, other, dataplane.Change{New: two})
+	mustApply(t, other, dataplane.Change{New: two})
 	prefetch(false)
-	apply(t, other, dataplane.Change{Old: one})
+	mustApply(t, other, dataplane.Change{Old: one})
 	prefetch(false)
 	prefetch(true)
-	if rows := d.prefetched.have[0].rows; len(rows) != 1 || rows[frontend(2)] == nil {
+	if rows := d.prefetched.have[0].frontends; len(rows) != 1 || rows[frontend(2)] == nil {
 		t.Errorf("read %v in advance, want the frontend of Service two", rows)
 	}
 }
 
 // When a generation is announced, the changes that it brings are counted.
-func TestGenerationFollowsItsChanges(t *testing.T) {
+func TestChangesCountedBeforeGeneration(t *testing.T) {
 	t.Parallel()
 	const generation = 7
 	name, err := netlink.MarshalAttributes([]netlink.Attribute{{Type: unix.NFTA_TABLE_NAME, Data: []byte("fairlead\x00")}})
@@ -143,21 +143,21 @@ func TestGenerationFollowsItsChanges(t *testing.T) {
 	commit := []netlink.Message{message(unix.NFT_MSG_DELRULE, unix.NFPROTO_IPV4, name), message(unix.NFT_MSG_NEWGEN, unix.NFPROTO_UNSPEC, id)}
 	for range 20_000 {
 		w := &watch{
-			table: "fairlead", member: true, announced: make(chan struct{}), drift: make(chan struct{}, 1), lost: make(chan struct{}, 1),
+			table: "fairlead", subscribed: true, generationChanged: make(chan struct{}), drift: make(chan struct{}, 1), lost: make(chan struct{}, 1),
 		}
 		go w.handle(commit)
-		if !w.announcedUntil(generation) {
+		if !w.waitForGeneration(generation) {
 			continue // the machine is too busy
 		}
-		if w.announcedChanges() == 0 {
+		if w.changeCount() == 0 {
 			t.Fatal("a generation is announced whose change is not counted")
 		}
 	}
 }
 
-// BenchmarkTakeOver measures the Replace of an instance that takes over from another one
+// BenchmarkHandover measures the Replace of an instance that takes over from another one
 // whose Services it has, with and without Prefetch, for Services with 10 endpoints.
-func BenchmarkTakeOver(b *testing.B) {
+func BenchmarkHandover(b *testing.B) {
 	sizes := []int{10, 1000, 10_000}
 	if testing.Short() {
 		sizes = []int{100}
@@ -171,14 +171,14 @@ func BenchmarkTakeOver(b *testing.B) {
 		services := make([]*dataplane.Service, n)
 		for i := range services {
 			key := dataplane.Key{Namespace: "default", Name: fmt.Sprintf("s-%d", i), Family: dataplane.IPv4}
-			treatment := dataplane.Treatment{Endpoints: endpoints(1, 2, 3, 4, 5, 6, 7, 8, 9, 10)}
+			treatment := dataplane.ServiceSpec{Endpoints: endpoints(1, 2, 3, 4, 5, 6, 7, 8, 9, 10)}
 			if services[i], err = dataplane.NewService(key, []dataplane.Frontend{frontend(i)}, treatment); err != nil {
 				b.Fatal(err)
 			}
 		}
 		replace := func(d *Dataplane) time.Duration {
 			began := time.Now()
-			if err := d.Replace(b.Context(), podNode(), slices.Values(services), nil); err != nil {
+			if err := d.Replace(b.Context(), nodeWithPodCIDRs(), slices.Values(services), nil); err != nil {
 				b.Fatal(err)
 			}
 			return time.Since(began)

@@ -19,89 +19,89 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// content is what the kernel holds in one table.
-type content struct {
+// tableContent is what the kernel holds in one table.
+type tableContent struct {
 	// table is nil if there is none.
 	table  *nftables.Table
 	schema int
-	// unread says which sets have elements of Services that were not read, because the
+	// unreadReason says which sets have elements of Services that were not read, because the
 	// set is defined otherwise; empty for none.
-	unread string
+	unreadReason string
 	// leftover says that there is a table of an interrupted rebuild.
-	leftover bool
-	sets     map[string]*nftables.Set
-	chains   map[string]*nftables.Chain
-	rules    map[string][]*nftables.Rule
-	rows     map[dataplane.Frontend]*row
-	lists    map[listID]*sharedList
-	// branches has the elements of verdict maps, and whether each goes where it
+	leftover    bool
+	sets        map[string]*nftables.Set
+	chains      map[string]*nftables.Chain
+	rules       map[string][]*nftables.Rule
+	frontends   map[dataplane.Frontend]*frontendElements
+	sharedLists map[listID]*sharedList
+	// verdictElements has the elements of verdict maps, and whether each goes where it
 	// should.
-	branches map[branch]bool
-	// foreign are elements that we would never make, by set. extended are elements
+	verdictElements map[verdictElement]bool
+	// unexpected are elements that we would never make, by set. extended are elements
 	// of ours that have got a statement, which packets run when they meet them.
-	foreign, extended map[string][]element
-	// objects are the named objects, and rangeBits the lengths for which there
+	unexpected, extended map[string][]element
+	// objects are the named objects, and rangePrefixLengths the lengths for which there
 	// is a set of source ranges.
-	objects   map[string]nftables.ObjType
-	rangeBits []int
+	objects            map[string]nftables.ObjType
+	rangePrefixLengths []int
 	// addrs are the addresses in the sets of these, and ports counts the elements
 	// with an endpoint, of which there are none where there is a Translator.
-	// portSet are the ports in endpoint-ports.
-	addrs   [addrSets]map[netip.Addr]bool
+	// endpointPortElements are the ports in endpoint-ports.
+	addrs   [numAddrSets]map[netip.Addr]bool
 	ports   portCounts
 	portSet map[uint16]bool
-	// node has the elements of the sets that follow the node, by name.
-	node map[string][]element
+	// nodeElements has the elements of the sets that follow the node, by name.
+	nodeElements map[string][]element
 }
 
 // readAttempts limits how often the kernel is read again because somebody else
 // changed it at the same time.
 const readAttempts = 4
 
-// consistently calls read, and again if what it reads is not one state of the kernel:
+// readConsistently calls read, and again if what it reads is not one state of the kernel:
 // others have changed our tables meanwhile, or a dump was torn. It returns the last
 // generation, and whether that is the state that was read.
-func (d *Dataplane) consistently(ctx context.Context, read func() error) (generation uint32, verified bool, err error) {
-	return d.tryConsistently(ctx, readAttempts, read)
+func (d *Dataplane) readConsistently(ctx context.Context, read func() error) (generation uint32, verified bool, err error) {
+	return d.readConsistentlyAttempts(ctx, readAttempts, read)
 }
 
-// tryConsistently is consistently with a number of attempts.
-func (d *Dataplane) tryConsistently(ctx context.Context, attempts int, read func() error) (generation uint32, verified bool, err error) {
+// readConsistentlyAttempts is consistently with a number of attempts.
+func (d *Dataplane) readConsistentlyAttempts(ctx context.Context, attempts int, read func() error) (generation uint32, verified bool, err error) {
 	var readErr error
 	for range attempts {
 		if err := ctx.Err(); err != nil {
 			return 0, false, err
 		}
-		changes := d.watch.announcedChanges()
+		changes := d.watch.changeCount()
 		before, err := d.currentGeneration()
 		if err != nil {
 			return 0, false, err
 		}
-		d.dump.torn = false
+		d.dump.inconsistent = false
 		readErr = read()
 		if generation, err = d.currentGeneration(); err != nil {
 			return 0, false, err
 		}
 		same := before == generation
-		if readErr != nil && (same || !isRace(readErr)) {
+		if readErr != nil && (same || !isConcurrentChange(readErr)) {
 			return 0, false, readErr
 		}
-		if readErr == nil && !d.dump.torn && (same || d.onlyOthers(changes, generation)) {
+		if readErr == nil && !d.dump.inconsistent && (same || d.tablesUnchanged(changes, generation)) {
 			return generation, true, nil
 		}
 	}
 	return generation, false, readErr
 }
 
-// onlyOthers reports whether all commits up to a generation left our tables alone,
+// tablesUnchanged reports whether all commits up to a generation left our tables alone,
 // since so many announcements of changes to them had arrived.
-func (d *Dataplane) onlyOthers(changes uint64, generation uint32) bool {
-	return d.watch.announcedUntil(generation) && d.watch.announcedChanges() == changes
+func (d *Dataplane) tablesUnchanged(changes uint64, generation uint32) bool {
+	return d.watch.waitForGeneration(generation) && d.watch.changeCount() == changes
 }
 
-// isRace reports whether an error of a read is what somebody else's commit causes
+// isConcurrentChange reports whether an error of a read is what somebody else's commit causes
 // between two parts of the read, or while the kernel fills a buffer.
-func isRace(err error) bool {
+func isConcurrentChange(err error) bool {
 	for _, e := range []error{unix.ENOENT, unix.EINTR, unix.EAGAIN, unix.EBUSY} {
 		if errors.Is(err, e) {
 			return true
@@ -113,35 +113,35 @@ func isRace(err error) bool {
 // readTables reads both tables, as far as that is possible in one state. If it is
 // not, because others change them all the time, readTables signals drift, so that
 // another Replace follows.
-func (d *Dataplane) readTables(ctx context.Context) (have [2]*content, generation uint32, err error) {
-	if have, generation, ok := d.takePrefetched(ctx); ok {
+func (d *Dataplane) readTables(ctx context.Context) (have [2]*tableContent, generation uint32, err error) {
+	if have, generation, ok := d.usePrefetched(ctx); ok {
 		return have, generation, nil
 	}
-	generation, verified, err := d.consistently(ctx, func() (err error) {
-		have, err = d.readBoth(ctx)
+	generation, verified, err := d.readConsistently(ctx, func() (err error) {
+		have, err = d.readTablesOnce(ctx)
 		return err
 	})
 	if err == nil && !verified {
 		d.log.DebugContext(ctx, "the tables change while they are read")
-		d.watch.signal()
+		d.watch.signalDrift()
 	}
 	return have, generation, err
 }
 
-// readBoth reads both tables, in whatever states they are meanwhile.
-func (d *Dataplane) readBoth(ctx context.Context) (have [2]*content, err error) {
+// readTablesOnce reads both tables, in whatever states they are meanwhile.
+func (d *Dataplane) readTablesOnce(ctx context.Context) (have [2]*tableContent, err error) {
 	for i, t := range d.tables {
-		if have[i], err = d.read(ctx, t); err != nil {
+		if have[i], err = d.readTable(ctx, t); err != nil {
 			return have, err
 		}
 	}
 	return have, nil
 }
 
-// read reads all of a table. That takes time in proportion to the number of
+// readTable reads all of a table. That takes time in proportion to the number of
 // Services: some 0.1 s for 10,000 with 10 endpoints each.
-func (d *Dataplane) read(ctx context.Context, t *table) (*content, error) {
-	c, err := d.readRows(ctx, t)
+func (d *Dataplane) readTable(ctx context.Context, t *table) (*tableContent, error) {
+	c, err := d.readSets(ctx, t)
 	if err != nil || c.table == nil {
 		return c, err
 	}
@@ -170,23 +170,23 @@ func (d *Dataplane) read(ctx context.Context, t *table) (*content, error) {
 	return c, nil
 }
 
-func newContent() *content {
-	return &content{
-		sets:     map[string]*nftables.Set{},
-		chains:   map[string]*nftables.Chain{},
-		rules:    map[string][]*nftables.Rule{},
-		rows:     map[dataplane.Frontend]*row{},
-		lists:    map[listID]*sharedList{},
-		branches: map[branch]bool{}, objects: map[string]nftables.ObjType{},
-		foreign: map[string][]element{}, extended: map[string][]element{},
-		ports: portCounts{}, portSet: map[uint16]bool{}, node: map[string][]element{},
+func newTableContent() *tableContent {
+	return &tableContent{
+		sets:            map[string]*nftables.Set{},
+		chains:          map[string]*nftables.Chain{},
+		rules:           map[string][]*nftables.Rule{},
+		frontends:       map[dataplane.Frontend]*frontendElements{},
+		sharedLists:     map[listID]*sharedList{},
+		verdictElements: map[verdictElement]bool{}, objects: map[string]nftables.ObjType{},
+		unexpected: map[string][]element{}, extended: map[string][]element{},
+		ports: portCounts{}, portSet: map[uint16]bool{}, nodeElements: map[string][]element{},
 	}
 }
 
-// readRows reads the sets of a table and what is in them.
-func (d *Dataplane) readRows(ctx context.Context, t *table) (*content, error) {
-	c := newContent()
-	tables, err := d.dump.tables(ctx, t.nf.Family)
+// readSets reads the sets of a table and what is in them.
+func (d *Dataplane) readSets(ctx context.Context, t *table) (*tableContent, error) {
+	c := newTableContent()
+	tables, err := d.dump.listTables(ctx, t.nf.Family)
 	if err != nil {
 		return nil, fmt.Errorf("list the %s tables: %w", t.family, err)
 	}
@@ -204,7 +204,7 @@ func (d *Dataplane) readRows(ctx context.Context, t *table) (*content, error) {
 	for _, s := range sets {
 		c.sets[s.Name] = s
 	}
-	for _, read := range c.readings(t) {
+	for _, read := range c.setReaders(t) {
 		if err := ctx.Err(); err != nil {
 			return nil, err
 		}
@@ -213,14 +213,14 @@ func (d *Dataplane) readRows(ctx context.Context, t *table) (*content, error) {
 			continue
 		}
 		if !sameSet(found, read.set) {
-			if t.carriesServices(read.set) {
-				c.unread = fmt.Sprintf("set %s is defined otherwise", read.set.Name)
+			if t.hasServiceElements(read.set) {
+				c.unreadReason = fmt.Sprintf("set %s is defined otherwise", read.set.Name)
 			}
 			continue
 		}
-		err := d.dump.elements(ctx, read.set, func(e element, extended bool) {
+		err := d.dump.dumpElements(ctx, read.set, func(e element, extended bool) {
 			if err := read.parse(e); err != nil {
-				c.foreign[read.set.Name] = append(c.foreign[read.set.Name], e)
+				c.unexpected[read.set.Name] = append(c.unexpected[read.set.Name], e)
 			} else if extended {
 				c.extended[read.set.Name] = append(c.extended[read.set.Name], e)
 			}
@@ -229,153 +229,153 @@ func (d *Dataplane) readRows(ctx context.Context, t *table) (*content, error) {
 			return nil, fmt.Errorf("list the elements of set %s in table %s: %w", read.set.Name, t, err)
 		}
 	}
-	for _, r := range c.rows {
+	for _, r := range c.frontends {
 		slices.SortFunc(r.hairpins, netip.Addr.Compare)
 		slices.SortFunc(r.ranges, netip.Prefix.Compare)
 	}
-	c.resolveLists()
+	c.linkSharedLists()
 	return c, nil
 }
 
-// carriesServices reports whether a set has elements that only the Services tell:
+// hasServiceElements reports whether a set has elements that only the Services tell:
 // not the node, nor other sets.
-func (t *table) carriesServices(s *nftables.Set) bool {
-	_, ofNode := t.nodeSets(dataplane.Node{})[s]
+func (t *table) hasServiceElements(s *nftables.Set) bool {
+	_, ofNode := t.nodeSetElements(dataplane.Node{})[s]
 	return !ofNode && s != t.endpointPorts
 }
 
-// reading is a set to read, and what to do with its elements.
-type reading struct {
+// setReader is a set to read, and what to do with its elements.
+type setReader struct {
 	set   *nftables.Set
 	parse func(element) error
 }
 
-func (c *content) readings(t *table) []reading {
-	rows := []reading{
+func (c *tableContent) setReaders(t *table) []setReader {
+	rows := []setReader{
 		{t.services, func(e element) error { return c.parseService(t, e) }},
 		{t.external, func(e element) error { return c.parseExternal(t, e) }},
 		{t.timeouts, func(e element) error { return c.parseTimeout(t, e) }},
-		{t.lists, func(e element) error { return c.parseListOf(t, e) }},
+		{t.lists, func(e element) error { return c.parseListID(t, e) }},
 		{t.listSizes, func(e element) error { return c.parseListSize(t, e) }},
 		{t.sharedHairpin, func(e element) error { return c.parseSharedHairpin(t, e) }},
-		{t.slots, func(e element) error { return c.parseSlot(t, e) }},
+		{t.slots, func(e element) error { return c.parseSlotID(t, e) }},
 		{t.stickyEndpoints, func(e element) error { return c.parseSticky(t, e) }},
 		{t.hairpin, func(e element) error { return c.parseHairpin(t, e) }},
 		{t.endpointPorts, c.parsePort},
 	}
 	for s, set := range t.addrSets {
 		c.addrs[s] = map[netip.Addr]bool{}
-		rows = append(rows, reading{set, func(e element) error { return c.parseAddr(t, addrSet(s), e) }})
+		rows = append(rows, setReader{set, func(e element) error { return c.parseAddr(t, addrSet(s), e) }})
 	}
 	for m, set := range t.verdicts {
-		rows = append(rows, reading{set, func(e element) error { return c.parseBranch(t, verdictMap(m), e) }})
+		rows = append(rows, setReader{set, func(e element) error { return c.parseVerdictElement(t, verdictMap(m), e) }})
 	}
 	for shard, set := range t.endpoints {
-		rows = append(rows, reading{set, func(e element) error { return c.parseEndpoint(t, shard, e) }})
+		rows = append(rows, setReader{set, func(e element) error { return c.parseEndpoint(t, shard, e) }})
 	}
 	for shard, set := range t.sharedEndpoints {
-		rows = append(rows, reading{set, func(e element) error { return c.parseSharedEndpoint(t, shard, e) }})
+		rows = append(rows, setReader{set, func(e element) error { return c.parseSharedEndpoint(t, shard, e) }})
 	}
-	for set := range t.nodeSets(dataplane.Node{}) {
-		rows = append(rows, reading{set, func(e element) error {
-			c.node[set.Name] = append(c.node[set.Name], e)
+	for set := range t.nodeSetElements(dataplane.Node{}) {
+		rows = append(rows, setReader{set, func(e element) error {
+			c.nodeElements[set.Name] = append(c.nodeElements[set.Name], e)
 			return nil
 		}})
 	}
 	used := t.sets()
-	rows = slices.DeleteFunc(rows, func(r reading) bool { return !slices.Contains(used, r.set) })
+	rows = slices.DeleteFunc(rows, func(r setReader) bool { return !slices.Contains(used, r.set) })
 	for name, found := range c.sets {
 		text, ok := strings.CutPrefix(name, rangesPrefix)
 		bits, err := strconv.Atoi(text)
-		if !ok || err != nil || bits < 0 || bits > 8*t.addrLen || strconv.Itoa(bits) != text || !sameSet(found, t.ranges(bits)) {
+		if !ok || err != nil || bits < 0 || bits > 8*t.addrLen || strconv.Itoa(bits) != text || !sameSet(found, t.sourceRangeSet(bits)) {
 			continue
 		}
-		c.rangeBits = append(c.rangeBits, bits)
+		c.rangePrefixLengths = append(c.rangePrefixLengths, bits)
 		rows = append(rows,
-			reading{t.ranges(bits), func(e element) error { return c.parseRange(t, bits, e) }},
-			reading{t.sharedRanges(bits), func(e element) error { return c.parseSharedRange(t, bits, e) }},
+			setReader{t.sourceRangeSet(bits), func(e element) error { return c.parseSourceRange(t, bits, e) }},
+			setReader{t.sharedSourceRangeSet(bits), func(e element) error { return c.parseSharedSourceRange(t, bits, e) }},
 		)
 	}
-	slices.Sort(c.rangeBits)
+	slices.Sort(c.rangePrefixLengths)
 	return rows
 }
 
-func (c *content) row(f dataplane.Frontend) *row {
-	r, ok := c.rows[f]
+func (c *tableContent) frontend(f dataplane.Frontend) *frontendElements {
+	r, ok := c.frontends[f]
 	if !ok {
-		r = &row{}
-		c.rows[f] = r
+		r = &frontendElements{}
+		c.frontends[f] = r
 	}
 	return r
 }
 
-func (c *content) parseService(t *table, e element) error {
+func (c *tableContent) parseService(t *table, e element) error {
 	f, class, err := t.parseFrontendClass(e)
 	if err != nil {
 		return err
 	}
-	r := c.row(f)
+	r := c.frontend(f)
 	r.service, r.class, r.inServices = e.Comment, class, true
 	return nil
 }
 
-func (c *content) parseExternal(t *table, e element) error {
+func (c *tableContent) parseExternal(t *table, e element) error {
 	f, class, err := t.parseFrontendClass(e)
 	if err != nil {
 		return err
 	}
-	r := c.row(f)
-	r.external, r.inExternal = class, true
+	r := c.frontend(f)
+	r.externalClass, r.inExternal = class, true
 	return nil
 }
 
-func (c *content) parseTimeout(t *table, e element) error {
+func (c *tableContent) parseTimeout(t *table, e element) error {
 	f, class, err := t.parseFrontendClass(e)
-	if err != nil || !class.has(affinity) {
-		return errForeign
+	if err != nil || !class.has(classTimeout) {
+		return errUnexpectedElement
 	}
-	c.row(f).timeout = class
+	c.frontend(f).timeoutClass = class
 	return nil
 }
 
-func (t *table) parseFrontendClass(e element) (dataplane.Frontend, class, error) {
+func (t *table) parseFrontendClass(e element) (dataplane.Frontend, serviceClass, error) {
 	f, rest, err := t.parseFrontend(e.Key)
 	if err != nil || len(rest) > 0 {
-		return f, 0, errForeign
+		return f, 0, errUnexpectedElement
 	}
 	class, err := t.parseClass(e.Val)
 	return f, class, err
 }
 
-func (c *content) parseEndpoint(t *table, shard int, e element) error {
+func (c *tableContent) parseEndpoint(t *table, shard int, e element) error {
 	f, l, slot, err := t.parseSlot(e.Key)
 	if err != nil {
 		return err
 	}
 	if shardOf(f) != shard {
-		return errForeign
+		return errUnexpectedElement
 	}
 	addr, err := t.parseAddrPort(e.Val)
 	if err != nil {
 		return err
 	}
-	s := &c.row(f).slots[l]
+	s := &c.frontend(f).slots[l]
 	for len(s.endpoints) <= slot {
 		s.endpoints = append(s.endpoints, netip.AddrPort{})
 	}
 	s.endpoints[slot] = addr
-	c.countPort(t, addr)
+	c.countEndpointPort(t, addr)
 	return nil
 }
 
-// countPort counts the port of an address in a slot, if that is an endpoint's.
-func (c *content) countPort(t *table, addr netip.AddrPort) {
+// countEndpointPort counts the port of an address in a slot, if that is an endpoint's.
+func (c *tableContent) countEndpointPort(t *table, addr netip.AddrPort) {
 	if port, ok := t.renderer.endpointPort(addr); ok {
 		c.ports[port]++
 	}
 }
 
-func (c *content) parseSlot(t *table, e element) error {
+func (c *tableContent) parseSlotID(t *table, e element) error {
 	f, l, slot, err := t.parseSlot(e.Key)
 	if err != nil {
 		return err
@@ -384,15 +384,15 @@ func (c *content) parseSlot(t *table, e element) error {
 	if err != nil {
 		return err
 	}
-	s := &c.row(f).slots[l]
+	s := &c.frontend(f).slots[l]
 	for len(s.ids) <= slot {
-		s.ids = append(s.ids, noID)
+		s.ids = append(s.ids, noEndpointID)
 	}
 	s.ids[slot] = int(n)
 	return nil
 }
 
-func (c *content) parseSticky(t *table, e element) error {
+func (c *tableContent) parseSticky(t *table, e element) error {
 	f, n, err := t.parseSticky(e.Key)
 	if err != nil {
 		return err
@@ -401,66 +401,66 @@ func (c *content) parseSticky(t *table, e element) error {
 	if err != nil {
 		return err
 	}
-	r := c.row(f)
+	r := c.frontend(f)
 	if r.byID == nil {
-		r.byID = map[id]netip.AddrPort{}
+		r.byID = map[endpointID]netip.AddrPort{}
 	}
 	r.byID[n] = addr
 	c.ports[addr.Port()]++
 	return nil
 }
 
-func (c *content) parseRange(t *table, bits int, e element) error {
-	f, p, err := t.parseRange(e.Key, bits)
+func (c *tableContent) parseSourceRange(t *table, bits int, e element) error {
+	f, p, err := t.parseSourceRangeKey(e.Key, bits)
 	if err != nil {
 		return err
 	}
-	r := c.row(f)
+	r := c.frontend(f)
 	switch {
 	case e.Comment == "":
 		r.ranges = append(r.ranges, p)
-	case e.Comment == selfComment && p == ownRange(f):
-		r.self = true
+	case e.Comment == selfComment && p == frontendPrefix(f):
+		r.allowSelf = true
 	default:
-		return errForeign
+		return errUnexpectedElement
 	}
 	return nil
 }
 
-func (c *content) parseAddr(t *table, s addrSet, e element) error {
+func (c *tableContent) parseAddr(t *table, s addrSet, e element) error {
 	addr, ok := netip.AddrFromSlice(e.Key)
 	if !ok || len(e.Key) != t.addrLen {
-		return errForeign
+		return errUnexpectedElement
 	}
 	c.addrs[s][addr] = true
 	return nil
 }
 
-func (c *content) parsePort(e element) error {
+func (c *tableContent) parsePort(e element) error {
 	if len(e.Key) != 2 {
-		return errForeign
+		return errUnexpectedElement
 	}
 	c.portSet[binary.BigEndian.Uint16(e.Key)] = true
 	return nil
 }
 
-func (c *content) parseHairpin(t *table, e element) error {
+func (c *tableContent) parseHairpin(t *table, e element) error {
 	addr, f, err := t.parseHairpin(e.Key)
 	if err != nil {
 		return err
 	}
-	r := c.row(f)
+	r := c.frontend(f)
 	r.hairpins = append(r.hairpins, addr)
 	return nil
 }
 
-func (c *content) parseBranch(t *table, m verdictMap, e element) error {
+func (c *tableContent) parseVerdictElement(t *table, m verdictMap, e element) error {
 	class, err := t.parseClass(e.Key)
 	if err != nil {
 		return err
 	}
-	b := branch{m, class}
-	c.branches[b] = isVerdict(e.Val, b.verdict())
+	b := verdictElement{m, class}
+	c.verdictElements[b] = isVerdict(e.Val, b.verdict())
 	return nil
 }
 
@@ -518,25 +518,25 @@ func (t *table) sameExpr(have, want expr.Any) bool {
 }
 
 // Read implements [dataplane.Dataplane]. With a Translator there are no endpoints
-// and no affinity in what it returns; see [Dataplane.ReadRules].
+// and no affinity in what it returns; see [Dataplane.ReadVirtualBindings].
 func (d *Dataplane) Read(ctx context.Context) (dataplane.State, error) {
 	state := dataplane.State{}
-	err := d.eachRow(ctx, func(f dataplane.Frontend, r *row) { state[f] = d.renderer.binding(r) })
+	err := d.forEachFrontend(ctx, func(f dataplane.Frontend, r *frontendElements) { state[f] = d.renderer.binding(r) })
 	if err != nil {
 		return nil, err
 	}
 	return state, nil
 }
 
-// eachRow reads the rows of frontends that there are.
-func (d *Dataplane) eachRow(ctx context.Context, visit func(dataplane.Frontend, *row)) error {
+// forEachFrontend reads the rows of frontends that there are.
+func (d *Dataplane) forEachFrontend(ctx context.Context, visit func(dataplane.Frontend, *frontendElements)) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	var have [2]*content
-	_, _, err := d.consistently(ctx, func() error {
+	var have [2]*tableContent
+	_, _, err := d.readConsistently(ctx, func() error {
 		for i, t := range d.tables {
 			var err error
-			if have[i], err = d.readRows(ctx, t); err != nil {
+			if have[i], err = d.readSets(ctx, t); err != nil {
 				return err
 			}
 		}
@@ -546,7 +546,7 @@ func (d *Dataplane) eachRow(ctx context.Context, visit func(dataplane.Frontend, 
 		return err
 	}
 	for _, c := range have {
-		for f, r := range c.rows {
+		for f, r := range c.frontends {
 			if r.inServices { // the rest is garbage, and looked for by nobody
 				visit(f, r)
 			}
@@ -556,29 +556,29 @@ func (d *Dataplane) eachRow(ctx context.Context, visit func(dataplane.Frontend, 
 }
 
 // binding returns what the kernel does with connections to the row's frontend.
-func (r *row) binding() dataplane.Binding {
-	b := r.withoutEndpoints()
-	b.Endpoints = r.reachable(clusterList, r.class)
-	if b.ExternalLocal {
-		b.LocalEndpoints = r.reachable(localList, r.external)
+func (r *frontendElements) binding() dataplane.Binding {
+	b := r.bindingExceptEndpoints()
+	b.Endpoints = r.reachableEndpoints(clusterEndpoints, r.class)
+	if b.ExternalTrafficPolicyLocal {
+		b.LocalEndpoints = r.reachableEndpoints(localEndpoints, r.externalClass)
 	}
-	if r.class.has(sticky) {
-		b.Affinity = r.timeout.timeout()
+	if r.class.has(classSessionAffinity) {
+		b.Affinity = r.timeoutClass.timeout()
 	}
 	return b
 }
 
-// withoutEndpoints returns all of the binding but who the endpoints are, and for
+// bindingExceptEndpoints returns all of the binding but who the endpoints are, and for
 // how long clients stick to them.
-func (r *row) withoutEndpoints() dataplane.Binding {
+func (r *frontendElements) bindingExceptEndpoints() dataplane.Binding {
 	b := dataplane.Binding{Service: r.service}
-	b.Masquerade, b.NoEndpoints = r.class.masquerade(), r.class.noEndpoints()
-	b.ExternalLocal = r.class.has(external)
+	b.Masquerade, b.NoEndpointsVerdict = r.class.masquerade(), r.class.noEndpointsVerdict()
+	b.ExternalTrafficPolicyLocal = r.class.has(classTrafficPolicyLocal)
 	switch {
-	case !r.class.has(ranged):
-	case r.class.has(shared):
-		if r.shared != nil {
-			b.SourceRanges = r.shared.ranges
+	case !r.class.has(classSourceRanges):
+	case r.class.has(classSharedList):
+		if r.sharedList != nil {
+			b.SourceRanges = r.sharedList.ranges
 		}
 	default:
 		b.SourceRanges = r.ranges
@@ -586,16 +586,16 @@ func (r *row) withoutEndpoints() dataplane.Binding {
 	return b
 }
 
-// reachable returns the endpoints of a list that connections of a class reach.
-func (r *row) reachable(l list, c class) []dataplane.Endpoint {
+// reachableEndpoints returns the endpoints of a list that connections of a class reach.
+func (r *frontendElements) reachableEndpoints(l endpointList, c serviceClass) []dataplane.Endpoint {
 	slots, size, hairpins := r.slots[l].endpoints, c.size(), r.hairpins
 	switch {
-	case c.has(shared) && (r.shared == nil || size == 0):
+	case c.has(classSharedList) && (r.sharedList == nil || size == 0):
 		return nil
-	case c.has(shared):
-		slots, size, hairpins = r.shared.slots[l], r.shared.draws[l].size(), r.shared.hairpins
-	case c.has(sticky):
-		slots = r.arrangement()[l].slots
+	case c.has(classSharedList):
+		slots, size, hairpins = r.sharedList.slots[l], r.sharedList.sizeClasses[l].size(), r.sharedList.hairpins
+	case c.has(classSessionAffinity):
+		slots = r.slotAssignment()[l].slots
 	}
 	var all []dataplane.Endpoint
 	for _, addr := range slots[:min(size, len(slots))] {

@@ -14,21 +14,21 @@ import (
 // nextSuffix is the suffix of the table that serves while a table is rebuilt.
 const nextSuffix = "-next"
 
-// packetRest is longer than any packet is on its way through a table.
-const packetRest = 100 * time.Millisecond
+// maxPacketTransit is longer than any packet is on its way through a table.
+const maxPacketTransit = 100 * time.Millisecond
 
 // rebuildReason returns why a table cannot be repaired in place, or an empty string.
-func (d *Dataplane) rebuildReason(have *content) string {
+func (d *Dataplane) rebuildReason(have *tableContent) string {
 	if have.table == nil {
 		return ""
 	}
 	if have.schema != d.schema {
 		return fmt.Sprintf("it has schema %d, want %d", have.schema, d.schema)
 	}
-	if d.own && have.table.Flags&nftables.TableFlagPersist == 0 {
-		return noOwner
+	if d.ownTables && have.table.Flags&nftables.TableFlagPersist == 0 {
+		return noOwnerReason
 	}
-	return have.unread
+	return have.unreadReason
 }
 
 func (d *Dataplane) reportRebuild(t *table, reason string) {
@@ -47,7 +47,7 @@ func (d *Dataplane) reportRebuild(t *table, reason string) {
 func (d *Dataplane) rebuild(ctx context.Context, i int, node dataplane.Node, services []*dataplane.Service) error {
 	name := d.tables[i].nf.Name
 	names := []string{name + nextSuffix, name}
-	next := d.makeTables(name + nextSuffix)[i]
+	next := d.newTables(name + nextSuffix)[i]
 	hooks, err := d.baseChains(next)
 	if err != nil {
 		return err
@@ -56,37 +56,37 @@ func (d *Dataplane) rebuild(ctx context.Context, i int, node dataplane.Node, ser
 		d.tables[i], names = next, names[1:]
 	}
 	for _, to := range names {
-		if err := d.moveTo(ctx, i, to, node, services); err != nil {
-			d.tables[i] = d.makeTables(name)[i]
+		if err := d.moveTable(ctx, i, to, node, services); err != nil {
+			d.tables[i] = d.newTables(name)[i]
 			return fmt.Errorf("rebuild table %s: %w", d.tables[i], err)
 		}
 	}
 	return nil
 }
 
-// moveTo makes the i-th table under another name, and removes the one that it
+// moveTable makes the i-th table under another name, and removes the one that it
 // replaces. d.tables has the new one if there is no error.
-func (d *Dataplane) moveTo(ctx context.Context, i int, name string, node dataplane.Node, services []*dataplane.Service) error {
-	from, to := d.tables[i], d.makeTables(name)[i]
-	if err := d.removeIfThere(to); err != nil {
+func (d *Dataplane) moveTable(ctx context.Context, i int, name string, node dataplane.Node, services []*dataplane.Service) error {
+	from, to := d.tables[i], d.newTables(name)[i]
+	if err := d.removeTableIfExists(to); err != nil {
 		return err
 	}
-	d.forgetTable(i)
+	d.resetTableState(i)
 	d.tables[i] = to
 	to.detached = true
-	have := &content{}
-	if err := d.mend(to, node, have); err != nil {
+	have := &tableContent{}
+	if err := d.repairTable(to, node, have); err != nil {
 		return err
 	}
-	r := replacement{
-		Dataplane: d, have: [2]*content{{}, {}}, failed: map[dataplane.Key]error{},
-		taken: [2]map[listID]bool{{}, {}},
+	r := replaceOperation{
+		Dataplane: d, have: [2]*tableContent{{}, {}}, failed: map[dataplane.Key]error{},
+		assignedLists: [2]map[listID]bool{{}, {}},
 	}
 	for _, s := range services {
-		if index(s.Key.Family) != i || d.renderer.supported(s) != nil {
+		if familyIndex(s.Key.Family) != i || d.renderer.checkSupported(s) != nil {
 			continue
 		}
-		if err := r.add(ctx, s); err != nil {
+		if err := r.addService(ctx, s); err != nil {
 			return err
 		}
 	}
@@ -94,27 +94,27 @@ func (d *Dataplane) moveTo(ctx context.Context, i int, name string, node datapla
 		return err
 	}
 	to.detached = false
-	if err := d.takeOver(to, from, node, i); err != nil {
+	if err := d.switchBaseChains(to, from, node, i); err != nil {
 		return err
 	}
-	return d.retire(ctx, from)
+	return d.removeDetached(ctx, from)
 }
 
-// retire removes a table without base chains, when no packet can be on its way through
+// removeDetached removes a table without base chains, when no packet can be on its way through
 // it any more.
-func (d *Dataplane) retire(ctx context.Context, t *table) error {
+func (d *Dataplane) removeDetached(ctx context.Context, t *table) error {
 	select {
 	case <-ctx.Done():
 		return ctx.Err()
-	case <-time.After(packetRest):
+	case <-time.After(maxPacketTransit):
 	}
 	return removeTable(d.conn, d.submit, t)
 }
 
-// takeOver adds the base chains of one table and deletes those of the other, in one
+// switchBaseChains adds the base chains of one table and deletes those of the other, in one
 // transaction.
-func (d *Dataplane) takeOver(to, from *table, node dataplane.Node, i int) error {
-	for _, ch := range to.chains(node, d.rangeBits[i]) {
+func (d *Dataplane) switchBaseChains(to, from *table, node dataplane.Node, i int) error {
+	for _, ch := range to.chains(node, d.rangePrefixLengths[i]) {
 		if ch.Hooknum != nil {
 			d.conn.AddChain(ch.Chain)
 			d.addRules(to, ch)
@@ -150,8 +150,8 @@ func (d *Dataplane) baseChains(t *table) ([]*nftables.Chain, error) {
 	}), nil
 }
 
-// removeIfThere removes a table if there is one of that name.
-func (d *Dataplane) removeIfThere(t *table) error {
+// removeTableIfExists removes a table if there is one of that name.
+func (d *Dataplane) removeTableIfExists(t *table) error {
 	found, err := findTable(d.conn, t)
 	if err != nil || found == nil {
 		return err
@@ -161,12 +161,12 @@ func (d *Dataplane) removeIfThere(t *table) error {
 
 // removeLeftovers removes what an interrupted rebuild has left. It must be called
 // when the tables are complete, because until then the leftovers may serve.
-func (d *Dataplane) removeLeftovers(ctx context.Context, have [2]*content) error {
+func (d *Dataplane) removeLeftovers(ctx context.Context, have [2]*tableContent) error {
 	for i, t := range d.tables {
 		if !have[i].leftover {
 			continue
 		}
-		next := d.makeTables(t.nf.Name + nextSuffix)[i]
+		next := d.newTables(t.nf.Name + nextSuffix)[i]
 		chains, err := d.baseChains(next)
 		if err == nil && len(chains) > 0 {
 			if err = d.deleteBaseChains(next); err == nil {
@@ -174,7 +174,7 @@ func (d *Dataplane) removeLeftovers(ctx context.Context, have [2]*content) error
 			}
 		}
 		if err == nil {
-			err = d.retire(ctx, next)
+			err = d.removeDetached(ctx, next)
 		}
 		if err != nil {
 			return fmt.Errorf("remove table %s of an interrupted rebuild: %w", next, err)

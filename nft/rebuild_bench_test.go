@@ -32,14 +32,14 @@ func BenchmarkRebuild(b *testing.B) {
 			services := make([]*dataplane.Service, n)
 			for i := range services {
 				key := dataplane.Key{Namespace: "default", Name: fmt.Sprintf("s-%d", i), Family: dataplane.IPv4}
-				treatment := dataplane.Treatment{Endpoints: endpoints(1, 2, 3, 4, 5, 6, 7, 8, 9, 10)}
+				treatment := dataplane.ServiceSpec{Endpoints: endpoints(1, 2, 3, 4, 5, 6, 7, 8, 9, 10)}
 				if services[i], err = dataplane.NewService(key, []dataplane.Frontend{frontend(i)}, treatment); err != nil {
 					b.Fatal(err)
 				}
 			}
 			run := func() time.Duration {
 				begin := time.Now()
-				if err := d.Replace(b.Context(), podNode(), slices.Values(services), nil); err != nil {
+				if err := d.Replace(b.Context(), nodeWithPodCIDRs(), slices.Values(services), nil); err != nil {
 					b.Fatal(err)
 				}
 				return time.Since(begin)

@@ -31,7 +31,7 @@ func removeTable(conn *nftables.Conn, flush func() error, t *table) error {
 	// An error is no matter, here and below: what stays goes with the table.
 	_ = flush()
 	chains = slices.DeleteFunc(chains, func(ch *nftables.Chain) bool { return ch.Hooknum != nil })
-	atOnce := editSize / branchWeight
+	atOnce := transactionSize / verdictElementWeight
 	for part := range slices.Chunk(chains, atOnce) {
 		for _, ch := range part {
 			conn.FlushChain(ch)

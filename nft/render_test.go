@@ -7,23 +7,23 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-func TestComment(t *testing.T) {
+func TestServiceComment(t *testing.T) {
 	t.Parallel()
 	key := func(namespace, name, port string) dataplane.Key {
 		return dataplane.Key{Namespace: namespace, Name: name, Port: port, Family: dataplane.IPv4}
 	}
-	if got, want := comment(key("shop", "cart", "http")), "shop/cart:http"; got != want {
+	if got, want := serviceComment(key("shop", "cart", "http")), "shop/cart:http"; got != want {
 		t.Errorf("got %q, want %q", got, want)
 	}
 	long := strings.Repeat("n", 63)
-	a, b := comment(key(long, long, "port-a")), comment(key(long, long, "port-b"))
+	a, b := serviceComment(key(long, long, "port-a")), serviceComment(key(long, long, "port-b"))
 	if len(a) != maxComment || len(b) != maxComment {
 		t.Errorf("long names have %d and %d bytes, want %d", len(a), len(b), maxComment)
 	}
 	if a == b {
 		t.Errorf("two names are shortened to the same %q", a)
 	}
-	if fits := comment(key(long, long[1:], "")); strings.Contains(fits, "~") {
+	if fits := serviceComment(key(long, long[1:], "")); strings.Contains(fits, "~") {
 		t.Errorf("a name that fits was shortened to %q", fits)
 	}
 }

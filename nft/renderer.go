@@ -14,19 +14,19 @@ import (
 // leave that to a Translator. [Open] chooses one. A renderer has no state, so the
 // tables and the Dataplane share it.
 type renderer interface {
-	// supported returns an error that wraps [dataplane.ErrUnsupported] if the tables
+	// checkSupported returns an error that wraps [dataplane.ErrUnsupported] if the tables
 	// cannot serve the Service.
-	supported(s *dataplane.Service) error
-	// initialArrangement returns the arrangement of a Service that is programmed and
-	// has none in Dataplane.arrangements.
-	initialArrangement(s *dataplane.Service) arrangement
-	// arrange returns the arrangement that follows the current one when the Service
+	checkSupported(s *dataplane.Service) error
+	// initialAssignment returns the arrangement of a Service that is programmed and
+	// has none in Dataplane.slotAssignments.
+	initialAssignment(s *dataplane.Service) slotAssignment
+	// assignSlots returns the arrangement that follows the current one when the Service
 	// changes to s.
-	arrange(current arrangement, s *dataplane.Service) arranged
+	assignSlots(current slotAssignment, s *dataplane.Service) newAssignment
 	// render returns what the maps hold for each frontend of the Service on this node.
-	render(s *dataplane.Service, a arrangement, node dataplane.Node) *row
+	render(s *dataplane.Service, a slotAssignment, node dataplane.Node) *frontendElements
 	// binding returns what Read reports of a row.
-	binding(r *row) dataplane.Binding
+	binding(r *frontendElements) dataplane.Binding
 
 	// endpointElements estimates how many elements one frontend of the Service has for
 	// its endpoints.
@@ -34,9 +34,9 @@ type renderer interface {
 	// endpointPort returns the port that an address in a slot, or with an ID, adds to
 	// the set endpoint-ports. It returns false if the address is not an endpoint's.
 	endpointPort(addr netip.AddrPort) (uint16, bool)
-	// foundPorts returns the ports that belong in the set endpoint-ports according to
+	// requiredPorts returns the ports that belong in the set endpoint-ports according to
 	// the elements read, with the number of elements that need each.
-	foundPorts(c *content) portCounts
+	requiredPorts(c *tableContent) portCounts
 
 	// sets returns the sets of a table in the order in which they are made. named has
 	// the sets that are fields of table.
@@ -44,11 +44,11 @@ type renderer interface {
 	// selectionChains returns the chains that select and remember endpoints of frontends
 	// with an addressing.
 	selectionChains(t *table, by addressing) []chain
-	// usedPriorities returns one match for each kind of priority that NAT chains leave on
+	// priorityMatches returns one match for each kind of priority that NAT chains leave on
 	// a packet.
-	usedPriorities() [][]expr.Any
+	priorityMatches() [][]expr.Any
 	// extraRules returns the chains and rules that no other renderer has.
-	extraRules(t *table, base baseChain) extraRules
+	extraRules(t *table, base newBaseChain) extraRules
 }
 
 // extraRules has chains that a renderer adds to a table, and rules that it adds to the

@@ -19,9 +19,9 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// plausibleEdits are what an operator may add to the table while looking for a fault.
+// operatorEdits are what an operator may add to the table while looking for a fault.
 // None of them may end any connection, or keep a new one from its Service.
-func plausibleEdits() map[string]string {
+func operatorEdits() map[string]string {
 	return map[string]string{
 		"a rule with an anonymous set":           "insert rule ip fairlead filter-forward tcp dport { 80, 8080 } counter",
 		"a rule with an anonymous interval set":  "insert rule ip fairlead nat-prerouting ip daddr { 10.0.0.0/8, 192.168.0.0/16 } counter",
@@ -51,12 +51,12 @@ func plausibleEdits() map[string]string {
 	}
 }
 
-// rebuilds counts what is logged about tables that cannot be repaired in place.
-type rebuilds struct{ text bytes.Buffer }
+// rebuildLog counts what is logged about tables that cannot be repaired in place.
+type rebuildLog struct{ text bytes.Buffer }
 
-func (r *rebuilds) logger() *slog.Logger { return slog.New(slog.NewTextHandler(&r.text, nil)) }
+func (r *rebuildLog) logger() *slog.Logger { return slog.New(slog.NewTextHandler(&r.text, nil)) }
 
-func (r *rebuilds) check(t *testing.T, what string, want bool) {
+func (r *rebuildLog) check(t *testing.T, what string, want bool) {
 	t.Helper()
 	if got := strings.Contains(r.text.String(), "rebuilt"); got != want || strings.Contains(r.text.String(), "made anew") {
 		t.Errorf("%s: rebuilt %t, want %t; the log:\n%s", what, got, want, r.text.String())
@@ -72,15 +72,15 @@ type testbed struct {
 	node     dataplane.Node
 	netns    *nettest.Namespace
 	services []*dataplane.Service
-	log      rebuilds
+	log      rebuildLog
 	client   *nettest.Host
 	frontend netip.AddrPort
-	open     []*nettest.Conn
+	conns    []*nettest.Conn
 
-	stop           context.CancelFunc
-	ended          sync.WaitGroup
+	stopLoad       context.CancelFunc
+	load           sync.WaitGroup
 	opened, failed atomic.Int64
-	failure        atomic.Value
+	lastFailure    atomic.Value
 }
 
 func newTestbed(t *testing.T) *testbed {
@@ -95,34 +95,34 @@ func newTestbed(t *testing.T) *testbed {
 	}
 	f := dataplane.Frontend{Protocol: dataplane.TCP, Addr: netip.MustParseAddrPort("10.96.0.1:80")}
 	b.frontend = f.Addr
-	b.services = slices.Concat(sample(t)[1:], []*dataplane.Service{service(t, "served", []dataplane.Frontend{f}, list)})
+	b.services = slices.Concat(sampleServices(t)[1:], []*dataplane.Service{service(t, "served", []dataplane.Frontend{f}, list)})
 	b.services = slices.DeleteFunc(b.services, func(s *dataplane.Service) bool {
 		return s.Key.Name != "served" && slices.Contains(s.Frontends, f)
 	})
-	b.node = fullNode()
+	b.node = nodeWithAllSettings()
 	b.node.PodCIDRs = network.PodCIDRs
-	b.Dataplane = openWith(t, b.netns, Options{Logger: b.log.logger()})
-	replace(t, b.Dataplane, b.node, b.services...)
+	b.Dataplane = openWithOptions(t, b.netns, Options{Logger: b.log.logger()})
+	mustReplace(t, b.Dataplane, b.node, b.services...)
 	for range 20 {
 		conn, err := b.client.Open(t.Context(), nettest.TCP, b.frontend)
 		if err != nil {
 			t.Fatal(err)
 		}
-		b.open = append(b.open, conn)
+		b.conns = append(b.conns, conn)
 		t.Cleanup(func() { _ = conn.Close() })
 	}
 	b.askAll("before")
 	ctx, cancel := context.WithCancel(t.Context())
-	b.stop = cancel
+	b.stopLoad = cancel
 	for range 2 {
-		b.ended.Go(func() {
+		b.load.Go(func() {
 			for ctx.Err() == nil {
 				_, err := b.client.Connect(ctx, nettest.TCP, b.frontend)
 				switch {
 				case ctx.Err() != nil:
 				case err != nil:
 					b.failed.Add(1)
-					b.failure.Store(err.Error())
+					b.lastFailure.Store(err.Error())
 				default:
 					b.opened.Add(1)
 				}
@@ -135,7 +135,7 @@ func newTestbed(t *testing.T) *testbed {
 // askAll expects an answer on each open connection.
 func (b *testbed) askAll(when string) {
 	b.t.Helper()
-	for _, conn := range b.open {
+	for _, conn := range b.conns {
 		if _, err := conn.Ask(b.t.Context()); err != nil {
 			b.t.Fatalf("%s: an open connection broke: %v", when, err)
 		}
@@ -151,41 +151,41 @@ func (b *testbed) check(when string) {
 		time.Sleep(time.Millisecond)
 	}
 	if n := b.failed.Swap(0); n > 0 {
-		b.t.Errorf("%s: %d new connections failed: %v", when, n, b.failure.Load())
+		b.t.Errorf("%s: %d new connections failed: %v", when, n, b.lastFailure.Load())
 	}
 }
 
-func (b *testbed) end() {
-	b.stop()
-	b.ended.Wait()
+func (b *testbed) endLoad() {
+	b.stopLoad()
+	b.load.Wait()
 	b.t.Logf("%d connections", b.opened.Load())
 }
 
-// TestPlausibleEdits has an operator edit the table under load.
-func TestPlausibleEdits(t *testing.T) {
+// TestOperatorEdits has an operator edit the table under load.
+func TestOperatorEdits(t *testing.T) {
 	t.Parallel()
 	binary := nftBinaries(t)["1.1.3"]
 	b := newTestbed(t)
-	before := sortedLines(nft(t, b.netns, binary, "list ruleset"))
-	edits := plausibleEdits()
+	before := sortedLines(runNFT(t, b.netns, binary, "list ruleset"))
+	edits := operatorEdits()
 	for name, script := range edits {
-		nft(t, b.netns, binary, strings.ReplaceAll(script, "; ", "\n"))
-		replace(t, b.Dataplane, b.node, b.services...)
+		runNFT(t, b.netns, binary, strings.ReplaceAll(script, "; ", "\n"))
+		mustReplace(t, b.Dataplane, b.node, b.services...)
 		b.check(name)
 		b.log.check(t, name, false)
-		after := sortedLines(nft(t, b.netns, binary, "list ruleset"))
+		after := sortedLines(runNFT(t, b.netns, binary, "list ruleset"))
 		// Named objects that no rule uses stay.
 		after = slices.DeleteFunc(after, func(s string) bool { return strings.Contains(s, "debug") })
-		if diff := cmp.Diff(withoutCounts(before), withoutCounts(after)); diff != "" {
+		if diff := cmp.Diff(stripCounts(before), stripCounts(after)); diff != "" {
 			t.Errorf("%s: after the repair (-before +after):\n%s", name, diff)
 		}
-		nft(t, b.netns, binary, "destroy counter ip fairlead debug\ndestroy quota ip fairlead debug")
+		runNFT(t, b.netns, binary, "destroy counter ip fairlead debug\ndestroy quota ip fairlead debug")
 	}
-	b.end()
+	b.endLoad()
 }
 
-// withoutCounts leaves out lines that packets change, and those of objects of others.
-func withoutCounts(lines []string) []string {
+// stripCounts leaves out lines that packets change, and those of objects of others.
+func stripCounts(lines []string) []string {
 	return slices.DeleteFunc(slices.Clone(lines), func(s string) bool {
 		s = strings.TrimSpace(s)
 		return strings.HasPrefix(s, "packets ") || strings.HasPrefix(s, "quota ") || strings.HasPrefix(s, "over ") ||
@@ -193,12 +193,12 @@ func withoutCounts(lines []string) []string {
 	})
 }
 
-// TestOtherDefinitions has another version of Fairlead define a set or a chain in
+// TestVersionSkew has another version of Fairlead define a set or a chain in
 // another way, under load, and this one put it right.
-func TestOtherDefinitions(t *testing.T) {
+func TestVersionSkew(t *testing.T) {
 	t.Parallel()
 	b := newTestbed(t)
-	other := openIn(t, b.netns)
+	other := openInNamespace(t, b.netns)
 	for _, version := range []struct {
 		name    string
 		differ  func(*table)
@@ -206,56 +206,56 @@ func TestOtherDefinitions(t *testing.T) {
 		rebuilt bool
 	}{
 		{"endpoint-ports is not dynamic", func(t *table) { t.endpointPorts.Dynamic = false }, schema, false},
-		{"cluster-ips has another size", func(t *table) { t.addrSets[inClusterIPs].Size = 100_000 }, schema, true},
+		{"cluster-ips has another size", func(t *table) { t.addrSets[clusterIPAddrs].Size = 100_000 }, schema, true},
 		{"services has another size", func(t *table) { t.services.Size = 100_000 }, schema, true},
 		{"another schema", func(*table) {}, schema + 1, true},
 	} {
-		other.makeTables = func(name string) [2]*table {
-			tables := Options{}.tables(name)
+		other.newTables = func(name string) [2]*table {
+			tables := Options{}.newTables(name)
 			for _, t := range tables {
 				version.differ(t)
 			}
 			return tables
 		}
-		other.tables = other.makeTables(TableName)
+		other.tables = other.newTables(TableName)
 		other.schema = version.schema
 		for range 2 {
-			replace(t, other, b.node, b.services...)
+			mustReplace(t, other, b.node, b.services...)
 			b.check(version.name + ", upgrade")
-			replace(t, b.Dataplane, b.node, b.services...)
+			mustReplace(t, b.Dataplane, b.node, b.services...)
 			b.check(version.name + ", downgrade")
 			b.log.check(t, version.name, version.rebuilt)
 		}
 		wantState(t, b.Dataplane, b.services...)
 	}
-	if listing := nft(t, b.netns, nftBinaries(t)["1.1.3"], "list tables"); strings.Contains(listing, nextSuffix) {
+	if listing := runNFT(t, b.netns, nftBinaries(t)["1.1.3"], "list tables"); strings.Contains(listing, nextSuffix) {
 		t.Errorf("tables are left:\n%s", listing)
 	}
-	b.end()
+	b.endLoad()
 }
 
-// TestFailingRepair has the kernel refuse the repairs of a table, and then also the
+// TestRepairFailures has the kernel refuse the repairs of a table, and then also the
 // first rebuilds. The table must serve throughout, and must not be removed.
-func TestFailingRepair(t *testing.T) {
+func TestRepairFailures(t *testing.T) {
 	t.Parallel()
 	b := newTestbed(t)
 	for _, failures := range []int{repairAttempts - 1, repairAttempts, repairAttempts + 2} {
-		nft(t, b.netns, nftBinaries(t)["1.1.3"], "insert rule ip fairlead filter-forward counter")
+		runNFT(t, b.netns, nftBinaries(t)["1.1.3"], "insert rule ip fairlead filter-forward counter")
 		n := 0
 		b.flush = func() error {
 			if n++; n <= failures {
 				_ = b.conn.FlushWithGenID(1) // leaves nothing in the library's queue
-				return errLost
+				return errAckLost
 			}
 			return b.conn.Flush()
 		}
-		replace(t, b.Dataplane, b.node, b.services...)
+		mustReplace(t, b.Dataplane, b.node, b.services...)
 		name := fmt.Sprintf("%d failures", failures)
 		b.check(name)
 		b.log.check(t, name, failures >= repairAttempts)
 		wantState(t, b.Dataplane, b.services...)
 	}
-	b.end()
+	b.endLoad()
 }
 
 // TestRebuildInterrupted ends a rebuild after each of its commits. What is left must
@@ -269,7 +269,7 @@ func TestRebuildInterrupted(t *testing.T) {
 		b.flush = func() error {
 			if n++; n > commits {
 				_ = b.conn.FlushWithGenID(1) // leaves nothing in the library's queue
-				return errLost
+				return errAckLost
 			}
 			return b.conn.Flush()
 		}
@@ -279,9 +279,9 @@ func TestRebuildInterrupted(t *testing.T) {
 		done = err == nil && n <= commits
 		b.check(fmt.Sprintf("interrupted after %d commits", commits))
 		b.flush = b.conn.Flush
-		replace(t, b.Dataplane, b.node, b.services...)
+		mustReplace(t, b.Dataplane, b.node, b.services...)
 		b.check("completed")
 		wantState(t, b.Dataplane, b.services...)
 	}
-	b.end()
+	b.endLoad()
 }

@@ -13,17 +13,17 @@ import (
 )
 
 // Replace implements [dataplane.Dataplane]. It is split into commits of some
-// [editSize] elements, each of which completes the Services it touches; but a
+// [transactionSize] elements, each of which completes the Services it touches; but a
 // Service that has more by itself is carried out in steps, see batch.steps.
 func (d *Dataplane) Replace(ctx context.Context, node dataplane.Node, services iter.Seq[*dataplane.Service], progress func(int)) (err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.node = node
-	if err := d.watch.join(); err != nil { // in case that the end of an earlier silence failed to
+	if err := d.watch.subscribe(); err != nil { // in case that the end of an earlier silence failed to
 		return fmt.Errorf("replace: %w", err)
 	}
 	defer func() {
-		if failure := d.listen(); failure != nil {
+		if failure := d.resumeNotifications(); failure != nil {
 			err = errors.Join(err, fmt.Errorf("replace: %w", failure))
 		}
 	}()
@@ -32,43 +32,43 @@ func (d *Dataplane) Replace(ctx context.Context, node dataplane.Node, services i
 		return fmt.Errorf("replace: %w", err)
 	}
 	for i, t := range d.tables {
-		for b := range have[i].branches {
-			d.use(i, b, 0)
+		for b := range have[i].verdictElements {
+			d.addReferences(i, b, 0)
 		}
 		for s, found := range have[i].addrs {
 			for addr := range found {
 				d.addrs[i][s][addr] = 0
 			}
 		}
-		maps.Copy(d.ports[i], t.renderer.foundPorts(have[i]))
-		d.rangeBits[i] = have[i].rangeBits
-		for n := range have[i].lists {
-			d.lists[i].reserve(n)
+		maps.Copy(d.ports[i], t.renderer.requiredPorts(have[i]))
+		d.rangePrefixLengths[i] = have[i].rangePrefixLengths
+		for n := range have[i].sharedLists {
+			d.listIDs[i].reserve(n)
 		}
-		for _, r := range have[i].rows {
-			if r.list != 0 {
-				d.lists[i].reserve(r.list)
+		for _, r := range have[i].frontends {
+			if r.listID != 0 {
+				d.listIDs[i].reserve(r.listID)
 			}
 		}
 	}
-	r := replacement{Dataplane: d, have: have, progress: progress, failed: map[dataplane.Key]error{}}
-	r.taken = [2]map[listID]bool{{}, {}}
+	r := replaceOperation{Dataplane: d, have: have, progress: progress, failed: map[dataplane.Key]error{}}
+	r.assignedLists = [2]map[listID]bool{{}, {}}
 	for s := range services {
-		if err := d.renderer.supported(s); err != nil {
+		if err := d.renderer.checkSupported(s); err != nil {
 			r.failed[s.Key] = err
 			continue
 		}
-		if err := r.add(ctx, s); err != nil {
-			return fmt.Errorf("replace: %w", d.conflict(err))
+		if err := r.addService(ctx, s); err != nil {
+			return fmt.Errorf("replace: %w", d.wrapConflict(err))
 		}
 	}
 	if err := r.finish(ctx); err != nil {
-		return fmt.Errorf("replace: %w", d.conflict(err))
+		return fmt.Errorf("replace: %w", d.wrapConflict(err))
 	}
 	if err := d.removeLeftovers(ctx, have); err != nil {
 		return fmt.Errorf("replace: %w", err)
 	}
-	d.removeUnusedBranches()
+	d.removeUnusedVerdictElements()
 	if len(r.failed) > 0 {
 		return &dataplane.Error{Op: "replace", Failed: r.failed}
 	}
@@ -88,20 +88,20 @@ const (
 // once only.
 func (d *Dataplane) repair(
 	ctx context.Context, node dataplane.Node, services iter.Seq[*dataplane.Service],
-) (have [2]*content, _ iter.Seq[*dataplane.Service], err error) {
+) (have [2]*tableContent, _ iter.Seq[*dataplane.Service], err error) {
 	var failures, rebuilds [2]int // of a table
 	var removed [2]bool
 	for conflicts := 0; ; {
-		d.forget()
-		if err := d.awaitOwners(ctx); err != nil {
+		d.resetState()
+		if err := d.waitForOwners(ctx); err != nil {
 			return have, nil, err
 		}
 		have, generation, err := d.readTables(ctx)
 		if d.generation = generation; err != nil {
-			return have, nil, d.conflict(err)
+			return have, nil, d.wrapConflict(err)
 		}
-		if d.silence == nil && have[0].isNew() && have[1].isNew() {
-			d.silent(generation)
+		if d.pause == nil && have[0].isAbsent() && have[1].isAbsent() {
+			d.pauseNotifications(generation)
 		}
 		again := false
 		for i, t := range d.tables {
@@ -134,7 +134,7 @@ func (d *Dataplane) repair(
 			if err == nil {
 				break
 			}
-			err = fmt.Errorf("set up table %s: %w", t, d.conflict(err))
+			err = fmt.Errorf("set up table %s: %w", t, d.wrapConflict(err))
 			switch {
 			case ctx.Err() != nil:
 				return have, nil, ctx.Err()
@@ -175,42 +175,42 @@ func (d *Dataplane) skipEmptyCommit() {
 	}
 }
 
-// isNew reports whether there is neither a table nor one of an interrupted rebuild.
-func (c *content) isNew() bool { return c.table == nil && !c.leftover }
+// isAbsent reports whether there is neither a table nor one of an interrupted rebuild.
+func (c *tableContent) isAbsent() bool { return c.table == nil && !c.leftover }
 
-// replacement is a Replace under way.
-type replacement struct {
+// replaceOperation is a Replace under way.
+type replaceOperation struct {
 	*Dataplane
-	have     [2]*content
+	have     [2]*tableContent
 	pending  []*dataplane.Service
 	elements int // of those pending, if the kernel has none
 	complete int // Services
 	progress func(complete int)
 	failed   map[dataplane.Key]error
-	// taken has, by table, the list IDs of this call's Services.
-	taken [2]map[listID]bool
+	// assignedLists has, by table, the list IDs of this call's Services.
+	assignedLists [2]map[listID]bool
 }
 
-// add puts a Service into the next commit, and commits when that is full.
-func (r *replacement) add(ctx context.Context, s *dataplane.Service) error {
+// addService puts a Service into the next commit, and commits when that is full.
+func (r *replaceOperation) addService(ctx context.Context, s *dataplane.Service) error {
 	endpoints := r.renderer.endpointElements(s)
 	elements := len(s.Frontends) * (endpoints + len(s.SourceRanges) + 1)
-	if r.shares(s) {
+	if r.usesSharedList(s) {
 		elements = 2*len(s.Frontends) + endpoints + len(s.SourceRanges)
 	}
-	if elements >= r.editSize { // others need not wait for a large one
+	if elements >= r.transactionSize { // others need not wait for a large one
 		if err := r.commitPending(ctx); err != nil {
 			return err
 		}
 	}
 	r.pending = append(r.pending, s)
-	if r.elements += elements; r.elements < r.editSize {
+	if r.elements += elements; r.elements < r.transactionSize {
 		return nil
 	}
 	return r.commitPending(ctx)
 }
 
-func (r *replacement) commitPending(ctx context.Context) error {
+func (r *replaceOperation) commitPending(ctx context.Context) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
@@ -222,97 +222,97 @@ func (r *replacement) commitPending(ctx context.Context) error {
 // commitServices commits Services together. If that is too large for one commit,
 // or the kernel rejects it, it tries each half, down to the Service that is large,
 // or to blame.
-func (r *replacement) commitServices(services []*dataplane.Service) error {
+func (r *replaceOperation) commitServices(services []*dataplane.Service) error {
 	if len(services) == 0 {
 		return nil
 	}
 	b := r.newBatch()
-	after := make([]arranged, len(services))
+	after := make([]newAssignment, len(services))
 	for n, s := range services {
-		have := r.have[index(s.Key.Family)].rows
-		after[n] = r.renderer.arrange(arrangementFound(s, have), s)
-		want := r.render(s, after[n].arrangement, r.listFor(s))
+		have := r.have[familyIndex(s.Key.Family)].frontends
+		after[n] = r.renderer.assignSlots(assignmentFromKernel(s, have), s)
+		want := r.render(s, after[n].slotAssignment, r.assignListID(s))
 		for _, f := range s.Frontends {
-			b.found(f, have[f], want)
+			b.diffFrontendFromKernel(f, have[f], want)
 		}
-		if want.list != 0 {
-			i := index(s.Key.Family)
-			b.tables[i].foundList(want.list, r.have[i].lists[want.list], want.shared)
+		if want.listID != 0 {
+			i := familyIndex(s.Key.Family)
+			b.tables[i].diffSharedListFromKernel(want.listID, r.have[i].sharedLists[want.listID], want.sharedList)
 		}
 	}
 	var err error
 	if len(services) == 1 || !r.tooLarge(b) {
 		if err = r.commit(b); err == nil {
-			r.completed(services, after)
+			r.recordSuccess(services, after)
 			return nil
 		}
 	}
 	if err != nil && !isRejection(err) {
 		return err
 	}
-	if err := r.conflict(err); errors.Is(err, dataplane.ErrConflict) {
+	if err := r.wrapConflict(err); errors.Is(err, dataplane.ErrConflict) {
 		return err
 	}
 	if len(services) == 1 {
-		r.leave(services[0], err)
+		r.recordFailure(services[0], err)
 		return nil
 	}
 	half := len(services) / 2
 	return errors.Join(r.commitServices(services[:half]), r.commitServices(services[half:]))
 }
 
-// listFor returns the list ID that a Service gets: the one that its frontends have in
+// assignListID returns the list ID that a Service gets: the one that its frontends have in
 // the kernel, unless another Service has got that in this call.
-func (r *replacement) listFor(s *dataplane.Service) listID {
-	ids, have := &r.lists[index(s.Key.Family)], r.have[index(s.Key.Family)]
-	if _, ok := ids.byKey[s.Key]; ok || !r.shares(s) {
-		return r.listOf(s)
+func (r *replaceOperation) assignListID(s *dataplane.Service) listID {
+	ids, have := &r.listIDs[familyIndex(s.Key.Family)], r.have[familyIndex(s.Key.Family)]
+	if _, ok := ids.byKey[s.Key]; ok || !r.usesSharedList(s) {
+		return r.allocateListID(s)
 	}
 	for _, f := range s.Frontends {
-		row := have.rows[f]
-		if row == nil || row.list == 0 || !row.inServices || row.service != comment(s.Key) {
+		row := have.frontends[f]
+		if row == nil || row.listID == 0 || !row.inServices || row.service != serviceComment(s.Key) {
 			continue
 		}
-		if !r.taken[index(s.Key.Family)][row.list] {
-			ids.claim(s.Key, row.list)
+		if !r.assignedLists[familyIndex(s.Key.Family)][row.listID] {
+			ids.assign(s.Key, row.listID)
 			break
 		}
 	}
-	n := r.listOf(s)
-	r.taken[index(s.Key.Family)][n] = true
+	n := r.allocateListID(s)
+	r.assignedLists[familyIndex(s.Key.Family)][n] = true
 	return n
 }
 
-// arrangementFound returns the arrangement that rows show of a Service: that of its first
+// assignmentFromKernel returns the arrangement that rows show of a Service: that of its first
 // frontend which was its own, or else of the first one that was there. The others
 // have the same, unless somebody was interrupted.
-func arrangementFound(s *dataplane.Service, have map[dataplane.Frontend]*row) arrangement {
-	var first *row
+func assignmentFromKernel(s *dataplane.Service, have map[dataplane.Frontend]*frontendElements) slotAssignment {
+	var first *frontendElements
 	for _, f := range s.Frontends {
 		r := have[f]
-		if r != nil && r.inServices && r.service == comment(s.Key) {
-			return r.arrangement()
+		if r != nil && r.inServices && r.service == serviceComment(s.Key) {
+			return r.slotAssignment()
 		}
 		if first == nil {
 			first = r
 		}
 	}
 	if first == nil {
-		return arrangement{}
+		return slotAssignment{}
 	}
-	return first.arrangement()
+	return first.slotAssignment()
 }
 
-// completed notes that Services are as wanted.
-func (r *replacement) completed(services []*dataplane.Service, after []arranged) {
+// recordSuccess notes that Services are as wanted.
+func (r *replaceOperation) recordSuccess(services []*dataplane.Service, after []newAssignment) {
 	for n, s := range services {
-		r.keep(s.Key, after[n])
-		i := index(s.Key.Family)
+		r.storeAssignment(s.Key, after[n])
+		i := familyIndex(s.Key.Family)
 		for _, f := range s.Frontends {
-			delete(r.have[i].rows, f)
+			delete(r.have[i].frontends, f)
 		}
-		if list, ok := r.lists[i].byKey[s.Key]; ok {
-			delete(r.have[i].lists, list)
+		if list, ok := r.listIDs[i].byKey[s.Key]; ok {
+			delete(r.have[i].sharedLists, list)
 		}
 	}
 	r.complete += len(services)
@@ -321,45 +321,45 @@ func (r *replacement) completed(services []*dataplane.Service, after []arranged)
 	}
 }
 
-// leave notes that a Service failed, and leaves what the kernel holds for it to
+// recordFailure notes that a Service failed, and leaves what the kernel holds for it to
 // the next Replace.
-func (r *replacement) leave(s *dataplane.Service, err error) {
+func (r *replaceOperation) recordFailure(s *dataplane.Service, err error) {
 	r.failed[s.Key] = err
-	i := index(s.Key.Family)
-	use := func(branches []branch) {
+	i := familyIndex(s.Key.Family)
+	use := func(branches []verdictElement) {
 		for _, b := range branches {
-			if _, exists := r.branches[i][b]; exists {
-				r.use(i, b, 1)
+			if _, exists := r.verdictElements[i][b]; exists {
+				r.addReferences(i, b, 1)
 			}
 		}
 	}
 	for _, f := range s.Frontends {
-		if row := r.have[i].rows[f]; row != nil {
-			use(row.branches())
-			if list := r.have[i].lists[row.list]; list != nil {
-				use(list.branches())
-				delete(r.have[i].lists, row.list)
-				r.taken[i][row.list] = true
+		if row := r.have[i].frontends[f]; row != nil {
+			use(row.verdictElements())
+			if list := r.have[i].sharedLists[row.listID]; list != nil {
+				use(list.verdictElements())
+				delete(r.have[i].sharedLists, row.listID)
+				r.assignedLists[i][row.listID] = true
 			}
-			for set, in := range addrSetsOf(s.Key.Kind, row.class, row.external, r.node) {
+			for set, in := range addrSetMembershipOf(s.Key.Kind, row.class, row.externalClass, r.node) {
 				if n, there := r.addrs[i][set][f.Addr.Addr()]; in && there {
 					r.addrs[i][set][f.Addr.Addr()] = n + 1
 				}
 			}
 		}
-		delete(r.have[i].rows, f)
+		delete(r.have[i].frontends, f)
 	}
 }
 
 // finish commits what is pending, then removes everything that nobody wants.
-func (r *replacement) finish(ctx context.Context) error {
+func (r *replaceOperation) finish(ctx context.Context) error {
 	if err := r.commitPending(ctx); err != nil {
 		return err
 	}
 	b := r.newBatch()
 	for i := range r.tables {
-		for f, row := range r.have[i].rows {
-			if b.found(f, row, nil); b.elements() < r.editSize {
+		for f, row := range r.have[i].frontends {
+			if b.diffFrontendFromKernel(f, row, nil); b.elements() < r.transactionSize {
 				continue
 			}
 			if err := ctx.Err(); err != nil {
@@ -372,8 +372,8 @@ func (r *replacement) finish(ctx context.Context) error {
 		}
 	}
 	for i := range r.tables {
-		for n, list := range r.have[i].lists {
-			if b.tables[i].foundList(n, list, nil); b.elements() < r.editSize {
+		for n, list := range r.have[i].sharedLists {
+			if b.tables[i].diffSharedListFromKernel(n, list, nil); b.elements() < r.transactionSize {
 				continue
 			}
 			if err := r.commit(b); err != nil {
@@ -385,31 +385,31 @@ func (r *replacement) finish(ctx context.Context) error {
 	if err := r.commit(b); err != nil {
 		return err
 	}
-	return r.removeShared()
+	return r.removeUnusedShared()
 }
 
-// removeShared takes addresses and ports out of the sets that no frontend needs
+// removeUnusedShared takes addresses and ports out of the sets that no frontend needs
 // them in. Ports stay if a Service has failed, as nobody knows whether they are
 // those of its endpoints.
-func (r *replacement) removeShared() error {
+func (r *replaceOperation) removeUnusedShared() error {
 	for i, t := range r.tables {
 		for s, set := range t.addrSets {
-			if err := r.removeElements(set, unneeded(r.addrs[i][s], netip.Addr.AsSlice)); err != nil {
+			if err := r.removeElements(set, takeUnused(r.addrs[i][s], netip.Addr.AsSlice)); err != nil {
 				return err
 			}
 		}
 		if len(r.failed) > 0 {
 			continue
 		}
-		if err := r.removeElements(t.endpointPorts, unneeded(r.ports[i], portElement)); err != nil {
+		if err := r.removeElements(t.endpointPorts, takeUnused(r.ports[i], encodePort)); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// unneeded returns the elements that are counted as nobody's, and forgets them.
-func unneeded[K comparable](counts map[K]int, encode func(K) []byte) []element {
+// takeUnused returns the elements that are counted as nobody's, and forgets them.
+func takeUnused[K comparable](counts map[K]int, encode func(K) []byte) []element {
 	var gone []element
 	for k, n := range counts {
 		if n == 0 {

@@ -9,5 +9,5 @@ package nft
 // them in place.
 const schema = 1
 
-// otherDefinitions is for tests of upgrades; see schema_other.go.
-const otherDefinitions = false
+// alteredDefinitions is for tests of upgrades; see schema_other.go.
+const alteredDefinitions = false

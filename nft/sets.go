@@ -29,8 +29,8 @@ type table struct {
 	detached bool
 	// virtualNetworks are where virtual servers are that nobody else is to reach.
 	virtualNetworks []netip.Prefix
-	// affinityLimit is how many clients each of the affinity maps remembers.
-	affinityLimit int
+	// affinityMapSize is how many clients each of the affinity maps remembers.
+	affinityMapSize int
 
 	services        *nftables.Set
 	external        *nftables.Set
@@ -38,21 +38,21 @@ type table struct {
 	slots           *nftables.Set
 	stickyEndpoints *nftables.Set
 	hairpin         *nftables.Set
-	endpoints       [shards]*nftables.Set
+	endpoints       [numShards]*nftables.Set
 	// lists, listSizes, sharedHairpin and sharedEndpoints are for Services with many
 	// frontends, see lists.go.
 	lists           *nftables.Set
 	listSizes       *nftables.Set
 	sharedHairpin   *nftables.Set
-	sharedEndpoints [listShards]*nftables.Set
-	// rowSets are the sets that rows have elements in, by the indices that edit
+	sharedEndpoints [numListShards]*nftables.Set
+	// frontendSets are the sets that rows have elements in, by the indices that edit
 	// uses.
-	rowSets []*nftables.Set
+	frontendSets []*nftables.Set
 
-	// addrSets and endpointPorts have elements that frontends share.
-	addrSets      [addrSets]*nftables.Set
+	// numAddrSets and endpointPorts have elements that frontends share.
+	addrSets      [numAddrSets]*nftables.Set
 	endpointPorts *nftables.Set
-	verdicts      [verdictMaps]*nftables.Set
+	verdicts      [numVerdictMaps]*nftables.Set
 	nodePortAddrs *nftables.Set
 	// nodePortNetworks is an interval set, which rules look into only while it has
 	// elements.
@@ -65,7 +65,7 @@ type table struct {
 }
 
 func newTable(family dataplane.Family) *table {
-	t := &table{family: family, renderer: endpointRenderer{}, addr: nftables.TypeIPAddr, addrLen: 4, affinityLimit: affinityLimit}
+	t := &table{family: family, renderer: endpointRenderer{}, addr: nftables.TypeIPAddr, addrLen: 4, affinityMapSize: affinityMapSize}
 	t.nf = &nftables.Table{Name: TableName, Family: nftables.TableFamilyIPv4}
 	if family == dataplane.IPv6 {
 		t.addr, t.addrLen = nftables.TypeIP6Addr, 16
@@ -105,9 +105,9 @@ func newTable(family dataplane.Family) *table {
 		t.sharedEndpoints[i] = mapOf(fmt.Sprintf("shared-endpoints-%x", i), concat(nftables.TypeClassID, nftables.TypeMark), addrPort)
 	}
 	t.sharedHairpin = &nftables.Set{Table: t.nf, Name: "shared-hairpin", KeyType: concat(addr, addr, nftables.TypeClassID)}
-	t.rowSets = append([]*nftables.Set{
-		inServices: t.services, inExternal: t.external, inTimeouts: t.timeouts, inLists: t.lists, inListSizes: t.listSizes,
-		inSlots: t.slots, inStickyEndpoints: t.stickyEndpoints, inHairpin: t.hairpin, inSharedHairpin: t.sharedHairpin,
+	t.frontendSets = append([]*nftables.Set{
+		servicesSet: t.services, externalSet: t.external, timeoutsSet: t.timeouts, listsSet: t.lists, listSizesSet: t.listSizes,
+		slotsSet: t.slots, stickyEndpointsSet: t.stickyEndpoints, hairpinSet: t.hairpin, sharedHairpinSet: t.sharedHairpin,
 	}, slices.Concat(t.sharedEndpoints[:], t.endpoints[:])...)
 	for s := range t.addrSets {
 		t.addrSets[s] = &nftables.Set{Table: t.nf, Name: addrSet(s).String(), KeyType: addr}
@@ -115,30 +115,30 @@ func newTable(family dataplane.Family) *table {
 	// No rule adds to it. But a set of keys this short without the flag is a bitmap
 	// with a list beside it, which the kernel walks for each element that comes or
 	// goes (nft_set_bitmap.c): 60,000 at once took 19 s.
-	t.endpointPorts = &nftables.Set{Table: t.nf, Name: "endpoint-ports", KeyType: nftables.TypeInetService, Dynamic: !otherDefinitions}
+	t.endpointPorts = &nftables.Set{Table: t.nf, Name: "endpoint-ports", KeyType: nftables.TypeInetService, Dynamic: !alteredDefinitions}
 	t.nodePortAddrs = &nftables.Set{Table: t.nf, Name: "node-port-addrs", KeyType: addr}
 	interval := func(name string) *nftables.Set {
 		return &nftables.Set{Table: t.nf, Name: name, KeyType: addr, Interval: true}
 	}
 	t.nodePortNetworks = interval("node-port-networks")
 	t.podCIDRs, t.localPods, t.serviceCIDRs = interval("pod-cidrs"), interval("local-pods"), interval("service-cidrs")
-	t.ahead = newAhead(t.nf)
+	t.ahead = newAheadSet(t.nf)
 	return t
 }
 
 // sets returns all sets of the table, in the order in which they are made. Those
 // of source ranges are made when they are needed.
 func (t *table) sets() []*nftables.Set {
-	sets := append(slices.Clone(t.rowSets), t.addrSets[:]...)
+	sets := append(slices.Clone(t.frontendSets), t.addrSets[:]...)
 	sets = append(append(sets, t.endpointPorts), t.verdicts[:]...)
 	sets = append(sets, t.nodePortAddrs, t.nodePortNetworks, t.podCIDRs, t.localPods, t.serviceCIDRs, t.ahead)
 	return t.renderer.sets(t, sets)
 }
 
-// forAffinity reports whether a set is for session affinity alone.
-func (t *table) forAffinity(s *nftables.Set) bool {
+// isAffinitySet reports whether a set is for session affinity alone.
+func (t *table) isAffinitySet(s *nftables.Set) bool {
 	return slices.Contains([]*nftables.Set{
-		t.timeouts, t.slots, t.stickyEndpoints, t.verdicts[draws], t.verdicts[affinities], t.verdicts[localAffinities],
+		t.timeouts, t.slots, t.stickyEndpoints, t.verdicts[vmapDraws], t.verdicts[vmapAffinities], t.verdicts[vmapLocalAffinities],
 	}, s)
 }
 
@@ -147,48 +147,48 @@ const (
 	sharedRangesPrefix = "shared-source-ranges-"
 )
 
-// ranges returns the set of the source ranges with prefixes of a length, each
+// sourceRangeSet returns the set of the source ranges with prefixes of a length, each
 // with its frontend. Ranges of one length do not overlap, so that it need not be
 // an interval set.
-func (t *table) ranges(bits int) *nftables.Set {
+func (t *table) sourceRangeSet(bits int) *nftables.Set {
 	return &nftables.Set{
 		Table: t.nf, Name: rangesPrefix + strconv.Itoa(bits),
 		KeyType: nftables.MustConcatSetType(t.addr, nftables.TypeInetProto, nftables.TypeInetService, t.addr),
 	}
 }
 
-// sharedRanges returns the set of the same for list IDs.
-func (t *table) sharedRanges(bits int) *nftables.Set {
+// sharedSourceRangeSet returns the set of the same for list IDs.
+func (t *table) sharedSourceRangeSet(bits int) *nftables.Set {
 	return &nftables.Set{
 		Table: t.nf, Name: sharedRangesPrefix + strconv.Itoa(bits),
 		KeyType: nftables.MustConcatSetType(nftables.TypeClassID, t.addr),
 	}
 }
 
-// shards is the number of maps that endpoints are spread over, by the last hex
+// numShards is the number of maps that endpoints are spread over, by the last hex
 // digit of the frontend's address, or of a node port. To the packet and to an
 // update it makes no difference, but the kernel takes quadratic time to list a
 // map (see nlconn.MessageSize): with one map reading 100,000 Services took 47 s.
-const shards = 16
+const numShards = 16
 
 func shardOf(f dataplane.Frontend) int {
 	if f.Addr.Addr().IsUnspecified() {
-		return int(f.Addr.Port() % shards)
+		return int(f.Addr.Port() % numShards)
 	}
 	b := f.Addr.Addr().AsSlice()
-	return int(b[len(b)-1] % shards)
+	return int(b[len(b)-1] % numShards)
 }
 
-// nodeSets returns what the sets that follow the node hold.
-func (t *table) nodeSets(node dataplane.Node) map[*nftables.Set][]element {
+// nodeSetElements returns what the sets that follow the node hold.
+func (t *table) nodeSetElements(node dataplane.Node) map[*nftables.Set][]element {
 	sets := map[*nftables.Set][]element{
-		t.podCIDRs:      intervals(t.networksOf(node.PodCIDRs)),
-		t.localPods:     intervals(t.networksOf(node.PodCIDRs, node.LocalPodCIDRs)),
-		t.serviceCIDRs:  intervals(t.networksOf(node.ServiceCIDRs)),
+		t.podCIDRs:      intervalElements(t.mergeNetworks(node.PodCIDRs)),
+		t.localPods:     intervalElements(t.mergeNetworks(node.PodCIDRs, node.LocalPodCIDRs)),
+		t.serviceCIDRs:  intervalElements(t.mergeNetworks(node.ServiceCIDRs)),
 		t.nodePortAddrs: nil,
 		t.ahead:         t.aheadElements(node),
 
-		t.nodePortNetworks: intervals(t.networksForNodePorts(node)),
+		t.nodePortNetworks: intervalElements(t.mergeNodePortNetworks(node)),
 	}
 	for _, a := range slices.Compact(slices.SortedFunc(slices.Values(node.NodePortAddrs), netip.Addr.Compare)) {
 		if dataplane.FamilyOf(a) == t.family && !a.IsLoopback() {
@@ -198,9 +198,9 @@ func (t *table) nodeSets(node dataplane.Node) map[*nftables.Set][]element {
 	return sets
 }
 
-// networksOf returns the networks of the table's family, without those that lie
+// mergeNetworks returns the networks of the table's family, without those that lie
 // within another, in order.
-func (t *table) networksOf(lists ...[]netip.Prefix) []netip.Prefix {
+func (t *table) mergeNetworks(lists ...[]netip.Prefix) []netip.Prefix {
 	var all []netip.Prefix
 	for _, p := range slices.Concat(lists...) {
 		if dataplane.FamilyOf(p.Addr()) == t.family {
@@ -218,26 +218,26 @@ func (t *table) networksOf(lists ...[]netip.Prefix) []netip.Prefix {
 	return merged
 }
 
-// networksForNodePorts returns dataplane.Node.NodePortNetworks without loopback
+// mergeNodePortNetworks returns dataplane.Node.NodePortNetworks without loopback
 // addresses and without the networks of virtual servers, in order.
-func (t *table) networksForNodePorts(node dataplane.Node) []netip.Prefix {
+func (t *table) mergeNodePortNetworks(node dataplane.Node) []netip.Prefix {
 	loopback := netip.MustParsePrefix("127.0.0.0/8")
 	if t.family == dataplane.IPv6 {
 		loopback = netip.PrefixFrom(netip.IPv6Unspecified().Next(), 128)
 	}
-	networks := t.networksOf(node.NodePortNetworks)
+	networks := t.mergeNetworks(node.NodePortNetworks)
 	for _, excluded := range append([]netip.Prefix{loopback}, t.virtualNetworks...) {
 		var kept []netip.Prefix
 		for _, p := range networks {
-			kept = append(kept, subtract(p, excluded)...)
+			kept = append(kept, subtractPrefix(p, excluded)...)
 		}
 		networks = kept
 	}
-	return t.networksOf(networks)
+	return t.mergeNetworks(networks)
 }
 
-// subtract returns the networks that make up p without the addresses of excluded.
-func subtract(p, excluded netip.Prefix) []netip.Prefix {
+// subtractPrefix returns the networks that make up p without the addresses of excluded.
+func subtractPrefix(p, excluded netip.Prefix) []netip.Prefix {
 	switch {
 	case !p.Overlaps(excluded):
 		return []netip.Prefix{p}
@@ -246,9 +246,9 @@ func subtract(p, excluded netip.Prefix) []netip.Prefix {
 	}
 	lower := netip.PrefixFrom(p.Addr(), p.Bits()+1)
 	upper := netip.PrefixFrom(lastAddr(lower).Next(), p.Bits()+1)
-	return append(subtract(lower, excluded), subtract(upper, excluded)...)
+	return append(subtractPrefix(lower, excluded), subtractPrefix(upper, excluded)...)
 }
 
-func (t *table) object(c counter) *nftables.NamedObj {
+func (t *table) counterObject(c counter) *nftables.NamedObj {
 	return &nftables.NamedObj{Table: t.nf, Name: string(c), Type: nftables.ObjTypeCounter, Obj: &expr.Counter{}}
 }

@@ -10,7 +10,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-func TestNetworks(t *testing.T) {
+func TestNetworkIntervals(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
 		name  string
@@ -32,7 +32,7 @@ func TestNetworks(t *testing.T) {
 				node.PodCIDRs = append(node.PodCIDRs, netip.MustParsePrefix(c))
 			}
 			var got []string
-			for _, e := range intervals(newTable(dataplane.IPv4).networksOf(node.PodCIDRs)) {
+			for _, e := range intervalElements(newTable(dataplane.IPv4).mergeNetworks(node.PodCIDRs)) {
 				a, _ := netip.AddrFromSlice(e.Key)
 				text := a.String()
 				if e.IntervalEnd {
@@ -47,9 +47,9 @@ func TestNetworks(t *testing.T) {
 	}
 }
 
-// TestNetworksForNodePorts checks that loopback addresses and virtual servers get no
+// TestNodePortNetworks checks that loopback addresses and virtual servers get no
 // node ports, and that packets meet a rule for networks only where there are some.
-func TestNetworksForNodePorts(t *testing.T) {
+func TestNodePortNetworks(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
 		family         dataplane.Family
@@ -75,17 +75,17 @@ func TestNetworksForNodePorts(t *testing.T) {
 			node.NodePortNetworks = append(node.NodePortNetworks, netip.MustParsePrefix(text))
 		}
 		var got []string
-		for _, p := range table.networksForNodePorts(node) {
+		for _, p := range table.mergeNodePortNetworks(node) {
 			got = append(got, p.String())
 		}
 		if diff := cmp.Diff(strings.Fields(tt.want), got, cmp.Transformer("text", func(s []string) string { return strings.Join(s, " ") })); diff != "" {
 			t.Errorf("%s of %q (-want +got):\n%s", tt.family, tt.networks, diff)
 		}
-		want := len(table.dispatch(dataplane.Node{}))
+		want := len(table.dispatchRules(dataplane.Node{}))
 		if tt.want != "" {
 			want++
 		}
-		if got := len(table.dispatch(node)); got != want {
+		if got := len(table.dispatchRules(node)); got != want {
 			t.Errorf("%s of %q: a new connection meets %d rules, want %d", tt.family, tt.networks, got, want)
 		}
 	}
@@ -93,7 +93,7 @@ func TestNetworksForNodePorts(t *testing.T) {
 
 // The kernel makes a bitmap of a set with short keys that has none of these flags,
 // and for each change of an element walks all of them (nft_set_bitmap.c).
-func TestNoSetIsABitmap(t *testing.T) {
+func TestNoBitmapSets(t *testing.T) {
 	t.Parallel()
 	for _, family := range []dataplane.Family{dataplane.IPv4, dataplane.IPv6} {
 		for _, s := range newTable(family).sets() {

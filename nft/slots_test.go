@@ -32,15 +32,15 @@ func frontend(n int) dataplane.Frontend {
 func service(t testing.TB, name string, frontends []dataplane.Frontend, endpoints []dataplane.Endpoint) *dataplane.Service {
 	t.Helper()
 	key := dataplane.Key{Namespace: "default", Name: name, Family: dataplane.FamilyOf(frontends[0].Addr.Addr())}
-	s, err := dataplane.NewService(key, frontends, dataplane.Treatment{Endpoints: endpoints})
+	s, err := dataplane.NewService(key, frontends, dataplane.ServiceSpec{Endpoints: endpoints})
 	if err != nil {
 		t.Fatal(err)
 	}
 	return s
 }
 
-// slots is short for the addresses of endpoints; -1 is a hole.
-func slots(ns ...int) []netip.AddrPort {
+// endpointAddrs is short for the addresses of endpoints; -1 is a hole.
+func endpointAddrs(ns ...int) []netip.AddrPort {
 	var list []netip.AddrPort
 	for _, n := range ns {
 		var a netip.AddrPort
@@ -52,7 +52,7 @@ func slots(ns ...int) []netip.AddrPort {
 	return list
 }
 
-func TestArrange(t *testing.T) {
+func TestAssignSlots(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
 		name          string
@@ -72,54 +72,54 @@ func TestArrange(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
-			got := arrange(slots(test.current...), endpoints(test.want...))
-			if !slices.Equal(got, slots(test.slots...)) {
-				t.Errorf("got %v, want %v", got, slots(test.slots...))
+			got := assignSlots(endpointAddrs(test.current...), endpoints(test.want...))
+			if !slices.Equal(got, endpointAddrs(test.slots...)) {
+				t.Errorf("got %v, want %v", got, endpointAddrs(test.slots...))
 			}
 		})
 	}
 }
 
-// TestArrangeMovesFew checks, from random slots, that the slots are filled with
+// TestAssignSlotsMovesFew checks, from random slots, that the slots are filled with
 // exactly the endpoints, and that none moves that could stay.
-func TestArrangeMovesFew(t *testing.T) {
+func TestAssignSlotsMovesFew(t *testing.T) {
 	t.Parallel()
 	for seed := range uint64(500) {
 		random := rand.New(rand.NewPCG(seed, 0))
-		current := slots(random.Perm(1 + random.IntN(40))...)
+		current := endpointAddrs(random.Perm(1 + random.IntN(40))...)
 		var want []dataplane.Endpoint
 		for n := range 50 {
 			if random.IntN(2) == 0 {
 				want = append(want, endpoint(n))
 			}
 		}
-		got := arrange(current, want)
+		got := assignSlots(current, want)
 		sorted := slices.SortedFunc(slices.Values(got), netip.AddrPort.Compare)
-		if !inOrder(sorted, want) {
+		if !isInitialOrder(sorted, want) {
 			t.Fatalf("seed %d: slots hold %v, want exactly %v", seed, sorted, want)
 		}
 		for i, addr := range current {
-			if _, wanted := find(want, addr); wanted && i < len(want) && got[i] != addr {
+			if _, wanted := findEndpoint(want, addr); wanted && i < len(want) && got[i] != addr {
 				t.Fatalf("seed %d: %v moved from slot %d", seed, addr, i)
 			}
 		}
 	}
 }
 
-// TestIdentify checks, from random placements, that those that stay keep their IDs,
+// TestAssignEndpointIDs checks, from random placements, that those that stay keep their IDs,
 // that newcomers get none that anybody had just now, and that no two are the same.
-func TestIdentify(t *testing.T) {
+func TestAssignEndpointIDs(t *testing.T) {
 	t.Parallel()
 	for seed := range uint64(300) {
 		random := rand.New(rand.NewPCG(seed, 3))
-		l := list(seed % 2)
-		var current placement
-		taken := map[id]bool{}
+		l := endpointList(seed % 2)
+		var current listAssignment
+		taken := map[endpointID]bool{}
 		for _, n := range random.Perm(30)[:random.IntN(30)] {
 			current.slots = append(current.slots, endpoint(n).Addr)
-			ours := id(2*random.IntN(40)) | id(l) // few, so that they collide
+			ours := endpointID(2*random.IntN(40)) | endpointID(l) // few, so that they collide
 			if random.IntN(4) > 0 {
-				ours = firstID(l, endpoint(random.IntN(60)).Addr)
+				ours = preferredEndpointID(l, endpoint(random.IntN(60)).Addr)
 			}
 			for taken[ours] {
 				ours += 2
@@ -127,12 +127,12 @@ func TestIdentify(t *testing.T) {
 			taken[ours] = true
 			current.ids = append(current.ids, ours)
 		}
-		in := slots(random.Perm(60)[:random.IntN(60)]...)
-		ids := identify(l, current, in)
-		seen := map[id]bool{}
+		in := endpointAddrs(random.Perm(60)[:random.IntN(60)]...)
+		ids := assignEndpointIDs(l, current, in)
+		seen := map[endpointID]bool{}
 		for i, addr := range in {
-			if seen[ids[i]] || ids[i].list() != l {
-				t.Fatalf("seed %d: ID %d is of list %d, or twice in %v", seed, ids[i], ids[i].list(), ids)
+			if seen[ids[i]] || ids[i].endpointList() != l {
+				t.Fatalf("seed %d: ID %d is of list %d, or twice in %v", seed, ids[i], ids[i].endpointList(), ids)
 			}
 			seen[ids[i]] = true
 			if j := slices.Index(current.slots, addr); j >= 0 && current.ids[j] != ids[i] {
@@ -144,25 +144,25 @@ func TestIdentify(t *testing.T) {
 	}
 }
 
-// TestIdentifyAsManyAsThereCanBe fills a list, half of which is then replaced.
-func TestIdentifyAsManyAsThereCanBe(t *testing.T) {
+// TestAssignAllEndpointIDs fills a list, half of which is then replaced.
+func TestAssignAllEndpointIDs(t *testing.T) {
 	t.Parallel()
 	var all []int
-	for n := range maxIDs {
+	for n := range maxEndpointIDs {
 		all = append(all, n)
 	}
-	first := placement{slots: slots(all...)}
-	first.ids = identify(localList, placement{}, first.slots)
-	for n := range maxIDs / 2 {
-		all[n] = maxIDs + n
+	first := listAssignment{slots: endpointAddrs(all...)}
+	first.ids = assignEndpointIDs(localEndpoints, listAssignment{}, first.slots)
+	for n := range maxEndpointIDs / 2 {
+		all[n] = maxEndpointIDs + n
 	}
-	second := slots(all...)
-	ids := identify(localList, first, second)
-	if !slices.Equal(ids[maxIDs/2:], first.ids[maxIDs/2:]) {
+	second := endpointAddrs(all...)
+	ids := assignEndpointIDs(localEndpoints, first, second)
+	if !slices.Equal(ids[maxEndpointIDs/2:], first.ids[maxEndpointIDs/2:]) {
 		t.Error("endpoints that stay have other IDs")
 	}
 	slices.Sort(ids)
-	if n := len(slices.Compact(ids)); n != maxIDs {
-		t.Errorf("%d different IDs of %d endpoints", n, maxIDs)
+	if n := len(slices.Compact(ids)); n != maxEndpointIDs {
+		t.Errorf("%d different IDs of %d endpoints", n, maxEndpointIDs)
 	}
 }

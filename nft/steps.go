@@ -21,9 +21,9 @@ import (
 // earlier ones have left is garbage that the next Replace removes.
 func (b *batch) steps(size int) iter.Seq[*batch] {
 	return func(yield func(*batch) bool) {
-		s := stepper{size: size, whole: b, yield: yield}
-		if s.ahead() && s.next() && s.classes() && s.next() && s.behind() {
-			s.next()
+		s := stepper{size: size, batch: b, yield: yield}
+		if s.beforeClasses() && s.emit() && s.classSteps() && s.emit() && s.afterClasses() {
+			s.emit()
 		}
 	}
 }
@@ -32,13 +32,13 @@ func (b *batch) steps(size int) iter.Seq[*batch] {
 // another step.
 type stepper struct {
 	size  int
-	whole *batch
+	batch *batch
 	step  *batch // that is being filled, or nil
 	yield func(*batch) bool
 }
 
-// next hands over the step that is being filled, if there is any.
-func (s *stepper) next() bool {
+// emit hands over the step that is being filled, if there is any.
+func (s *stepper) emit() bool {
 	if s.step == nil {
 		return true
 	}
@@ -47,31 +47,31 @@ func (s *stepper) next() bool {
 	return s.yield(step)
 }
 
-// into calls change with the edit of the i-th table in the step that is being
+// addTo calls change with the edit of the i-th table in the step that is being
 // filled.
-func (s *stepper) into(i int, change func(*tableEdit)) bool {
+func (s *stepper) addTo(i int, change func(*tableDiff)) bool {
 	if s.step == nil {
 		s.step = &batch{}
 		for i := range s.step.tables {
-			s.step.tables[i].table = s.whole.tables[i].table
+			s.step.tables[i].table = s.batch.tables[i].table
 		}
 	}
 	change(&s.step.tables[i])
-	return s.step.elements() < s.size || s.next()
+	return s.step.elements() < s.size || s.emit()
 }
 
-// ahead makes the steps before the classes. IDs come before slots that refer to
+// beforeClasses makes the steps before the classes. IDs come before slots that refer to
 // them, and slots before the size of their list, so the sets are in reverse order.
-func (s *stepper) ahead() bool {
-	for i := range s.whole.tables {
-		e := &s.whole.tables[i]
-		if more, _ := e.ports.split(); !s.ports(i, more) {
+func (s *stepper) beforeClasses() bool {
+	for i := range s.batch.tables {
+		e := &s.batch.tables[i]
+		if more, _ := e.ports.split(); !s.portSteps(i, more) {
 			return false
 		}
 		for set, elements := range e.addRanges {
-			replaced := keysOf(e.delRanges[set])
+			replaced := keySet(e.delRanges[set])
 			for _, el := range elements {
-				ok := s.into(i, func(step *tableEdit) {
+				ok := s.addTo(i, func(step *tableDiff) {
 					if replaced[string(el.Key)] {
 						step.deleteRange(set, element{Key: el.Key})
 					}
@@ -83,12 +83,12 @@ func (s *stepper) ahead() bool {
 			}
 		}
 		for set, elements := range slices.Backward(e.add[:]) {
-			if set < classSets {
+			if set < numClassSets {
 				break
 			}
-			replaced := keysOf(e.del[set])
+			replaced := keySet(e.del[set])
 			for _, el := range elements {
-				ok := s.into(i, func(step *tableEdit) {
+				ok := s.addTo(i, func(step *tableDiff) {
 					if replaced[string(el.Key)] {
 						step.delete(set, element{Key: el.Key})
 					}
@@ -103,40 +103,40 @@ func (s *stepper) ahead() bool {
 	return true
 }
 
-// classes makes the steps that have the classes, and what is counted with them.
+// classSteps makes the steps that have the classes, and what is counted with them.
 // What is there on account of several frontends comes before the first of them,
 // and goes after the last.
-func (s *stepper) classes() bool {
-	for i := range s.whole.tables {
-		e := &s.whole.tables[i]
-		if !s.shared(i, func(n int) bool { return n > 0 }) {
+func (s *stepper) classSteps() bool {
+	for i := range s.batch.tables {
+		e := &s.batch.tables[i]
+		if !s.sharedCounts(i, func(n int) bool { return n > 0 }) {
 			return false
 		}
-		for _, f := range e.byFrontend() {
-			if !s.into(i, func(step *tableEdit) { step.append(f) }) {
+		for _, f := range e.classDiffsByFrontend() {
+			if !s.addTo(i, func(step *tableDiff) { step.appendClassDiff(f) }) {
 				return false
 			}
 		}
-		if !s.shared(i, func(n int) bool { return n < 0 }) {
+		if !s.sharedCounts(i, func(n int) bool { return n < 0 }) {
 			return false
 		}
 	}
 	return true
 }
 
-// shared makes steps of the counts of branches and addresses that are chosen.
-func (s *stepper) shared(i int, chosen func(n int) bool) bool {
-	e := &s.whole.tables[i]
-	for b, n := range e.branches {
-		if chosen(n) && !s.into(i, func(step *tableEdit) { step.countBranch(b, n) }) {
+// sharedCounts makes steps of the counts of branches and addresses that are chosen.
+func (s *stepper) sharedCounts(i int, chosen func(n int) bool) bool {
+	e := &s.batch.tables[i]
+	for b, n := range e.verdictElements {
+		if chosen(n) && !s.addTo(i, func(step *tableDiff) { step.countVerdictElement(b, n) }) {
 			return false
 		}
 	}
 	for set, counts := range e.addrs {
 		for addr, n := range counts {
-			var in inAddrSets
+			var in addrSetMembership
 			in[set] = true
-			if chosen(n) && !s.into(i, func(step *tableEdit) { step.addrs.add(addr, in, n) }) {
+			if chosen(n) && !s.addTo(i, func(step *tableDiff) { step.addrs.add(addr, in, n) }) {
 				return false
 			}
 		}
@@ -144,33 +144,33 @@ func (s *stepper) shared(i int, chosen func(n int) bool) bool {
 	return true
 }
 
-// ports makes steps of the counts of ports.
-func (s *stepper) ports(i int, counts portCounts) bool {
+// portSteps makes steps of the counts of ports.
+func (s *stepper) portSteps(i int, counts portCounts) bool {
 	for port, n := range counts {
-		if !s.into(i, func(step *tableEdit) { step.addPort(port, n) }) {
+		if !s.addTo(i, func(step *tableDiff) { step.addPort(port, n) }) {
 			return false
 		}
 	}
 	return true
 }
 
-// classEdit is what is done to one frontend in the sets with its classes.
-type classEdit struct{ del, add [classSets][]element }
+// classDiff is what is done to one frontend in the sets with its classes.
+type classDiff struct{ del, add [numClassSets][]element }
 
-// byFrontend returns the changes of classes, those of each frontend together.
-func (e *tableEdit) byFrontend() []*classEdit {
-	var all []*classEdit
-	byKey := map[string]*classEdit{}
-	of := func(el element) *classEdit {
+// classDiffsByFrontend returns the changes of classes, those of each frontend together.
+func (e *tableDiff) classDiffsByFrontend() []*classDiff {
+	var all []*classDiff
+	byKey := map[string]*classDiff{}
+	of := func(el element) *classDiff {
 		c, ok := byKey[string(el.Key)]
 		if !ok {
-			c = &classEdit{}
+			c = &classDiff{}
 			byKey[string(el.Key)] = c
 			all = append(all, c)
 		}
 		return c
 	}
-	for set := range classSets {
+	for set := range numClassSets {
 		for _, el := range e.del[set] {
 			c := of(el)
 			c.del[set] = append(c.del[set], el)
@@ -183,8 +183,8 @@ func (e *tableEdit) byFrontend() []*classEdit {
 	return all
 }
 
-func (e *tableEdit) append(c *classEdit) {
-	for set := range classSets {
+func (e *tableDiff) appendClassDiff(c *classDiff) {
+	for set := range numClassSets {
 		for _, el := range c.del[set] {
 			e.delete(set, el)
 		}
@@ -194,43 +194,43 @@ func (e *tableEdit) append(c *classEdit) {
 	}
 }
 
-// behind makes the steps after the classes.
-func (s *stepper) behind() bool {
-	for i := range s.whole.tables {
-		e := &s.whole.tables[i]
+// afterClasses makes the steps after the classes.
+func (s *stepper) afterClasses() bool {
+	for i := range s.batch.tables {
+		e := &s.batch.tables[i]
 		for set, elements := range e.del {
-			if set < classSets {
+			if set < numClassSets {
 				continue
 			}
-			replaced := keysOf(e.add[set])
+			replaced := keySet(e.add[set])
 			for _, el := range elements {
 				if replaced[string(el.Key)] {
 					continue
 				}
-				if !s.into(i, func(step *tableEdit) { step.delete(set, el) }) {
+				if !s.addTo(i, func(step *tableDiff) { step.delete(set, el) }) {
 					return false
 				}
 			}
 		}
 		for set, elements := range e.delRanges {
-			replaced := keysOf(e.addRanges[set])
+			replaced := keySet(e.addRanges[set])
 			for _, el := range elements {
 				if replaced[string(el.Key)] {
 					continue
 				}
-				if !s.into(i, func(step *tableEdit) { step.deleteRange(set, el) }) {
+				if !s.addTo(i, func(step *tableDiff) { step.deleteRange(set, el) }) {
 					return false
 				}
 			}
 		}
-		if _, less := e.ports.split(); !s.ports(i, less) {
+		if _, less := e.ports.split(); !s.portSteps(i, less) {
 			return false
 		}
 	}
 	return true
 }
 
-func keysOf(elements []element) map[string]bool {
+func keySet(elements []element) map[string]bool {
 	keys := make(map[string]bool, len(elements))
 	for _, e := range elements {
 		keys[string(e.Key)] = true

@@ -31,10 +31,10 @@ type Translator interface {
 	VirtualServers(s *dataplane.Service) (cluster, local netip.AddrPort)
 }
 
-// boundAddress is the Kind of the Services that BoundAddress returns.
-const boundAddress = dataplane.Kind(0xff)
+// boundAddressKind is the Kind of the Services that BoundAddressService returns.
+const boundAddressKind = dataplane.Kind(0xff)
 
-// BoundAddress returns a Service that represents an address which a Translator binds to
+// BoundAddressService returns a Service that represents an address which a Translator binds to
 // the node, so that virtual servers at the address get its packets. While the Service
 // is programmed, connections to the address that no frontend takes reach neither a
 // virtual server nor a program of the node: they are rejected if the address is a
@@ -42,26 +42,26 @@ const boundAddress = dataplane.Kind(0xff)
 // routed again if the Translator sends them to an address of the node.
 //
 // Program it before the address is bound, and remove it afterwards.
-func BoundAddress(addr netip.Addr) *dataplane.Service {
+func BoundAddressService(addr netip.Addr) *dataplane.Service {
 	return &dataplane.Service{
-		Key:       dataplane.Key{Name: addr.String(), Family: dataplane.FamilyOf(addr), Kind: boundAddress},
+		Key:       dataplane.Key{Name: addr.String(), Family: dataplane.FamilyOf(addr), Kind: boundAddressKind},
 		Frontends: []dataplane.Frontend{{Addr: netip.AddrPortFrom(addr, 0)}},
 	}
 }
 
-// BoundAddressOf returns the address that a Service of BoundAddress with this key
+// BoundAddressOf returns the address that a Service of BoundAddressService with this key
 // represents. It returns false for all other keys.
 func BoundAddressOf(k dataplane.Key) (netip.Addr, bool) {
-	if k.Kind != boundAddress {
+	if k.Kind != boundAddressKind {
 		return netip.Addr{}, false
 	}
 	addr, err := netip.ParseAddr(k.Name)
 	return addr, err == nil
 }
 
-// Rule is what the tables hold for one frontend when there is a Translator. Its
+// VirtualBinding is what the tables hold for one frontend when there is a Translator. Its
 // pairs are of the lists Endpoints and LocalEndpoints, in this order.
-type Rule struct {
+type VirtualBinding struct {
 	// Binding has all but Endpoints, LocalEndpoints and Affinity.
 	dataplane.Binding
 	// Served says whether connections go to a virtual server. Those to others are
@@ -77,55 +77,55 @@ type Rule struct {
 
 // Equal reports whether r and o treat connections alike. The name of the Service
 // takes no part.
-func (r Rule) Equal(o Rule) bool {
+func (r VirtualBinding) Equal(o VirtualBinding) bool {
 	return r.Binding.Equal(o.Binding) && r.Served == o.Served && r.Virtual == o.Virtual && slices.Equal(r.Local, o.Local)
 }
 
 // String returns the rule in one line.
-func (r Rule) String() string {
-	return fmt.Sprintf("%s served=%v virtual=%v local=%v", r.Treatment, r.Served, r.Virtual, r.Local)
+func (r VirtualBinding) String() string {
+	return fmt.Sprintf("%s served=%v virtual=%v local=%v", r.ServiceSpec, r.Served, r.Virtual, r.Local)
 }
 
-// ReadRules returns what the kernel holds now, for a Dataplane with a Translator. It
+// ReadVirtualBindings returns what the kernel holds now, for a Dataplane with a Translator. It
 // changes nothing.
-func (d *Dataplane) ReadRules(ctx context.Context) (map[dataplane.Frontend]Rule, error) {
-	rules := map[dataplane.Frontend]Rule{}
-	if err := d.eachRow(ctx, func(f dataplane.Frontend, r *row) { rules[f] = r.rule() }); err != nil {
+func (d *Dataplane) ReadVirtualBindings(ctx context.Context) (map[dataplane.Frontend]VirtualBinding, error) {
+	rules := map[dataplane.Frontend]VirtualBinding{}
+	if err := d.forEachFrontend(ctx, func(f dataplane.Frontend, r *frontendElements) { rules[f] = r.virtualBinding() }); err != nil {
 		return nil, err
 	}
 	return rules, nil
 }
 
-func (r *row) rule() Rule {
-	rule := Rule{Binding: r.withoutEndpoints(), Local: r.hairpins}
-	slotsOf := [lists][]netip.AddrPort{r.slots[clusterList].endpoints, r.slots[localList].endpoints}
-	if r.class.has(shared) && r.shared != nil {
-		rule.Local, slotsOf = r.shared.hairpins, r.shared.slots
+func (r *frontendElements) virtualBinding() VirtualBinding {
+	rule := VirtualBinding{Binding: r.bindingExceptEndpoints(), Local: r.hairpins}
+	slotsOf := [numEndpointLists][]netip.AddrPort{r.slots[clusterEndpoints].endpoints, r.slots[localEndpoints].endpoints}
+	if r.class.has(classSharedList) && r.sharedList != nil {
+		rule.Local, slotsOf = r.sharedList.hairpins, r.sharedList.slots
 	}
-	of := [lists]class{clusterList: r.class}
-	if rule.ExternalLocal && r.inExternal {
-		of[localList] = r.external
+	of := [numEndpointLists]serviceClass{clusterEndpoints: r.class}
+	if rule.ExternalTrafficPolicyLocal && r.inExternal {
+		of[localEndpoints] = r.externalClass
 	}
 	for l, c := range of {
-		if slots := slotsOf[l]; len(slots) > 0 && !c.has(through) {
+		if slots := slotsOf[l]; len(slots) > 0 && !c.has(classPassThrough) {
 			rule.Virtual[l] = slots[0]
 		}
-		rule.Served[l] = c.size() > 0 && (c.has(through) || rule.Virtual[l].IsValid()) &&
-			(!c.has(shared) || r.shared != nil && r.shared.draws[l] != 0)
+		rule.Served[l] = c.size() > 0 && (c.has(classPassThrough) || rule.Virtual[l].IsValid()) &&
+			(!c.has(classSharedList) || r.sharedList != nil && r.sharedList.sizeClasses[l] != 0)
 	}
 	return rule
 }
 
-// toVirtualNetworks are rules for connections to where virtual servers are, before
+// virtualNetworkRules are rules for connections to where virtual servers are, before
 // others are translated to these: they would go round source ranges, policies and
 // masquerading.
 //
 //	ip daddr & 255.0.0.0 == 250.0.0.0 drop
-func (t *table) toVirtualNetworks() []rule {
+func (t *table) virtualNetworkRules() []rule {
 	var rules []rule
 	for _, p := range t.virtualNetworks {
 		mask, none := make([]byte, t.addrLen), make([]byte, t.addrLen)
-		setBits(mask, p.Bits())
+		setLeadingBits(mask, p.Bits())
 		rules = append(rules, rule{exprs: []expr.Any{
 			t.daddr(0),
 			&expr.Bitwise{SourceRegister: reg(0), DestRegister: reg(0), Len: uint32(t.addrLen), Mask: mask, Xor: none},
@@ -136,7 +136,7 @@ func (t *table) toVirtualNetworks() []rule {
 	return rules
 }
 
-// toOwnClusterIP is the rule for connections to cluster IPs that the node may take for
+// ownClusterIPRule is the rule for connections to cluster IPs that the node may take for
 // itself, although no interface has the address, as a translator's routes make it.
 // They do not come by forward, and in input they could not be rejected: for a packet
 // that is the node's own the kernel sends an ICMP error of IPv4 from the address
@@ -144,22 +144,22 @@ func (t *table) toVirtualNetworks() []rule {
 // none. Behind dstnat nobody's rules translate them any more.
 //
 //	ct state new ip daddr @cluster-ips fib daddr type != local goto undeclared
-func (t *table) toOwnClusterIP() rule {
-	return rule{exprs: slices.Concat(ctStateNew(),
-		[]expr.Any{t.daddr(0), lookup(t.addrSets[inClusterIPs])},
-		addressType(&expr.Fib{FlagDADDR: true}, expr.CmpOpNeq),
+func (t *table) ownClusterIPRule() rule {
+	return rule{exprs: slices.Concat(matchCtStateNew(),
+		[]expr.Any{t.daddr(0), lookup(t.addrSets[clusterIPAddrs])},
+		matchAddrType(&expr.Fib{FlagDADDR: true}, expr.CmpOpNeq),
 		[]expr.Any{gotoChain("undeclared")},
 	)}
 }
 
-// undeclared rejects what is for no frontend.
+// undeclaredChain rejects what is for no frontend.
 //
 //	chain undeclared {
 //		meta priority set ip daddr . meta l4proto . th dport map @services meta priority set none return comment "a frontend: the translator takes it"
 //		counter name "rejected-undeclared-port" goto reject
 //	}
-func (t *table) undeclared() chain {
-	return t.chain("undeclared",
+func (t *table) undeclaredChain() chain {
+	return t.newChain("undeclared",
 		rule{
 			comment: "a frontend: the translator takes it",
 			exprs: slices.Concat(
@@ -169,46 +169,46 @@ func (t *table) undeclared() chain {
 				[]expr.Any{&expr.Verdict{Kind: expr.VerdictReturn}},
 			),
 		},
-		rule{exprs: []expr.Any{count(rejectedUndeclaredPort), gotoChain("reject")}},
+		rule{exprs: []expr.Any{counterRef(rejectedUndeclaredPort), gotoChain("reject")}},
 	)
 }
 
-// stayHere is `dnat to ip daddr`. It translates a connection to the address that it is
+// dnatToOriginal is `dnat to ip daddr`. It translates a connection to the address that it is
 // for, which settles that no other program's NAT rules translate it. A connection that
 // nobody translates gets the same from the kernel in the end (nf_nat_core.c,
 // nf_nat_alloc_null_binding).
-func (t *table) stayHere() []expr.Any {
+func (t *table) dnatToOriginal() []expr.Any {
 	return []expr.Any{t.daddr(0), &expr.NAT{
 		Type: expr.NATTypeDestNAT, Family: uint32(t.nf.Family), RegAddrMin: reg(0), RegAddrMax: reg(0),
 	}}
 }
 
-// toBoundIP matches connections to bound addresses, behind the rules for frontends. In
+// boundIPRule matches connections to bound addresses, behind the rules for frontends. In
 // nat-output it comes before IPVS, so that the node's own connections do not reach a
 // virtual server which has no destinations yet, or only those with weight 0.
 //
 //	ip daddr @bound-ips fib daddr type != local goto bound
-func (t *table) toBoundIP() rule {
+func (t *table) boundIPRule() rule {
 	return rule{exprs: slices.Concat(
-		[]expr.Any{t.daddr(0), lookup(t.addrSets[inBoundIPs])},
-		addressType(&expr.Fib{FlagDADDR: true}, expr.CmpOpNeq),
+		[]expr.Any{t.daddr(0), lookup(t.addrSets[boundIPAddrs])},
+		matchAddrType(&expr.Fib{FlagDADDR: true}, expr.CmpOpNeq),
 		[]expr.Any{gotoChain("bound")},
 	)}
 }
 
-// bound refuses connections to bound addresses as filter-forward and filter-output
+// boundChain refuses connections to bound addresses as filter-forward and filter-output
 // refuse those to other addresses of Services.
 //
 //	chain bound {
 //		ip daddr @cluster-ips counter name "rejected-undeclared-port" goto reject
 //		counter name "dropped-no-service" drop
 //	}
-func (t *table) bound() chain {
-	return t.chain("bound",
+func (t *table) boundChain() chain {
+	return t.newChain("bound",
 		rule{exprs: []expr.Any{
-			t.daddr(0), lookup(t.addrSets[inClusterIPs]), count(rejectedUndeclaredPort), gotoChain("reject"),
+			t.daddr(0), lookup(t.addrSets[clusterIPAddrs]), counterRef(rejectedUndeclaredPort), gotoChain("reject"),
 		}},
-		rule{exprs: []expr.Any{count(droppedNoService), drop()}},
+		rule{exprs: []expr.Any{counterRef(droppedNoService), drop()}},
 	)
 }
 
@@ -222,7 +222,7 @@ const (
 	routeMark = 1 << 31
 )
 
-// toOwnEndpoint flips a bit in the mark of packets that the node sends to a bound
+// rerouteRule flips a bit in the mark of packets that the node sends to a bound
 // address and the Translator to an address of the node. IPVS keeps the packet's route
 // to the bound address (net/netfilter/ipvs/ip_vs_xmit.c, __ip_vs_get_out_rt), which
 // leads out of the node. A chain of type route makes the kernel look up the route again
@@ -230,7 +230,7 @@ const (
 // chain flips the bit back.
 //
 //	oifname != "lo" ct original ip daddr @bound-ips fib daddr type local meta mark set meta mark ^ 0x80000000 comment "an endpoint of this node: route again"
-func (t *table) toOwnEndpoint() rule {
+func (t *table) rerouteRule() rule {
 	loopback := make([]byte, unix.IFNAMSIZ)
 	copy(loopback, "lo")
 	flip := binaryutil.NativeEndian.PutUint32(routeMark)
@@ -240,9 +240,9 @@ func (t *table) toOwnEndpoint() rule {
 			[]expr.Any{
 				&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: reg(0)},
 				&expr.Cmp{Op: expr.CmpOpNeq, Register: reg(0), Data: loopback},
-				t.originalDaddr(0), lookup(t.addrSets[inBoundIPs]),
+				t.originalDaddr(0), lookup(t.addrSets[boundIPAddrs]),
 			},
-			addressType(&expr.Fib{FlagDADDR: true}, expr.CmpOpEq),
+			matchAddrType(&expr.Fib{FlagDADDR: true}, expr.CmpOpEq),
 			[]expr.Any{
 				&expr.Meta{Key: expr.MetaKeyMARK, Register: reg(0)},
 				&expr.Bitwise{
@@ -255,10 +255,10 @@ func (t *table) toOwnEndpoint() rule {
 	}
 }
 
-// letThrough is the rule for connections that were let through to the translator,
+// passedThroughRule is the rule for connections that were let through to the translator,
 // whose translation is none to the kernel's NAT.
 //
 //	ct original ip daddr @cluster-ips goto masquerading
-func (t *table) letThrough() rule {
-	return rule{exprs: []expr.Any{t.originalDaddr(0), lookup(t.addrSets[inClusterIPs]), gotoChain("masquerading")}}
+func (t *table) passedThroughRule() rule {
+	return rule{exprs: []expr.Any{t.originalDaddr(0), lookup(t.addrSets[clusterIPAddrs]), gotoChain("masquerading")}}
 }

@@ -29,23 +29,23 @@ func (virtualServers) VirtualServers(s *dataplane.Service) (cluster, local netip
 	h := fnv.New32a()
 	_, _ = h.Write([]byte(s.Key.String()))
 	sum := h.Sum32()
-	addr := func(l list) netip.AddrPort {
+	addr := func(l endpointList) netip.AddrPort {
 		if s.Key.Family == dataplane.IPv6 {
 			return netip.AddrPortFrom(netip.AddrFrom16([16]byte{0xfd, 0xfa, 13: byte(l), 14: byte(sum >> 8), 15: byte(sum)}), 7)
 		}
 		return netip.AddrPortFrom(netip.AddrFrom4([4]byte{250, 29 + byte(l), byte(sum >> 8), byte(sum)}), 7)
 	}
 	if s.Key.Kind != dataplane.ClusterIP {
-		cluster = addr(clusterList)
+		cluster = addr(clusterEndpoints)
 	}
-	if s.ExternalLocal {
-		local = addr(localList)
+	if s.ExternalTrafficPolicyLocal {
+		local = addr(localEndpoints)
 	}
 	return cluster, local
 }
 
-// translators are who may pick the endpoints.
-func translators() map[string]Translator {
+// testTranslators are who may pick the endpoints.
+func testTranslators() map[string]Translator {
 	return map[string]Translator{"the tables": nil, "a translator": virtualServers{}}
 }
 
@@ -55,14 +55,14 @@ func translatorOf(d *Dataplane) Translator {
 	return r.translator
 }
 
-// ruleOf returns the rule for each frontend of a Service.
-func ruleOf(s *dataplane.Service) Rule {
-	r := Rule{Binding: dataplane.Binding{Service: s.Key.Service(), Treatment: s.Treatment}}
+// expectedVirtualBinding returns the rule for each frontend of a Service.
+func expectedVirtualBinding(s *dataplane.Service) VirtualBinding {
+	r := VirtualBinding{Binding: dataplane.Binding{Service: s.Key.Service(), ServiceSpec: s.ServiceSpec}}
 	r.Endpoints, r.LocalEndpoints, r.Affinity = nil, nil, 0
 	r.Served = [2]bool{len(s.Endpoints) > 0, len(s.LocalEndpoints) > 0}
 	cluster, local := virtualServers{}.VirtualServers(s)
 	r.Virtual[0] = cluster
-	if s.ExternalLocal {
+	if s.ExternalTrafficPolicyLocal {
 		r.Virtual[1] = local
 	}
 	for _, e := range slices.Concat(s.Endpoints, s.LocalEndpoints) {
@@ -75,8 +75,8 @@ func ruleOf(s *dataplane.Service) Rule {
 	return r
 }
 
-// stateOf returns what Read is to return when the kernel holds these Services.
-func stateOf(d *Dataplane, services []*dataplane.Service) dataplane.State {
+// expectedState returns what Read is to return when the kernel holds these Services.
+func expectedState(d *Dataplane, services []*dataplane.Service) dataplane.State {
 	state := dataplane.StateOf(slices.Values(services))
 	if translatorOf(d) != nil {
 		for f, b := range state {
@@ -87,21 +87,21 @@ func stateOf(d *Dataplane, services []*dataplane.Service) dataplane.State {
 	return state
 }
 
-// wantRules fails the test unless the kernel holds the rules of these Services, and
+// wantVirtualBindings fails the test unless the kernel holds the rules of these Services, and
 // the ports of their endpoints.
-func wantRules(t *testing.T, d *Dataplane, services ...*dataplane.Service) {
+func wantVirtualBindings(t *testing.T, d *Dataplane, services ...*dataplane.Service) {
 	t.Helper()
-	got, err := d.ReadRules(t.Context())
+	got, err := d.ReadVirtualBindings(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
 	ports := [2]map[uint16]bool{{}, {}}
 	for _, s := range services {
 		for _, e := range slices.Concat(s.Endpoints, s.LocalEndpoints) {
-			ports[index(s.Key.Family)][e.Addr.Port()] = true
+			ports[familyIndex(s.Key.Family)][e.Addr.Port()] = true
 		}
 		for _, f := range s.Frontends {
-			if g, want := got[f], ruleOf(s); !g.Equal(want) || g.Service != want.Service {
+			if g, want := got[f], expectedVirtualBinding(s); !g.Equal(want) || g.Service != want.Service {
 				t.Errorf("%s: got %s of %s, want %s of %s", f, g, g.Service, want, want.Service)
 			}
 			delete(got, f)
@@ -111,7 +111,7 @@ func wantRules(t *testing.T, d *Dataplane, services ...*dataplane.Service) {
 		t.Errorf("%s: unexpected, has %s", f, r)
 	}
 	for i, table := range d.tables {
-		c, err := d.readRows(t.Context(), table)
+		c, err := d.readSets(t.Context(), table)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -130,28 +130,28 @@ func wantRules(t *testing.T, d *Dataplane, services ...*dataplane.Service) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if diff := stateOf(d, services).Diff(state); diff != "" {
+	if diff := expectedState(d, services).Diff(state); diff != "" {
 		t.Errorf("Read returns something else:\n%s", diff)
 	}
 }
 
-// TestTranslatorComesAndGoes checks that a table goes from the one way of picking
+// TestSwitchTranslator checks that a table goes from the one way of picking
 // endpoints to the other, and back, and that nothing is left of the first.
-func TestTranslatorComesAndGoes(t *testing.T) {
+func TestSwitchTranslator(t *testing.T) {
 	t.Parallel()
 	binary := nftBinaries(t)["1.1.3"]
 	_, ns := newDataplane(t)
 	for range 3 {
-		for name, translator := range translators() {
-			d := openIn(t, ns, translator)
-			replace(t, d, fullNode(), sample(t)...)
-			wantState(t, d, sample(t)...)
+		for name, translator := range testTranslators() {
+			d := openInNamespace(t, ns, translator)
+			mustReplace(t, d, nodeWithAllSettings(), sampleServices(t)...)
+			wantState(t, d, sampleServices(t)...)
 			d.now = func() time.Time { return time.Now().Add(time.Hour) }
-			apply(t, d) // what rests goes
+			mustApply(t, d) // what rests goes
 			fresh, other := newDataplane(t, translator)
-			replace(t, fresh, fullNode(), sample(t)...)
-			want := sortedLines(nft(t, other, binary, "list ruleset"))
-			if diff := cmp.Diff(want, sortedLines(nft(t, ns, binary, "list ruleset"))); diff != "" {
+			mustReplace(t, fresh, nodeWithAllSettings(), sampleServices(t)...)
+			want := sortedLines(runNFT(t, other, binary, "list ruleset"))
+			if diff := cmp.Diff(want, sortedLines(runNFT(t, ns, binary, "list ruleset"))); diff != "" {
 				t.Errorf("%s in place of another (-fresh +changed):\n%s", name, diff)
 			}
 		}
@@ -186,37 +186,37 @@ func TestDriftWithTranslator(t *testing.T) {
 	}
 }
 
-// TestTablesSideBySide has two Dataplanes with tables of their own in one namespace.
-func TestTablesSideBySide(t *testing.T) {
+// TestTwoDataplanes has two Dataplanes with tables of their own in one namespace.
+func TestTwoDataplanes(t *testing.T) {
 	t.Parallel()
 	binary := nftBinaries(t)["1.1.3"]
 	first, ns := newDataplane(t)
 	const name = "fairlead-virtual"
 	opts := Options{NetNS: ns.Fd(), Table: name, Translator: virtualServers{}}
-	second := openWith(t, ns, opts)
+	second := openWithOptions(t, ns, opts)
 	listing := func(table string) string {
 		t.Helper()
-		return nft(t, ns, binary, "list table ip "+table) + nft(t, ns, binary, "list table ip6 "+table)
+		return runNFT(t, ns, binary, "list table ip "+table) + runNFT(t, ns, binary, "list table ip6 "+table)
 	}
-	replace(t, first, fullNode(), sample(t)...)
+	mustReplace(t, first, nodeWithAllSettings(), sampleServices(t)...)
 	before := listing(TableName)
-	replace(t, second, fullNode(), sample(t)...)
+	mustReplace(t, second, nodeWithAllSettings(), sampleServices(t)...)
 	wantNoDrift(t, first)
-	apply(t, second, dataplane.Change{Old: sample(t)[0]})
-	replace(t, second, fullNode(), sample(t)...)
-	wantState(t, second, sample(t)...)
-	wantState(t, first, sample(t)...)
+	mustApply(t, second, dataplane.Change{Old: sampleServices(t)[0]})
+	mustReplace(t, second, nodeWithAllSettings(), sampleServices(t)...)
+	wantState(t, second, sampleServices(t)...)
+	wantState(t, first, sampleServices(t)...)
 	wantNoDrift(t, first)
 	if diff := cmp.Diff(before, listing(TableName)); diff != "" {
 		t.Errorf("the first one's tables (-before +after):\n%s", diff)
 	}
-	nft(t, ns, binary, "flush set ip fairlead hairpin")
-	awaitAnnounced(t, first)
+	runNFT(t, ns, binary, "flush set ip fairlead hairpin")
+	drainNotifications(t, first)
 	wantNoDrift(t, second)
 
-	nft(t, ns, binary, "delete table ip fairlead")
-	nft(t, ns, binary, "table ip fairlead {\n counter dropped-invalid { packets 3 bytes 4 }\n}")
-	for _, c := range []*Counters{NewCounters(opts), NewCounters(Options{NetNS: ns.Fd()})} {
+	runNFT(t, ns, binary, "delete table ip fairlead")
+	runNFT(t, ns, binary, "table ip fairlead {\n counter dropped-invalid { packets 3 bytes 4 }\n}")
+	for _, c := range []*CounterReader{NewCounterReader(opts), NewCounterReader(Options{NetNS: ns.Fd()})} {
 		want := uint64(3)
 		if c.table == name {
 			want = 0
@@ -225,17 +225,17 @@ func TestTablesSideBySide(t *testing.T) {
 		if err := errors.Join(err, c.Close()); err != nil {
 			t.Fatal(err)
 		}
-		if i := slices.IndexFunc(counts, func(c Count) bool { return c.Reason == string(droppedInvalid) }); counts[i].Packets != want {
+		if i := slices.IndexFunc(counts, func(c CounterValue) bool { return c.Name == string(droppedInvalid) }); counts[i].Packets != want {
 			t.Errorf("table %s: got %+v, want %d packets", c.table, counts[i], want)
 		}
 	}
 
-	replace(t, first, fullNode(), sample(t)...)
+	mustReplace(t, first, nodeWithAllSettings(), sampleServices(t)...)
 	other := listing(name)
 	if err := Cleanup(Options{NetNS: ns.Fd()}); err != nil {
 		t.Fatal(err)
 	}
-	if diff := cmp.Diff("table ip "+name+"\ntable ip6 "+name+"\n", nft(t, ns, binary, "list tables")); diff != "" {
+	if diff := cmp.Diff("table ip "+name+"\ntable ip6 "+name+"\n", runNFT(t, ns, binary, "list tables")); diff != "" {
 		t.Errorf("tables after the cleanup of one (-want +got):\n%s", diff)
 	}
 	if diff := cmp.Diff(other, listing(name)); diff != "" {
@@ -244,14 +244,14 @@ func TestTablesSideBySide(t *testing.T) {
 	if err := Cleanup(opts); err != nil {
 		t.Fatal(err)
 	}
-	if left := nft(t, ns, binary, "list tables"); left != "" {
+	if left := runNFT(t, ns, binary, "list tables"); left != "" {
 		t.Errorf("left behind:\n%s", left)
 	}
 }
 
-// TestPortsCostLittle checks that a change of one endpoint writes no more than that
+// TestPortChangeElementCount checks that a change of one endpoint writes no more than that
 // one's port, however many ports a Service has.
-func TestPortsCostLittle(t *testing.T) {
+func TestPortChangeElementCount(t *testing.T) {
 	t.Parallel()
 	d, ns := newDataplane(t, virtualServers{})
 	list := make([]dataplane.Endpoint, 30_000)
@@ -261,80 +261,80 @@ func TestPortsCostLittle(t *testing.T) {
 	of := func(list []dataplane.Endpoint) *dataplane.Service {
 		return service(t, "ports", []dataplane.Frontend{frontend(1), frontend(2)}, slices.Clone(list))
 	}
-	replace(t, d, podNode())
+	mustReplace(t, d, nodeWithPodCIDRs())
 	full, most, few := of(list), of(list[1:]), of(list[:2])
 	before := generation(t, d)
-	apply(t, d, dataplane.Change{New: full})
-	if commits := int(generation(t, d) - before); commits < len(list)/(2*editSize) {
+	mustApply(t, d, dataplane.Change{New: full})
+	if commits := int(generation(t, d) - before); commits < len(list)/(2*transactionSize) {
 		t.Errorf("%d ports came in %d commits", len(list), commits)
 	}
-	wantRules(t, d, full)
+	wantVirtualBindings(t, d, full)
 	b := d.newBatch()
 	change := dataplane.Change{Old: full, New: most}
-	d.plan([]dataplane.Change{change}, nil).add(b, change)
+	d.planChanges([]dataplane.Change{change}, nil).addChange(b, change)
 	if n := b.elements(); n != 1 {
 		t.Errorf("one endpoint less writes %d elements, want its port", n)
 	}
-	apply(t, d, change)
-	wantRules(t, d, most)
-	again := openIn(t, ns, virtualServers{})
+	mustApply(t, d, change)
+	wantVirtualBindings(t, d, most)
+	again := openInNamespace(t, ns, virtualServers{})
 	before = generation(t, d)
-	replace(t, again, podNode(), most)
+	mustReplace(t, again, nodeWithPodCIDRs(), most)
 	if generation(t, d) != before {
 		t.Error("an equal Replace changed the ruleset")
 	}
-	replace(t, again, podNode(), few)
-	wantRules(t, again, few)
-	apply(t, again, dataplane.Change{Old: few})
-	wantRules(t, again)
+	mustReplace(t, again, nodeWithPodCIDRs(), few)
+	wantVirtualBindings(t, again, few)
+	mustApply(t, again, dataplane.Change{Old: few})
+	wantVirtualBindings(t, again)
 }
 
-// TestPortsStayWhenAServiceFails checks that ports which may be those of a Service
+// TestPortsKeptWhenServiceFails checks that ports which may be those of a Service
 // that failed stay until that is known.
-func TestPortsStayWhenAServiceFails(t *testing.T) {
+func TestPortsKeptWhenServiceFails(t *testing.T) {
 	t.Parallel()
-	d, _ := newDataplane(t, badServer{})
-	replace(t, d, podNode(), service(t, "s", []dataplane.Frontend{frontend(1)}, endpoints(1)))
+	d, _ := newDataplane(t, rejectedVirtualServers{})
+	mustReplace(t, d, nodeWithPodCIDRs(), service(t, "s", []dataplane.Frontend{frontend(1)}, endpoints(1)))
 	bad := service(t, "bad", []dataplane.Frontend{frontend(1)}, []dataplane.Endpoint{{Addr: netip.MustParseAddrPort("10.1.0.1:81")}})
 	bad.Key.Kind = dataplane.ExternalIP
-	err := d.Replace(t.Context(), podNode(), slices.Values([]*dataplane.Service{bad}), nil)
+	err := d.Replace(t.Context(), nodeWithPodCIDRs(), slices.Values([]*dataplane.Service{bad}), nil)
 	if failure, ok := errors.AsType[*dataplane.Error](err); !ok || failure.Failed[bad.Key] == nil {
 		t.Fatalf("got error %v, want one for %s", err, bad.Key)
 	}
-	c, err := d.readRows(t.Context(), d.tables[0])
+	c, err := d.readSets(t.Context(), d.tables[0])
 	if err != nil {
 		t.Fatal(err)
 	}
 	if !c.portSet[8080] {
 		t.Errorf("endpoint-ports are %v, want 8080 among them", c.portSet)
 	}
-	replace(t, d, podNode())
-	wantRules(t, d)
+	mustReplace(t, d, nodeWithPodCIDRs())
+	wantVirtualBindings(t, d)
 }
 
-// badServer has virtual servers that the kernel refuses, but for cluster IPs.
-type badServer struct{}
+// rejectedVirtualServers has virtual servers that the kernel refuses, but for cluster IPs.
+type rejectedVirtualServers struct{}
 
-func (badServer) VirtualServers(s *dataplane.Service) (cluster, local netip.AddrPort) {
+func (rejectedVirtualServers) VirtualServers(s *dataplane.Service) (cluster, local netip.AddrPort) {
 	if s.Key.Kind != dataplane.ClusterIP {
 		cluster = netip.MustParseAddrPort("[fd00::1]:80")
 	}
 	return cluster, netip.AddrPort{}
 }
 
-// atPods has a virtual server for each list at a pod.
-type atPods struct{ cluster, local *nettest.Host }
+// podVirtualServers has a virtual server for each list at a pod.
+type podVirtualServers struct{ cluster, local *nettest.Host }
 
-func (p atPods) VirtualServers(s *dataplane.Service) (cluster, local netip.AddrPort) {
-	i := index(s.Key.Family)
+func (p podVirtualServers) VirtualServers(s *dataplane.Service) (cluster, local netip.AddrPort) {
+	i := familyIndex(s.Key.Family)
 	if s.Key.Kind != dataplane.ClusterIP {
 		cluster = netip.AddrPortFrom(p.cluster.Addrs()[i], 7000)
 	}
 	return cluster, netip.AddrPortFrom(p.local.Addrs()[i], 7000)
 }
 
-// handleIn returns a handle to the host's links and routes.
-func handleIn(t *testing.T, h *nettest.Host) *netlink.Handle {
+// routeHandle returns a handle to the host's links and routes.
+func routeHandle(t *testing.T, h *nettest.Host) *netlink.Handle {
 	t.Helper()
 	handle, err := netlink.NewHandleAt(netns.NsHandle(h.Fd()), unix.NETLINK_ROUTE)
 	if err != nil {
@@ -344,16 +344,16 @@ func handleIn(t *testing.T, h *nettest.Host) *netlink.Handle {
 	return handle
 }
 
-func hostNet(a netip.Addr) *net.IPNet {
+func hostIPNet(a netip.Addr) *net.IPNet {
 	return &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(a.BitLen(), a.BitLen())}
 }
 
-// bind has the node take these addresses for itself as IPVS needs it: by a route in
+// bindAddrs has the node take these addresses for itself as IPVS needs it: by a route in
 // a table that packets from outside are looked up in.
-func bind(t *testing.T, node *nettest.Host, addrs ...netip.Addr) {
+func bindAddrs(t *testing.T, node *nettest.Host, addrs ...netip.Addr) {
 	t.Helper()
 	const table = 100
-	handle := handleIn(t, node)
+	handle := routeHandle(t, node)
 	lo, err := handle.LinkByName("lo")
 	if err != nil {
 		t.Fatal(err)
@@ -366,7 +366,7 @@ func bind(t *testing.T, node *nettest.Host, addrs ...netip.Addr) {
 		}
 	}
 	for _, a := range addrs {
-		route := &netlink.Route{LinkIndex: lo.Attrs().Index, Table: table, Type: unix.RTN_LOCAL, Scope: unix.RT_SCOPE_HOST, Dst: hostNet(a)}
+		route := &netlink.Route{LinkIndex: lo.Attrs().Index, Table: table, Type: unix.RTN_LOCAL, Scope: unix.RT_SCOPE_HOST, Dst: hostIPNet(a)}
 		if err := handle.RouteAdd(route); err != nil {
 			t.Fatal(err)
 		}
@@ -378,12 +378,12 @@ func bind(t *testing.T, node *nettest.Host, addrs ...netip.Addr) {
 func TestVirtualServers(t *testing.T) {
 	t.Parallel()
 	network := nettest.NewT(t, nettest.Options{})
-	servers := atPods{network.PodT(t, "cluster"), network.PodT(t, "local")}
+	servers := podVirtualServers{network.PodT(t, "cluster"), network.PodT(t, "local")}
 	client := network.PodT(t, "client")
 	for _, pod := range []*nettest.Host{servers.cluster, servers.local} {
 		pod.ServeT(t, nettest.TCP, 7000)
 	}
-	d := openWith(t, network.Node.Namespace, Options{Translator: servers})
+	d := openWithOptions(t, network.Node.Namespace, Options{Translator: servers})
 	node := dataplane.Node{PodCIDRs: network.PodCIDRs, NodePortAddrs: network.Node.Addrs()}
 	var services []*dataplane.Service
 	for i, frontends := range [][]string{{"203.0.113.1:80", "0.0.0.0:30080"}, {"[2001:db8:113::1]:80", "[::]:30080"}} {
@@ -391,8 +391,8 @@ func TestVirtualServers(t *testing.T) {
 		for kind, addr := range map[dataplane.Kind]string{dataplane.ExternalIP: frontends[0], dataplane.NodePort: frontends[1]} {
 			f := dataplane.Frontend{Protocol: dataplane.TCP, Addr: netip.MustParseAddrPort(addr)}
 			key := dataplane.Key{Namespace: "default", Name: "s", Family: dataplane.FamilyOf(f.Addr.Addr()), Kind: kind}
-			s, err := dataplane.NewService(key, []dataplane.Frontend{f}, dataplane.Treatment{
-				Endpoints: endpoints, ExternalLocal: true, LocalEndpoints: slices.Clone(endpoints), Affinity: time.Hour,
+			s, err := dataplane.NewService(key, []dataplane.Frontend{f}, dataplane.ServiceSpec{
+				Endpoints: endpoints, ExternalTrafficPolicyLocal: true, LocalEndpoints: slices.Clone(endpoints), Affinity: time.Hour,
 			})
 			if err != nil {
 				t.Fatal(err)
@@ -400,11 +400,11 @@ func TestVirtualServers(t *testing.T) {
 			services = append(services, s)
 		}
 	}
-	replace(t, d, node, services...)
+	mustReplace(t, d, node, services...)
 	for _, s := range services {
 		to := s.Frontends[0].Addr
 		if s.Key.Kind == dataplane.NodePort {
-			to = netip.AddrPortFrom(network.Node.Addrs()[index(s.Key.Family)], to.Port())
+			to = netip.AddrPortFrom(network.Node.Addrs()[familyIndex(s.Key.Family)], to.Port())
 		}
 		for from, want := range map[*nettest.Host]*nettest.Host{
 			client: servers.cluster, network.Node: servers.cluster, network.Outside: servers.local,
@@ -417,19 +417,19 @@ func TestVirtualServers(t *testing.T) {
 	}
 }
 
-// TestLetThrough has the node take cluster IPs for itself: connections to a frontend
+// TestPassThrough has the node take cluster IPs for itself: connections to a frontend
 // come to where a translator takes them, and all else is refused, but at an address
 // that the node has.
-func TestLetThrough(t *testing.T) {
+func TestPassThrough(t *testing.T) {
 	t.Parallel()
 	network := nettest.NewT(t, nettest.Options{})
 	node := network.Node
 	pod := network.PodT(t, "pod")
 	client := network.PodT(t, "client")
-	d := openIn(t, node.Namespace, virtualServers{})
+	d := openInNamespace(t, node.Namespace, virtualServers{})
 	bound := []netip.Addr{netip.MustParseAddr("10.96.0.1"), netip.MustParseAddr("fd00:96::1")}
 	owned := []netip.Addr{netip.MustParseAddr("10.96.0.2"), netip.MustParseAddr("fd00:96::2")}
-	bind(t, node, bound...)
+	bindAddrs(t, node, bound...)
 	var services []*dataplane.Service
 	for i := range bound {
 		if err := node.AddAddr(owned[i]); err != nil {
@@ -444,9 +444,9 @@ func TestLetThrough(t *testing.T) {
 		}
 	}
 	node.ServeAtT(t, nettest.TCP, owned, 80, 81)
-	replace(t, d, dataplane.Node{PodCIDRs: network.PodCIDRs}, services...)
+	mustReplace(t, d, dataplane.Node{PodCIDRs: network.PodCIDRs}, services...)
 	binary := nftBinaries(t)["1.1.3"]
-	nft(t, node.Namespace, binary, `table inet translator {
+	runNFT(t, node.Namespace, binary, `table inet translator {
 		counter taken { }
 		counter late { }
 		chain input {
@@ -468,7 +468,7 @@ func TestLetThrough(t *testing.T) {
 				ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 				answer, err := from.Connect(ctx, protocol, netip.AddrPortFrom(bound[i], 80))
 				cancel()
-				now := packetsIn(t, nft(t, node.Namespace, binary, "list counter inet translator taken"))
+				now := counterPackets(t, runNFT(t, node.Namespace, binary, "list counter inet translator taken"))
 				if !errors.Is(err, nettest.ErrTimeout) || now == taken {
 					t.Errorf("%s from %s to %s: answer %+v, error %v, %d packets to take; want some, and no answer", p, from.Name, bound[i], answer, err, now-taken)
 				}
@@ -480,7 +480,7 @@ func TestLetThrough(t *testing.T) {
 			if err := from.Ping(t.Context(), bound[i]); !errors.Is(err, nettest.ErrRefused) {
 				t.Errorf("ping from %s to %s: error %v, want it refused", from.Name, bound[i], err)
 			}
-			if err := from.Knock(t.Context(), nettest.ESP, bound[i]); !errors.Is(err, nettest.ErrRefused) {
+			if err := from.ProbeProtocol(t.Context(), nettest.ESP, bound[i]); !errors.Is(err, nettest.ErrRefused) {
 				t.Errorf("ESP from %s to %s: error %v, want it refused", from.Name, bound[i], err)
 			}
 			for _, port := range []uint16{80, 81} {
@@ -490,28 +490,28 @@ func TestLetThrough(t *testing.T) {
 			}
 		}
 	}
-	if n := packetsIn(t, nft(t, node.Namespace, binary, "list counter inet translator late")); n != 0 {
+	if n := counterPackets(t, runNFT(t, node.Namespace, binary, "list counter inet translator late")); n != 0 {
 		t.Errorf("%d packets went on that should have been refused, or with a priority of ours", n)
 	}
 	for _, table := range []string{"ip", "ip6"} {
 		// Five a client, of which there are two; those to the node's address are none.
-		if n := packetsIn(t, nft(t, node.Namespace, binary, "list counter "+table+" fairlead rejected-undeclared-port")); n < 10 {
+		if n := counterPackets(t, runNFT(t, node.Namespace, binary, "list counter "+table+" fairlead rejected-undeclared-port")); n < 10 {
 			t.Errorf("%s: %d packets were counted, want 10 at least", table, n)
 		}
 	}
 }
 
-// TestLetThroughIsMasqueraded forwards connections that are let through to a pod,
+// TestPassThroughMasqueraded forwards connections that are let through to a pod,
 // untranslated, as nobody but a translator can: the pod sees the node's address
 // where that is wanted.
-func TestLetThroughIsMasqueraded(t *testing.T) {
+func TestPassThroughMasqueraded(t *testing.T) {
 	t.Parallel()
 	network := nettest.NewT(t, nettest.Options{})
 	node := network.Node
 	pod := network.PodT(t, "pod")
 	client := network.PodT(t, "client")
-	d := openIn(t, node.Namespace, virtualServers{})
-	handle := handleIn(t, node)
+	d := openInNamespace(t, node.Namespace, virtualServers{})
+	handle := routeHandle(t, node)
 	var services []*dataplane.Service
 	for i, vip := range []netip.Addr{netip.MustParseAddr("10.96.0.1"), netip.MustParseAddr("fd00:96::1")} {
 		if err := pod.AddAddr(vip); err != nil {
@@ -522,12 +522,12 @@ func TestLetThroughIsMasqueraded(t *testing.T) {
 			t.Fatal(err)
 		}
 		err = handle.RouteAdd(&netlink.Route{
-			LinkIndex: via[0].LinkIndex, Dst: hostNet(vip), Gw: pod.Addrs()[i].AsSlice(), Flags: int(netlink.FLAG_ONLINK),
+			LinkIndex: via[0].LinkIndex, Dst: hostIPNet(vip), Gw: pod.Addrs()[i].AsSlice(), Flags: int(netlink.FLAG_ONLINK),
 		})
 		if err != nil {
 			t.Fatal(err)
 		}
-		for n, m := range []dataplane.Masquerade{dataplane.MasqueradeForeign, dataplane.MasqueradeAlways} {
+		for n, m := range []dataplane.Masquerade{dataplane.MasqueradeOffCluster, dataplane.MasqueradeAlways} {
 			f := dataplane.Frontend{Protocol: dataplane.TCP, Addr: netip.AddrPortFrom(vip, uint16(80+n))} //nolint:gosec // fits
 			s := service(t, m.String(), []dataplane.Frontend{f}, []dataplane.Endpoint{{Addr: netip.AddrPortFrom(pod.Addrs()[i], 8080)}})
 			s.Masquerade = m
@@ -535,11 +535,11 @@ func TestLetThroughIsMasqueraded(t *testing.T) {
 		}
 	}
 	pod.ServeT(t, nettest.TCP, 80, 81)
-	replace(t, d, dataplane.Node{PodCIDRs: network.PodCIDRs}, services...)
-	nft(t, node.Namespace, nftBinaries(t)["1.1.3"], "flush chain ip fairlead filter-forward\nflush chain ip6 fairlead filter-forward\n")
+	mustReplace(t, d, dataplane.Node{PodCIDRs: network.PodCIDRs}, services...)
+	runNFT(t, node.Namespace, nftBinaries(t)["1.1.3"], "flush chain ip fairlead filter-forward\nflush chain ip6 fairlead filter-forward\n")
 	for _, s := range services {
 		for _, from := range []*nettest.Host{client, network.Outside} {
-			i := index(s.Key.Family)
+			i := familyIndex(s.Key.Family)
 			masqueraded := from != client || s.Masquerade == dataplane.MasqueradeAlways
 			answer, err := from.Connect(t.Context(), nettest.TCP, s.Frontends[0].Addr)
 			if err != nil || (answer.Source.Addr() == from.Addrs()[i]) == masqueraded || !strings.HasPrefix(answer.Endpoint.String(), s.Frontends[0].Addr.String()) {
@@ -549,17 +549,17 @@ func TestLetThroughIsMasqueraded(t *testing.T) {
 	}
 }
 
-// TestBoundAddress has the node take an address for itself that has no frontend, or
+// TestBoundAddressService has the node take an address for itself that has no frontend, or
 // none at this port: neither a program of the node nor the host that has the address
 // gets connections to it.
-func TestBoundAddress(t *testing.T) {
+func TestBoundAddressService(t *testing.T) {
 	t.Parallel()
 	network := nettest.NewT(t, nettest.Options{})
 	node := network.Node
 	client := network.PodT(t, "client")
-	d := openIn(t, node.Namespace, virtualServers{})
+	d := openInNamespace(t, node.Namespace, virtualServers{})
 	addrs := []netip.Addr{netip.MustParseAddr("10.96.0.1"), netip.MustParseAddr("fd00:96::1")}
-	bind(t, node, addrs...)
+	bindAddrs(t, node, addrs...)
 	for _, addr := range addrs {
 		if err := network.Outside.AddAddr(addr); err != nil {
 			t.Fatal(err)
@@ -573,7 +573,7 @@ func TestBoundAddress(t *testing.T) {
 		}
 		t.Cleanup(func() { _ = l.Close() })
 	}
-	replace(t, d, dataplane.Node{})
+	mustReplace(t, d, dataplane.Node{})
 	expect := func(when string, fromNode, fromPod error) {
 		t.Helper()
 		var checks sync.WaitGroup
@@ -600,7 +600,7 @@ func TestBoundAddress(t *testing.T) {
 	expect("at first", nil, nil)
 	var bound, services []*dataplane.Service
 	for _, addr := range addrs {
-		bound = append(bound, BoundAddress(addr))
+		bound = append(bound, BoundAddressService(addr))
 		f := dataplane.Frontend{Protocol: dataplane.TCP, Addr: netip.AddrPortFrom(addr, 81)}
 		services = append(services, service(t, "s", []dataplane.Frontend{f}, nil))
 	}
@@ -618,37 +618,37 @@ func TestBoundAddress(t *testing.T) {
 		}
 		return all
 	}
-	apply(t, d, add(bound)...)
+	mustApply(t, d, add(bound)...)
 	expect("bound", nettest.ErrTimeout, nettest.ErrTimeout)
-	apply(t, d, add(services)...)
+	mustApply(t, d, add(services)...)
 	expect("with a frontend at another port", nettest.ErrRefused, nettest.ErrRefused)
 	before := generation(t, d)
-	replace(t, openIn(t, node.Namespace, virtualServers{}), dataplane.Node{}, slices.Concat(bound, services)...)
+	mustReplace(t, openInNamespace(t, node.Namespace, virtualServers{}), dataplane.Node{}, slices.Concat(bound, services)...)
 	if generation(t, d) != before {
 		t.Error("an equal Replace changed the ruleset")
 	}
-	wantRules(t, d, services...)
-	apply(t, d, remove(services)...)
+	wantVirtualBindings(t, d, services...)
+	mustApply(t, d, remove(services)...)
 	expect("without it", nettest.ErrTimeout, nettest.ErrTimeout)
-	replace(t, d, dataplane.Node{}, bound...)
+	mustReplace(t, d, dataplane.Node{}, bound...)
 	expect("after a Replace", nettest.ErrTimeout, nettest.ErrTimeout)
-	apply(t, d, remove(bound)...)
+	mustApply(t, d, remove(bound)...)
 	expect("not bound any more", nil, nil)
 }
 
-// TestOwnEndpoints translates what the node sends to a bound address behind its own
+// TestNodeEndpoints translates what the node sends to a bound address behind its own
 // translations, as IPVS does and without a new route, to an address of the node: such
 // packets reach it, and with the mark that they had.
-func TestOwnEndpoints(t *testing.T) {
+func TestNodeEndpoints(t *testing.T) {
 	t.Parallel()
 	network := nettest.NewT(t, nettest.Options{})
 	node := network.Node
-	d := openIn(t, node.Namespace, virtualServers{})
+	d := openInNamespace(t, node.Namespace, virtualServers{})
 	var services []*dataplane.Service
 	script := "table inet translator {\n counter kept { }\n counter lost { }\n"
 	var sent, answered strings.Builder
 	for i, addr := range []netip.Addr{netip.MustParseAddr("10.96.0.1"), netip.MustParseAddr("fd00:96::1")} {
-		services = append(services, BoundAddress(addr))
+		services = append(services, BoundAddressService(addr))
 		ip := []string{"ip", "ip6"}[i]
 		for _, p := range []dataplane.Protocol{dataplane.TCP, dataplane.UDP} {
 			f := dataplane.Frontend{Protocol: p, Addr: netip.AddrPortFrom(addr, 80)}
@@ -658,13 +658,13 @@ func TestOwnEndpoints(t *testing.T) {
 			fmt.Fprintf(&answered, "%s saddr %s %s sport 6443 %s saddr set %s %s sport set 80\n", ip, node.Addrs()[i], l4, ip, addr, l4)
 		}
 	}
-	replace(t, d, dataplane.Node{}, services...)
+	mustReplace(t, d, dataplane.Node{}, services...)
 	script += "chain sent {\n type filter hook output priority -98\n" + sent.String() + "}\n" +
 		"chain answered {\n type filter hook output priority -300\n meta mark set 0x80000005\n" + answered.String() + "}\n" +
 		"chain seen {\n type filter hook postrouting priority 0\n" +
 		"th dport 6443 meta mark 0x80000005 counter name kept\n th dport 6443 meta mark != 0x80000005 counter name lost\n}\n}\n"
 	binary := nftBinaries(t)["1.1.3"]
-	nft(t, node.Namespace, binary, script)
+	runNFT(t, node.Namespace, binary, script)
 	node.ServeT(t, nettest.TCP, 6443)
 	node.ServeT(t, nettest.UDP, 6443)
 	for _, protocol := range []string{nettest.TCP, nettest.UDP} {
@@ -674,7 +674,7 @@ func TestOwnEndpoints(t *testing.T) {
 			}
 		}
 	}
-	kept, lost := packetsIn(t, nft(t, node.Namespace, binary, "list counter inet translator kept")), packetsIn(t, nft(t, node.Namespace, binary, "list counter inet translator lost"))
+	kept, lost := counterPackets(t, runNFT(t, node.Namespace, binary, "list counter inet translator kept")), counterPackets(t, runNFT(t, node.Namespace, binary, "list counter inet translator lost"))
 	if kept == 0 || lost > 0 {
 		t.Errorf("%d packets kept their mark, and %d did not", kept, lost)
 	}

@@ -30,22 +30,22 @@ type watch struct {
 	done    chan struct{} // closed when run has returned
 	log     *slog.Logger
 
-	mu     sync.Mutex
-	conn   *netlink.Conn
-	member bool // of the kernel's multicast group
+	mu         sync.Mutex
+	conn       *netlink.Conn
+	subscribed bool // of the kernel's multicast group
 
 	// changes counts the announcements that concern our tables, or may have been
 	// lost. generation is the last generation that was announced. announced is
 	// closed, and made again, when it changes.
-	changes    uint64
-	generation uint32
-	announced  chan struct{}
+	changes           uint64
+	generation        uint32
+	generationChanged chan struct{}
 }
 
 // Pauses before the watch opens its socket again, after an unexpected error.
 const (
-	minReopenPause = 10 * time.Millisecond
-	maxReopenPause = 10 * time.Second
+	minReopenDelay = 10 * time.Millisecond
+	maxReopenDelay = 10 * time.Second
 )
 
 // startWatch starts a goroutine that ends with close.
@@ -57,12 +57,12 @@ func startWatch(table string, netns int, ownPort uint32, log *slog.Logger) (*wat
 	w := &watch{
 		table: table, ownPort: ownPort, netns: ns, log: log,
 		drift: make(chan struct{}, 1), lost: make(chan struct{}, 1),
-		stop: make(chan struct{}), done: make(chan struct{}), announced: make(chan struct{}),
+		stop: make(chan struct{}), done: make(chan struct{}), generationChanged: make(chan struct{}),
 	}
 	if w.conn, err = w.dial(); err != nil {
 		return nil, errors.Join(err, ns.Close())
 	}
-	if err := w.join(); err != nil {
+	if err := w.subscribe(); err != nil {
 		return nil, errors.Join(err, w.conn.Close(), ns.Close())
 	}
 	go w.run(w.conn)
@@ -109,13 +109,13 @@ func (w *watch) dial() (*netlink.Conn, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open netlink socket to watch for changes: %w", err)
 	}
-	if err := w.setUp(conn); err != nil {
+	if err := w.configureSocket(conn); err != nil {
 		return nil, errors.Join(err, conn.Close())
 	}
 	return conn, nil
 }
 
-func (w *watch) setUp(conn *netlink.Conn) error {
+func (w *watch) configureSocket(conn *netlink.Conn) error {
 	// An announcement carries the port of the socket through which the change
 	// came. All messages of one buffer are of one commit, so the first one's
 	// header tells, and a filter in the kernel spares us the echo of our own.
@@ -137,28 +137,28 @@ func (w *watch) setUp(conn *netlink.Conn) error {
 	return nil
 }
 
-// join subscribes to announcements, unless the watch is subscribed.
-func (w *watch) join() error {
+// subscribe subscribes to announcements, unless the watch is subscribed.
+func (w *watch) subscribe() error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.member {
+	if w.subscribed {
 		return nil
 	}
 	if err := w.conn.JoinGroup(unix.NFNLGRP_NFTABLES); err != nil {
 		return fmt.Errorf("subscribe to nftables changes: %w", err)
 	}
-	w.member = true
+	w.subscribed = true
 	return nil
 }
 
-// leave ends the subscription until join. What was announced before arrives.
-func (w *watch) leave() error {
+// unsubscribe ends the subscription until join. What was announced before arrives.
+func (w *watch) unsubscribe() error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if err := w.conn.LeaveGroup(unix.NFNLGRP_NFTABLES); err != nil {
 		return fmt.Errorf("unsubscribe from nftables changes: %w", err)
 	}
-	w.member = false
+	w.subscribed = false
 	return nil
 }
 
@@ -172,7 +172,7 @@ func networkOrder(v uint32) uint32 {
 // socket, and signals drift, because announcements may have been lost.
 func (w *watch) run(conn *netlink.Conn) {
 	defer close(w.done)
-	pause := minReopenPause
+	pause := minReopenDelay
 	for {
 		opened := time.Now()
 		err := w.receive(conn)
@@ -180,8 +180,8 @@ func (w *watch) run(conn *netlink.Conn) {
 			return
 		}
 		w.log.Warn("lost the notifications of nftables changes, opening another socket", "error", err)
-		if time.Since(opened) > maxReopenPause {
-			pause = minReopenPause
+		if time.Since(opened) > maxReopenDelay {
+			pause = minReopenDelay
 		}
 		for {
 			select {
@@ -189,13 +189,13 @@ func (w *watch) run(conn *netlink.Conn) {
 				return
 			case <-time.After(pause):
 			}
-			pause = min(2*pause, maxReopenPause)
+			pause = min(2*pause, maxReopenDelay)
 			if conn, err = w.reopen(); err == nil {
 				break
 			}
 			w.log.Warn("no notifications of nftables changes", "retry_in", pause, "error", err)
 		}
-		w.changed()
+		w.countChange()
 		w.signalLoss()
 	}
 }
@@ -208,7 +208,7 @@ func (w *watch) reopen() (*netlink.Conn, error) {
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.member {
+	if w.subscribed {
 		if err := conn.JoinGroup(unix.NFNLGRP_NFTABLES); err != nil {
 			return nil, errors.Join(fmt.Errorf("subscribe to nftables changes: %w", err), conn.Close())
 		}
@@ -230,7 +230,7 @@ func (w *watch) receive(conn *netlink.Conn) error {
 			w.handle(messages)
 		case errors.Is(err, unix.ENOBUFS):
 			// Announcements were lost: some may have been about us.
-			w.changed()
+			w.countChange()
 			w.signalLoss()
 		case errors.Is(err, unix.EINTR), errors.Is(err, unix.EAGAIN):
 		default:
@@ -242,67 +242,67 @@ func (w *watch) receive(conn *netlink.Conn) error {
 func (w *watch) handle(messages []netlink.Message) {
 	concerned, lost := false, false
 	for _, m := range messages {
-		if w.concernsUs(m) {
+		if w.isOurTable(m) {
 			concerned = true
-			lost = lost || losesRules(m)
+			lost = lost || mayRemoveRules(m)
 		}
 	}
 	switch {
 	case lost:
-		w.changed()
+		w.countChange()
 		w.signalLoss()
 	case concerned:
-		w.changed()
-		w.signal()
+		w.countChange()
+		w.signalDrift()
 	}
-	// Only now: see onlyOthers.
+	// Only now: see tablesUnchanged.
 	for _, m := range messages {
 		if m.Header.Type == unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_NEWGEN {
-			w.inGeneration(m)
+			w.recordGeneration(m)
 		}
 	}
 }
 
-// inGeneration records the generation that a message announces. It is the last
+// recordGeneration records the generation that a message announces. It is the last
 // message of its commit (nf_tables_api.c, nf_tables_commit).
-func (w *watch) inGeneration(m netlink.Message) {
+func (w *watch) recordGeneration(m netlink.Message) {
 	if len(m.Data) < 4 {
 		return
 	}
 	if v, ok := nlconn.Attribute(m.Data[4:], unix.NFTA_GEN_ID); ok && len(v) == 4 {
 		w.mu.Lock()
 		w.generation = binary.BigEndian.Uint32(v)
-		close(w.announced)
-		w.announced = make(chan struct{})
+		close(w.generationChanged)
+		w.generationChanged = make(chan struct{})
 		w.mu.Unlock()
 	}
 }
 
-// changed counts an announcement that concerns our tables, or may have.
-func (w *watch) changed() {
+// countChange counts an announcement that concerns our tables, or may have.
+func (w *watch) countChange() {
 	w.mu.Lock()
 	w.changes++
 	w.mu.Unlock()
 }
 
-// announcedChanges returns how many announcements concerned our tables so far.
-func (w *watch) announcedChanges() uint64 {
+// changeCount returns how many announcements concerned our tables so far.
+func (w *watch) changeCount() uint64 {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.changes
 }
 
-// announcementDelay is how long announcedUntil waits for an announcement.
-const announcementDelay = 100 * time.Millisecond
+// notificationTimeout is how long waitForGeneration waits for an announcement.
+const notificationTimeout = 100 * time.Millisecond
 
-// announcedUntil waits until the commit that began a generation is announced, and
+// waitForGeneration waits until the commit that began a generation is announced, and
 // returns false if that takes too long. The commit must be somebody else's.
-func (w *watch) announcedUntil(generation uint32) bool {
-	deadline := time.NewTimer(announcementDelay)
+func (w *watch) waitForGeneration(generation uint32) bool {
+	deadline := time.NewTimer(notificationTimeout)
 	defer deadline.Stop()
 	for {
 		w.mu.Lock()
-		last, announced, member := w.generation, w.announced, w.member
+		last, announced, member := w.generation, w.generationChanged, w.subscribed
 		w.mu.Unlock()
 		if !member {
 			return false
@@ -318,8 +318,8 @@ func (w *watch) announcedUntil(generation uint32) bool {
 	}
 }
 
-// signal signals drift.
-func (w *watch) signal() {
+// signalDrift signals drift.
+func (w *watch) signalDrift() {
 	select {
 	case w.drift <- struct{}{}:
 	default:
@@ -332,7 +332,7 @@ func (w *watch) signalLoss() {
 	case w.lost <- struct{}{}:
 	default:
 	}
-	w.signal()
+	w.signalDrift()
 }
 
 func (w *watch) stopped() bool {
@@ -353,8 +353,8 @@ func (w *watch) close() error {
 	return errors.Join(err, w.netns.Close())
 }
 
-// concernsUs reports whether a message announces a change in one of our tables.
-func (w *watch) concernsUs(m netlink.Message) bool {
+// isOurTable reports whether a message announces a change in one of our tables.
+func (w *watch) isOurTable(m netlink.Message) bool {
 	if m.Header.Type>>8 != unix.NFNL_SUBSYS_NFTABLES || len(m.Data) < 4 {
 		return false
 	}
@@ -366,12 +366,12 @@ func (w *watch) concernsUs(m netlink.Message) bool {
 	// The table's name is attribute 1 of tables, chains, rules, sets, elements and
 	// objects alike (linux/netfilter/nf_tables.h).
 	name, ok := nlconn.Attribute(m.Data[4:], unix.NFTA_TABLE_NAME)
-	return ok && bytes.Equal(name, []byte(w.table+"\x00")) && !isRemembered(m)
+	return ok && bytes.Equal(name, []byte(w.table+"\x00")) && !isAffinityElement(m)
 }
 
-// isRemembered reports whether a message announces elements of what session affinity
+// isAffinityElement reports whether a message announces elements of what session affinity
 // remembers, such as clients that an operator makes the kernel forget.
-func isRemembered(m netlink.Message) bool {
+func isAffinityElement(m netlink.Message) bool {
 	switch m.Header.Type & 0xff {
 	case unix.NFT_MSG_NEWSETELEM, unix.NFT_MSG_DELSETELEM:
 		set, _ := nlconn.Attribute(m.Data[4:], unix.NFTA_SET_ELEM_LIST_SET)
@@ -382,9 +382,9 @@ func isRemembered(m netlink.Message) bool {
 	}
 }
 
-// losesRules reports whether a message announces that something is gone, or that a
+// mayRemoveRules reports whether a message announces that something is gone, or that a
 // table has changed, which may have made it dormant.
-func losesRules(m netlink.Message) bool {
+func mayRemoveRules(m netlink.Message) bool {
 	switch m.Header.Type & 0xff {
 	case unix.NFT_MSG_NEWTABLE, unix.NFT_MSG_DELTABLE, unix.NFT_MSG_DELCHAIN, unix.NFT_MSG_DELRULE,
 		unix.NFT_MSG_DELSET, unix.NFT_MSG_DELSETELEM, unix.NFT_MSG_DELOBJ:

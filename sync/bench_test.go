@@ -18,31 +18,31 @@ import (
 // of Services. They are of the syncer alone: the dataplane does nothing, or
 // is the fake, whose Apply costs as much as the changes.
 
-// nothing is a dataplane that costs nothing.
-type nothing struct{}
+// nopDataplane is a dataplane that costs nothing.
+type nopDataplane struct{}
 
-func (nothing) Replace(context.Context, dataplane.Node, iter.Seq[*dataplane.Service], func(int)) error {
+func (nopDataplane) Replace(context.Context, dataplane.Node, iter.Seq[*dataplane.Service], func(int)) error {
 	return nil
 }
-func (nothing) Apply(context.Context, []dataplane.Change) error { return nil }
-func (nothing) Read(context.Context) (dataplane.State, error)   { return nil, nil }
-func (nothing) Drift() <-chan struct{}                          { return nil }
-func (nothing) Close() error                                    { return nil }
+func (nopDataplane) Apply(context.Context, []dataplane.Change) error { return nil }
+func (nopDataplane) Read(context.Context) (dataplane.State, error)   { return nil, nil }
+func (nopDataplane) Drift() <-chan struct{}                          { return nil }
+func (nopDataplane) Close() error                                    { return nil }
 
-var sizes = []int{1_000, 10_000, 100_000}
+var serviceCounts = []int{1_000, 10_000, 100_000}
 
 // BenchmarkUpdate measures one changed Service, from Update to the return of
 // the dataplane's Apply: one event at a time.
 func BenchmarkUpdate(b *testing.B) {
 	for name, open := range map[string]func() dataplane.Dataplane{
-		"nothing": func() dataplane.Dataplane { return nothing{} },
+		"nothing": func() dataplane.Dataplane { return nopDataplane{} },
 		"fake":    func() dataplane.Dataplane { return fake.New(fake.Options{}) },
 	} {
-		for _, n := range sizes {
+		for _, n := range serviceCounts {
 			b.Run(fmt.Sprintf("dataplane=%s/services=%d", name, n), func(b *testing.B) {
 				ends := make(chan time.Time, 1)
 				s := sync.New(open(), sync.Options{OnCommit: func(c sync.Commit) { ends <- c.End }})
-				services, others := loaded(b, s, n, ends)
+				services, others := runLoaded(b, s, n, ends)
 				took := make([]time.Duration, 0, 1<<20)
 				change := updates{}
 				runtime.GC()
@@ -67,11 +67,11 @@ func BenchmarkUpdate(b *testing.B) {
 
 // BenchmarkBatch measures 100 Services changed by one Update.
 func BenchmarkBatch(b *testing.B) {
-	for _, n := range sizes {
+	for _, n := range serviceCounts {
 		b.Run(fmt.Sprintf("services=%d/changed=100", n), func(b *testing.B) {
 			ends := make(chan time.Time, 1)
-			s := sync.New(nothing{}, sync.Options{OnCommit: func(c sync.Commit) { ends <- c.End }})
-			services, others := loaded(b, s, n, ends)
+			s := sync.New(nopDataplane{}, sync.Options{OnCommit: func(c sync.Commit) { ends <- c.End }})
+			services, others := runLoaded(b, s, n, ends)
 			change := updates{}
 			b.ReportAllocs()
 			i := 0
@@ -93,7 +93,7 @@ func BenchmarkBatch(b *testing.B) {
 // BenchmarkStart measures the first Replace, and what the syncer holds for each
 // Service besides the Service itself.
 func BenchmarkStart(b *testing.B) {
-	for _, n := range sizes {
+	for _, n := range serviceCounts {
 		b.Run(fmt.Sprintf("services=%d", n), func(b *testing.B) {
 			all := updates{}
 			for i := range n {
@@ -108,9 +108,9 @@ func BenchmarkStart(b *testing.B) {
 				b.StartTimer()
 				ctx, cancel := context.WithCancel(b.Context())
 				ended := make(chan struct{})
-				s := sync.New(nothing{}, sync.Options{})
+				s := sync.New(nopDataplane{}, sync.Options{})
 				s.Update(all)
-				s.ListComplete()
+				s.FinishInitialList()
 				go func() {
 					_ = s.Run(ctx)
 					close(ended)
@@ -138,9 +138,9 @@ func heap() uint64 {
 	return m.HeapAlloc
 }
 
-// loaded runs s with n Services of 10 endpoints until b ends. It returns them,
+// runLoaded runs s with n Services of 10 endpoints until b ends. It returns them,
 // and for each another value with one endpoint replaced.
-func loaded(b *testing.B, s *sync.Syncer, n int, ends <-chan time.Time) (services, others []*dataplane.Service) {
+func runLoaded(b *testing.B, s *sync.Syncer, n int, ends <-chan time.Time) (services, others []*dataplane.Service) {
 	b.Helper()
 	all := updates{}
 	for i := range n {
@@ -152,7 +152,7 @@ func loaded(b *testing.B, s *sync.Syncer, n int, ends <-chan time.Time) (service
 		others = append(others, &other)
 	}
 	s.Update(all)
-	s.ListComplete()
+	s.FinishInitialList()
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan struct{})
 	go func() {

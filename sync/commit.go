@@ -6,13 +6,13 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// Kind is the verb of a [Commit].
-type Kind string
+// Op is the verb of a [Commit].
+type Op string
 
 // The verbs of a dataplane.
 const (
-	KindApply   Kind = "apply"
-	KindReplace Kind = "replace"
+	OpApply   Op = "apply"
+	OpReplace Op = "replace"
 )
 
 // Reason says why a [Commit] was made.
@@ -31,7 +31,7 @@ const (
 
 // Commit is one call to the dataplane and what became of it.
 type Commit struct {
-	Kind   Kind
+	Op     Op
 	Reason Reason
 
 	// Changes are those that took, in no order. Old is what was last known to
@@ -51,17 +51,17 @@ type Commit struct {
 	// Services is the number of Services wanted, failing ones included.
 	Services int
 
-	// Oldest is when the oldest change that this call carried was handed to
+	// OldestUpdate is when the oldest change that this call carried was handed to
 	// [Syncer.Update]; zero when it carried none. End minus Oldest is the time
 	// that change took.
-	Oldest time.Time
+	OldestUpdate time.Time
 
 	// Start and End are when the call began and returned.
 	Start, End time.Time
 
-	// First and Last are when the first and the last of the Services of a
+	// FirstComplete and Last are when the first and the last of the Services of a
 	// Replace were complete in the kernel, as the dataplane told on its way.
 	// Services that failed do not count. Both are zero for an Apply, for a
 	// Replace that completed none, and for one that failed as a whole.
-	First, Last time.Time
+	FirstComplete, LastComplete time.Time
 }

@@ -42,7 +42,7 @@
 //     each attempt from [Options.RetryMin] to [Options.RetryMax],
 //   - every [Options.ResyncPeriod], if that is set.
 //
-// Replace is given the Services of [Options.First] first, such as the cluster's
+// Replace is given the Services of [Options.Prioritize] first, such as the cluster's
 // DNS, and all in the order of their keys, but for what a Service has beyond the
 // weight of a call of Apply, which comes last. [Commit] says when the first and the
 // last were complete.

@@ -13,7 +13,7 @@ func Example() {
 	ctx, cancel := context.WithCancel(context.Background())
 	s := sync.New(fake.New(fake.Options{}), sync.Options{
 		OnCommit: func(c sync.Commit) {
-			fmt.Println(c.Kind, c.Reason, len(c.Changes), "of", c.Services)
+			fmt.Println(c.Op, c.Reason, len(c.Changes), "of", c.Services)
 		},
 	})
 	ended := make(chan error)
@@ -21,7 +21,7 @@ func Example() {
 
 	first, second := service(1, 3), service(2, 3)
 	s.Update(map[dataplane.Key]*dataplane.Service{first.Key: first, second.Key: second})
-	s.ListComplete()
+	s.FinishInitialList()
 	_ = s.WaitSynced(ctx)
 	s.Update(map[dataplane.Key]*dataplane.Service{second.Key: nil})
 	_ = s.WaitSynced(ctx)

@@ -38,9 +38,9 @@ type Options struct {
 	// drift by itself. Set it for one that has no way to notice.
 	ResyncPeriod time.Duration
 
-	// First reports whether Replace is given a Service before others, because other
+	// Prioritize reports whether Replace is given a Service before others, because other
 	// programs need it for their work. Nil means that none is.
-	First func(dataplane.Key) bool
+	Prioritize func(dataplane.Key) bool
 }
 
 func (o Options) withDefaults() Options {
@@ -57,9 +57,9 @@ func (o Options) withDefaults() Options {
 	return o
 }
 
-// delay returns the time to wait after attempt attempts have failed, with
+// retryDelay returns the time to wait after attempt attempts have failed, with
 // random, in [0, 1), deciding how much of it is taken off.
-func (o Options) delay(attempts int, random float64) time.Duration {
+func (o Options) retryDelay(attempts int, random float64) time.Duration {
 	d := o.RetryMin
 	for range attempts - 1 {
 		if d >= o.RetryMax/2 {

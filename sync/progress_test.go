@@ -16,16 +16,16 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// steps is a dataplane whose Replace takes a second for each Service, and which
+// slowDataplane is a dataplane whose Replace takes a second for each Service, and which
 // notes the order in which it is given them.
-type steps struct {
+type slowDataplane struct {
 	dataplane.Dataplane
 	order []string
 	err   error // of every Replace
 	fail  string
 }
 
-func (d *steps) Replace(_ context.Context, _ dataplane.Node, services iter.Seq[*dataplane.Service], progress func(int)) error {
+func (d *slowDataplane) Replace(_ context.Context, _ dataplane.Node, services iter.Seq[*dataplane.Service], progress func(int)) error {
 	d.order = nil
 	complete := 0
 	failed := map[dataplane.Key]error{}
@@ -45,7 +45,7 @@ func (d *steps) Replace(_ context.Context, _ dataplane.Node, services iter.Seq[*
 	return d.err
 }
 
-func named(t *testing.T, namespace, name string, n byte) *dataplane.Service {
+func namedService(t *testing.T, namespace, name string, n byte) *dataplane.Service {
 	t.Helper()
 	s := *service(int(n), 1)
 	s.Key.Namespace, s.Key.Name, s.Key.Port = namespace, name, ""
@@ -54,26 +54,26 @@ func named(t *testing.T, namespace, name string, n byte) *dataplane.Service {
 
 // The Services that others need come first, the rest in the order of their keys,
 // and the commit tells when the first and the last were complete.
-func TestReplaceTellsHowItWentOn(t *testing.T) {
+func TestReplaceOrderAndProgress(t *testing.T) {
 	t.Parallel()
 	var services []*dataplane.Service
 	for i, name := range []string{"default/web", "kube-system/metrics", "apps/db", "zoo/lion", "kube-system/dns", "kube-system-2/x"} {
 		namespace, name, _ := strings.Cut(name, "/")
-		services = append(services, named(t, namespace, name, byte(i)))
+		services = append(services, namedService(t, namespace, name, byte(i)))
 	}
 	inOrder := []string{"kube-system/dns", "kube-system/metrics", "apps/db", "default/web", "kube-system-2/x", "zoo/lion"}
 	for name, tt := range map[string]struct {
 		services    []*dataplane.Service
-		dp          steps
+		dp          slowDataplane
 		order       []string
 		first, last time.Duration // after the call began; zero if there is none
 	}{
 		"all take":           {services: services, order: inOrder, first: time.Second, last: 6 * time.Second},
 		"there are none":     {},
-		"the first fails":    {services: services, dp: steps{fail: "dns"}, order: inOrder, first: 2 * time.Second, last: 6 * time.Second},
-		"the last fails":     {services: services, dp: steps{fail: "lion"}, order: inOrder, first: time.Second, last: 5 * time.Second},
-		"only one, it fails": {services: services[:1], dp: steps{fail: "web"}, order: []string{"default/web"}},
-		"the call fails":     {services: services, dp: steps{err: errors.New("connection lost")}, order: inOrder},
+		"the first fails":    {services: services, dp: slowDataplane{fail: "dns"}, order: inOrder, first: 2 * time.Second, last: 6 * time.Second},
+		"the last fails":     {services: services, dp: slowDataplane{fail: "lion"}, order: inOrder, first: time.Second, last: 5 * time.Second},
+		"only one, it fails": {services: services[:1], dp: slowDataplane{fail: "web"}, order: []string{"default/web"}},
+		"the call fails":     {services: services, dp: slowDataplane{err: errors.New("connection lost")}, order: inOrder},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -81,14 +81,14 @@ func TestReplaceTellsHowItWentOn(t *testing.T) {
 				tt.dp.Dataplane = fake.New(fake.Options{})
 				commits := make(chan sync.Commit, 1)
 				s := sync.New(&tt.dp, sync.Options{
-					First:    func(k dataplane.Key) bool { return k.Namespace == "kube-system" },
-					OnCommit: func(c sync.Commit) { commits <- c },
+					Prioritize: func(k dataplane.Key) bool { return k.Namespace == "kube-system" },
+					OnCommit:   func(c sync.Commit) { commits <- c },
 				})
 				ctx, cancel := context.WithCancel(t.Context())
 				defer cancel()
 				go func() { _ = s.Run(ctx) }()
-				s.Update(set(tt.services...))
-				s.ListComplete()
+				s.Update(upserts(tt.services...))
+				s.FinishInitialList()
 				c := <-commits
 				if diff := cmp.Diff(tt.order, tt.dp.order); diff != "" {
 					t.Errorf("order of the Services (-want +got):\n%s", diff)
@@ -99,7 +99,7 @@ func TestReplaceTellsHowItWentOn(t *testing.T) {
 					}
 					return at.Sub(c.Start)
 				}
-				if first, last := after(c.First), after(c.Last); first != tt.first || last != tt.last {
+				if first, last := after(c.FirstComplete), after(c.LastComplete); first != tt.first || last != tt.last {
 					t.Errorf("first complete after %v, last after %v, want %v and %v", first, last, tt.first, tt.last)
 				}
 				cancel()
@@ -110,15 +110,15 @@ func TestReplaceTellsHowItWentOn(t *testing.T) {
 }
 
 // The log has the times of the start's commit.
-func TestStartIsLoggedWithItsProgress(t *testing.T) {
+func TestInitialCommitLogsProgress(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		fx := start(t, fake.New(fake.Options{}), sync.Options{})
+		fx := startSyncer(t, fake.New(fake.Options{}), sync.Options{})
 		defer fx.stop()
-		fx.Update(set(service(1, 1)))
-		fx.ListComplete()
-		fx.settle()
-		if log := fx.logged(); !strings.Contains(log, "reason=start") || !strings.Contains(log, "first_after=0s last_after=0s") {
+		fx.Update(upserts(service(1, 1)))
+		fx.FinishInitialList()
+		fx.waitSynced()
+		if log := fx.newLog(); !strings.Contains(log, "reason=start") || !strings.Contains(log, "first_after=0s last_after=0s") {
 			t.Errorf("log %q, want the start's commit with the times of the first and the last Service", log)
 		}
 	})
@@ -128,13 +128,13 @@ func TestStartIsLoggedWithItsProgress(t *testing.T) {
 func TestApplyHasNoProgress(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		fx := start(t, fake.New(fake.Options{}), sync.Options{})
+		fx := startSyncer(t, fake.New(fake.Options{}), sync.Options{})
 		defer fx.stop()
-		fx.ListComplete()
-		fx.settle()
-		fx.Update(set(service(1, 1)))
-		commits := fx.settle()
-		if len(commits) != 1 || !commits[0].First.IsZero() || !commits[0].Last.IsZero() {
+		fx.FinishInitialList()
+		fx.waitSynced()
+		fx.Update(upserts(service(1, 1)))
+		commits := fx.waitSynced()
+		if len(commits) != 1 || !commits[0].FirstComplete.IsZero() || !commits[0].LastComplete.IsZero() {
 			t.Errorf("commits %+v, want one without times of completion", commits)
 		}
 	})

@@ -28,15 +28,15 @@ type queue struct {
 	arrived []*entry
 	// groups are sorted by compare. Entries that came since the last call are in fresh,
 	// and in no group.
-	groups []*group
-	fresh  []*entry
-	// moving has the group of each frontend that joins or leaves a Service.
-	moving map[dataplane.Frontend]*group
-	// served is the weight of all that was served, and finish, by Service, where in
+	groups    []*group
+	ungrouped []*entry
+	// movingGroups has the group of each frontend that joins or leaves a Service.
+	movingGroups map[dataplane.Frontend]*group
+	// servedWeight is the weight of all that was served, and finish, by Service, where in
 	// this count its last change will be complete.
-	served uint64
-	finish map[serviceName]uint64
-	groupN uint64
+	servedWeight    uint64
+	finishByService map[serviceName]uint64
+	groupSeq        uint64
 }
 
 type serviceName struct{ namespace, name string }
@@ -45,35 +45,35 @@ type serviceName struct{ namespace, name string }
 type entry struct {
 	dataplane.Change
 
-	at     time.Time // when it was handed over
-	after  uint64    // the last input before the one that it came with
-	weight int
-	group  *group // nil while fresh
-	gone   bool
+	updatedAt time.Time // when it was handed over
+	prevSeq   uint64    // the last input before the one that it came with
+	weight    int
+	group     *group // nil while fresh
+	removed   bool
 }
 
 // group is a set of changes that go together.
 type group struct {
-	entries []*entry
-	finish  uint64
-	number  uint64
-	into    *group // that it has become part of, or nil
+	entries    []*entry
+	finish     uint64
+	seq        uint64
+	mergedInto *group // that it has become part of, or nil
 }
 
 func newQueue() queue {
 	return queue{
-		entries: map[dataplane.Key]*entry{}, moving: map[dataplane.Frontend]*group{}, finish: map[serviceName]uint64{},
+		entries: map[dataplane.Key]*entry{}, movingGroups: map[dataplane.Frontend]*group{}, finishByService: map[serviceName]uint64{},
 	}
 }
 
 func (g *group) compare(o *group) int {
-	return cmp.Or(cmp.Compare(g.finish, o.finish), cmp.Compare(g.number, o.number))
+	return cmp.Or(cmp.Compare(g.finish, o.finish), cmp.Compare(g.seq, o.seq))
 }
 
 // root returns the group that g is part of by now.
 func (g *group) root() *group {
-	for g.into != nil {
-		g = g.into
+	for g.mergedInto != nil {
+		g = g.mergedInto
 	}
 	return g
 }
@@ -82,12 +82,12 @@ func (g *group) root() *group {
 func (q *queue) put(c dataplane.Change, at time.Time, after uint64) {
 	e := q.entries[c.Key()]
 	if e == nil {
-		e = &entry{at: at, after: after}
+		e = &entry{updatedAt: at, prevSeq: after}
 		q.entries[c.Key()] = e
 		q.arrived = append(q.arrived, e)
-		q.fresh = append(q.fresh, e)
+		q.ungrouped = append(q.ungrouped, e)
 	} else if e.group != nil { // other frontends may move now
-		q.dissolve(e.group.root())
+		q.ungroup(e.group.root())
 	}
 	q.weight -= e.weight
 	e.Change, e.weight = c, weightOf(c)
@@ -114,26 +114,26 @@ func weightOf(c dataplane.Change) int {
 // remove drops the change of a key, if there is one.
 func (q *queue) remove(k dataplane.Key) {
 	if e := q.entries[k]; e != nil {
-		q.drop(e)
+		q.removeEntry(e)
 	}
 }
 
-func (q *queue) drop(e *entry) {
-	e.gone = true
+func (q *queue) removeEntry(e *entry) {
+	e.removed = true
 	q.weight -= e.weight
 	delete(q.entries, e.Key())
 }
 
 // clear drops all changes.
 func (q *queue) clear() {
-	served := q.served
+	served := q.servedWeight
 	*q = newQueue()
-	q.served = served
+	q.servedWeight = served
 }
 
-// first returns the entry that has waited longest, or nil.
-func (q *queue) first() *entry {
-	for len(q.arrived) > 0 && q.arrived[0].gone {
+// oldest returns the entry that has waited longest, or nil.
+func (q *queue) oldest() *entry {
+	for len(q.arrived) > 0 && q.arrived[0].removed {
 		q.arrived = q.arrived[1:]
 	}
 	if len(q.arrived) == 0 {
@@ -142,70 +142,70 @@ func (q *queue) first() *entry {
 	return q.arrived[0]
 }
 
-// next takes the changes for one call off the queue: some of this weight together, or
+// dequeue takes the changes for one call off the queue: some of this weight together, or
 // one group that has more.
-func (q *queue) next(weight int) []*entry {
+func (q *queue) dequeue(weight int) []*entry {
 	if q.weight <= weight {
 		all := slices.Collect(maps.Values(q.entries))
 		slices.SortFunc(all, func(a, b *entry) int {
 			return cmp.Or(cmp.Compare(a.weight, b.weight), a.Key().Compare(b.Key()))
 		})
-		q.served += uint64(q.weight) //nolint:gosec // a length
+		q.servedWeight += uint64(q.weight) //nolint:gosec // a length
 		q.clear()
 		return all
 	}
-	for _, e := range q.fresh {
-		if !e.gone && e.group == nil {
-			q.join(e)
+	for _, e := range q.ungrouped {
+		if !e.removed && e.group == nil {
+			q.addToGroup(e)
 		}
 	}
-	q.fresh = nil
+	q.ungrouped = nil
 	var taken []*entry
 	for n := 0; n < weight && len(q.groups) > 0; {
 		g := q.groups[0]
 		q.groups = q.groups[1:]
-		q.forget(g)
+		q.unindexFrontends(g)
 		for _, e := range g.entries {
-			if e.gone {
+			if e.removed {
 				continue
 			}
 			n += e.weight
-			q.served += uint64(e.weight) //nolint:gosec // a length
-			q.drop(e)
+			q.servedWeight += uint64(e.weight) //nolint:gosec // a length
+			q.removeEntry(e)
 			taken = append(taken, e)
 		}
 	}
 	return taken
 }
 
-// join puts an entry into a group: a new one, with all those in it that a frontend
+// addToGroup puts an entry into a group: a new one, with all those in it that a frontend
 // moves from or to.
-func (q *queue) join(e *entry) {
-	q.groupN++
-	g := &group{number: q.groupN, entries: []*entry{e}}
+func (q *queue) addToGroup(e *entry) {
+	q.groupSeq++
+	g := &group{seq: q.groupSeq, entries: []*entry{e}}
 	e.group = g
-	for f := range e.moving() {
-		other, ok := q.moving[f]
-		q.moving[f] = g
+	for f := range e.movedFrontends() {
+		other, ok := q.movingGroups[f]
+		q.movingGroups[f] = g
 		if !ok || other.root() == g {
 			continue
 		}
 		other = other.root()
-		q.withdraw(other)
+		q.removeGroup(other)
 		g.entries = append(g.entries, other.entries...)
 		g.finish = max(g.finish, other.finish)
-		other.into, other.entries = g, nil
+		other.mergedInto, other.entries = g, nil
 	}
 	k := e.Key()
 	name := serviceName{k.Namespace, k.Name}
-	g.finish = max(g.finish, q.served, q.finish[name]) + uint64(e.weight) //nolint:gosec // a length
-	q.finish[name] = g.finish
+	g.finish = max(g.finish, q.servedWeight, q.finishByService[name]) + uint64(e.weight) //nolint:gosec // a length
+	q.finishByService[name] = g.finish
 	i, _ := slices.BinarySearchFunc(q.groups, g, (*group).compare)
 	q.groups = slices.Insert(q.groups, i, g)
 }
 
-// moving yields the frontends that join or leave the Service.
-func (e *entry) moving() func(yield func(dataplane.Frontend) bool) {
+// movedFrontends yields the frontends that join or leave the Service.
+func (e *entry) movedFrontends() func(yield func(dataplane.Frontend) bool) {
 	return func(yield func(dataplane.Frontend) bool) {
 		var before, after []dataplane.Frontend
 		if e.Old != nil {
@@ -233,28 +233,28 @@ func (e *entry) moving() func(yield func(dataplane.Frontend) bool) {
 	}
 }
 
-// withdraw takes a group off the list.
-func (q *queue) withdraw(g *group) {
+// removeGroup takes a group off the list.
+func (q *queue) removeGroup(g *group) {
 	if i, ok := slices.BinarySearchFunc(q.groups, g, (*group).compare); ok {
 		q.groups = slices.Delete(q.groups, i, i+1)
 	}
 }
 
-// dissolve makes the entries of a group fresh again.
-func (q *queue) dissolve(g *group) {
-	q.withdraw(g)
-	q.forget(g)
+// ungroup makes the entries of a group fresh again.
+func (q *queue) ungroup(g *group) {
+	q.removeGroup(g)
+	q.unindexFrontends(g)
 	for _, e := range g.entries {
 		e.group = nil
-		q.fresh = append(q.fresh, e)
+		q.ungrouped = append(q.ungrouped, e)
 	}
 }
 
-// forget drops what moving has of a group.
-func (q *queue) forget(g *group) {
+// unindexFrontends drops what moving has of a group.
+func (q *queue) unindexFrontends(g *group) {
 	for _, e := range g.entries {
-		for f := range e.moving() {
-			delete(q.moving, f)
+		for f := range e.movedFrontends() {
+			delete(q.movingGroups, f)
 		}
 	}
 }

@@ -10,8 +10,8 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// sized returns a Service of a weight, whose frontends are at addr and behind.
-func sized(t testing.TB, name, port, addr string, frontends, weight int) *dataplane.Service {
+// serviceOfWeight returns a Service of a weight, whose frontends are at addr and behind.
+func serviceOfWeight(t testing.TB, name, port, addr string, frontends, weight int) *dataplane.Service {
 	t.Helper()
 	a := netip.MustParseAddr(addr)
 	var fs []dataplane.Frontend
@@ -24,14 +24,14 @@ func sized(t testing.TB, name, port, addr string, frontends, weight int) *datapl
 		es = append(es, dataplane.Endpoint{Addr: netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, byte(n >> 16), byte(n >> 8), byte(n)}), 8080)})
 	}
 	key := dataplane.Key{Namespace: "default", Name: name, Port: port, Family: dataplane.IPv4, Kind: dataplane.ExternalIP}
-	s, err := dataplane.NewService(key, fs, dataplane.Treatment{Endpoints: es})
+	s, err := dataplane.NewService(key, fs, dataplane.ServiceSpec{Endpoints: es})
 	if err != nil {
 		t.Fatal(err)
 	}
 	return s
 }
 
-func namesOf(entries []*entry) []string {
+func serviceNames(entries []*entry) []string {
 	var names []string
 	for _, e := range entries {
 		names = append(names, e.Key().Name)
@@ -39,11 +39,11 @@ func namesOf(entries []*entry) []string {
 	return names
 }
 
-// monster puts the creation of a Service of many ports into the queue.
-func monster(t testing.TB, q *queue, ports int) {
+// putHugeService puts the creation of a Service of many ports into the queue.
+func putHugeService(t testing.TB, q *queue, ports int) {
 	t.Helper()
 	for i := range ports {
-		q.put(dataplane.Change{New: sized(t, "monster", fmt.Sprint(i), fmt.Sprintf("203.0.%d.1", i), 200, 300)}, time.Time{}, 0)
+		q.put(dataplane.Change{New: serviceOfWeight(t, "monster", fmt.Sprint(i), fmt.Sprintf("203.0.%d.1", i), 200, 300)}, time.Time{}, 0)
 	}
 }
 
@@ -52,12 +52,12 @@ func monster(t testing.TB, q *queue, ports int) {
 func TestQueueIsFair(t *testing.T) {
 	t.Parallel()
 	q := newQueue()
-	monster(t, &q, 200)
+	putHugeService(t, &q, 200)
 	calls, served := 0, 0
 	for round := 0; len(q.entries) > 0; round++ {
 		name := fmt.Sprint("small-", round)
-		q.put(dataplane.Change{New: sized(t, name, "", "192.0.2.1", 1, 11)}, time.Time{}, 0)
-		taken := q.next(callWeight)
+		q.put(dataplane.Change{New: serviceOfWeight(t, name, "", "192.0.2.1", 1, 11)}, time.Time{}, 0)
+		taken := q.dequeue(callWeight)
 		calls++
 		weight, ports := 0, 0
 		for _, e := range taken {
@@ -69,7 +69,7 @@ func TestQueueIsFair(t *testing.T) {
 		if weight > callWeight+300 {
 			t.Fatalf("call %d has a weight of %d, want some %d", round, weight, callWeight)
 		}
-		if !slices.Contains(namesOf(taken), name) {
+		if !slices.Contains(serviceNames(taken), name) {
 			t.Fatalf("call %d is without the small Service that waits", round)
 		}
 		if served += ports; ports == 0 && served < 200 {
@@ -83,24 +83,24 @@ func TestQueueIsFair(t *testing.T) {
 		t.Errorf("%d calls, want at least %d", calls, want)
 	}
 
-	monster(t, &q, 200)
-	q.next(callWeight)
-	q.put(dataplane.Change{New: sized(t, "middling", "", "192.0.2.1", 1, 2000)}, time.Time{}, 0)
-	if taken := namesOf(q.next(callWeight)); !slices.Contains(taken, "middling") {
+	putHugeService(t, &q, 200)
+	q.dequeue(callWeight)
+	q.put(dataplane.Change{New: serviceOfWeight(t, "middling", "", "192.0.2.1", 1, 2000)}, time.Time{}, 0)
+	if taken := serviceNames(q.dequeue(callWeight)); !slices.Contains(taken, "middling") {
 		t.Errorf("a Service of 2,000 endpoints waits for a huge one: %v", taken)
 	}
 }
 
-// TestQueueStarvesNobody has small Services change all the time.
-func TestQueueStarvesNobody(t *testing.T) {
+// TestQueueDoesNotStarve has small Services change all the time.
+func TestQueueDoesNotStarve(t *testing.T) {
 	t.Parallel()
 	q := newQueue()
-	q.put(dataplane.Change{New: sized(t, "large", "", "203.0.113.1", 1, 10_000)}, time.Time{}, 0)
+	q.put(dataplane.Change{New: serviceOfWeight(t, "large", "", "203.0.113.1", 1, 10_000)}, time.Time{}, 0)
 	for round := range 20 {
 		for i := range 500 {
-			q.put(dataplane.Change{New: sized(t, fmt.Sprintf("small-%d-%d", round, i), "", "192.0.2.1", 1, 11)}, time.Time{}, 0)
+			q.put(dataplane.Change{New: serviceOfWeight(t, fmt.Sprintf("small-%d-%d", round, i), "", "192.0.2.1", 1, 11)}, time.Time{}, 0)
 		}
-		if slices.Contains(namesOf(q.next(callWeight)), "large") {
+		if slices.Contains(serviceNames(q.dequeue(callWeight)), "large") {
 			return
 		}
 	}
@@ -112,18 +112,20 @@ func TestQueueStarvesNobody(t *testing.T) {
 func TestQueueKeepsMovesTogether(t *testing.T) {
 	t.Parallel()
 	q := newQueue()
-	monster(t, &q, 50)
-	q.put(dataplane.Change{New: sized(t, "x", "", "192.0.2.1", 1, 11)}, time.Time{}, 0)
-	q.next(1) // all are in groups now
-	at := func(name, addr string, n, weight int) *dataplane.Service { return sized(t, name, "", addr, n, weight) }
+	putHugeService(t, &q, 50)
+	q.put(dataplane.Change{New: serviceOfWeight(t, "x", "", "192.0.2.1", 1, 11)}, time.Time{}, 0)
+	q.dequeue(1) // all are in groups now
+	at := func(name, addr string, n, weight int) *dataplane.Service {
+		return serviceOfWeight(t, name, "", addr, n, weight)
+	}
 	a, b, c := at("a", "192.0.2.10", 3, 20), at("b", "192.0.2.20", 3, 3000), at("c", "192.0.2.30", 3, 6000)
 	q.put(dataplane.Change{Old: a, New: at("a", "192.0.2.20", 3, 20)}, time.Time{}, 1)
 	q.put(dataplane.Change{Old: b, New: at("b", "192.0.2.40", 3, 3000)}, time.Time{}, 1)
-	q.next(1)
+	q.dequeue(1)
 	q.put(dataplane.Change{Old: c, New: at("c", "192.0.2.50", 3, 6000)}, time.Time{}, 2)
 	q.put(dataplane.Change{Old: b, New: at("b", "192.0.2.30", 3, 3000)}, time.Time{}, 2)
 	for range 100 {
-		taken := namesOf(q.next(callWeight))
+		taken := serviceNames(q.dequeue(callWeight))
 		moved := 0
 		for _, name := range []string{"a", "b", "c"} {
 			if slices.Contains(taken, name) {
@@ -140,19 +142,19 @@ func TestQueueKeepsMovesTogether(t *testing.T) {
 	t.Error("the frontends never move")
 }
 
-// TestQueueForgets undoes changes and takes all others off.
-func TestQueueForgets(t *testing.T) {
+// TestQueueRemoveAll undoes changes and takes all others off.
+func TestQueueRemoveAll(t *testing.T) {
 	t.Parallel()
 	q := newQueue()
-	monster(t, &q, 50)
-	q.next(callWeight)
+	putHugeService(t, &q, 50)
+	q.dequeue(callWeight)
 	for k := range q.entries {
 		q.remove(k)
 	}
-	if q.weight != 0 || q.first() != nil {
+	if q.weight != 0 || q.oldest() != nil {
 		t.Errorf("the empty queue has a weight of %d", q.weight)
 	}
-	if taken := q.next(callWeight); len(taken) != 0 || len(q.moving)+len(q.groups)+len(q.finish)+len(q.arrived) != 0 {
-		t.Errorf("the empty queue has %d changes, and remembers %d frontends", len(taken), len(q.moving))
+	if taken := q.dequeue(callWeight); len(taken) != 0 || len(q.movingGroups)+len(q.groups)+len(q.finishByService)+len(q.arrived) != 0 {
+		t.Errorf("the empty queue has %d changes, and remembers %d frontends", len(taken), len(q.movingGroups))
 	}
 }

@@ -41,7 +41,7 @@ func (s *Syncer) Status() Status {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	st := s.status
-	st.PendingSince = earlier(st.PendingSince, s.inbox.oldest)
+	st.PendingSince = earlier(st.PendingSince, s.inbox.oldestUpdate)
 	return st
 }
 

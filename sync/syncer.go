@@ -18,30 +18,30 @@ type Syncer struct {
 	wake    chan struct{} // one slot: the inbox has something
 	stopped chan struct{} // closed when Run has returned
 
-	mu      sync.Mutex
-	started bool // Run was called
-	inbox   inbox
-	status  Status
-	done    uint64 // all input up to this number has been tried
-	waiting []waiter
+	mu       sync.Mutex
+	started  bool // Run was called
+	inbox    inbox
+	status   Status
+	triedSeq uint64 // all input up to this number has been tried
+	waiters  []waiter
 
 	tables tables // owned by Run
 }
 
 // inbox is what was handed over since Run last looked.
 type inbox struct {
-	changes  map[dataplane.Key]input
-	oldest   time.Time // of the changes; zero if there are none
-	node     *dataplane.Node
-	complete bool
-	seq      uint64 // number of the last input
+	changes      map[dataplane.Key]input
+	oldestUpdate time.Time // of the changes; zero if there are none
+	node         *dataplane.Node
+	listComplete bool
+	seq          uint64 // number of the last input
 }
 
 // input is the last value handed over for a key, nil for deleted, and the time
 // of the first one.
 type input struct {
-	svc *dataplane.Service
-	at  time.Time
+	svc       *dataplane.Service
+	updatedAt time.Time
 }
 
 // waiter is a call to WaitSynced.
@@ -90,15 +90,15 @@ func (s *Syncer) Update(changes map[dataplane.Key]*dataplane.Service) {
 		}
 		in, ok := s.inbox.changes[k]
 		if !ok {
-			in.at = now
+			in.updatedAt = now
 		}
 		in.svc = svc
 		s.inbox.changes[k] = in
 	}
-	if s.inbox.oldest.IsZero() {
-		s.inbox.oldest = now
+	if s.inbox.oldestUpdate.IsZero() {
+		s.inbox.oldestUpdate = now
 	}
-	s.handed()
+	s.unlockAndWake()
 }
 
 // SetNode hands over the node. Before the first call it is the zero Node. It
@@ -107,29 +107,29 @@ func (s *Syncer) Update(changes map[dataplane.Key]*dataplane.Service) {
 func (s *Syncer) SetNode(node dataplane.Node) {
 	s.mu.Lock()
 	s.inbox.node = &node
-	s.handed()
+	s.unlockAndWake()
 }
 
-// ListComplete says that everything there is has been handed over. Nothing is
+// FinishInitialList says that everything there is has been handed over. Nothing is
 // programmed before: the first thing the dataplane gets is the complete list,
 // and what a previous run of the program left in the kernel serves until then.
 // It does not block and may be called from any goroutine; calling it again has
 // no effect.
-func (s *Syncer) ListComplete() {
+func (s *Syncer) FinishInitialList() {
 	s.mu.Lock()
-	s.inbox.complete = true
-	s.handed()
+	s.inbox.listComplete = true
+	s.unlockAndWake()
 }
 
-// handed ends the handing over of an input: it unlocks mu and wakes Run.
-func (s *Syncer) handed() {
+// unlockAndWake ends the handing over of an input: it unlocks mu and wakes Run.
+func (s *Syncer) unlockAndWake() {
 	s.inbox.seq++
 	s.mu.Unlock()
-	s.signal()
+	s.wakeRun()
 }
 
-// signal wakes Run.
-func (s *Syncer) signal() {
+// wakeRun wakes Run.
+func (s *Syncer) wakeRun() {
 	select {
 	case s.wake <- struct{}{}:
 	default:
@@ -141,12 +141,12 @@ func (s *Syncer) signal() {
 // only when ctx ends first, or Run returns.
 func (s *Syncer) WaitSynced(ctx context.Context) error {
 	s.mu.Lock()
-	if s.done >= s.inbox.seq {
+	if s.triedSeq >= s.inbox.seq {
 		s.mu.Unlock()
 		return nil
 	}
 	w := waiter{seq: s.inbox.seq, done: make(chan struct{})}
-	s.waiting = append(s.waiting, w)
+	s.waiters = append(s.waiters, w)
 	s.mu.Unlock()
 	select {
 	case <-w.done:
@@ -177,7 +177,7 @@ func (s *Syncer) Run(ctx context.Context) error {
 	<-timer.C
 	var armed time.Time
 	for {
-		if at := t.nextReplace(); !at.Equal(armed) {
+		if at := t.nextReplaceAt(); !at.Equal(armed) {
 			if armed = at; at.IsZero() {
 				timer.Stop()
 			} else {
@@ -195,20 +195,20 @@ func (s *Syncer) Run(ctx context.Context) error {
 				t.drift = nil // Or it would be received from for ever.
 				continue
 			}
-			t.drifted(time.Now())
+			t.onDrift(time.Now())
 		case _, ok := <-t.lost:
 			if !ok {
 				t.lost = nil
 				continue
 			}
-			t.lostSomething(time.Now())
+			t.onLoss(time.Now())
 		}
 		s.step(ctx)
 		if ctx.Err() != nil {
 			return nil
 		}
 		if len(t.queue.entries) > 0 {
-			s.signal()
+			s.wakeRun()
 		}
 	}
 }
@@ -216,14 +216,14 @@ func (s *Syncer) Run(ctx context.Context) error {
 // step takes what is in the inbox and makes the call it needs, if any.
 func (s *Syncer) step(ctx context.Context) {
 	t := &s.tables
-	in := s.take()
+	in := s.drainInbox()
 	t.merge(in)
 	reason := t.replaceDue(time.Now())
 	if reason != "" || len(t.queue.entries) > 0 {
 		start := time.Now()
 		s.mu.Lock()
 		s.status.CallSince = start
-		s.status.PendingSince = earlier(t.pending, t.oldest())
+		s.status.PendingSince = earlier(t.pendingSince, t.oldestQueued())
 		s.mu.Unlock()
 		var commit Commit
 		var ok bool
@@ -242,16 +242,16 @@ func (s *Syncer) step(ctx context.Context) {
 	s.publish(in)
 }
 
-// take empties the inbox.
-func (s *Syncer) take() inbox {
+// drainInbox empties the inbox.
+func (s *Syncer) drainInbox() inbox {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	in := s.inbox
-	s.inbox = inbox{changes: s.tables.spare, seq: in.seq}
+	s.inbox = inbox{changes: s.tables.spareChanges, seq: in.seq}
 	if s.inbox.changes == nil {
 		s.inbox.changes = map[dataplane.Key]input{}
 	}
-	s.tables.spare = nil
+	s.tables.spareChanges = nil
 	return in
 }
 
@@ -262,23 +262,23 @@ func (s *Syncer) publish(in inbox) {
 	// holds, would follow the largest batch ever seen.
 	if len(in.changes) <= 1024 {
 		clear(in.changes)
-		t.spare = in.changes
+		t.spareChanges = in.changes
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.status = t.status()
-	if t.untried {
+	if t.awaitsReplace {
 		return
 	}
-	s.done = t.tried()
-	keep := s.waiting[:0]
-	for _, w := range s.waiting {
-		if w.seq <= s.done {
+	s.triedSeq = t.triedSeq()
+	keep := s.waiters[:0]
+	for _, w := range s.waiters {
+		if w.seq <= s.triedSeq {
 			close(w.done)
 		} else {
 			keep = append(keep, w)
 		}
 	}
-	clear(s.waiting[len(keep):])
-	s.waiting = keep
+	clear(s.waiters[len(keep):])
+	s.waiters = keep
 }

@@ -49,8 +49,8 @@ func (fx *fixture) Write(p []byte) (int, error) {
 	return fx.log.Write(p)
 }
 
-// start runs a Syncer in the bubble that the test is in.
-func start(t *testing.T, kernel *fake.Dataplane, opts sync.Options) *fixture {
+// startSyncer runs a Syncer in the bubble that the test is in.
+func startSyncer(t *testing.T, kernel *fake.Dataplane, opts sync.Options) *fixture {
 	t.Helper()
 	fx := &fixture{t: t, kernel: kernel, faulty: fake.NewFaulty(kernel, 1, fake.Faults{})}
 	opts.OnCommit = func(c sync.Commit) {
@@ -80,19 +80,19 @@ func start(t *testing.T, kernel *fake.Dataplane, opts sync.Options) *fixture {
 	return fx
 }
 
-// settle waits until all that was handed over has been tried, and returns the
+// waitSynced waits until all that was handed over has been tried, and returns the
 // commits since the last settle.
-func (fx *fixture) settle() []sync.Commit {
+func (fx *fixture) waitSynced() []sync.Commit {
 	fx.t.Helper()
 	if err := fx.WaitSynced(fx.t.Context()); err != nil {
 		fx.t.Fatal(err)
 	}
-	return fx.since()
+	return fx.newCommits()
 }
 
-// since returns the commits since it was called last, when nothing can run any
+// newCommits returns the commits since it was called last, when nothing can run any
 // more.
-func (fx *fixture) since() []sync.Commit {
+func (fx *fixture) newCommits() []sync.Commit {
 	synctest.Wait()
 	fx.mu.Lock()
 	defer fx.mu.Unlock()
@@ -101,8 +101,8 @@ func (fx *fixture) since() []sync.Commit {
 	return commits
 }
 
-// logged returns the log since it was called last.
-func (fx *fixture) logged() string {
+// newLog returns the log since it was called last.
+func (fx *fixture) newLog() string {
 	synctest.Wait()
 	fx.mu.Lock()
 	defer fx.mu.Unlock()
@@ -110,8 +110,8 @@ func (fx *fixture) logged() string {
 	return fx.log.String()
 }
 
-// holds checks that the kernel holds exactly these Services.
-func (fx *fixture) holds(services ...*dataplane.Service) {
+// checkKernel checks that the kernel holds exactly these Services.
+func (fx *fixture) checkKernel(services ...*dataplane.Service) {
 	fx.t.Helper()
 	got, err := fx.kernel.Read(fx.t.Context())
 	if err != nil {
@@ -133,14 +133,14 @@ func service(n, endpoints int) *dataplane.Service {
 	for i := range es {
 		es[i].Addr = netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 1, byte(i >> 8), byte(i)}), 8080)
 	}
-	s, err := dataplane.NewService(key, []dataplane.Frontend{frontend}, dataplane.Treatment{Endpoints: es})
+	s, err := dataplane.NewService(key, []dataplane.Frontend{frontend}, dataplane.ServiceSpec{Endpoints: es})
 	if err != nil {
 		panic(err)
 	}
 	return s
 }
 
-func set(services ...*dataplane.Service) updates {
+func upserts(services ...*dataplane.Service) updates {
 	m := updates{}
 	for _, s := range services {
 		m[s.Key] = s
@@ -148,7 +148,7 @@ func set(services ...*dataplane.Service) updates {
 	return m
 }
 
-func gone(services ...*dataplane.Service) updates {
+func deletions(services ...*dataplane.Service) updates {
 	m := updates{}
 	for _, s := range services {
 		m[s.Key] = nil
@@ -156,12 +156,12 @@ func gone(services ...*dataplane.Service) updates {
 	return m
 }
 
-// verbs describes commits by verb, reason and the number of changes and failed
+// summarize describes commits by verb, reason and the number of changes and failed
 // keys.
-func verbs(commits []sync.Commit) string {
+func summarize(commits []sync.Commit) string {
 	var b strings.Builder
 	for _, c := range commits {
-		fmt.Fprintf(&b, "%s(%s) %d", c.Kind, c.Reason, len(c.Changes))
+		fmt.Fprintf(&b, "%s(%s) %d", c.Op, c.Reason, len(c.Changes))
 		if len(c.Failed) > 0 {
 			fmt.Fprintf(&b, " failed %d", len(c.Failed))
 		}
@@ -173,14 +173,14 @@ func verbs(commits []sync.Commit) string {
 	return strings.TrimSuffix(b.String(), "; ")
 }
 
-func (fx *fixture) want(commits []sync.Commit, want string) {
+func (fx *fixture) checkCommits(commits []sync.Commit, want string) {
 	fx.t.Helper()
-	if got := verbs(commits); got != want {
+	if got := summarize(commits); got != want {
 		fx.t.Errorf("commits: %s\nwant:    %s", got, want)
 	}
 }
 
-func TestNothingIsProgrammedBeforeTheListIsComplete(t *testing.T) {
+func TestNothingProgrammedBeforeInitialList(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		kernel := fake.New(fake.Options{})
@@ -188,23 +188,23 @@ func TestNothingIsProgrammedBeforeTheListIsComplete(t *testing.T) {
 		if err := kernel.Replace(t.Context(), dataplane.Node{}, slices.Values([]*dataplane.Service{left}), nil); err != nil {
 			t.Fatal(err)
 		}
-		fx := start(t, kernel, sync.Options{})
+		fx := startSyncer(t, kernel, sync.Options{})
 		defer fx.stop()
-		fx.Update(set(service(1, 1)))
+		fx.Update(upserts(service(1, 1)))
 		fx.SetNode(dataplane.Node{PodCIDRs: []netip.Prefix{netip.MustParsePrefix("10.1.0.0/16")}})
 		time.Sleep(time.Hour)
-		fx.Update(set(service(2, 1)))
-		fx.want(fx.since(), "")
-		fx.holds(left)
+		fx.Update(upserts(service(2, 1)))
+		fx.checkCommits(fx.newCommits(), "")
+		fx.checkKernel(left)
 		if since := time.Since(fx.Status().PendingSince); since != time.Hour {
 			t.Errorf("pending since %v, want 1h", since)
 		}
-		fx.ListComplete()
-		commits := fx.settle()
-		fx.want(commits, "replace(start) 2")
-		fx.holds(service(1, 1), service(2, 1))
-		if c := commits[0]; c.End.Sub(c.Oldest) != time.Hour || c.Services != 2 {
-			t.Errorf("the commit has %d Services, the oldest handed over %v before, want 2 and 1h", c.Services, c.End.Sub(c.Oldest))
+		fx.FinishInitialList()
+		commits := fx.waitSynced()
+		fx.checkCommits(commits, "replace(start) 2")
+		fx.checkKernel(service(1, 1), service(2, 1))
+		if c := commits[0]; c.End.Sub(c.OldestUpdate) != time.Hour || c.Services != 2 {
+			t.Errorf("the commit has %d Services, the oldest handed over %v before, want 2 and 1h", c.Services, c.End.Sub(c.OldestUpdate))
 		}
 		if st := fx.Status(); !st.PendingSince.IsZero() || st.Services != 2 || !st.LastSuccess.Equal(time.Now()) {
 			t.Errorf("status %+v after everything was programmed", st)
@@ -212,35 +212,35 @@ func TestNothingIsProgrammedBeforeTheListIsComplete(t *testing.T) {
 	})
 }
 
-func TestChangesAreAppliedAtOnce(t *testing.T) {
+func TestChangesAppliedImmediately(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		fx := start(t, fake.New(fake.Options{Strict: true}), sync.Options{})
+		fx := startSyncer(t, fake.New(fake.Options{Strict: true}), sync.Options{})
 		defer fx.stop()
-		fx.ListComplete()
-		fx.want(fx.settle(), "replace(start) 0")
+		fx.FinishInitialList()
+		fx.checkCommits(fx.waitSynced(), "replace(start) 0")
 		began := time.Now()
 
-		fx.Update(set(service(1, 1), service(2, 1)))
-		commits := fx.settle()
-		fx.want(commits, "apply(change) 2")
+		fx.Update(upserts(service(1, 1), service(2, 1)))
+		commits := fx.waitSynced()
+		fx.checkCommits(commits, "apply(change) 2")
 		if len(commits[0].Changes) != 2 || commits[0].Changes[0].Old != nil {
 			t.Errorf("creation: changes %v", commits[0].Changes)
 		}
 		s1 := service(1, 2)
-		fx.Update(set(s1))
-		commits = fx.settle()
-		fx.want(commits, "apply(change) 1")
+		fx.Update(upserts(s1))
+		commits = fx.waitSynced()
+		fx.checkCommits(commits, "apply(change) 1")
 		if c := commits[0].Changes[0]; !c.Old.Equal(service(1, 1)) || c.New != s1 {
 			t.Errorf("change: %v", c)
 		}
-		fx.Update(gone(s1))
-		commits = fx.settle()
-		fx.want(commits, "apply(change) 1")
+		fx.Update(deletions(s1))
+		commits = fx.waitSynced()
+		fx.checkCommits(commits, "apply(change) 1")
 		if c := commits[0].Changes[0]; c.Old != s1 || c.New != nil {
 			t.Errorf("deletion: %v", c)
 		}
-		fx.holds(service(2, 1))
+		fx.checkKernel(service(2, 1))
 		if time.Since(began) != 0 {
 			t.Errorf("it took %v, want no waiting at all", time.Since(began))
 		}
@@ -250,38 +250,38 @@ func TestChangesAreAppliedAtOnce(t *testing.T) {
 func TestFrontendMovesInOneUpdate(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		fx := start(t, fake.New(fake.Options{Strict: true}), sync.Options{})
+		fx := startSyncer(t, fake.New(fake.Options{Strict: true}), sync.Options{})
 		defer fx.stop()
 		a, b := service(1, 1), service(2, 2)
-		fx.Update(set(a, b))
-		fx.ListComplete()
-		fx.settle()
+		fx.Update(upserts(a, b))
+		fx.FinishInitialList()
+		fx.waitSynced()
 		a2, b2 := *a, *b
 		a2.Frontends, b2.Frontends = b.Frontends, a.Frontends
-		fx.Update(set(&a2, &b2))
-		fx.want(fx.settle(), "apply(change) 2")
-		fx.holds(&a2, &b2)
+		fx.Update(upserts(&a2, &b2))
+		fx.checkCommits(fx.waitSynced(), "apply(change) 2")
+		fx.checkKernel(&a2, &b2)
 	})
 }
 
-func TestWhatChangesNothingCostsNothing(t *testing.T) {
+func TestEqualInputMakesNoCall(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		fx := start(t, fake.New(fake.Options{}), sync.Options{})
+		fx := startSyncer(t, fake.New(fake.Options{}), sync.Options{})
 		defer fx.stop()
 		node := dataplane.Node{PodCIDRs: []netip.Prefix{netip.MustParsePrefix("10.1.0.0/16")}}
-		fx.Update(set(service(1, 1)))
+		fx.Update(upserts(service(1, 1)))
 		fx.SetNode(node)
-		fx.ListComplete()
-		fx.settle()
+		fx.FinishInitialList()
+		fx.waitSynced()
 		before := fx.kernel.Counts()
 
 		fx.Update(nil)
-		fx.Update(set(service(1, 1)))
-		fx.Update(gone(service(2, 1)))
+		fx.Update(upserts(service(1, 1)))
+		fx.Update(deletions(service(2, 1)))
 		fx.SetNode(dataplane.Node{PodCIDRs: slices.Clone(node.PodCIDRs)})
-		fx.ListComplete()
-		fx.want(fx.settle(), "")
+		fx.FinishInitialList()
+		fx.checkCommits(fx.waitSynced(), "")
 		if got := fx.kernel.Counts(); got != before {
 			t.Errorf("calls and writes %+v, want none after %+v", got, before)
 		}
@@ -291,41 +291,41 @@ func TestWhatChangesNothingCostsNothing(t *testing.T) {
 	})
 }
 
-func TestChangesGatherWhileACommitIsInFlight(t *testing.T) {
+func TestChangesCoalesceDuringCall(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		fx := start(t, fake.New(fake.Options{Strict: true}), sync.Options{})
+		fx := startSyncer(t, fake.New(fake.Options{Strict: true}), sync.Options{})
 		defer fx.stop()
-		fx.Update(set(service(1, 1), service(2, 1), service(3, 1)))
-		fx.ListComplete()
-		fx.settle()
+		fx.Update(upserts(service(1, 1), service(2, 1), service(3, 1)))
+		fx.FinishInitialList()
+		fx.waitSynced()
 
 		release := fx.faulty.Hold()
-		fx.Update(set(service(1, 2)))
+		fx.Update(upserts(service(1, 2)))
 		synctest.Wait()
 		inFlight := time.Now()
 		time.Sleep(time.Second)
-		fx.Update(set(service(2, 2))) // changed three times: the last counts
-		fx.Update(gone(service(2, 1)))
-		fx.Update(set(service(2, 3)))
-		fx.Update(set(service(3, 2))) // undone
-		fx.Update(set(service(3, 1)))
-		fx.Update(set(service(4, 1))) // created and gone again
-		fx.Update(gone(service(4, 1)))
+		fx.Update(upserts(service(2, 2))) // changed three times: the last counts
+		fx.Update(deletions(service(2, 1)))
+		fx.Update(upserts(service(2, 3)))
+		fx.Update(upserts(service(3, 2))) // undone
+		fx.Update(upserts(service(3, 1)))
+		fx.Update(upserts(service(4, 1))) // created and gone again
+		fx.Update(deletions(service(4, 1)))
 		time.Sleep(time.Second)
 		if st := fx.Status(); !st.CallSince.Equal(inFlight) || !st.PendingSince.Equal(inFlight) {
 			t.Errorf("call since %v, pending since %v, want both %v", st.CallSince, st.PendingSince, inFlight)
 		}
 		release()
-		commits := fx.settle()
-		fx.want(commits, "apply(change) 1; apply(change) 1")
-		if c := commits[0]; c.End.Sub(c.Start) != 2*time.Second || c.End.Sub(c.Oldest) != 2*time.Second {
-			t.Errorf("the first commit took %v, and %v since its Update, want 2s", c.End.Sub(c.Start), c.End.Sub(c.Oldest))
+		commits := fx.waitSynced()
+		fx.checkCommits(commits, "apply(change) 1; apply(change) 1")
+		if c := commits[0]; c.End.Sub(c.Start) != 2*time.Second || c.End.Sub(c.OldestUpdate) != 2*time.Second {
+			t.Errorf("the first commit took %v, and %v since its Update, want 2s", c.End.Sub(c.Start), c.End.Sub(c.OldestUpdate))
 		}
-		if c := commits[1]; c.Changes[0].New.Key != service(2, 3).Key || c.End.Sub(c.Oldest) != time.Second {
-			t.Errorf("the second commit: %v, after %v, want default/s2, 1s", c.Changes[0], c.End.Sub(c.Oldest))
+		if c := commits[1]; c.Changes[0].New.Key != service(2, 3).Key || c.End.Sub(c.OldestUpdate) != time.Second {
+			t.Errorf("the second commit: %v, after %v, want default/s2, 1s", c.Changes[0], c.End.Sub(c.OldestUpdate))
 		}
-		fx.holds(service(1, 2), service(2, 3), service(3, 1))
+		fx.checkKernel(service(1, 2), service(2, 3), service(3, 1))
 		if st := fx.Status(); !st.CallSince.IsZero() || !st.PendingSince.IsZero() {
 			t.Errorf("call since %v, pending since %v, want neither", st.CallSince, st.PendingSince)
 		}
@@ -333,35 +333,35 @@ func TestChangesGatherWhileACommitIsInFlight(t *testing.T) {
 }
 
 // What is in flight is not undone by being absent from the kernel yet.
-func TestChangeUndoneWhileItIsInFlight(t *testing.T) {
+func TestChangeUndoneDuringCall(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		fx := start(t, fake.New(fake.Options{Strict: true}), sync.Options{})
+		fx := startSyncer(t, fake.New(fake.Options{Strict: true}), sync.Options{})
 		defer fx.stop()
-		fx.Update(set(service(1, 1)))
-		fx.ListComplete()
-		fx.settle()
+		fx.Update(upserts(service(1, 1)))
+		fx.FinishInitialList()
+		fx.waitSynced()
 		release := fx.faulty.Hold()
-		fx.Update(set(service(1, 2)))
+		fx.Update(upserts(service(1, 2)))
 		synctest.Wait()
-		fx.Update(set(service(1, 1)))
+		fx.Update(upserts(service(1, 1)))
 		release()
-		fx.want(fx.settle(), "apply(change) 1; apply(change) 1")
-		fx.holds(service(1, 1))
+		fx.checkCommits(fx.waitSynced(), "apply(change) 1; apply(change) 1")
+		fx.checkKernel(service(1, 1))
 	})
 }
 
-func TestRestartWritesNothing(t *testing.T) {
+func TestWarmRestartWritesNothing(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		kernel := fake.New(fake.Options{})
 		var before fake.Counts
 		for range 2 {
-			fx := start(t, kernel, sync.Options{})
+			fx := startSyncer(t, kernel, sync.Options{})
 			before = kernel.Counts()
-			fx.Update(set(service(1, 1), service(2, 2)))
-			fx.ListComplete()
-			fx.settle()
+			fx.Update(upserts(service(1, 1), service(2, 2)))
+			fx.FinishInitialList()
+			fx.waitSynced()
 			fx.stop()
 		}
 		if n := kernel.Counts().Writes - before.Writes; n != 0 || before.Writes == 0 {
@@ -370,8 +370,8 @@ func TestRestartWritesNothing(t *testing.T) {
 	})
 }
 
-// broken makes Services fail that are in it, by name.
-func broken(names ...string) fake.Faults {
+// failServices makes Services fail that are in it, by name.
+func failServices(names ...string) fake.Faults {
 	return fake.Faults{Broken: func(s *dataplane.Service) error {
 		if slices.Contains(names, s.Key.Name) {
 			return errors.New("no memory")
@@ -383,30 +383,30 @@ func broken(names ...string) fake.Faults {
 func TestFailingServiceIsIsolatedAndRetried(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		fx := start(t, fake.New(fake.Options{Strict: true}), sync.Options{})
+		fx := startSyncer(t, fake.New(fake.Options{Strict: true}), sync.Options{})
 		defer fx.stop()
-		fx.Update(set(service(1, 1), service(2, 1)))
-		fx.ListComplete()
-		fx.settle()
-		fx.logged()
+		fx.Update(upserts(service(1, 1), service(2, 1)))
+		fx.FinishInitialList()
+		fx.waitSynced()
+		fx.newLog()
 
-		fx.faulty.Set(broken("s1"))
-		fx.Update(set(service(1, 2), service(2, 2)))
-		commits := fx.settle()
-		fx.want(commits, "apply(change) 1 failed 1")
-		fx.holds(service(1, 1), service(2, 2))
+		fx.faulty.Set(failServices("s1"))
+		fx.Update(upserts(service(1, 2), service(2, 2)))
+		commits := fx.waitSynced()
+		fx.checkCommits(commits, "apply(change) 1 failed 1")
+		fx.checkKernel(service(1, 1), service(2, 2))
 		if st := fx.Status(); len(st.Failing) != 1 || st.Failing[service(1, 1).Key] == nil || !st.PendingSince.IsZero() || st.Err != nil {
 			t.Errorf("status %+v, want default/s1 failing and nothing pending", st)
 		}
-		if log := fx.logged(); strings.Count(log, "\n") != 1 || !strings.Contains(log, `msg="service failed" service="default/s1 IPv4"`) ||
+		if log := fx.newLog(); strings.Count(log, "\n") != 1 || !strings.Contains(log, `msg="service failed" service="default/s1 IPv4"`) ||
 			!strings.Contains(log, `error="no memory"`) {
 			t.Errorf("log %q, want one line that names the Service and the error", log)
 		}
 
 		// The others go on, by Apply.
-		fx.Update(set(service(3, 1)))
-		fx.want(fx.settle(), "apply(change) 1")
-		fx.holds(service(1, 1), service(2, 2), service(3, 1))
+		fx.Update(upserts(service(3, 1)))
+		fx.checkCommits(fx.waitSynced(), "apply(change) 1")
+		fx.checkKernel(service(1, 1), service(2, 2), service(3, 1))
 
 		// It is tried again after delays that double, up to a limit, and says
 		// no more in the log.
@@ -414,8 +414,8 @@ func TestFailingServiceIsIsolatedAndRetried(t *testing.T) {
 		last := commits[0].End
 		for len(delays) < 14 {
 			time.Sleep(10 * time.Millisecond)
-			for _, c := range fx.since() {
-				fx.want([]sync.Commit{c}, "replace(retry) 0 failed 1")
+			for _, c := range fx.newCommits() {
+				fx.checkCommits([]sync.Commit{c}, "replace(retry) 0 failed 1")
 				delays = append(delays, c.Start.Sub(last))
 				last = c.End
 			}
@@ -430,71 +430,71 @@ func TestFailingServiceIsIsolatedAndRetried(t *testing.T) {
 		if full != sync.DefaultRetryMax {
 			t.Errorf("the delays end with %v, want the limit to be reached", delays)
 		}
-		if log := fx.logged(); log != "" {
+		if log := fx.newLog(); log != "" {
 			t.Errorf("log %q while nothing new happens, want nothing", log)
 		}
 
 		fx.faulty.Set(fake.Faults{})
 		time.Sleep(sync.DefaultRetryMax)
-		commits = fx.since()
-		fx.want(commits, "replace(retry) 1")
+		commits = fx.newCommits()
+		fx.checkCommits(commits, "replace(retry) 1")
 		if c := commits[0].Changes[0]; !c.Old.Equal(service(1, 1)) || !c.New.Equal(service(1, 2)) {
 			t.Errorf("the change that took at last is %v", c)
 		}
-		if c := commits[0]; c.End.Sub(c.Oldest) < time.Minute {
-			t.Errorf("the oldest change is %v old, want it since the first attempt", c.End.Sub(c.Oldest))
+		if c := commits[0]; c.End.Sub(c.OldestUpdate) < time.Minute {
+			t.Errorf("the oldest change is %v old, want it since the first attempt", c.End.Sub(c.OldestUpdate))
 		}
-		fx.holds(service(1, 2), service(2, 2), service(3, 1))
-		if log := fx.logged(); !strings.Contains(log, `msg="service no longer fails" service="default/s1 IPv4"`) {
+		fx.checkKernel(service(1, 2), service(2, 2), service(3, 1))
+		if log := fx.newLog(); !strings.Contains(log, `msg="service no longer fails" service="default/s1 IPv4"`) {
 			t.Errorf("log %q, want it to say that default/s1 no longer fails", log)
 		}
 		if st := fx.Status(); len(st.Failing) != 0 {
 			t.Errorf("failing %v, want none", st.Failing)
 		}
 		time.Sleep(time.Hour)
-		fx.want(fx.since(), "")
+		fx.checkCommits(fx.newCommits(), "")
 	})
 }
 
-func TestFailingServiceThatChangesIsTriedSoon(t *testing.T) {
+func TestChangedFailingServiceRetriedSoon(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		fx := start(t, fake.New(fake.Options{}), sync.Options{})
+		fx := startSyncer(t, fake.New(fake.Options{}), sync.Options{})
 		defer fx.stop()
-		fx.faulty.Set(broken("s1"))
-		fx.Update(set(service(1, 1)))
-		fx.ListComplete()
+		fx.faulty.Set(failServices("s1"))
+		fx.Update(upserts(service(1, 1)))
+		fx.FinishInitialList()
 		time.Sleep(10 * time.Minute)
-		fx.since()
+		fx.newCommits()
 		fx.faulty.Set(fake.Faults{})
 		began := time.Now()
-		fx.Update(set(service(1, 2)))
-		fx.want(fx.settle(), "replace(retry) 1")
+		fx.Update(upserts(service(1, 2)))
+		fx.checkCommits(fx.waitSynced(), "replace(retry) 1")
 		if d := time.Since(began); d > sync.DefaultRetryMin {
 			t.Errorf("tried after %v, want %v at most", d, sync.DefaultRetryMin)
 		}
-		fx.holds(service(1, 2))
+		fx.checkKernel(service(1, 2))
 	})
 }
 
 // Each attempt to repair is a Replace, so a failing Service that changes all the
 // time must not cause one all the time.
-func TestFailingServiceThatKeepsChangingLeavesTimeToOthers(t *testing.T) {
+func TestChurningFailingServiceLimitsReplaceTime(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		fx := start(t, fake.New(fake.Options{}), sync.Options{})
+		fx := startSyncer(t, fake.New(fake.Options{}), sync.Options{})
 		defer fx.stop()
-		faults := broken("s1")
+		faults := failServices("s1")
 		faults.MaxDelay = 2 * time.Second
 		fx.faulty.Set(faults)
-		fx.ListComplete()
+		fx.FinishInitialList()
 		var busy time.Duration
 		for i := range 6000 {
-			fx.Update(set(service(1, i%50)))
+			fx.Update(upserts(service(1, i%50)))
 			time.Sleep(100 * time.Millisecond)
 		}
-		for _, c := range fx.since() {
-			if c.Kind == sync.KindReplace {
+		for _, c := range fx.newCommits() {
+			if c.Op == sync.OpReplace {
 				busy += c.End.Sub(c.Start)
 			}
 		}
@@ -504,23 +504,23 @@ func TestFailingServiceThatKeepsChangingLeavesTimeToOthers(t *testing.T) {
 	})
 }
 
-func TestFailingServiceThatChangesDoesNotHurryAFailingDataplane(t *testing.T) {
+func TestChangedFailingServiceKeepsDataplaneBackoff(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		fx := start(t, fake.New(fake.Options{}), sync.Options{})
+		fx := startSyncer(t, fake.New(fake.Options{}), sync.Options{})
 		defer fx.stop()
-		fx.faulty.Set(broken("s1"))
-		fx.Update(set(service(1, 1)))
-		fx.ListComplete()
-		fx.settle()
+		fx.faulty.Set(failServices("s1"))
+		fx.Update(upserts(service(1, 1)))
+		fx.FinishInitialList()
+		fx.waitSynced()
 		fx.faulty.Set(fake.Faults{Down: errors.New("down")})
 		time.Sleep(10 * time.Minute)
-		fx.since()
+		fx.newCommits()
 		for i := range 600 {
-			fx.Update(set(service(1, i)))
+			fx.Update(upserts(service(1, i)))
 			time.Sleep(100 * time.Millisecond)
 		}
-		if n := len(fx.since()); n > 3 {
+		if n := len(fx.newCommits()); n > 3 {
 			t.Errorf("%d attempts in a minute, want one every 30s", n)
 		}
 	})
@@ -529,31 +529,31 @@ func TestFailingServiceThatChangesDoesNotHurryAFailingDataplane(t *testing.T) {
 func TestFailingServiceIsDeleted(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		fx := start(t, fake.New(fake.Options{}), sync.Options{})
+		fx := startSyncer(t, fake.New(fake.Options{}), sync.Options{})
 		defer fx.stop()
-		fx.Update(set(service(1, 1)))
-		fx.ListComplete()
-		fx.settle()
-		fx.faulty.Set(broken("s1"))
-		fx.Update(set(service(1, 2)))
-		fx.settle()
-		fx.Update(gone(service(1, 2)))
-		commits := fx.settle()
-		fx.want(commits, "replace(retry) 1")
+		fx.Update(upserts(service(1, 1)))
+		fx.FinishInitialList()
+		fx.waitSynced()
+		fx.faulty.Set(failServices("s1"))
+		fx.Update(upserts(service(1, 2)))
+		fx.waitSynced()
+		fx.Update(deletions(service(1, 2)))
+		commits := fx.waitSynced()
+		fx.checkCommits(commits, "replace(retry) 1")
 		if c := commits[0].Changes[0]; !c.Old.Equal(service(1, 1)) || c.New != nil {
 			t.Errorf("change %v, want the Service that was last known to be there to go", c)
 		}
-		fx.holds()
+		fx.checkKernel()
 		if st := fx.Status(); len(st.Failing) != 0 || st.Services != 0 {
 			t.Errorf("status %+v, want nothing", st)
 		}
 	})
 }
 
-func TestManyFailuresAreLoggedBriefly(t *testing.T) {
+func TestManyFailuresLogSummary(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		fx := start(t, fake.New(fake.Options{}), sync.Options{})
+		fx := startSyncer(t, fake.New(fake.Options{}), sync.Options{})
 		defer fx.stop()
 		fx.faulty.Set(fake.Faults{Broken: func(*dataplane.Service) error { return errors.New("no memory") }})
 		all := updates{}
@@ -562,16 +562,16 @@ func TestManyFailuresAreLoggedBriefly(t *testing.T) {
 			all[s.Key] = s
 		}
 		fx.Update(all)
-		fx.ListComplete()
-		fx.settle()
-		log := fx.logged()
+		fx.FinishInitialList()
+		fx.waitSynced()
+		log := fx.newLog()
 		if n := strings.Count(log, "service failed"); n != 10 || !strings.Contains(log, `msg="more services failed" services=990`) {
 			t.Errorf("%d Services are named, want 10 and the number of the others:\n%s", n, log)
 		}
 	})
 }
 
-func TestUnsupportedServiceWaitsUntilItChanges(t *testing.T) {
+func TestUnsupportedServiceRetriedOnChange(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		kernel := fake.New(fake.Options{Strict: true, Unsupported: func(s *dataplane.Service) error {
@@ -580,144 +580,144 @@ func TestUnsupportedServiceWaitsUntilItChanges(t *testing.T) {
 			}
 			return nil
 		}})
-		fx := start(t, kernel, sync.Options{})
+		fx := startSyncer(t, kernel, sync.Options{})
 		defer fx.stop()
-		fx.Update(set(service(1, 7), service(2, 1), service(3, 1)))
-		fx.ListComplete()
-		fx.want(fx.settle(), "replace(start) 2 failed 1")
-		fx.holds(service(2, 1), service(3, 1))
-		if log := fx.logged(); !strings.Contains(log, `level=WARN msg="service not supported" service="default/s1 IPv4"`) {
+		fx.Update(upserts(service(1, 7), service(2, 1), service(3, 1)))
+		fx.FinishInitialList()
+		fx.checkCommits(fx.waitSynced(), "replace(start) 2 failed 1")
+		fx.checkKernel(service(2, 1), service(3, 1))
+		if log := fx.newLog(); !strings.Contains(log, `level=WARN msg="service not supported" service="default/s1 IPv4"`) {
 			t.Errorf("log %q, want a warning", log)
 		}
 		time.Sleep(time.Hour)
-		fx.Update(set(service(1, 7)))
-		fx.want(fx.settle(), "")
+		fx.Update(upserts(service(1, 7)))
+		fx.checkCommits(fx.waitSynced(), "")
 		if err := fx.Status().Failing[service(1, 7).Key]; !errors.Is(err, dataplane.ErrUnsupported) {
 			t.Errorf("status has %v, want ErrUnsupported", err)
 		}
 
 		// A Replace does not offer it again.
 		fx.SetNode(dataplane.Node{PodCIDRs: []netip.Prefix{netip.MustParsePrefix("10.1.0.0/16")}})
-		fx.want(fx.settle(), "replace(node) 0")
+		fx.checkCommits(fx.waitSynced(), "replace(node) 0")
 
 		// One that was programmed is taken out when it becomes unsupported.
-		fx.Update(set(service(2, 7)))
-		commits := fx.settle()
-		fx.want(commits, "apply(change) 1 failed 1")
+		fx.Update(upserts(service(2, 7)))
+		commits := fx.waitSynced()
+		fx.checkCommits(commits, "apply(change) 1 failed 1")
 		if c := commits[0].Changes[0]; !c.Old.Equal(service(2, 1)) || c.New != nil {
 			t.Errorf("change %v, want what was there to go", c)
 		}
-		fx.holds(service(3, 1))
+		fx.checkKernel(service(3, 1))
 
 		// A change is tried, from nothing: the strict kernel would refuse an Old.
-		fx.Update(set(service(1, 2), service(2, 2)))
-		fx.want(fx.settle(), "apply(change) 2")
-		fx.holds(service(1, 2), service(2, 2), service(3, 1))
+		fx.Update(upserts(service(1, 2), service(2, 2)))
+		fx.checkCommits(fx.waitSynced(), "apply(change) 2")
+		fx.checkKernel(service(1, 2), service(2, 2), service(3, 1))
 		if st := fx.Status(); len(st.Failing) != 0 {
 			t.Errorf("failing %v, want none", st.Failing)
 		}
 
 		// A deletion costs nothing.
-		fx.Update(set(service(1, 7)))
-		fx.settle()
-		fx.Update(gone(service(1, 7)))
-		fx.want(fx.settle(), "")
+		fx.Update(upserts(service(1, 7)))
+		fx.waitSynced()
+		fx.Update(deletions(service(1, 7)))
+		fx.checkCommits(fx.waitSynced(), "")
 		if st := fx.Status(); len(st.Failing) != 0 || st.Services != 2 {
 			t.Errorf("status %+v, want 2 Services and none failing", st)
 		}
 
 		// It stays left out after everything was unknown, unless it changed.
-		fx.Update(set(service(4, 7), service(5, 7)))
-		fx.settle()
+		fx.Update(upserts(service(4, 7), service(5, 7)))
+		fx.waitSynced()
 		fx.faulty.Set(fake.Faults{Down: errors.New("down")})
-		fx.Update(set(service(6, 1)))
-		fx.settle()
-		fx.Update(set(service(4, 1)))
+		fx.Update(upserts(service(6, 1)))
+		fx.waitSynced()
+		fx.Update(upserts(service(4, 1)))
 		fx.faulty.Set(fake.Faults{})
-		fx.want(fx.settle(), "replace(retry) 2")
-		fx.holds(service(2, 2), service(3, 1), service(4, 1), service(6, 1))
+		fx.checkCommits(fx.waitSynced(), "replace(retry) 2")
+		fx.checkKernel(service(2, 2), service(3, 1), service(4, 1), service(6, 1))
 	})
 }
 
-func TestWholeCallFails(t *testing.T) {
+func TestCallFailure(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		fx := start(t, fake.New(fake.Options{}), sync.Options{RetryMin: time.Second, RetryMax: 4 * time.Second})
+		fx := startSyncer(t, fake.New(fake.Options{}), sync.Options{RetryMin: time.Second, RetryMax: 4 * time.Second})
 		defer fx.stop()
 		fx.faulty.Set(fake.Faults{Down: errors.New("no netlink")})
 		began := time.Now()
-		fx.Update(set(service(1, 1)))
-		fx.ListComplete()
-		fx.want(fx.settle(), "replace(start) 0 failed")
-		if log := fx.logged(); strings.Count(log, "\n") != 1 || !strings.Contains(log, "no netlink") {
+		fx.Update(upserts(service(1, 1)))
+		fx.FinishInitialList()
+		fx.checkCommits(fx.waitSynced(), "replace(start) 0 failed")
+		if log := fx.newLog(); strings.Count(log, "\n") != 1 || !strings.Contains(log, "no netlink") {
 			t.Errorf("log %q, want one line", log)
 		}
 		if st := fx.Status(); st.Err == nil || !st.LastSuccess.IsZero() || !st.PendingSince.Equal(began) {
 			t.Errorf("status %+v, want the error, no success, and pending since the start", st)
 		}
 		// Neither changes nor drift nor the node hurry it.
-		fx.Update(set(service(1, 2)))
+		fx.Update(upserts(service(1, 2)))
 		fx.SetNode(dataplane.Node{PodCIDRs: []netip.Prefix{netip.MustParsePrefix("10.1.0.0/16")}})
 		fx.kernel.Edit(func(dataplane.State) {})
-		fx.want(fx.since(), "")
-		fx.want(fx.settle(), "replace(start) 0 failed")
+		fx.checkCommits(fx.newCommits(), "")
+		fx.checkCommits(fx.waitSynced(), "replace(start) 0 failed")
 		if d := time.Since(began); d > time.Second || d < 750*time.Millisecond {
 			t.Errorf("the second attempt came after %v, want 1s less at most a quarter", d)
 		}
 		time.Sleep(time.Minute)
-		if n := len(fx.since()); n < 15 || n > 22 {
+		if n := len(fx.newCommits()); n < 15 || n > 22 {
 			t.Errorf("%d attempts in a minute, want one every 3 to 4 s", n)
 		}
-		if log := fx.logged(); log != "" {
+		if log := fx.newLog(); log != "" {
 			t.Errorf("log %q while nothing new happens, want nothing", log)
 		}
 		fx.faulty.Set(fake.Faults{})
 		time.Sleep(4 * time.Second)
-		commits := fx.since()
-		fx.want(commits, "replace(start) 1")
-		if !commits[0].Oldest.Equal(began) {
-			t.Errorf("the oldest change is from %v, want %v", commits[0].Oldest, began)
+		commits := fx.newCommits()
+		fx.checkCommits(commits, "replace(start) 1")
+		if !commits[0].OldestUpdate.Equal(began) {
+			t.Errorf("the oldest change is from %v, want %v", commits[0].OldestUpdate, began)
 		}
-		fx.holds(service(1, 2))
-		if log := fx.logged(); !strings.Contains(log, "dataplane works again") {
+		fx.checkKernel(service(1, 2))
+		if log := fx.newLog(); !strings.Contains(log, "dataplane works again") {
 			t.Errorf("log %q, want it to say that the dataplane works again", log)
 		}
 
 		// An Apply that fails as a whole may have been taken.
 		fx.faulty.Set(fake.Faults{Lose: 1})
-		fx.Update(set(service(1, 3)))
+		fx.Update(upserts(service(1, 3)))
 		began = time.Now()
-		fx.want(fx.settle(), "apply(change) 0 failed")
+		fx.checkCommits(fx.waitSynced(), "apply(change) 0 failed")
 		if st := fx.Status(); !st.PendingSince.Equal(began) {
 			t.Errorf("pending since %v, want %v", st.PendingSince, began)
 		}
 		fx.faulty.Set(fake.Faults{})
-		fx.Update(set(service(1, 2), service(2, 1)))
-		commits = fx.settle()
-		fx.want(commits, "replace(retry) 1")
-		if d := time.Since(began); d > time.Second || !commits[0].Oldest.Equal(began) {
+		fx.Update(upserts(service(1, 2), service(2, 1)))
+		commits = fx.waitSynced()
+		fx.checkCommits(commits, "replace(retry) 1")
+		if d := time.Since(began); d > time.Second || !commits[0].OldestUpdate.Equal(began) {
 			t.Errorf("repaired after %v, the oldest change from %v: want 1s at most, as after a first failure, and %v",
-				d, commits[0].Oldest, began)
+				d, commits[0].OldestUpdate, began)
 		}
-		fx.holds(service(1, 2), service(2, 1))
+		fx.checkKernel(service(1, 2), service(2, 1))
 	})
 }
 
-func TestDriftIsRepairedAtOnceAndThenLessOften(t *testing.T) {
+func TestDriftRepairBackoff(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		fx := start(t, fake.New(fake.Options{}), sync.Options{})
+		fx := startSyncer(t, fake.New(fake.Options{}), sync.Options{})
 		defer fx.stop()
-		fx.Update(set(service(1, 1)))
-		fx.ListComplete()
-		fx.settle()
+		fx.Update(upserts(service(1, 1)))
+		fx.FinishInitialList()
+		fx.waitSynced()
 		edit := func() { fx.kernel.Edit(func(s dataplane.State) { clear(s) }) }
 
 		for range 3 { // Rare drift is always repaired at once.
 			time.Sleep(sync.DefaultRetryMax)
 			edit()
-			fx.want(fx.since(), "replace(drift) 0")
-			fx.holds(service(1, 1))
+			fx.checkCommits(fx.newCommits(), "replace(drift) 0")
+			fx.checkKernel(service(1, 1))
 		}
 
 		// Somebody who edits a thousand times a second is answered once a second.
@@ -725,20 +725,20 @@ func TestDriftIsRepairedAtOnceAndThenLessOften(t *testing.T) {
 		for range 60_000 {
 			time.Sleep(time.Millisecond)
 			edit()
-			repairs += len(fx.since())
+			repairs += len(fx.newCommits())
 		}
 		if repairs < 60 || repairs > 85 {
 			t.Errorf("%d repairs in a minute of fighting, want one for each second or little less", repairs)
 		}
 		time.Sleep(sync.DefaultRetryMax)
-		fx.since()
-		fx.holds(service(1, 1))
+		fx.newCommits()
+		fx.checkKernel(service(1, 1))
 
 		// And at once again when it has been quiet.
 		time.Sleep(sync.DefaultRetryMax)
 		edit()
-		fx.want(fx.since(), "replace(drift) 0")
-		fx.holds(service(1, 1))
+		fx.checkCommits(fx.newCommits(), "replace(drift) 0")
+		fx.checkKernel(service(1, 1))
 	})
 }
 
@@ -783,15 +783,15 @@ func startLossy(t *testing.T) (*lossy, *sync.Syncer) {
 		cancel()
 		ended.Wait()
 	})
-	s.Update(set(service(1, 1)))
-	s.ListComplete()
+	s.Update(upserts(service(1, 1)))
+	s.FinishInitialList()
 	synctest.Wait()
 	return d, s
 }
 
 // A loss is repaired at once whatever came before: many other edits, or a failure
 // that is tried again less and less often.
-func TestLossIsRepairedAtOnce(t *testing.T) {
+func TestLossRepairedImmediately(t *testing.T) {
 	t.Parallel()
 	const promptly = 25 * time.Millisecond
 	synctest.Test(t, func(t *testing.T) {
@@ -828,7 +828,7 @@ func TestLossIsRepairedAtOnce(t *testing.T) {
 
 // A disturbance of half a minute, in which each Replace conflicts with somebody else,
 // is over as soon as it ends.
-func TestConflictsAreNoFailures(t *testing.T) {
+func TestConflictsDoNotBackOff(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		d, s := startLossy(t)
@@ -856,27 +856,27 @@ func TestConflictsAreNoFailures(t *testing.T) {
 }
 
 // Drift that is announced before a Replace begins is repaired by it.
-func TestDriftBeforeAReplaceNeedsNoOther(t *testing.T) {
+func TestReplaceCoversPendingDrift(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		fx := start(t, fake.New(fake.Options{}), sync.Options{})
+		fx := startSyncer(t, fake.New(fake.Options{}), sync.Options{})
 		defer fx.stop()
-		fx.Update(set(service(1, 1)))
+		fx.Update(upserts(service(1, 1)))
 		fx.kernel.Edit(func(dataplane.State) {})
-		fx.ListComplete()
-		fx.settle()
+		fx.FinishInitialList()
+		fx.waitSynced()
 		for i := range 20 {
 			time.Sleep(sync.DefaultRetryMax)
 			release := fx.faulty.Hold()
-			fx.Update(set(service(1, i+2)))
+			fx.Update(upserts(service(1, i+2)))
 			synctest.Wait()
 			fx.kernel.Edit(func(s dataplane.State) { clear(s) })
 			fx.SetNode(dataplane.Node{PodCIDRs: []netip.Prefix{netip.PrefixFrom(netip.AddrFrom4([4]byte{10}), i+1)}})
 			release()
 			synctest.Wait()
-			fx.holds(service(1, i+2))
-			if commits := fx.since(); len(commits) != 2 {
-				t.Fatalf("commits %s, want an Apply and one Replace", verbs(commits))
+			fx.checkKernel(service(1, i+2))
+			if commits := fx.newCommits(); len(commits) != 2 {
+				t.Fatalf("commits %s, want an Apply and one Replace", summarize(commits))
 			}
 		}
 	})
@@ -891,7 +891,7 @@ func (closedDrift) Drift() <-chan struct{} {
 	return c
 }
 
-func TestClosedDriftChannelIsLeftAlone(t *testing.T) {
+func TestClosedDriftChannel(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		kernel := fake.New(fake.Options{})
@@ -899,8 +899,8 @@ func TestClosedDriftChannelIsLeftAlone(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
 		go func() { _ = s.Run(ctx) }()
-		s.Update(set(service(1, 1)))
-		s.ListComplete()
+		s.Update(upserts(service(1, 1)))
+		s.FinishInitialList()
 		if err := s.WaitSynced(ctx); err != nil {
 			t.Fatal(err)
 		}
@@ -914,42 +914,42 @@ func TestClosedDriftChannelIsLeftAlone(t *testing.T) {
 func TestNodeChangeReplaces(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		fx := start(t, fake.New(fake.Options{}), sync.Options{})
+		fx := startSyncer(t, fake.New(fake.Options{}), sync.Options{})
 		defer fx.stop()
-		fx.Update(set(service(1, 1)))
-		fx.ListComplete()
-		fx.settle()
+		fx.Update(upserts(service(1, 1)))
+		fx.FinishInitialList()
+		fx.waitSynced()
 		fx.SetNode(dataplane.Node{PodCIDRs: []netip.Prefix{netip.MustParsePrefix("10.1.0.0/16")}})
-		fx.Update(set(service(2, 1)))
-		fx.want(fx.settle(), "replace(node) 1")
-		fx.holds(service(1, 1), service(2, 1))
+		fx.Update(upserts(service(2, 1)))
+		fx.checkCommits(fx.waitSynced(), "replace(node) 1")
+		fx.checkKernel(service(1, 1), service(2, 1))
 	})
 }
 
 func TestResync(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		fx := start(t, fake.New(fake.Options{}), sync.Options{ResyncPeriod: time.Minute})
+		fx := startSyncer(t, fake.New(fake.Options{}), sync.Options{ResyncPeriod: time.Minute})
 		defer fx.stop()
-		fx.ListComplete()
-		fx.settle()
+		fx.FinishInitialList()
+		fx.waitSynced()
 		time.Sleep(3*time.Minute + time.Second)
-		fx.want(fx.since(), "replace(resync) 0; replace(resync) 0; replace(resync) 0")
+		fx.checkCommits(fx.newCommits(), "replace(resync) 0; replace(resync) 0; replace(resync) 0")
 	})
 }
 
-func TestCancelWhileACallIsSlow(t *testing.T) {
+func TestCancelDuringCall(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		fx := start(t, fake.New(fake.Options{}), sync.Options{})
-		fx.Update(set(service(1, 1)))
-		fx.ListComplete()
-		fx.settle()
+		fx := startSyncer(t, fake.New(fake.Options{}), sync.Options{})
+		fx.Update(upserts(service(1, 1)))
+		fx.FinishInitialList()
+		fx.waitSynced()
 		release := fx.faulty.Hold()
 		defer release()
-		fx.Update(set(service(1, 2)))
+		fx.Update(upserts(service(1, 2)))
 		synctest.Wait()
-		fx.logged()
+		fx.newLog()
 		waited := make(chan error, 1)
 		go func() { waited <- fx.WaitSynced(t.Context()) }()
 		synctest.Wait()
@@ -957,22 +957,22 @@ func TestCancelWhileACallIsSlow(t *testing.T) {
 		if err := <-waited; !errors.Is(err, sync.ErrStopped) {
 			t.Errorf("WaitSynced returned %v, want ErrStopped", err)
 		}
-		fx.want(fx.since(), "")
-		if log := fx.logged(); log != "" {
+		fx.checkCommits(fx.newCommits(), "")
+		if log := fx.newLog(); log != "" {
 			t.Errorf("log %q, want nothing about an orderly end", log)
 		}
-		fx.holds(service(1, 1))
-		fx.Update(set(service(1, 3))) // is of no use, and harmless
+		fx.checkKernel(service(1, 1))
+		fx.Update(upserts(service(1, 3))) // is of no use, and harmless
 		if err := fx.Run(t.Context()); err == nil {
 			t.Error("a second Run returned no error")
 		}
 	})
 }
 
-func TestWaitSyncedHonoursItsContext(t *testing.T) {
+func TestWaitSyncedContext(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		fx := start(t, fake.New(fake.Options{}), sync.Options{})
+		fx := startSyncer(t, fake.New(fake.Options{}), sync.Options{})
 		defer fx.stop()
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
@@ -982,16 +982,16 @@ func TestWaitSyncedHonoursItsContext(t *testing.T) {
 	})
 }
 
-func TestWrongKeyIsLeftOut(t *testing.T) {
+func TestMismatchedKeyIgnored(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		fx := start(t, fake.New(fake.Options{}), sync.Options{})
+		fx := startSyncer(t, fake.New(fake.Options{}), sync.Options{})
 		defer fx.stop()
-		fx.ListComplete()
+		fx.FinishInitialList()
 		fx.Update(updates{service(1, 1).Key: service(2, 1), service(3, 1).Key: service(3, 1)})
-		fx.settle()
-		fx.holds(service(3, 1))
-		if log := fx.logged(); !strings.Contains(log, "level=ERROR") || !strings.Contains(log, "default/s2") {
+		fx.waitSynced()
+		fx.checkKernel(service(3, 1))
+		if log := fx.newLog(); !strings.Contains(log, "level=ERROR") || !strings.Contains(log, "default/s2") {
 			t.Errorf("log %q, want an error that names default/s2", log)
 		}
 	})
@@ -1047,7 +1047,7 @@ func randomHistory(t *testing.T, seed uint64, opts fake.Options, faults fake.Fau
 		}
 		return nil
 	}
-	fx := start(t, fake.New(opts), sync.Options{})
+	fx := startSyncer(t, fake.New(opts), sync.Options{})
 	defer fx.stop()
 	fx.faulty.Set(faults)
 
@@ -1083,7 +1083,7 @@ func randomHistory(t *testing.T, seed uint64, opts fake.Options, faults fake.Fau
 		}
 		fx.Update(changes)
 		if round == 3 {
-			fx.ListComplete()
+			fx.FinishInitialList()
 		}
 		if rnd.IntN(10) == 0 {
 			fx.SetNode(dataplane.Node{PodCIDRs: []netip.Prefix{netip.PrefixFrom(netip.AddrFrom4([4]byte{10}), rnd.IntN(3)+8)}})
@@ -1094,7 +1094,7 @@ func randomHistory(t *testing.T, seed uint64, opts fake.Options, faults fake.Fau
 		t.Fatal(err)
 	}
 	if faults.Keys == 0 && faults.Lose == 0 {
-		for _, c := range fx.since() {
+		for _, c := range fx.newCommits() {
 			for k, err := range c.Failed {
 				if !errors.Is(err, dataplane.ErrUnsupported) {
 					t.Errorf("without faults, %s failed: %v", k, err)
@@ -1104,7 +1104,7 @@ func randomHistory(t *testing.T, seed uint64, opts fake.Options, faults fake.Fau
 	}
 	fx.faulty.Set(fake.Faults{})
 	time.Sleep(2 * sync.DefaultRetryMax)
-	fx.since()
+	fx.newCommits()
 
 	var want []*dataplane.Service
 	failing := map[dataplane.Key]bool{}
@@ -1117,7 +1117,7 @@ func randomHistory(t *testing.T, seed uint64, opts fake.Options, faults fake.Fau
 			want = append(want, s)
 		}
 	}
-	fx.holds(want...)
+	fx.checkKernel(want...)
 	st := fx.Status()
 	if len(st.Failing) != len(failing) || st.Err != nil || !st.PendingSince.IsZero() {
 		t.Errorf("status %+v, want %v failing for being unsupported and all else well", st, slices.Collect(maps.Keys(failing)))
@@ -1131,11 +1131,11 @@ func randomHistory(t *testing.T, seed uint64, opts fake.Options, faults fake.Fau
 
 // One changed Service costs the dataplane one call with one change, however many
 // Services there are. (What it costs the syncer itself, the benchmarks show.)
-func TestWorkFollowsTheChange(t *testing.T) {
+func TestCostProportionalToChange(t *testing.T) {
 	t.Parallel()
 	for _, n := range []int{100, 10_000} {
 		synctest.Test(t, func(t *testing.T) {
-			fx := start(t, fake.New(fake.Options{Strict: true}), sync.Options{})
+			fx := startSyncer(t, fake.New(fake.Options{Strict: true}), sync.Options{})
 			defer fx.stop()
 			all := updates{}
 			for i := range n {
@@ -1143,11 +1143,11 @@ func TestWorkFollowsTheChange(t *testing.T) {
 				all[s.Key] = s
 			}
 			fx.Update(all)
-			fx.ListComplete()
-			fx.settle()
+			fx.FinishInitialList()
+			fx.waitSynced()
 			before := fx.kernel.Counts()
-			fx.Update(set(service(n/2, 4)))
-			fx.want(fx.settle(), "apply(change) 1")
+			fx.Update(upserts(service(n/2, 4)))
+			fx.checkCommits(fx.waitSynced(), "apply(change) 1")
 			after := fx.kernel.Counts()
 			if got := after.Writes - before.Writes; got != 1 || after.Applies != before.Applies+1 || after.Replaces != before.Replaces {
 				t.Errorf("%d Services: %+v, then %+v, want one Apply that writes once", n, before, after)

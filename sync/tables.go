@@ -22,9 +22,9 @@ type tables struct {
 	drift <-chan struct{}
 	lost  <-chan struct{} // nil if the dataplane tells no loss
 
-	node     dataplane.Node
-	complete bool // the initial list is complete
-	replaced bool // a Replace has succeeded
+	node         dataplane.Node
+	listComplete bool // the initial list is complete
+	replacedOnce bool // a Replace has succeeded
 
 	desired map[dataplane.Key]*dataplane.Service
 	// applied is what the kernel holds, save for keys that are failing with
@@ -35,47 +35,47 @@ type tables struct {
 	// queue has the keys whose change waits for its turn. For these, too, desired and
 	// applied differ.
 	queue queue
-	// merged is the number of the last input that merge has taken.
-	merged uint64
+	// mergedSeq is the number of the last input that merge has taken.
+	mergedSeq uint64
 
 	// allUnknown is set before the first Replace and after a call that failed
 	// as a whole. Only Replace is possible then.
-	allUnknown bool
-	allErr     error // why, nil before the first Replace
-	attempts   int   // calls that failed as a whole, in a row
+	allUnknown  bool
+	callErr     error // why, nil before the first Replace
+	failedCalls int   // calls that failed as a whole, in a row
 
-	// pending is when the oldest change was handed over that is in no failing
+	// pendingSince is when the oldest change was handed over that is in no failing
 	// key and has not been part of a successful call; zero if there is none.
-	pending time.Time
-	// untried says that a change waits for the next Replace.
-	untried bool
+	pendingSince time.Time
+	// awaitsReplace says that a change waits for the next Replace.
+	awaitsReplace bool
 
-	nodeChanged bool
-	repairAt    time.Time // when failing keys, or everything, are due; zero for never
-	driftAt     time.Time // when the drift seen is due; zero for none seen
-	lostAt      time.Time // when the repair of a loss is due; zero for none
-	resyncAt    time.Time // zero for never
+	nodeChanged   bool
+	repairAt      time.Time // when failing keys, or everything, are due; zero for never
+	driftRepairAt time.Time // when the drift seen is due; zero for none seen
+	lossRepairAt  time.Time // when the repair of a loss is due; zero for none
+	resyncAt      time.Time // zero for never
 
-	driftRepairs  int // in a row
-	lastDrift     time.Time
-	replaceLasted time.Duration // the last Replace
-	lastReplace   time.Time     // its end
+	driftRepairs        int // in a row
+	lastDriftRepair     time.Time
+	lastReplaceDuration time.Duration // the last Replace
+	lastReplaceEnd      time.Time     // its end
 
 	lastSuccess time.Time
-	// shown is failing as Status shows it, made anew after failing changed.
-	shown      map[dataplane.Key]error
-	shownStale bool
+	// failingErrors is failing as Status shows it, made anew after failing changed.
+	failingErrors      map[dataplane.Key]error
+	failingErrorsStale bool
 
-	spare map[dataplane.Key]input // for the inbox to use again
+	spareChanges map[dataplane.Key]input // for the inbox to use again
 }
 
 // failure is a key that did not take.
 type failure struct {
-	state    failureState
-	err      error
-	attempts int
-	handed   time.Time // when the oldest change was handed over that did not take
-	reported string    // the error that was logged last; empty for none
+	state        failureState
+	err          error
+	attempts     int
+	pendingSince time.Time // when the oldest change was handed over that did not take
+	lastLogged   string    // the error that was logged last; empty for none
 }
 
 type failureState uint8
@@ -85,9 +85,9 @@ const (
 	unknown failureState = iota
 	// refused: the backend does not support the Service, and the kernel holds
 	// nothing. It waits for the Service to change.
-	refused
+	unsupported
 	// revised: it was refused, and the Service has changed.
-	revised
+	unsupportedChanged
 )
 
 func newTables(dp dataplane.Dataplane, opts Options) tables {
@@ -96,17 +96,17 @@ func newTables(dp dataplane.Dataplane, opts Options) tables {
 		lost = notifier.Lost()
 	}
 	return tables{
-		dp:         dp,
-		opts:       opts,
-		log:        opts.Logger,
-		drift:      dp.Drift(),
-		lost:       lost,
-		desired:    map[dataplane.Key]*dataplane.Service{},
-		applied:    map[dataplane.Key]*dataplane.Service{},
-		failing:    map[dataplane.Key]*failure{},
-		queue:      newQueue(),
-		allUnknown: true,
-		untried:    true,
+		dp:            dp,
+		opts:          opts,
+		log:           opts.Logger,
+		drift:         dp.Drift(),
+		lost:          lost,
+		desired:       map[dataplane.Key]*dataplane.Service{},
+		applied:       map[dataplane.Key]*dataplane.Service{},
+		failing:       map[dataplane.Key]*failure{},
+		queue:         newQueue(),
+		allUnknown:    true,
+		awaitsReplace: true,
 	}
 }
 
@@ -117,65 +117,65 @@ func (t *tables) merge(in inbox) {
 		t.node = *in.node
 		t.nodeChanged = true
 	}
-	t.complete = t.complete || in.complete
+	t.listComplete = t.listComplete || in.listComplete
 	for k, c := range in.changes {
 		f := t.failing[k]
 		if t.allUnknown || f != nil && f.state == unknown {
 			if c.svc.Equal(t.desired[k]) {
 				continue
 			}
-			t.want(k, c.svc)
-			t.untried = true
+			t.setDesired(k, c.svc)
+			t.awaitsReplace = true
 			switch {
 			case f == nil:
-				t.pending = earlier(t.pending, c.at)
-			case f.state == refused:
-				f.state, f.handed = revised, c.at
+				t.pendingSince = earlier(t.pendingSince, c.updatedAt)
+			case f.state == unsupported:
+				f.state, f.pendingSince = unsupportedChanged, c.updatedAt
 			case f.state == unknown && !t.allUnknown:
 				t.retrySoon()
 			}
 			continue
 		}
-		if f != nil && f.state == refused {
+		if f != nil && f.state == unsupported {
 			if c.svc.Equal(t.desired[k]) {
 				continue
 			}
-			f.state, f.handed = revised, c.at
+			f.state, f.pendingSince = unsupportedChanged, c.updatedAt
 		}
 		have := t.applied[k]
 		if c.svc.Equal(have) {
 			// Undone, or said again. Keeping the value we have frees the other.
-			t.want(k, have)
+			t.setDesired(k, have)
 			t.queue.remove(k)
 			if f != nil {
-				t.recovered(k, f)
+				t.onRecovery(k, f)
 			}
 			continue
 		}
-		t.want(k, c.svc)
-		t.queue.put(dataplane.Change{Old: have, New: c.svc}, c.at, t.merged)
+		t.setDesired(k, c.svc)
+		t.queue.put(dataplane.Change{Old: have, New: c.svc}, c.updatedAt, t.mergedSeq)
 	}
-	t.merged = in.seq
+	t.mergedSeq = in.seq
 }
 
-// oldest returns when the oldest change was handed over that waits in the queue; zero
+// oldestQueued returns when the oldest change was handed over that waits in the queue; zero
 // if there is none.
-func (t *tables) oldest() time.Time {
-	if e := t.queue.first(); e != nil {
-		return e.at
+func (t *tables) oldestQueued() time.Time {
+	if e := t.queue.oldest(); e != nil {
+		return e.updatedAt
 	}
 	return time.Time{}
 }
 
-// tried returns the number of the last input of which everything has been tried.
-func (t *tables) tried() uint64 {
-	if e := t.queue.first(); e != nil {
-		return e.after
+// triedSeq returns the number of the last input of which everything has been tried.
+func (t *tables) triedSeq() uint64 {
+	if e := t.queue.oldest(); e != nil {
+		return e.prevSeq
 	}
-	return t.merged
+	return t.mergedSeq
 }
 
-func (t *tables) want(k dataplane.Key, svc *dataplane.Service) {
+func (t *tables) setDesired(k dataplane.Key, svc *dataplane.Service) {
 	if svc == nil {
 		delete(t.desired, k)
 	} else {
@@ -183,7 +183,7 @@ func (t *tables) want(k dataplane.Key, svc *dataplane.Service) {
 	}
 }
 
-func (t *tables) programmed(k dataplane.Key, svc *dataplane.Service) {
+func (t *tables) setApplied(k dataplane.Key, svc *dataplane.Service) {
 	if svc == nil {
 		delete(t.applied, k)
 	} else {
@@ -196,7 +196,7 @@ func (t *tables) programmed(k dataplane.Key, svc *dataplane.Service) {
 // leaves nine tenths of the time to others, even when a failing Service keeps
 // changing.
 func (t *tables) retrySoon() {
-	t.repairAt = earlier(t.repairAt, time.Now().Add(max(t.opts.RetryMin, 9*t.replaceLasted)))
+	t.repairAt = earlier(t.repairAt, time.Now().Add(max(t.opts.RetryMin, 9*t.lastReplaceDuration)))
 }
 
 // maxDriftDelay is the longest that repeated drift waits for its repair, save
@@ -209,31 +209,31 @@ const maxDriftDelay = time.Second
 // about to commit again. At the end of a disturbance Services are dead for as long.
 const lossDelay = 20 * time.Millisecond
 
-// lostSomething records that somebody else has removed what packets may need. Unlike
+// onLoss records that somebody else has removed what packets may need. Unlike
 // other drift it does not wait longer when it happens again and again.
-func (t *tables) lostSomething(now time.Time) {
-	if !t.lostAt.IsZero() {
+func (t *tables) onLoss(now time.Time) {
+	if !t.lossRepairAt.IsZero() {
 		return
 	}
-	t.lostAt = now
-	if next := t.lastReplace.Add(lossDelay); next.After(now) {
-		t.lostAt = next
+	t.lossRepairAt = now
+	if next := t.lastReplaceEnd.Add(lossDelay); next.After(now) {
+		t.lossRepairAt = next
 	}
 }
 
-// drifted notes that somebody else has changed the kernel.
-func (t *tables) drifted(now time.Time) {
-	if !t.driftAt.IsZero() {
+// onDrift notes that somebody else has changed the kernel.
+func (t *tables) onDrift(now time.Time) {
+	if !t.driftRepairAt.IsZero() {
 		return
 	}
-	if now.Sub(t.lastDrift) >= t.opts.RetryMax {
+	if now.Sub(t.lastDriftRepair) >= t.opts.RetryMax {
 		t.driftRepairs = 0
 	}
-	t.driftAt = now
+	t.driftRepairAt = now
 	if t.driftRepairs > 0 {
-		delay := min(t.delay(t.driftRepairs), max(maxDriftDelay, 9*t.replaceLasted))
-		if at := t.lastDrift.Add(delay); at.After(now) {
-			t.driftAt = at
+		delay := min(t.retryDelay(t.driftRepairs), max(maxDriftDelay, 9*t.lastReplaceDuration))
+		if at := t.lastDriftRepair.Add(delay); at.After(now) {
+			t.driftRepairAt = at
 		}
 	}
 }
@@ -242,17 +242,17 @@ func (t *tables) drifted(now time.Time) {
 func (t *tables) replaceDue(now time.Time) Reason {
 	due := func(at time.Time) bool { return !at.IsZero() && !at.After(now) }
 	switch {
-	case !t.complete:
+	case !t.listComplete:
 		return ""
-	case t.allUnknown && !t.repairAt.IsZero() && !due(t.repairAt) && !due(t.lostAt):
+	case t.allUnknown && !t.repairAt.IsZero() && !due(t.repairAt) && !due(t.lossRepairAt):
 		return "" // No other reason makes a call more likely to work.
-	case !t.replaced:
+	case !t.replacedOnce:
 		return ReasonStart
 	case t.allUnknown || due(t.repairAt):
 		return ReasonRetry
 	case t.nodeChanged:
 		return ReasonNode
-	case due(t.driftAt), due(t.lostAt):
+	case due(t.driftRepairAt), due(t.lossRepairAt):
 		return ReasonDrift
 	case due(t.resyncAt):
 		return ReasonResync
@@ -260,16 +260,16 @@ func (t *tables) replaceDue(now time.Time) Reason {
 	return ""
 }
 
-// nextReplace returns when replaceDue will have a reason if nothing else
+// nextReplaceAt returns when replaceDue will have a reason if nothing else
 // happens; zero for never.
-func (t *tables) nextReplace() time.Time {
+func (t *tables) nextReplaceAt() time.Time {
 	switch {
-	case !t.complete:
+	case !t.listComplete:
 		return t.repairAt
 	case t.allUnknown:
-		return earlier(t.repairAt, t.lostAt)
+		return earlier(t.repairAt, t.lossRepairAt)
 	}
-	return earlier(earlier(t.repairAt, t.lostAt), earlier(t.driftAt, t.resyncAt))
+	return earlier(earlier(t.repairAt, t.lossRepairAt), earlier(t.driftRepairAt, t.resyncAt))
 }
 
 // replace makes the kernel hold what is desired, less what was refused. It
@@ -284,46 +284,46 @@ func (t *tables) replace(ctx context.Context, reason Reason, in inbox, start tim
 	case <-t.lost:
 	default:
 	}
-	drifted := !t.driftAt.IsZero() || !t.lostAt.IsZero()
-	t.driftAt, t.lostAt, t.nodeChanged, t.untried = time.Time{}, time.Time{}, false, false
+	drifted := !t.driftRepairAt.IsZero() || !t.lossRepairAt.IsZero()
+	t.driftRepairAt, t.lossRepairAt, t.nodeChanged, t.awaitsReplace = time.Time{}, time.Time{}, false, false
 
 	var progress progress
-	err := t.dp.Replace(ctx, t.node, t.offered(), progress.completed)
+	err := t.dp.Replace(ctx, t.node, t.replaceOrder(), progress.update)
 	end := time.Now()
 	if err != nil && ctx.Err() != nil {
 		return Commit{}, false
 	}
-	t.replaceLasted, t.lastReplace = end.Sub(start), end
+	t.lastReplaceDuration, t.lastReplaceEnd = end.Sub(start), end
 	if drifted {
 		t.driftRepairs++
-		t.lastDrift = end
+		t.lastDriftRepair = end
 	}
 	if t.opts.ResyncPeriod > 0 {
 		t.resyncAt = end.Add(t.opts.ResyncPeriod)
 	}
 	c := Commit{
-		Kind: KindReplace, Reason: reason,
-		Services: len(t.desired), Oldest: earlier(t.pending, t.oldest()), Start: start, End: end,
+		Op: OpReplace, Reason: reason,
+		Services: len(t.desired), OldestUpdate: earlier(t.pendingSince, t.oldestQueued()), Start: start, End: end,
 	}
 	waiting := t.queue.entries
 	t.queue.clear()
-	if c.Failed, c.Err = outcome(err); c.Err != nil {
-		t.failedWhole(&c)
+	if c.Failed, c.Err = splitError(err); c.Err != nil {
+		t.onCallFailure(&c)
 		return c, true
 	}
-	c.First, c.Last = progress.first, progress.last
-	t.succeeded(end)
-	t.replaced = true
+	c.FirstComplete, c.LastComplete = progress.firstAt, progress.lastAt
+	t.onSuccess(end)
+	t.replacedOnce = true
 	t.allUnknown = false
 
 	for k, f := range t.failing {
-		if _, again := c.Failed[k]; !again && f.state != refused {
-			c.Oldest = earlier(c.Oldest, f.handed)
-			t.recovered(k, f)
+		if _, again := c.Failed[k]; !again && f.state != unsupported {
+			c.OldestUpdate = earlier(c.OldestUpdate, f.pendingSince)
+			t.onRecovery(k, f)
 		}
 	}
 	for k, svc := range t.desired {
-		if old := t.applied[k]; old != svc && !t.didFail(k, c.Failed) {
+		if old := t.applied[k]; old != svc && !t.failedOrUnsupported(k, c.Failed) {
 			t.applied[k] = svc
 			if t.opts.OnCommit != nil && !svc.Equal(old) {
 				c.Changes = append(c.Changes, dataplane.Change{Old: old, New: svc})
@@ -331,7 +331,7 @@ func (t *tables) replace(ctx context.Context, reason Reason, in inbox, start tim
 		}
 	}
 	for k, old := range t.applied {
-		if _, wanted := t.desired[k]; !wanted && !t.didFail(k, c.Failed) {
+		if _, wanted := t.desired[k]; !wanted && !t.failedOrUnsupported(k, c.Failed) {
 			delete(t.applied, k)
 			if t.opts.OnCommit != nil {
 				c.Changes = append(c.Changes, dataplane.Change{Old: old})
@@ -340,19 +340,19 @@ func (t *tables) replace(ctx context.Context, reason Reason, in inbox, start tim
 	}
 	// Every key that is unknown was in this call and has failed again.
 	t.repairAt = time.Time{}
-	t.failed(&c, func(k dataplane.Key) time.Time {
+	t.onKeyFailures(&c, func(k dataplane.Key) time.Time {
 		if e := waiting[k]; e != nil {
-			return e.at
+			return e.updatedAt
 		}
-		return in.changes[k].at
+		return in.changes[k].updatedAt
 	})
-	t.report(ctx, &c)
+	t.logCommit(ctx, &c)
 	return c, true
 }
 
-// didFail reports whether k did not take in a call that failed for these keys,
+// failedOrUnsupported reports whether k did not take in a call that failed for these keys,
 // or was not part of it because it is refused.
-func (t *tables) didFail(k dataplane.Key, failed map[dataplane.Key]error) bool {
+func (t *tables) failedOrUnsupported(k dataplane.Key, failed map[dataplane.Key]error) bool {
 	if len(failed) == 0 && len(t.failing) == 0 {
 		return false
 	}
@@ -360,37 +360,37 @@ func (t *tables) didFail(k dataplane.Key, failed map[dataplane.Key]error) bool {
 		return true
 	}
 	f := t.failing[k]
-	return f != nil && f.state == refused
+	return f != nil && f.state == unsupported
 }
 
 // progress is how far a Replace has come.
 type progress struct {
-	first, last time.Time
-	complete    int
+	firstAt, lastAt time.Time
+	complete        int
 }
 
-// completed notes that so many Services are complete.
-func (p *progress) completed(complete int) {
+// update notes that so many Services are complete.
+func (p *progress) update(complete int) {
 	if complete <= p.complete {
 		return
 	}
 	p.complete = complete
-	p.last = time.Now()
-	if p.first.IsZero() {
-		p.first = p.last
+	p.lastAt = time.Now()
+	if p.firstAt.IsZero() {
+		p.firstAt = p.lastAt
 	}
 }
 
-// offered returns the Services that Replace is given: those of Options.First
+// replaceOrder returns the Services that Replace is given: those of Options.Prioritize
 // come first, and all in the order of their keys, so that two calls with the same
 // Services make the same steps. Of a Kubernetes Service that has more than a call of
 // Apply is given, the rest comes last. Sorting is a small part of what a Replace costs.
-func (t *tables) offered() iter.Seq[*dataplane.Service] {
+func (t *tables) replaceOrder() iter.Seq[*dataplane.Service] {
 	return func(yield func(*dataplane.Service) bool) {
 		for _, first := range []bool{true, false} {
 			var services []*dataplane.Service
 			for k, svc := range t.desired {
-				if f := t.failing[k]; t.comesFirst(k) == first && (f == nil || f.state != refused) {
+				if f := t.failing[k]; t.hasPriority(k) == first && (f == nil || f.state != unsupported) {
 					services = append(services, svc)
 				}
 			}
@@ -404,8 +404,10 @@ func (t *tables) offered() iter.Seq[*dataplane.Service] {
 	}
 }
 
-// comesFirst applies [Options.First].
-func (t *tables) comesFirst(k dataplane.Key) bool { return t.opts.First != nil && t.opts.First(k) }
+// hasPriority applies [Options.Prioritize].
+func (t *tables) hasPriority(k dataplane.Key) bool {
+	return t.opts.Prioritize != nil && t.opts.Prioritize(k)
+}
 
 // largeLast returns Services, which are in the order of their keys, in this order but for
 // what a Kubernetes Service has beyond callWeight: that comes last, in the order of how
@@ -439,14 +441,14 @@ func largeLast(services []*dataplane.Service) []*dataplane.Service {
 // apply carries out the changes whose turn it is. It returns false when ctx has ended
 // and nothing can be said.
 func (t *tables) apply(ctx context.Context, start time.Time) (Commit, bool) {
-	entries := t.queue.next(callWeight)
+	entries := t.queue.dequeue(callWeight)
 	changes := make([]dataplane.Change, 0, len(entries))
 	handed := make(map[dataplane.Key]time.Time, len(entries))
 	var oldest time.Time
 	for _, e := range entries {
 		changes = append(changes, e.Change)
-		handed[e.Key()] = e.at
-		oldest = earlier(oldest, e.at)
+		handed[e.Key()] = e.updatedAt
+		oldest = earlier(oldest, e.updatedAt)
 	}
 	err := t.dp.Apply(ctx, changes)
 	end := time.Now()
@@ -454,14 +456,14 @@ func (t *tables) apply(ctx context.Context, start time.Time) (Commit, bool) {
 		return Commit{}, false
 	}
 	c := Commit{
-		Kind: KindApply, Reason: ReasonChange,
-		Services: len(t.desired), Oldest: oldest, Start: start, End: end,
+		Op: OpApply, Reason: ReasonChange,
+		Services: len(t.desired), OldestUpdate: oldest, Start: start, End: end,
 	}
-	if c.Failed, c.Err = outcome(err); c.Err != nil {
-		t.failedWhole(&c)
+	if c.Failed, c.Err = splitError(err); c.Err != nil {
+		t.onCallFailure(&c)
 		return c, true
 	}
-	t.succeeded(end)
+	t.onSuccess(end)
 	c.Changes = changes
 	if len(c.Failed) > 0 {
 		c.Changes = nil
@@ -474,20 +476,20 @@ func (t *tables) apply(ctx context.Context, start time.Time) (Commit, bool) {
 		if len(c.Failed) > 0 {
 			c.Changes = append(c.Changes, ch)
 		}
-		t.programmed(k, ch.New)
+		t.setApplied(k, ch.New)
 		if f := t.failing[k]; f != nil {
-			t.recovered(k, f)
+			t.onRecovery(k, f)
 		}
 	}
-	t.failed(&c, func(k dataplane.Key) time.Time { return handed[k] })
-	t.report(ctx, &c)
+	t.onKeyFailures(&c, func(k dataplane.Key) time.Time { return handed[k] })
+	t.logCommit(ctx, &c)
 	return c, true
 }
 
-// outcome splits the error of a call: keys that failed, or a failure as a
+// splitError splits the error of a call: keys that failed, or a failure as a
 // whole. A failure that names no key is one as a whole, to be safe, and so is
 // one that is joined with others: the keys are then only part of the matter.
-func outcome(err error) (failed map[dataplane.Key]error, whole error) {
+func splitError(err error) (failed map[dataplane.Key]error, whole error) {
 	for e := err; e != nil; e = errors.Unwrap(e) {
 		keyed, ok := e.(*dataplane.Error) //nolint:errorlint // errors.As would look into joined errors.
 		if ok && len(keyed.Failed) > 0 {
@@ -497,40 +499,40 @@ func outcome(err error) (failed map[dataplane.Key]error, whole error) {
 	return nil, err
 }
 
-// succeeded notes that a call did not fail as a whole.
-func (t *tables) succeeded(end time.Time) {
-	if t.allErr != nil {
-		t.log.Info("dataplane works again", "attempts", t.attempts)
+// onSuccess notes that a call did not fail as a whole.
+func (t *tables) onSuccess(end time.Time) {
+	if t.callErr != nil {
+		t.log.Info("dataplane works again", "attempts", t.failedCalls)
 	}
-	t.allErr, t.attempts = nil, 0
+	t.callErr, t.failedCalls = nil, 0
 	t.lastSuccess = end
-	t.pending = time.Time{}
+	t.pendingSince = time.Time{}
 }
 
-// failedWhole makes everything unknown.
-func (t *tables) failedWhole(c *Commit) {
+// onCallFailure makes everything unknown.
+func (t *tables) onCallFailure(c *Commit) {
 	delay := lossDelay
 	if !errors.Is(c.Err, dataplane.ErrConflict) {
-		t.attempts++
-		delay = t.delay(t.attempts)
+		t.failedCalls++
+		delay = t.retryDelay(t.failedCalls)
 	}
 	t.repairAt = c.End.Add(delay)
-	if t.allErr == nil || t.allErr.Error() != c.Err.Error() {
-		t.log.Warn("dataplane failed", "kind", string(c.Kind), "reason", string(c.Reason), "services", c.Services,
+	if t.callErr == nil || t.callErr.Error() != c.Err.Error() {
+		t.log.Warn("dataplane failed", "kind", string(c.Op), "reason", string(c.Reason), "services", c.Services,
 			"retry_in", delay, "error", c.Err)
 	}
 	t.allUnknown = true
-	t.allErr = c.Err
-	t.pending = earlier(c.Oldest, t.oldest())
+	t.callErr = c.Err
+	t.pendingSince = earlier(c.OldestUpdate, t.oldestQueued())
 	if len(t.queue.entries) > 0 { // the next Replace has them
 		t.queue.clear()
-		t.untried = true
+		t.awaitsReplace = true
 	}
 }
 
-// failed makes the failed keys of a call unknown, or refused. handed returns when the
+// onKeyFailures makes the failed keys of a call unknown, or refused. handed returns when the
 // change of a key was handed over, or zero.
-func (t *tables) failed(c *Commit, handed func(dataplane.Key) time.Time) {
+func (t *tables) onKeyFailures(c *Commit, handed func(dataplane.Key) time.Time) {
 	// A call can fail for all of its keys at once. A few are logged by name,
 	// the others, if they keep failing, after a later attempt.
 	const named = 10
@@ -545,56 +547,56 @@ func (t *tables) failed(c *Commit, handed func(dataplane.Key) time.Time) {
 		f.attempts++
 		if t.queue.entries[k] != nil { // the next Replace has it
 			t.queue.remove(k)
-			t.untried = true
+			t.awaitsReplace = true
 		}
-		if f.handed.IsZero() {
-			if f.handed = handed(k); f.handed.IsZero() {
-				f.handed = c.Oldest
+		if f.pendingSince.IsZero() {
+			if f.pendingSince = handed(k); f.pendingSince.IsZero() {
+				f.pendingSince = c.OldestUpdate
 			}
 		}
 		f.state = unknown
 		var delay time.Duration
 		if errors.Is(err, dataplane.ErrUnsupported) {
-			f.state = refused
+			f.state = unsupported
 			if old := t.applied[k]; old != nil {
 				delete(t.applied, k)
 				c.Changes = append(c.Changes, dataplane.Change{Old: old})
 			}
 		} else {
-			delay = t.delay(f.attempts)
+			delay = t.retryDelay(f.attempts)
 			t.repairAt = earlier(t.repairAt, c.End.Add(delay))
 		}
 		switch text := err.Error(); {
-		case f.reported == text:
+		case f.lastLogged == text:
 		case logged == named:
 			silent++
 		default:
 			logged++
-			f.reported = text
-			if f.state == refused {
+			f.lastLogged = text
+			if f.state == unsupported {
 				t.log.Warn("service not supported", "service", k.String(), "error", err)
 			} else {
 				t.log.Warn("service failed", "service", k.String(), "retry_in", delay, "error", err)
 			}
 		}
-		t.shownStale = true
+		t.failingErrorsStale = true
 	}
 	if silent > 0 {
 		t.log.Warn("more services failed", "services", silent)
 	}
 }
 
-// recovered forgets the failure of k.
-func (t *tables) recovered(k dataplane.Key, f *failure) {
+// onRecovery forgets the failure of k.
+func (t *tables) onRecovery(k dataplane.Key, f *failure) {
 	delete(t.failing, k)
-	t.shownStale = true
-	if f.reported != "" {
+	t.failingErrorsStale = true
+	if f.lastLogged != "" {
 		t.log.Info("service no longer fails", "service", k.String(), "attempts", f.attempts)
 	}
 }
 
-// report logs a call that did not fail as a whole.
-func (t *tables) report(ctx context.Context, c *Commit) {
+// logCommit logs a call that did not fail as a whole.
+func (t *tables) logCommit(ctx context.Context, c *Commit) {
 	level := slog.LevelDebug
 	if c.Reason == ReasonStart || c.Reason == ReasonDrift {
 		level = slog.LevelInfo
@@ -603,37 +605,37 @@ func (t *tables) report(ctx context.Context, c *Commit) {
 		return
 	}
 	var latency time.Duration // of the oldest change, waiting included
-	if !c.Oldest.IsZero() {
-		latency = c.End.Sub(c.Oldest)
+	if !c.OldestUpdate.IsZero() {
+		latency = c.End.Sub(c.OldestUpdate)
 	}
 	attrs := []any{
-		"kind", string(c.Kind), "reason", string(c.Reason),
+		"kind", string(c.Op), "reason", string(c.Reason),
 		"changes", len(c.Changes), "failed", len(c.Failed), "services", c.Services,
 		"took", c.End.Sub(c.Start), "latency", latency,
 	}
-	if !c.First.IsZero() {
-		attrs = append(attrs, "first_after", c.First.Sub(c.Start), "last_after", c.Last.Sub(c.Start))
+	if !c.FirstComplete.IsZero() {
+		attrs = append(attrs, "first_after", c.FirstComplete.Sub(c.Start), "last_after", c.LastComplete.Sub(c.Start))
 	}
 	t.log.Log(ctx, level, "committed", attrs...)
 }
 
 func (t *tables) status() Status {
-	if t.shownStale {
-		t.shownStale = false
-		t.shown = make(map[dataplane.Key]error, len(t.failing))
+	if t.failingErrorsStale {
+		t.failingErrorsStale = false
+		t.failingErrors = make(map[dataplane.Key]error, len(t.failing))
 		for k, f := range t.failing {
-			t.shown[k] = f.err
+			t.failingErrors[k] = f.err
 		}
 	}
 	return Status{
 		Services:     len(t.desired),
-		Failing:      t.shown,
-		Err:          t.allErr,
+		Failing:      t.failingErrors,
+		Err:          t.callErr,
 		LastSuccess:  t.lastSuccess,
-		PendingSince: earlier(t.pending, t.oldest()),
+		PendingSince: earlier(t.pendingSince, t.oldestQueued()),
 	}
 }
 
-func (t *tables) delay(attempts int) time.Duration {
-	return t.opts.delay(attempts, rand.Float64())
+func (t *tables) retryDelay(attempts int) time.Duration {
+	return t.opts.retryDelay(attempts, rand.Float64())
 }

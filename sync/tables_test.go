@@ -11,7 +11,7 @@ import (
 
 // Only an error that is about keys, and nothing else, leaves the other keys
 // known.
-func TestOutcome(t *testing.T) {
+func TestSplitError(t *testing.T) {
 	t.Parallel()
 	k := dataplane.Key{Namespace: "default", Name: "web", Family: dataplane.IPv4}
 	keyed := &dataplane.Error{Op: "apply", Failed: map[dataplane.Key]error{k: errors.New("no memory")}}
@@ -26,14 +26,14 @@ func TestOutcome(t *testing.T) {
 		"no keys":           {&dataplane.Error{Op: "apply"}, false, true},
 		"another":           {errors.New("connection lost"), false, true},
 	} {
-		failed, whole := outcome(tt.err)
+		failed, whole := splitError(tt.err)
 		if (len(failed) > 0) != tt.keys || (whole != nil) != tt.whole {
 			t.Errorf("%s: got %v and %v, want keys %t, failure as a whole %t", name, failed, whole, tt.keys, tt.whole)
 		}
 	}
 }
 
-func TestDelay(t *testing.T) {
+func TestRetryDelay(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
 		opts     Options
@@ -52,10 +52,10 @@ func TestDelay(t *testing.T) {
 		{Options{RetryMin: time.Second, RetryMax: 3 * time.Second}, 3, 3 * time.Second},
 	} {
 		opts := tt.opts.withDefaults()
-		if got := opts.delay(tt.attempts, 0); got != tt.want {
+		if got := opts.retryDelay(tt.attempts, 0); got != tt.want {
 			t.Errorf("%v to %v, attempt %d: %v, want %v", opts.RetryMin, opts.RetryMax, tt.attempts, got, tt.want)
 		}
-		if got, least := opts.delay(tt.attempts, 0.999), tt.want*3/4; got < least || got > tt.want*4/5 {
+		if got, least := opts.retryDelay(tt.attempts, 0.999), tt.want*3/4; got < least || got > tt.want*4/5 {
 			t.Errorf("%v to %v, attempt %d, the most taken off: %v, want a little over %v", opts.RetryMin, opts.RetryMax, tt.attempts, got, least)
 		}
 	}

@@ -11,33 +11,33 @@ import (
 	"k8s.io/apimachinery/pkg/watch"
 )
 
-// remembered is how many changes a watch can be behind. Who is further behind
+// historyLength is how many changes a watch can be behind. Who is further behind
 // lists again.
-const remembered = 1 << 15
+const historyLength = 1 << 15
 
-// selection says which objects a client wants.
-type selection struct {
+// selector says which objects a client wants.
+type selector struct {
 	namespace string // empty for all
 	labels    labels.Selector
 	fields    fields.Selector
 }
 
-func (s selection) has(v *Version) bool {
+func (s selector) matches(v *Version) bool {
 	return v != nil && (s.namespace == "" || s.namespace == v.name.Namespace) &&
 		s.labels.Matches(labels.Set(v.object.GetLabels())) && s.fields.Matches(v.fields())
 }
 
 // change is one step in a collection's history.
 type change struct {
-	was *Version // nil for a new object
-	is  *Version // what there is, or for a deletion the last there was
+	previous *Version // nil for a new object
+	current  *Version // what there is, or for a deletion the last there was
 	// deleted says that the object is gone.
 	deleted bool
 }
 
 // event returns what the change is to somebody who sees the selection alone.
-func (c change) event(s selection) (watch.EventType, bool) {
-	was, is := s.has(c.was), !c.deleted && s.has(c.is)
+func (c change) event(s selector) (watch.EventType, bool) {
+	was, is := s.matches(c.previous), !c.deleted && s.matches(c.current)
 	switch {
 	case is && was:
 		return watch.Modified, true
@@ -52,44 +52,44 @@ func (c change) event(s selection) (watch.EventType, bool) {
 
 // collection has the objects of one resource and the last changes of them.
 type collection struct {
-	mu      sync.Mutex
-	objects map[types.NamespacedName]*Version
-	number  uint64 // of the last change
-	changes []change
-	dropped int           // how many changes are no longer remembered
-	more    chan struct{} // closed and replaced with each change
+	mu              sync.Mutex
+	objects         map[types.NamespacedName]*Version
+	resourceVersion uint64 // of the last change
+	changes         []change
+	dropped         int           // how many changes are no longer remembered
+	changed         chan struct{} // closed and replaced with each change
 }
 
 func newCollection() *collection {
-	return &collection{objects: map[types.NamespacedName]*Version{}, more: make(chan struct{})}
+	return &collection{objects: map[types.NamespacedName]*Version{}, changed: make(chan struct{})}
 }
 
 // apply records one change.
 func (c *collection) apply(v *Version, deleted bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.changes = append(c.changes, change{was: c.objects[v.name], is: v, deleted: deleted})
+	c.changes = append(c.changes, change{previous: c.objects[v.name], current: v, deleted: deleted})
 	if deleted {
 		delete(c.objects, v.name)
 	} else {
 		c.objects[v.name] = v
 	}
-	c.number = max(c.number, v.number)
-	if n := len(c.changes) - remembered; n > remembered { // seldom, so that it costs little
+	c.resourceVersion = max(c.resourceVersion, v.resourceVersion)
+	if n := len(c.changes) - historyLength; n > historyLength { // seldom, so that it costs little
 		c.changes = slices.Clone(c.changes[n:])
 		c.dropped += n
 	}
-	close(c.more)
-	c.more = make(chan struct{})
+	close(c.changed)
+	c.changed = make(chan struct{})
 }
 
 // list returns the selection in the order of names, the version of the whole,
 // and where in the history that is.
-func (c *collection) list(s selection) (items []*Version, number uint64, at int) {
+func (c *collection) list(s selector) (items []*Version, number uint64, at int) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for _, v := range c.objects {
-		if s.has(v) {
+		if s.matches(v) {
 			items = append(items, v)
 		}
 	}
@@ -99,7 +99,7 @@ func (c *collection) list(s selection) (items []*Version, number uint64, at int)
 		}
 		return strings.Compare(a.name.Name, b.name.Name)
 	})
-	return items, c.number, c.dropped + len(c.changes)
+	return items, c.resourceVersion, c.dropped + len(c.changes)
 }
 
 // get returns one object, or nil.
@@ -109,13 +109,13 @@ func (c *collection) get(name types.NamespacedName) *Version {
 	return c.objects[name]
 }
 
-// since returns where in the history a version is, and false if that is no
+// indexOf returns where in the history a version is, and false if that is no
 // longer remembered.
-func (c *collection) since(number uint64) (at int, ok bool) {
+func (c *collection) indexOf(number uint64) (at int, ok bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	i, _ := slices.BinarySearchFunc(c.changes, number, func(ch change, n uint64) int {
-		if ch.is.number <= n {
+		if ch.current.resourceVersion <= n {
 			return -1
 		}
 		return 1
@@ -123,14 +123,14 @@ func (c *collection) since(number uint64) (at int, ok bool) {
 	return c.dropped + i, i > 0 || c.dropped == 0
 }
 
-// after returns the changes after a place in the history, the place behind them,
+// changesFrom returns the changes after a place in the history, the place behind them,
 // and what is closed when there are more. False means that they are no longer
 // remembered.
-func (c *collection) after(at int) (changes []change, next int, more <-chan struct{}, ok bool) {
+func (c *collection) changesFrom(at int) (changes []change, next int, more <-chan struct{}, ok bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if at < c.dropped {
 		return nil, 0, nil, false
 	}
-	return slices.Clone(c.changes[at-c.dropped:]), c.dropped + len(c.changes), c.more, true
+	return slices.Clone(c.changes[at-c.dropped:]), c.dropped + len(c.changes), c.changed, true
 }

@@ -23,8 +23,8 @@ type encoding interface {
 	streamType() string
 	object(v *Version) ([]byte, error)
 	list(r resource, number uint64, items []*Version) ([]byte, error)
-	// frame appends one event of a watch.
-	frame(to *bytes.Buffer, event watch.EventType, v *Version) error
+	// appendEvent appends one event of a watch.
+	appendEvent(to *bytes.Buffer, event watch.EventType, v *Version) error
 	status(s *metav1.Status) ([]byte, error)
 }
 
@@ -33,9 +33,9 @@ const (
 	typeProtobuf = "application/vnd.kubernetes.protobuf"
 )
 
-// accepted returns the first encoding of an Accept header that there is. Clients
+// negotiate returns the first encoding of an Accept header that there is. Clients
 // order them by preference.
-func accepted(r *http.Request) (encoding, error) {
+func negotiate(r *http.Request) (encoding, error) {
 	header := strings.Join(r.Header.Values("Accept"), ",")
 	for clause := range strings.SplitSeq(header, ",") {
 		if clause = strings.TrimSpace(clause); clause == "" {
@@ -47,24 +47,24 @@ func accepted(r *http.Request) (encoding, error) {
 		}
 		switch media {
 		case typeProtobuf:
-			return inProtobuf{}, nil
+			return protobufEncoding{}, nil
 		case typeJSON, "application/*", "*/*":
-			return inJSON{}, nil
+			return jsonEncoding{}, nil
 		}
 	}
 	if header == "" {
-		return inJSON{}, nil
+		return jsonEncoding{}, nil
 	}
 	return nil, fmt.Errorf("cannot answer in any of %s: there are %s and %s", header, typeProtobuf, typeJSON)
 }
 
-type inJSON struct{}
+type jsonEncoding struct{}
 
-func (inJSON) contentType() string               { return typeJSON }
-func (inJSON) streamType() string                { return typeJSON }
-func (inJSON) object(v *Version) ([]byte, error) { return v.json() }
+func (jsonEncoding) contentType() string               { return typeJSON }
+func (jsonEncoding) streamType() string                { return typeJSON }
+func (jsonEncoding) object(v *Version) ([]byte, error) { return v.json() }
 
-func (inJSON) list(r resource, number uint64, items []*Version) ([]byte, error) {
+func (jsonEncoding) list(r resource, number uint64, items []*Version) ([]byte, error) {
 	meta := r.typeMeta()
 	var b bytes.Buffer
 	fmt.Fprintf(&b, `{"kind":"%sList","apiVersion":%q,"metadata":{"resourceVersion":"%d"},"items":[`, meta.Kind, meta.APIVersion, number)
@@ -82,7 +82,7 @@ func (inJSON) list(r resource, number uint64, items []*Version) ([]byte, error) 
 	return b.Bytes(), nil
 }
 
-func (inJSON) frame(to *bytes.Buffer, event watch.EventType, v *Version) error {
+func (jsonEncoding) appendEvent(to *bytes.Buffer, event watch.EventType, v *Version) error {
 	data, err := v.json()
 	if err != nil {
 		return err
@@ -93,12 +93,12 @@ func (inJSON) frame(to *bytes.Buffer, event watch.EventType, v *Version) error {
 	return nil
 }
 
-func (inJSON) status(s *metav1.Status) ([]byte, error) { return json.Marshal(s) }
+func (jsonEncoding) status(s *metav1.Status) ([]byte, error) { return json.Marshal(s) }
 
-// inProtobuf is Kubernetes' protobuf: a message runtime.Unknown behind four magic
+// protobufEncoding is Kubernetes' protobuf: a message runtime.Unknown behind four magic
 // bytes, which holds the object's own message. A watch is a series of messages
 // metav1.WatchEvent, each behind its length, which hold the former.
-type inProtobuf struct{}
+type protobufEncoding struct{}
 
 // The numbers of the fields that are put together here, with their wire type,
 // which is 2: "length-delimited".
@@ -107,20 +107,20 @@ const (
 	listItems    = 2<<3 | 2
 )
 
-func magic() []byte { return []byte{'k', '8', 's', 0} }
+func protobufMagic() []byte { return []byte{'k', '8', 's', 0} }
 
-func (inProtobuf) contentType() string { return typeProtobuf }
-func (inProtobuf) streamType() string  { return typeProtobuf + ";stream=watch" }
+func (protobufEncoding) contentType() string { return typeProtobuf }
+func (protobufEncoding) streamType() string  { return typeProtobuf + ";stream=watch" }
 
 func envelope(meta metav1.TypeMeta, message []byte) ([]byte, error) {
 	unknown := runtime.Unknown{TypeMeta: runtime.TypeMeta{APIVersion: meta.APIVersion, Kind: meta.Kind}, Raw: message}
-	data := make([]byte, len(magic())+unknown.Size())
-	n := copy(data, magic())
+	data := make([]byte, len(protobufMagic())+unknown.Size())
+	n := copy(data, protobufMagic())
 	_, err := unknown.MarshalTo(data[n:])
 	return data, err
 }
 
-func (inProtobuf) object(v *Version) ([]byte, error) {
+func (protobufEncoding) object(v *Version) ([]byte, error) {
 	data, err := v.protobuf()
 	if err != nil {
 		return nil, err
@@ -128,7 +128,7 @@ func (inProtobuf) object(v *Version) ([]byte, error) {
 	return envelope(v.resource.typeMeta(), data)
 }
 
-func (inProtobuf) list(r resource, number uint64, items []*Version) ([]byte, error) {
+func (protobufEncoding) list(r resource, number uint64, items []*Version) ([]byte, error) {
 	listMeta := metav1.ListMeta{ResourceVersion: strconv.FormatUint(number, 10)}
 	data, err := listMeta.Marshal()
 	if err != nil {
@@ -146,7 +146,7 @@ func (inProtobuf) list(r resource, number uint64, items []*Version) ([]byte, err
 	return envelope(meta, message)
 }
 
-func (p inProtobuf) frame(to *bytes.Buffer, event watch.EventType, v *Version) error {
+func (p protobufEncoding) appendEvent(to *bytes.Buffer, event watch.EventType, v *Version) error {
 	object, err := p.object(v)
 	if err != nil {
 		return err
@@ -163,7 +163,7 @@ func (p inProtobuf) frame(to *bytes.Buffer, event watch.EventType, v *Version) e
 	return nil
 }
 
-func (inProtobuf) status(s *metav1.Status) ([]byte, error) {
+func (protobufEncoding) status(s *metav1.Status) ([]byte, error) {
 	data, err := s.Marshal()
 	if err != nil {
 		return nil, err

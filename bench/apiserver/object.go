@@ -45,8 +45,8 @@ func resources() []resource {
 	}
 }
 
-// empty returns a new object of the resource, with its type.
-func (r resource) empty() Object {
+// newObject returns a new object of the resource, with its type.
+func (r resource) newObject() Object {
 	switch r.kind {
 	case "Service":
 		return &corev1.Service{TypeMeta: r.typeMeta()}
@@ -80,36 +80,36 @@ func resourceOf(o Object) (resource, error) {
 	return resource{}, fmt.Errorf("a %T is not served", o)
 }
 
-// Clock gives out resource versions. Versions of one Clock can be put into any
+// VersionSequence gives out resource versions. Versions of one Clock can be put into any
 // number of Servers, into each in the order in which they were made. The zero
 // value is ready. Its methods may be called concurrently.
-type Clock struct {
+type VersionSequence struct {
 	last atomic.Uint64
 }
 
 // Version is an object as it was at one time. It is immutable and may be put into
 // several Servers, which share what it is encoded to.
 type Version struct {
-	resource resource
-	name     types.NamespacedName
-	number   uint64
-	object   Object
+	resource        resource
+	name            types.NamespacedName
+	resourceVersion uint64
+	object          Object
 
 	protobuf, json func() ([]byte, error)
 }
 
-// Version makes the object the next version, and writes that into it. The object
+// Stamp makes the object the next version, and writes that into it. The object
 // is the Version's from then on.
-func (c *Clock) Version(o Object) (*Version, error) {
+func (c *VersionSequence) Stamp(o Object) (*Version, error) {
 	r, err := resourceOf(o)
 	if err != nil {
 		return nil, err
 	}
 	v := &Version{
-		resource: r, object: o, number: c.last.Add(1),
+		resource: r, object: o, resourceVersion: c.last.Add(1),
 		name: types.NamespacedName{Namespace: o.GetNamespace(), Name: o.GetName()},
 	}
-	o.SetResourceVersion(strconv.FormatUint(v.number, 10))
+	o.SetResourceVersion(strconv.FormatUint(v.resourceVersion, 10))
 	meta := r.typeMeta()
 	o.GetObjectKind().SetGroupVersionKind(meta.GroupVersionKind())
 	v.protobuf = sync.OnceValues(o.Marshal)
@@ -117,8 +117,8 @@ func (c *Clock) Version(o Object) (*Version, error) {
 	return v, nil
 }
 
-// Number is the resource version.
-func (v *Version) Number() uint64 { return v.number }
+// ResourceVersion is the resource version.
+func (v *Version) ResourceVersion() uint64 { return v.resourceVersion }
 
 // fields are what field selectors can ask for.
 func (v *Version) fields() fields.Set {

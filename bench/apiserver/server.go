@@ -32,18 +32,18 @@ func New() *Server {
 		if r.group == "" {
 			at = "/api/" + r.version
 		}
-		all := func(w http.ResponseWriter, q *http.Request) { serveAll(w, q, r, c) }
-		one := func(w http.ResponseWriter, q *http.Request) { serveOne(w, q, r, c) }
+		all := func(w http.ResponseWriter, q *http.Request) { serveCollection(w, q, r, c) }
+		one := func(w http.ResponseWriter, q *http.Request) { serveObject(w, q, r, c) }
 		s.mux.HandleFunc("GET "+at+"/"+r.plural, all)
 		s.mux.HandleFunc("GET "+at+"/"+r.plural+"/{name}", one)
 		s.mux.HandleFunc("GET "+at+"/namespaces/{namespace}/"+r.plural, all)
 		s.mux.HandleFunc("GET "+at+"/namespaces/{namespace}/"+r.plural+"/{name}", one)
 	}
 	for _, at := range []string{"/api/v1", "/apis/events.k8s.io/v1"} {
-		s.mux.HandleFunc("POST "+at+"/namespaces/{namespace}/events", take)
-		s.mux.HandleFunc("PATCH "+at+"/namespaces/{namespace}/events/{name}", refuseMissing)
+		s.mux.HandleFunc("POST "+at+"/namespaces/{namespace}/events", acceptEvent)
+		s.mux.HandleFunc("PATCH "+at+"/namespaces/{namespace}/events/{name}", respondNotFound)
 	}
-	s.mux.HandleFunc("/", refuseMissing)
+	s.mux.HandleFunc("/", respondNotFound)
 	return s
 }
 
@@ -67,11 +67,11 @@ func (s *Server) Delete(versions ...*Version) {
 // Events gets its own content back.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.mux.ServeHTTP(w, r) }
 
-// take pretends that the object was created.
-func take(w http.ResponseWriter, r *http.Request) {
+// acceptEvent pretends that the object was created.
+func acceptEvent(w http.ResponseWriter, r *http.Request) {
 	body, err := io.ReadAll(r.Body)
 	if err != nil {
-		refuse(w, r, http.StatusBadRequest, metav1.StatusReasonBadRequest, err.Error())
+		respondError(w, r, http.StatusBadRequest, metav1.StatusReasonBadRequest, err.Error())
 		return
 	}
 	w.Header().Set("Content-Type", r.Header.Get("Content-Type"))
@@ -79,17 +79,17 @@ func take(w http.ResponseWriter, r *http.Request) {
 	_, _ = w.Write(body) // the client has gone
 }
 
-func refuseMissing(w http.ResponseWriter, r *http.Request) {
-	refuse(w, r, http.StatusNotFound, metav1.StatusReasonNotFound, r.Method+" "+r.URL.Path+" is not served")
+func respondNotFound(w http.ResponseWriter, r *http.Request) {
+	respondError(w, r, http.StatusNotFound, metav1.StatusReasonNotFound, r.Method+" "+r.URL.Path+" is not served")
 }
 
-// refuse answers with a Status.
-func refuse(w http.ResponseWriter, r *http.Request, code int32, reason metav1.StatusReason, message string) {
-	enc, err := accepted(r)
+// respondError answers with a Status.
+func respondError(w http.ResponseWriter, r *http.Request, code int32, reason metav1.StatusReason, message string) {
+	enc, err := negotiate(r)
 	if err != nil {
-		enc = inJSON{}
+		enc = jsonEncoding{}
 	}
-	data, err := enc.status(failure(code, reason, message))
+	data, err := enc.status(newStatus(code, reason, message))
 	if err != nil {
 		http.Error(w, err.Error(), http.StatusInternalServerError)
 		return
@@ -99,31 +99,31 @@ func refuse(w http.ResponseWriter, r *http.Request, code int32, reason metav1.St
 	_, _ = w.Write(data) // the client has gone
 }
 
-func failure(code int32, reason metav1.StatusReason, message string) *metav1.Status {
+func newStatus(code int32, reason metav1.StatusReason, message string) *metav1.Status {
 	return &metav1.Status{
 		TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "Status"},
 		Status:   metav1.StatusFailure, Code: code, Reason: reason, Message: message,
 	}
 }
 
-func serveOne(w http.ResponseWriter, r *http.Request, res resource, c *collection) {
+func serveObject(w http.ResponseWriter, r *http.Request, res resource, c *collection) {
 	v := c.get(types.NamespacedName{Namespace: r.PathValue("namespace"), Name: r.PathValue("name")})
 	if v == nil {
-		refuse(w, r, http.StatusNotFound, metav1.StatusReasonNotFound, fmt.Sprintf("%s %q not found", res.plural, r.PathValue("name")))
+		respondError(w, r, http.StatusNotFound, metav1.StatusReasonNotFound, fmt.Sprintf("%s %q not found", res.plural, r.PathValue("name")))
 		return
 	}
-	answer(w, r, func(enc encoding) ([]byte, error) { return enc.object(v) })
+	respond(w, r, func(enc encoding) ([]byte, error) { return enc.object(v) })
 }
 
-func answer(w http.ResponseWriter, r *http.Request, encode func(encoding) ([]byte, error)) {
-	enc, err := accepted(r)
+func respond(w http.ResponseWriter, r *http.Request, encode func(encoding) ([]byte, error)) {
+	enc, err := negotiate(r)
 	if err != nil {
-		refuse(w, r, http.StatusNotAcceptable, metav1.StatusReasonNotAcceptable, err.Error())
+		respondError(w, r, http.StatusNotAcceptable, metav1.StatusReasonNotAcceptable, err.Error())
 		return
 	}
 	data, err := encode(enc)
 	if err != nil {
-		refuse(w, r, http.StatusInternalServerError, metav1.StatusReasonInternalError, err.Error())
+		respondError(w, r, http.StatusInternalServerError, metav1.StatusReasonInternalError, err.Error())
 		return
 	}
 	w.Header().Set("Content-Type", enc.contentType())
@@ -131,10 +131,10 @@ func answer(w http.ResponseWriter, r *http.Request, encode func(encoding) ([]byt
 	_, _ = w.Write(data) // the client has gone
 }
 
-func serveAll(w http.ResponseWriter, r *http.Request, res resource, c *collection) {
-	s, err := selectionOf(r)
+func serveCollection(w http.ResponseWriter, r *http.Request, res resource, c *collection) {
+	s, err := parseSelector(r)
 	if err != nil {
-		refuse(w, r, http.StatusBadRequest, metav1.StatusReasonBadRequest, err.Error())
+		respondError(w, r, http.StatusBadRequest, metav1.StatusReasonBadRequest, err.Error())
 		return
 	}
 	if on, _ := strconv.ParseBool(r.URL.Query().Get("watch")); on {
@@ -142,11 +142,11 @@ func serveAll(w http.ResponseWriter, r *http.Request, res resource, c *collectio
 		return
 	}
 	items, number, _ := c.list(s)
-	answer(w, r, func(enc encoding) ([]byte, error) { return enc.list(res, number, items) })
+	respond(w, r, func(enc encoding) ([]byte, error) { return enc.list(res, number, items) })
 }
 
-func selectionOf(r *http.Request) (selection, error) {
-	s := selection{namespace: r.PathValue("namespace")}
+func parseSelector(r *http.Request) (selector, error) {
+	s := selector{namespace: r.PathValue("namespace")}
 	query := r.URL.Query()
 	var err error
 	if s.labels, err = labels.Parse(query.Get("labelSelector")); err != nil {
@@ -166,36 +166,36 @@ func selectionOf(r *http.Request) (selection, error) {
 }
 
 // serveWatch streams changes until the client goes.
-func serveWatch(w http.ResponseWriter, r *http.Request, res resource, c *collection, s selection) {
-	enc, err := accepted(r)
+func serveWatch(w http.ResponseWriter, r *http.Request, res resource, c *collection, s selector) {
+	enc, err := negotiate(r)
 	if err != nil {
-		refuse(w, r, http.StatusNotAcceptable, metav1.StatusReasonNotAcceptable, err.Error())
+		respondError(w, r, http.StatusNotAcceptable, metav1.StatusReasonNotAcceptable, err.Error())
 		return
 	}
 	query := r.URL.Query()
 	number, err := strconv.ParseUint(query.Get("resourceVersion"), 10, 64)
 	if err != nil && query.Get("resourceVersion") != "" {
-		refuse(w, r, http.StatusBadRequest, metav1.StatusReasonBadRequest, "resourceVersion: "+err.Error())
+		respondError(w, r, http.StatusBadRequest, metav1.StatusReasonBadRequest, "resourceVersion: "+err.Error())
 		return
 	}
-	stream := stream{enc: enc, selection: s, to: w, flush: http.NewResponseController(w).Flush}
+	stream := stream{enc: enc, selector: s, writer: w, flush: http.NewResponseController(w).Flush}
 	initial, _ := strconv.ParseBool(query.Get("sendInitialEvents"))
 	var at int
 	if initial || number == 0 {
 		var items []*Version
 		items, number, at = c.list(s)
-		err = stream.initial(items)
+		err = stream.appendInitial(items)
 		if err == nil && initial {
-			err = stream.bookmark(res, number)
+			err = stream.appendBookmark(res, number)
 		}
 		if err != nil {
-			refuse(w, r, http.StatusInternalServerError, metav1.StatusReasonInternalError, err.Error())
+			respondError(w, r, http.StatusInternalServerError, metav1.StatusReasonInternalError, err.Error())
 			return
 		}
 	} else {
 		var ok bool
-		if at, ok = c.since(number); !ok {
-			refuse(w, r, http.StatusGone, metav1.StatusReasonExpired, "too old resource version")
+		if at, ok = c.indexOf(number); !ok {
+			respondError(w, r, http.StatusGone, metav1.StatusReasonExpired, "too old resource version")
 			return
 		}
 	}
@@ -206,67 +206,67 @@ func serveWatch(w http.ResponseWriter, r *http.Request, res resource, c *collect
 
 // stream is one client's watch.
 type stream struct {
-	enc       encoding
-	selection selection
-	to        io.Writer
-	flush     func() error
-	buffer    bytes.Buffer
+	enc      encoding
+	selector selector
+	writer   io.Writer
+	flush    func() error
+	buffer   bytes.Buffer
 }
 
-func (s *stream) initial(items []*Version) error {
+func (s *stream) appendInitial(items []*Version) error {
 	for _, v := range items {
-		if err := s.enc.frame(&s.buffer, watch.Added, v); err != nil {
+		if err := s.enc.appendEvent(&s.buffer, watch.Added, v); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// bookmark says that what there was when the stream began is complete.
-func (s *stream) bookmark(r resource, number uint64) error {
-	o := r.empty()
+// appendBookmark says that what there was when the stream began is complete.
+func (s *stream) appendBookmark(r resource, number uint64) error {
+	o := r.newObject()
 	o.SetAnnotations(map[string]string{metav1.InitialEventsAnnotationKey: "true"})
-	v, err := new(Clock).Version(o)
+	v, err := new(VersionSequence).Stamp(o)
 	if err != nil {
 		return err
 	}
 	o.SetResourceVersion(strconv.FormatUint(number, 10))
-	return s.enc.frame(&s.buffer, watch.Bookmark, v)
+	return s.enc.appendEvent(&s.buffer, watch.Bookmark, v)
 }
 
-// keptBuffer is up to which size a stream keeps its buffer: what a list took
+// maxKeptBuffer is up to which size a stream keeps its buffer: what a list took
 // would not be needed again.
-const keptBuffer = 1 << 20
+const maxKeptBuffer = 1 << 20
 
-// errSlow says that a client is too far behind.
-var errSlow = errors.New("the client is too slow")
+// errTooFarBehind says that a client is too far behind.
+var errTooFarBehind = errors.New("the client is too slow")
 
 // follow writes what is in the buffer and then each change.
 func (s *stream) follow(r *http.Request, c *collection, at int) error {
 	for {
-		changes, next, more, ok := c.after(at)
+		changes, next, more, ok := c.changesFrom(at)
 		if !ok {
-			return errSlow
+			return errTooFarBehind
 		}
 		at = next
 		for _, ch := range changes {
-			event, seen := ch.event(s.selection)
+			event, seen := ch.event(s.selector)
 			if !seen {
 				continue
 			}
-			if err := s.enc.frame(&s.buffer, event, ch.is); err != nil {
+			if err := s.enc.appendEvent(&s.buffer, event, ch.current); err != nil {
 				return err
 			}
 		}
 		if s.buffer.Len() > 0 || len(changes) == 0 {
-			if _, err := s.to.Write(s.buffer.Bytes()); err != nil {
+			if _, err := s.writer.Write(s.buffer.Bytes()); err != nil {
 				return err
 			}
 			if err := s.flush(); err != nil {
 				return err
 			}
 			s.buffer.Reset()
-			if s.buffer.Cap() > keptBuffer {
+			if s.buffer.Cap() > maxKeptBuffer {
 				s.buffer = bytes.Buffer{}
 			}
 		}

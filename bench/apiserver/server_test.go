@@ -23,10 +23,10 @@ import (
 	"fairlead.io/fairlead/bench/apiserver"
 )
 
-const patience = 20 * time.Second
+const timeout = 20 * time.Second
 
-// clients are how client-go can be told to speak.
-func clients() map[string]rest.ContentConfig {
+// contentConfigs are how client-go can be told to speak.
+func contentConfigs() map[string]rest.ContentConfig {
 	return map[string]rest.ContentConfig{
 		"JSON":     {ContentType: "application/json"},
 		"protobuf": {ContentType: "application/vnd.kubernetes.protobuf", AcceptContentTypes: "application/vnd.kubernetes.protobuf,application/json"},
@@ -48,14 +48,14 @@ func serve(t testing.TB, content rest.ContentConfig) (*apiserver.Server, kuberne
 	return server, client
 }
 
-type maker struct {
+type versioner struct {
 	testing.TB
-	clock apiserver.Clock
+	sequence apiserver.VersionSequence
 }
 
-func (m *maker) version(o apiserver.Object) *apiserver.Version {
+func (m *versioner) stamp(o apiserver.Object) *apiserver.Version {
 	m.Helper()
-	v, err := m.clock.Version(o)
+	v, err := m.sequence.Stamp(o)
 	if err != nil {
 		m.Fatal(err)
 	}
@@ -87,13 +87,13 @@ func slice(name string, endpoints int) *discoveryv1.EndpointSlice {
 // An informer sees everything there is, each change, and what goes, however it
 // lists.
 func TestInformers(t *testing.T) {
-	for name, content := range clients() {
+	for name, content := range contentConfigs() {
 		t.Run(name, func(t *testing.T) {
-			m := &maker{TB: t}
+			m := &versioner{TB: t}
 			server, client := serve(t, content)
-			server.Put(m.version(service("a", "10.96.0.1")), m.version(service("b", "10.96.0.2")), m.version(slice("a", 2)),
-				m.version(&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "node"}}),
-				m.version(&networkingv1.ServiceCIDR{ObjectMeta: metav1.ObjectMeta{Name: "kubernetes"}, Spec: networkingv1.ServiceCIDRSpec{CIDRs: []string{"10.96.0.0/12"}}}))
+			server.Put(m.stamp(service("a", "10.96.0.1")), m.stamp(service("b", "10.96.0.2")), m.stamp(slice("a", 2)),
+				m.stamp(&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "node"}}),
+				m.stamp(&networkingv1.ServiceCIDR{ObjectMeta: metav1.ObjectMeta{Name: "kubernetes"}, Spec: networkingv1.ServiceCIDRSpec{CIDRs: []string{"10.96.0.0/12"}}}))
 			factory := informers.NewSharedInformerFactory(client, 0)
 			seen := make(chan string, 100)
 			for kind, informer := range map[string]cache.SharedIndexInformer{
@@ -134,17 +134,17 @@ func TestInformers(t *testing.T) {
 							t.Errorf("saw %q, want one of %v", got, missing)
 						}
 						delete(missing, got)
-					case <-time.After(patience):
+					case <-time.After(timeout):
 						t.Fatalf("not seen: %v", missing)
 					}
 				}
 			}
 			expect("added Service a 1", "added Service b 2", "added EndpointSlice a 3", "added Node node 4", "added ServiceCIDR kubernetes 5")
-			server.Put(m.version(slice("a", 3)))
+			server.Put(m.stamp(slice("a", 3)))
 			expect("changed EndpointSlice a 6")
-			server.Put(m.version(service("c", "10.96.0.3")), m.version(slice("c", 1)))
+			server.Put(m.stamp(service("c", "10.96.0.3")), m.stamp(slice("c", 1)))
 			expect("added Service c 7", "added EndpointSlice c 8")
-			server.Delete(m.version(service("b", "10.96.0.2")))
+			server.Delete(m.stamp(service("b", "10.96.0.2")))
 			expect("deleted Service b 9")
 			got, err := factory.Discovery().V1().EndpointSlices().Lister().EndpointSlices("default").Get("a")
 			if err != nil {
@@ -166,11 +166,11 @@ func TestSelectors(t *testing.T) {
 		s.Labels = map[string]string{label: "other"}
 		return s
 	}
-	for name, content := range clients() {
+	for name, content := range contentConfigs() {
 		t.Run(name, func(t *testing.T) {
-			m := &maker{TB: t}
+			m := &versioner{TB: t}
 			server, client := serve(t, content)
-			server.Put(m.version(service("a", "10.96.0.1")), m.version(service("headless", "None")), m.version(labelled("other", "10.96.0.2")))
+			server.Put(m.stamp(service("a", "10.96.0.1")), m.stamp(service("headless", "None")), m.stamp(labelled("other", "10.96.0.2")))
 			options := metav1.ListOptions{LabelSelector: "!" + label, FieldSelector: "spec.clusterIP!=None"}
 			list, err := client.CoreV1().Services("").List(t.Context(), options)
 			if err != nil {
@@ -180,14 +180,14 @@ func TestSelectors(t *testing.T) {
 				t.Errorf("listed %+v, want a alone, at version 3", list)
 			}
 			options.ResourceVersion = list.ResourceVersion
-			server.Put(m.version(service("other", "10.96.0.2"))) // between the list and the watch
+			server.Put(m.stamp(service("other", "10.96.0.2"))) // between the list and the watch
 			w, err := client.CoreV1().Services("").Watch(t.Context(), options)
 			if err != nil {
 				t.Fatal(err)
 			}
 			defer w.Stop()
-			server.Put(m.version(labelled("a", "10.96.0.1")), m.version(labelled("headless", "None")))
-			server.Delete(m.version(service("other", "10.96.0.2")))
+			server.Put(m.stamp(labelled("a", "10.96.0.1")), m.stamp(labelled("headless", "None")))
+			server.Delete(m.stamp(service("other", "10.96.0.2")))
 			for _, want := range []string{"ADDED other 4", "DELETED a 5", "DELETED other 7"} {
 				select {
 				case e := <-w.ResultChan():
@@ -195,7 +195,7 @@ func TestSelectors(t *testing.T) {
 					if got := fmt.Sprintf("%s %s %s", e.Type, object.GetName(), object.GetResourceVersion()); got != want {
 						t.Errorf("got event %q, want %q", got, want)
 					}
-				case <-time.After(patience):
+				case <-time.After(timeout):
 					t.Fatalf("no event, want %q", want)
 				}
 			}
@@ -209,11 +209,11 @@ func TestSelectors(t *testing.T) {
 
 // One object, no object, and Events, which are taken and forgotten.
 func TestRequests(t *testing.T) {
-	for name, content := range clients() {
+	for name, content := range contentConfigs() {
 		t.Run(name, func(t *testing.T) {
-			m := &maker{TB: t}
+			m := &versioner{TB: t}
 			server, client := serve(t, content)
-			server.Put(m.version(&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "node"}}))
+			server.Put(m.stamp(&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "node"}}))
 			node, err := client.CoreV1().Nodes().Get(t.Context(), "node", metav1.GetOptions{})
 			if err != nil || node.ResourceVersion != "1" {
 				t.Errorf("got %v, %v, want the node at version 1", node, err)
@@ -235,11 +235,11 @@ func TestRequests(t *testing.T) {
 }
 
 // Who is too far behind, or wants another format, is told.
-func TestRefusals(t *testing.T) {
-	m := &maker{TB: t}
-	server, client := serve(t, clients()["JSON"])
+func TestErrorResponses(t *testing.T) {
+	m := &versioner{TB: t}
+	server, client := serve(t, contentConfigs()["JSON"])
 	for i := range 100_000 {
-		server.Put(m.version(slice("a", i%2)))
+		server.Put(m.stamp(slice("a", i%2)))
 	}
 	w, err := client.DiscoveryV1().EndpointSlices("").Watch(t.Context(), metav1.ListOptions{ResourceVersion: "1"})
 	if !apierrors.IsResourceExpired(err) && !apierrors.IsGone(err) {
@@ -256,10 +256,10 @@ func TestRefusals(t *testing.T) {
 
 // BenchmarkList is what a start of a program costs the server, and its client.
 func BenchmarkList(b *testing.B) {
-	m := &maker{TB: b}
-	server, client := serve(b, clients()["protobuf"])
+	m := &versioner{TB: b}
+	server, client := serve(b, contentConfigs()["protobuf"])
 	for i := range 10_000 {
-		server.Put(m.version(slice(fmt.Sprintf("service-%d", i), 10)))
+		server.Put(m.stamp(slice(fmt.Sprintf("service-%d", i), 10)))
 	}
 	for b.Loop() {
 		list, err := client.DiscoveryV1().EndpointSlices("").List(b.Context(), metav1.ListOptions{})
@@ -272,11 +272,11 @@ func BenchmarkList(b *testing.B) {
 // BenchmarkWatch streams changes to three clients.
 func BenchmarkWatch(b *testing.B) {
 	const watchers = 3
-	m := &maker{TB: b}
-	server, client := serve(b, clients()["protobuf"])
+	m := &versioner{TB: b}
+	server, client := serve(b, contentConfigs()["protobuf"])
 	ctx, cancel := context.WithCancel(b.Context())
 	defer cancel()
-	server.Put(m.version(slice("a", 1)))
+	server.Put(m.stamp(slice("a", 1)))
 	var streams []<-chan struct{}
 	for range watchers {
 		w, err := client.DiscoveryV1().EndpointSlices("").Watch(ctx, metav1.ListOptions{ResourceVersion: "1"})
@@ -293,7 +293,7 @@ func BenchmarkWatch(b *testing.B) {
 	}
 	n := 0
 	for b.Loop() {
-		server.Put(m.version(slice("a", 10)))
+		server.Put(m.stamp(slice("a", 10)))
 		if n++; n%100 == 0 {
 			for _, s := range streams {
 				for range 100 {

@@ -1,6 +1,6 @@
 // Package cluster makes up the Kubernetes objects that benchmarks program: Services
 // with one TCP port and a cluster IP, and an EndpointSlice each. Objects are made
-// for the networks of package rig.
+// for the networks of package testbed.
 package cluster
 
 import (
@@ -17,7 +17,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/intstr"
 
-	"fairlead.io/fairlead/bench/rig"
+	"fairlead.io/fairlead/bench/testbed"
 )
 
 // What all Services have in common.
@@ -28,9 +28,9 @@ const (
 	portName   = "http"
 	// NodeName is the name of the node that is measured. One endpoint in ten is on
 	// it.
-	NodeName  = "node"
-	otherNode = "other"
-	perNode   = 10
+	NodeName   = "node"
+	otherNode  = "other"
+	localEvery = 10
 )
 
 // Service is one Service and its endpoints, in their order.
@@ -39,45 +39,45 @@ type Service struct {
 	Endpoints []netip.Addr
 }
 
-// New returns Service number i with endpoints in [rig.Background] that no other
+// NewService returns Service number i with endpoints in [testbed.BackgroundCIDR] that no other
 // number has. There are addresses for 800,000 Services of 10 endpoints.
-func New(i, endpoints int) *Service {
+func NewService(i, endpoints int) *Service {
 	s := &Service{Index: i, Endpoints: make([]netip.Addr, endpoints)}
 	for e := range s.Endpoints {
-		s.Endpoints[e] = after(rig.Background.Addr(), i*endpoints+e)
+		s.Endpoints[e] = addrAfter(testbed.BackgroundCIDR.Addr(), i*endpoints+e)
 	}
 	return s
 }
 
-// Watched returns the n-th address of an endpoint that the probe sees.
-func Watched(n int) netip.Addr { return after(rig.Watched.Addr(), n) }
+// WatchedAddr returns the n-th address of an endpoint that the probe sees.
+func WatchedAddr(n int) netip.Addr { return addrAfter(testbed.WatchedCIDR.Addr(), n) }
 
 // Addr is the Service's cluster IP and port. The first address of all is left to the
 // Service default/kubernetes, which takes it in a cluster.
 func (s *Service) Addr() netip.AddrPort {
-	return netip.AddrPortFrom(after(rig.ServiceCIDR.Addr(), s.Index+1), Port)
+	return netip.AddrPortFrom(addrAfter(testbed.ServiceCIDR.Addr(), s.Index+1), Port)
 }
 
-func after(first netip.Addr, n int) netip.Addr {
+func addrAfter(first netip.Addr, n int) netip.Addr {
 	b := first.As4()
 	binary.BigEndian.PutUint32(b[:], binary.BigEndian.Uint32(b[:])+1+uint32(n)) //nolint:gosec // see New
 	return netip.AddrFrom4(b)
 }
 
-// Replaced returns the Service with another endpoint instead of the last.
-func (s *Service) Replaced(with netip.Addr) *Service {
+// WithReplacedEndpoint returns the Service with another endpoint instead of the last.
+func (s *Service) WithReplacedEndpoint(with netip.Addr) *Service {
 	endpoints := slices.Clone(s.Endpoints)
 	endpoints[len(endpoints)-1] = with
 	return &Service{s.Index, endpoints}
 }
 
-// With returns the Service with one more endpoint.
-func (s *Service) With(addr netip.Addr) *Service {
+// WithEndpoint returns the Service with one more endpoint.
+func (s *Service) WithEndpoint(addr netip.Addr) *Service {
 	return &Service{s.Index, append(slices.Clone(s.Endpoints), addr)}
 }
 
-// Without returns the Service without an endpoint.
-func (s *Service) Without(addr netip.Addr) *Service {
+// WithoutEndpoint returns the Service without an endpoint.
+func (s *Service) WithoutEndpoint(addr netip.Addr) *Service {
 	return &Service{s.Index, slices.DeleteFunc(slices.Clone(s.Endpoints), func(a netip.Addr) bool { return a == addr })}
 }
 
@@ -130,7 +130,7 @@ func (s *Service) Slice() *discoveryv1.EndpointSlice {
 	}
 	for i, addr := range s.Endpoints {
 		node := otherNode
-		if i%perNode == 0 {
+		if i%localEvery == 0 {
 			node = NodeName
 		}
 		slice.Endpoints[i] = discoveryv1.Endpoint{
@@ -156,6 +156,6 @@ func ServiceCIDR() *networkingv1.ServiceCIDR {
 	return &networkingv1.ServiceCIDR{
 		TypeMeta:   metav1.TypeMeta{APIVersion: "networking.k8s.io/v1", Kind: "ServiceCIDR"},
 		ObjectMeta: metav1.ObjectMeta{Name: "kubernetes"},
-		Spec:       networkingv1.ServiceCIDRSpec{CIDRs: []string{rig.ServiceCIDR.String()}},
+		Spec:       networkingv1.ServiceCIDRSpec{CIDRs: []string{testbed.ServiceCIDR.String()}},
 	}
 }

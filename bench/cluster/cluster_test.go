@@ -6,23 +6,23 @@ import (
 	"testing"
 
 	"fairlead.io/fairlead/bench/cluster"
-	"fairlead.io/fairlead/bench/rig"
+	"fairlead.io/fairlead/bench/testbed"
 	"fairlead.io/fairlead/kube"
 )
 
 // TestObjects checks that a node makes of the objects what they are meant to be.
 func TestObjects(t *testing.T) {
-	s := cluster.New(70_000, 10)
-	addr := cluster.Watched(5)
+	s := cluster.NewService(70_000, 10)
+	addr := cluster.WatchedAddr(5)
 	for name, tc := range map[string]struct {
 		service *cluster.Service
 		want    []netip.Addr
 	}{
 		"new":                 {s, s.Endpoints},
-		"one more":            {s.With(addr), append(slices.Clone(s.Endpoints), addr)},
-		"one replaced":        {s.Replaced(addr), append(slices.Clone(s.Endpoints[:9]), addr)},
-		"one less":            {s.Without(s.Endpoints[0]), s.Endpoints[1:]},
-		"one more, then less": {s.With(addr).Without(addr), s.Endpoints},
+		"one more":            {s.WithEndpoint(addr), append(slices.Clone(s.Endpoints), addr)},
+		"one replaced":        {s.WithReplacedEndpoint(addr), append(slices.Clone(s.Endpoints[:9]), addr)},
+		"one less":            {s.WithoutEndpoint(s.Endpoints[0]), s.Endpoints[1:]},
+		"one more, then less": {s.WithEndpoint(addr).WithoutEndpoint(addr), s.Endpoints},
 	} {
 		t.Run(name, func(t *testing.T) {
 			tracker := kube.NewTracker(kube.Options{NodeName: cluster.NodeName})
@@ -30,12 +30,12 @@ func TestObjects(t *testing.T) {
 			d.Services, d.EndpointSlices = append(d.Services, tc.service.Object()), append(d.EndpointSlices, tc.service.Slice())
 			d.ServiceCIDRs = append(d.ServiceCIDRs, cluster.ServiceCIDR())
 			result := tracker.Apply(d)
-			if len(result.Problems) > 0 || len(result.Changes) != 1 || result.Node == nil || !slices.Equal(result.Node.ServiceCIDRs, []netip.Prefix{rig.ServiceCIDR}) {
+			if len(result.Problems) > 0 || len(result.Changes) != 1 || result.Node == nil || !slices.Equal(result.Node.ServiceCIDRs, []netip.Prefix{testbed.ServiceCIDR}) {
 				t.Fatalf("got %+v", result)
 			}
 			for _, got := range result.Changes {
-				if got.Frontends[0].Addr != s.Addr() || !rig.ServiceCIDR.Contains(s.Addr().Addr()) {
-					t.Errorf("frontend %v, want %s, in %s", got.Frontends, s.Addr(), rig.ServiceCIDR)
+				if got.Frontends[0].Addr != s.Addr() || !testbed.ServiceCIDR.Contains(s.Addr().Addr()) {
+					t.Errorf("frontend %v, want %s, in %s", got.Frontends, s.Addr(), testbed.ServiceCIDR)
 				}
 				var addrs []netip.Addr
 				local := 0
@@ -55,25 +55,25 @@ func TestObjects(t *testing.T) {
 }
 
 // TestAddresses checks that no two endpoints have one address, and that all are where
-// the rig expects them.
+// the testbed expects them.
 func TestAddresses(t *testing.T) {
 	const services, endpoints = 2000, 10
 	seen := map[netip.Addr]bool{}
 	for i := range services {
-		for _, addr := range cluster.New(i, endpoints).Endpoints {
-			if seen[addr] || !rig.Background.Contains(addr) || rig.Watched.Contains(addr) {
+		for _, addr := range cluster.NewService(i, endpoints).Endpoints {
+			if seen[addr] || !testbed.BackgroundCIDR.Contains(addr) || testbed.WatchedCIDR.Contains(addr) {
 				t.Fatalf("Service %d has an endpoint at %s", i, addr)
 			}
 			seen[addr] = true
 		}
 	}
-	if last := cluster.New(800_000-1, endpoints).Endpoints[endpoints-1]; !rig.Background.Contains(last) {
-		t.Errorf("the last of all endpoints is at %s, not in %s", last, rig.Background)
+	if last := cluster.NewService(800_000-1, endpoints).Endpoints[endpoints-1]; !testbed.BackgroundCIDR.Contains(last) {
+		t.Errorf("the last of all endpoints is at %s, not in %s", last, testbed.BackgroundCIDR)
 	}
-	if first := cluster.New(0, endpoints).Addr().Addr(); first == rig.ServiceCIDR.Addr().Next() || !rig.ServiceCIDR.Contains(first) {
-		t.Errorf("the first Service is at %s, want an address of %s that default/kubernetes does not take", first, rig.ServiceCIDR)
+	if first := cluster.NewService(0, endpoints).Addr().Addr(); first == testbed.ServiceCIDR.Addr().Next() || !testbed.ServiceCIDR.Contains(first) {
+		t.Errorf("the first Service is at %s, want an address of %s that default/kubernetes does not take", first, testbed.ServiceCIDR)
 	}
-	if first, later := cluster.Watched(0), cluster.Watched(4_000_000); !rig.Watched.Contains(first) || !rig.Watched.Contains(later) {
-		t.Errorf("watched endpoints are at %s and %s, not in %s", first, later, rig.Watched)
+	if first, later := cluster.WatchedAddr(0), cluster.WatchedAddr(4_000_000); !testbed.WatchedCIDR.Contains(first) || !testbed.WatchedCIDR.Contains(later) {
+		t.Errorf("watched endpoints are at %s and %s, not in %s", first, later, testbed.WatchedCIDR)
 	}
 }

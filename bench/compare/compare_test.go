@@ -15,8 +15,8 @@ import (
 	"fairlead.io/fairlead/bench/system"
 )
 
-// binary builds fairlead.
-func binary(t *testing.T) string {
+// buildFairlead builds fairlead.
+func buildFairlead(t *testing.T) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "fairlead")
 	out, err := exec.CommandContext(t.Context(), "go", "build", "-buildvcs=false", "-o", path, "fairlead.io/fairlead/cmd/fairlead").CombinedOutput()
@@ -34,50 +34,50 @@ type renamed struct {
 
 func (r renamed) Name() string { return r.name }
 
-// absent cannot run here.
-type absent struct{}
+// unavailableSystem cannot run here.
+type unavailableSystem struct{}
 
-func (absent) Name() string { return "absent" }
+func (unavailableSystem) Name() string { return "absent" }
 
-func (absent) Start(context.Context, system.Environment) (system.Running, error) {
+func (unavailableSystem) Start(context.Context, system.Environment) (system.Instance, error) {
 	return nil, &system.UnavailableError{Reason: "it is not there"}
 }
 
-// broken ends at once.
-type broken struct{}
+// crashingSystem ends at once.
+type crashingSystem struct{}
 
-func (broken) Name() string { return "broken" }
+func (crashingSystem) Name() string { return "broken" }
 
-func (broken) Start(_ context.Context, env system.Environment) (system.Running, error) {
+func (crashingSystem) Start(_ context.Context, env system.Environment) (system.Instance, error) {
 	return system.StartProcess(env, "broken", "/bin/sh", "-c", "echo it is no use; exit 3")
 }
 
-// idle does nothing.
-type idle struct{}
+// idleSystem does nothing.
+type idleSystem struct{}
 
-func (idle) Name() string { return "idle" }
+func (idleSystem) Name() string { return "idle" }
 
-func (idle) Start(_ context.Context, env system.Environment) (system.Running, error) {
+func (idleSystem) Start(_ context.Context, env system.Environment) (system.Instance, error) {
 	return system.StartProcess(env, "idle", "/bin/sleep", "60")
 }
 
-func small(t *testing.T, systems ...system.System) compare.Options {
+func smallOptions(t *testing.T, systems ...system.System) compare.Options {
 	t.Helper()
 	o := compare.DefaultOptions()
 	o.Systems, o.Services, o.Endpoints = systems, []int{20}, 3
 	o.Samples, o.Starts, o.Rounds = 3, 3, 3
-	o.Duration, o.Settle, o.Rates = 300*time.Millisecond, 10*time.Millisecond, []float64{50}
-	o.Environment, o.Dir = result.Here(), t.TempDir()
+	o.Duration, o.SettleTime, o.Rates = 300*time.Millisecond, 10*time.Millisecond, []float64{50}
+	o.Environment, o.Dir = result.DetectEnvironment(), t.TempDir()
 	o.Progress = func(line string) { t.Log(line) }
 	return o
 }
 
 // Two systems are measured in all ways, and compared; those that cannot run are
 // left out, with the reason.
-func TestComparison(t *testing.T) {
-	path := binary(t)
+func TestRun(t *testing.T) {
+	path := buildFairlead(t)
 	fairlead := system.Fairlead{Binary: path, Mode: "nft"}
-	r, err := compare.Run(t.Context(), small(t, fairlead, renamed{fairlead, "other"}, absent{}, broken{}))
+	r, err := compare.Run(t.Context(), smallOptions(t, fairlead, renamed{fairlead, "other"}, unavailableSystem{}, crashingSystem{}))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -132,10 +132,10 @@ func TestComparison(t *testing.T) {
 }
 
 // When it is interrupted, there is what was measured until then.
-func TestInterrupted(t *testing.T) {
+func TestRunInterrupted(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
-	o := small(t, system.Fairlead{Binary: binary(t), Mode: "nft"})
+	o := smallOptions(t, system.Fairlead{Binary: buildFairlead(t), Mode: "nft"})
 	o.Samples = 1000
 	o.Progress = func(line string) {
 		if strings.HasPrefix(line, "update: sample 11 ") {
@@ -152,7 +152,7 @@ func TestInterrupted(t *testing.T) {
 	}
 }
 
-func TestOptions(t *testing.T) {
+func TestRunInvalidOptions(t *testing.T) {
 	for name, test := range map[string]struct {
 		change func(*compare.Options)
 		want   string
@@ -170,7 +170,7 @@ func TestOptions(t *testing.T) {
 		"duration of all": {func(o *compare.Options) { o.Duration = 0 }, "how long"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			o := small(t, absent{})
+			o := smallOptions(t, unavailableSystem{})
 			test.change(&o)
 			if _, err := compare.Run(t.Context(), o); err == nil || !strings.Contains(err.Error(), test.want) {
 				t.Errorf("error %v, want one with %q", err, test.want)
@@ -181,7 +181,7 @@ func TestOptions(t *testing.T) {
 
 // A system whose start takes too long is left out, and that is the reason.
 func TestStartLimit(t *testing.T) {
-	o := small(t, idle{})
+	o := smallOptions(t, idleSystem{})
 	o.StartLimit = 100 * time.Millisecond
 	r, err := compare.Run(t.Context(), o)
 	if err == nil || len(r.LeftOut) != 1 {

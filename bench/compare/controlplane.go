@@ -15,19 +15,19 @@ import (
 
 	"fairlead.io/fairlead/bench/apiserver"
 	"fairlead.io/fairlead/bench/cluster"
-	"fairlead.io/fairlead/bench/rig"
+	"fairlead.io/fairlead/bench/testbed"
 	"fairlead.io/fairlead/internal/nettest"
 	"fairlead.io/fairlead/test/controlplane"
 )
 
-// controlPlanes are servers that are a real etcd and kube-apiserver each.
-type controlPlanes struct {
+// controlPlaneFactory are servers that are a real etcd and kube-apiserver each.
+type controlPlaneFactory struct {
 	programs string
 	content  *content
 	progress func(format string, args ...any)
 }
 
-func (p *controlPlanes) open(ctx context.Context) (_ server, err error) {
+func (p *controlPlaneFactory) open(ctx context.Context) (_ server, err error) {
 	begin := time.Now()
 	s := &controlPlane{}
 	defer func() {
@@ -35,15 +35,15 @@ func (p *controlPlanes) open(ctx context.Context) (_ server, err error) {
 			err = errors.Join(fmt.Errorf("start an API server: %w", err), s.close())
 		}
 	}()
-	if s.machine, err = rig.NewMachine("api-server"); err != nil {
+	if s.machine, err = testbed.NewMachine("api-server"); err != nil {
 		return nil, err
 	}
 	if s.programs, err = controlplane.New(ctx, controlplane.Options{
-		Programs: p.programs, Namespace: s.machine.Namespace, Address: s.machine.IPv4, ServiceCIDRs: []netip.Prefix{rig.ServiceCIDR},
+		Programs: p.programs, Namespace: s.machine.Namespace, Address: s.machine.IPv4, ServiceCIDRs: []netip.Prefix{testbed.ServiceCIDR},
 	}); err != nil {
 		return nil, err
 	}
-	if err := s.connect(); err != nil {
+	if err := s.newClients(); err != nil {
 		return nil, err
 	}
 	if err := s.load(ctx, p.content); err != nil {
@@ -60,8 +60,8 @@ type controlPlane struct {
 	core, discovery *rest.RESTClient
 }
 
-// connect makes the clients.
-func (s *controlPlane) connect() (err error) {
+// newClients makes the clients.
+func (s *controlPlane) newClients() (err error) {
 	if s.core, err = s.programs.Client(corev1.SchemeGroupVersion, corev1.AddToScheme); err != nil {
 		return err
 	}
@@ -76,7 +76,7 @@ func (s *controlPlane) load(ctx context.Context, c *content) error {
 		return fmt.Errorf("create namespace %s: %w", cluster.Namespace, err)
 	}
 	group, ctx := errgroup.WithContext(ctx)
-	group.SetLimit(writers)
+	group.SetLimit(maxConcurrentRequests)
 	for _, o := range c.objects() {
 		if o.GetObjectKind().GroupVersionKind().Kind == "ServiceCIDR" {
 			continue // kube-apiserver makes it
@@ -86,38 +86,38 @@ func (s *controlPlane) load(ctx context.Context, c *content) error {
 	return group.Wait()
 }
 
-func (s *controlPlane) join(_ context.Context, r *rig.Rig, kubeconfig string) (func() error, error) {
+func (s *controlPlane) attach(_ context.Context, r *testbed.Testbed, kubeconfig string) (func() error, error) {
 	if err := s.programs.Kubeconfig(kubeconfig, "bench", "system:masters"); err != nil {
 		return nil, err
 	}
-	return func() error { return nil }, r.Join(s.machine)
+	return func() error { return nil }, r.Attach(s.machine)
 }
 
 func (s *controlPlane) create(ctx context.Context, objects ...apiserver.Object) *request {
-	return s.each(ctx, "create", objects, func(client *rest.RESTClient, o apiserver.Object) *rest.Request {
+	return s.requestEach(ctx, "create", objects, func(client *rest.RESTClient, o apiserver.Object) *rest.Request {
 		return client.Post().Body(o)
 	})
 }
 
 func (s *controlPlane) update(ctx context.Context, objects ...apiserver.Object) *request {
-	return s.each(ctx, "update", objects, func(client *rest.RESTClient, o apiserver.Object) *rest.Request {
+	return s.requestEach(ctx, "update", objects, func(client *rest.RESTClient, o apiserver.Object) *rest.Request {
 		return client.Put().Name(o.GetName()).Body(o)
 	})
 }
 
 func (s *controlPlane) delete(ctx context.Context, objects ...apiserver.Object) *request {
-	return s.each(ctx, "delete", objects, func(client *rest.RESTClient, o apiserver.Object) *rest.Request {
+	return s.requestEach(ctx, "delete", objects, func(client *rest.RESTClient, o apiserver.Object) *rest.Request {
 		return client.Delete().Name(o.GetName())
 	})
 }
 
-// each makes a request for each object.
-func (s *controlPlane) each(
+// requestEach makes a request for each object.
+func (s *controlPlane) requestEach(
 	ctx context.Context, verb string, objects []apiserver.Object, about func(*rest.RESTClient, apiserver.Object) *rest.Request,
 ) *request {
-	return asking(func() error {
+	return startRequest(func() error {
 		for _, o := range objects {
-			client, resource, err := s.kind(o)
+			client, resource, err := s.clientFor(o)
 			if err == nil {
 				err = about(client, o).NamespaceIfScoped(o.GetNamespace(), o.GetNamespace() != "").Resource(resource).Do(ctx).Error()
 			}
@@ -129,8 +129,8 @@ func (s *controlPlane) each(
 	})
 }
 
-// kind returns the client for an object, and the name of its kind there.
-func (s *controlPlane) kind(o apiserver.Object) (client *rest.RESTClient, resource string, err error) {
+// clientFor returns the client for an object, and the name of its kind there.
+func (s *controlPlane) clientFor(o apiserver.Object) (client *rest.RESTClient, resource string, err error) {
 	switch o.(type) {
 	case *corev1.Service:
 		return s.core, "services", nil

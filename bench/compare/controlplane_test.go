@@ -16,8 +16,8 @@ import (
 	"fairlead.io/fairlead/test/controlplane"
 )
 
-// programs is the folder of a real control plane's programs.
-func programs(t *testing.T) string {
+// controlPlanePrograms is the folder of a real control plane's programs.
+func controlPlanePrograms(t *testing.T) string {
 	t.Helper()
 	dir, err := controlplane.Programs("")
 	if err != nil {
@@ -29,8 +29,8 @@ func programs(t *testing.T) string {
 // With a real API server all is measured as with those in this process. A system that
 // cannot run is left out, and its API server serves the next.
 func TestRealAPIServer(t *testing.T) {
-	o := small(t, absent{}, system.Fairlead{Binary: binary(t), Mode: "nft"})
-	o.ControlPlane = programs(t)
+	o := smallOptions(t, unavailableSystem{}, system.Fairlead{Binary: buildFairlead(t), Mode: "nft"})
+	o.ControlPlane = controlPlanePrograms(t)
 	o.Starts, o.Rounds = 2, 1 // a start on a second node, which the API server is joined with after the first
 	opened := 0
 	o.Progress = func(line string) {
@@ -87,7 +87,7 @@ func TestRealAPIServer(t *testing.T) {
 
 // When it is interrupted, or an API server ends, programs end and leave nothing.
 func TestRealAPIServerEnds(t *testing.T) {
-	path := binary(t)
+	path := buildFairlead(t)
 	for name, tc := range map[string]struct {
 		at   string // what progress says
 		do   func(t *testing.T, interrupt func())
@@ -95,11 +95,11 @@ func TestRealAPIServerEnds(t *testing.T) {
 	}{
 		"interrupted while it is used":    {"update: sample 11 ", func(_ *testing.T, interrupt func()) { interrupt() }, "interrupted"},
 		"interrupted before it is loaded": {"20 Services ", func(_ *testing.T, interrupt func()) { interrupt() }, "interrupted"},
-		"the API server ends":             {"update: sample 11 ", func(t *testing.T, _ func()) { t.Helper(); kill(t, "kube-apiserver") }, "endpointslices service-"},
+		"the API server ends":             {"update: sample 11 ", func(t *testing.T, _ func()) { t.Helper(); killChild(t, "kube-apiserver") }, "endpointslices service-"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			o := small(t, system.Fairlead{Binary: path, Mode: "nft"})
-			o.ControlPlane, o.Starts, o.Samples = programs(t), 1, 1000
+			o := smallOptions(t, system.Fairlead{Binary: path, Mode: "nft"})
+			o.ControlPlane, o.Starts, o.Samples = controlPlanePrograms(t), 1, 1000
 			ctx, cancel := context.WithCancelCause(t.Context())
 			defer cancel(nil)
 			o.Progress = func(line string) {
@@ -149,8 +149,8 @@ func children(t *testing.T) map[int]string {
 	return all
 }
 
-// kill ends a program that this process has started.
-func kill(t *testing.T, program string) {
+// killChild ends a program that this process has started.
+func killChild(t *testing.T, program string) {
 	t.Helper()
 	for pid, name := range children(t) {
 		if name == program {

@@ -8,7 +8,7 @@
 // turn, does not. A change is given to one
 // after the other, in an order that rotates, and the next kind of change follows: so
 // what else the machine does meanwhile hits all alike, and none takes the processor
-// from another. What is measured is seen by packets, see package rig, and by /proc.
+// from another. What is measured is seen by packets, see package testbed, and by /proc.
 //
 // kube-proxy waits a second between two rounds of programming (minSyncPeriod). Changes
 // for the measure "update-packet" are further apart than that, so its times are those of

@@ -33,9 +33,9 @@ type Options struct {
 	Rates    []float64
 	Duration time.Duration
 	Rounds   int
-	// Settle is the time that a system has between two changes of which the effect is
+	// SettleTime is the time that a system has between two changes of which the effect is
 	// measured.
-	Settle time.Duration
+	SettleTime time.Duration
 	// ControlPlane is a folder with the programs etcd and kube-apiserver, which are then
 	// started for each system. Without, systems follow API servers in this process.
 	ControlPlane string
@@ -66,7 +66,7 @@ func Parts() []Part { return []Part{ColdStart, Memory, Update, Churn} }
 func DefaultOptions() Options {
 	return Options{
 		Services: []int{10_000}, Endpoints: 10, Samples: 30, Starts: 5, StartLimit: 2 * time.Minute,
-		Rates: []float64{100, 1000}, Duration: 10 * time.Second, Rounds: 3, Settle: 2 * time.Second,
+		Rates: []float64{100, 1000}, Duration: 10 * time.Second, Rounds: 3, SettleTime: 2 * time.Second,
 	}
 }
 
@@ -106,7 +106,7 @@ func (o *Options) Validate() error {
 	if o.StartLimit <= 0 {
 		errs = append(errs, errors.New("how long a start may take must be more than 0"))
 	}
-	if o.Duration <= 0 || o.Settle < 0 {
+	if o.Duration <= 0 || o.SettleTime < 0 {
 		errs = append(errs, errors.New("how long churn lasts must be more than 0, and the time to settle not less"))
 	}
 	for _, r := range o.Rates {
@@ -122,7 +122,7 @@ func (o *Options) Validate() error {
 	return errors.Join(errs...)
 }
 
-func (o *Options) has(p Part) bool { return len(o.Parts) == 0 || slices.Contains(o.Parts, p) }
+func (o *Options) includes(p Part) bool { return len(o.Parts) == 0 || slices.Contains(o.Parts, p) }
 
 func (o *Options) progress(format string, args ...any) {
 	if o.Progress != nil {

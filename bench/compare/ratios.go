@@ -7,12 +7,12 @@ import (
 	"fairlead.io/fairlead/bench/statistics"
 )
 
-// fairleads are the systems that others are compared with.
-func fairleads() []string { return []string{"nft", "ipvs"} }
+// fairleadSystems are the systems that others are compared with.
+func fairleadSystems() []string { return []string{"nft", "ipvs"} }
 
-// fewest is how many samples of each a ratio needs: of fewer its interval would say
+// minSamples is how many samples of each a ratio needs: of fewer its interval would say
 // that it is surer than it is.
-const fewest = 3
+const minSamples = 3
 
 // ratios compares each system with Fairlead's, where they were measured under the
 // same circumstances.
@@ -22,8 +22,8 @@ func ratios(measurements []result.Measurement) []result.Ratio {
 		of := &measurements[i]
 		for j := range measurements {
 			to := &measurements[j]
-			if i == j || !slices.Contains(fairleads(), to.System) || of.Measure != to.Measure ||
-				of.Environment != to.Environment || of.Scenario != to.Scenario || min(len(of.Samples), len(to.Samples)) < fewest {
+			if i == j || !slices.Contains(fairleadSystems(), to.System) || of.Measure != to.Measure ||
+				of.Environment != to.Environment || of.Scenario != to.Scenario || min(len(of.Samples), len(to.Samples)) < minSamples {
 				continue
 			}
 			name, statistic := "p50", statistics.Quantile(0.5)

@@ -14,9 +14,9 @@ import (
 
 	"fairlead.io/fairlead/bench/cluster"
 	"fairlead.io/fairlead/bench/result"
-	"fairlead.io/fairlead/bench/rig"
 	"fairlead.io/fairlead/bench/statistics"
 	"fairlead.io/fairlead/bench/system"
+	"fairlead.io/fairlead/bench/testbed"
 	"fairlead.io/fairlead/test/controlplane"
 )
 
@@ -26,42 +26,42 @@ type comparison struct {
 	report *result.Report
 }
 
-// size is what is measured with one number of Services.
-type size struct {
+// serverPool is what is measured with one number of Services.
+type serverPool struct {
 	*content
-	servers servers
-	of      map[string]server // by system
-	spare   []server          // those of systems that cannot run here
+	factory  serverFactory
+	bySystem map[string]server // by system
+	spare    []server          // those of systems that cannot run here
 }
 
-// server returns the API server of a system.
-func (s *size) server(ctx context.Context, sys system.System) (server, error) {
-	if s.of[sys.Name()] != nil {
-		return s.of[sys.Name()], nil
+// serverFor returns the API server of a system.
+func (s *serverPool) serverFor(ctx context.Context, sys system.System) (server, error) {
+	if s.bySystem[sys.Name()] != nil {
+		return s.bySystem[sys.Name()], nil
 	}
 	if n := len(s.spare); n > 0 {
-		s.of[sys.Name()], s.spare = s.spare[n-1], s.spare[:n-1]
-		return s.of[sys.Name()], nil
+		s.bySystem[sys.Name()], s.spare = s.spare[n-1], s.spare[:n-1]
+		return s.bySystem[sys.Name()], nil
 	}
-	opened, err := s.servers.open(ctx)
+	opened, err := s.factory.open(ctx)
 	if err != nil {
 		return nil, err
 	}
-	s.of[sys.Name()] = opened
+	s.bySystem[sys.Name()] = opened
 	return opened, nil
 }
 
-// leaveOut spares the API server of a system that cannot run here.
-func (s *size) leaveOut(sys system.System) {
-	if unused := s.of[sys.Name()]; unused != nil {
-		delete(s.of, sys.Name())
+// release spares the API server of a system that cannot run here.
+func (s *serverPool) release(sys system.System) {
+	if unused := s.bySystem[sys.Name()]; unused != nil {
+		delete(s.bySystem, sys.Name())
 		s.spare = append(s.spare, unused)
 	}
 }
 
-func (s *size) close() error {
+func (s *serverPool) close() error {
 	var errs []error
-	for _, one := range slices.Concat(s.spare, slices.Collect(maps.Values(s.of))) {
+	for _, one := range slices.Concat(s.spare, slices.Collect(maps.Values(s.bySystem))) {
 		errs = append(errs, one.close())
 	}
 	return errors.Join(errs...)
@@ -89,7 +89,7 @@ func Run(ctx context.Context, opts Options) (*result.Report, error) {
 	}}
 	var err error
 	for _, services := range opts.Services {
-		if err = c.size(ctx, services); err != nil {
+		if err = c.runWithServices(ctx, services); err != nil {
 			break
 		}
 	}
@@ -97,15 +97,15 @@ func Run(ctx context.Context, opts Options) (*result.Report, error) {
 	return c.report, err
 }
 
-// size measures with one number of Services.
-func (c *comparison) size(ctx context.Context, services int) (err error) {
+// runWithServices measures with one number of Services.
+func (c *comparison) runWithServices(ctx context.Context, services int) (err error) {
 	c.progress("%d Services of %d endpoints", services, c.Endpoints)
-	s := &size{content: newContent(services, c.Endpoints), of: map[string]server{}}
-	if s.servers, err = c.servers(s.content); err != nil {
+	s := &serverPool{content: newContent(services, c.Endpoints), bySystem: map[string]server{}}
+	if s.factory, err = c.serverFactory(s.content); err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, s.close()) }()
-	nodes, err := c.starts(ctx, s)
+	nodes, err := c.coldStarts(ctx, s)
 	defer func() {
 		for _, n := range nodes {
 			err = errors.Join(err, n.close())
@@ -114,12 +114,12 @@ func (c *comparison) size(ctx context.Context, services int) (err error) {
 	if err != nil {
 		return err
 	}
-	if c.has(Update) {
+	if c.includes(Update) {
 		if err := c.updates(ctx, nodes, services); err != nil {
 			return err
 		}
 	}
-	if c.has(Churn) {
+	if c.includes(Churn) {
 		for _, rate := range c.Rates {
 			if err := c.churn(ctx, nodes, services, rate); err != nil {
 				return err
@@ -138,10 +138,10 @@ func rotated[T any](list []T, by int) []T {
 	return slices.Concat(list[by:], list[:by])
 }
 
-// starts starts each system several times on new nodes, and returns those of the last time.
-func (c *comparison) starts(ctx context.Context, s *size) (nodes []*node, err error) {
+// coldStarts starts each system several times on new nodes, and returns those of the last time.
+func (c *comparison) coldStarts(ctx context.Context, s *serverPool) (nodes []*node, err error) {
 	starts := 1
-	if c.has(ColdStart) || c.has(Memory) {
+	if c.includes(ColdStart) || c.includes(Memory) {
 		starts = c.Starts
 	}
 	for i := range starts {
@@ -149,14 +149,14 @@ func (c *comparison) starts(ctx context.Context, s *size) (nodes []*node, err er
 			if c.isLeftOut(sys) {
 				continue
 			}
-			server, err := s.server(ctx, sys)
+			server, err := s.serverFor(ctx, sys)
 			if ctx.Err() != nil {
 				return nodes, context.Cause(ctx)
 			}
 			if err != nil {
 				return nodes, err
 			}
-			n, err := c.start(ctx, sys, server, s.content)
+			n, err := c.coldStart(ctx, sys, server, s.content)
 			if ctx.Err() != nil {
 				return nodes, errors.Join(context.Cause(ctx), closeNode(n))
 			}
@@ -165,7 +165,7 @@ func (c *comparison) starts(ctx context.Context, s *size) (nodes []*node, err er
 					return nodes, errors.Join(err, closeNode(n))
 				}
 				_ = closeNode(n) // it is known already that it does not run
-				s.leaveOut(sys)
+				s.release(sys)
 				continue
 			}
 			if i < starts-1 {
@@ -194,8 +194,8 @@ func closeNode(n *node) error {
 	return n.close()
 }
 
-// start is one cold start.
-func (c *comparison) start(ctx context.Context, sys system.System, s server, content *content) (*node, error) {
+// coldStart is one cold start.
+func (c *comparison) coldStart(ctx context.Context, sys system.System, s server, content *content) (*node, error) {
 	dir := filepath.Join(c.Dir, sys.Name())
 	if err := os.MkdirAll(dir, 0o750); err != nil {
 		return nil, fmt.Errorf("make a folder for logs: %w", err)
@@ -204,27 +204,27 @@ func (c *comparison) start(ctx context.Context, sys system.System, s server, con
 	if err != nil {
 		return nil, err
 	}
-	if err := n.rig.Answer(true); err != nil {
+	if err := n.testbed.SetBackgroundReachable(true); err != nil {
 		return n, err
 	}
 	if err := n.start(ctx); err != nil {
 		return n, err
 	}
-	running, cancel := n.whileRunning(ctx)
+	running, cancel := n.contextWhileRunning(ctx)
 	defer cancel()
 	answering, stop := context.WithTimeout(running, c.StartLimit)
 	defer stop()
-	took, err := n.probe.Answers(answering, n.begin, content.addrs)
-	if errors.Is(err, rig.ErrNotSeen) || errors.Is(err, context.DeadlineExceeded) {
+	took, err := n.probe.WaitAllAnswer(answering, n.startedAt, content.addrs)
+	if errors.Is(err, testbed.ErrNotObserved) || errors.Is(err, context.DeadlineExceeded) {
 		return n, fmt.Errorf("with %d Services not all of them answered within %s", len(content.services), c.StartLimit)
 	}
 	if err != nil {
 		return n, errors.Join(err, context.Cause(running))
 	}
-	if err := n.quiesce(running); err != nil {
+	if err := n.waitIdle(running); err != nil {
 		return n, err
 	}
-	n.settled = time.Now()
+	n.settledAt = time.Now()
 	use, err := n.usage()
 	if err != nil {
 		return n, err
@@ -232,19 +232,19 @@ func (c *comparison) start(ctx context.Context, sys system.System, s server, con
 	c.progress("%s: the last Service answers after %s; %s of processor time, %d MB resident",
 		sys.Name(), took.Round(time.Millisecond), use.CPU(), use.Resident/1e6)
 	scenario := result.Scenario{Services: len(content.services), Endpoints: c.Endpoints}
-	if c.has(ColdStart) {
-		c.sample(n, result.ColdStartAnswer, scenario, "s", took.Seconds())
-		c.sample(n, result.ColdStartCPU, scenario, "s", use.CPU().Seconds())
+	if c.includes(ColdStart) {
+		c.addSample(n, result.ColdStartAnswer, scenario, "s", took.Seconds())
+		c.addSample(n, result.ColdStartCPU, scenario, "s", use.CPU().Seconds())
 	}
-	if c.has(Memory) {
-		c.sample(n, result.Memory, scenario, "B", float64(use.Resident))
-		c.sample(n, result.PeakMemory, scenario, "B", float64(use.PeakResident))
+	if c.includes(Memory) {
+		c.addSample(n, result.Memory, scenario, "B", float64(use.Resident))
+		c.addSample(n, result.PeakMemory, scenario, "B", float64(use.PeakResident))
 	}
-	return n, n.rig.Answer(false)
+	return n, n.testbed.SetBackgroundReachable(false)
 }
 
-// sample adds a sample to a measurement.
-func (c *comparison) sample(n *node, measure result.Measure, scenario result.Scenario, unit string, v float64) {
+// addSample adds a sample to a measurement.
+func (c *comparison) addSample(n *node, measure result.Measure, scenario result.Scenario, unit string, v float64) {
 	m := c.measurement(n.sys.Name(), measure, scenario)
 	m.Unit = unit
 	m.Samples = append(m.Samples, v)
@@ -265,7 +265,7 @@ func (c *comparison) isLeftOut(sys system.System) bool {
 	return slices.ContainsFunc(c.report.LeftOut, func(l result.LeftOut) bool { return l.System == sys.Name() && l.Measure == "" })
 }
 
-// leaveOut records that a system does not run here. The error is that something
+// release records that a system does not run here. The error is that something
 // else is wrong.
 func (c *comparison) leaveOut(sys system.System, err error) error {
 	reason := err.Error()
@@ -287,7 +287,7 @@ func (c *comparison) finish(ctx context.Context) {
 		m := &r.Measurements[i]
 		m.Distribution = statistics.Summarize(m.Samples)
 	}
-	env := system.Environment{Kubeconfig: "KUBECONFIG", NodeName: cluster.NodeName, ClusterCIDR: rig.ClusterCIDR}
+	env := system.Environment{Kubeconfig: "KUBECONFIG", NodeName: cluster.NodeName, ClusterCIDR: testbed.ClusterCIDR}
 	for _, s := range c.Systems {
 		about := result.System{Name: s.Name()}
 		if with, ok := s.(interface {

@@ -5,7 +5,7 @@ import (
 	"time"
 
 	"fairlead.io/fairlead/bench/apiserver"
-	"fairlead.io/fairlead/bench/rig"
+	"fairlead.io/fairlead/bench/testbed"
 )
 
 // server is the API server that one system follows. It has the content from the
@@ -13,10 +13,10 @@ import (
 // the other. Its methods may be called concurrently, but those that change the same
 // object may not.
 type server interface {
-	// join lets a node reach the server, and writes how into a kubeconfig. The
-	// function that it returns undoes it, before the rig is closed. Watches may end
+	// attach lets a node reach the server, and writes how into a kubeconfig. The
+	// function that it returns undoes it, before the testbed is closed. Watches may end
 	// when ctx is done.
-	join(ctx context.Context, r *rig.Rig, kubeconfig string) (leave func() error, err error)
+	attach(ctx context.Context, r *testbed.Testbed, kubeconfig string) (leave func() error, err error)
 	// create, update and delete change objects, one right after the other. Objects are
 	// not changed afterwards.
 	create(ctx context.Context, objects ...apiserver.Object) *request
@@ -28,28 +28,28 @@ type server interface {
 
 // request is what a server was asked for.
 type request struct {
-	at   time.Time     // when it was asked
-	done chan struct{} // closed when it has answered; took and err are valid then
-	took time.Duration
-	err  error
+	sentAt   time.Time     // when it was asked
+	done     chan struct{} // closed when it has answered; took and err are valid then
+	duration time.Duration
+	err      error
 }
 
-// asked does what a server is asked for, and returns when that is done.
-func asked(do func() error) *request {
-	r := &request{at: time.Now(), done: make(chan struct{})}
-	r.answer(do())
+// doRequest does what a server is asked for, and returns when that is done.
+func doRequest(do func() error) *request {
+	r := &request{sentAt: time.Now(), done: make(chan struct{})}
+	r.complete(do())
 	return r
 }
 
-// asking is asked, but returns at once.
-func asking(do func() error) *request {
-	r := &request{at: time.Now(), done: make(chan struct{})}
-	go func() { r.answer(do()) }()
+// startRequest is asked, but returns at once.
+func startRequest(do func() error) *request {
+	r := &request{sentAt: time.Now(), done: make(chan struct{})}
+	go func() { r.complete(do()) }()
 	return r
 }
 
-func (r *request) answer(err error) {
-	r.took, r.err = time.Since(r.at), err
+func (r *request) complete(err error) {
+	r.duration, r.err = time.Since(r.sentAt), err
 	close(r.done)
 }
 
@@ -59,15 +59,15 @@ func (r *request) wait() error {
 	return r.err
 }
 
-// servers opens a server for each system, all with the same content.
-type servers interface {
+// serverFactory opens a server for each system, all with the same content.
+type serverFactory interface {
 	open(ctx context.Context) (server, error)
 }
 
-// servers returns what opens the API servers that were asked for.
-func (o *Options) servers(c *content) (servers, error) {
+// serverFactory returns what opens the API servers that were asked for.
+func (o *Options) serverFactory(c *content) (serverFactory, error) {
 	if o.ControlPlane != "" {
-		return &controlPlanes{programs: o.ControlPlane, content: c, progress: o.progress}, nil
+		return &controlPlaneFactory{programs: o.ControlPlane, content: c, progress: o.progress}, nil
 	}
-	return newFeeds(c)
+	return newLocalServerFactory(c)
 }

@@ -8,12 +8,12 @@ import (
 
 	"fairlead.io/fairlead/bench/cluster"
 	"fairlead.io/fairlead/bench/result"
-	"fairlead.io/fairlead/bench/rig"
+	"fairlead.io/fairlead/bench/testbed"
 )
 
-// quiet is how many packets in a row do not arrive at an endpoint that one packet in
+// requiredMisses is how many packets in a row do not arrive at an endpoint that one packet in
 // so many would arrive at, until it is sure that none does.
-func quiet(endpoints int) int {
+func requiredMisses(endpoints int) int {
 	const sure = 25 // a chance of e^-25, about 1e-11
 	return sure * endpoints
 }
@@ -28,16 +28,16 @@ func (c *comparison) updates(ctx context.Context, nodes []*node, services int) e
 		for j, change := range changes {
 			scenario := result.Scenario{Change: change, Services: services, Endpoints: c.Endpoints}
 			for _, n := range rotated(nodes, i+j) {
-				if err := n.settle(ctx, c.Settle); err != nil {
+				if err := n.waitSettled(ctx, c.SettleTime); err != nil {
 					return err
 				}
 				took, answered, err := c.update(ctx, n, change, i)
 				if err != nil {
 					return fmt.Errorf("%s: %s: %w", n.sys.Name(), change, err)
 				}
-				n.settled = time.Now()
-				c.sample(n, result.UpdatePacket, scenario, "s", took.Seconds())
-				mean(c.measurement(n.sys.Name(), result.UpdatePacket, scenario), "request", "s", answered.Seconds())
+				n.settledAt = time.Now()
+				c.addSample(n, result.UpdatePacket, scenario, "s", took.Seconds())
+				updateMean(c.measurement(n.sys.Name(), result.UpdatePacket, scenario), "request", "s", answered.Seconds())
 			}
 		}
 	}
@@ -49,60 +49,60 @@ func (c *comparison) updates(ctx context.Context, nodes []*node, services int) e
 //
 // It returns how long packets took to show it, and the API server to answer.
 func (c *comparison) update(ctx context.Context, n *node, change result.Change, sample int) (took, answered time.Duration, err error) {
-	ctx, cancel := n.whileRunning(ctx)
+	ctx, cancel := n.contextWhileRunning(ctx)
 	defer cancel()
 	// A Service is replaced and scaled in turns; they are spread over all of them.
 	const prime = 7919
 	first, second := 2*sample*prime%len(n.services), (2*sample+1)*prime%len(n.services)
 	var s *cluster.Service
 	var event *request
-	var look func(context.Context) (rig.Sighting, error)
+	var look func(context.Context) (testbed.Observation, error)
 	arrival := func(at func(netip.Addr) bool) {
-		look = func(ctx context.Context) (rig.Sighting, error) {
-			return n.probe.FirstArrival(ctx, event.at, s.Addr(), at)
+		look = func(ctx context.Context) (testbed.Observation, error) {
+			return n.probe.FirstArrival(ctx, event.sentAt, s.Addr(), at)
 		}
 	}
 	absence := func(at func(netip.Addr) bool, quiet int) {
-		look = func(ctx context.Context) (rig.Sighting, error) {
-			return n.probe.LastArrival(ctx, event.at, s.Addr(), at, quiet)
+		look = func(ctx context.Context) (testbed.Observation, error) {
+			return n.probe.LastArrival(ctx, event.sentAt, s.Addr(), at, quiet)
 		}
 	}
 	switch change {
 	case result.ReplaceEndpoint:
 		var by netip.Addr
 		s = n.services[first]
-		event, by = n.replace(ctx, first, true)
-		arrival(rig.At(by))
+		event, by = n.replaceEndpoint(ctx, first, true)
+		arrival(testbed.ToEndpoint(by))
 	case result.ScaleUp:
-		by := n.address(true)
+		by := n.nextAddr(true)
 		s = n.services[second]
-		event = n.change(ctx, second, s.With(by))
-		arrival(rig.At(by))
+		event = n.updateEndpoints(ctx, second, s.WithEndpoint(by))
+		arrival(testbed.ToEndpoint(by))
 	case result.ScaleDown:
 		s = n.services[second]
 		gone := s.Endpoints[len(s.Endpoints)-1] // from ScaleUp
-		event = n.change(ctx, second, s.Without(gone))
-		absence(rig.At(gone), quiet(len(s.Endpoints)))
+		event = n.updateEndpoints(ctx, second, s.WithoutEndpoint(gone))
+		absence(testbed.ToEndpoint(gone), requiredMisses(len(s.Endpoints)))
 	case result.CreateService:
-		s = c.created(n, sample)
+		s = c.createdService(n, sample)
 		event = n.server.create(ctx, s.Object(), s.Slice())
-		arrival(rig.Anywhere)
+		arrival(testbed.ToAnyEndpoint)
 	case result.DeleteService:
-		s = c.created(n, sample)
+		s = c.createdService(n, sample)
 		event = n.server.delete(ctx, s.Object(), s.Slice())
-		absence(rig.Anywhere, quiet(1))
+		absence(testbed.ToAnyEndpoint, requiredMisses(1))
 	}
-	took, err = n.see(ctx, event, look)
-	return took, event.took, err
+	took, err = n.observe(ctx, event, look)
+	return took, event.duration, err
 }
 
-// created returns the Service that is created for a sample, which has addresses of
+// createdService returns the Service that is created for a sample, which has addresses of
 // its own.
-func (c *comparison) created(n *node, sample int) *cluster.Service {
+func (c *comparison) createdService(n *node, sample int) *cluster.Service {
 	s := &cluster.Service{Index: len(n.services) + sample}
 	const apart = 1 << 20 // from those that are given out one by one
 	for e := range c.Endpoints {
-		s.Endpoints = append(s.Endpoints, cluster.Watched(apart+sample*c.Endpoints+e))
+		s.Endpoints = append(s.Endpoints, cluster.WatchedAddr(apart+sample*c.Endpoints+e))
 	}
 	return s
 }

@@ -30,11 +30,11 @@ type VM struct {
 	Progress func(line string)
 }
 
-// vmGrace is how long a virtual machine may take to end.
-const vmGrace = 10 * time.Second
+// vmStopTimeout is how long a virtual machine may take to end.
+const vmStopTimeout = 10 * time.Second
 
 // Run blocks until the virtual machine has ended, which it also does when ctx is done. Its
-// environment is called as [result.InVM] says, and is the only one in the report. With an
+// environment is called as [result.VMName] says, and is the only one in the report. With an
 // error there is a report too if something was measured.
 func (v VM) Run(ctx context.Context) (*result.Report, error) {
 	program, _, _ := strings.Cut(v.Command, " ")
@@ -50,7 +50,7 @@ func (v VM) Run(ctx context.Context) (*result.Report, error) {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGTERM) }
-	cmd.WaitDelay = vmGrace
+	cmd.WaitDelay = vmStopTimeout
 	var telling sync.Mutex
 	tell := func(line string) {
 		telling.Lock()
@@ -59,7 +59,7 @@ func (v VM) Run(ctx context.Context) (*result.Report, error) {
 			v.Progress(line)
 		}
 	}
-	out, complaints := listener{tell: tell}, listener{tell: tell}
+	out, complaints := outputReader{progress: tell}, outputReader{progress: tell}
 	var readers sync.WaitGroup
 	stdout, outWriter := io.Pipe()
 	stderr, errWriter := io.Pipe()
@@ -75,7 +75,7 @@ func (v VM) Run(ctx context.Context) (*result.Report, error) {
 	case len(r.Environments) != 1:
 		out.report, err = nil, errors.Join(err, errors.New("its result does not say where it is from"))
 	default:
-		rename(r, result.InVM(r.Environments[0].Kernel))
+		setEnvironment(r, result.VMName(r.Environments[0].Kernel))
 	}
 	switch {
 	case ctx.Err() != nil:
@@ -83,28 +83,28 @@ func (v VM) Run(ctx context.Context) (*result.Report, error) {
 	case err == nil && out.report == nil:
 		err = errors.New("it has told no result")
 	}
-	if last := slices.Concat(out.last, complaints.last); err != nil && len(last) > 0 {
+	if last := slices.Concat(out.lastLines, complaints.lastLines); err != nil && len(last) > 0 {
 		err = fmt.Errorf("%w: %s", err, strings.Join(last, " | "))
 	}
 	return out.report, err
 }
 
-// listener reads what a comparison in a virtual machine prints. Its standard output
+// outputReader reads what a comparison in a virtual machine prints. Its standard output
 // and errors are one: lines for people, among them the result, which is JSON over
 // several lines.
-type listener struct {
-	tell func(line string)
+type outputReader struct {
+	progress func(line string)
 
-	report *result.Report
-	last   []string // the last lines that were no progress
-	err    error    // about the result
+	report    *result.Report
+	lastLines []string // the last lines that were no progress
+	err       error    // about the result
 }
 
-// progressTime is how lines of progress begin: with the virtual machine's time, which
+// progressPrefix is how lines of progress begin: with the virtual machine's time, which
 // means nothing here.
-var progressTime = regexp.MustCompile(`^ *[0-9.]+s `)
+var progressPrefix = regexp.MustCompile(`^ *[0-9.]+s `)
 
-func (l *listener) read(from io.Reader) {
+func (l *outputReader) read(from io.Reader) {
 	const kept = 3
 	var document *strings.Builder
 	lines := bufio.NewReader(from)
@@ -122,12 +122,12 @@ func (l *listener) read(from io.Reader) {
 			document = &strings.Builder{}
 			document.WriteString(line)
 		case strings.TrimSpace(text) == "":
-		case progressTime.MatchString(text):
-			l.tell(progressTime.ReplaceAllString(text, ""))
+		case progressPrefix.MatchString(text):
+			l.progress(progressPrefix.ReplaceAllString(text, ""))
 		default:
-			l.tell(text)
-			l.last = append(l.last, text)
-			l.last = l.last[max(0, len(l.last)-kept):]
+			l.progress(text)
+			l.lastLines = append(l.lastLines, text)
+			l.lastLines = l.lastLines[max(0, len(l.lastLines)-kept):]
 		}
 		if err != nil {
 			return
@@ -135,8 +135,8 @@ func (l *listener) read(from io.Reader) {
 	}
 }
 
-// rename calls all that was measured measured in that environment.
-func rename(r *result.Report, environment string) {
+// setEnvironment calls all that was measured measured in that environment.
+func setEnvironment(r *result.Report, environment string) {
 	for i := range r.Environments {
 		r.Environments[i].Name = environment
 	}

@@ -15,8 +15,8 @@ import (
 	"fairlead.io/fairlead/bench/result"
 )
 
-// inside is a result as a comparison in a virtual machine prints it.
-func inside(t *testing.T) string {
+// vmResult is a result as a comparison in a virtual machine prints it.
+func vmResult(t *testing.T) string {
 	t.Helper()
 	var b bytes.Buffer
 	r := &result.Report{
@@ -36,7 +36,7 @@ func inside(t *testing.T) string {
 func TestVM(t *testing.T) {
 	t.Parallel()
 	document := filepath.Join(t.TempDir(), "result")
-	if err := os.WriteFile(document, []byte(inside(t)), 0o600); err != nil {
+	if err := os.WriteFile(document, []byte(vmResult(t)), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	for name, test := range map[string]struct {

@@ -43,10 +43,10 @@ func newTypeface() (*typeface, error) {
 
 // canvas is what charts are drawn on: coordinates are in pixels from the top left.
 type canvas struct {
-	to            draw.Canvas
+	target        draw.Canvas
 	width, height float64
 	inset         float64 // of the coordinates, on all sides
-	below         float64 // what is below the coordinates besides
+	bottomInset   float64 // what is below the coordinates besides
 	colours       palette
 	face          *typeface
 	// texts, if not nil, collects SVG text: fonts differ between who looks at a page,
@@ -58,15 +58,15 @@ type canvas struct {
 type drawing interface {
 	title() string
 	height(width float64) float64
-	on(c *canvas)
+	draw(c *canvas)
 }
 
-// svg draws for a page, with colours for [named].
+// svg draws for a page, with colours for [replacePlaceholders].
 func (f *typeface) svg(d drawing, width float64) ([]byte, error) {
 	height := d.height(width)
 	to := vgsvg.New(vg.Length(width), vg.Length(height))
 	var b, texts bytes.Buffer
-	d.on(&canvas{to: draw.New(to), width: width, height: height, colours: marked, face: f, texts: &texts})
+	d.draw(&canvas{target: draw.New(to), width: width, height: height, colours: placeholderColor, face: f, texts: &texts})
 	if _, err := to.WriteTo(&b); err != nil {
 		return nil, fmt.Errorf("draw %q: %w", d.title(), err)
 	}
@@ -79,7 +79,7 @@ func (f *typeface) png(d drawing, width float64) ([]byte, error) {
 	const dpi = 144
 	height := d.height(width)
 	to := vgimg.NewWith(vgimg.UseWH(vg.Length(width), vg.Length(height)), vgimg.UseDPI(dpi))
-	d.on(&canvas{to: draw.New(to), width: width, height: height, colours: painted, face: f})
+	d.draw(&canvas{target: draw.New(to), width: width, height: height, colours: lightColor, face: f})
 	var b bytes.Buffer
 	if _, err := (vgimg.PngCanvas{Canvas: to}).WriteTo(&b); err != nil {
 		return nil, fmt.Errorf("draw %q: %w", d.title(), err)
@@ -88,7 +88,7 @@ func (f *typeface) png(d drawing, width float64) ([]byte, error) {
 }
 
 func (c *canvas) point(x, y float64) vg.Point {
-	return vg.Point{X: vg.Length(c.inset + x), Y: vg.Length(c.inset + c.below + c.height - y)}
+	return vg.Point{X: vg.Length(c.inset + x), Y: vg.Length(c.inset + c.bottomInset + c.height - y)}
 }
 
 // line draws a line through points, which are x and y in turns.
@@ -97,33 +97,33 @@ func (c *canvas) line(r role, width float64, xy ...float64) {
 	for i := 0; i+1 < len(xy); i += 2 {
 		points = append(points, c.point(xy[i], xy[i+1]))
 	}
-	c.to.StrokeLines(draw.LineStyle{Color: c.colours(r), Width: vg.Length(width)}, points)
+	c.target.StrokeLines(draw.LineStyle{Color: c.colours(r), Width: vg.Length(width)}, points)
 }
 
 // bar fills a rectangle with its left edge at x and its middle at y.
 func (c *canvas) bar(r role, x, y, width, height float64) {
 	top, bottom := y-height/2, y+height/2
-	c.to.FillPolygon(c.colours(r), []vg.Point{c.point(x, top), c.point(x+width, top), c.point(x+width, bottom), c.point(x, bottom)})
+	c.target.FillPolygon(c.colours(r), []vg.Point{c.point(x, top), c.point(x+width, top), c.point(x+width, bottom), c.point(x, bottom)})
 }
 
 // dot draws a marker: filled, or hollow.
 func (c *canvas) dot(r role, hollow bool, x, y, radius float64) {
-	c.to.DrawGlyph(draw.GlyphStyle{Color: c.colours(r), Radius: vg.Length(radius), Shape: draw.CircleGlyph{}}, c.point(x, y))
+	c.target.DrawGlyph(draw.GlyphStyle{Color: c.colours(r), Radius: vg.Length(radius), Shape: draw.CircleGlyph{}}, c.point(x, y))
 	if hollow {
 		const part = 0.55
-		c.to.DrawGlyph(draw.GlyphStyle{Color: c.colours(surface), Radius: vg.Length(radius * part), Shape: draw.CircleGlyph{}}, c.point(x, y))
+		c.target.DrawGlyph(draw.GlyphStyle{Color: c.colours(surface), Radius: vg.Length(radius * part), Shape: draw.CircleGlyph{}}, c.point(x, y))
 	}
 }
 
-// letters are how text is written.
-type letters struct {
+// textFormat are how text is written.
+type textFormat struct {
 	role  role
 	size  float64
 	bold  bool
 	align float64 // 0 if x is the left end, 1 if it is the right one
 }
 
-func (c *canvas) style(l letters) text.Style {
+func (c *canvas) textStyle(l textFormat) text.Style {
 	f := font.Font{Typeface: "Liberation", Variant: "Sans", Size: font.Length(l.size)}
 	if l.bold {
 		f.Weight = stdfont.WeightBold
@@ -131,10 +131,10 @@ func (c *canvas) style(l letters) text.Style {
 	return text.Style{Color: c.colours(l.role), Font: f, XAlign: text.XAlignment(-l.align), YAlign: text.YCenter, Handler: c.face.handler}
 }
 
-// write writes text with its middle at y.
-func (c *canvas) write(l letters, x, y float64, words string) {
+// drawText writes text with its middle at y.
+func (c *canvas) drawText(l textFormat, x, y float64, words string) {
 	if c.texts == nil {
-		c.to.FillText(c.style(l), c.point(x, y), words)
+		c.target.FillText(c.textStyle(l), c.point(x, y), words)
 		return
 	}
 	const baseline = 0.35 // of the size, below the middle
@@ -148,10 +148,10 @@ func (c *canvas) write(l letters, x, y float64, words string) {
 		x, y+baseline*l.size, anchor, rgb.R, rgb.G, rgb.B, l.size, weight, html.EscapeString(words))
 }
 
-// extent is how wide text is at most: fonts of others are wider.
-func (c *canvas) extent(l letters, words string) float64 {
+// textWidth is how wide text is at most: fonts of others are wider.
+func (c *canvas) textWidth(l textFormat, words string) float64 {
 	const wider = 1.2
-	return wider * float64(c.style(l).Width(words))
+	return wider * float64(c.textStyle(l).Width(words))
 }
 
 // scale maps numbers to places on an axis.
@@ -161,7 +161,7 @@ type scale struct {
 	log       bool
 }
 
-func (s scale) at(v float64) float64 {
+func (s scale) position(v float64) float64 {
 	f, t := s.from, s.to
 	if s.log {
 		f, t, v = math.Log(f), math.Log(t), math.Log(math.Max(v, f))
@@ -177,15 +177,15 @@ func logScale(least, most, low, high float64) scale {
 	if least <= 0 || most <= 0 {
 		least, most = 1, 10
 	}
-	s := scale{from: rounded(least, false), to: rounded(most, true), low: low, high: high, log: true}
+	s := scale{from: roundToStep(least, false), to: roundToStep(most, true), low: low, high: high, log: true}
 	if s.from == s.to {
 		s.from, s.to = s.from/2, s.to*2
 	}
 	return s
 }
 
-// rounded returns the next number that is 1, 2 or 5 times a power of ten.
-func rounded(v float64, up bool) float64 {
+// roundToStep returns the next number that is 1, 2 or 5 times a power of ten.
+func roundToStep(v float64, up bool) float64 {
 	const tolerance = 1e-9
 	power := math.Pow(10, math.Floor(math.Log10(v)+tolerance))
 	best := power

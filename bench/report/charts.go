@@ -22,20 +22,20 @@ const (
 
 // row is one system in a chart.
 type row struct {
-	look look
+	style seriesStyle
 	// low to high is what most samples are in, and least to most what all are in.
 	least, low, middle, high, most float64
 	text                           string
 }
 
-// rowOf returns the row of a distribution.
-func rowOf(m *result.Measurement) row {
+// newRow returns the row of a distribution.
+func newRow(m *result.Measurement) row {
 	d := m.Distribution
 	low := d.Min
 	if len(m.Samples) > 0 {
 		low = percentile(m.Samples, 0.1)
 	}
-	return row{lookOf(m.System), d.Min, low, d.P50, d.P90, d.Max, table.Number(d.P50, m.Unit)}
+	return row{styleOf(m.System), d.Min, low, d.P50, d.P90, d.Max, table.Number(d.P50, m.Unit)}
 }
 
 func percentile(samples []float64, p float64) float64 {
@@ -88,7 +88,7 @@ func (r *rowsChart) height(width float64) float64 {
 	return height
 }
 
-func (r *rowsChart) each(f func(row)) {
+func (r *rowsChart) forEachRow(f func(row)) {
 	for _, g := range r.groups {
 		for _, one := range g.rows {
 			f(one)
@@ -96,14 +96,14 @@ func (r *rowsChart) each(f func(row)) {
 	}
 }
 
-func (r *rowsChart) on(c *canvas) {
-	label := letters{role: ink, size: textSize}
-	value := letters{role: ink, size: textSize, bold: true}
+func (r *rowsChart) draw(c *canvas) {
+	label := textFormat{role: ink, size: textSize}
+	value := textFormat{role: ink, size: textSize, bold: true}
 	var names, values, most float64
 	least := math.Inf(1)
-	r.each(func(one row) {
-		names = max(names, c.extent(label, one.look.label))
-		values = max(values, c.extent(value, one.text))
+	r.forEachRow(func(one row) {
+		names = max(names, c.textWidth(label, one.style.label))
+		values = max(values, c.textWidth(value, one.text))
 		least, most = min(least, one.least), max(most, one.most)
 	})
 	const gap = 8
@@ -135,7 +135,7 @@ func (r *rowsChart) on(c *canvas) {
 	y = margin
 	for _, g := range r.groups {
 		if g.heading != "" {
-			c.write(letters{role: ink, size: textSize, bold: true}, 0, y+groupHead*0.55, g.heading)
+			c.drawText(textFormat{role: ink, size: textSize, bold: true}, 0, y+groupHead*0.55, g.heading)
 			y += groupHead
 		}
 		for _, one := range g.rows {
@@ -145,12 +145,12 @@ func (r *rowsChart) on(c *canvas) {
 				middle -= 2
 				name, number = y+above/2, y+above/2
 			}
-			c.write(label, 0, name, one.look.label)
+			c.drawText(label, 0, name, one.style.label)
 			if r.bars {
 				c.drawBar(one, s, middle, value)
 			} else {
 				c.drawRange(one, s, middle)
-				c.write(letters{role: ink, size: textSize, bold: true, align: 1}, c.width, number, one.text)
+				c.drawText(textFormat{role: ink, size: textSize, bold: true, align: 1}, c.width, number, one.text)
 			}
 			y += height
 		}
@@ -159,45 +159,45 @@ func (r *rowsChart) on(c *canvas) {
 
 func (c *canvas) drawRange(one row, s scale, y float64) {
 	const thin, thick, radius, end = 1.2, 5.5, 5, 3
-	c.line(one.look.series, thin, s.at(one.least), y, s.at(one.most), y)
+	c.line(one.style.series, thin, s.position(one.least), y, s.position(one.most), y)
 	for _, v := range []float64{one.least, one.most} {
-		c.line(one.look.series, thin, s.at(v), y-end, s.at(v), y+end)
+		c.line(one.style.series, thin, s.position(v), y-end, s.position(v), y+end)
 	}
-	c.line(one.look.series, thick, s.at(one.low), y, s.at(one.high), y)
-	c.dot(surface, false, s.at(one.middle), y, radius+1.2)
-	c.dot(one.look.series, one.look.hollow, s.at(one.middle), y, radius)
+	c.line(one.style.series, thick, s.position(one.low), y, s.position(one.high), y)
+	c.dot(surface, false, s.position(one.middle), y, radius+1.2)
+	c.dot(one.style.series, one.style.hollow, s.position(one.middle), y, radius)
 }
 
-func (c *canvas) drawBar(one row, s scale, y float64, value letters) {
+func (c *canvas) drawBar(one row, s scale, y float64, value textFormat) {
 	const thickness, least, end = 13, 1.5, 3
-	c.bar(one.look.series, s.low, y, max(least, s.at(one.middle)-s.low), thickness)
-	reach := s.at(one.middle)
+	c.bar(one.style.series, s.low, y, max(least, s.position(one.middle)-s.low), thickness)
+	reach := s.position(one.middle)
 	if one.most > one.least {
-		c.line(ink, 1, s.at(one.least), y, s.at(one.most), y)
+		c.line(ink, 1, s.position(one.least), y, s.position(one.most), y)
 		for _, v := range []float64{one.least, one.most} {
-			c.line(ink, 1, s.at(v), y-end, s.at(v), y+end)
+			c.line(ink, 1, s.position(v), y-end, s.position(v), y+end)
 		}
-		reach = s.at(one.most)
+		reach = s.position(one.most)
 	}
-	c.write(value, reach+7, y, one.text)
+	c.drawText(value, reach+7, y, one.text)
 }
 
 // axis draws a grid of lines, each from top to bottom of the spans, with the numbers
 // below.
 func (c *canvas) axis(s scale, bottom float64, unit string, spans ...[2]float64) {
-	l := letters{role: muted, size: smallSize, align: 0.5}
+	l := textFormat{role: muted, size: smallSize, align: 0.5}
 	const apart = 58 // so that numbers do not touch
 	end := math.Inf(-1)
 	for _, v := range s.ticks(max(2, int((s.high-s.low)/apart))) {
-		x := s.at(v)
+		x := s.position(v)
 		for _, span := range spans {
 			c.line(grid, 1, x, span[0], x, span[1])
 		}
-		words := roundNumber(v, unit)
-		half := c.extent(l, words) / 2
+		words := trimZeros(v, unit)
+		half := c.textWidth(l, words) / 2
 		at := min(max(x, half), c.width-half)
 		if at-half > end {
-			c.write(l, at, bottom+14, words)
+			c.drawText(l, at, bottom+14, words)
 			end = at + half + 6
 		}
 	}
@@ -205,8 +205,8 @@ func (c *canvas) axis(s scale, bottom float64, unit string, spans ...[2]float64)
 
 // curve is one system's line.
 type curve struct {
-	look look
-	x, y []float64
+	style seriesStyle
+	x, y  []float64
 	// low and high are a range about y, if there is one.
 	low, high []float64
 }
@@ -246,7 +246,7 @@ func (k *curvesChart) height(width float64) float64 {
 	return min(most, max(least, width*ratio)) + float64(legendLine*len(k.legend(width))) + axisSpace
 }
 
-func (k *curvesChart) on(c *canvas) {
+func (k *curvesChart) draw(c *canvas) {
 	y := float64(legendLine) / 2
 	for _, line := range k.legend(c.width) {
 		for i, at := range line {
@@ -254,17 +254,17 @@ func (k *curvesChart) on(c *canvas) {
 			if len(line) < 4 {
 				x = float64(i) * 175
 			}
-			one := k.curves[at].look
+			one := k.curves[at].style
 			c.line(one.series, 2.2, x, y, x+18, y)
 			c.dot(one.series, one.hollow, x+9, y, 4)
-			c.write(letters{role: ink, size: textSize}, x+24, y, one.label)
+			c.drawText(textFormat{role: ink, size: textSize}, x+24, y, one.label)
 		}
 		y += legendLine
 	}
 	top, bottom := y+20, c.height-axisSpace
 	xs, ys := k.scales(c, top, bottom)
-	c.write(letters{role: muted, size: smallSize}, 0, y+2, k.yTitle)
-	c.horizontal(ys, xs.low, xs.high, k.yUnit)
+	c.drawText(textFormat{role: muted, size: smallSize}, 0, y+2, k.yTitle)
+	c.yAxis(ys, xs.low, xs.high, k.yUnit)
 	c.xAxis(k, xs, top, bottom)
 	for _, one := range k.curves {
 		c.drawCurve(one, xs, ys, k.steps)
@@ -286,7 +286,7 @@ func (k *curvesChart) scales(c *canvas, top, bottom float64) (xs, ys scale) {
 	}
 	var labels float64
 	for _, v := range ys.ticks(5) {
-		labels = max(labels, c.extent(letters{size: smallSize}, roundNumber(v, k.yUnit)))
+		labels = max(labels, c.textWidth(textFormat{size: smallSize}, trimZeros(v, k.yUnit)))
 	}
 	const gap, room = 8, 22
 	xs = logScale(leastX, mostX, labels+gap, c.width-room)
@@ -296,11 +296,11 @@ func (k *curvesChart) scales(c *canvas, top, bottom float64) (xs, ys scale) {
 	return xs, ys
 }
 
-func (c *canvas) horizontal(s scale, left, right float64, unit string) {
+func (c *canvas) yAxis(s scale, left, right float64, unit string) {
 	for _, v := range s.ticks(5) {
-		y := s.at(v)
+		y := s.position(v)
 		c.line(grid, 1, left, y, right, y)
-		c.write(letters{role: muted, size: smallSize, align: 1}, left-7, y, roundNumber(v, unit))
+		c.drawText(textFormat{role: muted, size: smallSize, align: 1}, left-7, y, trimZeros(v, unit))
 	}
 }
 
@@ -309,12 +309,12 @@ func (c *canvas) xAxis(k *curvesChart, s scale, top, bottom float64) {
 		c.axis(s, bottom, k.xUnit, [2]float64{top, bottom})
 		return
 	}
-	l := letters{role: muted, size: smallSize, align: 0.5}
+	l := textFormat{role: muted, size: smallSize, align: 0.5}
 	for _, v := range k.ticks {
-		c.line(grid, 1, s.at(v), top, s.at(v), bottom)
+		c.line(grid, 1, s.position(v), top, s.position(v), bottom)
 		words := thousands(int(v))
-		half := c.extent(l, words) / 2
-		c.write(l, min(s.at(v), c.width-half), bottom+14, words)
+		half := c.textWidth(l, words) / 2
+		c.drawText(l, min(s.position(v), c.width-half), bottom+14, words)
 	}
 }
 
@@ -322,29 +322,29 @@ func (c *canvas) drawCurve(one curve, xs, ys scale, steps bool) {
 	const width, radius = 2.2, 4.5
 	var points []float64
 	for i := range one.x {
-		x, y := xs.at(one.x[i]), ys.at(one.y[i])
+		x, y := xs.position(one.x[i]), ys.position(one.y[i])
 		if steps && i > 0 {
-			points = append(points, x, ys.at(one.y[i-1]))
+			points = append(points, x, ys.position(one.y[i-1]))
 		}
 		points = append(points, x, y)
 	}
 	for i := range one.low {
-		x := xs.at(one.x[i])
-		c.line(one.look.series, 1.2, x, ys.at(one.low[i]), x, ys.at(one.high[i]))
+		x := xs.position(one.x[i])
+		c.line(one.style.series, 1.2, x, ys.position(one.low[i]), x, ys.position(one.high[i]))
 	}
-	c.line(one.look.series, width, points...)
+	c.line(one.style.series, width, points...)
 	if steps {
 		return
 	}
 	for i := range one.x {
-		c.dot(one.look.series, one.look.hollow, xs.at(one.x[i]), ys.at(one.y[i]), radius)
+		c.dot(one.style.series, one.style.hollow, xs.position(one.x[i]), ys.position(one.y[i]), radius)
 	}
 }
 
-// shares returns the curve of the share of samples up to a number.
-func shares(m *result.Measurement) curve {
+// cumulativeCurve returns the curve of the share of samples up to a number.
+func cumulativeCurve(m *result.Measurement) curve {
 	sorted := slices.Sorted(slices.Values(m.Samples))
-	c := curve{look: lookOf(m.System), x: []float64{sorted[0]}, y: []float64{0}}
+	c := curve{style: styleOf(m.System), x: []float64{sorted[0]}, y: []float64{0}}
 	const most = 300 // more cannot be seen
 	for i := range sorted {
 		if len(sorted) > most && i%(len(sorted)/most) != 0 && i != len(sorted)-1 {
@@ -355,20 +355,20 @@ func shares(m *result.Measurement) curve {
 	return c
 }
 
-// against returns the curve of the median against the number of Services.
-func against(of []*result.Measurement) curve {
+// servicesCurve returns the curve of the median against the number of Services.
+func servicesCurve(of []*result.Measurement) curve {
 	of = slices.SortedFunc(slices.Values(of), func(a, b *result.Measurement) int { return cmp.Compare(a.Scenario.Services, b.Scenario.Services) })
-	c := curve{look: lookOf(of[0].System)}
+	c := curve{style: styleOf(of[0].System)}
 	for _, m := range of {
-		one := rowOf(m)
+		one := newRow(m)
 		c.x = append(c.x, float64(m.Scenario.Services))
 		c.y, c.low, c.high = append(c.y, one.middle), append(c.low, one.low), append(c.high, one.high)
 	}
 	return c
 }
 
-// roundNumber writes a number that is round without the digits that say so.
-func roundNumber(v float64, unit string) string {
+// trimZeros writes a number that is round without the digits that say so.
+func trimZeros(v float64, unit string) string {
 	number, rest, _ := strings.Cut(table.Number(v, unit), " ")
 	if strings.Contains(number, ".") {
 		number = strings.TrimRight(strings.TrimRight(number, "0"), ".")

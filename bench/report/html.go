@@ -11,7 +11,7 @@ import (
 )
 
 //go:embed page.css
-var style string
+var pageCSS string
 
 // WriteHTML writes a report as one page, with its charts in it. It reads well on
 // phones and in print, in light and dark, and loads nothing.
@@ -36,27 +36,27 @@ type page struct {
 // environment is what was measured in one.
 type environment struct {
 	result.Environment
-	several  bool
-	claims   []claim
-	claimsAt string
-	sections []shown
-	ratios   []result.Ratio
-	measured []*result.Measurement
-	leftOut  []result.LeftOut
+	several           bool
+	keyFigures        []keyFigure
+	keyFigureScenario string
+	sections          []pageSection
+	ratios            []result.Ratio
+	measured          []*result.Measurement
+	leftOut           []result.LeftOut
 }
 
-// claim is a key figure.
-type claim struct {
+// keyFigure is a key figure.
+type keyFigure struct {
 	ratio, than, what, interval, figures string
 	worse                                bool
 }
 
-type shown struct {
+type pageSection struct {
 	id, title, text string
-	figures         []shownFigure
+	figures         []pageFigure
 }
 
-type shownFigure struct {
+type pageFigure struct {
 	caption      string
 	wide, narrow []byte // SVG
 }
@@ -88,12 +88,12 @@ func newPage(r *result.Report) (*page, error) {
 			}
 		}
 		if !e.Emulated {
-			env.claims, env.claimsAt = claims(r, e.Name)
+			env.keyFigures, env.keyFigureScenario = keyFigures(r, e.Name)
 		}
 		for _, s := range sections(r, e.Name) {
-			one := shown{id: e.Name + "-" + s.id, title: s.title, text: s.text}
+			one := pageSection{id: e.Name + "-" + s.id, title: s.title, text: s.text}
 			for _, f := range s.figures {
-				drawn, err := face.shown(f)
+				drawn, err := face.drawFigure(f)
 				if err != nil {
 					return nil, err
 				}
@@ -106,23 +106,23 @@ func newPage(r *result.Report) (*page, error) {
 	return p, nil
 }
 
-// shown draws a figure for the page, for wide screens and for narrow ones.
-func (f *typeface) shown(of figure) (shownFigure, error) {
+// drawFigure draws a figure for the page, for wide screens and for narrow ones.
+func (f *typeface) drawFigure(of figure) (pageFigure, error) {
 	wide, err := f.svg(of.chart, pictureWidth)
 	if err != nil {
-		return shownFigure{}, err
+		return pageFigure{}, err
 	}
 	narrow, err := f.svg(of.chart, narrowWidth)
 	if err != nil {
-		return shownFigure{}, err
+		return pageFigure{}, err
 	}
 	title := of.chart.title()
-	return shownFigure{of.caption, inline(wide, "wide", title), inline(narrow, "narrow", title)}, nil
+	return pageFigure{of.caption, inline(wide, "wide", title), inline(narrow, "narrow", title)}, nil
 }
 
-// claims returns the key figures: Fairlead against kube-proxy's nftables mode,
+// keyFigures returns the key figures: Fairlead against kube-proxy's nftables mode,
 // with the most Services, and of several rates at the one that is worst for Fairlead.
-func claims(r *result.Report, environment string) (list []claim, at string) {
+func keyFigures(r *result.Report, environment string) (list []keyFigure, at string) {
 	const than = "kube-proxy-nftables"
 	for _, one := range []struct {
 		measure      result.Measure
@@ -137,7 +137,7 @@ func claims(r *result.Report, environment string) (list []claim, at string) {
 		best := -1
 		for i, ratio := range r.Ratios {
 			if ratio.Environment == environment && ratio.Measure == one.measure && ratio.Scenario.Change == one.change &&
-				ratio.Numerator == than && ratio.Denominator == "nft" && (best < 0 || rather(ratio, r.Ratios[best])) {
+				ratio.Numerator == than && ratio.Denominator == "nft" && (best < 0 || preferred(ratio, r.Ratios[best])) {
 				best = i
 			}
 		}
@@ -146,25 +146,25 @@ func claims(r *result.Report, environment string) (list []claim, at string) {
 		}
 		ratio := r.Ratios[best]
 		if at == "" {
-			at = circumstances(ratio.Scenario)
+			at = scenarioText(ratio.Scenario)
 		}
-		if circumstances(ratio.Scenario) == at {
-			list = append(list, claimOf(r, ratio, one.better, one.what))
+		if scenarioText(ratio.Scenario) == at {
+			list = append(list, newKeyFigure(r, ratio, one.better, one.what))
 		}
 	}
 	return list, at
 }
 
-// rather says whether a ratio is the one to tell of, rather than another.
-func rather(a, b result.Ratio) bool {
+// preferred says whether a ratio is the one to tell of, rather than another.
+func preferred(a, b result.Ratio) bool {
 	if a.Scenario.Services != b.Scenario.Services {
 		return a.Scenario.Services > b.Scenario.Services
 	}
 	return a.Ratio < b.Ratio
 }
 
-func claimOf(r *result.Report, ratio result.Ratio, better, what string) claim {
-	c := claim{than: better, what: what}
+func newKeyFigure(r *result.Report, ratio result.Ratio, better, what string) keyFigure {
+	c := keyFigure{than: better, what: what}
 	if ratio.Scenario.Rate > 0 {
 		c.what += fmt.Sprintf(", at %s changes a second", thousands(int(ratio.Scenario.Rate)))
 	}
@@ -174,8 +174,8 @@ func claimOf(r *result.Report, ratio result.Ratio, better, what string) claim {
 		v, low, high = 1/v, 1/high, 1/low
 		c.than = map[string]string{"faster": "slower", "less processor time": "more processor time", "less memory": "more memory"}[better]
 	}
-	c.ratio = factor(v) + "×"
-	c.interval = fmt.Sprintf("%.0f %% confidence: %s to %s", 100*ratio.Confidence, factor(low), factor(high))
+	c.ratio = formatRatio(v) + "×"
+	c.interval = fmt.Sprintf("%.0f %% confidence: %s to %s", 100*ratio.Confidence, formatRatio(low), formatRatio(high))
 	ours := r.Find(ratio.Measure, ratio.Denominator, ratio.Environment, ratio.Scenario)
 	theirs := r.Find(ratio.Measure, ratio.Numerator, ratio.Environment, ratio.Scenario)
 	if ours != nil && theirs != nil && ours.Distribution != nil && theirs.Distribution != nil {
@@ -190,8 +190,8 @@ func claimOf(r *result.Report, ratio result.Ratio, better, what string) claim {
 	return c
 }
 
-// factor writes a ratio with no more digits than it is worth.
-func factor(v float64) string {
+// formatRatio writes a ratio with no more digits than it is worth.
+func formatRatio(v float64) string {
 	const few, some = 10, 100
 	switch {
 	case v >= some:

@@ -15,7 +15,7 @@ import (
 
 // node is the page.
 func (p *page) node() g.Node {
-	colours := css(":root", false) + "@media screen and (prefers-color-scheme:dark){" + css(":root", true) + "}"
+	colours := cssVariables(":root", false) + "@media screen and (prefers-color-scheme:dark){" + cssVariables(":root", true) + "}"
 	return h.Doctype(h.HTML(
 		h.Lang("en"),
 		h.Head(
@@ -23,13 +23,13 @@ func (p *page) node() g.Node {
 			h.Meta(h.Name("viewport"), h.Content("width=device-width, initial-scale=1")),
 			h.Meta(h.Name("color-scheme"), h.Content("light dark")),
 			h.TitleEl(g.Text(p.title)),
-			h.StyleEl(g.Raw(colours+"\n"+style)),
+			h.StyleEl(g.Raw(colours+"\n"+pageCSS)),
 		),
 		h.Body(h.Main(
 			h.H1(g.Text(p.title)),
 			h.P(h.Class("lead"), g.Text(p.subtitle())),
 			g.Map(p.environments, environment.node),
-			p.how(),
+			p.methodNode(),
 		)),
 	))
 }
@@ -46,13 +46,13 @@ func (p *page) subtitle() string {
 	return fmt.Sprintf("Fairlead %s, measured on %s, %s.", p.report.Version, p.report.Time.Format("2 January 2006"), strings.Join(places, "; "))
 }
 
-func (p *page) how() g.Node {
+func (p *page) methodNode() g.Node {
 	return h.Section(
 		h.Class("long"),
 		h.H2(g.Text("How")),
 		h.P(g.Text("Repeat it with "), code(p.report.Command), g.Text(", as root.")),
 		h.Dl(g.Map(p.report.Systems, func(s result.System) g.Node {
-			return g.Group{h.Dt(g.Text(lookOf(s.Name).label)), h.Dd(g.Text(s.Version), g.If(len(s.Command) > 0, g.Group{h.Br(), code(s.Command)}))}
+			return g.Group{h.Dt(g.Text(styleOf(s.Name).label)), h.Dd(g.Text(s.Version), g.If(len(s.Command) > 0, g.Group{h.Br(), code(s.Command)}))}
 		})),
 		g.If(len(p.report.Notes) > 0, h.Ul(g.Map(p.report.Notes, func(n string) g.Node { return h.Li(g.Text(n)) }))),
 	)
@@ -68,14 +68,14 @@ func (e environment) node() g.Node {
 			g.Text(" Times say nothing about real machines, and ratios little: programs and the kernel are slowed down differently. "+
 				"Nothing here is compared with other environments."),
 		)),
-		e.claimed(),
-		g.Map(e.sections, shown.node),
-		e.compared(),
-		e.all(),
+		e.keyFiguresNode(),
+		g.Map(e.sections, pageSection.node),
+		e.ratiosNode(),
+		e.measurementsNode(),
 		g.If(len(e.leftOut) > 0, h.Section(
 			h.H2(g.Text("Not measured")),
 			h.Ul(g.Map(e.leftOut, func(l result.LeftOut) g.Node {
-				what := lookOf(l.System).label
+				what := styleOf(l.System).label
 				if l.Measure != "" {
 					what = strings.TrimPrefix(what+", "+string(l.Measure), ", ")
 				}
@@ -98,13 +98,13 @@ func (e environment) node() g.Node {
 	}
 }
 
-func (e environment) claimed() g.Node {
-	if len(e.claims) == 0 {
+func (e environment) keyFiguresNode() g.Node {
+	if len(e.keyFigures) == 0 {
 		return nil
 	}
 	return g.Group{
-		h.P(g.Text("Fairlead’s nft mode against kube-proxy’s nftables mode, with " + e.claimsAt + ":")),
-		h.Div(h.Class("claims"), g.Map(e.claims, func(c claim) g.Node {
+		h.P(g.Text("Fairlead’s nft mode against kube-proxy’s nftables mode, with " + e.keyFigureScenario + ":")),
+		h.Div(h.Class("claims"), g.Map(e.keyFigures, func(c keyFigure) g.Node {
 			class := "claim"
 			if c.worse {
 				class = "claim worse"
@@ -120,24 +120,24 @@ func (e environment) claimed() g.Node {
 	}
 }
 
-func (s shown) node() g.Node {
+func (s pageSection) node() g.Node {
 	return h.Section(
 		h.ID(s.id), h.H2(g.Text(s.title)), h.P(g.Text(s.text)),
-		g.Map(s.figures, func(f shownFigure) g.Node {
+		g.Map(s.figures, func(f pageFigure) g.Node {
 			return h.Figure(g.Raw(string(f.wide)), g.Raw(string(f.narrow)), h.FigCaption(g.Text(f.caption)))
 		}),
 	)
 }
 
-func (e environment) compared() g.Node {
+func (e environment) ratiosNode() g.Node {
 	if len(e.ratios) == 0 {
 		return nil
 	}
 	rows := [][]string{{"Measure", "System", "Against", "Services", "Ratio", "Interval"}}
 	for _, r := range e.ratios {
 		rows = append(rows, []string{
-			what(r.Measure, r.Scenario) + ", " + r.Statistic, lookOf(r.Numerator).label, lookOf(r.Denominator).label,
-			thousands(r.Scenario.Services), factor(r.Ratio), factor(r.Low) + " – " + factor(r.High),
+			measureText(r.Measure, r.Scenario) + ", " + r.Statistic, styleOf(r.Numerator).label, styleOf(r.Denominator).label,
+			thousands(r.Scenario.Services), formatRatio(r.Ratio), formatRatio(r.Low) + " – " + formatRatio(r.High),
 		})
 	}
 	return h.Section(
@@ -145,16 +145,16 @@ func (e environment) compared() g.Node {
 		h.H2(g.Text("Ratios")),
 		h.P(g.Text(fmt.Sprintf("How many times as much as Fairlead another system takes, with the interval that the ratio is in with a confidence of %.0f %% (%s). "+
 			"Above 1 Fairlead is better, below it is worse; an interval with 1 in it says nothing.", 100*e.ratios[0].Confidence, e.ratios[0].Method))),
-		tableOf(rows, 3),
+		newTable(rows, 3),
 	)
 }
 
-func (e environment) all() g.Node {
+func (e environment) measurementsNode() g.Node {
 	rows := [][]string{{"Measure", "System", "Services", "p50", "p90", "p99", "max", "n"}}
 	for _, m := range e.measured {
 		if d := m.Distribution; d != nil {
 			rows = append(rows, []string{
-				what(m.Measure, m.Scenario), lookOf(m.System).label, thousands(m.Scenario.Services), table.Number(d.P50, m.Unit), table.Number(d.P90, m.Unit),
+				measureText(m.Measure, m.Scenario), styleOf(m.System).label, thousands(m.Scenario.Services), table.Number(d.P50, m.Unit), table.Number(d.P90, m.Unit),
 				table.Number(d.P99, m.Unit), table.Number(d.Max, m.Unit), fmt.Sprint(d.N),
 			})
 		}
@@ -162,11 +162,11 @@ func (e environment) all() g.Node {
 	if len(rows) == 1 {
 		return nil
 	}
-	return h.Section(h.Class("long"), h.Details(h.Summary(g.Text("All measurements")), tableOf(rows, 2)))
+	return h.Section(h.Class("long"), h.Details(h.Summary(g.Text("All measurements")), newTable(rows, 2)))
 }
 
-// what says what was measured, as the file of results does.
-func what(m result.Measure, s result.Scenario) string {
+// measureText says what was measured, as the file of results does.
+func measureText(m result.Measure, s result.Scenario) string {
 	words := string(m)
 	if s.Change != "" {
 		words += ", " + string(s.Change)
@@ -177,9 +177,9 @@ func what(m result.Measure, s result.Scenario) string {
 	return words
 }
 
-// tableOf makes a table of rows, the first of which are headings. After so many
+// newTable makes a table of rows, the first of which are headings. After so many
 // columns come numbers.
-func tableOf(rows [][]string, words int) g.Node {
+func newTable(rows [][]string, words int) g.Node {
 	line := func(row []string, cell func(...g.Node) g.Node) g.Node {
 		cells := make(g.Group, 0, len(row))
 		for i, text := range row {

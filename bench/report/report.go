@@ -91,7 +91,7 @@ func Pictures(r *result.Report) ([]Picture, error) {
 			for _, f := range s.figures {
 				chart := f.chart
 				if e.Emulated {
-					chart = emulated{chart}
+					chart = emulationNotice{chart}
 				}
 				p := Picture{Name: f.name, Title: chart.title()}
 				if e.Name != result.Native {
@@ -119,30 +119,32 @@ const padding = 14
 
 func (p padded) height(width float64) float64 { return p.drawing.height(width-2*padding) + 2*padding }
 
-func (p padded) on(c *canvas) {
+func (p padded) draw(c *canvas) {
 	c.bar(surface, 0, c.height/2, c.width, c.height)
 	inner := *c
 	inner.inset = padding
 	inner.width, inner.height = c.width-2*padding, c.height-2*padding
-	p.drawing.on(&inner)
+	p.drawing.draw(&inner)
 }
 
-// emulated is a drawing that says that its figures are of an emulated processor.
-type emulated struct{ drawing }
+// emulationNotice is a drawing that says that its figures are of an emulated processor.
+type emulationNotice struct{ drawing }
 
-const emulatedLine = 20
+const emulationNoticeHeight = 20
 
-func (e emulated) title() string { return e.drawing.title() + " (the processor was emulated)" }
+func (e emulationNotice) title() string { return e.drawing.title() + " (the processor was emulated)" }
 
-func (e emulated) height(width float64) float64 { return e.drawing.height(width) + emulatedLine }
+func (e emulationNotice) height(width float64) float64 {
+	return e.drawing.height(width) + emulationNoticeHeight
+}
 
-func (e emulated) on(c *canvas) {
-	c.write(letters{role: ink, size: smallSize, bold: true}, 0, c.height-emulatedLine/2,
+func (e emulationNotice) draw(c *canvas) {
+	c.drawText(textFormat{role: ink, size: smallSize, bold: true}, 0, c.height-emulationNoticeHeight/2,
 		"The processor was emulated: times say nothing about real machines.")
 	inner := *c
-	inner.height -= emulatedLine
-	inner.below = emulatedLine
-	e.drawing.on(&inner)
+	inner.height -= emulationNoticeHeight
+	inner.bottomInset = emulationNoticeHeight
+	e.drawing.draw(&inner)
 }
 
 // section is what is shown of one measure.
@@ -182,8 +184,8 @@ func sections(r *result.Report, environment string) []section {
 	return slices.DeleteFunc(all, func(s section) bool { return len(s.figures) == 0 })
 }
 
-// of returns the measurements of a measure.
-func of(measured []*result.Measurement, measure result.Measure) []*result.Measurement {
+// withMeasure returns the measurements of a measure.
+func withMeasure(measured []*result.Measurement, measure result.Measure) []*result.Measurement {
 	var list []*result.Measurement
 	for _, m := range measured {
 		if m.Measure == measure {
@@ -193,8 +195,8 @@ func of(measured []*result.Measurement, measure result.Measure) []*result.Measur
 	return list
 }
 
-// most returns the measurements with the largest number of Services.
-func most(measured []*result.Measurement) []*result.Measurement {
+// withMostServices returns the measurements with the largest number of Services.
+func withMostServices(measured []*result.Measurement) []*result.Measurement {
 	n := 0
 	for _, m := range measured {
 		n = max(n, m.Scenario.Services)
@@ -202,8 +204,8 @@ func most(measured []*result.Measurement) []*result.Measurement {
 	return slices.DeleteFunc(slices.Clone(measured), func(m *result.Measurement) bool { return m.Scenario.Services != n })
 }
 
-// grouped makes groups of measurements by a heading, in order of their first.
-func grouped(measured []*result.Measurement, heading func(*result.Measurement) string) []group {
+// groupBy makes groups of measurements by a heading, in order of their first.
+func groupBy(measured []*result.Measurement, heading func(*result.Measurement) string) []group {
 	var groups []group
 	for _, m := range measured {
 		h := heading(m)
@@ -211,10 +213,10 @@ func grouped(measured []*result.Measurement, heading func(*result.Measurement) s
 		if i < 0 {
 			i, groups = len(groups), append(groups, group{heading: h})
 		}
-		groups[i].rows = append(groups[i].rows, rowOf(m))
+		groups[i].rows = append(groups[i].rows, newRow(m))
 	}
 	for _, g := range groups {
-		slices.SortStableFunc(g.rows, func(a, b row) int { return cmp.Compare(a.look.series, b.look.series) })
+		slices.SortStableFunc(g.rows, func(a, b row) int { return cmp.Compare(a.style.series, b.style.series) })
 	}
 	return groups
 }
@@ -237,28 +239,28 @@ func changeName(c result.Change) string {
 	}
 }
 
-func circumstances(s result.Scenario) string {
+func scenarioText(s result.Scenario) string {
 	return fmt.Sprintf("%s Services of %d endpoints", thousands(s.Services), s.Endpoints)
 }
 
 const rangeCaption = "The dot is the median, the thick line has 80 % of the samples in it, the thin one all. The axis is logarithmic."
 
 func updateSection(measured []*result.Measurement, measure result.Measure, id, title, words string) section {
-	list := most(of(measured, measure))
+	list := withMostServices(withMeasure(measured, measure))
 	if len(list) == 0 {
 		return section{}
 	}
-	at := circumstances(list[0].Scenario)
+	at := scenarioText(list[0].Scenario)
 	s := section{id: id, title: title, text: words, figures: []figure{{
 		name: id, caption: at + ". " + rangeCaption,
-		chart: &rowsChart{name: title + ": " + at, unit: list[0].Unit, groups: grouped(list, func(m *result.Measurement) string { return changeName(m.Scenario.Change) })},
+		chart: &rowsChart{name: title + ": " + at, unit: list[0].Unit, groups: groupBy(list, func(m *result.Measurement) string { return changeName(m.Scenario.Change) })},
 	}}}
 	distribution := &curvesChart{
 		name: "How the times are distributed: replace an endpoint, " + at, xUnit: list[0].Unit, yUnit: "%", yTitle: "share of updates that were done by then", steps: true,
 	}
 	for _, m := range list {
 		if m.Scenario.Change == result.ReplaceEndpoint && len(m.Samples) > 1 {
-			c := shares(m)
+			c := cumulativeCurve(m)
 			for i := range c.y {
 				c.y[i] *= 100
 			}
@@ -273,7 +275,7 @@ func updateSection(measured []*result.Measurement, measure result.Measure, id, t
 }
 
 func sortCurves(curves []curve) {
-	slices.SortStableFunc(curves, func(a, b curve) int { return cmp.Compare(a.look.series, b.look.series) })
+	slices.SortStableFunc(curves, func(a, b curve) int { return cmp.Compare(a.style.series, b.style.series) })
 }
 
 // scalingSection is latency against the number of Services.
@@ -294,7 +296,7 @@ func scalingSection(measured []*result.Measurement) section {
 	} {
 		bySystem := map[string][]*result.Measurement{}
 		var ticks []float64
-		for _, m := range of(measured, one.measure) {
+		for _, m := range withMeasure(measured, one.measure) {
 			if m.Scenario.Change != one.change {
 				continue
 			}
@@ -310,7 +312,7 @@ func scalingSection(measured []*result.Measurement) section {
 		slices.Sort(ticks)
 		chart := &curvesChart{name: one.title, xUnit: "1", yUnit: "s", yTitle: strings.ToLower(one.title[:1]) + one.title[1:], logY: true, ticks: ticks}
 		for _, list := range bySystem {
-			chart.curves = append(chart.curves, against(list))
+			chart.curves = append(chart.curves, servicesCurve(list))
 		}
 		sortCurves(chart.curves)
 		s.figures = append(s.figures, figure{
@@ -344,16 +346,16 @@ func barsSection(measured []*result.Measurement, id, title, words string, measur
 	for _, unit := range []string{"s", "B"} {
 		var list []*result.Measurement
 		for _, measure := range measures {
-			some := most(of(measured, measure))
+			some := withMostServices(withMeasure(measured, measure))
 			list = append(list, some...)
 		}
 		list = slices.DeleteFunc(list, func(m *result.Measurement) bool { return m.Unit != unit })
 		if len(list) == 0 {
 			continue
 		}
-		at := circumstances(list[0].Scenario)
+		at := scenarioText(list[0].Scenario)
 		s.figures = append(s.figures, figure{id, at + ". Bars are medians; the lines have all samples in them.", &rowsChart{
-			name: title + ": " + at, unit: unit, bars: true, groups: grouped(list, func(m *result.Measurement) string { return measureName(m.Measure) }),
+			name: title + ": " + at, unit: unit, bars: true, groups: groupBy(list, func(m *result.Measurement) string { return measureName(m.Measure) }),
 		}})
 	}
 	return s
@@ -367,29 +369,29 @@ func churnSection(measured []*result.Measurement) section {
 	rate := func(m *result.Measurement) string {
 		return fmt.Sprintf("%s changes a second", thousands(int(m.Scenario.Rate)))
 	}
-	if lag := most(of(measured, result.Churn)); len(lag) > 0 {
-		at := circumstances(lag[0].Scenario)
+	if lag := withMostServices(withMeasure(measured, result.Churn)); len(lag) > 0 {
+		at := scenarioText(lag[0].Scenario)
 		s.figures = append(s.figures, figure{"churn-lag", "From an event to its effect. " + at + ". " + rangeCaption, &rowsChart{
-			name: "From an event to its effect under churn: " + at, unit: "s", groups: grouped(lag, rate),
+			name: "From an event to its effect under churn: " + at, unit: "s", groups: groupBy(lag, rate),
 		}})
 	}
-	if cpu := most(of(measured, result.ChurnCPU)); len(cpu) > 0 {
-		at := circumstances(cpu[0].Scenario)
+	if cpu := withMostServices(withMeasure(measured, result.ChurnCPU)); len(cpu) > 0 {
+		at := scenarioText(cpu[0].Scenario)
 		s.figures = append(s.figures, figure{"churn-cpu", "Processor time for each change, of the program and what it starts. " + at + ".", &rowsChart{
-			name: "Processor time for each change under churn: " + at, unit: "s", bars: true, groups: grouped(cpu, rate),
+			name: "Processor time for each change under churn: " + at, unit: "s", bars: true, groups: groupBy(cpu, rate),
 		}})
 	}
 	return s
 }
 
 func connectSection(measured []*result.Measurement) section {
-	list := of(measured, result.Connect)
+	list := withMeasure(measured, result.Connect)
 	if len(list) == 0 {
 		return section{}
 	}
 	title := "The price of a connection"
 	return section{id: "connect", title: title, text: "How long connect(2) takes, through a Service and directly.", figures: []figure{{
-		"connect", rangeCaption, &rowsChart{name: title, unit: "s", groups: grouped(list, func(m *result.Measurement) string {
+		"connect", rangeCaption, &rowsChart{name: title, unit: "s", groups: groupBy(list, func(m *result.Measurement) string {
 			return thousands(m.Scenario.Services) + " Services"
 		})},
 	}}}

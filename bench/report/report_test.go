@@ -86,7 +86,7 @@ func fixture(t testing.TB) *result.Report {
 	return r
 }
 
-func pageOf(t *testing.T, r *result.Report) string {
+func renderPage(t *testing.T, r *result.Report) string {
 	t.Helper()
 	var b bytes.Buffer
 	if err := report.WriteHTML(&b, r); err != nil {
@@ -97,7 +97,7 @@ func pageOf(t *testing.T, r *result.Report) string {
 
 // The page needs nothing but itself, and says what there is to say.
 func TestPage(t *testing.T) {
-	page := pageOf(t, fixture(t))
+	page := renderPage(t, fixture(t))
 	for _, want := range []string{
 		"Fairlead v1.2.3", "31 January 2025", "AMD EPYC", "Linux 6.18.44", "fairlead-bench compare --services=1000,10000",
 		"kube-proxy ipvs", "the kernel has no IPVS", "10,000 Services of 10 endpoints", "prefers-color-scheme:dark",
@@ -118,11 +118,11 @@ func TestPage(t *testing.T) {
 // Which API server there was is said where there was a real one.
 func TestAPIServer(t *testing.T) {
 	r := fixture(t)
-	if page := pageOf(t, r); strings.Contains(page, "kube-apiserver") {
+	if page := renderPage(t, r); strings.Contains(page, "kube-apiserver") {
 		t.Error("the page says that there was a kube-apiserver")
 	}
 	r.Environments[0].APIServer = "v1.33.1"
-	if page := pageOf(t, r); !strings.Contains(page, "kube-apiserver v1.33.1") {
+	if page := renderPage(t, r); !strings.Contains(page, "kube-apiserver v1.33.1") {
 		t.Error("the page does not say which kube-apiserver there was")
 	}
 }
@@ -132,7 +132,7 @@ func TestEmulated(t *testing.T) {
 	const says, claims = "The processor was emulated.", `<div class="claims">`
 	r := fixture(t)
 	for _, r.Environments[0].Emulated = range []bool{false, true} {
-		emulated, page := r.Environments[0].Emulated, pageOf(t, r)
+		emulated, page := r.Environments[0].Emulated, renderPage(t, r)
 		if strings.Contains(page, says) != emulated || strings.Contains(page, claims) == emulated {
 			t.Errorf("emulated: %v, but the page says so: %v, and makes claims: %v", emulated, strings.Contains(page, says), strings.Contains(page, claims))
 		}
@@ -145,7 +145,7 @@ func TestWorse(t *testing.T) {
 	for i := range r.Ratios {
 		r.Ratios[i].Interval = result.Interval{Ratio: 0.5, Low: 0.4, High: 0.8, Confidence: 0.95}
 	}
-	page := pageOf(t, r)
+	page := renderPage(t, r)
 	for _, want := range []string{"2.0× <small>slower</small>", "2.0× <small>more memory</small>", "95 % confidence: 1.2 to 2.5"} {
 		if !strings.Contains(page, want) {
 			t.Errorf("the page does not have %q", want)
@@ -153,8 +153,8 @@ func TestWorse(t *testing.T) {
 	}
 }
 
-// inVM makes a report one of a virtual machine.
-func inVM(r *result.Report) {
+// moveToVM makes a report one of a virtual machine.
+func moveToVM(r *result.Report) {
 	const name = "vm-6.12"
 	r.Environments[0].Name, r.Environments[0].Emulated = name, true
 	for i := range r.Measurements {
@@ -167,7 +167,7 @@ func inVM(r *result.Report) {
 
 func TestMerge(t *testing.T) {
 	vm := fixture(t)
-	inVM(vm)
+	moveToVM(vm)
 	other := fixture(t)
 	other.Environments[0].Kernel = "5.10"
 	realAPI := fixture(t)
@@ -190,7 +190,7 @@ func TestMerge(t *testing.T) {
 				if want := len(fixture(t).Ratios) + len(vm.Ratios); len(merged.Ratios) != want {
 					t.Errorf("there are %d ratios, want the %d of both and no others", len(merged.Ratios), want)
 				}
-				if page := pageOf(t, merged); !strings.Contains(page, "Environment vm-6.12") || !strings.Contains(page, "Environment native") {
+				if page := renderPage(t, merged); !strings.Contains(page, "Environment vm-6.12") || !strings.Contains(page, "Environment native") {
 					t.Error("the page does not have both environments")
 				}
 			case err == nil || !strings.Contains(err.Error(), test.want):
@@ -229,7 +229,7 @@ func TestPictures(t *testing.T) {
 // Pictures are looked at without the page around them.
 func TestEmulatedPictures(t *testing.T) {
 	r := fixture(t)
-	inVM(r)
+	moveToVM(r)
 	pictures, err := report.Pictures(r)
 	if err != nil {
 		t.Fatal(err)
@@ -261,7 +261,7 @@ func TestScreenshots(t *testing.T) {
 		dir = keep
 	}
 	file := filepath.Join(dir, "report.html")
-	if err := os.WriteFile(file, []byte(pageOf(t, fixture(t))), 0o600); err != nil {
+	if err := os.WriteFile(file, []byte(renderPage(t, fixture(t))), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	for _, test := range []struct {

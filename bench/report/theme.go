@@ -50,8 +50,8 @@ func shades() [roles]shade {
 	}
 }
 
-// css declares the colours as variables on a selector.
-func css(selector string, dark bool) string {
+// cssVariables declares the colours as variables on a selector.
+func cssVariables(selector string, dark bool) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "%s{", selector)
 	for _, s := range shades() {
@@ -64,56 +64,58 @@ func css(selector string, dark bool) string {
 	return b.String() + "}"
 }
 
-// look is how a system is shown.
-type look struct {
+// seriesStyle is how a system is shown.
+type seriesStyle struct {
 	label  string
 	series role
 	hollow bool // its marker, for print without colours
 }
 
-func lookOf(system string) look {
+func styleOf(system string) seriesStyle {
 	switch system {
 	case "nft":
-		return look{"Fairlead nft", seriesNFT, false}
+		return seriesStyle{"Fairlead nft", seriesNFT, false}
 	case "ipvs":
-		return look{"Fairlead ipvs", seriesIPVS, false}
+		return seriesStyle{"Fairlead ipvs", seriesIPVS, false}
 	case "kube-proxy-nftables":
-		return look{"kube-proxy nftables", seriesKubeProxyNFTables, true}
+		return seriesStyle{"kube-proxy nftables", seriesKubeProxyNFTables, true}
 	case "kube-proxy-ipvs":
-		return look{"kube-proxy ipvs", seriesKubeProxyIPVS, true}
+		return seriesStyle{"kube-proxy ipvs", seriesKubeProxyIPVS, true}
 	case "kube-proxy-iptables":
-		return look{"kube-proxy iptables", seriesKubeProxyIPTables, true}
+		return seriesStyle{"kube-proxy iptables", seriesKubeProxyIPTables, true}
 	case result.Direct:
-		return look{"no proxy", seriesOther, false}
+		return seriesStyle{"no proxy", seriesOther, false}
 	default:
-		return look{system, seriesOther, true}
+		return seriesStyle{system, seriesOther, true}
 	}
 }
 
 // palette gives the colours to draw with.
 type palette func(role) color.Color
 
-// marked gives each role a colour that names it, for [named] to find.
-func marked(r role) color.Color { return color.NRGBA{R: 1, G: 2, B: uint8(r), A: 255} }
+// placeholderColor gives each role a colour that names it, for [replacePlaceholders] to find.
+func placeholderColor(r role) color.Color { return color.NRGBA{R: 1, G: 2, B: uint8(r), A: 255} }
 
-// painted gives the colours of light.
-func painted(r role) color.Color {
+// lightColor gives the colours of light.
+func lightColor(r role) color.Color {
 	var c color.NRGBA
 	_, _ = fmt.Sscanf(shades()[r].light, "#%02x%02x%02x", &c.R, &c.G, &c.B)
 	c.A = 255
 	return c
 }
 
-// named replaces the colours of [marked] by variables.
-func named(svg []byte) []byte {
+// replacePlaceholders replaces the colours of [placeholderColor] by variables.
+func replacePlaceholders(svg []byte) []byte {
 	for r, s := range shades() {
 		svg = bytes.ReplaceAll(svg, fmt.Appendf(nil, "#0102%02X", r), []byte("var(--"+s.name+")"))
 	}
 	return svg
 }
 
-// size matches the size of an SVG, which is left to where it is shown.
-func size() *regexp.Regexp { return regexp.MustCompile(`width="([0-9.]+)pt" height="([0-9.]+)pt"`) }
+// sizePattern matches the size of an SVG, which is left to where it is shown.
+func sizePattern() *regexp.Regexp {
+	return regexp.MustCompile(`width="([0-9.]+)pt" height="([0-9.]+)pt"`)
+}
 
 // fonts are those of files; on a page they are its own.
 const fonts = "Arimo,'Liberation Sans',Helvetica,Arial,sans-serif"
@@ -121,16 +123,16 @@ const fonts = "Arimo,'Liberation Sans',Helvetica,Arial,sans-serif"
 // inline makes what vg has written part of a page.
 func inline(svg []byte, class, title string) []byte {
 	start := bytes.Index(svg, []byte("<svg"))
-	svg = named(svg[max(0, start):])
-	svg = size().ReplaceAll(svg, fmt.Appendf(nil, `class=%q role="img" aria-label=%q`, class, title))
+	svg = replacePlaceholders(svg[max(0, start):])
+	svg = sizePattern().ReplaceAll(svg, fmt.Appendf(nil, `class=%q role="img" aria-label=%q`, class, title))
 	return svg
 }
 
 // standalone makes what vg has written a file of its own, in light or dark as whoever
 // looks at it prefers.
 func standalone(svg []byte, title string) []byte {
-	style := "<style>svg{font-family:" + fonts + "}" + css("svg", false) + "@media (prefers-color-scheme:dark){" + css("svg", true) + "}</style>"
-	width := size().FindSubmatch(svg)
+	style := "<style>svg{font-family:" + fonts + "}" + cssVariables("svg", false) + "@media (prefers-color-scheme:dark){" + cssVariables("svg", true) + "}</style>"
+	width := sizePattern().FindSubmatch(svg)
 	svg = inline(svg, "chart", title)
 	if len(width) > 0 {
 		svg = bytes.Replace(svg, []byte("<svg "), fmt.Appendf(nil, `<svg width="%s" height="%s" `, width[1], width[2]), 1)

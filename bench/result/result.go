@@ -89,7 +89,7 @@ const Native = "native"
 // Environment is where measurements were taken. Figures of different
 // environments must not be compared.
 type Environment struct {
-	// Name is [Native], or that of a virtual machine such as "vm-6.12", see [InVM].
+	// Name is [Native], or that of a virtual machine such as "vm-6.12", see [VMName].
 	Name string `json:"name"`
 	// Emulated says that the processor was emulated, so times say nothing.
 	Emulated bool    `json:"emulated"`

@@ -166,7 +166,7 @@ func TestRead(t *testing.T) {
 	}
 }
 
-func TestReadRefuses(t *testing.T) {
+func TestReadInvalid(t *testing.T) {
 	for name, tc := range map[string]struct{ file, want string }{
 		"no JSON":        {"no", "read results"},
 		"another schema": {`{"schema": 2}`, "schema 2, want 1"},
@@ -204,9 +204,9 @@ func TestFind(t *testing.T) {
 	}
 }
 
-// TestHere checks what is known of this machine by other means.
-func TestHere(t *testing.T) {
-	got := result.Here()
+// TestDetectEnvironment checks what is known of this machine by other means.
+func TestDetectEnvironment(t *testing.T) {
+	got := result.DetectEnvironment()
 	release, err := os.ReadFile("/proc/sys/kernel/osrelease")
 	if err != nil {
 		t.Fatal(err)
@@ -217,9 +217,9 @@ func TestHere(t *testing.T) {
 	}
 }
 
-func TestInVM(t *testing.T) {
+func TestVMName(t *testing.T) {
 	for kernel, want := range map[string]string{"6.12.57+deb13-cloud-amd64": "vm-6.12", "6.1.0-41-cloud-amd64": "vm-6.1", "7": "vm-7"} {
-		if got := result.InVM(kernel); got != want {
+		if got := result.VMName(kernel); got != want {
 			t.Errorf("%s is called %s, want %s", kernel, got, want)
 		}
 	}

@@ -128,9 +128,9 @@ type Fit struct {
 	P float64
 }
 
-// Uniform tests whether counts are those of equally likely outcomes. It needs
+// FitUniform tests whether counts are those of equally likely outcomes. It needs
 // at least two counts, and five of each on average.
-func Uniform(counts []int) (Fit, error) {
+func FitUniform(counts []int) (Fit, error) {
 	var sum int
 	for _, c := range counts {
 		sum += c

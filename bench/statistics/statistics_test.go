@@ -104,7 +104,7 @@ func TestPairedRatio(t *testing.T) {
 	}
 }
 
-func TestRatioRepeats(t *testing.T) {
+func TestRatioDeterministic(t *testing.T) {
 	random := rand.New(rand.NewPCG(1, 1))
 	a, b := normal(random, 30, 2), normal(random, 30, 1)
 	first, err := statistics.Ratio(a, b, statistics.Quantile(0.9))
@@ -117,7 +117,7 @@ func TestRatioRepeats(t *testing.T) {
 	}
 }
 
-func TestRatioRefuses(t *testing.T) {
+func TestRatioInvalid(t *testing.T) {
 	for name, tc := range map[string]struct{ numerator, denominator []float64 }{
 		"no numerator":        {nil, []float64{1}},
 		"no denominator":      {[]float64{1}, nil},
@@ -131,7 +131,7 @@ func TestRatioRefuses(t *testing.T) {
 	}
 }
 
-func TestUniform(t *testing.T) {
+func TestFitUniform(t *testing.T) {
 	for name, tc := range map[string]struct {
 		counts []int
 		want   statistics.Fit
@@ -144,7 +144,7 @@ func TestUniform(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			got, err := statistics.Uniform(tc.counts)
+			got, err := statistics.FitUniform(tc.counts)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -156,10 +156,10 @@ func TestUniform(t *testing.T) {
 	}
 }
 
-func TestUniformRefuses(t *testing.T) {
+func TestFitUniformInvalid(t *testing.T) {
 	for name, counts := range map[string][]int{"nothing": nil, "one": {100}, "few": {2, 3, 4}} {
 		t.Run(name, func(t *testing.T) {
-			if got, err := statistics.Uniform(counts); err == nil {
+			if got, err := statistics.FitUniform(counts); err == nil {
 				t.Errorf("got %+v and no error", got)
 			}
 		})

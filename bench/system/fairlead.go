@@ -33,7 +33,7 @@ func (f Fairlead) Path() (string, error) { return absolutePath(f.Binary) }
 
 // Version returns the version that the program prints.
 func (f Fairlead) Version(ctx context.Context) (string, error) {
-	return printedVersion(ctx, f.Binary, "version")
+	return programVersion(ctx, f.Binary, "version")
 }
 
 // Command returns how the program is started.
@@ -49,17 +49,17 @@ func (f Fairlead) Command(env Environment) []string {
 // Check implements [Checker].
 func (f Fairlead) Check(_ context.Context, node *nettest.Namespace) error {
 	if f.Mode == "ipvs" {
-		return hasIPVS(node)
+		return checkIPVS(node)
 	}
 	return nil
 }
 
 // Start implements [System].
-func (f Fairlead) Start(ctx context.Context, env Environment) (Running, error) {
+func (f Fairlead) Start(ctx context.Context, env Environment) (Instance, error) {
 	if err := f.Check(ctx, env.Namespace); err != nil {
 		return nil, err
 	}
-	return started(StartProcess(env, f.Name(), f.Command(env)...))
+	return asInstance(StartProcess(env, f.Name(), f.Command(env)...))
 }
 
 // absolutePath returns the absolute path of an executable.
@@ -74,8 +74,8 @@ func absolutePath(binary string) (string, error) {
 	return path, nil
 }
 
-// printedVersion runs the program, which prints its name and its version.
-func printedVersion(ctx context.Context, binary, arg string) (string, error) {
+// programVersion runs the program, which prints its name and its version.
+func programVersion(ctx context.Context, binary, arg string) (string, error) {
 	out, err := exec.CommandContext(ctx, binary, arg).Output()
 	if err != nil {
 		return "", fmt.Errorf("ask %s for its version: %w", binary, err)
@@ -84,8 +84,8 @@ func printedVersion(ctx context.Context, binary, arg string) (string, error) {
 	return version, nil
 }
 
-// started is a *Process as a [Running], of which a nil one is none.
-func started(p *Process, err error) (Running, error) {
+// asInstance is a *Process as a [Instance], of which a nil one is none.
+func asInstance(p *Process, err error) (Instance, error) {
 	if err != nil {
 		return nil, err
 	}
@@ -95,8 +95,8 @@ func started(p *Process, err error) (Running, error) {
 // UnavailableError says why a System cannot run here.
 type UnavailableError struct {
 	Reason string
-	// Kernel says that it is this machine's kernel: with another the System could run.
-	Kernel bool
+	// KernelLacksSupport says that it is this machine's kernel: with another the System could run.
+	KernelLacksSupport bool
 }
 
 // Error implements error.
@@ -106,6 +106,6 @@ func unavailable(format string, args ...any) error {
 	return &UnavailableError{Reason: fmt.Sprintf(format, args...)}
 }
 
-func unsupported(format string, args ...any) error {
-	return &UnavailableError{Reason: fmt.Sprintf(format, args...), Kernel: true}
+func unsupportedByKernel(format string, args ...any) error {
+	return &UnavailableError{Reason: fmt.Sprintf(format, args...), KernelLacksSupport: true}
 }

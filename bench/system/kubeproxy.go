@@ -62,20 +62,20 @@ func (k KubeProxy) Check(ctx context.Context, node *nettest.Namespace) error {
 	}
 	switch k.Mode {
 	case "ipvs":
-		return hasIPVS(node)
+		return checkIPVS(node)
 	case "iptables":
-		return hasMatches(ctx, node)
+		return checkIPTables(ctx, node)
 	default:
 		return nil
 	}
 }
 
 // Start implements [System].
-func (k KubeProxy) Start(ctx context.Context, env Environment) (Running, error) {
+func (k KubeProxy) Start(ctx context.Context, env Environment) (Instance, error) {
 	if err := k.Check(ctx, env.Namespace); err != nil {
 		return nil, err
 	}
-	return started(StartProcess(env, k.Name(), k.Command(env)...))
+	return asInstance(StartProcess(env, k.Name(), k.Command(env)...))
 }
 
 // Path returns the absolute path of the program, or an error if there is none.
@@ -83,22 +83,22 @@ func (k KubeProxy) Path() (string, error) { return absolutePath(k.Binary) }
 
 // Version returns the version that the program prints.
 func (k KubeProxy) Version(ctx context.Context) (string, error) {
-	return printedVersion(ctx, k.Binary, "--version")
+	return programVersion(ctx, k.Binary, "--version")
 }
 
-// hasIPVS asks the kernel for IPVS, which makes it load the module where it can.
-func hasIPVS(node *nettest.Namespace) error {
+// checkIPVS asks the kernel for IPVS, which makes it load the module where it can.
+func checkIPVS(node *nettest.Namespace) error {
 	return node.Do(func() error {
 		if _, err := netlink.GenlFamilyGet("IPVS"); err != nil {
-			return unsupported("the kernel has no IPVS (%v)", err)
+			return unsupportedByKernel("the kernel has no IPVS (%v)", err)
 		}
 		return nil
 	})
 }
 
-// hasMatches tries the parts of iptables that kube-proxy cannot do without, in a
+// checkIPTables tries the parts of iptables that kube-proxy cannot do without, in a
 // chain that is not used.
-func hasMatches(ctx context.Context, node *nettest.Namespace) error {
+func checkIPTables(ctx context.Context, node *nettest.Namespace) error {
 	const chain = "BENCH-TRY"
 	for _, args := range [][]string{
 		{"-N", chain},
@@ -116,7 +116,7 @@ func hasMatches(ctx context.Context, node *nettest.Namespace) error {
 		})
 		if err != nil {
 			first, _, _ := strings.Cut(strings.TrimSpace(string(out)), "\n")
-			return unsupported("iptables does not work here: iptables -t nat %s: %s", strings.Join(args, " "), first)
+			return unsupportedByKernel("iptables does not work here: iptables -t nat %s: %s", strings.Join(args, " "), first)
 		}
 	}
 	return nil

@@ -14,14 +14,14 @@ import (
 // stopTimeout is how long a process may take to end when it is asked to.
 const stopTimeout = 10 * time.Second
 
-// Process is a [Running] program in a namespace of its own choice.
+// Process is a [Instance] program in a namespace of its own choice.
 type Process struct {
-	cmd *exec.Cmd
-	log string
+	cmd     *exec.Cmd
+	logPath string
 
-	stop sync.Once
-	done chan struct{} // closed when it has ended
-	err  error         // how it has ended, when done is closed
+	stopOnce sync.Once
+	done     chan struct{} // closed when it has ended
+	err      error         // how it has ended, when done is closed
 }
 
 // StartProcess starts a program in the Namespace of env. What it prints goes to
@@ -39,7 +39,7 @@ func StartProcess(env Environment, name string, command ...string) (*Process, er
 	if err := env.Namespace.Do(cmd.Start); err != nil {
 		return nil, fmt.Errorf("start %s: %w", name, err)
 	}
-	p := &Process{cmd: cmd, log: log.Name(), done: make(chan struct{})}
+	p := &Process{cmd: cmd, logPath: log.Name(), done: make(chan struct{})}
 	go func() {
 		p.err = cmd.Wait()
 		close(p.done)
@@ -47,21 +47,21 @@ func StartProcess(env Environment, name string, command ...string) (*Process, er
 	return p, nil
 }
 
-// PID implements [Running].
+// PID implements [Instance].
 func (p *Process) PID() int { return p.cmd.Process.Pid }
 
 // Done returns a channel that is closed when the process has ended, by itself or
 // not.
 func (p *Process) Done() <-chan struct{} { return p.done }
 
-// Stop implements [Running]: it sends SIGTERM, and SIGKILL to what is left after
+// Stop implements [Instance]: it sends SIGTERM, and SIGKILL to what is left after
 // some seconds. That the process ended by itself before is an error.
 func (p *Process) Stop() error {
 	var err error
-	p.stop.Do(func() {
+	p.stopOnce.Do(func() {
 		select {
 		case <-p.done:
-			err = fmt.Errorf("process %d of %s ended by itself, see %s: %w", p.PID(), p.cmd.Path, p.log, p.err)
+			err = fmt.Errorf("process %d of %s ended by itself, see %s: %w", p.PID(), p.cmd.Path, p.logPath, p.err)
 			return
 		default:
 		}

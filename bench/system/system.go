@@ -16,7 +16,7 @@ type System interface {
 	Name() string
 	// Start starts the program and returns at once, without waiting until it has
 	// programmed anything. What it programs must be gone with the namespace.
-	Start(ctx context.Context, env Environment) (Running, error)
+	Start(ctx context.Context, env Environment) (Instance, error)
 }
 
 // Checker is a System that knows whether it can run on this machine.
@@ -41,8 +41,8 @@ type Environment struct {
 	Dir string
 }
 
-// Running is a System that was started.
-type Running interface {
+// Instance is a System that was started.
+type Instance interface {
 	// PID is the process whose use of resources counts, with its children; see
 	// [UsageOf].
 	PID() int

@@ -13,8 +13,8 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// environment is one that has what processes need.
-func environment(t *testing.T) system.Environment {
+// newEnvironment is one that has what processes need.
+func newEnvironment(t *testing.T) system.Environment {
 	t.Helper()
 	ns, err := nettest.NewNamespace("")
 	if err != nil {
@@ -34,8 +34,8 @@ func start(t *testing.T, env system.Environment, script string) *system.Process 
 	return p
 }
 
-// logged waits until the program has printed something that ends in words.
-func logged(t *testing.T, env system.Environment, words string) string {
+// waitLogged waits until the program has printed something that ends in words.
+func waitLogged(t *testing.T, env system.Environment, words string) string {
 	t.Helper()
 	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
 		text, err := os.ReadFile(filepath.Join(env.Dir, "program.log"))
@@ -52,7 +52,7 @@ func logged(t *testing.T, env system.Environment, words string) string {
 }
 
 func TestProcess(t *testing.T) {
-	env := environment(t)
+	env := newEnvironment(t)
 	p := start(t, env, "readlink /proc/self/ns/net; echo ready >&2; exec sleep 1000")
 	var own, others unix.Stat_t
 	if err := unix.Stat("/proc/self/ns/net", &own); err != nil {
@@ -61,7 +61,7 @@ func TestProcess(t *testing.T) {
 	if err := unix.Fstat(env.Namespace.Fd(), &others); err != nil {
 		t.Fatal(err)
 	}
-	text := logged(t, env, "ready")
+	text := waitLogged(t, env, "ready")
 	var inode uint64
 	if namespace, _, _ := strings.Cut(strings.TrimPrefix(text, "net:["), "]"); namespace != "" {
 		for _, digit := range namespace {
@@ -82,30 +82,30 @@ func TestProcess(t *testing.T) {
 	}
 }
 
-func TestProcessThatEnds(t *testing.T) {
-	p := start(t, environment(t), "exit 3")
+func TestProcessExitsEarly(t *testing.T) {
+	p := start(t, newEnvironment(t), "exit 3")
 	<-p.Done()
 	if err := p.Stop(); err == nil || !strings.Contains(err.Error(), "exit status 3") || !strings.Contains(err.Error(), "program.log") {
 		t.Errorf("error %v, want one that says how it has ended, and where it has printed", err)
 	}
 }
 
-func TestProcessThatIsNotThere(t *testing.T) {
-	if _, err := system.StartProcess(environment(t), "program", "/nowhere"); err == nil {
+func TestStartProcessNotFound(t *testing.T) {
+	if _, err := system.StartProcess(newEnvironment(t), "program", "/nowhere"); err == nil {
 		t.Error("no error")
 	}
 }
 
 // TestUsageOf has a shell and a child of it use processor time and memory.
 func TestUsageOf(t *testing.T) {
-	env := environment(t)
+	env := newEnvironment(t)
 	const work = `i=0; while [ $i -lt 200000 ]; do i=$((i+1)); done; `
 	p := start(t, env, work+"sh -c '"+work+"echo ready; sleep 1000; true'; true")
 	before, err := system.UsageOf(os.Getpid())
 	if err != nil {
 		t.Fatal(err)
 	}
-	logged(t, env, "ready")
+	waitLogged(t, env, "ready")
 	both, err := system.UsageOf(p.PID())
 	if err != nil {
 		t.Fatal(err)

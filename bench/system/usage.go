@@ -24,13 +24,13 @@ type Usage struct {
 // CPU is all processor time.
 func (u Usage) CPU() time.Duration { return u.User + u.Kernel }
 
-// tick is the unit of times in /proc/PID/stat, on every architecture that Linux
+// clockTick is the unit of times in /proc/PID/stat, on every architecture that Linux
 // has for Go.
-const tick = time.Second / 100
+const clockTick = time.Second / 100
 
 // UsageOf returns what the process uses, with its children and theirs.
 func UsageOf(pid int) (Usage, error) {
-	u, err := usageOf(pid)
+	u, err := processUsage(pid)
 	if err != nil {
 		return Usage{}, fmt.Errorf("read what process %d uses: %w", pid, err)
 	}
@@ -62,7 +62,7 @@ func UsageOf(pid int) (Usage, error) {
 	return u, nil
 }
 
-func usageOf(pid int) (Usage, error) {
+func processUsage(pid int) (Usage, error) {
 	var u Usage
 	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
@@ -80,8 +80,8 @@ func usageOf(pid int) (Usage, error) {
 			return u, fmt.Errorf("stat: %w", err)
 		}
 	}
-	u.User = time.Duration(ticks[user]+ticks[childrenUser]) * tick
-	u.Kernel = time.Duration(ticks[kernel]+ticks[childrenKernel]) * tick
+	u.User = time.Duration(ticks[user]+ticks[childrenUser]) * clockTick
+	u.Kernel = time.Duration(ticks[kernel]+ticks[childrenKernel]) * clockTick
 	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {
 		return u, err

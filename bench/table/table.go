@@ -33,7 +33,7 @@ func Write(w io.Writer, r *result.Report) error {
 			mark = e.Name + ", emulated"
 		}
 		t.marks[e.Name] = mark
-		t.printf("%s: %s\n", e.Name, joined(", ", words...))
+		t.printf("%s: %s\n", e.Name, joinNonEmpty(", ", words...))
 		if e.APIServer != "" {
 			t.printf("%s: fed by kube-apiserver %s, a real one for each system\n", e.Name, e.APIServer)
 		}
@@ -43,7 +43,7 @@ func Write(w io.Writer, r *result.Report) error {
 	}
 	t.ratios(r.Ratios)
 	for _, l := range r.LeftOut {
-		t.printf("\nleft out: %s: %s", joined(" ", l.System, string(l.Measure), l.Environment), l.Reason)
+		t.printf("\nleft out: %s: %s", joinNonEmpty(" ", l.System, string(l.Measure), l.Environment), l.Reason)
 	}
 	if len(r.LeftOut) > 0 {
 		t.printf("\n")
@@ -54,8 +54,8 @@ func Write(w io.Writer, r *result.Report) error {
 	return t.err
 }
 
-// joined joins the words that there are.
-func joined(by string, words ...string) string {
+// joinNonEmpty joins the words that there are.
+func joinNonEmpty(by string, words ...string) string {
 	return strings.Join(slices.DeleteFunc(words, func(w string) bool { return w == "" }), by)
 }
 
@@ -105,8 +105,8 @@ func groups(all []result.Measurement) [][]result.Measurement {
 	return list
 }
 
-// title says for people what a measure is.
-func title(m result.Measure) string {
+// measureTitle says for people what a measure is.
+func measureTitle(m result.Measure) string {
 	switch m {
 	case result.UpdateAck:
 		return "from the event to the kernel's acknowledgement"
@@ -144,7 +144,7 @@ func title(m result.Measure) string {
 // group writes the measurements of one measure.
 func (t *writer) group(group []result.Measurement) {
 	t.printf("\n%s", group[0].Measure)
-	if words := title(group[0].Measure); words != "" {
+	if words := measureTitle(group[0].Measure); words != "" {
 		t.printf(": %s", words)
 	}
 	t.printf("\n")

@@ -122,12 +122,12 @@ func TestNumber(t *testing.T) {
 
 var errFull = errors.New("full")
 
-type full struct{}
+type fullWriter struct{}
 
-func (full) Write([]byte) (int, error) { return 0, errFull }
+func (fullWriter) Write([]byte) (int, error) { return 0, errFull }
 
 func TestWriteFails(t *testing.T) {
-	if err := table.Write(full{}, &result.Report{}); !errors.Is(err, errFull) {
+	if err := table.Write(fullWriter{}, &result.Report{}); !errors.Is(err, errFull) {
 		t.Errorf("error %v, want that of the writer", err)
 	}
 }

@@ -24,7 +24,7 @@ type compareFlags struct {
 	fairlead      string
 	kubeProxy     string
 	kubeProxyArgs []string
-	args          []string
+	fairleadArgs  []string
 	only          []string
 	json          string
 	html, svg     string
@@ -36,11 +36,11 @@ type compareFlags struct {
 	options       compare.Options
 }
 
-// contestants returns the systems that can be compared.
-func (f *compareFlags) contestants() []system.System {
+// availableSystems returns the systems that can be compared.
+func (f *compareFlags) availableSystems() []system.System {
 	var all []system.System
 	for _, m := range []string{"nft", "ipvs"} {
-		all = append(all, system.Fairlead{Binary: f.fairlead, Mode: m, Args: f.args})
+		all = append(all, system.Fairlead{Binary: f.fairlead, Mode: m, Args: f.fairleadArgs})
 	}
 	for _, m := range []string{"nftables", "ipvs", "iptables"} {
 		all = append(all, system.KubeProxy{Binary: f.kubeProxy, Mode: m, Args: f.kubeProxyArgs})
@@ -72,7 +72,7 @@ does not run at all is left out, and the result says why.`,
 		},
 	}
 	var names []string
-	for _, s := range f.contestants() {
+	for _, s := range f.availableSystems() {
 		names = append(names, s.Name())
 	}
 	var parts []string
@@ -85,7 +85,7 @@ does not run at all is left out, and the result says why.`,
 	flags.StringVar(&f.fairlead, "fairlead", f.fairlead, "path of Fairlead's binary; `make build` builds it")
 	flags.StringVar(&f.kubeProxy, "kube-proxy", f.kubeProxy, "path of kube-proxy's binary; `make kube-proxy` builds it")
 	flags.StringSliceVar(&f.kubeProxyArgs, "kube-proxy-args", nil, "further arguments for kube-proxy, such as --nftables-min-sync-period=0s")
-	flags.StringSliceVar(&f.args, "fairlead-args", nil, "further arguments for fairlead run")
+	flags.StringSliceVar(&f.fairleadArgs, "fairlead-args", nil, "further arguments for fairlead run")
 	flags.IntSliceVar(&o.Services, "services", o.Services, "numbers of Services to measure with, one after the other")
 	flags.IntVar(&o.Endpoints, "endpoints", o.Endpoints, "endpoints of each Service")
 	flags.IntVar(&o.Samples, "samples", o.Samples, "how often each kind of change is measured")
@@ -94,7 +94,7 @@ does not run at all is left out, and the result says why.`,
 	flags.Float64SliceVar(&o.Rates, "rates", o.Rates, "changes a second, for churn")
 	flags.DurationVar(&o.Duration, "churn-time", o.Duration, "how long each round of churn lasts")
 	flags.IntVar(&o.Rounds, "rounds", o.Rounds, "rounds of churn of each system")
-	flags.DurationVar(&o.Settle, "settle", o.Settle, "time that a system has after a change until the next is measured")
+	flags.DurationVar(&o.SettleTime, "settle", o.SettleTime, "time that a system has after a change until the next is measured")
 	flags.StringSliceVar(&f.only, "only", parts, "parts of the comparison")
 	flags.StringVar(&o.ControlPlane, "apiserver", "", "folder with etcd and kube-apiserver, to start for each system, such as .cache/controlplane of make controlplane; without, API servers are in this process")
 	flags.StringVar(&f.json, "json", "", "file to write the result to, as JSON; - is standard output")
@@ -122,7 +122,7 @@ func runCompare(ctx context.Context, f *compareFlags, stdout, stderr io.Writer) 
 	}
 	o := f.options
 	for _, name := range f.systems {
-		all := f.contestants()
+		all := f.availableSystems()
 		i := slices.IndexFunc(all, func(s system.System) bool { return s.Name() == name })
 		if i < 0 {
 			return fmt.Errorf("--systems: there is no %q", name)
@@ -137,7 +137,7 @@ func runCompare(ctx context.Context, f *compareFlags, stdout, stderr io.Writer) 
 	for _, p := range f.only {
 		o.Parts = append(o.Parts, compare.Part(p))
 	}
-	o.Environment = result.Here()
+	o.Environment = result.DetectEnvironment()
 	if f.environment != "" {
 		o.Environment.Name = f.environment
 	}

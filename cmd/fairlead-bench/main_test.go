@@ -8,22 +8,22 @@ import (
 	"testing"
 )
 
-// asProgram makes the test binary be the program, so that the race detector and the
+// runAsProgramEnv makes the test binary be the program, so that the race detector and the
 // coverage see it as well.
-const asProgram = "FAIRLEAD_TEST_BE_THE_BENCHMARK"
+const runAsProgramEnv = "FAIRLEAD_TEST_BE_THE_BENCHMARK"
 
 func TestMain(m *testing.M) {
-	if os.Getenv(asProgram) != "" {
+	if os.Getenv(runAsProgramEnv) != "" {
 		main()
 	}
 	os.Exit(m.Run())
 }
 
-// program returns a command that runs this program in a process of its own.
-func program(t *testing.T, args ...string) *exec.Cmd {
+// programCommand returns a command that runs this program in a process of its own.
+func programCommand(t *testing.T, args ...string) *exec.Cmd {
 	t.Helper()
 	cmd := exec.CommandContext(t.Context(), os.Args[0], args...)
-	cmd.Env = append(os.Environ(), asProgram+"=1")
+	cmd.Env = append(os.Environ(), runAsProgramEnv+"=1")
 	return cmd
 }
 

@@ -89,7 +89,7 @@ func measure(ctx context.Context, o bench.Options, file string, stdout, stderr i
 	p := newProgress(stderr)
 	o.Progress = p.show
 	report, err := bench.Run(ctx, o)
-	p.end()
+	p.clear()
 	if errors.Is(err, context.Canceled) {
 		return errors.New("interrupted: its network namespaces are removed, and no results are written")
 	}
@@ -120,39 +120,39 @@ func writeReport(report *result.Report, file *os.File, stdout io.Writer) error {
 // progress shows what is under way: on a terminal in one line, elsewhere in one
 // every few seconds.
 type progress struct {
-	to       io.Writer
+	out      io.Writer
 	terminal bool
-	every    time.Duration
+	interval time.Duration
 	shown    time.Time
 	width    int
 }
 
 func newProgress(to io.Writer) *progress {
-	p := &progress{to: to, every: 5 * time.Second}
+	p := &progress{out: to, interval: 5 * time.Second}
 	if f, ok := to.(*os.File); ok {
 		if info, err := f.Stat(); err == nil && info.Mode()&os.ModeCharDevice != 0 {
-			p.terminal, p.every = true, 100*time.Millisecond
+			p.terminal, p.interval = true, 100*time.Millisecond
 		}
 	}
 	return p
 }
 
 func (p *progress) show(words string) {
-	if time.Since(p.shown) < p.every {
+	if time.Since(p.shown) < p.interval {
 		return
 	}
 	p.shown = time.Now()
 	if !p.terminal {
-		_, _ = fmt.Fprintln(p.to, words)
+		_, _ = fmt.Fprintln(p.out, words)
 		return
 	}
-	_, _ = fmt.Fprintf(p.to, "\r%-*s", p.width, words)
+	_, _ = fmt.Fprintf(p.out, "\r%-*s", p.width, words)
 	p.width = len(words)
 }
 
-// end clears the line.
-func (p *progress) end() {
+// clear clears the line.
+func (p *progress) clear() {
 	if p.terminal {
-		_, _ = fmt.Fprintf(p.to, "\r%*s\r", p.width, "")
+		_, _ = fmt.Fprintf(p.out, "\r%*s\r", p.width, "")
 	}
 }

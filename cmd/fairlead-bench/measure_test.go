@@ -17,8 +17,8 @@ import (
 	"fairlead.io/fairlead/bench/result"
 )
 
-// links are the names of the interfaces of this process's network namespace.
-func links(t *testing.T) []string {
+// interfaceNames are the names of the interfaces of this process's network namespace.
+func interfaceNames(t *testing.T) []string {
 	t.Helper()
 	list, err := netlink.LinkList()
 	if err != nil {
@@ -69,11 +69,11 @@ func TestMeasure(t *testing.T) {
 	}
 }
 
-// TestMeasureIsInterrupted sends SIGINT, as Ctrl-C does.
-func TestMeasureIsInterrupted(t *testing.T) {
-	before := links(t)
+// TestMeasureInterrupted sends SIGINT, as Ctrl-C does.
+func TestMeasureInterrupted(t *testing.T) {
+	before := interfaceNames(t)
 	file := filepath.Join(t.TempDir(), "result.json")
-	cmd := program(t, "--services=20", "--samples=100000000", "--only=update", "--json="+file)
+	cmd := programCommand(t, "--services=20", "--samples=100000000", "--only=update", "--json="+file)
 	// The program must not outlive this process. The kernel watches the thread that starts it.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
@@ -111,12 +111,12 @@ func TestMeasureIsInterrupted(t *testing.T) {
 	if _, err := os.Stat(file); err == nil {
 		t.Error("a file without results is left")
 	}
-	if diff := cmp.Diff(before, links(t)); diff != "" {
+	if diff := cmp.Diff(before, interfaceNames(t)); diff != "" {
 		t.Errorf("interfaces (-before +after):\n%s", diff)
 	}
 }
 
-func TestMeasureRefuses(t *testing.T) {
+func TestMeasureInvalidFlags(t *testing.T) {
 	for name, tc := range map[string]struct {
 		args []string
 		want string

@@ -53,7 +53,7 @@ func TestReport(t *testing.T) {
 	}
 }
 
-func TestCompareMistakes(t *testing.T) {
+func TestCompareInvalidFlags(t *testing.T) {
 	for arg, want := range map[string]string{
 		"--systems=envoy": `there is no "envoy"`,
 		"--only=nothing":  `unknown part "nothing"`,

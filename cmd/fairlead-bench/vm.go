@@ -41,25 +41,25 @@ func (v *vmFlags) register(flags *pflag.FlagSet) {
 	flags.IntVar(&v.samples, "vm-samples", 5, "how often each kind of change is measured in the virtual machine")
 }
 
-// references are the systems that run in a virtual machine too, so that there are
+// referenceSystems are the systems that run in a virtual machine too, so that there are
 // ratios to them.
-func references() []string { return []string{"nft", "kube-proxy-nftables"} }
+func referenceSystems() []string { return []string{"nft", "kube-proxy-nftables"} }
 
-// divided are systems by where they run.
-type divided struct {
+// partition are systems by where they run.
+type partition struct {
 	native, vm []system.System
-	// missed are those of vm that this kernel cannot run, with the reasons.
-	missed []result.LeftOut
+	// unsupported are those of vm that this kernel cannot run, with the reasons.
+	unsupported []result.LeftOut
 }
 
-// divide asks each system whether the kernel of this environment can run it.
-func divide(ctx context.Context, systems []system.System, environment string) (_ *divided, err error) {
+// partitionSystems asks each system whether the kernel of this environment can run it.
+func partitionSystems(ctx context.Context, systems []system.System, environment string) (_ *partition, err error) {
 	node, err := nettest.NewNamespace("")
 	if err != nil {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, node.Close()) }()
-	d := &divided{}
+	d := &partition{}
 	for _, s := range systems {
 		var why error
 		if c, ok := s.(system.Checker); ok {
@@ -71,12 +71,12 @@ func divide(ctx context.Context, systems []system.System, environment string) (_
 			return nil, fmt.Errorf("whether %s can run here: %w", s.Name(), why)
 		case why == nil:
 			d.native = append(d.native, s)
-			if slices.Contains(references(), s.Name()) {
+			if slices.Contains(referenceSystems(), s.Name()) {
 				d.vm = append(d.vm, s)
 			}
-		case unavailable.Kernel:
+		case unavailable.KernelLacksSupport:
 			d.vm = append(d.vm, s)
-			d.missed = append(d.missed, result.LeftOut{System: s.Name(), Environment: environment, Reason: unavailable.Reason})
+			d.unsupported = append(d.unsupported, result.LeftOut{System: s.Name(), Environment: environment, Reason: unavailable.Reason})
 		default:
 			d.native = append(d.native, s) // which leaves it out, as another kernel would
 		}
@@ -87,14 +87,14 @@ func divide(ctx context.Context, systems []system.System, environment string) (_
 // compareAll compares the systems on this machine, and in a virtual machine those that its
 // kernel cannot run. What goes wrong with the latter is in the report alone.
 func (f *compareFlags) compareAll(ctx context.Context, o compare.Options) (*result.Report, error) {
-	d, err := divide(ctx, o.Systems, o.Environment.Name)
+	d, err := partitionSystems(ctx, o.Systems, o.Environment.Name)
 	if err != nil {
 		return nil, err
 	}
-	if len(d.missed) == 0 {
+	if len(d.unsupported) == 0 {
 		return compare.Run(ctx, o)
 	}
-	vm := f.vm.of(o, d.vm)
+	vm := f.vm.options(o, d.vm)
 	if err := vm.Validate(); err != nil {
 		return nil, fmt.Errorf("in the virtual machine: %w", err)
 	}
@@ -107,13 +107,13 @@ func (f *compareFlags) compareAll(ctx context.Context, o compare.Options) (*resu
 		reports = append(reports, r)
 	}
 	if ctx.Err() == nil {
-		inside, why := f.vmRun(ctx, vm)
+		inside, why := f.runInVM(ctx, vm)
 		if inside != nil {
 			reports = append(reports, inside)
 		}
-		for i := range d.missed {
-			d.missed[i].Reason += "; " + why
-			o.Progress(d.missed[i].System + ": " + d.missed[i].Reason)
+		for i := range d.unsupported {
+			d.unsupported[i].Reason += "; " + why
+			o.Progress(d.unsupported[i].System + ": " + d.unsupported[i].Reason)
 		}
 		err = errors.Join(err, context.Cause(ctx))
 	}
@@ -124,22 +124,22 @@ func (f *compareFlags) compareAll(ctx context.Context, o compare.Options) (*resu
 	if mergeErr != nil {
 		all, err = reports[0], errors.Join(err, mergeErr)
 	}
-	all.LeftOut = append(all.LeftOut, d.missed...)
+	all.LeftOut = append(all.LeftOut, d.unsupported...)
 	all.TookSeconds = time.Since(all.Time).Seconds()
 	return all, err
 }
 
-// of are the options in a virtual machine, in which systems are compared.
-func (v *vmFlags) of(o compare.Options, systems []system.System) compare.Options {
+// options are the options in a virtual machine, in which systems are compared.
+func (v *vmFlags) options(o compare.Options, systems []system.System) compare.Options {
 	o.Systems, o.Services, o.Samples = systems, []int{v.services}, v.samples
 	o.Starts, o.Rounds, o.Duration = min(o.Starts, vmStarts), min(o.Rounds, vmRounds), min(o.Duration, vmDuration)
 	o.StartLimit = max(o.StartLimit, vmStartLimit)
 	return o
 }
 
-// vmRun compares in a virtual machine. It returns nil if there is none or nothing was
+// runInVM compares in a virtual machine. It returns nil if there is none or nothing was
 // measured, and in words what became of it.
-func (f *compareFlags) vmRun(ctx context.Context, o compare.Options) (*result.Report, string) {
+func (f *compareFlags) runInVM(ctx context.Context, o compare.Options) (*result.Report, string) {
 	command := f.vm.command
 	if command == "" {
 		return nil, "without --vm it does not run in a virtual machine"
@@ -181,8 +181,8 @@ func (f *compareFlags) vmRun(ctx context.Context, o compare.Options) (*result.Re
 	if len(f.kubeProxyArgs) > 0 {
 		list("kube-proxy-args", f.kubeProxyArgs...)
 	}
-	if len(f.args) > 0 {
-		list("fairlead-args", f.args...)
+	if len(f.fairleadArgs) > 0 {
+		list("fairlead-args", f.fairleadArgs...)
 	}
 	list("only", f.only...)
 	var rates []string
@@ -193,7 +193,7 @@ func (f *compareFlags) vmRun(ctx context.Context, o compare.Options) (*result.Re
 	args = append(
 		args,
 		fmt.Sprintf("--services=%d", o.Services[0]), fmt.Sprintf("--endpoints=%d", o.Endpoints), fmt.Sprintf("--samples=%d", o.Samples),
-		fmt.Sprintf("--starts=%d", o.Starts), fmt.Sprintf("--rounds=%d", o.Rounds), "--churn-time="+o.Duration.String(), "--settle="+o.Settle.String(),
+		fmt.Sprintf("--starts=%d", o.Starts), fmt.Sprintf("--rounds=%d", o.Rounds), "--churn-time="+o.Duration.String(), "--settle="+o.SettleTime.String(),
 		"--start-limit="+o.StartLimit.String(),
 	)
 	o.Progress(strings.Join(names, ", ") + ": in a virtual machine, emulated, which takes minutes")

@@ -26,7 +26,7 @@ func vmCompare(t *testing.T, fairlead string, args ...string) (r *result.Report,
 		"compare", "--fairlead=" + fairlead, "--kube-proxy=/bin/true", "--only=coldstart,memory", "--starts=1", "--services=20", "--endpoints=1",
 		"--vm-services=10", "--json=" + file,
 	}, args...)
-	cmd := program(t, args...)
+	cmd := programCommand(t, args...)
 	cmd.Env = append(cmd.Env, "PATH="+programs+":"+os.Getenv("PATH"))
 	out, err := cmd.CombinedOutput()
 	if _, ended := errors.AsType[*exec.ExitError](err); err != nil && !ended {
@@ -44,8 +44,8 @@ func vmCompare(t *testing.T, fairlead string, args ...string) (r *result.Report,
 	return r, code, said
 }
 
-// found returns the systems and environments that the memory was measured of.
-func found(r *result.Report) string {
+// measuredSystems returns the systems and environments that the memory was measured of.
+func measuredSystems(r *result.Report) string {
 	var list []string
 	for _, m := range r.Measurements {
 		if m.Measure == result.Memory {
@@ -56,8 +56,8 @@ func found(r *result.Report) string {
 	return strings.Join(list, ", ")
 }
 
-// reason returns why the system is left out of an environment.
-func reason(r *result.Report, system, environment string) string {
+// leftOutReason returns why the system is left out of an environment.
+func leftOutReason(r *result.Report, system, environment string) string {
 	for _, l := range r.LeftOut {
 		if l.System == system && strings.HasPrefix(l.Environment, environment) {
 			return l.Reason
@@ -66,17 +66,17 @@ func reason(r *result.Report, system, environment string) string {
 	return ""
 }
 
-// host is a virtual machine that is none: what stands behind its flags runs here.
-const host = `f() { while [ "${1#-}" != "$1" ]; do shift; done; "$@"; }; f`
+// fakeVM is a virtual machine that is none: what stands behind its flags runs here.
+const fakeVM = `f() { while [ "${1#-}" != "$1" ]; do shift; done; "$@"; }; f`
 
 // What this kernel cannot run goes to the virtual machine, with those that others are
 // compared with, and the results are one.
 func TestCompareInVM(t *testing.T) {
-	r, code, said := vmCompare(t, buildFairlead(t), "--systems=nft,kube-proxy-iptables", "--vm="+host)
+	r, code, said := vmCompare(t, buildFairlead(t), "--systems=nft,kube-proxy-iptables", "--vm="+fakeVM)
 	if code != 0 || r == nil {
 		t.Fatalf("exit code %d: %s", code, said)
 	}
-	if got, want := found(r), "native nft, vm nft"; got != want {
+	if got, want := measuredSystems(r), "native nft, vm nft"; got != want {
 		t.Errorf("measured are %q, want %q", got, want)
 	}
 	if len(r.Systems) == 0 || r.Systems[0].Version != fairleadVersion {
@@ -88,10 +88,10 @@ func TestCompareInVM(t *testing.T) {
 		}
 	}
 	// Here the virtual machine's kernel cannot run it either.
-	if got := reason(r, "kube-proxy-iptables", "vm-"); !strings.Contains(got, "no table nat") {
+	if got := leftOutReason(r, "kube-proxy-iptables", "vm-"); !strings.Contains(got, "no table nat") {
 		t.Errorf("it is left out of the virtual machine for the reason %q", got)
 	}
-	if got := reason(r, "kube-proxy-iptables", result.Native); !strings.Contains(got, "no table nat; it was measured in the virtual machine vm-") {
+	if got := leftOutReason(r, "kube-proxy-iptables", result.Native); !strings.Contains(got, "no table nat; it was measured in the virtual machine vm-") {
 		t.Errorf("it is left out for the reason %q", got)
 	}
 	if !strings.Contains(said, "vm: nft: the last Service answers after") {
@@ -100,7 +100,7 @@ func TestCompareInVM(t *testing.T) {
 }
 
 // What is wrong is told before anything is measured.
-func TestCompareVMMistakes(t *testing.T) {
+func TestCompareInVMInvalidFlags(t *testing.T) {
 	r, code, said := vmCompare(t, buildFairlead(t), "--systems=nft,kube-proxy-iptables", "--vm-services=1")
 	if code != 1 || r != nil || !strings.Contains(said, "in the virtual machine: 1 Services are too few") {
 		t.Errorf("exit code %d, report %+v: %s", code, r, said)
@@ -118,10 +118,10 @@ func TestCompareWithoutVM(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			r, code, said := vmCompare(t, fairlead, "--systems=nft,kube-proxy-iptables", "--vm="+test.vm)
-			if code != 0 || r == nil || found(r) != "native nft" {
+			if code != 0 || r == nil || measuredSystems(r) != "native nft" {
 				t.Fatalf("exit code %d, %+v: %s", code, r, said)
 			}
-			if got := reason(r, "kube-proxy-iptables", result.Native); !strings.Contains(got, test.want) {
+			if got := leftOutReason(r, "kube-proxy-iptables", result.Native); !strings.Contains(got, test.want) {
 				t.Errorf("it is left out for the reason %q, want %q", got, test.want)
 			}
 		})

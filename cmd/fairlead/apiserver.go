@@ -13,8 +13,8 @@ import (
 	"fairlead.io/fairlead/source/apiserver"
 )
 
-// readServedLimit bounds the time that the start takes to read what is programmed.
-const readServedLimit = 10 * time.Second
+// readServedTimeout bounds the time that the start takes to read what is programmed.
+const readServedTimeout = 10 * time.Second
 
 // servedServices returns what an earlier run of the program has left in the kernel: the
 // names of the Services with endpoints. Without an answer there are none.
@@ -23,7 +23,7 @@ func servedServices(b backend.Backend, log *slog.Logger) func() map[types.Namesp
 		return nil
 	}
 	return func() map[types.NamespacedName]struct{} {
-		ctx, cancel := context.WithTimeout(context.Background(), readServedLimit)
+		ctx, cancel := context.WithTimeout(context.Background(), readServedTimeout)
 		defer cancel()
 		texts, err := b.ServedServices(ctx)
 		if err != nil {
@@ -41,13 +41,13 @@ func servedServices(b backend.Backend, log *slog.Logger) func() map[types.Namesp
 	}
 }
 
-// apiLists returns a function that returns how the lists of the API server are followed.
-func apiLists(api *apiserver.Source) func() []metrics.APIList {
-	return func() []metrics.APIList {
+// apiResources returns a function that returns how the lists of the API server are followed.
+func apiResources(api *apiserver.Source) func() []metrics.APIResource {
+	return func() []metrics.APIResource {
 		stats := api.Stats()
-		lists := make([]metrics.APIList, 0, len(stats))
+		lists := make([]metrics.APIResource, 0, len(stats))
 		for _, l := range stats {
-			list := metrics.APIList{Resource: l.Resource, Synced: l.Synced, HeldRemovals: l.HeldRemovals, Recoveries: l.Recoveries}
+			list := metrics.APIResource{Resource: l.Resource, Synced: l.Synced, HeldRemovals: l.HeldRemovals, Recoveries: l.Recoveries}
 			for failure, count := range l.Failures {
 				list.Failures = append(list.Failures, metrics.APIFailures{Verb: failure.Verb, Code: failure.Code, Count: count})
 			}

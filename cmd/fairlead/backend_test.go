@@ -9,27 +9,27 @@ import (
 	"fairlead.io/fairlead/ipvs"
 )
 
-// leftByIPVS is what an ended program of the mode ipvs leaves in nftables, as far as
+// createIPVSTables is what an ended program of the mode ipvs leaves in nftables, as far as
 // its name goes.
-const leftByIPVS = "add table ip " + ipvs.TableName + "; add table ip6 " + ipvs.TableName
+const createIPVSTables = "add table ip " + ipvs.TableName + "; add table ip6 " + ipvs.TableName
 
 // The mode nft removes the other's tables once it has programmed its own, and
 // `fairlead cleanup` removes both, on a kernel without IPVS as well.
-func TestTakeOverByNFT(t *testing.T) {
+func TestNFTRemovesIPVSTables(t *testing.T) {
 	t.Parallel()
-	n := newNode(t, "a")
-	n.nft(leftByIPVS)
-	n.put("backend.yaml", serviceYAML("backend", 10, 80))
-	n.putPods("backend", "a")
+	n := newTestNode(t, "a")
+	n.nft(createIPVSTables)
+	n.writeFile("backend.yaml", serviceYAML("backend", 10, 80))
+	n.writePods("backend", "a")
 	n.run()
-	n.program.await(func(r record) bool { return r.Msg == "nothing that another mode has programmed is left" })
+	n.program.awaitLog(func(r record) bool { return r.Msg == "nothing that another mode has programmed is left" })
 	if listing := n.nft("list", "tables"); strings.Contains(listing, ipvs.TableName) || !strings.Contains(listing, "table ip fairlead\n") {
 		t.Errorf("the tables are:\n%s", listing)
 	}
-	n.awaitAnswers(vips(10, 80), "a")
+	n.awaitAnswers(serviceAddrs(10, 80), "a")
 	n.stop()
-	n.nft(leftByIPVS)
-	if code, stderr := n.once(nil, "cleanup"); code != 0 || stderr != "" {
+	n.nft(createIPVSTables)
+	if code, stderr := n.runOnce(nil, "cleanup"); code != 0 || stderr != "" {
 		t.Errorf("cleanup: exit code %d, output %q, want 0 and nothing", code, stderr)
 	}
 	if listing := n.nft("list", "ruleset"); listing != "" {
@@ -41,9 +41,9 @@ func TestTakeOverByNFT(t *testing.T) {
 // kernel lacks.
 func TestModeIPVS(t *testing.T) {
 	t.Parallel()
-	n := newNode(t, "a")
-	n.put("backend.yaml", serviceYAML("backend", 10, 80))
-	n.putPods("backend", "a")
+	n := newTestNode(t, "a")
+	n.writeFile("backend.yaml", serviceYAML("backend", 10, 80))
+	n.writePods("backend", "a")
 	args := append(n.runArgs(), "--mode=ipvs")
 	n.program = n.start(nil, args...)
 	has := false
@@ -60,7 +60,7 @@ func TestModeIPVS(t *testing.T) {
 		return nil
 	})
 	if has {
-		n.awaitAnswers(vips(10, 80), "a")
+		n.awaitAnswers(serviceAddrs(10, 80), "a")
 		n.awaitGet(n.Node, "127.0.0.1:10249", "/proxyMode", 200, "ipvs")
 		n.stop()
 		return
@@ -74,7 +74,7 @@ func TestModeIPVS(t *testing.T) {
 		}
 	}
 	lacks(n.program.wait(), n.program.log.String())
-	lacks(n.once(nil, append(args, "--init-only")...))
+	lacks(n.runOnce(nil, append(args, "--init-only")...))
 	if listing := n.nft("list", "ruleset"); listing != "" {
 		t.Errorf("the ruleset has:\n%s", listing)
 	}
@@ -83,11 +83,11 @@ func TestModeIPVS(t *testing.T) {
 // An annotation that the mode can't follow is told of, and the Service is served.
 func TestSchedulerWithoutIPVS(t *testing.T) {
 	t.Parallel()
-	n := newNode(t, "a")
-	n.put("backend.yaml", strings.Replace(serviceYAML("backend", 10, 80), "name: backend\n",
+	n := newTestNode(t, "a")
+	n.writeFile("backend.yaml", strings.Replace(serviceYAML("backend", 10, 80), "name: backend\n",
 		"name: backend\n  annotations: {fairlead.io/ipvs-scheduler: lc}\n", 1))
-	n.putPods("backend", "a")
+	n.writePods("backend", "a")
 	n.run()
-	n.program.await(func(r record) bool { return r.Msg == "Service can't be carried out as written" && r.Level == "WARN" })
-	n.awaitAnswers(vips(10, 80), "a")
+	n.program.awaitLog(func(r record) bool { return r.Msg == "Service can't be carried out as written" && r.Level == "WARN" })
+	n.awaitAnswers(serviceAddrs(10, 80), "a")
 }

@@ -30,7 +30,7 @@ stopped first.`,
 				return err
 			}
 			if !force {
-				lock, err := alone(cmd.Context())
+				lock, err := lockInstance(cmd.Context())
 				if err != nil {
 					return err
 				}
@@ -52,19 +52,19 @@ stopped first.`,
 	return cmd
 }
 
-// errRuns is about an instance that runs.
-var errRuns = errors.New("stop it first, or it puts everything back; --force removes everything all the same, but for tables that the other one owns (--nft-own-table)")
+// errRunning is about an instance that runs.
+var errRunning = errors.New("stop it first, or it puts everything back; --force removes everything all the same, but for tables that the other one owns (--nft-own-table)")
 
-// alone returns a lock that keeps other instances from starting to write, or an
+// lockInstance returns a lock that keeps other instances from starting to write, or an
 // error if one runs that would.
-func alone(ctx context.Context) (*instance.Lock, error) {
+func lockInstance(ctx context.Context) (*instance.Lock, error) {
 	lock, err := instance.TryAcquire(instance.Options{Description: "fairlead cleanup"}) //nolint:contextcheck // a Lock outlives ctx
 	if err == nil {
 		return lock, nil
 	}
-	holder, err := instance.Find(ctx)
+	holder, err := instance.FindHolder(ctx)
 	if err != nil || holder == nil { // none of ours, or it has just ended
 		return nil, nil //nolint:nilerr // cleanup goes on without the lock
 	}
-	return nil, fmt.Errorf("another Fairlead programs this node (%s): %w", holder, errRuns)
+	return nil, fmt.Errorf("another Fairlead programs this node (%s): %w", holder, errRunning)
 }

@@ -12,7 +12,7 @@ import (
 // A Service whose cluster IP belongs to the node, or to its loopback device, takes
 // nothing from the node: other ports of the address go on answering, and an operator
 // is told.
-func TestClusterIPOfThisNode(t *testing.T) {
+func TestClusterIPOnThisNode(t *testing.T) {
 	t.Parallel()
 	for name, addr := range map[string]netip.Addr{
 		"the node's own address": netip.MustParseAddr("192.0.2.1"),
@@ -20,10 +20,10 @@ func TestClusterIPOfThisNode(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			n := newNode(t, "a")
+			n := newTestNode(t, "a")
 			const port = 7070
 			n.Node.ServeAtT(t, nettest.TCP, []netip.Addr{addr}, port)
-			n.put("bad.yaml", fmt.Sprintf(`apiVersion: v1
+			n.writeFile("bad.yaml", fmt.Sprintf(`apiVersion: v1
 kind: Service
 metadata: {name: bad}
 spec:
@@ -31,10 +31,10 @@ spec:
   selector: {app: backend}
   ports: [{port: 80, targetPort: %d}]
 `, addr, podPort))
-			n.put("backend.yaml", serviceYAML("backend", 10, 80))
-			n.putPods("backend", "a")
+			n.writeFile("backend.yaml", serviceYAML("backend", 10, 80))
+			n.writePods("backend", "a")
 			n.run()
-			n.awaitAnswers(vips(10, 80), "a")
+			n.awaitAnswers(serviceAddrs(10, 80), "a")
 			eventually(t, func() error {
 				for line := range strings.Lines(n.program.log.String()) {
 					if strings.Contains(line, "bad") && strings.Contains(line, "spec.clusterIP") && strings.Contains(line, addr.String()) {

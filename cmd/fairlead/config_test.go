@@ -12,8 +12,8 @@ import (
 
 const configHeader = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n"
 
-// configPath writes a configuration file.
-func configPath(t *testing.T, text string) string {
+// writeConfigFile writes a configuration file.
+func writeConfigFile(t *testing.T, text string) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "config.conf")
 	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
@@ -35,9 +35,9 @@ func kubeadmConfig(t *testing.T) string {
 // A changed file changes the running program; a broken one does not.
 func TestConfigReload(t *testing.T) {
 	t.Parallel()
-	n := newNode(t, "a")
-	n.put("backend.yaml", serviceYAML("backend", 10, 80))
-	n.putPods("backend", "a")
+	n := newTestNode(t, "a")
+	n.writeFile("backend.yaml", serviceYAML("backend", 10, 80))
+	n.writePods("backend", "a")
 	path := filepath.Join(t.TempDir(), "config.conf")
 	write := func(text string) {
 		t.Helper()
@@ -52,32 +52,32 @@ func TestConfigReload(t *testing.T) {
 	const others = "clusterCIDR: 203.0.113.0/24,2001:db8:99::/64\n"
 	write(others)
 	n.program = n.start(nil, "run", "--manifests="+n.folder, "--config="+path, "--log-format=json")
-	n.awaitAnswers(vips(10, 80), "a")
+	n.awaitAnswers(serviceAddrs(10, 80), "a")
 	// seen waits until the pod sees the client with this address.
 	seen := func(want netip.Addr) {
 		t.Helper()
 		eventually(t, func() error {
-			answer, err := connect(t.Context(), n.client, "tcp", vips(10, 80)[0])
+			answer, err := connect(t.Context(), n.client, "tcp", serviceAddrs(10, 80)[0])
 			if err == nil && answer.Source.Addr() != want {
 				err = fmt.Errorf("the pod saw %s, want %s", answer.Source.Addr(), want)
 			}
 			return err
 		})
 	}
-	stop := n.keepConnecting(vips(10, 80))
+	stop := n.keepConnecting(serviceAddrs(10, 80))
 	seen(n.Node.IPv4)
 	write(pods)
 	seen(n.client.IPv4)
 
 	write("clusterCIDR: here\n")
-	n.program.await(func(r record) bool {
+	n.program.awaitLog(func(r record) bool {
 		return r.Level == "ERROR" && strings.Contains(r.Error, `clusterCIDR: "here" is not a network`)
 	})
 	n.awaitGet(n.Node, "127.0.0.1:10249", "/metrics", http.StatusOK, "fairlead_config_valid 0\n")
 	seen(n.client.IPv4)
 
 	write(others + "metricsBindAddress: 127.0.0.1:9999\n")
-	n.program.await(func(r record) bool { return r.Level == "WARN" && r.What == "the address of /metrics" })
+	n.program.awaitLog(func(r record) bool { return r.Level == "WARN" && r.What == "the address of /metrics" })
 	seen(n.Node.IPv4)
 	n.awaitGet(n.Node, "127.0.0.1:10249", "/metrics", http.StatusOK, "fairlead_config_valid 1\n")
 	n.awaitGet(n.Node, "127.0.0.1:10249", "/metrics", http.StatusOK, `fairlead_config_reloads_total{result="success"} 2`)
@@ -87,7 +87,7 @@ func TestConfigReload(t *testing.T) {
 
 // Who is told that the API server can't be reached as configured learns where to
 // write it, which with a file is no flag.
-func TestWrongKubeconfig(t *testing.T) {
+func TestInvalidKubeconfig(t *testing.T) {
 	t.Parallel()
 	good := filepath.Join(t.TempDir(), "kubeconfig")
 	text := "{apiVersion: v1, kind: Config, current-context: c, contexts: [{name: c, context: {cluster: c}}], clusters: [{name: c, cluster: {server: https://192.0.2.1}}]}"
@@ -118,7 +118,7 @@ func TestWrongKubeconfig(t *testing.T) {
 			t.Parallel()
 			args := append([]string{"run", "--hostname-override=node"}, test.args...)
 			if test.file != "" {
-				args = append(args, "--config="+configPath(t, test.file))
+				args = append(args, "--config="+writeConfigFile(t, test.file))
 			}
 			code, _, stderr := invoke(t, args...)
 			if lines := strings.Split(strings.TrimSpace(stderr), "\n"); code != 1 || !strings.HasPrefix(lines[len(lines)-1], "fairlead: "+test.want) {

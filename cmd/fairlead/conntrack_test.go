@@ -9,14 +9,14 @@ import (
 
 // The program forgets flows of UDP to an endpoint that has left, so that they go on to
 // another.
-func TestProgramForgetsFlows(t *testing.T) {
+func TestStaleUDPFlows(t *testing.T) {
 	t.Parallel()
-	n := newNode(t, "a", "b")
-	n.put("backend.yaml", serviceYAML("backend", 10, 80))
-	n.putPods("backend", "a")
+	n := newTestNode(t, "a", "b")
+	n.writeFile("backend.yaml", serviceYAML("backend", 10, 80))
+	n.writePods("backend", "a")
 	n.run()
 	var conns []*nettest.Conn
-	for _, addr := range vips(10, 80) {
+	for _, addr := range serviceAddrs(10, 80) {
 		conn, err := n.client.Open(t.Context(), nettest.UDP, addr)
 		if err != nil {
 			t.Fatal(err)
@@ -27,8 +27,8 @@ func TestProgramForgetsFlows(t *testing.T) {
 		}
 		conns = append(conns, conn)
 	}
-	n.putPods("backend", "b")
-	n.drop("pod-a.yaml")
+	n.writePods("backend", "b")
+	n.removeFile("pod-a.yaml")
 	for _, conn := range conns {
 		eventually(t, func() error {
 			answer, err := conn.Ask(t.Context())

@@ -11,9 +11,9 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// awaitCounted waits until the metrics have so many packets of a label, for each
+// awaitPacketCount waits until the metrics have so many packets of a label, for each
 // family.
-func (n *node) awaitCounted(metric, label, value string, want int) {
+func (n *testNode) awaitPacketCount(metric, label, value string, want int) {
 	n.t.Helper()
 	for _, family := range []string{"IPv4", "IPv6"} {
 		n.awaitGet(n.Node, "127.0.0.1:10249", "/metrics", http.StatusOK,
@@ -21,11 +21,11 @@ func (n *node) awaitCounted(metric, label, value string, want int) {
 	}
 }
 
-// connectInVain sends a packet to each of the addresses.
-func (n *node) connectInVain(from *nettest.Host, addrs []netip.AddrPort) {
+// expectNoAnswer sends a packet to each of the addresses.
+func (n *testNode) expectNoAnswer(from *nettest.Host, addrs []netip.AddrPort) {
 	n.t.Helper()
 	for _, addr := range addrs {
-		ctx, cancel := context.WithTimeout(n.t.Context(), attempt/5)
+		ctx, cancel := context.WithTimeout(n.t.Context(), connectTimeout/5)
 		if answer, err := from.Connect(ctx, nettest.UDP, addr); err == nil {
 			n.t.Errorf("%s answered: %+v", addr, answer)
 		}
@@ -34,11 +34,11 @@ func (n *node) connectInVain(from *nettest.Host, addrs []netip.AddrPort) {
 }
 
 // What is not served shows in the metrics, by its reason, also after a restart.
-func TestUnservedPackets(t *testing.T) {
+func TestRefusedPackets(t *testing.T) {
 	t.Parallel()
-	n := newNode(t)
-	n.put("empty.yaml", serviceYAML("empty", 1, 80))
-	n.put("node-port.yaml", `apiVersion: v1
+	n := newTestNode(t)
+	n.writeFile("empty.yaml", serviceYAML("empty", 1, 80))
+	n.writeFile("node-port.yaml", `apiVersion: v1
 kind: Service
 metadata: {name: node-port}
 spec:
@@ -48,15 +48,15 @@ spec:
 `)
 	n.run()
 	const metric = "fairlead_unserved_packets_total"
-	n.awaitCounted(metric, "reason", "rejected-no-endpoints", 0)
-	n.connectInVain(n.client, vips(1, 80))
-	n.connectInVain(n.Node, localhost(30080))
+	n.awaitPacketCount(metric, "reason", "rejected-no-endpoints", 0)
+	n.expectNoAnswer(n.client, serviceAddrs(1, 80))
+	n.expectNoAnswer(n.Node, loopbackAddrs(30080))
 	check := func() {
 		t.Helper()
-		n.awaitCounted(metric, "reason", "rejected-no-endpoints", 1)
-		n.awaitCounted(metric, "reason", "rejected-localhost-udp", 1)
-		n.awaitCounted(metric, "reason", "dropped-no-service", 0)
-		n.awaitCounted("kubeproxy_nftables_localhost_nodeport_rejected_packets_total", "protocol", "UDP", 1)
+		n.awaitPacketCount(metric, "reason", "rejected-no-endpoints", 1)
+		n.awaitPacketCount(metric, "reason", "rejected-localhost-udp", 1)
+		n.awaitPacketCount(metric, "reason", "dropped-no-service", 0)
+		n.awaitPacketCount("kubeproxy_nftables_localhost_nodeport_rejected_packets_total", "protocol", "UDP", 1)
 	}
 	check()
 	n.stop()

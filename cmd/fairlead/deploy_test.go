@@ -21,8 +21,8 @@ import (
 	"fairlead.io/fairlead/internal/config"
 )
 
-// manifestOf reads a file of deploy.
-func manifestOf[T any](t *testing.T, file string) T {
+// readManifest reads a file of deploy.
+func readManifest[T any](t *testing.T, file string) T {
 	t.Helper()
 	data, err := os.ReadFile(filepath.Join("..", "..", "deploy", file))
 	if err != nil {
@@ -39,10 +39,10 @@ func manifestOf[T any](t *testing.T, file string) T {
 // kubeadm's kube-proxy says it is, which may be taken as it is.
 func TestDeploy(t *testing.T) {
 	t.Parallel()
-	configMap := manifestOf[struct {
+	configMap := readManifest[struct {
 		Data map[string]string `yaml:"data"`
 	}](t, "config.yaml")
-	set := manifestOf[struct {
+	set := readManifest[struct {
 		Spec struct {
 			Template struct {
 				Spec struct {
@@ -79,15 +79,15 @@ func TestDeploy(t *testing.T) {
 		if path.Clean(dir) != mounted || configMap.Data[kubeconfig] == "" {
 			t.Errorf("%s: the kubeconfig is at %s, and the ConfigMap, whose files are %v, at %s", name, c.API.Kubeconfig, configMap.Data, mounted)
 		}
-		if len(c.Notes) > 0 {
-			t.Errorf("%s: notes %v", name, c.Notes)
+		if len(c.Warnings) > 0 {
+			t.Errorf("%s: notes %v", name, c.Warnings)
 		}
 	}
 }
 
-// daemonSetOf makes a DaemonSet of a manifest in JSON, whose every field it must
+// decodeDaemonSet makes a DaemonSet of a manifest in JSON, whose every field it must
 // have.
-func daemonSetOf(t *testing.T, text []byte) appsv1.DaemonSet {
+func decodeDaemonSet(t *testing.T, text []byte) appsv1.DaemonSet {
 	t.Helper()
 	var set appsv1.DaemonSet
 	strict, err := kubejson.UnmarshalStrict(text, &set)
@@ -102,7 +102,7 @@ func daemonSetOf(t *testing.T, text []byte) appsv1.DaemonSet {
 // those that it has in the other mode.
 func TestDeployIPVS(t *testing.T) {
 	t.Parallel()
-	component := manifestOf[struct {
+	component := readManifest[struct {
 		Kind    string
 		Patches []struct{ Path string }
 	}](t, "ipvs/kustomization.yaml")
@@ -112,7 +112,7 @@ func TestDeployIPVS(t *testing.T) {
 	var texts [2][]byte
 	for i, file := range []string{"daemonset.yaml", "ipvs/daemonset.yaml"} {
 		var err error
-		if texts[i], err = json.Marshal(manifestOf[map[string]any](t, file)); err != nil {
+		if texts[i], err = json.Marshal(readManifest[map[string]any](t, file)); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -120,7 +120,7 @@ func TestDeployIPVS(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	base, set := daemonSetOf(t, texts[0]), daemonSetOf(t, patched)
+	base, set := decodeDaemonSet(t, texts[0]), decodeDaemonSet(t, patched)
 	spec := &set.Spec.Template.Spec
 	if len(spec.Containers) != 1 || len(spec.InitContainers) != 1 {
 		t.Fatalf("%d containers and %d init containers, want one of each", len(spec.Containers), len(spec.InitContainers))
@@ -153,9 +153,9 @@ func TestDeployIPVS(t *testing.T) {
 	}
 	// The files that the DaemonSet is run with leave the mode to the flag, or agree.
 	for name, text := range map[string]string{"kubeadm's": kubeadmConfig(t), "kubeadm's of the mode ipvs": configHeader + "mode: ipvs\n"} {
-		c, _, err := config.Load(config.Flags{"config": configPath(t, text), "hostname-override": "node", "mode": "ipvs"})
-		if err != nil || c.Mode != backend.IPVS || len(c.Notes) > 0 {
-			t.Errorf("%s: mode %s, notes %v, error %v", name, c.Mode, c.Notes, err)
+		c, _, err := config.Load(config.Flags{"config": writeConfigFile(t, text), "hostname-override": "node", "mode": "ipvs"})
+		if err != nil || c.Mode != backend.IPVS || len(c.Warnings) > 0 {
+			t.Errorf("%s: mode %s, notes %v, error %v", name, c.Mode, c.Warnings, err)
 		}
 	}
 }

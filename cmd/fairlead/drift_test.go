@@ -31,14 +31,14 @@ func TestDrift(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
-			n := newNode(t, "a", "b", "elsewhere")
-			n.put("backend.yaml", serviceYAML("backend", 10, 80))
-			n.put("empty.yaml", serviceYAML("empty", 12, 80))
-			n.putPods("backend", "a", "b")
+			n := newTestNode(t, "a", "b", "elsewhere")
+			n.writeFile("backend.yaml", serviceYAML("backend", 10, 80))
+			n.writeFile("empty.yaml", serviceYAML("empty", 12, 80))
+			n.writePods("backend", "a", "b")
 			n.run()
-			backend, empty := vips(10, 80), vips(12, 80)
+			backend, empty := serviceAddrs(10, 80), serviceAddrs(12, 80)
 			n.awaitAnswers(backend, "a", "b")
-			established := n.open(backend)
+			established := n.openConns(backend)
 			want := n.ruleset()
 			set, key, data := n.endpointElement("10.96.0.10", "a")
 			commands := strings.NewReplacer("$SET", set, "$KEY", key, "$DATA", data,
@@ -60,30 +60,30 @@ func TestDrift(t *testing.T) {
 				// The packets' view of it.
 				n.awaitAnswers(backend, "a", "b")
 				n.awaitRefused(empty)
-				established.check(t)
+				established.checkOpen(t)
 			}
 
 			// And what is wanted afterwards still arrives.
-			n.drop("pod-a.yaml")
+			n.removeFile("pod-a.yaml")
 			n.awaitAnswers(backend, "b")
 		})
 	}
 }
 
 // Other programs' changes are none of ours.
-func TestForeignTables(t *testing.T) {
+func TestOtherTables(t *testing.T) {
 	t.Parallel()
-	n := newNode(t, "a")
-	n.put("backend.yaml", serviceYAML("backend", 10, 80))
-	n.putPods("backend", "a")
+	n := newTestNode(t, "a")
+	n.writeFile("backend.yaml", serviceYAML("backend", 10, 80))
+	n.writePods("backend", "a")
 	n.run()
-	n.awaitAnswers(vips(10, 80), "a")
-	n.nft(foreignTables)
+	n.awaitAnswers(serviceAddrs(10, 80), "a")
+	n.nft(otherTables)
 	before := len(n.program.log.records())
 	n.nft("add rule ip foreign in counter accept; flush chain inet fairlead prerouting; delete table ip6 foreign")
 	// Something of ours after it shows that the announcement was seen.
-	n.put("pod-a.yaml", n.podYAML("backend", "a", false))
-	n.awaitRefused(vips(10, 80))
+	n.writeFile("pod-a.yaml", n.podYAML("backend", "a", false))
+	n.awaitRefused(serviceAddrs(10, 80))
 	if got := n.program.log.records()[before:]; len(got) != 0 {
 		t.Errorf("logged: %+v", got)
 	}
@@ -91,7 +91,7 @@ func TestForeignTables(t *testing.T) {
 
 // endpointElement finds the element that leads connections to TCP port 80 of
 // the Service's address to the pod, as nft prints it.
-func (n *node) endpointElement(service, pod string) (set, key, data string) {
+func (n *testNode) endpointElement(service, pod string) (set, key, data string) {
 	n.t.Helper()
 	element := regexp.MustCompile(`(` + regexp.QuoteMeta(service) + ` \. tcp \. 80 \. \S+) .*?: (` + regexp.QuoteMeta(n.pods[pod].IPv4.String()) + ` \. \d+)`)
 	for line := range strings.Lines(n.nft("list", "table", "ip", "fairlead")) {
@@ -108,8 +108,8 @@ func (n *node) endpointElement(service, pod string) (set, key, data string) {
 	return "", "", ""
 }
 
-// foreignTables are somebody else's, made with nft.
-const foreignTables = `
+// otherTables are somebody else's, made with nft.
+const otherTables = `
 	add table ip foreign
 	add chain ip foreign in { type filter hook input priority 0; policy accept; }
 	add set ip foreign services { type ipv4_addr; elements = { 10.96.0.10 }; }

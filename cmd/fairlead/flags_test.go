@@ -23,7 +23,7 @@ func invoke(t *testing.T, args ...string) (code int, stdout, stderr string) {
 // ignoreClientLogger leaves client-go's logger alone, which all tests share.
 func ignoreClientLogger(*slog.Logger) {}
 
-func TestWrongUse(t *testing.T) {
+func TestInvalidUsage(t *testing.T) {
 	t.Parallel()
 	// A folder that does not exist shows how far the program came.
 	const folder = "--manifests=/does/not/exist"

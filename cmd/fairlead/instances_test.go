@@ -10,16 +10,16 @@ import (
 	"time"
 )
 
-// standBy starts a second instance on the node and waits until it knows of the first.
-func (n *node) standBy(args ...string) *process {
+// startStandby starts a second instance on the node and waits until it knows of the first.
+func (n *testNode) startStandby(args ...string) *process {
 	n.t.Helper()
 	p := n.start(nil, append(n.runArgs(), args...)...)
-	p.await(func(r record) bool { return strings.HasPrefix(r.Msg, "another Fairlead programs this node") })
+	p.awaitLog(func(r record) bool { return strings.HasPrefix(r.Msg, "another Fairlead programs this node") })
 	return p
 }
 
 // awaitMetric waits until the instance that has the metrics' address says so.
-func (n *node) awaitMetric(address, line string) {
+func (n *testNode) awaitMetric(address, line string) {
 	n.t.Helper()
 	n.awaitGet(n.Node, address, "/metrics", http.StatusOK, "\n"+line+"\n")
 }
@@ -38,15 +38,15 @@ func TestStandby(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			n := newNode(t, "a", "b")
-			n.put("backend.yaml", serviceYAML("backend", 10, 80))
-			n.putPods("backend", "a")
+			n := newTestNode(t, "a", "b")
+			n.writeFile("backend.yaml", serviceYAML("backend", 10, 80))
+			n.writePods("backend", "a")
 			n.run()
-			n.awaitAnswers(vips(10, 80), "a")
-			established := n.open(vips(10, 80))
-			stop := n.keepConnecting(vips(10, 80))
+			n.awaitAnswers(serviceAddrs(10, 80), "a")
+			established := n.openConns(serviceAddrs(10, 80))
+			stop := n.keepConnecting(serviceAddrs(10, 80))
 			generation := n.generation()
-			first, second := n.program, n.standBy(test.args...)
+			first, second := n.program, n.startStandby(test.args...)
 			n.awaitMetric("127.0.0.1:10249", "fairlead_standby 0")
 			n.awaitMetric("127.0.0.1:10249", "fairlead_waiting_instances 1")
 			metrics := "127.0.0.1:10249"
@@ -60,22 +60,22 @@ func TestStandby(t *testing.T) {
 			}
 
 			// The first follows the files and the second does too, without programming.
-			n.putPods("backend", "b")
-			n.awaitAnswers(vips(10, 80), "a", "b")
+			n.writePods("backend", "b")
+			n.awaitAnswers(serviceAddrs(10, 80), "a", "b")
 			if err := first.cmd.Process.Signal(syscall.SIGSTOP); err != nil {
 				t.Fatal(err)
 			}
-			n.drop("pod-a.yaml")
+			n.removeFile("pod-a.yaml")
 			time.Sleep(100 * time.Millisecond)
 			began := time.Now()
 			if err := errors.Join(first.cmd.Process.Signal(test.signal), first.cmd.Process.Signal(syscall.SIGCONT)); err != nil {
 				t.Fatal(err)
 			}
-			n.awaitAnswers(vips(10, 80), "b")
+			n.awaitAnswers(serviceAddrs(10, 80), "b")
 			t.Logf("the second instance's change was programmed and seen %s after the first one's signal", time.Since(began))
 			first.wait()
-			second.await(func(r record) bool { return strings.HasPrefix(r.Msg, "the other Fairlead has ended") })
-			second.await(func(r record) bool { return r.Msg == "committed" && r.Reason == "start" })
+			second.awaitLog(func(r record) bool { return strings.HasPrefix(r.Msg, "the other Fairlead has ended") })
+			second.awaitLog(func(r record) bool { return r.Msg == "committed" && r.Reason == "start" })
 			n.awaitMetric(metrics, "fairlead_standby 0")
 			n.awaitGet(n.Node, "127.0.0.1:10256", "/livez", http.StatusOK, "")
 			eventually(t, func() error {
@@ -83,7 +83,7 @@ func TestStandby(t *testing.T) {
 				return err
 			})
 			stop()
-			established.check(t)
+			established.checkOpen(t)
 			n.program = second
 			n.stop()
 		})
@@ -91,22 +91,22 @@ func TestStandby(t *testing.T) {
 }
 
 // One instance after the other takes over while clients connect.
-func TestManyInstances(t *testing.T) {
+func TestConsecutiveTakeovers(t *testing.T) {
 	t.Parallel()
-	n := newNode(t, "a", "b")
-	n.put("backend.yaml", serviceYAML("backend", 10, 80))
-	n.putPods("backend", "a", "b")
+	n := newTestNode(t, "a", "b")
+	n.writeFile("backend.yaml", serviceYAML("backend", 10, 80))
+	n.writePods("backend", "a", "b")
 	n.run()
-	n.awaitAnswers(vips(10, 80), "a", "b")
-	stop := n.keepConnecting(vips(10, 80))
+	n.awaitAnswers(serviceAddrs(10, 80), "a", "b")
+	stop := n.keepConnecting(serviceAddrs(10, 80))
 	ruleset := n.ruleset()
 	for i := range 6 {
-		next := n.standBy()
+		next := n.startStandby()
 		signal := []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL}[i%2]
 		if err := n.program.cmd.Process.Signal(signal); err != nil {
 			t.Fatal(err)
 		}
-		next.await(func(r record) bool { return r.Msg == "committed" && r.Reason == "start" })
+		next.awaitLog(func(r record) bool { return r.Msg == "committed" && r.Reason == "start" })
 		n.program = next
 	}
 	stop()

@@ -17,12 +17,12 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// halfSent opens connections from a host that send part of a request, and holds
+// openHalfSent opens connections from a host that send part of a request, and holds
 // them until the test ends. The program may close them.
-func (n *node) halfSent(count int, host *nettest.Host, addr netip.AddrPort, part string) {
+func (n *testNode) openHalfSent(count int, host *nettest.Host, addr netip.AddrPort, part string) {
 	n.t.Helper()
 	for range count {
-		ctx, cancel := context.WithTimeout(n.t.Context(), attempt)
+		ctx, cancel := context.WithTimeout(n.t.Context(), connectTimeout)
 		conn, err := host.Dial(ctx, "tcp", addr)
 		cancel()
 		if err != nil {
@@ -34,7 +34,7 @@ func (n *node) halfSent(count int, host *nettest.Host, addr netip.AddrPort, part
 }
 
 // limitFiles sets how many files the running program may have open.
-func (n *node) limitFiles(files uint64) {
+func (n *testNode) limitFiles(files uint64) {
 	n.t.Helper()
 	pid := n.program.cmd.Process.Pid
 	var limit unix.Rlimit
@@ -48,15 +48,15 @@ func (n *node) limitFiles(files uint64) {
 }
 
 // askOverTCP asks the program for the name of the Service backend.
-func (n *node) askOverTCP() error {
-	ctx, cancel := context.WithTimeout(n.t.Context(), patience)
+func (n *testNode) askOverTCP() error {
+	ctx, cancel := context.WithTimeout(n.t.Context(), testTimeout)
 	defer cancel()
 	conn, err := n.client.Dial(ctx, "tcp", n.dnsAddress())
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
-	if err := conn.SetDeadline(time.Now().Add(patience)); err != nil {
+	if err := conn.SetDeadline(time.Now().Add(testTimeout)); err != nil {
 		return err
 	}
 	c := &dns.Conn{Conn: conn}
@@ -76,19 +76,19 @@ func (n *node) askOverTCP() error {
 // included, and at no other server.
 func TestHalfSentRequests(t *testing.T) {
 	t.Parallel()
-	n := newNode(t, "a")
-	n.put("backend.yaml", serviceOfBalancer(32000))
-	n.putPods("backend", "a")
+	n := newTestNode(t, "a")
+	n.writeFile("backend.yaml", loadBalancerYAML(32000))
+	n.writePods("backend", "a")
 	n.run()
 	health, check, metrics := netip.AddrPortFrom(n.Node.IPv4, 10256), netip.AddrPortFrom(n.Node.IPv4, 32000), "127.0.0.1:10249"
 	n.awaitGet(n.Node, metrics, "/metrics", http.StatusOK, "fairlead_server_connections_limit{server=\"healthz\"} 256\n")
 	n.limitFiles(1024)
 	const part = "GET /livez HTTP/1.1\r\nHost:"
-	n.halfSent(2000, n.Outside, health, part)
-	n.halfSent(500, n.Outside, check, part)
-	n.halfSent(500, n.Outside, n.dnsAddress(), "\x00")
-	n.halfSent(500, n.Node, netip.MustParseAddrPort(metrics), part)
-	n.halfSent(500, n.Node, health, part)
+	n.openHalfSent(2000, n.Outside, health, part)
+	n.openHalfSent(500, n.Outside, check, part)
+	n.openHalfSent(500, n.Outside, n.dnsAddress(), "\x00")
+	n.openHalfSent(500, n.Node, netip.MustParseAddrPort(metrics), part)
+	n.openHalfSent(500, n.Node, health, part)
 	for _, from := range []*nettest.Host{n.Outside, n.client, n.Node} {
 		n.awaitGet(from, health.String(), "/livez", http.StatusOK, `"healthy":true`)
 		n.awaitGet(from, check.String(), "/", http.StatusOK, `"localEndpoints": 1`)
@@ -114,7 +114,7 @@ func TestHalfSentRequests(t *testing.T) {
 			t.Errorf("%s has %s connections", server, value)
 		}
 	}
-	n.program.await(func(r record) bool {
+	n.program.awaitLog(func(r record) bool {
 		return r.Level == "WARN" && strings.Contains(r.Msg, "closed to make room") && strings.Contains(r.Reason, "one client")
 	})
 	if got := len(n.program.log.records()); got > 100 {
@@ -124,14 +124,14 @@ func TestHalfSentRequests(t *testing.T) {
 
 // Without file descriptors left, probes are answered, nothing spins, and all is
 // answered again when there are some.
-func TestNoDescriptorsLeft(t *testing.T) {
+func TestFileDescriptorsExhausted(t *testing.T) {
 	t.Parallel()
-	n := newNode(t, "a")
-	n.put("backend.yaml", serviceYAML("backend", 10, 80))
-	n.putPods("backend", "a")
+	n := newTestNode(t, "a")
+	n.writeFile("backend.yaml", serviceYAML("backend", 10, 80))
+	n.writePods("backend", "a")
 	n.run()
 	metrics := netip.MustParseAddrPort("127.0.0.1:10249")
-	n.awaitGet(n.Outside, n.on(n.Node.IPv4, 10256), "/livez", http.StatusOK, "")
+	n.awaitGet(n.Outside, n.hostPort(n.Node.IPv4, 10256), "/livez", http.StatusOK, "")
 	if err := n.askOverTCP(); err != nil {
 		t.Fatal(err)
 	}
@@ -150,7 +150,7 @@ func TestNoDescriptorsLeft(t *testing.T) {
 			}
 		}
 		if free < reserve {
-			n.halfSent(1, n.Node, metrics, "G")
+			n.openHalfSent(1, n.Node, metrics, "G")
 			return fmt.Errorf("descriptor %d is free, and the last of the reserve is %d", free, reserve)
 		}
 		n.limitFiles(uint64(free)) //nolint:gosec // positive
@@ -159,11 +159,11 @@ func TestNoDescriptorsLeft(t *testing.T) {
 	probe := func() {
 		t.Helper()
 		for _, from := range []*nettest.Host{n.Outside, n.client, n.Node} {
-			n.awaitGet(from, n.on(n.Node.IPv4, 10256), "/livez", http.StatusOK, `"healthy":true`)
+			n.awaitGet(from, n.hostPort(n.Node.IPv4, 10256), "/livez", http.StatusOK, `"healthy":true`)
 		}
 	}
 	probe()
-	n.halfSent(20, n.Outside, netip.AddrPortFrom(n.Node.IPv4, 10256), "GET /") // which takes the reserve
+	n.openHalfSent(20, n.Outside, netip.AddrPortFrom(n.Node.IPv4, 10256), "GET /") // which takes the reserve
 	probe()
 	if got, err := n.lookup("ip4", "backend"); err != nil || len(got) != 1 {
 		t.Errorf("DNS over UDP: %v, error %v", got, err)
@@ -190,7 +190,7 @@ func TestNoDescriptorsLeft(t *testing.T) {
 }
 
 // processorTime returns what the program has used so far.
-func (n *node) processorTime() time.Duration {
+func (n *testNode) processorTime() time.Duration {
 	n.t.Helper()
 	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", n.program.cmd.Process.Pid))
 	if err != nil {

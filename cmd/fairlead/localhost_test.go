@@ -12,16 +12,16 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// localhost are the addresses that node ports are served at by a relay.
-func localhost(port uint16) []netip.AddrPort {
+// loopbackAddrs are the addresses that node ports are served at by a relay.
+func loopbackAddrs(port uint16) []netip.AddrPort {
 	return []netip.AddrPort{
 		netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), port),
 		netip.AddrPortFrom(netip.IPv6Loopback(), port),
 	}
 }
 
-// awaitRefusedHere waits until the node's own connections are refused.
-func (n *node) awaitRefusedHere(network string, addr netip.AddrPort) {
+// awaitRefusedFromNode waits until the node's own connections are refused.
+func (n *testNode) awaitRefusedFromNode(network string, addr netip.AddrPort) {
 	n.t.Helper()
 	eventually(n.t, func() error {
 		answer, err := connect(n.t.Context(), n.Node, network, addr)
@@ -37,8 +37,8 @@ func (n *node) awaitRefusedHere(network string, addr netip.AddrPort) {
 // what is programmed.
 func TestLocalhostNodePorts(t *testing.T) {
 	t.Parallel()
-	n := newNode(t, "a", "b")
-	n.put("backend.yaml", `apiVersion: v1
+	n := newTestNode(t, "a", "b")
+	n.writeFile("backend.yaml", `apiVersion: v1
 kind: Service
 metadata: {name: backend}
 spec:
@@ -51,7 +51,7 @@ spec:
     - {name: tcp, port: 80, nodePort: 30080, targetPort: web}
     - {name: udp, port: 80, nodePort: 30080, targetPort: 8080, protocol: UDP}
 `)
-	n.putPods("backend", "a", "b")
+	n.writePods("backend", "a", "b")
 	path := filepath.Join(t.TempDir(), "config.yaml")
 	configure := func(addresses string) {
 		t.Helper()
@@ -62,7 +62,7 @@ spec:
 	configure("all")
 	args := append(n.runArgs(), "--config="+path)
 	n.program = n.start(nil, args...)
-	n.program.await(func(r record) bool { return r.Msg == "committed" && r.Reason == "start" })
+	n.program.awaitLog(func(r record) bool { return r.Msg == "committed" && r.Reason == "start" })
 	listeners := func(v4, v6 int) {
 		t.Helper()
 		for family, want := range map[string]int{"IPv4": v4, "IPv6": v6} {
@@ -73,8 +73,8 @@ spec:
 	refused := func(networks ...string) {
 		t.Helper()
 		for _, network := range networks {
-			for _, addr := range localhost(30080) {
-				n.awaitRefusedHere(network, addr)
+			for _, addr := range loopbackAddrs(30080) {
+				n.awaitRefusedFromNode(network, addr)
 			}
 		}
 	}
@@ -83,27 +83,27 @@ spec:
 
 	configure("localhost")
 	listeners(1, 1)
-	for _, addr := range localhost(30080) {
-		eventually(t, func() error { return answers(t.Context(), n.Node, "tcp", addr, "a", "b") })
+	for _, addr := range loopbackAddrs(30080) {
+		eventually(t, func() error { return checkAnswers(t.Context(), n.Node, "tcp", addr, "a", "b") })
 	}
 	refused("udp")
-	for _, addr := range localhost(32000) {
+	for _, addr := range loopbackAddrs(32000) {
 		n.awaitGet(n.Node, addr.String(), "/", http.StatusOK, `"localEndpoints": 2`)
 	}
-	n.awaitClosed(n.on(n.Node.IPv4, 32000))
+	n.awaitClosed(n.hostPort(n.Node.IPv4, 32000))
 
-	n.drop("pod-a.yaml")
-	eventually(t, func() error { return answers(t.Context(), n.Node, "tcp", localhost(30080)[1], "b") })
-	n.drop("pod-b.yaml")
+	n.removeFile("pod-a.yaml")
+	eventually(t, func() error { return checkAnswers(t.Context(), n.Node, "tcp", loopbackAddrs(30080)[1], "b") })
+	n.removeFile("pod-b.yaml")
 	listeners(0, 0)
 	refused("tcp")
-	n.putPods("backend", "a")
+	n.writePods("backend", "a")
 	listeners(1, 1)
 
 	configure("127.0.0.0/8")
 	listeners(1, 0)
-	eventually(t, func() error { return answers(t.Context(), n.Node, "tcp", localhost(30080)[0], "a") })
-	n.awaitRefusedHere("tcp", localhost(30080)[1])
+	eventually(t, func() error { return checkAnswers(t.Context(), n.Node, "tcp", loopbackAddrs(30080)[0], "a") })
+	n.awaitRefusedFromNode("tcp", loopbackAddrs(30080)[1])
 	n.stop()
 	refused("tcp")
 }

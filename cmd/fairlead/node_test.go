@@ -27,12 +27,12 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// asFairlead makes the test binary be the program, so that the race detector
+// runProgramEnv makes the test binary be the program, so that the race detector
 // and the coverage see it as well.
-const asFairlead = "FAIRLEAD_TEST_BE_THE_PROGRAM"
+const runProgramEnv = "FAIRLEAD_TEST_BE_THE_PROGRAM"
 
 func TestMain(m *testing.M) {
-	if os.Getenv(asFairlead) != "" {
+	if os.Getenv(runProgramEnv) != "" {
 		// The test holds the other end: the program ends with it, however it does.
 		go func() {
 			_, _ = io.Copy(io.Discard, os.Stdin)
@@ -44,10 +44,10 @@ func TestMain(m *testing.M) {
 }
 
 const (
-	// patience bounds what takes milliseconds on a machine that has nothing else to do.
-	patience = 15 * time.Second
-	// attempt bounds a connection that should succeed at once.
-	attempt = 500 * time.Millisecond
+	// testTimeout bounds what takes milliseconds on a machine that has nothing else to do.
+	testTimeout = 15 * time.Second
+	// connectTimeout bounds a connection that should succeed at once.
+	connectTimeout = 500 * time.Millisecond
 
 	podPort = 8080
 )
@@ -56,21 +56,21 @@ const (
 // takes too long.
 func eventually(t *testing.T, check func() error) {
 	t.Helper()
-	deadline := time.Now().Add(patience)
+	deadline := time.Now().Add(testTimeout)
 	for {
 		err := check()
 		if err == nil {
 			return
 		}
 		if time.Now().After(deadline) {
-			t.Fatalf("not within %s: %v", patience, err)
+			t.Fatalf("not within %s: %v", testTimeout, err)
 		}
 		time.Sleep(2 * time.Millisecond)
 	}
 }
 
-// node is a network whose node runs the program with a folder of manifests.
-type node struct {
+// testNode is a network whose node runs the program with a folder of manifests.
+type testNode struct {
 	*nettest.Network
 
 	t       *testing.T
@@ -83,11 +83,11 @@ type node struct {
 	executable string
 }
 
-// newNode makes a node with pods that serve TCP and UDP. Nothing in the folder
+// newTestNode makes a node with pods that serve TCP and UDP. Nothing in the folder
 // mentions them yet.
-func newNode(t *testing.T, pods ...string) *node {
+func newTestNode(t *testing.T, pods ...string) *testNode {
 	t.Helper()
-	n := &node{t: t, Network: nettest.NewT(t, nettest.Options{}), folder: t.TempDir(), pods: map[string]*nettest.Host{}}
+	n := &testNode{t: t, Network: nettest.NewT(t, nettest.Options{}), folder: t.TempDir(), pods: map[string]*nettest.Host{}}
 	n.client = n.PodT(t, "client")
 	for _, name := range pods {
 		pod := n.PodT(t, name)
@@ -99,10 +99,10 @@ func newNode(t *testing.T, pods ...string) *node {
 }
 
 // dnsAddress is where the program answers names.
-func (n *node) dnsAddress() netip.AddrPort { return netip.AddrPortFrom(n.Node.IPv4, 53) }
+func (n *testNode) dnsAddress() netip.AddrPort { return netip.AddrPortFrom(n.Node.IPv4, 53) }
 
 // runArgs are the arguments of `fairlead run` for this node.
-func (n *node) runArgs() []string {
+func (n *testNode) runArgs() []string {
 	return []string{
 		"run", "--mode=nft", "--manifests=" + n.folder, "--service-cidr=10.96.0.0/16,fd00:10:96::/112",
 		"--cluster-cidr=" + n.PodCIDRs[0].String() + "," + n.PodCIDRs[1].String(),
@@ -110,8 +110,8 @@ func (n *node) runArgs() []string {
 	}
 }
 
-// put puts a file into the folder, whole at once.
-func (n *node) put(name, text string) {
+// writeFile puts a file into the folder, whole at once.
+func (n *testNode) writeFile(name, text string) {
 	n.t.Helper()
 	hidden := filepath.Join(n.folder, "."+name)
 	if err := os.WriteFile(hidden, []byte(text), 0o600); err != nil {
@@ -122,23 +122,23 @@ func (n *node) put(name, text string) {
 	}
 }
 
-// drop removes a file from the folder.
-func (n *node) drop(name string) {
+// removeFile removes a file from the folder.
+func (n *testNode) removeFile(name string) {
 	n.t.Helper()
 	if err := os.Remove(filepath.Join(n.folder, name)); err != nil {
 		n.t.Fatal(err)
 	}
 }
 
-// putPods puts a file for each of the pods, ready ones with the label app=APP.
-func (n *node) putPods(app string, names ...string) {
+// writePods puts a file for each of the pods, ready ones with the label app=APP.
+func (n *testNode) writePods(app string, names ...string) {
 	n.t.Helper()
 	for _, name := range names {
-		n.put("pod-"+name+".yaml", n.podYAML(app, name, true))
+		n.writeFile("pod-"+name+".yaml", n.podYAML(app, name, true))
 	}
 }
 
-func (n *node) podYAML(app, name string, ready bool) string {
+func (n *testNode) podYAML(app, name string, ready bool) string {
 	status := "False"
 	if ready {
 		status = "True"
@@ -178,18 +178,18 @@ spec:
 `, name, last, port, podPort)
 }
 
-// vips returns the addresses of a Service of serviceYAML, IPv4 first.
-func vips(last byte, port uint16) []netip.AddrPort {
+// serviceAddrs returns the addresses of a Service of serviceYAML, IPv4 first.
+func serviceAddrs(last byte, port uint16) []netip.AddrPort {
 	return []netip.AddrPort{
 		netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 96, 0, last}), port),
 		netip.AddrPortFrom(netip.AddrFrom16([16]byte{0: 0xfd, 3: 0x10, 5: 0x96, 15: last}), port),
 	}
 }
 
-// answers connects to addr until each of the hosts in want has answered, and
+// checkAnswers connects to addr until each of the hosts in want has answered, and
 // several times more. It returns an error if a connection fails, another host
 // answers, or one of them never does.
-func answers(ctx context.Context, from *nettest.Host, network string, addr netip.AddrPort, want ...string) error {
+func checkAnswers(ctx context.Context, from *nettest.Host, network string, addr netip.AddrPort, want ...string) error {
 	const least, most = 12, 300 // (2/3)^300 is 10^-53
 	missing := slices.Clone(want)
 	for i := 0; i < least || len(missing) > 0; i++ {
@@ -209,24 +209,24 @@ func answers(ctx context.Context, from *nettest.Host, network string, addr netip
 }
 
 func connect(ctx context.Context, from *nettest.Host, network string, addr netip.AddrPort) (nettest.Answer, error) {
-	ctx, cancel := context.WithTimeout(ctx, attempt)
+	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
 	defer cancel()
 	return from.Connect(ctx, network, addr)
 }
 
 // awaitAnswers waits until the client's connections to each of the addresses,
 // over TCP and UDP, are answered by all of the hosts in want and by no other.
-func (n *node) awaitAnswers(addrs []netip.AddrPort, want ...string) {
+func (n *testNode) awaitAnswers(addrs []netip.AddrPort, want ...string) {
 	n.t.Helper()
 	for _, network := range []string{nettest.TCP, nettest.UDP} {
 		for _, addr := range addrs {
-			eventually(n.t, func() error { return answers(n.t.Context(), n.client, network, addr, want...) })
+			eventually(n.t, func() error { return checkAnswers(n.t.Context(), n.client, network, addr, want...) })
 		}
 	}
 }
 
 // awaitRefused waits until connections to each of the addresses are refused.
-func (n *node) awaitRefused(addrs []netip.AddrPort) {
+func (n *testNode) awaitRefused(addrs []netip.AddrPort) {
 	n.t.Helper()
 	for _, network := range []string{nettest.TCP, nettest.UDP} {
 		for _, addr := range addrs {
@@ -243,7 +243,7 @@ func (n *node) awaitRefused(addrs []netip.AddrPort) {
 
 // keepConnecting opens one connection after another to each of the addresses
 // until stop is called, and fails the test if one of them did not succeed.
-func (n *node) keepConnecting(addrs []netip.AddrPort) (stop func()) {
+func (n *testNode) keepConnecting(addrs []netip.AddrPort) (stop func()) {
 	ctx, cancel := context.WithCancel(n.t.Context())
 	var wg sync.WaitGroup
 	for _, network := range []string{nettest.TCP, nettest.UDP} {
@@ -280,7 +280,7 @@ func (n *node) keepConnecting(addrs []netip.AddrPort) (stop func()) {
 }
 
 // lookup resolves a name as a program in the pod would.
-func (n *node) lookup(network, name string) ([]netip.Addr, error) {
+func (n *testNode) lookup(network, name string) ([]netip.Addr, error) {
 	resolver := net.Resolver{PreferGo: true, Dial: func(ctx context.Context, network, _ string) (net.Conn, error) {
 		return n.client.Dial(ctx, network, n.dnsAddress())
 	}}
@@ -294,13 +294,13 @@ func (n *node) lookup(network, name string) ([]netip.Addr, error) {
 }
 
 // nft runs the nft program on the node.
-func (n *node) nft(args ...string) string {
+func (n *testNode) nft(args ...string) string {
 	n.t.Helper()
-	return n.tool("nft", args...)
+	return n.command("nft", args...)
 }
 
-// tool runs a program on the node that must succeed, and returns what it prints.
-func (n *node) tool(name string, args ...string) string {
+// command runs a program on the node that must succeed, and returns what it prints.
+func (n *testNode) command(name string, args ...string) string {
 	n.t.Helper()
 	var out bytes.Buffer
 	cmd := exec.CommandContext(n.t.Context(), name, args...)
@@ -317,7 +317,7 @@ func (n *node) tool(name string, args ...string) string {
 
 // ruleset returns the words of all that nft lists, in an order of their own, as
 // the kernel lists elements in no particular one.
-func (n *node) ruleset() []string {
+func (n *testNode) ruleset() []string {
 	n.t.Helper()
 	words := strings.FieldsFunc(n.nft("-s", "list", "ruleset"), func(r rune) bool { return strings.ContainsRune(" \t\n,", r) })
 	slices.Sort(words)
@@ -326,7 +326,7 @@ func (n *node) ruleset() []string {
 
 // generation returns the number of commits that the node's ruleset has seen. Package
 // nftables cannot read it by a file descriptor above 1023, as it waits by select(2).
-func (n *node) generation() uint32 {
+func (n *testNode) generation() uint32 {
 	n.t.Helper()
 	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, &netlink.Config{NetNS: n.Node.Fd()})
 	if err != nil {
@@ -355,19 +355,19 @@ func (n *node) generation() uint32 {
 }
 
 // run starts `fairlead run` on the node and waits until it has programmed it.
-func (n *node) run() {
+func (n *testNode) run() {
 	n.t.Helper()
 	n.program = n.start(nil, n.runArgs()...)
-	n.program.await(func(r record) bool { return r.Msg == "committed" && r.Reason == "start" })
+	n.program.awaitLog(func(r record) bool { return r.Msg == "committed" && r.Reason == "start" })
 }
 
 // stop ends `fairlead run` as an init system does.
-func (n *node) stop() {
+func (n *testNode) stop() {
 	n.t.Helper()
 	if err := n.program.cmd.Process.Signal(syscall.SIGTERM); err != nil {
 		n.t.Fatal(err)
 	}
-	idle := n.program.waitBusy()
+	idle := n.program.waitIdle()
 	if code := n.program.wait(); code != 0 {
 		n.t.Fatalf("exit code %d after SIGTERM, want 0; log:\n%s", code, n.program.log.String())
 	}
@@ -376,8 +376,8 @@ func (n *node) stop() {
 	}
 }
 
-// once runs the program on the node until it ends by itself.
-func (n *node) once(attributes *syscall.SysProcAttr, args ...string) (code int, stderr string) {
+// runOnce runs the program on the node until it ends by itself.
+func (n *testNode) runOnce(attributes *syscall.SysProcAttr, args ...string) (code int, stderr string) {
 	n.t.Helper()
 	p := n.start(attributes, args...)
 	return p.wait(), p.log.String()
@@ -387,21 +387,21 @@ func (n *node) once(attributes *syscall.SysProcAttr, args ...string) (code int, 
 type process struct {
 	t     *testing.T
 	cmd   *exec.Cmd
-	log   *logbook
+	log   *logBuffer
 	ended chan struct{}
 }
 
 // start starts the program on the node. It ends at the latest with the test.
-func (n *node) start(attributes *syscall.SysProcAttr, args ...string) *process {
+func (n *testNode) start(attributes *syscall.SysProcAttr, args ...string) *process {
 	n.t.Helper()
-	p := &process{t: n.t, log: &logbook{}, ended: make(chan struct{})}
+	p := &process{t: n.t, log: &logBuffer{}, ended: make(chan struct{})}
 	p.cmd = exec.CommandContext(n.t.Context(), cmp.Or(n.executable, "/proc/self/exe"), args...)
 	// The race detector makes each process sleep for a second at its end.
-	p.cmd.Env = []string{asFairlead + "=1", "GORACE=atexit_sleep_ms=0"}
+	p.cmd.Env = []string{runProgramEnv + "=1", "GORACE=atexit_sleep_ms=0"}
 	p.cmd.Stdout, p.cmd.Stderr = p.log, p.log
 	p.cmd.SysProcAttr = attributes
 	p.cmd.Cancel = func() error { return p.cmd.Process.Signal(syscall.SIGTERM) }
-	p.cmd.WaitDelay = patience // then it is killed
+	p.cmd.WaitDelay = testTimeout // then it is killed
 	if _, err := p.cmd.StdinPipe(); err != nil {
 		n.t.Fatal(err)
 	}
@@ -426,19 +426,19 @@ func (p *process) wait() int {
 	select {
 	case <-p.ended:
 		return p.cmd.ProcessState.ExitCode()
-	case <-time.After(2 * patience):
+	case <-time.After(2 * testTimeout):
 		p.t.Fatal("the program does not end")
 		return -1
 	}
 }
 
-// waitBusy waits until the program has ended or gives up after a while. It returns
+// waitIdle waits until the program has ended or gives up after a while. It returns
 // for how long all of the program's threads slept meanwhile: unlike the time that
 // passes, this does not grow when the machine is busy.
-func (p *process) waitBusy() (idle time.Duration) {
+func (p *process) waitIdle() (idle time.Duration) {
 	p.t.Helper()
 	const interval = 10 * time.Millisecond
-	for range 2 * patience / interval {
+	for range 2 * testTimeout / interval {
 		select {
 		case <-p.ended:
 			return idle
@@ -468,8 +468,8 @@ func asleep(pid int) bool {
 	return len(stats) > 0
 }
 
-// await waits until the program has logged a record that match accepts.
-func (p *process) await(match func(record) bool) {
+// awaitLog waits until the program has logged a record that match accepts.
+func (p *process) awaitLog(match func(record) bool) {
 	p.t.Helper()
 	eventually(p.t, func() error {
 		if slices.ContainsFunc(p.log.records(), match) {
@@ -487,26 +487,26 @@ func (p *process) await(match func(record) bool) {
 // record is a line of the log in JSON.
 type record struct{ Level, Msg, File, Error, Reason, Setting, What string }
 
-// logbook collects what the program prints.
-type logbook struct {
+// logBuffer collects what the program prints.
+type logBuffer struct {
 	mu   sync.Mutex
 	text bytes.Buffer
 }
 
 // Write implements io.Writer.
-func (l *logbook) Write(p []byte) (int, error) {
+func (l *logBuffer) Write(p []byte) (int, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.text.Write(p)
 }
 
-func (l *logbook) String() string {
+func (l *logBuffer) String() string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.text.String()
 }
 
-func (l *logbook) records() []record {
+func (l *logBuffer) records() []record {
 	var records []record
 	for line := range strings.Lines(l.String()) {
 		var r record

@@ -48,7 +48,7 @@ func runProgram(ctx context.Context, flags config.Flags, stderr io.Writer, setCl
 	level.Set(c.LogLevel)
 	log := config.NewLogger(stderr, level, c.LogFormat)
 	setClientLogger(log.With("component", "client-go"))
-	c.LogNotes(ctx, log)
+	c.LogWarnings(ctx, log)
 	b, err := backend.ByName(c.Mode)
 	if err != nil {
 		return err

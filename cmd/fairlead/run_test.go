@@ -17,9 +17,9 @@ import (
 // From a Service and three Pods in YAML to connections by name.
 func TestServiceByName(t *testing.T) {
 	t.Parallel()
-	n := newNode(t, "a", "b", "c", "other")
+	n := newTestNode(t, "a", "b", "c", "other")
 	// No address in the file: it comes from --service-cidr.
-	n.put("backend.yaml", `apiVersion: v1
+	n.writeFile("backend.yaml", `apiVersion: v1
 kind: Service
 metadata:
   name: backend
@@ -30,8 +30,8 @@ spec:
     - {name: http, port: 80, targetPort: web}
     - {name: game, port: 9000, protocol: UDP, targetPort: 8080}
 `)
-	n.putPods("backend", "a", "b", "c")
-	n.putPods("unrelated", "other")
+	n.writePods("backend", "a", "b", "c")
+	n.writePods("unrelated", "other")
 	n.run()
 
 	const fullName = "backend.default.svc.cluster.local"
@@ -55,7 +55,7 @@ spec:
 			for family, addr := range addrs {
 				t.Run(name+"/"+network+"/"+family, func(t *testing.T) {
 					t.Parallel()
-					if err := answers(t.Context(), client, network, netip.AddrPortFrom(addr, port), "a", "b", "c"); err != nil {
+					if err := checkAnswers(t.Context(), client, network, netip.AddrPortFrom(addr, port), "a", "b", "c"); err != nil {
 						t.Error(err)
 					}
 				})
@@ -67,11 +67,11 @@ spec:
 // --cluster-cidr: pods are seen with their own address, others with the node's.
 func TestMasquerade(t *testing.T) {
 	t.Parallel()
-	n := newNode(t, "a")
-	n.put("backend.yaml", serviceYAML("backend", 10, 80))
-	n.putPods("backend", "a")
+	n := newTestNode(t, "a")
+	n.writeFile("backend.yaml", serviceYAML("backend", 10, 80))
+	n.writePods("backend", "a")
 	n.run()
-	for i, addr := range vips(10, 80) {
+	for i, addr := range serviceAddrs(10, 80) {
 		for _, test := range []struct {
 			client *nettest.Host
 			want   netip.Addr
@@ -92,59 +92,59 @@ func TestMasquerade(t *testing.T) {
 // Traffic follows the files, and clients notice nothing of it.
 func TestPodsComeAndGo(t *testing.T) {
 	t.Parallel()
-	n := newNode(t, "a", "b", "c")
-	n.put("backend.yaml", serviceYAML("backend", 10, 80))
-	n.putPods("backend", "a", "b")
+	n := newTestNode(t, "a", "b", "c")
+	n.writeFile("backend.yaml", serviceYAML("backend", 10, 80))
+	n.writePods("backend", "a", "b")
 	n.run()
-	backend := vips(10, 80)
+	backend := serviceAddrs(10, 80)
 	n.awaitAnswers(backend, "a", "b")
 	stop := n.keepConnecting(backend)
 
-	n.putPods("backend", "c")
+	n.writePods("backend", "c")
 	n.awaitAnswers(backend, "a", "b", "c")
 
-	n.drop("pod-a.yaml")
+	n.removeFile("pod-a.yaml")
 	n.awaitAnswers(backend, "b", "c")
 
-	n.put("pod-b.yaml", n.podYAML("backend", "b", false))
+	n.writeFile("pod-b.yaml", n.podYAML("backend", "b", false))
 	n.awaitAnswers(backend, "c")
 
-	n.put("pod-b.yaml", n.podYAML("backend", "b", true))
+	n.writeFile("pod-b.yaml", n.podYAML("backend", "b", true))
 	n.awaitAnswers(backend, "b", "c")
 
-	n.put("pod-c.yaml", n.podYAML("other label", "c", true)) // not valid: stays as it was
-	n.program.await(func(r record) bool { return r.File == "pod-c.yaml" })
-	n.put("pod-c.yaml", n.podYAML("other", "c", true))
+	n.writeFile("pod-c.yaml", n.podYAML("other label", "c", true)) // not valid: stays as it was
+	n.program.awaitLog(func(r record) bool { return r.File == "pod-c.yaml" })
+	n.writeFile("pod-c.yaml", n.podYAML("other", "c", true))
 	n.awaitAnswers(backend, "b")
 	stop()
 
-	n.drop("pod-b.yaml")
+	n.removeFile("pod-b.yaml")
 	n.awaitRefused(backend)
 
-	n.putPods("backend", "a")
+	n.writePods("backend", "a")
 	n.awaitAnswers(backend, "a")
 }
 
 func TestServicesComeAndGo(t *testing.T) {
 	t.Parallel()
-	n := newNode(t, "a", "b")
-	n.putPods("one", "a")
-	n.putPods("two", "b")
+	n := newTestNode(t, "a", "b")
+	n.writePods("one", "a")
+	n.writePods("two", "b")
 	n.run() // with no Service at all
 
-	n.put("one.yaml", serviceYAML("one", 1, 80))
-	n.awaitAnswers(vips(1, 80), "a")
-	n.put("two.yaml", serviceYAML("two", 2, 80))
-	n.awaitAnswers(vips(2, 80), "b")
-	stop := n.keepConnecting(vips(2, 80))
+	n.writeFile("one.yaml", serviceYAML("one", 1, 80))
+	n.awaitAnswers(serviceAddrs(1, 80), "a")
+	n.writeFile("two.yaml", serviceYAML("two", 2, 80))
+	n.awaitAnswers(serviceAddrs(2, 80), "b")
+	stop := n.keepConnecting(serviceAddrs(2, 80))
 
 	// Another port, and the old one is none of the Service's any more.
-	n.put("one.yaml", serviceYAML("one", 1, 81))
-	n.awaitAnswers(vips(1, 81), "a")
-	n.awaitRefused(vips(1, 80))
+	n.writeFile("one.yaml", serviceYAML("one", 1, 81))
+	n.awaitAnswers(serviceAddrs(1, 81), "a")
+	n.awaitRefused(serviceAddrs(1, 80))
 
-	n.drop("one.yaml")
-	n.awaitGone(vips(1, 81))
+	n.removeFile("one.yaml")
+	n.awaitGone(serviceAddrs(1, 81))
 	if addrs, err := n.lookup("ip", "one"); !isNotFound(err) {
 		t.Errorf("the deleted Service's name has %v, error %v; want that it does not exist", addrs, err)
 	}
@@ -153,7 +153,7 @@ func TestServicesComeAndGo(t *testing.T) {
 
 // awaitGone waits until nothing on the node knows an address of the client's
 // connections any more, so that they leave it to where nobody answers.
-func (n *node) awaitGone(addrs []netip.AddrPort) {
+func (n *testNode) awaitGone(addrs []netip.AddrPort) {
 	n.t.Helper()
 	for _, addr := range addrs {
 		eventually(n.t, func() error {
@@ -162,7 +162,7 @@ func (n *node) awaitGone(addrs []netip.AddrPort) {
 			}
 			return nil
 		})
-		ctx, cancel := context.WithTimeout(n.t.Context(), attempt/5)
+		ctx, cancel := context.WithTimeout(n.t.Context(), connectTimeout/5)
 		answer, err := n.client.Connect(ctx, nettest.TCP, addr)
 		cancel()
 		if !errors.Is(err, nettest.ErrTimeout) {
@@ -180,25 +180,25 @@ func isNotFound(err error) bool {
 // that selects nothing yet as for one whose pods are not ready.
 func TestNoEndpoints(t *testing.T) {
 	t.Parallel()
-	n := newNode(t, "a")
-	n.put("empty.yaml", serviceYAML("empty", 1, 80))
-	n.put("waiting.yaml", serviceYAML("waiting", 2, 80))
-	n.put("pod-a.yaml", n.podYAML("waiting", "a", false))
+	n := newTestNode(t, "a")
+	n.writeFile("empty.yaml", serviceYAML("empty", 1, 80))
+	n.writeFile("waiting.yaml", serviceYAML("waiting", 2, 80))
+	n.writeFile("pod-a.yaml", n.podYAML("waiting", "a", false))
 	n.run()
 	for last := range byte(2) {
-		n.awaitRefused(vips(last+1, 80))
+		n.awaitRefused(serviceAddrs(last+1, 80))
 	}
 	// The name exists all the same.
-	if addrs, err := n.lookup("ip4", "empty"); err != nil || !slices.Equal(addrs, []netip.Addr{vips(1, 80)[0].Addr()}) {
-		t.Errorf("the Service's name has %v, error %v; want %s", addrs, err, vips(1, 80)[0].Addr())
+	if addrs, err := n.lookup("ip4", "empty"); err != nil || !slices.Equal(addrs, []netip.Addr{serviceAddrs(1, 80)[0].Addr()}) {
+		t.Errorf("the Service's name has %v, error %v; want %s", addrs, err, serviceAddrs(1, 80)[0].Addr())
 	}
 }
 
 // The name of a headless Service is that of its ready pods.
 func TestHeadless(t *testing.T) {
 	t.Parallel()
-	n := newNode(t, "a", "b")
-	n.put("db.yaml", `apiVersion: v1
+	n := newTestNode(t, "a", "b")
+	n.writeFile("db.yaml", `apiVersion: v1
 kind: Service
 metadata:
   name: db
@@ -208,8 +208,8 @@ spec:
   selector: {app: db}
   ports: [{name: web, port: 80, targetPort: web}]
 `)
-	n.putPods("db", "a")
-	n.put("pod-b.yaml", n.podYAML("db", "b", false))
+	n.writePods("db", "a")
+	n.writeFile("pod-b.yaml", n.podYAML("db", "b", false))
 	n.run()
 	await := func(pods ...string) {
 		t.Helper()
@@ -229,24 +229,24 @@ spec:
 		}
 	}
 	await("a")
-	n.putPods("db", "b")
+	n.writePods("db", "b")
 	await("a", "b")
-	n.drop("pod-a.yaml")
+	n.removeFile("pod-a.yaml")
 	await("b")
-	n.drop("pod-b.yaml")
+	n.removeFile("pod-b.yaml")
 	await()
 }
 
 // A file that is not valid is reported, and nothing that worked stops to.
-func TestBrokenFile(t *testing.T) {
+func TestInvalidManifest(t *testing.T) {
 	t.Parallel()
-	n := newNode(t, "a", "b")
-	n.put("backend.yaml", serviceYAML("backend", 10, 80))
-	n.put("other.yaml", serviceYAML("other", 11, 80))
-	n.putPods("backend", "a")
-	n.putPods("other", "b")
+	n := newTestNode(t, "a", "b")
+	n.writeFile("backend.yaml", serviceYAML("backend", 10, 80))
+	n.writeFile("other.yaml", serviceYAML("other", 11, 80))
+	n.writePods("backend", "a")
+	n.writePods("other", "b")
 	n.run()
-	backend, other := vips(10, 80), vips(11, 80)
+	backend, other := serviceAddrs(10, 80), serviceAddrs(11, 80)
 	n.awaitAnswers(backend, "a")
 	n.awaitAnswers(other, "b")
 	stop := n.keepConnecting(slices.Concat(backend, other))
@@ -254,44 +254,44 @@ func TestBrokenFile(t *testing.T) {
 	reported := func(err string) func(record) bool {
 		return func(r record) bool { return r.Level == "ERROR" && r.File == "backend.yaml" && r.Error == err }
 	}
-	n.put("backend.yaml", strings.Replace(serviceYAML("backend", 10, 80), "protocol: TCP", "protocol: tpc", 1))
-	n.program.await(reported(`backend.yaml:11: spec.ports[0].protocol: "tpc" is not a protocol: use TCP, UDP or SCTP`))
-	n.put("backend.yaml", strings.Replace(serviceYAML("backend", 10, 80), "selector", "selektor", 1))
-	n.program.await(reported(`backend.yaml:9: spec.selektor: unknown field: did you mean selector?`))
-	n.put("backend.yaml", "kind: Service\n\tmetadata: {}\n")
-	n.program.await(func(r record) bool { return r.Level == "ERROR" && strings.HasPrefix(r.Error, "backend.yaml:2: ") })
+	n.writeFile("backend.yaml", strings.Replace(serviceYAML("backend", 10, 80), "protocol: TCP", "protocol: tpc", 1))
+	n.program.awaitLog(reported(`backend.yaml:11: spec.ports[0].protocol: "tpc" is not a protocol: use TCP, UDP or SCTP`))
+	n.writeFile("backend.yaml", strings.Replace(serviceYAML("backend", 10, 80), "selector", "selektor", 1))
+	n.program.awaitLog(reported(`backend.yaml:9: spec.selektor: unknown field: did you mean selector?`))
+	n.writeFile("backend.yaml", "kind: Service\n\tmetadata: {}\n")
+	n.program.awaitLog(func(r record) bool { return r.Level == "ERROR" && strings.HasPrefix(r.Error, "backend.yaml:2: ") })
 
 	// The others' changes go on meanwhile, those of its Pods too.
-	n.put("pod-b.yaml", n.podYAML("backend", "b", true)+"---\n"+strings.Replace(n.podYAML("other", "a", true), "name: a", "name: a2", 1))
+	n.writeFile("pod-b.yaml", n.podYAML("backend", "b", true)+"---\n"+strings.Replace(n.podYAML("other", "a", true), "name: a", "name: a2", 1))
 	n.awaitAnswers(backend, "a", "b")
 	n.awaitAnswers(other, "a")
 	stop()
 
-	n.put("backend.yaml", serviceYAML("backend", 10, 8080))
-	n.awaitAnswers(vips(10, 8080), "a", "b")
+	n.writeFile("backend.yaml", serviceYAML("backend", 10, 8080))
+	n.awaitAnswers(serviceAddrs(10, 8080), "a", "b")
 }
 
 // A file that is not valid at the start keeps nothing else from working.
-func TestBrokenFileAtStart(t *testing.T) {
+func TestInvalidManifestAtStart(t *testing.T) {
 	t.Parallel()
-	n := newNode(t, "a")
-	n.put("broken.yaml", "apiVersion: v1\nkind: Service\nmetadata: {name: broken}\nspec: {ports: [{port: 0}]}\n")
-	n.put("backend.yaml", serviceYAML("backend", 10, 80))
-	n.putPods("backend", "a")
+	n := newTestNode(t, "a")
+	n.writeFile("broken.yaml", "apiVersion: v1\nkind: Service\nmetadata: {name: broken}\nspec: {ports: [{port: 0}]}\n")
+	n.writeFile("backend.yaml", serviceYAML("backend", 10, 80))
+	n.writePods("backend", "a")
 	n.run()
-	n.program.await(func(r record) bool {
+	n.program.awaitLog(func(r record) bool {
 		return r.File == "broken.yaml" && strings.HasPrefix(r.Error, "broken.yaml:4: spec.ports[0].port: ")
 	})
-	n.awaitAnswers(vips(10, 80), "a")
+	n.awaitAnswers(serviceAddrs(10, 80), "a")
 }
 
 // Without the folder the program cannot know what is wanted: it ends and says
 // so, and what is programmed stays.
-func TestFolderGoesAway(t *testing.T) {
+func TestManifestFolderRemoved(t *testing.T) {
 	t.Parallel()
-	n := newNode(t, "a")
-	n.put("backend.yaml", serviceYAML("backend", 10, 80))
-	n.putPods("backend", "a")
+	n := newTestNode(t, "a")
+	n.writeFile("backend.yaml", serviceYAML("backend", 10, 80))
+	n.writePods("backend", "a")
 	n.run()
 	before := n.ruleset()
 	// Moved away rather than removed file by file, each of which is a change.
@@ -306,5 +306,5 @@ func TestFolderGoesAway(t *testing.T) {
 	if !slices.Equal(n.ruleset(), before) {
 		t.Error("the ruleset has changed")
 	}
-	n.awaitAnswers(vips(10, 80), "a")
+	n.awaitAnswers(serviceAddrs(10, 80), "a")
 }

@@ -21,7 +21,7 @@ func get(ctx context.Context, from *nettest.Host, address, path string) (status 
 	transport := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, address string) (net.Conn, error) {
 		return from.Dial(ctx, "tcp", netip.MustParseAddrPort(address))
 	}}
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := context.WithTimeout(ctx, testTimeout)
 	defer cancel()
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+address+path, nil)
 	if err != nil {
@@ -37,7 +37,7 @@ func get(ctx context.Context, from *nettest.Host, address, path string) (status 
 }
 
 // awaitGet waits for an answer with this status and text in it.
-func (n *node) awaitGet(from *nettest.Host, address, path string, want int, text string) {
+func (n *testNode) awaitGet(from *nettest.Host, address, path string, want int, text string) {
 	n.t.Helper()
 	eventually(n.t, func() error {
 		status, body, err := get(n.t.Context(), from, address, path)
@@ -49,7 +49,7 @@ func (n *node) awaitGet(from *nettest.Host, address, path string, want int, text
 }
 
 // awaitClosed waits until nobody listens at an address.
-func (n *node) awaitClosed(address string) {
+func (n *testNode) awaitClosed(address string) {
 	n.t.Helper()
 	eventually(n.t, func() error {
 		status, _, err := get(n.t.Context(), n.Outside, address, "/")
@@ -60,21 +60,21 @@ func (n *node) awaitClosed(address string) {
 	})
 }
 
-// on returns an address of the node with a port.
-func (n *node) on(addr netip.Addr, port uint16) string {
+// hostPort returns an address of the node with a port.
+func (n *testNode) hostPort(addr netip.Addr, port uint16) string {
 	return netip.AddrPortFrom(addr, port).String()
 }
 
 func TestNodeHealth(t *testing.T) {
 	t.Parallel()
-	n := newNode(t)
+	n := newTestNode(t)
 	n.run()
 	for _, addr := range n.Node.Addrs() {
 		for _, path := range []string{"/healthz", "/livez"} {
-			n.awaitGet(n.Outside, n.on(addr, 10256), path, http.StatusOK, `"healthy":true`)
+			n.awaitGet(n.Outside, n.hostPort(addr, 10256), path, http.StatusOK, `"healthy":true`)
 		}
 	}
-	_, body, err := get(t.Context(), n.Outside, n.on(n.Node.IPv4, 10256), "/healthz")
+	_, body, err := get(t.Context(), n.Outside, n.hostPort(n.Node.IPv4, 10256), "/healthz")
 	var answer map[string]any
 	if err == nil {
 		err = json.Unmarshal([]byte(body), &answer)
@@ -83,16 +83,16 @@ func TestNodeHealth(t *testing.T) {
 		t.Errorf("error %v, body:\n%s", err, body)
 	}
 	// The metrics are for the node itself unless somebody says otherwise.
-	n.awaitClosed(n.on(n.Node.IPv4, 10249))
+	n.awaitClosed(n.hostPort(n.Node.IPv4, 10249))
 	n.stop()
-	n.awaitClosed(n.on(n.Node.IPv4, 10256))
+	n.awaitClosed(n.hostPort(n.Node.IPv4, 10256))
 }
 
 func TestMetrics(t *testing.T) {
 	t.Parallel()
-	n := newNode(t, "a")
-	n.put("backend.yaml", serviceYAML("backend", 10, 80))
-	n.putPods("backend", "a")
+	n := newTestNode(t, "a")
+	n.writeFile("backend.yaml", serviceYAML("backend", 10, 80))
+	n.writePods("backend", "a")
 	n.run()
 	const address = "127.0.0.1:10249"
 	for _, want := range []string{
@@ -108,7 +108,7 @@ func TestMetrics(t *testing.T) {
 	}
 	n.awaitGet(n.Node, "127.0.0.1:10256", "/healthz", http.StatusOK, "")
 	n.awaitGet(n.Node, address, "/metrics", http.StatusOK, `kubeproxy_proxy_healthz_total{code="200"} 1`)
-	n.drop("pod-a.yaml")
+	n.removeFile("pod-a.yaml")
 	n.awaitGet(n.Node, address, "/metrics", http.StatusOK, `fairlead_commits_total{kind="apply",reason="change",result="success"} 1`)
 	for path, want := range map[string]string{"/healthz": "ok", "/proxyMode": "nftables"} {
 		if status, body, err := get(t.Context(), n.Node, address, path); status != http.StatusOK || body != want || err != nil {
@@ -119,13 +119,13 @@ func TestMetrics(t *testing.T) {
 	n.stop()
 
 	n.program = n.start(nil, append(n.runArgs(), "--metrics-bind-address=0.0.0.0", "--profiling", "--healthz-port=0")...)
-	n.awaitGet(n.Outside, n.on(n.Node.IPv6, 10249), "/debug/pprof/", http.StatusOK, "heap")
-	n.awaitClosed(n.on(n.Node.IPv4, 10256))
-	n.program.await(func(r record) bool { return r.Level == "WARN" && r.Setting == "--healthz-port" })
+	n.awaitGet(n.Outside, n.hostPort(n.Node.IPv6, 10249), "/debug/pprof/", http.StatusOK, "heap")
+	n.awaitClosed(n.hostPort(n.Node.IPv4, 10256))
+	n.program.awaitLog(func(r record) bool { return r.Level == "WARN" && r.Setting == "--healthz-port" })
 }
 
-// serviceOfBalancer is a Service with a health-check node port.
-func serviceOfBalancer(port int) string {
+// loadBalancerYAML is a Service with a health-check node port.
+func loadBalancerYAML(port int) string {
 	return fmt.Sprintf(`apiVersion: v1
 kind: Service
 metadata: {name: backend, namespace: default}
@@ -141,41 +141,41 @@ spec:
 
 func TestHealthCheckNodePort(t *testing.T) {
 	t.Parallel()
-	n := newNode(t, "a", "b")
-	n.put("backend.yaml", serviceOfBalancer(32000))
+	n := newTestNode(t, "a", "b")
+	n.writeFile("backend.yaml", loadBalancerYAML(32000))
 	n.run()
 	const body = "{\n\t\"service\": {\n\t\t\"namespace\": \"default\",\n\t\t\"name\": \"backend\"\n\t},\n\t\"localEndpoints\": %d,\n\t\"serviceProxyHealthy\": true\n}"
 	for _, addr := range n.Node.Addrs() {
-		n.awaitGet(n.Outside, n.on(addr, 32000), "/", http.StatusServiceUnavailable, fmt.Sprintf(body, 0))
+		n.awaitGet(n.Outside, n.hostPort(addr, 32000), "/", http.StatusServiceUnavailable, fmt.Sprintf(body, 0))
 	}
-	n.putPods("backend", "a", "b")
-	n.awaitGet(n.Outside, n.on(n.Node.IPv4, 32000), "/any", http.StatusOK, fmt.Sprintf(body, 2))
-	n.put("pod-a.yaml", n.podYAML("backend", "a", false))
-	n.awaitGet(n.Outside, n.on(n.Node.IPv6, 32000), "/any", http.StatusOK, fmt.Sprintf(body, 1))
-	n.put("backend.yaml", serviceOfBalancer(32001))
-	n.awaitGet(n.Outside, n.on(n.Node.IPv6, 32001), "/", http.StatusOK, fmt.Sprintf(body, 1))
-	n.awaitClosed(n.on(n.Node.IPv4, 32000))
-	n.drop("pod-b.yaml")
-	n.awaitGet(n.Outside, n.on(n.Node.IPv4, 32001), "/", http.StatusServiceUnavailable, fmt.Sprintf(body, 0))
-	n.drop("backend.yaml")
-	n.awaitClosed(n.on(n.Node.IPv4, 32001))
+	n.writePods("backend", "a", "b")
+	n.awaitGet(n.Outside, n.hostPort(n.Node.IPv4, 32000), "/any", http.StatusOK, fmt.Sprintf(body, 2))
+	n.writeFile("pod-a.yaml", n.podYAML("backend", "a", false))
+	n.awaitGet(n.Outside, n.hostPort(n.Node.IPv6, 32000), "/any", http.StatusOK, fmt.Sprintf(body, 1))
+	n.writeFile("backend.yaml", loadBalancerYAML(32001))
+	n.awaitGet(n.Outside, n.hostPort(n.Node.IPv6, 32001), "/", http.StatusOK, fmt.Sprintf(body, 1))
+	n.awaitClosed(n.hostPort(n.Node.IPv4, 32000))
+	n.removeFile("pod-b.yaml")
+	n.awaitGet(n.Outside, n.hostPort(n.Node.IPv4, 32001), "/", http.StatusServiceUnavailable, fmt.Sprintf(body, 0))
+	n.removeFile("backend.yaml")
+	n.awaitClosed(n.hostPort(n.Node.IPv4, 32001))
 }
 
 // Node ports follow the node's addresses: one that appears is served at once.
-func TestNodePortAddressesFollow(t *testing.T) {
+func TestNodePortAddressAdded(t *testing.T) {
 	t.Parallel()
-	n := newNode(t, "a")
-	n.put("backend.yaml", serviceOfBalancer(32000))
-	n.putPods("backend", "a")
+	n := newTestNode(t, "a")
+	n.writeFile("backend.yaml", loadBalancerYAML(32000))
+	n.writePods("backend", "a")
 	n.program = n.start(nil, append(n.runArgs(), "--nodeport-addresses=198.51.100.0/24")...)
-	n.program.await(func(r record) bool { return r.Msg == "committed" && r.Reason == "start" })
-	n.awaitClosed(n.on(n.Node.IPv4, 32000))
+	n.program.awaitLog(func(r record) bool { return r.Msg == "committed" && r.Reason == "start" })
+	n.awaitClosed(n.hostPort(n.Node.IPv4, 32000))
 	added := netip.MustParseAddr("198.51.100.7")
 	if err := n.Node.AddAddr(added); err != nil {
 		t.Fatal(err)
 	}
-	n.awaitGet(n.Node, n.on(added, 32000), "/", http.StatusOK, `"localEndpoints": 1`)
-	n.awaitClosed(n.on(n.Node.IPv4, 32000))
+	n.awaitGet(n.Node, n.hostPort(added, 32000), "/", http.StatusOK, `"localEndpoints": 1`)
+	n.awaitClosed(n.hostPort(n.Node.IPv4, 32000))
 }
 
 // Node ports and health-check node ports answer at the addresses that local routes
@@ -183,8 +183,8 @@ func TestNodePortAddressesFollow(t *testing.T) {
 func TestNodePortsAtLocalRoutes(t *testing.T) {
 	t.Parallel()
 	const port, healthCheck = 30080, 32000
-	n := newNode(t, "a")
-	n.put("backend.yaml", fmt.Sprintf(`apiVersion: v1
+	n := newTestNode(t, "a")
+	n.writeFile("backend.yaml", fmt.Sprintf(`apiVersion: v1
 kind: Service
 metadata: {name: backend, namespace: default}
 spec:
@@ -199,20 +199,20 @@ spec:
     - {name: tcp, protocol: TCP, port: 80, targetPort: web, nodePort: %d}
     - {name: udp, protocol: UDP, port: 80, targetPort: %d, nodePort: %[2]d}
 `, healthCheck, port, podPort))
-	n.putPods("backend", "a")
+	n.writePods("backend", "a")
 	n.program = n.start(nil, append(n.runArgs(), "--nodeport-addresses=0.0.0.0/0,::/0")...)
-	n.program.await(func(r record) bool { return r.Msg == "committed" && r.Reason == "start" })
+	n.program.awaitLog(func(r record) bool { return r.Msg == "committed" && r.Reason == "start" })
 	// Without a local route, connections fail at once instead of going in circles.
-	n.tool("ip", "-4", "route", "add", "unreachable", "192.0.2.64/26")
-	n.tool("ip", "-4", "route", "add", "unreachable", "203.0.113.0/24")
-	n.tool("ip", "-6", "route", "add", "unreachable", "2001:db8:4::/46")
+	n.command("ip", "-4", "route", "add", "unreachable", "192.0.2.64/26")
+	n.command("ip", "-4", "route", "add", "unreachable", "203.0.113.0/24")
+	n.command("ip", "-6", "route", "add", "unreachable", "2001:db8:4::/46")
 	served := func(addr string) {
 		t.Helper()
 		at := netip.AddrPortFrom(netip.MustParseAddr(addr), port)
 		for _, network := range []string{nettest.TCP, nettest.UDP} {
-			eventually(t, func() error { return answers(t.Context(), n.Outside, network, at, "a") })
+			eventually(t, func() error { return checkAnswers(t.Context(), n.Outside, network, at, "a") })
 		}
-		n.awaitGet(n.Outside, n.on(at.Addr(), healthCheck), "/", http.StatusOK, `"localEndpoints": 1`)
+		n.awaitGet(n.Outside, n.hostPort(at.Addr(), healthCheck), "/", http.StatusOK, `"localEndpoints": 1`)
 	}
 	silent := func(addr string) {
 		t.Helper()
@@ -226,9 +226,9 @@ spec:
 				return nil
 			})
 		}
-		ctx, cancel := context.WithTimeout(t.Context(), attempt)
+		ctx, cancel := context.WithTimeout(t.Context(), connectTimeout)
 		defer cancel()
-		if status, body, err := get(ctx, n.Outside, n.on(at.Addr(), healthCheck), "/"); err == nil {
+		if status, body, err := get(ctx, n.Outside, n.hostPort(at.Addr(), healthCheck), "/"); err == nil {
 			t.Errorf("the health check at %s is answered: status %d, body %q", addr, status, body)
 		}
 	}
@@ -240,10 +240,10 @@ spec:
 	} {
 		silent(test.addr)
 		route := []string{"local", test.route, "dev", "lo", "proto", "66"}
-		n.tool("ip", append([]string{test.family, "route", "add"}, route...)...)
+		n.command("ip", append([]string{test.family, "route", "add"}, route...)...)
 		served(test.addr)
 		silent(test.other)
-		n.tool("ip", append([]string{test.family, "route", "del"}, route...)...)
+		n.command("ip", append([]string{test.family, "route", "del"}, route...)...)
 		silent(test.addr)
 	}
 	served(n.Node.IPv4.String())
@@ -253,12 +253,12 @@ spec:
 // Unless the operator chose addresses, a health-check node port answers at every
 // address of the node: also at that of a load balancer which the node has on its
 // loopback device, for as long as it has it.
-func TestHealthCheckAtTheLoadBalancersAddress(t *testing.T) {
+func TestHealthCheckOnLoadBalancerAddress(t *testing.T) {
 	t.Parallel()
 	const healthCheck = 32000
 	vip := netip.MustParseAddr("192.0.2.71")
-	n := newNode(t, "a")
-	n.put("backend.yaml", fmt.Sprintf(`apiVersion: v1
+	n := newTestNode(t, "a")
+	n.writeFile("backend.yaml", fmt.Sprintf(`apiVersion: v1
 kind: Service
 metadata: {name: backend, namespace: default}
 spec:
@@ -270,75 +270,75 @@ spec:
   ports: [{name: tcp, port: 80, targetPort: web}]
 status: {loadBalancer: {ingress: [{ip: %s}]}}
 `, healthCheck, vip))
-	n.putPods("backend", "a")
+	n.writePods("backend", "a")
 	n.run()
-	n.awaitGet(n.Outside, n.on(n.Node.IPv4, healthCheck), "/", http.StatusOK, `"localEndpoints": 1`)
+	n.awaitGet(n.Outside, n.hostPort(n.Node.IPv4, healthCheck), "/", http.StatusOK, `"localEndpoints": 1`)
 	address := func(verb string) {
 		t.Helper()
-		n.tool("ip", "addr", verb, vip.String()+"/32", "dev", "lo")
+		n.command("ip", "addr", verb, vip.String()+"/32", "dev", "lo")
 	}
 	address("add")
-	n.awaitGet(n.Outside, n.on(vip, healthCheck), "/", http.StatusOK, `"localEndpoints": 1`)
+	n.awaitGet(n.Outside, n.hostPort(vip, healthCheck), "/", http.StatusOK, `"localEndpoints": 1`)
 	address("del")
-	if status, body, err := get(t.Context(), n.Outside, n.on(vip, healthCheck), "/"); err == nil {
+	if status, body, err := get(t.Context(), n.Outside, n.hostPort(vip, healthCheck), "/"); err == nil {
 		t.Errorf("the health check is answered without the address: status %d, body %q", status, body)
 	}
 }
 
 // A health-check node port that somebody else has is told of, and taken over
 // when it is free.
-func TestHealthCheckNodePortTaken(t *testing.T) {
+func TestHealthCheckNodePortInUse(t *testing.T) {
 	t.Parallel()
-	n := newNode(t, "a")
+	n := newTestNode(t, "a")
 	taken, err := n.Node.Listen(t.Context(), "tcp4", netip.AddrPortFrom(netip.IPv4Unspecified(), 32000))
 	if err != nil {
 		t.Fatal(err)
 	}
-	n.put("backend.yaml", serviceOfBalancer(32000))
-	n.putPods("backend", "a")
+	n.writeFile("backend.yaml", loadBalancerYAML(32000))
+	n.writePods("backend", "a")
 	n.run()
-	n.program.await(func(r record) bool { return r.Level == "WARN" && strings.Contains(r.Error, "address already in use") })
+	n.program.awaitLog(func(r record) bool { return r.Level == "WARN" && strings.Contains(r.Error, "address already in use") })
 	n.awaitGet(n.Node, "127.0.0.1:10249", "/metrics", http.StatusOK, "fairlead_health_check_node_port_failures_total 1\n")
-	n.awaitGet(n.Outside, n.on(n.Node.IPv6, 32000), "/", http.StatusOK, "")
+	n.awaitGet(n.Outside, n.hostPort(n.Node.IPv6, 32000), "/", http.StatusOK, "")
 	taken.Close()
-	n.awaitGet(n.Outside, n.on(n.Node.IPv4, 32000), "/", http.StatusOK, "")
+	n.awaitGet(n.Outside, n.hostPort(n.Node.IPv4, 32000), "/", http.StatusOK, "")
 }
 
-func TestServerAddressTaken(t *testing.T) {
+func TestServerAddressInUse(t *testing.T) {
 	t.Parallel()
 	for _, server := range []string{"healthz", "metrics"} {
 		t.Run(server, func(t *testing.T) {
 			t.Parallel()
-			n := newNode(t)
+			n := newTestNode(t)
 			taken, err := n.Node.Listen(t.Context(), "tcp", netip.AddrPortFrom(n.Node.IPv4, 9999))
 			if err != nil {
 				t.Fatal(err)
 			}
-			args := append(n.runArgs(), "--"+server+"-bind-address="+n.on(n.Node.IPv4, 9999))
-			code, stderr := n.once(nil, append(args, "--bind-address-hard-fail")...)
+			args := append(n.runArgs(), "--"+server+"-bind-address="+n.hostPort(n.Node.IPv4, 9999))
+			code, stderr := n.runOnce(nil, append(args, "--bind-address-hard-fail")...)
 			want := "fairlead: --" + server + "-bind-address: listen on 192.0.2.1:9999: listen tcp 192.0.2.1:9999: bind: address already in use\n"
 			if code != 1 || !strings.HasSuffix(stderr, want) {
 				t.Errorf("exit code %d, output %q; want 1 and %q at the end", code, stderr, want)
 			}
 
 			n.program = n.start(nil, args...)
-			n.program.await(func(r record) bool {
+			n.program.awaitLog(func(r record) bool {
 				return r.Level == "WARN" && r.Setting == server+"-bind-address" && strings.Contains(r.Error, "address already in use")
 			})
 			taken.Close()
-			n.awaitGet(n.Outside, n.on(n.Node.IPv4, 9999), "/healthz", http.StatusOK, "")
+			n.awaitGet(n.Outside, n.hostPort(n.Node.IPv4, 9999), "/healthz", http.StatusOK, "")
 		})
 	}
 }
 
 // What kube-proxy knows and has no meaning here is named, and nothing else is
 // logged when all is well.
-func TestSettingsWithoutEffect(t *testing.T) {
+func TestIgnoredSettings(t *testing.T) {
 	t.Parallel()
-	n := newNode(t)
+	n := newTestNode(t)
 	n.program = n.start(nil, append(n.runArgs(), "--conntrack-min=0", "--ipvs-scheduler=lc", "--iptables-sync-period=10s",
 		"--oom-score-adj=-998", "--pod-bridge-interface=cni0", "--feature-gates=A=true", "--ipvs-exclude-cidrs=", "-v=2")...)
-	n.program.await(func(r record) bool { return r.Msg == "committed" && r.Reason == "start" })
+	n.program.awaitLog(func(r record) bool { return r.Msg == "committed" && r.Reason == "start" })
 	n.stop()
 	var warned []string
 	for _, r := range n.program.log.records() {
@@ -361,8 +361,8 @@ func TestSettingsWithoutEffect(t *testing.T) {
 
 func TestInitOnly(t *testing.T) {
 	t.Parallel()
-	n := newNode(t)
-	code, stderr := n.once(asNobody(), append(n.runArgs(), "--init-only")...)
+	n := newTestNode(t)
+	code, stderr := n.runOnce(asNobody(), append(n.runArgs(), "--init-only")...)
 	if code != 0 || !strings.Contains(stderr, "nothing to set up") {
 		t.Errorf("exit code %d, output %q", code, stderr)
 	}

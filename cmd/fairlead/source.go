@@ -27,7 +27,7 @@ func openSource(o *agent.Options) error {
 		o.Source, o.Events = s, agent.NoEvents{}
 		return nil
 	}
-	client, err := clientOf(c.API)
+	client, err := clientConfig(c.API)
 	if err != nil {
 		return err
 	}
@@ -39,7 +39,7 @@ func openSource(o *agent.Options) error {
 	}
 	s, err := apiserver.New(apiserver.Options{
 		Config: client, NodeName: c.Tracker.NodeName, Version: version, BatchPeriod: c.API.BatchPeriod,
-		MassRemovalDelay: c.API.MassRemovalDelay, Programmed: servedServices(o.Backend, log), Logger: log.With("component", "apiserver"),
+		MassRemovalDelay: c.API.MassRemovalDelay, ProgrammedServices: servedServices(o.Backend, log), Logger: log.With("component", "apiserver"),
 		OnMassRemoval: func(resource string, removed, before int) {
 			e.MassRemoval(resource, removed, before, c.API.MassRemovalDelay)
 		},
@@ -47,7 +47,7 @@ func openSource(o *agent.Options) error {
 	if err != nil {
 		return fmt.Errorf("follow the API server: %w", err)
 	}
-	o.Source, o.Events, o.APILists = s, e, apiLists(s)
+	o.Source, o.Events, o.APIResources = s, e, apiResources(s)
 	return nil
 }
 
@@ -65,8 +65,8 @@ func sourceName(c config.Config) string {
 	}
 }
 
-// clientOf returns how to reach the API server.
-func clientOf(a config.APIServer) (*rest.Config, error) {
+// clientConfig returns how to reach the API server.
+func clientConfig(a config.APIServer) (*rest.Config, error) {
 	client, err := apiserver.Config(a.Kubeconfig, a.Master)
 	if err != nil {
 		label := a.Label

@@ -20,8 +20,8 @@ func asNobody(capabilities ...uintptr) *syscall.SysProcAttr {
 	return &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}, AmbientCaps: capabilities}
 }
 
-// openFolder lets everybody read the folder.
-func (n *node) openFolder() {
+// makeFolderReadable lets everybody read the folder.
+func (n *testNode) makeFolderReadable() {
 	n.t.Helper()
 	for _, folder := range []string{n.folder, filepath.Dir(n.folder)} {
 		if err := os.Chmod(folder, 0o755); err != nil { //nolint:gosec // that is the point
@@ -41,10 +41,10 @@ func (n *node) openFolder() {
 
 func TestNotPermitted(t *testing.T) {
 	t.Parallel()
-	n := newNode(t)
-	n.openFolder()
+	n := newTestNode(t)
+	n.makeFolderReadable()
 	for _, args := range [][]string{{"run", "--manifests=" + n.folder}, {"cleanup"}} {
-		code, stderr := n.once(asNobody(), args...)
+		code, stderr := n.runOnce(asNobody(), args...)
 		const want = "operation not permitted: run as root or with CAP_NET_ADMIN\n"
 		if code != 1 || !strings.HasPrefix(stderr, "fairlead: ") || !strings.HasSuffix(stderr, want) || strings.Count(stderr, "\n") != 1 {
 			t.Errorf("%s as nobody: exit code %d, output %q; want 1 and one line that ends in %q", args[0], code, stderr, want)
@@ -54,20 +54,20 @@ func TestNotPermitted(t *testing.T) {
 
 // CAP_NET_ADMIN is all it takes to program the kernel, and CAP_NET_BIND_SERVICE
 // to answer at port 53.
-func TestCapabilitiesAreEnough(t *testing.T) {
+func TestCapabilities(t *testing.T) {
 	t.Parallel()
-	n := newNode(t, "a")
-	n.put("backend.yaml", serviceYAML("backend", 10, 80))
-	n.putPods("backend", "a")
-	n.openFolder()
+	n := newTestNode(t, "a")
+	n.writeFile("backend.yaml", serviceYAML("backend", 10, 80))
+	n.writePods("backend", "a")
+	n.makeFolderReadable()
 	n.program = n.start(asNobody(unix.CAP_NET_ADMIN, unix.CAP_NET_BIND_SERVICE), n.runArgs()...)
-	n.awaitAnswers(vips(10, 80), "a")
+	n.awaitAnswers(serviceAddrs(10, 80), "a")
 	eventually(t, func() error {
 		_, err := n.lookup("ip4", "backend")
 		return err
 	})
 	n.stop()
-	if code, stderr := n.once(asNobody(unix.CAP_NET_ADMIN), "cleanup"); code != 0 || stderr != "" {
+	if code, stderr := n.runOnce(asNobody(unix.CAP_NET_ADMIN), "cleanup"); code != 0 || stderr != "" {
 		t.Errorf("cleanup: exit code %d, output %q, want 0 and nothing", code, stderr)
 	}
 	if listing := n.nft("list", "ruleset"); listing != "" {
@@ -77,12 +77,12 @@ func TestCapabilitiesAreEnough(t *testing.T) {
 
 func TestUnreadableFolder(t *testing.T) {
 	t.Parallel()
-	n := newNode(t)
-	n.openFolder()
+	n := newTestNode(t)
+	n.makeFolderReadable()
 	if err := os.Chmod(n.folder, 0o700); err != nil { //nolint:gosec // a folder
 		t.Fatal(err)
 	}
-	code, stderr := n.once(asNobody(unix.CAP_NET_ADMIN), "run", "--manifests="+n.folder)
+	code, stderr := n.runOnce(asNobody(unix.CAP_NET_ADMIN), "run", "--manifests="+n.folder)
 	if want := "fairlead: --manifests: read folder " + n.folder + ": permission denied\n"; code != 1 || stderr != want {
 		t.Errorf("exit code %d, output %q; want 1 and %q", code, stderr, want)
 	}
@@ -91,17 +91,17 @@ func TestUnreadableFolder(t *testing.T) {
 // One file that cannot be read is an error like any other in a file.
 func TestUnreadableFile(t *testing.T) {
 	t.Parallel()
-	n := newNode(t, "a")
-	n.put("backend.yaml", serviceYAML("backend", 10, 80))
-	n.putPods("backend", "a")
-	n.put("secret.yaml", serviceYAML("secret", 11, 80))
-	n.openFolder()
+	n := newTestNode(t, "a")
+	n.writeFile("backend.yaml", serviceYAML("backend", 10, 80))
+	n.writePods("backend", "a")
+	n.writeFile("secret.yaml", serviceYAML("secret", 11, 80))
+	n.makeFolderReadable()
 	if err := os.Chmod(filepath.Join(n.folder, "secret.yaml"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	n.program = n.start(asNobody(unix.CAP_NET_ADMIN), "run", "--manifests="+n.folder, "--log-format=json")
-	n.awaitAnswers(vips(10, 80), "a")
-	n.program.await(func(r record) bool {
+	n.awaitAnswers(serviceAddrs(10, 80), "a")
+	n.program.awaitLog(func(r record) bool {
 		return r.Error == "secret.yaml:1: cannot be read: permission denied: check its permissions"
 	})
 }
@@ -111,7 +111,7 @@ func TestDNSAddressInUse(t *testing.T) {
 	for _, network := range []string{nettest.TCP, nettest.UDP} {
 		t.Run(network, func(t *testing.T) {
 			t.Parallel()
-			n := newNode(t)
+			n := newTestNode(t)
 			var err error
 			var taken interface{ Close() error }
 			if network == nettest.TCP {
@@ -123,7 +123,7 @@ func TestDNSAddressInUse(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer taken.Close()
-			code, stderr := n.once(nil, n.runArgs()...)
+			code, stderr := n.runOnce(nil, n.runArgs()...)
 			want := "fairlead: --dns-listen: listen for DNS queries: listen " + network + " 192.0.2.1:53: bind: address already in use\n"
 			if code != 1 || stderr != want {
 				t.Errorf("exit code %d, output %q; want 1 and %q", code, stderr, want)
@@ -138,9 +138,9 @@ func TestDNSAddressInUse(t *testing.T) {
 
 func TestDNSAddressOfAnotherNode(t *testing.T) {
 	t.Parallel()
-	n := newNode(t)
+	n := newTestNode(t)
 	elsewhere := netip.AddrPortFrom(n.Outside.IPv4, 53)
-	code, stderr := n.once(nil, "run", "--manifests="+n.folder, "--dns-listen="+elsewhere.String())
+	code, stderr := n.runOnce(nil, "run", "--manifests="+n.folder, "--dns-listen="+elsewhere.String())
 	want := "fairlead: --dns-listen: listen for DNS queries: listen tcp 192.0.2.2:53: bind: cannot assign requested address\n"
 	if code != 1 || stderr != want {
 		t.Errorf("exit code %d, output %q; want 1 and %q", code, stderr, want)
@@ -150,13 +150,13 @@ func TestDNSAddressOfAnotherNode(t *testing.T) {
 // A Service that needs an address where there is none to give says what to do.
 func TestNoServiceCIDR(t *testing.T) {
 	t.Parallel()
-	n := newNode(t, "a")
-	n.put("backend.yaml", serviceYAML("backend", 10, 80))
-	n.put("automatic.yaml", "apiVersion: v1\nkind: Service\nmetadata: {name: automatic}\nspec: {ports: [{port: 80}]}\n")
-	n.putPods("backend", "a")
+	n := newTestNode(t, "a")
+	n.writeFile("backend.yaml", serviceYAML("backend", 10, 80))
+	n.writeFile("automatic.yaml", "apiVersion: v1\nkind: Service\nmetadata: {name: automatic}\nspec: {ports: [{port: 80}]}\n")
+	n.writePods("backend", "a")
 	n.program = n.start(nil, "run", "--manifests="+n.folder, "--log-format=json")
-	n.program.await(func(r record) bool {
+	n.program.awaitLog(func(r record) bool {
 		return r.File == "automatic.yaml" && strings.Contains(r.Error, "spec.clusterIP: ") && strings.Contains(r.Error, "--service-cidr")
 	})
-	n.awaitAnswers(vips(10, 80), "a")
+	n.awaitAnswers(serviceAddrs(10, 80), "a")
 }

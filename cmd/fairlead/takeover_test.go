@@ -15,18 +15,18 @@ import (
 	"time"
 )
 
-// monitor records who commits to a node's ruleset: names of threads, in the order
+// commitMonitor records who commits to a node's ruleset: names of threads, in the order
 // of the commits.
-type monitor struct {
+type commitMonitor struct {
 	mu         sync.Mutex
 	committers []string
 	last       uint64 // generation
 }
 
 // monitorCommits starts to record. It ends with the test.
-func (n *node) monitorCommits() *monitor {
+func (n *testNode) monitorCommits() *commitMonitor {
 	n.t.Helper()
-	m := &monitor{}
+	m := &commitMonitor{}
 	cmd := exec.CommandContext(n.t.Context(), "nft", "monitor")
 	out, err := cmd.StdoutPipe()
 	if err == nil {
@@ -56,8 +56,8 @@ func (n *node) monitorCommits() *monitor {
 	return m
 }
 
-// until returns who has committed up to a generation.
-func (m *monitor) until(t *testing.T, generation uint32) []string {
+// committersUntil returns who has committed up to a generation.
+func (m *commitMonitor) committersUntil(t *testing.T, generation uint32) []string {
 	t.Helper()
 	var committers []string
 	eventually(t, func() error {
@@ -76,9 +76,9 @@ func (m *monitor) until(t *testing.T, generation uint32) []string {
 // first commit of the next one on, none of those before may commit.
 func TestEndedInstanceWritesNothing(t *testing.T) {
 	t.Parallel()
-	n := newNode(t, "a")
-	n.put("backend.yaml", serviceYAML("backend", 10, 80))
-	n.putPods("backend", "a")
+	n := newTestNode(t, "a")
+	n.writeFile("backend.yaml", serviceYAML("backend", 10, 80))
+	n.writePods("backend", "a")
 	const instances = 7
 	self, err := os.Executable()
 	if err != nil {
@@ -97,7 +97,7 @@ func TestEndedInstanceWritesNothing(t *testing.T) {
 	n.run()
 	m := n.monitorCommits()
 	// The monitor listens when it sees a commit.
-	for m.seen() == 0 {
+	for m.count() == 0 {
 		n.nft("flush chain ip fairlead nat-prerouting")
 	}
 
@@ -116,19 +116,19 @@ func TestEndedInstanceWritesNothing(t *testing.T) {
 	defer stop()
 	for i := 1; i < instances; i++ {
 		use(i)
-		next := n.standBy()
+		next := n.startStandby()
 		signal := []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL}[i%2]
 		if err := n.program.cmd.Process.Signal(signal); err != nil {
 			t.Fatal(err)
 		}
-		next.await(func(r record) bool { return r.Msg == "committed" && r.Reason == "start" })
+		next.awaitLog(func(r record) bool { return r.Msg == "committed" && r.Reason == "start" })
 		n.program.wait()
 		n.program = next
 	}
 	stop()
 	disturbing.Wait()
-	committers := m.until(t, n.generation())
-	n.awaitAnswers(vips(10, 80), "a")
+	committers := m.committersUntil(t, n.generation())
+	n.awaitAnswers(serviceAddrs(10, 80), "a")
 
 	current, commits := 0, map[string]int{}
 	for _, by := range committers {
@@ -151,8 +151,8 @@ func TestEndedInstanceWritesNothing(t *testing.T) {
 	}
 }
 
-// seen returns how many commits were recorded.
-func (m *monitor) seen() int {
+// count returns how many commits were recorded.
+func (m *commitMonitor) count() int {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return len(m.committers)

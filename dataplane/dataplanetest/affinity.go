@@ -13,18 +13,18 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// chosen is the endpoint that each client was sent to.
-type chosen struct {
+// affinityRecord is the endpoint that each client was sent to.
+type affinityRecord struct {
 	sync.Mutex
 	endpoints map[string]netip.AddrPort
-	began     map[string]time.Time     // when the client's last connection began
+	lastStart map[string]time.Time     // when the client's last connection began
 	idle      map[string]time.Duration // from when the one before began until the last was answered
 }
 
-func (s suite) affinity(t *testing.T) {
+func (s suite) testAffinity(t *testing.T) {
 	t.Parallel()
 	const timeout, long = 4 * time.Second, 3 * time.Hour
-	w := newWorld(t, s, 4)
+	w := newTopology(t, s, 4)
 	node := w.net.Node
 	w.node.NodePortAddrs = node.Addrs()
 	clients := []*nettest.Host{w.client, w.pods[0], node, w.net.Outside}
@@ -35,37 +35,37 @@ func (s suite) affinity(t *testing.T) {
 	}
 	variants := map[string]variant{
 		"cluster":    {dataplane.ClusterIP, func(f dataplane.Family) netip.AddrPort { return vip(f, 1, 80) }, false},
-		"node":       {dataplane.NodePort, func(f dataplane.Family) netip.AddrPort { return nodePortOf(f, 30080) }, false},
+		"node":       {dataplane.NodePort, func(f dataplane.Family) netip.AddrPort { return nodePortFrontend(f, 30080) }, false},
 		"local":      {dataplane.LoadBalancer, func(f dataplane.Family) netip.AddrPort { return vip(f, 2, 80) }, true},
-		"local-node": {dataplane.NodePort, func(f dataplane.Family) netip.AddrPort { return nodePortOf(f, 30081) }, true},
+		"local-node": {dataplane.NodePort, func(f dataplane.Family) netip.AddrPort { return nodePortFrontend(f, 30081) }, true},
 	}
 	var local []int // pods that outside clients may reach where the policy is Local
 	build := func(affinity time.Duration, pods ...int) []*dataplane.Service {
 		local = pods[:max(len(pods)-1, 0)]
 		var all []*dataplane.Service
 		for name, v := range variants {
-			all = append(all, forEach(func(family dataplane.Family, p dataplane.Protocol) *dataplane.Service {
-				treatment := w.to(w.endpoints(family, pods...))
+			all = append(all, buildServices(func(family dataplane.Family, p dataplane.Protocol) *dataplane.Service {
+				treatment := w.specOf(w.endpoints(family, pods...))
 				treatment.Affinity = affinity
 				if treatment.Masquerade = dataplane.MasqueradeAlways; v.policy {
-					treatment.Masquerade = dataplane.MasqueradeNode
-					treatment.ExternalLocal, treatment.LocalEndpoints = true, list(w.endpoints(family, local...))
+					treatment.Masquerade = dataplane.MasqueradeFromNode
+					treatment.ExternalTrafficPolicyLocal, treatment.LocalEndpoints = true, localEndpoints(w.endpoints(family, local...))
 				}
-				return w.of(v.kind, name, p, v.frontend(family), treatment)
+				return w.serviceOfKind(v.kind, name, p, v.frontend(family), treatment)
 			})...)
 		}
 		return all
 	}
 	// visit connects every client to every Service some times, and calls check
 	// with who it is, the endpoint, and what it was before.
-	was := &chosen{endpoints: map[string]netip.AddrPort{}, began: map[string]time.Time{}, idle: map[string]time.Duration{}}
+	was := &affinityRecord{endpoints: map[string]netip.AddrPort{}, lastStart: map[string]time.Time{}, idle: map[string]time.Duration{}}
 	visit := func(t *testing.T, times int, check func(t *testing.T, who string, before, now netip.AddrPort)) {
 		t.Helper()
-		each(t, clients, func(t *testing.T, family dataplane.Family, p dataplane.Protocol, from *nettest.Host) {
+		forEachClient(t, clients, func(t *testing.T, family dataplane.Family, p dataplane.Protocol, from *nettest.Host) {
 			for name, v := range variants {
 				addr := v.frontend(family)
 				if addr.Addr().IsUnspecified() {
-					addr = at(node, family, addr.Port())
+					addr = addrPortOf(node, family, addr.Port())
 				}
 				who := fmt.Sprintf("%s from %s to %s of %s", p, from.Name, addr, name)
 				for range times {
@@ -81,7 +81,7 @@ func (s suite) affinity(t *testing.T) {
 					was.Lock()
 					before := was.endpoints[who]
 					was.endpoints[who] = answer.Endpoint
-					was.idle[who], was.began[who] = time.Since(was.began[who]), began
+					was.idle[who], was.lastStart[who] = time.Since(was.lastStart[who]), began
 					was.Unlock()
 					check(t, who, before, answer.Endpoint)
 				}
@@ -110,7 +110,7 @@ func (s suite) affinity(t *testing.T) {
 			visit(t, 1, func(t *testing.T, who string, before, now netip.AddrPort) {
 				t.Helper()
 				was.Lock()
-				idle, began := was.idle[who], was.began[who]
+				idle, began := was.idle[who], was.lastStart[who]
 				was.Unlock()
 				mu.Lock()
 				defer mu.Unlock()
@@ -162,11 +162,11 @@ func (s suite) affinity(t *testing.T) {
 		visit(t, 1, sticks)
 	})
 	t.Run("a restart", func(t *testing.T) {
-		w.restart()
+		w.warmRestart()
 		visit(t, 1, sticks)
 	})
 	t.Run("another endpoint joins", func(t *testing.T) {
-		w.put(build(long, 0, 1, 2, 3)...)
+		w.createOrUpdate(build(long, 0, 1, 2, 3)...)
 		visit(t, 2, sticks)
 	})
 	gone := func(pod int) func(*testing.T, string, netip.AddrPort, netip.AddrPort) {
@@ -185,28 +185,28 @@ func (s suite) affinity(t *testing.T) {
 		}
 	}
 	t.Run("the first endpoint leaves", func(t *testing.T) {
-		w.put(build(long, 1, 2, 3)...) // and the last slot's takes its place
+		w.createOrUpdate(build(long, 1, 2, 3)...) // and the last slot's takes its place
 		visit(t, 3, gone(0))
 	})
 	t.Run("a restart after that", func(t *testing.T) {
-		w.restart()
+		w.warmRestart()
 		visit(t, 1, sticks)
 	})
 	t.Run("the last endpoint leaves", func(t *testing.T) {
-		w.put(build(long, 1, 2, 3, 0)...) // pod 0 is not local
+		w.createOrUpdate(build(long, 1, 2, 3, 0)...) // pod 0 is not local
 		visit(t, 1, sticks)
-		w.put(build(long, 1, 2, 0)...)
+		w.createOrUpdate(build(long, 1, 2, 0)...)
 		visit(t, 3, gone(3))
 	})
 	t.Run("another timeout", func(t *testing.T) {
-		w.put(build(timeout, 1, 2, 0)...)
+		w.createOrUpdate(build(timeout, 1, 2, 0)...)
 		visit(t, 1, sticks)
 		// Each connection begins the time again.
 		renew(t, timeout+timeout/2)
 	})
 	t.Run("the time passes", func(t *testing.T) {
 		time.Sleep(timeout + timeout/2)
-		if s.limits.AffinityLingers {
+		if s.limitations.AffinityOutlivesTimeout {
 			visit(t, 1, sticks)
 			return
 		}
@@ -216,13 +216,13 @@ func (s suite) affinity(t *testing.T) {
 		renew(t, 0)
 	})
 	t.Run("no affinity", func(t *testing.T) {
-		w.put(build(0, 1, 2, 0)...)
+		w.createOrUpdate(build(0, 1, 2, 0)...)
 		check, some := moves()
 		visit(t, 5, check)
 		some(t)
 	})
 	t.Run("affinity again", func(t *testing.T) {
-		w.put(build(long, 1, 2, 0)...)
+		w.createOrUpdate(build(long, 1, 2, 0)...)
 		visit(t, 1, func(*testing.T, string, netip.AddrPort, netip.AddrPort) {})
 		visit(t, 3, sticks)
 	})
@@ -233,41 +233,41 @@ func (s suite) affinity(t *testing.T) {
 			v.policy = false
 			variants[name] = v
 		}
-		w.put(build(long, 1, 2, 0)...)
+		w.createOrUpdate(build(long, 1, 2, 0)...)
 		visit(t, 2, func(*testing.T, string, netip.AddrPort, netip.AddrPort) {})
 		for name, v := range variants {
 			v.policy = strings.HasPrefix(name, "local")
 			variants[name] = v
 		}
-		w.put(build(long, 1, 2, 0)...)
+		w.createOrUpdate(build(long, 1, 2, 0)...)
 		visit(t, 1, func(*testing.T, string, netip.AddrPort, netip.AddrPort) {})
 		visit(t, 2, sticks)
 	})
 	t.Run("no endpoints", func(t *testing.T) {
-		w.put(build(long)...)
-		each(t, []*nettest.Host{w.client, node, w.net.Outside}, func(t *testing.T, family dataplane.Family, p dataplane.Protocol, from *nettest.Host) {
+		w.createOrUpdate(build(long)...)
+		forEachClient(t, []*nettest.Host{w.client, node, w.net.Outside}, func(t *testing.T, family dataplane.Family, p dataplane.Protocol, from *nettest.Host) {
 			expectRefused(t, from, p, vip(family, 1, 80))
 			expectRefused(t, from, p, vip(family, 2, 80))
-			expectRefused(t, from, p, at(node, family, 30081))
+			expectRefused(t, from, p, addrPortOf(node, family, 30081))
 		})
 	})
 }
 
-// manyClients has as many addresses as clients. Half of the endpoints leave: the
+// testAffinityManyClients has as many addresses as clients. Half of the endpoints leave: the
 // others' clients stay.
-func (s suite) manyClients(t *testing.T) {
+func (s suite) testAffinityManyClients(t *testing.T) {
 	t.Parallel()
 	const number = 1500
-	w := newWorld(t, s, 4)
+	w := newTopology(t, s, 4)
 	networks := map[dataplane.Family]netip.Prefix{
 		dataplane.IPv4: netip.MustParsePrefix("100.64.0.0/16"), dataplane.IPv6: netip.MustParsePrefix("2001:db8:64::/64"),
 	}
 	build := func(pods ...int) []*dataplane.Service {
 		var all []*dataplane.Service
 		for _, family := range families() {
-			treatment := w.to(w.endpoints(family, pods...))
+			treatment := w.specOf(w.endpoints(family, pods...))
 			treatment.Affinity = time.Hour
-			all = append(all, w.of(dataplane.ClusterIP, "sticky", dataplane.TCP, vip(family, 1, 80), treatment))
+			all = append(all, w.serviceOfKind(dataplane.ClusterIP, "sticky", dataplane.TCP, vip(family, 1, 80), treatment))
 		}
 		return all
 	}
@@ -294,7 +294,7 @@ func (s suite) manyClients(t *testing.T) {
 		}
 	}
 	visit(func(netip.Addr, netip.AddrPort) {})
-	w.put(build(1, 3)...)
+	w.createOrUpdate(build(1, 3)...)
 	stayed := 0
 	visit(func(client netip.Addr, now netip.AddrPort) {
 		for _, family := range families() {
@@ -311,7 +311,7 @@ func (s suite) manyClients(t *testing.T) {
 	if stayed < number/3 || stayed > 2*number/3 {
 		t.Errorf("%d clients of %d were at half of the endpoints", stayed, number)
 	}
-	w.restart()
+	w.warmRestart()
 	visit(func(client netip.Addr, now netip.AddrPort) {
 		if now != before[client] {
 			t.Errorf("%s reached %s, and after a restart %s", client, before[client], now)
@@ -319,11 +319,11 @@ func (s suite) manyClients(t *testing.T) {
 	})
 }
 
-// atOnce lets clients that nothing is remembered of connect several times at once.
-func (s suite) atOnce(t *testing.T) {
+// testAffinityConcurrentConnections lets clients that nothing is remembered of connect several times at once.
+func (s suite) testAffinityConcurrentConnections(t *testing.T) {
 	t.Parallel()
 	const clients, connections = 150, 6
-	w := newWorld(t, s, 4)
+	w := newTopology(t, s, 4)
 	networks := map[dataplane.Family]netip.Prefix{
 		dataplane.IPv4: netip.MustParsePrefix("100.64.0.0/16"), dataplane.IPv6: netip.MustParsePrefix("2001:db8:64::/64"),
 	}
@@ -332,9 +332,9 @@ func (s suite) atOnce(t *testing.T) {
 		if err := w.net.Outside.AddNetwork(network); err != nil {
 			t.Fatal(err)
 		}
-		treatment := w.to(w.endpoints(family, 0, 1, 2, 3))
+		treatment := w.specOf(w.endpoints(family, 0, 1, 2, 3))
 		treatment.Affinity = time.Hour
-		w.put(w.of(dataplane.ClusterIP, "sticky", dataplane.TCP, vip(family, 1, 80), treatment))
+		w.createOrUpdate(w.serviceOfKind(dataplane.ClusterIP, "sticky", dataplane.TCP, vip(family, 1, 80), treatment))
 		client := network.Addr()
 		for range clients {
 			client = client.Next()

@@ -11,38 +11,38 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// invalid has the endpoints of lasting connections send segments that connection
+// testInvalidPackets has the endpoints of lasting connections send segments that connection
 // tracking finds no place for, as these are far beyond the window. A client who
 // sees one with the endpoint's address answers with a reset, of which the
 // endpoint sees that it is in order, and gives the connection up.
-func (s suite) invalid(t *testing.T) {
+func (s suite) testInvalidPackets(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, s, 2)
+	w := newTopology(t, s, 2)
 	node, outside := w.net.Node, w.net.Outside
 	w.node.NodePortAddrs = node.Addrs()
 	node.ServeT(t, nettest.TCP, 8443)
-	outside.ServeT(t, nettest.TCP, port)
-	wires := map[netip.Addr]*nettest.Wire{}
+	outside.ServeT(t, nettest.TCP, endpointPort)
+	wires := map[netip.Addr]*nettest.SegmentConn{}
 	for _, host := range []*nettest.Host{w.client, w.pods[0], w.pods[1], node, outside} {
 		for _, addr := range host.Addrs() {
-			wires[addr] = host.WireT(t, addr)
+			wires[addr] = host.SegmentConnT(t, addr)
 		}
 	}
 	var services []*dataplane.Service
 	for _, family := range families() {
-		cluster, local, masqueraded := w.to(w.endpoints(family, 0, 1)), w.to(w.endpoints(family, 0)), w.to(w.endpoints(family, 1))
-		local.ExternalLocal, local.LocalEndpoints, local.Masquerade = true, local.Endpoints, dataplane.MasqueradeNode
+		cluster, local, masqueraded := w.specOf(w.endpoints(family, 0, 1)), w.specOf(w.endpoints(family, 0)), w.specOf(w.endpoints(family, 1))
+		local.ExternalTrafficPolicyLocal, local.LocalEndpoints, local.Masquerade = true, local.Endpoints, dataplane.MasqueradeFromNode
 		masqueraded.Masquerade = dataplane.MasqueradeAlways
 		services = append(services,
-			w.of(dataplane.ClusterIP, "cluster", dataplane.TCP, vip(family, 1, 80), cluster),
-			w.of(dataplane.LoadBalancer, "local", dataplane.TCP, vip(family, 2, 80), local),
-			w.of(dataplane.NodePort, "port", dataplane.TCP, nodePortOf(family, 30080), masqueraded),
-			w.of(dataplane.ClusterIP, "host", dataplane.TCP, vip(family, 3, 80), w.to([]netip.AddrPort{at(node, family, 8443)})))
-		elsewhere := w.to([]netip.AddrPort{at(outside, family, port)})
+			w.serviceOfKind(dataplane.ClusterIP, "cluster", dataplane.TCP, vip(family, 1, 80), cluster),
+			w.serviceOfKind(dataplane.LoadBalancer, "local", dataplane.TCP, vip(family, 2, 80), local),
+			w.serviceOfKind(dataplane.NodePort, "port", dataplane.TCP, nodePortFrontend(family, 30080), masqueraded),
+			w.serviceOfKind(dataplane.ClusterIP, "host", dataplane.TCP, vip(family, 3, 80), w.specOf([]netip.AddrPort{addrPortOf(node, family, 8443)})))
+		elsewhere := w.specOf([]netip.AddrPort{addrPortOf(outside, family, endpointPort)})
 		elsewhere.Masquerade = dataplane.MasqueradeAlways
 		services = append(services,
-			w.of(dataplane.ClusterIP, "elsewhere", dataplane.TCP, vip(family, 4, 80), elsewhere),
-			w.of(dataplane.NodePort, "elsewhere", dataplane.TCP, nodePortOf(family, 30081), elsewhere))
+			w.serviceOfKind(dataplane.ClusterIP, "elsewhere", dataplane.TCP, vip(family, 4, 80), elsewhere),
+			w.serviceOfKind(dataplane.NodePort, "elsewhere", dataplane.TCP, nodePortFrontend(family, 30081), elsewhere))
 	}
 	type connection struct {
 		name string
@@ -53,7 +53,7 @@ func (s suite) invalid(t *testing.T) {
 		return func(f dataplane.Family) netip.AddrPort { return vip(f, n, 80) }
 	}
 	nodePort := func(n uint16) func(dataplane.Family) netip.AddrPort {
-		return func(f dataplane.Family) netip.AddrPort { return at(node, f, n) }
+		return func(f dataplane.Family) netip.AddrPort { return addrPortOf(node, f, n) }
 	}
 	connections := []connection{
 		{"from a pod", w.client, vipOf(1)},
@@ -84,15 +84,15 @@ func (s suite) invalid(t *testing.T) {
 		for _, c := range connections {
 			for _, family := range families() {
 				t.Run(fmt.Sprintf("%s/%s/%s", tt.name, c.name, family), func(t *testing.T) {
-					w.inject(t, wires, c.from, c.to(family))
+					w.injectInvalidSegments(t, wires, c.from, c.to(family))
 				})
 			}
 		}
 	}
 }
 
-// inject connects, and sends the segments in the name of the endpoint.
-func (w *world) inject(t *testing.T, wires map[netip.Addr]*nettest.Wire, from *nettest.Host, to netip.AddrPort) {
+// injectInvalidSegments connects, and sends the segments in the name of the endpoint.
+func (w *topology) injectInvalidSegments(t *testing.T, wires map[netip.Addr]*nettest.SegmentConn, from *nettest.Host, to netip.AddrPort) {
 	t.Helper()
 	conn, err := from.Open(t.Context(), nettest.TCP, to)
 	if err != nil {
@@ -107,7 +107,7 @@ func (w *world) inject(t *testing.T, wires map[netip.Addr]*nettest.Wire, from *n
 	ofClient := func(s nettest.Segment) bool { return s.Source == answer.Source && s.Destination == answer.Endpoint }
 	var last nettest.Segment // that the client has sent
 	for last.Len == 0 {
-		for _, s := range endpoint.Seen() {
+		for _, s := range endpoint.Received() {
 			if ofClient(s) && s.Len > 0 {
 				last = s
 			}
@@ -128,23 +128,23 @@ func (w *world) inject(t *testing.T, wires map[netip.Addr]*nettest.Wire, from *n
 		}
 	}
 	client := wires[addrOf(from, dataplane.FamilyOf(to.Addr()))]
-	for _, s := range client.Seen() {
+	for _, s := range client.Received() {
 		if s.Source == answer.Endpoint && s.Destination == conn.Source() && from != w.net.Node {
 			t.Errorf("the client has seen %+v, want nothing with the endpoint's address", s)
 		}
 	}
-	for _, s := range endpoint.Seen() {
+	for _, s := range endpoint.Received() {
 		if ofClient(s) && s.Flags&nettest.RST != 0 {
 			t.Errorf("the endpoint has got %+v, want no reset", s)
 		}
 	}
 }
 
-// lostConnections has a server go on with connections that its clients know nothing
+// testHalfOpenConnections has a server go on with connections that its clients know nothing
 // of any more, as after a restart. Its port is one that endpoints have.
-func (s suite) lostConnections(t *testing.T) {
+func (s suite) testHalfOpenConnections(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, s, 1)
+	w := newTopology(t, s, 1)
 	node, outside := w.net.Node, w.net.Outside
 	w.node.PodCIDRs = w.net.PodCIDRs
 	var services []*dataplane.Service
@@ -158,16 +158,16 @@ func (s suite) lostConnections(t *testing.T) {
 		} {
 			t.Run(fmt.Sprintf("%s with %s/%s", tt.server.Name, tt.client.Name, family), func(t *testing.T) {
 				t.Parallel()
-				wire := tt.server.WireT(t, addrOf(tt.server, family))
+				wire := tt.server.SegmentConnT(t, addrOf(tt.server, family))
 				line := nettest.Segment{
-					Source: at(tt.server, family, port), Destination: at(tt.client, family, 40000),
+					Source: addrPortOf(tt.server, family, endpointPort), Destination: addrPortOf(tt.client, family, 40000),
 					Seq: 1000, Ack: 2000, Flags: nettest.ACK | nettest.PSH, Len: 10,
 				}
 				if err := wire.Send(line); err != nil {
 					t.Fatal(err)
 				}
 				for end := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
-					if slices.ContainsFunc(wire.Seen(), func(s nettest.Segment) bool {
+					if slices.ContainsFunc(wire.Received(), func(s nettest.Segment) bool {
 						return s.Source == line.Destination && s.Destination == line.Source && s.Flags&nettest.RST != 0
 					}) {
 						return
@@ -181,13 +181,13 @@ func (s suite) lostConnections(t *testing.T) {
 	}
 }
 
-// oneDirection has connections of which the node sees what one side sends. All
+// testAsymmetricRoutes has connections of which the node sees what one side sends. All
 // ports are ones that endpoints have.
-func (s suite) oneDirection(t *testing.T) {
+func (s suite) testAsymmetricRoutes(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, s, 3)
+	w := newTopology(t, s, 3)
 	outside := w.net.Outside
-	outside.ServeT(t, nettest.TCP, port)
+	outside.ServeT(t, nettest.TCP, endpointPort)
 	server, other := w.pods[0], w.pods[1]
 	for _, past := range [][2]*nettest.Host{{outside, server}, {outside, w.client}, {other, server}} {
 		if err := w.net.Bypass(past[0], past[1]); err != nil {
@@ -216,7 +216,7 @@ func (s suite) oneDirection(t *testing.T) {
 		} {
 			for _, family := range families() {
 				t.Run(fmt.Sprintf("%s/%s/%s", name, tt.name, family), func(t *testing.T) {
-					conn, err := tt.from.Open(t.Context(), nettest.TCP, at(tt.to, family, port))
+					conn, err := tt.from.Open(t.Context(), nettest.TCP, addrPortOf(tt.to, family, endpointPort))
 					if err != nil {
 						t.Fatal(err)
 					}
@@ -232,7 +232,7 @@ func (s suite) oneDirection(t *testing.T) {
 					if err := conn.Close(); err != nil {
 						t.Error(err)
 					}
-					expectRefused(t, tt.from, dataplane.TCP, at(tt.to, family, 9))
+					expectRefused(t, tt.from, dataplane.TCP, addrPortOf(tt.to, family, 9))
 				})
 			}
 		}

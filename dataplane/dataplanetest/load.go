@@ -13,13 +13,13 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// loadTime is how long a test changes things under load.
-const loadTime = 3 * time.Second
+// loadDuration is how long a test changes things under load.
+const loadDuration = 3 * time.Second
 
 // underLoad calls change again and again. Meanwhile it opens connections to the
 // frontends, from a pod, the node and outside, and checks that each reaches one
 // of the endpoints.
-func (w *world) underLoad(t *testing.T, services []*dataplane.Service, change func()) {
+func (w *topology) underLoad(t *testing.T, services []*dataplane.Service, change func()) {
 	t.Helper()
 	start := time.Now()
 	var done, failed atomic.Int64
@@ -30,7 +30,7 @@ func (w *world) underLoad(t *testing.T, services []*dataplane.Service, change fu
 			clients.Go(func() {
 				f := s.Frontends[0]
 				if f.Addr.Addr().IsUnspecified() {
-					f.Addr = at(w.net.Node, s.Key.Family, f.Addr.Port())
+					f.Addr = addrPortOf(w.net.Node, s.Key.Family, f.Addr.Port())
 				}
 				for !stop.Load() {
 					answer, err := connect(t, from, f.Protocol, f.Addr)
@@ -51,35 +51,35 @@ func (w *world) underLoad(t *testing.T, services []*dataplane.Service, change fu
 	func() {
 		defer clients.Wait() // also when change ends the test
 		defer stop.Store(true)
-		for time.Since(start) < loadTime {
+		for time.Since(start) < loadDuration {
 			change()
 			changes++
 		}
 	}()
 	t.Logf("%d connections during %d changes, %d failed", done.Load(), changes, failed.Load())
 	if done.Load() < 100 {
-		t.Errorf("only %d connections in %v: this is no load", done.Load(), loadTime)
+		t.Errorf("only %d connections in %v: this is no load", done.Load(), loadDuration)
 	}
 }
 
 // loadServices returns a Service of each protocol, and TCP ones that are treated
 // in other ways.
-func (w *world) loadServices(pods ...int) []*dataplane.Service {
+func (w *topology) loadServices(pods ...int) []*dataplane.Service {
 	w.t.Helper()
 	var services []*dataplane.Service
 	for _, family := range families() {
-		plain := w.to(w.endpoints(family, pods...))
+		plain := w.specOf(w.endpoints(family, pods...))
 		plain.Masquerade = dataplane.MasqueradeAlways
 		sticky, local := plain, plain
 		sticky.Affinity = time.Second // so that clients are sent elsewhere now and then
-		local.ExternalLocal, local.LocalEndpoints, local.Masquerade = true, plain.Endpoints, dataplane.MasqueradeNode
+		local.ExternalTrafficPolicyLocal, local.LocalEndpoints, local.Masquerade = true, plain.Endpoints, dataplane.MasqueradeFromNode
 		both := local
 		both.Affinity = time.Hour
 		services = append(services,
-			w.of(dataplane.NodePort, "node-port", dataplane.TCP, nodePortOf(family, 30080), plain),
-			w.of(dataplane.ClusterIP, "sticky", dataplane.TCP, vip(family, 2, 80), sticky),
-			w.of(dataplane.LoadBalancer, "local", dataplane.TCP, vip(family, 3, 80), local),
-			w.of(dataplane.NodePort, "both", dataplane.TCP, nodePortOf(family, 30081), both))
+			w.serviceOfKind(dataplane.NodePort, "node-port", dataplane.TCP, nodePortFrontend(family, 30080), plain),
+			w.serviceOfKind(dataplane.ClusterIP, "sticky", dataplane.TCP, vip(family, 2, 80), sticky),
+			w.serviceOfKind(dataplane.LoadBalancer, "local", dataplane.TCP, vip(family, 3, 80), local),
+			w.serviceOfKind(dataplane.NodePort, "both", dataplane.TCP, nodePortFrontend(family, 30081), both))
 	}
 	for _, family := range families() {
 		for _, p := range protocols() {
@@ -94,9 +94,9 @@ func (w *world) loadServices(pods ...int) []*dataplane.Service {
 // other as fast as the kernel takes them, so that several come between two steps
 // of one packet: a packet that is not translated makes connection tracking leave
 // the rest of its connection alone too, however often the client tries again.
-func (s suite) flapUnderLoad(t *testing.T) {
+func (s suite) testEndpointChangesUnderLoad(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, s, 5)
+	w := newTopology(t, s, 5)
 	w.node.NodePortAddrs = w.net.Node.Addrs()
 	w.replace(w.loadServices(0, 2)...)
 	w.underLoad(t, w.loadServices(0, 1, 2, 3, 4), func() {
@@ -108,18 +108,18 @@ func (s suite) flapUnderLoad(t *testing.T) {
 		}
 		var changes []dataplane.Change
 		for _, s := range w.loadServices(pods...) {
-			changes = append(changes, dataplane.Change{Old: w.held[s.Key], New: s})
+			changes = append(changes, dataplane.Change{Old: w.programmed[s.Key], New: s})
 		}
-		w.applyUnread(changes)
+		w.applyUnchecked(changes)
 	})
-	w.checkRead("apply under load")
+	w.checkState("apply under load")
 }
 
-func (s suite) restartUnderLoad(t *testing.T) {
+func (s suite) testWarmRestartUnderLoad(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, s, 3)
+	w := newTopology(t, s, 3)
 	w.node.NodePortAddrs = w.net.Node.Addrs()
 	services := w.loadServices(0, 1, 2)
 	w.replace(services...)
-	w.underLoad(t, services, w.restart)
+	w.underLoad(t, services, w.warmRestart)
 }

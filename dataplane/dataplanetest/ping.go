@@ -14,17 +14,17 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// pinged is what comes back of an echo request.
-type pinged string
+// probeResult is what comes back of an echo request.
+type probeResult string
 
 const (
-	answered   pinged = "answered"
-	refused    pinged = "refused"
-	unanswered pinged = "unanswered"
+	answered   probeResult = "answered"
+	refused    probeResult = "refused"
+	unanswered probeResult = "unanswered"
 )
 
-// ask sends an echo request. It waits for long where an answer is wanted.
-func ask(t *testing.T, want pinged, send func(context.Context) error) (pinged, error) {
+// probe sends an echo request. It waits for long where an answer is wanted.
+func probe(t *testing.T, want probeResult, send func(context.Context) error) (probeResult, error) {
 	t.Helper()
 	patience := 3 * time.Second
 	if want == unanswered {
@@ -44,9 +44,9 @@ func ask(t *testing.T, want pinged, send func(context.Context) error) (pinged, e
 	return "", err
 }
 
-func expectPing(t *testing.T, from *nettest.Host, addr netip.Addr, want pinged) {
+func expectPing(t *testing.T, from *nettest.Host, addr netip.Addr, want probeResult) {
 	t.Helper()
-	got, err := ask(t, want, func(ctx context.Context) error { return from.Ping(ctx, addr) })
+	got, err := probe(t, want, func(ctx context.Context) error { return from.Ping(ctx, addr) })
 	if got != want {
 		t.Errorf("a ping from %s to %s is %q (error %v), want it %s", from.Name, addr, got, err, want)
 	}
@@ -54,59 +54,59 @@ func expectPing(t *testing.T, from *nettest.Host, addr netip.Addr, want pinged) 
 
 // The addresses of the pings' tests, by who is to be answered.
 const (
-	pingCluster  = iota + 1 // a cluster IP with an endpoint
-	pingEmpty               // one without
-	pingExternal            // an external address with an endpoint
-	pingInside              // endpoints, none of which is local: the node and its pods
-	pingOutside             // nothing but local endpoints: other clients
-	pingRanged              // source ranges
-	pingShared              // two Services, of which one has an endpoint
-	pingNothing             // an external address without endpoints
-	pingUnused   = 200      // nobody's
+	pingClusterIP          = iota + 1 // a cluster IP with an endpoint
+	pingEmptyClusterIP                // one without
+	pingExternalIP                    // an external address with an endpoint
+	pingNoLocalEndpoint               // endpoints, none of which is local: the node and its pods
+	pingLocalEndpointsOnly            // nothing but local endpoints: other clients
+	pingSourceRanges                  // source ranges
+	pingShared                        // two Services, of which one has an endpoint
+	pingEmptyLoadBalancer             // an external address without endpoints
+	pingUnused             = 200      // nobody's
 )
 
-func (w *world) pingable(pods ...int) []*dataplane.Service {
+func (w *topology) pingServices(pods ...int) []*dataplane.Service {
 	w.t.Helper()
 	var all []*dataplane.Service
 	for _, family := range families() {
-		some := w.to(w.endpoints(family, pods...))
+		some := w.specOf(w.endpoints(family, pods...))
 		inside, outside, ranged := some, some, some
-		inside.ExternalLocal = true
-		outside.ExternalLocal, outside.Endpoints, outside.LocalEndpoints = true, nil, some.Endpoints
+		inside.ExternalTrafficPolicyLocal = true
+		outside.ExternalTrafficPolicyLocal, outside.Endpoints, outside.LocalEndpoints = true, nil, some.Endpoints
 		ranged.SourceRanges = []netip.Prefix{netip.PrefixFrom(vip(family, 0, 0).Addr(), 0).Masked()}
-		add := func(kind dataplane.Kind, name string, p dataplane.Protocol, n byte, treatment dataplane.Treatment) {
-			all = append(all, w.of(kind, name, p, vip(family, n, 80), treatment))
+		add := func(kind dataplane.Kind, name string, p dataplane.Protocol, n byte, treatment dataplane.ServiceSpec) {
+			all = append(all, w.serviceOfKind(kind, name, p, vip(family, n, 80), treatment))
 		}
-		add(dataplane.ClusterIP, "cluster", dataplane.TCP, pingCluster, some)
-		add(dataplane.ClusterIP, "empty", dataplane.TCP, pingEmpty, w.to(nil))
-		add(dataplane.ExternalIP, "external", dataplane.UDP, pingExternal, some)
-		add(dataplane.LoadBalancer, "inside", dataplane.TCP, pingInside, inside)
-		add(dataplane.LoadBalancer, "outside", dataplane.SCTP, pingOutside, outside)
-		add(dataplane.LoadBalancer, "ranged", dataplane.TCP, pingRanged, ranged)
+		add(dataplane.ClusterIP, "cluster", dataplane.TCP, pingClusterIP, some)
+		add(dataplane.ClusterIP, "empty", dataplane.TCP, pingEmptyClusterIP, w.specOf(nil))
+		add(dataplane.ExternalIP, "external", dataplane.UDP, pingExternalIP, some)
+		add(dataplane.LoadBalancer, "inside", dataplane.TCP, pingNoLocalEndpoint, inside)
+		add(dataplane.LoadBalancer, "outside", dataplane.SCTP, pingLocalEndpointsOnly, outside)
+		add(dataplane.LoadBalancer, "ranged", dataplane.TCP, pingSourceRanges, ranged)
 		add(dataplane.ClusterIP, "shared", dataplane.TCP, pingShared, some)
-		add(dataplane.ClusterIP, "shared", dataplane.UDP, pingShared, w.to(nil))
-		add(dataplane.LoadBalancer, "nothing", dataplane.TCP, pingNothing, w.to(nil))
+		add(dataplane.ClusterIP, "shared", dataplane.UDP, pingShared, w.specOf(nil))
+		add(dataplane.LoadBalancer, "nothing", dataplane.TCP, pingEmptyLoadBalancer, w.specOf(nil))
 	}
 	return all
 }
 
-// pings leaves the addresses that are no cluster IPs to the outside host, which
+// testPingServiceIPs leaves the addresses that are no cluster IPs to the outside host, which
 // does not have them: a ping that the node does not answer, nobody does.
-func (s suite) pings(t *testing.T) {
+func (s suite) testPingServiceIPs(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, s, 1)
+	w := newTopology(t, s, 1)
 	node, outside := w.net.Node, w.net.Outside
-	w.node.Addrs = node.Addrs()
+	w.node.PrimaryAddrs = node.Addrs()
 	for _, family := range families() {
 		addr := vip(family, 128, 0).Addr()
 		w.node.ServiceCIDRs = append(w.node.ServiceCIDRs, netip.PrefixFrom(addr, addr.BitLen()-7)) // has pingUnused
 	}
 	clients := []*nettest.Host{w.client, w.pods[0], node, outside}
-	type table map[byte]pinged
+	type table map[byte]probeResult
 	with := func(more table) table { // all of which the rest is not answered
 		all := table{
-			pingCluster: refused, pingEmpty: refused, pingShared: refused, pingUnused: unanswered,
-			pingExternal: unanswered, pingInside: unanswered, pingOutside: unanswered, pingRanged: unanswered, pingNothing: unanswered,
+			pingClusterIP: refused, pingEmptyClusterIP: refused, pingShared: refused, pingUnused: unanswered,
+			pingExternalIP: unanswered, pingNoLocalEndpoint: unanswered, pingLocalEndpointsOnly: unanswered, pingSourceRanges: unanswered, pingEmptyLoadBalancer: unanswered,
 		}
 		maps.Copy(all, more)
 		return all
@@ -131,24 +131,24 @@ func (s suite) pings(t *testing.T) {
 		checks.Wait()
 	}
 	none := with(nil)
-	all := table{pingCluster: answered, pingShared: answered, pingExternal: answered}
+	all := table{pingClusterIP: answered, pingShared: answered, pingExternalIP: answered}
 	allInside, allOutside := with(all), with(all)
-	allInside[pingInside], allOutside[pingOutside] = answered, answered
+	allInside[pingNoLocalEndpoint], allOutside[pingLocalEndpointsOnly] = answered, answered
 
-	w.replace(w.pingable(0)...)
+	w.replace(w.pingServices(0)...)
 	t.Run("when it is off", func(t *testing.T) { check(t, none, none) })
 	w.node.PingServiceIPs = true
-	w.replace(w.pingable(0)...)
+	w.replace(w.pingServices(0)...)
 	t.Run("when it is on", func(t *testing.T) { check(t, allInside, allOutside) })
-	w.restart()
+	w.warmRestart()
 	t.Run("after a restart", func(t *testing.T) { check(t, allInside, allOutside) })
-	w.put(w.pingable()...)
+	w.createOrUpdate(w.pingServices()...)
 	t.Run("without endpoints", func(t *testing.T) { check(t, none, none) })
-	w.put(w.pingable(0)...)
+	w.createOrUpdate(w.pingServices(0)...)
 	t.Run("with endpoints again", func(t *testing.T) { check(t, allInside, allOutside) })
 
 	t.Run("of Services at one address that come and go", func(t *testing.T) {
-		want := map[byte]pinged{}
+		want := map[byte]probeResult{}
 		step := func(edit func(family dataplane.Family)) {
 			t.Helper()
 			for _, family := range families() {
@@ -159,29 +159,29 @@ func (s suite) pings(t *testing.T) {
 			}
 		}
 		udp := func(family dataplane.Family, pods ...int) *dataplane.Service {
-			return w.of(dataplane.ClusterIP, "shared", dataplane.UDP, vip(family, pingShared, 80), w.to(w.endpoints(family, pods...)))
+			return w.serviceOfKind(dataplane.ClusterIP, "shared", dataplane.UDP, vip(family, pingShared, 80), w.specOf(w.endpoints(family, pods...)))
 		}
 		tcp := func(family dataplane.Family, pods ...int) *dataplane.Service {
-			return w.of(dataplane.ClusterIP, "shared", dataplane.TCP, vip(family, pingShared, 80), w.to(w.endpoints(family, pods...)))
+			return w.serviceOfKind(dataplane.ClusterIP, "shared", dataplane.TCP, vip(family, pingShared, 80), w.specOf(w.endpoints(family, pods...)))
 		}
 		want[pingShared] = answered
-		step(func(family dataplane.Family) { w.put(udp(family, 0)) })
-		step(func(family dataplane.Family) { w.put(tcp(family)) })
+		step(func(family dataplane.Family) { w.createOrUpdate(udp(family, 0)) })
+		step(func(family dataplane.Family) { w.createOrUpdate(tcp(family)) })
 		want[pingShared] = refused
-		step(func(family dataplane.Family) { w.put(udp(family)) })
+		step(func(family dataplane.Family) { w.createOrUpdate(udp(family)) })
 		want[pingShared] = answered
-		step(func(family dataplane.Family) { w.put(tcp(family, 0)) })
+		step(func(family dataplane.Family) { w.createOrUpdate(tcp(family, 0)) })
 		want[pingShared] = refused
 		step(func(family dataplane.Family) { w.remove(tcp(family)) })
-		step(func(family dataplane.Family) { w.put(tcp(family)) })
+		step(func(family dataplane.Family) { w.createOrUpdate(tcp(family)) })
 	})
 
 	t.Run("of one program that goes on", func(t *testing.T) {
-		w.put(w.pingable(0)...)
+		w.createOrUpdate(w.pingServices(0)...)
 		var pingers []*nettest.Pinger
 		for _, family := range families() {
 			for _, from := range clients {
-				p, err := from.OpenPing(vip(family, pingCluster, 0).Addr())
+				p, err := from.OpenPinger(vip(family, pingClusterIP, 0).Addr())
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -195,19 +195,19 @@ func (s suite) pings(t *testing.T) {
 		}
 		for _, step := range []struct {
 			pods []int
-			want pinged
+			want probeResult
 		}{{[]int{0}, answered}, {nil, refused}, {[]int{0}, answered}, {nil, refused}} {
-			w.put(w.pingable(step.pods...)...)
+			w.createOrUpdate(w.pingServices(step.pods...)...)
 			for i, p := range pingers {
-				if got, err := ask(t, step.want, p.Ask); got != step.want {
+				if got, err := probe(t, step.want, p.Ask); got != step.want {
 					t.Errorf("pinger %d, with endpoints %v: %q (error %v), want %s", i, step.pods, got, err, step.want)
 				}
 			}
 		}
 	})
 
-	w.node.Addrs = nil
-	w.replace(w.pingable(0)...)
+	w.node.PrimaryAddrs = nil
+	w.replace(w.pingServices(0)...)
 	t.Run("of a node without known addresses", func(t *testing.T) { check(t, allInside, allOutside) })
 	for _, tt := range []struct {
 		name  string
@@ -220,28 +220,28 @@ func (s suite) pings(t *testing.T) {
 	} {
 		t.Run("with "+tt.name, func(t *testing.T) {
 			w.node = tt.node
-			w.node.PingServiceIPs, w.node.Addrs = true, node.Addrs()
-			w.replace(w.pingable(0)...)
+			w.node.PingServiceIPs, w.node.PrimaryAddrs = true, node.Addrs()
+			w.replace(w.pingServices(0)...)
 			for _, family := range families() {
 				inside, others := answered, unanswered
 				if !tt.local {
 					inside, others = unanswered, answered
 				}
-				expectPing(t, w.client, vip(family, pingInside, 0).Addr(), inside)
-				expectPing(t, w.client, vip(family, pingOutside, 0).Addr(), others)
-				expectPing(t, node, vip(family, pingInside, 0).Addr(), answered)
-				expectPing(t, outside, vip(family, pingOutside, 0).Addr(), answered)
+				expectPing(t, w.client, vip(family, pingNoLocalEndpoint, 0).Addr(), inside)
+				expectPing(t, w.client, vip(family, pingLocalEndpointsOnly, 0).Addr(), others)
+				expectPing(t, node, vip(family, pingNoLocalEndpoint, 0).Addr(), answered)
+				expectPing(t, outside, vip(family, pingLocalEndpointsOnly, 0).Addr(), answered)
 			}
 		})
 	}
 
 	w.node.PingServiceIPs = false
-	w.replace(slices.DeleteFunc(w.pingable(0), func(s *dataplane.Service) bool { return s.Key.Name == "shared" })...)
+	w.replace(slices.DeleteFunc(w.pingServices(0), func(s *dataplane.Service) bool { return s.Key.Name == "shared" })...)
 	t.Run("when it is off again", func(t *testing.T) {
 		for _, family := range families() {
 			for _, from := range clients {
-				expectPing(t, from, vip(family, pingCluster, 0).Addr(), refused)
-				expectPing(t, from, vip(family, pingExternal, 0).Addr(), unanswered)
+				expectPing(t, from, vip(family, pingClusterIP, 0).Addr(), refused)
+				expectPing(t, from, vip(family, pingExternalIP, 0).Addr(), unanswered)
 			}
 		}
 	})

@@ -11,9 +11,9 @@ import (
 
 // A Replace tells how many Services are complete: never fewer than before, and all
 // of them at the end, whether they were in the kernel already or not.
-func (s suite) progress(t *testing.T) {
+func (s suite) testReplaceProgress(t *testing.T) {
 	t.Parallel()
-	w := newBareWorld(t, s)
+	w := newBareTopology(t, s)
 	var services []*dataplane.Service
 	for i := range 30 {
 		for _, family := range families() {

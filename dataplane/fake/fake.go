@@ -116,7 +116,7 @@ func (d *Dataplane) Close() error {
 
 // Read implements [dataplane.Dataplane].
 func (d *Dataplane) Read(ctx context.Context) (dataplane.State, error) {
-	if err := d.enter(ctx); err != nil {
+	if err := d.lock(ctx); err != nil {
 		return nil, fmt.Errorf("read: %w", err)
 	}
 	defer d.mu.Unlock()
@@ -126,21 +126,21 @@ func (d *Dataplane) Read(ctx context.Context) (dataplane.State, error) {
 
 // Replace implements [dataplane.Dataplane].
 func (d *Dataplane) Replace(ctx context.Context, _ dataplane.Node, services iter.Seq[*dataplane.Service], progress func(int)) error {
-	if err := d.enter(ctx); err != nil {
+	if err := d.lock(ctx); err != nil {
 		return fmt.Errorf("replace: %w", err)
 	}
 	defer d.mu.Unlock()
 	d.counts.Replaces++
 	c := newCall("replace")
-	c.have = d.state
+	c.old = d.state
 	n := 0
 	for s := range services {
-		if err := c.put(s, d.opts.Unsupported); err != nil {
+		if err := c.addNew(s, d.opts.Unsupported); err != nil {
 			return err
 		}
 		n++
 	}
-	err := d.do(c)
+	err := d.execute(c)
 	if progress != nil {
 		progress(n - len(c.failed))
 	}
@@ -149,33 +149,33 @@ func (d *Dataplane) Replace(ctx context.Context, _ dataplane.Node, services iter
 
 // Apply implements [dataplane.Dataplane].
 func (d *Dataplane) Apply(ctx context.Context, changes []dataplane.Change) error {
-	if err := d.enter(ctx); err != nil {
+	if err := d.lock(ctx); err != nil {
 		return fmt.Errorf("apply: %w", err)
 	}
 	defer d.mu.Unlock()
 	d.counts.Applies++
 	c := newCall("apply")
 	for _, ch := range changes {
-		if err := c.take(ch.Old); err != nil {
+		if err := c.addOld(ch.Old); err != nil {
 			return err
 		}
-		if err := c.put(ch.New, d.opts.Unsupported); err != nil {
+		if err := c.addNew(ch.New, d.opts.Unsupported); err != nil {
 			return err
 		}
 	}
 	if d.opts.Strict && !d.opts.PerObject {
-		if err := d.check(c); err != nil {
+		if err := d.checkOld(c); err != nil {
 			for _, ch := range changes {
 				c.failed[ch.Key()] = err
 			}
 			return c.err()
 		}
 	}
-	return d.do(c)
+	return d.execute(c)
 }
 
-// enter locks the kernel for a call, or says why there can be none.
-func (d *Dataplane) enter(ctx context.Context) error {
+// lock locks the kernel for a call, or says why there can be none.
+func (d *Dataplane) lock(ctx context.Context) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
@@ -187,15 +187,15 @@ func (d *Dataplane) enter(ctx context.Context) error {
 	return nil
 }
 
-// check compares what a call assumes with what is there.
-func (d *Dataplane) check(c *call) error {
-	for f, b := range c.have {
+// checkOld compares what a call assumes with what is there.
+func (d *Dataplane) checkOld(c *call) error {
+	for f, b := range c.old {
 		if got, ok := d.state[f]; !ok || !got.Equal(b) {
 			return fmt.Errorf("%s is not as Old says", f)
 		}
 	}
-	for f, w := range c.want {
-		if _, ok := c.have[f]; ok {
+	for f, w := range c.desired {
+		if _, ok := c.old[f]; ok {
 			continue
 		}
 		if got, ok := d.state[f]; ok {
@@ -205,32 +205,32 @@ func (d *Dataplane) check(c *call) error {
 	return nil
 }
 
-// do makes the kernel hold what c wants of the frontends that c knows.
-func (d *Dataplane) do(c *call) error {
-	for f, w := range inOrder(c.want, d.opts.PerObject) {
+// execute makes the kernel hold what c wants of the frontends that c knows.
+func (d *Dataplane) execute(c *call) error {
+	for f, w := range maybeSorted(c.desired, d.opts.PerObject) {
 		if d.opts.PerObject {
 			if err := d.writeFrontend(f, c, w.binding); err != nil {
 				c.fail(w.key, err)
 			}
 			continue
 		}
-		d.counts.Writes += difference(d.state, f, w.binding)
+		d.counts.Writes += countWrites(d.state, f, w.binding)
 		d.state[f] = w.binding
 	}
 	var ownerless error
-	for f := range inOrder(c.have, d.opts.PerObject) {
-		if _, ok := c.want[f]; ok {
+	for f := range maybeSorted(c.old, d.opts.PerObject) {
+		if _, ok := c.desired[f]; ok {
 			continue
 		}
-		if err := d.fault(Write{Frontend: f, Delete: true}); err != nil {
-			if owner, ok := c.owners[f]; ok {
+		if err := d.injectFault(Write{Frontend: f, Delete: true}); err != nil {
+			if owner, ok := c.oldOwners[f]; ok {
 				c.fail(owner, err)
 			} else {
 				ownerless = fmt.Errorf("%s: leftover %w", c.op, err)
 			}
 			continue
 		}
-		d.counts.Writes += removal(d.state, f, d.opts.PerObject)
+		d.counts.Writes += countRemovalWrites(d.state, f, d.opts.PerObject)
 		delete(d.state, f)
 	}
 	if ownerless != nil {
@@ -239,8 +239,8 @@ func (d *Dataplane) do(c *call) error {
 	return c.err()
 }
 
-// inOrder returns all of m, sorted if that matters: a WriteFault may count.
-func inOrder[V any](m map[dataplane.Frontend]V, sorted bool) iter.Seq2[dataplane.Frontend, V] {
+// maybeSorted returns all of m, sorted if that matters: a WriteFault may count.
+func maybeSorted[V any](m map[dataplane.Frontend]V, sorted bool) iter.Seq2[dataplane.Frontend, V] {
 	if !sorted {
 		return maps.All(m)
 	}
@@ -253,28 +253,28 @@ func inOrder[V any](m map[dataplane.Frontend]V, sorted bool) iter.Seq2[dataplane
 	}
 }
 
-// difference counts the writes that make frontend f of an atomic kernel b.
-func difference(state dataplane.State, f dataplane.Frontend, b dataplane.Binding) int {
+// countWrites counts the writes that make frontend f of an atomic kernel b.
+func countWrites(state dataplane.State, f dataplane.Frontend, b dataplane.Binding) int {
 	old, ok := state[f]
 	n := 0
-	if !ok || old.Service != b.Service || !sameBut(old.Treatment, b.Treatment) {
+	if !ok || old.Service != b.Service || !equalExceptEndpoints(old.ServiceSpec, b.ServiceSpec) {
 		n++
 	}
 	for _, e := range b.Endpoints {
-		if !has(old.Endpoints, e) {
+		if !containsEndpoint(old.Endpoints, e) {
 			n++
 		}
 	}
 	for _, e := range old.Endpoints {
-		if !has(b.Endpoints, e) {
+		if !containsEndpoint(b.Endpoints, e) {
 			n++
 		}
 	}
 	return n
 }
 
-// removal counts the writes that remove frontend f.
-func removal(state dataplane.State, f dataplane.Frontend, perObject bool) int {
+// countRemovalWrites counts the writes that remove frontend f.
+func countRemovalWrites(state dataplane.State, f dataplane.Frontend, perObject bool) int {
 	old, ok := state[f]
 	switch {
 	case !ok:
@@ -289,9 +289,9 @@ func removal(state dataplane.State, f dataplane.Frontend, perObject bool) int {
 // writeFrontend makes frontend f of a PerObject kernel b, write by write. What
 // differs is known from the call; the kernel is not asked.
 func (d *Dataplane) writeFrontend(f dataplane.Frontend, c *call, b dataplane.Binding) error {
-	old, had := c.have[f]
-	if !had || old.Service != b.Service || !sameBut(old.Treatment, b.Treatment) {
-		if err := d.fault(Write{Frontend: f}); err != nil {
+	old, had := c.old[f]
+	if !had || old.Service != b.Service || !equalExceptEndpoints(old.ServiceSpec, b.ServiceSpec) {
+		if err := d.injectFault(Write{Frontend: f}); err != nil {
 			return err
 		}
 		d.counts.Writes++
@@ -303,21 +303,21 @@ func (d *Dataplane) writeFrontend(f dataplane.Frontend, c *call, b dataplane.Bin
 	// Adding comes before removing, so that the frontend has endpoints all the
 	// time.
 	for _, e := range b.Endpoints {
-		if !has(old.Endpoints, e) {
+		if !containsEndpoint(old.Endpoints, e) {
 			errs = append(errs, d.writeEndpoint(Write{Frontend: f, Endpoint: e}))
 		}
 	}
 	for _, e := range old.Endpoints {
-		if !has(b.Endpoints, e) {
+		if !containsEndpoint(b.Endpoints, e) {
 			errs = append(errs, d.writeEndpoint(Write{Frontend: f, Endpoint: e, Delete: true}))
 		}
 	}
 	return errors.Join(errs...)
 }
 
-// sameBut reports whether a and b are the same but for their Endpoints, which
+// equalExceptEndpoints reports whether a and b are the same but for their Endpoints, which
 // are written one by one.
-func sameBut(a, b dataplane.Treatment) bool {
+func equalExceptEndpoints(a, b dataplane.ServiceSpec) bool {
 	a.Endpoints, b.Endpoints = nil, nil
 	return a.Equal(b)
 }
@@ -325,7 +325,7 @@ func sameBut(a, b dataplane.Treatment) bool {
 // writeEndpoint adds an endpoint that may be there, or removes one that may
 // not be.
 func (d *Dataplane) writeEndpoint(w Write) error {
-	if err := d.fault(w); err != nil {
+	if err := d.injectFault(w); err != nil {
 		return err
 	}
 	now, ok := d.state[w.Frontend]
@@ -347,7 +347,7 @@ func (d *Dataplane) writeEndpoint(w Write) error {
 	return nil
 }
 
-func (d *Dataplane) fault(w Write) error {
+func (d *Dataplane) injectFault(w Write) error {
 	if !d.opts.PerObject || d.opts.WriteFault == nil {
 		return nil
 	}
@@ -365,7 +365,7 @@ func (d *Dataplane) fault(w Write) error {
 	return fmt.Errorf("%s endpoint %s of %s: %w", verb, w.Endpoint.Addr, w.Frontend, err)
 }
 
-func has(endpoints []dataplane.Endpoint, e dataplane.Endpoint) bool {
+func containsEndpoint(endpoints []dataplane.Endpoint, e dataplane.Endpoint) bool {
 	_, ok := slices.BinarySearchFunc(endpoints, e, compareEndpoints)
 	return ok
 }
@@ -384,46 +384,46 @@ func compareEndpoints(a, b dataplane.Endpoint) int {
 // after it, and who failed. The two are maps over the whole call, so it does
 // not matter in which order its Services come.
 type call struct {
-	op     string
-	have   dataplane.State
-	owners map[dataplane.Frontend]dataplane.Key // of have, where known
-	want   map[dataplane.Frontend]claim
-	failed map[dataplane.Key]error
+	op        string
+	old       dataplane.State
+	oldOwners map[dataplane.Frontend]dataplane.Key // of have, where known
+	desired   map[dataplane.Frontend]desiredBinding
+	failed    map[dataplane.Key]error
 }
 
-// claim is a frontend that a Service wants.
-type claim struct {
+// desiredBinding is a frontend that a Service wants.
+type desiredBinding struct {
 	key     dataplane.Key
 	binding dataplane.Binding
 }
 
 func newCall(op string) *call {
 	return &call{
-		op:     op,
-		have:   dataplane.State{},
-		owners: map[dataplane.Frontend]dataplane.Key{},
-		want:   map[dataplane.Frontend]claim{},
-		failed: map[dataplane.Key]error{},
+		op:        op,
+		old:       dataplane.State{},
+		oldOwners: map[dataplane.Frontend]dataplane.Key{},
+		desired:   map[dataplane.Frontend]desiredBinding{},
+		failed:    map[dataplane.Key]error{},
 	}
 }
 
-// take adds what a Service had. It may be nil.
-func (c *call) take(s *dataplane.Service) error {
+// addOld adds what a Service had. It may be nil.
+func (c *call) addOld(s *dataplane.Service) error {
 	if s == nil {
 		return nil
 	}
 	for _, f := range s.Frontends {
-		if other, ok := c.owners[f]; ok {
+		if other, ok := c.oldOwners[f]; ok {
 			return fmt.Errorf("%s: frontend %s is in the Old of %s and of %s", c.op, f, other, s.Key)
 		}
-		c.owners[f] = s.Key
-		c.have[f] = dataplane.Binding{Service: s.Key.Service(), Treatment: s.Treatment}
+		c.oldOwners[f] = s.Key
+		c.old[f] = dataplane.Binding{Service: s.Key.Service(), ServiceSpec: s.ServiceSpec}
 	}
 	return nil
 }
 
-// put adds what a Service wants. It may be nil.
-func (c *call) put(s *dataplane.Service, unsupported func(*dataplane.Service) error) error {
+// addNew adds what a Service wants. It may be nil.
+func (c *call) addNew(s *dataplane.Service, unsupported func(*dataplane.Service) error) error {
 	if s == nil {
 		return nil
 	}
@@ -434,10 +434,10 @@ func (c *call) put(s *dataplane.Service, unsupported func(*dataplane.Service) er
 		}
 	}
 	for _, f := range s.Frontends {
-		if other, ok := c.want[f]; ok {
+		if other, ok := c.desired[f]; ok {
 			return fmt.Errorf("%s: frontend %s belongs to %s and to %s", c.op, f, other.key, s.Key)
 		}
-		c.want[f] = claim{s.Key, dataplane.Binding{Service: s.Key.Service(), Treatment: s.Treatment}}
+		c.desired[f] = desiredBinding{s.Key, dataplane.Binding{Service: s.Key.Service(), ServiceSpec: s.ServiceSpec}}
 	}
 	return nil
 }

@@ -88,8 +88,8 @@ func (f *Faulty) Hold() (release func()) {
 	})
 }
 
-// fate is what will become of a call.
-type fate struct {
+// outcome is what will become of a call.
+type outcome struct {
 	down                        error
 	reject, lose, partial, keys bool
 	drift                       bool
@@ -97,7 +97,7 @@ type fate struct {
 }
 
 // begin blocks a call as long as it shall, and decides its fate.
-func (f *Faulty) begin(ctx context.Context) (fate, error) {
+func (f *Faulty) begin(ctx context.Context) (outcome, error) {
 	f.mu.Lock()
 	hold := f.hold
 	var delay time.Duration
@@ -109,21 +109,21 @@ func (f *Faulty) begin(ctx context.Context) (fate, error) {
 		select {
 		case <-hold:
 		case <-ctx.Done():
-			return fate{}, ctx.Err()
+			return outcome{}, ctx.Err()
 		}
 	}
 	if delay > 0 {
 		select {
 		case <-time.After(delay):
 		case <-ctx.Done():
-			return fate{}, ctx.Err()
+			return outcome{}, ctx.Err()
 		}
 	}
 
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	chance := func(p float64) bool { return p > 0 && f.rand.Float64() < p }
-	fa := fate{down: f.faults.Down, broken: f.faults.Broken}
+	fa := outcome{down: f.faults.Down, broken: f.faults.Broken}
 	fa.drift = chance(f.faults.Drift)
 	switch {
 	case chance(f.faults.Reject):
@@ -151,14 +151,14 @@ func (f *Faulty) Apply(ctx context.Context, changes []dataplane.Change) error {
 	case fa.down != nil:
 		return fa.down
 	case fa.reject:
-		return injected("apply", "call rejected")
+		return injectedError("apply", "call rejected")
 	case fa.lose:
-		return lost("apply", "answer lost", f.Dataplane.Apply(ctx, changes))
+		return unknownResult("apply", "answer lost", f.Dataplane.Apply(ctx, changes))
 	}
 	changes = slices.SortedFunc(slices.Values(changes), func(a, b dataplane.Change) int {
 		return a.Key().Compare(b.Key())
 	})
-	v := f.choose(fa)
+	v := f.newFailingKeys(fa)
 	for i, c := range changes {
 		s := c.New
 		if s == nil {
@@ -171,7 +171,7 @@ func (f *Faulty) Apply(ctx context.Context, changes []dataplane.Change) error {
 	}
 	taken := make([]dataplane.Change, 0, len(changes))
 	for i, c := range changes {
-		if keep, bad := v.keep[i]; bad {
+		if keep, bad := v.keepsOld[i]; bad {
 			c.New = v.mix(c.Key(), keep, c.Old, c.New)
 		}
 		if c.Old != nil || c.New != nil {
@@ -194,14 +194,14 @@ func (f *Faulty) Replace(ctx context.Context, node dataplane.Node, services iter
 	case fa.down != nil:
 		return fa.down
 	case fa.reject:
-		return injected("replace", "call rejected")
+		return injectedError("replace", "call rejected")
 	case fa.lose:
-		return lost("replace", "answer lost", f.Dataplane.Replace(ctx, node, services, progress))
+		return unknownResult("replace", "answer lost", f.Dataplane.Replace(ctx, node, services, progress))
 	case !fa.partial && !fa.keys && fa.broken == nil:
 		return f.Dataplane.Replace(ctx, node, services, progress)
 	}
 	sorted := slices.SortedFunc(services, func(a, b *dataplane.Service) int { return a.Key.Compare(b.Key) })
-	v := f.choose(fa)
+	v := f.newFailingKeys(fa)
 	for i, s := range sorted {
 		v.add(i, s, s)
 	}
@@ -214,8 +214,8 @@ func (f *Faulty) Replace(ctx context.Context, node dataplane.Node, services iter
 	}
 	taken := make([]*dataplane.Service, 0, len(sorted))
 	for i, s := range sorted {
-		if keep, bad := v.keep[i]; bad {
-			s = v.mix(s.Key, keep, holding(held, s.Key), s)
+		if keep, bad := v.keepsOld[i]; bad {
+			s = v.mix(s.Key, keep, serviceFromState(held, s.Key), s)
 		}
 		if s != nil {
 			taken = append(taken, s)
@@ -251,9 +251,9 @@ func (f *Faulty) edit() {
 	})
 }
 
-// holding returns what a kernel holds for a key, as far as it can be told: the
+// serviceFromState returns what a kernel holds for a key, as far as it can be told: the
 // endpoints are those of its first frontend.
-func holding(state dataplane.State, k dataplane.Key) *dataplane.Service {
+func serviceFromState(state dataplane.State, k dataplane.Key) *dataplane.Service {
 	s := &dataplane.Service{Key: k}
 	for fe, b := range state {
 		if b.Service == k.Service() && dataplane.FamilyOf(fe.Addr.Addr()) == k.Family {
@@ -268,57 +268,57 @@ func holding(state dataplane.State, k dataplane.Key) *dataplane.Service {
 	return s
 }
 
-// victims are the keys of one call that fail.
-type victims struct {
-	fate
+// failingKeys are the keys of one call that fail.
+type failingKeys struct {
+	outcome
 	rand   *rand.Rand
 	failed map[dataplane.Key]error
-	// keep has the places in the call of those that fail; true for those that
+	// keepsOld has the places in the call of those that fail; true for those that
 	// keep what they had, false for those that may end with anything.
-	keep map[int]bool
-	// claimed are the frontends that are spoken for.
-	claimed map[dataplane.Frontend]bool
+	keepsOld map[int]bool
+	// takenFrontends are the frontends that are spoken for.
+	takenFrontends map[dataplane.Frontend]bool
 }
 
-func (f *Faulty) choose(fa fate) *victims {
+func (f *Faulty) newFailingKeys(fa outcome) *failingKeys {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return &victims{
-		fate:    fa,
-		rand:    rand.New(rand.NewPCG(f.rand.Uint64(), 0)),
-		failed:  map[dataplane.Key]error{},
-		keep:    map[int]bool{},
-		claimed: map[dataplane.Frontend]bool{},
+	return &failingKeys{
+		outcome:        fa,
+		rand:           rand.New(rand.NewPCG(f.rand.Uint64(), 0)),
+		failed:         map[dataplane.Key]error{},
+		keepsOld:       map[int]bool{},
+		takenFrontends: map[dataplane.Frontend]bool{},
 	}
 }
 
 // add decides whether s, at place i of the call, fails. If not, it claims the
 // frontends that it wants; want may be nil.
-func (v *victims) add(i int, s, want *dataplane.Service) {
+func (v *failingKeys) add(i int, s, want *dataplane.Service) {
 	if v.broken != nil {
 		if err := v.broken(s); err != nil {
-			v.failed[s.Key], v.keep[i] = err, true
+			v.failed[s.Key], v.keepsOld[i] = err, true
 			return
 		}
 	}
 	if (v.keys || v.partial) && v.rand.IntN(3) == 0 {
-		v.failed[s.Key], v.keep[i] = injected("program", s.Key.String()), false
+		v.failed[s.Key], v.keepsOld[i] = injectedError("program", s.Key.String()), false
 		return
 	}
-	v.claim(want)
+	v.markTaken(want)
 }
 
-func (v *victims) claim(s *dataplane.Service) {
+func (v *failingKeys) markTaken(s *dataplane.Service) {
 	if s != nil {
 		for _, fe := range s.Frontends {
-			v.claimed[fe] = true
+			v.takenFrontends[fe] = true
 		}
 	}
 }
 
 // mix returns what the kernel shall hold for a key that fails: old, new or
 // something in between, without the frontends that others hold.
-func (v *victims) mix(k dataplane.Key, keep bool, old, want *dataplane.Service) *dataplane.Service {
+func (v *failingKeys) mix(k dataplane.Key, keep bool, old, want *dataplane.Service) *dataplane.Service {
 	got := &dataplane.Service{Key: k}
 	kind := v.rand.IntN(4)
 	for i, s := range []*dataplane.Service{old, want} {
@@ -326,7 +326,7 @@ func (v *victims) mix(k dataplane.Key, keep bool, old, want *dataplane.Service) 
 			continue
 		}
 		for _, fe := range s.Frontends {
-			if !v.claimed[fe] && (keep || kind < 2 || v.rand.IntN(2) == 0) {
+			if !v.takenFrontends[fe] && (keep || kind < 2 || v.rand.IntN(2) == 0) {
 				got.Frontends = append(got.Frontends, fe)
 			}
 		}
@@ -343,14 +343,14 @@ func (v *victims) mix(k dataplane.Key, keep bool, old, want *dataplane.Service) 
 	if len(got.Frontends) == 0 {
 		return nil
 	}
-	v.claim(got)
+	v.markTaken(got)
 	return got
 }
 
 // result is the answer to a call for which the dataplane inside returned err.
-func (v *victims) result(op string, err error) error {
+func (v *failingKeys) result(op string, err error) error {
 	if v.partial {
-		return lost(op, "partly taken", err)
+		return unknownResult(op, "partly taken", err)
 	}
 	var inside *dataplane.Error
 	switch {
@@ -364,13 +364,13 @@ func (v *victims) result(op string, err error) error {
 	return &dataplane.Error{Op: op, Failed: v.failed}
 }
 
-func injected(op, what string) error { return fmt.Errorf("%s: %w: %s", op, ErrInjected, what) }
+func injectedError(op, what string) error { return fmt.Errorf("%s: %w: %s", op, ErrInjected, what) }
 
-// lost is the answer to a call of which nothing may be said. The error from
+// unknownResult is the answer to a call of which nothing may be said. The error from
 // inside is not wrapped, because it may name keys.
-func lost(op, what string, err error) error {
+func unknownResult(op, what string, err error) error {
 	if err != nil {
 		what = fmt.Sprintf("%s (%v)", what, err)
 	}
-	return injected(op, what)
+	return injectedError(op, what)
 }

@@ -19,17 +19,17 @@ import (
 
 // The apps: what the labels of pods say, and the names of their Services.
 const (
-	frontend = "frontend"
-	backend  = "backend"
-	redis    = "redis"
-	public   = "public" // a second Service of the back ends
+	frontendApp   = "frontend"
+	backendApp    = "backend"
+	redisApp      = "redis"
+	publicService = "public" // a second Service of the back ends
 )
 
 const (
 	httpPort = 8080 // of back ends
 	dnsPort  = 53   // of the node
-	// counter is what back ends count requests with, in Redis.
-	counter = "hits"
+	// requestCounter is what back ends count requests with, in Redis.
+	requestCounter = "hits"
 	// serviceCIDRs are where the Services get their addresses from.
 	serviceCIDRs = "10.96.0.0/16,fd00:10:96::/112"
 )
@@ -37,28 +37,28 @@ const (
 // cluster is a node with pods, and a fairlead that runs on it.
 type cluster struct {
 	opts      options
-	undo      *undo
+	cleanup   *cleanupStack
 	net       *nettest.Network
 	temp      string // the folder that holds all files
 	manifests string // the folder that fairlead watches
 	pods      []*pod // in the order that they were made in
 	fairlead  *process
 	command   []string // how fairlead was started
-	log       *journal
+	log       *agentLog
 }
 
 // pod is a pod and what runs in it.
 type pod struct {
 	*nettest.Host
-	app  string
-	what string       // runs in it
-	stop func() error // may be called again
+	app         string
+	description string       // runs in it
+	stop        func() error // may be called again
 }
 
 // newCluster makes the cluster with its first pods and Services. What it makes
 // is added to u, also when it fails.
-func newCluster(ctx context.Context, o options, u *undo) (*cluster, error) {
-	c := &cluster{opts: o, undo: u}
+func newCluster(ctx context.Context, o options, u *cleanupStack) (*cluster, error) {
+	c := &cluster{opts: o, cleanup: u}
 	var err error
 	var removeTemp func() error
 	if c.temp, removeTemp, err = makeTemp(); err != nil {
@@ -69,7 +69,7 @@ func newCluster(ctx context.Context, o options, u *undo) (*cluster, error) {
 	if err := os.Mkdir(c.manifests, 0o755); err != nil { //nolint:gosec // for people to look at
 		return nil, err
 	}
-	for _, service := range []string{backend, redis} {
+	for _, service := range []string{backendApp, redisApp} {
 		text, err := os.ReadFile(filepath.Join(o.services, service+".yaml"))
 		if err != nil {
 			return nil, err
@@ -95,7 +95,7 @@ func newCluster(ctx context.Context, o options, u *undo) (*cluster, error) {
 	for _, p := range []struct {
 		app   string
 		count int
-	}{{frontend, 3}, {backend, 3}, {redis, 1}} {
+	}{{frontendApp, 3}, {backendApp, 3}, {redisApp, 1}} {
 		for i := range p.count {
 			name := fmt.Sprintf("%s-%d", p.app, i+1)
 			if p.count == 1 {
@@ -103,7 +103,7 @@ func newCluster(ctx context.Context, o options, u *undo) (*cluster, error) {
 			}
 			pod, err := c.addPod(ctx, p.app, name)
 			if err == nil {
-				err = c.announce(pod)
+				err = c.createManifest(pod)
 			}
 			if err != nil {
 				return nil, err
@@ -128,13 +128,13 @@ func (c *cluster) addPod(ctx context.Context, app, name string) (*pod, error) {
 	}
 	var stop func() error
 	switch app {
-	case frontend:
-		p.what = "an HTTP client"
-	case backend:
-		p.what = fmt.Sprintf("an HTTP server on port %d", httpPort)
+	case frontendApp:
+		p.description = "an HTTP client"
+	case backendApp:
+		p.description = fmt.Sprintf("an HTTP server on port %d", httpPort)
 		stop, err = c.startBackend(ctx, host)
-	case redis:
-		p.what, stop, err = startRedis(ctx, host, c.temp)
+	case redisApp:
+		p.description, stop, err = startRedis(ctx, host, c.temp)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("pod %s: %w", name, err)
@@ -145,21 +145,21 @@ func (c *cluster) addPod(ctx context.Context, app, name string) (*pod, error) {
 		}
 		return stop()
 	})
-	c.undo.add(p.stop)
+	c.cleanup.add(p.stop)
 	c.pods = append(c.pods, p)
 	return p, nil
 }
 
-// announce writes the pod's manifest, which says that it is ready.
-func (c *cluster) announce(p *pod) error {
+// createManifest writes the pod's manifest, which says that it is ready.
+func (c *cluster) createManifest(p *pod) error {
 	if err := c.writeManifest(p.Name, p.manifest()); err != nil {
 		return fmt.Errorf("pod %s: %w", p.Name, err)
 	}
 	return nil
 }
 
-// withdraw removes the pod's manifest: the pod is to be used no more.
-func (c *cluster) withdraw(p *pod) error { return os.Remove(c.manifestFile(p.Name)) }
+// deleteManifest removes the pod's manifest: the pod is to be used no more.
+func (c *cluster) deleteManifest(p *pod) error { return os.Remove(c.manifestFile(p.Name)) }
 
 // removePod ends what runs in the pod, and the pod.
 func (c *cluster) removePod(p *pod) error {
@@ -171,8 +171,8 @@ func (c *cluster) removePod(p *pod) error {
 	return err
 }
 
-// of returns the pods of an app.
-func (c *cluster) of(app string) []*pod {
+// podsOf returns the pods of an app.
+func (c *cluster) podsOf(app string) []*pod {
 	var pods []*pod
 	for _, p := range c.pods {
 		if p.app == app {
@@ -202,9 +202,9 @@ func (p *pod) manifest() []byte {
 	fmt.Fprintf(&b, "apiVersion: v1\nkind: Pod\nmetadata:\n  name: %s\n  labels:\n    app: %s\n", p.Name, p.app)
 	fmt.Fprintf(&b, "spec:\n  containers:\n    - name: %s\n", p.app)
 	switch p.app {
-	case backend:
+	case backendApp:
 		fmt.Fprintf(&b, "      ports:\n        - name: http\n          containerPort: %d\n", httpPort)
-	case redis:
+	case redisApp:
 		fmt.Fprintf(&b, "      ports:\n        - name: redis\n          containerPort: %d\n", redisPort)
 	}
 	b.WriteString("status:\n  phase: Running\n  conditions:\n    - type: Ready\n      status: \"True\"\n  podIPs:\n")
@@ -222,9 +222,9 @@ func (c *cluster) startBackend(ctx context.Context, host *nettest.Host) (stop fu
 	server := &http.Server{
 		ReadHeaderTimeout: requestTimeout,
 		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			conn, err := names.dial(r.Context(), "tcp", fmt.Sprintf("%s:%d", redis, redisPort))
+			conn, err := names.dial(r.Context(), "tcp", fmt.Sprintf("%s:%d", redisApp, redisPort))
 			if err == nil {
-				_, err = ask(r.Context(), conn, "INCR", counter)
+				_, err = redisCommand(r.Context(), conn, "INCR", requestCounter)
 			}
 			if err != nil {
 				http.Error(w, fmt.Sprintf("%s: count the request: %v", host.Name, err), http.StatusServiceUnavailable)
@@ -262,8 +262,8 @@ func (c *cluster) startFairlead(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	c.undo.add(file.Close)
-	c.log = newJournal(file)
+	c.cleanup.add(file.Close)
+	c.log = newAgentLog(file)
 	pods := make([]string, 0, len(c.net.PodCIDRs))
 	for _, p := range c.net.PodCIDRs {
 		pods = append(pods, p.String())
@@ -277,13 +277,13 @@ func (c *cluster) startFairlead(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	c.undo.add(c.fairlead.stop)
-	if _, err := c.log.wait(ctx, c.fairlead, 0); err != nil {
+	c.cleanup.add(c.fairlead.stop)
+	if _, err := c.log.waitCommit(ctx, c.fairlead, 0); err != nil {
 		return err
 	}
 	// fairlead programs the kernel before it knows the names.
-	names := c.resolver(c.of(frontend)[0].Host)
-	for _, service := range []string{backend, redis} {
+	names := c.resolver(c.podsOf(frontendApp)[0].Host)
+	for _, service := range []string{backendApp, redisApp} {
 		err := eventually(ctx, func() error {
 			_, err := names.lookup(ctx, service)
 			return err
@@ -299,14 +299,14 @@ func (c *cluster) logFile() string { return filepath.Join(c.temp, "fairlead.log"
 
 func (c *cluster) nameServer() netip.AddrPort { return netip.AddrPortFrom(c.net.Node.IPv4, dnsPort) }
 
-// eventually calls try until it returns nil or a [final] error, for a few
+// eventually calls try until it returns nil or a [permanentError] error, for a few
 // seconds.
 func eventually(ctx context.Context, try func() error) error {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	for {
 		err := try()
-		if err == nil || errors.As(err, new(final)) {
+		if err == nil || errors.As(err, new(permanentError)) {
 			return err
 		}
 		select {
@@ -317,7 +317,7 @@ func eventually(ctx context.Context, try func() error) error {
 	}
 }
 
-// final is an error that does not go away.
-type final struct{ error }
+// permanentError is an error that does not go away.
+type permanentError struct{ error }
 
-func (f final) Unwrap() error { return f.error }
+func (f permanentError) Unwrap() error { return f.error }

@@ -35,7 +35,7 @@ func TestMain(m *testing.M) {
 	case "demo":
 		main()
 	case "client":
-		os.Exit(client())
+		os.Exit(runClient())
 	}
 	os.Exit(func() int {
 		dir, err := os.MkdirTemp("", "demo-test-")
@@ -54,9 +54,9 @@ func TestMain(m *testing.M) {
 	}())
 }
 
-// client asks for http://backend as any program would, and prints the answer.
-func client() int {
-	resp, err := http.Get("http://" + backend)
+// runClient asks for http://backend as any program would, and prints the answer.
+func runClient() int {
+	resp, err := http.Get("http://" + backendApp)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
@@ -105,8 +105,8 @@ func startDemo(t *testing.T, adjust func(*exec.Cmd), args ...string) *demo {
 	return d
 }
 
-// until reads the output until a line holds the text.
-func (d *demo) until(t *testing.T, text string) {
+// waitForLine reads the output until a line holds the text.
+func (d *demo) waitForLine(t *testing.T, text string) {
 	t.Helper()
 	for {
 		line, err := d.output.ReadString('\n')
@@ -120,8 +120,8 @@ func (d *demo) until(t *testing.T, text string) {
 	}
 }
 
-// end waits until the demo has ended, and returns its exit code.
-func (d *demo) end(t *testing.T) int {
+// waitExit waits until the demo has ended, and returns its exit code.
+func (d *demo) waitExit(t *testing.T) int {
 	t.Helper()
 	if _, err := io.Copy(io.Discard, d.output); err != nil && !errors.Is(err, os.ErrClosed) {
 		t.Errorf("read the output: %v", err)
@@ -132,19 +132,19 @@ func (d *demo) end(t *testing.T) int {
 	return d.ProcessState.ExitCode()
 }
 
-// wantNothingLeft checks that no file and no process of the demo is left.
+// checkNothingLeft checks that no file and no process of the demo is left.
 // Namespaces without a name go with the processes that hold them.
-func (d *demo) wantNothingLeft(t *testing.T) {
+func (d *demo) checkNothingLeft(t *testing.T) {
 	t.Helper()
 	if files, err := os.ReadDir(d.dir); err != nil || len(files) > 0 {
 		t.Errorf("left: files %v, error %v", files, err)
 	}
-	d.wantNoProcess(t)
+	d.checkNoProcess(t)
 }
 
-// wantNoProcess waits until there is no process of the demo: one that the
+// checkNoProcess waits until there is no process of the demo: one that the
 // kernel is to kill takes a moment.
-func (d *demo) wantNoProcess(t *testing.T) {
+func (d *demo) checkNoProcess(t *testing.T) {
 	t.Helper()
 	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(5 * time.Millisecond) {
 		processes := d.processes(t)
@@ -210,10 +210,10 @@ func TestDemo(t *testing.T) {
 				t.Fatalf("%v: test/deps.sh installs it", err)
 			}
 			d := startDemo(t, func(cmd *exec.Cmd) { cmd.Env = append(cmd.Env, "PATH="+tc.path) })
-			if code := d.end(t); code != 0 || d.stderr.Len() > 0 {
+			if code := d.waitExit(t); code != 0 || d.stderr.Len() > 0 {
 				t.Fatalf("exit code %d\n%s%s", code, &d.printed, &d.stderr)
 			}
-			d.wantNothingLeft(t)
+			d.checkNothingLeft(t)
 			text := d.printed.String()
 			for _, want := range []string{
 				`(?m)^  redis +10\.\S+ +fd00:\S+ +` + tc.want,
@@ -257,9 +257,9 @@ func TestDemo(t *testing.T) {
 	}
 }
 
-// TestFails: the demo notices that something is wrong, says what, and leaves
+// TestFailures: the demo notices that something is wrong, says what, and leaves
 // nothing.
-func TestFails(t *testing.T) {
+func TestFailures(t *testing.T) {
 	t.Parallel()
 	script := func(text string) string {
 		path := filepath.Join(t.TempDir(), "fairlead")
@@ -312,13 +312,13 @@ func TestFails(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			d := startDemo(t, tc.adjust, tc.args...)
-			if code := d.end(t); code != tc.code {
+			if code := d.waitExit(t); code != tc.code {
 				t.Errorf("exit code %d, want %d", code, tc.code)
 			}
 			if !strings.Contains(d.printed.String(), tc.stdout) || !strings.Contains(d.stderr.String(), tc.stderr) || strings.Contains(d.printed.String(), "OK:") {
 				t.Errorf("output %q, want %q and no OK;\nerrors %q, want %q", &d.printed, tc.stdout, &d.stderr, tc.stderr)
 			}
-			d.wantNothingLeft(t)
+			d.checkNothingLeft(t)
 		})
 	}
 }
@@ -326,7 +326,7 @@ func TestFails(t *testing.T) {
 // TestVM: where the kernel cannot run a mode, and only there, a virtual machine's does.
 func TestVM(t *testing.T) {
 	t.Parallel()
-	cannot := options{mode: modeIPVS}.supported()
+	cannot := options{mode: modeIPVS}.checkSupported()
 	if cannot != nil && !errors.Is(cannot, ipvs.ErrNotSupported) {
 		t.Fatal(cannot)
 	}
@@ -334,13 +334,13 @@ func TestVM(t *testing.T) {
 		t.Run(mode, func(t *testing.T) {
 			t.Parallel()
 			d := startDemo(t, nil, "-mode="+mode, "-vm=echo there; exit 7")
-			code := d.end(t)
+			code := d.waitExit(t)
 			there := code == 7 && d.printed.String() == "there\n" && strings.Contains(d.stderr.String(), fmt.Sprint(cannot))
 			here := code == 0 && strings.Contains(d.printed.String(), "OK:")
 			if there != want || here == want {
 				t.Errorf("exit code %d, want a virtual machine: %t\n%s%s", code, want, &d.printed, &d.stderr)
 			}
-			d.wantNothingLeft(t)
+			d.checkNothingLeft(t)
 		})
 	}
 }
@@ -362,17 +362,17 @@ func TestSignals(t *testing.T) {
 			t.Parallel()
 			// So many that it is not done before.
 			d := startDemo(t, nil, "-requests=200")
-			d.until(t, tc.after)
+			d.waitForLine(t, tc.after)
 			if got := d.processes(t); len(got) != 3 {
 				t.Errorf("processes %v, want the demo, fairlead and redis-server", got)
 			}
 			if err := tc.end(d); err != nil {
 				t.Error(err)
 			}
-			if code := d.end(t); code != tc.want {
+			if code := d.waitExit(t); code != tc.want {
 				t.Errorf("exit code %d, want %d; %s", code, tc.want, &d.stderr)
 			}
-			d.wantNothingLeft(t)
+			d.checkNothingLeft(t)
 		})
 	}
 	t.Run("nobody reads its output", func(t *testing.T) {
@@ -388,7 +388,7 @@ func TestSignals(t *testing.T) {
 		if err := d.Wait(); d.ProcessState.ExitCode() != 128+13 {
 			t.Errorf("it ended with %v, want exit code %d; %s", err, 128+13, &d.stderr)
 		}
-		d.wantNothingLeft(t)
+		d.checkNothingLeft(t)
 	})
 }
 
@@ -408,7 +408,7 @@ func TestKeep(t *testing.T) {
 	})
 	keep := func() *demo {
 		d := startDemo(t, nil, "-keep", "-name="+name)
-		d.until(t, "until Ctrl-C")
+		d.waitForLine(t, "until Ctrl-C")
 		return d
 	}
 
@@ -435,11 +435,11 @@ func TestKeep(t *testing.T) {
 
 	// Others do not disturb it.
 	second := startDemo(t, nil, "-keep", "-name="+name)
-	if code := second.end(t); code != 1 || !strings.Contains(second.stderr.String(), "another demo with -keep is running under the name "+name) {
+	if code := second.waitExit(t); code != 1 || !strings.Contains(second.stderr.String(), "another demo with -keep is running under the name "+name) {
 		t.Errorf("a second one exits with %d: %s", code, &second.stderr)
 	}
 	third := startDemo(t, nil, "-name="+name)
-	if code := third.end(t); code != 0 {
+	if code := third.waitExit(t); code != 0 {
 		t.Errorf("one without -keep exits with %d: %s", code, &third.stderr)
 	}
 	if diff := cmp.Diff(want, namespaces(t, name)); diff != "" {
@@ -449,17 +449,17 @@ func TestKeep(t *testing.T) {
 	if err := first.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
-	first.end(t)
-	first.wantNoProcess(t)
+	first.waitExit(t)
+	first.checkNoProcess(t)
 	if len(namespaces(t, name)) == 0 {
 		t.Error("SIGKILL has left no names: the next step shows nothing")
 	}
 	startInFolder := func(cmd *exec.Cmd) { cmd.Env = append(cmd.Env, "TMPDIR="+first.dir) }
 	fourth := startDemo(t, startInFolder, "-name="+name)
-	if code := fourth.end(t); code != 0 {
+	if code := fourth.waitExit(t); code != 0 {
 		t.Errorf("the next one exits with %d: %s", code, &fourth.stderr)
 	}
-	first.wantNothingLeft(t)
+	first.checkNothingLeft(t)
 	if left := namespaces(t, name); len(left) > 0 {
 		t.Errorf("the next one has left %v", left)
 	}
@@ -468,10 +468,10 @@ func TestKeep(t *testing.T) {
 	if err := last.Process.Signal(syscall.SIGINT); err != nil {
 		t.Fatal(err)
 	}
-	if code := last.end(t); code != 0 {
+	if code := last.waitExit(t); code != 0 {
 		t.Errorf("Ctrl-C makes it exit with %d: %s", code, &last.stderr)
 	}
-	last.wantNothingLeft(t)
+	last.checkNothingLeft(t)
 }
 
 // TestResponder: what it answers to each line or command, byte by byte.
@@ -479,7 +479,7 @@ func TestResponder(t *testing.T) {
 	t.Parallel()
 	server, conn := net.Pipe()
 	s := newStreamServer()
-	s.own(server, func() { (&responder{values: map[string]string{}}).talk(server) })
+	s.track(server, func() { (&responder{values: map[string]string{}}).serveConn(server) })
 	t.Cleanup(func() {
 		if err := s.close(); err != nil {
 			t.Error(err)

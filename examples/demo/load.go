@@ -17,8 +17,8 @@ import (
 const (
 	// requestTimeout is when a request has failed.
 	requestTimeout = 2 * time.Second
-	// pause is how long a front end waits between requests.
-	pause = 2 * time.Millisecond
+	// requestInterval is how long a front end waits between requests.
+	requestInterval = 2 * time.Millisecond
 )
 
 // request is one request for http://backend and what became of it.
@@ -36,14 +36,14 @@ type load struct {
 	wg      sync.WaitGroup
 	stopped chan struct{}
 
-	mu    sync.Mutex
-	done  []request     // in the order that they ended in
-	grown chan struct{} // closed, and made anew, when done grows
+	mu        sync.Mutex
+	completed []request     // in the order that they ended in
+	changed   chan struct{} // closed, and made anew, when done grows
 }
 
 func (c *cluster) startLoad(ctx context.Context) *load {
-	l := &load{stopped: make(chan struct{}), grown: make(chan struct{})}
-	for _, p := range c.of(frontend) {
+	l := &load{stopped: make(chan struct{}), changed: make(chan struct{})}
+	for _, p := range c.podsOf(frontendApp) {
 		client := &http.Client{
 			Timeout: requestTimeout,
 			Transport: &http.Transport{
@@ -58,18 +58,18 @@ func (c *cluster) startLoad(ctx context.Context) *load {
 
 func (l *load) run(ctx context.Context, from string, client *http.Client) {
 	for {
-		r := get(ctx, client, "http://"+backend+"/")
+		r := get(ctx, client, "http://"+backendApp+"/")
 		r.from = from
 		if ctx.Err() != nil {
 			return
 		}
 		l.mu.Lock()
-		l.done = append(l.done, r)
-		close(l.grown)
-		l.grown = make(chan struct{})
+		l.completed = append(l.completed, r)
+		close(l.changed)
+		l.changed = make(chan struct{})
 		l.mu.Unlock()
 		select {
-		case <-time.After(pause):
+		case <-time.After(requestInterval):
 		case <-l.stopped:
 			return
 		}
@@ -109,7 +109,7 @@ func get(ctx context.Context, client *http.Client, url string) request {
 func (l *load) stop() []request {
 	close(l.stopped)
 	l.wg.Wait()
-	return l.done
+	return l.completed
 }
 
 // wait blocks until n requests are done that began at since or later, and
@@ -119,12 +119,12 @@ func (l *load) wait(ctx context.Context, since time.Time, n int) ([]request, err
 	seen := 0
 	for {
 		l.mu.Lock()
-		for ; seen < len(l.done) && len(found) < n; seen++ {
-			if !l.done[seen].start.Before(since) {
-				found = append(found, l.done[seen])
+		for ; seen < len(l.completed) && len(found) < n; seen++ {
+			if !l.completed[seen].start.Before(since) {
+				found = append(found, l.completed[seen])
 			}
 		}
-		grown := l.grown
+		grown := l.changed
 		l.mu.Unlock()
 		if len(found) == n {
 			return found, nil

@@ -57,9 +57,9 @@ const (
 	modeIPVS = "ipvs"
 )
 
-// limit is the time that the demo may take before it gives up, waiting with
+// demoTimeout is the time that the demo may take before it gives up, waiting with
 // -keep aside. It takes a few seconds.
-const limit = 60 * time.Second
+const demoTimeout = 60 * time.Second
 
 // The exit codes besides 0. A signal adds its number to exitSignal, as in a
 // shell.
@@ -69,13 +69,13 @@ const (
 	exitSignal = 128
 )
 
-// interrupted says that a signal has ended the demo.
-type interrupted struct{ signal syscall.Signal }
+// signalError says that a signal has ended the demo.
+type signalError struct{ signal syscall.Signal }
 
-func (i interrupted) Error() string { return "interrupted: " + i.signal.String() }
+func (i signalError) Error() string { return "interrupted: " + i.signal.String() }
 
-// errOff says that something was not as it must be; it has been printed.
-var errOff = errors.New("not everything was as it must be")
+// errProblems says that something was not as it must be; it has been printed.
+var errProblems = errors.New("not everything was as it must be")
 
 // errCleanup says that something may be left.
 var errCleanup = errors.New("clean up")
@@ -105,7 +105,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	ctx, stop := withSignals(ctx)
 	defer stop()
 	err := o.run(ctx, stdout)
-	var signalled interrupted
+	var signalled signalError
 	switch {
 	case err == nil:
 		return 0
@@ -115,7 +115,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		_, _ = fmt.Fprintf(stderr, "demo: run the shell: %v\n", err)
 	case errors.Is(err, errCleanup):
 		_, _ = fmt.Fprintln(stderr, "demo:", err)
-	case errors.Is(err, errOff):
+	case errors.Is(err, errProblems):
 	case errors.As(err, &signalled):
 		_, _ = fmt.Fprintf(stderr, "demo: %v; everything is removed\n", signalled)
 		return exitSignal + int(signalled.signal)
@@ -125,7 +125,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	return exitFailed
 }
 
-// withSignals returns a context that ends with the cause [interrupted] when
+// withSignals returns a context that ends with the cause [signalError] when
 // somebody wants the demo to end, or nobody reads its output. Later signals
 // are without effect, so that cleaning up is not disturbed.
 func withSignals(ctx context.Context) (context.Context, func()) {
@@ -136,7 +136,7 @@ func withSignals(ctx context.Context) (context.Context, func()) {
 		select {
 		case s := <-signals:
 			if s, ok := s.(syscall.Signal); ok {
-				cancel(interrupted{s})
+				cancel(signalError{s})
 			}
 		case <-ctx.Done():
 		}
@@ -149,17 +149,17 @@ func withSignals(ctx context.Context) (context.Context, func()) {
 
 // run makes the cluster, tells the story, and removes everything.
 func (o options) run(ctx context.Context, out io.Writer) (err error) {
-	if err := o.check(); err != nil {
+	if err := o.validate(); err != nil {
 		return err
 	}
-	if err := o.supported(); err != nil {
+	if err := o.checkSupported(); err != nil {
 		return err
 	}
 	lock, err := removeLeftovers(ctx, o.name, o.keep)
 	if err != nil {
 		return err
 	}
-	var u undo
+	var u cleanupStack
 	u.add(lock)
 	defer func() {
 		// Deferred, so that a panic is followed by it too.
@@ -167,15 +167,15 @@ func (o options) run(ctx context.Context, out io.Writer) (err error) {
 			err = errors.Join(err, fmt.Errorf("%w: %w", errCleanup, undoErr))
 		}
 	}()
-	timed, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("the demo was not done after %v", limit))
+	timed, cancel := context.WithTimeoutCause(ctx, demoTimeout, fmt.Errorf("the demo was not done after %v", demoTimeout))
 	defer cancel()
 	c, err := newCluster(timed, o, &u)
 	if err == nil {
-		s := story{cluster: c, out: out, requests: o.requests}
-		err = s.tell(timed)
+		s := scenario{cluster: c, out: out, requests: o.requests}
+		err = s.run(timed)
 	}
-	if o.keep && (err == nil || errors.Is(err, errOff)) {
-		c.explain(out)
+	if o.keep && (err == nil || errors.Is(err, errProblems)) {
+		c.printKeepHelp(out)
 		<-ctx.Done()
 		_, _ = fmt.Fprintln(out, "\nEnding, and removing everything.")
 		return err
@@ -187,8 +187,8 @@ func (o options) run(ctx context.Context, out io.Writer) (err error) {
 	return err
 }
 
-// check finds out early, and says what to do about, what people forget.
-func (o options) check() error {
+// validate finds out early, and says what to do about, what people forget.
+func (o options) validate() error {
 	if os.Geteuid() != 0 {
 		return errors.New("it makes network namespaces, which only root may: run it as root, for example with sudo")
 	}
@@ -201,7 +201,7 @@ func (o options) check() error {
 	if _, err := os.Stat(o.fairlead); err != nil {
 		return fmt.Errorf("%w: run `make build` first, in the folder that Makefile is in", err)
 	}
-	for _, service := range []string{backend, redis} {
+	for _, service := range []string{backendApp, redisApp} {
 		if _, err := os.Stat(filepath.Join(o.services, service+".yaml")); err != nil {
 			return fmt.Errorf("%w: run the demo in the folder that Makefile is in", err)
 		}
@@ -209,9 +209,9 @@ func (o options) check() error {
 	return nil
 }
 
-// supported asks the kernel whether it can run the mode, in a namespace made for
+// checkSupported asks the kernel whether it can run the mode, in a namespace made for
 // that. If not, the error says what it lacks, and is an [ipvs.ErrNotSupported].
-func (o options) supported() (err error) {
+func (o options) checkSupported() (err error) {
 	if o.mode != modeIPVS {
 		return nil
 	}

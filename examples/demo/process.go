@@ -73,9 +73,9 @@ func (p *process) stop() error {
 	return nil // How it ends when it is told to is its own affair.
 }
 
-// commit is one line of fairlead's log: a call to the kernel, or with the last
+// logLine is one line of fairlead's log: a call to the kernel, or with the last
 // two fields a node port that a Service was given.
-type commit struct {
+type logLine struct {
 	Time     time.Time // when it had ended
 	Level    slog.Level
 	Message  string `json:"msg"`
@@ -90,82 +90,82 @@ type commit struct {
 	NodePort uint16 `json:"node_port"`
 }
 
-// journal is fairlead's log, as it grows.
-type journal struct {
+// agentLog is fairlead's log, as it grows.
+type agentLog struct {
 	file io.Writer // gets all of it
 
-	mu       sync.Mutex
-	rest     []byte // the beginning of a line
-	other    []string
-	commits  []commit
-	given    map[string]uint16 // the last node port given to each Service
-	problems []string          // lines of level Warn and Error
-	grown    chan struct{}     // closed, and made anew, when commits grow
+	mu        sync.Mutex
+	partial   []byte // the beginning of a line
+	unparsed  []string
+	commits   []logLine
+	nodePorts map[string]uint16 // the last node port given to each Service
+	problems  []string          // lines of level Warn and Error
+	changed   chan struct{}     // closed, and made anew, when commits grow
 }
 
-func newJournal(file io.Writer) *journal {
-	return &journal{file: file, given: map[string]uint16{}, grown: make(chan struct{})}
+func newAgentLog(file io.Writer) *agentLog {
+	return &agentLog{file: file, nodePorts: map[string]uint16{}, changed: make(chan struct{})}
 }
 
 // Write takes a part of the log.
-func (j *journal) Write(p []byte) (int, error) {
+func (j *agentLog) Write(p []byte) (int, error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	n, err := j.file.Write(p)
-	j.rest = append(j.rest, p...)
+	j.partial = append(j.partial, p...)
 	for {
-		line, rest, whole := bytes.Cut(j.rest, []byte("\n"))
+		line, rest, whole := bytes.Cut(j.partial, []byte("\n"))
 		if !whole {
 			return n, err
 		}
-		j.line(line)
-		j.rest = bytes.Clone(rest)
+		j.parseLine(line)
+		j.partial = bytes.Clone(rest)
 	}
 }
 
-func (j *journal) line(line []byte) {
-	var c commit
+func (j *agentLog) parseLine(line []byte) {
+	var c logLine
 	if err := json.Unmarshal(line, &c); err != nil {
-		j.other = append(j.other, string(line)) // Not logged but printed.
+		j.unparsed = append(j.unparsed, string(line)) // Not logged but printed.
 		return
 	}
 	if c.Level >= slog.LevelWarn {
 		j.problems = append(j.problems, string(line))
 	}
 	if c.Message == "node port given" {
-		j.given[c.Service] = c.NodePort
+		j.nodePorts[c.Service] = c.NodePort
 	}
 	if c.Message == "committed" {
 		j.commits = append(j.commits, c)
-		close(j.grown)
-		j.grown = make(chan struct{})
+		close(j.changed)
+		j.changed = make(chan struct{})
 	}
 }
 
 // nodePort returns the last node port given to a Service, 0 if there was none.
-func (j *journal) nodePort(service string) uint16 {
+func (j *agentLog) nodePort(service string) uint16 {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	return j.given[service]
+	return j.nodePorts[service]
 }
 
-// count returns the number of commits so far.
-func (j *journal) count() int {
+// commitCount returns the number of commits so far.
+func (j *agentLog) commitCount() int {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	return len(j.commits)
 }
 
-// wrong returns the lines of the log that say something is wrong.
-func (j *journal) wrong() []string {
+// problemLines returns the lines of the log that say something is wrong.
+func (j *agentLog) problemLines() []string {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	return append(j.problems, j.other...)
+	return append(j.problems, j.unparsed...)
 }
 
-// wait blocks until there are more than n commits, and returns the one that
+// waitCommit blocks until there are more than n commits, and returns the one that
 // follows the first n.
-func (j *journal) wait(ctx context.Context, fairlead *process, n int) (commit, error) {
+func (j *agentLog) waitCommit(ctx context.Context, fairlead *process, n int) (logLine, error) {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	for {
@@ -174,14 +174,14 @@ func (j *journal) wait(ctx context.Context, fairlead *process, n int) (commit, e
 			defer j.mu.Unlock()
 			return j.commits[n], nil
 		}
-		grown := j.grown
+		grown := j.changed
 		j.mu.Unlock()
 		select {
 		case <-grown:
 		case <-fairlead.done:
-			return commit{}, fmt.Errorf("fairlead has ended: %s", strings.Join(append(j.wrong(), fmt.Sprint(fairlead.err)), "\n"))
+			return logLine{}, fmt.Errorf("fairlead has ended: %s", strings.Join(append(j.problemLines(), fmt.Sprint(fairlead.err)), "\n"))
 		case <-ctx.Done():
-			return commit{}, fmt.Errorf("wait for fairlead to program the kernel: %w", errors.Join(append(asErrors(j.wrong()), ctx.Err())...))
+			return logLine{}, fmt.Errorf("wait for fairlead to program the kernel: %w", errors.Join(append(asErrors(j.problemLines()), ctx.Err())...))
 		}
 	}
 }

@@ -55,14 +55,14 @@ func awaitRedis(ctx context.Context, pod *nettest.Host, p *process) error {
 	return eventually(ctx, func() error {
 		select {
 		case <-p.done:
-			return final{fmt.Errorf("it has ended: %w", p.err)}
+			return permanentError{fmt.Errorf("it has ended: %w", p.err)}
 		default:
 		}
 		conn, err := pod.Dial(ctx, "tcp", netip.AddrPortFrom(pod.IPv4, redisPort))
 		if err != nil {
 			return err
 		}
-		_, err = ask(ctx, conn, "PING")
+		_, err = redisCommand(ctx, conn, "PING")
 		return err
 	})
 }
@@ -87,9 +87,9 @@ func (t *tail) String() string {
 	return string(t.text)
 }
 
-// ask sends one command to a Redis over conn, returns the answer, and closes
+// redisCommand sends one command to a Redis over conn, returns the answer, and closes
 // conn.
-func ask(ctx context.Context, conn net.Conn, args ...string) (string, error) {
+func redisCommand(ctx context.Context, conn net.Conn, args ...string) (string, error) {
 	defer conn.Close() //nolint:errcheck // all is said
 	if deadline, ok := ctx.Deadline(); ok {
 		if err := conn.SetDeadline(deadline); err != nil {
@@ -142,20 +142,20 @@ func startResponder(ctx context.Context, pod *nettest.Host) (stop func() error, 
 		if err != nil {
 			return nil, errors.Join(err, s.close())
 		}
-		s.serve(l, r.talk)
+		s.serve(l, r.serveConn)
 	}
 	return s.close, nil
 }
 
-// talk answers the commands on one connection, until it is closed.
-func (r *responder) talk(conn net.Conn) {
+// serveConn answers the commands on one connection, until it is closed.
+func (r *responder) serveConn(conn net.Conn) {
 	in := bufio.NewReader(conn)
 	for {
 		args, err := readCommand(in)
 		if err != nil {
 			return
 		}
-		if _, err := io.WriteString(conn, r.answer(args)+"\r\n"); err != nil {
+		if _, err := io.WriteString(conn, r.execute(args)+"\r\n"); err != nil {
 			return
 		}
 	}
@@ -191,8 +191,8 @@ func readCommand(in *bufio.Reader) ([]string, error) {
 	return args, nil
 }
 
-// answer carries a command out and returns the answer without its line's end.
-func (r *responder) answer(args []string) string {
+// execute carries a command out and returns the answer without its line's end.
+func (r *responder) execute(args []string) string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	command := ""
@@ -235,8 +235,8 @@ type streamServer struct {
 
 func newStreamServer() *streamServer { return &streamServer{open: map[io.Closer]struct{}{}} }
 
-// own runs fn, and closes c when it has returned, or on close.
-func (s *streamServer) own(c io.Closer, fn func()) {
+// track runs fn, and closes c when it has returned, or on close.
+func (s *streamServer) track(c io.Closer, fn func()) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
@@ -255,13 +255,13 @@ func (s *streamServer) own(c io.Closer, fn func()) {
 
 // serve accepts connections, each for a goroutine that runs talk.
 func (s *streamServer) serve(l net.Listener, talk func(net.Conn)) {
-	s.own(l, func() {
+	s.track(l, func() {
 		for {
 			conn, err := l.Accept()
 			if err != nil {
 				return
 			}
-			s.own(conn, func() { talk(conn) })
+			s.track(conn, func() { talk(conn) })
 		}
 	})
 }

@@ -12,23 +12,23 @@ import (
 // affinityInterval is how often the agent looks whether a map of session affinity is full.
 const affinityInterval = 5 * time.Second
 
-// affinity keeps room in the maps of session affinity.
-type affinity struct {
+// affinityLimiter keeps room in the maps of session affinity.
+type affinityLimiter struct {
 	log     *slog.Logger
 	limiter backend.AffinityLimiter
 }
 
-// newAffinity returns nil if the backend has no such maps.
-func newAffinity(b backend.Backend, dp dataplane.Dataplane, log *slog.Logger) *affinity {
-	if b.Affinity == nil {
+// newAffinityLimiter returns nil if the backend has no such maps.
+func newAffinityLimiter(b backend.Backend, dp dataplane.Dataplane, log *slog.Logger) *affinityLimiter {
+	if b.NewAffinityLimiter == nil {
 		return nil
 	}
-	return &affinity{log: log.With("component", "session-affinity"), limiter: b.Affinity(dp)}
+	return &affinityLimiter{log: log.With("component", "session-affinity"), limiter: b.NewAffinityLimiter(dp)}
 }
 
 // run evicts clients from full maps until ctx is done. It logs the beginning and the end
 // of evictions and of failures.
-func (a *affinity) run(ctx context.Context) error {
+func (a *affinityLimiter) run(ctx context.Context) error {
 	ticker := time.NewTicker(affinityInterval)
 	defer ticker.Stop()
 	var evicted uint64

@@ -46,9 +46,9 @@ type Options struct {
 	SourceName string
 	// Events reports to the cluster what the source's objects ask for in vain.
 	Events Events
-	// APILists returns how the lists of the API server are followed. Nil if the source
+	// APIResources returns how the lists of the API server are followed. Nil if the source
 	// follows none.
-	APILists func() []metrics.APIList
+	APIResources func() []metrics.APIResource
 
 	Logger *slog.Logger
 	// LogLevel is the level of Logger. A changed configuration file may set it.
@@ -67,29 +67,29 @@ type ConfigFile struct {
 
 // Agent has all parts.
 type Agent struct {
-	log        *slog.Logger
-	level      *slog.LevelVar
-	config     config.Config
-	version    string
-	backend    backend.Backend
-	dp         dataplane.Dataplane
-	counters   *counters
-	source     Source
-	sourceName string
-	pipeline   *pipeline.Pipeline
-	flows      *conntrack.Cleaner
-	relay      *relay.Relay
-	servers    servers
-	ports      *health.Ports
-	proxy      *health.Proxy
-	metrics    *metrics.Metrics
-	affinity   *affinity // nil where the kernel has no maps for it
-	settings   *nodesettings.Watcher
-	dispatcher *dispatcher
-	standby    *standby
-	progress   *progress
-	names      *dns.Server      // nil without --dns-listen
-	reload     *config.Reloader // nil without a configuration file
+	log          *slog.Logger
+	logLevel     *slog.LevelVar
+	config       config.Config
+	version      string
+	backend      backend.Backend
+	dp           dataplane.Dataplane
+	counters     *packetCounters
+	source       Source
+	sourceName   string
+	pipeline     *pipeline.Pipeline
+	conntrack    *conntrack.Cleaner
+	relay        *relay.Relay
+	limiters     serverLimiters
+	healthChecks *health.Ports
+	nodeHealth   *health.Proxy
+	metrics      *metrics.Metrics
+	affinity     *affinityLimiter // nil where the kernel has no maps for it
+	nodeSettings *nodesettings.Watcher
+	dispatcher   *dispatcher
+	standby      *standby
+	progress     *progress
+	dns          *dns.Server      // nil without --dns-listen
+	reloader     *config.Reloader // nil without a configuration file
 }
 
 // New opens the backend and makes the parts, each after the parts that it needs. Nothing
@@ -100,8 +100,8 @@ type Agent struct {
 func New(o Options) (*Agent, error) {
 	c, b, log := o.Config, o.Backend, o.Logger
 	a := &Agent{
-		log: log, level: o.LogLevel, config: c, version: o.Version, backend: b, source: o.Source, sourceName: o.SourceName,
-		standby: newStandby(log, describe(o)),
+		log: log, logLevel: o.LogLevel, config: c, version: o.Version, backend: b, source: o.Source, sourceName: o.SourceName,
+		standby: newStandby(log, instanceDescription(o)),
 	}
 	var err error
 	var rebuilds observers[backend.Rebuild]
@@ -114,61 +114,61 @@ func New(o Options) (*Agent, error) {
 		Tracker: tracker, Logger: log.With("component", "sync"), ResyncPeriod: resyncPeriod, OnCommit: commits.notify,
 	})
 	a.progress = newProgress(a.pipeline.Syncer.Status)
-	state := &nodeState{log: log, hasNode: c.Manifests == "", name: c.Tracker.NodeName}
+	state := &nodeState{log: log, sourceHasNodes: c.Manifests == "", name: c.Tracker.NodeName}
 	shares := divideDescriptors(openFilesLimit())
 	a.relay = relay.New(relay.Options{
 		MaxConnections: shares.relayConnections, MaxListeners: shares.relayListeners, Logger: log.With("component", "relay"),
 	})
-	a.servers = newServers(shares.serverConnections, log)
-	a.settings = nodesettings.New(nodesettings.Options{Logger: log.With("component", "node-settings")})
-	a.counters = newCounters(b, log)
+	a.limiters = newServerLimiters(shares.serverConnections, log)
+	a.nodeSettings = nodesettings.New(nodesettings.Options{Logger: log.With("component", "node-settings")})
+	a.counters = newPacketCounters(b, log)
 	a.metrics = a.newMetrics(o)
-	if a.affinity = newAffinity(b, a.dp, log); a.affinity != nil {
+	if a.affinity = newAffinityLimiter(b, a.dp, log); a.affinity != nil {
 		a.metrics.AddAffinity(a.affinity.limiter.Stats)
 	}
-	a.proxy = health.NewProxy(health.ProxyOptions{
-		Progress: a.progress.report, Eligible: state.eligible, Answered: a.metrics.Answered,
+	a.nodeHealth = health.NewProxy(health.ProxyOptions{
+		Progress: a.progress.healthProgress, Eligible: state.eligible, OnResponse: a.metrics.RecordHealthResponse,
 	})
-	a.ports = health.NewPorts(health.PortsOptions{
-		Healthy: a.proxy.Healthy, MaxListeners: shares.healthCheckListeners,
-		Failed: func(service health.Service, port uint16, err error) {
-			a.metrics.HealthCheckFailed()
+	a.healthChecks = health.NewPorts(health.PortsOptions{
+		Healthy: a.nodeHealth.Healthy, MaxListeners: shares.healthCheckListeners,
+		OnListenError: func(service health.Service, port uint16, err error) {
+			a.metrics.RecordHealthCheckFailure()
 			o.Events.HealthCheckFailed(service.Namespace, service.Name, port, err)
 		},
-		Limiter: a.servers.healthChecks, Logger: log.With("component", "health"),
+		Limiter: a.limiters.healthChecks, Logger: log.With("component", "health"),
 	})
 	if b.Conntrack {
-		a.flows = conntrack.New(conntrack.Options{Logger: log.With("component", "conntrack"), OnLook: func(l conntrack.Look) {
+		a.conntrack = conntrack.New(conntrack.Options{Logger: log.With("component", "conntrack"), OnScan: func(l conntrack.ScanResult) {
 			if l.Err == nil || l.Deleted > 0 {
-				a.metrics.Looked(l.Family, l.Took, l.Deleted)
+				a.metrics.RecordConntrackScan(l.Family, l.Duration, l.Deleted)
 			}
 		}})
 	}
 	if c.DNSListen != "" {
-		a.names = dns.New(dns.Options{ClusterDomain: c.ClusterDomain, Limiter: a.servers.dns, Logger: log.With("component", "dns")})
+		a.dns = dns.New(dns.Options{ClusterDomain: c.ClusterDomain, Limiter: a.limiters.dns, Logger: log.With("component", "dns")})
 	}
 	rebuilds.add(func(r backend.Rebuild) {
-		a.metrics.TableRebuilt(r.Family)
+		a.metrics.RecordTableRebuild(r.Family)
 		o.Events.TableRebuilt(r.Table, r.Reason)
 	})
-	commits.add(a.metrics.Committed)
-	if a.flows != nil {
-		commits.add(a.flows.Committed)
+	commits.add(a.metrics.OnCommit)
+	if a.conntrack != nil {
+		commits.add(a.conntrack.OnCommit)
 	}
-	commits.add(a.relay.Committed)
-	commits.add(a.progress.committed)
+	commits.add(a.relay.OnCommit)
+	commits.add(a.progress.onCommit)
 	commits.add(func(c sync.Commit) {
 		for key, err := range c.Failed {
 			o.Events.NotProgrammed(key, err)
 		}
 	})
 	a.dispatcher = &dispatcher{
-		log: log, pipeline: a.pipeline, flows: a.flows, relay: a.relay, ports: a.ports, metrics: a.metrics, settings: a.settings,
-		events: o.Events, names: a.names, state: state, nodePorts: tracker.NodePortAddresses,
+		log: log, pipeline: a.pipeline, conntrack: a.conntrack, relay: a.relay, healthChecks: a.healthChecks, metrics: a.metrics, nodeSettings: a.nodeSettings,
+		events: o.Events, dns: a.dns, nodeState: state, nodePortAddresses: tracker.NodePortAddresses,
 	}
 	if f := o.File; f != nil {
-		a.reload = config.NewReloader(config.ReloaderOptions{
-			Flags: f.Flags, Content: f.Content, Logger: log, Apply: a.apply, Done: a.metrics.Reloaded,
+		a.reloader = config.NewReloader(config.ReloaderOptions{
+			Flags: f.Flags, Content: f.Content, Logger: log, Apply: a.applyConfig, OnResult: a.metrics.RecordReload,
 		})
 	}
 	return a, nil
@@ -177,15 +177,15 @@ func New(o Options) (*Agent, error) {
 // newMetrics returns the metrics of the parts that there are by now.
 func (a *Agent) newMetrics(o Options) *metrics.Metrics {
 	options := metrics.Options{
-		Version: a.version, Mode: a.config.Mode, Status: a.pipeline.Syncer.Status, Relay: a.relay.Stats,
-		Servers: a.servers.stats, Standby: a.standby.onStandby, Waiting: a.standby.waiting,
-		APILists: o.APILists,
+		Version: a.version, Mode: a.config.Mode, Status: a.pipeline.Syncer.Status, RelayStats: a.relay.Stats,
+		ServerStats: a.limiters.stats, Standby: a.standby.isStandby, WaitingInstances: a.standby.waitingInstances,
+		APIResources: o.APIResources,
 	}
 	if a.counters != nil {
-		options.Unserved = a.counters.unserved
+		options.RefusedPackets = a.counters.readRefused
 	}
 	m := metrics.New(options)
-	m.AddNodeSettings(func() map[string]int { return countSettings(a.settings.Problems()) })
+	m.AddNodeSettings(func() map[string]int { return countSettingProblems(a.nodeSettings.Problems()) })
 	return m
 }
 
@@ -207,18 +207,18 @@ func (a *Agent) close(ctx context.Context) {
 // While everything is programmed for the first time, it changes the settings of the garbage
 // collector, unless the environment has them (GOGC, GOMEMLIMIT).
 func (a *Agent) Run(ctx context.Context) error {
-	heap := newStartHeap()
+	heap := newStartupHeap()
 	defer a.close(ctx)
 	group, ctx := errgroup.WithContext(ctx)
 	a.standby.start(ctx, group)
 	active := func(run func(context.Context) error) {
-		run = a.standby.gate(run)
+		run = a.standby.whenActive(run)
 		group.Go(func() error { return run(ctx) })
 	}
 	if err := a.serveDNS(ctx, group); err != nil {
 		return err
 	}
-	watchOthers := a.lookForOthers(ctx)
+	watchOthers := a.detectOtherProxies(ctx)
 	group.Go(func() error { return watchOthers(ctx) })
 	// The node's addresses are known before the first programming, so that node
 	// ports are part of it.
@@ -228,7 +228,7 @@ func (a *Agent) Run(ctx context.Context) error {
 		watch := func(ctx context.Context, deliver func(nodeip.Addresses)) error {
 			return nodeip.Watch(ctx, nodeip.Options{Logger: a.log.With("component", "nodeip")}, deliver)
 		}
-		return a.dispatcher.followAddresses(ctx, watch, ready)
+		return a.dispatcher.watchAddresses(ctx, watch, ready)
 	})
 	group.Go(func() error {
 		select {
@@ -240,30 +240,30 @@ func (a *Agent) Run(ctx context.Context) error {
 	})
 	group.Go(func() error {
 		a.standby.prefetch(ctx, a.dp)
-		return a.standby.gate(a.pipeline.Syncer.Run)(ctx)
+		return a.standby.whenActive(a.pipeline.Syncer.Run)(ctx)
 	})
 	group.Go(func() error {
-		takeOver(ctx, a.backend, a.log, a.progress.programmed, backend.Backend.Remove)
+		removeOtherBackends(ctx, a.backend, a.log, a.progress.programmed, backend.Backend.Remove)
 		return nil
 	})
 	group.Go(func() error {
-		heap.end(ctx, a.progress.programmed)
+		heap.releaseAfter(ctx, a.progress.programmed)
 		return nil
 	})
-	if a.flows != nil {
-		active(a.flows.Run)
+	if a.conntrack != nil {
+		active(a.conntrack.Run)
 	}
 	active(a.relay.Run)
-	active(a.settings.Run)
+	active(a.nodeSettings.Run)
 	if a.affinity != nil {
 		active(a.affinity.run)
 	}
-	active(a.ports.Run)
+	active(a.healthChecks.Run)
 	active(a.dispatcher.events.Run)
-	a.serve(ctx, group, "healthz-bind-address", a.config.HealthzAddress, a.proxy.Handler(), a.servers.healthz)
-	a.serve(ctx, group, "metrics-bind-address", a.config.MetricsAddress, a.metricsHandler(), a.servers.metrics)
-	if a.reload != nil {
-		group.Go(func() error { return a.reload.Run(ctx) })
+	a.serveHTTP(ctx, group, "healthz-bind-address", a.config.HealthzAddress, a.nodeHealth.Handler(), a.limiters.healthz)
+	a.serveHTTP(ctx, group, "metrics-bind-address", a.config.MetricsAddress, a.metricsHandler(), a.limiters.metrics)
+	if a.reloader != nil {
+		group.Go(func() error { return a.reloader.Run(ctx) })
 	}
 	a.log.InfoContext(ctx, "running", "version", a.version, "mode", a.config.Mode, "source", a.sourceName, "node", a.config.Tracker.NodeName)
 	if err := group.Wait(); err != nil && !errors.Is(err, context.Canceled) {

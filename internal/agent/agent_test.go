@@ -34,8 +34,8 @@ func TestBackendWithRequiredFieldsOnly(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if a.counters != nil || a.flows != nil || a.affinity != nil {
-		t.Errorf("counters %v, connection tracking %v, session affinity %v, want none", a.counters, a.flows, a.affinity)
+	if a.counters != nil || a.conntrack != nil || a.affinity != nil {
+		t.Errorf("counters %v, connection tracking %v, session affinity %v, want none", a.counters, a.conntrack, a.affinity)
 	}
 	if err := third.Prepare(t.Context(), backend.Options{Logger: a.log}); err != nil {
 		t.Errorf("--init-only: %v", err)

@@ -23,8 +23,8 @@ import (
 	"fairlead.io/fairlead/sync"
 )
 
-// cleaned is a node with the nft backend, a syncer, and what deletes stale flows.
-type cleaned struct {
+// conntrackTest is a node with the nft backend, a syncer, and what deletes stale flows.
+type conntrackTest struct {
 	*nettest.Network
 
 	t      *testing.T
@@ -37,12 +37,12 @@ type cleaned struct {
 	setNode func(dataplane.Node)
 
 	deleted atomic.Int64 // entries
-	looks   atomic.Int64
+	scans   atomic.Int64
 }
 
-func newCleaned(t *testing.T, family dataplane.Family, pods ...string) *cleaned {
+func newConntrackTest(t *testing.T, family dataplane.Family, pods ...string) *conntrackTest {
 	t.Helper()
-	c := &cleaned{t: t, family: family, Network: nettest.NewT(t, nettest.Options{}), pods: map[string]*nettest.Host{}}
+	c := &conntrackTest{t: t, family: family, Network: nettest.NewT(t, nettest.Options{}), pods: map[string]*nettest.Host{}}
 	c.client = c.PodT(t, "client")
 	for _, name := range pods {
 		c.pods[name] = c.PodT(t, name)
@@ -51,18 +51,18 @@ func newCleaned(t *testing.T, family dataplane.Family, pods ...string) *cleaned 
 	return c
 }
 
-// run starts the parts, which end with the test, or when stop is called.
-func (c *cleaned) run() (stop func()) {
+// start starts the parts, which end with the test, or when stop is called.
+func (c *conntrackTest) start() (stop func()) {
 	c.t.Helper()
-	dp := dial(c.t, c.Network, backend.NFT)
-	cleaner := conntrack.New(conntrack.Options{NetNS: c.Node.Fd(), OnLook: func(l conntrack.Look) {
+	dp := dialBackend(c.t, c.Network, backend.NFT)
+	cleaner := conntrack.New(conntrack.Options{NetNS: c.Node.Fd(), OnScan: func(l conntrack.ScanResult) {
 		if l.Err != nil {
 			c.t.Errorf("a look failed: %v", l.Err)
 		}
 		c.deleted.Add(int64(l.Deleted))
-		c.looks.Add(1)
+		c.scans.Add(1)
 	}})
-	c.syncer = sync.New(dp, sync.Options{OnCommit: cleaner.Committed})
+	c.syncer = sync.New(dp, sync.Options{OnCommit: cleaner.OnCommit})
 	c.setNode = func(node dataplane.Node) {
 		cleaner.SetNode(node)
 		c.syncer.SetNode(node)
@@ -93,31 +93,31 @@ func (c *cleaned) run() (stop func()) {
 }
 
 // vip is the frontend with the last byte.
-func (c *cleaned) vip(last byte) netip.AddrPort {
+func (c *conntrackTest) vip(last byte) netip.AddrPort {
 	if c.family == dataplane.IPv4 {
 		return netip.AddrPortFrom(netip.AddrFrom4([4]byte{198, 51, 100, last}), 53)
 	}
 	return netip.AddrPortFrom(netip.AddrFrom16([16]byte{0: 0x20, 1: 1, 2: 0xd, 3: 0xb8, 5: 0x96, 15: last}), 53)
 }
 
-func (c *cleaned) endpoint(pod string) netip.AddrPort {
+func (c *conntrackTest) endpoint(pod string) netip.AddrPort {
 	if c.family == dataplane.IPv4 {
 		return netip.AddrPortFrom(c.pods[pod].IPv4, podPort)
 	}
 	return netip.AddrPortFrom(c.pods[pod].IPv6, podPort)
 }
 
-// want hands over a Service. It returns when the kernel has it.
-func (c *cleaned) want(last byte, takes, serves []string) {
+// setService hands over a Service. It returns when the kernel has it.
+func (c *conntrackTest) setService(last byte, takes, serves []string) {
 	c.t.Helper()
-	c.hand(map[dataplane.Key]*dataplane.Service{c.key(last): c.service(last, takes, serves)})
+	c.update(map[dataplane.Key]*dataplane.Service{c.key(last): c.newService(last, takes, serves)})
 }
 
-// service is a Service at vip(last): the pods that take connections, and those
+// newService is a Service at vip(last): the pods that take connections, and those
 // that only serve on.
-func (c *cleaned) service(last byte, takes, serves []string) *dataplane.Service {
+func (c *conntrackTest) newService(last byte, takes, serves []string) *dataplane.Service {
 	c.t.Helper()
-	var treatment dataplane.Treatment
+	var treatment dataplane.ServiceSpec
 	for _, pod := range takes {
 		treatment.Endpoints = append(treatment.Endpoints, dataplane.Endpoint{Addr: c.endpoint(pod), Local: true})
 	}
@@ -135,22 +135,22 @@ func (c *cleaned) service(last byte, takes, serves []string) *dataplane.Service 
 	return svc
 }
 
-func (c *cleaned) key(last byte) dataplane.Key {
+func (c *conntrackTest) key(last byte) dataplane.Key {
 	return dataplane.Key{Namespace: "default", Name: fmt.Sprint("s", last), Family: c.family}
 }
 
-func (c *cleaned) hand(changes map[dataplane.Key]*dataplane.Service) {
+func (c *conntrackTest) update(changes map[dataplane.Key]*dataplane.Service) {
 	c.t.Helper()
 	c.syncer.Update(changes)
-	c.syncer.ListComplete()
+	c.syncer.FinishInitialList()
 	if err := c.syncer.WaitSynced(c.t.Context()); err != nil {
 		c.t.Fatal(err)
 	}
 }
 
-// forgetting does something that makes flows stale, and returns after one of them
+// awaitDeletion does something that makes flows stale, and returns after one of them
 // was deleted.
-func (c *cleaned) forgetting(what func()) {
+func (c *conntrackTest) awaitDeletion(what func()) {
 	c.t.Helper()
 	before := c.deleted.Load()
 	what()
@@ -163,7 +163,7 @@ func (c *cleaned) forgetting(what func()) {
 }
 
 // open opens a flow, of which every datagram comes from the same port.
-func (c *cleaned) open(to netip.AddrPort) *nettest.Conn {
+func (c *conntrackTest) open(to netip.AddrPort) *nettest.Conn {
 	c.t.Helper()
 	conn, err := c.client.Open(c.t.Context(), nettest.UDP, to)
 	if err != nil {
@@ -173,8 +173,8 @@ func (c *cleaned) open(to netip.AddrPort) *nettest.Conn {
 	return conn
 }
 
-// ask sends one datagram and returns who answers, or nobody.
-func (c *cleaned) ask(conn *nettest.Conn, patience time.Duration) string {
+// answeringHost sends one datagram and returns who answers, or nobody.
+func (c *conntrackTest) answeringHost(conn *nettest.Conn, patience time.Duration) string {
 	c.t.Helper()
 	ctx, cancel := context.WithTimeout(c.t.Context(), patience)
 	defer cancel()
@@ -190,27 +190,27 @@ func (c *cleaned) ask(conn *nettest.Conn, patience time.Duration) string {
 	return answer.Host
 }
 
-func (c *cleaned) wantAnswer(conn *nettest.Conn, what, want string) {
+func (c *conntrackTest) checkAnswer(conn *nettest.Conn, what, want string) {
 	c.t.Helper()
-	patience := attempt
+	patience := connectTimeout
 	if want == "nobody" {
-		patience = silence
+		patience = noAnswerTimeout
 	}
-	if got := c.ask(conn, patience); got != want {
+	if got := c.answeringHost(conn, patience); got != want {
 		c.t.Errorf("%s: the next datagram is answered by %s, want %s", what, got, want)
 	}
 }
 
-// move tells of another Node, and returns when the flows have been looked at after the
+// setNodeAndWait tells of another Node, and returns when the flows have been looked at after the
 // kernel has it: the second look from now on cannot have begun before. The cleaner
 // hears of a Node earlier than the kernel, so a flow may be forgotten twice.
-func (c *cleaned) move(node dataplane.Node) {
+func (c *conntrackTest) setNodeAndWait(node dataplane.Node) {
 	c.t.Helper()
 	c.setNode(node)
-	c.hand(nil)
-	before := c.looks.Load()
+	c.update(nil)
+	before := c.scans.Load()
 	eventually(c.t, func() error {
-		if c.looks.Load() < before+2 {
+		if c.scans.Load() < before+2 {
 			return errors.New("the flows were not looked at")
 		}
 		return nil
@@ -219,47 +219,47 @@ func (c *cleaned) move(node dataplane.Node) {
 
 // Clients that send all their datagrams from one port go where the Service is
 // served, with the next datagram, and stay where it still is.
-func TestFlowsMoveOn(t *testing.T) {
+func TestStaleUDPFlows(t *testing.T) {
 	t.Parallel()
 	for _, family := range []dataplane.Family{dataplane.IPv4, dataplane.IPv6} {
 		t.Run(family.String(), func(t *testing.T) {
 			t.Parallel()
-			c := newCleaned(t, family, "a", "b")
-			c.run()
+			c := newConntrackTest(t, family, "a", "b")
+			c.start()
 			// Begun before there is a Service.
 			early := c.open(c.vip(1))
-			c.wantAnswer(early, "no Service", "nobody")
-			c.want(2, []string{"a", "b"}, nil)
-			c.wantAnswer(early, "still no Service", "nobody")
+			c.checkAnswer(early, "no Service", "nobody")
+			c.setService(2, []string{"a", "b"}, nil)
+			c.checkAnswer(early, "still no Service", "nobody")
 			// Flows of another Service. If they were deleted one of them would
 			// go elsewhere.
 			neighbours := map[*nettest.Conn]string{}
 			for range 16 {
 				conn := c.open(c.vip(2))
-				neighbours[conn] = c.ask(conn, attempt)
+				neighbours[conn] = c.answeringHost(conn, connectTimeout)
 			}
 
-			c.forgetting(func() { c.want(1, []string{"a"}, nil) })
-			c.wantAnswer(early, "a Service appears", "a")
+			c.awaitDeletion(func() { c.setService(1, []string{"a"}, nil) })
+			c.checkAnswer(early, "a Service appears", "a")
 
-			c.want(1, []string{"a", "b"}, nil)
-			c.wantAnswer(early, "another endpoint", "a")
-			c.want(1, []string{"b"}, []string{"a"})
-			c.wantAnswer(early, "its endpoint drains", "a")
+			c.setService(1, []string{"a", "b"}, nil)
+			c.checkAnswer(early, "another endpoint", "a")
+			c.setService(1, []string{"b"}, []string{"a"})
+			c.checkAnswer(early, "its endpoint drains", "a")
 			// A commit that writes nothing.
-			c.forgetting(func() { c.want(1, []string{"b"}, nil) })
-			c.wantAnswer(early, "its endpoint has left", "b")
+			c.awaitDeletion(func() { c.setService(1, []string{"b"}, nil) })
+			c.checkAnswer(early, "its endpoint has left", "b")
 
-			c.forgetting(func() { c.want(1, nil, nil) })
-			c.wantAnswer(early, "the last endpoint has left", "refused")
-			c.want(1, []string{"a"}, nil)
-			c.wantAnswer(early, "the first endpoint", "a")
+			c.awaitDeletion(func() { c.setService(1, nil, nil) })
+			c.checkAnswer(early, "the last endpoint has left", "refused")
+			c.setService(1, []string{"a"}, nil)
+			c.checkAnswer(early, "the first endpoint", "a")
 
-			c.forgetting(func() { c.hand(map[dataplane.Key]*dataplane.Service{c.key(1): nil}) })
-			c.wantAnswer(early, "the Service is deleted", "nobody")
+			c.awaitDeletion(func() { c.update(map[dataplane.Key]*dataplane.Service{c.key(1): nil}) })
+			c.checkAnswer(early, "the Service is deleted", "nobody")
 
 			for conn, host := range neighbours {
-				c.wantAnswer(conn, "another Service", host)
+				c.checkAnswer(conn, "another Service", host)
 			}
 		})
 	}
@@ -267,13 +267,13 @@ func TestFlowsMoveOn(t *testing.T) {
 
 // The same with a node port, on an address of the node on which somebody else
 // listens as long as it is none, and with session affinity.
-func TestNodePortFlowsMoveOn(t *testing.T) {
+func TestStaleNodePortFlows(t *testing.T) {
 	t.Parallel()
 	for _, family := range []dataplane.Family{dataplane.IPv4, dataplane.IPv6} {
 		t.Run(family.String(), func(t *testing.T) {
 			t.Parallel()
 			const port = 30053
-			c := newCleaned(t, family, "a", "b")
+			c := newConntrackTest(t, family, "a", "b")
 			address, unspecified := c.Node.IPv4, netip.IPv4Unspecified()
 			if family == dataplane.IPv6 {
 				address, unspecified = c.Node.IPv6, netip.IPv6Unspecified()
@@ -281,11 +281,11 @@ func TestNodePortFlowsMoveOn(t *testing.T) {
 			c.node.NodePortAddrs = []netip.Addr{address}
 			c.Node.ServeT(t, nettest.UDP, port)
 			c.client = c.Outside
-			c.run()
+			c.start()
 			key := dataplane.Key{Namespace: "default", Name: "node", Family: family, Kind: dataplane.NodePort}
 			want := func(number uint16, pods ...string) {
 				t.Helper()
-				treatment := dataplane.Treatment{Masquerade: dataplane.MasqueradeAlways, Affinity: time.Hour}
+				treatment := dataplane.ServiceSpec{Masquerade: dataplane.MasqueradeAlways, Affinity: time.Hour}
 				for _, pod := range pods {
 					treatment.Endpoints = append(treatment.Endpoints, dataplane.Endpoint{Addr: c.endpoint(pod), Local: true})
 				}
@@ -294,62 +294,62 @@ func TestNodePortFlowsMoveOn(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				c.hand(map[dataplane.Key]*dataplane.Service{key: svc})
+				c.update(map[dataplane.Key]*dataplane.Service{key: svc})
 			}
-			c.hand(nil)
+			c.update(nil)
 			conn := c.open(netip.AddrPortFrom(address, port))
-			c.wantAnswer(conn, "no node port", "node")
-			c.forgetting(func() { want(port, "a") })
-			c.wantAnswer(conn, "the node port appears", "a")
+			c.checkAnswer(conn, "no node port", "node")
+			c.awaitDeletion(func() { want(port, "a") })
+			c.checkAnswer(conn, "the node port appears", "a")
 			want(port, "a", "b")
-			c.wantAnswer(conn, "another endpoint", "a")
-			c.forgetting(func() { want(port, "b") })
-			c.wantAnswer(conn, "its endpoint has left", "b")
-			c.forgetting(func() { want(port+1, "b") })
-			c.wantAnswer(conn, "another node port", "node")
-			c.forgetting(func() { want(port, "b") })
-			c.wantAnswer(conn, "the node port is back", "b")
-			c.move(dataplane.Node{})
-			c.wantAnswer(conn, "node ports are served elsewhere", "node")
-			c.move(dataplane.Node{NodePortAddrs: []netip.Addr{address}})
-			c.wantAnswer(conn, "node ports are served here again", "b")
-			c.forgetting(func() { c.hand(map[dataplane.Key]*dataplane.Service{key: nil}) })
-			c.wantAnswer(conn, "the Service is deleted", "node")
+			c.checkAnswer(conn, "another endpoint", "a")
+			c.awaitDeletion(func() { want(port, "b") })
+			c.checkAnswer(conn, "its endpoint has left", "b")
+			c.awaitDeletion(func() { want(port+1, "b") })
+			c.checkAnswer(conn, "another node port", "node")
+			c.awaitDeletion(func() { want(port, "b") })
+			c.checkAnswer(conn, "the node port is back", "b")
+			c.setNodeAndWait(dataplane.Node{})
+			c.checkAnswer(conn, "node ports are served elsewhere", "node")
+			c.setNodeAndWait(dataplane.Node{NodePortAddrs: []netip.Addr{address}})
+			c.checkAnswer(conn, "node ports are served here again", "b")
+			c.awaitDeletion(func() { c.update(map[dataplane.Key]*dataplane.Service{key: nil}) })
+			c.checkAnswer(conn, "the Service is deleted", "node")
 		})
 	}
 }
 
 // Flows that got stale while nobody was there to see it are found at the start.
-func TestFlowsMoveOnAfterARestart(t *testing.T) {
+func TestStaleFlowsAfterRestart(t *testing.T) {
 	t.Parallel()
 	for _, family := range []dataplane.Family{dataplane.IPv4, dataplane.IPv6} {
 		t.Run(family.String(), func(t *testing.T) {
 			t.Parallel()
-			c := newCleaned(t, family, "a", "b")
-			stop := c.run()
-			c.want(1, []string{"a"}, nil)
-			c.want(2, []string{"a", "b"}, nil)
+			c := newConntrackTest(t, family, "a", "b")
+			stop := c.start()
+			c.setService(1, []string{"a"}, nil)
+			c.setService(2, []string{"a", "b"}, nil)
 			moves, stays := c.open(c.vip(1)), c.open(c.vip(2))
-			c.wantAnswer(moves, "before", "a")
-			where := c.ask(stays, attempt)
+			c.checkAnswer(moves, "before", "a")
+			where := c.answeringHost(stays, connectTimeout)
 			stop()
-			c.wantAnswer(moves, "while nobody runs", "a")
-			c.run()
-			c.forgetting(func() {
-				c.hand(map[dataplane.Key]*dataplane.Service{
-					c.key(1): c.service(1, []string{"b"}, nil), c.key(2): c.service(2, []string{"a", "b"}, nil),
+			c.checkAnswer(moves, "while nobody runs", "a")
+			c.start()
+			c.awaitDeletion(func() {
+				c.update(map[dataplane.Key]*dataplane.Service{
+					c.key(1): c.newService(1, []string{"b"}, nil), c.key(2): c.newService(2, []string{"a", "b"}, nil),
 				})
 			})
-			c.wantAnswer(moves, "after the restart", "b")
-			c.wantAnswer(stays, "an endpoint that was there all the time", where)
+			c.checkAnswer(moves, "after the restart", "b")
+			c.checkAnswer(stays, "an endpoint that was there all the time", where)
 		})
 	}
 }
 
-// handOver hands over a Service of a protocol at vip(last).
-func (c *cleaned) handOver(protocol dataplane.Protocol, last byte, pods ...string) {
+// setProtocolService hands over a Service of a protocol at vip(last).
+func (c *conntrackTest) setProtocolService(protocol dataplane.Protocol, last byte, pods ...string) {
 	c.t.Helper()
-	var treatment dataplane.Treatment
+	var treatment dataplane.ServiceSpec
 	for _, pod := range pods {
 		treatment.Endpoints = append(treatment.Endpoints, dataplane.Endpoint{Addr: c.endpoint(pod), Local: true})
 	}
@@ -357,31 +357,31 @@ func (c *cleaned) handOver(protocol dataplane.Protocol, last byte, pods ...strin
 	if err != nil {
 		c.t.Fatal(err)
 	}
-	c.hand(map[dataplane.Key]*dataplane.Service{svc.Key: svc})
+	c.update(map[dataplane.Key]*dataplane.Service{svc.Key: svc})
 }
 
 // A client of TCP whose SYN went to an endpoint that never answers sends it again
 // from the same port. When the endpoint is replaced, it reaches the new one; what
 // other clients have open stays.
-func TestConnectionAttemptsMoveOn(t *testing.T) {
+func TestUnansweredTCPConnections(t *testing.T) {
 	t.Parallel()
 	for _, family := range []dataplane.Family{dataplane.IPv4, dataplane.IPv6} {
 		t.Run(family.String(), func(t *testing.T) {
 			t.Parallel()
-			c := newCleaned(t, family, "old", "new")
+			c := newConntrackTest(t, family, "old", "new")
 			for _, pod := range c.pods {
 				pod.ServeT(t, nettest.TCP, podPort)
 			}
-			c.run()
-			c.handOver(dataplane.TCP, 1, "old")
-			c.handOver(dataplane.TCP, 2, "new")
+			c.start()
+			c.setProtocolService(dataplane.TCP, 1, "old")
+			c.setProtocolService(dataplane.TCP, 2, "new")
 			open, err := c.client.Open(t.Context(), nettest.TCP, c.vip(2))
 			if err != nil {
 				t.Fatal(err)
 			}
 			t.Cleanup(func() { _ = open.Close() })
 
-			mute(t, c.pods["old"], c.client)
+			blackhole(t, c.pods["old"], c.client)
 			answers := make(chan string, 1)
 			go func() {
 				ctx, cancel := context.WithTimeout(t.Context(), 50*time.Second)
@@ -394,7 +394,7 @@ func TestConnectionAttemptsMoveOn(t *testing.T) {
 				t.Fatalf("an endpoint that never answers: %s", answer)
 			case <-time.After(300 * time.Millisecond):
 			}
-			c.handOver(dataplane.TCP, 1, "new")
+			c.setProtocolService(dataplane.TCP, 1, "new")
 			if got := <-answers; got != "new <nil>" {
 				t.Errorf("after the endpoint was replaced: %s, want an answer of new", got)
 			}
@@ -407,13 +407,13 @@ func TestConnectionAttemptsMoveOn(t *testing.T) {
 
 // A client of SCTP that sends its INIT again and again from one port, as those of
 // telecommunications do, reaches the new endpoint with the next one.
-func TestInitsMoveOn(t *testing.T) {
+func TestUnansweredSCTPAssociations(t *testing.T) {
 	t.Parallel()
 	for _, family := range []dataplane.Family{dataplane.IPv4, dataplane.IPv6} {
 		t.Run(family.String(), func(t *testing.T) {
 			t.Parallel()
-			c := newCleaned(t, family, "old", "new")
-			c.run()
+			c := newConntrackTest(t, family, "old", "new")
+			c.start()
 			arrived := make(chan string, 1000)
 			for name, pod := range c.pods {
 				packets := rawSCTP(t, pod, c.endpoint(name).Addr())
@@ -433,7 +433,7 @@ func TestInitsMoveOn(t *testing.T) {
 			}
 			client := rawSCTP(t, c.client, from)
 			reaches := func(want string) error {
-				if _, err := client.WriteTo(initChunk(36412, c.vip(1).Port()), &net.IPAddr{IP: c.vip(1).Addr().AsSlice()}); err != nil {
+				if _, err := client.WriteTo(initPacket(36412, c.vip(1).Port()), &net.IPAddr{IP: c.vip(1).Addr().AsSlice()}); err != nil {
 					return err
 				}
 				select {
@@ -442,17 +442,17 @@ func TestInitsMoveOn(t *testing.T) {
 						return fmt.Errorf("an INIT arrives at %s, want %s", got, want)
 					}
 					return nil
-				case <-time.After(attempt):
+				case <-time.After(connectTimeout):
 					return errors.New("an INIT arrives nowhere")
 				}
 			}
-			c.handOver(dataplane.SCTP, 1, "old")
+			c.setProtocolService(dataplane.SCTP, 1, "old")
 			for range 2 {
 				if err := reaches("old"); err != nil {
 					t.Fatal(err)
 				}
 			}
-			c.forgetting(func() { c.handOver(dataplane.SCTP, 1, "new") })
+			c.awaitDeletion(func() { c.setProtocolService(dataplane.SCTP, 1, "new") })
 			if err := reaches("new"); err != nil {
 				t.Error(err)
 			}
@@ -479,8 +479,8 @@ func rawSCTP(t *testing.T, host *nettest.Host, addr netip.Addr) net.PacketConn {
 	return conn
 }
 
-// initChunk returns a packet with an INIT (RFC 9260, 3.3.2).
-func initChunk(source, destination uint16) []byte {
+// initPacket returns a packet with an INIT (RFC 9260, 3.3.2).
+func initPacket(source, destination uint16) []byte {
 	b := binary.BigEndian.AppendUint16(nil, source)
 	b = binary.BigEndian.AppendUint16(b, destination)
 	b = append(b, make([]byte, 8)...)                // verification tag, checksum
@@ -493,8 +493,8 @@ func initChunk(source, destination uint16) []byte {
 	return b
 }
 
-// mute keeps a pod from answering a client.
-func mute(t *testing.T, pod, client *nettest.Host) {
+// blackhole keeps a pod from answering a client.
+func blackhole(t *testing.T, pod, client *nettest.Host) {
 	t.Helper()
 	handle, err := netlink.NewHandleAt(netns.NsHandle(pod.Fd()), unix.NETLINK_ROUTE)
 	if err != nil {

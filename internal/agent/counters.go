@@ -15,22 +15,22 @@ import (
 // take a fraction of a millisecond.
 const countersTimeout = time.Second
 
-// counters read what the kernel did not serve, for metrics.
-type counters struct {
+// packetCounters read what the kernel did not serve, for metrics.
+type packetCounters struct {
 	log   *slog.Logger
-	read  func(context.Context) ([]metrics.Unserved, error)
+	read  func(context.Context) ([]metrics.RefusedPackets, error)
 	close func() error
 
-	failing atomic.Bool
+	readFailing atomic.Bool
 }
 
-// newCounters returns nil if the backend counts nothing.
-func newCounters(b backend.Backend, log *slog.Logger) *counters {
-	if b.Counters == nil {
+// newPacketCounters returns nil if the backend counts nothing.
+func newPacketCounters(b backend.Backend, log *slog.Logger) *packetCounters {
+	if b.NewCounters == nil {
 		return nil
 	}
-	kernel := b.Counters()
-	return &counters{log: log.With("backend", b.Name), close: kernel.Close, read: func(ctx context.Context) ([]metrics.Unserved, error) {
+	kernel := b.NewCounters()
+	return &packetCounters{log: log.With("backend", b.Name), close: kernel.Close, read: func(ctx context.Context) ([]metrics.RefusedPackets, error) {
 		counts, err := kernel.Read(ctx)
 		if err != nil {
 			return nil, fmt.Errorf("--mode=%s: %w", b.Name, err)
@@ -39,13 +39,13 @@ func newCounters(b backend.Backend, log *slog.Logger) *counters {
 	}}
 }
 
-// unserved reads them. That they can't be read is logged once, and so is that
+// readRefused reads them. That they can't be read is logged once, and so is that
 // they can again. It may be called from any goroutine.
-func (c *counters) unserved() ([]metrics.Unserved, error) {
+func (c *packetCounters) readRefused() ([]metrics.RefusedPackets, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), countersTimeout)
 	defer cancel()
 	counts, err := c.read(ctx)
-	switch failed := c.failing.Swap(err != nil); {
+	switch failed := c.readFailing.Swap(err != nil); {
 	case err != nil && !failed:
 		c.log.Warn("the kernel's counters can't be read: the metrics are without what was not served until they can", "error", err)
 	case err == nil && failed:

@@ -23,10 +23,10 @@ import (
 )
 
 // Connections to addresses of a ServiceCIDR that no Service has show as dropped.
-func TestUnservedServiceCIDR(t *testing.T) {
+func TestRefusedServiceCIDR(t *testing.T) {
 	t.Parallel()
-	n := newNode(t)
-	dp := dial(t, n.Network, backend.NFT)
+	n := newTestNode(t)
+	dp := dialBackend(t, n.Network, backend.NFT)
 	p := pipeline.New(dp, pipeline.Options{Tracker: kube.Options{NodeName: "node"}})
 	syncer := p.Syncer
 	var group stdsync.WaitGroup
@@ -39,30 +39,30 @@ func TestUnservedServiceCIDR(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	j := newParts(slog.New(slog.DiscardHandler))
-	j.pipeline, j.hasNode = p, false
-	j.deliver(kube.Delta{ServiceCIDRs: list(kubetest.ServiceCIDR("kubernetes", "10.96.0.0/16", "fd00:10:96::/112"))})
+	j := newComponents(slog.New(slog.DiscardHandler))
+	j.pipeline, j.sourceHasNodes = p, false
+	j.deliver(kube.Delta{ServiceCIDRs: sliceOf(kubetest.ServiceCIDR("kubernetes", "10.96.0.0/16", "fd00:10:96::/112"))})
 	if err := syncer.WaitSynced(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	n.connectInVain(n.client, vips(1, 80))
+	n.expectNoAnswer(n.client, serviceAddrs(1, 80))
 
-	c := newCounters(byName(t, backend.NFT), slog.New(slog.DiscardHandler))
+	c := newPacketCounters(backendByName(t, backend.NFT), slog.New(slog.DiscardHandler))
 	t.Cleanup(func() {
 		if err := c.close(); err != nil {
 			t.Error(err)
 		}
 	})
-	var counts []metrics.Unserved
+	var counts []metrics.RefusedPackets
 	err := n.Node.Do(func() (err error) { // where it connects to the kernel
-		counts, err = c.unserved()
+		counts, err = c.readRefused()
 		return err
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
 	response := httptest.NewRecorder()
-	m := metrics.New(metrics.Options{Status: syncer.Status, Unserved: func() ([]metrics.Unserved, error) { return counts, nil }})
+	m := metrics.New(metrics.Options{Status: syncer.Status, RefusedPackets: func() ([]metrics.RefusedPackets, error) { return counts, nil }})
 	m.Handler().ServeHTTP(response, httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/metrics", nil))
 	for _, family := range []string{"IPv4", "IPv6"} {
 		want := fmt.Sprintf("\nfairlead_unserved_packets_total{ip_family=%q,reason=\"dropped-no-service\"} 1\n", family)
@@ -75,21 +75,21 @@ func TestUnservedServiceCIDR(t *testing.T) {
 // Each mode counts what its own tables have not served.
 func TestModeCounters(t *testing.T) {
 	t.Parallel()
-	n := newNode(t)
+	n := newTestNode(t)
 	n.nft("add table ip fairlead-ipvs; add counter ip fairlead-ipvs rejected-no-endpoints { packets 7 bytes 420; };" +
 		"add table ip fairlead; add counter ip fairlead rejected-no-endpoints { packets 3 bytes 180; }")
 	for m, want := range map[string]uint64{backend.NFT: 3, backend.IPVS: 7} {
-		c := newCounters(byName(t, m), slog.New(slog.DiscardHandler))
+		c := newPacketCounters(backendByName(t, m), slog.New(slog.DiscardHandler))
 		t.Cleanup(func() { _ = c.close() })
-		var counts []metrics.Unserved
+		var counts []metrics.RefusedPackets
 		err := n.Node.Do(func() (err error) { // where it connects to the kernel
-			counts, err = c.unserved()
+			counts, err = c.readRefused()
 			return err
 		})
 		if err != nil {
 			t.Fatal(err)
 		}
-		i := slices.IndexFunc(counts, func(u metrics.Unserved) bool {
+		i := slices.IndexFunc(counts, func(u metrics.RefusedPackets) bool {
 			return u.Family == dataplane.IPv4 && u.Reason == "rejected-no-endpoints"
 		})
 		if i < 0 || counts[i].Packets != want {
@@ -103,9 +103,9 @@ func TestUnreadableCounters(t *testing.T) {
 	t.Parallel()
 	var log bytes.Buffer
 	var failure error
-	c := &counters{
+	c := &packetCounters{
 		log: slog.New(slog.NewJSONHandler(&log, nil)),
-		read: func(ctx context.Context) ([]metrics.Unserved, error) {
+		read: func(ctx context.Context) ([]metrics.RefusedPackets, error) {
 			if _, ok := ctx.Deadline(); !ok {
 				t.Error("it may take for ever")
 			}
@@ -114,7 +114,7 @@ func TestUnreadableCounters(t *testing.T) {
 	}
 	var levels []string
 	for _, failure = range []error{nil, errors.New("one"), errors.New("two"), nil, nil, errors.New("three")} {
-		if _, err := c.unserved(); !errors.Is(err, failure) {
+		if _, err := c.readRefused(); !errors.Is(err, failure) {
 			t.Errorf("error %v, want %v", err, failure)
 		}
 	}

@@ -6,7 +6,7 @@ import (
 )
 
 // The parts together leave a quarter of all descriptors, whatever the limit is.
-func TestDivide(t *testing.T) {
+func TestDivideDescriptors(t *testing.T) {
 	t.Parallel()
 	for files, want := range map[uint64]descriptors{
 		0:       {1, 1, 1, 1},

@@ -22,49 +22,49 @@ import (
 // dispatcher passes objects, addresses of this node and configurations on to the parts that
 // need them. They come in from goroutines of their own, one at a time.
 type dispatcher struct {
-	log     *slog.Logger
-	flows   *conntrack.Cleaner // nil if the backend needs none
-	relay   *relay.Relay
-	ports   *health.Ports
-	metrics *metrics.Metrics
-	// settings warns of settings of the node's kernel.
-	settings *nodesettings.Watcher
-	events   Events
-	names    *dns.Server // nil if nobody asks for names
-	state    *nodeState
+	log          *slog.Logger
+	conntrack    *conntrack.Cleaner // nil if the backend needs none
+	relay        *relay.Relay
+	healthChecks *health.Ports
+	metrics      *metrics.Metrics
+	// nodeSettings warns of settings of the node's kernel.
+	nodeSettings *nodesettings.Watcher
+	events       Events
+	dns          *dns.Server // nil if nobody asks for names
+	nodeState    *nodeState
 
 	mu       stdsync.Mutex
 	pipeline *pipeline.Pipeline
-	complete bool
-	// nodePorts selects the addresses on which node ports are served. served has
+	synced   bool
+	// nodePortAddresses selects the addresses on which node ports are served. served has
 	// these, loopback ones included.
-	nodePorts kube.NodePortAddresses
-	served    []netip.Addr
+	nodePortAddresses kube.NodePortAddresses
+	servedAddrs       []netip.Addr
 }
 
 // deliver processes objects from the source. The first time it is everything.
 func (d *dispatcher) deliver(delta kube.Delta) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.metrics.Arrived(len(delta.Services)+len(delta.DeletedServices), len(delta.EndpointSlices)+len(delta.DeletedEndpointSlices))
+	d.metrics.RecordObjectChanges(len(delta.Services)+len(delta.DeletedServices), len(delta.EndpointSlices)+len(delta.DeletedEndpointSlices))
 	d.events.Apply(delta)
-	d.state.unknown.Store(delta.NodeUnknown)
+	d.nodeState.existenceUnknown.Store(delta.NodeUnknown)
 	result := d.pipeline.Track(delta)
 	d.distribute(result)
 	for _, name := range delta.DeletedServices {
-		d.metrics.Gone(name.Namespace, name.Name)
+		d.metrics.RemoveService(name.Namespace, name.Name)
 	}
-	if !d.complete {
-		d.complete = true
-		d.pipeline.Syncer.ListComplete()
-		d.state.check()
+	if !d.synced {
+		d.synced = true
+		d.pipeline.Syncer.FinishInitialList()
+		d.nodeState.logExistence()
 	} else {
 		for t := range result.Triggers() {
-			d.metrics.Triggered(t.Service.Namespace, t.Service.Name, t.At)
+			d.metrics.RecordTrigger(t.Service.Namespace, t.Service.Name, t.At)
 		}
 	}
-	if d.names != nil {
-		d.names.Apply(delta)
+	if d.dns != nil {
+		d.dns.Apply(delta)
 	}
 }
 
@@ -79,7 +79,7 @@ func (d *dispatcher) setAddresses(addrs nodeip.Addresses) {
 func (d *dispatcher) configure(options kube.Options) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.nodePorts = options.NodePortAddresses
+	d.nodePortAddresses = options.NodePortAddresses
 	d.distribute(d.pipeline.Configure(options))
 	d.setHealthCheckAddrs()
 }
@@ -95,28 +95,28 @@ func (d *dispatcher) setHealthCheckAddrs() {
 	var addrs []netip.Addr
 	for _, unspecified := range []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()} {
 		family := dataplane.FamilyOf(unspecified)
-		if d.nodePorts.IsZero() || d.nodePorts.Everywhere(family) {
+		if d.nodePortAddresses.IsZero() || d.nodePortAddresses.SelectsAll(family) {
 			addrs = append(addrs, unspecified)
 			continue
 		}
-		for _, a := range d.served {
+		for _, a := range d.servedAddrs {
 			if dataplane.FamilyOf(a) == family {
 				addrs = append(addrs, a)
 			}
 		}
 	}
-	d.ports.SetAddrs(addrs)
+	d.healthChecks.SetAddrs(addrs)
 }
 
 // distribute hands a result of the tracker to the parts.
 func (d *dispatcher) distribute(result kube.Result) {
 	if result.Node != nil {
-		if d.flows != nil {
-			d.flows.SetNode(*result.Node)
+		if d.conntrack != nil {
+			d.conntrack.SetNode(*result.Node)
 		}
-		d.settings.SetPods(podsOf(*result.Node))
-		d.served = slices.Concat(result.Node.NodePortAddrs, result.Loopback)
-		d.relay.SetFamilies(familiesOf(result.Loopback)...)
+		d.nodeSettings.SetPodNetwork(podNetworks(*result.Node))
+		d.servedAddrs = slices.Concat(result.Node.NodePortAddrs, result.LoopbackNodePortAddrs)
+		d.relay.SetFamilies(addrFamilies(result.LoopbackNodePortAddrs)...)
 		d.setHealthCheckAddrs()
 	}
 	for _, o := range result.Overlaps {
@@ -124,15 +124,15 @@ func (d *dispatcher) distribute(result kube.Result) {
 			"service_cidr", o.ServiceCIDR, "overlaps", o.Other)
 	}
 	d.pipeline.Program(result)
-	for _, u := range result.UnservedNodePorts {
+	for _, u := range result.NodePortsWithoutAddress {
 		d.log.Warn("node ports are not served, as no address of this node is one for them: check --nodeport-addresses "+
 			"(nodePortAddresses in the file of --config), and the addresses of the Node, which count only if an interface "+
 			"has them, and none that lies in a ServiceCIDR unless it is the Node's", "ip_family", u.Family.String(), "service", u.Example.String())
 	}
 	if result.NodeHealth != nil {
-		d.state.health.Store(result.NodeHealth)
-		if d.complete {
-			d.state.check()
+		d.nodeState.health.Store(result.NodeHealth)
+		if d.synced {
+			d.nodeState.logExistence()
 		}
 	}
 	checks := make(map[health.Service]*health.Check, len(result.HealthChecks))
@@ -143,14 +143,14 @@ func (d *dispatcher) distribute(result kube.Result) {
 		}
 		checks[health.Service{Namespace: name.Namespace, Name: name.Name}] = c
 	}
-	d.ports.Set(checks)
+	d.healthChecks.Set(checks)
 	for _, p := range result.Problems {
 		d.reportProblem(p)
 	}
 }
 
-// familiesOf returns the families that addresses are of.
-func familiesOf(addrs []netip.Addr) []dataplane.Family {
+// addrFamilies returns the families that addresses are of.
+func addrFamilies(addrs []netip.Addr) []dataplane.Family {
 	var families []dataplane.Family
 	for _, a := range addrs {
 		if f := dataplane.FamilyOf(a); !slices.Contains(families, f) {
@@ -168,11 +168,11 @@ func (d *dispatcher) reportProblem(p kube.Problem) {
 	}
 	log.Warn("Service can't be carried out as written", "field", p.Field, "problem", p.Message)
 	d.events.Problem(p)
-	d.metrics.Problem()
+	d.metrics.RecordProblem()
 }
 
-// followAddresses delivers the node's addresses and calls ready after the first time.
-func (d *dispatcher) followAddresses(ctx context.Context, watch func(context.Context, func(nodeip.Addresses)) error, ready func()) error {
+// watchAddresses delivers the node's addresses and calls ready after the first time.
+func (d *dispatcher) watchAddresses(ctx context.Context, watch func(context.Context, func(nodeip.Addresses)) error, ready func()) error {
 	return watch(ctx, func(addrs nodeip.Addresses) {
 		d.setAddresses(addrs)
 		ready()

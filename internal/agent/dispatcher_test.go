@@ -27,8 +27,8 @@ import (
 	"fairlead.io/fairlead/sync"
 )
 
-// parts has the parts of an agent that take objects and commits.
-type parts struct {
+// components has the parts of an agent that take objects and commits.
+type components struct {
 	*dispatcher
 	*nodeState
 	*progress
@@ -37,24 +37,24 @@ type parts struct {
 	commits observers[sync.Commit]
 }
 
-// list returns a list of objects whose type this package may not name.
-func list[T any](objects ...T) []T { return objects }
+// sliceOf returns a list of objects whose type this package may not name.
+func sliceOf[T any](objects ...T) []T { return objects }
 
-// newParts returns parts of which none runs.
-func newParts(log *slog.Logger) *parts {
+// newComponents returns parts of which none runs.
+func newComponents(log *slog.Logger) *components {
 	options := kube.Options{NodeName: "node"}
 	p := pipeline.New(fake.New(fake.Options{}), pipeline.Options{Tracker: options})
 	status := p.Syncer.Status
-	state := &nodeState{log: log, hasNode: true, name: options.NodeName}
-	j := &parts{log: log, nodeState: state, progress: newProgress(status), dispatcher: &dispatcher{
-		log: log, pipeline: p, flows: conntrack.New(conntrack.Options{}), relay: relay.New(relay.Options{}),
-		ports: health.NewPorts(health.PortsOptions{}), metrics: metrics.New(metrics.Options{Status: status}),
-		settings: nodesettings.New(nodesettings.Options{}), events: NoEvents{}, state: state,
+	state := &nodeState{log: log, sourceHasNodes: true, name: options.NodeName}
+	j := &components{log: log, nodeState: state, progress: newProgress(status), dispatcher: &dispatcher{
+		log: log, pipeline: p, conntrack: conntrack.New(conntrack.Options{}), relay: relay.New(relay.Options{}),
+		healthChecks: health.NewPorts(health.PortsOptions{}), metrics: metrics.New(metrics.Options{Status: status}),
+		nodeSettings: nodesettings.New(nodesettings.Options{}), events: NoEvents{}, nodeState: state,
 	}}
-	j.commits.add(j.metrics.Committed)
-	j.commits.add(j.flows.Committed)
-	j.commits.add(j.relay.Committed)
-	j.commits.add(j.committed)
+	j.commits.add(j.metrics.OnCommit)
+	j.commits.add(j.conntrack.OnCommit)
+	j.commits.add(j.relay.OnCommit)
+	j.commits.add(j.onCommit)
 	return j
 }
 
@@ -63,7 +63,7 @@ func newParts(log *slog.Logger) *parts {
 func TestMissingNode(t *testing.T) {
 	t.Parallel()
 	var log bytes.Buffer
-	j := newParts(slog.New(slog.NewTextHandler(&log, nil)))
+	j := newComponents(slog.New(slog.NewTextHandler(&log, nil)))
 	node := kubetest.Node("node")
 	steps := []struct {
 		name     string
@@ -96,7 +96,7 @@ func TestMissingNode(t *testing.T) {
 func TestUnknownNode(t *testing.T) {
 	t.Parallel()
 	var log bytes.Buffer
-	j := newParts(slog.New(slog.NewTextHandler(&log, nil)))
+	j := newComponents(slog.New(slog.NewTextHandler(&log, nil)))
 	j.deliver(kube.Delta{NodeUnknown: true})
 	if log.Len() > 0 || !j.eligible() {
 		t.Errorf("log %q, eligible: %t", &log, j.eligible())
@@ -108,10 +108,10 @@ func TestUnknownNode(t *testing.T) {
 }
 
 // All is well from the beginning: nothing is logged.
-func TestNodeIsThere(t *testing.T) {
+func TestNodeExists(t *testing.T) {
 	t.Parallel()
 	var log bytes.Buffer
-	j := newParts(slog.New(slog.NewTextHandler(&log, nil)))
+	j := newComponents(slog.New(slog.NewTextHandler(&log, nil)))
 	if j.eligible() {
 		t.Error("eligible before anything is known of the Node")
 	}
@@ -125,14 +125,14 @@ func TestNodeIsThere(t *testing.T) {
 // first failure on, although it may have nothing to do but repairs.
 func TestProgress(t *testing.T) {
 	t.Parallel()
-	j := newParts(slog.New(slog.DiscardHandler))
+	j := newComponents(slog.New(slog.DiscardHandler))
 	at := func(minute int) time.Time { return time.Date(2026, 1, 1, 0, minute, 0, 0, time.UTC) }
 	// Before the first attempt, nothing counts: the list may take its time.
 	j.pipeline.Syncer.Update(map[dataplane.Key]*dataplane.Service{{Name: "x"}: nil})
-	if got := j.report().WaitingSince; !got.IsZero() {
+	if got := j.healthProgress().WaitingSince; !got.IsZero() {
 		t.Errorf("before the first attempt: waiting since %s", got)
 	}
-	j = newParts(j.log)
+	j = newComponents(j.log)
 	steps := []struct {
 		commit sync.Commit
 		want   time.Time
@@ -147,7 +147,7 @@ func TestProgress(t *testing.T) {
 	}
 	for i, step := range steps {
 		j.commits.notify(step.commit)
-		if got := j.report().WaitingSince; !got.Equal(step.want) {
+		if got := j.healthProgress().WaitingSince; !got.Equal(step.want) {
 			t.Errorf("after step %d: waiting since %s, want %s", i, got, step.want)
 		}
 	}
@@ -155,7 +155,7 @@ func TestProgress(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
 	go func() { ended <- j.pipeline.Syncer.Run(ctx) }()
-	j.pipeline.Syncer.ListComplete()
+	j.pipeline.Syncer.FinishInitialList()
 	if err := j.pipeline.Syncer.WaitSynced(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -166,7 +166,7 @@ func TestProgress(t *testing.T) {
 	before := time.Now()
 	j.pipeline.Syncer.Update(map[dataplane.Key]*dataplane.Service{{Name: "x"}: nil})
 	j.commits.notify(sync.Commit{})
-	if got := j.report().WaitingSince; got.Before(before) {
+	if got := j.healthProgress().WaitingSince; got.Before(before) {
 		t.Errorf("waiting since %s, want what was just handed over", got)
 	}
 }
@@ -175,16 +175,16 @@ func TestProgress(t *testing.T) {
 // program has seen happen and for nothing else.
 func TestNetworkProgrammingLatency(t *testing.T) {
 	t.Parallel()
-	j := newParts(slog.New(slog.DiscardHandler))
+	j := newComponents(slog.New(slog.DiscardHandler))
 	began := time.Now()
 	endpoint := func(address string, changed time.Time) kube.Delta {
-		return kube.Delta{EndpointSlices: list(kubetest.EndpointSlice("shop", "web", netip.MustParseAddr(address), changed))}
+		return kube.Delta{EndpointSlices: sliceOf(kubetest.EndpointSlice("shop", "web", netip.MustParseAddr(address), changed))}
 	}
 	first := endpoint("10.244.0.1", time.Now())
-	first.Services = list(kubetest.Service("shop", "web", netip.MustParseAddr("10.96.0.10")))
+	first.Services = sliceOf(kubetest.Service("shop", "web", netip.MustParseAddr("10.96.0.10")))
 	key := dataplane.Key{Namespace: "shop", Name: "web", Family: dataplane.IPv4}
 	commit := func() {
-		svc, err := dataplane.NewService(key, []dataplane.Frontend{{Protocol: dataplane.TCP, Addr: netip.MustParseAddrPort("10.96.0.10:80")}}, dataplane.Treatment{})
+		svc, err := dataplane.NewService(key, []dataplane.Frontend{{Protocol: dataplane.TCP, Addr: netip.MustParseAddrPort("10.96.0.10:80")}}, dataplane.ServiceSpec{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -215,11 +215,11 @@ func TestNetworkProgrammingLatency(t *testing.T) {
 
 // Node ports of a family for which this node has no address are told of once,
 // and again when an address has come and gone.
-func TestNodePortsNowhere(t *testing.T) {
+func TestNodePortsWithoutAddress(t *testing.T) {
 	t.Parallel()
 	var log bytes.Buffer
-	j := newParts(slog.New(slog.NewTextHandler(&log, nil)))
-	j.hasNode = false
+	j := newComponents(slog.New(slog.NewTextHandler(&log, nil)))
+	j.sourceHasNodes = false
 	web := kubetest.Service("shop", "web", netip.MustParseAddr("10.96.0.10"))
 	web.Spec.Ports[0].NodePort = 30080
 	webNodePort := web.DeepCopy()
@@ -230,13 +230,13 @@ func TestNodePortsNowhere(t *testing.T) {
 		delta kube.Delta
 		want  bool
 	}{
-		{"no node port", kube.Delta{Services: list(web), Node: kubetest.Node("node", "203.0.113.1")}, false},
-		{"a node port, and an address that no interface has", kube.Delta{Services: list(webNodePort)}, true},
+		{"no node port", kube.Delta{Services: sliceOf(web), Node: kubetest.Node("node", "203.0.113.1")}, false},
+		{"a node port, and an address that no interface has", kube.Delta{Services: sliceOf(webNodePort)}, true},
 		{"nothing", kube.Delta{}, false},
 		{"an address of the other family", kube.Delta{Node: kubetest.Node("node", "2001:db8::1")}, false},
 		{"an address", kube.Delta{Node: kubetest.Node("node", "192.0.2.1")}, false},
 		{"no more", kube.Delta{Node: kubetest.Node("node", "203.0.113.1")}, true},
-		{"no node port any more", kube.Delta{Services: list(web)}, false},
+		{"no node port any more", kube.Delta{Services: sliceOf(web)}, false},
 		{"an address, in the end", kube.Delta{Node: kubetest.Node("node", "192.0.2.1")}, false},
 		{"none, and no node port", kube.Delta{Node: kubetest.Node("node", "203.0.113.1")}, false},
 	}

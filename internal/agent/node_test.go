@@ -15,12 +15,12 @@ import (
 )
 
 const (
-	// patience bounds what takes milliseconds on a machine that has nothing else to do.
-	patience = 15 * time.Second
-	// attempt bounds a connection that should succeed at once.
-	attempt = 500 * time.Millisecond
-	// silence is how long an answer is waited for that must not come.
-	silence = 100 * time.Millisecond
+	// testTimeout bounds what takes milliseconds on a machine that has nothing else to do.
+	testTimeout = 15 * time.Second
+	// connectTimeout bounds a connection that should succeed at once.
+	connectTimeout = 500 * time.Millisecond
+	// noAnswerTimeout is how long an answer is waited for that must not come.
+	noAnswerTimeout = 100 * time.Millisecond
 
 	podPort = 8080
 )
@@ -29,38 +29,38 @@ const (
 // takes too long.
 func eventually(t *testing.T, check func() error) {
 	t.Helper()
-	deadline := time.Now().Add(patience)
+	deadline := time.Now().Add(testTimeout)
 	for {
 		err := check()
 		if err == nil {
 			return
 		}
 		if time.Now().After(deadline) {
-			t.Fatalf("not within %s: %v", patience, err)
+			t.Fatalf("not within %s: %v", testTimeout, err)
 		}
 		time.Sleep(2 * time.Millisecond)
 	}
 }
 
-// node is a network whose node parts of the agent program.
-type node struct {
+// testNode is a network whose node parts of the agent program.
+type testNode struct {
 	*nettest.Network
 
 	t      *testing.T
 	client *nettest.Host // a pod that is no endpoint
 }
 
-func newNode(t *testing.T) *node {
+func newTestNode(t *testing.T) *testNode {
 	t.Helper()
-	n := &node{t: t, Network: nettest.NewT(t, nettest.Options{})}
+	n := &testNode{t: t, Network: nettest.NewT(t, nettest.Options{})}
 	n.client = n.PodT(t, "client")
 	return n
 }
 
-// dial opens a backend on the node of a network.
-func dial(t *testing.T, network *nettest.Network, name string) dataplane.Dataplane {
+// dialBackend opens a backend on the node of a network.
+func dialBackend(t *testing.T, network *nettest.Network, name string) dataplane.Dataplane {
 	t.Helper()
-	dp, err := byName(t, name).Dial(backend.Options{Logger: slog.New(slog.DiscardHandler), NetNS: network.Node.Fd()})
+	dp, err := backendByName(t, name).Dial(backend.Options{Logger: slog.New(slog.DiscardHandler), NetNS: network.Node.Fd()})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -68,7 +68,7 @@ func dial(t *testing.T, network *nettest.Network, name string) dataplane.Datapla
 }
 
 // nft runs the nft program on the node.
-func (n *node) nft(args ...string) string {
+func (n *testNode) nft(args ...string) string {
 	n.t.Helper()
 	var out bytes.Buffer
 	cmd := exec.CommandContext(n.t.Context(), "nft", args...)
@@ -83,11 +83,11 @@ func (n *node) nft(args ...string) string {
 	return out.String()
 }
 
-// connectInVain sends a packet to each of the addresses.
-func (n *node) connectInVain(from *nettest.Host, addrs []netip.AddrPort) {
+// expectNoAnswer sends a packet to each of the addresses.
+func (n *testNode) expectNoAnswer(from *nettest.Host, addrs []netip.AddrPort) {
 	n.t.Helper()
 	for _, addr := range addrs {
-		ctx, cancel := context.WithTimeout(n.t.Context(), silence)
+		ctx, cancel := context.WithTimeout(n.t.Context(), noAnswerTimeout)
 		if answer, err := from.Connect(ctx, nettest.UDP, addr); err == nil {
 			n.t.Errorf("%s answered: %+v", addr, answer)
 		}
@@ -95,8 +95,8 @@ func (n *node) connectInVain(from *nettest.Host, addrs []netip.AddrPort) {
 	}
 }
 
-// vips returns the addresses of a Service, IPv4 first, that end with this byte.
-func vips(last byte, port uint16) []netip.AddrPort {
+// serviceAddrs returns the addresses of a Service, IPv4 first, that end with this byte.
+func serviceAddrs(last byte, port uint16) []netip.AddrPort {
 	return []netip.AddrPort{
 		netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 96, 0, last}), port),
 		netip.AddrPortFrom(netip.AddrFrom16([16]byte{0: 0xfd, 3: 0x10, 5: 0x96, 15: last}), port),

@@ -27,41 +27,41 @@ type progress struct {
 	// isProgrammed guards the close; only committed uses it.
 	programmed   chan struct{}
 	isProgrammed bool
-	failing      atomic.Pointer[time.Time] // since when calls to the dataplane fail as a whole
+	failingSince atomic.Pointer[time.Time] // since when calls to the dataplane fail as a whole
 }
 
 func newProgress(status func() sync.Status) *progress {
 	return &progress{status: status, programmed: make(chan struct{})}
 }
 
-// committed records the result of a call to the dataplane.
-func (p *progress) committed(c sync.Commit) {
+// onCommit records the result of a call to the dataplane.
+func (p *progress) onCommit(c sync.Commit) {
 	switch {
 	case c.Err == nil:
-		p.failing.Store(nil)
+		p.failingSince.Store(nil)
 		if !p.isProgrammed {
 			p.isProgrammed = true
 			close(p.programmed)
 		}
-	case p.failing.Load() == nil:
-		p.failing.Store(&c.Start)
+	case p.failingSince.Load() == nil:
+		p.failingSince.Store(&c.Start)
 	}
 }
 
-// report returns since when the dataplane has work to do: changes that wait, a call that
+// healthProgress returns since when the dataplane has work to do: changes that wait, a call that
 // has not returned, or calls that fail. Until the first call succeeds only failures
 // count, because the first list may take long. It may be called from any goroutine.
-func (p *progress) report() health.Progress {
+func (p *progress) healthProgress() health.Progress {
 	status := p.status()
 	if status.LastSuccess.IsZero() {
 		var h health.Progress
-		if failing := p.failing.Load(); failing != nil {
+		if failing := p.failingSince.Load(); failing != nil {
 			h.WaitingSince = *failing
 		}
 		return h
 	}
 	h := health.Progress{LastSuccess: status.LastSuccess, WaitingSince: status.PendingSince}
-	for _, at := range []*time.Time{&status.CallSince, p.failing.Load()} {
+	for _, at := range []*time.Time{&status.CallSince, p.failingSince.Load()} {
 		if at != nil && !at.IsZero() && (h.WaitingSince.IsZero() || at.Before(h.WaitingSince)) {
 			h.WaitingSince = *at
 		}

@@ -8,13 +8,13 @@ import (
 	"fairlead.io/fairlead/kube"
 )
 
-// apply puts a changed configuration into use, as far as it needs no restart.
-func (a *Agent) apply(ctx context.Context, next config.Config) {
-	next.LogNotes(ctx, a.log)
-	for _, what := range a.config.NeedRestart(next) {
+// applyConfig puts a changed configuration into use, as far as it needs no restart.
+func (a *Agent) applyConfig(ctx context.Context, next config.Config) {
+	next.LogWarnings(ctx, a.log)
+	for _, what := range a.config.RestartRequired(next) {
 		a.log.WarnContext(ctx, "the configuration file has changed what needs a restart; it stays as it is until then", "what", what)
 	}
-	a.level.Set(next.LogLevel)
+	a.logLevel.Set(next.LogLevel)
 	a.dispatcher.configure(trackerOptions(a.backend, next.Tracker))
 	a.log.InfoContext(ctx, "the configuration file has changed and is in use")
 }

@@ -15,8 +15,8 @@ import (
 	"fairlead.io/fairlead/kube"
 )
 
-// byName returns a backend of the table.
-func byName(t *testing.T, name string) backend.Backend {
+// backendByName returns a backend of the table.
+func backendByName(t *testing.T, name string) backend.Backend {
 	t.Helper()
 	b, err := backend.ByName(name)
 	if err != nil {
@@ -27,7 +27,7 @@ func byName(t *testing.T, name string) backend.Backend {
 
 // What a tracker is told depends on the mode that runs: where node ports are
 // served unless somebody says it, and which schedulers there are.
-func TestModeTracker(t *testing.T) {
+func TestTrackerOptions(t *testing.T) {
 	t.Parallel()
 	network := kube.NodePortAddresses{CIDRs: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}}
 	primary := kube.NodePortAddresses{Primary: true}
@@ -47,7 +47,7 @@ func TestModeTracker(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
-			got := trackerOptions(byName(t, test.mode), kube.Options{NodeName: "node", NodePortAddresses: test.given})
+			got := trackerOptions(backendByName(t, test.mode), kube.Options{NodeName: "node", NodePortAddresses: test.given})
 			want := kube.Options{NodeName: "node", NodePortAddresses: test.want, Schedulers: test.schedulers}
 			if diff := cmp.Diff(want, got, cmp.Comparer(func(a, b netip.Prefix) bool { return a == b }), cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {
 				t.Errorf("(-want +got):\n%s", diff)
@@ -67,17 +67,17 @@ func TestModeStaysUntilRestart(t *testing.T) {
 		t.Run(test.runs+" to "+test.file, func(t *testing.T) {
 			t.Parallel()
 			var log bytes.Buffer
-			j := newParts(slog.New(slog.NewTextHandler(&log, nil)))
+			j := newComponents(slog.New(slog.NewTextHandler(&log, nil)))
 			was, _, err := config.Load(config.Flags{"hostname-override": "node"})
 			if err != nil {
 				t.Fatal(err)
 			}
 			next := was
 			was.Mode, next.Mode = test.runs, test.file
-			a := &Agent{log: j.log, level: &slog.LevelVar{}, config: was, backend: byName(t, test.runs), dispatcher: j.dispatcher}
-			a.apply(t.Context(), next)
-			if j.nodePorts.All != test.everywhere {
-				t.Errorf("node ports are served on all addresses: %t, want %t", j.nodePorts.All, test.everywhere)
+			a := &Agent{log: j.log, logLevel: &slog.LevelVar{}, config: was, backend: backendByName(t, test.runs), dispatcher: j.dispatcher}
+			a.applyConfig(t.Context(), next)
+			if j.nodePortAddresses.All != test.everywhere {
+				t.Errorf("node ports are served on all addresses: %t, want %t", j.nodePortAddresses.All, test.everywhere)
 			}
 			if got := strings.Contains(log.String(), "needs a restart"); got != (test.runs != test.file) || got && !strings.Contains(log.String(), "what=mode\n") {
 				t.Errorf("log:\n%s", &log)

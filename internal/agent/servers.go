@@ -16,20 +16,20 @@ import (
 	"fairlead.io/fairlead/source/manifest/dns"
 )
 
-// servers bounds the connections of the program's servers, each on its own, so
+// serverLimiters bounds the connections of the program's servers, each on its own, so
 // that the clients of one cannot keep another from being answered.
-type servers struct{ healthz, metrics, healthChecks, dns *connlimit.Limiter }
+type serverLimiters struct{ healthz, metrics, healthChecks, dns *connlimit.Limiter }
 
 // healthzReserve is the number of file descriptors kept for the kubelet's probes.
 const healthzReserve = 4
 
-// newServers returns limiters of connections each.
-func newServers(connections int, log *slog.Logger) servers {
+// newServerLimiters returns limiters of connections each.
+func newServerLimiters(connections int, log *slog.Logger) serverLimiters {
 	limiter := func(options connlimit.Options) *connlimit.Limiter {
 		options.Max, options.Logger = connections, log
 		return connlimit.New(options)
 	}
-	return servers{
+	return serverLimiters{
 		healthz: limiter(connlimit.Options{Server: "healthz", Reserve: healthzReserve}),
 		metrics: limiter(connlimit.Options{Server: "metrics"}),
 		// One load balancer may keep a connection to each of many Services.
@@ -39,22 +39,22 @@ func newServers(connections int, log *slog.Logger) servers {
 }
 
 // stats returns the connections by the name of the server.
-func (s servers) stats() map[string]connlimit.Stats {
+func (s serverLimiters) stats() map[string]connlimit.Stats {
 	return map[string]connlimit.Stats{
 		"healthz": s.healthz.Stats(), "metrics": s.metrics.Stats(),
 		"health-check-node-ports": s.healthChecks.Stats(), "dns": s.dns.Stats(),
 	}
 }
 
-// serve serves HTTP at an address, if there is one. On standby the other instance
+// serveHTTP serves HTTP at an address, if there is one. On standby the other instance
 // mostly has the address, which is no reason to end.
-func (a *Agent) serve(ctx context.Context, group *errgroup.Group, flag, address string, handler http.Handler, limiter *connlimit.Limiter) {
+func (a *Agent) serveHTTP(ctx context.Context, group *errgroup.Group, flag, address string, handler http.Handler, limiter *connlimit.Limiter) {
 	if address == "" {
 		return
 	}
 	run := func(ctx context.Context) error {
 		err := health.Serve(ctx, health.ServeOptions{
-			Address: address, Handler: handler, HardFail: a.config.HardFail, Limiter: limiter, Wake: a.standby.active,
+			Address: address, Handler: handler, HardFail: a.config.HardFail, Limiter: limiter, RetryNow: a.standby.activated,
 			Logger: a.log.With("setting", flag),
 		})
 		if err != nil {
@@ -63,7 +63,7 @@ func (a *Agent) serve(ctx context.Context, group *errgroup.Group, flag, address 
 		return nil
 	}
 	if a.config.HardFail {
-		run = a.standby.gate(run)
+		run = a.standby.whenActive(run)
 	}
 	group.Go(func() error { return run(ctx) })
 }
@@ -94,7 +94,7 @@ func (a *Agent) metricsHandler() http.Handler {
 // serveDNS starts to answer DNS names, if it is asked for: on standby when the other
 // instance has ended.
 func (a *Agent) serveDNS(ctx context.Context, group *errgroup.Group) error {
-	if a.names == nil {
+	if a.dns == nil {
 		return nil
 	}
 	listen := func(ctx context.Context) (func(context.Context) error, error) {
@@ -102,7 +102,7 @@ func (a *Agent) serveDNS(ctx context.Context, group *errgroup.Group) error {
 		if err != nil {
 			return nil, fmt.Errorf("--dns-listen: %w", err)
 		}
-		return func(ctx context.Context) error { return a.names.Serve(ctx, sockets) }, nil
+		return func(ctx context.Context) error { return a.dns.Serve(ctx, sockets) }, nil
 	}
 	if a.standby.isActive() {
 		serve, err := listen(ctx)
@@ -112,7 +112,7 @@ func (a *Agent) serveDNS(ctx context.Context, group *errgroup.Group) error {
 		group.Go(func() error { return serve(ctx) })
 		return nil
 	}
-	serve := a.standby.gate(func(ctx context.Context) error {
+	serve := a.standby.whenActive(func(ctx context.Context) error {
 		serve, err := listen(ctx)
 		if err != nil {
 			return err

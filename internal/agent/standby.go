@@ -19,26 +19,26 @@ import (
 // speak for the node from running before this instance is the node's only one.
 // Until then the program follows its source, so that it can take over at once.
 type standby struct {
-	log     *slog.Logger
-	options instance.Options
-	active  chan struct{} // closed when this instance is the only one
+	log       *slog.Logger
+	options   instance.Options
+	activated chan struct{} // closed when this instance is the only one
 
-	mu   stdsync.Mutex
-	lock *instance.Lock // nil without one
-	is   atomic.Bool    // on standby
+	mu         stdsync.Mutex
+	lock       *instance.Lock // nil without one
+	standingBy atomic.Bool    // on standby
 }
 
 func newStandby(log *slog.Logger, description string) *standby {
-	s := &standby{log: log, active: make(chan struct{})}
-	s.options = instance.Options{Description: description, Waiting: func(h instance.Holder) {
-		s.is.Store(true)
+	s := &standby{log: log, activated: make(chan struct{})}
+	s.options = instance.Options{Description: description, OnWaiting: func(h instance.Holder) {
+		s.standingBy.Store(true)
 		s.log.Warn("another Fairlead programs this node; standing by until it ends", "other", h.String())
 	}}
 	return s
 }
 
-// describe returns the description of this instance for others.
-func describe(o Options) string {
+// instanceDescription returns the description of this instance for others.
+func instanceDescription(o Options) string {
 	host, err := os.Hostname()
 	if err != nil {
 		host = o.Config.Tracker.NodeName
@@ -64,7 +64,7 @@ func (s *standby) start(ctx context.Context, group *errgroup.Group) {
 		case err != nil:
 			// Whoever keeps the lock from us must not keep Services from the node.
 			s.log.ErrorContext(ctx, "can't tell whether another Fairlead programs this node; going on as if there were none", "error", err)
-		case s.is.Load():
+		case s.standingBy.Load():
 			s.log.InfoContext(ctx, "the other Fairlead has ended; taking over")
 		}
 		s.activate(lock)
@@ -76,17 +76,17 @@ func (s *standby) activate(lock *instance.Lock) {
 	s.mu.Lock()
 	s.lock = lock
 	s.mu.Unlock()
-	s.is.Store(false)
-	close(s.active)
+	s.standingBy.Store(false)
+	close(s.activated)
 }
 
-// gate returns a function that calls run as soon as this instance is active.
-func (s *standby) gate(run func(context.Context) error) func(context.Context) error {
+// whenActive returns a function that calls run as soon as this instance is active.
+func (s *standby) whenActive(run func(context.Context) error) func(context.Context) error {
 	return func(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-s.active:
+		case <-s.activated:
 			return run(ctx)
 		}
 	}
@@ -95,8 +95,8 @@ func (s *standby) gate(run func(context.Context) error) func(context.Context) er
 // The standby looks for something to prefetch every prefetchPeriod, and leaves nineteen
 // twentieths of the time to others.
 const (
-	prefetchPeriod = 200 * time.Millisecond
-	prefetchRest   = 19
+	prefetchPeriod    = 200 * time.Millisecond
+	prefetchIdleRatio = 19
 )
 
 // prefetch has the dataplane read what the other instance has programmed, again when
@@ -112,7 +112,7 @@ func (s *standby) prefetch(ctx context.Context, dp dataplane.Dataplane) {
 		select {
 		case <-ctx.Done():
 			return
-		case <-s.active:
+		case <-s.activated:
 			return
 		case <-timer.C:
 		}
@@ -120,31 +120,31 @@ func (s *standby) prefetch(ctx context.Context, dp dataplane.Dataplane) {
 		if err := prefetcher.Prefetch(ctx); err != nil && ctx.Err() == nil {
 			s.log.DebugContext(ctx, "what the other Fairlead has programmed was not read in advance", "error", err)
 		}
-		timer.Reset(max(prefetchPeriod, prefetchRest*time.Since(start)))
+		timer.Reset(max(prefetchPeriod, prefetchIdleRatio*time.Since(start)))
 	}
 }
 
 // isActive reports whether this instance may write to the kernel.
 func (s *standby) isActive() bool {
 	select {
-	case <-s.active:
+	case <-s.activated:
 		return true
 	default:
 		return false
 	}
 }
 
-// onStandby reports whether this instance waits for another one's end.
-func (s *standby) onStandby() bool { return s.is.Load() }
+// isStandby reports whether this instance waits for another one's end.
+func (s *standby) isStandby() bool { return s.standingBy.Load() }
 
-// waiting returns how many other instances wait for this one's end.
-func (s *standby) waiting() int {
+// waitingInstances returns how many other instances wait for this one's end.
+func (s *standby) waitingInstances() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.lock == nil {
 		return 0
 	}
-	return s.lock.Waiting()
+	return s.lock.Waiters()
 }
 
 // release lets the next instance take over.

@@ -29,7 +29,7 @@ type Backend struct {
 	// NodePortsOnAllAddresses serves node ports on all addresses of the node where
 	// --nodeport-addresses is empty, as kube-proxy's mode of the same name does.
 	NodePortsOnAllAddresses bool
-	// Schedulers are the values of [dataplane.Treatment.Scheduler] that the backend
+	// Schedulers are the values of [dataplane.ServiceSpec.Scheduler] that the backend
 	// knows. Nil means that it picks endpoints in one way only.
 	Schedulers []string
 	// Conntrack says that the backend translates connections by connection tracking.
@@ -46,13 +46,13 @@ type Backend struct {
 	// earlier process.
 	Cleanup func(*slog.Logger) error
 
-	// Counters returns a reader of the packets that the kernel rejected or dropped.
+	// NewCounters returns a reader of the packets that the kernel rejected or dropped.
 	// Nil means that the backend counts none.
-	Counters func() Counters
-	// Affinity returns a limiter of the clients that session affinity remembers, beside
+	NewCounters func() Counters
+	// NewAffinityLimiter returns a limiter of the clients that session affinity remembers, beside
 	// the Dataplane that Open has returned, which must stay open. Nil
 	// means that the kernel limits them itself.
-	Affinity func(dataplane.Dataplane) AffinityLimiter
+	NewAffinityLimiter func(dataplane.Dataplane) AffinityLimiter
 	// ServedServices returns the names of Services, as namespace/name with an optional
 	// suffix :port, for which the kernel has endpoints from an earlier process. Nil
 	// means that nothing outlives the process.
@@ -99,7 +99,7 @@ type TableOwner interface {
 // Counters reads packet counters beside a Dataplane. Its methods may be called from
 // any goroutine.
 type Counters interface {
-	Read(context.Context) ([]metrics.Unserved, error)
+	Read(context.Context) ([]metrics.RefusedPackets, error)
 	Close() error
 }
 

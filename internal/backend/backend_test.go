@@ -34,7 +34,7 @@ func TestNames(t *testing.T) {
 }
 
 // Each entry of the table is complete, and no two of them share a name or a flag.
-func TestTable(t *testing.T) {
+func TestRegistry(t *testing.T) {
 	t.Parallel()
 	var names []string
 	for _, b := range backend.All() {

@@ -8,7 +8,7 @@ const (
 	String   Kind = "string"   // string
 	Bool     Kind = "bool"     // bool
 	Duration Kind = "duration" // time.Duration
-	Networks Kind = "strings"  // []netip.Prefix, comma-separated; the flag may be given again
+	CIDRs    Kind = "strings"  // []netip.Prefix, comma-separated; the flag may be given again
 )
 
 // Flag is a setting of one backend.
@@ -22,8 +22,8 @@ type Flag struct {
 	Default string
 	// Choices are what the shell completes.
 	Choices []string
-	// Own says that kube-proxy has no such flag.
-	Own bool
+	// FairleadOnly says that kube-proxy has no such flag.
+	FairleadOnly bool
 	// Parse returns the value of a text, or an error that has the text and says how to
 	// write it, without the name of the flag. Nil parses every text of the Kind.
 	Parse func(text string) (any, error)

@@ -40,13 +40,13 @@ func ipvsBackend() Backend {
 		Name: IPVS, KubeProxyName: "ipvs", Flags: ipvsFlags(), Conntrack: true,
 		NodePortsOnAllAddresses: true, Schedulers: ipvs.Schedulers(),
 		Open: func(o Options) (dataplane.Dataplane, error) {
-			return opened(ipvs.Open(ipvsOptions(o)))
+			return asDataplane(ipvs.Open(ipvsOptions(o)))
 		},
-		SetUp:    func(o Options) error { return ipvs.SetUp(ipvsOptions(o)) },
-		Cleanup:  func(log *slog.Logger) error { return ipvs.Cleanup(ipvs.Options{Logger: log}) },
-		Counters: func() Counters { return tableCounters{nft.NewCounters(tables)} },
+		SetUp:       func(o Options) error { return ipvs.SetUp(ipvsOptions(o)) },
+		Cleanup:     func(log *slog.Logger) error { return ipvs.Cleanup(ipvs.Options{Logger: log}) },
+		NewCounters: func() Counters { return nftCounters{nft.NewCounterReader(tables)} },
 		ServedServices: func(ctx context.Context) (map[string]struct{}, error) {
-			return nft.ServedServices(ctx, tables)
+			return nft.ServicesWithEndpoints(ctx, tables)
 		},
 	}
 }
@@ -70,7 +70,7 @@ func ipvsFlags() []Flag {
 			Usage: "how endpoints are picked, by the kernel's names, unless a Service has the annotation " + kube.AnnotationIPVSScheduler,
 		},
 		{
-			Name: flagExcludeCIDRs, Kind: Networks,
+			Name: flagExcludeCIDRs, Kind: CIDRs,
 			Usage: "networks whose virtual servers are another program's, and are left alone",
 		},
 		{
@@ -99,15 +99,15 @@ func parseScheduler(text string) (any, error) {
 	return text, nil
 }
 
-// longestTimeout is what the kernel takes whatever the frequency of its clock: it
+// maxTimeout is what the kernel takes whatever the frequency of its clock: it
 // keeps timeouts in ticks, of which there are up to 1,000 a second.
-const longestTimeout = math.MaxInt32 / 1000 * time.Second
+const maxTimeout = math.MaxInt32 / 1000 * time.Second
 
 func parseTimeout(text string) (any, error) {
 	d, err := time.ParseDuration(cmp.Or(text, "0"))
-	if err != nil || d < 0 || d > longestTimeout || d%time.Second != 0 {
+	if err != nil || d < 0 || d > maxTimeout || d%time.Second != 0 {
 		return nil, fmt.Errorf("%q is not a number of whole seconds up to %s: write it as 15m or 90s, or 0 to leave the kernel's",
-			text, longestTimeout)
+			text, maxTimeout)
 	}
 	return d, nil
 }

@@ -19,15 +19,15 @@ func nftBackend() Backend {
 	return Backend{
 		Name: NFT, KubeProxyName: "nftables", Conntrack: true,
 		Open: func(o Options) (dataplane.Dataplane, error) {
-			return opened(nft.Open(nft.Options{NetNS: o.NetNS, Logger: o.Logger, OnRebuild: o.onRebuild(), OwnTables: o.OwnTables}))
+			return asDataplane(nft.Open(nft.Options{NetNS: o.NetNS, Logger: o.Logger, OnRebuild: o.onRebuild(), OwnTables: o.OwnTables}))
 		},
-		Cleanup:  func(log *slog.Logger) error { return nft.Cleanup(nft.Options{Logger: log}) },
-		Counters: func() Counters { return tableCounters{nft.NewCounters(nft.Options{})} },
-		Affinity: func(d dataplane.Dataplane) AffinityLimiter {
-			return affinityMaps{nft.NewAffinityLimiter(d.(*nft.Dataplane), nft.Options{})} // as Open has returned it
+		Cleanup:     func(log *slog.Logger) error { return nft.Cleanup(nft.Options{Logger: log}) },
+		NewCounters: func() Counters { return nftCounters{nft.NewCounterReader(nft.Options{})} },
+		NewAffinityLimiter: func(d dataplane.Dataplane) AffinityLimiter {
+			return nftAffinityLimiter{nft.NewAffinityLimiter(d.(*nft.Dataplane), nft.Options{})} // as Open has returned it
 		},
 		ServedServices: func(ctx context.Context) (map[string]struct{}, error) {
-			return nft.ServedServices(ctx, nft.Options{})
+			return nft.ServicesWithEndpoints(ctx, nft.Options{})
 		},
 	}
 }
@@ -40,35 +40,35 @@ func (o Options) onRebuild() func(nft.Rebuild) {
 	return func(r nft.Rebuild) { o.OnRebuild(Rebuild(r)) }
 }
 
-// opened returns an untyped nil with an error.
-func opened[D dataplane.Dataplane](d D, err error) (dataplane.Dataplane, error) {
+// asDataplane returns an untyped nil with an error.
+func asDataplane[D dataplane.Dataplane](d D, err error) (dataplane.Dataplane, error) {
 	if err != nil {
 		return nil, err
 	}
 	return d, nil
 }
 
-// tableCounters reads the counters of tables of package nft.
-type tableCounters struct{ *nft.Counters }
+// nftCounters reads the counters of tables of package nft.
+type nftCounters struct{ *nft.CounterReader }
 
 // Read implements [Counters].
-func (c tableCounters) Read(ctx context.Context) ([]metrics.Unserved, error) {
-	counts, err := c.Counters.Read(ctx)
+func (c nftCounters) Read(ctx context.Context) ([]metrics.RefusedPackets, error) {
+	counts, err := c.CounterReader.Read(ctx)
 	if err != nil {
 		return nil, err
 	}
-	unserved := make([]metrics.Unserved, 0, len(counts))
+	unserved := make([]metrics.RefusedPackets, 0, len(counts))
 	for _, c := range counts {
-		unserved = append(unserved, metrics.Unserved{Family: c.Family, Reason: c.Reason, Localhost: c.Localhost, Packets: c.Packets})
+		unserved = append(unserved, metrics.RefusedPackets{Family: c.Family, Reason: c.Name, Localhost: c.Localhost, Packets: c.Packets})
 	}
 	return unserved, nil
 }
 
-// affinityMaps limits the maps of package nft.
-type affinityMaps struct{ *nft.AffinityLimiter }
+// nftAffinityLimiter limits the maps of package nft.
+type nftAffinityLimiter struct{ *nft.AffinityLimiter }
 
 // Stats implements [AffinityLimiter].
-func (a affinityMaps) Stats() []metrics.Affinity {
+func (a nftAffinityLimiter) Stats() []metrics.Affinity {
 	var all []metrics.Affinity
 	for _, s := range a.AffinityLimiter.Stats() {
 		all = append(all, metrics.Affinity(s))

@@ -27,8 +27,8 @@ type Config struct {
 	// Tracker and LogLevel may change while the program runs, all else needs a restart.
 	Tracker  kube.Options
 	LogLevel slog.Level
-	// Notes warn of the input.
-	Notes []Note
+	// Warnings warn of the input.
+	Warnings []Warning
 
 	// Mode is the name of the backend, and Values has the values of its own flags.
 	Mode     string
@@ -85,18 +85,18 @@ func (p *parser) fail(name, format string, args ...any) {
 
 // text returns the value of a setting.
 func (p *parser) text(name string) string {
-	if value, ok := p.given[name]; ok {
+	if value, ok := p.values[name]; ok {
 		return value
 	}
 	for _, s := range settings() {
 		if s.name == name {
-			return s.value
+			return s.defaultValue
 		}
 	}
 	return ""
 }
 
-func (p *parser) is(name string) bool {
+func (p *parser) boolean(name string) bool {
 	value, err := strconv.ParseBool(cmp.Or(p.text(name), "false"))
 	if err != nil {
 		p.fail(name, "%q is neither true nor false", p.text(name))
@@ -104,8 +104,8 @@ func (p *parser) is(name string) bool {
 	return value
 }
 
-// whole returns an integer between least and most, or least if it is not set.
-func (p *parser) whole(name string, least, most int64) int64 {
+// integer returns an integer between least and most, or least if it is not set.
+func (p *parser) integer(name string, least, most int64) int64 {
 	value, err := strconv.ParseInt(cmp.Or(p.text(name), strconv.FormatInt(least, 10)), 10, 64)
 	if err != nil || value < least || value > most {
 		p.fail(name, "%q is not an integer from %d to %d", p.text(name), least, most)
@@ -122,12 +122,12 @@ func (p *parser) float(name string) float32 {
 	return float32(value)
 }
 
-// networks returns a list of networks. Bits behind the length are no mistake to
+// cidrs returns a list of networks. Bits behind the length are no mistake to
 // kube-proxy; where it does not have the flag they are.
-func (p *parser) networks(name string, exact bool) []netip.Prefix {
+func (p *parser) cidrs(name string, exact bool) []netip.Prefix {
 	var prefixes []netip.Prefix
-	for part := range elements(p.text(name)) {
-		prefix, err := parseNetwork(part, exact)
+	for part := range splitList(p.text(name)) {
+		prefix, err := parseCIDR(part, exact)
 		if err != nil {
 			p.fail(name, "%w", err)
 			return nil
@@ -137,7 +137,7 @@ func (p *parser) networks(name string, exact bool) []netip.Prefix {
 	return prefixes
 }
 
-func parseNetwork(s string, exact bool) (netip.Prefix, error) {
+func parseCIDR(s string, exact bool) (netip.Prefix, error) {
 	p, err := netip.ParsePrefix(s)
 	switch {
 	case err != nil:
@@ -150,9 +150,9 @@ func parseNetwork(s string, exact bool) (netip.Prefix, error) {
 	return p.Masked(), nil
 }
 
-// elements returns the elements of a comma-separated list without the spaces
+// splitList returns the elements of a comma-separated list without the spaces
 // around them. An empty list has none.
-func elements(list string) iter.Seq[string] {
+func splitList(list string) iter.Seq[string] {
 	return func(yield func(string) bool) {
 		if list == "" {
 			return
@@ -169,11 +169,11 @@ func elements(list string) iter.Seq[string] {
 // wrong.
 func parse(in input) (Config, error) {
 	p := &parser{input: in}
-	c := Config{Notes: in.notes}
+	c := Config{Warnings: in.warnings}
 	b := p.backend()
-	c.Mode, c.Values = b.Name, p.values(b)
-	c.InitOnly = p.is("init-only")
-	p.source(&c)
+	c.Mode, c.Values = b.Name, p.backendValues(b)
+	c.InitOnly = p.boolean("init-only")
+	p.setSource(&c)
 	nodeName, err := nodeName(p.label("hostname-override"), p.text("hostname-override"))
 	if err != nil {
 		p.errs = append(p.errs, err)
@@ -182,25 +182,25 @@ func parse(in input) (Config, error) {
 	c.Tracker = kube.Options{
 		NodeName:          nodeName,
 		BindAddress:       bind,
-		MasqueradeAll:     p.is("masquerade-all"),
+		MasqueradeAll:     p.boolean("masquerade-all"),
 		DetectLocal:       p.detectLocal(&c),
 		NodePortAddresses: p.nodePortAddresses(c.Manifests != ""),
-		PingServiceIPs:    p.is("ping-service-ips"),
+		PingServiceIPs:    p.boolean("ping-service-ips"),
 	}
 	wildcard, loopback := "0.0.0.0", "127.0.0.1"
 	if bind.Is6() {
 		wildcard, loopback = "::", "::1"
 	}
-	c.HealthzAddress = p.server(&c, "healthz", wildcard, healthzPort)
-	c.MetricsAddress = p.server(&c, "metrics", loopback, metricsPort)
+	c.HealthzAddress = p.serverAddress(&c, "healthz", wildcard, healthzPort)
+	c.MetricsAddress = p.serverAddress(&c, "metrics", loopback, metricsPort)
 	c.Tracker.ProtectLoopback = slices.ContainsFunc([]string{c.HealthzAddress, c.MetricsAddress, c.DNSListen}, isLoopback)
-	c.HardFail = p.is("bind-address-hard-fail")
+	c.HardFail = p.boolean("bind-address-hard-fail")
 	c.GiveWayAfter = p.giveWayAfter()
-	c.OwnTables = p.is("nft-own-table")
-	c.Profiling = p.is("profiling")
+	c.OwnTables = p.boolean("nft-own-table")
+	c.Profiling = p.boolean("profiling")
 	c.LogLevel, c.LogFormat = p.logging()
-	p.instead()
-	p.idle(&c)
+	p.rejectUnsupported()
+	p.warnIgnored(&c)
 	return c, errors.Join(p.errs...)
 }
 
@@ -212,8 +212,8 @@ func isLoopback(address string) bool {
 
 // backend returns the backend, by its name here or kube-proxy's.
 func (p *parser) backend() backend.Backend {
-	own, has := p.given["mode"]
-	theirs, alias := p.given["proxy-mode"]
+	own, has := p.values["mode"]
+	theirs, alias := p.values["proxy-mode"]
 	b, known := backend.ByKubeProxyName(theirs)
 	switch {
 	case !alias:
@@ -231,8 +231,8 @@ func (p *parser) backend() backend.Backend {
 	return b
 }
 
-// values returns the values of the backend's own flags, nil if it has none.
-func (p *parser) values(b backend.Backend) backend.Values {
+// backendValues returns the values of the backend's own flags, nil if it has none.
+func (p *parser) backendValues(b backend.Backend) backend.Values {
 	if len(b.Flags) == 0 {
 		return nil
 	}
@@ -248,11 +248,11 @@ func (p *parser) values(b backend.Backend) backend.Values {
 		}
 		switch f.Kind {
 		case backend.Bool:
-			values[f.Name] = p.is(f.Name)
+			values[f.Name] = p.boolean(f.Name)
 		case backend.Duration:
 			values[f.Name] = p.duration(f.Name)
-		case backend.Networks:
-			values[f.Name] = p.networks(f.Name, false)
+		case backend.CIDRs:
+			values[f.Name] = p.cidrs(f.Name, false)
 		case backend.String:
 			values[f.Name] = p.text(f.Name)
 		}
@@ -269,8 +269,8 @@ func (p *parser) duration(name string) time.Duration {
 	return d
 }
 
-// source fills in where the objects come from: a folder or the API.
-func (p *parser) source(c *Config) {
+// setSource fills in where the objects come from: a folder or the API.
+func (p *parser) setSource(c *Config) {
 	c.Manifests = p.text("manifests")
 	c.DNSListen = p.text("dns-listen")
 	c.ClusterDomain = p.text("cluster-domain")
@@ -285,10 +285,10 @@ func (p *parser) source(c *Config) {
 	}
 	c.API = APIServer{
 		Kubeconfig: p.text("kubeconfig"), Master: p.text("master"), Label: p.label("kubeconfig"),
-		QPS: p.float("kube-api-qps"), Burst: int(p.whole("kube-api-burst", 0, 1<<31-1)),
-		ContentType: p.given["kube-api-content-type"], AcceptContentTypes: p.given[acceptContentTypes],
-		BatchPeriod:      p.apiTime(c, "batch-period", longestBatch, "50ms, or 0 to have every change read at once"),
-		MassRemovalDelay: p.apiTime(c, "mass-removal-delay", longestMassRemovalDelay, "1m, or 0 to have everything removed at once"),
+		QPS: p.float("kube-api-qps"), Burst: int(p.integer("kube-api-burst", 0, 1<<31-1)),
+		ContentType: p.values["kube-api-content-type"], AcceptContentTypes: p.values[acceptContentTypes],
+		BatchPeriod:      p.apiDuration(c, "batch-period", maxBatchPeriod, "50ms, or 0 to have every change read at once"),
+		MassRemovalDelay: p.apiDuration(c, "mass-removal-delay", maxMassRemovalDelay, "1m, or 0 to have everything removed at once"),
 	}
 	exclude := []string{"kubeconfig", "master"}
 	instead := "use either, --manifests is set"
@@ -297,16 +297,16 @@ func (p *parser) source(c *Config) {
 		instead = "it needs --manifests: where there is an API server, the cluster has its own"
 	}
 	for _, name := range exclude {
-		if _, ok := p.given[name]; ok {
+		if _, ok := p.values[name]; ok {
 			p.fail(name, "%s", instead)
 		}
 	}
 }
 
 const (
-	// longestBatch is as long as kube-proxy waits between its rounds.
-	longestBatch            = time.Second
-	longestMassRemovalDelay = time.Hour
+	// maxBatchPeriod is as long as kube-proxy waits between its rounds.
+	maxBatchPeriod      = time.Second
+	maxMassRemovalDelay = time.Hour
 )
 
 // giveWayAfter returns for how long other proxies' rules wait after the program's end.
@@ -319,14 +319,14 @@ func (p *parser) giveWayAfter() time.Duration {
 	return d
 }
 
-// apiTime returns a time from 0 to the longest that concerns an API server.
-func (p *parser) apiTime(c *Config, name string, longest time.Duration, example string) time.Duration {
+// apiDuration returns a time from 0 to the longest that concerns an API server.
+func (p *parser) apiDuration(c *Config, name string, longest time.Duration, example string) time.Duration {
 	d, err := time.ParseDuration(p.text(name))
 	if err != nil || d < 0 || d > longest {
 		p.fail(name, "%q is not a time up to %s: write it as %s", p.text(name), longest, example)
 	}
-	if _, ok := p.given[name]; ok && c.Manifests != "" {
-		c.Notes = append(c.Notes, Note{Setting: p.label(name), Reason: "it is about an API server, and --manifests is set"})
+	if _, ok := p.values[name]; ok && c.Manifests != "" {
+		c.Warnings = append(c.Warnings, Warning{Setting: p.label(name), Reason: "it is about an API server, and --manifests is set"})
 	}
 	return d
 }
@@ -334,7 +334,7 @@ func (p *parser) apiTime(c *Config, name string, longest time.Duration, example 
 // serviceCIDRs returns the networks that addresses are handed out from.
 func (p *parser) serviceCIDRs() []netip.Prefix {
 	const name = "service-cidr"
-	prefixes := p.networks(name, true)
+	prefixes := p.cidrs(name, true)
 	for i, prefix := range prefixes {
 		if prefix.Addr().BitLen()-prefix.Bits() < 2 {
 			p.fail(name, "%s has no address to hand out: use a larger network", prefix)
@@ -370,7 +370,7 @@ func nodeName(label, override string) (string, error) {
 func (p *parser) detectLocal(c *Config) kube.DetectLocal {
 	const name = "detect-local-mode"
 	d := kube.DetectLocal{
-		Mode: kube.DetectLocalMode(p.text(name)), ClusterCIDRs: p.networks("cluster-cidr", false),
+		Mode: kube.DetectLocalMode(p.text(name)), ClusterCIDRs: p.cidrs("cluster-cidr", false),
 		Interface: p.text("pod-bridge-interface"), InterfacePrefix: p.text("pod-interface-name-prefix"),
 	}
 	switch d.Mode {
@@ -401,8 +401,8 @@ func (p *parser) detectLocal(c *Config) kube.DetectLocal {
 		"pod-bridge-interface":      kube.DetectByBridgeInterface,
 		"pod-interface-name-prefix": kube.DetectByInterfaceNamePrefix,
 	} {
-		if _, ok := p.given[name]; ok && d.Mode != mode {
-			c.Notes = append(c.Notes, Note{Setting: p.label(name), Reason: fmt.Sprintf("it needs %s=%s", p.label("detect-local-mode"), mode)})
+		if _, ok := p.values[name]; ok && d.Mode != mode {
+			c.Warnings = append(c.Warnings, Warning{Setting: p.label(name), Reason: fmt.Sprintf("it needs %s=%s", p.label("detect-local-mode"), mode)})
 		}
 	}
 	return d
@@ -428,25 +428,25 @@ func (p *parser) nodePortAddresses(manifests bool) kube.NodePortAddresses {
 	if p.text(name) == "" && manifests {
 		return kube.NodePortAddresses{All: true} // a folder has no Node, whose addresses could be primary
 	}
-	a, err := kube.ParseNodePortAddresses(slices.Collect(elements(p.text(name))))
+	a, err := kube.ParseNodePortAddresses(slices.Collect(splitList(p.text(name))))
 	if err != nil {
 		p.fail(name, "%w", err)
 	}
 	return a
 }
 
-// server returns the address and port of a server, empty for none.
-func (p *parser) server(c *Config, what, host, port string) string {
+// serverAddress returns the address and port of a server, empty for none.
+func (p *parser) serverAddress(c *Config, what, host, port string) string {
 	name, portName := what+"-bind-address", what+"-port"
-	if _, ok := p.given[portName]; ok {
-		c.Notes = append(c.Notes, Note{p.label(portName), "use " + p.label(name), true})
-		given := p.whole(portName, 0, 1<<16-1)
+	if _, ok := p.values[portName]; ok {
+		c.Warnings = append(c.Warnings, Warning{p.label(portName), "use " + p.label(name), true})
+		given := p.integer(portName, 0, 1<<16-1)
 		if given == 0 {
 			return ""
 		}
 		port = strconv.FormatInt(given, 10)
 	}
-	value, ok := p.given[name]
+	value, ok := p.values[name]
 	if !ok {
 		return net.JoinHostPort(host, port)
 	}
@@ -467,11 +467,11 @@ func (p *parser) logging() (slog.Level, string) {
 	}
 	// kube-proxy's manifests have 2 more often than not, so that is no debugging.
 	const debugging = 4
-	if v := p.whole("v", 0, 1<<31-1); v >= debugging && p.given["log-level"] == "" {
+	if v := p.integer("v", 0, 1<<31-1); v >= debugging && p.values["log-level"] == "" {
 		level = slog.LevelDebug
 	}
 	name := "log-format"
-	if p.given[name] == "" && p.given["logging-format"] != "" {
+	if p.values[name] == "" && p.values["logging-format"] != "" {
 		name = "logging-format"
 	}
 	format := cmp.Or(p.text(name), formatText)
@@ -481,47 +481,47 @@ func (p *parser) logging() (slog.Level, string) {
 	return level, format
 }
 
-// instead refuses the flags of kube-proxy that ask for something else.
-func (p *parser) instead() {
+// rejectUnsupported refuses the flags of kube-proxy that ask for something else.
+func (p *parser) rejectUnsupported() {
 	for _, s := range settings() {
-		value := p.given[s.name]
-		if s.instead != "" && value != "" && value != "false" {
-			p.fail(s.name, "%s", s.instead)
+		value := p.values[s.name]
+		if s.alternative != "" && value != "" && value != "false" {
+			p.fail(s.name, "%s", s.alternative)
 		}
 	}
 }
 
-// idle notes the flags that have no effect, and still says if their values make
+// warnIgnored notes the flags that have no effect, and still says if their values make
 // no sense.
-func (p *parser) idle(c *Config) {
+func (p *parser) warnIgnored(c *Config) {
 	for _, s := range settings() {
-		value, ok := p.given[s.name]
-		why := s.idleIn(c.Mode)
+		value, ok := p.values[s.name]
+		why := s.ignoredIn(c.Mode)
 		if !ok || why == "" {
 			continue
 		}
 		var err error
 		switch s.kind {
-		case boolean:
+		case kindBool:
 			_, err = strconv.ParseBool(value)
-		case integer:
+		case kindInt:
 			_, err = strconv.ParseInt(value, 10, 64)
-		case number:
+		case kindFloat:
 			_, err = strconv.ParseFloat(value, 64)
-		case duration:
+		case kindDuration:
 			_, err = time.ParseDuration(value)
-		case text, list:
+		case kindString, kindList:
 		}
 		if err != nil {
 			p.fail(s.name, "%q is no value of type %s, and the flag has no effect: leave it out", value, s.kind)
 		}
-		c.Notes = append(c.Notes, Note{Setting: p.label(s.name), Reason: why})
+		c.Warnings = append(c.Warnings, Warning{Setting: p.label(s.name), Reason: why})
 	}
 }
 
-// NeedRestart returns the names of what differs from o and can't change in a
+// RestartRequired returns the names of what differs from o and can't change in a
 // running program.
-func (c Config) NeedRestart(o Config) []string {
+func (c Config) RestartRequired(o Config) []string {
 	var names []string
 	if c.Mode == o.Mode { // the values come with the mode
 		for name, value := range c.Values {

@@ -28,21 +28,21 @@ func Load(flags Flags) (c Config, content []byte, err error) {
 		_, flagsErr := parse(fromFlags(flags))
 		return c, nil, errors.Join(err, flagsErr)
 	}
-	c, err = parse(under(flags, file))
+	c, err = parse(mergeConfigFile(flags, file))
 	return c, file.content, err
 }
 
 const (
-	// settleTime is how long a file must have been left alone to be read: one
-	// that is written in place is empty for a moment. settleLimit is how long
+	// quietPeriod is how long a file must have been left alone to be read: one
+	// that is written in place is empty for a moment. maxQuietWait is how long
 	// that is waited for.
-	settleTime  = 100 * time.Millisecond
-	settleLimit = 10 * settleTime
+	quietPeriod  = 100 * time.Millisecond
+	maxQuietWait = 10 * quietPeriod
 	// pollPeriod is how often the file is read although nothing was noticed: it
-	// may be reached by links through folders that are not watched. lostPeriod
+	// may be reached by links through folders that are not watched. retryPeriod
 	// is that while there is no file that can be used, or no folder to watch.
-	pollPeriod = 30 * time.Second
-	lostPeriod = time.Second
+	pollPeriod  = 30 * time.Second
+	retryPeriod = time.Second
 )
 
 // Reloader follows the configuration file.
@@ -52,10 +52,10 @@ type Reloader struct {
 	content []byte
 
 	// The rest is Run's.
-	broken *broken // what was reported last, and nil if all is well since
-	// target is the folder of the file that the path leads to, if it is another
+	rejected *rejectedFile // what was reported last, and nil if all is well since
+	// targetDir is the folder of the file that the path leads to, if it is another
 	// than the path's.
-	target string
+	targetDir string
 }
 
 // ReloaderOptions are what a [Reloader] depends on.
@@ -66,8 +66,8 @@ type ReloaderOptions struct {
 	Logger  *slog.Logger
 	// Apply is called with each configuration that is valid, and Done with the result
 	// of each new content.
-	Apply func(context.Context, Config)
-	Done  func(error)
+	Apply    func(context.Context, Config)
+	OnResult func(error)
 
 	poll time.Duration // how often the file is read in any case; 0: pollPeriod
 }
@@ -78,8 +78,8 @@ func NewReloader(o ReloaderOptions) *Reloader {
 	return &Reloader{options: o, content: o.Content}
 }
 
-// broken is a file that is left aside.
-type broken struct {
+// rejectedFile is a file that is left aside.
+type rejectedFile struct {
 	content []byte
 	err     string
 }
@@ -92,20 +92,20 @@ func (r *Reloader) Run(ctx context.Context) error {
 		return fmt.Errorf("--config: watch %s: %w", path, err)
 	}
 	defer watcher.Close() //nolint:errcheck // nothing was written
-	if err := r.watch(watcher, path); err != nil {
+	if err := r.addWatches(watcher, path); err != nil {
 		return fmt.Errorf("--config: watch the folder of %s: %w", path, err)
 	}
 	// It may have changed before it was watched.
-	settled := time.NewTimer(settleTime)
+	settled := time.NewTimer(quietPeriod)
 	defer settled.Stop()
-	pending, limit := true, time.Now().Add(settleLimit)
+	pending, limit := true, time.Now().Add(maxQuietWait)
 	settle := func(own bool) {
 		switch now := time.Now(); {
 		case !pending:
-			pending, limit = true, now.Add(settleLimit)
-			settled.Reset(settleTime)
+			pending, limit = true, now.Add(maxQuietWait)
+			settled.Reset(quietPeriod)
 		case own: // others say nothing about whether this one is still being written
-			settled.Reset(min(settleTime, limit.Sub(now)))
+			settled.Reset(min(quietPeriod, limit.Sub(now)))
 		}
 	}
 	poll := time.NewTimer(r.options.poll)
@@ -118,11 +118,11 @@ func (r *Reloader) Run(ctx context.Context) error {
 			settle(false)
 		case <-settled.C:
 			pending = false
-			err := r.watch(watcher, path) // before it is read: nothing is missed
+			err := r.addWatches(watcher, path) // before it is read: nothing is missed
 			r.reload(ctx)
 			again := r.options.poll
-			if err != nil || r.broken != nil {
-				again = min(again, lostPeriod)
+			if err != nil || r.rejected != nil {
+				again = min(again, retryPeriod)
 			}
 			poll.Reset(again)
 		case event, ok := <-watcher.Events:
@@ -130,7 +130,7 @@ func (r *Reloader) Run(ctx context.Context) error {
 				return nil
 			}
 			own := filepath.Base(path) == filepath.Base(event.Name)
-			settle(own || filepath.Dir(event.Name) == r.target)
+			settle(own || filepath.Dir(event.Name) == r.targetDir)
 		case err, ok := <-watcher.Errors:
 			if !ok {
 				return nil
@@ -141,19 +141,19 @@ func (r *Reloader) Run(ctx context.Context) error {
 	}
 }
 
-// watch watches the folder of the file, as a file is often replaced by renaming
+// addWatches watches the folder of the file, as a file is often replaced by renaming
 // another: by editors, and by the kubelet, which swaps the folder that a
 // ConfigMap's files link to. Where the path is a link, it also watches the folder
 // that it leads to. Doing so again has no effect, unless a folder is another.
-func (r *Reloader) watch(watcher *fsnotify.Watcher, path string) error {
+func (r *Reloader) addWatches(watcher *fsnotify.Watcher, path string) error {
 	dir, target := filepath.Dir(path), ""
 	if file, err := filepath.EvalSymlinks(path); err == nil && filepath.Dir(file) != dir {
 		target = filepath.Dir(file)
 	}
-	if r.target != "" && r.target != target {
-		_ = watcher.Remove(r.target) // it may be gone
+	if r.targetDir != "" && r.targetDir != target {
+		_ = watcher.Remove(r.targetDir) // it may be gone
 	}
-	r.target = target
+	r.targetDir = target
 	if target != "" {
 		_ = watcher.Add(target) // or else the file is read every now and then
 	}
@@ -165,20 +165,20 @@ func (r *Reloader) watch(watcher *fsnotify.Watcher, path string) error {
 func (r *Reloader) reload(ctx context.Context) {
 	next, content, err := Load(r.options.Flags)
 	if err != nil {
-		now := broken{err: err.Error()}
+		now := rejectedFile{err: err.Error()}
 		now.content, _ = os.ReadFile(r.options.Flags["config"]) // nothing if it is not there
-		if r.broken != nil && r.broken.err == now.err && slices.Equal(r.broken.content, now.content) {
+		if r.rejected != nil && r.rejected.err == now.err && slices.Equal(r.rejected.content, now.content) {
 			return
 		}
-		r.broken = &now
+		r.rejected = &now
 		r.options.Logger.ErrorContext(ctx, "the configuration file is left aside, and the one before stays in use: mend it", "error", err)
-		r.options.Done(err)
+		r.options.OnResult(err)
 		return
 	}
-	if slices.Equal(content, r.content) && r.broken == nil {
+	if slices.Equal(content, r.content) && r.rejected == nil {
 		return
 	}
-	r.content, r.broken = content, nil
+	r.content, r.rejected = content, nil
 	r.options.Apply(ctx, next)
-	r.options.Done(nil)
+	r.options.OnResult(nil)
 }

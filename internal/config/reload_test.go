@@ -11,26 +11,26 @@ import (
 
 // following is a reloader that runs.
 // patience bounds what takes milliseconds on a machine that has nothing else to do.
-const patience = 15 * time.Second
+const testTimeout = 15 * time.Second
 
-type following struct {
+type reloaderTest struct {
 	t       *testing.T
 	applied chan string // modes of local detection
 	failed  chan error
 }
 
-func startReloader(t *testing.T, path string, poll time.Duration) following {
+func startReloader(t *testing.T, path string, poll time.Duration) reloaderTest {
 	t.Helper()
 	flags := Flags{"config": path, "hostname-override": "node"}
 	_, content, err := Load(flags)
 	if err != nil {
 		t.Fatal(err)
 	}
-	f := following{t, make(chan string, 10), make(chan error, 10)}
+	f := reloaderTest{t, make(chan string, 10), make(chan error, 10)}
 	r := NewReloader(ReloaderOptions{
 		Flags: flags, Content: content, Logger: slog.New(slog.DiscardHandler), poll: poll,
 		Apply: func(_ context.Context, c Config) { f.applied <- string(c.Tracker.DetectLocal.Mode) },
-		Done: func(err error) {
+		OnResult: func(err error) {
 			if err != nil {
 				f.failed <- err
 			}
@@ -48,7 +48,7 @@ func startReloader(t *testing.T, path string, poll time.Duration) following {
 	return f
 }
 
-func (f following) await(step, want string) {
+func (f reloaderTest) awaitApplied(step, want string) {
 	f.t.Helper()
 	select {
 	case got := <-f.applied:
@@ -57,31 +57,31 @@ func (f following) await(step, want string) {
 		}
 	case err := <-f.failed:
 		f.t.Errorf("%s: %v", step, err)
-	case <-time.After(patience):
+	case <-time.After(testTimeout):
 		f.t.Fatalf("%s: nothing was applied", step)
 	}
 }
 
-func (f following) awaitFailure(step string) {
+func (f reloaderTest) awaitFailure(step string) {
 	f.t.Helper()
 	select {
 	case got := <-f.applied:
 		f.t.Errorf("%s: applied %s, want a failure", step, got)
 	case err := <-f.failed:
 		f.t.Logf("%s: %v", step, err)
-	case <-time.After(patience):
+	case <-time.After(testTimeout):
 		f.t.Fatalf("%s: nothing happened", step)
 	}
 }
 
-func (f following) awaitNothing(step string) {
+func (f reloaderTest) expectNothing(step string) {
 	f.t.Helper()
 	select {
 	case got := <-f.applied:
 		f.t.Errorf("%s: applied %s, want nothing", step, got)
 	case err := <-f.failed:
 		f.t.Errorf("%s: %v, want nothing", step, err)
-	case <-time.After(5 * settleTime):
+	case <-time.After(5 * quietPeriod):
 	}
 }
 
@@ -114,7 +114,7 @@ func TestReloader(t *testing.T) {
 	must(os.Symlink("..data/config.conf", path))
 
 	r := startReloader(t, path, time.Hour)
-	applied, failed, await, awaitFailure := r.applied, r.failed, r.await, r.awaitFailure
+	applied, failed, await, awaitFailure := r.applied, r.failed, r.awaitApplied, r.awaitFailure
 
 	// The same again in another place is no change.
 	swap(version("..2", text("ClusterCIDR")))
@@ -124,7 +124,7 @@ func TestReloader(t *testing.T) {
 		t.Errorf("nothing changed: applied %s", got)
 	case err := <-failed:
 		t.Errorf("nothing changed: %v", err)
-	case <-time.After(3 * settleTime):
+	case <-time.After(3 * quietPeriod):
 	}
 	swap(version("..3", text("NodeCIDR")))
 	await("ConfigMap", "NodeCIDR")
@@ -148,7 +148,7 @@ func TestReloader(t *testing.T) {
 }
 
 // What else happens in the folder neither holds the file up nor reports it again.
-func TestReloaderBesideOthers(t *testing.T) {
+func TestReloaderIgnoresOtherFiles(t *testing.T) {
 	t.Parallel()
 	folder := t.TempDir()
 	path := filepath.Join(folder, "config.conf")
@@ -166,25 +166,25 @@ func TestReloaderBesideOthers(t *testing.T) {
 			select {
 			case <-stop:
 				return
-			case <-time.After(settleTime / 10):
+			case <-time.After(quietPeriod / 10):
 				write("other", "")
 			}
 		}
 	}()
 	defer func() { close(stop); <-stopped }()
 	write("config.conf", configHeader+"detectLocalMode: NodeCIDR\n")
-	r.await("beside others", "NodeCIDR")
+	r.awaitApplied("beside others", "NodeCIDR")
 	write("config.conf", configHeader+"detectLocalMode: Guess\n")
 	r.awaitFailure("not valid")
-	r.awaitNothing("still not valid")
+	r.expectNothing("still not valid")
 	write("config.conf", configHeader+"detectLocalMode: Guess\n# really\n")
 	r.awaitFailure("edited and still not valid")
 	write("config.conf", configHeader+"detectLocalMode: NodeCIDR\n")
-	r.await("as it was before", "NodeCIDR")
+	r.awaitApplied("as it was before", "NodeCIDR")
 }
 
 // A file that never rests is read all the same.
-func TestReloaderOfBusyFile(t *testing.T) {
+func TestReloaderBusyFile(t *testing.T) {
 	t.Parallel()
 	path := filepath.Join(t.TempDir(), "config.conf")
 	if err := os.WriteFile(path, []byte(configHeader), 0o600); err != nil {
@@ -204,20 +204,20 @@ func TestReloaderOfBusyFile(t *testing.T) {
 			select {
 			case <-stop:
 				return
-			case now := <-time.After(settleTime / 10):
+			case now := <-time.After(quietPeriod / 10):
 				if err := os.Chtimes(path, now, now); err != nil {
 					t.Error(err)
 				}
 			}
 		}
 	}()
-	r.await("busy", "NodeCIDR")
+	r.awaitApplied("busy", "NodeCIDR")
 	close(stop)
 	<-stopped
 }
 
 // A folder may go and come back, and the file may be reached by links.
-func TestReloaderElsewhere(t *testing.T) {
+func TestReloaderSymlinks(t *testing.T) {
 	t.Parallel()
 	must := func(err error) {
 		t.Helper()
@@ -230,7 +230,7 @@ func TestReloaderElsewhere(t *testing.T) {
 		poll  time.Duration
 		links int
 	}{
-		{"the folder", time.Hour, 0}, {"a link", time.Hour, 1}, {"a link to a link to a link, found in the end", settleTime, 3},
+		{"the folder", time.Hour, 0}, {"a link", time.Hour, 1}, {"a link to a link to a link, found in the end", quietPeriod, 3},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
@@ -248,13 +248,13 @@ func TestReloaderElsewhere(t *testing.T) {
 			}
 			r := startReloader(t, path, test.poll)
 			write("NodeCIDR")
-			r.await("edited in place", "NodeCIDR")
+			r.awaitApplied("edited in place", "NodeCIDR")
 			must(os.RemoveAll(folder))
 			r.awaitFailure("folder removed")
 			write("ClusterCIDR")
-			r.await("folder made again", "ClusterCIDR")
+			r.awaitApplied("folder made again", "ClusterCIDR")
 			write("NodeCIDR")
-			r.await("edited in place again", "NodeCIDR")
+			r.awaitApplied("edited in place again", "NodeCIDR")
 		})
 	}
 }

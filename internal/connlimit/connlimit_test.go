@@ -16,19 +16,19 @@ import (
 	"fairlead.io/fairlead/internal/connlimit"
 )
 
-// scripted is a listener whose connections and errors the test gives.
-type scripted struct {
+// scriptedListener is a listener whose connections and errors the test gives.
+type scriptedListener struct {
 	accepts chan any // error or net.Conn
 	closed  chan struct{}
 	close   func()
 }
 
-func newScripted() *scripted {
+func newScriptedListener() *scriptedListener {
 	closed := make(chan struct{})
-	return &scripted{accepts: make(chan any, 100), closed: closed, close: sync.OnceFunc(func() { close(closed) })}
+	return &scriptedListener{accepts: make(chan any, 100), closed: closed, close: sync.OnceFunc(func() { close(closed) })}
 }
 
-func (s *scripted) Accept() (net.Conn, error) {
+func (s *scriptedListener) Accept() (net.Conn, error) {
 	select {
 	case <-s.closed:
 		return nil, net.ErrClosed
@@ -40,32 +40,32 @@ func (s *scripted) Accept() (net.Conn, error) {
 	}
 }
 
-func (s *scripted) Close() error {
+func (s *scriptedListener) Close() error {
 	s.close()
 	return nil
 }
 
-func (*scripted) Addr() net.Addr { return &net.TCPAddr{} }
+func (*scriptedListener) Addr() net.Addr { return &net.TCPAddr{} }
 
-// from is a connection of a client.
-type from struct {
+// clientConn is a connection of a client.
+type clientConn struct {
 	net.Conn
 
 	addr   net.Addr
 	closed bool
 }
 
-func (f *from) RemoteAddr() net.Addr { return f.addr }
+func (f *clientConn) RemoteAddr() net.Addr { return f.addr }
 
-func (f *from) Write(p []byte) (int, error) { return len(p), nil }
+func (f *clientConn) Write(p []byte) (int, error) { return len(p), nil }
 
-func (f *from) Close() error {
+func (f *clientConn) Close() error {
 	f.closed = true
 	return nil
 }
 
-func client(addr string) *from {
-	return &from{addr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(netip.MustParseAddr(addr), 1))}
+func newClientConn(addr string) *clientConn {
+	return &clientConn{addr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(netip.MustParseAddr(addr), 1))}
 }
 
 // What is closed for a new connection: of the same client at its limit, otherwise
@@ -113,9 +113,9 @@ func TestDisplacement(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
 			limiter := connlimit.New(connlimit.Options{Max: 4, MaxPerClient: 2})
-			inner := newScripted()
+			inner := newScriptedListener()
 			l := limiter.Listener(inner)
-			var conns []*from
+			var conns []*clientConn
 			var accepted []net.Conn
 			for i, addr := range test.clients {
 				if i == len(test.clients)-1 {
@@ -125,7 +125,7 @@ func TestDisplacement(t *testing.T) {
 						}
 					}
 				}
-				c := client(addr)
+				c := newClientConn(addr)
 				conns = append(conns, c)
 				inner.accepts <- net.Conn(c)
 				got, err := l.Accept()
@@ -164,7 +164,7 @@ func TestAcceptErrors(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		limiter := connlimit.New(connlimit.Options{Max: 4})
-		inner := newScripted()
+		inner := newScriptedListener()
 		l := limiter.Listener(inner)
 		errno := func(e syscall.Errno) error {
 			return &net.OpError{Op: "accept", Net: "tcp", Err: os.NewSyscallError("accept4", e)}
@@ -172,7 +172,7 @@ func TestAcceptErrors(t *testing.T) {
 		for _, e := range []syscall.Errno{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM, syscall.ECONNABORTED, syscall.EMFILE} {
 			inner.accepts <- errno(e)
 		}
-		inner.accepts <- net.Conn(client("10.0.0.1"))
+		inner.accepts <- net.Conn(newClientConn("10.0.0.1"))
 		begin := time.Now()
 		if _, err := l.Accept(); err != nil {
 			t.Fatal(err)
@@ -182,7 +182,7 @@ func TestAcceptErrors(t *testing.T) {
 		}
 		// Without other descriptors, an open connection makes room for the next.
 		inner.accepts <- errno(syscall.EMFILE)
-		inner.accepts <- net.Conn(client("10.0.0.2"))
+		inner.accepts <- net.Conn(newClientConn("10.0.0.2"))
 		begin = time.Now()
 		if _, err := l.Accept(); err != nil {
 			t.Fatal(err)
@@ -234,11 +234,11 @@ func TestWriteTimeout(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer conn.Close()
-	if _, err := io.CopyN(conn, zeros{}, 1<<30); !errors.Is(err, os.ErrDeadlineExceeded) {
+	if _, err := io.CopyN(conn, zeroReader{}, 1<<30); !errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Errorf("error %v, want a timeout", err)
 	}
 }
 
-type zeros struct{}
+type zeroReader struct{}
 
-func (zeros) Read(p []byte) (int, error) { return len(p), nil }
+func (zeroReader) Read(p []byte) (int, error) { return len(p), nil }

@@ -45,8 +45,8 @@ type Options struct {
 }
 
 const (
-	defaultMax    = 256
-	clientsAtOnce = 4 // clients at their limit fill a server
+	defaultMax = 256
+	minClients = 4 // clients at their limit fill a server
 )
 
 // Stats are the connections of a [Limiter].
@@ -65,15 +65,15 @@ type Limiter struct {
 	options Options
 	log     *slog.Logger
 
-	displacements, exhaustions                                  logrepeat.Limiter
+	displacements, acceptErrors                                 logrepeat.Limiter
 	displacedByClient, displacedByLimit, displacedByDescriptors atomic.Uint64
 
 	mu   sync.Mutex
 	open int
 	// clients has no empty lists. A list holds *conn, the least recently answered
 	// one first.
-	clients map[netip.Prefix]*list.List
-	order   uint64 // of the next conn
+	clients   map[netip.Prefix]*list.List
+	nextOrder uint64 // of the next conn
 }
 
 // New returns a Limiter without connections.
@@ -82,7 +82,7 @@ func New(options Options) *Limiter {
 		options.Max = defaultMax
 	}
 	if options.MaxPerClient <= 0 {
-		options.MaxPerClient = max(1, options.Max/clientsAtOnce)
+		options.MaxPerClient = max(1, options.Max/minClients)
 	}
 	log := options.Logger
 	if log == nil {
@@ -101,9 +101,9 @@ func (l *Limiter) Stats() Stats {
 	}
 }
 
-// clientOf returns what counts as one client: an IPv4 address, or an IPv6 /64
+// clientKey returns what counts as one client: an IPv4 address, or an IPv6 /64
 // network, of which a host may use any address.
-func clientOf(addr net.Addr) netip.Prefix {
+func clientKey(addr net.Addr) netip.Prefix {
 	tcp, ok := addr.(*net.TCPAddr)
 	if !ok {
 		return netip.Prefix{}
@@ -124,7 +124,7 @@ func clientOf(addr net.Addr) netip.Prefix {
 // admit counts a new connection and returns it wrapped. It closes another one if
 // there are too many.
 func (l *Limiter) admit(inner net.Conn, closed func()) net.Conn {
-	c := &conn{Conn: inner, limiter: l, client: clientOf(inner.RemoteAddr()), closed: closed}
+	c := &conn{Conn: inner, limiter: l, client: clientKey(inner.RemoteAddr()), onClose: closed}
 	var victim *conn
 	var reason string
 	l.mu.Lock()
@@ -133,7 +133,7 @@ func (l *Limiter) admit(inner net.Conn, closed func()) net.Conn {
 		victim, reason = own.Front().Value.(*conn), "one client has too many connections"
 		l.displacedByClient.Add(1)
 	case l.open >= l.options.Max:
-		victim, reason = l.leastRecent(), "the server has too many connections"
+		victim, reason = l.leastRecentlyAnswered(), "the server has too many connections"
 		l.displacedByLimit.Add(1)
 	}
 	if victim != nil {
@@ -142,20 +142,20 @@ func (l *Limiter) admit(inner net.Conn, closed func()) net.Conn {
 	if l.clients[c.client] == nil {
 		l.clients[c.client] = list.New()
 	}
-	c.order = l.order
-	l.order++
+	c.order = l.nextOrder
+	l.nextOrder++
 	c.element = l.clients[c.client].PushBack(c)
 	l.open++
 	l.mu.Unlock()
 	if victim != nil {
-		l.displace(victim, reason)
+		l.closeDisplaced(victim, reason)
 	}
 	return c
 }
 
-// leastRecent returns the connection that was answered least recently of the
+// leastRecentlyAnswered returns the connection that was answered least recently of the
 // client with the most connections, nil if there are none. l.mu is held.
-func (l *Limiter) leastRecent() *conn {
+func (l *Limiter) leastRecentlyAnswered() *conn {
 	var found *conn
 	most := 0
 	for _, own := range l.clients {
@@ -167,11 +167,11 @@ func (l *Limiter) leastRecent() *conn {
 	return found
 }
 
-// displaceOne closes a connection to free its descriptor, and reports whether
+// displaceForDescriptor closes a connection to free its descriptor, and reports whether
 // there was one.
-func (l *Limiter) displaceOne() bool {
+func (l *Limiter) displaceForDescriptor() bool {
 	l.mu.Lock()
-	victim := l.leastRecent()
+	victim := l.leastRecentlyAnswered()
 	if victim != nil {
 		l.remove(victim)
 	}
@@ -180,12 +180,12 @@ func (l *Limiter) displaceOne() bool {
 		return false
 	}
 	l.displacedByDescriptors.Add(1)
-	l.displace(victim, "the process has too many open files")
+	l.closeDisplaced(victim, "the process has too many open files")
 	return true
 }
 
-// displace closes a connection that was removed.
-func (l *Limiter) displace(victim *conn, reason string) {
+// closeDisplaced closes a connection that was removed.
+func (l *Limiter) closeDisplaced(victim *conn, reason string) {
 	if !victim.answered.Load() {
 		// A client that has sent half a request is not left with a socket of the
 		// kernel's that waits for the other half.
@@ -220,7 +220,7 @@ type conn struct {
 
 	limiter  *Limiter
 	client   netip.Prefix
-	closed   func()
+	onClose  func()
 	answered atomic.Bool
 	closing  sync.Once
 	err      error
@@ -238,8 +238,8 @@ func (c *conn) Write(p []byte) (int, error) {
 	l := c.limiter
 	l.mu.Lock()
 	if c.element != nil {
-		c.order = l.order
-		l.order++
+		c.order = l.nextOrder
+		l.nextOrder++
 		l.clients[c.client].MoveToBack(c.element)
 	}
 	l.mu.Unlock()
@@ -267,7 +267,7 @@ func (c *conn) Close() error {
 		c.limiter.remove(c)
 		c.limiter.mu.Unlock()
 		c.err = c.Conn.Close()
-		c.closed()
+		c.onClose()
 	})
 	return c.err
 }

@@ -14,16 +14,16 @@ const (
 	// retryMin and retryMax are the delays between attempts to accept that fail.
 	retryMin = 5 * time.Millisecond
 	retryMax = time.Second
-	// pollTime is how long Accept waits for a client at once while there are no
+	// pollTimeout is how long Accept waits for a client at once while there are no
 	// descriptors. It delays Close.
-	pollTime = 100 * time.Millisecond
+	pollTimeout = 100 * time.Millisecond
 )
 
 // Listener returns a listener whose connections count. Accept goes on after errors
 // that pass, such as too many open files. Close closes inner.
 func (l *Limiter) Listener(inner net.Listener) net.Listener {
 	wrapped := &listener{Listener: inner, limiter: l, done: make(chan struct{})}
-	wrapped.refill()
+	wrapped.refillReserve()
 	return wrapped
 }
 
@@ -45,7 +45,7 @@ func (l *listener) Accept() (net.Conn, error) {
 	for {
 		inner, err := l.Listener.Accept()
 		if err == nil {
-			return l.limiter.admit(inner, l.refill), nil
+			return l.limiter.admit(inner, l.refillReserve), nil
 		}
 		select {
 		case <-l.done:
@@ -55,18 +55,18 @@ func (l *listener) Accept() (net.Conn, error) {
 		if !IsTransient(err) {
 			return nil, err
 		}
-		if failures, ok := l.limiter.exhaustions.Allow(time.Now()); ok {
+		if failures, ok := l.limiter.acceptErrors.Allow(time.Now()); ok {
 			l.limiter.log.Warn("connections can't be accepted; trying again until it succeeds",
 				"address", l.Addr().String(), "error", err, "failures", failures)
 		}
-		if isExhausted(err) {
+		if isOutOfDescriptors(err) {
 			if !l.awaitClient() {
 				continue // whether it is closed, and for another while
 			}
-			if l.release() || l.limiter.displaceOne() {
+			if l.releaseReserve() || l.limiter.displaceForDescriptor() {
 				// The first retry is immediate, but a descriptor may be somebody else's by now.
 				if inner, err := l.Listener.Accept(); err == nil {
-					return l.limiter.admit(inner, l.refill), nil
+					return l.limiter.admit(inner, l.refillReserve), nil
 				}
 			}
 		}
@@ -76,7 +76,7 @@ func (l *listener) Accept() (net.Conn, error) {
 		case <-time.After(delay):
 		}
 		delay = min(2*delay, retryMax)
-		l.refill()
+		l.refillReserve()
 	}
 }
 
@@ -96,11 +96,11 @@ func IsTransient(err error) bool {
 	return false
 }
 
-func isExhausted(err error) bool {
+func isOutOfDescriptors(err error) bool {
 	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE)
 }
 
-// awaitClient waits up to pollTime for a client, and reports whether there is
+// awaitClient waits up to pollTimeout for a client, and reports whether there is
 // one. accept(2) fails for want of a descriptor before it looks for a client.
 func (l *listener) awaitClient() bool {
 	socket, ok := l.Listener.(syscall.Conn)
@@ -113,14 +113,14 @@ func (l *listener) awaitClient() bool {
 	}
 	var ready bool
 	err = raw.Control(func(fd uintptr) {
-		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(pollTime.Milliseconds())) //nolint:gosec // a descriptor
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(pollTimeout.Milliseconds())) //nolint:gosec // a descriptor
 		ready = n > 0 && err == nil
 	})
 	return ready || err != nil
 }
 
-// release frees a descriptor of the reserve, and reports whether there was one.
-func (l *listener) release() bool {
+// releaseReserve frees a descriptor of the reserve, and reports whether there was one.
+func (l *listener) releaseReserve() bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if len(l.reserve) == 0 {
@@ -132,8 +132,8 @@ func (l *listener) release() bool {
 	return true
 }
 
-// refill opens what is missing of the reserve, as far as it can.
-func (l *listener) refill() {
+// refillReserve opens what is missing of the reserve, as far as it can.
+func (l *listener) refillReserve() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for !l.closed && len(l.reserve) < l.limiter.options.Reserve {

@@ -12,8 +12,8 @@ import (
 // when its endpoint left is over after the first. The second keeps the cost low
 // while endpoints of TCP come and go all the time, as they do in every rollout.
 const (
-	firstAttemptLook = time.Second
-	attemptRest      = 5 * time.Second
+	attemptScanDelay    = time.Second
+	attemptScanInterval = 5 * time.Second
 )
 
 // maxAttempts is for how many frontends of TCP it is remembered at most which
@@ -21,33 +21,33 @@ const (
 // patience, as they would without a Cleaner.
 const maxAttempts = 10_000
 
-// attempts are the frontends of TCP to which clients may be trying to connect by
+// connAttempts are the frontends of TCP to which clients may be trying to connect by
 // an entry that leads nowhere: a client that gets no answer sends its SYN again,
 // to the endpoint of the first, for two minutes (net.ipv4.tcp_syn_retries).
-type attempts map[dataplane.Frontend]suspicion
+type connAttempts map[dataplane.Frontend]criteria
 
-// note adds the frontends of a change that clients may be stuck at, and removes
+// record adds the frontends of a change that clients may be stuck at, and removes
 // endpoints that are back.
-func (a *attempts) note(c dataplane.Change) {
-	old, now := frontendsOfTCP(c.Old), frontendsOfTCP(c.New)
+func (a *connAttempts) record(c dataplane.Change) {
+	old, now := tcpFrontends(c.Old), tcpFrontends(c.New)
 	if len(old) == 0 && len(now) == 0 {
 		return
 	}
-	gone := departed(c.Old, c.New)
+	gone := removedEndpoints(c.Old, c.New)
 	var before, after []netip.AddrPort // the last list that endpoints were removed from, and the result
 	for _, f := range now {
 		was := (*a)[f]
-		next := suspicion{untranslated: was.untranslated || !slices.Contains(old, f)}
-		for _, list := range was.left {
-			if !sameList(list, before) {
-				before, after = list, withoutAccepted(list, c.New)
+		next := criteria{untranslated: was.untranslated || !slices.Contains(old, f)}
+		for _, list := range was.removed {
+			if !sameSlice(list, before) {
+				before, after = list, removeAccepting(list, c.New)
 			}
 			if len(after) > 0 {
-				next.left = append(next.left, after)
+				next.removed = append(next.removed, after)
 			}
 		}
 		if len(gone) > 0 && !next.untranslated {
-			next.left = append(next.left, gone)
+			next.removed = append(next.removed, gone)
 		}
 		a.set(f, next)
 	}
@@ -57,16 +57,16 @@ func (a *attempts) note(c dataplane.Change) {
 			continue
 		}
 		if all == nil {
-			all = accepting(c.Old)
+			all = acceptingEndpoints(c.Old)
 		}
 		if len(all) > 0 {
-			a.set(f, suspicion{left: append(slices.Clip((*a)[f].left), all)})
+			a.set(f, criteria{removed: append(slices.Clip((*a)[f].removed), all)})
 		}
 	}
 }
 
-func (a *attempts) set(f dataplane.Frontend, next suspicion) {
-	if len(next.left) == 0 && !next.untranslated {
+func (a *connAttempts) set(f dataplane.Frontend, next criteria) {
+	if len(next.removed) == 0 && !next.untranslated {
 		delete(*a, f)
 		return
 	}
@@ -74,14 +74,14 @@ func (a *attempts) set(f dataplane.Frontend, next suspicion) {
 		return
 	}
 	if *a == nil {
-		*a = attempts{}
+		*a = connAttempts{}
 	}
 	(*a)[f] = next
 }
 
-// stale reports whether a flow leads nowhere. nodePort is the frontend that it is
+// isStale reports whether a flow leads nowhere. nodePortFrontend is the frontend that it is
 // to if it is to a node port.
-func (a attempts) stale(f flow, nodePort dataplane.Frontend, isNodePort bool) bool {
+func (a connAttempts) isStale(f flow, nodePort dataplane.Frontend, isNodePort bool) bool {
 	if f.protocol != dataplane.TCP || f.replied {
 		return false
 	}
@@ -93,7 +93,7 @@ func (a attempts) stale(f flow, nodePort dataplane.Frontend, isNodePort bool) bo
 }
 
 // queries returns the dumps that show them, by family.
-func (a attempts) queries() map[dataplane.Family][]query {
+func (a connAttempts) queries() map[dataplane.Family][]query {
 	queries := map[dataplane.Family][]query{}
 	for f := range a {
 		family := dataplane.FamilyOf(f.Addr.Addr())
@@ -104,18 +104,18 @@ func (a attempts) queries() map[dataplane.Family][]query {
 	return queries
 }
 
-// frontendsOfTCP returns the frontends if they are of TCP. The Service may be
+// tcpFrontends returns the frontends if they are of TCP. The Service may be
 // nil.
-func frontendsOfTCP(svc *dataplane.Service) []dataplane.Frontend {
+func tcpFrontends(svc *dataplane.Service) []dataplane.Frontend {
 	if svc == nil || svc.Frontends[0].Protocol != dataplane.TCP {
 		return nil
 	}
 	return svc.Frontends
 }
 
-// departed returns the endpoints to which new connections went before and do not
+// removedEndpoints returns the endpoints to which new connections went before and do not
 // go now, sorted by list. Both Services may be nil.
-func departed(old, now *dataplane.Service) (gone []netip.AddrPort) {
+func removedEndpoints(old, now *dataplane.Service) (gone []netip.AddrPort) {
 	if old == nil || now == nil {
 		return nil
 	}
@@ -127,7 +127,7 @@ func departed(old, now *dataplane.Service) (gone []netip.AddrPort) {
 			for len(after) > 0 && after[0].Addr.Compare(e.Addr) < 0 {
 				after = after[1:]
 			}
-			if (len(after) == 0 || after[0].Addr != e.Addr) && !among(others, e.Addr) {
+			if (len(after) == 0 || after[0].Addr != e.Addr) && !containsEndpoint(others, e.Addr) {
 				gone = append(gone, e.Addr)
 			}
 		}
@@ -138,16 +138,18 @@ func departed(old, now *dataplane.Service) (gone []netip.AddrPort) {
 	return slices.Compact(gone)
 }
 
-// withoutAccepted returns the addresses to which the Service has no new
+// removeAccepting returns the addresses to which the Service has no new
 // connections go: list itself if that is all of it.
-func withoutAccepted(list []netip.AddrPort, svc *dataplane.Service) []netip.AddrPort {
-	accepted := func(addr netip.AddrPort) bool { return among(svc.Endpoints, addr) || among(svc.LocalEndpoints, addr) }
+func removeAccepting(list []netip.AddrPort, svc *dataplane.Service) []netip.AddrPort {
+	accepted := func(addr netip.AddrPort) bool {
+		return containsEndpoint(svc.Endpoints, addr) || containsEndpoint(svc.LocalEndpoints, addr)
+	}
 	if !slices.ContainsFunc(list, accepted) {
 		return list
 	}
 	return slices.DeleteFunc(slices.Clone(list), accepted)
 }
 
-func sameList(a, b []netip.AddrPort) bool {
+func sameSlice(a, b []netip.AddrPort) bool {
 	return len(a) == len(b) && len(a) > 0 && &a[0] == &b[0]
 }

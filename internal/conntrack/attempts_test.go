@@ -13,14 +13,14 @@ import (
 	"fairlead.io/fairlead/sync"
 )
 
-// attemptAt is an entry of TCP without a reply, written "destination endpoint".
-func attemptAt(text string) flow {
-	f := addrPorts(text)
+// unrepliedFlow is an entry of TCP without a reply, written "destination endpoint".
+func unrepliedFlow(text string) flow {
+	f := parseAddrPorts(text)
 	return flow{protocol: dataplane.TCP, destination: f[0], endpoint: f[1]}
 }
 
-// TestAttempts says which connection attempts of TCP lead nowhere after changes.
-func TestAttempts(t *testing.T) {
+// TestConnAttempts says which connection attempts of TCP lead nowhere after changes.
+func TestConnAttempts(t *testing.T) {
 	t.Parallel()
 	const (
 		two   = "web 10.96.0.10:80 10.96.0.11:80 -> 10.0.0.1:8080 10.0.0.2:8080"
@@ -63,23 +63,23 @@ func TestAttempts(t *testing.T) {
 			stale: []string{"192.0.2.1:30080 10.0.0.1:8080", "198.51.100.7:30080 10.0.0.1:8080"}, kept: []string{"192.0.2.2:30080 10.0.0.1:8080"},
 		},
 	} {
-		var a attempts
+		var a connAttempts
 		for i := 0; i < len(tt.changes); i += 2 {
-			a.note(dataplane.Change{
-				Old: serviceOver(dataplane.TCP, tt.changes[i]), New: serviceOver(dataplane.TCP, tt.changes[i+1]),
+			a.record(dataplane.Change{
+				Old: serviceWithProtocol(dataplane.TCP, tt.changes[i]), New: serviceWithProtocol(dataplane.TCP, tt.changes[i+1]),
 			})
 		}
-		p := newProgrammed()
+		p := newServiceIndex()
 		p.setNode(dataplane.Node{
 			NodePortAddrs:    []netip.Addr{netip.MustParseAddr("192.0.2.1")},
 			NodePortNetworks: []netip.Prefix{netip.MustParsePrefix("198.51.100.0/24")},
 		})
 		stale := func(f flow) bool {
-			nodePort, ok := p.nodePort(f.frontend())
-			return a.stale(f, nodePort, ok)
+			nodePort, ok := p.nodePortFrontend(f.frontend())
+			return a.isStale(f, nodePort, ok)
 		}
 		for _, text := range tt.stale {
-			f := attemptAt(text)
+			f := unrepliedFlow(text)
 			if !stale(f) {
 				t.Errorf("%s: %s stays", tt.name, text)
 			}
@@ -89,35 +89,35 @@ func TestAttempts(t *testing.T) {
 			}
 		}
 		for _, text := range tt.kept {
-			if stale(attemptAt(text)) {
+			if stale(unrepliedFlow(text)) {
 				t.Errorf("%s: %s goes", tt.name, text)
 			}
 		}
 	}
 }
 
-// TestAttemptsAreFew says that what is remembered is bounded.
-func TestAttemptsAreFew(t *testing.T) {
+// TestConnAttemptsLimit says that what is remembered is bounded.
+func TestConnAttemptsLimit(t *testing.T) {
 	t.Parallel()
-	var a attempts
+	var a connAttempts
 	for i := range maxAttempts + 100 {
-		old := serviceOver(dataplane.TCP, fmt.Sprintf("s%d 10.%d.%d.1:80 -> 10.0.0.1:80", i, i>>8, i&0xff))
-		a.note(dataplane.Change{Old: old})
+		old := serviceWithProtocol(dataplane.TCP, fmt.Sprintf("s%d 10.%d.%d.1:80 -> 10.0.0.1:80", i, i>>8, i&0xff))
+		a.record(dataplane.Change{Old: old})
 	}
 	if len(a) != maxAttempts {
 		t.Errorf("%d frontends remembered, want %d", len(a), maxAttempts)
 	}
 }
 
-// TestAttemptsWait says when entries of TCP are looked at: a second after the
+// TestAttemptScanSchedule says when entries of TCP are looked at: a second after the
 // first change, and all changes of the next seconds together.
-func TestAttemptsWait(t *testing.T) {
+func TestAttemptScanSchedule(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		r := start(t)
+		r := startCleaner(t)
 		change := func(before, after string) {
-			r.Committed(sync.Commit{Kind: sync.KindApply, Changes: []dataplane.Change{
-				{Old: serviceOver(dataplane.TCP, before), New: serviceOver(dataplane.TCP, after)},
+			r.OnCommit(sync.Commit{Op: sync.OpApply, Changes: []dataplane.Change{
+				{Old: serviceWithProtocol(dataplane.TCP, before), New: serviceWithProtocol(dataplane.TCP, after)},
 			}})
 		}
 		set := func(flows ...flow) {
@@ -127,45 +127,45 @@ func TestAttemptsWait(t *testing.T) {
 		}
 		const a, b, c = "web 10.96.0.10:80 -> 10.0.0.1:80", "web 10.96.0.10:80 -> 10.0.0.2:80", "web 10.96.0.10:80 -> 10.0.0.3:80"
 		toA, toB, toC := "10.96.0.10:80 10.0.0.1:80", "10.96.0.10:80 10.0.0.2:80", "10.96.0.10:80 10.0.0.3:80"
-		answered := attemptAt(toA)
+		answered := unrepliedFlow(toA)
 		answered.replied = true
-		set(attemptAt(toA), attemptAt(toB), answered)
+		set(unrepliedFlow(toA), unrepliedFlow(toB), answered)
 		change(a, b)
-		r.want(t, "a handshake may be under way", toA, toB, toA)
-		time.Sleep(firstAttemptLook)
-		r.want(t, "a second later", toB, toA)
+		r.expectFlows(t, "a handshake may be under way", toA, toB, toA)
+		time.Sleep(attemptScanDelay)
+		r.expectFlows(t, "a second later", toB, toA)
 		change(b, c)
-		set(attemptAt(toB), attemptAt(toC))
-		time.Sleep(attemptRest - time.Nanosecond)
-		r.want(t, "not so soon again", toB, toC)
+		set(unrepliedFlow(toB), unrepliedFlow(toC))
+		time.Sleep(attemptScanInterval - time.Nanosecond)
+		r.expectFlows(t, "not so soon again", toB, toC)
 		change(c, a)
 		change(a, b)
 		time.Sleep(time.Nanosecond)
-		r.want(t, "the changes since then, and only what is not back", toB)
+		r.expectFlows(t, "the changes since then, and only what is not back", toB)
 		r.table.mu.Lock()
-		if len(r.table.lists) != 0 {
-			t.Errorf("dumps %v", r.table.lists)
+		if len(r.table.dumps) != 0 {
+			t.Errorf("dumps %v", r.table.dumps)
 		}
 		r.table.mu.Unlock()
-		looks := len(r.looks)
+		looks := len(r.scans)
 		time.Sleep(time.Hour)
 		synctest.Wait()
-		if len(r.looks) != looks {
+		if len(r.scans) != looks {
 			t.Error("it looks although nothing happens")
 		}
 	})
 }
 
-// TestUnrepliedIsAskedFor says that the kernel narrows a dump to entries without a
+// TestUnrepliedFilter says that the kernel narrows a dump to entries without a
 // reply.
-func TestUnrepliedIsAskedFor(t *testing.T) {
+func TestUnrepliedFilter(t *testing.T) {
 	t.Parallel()
 	k := openTable(t, newNamespace(t))
-	attempt, answered := makeEntry("10.1.0.1:1", "10.96.0.10:80", "10.0.0.1:80"), makeEntry("10.1.0.1:2", "10.96.0.10:80", "10.0.0.2:80")
+	attempt, answered := newTestEntry("10.1.0.1:1", "10.96.0.10:80", "10.0.0.1:80"), newTestEntry("10.1.0.1:2", "10.96.0.10:80", "10.0.0.2:80")
 	attempt.protocol, answered.protocol = byte(dataplane.TCP), byte(dataplane.TCP)
 	answered.replied = true
-	insert(t, k, attempt, answered, makeEntry("10.1.0.1:3", "10.96.0.10:80", "10.0.0.3:80"))
-	got, narrowed := listed(t, k, query{family: dataplane.IPv4, protocol: dataplane.TCP, unreplied: true})
+	insertEntries(t, k, attempt, answered, newTestEntry("10.1.0.1:3", "10.96.0.10:80", "10.0.0.3:80"))
+	got, narrowed := dumpFlows(t, k, query{family: dataplane.IPv4, protocol: dataplane.TCP, unreplied: true})
 	if diff := cmp.Diff([]string{"10.96.0.10:80 10.0.0.1:80"}, got); diff != "" || !narrowed {
 		t.Errorf("narrowed %t, listed (-want +got)\n%s", narrowed, diff)
 	}

@@ -8,18 +8,18 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// BenchmarkLook measures one look among entries of others, from the change to
+// BenchmarkScan measures one look among entries of others, from the change to
 // the answer of the kernel: with the kernel's filter, as Linux does from 5.8 on,
 // and without. Endpoints of one port, or of many in one commit, have left; no
 // entry is stale.
-func BenchmarkLook(b *testing.B) {
+func BenchmarkScan(b *testing.B) {
 	for _, entries := range []int{0, 1_000, 10_000, 100_000} {
 		k := openTable(b, newNamespace(b))
-		others := make([]made, entries)
+		others := make([]testEntry, entries)
 		for i := range others {
-			others[i] = makeEntry(fmt.Sprintf("10.%d.%d.1:%d", 1+i>>16, i>>8&0xff, 1024+i&0xff), "10.97.0.10:53", "10.0.0.9:5353")
+			others[i] = newTestEntry(fmt.Sprintf("10.%d.%d.1:%d", 1+i>>16, i>>8&0xff, 1024+i&0xff), "10.97.0.10:53", "10.0.0.9:5353")
 		}
-		insert(b, k, others...)
+		insertEntries(b, k, others...)
 		for _, tt := range []struct {
 			name    string
 			ports   int
@@ -38,16 +38,16 @@ func BenchmarkLook(b *testing.B) {
 					pairs = append(pairs, fmt.Sprintf("s%d 10.96.0.%d:%d -> 10.0.0.1:53 10.0.0.2:53", i, i, 53+i),
 						fmt.Sprintf("s%d 10.96.0.%d:%d -> 10.0.0.1:53", i, i, 53+i))
 				}
-				var s suspects
+				var s candidates
 				services := map[dataplane.Key]*dataplane.Service{}
-				for _, change := range changesOf(pairs...) {
-					s.change(change)
+				for _, change := range parseChanges(pairs...) {
+					s.addChange(change)
 					services[change.Key()] = change.New
 				}
-				c.programmed.take(services)
+				c.index.update(services)
 				b.ReportAllocs()
 				for b.Loop() {
-					if err := c.look(b.Context(), c.programmed.queries(&s), func(f flow) bool { return c.programmed.stale(f, &s) }); err != nil {
+					if err := c.scan(b.Context(), c.index.queries(&s), func(f flow) bool { return c.index.isStale(f, &s) }); err != nil {
 						b.Fatal(err)
 					}
 				}
@@ -56,15 +56,15 @@ func BenchmarkLook(b *testing.B) {
 	}
 }
 
-type uncloseable struct{ *kernel }
+type uncloseable struct{ *netlinkTable }
 
 func (uncloseable) close() error { return nil }
 
 // unfiltered is a kernel that ignores filters.
-type unfiltered struct{ *kernel }
+type unfiltered struct{ *netlinkTable }
 
 func (unfiltered) close() error { return nil }
 
-func (u unfiltered) list(ctx context.Context, q query, visit func(flow) bool) ([]entry, bool, error) {
-	return u.dump(ctx, q, nil, visit)
+func (u unfiltered) dump(ctx context.Context, q query, visit func(flow) bool) ([]entry, bool, error) {
+	return u.dumpFiltered(ctx, q, nil, visit)
 }

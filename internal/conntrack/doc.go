@@ -9,7 +9,7 @@
 // telecommunications do, and a client of TCP that sends its SYN again because an
 // endpoint that has left did not answer.
 //
-// A [Cleaner] is told of every commit ([Cleaner.Committed]) and of the node
+// A [Cleaner] is told of every commit ([Cleaner.OnCommit]) and of the node
 // ([Cleaner.SetNode]), and looks at the entries after the commit has changed the
 // kernel's maps: before, the next datagram would make the same entry again.
 //

@@ -17,11 +17,11 @@ import (
 	"fairlead.io/fairlead/internal/nlconn"
 )
 
-// everything lists all entries, of whatever protocol and zone, sorted.
-func everything(t *testing.T, k *kernel) (texts []string) {
+// dumpAll lists all entries, of whatever protocol and zone, sorted.
+func dumpAll(t *testing.T, k *netlinkTable) (texts []string) {
 	t.Helper()
 	for _, family := range []dataplane.Family{dataplane.IPv4, dataplane.IPv6} {
-		request := netlink.Message{Header: netlink.Header{Type: msgGet}, Data: header(family)}
+		request := netlink.Message{Header: netlink.Header{Type: msgGet}, Data: nfHeader(family)}
 		if _, err := k.conn.Dump(t.Context(), request, func(data []byte) error {
 			var original, reply tuple
 			var zone uint16
@@ -45,7 +45,7 @@ func everything(t *testing.T, k *kernel) (texts []string) {
 	return texts
 }
 
-func (m made) text() string {
+func (m testEntry) text() string {
 	protocol := m.protocol
 	if protocol == 0 {
 		protocol = unix.IPPROTO_UDP
@@ -53,54 +53,54 @@ func (m made) text() string {
 	return fmt.Sprintf("%d %d %s %s", protocol, m.zone, m.destination, m.endpoint)
 }
 
-// TestCleanerAndKernel says what is left in the kernel's table after a start,
+// TestCleanerWithKernel says what is left in the kernel's table after a start,
 // and after a change.
-func TestCleanerAndKernel(t *testing.T) {
+func TestCleanerWithKernel(t *testing.T) {
 	t.Parallel()
 	ns := newNamespace(t)
 	k := openTable(t, ns)
-	deleted := make(chan Look, 100)
-	c := New(Options{NetNS: ns.Fd(), OnLook: func(l Look) { deleted <- l }})
+	deleted := make(chan ScanResult, 100)
+	c := New(Options{NetNS: ns.Fd(), OnScan: func(l ScanResult) { deleted <- l }})
 	c.SetNode(dataplane.Node{NodePortAddrs: []netip.Addr{netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8::1")}})
 
-	of := func(protocol byte, zone uint16, m made) made {
+	of := func(protocol byte, zone uint16, m testEntry) testEntry {
 		m.protocol, m.zone = protocol, zone
 		return m
 	}
-	kept := []made{
-		makeEntry("10.1.0.1:1", "10.96.0.10:53", "10.0.0.1:53"),
-		makeEntry("10.1.0.1:2", "192.0.2.1:30053", "10.0.0.1:53"),
-		makeEntry("[fd01::9]:3", "[fd00:96::10]:53", "[fd01::1]:53"),
+	kept := []testEntry{
+		newTestEntry("10.1.0.1:1", "10.96.0.10:53", "10.0.0.1:53"),
+		newTestEntry("10.1.0.1:2", "192.0.2.1:30053", "10.0.0.1:53"),
+		newTestEntry("[fd01::9]:3", "[fd00:96::10]:53", "[fd01::1]:53"),
 		// Others' flows.
-		makeEntry("10.1.0.1:4", "8.8.8.8:53", ""),
-		makeEntry("10.1.0.1:5", "10.96.0.11:53", "10.0.0.9:53"),
-		makeEntry("10.1.0.1:6", "192.0.2.2:30053", "10.0.0.9:53"),
-		makeEntry("[fd01::9]:7", "[fd00:96::11]:53", "[fd01::9]:53"),
+		newTestEntry("10.1.0.1:4", "8.8.8.8:53", ""),
+		newTestEntry("10.1.0.1:5", "10.96.0.11:53", "10.0.0.9:53"),
+		newTestEntry("10.1.0.1:6", "192.0.2.2:30053", "10.0.0.9:53"),
+		newTestEntry("[fd01::9]:7", "[fd00:96::11]:53", "[fd01::9]:53"),
 		// Not UDP, and not in the zone that Services are translated in.
-		of(unix.IPPROTO_TCP, 0, makeEntry("10.1.0.1:8", "10.96.0.10:53", "10.0.0.9:53")),
-		of(unix.IPPROTO_SCTP, 0, makeEntry("10.1.0.1:9", "10.96.0.10:53", "10.0.0.9:53")),
-		of(0, 7, makeEntry("10.1.0.1:10", "10.96.0.10:53", "10.0.0.9:53")),
+		of(unix.IPPROTO_TCP, 0, newTestEntry("10.1.0.1:8", "10.96.0.10:53", "10.0.0.9:53")),
+		of(unix.IPPROTO_SCTP, 0, newTestEntry("10.1.0.1:9", "10.96.0.10:53", "10.0.0.9:53")),
+		of(0, 7, newTestEntry("10.1.0.1:10", "10.96.0.10:53", "10.0.0.9:53")),
 	}
-	leaving := []made{
-		makeEntry("10.1.0.1:11", "10.96.0.10:53", "10.0.0.2:53"),
-		makeEntry("10.1.0.1:12", "192.0.2.1:30053", "10.0.0.2:53"),
-		makeEntry("[fd01::9]:13", "[fd00:96::10]:53", "[fd01::2]:53"),
+	leaving := []testEntry{
+		newTestEntry("10.1.0.1:11", "10.96.0.10:53", "10.0.0.2:53"),
+		newTestEntry("10.1.0.1:12", "192.0.2.1:30053", "10.0.0.2:53"),
+		newTestEntry("[fd01::9]:13", "[fd00:96::10]:53", "[fd01::2]:53"),
 	}
-	stale := []made{
-		makeEntry("10.1.0.1:14", "10.96.0.10:53", "10.0.0.9:53"),
-		makeEntry("10.1.0.1:15", "10.96.0.10:53", ""),
-		makeEntry("10.1.0.1:16", "192.0.2.1:30053", "10.0.0.9:53"),
-		makeEntry("[fd01::9]:17", "[fd00:96::10]:53", "[fd01::9]:53"),
-		makeEntry("[fd01::9]:18", "[2001:db8::1]:30053", ""),
+	stale := []testEntry{
+		newTestEntry("10.1.0.1:14", "10.96.0.10:53", "10.0.0.9:53"),
+		newTestEntry("10.1.0.1:15", "10.96.0.10:53", ""),
+		newTestEntry("10.1.0.1:16", "192.0.2.1:30053", "10.0.0.9:53"),
+		newTestEntry("[fd01::9]:17", "[fd00:96::10]:53", "[fd01::9]:53"),
+		newTestEntry("[fd01::9]:18", "[2001:db8::1]:30053", ""),
 	}
-	want := func(when string, lists ...[]made) {
+	want := func(when string, lists ...[]testEntry) {
 		t.Helper()
 		var texts []string
 		for _, m := range slices.Concat(lists...) {
 			texts = append(texts, m.text())
 		}
 		slices.Sort(texts)
-		if diff := cmp.Diff(texts, everything(t, k)); diff != "" {
+		if diff := cmp.Diff(texts, dumpAll(t, k)); diff != "" {
 			t.Errorf("%s: protocol, zone, destination, endpoint (-want +got)\n%s", when, diff)
 		}
 	}
@@ -118,7 +118,7 @@ func TestCleanerAndKernel(t *testing.T) {
 			}
 		}
 	}
-	insert(t, k, slices.Concat(kept, leaving, stale)...)
+	insertEntries(t, k, slices.Concat(kept, leaving, stale)...)
 	want("before", kept, leaving, stale)
 
 	ctx, cancel := context.WithCancel(t.Context())
@@ -132,10 +132,10 @@ func TestCleanerAndKernel(t *testing.T) {
 		two   = " 10.0.0.2:53"
 		two6  = " [fd01::2]:53"
 	)
-	c.Committed(replaced("", dns+two, "", node+two, "", dns6+two6, "", node6+two6))
+	c.OnCommit(replaceCommit("", dns+two, "", node+two, "", dns6+two6, "", node6+two6))
 	wait(len(stale))
 	want("after the start", kept, leaving)
-	c.Committed(applied(dns+two, dns, node+two, node, dns6+two6, dns6, node6+two6, node6))
+	c.OnCommit(applyCommit(dns+two, dns, node+two, node, dns6+two6, dns6, node6+two6, node6))
 	wait(len(leaving))
 	want("after an endpoint has left", kept)
 	cancel()

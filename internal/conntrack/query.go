@@ -32,15 +32,15 @@ func (q query) compare(o query) int {
 	return cmp.Or(cmp.Compare(q.family, o.family), cmp.Compare(q.protocol, o.protocol), q.addr.Compare(o.addr), cmp.Compare(q.port, o.port))
 }
 
-// covers reports whether the answer to q has the flow.
-func (q query) covers(f flow) bool {
+// matches reports whether the answer to q has the flow.
+func (q query) matches(f flow) bool {
 	return f.protocol == q.protocol && (!q.addr.IsValid() || q.addr == f.destination.Addr()) &&
 		(q.port == 0 || q.port == f.destination.Port()) && (!q.unreplied || !f.replied)
 }
 
 // queries returns the dumps that show all suspect entries, by family. Families
 // without suspects are not in it.
-func (p *programmed) queries(s *suspects) map[dataplane.Family][]query {
+func (p *serviceIndex) queries(s *candidates) map[dataplane.Family][]query {
 	narrow := map[query]netip.Addr{} // by family and port; the zero Addr for several
 	add := func(f dataplane.Frontend) {
 		addr := f.Addr.Addr()
@@ -79,7 +79,7 @@ func (p *programmed) queries(s *suspects) map[dataplane.Family][]query {
 	return queries
 }
 
-// families returns the families of queries, in order.
-func families(queries map[dataplane.Family][]query) []dataplane.Family {
+// sortedFamilies returns the families of queries, in order.
+func sortedFamilies(queries map[dataplane.Family][]query) []dataplane.Family {
 	return slices.Sorted(maps.Keys(queries))
 }

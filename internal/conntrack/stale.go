@@ -26,87 +26,87 @@ func (f flow) frontend() dataplane.Frontend {
 
 func (f flow) translated() bool { return f.endpoint != f.destination }
 
-// programmed is what the kernel's maps have for UDP and SCTP.
-type programmed struct {
+// serviceIndex is what the kernel's maps have for UDP and SCTP.
+type serviceIndex struct {
 	services map[dataplane.Key]*dataplane.Service
 	// owners are the Services of the frontends, of which those with the
 	// unspecified address are node ports.
 	owners map[dataplane.Frontend]*dataplane.Service
-	// nodePortAddrs and nodePortNetworks are where node ports answer, and formerAddrs
-	// and formerNetworks where they did.
-	nodePortAddrs, formerAddrs       map[netip.Addr]struct{}
-	nodePortNetworks, formerNetworks []netip.Prefix
+	// nodePortAddrs and nodePortNetworks are where node ports answer, and formerNodePortAddrs
+	// and formerNodePortNetworks where they did.
+	nodePortAddrs, formerNodePortAddrs       map[netip.Addr]struct{}
+	nodePortNetworks, formerNodePortNetworks []netip.Prefix
 }
 
-func newProgrammed() programmed {
-	return programmed{
+func newServiceIndex() serviceIndex {
+	return serviceIndex{
 		services: map[dataplane.Key]*dataplane.Service{},
 		owners:   map[dataplane.Frontend]*dataplane.Service{},
 
-		formerAddrs: map[netip.Addr]struct{}{},
+		formerNodePortAddrs: map[netip.Addr]struct{}{},
 	}
 }
 
-// take replaces the Services of these keys, by none where they are nil.
-func (p *programmed) take(services map[dataplane.Key]*dataplane.Service) {
+// update replaces the Services of these keys, by none where they are nil.
+func (p *serviceIndex) update(services map[dataplane.Key]*dataplane.Service) {
 	// A frontend may go from one to another, so all leave before any joins.
 	for key := range services {
-		for f := range frontends(p.services[key]) {
+		for f := range trackedFrontends(p.services[key]) {
 			delete(p.owners, f)
 		}
 		delete(p.services, key)
 	}
 	for key, svc := range services {
-		for f := range frontends(svc) {
+		for f := range trackedFrontends(svc) {
 			p.owners[f] = svc
 			p.services[key] = svc
 		}
 	}
 }
 
-func (p *programmed) setNode(n dataplane.Node) {
-	maps.Copy(p.formerAddrs, p.nodePortAddrs)
+func (p *serviceIndex) setNode(n dataplane.Node) {
+	maps.Copy(p.formerNodePortAddrs, p.nodePortAddrs)
 	p.nodePortAddrs = make(map[netip.Addr]struct{}, len(n.NodePortAddrs))
 	for _, addr := range n.NodePortAddrs {
 		p.nodePortAddrs[addr] = struct{}{}
-		delete(p.formerAddrs, addr)
+		delete(p.formerNodePortAddrs, addr)
 	}
 	for _, network := range p.nodePortNetworks {
-		if !slices.Contains(p.formerNetworks, network) {
-			p.formerNetworks = append(p.formerNetworks, network)
+		if !slices.Contains(p.formerNodePortNetworks, network) {
+			p.formerNodePortNetworks = append(p.formerNodePortNetworks, network)
 		}
 	}
 	p.nodePortNetworks = n.NodePortNetworks
-	p.formerNetworks = slices.DeleteFunc(p.formerNetworks, func(former netip.Prefix) bool {
+	p.formerNodePortNetworks = slices.DeleteFunc(p.formerNodePortNetworks, func(former netip.Prefix) bool {
 		return slices.Contains(p.nodePortNetworks, former)
 	})
 }
 
-// nodePort returns the node port that a frontend with one of the node's addresses
+// nodePortFrontend returns the node port that a frontend with one of the node's addresses
 // would be.
-func (p *programmed) nodePort(f dataplane.Frontend) (dataplane.Frontend, bool) {
+func (p *serviceIndex) nodePortFrontend(f dataplane.Frontend) (dataplane.Frontend, bool) {
 	addr := f.Addr.Addr()
 	_, ok := p.nodePortAddrs[addr]
-	return atAnyAddr(f), ok || within(p.nodePortNetworks, addr)
+	return withUnspecifiedAddr(f), ok || prefixesContain(p.nodePortNetworks, addr)
 }
 
-func within(networks []netip.Prefix, addr netip.Addr) bool {
+func prefixesContain(networks []netip.Prefix, addr netip.Addr) bool {
 	return slices.ContainsFunc(networks, func(n netip.Prefix) bool { return n.Contains(addr) })
 }
 
-// left reports whether a flow is to a node port, by an address that has none any
+// isFormerNodePort reports whether a flow is to a node port, by an address that has none any
 // more.
-func (p *programmed) left(f flow) bool {
+func (p *serviceIndex) isFormerNodePort(f flow) bool {
 	addr := f.destination.Addr()
-	if _, former := p.formerAddrs[addr]; !f.translated() || !former && !within(p.formerNetworks, addr) {
+	if _, former := p.formerNodePortAddrs[addr]; !f.translated() || !former && !prefixesContain(p.formerNodePortNetworks, addr) {
 		return false
 	}
-	owner := p.owners[atAnyAddr(f.frontend())]
+	owner := p.owners[withUnspecifiedAddr(f.frontend())]
 	return owner != nil && serves(owner, f)
 }
 
-// atAnyAddr returns the frontend of a node port.
-func atAnyAddr(f dataplane.Frontend) dataplane.Frontend {
+// withUnspecifiedAddr returns the frontend of a node port.
+func withUnspecifiedAddr(f dataplane.Frontend) dataplane.Frontend {
 	unspecified := netip.IPv6Unspecified()
 	if f.Addr.Addr().Is4() {
 		unspecified = netip.IPv4Unspecified()
@@ -115,11 +115,11 @@ func atAnyAddr(f dataplane.Frontend) dataplane.Frontend {
 	return f
 }
 
-// stale reports whether a flow is to be forgotten, of those in s.
-func (p *programmed) stale(f flow, s *suspects) bool {
+// isStale reports whether a flow is to be forgotten, of those in s.
+func (p *serviceIndex) isStale(f flow, s *candidates) bool {
 	frontend := f.frontend()
 	owner := p.owners[frontend]
-	node, isNode := p.nodePort(frontend)
+	node, isNode := p.nodePortFrontend(frontend)
 	if owner == nil && isNode {
 		owner = p.owners[node]
 	}
@@ -131,31 +131,31 @@ func (p *programmed) stale(f flow, s *suspects) bool {
 			return true
 		}
 	}
-	if owner == nil && s.all && p.left(f) {
+	if owner == nil && s.all && p.isFormerNodePort(f) {
 		return true
 	}
-	return s.frontends[frontend].has(f, owner) || isNode && s.frontends[node].has(f, owner)
+	return s.frontends[frontend].isStale(f, owner) || isNode && s.frontends[node].isStale(f, owner)
 }
 
-// suspects are the frontends that may have stale entries.
-type suspects struct {
+// candidates are the frontends that may have stale entries.
+type candidates struct {
 	// all says that every entry of every frontend is suspect.
 	all       bool
-	frontends map[dataplane.Frontend]suspicion
+	frontends map[dataplane.Frontend]criteria
 }
 
-// suspicion says which entries of a frontend are suspect.
-type suspicion struct {
-	// left are the endpoints that have left; each list is sorted.
-	left [][]netip.AddrPort
+// criteria says which entries of a frontend are suspect.
+type criteria struct {
+	// removed are the endpoints that have left; each list is sorted.
+	removed [][]netip.AddrPort
 	// untranslated says that those are that were not translated.
 	untranslated bool
 }
 
-// has reports whether a flow to an endpoint that does not serve the frontend now
+// isStale reports whether a flow to an endpoint that does not serve the frontend now
 // is suspect. The owner is nil if the frontend is none any more: then a flow
 // without translation is somebody else's.
-func (s suspicion) has(f flow, owner *dataplane.Service) bool {
+func (s criteria) isStale(f flow, owner *dataplane.Service) bool {
 	if !f.translated() && owner == nil {
 		return false
 	}
@@ -164,65 +164,65 @@ func (s suspicion) has(f flow, owner *dataplane.Service) bool {
 
 // matches reports whether a flow was not translated, or goes to an endpoint that
 // has left, as s says.
-func (s suspicion) matches(f flow) bool {
+func (s criteria) matches(f flow) bool {
 	if !f.translated() && s.untranslated {
 		return true
 	}
-	return slices.ContainsFunc(s.left, func(list []netip.AddrPort) bool { return contains(list, f.endpoint) })
+	return slices.ContainsFunc(s.removed, func(list []netip.AddrPort) bool { return containsAddr(list, f.endpoint) })
 }
 
-func (s *suspects) none() bool { return !s.all && len(s.frontends) == 0 }
+func (s *candidates) empty() bool { return !s.all && len(s.frontends) == 0 }
 
-func (s *suspects) add(frontend dataplane.Frontend, more suspicion) {
+func (s *candidates) add(frontend dataplane.Frontend, more criteria) {
 	if s.frontends == nil {
-		s.frontends = map[dataplane.Frontend]suspicion{}
+		s.frontends = map[dataplane.Frontend]criteria{}
 	}
 	have := s.frontends[frontend]
-	have.left = append(have.left, more.left...)
+	have.removed = append(have.removed, more.removed...)
 	have.untranslated = have.untranslated || more.untranslated
 	s.frontends[frontend] = have
 }
 
-func (s *suspects) merge(o suspects) {
+func (s *candidates) merge(o candidates) {
 	s.all = s.all || o.all
 	for f, more := range o.frontends {
 		s.add(f, more)
 	}
 }
 
-// change adds the frontends of which a change leaves stale entries behind.
-func (s *suspects) change(c dataplane.Change) {
+// addChange adds the frontends of which a change leaves stale entries behind.
+func (s *candidates) addChange(c dataplane.Change) {
 	if !isTracked(c.Old) && !isTracked(c.New) {
 		return
 	}
-	old, now := endpoints(c.Old), endpoints(c.New)
-	gone := without(old, now)
+	old, now := servingEndpoints(c.Old), servingEndpoints(c.New)
+	gone := difference(old, now)
 	if isSCTP(c.Old) {
 		// The handshakes that an endpoint of Service.Serving has not answered are
 		// stale, too.
-		gone = without(old, accepting(c.New))
+		gone = difference(old, acceptingEndpoints(c.New))
 	}
 	var left [][]netip.AddrPort
 	if len(gone) > 0 {
 		left = [][]netip.AddrPort{gone}
 	}
 	first := len(old) == 0 && len(now) > 0
-	for f := range frontends(c.New) {
-		if !has(c.Old, f) {
-			s.add(f, suspicion{untranslated: true})
+	for f := range trackedFrontends(c.New) {
+		if !hasFrontend(c.Old, f) {
+			s.add(f, criteria{untranslated: true})
 		} else if left != nil || first {
-			s.add(f, suspicion{left: left, untranslated: first})
+			s.add(f, criteria{removed: left, untranslated: first})
 		}
 	}
-	for f := range frontends(c.Old) {
-		if !has(c.New, f) && len(old) > 0 {
-			s.add(f, suspicion{left: [][]netip.AddrPort{old}})
+	for f := range trackedFrontends(c.Old) {
+		if !hasFrontend(c.New, f) && len(old) > 0 {
+			s.add(f, criteria{removed: [][]netip.AddrPort{old}})
 		}
 	}
 }
 
-// frontends yields the frontends of UDP and SCTP. The Service may be nil.
-func frontends(svc *dataplane.Service) iter.Seq[dataplane.Frontend] {
+// trackedFrontends yields the frontends of UDP and SCTP. The Service may be nil.
+func trackedFrontends(svc *dataplane.Service) iter.Seq[dataplane.Frontend] {
 	return func(yield func(dataplane.Frontend) bool) {
 		if svc == nil {
 			return
@@ -237,7 +237,7 @@ func frontends(svc *dataplane.Service) iter.Seq[dataplane.Frontend] {
 
 // isTracked reports whether the Service has a frontend of UDP or SCTP.
 func isTracked(svc *dataplane.Service) bool {
-	for range frontends(svc) {
+	for range trackedFrontends(svc) {
 		return true
 	}
 	return false
@@ -248,14 +248,14 @@ func isSCTP(svc *dataplane.Service) bool {
 	return svc != nil && svc.Frontends[0].Protocol == dataplane.SCTP
 }
 
-func has(svc *dataplane.Service, frontend dataplane.Frontend) bool {
+func hasFrontend(svc *dataplane.Service, frontend dataplane.Frontend) bool {
 	return svc != nil && slices.Contains(svc.Frontends, frontend)
 }
 
-// endpoints returns all endpoints that serve, sorted and unique. The Service may
+// servingEndpoints returns all endpoints that serve, sorted and unique. The Service may
 // be nil.
-func endpoints(svc *dataplane.Service) []netip.AddrPort {
-	list := accepting(svc)
+func servingEndpoints(svc *dataplane.Service) []netip.AddrPort {
+	list := acceptingEndpoints(svc)
 	if svc == nil || len(svc.Serving) == 0 {
 		return list
 	}
@@ -264,9 +264,9 @@ func endpoints(svc *dataplane.Service) []netip.AddrPort {
 	return slices.Compact(list)
 }
 
-// accepting returns the endpoints to which new connections go, sorted and unique.
+// acceptingEndpoints returns the endpoints to which new connections go, sorted and unique.
 // The Service may be nil.
-func accepting(svc *dataplane.Service) []netip.AddrPort {
+func acceptingEndpoints(svc *dataplane.Service) []netip.AddrPort {
 	if svc == nil {
 		return nil
 	}
@@ -286,30 +286,30 @@ func accepting(svc *dataplane.Service) []netip.AddrPort {
 
 // serves reports whether the endpoint of a flow still serves it.
 func serves(svc *dataplane.Service, f flow) bool {
-	if among(svc.Endpoints, f.endpoint) || among(svc.LocalEndpoints, f.endpoint) {
+	if containsEndpoint(svc.Endpoints, f.endpoint) || containsEndpoint(svc.LocalEndpoints, f.endpoint) {
 		return true
 	}
 	// An endpoint of SCTP that has not answered the handshake and takes no new
 	// ones may never answer.
-	return (f.protocol != dataplane.SCTP || f.replied) && contains(svc.Serving, f.endpoint)
+	return (f.protocol != dataplane.SCTP || f.replied) && containsAddr(svc.Serving, f.endpoint)
 }
 
-// among reports whether an address is one of the endpoints, which are sorted.
-func among(list []dataplane.Endpoint, addr netip.AddrPort) bool {
+// containsEndpoint reports whether an address is one of the endpoints, which are sorted.
+func containsEndpoint(list []dataplane.Endpoint, addr netip.AddrPort) bool {
 	_, ok := slices.BinarySearchFunc(list, addr, func(e dataplane.Endpoint, addr netip.AddrPort) int { return e.Addr.Compare(addr) })
 	return ok
 }
 
-func contains(sorted []netip.AddrPort, addr netip.AddrPort) bool {
+func containsAddr(sorted []netip.AddrPort, addr netip.AddrPort) bool {
 	_, ok := slices.BinarySearchFunc(sorted, addr, netip.AddrPort.Compare)
 	return ok
 }
 
-// without returns what is in a and not in b, which are sorted.
-func without(a, b []netip.AddrPort) []netip.AddrPort {
+// difference returns what is in a and not in b, which are sorted.
+func difference(a, b []netip.AddrPort) []netip.AddrPort {
 	var rest []netip.AddrPort
 	for _, addr := range a {
-		if !contains(b, addr) {
+		if !containsAddr(b, addr) {
 			rest = append(rest, addr)
 		}
 	}

@@ -12,7 +12,7 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-func addrPorts(text string) (list []netip.AddrPort) {
+func parseAddrPorts(text string) (list []netip.AddrPort) {
 	for field := range strings.FieldsSeq(text) {
 		list = append(list, netip.MustParseAddrPort(field))
 	}
@@ -25,9 +25,9 @@ func addrPorts(text string) (list []netip.AddrPort) {
 //	dns 10.96.0.10:53 -> 10.0.0.1:53 (10.0.0.2:53)
 //
 // An empty text is none.
-func service(text string) *dataplane.Service { return serviceOver(dataplane.UDP, text) }
+func service(text string) *dataplane.Service { return serviceWithProtocol(dataplane.UDP, text) }
 
-func serviceOver(protocol dataplane.Protocol, text string) *dataplane.Service {
+func serviceWithProtocol(protocol dataplane.Protocol, text string) *dataplane.Service {
 	if text == "" {
 		return nil
 	}
@@ -35,20 +35,20 @@ func serviceOver(protocol dataplane.Protocol, text string) *dataplane.Service {
 	name, at, _ := strings.Cut(what, " ")
 	to, on, _ := strings.Cut(to, "(")
 	var frontends []dataplane.Frontend
-	for _, addr := range addrPorts(at) {
+	for _, addr := range parseAddrPorts(at) {
 		frontends = append(frontends, dataplane.Frontend{Protocol: protocol, Addr: addr})
 	}
 	key := dataplane.Key{Namespace: "default", Name: name, Family: dataplane.FamilyOf(frontends[0].Addr.Addr())}
 	if frontends[0].Addr.Addr().IsUnspecified() {
 		key.Kind = dataplane.NodePort
 	}
-	var treatment dataplane.Treatment
-	for _, addr := range addrPorts(to) {
+	var treatment dataplane.ServiceSpec
+	for _, addr := range parseAddrPorts(to) {
 		treatment.Endpoints = append(treatment.Endpoints, dataplane.Endpoint{Addr: addr})
 	}
 	s, err := dataplane.NewService(key, frontends, treatment)
 	if err == nil {
-		s, err = s.WithServing(addrPorts(strings.TrimSuffix(on, ")")))
+		s, err = s.WithServing(parseAddrPorts(strings.TrimSuffix(on, ")")))
 	}
 	if err != nil {
 		panic(fmt.Sprintf("%q: %v", text, err))
@@ -56,30 +56,30 @@ func serviceOver(protocol dataplane.Protocol, text string) *dataplane.Service {
 	return s
 }
 
-// changesOf turns pairs of before and after into changes.
-func changesOf(pairs ...string) (changes []dataplane.Change) {
+// parseChanges turns pairs of before and after into changes.
+func parseChanges(pairs ...string) (changes []dataplane.Change) {
 	for pair := range slices.Chunk(pairs, 2) {
 		changes = append(changes, dataplane.Change{Old: service(pair[0]), New: service(pair[1])})
 	}
 	return changes
 }
 
-// judge returns which of the flows, each "destination endpoint", are stale after
+// staleFlows returns which of the flows, each "destination endpoint", are stale after
 // a commit of the changes. The node has node ports on 192.0.2.1 and 2001:db8::1.
-func judge(all bool, changes []dataplane.Change, flows []string) (stale []string) {
-	p, before, after := newProgrammed(), map[dataplane.Key]*dataplane.Service{}, map[dataplane.Key]*dataplane.Service{}
+func staleFlows(all bool, changes []dataplane.Change, flows []string) (stale []string) {
+	p, before, after := newServiceIndex(), map[dataplane.Key]*dataplane.Service{}, map[dataplane.Key]*dataplane.Service{}
 	p.setNode(dataplane.Node{NodePortAddrs: []netip.Addr{netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8::1")}})
-	s := suspects{all: all}
+	s := candidates{all: all}
 	for _, c := range changes {
 		before[c.Key()] = c.Old
 		after[c.Key()] = c.New
-		s.change(c)
+		s.addChange(c)
 	}
-	p.take(before)
-	p.take(after)
+	p.update(before)
+	p.update(after)
 	for _, text := range flows {
-		f := addrPorts(text)
-		if p.stale(flow{protocol: dataplane.UDP, destination: f[0], endpoint: f[1]}, &s) {
+		f := parseAddrPorts(text)
+		if p.isStale(flow{protocol: dataplane.UDP, destination: f[0], endpoint: f[1]}, &s) {
 			stale = append(stale, text)
 		}
 	}
@@ -259,16 +259,16 @@ func TestStale(t *testing.T) {
 			kept:    []string{"10.96.0.10:53 10.96.0.10:53", "10.96.0.10:53 10.0.0.9:53"},
 		},
 	} {
-		got := judge(tt.replace, changesOf(tt.changes...), slices.Concat(tt.stale, tt.kept))
+		got := staleFlows(tt.replace, parseChanges(tt.changes...), slices.Concat(tt.stale, tt.kept))
 		if diff := cmp.Diff(tt.stale, got); diff != "" {
 			t.Errorf("%s: stale (-want +got)\n%s", tt.name, diff)
 		}
 	}
 }
 
-// TestNodePortsLeaveAddresses says that the flows of node ports go whose address has
+// TestFormerNodePortAddresses says that the flows of node ports go whose address has
 // no node ports any more, until it has again.
-func TestNodePortsLeaveAddresses(t *testing.T) {
+func TestFormerNodePortAddresses(t *testing.T) {
 	t.Parallel()
 	// Of an address that has node ports, as in TestStale.
 	unserved := []string{"192.0.2.2:30053 192.0.2.2:30053", "192.0.2.2:30053 10.0.0.9:53"}
@@ -284,9 +284,9 @@ func TestNodePortsLeaveAddresses(t *testing.T) {
 		"the network returns": {[]string{"192.0.2.1 192.0.2.2/31", "192.0.2.1", "192.0.2.1 192.0.2.2/31"}, unserved},
 		"all leave":           {[]string{"192.0.2.1 192.0.2.2", ""}, []string{"192.0.2.1:30053 10.0.0.1:53", "192.0.2.2:30053 10.0.0.1:53"}},
 	} {
-		p := newProgrammed()
+		p := newServiceIndex()
 		node, ext := service("node 0.0.0.0:30053 -> 10.0.0.1:53"), service("ext 192.0.2.2:30054 -> 10.0.0.1:53")
-		p.take(map[dataplane.Key]*dataplane.Service{node.Key: node, ext.Key: ext})
+		p.update(map[dataplane.Key]*dataplane.Service{node.Key: node, ext.Key: ext})
 		for _, addrs := range tt.nodes {
 			var n dataplane.Node
 			for field := range strings.FieldsSeq(addrs) {
@@ -305,8 +305,8 @@ func TestNodePortsLeaveAddresses(t *testing.T) {
 			"192.0.2.2:30053 192.0.2.2:30053", "192.0.2.2:30053 10.0.0.9:53", "192.0.2.2:30055 10.0.0.1:53",
 			"192.0.2.2:30054 10.0.0.1:53", "192.0.2.3:30053 10.0.0.1:53",
 		} {
-			f := addrPorts(text)
-			if p.stale(flow{protocol: dataplane.UDP, destination: f[0], endpoint: f[1]}, &suspects{all: true}) {
+			f := parseAddrPorts(text)
+			if p.isStale(flow{protocol: dataplane.UDP, destination: f[0], endpoint: f[1]}, &candidates{all: true}) {
 				got = append(got, text)
 			}
 		}
@@ -316,20 +316,20 @@ func TestNodePortsLeaveAddresses(t *testing.T) {
 	}
 }
 
-// TestLocalEndpointsServe says that flows of clients from outside stay with this
+// TestLocalEndpoints says that flows of clients from outside stay with this
 // node's endpoints.
-func TestLocalEndpointsServe(t *testing.T) {
+func TestLocalEndpoints(t *testing.T) {
 	t.Parallel()
 	with := func(cluster, local string) *dataplane.Service {
 		s := service("a 198.51.100.1:53 -> " + cluster)
-		s.ExternalLocal = true
-		for _, addr := range addrPorts(local) {
+		s.ExternalTrafficPolicyLocal = true
+		for _, addr := range parseAddrPorts(local) {
 			s.LocalEndpoints = append(s.LocalEndpoints, dataplane.Endpoint{Addr: addr})
 		}
 		return s
 	}
 	changes := []dataplane.Change{{Old: with("10.0.0.1:53 10.0.0.2:53", "10.0.0.3:53 10.0.0.4:53"), New: with("10.0.0.1:53", "10.0.0.3:53")}}
-	got := judge(false, changes, []string{
+	got := staleFlows(false, changes, []string{
 		"198.51.100.1:53 10.0.0.1:53", "198.51.100.1:53 10.0.0.2:53", "198.51.100.1:53 10.0.0.3:53", "198.51.100.1:53 10.0.0.4:53",
 	})
 	if diff := cmp.Diff([]string{"198.51.100.1:53 10.0.0.2:53", "198.51.100.1:53 10.0.0.4:53"}, got); diff != "" {
@@ -337,16 +337,16 @@ func TestLocalEndpointsServe(t *testing.T) {
 	}
 }
 
-// TestTCPIsNoSuspect says that Services of TCP are not remembered.
-func TestTCPIsNoSuspect(t *testing.T) {
+// TestTCPIgnored says that Services of TCP are not remembered.
+func TestTCPIgnored(t *testing.T) {
 	t.Parallel()
-	p := newProgrammed()
-	var s suspects
-	old := serviceOver(dataplane.TCP, "a 10.96.0.10:53 -> 10.0.0.1:53")
-	s.change(dataplane.Change{Old: old})
-	s.change(dataplane.Change{New: old})
-	p.take(map[dataplane.Key]*dataplane.Service{old.Key: old})
-	if !s.none() || len(p.services)+len(p.owners) > 0 {
+	p := newServiceIndex()
+	var s candidates
+	old := serviceWithProtocol(dataplane.TCP, "a 10.96.0.10:53 -> 10.0.0.1:53")
+	s.addChange(dataplane.Change{Old: old})
+	s.addChange(dataplane.Change{New: old})
+	p.update(map[dataplane.Key]*dataplane.Service{old.Key: old})
+	if !s.empty() || len(p.services)+len(p.owners) > 0 {
 		t.Errorf("suspects %v, %d Services remembered", s, len(p.services))
 	}
 }
@@ -373,10 +373,10 @@ func TestStaleSCTP(t *testing.T) {
 		{name: "at the start, one that takes nothing new", after: vip + " 10.0.0.2:77 (10.0.0.1:77)", handshake: true, replace: true},
 		{name: "at the start, one that is not there", after: vip + " 10.0.0.2:77", handshake: true, open: true, replace: true},
 	} {
-		c := dataplane.Change{Old: serviceOver(dataplane.SCTP, tt.before), New: serviceOver(dataplane.SCTP, tt.after)}
-		p, s := newProgrammed(), suspects{all: tt.replace}
-		s.change(c)
-		p.take(map[dataplane.Key]*dataplane.Service{c.Key(): c.New})
+		c := dataplane.Change{Old: serviceWithProtocol(dataplane.SCTP, tt.before), New: serviceWithProtocol(dataplane.SCTP, tt.after)}
+		p, s := newServiceIndex(), candidates{all: tt.replace}
+		s.addChange(c)
+		p.update(map[dataplane.Key]*dataplane.Service{c.Key(): c.New})
 		for _, replied := range []bool{false, true} {
 			want := tt.handshake
 			if replied {
@@ -386,11 +386,11 @@ func TestStaleSCTP(t *testing.T) {
 				protocol: dataplane.SCTP, replied: replied,
 				destination: netip.MustParseAddrPort("10.96.0.10:7777"), endpoint: netip.MustParseAddrPort("10.0.0.1:77"),
 			}
-			if got := p.stale(f, &s); got != want {
+			if got := p.isStale(f, &s); got != want {
 				t.Errorf("%s: with a reply %t: stale %t", tt.name, replied, got)
 			}
 			f.protocol = dataplane.UDP
-			if p.stale(f, &s) {
+			if p.isStale(f, &s) {
 				t.Errorf("%s: a flow of UDP goes, too", tt.name)
 			}
 		}
@@ -426,20 +426,20 @@ func TestQueries(t *testing.T) {
 			want: []string{"IPv4 any 53", "IPv4 10.96.0.20 99"},
 		},
 	} {
-		p := newProgrammed()
+		p := newServiceIndex()
 		services := map[dataplane.Key]*dataplane.Service{}
 		for _, text := range tt.services {
 			s := service(text)
 			services[s.Key] = s
 		}
-		p.take(services)
-		s := suspects{all: tt.all}
-		for _, f := range addrPorts(tt.suspect) {
-			s.add(dataplane.Frontend{Protocol: dataplane.UDP, Addr: f}, suspicion{untranslated: true})
+		p.update(services)
+		s := candidates{all: tt.all}
+		for _, f := range parseAddrPorts(tt.suspect) {
+			s.add(dataplane.Frontend{Protocol: dataplane.UDP, Addr: f}, criteria{untranslated: true})
 		}
 		var got []string
 		queries := p.queries(&s)
-		for _, family := range families(queries) {
+		for _, family := range sortedFamilies(queries) {
 			for _, q := range queries[family] {
 				addr := "any"
 				if q.addr.IsValid() {

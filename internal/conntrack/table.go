@@ -62,18 +62,18 @@ type entry struct {
 
 // table is the kernel's connection-tracking table.
 type table interface {
-	// list calls visit with the entries in the default zone that q is for. It reports false if the kernel has listed others as well.
-	list(ctx context.Context, q query, visit func(flow) bool) (entries []entry, narrowed bool, err error)
+	// dump calls visit with the entries in the default zone that q is for. It reports false if the kernel has listed others as well.
+	dump(ctx context.Context, q query, visit func(flow) bool) (entries []entry, narrowed bool, err error)
 	// delete deletes entries and returns how many were still there. After an
 	// error others may be there still.
 	delete(ctx context.Context, entries []entry) (int, error)
 	close() error
 }
 
-// kernel is the table of a network namespace.
-type kernel struct{ conn *nlconn.Conn }
+// netlinkTable is the table of a network namespace.
+type netlinkTable struct{ conn *nlconn.Conn }
 
-var _ table = (*kernel)(nil)
+var _ table = (*netlinkTable)(nil)
 
 // ErrUnavailable is wrapped by errors of a kernel that does not let its entries
 // be listed and deleted.
@@ -81,15 +81,15 @@ var ErrUnavailable = errors.New("the kernel has no access to connection tracking
 
 var errInterrupted = errors.New("the kernel has changed the table during the dump")
 
-func openKernel(netns int) (table, error) {
+func openNetlinkTable(netns int) (table, error) {
 	conn, err := nlconn.Dial(unix.NETLINK_NETFILTER, netns)
 	if err != nil {
 		return nil, explain(err)
 	}
-	return &kernel{conn}, nil
+	return &netlinkTable{conn}, nil
 }
 
-func (k *kernel) close() error { return k.conn.Close() }
+func (k *netlinkTable) close() error { return k.conn.Close() }
 
 // explain adds what the kernel means by an error.
 func explain(err error) error {
@@ -103,16 +103,16 @@ func explain(err error) error {
 	return err
 }
 
-func (k *kernel) list(ctx context.Context, q query, visit func(flow) bool) (entries []entry, narrowed bool, err error) {
-	narrowing, err := filter(q)
+func (k *netlinkTable) dump(ctx context.Context, q query, visit func(flow) bool) (entries []entry, narrowed bool, err error) {
+	narrowing, err := encodeFilter(q)
 	if err != nil {
 		return nil, false, err
 	}
-	entries, narrowed, err = k.dump(ctx, q, narrowing, visit)
+	entries, narrowed, err = k.dumpFiltered(ctx, q, narrowing, visit)
 	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP) {
 		// Such filters are not for this kernel. If it has no connection tracking
 		// at all, it says so once more.
-		entries, narrowed, err = k.dump(ctx, q, nil, visit)
+		entries, narrowed, err = k.dumpFiltered(ctx, q, nil, visit)
 	}
 	if err != nil {
 		return entries, narrowed, fmt.Errorf("list entries of %s: %w", q.family, explain(err))
@@ -120,17 +120,17 @@ func (k *kernel) list(ctx context.Context, q query, visit func(flow) bool) (entr
 	return entries, narrowed, nil
 }
 
-// dump lists the entries that pass the filter, or more where the kernel does not
+// dumpFiltered lists the entries that pass the filter, or more where the kernel does not
 // know the filter.
-func (k *kernel) dump(ctx context.Context, q query, filter []byte, visit func(flow) bool) (entries []entry, narrowed bool, err error) {
-	request := netlink.Message{Header: netlink.Header{Type: msgGet}, Data: append(header(q.family), filter...)}
+func (k *netlinkTable) dumpFiltered(ctx context.Context, q query, filter []byte, visit func(flow) bool) (entries []entry, narrowed bool, err error) {
+	request := netlink.Message{Header: netlink.Header{Type: msgGet}, Data: append(nfHeader(q.family), filter...)}
 	narrowed = true
 	interrupted, err := k.conn.Dump(ctx, request, func(data []byte) error {
 		if len(data) < 4 {
 			return nil
 		}
 		e, ok := parseEntry(data[4:], q.family)
-		narrowed = narrowed && q.covers(e.flow)
+		narrowed = narrowed && q.matches(e.flow)
 		if ok && visit(e.flow) {
 			// The message is part of a large buffer.
 			e.tuple, e.id = slices.Clone(e.tuple), slices.Clone(e.id)
@@ -144,7 +144,7 @@ func (k *kernel) dump(ctx context.Context, q query, filter []byte, visit func(fl
 	return entries, narrowed, err
 }
 
-func (k *kernel) delete(ctx context.Context, entries []entry) (deleted int, err error) {
+func (k *netlinkTable) delete(ctx context.Context, entries []entry) (deleted int, err error) {
 	for batch := range slices.Chunk(entries, nlconn.BatchSize) {
 		n, err := k.deleteBatch(ctx, batch)
 		deleted += n
@@ -155,10 +155,10 @@ func (k *kernel) delete(ctx context.Context, entries []entry) (deleted int, err 
 	return deleted, nil
 }
 
-func (k *kernel) deleteBatch(ctx context.Context, entries []entry) (deleted int, err error) {
+func (k *netlinkTable) deleteBatch(ctx context.Context, entries []entry) (deleted int, err error) {
 	requests := make([]netlink.Message, len(entries))
 	for i, e := range entries {
-		data, err := nlconn.Encode(header(e.family), func(enc *netlink.AttributeEncoder) {
+		data, err := nlconn.Encode(nfHeader(e.family), func(enc *netlink.AttributeEncoder) {
 			enc.Bytes(netlink.Nested|ctaTupleOrig, e.tuple)
 			enc.Bytes(ctaID, e.id)
 		})
@@ -184,8 +184,8 @@ func (k *kernel) deleteBatch(ctx context.Context, entries []entry) (deleted int,
 	return deleted, failure
 }
 
-// header is struct nfgenmsg.
-func header(f dataplane.Family) []byte {
+// nfHeader is struct nfgenmsg.
+func nfHeader(f dataplane.Family) []byte {
 	family := byte(unix.AF_INET)
 	if f == dataplane.IPv6 {
 		family = unix.AF_INET6
@@ -193,8 +193,8 @@ func header(f dataplane.Family) []byte {
 	return []byte{family, unix.NFNETLINK_V0, 0, 0}
 }
 
-// filter returns the attributes that narrow a dump (ctnetlink_alloc_filter).
-func filter(q query) ([]byte, error) {
+// encodeFilter returns the attributes that narrow a dump (ctnetlink_alloc_filter).
+func encodeFilter(q query) ([]byte, error) {
 	flags := uint32(filterProtoNum)
 	if q.port != 0 {
 		flags |= filterProtoDstPort

@@ -33,9 +33,9 @@ func newNamespace(tb testing.TB) *nettest.Namespace {
 	return ns
 }
 
-func openTable(tb testing.TB, ns *nettest.Namespace) *kernel {
+func openTable(tb testing.TB, ns *nettest.Namespace) *netlinkTable {
 	tb.Helper()
-	t, err := openKernel(ns.Fd())
+	t, err := openNetlinkTable(ns.Fd())
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -44,21 +44,21 @@ func openTable(tb testing.TB, ns *nettest.Namespace) *kernel {
 			tb.Error(err)
 		}
 	})
-	return t.(*kernel)
+	return t.(*netlinkTable)
 }
 
-// made is an entry to be made.
-type made struct {
+// testEntry is an entry to be made.
+type testEntry struct {
 	protocol                      byte // UDP if it is 0
 	client, destination, endpoint netip.AddrPort
 	zone                          uint16
 	replied                       bool
 }
 
-// makeEntry writes "client destination endpoint"; without an endpoint nothing is
+// newTestEntry writes "client destination endpoint"; without an endpoint nothing is
 // translated.
-func makeEntry(client, destination, endpoint string) made {
-	m := made{client: netip.MustParseAddrPort(client), destination: netip.MustParseAddrPort(destination)}
+func newTestEntry(client, destination, endpoint string) testEntry {
+	m := testEntry{client: netip.MustParseAddrPort(client), destination: netip.MustParseAddrPort(destination)}
 	m.endpoint = m.destination
 	if endpoint != "" {
 		m.endpoint = netip.MustParseAddrPort(endpoint)
@@ -66,7 +66,7 @@ func makeEntry(client, destination, endpoint string) made {
 	return m
 }
 
-func (m made) message(tb testing.TB) netlink.Message {
+func (m testEntry) message(tb testing.TB) netlink.Message {
 	tb.Helper()
 	protocol := m.protocol
 	if protocol == 0 {
@@ -97,7 +97,7 @@ func (m made) message(tb testing.TB) netlink.Message {
 		ctaProtoInfo = 4
 		ctaTimeout   = 7
 	)
-	data, err := nlconn.Encode(header(dataplane.FamilyOf(m.client.Addr())), func(e *netlink.AttributeEncoder) {
+	data, err := nlconn.Encode(nfHeader(dataplane.FamilyOf(m.client.Addr())), func(e *netlink.AttributeEncoder) {
 		e.Nested(ctaTupleOrig, direction(m.client, m.destination))
 		e.Nested(ctaTupleReply, direction(m.endpoint, m.client))
 		e.Bytes(ctaTimeout, binary.BigEndian.AppendUint32(nil, 600))
@@ -122,8 +122,8 @@ func (m made) message(tb testing.TB) netlink.Message {
 	return netlink.Message{Header: netlink.Header{Type: msgNew, Flags: netlink.Create | netlink.Excl}, Data: data}
 }
 
-// insert makes entries.
-func insert(tb testing.TB, k *kernel, entries ...made) {
+// insertEntries makes entries.
+func insertEntries(tb testing.TB, k *netlinkTable, entries ...testEntry) {
 	tb.Helper()
 	var requests []netlink.Message
 	for _, m := range entries {
@@ -140,10 +140,10 @@ func insert(tb testing.TB, k *kernel, entries ...made) {
 	}
 }
 
-// listed lists what a query shows, sorted.
-func listed(tb testing.TB, k *kernel, q query) (flows []string, narrowed bool) {
+// dumpFlows lists what a query shows, sorted.
+func dumpFlows(tb testing.TB, k *netlinkTable, q query) (flows []string, narrowed bool) {
 	tb.Helper()
-	_, narrowed, err := k.list(tb.Context(), q, func(f flow) bool {
+	_, narrowed, err := k.dump(tb.Context(), q, func(f flow) bool {
 		flows = append(flows, fmt.Sprintf("%s %s", f.destination, f.endpoint))
 		return false
 	})
@@ -154,17 +154,17 @@ func listed(tb testing.TB, k *kernel, q query) (flows []string, narrowed bool) {
 	return flows, narrowed
 }
 
-// TestList says what a query shows of the kernel's table.
-func TestList(t *testing.T) {
+// TestDump says what a query shows of the kernel's table.
+func TestDump(t *testing.T) {
 	t.Parallel()
 	k := openTable(t, newNamespace(t))
-	tcp, zoned := makeEntry("10.1.0.1:5", "10.96.0.10:53", "10.0.0.1:53"), makeEntry("10.1.0.1:6", "10.96.0.10:53", "10.0.0.1:53")
+	tcp, zoned := newTestEntry("10.1.0.1:5", "10.96.0.10:53", "10.0.0.1:53"), newTestEntry("10.1.0.1:6", "10.96.0.10:53", "10.0.0.1:53")
 	tcp.protocol, zoned.zone = unix.IPPROTO_TCP, 7
-	insert(t, k,
-		makeEntry("10.1.0.1:1", "10.96.0.10:53", "10.0.0.1:5353"),
-		makeEntry("10.1.0.1:2", "10.96.0.10:54", "10.0.0.1:5353"),
-		makeEntry("10.1.0.1:3", "10.96.0.11:53", ""),
-		makeEntry("[fd00::1]:4", "[fd00:96::10]:53", "[fd01::1]:5353"),
+	insertEntries(t, k,
+		newTestEntry("10.1.0.1:1", "10.96.0.10:53", "10.0.0.1:5353"),
+		newTestEntry("10.1.0.1:2", "10.96.0.10:54", "10.0.0.1:5353"),
+		newTestEntry("10.1.0.1:3", "10.96.0.11:53", ""),
+		newTestEntry("[fd00::1]:4", "[fd00:96::10]:53", "[fd01::1]:5353"),
 		tcp, zoned,
 	)
 	for _, tt := range []struct {
@@ -185,7 +185,7 @@ func TestList(t *testing.T) {
 		{"a port of IPv6", query{family: dataplane.IPv6, protocol: dataplane.UDP, port: 53}, []string{"[fd00:96::10]:53 [fd01::1]:5353"}},
 		{"nothing", query{family: dataplane.IPv4, protocol: dataplane.UDP, port: 99}, nil},
 	} {
-		got, narrowed := listed(t, k, tt.q)
+		got, narrowed := dumpFlows(t, k, tt.q)
 		if diff := cmp.Diff(tt.want, got); diff != "" {
 			t.Errorf("%s: (-want +got)\n%s", tt.name, diff)
 		}
@@ -196,7 +196,7 @@ func TestList(t *testing.T) {
 
 	// Kernels before 5.8 ignore the filter, and list TCP as well.
 	var got []string
-	entries, narrowed, err := k.dump(t.Context(), query{family: dataplane.IPv4, protocol: dataplane.UDP, port: 54}, nil, func(f flow) bool {
+	entries, narrowed, err := k.dumpFiltered(t.Context(), query{family: dataplane.IPv4, protocol: dataplane.UDP, port: 54}, nil, func(f flow) bool {
 		got = append(got, f.destination.String())
 		return f.destination.Port() == 53
 	})
@@ -213,15 +213,15 @@ func TestList(t *testing.T) {
 func TestDelete(t *testing.T) {
 	t.Parallel()
 	k := openTable(t, newNamespace(t))
-	var all []made
+	var all []testEntry
 	for i := range 3*nlconn.BatchSize + 1 {
-		all = append(all, makeEntry(fmt.Sprintf("10.1.0.1:%d", 1000+i), "10.96.0.10:53", "10.0.0.1:5353"))
+		all = append(all, newTestEntry(fmt.Sprintf("10.1.0.1:%d", 1000+i), "10.96.0.10:53", "10.0.0.1:5353"))
 	}
-	insert(t, k, all...)
-	insert(t, k, makeEntry("10.1.0.1:1", "10.96.0.11:53", ""))
+	insertEntries(t, k, all...)
+	insertEntries(t, k, newTestEntry("10.1.0.1:1", "10.96.0.11:53", ""))
 	q := query{family: dataplane.IPv4, protocol: dataplane.UDP}
 	ours := func(f flow) bool { return f.destination.Addr() == netip.MustParseAddr("10.96.0.10") }
-	entries, _, err := k.list(t.Context(), q, ours)
+	entries, _, err := k.dump(t.Context(), q, ours)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -237,13 +237,13 @@ func TestDelete(t *testing.T) {
 	if n, err := k.delete(t.Context(), entries); n != len(all)-3 || err != nil {
 		t.Errorf("deleted %d, %v; want %d", n, err, len(all)-3)
 	}
-	got, _ := listed(t, k, q)
+	got, _ := dumpFlows(t, k, q)
 	if diff := cmp.Diff([]string{"10.96.0.10:53 10.0.0.1:5353", "10.96.0.11:53 10.96.0.11:53"}, got); diff != "" {
 		t.Errorf("left (-want +got)\n%s", diff)
 	}
 }
 
-func TestUntilTheContextEnds(t *testing.T) {
+func TestContextCanceled(t *testing.T) {
 	t.Parallel()
 	k := openTable(t, newNamespace(t))
 	ctx, cancel := context.WithCancel(t.Context())
@@ -251,7 +251,7 @@ func TestUntilTheContextEnds(t *testing.T) {
 	// The deadline passes in another goroutine, so that a first answer may come.
 	var err error
 	for range 1000 {
-		if _, _, err = k.list(ctx, query{family: dataplane.IPv4, protocol: dataplane.UDP}, func(flow) bool { return false }); err != nil {
+		if _, _, err = k.dump(ctx, query{family: dataplane.IPv4, protocol: dataplane.UDP}, func(flow) bool { return false }); err != nil {
 			break
 		}
 	}
@@ -262,9 +262,9 @@ func TestUntilTheContextEnds(t *testing.T) {
 
 // FuzzParseEntry looks for what makes the decoder panic, or accept an entry without addresses.
 func FuzzParseEntry(f *testing.F) {
-	replied := makeEntry("[fd00::1]:4", "[fd00:96::10]:53", "[fd01::1]:5353")
+	replied := newTestEntry("[fd00::1]:4", "[fd00:96::10]:53", "[fd01::1]:5353")
 	replied.replied = true
-	for _, m := range []made{makeEntry("10.1.0.1:1", "10.96.0.10:53", "10.0.0.1:5353"), replied} {
+	for _, m := range []testEntry{newTestEntry("10.1.0.1:1", "10.96.0.10:53", "10.0.0.1:5353"), replied} {
 		f.Add(m.message(f).Data[4:])
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {

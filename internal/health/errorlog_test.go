@@ -34,7 +34,7 @@ func (b *lockedBuffer) String() string {
 
 // What net/http logs goes to the logger, each message once however often a client
 // causes it, also if it says another address.
-func TestErrorsAreLogged(t *testing.T) {
+func TestErrorLogLimitsRepeats(t *testing.T) {
 	t.Parallel()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

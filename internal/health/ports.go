@@ -40,7 +40,7 @@ type PortsOptions struct {
 	// Failed, if not nil, is called when a port can't be listened on, and again
 	// only if the reason changes or it could be in between. It is called by
 	// [Ports.Run] and must not block.
-	Failed func(service Service, port uint16, err error)
+	OnListenError func(service Service, port uint16, err error)
 	// Listen makes the sockets; nil means in this process's network namespace.
 	Listen ListenFunc
 	// MaxListeners limits the sockets that listen, one for each Service and address.
@@ -64,18 +64,18 @@ type Ports struct {
 	options PortsOptions
 	wake    chan struct{} // one slot
 
-	mu      sync.Mutex
-	changes map[Service]*Check
-	addrs   []netip.Addr // nil: as before
-	ended   []*listener
+	mu             sync.Mutex
+	pendingChecks  map[Service]*Check
+	pendingAddrs   []netip.Addr // nil: as before
+	endedListeners []*listener
 
 	// The rest is Run's.
-	wanted  []netip.Addr
-	servers map[Service]*server
-	failing map[Service]string // what was reported
-	serving sync.WaitGroup
-	// listeners is how many there are of all servers.
-	listeners int
+	listenAddrs []netip.Addr
+	servers     map[Service]*server
+	failing     map[Service]string // what was reported
+	serving     sync.WaitGroup
+	// listenerCount is how many there are of all servers.
+	listenerCount int
 }
 
 // server answers for one Service.
@@ -106,7 +106,7 @@ func NewPorts(options PortsOptions) *Ports {
 		options.Limiter = connlimit.New(connlimit.Options{Server: "health-check node ports", Logger: options.Logger})
 	}
 	return &Ports{
-		options: options, wake: make(chan struct{}, 1), changes: map[Service]*Check{},
+		options: options, wake: make(chan struct{}, 1), pendingChecks: map[Service]*Check{},
 		servers: map[Service]*server{}, failing: map[Service]string{},
 	}
 }
@@ -118,7 +118,7 @@ func (p *Ports) Set(changes map[Service]*Check) {
 		return
 	}
 	p.mu.Lock()
-	maps.Copy(p.changes, changes)
+	maps.Copy(p.pendingChecks, changes)
 	p.mu.Unlock()
 	p.signal()
 }
@@ -131,7 +131,7 @@ func (p *Ports) SetAddrs(addrs []netip.Addr) {
 	addrs = slices.DeleteFunc(slices.Clone(addrs), func(a netip.Addr) bool { return a.Is6() && a.IsLinkLocalUnicast() })
 	slices.SortFunc(addrs, netip.Addr.Compare)
 	p.mu.Lock()
-	p.addrs = append([]netip.Addr{}, slices.Compact(addrs)...)
+	p.pendingAddrs = append([]netip.Addr{}, slices.Compact(addrs)...)
 	p.mu.Unlock()
 	p.signal()
 }
@@ -149,7 +149,7 @@ func (p *Ports) Run(ctx context.Context) error {
 	defer p.serving.Wait()
 	defer func() {
 		for service := range p.servers {
-			p.close(service)
+			p.closeServer(service)
 		}
 	}()
 	// Whatever else happens, a period that has begun goes on to its end.
@@ -163,7 +163,7 @@ func (p *Ports) Run(ctx context.Context) error {
 		case <-retry:
 			again, retry = true, nil
 		}
-		p.step(ctx, again)
+		p.applyPending(ctx, again)
 		switch {
 		case len(p.failing) == 0:
 			retry = nil
@@ -173,26 +173,26 @@ func (p *Ports) Run(ctx context.Context) error {
 	}
 }
 
-// step takes over what was handed in. Whatever has to close does so before
+// applyPending takes over what was handed in. Whatever has to close does so before
 // anything opens, as ports and addresses move.
-func (p *Ports) step(ctx context.Context, retry bool) {
+func (p *Ports) applyPending(ctx context.Context, retry bool) {
 	p.mu.Lock()
-	changes, addrs, ended := p.changes, p.addrs, p.ended
-	p.changes, p.addrs, p.ended = map[Service]*Check{}, nil, nil
+	changes, addrs, ended := p.pendingChecks, p.pendingAddrs, p.endedListeners
+	p.pendingChecks, p.pendingAddrs, p.endedListeners = map[Service]*Check{}, nil, nil
 	p.mu.Unlock()
 
 	open := map[Service]struct{}{}
 	for _, l := range ended {
 		if s := p.servers[l.service]; s == l.server && s.listeners[l.addr] == l {
 			delete(s.listeners, l.addr)
-			p.listeners--
+			p.listenerCount--
 			open[l.service] = struct{}{}
 		}
 	}
 	for service, check := range changes {
 		s := p.servers[service]
 		if s != nil && (check == nil || check.Port != s.port) {
-			p.close(service)
+			p.closeServer(service)
 			s = nil
 		}
 		if check == nil {
@@ -205,13 +205,13 @@ func (p *Ports) step(ctx context.Context, retry bool) {
 		}
 		s.endpoints.Store(int64(check.LocalEndpoints))
 	}
-	if addrs != nil && !slices.Equal(addrs, p.wanted) {
-		p.wanted = addrs
+	if addrs != nil && !slices.Equal(addrs, p.listenAddrs) {
+		p.listenAddrs = addrs
 		for service, s := range p.servers {
 			for addr, l := range s.listeners {
-				if !slices.Contains(p.wanted, addr) {
+				if !slices.Contains(p.listenAddrs, addr) {
 					delete(s.listeners, addr)
-					p.listeners--
+					p.listenerCount--
 					_ = l.Close()
 				}
 			}
@@ -225,28 +225,28 @@ func (p *Ports) step(ctx context.Context, retry bool) {
 	}
 	for service := range open {
 		if s := p.servers[service]; s != nil {
-			p.report(ctx, service, s.port, p.open(ctx, service))
+			p.recordListenResult(ctx, service, s.port, p.openListeners(ctx, service))
 		}
 	}
 }
 
-// close closes the listeners and connections of a Service, and frees its port.
-func (p *Ports) close(service Service) {
+// closeServer closes the listeners and connections of a Service, and frees its port.
+func (p *Ports) closeServer(service Service) {
 	s := p.servers[service]
 	for _, l := range s.listeners { // those that the server has not seen yet, too
 		_ = l.Close()
 	}
-	p.listeners -= len(s.listeners)
+	p.listenerCount -= len(s.listeners)
 	_ = s.http.Close()
 	delete(p.servers, service)
 	delete(p.failing, service)
 }
 
-// open listens where the Service is not listened for yet.
-func (p *Ports) open(ctx context.Context, service Service) error {
+// openListeners listens where the Service is not listened for yet.
+func (p *Ports) openListeners(ctx context.Context, service Service) error {
 	s := p.servers[service]
 	var errs []error
-	for _, addr := range p.wanted {
+	for _, addr := range p.listenAddrs {
 		if s.listeners[addr] != nil {
 			continue
 		}
@@ -254,9 +254,9 @@ func (p *Ports) open(ctx context.Context, service Service) error {
 		if addr.Is4() {
 			network = "tcp4"
 		}
-		if limit := p.options.MaxListeners; limit > 0 && p.listeners >= limit {
+		if limit := p.options.MaxListeners; limit > 0 && p.listenerCount >= limit {
 			errs = append(errs, fmt.Errorf("%d sockets of health-check node ports are open, and no more are allowed: "+
-				"raise the limit of open files (RLIMIT_NOFILE)", p.listeners))
+				"raise the limit of open files (RLIMIT_NOFILE)", p.listenerCount))
 			break
 		}
 		socket, err := p.options.Listen(ctx, network, netip.AddrPortFrom(addr, s.port).String())
@@ -269,7 +269,7 @@ func (p *Ports) open(ctx context.Context, service Service) error {
 		}
 		l := &listener{Listener: p.options.Limiter.Listener(socket), service: service, server: s, addr: addr}
 		s.listeners[addr] = l
-		p.listeners++
+		p.listenerCount++
 		p.serving.Go(func() { p.serve(ctx, l) })
 	}
 	return errors.Join(errs...)
@@ -284,13 +284,13 @@ func (p *Ports) serve(ctx context.Context, l *listener) {
 	p.options.Logger.WarnContext(ctx, "a health-check node port has stopped; opening it again",
 		"service", l.service.String(), "port", l.server.port, "error", err)
 	p.mu.Lock()
-	p.ended = append(p.ended, l)
+	p.endedListeners = append(p.endedListeners, l)
 	p.mu.Unlock()
 	p.signal()
 }
 
-// report tells of a failure that has not been told of.
-func (p *Ports) report(ctx context.Context, service Service, port uint16, err error) {
+// recordListenResult tells of a failure that has not been told of.
+func (p *Ports) recordListenResult(ctx context.Context, service Service, port uint16, err error) {
 	if err == nil {
 		delete(p.failing, service)
 		return
@@ -301,8 +301,8 @@ func (p *Ports) report(ctx context.Context, service Service, port uint16, err er
 	p.failing[service] = err.Error()
 	p.options.Logger.WarnContext(ctx, "a health-check node port can't be opened; trying again until it succeeds",
 		"service", service.String(), "port", port, "error", err)
-	if p.options.Failed != nil {
-		p.options.Failed(service, port, err)
+	if p.options.OnListenError != nil {
+		p.options.OnListenError(service, port, err)
 	}
 }
 
@@ -315,13 +315,13 @@ func (p *Ports) newServer(service Service, port uint16) *server {
 			status = http.StatusOK
 		}
 		w.Header().Set("X-Load-Balancing-Endpoint-Weight", strconv.FormatInt(endpoints, 10))
-		writeJSON(w, status, portBody(service, endpoints, healthy))
+		writeJSON(w, status, portResponse(service, endpoints, healthy))
 	}), p.options.Logger)
 	return s
 }
 
-// portBody is kube-proxy's, to the tab. The names in it need no escapes.
-func portBody(service Service, endpoints int64, healthy bool) []byte {
+// portResponse is kube-proxy's, to the tab. The names in it need no escapes.
+func portResponse(service Service, endpoints int64, healthy bool) []byte {
 	return fmt.Appendf(nil, `{
 	"service": {
 		"namespace": %q,

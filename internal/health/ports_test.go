@@ -22,18 +22,18 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// patience bounds what takes milliseconds, or one [health.RetryPeriod].
-const patience = 15 * time.Second
+// waitTimeout bounds what takes milliseconds, or one [health.RetryPeriod].
+const waitTimeout = 15 * time.Second
 
 func eventually(t *testing.T, check func() error) {
 	t.Helper()
-	for deadline := time.Now().Add(patience); ; time.Sleep(2 * time.Millisecond) {
+	for deadline := time.Now().Add(waitTimeout); ; time.Sleep(2 * time.Millisecond) {
 		err := check()
 		if err == nil {
 			return
 		}
 		if time.Now().After(deadline) {
-			t.Fatalf("not within %s: %v", patience, err)
+			t.Fatalf("not within %s: %v", waitTimeout, err)
 		}
 	}
 }
@@ -45,10 +45,10 @@ type node struct {
 	t       *testing.T
 	ports   *health.Ports
 	healthy atomic.Bool
-	end     func() // ends the ports and waits for it
+	stop    func() // ends the ports and waits for it
 
-	mu     sync.Mutex
-	failed []string
+	mu           sync.Mutex
+	listenErrors []string
 }
 
 func newNode(t *testing.T) *node {
@@ -57,10 +57,10 @@ func newNode(t *testing.T) *node {
 	n.healthy.Store(true)
 	n.ports = health.NewPorts(health.PortsOptions{
 		Healthy: n.healthy.Load,
-		Failed: func(service health.Service, port uint16, err error) {
+		OnListenError: func(service health.Service, port uint16, err error) {
 			n.mu.Lock()
 			defer n.mu.Unlock()
-			n.failed = append(n.failed, fmt.Sprintf("%s %d %t", service, port, errors.Is(err, syscall.EADDRINUSE)))
+			n.listenErrors = append(n.listenErrors, fmt.Sprintf("%s %d %t", service, port, errors.Is(err, syscall.EADDRINUSE)))
 		},
 		Listen: func(ctx context.Context, network, address string) (net.Listener, error) {
 			return n.Node.Listen(ctx, network, netip.MustParseAddrPort(address))
@@ -69,22 +69,22 @@ func newNode(t *testing.T) *node {
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() { done <- n.ports.Run(ctx) }()
-	n.end = sync.OnceFunc(func() {
+	n.stop = sync.OnceFunc(func() {
 		cancel()
 		if err := <-done; err != nil {
 			t.Errorf("Run ended with: %v", err)
 		}
 	})
-	t.Cleanup(n.end)
+	t.Cleanup(n.stop)
 	return n
 }
 
-func (n *node) set(name string, port uint16, endpoints int) {
+func (n *node) setService(name string, port uint16, endpoints int) {
 	n.ports.Set(map[health.Service]*health.Check{{Namespace: "shop", Name: name}: {Port: port, LocalEndpoints: endpoints}})
 }
 
-// ask sends a request from outside, over a connection of its own.
-func (n *node) ask(method string, addr netip.Addr, port uint16, path string) (*http.Response, string, error) {
+// request sends a request from outside, over a connection of its own.
+func (n *node) request(method string, addr netip.Addr, port uint16, path string) (*http.Response, string, error) {
 	transport := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, address string) (net.Conn, error) {
 		return n.Outside.Dial(ctx, "tcp", netip.MustParseAddrPort(address))
 	}}
@@ -105,7 +105,7 @@ func (n *node) ask(method string, addr netip.Addr, port uint16, path string) (*h
 func (n *node) await(addr netip.Addr, port uint16, name string, weight int) {
 	n.t.Helper()
 	eventually(n.t, func() error {
-		response, body, err := n.ask(http.MethodGet, addr, port, "/")
+		response, body, err := n.request(http.MethodGet, addr, port, "/")
 		if err != nil {
 			return err
 		}
@@ -120,7 +120,7 @@ func (n *node) await(addr netip.Addr, port uint16, name string, weight int) {
 func (n *node) awaitRefused(addr netip.Addr, port uint16) {
 	n.t.Helper()
 	eventually(n.t, func() error {
-		_, body, err := n.ask(http.MethodGet, addr, port, "/")
+		_, body, err := n.request(http.MethodGet, addr, port, "/")
 		if errors.Is(err, syscall.ECONNREFUSED) {
 			return nil
 		}
@@ -128,13 +128,15 @@ func (n *node) awaitRefused(addr netip.Addr, port uint16) {
 	})
 }
 
-func all() []netip.Addr { return []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()} }
+func unspecifiedAddrs() []netip.Addr {
+	return []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()}
+}
 
-func TestPortAnswers(t *testing.T) {
+func TestPortResponses(t *testing.T) {
 	t.Parallel()
 	n := newNode(t)
-	n.ports.SetAddrs(all())
-	n.set("web", 30100, 0)
+	n.ports.SetAddrs(unspecifiedAddrs())
+	n.setService("web", 30100, 0)
 	n.await(n.Node.IPv4, 30100, "web", 0)
 	tests := []struct {
 		endpoints int
@@ -149,12 +151,12 @@ func TestPortAnswers(t *testing.T) {
 	}
 	for _, test := range tests {
 		n.healthy.Store(test.healthy)
-		n.set("web", 30100, test.endpoints)
+		n.setService("web", 30100, test.endpoints)
 		n.await(n.Node.IPv4, 30100, "web", test.endpoints)
 		for _, addr := range n.Node.Addrs() {
 			for _, method := range []string{http.MethodGet, http.MethodPost, http.MethodHead, "ANYTHING"} {
 				for _, path := range []string{"/", "/healthz", "/any/path?at=all", "//"} {
-					response, body, err := n.ask(method, addr, 30100, path)
+					response, body, err := n.request(method, addr, 30100, path)
 					if err != nil {
 						t.Fatalf("%s %s at %s: %v", method, path, addr, err)
 					}
@@ -184,12 +186,12 @@ func TestPortAnswers(t *testing.T) {
 }
 
 // A port is free as soon as its Service is gone, or has another.
-func TestPortsMove(t *testing.T) {
+func TestPortsChangeOwner(t *testing.T) {
 	t.Parallel()
 	n := newNode(t)
-	n.ports.SetAddrs(all())
-	n.set("a", 30100, 1)
-	n.set("b", 30101, 2)
+	n.ports.SetAddrs(unspecifiedAddrs())
+	n.setService("a", 30100, 1)
+	n.setService("b", 30101, 2)
 	n.await(n.Node.IPv6, 30100, "a", 1)
 	n.await(n.Node.IPv6, 30101, "b", 2)
 	for i := range 20 { // they change places in one call
@@ -207,17 +209,17 @@ func TestPortsMove(t *testing.T) {
 	n.ports.Set(map[health.Service]*health.Check{{Namespace: "shop", Name: "a"}: nil, {Namespace: "shop", Name: "never"}: nil})
 	n.awaitRefused(n.Node.IPv4, 30100)
 	n.await(n.Node.IPv4, 30101, "b", 2)
-	if len(n.failed) != 0 {
-		t.Errorf("failures: %s", n.failed)
+	if len(n.listenErrors) != 0 {
+		t.Errorf("failures: %s", n.listenErrors)
 	}
-	n.end()
+	n.stop()
 	n.awaitRefused(n.Node.IPv4, 30101)
 }
 
-func TestAddressesMove(t *testing.T) {
+func TestSetAddrs(t *testing.T) {
 	t.Parallel()
 	n := newNode(t)
-	n.set("web", 30100, 1)
+	n.setService("web", 30100, 1)
 	n.awaitRefused(n.Node.IPv4, 30100)
 	n.ports.SetAddrs([]netip.Addr{n.Node.IPv4, netip.MustParseAddr("fe80::1")})
 	n.await(n.Node.IPv4, 30100, "web", 1)
@@ -225,7 +227,7 @@ func TestAddressesMove(t *testing.T) {
 	n.ports.SetAddrs([]netip.Addr{n.Node.IPv6})
 	n.await(n.Node.IPv6, 30100, "web", 1)
 	n.awaitRefused(n.Node.IPv4, 30100)
-	n.ports.SetAddrs(all())
+	n.ports.SetAddrs(unspecifiedAddrs())
 	n.await(n.Node.IPv4, 30100, "web", 1)
 	n.await(n.Node.IPv6, 30100, "web", 1)
 	n.ports.SetAddrs(n.Node.Addrs())
@@ -234,14 +236,14 @@ func TestAddressesMove(t *testing.T) {
 	n.ports.SetAddrs(nil)
 	n.awaitRefused(n.Node.IPv4, 30100)
 	n.awaitRefused(n.Node.IPv6, 30100)
-	if len(n.failed) != 0 {
-		t.Errorf("failures: %s", n.failed)
+	if len(n.listenErrors) != 0 {
+		t.Errorf("failures: %s", n.listenErrors)
 	}
 }
 
 // What can't be listened on is reported once, holds nothing up, and is tried
 // again.
-func TestPortTaken(t *testing.T) {
+func TestPortInUse(t *testing.T) {
 	t.Parallel()
 	n := newNode(t)
 	taken, err := n.Node.Listen(t.Context(), "tcp4", netip.AddrPortFrom(n.Node.IPv4, 30100))
@@ -249,11 +251,11 @@ func TestPortTaken(t *testing.T) {
 		t.Fatal(err)
 	}
 	n.ports.SetAddrs(n.Node.Addrs())
-	n.set("web", 30100, 1)
-	n.set("other", 30101, 2)
+	n.setService("web", 30100, 1)
+	n.setService("other", 30101, 2)
 	n.await(n.Node.IPv6, 30100, "web", 1)
 	n.await(n.Node.IPv4, 30101, "other", 2)
-	n.set("web", 30100, 3)
+	n.setService("web", 30100, 3)
 	n.await(n.Node.IPv6, 30100, "web", 3)
 	if err := taken.Close(); err != nil {
 		t.Fatal(err)
@@ -261,7 +263,7 @@ func TestPortTaken(t *testing.T) {
 	n.await(n.Node.IPv4, 30100, "web", 3)
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if diff := cmp.Diff([]string{"shop/web 30100 true"}, n.failed); diff != "" {
+	if diff := cmp.Diff([]string{"shop/web 30100 true"}, n.listenErrors); diff != "" {
 		t.Errorf("failures (-want +got):\n%s", diff)
 	}
 }
@@ -317,7 +319,7 @@ func TestServe(t *testing.T) {
 }
 
 // A server that waits for its next attempt ends as well.
-func TestServeEndsWhileItWaits(t *testing.T) {
+func TestServeCanceledBetweenRetries(t *testing.T) {
 	t.Parallel()
 	ctx, cancel := context.WithCancel(t.Context())
 	listen := func(context.Context, string, string) (net.Listener, error) {
@@ -338,12 +340,12 @@ func TestMaxListeners(t *testing.T) {
 		var failed []string
 		ports := health.NewPorts(health.PortsOptions{
 			Healthy: func() bool { return true }, MaxListeners: 3,
-			Failed: func(service health.Service, _ uint16, err error) {
+			OnListenError: func(service health.Service, _ uint16, err error) {
 				failed = append(failed, service.Name+" "+err.Error())
 			},
 			Listen: func(context.Context, string, string) (net.Listener, error) {
 				open.Add(1)
-				l := newSilent()
+				l := newIdleListener()
 				inner := l.close
 				l.close = sync.OnceFunc(func() { open.Add(-1); inner() })
 				return l, nil

@@ -29,7 +29,7 @@ type ProxyOptions struct {
 	// Node object goes.
 	Eligible func() bool
 	// Answered, if not nil, is told the path and the HTTP status of each answer.
-	Answered func(path string, status int)
+	OnResponse func(path string, status int)
 	// Timeout is [DefaultTimeout] if it is zero.
 	Timeout time.Duration
 }
@@ -55,17 +55,17 @@ func (p *Proxy) healthy(progress Progress, now time.Time) bool {
 	return progress.WaitingSince.IsZero() || now.Sub(progress.WaitingSince) < p.options.Timeout
 }
 
-// answer is what /healthz and /livez say, with the fields and the order of
+// healthResponse is what /healthz and /livez say, with the fields and the order of
 // kube-proxy's.
-type answer struct {
-	LastUpdated  time.Time         `json:"lastUpdated"`
-	CurrentTime  time.Time         `json:"currentTime"`
-	NodeEligible *bool             `json:"nodeEligible,omitempty"`
-	Healthy      bool              `json:"healthy"`
-	Status       map[string]family `json:"status,omitempty"`
+type healthResponse struct {
+	LastUpdated  time.Time               `json:"lastUpdated"`
+	CurrentTime  time.Time               `json:"currentTime"`
+	NodeEligible *bool                   `json:"nodeEligible,omitempty"`
+	Healthy      bool                    `json:"healthy"`
+	Status       map[string]familyStatus `json:"status,omitempty"`
 }
 
-type family struct {
+type familyStatus struct {
 	LastUpdated time.Time `json:"lastUpdated"`
 	Healthy     bool      `json:"healthy"`
 }
@@ -79,31 +79,31 @@ func (p *Proxy) Handler() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("/healthz", func(w http.ResponseWriter, _ *http.Request) {
 		eligible := p.options.Eligible()
-		p.answer(w, "/healthz", &eligible)
+		p.respond(w, "/healthz", &eligible)
 	})
 	mux.HandleFunc("/livez", func(w http.ResponseWriter, _ *http.Request) {
-		p.answer(w, "/livez", nil)
+		p.respond(w, "/livez", nil)
 	})
 	return mux
 }
 
-func (p *Proxy) answer(w http.ResponseWriter, path string, eligible *bool) {
+func (p *Proxy) respond(w http.ResponseWriter, path string, eligible *bool) {
 	progress, now := p.options.Progress(), time.Now()
-	a := answer{
+	a := healthResponse{
 		LastUpdated: progress.LastSuccess, CurrentTime: now,
 		NodeEligible: eligible, Healthy: p.healthy(progress, now),
 	}
 	if !progress.LastSuccess.IsZero() {
-		f := family{LastUpdated: progress.LastSuccess, Healthy: a.Healthy}
-		a.Status = map[string]family{"IPv4": f, "IPv6": f}
+		f := familyStatus{LastUpdated: progress.LastSuccess, Healthy: a.Healthy}
+		a.Status = map[string]familyStatus{"IPv4": f, "IPv6": f}
 	}
 	status := http.StatusServiceUnavailable
 	if a.Healthy && (eligible == nil || *eligible) {
 		status = http.StatusOK
 		a.LastUpdated = now
 	}
-	if p.options.Answered != nil {
-		p.options.Answered(path, status)
+	if p.options.OnResponse != nil {
+		p.options.OnResponse(path, status)
 	}
 	body, err := json.Marshal(a)
 	if err != nil { // times beyond the year 9999

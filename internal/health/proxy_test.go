@@ -56,8 +56,8 @@ func TestProxyStatus(t *testing.T) {
 					Progress: func() health.Progress {
 						return health.Progress{LastSuccess: ago(test.success), WaitingSince: ago(test.waiting)}
 					},
-					Eligible: func() bool { return test.eligible },
-					Answered: func(path string, status int) { answered = append(answered, fmt.Sprint(path, " ", status)) },
+					Eligible:   func() bool { return test.eligible },
+					OnResponse: func(path string, status int) { answered = append(answered, fmt.Sprint(path, " ", status)) },
 				})
 				if got, want := proxy.Healthy(), test.livez == 200; got != want {
 					t.Errorf("healthy: %t, want %t", got, want)

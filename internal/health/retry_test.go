@@ -14,25 +14,25 @@ import (
 	"fairlead.io/fairlead/internal/health"
 )
 
-// silent is a listener that nobody connects to.
-type silent struct {
+// idleListener is a listener that nobody connects to.
+type idleListener struct {
 	net.Listener
 
 	closed chan struct{}
 	close  func()
 }
 
-func newSilent() silent {
+func newIdleListener() idleListener {
 	closed := make(chan struct{})
-	return silent{closed: closed, close: sync.OnceFunc(func() { close(closed) })}
+	return idleListener{closed: closed, close: sync.OnceFunc(func() { close(closed) })}
 }
 
-func (s silent) Accept() (net.Conn, error) {
+func (s idleListener) Accept() (net.Conn, error) {
 	<-s.closed
 	return nil, net.ErrClosed
 }
 
-func (s silent) Close() error {
+func (s idleListener) Close() error {
 	s.close()
 	return nil
 }
@@ -54,7 +54,7 @@ func TestPortsRetryWhileOthersChange(t *testing.T) {
 						return nil, errors.New("in use")
 					}
 				}
-				return newSilent(), nil
+				return newIdleListener(), nil
 			},
 		})
 		ctx, cancel := context.WithCancel(t.Context())

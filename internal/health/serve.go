@@ -24,9 +24,9 @@ const (
 	// writeTimeout bounds how long a client may take to read the answer. Profiles
 	// of net/http/pprof add their duration to it.
 	writeTimeout = 30 * time.Second
-	// maxHeader is the size of a header in bytes, to which net/http adds 4096: room
+	// maxHeaderBytes is the size of a header in bytes, to which net/http adds 4096: room
 	// for the token of a monitoring system.
-	maxHeader = 16 << 10
+	maxHeaderBytes = 16 << 10
 	// idleTimeout bounds how long it may take until its next request, if there
 	// is one: longer than most intervals between scrapes and probes.
 	idleTimeout = 2 * time.Minute
@@ -35,7 +35,7 @@ const (
 func newServer(handler http.Handler, logger *slog.Logger) *http.Server {
 	return &http.Server{
 		Handler: handler, ReadHeaderTimeout: readHeaderTimeout, ReadTimeout: readTimeout, WriteTimeout: writeTimeout,
-		IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeader, ErrorLog: newErrorLog(logger),
+		IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeaderBytes, ErrorLog: newErrorLog(logger),
 	}
 }
 
@@ -58,7 +58,7 @@ type ServeOptions struct {
 	HardFail bool
 	// Wake, when it is closed, makes Serve try at once if it can't listen. Nil never
 	// is.
-	Wake <-chan struct{}
+	RetryNow <-chan struct{}
 	// Listen makes the socket; nil means in this process's network namespace.
 	Listen ListenFunc
 	// Limiter bounds the connections. Nil means one of its own, with defaults.
@@ -96,8 +96,8 @@ func Serve(ctx context.Context, options ServeOptions) error {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-options.Wake:
-			options.Wake = nil // once
+		case <-options.RetryNow:
+			options.RetryNow = nil // once
 		case <-time.After(RetryPeriod):
 		}
 	}

@@ -12,14 +12,14 @@ import (
 	"fairlead.io/fairlead/internal/health"
 )
 
-// pipes is a listener in memory.
-type pipes struct {
-	silent
+// pipeListener is a listener in memory.
+type pipeListener struct {
+	idleListener
 
 	conns chan net.Conn
 }
 
-func (p pipes) Accept() (net.Conn, error) {
+func (p pipeListener) Accept() (net.Conn, error) {
 	select {
 	case conn := <-p.conns:
 		return conn, nil
@@ -28,10 +28,10 @@ func (p pipes) Accept() (net.Conn, error) {
 	}
 }
 
-func (pipes) Addr() net.Addr { return &net.TCPAddr{} }
+func (pipeListener) Addr() net.Addr { return &net.TCPAddr{} }
 
 // Clients that say nothing, or not all, are left after a while.
-func TestServeLeavesSilentClients(t *testing.T) {
+func TestServeTimeouts(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
 		name, request string
@@ -45,7 +45,7 @@ func TestServeLeavesSilentClients(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
 			synctest.Test(t, func(t *testing.T) {
-				listener := pipes{newSilent(), make(chan net.Conn)}
+				listener := pipeListener{newIdleListener(), make(chan net.Conn)}
 				ctx, cancel := context.WithCancel(t.Context())
 				done := make(chan error, 1)
 				go func() {

@@ -61,14 +61,14 @@ type row struct {
 }
 
 const (
-	heading       = "## Packages"
-	wordAll       = "all"
-	wordNone      = "–"
-	wordStdOnly   = "standard library only"
-	wordK8s       = "k8s API types"
-	helperPrefix  = "test helper:"
-	columns       = 3
-	kubernetesFor = "kube, source, cmd, test and bench"
+	heading           = "## Packages"
+	wordAll           = "all"
+	wordNone          = "–"
+	wordStdOnly       = "standard library only"
+	wordK8s           = "k8s API types"
+	helperPrefix      = "test helper:"
+	columns           = 3
+	kubernetesFolders = "kube, source, cmd, test and bench"
 )
 
 // ParseTable reads the table out of a Markdown document.
@@ -110,7 +110,7 @@ func (t *Table) addRow(text string) error {
 		return fmt.Errorf("%d columns, want folder, what lives there, may import", len(cells))
 	}
 	r := &row{testHelper: strings.HasPrefix(strings.TrimSpace(cells[1]), helperPrefix)}
-	for item := range items(cells[2]) {
+	for item := range cellItems(cells[2]) {
 		folder, isFolder := unquote(item)
 		switch {
 		case isFolder:
@@ -127,7 +127,7 @@ func (t *Table) addRow(text string) error {
 				item, wordAll, wordNone, wordStdOnly, wordK8s)
 		}
 	}
-	for item := range items(cells[0]) {
+	for item := range cellItems(cells[0]) {
 		folder, isFolder := unquote(item)
 		if !isFolder {
 			return fmt.Errorf("folder %q: want a folder in backquotes", item)
@@ -135,15 +135,15 @@ func (t *Table) addRow(text string) error {
 		if t.rows[folder] != nil {
 			return fmt.Errorf("a second row for %s", folder)
 		}
-		if r.kubernetes && !mayKnowKubernetes(folder) {
-			return fmt.Errorf("%q in the row of %s: only %s may import Kubernetes' packages", wordK8s, folder, kubernetesFor)
+		if r.kubernetes && !mayImportKubernetes(folder) {
+			return fmt.Errorf("%q in the row of %s: only %s may import Kubernetes' packages", wordK8s, folder, kubernetesFolders)
 		}
 		t.rows[folder] = r
 	}
 	return nil
 }
 
-func items(cell string) iter.Seq[string] {
+func cellItems(cell string) iter.Seq[string] {
 	return func(yield func(string) bool) {
 		for item := range strings.SplitSeq(cell, ",") {
 			if !yield(strings.TrimSpace(item)) {
@@ -162,7 +162,7 @@ func unquote(item string) (folder string, ok bool) {
 	return folder, ok && folder != ""
 }
 
-func mayKnowKubernetes(folder string) bool {
+func mayImportKubernetes(folder string) bool {
 	return slices.ContainsFunc([]string{"kube", "source", "cmd", "test", "bench"}, func(parent string) bool { return below(folder, parent) })
 }
 
@@ -187,7 +187,7 @@ func (t *Table) Check(module string, packages []Package) error {
 			continue
 		}
 		for _, path := range p.Imports {
-			if reason := t.forbids(r, module, path, false); reason != "" {
+			if reason := t.forbiddenImport(r, module, path, false); reason != "" {
 				errs = append(errs, fmt.Errorf("%s imports %s: %s", p.Folder, path, reason))
 			}
 		}
@@ -196,7 +196,7 @@ func (t *Table) Check(module string, packages []Package) error {
 			if path == module+"/"+p.Folder {
 				continue
 			}
-			if reason := t.forbids(r, module, path, true); reason != "" {
+			if reason := t.forbiddenImport(r, module, path, true); reason != "" {
 				errs = append(errs, fmt.Errorf("a test of %s imports %s: %s", p.Folder, path, reason))
 			}
 		}
@@ -209,8 +209,8 @@ func (t *Table) Check(module string, packages []Package) error {
 	return errors.Join(errs...)
 }
 
-// forbids returns why the row does not allow the import, or nothing.
-func (t *Table) forbids(r *row, module, path string, inTest bool) string {
+// forbiddenImport returns why the row does not allow the import, or nothing.
+func (t *Table) forbiddenImport(r *row, module, path string, inTest bool) string {
 	if folder, ok := strings.CutPrefix(path, module+"/"); ok {
 		helper := inTest && t.rows[folder] != nil && t.rows[folder].testHelper
 		if r.all || helper || slices.Contains(r.folders, folder) {
@@ -224,7 +224,7 @@ func (t *Table) forbids(r *row, module, path string, inTest bool) string {
 		if r.kubernetes {
 			return ""
 		}
-		return "only " + kubernetesFor + " may import Kubernetes' packages, where their row says so"
+		return "only " + kubernetesFolders + " may import Kubernetes' packages, where their row says so"
 	case strings.Contains(domain, ".") && r.stdOnly && !inTest:
 		// Import paths without a dot in their first part are the standard library's.
 		return "its row says " + wordStdOnly

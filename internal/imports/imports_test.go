@@ -40,17 +40,17 @@ type module struct{ Path, Dir string }
 func listModule(t *testing.T) module {
 	t.Helper()
 	var m module
-	golist(t, "", func(d *json.Decoder) error { return d.Decode(&m) }, "-m", "-json")
+	goList(t, "", func(d *json.Decoder) error { return d.Decode(&m) }, "-m", "-json")
 	return m
 }
 
 func listPackages(t *testing.T, m module) []imports.Package {
 	t.Helper()
-	watch(t, m.Dir)
+	dependOnFolders(t, m.Dir)
 	var packages []imports.Package
 	// -e, so that a package that does not build fails where it is built. The tag
 	// is that of test/e2e.
-	golist(t, m.Dir, func(d *json.Decoder) error {
+	goList(t, m.Dir, func(d *json.Decoder) error {
 		var p struct {
 			ImportPath                         string
 			Imports, TestImports, XTestImports []string
@@ -68,9 +68,9 @@ func listPackages(t *testing.T, m module) []imports.Package {
 	return packages
 }
 
-// watch reads the folders below dir, because go test repeats a result as cached
+// dependOnFolders reads the folders below dir, because go test repeats a result as cached
 // unless something has changed that the test itself, not go list, has read.
-func watch(t *testing.T, dir string) {
+func dependOnFolders(t *testing.T, dir string) {
 	t.Helper()
 	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 		if err == nil && d.IsDir() && path != dir && strings.HasPrefix(d.Name(), ".") {
@@ -83,8 +83,8 @@ func watch(t *testing.T, dir string) {
 	}
 }
 
-// golist runs go list in dir and calls decode for each value it prints.
-func golist(t *testing.T, dir string, decode func(*json.Decoder) error, args ...string) {
+// goList runs go list in dir and calls decode for each value it prints.
+func goList(t *testing.T, dir string, decode func(*json.Decoder) error, args ...string) {
 	t.Helper()
 	list := exec.CommandContext(t.Context(), "go", append([]string{"list"}, args...)...)
 	list.Dir = dir
@@ -105,7 +105,7 @@ func golist(t *testing.T, dir string, decode func(*json.Decoder) error, args ...
 	}
 }
 
-const table = "# Title\n" +
+const testTable = "# Title\n" +
 	"## Other\n" +
 	"| a | b | c |\n" +
 	"|---|---|---|\n" +
@@ -122,8 +122,8 @@ const table = "# Title\n" +
 	"| `net` | test helper: networks | – |\n" +
 	"| `test/cluster` | test helper: a cluster | k8s API types |\n"
 
-// good are packages that deviate nowhere from the table.
-func good() map[string]*imports.Package {
+// conformingPackages are packages that deviate nowhere from the table.
+func conformingPackages() map[string]*imports.Package {
 	packages := map[string]*imports.Package{}
 	for _, p := range []imports.Package{
 		{
@@ -199,11 +199,11 @@ func TestCheck(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			parsed, err := imports.ParseTable(table)
+			parsed, err := imports.ParseTable(testTable)
 			if err != nil {
 				t.Fatal(err)
 			}
-			packages := good()
+			packages := conformingPackages()
 			tc.change(packages)
 			var list []imports.Package
 			for _, p := range packages {
@@ -224,7 +224,7 @@ func TestCheck(t *testing.T) {
 
 func TestCheckReportsAll(t *testing.T) {
 	t.Parallel()
-	parsed, err := imports.ParseTable(table)
+	parsed, err := imports.ParseTable(testTable)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -250,7 +250,7 @@ func TestCheckReportsAll(t *testing.T) {
 	}
 }
 
-func TestParseTableRefuses(t *testing.T) {
+func TestParseTableInvalid(t *testing.T) {
 	t.Parallel()
 	const head = "## Packages\n| folder | what lives there | may import |\n|---|---|---|\n"
 	for name, tc := range map[string]struct{ markdown, want string }{

@@ -13,8 +13,8 @@ type Linked struct {
 	Imports []string // the import paths of the packages that it imports
 }
 
-// forbidden describes packages of other modules that a node agent must not link.
-type forbidden struct {
+// forbiddenPackage describes packages of other modules that a node agent must not link.
+type forbiddenPackage struct {
 	path   string // import path; the packages below it are forbidden too
 	reason string
 	// except lists packages that may import it, as the agent cannot do without them.
@@ -29,8 +29,8 @@ const (
 
 // forbiddenPackages returns the packages of other modules and of the standard library that
 // a node agent must not link.
-func forbiddenPackages() []forbidden {
-	return []forbidden{
+func forbiddenPackages() []forbiddenPackage {
+	return []forbiddenPackage{
 		// client-go/rest imports the credential plugins of kubeconfig files (users[].user.exec)
 		// unconditionally.
 		{"os/exec", startsPrograms, []string{"k8s.io/client-go/plugin/pkg/client/auth/exec"}},
@@ -61,11 +61,11 @@ func (t *Table) CheckLinked(module, program string, packages []Linked) error {
 	var errs []error
 	for _, p := range packages {
 		folder, ours := strings.CutPrefix(p.Path, module+"/")
-		if reason := t.notForNodes(folder); ours && folder != program && reason != "" {
+		if reason := t.forbiddenOnNode(folder); ours && folder != program && reason != "" {
 			errs = append(errs, fmt.Errorf("%s links %s: %s", program, folder, reason))
 		}
 		for _, path := range p.Imports {
-			if reason := forbids(p.Path, path); reason != "" {
+			if reason := forbiddenLink(p.Path, path); reason != "" {
 				errs = append(errs, fmt.Errorf("%s links %s, which imports %s: %s", program, p.Path, path, reason))
 			}
 		}
@@ -73,9 +73,9 @@ func (t *Table) CheckLinked(module, program string, packages []Linked) error {
 	return errors.Join(errs...)
 }
 
-// forbids returns why a program for nodes must not link a package of another module that
+// forbiddenLink returns why a program for nodes must not link a package of another module that
 // importer imports, or nothing.
-func forbids(importer, path string) string {
+func forbiddenLink(importer, path string) string {
 	for _, f := range forbiddenPackages() {
 		// Imports within the forbidden packages are no deviations of their own.
 		if below(path, f.path) && !below(importer, f.path) && !slices.Contains(f.except, importer) {
@@ -88,9 +88,9 @@ func forbids(importer, path string) string {
 	return ""
 }
 
-// notForNodes returns why a program for nodes must not link the package in this folder of the
+// forbiddenOnNode returns why a program for nodes must not link the package in this folder of the
 // module, or nothing.
-func (t *Table) notForNodes(folder string) string {
+func (t *Table) forbiddenOnNode(folder string) string {
 	if r := t.rows[folder]; r != nil && r.testHelper {
 		return "it is a test helper"
 	}

@@ -11,7 +11,7 @@ import (
 )
 
 // The node agent links nothing that only tests and benchmarks need.
-func TestAgentLinks(t *testing.T) {
+func TestAgentLinkedPackages(t *testing.T) {
 	t.Parallel()
 	module := listModule(t)
 	markdown, err := os.ReadFile(filepath.Join(module.Dir, "ARCHITECTURE.md"))
@@ -22,10 +22,10 @@ func TestAgentLinks(t *testing.T) {
 	if err != nil {
 		t.Fatalf("ARCHITECTURE.md: %v", err)
 	}
-	watch(t, module.Dir)
+	dependOnFolders(t, module.Dir)
 	const agent = "cmd/fairlead"
 	var linked []imports.Linked
-	golist(t, module.Dir, func(d *json.Decoder) error {
+	goList(t, module.Dir, func(d *json.Decoder) error {
 		var p struct {
 			ImportPath string
 			Imports    []string
@@ -46,7 +46,7 @@ func TestAgentLinks(t *testing.T) {
 
 func TestCheckLinked(t *testing.T) {
 	t.Parallel()
-	table, err := imports.ParseTable(table)
+	table, err := imports.ParseTable(testTable)
 	if err != nil {
 		t.Fatal(err)
 	}

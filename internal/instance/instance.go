@@ -23,28 +23,28 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// address is that of the lock. The @ stands for the zero byte of an abstract
+// lockAddress is that of the lock. The @ stands for the zero byte of an abstract
 // address.
-const address = "@fairlead"
+const lockAddress = "@fairlead"
 
 const (
-	// pause is the time between attempts when the holder can't be waited for,
+	// retryInterval is the time between attempts when the holder can't be waited for,
 	// as it is about to end or does not accept connections.
-	pause = 10 * time.Millisecond
-	// describeWithin is how long a holder may take to describe itself. One that is
+	retryInterval = 10 * time.Millisecond
+	// describeTimeout is how long a holder may take to describe itself. One that is
 	// stopped never does.
-	describeWithin = 200 * time.Millisecond
-	// maxWaiting is how many connections a holder keeps: anybody in the network
+	describeTimeout = 200 * time.Millisecond
+	// maxWaiters is how many connections a holder keeps: anybody in the network
 	// namespace can make them.
-	maxWaiting = 16
+	maxWaiters = 16
 	// maxDescription is in bytes.
 	maxDescription = 256
 )
 
-// ErrStranger is returned when the lock is held by a process of another user,
+// ErrOtherUser is returned when the lock is held by a process of another user,
 // which is no Fairlead of this node's operator. Abstract sockets have no
 // permissions.
-var ErrStranger = errors.New("the lock is held by another user's process")
+var ErrOtherUser = errors.New("the lock is held by another user's process")
 
 // Options are the options of [Acquire].
 type Options struct {
@@ -52,7 +52,7 @@ type Options struct {
 	Description string
 	// Waiting, if not nil, is called when another instance holds the lock, and
 	// again for each further one.
-	Waiting func(Holder)
+	OnWaiting func(Holder)
 
 	address string // tests have their own
 }
@@ -84,7 +84,7 @@ func (h Holder) String() string {
 // Lock is held until Release, or the end of the process.
 type Lock struct {
 	listener *net.UnixListener
-	waiting  atomic.Int64
+	waiters  atomic.Int64
 	done     sync.WaitGroup
 	close    func() error
 }
@@ -92,7 +92,7 @@ type Lock struct {
 // Acquire returns the lock when no other process holds it. It blocks until then,
 // or until ctx is done.
 //
-// The error wraps [ErrStranger] if a process of another user holds the lock.
+// The error wraps [ErrOtherUser] if a process of another user holds the lock.
 func Acquire(ctx context.Context, opts Options) (*Lock, error) {
 	for {
 		lock, err := TryAcquire(opts) //nolint:contextcheck // a Lock outlives ctx
@@ -121,17 +121,17 @@ func TryAcquire(opts Options) (*Lock, error) {
 		cancel()
 		return listener.Close()
 	}
-	lock.done.Go(func() { lock.accept(ctx, opts.Description) })
+	lock.done.Go(func() { lock.acceptWaiters(ctx, opts.Description) })
 	return lock, nil
 }
 
-// Find returns the holder of the lock, or nil if there is none. It waits for the
+// FindHolder returns the holder of the lock, or nil if there is none. It waits for the
 // holder's description, a fraction of a second at most.
 //
-// The error wraps [ErrStranger] if a process of another user holds the lock.
-func Find(ctx context.Context) (*Holder, error) { return Options{}.find(ctx) }
+// The error wraps [ErrOtherUser] if a process of another user holds the lock.
+func FindHolder(ctx context.Context) (*Holder, error) { return Options{}.findHolder(ctx) }
 
-func (o Options) find(ctx context.Context) (*Holder, error) {
+func (o Options) findHolder(ctx context.Context) (*Holder, error) {
 	conn, err := o.dial(ctx)
 	if errors.Is(err, unix.ECONNREFUSED) {
 		return nil, nil
@@ -140,16 +140,16 @@ func (o Options) find(ctx context.Context) (*Holder, error) {
 		return nil, fmt.Errorf("ask who programs this node: %w", err)
 	}
 	defer conn.Close() //nolint:errcheck // nothing was written to it
-	holder, err := holderOf(conn)
+	holder, err := peerHolder(conn)
 	if err != nil {
 		return nil, err
 	}
-	holder.Description = describe(conn)
+	holder.Description = readDescription(conn)
 	return &holder, nil
 }
 
 func (o Options) addr() *net.UnixAddr {
-	return &net.UnixAddr{Net: "unix", Name: cmp.Or(o.address, address)}
+	return &net.UnixAddr{Net: "unix", Name: cmp.Or(o.address, lockAddress)}
 }
 
 func (o Options) dial(ctx context.Context) (*net.UnixConn, error) {
@@ -176,17 +176,17 @@ func (o Options) wait(ctx context.Context) error {
 		stop()
 		_ = conn.Close()
 	}()
-	holder, err := holderOf(conn)
+	holder, err := peerHolder(conn)
 	if err != nil {
 		return err
 	}
-	holder.Description = describe(conn)
+	holder.Description = readDescription(conn)
 	began := time.Now()
-	if o.Waiting != nil && ctx.Err() == nil {
-		o.Waiting(holder)
+	if o.OnWaiting != nil && ctx.Err() == nil {
+		o.OnWaiting(holder)
 	}
 	_, _ = conn.Read(make([]byte, 1)) // until its end: nothing more is sent
-	if time.Since(began) < pause {
+	if time.Since(began) < retryInterval {
 		sleep(ctx) // The holder is about to end, or refuses to be waited for.
 	}
 	return nil
@@ -195,24 +195,24 @@ func (o Options) wait(ctx context.Context) error {
 func sleep(ctx context.Context) {
 	select {
 	case <-ctx.Done():
-	case <-time.After(pause):
+	case <-time.After(retryInterval):
 	}
 }
 
-// holderOf returns who listens at the other end. The kernel tells, so that a
+// peerHolder returns who listens at the other end. The kernel tells, so that a
 // process that is stopped is known as well.
-func holderOf(conn *net.UnixConn) (Holder, error) {
-	peer, err := credentials(conn)
+func peerHolder(conn *net.UnixConn) (Holder, error) {
+	peer, err := peerCredentials(conn)
 	if err != nil {
 		return Holder{}, fmt.Errorf("ask the kernel who holds the lock of this node's instances: %w", err)
 	}
-	if !isOperator(peer) {
-		return Holder{}, fmt.Errorf("%w: PID %d, UID %d", ErrStranger, peer.Pid, peer.Uid)
+	if !isTrusted(peer) {
+		return Holder{}, fmt.Errorf("%w: PID %d, UID %d", ErrOtherUser, peer.Pid, peer.Uid)
 	}
 	return Holder{PID: int(peer.Pid)}, nil
 }
 
-func credentials(conn *net.UnixConn) (*unix.Ucred, error) {
+func peerCredentials(conn *net.UnixConn) (*unix.Ucred, error) {
 	raw, err := conn.SyscallConn()
 	if err != nil {
 		return nil, err
@@ -226,14 +226,14 @@ func credentials(conn *net.UnixConn) (*unix.Ucred, error) {
 	return peer, err
 }
 
-// isOperator reports whether a process is root's, or this process's user's.
-func isOperator(peer *unix.Ucred) bool {
+// isTrusted reports whether a process is root's, or this process's user's.
+func isTrusted(peer *unix.Ucred) bool {
 	return peer.Uid == 0 || int(peer.Uid) == os.Geteuid()
 }
 
-// describe reads the holder's description.
-func describe(conn *net.UnixConn) string {
-	_ = conn.SetReadDeadline(time.Now().Add(describeWithin))
+// readDescription reads the holder's description.
+func readDescription(conn *net.UnixConn) string {
+	_ = conn.SetReadDeadline(time.Now().Add(describeTimeout))
 	defer conn.SetReadDeadline(time.Time{}) //nolint:errcheck // it is closed then
 	line, err := bufio.NewReaderSize(conn, maxDescription).ReadSlice('\n')
 	if err != nil {
@@ -242,8 +242,8 @@ func describe(conn *net.UnixConn) string {
 	return strings.ToValidUTF8(strings.TrimSpace(string(line)), "")
 }
 
-// accept keeps connections of those who wait.
-func (l *Lock) accept(ctx context.Context, description string) {
+// acceptWaiters keeps connections of those who wait.
+func (l *Lock) acceptWaiters(ctx context.Context, description string) {
 	for {
 		conn, err := l.listener.AcceptUnix()
 		if errors.Is(err, net.ErrClosed) {
@@ -253,14 +253,14 @@ func (l *Lock) accept(ctx context.Context, description string) {
 			sleep(ctx)
 			continue
 		}
-		peer, err := credentials(conn)
-		if err != nil || !isOperator(peer) || l.waiting.Load() >= maxWaiting {
+		peer, err := peerCredentials(conn)
+		if err != nil || !isTrusted(peer) || l.waiters.Load() >= maxWaiters {
 			_ = conn.Close()
 			continue
 		}
-		l.waiting.Add(1)
+		l.waiters.Add(1)
 		l.done.Go(func() {
-			defer l.waiting.Add(-1)
+			defer l.waiters.Add(-1)
 			defer conn.Close() //nolint:errcheck // the other end sees it
 			defer context.AfterFunc(ctx, func() { _ = conn.Close() })()
 			_, _ = conn.Write([]byte(description + "\n")) // fits into the socket's buffer
@@ -269,8 +269,8 @@ func (l *Lock) accept(ctx context.Context, description string) {
 	}
 }
 
-// Waiting returns how many processes wait for the lock, or ask who holds it.
-func (l *Lock) Waiting() int { return int(l.waiting.Load()) }
+// Waiters returns how many processes wait for the lock, or ask who holds it.
+func (l *Lock) Waiters() int { return int(l.waiters.Load()) }
 
 // Release releases the lock. A nil Lock has nothing to release.
 func (l *Lock) Release() error {

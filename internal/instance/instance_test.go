@@ -15,12 +15,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// asHolder makes the test binary take the lock of this address and end with a
+// holdLockEnv makes the test binary take the lock of this address and end with a
 // signal only.
-const asHolder = "FAIRLEAD_TEST_HOLD_THE_LOCK"
+const holdLockEnv = "FAIRLEAD_TEST_HOLD_THE_LOCK"
 
 func TestMain(m *testing.M) {
-	if address := os.Getenv(asHolder); address != "" {
+	if address := os.Getenv(holdLockEnv); address != "" {
 		if _, err := TryAcquire(Options{Description: "the first", address: address}); err != nil {
 			panic(err)
 		}
@@ -30,19 +30,19 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// patience bounds what takes milliseconds on an idle machine.
-const patience = 20 * time.Second
+// testTimeout bounds what takes milliseconds on an idle machine.
+const testTimeout = 20 * time.Second
 
 func testAddress(t *testing.T) string {
 	t.Helper()
 	return fmt.Sprintf("@fairlead-%d-%s", os.Getpid(), t.Name())
 }
 
-// hold starts a process that holds the lock, of another user if one is given.
-func hold(t *testing.T, address string, uid ...uint32) *exec.Cmd {
+// startHolder starts a process that holds the lock, of another user if one is given.
+func startHolder(t *testing.T, address string, uid ...uint32) *exec.Cmd {
 	t.Helper()
 	cmd := exec.CommandContext(t.Context(), "/proc/self/exe")
-	cmd.Env = append(os.Environ(), asHolder+"="+address)
+	cmd.Env = append(os.Environ(), holdLockEnv+"="+address)
 	for _, id := range uid {
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: id, Gid: id}}
 	}
@@ -63,14 +63,14 @@ func hold(t *testing.T, address string, uid ...uint32) *exec.Cmd {
 	return cmd
 }
 
-type acquired struct {
+type acquireResult struct {
 	lock *Lock
 	err  error
 }
 
 // A waiting instance has the lock as soon as its holder has ended, however that
 // comes about.
-func TestAcquireAfterTheHoldersEnd(t *testing.T) {
+func TestAcquireAfterHolderExits(t *testing.T) {
 	t.Parallel()
 	for name, end := range map[string]func(*exec.Cmd) error{
 		"killed":             func(c *exec.Cmd) error { return c.Process.Kill() },
@@ -80,11 +80,11 @@ func TestAcquireAfterTheHoldersEnd(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			address := testAddress(t)
-			holder := hold(t, address)
-			waiting, result := make(chan Holder, 1), make(chan acquired, 1)
+			holder := startHolder(t, address)
+			waiting, result := make(chan Holder, 1), make(chan acquireResult, 1)
 			go func() {
-				lock, err := Acquire(t.Context(), Options{address: address, Waiting: func(h Holder) { waiting <- h }})
-				result <- acquired{lock, err}
+				lock, err := Acquire(t.Context(), Options{address: address, OnWaiting: func(h Holder) { waiting <- h }})
+				result <- acquireResult{lock, err}
 			}()
 			if h := <-waiting; h.PID != holder.Process.Pid || h.Description != "the first" {
 				t.Errorf("waits for %+v, want PID %d, the first", h, holder.Process.Pid)
@@ -105,7 +105,7 @@ func TestAcquireAfterTheHoldersEnd(t *testing.T) {
 				if err := r.lock.Release(); err != nil {
 					t.Error(err)
 				}
-			case <-time.After(patience):
+			case <-time.After(testTimeout):
 				t.Fatal("the lock was not acquired")
 			}
 		})
@@ -113,10 +113,10 @@ func TestAcquireAfterTheHoldersEnd(t *testing.T) {
 }
 
 // Of many that wait one at a time has the lock, and each has it once.
-func TestOneHoldsTheLock(t *testing.T) {
+func TestMutualExclusion(t *testing.T) {
 	t.Parallel()
 	address := testAddress(t)
-	const instances = maxWaiting + 4
+	const instances = maxWaiters + 4
 	var holding, most atomic.Int64
 	results := make(chan error, instances)
 	for range instances {
@@ -140,7 +140,7 @@ func TestOneHoldsTheLock(t *testing.T) {
 			if err != nil {
 				t.Error(err)
 			}
-		case <-time.After(patience):
+		case <-time.After(testTimeout):
 			t.Fatal("not everybody got the lock")
 		}
 	}
@@ -149,17 +149,17 @@ func TestOneHoldsTheLock(t *testing.T) {
 	}
 }
 
-func TestFind(t *testing.T) {
+func TestFindHolder(t *testing.T) {
 	t.Parallel()
 	opts := Options{Description: "version 1, mode nft", address: testAddress(t)}
-	if h, err := opts.find(t.Context()); h != nil || err != nil {
+	if h, err := opts.findHolder(t.Context()); h != nil || err != nil {
 		t.Errorf("nobody holds it, but found %+v, error %v", h, err)
 	}
 	lock, err := TryAcquire(opts)
 	if err != nil {
 		t.Fatal(err)
 	}
-	h, err := opts.find(t.Context())
+	h, err := opts.findHolder(t.Context())
 	if err != nil || h == nil || *h != (Holder{PID: os.Getpid(), Description: opts.Description}) {
 		t.Errorf("found %+v, error %v", h, err)
 	}
@@ -172,22 +172,22 @@ func TestFind(t *testing.T) {
 	if err := lock.Release(); err != nil {
 		t.Fatal(err)
 	}
-	if h, err := opts.find(t.Context()); h != nil || err != nil {
+	if h, err := opts.findHolder(t.Context()); h != nil || err != nil {
 		t.Errorf("released, but found %+v, error %v", h, err)
 	}
 }
 
 // Who waits can be told to stop; a holder that is stopped is known by its PID.
-func TestAcquireEndsWithItsContext(t *testing.T) {
+func TestAcquireCanceled(t *testing.T) {
 	t.Parallel()
 	address := testAddress(t)
-	holder := hold(t, address)
+	holder := startHolder(t, address)
 	if err := holder.Process.Signal(unix.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
-	_, err := Acquire(ctx, Options{address: address, Waiting: func(h Holder) {
+	_, err := Acquire(ctx, Options{address: address, OnWaiting: func(h Holder) {
 		if h.PID != holder.Process.Pid {
 			t.Errorf("waits for %+v, want PID %d", h, holder.Process.Pid)
 		}
@@ -199,16 +199,16 @@ func TestAcquireEndsWithItsContext(t *testing.T) {
 }
 
 // A process of another user that holds the lock does not keep an operator waiting.
-func TestStranger(t *testing.T) {
+func TestOtherUser(t *testing.T) {
 	t.Parallel()
 	if os.Geteuid() != 0 {
 		t.Skip("needs root, to start a process of another user")
 	}
 	address := testAddress(t)
 	const nobody = 65534
-	cmd := hold(t, address, nobody)
+	cmd := startHolder(t, address, nobody)
 	_, err := Acquire(t.Context(), Options{address: address})
-	if !errors.Is(err, ErrStranger) || !strings.Contains(err.Error(), fmt.Sprintf("PID %d, UID %d", cmd.Process.Pid, nobody)) {
+	if !errors.Is(err, ErrOtherUser) || !strings.Contains(err.Error(), fmt.Sprintf("PID %d, UID %d", cmd.Process.Pid, nobody)) {
 		t.Errorf("error %v", err)
 	}
 }

@@ -20,7 +20,7 @@ func (l *loader) advice(err error, names []string) string {
 	case errors.Is(err, unix.EPERM) && l.modulesDisabled():
 		return ": the host has forbidden to load modules until it is booted again (sysctl kernel.modules_disabled); " +
 			"have it load them before, in /etc/modules-load.d: " + strings.Join(names, " ")
-	case errors.Is(err, unix.EPERM) && !l.kernel.privileged():
+	case errors.Is(err, unix.EPERM) && !l.syscalls.hasSysModule():
 		return ": this needs CAP_SYS_MODULE; or " + onHost
 	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
 		return ": there is CAP_SYS_MODULE, but lockdown, a security module, seccomp or a user namespace forbids it; " + onHost

@@ -13,35 +13,35 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// kernel is what takes modules: the running one, or a test's.
-type kernel interface {
+// syscalls is what takes modules: the running one, or a test's.
+type syscalls interface {
 	// finitModule is finit_module(2), initModule is init_module(2).
 	finitModule(fd int, parameters string, flags int) error
 	initModule(image []byte, parameters string) error
-	// privileged reports whether the caller has CAP_SYS_MODULE.
-	privileged() bool
+	// hasSysModule reports whether the caller has CAP_SYS_MODULE.
+	hasSysModule() bool
 }
 
-// running is the running kernel.
-type running struct{}
+// linuxSyscalls is the running kernel.
+type linuxSyscalls struct{}
 
-func (running) finitModule(fd int, parameters string, flags int) error {
+func (linuxSyscalls) finitModule(fd int, parameters string, flags int) error {
 	return unix.FinitModule(fd, parameters, flags)
 }
 
-func (running) initModule(image []byte, parameters string) error {
+func (linuxSyscalls) initModule(image []byte, parameters string) error {
 	return unix.InitModule(image, parameters)
 }
 
-func (running) privileged() bool {
+func (linuxSyscalls) hasSysModule() bool {
 	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	var sets [2]unix.CapUserData
 	return unix.Capget(&header, &sets[0]) == nil && sets[0].Effective&(1<<unix.CAP_SYS_MODULE) != 0
 }
 
-// insert hands the file of a module to the kernel. A module that is there by now is
+// insertModule hands the file of a module to the kernel. A module that is there by now is
 // no error.
-func insert(k kernel, path, parameters string) error {
+func insertModule(k syscalls, path, parameters string) error {
 	f, err := os.Open(path)
 	if err != nil {
 		return err
@@ -56,7 +56,7 @@ func insert(k kernel, path, parameters string) error {
 	// decompression, or with another than this file's.
 	undone := compressed && (errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP))
 	if undone || errors.Is(err, unix.ENOSYS) {
-		image, errRead := content(f)
+		image, errRead := readModule(f)
 		if errRead != nil {
 			return fmt.Errorf("read %s: %w", path, errRead)
 		}
@@ -68,8 +68,8 @@ func insert(k kernel, path, parameters string) error {
 	return fmt.Errorf("%s: %w", path, err)
 }
 
-// content reads a module, decompressing it if its file's name says so.
-func content(f *os.File) ([]byte, error) {
+// readModule reads a module, decompressing it if its file's name says so.
+func readModule(f *os.File) ([]byte, error) {
 	switch extension := filepath.Ext(f.Name()); extension {
 	case ".ko":
 		return io.ReadAll(f)

@@ -20,8 +20,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestKernel is one test with an order, since nothing unloads modules again.
-func TestKernel(t *testing.T) {
+// TestLoadIntoKernel is one test with an order, since nothing unloads modules again.
+func TestLoadIntoKernel(t *testing.T) {
 	modules := []string{"ip_vs", "ip_vs_rr", "ip_vs_mh", "dummy numdummies=0"}
 	for _, m := range modules {
 		name, _, _ := strings.Cut(m, " ")
@@ -50,7 +50,7 @@ func TestKernel(t *testing.T) {
 		}
 	})
 	t.Run("the kernel reads the files", func(t *testing.T) {
-		l := loader{root: "/", kernel: fromFiles{}, release: runningRelease(t)}
+		l := loader{root: "/", syscalls: withoutInitModule{}, release: kernelRelease(t)}
 		if err := l.load([]string{"nf_conntrack"}); err != nil {
 			t.Fatal(err)
 		}
@@ -67,7 +67,7 @@ func TestKernel(t *testing.T) {
 		all.Wait()
 	})
 	t.Run("this program reads the files", func(t *testing.T) {
-		l := loader{root: "/", kernel: fromMemory{}, release: runningRelease(t)}
+		l := loader{root: "/", syscalls: withoutFinitModule{}, release: kernelRelease(t)}
 		if err := l.load([]string{"ip_vs_mh", "dummy numdummies=0"}); err != nil {
 			t.Fatal(err)
 		}
@@ -109,15 +109,15 @@ func TestKernel(t *testing.T) {
 	})
 }
 
-// fromMemory is the running kernel as if it did not know finit_module(2).
-type fromMemory struct{ running }
+// withoutFinitModule is the running kernel as if it did not know finit_module(2).
+type withoutFinitModule struct{ linuxSyscalls }
 
-func (fromMemory) finitModule(int, string, int) error { return unix.ENOSYS }
+func (withoutFinitModule) finitModule(int, string, int) error { return unix.ENOSYS }
 
-// fromFiles is the running kernel as if it did not know init_module(2).
-type fromFiles struct{ running }
+// withoutInitModule is the running kernel as if it did not know init_module(2).
+type withoutInitModule struct{ linuxSyscalls }
 
-func (fromFiles) initModule([]byte, string) error { return unix.ENOSYS }
+func (withoutInitModule) initModule([]byte, string) error { return unix.ENOSYS }
 
 // unprivileged calls f in a thread without CAP_SYS_MODULE.
 func unprivileged(t *testing.T, f func() error) error {
@@ -139,7 +139,7 @@ func unprivileged(t *testing.T, f func() error) error {
 	return <-result
 }
 
-func runningRelease(t *testing.T) string {
+func kernelRelease(t *testing.T) string {
 	t.Helper()
 	release, err := os.ReadFile("/proc/sys/kernel/osrelease")
 	if err != nil {

@@ -24,15 +24,15 @@ func Load(modules ...string) error {
 	if err := unix.Uname(&name); err != nil {
 		return fmt.Errorf("the kernel's release: %w", os.NewSyscallError("uname", err))
 	}
-	l := loader{root: "/", release: unix.ByteSliceToString(name.Release[:]), kernel: running{}}
+	l := loader{root: "/", release: unix.ByteSliceToString(name.Release[:]), syscalls: linuxSyscalls{}}
 	return l.load(modules)
 }
 
 // loader loads modules into a kernel.
 type loader struct {
-	root    string // the folder with lib/modules, sys and proc
-	release string
-	kernel  kernel
+	root     string // the folder with lib/modules, sys and proc
+	release  string
+	syscalls syscalls
 }
 
 func (l *loader) load(modules []string) error {
@@ -41,7 +41,7 @@ func (l *loader) load(modules []string) error {
 	var names []string
 	for _, m := range modules {
 		file, parameters, _ := strings.Cut(m, " ")
-		if name := moduleName(file); !l.loaded(name) {
+		if name := moduleName(file); !l.isLoaded(name) {
 			missing = append(missing, wanted{name, parameters})
 			names = append(names, name)
 		}
@@ -49,11 +49,11 @@ func (l *loader) load(modules []string) error {
 	if len(missing) == 0 {
 		return nil
 	}
-	folder, err := openFolder(l.root, l.release)
+	folder, err := openModuleDir(l.root, l.release)
 	if err != nil {
 		return fmt.Errorf("load kernel modules %s: %w", strings.Join(names, ", "), err)
 	}
-	r := round{loader: l, folder: folder, tried: map[string]error{}}
+	r := loadRun{loader: l, dir: folder, results: map[string]error{}}
 	for i, m := range missing {
 		if err := r.load(m.name, m.parameters); err != nil {
 			return fmt.Errorf("load kernel module %s: %w%s", m.name, err, l.advice(err, names[i:]))
@@ -62,9 +62,9 @@ func (l *loader) load(modules []string) error {
 	return nil
 }
 
-// loaded reports whether the kernel shows a module as built in, or as ready. It does
+// isLoaded reports whether the kernel shows a module as built in, or as ready. It does
 // not show all that are built in.
-func (l *loader) loaded(name string) bool {
+func (l *loader) isLoaded(name string) bool {
 	folder := filepath.Join(l.root, "sys/module", name)
 	if _, err := os.Stat(folder); err != nil {
 		return false
@@ -73,37 +73,37 @@ func (l *loader) loaded(name string) bool {
 	return os.IsNotExist(err) || strings.TrimSpace(string(state)) == "live"
 }
 
-// round is one call of load.
-type round struct {
+// loadRun is one call of load.
+type loadRun struct {
 	*loader
-	folder *folder
-	tried  map[string]error // by module
+	dir     *moduleDir
+	results map[string]error // by module
 }
 
-func (r *round) load(name, parameters string) error {
-	if err, tried := r.tried[name]; tried {
+func (r *loadRun) load(name, parameters string) error {
+	if err, tried := r.results[name]; tried {
 		return err
 	}
-	r.tried[name] = nil // also for softdeps that go in circles
-	if r.folder.builtIn[name] || r.loaded(name) {
+	r.results[name] = nil // also for softdeps that go in circles
+	if r.dir.builtIn[name] || r.isLoaded(name) {
 		return nil
 	}
 	err := r.loadFile(name, parameters)
-	r.tried[name] = err
+	r.results[name] = err
 	return err
 }
 
-func (r *round) loadFile(name, parameters string) error {
-	file, ok := r.folder.files[name]
+func (r *loadRun) loadFile(name, parameters string) error {
+	file, ok := r.dir.files[name]
 	if !ok {
 		return fmt.Errorf("it is not in %s: install the package with all of this kernel's modules, "+
-			"or mount the host's /lib/modules into the container", r.folder.path)
+			"or mount the host's /lib/modules into the container", r.dir.path)
 	}
 	// What softdeps name is loaded if it can be: there may be several modules for the
 	// purpose, some of them for other processors.
 	var before string
-	for _, alias := range r.folder.softdeps[name] {
-		targets, err := r.folder.resolve(alias)
+	for _, alias := range r.dir.softdeps[name] {
+		targets, err := r.dir.resolveAlias(alias)
 		if err != nil {
 			return err
 		}
@@ -113,12 +113,12 @@ func (r *round) loadFile(name, parameters string) error {
 			}
 		}
 	}
-	for _, other := range r.folder.needs[name] {
+	for _, other := range r.dir.dependencies[name] {
 		if err := r.load(other, ""); err != nil {
 			return fmt.Errorf("%s, which it needs: %w", other, err)
 		}
 	}
-	if err := insert(r.kernel, filepath.Join(r.folder.path, file), parameters); err != nil {
+	if err := insertModule(r.syscalls, filepath.Join(r.dir.path, file), parameters); err != nil {
 		return fmt.Errorf("%w%s", err, before)
 	}
 	return nil

@@ -17,12 +17,12 @@ import (
 
 const release = "6.1.0"
 
-// host is a host's files by path, with the folder of modules called M.
-type host map[string]string
+// fakeHost is a host's files by path, with the folder of modules called M.
+type fakeHost map[string]string
 
-// ipvs has IPVS's modules as Debian has them, with another purpose for libcrc32c.
-func ipvs(changes host) host {
-	h := host{
+// ipvsHost has IPVS's modules as Debian has them, with another purpose for libcrc32c.
+func ipvsHost(changes fakeHost) fakeHost {
+	h := fakeHost{
 		"M/modules.dep": `kernel/lib/libcrc32c.ko:
 kernel/crypto/crc32c-fast.ko:
 kernel/crypto/crc32c_slow.ko: kernel/crypto/hash.ko
@@ -49,7 +49,7 @@ kernel/net/dummy.ko:
 	return h
 }
 
-func (h host) write(t *testing.T, modules string) (root string) {
+func (h fakeHost) write(t *testing.T, modules string) (root string) {
 	t.Helper()
 	root = t.TempDir()
 	for path, text := range h {
@@ -64,22 +64,22 @@ func (h host) write(t *testing.T, modules string) (root string) {
 	return root
 }
 
-// fake is a kernel that notes the names of files and the contents of images that it
+// fakeKernel is a kernel that notes the names of files and the contents of images that it
 // is given, with the parameters.
-type fake struct {
-	calls        []string
-	finit        error // what finit_module answers always
-	flagged      error // what finit_module answers to compressed files
-	refuse       map[string]error
-	unprivileged bool
+type fakeKernel struct {
+	calls         []string
+	finitErr      error // what finit_module answers always
+	compressedErr error // what finit_module answers to compressed files
+	moduleErrs    map[string]error
+	unprivileged  bool
 }
 
-func (f *fake) finitModule(fd int, parameters string, flags int) error {
-	if f.finit != nil {
-		return f.finit
+func (f *fakeKernel) finitModule(fd int, parameters string, flags int) error {
+	if f.finitErr != nil {
+		return f.finitErr
 	}
-	if flags != 0 && f.flagged != nil {
-		return f.flagged
+	if flags != 0 && f.compressedErr != nil {
+		return f.compressedErr
 	}
 	path, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", fd))
 	if err != nil {
@@ -87,22 +87,22 @@ func (f *fake) finitModule(fd int, parameters string, flags int) error {
 	}
 	file := filepath.Base(path)
 	f.calls = append(f.calls, strings.TrimSpace(file+" "+parameters))
-	return f.refuse[moduleName(file)]
+	return f.moduleErrs[moduleName(file)]
 }
 
-func (f *fake) initModule(image []byte, parameters string) error {
+func (f *fakeKernel) initModule(image []byte, parameters string) error {
 	f.calls = append(f.calls, strings.TrimSpace(fmt.Sprintf("image of %s %s", image, parameters)))
-	return f.refuse[string(image)]
+	return f.moduleErrs[string(image)]
 }
 
-func (f *fake) privileged() bool { return !f.unprivileged }
+func (f *fakeKernel) hasSysModule() bool { return !f.unprivileged }
 
 func TestLoad(t *testing.T) {
 	crc := []string{"crc32c-fast.ko", "hash.ko", "crc32c_slow.ko", "libcrc32c.ko"}
 	ipVS := slices.Concat([]string{"nf_defrag.ko"}, crc, []string{"nf_conntrack.ko", "ip_vs.ko"})
 	for name, test := range map[string]struct {
-		host  host
-		fake  fake
+		host  fakeHost
+		fake  fakeKernel
 		load  []string
 		calls []string
 	}{
@@ -124,42 +124,42 @@ func TestLoad(t *testing.T) {
 		},
 		"dashes are underscores": {
 			load:  []string{"crc32c_fast", "ip-vs-rr"},
-			host:  host{"M/modules.softdep": ""},
+			host:  fakeHost{"M/modules.softdep": ""},
 			calls: []string{"crc32c-fast.ko", "nf_defrag.ko", "libcrc32c.ko", "nf_conntrack.ko", "ip_vs.ko", "ip_vs_rr.ko"},
 		},
 		"a softdep that fails, as it is for another processor": {
 			load:  []string{"libcrc32c"},
-			fake:  fake{refuse: map[string]error{"crc32c_fast": unix.ENODEV}},
+			fake:  fakeKernel{moduleErrs: map[string]error{"crc32c_fast": unix.ENODEV}},
 			calls: crc,
 		},
 		"a softdep that is built in": {
 			load:  []string{"libcrc32c"},
-			host:  host{"M/modules.builtin": "kernel/crypto/crc32c.ko\n"},
+			host:  fakeHost{"M/modules.builtin": "kernel/crypto/crc32c.ko\n"},
 			calls: []string{"libcrc32c.ko"},
 		},
 		"a softdep that there is not": {
 			load:  []string{"libcrc32c"},
-			host:  host{"M/modules.alias": ""},
+			host:  fakeHost{"M/modules.alias": ""},
 			calls: []string{"libcrc32c.ko"},
 		},
 		"softdeps in a circle": {
 			load:  []string{"dummy"},
-			host:  host{"M/modules.softdep": "softdep dummy pre: hash\nsoftdep hash pre: dummy\n"},
+			host:  fakeHost{"M/modules.softdep": "softdep dummy pre: hash\nsoftdep hash pre: dummy\n"},
 			calls: []string{"hash.ko", "dummy.ko"},
 		},
 		"built in": {
 			load: []string{"br_netfilter", "sch_dash"},
 		},
 		"built in, and the folder of modules is not there": {
-			host: host{"M/modules.dep": "", "sys/module/dummy/parameters/numdummies": "1"},
+			host: fakeHost{"M/modules.dep": "", "sys/module/dummy/parameters/numdummies": "1"},
 			load: []string{"dummy"},
 		},
 		"loaded before, and the folder of modules is not there": {
-			host: host{"M/modules.dep": "", "sys/module/dummy/initstate": "live\n", "sys/module/ip_vs/initstate": "live\n"},
+			host: fakeHost{"M/modules.dep": "", "sys/module/dummy/initstate": "live\n", "sys/module/ip_vs/initstate": "live\n"},
 			load: []string{"dummy numdummies=0", "ip-vs"},
 		},
 		"what it needs is loaded": {
-			host: host{
+			host: fakeHost{
 				"sys/module/nf_conntrack/initstate": "live\n", "sys/module/nf_defrag/initstate": "live\n",
 				"sys/module/libcrc32c/initstate": "live\n",
 			},
@@ -167,18 +167,18 @@ func TestLoad(t *testing.T) {
 			calls: []string{"ip_vs.ko"},
 		},
 		"somebody else is loading it: the kernel waits for that": {
-			host:  host{"sys/module/dummy/initstate": "coming\n"},
-			fake:  fake{refuse: map[string]error{"dummy": unix.EEXIST}},
+			host:  fakeHost{"sys/module/dummy/initstate": "coming\n"},
+			fake:  fakeKernel{moduleErrs: map[string]error{"dummy": unix.EEXIST}},
 			load:  []string{"dummy"},
 			calls: []string{"dummy.ko"},
 		},
 		"a kernel without finit_module": {
-			fake:  fake{finit: unix.ENOSYS},
+			fake:  fakeKernel{finitErr: unix.ENOSYS},
 			load:  []string{"dummy numdummies=0"},
 			calls: []string{"image of dummy numdummies=0"},
 		},
 		"the other files of depmod are not there": {
-			host:  host{"M/modules.softdep": "", "M/modules.builtin": "", "M/modules.alias": ""},
+			host:  fakeHost{"M/modules.softdep": "", "M/modules.builtin": "", "M/modules.alias": ""},
 			load:  []string{"libcrc32c", "dummy"},
 			calls: []string{"libcrc32c.ko", "dummy.ko"},
 		},
@@ -187,7 +187,7 @@ func TestLoad(t *testing.T) {
 		for _, modules := range []string{"lib/modules", "usr/lib/modules"} {
 			t.Run(name+" in "+modules, func(t *testing.T) {
 				k := test.fake
-				l := loader{root: ipvs(test.host).write(t, modules), release: release, kernel: &k}
+				l := loader{root: ipvsHost(test.host).write(t, modules), release: release, syscalls: &k}
 				if err := l.load(test.load); err != nil {
 					t.Fatal(err)
 				}
@@ -200,7 +200,7 @@ func TestLoad(t *testing.T) {
 }
 
 func TestCompressed(t *testing.T) {
-	files := host{"M/modules.dep": "a.ko.gz:\nb.ko.xz:\nc.ko.zst:\n"}
+	files := fakeHost{"M/modules.dep": "a.ko.gz:\nb.ko.xz:\nc.ko.zst:\n"}
 	// What gzip, xz and zstd make of "the module", with the options that the kernel's
 	// Makefile gives them.
 	for file, contents := range map[string]string{
@@ -216,17 +216,17 @@ func TestCompressed(t *testing.T) {
 	}
 	inProgram := []string{"image of the module x=1", "image of the module", "image of the module"}
 	for name, test := range map[string]struct {
-		fake  fake
+		fake  fakeKernel
 		calls []string
 	}{
-		"the kernel decompresses":                      {fake{}, []string{"a.ko.gz x=1", "b.ko.xz", "c.ko.zst"}},
-		"a kernel that does not know the flag":         {fake{flagged: unix.EINVAL}, inProgram},
-		"a kernel that is built without decompression": {fake{flagged: unix.EOPNOTSUPP}, inProgram},
-		"a kernel without finit_module":                {fake{finit: unix.ENOSYS}, inProgram},
+		"the kernel decompresses":                      {fakeKernel{}, []string{"a.ko.gz x=1", "b.ko.xz", "c.ko.zst"}},
+		"a kernel that does not know the flag":         {fakeKernel{compressedErr: unix.EINVAL}, inProgram},
+		"a kernel that is built without decompression": {fakeKernel{compressedErr: unix.EOPNOTSUPP}, inProgram},
+		"a kernel without finit_module":                {fakeKernel{finitErr: unix.ENOSYS}, inProgram},
 	} {
 		t.Run(name, func(t *testing.T) {
 			k := test.fake
-			l := loader{root: files.write(t, "lib/modules"), release: release, kernel: &k}
+			l := loader{root: files.write(t, "lib/modules"), release: release, syscalls: &k}
 			if err := l.load([]string{"a x=1", "b", "c"}); err != nil {
 				t.Fatal(err)
 			}
@@ -242,16 +242,16 @@ func TestErrors(t *testing.T) {
 		modulesPackage = "install the package with "
 		kernelsPackage = "; install the modules of the package that this kernel is from"
 	)
-	refuseAll := func(err error) fake { return fake{finit: err} }
+	refuseAll := func(err error) fakeKernel { return fakeKernel{finitErr: err} }
 	for name, test := range map[string]struct {
-		host host
-		fake fake
+		host fakeHost
+		fake fakeKernel
 		load []string
 		want string // with the folder of modules called M
 		is   error
 	}{
 		"no folder": {
-			host: host{"M/modules.dep": ""},
+			host: fakeHost{"M/modules.dep": ""},
 			load: []string{"ip_vs", "dummy numdummies=0"},
 			want: "load kernel modules ip_vs, dummy: the modules of Linux 6.1.0 are not in /lib/modules or /usr/lib/modules: " +
 				modulesPackage + "this kernel's modules, or mount the host's /lib/modules into the container",
@@ -262,14 +262,14 @@ func TestErrors(t *testing.T) {
 				modulesPackage + "all of this kernel's modules, or mount the host's /lib/modules into the container",
 		},
 		"in the folder's list only": {
-			host: host{"M/kernel/net/dummy.ko": ""},
+			host: fakeHost{"M/kernel/net/dummy.ko": ""},
 			load: []string{"dummy"},
 			want: "load kernel module dummy: open M/kernel/net/dummy.ko: no such file or directory",
 			is:   fs.ErrNotExist,
 		},
 		"without CAP_SYS_MODULE, for all that are missing": {
-			host: host{"sys/module/dummy/initstate": "live\n", "M/modules.softdep": ""},
-			fake: fake{finit: unix.EPERM, unprivileged: true},
+			host: fakeHost{"sys/module/dummy/initstate": "live\n", "M/modules.softdep": ""},
+			fake: fakeKernel{finitErr: unix.EPERM, unprivileged: true},
 			load: []string{"dummy", "nf_defrag", "ip_vs x=1"},
 			want: "load kernel module nf_defrag: M/kernel/net/nf_defrag.ko: finit_module: operation not permitted: " +
 				"this needs CAP_SYS_MODULE; or load them on the host: modprobe -a nf_defrag ip_vs",
@@ -292,8 +292,8 @@ func TestErrors(t *testing.T) {
 			is: unix.EACCES,
 		},
 		"the host loads no modules any more": {
-			host: host{"proc/sys/kernel/modules_disabled": "1\n"},
-			fake: fake{finit: unix.EPERM, unprivileged: true},
+			host: fakeHost{"proc/sys/kernel/modules_disabled": "1\n"},
+			fake: fakeKernel{finitErr: unix.EPERM, unprivileged: true},
 			load: []string{"dummy", "hash"},
 			want: "load kernel module dummy: M/kernel/net/dummy.ko: finit_module: operation not permitted: " +
 				"the host has forbidden to load modules until it is booted again (sysctl kernel.modules_disabled); " +
@@ -315,16 +315,16 @@ func TestErrors(t *testing.T) {
 			is: unix.ENOEXEC,
 		},
 		"what it needs fails": {
-			host: host{"M/modules.softdep": ""},
-			fake: fake{refuse: map[string]error{"libcrc32c": unix.ENOMEM}},
+			host: fakeHost{"M/modules.softdep": ""},
+			fake: fakeKernel{moduleErrs: map[string]error{"libcrc32c": unix.ENOMEM}},
 			load: []string{"ip_vs"},
 			want: "load kernel module ip_vs: nf_conntrack, which it needs: libcrc32c, which it needs: " +
 				"M/kernel/lib/libcrc32c.ko: finit_module: cannot allocate memory: the kernel's log may say why (dmesg)",
 			is: unix.ENOMEM,
 		},
 		"what should be loaded before has failed, and therefore it fails": {
-			host: host{"M/modules.alias": ""},
-			fake: fake{refuse: map[string]error{"libcrc32c": unix.EIO}},
+			host: fakeHost{"M/modules.alias": ""},
+			fake: fakeKernel{moduleErrs: map[string]error{"libcrc32c": unix.EIO}},
 			load: []string{"libcrc32c"},
 			want: "load kernel module libcrc32c: M/kernel/lib/libcrc32c.ko: finit_module: input/output error " +
 				"(crc32c, which should be loaded before, was not: it is not in M: " + modulesPackage +
@@ -333,22 +333,22 @@ func TestErrors(t *testing.T) {
 			is: unix.EIO,
 		},
 		"a compression that nobody knows": {
-			host: host{"M/modules.dep": "a.ko.br:", "M/a.ko.br": "x"},
-			fake: fake{flagged: unix.EINVAL},
+			host: fakeHost{"M/modules.dep": "a.ko.br:", "M/a.ko.br": "x"},
+			fake: fakeKernel{compressedErr: unix.EINVAL},
 			load: []string{"a"},
 			want: "load kernel module a: read M/a.ko.br: .br is none of the compressions .gz, .xz and .zst",
 		},
 		"gzip that is none": {
-			host: host{"M/modules.dep": "a.ko.gz:", "M/a.ko.gz": "this is not gzip"},
-			fake: fake{flagged: unix.EINVAL},
+			host: fakeHost{"M/modules.dep": "a.ko.gz:", "M/a.ko.gz": "this is not gzip"},
+			fake: fakeKernel{compressedErr: unix.EINVAL},
 			load: []string{"a"},
 			want: "load kernel module a: read M/a.ko.gz: gzip: invalid header",
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			root := ipvs(test.host).write(t, "lib/modules")
+			root := ipvsHost(test.host).write(t, "lib/modules")
 			k := test.fake
-			l := loader{root: root, release: release, kernel: &k}
+			l := loader{root: root, release: release, syscalls: &k}
 			err := l.load(test.load)
 			if err == nil {
 				t.Fatal("no error")

@@ -25,7 +25,7 @@ func TestAffinityAndNodeSettings(t *testing.T) {
 		`fairlead_session_affinity_not_remembered_total{ip_family="IPv6",reason="network"}`: "2",
 		`fairlead_session_affinity_evictions_total{ip_family="IPv6"}`:                       "1",
 	}
-	if diff := cmp.Diff(want, scrape(t, m, "fairlead_session_affinity", "fairlead_node_setting")); diff != "" {
+	if diff := cmp.Diff(want, statusCollector(t, m, "fairlead_session_affinity", "fairlead_node_setting")); diff != "" {
 		t.Errorf("metrics (-want +got):\n%s", diff)
 	}
 }

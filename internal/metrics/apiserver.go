@@ -2,8 +2,8 @@ package metrics
 
 import "github.com/prometheus/client_golang/prometheus"
 
-// APIList says how a list of the API server is followed.
-type APIList struct {
+// APIResource says how a list of the API server is followed.
+type APIResource struct {
 	// Resource is the name of the list, such as "endpointslices".
 	Resource string
 	// Synced says that the list was complete once.
@@ -22,22 +22,22 @@ type APIFailures struct {
 	Count      uint64
 }
 
-// apiLists collects how the lists of the API server are followed.
-type apiLists struct {
-	lists func() []APIList
+// apiCollector collects how the lists of the API server are followed.
+type apiCollector struct {
+	resources func() []APIResource
 
 	synced, held, failures, recoveries *prometheus.Desc
 }
 
-var _ prometheus.Collector = (*apiLists)(nil)
+var _ prometheus.Collector = (*apiCollector)(nil)
 
-func newAPILists(lists func() []APIList) *apiLists {
+func newAPICollector(lists func() []APIResource) *apiCollector {
 	desc := func(name, help string, labels ...string) *prometheus.Desc {
 		return prometheus.NewDesc(namespace+"_"+name, help, append([]string{"resource"}, labels...), nil)
 	}
-	return &apiLists{
-		lists:  lists,
-		synced: desc("api_synced", "Whether the list of the API server was complete once: 1 or 0."),
+	return &apiCollector{
+		resources: lists,
+		synced:    desc("api_synced", "Whether the list of the API server was complete once: 1 or 0."),
 		held: desc("api_held_removals", "Objects that the last list of the API server lacks, and whose removal waits for another list "+
 			"(--mass-removal-delay)."),
 		failures: desc("api_request_failures_total", "Requests to the API server that failed, by verb (list, watch) and "+
@@ -48,15 +48,15 @@ func newAPILists(lists func() []APIList) *apiLists {
 }
 
 // Describe implements [prometheus.Collector].
-func (a *apiLists) Describe(ch chan<- *prometheus.Desc) {
+func (a *apiCollector) Describe(ch chan<- *prometheus.Desc) {
 	for _, desc := range []*prometheus.Desc{a.synced, a.held, a.failures, a.recoveries} {
 		ch <- desc
 	}
 }
 
 // Collect implements [prometheus.Collector].
-func (a *apiLists) Collect(ch chan<- prometheus.Metric) {
-	for _, l := range a.lists() {
+func (a *apiCollector) Collect(ch chan<- prometheus.Metric) {
+	for _, l := range a.resources() {
 		synced := 0.0
 		if l.Synced {
 			synced = 1

@@ -8,11 +8,11 @@ import (
 	"fairlead.io/fairlead/internal/metrics"
 )
 
-// TestAPILists checks the metrics of the lists of the API server.
-func TestAPILists(t *testing.T) {
+// TestAPIResources checks the metrics of the lists of the API server.
+func TestAPIResources(t *testing.T) {
 	t.Parallel()
-	lists := func() []metrics.APIList {
-		return []metrics.APIList{
+	lists := func() []metrics.APIResource {
+		return []metrics.APIResource{
 			{Resource: "services", Synced: true, HeldRemovals: 20, Recoveries: map[string]uint64{"silent": 1, "backwards": 0}},
 			{Resource: "servicecidrs", Failures: []metrics.APIFailures{{Verb: "list", Code: "500", Count: 3}}},
 		}
@@ -26,8 +26,8 @@ func TestAPILists(t *testing.T) {
 		`fairlead_api_recoveries_total{reason="silent",resource="services"}`:                  "1",
 		`fairlead_api_recoveries_total{reason="backwards",resource="services"}`:               "0",
 	}
-	m := metrics.New(metrics.Options{Status: noStatus, APILists: lists})
-	if diff := cmp.Diff(want, scrape(t, m, "fairlead_api")); diff != "" {
+	m := metrics.New(metrics.Options{Status: noStatus, APIResources: lists})
+	if diff := cmp.Diff(want, statusCollector(t, m, "fairlead_api")); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
 	}
 }

@@ -19,9 +19,9 @@ func (m *Metrics) addInstances(options Options) {
 			return 0
 		})
 	}
-	if options.Waiting != nil {
+	if options.WaitingInstances != nil {
 		gauge("waiting_instances", "Other instances on this node that wait until this one ends.", func() float64 {
-			return float64(options.Waiting())
+			return float64(options.WaitingInstances())
 		})
 	}
 }
@@ -30,11 +30,11 @@ func (m *Metrics) addInstances(options Options) {
 func (m *Metrics) addOtherProxy() {
 	m.otherProxy = m.gauges(namespace, "other_proxy_rules", "Whether rules of another Service proxy, by its mode, are on this node: 1 or 0; "+
 		"see the log and the Events of the Node.", "proxy", "mode")
-	m.OtherProxy(nil)
+	m.SetOtherProxy(nil)
 }
 
-// OtherProxy takes all that is on the node of another Service proxy.
-func (m *Metrics) OtherProxy(rules []otherproxy.Rules) {
+// SetOtherProxy takes all that is on the node of another Service proxy.
+func (m *Metrics) SetOtherProxy(rules []otherproxy.Rules) {
 	for _, mode := range otherproxy.Modes() {
 		m.otherProxy.WithLabelValues("kube-proxy", string(mode)).Set(0)
 	}

@@ -20,9 +20,9 @@ import (
 	"fairlead.io/fairlead/sync"
 )
 
-// scrape returns the metrics whose names begin with one of the prefixes, without
+// statusCollector returns the metrics whose names begin with one of the prefixes, without
 // the buckets of histograms, as they are in the answer.
-func scrape(t *testing.T, m *metrics.Metrics, prefixes ...string) map[string]string {
+func statusCollector(t *testing.T, m *metrics.Metrics, prefixes ...string) map[string]string {
 	t.Helper()
 	response := httptest.NewRecorder()
 	m.Handler().ServeHTTP(response, httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/metrics", nil))
@@ -46,7 +46,7 @@ func scrape(t *testing.T, m *metrics.Metrics, prefixes ...string) map[string]str
 	return values
 }
 
-func service(t *testing.T, key dataplane.Key, treatment dataplane.Treatment) *dataplane.Service {
+func service(t *testing.T, key dataplane.Key, treatment dataplane.ServiceSpec) *dataplane.Service {
 	t.Helper()
 	addr := "192.0.2.1:80"
 	if key.Family == dataplane.IPv6 {
@@ -73,25 +73,25 @@ func TestCommits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := metrics.New(metrics.Options{Status: noStatus})
 		start := time.Now()
-		commit := func(kind sync.Kind, reason sync.Reason, families ...dataplane.Family) sync.Commit {
-			c := sync.Commit{Kind: kind, Reason: reason, Start: start, End: start.Add(2 * time.Second), Oldest: start.Add(-time.Second)}
+		commit := func(kind sync.Op, reason sync.Reason, families ...dataplane.Family) sync.Commit {
+			c := sync.Commit{Op: kind, Reason: reason, Start: start, End: start.Add(2 * time.Second), OldestUpdate: start.Add(-time.Second)}
 			for _, f := range families {
-				c.Changes = append(c.Changes, dataplane.Change{New: service(t, key("web", f, 0), dataplane.Treatment{})})
+				c.Changes = append(c.Changes, dataplane.Change{New: service(t, key("web", f, 0), dataplane.ServiceSpec{})})
 			}
 			return c
 		}
-		atStart := commit(sync.KindReplace, sync.ReasonStart)
-		atStart.First, atStart.Last = start.Add(500*time.Millisecond), start.Add(1500*time.Millisecond)
-		m.Committed(atStart)
-		m.Committed(commit(sync.KindApply, sync.ReasonChange, dataplane.IPv4))
-		m.Committed(commit(sync.KindApply, sync.ReasonChange, dataplane.IPv4, dataplane.IPv6))
-		partial := commit(sync.KindReplace, sync.ReasonRetry)
-		partial.First, partial.Last = start.Add(time.Hour), start.Add(time.Hour) // not of the start
+		atStart := commit(sync.OpReplace, sync.ReasonStart)
+		atStart.FirstComplete, atStart.LastComplete = start.Add(500*time.Millisecond), start.Add(1500*time.Millisecond)
+		m.OnCommit(atStart)
+		m.OnCommit(commit(sync.OpApply, sync.ReasonChange, dataplane.IPv4))
+		m.OnCommit(commit(sync.OpApply, sync.ReasonChange, dataplane.IPv4, dataplane.IPv6))
+		partial := commit(sync.OpReplace, sync.ReasonRetry)
+		partial.FirstComplete, partial.LastComplete = start.Add(time.Hour), start.Add(time.Hour) // not of the start
 		partial.Failed = map[dataplane.Key]error{key("db", dataplane.IPv4, 0): errors.New("no")}
-		m.Committed(partial)
-		failure := commit(sync.KindReplace, sync.ReasonDrift)
+		m.OnCommit(partial)
+		failure := commit(sync.OpReplace, sync.ReasonDrift)
 		failure.Err = errors.New("no")
-		m.Committed(failure)
+		m.OnCommit(failure)
 
 		last := fmt.Sprintf("%g", float64(start.Add(2*time.Second).UnixMilli())/1000)
 		want := map[string]string{
@@ -126,7 +126,7 @@ func TestCommits(t *testing.T) {
 			`kubeproxy_sync_proxy_rules_last_timestamp_seconds{ip_family="IPv4"}`:         last,
 			`kubeproxy_sync_proxy_rules_last_timestamp_seconds{ip_family="IPv6"}`:         last,
 		}
-		got := scrape(t, m, "fairlead_commit", "fairlead_change_", "fairlead_first", "fairlead_last", "kubeproxy_sync_proxy_rules_d",
+		got := statusCollector(t, m, "fairlead_commit", "fairlead_change_", "fairlead_first", "fairlead_last", "kubeproxy_sync_proxy_rules_d",
 			"kubeproxy_sync_full", "kubeproxy_sync_partial", "kubeproxy_sync_proxy_rules_nft", "kubeproxy_sync_proxy_rules_last_t")
 		if diff := cmp.Diff(want, got); diff != "" {
 			t.Errorf("(-want +got):\n%s", diff)
@@ -141,7 +141,7 @@ func TestStatus(t *testing.T) {
 		m := metrics.New(metrics.Options{Status: func() sync.Status { return status }, Version: "v1", Mode: "nft"})
 		check := func(want map[string]string) {
 			t.Helper()
-			got := scrape(t, m, "fairlead_services", "fairlead_dataplane", "fairlead_oldest", "fairlead_build")
+			got := statusCollector(t, m, "fairlead_services", "fairlead_dataplane", "fairlead_oldest", "fairlead_build")
 			want[`fairlead_build_info{mode="nft",version="v1"}`] = "1"
 			if diff := cmp.Diff(want, got); diff != "" {
 				t.Errorf("(-want +got):\n%s", diff)
@@ -174,7 +174,7 @@ func TestChanges(t *testing.T) {
 	m := metrics.New(metrics.Options{Status: func() sync.Status { return status }})
 	check := func(services, servicesPending, endpoints, endpointsPending string) {
 		t.Helper()
-		got := scrape(t, m, "kubeproxy_sync_proxy_rules_service_changes", "kubeproxy_sync_proxy_rules_endpoint_changes")
+		got := statusCollector(t, m, "kubeproxy_sync_proxy_rules_service_changes", "kubeproxy_sync_proxy_rules_endpoint_changes")
 		want := map[string]string{
 			"kubeproxy_sync_proxy_rules_service_changes_total": services, "kubeproxy_sync_proxy_rules_service_changes_pending": servicesPending,
 			"kubeproxy_sync_proxy_rules_endpoint_changes_total": endpoints, "kubeproxy_sync_proxy_rules_endpoint_changes_pending": endpointsPending,
@@ -184,29 +184,29 @@ func TestChanges(t *testing.T) {
 		}
 	}
 	check("0", "0", "0", "0")
-	m.Arrived(5, 5) // no change to the kernel: there is no call
+	m.RecordObjectChanges(5, 5) // no change to the kernel: there is no call
 	check("5", "0", "5", "0")
 	m = metrics.New(metrics.Options{Status: func() sync.Status { return status }})
-	m.Arrived(5, 0)
+	m.RecordObjectChanges(5, 0)
 	status.PendingSince = time.Now()
 	check("5", "5", "0", "0")
 	status.PendingSince = time.Time{}
-	m.Arrived(1, 0)
+	m.RecordObjectChanges(1, 0)
 	status.PendingSince = time.Now()
 	check("6", "1", "0", "0") // not those before, for which there was no call
 
 	m = metrics.New(metrics.Options{Status: func() sync.Status { return status }})
-	m.Arrived(2, 3)
+	m.RecordObjectChanges(2, 3)
 	check("2", "2", "3", "3")
 	status.CallSince = time.Now()
-	m.Arrived(1, 0)
+	m.RecordObjectChanges(1, 0)
 	check("3", "3", "3", "3")
-	m.Committed(sync.Commit{Err: errors.New("no")})
+	m.OnCommit(sync.Commit{Err: errors.New("no")})
 	check("3", "3", "3", "3")
-	m.Arrived(0, 10) // during the second attempt
-	m.Committed(sync.Commit{})
+	m.RecordObjectChanges(0, 10) // during the second attempt
+	m.OnCommit(sync.Commit{})
 	check("3", "0", "13", "10")
-	m.Committed(sync.Commit{})
+	m.OnCommit(sync.Commit{})
 	check("3", "0", "13", "0")
 }
 
@@ -218,30 +218,30 @@ func TestNetworkProgramming(t *testing.T) {
 		time.Sleep(time.Hour)
 		m := metrics.New(metrics.Options{Status: noStatus})
 		commit := func(took time.Duration, keys ...dataplane.Key) {
-			c := sync.Commit{Kind: sync.KindApply, Start: time.Now()}
+			c := sync.Commit{Op: sync.OpApply, Start: time.Now()}
 			time.Sleep(took)
 			c.End = time.Now()
 			for _, k := range keys {
-				c.Changes = append(c.Changes, dataplane.Change{New: service(t, k, dataplane.Treatment{})})
+				c.Changes = append(c.Changes, dataplane.Change{New: service(t, k, dataplane.ServiceSpec{})})
 			}
-			m.Committed(c)
+			m.OnCommit(c)
 		}
 		check := func(count, sum string, of dataplane.Family) {
 			t.Helper()
 			const name = "kubeproxy_network_programming_duration_seconds_"
 			label := `{ip_family="` + of.String() + `"}`
-			got := scrape(t, m, name)
+			got := statusCollector(t, m, name)
 			if got[name+"count"+label] != count || got[name+"sum"+label] != sum {
 				t.Errorf("%s: count %s, sum %s, want %s and %s", of, got[name+"count"+label], got[name+"sum"+label], count, sum)
 			}
 		}
-		m.Triggered("shop", "web", long) // before the program began
+		m.RecordTrigger("shop", "web", long) // before the program began
 		commit(0, key("web", dataplane.IPv4, 0))
 		check("0", "0", dataplane.IPv4)
 
 		at := time.Now()
 		time.Sleep(3 * time.Second)
-		m.Triggered("shop", "web", at)
+		m.RecordTrigger("shop", "web", at)
 		commit(time.Second, key("web", dataplane.IPv4, 0), key("web", dataplane.IPv4, dataplane.NodePort))
 		check("1", "4", dataplane.IPv4)
 		check("0", "0", dataplane.IPv6)
@@ -249,10 +249,10 @@ func TestNetworkProgramming(t *testing.T) {
 		check("1", "4", dataplane.IPv4)
 
 		// One that comes while a call is going on belongs to the next.
-		m.Triggered("shop", "web", time.Now())
+		m.RecordTrigger("shop", "web", time.Now())
 		go func() {
 			time.Sleep(time.Second)
-			m.Triggered("shop", "web", time.Now())
+			m.RecordTrigger("shop", "web", time.Now())
 		}()
 		commit(2*time.Second, key("web", dataplane.IPv6, 0))
 		check("1", "2", dataplane.IPv6)
@@ -273,29 +273,29 @@ func TestTriggersWithoutEffect(t *testing.T) {
 		sum   string
 	}{
 		{"undone, and changed hours later", func(m *metrics.Metrics, commit func(time.Time, []dataplane.Key, []dataplane.Key, error)) {
-			m.Triggered("shop", "web", time.Now())
+			m.RecordTrigger("shop", "web", time.Now())
 			time.Sleep(10 * time.Hour)
 			handed := time.Now()
-			m.Triggered("shop", "web", time.Now())
+			m.RecordTrigger("shop", "web", time.Now())
 			time.Sleep(time.Second)
 			commit(handed, []dataplane.Key{web}, nil, nil)
 		}, "1", "1"},
 		{"undone, with others in between", func(m *metrics.Metrics, commit func(time.Time, []dataplane.Key, []dataplane.Key, error)) {
-			m.Triggered("shop", "web", time.Now())
+			m.RecordTrigger("shop", "web", time.Now())
 			time.Sleep(time.Hour)
 			commit(time.Now(), []dataplane.Key{key("db", dataplane.IPv4, 0)}, nil, nil)
 			commit(time.Time{}, []dataplane.Key{web}, nil, nil)
 		}, "0", "0"},
 		{"the call fails, and the next does not", func(m *metrics.Metrics, commit func(time.Time, []dataplane.Key, []dataplane.Key, error)) {
 			handed := time.Now()
-			m.Triggered("shop", "web", handed)
+			m.RecordTrigger("shop", "web", handed)
 			time.Sleep(time.Second)
 			commit(handed, nil, nil, errors.New("no"))
 			time.Sleep(time.Second)
 			commit(handed, []dataplane.Key{web}, nil, nil)
 		}, "1", "2"},
 		{"the Service fails for long, while others do not", func(m *metrics.Metrics, commit func(time.Time, []dataplane.Key, []dataplane.Key, error)) {
-			m.Triggered("shop", "web", time.Now())
+			m.RecordTrigger("shop", "web", time.Now())
 			time.Sleep(time.Second)
 			commit(time.Now(), nil, []dataplane.Key{web}, nil)
 			time.Sleep(time.Second)
@@ -305,15 +305,15 @@ func TestTriggersWithoutEffect(t *testing.T) {
 		}, "1", "3"},
 		{"the Service fails a thousand times, and is gone", func(m *metrics.Metrics, commit func(time.Time, []dataplane.Key, []dataplane.Key, error)) {
 			for range 1000 {
-				m.Triggered("shop", "web", time.Now())
+				m.RecordTrigger("shop", "web", time.Now())
 				commit(time.Now(), nil, []dataplane.Key{web}, nil)
 			}
-			m.Gone("shop", "web")
+			m.RemoveService("shop", "web")
 			commit(time.Now(), []dataplane.Key{web}, nil, nil)
 		}, "0", "0"},
 		{"the Service fails a thousand times", func(m *metrics.Metrics, commit func(time.Time, []dataplane.Key, []dataplane.Key, error)) {
 			for range 1000 {
-				m.Triggered("shop", "web", time.Now())
+				m.RecordTrigger("shop", "web", time.Now())
 				commit(time.Now(), nil, []dataplane.Key{web}, nil)
 			}
 			time.Sleep(time.Second)
@@ -329,19 +329,19 @@ func TestTriggersWithoutEffect(t *testing.T) {
 				time.Sleep(time.Second)
 				test.steps(m, func(oldest time.Time, took, failed []dataplane.Key, err error) {
 					time.Sleep(time.Nanosecond)
-					c := sync.Commit{Kind: sync.KindApply, Start: time.Now(), End: time.Now(), Oldest: oldest, Err: err}
+					c := sync.Commit{Op: sync.OpApply, Start: time.Now(), End: time.Now(), OldestUpdate: oldest, Err: err}
 					for _, k := range took {
-						c.Changes = append(c.Changes, dataplane.Change{New: service(t, k, dataplane.Treatment{})})
+						c.Changes = append(c.Changes, dataplane.Change{New: service(t, k, dataplane.ServiceSpec{})})
 					}
 					failing := maps.Clone(status.Failing)
 					for _, k := range failed {
 						c.Failed = map[dataplane.Key]error{k: errors.New("no")}
 						failing = c.Failed
 					}
-					m.Committed(c)
+					m.OnCommit(c)
 					status.Failing = failing
 				})
-				got := scrape(t, m, duration)
+				got := statusCollector(t, m, duration)
 				sum, _, _ := strings.Cut(got[duration+`sum{ip_family="IPv4"}`], ".")
 				if count := got[duration+`count{ip_family="IPv4"}`]; count != test.count || sum != test.sum {
 					t.Errorf("count %s, sum %s, want %s and %s", count, sum, test.count, test.sum)
@@ -356,18 +356,18 @@ func TestNoLocalEndpoints(t *testing.T) {
 	m := metrics.New(metrics.Options{Status: noStatus})
 	some := []dataplane.Endpoint{{Addr: netip.MustParseAddrPort("192.0.2.9:80"), Local: true}}
 	current := map[dataplane.Key]*dataplane.Service{}
-	set := func(k dataplane.Key, treatment *dataplane.Treatment) {
+	set := func(k dataplane.Key, treatment *dataplane.ServiceSpec) {
 		change := dataplane.Change{Old: current[k]}
 		if treatment != nil {
 			change.New = service(t, k, *treatment)
 		}
 		current[k] = change.New
-		m.Committed(sync.Commit{Changes: []dataplane.Change{change}})
+		m.OnCommit(sync.Commit{Changes: []dataplane.Change{change}})
 	}
 	check := func(wantInternal, wantExternal string) {
 		t.Helper()
 		const name = "kubeproxy_sync_proxy_rules_no_local_endpoints_total"
-		got := scrape(t, m, name)
+		got := statusCollector(t, m, name)
 		want := map[string]string{
 			name + `{ip_family="IPv4",traffic_policy="internal"}`: wantInternal, name + `{ip_family="IPv6",traffic_policy="internal"}`: "0",
 			name + `{ip_family="IPv4",traffic_policy="external"}`: wantExternal, name + `{ip_family="IPv6",traffic_policy="external"}`: "0",
@@ -377,15 +377,15 @@ func TestNoLocalEndpoints(t *testing.T) {
 		}
 	}
 	check("0", "0")
-	set(key("a", 4, dataplane.ClusterIP), &dataplane.Treatment{NoEndpoints: dataplane.Drop})
+	set(key("a", 4, dataplane.ClusterIP), &dataplane.ServiceSpec{NoEndpointsVerdict: dataplane.Drop})
 	check("1", "0")
-	away := dataplane.Treatment{ExternalLocal: true, NoEndpoints: dataplane.Drop, Endpoints: some}
+	away := dataplane.ServiceSpec{ExternalTrafficPolicyLocal: true, NoEndpointsVerdict: dataplane.Drop, Endpoints: some}
 	set(key("a", 4, dataplane.NodePort), &away)
 	set(key("a", 4, dataplane.LoadBalancer), &away) // the same port
 	check("1", "1")
 	set(key("b", 4, dataplane.NodePort), &away)
 	check("1", "2")
-	set(key("b", 4, dataplane.NodePort), &dataplane.Treatment{ExternalLocal: true}) // no endpoint anywhere
+	set(key("b", 4, dataplane.NodePort), &dataplane.ServiceSpec{ExternalTrafficPolicyLocal: true}) // no endpoint anywhere
 	check("1", "1")
 	here := away
 	here.LocalEndpoints = some
@@ -400,13 +400,13 @@ func TestNoLocalEndpoints(t *testing.T) {
 func TestCounters(t *testing.T) {
 	t.Parallel()
 	m := metrics.New(metrics.Options{Status: noStatus})
-	m.Answered("/healthz", 503)
-	m.Answered("/healthz", 503)
-	m.Answered("/livez", 200)
-	m.Problem()
-	m.HealthCheckFailed()
-	m.Reloaded(nil)
-	m.Reloaded(errors.New("no"))
+	m.RecordHealthResponse("/healthz", 503)
+	m.RecordHealthResponse("/healthz", 503)
+	m.RecordHealthResponse("/livez", 200)
+	m.RecordProblem()
+	m.RecordHealthCheckFailure()
+	m.RecordReload(nil)
+	m.RecordReload(errors.New("no"))
 	want := map[string]string{
 		`kubeproxy_proxy_healthz_total{code="200"}`: "0", `kubeproxy_proxy_healthz_total{code="503"}`: "2",
 		`kubeproxy_proxy_livez_total{code="200"}`: "1", `kubeproxy_proxy_livez_total{code="503"}`: "0",
@@ -414,31 +414,31 @@ func TestCounters(t *testing.T) {
 		`fairlead_config_reloads_total{result="success"}`: "1", `fairlead_config_reloads_total{result="failure"}`: "1",
 		"fairlead_config_valid": "0",
 	}
-	got := scrape(t, m, "kubeproxy_proxy_", "fairlead_service_problems", "fairlead_health", "fairlead_config")
+	got := statusCollector(t, m, "kubeproxy_proxy_", "fairlead_service_problems", "fairlead_health", "fairlead_config")
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
 	}
 }
 
 // Two in one process have nothing in common, and show the process.
-func TestOwnRegistry(t *testing.T) {
+func TestSeparateRegistries(t *testing.T) {
 	t.Parallel()
 	a, b := metrics.New(metrics.Options{Status: noStatus}), metrics.New(metrics.Options{Status: noStatus})
-	a.Problem()
-	if got := scrape(t, b, "fairlead_service_problems_total"); !maps.Equal(got, map[string]string{"fairlead_service_problems_total": "0"}) {
+	a.RecordProblem()
+	if got := statusCollector(t, b, "fairlead_service_problems_total"); !maps.Equal(got, map[string]string{"fairlead_service_problems_total": "0"}) {
 		t.Errorf("the other's problem counts: %v", got)
 	}
-	if got := scrape(t, a, "go_goroutines", "process_resident_memory_bytes"); len(got) != 2 {
+	if got := statusCollector(t, a, "go_goroutines", "process_resident_memory_bytes"); len(got) != 2 {
 		t.Errorf("of the runtime and the process there is %v", got)
 	}
 }
 
 // Looks for stale UDP flows count by family.
-func TestLooked(t *testing.T) {
+func TestConntrackScans(t *testing.T) {
 	t.Parallel()
 	m := metrics.New(metrics.Options{Status: func() sync.Status { return sync.Status{} }})
-	m.Looked(dataplane.IPv4, 250*time.Millisecond, 3)
-	m.Looked(dataplane.IPv4, 250*time.Millisecond, 4)
+	m.RecordConntrackScan(dataplane.IPv4, 250*time.Millisecond, 3)
+	m.RecordConntrackScan(dataplane.IPv4, 250*time.Millisecond, 4)
 	want := map[string]string{
 		`kubeproxy_conntrack_reconciler_deleted_entries_total{ip_family="IPv4"}`:       "7",
 		`kubeproxy_conntrack_reconciler_deleted_entries_total{ip_family="IPv6"}`:       "0",
@@ -447,7 +447,7 @@ func TestLooked(t *testing.T) {
 		`kubeproxy_conntrack_reconciler_sync_duration_seconds_sum{ip_family="IPv4"}`:   "0.5",
 		`kubeproxy_conntrack_reconciler_sync_duration_seconds_sum{ip_family="IPv6"}`:   "0",
 	}
-	if diff := cmp.Diff(want, scrape(t, m, "kubeproxy_conntrack")); diff != "" {
+	if diff := cmp.Diff(want, statusCollector(t, m, "kubeproxy_conntrack")); diff != "" {
 		t.Errorf("(-want +got)\n%s", diff)
 	}
 }

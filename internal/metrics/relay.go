@@ -7,18 +7,18 @@ import (
 	"fairlead.io/fairlead/internal/relay"
 )
 
-// relayed collects what the relay for node ports at loopback addresses does.
-type relayed struct {
+// relayCollector collects what the relay for node ports at loopback addresses does.
+type relayCollector struct {
 	stats func(dataplane.Family) relay.Stats
 
 	listeners, failures, failing, open, limit, connections, halfClosed *prometheus.Desc
 }
 
-var _ prometheus.Collector = (*relayed)(nil)
+var _ prometheus.Collector = (*relayCollector)(nil)
 
-func newRelayed(stats func(dataplane.Family) relay.Stats) *relayed {
+func newRelayCollector(stats func(dataplane.Family) relay.Stats) *relayCollector {
 	family := []string{"ip_family"}
-	return &relayed{
+	return &relayCollector{
 		stats: stats,
 		listeners: prometheus.NewDesc("kubeproxy_nftables_localhost_nodeport_listeners",
 			"Node ports that are listened on at loopback addresses.", family, nil),
@@ -40,14 +40,14 @@ func newRelayed(stats func(dataplane.Family) relay.Stats) *relayed {
 }
 
 // Describe implements [prometheus.Collector].
-func (r *relayed) Describe(ch chan<- *prometheus.Desc) {
+func (r *relayCollector) Describe(ch chan<- *prometheus.Desc) {
 	for _, desc := range []*prometheus.Desc{r.listeners, r.failures, r.failing, r.open, r.limit, r.connections, r.halfClosed} {
 		ch <- desc
 	}
 }
 
 // Collect implements [prometheus.Collector].
-func (r *relayed) Collect(ch chan<- prometheus.Metric) {
+func (r *relayCollector) Collect(ch chan<- prometheus.Metric) {
 	ch <- prometheus.MustNewConstMetric(r.limit, prometheus.GaugeValue, float64(r.stats(dataplane.IPv4).Limit))
 	for _, f := range ipFamilies() {
 		stats := r.stats(f)
@@ -63,8 +63,8 @@ func (r *relayed) Collect(ch chan<- prometheus.Metric) {
 		gauge(r.open, stats.Open)
 		counter(r.connections, stats.Connected, "connected")
 		counter(r.connections, stats.Unreachable, "unreachable")
-		counter(r.connections, stats.Refused, "limit")
-		counter(r.connections, stats.RefusedByPort, "port_limit")
+		counter(r.connections, stats.RejectedByLimit, "limit")
+		counter(r.connections, stats.RejectedByPortLimit, "port_limit")
 		counter(r.halfClosed, stats.HalfClosed)
 	}
 }

@@ -18,8 +18,8 @@ func TestRelay(t *testing.T) {
 			return relay.Stats{}
 		}
 		return relay.Stats{
-			Listeners: 1, Failing: 2, ListenFailures: 3, Open: 4, Limit: 10, Connected: 5, Unreachable: 6, Refused: 7,
-			RefusedByPort: 8, HalfClosed: 9,
+			Listeners: 1, Failing: 2, ListenFailures: 3, Open: 4, Limit: 10, Connected: 5, Unreachable: 6, RejectedByLimit: 7,
+			RejectedByPortLimit: 8, HalfClosed: 9,
 		}
 	}
 	prefixes := []string{"kubeproxy_nftables_localhost", "fairlead_localhost"}
@@ -44,10 +44,10 @@ func TestRelay(t *testing.T) {
 		`fairlead_localhost_node_port_connections_total{ip_family="IPv6",result="unreachable"}`:    "0",
 		`fairlead_localhost_node_port_connections_total{ip_family="IPv6",result="limit"}`:          "0",
 	}
-	if diff := cmp.Diff(want, scrape(t, metrics.New(metrics.Options{Status: noStatus, Relay: stats}), prefixes...)); diff != "" {
+	if diff := cmp.Diff(want, statusCollector(t, metrics.New(metrics.Options{Status: noStatus, RelayStats: stats}), prefixes...)); diff != "" {
 		t.Errorf("(-want +got)\n%s", diff)
 	}
-	if got := scrape(t, metrics.New(metrics.Options{Status: noStatus}), prefixes...); len(got) > 0 {
+	if got := statusCollector(t, metrics.New(metrics.Options{Status: noStatus}), prefixes...); len(got) > 0 {
 		t.Errorf("without a relay: %v", got)
 	}
 }

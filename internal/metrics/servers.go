@@ -6,18 +6,18 @@ import (
 	"fairlead.io/fairlead/internal/connlimit"
 )
 
-// servers collects the connections of the program's servers.
-type servers struct {
+// serverCollector collects the connections of the program's servers.
+type serverCollector struct {
 	stats func() map[string]connlimit.Stats
 
 	open, limit, displaced *prometheus.Desc
 }
 
-var _ prometheus.Collector = (*servers)(nil)
+var _ prometheus.Collector = (*serverCollector)(nil)
 
-func newServers(stats func() map[string]connlimit.Stats) *servers {
+func newServerCollector(stats func() map[string]connlimit.Stats) *serverCollector {
 	server := []string{"server"}
-	return &servers{
+	return &serverCollector{
 		stats: stats,
 		open:  prometheus.NewDesc("fairlead_server_connections", "Connections that a server has now.", server, nil),
 		limit: prometheus.NewDesc("fairlead_server_connections_limit", "Maximum number of connections of a server.", server, nil),
@@ -28,14 +28,14 @@ func newServers(stats func() map[string]connlimit.Stats) *servers {
 }
 
 // Describe implements [prometheus.Collector].
-func (s *servers) Describe(ch chan<- *prometheus.Desc) {
+func (s *serverCollector) Describe(ch chan<- *prometheus.Desc) {
 	for _, desc := range []*prometheus.Desc{s.open, s.limit, s.displaced} {
 		ch <- desc
 	}
 }
 
 // Collect implements [prometheus.Collector].
-func (s *servers) Collect(ch chan<- prometheus.Metric) {
+func (s *serverCollector) Collect(ch chan<- prometheus.Metric) {
 	for name, stats := range s.stats() {
 		ch <- prometheus.MustNewConstMetric(s.open, prometheus.GaugeValue, float64(stats.Open), name)
 		ch <- prometheus.MustNewConstMetric(s.limit, prometheus.GaugeValue, float64(stats.Limit), name)

@@ -23,7 +23,7 @@ func TestServers(t *testing.T) {
 		`fairlead_server_connections_displaced_total{reason="limit",server="healthz"}`:        "4",
 		`fairlead_server_connections_displaced_total{reason="descriptors",server="healthz"}`:  "5",
 	}
-	got := scrape(t, metrics.New(metrics.Options{Status: noStatus, Servers: stats}), "fairlead_server_")
+	got := statusCollector(t, metrics.New(metrics.Options{Status: noStatus, ServerStats: stats}), "fairlead_server_")
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("(-want +got)\n%s", diff)
 	}

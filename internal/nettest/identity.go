@@ -17,15 +17,15 @@ import (
 
 // IdentityServer writes its identity to everybody who connects.
 type IdentityServer struct {
-	fd    int
-	ended chan struct{}
+	fd   int
+	done chan struct{}
 }
 
 // ServeIdentity answers TCP connections or UDP datagrams at one of the host's
 // addresses with one byte. A TCP connection is closed after it. The caller closes
 // the server.
 func (h *Host) ServeIdentity(network string, addr netip.AddrPort, identity byte) (*IdentityServer, error) {
-	s := &IdentityServer{ended: make(chan struct{})}
+	s := &IdentityServer{done: make(chan struct{})}
 	err := h.Do(func() (err error) {
 		s.fd, err = bindSocket(network, addr)
 		return err
@@ -38,7 +38,7 @@ func (h *Host) ServeIdentity(network string, addr netip.AddrPort, identity byte)
 		answer = s.answerConnections
 	}
 	go func() {
-		defer close(s.ended)
+		defer close(s.done)
 		answer([]byte{identity})
 	}()
 	return s, nil
@@ -76,7 +76,7 @@ func (s *IdentityServer) answerDatagrams(identity []byte) {
 // Close ends the server. It must be called once.
 func (s *IdentityServer) Close() error {
 	_ = unix.Shutdown(s.fd, unix.SHUT_RDWR) // wakes the system call that the server waits in
-	<-s.ended
+	<-s.done
 	return unix.Close(s.fd)
 }
 

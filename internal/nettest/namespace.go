@@ -102,9 +102,9 @@ func unbindName(name string) error {
 	return nil
 }
 
-// RemoveNamed removes the namespaces under /run/netns that a [Network] of this
+// RemoveNamespaces removes the namespaces under /run/netns that a [Network] of this
 // name has left there, if it was not closed. It is no error if there are none.
-func RemoveNamed(name string) error {
+func RemoveNamespaces(name string) error {
 	entries, err := os.ReadDir(namedDir)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil

@@ -69,7 +69,7 @@ func TestDirectConnections(t *testing.T) {
 	}
 }
 
-func TestConnectFromAnyAddressOfANetwork(t *testing.T) {
+func TestConnectFromAddedNetwork(t *testing.T) {
 	t.Parallel()
 	n := nettest.NewT(t, nettest.Options{})
 	pod := n.PodT(t, "pod")
@@ -95,7 +95,7 @@ func TestConnectFromAnyAddressOfANetwork(t *testing.T) {
 }
 
 // An address that was added is one to connect to, not the one to connect from.
-func TestAddedAddressIsNoSource(t *testing.T) {
+func TestAddedAddressIsDeprecated(t *testing.T) {
 	t.Parallel()
 	n := nettest.NewT(t, nettest.Options{})
 	pod := n.PodT(t, "pod")
@@ -117,7 +117,7 @@ func TestAddedAddressIsNoSource(t *testing.T) {
 	}
 }
 
-func TestRequestsOfAConnection(t *testing.T) {
+func TestRepeatedRequests(t *testing.T) {
 	t.Parallel()
 	n := nettest.NewT(t, nettest.Options{})
 	a, b := n.PodT(t, "a"), n.PodT(t, "b")
@@ -154,7 +154,7 @@ func TestRequestsOfAConnection(t *testing.T) {
 // What the kernel says where nobody listens is a refusal, whichever way it
 // comes: a TCP reset, an ICMP port unreachable, an ICMP protocol unreachable
 // (SCTP, as the kernel has none), or an SCTP abort (from our own stack).
-func TestRefusedWhereNobodyListens(t *testing.T) {
+func TestClosedPortRefused(t *testing.T) {
 	t.Parallel()
 	n := nettest.NewT(t, nettest.Options{})
 	client, silent, server := n.PodT(t, "client"), n.PodT(t, "silent"), n.PodT(t, "server")
@@ -176,7 +176,7 @@ func TestRefusedWhereNobodyListens(t *testing.T) {
 	}
 }
 
-func TestTimeoutWhereNobodyAnswers(t *testing.T) {
+func TestUnreachableAddressTimesOut(t *testing.T) {
 	t.Parallel()
 	n := nettest.NewT(t, nettest.Options{})
 	pod := n.PodT(t, "pod")
@@ -197,7 +197,7 @@ func TestTimeoutWhereNobodyAnswers(t *testing.T) {
 
 // A hand-written ruleset shows that servers and clients see what netfilter
 // does: translated destinations and sources, and rejections.
-func TestNetfilterOnTheNode(t *testing.T) {
+func TestNodeNetfilter(t *testing.T) {
 	t.Parallel()
 	n := nettest.NewT(t, nettest.Options{})
 	client, server := n.PodT(t, "client"), n.PodT(t, "server")
@@ -278,7 +278,7 @@ func addrForDNAT(addr string) string {
 
 // Associations between the same two hosts at the same time do not disturb each
 // other, also when some of them are refused.
-func TestManyAssociations(t *testing.T) {
+func TestConcurrentAssociations(t *testing.T) {
 	t.Parallel()
 	n := nettest.NewT(t, nettest.Options{})
 	a, b := n.PodT(t, "a"), n.PodT(t, "b")
@@ -306,7 +306,7 @@ func TestManyAssociations(t *testing.T) {
 	wg.Wait()
 }
 
-func TestPodsComeAndGo(t *testing.T) {
+func TestAddAndRemovePods(t *testing.T) {
 	t.Parallel()
 	n := nettest.NewT(t, nettest.Options{PodCIDRs: []netip.Prefix{netip.MustParsePrefix("10.1.2.0/24")}})
 	client := n.PodT(t, "client")

@@ -53,11 +53,11 @@ type Network struct {
 	name        string
 	uniquePorts bool
 
-	mu    sync.Mutex
-	links int          // pods ever added: names and numbers their links
-	next  []netip.Addr // the address last given in each of PodCIDRs
-	pods  map[string]*Host
-	joins []string // the node's ends of links from Join
+	mu       sync.Mutex
+	links    int          // pods ever added: names and numbers their links
+	next     []netip.Addr // the address last given in each of PodCIDRs
+	pods     map[string]*Host
+	attached []string // the node's ends of links from Join
 }
 
 // Host is one machine of a [Network]: a namespace with a name and an address of
@@ -73,13 +73,13 @@ type Host struct {
 	network *Network
 	link    string // the node's end of a pod's veth
 
-	lastPort atomic.Uint32 // see sourcePort
+	lastPort atomic.Uint32 // see nextSourcePort
 
-	mu      sync.Mutex
-	closed  bool
-	extra   []netip.Addr // from AddAddr
-	servers map[*Server]struct{}
-	sctp    map[netip.Addr]*sctpStack
+	mu         sync.Mutex
+	closed     bool
+	extraAddrs []netip.Addr // from AddAddr
+	servers    map[*Server]struct{}
+	sctp       map[netip.Addr]*sctpStack
 }
 
 // gateway addresses are the node's on every link to a pod.
@@ -97,7 +97,7 @@ func New(options Options) (*Network, error) {
 		n.next = append(n.next, p.Masked().Addr())
 	}
 	if n.name != "" {
-		if err := RemoveNamed(n.name); err != nil {
+		if err := RemoveNamespaces(n.name); err != nil {
 			return nil, err
 		}
 	}
@@ -123,8 +123,8 @@ func (n *Network) build() error {
 		return err
 	}
 	return connect(
-		end{host: n.Node, link: "eth0", hw: hardwareAddr(0, 1), addrs: n.Node.prefixes(24, 64), routes: defaultRoutes(n.Outside.Addrs())},
-		end{host: n.Outside, link: "eth0", hw: hardwareAddr(0, 2), addrs: n.Outside.prefixes(24, 64), routes: defaultRoutes(n.Node.Addrs())},
+		linkEnd{host: n.Node, link: "eth0", mac: hardwareAddr(0, 1), addrs: n.Node.prefixes(24, 64), routes: defaultRoutes(n.Outside.Addrs())},
+		linkEnd{host: n.Outside, link: "eth0", mac: hardwareAddr(0, 2), addrs: n.Outside.prefixes(24, 64), routes: defaultRoutes(n.Node.Addrs())},
 	)
 }
 
@@ -223,7 +223,7 @@ func (h *Host) AddAddr(addr netip.Addr) error {
 	defer handle.Close()
 	lo, err := handle.LinkByName("lo")
 	if err == nil {
-		more := end{addrs: []netip.Prefix{netip.PrefixFrom(addr, addr.BitLen())}, unpreferred: true}
+		more := linkEnd{addrs: []netip.Prefix{netip.PrefixFrom(addr, addr.BitLen())}, deprecated: true}
 		err = more.configure(handle, lo.Attrs().Index, nil)
 	}
 	if err != nil {
@@ -231,7 +231,7 @@ func (h *Host) AddAddr(addr netip.Addr) error {
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.extra = append(h.extra, addr)
+	h.extraAddrs = append(h.extraAddrs, addr)
 	return nil
 }
 
@@ -259,12 +259,12 @@ func (h *Host) AddNetwork(network netip.Prefix) error {
 func (h *Host) prefixes(bits4, bits6 int) []netip.Prefix {
 	prefixes := make([]netip.Prefix, 0, 2)
 	for _, a := range h.Addrs() {
-		prefixes = append(prefixes, netip.PrefixFrom(a, bitsOf(a, bits4, bits6)))
+		prefixes = append(prefixes, netip.PrefixFrom(a, prefixLen(a, bits4, bits6)))
 	}
 	return prefixes
 }
 
-func bitsOf(a netip.Addr, bits4, bits6 int) int {
+func prefixLen(a netip.Addr, bits4, bits6 int) int {
 	if a.Is4() {
 		return bits4
 	}
@@ -302,8 +302,8 @@ func (n *Network) AddPod(name string, addrs ...netip.Addr) (*Host, error) {
 	n.links++
 	pod.link = fmt.Sprintf("veth%d", n.links)
 	err = connect(
-		end{host: n.Node, link: pod.link, hw: hardwareAddr(n.links, 1), addrs: gatewayPrefixes(), routes: pod.hostRoutes(n.Node)},
-		end{host: pod, link: "eth0", hw: hardwareAddr(n.links, 2), addrs: pod.prefixes(32, 128), routes: defaultRoutes(gateways())},
+		linkEnd{host: n.Node, link: pod.link, mac: hardwareAddr(n.links, 1), addrs: gatewayPrefixes(), routes: pod.hostRoutes(n.Node)},
+		linkEnd{host: pod, link: "eth0", mac: hardwareAddr(n.links, 2), addrs: pod.prefixes(32, 128), routes: defaultRoutes(gateways())},
 	)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("add pod %s: %w", name, err), pod.Close())
@@ -329,8 +329,8 @@ func (n *Network) Bypass(from, to *Host) error {
 		routes = append(routes, route{to: netip.PrefixFrom(a, a.BitLen()), source: source})
 	}
 	err := connect(
-		end{host: from, link: link, hw: hardwareAddr(n.links, 1), routes: routes},
-		end{host: to, link: link, hw: hardwareAddr(n.links, 2)},
+		linkEnd{host: from, link: link, mac: hardwareAddr(n.links, 1), routes: routes},
+		linkEnd{host: to, link: link, mac: hardwareAddr(n.links, 2)},
 	)
 	if err != nil {
 		return fmt.Errorf("make a link past the node: %w", err)
@@ -338,21 +338,21 @@ func (n *Network) Bypass(from, to *Host) error {
 	return nil
 }
 
-// NewMachine makes a host that is of no Network and outlives those that it is joined
-// with, see [Network.Join]. The caller closes it.
-func NewMachine(name string, addr netip.Addr) (*Host, error) {
+// NewStandaloneHost makes a host that is of no Network and outlives those that it is joined
+// with, see [Network.Attach]. The caller closes it.
+func NewStandaloneHost(name string, addr netip.Addr) (*Host, error) {
 	h, err := new(Network).newHost(name, addr, netip.Addr{})
 	if err != nil {
 		return nil, err
 	}
-	if err := h.ownAddr(addr); err != nil {
+	if err := h.addLoopbackAddr(addr); err != nil {
 		return nil, errors.Join(err, h.Close())
 	}
 	return h, nil
 }
 
-// ownAddr gives the host its address where no link has it.
-func (h *Host) ownAddr(addr netip.Addr) error {
+// addLoopbackAddr gives the host its address where no link has it.
+func (h *Host) addLoopbackAddr(addr netip.Addr) error {
 	handle, err := netlink.NewHandleAt(netns.NsHandle(h.Fd()), unix.NETLINK_ROUTE)
 	if err != nil {
 		return fmt.Errorf("host %s: open netlink: %w", h.Name, err)
@@ -360,7 +360,7 @@ func (h *Host) ownAddr(addr netip.Addr) error {
 	defer handle.Close()
 	lo, err := handle.LinkByName("lo")
 	if err == nil {
-		own := end{addrs: []netip.Prefix{netip.PrefixFrom(addr, addr.BitLen())}}
+		own := linkEnd{addrs: []netip.Prefix{netip.PrefixFrom(addr, addr.BitLen())}}
 		err = own.configure(handle, lo.Attrs().Index, nil)
 	}
 	if err != nil {
@@ -369,10 +369,10 @@ func (h *Host) ownAddr(addr netip.Addr) error {
 	return nil
 }
 
-// Join makes a link between the node and a host of [NewMachine], over which they reach
+// Attach makes a link between the node and a host of [NewStandaloneHost], over which they reach
 // each other over IPv4. It goes with the Network's Close. As the nodes of all Networks
 // have the same addresses, a machine is joined with one Network at a time.
-func (n *Network) Join(machine *Host) error {
+func (n *Network) Attach(machine *Host) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.links++
@@ -380,10 +380,10 @@ func (n *Network) Join(machine *Host) error {
 	to := func(a, from *Host) []route {
 		return []route{{to: netip.PrefixFrom(a.IPv4, a.IPv4.BitLen()), source: from.IPv4}}
 	}
-	n.joins = append(n.joins, link)
+	n.attached = append(n.attached, link)
 	err := connect(
-		end{host: n.Node, link: link, hw: hardwareAddr(n.links, 1), routes: to(machine, n.Node)},
-		end{host: machine, link: link, hw: hardwareAddr(n.links, 2), routes: to(n.Node, machine)},
+		linkEnd{host: n.Node, link: link, mac: hardwareAddr(n.links, 1), routes: to(machine, n.Node)},
+		linkEnd{host: machine, link: link, mac: hardwareAddr(n.links, 2), routes: to(n.Node, machine)},
 	)
 	if err != nil {
 		return fmt.Errorf("join the node with %s: %w", machine.Name, err)
@@ -397,7 +397,7 @@ func (n *Network) Close() error {
 	n.mu.Lock()
 	var errs []error
 	// The machines' ends must be gone, for the next network to be joined with.
-	for _, link := range n.joins {
+	for _, link := range n.attached {
 		errs = append(errs, n.deleteLink(link))
 	}
 	// The node first: links that go with it need not be removed one by one,
@@ -487,15 +487,15 @@ func (n *Network) deleteLink(name string) error {
 	return nil
 }
 
-// end is one end of a veth pair and what its host is to have on it.
-type end struct {
+// linkEnd is one end of a veth pair and what its host is to have on it.
+type linkEnd struct {
 	host   *Host
 	link   string
-	hw     net.HardwareAddr
+	mac    net.HardwareAddr
 	addrs  []netip.Prefix
 	routes []route
-	// unpreferred addresses are not chosen as a source if there are others.
-	unpreferred bool
+	// deprecated addresses are not chosen as a source if there are others.
+	deprecated bool
 }
 
 // route is a route through a link. The gateway may be the zero Addr: then the
@@ -537,7 +537,7 @@ func (h *Host) hostRoutes(node *Host) []route {
 func gatewayPrefixes() []netip.Prefix {
 	prefixes := make([]netip.Prefix, 0, 2)
 	for _, a := range gateways() {
-		prefixes = append(prefixes, netip.PrefixFrom(a, bitsOf(a, 32, 64)))
+		prefixes = append(prefixes, netip.PrefixFrom(a, prefixLen(a, 32, 64)))
 	}
 	return prefixes
 }
@@ -549,7 +549,7 @@ func hardwareAddr(link, side int) net.HardwareAddr {
 
 // connect makes a veth pair between two hosts, with addresses, neighbours and
 // routes, and waits until it carries packets.
-func connect(a, b end) error {
+func connect(a, b linkEnd) error {
 	handleA, err := netlink.NewHandleAt(netns.NsHandle(a.host.Fd()), unix.NETLINK_ROUTE)
 	if err != nil {
 		return fmt.Errorf("open netlink in %s: %w", a.host.Name, err)
@@ -561,34 +561,34 @@ func connect(a, b end) error {
 	}
 	defer handleB.Close()
 
-	veth := netlink.NewVeth(netlink.LinkAttrs{Name: a.link, HardwareAddr: a.hw, TxQLen: -1})
+	veth := netlink.NewVeth(netlink.LinkAttrs{Name: a.link, HardwareAddr: a.mac, TxQLen: -1})
 	veth.PeerName = b.link
-	veth.PeerHardwareAddr = b.hw
+	veth.PeerHardwareAddr = b.mac
 	veth.PeerNamespace = netlink.NsFd(b.host.Fd())
 	if err := handleA.LinkAdd(veth); err != nil {
 		return fmt.Errorf("make a link from %s to %s: %w", a.host.Name, b.host.Name, err)
 	}
-	linkA, err := setUp(handleA, a)
+	linkA, err := setLinkUp(handleA, a)
 	if err != nil {
 		return err
 	}
-	linkB, err := setUp(handleB, b)
+	linkB, err := setLinkUp(handleB, b)
 	if err != nil {
 		return err
 	}
-	if err := a.configure(handleA, linkA, b.hw); err != nil {
+	if err := a.configure(handleA, linkA, b.mac); err != nil {
 		return fmt.Errorf("configure link %s of %s: %w", a.link, a.host.Name, err)
 	}
-	if err := b.configure(handleB, linkB, a.hw); err != nil {
+	if err := b.configure(handleB, linkB, a.mac); err != nil {
 		return fmt.Errorf("configure link %s of %s: %w", b.link, b.host.Name, err)
 	}
-	if err := waitUp(handleA, a); err != nil {
+	if err := waitLinkUp(handleA, a); err != nil {
 		return err
 	}
-	return waitUp(handleB, b)
+	return waitLinkUp(handleB, b)
 }
 
-func setUp(handle *netlink.Handle, e end) (int, error) {
+func setLinkUp(handle *netlink.Handle, e linkEnd) (int, error) {
 	link, err := handle.LinkByName(e.link)
 	if err != nil {
 		return 0, fmt.Errorf("find link %s of %s: %w", e.link, e.host.Name, err)
@@ -599,10 +599,10 @@ func setUp(handle *netlink.Handle, e end) (int, error) {
 	return link.Attrs().Index, nil
 }
 
-// waitUp waits until a link sends. Of two ends, the one that was up first has
+// waitLinkUp waits until a link sends. Of two ends, the one that was up first has
 // no carrier when it comes up, and the kernel drops what it sends until a
 // worker has noticed that it has.
-func waitUp(handle *netlink.Handle, e end) error {
+func waitLinkUp(handle *netlink.Handle, e linkEnd) error {
 	deadline := time.Now().Add(10 * time.Second)
 	for {
 		link, err := handle.LinkByName(e.link)
@@ -619,7 +619,7 @@ func waitUp(handle *netlink.Handle, e end) error {
 	}
 }
 
-func (e end) configure(handle *netlink.Handle, index int, peer net.HardwareAddr) error {
+func (e linkEnd) configure(handle *netlink.Handle, index int, peer net.HardwareAddr) error {
 	link := &netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Index: index}}
 	for _, p := range e.addrs {
 		addr := &netlink.Addr{IPNet: ipNet(p), Flags: unix.IFA_F_NODAD, Scope: unix.RT_SCOPE_UNIVERSE}
@@ -630,14 +630,14 @@ func (e end) configure(handle *netlink.Handle, index int, peer net.HardwareAddr)
 		if p.Addr().Is4() {
 			addr.Flags = 0
 		}
-		if e.unpreferred {
+		if e.deprecated {
 			addr.Scope = unix.RT_SCOPE_LINK
 			addr.ValidLft = math.MaxUint32 // forever, but preferred for no time
 		}
 		if err := handle.AddrAdd(link, addr); err != nil {
 			return fmt.Errorf("add address %s: %w", p, err)
 		}
-		if err := waitLocal(handle, p.Addr()); err != nil {
+		if err := waitAddrLocal(handle, p.Addr()); err != nil {
 			return err
 		}
 	}
@@ -666,10 +666,10 @@ func (e end) configure(handle *netlink.Handle, index int, peer net.HardwareAddr)
 	return nil
 }
 
-// waitLocal waits until the host accepts packets to its address. A worker makes
+// waitAddrLocal waits until the host accepts packets to its address. A worker makes
 // the route for that, later than the address, when the address is IPv6: also
 // when there is nothing to probe for.
-func waitLocal(handle *netlink.Handle, addr netip.Addr) error {
+func waitAddrLocal(handle *netlink.Handle, addr netip.Addr) error {
 	if addr.IsLinkLocalUnicast() {
 		return nil // Never a packet's destination here.
 	}

@@ -21,21 +21,21 @@ const (
 	icmpEchoRequest6 = 128 // RFC 4443
 )
 
-// ESP is the number of an IP protocol for [Host.Knock].
+// ESP is the number of an IP protocol for [Host.ProbeProtocol].
 const ESP = 50
 
 // Pinger sends ICMP echo requests with one identifier, which make one connection
 // to the node's connection tracking. It is for one goroutine.
 type Pinger struct {
-	conn     net.Conn
-	what     string
-	typ      byte
-	sequence uint16
+	conn        net.Conn
+	description string
+	typ         byte
+	sequence    uint16
 }
 
-// OpenPing returns a Pinger to an address. It sends nothing.
-func (h *Host) OpenPing(addr netip.Addr) (*Pinger, error) {
-	p := &Pinger{what: fmt.Sprintf("ping from %s to %s", h.Name, addr), typ: icmpEchoRequest}
+// OpenPinger returns a Pinger to an address. It sends nothing.
+func (h *Host) OpenPinger(addr netip.Addr) (*Pinger, error) {
+	p := &Pinger{description: fmt.Sprintf("ping from %s to %s", h.Name, addr), typ: icmpEchoRequest}
 	family, protocol := unix.AF_INET, unix.IPPROTO_ICMP
 	if addr.Is6() {
 		family, protocol, p.typ = unix.AF_INET6, unix.IPPROTO_ICMPV6, icmpEchoRequest6
@@ -59,7 +59,7 @@ func (h *Host) OpenPing(addr netip.Addr) (*Pinger, error) {
 		return err
 	})
 	if err != nil {
-		return nil, fmt.Errorf("%s: open a socket: %w", p.what, err)
+		return nil, fmt.Errorf("%s: open a socket: %w", p.description, err)
 	}
 	return p, nil
 }
@@ -96,29 +96,29 @@ func (p *Pinger) Ask(ctx context.Context) error {
 	}
 }
 
-func (p *Pinger) wrap(err error) error { return (&Conn{what: p.what}).wrap("ask", err) }
+func (p *Pinger) wrap(err error) error { return (&Conn{description: p.description}).wrap("ask", err) }
 
 // Close closes the socket.
 func (p *Pinger) Close() error { return p.conn.Close() }
 
 // Ping sends one echo request, see [Pinger.Ask].
 func (h *Host) Ping(ctx context.Context, addr netip.Addr) error {
-	p, err := h.OpenPing(addr)
+	p, err := h.OpenPinger(addr)
 	if err != nil {
 		return err
 	}
 	return errors.Join(p.Ask(ctx), p.Close())
 }
 
-// Knock sends a packet of an IP protocol that nobody speaks, and waits until it is
+// ProbeProtocol sends a packet of an IP protocol that nobody speaks, and waits until it is
 // refused, or for anything in return. A protocol to take is [ESP]: the kernel's
 // `reject` stays silent where it takes a packet's data for a wrong checksum
 // (nf_reject.h, nf_reject_verify_csum). An error wraps [ErrRefused], [ErrTimeout] or
 // neither.
-func (h *Host) Knock(ctx context.Context, protocol uint8, addr netip.Addr) error {
+func (h *Host) ProbeProtocol(ctx context.Context, protocol uint8, addr netip.Addr) error {
 	ctx, cancel := withTimeout(ctx)
 	defer cancel()
-	knock := &Conn{what: fmt.Sprintf("IP protocol %d from %s to %s", protocol, h.Name, addr)}
+	knock := &Conn{description: fmt.Sprintf("IP protocol %d from %s to %s", protocol, h.Name, addr)}
 	network := "ip4:"
 	if addr.Is6() {
 		network = "ip6:"

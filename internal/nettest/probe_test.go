@@ -39,7 +39,7 @@ func TestProbes(t *testing.T) {
 			send func(ctx context.Context, to netip.Addr) error
 		}{
 			{"ping", a.Ping},
-			{"knock", func(ctx context.Context, to netip.Addr) error { return a.Knock(ctx, nettest.ESP, to) }},
+			{"knock", func(ctx context.Context, to netip.Addr) error { return a.ProbeProtocol(ctx, nettest.ESP, to) }},
 		} {
 			if err := within(5*time.Second, func(ctx context.Context) error { return probe.send(ctx, refused) }); !errors.Is(err, nettest.ErrRefused) {
 				t.Errorf("%s %s: error %v, want refused", probe.name, refused, err)
@@ -48,7 +48,7 @@ func TestProbes(t *testing.T) {
 				t.Errorf("%s %s: error %v, want a timeout", probe.name, dropped, err)
 			}
 		}
-		p, err := a.OpenPing(b.Addrs()[i])
+		p, err := a.OpenPinger(b.Addrs()[i])
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -63,24 +63,24 @@ func TestProbes(t *testing.T) {
 	}
 }
 
-// TestWire sends a segment that is nobody's, and expects the reset that a TCP
+// TestSegmentConn sends a segment that is nobody's, and expects the reset that a TCP
 // answers it with: it would not, if anything in the segment were wrong.
-func TestWire(t *testing.T) {
+func TestSegmentConn(t *testing.T) {
 	t.Parallel()
 	n := nettest.NewT(t, nettest.Options{})
 	a, b := n.PodT(t, "a"), n.PodT(t, "b")
 	for i := range a.Addrs() {
 		from, to := netip.AddrPortFrom(a.Addrs()[i], 1000), netip.AddrPortFrom(b.Addrs()[i], 2000)
-		wire := a.WireT(t, from.Addr())
+		wire := a.SegmentConnT(t, from.Addr())
 		sent := nettest.Segment{Source: from, Destination: to, Seq: 7, Ack: 1 << 31, Flags: nettest.ACK | nettest.PSH, Len: 3}
 		if err := wire.Send(sent); err != nil {
 			t.Fatal(err)
 		}
 		want := nettest.Segment{Source: to, Destination: from, Seq: 1 << 31, Flags: nettest.RST}
-		for len(wire.Seen()) == 0 && t.Context().Err() == nil {
+		for len(wire.Received()) == 0 && t.Context().Err() == nil {
 			time.Sleep(time.Millisecond)
 		}
-		if got := wire.Seen()[0]; got != want {
+		if got := wire.Received()[0]; got != want {
 			t.Errorf("got %+v, want %+v", got, want)
 		}
 	}
@@ -118,11 +118,11 @@ func TestBypass(t *testing.T) {
 	}
 }
 
-// TestJoin checks that a machine keeps its servers while networks come and go, and is
+// TestAttach checks that a machine keeps its servers while networks come and go, and is
 // reached from each one's node.
-func TestJoin(t *testing.T) {
+func TestAttach(t *testing.T) {
 	t.Parallel()
-	machine, err := nettest.NewMachine("machine", netip.MustParseAddr("198.51.100.1"))
+	machine, err := nettest.NewStandaloneHost("machine", netip.MustParseAddr("198.51.100.1"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -133,7 +133,7 @@ func TestJoin(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := n.Join(machine); err != nil {
+		if err := n.Attach(machine); err != nil {
 			t.Error(err)
 		} else if a, err := n.Node.Connect(t.Context(), nettest.TCP, netip.AddrPortFrom(machine.IPv4, 80)); err != nil {
 			t.Error(err)

@@ -51,8 +51,8 @@ func sctpValid(packet []byte) bool {
 	return len(packet) >= sctpHeader+sctpChunk && binary.LittleEndian.Uint32(packet[8:]) == sctpChecksum(packet)
 }
 
-// sctpReaddress returns the packet with other ports.
-func sctpReaddress(packet []byte, source, destination uint16) []byte {
+// sctpSetPorts returns the packet with other ports.
+func sctpSetPorts(packet []byte, source, destination uint16) []byte {
 	b := append([]byte(nil), packet...)
 	binary.BigEndian.PutUint16(b, source)
 	binary.BigEndian.PutUint16(b[2:], destination)
@@ -67,8 +67,8 @@ func sctpNetwork(addr netip.Addr) string {
 	return "ip6:132"
 }
 
-// sctpSilent keeps pion from writing to standard error.
-func sctpSilent() logging.LoggerFactory {
+// sctpDiscardLogs keeps pion from writing to standard error.
+func sctpDiscardLogs() logging.LoggerFactory {
 	return &logging.DefaultLoggerFactory{Writer: io.Discard, DefaultLogLevel: logging.LogLevelDisabled}
 }
 
@@ -90,7 +90,7 @@ func (c *sctpClient) Close() error {
 }
 
 func (h *Host) dialSCTP(ctx context.Context, addr netip.AddrPort) (*sctpClient, error) {
-	path := &sctpClientPath{remote: addr}
+	path := &sctpClientConn{remote: addr}
 	err := h.Do(func() (err error) {
 		path.conn, err = net.DialIP(sctpNetwork(addr.Addr()), nil, &net.IPAddr{IP: addr.Addr().AsSlice()})
 		return err
@@ -99,11 +99,11 @@ func (h *Host) dialSCTP(ctx context.Context, addr netip.AddrPort) (*sctpClient, 
 		return nil, err
 	}
 	local, _ := netip.AddrFromSlice(path.conn.LocalAddr().(*net.IPAddr).IP)
-	path.local = netip.AddrPortFrom(local.Unmap(), h.sourcePort())
+	path.local = netip.AddrPortFrom(local.Unmap(), h.nextSourcePort())
 	if err := path.receiveErrors(); err != nil {
 		return nil, errors.Join(err, path.Close())
 	}
-	association, err := sctp.ClientContext(ctx, sctp.WithNetConn(path), sctp.WithLoggerFactory(sctpSilent()))
+	association, err := sctp.ClientContext(ctx, sctp.WithNetConn(path), sctp.WithLoggerFactory(sctpDiscardLogs()))
 	if err != nil {
 		if failure := path.failure(); failure != nil {
 			err = failure
@@ -118,8 +118,8 @@ func (h *Host) dialSCTP(ctx context.Context, addr netip.AddrPort) (*sctpClient, 
 	return &sctpClient{Stream: stream, association: association, local: path.local}, nil
 }
 
-// sctpClientPath carries the packets of one association on a socket of its own.
-type sctpClientPath struct {
+// sctpClientConn carries the packets of one association on a socket of its own.
+type sctpClientConn struct {
 	conn          *net.IPConn // connected
 	local, remote netip.AddrPort
 	established   atomic.Bool
@@ -131,7 +131,7 @@ type sctpClientPath struct {
 // receiveErrors asks for the ICMP messages that concern the socket, with the
 // packet they answer: the kernel does not look at the ports of a raw socket's
 // packets, and other associations have sockets between the same addresses.
-func (p *sctpClientPath) receiveErrors() error {
+func (p *sctpClientConn) receiveErrors() error {
 	level, option := unix.IPPROTO_IP, unix.IP_RECVERR
 	if p.remote.Addr().Is6() {
 		level, option = unix.IPPROTO_IPV6, unix.IPV6_RECVERR
@@ -145,18 +145,18 @@ func (p *sctpClientPath) receiveErrors() error {
 	return errors.Join(err, optErr)
 }
 
-func (p *sctpClientPath) failure() error {
+func (p *sctpClientConn) failure() error {
 	if err := p.failed.Load(); err != nil {
 		return *err
 	}
 	return nil
 }
 
-func (p *sctpClientPath) fail(err error) { p.failed.CompareAndSwap(nil, &err) }
+func (p *sctpClientConn) fail(err error) { p.failed.CompareAndSwap(nil, &err) }
 
-// check returns the error that concerns this association after the socket has
+// associationError returns the error that concerns this association after the socket has
 // returned err, or nil if it concerned another one.
-func (p *sctpClientPath) check(err error) error {
+func (p *sctpClientConn) associationError(err error) error {
 	if errors.Is(err, net.ErrClosed) || errors.Is(err, os.ErrDeadlineExceeded) {
 		return err
 	}
@@ -186,10 +186,10 @@ func (p *sctpClientPath) check(err error) error {
 	return p.failure()
 }
 
-// refusal reports whether an ICMP message's error says that the peer does not
+// isRefusal reports whether an ICMP message's error says that the peer does not
 // want the packet: port unreachable, protocol unreachable (IPv4), or a
 // parameter problem as the next header is unknown (IPv6).
-func refusal(err error) bool {
+func isRefusal(err error) bool {
 	return errors.Is(err, unix.ECONNREFUSED) || errors.Is(err, unix.ENOPROTOOPT) || errors.Is(err, unix.EPROTO)
 }
 
@@ -206,7 +206,7 @@ func icmpError(oob []byte) error {
 		}
 		// struct sock_extended_err begins with the error number.
 		errno := syscall.Errno(binary.NativeEndian.Uint32(m.Data))
-		if refusal(errno) {
+		if isRefusal(errno) {
 			return fmt.Errorf("%w: %w", ErrRefused, errno)
 		}
 		return errno
@@ -214,12 +214,12 @@ func icmpError(oob []byte) error {
 	return errors.New("an ICMP error of unknown kind")
 }
 
-func (p *sctpClientPath) Read(b []byte) (int, error) {
+func (p *sctpClientConn) Read(b []byte) (int, error) {
 	packet := make([]byte, 1<<16)
 	for {
 		n, _, err := p.conn.ReadFromIP(packet)
 		if err != nil {
-			if err := p.check(err); err != nil {
+			if err := p.associationError(err); err != nil {
 				return 0, err
 			}
 			continue
@@ -234,50 +234,50 @@ func (p *sctpClientPath) Read(b []byte) (int, error) {
 			p.fail(fmt.Errorf("%w: abort", ErrRefused))
 			return 0, p.failure()
 		}
-		return copy(b, sctpReaddress(packet[:n], pionPort, pionPort)), nil
+		return copy(b, sctpSetPorts(packet[:n], pionPort, pionPort)), nil
 	}
 }
 
-func (p *sctpClientPath) Write(b []byte) (int, error) {
-	packet := sctpReaddress(b, p.local.Port(), p.remote.Port())
+func (p *sctpClientConn) Write(b []byte) (int, error) {
+	packet := sctpSetPorts(b, p.local.Port(), p.remote.Port())
 	for {
 		_, err := p.conn.Write(packet)
 		if err == nil {
 			return len(b), nil
 		}
 		// The socket reports a pending error once, here or to Read.
-		if err := p.check(err); err != nil {
+		if err := p.associationError(err); err != nil {
 			_ = p.conn.SetReadDeadline(time.Now())
 			return 0, err
 		}
 		switch {
 		case errors.Is(err, unix.EPERM): // Dropped by this host's netfilter: lost.
 			return len(b), nil
-		case !refusal(err):
+		case !isRefusal(err):
 			return 0, err
 		}
 	}
 }
 
-func (p *sctpClientPath) Close() error {
+func (p *sctpClientConn) Close() error {
 	p.closeOnce.Do(func() { p.closeErr = p.conn.Close() })
 	return p.closeErr
 }
 
 // LocalAddr returns the client's address, with the port of the association.
-func (p *sctpClientPath) LocalAddr() net.Addr { return net.TCPAddrFromAddrPort(p.local) }
+func (p *sctpClientConn) LocalAddr() net.Addr { return net.TCPAddrFromAddrPort(p.local) }
 
 // RemoteAddr returns the address that the client connected to.
-func (p *sctpClientPath) RemoteAddr() net.Addr { return net.TCPAddrFromAddrPort(p.remote) }
+func (p *sctpClientConn) RemoteAddr() net.Addr { return net.TCPAddrFromAddrPort(p.remote) }
 
 // SetDeadline is the socket's.
-func (p *sctpClientPath) SetDeadline(t time.Time) error { return p.conn.SetDeadline(t) }
+func (p *sctpClientConn) SetDeadline(t time.Time) error { return p.conn.SetDeadline(t) }
 
 // SetReadDeadline is the socket's.
-func (p *sctpClientPath) SetReadDeadline(t time.Time) error { return p.conn.SetReadDeadline(t) }
+func (p *sctpClientConn) SetReadDeadline(t time.Time) error { return p.conn.SetReadDeadline(t) }
 
 // SetWriteDeadline is the socket's.
-func (p *sctpClientPath) SetWriteDeadline(t time.Time) error { return p.conn.SetWriteDeadline(t) }
+func (p *sctpClientConn) SetWriteDeadline(t time.Time) error { return p.conn.SetWriteDeadline(t) }
 
 // sctpStack is the SCTP of one address of a host, for servers.
 type sctpStack struct {
@@ -289,7 +289,7 @@ type sctpStack struct {
 	mu     sync.Mutex
 	closed bool
 	ports  map[uint16]bool
-	paths  map[sctpFlow]*sctpServerPath
+	conns  map[sctpFlow]*sctpServerConn
 }
 
 // sctpFlow identifies an association of a stack.
@@ -308,7 +308,7 @@ type sctpListener struct {
 func (h *Host) listenSCTP(addr netip.AddrPort) (*sctpListener, error) {
 	stack := h.sctp[addr.Addr()]
 	if stack == nil {
-		stack = &sctpStack{name: h.Name, addr: addr.Addr(), ports: map[uint16]bool{}, paths: map[sctpFlow]*sctpServerPath{}}
+		stack = &sctpStack{name: h.Name, addr: addr.Addr(), ports: map[uint16]bool{}, conns: map[sctpFlow]*sctpServerConn{}}
 		err := h.Do(func() (err error) {
 			stack.conn, err = net.ListenIP(sctpNetwork(addr.Addr()), &net.IPAddr{IP: addr.Addr().AsSlice()})
 			return err
@@ -332,8 +332,8 @@ func (h *Host) listenSCTP(addr netip.AddrPort) (*sctpListener, error) {
 func (l *sctpListener) Close() error {
 	l.stack.mu.Lock()
 	delete(l.stack.ports, l.port)
-	var paths []*sctpServerPath
-	for flow, path := range l.stack.paths {
+	var paths []*sctpServerConn
+	for flow, path := range l.stack.conns {
 		if flow.port == l.port {
 			paths = append(paths, path)
 		}
@@ -349,7 +349,7 @@ func (l *sctpListener) Close() error {
 func (s *sctpStack) close() error {
 	s.mu.Lock()
 	s.closed = true
-	for _, path := range s.paths {
+	for _, path := range s.conns {
 		path.stop()
 	}
 	s.mu.Unlock()
@@ -375,20 +375,20 @@ func (s *sctpStack) receive() {
 		}
 		source, destination := sctpPorts(packet)
 		flow := sctpFlow{port: destination, remote: netip.AddrPortFrom(addr.Unmap(), source)}
-		if path := s.pathOf(flow, packet[:n]); path != nil {
+		if path := s.connFor(flow, packet[:n]); path != nil {
 			select {
-			case path.packets <- sctpReaddress(packet[:n], pionPort, pionPort):
+			case path.packets <- sctpSetPorts(packet[:n], pionPort, pionPort):
 			default: // As a full socket buffer: the peer sends it again.
 			}
 		}
 	}
 }
 
-// pathOf returns the path that a packet belongs to, or nil if nobody wants it.
-func (s *sctpStack) pathOf(flow sctpFlow, packet []byte) *sctpServerPath {
+// connFor returns the path that a packet belongs to, or nil if nobody wants it.
+func (s *sctpStack) connFor(flow sctpFlow, packet []byte) *sctpServerConn {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if path := s.paths[flow]; path != nil || s.closed {
+	if path := s.conns[flow]; path != nil || s.closed {
 		return path
 	}
 	// Clients of this host have sockets of their own, which get the same
@@ -404,21 +404,21 @@ func (s *sctpStack) pathOf(flow sctpFlow, packet []byte) *sctpServerPath {
 		s.send(flow, abort)
 		return nil
 	}
-	path := &sctpServerPath{
+	path := &sctpServerConn{
 		stack: s, flow: flow, packets: make(chan []byte, 64), closed: make(chan struct{}), done: make(chan struct{}),
 	}
-	s.paths[flow] = path
+	s.conns[flow] = path
 	s.wg.Go(path.serve)
 	return path
 }
 
 func (s *sctpStack) send(flow sctpFlow, packet []byte) {
 	// A packet that cannot be sent is a lost one.
-	_, _ = s.conn.WriteToIP(sctpReaddress(packet, flow.port, flow.remote.Port()), &net.IPAddr{IP: flow.remote.Addr().AsSlice()})
+	_, _ = s.conn.WriteToIP(sctpSetPorts(packet, flow.port, flow.remote.Port()), &net.IPAddr{IP: flow.remote.Addr().AsSlice()})
 }
 
-// sctpServerPath carries the packets of one association of a stack.
-type sctpServerPath struct {
+// sctpServerConn carries the packets of one association of a stack.
+type sctpServerConn struct {
 	stack     *sctpStack
 	flow      sctpFlow
 	packets   chan []byte
@@ -431,17 +431,17 @@ type sctpServerPath struct {
 }
 
 // serve answers the requests of one association.
-func (p *sctpServerPath) serve() {
+func (p *sctpServerConn) serve() {
 	defer close(p.done)
 	defer func() {
 		p.stop()
 		p.stack.mu.Lock()
-		delete(p.stack.paths, p.flow)
+		delete(p.stack.conns, p.flow)
 		p.stack.mu.Unlock()
 	}()
 	// A client that goes away half-way is forgotten.
 	giveUp := time.AfterFunc(DefaultTimeout, p.stop)
-	association, err := sctp.ServerWithOptions(sctp.WithNetConn(p), sctp.WithLoggerFactory(sctpSilent()))
+	association, err := sctp.ServerWithOptions(sctp.WithNetConn(p), sctp.WithLoggerFactory(sctpDiscardLogs()))
 	giveUp.Stop()
 	if err != nil {
 		return
@@ -461,14 +461,14 @@ func (p *sctpServerPath) serve() {
 		if err != nil {
 			return
 		}
-		if _, err := stream.Write([]byte(answer.line(strings.TrimSpace(string(buf[:n]))))); err != nil {
+		if _, err := stream.Write([]byte(answer.encode(strings.TrimSpace(string(buf[:n]))))); err != nil {
 			return
 		}
 	}
 }
 
 // abort ends the association so that the client knows.
-func (p *sctpServerPath) abort() {
+func (p *sctpServerConn) abort() {
 	p.mu.Lock()
 	association := p.association
 	p.mu.Unlock()
@@ -478,7 +478,7 @@ func (p *sctpServerPath) abort() {
 	p.stop()
 }
 
-func (p *sctpServerPath) Read(b []byte) (int, error) {
+func (p *sctpServerConn) Read(b []byte) (int, error) {
 	select {
 	case packet := <-p.packets:
 		return copy(b, packet), nil
@@ -487,7 +487,7 @@ func (p *sctpServerPath) Read(b []byte) (int, error) {
 	}
 }
 
-func (p *sctpServerPath) Write(b []byte) (int, error) {
+func (p *sctpServerConn) Write(b []byte) (int, error) {
 	select {
 	case <-p.closed:
 		return 0, net.ErrClosed
@@ -498,24 +498,24 @@ func (p *sctpServerPath) Write(b []byte) (int, error) {
 }
 
 // Close makes Read and Write fail. It returns nil.
-func (p *sctpServerPath) Close() error {
+func (p *sctpServerConn) Close() error {
 	p.stop()
 	return nil
 }
 
-func (p *sctpServerPath) stop() { p.closeOnce.Do(func() { close(p.closed) }) }
+func (p *sctpServerConn) stop() { p.closeOnce.Do(func() { close(p.closed) }) }
 
 // LocalAddr returns the server's address.
-func (p *sctpServerPath) LocalAddr() net.Addr {
+func (p *sctpServerConn) LocalAddr() net.Addr {
 	return net.TCPAddrFromAddrPort(netip.AddrPortFrom(p.stack.addr, p.flow.port))
 }
 
 // RemoteAddr returns the client's address as the server sees it.
-func (p *sctpServerPath) RemoteAddr() net.Addr { return net.TCPAddrFromAddrPort(p.flow.remote) }
+func (p *sctpServerConn) RemoteAddr() net.Addr { return net.TCPAddrFromAddrPort(p.flow.remote) }
 
 // SetReadDeadline ends all reads if t has passed, which is how an abort and a
 // close interrupt them; pion sets no other deadline.
-func (p *sctpServerPath) SetReadDeadline(t time.Time) error {
+func (p *sctpServerConn) SetReadDeadline(t time.Time) error {
 	if !t.IsZero() && !t.After(time.Now()) {
 		return p.Close()
 	}
@@ -523,7 +523,7 @@ func (p *sctpServerPath) SetReadDeadline(t time.Time) error {
 }
 
 // SetDeadline is SetReadDeadline.
-func (p *sctpServerPath) SetDeadline(t time.Time) error { return p.SetReadDeadline(t) }
+func (p *sctpServerConn) SetDeadline(t time.Time) error { return p.SetReadDeadline(t) }
 
 // SetWriteDeadline does nothing: writes do not block.
-func (p *sctpServerPath) SetWriteDeadline(time.Time) error { return nil }
+func (p *sctpServerConn) SetWriteDeadline(time.Time) error { return nil }

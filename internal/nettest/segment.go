@@ -85,21 +85,21 @@ func parseSegment(b []byte, from, to netip.Addr) (Segment, bool) {
 	}, true
 }
 
-// Wire sees the segments of TCP that arrive at one address of a host, besides
+// SegmentConn sees the segments of TCP that arrive at one address of a host, besides
 // the host's own TCP, and sends others that look as if they were from that. Its
 // methods may be called concurrently.
-type Wire struct {
+type SegmentConn struct {
 	addr netip.Addr
 	conn *net.IPConn
 	done chan struct{}
 
-	mu   sync.Mutex
-	seen []Segment
+	mu       sync.Mutex
+	received []Segment
 }
 
-// OpenWire returns a Wire of one of the host's addresses. The caller closes it.
-func (h *Host) OpenWire(addr netip.Addr) (*Wire, error) {
-	w := &Wire{addr: addr, done: make(chan struct{})}
+// OpenSegmentConn returns a Wire of one of the host's addresses. The caller closes it.
+func (h *Host) OpenSegmentConn(addr netip.Addr) (*SegmentConn, error) {
+	w := &SegmentConn{addr: addr, done: make(chan struct{})}
 	network := "ip4:tcp"
 	if addr.Is6() {
 		network = "ip6:tcp"
@@ -111,11 +111,11 @@ func (h *Host) OpenWire(addr netip.Addr) (*Wire, error) {
 	if err != nil {
 		return nil, fmt.Errorf("listen to the TCP of %s: %w", h.Name, err)
 	}
-	go w.listen()
+	go w.receive()
 	return w, nil
 }
 
-func (w *Wire) listen() {
+func (w *SegmentConn) receive() {
 	defer close(w.done)
 	b := make([]byte, 1<<16)
 	for {
@@ -130,21 +130,21 @@ func (w *Wire) listen() {
 		source, _ := netip.AddrFromSlice(from.IP)
 		if s, ok := parseSegment(b[:n], source.Unmap(), w.addr); ok {
 			w.mu.Lock()
-			w.seen = append(w.seen, s)
+			w.received = append(w.received, s)
 			w.mu.Unlock()
 		}
 	}
 }
 
-// Seen returns the segments that have arrived so far, the oldest first.
-func (w *Wire) Seen() []Segment {
+// Received returns the segments that have arrived so far, the oldest first.
+func (w *SegmentConn) Received() []Segment {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return append([]Segment(nil), w.seen...)
+	return append([]Segment(nil), w.received...)
 }
 
 // Send sends a segment. Its source must be the Wire's address.
-func (w *Wire) Send(s Segment) error {
+func (w *SegmentConn) Send(s Segment) error {
 	// As with Conn.Ask, EPERM is a packet that this host dropped itself.
 	_, err := w.conn.WriteToIP(s.marshal(), &net.IPAddr{IP: s.Destination.Addr().AsSlice()})
 	if err != nil && !errors.Is(err, syscall.EPERM) {
@@ -154,7 +154,7 @@ func (w *Wire) Send(s Segment) error {
 }
 
 // Close stops listening.
-func (w *Wire) Close() error {
+func (w *SegmentConn) Close() error {
 	err := w.conn.Close()
 	<-w.done
 	return err

@@ -34,7 +34,7 @@ type Answer struct {
 
 // A request is a number on a line. The answer repeats the number, so that a
 // client of a datagram protocol never takes a late answer for another.
-func (a Answer) line(request string) string {
+func (a Answer) encode(request string) string {
 	return fmt.Sprintf("%s %s %s %s\n", request, a.Host, a.Endpoint, a.Source)
 }
 
@@ -69,7 +69,7 @@ type closer interface{ Close() error }
 // the host has now, until Close of the Server or the host.
 func (h *Host) Serve(network string, ports ...uint16) (*Server, error) {
 	h.mu.Lock()
-	addrs := append(h.Addrs(), h.extra...)
+	addrs := append(h.Addrs(), h.extraAddrs...)
 	h.mu.Unlock()
 	return h.ServeAt(network, addrs, ports...)
 }
@@ -102,28 +102,28 @@ func (s *Server) listen(network string, addr netip.AddrPort) error {
 		if err != nil {
 			return err
 		}
-		s.own(l, func() { s.serveTCP(l) })
+		s.track(l, func() { s.serveTCP(l) })
 	case UDP:
 		c, err := s.host.ListenPacket(ctx, UDP, addr)
 		if err != nil {
 			return err
 		}
-		s.own(c, func() { s.serveUDP(c, addr) })
+		s.track(c, func() { s.serveUDP(c, addr) })
 	case SCTP:
 		l, err := s.host.listenSCTP(addr)
 		if err != nil {
 			return err
 		}
-		s.own(l, func() {})
+		s.track(l, func() {})
 	default:
 		return fmt.Errorf("unknown network %q, want %s, %s or %s", network, TCP, UDP, SCTP)
 	}
 	return nil
 }
 
-// own runs serve until it returns; c, which makes it return, is closed at the
+// track runs serve until it returns; c, which makes it return, is closed at the
 // latest with the server.
-func (s *Server) own(c closer, serve func()) {
+func (s *Server) track(c closer, serve func()) {
 	s.mu.Lock()
 	if s.closed {
 		s.mu.Unlock()
@@ -139,7 +139,7 @@ func (s *Server) own(c closer, serve func()) {
 	}()
 }
 
-func (s *Server) disown(c closer) {
+func (s *Server) untrack(c closer) {
 	_ = c.Close()
 	s.mu.Lock()
 	delete(s.closers, c)
@@ -156,8 +156,8 @@ func (s *Server) serveTCP(l net.Listener) {
 			}
 			return
 		}
-		s.own(c, func() {
-			defer s.disown(c)
+		s.track(c, func() {
+			defer s.untrack(c)
 			answer := Answer{Host: s.host.Name, Endpoint: addrPortOf(c.LocalAddr()), Source: addrPortOf(c.RemoteAddr())}
 			r := bufio.NewReader(c)
 			for {
@@ -165,7 +165,7 @@ func (s *Server) serveTCP(l net.Listener) {
 				if err != nil {
 					return
 				}
-				if _, err := c.Write([]byte(answer.line(strings.TrimSpace(request)))); err != nil {
+				if _, err := c.Write([]byte(answer.encode(strings.TrimSpace(request)))); err != nil {
 					return
 				}
 			}
@@ -185,7 +185,7 @@ func (s *Server) serveUDP(c net.PacketConn, addr netip.AddrPort) {
 		}
 		answer := Answer{Host: s.host.Name, Endpoint: addr, Source: addrPortOf(from)}
 		// An answer that cannot be sent is a lost datagram.
-		_, _ = c.WriteTo([]byte(answer.line(strings.TrimSpace(string(buf[:n])))), from)
+		_, _ = c.WriteTo([]byte(answer.encode(strings.TrimSpace(string(buf[:n])))), from)
 	}
 }
 
@@ -246,10 +246,10 @@ type Conn struct {
 		SetReadDeadline(t time.Time) error
 		Close() error
 	}
-	what    string
-	local   netip.AddrPort
-	request int
-	rest    string // the part of an answer that came with the one before
+	description string
+	local       netip.AddrPort
+	request     int
+	buffered    string // the part of an answer that came with the one before
 }
 
 // Open connects to a [Server]: network is [TCP], [UDP] or [SCTP]. For UDP this
@@ -259,12 +259,12 @@ type Conn struct {
 func (h *Host) Open(ctx context.Context, network string, addr netip.AddrPort) (*Conn, error) {
 	ctx, cancel := withTimeout(ctx)
 	defer cancel()
-	c := &Conn{what: fmt.Sprintf("%s from %s to %s", network, h.Name, addr)}
+	c := &Conn{description: fmt.Sprintf("%s from %s to %s", network, h.Name, addr)}
 	switch network {
 	case TCP, UDP:
 		dial := h.Dial
 		if network == UDP || h.network.uniquePorts {
-			dial = h.dialFromPort
+			dial = h.dialUniquePort
 		}
 		conn, err := dial(ctx, network, addr)
 		if err != nil {
@@ -278,27 +278,27 @@ func (h *Host) Open(ctx context.Context, network string, addr netip.AddrPort) (*
 		}
 		c.conn, c.local = conn, conn.local
 	default:
-		return nil, fmt.Errorf("connect %s: unknown network", c.what)
+		return nil, fmt.Errorf("connect %s: unknown network", c.description)
 	}
 	return c, nil
 }
 
-// sourcePort returns a port that was not used lately: connection tracking
+// nextSourcePort returns a port that was not used lately: connection tracking
 // remembers UDP for 30 seconds.
-func (h *Host) sourcePort() uint16 {
+func (h *Host) nextSourcePort() uint16 {
 	const first, ports = 20_000, 40_000
 	return uint16(first + h.lastPort.Add(1)%ports) //nolint:gosec // fits
 }
 
-// dialFromPort connects from a source port that was not used lately.
-func (h *Host) dialFromPort(ctx context.Context, network string, addr netip.AddrPort) (net.Conn, error) {
+// dialUniquePort connects from a source port that was not used lately.
+func (h *Host) dialUniquePort(ctx context.Context, network string, addr netip.AddrPort) (net.Conn, error) {
 	const tries = 100
 	var c net.Conn
 	err := h.Do(func() (err error) {
 		for range tries {
-			dialer := net.Dialer{LocalAddr: &net.UDPAddr{Port: int(h.sourcePort())}}
+			dialer := net.Dialer{LocalAddr: &net.UDPAddr{Port: int(h.nextSourcePort())}}
 			if network == TCP {
-				dialer.LocalAddr = &net.TCPAddr{Port: int(h.sourcePort())}
+				dialer.LocalAddr = &net.TCPAddr{Port: int(h.nextSourcePort())}
 				dialer.SetMultipathTCP(false)
 			}
 			c, err = dialer.DialContext(ctx, network, addr.String())
@@ -322,11 +322,11 @@ func (c *Conn) wrap(op string, err error) error {
 	var timeout interface{ Timeout() bool }
 	switch {
 	case errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, ErrRefused):
-		return fmt.Errorf("%s %s: %w: %w", op, c.what, ErrRefused, err)
+		return fmt.Errorf("%s %s: %w: %w", op, c.description, ErrRefused, err)
 	case errors.As(err, &timeout) && timeout.Timeout():
-		return fmt.Errorf("%s %s: %w: %w", op, c.what, ErrTimeout, err)
+		return fmt.Errorf("%s %s: %w: %w", op, c.description, ErrTimeout, err)
 	default:
-		return fmt.Errorf("%s %s: %w", op, c.what, err)
+		return fmt.Errorf("%s %s: %w", op, c.description, err)
 	}
 }
 
@@ -353,16 +353,16 @@ func (c *Conn) Ask(ctx context.Context) (Answer, error) {
 	}
 	buf := make([]byte, 512)
 	for {
-		line, rest, whole := strings.Cut(c.rest, "\n")
+		line, rest, whole := strings.Cut(c.buffered, "\n")
 		if !whole {
 			n, err := c.conn.Read(buf)
 			if err != nil {
 				return Answer{}, c.wrap("ask", err)
 			}
-			c.rest += string(buf[:n])
+			c.buffered += string(buf[:n])
 			continue
 		}
-		c.rest = rest
+		c.buffered = rest
 		got, answer, err := parseAnswer(line)
 		if err != nil {
 			return Answer{}, c.wrap("ask", err)
@@ -377,7 +377,7 @@ func (c *Conn) Ask(ctx context.Context) (Answer, error) {
 func (h *Host) ConnectFrom(ctx context.Context, source netip.Addr, addr netip.AddrPort) (Answer, error) {
 	ctx, cancel := withTimeout(ctx)
 	defer cancel()
-	c := &Conn{what: fmt.Sprintf("%s from %s of %s to %s", TCP, source, h.Name, addr)}
+	c := &Conn{description: fmt.Sprintf("%s from %s of %s to %s", TCP, source, h.Name, addr)}
 	dialer := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(source, 0))}
 	dialer.SetMultipathTCP(false)
 	err := h.Do(func() error {
@@ -407,7 +407,7 @@ func (h *Host) Connect(ctx context.Context, network string, addr netip.AddrPort)
 	}
 	answer, err := c.Ask(ctx)
 	if closeErr := c.Close(); err == nil && closeErr != nil {
-		err = fmt.Errorf("close %s: %w", c.what, closeErr)
+		err = fmt.Errorf("close %s: %w", c.description, closeErr)
 	}
 	return answer, err
 }

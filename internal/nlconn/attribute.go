@@ -12,7 +12,7 @@ import (
 // ErrTruncated says that an attribute is longer than what contains it.
 var ErrTruncated = errors.New("a netlink attribute is longer than its message")
 
-const flags = unix.NLA_F_NESTED | unix.NLA_F_NET_BYTEORDER
+const attributeFlags = unix.NLA_F_NESTED | unix.NLA_F_NET_BYTEORDER
 
 // NextAttribute splits the first attribute off (man 7 netlink, "nlattr"): two bytes of
 // length with the header, two bytes of type, the value, padded to four. The value and
@@ -25,7 +25,7 @@ func NextAttribute(b []byte) (typ uint16, value, rest []byte, err error) {
 	if length < unix.NLA_HDRLEN || length > len(b) {
 		return 0, nil, nil, ErrTruncated
 	}
-	typ = binary.NativeEndian.Uint16(b[2:]) &^ flags
+	typ = binary.NativeEndian.Uint16(b[2:]) &^ attributeFlags
 	padded := min((length+unix.NLA_ALIGNTO-1)&^(unix.NLA_ALIGNTO-1), len(b))
 	return typ, b[unix.NLA_HDRLEN:length], b[padded:], nil
 }

@@ -12,7 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-func encode(tb testing.TB, fn func(*netlink.AttributeEncoder)) []byte {
+func mustEncode(tb testing.TB, fn func(*netlink.AttributeEncoder)) []byte {
 	tb.Helper()
 	b, err := Encode(nil, fn)
 	if err != nil {
@@ -24,14 +24,14 @@ func encode(tb testing.TB, fn func(*netlink.AttributeEncoder)) []byte {
 // What is encoded is decoded, without flags and padding.
 func TestAttributes(t *testing.T) {
 	t.Parallel()
-	b := encode(t, func(e *netlink.AttributeEncoder) {
+	b := mustEncode(t, func(e *netlink.AttributeEncoder) {
 		e.String(1, "rr")
 		e.Nested(2, func(e *netlink.AttributeEncoder) error { e.Uint16(3, 0x1234); return nil })
 		e.Bytes(4|unix.NLA_F_NET_BYTEORDER, []byte{0, 80})
 		e.Bytes(5, nil)
 	})
 	if diff := cmp.Diff(map[uint16][]byte{
-		1: []byte("rr\x00"), 2: encode(t, func(e *netlink.AttributeEncoder) { e.Uint16(3, 0x1234) }), 4: {0, 80}, 5: {},
+		1: []byte("rr\x00"), 2: mustEncode(t, func(e *netlink.AttributeEncoder) { e.Uint16(3, 0x1234) }), 4: {0, 80}, 5: {},
 	}, maps.Collect(Attributes(b))); diff != "" {
 		t.Errorf("(-want +got)\n%s", diff)
 	}
@@ -49,7 +49,7 @@ func TestAttributes(t *testing.T) {
 // What is appended is what netlink.AttributeEncoder encodes.
 func TestAppend(t *testing.T) {
 	t.Parallel()
-	want := encode(t, func(e *netlink.AttributeEncoder) {
+	want := mustEncode(t, func(e *netlink.AttributeEncoder) {
 		e.String(1, "wlc")
 		e.Nested(2, func(e *netlink.AttributeEncoder) error { e.Uint16(3, 0x1234); e.Bytes(4, []byte{1}); return nil })
 		e.Uint32(5, 0x12345678)
@@ -66,7 +66,7 @@ func TestAppend(t *testing.T) {
 
 func TestTruncatedAttributes(t *testing.T) {
 	t.Parallel()
-	whole := encode(t, func(e *netlink.AttributeEncoder) { e.Uint32(1, 7); e.Uint32(2, 8) })
+	whole := mustEncode(t, func(e *netlink.AttributeEncoder) { e.Uint32(1, 7); e.Uint32(2, 8) })
 	for _, b := range [][]byte{nil, whole[:3], whole[:7], {3, 0, 1, 0}, {0, 0, 0, 0}} {
 		if _, _, _, err := NextAttribute(b); !errors.Is(err, ErrTruncated) {
 			t.Errorf("% x: error %v, want %v", b, err, ErrTruncated)
@@ -77,7 +77,7 @@ func TestTruncatedAttributes(t *testing.T) {
 	}
 }
 
-func TestNumbersOfAnotherSize(t *testing.T) {
+func TestIntegerSize(t *testing.T) {
 	t.Parallel()
 	for _, b := range [][]byte{nil, {1}, {1, 2, 3}, {1, 2, 3, 4, 5}} {
 		if Uint16(b, binary.NativeEndian) != 0 || Uint32(b) != 0 {
@@ -88,7 +88,7 @@ func TestNumbersOfAnotherSize(t *testing.T) {
 
 // FuzzAttributes looks for what makes the decoder panic, or read what is not in its input.
 func FuzzAttributes(f *testing.F) {
-	f.Add(encode(f, func(e *netlink.AttributeEncoder) { e.String(1, "rr"); e.Bytes(2, []byte{1}) }))
+	f.Add(mustEncode(f, func(e *netlink.AttributeEncoder) { e.String(1, "rr"); e.Bytes(2, []byte{1}) }))
 	f.Add([]byte{5, 0, 1, 0, 9})
 	f.Fuzz(func(t *testing.T, b []byte) {
 		total := 0
@@ -130,7 +130,7 @@ func conntrackEntry(tb testing.TB) []byte {
 		})
 		return nil
 	}
-	return encode(tb, func(e *netlink.AttributeEncoder) {
+	return mustEncode(tb, func(e *netlink.AttributeEncoder) {
 		e.Nested(1, tuple)
 		e.Nested(2, tuple)
 		for typ := range uint16(6) {

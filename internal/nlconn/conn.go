@@ -29,8 +29,8 @@ const (
 	// answerTimeout limits the wait for the kernel's next answer. The kernel answers
 	// while it handles a request, so only a defect takes this long.
 	answerTimeout = 30 * time.Second
-	// renewEvery is after how many messages of a dump the limit is set again.
-	renewEvery = 1024
+	// deadlineRenewMessages is after how many messages of a dump the limit is set again.
+	deadlineRenewMessages = 1024
 )
 
 // Conn is a connection to one netlink protocol in one network namespace. It must not
@@ -129,7 +129,7 @@ func (c *Conn) batch(ctx context.Context, requests []netlink.Message, answers []
 func (c *Conn) receiveAnswer() (sequence uint32, answer, err error) {
 	messages, err := c.conn.Receive()
 	if err != nil {
-		if sequence, answer := answerOf(err); answer != nil {
+		if sequence, answer := parseAnswer(err); answer != nil {
 			return sequence, answer, nil
 		}
 		return 0, nil, fmt.Errorf("receive netlink answers: %w", err)
@@ -180,12 +180,12 @@ func (c *Conn) exchange(ctx context.Context, request netlink.Message, visit func
 	count := 0
 	for m, err := range c.conn.ReceiveIter() {
 		if err != nil {
-			if _, answer := answerOf(err); answer != nil {
+			if _, answer := parseAnswer(err); answer != nil {
 				return answer
 			}
 			return fmt.Errorf("receive a netlink answer: %w", err)
 		}
-		if count++; count%renewEvery == 0 {
+		if count++; count%deadlineRenewMessages == 0 {
 			if err := c.setDeadline(ctx); err != nil {
 				return err
 			}

@@ -43,8 +43,8 @@ func newConn(t *testing.T) *Conn {
 	return c
 }
 
-// route is a request to add a local route. A scope of 255 (RT_SCOPE_NOWHERE) is refused.
-func route(t *testing.T, to netip.Addr, scope byte) netlink.Message {
+// routeRequest is a request to add a local route. A scope of 255 (RT_SCOPE_NOWHERE) is refused.
+func routeRequest(t *testing.T, to netip.Addr, scope byte) netlink.Message {
 	t.Helper()
 	header := []byte{unix.AF_INET, 32, 0, 0, unix.RT_TABLE_COMPAT, unix.RTPROT_STATIC, scope, unix.RTN_LOCAL, 0, 0, 0, 0}
 	data, err := Encode(header, func(e *netlink.AttributeEncoder) {
@@ -66,7 +66,7 @@ func testAddr(i int) netip.Addr {
 func routes(t *testing.T, c *Conn) map[netip.Addr]bool {
 	t.Helper()
 	all := map[netip.Addr]bool{}
-	if _, err := c.Dump(t.Context(), dumpOfRoutes(t), func(data []byte) error {
+	if _, err := c.Dump(t.Context(), routeDumpRequest(t), func(data []byte) error {
 		if value, ok := Attribute(data[12:], unix.RTA_DST); ok {
 			addr, _ := netip.AddrFromSlice(value)
 			all[addr] = true
@@ -78,7 +78,7 @@ func routes(t *testing.T, c *Conn) map[netip.Addr]bool {
 	return all
 }
 
-func dumpOfRoutes(t *testing.T) netlink.Message {
+func routeDumpRequest(t *testing.T) netlink.Message {
 	t.Helper()
 	data, err := Encode([]byte{unix.AF_INET, 11: 0}, func(e *netlink.AttributeEncoder) { e.Uint32(unix.RTA_TABLE, testTable) })
 	if err != nil {
@@ -88,7 +88,7 @@ func dumpOfRoutes(t *testing.T) netlink.Message {
 }
 
 // Each request gets its own answer, whichever requests fail, and wherever numbers wrap around.
-func TestBatchAnswersEachRequest(t *testing.T) {
+func TestBatchAnswers(t *testing.T) {
 	t.Parallel()
 	for _, count := range []int{1, 2, BatchSize, BatchSize + 1, 3*BatchSize - 1} {
 		for _, sequence := range []uint32{0, math.MaxUint32 - 10} {
@@ -100,7 +100,7 @@ func TestBatchAnswersEachRequest(t *testing.T) {
 				var present, requests []netlink.Message
 				want := 0
 				for i := range count {
-					r := route(t, testAddr(i), unix.RT_SCOPE_HOST)
+					r := routeRequest(t, testAddr(i), unix.RT_SCOPE_HOST)
 					requests = append(requests, r)
 					if fails(i) {
 						present = append(present, r)
@@ -140,9 +140,9 @@ func TestExtendedAcknowledgement(t *testing.T) {
 	t.Parallel()
 	c := newConn(t)
 	answers, err := c.Batch(t.Context(), []netlink.Message{
-		route(t, testAddr(1), unix.RT_SCOPE_HOST),
-		route(t, testAddr(2), unix.RT_SCOPE_NOWHERE),
-		route(t, testAddr(3), unix.RT_SCOPE_HOST),
+		routeRequest(t, testAddr(1), unix.RT_SCOPE_HOST),
+		routeRequest(t, testAddr(2), unix.RT_SCOPE_NOWHERE),
+		routeRequest(t, testAddr(3), unix.RT_SCOPE_HOST),
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -166,13 +166,13 @@ func TestExtendedAcknowledgement(t *testing.T) {
 }
 
 // A dump whose visitor fails is read to its end, so that the next one starts anew.
-func TestDumpIsReadToItsEnd(t *testing.T) {
+func TestDumpAfterVisitError(t *testing.T) {
 	t.Parallel()
 	c := newConn(t)
 	const count = 3000
 	var requests []netlink.Message
 	for i := range count {
-		requests = append(requests, route(t, testAddr(i), unix.RT_SCOPE_HOST))
+		requests = append(requests, routeRequest(t, testAddr(i), unix.RT_SCOPE_HOST))
 	}
 	answers, err := c.Batch(t.Context(), requests)
 	if err := errors.Join(append(answers, err)...); err != nil {
@@ -180,7 +180,7 @@ func TestDumpIsReadToItsEnd(t *testing.T) {
 	}
 	enough := errors.New("enough")
 	visited := 0
-	if _, err := c.Dump(t.Context(), dumpOfRoutes(t), func([]byte) error { visited++; return enough }); !errors.Is(err, enough) || visited != 1 {
+	if _, err := c.Dump(t.Context(), routeDumpRequest(t), func([]byte) error { visited++; return enough }); !errors.Is(err, enough) || visited != 1 {
 		t.Errorf("%d messages, %v; want one, and its error", visited, err)
 	}
 	if all := routes(t, c); len(all) != count {
@@ -210,19 +210,19 @@ func TestGet(t *testing.T) {
 }
 
 // After the end of a context, later requests get no answers to earlier ones.
-func TestRequestsAfterTheContextEnds(t *testing.T) {
+func TestContextCanceled(t *testing.T) {
 	t.Parallel()
 	c := newConn(t)
 	ended, cancel := context.WithCancel(t.Context())
 	cancel()
-	if _, err := c.Batch(ended, []netlink.Message{route(t, testAddr(1), unix.RT_SCOPE_HOST)}); !errors.Is(err, os.ErrDeadlineExceeded) {
+	if _, err := c.Batch(ended, []netlink.Message{routeRequest(t, testAddr(1), unix.RT_SCOPE_HOST)}); !errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Errorf("error %v, want a deadline exceeded", err)
 	}
-	if _, err := c.Dump(ended, dumpOfRoutes(t), func([]byte) error { return nil }); !errors.Is(err, os.ErrDeadlineExceeded) {
+	if _, err := c.Dump(ended, routeDumpRequest(t), func([]byte) error { return nil }); !errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Errorf("dump: error %v, want a deadline exceeded", err)
 	}
 	answers, err := c.Batch(t.Context(), []netlink.Message{
-		route(t, testAddr(2), unix.RT_SCOPE_HOST), route(t, testAddr(2), unix.RT_SCOPE_HOST),
+		routeRequest(t, testAddr(2), unix.RT_SCOPE_HOST), routeRequest(t, testAddr(2), unix.RT_SCOPE_HOST),
 	})
 	if err != nil || answers[0] != nil || !errors.Is(answers[1], unix.EEXIST) {
 		t.Errorf("answers %v, %v; want EEXIST for the second request", answers, err)

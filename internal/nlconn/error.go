@@ -26,9 +26,9 @@ func (e *Error) Error() string {
 // Unwrap returns the errno.
 func (e *Error) Unwrap() error { return e.Errno }
 
-// answerOf returns the number of a request and the kernel's answer in an error of
+// parseAnswer returns the number of a request and the kernel's answer in an error of
 // netlink.Conn, or nil for an error of the socket.
-func answerOf(err error) (sequence uint32, answer error) {
+func parseAnswer(err error) (sequence uint32, answer error) {
 	var op *netlink.OpError
 	if !errors.As(err, &op) || op.Sequence == 0 {
 		return 0, nil

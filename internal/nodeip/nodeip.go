@@ -66,7 +66,7 @@ func Watch(ctx context.Context, options Options, deliver func(Addresses)) error 
 	}
 	var last Addresses
 	for first := true; ; first = false {
-		w, err := open(options.NetNS)
+		w, err := openWatcher(options.NetNS)
 		switch {
 		case err == nil:
 			err = w.run(ctx, func(addrs Addresses) {
@@ -94,14 +94,14 @@ func Watch(ctx context.Context, options Options, deliver func(Addresses)) error 
 }
 
 // watcher has a socket that hears announcements and one that reads addresses.
-type watcher struct{ announcements, requests *netlink.Conn }
+type watcher struct{ notifications, requests *netlink.Conn }
 
-func open(netns int) (watcher, error) {
+func openWatcher(netns int) (watcher, error) {
 	var w watcher
 	var err error
-	config := &netlink.Config{NetNS: netns, Groups: groups(
+	config := &netlink.Config{NetNS: netns, Groups: groupMask(
 		unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE)}
-	if w.announcements, err = netlink.Dial(unix.NETLINK_ROUTE, config); err != nil {
+	if w.notifications, err = netlink.Dial(unix.NETLINK_ROUTE, config); err != nil {
 		return w, fmt.Errorf("subscribe to the node's addresses: %w", err)
 	}
 	if w.requests, err = netlink.Dial(unix.NETLINK_ROUTE, &netlink.Config{NetNS: netns}); err != nil {
@@ -109,22 +109,22 @@ func open(netns int) (watcher, error) {
 		return w, fmt.Errorf("open netlink to read the node's addresses: %w", err)
 	}
 	// Both save work only: a kernel that lacks them tells more than is needed.
-	_ = w.announcements.SetBPF(onlyLocal())
+	_ = w.notifications.SetBPF(localRouteFilter())
 	_ = w.requests.SetOption(netlink.GetStrictCheck, true)
 	return w, nil
 }
 
-// groups returns the mask of multicast groups.
-func groups(list ...uint) (mask uint32) {
+// groupMask returns the mask of multicast groups.
+func groupMask(list ...uint) (mask uint32) {
 	for _, group := range list {
 		mask |= 1 << (group - 1)
 	}
 	return mask
 }
 
-// onlyLocal returns a filter for announcements: of routes, which may come and go by
+// localRouteFilter returns a filter for announcements: of routes, which may come and go by
 // the thousand, only those of type local pass.
-func onlyLocal() []bpf.RawInstruction {
+func localRouteFilter() []bpf.RawInstruction {
 	// struct nlmsghdr has the type at 4, in the byte order of the host, and struct
 	// rtmsg follows it at 16, with the type of the route at 7.
 	host := func(t uint16) uint32 {
@@ -148,7 +148,7 @@ func onlyLocal() []bpf.RawInstruction {
 // close closes both sockets, of which either may be missing. Closing twice does
 // no harm, and there is nothing that an error could tell.
 func (w watcher) close() {
-	for _, conn := range []*netlink.Conn{w.announcements, w.requests} {
+	for _, conn := range []*netlink.Conn{w.notifications, w.requests} {
 		if conn != nil {
 			_ = conn.Close()
 		}
@@ -161,25 +161,25 @@ func (w watcher) run(ctx context.Context, deliver func(Addresses)) error {
 	stop := context.AfterFunc(ctx, w.close) // ends Receive
 	defer stop()
 	for {
-		addrs, err := w.list()
+		addrs, err := w.readAddresses()
 		if err != nil {
 			return err
 		}
 		deliver(addrs)
-		if _, err := w.announcements.Receive(); err != nil && !transient(err) {
+		if _, err := w.notifications.Receive(); err != nil && !isTransient(err) {
 			return fmt.Errorf("wait for changes of the node's addresses: %w", err)
 		}
 	}
 }
 
-// transient reports whether the socket is as good as before: after ENOBUFS
+// isTransient reports whether the socket is as good as before: after ENOBUFS
 // announcements were lost, which is one more reason to read.
-func transient(err error) bool {
+func isTransient(err error) bool {
 	return errors.Is(err, unix.ENOBUFS) || errors.Is(err, unix.EINTR) || errors.Is(err, unix.EAGAIN)
 }
 
-// list reads all addresses and local routes.
-func (w watcher) list() (Addresses, error) {
+// readAddresses reads all addresses and local routes.
+func (w watcher) readAddresses() (Addresses, error) {
 	virtual, err := w.virtualLinks()
 	if err != nil {
 		return Addresses{}, fmt.Errorf("read the node's interfaces: %w", err)
@@ -192,7 +192,7 @@ func (w watcher) list() (Addresses, error) {
 	addrs := Addresses{All: []netip.Addr{}, Virtual: []netip.Addr{}, Routes: []netip.Prefix{}}
 	ofNetworks := map[netip.Addr]struct{}{}
 	for _, m := range messages {
-		addr, ok, err := parse(m)
+		addr, ok, err := parseAddr(m)
 		if err != nil {
 			return Addresses{}, fmt.Errorf("read the node's addresses: %w", err)
 		}
@@ -320,8 +320,8 @@ func parseRoute(m netlink.Message) (netip.Prefix, bool) {
 	return route.Masked(), attributes.Err() == nil && route.IsValid()
 }
 
-// parse returns the address in a message, and false if it can't be used (yet).
-func parse(m netlink.Message) (netip.Addr, bool, error) {
+// parseAddr returns the address in a message, and false if it can't be used (yet).
+func parseAddr(m netlink.Message) (netip.Addr, bool, error) {
 	if m.Header.Type != unix.RTM_NEWADDR {
 		return netip.Addr{}, false, nil
 	}

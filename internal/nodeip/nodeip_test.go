@@ -18,15 +18,15 @@ import (
 	"fairlead.io/fairlead/internal/nodeip"
 )
 
-// host is a network namespace whose addresses are watched.
-type host struct {
+// testHost is a network namespace whose addresses are watched.
+type testHost struct {
 	t         *testing.T
 	handle    *netlink.Handle
 	delivered chan []netip.Addr
 	latest    atomic.Pointer[nodeip.Addresses]
 }
 
-func watch(t *testing.T) *host {
+func startWatch(t *testing.T) *testHost {
 	t.Helper()
 	ns, err := nettest.NewNamespace("")
 	if err != nil {
@@ -38,7 +38,7 @@ func watch(t *testing.T) *host {
 		t.Fatal(err)
 	}
 	t.Cleanup(handle.Close)
-	h := &host{t: t, handle: handle, delivered: make(chan []netip.Addr, 1000)}
+	h := &testHost{t: t, handle: handle, delivered: make(chan []netip.Addr, 1000)}
 	for _, name := range []string{"lo", "veth0", "veth1"} {
 		if name == "veth0" {
 			attrs := netlink.NewLinkAttrs()
@@ -47,10 +47,10 @@ func watch(t *testing.T) *host {
 				t.Fatal(err)
 			}
 			for _, link := range []string{"veth0", "veth1"} { // no link-local addresses but ours
-				h.do(func(l netlink.Link) error { return handle.LinkSetIP6AddrGenMode(l, 1) }, link)
+				h.changeLink(func(l netlink.Link) error { return handle.LinkSetIP6AddrGenMode(l, 1) }, link)
 			}
 		}
-		h.do(handle.LinkSetUp, name)
+		h.changeLink(handle.LinkSetUp, name)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
@@ -66,7 +66,7 @@ func watch(t *testing.T) *host {
 	return h
 }
 
-func (h *host) do(change func(netlink.Link) error, name string) {
+func (h *testHost) changeLink(change func(netlink.Link) error, name string) {
 	h.t.Helper()
 	link, err := h.handle.LinkByName(name)
 	if err == nil {
@@ -77,26 +77,26 @@ func (h *host) do(change func(netlink.Link) error, name string) {
 	}
 }
 
-func (h *host) addr(p string, flags int) *netlink.Addr {
+func (h *testHost) newAddr(p string, flags int) *netlink.Addr {
 	prefix := netip.MustParsePrefix(p)
 	return &netlink.Addr{IPNet: &net.IPNet{
 		IP: prefix.Addr().AsSlice(), Mask: net.CIDRMask(prefix.Bits(), prefix.Addr().BitLen()),
 	}, Flags: flags}
 }
 
-func (h *host) add(link, prefix string, flags int) {
+func (h *testHost) addAddr(link, prefix string, flags int) {
 	h.t.Helper()
-	h.do(func(l netlink.Link) error { return h.handle.AddrAdd(l, h.addr(prefix, flags)) }, link)
+	h.changeLink(func(l netlink.Link) error { return h.handle.AddrAdd(l, h.newAddr(prefix, flags)) }, link)
 }
 
-func (h *host) remove(link, prefix string) {
+func (h *testHost) removeAddr(link, prefix string) {
 	h.t.Helper()
-	h.do(func(l netlink.Link) error { return h.handle.AddrDel(l, h.addr(prefix, 0)) }, link)
+	h.changeLink(func(l netlink.Link) error { return h.handle.AddrDel(l, h.newAddr(prefix, 0)) }, link)
 }
 
 // await waits for the delivery of exactly these addresses besides loopback's.
 
-func (h *host) await(want ...string) {
+func (h *testHost) waitFor(want ...string) {
 	h.t.Helper()
 	addrs := []string{}
 	deadline := time.After(10 * time.Second)
@@ -121,12 +121,12 @@ func (h *host) await(want ...string) {
 	}
 }
 
-// awaitFlag waits until the only IPv6 address of the interface has a flag.
-func (h *host) awaitFlag(link string, flag int) {
+// waitForFlag waits until the only IPv6 address of the interface has a flag.
+func (h *testHost) waitForFlag(link string, flag int) {
 	h.t.Helper()
 	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
 		var addrs []netlink.Addr
-		h.do(func(l netlink.Link) (err error) {
+		h.changeLink(func(l netlink.Link) (err error) {
 			addrs, err = h.handle.AddrList(l, unix.AF_INET6)
 			return err
 		}, link)
@@ -139,8 +139,8 @@ func (h *host) awaitFlag(link string, flag int) {
 	}
 }
 
-// quiet fails the test if anything is delivered.
-func (h *host) quiet() {
+// expectNoDelivery fails the test if anything is delivered.
+func (h *testHost) expectNoDelivery() {
 	h.t.Helper()
 	select {
 	case got := <-h.delivered:
@@ -149,88 +149,88 @@ func (h *host) quiet() {
 	}
 }
 
-func TestFirstDeliveryIsEverything(t *testing.T) {
+func TestInitialDelivery(t *testing.T) {
 	t.Parallel()
-	h := watch(t)
+	h := startWatch(t)
 	got := <-h.delivered
 	want := []netip.Addr{netip.MustParseAddr("127.0.0.1"), netip.IPv6Loopback()}
 	if diff := cmp.Diff(want, got, cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
 	}
-	h.quiet()
+	h.expectNoDelivery()
 }
 
-func TestAddressesComeAndGo(t *testing.T) {
+func TestAddAndRemove(t *testing.T) {
 	t.Parallel()
-	h := watch(t)
-	h.await()
-	h.add("veth0", "192.0.2.1/24", 0)
-	h.await("192.0.2.1")
-	h.add("veth0", "2001:db8::1/64", unix.IFA_F_NODAD)
-	h.await("192.0.2.1", "2001:db8::1")
-	h.add("lo", "198.51.100.7/32", 0)
-	h.await("192.0.2.1", "198.51.100.7", "2001:db8::1")
-	h.remove("veth0", "192.0.2.1/24")
-	h.await("198.51.100.7", "2001:db8::1")
-	h.do(h.handle.LinkDel, "veth0") // takes its addresses with it
-	h.await("198.51.100.7")
+	h := startWatch(t)
+	h.waitFor()
+	h.addAddr("veth0", "192.0.2.1/24", 0)
+	h.waitFor("192.0.2.1")
+	h.addAddr("veth0", "2001:db8::1/64", unix.IFA_F_NODAD)
+	h.waitFor("192.0.2.1", "2001:db8::1")
+	h.addAddr("lo", "198.51.100.7/32", 0)
+	h.waitFor("192.0.2.1", "198.51.100.7", "2001:db8::1")
+	h.removeAddr("veth0", "192.0.2.1/24")
+	h.waitFor("198.51.100.7", "2001:db8::1")
+	h.changeLink(h.handle.LinkDel, "veth0") // takes its addresses with it
+	h.waitFor("198.51.100.7")
 }
 
 // One address on two interfaces is one, until both have lost it.
-func TestSameAddressTwice(t *testing.T) {
+func TestAddressOnTwoInterfaces(t *testing.T) {
 	t.Parallel()
-	h := watch(t)
-	h.await()
-	h.add("veth0", "192.0.2.1/32", 0)
-	h.await("192.0.2.1")
-	h.add("veth1", "192.0.2.1/32", 0)
-	h.quiet()
-	h.remove("veth0", "192.0.2.1/32")
-	h.quiet()
-	h.remove("veth1", "192.0.2.1/32")
-	h.await()
+	h := startWatch(t)
+	h.waitFor()
+	h.addAddr("veth0", "192.0.2.1/32", 0)
+	h.waitFor("192.0.2.1")
+	h.addAddr("veth1", "192.0.2.1/32", 0)
+	h.expectNoDelivery()
+	h.removeAddr("veth0", "192.0.2.1/32")
+	h.expectNoDelivery()
+	h.removeAddr("veth1", "192.0.2.1/32")
+	h.waitFor()
 }
 
 // On a point-to-point link ours is the address, not the peer's.
-func TestPeer(t *testing.T) {
+func TestPointToPoint(t *testing.T) {
 	t.Parallel()
-	h := watch(t)
-	h.await()
+	h := startWatch(t)
+	h.waitFor()
 	for _, link := range [][2]string{{"192.0.2.1/32", "192.0.2.2/32"}, {"2001:db8::1/128", "2001:db8::2/128"}} {
-		ours := h.addr(link[0], unix.IFA_F_NODAD)
-		ours.Peer = h.addr(link[1], 0).IPNet
-		h.do(func(l netlink.Link) error { return h.handle.AddrAdd(l, ours) }, "veth0")
+		ours := h.newAddr(link[0], unix.IFA_F_NODAD)
+		ours.Peer = h.newAddr(link[1], 0).IPNet
+		h.changeLink(func(l netlink.Link) error { return h.handle.AddrAdd(l, ours) }, "veth0")
 	}
-	h.await("192.0.2.1", "2001:db8::1")
+	h.waitFor("192.0.2.1", "2001:db8::1")
 }
 
 // An IPv6 address counts when duplicate address detection has passed, and
 // never if another host has it.
 func TestDuplicateAddressDetection(t *testing.T) {
 	t.Parallel()
-	h := watch(t)
-	h.await()
-	h.add("veth0", "2001:db8::1/64", 0)
-	h.quiet() // it takes the kernel a second
-	h.await("2001:db8::1")
-	h.add("veth1", "2001:db8::1/64", 0)
-	h.awaitFlag("veth1", unix.IFA_F_DADFAILED)
-	h.remove("veth0", "2001:db8::1/64")
-	h.await()
+	h := startWatch(t)
+	h.waitFor()
+	h.addAddr("veth0", "2001:db8::1/64", 0)
+	h.expectNoDelivery() // it takes the kernel a second
+	h.waitFor("2001:db8::1")
+	h.addAddr("veth1", "2001:db8::1/64", 0)
+	h.waitForFlag("veth1", unix.IFA_F_DADFAILED)
+	h.removeAddr("veth0", "2001:db8::1/64")
+	h.waitFor()
 }
 
-func TestDeprecatedAddressStays(t *testing.T) {
+func TestDeprecatedAddress(t *testing.T) {
 	t.Parallel()
-	h := watch(t)
-	h.await()
-	old := h.addr("2001:db8::1/64", unix.IFA_F_NODAD)
+	h := startWatch(t)
+	h.waitFor()
+	old := h.newAddr("2001:db8::1/64", unix.IFA_F_NODAD)
 	old.ValidLft = 3600 // and a preferred lifetime of zero
-	h.do(func(l netlink.Link) error { return h.handle.AddrAdd(l, old) }, "veth0")
-	h.await("2001:db8::1")
+	h.changeLink(func(l netlink.Link) error { return h.handle.AddrAdd(l, old) }, "veth0")
+	h.waitFor("2001:db8::1")
 }
 
 // More changes at once than the socket's buffer holds announcements of.
-func TestManyAtOnce(t *testing.T) {
+func TestNotificationOverflow(t *testing.T) {
 	t.Parallel()
 	const n = 2000
 	release := make(chan struct{})
@@ -297,7 +297,7 @@ func TestNoSuchNamespace(t *testing.T) {
 // TestLocalRoutes says which local routes count, and that they are followed.
 func TestLocalRoutes(t *testing.T) {
 	t.Parallel()
-	h := watch(t)
+	h := startWatch(t)
 	await := func(want ...string) {
 		t.Helper()
 		var got []string
@@ -317,7 +317,7 @@ func TestLocalRoutes(t *testing.T) {
 	change := func(fn func(*netlink.Route) error, prefix string, table, typ int) {
 		t.Helper()
 		p := netip.MustParsePrefix(prefix)
-		h.do(func(l netlink.Link) error {
+		h.changeLink(func(l netlink.Link) error {
 			scope := netlink.SCOPE_LINK
 			if typ == unix.RTN_LOCAL {
 				scope = netlink.SCOPE_HOST
@@ -328,7 +328,7 @@ func TestLocalRoutes(t *testing.T) {
 			})
 		}, "veth0")
 	}
-	h.add("veth0", "10.0.0.1/24", 0)
+	h.addAddr("veth0", "10.0.0.1/24", 0)
 	await()
 	change(h.handle.RouteAdd, "192.0.2.90/32", unix.RT_TABLE_LOCAL, unix.RTN_LOCAL)
 	await("192.0.2.90/32")
@@ -343,21 +343,21 @@ func TestLocalRoutes(t *testing.T) {
 	await("198.51.100.0/24", "2001:db8:5::/64")
 }
 
-// TestVirtual says which addresses no network leads to.
-func TestVirtual(t *testing.T) {
+// TestVirtualAddresses says which addresses no network leads to.
+func TestVirtualAddresses(t *testing.T) {
 	t.Parallel()
-	h := watch(t)
-	h.add("veth0", "10.0.0.1/24", 0)
-	h.add("lo", "10.96.0.10/32", 0)
-	h.add("lo", "10.0.0.2/32", 0)
-	h.add("veth0", "10.0.0.2/24", 0)
+	h := startWatch(t)
+	h.addAddr("veth0", "10.0.0.1/24", 0)
+	h.addAddr("lo", "10.96.0.10/32", 0)
+	h.addAddr("lo", "10.0.0.2/32", 0)
+	h.addAddr("veth0", "10.0.0.2/24", 0)
 	want := []string{"10.96.0.10"}
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name = "nodelocaldns"
 	if err := h.handle.LinkAdd(&netlink.Dummy{LinkAttrs: attrs}); err != nil {
 		t.Logf("this kernel has no dummy interfaces: %v", err)
 	} else {
-		h.add("nodelocaldns", "10.96.0.11/32", 0)
+		h.addAddr("nodelocaldns", "10.96.0.11/32", 0)
 		want = append(want, "10.96.0.11")
 	}
 	var got []string

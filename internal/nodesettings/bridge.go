@@ -20,9 +20,9 @@ type bridge struct {
 	addrs []netip.Addr
 }
 
-// carries reports whether the bridge carries pods of a family: it has an address in
+// carriesPods reports whether the bridge carries pods of a family: it has an address in
 // their networks, or where no networks are known, any.
-func (b bridge) carries(pods Pods, ipv6 bool) bool {
+func (b bridge) carriesPods(pods PodNetwork, ipv6 bool) bool {
 	return slices.ContainsFunc(b.addrs, func(a netip.Addr) bool {
 		if a.Is4() == ipv6 || a.IsLinkLocalUnicast() {
 			return false
@@ -64,13 +64,13 @@ func listBridges() ([]bridge, error) {
 	}
 	for i, b := range bridges {
 		bridges[i].ports = ports[b.index]
-		bridges[i].addrs = addrsOf(b)
+		bridges[i].addrs = bridgeAddrs(b)
 	}
 	return bridges, nil
 }
 
-// addrsOf returns the addresses of a bridge, or none if it has gone.
-func addrsOf(b bridge) []netip.Addr {
+// bridgeAddrs returns the addresses of a bridge, or none if it has gone.
+func bridgeAddrs(b bridge) []netip.Addr {
 	found, err := (&net.Interface{Index: b.index, Name: b.name}).Addrs()
 	if err != nil {
 		return nil

@@ -34,20 +34,20 @@ type Problem struct {
 	Consequence, Fix string
 }
 
-// Pods says how pods are recognised.
-type Pods struct {
+// PodNetwork says how pods are recognised.
+type PodNetwork struct {
 	// CIDRs are the networks of pods. A bridge with an address in them carries pods.
 	CIDRs []netip.Prefix
 	// Bridge is the name of the bridge that carries pods, if it is known.
 	Bridge string
 }
 
-// sysctls is where sysctls of the calling thread's network namespace are.
-const sysctls = "/proc/sys/net"
+// sysctlDir is where sysctls of the calling thread's network namespace are.
+const sysctlDir = "/proc/sys/net"
 
 // Check reads the settings of the calling thread's network namespace, and returns what
 // is wrong, sorted. Settings that the kernel does not have are no error.
-func Check(pods Pods) ([]Problem, error) {
+func Check(pods PodNetwork) ([]Problem, error) {
 	problems, err := checkBridges(pods)
 	if err != nil {
 		return nil, err
@@ -66,7 +66,7 @@ func Check(pods Pods) ([]Problem, error) {
 // checkBridges looks for bridges that carry pods and bypass netfilter. A reply from one
 // pod of a bridge to another then reaches the client with the pod's address in place of
 // the Service's.
-func checkBridges(pods Pods) ([]Problem, error) {
+func checkBridges(pods PodNetwork) ([]Problem, error) {
 	links, err := listBridges()
 	if err != nil {
 		return nil, err
@@ -77,7 +77,7 @@ func checkBridges(pods Pods) ([]Problem, error) {
 			continue
 		}
 		for _, kind := range []Kind{BridgeIPv4, BridgeIPv6} {
-			if !b.carries(pods, kind == BridgeIPv6) {
+			if !b.carriesPods(pods, kind == BridgeIPv6) {
 				continue
 			}
 			value, err := readSysctl(filepath.Join("bridge", string(kind)))
@@ -103,7 +103,7 @@ func checkBridges(pods Pods) ([]Problem, error) {
 // checkRouteLocalnet looks for interfaces whose neighbours may send to loopback
 // addresses. The value of "all" counts for every interface.
 func checkRouteLocalnet() ([]Problem, error) {
-	conf := filepath.Join(sysctls, "ipv4/conf")
+	conf := filepath.Join(sysctlDir, "ipv4/conf")
 	entries, err := os.ReadDir(conf)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, nil
@@ -140,7 +140,7 @@ func checkRouteLocalnet() ([]Problem, error) {
 // readSysctl returns the value of a file below /proc/sys/net, or nothing if there is none:
 // the kernel does not have it, or the interface has gone.
 func readSysctl(file string) (string, error) {
-	value, err := os.ReadFile(filepath.Join(sysctls, file))
+	value, err := os.ReadFile(filepath.Join(sysctlDir, file))
 	if errors.Is(err, os.ErrNotExist) {
 		return "", nil
 	}

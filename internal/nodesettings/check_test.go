@@ -48,7 +48,7 @@ func TestCheck(t *testing.T) {
 		t.Helper()
 		do(func() error { return os.WriteFile(filepath.Join("/proc/sys/net", file), []byte(value), 0) })
 	}
-	check := func(pods nodesettings.Pods, want ...string) {
+	check := func(pods nodesettings.PodNetwork, want ...string) {
 		t.Helper()
 		got := []string{}
 		do(func() error {
@@ -77,14 +77,14 @@ func TestCheck(t *testing.T) {
 	for _, conf := range []string{"all", "cni0", "docker0", "p0"} {
 		sysctl("ipv4/conf/"+conf+"/route_localnet", "0")
 	}
-	pods := nodesettings.Pods{CIDRs: []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16"), netip.MustParsePrefix("fd00:10::/64")}}
+	pods := nodesettings.PodNetwork{CIDRs: []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16"), netip.MustParsePrefix("fd00:10::/64")}}
 	check(pods) // one pod: there is nobody to connect to
 	ip("link add p1 type veth peer name q1")
 	ip("link set p1 master cni0")
 	check(pods, "net.bridge.bridge-nf-call-iptables cni0")
-	check(nodesettings.Pods{Bridge: "docker0"}, "net.bridge.bridge-nf-call-iptables docker0")
-	check(nodesettings.Pods{}, "net.bridge.bridge-nf-call-iptables cni0", "net.bridge.bridge-nf-call-iptables docker0")
-	check(nodesettings.Pods{CIDRs: []netip.Prefix{netip.MustParsePrefix("10.9.0.0/16")}})
+	check(nodesettings.PodNetwork{Bridge: "docker0"}, "net.bridge.bridge-nf-call-iptables docker0")
+	check(nodesettings.PodNetwork{}, "net.bridge.bridge-nf-call-iptables cni0", "net.bridge.bridge-nf-call-iptables docker0")
+	check(nodesettings.PodNetwork{CIDRs: []netip.Prefix{netip.MustParsePrefix("10.9.0.0/16")}})
 	ip("addr add fd00:10::1/64 dev cni0 nodad")
 	check(pods, "net.bridge.bridge-nf-call-ip6tables cni0", "net.bridge.bridge-nf-call-iptables cni0")
 	sysctl("bridge/bridge-nf-call-iptables", "1")

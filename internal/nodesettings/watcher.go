@@ -26,10 +26,10 @@ type Watcher struct {
 	log      *slog.Logger
 	changed  chan struct{} // the pods are others
 
-	mu       sync.Mutex
-	pods     Pods
-	problems []Problem
-	failing  bool // the last reading failed, which was logged
+	mu         sync.Mutex
+	podNetwork PodNetwork
+	problems   []Problem
+	failing    bool // the last reading failed, which was logged
 }
 
 // New returns a Watcher that has read nothing yet.
@@ -44,11 +44,11 @@ func New(options Options) *Watcher {
 	return w
 }
 
-// SetPods tells which bridges carry pods. It does not block.
-func (w *Watcher) SetPods(pods Pods) {
+// SetPodNetwork tells which bridges carry pods. It does not block.
+func (w *Watcher) SetPodNetwork(pods PodNetwork) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.pods = pods
+	w.podNetwork = pods
 	select {
 	case w.changed <- struct{}{}:
 	default:
@@ -62,8 +62,8 @@ func (w *Watcher) Problems() []Problem {
 	return slices.Clone(w.problems)
 }
 
-// Run reads the settings after the first SetPods, then once an interval and after each
-// SetPods, until ctx is done. It returns nil.
+// Run reads the settings after the first SetPodNetwork, then once an interval and after each
+// SetPodNetwork, until ctx is done. It returns nil.
 func (w *Watcher) Run(ctx context.Context) error {
 	select {
 	case <-ctx.Done():
@@ -73,7 +73,7 @@ func (w *Watcher) Run(ctx context.Context) error {
 	ticker := time.NewTicker(w.interval)
 	defer ticker.Stop()
 	for {
-		w.update(ctx)
+		w.refresh(ctx)
 		select {
 		case <-ctx.Done():
 			return nil
@@ -83,9 +83,9 @@ func (w *Watcher) Run(ctx context.Context) error {
 	}
 }
 
-func (w *Watcher) update(ctx context.Context) {
+func (w *Watcher) refresh(ctx context.Context) {
 	w.mu.Lock()
-	pods, before := w.pods, w.problems
+	pods, before := w.podNetwork, w.problems
 	w.mu.Unlock()
 	now, err := Check(pods)
 	if err != nil {

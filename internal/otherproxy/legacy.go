@@ -19,15 +19,15 @@ import (
 // (linux/netfilter_ipv4/ip_tables.h, linux/netfilter_ipv6/ip6_tables.h).
 type legacyTable struct {
 	domain, level int
-	// names is the file with the names of the tables that there are. To ask for a
+	// namesFile is the file with the names of the tables that there are. To ask for a
 	// table makes the kernel make it, with its hooks.
-	names string
+	namesFile string
 	// targetOffset, nextOffset and entrySize are of struct ipt_entry, ip6t_entry.
 	targetOffset, nextOffset, entrySize int
 
-	// last is the table as it was scanned last, and found what was found.
-	last  tableInfo
-	found bool
+	// lastInfo is the table as it was scanned last, and found what was found.
+	lastInfo  tableInfo
+	lastFound bool
 }
 
 // tableInfo is struct ipt_getinfo, which ip6t_getinfo is as well.
@@ -48,19 +48,19 @@ const (
 	// in that target the chain's name is.
 	errorTarget = "ERROR"
 	errorName   = 32
-	// large is a table's length in bytes from which on it is not read again while it
+	// largeTable is a table's length in bytes from which on it is not read again while it
 	// is not smaller, to see whether a chain is still there.
-	large = 1 << 20
+	largeTable = 1 << 20
 )
 
 func legacyTables() [2]legacyTable {
 	return [2]legacyTable{
 		{
-			domain: unix.AF_INET, level: unix.SOL_IP, names: "/proc/thread-self/net/ip_tables_names",
+			domain: unix.AF_INET, level: unix.SOL_IP, namesFile: "/proc/thread-self/net/ip_tables_names",
 			targetOffset: 88, nextOffset: 90, entrySize: 112,
 		},
 		{
-			domain: unix.AF_INET6, level: unix.SOL_IPV6, names: "/proc/thread-self/net/ip6_tables_names",
+			domain: unix.AF_INET6, level: unix.SOL_IPV6, namesFile: "/proc/thread-self/net/ip6_tables_names",
 			targetOffset: 140, nextOffset: 142, entrySize: 168,
 		},
 	}
@@ -68,7 +68,7 @@ func legacyTables() [2]legacyTable {
 
 // hasChain reports whether the table has a chain of this name, if there is a table.
 func (t *legacyTable) hasChain(chain string) (bool, error) {
-	names, err := os.ReadFile(t.names)
+	names, err := os.ReadFile(t.namesFile)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return false, nil // a kernel without
@@ -98,11 +98,11 @@ func (t *legacyTable) hasChain(chain string) (bool, error) {
 func (t *legacyTable) scan(socket int, chain string) (bool, error) {
 	var info tableInfo
 	copy(info.Name[:], iptablesTable)
-	if err := t.get(socket, getInfo, unsafe.Slice((*byte)(unsafe.Pointer(&info)), unsafe.Sizeof(info))); err != nil { //nolint:gosec // a struct without pointers
+	if err := t.getsockopt(socket, getInfo, unsafe.Slice((*byte)(unsafe.Pointer(&info)), unsafe.Sizeof(info))); err != nil { //nolint:gosec // a struct without pointers
 		return false, fmt.Errorf("ask for the length of table %s: %w", iptablesTable, err)
 	}
-	if info == t.last || t.found && info.Length >= large {
-		return t.found, nil
+	if info == t.lastInfo || t.lastFound && info.Length >= largeTable {
+		return t.lastFound, nil
 	}
 	// It may be a hundred megabytes, which are not to stay with the Go runtime.
 	buffer, err := unix.Mmap(-1, 0, entriesHeader+int(info.Length), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
@@ -112,11 +112,11 @@ func (t *legacyTable) scan(socket int, chain string) (bool, error) {
 	defer unix.Munmap(buffer) //nolint:errcheck // it was mapped
 	copy(buffer, iptablesTable)
 	binary.NativeEndian.PutUint32(buffer[len(info.Name):], info.Length)
-	if err := t.get(socket, getEntries, buffer); err != nil {
+	if err := t.getsockopt(socket, getEntries, buffer); err != nil {
 		return false, fmt.Errorf("read table %s: %w", iptablesTable, err)
 	}
-	t.last, t.found = info, t.entriesHaveChain(buffer[entriesHeader:], chain)
-	return t.found, nil
+	t.lastInfo, t.lastFound = info, t.entriesHaveChain(buffer[entriesHeader:], chain)
+	return t.lastFound, nil
 }
 
 // entriesHaveChain reports whether entries of a table begin a chain of this name.
@@ -128,7 +128,7 @@ func (t *legacyTable) entriesHaveChain(entries []byte, chain string) bool {
 			return false
 		}
 		// The target's name comes after its length, the chain's at the target's end.
-		if target+errorName < next && isString(entries[target+2:next], errorTarget) && isString(entries[target+errorName:next], chain) {
+		if target+errorName < next && hasCString(entries[target+2:next], errorTarget) && hasCString(entries[target+errorName:next], chain) {
 			return true
 		}
 		entries = entries[next:]
@@ -136,13 +136,13 @@ func (t *legacyTable) entriesHaveChain(entries []byte, chain string) bool {
 	return false
 }
 
-// isString reports whether b begins with this string of C.
-func isString(b []byte, s string) bool {
+// hasCString reports whether b begins with this string of C.
+func hasCString(b []byte, s string) bool {
 	return len(b) > len(s) && b[len(s)] == 0 && bytes.HasPrefix(b, []byte(s))
 }
 
-// get is getsockopt(2).
-func (t *legacyTable) get(socket, option int, value []byte) error {
+// getsockopt is getsockopt(2).
+func (t *legacyTable) getsockopt(socket, option int, value []byte) error {
 	length := uint32(len(value)) //nolint:gosec // the kernel's own length
 	_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(socket), uintptr(t.level), uintptr(option),
 		uintptr(unsafe.Pointer(unsafe.SliceData(value))), uintptr(unsafe.Pointer(&length)), 0) //nolint:gosec // that is how it is called

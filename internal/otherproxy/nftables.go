@@ -8,15 +8,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// family is an IP family by nftables' name and number.
-type family struct {
+// nftFamily is an IP family by nftables' name and number.
+type nftFamily struct {
 	name   string
 	number byte
 }
 
 // nftFamilies returns the families that proxies have tables in.
-func nftFamilies() [2]family {
-	return [2]family{{"ip", unix.NFPROTO_IPV4}, {"ip6", unix.NFPROTO_IPV6}}
+func nftFamilies() [2]nftFamily {
+	return [2]nftFamily{{"ip", unix.NFPROTO_IPV4}, {"ip6", unix.NFPROTO_IPV6}}
 }
 
 // nftConn asks nf_tables for single objects, which is cheap however many there are.
@@ -31,18 +31,18 @@ func dialNFTables() (*nftConn, error) {
 	return &nftConn{conn}, nil
 }
 
-func (c *nftConn) hasTable(f family, table string) (bool, error) {
-	return c.has(f, unix.NFT_MSG_GETTABLE, netlink.Attribute{Type: unix.NFTA_TABLE_NAME, Data: []byte(table + "\x00")})
+func (c *nftConn) hasTable(f nftFamily, table string) (bool, error) {
+	return c.exists(f, unix.NFT_MSG_GETTABLE, netlink.Attribute{Type: unix.NFTA_TABLE_NAME, Data: []byte(table + "\x00")})
 }
 
-func (c *nftConn) hasChain(f family, table, chain string) (bool, error) {
-	return c.has(f, unix.NFT_MSG_GETCHAIN,
+func (c *nftConn) hasChain(f nftFamily, table, chain string) (bool, error) {
+	return c.exists(f, unix.NFT_MSG_GETCHAIN,
 		netlink.Attribute{Type: unix.NFTA_CHAIN_TABLE, Data: []byte(table + "\x00")},
 		netlink.Attribute{Type: unix.NFTA_CHAIN_NAME, Data: []byte(chain + "\x00")},
 	)
 }
 
-func (c *nftConn) has(f family, get netlink.HeaderType, attributes ...netlink.Attribute) (bool, error) {
+func (c *nftConn) exists(f nftFamily, get netlink.HeaderType, attributes ...netlink.Attribute) (bool, error) {
 	data, err := netlink.MarshalAttributes(attributes)
 	if err != nil {
 		return false, fmt.Errorf("encode the request: %w", err)

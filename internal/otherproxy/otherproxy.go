@@ -29,13 +29,13 @@ func Modes() []Mode { return []Mode{ModeNFTables, ModeIPTables, ModeIPVS} }
 // Rules are what was found of one mode.
 type Rules struct {
 	Mode Mode
-	// Where names the tables, chains and interfaces.
-	Where []string
+	// Objects names the tables, chains and interfaces.
+	Objects []string
 }
 
 // String returns the rules in words.
 func (r Rules) String() string {
-	return fmt.Sprintf("kube-proxy's mode %s (%s)", r.Mode, strings.Join(r.Where, ", "))
+	return fmt.Sprintf("kube-proxy's mode %s (%s)", r.Mode, strings.Join(r.Objects, ", "))
 }
 
 // Effect says what the rules still do while Fairlead translates connections first.
@@ -50,12 +50,12 @@ func (r Rules) Effect() string {
 	return "connections to Services that Fairlead does not have are still translated"
 }
 
-// Remove returns the commands that remove the rules, besides `kube-proxy --cleanup`.
-func (r Rules) Remove() string {
+// RemovalCommands returns the commands that remove the rules, besides `kube-proxy --cleanup`.
+func (r Rules) RemovalCommands() string {
 	switch r.Mode {
 	case ModeNFTables:
 		var commands []string
-		for _, table := range r.Where {
+		for _, table := range r.Objects {
 			commands = append(commands, "nft delete "+table)
 		}
 		return strings.Join(commands, "; ")
@@ -68,11 +68,11 @@ func (r Rules) Remove() string {
 
 // What kube-proxy makes, by its source (pkg/proxy of Kubernetes 1.37).
 const (
-	nftTable       = "kube-proxy"    // nftables/proxier.go, kubeProxyTable
-	iptablesChain  = "KUBE-SERVICES" // iptables/proxier.go, kubeServicesChain
-	iptablesTable  = "nat"
-	ipvsInterface  = "kube-ipvs0" // ipvs/proxier.go, defaultDummyDevice
-	inLegacyTables = "of iptables-legacy"
+	nftTable      = "kube-proxy"    // nftables/proxier.go, kubeProxyTable
+	iptablesChain = "KUBE-SERVICES" // iptables/proxier.go, kubeServicesChain
+	iptablesTable = "nat"
+	ipvsInterface = "kube-ipvs0" // ipvs/proxier.go, defaultDummyDevice
+	legacySuffix  = "of iptables-legacy"
 )
 
 // Scanner looks for rules. It remembers what makes the next scan cheap.
@@ -114,7 +114,7 @@ func (s *Scanner) Scan() ([]Rules, error) {
 		there, err := s.nft.hasChain(f, iptablesTable, iptablesChain)
 		note(ModeIPTables, fmt.Sprintf("chain %s in table %s %s", iptablesChain, f.name, iptablesTable), there, err)
 		there, err = s.legacy[i].hasChain(iptablesChain)
-		note(ModeIPTables, fmt.Sprintf("chain %s in table %s %s %s", iptablesChain, f.name, iptablesTable, inLegacyTables), there, err)
+		note(ModeIPTables, fmt.Sprintf("chain %s in table %s %s %s", iptablesChain, f.name, iptablesTable, legacySuffix), there, err)
 	}
 	there, err := hasInterface(ipvsInterface)
 	note(ModeIPVS, "interface "+ipvsInterface, there, err)
@@ -127,14 +127,14 @@ func (s *Scanner) Scan() ([]Rules, error) {
 	return rules, errors.Join(errs...)
 }
 
-// Period is the time between scans. The kernel announces no change of legacy
+// ScanInterval is the time between scans. The kernel announces no change of legacy
 // iptables.
-const Period = 2 * time.Second
+const ScanInterval = 2 * time.Second
 
 // Watch scans again and again until ctx is done, and calls found with what there is
 // whenever that differs from before, which is where it starts.
 func (s *Scanner) Watch(ctx context.Context, before []Rules, log *slog.Logger, found func([]Rules)) {
-	ticker := time.NewTicker(Period)
+	ticker := time.NewTicker(ScanInterval)
 	defer ticker.Stop()
 	problem := ""
 	for {
@@ -152,7 +152,7 @@ func (s *Scanner) Watch(ctx context.Context, before []Rules, log *slog.Logger, f
 			continue
 		}
 		problem = ""
-		if !slices.EqualFunc(rules, before, func(a, b Rules) bool { return a.Mode == b.Mode && slices.Equal(a.Where, b.Where) }) {
+		if !slices.EqualFunc(rules, before, func(a, b Rules) bool { return a.Mode == b.Mode && slices.Equal(a.Objects, b.Objects) }) {
 			before = rules
 			found(rules)
 		}

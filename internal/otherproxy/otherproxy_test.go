@@ -13,8 +13,8 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// on runs commands in a namespace, one a line.
-func on(t *testing.T, ns *nettest.Namespace, commands string) {
+// runCommands runs commands in a namespace, one a line.
+func runCommands(t *testing.T, ns *nettest.Namespace, commands string) {
 	t.Helper()
 	for line := range strings.Lines(commands) {
 		err := ns.Do(func() error {
@@ -30,8 +30,8 @@ func on(t *testing.T, ns *nettest.Namespace, commands string) {
 	}
 }
 
-// scan returns what a scanner finds in the namespace, and fails the test on an error.
-func scan(t *testing.T, ns *nettest.Namespace, s *Scanner) []Rules {
+// mustScan returns what a scanner finds in the namespace, and fails the test on an error.
+func mustScan(t *testing.T, ns *nettest.Namespace, s *Scanner) []Rules {
 	t.Helper()
 	var rules []Rules
 	err := ns.Do(func() (err error) {
@@ -80,7 +80,7 @@ func TestScan(t *testing.T) {
 	remove := func(flavour string) string { // the named one is about the iptables of the node
 		return strings.NewReplacer("iptables-save", "iptables-"+flavour+"-save", "iptables-restore", "iptables-"+flavour+"-restore",
 			"ip6tables-save", "ip6tables-"+flavour+"-save", "ip6tables-restore", "ip6tables-"+flavour+"-restore").
-			Replace(Rules{Mode: ModeIPTables}.Remove())
+			Replace(Rules{Mode: ModeIPTables}.RemovalCommands())
 	}
 	for name, test := range map[string]struct {
 		make, remove string
@@ -88,7 +88,7 @@ func TestScan(t *testing.T) {
 	}{
 		"nftables": {
 			"nft add table ip kube-proxy\nnft add table ip6 kube-proxy",
-			Rules{ModeNFTables, []string{"table ip kube-proxy", "table ip6 kube-proxy"}}.Remove(),
+			Rules{ModeNFTables, []string{"table ip kube-proxy", "table ip6 kube-proxy"}}.RemovalCommands(),
 			[]Rules{{ModeNFTables, []string{"table ip kube-proxy", "table ip6 kube-proxy"}}},
 		},
 		"one family": {
@@ -106,7 +106,7 @@ func TestScan(t *testing.T) {
 			}}},
 		},
 		"ipvs": {
-			"ip link add kube-ipvs0 type veth", Rules{Mode: ModeIPVS}.Remove(),
+			"ip link add kube-ipvs0 type veth", Rules{Mode: ModeIPVS}.RemovalCommands(),
 			[]Rules{{ModeIPVS, []string{"interface kube-ipvs0"}}},
 		},
 		"others": {
@@ -119,17 +119,17 @@ func TestScan(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			s, ns := newScanner(t)
-			if got := scan(t, ns, s); got != nil {
+			if got := mustScan(t, ns, s); got != nil {
 				t.Errorf("before anything: %v", got)
 			}
-			on(t, ns, test.make)
+			runCommands(t, ns, test.make)
 			for range 2 {
-				if diff := cmp.Diff(test.want, scan(t, ns, s)); diff != "" {
+				if diff := cmp.Diff(test.want, mustScan(t, ns, s)); diff != "" {
 					t.Errorf("(-want +got):\n%s", diff)
 				}
 			}
-			on(t, ns, test.remove)
-			if got := scan(t, ns, s); got != nil {
+			runCommands(t, ns, test.remove)
+			if got := mustScan(t, ns, s); got != nil {
 				t.Errorf("after %s: %v", test.remove, got)
 			}
 		})
@@ -138,11 +138,11 @@ func TestScan(t *testing.T) {
 
 // A scan makes no tables of iptables, which would come with hooks that each packet
 // goes through.
-func TestScanChangesNothing(t *testing.T) {
+func TestScanIsReadOnly(t *testing.T) {
 	t.Parallel()
 	s, ns := newScanner(t)
-	scan(t, ns, s)
-	on(t, ns, `test -z "$(cat /proc/thread-self/net/ip_tables_names /proc/thread-self/net/ip6_tables_names)"`+"\n"+`test -z "$(nft list ruleset)"`)
+	mustScan(t, ns, s)
+	runCommands(t, ns, `test -z "$(cat /proc/thread-self/net/ip_tables_names /proc/thread-self/net/ip6_tables_names)"`+"\n"+`test -z "$(nft list ruleset)"`)
 }
 
 // TestWatch is told of what comes and goes, and of nothing else.
@@ -162,9 +162,9 @@ func TestWatch(t *testing.T) {
 			t.Fatalf("not told of %v", want)
 		}
 	}
-	on(t, ns, "nft add table ip kube-proxy")
+	runCommands(t, ns, "nft add table ip kube-proxy")
 	next([]Rules{{ModeNFTables, []string{"table ip kube-proxy"}}})
-	on(t, ns, "nft delete table ip kube-proxy")
+	runCommands(t, ns, "nft delete table ip kube-proxy")
 	next(nil)
 }
 

@@ -38,7 +38,7 @@ type Pipeline struct {
 func New(dp dataplane.Dataplane, o Options) *Pipeline {
 	return &Pipeline{
 		Syncer: sync.New(dp, sync.Options{
-			Logger: o.Logger, OnCommit: o.OnCommit, ResyncPeriod: o.ResyncPeriod, First: kube.IsFirst,
+			Logger: o.Logger, OnCommit: o.OnCommit, ResyncPeriod: o.ResyncPeriod, Prioritize: kube.IsPriority,
 		}),
 		tracker: kube.NewTracker(o.Tracker),
 	}

@@ -52,7 +52,7 @@ func TestPipeline(t *testing.T) {
 		kubetest.Service("default", "web", netip.MustParseAddr("10.96.0.11")),
 		kubetest.Service("kube-system", "dns", netip.MustParseAddr("10.96.0.10")))
 	p.Program(p.Track(everything))
-	p.Syncer.ListComplete()
+	p.Syncer.FinishInitialList()
 	go func() { ended <- p.Syncer.Run(ctx) }()
 	wait()
 	p.SetAheadOfOthers(false)

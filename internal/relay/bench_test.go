@@ -19,23 +19,23 @@ func BenchmarkCommit(b *testing.B) {
 	for _, ports := range []int{10, 1000} {
 		b.Run(fmt.Sprintf("ports=%d", ports), func(b *testing.B) {
 			r := New(Options{Listen: func(context.Context, string, netip.AddrPort) (net.Listener, error) {
-				return &idle{closed: make(chan struct{})}, nil
+				return &idleListener{closed: make(chan struct{})}, nil
 			}})
 			r.SetFamilies(dataplane.IPv4)
 			service := func(number int, endpoint string) *dataplane.Service {
 				addr := netip.AddrPortFrom(netip.IPv4Unspecified(), uint16(30000+number)) //nolint:gosec // fits
 				return &dataplane.Service{
-					Key:       dataplane.Key{Namespace: "default", Name: fmt.Sprint(number), Family: dataplane.IPv4, Kind: dataplane.NodePort},
-					Frontends: []dataplane.Frontend{{Protocol: dataplane.TCP, Addr: addr}},
-					Treatment: dataplane.Treatment{Endpoints: endpoints(endpoint)},
+					Key:         dataplane.Key{Namespace: "default", Name: fmt.Sprint(number), Family: dataplane.IPv4, Kind: dataplane.NodePort},
+					Frontends:   []dataplane.Frontend{{Protocol: dataplane.TCP, Addr: addr}},
+					ServiceSpec: dataplane.ServiceSpec{Endpoints: endpoints(endpoint)},
 				}
 			}
 			var all sync.Commit
 			for i := range ports {
 				all.Changes = append(all.Changes, dataplane.Change{New: service(i, "10.0.0.1:80")})
 			}
-			r.Committed(all)
-			r.step(b.Context())
+			r.OnCommit(all)
+			r.applyPending(b.Context())
 			defer func() {
 				for _, p := range r.ports {
 					r.close(p)
@@ -48,29 +48,29 @@ func BenchmarkCommit(b *testing.B) {
 			one, other := service(0, "10.0.0.1:80"), service(0, "10.0.0.2:80")
 			b.ReportAllocs()
 			for b.Loop() {
-				r.Committed(sync.Commit{Changes: []dataplane.Change{{Old: one, New: other}}})
-				r.step(b.Context())
+				r.OnCommit(sync.Commit{Changes: []dataplane.Change{{Old: one, New: other}}})
+				r.applyPending(b.Context())
 				one, other = other, one
 			}
 		})
 	}
 }
 
-// idle is a listener without clients.
-type idle struct {
+// idleListener is a listener without clients.
+type idleListener struct {
 	net.Listener
 
 	closed chan struct{}
 }
 
 // Accept implements [net.Listener].
-func (l *idle) Accept() (net.Conn, error) {
+func (l *idleListener) Accept() (net.Conn, error) {
 	<-l.closed
 	return nil, net.ErrClosed
 }
 
 // Close implements [net.Listener].
-func (l *idle) Close() error {
+func (l *idleListener) Close() error {
 	close(l.closed)
 	return nil
 }
@@ -96,7 +96,7 @@ func BenchmarkThroughput(b *testing.B) {
 			from, to := pair()
 			if relayed {
 				endpoint, accepted := pair()
-				go New(Options{}).join(b.Context(), to, endpoint)
+				go New(Options{}).copyStreams(b.Context(), to, endpoint)
 				to = accepted
 			}
 			done := make(chan struct{})

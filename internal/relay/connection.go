@@ -18,16 +18,16 @@ import (
 
 const (
 	// dialTimeout is how long a client waits for an endpoint at most, and
-	// maxTried how many endpoints it waits for.
-	dialTimeout = 5 * time.Second
-	maxTried    = 3
+	// maxDialAttempts how many endpoints it waits for.
+	dialTimeout     = 5 * time.Second
+	maxDialAttempts = 3
 )
 
-// connect serves a client: it finds an endpoint and copies until both sides have
+// handleClient serves a client: it finds an endpoint and copies until both sides have
 // said all.
-func (r *Relay) connect(ctx context.Context, p *port, client *net.TCPConn) {
+func (r *Relay) handleClient(ctx context.Context, p *port, client *net.TCPConn) {
 	c := r.counters[p.family()]
-	endpoint, err := r.reach(ctx, p)
+	endpoint, err := r.dialEndpoint(ctx, p)
 	if err != nil {
 		if ctx.Err() == nil {
 			c.unreachable.Add(1)
@@ -41,29 +41,29 @@ func (r *Relay) connect(ctx context.Context, p *port, client *net.TCPConn) {
 	for _, conn := range []*net.TCPConn{client, endpoint} {
 		_ = conn.SetKeepAliveConfig(r.opts.KeepAlive) // fails if the connection has ended
 	}
-	if halfClosed := r.join(ctx, client, endpoint); halfClosed {
+	if halfClosed := r.copyStreams(ctx, client, endpoint); halfClosed {
 		c.halfClosed.Add(1)
 		r.log.DebugContext(ctx, "a connection to a node port was half closed for too long", "frontend", p.frontend.String())
 	}
 }
 
-// reach connects to an endpoint.
-func (r *Relay) reach(ctx context.Context, p *port) (*net.TCPConn, error) {
+// dialEndpoint connects to an endpoint.
+func (r *Relay) dialEndpoint(ctx context.Context, p *port) (*net.TCPConn, error) {
 	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
 	defer cancel()
 	deadline := time.Now().Add(dialTimeout)
-	all, _ := p.endpoints()
+	all, _ := p.endpointCount()
 	var tried []netip.AddrPort
 	var errs []error
-	for n := range maxTried {
-		addr, ok := p.pick(time.Now(), tried)
+	for n := range maxDialAttempts {
+		addr, ok := p.pickEndpoint(time.Now(), tried)
 		if !ok {
 			break
 		}
 		tried = append(tried, addr)
 		// One that does not answer at all leaves the others their share of the time.
-		share := time.Until(deadline) / time.Duration(max(1, min(all, maxTried)-n))
-		conn, err := r.dialWithin(ctx, share, p.family(), addr)
+		share := time.Until(deadline) / time.Duration(max(1, min(all, maxDialAttempts)-n))
+		conn, err := r.dialWithTimeout(ctx, share, p.family(), addr)
 		if err != nil {
 			errs = append(errs, fmt.Errorf("connect to endpoint %s: %w", addr, err))
 			if ctx.Err() != nil {
@@ -83,18 +83,18 @@ func (r *Relay) reach(ctx context.Context, p *port) (*net.TCPConn, error) {
 	return nil, errors.Join(errs...)
 }
 
-// dialWithin connects to an endpoint, and gives up after a time.
-func (r *Relay) dialWithin(ctx context.Context, timeout time.Duration, family dataplane.Family, addr netip.AddrPort) (net.Conn, error) {
+// dialWithTimeout connects to an endpoint, and gives up after a time.
+func (r *Relay) dialWithTimeout(ctx context.Context, timeout time.Duration, family dataplane.Family, addr netip.AddrPort) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	return r.opts.Dial(ctx, networkOf(family), addr)
+	return r.opts.Dial(ctx, tcpNetwork(family), addr)
 }
 
-// join copies between two connections until both have ended, and closes them. The
+// copyStreams copies between two connections until both have ended, and closes them. The
 // end of one direction is passed on; an error, or the end of ctx, ends both with
 // a reset, so that neither takes what it has got for all. So does a half-closed
 // connection without progress, see Options.HalfClosedTimeout; halfClosed reports it.
-func (r *Relay) join(ctx context.Context, client, endpoint *net.TCPConn) (halfClosed bool) {
+func (r *Relay) copyStreams(ctx context.Context, client, endpoint *net.TCPConn) (halfClosed bool) {
 	abort := func() {
 		reset(client)
 		reset(endpoint)

@@ -14,7 +14,7 @@ import (
 
 // Endpoints that don't answer at all, as those of a node that is down, leave the
 // others time to. One that is alone has all the time.
-func TestSilentEndpoints(t *testing.T) {
+func TestUnresponsiveEndpoints(t *testing.T) {
 	t.Parallel()
 	l, err := net.Listen("tcp4", "127.0.0.1:0")
 	if err != nil {
@@ -58,10 +58,10 @@ func TestSilentEndpoints(t *testing.T) {
 						}
 					}})
 					p := &port{frontend: dataplane.Frontend{Addr: netip.AddrPortFrom(netip.IPv4Unspecified(), 30080)}}
-					p.set(svc)
+					p.setService(svc)
 					for range 20 { // which is first is a matter of chance
 						start := time.Now()
-						conn, err := r.reach(t.Context(), p)
+						conn, err := r.dialEndpoint(t.Context(), p)
 						if (err == nil) != tt.reaches {
 							t.Fatalf("error %v after %s, want an endpoint: %t", err, time.Since(start), tt.reaches)
 						}

@@ -3,7 +3,7 @@
 // address to another host, which drops it. So a program listens there, connects
 // to an endpoint for each client, and copies both ways.
 //
-// A [Relay] is told of every commit ([Relay.Committed]), so that it serves what
+// A [Relay] is told of every commit ([Relay.OnCommit]), so that it serves what
 // is programmed and nothing else, and of the families that are wanted
 // ([Relay.SetFamilies]), of which there is none at first. A commit costs as much
 // as the node ports of TCP among its changes.
@@ -14,7 +14,7 @@
 // kernel refuses its clients. All others get an endpoint, chosen at random from
 // those that the node's own connections go to at the node's address: with
 // externalTrafficPolicy Local these are the cluster's
-// ([dataplane.Treatment.Endpoints]). Source ranges are of load balancers, and
+// ([dataplane.ServiceSpec.Endpoints]). Source ranges are of load balancers, and
 // take no part. With session affinity all clients of a node port and a family
 // share one endpoint, as they share an address, until it leaves or none of them
 // has connected for the timeout.

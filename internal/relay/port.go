@@ -14,8 +14,8 @@ import (
 
 // port is a node port in one family.
 type port struct {
-	frontend dataplane.Frontend
-	refusals logrepeat.Limiter
+	frontend     dataplane.Frontend
+	rejectionLog logrepeat.Limiter
 
 	mu      stdsync.Mutex
 	service *dataplane.Service // nil if there is none any more
@@ -28,38 +28,38 @@ type port struct {
 	owner    dataplane.Key
 	listener net.Listener // nil if it is not listened on
 	// attempts is how often that failed, and retryAt when it is tried again.
-	attempts int
-	retryAt  time.Time
-	reported string // the error that was logged last
+	attempts  int
+	retryAt   time.Time
+	lastError string // the error that was logged last
 }
 
 func (p *port) family() dataplane.Family { return dataplane.FamilyOf(p.frontend.Addr.Addr()) }
 
-// address returns where a port is listened on.
-func (p *port) address() (network string, addr netip.AddrPort) {
+// listenAddr returns where a port is listened on.
+func (p *port) listenAddr() (network string, addr netip.AddrPort) {
 	if p.family() == dataplane.IPv4 {
-		return networkOf(p.family()), netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), p.frontend.Addr.Port())
+		return tcpNetwork(p.family()), netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), p.frontend.Addr.Port())
 	}
-	return networkOf(p.family()), netip.AddrPortFrom(netip.IPv6Loopback(), p.frontend.Addr.Port())
+	return tcpNetwork(p.family()), netip.AddrPortFrom(netip.IPv6Loopback(), p.frontend.Addr.Port())
 }
 
-// networkOf returns the network of package net.
-func networkOf(f dataplane.Family) string {
+// tcpNetwork returns the network of package net.
+func tcpNetwork(f dataplane.Family) string {
 	if f == dataplane.IPv4 {
 		return "tcp4"
 	}
 	return "tcp6"
 }
 
-// set gives the port to a Service, or to none.
-func (p *port) set(svc *dataplane.Service) {
+// setService gives the port to a Service, or to none.
+func (p *port) setService(svc *dataplane.Service) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.service = svc
 }
 
-// endpoints returns how many endpoints there are, and whether there is a Service.
-func (p *port) endpoints() (n int, there bool) {
+// endpointCount returns how many endpoints there are, and whether there is a Service.
+func (p *port) endpointCount() (n int, there bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.service == nil {
@@ -79,9 +79,9 @@ func (p *port) serviceName() string {
 	return p.service.Key.Service()
 }
 
-// pick returns an endpoint for a client that has tried these before; ok is false
+// pickEndpoint returns an endpoint for a client that has tried these before; ok is false
 // if there is no other.
-func (p *port) pick(now time.Time, tried []netip.AddrPort) (addr netip.AddrPort, ok bool) {
+func (p *port) pickEndpoint(now time.Time, tried []netip.AddrPort) (addr netip.AddrPort, ok bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.service == nil || len(p.service.Endpoints) == 0 {
@@ -89,7 +89,7 @@ func (p *port) pick(now time.Time, tried []netip.AddrPort) (addr netip.AddrPort,
 	}
 	all := p.service.Endpoints
 	sticky := p.service.Affinity > 0
-	if sticky && p.pinned.IsValid() && now.Sub(p.pinnedAt) <= p.service.Affinity && !slices.Contains(tried, p.pinned) && has(all, p.pinned) {
+	if sticky && p.pinned.IsValid() && now.Sub(p.pinnedAt) <= p.service.Affinity && !slices.Contains(tried, p.pinned) && containsEndpoint(all, p.pinned) {
 		p.pinnedAt = now
 		return p.pinned, true
 	}
@@ -112,8 +112,8 @@ func (p *port) pick(now time.Time, tried []netip.AddrPort) (addr netip.AddrPort,
 	return addr, true
 }
 
-// has reports whether addr is one of endpoints, which are sorted.
-func has(endpoints []dataplane.Endpoint, addr netip.AddrPort) bool {
+// containsEndpoint reports whether addr is one of endpoints, which are sorted.
+func containsEndpoint(endpoints []dataplane.Endpoint, addr netip.AddrPort) bool {
 	_, ok := slices.BinarySearchFunc(endpoints, addr, func(e dataplane.Endpoint, a netip.AddrPort) int { return e.Addr.Compare(a) })
 	return ok
 }

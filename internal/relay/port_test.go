@@ -18,7 +18,7 @@ func endpoints(addrs ...string) []dataplane.Endpoint {
 
 // Affinity is to an endpoint that a client was sent to no longer ago than the
 // timeout, counted from the last.
-func TestPin(t *testing.T) {
+func TestAffinityTimeout(t *testing.T) {
 	t.Parallel()
 	const timeout = time.Minute
 	all := endpoints("10.0.0.1:80", "10.0.0.2:80", "10.0.0.3:80", "10.0.0.4:80", "10.0.0.5:80", "10.0.0.6:80", "10.0.0.7:80", "10.0.0.8:80")
@@ -37,16 +37,16 @@ func TestPin(t *testing.T) {
 	} {
 		stayed := true
 		for range 20 { // an endpoint chosen at random is the same in one of 8
-			p := &port{service: &dataplane.Service{Treatment: dataplane.Treatment{Endpoints: all, Affinity: tt.affinity}}}
+			p := &port{service: &dataplane.Service{ServiceSpec: dataplane.ServiceSpec{Endpoints: all, Affinity: tt.affinity}}}
 			now := start
-			first, _ := p.pick(now, nil)
+			first, _ := p.pickEndpoint(now, nil)
 			for _, gap := range tt.gaps {
 				now = now.Add(gap)
-				if got, ok := p.pick(now, nil); got != first || !ok {
+				if got, ok := p.pickEndpoint(now, nil); got != first || !ok {
 					t.Fatalf("%s: %s after %s", tt.name, got, first)
 				}
 			}
-			got, ok := p.pick(now.Add(tt.last), nil)
+			got, ok := p.pickEndpoint(now.Add(tt.last), nil)
 			if !ok {
 				t.Fatalf("%s: no endpoint", tt.name)
 			}
@@ -60,16 +60,16 @@ func TestPin(t *testing.T) {
 
 // A client never gets an endpoint again that it has tried, and the one that it
 // gets instead is that of the others as well.
-func TestPickAnother(t *testing.T) {
+func TestPickEndpointSkipsTried(t *testing.T) {
 	t.Parallel()
 	now := time.Unix(1000, 0)
 	for _, affinity := range []time.Duration{0, time.Minute} {
-		p := &port{service: &dataplane.Service{Treatment: dataplane.Treatment{
+		p := &port{service: &dataplane.Service{ServiceSpec: dataplane.ServiceSpec{
 			Endpoints: endpoints("10.0.0.1:80", "10.0.0.2:80", "10.0.0.3:80"), Affinity: affinity,
 		}}}
 		var tried []netip.AddrPort
 		for range 3 {
-			addr, ok := p.pick(now, tried)
+			addr, ok := p.pickEndpoint(now, tried)
 			if !ok || !addr.IsValid() {
 				t.Fatalf("affinity %s: nothing after %v", affinity, tried)
 			}
@@ -81,15 +81,15 @@ func TestPickAnother(t *testing.T) {
 			tried = append(tried, addr)
 		}
 		if affinity > 0 {
-			if got, _ := p.pick(now, nil); got != tried[2] {
+			if got, _ := p.pickEndpoint(now, nil); got != tried[2] {
 				t.Errorf("others get %s, want %s", got, tried[2])
 			}
 		}
-		if addr, ok := p.pick(now, tried); ok {
+		if addr, ok := p.pickEndpoint(now, tried); ok {
 			t.Errorf("affinity %s: %s after all were tried", affinity, addr)
 		}
 	}
-	if addr, ok := (&port{}).pick(now, nil); ok {
+	if addr, ok := (&port{}).pickEndpoint(now, nil); ok {
 		t.Errorf("%s without a Service", addr)
 	}
 }

@@ -51,8 +51,8 @@ type Stats struct {
 	Open, Limit int
 	// Connected counts the clients that got an endpoint, and Unreachable those for
 	// which none answered. Refused counts the clients that were reset because all
-	// connections were in use, and RefusedByPort those whose node port had its share.
-	Connected, Unreachable, Refused, RefusedByPort uint64
+	// connections were in use, and RejectedByPortLimit those whose node port had its share.
+	Connected, Unreachable, RejectedByLimit, RejectedByPortLimit uint64
 	// HalfClosed counts the connections that Options.HalfClosedTimeout ended.
 	HalfClosed uint64
 }
@@ -65,11 +65,11 @@ const (
 
 // The defaults of Options.
 const (
-	maxConnections    = 4096
-	maxListeners      = 4096
-	halfClosedTimeout = time.Minute
-	keepAliveInterval = 15 * time.Second
-	keepAliveCount    = 4
+	defaultMaxConnections    = 4096
+	defaultMaxListeners      = 4096
+	defaultHalfClosedTimeout = time.Minute
+	keepAliveInterval        = 15 * time.Second
+	keepAliveCount           = 4
 )
 
 // Relay listens on node ports at loopback addresses. Make one with [New].
@@ -78,19 +78,19 @@ type Relay struct {
 	log  *slog.Logger
 	wake chan struct{} // one slot: the mailbox has something
 
-	mu       stdsync.Mutex
-	changed  map[dataplane.Key]*dataplane.Service // nil for those that are gone
-	families []dataplane.Family
-	switched bool // families has changed
+	mu              stdsync.Mutex
+	changed         map[dataplane.Key]*dataplane.Service // nil for those that are gone
+	families        []dataplane.Family
+	familiesChanged bool // families has changed
 
 	// The rest is Run's.
-	services map[dataplane.Key]*dataplane.Service
-	ports    map[dataplane.Frontend]*port
-	serves   []dataplane.Family
-	failing  map[*port]struct{}
-	retry    *time.Timer
-	retryAt  time.Time // when retry fires; zero for never
-	serving  stdsync.WaitGroup
+	services       map[dataplane.Key]*dataplane.Service
+	ports          map[dataplane.Frontend]*port
+	activeFamilies []dataplane.Family
+	failing        map[*port]struct{}
+	retry          *time.Timer
+	retryAt        time.Time // when retry fires; zero for never
+	serving        stdsync.WaitGroup
 
 	slots    *slots
 	counters map[dataplane.Family]*counters // not written to
@@ -98,9 +98,9 @@ type Relay struct {
 
 // counters are the Stats of a family.
 type counters struct {
-	listeners, failing, open               atomic.Int64
-	listenFailures, connected, unreachable atomic.Uint64
-	refused, refusedByPort, halfClosed     atomic.Uint64
+	listeners, failing, open                         atomic.Int64
+	listenFailures, connected, unreachable           atomic.Uint64
+	rejectedByLimit, rejectedByPortLimit, halfClosed atomic.Uint64
 }
 
 // New returns a Relay that listens nowhere. It starts nothing: call [Relay.Run].
@@ -109,13 +109,13 @@ func New(opts Options) *Relay {
 		opts.Logger = slog.New(slog.DiscardHandler)
 	}
 	if opts.MaxConnections <= 0 {
-		opts.MaxConnections = maxConnections
+		opts.MaxConnections = defaultMaxConnections
 	}
 	if opts.MaxListeners <= 0 {
-		opts.MaxListeners = maxListeners
+		opts.MaxListeners = defaultMaxListeners
 	}
 	if opts.HalfClosedTimeout <= 0 {
-		opts.HalfClosedTimeout = halfClosedTimeout
+		opts.HalfClosedTimeout = defaultHalfClosedTimeout
 	}
 	if opts.KeepAlive == (net.KeepAliveConfig{}) {
 		opts.KeepAlive = net.KeepAliveConfig{Enable: true, Idle: keepAliveInterval, Interval: keepAliveInterval, Count: keepAliveCount}
@@ -153,19 +153,19 @@ func dial(ctx context.Context, network string, addr netip.AddrPort) (net.Conn, e
 // and during Run.
 func (r *Relay) SetFamilies(families ...dataplane.Family) {
 	r.mu.Lock()
-	r.families, r.switched = slices.Clone(families), true
+	r.families, r.familiesChanged = slices.Clone(families), true
 	r.mu.Unlock()
 	r.signal()
 }
 
-// Committed tells of a call to the dataplane that has ended, as sync.Options has
+// OnCommit tells of a call to the dataplane that has ended, as sync.Options has
 // it. It does not block, and may be called before and during Run, but not twice
 // at a time.
-func (r *Relay) Committed(commit sync.Commit) {
+func (r *Relay) OnCommit(commit sync.Commit) {
 	var found bool
 	r.mu.Lock()
 	for _, change := range commit.Changes {
-		if isNodePort(change.Old) || isNodePort(change.New) {
+		if isTCPNodePort(change.Old) || isTCPNodePort(change.New) {
 			r.changed[change.Key()] = change.New
 			found = true
 		}
@@ -176,8 +176,8 @@ func (r *Relay) Committed(commit sync.Commit) {
 	}
 }
 
-// isNodePort reports whether svc, which may be nil, has a node port of TCP.
-func isNodePort(svc *dataplane.Service) bool {
+// isTCPNodePort reports whether svc, which may be nil, has a node port of TCP.
+func isTCPNodePort(svc *dataplane.Service) bool {
 	return svc != nil && svc.Key.Kind == dataplane.NodePort &&
 		slices.ContainsFunc(svc.Frontends, func(f dataplane.Frontend) bool { return f.Protocol == dataplane.TCP })
 }
@@ -200,7 +200,7 @@ func (r *Relay) Stats(family dataplane.Family) Stats {
 		Listeners: int(c.listeners.Load()), Failing: int(c.failing.Load()), ListenFailures: c.listenFailures.Load(),
 		Open: int(c.open.Load()), Limit: r.opts.MaxConnections,
 		Connected: c.connected.Load(), Unreachable: c.unreachable.Load(), HalfClosed: c.halfClosed.Load(),
-		Refused: c.refused.Load(), RefusedByPort: c.refusedByPort.Load(),
+		RejectedByLimit: c.rejectedByLimit.Load(), RejectedByPortLimit: c.rejectedByPortLimit.Load(),
 	}
 }
 
@@ -220,25 +220,25 @@ func (r *Relay) Run(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case <-r.wake:
-			r.step(ctx)
+			r.applyPending(ctx)
 		case <-r.retry.C:
-			r.again(ctx, time.Now())
+			r.retryFailed(ctx, time.Now())
 		}
 	}
 }
 
-// step takes over what was told.
-func (r *Relay) step(ctx context.Context) {
+// applyPending takes over what was told.
+func (r *Relay) applyPending(ctx context.Context) {
 	r.mu.Lock()
-	changed, families, switched := r.changed, r.families, r.switched
-	r.changed, r.switched = map[dataplane.Key]*dataplane.Service{}, false
+	changed, families, switched := r.changed, r.families, r.familiesChanged
+	r.changed, r.familiesChanged = map[dataplane.Key]*dataplane.Service{}, false
 	r.mu.Unlock()
 
 	// A node port may go from one Service to another: what leaves comes first. Its
 	// clients must not find it without a Service in between.
 	next := map[*port]*dataplane.Service{}
 	for key := range changed {
-		for f := range tcpOf(r.services[key]) {
+		for f := range tcpFrontends(r.services[key]) {
 			if p := r.ports[f]; p != nil && p.owner == key {
 				next[p] = nil
 			}
@@ -246,11 +246,11 @@ func (r *Relay) step(ctx context.Context) {
 		delete(r.services, key)
 	}
 	for key, svc := range changed {
-		if !isNodePort(svc) {
+		if !isTCPNodePort(svc) {
 			continue
 		}
 		r.services[key] = svc
-		for f := range tcpOf(svc) {
+		for f := range tcpFrontends(svc) {
 			p := r.ports[f]
 			if p == nil {
 				p = &port{frontend: f}
@@ -262,21 +262,21 @@ func (r *Relay) step(ctx context.Context) {
 	}
 	now := time.Now()
 	if switched {
-		r.serves = families
+		r.activeFamilies = families
 		for _, p := range r.ports {
 			if _, ok := next[p]; !ok {
-				r.settle(ctx, p, now)
+				r.updateListener(ctx, p, now)
 			}
 		}
 	}
 	for p, svc := range next {
-		p.set(svc)
-		r.settle(ctx, p, now)
+		p.setService(svc)
+		r.updateListener(ctx, p, now)
 	}
 }
 
-// tcpOf returns the frontends of TCP of svc, which may be nil.
-func tcpOf(svc *dataplane.Service) func(yield func(dataplane.Frontend) bool) {
+// tcpFrontends returns the frontends of TCP of svc, which may be nil.
+func tcpFrontends(svc *dataplane.Service) func(yield func(dataplane.Frontend) bool) {
 	return func(yield func(dataplane.Frontend) bool) {
 		if svc == nil {
 			return
@@ -289,13 +289,13 @@ func tcpOf(svc *dataplane.Service) func(yield func(dataplane.Frontend) bool) {
 	}
 }
 
-// settle listens on a port, or no longer, as its Service has it now.
-func (r *Relay) settle(ctx context.Context, p *port, now time.Time) {
-	endpoints, there := p.endpoints()
+// updateListener listens on a port, or no longer, as its Service has it now.
+func (r *Relay) updateListener(ctx context.Context, p *port, now time.Time) {
+	endpoints, there := p.endpointCount()
 	if !there {
 		delete(r.ports, p.frontend)
 	}
-	switch wanted := endpoints > 0 && slices.Contains(r.serves, p.family()); {
+	switch wanted := endpoints > 0 && slices.Contains(r.activeFamilies, p.family()); {
 	case !wanted:
 		r.close(p)
 	case p.listener == nil && p.attempts == 0:
@@ -314,15 +314,15 @@ func (r *Relay) close(p *port) {
 	if p.attempts > 0 {
 		r.counters[p.family()].failing.Add(-1)
 		delete(r.failing, p)
-		p.attempts, p.reported = 0, ""
+		p.attempts, p.lastError = 0, ""
 	}
 }
 
 // listen listens on a port, or sees to it that this is tried again.
 func (r *Relay) listen(ctx context.Context, p *port, now time.Time) {
-	network, addr := p.address()
+	network, addr := p.listenAddr()
 	c := r.counters[p.family()]
-	l, err := r.listenWithin(ctx, network, addr)
+	l, err := r.listenBelowLimit(ctx, network, addr)
 	if err != nil {
 		c.listenFailures.Add(1)
 		if p.attempts == 0 {
@@ -335,9 +335,9 @@ func (r *Relay) listen(ctx context.Context, p *port, now time.Time) {
 		}
 		p.attempts++
 		p.retryAt = now.Add(delay)
-		r.retryBy(p.retryAt)
-		if text := err.Error(); p.reported != text {
-			p.reported = text
+		r.scheduleRetry(p.retryAt)
+		if text := err.Error(); p.lastError != text {
+			p.lastError = text
 			r.log.WarnContext(ctx, "a node port can't be listened on; trying again until it succeeds",
 				"address", addr.String(), "service", p.owner.Service(), "error", err)
 		}
@@ -347,15 +347,15 @@ func (r *Relay) listen(ctx context.Context, p *port, now time.Time) {
 		r.log.InfoContext(ctx, "a node port is listened on again", "address", addr.String(), "service", p.owner.Service(), "attempts", p.attempts)
 		c.failing.Add(-1)
 		delete(r.failing, p)
-		p.attempts, p.reported = 0, ""
+		p.attempts, p.lastError = 0, ""
 	}
 	c.listeners.Add(1)
 	p.listener = l
-	r.serving.Go(func() { r.serve(ctx, p, l) })
+	r.serving.Go(func() { r.acceptClients(ctx, p, l) })
 }
 
-// listenWithin opens a socket unless there are Options.MaxListeners of them.
-func (r *Relay) listenWithin(ctx context.Context, network string, addr netip.AddrPort) (net.Listener, error) {
+// listenBelowLimit opens a socket unless there are Options.MaxListeners of them.
+func (r *Relay) listenBelowLimit(ctx context.Context, network string, addr netip.AddrPort) (net.Listener, error) {
 	var listeners int64
 	for _, c := range r.counters {
 		listeners += c.listeners.Load()
@@ -367,16 +367,16 @@ func (r *Relay) listenWithin(ctx context.Context, network string, addr netip.Add
 	return r.opts.Listen(ctx, network, addr)
 }
 
-// retryBy sees to it that ports are tried again at a time, or before.
-func (r *Relay) retryBy(at time.Time) {
+// scheduleRetry sees to it that ports are tried again at a time, or before.
+func (r *Relay) scheduleRetry(at time.Time) {
 	if r.retryAt.IsZero() || at.Before(r.retryAt) {
 		r.retryAt = at
 		r.retry.Reset(time.Until(at))
 	}
 }
 
-// again tries the ports whose time it is.
-func (r *Relay) again(ctx context.Context, now time.Time) {
+// retryFailed tries the ports whose time it is.
+func (r *Relay) retryFailed(ctx context.Context, now time.Time) {
 	r.retryAt = time.Time{}
 	var later time.Time
 	for p := range r.failing {
@@ -388,7 +388,7 @@ func (r *Relay) again(ctx context.Context, now time.Time) {
 		}
 	}
 	if !later.IsZero() {
-		r.retryBy(later)
+		r.scheduleRetry(later)
 	}
 }
 
@@ -399,8 +399,8 @@ const (
 	acceptMax = time.Second
 )
 
-// serve accepts clients until the listener is closed.
-func (r *Relay) serve(ctx context.Context, p *port, l net.Listener) {
+// acceptClients accepts clients until the listener is closed.
+func (r *Relay) acceptClients(ctx context.Context, p *port, l net.Listener) {
 	var delay time.Duration
 	for {
 		conn, err := l.Accept()
@@ -429,7 +429,7 @@ func (r *Relay) serve(ctx context.Context, p *port, l net.Listener) {
 		}
 		if reason := r.slots.acquire(p.frontend); reason != admitted {
 			reset(client)
-			r.refuse(ctx, p, reason)
+			r.recordRejection(ctx, p, reason)
 			continue
 		}
 		c := r.counters[p.family()]
@@ -437,22 +437,22 @@ func (r *Relay) serve(ctx context.Context, p *port, l net.Listener) {
 		r.serving.Go(func() {
 			defer r.slots.release(p.frontend)
 			defer c.open.Add(-1)
-			r.connect(ctx, p, client)
+			r.handleClient(ctx, p, client)
 		})
 	}
 }
 
-// refuse records that a client of a node port was reset for want of a slot.
-func (r *Relay) refuse(ctx context.Context, p *port, reason refusal) {
+// recordRejection records that a client of a node port was reset for want of a slot.
+func (r *Relay) recordRejection(ctx context.Context, p *port, reason admission) {
 	c, text := r.counters[p.family()], "all connections are in use"
-	if reason == portAtShare {
-		c.refusedByPort.Add(1)
+	if reason == rejectedPortShare {
+		c.rejectedByPortLimit.Add(1)
 		text = "it has its share of the connections"
 	} else {
-		c.refused.Add(1)
+		c.rejectedByLimit.Add(1)
 	}
-	if refused, ok := p.refusals.Allow(time.Now()); ok {
-		_, addr := p.address()
+	if refused, ok := p.rejectionLog.Allow(time.Now()); ok {
+		_, addr := p.listenAddr()
 		r.log.WarnContext(ctx, "clients of a node port are refused at a loopback address", "reason", text,
 			"address", addr.String(), "service", p.serviceName(), "refused", refused, "connections", c.open.Load(), "limit", r.opts.MaxConnections)
 	}

@@ -29,8 +29,8 @@ const (
 	targetPort = 8080
 )
 
-// patience is how long a test waits for what comes in a moment.
-const patience = 30 * time.Second
+// waitTimeout is how long a test waits for what comes in a moment.
+const waitTimeout = 30 * time.Second
 
 // node is a node with a Relay and pods.
 type node struct {
@@ -76,7 +76,7 @@ func newNode(t *testing.T, opts relay.Options) *node {
 			if err != nil {
 				t.Errorf("Run: %v", err)
 			}
-		case <-time.After(patience):
+		case <-time.After(waitTimeout):
 			t.Error("Run does not end")
 		}
 	})
@@ -97,32 +97,32 @@ func eachFamily(t *testing.T, test func(*testing.T, dataplane.Family)) {
 	}
 }
 
-// loopback returns where clients connect.
-func loopback(f dataplane.Family, port uint16) netip.AddrPort {
+// loopbackAddr returns where clients connect.
+func loopbackAddr(f dataplane.Family, port uint16) netip.AddrPort {
 	if f == dataplane.IPv4 {
 		return netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), port)
 	}
 	return netip.AddrPortFrom(netip.IPv6Loopback(), port)
 }
 
-func of(h *nettest.Host, f dataplane.Family) netip.Addr {
+func addrOf(h *nettest.Host, f dataplane.Family) netip.Addr {
 	if f == dataplane.IPv4 {
 		return h.IPv4
 	}
 	return h.IPv6
 }
 
-// at returns endpoints at targetPort of hosts.
-func at(f dataplane.Family, hosts ...*nettest.Host) []dataplane.Endpoint {
+// endpointsOn returns endpoints at targetPort of hosts.
+func endpointsOn(f dataplane.Family, hosts ...*nettest.Host) []dataplane.Endpoint {
 	endpoints := []dataplane.Endpoint{}
 	for _, h := range hosts {
-		endpoints = append(endpoints, dataplane.Endpoint{Addr: netip.AddrPortFrom(of(h, f), targetPort)})
+		endpoints = append(endpoints, dataplane.Endpoint{Addr: netip.AddrPortFrom(addrOf(h, f), targetPort)})
 	}
 	return endpoints
 }
 
-// service returns the node port of a Service.
-func service(t *testing.T, f dataplane.Family, name string, port uint16, treatment dataplane.Treatment) *dataplane.Service {
+// newNodePort returns the node port of a Service.
+func newNodePort(t *testing.T, f dataplane.Family, name string, port uint16, treatment dataplane.ServiceSpec) *dataplane.Service {
 	t.Helper()
 	unspecified := netip.IPv4Unspecified()
 	if f == dataplane.IPv6 {
@@ -136,20 +136,20 @@ func service(t *testing.T, f dataplane.Family, name string, port uint16, treatme
 	return svc
 }
 
-// change tells the Relay that a Service has changed.
-func (n *node) change(was, is *dataplane.Service) {
-	n.relay.Committed(sync.Commit{Kind: sync.KindApply, Changes: []dataplane.Change{{Old: was, New: is}}})
+// commit tells the Relay that a Service has changed.
+func (n *node) commit(was, is *dataplane.Service) {
+	n.relay.OnCommit(sync.Commit{Op: sync.OpApply, Changes: []dataplane.Change{{Old: was, New: is}}})
 }
 
-// listening waits until so many node ports of a family are listened on.
-func (n *node) listening(t *testing.T, f dataplane.Family, want int) {
+// waitListeners waits until so many node ports of a family are listened on.
+func (n *node) waitListeners(t *testing.T, f dataplane.Family, want int) {
 	t.Helper()
 	eventually(t, fmt.Sprintf("%d listeners", want), func() bool { return n.relay.Stats(f).Listeners == want })
 }
 
 func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
-	for end := time.Now().Add(patience); !ok(); time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(waitTimeout); !ok(); time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatalf("never: %s", what)
 		}
@@ -159,41 +159,41 @@ func eventually(t *testing.T, what string, ok func() bool) {
 // dial connects a client on the node.
 func (n *node) dial(t *testing.T, addr netip.AddrPort) *net.TCPConn {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	ctx, cancel := context.WithTimeout(t.Context(), waitTimeout)
 	defer cancel()
 	conn, err := n.Node.Dial(ctx, "tcp", addr)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return prepared(t, conn)
+	return withDeadline(t, conn)
 }
 
-// prepared returns a connection that does not block for ever.
-func prepared(t *testing.T, conn net.Conn) *net.TCPConn {
+// withDeadline returns a connection that does not block for ever.
+func withDeadline(t *testing.T, conn net.Conn) *net.TCPConn {
 	t.Helper()
 	t.Cleanup(func() { _ = conn.Close() })
-	if err := conn.SetDeadline(time.Now().Add(patience)); err != nil {
+	if err := conn.SetDeadline(time.Now().Add(waitTimeout)); err != nil {
 		t.Fatal(err)
 	}
 	return conn.(*net.TCPConn)
 }
 
-// rejected connects a client that says nothing, and returns the error that it
+// readError connects a client that says nothing, and returns the error that it
 // gets, if any: a reset may come before it knows that it is connected.
-func (n *node) rejected(t *testing.T, addr netip.AddrPort) error {
+func (n *node) readError(t *testing.T, addr netip.AddrPort) error {
 	t.Helper()
 	conn, err := n.Node.Dial(t.Context(), "tcp", addr)
 	if err != nil {
 		return err
 	}
-	client := prepared(t, conn)
+	client := withDeadline(t, conn)
 	_ = client.CloseWrite()
 	_, err = io.ReadAll(client)
 	return err
 }
 
-// refused fails the test unless the kernel refuses a client.
-func (n *node) refused(t *testing.T, addr netip.AddrPort) {
+// checkRefused fails the test unless the kernel refuses a client.
+func (n *node) checkRefused(t *testing.T, addr netip.AddrPort) {
 	t.Helper()
 	conn, err := n.Node.Dial(t.Context(), "tcp", addr)
 	if err == nil {
@@ -204,29 +204,29 @@ func (n *node) refused(t *testing.T, addr netip.AddrPort) {
 	}
 }
 
-// pair returns both ends of a connection through the Relay, of which a pod
+// connectPair returns both ends of a connection through the Relay, of which a pod
 // accepts the other.
-func (n *node) pair(t *testing.T, f dataplane.Family) (client, pod *net.TCPConn) {
+func (n *node) connectPair(t *testing.T, f dataplane.Family) (client, pod *net.TCPConn) {
 	t.Helper()
 	host := n.PodT(t, "pod")
-	l, err := host.Listen(t.Context(), "tcp", netip.AddrPortFrom(of(host, f), targetPort))
+	l, err := host.Listen(t.Context(), "tcp", netip.AddrPortFrom(addrOf(host, f), targetPort))
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	n.change(nil, service(t, f, "web", nodePort, dataplane.Treatment{Endpoints: at(f, host)}))
-	n.listening(t, f, 1)
-	client = n.dial(t, loopback(f, nodePort))
+	n.commit(nil, newNodePort(t, f, "web", nodePort, dataplane.ServiceSpec{Endpoints: endpointsOn(f, host)}))
+	n.waitListeners(t, f, 1)
+	client = n.dial(t, loopbackAddr(f, nodePort))
 	conn, err := l.Accept()
 	if err != nil {
 		t.Fatal(err)
 	}
-	return client, prepared(t, conn)
+	return client, withDeadline(t, conn)
 }
 
 // A client on the node reaches every pod of a Service, and the pods see the
 // node's address.
-func TestReachesPods(t *testing.T) {
+func TestConnectReachesEveryPod(t *testing.T) {
 	t.Parallel()
 	eachFamily(t, func(t *testing.T, f dataplane.Family) {
 		n := newNode(t, relay.Options{})
@@ -234,13 +234,13 @@ func TestReachesPods(t *testing.T) {
 		for _, p := range pods {
 			p.ServeT(t, nettest.TCP, targetPort)
 		}
-		n.refused(t, loopback(f, nodePort)) // nothing is programmed yet
-		n.change(nil, service(t, f, "web", nodePort, dataplane.Treatment{Endpoints: at(f, pods...)}))
-		n.listening(t, f, 1)
+		n.checkRefused(t, loopbackAddr(f, nodePort)) // nothing is programmed yet
+		n.commit(nil, newNodePort(t, f, "web", nodePort, dataplane.ServiceSpec{Endpoints: endpointsOn(f, pods...)}))
+		n.waitListeners(t, f, 1)
 		met := map[string]bool{}
 		clients := uint64(0)
 		for ; len(met) < len(pods) && clients < 1000; clients++ {
-			answer, err := n.Node.Connect(t.Context(), nettest.TCP, loopback(f, nodePort))
+			answer, err := n.Node.Connect(t.Context(), nettest.TCP, loopbackAddr(f, nodePort))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -264,43 +264,43 @@ func TestReachesPods(t *testing.T) {
 
 // A node port that nobody serves is refused by the kernel: without endpoints,
 // without its Service, in a family that is off, and of other kinds and protocols.
-func TestRefuses(t *testing.T) {
+func TestConnectionRefused(t *testing.T) {
 	t.Parallel()
 	eachFamily(t, func(t *testing.T, f dataplane.Family) {
 		n := newNode(t, relay.Options{})
 		pod := n.PodT(t, "pod")
 		pod.ServeT(t, nettest.TCP, targetPort)
-		served := service(t, f, "web", nodePort, dataplane.Treatment{Endpoints: at(f, pod)})
-		empty := service(t, f, "web", nodePort, dataplane.Treatment{})
-		local := service(t, f, "web", nodePort, dataplane.Treatment{ExternalLocal: true, LocalEndpoints: at(f, pod), NoEndpoints: dataplane.Drop})
+		served := newNodePort(t, f, "web", nodePort, dataplane.ServiceSpec{Endpoints: endpointsOn(f, pod)})
+		empty := newNodePort(t, f, "web", nodePort, dataplane.ServiceSpec{})
+		local := newNodePort(t, f, "web", nodePort, dataplane.ServiceSpec{ExternalTrafficPolicyLocal: true, LocalEndpoints: endpointsOn(f, pod), NoEndpointsVerdict: dataplane.Drop})
 		udp := *served
 		udp.Frontends = []dataplane.Frontend{{Protocol: dataplane.UDP, Addr: served.Frontends[0].Addr}}
 		external := *served
 		external.Key.Kind = dataplane.ExternalIP
-		addr := loopback(f, nodePort)
+		addr := loopbackAddr(f, nodePort)
 		for _, svc := range []*dataplane.Service{empty, local, &udp, &external, nil} {
-			n.change(nil, served)
-			n.listening(t, f, 1)
+			n.commit(nil, served)
+			n.waitListeners(t, f, 1)
 			if _, err := n.Node.Connect(t.Context(), nettest.TCP, addr); err != nil {
 				t.Fatal(err)
 			}
 			if svc != nil && svc.Key.Kind != dataplane.NodePort {
-				n.change(served, nil)
-				n.change(nil, svc)
+				n.commit(served, nil)
+				n.commit(nil, svc)
 			} else {
-				n.change(served, svc)
+				n.commit(served, svc)
 			}
-			n.listening(t, f, 0)
-			n.refused(t, addr)
-			n.change(svc, nil)
+			n.waitListeners(t, f, 0)
+			n.checkRefused(t, addr)
+			n.commit(svc, nil)
 		}
-		n.change(nil, served)
-		n.listening(t, f, 1)
+		n.commit(nil, served)
+		n.waitListeners(t, f, 1)
 		n.relay.SetFamilies(slices.DeleteFunc(families(), func(other dataplane.Family) bool { return other == f })...)
-		n.listening(t, f, 0)
-		n.refused(t, addr)
+		n.waitListeners(t, f, 0)
+		n.checkRefused(t, addr)
 		n.relay.SetFamilies(families()...) // what was told meanwhile, and before, counts
-		n.listening(t, f, 1)
+		n.waitListeners(t, f, 1)
 		if _, err := n.Node.Connect(t.Context(), nettest.TCP, addr); err != nil {
 			t.Error(err)
 		}
@@ -309,17 +309,17 @@ func TestRefuses(t *testing.T) {
 
 // With externalTrafficPolicy Local the node reaches the pods of the cluster, as
 // at its own address.
-func TestExternalLocal(t *testing.T) {
+func TestExternalTrafficPolicyLocal(t *testing.T) {
 	t.Parallel()
 	const f = dataplane.IPv4
 	n := newNode(t, relay.Options{})
 	here, there := n.PodT(t, "here"), n.PodT(t, "there")
 	there.ServeT(t, nettest.TCP, targetPort)
-	n.change(nil, service(t, f, "web", nodePort, dataplane.Treatment{
-		Endpoints: at(f, there), ExternalLocal: true, LocalEndpoints: at(f, here),
+	n.commit(nil, newNodePort(t, f, "web", nodePort, dataplane.ServiceSpec{
+		Endpoints: endpointsOn(f, there), ExternalTrafficPolicyLocal: true, LocalEndpoints: endpointsOn(f, here),
 	}))
-	n.listening(t, f, 1)
-	if answer, err := n.Node.Connect(t.Context(), nettest.TCP, loopback(f, nodePort)); err != nil || answer.Host != "there" {
+	n.waitListeners(t, f, 1)
+	if answer, err := n.Node.Connect(t.Context(), nettest.TCP, loopbackAddr(f, nodePort)); err != nil || answer.Host != "there" {
 		t.Errorf("answer %+v, error %v", answer, err)
 	}
 }
@@ -327,21 +327,21 @@ func TestExternalLocal(t *testing.T) {
 // A commit that failed as a whole has changed nothing, and one in which a node
 // port goes from one Service to another ends with the latter, in whatever order
 // its changes are.
-func TestNodePortMoves(t *testing.T) {
+func TestNodePortChangesOwner(t *testing.T) {
 	t.Parallel()
 	const f = dataplane.IPv4
 	n := newNode(t, relay.Options{})
 	a, b := n.PodT(t, "a"), n.PodT(t, "b")
 	a.ServeT(t, nettest.TCP, targetPort)
 	b.ServeT(t, nettest.TCP, targetPort)
-	first := service(t, f, "a", nodePort, dataplane.Treatment{Endpoints: at(f, a)})
-	second := service(t, f, "b", nodePort, dataplane.Treatment{Endpoints: at(f, b)})
-	n.change(nil, first)
-	n.listening(t, f, 1)
+	first := newNodePort(t, f, "a", nodePort, dataplane.ServiceSpec{Endpoints: endpointsOn(f, a)})
+	second := newNodePort(t, f, "b", nodePort, dataplane.ServiceSpec{Endpoints: endpointsOn(f, b)})
+	n.commit(nil, first)
+	n.waitListeners(t, f, 1)
 	owned := func(want string) {
 		t.Helper()
 		eventually(t, "served by "+want, func() bool {
-			answer, err := n.Node.Connect(t.Context(), nettest.TCP, loopback(f, nodePort))
+			answer, err := n.Node.Connect(t.Context(), nettest.TCP, loopbackAddr(f, nodePort))
 			if err != nil {
 				t.Fatal(err) // it is listened on without a break
 			}
@@ -349,27 +349,27 @@ func TestNodePortMoves(t *testing.T) {
 		})
 	}
 	owned("a")
-	n.relay.Committed(sync.Commit{Changes: []dataplane.Change{{New: second}, {Old: first}}})
+	n.relay.OnCommit(sync.Commit{Changes: []dataplane.Change{{New: second}, {Old: first}}})
 	owned("b")
-	n.relay.Committed(sync.Commit{Changes: []dataplane.Change{{Old: second}, {New: first}}})
+	n.relay.OnCommit(sync.Commit{Changes: []dataplane.Change{{Old: second}, {New: first}}})
 	owned("a")
 	// What the Service that had it fails to give up, the other has all the same.
-	n.change(nil, second)
+	n.commit(nil, second)
 	owned("b")
-	n.change(first, nil)
-	n.change(nil, service(t, f, "c", nodePort+2, dataplane.Treatment{Endpoints: at(f, a)}))
-	n.listening(t, f, 2) // and so the Relay knows that the Service has left
+	n.commit(first, nil)
+	n.commit(nil, newNodePort(t, f, "c", nodePort+2, dataplane.ServiceSpec{Endpoints: endpointsOn(f, a)}))
+	n.waitListeners(t, f, 2) // and so the Relay knows that the Service has left
 	owned("b")
-	n.relay.Committed(sync.Commit{Changes: []dataplane.Change{{Old: second}, {New: first}}})
+	n.relay.OnCommit(sync.Commit{Changes: []dataplane.Change{{Old: second}, {New: first}}})
 	owned("a")
 	// The same Service at another node port.
-	n.change(first, service(t, f, "a", nodePort+1, dataplane.Treatment{Endpoints: at(f, a)}))
+	n.commit(first, newNodePort(t, f, "a", nodePort+1, dataplane.ServiceSpec{Endpoints: endpointsOn(f, a)}))
 	eventually(t, "the other node port", func() bool {
-		_, err := n.Node.Connect(t.Context(), nettest.TCP, loopback(f, nodePort+1))
+		_, err := n.Node.Connect(t.Context(), nettest.TCP, loopbackAddr(f, nodePort+1))
 		return err == nil
 	})
-	n.listening(t, f, 2)
-	n.refused(t, loopback(f, nodePort))
+	n.waitListeners(t, f, 2)
+	n.checkRefused(t, loopbackAddr(f, nodePort))
 }
 
 // Either side may say all and go on listening, and all that is said arrives.
@@ -397,7 +397,7 @@ func TestHalfClose(t *testing.T) {
 	eachFamily(t, func(t *testing.T, f dataplane.Family) {
 		for _, clientFirst := range []bool{true, false} {
 			n := newNode(t, relay.Options{})
-			client, pod := n.pair(t, f)
+			client, pod := n.connectPair(t, f)
 			first, second := pod, client
 			if clientFirst {
 				first, second = client, pod
@@ -411,12 +411,12 @@ func TestHalfClose(t *testing.T) {
 
 // A reset of either side, which says that something is missing, is not passed on
 // as an end.
-func TestReset(t *testing.T) {
+func TestResetForwarded(t *testing.T) {
 	t.Parallel()
 	eachFamily(t, func(t *testing.T, f dataplane.Family) {
 		for _, byClient := range []bool{true, false} {
 			n := newNode(t, relay.Options{})
-			client, pod := n.pair(t, f)
+			client, pod := n.connectPair(t, f)
 			from, to := pod, client
 			if byClient {
 				from, to = client, pod
@@ -434,11 +434,11 @@ func TestReset(t *testing.T) {
 
 // A connection outlives its endpoint's place in the Service, the Service, and
 // the family.
-func TestConnectionsStay(t *testing.T) {
+func TestConnectionsSurviveChanges(t *testing.T) {
 	t.Parallel()
 	eachFamily(t, func(t *testing.T, f dataplane.Family) {
 		n := newNode(t, relay.Options{})
-		client, pod := n.pair(t, f)
+		client, pod := n.connectPair(t, f)
 		works := func(after string) {
 			t.Helper()
 			if _, err := client.Write([]byte("x")); err != nil {
@@ -449,18 +449,18 @@ func TestConnectionsStay(t *testing.T) {
 			}
 		}
 		works("the beginning")
-		with := service(t, f, "web", nodePort, dataplane.Treatment{Endpoints: at(f, n.Node)})
-		n.change(nil, with)
+		with := newNodePort(t, f, "web", nodePort, dataplane.ServiceSpec{Endpoints: endpointsOn(f, n.Node)})
+		n.commit(nil, with)
 		works("the endpoint left")
-		n.change(with, nil)
-		n.listening(t, f, 0)
+		n.commit(with, nil)
+		n.waitListeners(t, f, 0)
 		works("the Service left")
 		n.relay.SetFamilies()
 		works("the family was switched off")
 		// Nor does it keep the port from being listened on again.
 		n.relay.SetFamilies(families()...)
-		n.change(nil, with)
-		n.listening(t, f, 1)
+		n.commit(nil, with)
+		n.waitListeners(t, f, 1)
 		works("all came back")
 		if got := n.relay.Stats(f).ListenFailures; got > 0 {
 			t.Errorf("%d attempts to listen failed", got)
@@ -469,24 +469,24 @@ func TestConnectionsStay(t *testing.T) {
 }
 
 // An endpoint that refuses is passed over; if all do, the client is reset.
-func TestEndpointRefuses(t *testing.T) {
+func TestEndpointRefusesConnection(t *testing.T) {
 	t.Parallel()
 	eachFamily(t, func(t *testing.T, f dataplane.Family) {
 		n := newNode(t, relay.Options{})
 		good, bad, worse := n.PodT(t, "good"), n.PodT(t, "bad"), n.PodT(t, "worse")
 		good.ServeT(t, nettest.TCP, targetPort)
 		for _, affinity := range []time.Duration{0, time.Hour} {
-			n.change(nil, service(t, f, "web", nodePort, dataplane.Treatment{Endpoints: at(f, good, bad, worse), Affinity: affinity}))
-			n.listening(t, f, 1)
+			n.commit(nil, newNodePort(t, f, "web", nodePort, dataplane.ServiceSpec{Endpoints: endpointsOn(f, good, bad, worse), Affinity: affinity}))
+			n.waitListeners(t, f, 1)
 			for range 20 {
-				if _, err := n.Node.Connect(t.Context(), nettest.TCP, loopback(f, nodePort)); err != nil {
+				if _, err := n.Node.Connect(t.Context(), nettest.TCP, loopbackAddr(f, nodePort)); err != nil {
 					t.Fatalf("affinity %s: %v", affinity, err)
 				}
 			}
 		}
-		n.change(nil, service(t, f, "web", nodePort, dataplane.Treatment{Endpoints: at(f, bad, worse)}))
+		n.commit(nil, newNodePort(t, f, "web", nodePort, dataplane.ServiceSpec{Endpoints: endpointsOn(f, bad, worse)}))
 		eventually(t, "a client is reset", func() bool {
-			return errors.Is(n.rejected(t, loopback(f, nodePort)), syscall.ECONNRESET)
+			return errors.Is(n.readError(t, loopbackAddr(f, nodePort)), syscall.ECONNRESET)
 		})
 		if got := n.relay.Stats(f).Unreachable; got == 0 {
 			t.Error("the client is not counted")
@@ -509,12 +509,12 @@ func TestAffinity(t *testing.T) {
 			for _, p := range pods {
 				hosts = append(hosts, p)
 			}
-			n.change(nil, service(t, f, "web", nodePort, dataplane.Treatment{Endpoints: at(f, hosts...), Affinity: time.Hour}))
-			n.listening(t, f, 1)
+			n.commit(nil, newNodePort(t, f, "web", nodePort, dataplane.ServiceSpec{Endpoints: endpointsOn(f, hosts...), Affinity: time.Hour}))
+			n.waitListeners(t, f, 1)
 		}
 		ask := func() string {
 			t.Helper()
-			answer, err := n.Node.Connect(t.Context(), nettest.TCP, loopback(f, nodePort))
+			answer, err := n.Node.Connect(t.Context(), nettest.TCP, loopbackAddr(f, nodePort))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -541,23 +541,23 @@ func TestAffinity(t *testing.T) {
 
 // A port that is taken is told of once, holds no other up, and is served when it
 // is free.
-func TestPortTaken(t *testing.T) {
+func TestPortInUse(t *testing.T) {
 	t.Parallel()
 	const f = dataplane.IPv4
 	n := newNode(t, relay.Options{})
 	pod := n.PodT(t, "pod")
 	pod.ServeT(t, nettest.TCP, targetPort)
-	taken, err := n.Node.Listen(t.Context(), "tcp4", loopback(f, nodePort))
+	taken, err := n.Node.Listen(t.Context(), "tcp4", loopbackAddr(f, nodePort))
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer taken.Close()
-	treatment := dataplane.Treatment{Endpoints: at(f, pod)}
-	n.relay.Committed(sync.Commit{Changes: []dataplane.Change{
-		{New: service(t, f, "web", nodePort, treatment)}, {New: service(t, f, "other", nodePort+1, treatment)},
+	treatment := dataplane.ServiceSpec{Endpoints: endpointsOn(f, pod)}
+	n.relay.OnCommit(sync.Commit{Changes: []dataplane.Change{
+		{New: newNodePort(t, f, "web", nodePort, treatment)}, {New: newNodePort(t, f, "other", nodePort+1, treatment)},
 	}})
-	n.listening(t, f, 1)
-	if _, err := n.Node.Connect(t.Context(), nettest.TCP, loopback(f, nodePort+1)); err != nil {
+	n.waitListeners(t, f, 1)
+	if _, err := n.Node.Connect(t.Context(), nettest.TCP, loopbackAddr(f, nodePort+1)); err != nil {
 		t.Error(err)
 	}
 	eventually(t, "more attempts", func() bool { return n.relay.Stats(f).ListenFailures >= 3 })
@@ -570,11 +570,11 @@ func TestPortTaken(t *testing.T) {
 	if err := taken.Close(); err != nil {
 		t.Fatal(err)
 	}
-	n.listening(t, f, 2)
+	n.waitListeners(t, f, 2)
 	if got := n.relay.Stats(f); got.Failing != 0 {
 		t.Errorf("stats %+v", got)
 	}
-	if _, err := n.Node.Connect(t.Context(), nettest.TCP, loopback(f, nodePort)); err != nil {
+	if _, err := n.Node.Connect(t.Context(), nettest.TCP, loopbackAddr(f, nodePort)); err != nil {
 		t.Error(err)
 	}
 	if log := n.log.String(); !strings.Contains(log, "level=INFO") {
@@ -583,19 +583,19 @@ func TestPortTaken(t *testing.T) {
 }
 
 // A port that is taken is not tried again once nobody wants it.
-func TestPortTakenAndLeft(t *testing.T) {
+func TestPortInUseNotRetriedAfterDelete(t *testing.T) {
 	t.Parallel()
 	const f = dataplane.IPv4
 	n := newNode(t, relay.Options{})
-	taken, err := n.Node.Listen(t.Context(), "tcp4", loopback(f, nodePort))
+	taken, err := n.Node.Listen(t.Context(), "tcp4", loopbackAddr(f, nodePort))
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer taken.Close()
-	svc := service(t, f, "web", nodePort, dataplane.Treatment{Endpoints: at(f, n.Node)})
-	n.change(nil, svc)
+	svc := newNodePort(t, f, "web", nodePort, dataplane.ServiceSpec{Endpoints: endpointsOn(f, n.Node)})
+	n.commit(nil, svc)
 	eventually(t, "a failure", func() bool { return n.relay.Stats(f).Failing == 1 })
-	n.change(svc, nil)
+	n.commit(svc, nil)
 	eventually(t, "no failure", func() bool { return n.relay.Stats(f).Failing == 0 })
 }
 
@@ -607,16 +607,16 @@ func TestMaxConnections(t *testing.T) {
 	n := newNode(t, relay.Options{MaxConnections: 2})
 	pod := n.PodT(t, "pod")
 	pod.ServeT(t, nettest.TCP, targetPort)
-	n.change(nil, service(t, f, "web", nodePort, dataplane.Treatment{Endpoints: at(f, pod)}))
-	n.listening(t, f, 1)
-	addr := loopback(f, nodePort)
+	n.commit(nil, newNodePort(t, f, "web", nodePort, dataplane.ServiceSpec{Endpoints: endpointsOn(f, pod)}))
+	n.waitListeners(t, f, 1)
+	addr := loopbackAddr(f, nodePort)
 	first := n.dial(t, addr)
 	n.dial(t, addr)
 	eventually(t, "two connections", func() bool { return n.relay.Stats(f).Connected == 2 })
-	if err := n.rejected(t, addr); !errors.Is(err, syscall.ECONNRESET) {
+	if err := n.readError(t, addr); !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("the third client got %v, want a reset", err)
 	}
-	if got := n.relay.Stats(f); got.Refused != 1 || got.Open != 2 {
+	if got := n.relay.Stats(f); got.RejectedByLimit != 1 || got.Open != 2 {
 		t.Errorf("stats %+v", got)
 	}
 	if err := first.Close(); err != nil {
@@ -630,7 +630,7 @@ func TestMaxConnections(t *testing.T) {
 
 // A connection that one side has closed ends with a reset when nothing moves in
 // the other direction any more, and not before.
-func TestHalfClosedEnds(t *testing.T) {
+func TestHalfClosedTimeout(t *testing.T) {
 	t.Parallel()
 	const timeout = 300 * time.Millisecond
 	for _, test := range []struct {
@@ -647,7 +647,7 @@ func TestHalfClosedEnds(t *testing.T) {
 			t.Parallel()
 			eachFamily(t, func(t *testing.T, f dataplane.Family) {
 				n := newNode(t, relay.Options{HalfClosedTimeout: timeout})
-				client, pod := n.pair(t, f)
+				client, pod := n.connectPair(t, f)
 				from, to := pod, client
 				if test.byClient {
 					from, to = client, pod
@@ -673,12 +673,12 @@ func TestHalfClosedEnds(t *testing.T) {
 
 // A half-closed connection stays as long as the other direction moves, however
 // slowly and however long: a client may say all that it asks for, and read for an hour.
-func TestHalfClosedWithProgressStays(t *testing.T) {
+func TestHalfClosedWithProgress(t *testing.T) {
 	t.Parallel()
 	const timeout = 2 * time.Second
 	eachFamily(t, func(t *testing.T, f dataplane.Family) {
 		n := newNode(t, relay.Options{HalfClosedTimeout: timeout})
-		client, pod := n.pair(t, f)
+		client, pod := n.connectPair(t, f)
 		if err := client.CloseWrite(); err != nil {
 			t.Fatal(err)
 		}
@@ -699,13 +699,13 @@ func TestHalfClosedWithProgressStays(t *testing.T) {
 
 // Clients that close while the pod never does, as a program that leaks sockets,
 // take no slots for ever, and none of another node port's.
-func TestLeakingPodTakesNoSlotsForEver(t *testing.T) {
+func TestLeakingPodReleasesSlots(t *testing.T) {
 	t.Parallel()
 	const f = dataplane.IPv4
 	n := newNode(t, relay.Options{MaxConnections: 16, HalfClosedTimeout: 3 * time.Second})
 	leaking, good := n.PodT(t, "leaking"), n.PodT(t, "good")
 	good.ServeT(t, nettest.TCP, targetPort)
-	l, err := leaking.Listen(t.Context(), "tcp", netip.AddrPortFrom(of(leaking, f), targetPort))
+	l, err := leaking.Listen(t.Context(), "tcp", netip.AddrPortFrom(addrOf(leaking, f), targetPort))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -719,20 +719,20 @@ func TestLeakingPodTakesNoSlotsForEver(t *testing.T) {
 			t.Cleanup(func() { _ = conn.Close() })
 		}
 	}()
-	n.relay.Committed(sync.Commit{Changes: []dataplane.Change{
-		{New: service(t, f, "leaking", nodePort, dataplane.Treatment{Endpoints: at(f, leaking)})},
-		{New: service(t, f, "good", nodePort+1, dataplane.Treatment{Endpoints: at(f, good)})},
+	n.relay.OnCommit(sync.Commit{Changes: []dataplane.Change{
+		{New: newNodePort(t, f, "leaking", nodePort, dataplane.ServiceSpec{Endpoints: endpointsOn(f, leaking)})},
+		{New: newNodePort(t, f, "good", nodePort+1, dataplane.ServiceSpec{Endpoints: endpointsOn(f, good)})},
 	}})
-	n.listening(t, f, 2)
+	n.waitListeners(t, f, 2)
 	for range 50 {
-		conn, err := n.Node.Dial(t.Context(), "tcp", loopback(f, nodePort))
+		conn, err := n.Node.Dial(t.Context(), "tcp", loopbackAddr(f, nodePort))
 		if err == nil {
 			_ = conn.Close()
 		}
 	}
-	eventually(t, "clients are refused", func() bool { return n.relay.Stats(f).RefusedByPort > 0 })
+	eventually(t, "clients are refused", func() bool { return n.relay.Stats(f).RejectedByPortLimit > 0 })
 	for range 20 {
-		if _, err := n.Node.Connect(t.Context(), nettest.TCP, loopback(f, nodePort+1)); err != nil {
+		if _, err := n.Node.Connect(t.Context(), nettest.TCP, loopbackAddr(f, nodePort+1)); err != nil {
 			t.Fatalf("the other node port: %v", err)
 		}
 	}
@@ -743,9 +743,9 @@ func TestLeakingPodTakesNoSlotsForEver(t *testing.T) {
 	}
 	eventually(t, "the slots are free", func() bool { return n.relay.Stats(f).Open == 0 })
 	before := n.relay.Stats(f)
-	n.dial(t, loopback(f, nodePort))
+	n.dial(t, loopbackAddr(f, nodePort))
 	eventually(t, "a client is connected", func() bool { return n.relay.Stats(f).Connected > before.Connected })
-	if before.HalfClosed == 0 || before.Refused != 0 {
+	if before.HalfClosed == 0 || before.RejectedByLimit != 0 {
 		t.Errorf("stats %+v", before)
 	}
 }
@@ -759,16 +759,16 @@ func TestKeepAlive(t *testing.T) {
 		gone, there := n.PodT(t, "gone"), n.PodT(t, "there")
 		clients := map[*nettest.Host]*net.TCPConn{}
 		for port, host := range map[uint16]*nettest.Host{nodePort: gone, nodePort + 1: there} {
-			l, err := host.Listen(t.Context(), "tcp", netip.AddrPortFrom(of(host, f), targetPort))
+			l, err := host.Listen(t.Context(), "tcp", netip.AddrPortFrom(addrOf(host, f), targetPort))
 			if err != nil {
 				t.Fatal(err)
 			}
 			defer l.Close()
-			n.change(nil, service(t, f, host.Name, port, dataplane.Treatment{Endpoints: at(f, host)}))
+			n.commit(nil, newNodePort(t, f, host.Name, port, dataplane.ServiceSpec{Endpoints: endpointsOn(f, host)}))
 			eventually(t, "listening", func() bool {
-				conn, err := n.Node.Dial(t.Context(), "tcp", loopback(f, port))
+				conn, err := n.Node.Dial(t.Context(), "tcp", loopbackAddr(f, port))
 				if err == nil {
-					clients[host] = prepared(t, conn)
+					clients[host] = withDeadline(t, conn)
 				}
 				return err == nil
 			})
@@ -802,37 +802,37 @@ func TestMaxListeners(t *testing.T) {
 	n := newNode(t, relay.Options{MaxListeners: 1})
 	pod := n.PodT(t, "pod")
 	pod.ServeT(t, nettest.TCP, targetPort)
-	first := service(t, f, "web", nodePort, dataplane.Treatment{Endpoints: at(f, pod)})
-	n.change(nil, first)
-	n.listening(t, f, 1)
-	n.change(nil, service(t, f, "other", nodePort+1, dataplane.Treatment{Endpoints: at(f, pod)}))
+	first := newNodePort(t, f, "web", nodePort, dataplane.ServiceSpec{Endpoints: endpointsOn(f, pod)})
+	n.commit(nil, first)
+	n.waitListeners(t, f, 1)
+	n.commit(nil, newNodePort(t, f, "other", nodePort+1, dataplane.ServiceSpec{Endpoints: endpointsOn(f, pod)}))
 	eventually(t, "a failure", func() bool { return n.relay.Stats(f).Failing == 1 })
 	if log := n.log.String(); !strings.Contains(log, "RLIMIT_NOFILE") || !strings.Contains(log, "service=default/other") {
 		t.Errorf("log:\n%s", log)
 	}
-	n.change(first, nil)
-	n.listening(t, f, 0)
-	n.listening(t, f, 1)
-	if _, err := n.Node.Connect(t.Context(), nettest.TCP, loopback(f, nodePort+1)); err != nil {
+	n.commit(first, nil)
+	n.waitListeners(t, f, 0)
+	n.waitListeners(t, f, 1)
+	if _, err := n.Node.Connect(t.Context(), nettest.TCP, loopbackAddr(f, nodePort+1)); err != nil {
 		t.Error(err)
 	}
 }
 
 // The end resets connections and frees the ports; a client that waits for an
 // endpoint does not hold it up.
-func TestEnd(t *testing.T) {
+func TestShutdown(t *testing.T) {
 	t.Parallel()
 	eachFamily(t, func(t *testing.T, f dataplane.Family) {
 		n := newNode(t, relay.Options{})
-		client, pod := n.pair(t, f)
+		client, pod := n.connectPair(t, f)
 		// Nobody answers for an address that the outside host drops.
 		silent := dataplane.Endpoint{Addr: netip.MustParseAddrPort("198.51.100.1:80")}
 		if f == dataplane.IPv6 {
 			silent = dataplane.Endpoint{Addr: netip.MustParseAddrPort("[2001:db8:9::1]:80")}
 		}
-		n.change(nil, service(t, f, "silent", nodePort+1, dataplane.Treatment{Endpoints: []dataplane.Endpoint{silent}}))
-		n.listening(t, f, 2)
-		waiting := n.dial(t, loopback(f, nodePort+1))
+		n.commit(nil, newNodePort(t, f, "silent", nodePort+1, dataplane.ServiceSpec{Endpoints: []dataplane.Endpoint{silent}}))
+		n.waitListeners(t, f, 2)
+		waiting := n.dial(t, loopbackAddr(f, nodePort+1))
 		// Before it counts as connected, the Relay may not know the pod's connection yet.
 		eventually(t, "two connections", func() bool { return n.relay.Stats(f).Open == 2 && n.relay.Stats(f).Connected == 1 })
 		n.stop()
@@ -841,7 +841,7 @@ func TestEnd(t *testing.T) {
 				t.Errorf("%s: %v, want a reset", name, err)
 			}
 		}
-		n.refused(t, loopback(f, nodePort))
+		n.checkRefused(t, loopbackAddr(f, nodePort))
 		if got := n.relay.Stats(f); got.Listeners != 0 || got.Open != 0 {
 			t.Errorf("stats %+v", got)
 		}

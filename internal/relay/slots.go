@@ -13,13 +13,13 @@ import (
 // Thresholds, 1998).
 const portShare = 3
 
-// refusal says why a client gets no slot.
-type refusal int
+// admission says why a client gets no slot.
+type admission int
 
 const (
-	admitted refusal = iota
-	noneFree
-	portAtShare
+	admitted admission = iota
+	rejectedNoSlots
+	rejectedPortShare
 )
 
 // slots share the connections of a Relay among its node ports. Methods may be
@@ -36,15 +36,15 @@ type slots struct {
 
 // acquire gives a slot to a client of a node port. After admitted, the caller
 // releases it.
-func (s *slots) acquire(port dataplane.Frontend) refusal {
+func (s *slots) acquire(port dataplane.Frontend) admission {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	free := s.max - s.used
 	switch held := s.byPort[port]; {
 	case free <= 0:
-		return noneFree
+		return rejectedNoSlots
 	case held >= portShare*free:
-		return portAtShare
+		return rejectedPortShare
 	default:
 		s.used++
 		s.byPort[port] = held + 1

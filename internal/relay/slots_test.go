@@ -8,12 +8,12 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-func frontendAt(port int) dataplane.Frontend {
+func nodePortFrontend(port int) dataplane.Frontend {
 	return dataplane.Frontend{Protocol: dataplane.TCP, Addr: netip.AddrPortFrom(netip.IPv4Unspecified(), uint16(port))} //nolint:gosec // small
 }
 
 // However many node ports take all that they get, another one gets a slot.
-func TestSlotsAreShared(t *testing.T) {
+func TestSlotSharing(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
 		max, busy int
@@ -32,18 +32,18 @@ func TestSlotsAreShared(t *testing.T) {
 			for more := true; more; { // in turns, until none gets any more
 				more = false
 				for port := range test.busy {
-					more = s.acquire(frontendAt(port)) == admitted || more
+					more = s.acquire(nodePortFrontend(port)) == admitted || more
 				}
 			}
 			for port := range test.busy {
-				if got := s.byPort[frontendAt(port)]; got < test.each {
+				if got := s.byPort[nodePortFrontend(port)]; got < test.each {
 					t.Errorf("port %d has %d slots, want %d at least", port, got, test.each)
 				}
 			}
-			if got := s.acquire(frontendAt(0)); got == admitted {
+			if got := s.acquire(nodePortFrontend(0)); got == admitted {
 				t.Error("the first port gets one more")
 			}
-			newcomer := frontendAt(test.busy)
+			newcomer := nodePortFrontend(test.busy)
 			var got int
 			for s.acquire(newcomer) == admitted {
 				got++
@@ -54,7 +54,7 @@ func TestSlotsAreShared(t *testing.T) {
 			// As the connections of the busy ones end and begin, the shares become equal.
 			all := append([]dataplane.Frontend{newcomer}, make([]dataplane.Frontend, test.busy)...)
 			for port := range test.busy {
-				all[port+1] = frontendAt(port)
+				all[port+1] = nodePortFrontend(port)
 			}
 			for range 20 * test.max {
 				for _, f := range all {

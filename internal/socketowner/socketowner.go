@@ -67,7 +67,7 @@ func byInode(inode string) (Process, error) {
 		if err != nil { // it has ended, or is another user's
 			continue
 		}
-		if !holds(folder, descriptors, "socket:["+inode+"]") {
+		if !hasDescriptor(folder, descriptors, "socket:["+inode+"]") {
 			continue
 		}
 		pid, err := strconv.Atoi(filepath.Base(folder))
@@ -83,8 +83,8 @@ func byInode(inode string) (Process, error) {
 	return Process{}, ErrUnknown
 }
 
-// holds reports whether one of a process's descriptors refers to a target.
-func holds(folder string, descriptors []fs.DirEntry, target string) bool {
+// hasDescriptor reports whether one of a process's descriptors refers to a target.
+func hasDescriptor(folder string, descriptors []fs.DirEntry, target string) bool {
 	for _, d := range descriptors {
 		if link, err := os.Readlink(filepath.Join(folder, "fd", d.Name())); err == nil && link == target {
 			return true

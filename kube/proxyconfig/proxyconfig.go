@@ -34,10 +34,10 @@ func Decode(content []byte) (map[string]string, error) {
 		return nil, errors.New("more than one document: leave only the " + Kind)
 	}
 	if got, want := document["apiVersion"], v1alpha1.SchemeGroupVersion.String(); got != want {
-		return nil, fmt.Errorf("apiVersion: %v is not known: write %s", orNothing(got), want)
+		return nil, fmt.Errorf("apiVersion: %v is not known: write %s", quoteOrNone(got), want)
 	}
 	if got := document["kind"]; got != Kind {
-		return nil, fmt.Errorf("kind: %v is not known: write %s", orNothing(got), Kind)
+		return nil, fmt.Errorf("kind: %v is not known: write %s", quoteOrNone(got), Kind)
 	}
 	asJSON, err := json.Marshal(document)
 	if err != nil {
@@ -51,18 +51,18 @@ func Decode(content []byte) (map[string]string, error) {
 	}
 	delete(document, "apiVersion")
 	delete(document, "kind")
-	return leaves("", document), nil
+	return flatten("", document), nil
 }
 
-func orNothing(value any) string {
+func quoteOrNone(value any) string {
 	if value == nil {
 		return "nothing"
 	}
 	return fmt.Sprintf("%q", fmt.Sprint(value))
 }
 
-// leaves returns the fields of a part of the document at path.
-func leaves(path string, document map[string]any) map[string]string {
+// flatten returns the fields of a part of the document at path.
+func flatten(path string, document map[string]any) map[string]string {
 	found := map[string]string{}
 	for name, value := range document {
 		if path != "" {
@@ -70,7 +70,7 @@ func leaves(path string, document map[string]any) map[string]string {
 		}
 		switch value := value.(type) {
 		case map[string]any:
-			maps.Copy(found, leaves(name, value))
+			maps.Copy(found, flatten(name, value))
 		case []any:
 			var elements []string
 			for _, element := range value {
@@ -90,9 +90,9 @@ func leaves(path string, document map[string]any) map[string]string {
 }
 
 // Fields returns the paths of all fields that the document can have.
-func Fields() []string { return fields("", reflect.TypeFor[v1alpha1.KubeProxyConfiguration]()) }
+func Fields() []string { return fieldPaths("", reflect.TypeFor[v1alpha1.KubeProxyConfiguration]()) }
 
-func fields(path string, of reflect.Type) []string {
+func fieldPaths(path string, of reflect.Type) []string {
 	var paths []string
 	for field := range of.Fields() {
 		name, _, _ := strings.Cut(field.Tag.Get("json"), ",")
@@ -103,7 +103,7 @@ func fields(path string, of reflect.Type) []string {
 			name = path + "." + name
 		}
 		if field.Type.Kind() == reflect.Struct && strings.HasSuffix(field.Type.Name(), "Configuration") {
-			paths = append(paths, fields(name, field.Type)...)
+			paths = append(paths, fieldPaths(name, field.Type)...)
 			continue
 		}
 		paths = append(paths, name)

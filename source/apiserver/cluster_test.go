@@ -22,8 +22,8 @@ import (
 // nothing else.
 func TestFirstDelta(t *testing.T) {
 	t.Parallel()
-	client := admin(t)
-	ns := namespace(t, client)
+	client := adminClient(t)
+	ns := createNamespace(t, client)
 	node := must[*corev1.Node](t)(client.CoreV1().Nodes().Create(t.Context(), &corev1.Node{
 		ObjectMeta: metav1.ObjectMeta{Name: ns, Labels: map[string]string{corev1.LabelTopologyZone: "a", "color": "red"}},
 		Spec:       corev1.NodeSpec{PodCIDR: "10.244.1.0/24", PodCIDRs: []string{"10.244.1.0/24"}},
@@ -47,8 +47,8 @@ func TestFirstDelta(t *testing.T) {
 		must[*discoveryv1.EndpointSlice](t)(client.DiscoveryV1().EndpointSlices(ns).Create(t.Context(), slice, metav1.CreateOptions{}))
 	}
 
-	r := follow(t, ns, apiserver.Options{NodeName: ns})
-	r.wait(t, "first Delta", delivered)
+	r := startSource(t, ns, apiserver.Options{NodeName: ns})
+	r.waitFor(t, "first Delta", hasFirstDelta)
 	r.mu.Lock()
 	first := r.deltas[0]
 	r.mu.Unlock()
@@ -81,35 +81,35 @@ func TestFirstDelta(t *testing.T) {
 	}
 }
 
-// TestChanges says how what happens in the cluster is delivered.
-func TestChanges(t *testing.T) {
+// TestWatchEvents says how what happens in the cluster is delivered.
+func TestWatchEvents(t *testing.T) {
 	t.Parallel()
-	client := admin(t)
-	ns := namespace(t, client)
+	client := adminClient(t)
+	ns := createNamespace(t, client)
 	svcs, eps := client.CoreV1().Services(ns), client.DiscoveryV1().EndpointSlices(ns)
-	r := follow(t, ns, apiserver.Options{})
-	r.wait(t, "first Delta", delivered)
+	r := startSource(t, ns, apiserver.Options{})
+	r.waitFor(t, "first Delta", hasFirstDelta)
 	ctx := t.Context()
 
 	web := must[*corev1.Service](t)(svcs.Create(ctx, newService("web"), metav1.CreateOptions{}))
-	r.wait(t, "a new Service", func(r *receiver) bool { return r.services["web"] != nil })
+	r.waitFor(t, "a new Service", func(r *receiver) bool { return r.services["web"] != nil })
 	slice := must[*discoveryv1.EndpointSlice](t)(eps.Create(ctx, newSlice("web-1", "web", "10.0.0.1"), metav1.CreateOptions{}))
-	r.wait(t, "a new EndpointSlice", func(r *receiver) bool { return r.slices["web-1"] != nil })
+	r.waitFor(t, "a new EndpointSlice", func(r *receiver) bool { return r.slices["web-1"] != nil })
 
 	slice.Endpoints = nil
 	must[*discoveryv1.EndpointSlice](t)(eps.Update(ctx, slice, metav1.UpdateOptions{}))
-	r.wait(t, "an EndpointSlice without endpoints", func(r *receiver) bool { return len(r.slices["web-1"].Endpoints) == 0 })
+	r.waitFor(t, "an EndpointSlice without endpoints", func(r *receiver) bool { return len(r.slices["web-1"].Endpoints) == 0 })
 
 	label := func(object string, value any) []byte {
 		return fmt.Appendf(nil, `{"metadata":{"labels":{%q:%s}}}`, object, value)
 	}
 	const foreign = "service.kubernetes.io/service-proxy-name"
 	must[*corev1.Service](t)(svcs.Patch(ctx, "web", types.MergePatchType, label(foreign, `"other"`), metav1.PatchOptions{}))
-	r.wait(t, "a Service handed to another proxy goes", func(r *receiver) bool { return r.services["web"] == nil })
+	r.waitFor(t, "a Service handed to another proxy goes", func(r *receiver) bool { return r.services["web"] == nil })
 	must[*corev1.Service](t)(svcs.Patch(ctx, "web", types.MergePatchType, label(foreign, "null"), metav1.PatchOptions{}))
-	r.wait(t, "a Service handed back comes", func(r *receiver) bool { return r.services["web"] != nil })
+	r.waitFor(t, "a Service handed back comes", func(r *receiver) bool { return r.services["web"] != nil })
 	must[*discoveryv1.EndpointSlice](t)(eps.Patch(ctx, "web-1", types.MergePatchType, label(corev1.IsHeadlessService, `""`), metav1.PatchOptions{}))
-	r.wait(t, "an EndpointSlice made headless goes", func(r *receiver) bool { return r.slices["web-1"] == nil })
+	r.waitFor(t, "an EndpointSlice made headless goes", func(r *receiver) bool { return r.slices["web-1"] == nil })
 
 	// While deliver is busy, changes gather.
 	resume := r.pause()
@@ -130,7 +130,7 @@ func TestChanges(t *testing.T) {
 	must[*discoveryv1.EndpointSlice](t)(eps.Create(ctx, newSlice("last", "web", "10.0.0.1"), metav1.CreateOptions{}))
 	before := r.count()
 	resume()
-	r.wait(t, "all of the burst", func(r *receiver) bool {
+	r.waitFor(t, "all of the burst", func(r *receiver) bool {
 		return r.slices["last"] != nil && r.services["burst-49"] != nil && r.services["first"] == nil && r.services["web"].UID == again.UID
 	})
 	// One was waiting at the door, perhaps with nothing of ours; the others
@@ -153,10 +153,10 @@ func TestChanges(t *testing.T) {
 // matters.
 func TestNode(t *testing.T) {
 	t.Parallel()
-	client := admin(t)
-	ns := namespace(t, client)
-	r := follow(t, ns, apiserver.Options{NodeName: ns})
-	r.wait(t, "first Delta", delivered)
+	client := adminClient(t)
+	ns := createNamespace(t, client)
+	r := startSource(t, ns, apiserver.Options{NodeName: ns})
+	r.waitFor(t, "first Delta", hasFirstDelta)
 	if d := r.deltas[0]; d.Node != nil || d.NodeDeleted {
 		t.Errorf("first Delta has Node %v, deleted %v; there is none", d.Node, d.NodeDeleted)
 	}
@@ -164,7 +164,7 @@ func TestNode(t *testing.T) {
 	for _, name := range []string{ns + "-other", ns} {
 		must[*corev1.Node](t)(nodes.Create(ctx, &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name}}, metav1.CreateOptions{}))
 	}
-	r.wait(t, "the Node", func(r *receiver) bool { return r.node != nil && r.node.Name == ns })
+	r.waitFor(t, "the Node", func(r *receiver) bool { return r.node != nil && r.node.Name == ns })
 
 	patch := func(data string, sub ...string) {
 		t.Helper()
@@ -184,12 +184,12 @@ func TestNode(t *testing.T) {
 	patch(`{"status":{"conditions":[{"type":"Ready","status":"True","lastHeartbeatTime":"2026-01-01T00:00:00Z"}]}}`, "status")
 	patch(`{"metadata":{"annotations":{"a":"b"}}}`)
 	patch(`{"metadata":{"labels":{"topology.kubernetes.io/zone":"z1"}}}`)
-	r.wait(t, "the zone", func(r *receiver) bool { return r.node.Labels[corev1.LabelTopologyZone] == "z1" })
+	r.waitFor(t, "the zone", func(r *receiver) bool { return r.node.Labels[corev1.LabelTopologyZone] == "z1" })
 	patch(`{"status":{"addresses":[{"type":"InternalIP","address":"192.0.2.1"}]}}`, "status")
-	r.wait(t, "the address", func(r *receiver) bool { return len(r.node.Status.Addresses) == 1 })
+	r.waitFor(t, "the address", func(r *receiver) bool { return len(r.node.Status.Addresses) == 1 })
 	const autoscaler = "ToBeDeletedByClusterAutoscaler"
 	patch(`{"spec":{"taints":[{"key":"` + autoscaler + `","effect":"NoSchedule"}]}}`)
-	r.wait(t, "the taint", func(r *receiver) bool {
+	r.waitFor(t, "the taint", func(r *receiver) bool {
 		return slices.ContainsFunc(r.node.Spec.Taints, func(taint corev1.Taint) bool { return taint.Key == autoscaler })
 	})
 	if n := deltas() - before; n != 3 {
@@ -198,20 +198,20 @@ func TestNode(t *testing.T) {
 	if err := nodes.Delete(ctx, ns, metav1.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	r.wait(t, "the Node goes", func(r *receiver) bool { return r.node == nil })
+	r.waitFor(t, "the Node goes", func(r *receiver) bool { return r.node == nil })
 }
 
 func TestServiceCIDRs(t *testing.T) {
 	t.Parallel()
-	client := admin(t)
+	client := adminClient(t)
 	cidrs, ctx := client.NetworkingV1().ServiceCIDRs(), t.Context()
-	r := follow(t, "none", apiserver.Options{})
-	r.wait(t, "first Delta", delivered)
+	r := startSource(t, "none", apiserver.Options{})
+	r.waitFor(t, "first Delta", hasFirstDelta)
 	const name = "more"
 	must[*networkingv1.ServiceCIDR](t)(cidrs.Create(ctx, &networkingv1.ServiceCIDR{
 		ObjectMeta: metav1.ObjectMeta{Name: name}, Spec: networkingv1.ServiceCIDRSpec{CIDRs: []string{"10.97.0.0/24"}},
 	}, metav1.CreateOptions{}))
-	r.wait(t, "a ServiceCIDR", func(r *receiver) bool { return r.cidrs[name] })
+	r.waitFor(t, "a ServiceCIDR", func(r *receiver) bool { return r.cidrs[name] })
 	if err := cidrs.Delete(ctx, name, metav1.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
@@ -219,18 +219,18 @@ func TestServiceCIDRs(t *testing.T) {
 	if _, err := cidrs.Patch(ctx, name, types.MergePatchType, []byte(`{"metadata":{"finalizers":null}}`), metav1.PatchOptions{}); err != nil {
 		t.Log(err)
 	}
-	r.wait(t, "a ServiceCIDR goes", func(r *receiver) bool { return !r.cidrs[name] })
+	r.waitFor(t, "a ServiceCIDR goes", func(r *receiver) bool { return !r.cidrs[name] })
 }
 
-// TestBatches says that of many changes, which are read together, none is lost and
+// TestBatchedReads says that of many changes, which are read together, none is lost and
 // each object ends as it was last, over HTTP/2 and TLS.
-func TestBatches(t *testing.T) {
+func TestBatchedReads(t *testing.T) {
 	t.Parallel()
-	client := admin(t)
-	ns := namespace(t, client)
+	client := adminClient(t)
+	ns := createNamespace(t, client)
 	svcs, eps := client.CoreV1().Services(ns), client.DiscoveryV1().EndpointSlices(ns)
-	r := follow(t, ns, apiserver.Options{BatchPeriod: 50 * time.Millisecond})
-	r.wait(t, "first Delta", delivered)
+	r := startSource(t, ns, apiserver.Options{BatchPeriod: 50 * time.Millisecond})
+	r.waitFor(t, "first Delta", hasFirstDelta)
 	ctx := t.Context()
 	const names, rounds = 20, 20
 	var begun []*discoveryv1.EndpointSlice
@@ -250,7 +250,7 @@ func TestBatches(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	r.wait(t, "all that was done", func(r *receiver) bool {
+	r.waitFor(t, "all that was done", func(r *receiver) bool {
 		for i, slice := range begun {
 			got := r.slices[slice.Name]
 			if got == nil || got.ResourceVersion != slice.ResourceVersion || (r.services[slice.Name] == nil) != (i < names/2) {

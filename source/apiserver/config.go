@@ -61,8 +61,8 @@ func load(kubeconfig, master string) (*rest.Config, error) {
 	return config, nil
 }
 
-// credentials says what proves to the server who asks, without any secret.
-func credentials(config *rest.Config) string {
+// describeCredentials says what proves to the server who asks, without any secret.
+func describeCredentials(config *rest.Config) string {
 	switch {
 	case config.ExecProvider != nil:
 		return "of the command " + config.ExecProvider.Command

@@ -60,18 +60,18 @@ func TestConfig(t *testing.T) {
 	if config, err = apiserver.Config(path, ""); err != nil {
 		t.Fatal(err)
 	}
-	f := withFaults(config)
+	f := injectFaults(config)
 	agents, accepts := make(chan string, 100), make(chan string, 100)
-	f.set(func(r *http.Request) (*http.Response, error) {
+	f.setRule(func(r *http.Request) (*http.Response, error) {
 		agents <- r.UserAgent()
 		accepts <- r.Header.Get("Accept")
 		return nil, nil
 	})
-	client := admin(t)
-	ns := namespace(t, client)
+	client := adminClient(t)
+	ns := createNamespace(t, client)
 	must[*corev1.Service](t)(client.CoreV1().Services(ns).Create(t.Context(), newService("web"), metav1.CreateOptions{}))
-	r := follow(t, ns, apiserver.Options{Config: config, Version: "1.2.3"})
-	r.wait(t, "first Delta", delivered)
+	r := startSource(t, ns, apiserver.Options{Config: config, Version: "1.2.3"})
+	r.waitFor(t, "first Delta", hasFirstDelta)
 	if agent, accept := <-agents, <-accepts; agent != "fairlead/1.2.3" || !strings.HasPrefix(accept, "application/vnd.kubernetes.protobuf") {
 		t.Errorf("User-Agent %q, Accept %q", agent, accept)
 	}

@@ -45,29 +45,29 @@ const (
 )
 
 const (
-	controller = "fairlead"
+	reportingController = "fairlead"
 	// eventsPerSecond and eventsBurst bound what one node sends.
 	eventsPerSecond = 5
 	eventsBurst     = 10
-	// maxQueued is the number of Events that wait to be sent. What is reported
+	// maxQueuedReports is the number of Events that wait to be sent. What is reported
 	// beyond is dropped: it is in the log.
-	maxQueued = 1000
-	// maxRemembered is the number of reports that are recognized when they come
+	maxQueuedReports = 1000
+	// maxRecentReports is the number of reports that are recognized when they come
 	// again.
-	maxRemembered = 8192
-	// persistsFor is the time within which a report that comes again says that
+	maxRecentReports = 8192
+	// persistenceWindow is the time within which a report that comes again says that
 	// something persists; later it says that it has come back.
-	persistsFor = 10 * time.Minute
-	// flushFor is the time that is left for Events when the program ends.
-	flushFor = 2 * time.Second
-	// awayMin and awayMax bound the pause while the API server is away.
-	awayMin = time.Second
-	awayMax = 30 * time.Second
-	// answerWithin is how long one attempt waits.
-	answerWithin = 30 * time.Second
-	// maxNote and maxInstance are the limits of the API, in bytes.
-	maxNote     = 1024
-	maxInstance = 128
+	persistenceWindow = 10 * time.Minute
+	// flushTimeout is the time that is left for Events when the program ends.
+	flushTimeout = 2 * time.Second
+	// eventRetryMin and eventRetryMax bound the pause while the API server is away.
+	eventRetryMin = time.Second
+	eventRetryMax = 30 * time.Second
+	// eventRequestTimeout is how long one attempt waits.
+	eventRequestTimeout = 30 * time.Second
+	// maxNoteBytes and maxInstanceBytes are the limits of the API, in bytes.
+	maxNoteBytes     = 1024
+	maxInstanceBytes = 128
 )
 
 // EventOptions say where Events are written, and in whose name.
@@ -102,16 +102,16 @@ type Events struct {
 	started bool
 	// node is this Node, with its UID once started, and early what was reported of it
 	// before.
-	node  corev1.ObjectReference
-	early []report
-	uids  map[types.NamespacedName]types.UID
-	queue []report
-	// remembered has when each report was last made, by its number, and order
+	node        corev1.ObjectReference
+	beforeStart []report
+	serviceUIDs map[types.NamespacedName]types.UID
+	queue       []report
+	// recent has when each report was last made, by its number, and order
 	// the numbers from the oldest.
-	remembered map[uint64]memory
-	order      []uint64
-	dropped    int
-	refused    bool // logged
+	recent       map[uint64]reportHistory
+	recentOrder  []uint64
+	dropped      int
+	deniedLogged bool // logged
 }
 
 // report is an Event to write.
@@ -129,8 +129,8 @@ type report struct {
 	count int32
 }
 
-// memory is what is known of a report that was made.
-type memory struct {
+// reportHistory is what is known of a report that was made.
+type reportHistory struct {
 	last  time.Time
 	count int32
 }
@@ -145,7 +145,7 @@ func NewEvents(opts EventOptions) (*Events, error) {
 	config := rest.CopyConfig(opts.Config)
 	config.QPS, config.RateLimiter = -1, nil
 	if config.Timeout == 0 {
-		config.Timeout = answerWithin
+		config.Timeout = eventRequestTimeout
 	}
 	group := eventsv1.SchemeGroupVersion
 	clients, err := newClients(config, opts.Version, group)
@@ -157,11 +157,11 @@ func NewEvents(opts EventOptions) (*Events, error) {
 		log:      log,
 		nodeName: opts.NodeName,
 		// Without a Node object the name stands for the UID, as with a kubelet.
-		node:       corev1.ObjectReference{APIVersion: "v1", Kind: "Node", Name: opts.NodeName, UID: types.UID(opts.NodeName)},
-		limiter:    flowcontrol.NewTokenBucketRateLimiter(eventsPerSecond, eventsBurst),
-		wake:       make(chan struct{}, 1),
-		uids:       map[types.NamespacedName]types.UID{},
-		remembered: map[uint64]memory{},
+		node:        corev1.ObjectReference{APIVersion: "v1", Kind: "Node", Name: opts.NodeName, UID: types.UID(opts.NodeName)},
+		limiter:     flowcontrol.NewTokenBucketRateLimiter(eventsPerSecond, eventsBurst),
+		wake:        make(chan struct{}, 1),
+		serviceUIDs: map[types.NamespacedName]types.UID{},
+		recent:      map[uint64]reportHistory{},
 	}, nil
 }
 
@@ -172,10 +172,10 @@ func (e *Events) Apply(d kube.Delta) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	for _, name := range d.DeletedServices {
-		delete(e.uids, name)
+		delete(e.serviceUIDs, name)
 	}
 	for _, svc := range d.Services {
-		e.uids[types.NamespacedName{Namespace: svc.Namespace, Name: svc.Name}] = svc.UID
+		e.serviceUIDs[types.NamespacedName{Namespace: svc.Namespace, Name: svc.Name}] = svc.UID
 	}
 	if e.started {
 		return
@@ -185,14 +185,14 @@ func (e *Events) Apply(d kube.Delta) {
 		e.node.UID = d.Node.UID
 	}
 	now := time.Now()
-	e.enqueue(report{
+	e.enqueueLocked(report{
 		regarding: e.node, at: now, name: fmt.Sprintf("%s.%x", e.nodeName, now.UnixNano()), eventType: corev1.EventTypeNormal,
 		reason: ReasonStarting, action: "StartFairlead", note: "fairlead programs the Services of this node",
 	})
-	for _, r := range e.early {
-		e.warnAbout(e.node, r)
+	for _, r := range e.beforeStart {
+		e.warnLocked(e.node, r)
 	}
-	e.early = nil
+	e.beforeStart = nil
 }
 
 // OtherProxy reports that rules of another Service proxy are on this node, what they
@@ -206,10 +206,10 @@ func (e *Events) OtherProxy(rules, effect, remove string) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if !e.started {
-		e.early = append(e.early, r)
+		e.beforeStart = append(e.beforeStart, r)
 		return
 	}
-	e.warnAbout(e.node, r)
+	e.warnLocked(e.node, r)
 }
 
 // MassRemoval reports that a list of the API server lacks most of the objects that are
@@ -218,7 +218,7 @@ func (e *Events) MassRemoval(resource string, removed, before int, delay time.Du
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	// A first list that is held is not delivered, so this cannot wait for the UID.
-	e.warnAbout(e.node, report{
+	e.warnLocked(e.node, report{
 		reason: ReasonMassRemoval, action: "ListObjects",
 		note: fmt.Sprintf("list of %s from the API server lacks %d of %d that are programmed. They stay, and are listed once more after %s. "+
 			"Check that this is the right cluster and that etcd has its data; --mass-removal-delay sets the time",
@@ -230,7 +230,7 @@ func (e *Events) MassRemoval(resource string, removed, before int, delay time.Du
 func (e *Events) TableRebuilt(table, reason string) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.warnAbout(e.node, report{
+	e.warnLocked(e.node, report{
 		reason: ReasonTableRebuilt, action: "RepairTable",
 		note: fmt.Sprintf("nftables table %s was rebuilt, because %s. Established connections continue, session affinity starts over", table, reason),
 	})
@@ -242,13 +242,13 @@ func (e *Events) Problem(p kube.Problem) {
 	if p.EndpointSlice != "" {
 		note = "EndpointSlice " + p.EndpointSlice + ": " + note
 	}
-	e.warn(p.Service, p.UID, report{reason: ReasonNotAsWritten, action: "ReadService", note: note, shared: true})
+	e.warnService(p.Service, p.UID, report{reason: ReasonNotAsWritten, action: "ReadService", note: note, shared: true})
 }
 
 // NotProgrammed reports that a Service could not be programmed. It may be called
 // on every attempt.
 func (e *Events) NotProgrammed(key dataplane.Key, err error) {
-	e.warn(types.NamespacedName{Namespace: key.Namespace, Name: key.Name}, "", report{
+	e.warnService(types.NamespacedName{Namespace: key.Namespace, Name: key.Name}, "", report{
 		reason: ReasonNotProgrammed, action: "ProgramService", note: fmt.Sprintf("node %s: %s: %v", e.nodeName, key, err),
 	})
 }
@@ -257,55 +257,55 @@ func (e *Events) NotProgrammed(key dataplane.Key, err error) {
 // listened on. It may be called on every attempt.
 func (e *Events) HealthCheckFailed(namespace, name string, port uint16, err error) {
 	service := types.NamespacedName{Namespace: namespace, Name: name}
-	e.warn(service, "", report{
+	e.warnService(service, "", report{
 		reason: ReasonHealthCheck, action: "StartServiceHealthcheck",
 		note: fmt.Sprintf("node %s failed to start healthcheck %q on port %d: %v", e.nodeName, service, port, err),
 	})
 }
 
-// warn completes and queues a report about a Service, unless it is nothing new.
+// warnService completes and queues a report about a Service, unless it is nothing new.
 // Without a UID it takes that of the last Delta.
-func (e *Events) warn(service types.NamespacedName, uid types.UID, r report) {
+func (e *Events) warnService(service types.NamespacedName, uid types.UID, r report) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if uid == "" {
-		uid = e.uids[service]
+		uid = e.serviceUIDs[service]
 	}
 	if uid == "" {
 		return // gone, and so are its Events for who looks for them
 	}
-	e.warnAbout(corev1.ObjectReference{
+	e.warnLocked(corev1.ObjectReference{
 		APIVersion: "v1", Kind: "Service", Namespace: service.Namespace, Name: service.Name, UID: uid,
 	}, r)
 }
 
-// warnAbout is warn for any object. The caller holds mu.
-func (e *Events) warnAbout(object corev1.ObjectReference, r report) {
+// warnLocked is warn for any object. The caller holds mu.
+func (e *Events) warnLocked(object corev1.ObjectReference, r report) {
 	now := time.Now()
 	r.regarding = object
 	r.at, r.eventType = now, corev1.EventTypeWarning
-	r.note = truncate(r.note, maxNote)
+	r.note = truncate(r.note, maxNoteBytes)
 	number := fnv.New64a()
 	_, _ = fmt.Fprintf(number, "%s %s %s", object.UID, r.reason, r.note) // a hash takes everything
 	n := number.Sum64()
 	r.name = fmt.Sprintf("%s.%016x", object.Name, n)
-	before, again := e.remembered[n]
-	if again && now.Sub(before.last) < persistsFor {
-		e.remembered[n] = memory{now, before.count}
+	before, again := e.recent[n]
+	if again && now.Sub(before.last) < persistenceWindow {
+		e.recent[n] = reportHistory{now, before.count}
 		return
 	}
 	r.count = before.count + 1
-	if !e.enqueue(r) {
+	if !e.enqueueLocked(r) {
 		return
 	}
 	if !again {
-		if len(e.order) >= maxRemembered {
-			delete(e.remembered, e.order[0])
-			e.order = e.order[1:]
+		if len(e.recentOrder) >= maxRecentReports {
+			delete(e.recent, e.recentOrder[0])
+			e.recentOrder = e.recentOrder[1:]
 		}
-		e.order = append(e.order, n)
+		e.recentOrder = append(e.recentOrder, n)
 	}
-	e.remembered[n] = memory{now, r.count}
+	e.recent[n] = reportHistory{now, r.count}
 }
 
 // truncate cuts the text between two characters.
@@ -324,9 +324,9 @@ func truncate(text string, size int) string {
 	return text + more
 }
 
-// enqueue is for those who hold the lock. It reports false if there is no room.
-func (e *Events) enqueue(r report) bool {
-	if len(e.queue) >= maxQueued {
+// enqueueLocked is for those who hold the lock. It reports false if there is no room.
+func (e *Events) enqueueLocked(r report) bool {
+	if len(e.queue) >= maxQueuedReports {
 		e.dropped++
 		return false
 	}
@@ -338,9 +338,9 @@ func (e *Events) enqueue(r report) bool {
 	return true
 }
 
-// next removes and returns the oldest report, if there is one, and how many were
+// dequeue removes and returns the oldest report, if there is one, and how many were
 // dropped since the queue was last empty if it is empty now.
-func (e *Events) next() (r report, ok bool, dropped int) {
+func (e *Events) dequeue() (r report, ok bool, dropped int) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if len(e.queue) == 0 {
@@ -356,17 +356,17 @@ func (e *Events) next() (r report, ok bool, dropped int) {
 // Run writes what is reported. It blocks until ctx is done, then takes two seconds
 // at most for what is left, and returns nil. Run must be called only once.
 func (e *Events) Run(ctx context.Context) error {
-	for e.wait(ctx) {
-		e.send(ctx)
+	for e.waitForReports(ctx) {
+		e.sendQueued(ctx)
 	}
-	flush, cancel := context.WithTimeout(context.WithoutCancel(ctx), flushFor)
+	flush, cancel := context.WithTimeout(context.WithoutCancel(ctx), flushTimeout)
 	defer cancel()
-	e.send(flush)
+	e.sendQueued(flush)
 	return nil
 }
 
-// wait waits for reports and reports false when ctx is done.
-func (e *Events) wait(ctx context.Context) bool {
+// waitForReports waits for reports and reports false when ctx is done.
+func (e *Events) waitForReports(ctx context.Context) bool {
 	select {
 	case <-ctx.Done():
 		return false
@@ -375,17 +375,17 @@ func (e *Events) wait(ctx context.Context) bool {
 	}
 }
 
-// send writes what is queued until there is nothing left or ctx is done.
-func (e *Events) send(ctx context.Context) {
+// sendQueued writes what is queued until there is nothing left or ctx is done.
+func (e *Events) sendQueued(ctx context.Context) {
 	for ctx.Err() == nil {
-		r, ok, dropped := e.next()
+		r, ok, dropped := e.dequeue()
 		if dropped > 0 {
 			e.log.WarnContext(ctx, "too many Events at once, some are in the log only", "dropped", dropped)
 		}
 		if !ok {
 			return
 		}
-		if !e.write(ctx, r) {
+		if !e.writeWithRetry(ctx, r) {
 			// The end has come. It is the first to be flushed.
 			e.mu.Lock()
 			e.queue = append([]report{r}, e.queue...)
@@ -394,21 +394,21 @@ func (e *Events) send(ctx context.Context) {
 	}
 }
 
-// write writes an Event, or finds that it is not to be written. It reports false
+// writeWithRetry writes an Event, or finds that it is not to be written. It reports false
 // if ctx was done before.
-func (e *Events) write(ctx context.Context, r report) bool {
-	for pause := awayMin; ; pause = min(2*pause, awayMax) {
+func (e *Events) writeWithRetry(ctx context.Context, r report) bool {
+	for pause := eventRetryMin; ; pause = min(2*pause, eventRetryMax) {
 		if err := e.limiter.Wait(ctx); err != nil {
 			return false
 		}
-		err := e.attempt(ctx, r)
+		err := e.writeOnce(ctx, r)
 		switch {
 		case err == nil:
 			return true
 		case ctx.Err() != nil:
 			return false
-		case refusal(err) || apierrors.IsConflict(err) || apierrors.IsAlreadyExists(err):
-			e.rejected(ctx, r, err)
+		case isDenied(err) || apierrors.IsConflict(err) || apierrors.IsAlreadyExists(err):
+			e.logDenied(ctx, r, err)
 			return true
 		}
 		select {
@@ -419,16 +419,16 @@ func (e *Events) write(ctx context.Context, r report) bool {
 	}
 }
 
-// attempt creates the Event, or says of the one that there is that it happened
+// writeOnce creates the Event, or says of the one that there is that it happened
 // again.
-func (e *Events) attempt(ctx context.Context, r report) error {
+func (e *Events) writeOnce(ctx context.Context, r report) error {
 	if r.count > 1 {
-		err := e.repeat(ctx, r)
+		err := e.updateSeries(ctx, r)
 		if !apierrors.IsNotFound(err) {
 			return err
 		}
 	}
-	err := e.create(ctx, r)
+	err := e.createEvent(ctx, r)
 	if !apierrors.IsAlreadyExists(err) {
 		return err
 	}
@@ -436,15 +436,15 @@ func (e *Events) attempt(ctx context.Context, r report) error {
 		return nil // another node has said so
 	}
 	r.count = max(r.count, 2) // from before the program was started
-	return e.repeat(ctx, r)
+	return e.updateSeries(ctx, r)
 }
 
-func (e *Events) create(ctx context.Context, r report) error {
+func (e *Events) createEvent(ctx context.Context, r report) error {
 	event := &eventsv1.Event{
-		ObjectMeta:          metav1.ObjectMeta{Name: r.name, Namespace: namespaceOf(r)},
+		ObjectMeta:          metav1.ObjectMeta{Name: r.name, Namespace: eventNamespace(r)},
 		EventTime:           metav1.NewMicroTime(r.at),
-		ReportingController: controller,
-		ReportingInstance:   truncate(controller+"-"+e.nodeName, maxInstance),
+		ReportingController: reportingController,
+		ReportingInstance:   truncate(reportingController+"-"+e.nodeName, maxInstanceBytes),
 		Action:              r.action,
 		Reason:              r.reason,
 		Regarding:           r.regarding,
@@ -454,35 +454,35 @@ func (e *Events) create(ctx context.Context, r report) error {
 	return e.client.Post().Namespace(event.Namespace).Resource("events").Body(event).Do(ctx).Error()
 }
 
-func (e *Events) repeat(ctx context.Context, r report) error {
+func (e *Events) updateSeries(ctx context.Context, r report) error {
 	patch, err := json.Marshal(map[string]any{
 		"series": eventsv1.EventSeries{Count: r.count, LastObservedTime: metav1.NewMicroTime(r.at)},
 	})
 	if err != nil {
 		return fmt.Errorf("write a patch for Event %s: %w", r.name, err)
 	}
-	return e.client.Patch(types.MergePatchType).Namespace(namespaceOf(r)).Resource("events").Name(r.name).Body(patch).Do(ctx).Error()
+	return e.client.Patch(types.MergePatchType).Namespace(eventNamespace(r)).Resource("events").Name(r.name).Body(patch).Do(ctx).Error()
 }
 
-// namespaceOf returns the namespace of an Event: that of its object, or, as the API
+// eventNamespace returns the namespace of an Event: that of its object, or, as the API
 // has it, default.
-func namespaceOf(r report) string {
+func eventNamespace(r report) string {
 	if r.regarding.Namespace == "" {
 		return metav1.NamespaceDefault
 	}
 	return r.regarding.Namespace
 }
 
-// rejected logs, once, that Events are not allowed. That a namespace is gone or
+// logDenied logs, once, that Events are not allowed. That a namespace is gone or
 // about to go is no news.
-func (e *Events) rejected(ctx context.Context, r report, err error) {
+func (e *Events) logDenied(ctx context.Context, r report, err error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	gone := apierrors.IsNotFound(err) || apierrors.HasStatusCause(err, corev1.NamespaceTerminatingCause)
-	if gone || e.refused {
+	if gone || e.deniedLogged {
 		return
 	}
-	e.refused = true
+	e.deniedLogged = true
 	e.log.WarnContext(ctx, "API server refuses an Event, this is not logged again: allow create and patch of events.events.k8s.io",
-		"reason", r.reason, "namespace", namespaceOf(r), "error", err)
+		"reason", r.reason, "namespace", eventNamespace(r), "error", err)
 }

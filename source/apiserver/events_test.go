@@ -45,8 +45,8 @@ func startEvents(t testing.TB, opts apiserver.EventOptions) (events *apiserver.E
 	return events, stop
 }
 
-// eventsOf waits for n Events about the object, as kubectl describe finds them.
-func eventsOf(t testing.TB, client kubernetes.Interface, ns string, object metav1.Object, n int) []corev1.Event {
+// waitForEvents waits for n Events about the object, as kubectl describe finds them.
+func waitForEvents(t testing.TB, client kubernetes.Interface, ns string, object metav1.Object, n int) []corev1.Event {
 	t.Helper()
 	deadline := time.Now().Add(10 * time.Second)
 	for {
@@ -67,8 +67,8 @@ func eventsOf(t testing.TB, client kubernetes.Interface, ns string, object metav
 // TestEvents says what `kubectl describe service` shows.
 func TestEvents(t *testing.T) {
 	t.Parallel()
-	client := admin(t)
-	ns := namespace(t, client)
+	client := adminClient(t)
+	ns := createNamespace(t, client)
 	node := must[*corev1.Node](t)(client.CoreV1().Nodes().Create(t.Context(), &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: ns}}, metav1.CreateOptions{}))
 	svc := must[*corev1.Service](t)(client.CoreV1().Services(ns).Create(t.Context(), newService("web"), metav1.CreateOptions{}))
 	opts := apiserver.EventOptions{Config: cluster.Config(), NodeName: ns}
@@ -77,13 +77,13 @@ func TestEvents(t *testing.T) {
 	events.Apply(delta)
 	events.Apply(kube.Delta{})
 
-	name := named(ns, "web")
+	name := serviceNameIn(ns, "web")
 	key := dataplane.Key{Namespace: ns, Name: "web", Port: "http", Family: dataplane.IPv4}
 	problem := kube.Problem{Service: name, Field: "spec.clusterIP", Message: "is taken: " + strings.Repeat("long ", 300)}
 	report := func(events *apiserver.Events) {
 		events.Problem(problem)
 		events.Problem(kube.Problem{Service: name, EndpointSlice: "web-1", Field: "ports[0].name", Message: "missing"})
-		events.Problem(kube.Problem{Service: named(ns, "unknown"), Field: "x", Message: "y"})
+		events.Problem(kube.Problem{Service: serviceNameIn(ns, "unknown"), Field: "x", Message: "y"})
 		for range 3 {
 			events.NotProgrammed(key, errors.New("no space left on device"))
 			events.HealthCheckFailed(ns, "web", 30000, errors.New("address already in use"))
@@ -91,7 +91,7 @@ func TestEvents(t *testing.T) {
 	}
 	report(events)
 	found := map[string]corev1.Event{}
-	for _, event := range eventsOf(t, client, ns, svc, 4) {
+	for _, event := range waitForEvents(t, client, ns, svc, 4) {
 		found[event.Reason+" "+event.Message] = event
 		if event.Type != corev1.EventTypeWarning || event.ReportingController != "fairlead" || event.ReportingInstance != "fairlead-"+ns ||
 			event.Action == "" || event.InvolvedObject.Kind != "Service" || event.EventTime.IsZero() {
@@ -110,7 +110,7 @@ func TestEvents(t *testing.T) {
 			t.Errorf("no Event %q in %v", want, found)
 		}
 	}
-	starting := eventsOf(t, client, "default", node, 1)
+	starting := waitForEvents(t, client, "default", node, 1)
 	if len(starting) == 1 && (starting[0].Reason != "Starting" || starting[0].Type != corev1.EventTypeNormal) {
 		t.Errorf("Event of the Node %+v", starting[0])
 	}
@@ -127,7 +127,7 @@ func TestEvents(t *testing.T) {
 	again.Apply(delta)
 	report(again)
 	stop()
-	for _, event := range eventsOf(t, client, ns, svc, 4) {
+	for _, event := range waitForEvents(t, client, ns, svc, 4) {
 		shared := event.Reason == apiserver.ReasonNotAsWritten
 		if (event.Series == nil) != shared {
 			t.Errorf("%s: series %v", event.Reason, event.Series)
@@ -142,7 +142,7 @@ func TestEvents(t *testing.T) {
 	last.Apply(delta)
 	report(last)
 	stop()
-	eventsOf(t, client, ns, svc, 4)
+	waitForEvents(t, client, ns, svc, 4)
 }
 
 // roundTripper is an API server that is a function.
@@ -150,7 +150,7 @@ type roundTripper func(*http.Request) (*http.Response, error)
 
 func (f roundTripper) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
 
-func answer(r *http.Request, code int, body string) *http.Response {
+func newResponse(r *http.Request, code int, body string) *http.Response {
 	return &http.Response{
 		StatusCode: code, Request: r, Body: io.NopCloser(strings.NewReader(body)),
 		Header: http.Header{"Content-Type": {"application/json"}}, ProtoMajor: 1, ProtoMinor: 1,
@@ -167,15 +167,15 @@ func manyServices(n int) kube.Delta {
 	return d
 }
 
-// TestEventStorm says that many failing Services cost a bounded number of Events.
-func TestEventStorm(t *testing.T) {
+// TestEventRateLimit says that many failing Services cost a bounded number of Events.
+func TestEventRateLimit(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		var sent atomic.Int64
 		var logs bytes.Buffer
 		config := &rest.Config{Host: "http://api", Transport: roundTripper(func(r *http.Request) (*http.Response, error) {
 			sent.Add(1)
-			return answer(r, http.StatusCreated, `{"apiVersion":"events.k8s.io/v1","kind":"Event"}`), nil
+			return newResponse(r, http.StatusCreated, `{"apiVersion":"events.k8s.io/v1","kind":"Event"}`), nil
 		})}
 		events, stop := startEvents(t, apiserver.EventOptions{Config: config, NodeName: "n", Logger: slog.New(slog.NewTextHandler(&logs, nil))})
 		const n = 10_000
@@ -210,9 +210,9 @@ func TestEventStorm(t *testing.T) {
 	})
 }
 
-// TestEventsPersist says what is news: a problem that is reported for hours is
+// TestEventSeries says what is news: a problem that is reported for hours is
 // one Event, one that comes back is the Event's series.
-func TestEventsPersist(t *testing.T) {
+func TestEventSeries(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		var requests []string
@@ -223,7 +223,7 @@ func TestEventsPersist(t *testing.T) {
 			} else {
 				requests = append(requests, r.Method)
 			}
-			return answer(r, http.StatusOK, `{"apiVersion":"events.k8s.io/v1","kind":"Event"}`), nil
+			return newResponse(r, http.StatusOK, `{"apiVersion":"events.k8s.io/v1","kind":"Event"}`), nil
 		})}
 		events, _ := startEvents(t, apiserver.EventOptions{Config: config, NodeName: "n"})
 		events.Apply(manyServices(1))
@@ -244,9 +244,9 @@ func TestEventsPersist(t *testing.T) {
 	})
 }
 
-// TestEventsWhileAway says that Events wait for the API server, and that the end
+// TestEventsDuringOutage says that Events wait for the API server, and that the end
 // of the program does not wait for it long.
-func TestEventsWhileAway(t *testing.T) {
+func TestEventsDuringOutage(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		var away atomic.Bool
@@ -257,12 +257,12 @@ func TestEventsWhileAway(t *testing.T) {
 				return nil, errors.New("no route to host")
 			}
 			sent.Add(1)
-			return answer(r, http.StatusCreated, `{"apiVersion":"events.k8s.io/v1","kind":"Event"}`), nil
+			return newResponse(r, http.StatusCreated, `{"apiVersion":"events.k8s.io/v1","kind":"Event"}`), nil
 		})}
 		events, stop := startEvents(t, apiserver.EventOptions{Config: config, NodeName: "n"})
 		events.Apply(manyServices(3))
 		problem := func(i int) {
-			events.Problem(kube.Problem{Service: named("shop", fmt.Sprintf("web-%d", i)), Field: "f"})
+			events.Problem(kube.Problem{Service: serviceNameIn("shop", fmt.Sprintf("web-%d", i)), Field: "f"})
 		}
 		problem(0)
 		time.Sleep(5 * time.Minute)
@@ -289,12 +289,12 @@ func TestEventsFlush(t *testing.T) {
 		config := &rest.Config{Host: "http://api", Transport: roundTripper(func(r *http.Request) (*http.Response, error) {
 			time.Sleep(100 * time.Millisecond)
 			sent.Add(1)
-			return answer(r, http.StatusCreated, `{"apiVersion":"events.k8s.io/v1","kind":"Event"}`), nil
+			return newResponse(r, http.StatusCreated, `{"apiVersion":"events.k8s.io/v1","kind":"Event"}`), nil
 		})}
 		events, stop := startEvents(t, apiserver.EventOptions{Config: config, NodeName: "n"})
 		events.Apply(manyServices(3))
 		for i := range 3 {
-			events.Problem(kube.Problem{Service: named("shop", fmt.Sprintf("web-%d", i)), Field: "f"})
+			events.Problem(kube.Problem{Service: serviceNameIn("shop", fmt.Sprintf("web-%d", i)), Field: "f"})
 		}
 		stop()
 		if got := sent.Load(); got != 4 {
@@ -303,18 +303,18 @@ func TestEventsFlush(t *testing.T) {
 	})
 }
 
-// TestEventsRefused says that the operator learns once of missing rights.
-func TestEventsRefused(t *testing.T) {
+// TestEventsDenied says that the operator learns once of missing rights.
+func TestEventsDenied(t *testing.T) {
 	t.Parallel()
-	client := admin(t)
-	ns := namespace(t, client)
+	client := adminClient(t)
+	ns := createNamespace(t, client)
 	svc := must[*corev1.Service](t)(client.CoreV1().Services(ns).Create(t.Context(), newService("web"), metav1.CreateOptions{}))
 	config := cluster.Config()
 	config.Impersonate.UserName = "nobody"
 	var logs bytes.Buffer
 	events, stop := startEvents(t, apiserver.EventOptions{Config: config, NodeName: "n", Logger: slog.New(slog.NewTextHandler(&logs, nil))})
 	events.Apply(kube.Delta{Services: []*corev1.Service{svc}})
-	events.Problem(kube.Problem{Service: named(ns, "web"), Field: "f"})
+	events.Problem(kube.Problem{Service: serviceNameIn(ns, "web"), Field: "f"})
 	stop()
 	if n := strings.Count(logs.String(), "allow create and patch"); n != 1 {
 		t.Errorf("told %d times of missing rights, want once: %s", n, &logs)

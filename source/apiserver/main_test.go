@@ -26,8 +26,8 @@ import (
 var cluster *controlplane.ControlPlane
 
 func TestMain(m *testing.M) {
-	if os.Getenv(followEnv) != "" {
-		followForMemory()
+	if os.Getenv(memoryProcessEnv) != "" {
+		runMemoryProcess()
 		return
 	}
 	os.Exit(func() int {
@@ -41,8 +41,8 @@ func TestMain(m *testing.M) {
 	}())
 }
 
-// admin returns a client that may do everything.
-func admin(t testing.TB) *kubernetes.Clientset {
+// adminClient returns a client that may do everything.
+func adminClient(t testing.TB) *kubernetes.Clientset {
 	t.Helper()
 	client, err := kubernetes.NewForConfig(cluster.Config())
 	if err != nil {
@@ -51,8 +51,8 @@ func admin(t testing.TB) *kubernetes.Clientset {
 	return client
 }
 
-// namespace makes a namespace that has the test's name.
-func namespace(t testing.TB, client kubernetes.Interface) string {
+// createNamespace makes a namespace that has the test's name.
+func createNamespace(t testing.TB, client kubernetes.Interface) string {
 	t.Helper()
 	made, err := client.CoreV1().Namespaces().Create(t.Context(), &corev1.Namespace{
 		ObjectMeta: metav1.ObjectMeta{GenerateName: "t-"},
@@ -116,7 +116,7 @@ type receiver struct {
 	cidrs    map[string]bool
 }
 
-func (r *receiver) take(d kube.Delta) {
+func (r *receiver) receive(d kube.Delta) {
 	r.mu.Lock()
 	hold := r.hold
 	r.mu.Unlock()
@@ -168,8 +168,8 @@ func (r *receiver) take(d kube.Delta) {
 	r.changed = make(chan struct{})
 }
 
-// wait waits until what has been delivered is as the condition says.
-func (r *receiver) wait(t testing.TB, what string, condition func(*receiver) bool) {
+// waitFor waits until what has been delivered is as the condition says.
+func (r *receiver) waitFor(t testing.TB, what string, condition func(*receiver) bool) {
 	t.Helper()
 	deadline := time.After(20 * time.Second)
 	for {
@@ -185,12 +185,12 @@ func (r *receiver) wait(t testing.TB, what string, condition func(*receiver) boo
 			r.mu.Lock()
 			defer r.mu.Unlock()
 			t.Fatalf("not delivered: %s; Services %v, EndpointSlices %v, Node %v, ServiceCIDRs %v",
-				what, keys(r.services), keys(r.slices), r.node != nil, keys(r.cidrs))
+				what, joinKeys(r.services), joinKeys(r.slices), r.node != nil, joinKeys(r.cidrs))
 		}
 	}
 }
 
-func keys[V any](m map[string]V) string {
+func joinKeys[V any](m map[string]V) string {
 	var b strings.Builder
 	for key := range m {
 		b.WriteString(key + " ")
@@ -198,8 +198,8 @@ func keys[V any](m map[string]V) string {
 	return b.String()
 }
 
-// delivered is the condition that there has been a first Delta.
-func delivered(r *receiver) bool { return r.first }
+// hasFirstDelta is the condition that there has been a first Delta.
+func hasFirstDelta(r *receiver) bool { return r.first }
 
 // count returns how many Deltas there were.
 func (r *receiver) count() int {
@@ -222,8 +222,8 @@ func (r *receiver) pause() (resume func()) {
 	}
 }
 
-// follow runs a Source until the test ends.
-func follow(t testing.TB, ns string, opts apiserver.Options) *receiver {
+// startSource runs a Source until the test ends.
+func startSource(t testing.TB, ns string, opts apiserver.Options) *receiver {
 	t.Helper()
 	r := &receiver{
 		namespace: ns, changed: make(chan struct{}),
@@ -241,7 +241,7 @@ func follow(t testing.TB, ns string, opts apiserver.Options) *receiver {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
-	go func() { ended <- source.Run(ctx, r.take) }()
+	go func() { ended <- source.Run(ctx, r.receive) }()
 	t.Cleanup(func() {
 		cancel()
 		select {
@@ -256,6 +256,6 @@ func follow(t testing.TB, ns string, opts apiserver.Options) *receiver {
 	return r
 }
 
-func named(ns, name string) types.NamespacedName {
+func serviceNameIn(ns, name string) types.NamespacedName {
 	return types.NamespacedName{Namespace: ns, Name: name}
 }

@@ -26,9 +26,9 @@ import (
 	"fairlead.io/fairlead/source/apiserver"
 )
 
-// followEnv has the path of a kubeconfig for the process that [BenchmarkMemory]
+// memoryProcessEnv has the path of a kubeconfig for the process that [BenchmarkMemory]
 // measures.
-const followEnv = "FAIRLEAD_TEST_FOLLOW"
+const memoryProcessEnv = "FAIRLEAD_TEST_FOLLOW"
 
 // usage is what that process has used, in bytes.
 type usage struct {
@@ -48,7 +48,7 @@ func BenchmarkMemory(b *testing.B) {
 	if testing.Short() {
 		n = 100 // whether it runs; to fill a cluster with thousands takes minutes
 	}
-	fill(b, n)
+	createServices(b, n)
 	kubeconfig := filepath.Join(b.TempDir(), "kubeconfig")
 	if err := cluster.Kubeconfig(kubeconfig, "admin", "system:masters"); err != nil {
 		b.Fatal(err)
@@ -64,7 +64,7 @@ func BenchmarkMemory(b *testing.B) {
 			var got usage
 			for b.Loop() {
 				cmd := exec.CommandContext(b.Context(), os.Args[0])
-				cmd.Env = append(append(os.Environ(), followEnv+"="+kubeconfig), env...)
+				cmd.Env = append(append(os.Environ(), memoryProcessEnv+"="+kubeconfig), env...)
 				cmd.Stderr = os.Stderr
 				out, err := cmd.Output()
 				if err != nil {
@@ -87,10 +87,10 @@ func BenchmarkMemory(b *testing.B) {
 	}
 }
 
-// followForMemory is the process that is measured.
-func followForMemory() {
+// runMemoryProcess is the process that is measured.
+func runMemoryProcess() {
 	err := func() error {
-		config, err := apiserver.Config(os.Getenv(followEnv), "")
+		config, err := apiserver.Config(os.Getenv(memoryProcessEnv), "")
 		if err != nil {
 			return err
 		}
@@ -110,7 +110,7 @@ func followForMemory() {
 			ended <- source.Run(ctx, func(d kube.Delta) {
 				if got.First == 0 {
 					got.First = time.Since(begin)
-					got.PeakFirst = status("VmHWM")
+					got.PeakFirst = procStatus("VmHWM")
 					got.Services = len(d.Services)
 					defer close(first)
 				}
@@ -121,7 +121,7 @@ func followForMemory() {
 		}()
 		<-first
 		time.Sleep(3 * time.Second)
-		got.Peak, got.Resident = status("VmHWM"), status("VmRSS")
+		got.Peak, got.Resident = procStatus("VmHWM"), procStatus("VmRSS")
 		runtime.GC()
 		var stats runtime.MemStats
 		runtime.ReadMemStats(&stats)
@@ -140,8 +140,8 @@ func followForMemory() {
 	}
 }
 
-// status returns a value in bytes of /proc/self/status.
-func status(name string) uint64 {
+// procStatus returns a value in bytes of /proc/self/status.
+func procStatus(name string) uint64 {
 	text, _ := os.ReadFile("/proc/self/status")
 	for line := range strings.Lines(string(text)) {
 		if rest, ok := strings.CutPrefix(line, name+":"); ok {
@@ -152,8 +152,8 @@ func status(name string) uint64 {
 	return 0
 }
 
-// fill makes Services and EndpointSlices as a control plane would write them.
-func fill(b *testing.B, n int) {
+// createServices makes Services and EndpointSlices as a control plane would write them.
+func createServices(b *testing.B, n int) {
 	b.Helper()
 	config := cluster.Config()
 	config.ContentType = "application/vnd.kubernetes.protobuf"
@@ -161,7 +161,7 @@ func fill(b *testing.B, n int) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	ns := namespace(b, client)
+	ns := createNamespace(b, client)
 	var group errgroup.Group
 	group.SetLimit(16)
 	for i := range n {

@@ -20,19 +20,19 @@ import (
 	"fairlead.io/fairlead/source/apiserver"
 )
 
-// record is a log that a test can read while it is written.
-type record struct {
+// logRecorder is a log that a test can read while it is written.
+type logRecorder struct {
 	mu   sync.Mutex
 	text strings.Builder
 }
 
-func (r *record) Write(p []byte) (int, error) {
+func (r *logRecorder) Write(p []byte) (int, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.text.Write(p)
 }
 
-func (r *record) count(text string) int {
+func (r *logRecorder) count(text string) int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return strings.Count(r.text.String(), text)
@@ -40,7 +40,7 @@ func (r *record) count(text string) int {
 
 // waitFor waits until the log has the text so many times, and fails if it has it
 // more often.
-func (r *record) waitFor(t testing.TB, text string, n int) {
+func (r *logRecorder) waitFor(t testing.TB, text string, n int) {
 	t.Helper()
 	deadline := time.Now().Add(40 * time.Second)
 	for r.count(text) < n && time.Now().Before(deadline) {
@@ -53,21 +53,21 @@ func (r *record) waitFor(t testing.TB, text string, n int) {
 	}
 }
 
-func (r *record) logger() *slog.Logger { return slog.New(slog.NewTextHandler(r, nil)) }
+func (r *logRecorder) logger() *slog.Logger { return slog.New(slog.NewTextHandler(r, nil)) }
 
-// faults makes requests fail.
-type faults struct {
+// faultInjector makes requests fail.
+type faultInjector struct {
 	mu sync.Mutex
 	// rule, if not nil, may answer a request in the server's place.
-	rule func(*http.Request) (*http.Response, error)
-	seen []string // resource and query of each request
-	next http.RoundTripper
+	rule     func(*http.Request) (*http.Response, error)
+	requests []string // resource and query of each request
+	next     http.RoundTripper
 }
 
-func (f *faults) RoundTrip(r *http.Request) (*http.Response, error) {
+func (f *faultInjector) RoundTrip(r *http.Request) (*http.Response, error) {
 	f.mu.Lock()
 	rule := f.rule
-	f.seen = append(f.seen, resourceOf(r)+"?"+r.URL.RawQuery)
+	f.requests = append(f.requests, resourceOf(r)+"?"+r.URL.RawQuery)
 	f.mu.Unlock()
 	if rule != nil {
 		if response, err := rule(r); response != nil || err != nil {
@@ -77,18 +77,18 @@ func (f *faults) RoundTrip(r *http.Request) (*http.Response, error) {
 	return f.next.RoundTrip(r)
 }
 
-func (f *faults) set(rule func(*http.Request) (*http.Response, error)) {
+func (f *faultInjector) setRule(rule func(*http.Request) (*http.Response, error)) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.rule = rule
 }
 
-// requests returns how many requests there were for the resource whose query has
+// countRequests returns how many requests there were for the resource whose query has
 // the text.
-func (f *faults) requests(resource, text string) (n int) {
+func (f *faultInjector) countRequests(resource, text string) (n int) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	for _, seen := range f.seen {
+	for _, seen := range f.requests {
 		if strings.HasPrefix(seen, resource+"?") && strings.Contains(seen, text) {
 			n++
 		}
@@ -98,8 +98,8 @@ func (f *faults) requests(resource, text string) (n int) {
 
 func resourceOf(r *http.Request) string { return r.URL.Path[strings.LastIndexByte(r.URL.Path, '/')+1:] }
 
-func withFaults(config *rest.Config) *faults {
-	f := &faults{}
+func injectFaults(config *rest.Config) *faultInjector {
+	f := &faultInjector{}
 	config.Wrap(func(next http.RoundTripper) http.RoundTripper {
 		f.next = next
 		return f
@@ -110,17 +110,17 @@ func withFaults(config *rest.Config) *faults {
 // TestLateList says that nothing is delivered while a list is late that is needed.
 func TestLateList(t *testing.T) {
 	t.Parallel()
-	client := admin(t)
+	client := adminClient(t)
 	for _, late := range []string{"services", "endpointslices"} {
 		t.Run(late, func(t *testing.T) {
 			t.Parallel()
-			ns := namespace(t, client)
+			ns := createNamespace(t, client)
 			must[*corev1.Service](t)(client.CoreV1().Services(ns).Create(t.Context(), newService("web"), metav1.CreateOptions{}))
 			must[*discoveryv1.EndpointSlice](t)(client.DiscoveryV1().EndpointSlices(ns).Create(t.Context(), newSlice("web-1", "web", "10.0.0.1"), metav1.CreateOptions{}))
 			config := cluster.Config()
-			f := withFaults(config)
+			f := injectFaults(config)
 			release := make(chan struct{})
-			f.set(func(r *http.Request) (*http.Response, error) {
+			f.setRule(func(r *http.Request) (*http.Response, error) {
 				if resourceOf(r) == late {
 					select {
 					case <-release:
@@ -130,15 +130,15 @@ func TestLateList(t *testing.T) {
 				}
 				return nil, nil
 			})
-			var log record
-			r := follow(t, ns, apiserver.Options{Config: config, Logger: log.logger()})
+			var log logRecorder
+			r := startSource(t, ns, apiserver.Options{Config: config, Logger: log.logger()})
 			log.waitFor(t, `missing=[`+late+`]`, 1)
 			log.waitFor(t, "nothing new is programmed", 1)
 			if n := r.count(); n != 0 {
 				t.Errorf("%d Deltas without the list of %s", n, late)
 			}
 			close(release)
-			r.wait(t, "first Delta", delivered)
+			r.waitFor(t, "first Delta", hasFirstDelta)
 			if d := r.deltas[0]; len(d.Services) != 1 || len(d.EndpointSlices) != 1 {
 				t.Errorf("first Delta has %d Services and %d EndpointSlices, want all", len(d.Services), len(d.EndpointSlices))
 			}
@@ -146,14 +146,14 @@ func TestLateList(t *testing.T) {
 	}
 }
 
-// TestWithoutServiceCIDRs says that a server that does not serve ServiceCIDRs, or
+// TestServiceCIDRsUnavailable says that a server that does not serve ServiceCIDRs, or
 // not to us, is good enough.
-func TestWithoutServiceCIDRs(t *testing.T) {
+func TestServiceCIDRsUnavailable(t *testing.T) {
 	t.Parallel()
-	client := admin(t)
+	client := adminClient(t)
 	t.Run("not allowed", func(t *testing.T) {
 		t.Parallel()
-		ns := namespace(t, client)
+		ns := createNamespace(t, client)
 		must[*rbacv1.ClusterRole](t)(client.RbacV1().ClusterRoles().Create(t.Context(), &rbacv1.ClusterRole{
 			ObjectMeta: metav1.ObjectMeta{Name: ns},
 			Rules: []rbacv1.PolicyRule{
@@ -168,44 +168,44 @@ func TestWithoutServiceCIDRs(t *testing.T) {
 		}, metav1.CreateOptions{}))
 		config := cluster.Config()
 		config.Impersonate.UserName = ns
-		f := withFaults(config)
-		var log record
-		r := follow(t, ns, apiserver.Options{Config: config, Logger: log.logger()})
+		f := injectFaults(config)
+		var log logRecorder
+		r := startSource(t, ns, apiserver.Options{Config: config, Logger: log.logger()})
 		// The roles may take a moment to be believed.
-		r.wait(t, "first Delta", delivered)
+		r.waitFor(t, "first Delta", hasFirstDelta)
 		log.waitFor(t, "ServiceCIDRs can't be read", 1)
-		if n := f.requests("servicecidrs", ""); n > 2 {
+		if n := f.countRequests("servicecidrs", ""); n > 2 {
 			t.Errorf("asked %d times for ServiceCIDRs, want one stream and one list", n)
 		}
 		must[*corev1.Service](t)(client.CoreV1().Services(ns).Create(t.Context(), newService("web"), metav1.CreateOptions{}))
-		r.wait(t, "a Service", func(r *receiver) bool { return r.services["web"] != nil })
+		r.waitFor(t, "a Service", func(r *receiver) bool { return r.services["web"] != nil })
 	})
 	t.Run("not served", func(t *testing.T) {
 		t.Parallel()
 		config := cluster.Config()
-		withFaults(config).set(func(r *http.Request) (*http.Response, error) {
+		injectFaults(config).setRule(func(r *http.Request) (*http.Response, error) {
 			if resourceOf(r) != "servicecidrs" {
 				return nil, nil
 			}
-			return answer(r, http.StatusNotFound, "404 page not found\n"), nil
+			return newResponse(r, http.StatusNotFound, "404 page not found\n"), nil
 		})
-		var log record
-		r := follow(t, "none", apiserver.Options{Config: config, Logger: log.logger()})
-		r.wait(t, "first Delta", delivered)
+		var log logRecorder
+		r := startSource(t, "none", apiserver.Options{Config: config, Logger: log.logger()})
+		r.waitFor(t, "first Delta", hasFirstDelta)
 		log.waitFor(t, "ServiceCIDRs can't be read", 1)
 	})
 }
 
-// TestNotAllowed says that the operator learns what right is missing, once.
-func TestNotAllowed(t *testing.T) {
+// TestForbidden says that the operator learns what right is missing, once.
+func TestForbidden(t *testing.T) {
 	t.Parallel()
 	config := cluster.Config()
 	config.Impersonate.UserName = "nobody"
-	f := withFaults(config)
-	var log record
-	r := follow(t, "none", apiserver.Options{Config: config, Logger: log.logger()})
+	f := injectFaults(config)
+	var log logRecorder
+	r := startSource(t, "none", apiserver.Options{Config: config, Logger: log.logger()})
 	log.waitFor(t, "resource=services", 1)
-	for deadline := time.Now().Add(30 * time.Second); f.requests("services", "") < 6 && time.Now().Before(deadline); {
+	for deadline := time.Now().Add(30 * time.Second); f.countRequests("services", "") < 6 && time.Now().Before(deadline); {
 		time.Sleep(10 * time.Millisecond)
 	}
 	log.waitFor(t, "resource=services", 1)
@@ -214,43 +214,43 @@ func TestNotAllowed(t *testing.T) {
 	}
 }
 
-// TestOldServer says that a server without streamed lists is listed.
-func TestOldServer(t *testing.T) {
+// TestListWithoutStreaming says that a server without streamed lists is listed.
+func TestListWithoutStreaming(t *testing.T) {
 	t.Parallel()
-	client := admin(t)
-	ns := namespace(t, client)
+	client := adminClient(t)
+	ns := createNamespace(t, client)
 	must[*corev1.Service](t)(client.CoreV1().Services(ns).Create(t.Context(), newService("web"), metav1.CreateOptions{}))
 	config := cluster.Config()
-	withFaults(config).set(func(r *http.Request) (*http.Response, error) {
+	injectFaults(config).setRule(func(r *http.Request) (*http.Response, error) {
 		if r.URL.Query().Get("sendInitialEvents") == "" {
 			return nil, nil
 		}
-		return answer(r, http.StatusUnprocessableEntity, `{"kind":"Status","apiVersion":"v1","status":"Failure","reason":"Invalid","code":422,`+
+		return newResponse(r, http.StatusUnprocessableEntity, `{"kind":"Status","apiVersion":"v1","status":"Failure","reason":"Invalid","code":422,`+
 			`"message":"sendInitialEvents is forbidden for watch unless the WatchList feature gate is enabled"}`), nil
 	})
-	var log record
-	r := follow(t, ns, apiserver.Options{Config: config, Logger: log.logger()})
-	r.wait(t, "first Delta", delivered)
+	var log logRecorder
+	r := startSource(t, ns, apiserver.Options{Config: config, Logger: log.logger()})
+	r.waitFor(t, "first Delta", hasFirstDelta)
 	if svc := r.services["web"]; svc == nil || svc.ManagedFields != nil {
 		t.Errorf("Service %v, want a trimmed one", svc)
 	}
 	if err := client.CoreV1().Services(ns).Delete(t.Context(), "web", metav1.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	r.wait(t, "the Service goes", func(r *receiver) bool { return r.services["web"] == nil })
+	r.waitFor(t, "the Service goes", func(r *receiver) bool { return r.services["web"] == nil })
 	log.waitFor(t, "level=", 0)
 }
 
-// TestRestart restarts the API server, so it does not run in parallel.
-func TestRestart(t *testing.T) {
-	client := admin(t)
-	ns := namespace(t, client)
+// TestAPIServerRestart restarts the API server, so it does not run in parallel.
+func TestAPIServerRestart(t *testing.T) {
+	client := adminClient(t)
+	ns := createNamespace(t, client)
 	svcs, ctx := client.CoreV1().Services(ns), t.Context()
 	must[*corev1.Service](t)(svcs.Create(ctx, newService("web"), metav1.CreateOptions{}))
 	must[*corev1.Service](t)(svcs.Create(ctx, newService("stays"), metav1.CreateOptions{}))
-	var log record
-	r := follow(t, ns, apiserver.Options{Logger: log.logger()})
-	r.wait(t, "first Delta", delivered)
+	var log logRecorder
+	r := startSource(t, ns, apiserver.Options{Logger: log.logger()})
+	r.waitFor(t, "first Delta", hasFirstDelta)
 
 	before := r.count()
 	if err := cluster.StopAPIServer(); err != nil {
@@ -267,7 +267,7 @@ func TestRestart(t *testing.T) {
 	if err := svcs.Delete(ctx, "web", metav1.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	r.wait(t, "what has changed", func(r *receiver) bool { return r.services["new"] != nil && r.services["web"] == nil })
+	r.waitFor(t, "what has changed", func(r *receiver) bool { return r.services["new"] != nil && r.services["web"] == nil })
 	log.waitFor(t, "API server is back", 1)
 	log.waitFor(t, "API server can't be reached", 1)
 	r.mu.Lock()
@@ -287,8 +287,8 @@ func TestRestart(t *testing.T) {
 // TestExpiredWatch has the API server forget what happened while the Source was
 // cut off, so it does not run in parallel.
 func TestExpiredWatch(t *testing.T) {
-	client := admin(t)
-	ns := namespace(t, client)
+	client := adminClient(t)
+	ns := createNamespace(t, client)
 	svcs, ctx := client.CoreV1().Services(ns), t.Context()
 	for _, name := range []string{"goes", "stays", "changes", "replaced"} {
 		must[*corev1.Service](t)(svcs.Create(ctx, newService(name), metav1.CreateOptions{}))
@@ -310,10 +310,10 @@ func TestExpiredWatch(t *testing.T) {
 		conns[conn] = struct{}{}
 		return conn, nil
 	}
-	f := withFaults(config)
-	var log record
-	r := follow(t, ns, apiserver.Options{Config: config, Logger: log.logger()})
-	r.wait(t, "first Delta", delivered)
+	f := injectFaults(config)
+	var log logRecorder
+	r := startSource(t, ns, apiserver.Options{Config: config, Logger: log.logger()})
+	r.waitFor(t, "first Delta", hasFirstDelta)
 	old := r.services["replaced"].UID
 
 	cut.Lock()
@@ -345,14 +345,14 @@ func TestExpiredWatch(t *testing.T) {
 	if n := r.count() - before; n != 0 {
 		t.Errorf("%d Deltas while cut off", n)
 	}
-	lists := f.requests("services", "sendInitialEvents=true")
+	lists := f.countRequests("services", "sendInitialEvents=true")
 	cut.Lock()
 	down = false
 	cut.Unlock()
-	r.wait(t, "what has changed", func(r *receiver) bool {
+	r.waitFor(t, "what has changed", func(r *receiver) bool {
 		return r.services["goes"] == nil && r.services["changes"].Spec.Ports[0].Port == 81 && r.services["replaced"].UID != old
 	})
-	if f.requests("services", "sendInitialEvents=true") == lists {
+	if f.countRequests("services", "sendInitialEvents=true") == lists {
 		t.Error("the list was not read again, so the watch had not expired")
 	}
 	r.mu.Lock()
@@ -366,29 +366,29 @@ func TestExpiredWatch(t *testing.T) {
 	}
 }
 
-// TestGone has the server end a watch with 410 Gone inside of the stream, as it
+// TestWatchGone has the server end a watch with 410 Gone inside of the stream, as it
 // does when a watch is too far behind.
-func TestGone(t *testing.T) {
+func TestWatchGone(t *testing.T) {
 	t.Parallel()
-	client := admin(t)
-	ns := namespace(t, client)
+	client := adminClient(t)
+	ns := createNamespace(t, client)
 	must[*corev1.Service](t)(client.CoreV1().Services(ns).Create(t.Context(), newService("web"), metav1.CreateOptions{}))
 	config := cluster.Config()
-	f := withFaults(config)
+	f := injectFaults(config)
 	var once sync.Once
-	f.set(func(r *http.Request) (response *http.Response, err error) {
+	f.setRule(func(r *http.Request) (response *http.Response, err error) {
 		if resourceOf(r) != "services" {
 			return nil, nil
 		}
 		once.Do(func() {
-			response = answer(r, http.StatusOK, `{"type":"ERROR","object":{"kind":"Status","apiVersion":"v1","status":"Failure",`+
+			response = newResponse(r, http.StatusOK, `{"type":"ERROR","object":{"kind":"Status","apiVersion":"v1","status":"Failure",`+
 				`"reason":"Expired","code":410,"message":"too old resource version"}}`)
 		})
 		return response, nil
 	})
-	var log record
-	r := follow(t, ns, apiserver.Options{Config: config, Logger: log.logger()})
-	r.wait(t, "first Delta", delivered)
+	var log logRecorder
+	r := startSource(t, ns, apiserver.Options{Config: config, Logger: log.logger()})
+	r.waitFor(t, "first Delta", hasFirstDelta)
 	if len(r.deltas[0].Services) != 1 {
 		t.Errorf("first Delta has %d Services, want 1", len(r.deltas[0].Services))
 	}

@@ -30,61 +30,61 @@ func recoveries() []recovery {
 // progress counts what arrives of one kind, and remembers what the watch needs to
 // know of its predecessors. A nil progress ignores what it is told.
 type progress struct {
-	kind kind
-	log  *slog.Logger
-	// again has the list made once more after a time.
-	again func(after time.Duration)
+	resource resource
+	log      *slog.Logger
+	// requestRelist has the list made once more after a time.
+	requestRelist func(after time.Duration)
 
-	events atomic.Uint64 // watch events, bookmarks and streamed objects
-	lists  atomic.Uint64 // complete lists
-	// bookmarks says that the server sends bookmarks while nothing changes.
-	bookmarks atomic.Bool
-	// consistent says that the next list must not be older than the request.
-	consistent atomic.Bool
+	events        atomic.Uint64 // watch events, bookmarks and streamed objects
+	completeLists atomic.Uint64 // complete lists
+	// sendsBookmarks says that the server sends bookmarks while nothing changes.
+	sendsBookmarks atomic.Bool
+	// requireConsistent says that the next list must not be older than the request.
+	requireConsistent atomic.Bool
 
 	mu      sync.Mutex
 	version string // everything up to it has arrived
 	// newest is the object with the highest version, and newestVersion that version.
 	newest        types.NamespacedName
 	newestVersion string
-	// known and found, if not empty, are a version of an object and the lower one that
+	// expectedVersion and found, if not empty, are a version of an object and the lower one that
 	// the server has now.
-	known, found string
-	// ends is when the server ends the last watch, or zero.
-	ends time.Time
-	// lost is when requests began to fail, or zero.
-	lost time.Time
-	// unstreamedUntil is when streamed lists are tried again.
-	unstreamedUntil time.Time
-	// hung counts the requests in a row that did not make any progress.
-	hung       int
-	recoveries map[recovery]uint64
+	expectedVersion, foundVersion string
+	// watchEnds is when the server ends the last watch, or zero.
+	watchEnds time.Time
+	// failingSince is when requests began to fail, or zero.
+	failingSince time.Time
+	// streamingDisabledUntil is when streamed lists are tried again.
+	streamingDisabledUntil time.Time
+	// silentRequests counts the requests in a row that did not make any progress.
+	silentRequests int
+	recoveries     map[recovery]uint64
 }
 
-func (p *progress) event() {
+func (p *progress) countEvent() {
 	if p != nil {
 		p.events.Add(1)
 	}
 }
 
-// bookmark takes the version of a bookmark.
-func (p *progress) bookmark(version string) {
+// onBookmark takes the version of a bookmark.
+func (p *progress) onBookmark(version string) {
 	if p == nil {
 		return
 	}
-	p.event()
-	p.bookmarks.Store(true)
+	p.countEvent()
+	p.sendsBookmarks.Store(true)
 	p.mu.Lock()
 	back := isBefore(version, p.version)
 	p.mu.Unlock()
 	if back {
-		p.consistent.Store(true)
-		p.again(0)
+		p.requireConsistent.Store(true)
+		p.requestRelist(0)
 	}
 }
 
-// reached takes the version up to which everything has arrived.
-func (p *progress) reached(version string) {
+// setVersion takes the version up to which everything has arrived.
+func (p *progress) setVersion(version string) {
 	if p == nil {
 		return
 	}
@@ -95,8 +95,8 @@ func (p *progress) reached(version string) {
 	}
 }
 
-// replaced takes the version of a complete list.
-func (p *progress) replaced(version string) {
+// onReplace takes the version of a complete list.
+func (p *progress) onReplace(version string) {
 	if p == nil {
 		return
 	}
@@ -106,27 +106,27 @@ func (p *progress) replaced(version string) {
 	if version != "" {
 		p.version = version
 	}
-	p.hung = 0
+	p.silentRequests = 0
 	p.newest, p.newestVersion = types.NamespacedName{}, ""
 	now := version
-	if p.found != "" {
-		back, before, now = true, p.known, p.found
-		p.known, p.found = "", ""
+	if p.foundVersion != "" {
+		back, before, now = true, p.expectedVersion, p.foundVersion
+		p.expectedVersion, p.foundVersion = "", ""
 	}
 	if back {
-		p.count(recoveryBackwards)
+		p.countRecoveryLocked(recoveryBackwards)
 	}
 	p.mu.Unlock()
-	p.consistent.Store(false)
-	p.lists.Add(1)
+	p.requireConsistent.Store(false)
+	p.completeLists.Add(1)
 	if back {
 		p.log.Warn("resource versions of the API server went backwards, as after a restore of etcd from a backup; "+
-			"what the API server has now is programmed", "resource", string(p.kind), "before", before, "now", now)
+			"what the API server has now is programmed", "resource", string(p.resource), "before", before, "now", now)
 	}
 }
 
-// changed notes the version of an object.
-func (p *progress) changed(name types.NamespacedName, version string) {
+// onObjectChange notes the version of an object.
+func (p *progress) onObjectChange(name types.NamespacedName, version string) {
 	if p == nil {
 		return
 	}
@@ -144,11 +144,11 @@ func (p *progress) newestObject() (name types.NamespacedName, version string) {
 	return p.newest, p.newestVersion
 }
 
-// foundLower notes that an object has a lower version than is known.
-func (p *progress) foundLower(known, found string) {
+// recordLowerVersion notes that an object has a lower version than is known.
+func (p *progress) recordLowerVersion(known, found string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.known, p.found = known, found
+	p.expectedVersion, p.foundVersion = known, found
 }
 
 // isBefore reports whether a is a lower version than b. Versions that are no
@@ -158,26 +158,26 @@ func isBefore(a, b string) bool {
 	return err == nil && order < 0
 }
 
-// count is for those who hold the lock.
-func (p *progress) count(r recovery) {
+// countRecoveryLocked is for those who hold the lock.
+func (p *progress) countRecoveryLocked(r recovery) {
 	if p.recoveries == nil {
 		p.recoveries = map[recovery]uint64{}
 	}
 	p.recoveries[r]++
 }
 
-// begin notes that a watch is requested, which the server ends after timeout
+// beginWatch notes that a watch is requested, which the server ends after timeout
 // seconds. It reports whether the watch before has ended early, and whether
 // requests have failed for long.
-func (p *progress) begin(timeout *int64) (early, away bool) {
+func (p *progress) beginWatch(timeout *int64) (early, away bool) {
 	now := time.Now()
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	early = !p.ends.IsZero() && now.Before(p.ends)
-	away = !p.lost.IsZero() && now.Sub(p.lost) > awayLimit
-	p.ends = time.Time{}
+	early = !p.watchEnds.IsZero() && now.Before(p.watchEnds)
+	away = !p.failingSince.IsZero() && now.Sub(p.failingSince) > longOutageAfter
+	p.watchEnds = time.Time{}
 	if timeout != nil {
-		p.ends = now.Add(time.Duration(*timeout)*time.Second - earlyMargin)
+		p.watchEnds = now.Add(time.Duration(*timeout)*time.Second - earlyMargin)
 	}
 	return early, away
 }
@@ -185,59 +185,59 @@ func (p *progress) begin(timeout *int64) (early, away bool) {
 // earlyMargin is how much earlier than asked for a server may end a watch.
 const earlyMargin = 10 * time.Second
 
-// answered notes whether a request failed.
-func (p *progress) answered(ok bool) {
+// recordResponse notes whether a request failed.
+func (p *progress) recordResponse(ok bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	switch {
 	case ok:
-		p.lost = time.Time{}
-	case p.lost.IsZero():
-		p.lost = time.Now()
-		p.bookmarks.Store(false) // The server that answers next may not send any.
+		p.failingSince = time.Time{}
+	case p.failingSince.IsZero():
+		p.failingSince = time.Now()
+		p.sendsBookmarks.Store(false) // The server that answers next may not send any.
 	}
 }
 
-// avoidsStreams reports whether lists are not to be streamed now.
-func (p *progress) avoidsStreams() bool {
+// streamingDisabled reports whether lists are not to be streamed now.
+func (p *progress) streamingDisabled() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return time.Now().Before(p.unstreamedUntil)
+	return time.Now().Before(p.streamingDisabledUntil)
 }
 
-// unfinished notes that a streamed list was not finished in time.
-func (p *progress) unfinished(now time.Time) {
+// disableStreaming notes that a streamed list was not finished in time.
+func (p *progress) disableStreaming(now time.Time) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.unstreamedUntil = now.Add(unstreamedFor)
-	p.count(recoveryUnfinished)
+	p.streamingDisabledUntil = now.Add(streamingDisabledFor)
+	p.countRecoveryLocked(recoveryUnfinished)
 }
 
-// moved notes that something has arrived.
-func (p *progress) moved() {
+// recordProgress notes that something has arrived.
+func (p *progress) recordProgress() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.hung = 0
+	p.silentRequests = 0
 }
 
-// silent notes that a request made no progress, and whether that was unexpected. It
+// recordSilence notes that a request made no progress, and whether that was unexpected. It
 // returns how many of them there were in a row.
-func (p *progress) silent(unexpected bool) int {
+func (p *progress) recordSilence(unexpected bool) int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.hung++
+	p.silentRequests++
 	if unexpected {
-		p.count(recoverySilent)
+		p.countRecoveryLocked(recoverySilent)
 	} else {
-		p.ends = time.Time{} // The end of the watch does not tell anything of the server.
+		p.watchEnds = time.Time{} // The end of the watch does not tell anything of the server.
 	}
-	return p.hung
+	return p.silentRequests
 }
 
-// listed notes that there is a list, so that there is nothing to verify of the
+// onList notes that there is a list, so that there is nothing to verify of the
 // watches before.
-func (p *progress) listed() {
+func (p *progress) onList() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.ends = time.Time{}
+	p.watchEnds = time.Time{}
 }

@@ -25,11 +25,11 @@ import (
 )
 
 const (
-	// refusedRetryMin and refusedRetryMax are how long after a refusal
+	// deniedRetryMin and deniedRetryMax are how long after a refusal
 	// ServiceCIDRs are asked for again. The first time may be soon: an API
 	// server that starts can refuse what it allows a moment later.
-	refusedRetryMin = 30 * time.Second
-	refusedRetryMax = 10 * time.Minute
+	deniedRetryMin = 30 * time.Second
+	deniedRetryMax = 10 * time.Minute
 
 	verbList  = "list"
 	verbWatch = "watch"
@@ -55,7 +55,7 @@ type Options struct {
 	// Programmed, if not nil, returns the names of the Services for which an earlier
 	// run of the program has left endpoints in the kernel. The first list of each kind
 	// is compared with them. It is called at most once for each kind, and may block.
-	Programmed func() map[types.NamespacedName]struct{}
+	ProgrammedServices func() map[types.NamespacedName]struct{}
 	// OnMassRemoval, if not nil, is called when removals begin to be held, with the
 	// resource and how many of its objects are affected. It must not block.
 	OnMassRemoval func(resource string, removed, before int)
@@ -66,16 +66,16 @@ type Options struct {
 
 // Source follows the objects of an API server.
 type Source struct {
-	nodeName string
-	log      *slog.Logger
-	clients  clients
-	trimmer  *trimmer
-	box      *mailbox
-	contact  *contact
-	synced   atomic.Bool
-	lists    underWay
-	followed []*list
-	conns    *connrotation.ConnectionTracker
+	nodeName   string
+	log        *slog.Logger
+	clients    clients
+	trimmer    *trimmer
+	queue      *deltaQueue
+	connection *connectionState
+	synced     atomic.Bool
+	inFlight   requestTracker
+	reflectors []*resourceReflector
+	conns      *connrotation.ConnectionTracker
 }
 
 // New returns a Source. It starts nothing and does not speak to the server. The
@@ -85,36 +85,36 @@ func New(opts Options) (*Source, error) {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	box := newMailbox()
+	box := newDeltaQueue()
 	conns := connrotation.NewConnectionTracker()
-	config := tracked(newPace(opts.BatchPeriod, box.following).config(opts.Config), conns)
-	clients, err := newClients(config, opts.Version, services.group(), endpointSlices.group(), serviceCIDRs.group())
+	config := trackConnections(newReadBatcher(opts.BatchPeriod, box.watchingOnly).wrapConfig(opts.Config), conns)
+	clients, err := newClients(config, opts.Version, services.groupVersion(), endpointSlices.groupVersion(), serviceCIDRs.groupVersion())
 	if err != nil {
 		return nil, err
 	}
 	s := &Source{
-		nodeName: opts.NodeName,
-		log:      log,
-		clients:  clients,
-		trimmer:  newTrimmer(),
-		box:      box,
-		contact:  newContact(log, credentials(opts.Config)),
-		conns:    conns,
+		nodeName:   opts.NodeName,
+		log:        log,
+		clients:    clients,
+		trimmer:    newTrimmer(),
+		queue:      box,
+		connection: newConnectionState(log, describeCredentials(opts.Config)),
+		conns:      conns,
 	}
-	s.followed = s.kinds(opts)
+	s.reflectors = s.newReflectors(opts)
 	return s, nil
 }
 
-// tracked returns a configuration whose connections can be closed all at once.
-func tracked(config *rest.Config, conns *connrotation.ConnectionTracker) *rest.Config {
+// trackConnections returns a configuration whose connections can be closed all at once.
+func trackConnections(config *rest.Config, conns *connrotation.ConnectionTracker) *rest.Config {
 	config = rest.CopyConfig(config)
-	config.Dial = connrotation.NewDialerWithTracker(connrotation.DialFunc(dialer(config)), conns).DialContext
+	config.Dial = connrotation.NewDialerWithTracker(connrotation.DialFunc(baseDial(config)), conns).DialContext
 	return config
 }
 
-// disconnect closes all connections to the API server, so that others are made:
+// closeConnections closes all connections to the API server, so that others are made:
 // something on the way may answer pings and pass nothing on.
-func (s *Source) disconnect() { s.conns.CloseAll() }
+func (s *Source) closeConnections() { s.conns.CloseAll() }
 
 // Run delivers everything there is, and then each change. It blocks until ctx is
 // done, and then returns nil: whatever is wrong with the API server, it tries
@@ -126,36 +126,36 @@ func (s *Source) disconnect() { s.conns.CloseAll() }
 // be empty. Changes that arrive while deliver is busy gather and
 // come in one Delta, which has the last of each name.
 func (s *Source) Run(ctx context.Context, deliver func(kube.Delta)) error {
-	ctx, cancel := context.WithCancel(logr.NewContext(ctx, logr.FromSlogHandler(demoted{s.log.Handler()})))
+	ctx, cancel := context.WithCancel(logr.NewContext(ctx, logr.FromSlogHandler(demotingHandler{s.log.Handler()})))
 	var reflectors sync.WaitGroup
 	defer func() {
 		cancel()
 		reflectors.Wait()
-		s.lists.end()
+		s.inFlight.closeAndWait()
 	}()
-	for _, k := range s.followed {
+	for _, k := range s.reflectors {
 		reflectors.Go(func() { k.follow(ctx) })
 	}
-	reminder, optional := newReminder(), &optional{Timer: newReminder().Timer}
+	reminder, optional := newReminder(), &optionalListTimer{Timer: newReminder().Timer}
 	defer reminder.Stop()
 	defer optional.Stop()
-	reminder.begin(0)
+	reminder.start(0)
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-reminder.C:
-			s.remind(ctx, reminder)
-		case <-s.contact.trouble:
-			reminder.begin(1)
+			s.logProblems(ctx, reminder)
+		case <-s.connection.failureBegan:
+			reminder.start(1)
 		case <-optional.C:
-			s.proceed(ctx, optional)
-		case <-s.box.wake:
-			if d, ok := s.box.take(); ok {
+			s.skipLateLists(ctx, optional)
+		case <-s.queue.wake:
+			if d, ok := s.queue.pop(); ok {
 				deliver(d)
 				s.synced.Store(true)
-			} else if missing := s.box.late(); len(missing) > 0 {
-				optional.begin(missing)
+			} else if missing := s.queue.missingLists(); len(missing) > 0 {
+				optional.start(missing)
 			}
 		}
 	}
@@ -165,103 +165,103 @@ func (s *Source) Run(ctx context.Context, deliver func(kube.Delta)) error {
 // the API server is away.
 func (s *Source) Synced() bool { return s.synced.Load() }
 
-// underWay has the lists that are being read: a reflector that is told to stop
+// requestTracker has the lists that are being read: a reflector that is told to stop
 // leaves its own behind.
-type underWay struct {
+type requestTracker struct {
 	sync.WaitGroup
-	mu    sync.Mutex
-	ended bool
+	mu     sync.Mutex
+	closed bool
 }
 
-// begin reports whether a list may begin. Done says that it has ended.
-func (u *underWay) begin() bool {
+// tryAdd reports whether a list may begin. Done says that it has ended.
+func (u *requestTracker) tryAdd() bool {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	if !u.ended {
+	if !u.closed {
 		u.Add(1)
 	}
-	return !u.ended
+	return !u.closed
 }
 
-// end waits for what is under way. Nothing begins after that.
-func (u *underWay) end() {
+// closeAndWait waits for what is under way. Nothing begins after that.
+func (u *requestTracker) closeAndWait() {
 	u.mu.Lock()
-	u.ended = true
+	u.closed = true
 	u.mu.Unlock()
 	u.Wait()
 }
 
-// list is one kind of objects to follow.
-type list struct {
-	kind     kind
-	item     runtime.Object
-	empty    func() runtime.Object
-	store    cache.TransformingStore
-	src      *Source
-	progress *progress
-	guard    *guard // nil for kinds whose removals are not held
-	// again has an element when the list is to be made once more.
-	again chan struct{}
+// resourceReflector is one kind of objects to follow.
+type resourceReflector struct {
+	resource     resource
+	expectedType runtime.Object
+	newList      func() runtime.Object
+	store        cache.TransformingStore
+	source       *Source
+	progress     *progress
+	hold         *removalHold // nil for kinds whose removals are not held
+	// relistRequests has an element when the list is to be made once more.
+	relistRequests chan struct{}
 	// refused, if not nil, is told that the server does not serve the kind, or
 	// not to us: then there is nothing to wait for. watched is told that it does.
-	refused func(error)
-	watched func()
+	onDenied  func(error)
+	onWatched func()
 }
 
-// listOnceMore has the list made once more after a time.
-func (l *list) listOnceMore(after time.Duration) {
+// requestRelist has the list made once more after a time.
+func (l *resourceReflector) requestRelist(after time.Duration) {
 	time.AfterFunc(after, func() {
 		select {
-		case l.again <- struct{}{}:
+		case l.relistRequests <- struct{}{}:
 		default:
 		}
 	})
 }
 
-// newList returns a list that is to be given a store.
-func (s *Source) newList(k kind, item runtime.Object, empty func() runtime.Object) *list {
-	l := &list{kind: k, item: item, empty: empty, src: s, again: make(chan struct{}, 1)}
-	l.progress = &progress{kind: k, log: s.log, again: l.listOnceMore}
+// newReflector returns a list that is to be given a store.
+func (s *Source) newReflector(k resource, item runtime.Object, empty func() runtime.Object) *resourceReflector {
+	l := &resourceReflector{resource: k, expectedType: item, newList: empty, source: s, relistRequests: make(chan struct{}, 1)}
+	l.progress = &progress{resource: k, log: s.log, requestRelist: l.requestRelist}
 	return l
 }
 
-// guarded has the removals of a list held if they are many.
-func (l *list) guarded(opts Options) {
-	l.guard = &guard{
-		kind: l.kind, delay: opts.MassRemovalDelay, log: l.src.log, again: l.listOnceMore,
-		programmed: opts.Programmed, onHold: opts.OnMassRemoval,
+// enableRemovalHold has the removals of a list held if they are many.
+func (l *resourceReflector) enableRemovalHold(opts Options) {
+	l.hold = &removalHold{
+		resource: l.resource, delay: opts.MassRemovalDelay, log: l.source.log, requestRelist: l.requestRelist,
+		programmedServices: opts.ProgrammedServices, onHold: opts.OnMassRemoval,
 	}
 }
 
-func (s *Source) kinds(opts Options) []*list {
-	followedServices := s.newList(services, &corev1.Service{}, func() runtime.Object { return &corev1.ServiceList{} })
-	followedServices.guarded(opts)
-	serviceStore := newStore(services, s.box, func(m *mailbox) gathered[*corev1.Service] { return m.services }, s.trimmer.service, nil)
-	serviceStore.guard, serviceStore.progress = followedServices.guard, followedServices.progress
-	serviceStore.service = func(svc *corev1.Service) (types.NamespacedName, bool) { return nameOf(svc), true }
+func (s *Source) newReflectors(opts Options) []*resourceReflector {
+	followedServices := s.newReflector(services, &corev1.Service{}, func() runtime.Object { return &corev1.ServiceList{} })
+	followedServices.enableRemovalHold(opts)
+	serviceStore := newStore(services, s.queue, func(m *deltaQueue) pendingChanges[*corev1.Service] { return m.services }, s.trimmer.trimService, nil)
+	serviceStore.hold, serviceStore.progress = followedServices.hold, followedServices.progress
+	serviceStore.serviceName = func(svc *corev1.Service) (types.NamespacedName, bool) { return namespacedName(svc), true }
 	followedServices.store = serviceStore
 
-	slices := s.newList(endpointSlices, &discoveryv1.EndpointSlice{}, func() runtime.Object { return &discoveryv1.EndpointSliceList{} })
-	slices.guarded(opts)
-	sliceStore := newStore(endpointSlices, s.box,
-		func(m *mailbox) gathered[*discoveryv1.EndpointSlice] { return m.endpointSlices }, s.trimmer.endpointSlice, nil)
-	sliceStore.guard, sliceStore.progress = slices.guard, slices.progress
-	sliceStore.service = serviceOfSlice
+	slices := s.newReflector(endpointSlices, &discoveryv1.EndpointSlice{}, func() runtime.Object { return &discoveryv1.EndpointSliceList{} })
+	slices.enableRemovalHold(opts)
+	sliceStore := newStore(endpointSlices, s.queue,
+		func(m *deltaQueue) pendingChanges[*discoveryv1.EndpointSlice] { return m.endpointSlices }, s.trimmer.trimEndpointSlice, nil)
+	sliceStore.hold, sliceStore.progress = slices.hold, slices.progress
+	sliceStore.serviceName = serviceNameOfSlice
 	slices.store = sliceStore
 
-	node := s.newList(nodes, &corev1.Node{}, func() runtime.Object { return &corev1.NodeList{} })
-	nodeStore := newStore(nodes, s.box, func(m *mailbox) gathered[*corev1.Node] { return m.nodes }, s.trimmer.node, sameNode)
+	node := s.newReflector(nodes, &corev1.Node{}, func() runtime.Object { return &corev1.NodeList{} })
+	nodeStore := newStore(nodes, s.queue, func(m *deltaQueue) pendingChanges[*corev1.Node] { return m.nodes }, s.trimmer.trimNode, sameNode)
 	nodeStore.progress, node.store = node.progress, nodeStore
 
-	cidrs := s.newList(serviceCIDRs, &networkingv1.ServiceCIDR{}, func() runtime.Object { return &networkingv1.ServiceCIDRList{} })
-	cidrStore := newStore(serviceCIDRs, s.box,
-		func(m *mailbox) gathered[*networkingv1.ServiceCIDR] { return m.serviceCIDRs }, s.trimmer.serviceCIDR, nil)
+	cidrs := s.newReflector(serviceCIDRs, &networkingv1.ServiceCIDR{}, func() runtime.Object { return &networkingv1.ServiceCIDRList{} })
+	cidrStore := newStore(serviceCIDRs, s.queue,
+		func(m *deltaQueue) pendingChanges[*networkingv1.ServiceCIDR] { return m.serviceCIDRs }, s.trimmer.trimServiceCIDR, nil)
 	cidrStore.progress, cidrs.store = cidrs.progress, cidrStore
-	return []*list{followedServices, slices, node, cidrs}
+	return []*resourceReflector{followedServices, slices, node, cidrs}
 }
 
-// serviceOfSlice returns the name of the Service that the slice has endpoints for.
-func serviceOfSlice(slice *discoveryv1.EndpointSlice) (types.NamespacedName, bool) {
+// serviceNameOfSlice returns the name of the Service that the slice has endpoints for.
+func serviceNameOfSlice(slice *discoveryv1.EndpointSlice) (types.NamespacedName, bool) {
 	name := slice.Labels[discoveryv1.LabelServiceName]
 	return types.NamespacedName{Namespace: slice.Namespace, Name: name}, name != "" && len(slice.Endpoints) > 0
 }
@@ -275,38 +275,38 @@ func sameNode(a, b *corev1.Node) bool {
 }
 
 // follow keeps the store up to date until ctx is done.
-func (l *list) follow(ctx context.Context) {
-	if l.kind != serviceCIDRs {
-		l.reflect(ctx)
+func (l *resourceReflector) follow(ctx context.Context) {
+	if l.resource != serviceCIDRs {
+		l.listAndWatch(ctx)
 		return
 	}
 	// Clusters older than 1.33 have no ServiceCIDRs, and a role made for
 	// kube-proxy may not allow to read them.
 	told, read := false, false
-	for delay := refusedRetryMin; ; delay = min(2*delay, refusedRetryMax) {
+	for delay := deniedRetryMin; ; delay = min(2*delay, deniedRetryMax) {
 		attemptCtx, cancel := context.WithCancel(ctx)
 		attempt := *l
-		attempt.refused = func(err error) {
+		attempt.onDenied = func(err error) {
 			switch {
 			case told:
 			case read:
-				l.src.log.WarnContext(ctx, "ServiceCIDRs can no longer be read, so what they were stays; "+
+				l.source.log.WarnContext(ctx, "ServiceCIDRs can no longer be read, so what they were stays; "+
 					"allow list and watch of servicecidrs.networking.k8s.io", "error", err)
 			default:
-				l.src.log.InfoContext(ctx, "ServiceCIDRs can't be read, so connections to addresses of no Service are not dropped; "+
+				l.source.log.InfoContext(ctx, "ServiceCIDRs can't be read, so connections to addresses of no Service are not dropped; "+
 					"a cluster since 1.33 serves them to who may list and watch servicecidrs of networking.k8s.io", "error", err)
 			}
 			told = true
-			l.src.box.without(l.kind)
+			l.source.queue.skipList(l.resource)
 			cancel()
 		}
-		attempt.watched = func() {
+		attempt.onWatched = func() {
 			if told {
-				l.src.log.InfoContext(ctx, "ServiceCIDRs can be read now")
+				l.source.log.InfoContext(ctx, "ServiceCIDRs can be read now")
 			}
-			told, read, delay = false, true, refusedRetryMin
+			told, read, delay = false, true, deniedRetryMin
 		}
-		attempt.reflect(attemptCtx)
+		attempt.listAndWatch(attemptCtx)
 		cancel()
 		select {
 		case <-ctx.Done():
@@ -316,28 +316,28 @@ func (l *list) follow(ctx context.Context) {
 	}
 }
 
-// reflect lists and watches until ctx is done.
-func (l *list) reflect(ctx context.Context) {
+// listAndWatch lists and watches until ctx is done.
+func (l *resourceReflector) listAndWatch(ctx context.Context) {
 	logger := logr.FromContextOrDiscard(ctx)
-	backoff := pauses()
+	backoff := retryBackoff()
 	reflector := cache.NewReflectorWithOptions(&cache.ListWatch{
 		ListWithContextFunc:  l.list,
 		WatchFuncWithContext: l.watch,
-	}, l.item, l.store, cache.ReflectorOptions{
-		Name: string(l.kind), Logger: &logger, Backoff: &backoff,
-		Clock: clockUntil{after: func(d time.Duration) <-chan time.Time { return after(ctx, d) }},
+	}, l.expectedType, l.store, cache.ReflectorOptions{
+		Name: string(l.resource), Logger: &logger, Backoff: &backoff,
+		Clock: contextClock{after: func(d time.Duration) <-chan time.Time { return afterOrDone(ctx, d) }},
 	})
 	// As the reflector's own loop, which however hands errors to a function that
 	// is shared by the whole process and makes everybody wait.
 	_ = backoff.DelayWithReset(clock.RealClock{}, 2*time.Minute).Until(ctx, true, true, func(ctx context.Context) (bool, error) {
 		if err := reflector.ListAndWatchWithContext(ctx); err != nil {
-			l.src.log.DebugContext(ctx, "list or watch ended", "resource", string(l.kind), "error", err)
+			l.source.log.DebugContext(ctx, "list or watch ended", "resource", string(l.resource), "error", err)
 		}
 		return false, nil
 	})
 }
 
-// pauses are those between attempts: from 0.8 to 10 seconds, up to twice that by
+// retryBackoff are those between attempts: from 0.8 to 10 seconds, up to twice that by
 // chance, and short again after two minutes without one. They are client-go's but
 // for the longest, which is 60 seconds there: so late would a node learn of
 // endpoints that are gone. When the API server of 5,000 nodes
@@ -345,24 +345,24 @@ func (l *list) reflect(ctx context.Context) {
 // no common step. They are streams from the server's cache, which it admits as it
 // is able to (API Priority and Fairness), and while nobody listens attempts cost it
 // nothing.
-func pauses() wait.Backoff {
+func retryBackoff() wait.Backoff {
 	return wait.Backoff{Duration: 800 * time.Millisecond, Cap: 10 * time.Second, Steps: 10, Factor: 2, Jitter: 1}
 }
 
-// clockUntil is the real clock, but nothing waits on it for longer than there is
+// contextClock is the real clock, but nothing waits on it for longer than there is
 // use: a reflector that streams a list does not look at its context while it
 // pauses after "connection refused" or 429 Too Many Requests.
-type clockUntil struct {
+type contextClock struct {
 	clock.RealClock
 	after func(time.Duration) <-chan time.Time
 }
 
 // After returns a channel that has the time after d, or when it is of no use to
 // wait longer.
-func (c clockUntil) After(d time.Duration) <-chan time.Time { return c.after(d) }
+func (c contextClock) After(d time.Duration) <-chan time.Time { return c.after(d) }
 
-// after returns a channel that has the time after d, or when ctx is done.
-func after(ctx context.Context, d time.Duration) <-chan time.Time {
+// afterOrDone returns a channel that has the time after d, or when ctx is done.
+func afterOrDone(ctx context.Context, d time.Duration) <-chan time.Time {
 	over := make(chan time.Time, 1) // nobody may be there to take it
 	ctx, cancel := context.WithTimeout(ctx, d)
 	context.AfterFunc(ctx, func() {
@@ -372,24 +372,24 @@ func after(ctx context.Context, d time.Duration) <-chan time.Time {
 	return over
 }
 
-func (l *list) request(opts *metav1.ListOptions) *rest.Request {
-	l.kind.narrow(opts, l.src.nodeName)
-	return l.src.clients[l.kind.group()].Get().Resource(string(l.kind)).VersionedParams(opts, metav1.ParameterCodec)
+func (l *resourceReflector) newRequest(opts *metav1.ListOptions) *rest.Request {
+	l.resource.addSelectors(opts, l.source.nodeName)
+	return l.source.clients[l.resource.groupVersion()].Get().Resource(string(l.resource)).VersionedParams(opts, metav1.ParameterCodec)
 }
 
-// heard passes on what the server answered.
-func (l *list) heard(ctx context.Context, verb string, err error) {
+// onResponse passes on what the server answered.
+func (l *resourceReflector) onResponse(ctx context.Context, verb string, err error) {
 	if ctx.Err() != nil {
 		return
 	}
-	l.progress.answered(err == nil || isExpired(err) || refusal(err))
-	if l.refused != nil && refusal(err) {
-		l.src.contact.without(ctx, l.kind, verb, err)
-		l.refused(err)
+	l.progress.recordResponse(err == nil || isExpired(err) || isDenied(err))
+	if l.onDenied != nil && isDenied(err) {
+		l.source.connection.onOptionalDenied(ctx, l.resource, verb, err)
+		l.onDenied(err)
 		return
 	}
-	l.src.contact.heard(ctx, l.kind, verb, err)
-	if l.watched != nil && verb == verbWatch && err == nil {
-		l.watched()
+	l.source.connection.onResponse(ctx, l.resource, verb, err)
+	if l.onWatched != nil && verb == verbWatch && err == nil {
+		l.onWatched()
 	}
 }

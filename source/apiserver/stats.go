@@ -27,11 +27,11 @@ type Failure struct {
 // Stats returns how each list is followed. It may be called from any goroutine and
 // does not block.
 func (s *Source) Stats() []Stats {
-	all := make([]Stats, 0, len(s.followed))
-	for _, l := range s.followed {
+	all := make([]Stats, 0, len(s.reflectors))
+	for _, l := range s.reflectors {
 		stats := Stats{
-			Resource: string(l.kind), Synced: s.box.isSynced(l.kind), HeldRemovals: l.guard.heldObjects(),
-			Failures: s.contact.failed(l.kind), Recoveries: map[string]uint64{},
+			Resource: string(l.resource), Synced: s.queue.isSynced(l.resource), HeldRemovals: l.hold.heldObjects(),
+			Failures: s.connection.countFailures(l.resource), Recoveries: map[string]uint64{},
 		}
 		l.progress.mu.Lock()
 		for _, reason := range recoveries() {

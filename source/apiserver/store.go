@@ -23,32 +23,32 @@ type protobufObject interface {
 // Resource versions are not compared. Two objects can have the same name and
 // version and yet differ, after etcd was restored from a backup.
 type store[T protobufObject] struct {
-	kind    kind
-	box     *mailbox
-	pending func(*mailbox) gathered[T]
-	trim    func(T)
+	resource resource
+	queue    *deltaQueue
+	pending  func(*deltaQueue) pendingChanges[T]
+	trim     func(T)
 	// same, if not nil, says that two trimmed objects differ in nothing that
 	// matters. The last objects are kept then.
-	same func(a, b T) bool
-	// guard delays mass removals; it may be nil.
-	guard *guard
+	equal func(a, b T) bool
+	// hold delays mass removals; it may be nil.
+	hold *removalHold
 	// service, where there is a guard, returns the name of the Service that the
 	// object belongs to, if the kernel can hold something for it.
-	service func(T) (types.NamespacedName, bool)
+	serviceName func(T) (types.NamespacedName, bool)
 	// progress, if not nil, counts what arrives.
 	progress *progress
 
-	known  map[types.NamespacedName]seen[T]
-	listed bool // a list was taken over
-	seed   maphash.Seed
-	buffer []byte
+	fingerprints map[types.NamespacedName]fingerprint[T]
+	synced       bool // a list was taken over
+	seed         maphash.Seed
+	buffer       []byte
 }
 
-// seen is what is known of an object that there is.
-type seen[T any] struct {
-	// content is the hash of the whole trimmed object, and uid that of its UID.
-	content, uid uint64
-	object       T
+// fingerprint is what is known of an object that there is.
+type fingerprint[T any] struct {
+	// contentHash is the hash of the whole trimmed object, and uid that of its UID.
+	contentHash, uidHash uint64
+	object               T
 }
 
 var (
@@ -57,10 +57,10 @@ var (
 	_ cache.ResourceVersionUpdater = (*store[protobufObject])(nil)
 )
 
-func newStore[T protobufObject](k kind, box *mailbox, pending func(*mailbox) gathered[T], trim func(T), same func(a, b T) bool) *store[T] {
+func newStore[T protobufObject](k resource, box *deltaQueue, pending func(*deltaQueue) pendingChanges[T], trim func(T), same func(a, b T) bool) *store[T] {
 	return &store[T]{
-		kind: k, box: box, pending: pending, trim: trim, same: same,
-		known: map[types.NamespacedName]seen[T]{}, seed: maphash.MakeSeed(),
+		resource: k, queue: box, pending: pending, trim: trim, equal: same,
+		fingerprints: map[types.NamespacedName]fingerprint[T]{}, seed: maphash.MakeSeed(),
 	}
 }
 
@@ -73,48 +73,48 @@ func (s *store[T]) Update(object any) error { return s.put(object) }
 func (s *store[T]) put(item any) error {
 	object, ok := item.(T)
 	if !ok {
-		return fmt.Errorf("%s: the API server sent a %T", s.kind, item)
+		return fmt.Errorf("%s: the API server sent a %T", s.resource, item)
 	}
-	s.progress.event()
+	s.progress.countEvent()
 	s.trim(object)
-	s.box.mu.Lock()
-	defer s.box.mu.Unlock()
-	uid := s.uid(object)
-	if before, known := s.known[nameOf(object)]; known && before.uid != uid && s.guard.holds() {
+	s.queue.mu.Lock()
+	defer s.queue.mu.Unlock()
+	uid := s.hashUID(object)
+	if before, known := s.fingerprints[namespacedName(object)]; known && before.uidHash != uid && s.hold.active() {
 		return nil // The removal of the object with the other UID is held.
 	}
 	s.upsert(object, uid)
-	s.box.signal()
+	s.queue.signal()
 	return nil
 }
 
-func nameOf(object metav1.Object) types.NamespacedName {
+func namespacedName(object metav1.Object) types.NamespacedName {
 	return types.NamespacedName{Namespace: object.GetNamespace(), Name: object.GetName()}
 }
 
 // upsert is for those who hold the mailbox's lock.
 func (s *store[T]) upsert(object T, uid uint64) {
-	name := nameOf(object)
-	before, known := s.known[name]
-	content, hashed := s.hash(object)
-	if known && hashed && content == before.content {
+	name := namespacedName(object)
+	before, known := s.fingerprints[name]
+	content, hashed := s.hashContent(object)
+	if known && hashed && content == before.contentHash {
 		return
 	}
-	after := seen[T]{content: content, uid: uid}
-	if s.same != nil {
+	after := fingerprint[T]{contentHash: content, uidHash: uid}
+	if s.equal != nil {
 		after.object = object
 	}
-	s.known[name] = after
-	s.progress.changed(name, object.GetResourceVersion())
-	if known && s.same != nil && s.same(before.object, object) {
+	s.fingerprints[name] = after
+	s.progress.onObjectChange(name, object.GetResourceVersion())
+	if known && s.equal != nil && s.equal(before.object, object) {
 		return
 	}
-	s.pending(s.box).put(name, object, known)
+	s.pending(s.queue).put(name, object, known)
 }
 
-// hash returns the hash of an object with its UID and resource version. It reports
+// hashContent returns the hash of an object with its UID and resource version. It reports
 // false if the object can't be written.
-func (s *store[T]) hash(object T) (uint64, bool) {
+func (s *store[T]) hashContent(object T) (uint64, bool) {
 	size := object.Size()
 	if cap(s.buffer) < size {
 		s.buffer = make([]byte, size, 2*size)
@@ -130,32 +130,32 @@ func (s *store[T]) hash(object T) (uint64, bool) {
 // maxHashBuffer is the size from which a buffer is not kept for the next object.
 const maxHashBuffer = 64 << 10
 
-func (s *store[T]) uid(object T) uint64 { return maphash.String(s.seed, string(object.GetUID())) }
+func (s *store[T]) hashUID(object T) uint64 { return maphash.String(s.seed, string(object.GetUID())) }
 
 // Delete takes over that an object is gone, or is no longer selected.
 func (s *store[T]) Delete(item any) error {
 	object, ok := item.(T)
 	if !ok {
-		return fmt.Errorf("%s: the API server sent a %T", s.kind, item)
+		return fmt.Errorf("%s: the API server sent a %T", s.resource, item)
 	}
-	s.progress.event()
-	s.box.mu.Lock()
-	defer s.box.mu.Unlock()
-	name := nameOf(object)
-	if before, known := s.known[name]; known && before.uid != s.uid(object) && s.guard.holds() {
+	s.progress.countEvent()
+	s.queue.mu.Lock()
+	defer s.queue.mu.Unlock()
+	name := namespacedName(object)
+	if before, known := s.fingerprints[name]; known && before.uidHash != s.hashUID(object) && s.hold.active() {
 		return nil // Another object of the name is gone, and the removal of ours is held.
 	}
 	s.remove(name)
-	s.box.signal()
+	s.queue.signal()
 	return nil
 }
 
 func (s *store[T]) remove(name types.NamespacedName) {
-	if _, known := s.known[name]; !known {
+	if _, known := s.fingerprints[name]; !known {
 		return
 	}
-	delete(s.known, name)
-	s.pending(s.box).drop(name)
+	delete(s.fingerprints, name)
+	s.pending(s.queue).remove(name)
 }
 
 // Replace takes over a complete list. An object whose UID is another one than
@@ -166,23 +166,23 @@ func (s *store[T]) Replace(items []any, version string) error {
 	for _, item := range items {
 		object, ok := item.(T)
 		if !ok {
-			return fmt.Errorf("%s: the API server sent a %T", s.kind, item)
+			return fmt.Errorf("%s: the API server sent a %T", s.resource, item)
 		}
 		s.trim(object)
 		objects = append(objects, object)
 	}
-	s.progress.replaced(version)
-	s.box.mu.Lock()
+	s.progress.onReplace(version)
+	s.queue.mu.Lock()
 	listed := make(map[types.NamespacedName]struct{}, len(objects))
 	var replaced map[types.NamespacedName]struct{}
-	gone := len(s.known)
+	gone := len(s.fingerprints)
 	for _, object := range objects {
-		name := nameOf(object)
+		name := namespacedName(object)
 		listed[name] = struct{}{}
-		before, known := s.known[name]
+		before, known := s.fingerprints[name]
 		switch {
 		case !known:
-		case before.uid == s.uid(object):
+		case before.uidHash == s.hashUID(object):
 			gone--
 		default:
 			if replaced == nil {
@@ -191,49 +191,49 @@ func (s *store[T]) Replace(items []any, version string) error {
 			replaced[name] = struct{}{}
 		}
 	}
-	removal := removal{before: len(s.known), gone: gone, listed: len(objects)}
-	if !s.listed {
+	removal := removal{before: len(s.fingerprints), removed: gone, listed: len(objects)}
+	if !s.synced {
 		removal = s.firstRemoval(objects)
 	}
-	held := s.guard.hold(removal)
+	held := s.hold.decide(removal)
 	for _, object := range objects {
-		if _, other := replaced[nameOf(object)]; !held || !other {
-			s.upsert(object, s.uid(object))
+		if _, other := replaced[namespacedName(object)]; !held || !other {
+			s.upsert(object, s.hashUID(object))
 		}
 	}
 	if !held {
-		for name := range s.known {
+		for name := range s.fingerprints {
 			if _, ok := listed[name]; !ok {
 				s.remove(name)
 			}
 		}
 	}
-	if s.listed = s.listed || !held; s.listed {
+	if s.synced = s.synced || !held; s.synced {
 		// A first list that is held is as good as none.
-		s.box.completed(s.kind)
+		s.queue.completeListLocked(s.resource)
 	}
-	s.box.mu.Unlock()
-	s.guard.report()
+	s.queue.mu.Unlock()
+	s.hold.logDecisions()
 	return nil
 }
 
 // firstRemoval returns what the first list would remove of what an earlier run of
 // the program has left in the kernel.
 func (s *store[T]) firstRemoval(objects []T) removal {
-	programmed := s.guard.takeProgrammed()
+	programmed := s.hold.readProgrammed()
 	r := removal{before: len(programmed), listed: len(objects)}
 	if len(programmed) == 0 {
 		return r
 	}
 	listed := make(map[types.NamespacedName]struct{}, len(objects))
 	for _, object := range objects {
-		if name, ok := s.service(object); ok {
+		if name, ok := s.serviceName(object); ok {
 			listed[name] = struct{}{}
 		}
 	}
 	for name := range programmed {
 		if _, ok := listed[name]; !ok {
-			r.gone++
+			r.removed++
 		}
 	}
 	return r
@@ -244,17 +244,17 @@ func (s *store[T]) Resync() error { return nil }
 
 // Bookmark notes that the API server has nothing else up to the version.
 func (s *store[T]) Bookmark(version string) error {
-	s.progress.bookmark(version)
+	s.progress.onBookmark(version)
 	return nil
 }
 
 // UpdateResourceVersion notes the version up to which everything has arrived.
-func (s *store[T]) UpdateResourceVersion(version string) { s.progress.reached(version) }
+func (s *store[T]) UpdateResourceVersion(version string) { s.progress.setVersion(version) }
 
 // Transformer has objects trimmed while a list is still arriving.
 func (s *store[T]) Transformer() cache.TransformFunc {
 	return func(item any) (any, error) {
-		s.progress.event()
+		s.progress.countEvent()
 		if object, ok := item.(T); ok {
 			s.trim(object)
 		}

@@ -42,44 +42,44 @@ const maxInterned = 1 << 14
 // What it leaves is shared between objects and must not be changed.
 type trimmer struct {
 	labels, annotations []string
-	// since is when the program started: what triggered a slice before says
+	// startedAt is when the program started: what triggered a slice before says
 	// nothing about how long changes take.
-	since time.Time
+	startedAt time.Time
 
 	mu sync.Mutex
-	// texts holds strings, and pointers and hints hold what objects point to. What
+	// strings holds strings, and pointers and hints hold what objects point to. What
 	// is held must never lie within an object: it would keep the whole object, or
 	// the page of a list that it is in.
-	texts    map[string]string
-	pointers map[string]*string
-	hints    map[hint]*discoveryv1.EndpointHints
-	yes, no  bool
+	strings               map[string]string
+	pointers              map[string]*string
+	hints                 map[hintKey]*discoveryv1.EndpointHints
+	trueValue, falseValue bool
 }
 
-// hint is the value of topology hints that name at most one zone and one node, as
+// hintKey is the value of topology hints that name at most one zone and one node, as
 // most do.
-type hint struct {
+type hintKey struct {
 	zone, node       string
 	hasZone, hasNode bool
 }
 
 func newTrimmer() *trimmer {
 	return &trimmer{
-		labels: keptLabels(), annotations: keptAnnotations(), since: time.Now(),
-		texts: map[string]string{}, pointers: map[string]*string{}, hints: map[hint]*discoveryv1.EndpointHints{},
-		yes: true,
+		labels: keptLabels(), annotations: keptAnnotations(), startedAt: time.Now(),
+		strings: map[string]string{}, pointers: map[string]*string{}, hints: map[hintKey]*discoveryv1.EndpointHints{},
+		trueValue: true,
 	}
 }
 
-func (t *trimmer) meta(m *metav1.ObjectMeta) {
+func (t *trimmer) trimMeta(m *metav1.ObjectMeta) {
 	*m = metav1.ObjectMeta{
-		Name: m.Name, Namespace: t.text(m.Namespace), UID: m.UID, ResourceVersion: m.ResourceVersion,
+		Name: m.Name, Namespace: t.intern(m.Namespace), UID: m.UID, ResourceVersion: m.ResourceVersion,
 		CreationTimestamp: m.CreationTimestamp, DeletionTimestamp: m.DeletionTimestamp,
-		Labels: only(m.Labels, t.labels), Annotations: only(m.Annotations, t.annotations),
+		Labels: selectKeys(m.Labels, t.labels), Annotations: selectKeys(m.Annotations, t.annotations),
 	}
 }
 
-func only(from map[string]string, keys []string) map[string]string {
+func selectKeys(from map[string]string, keys []string) map[string]string {
 	var out map[string]string
 	for _, key := range keys {
 		value, ok := from[key]
@@ -94,45 +94,45 @@ func only(from map[string]string, keys []string) map[string]string {
 	return out
 }
 
-func (t *trimmer) service(svc *corev1.Service) {
+func (t *trimmer) trimService(svc *corev1.Service) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.meta(&svc.ObjectMeta)
+	t.trimMeta(&svc.ObjectMeta)
 	svc.TypeMeta = metav1.TypeMeta{}
 	svc.Spec.Selector = nil
 	svc.Status.Conditions = nil
 }
 
-func (t *trimmer) endpointSlice(slice *discoveryv1.EndpointSlice) {
+func (t *trimmer) trimEndpointSlice(slice *discoveryv1.EndpointSlice) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.meta(&slice.ObjectMeta)
+	t.trimMeta(&slice.ObjectMeta)
 	slice.TypeMeta = metav1.TypeMeta{}
-	if at, err := time.Parse(time.RFC3339Nano, slice.Annotations[corev1.EndpointsLastChangeTriggerTime]); err != nil || at.Before(t.since) {
+	if at, err := time.Parse(time.RFC3339Nano, slice.Annotations[corev1.EndpointsLastChangeTriggerTime]); err != nil || at.Before(t.startedAt) {
 		slice.Annotations = nil
 	}
 	// The decoder leaves up to as much room again behind the last element.
 	if cap(slice.Endpoints) > len(slice.Endpoints) {
-		slice.Endpoints = exact(slice.Endpoints)
+		slice.Endpoints = exactCopy(slice.Endpoints)
 	}
 	for i := range slice.Endpoints {
 		ep := &slice.Endpoints[i]
 		ep.Hostname, ep.TargetRef, ep.DeprecatedTopology = nil, nil, nil
-		ep.NodeName, ep.Zone = t.string(ep.NodeName), t.string(ep.Zone)
+		ep.NodeName, ep.Zone = t.internPointer(ep.NodeName), t.internPointer(ep.Zone)
 		c := &ep.Conditions
-		c.Ready, c.Serving, c.Terminating = t.bool(c.Ready), t.bool(c.Serving), t.bool(c.Terminating)
-		ep.Hints = t.hint(ep.Hints)
+		c.Ready, c.Serving, c.Terminating = t.internBool(c.Ready), t.internBool(c.Serving), t.internBool(c.Terminating)
+		ep.Hints = t.internHints(ep.Hints)
 	}
 	for i := range slice.Ports {
 		port := &slice.Ports[i]
-		port.Name, port.AppProtocol = t.string(port.Name), nil
+		port.Name, port.AppProtocol = t.internPointer(port.Name), nil
 	}
 }
 
-func (t *trimmer) node(node *corev1.Node) {
+func (t *trimmer) trimNode(node *corev1.Node) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.meta(&node.ObjectMeta)
+	t.trimMeta(&node.ObjectMeta)
 	*node = corev1.Node{
 		ObjectMeta: node.ObjectMeta,
 		Spec:       corev1.NodeSpec{PodCIDR: node.Spec.PodCIDR, PodCIDRs: node.Spec.PodCIDRs, Taints: node.Spec.Taints},
@@ -140,31 +140,31 @@ func (t *trimmer) node(node *corev1.Node) {
 	}
 }
 
-func (t *trimmer) serviceCIDR(cidr *networkingv1.ServiceCIDR) {
+func (t *trimmer) trimServiceCIDR(cidr *networkingv1.ServiceCIDR) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.meta(&cidr.ObjectMeta)
+	t.trimMeta(&cidr.ObjectMeta)
 	*cidr = networkingv1.ServiceCIDR{ObjectMeta: cidr.ObjectMeta, Spec: cidr.Spec, Status: cidr.Status}
 }
 
-// exact returns a copy with no more room than the allocator gives.
-func exact[T any](s []T) []T { return append(make([]T, 0, len(s)), s...) }
+// exactCopy returns a copy with no more room than the allocator gives.
+func exactCopy[T any](s []T) []T { return append(make([]T, 0, len(s)), s...) }
 
-// text returns the string with the memory of an equal one.
-func (t *trimmer) text(s string) string {
-	shared, ok := t.texts[s]
+// intern returns the string with the memory of an equal one.
+func (t *trimmer) intern(s string) string {
+	shared, ok := t.strings[s]
 	if !ok {
-		if len(t.texts) >= maxInterned {
-			clear(t.texts) // those in use stay where they are used
+		if len(t.strings) >= maxInterned {
+			clear(t.strings) // those in use stay where they are used
 		}
 		shared = strings.Clone(s) // s may be a piece of something larger
-		t.texts[shared] = shared
+		t.strings[shared] = shared
 	}
 	return shared
 }
 
-// string returns a pointer to an equal string.
-func (t *trimmer) string(s *string) *string {
+// internPointer returns a pointer to an equal string.
+func (t *trimmer) internPointer(s *string) *string {
 	if s == nil {
 		return nil
 	}
@@ -173,73 +173,73 @@ func (t *trimmer) string(s *string) *string {
 		if len(t.pointers) >= maxInterned {
 			clear(t.pointers)
 		}
-		text := t.text(*s)
+		text := t.intern(*s)
 		shared = &text
 		t.pointers[text] = shared
 	}
 	return shared
 }
 
-func (t *trimmer) bool(b *bool) *bool {
+func (t *trimmer) internBool(b *bool) *bool {
 	switch {
 	case b == nil:
 		return nil
 	case *b:
-		return &t.yes
+		return &t.trueValue
 	default:
-		return &t.no
+		return &t.falseValue
 	}
 }
 
-func (t *trimmer) hint(h *discoveryv1.EndpointHints) *discoveryv1.EndpointHints {
+func (t *trimmer) internHints(h *discoveryv1.EndpointHints) *discoveryv1.EndpointHints {
 	if h == nil || len(h.ForZones) > 1 || len(h.ForNodes) > 1 {
 		return h
 	}
-	var key hint
+	var key hintKey
 	if len(h.ForZones) == 1 {
-		key.zone, key.hasZone = t.text(h.ForZones[0].Name), true
+		key.zone, key.hasZone = t.intern(h.ForZones[0].Name), true
 	}
 	if len(h.ForNodes) == 1 {
-		key.node, key.hasNode = t.text(h.ForNodes[0].Name), true
+		key.node, key.hasNode = t.intern(h.ForNodes[0].Name), true
 	}
 	shared, ok := t.hints[key]
 	if !ok {
 		if len(t.hints) >= maxInterned {
 			clear(t.hints)
 		}
-		shared = t.newHints(h)
+		shared = t.copyHints(h)
 		t.hints[key] = shared
 	}
 	return shared
 }
 
-// newHints returns a copy of hints that shares nothing with the object they are of.
-func (t *trimmer) newHints(h *discoveryv1.EndpointHints) *discoveryv1.EndpointHints {
+// copyHints returns a copy of hints that shares nothing with the object they are of.
+func (t *trimmer) copyHints(h *discoveryv1.EndpointHints) *discoveryv1.EndpointHints {
 	c := &discoveryv1.EndpointHints{}
 	for _, zone := range h.ForZones {
-		c.ForZones = append(c.ForZones, discoveryv1.ForZone{Name: t.text(zone.Name)})
+		c.ForZones = append(c.ForZones, discoveryv1.ForZone{Name: t.intern(zone.Name)})
 	}
 	for _, node := range h.ForNodes {
-		c.ForNodes = append(c.ForNodes, discoveryv1.ForNode{Name: t.text(node.Name)})
+		c.ForNodes = append(c.ForNodes, discoveryv1.ForNode{Name: t.intern(node.Name)})
 	}
 	return c
 }
 
-// list trims the objects of a page.
-func (t *trimmer) list(page runtime.Object) {
+// trimPage trims the objects of a page.
+func (t *trimmer) trimPage(page runtime.Object) {
 	switch page := page.(type) {
 	case *corev1.ServiceList:
-		each(page.Items, t.service)
+		forEach(page.Items, t.trimService)
 	case *discoveryv1.EndpointSliceList:
-		each(page.Items, t.endpointSlice)
+		forEach(page.Items, t.trimEndpointSlice)
 	case *corev1.NodeList:
-		each(page.Items, t.node)
+		forEach(page.Items, t.trimNode)
 	case *networkingv1.ServiceCIDRList:
-		each(page.Items, t.serviceCIDR)
+		forEach(page.Items, t.trimServiceCIDR)
 	}
 }
 
-func each[T any](items []T, do func(*T)) {
+func forEach[T any](items []T, do func(*T)) {
 	for i := range items {
 		do(&items[i])
 	}

@@ -19,9 +19,9 @@ import (
 	"fairlead.io/fairlead/kube"
 )
 
-// decoded returns a slice as the decoder makes it: nothing is shared, and there is
+// decodedSlice returns a slice as the decoder makes it: nothing is shared, and there is
 // room behind the last endpoint.
-func decoded(endpoints int) *discoveryv1.EndpointSlice {
+func decodedSlice(endpoints int) *discoveryv1.EndpointSlice {
 	text := func(s string) *string { s = string([]byte(s)); return &s }
 	flag := func(b bool) *bool { return &b }
 	slice := &discoveryv1.EndpointSlice{
@@ -75,19 +75,19 @@ func decodedNode() *corev1.Node {
 	}
 }
 
-// TestTrimKeepsMeaning says that what package kube makes of trimmed objects is what
+// TestTrimPreservesConversion says that what package kube makes of trimmed objects is what
 // it makes of whole ones.
-func TestTrimKeepsMeaning(t *testing.T) {
+func TestTrimPreservesConversion(t *testing.T) {
 	t.Parallel()
 	objects := func() kube.Delta {
-		return kube.Delta{Services: []*corev1.Service{decodedService()}, EndpointSlices: []*discoveryv1.EndpointSlice{decoded(5)}, Node: decodedNode()}
+		return kube.Delta{Services: []*corev1.Service{decodedService()}, EndpointSlices: []*discoveryv1.EndpointSlice{decodedSlice(5)}, Node: decodedNode()}
 	}
 	options := kube.Options{NodeName: "node-0", Schedulers: []string{"lc"}}
 	want := kube.NewTracker(options).Apply(objects())
 	trimmed, trim := objects(), newTrimmer()
-	trim.service(trimmed.Services[0])
-	trim.endpointSlice(trimmed.EndpointSlices[0])
-	trim.node(trimmed.Node)
+	trim.trimService(trimmed.Services[0])
+	trim.trimEndpointSlice(trimmed.EndpointSlices[0])
+	trim.trimNode(trimmed.Node)
 	got := kube.NewTracker(options).Apply(trimmed)
 	if len(want.Changes) == 0 {
 		t.Fatal("nothing to compare")
@@ -109,9 +109,9 @@ func TestTrimKeepsMeaning(t *testing.T) {
 func TestTrim(t *testing.T) {
 	t.Parallel()
 	trim := newTrimmer()
-	slice := decoded(3)
-	trim.endpointSlice(slice)
-	want := decoded(3)
+	slice := decodedSlice(3)
+	trim.trimEndpointSlice(slice)
+	want := decodedSlice(3)
 	want.Labels = map[string]string{discoveryv1.LabelServiceName: "web"}
 	want.Annotations = map[string]string{corev1.EndpointsLastChangeTriggerTime: "2999-01-01T00:00:00Z"}
 	want.ManagedFields, want.OwnerReferences, want.Ports[0].AppProtocol = nil, nil, nil
@@ -121,20 +121,20 @@ func TestTrim(t *testing.T) {
 	if diff := cmp.Diff(want, slice); diff != "" {
 		t.Errorf("EndpointSlice (-want +got):\n%s", diff)
 	}
-	old := decoded(1)
+	old := decodedSlice(1)
 	old.Annotations[corev1.EndpointsLastChangeTriggerTime] = "2001-01-01T00:00:00Z"
-	if trim.endpointSlice(old); old.Annotations != nil {
+	if trim.trimEndpointSlice(old); old.Annotations != nil {
 		t.Errorf("a time from before the program started is kept: %v", old.Annotations)
 	}
 	svc, wantService := decodedService(), decodedService()
-	trim.service(svc)
+	trim.trimService(svc)
 	wantService.Labels, wantService.Finalizers, wantService.Generation, wantService.Spec.Selector, wantService.Status.Conditions = nil, nil, 0, nil, nil
 	wantService.Annotations = map[string]string{kube.AnnotationIPVSScheduler: "lc"}
 	if diff := cmp.Diff(wantService, svc); diff != "" {
 		t.Errorf("Service (-want +got):\n%s", diff)
 	}
 	node, wantNode := decodedNode(), decodedNode()
-	trim.node(node)
+	trim.trimNode(node)
 	delete(wantNode.Labels, "x")
 	wantNode.Status.Images = nil
 	if diff := cmp.Diff(wantNode, node); diff != "" {
@@ -142,14 +142,14 @@ func TestTrim(t *testing.T) {
 	}
 }
 
-// TestTrimShares says that strings, flags and hints that are equal are one, across
+// TestTrimInterns says that strings, flags and hints that are equal are one, across
 // objects, and that no room is left behind endpoints.
-func TestTrimShares(t *testing.T) {
+func TestTrimInterns(t *testing.T) {
 	t.Parallel()
 	trim := newTrimmer()
-	a, b := decoded(9), decoded(9)
-	trim.endpointSlice(a)
-	trim.endpointSlice(b)
+	a, b := decodedSlice(9), decodedSlice(9)
+	trim.trimEndpointSlice(a)
+	trim.trimEndpointSlice(b)
 	nodes, hints, flags := map[*string]bool{}, map[*discoveryv1.EndpointHints]bool{}, map[*bool]bool{}
 	for _, slice := range []*discoveryv1.EndpointSlice{a, b} {
 		if spare := cap(slice.Endpoints) - len(slice.Endpoints); spare > 0 {
@@ -168,59 +168,59 @@ func TestTrimShares(t *testing.T) {
 	}
 }
 
-// TestTrimIsBounded says that names that come and go are not held for ever.
-func TestTrimIsBounded(t *testing.T) {
+// TestInternedStringsAreBounded says that names that come and go are not held for ever.
+func TestInternedStringsAreBounded(t *testing.T) {
 	t.Parallel()
 	trim := newTrimmer()
 	for i := range 3 * maxInterned {
 		name := fmt.Sprint(i)
-		if got := *trim.string(&name); got != fmt.Sprint(i) {
+		if got := *trim.internPointer(&name); got != fmt.Sprint(i) {
 			t.Fatalf("%q became %q", fmt.Sprint(i), got)
 		}
-		trim.hint(&discoveryv1.EndpointHints{ForNodes: []discoveryv1.ForNode{{Name: name}}})
+		trim.internHints(&discoveryv1.EndpointHints{ForNodes: []discoveryv1.ForNode{{Name: name}}})
 	}
-	if len(trim.texts) > maxInterned || len(trim.pointers) > maxInterned || len(trim.hints) > maxInterned {
-		t.Errorf("holds %d strings, %d pointers and %d hints", len(trim.texts), len(trim.pointers), len(trim.hints))
+	if len(trim.strings) > maxInterned || len(trim.pointers) > maxInterned || len(trim.hints) > maxInterned {
+		t.Errorf("holds %d strings, %d pointers and %d hints", len(trim.strings), len(trim.pointers), len(trim.hints))
 	}
 }
 
-// TestTrimHoldsNoObject says that what is shared does not keep the object that it
+// TestTrimRetainsNoObject says that what is shared does not keep the object that it
 // came with first, nor the page of the list that the object was in.
-func TestTrimHoldsNoObject(t *testing.T) {
+func TestTrimRetainsNoObject(t *testing.T) {
 	t.Parallel()
 	trim := newTrimmer()
 	// Each is made in a frame of its own, so that nothing but the trimmer can hold it.
 	var held []func() (string, bool)
-	note(&held, "Service", func() *corev1.Service {
+	trackObject(&held, "Service", func() *corev1.Service {
 		page := &corev1.ServiceList{Items: []corev1.Service{*decodedService()}}
-		trim.list(page)
+		trim.trimPage(page)
 		return &page.Items[0]
 	})
 	endpointSlices := func() *discoveryv1.EndpointSliceList {
-		page := &discoveryv1.EndpointSliceList{Items: []discoveryv1.EndpointSlice{*decoded(3)}}
+		page := &discoveryv1.EndpointSliceList{Items: []discoveryv1.EndpointSlice{*decodedSlice(3)}}
 		page.Items[0].Namespace = "of-a-slice"
 		page.Items[0].Endpoints[0].NodeName = &page.Items[0].Name // as a decoder might
-		trim.list(page)
+		trim.trimPage(page)
 		return page
 	}
-	note(&held, "EndpointSlice", func() *discoveryv1.EndpointSlice { return &endpointSlices().Items[0] })
-	note(&held, "endpoint", func() *discoveryv1.Endpoint { return &endpointSlices().Items[0].Endpoints[0] })
-	note(&held, "hints", func() *discoveryv1.EndpointHints {
-		slice := decoded(1)
+	trackObject(&held, "EndpointSlice", func() *discoveryv1.EndpointSlice { return &endpointSlices().Items[0] })
+	trackObject(&held, "endpoint", func() *discoveryv1.Endpoint { return &endpointSlices().Items[0].Endpoints[0] })
+	trackObject(&held, "hints", func() *discoveryv1.EndpointHints {
+		slice := decodedSlice(1)
 		hints := slice.Endpoints[0].Hints
 		hints.ForZones[0].Name = "of-hints"
-		trim.endpointSlice(slice)
+		trim.trimEndpointSlice(slice)
 		return hints
 	})
-	note(&held, "Node", func() *corev1.Node {
+	trackObject(&held, "Node", func() *corev1.Node {
 		page := &corev1.NodeList{Items: []corev1.Node{*decodedNode()}}
 		page.Items[0].Namespace = "of-a-node"
-		trim.list(page)
+		trim.trimPage(page)
 		return &page.Items[0]
 	})
-	note(&held, "ServiceCIDR", func() *networkingv1.ServiceCIDR {
+	trackObject(&held, "ServiceCIDR", func() *networkingv1.ServiceCIDR {
 		page := &networkingv1.ServiceCIDRList{Items: []networkingv1.ServiceCIDR{{ObjectMeta: metav1.ObjectMeta{Namespace: "of-a-cidr"}}}}
-		trim.list(page)
+		trim.trimPage(page)
 		return &page.Items[0]
 	})
 	runtime.GC()
@@ -229,13 +229,13 @@ func TestTrimHoldsNoObject(t *testing.T) {
 			t.Errorf("the %s is held", name)
 		}
 	}
-	if len(trim.texts) == 0 || len(trim.pointers) == 0 || len(trim.hints) == 0 {
+	if len(trim.strings) == 0 || len(trim.pointers) == 0 || len(trim.hints) == 0 {
 		t.Error("the trimmer holds nothing, so that nothing was shown")
 	}
 }
 
-// note adds a function that says whether what create makes is still held.
-func note[T any](held *[]func() (string, bool), name string, create func() *T) {
+// trackObject adds a function that says whether what create makes is still held.
+func trackObject[T any](held *[]func() (string, bool), name string, create func() *T) {
 	p := weak.Make(create())
 	*held = append(*held, func() (string, bool) { return name, p.Value() != nil })
 }

@@ -10,11 +10,11 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 )
 
-// addresses knows who has which cluster IP, and hands out free ones.
-type addresses struct {
-	pools   map[corev1.IPFamily]*pool
-	order   []corev1.IPFamily // the families of the pools, as given
-	holders map[netip.Addr]types.NamespacedName
+// addressAllocator knows who has which cluster IP, and hands out free ones.
+type addressAllocator struct {
+	pools    map[corev1.IPFamily]*pool
+	families []corev1.IPFamily // the families of the pools, as given
+	owners   map[netip.Addr]types.NamespacedName
 }
 
 // pool is a Service CIDR.
@@ -26,8 +26,8 @@ type pool struct {
 	used uint64
 }
 
-func newAddresses(cidrs []netip.Prefix) (*addresses, error) {
-	a := &addresses{pools: map[corev1.IPFamily]*pool{}, holders: map[netip.Addr]types.NamespacedName{}}
+func newAddressAllocator(cidrs []netip.Prefix) (*addressAllocator, error) {
+	a := &addressAllocator{pools: map[corev1.IPFamily]*pool{}, owners: map[netip.Addr]types.NamespacedName{}}
 	for _, cidr := range cidrs {
 		switch {
 		case !cidr.IsValid() || cidr.Addr().Is4In6():
@@ -42,18 +42,18 @@ func newAddresses(cidrs []netip.Prefix) (*addresses, error) {
 		// More than 2^62 addresses need no more bits of the hash.
 		bits := min(cidr.Addr().BitLen()-cidr.Bits(), 62)
 		a.pools[family] = &pool{prefix: cidr.Masked(), size: 1<<bits - 2}
-		a.order = append(a.order, family)
+		a.families = append(a.families, family)
 	}
 	return a, nil
 }
 
-// claim gives the address to the Service. It reports false, and who has it, if
+// allocate gives the address to the Service. It reports false, and who has it, if
 // it is another's.
-func (a *addresses) claim(addr netip.Addr, name types.NamespacedName) (types.NamespacedName, bool) {
-	if holder, ok := a.holders[addr]; ok {
+func (a *addressAllocator) allocate(addr netip.Addr, name types.NamespacedName) (types.NamespacedName, bool) {
+	if holder, ok := a.owners[addr]; ok {
 		return holder, holder == name
 	}
-	a.holders[addr] = name
+	a.owners[addr] = name
 	if p := a.pools[familyOf(addr)]; p != nil && p.contains(addr) {
 		p.used++
 	}
@@ -61,35 +61,35 @@ func (a *addresses) claim(addr netip.Addr, name types.NamespacedName) (types.Nam
 }
 
 // release takes the address back, if it is the Service's.
-func (a *addresses) release(addr netip.Addr, name types.NamespacedName) {
-	if holder, ok := a.holders[addr]; !ok || holder != name {
+func (a *addressAllocator) release(addr netip.Addr, name types.NamespacedName) {
+	if holder, ok := a.owners[addr]; !ok || holder != name {
 		return
 	}
-	delete(a.holders, addr)
+	delete(a.owners, addr)
 	if p := a.pools[familyOf(addr)]; p != nil && p.contains(addr) {
 		p.used--
 	}
 }
 
-// give claims a free address for the Service: the one that its name says, or if
+// allocateNext claims a free address for the Service: the one that its name says, or if
 // that is taken the next free one after it. It reports false if there is none.
-func (a *addresses) give(name types.NamespacedName, family corev1.IPFamily) (netip.Addr, bool) {
+func (a *addressAllocator) allocateNext(name types.NamespacedName, family corev1.IPFamily) (netip.Addr, bool) {
 	p := a.pools[family]
 	if p.used >= p.size {
 		return netip.Addr{}, false
 	}
 	sum := sha256.Sum256([]byte(name.String()))
 	for i := binary.BigEndian.Uint64(sum[:]) % p.size; ; i = (i + 1) % p.size {
-		addr := p.at(i)
-		if _, taken := a.holders[addr]; !taken {
-			a.claim(addr, name)
+		addr := p.nth(i)
+		if _, taken := a.owners[addr]; !taken {
+			a.allocate(addr, name)
 			return addr, true
 		}
 	}
 }
 
-// at returns the i-th address that can be handed out.
-func (p *pool) at(i uint64) netip.Addr {
+// nth returns the i-th address that can be handed out.
+func (p *pool) nth(i uint64) netip.Addr {
 	bytes := p.prefix.Addr().As16()
 	low := bytes[8:]
 	binary.BigEndian.PutUint64(low, binary.BigEndian.Uint64(low)+i+1)
@@ -113,16 +113,16 @@ func (p *pool) contains(addr netip.Addr) bool {
 	return i >= 1 && i <= p.size
 }
 
-// wish is the address a Service has to have in one family.
-type wish struct {
+// addressRequest is the address a Service has to have in one family.
+type addressRequest struct {
 	family corev1.IPFamily
-	// explicit is the address that the file says, if it does.
-	explicit netip.Addr
+	// requested is the address that the file says, if it does.
+	requested netip.Addr
 }
 
-// wishes returns what addresses and families the Service needs, following the
+// requests returns what addresses and families the Service needs, following the
 // API server's defaults, and the policy.
-func (a *addresses) wishes(o *object) ([]wish, corev1.IPFamilyPolicy, *Error) {
+func (a *addressAllocator) requests(o *object) ([]addressRequest, corev1.IPFamilyPolicy, *Error) {
 	spec := &o.service.Spec
 	headless := isHeadless(o.service)
 	policy := corev1.IPFamilyPolicySingleStack
@@ -131,9 +131,9 @@ func (a *addresses) wishes(o *object) ([]wish, corev1.IPFamilyPolicy, *Error) {
 	} else if headless && len(spec.Selector) == 0 {
 		policy = corev1.IPFamilyPolicyRequireDualStack
 	}
-	var wishes []wish
+	var wishes []addressRequest
 	for _, family := range spec.IPFamilies {
-		wishes = append(wishes, wish{family: family})
+		wishes = append(wishes, addressRequest{family: family})
 	}
 	for i, text := range spec.ClusterIPs {
 		if headless {
@@ -141,27 +141,27 @@ func (a *addresses) wishes(o *object) ([]wish, corev1.IPFamilyPolicy, *Error) {
 		}
 		addr := netip.MustParseAddr(text) // validated
 		if i < len(wishes) {
-			wishes[i].explicit = addr
+			wishes[i].requested = addr
 		} else {
-			wishes = append(wishes, wish{familyOf(addr), addr})
+			wishes = append(wishes, addressRequest{familyOf(addr), addr})
 		}
 	}
 	if len(wishes) == 0 {
 		switch {
-		case len(a.order) > 0:
-			wishes = []wish{{family: a.order[0]}}
+		case len(a.families) > 0:
+			wishes = []addressRequest{{family: a.families[0]}}
 		case headless:
-			wishes = []wish{{family: corev1.IPv4Protocol}}
+			wishes = []addressRequest{{family: corev1.IPv4Protocol}}
 		default:
 			return nil, "", o.errorf("spec.clusterIP", "the Service needs an address and there is no network to take it from: "+
 				"give one with --service-cidr, or write an address here")
 		}
 	}
-	available := func(w wish) bool {
-		return w.explicit.IsValid() || a.pools[w.family] != nil || (headless && len(a.order) == 0)
+	available := func(w addressRequest) bool {
+		return w.requested.IsValid() || a.pools[w.family] != nil || (headless && len(a.families) == 0)
 	}
 	if len(wishes) == 1 && policy != corev1.IPFamilyPolicySingleStack {
-		second := wish{family: other(wishes[0].family)}
+		second := addressRequest{family: otherFamily(wishes[0].family)}
 		if available(second) || policy == corev1.IPFamilyPolicyRequireDualStack {
 			wishes = append(wishes, second)
 		}
@@ -190,7 +190,7 @@ func (a *addresses) wishes(o *object) ([]wish, corev1.IPFamilyPolicy, *Error) {
 	return wishes, policy, nil
 }
 
-func other(family corev1.IPFamily) corev1.IPFamily {
+func otherFamily(family corev1.IPFamily) corev1.IPFamily {
 	if family == corev1.IPv4Protocol {
 		return corev1.IPv6Protocol
 	}

@@ -16,8 +16,8 @@ import (
 	"fairlead.io/fairlead/kube"
 )
 
-// clusterIPs returns the addresses of a Delta's Services, by name.
-func clusterIPs(d kube.Delta) map[string]string {
+// clusterIPsByName returns the addresses of a Delta's Services, by name.
+func clusterIPsByName(d kube.Delta) map[string]string {
 	out := map[string]string{}
 	for _, svc := range d.Services {
 		out[svc.Name] = strings.Join(svc.Spec.ClusterIPs, " ")
@@ -29,64 +29,64 @@ func clusterIPs(d kube.Delta) map[string]string {
 // Service of every user at its first start.
 func TestAddressesAreStable(t *testing.T) {
 	t.Parallel()
-	dual := func(name, policy string) string { return service(name, "ipFamilyPolicy: "+policy) }
+	dual := func(name, policy string) string { return serviceYAML(name, "ipFamilyPolicy: "+policy) }
 	tests := []struct {
 		name  string
 		cidrs []netip.Prefix
 		file  string
 		want  map[string]string
 	}{
-		{"one family", oneCIDR, service("backend", "") + service("redis", ""), map[string]string{
+		{"one family", oneCIDR, serviceYAML("backend", "") + serviceYAML("redis", ""), map[string]string{
 			"backend": "10.96.130.254", "redis": "10.96.150.172",
 		}},
-		{"both families", bothCIDR, service("backend", "") + dual("redis", "PreferDualStack") + dual("web", "RequireDualStack"), map[string]string{
+		{"both families", bothCIDR, serviceYAML("backend", "") + dual("redis", "PreferDualStack") + dual("web", "RequireDualStack"), map[string]string{
 			"backend": "10.96.130.254", "redis": "10.96.150.172 fd00:10:96::96ac", "web": "10.96.62.203 fd00:10:96::3ecb",
 		}},
-		{"the first network is the default family", []netip.Prefix{cidr6, cidr4}, service("backend", "") + dual("redis", "PreferDualStack"), map[string]string{
+		{"the first network is the default family", []netip.Prefix{cidr6, cidr4}, serviceYAML("backend", "") + dual("redis", "PreferDualStack"), map[string]string{
 			"backend": "fd00:10:96::82fe", "redis": "fd00:10:96::96ac 10.96.150.172",
 		}},
 		{"PreferDualStack does with one", oneCIDR, dual("redis", "PreferDualStack"), map[string]string{"redis": "10.96.150.172"}},
-		{"ipFamilies choose and order", bothCIDR, service("redis", "ipFamilies: [IPv6]") +
-			service("web", "ipFamilyPolicy: PreferDualStack\nipFamilies: [IPv6, IPv4]"), map[string]string{
+		{"ipFamilies choose and order", bothCIDR, serviceYAML("redis", "ipFamilies: [IPv6]") +
+			serviceYAML("web", "ipFamilyPolicy: PreferDualStack\nipFamilies: [IPv6, IPv4]"), map[string]string{
 			"redis": "fd00:10:96::96ac", "web": "fd00:10:96::3ecb 10.96.62.203",
 		}},
-		{"one address said, the other given", bothCIDR, service("redis", "ipFamilyPolicy: RequireDualStack\nclusterIP: fd00::7"), map[string]string{
+		{"one address said, the other given", bothCIDR, serviceYAML("redis", "ipFamilyPolicy: RequireDualStack\nclusterIP: fd00::7"), map[string]string{
 			"redis": "fd00::7 10.96.150.172",
 		}},
-		{"an address that another file says is not given", oneCIDR, service("backend", "") + service("zzz", "clusterIP: 10.96.130.254"), map[string]string{
+		{"an address that another file says is not given", oneCIDR, serviceYAML("backend", "") + serviceYAML("zzz", "clusterIP: 10.96.130.254"), map[string]string{
 			"backend": "10.96.130.255", "zzz": "10.96.130.254",
 		}},
-		{"a large IPv6 network", []netip.Prefix{netip.MustParsePrefix("fd00:1:2:3::/48")}, service("redis", ""), map[string]string{
+		{"a large IPv6 network", []netip.Prefix{netip.MustParsePrefix("fd00:1:2:3::/48")}, serviceYAML("redis", ""), map[string]string{
 			"redis": "fd00:1:2:0:ca6:1c73:e111:fd82",
 		}},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			d, err := Load(Options{Dir: folder(t, "a.yaml", tt.file), ServiceCIDRs: tt.cidrs})
+			d, err := Load(Options{Dir: writeFolder(t, "a.yaml", tt.file), ServiceCIDRs: tt.cidrs})
 			if err != nil {
 				t.Error(err)
 			}
-			if diff := cmp.Diff(tt.want, clusterIPs(d)); diff != "" {
+			if diff := cmp.Diff(tt.want, clusterIPsByName(d)); diff != "" {
 				t.Errorf("addresses (-want +got):\n%s", diff)
 			}
 		})
 	}
 }
 
-// TestAddressesFillTheNetwork gives out all addresses of a small network.
-func TestAddressesFillTheNetwork(t *testing.T) {
+// TestAddressAllocationExhaustsNetwork gives out all addresses of a small network.
+func TestAddressAllocationExhaustsNetwork(t *testing.T) {
 	t.Parallel()
 	for _, prefix := range []string{"192.0.2.0/28", "fd00::/124", "192.0.2.0/30", "0.0.0.0/28"} {
 		cidr := netip.MustParsePrefix(prefix)
-		addrs, err := newAddresses([]netip.Prefix{cidr})
+		addrs, err := newAddressAllocator([]netip.Prefix{cidr})
 		if err != nil {
 			t.Fatal(err)
 		}
 		family := familyOf(cidr.Addr())
 		var got []netip.Addr
 		for i := 0; ; i++ {
-			addr, ok := addrs.give(types.NamespacedName{Namespace: "default", Name: fmt.Sprint(i)}, family)
+			addr, ok := addrs.allocateNext(types.NamespacedName{Namespace: "default", Name: fmt.Sprint(i)}, family)
 			if !ok {
 				break
 			}
@@ -101,17 +101,17 @@ func TestAddressesFillTheNetwork(t *testing.T) {
 			t.Errorf("%s: gave %v, want %v", cidr, got, want)
 		}
 		addrs.release(want[0], types.NamespacedName{Name: "stranger"})
-		if addr, ok := addrs.give(types.NamespacedName{Name: "last"}, family); ok {
+		if addr, ok := addrs.allocateNext(types.NamespacedName{Name: "last"}, family); ok {
 			t.Errorf("%s: after a release by a stranger gave %v", cidr, addr)
 		}
-		addrs.release(want[0], addrs.holders[want[0]])
-		if addr, ok := addrs.give(types.NamespacedName{Name: "last"}, family); !ok || addr != want[0] {
+		addrs.release(want[0], addrs.owners[want[0]])
+		if addr, ok := addrs.allocateNext(types.NamespacedName{Name: "last"}, family); !ok || addr != want[0] {
 			t.Errorf("%s: after a release gave %v, %v, want %v", cidr, addr, ok, want[0])
 		}
 	}
 }
 
-func TestServiceCIDRsThatCannotBeUsed(t *testing.T) {
+func TestInvalidServiceCIDRs(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct{ cidrs, want string }{
 		{"10.96.0.0/16 10.97.0.0/16", "service CIDR 10.97.0.0/16: a second network of family IPv4, after 10.96.0.0/16: give at most one a family"},
@@ -129,10 +129,10 @@ func TestServiceCIDRsThatCannotBeUsed(t *testing.T) {
 	}
 }
 
-// TestAddressesWhileRunning says who has which address as files change.
-func TestAddressesWhileRunning(t *testing.T) {
+// TestAddressUpdates says who has which address as files change.
+func TestAddressUpdates(t *testing.T) {
 	t.Parallel()
-	addrs, err := newAddresses([]netip.Prefix{netip.MustParsePrefix("10.96.0.0/30")}) // .1 and .2
+	addrs, err := newAddressAllocator([]netip.Prefix{netip.MustParsePrefix("10.96.0.0/30")}) // .1 and .2
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -143,43 +143,43 @@ func TestAddressesWhileRunning(t *testing.T) {
 		want       map[string]string
 		errs       string
 	}{
-		{name: "two", file: service("a", "") + service("b", ""), want: map[string]string{"a": "10.96.0.1", "b": "10.96.0.2"}},
+		{name: "two", file: serviceYAML("a", "") + serviceYAML("b", ""), want: map[string]string{"a": "10.96.0.1", "b": "10.96.0.2"}},
 		{
-			name: "a third finds none", file: service("a", "") + service("aa", "") + service("b", ""),
+			name: "a third finds none", file: serviceYAML("a", "") + serviceYAML("aa", "") + serviceYAML("b", ""),
 			want: map[string]string{"a": "10.96.0.1", "b": "10.96.0.2"},
 			errs: "x.yaml:14: spec.clusterIP: no address is left for the Service, because all 2 of 10.96.0.0/30 are in use: give a larger network with --service-cidr",
 		},
-		{name: "the third takes what one leaves", file: service("aa", "") + service("b", ""), want: map[string]string{"aa": "10.96.0.1", "b": "10.96.0.2"}},
+		{name: "the third takes what one leaves", file: serviceYAML("aa", "") + serviceYAML("b", ""), want: map[string]string{"aa": "10.96.0.1", "b": "10.96.0.2"}},
 		{
-			name: "an address that another has is an error, and the Service stays as it was", file: service("aa", "clusterIP: 10.96.0.2") + service("b", ""),
+			name: "an address that another has is an error, and the Service stays as it was", file: serviceYAML("aa", "clusterIP: 10.96.0.2") + serviceYAML("b", ""),
 			want: map[string]string{"aa": "10.96.0.1", "b": "10.96.0.2"},
 			errs: "x.yaml:8: spec.clusterIP: 10.96.0.2 is already the address of Service default/b: give one of them another address",
 		},
-		{name: "two swap", file: service("aa", "clusterIP: 10.96.0.2") + service("b", "clusterIP: 10.96.0.1"), want: map[string]string{"aa": "10.96.0.2", "b": "10.96.0.1"}},
-		{name: "what was said is kept when it is not said any more", file: service("aa", "") + service("b", ""), want: map[string]string{"aa": "10.96.0.2", "b": "10.96.0.1"}},
-		{name: "headless gives up its address", file: service("aa", "clusterIP: None") + service("c", "") + service("b", ""), want: map[string]string{"aa": "None", "b": "10.96.0.1", "c": "10.96.0.2"}},
-		{name: "outside of the network", file: service("aa", "clusterIP: 192.0.2.1") + service("b", ""), want: map[string]string{"aa": "192.0.2.1", "b": "10.96.0.1"}},
+		{name: "two swap", file: serviceYAML("aa", "clusterIP: 10.96.0.2") + serviceYAML("b", "clusterIP: 10.96.0.1"), want: map[string]string{"aa": "10.96.0.2", "b": "10.96.0.1"}},
+		{name: "what was said is kept when it is not said any more", file: serviceYAML("aa", "") + serviceYAML("b", ""), want: map[string]string{"aa": "10.96.0.2", "b": "10.96.0.1"}},
+		{name: "headless gives up its address", file: serviceYAML("aa", "clusterIP: None") + serviceYAML("c", "") + serviceYAML("b", ""), want: map[string]string{"aa": "None", "b": "10.96.0.1", "c": "10.96.0.2"}},
+		{name: "outside of the network", file: serviceYAML("aa", "clusterIP: 192.0.2.1") + serviceYAML("b", ""), want: map[string]string{"aa": "192.0.2.1", "b": "10.96.0.1"}},
 	} {
-		d := m.update(map[string]*parsed{"x.yaml": parse("x.yaml", []byte(step.file))})
+		d := m.update(map[string]*parsedFile{"x.yaml": parseFile("x.yaml", []byte(step.file))})
 		for _, name := range d.DeletedServices {
 			delete(have, name.Name)
 		}
-		maps.Copy(have, clusterIPs(d))
+		maps.Copy(have, clusterIPsByName(d))
 		if diff := cmp.Diff(step.want, have); diff != "" {
 			t.Errorf("%s: addresses (-want +got):\n%s", step.name, diff)
 		}
 		if got := m.errors().Error(); got != step.errs {
 			t.Errorf("%s: errors\n%s\nwant\n%s", step.name, got, step.errs)
 		}
-		if len(m.addresses.holders) != strings.Count(fmt.Sprint(have), ".")/3 || m.addresses.pools[corev1.IPv4Protocol].used > 2 {
-			t.Errorf("%s: holders %v", step.name, m.addresses.holders)
+		if len(m.addresses.owners) != strings.Count(fmt.Sprint(have), ".")/3 || m.addresses.pools[corev1.IPv4Protocol].used > 2 {
+			t.Errorf("%s: holders %v", step.name, m.addresses.owners)
 		}
 	}
 }
 
-// TestRandomFiles plays histories of files and compares what the Deltas add up
+// TestRandomUpdates plays histories of files and compares what the Deltas add up
 // to with a model that is given the last files only.
-func TestRandomFiles(t *testing.T) {
+func TestRandomUpdates(t *testing.T) {
 	t.Parallel()
 	for seed := range uint64(60) {
 		r := rand.New(rand.NewPCG(seed, 3))
@@ -187,7 +187,7 @@ func TestRandomFiles(t *testing.T) {
 		files := map[string]string{}
 		have := newMirror()
 		for step := range 25 {
-			changed := map[string]*parsed{}
+			changed := map[string]*parsedFile{}
 			for range 1 + r.IntN(2) {
 				name := fmt.Sprintf("f%d.yaml", r.IntN(4))
 				if r.IntN(5) == 0 {
@@ -196,13 +196,13 @@ func TestRandomFiles(t *testing.T) {
 					continue
 				}
 				files[name] = randomFile(r)
-				changed[name] = parse(name, []byte(files[name]))
+				changed[name] = parseFile(name, []byte(files[name]))
 			}
 			have.apply(t, m.update(changed))
 
-			all := map[string]*parsed{}
+			all := map[string]*parsedFile{}
 			for name, text := range files {
-				all[name] = parse(name, []byte(text))
+				all[name] = parseFile(name, []byte(text))
 			}
 			fresh := newTestModel(t)
 			want := newMirror()
@@ -214,12 +214,12 @@ func TestRandomFiles(t *testing.T) {
 				t.Fatalf("seed %d, step %d: errors (-fresh +incremental):\n%s", seed, step, diff)
 			}
 			for _, sizes := range [][2]int{
-				{len(fresh.podsBy), len(m.podsBy)},
-				{len(fresh.servicesBy), len(m.servicesBy)},
-				{len(fresh.places), len(m.places)},
-				{len(fresh.held), len(m.held)},
-				{len(fresh.made), len(m.made)},
-				{len(fresh.addresses.holders), len(m.addresses.holders)},
+				{len(fresh.podsByLabel), len(m.podsByLabel)},
+				{len(fresh.servicesByLabel), len(m.servicesByLabel)},
+				{len(fresh.candidates), len(m.candidates)},
+				{len(fresh.allocatedAddrs), len(m.allocatedAddrs)},
+				{len(fresh.generatedSlices), len(m.generatedSlices)},
+				{len(fresh.addresses.owners), len(m.addresses.owners)},
 			} {
 				if sizes[0] != sizes[1] {
 					t.Fatalf("seed %d, step %d: the incremental model remembers more than it has: %v", seed, step, sizes)
@@ -231,7 +231,7 @@ func TestRandomFiles(t *testing.T) {
 
 func newTestModel(t *testing.T) *model {
 	t.Helper()
-	addrs, err := newAddresses(bothCIDR)
+	addrs, err := newAddressAllocator(bothCIDR)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -249,10 +249,10 @@ func randomFile(r *rand.Rand) string {
 			b.WriteString(strings.NewReplacer(
 				"targetPort: 8080", "targetPort: "+[]string{"8080", "http"}[r.IntN(2)],
 				"{app: web", "{app: "+[]string{"a", "b"}[r.IntN(2)]+[]string{"", ", tier: x"}[r.IntN(2)],
-			).Replace(strings.Replace(service("web", []string{fmt.Sprintf("clusterIP: 10.96.0.%d", n), "clusterIP: None", "ipFamilies: [IPv6]"}[r.IntN(3)]),
+			).Replace(strings.Replace(serviceYAML("web", []string{fmt.Sprintf("clusterIP: 10.96.0.%d", n), "clusterIP: None", "ipFamilies: [IPv6]"}[r.IntN(3)]),
 				"name: web", fmt.Sprintf("name: web%d", n), 1)))
 		case 1:
-			p := pod(fmt.Sprintf("p%d", r.IntN(5)), []string{"a", "b"}[r.IntN(2)]+[]string{"", ", tier: x"}[r.IntN(2)],
+			p := podYAML(fmt.Sprintf("p%d", r.IntN(5)), []string{"a", "b"}[r.IntN(2)]+[]string{"", ", tier: x"}[r.IntN(2)],
 				[]string{"10.0.0.1", "10.0.0.2", "fd01::1"}[r.IntN(3)], []string{"", "  phase: Pending", "  phase: Failed"}[r.IntN(3)])
 			b.WriteString(strings.Replace(p, "8080", []string{"8080", "9090"}[r.IntN(2)], 1))
 		case 2:

@@ -13,9 +13,9 @@ import (
 	"k8s.io/apimachinery/pkg/util/intstr"
 )
 
-// madeSuffix ends the names of the EndpointSlices that are made from Pods. A
+// generatedSuffix ends the names of the EndpointSlices that are made from Pods. A
 // Service's name has no dot, so none of them can be taken for a Service's own.
-const madeSuffix = ".manifest"
+const generatedSuffix = ".manifest"
 
 // managedBy is the value of the label endpointslice.kubernetes.io/managed-by.
 const managedBy = "manifest.fairlead"
@@ -30,10 +30,10 @@ func selects(selector, labels map[string]string) bool {
 	return len(selector) > 0
 }
 
-// endpointSlices returns the EndpointSlices of a Service over the pods that its
+// buildEndpointSlices returns the EndpointSlices of a Service over the pods that its
 // selector selects, as Kubernetes' endpoint slice controller makes them. Pods
 // that serve a named port under different numbers are in different slices.
-func endpointSlices(svc *corev1.Service, pods []*corev1.Pod, nodeName string) []*discoveryv1.EndpointSlice {
+func buildEndpointSlices(svc *corev1.Service, pods []*corev1.Pod, nodeName string) []*discoveryv1.EndpointSlice {
 	slices.SortFunc(pods, func(a, b *corev1.Pod) int { return strings.Compare(a.Name, b.Name) })
 	var made []*discoveryv1.EndpointSlice
 	byName := map[string]*discoveryv1.EndpointSlice{}
@@ -57,7 +57,7 @@ func endpointSlices(svc *corev1.Service, pods []*corev1.Pod, nodeName string) []
 				byName[name] = slice
 				made = append(made, slice)
 			}
-			slice.Endpoints = append(slice.Endpoints, endpoint(svc, pod, ip, nodeName))
+			slice.Endpoints = append(slice.Endpoints, newEndpoint(svc, pod, ip, nodeName))
 		}
 	}
 	return made
@@ -69,7 +69,7 @@ func sliceName(service string, family corev1.IPFamily, ports []discoveryv1.Endpo
 	for _, p := range ports {
 		_, _ = fmt.Fprintf(h, "%s/%s/%d;", *p.Name, *p.Protocol, *p.Port)
 	}
-	return fmt.Sprintf("%s-%s-%08x%s", service, strings.ToLower(string(family)), h.Sum32(), madeSuffix)
+	return fmt.Sprintf("%s-%s-%08x%s", service, strings.ToLower(string(family)), h.Sum32(), generatedSuffix)
 }
 
 func newSlice(svc *corev1.Service, name string, family corev1.IPFamily, ports []discoveryv1.EndpointPort) *discoveryv1.EndpointSlice {
@@ -150,10 +150,10 @@ func podIP(pod *corev1.Pod, family corev1.IPFamily) string {
 	return ""
 }
 
-// podReady reports whether the pod takes connections. A pod with the condition
+// isPodReady reports whether the pod takes connections. A pod with the condition
 // Ready says so itself. One without, as people write it by hand, is ready when
 // it has no phase, or is Running.
-func podReady(pod *corev1.Pod) bool {
+func isPodReady(pod *corev1.Pod) bool {
 	for _, c := range pod.Status.Conditions {
 		if c.Type == corev1.PodReady {
 			return c.Status == corev1.ConditionTrue
@@ -162,8 +162,8 @@ func podReady(pod *corev1.Pod) bool {
 	return pod.Status.Phase == "" || pod.Status.Phase == corev1.PodRunning
 }
 
-func endpoint(svc *corev1.Service, pod *corev1.Pod, ip, nodeName string) discoveryv1.Endpoint {
-	serving := podReady(pod)
+func newEndpoint(svc *corev1.Service, pod *corev1.Pod, ip, nodeName string) discoveryv1.Endpoint {
+	serving := isPodReady(pod)
 	terminating := pod.DeletionTimestamp != nil
 	ep := discoveryv1.Endpoint{
 		Addresses: []string{ip},

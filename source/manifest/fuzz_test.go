@@ -21,19 +21,19 @@ func FuzzParse(f *testing.F) {
 		}
 		f.Add(data)
 	}
-	f.Add([]byte(service("web", "") + pod("w", "web", "10.0.0.1", "")))
+	f.Add([]byte(serviceYAML("web", "") + podYAML("w", "web", "10.0.0.1", "")))
 	f.Add([]byte("a: &a [*a, *a]\n---\nkind: Pod\n<<: [*a]\n"))
 	f.Add([]byte("\ufeff%YAML 1.2\r\n---\r\n{}\r\n...\r\n--- !!str x\n--- |\n  ---\n"))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		if len(data) > 1<<16 {
 			return
 		}
-		addrs, err := newAddresses(bothCIDR)
+		addrs, err := newAddressAllocator(bothCIDR)
 		if err != nil {
 			t.Fatal(err)
 		}
 		m := newModel("here", addrs)
-		file := parse("fuzz.yaml", data)
+		file := parseFile("fuzz.yaml", data)
 		// For YAML, these end lines.
 		lines := 1
 		for _, r := range string(data) {
@@ -41,13 +41,13 @@ func FuzzParse(f *testing.F) {
 				lines++
 			}
 		}
-		m.update(map[string]*parsed{"fuzz.yaml": file})
+		m.update(map[string]*parsedFile{"fuzz.yaml": file})
 		for _, err := range m.errors() {
 			if err.File != "fuzz.yaml" || err.Line < 1 || err.Line > lines || err.Message == "" {
 				t.Errorf("error without its place in %d lines: %+v", lines, err)
 			}
 		}
-		if d := m.update(map[string]*parsed{"fuzz.yaml": parse("fuzz.yaml", data)}); !empty(d) {
+		if d := m.update(map[string]*parsedFile{"fuzz.yaml": parseFile("fuzz.yaml", data)}); !isEmpty(d) {
 			t.Errorf("the same file again changes %+v", d)
 		}
 	})

@@ -4,9 +4,9 @@ import (
 	"testing"
 )
 
-// TestRunKeepsObjectsWithSlipsInTheirKind makes slips that must not be taken for
+// TestRunKeepsObjectsWithMisspelledKind makes slips that must not be taken for
 // objects of kinds that are not read, which would delete the live object.
-func TestRunKeepsObjectsWithSlipsInTheirKind(t *testing.T) {
+func TestRunKeepsObjectsWithMisspelledKind(t *testing.T) {
 	t.Parallel()
 	slice := func(apiVersion, kind string) string {
 		return "apiVersion: " + apiVersion + "\nkind: " + kind + "\nmetadata: {name: s, labels: {kubernetes.io/service-name: web}}\n" +
@@ -38,21 +38,21 @@ func TestRunKeepsObjectsWithSlipsInTheirKind(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			w := watchFolder(t, folder(t, "a.yaml", good+service("db", "clusterIP: 10.96.0.9")))
-			w.first()
+			w := startSource(t, writeFolder(t, "a.yaml", good+serviceYAML("db", "clusterIP: 10.96.0.9")))
+			w.firstDelta()
 			// The name is known, so others in the file are not held.
-			write(t, w.dir, "a.yaml", tt.text)
-			w.expect("only the object that is really gone goes", "default/db gone")
+			writeFile(t, w.dir, "a.yaml", tt.text)
+			w.expectDeltas("only the object that is really gone goes", "default/db gone")
 			w.expectLog(tt.log)
-			write(t, w.dir, "a.yaml", "apiVersion: v1\nkind: ConfigMap\n---\n"+service("db", "clusterIP: 10.96.0.9"))
-			w.expect("objects of other kinds replace them", "default/web gone", "default/s slice gone", db1)
+			writeFile(t, w.dir, "a.yaml", "apiVersion: v1\nkind: ConfigMap\n---\n"+serviceYAML("db", "clusterIP: 10.96.0.9"))
+			w.expectDeltas("objects of other kinds replace them", "default/web gone", "default/s slice gone", db1)
 		})
 	}
 }
 
-// TestForeignKinds names kinds of Kubernetes and others that are left out with a
+// TestSkippedKinds names kinds of Kubernetes and others that are left out with a
 // warning, however near their names are to those that are read.
-func TestForeignKinds(t *testing.T) {
+func TestSkippedKinds(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct{ apiVersion, kind string }{
 		{"v1", "Node"},
@@ -81,9 +81,9 @@ func TestForeignKinds(t *testing.T) {
 		{"example.com/v1", "Pool"},
 		{"cluster.x-k8s.io/v1", "Pods"},
 	} {
-		p := parse("a.yaml", []byte("apiVersion: "+tt.apiVersion+"\nkind: "+tt.kind+"\nmetadata: {name: x}\n"))
-		if len(p.errs) > 0 || len(p.ignored) != 1 || len(p.bad) > 0 || p.unknown {
-			t.Errorf("%s %s: errors %v, left out %v, want it left out", tt.apiVersion, tt.kind, p.errs, p.ignored)
+		p := parseFile("a.yaml", []byte("apiVersion: "+tt.apiVersion+"\nkind: "+tt.kind+"\nmetadata: {name: x}\n"))
+		if len(p.errs) > 0 || len(p.skipped) != 1 || len(p.invalid) > 0 || p.unidentified {
+			t.Errorf("%s %s: errors %v, left out %v, want it left out", tt.apiVersion, tt.kind, p.errs, p.skipped)
 		}
 	}
 }

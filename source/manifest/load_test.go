@@ -17,7 +17,7 @@ import (
 	"fairlead.io/fairlead/kube"
 )
 
-var update = flag.Bool("update", false, "write testdata anew")
+var updateGolden = flag.Bool("update", false, "write testdata anew")
 
 var (
 	cidr4    = netip.MustParsePrefix("10.96.0.0/16")
@@ -26,28 +26,28 @@ var (
 	bothCIDR = []netip.Prefix{cidr4, cidr6}
 )
 
-// folder writes files, given as name and text by turns, to a new folder.
-func folder(t testing.TB, files ...string) string {
+// writeFolder writes files, given as name and text by turns, to a new folder.
+func writeFolder(t testing.TB, files ...string) string {
 	t.Helper()
 	dir := t.TempDir()
 	for i := 0; i < len(files); i += 2 {
-		write(t, dir, files[i], files[i+1])
+		writeFile(t, dir, files[i], files[i+1])
 	}
 	return dir
 }
 
-func write(t testing.TB, dir, name, text string) {
+func writeFile(t testing.TB, dir, name, text string) {
 	t.Helper()
 	if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
 }
 
-// summary writes what a Delta holds, a line an object:
+// summarize writes what a Delta holds, a line an object:
 //
 //	default/web ClusterIP 10.96.0.1 http:80->8080/TCP
 //	default/web IPv4 http:8080/TCP 10.0.0.1(node,ready) 10.0.0.2
-func summary(d kube.Delta) []string {
+func summarize(d kube.Delta) []string {
 	var lines []string
 	for _, svc := range d.Services {
 		words := []string{svc.Namespace + "/" + svc.Name, string(svc.Spec.Type), strings.Join(svc.Spec.ClusterIPs, ",")}
@@ -65,7 +65,7 @@ func summary(d kube.Delta) []string {
 			words = append(words, *p.Name+":"+itoa(*p.Port)+"/"+string(*p.Protocol))
 		}
 		for _, ep := range slice.Endpoints {
-			words = append(words, ep.Addresses[0]+conditions(ep))
+			words = append(words, ep.Addresses[0]+conditionText(ep))
 		}
 		if _, ok := slice.Labels[corev1.IsHeadlessService]; ok {
 			words = append(words, "headless")
@@ -81,7 +81,7 @@ func summary(d kube.Delta) []string {
 	return lines
 }
 
-func conditions(ep discoveryv1.Endpoint) string {
+func conditionText(ep discoveryv1.Endpoint) string {
 	var words []string
 	if ep.NodeName != nil {
 		words = append(words, *ep.NodeName)
@@ -102,8 +102,8 @@ func conditions(ep discoveryv1.Endpoint) string {
 
 func itoa(n int32) string { return strconv.Itoa(int(n)) }
 
-// pod returns the YAML of a pod with labels app: app and a port http, 8080/TCP.
-func pod(name, app, ip, more string) string {
+// podYAML returns the YAML of a pod with labels app: app and a port http, 8080/TCP.
+func podYAML(name, app, ip, more string) string {
 	return `
 apiVersion: v1
 kind: Pod
@@ -120,9 +120,9 @@ status:
 ` + more + "\n---\n"
 }
 
-// service returns the YAML of a Service with the selector app: name and one
+// serviceYAML returns the YAML of a Service with the selector app: name and one
 // port, 80 to 8080. more is added to the spec.
-func service(name, more string) string {
+func serviceYAML(name, more string) string {
 	return `
 apiVersion: v1
 kind: Service
@@ -208,9 +208,9 @@ spec:
 		},
 		{
 			name: "endpoints from the selector", cidrs: oneCIDR,
-			files: []string{"a.yaml", service("web", "clusterIP: 10.96.0.1") +
-				pod("web-2", "web", "10.0.0.2", "") + pod("web-1", "web", "10.0.0.1", "") + pod("db-1", "db", "10.0.0.3", "") +
-				strings.Replace(pod("web-3", "web", "10.0.0.4", ""), "  name: web-3", "  name: web-3\n  namespace: shop", 1)},
+			files: []string{"a.yaml", serviceYAML("web", "clusterIP: 10.96.0.1") +
+				podYAML("web-2", "web", "10.0.0.2", "") + podYAML("web-1", "web", "10.0.0.1", "") + podYAML("db-1", "db", "10.0.0.3", "") +
+				strings.Replace(podYAML("web-3", "web", "10.0.0.4", ""), "  name: web-3", "  name: web-3\n  namespace: shop", 1)},
 			want: []string{
 				"default/web ClusterIP 10.96.0.1 :80->8080/TCP",
 				"default/web IPv4 :8080/TCP 10.0.0.1(here,ready,serving) 10.0.0.2(here,ready,serving)",
@@ -218,15 +218,15 @@ spec:
 		},
 		{
 			name: "readiness", cidrs: oneCIDR,
-			files: []string{"a.yaml", service("web", "clusterIP: 10.96.0.1") +
-				pod("w1", "web", "10.0.0.1", "  conditions: [{type: Ready, status: 'False'}]") +
-				pod("w2", "web", "10.0.0.2", "  conditions: [{type: Ready, status: 'True'}]\n  phase: Pending") +
-				pod("w3", "web", "10.0.0.3", "  phase: Running") +
-				pod("w4", "web", "10.0.0.4", "  phase: Pending") +
-				pod("w5", "web", "10.0.0.5", "  phase: Succeeded") +
-				pod("w6", "web", "10.0.0.6", "  phase: Failed") +
-				pod("w7", "web", "''", "") +
-				strings.Replace(pod("w8", "web", "10.0.0.8", ""), "  name: w8", "  name: w8\n  deletionTimestamp: 2026-01-02T03:04:05Z", 1)},
+			files: []string{"a.yaml", serviceYAML("web", "clusterIP: 10.96.0.1") +
+				podYAML("w1", "web", "10.0.0.1", "  conditions: [{type: Ready, status: 'False'}]") +
+				podYAML("w2", "web", "10.0.0.2", "  conditions: [{type: Ready, status: 'True'}]\n  phase: Pending") +
+				podYAML("w3", "web", "10.0.0.3", "  phase: Running") +
+				podYAML("w4", "web", "10.0.0.4", "  phase: Pending") +
+				podYAML("w5", "web", "10.0.0.5", "  phase: Succeeded") +
+				podYAML("w6", "web", "10.0.0.6", "  phase: Failed") +
+				podYAML("w7", "web", "''", "") +
+				strings.Replace(podYAML("w8", "web", "10.0.0.8", ""), "  name: w8", "  name: w8\n  deletionTimestamp: 2026-01-02T03:04:05Z", 1)},
 			want: []string{
 				"default/web ClusterIP 10.96.0.1 :80->8080/TCP",
 				"default/web IPv4 :8080/TCP 10.0.0.1(here) 10.0.0.2(here,ready,serving) 10.0.0.3(here,ready,serving) 10.0.0.4(here) 10.0.0.8(here,serving,terminating)",
@@ -234,7 +234,7 @@ spec:
 		},
 		{
 			name: "publishNotReadyAddresses", cidrs: oneCIDR,
-			files: []string{"a.yaml", service("web", "clusterIP: 10.96.0.1\npublishNotReadyAddresses: true") + pod("w", "web", "10.0.0.1", "  phase: Pending")},
+			files: []string{"a.yaml", serviceYAML("web", "clusterIP: 10.96.0.1\npublishNotReadyAddresses: true") + podYAML("w", "web", "10.0.0.1", "  phase: Pending")},
 			want: []string{
 				"default/web ClusterIP 10.96.0.1 :80->8080/TCP",
 				"default/web IPv4 :8080/TCP 10.0.0.1(here,ready)",
@@ -242,11 +242,11 @@ spec:
 		},
 		{
 			name: "named target ports, which pods may number differently or not have", cidrs: oneCIDR,
-			files: []string{"a.yaml", strings.Replace(service("web", "clusterIP: 10.96.0.1"), "targetPort: 8080", "targetPort: http", 1) +
-				pod("w1", "web", "10.0.0.1", "") +
-				strings.Replace(pod("w2", "web", "10.0.0.2", ""), "8080", "9090", 1) +
-				strings.Replace(pod("w3", "web", "10.0.0.3", ""), "name: http,", "name: http, protocol: UDP,", 1) +
-				pod("w4", "web", "10.0.0.4", "")},
+			files: []string{"a.yaml", strings.Replace(serviceYAML("web", "clusterIP: 10.96.0.1"), "targetPort: 8080", "targetPort: http", 1) +
+				podYAML("w1", "web", "10.0.0.1", "") +
+				strings.Replace(podYAML("w2", "web", "10.0.0.2", ""), "8080", "9090", 1) +
+				strings.Replace(podYAML("w3", "web", "10.0.0.3", ""), "name: http,", "name: http, protocol: UDP,", 1) +
+				podYAML("w4", "web", "10.0.0.4", "")},
 			want: []string{
 				"default/web ClusterIP 10.96.0.1 :80->http/TCP",
 				"default/web IPv4 :8080/TCP 10.0.0.1(here,ready,serving) 10.0.0.4(here,ready,serving)",
@@ -256,7 +256,7 @@ spec:
 		},
 		{
 			name: "headless, with host names and another node", cidrs: oneCIDR,
-			files: []string{"a.yaml", service("db", "clusterIP: None") + strings.Replace(pod("db-0", "db", "10.0.0.1", ""),
+			files: []string{"a.yaml", serviceYAML("db", "clusterIP: None") + strings.Replace(podYAML("db-0", "db", "10.0.0.1", ""),
 				"spec:", "spec:\n  hostname: db-0\n  subdomain: db\n  nodeName: there", 1)},
 			want: []string{
 				"default/db ClusterIP None :80->8080/TCP",
@@ -265,8 +265,8 @@ spec:
 		},
 		{
 			name: "dual stack", cidrs: bothCIDR,
-			files: []string{"a.yaml", service("web", "ipFamilyPolicy: PreferDualStack\nclusterIPs: [10.96.0.1, 'fd00:10:96::1']\nclusterIP: 10.96.0.1") +
-				pod("w1", "web", "10.0.0.1", "  podIPs: [{ip: 10.0.0.1}, {ip: 'fd01::1'}]") + pod("w2", "web", "fd01::2", "")},
+			files: []string{"a.yaml", serviceYAML("web", "ipFamilyPolicy: PreferDualStack\nclusterIPs: [10.96.0.1, 'fd00:10:96::1']\nclusterIP: 10.96.0.1") +
+				podYAML("w1", "web", "10.0.0.1", "  podIPs: [{ip: 10.0.0.1}, {ip: 'fd01::1'}]") + podYAML("w2", "web", "fd01::2", "")},
 			want: []string{
 				"default/web ClusterIP 10.96.0.1,fd00:10:96::1 :80->8080/TCP",
 				"default/web IPv4 :8080/TCP 10.0.0.1(here,ready,serving)",
@@ -275,7 +275,7 @@ spec:
 		},
 		{
 			name: "EndpointSlices as written, for Services with and without a selector", cidrs: oneCIDR,
-			files: []string{"a.yaml", service("web", "clusterIP: 10.96.0.1") + pod("w1", "web", "10.0.0.1", "") + `
+			files: []string{"a.yaml", serviceYAML("web", "clusterIP: 10.96.0.1") + podYAML("w1", "web", "10.0.0.1", "") + `
 apiVersion: discovery.k8s.io/v1
 kind: EndpointSlice
 metadata: {name: more, labels: {kubernetes.io/service-name: web}}
@@ -298,11 +298,11 @@ ports: [{port: 8080}]
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			d, err := Load(Options{Dir: folder(t, tt.files...), ServiceCIDRs: tt.cidrs, NodeName: "here"})
+			d, err := Load(Options{Dir: writeFolder(t, tt.files...), ServiceCIDRs: tt.cidrs, NodeName: "here"})
 			if err != nil {
 				t.Errorf("error: %v", err)
 			}
-			if diff := cmp.Diff(tt.want, summary(d)); diff != "" {
+			if diff := cmp.Diff(tt.want, summarize(d)); diff != "" {
 				t.Errorf("objects (-want +got):\n%s", diff)
 			}
 		})
@@ -321,7 +321,7 @@ func TestExamples(t *testing.T) {
 		"default/public NodePort 10.96.157.86 http:80->8080/TCP",
 		"default/redis ClusterIP 10.96.150.172 :6379->6379/TCP",
 	}
-	if diff := cmp.Diff(want, summary(d)); diff != "" {
+	if diff := cmp.Diff(want, summarize(d)); diff != "" {
 		t.Errorf("objects (-want +got):\n%s", diff)
 	}
 }
@@ -349,17 +349,17 @@ func TestErrors(t *testing.T) {
 					cidrs = append(cidrs, netip.MustParsePrefix(cidr))
 				}
 			}
-			d, err := Load(Options{Dir: folder(t, "x.yaml", string(text)), ServiceCIDRs: cidrs, NodeName: "here"})
+			d, err := Load(Options{Dir: writeFolder(t, "x.yaml", string(text)), ServiceCIDRs: cidrs, NodeName: "here"})
 			var errs Errors
 			if !errors.As(err, &errs) {
 				t.Fatalf("error %v, want Errors", err)
 			}
 			got := errs.Error() + "\n"
-			for _, line := range summary(d) {
+			for _, line := range summarize(d) {
 				got += "delivered: " + line + "\n"
 			}
 			golden := strings.TrimSuffix(input, ".yaml") + ".txt"
-			if *update {
+			if *updateGolden {
 				if err := os.WriteFile(golden, []byte(got), 0o600); err != nil {
 					t.Fatal(err)
 				}

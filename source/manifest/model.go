@@ -21,82 +21,82 @@ import (
 // a changed Service.
 type model struct {
 	nodeName  string
-	addresses *addresses
-	nodePorts *nodePorts
+	addresses *addressAllocator
+	nodePorts *nodePortAllocator
 
-	files map[string]*parsed
-	// places has all objects of one name, the one in force first.
-	places map[id][]*object
+	files map[string]*parsedFile
+	// candidates has all objects of one name, the one in force first.
+	candidates map[objectID][]*object
 	// retained has the objects kept of files of which it is not known whether
 	// they still have them.
 	retained map[*object]struct{}
-	// current has the object in force.
-	current map[id]*object
-	// podsBy and servicesBy find Pods by each of their labels, and Services by
+	// active has the object in force.
+	active map[objectID]*object
+	// podsByLabel and servicesByLabel find Pods by each of their labels, and Services by
 	// the first label of their selector.
-	podsBy, servicesBy map[label]map[types.NamespacedName]struct{}
+	podsByLabel, servicesByLabel map[label]map[types.NamespacedName]struct{}
 
-	// held has the addresses of each Service.
-	held map[types.NamespacedName][]netip.Addr
-	// heldPorts has the node ports of each Service.
-	heldPorts map[types.NamespacedName][]heldPort
-	// made has the names of the slices made for a Service.
-	made map[types.NamespacedName][]types.NamespacedName
-	// broken has the files with errors, and doubles the names with more than one
+	// allocatedAddrs has the addresses of each Service.
+	allocatedAddrs map[types.NamespacedName][]netip.Addr
+	// allocatedPorts has the node ports of each Service.
+	allocatedPorts map[types.NamespacedName][]nodePortAllocation
+	// generatedSlices has the names of the slices made for a Service.
+	generatedSlices map[types.NamespacedName][]types.NamespacedName
+	// invalidFiles has the files with errors, and doubles the names with more than one
 	// place, so that errors need no walk over everything.
-	broken  map[string]struct{}
-	doubles map[id]struct{}
-	// failed has the Services that could not get what they need.
-	failed map[types.NamespacedName]*Error
+	invalidFiles map[string]struct{}
+	duplicates   map[objectID]struct{}
+	// failedServices has the Services that could not get what they need.
+	failedServices map[types.NamespacedName]*Error
 
-	// given has the node ports given since this was last looked at: only logs
+	// unloggedPorts has the node ports given since this was last looked at: only logs
 	// tell people which they are.
-	given []givenPort
+	unloggedPorts []unloggedPort
 
-	// services and slices are what was delivered.
-	services map[types.NamespacedName]*corev1.Service
-	slices   map[types.NamespacedName]*discoveryv1.EndpointSlice
+	// deliveredServices and slices are what was delivered.
+	deliveredServices map[types.NamespacedName]*corev1.Service
+	deliveredSlices   map[types.NamespacedName]*discoveryv1.EndpointSlice
 }
 
 // label is one label of the objects of a namespace.
 type label struct{ namespace, key, value string }
 
-func newModel(nodeName string, addrs *addresses) *model {
+func newModel(nodeName string, addrs *addressAllocator) *model {
 	return &model{
-		nodeName:   nodeName,
-		addresses:  addrs,
-		nodePorts:  newNodePorts(),
-		files:      map[string]*parsed{},
-		broken:     map[string]struct{}{},
-		doubles:    map[id]struct{}{},
-		places:     map[id][]*object{},
-		retained:   map[*object]struct{}{},
-		current:    map[id]*object{},
-		podsBy:     map[label]map[types.NamespacedName]struct{}{},
-		servicesBy: map[label]map[types.NamespacedName]struct{}{},
-		held:       map[types.NamespacedName][]netip.Addr{},
-		heldPorts:  map[types.NamespacedName][]heldPort{},
-		made:       map[types.NamespacedName][]types.NamespacedName{},
-		failed:     map[types.NamespacedName]*Error{},
-		services:   map[types.NamespacedName]*corev1.Service{},
-		slices:     map[types.NamespacedName]*discoveryv1.EndpointSlice{},
+		nodeName:          nodeName,
+		addresses:         addrs,
+		nodePorts:         newNodePortAllocator(),
+		files:             map[string]*parsedFile{},
+		invalidFiles:      map[string]struct{}{},
+		duplicates:        map[objectID]struct{}{},
+		candidates:        map[objectID][]*object{},
+		retained:          map[*object]struct{}{},
+		active:            map[objectID]*object{},
+		podsByLabel:       map[label]map[types.NamespacedName]struct{}{},
+		servicesByLabel:   map[label]map[types.NamespacedName]struct{}{},
+		allocatedAddrs:    map[types.NamespacedName][]netip.Addr{},
+		allocatedPorts:    map[types.NamespacedName][]nodePortAllocation{},
+		generatedSlices:   map[types.NamespacedName][]types.NamespacedName{},
+		failedServices:    map[types.NamespacedName]*Error{},
+		deliveredServices: map[types.NamespacedName]*corev1.Service{},
+		deliveredSlices:   map[types.NamespacedName]*discoveryv1.EndpointSlice{},
 	}
 }
 
 // update takes over what files hold now, nil for a file that is gone, and
 // returns what this changes.
-func (m *model) update(files map[string]*parsed) kube.Delta {
-	touched := map[id]struct{}{}
+func (m *model) update(files map[string]*parsedFile) kube.Delta {
+	touched := map[objectID]struct{}{}
 	for name, file := range files {
 		m.replaceFile(name, file, touched)
 	}
 	dirty := map[types.NamespacedName]struct{}{}
 	out := changes{services: map[types.NamespacedName]*corev1.Service{}, slices: map[types.NamespacedName]*discoveryv1.EndpointSlice{}}
 	for i := range touched {
-		m.settle(i, dirty, &out)
+		m.resolveActive(i, dirty, &out)
 	}
-	m.settleServices(dirty, &out)
-	return m.deliver(&out)
+	m.updateServices(dirty, &out)
+	return m.diff(&out)
 }
 
 // changes are objects as they are now, nil if they are gone.
@@ -107,32 +107,32 @@ type changes struct {
 
 // replaceFile puts the objects of a file in place of what it held. An object
 // that cannot be read now stays as it was.
-func (m *model) replaceFile(name string, file *parsed, touched map[id]struct{}) {
+func (m *model) replaceFile(name string, file *parsedFile, touched map[objectID]struct{}) {
 	old := m.files[name]
 	if old != nil {
 		for _, o := range old.objects {
 			touched[o.id] = struct{}{}
-			m.places[o.id] = slices.DeleteFunc(m.places[o.id], func(p *object) bool { return p == o })
+			m.candidates[o.id] = slices.DeleteFunc(m.candidates[o.id], func(p *object) bool { return p == o })
 			delete(m.retained, o)
 		}
 	}
-	delete(m.broken, name)
+	delete(m.invalidFiles, name)
 	if file == nil {
 		delete(m.files, name)
 		return
 	}
 	if len(file.errs) > 0 {
-		m.broken[name] = struct{}{}
+		m.invalidFiles[name] = struct{}{}
 	}
-	if old != nil && (file.unknown || len(file.bad) > 0) {
-		readable := map[id]bool{}
+	if old != nil && (file.unidentified || len(file.invalid) > 0) {
+		readable := map[objectID]bool{}
 		for _, o := range file.objects {
 			readable[o.id] = true
 		}
 		for _, o := range old.objects {
-			if !readable[o.id] && (file.unknown || file.bad[o.id]) {
+			if !readable[o.id] && (file.unidentified || file.invalid[o.id]) {
 				file.objects = append(file.objects, o)
-				if !file.bad[o.id] {
+				if !file.invalid[o.id] {
 					m.retained[o] = struct{}{}
 				}
 			}
@@ -141,27 +141,27 @@ func (m *model) replaceFile(name string, file *parsed, touched map[id]struct{}) 
 	m.files[name] = file
 	for _, o := range file.objects {
 		touched[o.id] = struct{}{}
-		places := m.places[o.id]
-		at, _ := slices.BinarySearchFunc(places, o, m.comparePlace)
-		m.places[o.id] = slices.Insert(places, at, o)
+		places := m.candidates[o.id]
+		at, _ := slices.BinarySearchFunc(places, o, m.compareCandidates)
+		m.candidates[o.id] = slices.Insert(places, at, o)
 	}
 }
 
-// comparePlace orders objects of one name, the one in force first: by file and
+// compareCandidates orders objects of one name, the one in force first: by file and
 // line, but after all others what is retained. It may have been moved, so it
 // must not stand in the way of what is known to be there. Of what is retained,
 // the one in force stays in force.
-func (m *model) comparePlace(o, p *object) int {
+func (m *model) compareCandidates(o, p *object) int {
 	_, oRetained := m.retained[o]
 	_, pRetained := m.retained[p]
-	inForce := m.current[o.id]
+	inForce := m.active[o.id]
 	switch {
 	case oRetained && pRetained && o == inForce:
 		return -1
 	case oRetained && pRetained && p == inForce:
 		return 1
 	case oRetained == pRetained:
-		return o.comparePlace(p)
+		return o.comparePosition(p)
 	case oRetained:
 		return 1
 	default:
@@ -169,28 +169,28 @@ func (m *model) comparePlace(o, p *object) int {
 	}
 }
 
-// settle decides which object of a name is in force and, if it changed, updates
+// resolveActive decides which object of a name is in force and, if it changed, updates
 // the indexes and marks the Services that this touches.
-func (m *model) settle(i id, dirty map[types.NamespacedName]struct{}, out *changes) {
+func (m *model) resolveActive(i objectID, dirty map[types.NamespacedName]struct{}, out *changes) {
 	var now *object
-	if places := m.places[i]; len(places) > 0 {
+	if places := m.candidates[i]; len(places) > 0 {
 		now = places[0]
 	} else {
-		delete(m.places, i)
+		delete(m.candidates, i)
 	}
-	if len(m.places[i]) > 1 {
-		m.doubles[i] = struct{}{}
+	if len(m.candidates[i]) > 1 {
+		m.duplicates[i] = struct{}{}
 	} else {
-		delete(m.doubles, i)
+		delete(m.duplicates, i)
 	}
-	was := m.current[i]
+	was := m.active[i]
 	if now == nil {
-		delete(m.current, i)
+		delete(m.active, i)
 	} else {
-		m.current[i] = now
+		m.active[i] = now
 	}
 	// A failed Service is looked at again: its error may be in another line now.
-	failed := i.kind == kindService && m.failed[i.name] != nil
+	failed := i.kind == kindService && m.failedServices[i.name] != nil
 	if !failed && (was == nil && now == nil || was != nil && now != nil && was.equal(now)) {
 		return
 	}
@@ -198,10 +198,10 @@ func (m *model) settle(i id, dirty map[types.NamespacedName]struct{}, out *chang
 	case kindService:
 		dirty[i.name] = struct{}{}
 		if was != nil {
-			unindex(m.servicesBy, i.name, selectorLabel(was.service))
+			unindex(m.servicesByLabel, i.name, selectorLabel(was.service))
 		}
 		if now != nil {
-			index(m.servicesBy, i.name, selectorLabel(now.service))
+			index(m.servicesByLabel, i.name, selectorLabel(now.service))
 		}
 	case kindPod:
 		for _, o := range []*object{was, now} {
@@ -211,19 +211,19 @@ func (m *model) settle(i id, dirty map[types.NamespacedName]struct{}, out *chang
 			for key, value := range o.pod.Labels {
 				l := label{i.name.Namespace, key, value}
 				if o == was {
-					unindex(m.podsBy, i.name, l)
+					unindex(m.podsByLabel, i.name, l)
 				} else {
-					index(m.podsBy, i.name, l)
+					index(m.podsByLabel, i.name, l)
 				}
-				for name := range m.servicesBy[l] {
-					if s := m.current[id{kindService, name}]; s != nil && selects(s.service.Spec.Selector, o.pod.Labels) {
+				for name := range m.servicesByLabel[l] {
+					if s := m.active[objectID{kindService, name}]; s != nil && selects(s.service.Spec.Selector, o.pod.Labels) {
 						dirty[name] = struct{}{}
 					}
 				}
 			}
 			// A failed Service goes on as it was delivered, and so do its endpoints.
-			for name := range m.failed {
-				if svc := m.services[name]; svc != nil && name.Namespace == i.name.Namespace && selects(svc.Spec.Selector, o.pod.Labels) {
+			for name := range m.failedServices {
+				if svc := m.deliveredServices[name]; svc != nil && name.Namespace == i.name.Namespace && selects(svc.Spec.Selector, o.pod.Labels) {
 					dirty[name] = struct{}{}
 				}
 			}
@@ -266,14 +266,14 @@ func unindex(in map[label]map[types.NamespacedName]struct{}, name types.Namespac
 	}
 }
 
-// settleServices gives the dirty Services their addresses, node ports and
+// updateServices gives the dirty Services their addresses, node ports and
 // endpoints.
-func (m *model) settleServices(dirty map[types.NamespacedName]struct{}, out *changes) {
+func (m *model) updateServices(dirty map[types.NamespacedName]struct{}, out *changes) {
 	if len(dirty) == 0 {
 		return
 	}
 	// A Service that failed may succeed now that others have changed.
-	for name := range m.failed {
+	for name := range m.failedServices {
 		dirty[name] = struct{}{}
 	}
 	names := make([]types.NamespacedName, 0, len(dirty))
@@ -281,101 +281,101 @@ func (m *model) settleServices(dirty map[types.NamespacedName]struct{}, out *cha
 		names = append(names, name)
 	}
 	slices.SortFunc(names, func(a, b types.NamespacedName) int { return strings.Compare(a.String(), b.String()) })
-	maps.Copy(out.services, m.assign(names))
+	maps.Copy(out.services, m.allocate(names))
 	for _, name := range names {
 		svc, ok := out.services[name]
 		if !ok {
-			svc = m.services[name] // failed: as it was
+			svc = m.deliveredServices[name] // failed: as it was
 		}
-		m.makeSlices(name, svc, out)
+		m.generateSlices(name, svc, out)
 	}
 }
 
-// request is what one Service needs.
-type request struct {
-	name   types.NamespacedName
-	object *object // nil if the Service is gone
-	wishes []wish
-	policy corev1.IPFamilyPolicy
-	// had has the addresses before, and addrs those that it gets.
-	had, addrs []netip.Addr
-	// portWishes, hadPorts and ports are the same for node ports.
-	portWishes      []portWish
-	hadPorts, ports []heldPort
+// serviceAllocation is what one Service needs.
+type serviceAllocation struct {
+	name         types.NamespacedName
+	object       *object // nil if the Service is gone
+	addrRequests []addressRequest
+	policy       corev1.IPFamilyPolicy
+	// oldAddrs has the addresses before, and addrs those that it gets.
+	oldAddrs, newAddrs []netip.Addr
+	// portWishes, oldPorts and ports are the same for node ports.
+	portRequests       []nodePortRequest
+	oldPorts, newPorts []nodePortAllocation
 	// failed says that it does not get its wishes for now, err why not.
 	failed bool
 	err    *Error
 }
 
-// assign gives addresses and node ports to the Services, in the order of the
+// allocate gives addresses and node ports to the Services, in the order of the
 // names: first
 // those that files say, so that these are not handed out, then those that each
 // Service has already, then new ones. A Service that does not get all it needs
 // keeps what it has, and others have to do without that. assign returns the
 // Services with their addresses, nil for those that are gone, and leaves out
 // those that failed.
-func (m *model) assign(names []types.NamespacedName) map[types.NamespacedName]*corev1.Service {
-	requests := make(map[types.NamespacedName]*request, len(names))
-	order := make([]*request, 0, len(names))
+func (m *model) allocate(names []types.NamespacedName) map[types.NamespacedName]*corev1.Service {
+	requests := make(map[types.NamespacedName]*serviceAllocation, len(names))
+	order := make([]*serviceAllocation, 0, len(names))
 	for _, name := range names {
-		delete(m.failed, name)
-		r := &request{name: name, object: m.current[id{kindService, name}], had: m.held[name], hadPorts: m.heldPorts[name]}
+		delete(m.failedServices, name)
+		r := &serviceAllocation{name: name, object: m.active[objectID{kindService, name}], oldAddrs: m.allocatedAddrs[name], oldPorts: m.allocatedPorts[name]}
 		if r.object != nil && r.object.service.Spec.Type != corev1.ServiceTypeExternalName {
-			r.wishes, r.policy, r.err = m.addresses.wishes(r.object)
-			r.portWishes = portWishes(r.object.service)
+			r.addrRequests, r.policy, r.err = m.addresses.requests(r.object)
+			r.portRequests = nodePortRequests(r.object.service)
 		}
 		requests[name] = r
 		if r.err != nil {
 			r.failed = true // and nothing can help it
-			m.failed[name] = r.err
+			m.failedServices[name] = r.err
 			continue
 		}
 		order = append(order, r)
 		// What a Service gives up can be another's in the same update.
-		m.giveUp(r)
+		m.releaseUnneeded(r)
 	}
 	for _, r := range order {
-		if r.err = m.claimSaid(r); r.err != nil {
-			m.fail(r, requests)
+		if r.err = m.allocateRequested(r); r.err != nil {
+			m.rollBack(r, requests)
 		}
 	}
 	for _, r := range order {
 		if r.failed {
 			continue
 		}
-		if r.err = m.claimOthers(r); r.err != nil {
-			m.fail(r, requests)
+		if r.err = m.allocateRemaining(r); r.err != nil {
+			m.rollBack(r, requests)
 		}
 	}
-	m.retry(order)
+	m.retryFailed(order)
 
 	done := make(map[types.NamespacedName]*corev1.Service, len(order))
 	for _, r := range order {
 		if r.failed {
-			m.failed[r.name] = r.err
+			m.failedServices[r.name] = r.err
 		} else {
-			done[r.name] = m.finish(r)
+			done[r.name] = m.buildService(r)
 		}
 	}
 	return done
 }
 
-// retry gives those that failed what has become free since, because others
+// retryFailed gives those that failed what has become free since, because others
 // failed after them. It takes nothing from anyone, so it ends; after that, the
 // errors say what is in force.
-func (m *model) retry(order []*request) {
+func (m *model) retryFailed(order []*serviceAllocation) {
 	for again := true; again; {
 		again = false
 		for _, r := range order {
 			if !r.failed {
 				continue
 			}
-			m.giveUp(r)
-			if r.err = m.claimSaid(r); r.err == nil {
-				r.err = m.claimOthers(r)
+			m.releaseUnneeded(r)
+			if r.err = m.allocateRequested(r); r.err == nil {
+				r.err = m.allocateRemaining(r)
 			}
 			if r.err != nil {
-				m.fail(r, nil) // nobody can have taken what it gave up
+				m.rollBack(r, nil) // nobody can have taken what it gave up
 				continue
 			}
 			r.failed = false
@@ -384,227 +384,227 @@ func (m *model) retry(order []*request) {
 	}
 }
 
-// giveUp releases what a Service has and does not need any more.
-func (m *model) giveUp(r *request) {
-	for _, addr := range r.had {
-		if !slices.ContainsFunc(r.wishes, func(w wish) bool { return r.keeps(w, addr) }) {
+// releaseUnneeded releases what a Service has and does not need any more.
+func (m *model) releaseUnneeded(r *serviceAllocation) {
+	for _, addr := range r.oldAddrs {
+		if !slices.ContainsFunc(r.addrRequests, func(w addressRequest) bool { return r.reusesAddr(w, addr) }) {
 			m.addresses.release(addr, r.name)
 		}
 	}
-	for _, h := range r.hadPorts {
-		if !slices.ContainsFunc(r.portWishes, func(w portWish) bool { return r.keepsPort(w, h) }) {
+	for _, h := range r.oldPorts {
+		if !slices.ContainsFunc(r.portRequests, func(w nodePortRequest) bool { return r.reusesPort(w, h) }) {
 			m.nodePorts.release(h.port, r.name)
 		}
 	}
 }
 
-// keeps reports whether an address that the Service has fulfils a wish.
-func (r *request) keeps(w wish, addr netip.Addr) bool {
+// reusesAddr reports whether an address that the Service has fulfils a wish.
+func (r *serviceAllocation) reusesAddr(w addressRequest, addr netip.Addr) bool {
 	if isHeadless(r.object.service) {
 		return false
 	}
-	if w.explicit.IsValid() {
-		return w.explicit == addr
+	if w.requested.IsValid() {
+		return w.requested == addr
 	}
 	return w.family == familyOf(addr)
 }
 
-// keepsPort reports whether a node port that the Service has fulfils a wish.
-func (r *request) keepsPort(w portWish, h heldPort) bool {
-	if w.use != h.use {
+// reusesPort reports whether a node port that the Service has fulfils a wish.
+func (r *serviceAllocation) reusesPort(w nodePortRequest, h nodePortAllocation) bool {
+	if w.key != h.key {
 		return false
 	}
-	if w.explicit != 0 {
-		return w.said() == h.port
+	if w.requested != 0 {
+		return w.requestedPort() == h.port
 	}
 	// The file may say it for something else now.
-	return !slices.ContainsFunc(r.portWishes, func(w portWish) bool { return w.said() == h.port })
+	return !slices.ContainsFunc(r.portRequests, func(w nodePortRequest) bool { return w.requestedPort() == h.port })
 }
 
-// claimSaid claims the addresses and node ports that the file says.
-func (m *model) claimSaid(r *request) *Error {
-	for i, w := range r.wishes {
-		if !w.explicit.IsValid() {
+// allocateRequested claims the addresses and node ports that the file says.
+func (m *model) allocateRequested(r *serviceAllocation) *Error {
+	for i, w := range r.addrRequests {
+		if !w.requested.IsValid() {
 			continue
 		}
-		if holder, ok := m.addresses.claim(w.explicit, r.name); !ok {
+		if holder, ok := m.addresses.allocate(w.requested, r.name); !ok {
 			field := "spec.clusterIP"
 			if i > 0 {
 				field = "spec.clusterIPs[1]"
 			}
-			return r.object.errorf(field, "%s is already the address of Service %s: give one of them another address", w.explicit, holder)
+			return r.object.errorf(field, "%s is already the address of Service %s: give one of them another address", w.requested, holder)
 		}
 	}
-	for _, w := range r.portWishes {
-		if w.explicit == 0 {
+	for _, w := range r.portRequests {
+		if w.requested == 0 {
 			continue
 		}
-		if holder, ok := m.nodePorts.claim(w.said(), r.name); !ok {
+		if holder, ok := m.nodePorts.allocate(w.requestedPort(), r.name); !ok {
 			return r.object.errorf(w.field, "%s is already a node port of Service %s: give one of them another number, or remove the field to get one",
-				w.said(), holder)
+				w.requestedPort(), holder)
 		}
 	}
 	return nil
 }
 
-// claimOthers completes the addresses and node ports of a Service whose said
+// allocateRemaining completes the addresses and node ports of a Service whose said
 // ones are claimed.
-func (m *model) claimOthers(r *request) *Error {
-	if err := m.claimOtherAddresses(r); err != nil {
+func (m *model) allocateRemaining(r *serviceAllocation) *Error {
+	if err := m.allocateAddresses(r); err != nil {
 		return err
 	}
-	return m.claimOtherPorts(r)
+	return m.allocatePorts(r)
 }
 
-func (m *model) claimOtherPorts(r *request) *Error {
-	r.ports = nil
+func (m *model) allocatePorts(r *serviceAllocation) *Error {
+	r.newPorts = nil
 	// What it has goes first, so that it is not shared away.
-	for _, w := range r.portWishes {
-		at := slices.IndexFunc(r.hadPorts, func(h heldPort) bool { return r.keepsPort(w, h) })
+	for _, w := range r.portRequests {
+		at := slices.IndexFunc(r.oldPorts, func(h nodePortAllocation) bool { return r.reusesPort(w, h) })
 		switch {
-		case w.explicit != 0:
-			r.ports = append(r.ports, heldPort{w.use, w.said()})
+		case w.requested != 0:
+			r.newPorts = append(r.newPorts, nodePortAllocation{w.key, w.requestedPort()})
 		case at >= 0:
-			r.ports = append(r.ports, r.hadPorts[at])
+			r.newPorts = append(r.newPorts, r.oldPorts[at])
 		}
 	}
-	for _, w := range r.portWishes {
-		if slices.ContainsFunc(r.ports, func(h heldPort) bool { return h.use == w.use }) {
+	for _, w := range r.portRequests {
+		if slices.ContainsFunc(r.newPorts, func(h nodePortAllocation) bool { return h.key == w.key }) {
 			continue
 		}
-		port, ok := m.sharePort(r, w)
+		port, ok := m.allocateSharedPort(r, w)
 		if !ok {
-			port, ok = m.nodePorts.give(r.name, w.use)
+			port, ok = m.nodePorts.allocateNext(r.name, w.key)
 		}
 		if !ok {
 			return r.object.errorf(w.field, "no node port is left for the Service, because all %d from %d on are in use: "+
 				"write another number here, or make other Services ClusterIP", nodePortCount, firstNodePort)
 		}
-		r.ports = append(r.ports, heldPort{w.use, port})
+		r.newPorts = append(r.newPorts, nodePortAllocation{w.key, port})
 	}
 	return nil
 }
 
-// sharePort claims the number that the same port of the Service has in another
+// allocateSharedPort claims the number that the same port of the Service has in another
 // protocol, as DNS servers have it, if it is free.
-func (m *model) sharePort(r *request, w portWish) (nodePort, bool) {
-	for _, h := range r.ports {
-		port := nodePort{w.use.protocol, h.port.number}
-		if _, taken := m.nodePorts.holders[port]; h.use.port == w.use.port && !taken {
-			m.nodePorts.claim(port, r.name)
+func (m *model) allocateSharedPort(r *serviceAllocation, w nodePortRequest) (nodePort, bool) {
+	for _, h := range r.newPorts {
+		port := nodePort{w.key.protocol, h.port.number}
+		if _, taken := m.nodePorts.owners[port]; h.key.port == w.key.port && !taken {
+			m.nodePorts.allocate(port, r.name)
 			return port, true
 		}
 	}
 	return nodePort{}, false
 }
 
-func (m *model) claimOtherAddresses(r *request) *Error {
-	r.addrs = nil
+func (m *model) allocateAddresses(r *serviceAllocation) *Error {
+	r.newAddrs = nil
 	if r.object == nil || isHeadless(r.object.service) {
 		return nil
 	}
-	for _, w := range r.wishes {
-		addr := w.explicit
-		if i := slices.IndexFunc(r.had, func(a netip.Addr) bool { return r.keeps(w, a) }); !addr.IsValid() && i >= 0 {
-			addr = r.had[i]
+	for _, w := range r.addrRequests {
+		addr := w.requested
+		if i := slices.IndexFunc(r.oldAddrs, func(a netip.Addr) bool { return r.reusesAddr(w, a) }); !addr.IsValid() && i >= 0 {
+			addr = r.oldAddrs[i]
 		}
 		if !addr.IsValid() {
 			var ok bool
-			if addr, ok = m.addresses.give(r.name, w.family); !ok {
+			if addr, ok = m.addresses.allocateNext(r.name, w.family); !ok {
 				p := m.addresses.pools[w.family]
 				return r.object.errorf("spec.clusterIP", "no address is left for the Service, because all %d of %s are in use: "+
 					"give a larger network with --service-cidr", p.size, p.prefix)
 			}
 		}
-		r.addrs = append(r.addrs, addr)
+		r.newAddrs = append(r.newAddrs, addr)
 	}
 	return nil
 }
 
-// fail puts a Service back to what it had, so that its last good version goes
+// rollBack puts a Service back to what it had, so that its last good version goes
 // on. Those of the requests that have got any of that fail in turn.
-func (m *model) fail(r *request, requests map[types.NamespacedName]*request) {
-	failing := []*request{r}
+func (m *model) rollBack(r *serviceAllocation, requests map[types.NamespacedName]*serviceAllocation) {
+	failing := []*serviceAllocation{r}
 	for len(failing) > 0 {
 		r, failing = failing[len(failing)-1], failing[:len(failing)-1]
 		r.failed = true
-		for _, addr := range r.addrs {
-			if !slices.Contains(r.had, addr) {
+		for _, addr := range r.newAddrs {
+			if !slices.Contains(r.oldAddrs, addr) {
 				m.addresses.release(addr, r.name)
 			}
 		}
-		r.addrs = nil
-		for _, w := range r.wishes {
-			if w.explicit.IsValid() && !slices.Contains(r.had, w.explicit) {
-				m.addresses.release(w.explicit, r.name)
+		r.newAddrs = nil
+		for _, w := range r.addrRequests {
+			if w.requested.IsValid() && !slices.Contains(r.oldAddrs, w.requested) {
+				m.addresses.release(w.requested, r.name)
 			}
 		}
-		for _, addr := range r.had {
-			if holder, ok := m.addresses.claim(addr, r.name); !ok {
+		for _, addr := range r.oldAddrs {
+			if holder, ok := m.addresses.allocate(addr, r.name); !ok {
 				// It had something else before: no two had the same.
 				m.addresses.release(addr, holder)
-				m.addresses.claim(addr, r.name)
+				m.addresses.allocate(addr, r.name)
 				failing = append(failing, requests[holder])
 			}
 		}
-		failing = append(failing, m.failPorts(r, requests)...)
+		failing = append(failing, m.rollBackPorts(r, requests)...)
 	}
 }
 
-// failPorts is fail for node ports. It returns the requests that fail in turn.
-func (m *model) failPorts(r *request, requests map[types.NamespacedName]*request) []*request {
+// rollBackPorts is fail for node ports. It returns the requests that fail in turn.
+func (m *model) rollBackPorts(r *serviceAllocation, requests map[types.NamespacedName]*serviceAllocation) []*serviceAllocation {
 	release := func(port nodePort) {
-		if !slices.ContainsFunc(r.hadPorts, func(h heldPort) bool { return h.port == port }) {
+		if !slices.ContainsFunc(r.oldPorts, func(h nodePortAllocation) bool { return h.port == port }) {
 			m.nodePorts.release(port, r.name)
 		}
 	}
-	for _, h := range r.ports {
+	for _, h := range r.newPorts {
 		release(h.port)
 	}
-	r.ports = nil
-	for _, w := range r.portWishes {
-		release(w.said())
+	r.newPorts = nil
+	for _, w := range r.portRequests {
+		release(w.requestedPort())
 	}
-	var failing []*request
-	for _, h := range r.hadPorts {
-		if holder, ok := m.nodePorts.claim(h.port, r.name); !ok {
+	var failing []*serviceAllocation
+	for _, h := range r.oldPorts {
+		if holder, ok := m.nodePorts.allocate(h.port, r.name); !ok {
 			m.nodePorts.release(h.port, holder)
-			m.nodePorts.claim(h.port, r.name)
+			m.nodePorts.allocate(h.port, r.name)
 			failing = append(failing, requests[holder])
 		}
 	}
 	return failing
 }
 
-// finish returns the Service of a request that has its addresses and node
+// buildService returns the Service of a request that has its addresses and node
 // ports, nil if it is gone.
-func (m *model) finish(r *request) *corev1.Service {
-	delete(m.held, r.name)
-	delete(m.heldPorts, r.name)
+func (m *model) buildService(r *serviceAllocation) *corev1.Service {
+	delete(m.allocatedAddrs, r.name)
+	delete(m.allocatedPorts, r.name)
 	if r.object == nil {
 		return nil
 	}
 	svc := r.object.service.DeepCopy()
-	if len(r.addrs) > 0 {
-		m.held[r.name] = r.addrs
+	if len(r.newAddrs) > 0 {
+		m.allocatedAddrs[r.name] = r.newAddrs
 		svc.Spec.ClusterIPs = nil
-		for _, addr := range r.addrs {
+		for _, addr := range r.newAddrs {
 			svc.Spec.ClusterIPs = append(svc.Spec.ClusterIPs, addr.String())
 		}
 		svc.Spec.ClusterIP = svc.Spec.ClusterIPs[0]
 	}
-	if len(r.ports) > 0 {
-		m.heldPorts[r.name] = r.ports
-		for _, h := range r.ports {
-			said := slices.ContainsFunc(r.portWishes, func(w portWish) bool { return w.use == h.use && w.explicit != 0 })
-			if !said && !slices.Contains(r.hadPorts, h) {
-				m.given = append(m.given, givenPort{r.name, h})
+	if len(r.newPorts) > 0 {
+		m.allocatedPorts[r.name] = r.newPorts
+		for _, h := range r.newPorts {
+			said := slices.ContainsFunc(r.portRequests, func(w nodePortRequest) bool { return w.key == h.key && w.requested != 0 })
+			if !said && !slices.Contains(r.oldPorts, h) {
+				m.unloggedPorts = append(m.unloggedPorts, unloggedPort{r.name, h})
 			}
 		}
-		setNodePorts(svc, r.ports)
+		setNodePorts(svc, r.newPorts)
 	}
 	svc.Spec.IPFamilies = nil
-	for _, w := range r.wishes {
+	for _, w := range r.addrRequests {
 		svc.Spec.IPFamilies = append(svc.Spec.IPFamilies, w.family)
 	}
 	svc.Spec.IPFamilyPolicy = nil
@@ -614,62 +614,62 @@ func (m *model) finish(r *request) *corev1.Service {
 	return svc
 }
 
-// makeSlices makes the EndpointSlices of a Service, nil if it is gone.
-func (m *model) makeSlices(name types.NamespacedName, svc *corev1.Service, out *changes) {
-	for _, slice := range m.made[name] {
+// generateSlices makes the EndpointSlices of a Service, nil if it is gone.
+func (m *model) generateSlices(name types.NamespacedName, svc *corev1.Service, out *changes) {
+	for _, slice := range m.generatedSlices[name] {
 		out.slices[slice] = nil
 	}
-	delete(m.made, name)
+	delete(m.generatedSlices, name)
 	if svc == nil || len(svc.Spec.Selector) == 0 || svc.Spec.Type == corev1.ServiceTypeExternalName {
 		return
 	}
-	for _, slice := range endpointSlices(svc, m.podsOf(svc), m.nodeName) {
+	for _, slice := range buildEndpointSlices(svc, m.selectPods(svc), m.nodeName) {
 		sliceName := types.NamespacedName{Namespace: slice.Namespace, Name: slice.Name}
 		out.slices[sliceName] = slice
-		m.made[name] = append(m.made[name], sliceName)
+		m.generatedSlices[name] = append(m.generatedSlices[name], sliceName)
 	}
 }
 
-// podsOf returns the pods that the Service selects. It looks at those that have
+// selectPods returns the pods that the Service selects. It looks at those that have
 // the rarest of the selector's labels.
-func (m *model) podsOf(svc *corev1.Service) []*corev1.Pod {
+func (m *model) selectPods(svc *corev1.Service) []*corev1.Pod {
 	var fewest map[types.NamespacedName]struct{}
 	first := true
 	for key, value := range svc.Spec.Selector {
-		set := m.podsBy[label{svc.Namespace, key, value}]
+		set := m.podsByLabel[label{svc.Namespace, key, value}]
 		if first || len(set) < len(fewest) {
 			fewest, first = set, false
 		}
 	}
 	var pods []*corev1.Pod
 	for name := range fewest {
-		if pod := m.current[id{kindPod, name}].pod; selects(svc.Spec.Selector, pod.Labels) {
+		if pod := m.active[objectID{kindPod, name}].pod; selects(svc.Spec.Selector, pod.Labels) {
 			pods = append(pods, pod)
 		}
 	}
 	return pods
 }
 
-// deliver returns the changes that are different from what was delivered.
-func (m *model) deliver(out *changes) kube.Delta {
+// diff returns the changes that are different from what was delivered.
+func (m *model) diff(out *changes) kube.Delta {
 	var d kube.Delta
 	for _, name := range sortedNames(out.services) {
-		switch svc, was := out.services[name], m.services[name]; {
+		switch svc, was := out.services[name], m.deliveredServices[name]; {
 		case svc == nil && was != nil:
-			delete(m.services, name)
+			delete(m.deliveredServices, name)
 			d.DeletedServices = append(d.DeletedServices, name)
 		case svc != nil && !reflect.DeepEqual(svc, was):
-			m.services[name] = svc
+			m.deliveredServices[name] = svc
 			d.Services = append(d.Services, svc)
 		}
 	}
 	for _, name := range sortedNames(out.slices) {
-		switch slice, was := out.slices[name], m.slices[name]; {
+		switch slice, was := out.slices[name], m.deliveredSlices[name]; {
 		case slice == nil && was != nil:
-			delete(m.slices, name)
+			delete(m.deliveredSlices, name)
 			d.DeletedEndpointSlices = append(d.DeletedEndpointSlices, name)
 		case slice != nil && !reflect.DeepEqual(slice, was):
-			m.slices[name] = slice
+			m.deliveredSlices[name] = slice
 			d.EndpointSlices = append(d.EndpointSlices, slice)
 		}
 	}
@@ -688,15 +688,15 @@ func sortedNames[V any](m map[types.NamespacedName]V) []types.NamespacedName {
 // errors returns everything that is wrong now, sorted by file and line.
 func (m *model) errors() Errors {
 	var errs Errors
-	for name := range m.broken {
+	for name := range m.invalidFiles {
 		errs = append(errs, m.files[name].errs...)
 	}
-	for _, err := range m.failed {
+	for _, err := range m.failedServices {
 		errs = append(errs, err)
 	}
-	for i := range m.doubles {
-		used := m.places[i][0]
-		for _, o := range m.places[i][1:] {
+	for i := range m.duplicates {
+		used := m.candidates[i][0]
+		for _, o := range m.candidates[i][1:] {
 			if _, ok := m.retained[o]; ok {
 				break // and so are the others; none may be there any more
 			}

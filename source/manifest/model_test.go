@@ -11,20 +11,20 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 )
 
-// TestFailedServiceFollowsItsPods says that a Service that stays as it was
+// TestFailedServiceFollowsPods says that a Service that stays as it was
 // because its change failed goes on with the Pods that it selected then.
-func TestFailedServiceFollowsItsPods(t *testing.T) {
+func TestFailedServiceFollowsPods(t *testing.T) {
 	t.Parallel()
 	withSelector := func(app, more string) string {
-		return strings.Replace(service("a", more), "{app: a}", "{app: "+app+"}", 1)
+		return strings.Replace(serviceYAML("a", more), "{app: a}", "{app: "+app+"}", 1)
 	}
 	m := newTestModel(t)
-	p1, p2, p3 := pod("p1", "x", "10.0.0.1", ""), pod("p2", "x", "10.0.0.2", ""), pod("p3", "x", "10.0.0.3", "")
+	p1, p2, p3 := podYAML("p1", "x", "10.0.0.1", ""), podYAML("p2", "x", "10.0.0.2", ""), podYAML("p3", "x", "10.0.0.3", "")
 	for _, step := range []struct {
 		name, file, text string
 		want             []string
 	}{
-		{"another Service", "b.yaml", service("b", "clusterIP: 10.96.0.9"), []string{"default/b ClusterIP 10.96.0.9 :80->8080/TCP"}},
+		{"another Service", "b.yaml", serviceYAML("b", "clusterIP: 10.96.0.9"), []string{"default/b ClusterIP 10.96.0.9 :80->8080/TCP"}},
 		{"the Service", "a.yaml", withSelector("x", "clusterIP: 10.96.0.8"), []string{"default/a ClusterIP 10.96.0.8 :80->8080/TCP"}},
 		{"its pods", "pods.yaml", p1 + p2, []string{"default/a IPv4 :8080/TCP 10.0.0.1(here,ready,serving) 10.0.0.2(here,ready,serving)"}},
 		{"a change that fails", "a.yaml", withSelector("y", "clusterIP: 10.96.0.9"), nil},
@@ -32,8 +32,8 @@ func TestFailedServiceFollowsItsPods(t *testing.T) {
 		{"a pod more", "pods.yaml", p2 + p3, []string{"default/a IPv4 :8080/TCP 10.0.0.2(here,ready,serving) 10.0.0.3(here,ready,serving)"}},
 		{"a pod in another namespace", "more.yaml", strings.Replace(p1, "name: p1", "name: p1\n  namespace: shop", 1), nil},
 	} {
-		d := m.update(map[string]*parsed{step.file: parse(step.file, []byte(step.text))})
-		if diff := cmp.Diff(step.want, summary(d)); diff != "" {
+		d := m.update(map[string]*parsedFile{step.file: parseFile(step.file, []byte(step.text))})
+		if diff := cmp.Diff(step.want, summarize(d)); diff != "" {
 			t.Errorf("%s (-want +got):\n%s", step.name, diff)
 		}
 	}
@@ -43,16 +43,16 @@ func TestFailedServiceFollowsItsPods(t *testing.T) {
 	}
 }
 
-// TestMovedOutOfAnUnreadableFile says that what was kept of a file that cannot be
+// TestObjectMovedFromUnreadableFile says that what was kept of a file that cannot be
 // read gives way to what can be read elsewhere.
-func TestMovedOutOfAnUnreadableFile(t *testing.T) {
+func TestObjectMovedFromUnreadableFile(t *testing.T) {
 	t.Parallel()
 	const (
 		k77        = "default/k ClusterIP 10.96.0.77 :80->8080/TCP"
 		k78        = "default/k ClusterIP 10.96.0.78 :80->8080/TCP"
 		unreadable = "a.yaml:1: not YAML: did not find expected node content: correct this line or one before it"
 	)
-	in77, in78 := service("k", "clusterIP: 10.96.0.77"), service("k", "clusterIP: 10.96.0.78")
+	in77, in78 := serviceYAML("k", "clusterIP: 10.96.0.77"), serviceYAML("k", "clusterIP: 10.96.0.78")
 	m := newTestModel(t)
 	for _, step := range []struct {
 		name, file, text string
@@ -73,8 +73,8 @@ func TestMovedOutOfAnUnreadableFile(t *testing.T) {
 		},
 		{"the file can be read and does not have it", "a.yaml", "", []string{k78}, ""},
 	} {
-		d := m.update(map[string]*parsed{step.file: parse(step.file, []byte(step.text))})
-		if diff := cmp.Diff(step.want, summary(d)); diff != "" {
+		d := m.update(map[string]*parsedFile{step.file: parseFile(step.file, []byte(step.text))})
+		if diff := cmp.Diff(step.want, summarize(d)); diff != "" {
 			t.Errorf("%s (-want +got):\n%s", step.name, diff)
 		}
 		if diff := cmp.Diff(step.errs, m.errors().Error()); diff != "" {
@@ -86,9 +86,9 @@ func TestMovedOutOfAnUnreadableFile(t *testing.T) {
 	}
 }
 
-// TestAddressesAfterFailures says that a Service that fails keeps its addresses,
+// TestAddressRollback says that a Service that fails keeps its addresses,
 // that no other gets them in the same change, and that all errors are true.
-func TestAddressesAfterFailures(t *testing.T) {
+func TestAddressRollback(t *testing.T) {
 	t.Parallel()
 	short := strings.NewReplacer("10.0.0.", ".", "fd00::", "::", " ", "+")
 	long := func(addr string) string {
@@ -159,7 +159,7 @@ func TestAddressesAfterFailures(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			// .1 and .2 are handed out, and ::1 and ::2.
-			addrs, err := newAddresses([]netip.Prefix{netip.MustParsePrefix("10.0.0.0/30"), netip.MustParsePrefix("fd00::/126")})
+			addrs, err := newAddressAllocator([]netip.Prefix{netip.MustParsePrefix("10.0.0.0/30"), netip.MustParsePrefix("fd00::/126")})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -169,13 +169,13 @@ func TestAddressesAfterFailures(t *testing.T) {
 				var file string
 				for word := range strings.FieldsSeq(step.services) {
 					name, addr, _ := strings.Cut(word, "=")
-					file += service("s"+name, spec(addr))
+					file += serviceYAML("s"+name, spec(addr))
 				}
-				d := m.update(map[string]*parsed{"x.yaml": parse("x.yaml", []byte(file))})
+				d := m.update(map[string]*parsedFile{"x.yaml": parseFile("x.yaml", []byte(file))})
 				for _, name := range d.DeletedServices {
 					delete(have, name.Name)
 				}
-				maps.Copy(have, clusterIPs(d))
+				maps.Copy(have, clusterIPsByName(d))
 				var got []string
 				holders := map[netip.Addr]types.NamespacedName{}
 				for _, name := range slices.Sorted(maps.Keys(have)) {
@@ -187,12 +187,12 @@ func TestAddressesAfterFailures(t *testing.T) {
 				if diff := cmp.Diff(step.want, strings.Join(got, " ")); diff != "" {
 					t.Errorf("step %d: addresses (-want +got):\n%s", i+1, diff)
 				}
-				if !maps.Equal(holders, addrs.holders) {
-					t.Errorf("step %d: delivered %v, held %v", i+1, holders, addrs.holders)
+				if !maps.Equal(holders, addrs.owners) {
+					t.Errorf("step %d: delivered %v, held %v", i+1, holders, addrs.owners)
 				}
 				var errs []string
-				for _, name := range sortedNames(m.failed) {
-					text := m.failed[name].Message
+				for _, name := range sortedNames(m.failedServices) {
+					text := m.failedServices[name].Message
 					if addr, rest, ok := strings.Cut(text, " is already the address of Service default/s"); ok {
 						holder, _, _ := strings.Cut(rest, ":")
 						errs = append(errs, name.Name[1:]+":"+short.Replace(addr)+" of "+holder)

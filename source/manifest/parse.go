@@ -21,44 +21,44 @@ const (
 	kindEndpointSlice kind = "EndpointSlice"
 )
 
-// listKind is only a wrapping: no object is of it.
-const listKind = "List"
+// kindList is only a wrapping: no object is of it.
+const kindList = "List"
 
-// id names an object.
-type id struct {
+// objectID names an object.
+type objectID struct {
 	kind kind
 	name types.NamespacedName
 }
 
-func (i id) String() string { return string(i.kind) + " " + i.name.String() }
+func (i objectID) String() string { return string(i.kind) + " " + i.name.String() }
 
 // object is one object of a file. One of service, pod and slice is set, with
 // the defaults that need no other object.
 type object struct {
-	id      id
+	id      objectID
 	service *corev1.Service
 	pod     *corev1.Pod
 	slice   *discoveryv1.EndpointSlice
 
 	// Where it comes from.
-	file   string
-	root   *node
-	prefix string // of field paths: items[2] in a List, else empty
+	file        string
+	root        *node
+	fieldPrefix string // of field paths: items[2] in a List, else empty
 }
 
 // line returns the line of a field.
 func (o *object) line(field string) int { return o.root.lineOf(field) }
 
 func (o *object) errorf(field, format string, args ...any) *Error {
-	path := o.prefix
+	path := o.fieldPrefix
 	if field != "" {
-		path = join(o.prefix, field)
+		path = joinPath(o.fieldPrefix, field)
 	}
 	return &Error{File: o.file, Line: o.line(field), Field: path, Message: fmt.Sprintf(format, args...)}
 }
 
-// idle says why the object does nothing, if it lacks what people forget.
-func (o *object) idle() *Error {
+// ineffective says why the object does nothing, if it lacks what people forget.
+func (o *object) ineffective() *Error {
 	switch {
 	case o.pod != nil:
 		status := &o.pod.Status
@@ -78,75 +78,75 @@ func (o *object) idle() *Error {
 	return nil
 }
 
-// comparePlace orders objects by file and line.
-func (o *object) comparePlace(p *object) int {
-	return cmp.Or(strings.Compare(o.file, p.file), cmp.Compare(o.root.line, p.root.line), strings.Compare(o.prefix, p.prefix))
+// comparePosition orders objects by file and line.
+func (o *object) comparePosition(p *object) int {
+	return cmp.Or(strings.Compare(o.file, p.file), cmp.Compare(o.root.line, p.root.line), strings.Compare(o.fieldPrefix, p.fieldPrefix))
 }
 
-// parsed is what a file holds.
-type parsed struct {
+// parsedFile is what a file holds.
+type parsedFile struct {
 	objects []*object
 	errs    []*Error
-	// bad has the objects that could be named but not be read.
-	bad map[id]bool
-	// unknown is set if there is an object that could not even be named.
-	unknown bool
-	// idle has what is right, but does nothing.
-	idle []*Error
-	// ignored has the objects of kinds that are not read, as "Deployment in
+	// invalid has the objects that could be named but not be read.
+	invalid map[objectID]bool
+	// unidentified is set if there is an object that could not even be named.
+	unidentified bool
+	// warnings has what is right, but does nothing.
+	warnings []*Error
+	// skipped has the objects of kinds that are not read, as "Deployment in
 	// line 12".
-	ignored []string
+	skipped []string
 }
 
-// parse reads a file. It goes on after each error.
-func parse(file string, data []byte) *parsed {
-	p := &parser{file: file, parsed: &parsed{bad: map[id]bool{}}}
-	for _, chunk := range split(data) {
-		nodes, errs := trees(chunk)
+// parseFile reads a file. It goes on after each error.
+func parseFile(file string, data []byte) *parsedFile {
+	p := &parser{file: file, parsedFile: &parsedFile{invalid: map[objectID]bool{}}}
+	for _, chunk := range splitDocuments(data) {
+		nodes, errs := parseTrees(chunk)
 		for _, n := range nodes {
-			p.document(n, "", true)
+			p.parseDocument(n, "", true)
 		}
 		for _, err := range errs {
 			p.errs = append(p.errs, &Error{File: file, Line: err.line, Message: err.message})
-			p.unknown = true
+			p.unidentified = true
 		}
 	}
 	slices.SortStableFunc(p.errs, (*Error).compare)
-	return p.parsed
+	return p.parsedFile
 }
 
 type parser struct {
-	*parsed
+	*parsedFile
 
 	file string
 }
 
-// document reads one object. lists says whether it may be a List.
-func (p *parser) document(n *node, prefix string, lists bool) {
+// parseDocument reads one object. lists says whether it may be a List.
+func (p *parser) parseDocument(n *node, prefix string, lists bool) {
 	fail := func(line int, field, format string, args ...any) {
 		p.errs = append(p.errs, &Error{File: p.file, Line: line, Field: field, Message: fmt.Sprintf(format, args...)})
-		p.unknown = true
+		p.unidentified = true
 	}
 	if n.kind != yaml.MappingNode {
-		fail(n.line, prefix, "%s, want an object with apiVersion, kind and metadata", describe(n))
+		fail(n.line, prefix, "%s, want an object with apiVersion, kind and metadata", describeNode(n))
 		return
 	}
-	apiVersion, name := n.text("apiVersion"), n.text("kind")
+	apiVersion, name := n.fieldText("apiVersion"), n.fieldText("kind")
 	switch {
 	case name == "":
-		fail(n.lineOf("kind"), join(prefix, "kind"), "missing: name the kind of object, such as Service")
+		fail(n.lineOf("kind"), joinPath(prefix, "kind"), "missing: name the kind of object, such as Service")
 		return
 	case apiVersion == "":
-		fail(n.lineOf("apiVersion"), join(prefix, "apiVersion"), "missing: write v1 for Service and Pod, discovery.k8s.io/v1 for EndpointSlice")
+		fail(n.lineOf("apiVersion"), joinPath(prefix, "apiVersion"), "missing: write v1 for Service and Pod, discovery.k8s.io/v1 for EndpointSlice")
 		return
 	}
 	group, _, ok := strings.Cut(apiVersion, "/")
 	if !ok {
 		group = ""
 	}
-	k := kindMeant(name)
-	if k == "" || isForeignGroup(group) {
-		p.ignored = append(p.ignored, fmt.Sprintf("%s in line %d", name, n.lineOf("kind")))
+	k := closestKind(name)
+	if k == "" || isThirdPartyGroup(group) {
+		p.skipped = append(p.skipped, fmt.Sprintf("%s in line %d", name, n.lineOf("kind")))
 		return
 	}
 	want := "v1"
@@ -157,7 +157,7 @@ func (p *parser) document(n *node, prefix string, lists bool) {
 	// would delete what it was before the slip.
 	before := len(p.errs)
 	report := func(field, format string, args ...any) {
-		p.errs = append(p.errs, &Error{File: p.file, Line: n.lineOf(field), Field: join(prefix, field), Message: fmt.Sprintf(format, args...)})
+		p.errs = append(p.errs, &Error{File: p.file, Line: n.lineOf(field), Field: joinPath(prefix, field), Message: fmt.Sprintf(format, args...)})
 	}
 	if name != string(k) {
 		report("kind", "%q is not a kind: did you mean %s?", name, k)
@@ -166,62 +166,62 @@ func (p *parser) document(n *node, prefix string, lists bool) {
 		report("apiVersion", "%q is not a version of %s that is read: use %s", apiVersion, k, want)
 	}
 	switch {
-	case len(p.errs) > before && k == listKind:
-		p.unknown = true
+	case len(p.errs) > before && k == kindList:
+		p.unidentified = true
 	case len(p.errs) > before:
-		p.spoiled(id{k, nameIn(n)})
-	case k == listKind:
-		p.list(n, prefix, lists, fail)
+		p.markInvalid(objectID{k, metadataName(n)})
+	case k == kindList:
+		p.parseList(n, prefix, lists, fail)
 	default:
-		p.object(n, prefix, k)
+		p.parseObject(n, prefix, k)
 	}
 }
 
-// kindMeant returns the kind that is read and that a name stands for, be it with
+// closestKind returns the kind that is read and that a name stands for, be it with
 // a slip, or "" if there is none.
-func kindMeant(name string) kind {
+func closestKind(name string) kind {
 	lower := strings.ToLower(name)
 	if lower == "job" || lower == "node" {
 		return "" // Kubernetes' own, and near to Pod
 	}
 	best, bestDistance := kind(""), 3
-	for _, k := range []kind{kindService, kindPod, kindEndpointSlice, listKind} {
-		if d := distance(lower, strings.ToLower(string(k))); d < bestDistance {
+	for _, k := range []kind{kindService, kindPod, kindEndpointSlice, kindList} {
+		if d := editDistance(lower, strings.ToLower(string(k))); d < bestDistance {
 			best, bestDistance = k, d
 		}
 	}
 	return best
 }
 
-// isForeignGroup reports whether the group is that of an API of somebody else,
+// isThirdPartyGroup reports whether the group is that of an API of somebody else,
 // which may well have kinds of the same names, as Knative has a Service. The
 // groups of Kubernetes have no dot or end in .k8s.io, and have no second kind of
 // these names.
-func isForeignGroup(group string) bool {
+func isThirdPartyGroup(group string) bool {
 	return strings.Contains(group, ".") && !strings.HasSuffix(group, ".k8s.io") &&
-		!strings.HasPrefix(group, "discovery.") && distance(group, "discovery.k8s.io") > 3
+		!strings.HasPrefix(group, "discovery.") && editDistance(group, "discovery.k8s.io") > 3
 }
 
-// nameIn returns the name of an object that cannot be decoded.
-func nameIn(n *node) types.NamespacedName {
+// metadataName returns the name of an object that cannot be decoded.
+func metadataName(n *node) types.NamespacedName {
 	return types.NamespacedName{
-		Namespace: cmp.Or(n.get("metadata").text("namespace"), corev1.NamespaceDefault),
-		Name:      n.get("metadata").text("name"),
+		Namespace: cmp.Or(n.field("metadata").fieldText("namespace"), corev1.NamespaceDefault),
+		Name:      n.field("metadata").fieldText("name"),
 	}
 }
 
-// spoiled notes that an object is there, but cannot be used.
-func (p *parser) spoiled(i id) {
+// markInvalid notes that an object is there, but cannot be used.
+func (p *parser) markInvalid(i objectID) {
 	if i.name.Name == "" {
-		p.unknown = true
+		p.unidentified = true
 		return
 	}
-	p.bad[i] = true
+	p.invalid[i] = true
 }
 
-func (p *parser) list(n *node, prefix string, lists bool, fail func(int, string, string, ...any)) {
+func (p *parser) parseList(n *node, prefix string, lists bool, fail func(int, string, string, ...any)) {
 	if !lists {
-		fail(n.line, join(prefix, "kind"), "a List in a List: move its items up")
+		fail(n.line, joinPath(prefix, "kind"), "a List in a List: move its items up")
 		return
 	}
 	for _, f := range n.fields {
@@ -231,22 +231,22 @@ func (p *parser) list(n *node, prefix string, lists bool, fail func(int, string,
 			fail(f.line, f.name, "unknown field: remove it, or correct its name or its indentation")
 		}
 	}
-	items := n.get("items")
+	items := n.field("items")
 	if items == nil || items.tag == "!!null" {
 		return
 	}
 	if items.kind != yaml.SequenceNode {
-		fail(n.lineOf("items"), "items", "%s, want a list: begin each item with \"- \"", describe(items))
+		fail(n.lineOf("items"), "items", "%s, want a list: begin each item with \"- \"", describeNode(items))
 		return
 	}
 	for i, item := range items.items {
-		p.document(item, fmt.Sprintf("items[%d]", i), false)
+		p.parseDocument(item, fmt.Sprintf("items[%d]", i), false)
 	}
 }
 
-// object reads, completes and validates one object of a kind that is read.
-func (p *parser) object(n *node, prefix string, k kind) {
-	o := &object{file: p.file, root: n, prefix: prefix}
+// parseObject reads, completes and validates one object of a kind that is read.
+func (p *parser) parseObject(n *node, prefix string, k kind) {
+	o := &object{file: p.file, root: n, fieldPrefix: prefix}
 	before := len(p.errs)
 	// Validators count paths from the object, people from the document.
 	report := func(field, message string) { p.errs = append(p.errs, o.errorf(field, "%s", message)) }
@@ -277,13 +277,13 @@ func (p *parser) object(n *node, prefix string, k kind) {
 	o.id.kind = k
 	if len(p.errs) == before {
 		p.objects = append(p.objects, o)
-		if err := o.idle(); err != nil {
-			p.idle = append(p.idle, err)
+		if err := o.ineffective(); err != nil {
+			p.warnings = append(p.warnings, err)
 		}
 		return
 	}
 	if !ok {
-		o.id.name = nameIn(n)
+		o.id.name = metadataName(n)
 	}
-	p.spoiled(o.id)
+	p.markInvalid(o.id)
 }

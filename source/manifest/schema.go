@@ -20,12 +20,12 @@ import (
 // wrong type and knows no lines; that it must agree afterwards makes sure that
 // nothing passes which Kubernetes' own decoder refuses.
 func decode(n *node, object any, prefix string, report func(field, message string)) bool {
-	c := checker{report: report}
+	c := typeChecker{report: report}
 	c.check(n, reflect.TypeOf(object).Elem(), prefix)
 	if c.failed {
 		return false
 	}
-	data, err := json.Marshal(n.json())
+	data, err := json.Marshal(n.jsonValue())
 	if err != nil {
 		report(prefix, fmt.Sprintf("cannot be written as JSON: %v", err))
 		return false
@@ -40,18 +40,18 @@ func decode(n *node, object any, prefix string, report func(field, message strin
 	return len(strict) == 0
 }
 
-// checker compares a tree with the Go type it is meant for.
-type checker struct {
+// typeChecker compares a tree with the Go type it is meant for.
+type typeChecker struct {
 	report func(field, message string)
 	failed bool
 }
 
-func (c *checker) fail(field, format string, args ...any) {
+func (c *typeChecker) fail(field, format string, args ...any) {
 	c.failed = true
 	c.report(field, fmt.Sprintf(format, args...))
 }
 
-func (c *checker) check(n *node, t reflect.Type, path string) {
+func (c *typeChecker) check(n *node, t reflect.Type, path string) {
 	if n.tag == "!!null" {
 		return // as if it were not there
 	}
@@ -59,7 +59,7 @@ func (c *checker) check(n *node, t reflect.Type, path string) {
 		t = t.Elem()
 	}
 	if reflect.PointerTo(t).Implements(reflect.TypeFor[json.Unmarshaler]()) {
-		c.checkSpecial(n, t, path)
+		c.checkUnmarshaler(n, t, path)
 		return
 	}
 	switch t.Kind() {
@@ -67,7 +67,7 @@ func (c *checker) check(n *node, t reflect.Type, path string) {
 		c.checkStruct(n, t, path)
 	case reflect.Map:
 		if n.kind != yaml.MappingNode {
-			c.fail(path, "%s, want a mapping of names to values: write each as \"name: value\" on a line of its own", describe(n))
+			c.fail(path, "%s, want a mapping of names to values: write each as \"name: value\" on a line of its own", describeNode(n))
 			return
 		}
 		for _, f := range n.fields {
@@ -75,11 +75,11 @@ func (c *checker) check(n *node, t reflect.Type, path string) {
 		}
 	case reflect.Slice:
 		if t.Elem().Kind() == reflect.Uint8 {
-			c.scalar(n, path, "text", "!!str")
+			c.checkScalar(n, path, "text", "!!str")
 			return
 		}
 		if n.kind != yaml.SequenceNode {
-			c.fail(path, "%s, want a list: begin each item with \"- \"", describe(n))
+			c.fail(path, "%s, want a list: begin each item with \"- \"", describeNode(n))
 			return
 		}
 		for i, item := range n.items {
@@ -87,37 +87,37 @@ func (c *checker) check(n *node, t reflect.Type, path string) {
 		}
 	case reflect.String:
 		// Dates are text for Kubernetes, which has no type for them.
-		c.scalar(n, path, "text", "!!str", "!!timestamp")
+		c.checkScalar(n, path, "text", "!!str", "!!timestamp")
 	case reflect.Bool:
-		c.scalar(n, path, "true or false", "!!bool")
+		c.checkScalar(n, path, "true or false", "!!bool")
 	case reflect.Int, reflect.Int32, reflect.Int64:
-		if c.scalar(n, path, "a whole number", "!!int") {
-			if v, ok := n.scalar().(int64); !ok || reflect.Zero(t).OverflowInt(v) {
+		if c.checkScalar(n, path, "a whole number", "!!int") {
+			if v, ok := n.scalarValue().(int64); !ok || reflect.Zero(t).OverflowInt(v) {
 				c.fail(path, "%s is too large for this field: use a smaller number", n.value)
 			}
 		}
 	case reflect.Float64:
-		c.scalar(n, path, "a number", "!!int", "!!float")
+		c.checkScalar(n, path, "a number", "!!int", "!!float")
 	default:
 	}
 }
 
-// checkSpecial is for types that read JSON themselves.
-func (c *checker) checkSpecial(n *node, t reflect.Type, path string) {
+// checkUnmarshaler is for types that read JSON themselves.
+func (c *typeChecker) checkUnmarshaler(n *node, t reflect.Type, path string) {
 	switch t {
 	case reflect.TypeFor[intstr.IntOrString]():
-		if c.scalar(n, path, "a number or a name", "!!int", "!!str") && n.tag == "!!int" {
-			if v, ok := n.scalar().(int64); !ok || v != int64(int32(v)) {
+		if c.checkScalar(n, path, "a number or a name", "!!int", "!!str") && n.tag == "!!int" {
+			if v, ok := n.scalarValue().(int64); !ok || v != int64(int32(v)) {
 				c.fail(path, "%s is too large for this field: use a smaller number", n.value)
 			}
 		}
 		return
 	case reflect.TypeFor[metav1.Time](), reflect.TypeFor[metav1.MicroTime]():
-		if !c.scalar(n, path, "a time", "!!str", "!!timestamp") {
+		if !c.checkScalar(n, path, "a time", "!!str", "!!timestamp") {
 			return
 		}
 	}
-	data, err := json.Marshal(n.json())
+	data, err := json.Marshal(n.jsonValue())
 	if err == nil {
 		err = json.Unmarshal(data, reflect.New(t).Interface())
 	}
@@ -126,47 +126,47 @@ func (c *checker) checkSpecial(n *node, t reflect.Type, path string) {
 		case reflect.TypeFor[metav1.Time](), reflect.TypeFor[metav1.MicroTime]():
 			c.fail(path, "%q is not a time: write it as 2006-01-02T15:04:05Z", n.value)
 		case reflect.TypeFor[resource.Quantity]():
-			c.fail(path, "%s, want a quantity: write one such as 100m or 64Mi", describe(n))
+			c.fail(path, "%s, want a quantity: write one such as 100m or 64Mi", describeNode(n))
 		default:
-			c.fail(path, "%s and does not belong here: %v", describe(n), err)
+			c.fail(path, "%s and does not belong here: %v", describeNode(n), err)
 		}
 	}
 }
 
-func (c *checker) checkStruct(n *node, t reflect.Type, path string) {
+func (c *typeChecker) checkStruct(n *node, t reflect.Type, path string) {
 	if n.kind != yaml.MappingNode {
-		c.fail(path, "%s, want a mapping of fields: write each as \"name: value\" on a line of its own", describe(n))
+		c.fail(path, "%s, want a mapping of fields: write each as \"name: value\" on a line of its own", describeNode(n))
 		return
 	}
 	fields := jsonFields(t)
 	for _, f := range n.fields {
 		field, ok := fields[f.name]
 		if !ok {
-			c.fail(join(path, f.name), "unknown field%s", suggest(f.name, fields))
+			c.fail(joinPath(path, f.name), "unknown field%s", suggestField(f.name, fields))
 			continue
 		}
-		c.check(f.value, field, join(path, f.name))
+		c.check(f.value, field, joinPath(path, f.name))
 	}
 }
 
-// scalar reports whether n is a scalar with one of the tags.
-func (c *checker) scalar(n *node, path, want string, tags ...string) bool {
+// checkScalar reports whether n is a scalar with one of the tags.
+func (c *typeChecker) checkScalar(n *node, path, want string, tags ...string) bool {
 	if n.kind == yaml.ScalarNode && slices.Contains(tags, n.tag) {
 		return true
 	}
 	if n.kind == yaml.ScalarNode && tags[0] == "!!str" {
-		c.fail(path, "%s, want %s: write %q", describe(n), want, n.value)
+		c.fail(path, "%s, want %s: write %q", describeNode(n), want, n.value)
 		return false
 	}
 	fix := "write " + want
 	if n.kind == yaml.ScalarNode && n.tag == "!!str" && want == "a whole number" && !strings.ContainsFunc(n.value, func(r rune) bool { return r < '0' || r > '9' }) {
 		fix = "remove the quotation marks"
 	}
-	c.fail(path, "%s, want %s: %s", describe(n), want, fix)
+	c.fail(path, "%s, want %s: %s", describeNode(n), want, fix)
 	return false
 }
 
-func describe(n *node) string {
+func describeNode(n *node) string {
 	switch n.kind {
 	case yaml.MappingNode:
 		return "a mapping"
@@ -188,7 +188,7 @@ func describe(n *node) string {
 	}
 }
 
-func join(path, name string) string {
+func joinPath(path, name string) string {
 	if path == "" {
 		return name
 	}
@@ -211,11 +211,11 @@ func jsonFields(t reflect.Type) map[string]reflect.Type {
 	return fields
 }
 
-// suggest names the field that was meant, if one is near.
-func suggest(name string, fields map[string]reflect.Type) string {
+// suggestField names the field that was meant, if one is near.
+func suggestField(name string, fields map[string]reflect.Type) string {
 	best, bestDistance := "", 3
 	for field := range fields {
-		d := distance(strings.ToLower(name), strings.ToLower(field))
+		d := editDistance(strings.ToLower(name), strings.ToLower(field))
 		if d < bestDistance || (d == bestDistance && best != "" && field < best) {
 			best, bestDistance = field, d
 		}
@@ -226,8 +226,8 @@ func suggest(name string, fields map[string]reflect.Type) string {
 	return fmt.Sprintf(": did you mean %s?", best)
 }
 
-// distance is the number of letters to add, remove or replace to get from a to b.
-func distance(a, b string) int {
+// editDistance is the number of letters to add, remove or replace to get from a to b.
+func editDistance(a, b string) int {
 	row := make([]int, len(b)+1)
 	for j := range row {
 		row[j] = j

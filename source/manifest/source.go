@@ -21,16 +21,16 @@ import (
 )
 
 const (
-	// settle is how long events gather after the first: an editor makes several
+	// coalesceDelay is how long events gather after the first: an editor makes several
 	// for one save, and a writer truncates a file before it fills it.
-	settle = 2 * time.Millisecond
-	// retryAfter is when a file that could not be read is looked at once more, in
+	coalesceDelay = 2 * time.Millisecond
+	// retryDelay is when a file that could not be read is looked at once more, in
 	// case it was being written.
-	retryAfter = 150 * time.Millisecond
-	// emptyAfter is how long after its last event a file must be without objects
+	retryDelay = 150 * time.Millisecond
+	// emptyFileDelay is how long after its last event a file must be without objects
 	// to lose those that it had: a shell empties the file of kubectl get > a.yaml
 	// at once, and kubectl fills it when it has the answer.
-	emptyAfter = 2 * time.Second
+	emptyFileDelay = 2 * time.Second
 )
 
 // Options say what to read and how to complete it.
@@ -53,21 +53,21 @@ type Source struct {
 	log    *slog.Logger
 	model  *model
 	hashes map[string][sha256.Size]byte
-	// reported has the errors of now, which were logged.
-	reported map[string]bool
-	// ignored has the warning about each file with kinds that are not read.
-	ignored map[string]string
-	// idle has the warnings about each file that were logged and still hold.
-	idle map[string][]string
-	// dangling has the links that were warned of, and where they lead.
-	dangling map[string]string
+	// loggedErrors has the errors of now, which were logged.
+	loggedErrors map[string]bool
+	// loggedSkipped has the warning about each file with kinds that are not read.
+	loggedSkipped map[string]string
+	// loggedWarnings has the warnings about each file that were logged and still hold.
+	loggedWarnings map[string][]string
+	// loggedDangling has the links that were warned of, and where they lead.
+	loggedDangling map[string]string
 }
 
 // New returns a Source for the folder. It starts nothing. The error names the
 // folder if it cannot be read, or the network in ServiceCIDRs that cannot be
 // used.
 func New(opts Options) (*Source, error) {
-	addrs, err := newAddresses(opts.ServiceCIDRs)
+	addrs, err := newAddressAllocator(opts.ServiceCIDRs)
 	if err != nil {
 		return nil, err
 	}
@@ -79,14 +79,14 @@ func New(opts Options) (*Source, error) {
 		log = slog.New(slog.DiscardHandler)
 	}
 	return &Source{
-		opts:     opts,
-		log:      log,
-		model:    newModel(opts.NodeName, addrs),
-		hashes:   map[string][sha256.Size]byte{},
-		reported: map[string]bool{},
-		ignored:  map[string]string{},
-		idle:     map[string][]string{},
-		dangling: map[string]string{},
+		opts:           opts,
+		log:            log,
+		model:          newModel(opts.NodeName, addrs),
+		hashes:         map[string][sha256.Size]byte{},
+		loggedErrors:   map[string]bool{},
+		loggedSkipped:  map[string]string{},
+		loggedWarnings: map[string][]string{},
+		loggedDangling: map[string]string{},
 	}, nil
 }
 
@@ -98,7 +98,7 @@ func Load(opts Options) (kube.Delta, error) {
 	if err != nil {
 		return kube.Delta{}, err
 	}
-	d, _, err := s.readAll(everyFile)
+	d, _, err := s.readAll(alwaysFinal)
 	if err != nil {
 		return kube.Delta{}, err
 	}
@@ -126,35 +126,35 @@ func (s *Source) Run(ctx context.Context, deliver func(kube.Delta)) error {
 	if err := watcher.Add(s.opts.Dir); err != nil {
 		return fmt.Errorf("watch folder %s: %w", s.opts.Dir, err)
 	}
-	return s.follow(ctx, watcher, deliver)
+	return s.run(ctx, watcher, deliver)
 }
 
-// follow reads the folder, delivers everything, and then each change that the
+// run reads the folder, delivers everything, and then each change that the
 // watcher announces.
-func (s *Source) follow(ctx context.Context, watcher *fsnotify.Watcher, deliver func(kube.Delta)) error {
-	d, again, err := s.readAll(noFile)
+func (s *Source) run(ctx context.Context, watcher *fsnotify.Watcher, deliver func(kube.Delta)) error {
+	d, again, err := s.readAll(neverFinal)
 	if err != nil {
 		return err
 	}
-	s.report()
+	s.logChanges()
 	deliver(d)
-	return s.watch(ctx, watcher, again, deliver)
+	return s.watchLoop(ctx, watcher, again, deliver)
 }
 
-// pending is what the next reading has to look at.
-type pending struct {
-	files map[string]bool
-	all   bool
-	gone  bool // the folder itself may be
+// pendingReads is what the next reading has to look at.
+type pendingReads struct {
+	files         map[string]bool
+	allFiles      bool
+	folderRemoved bool // the folder itself may be
 }
 
-func (p *pending) any() bool { return p.all || p.gone || len(p.files) > 0 }
+func (p *pendingReads) any() bool { return p.allFiles || p.folderRemoved || len(p.files) > 0 }
 
-// retries says when to look at files once more.
-type retries map[string]time.Time
+// retrySchedule says when to look at files once more.
+type retrySchedule map[string]time.Time
 
 // due removes and returns the files whose time has come.
-func (r retries) due(now time.Time) []string {
+func (r retrySchedule) due(now time.Time) []string {
 	var names []string
 	for _, name := range sortedKeys(r) {
 		if !r[name].After(now) {
@@ -165,8 +165,8 @@ func (r retries) due(now time.Time) []string {
 	return names
 }
 
-// arm sets the timer to the earliest time.
-func (r retries) arm(timer *time.Timer) {
+// resetTimer sets the timer to the earliest time.
+func (r retrySchedule) resetTimer(timer *time.Timer) {
 	timer.Stop()
 	var first time.Time
 	for _, at := range r {
@@ -180,24 +180,24 @@ func (r retries) arm(timer *time.Timer) {
 }
 
 // Which files are read for the last time, so that what they are now is believed.
-func noFile(string) bool    { return false }
-func everyFile(string) bool { return true }
+func neverFinal(string) bool  { return false }
+func alwaysFinal(string) bool { return true }
 
-// watch is the loop of Run. again has the files to look at once more, and after
+// watchLoop is the loop of Run. again has the files to look at once more, and after
 // how long.
-func (s *Source) watch(ctx context.Context, watcher *fsnotify.Watcher, again map[string]time.Duration, deliver func(kube.Delta)) error {
-	next := pending{files: map[string]bool{}}
-	settled, retry := stoppedTimer(), stoppedTimer()
+func (s *Source) watchLoop(ctx context.Context, watcher *fsnotify.Watcher, again map[string]time.Duration, deliver func(kube.Delta)) error {
+	next := pendingReads{files: map[string]bool{}}
+	settled, retry := newStoppedTimer(), newStoppedTimer()
 	defer settled.Stop()
 	defer retry.Stop()
-	later := retries{}
+	later := retrySchedule{}
 	waiting := false
 	for {
 		for name, after := range again {
 			later[name] = time.Now().Add(after)
 		}
 		again = nil
-		later.arm(retry)
+		later.resetTimer(retry)
 		final := map[string]bool{}
 		select {
 		case <-ctx.Done():
@@ -206,10 +206,10 @@ func (s *Source) watch(ctx context.Context, watcher *fsnotify.Watcher, again map
 			if !ok {
 				return fmt.Errorf("watch folder %s: the watch ended", s.opts.Dir)
 			}
-			s.note(&next, event)
+			s.addEvent(&next, event)
 			if next.any() && !waiting {
 				waiting = true
-				settled.Reset(settle)
+				settled.Reset(coalesceDelay)
 			}
 			continue
 		case err, ok := <-watcher.Errors:
@@ -219,10 +219,10 @@ func (s *Source) watch(ctx context.Context, watcher *fsnotify.Watcher, again map
 			// Events may be lost, so nothing is known.
 			s.log.WarnContext(ctx, "watch lost events, reading the folder again",
 				slog.String("folder", s.opts.Dir), slog.Any("error", err))
-			next.all = true
+			next.allFiles = true
 			if !waiting {
 				waiting = true
-				settled.Reset(settle)
+				settled.Reset(coalesceDelay)
 			}
 			continue
 		case <-settled.C:
@@ -230,25 +230,25 @@ func (s *Source) watch(ctx context.Context, watcher *fsnotify.Watcher, again map
 		case <-retry.C:
 			for _, name := range later.due(time.Now()) {
 				// An event that waits to be dealt with begins its time anew.
-				final[name] = !next.all && !next.gone && !next.files[name]
+				final[name] = !next.allFiles && !next.folderRemoved && !next.files[name]
 				next.files[name] = true
 			}
 		}
 		var d kube.Delta
 		var err error
-		if next.gone {
+		if next.folderRemoved {
 			// Something else may be in its place by now.
 			if err := watcher.Add(s.opts.Dir); err != nil {
-				return fmt.Errorf("watch folder %s: %w", s.opts.Dir, withoutPath(err))
+				return fmt.Errorf("watch folder %s: %w", s.opts.Dir, pathErrorCause(err))
 			}
 		}
 		last := func(name string) bool { return final[name] }
-		if next.all || next.gone {
+		if next.allFiles || next.folderRemoved {
 			d, again, err = s.readAll(last)
 			clear(later)
 		} else {
 			names := sortedKeys(next.files)
-			d, again = s.read(names, last)
+			d, again = s.readFiles(names, last)
 			for _, name := range names {
 				delete(later, name)
 			}
@@ -256,35 +256,35 @@ func (s *Source) watch(ctx context.Context, watcher *fsnotify.Watcher, again map
 		if err != nil {
 			return err
 		}
-		next = pending{files: map[string]bool{}}
-		s.report()
-		if !empty(d) {
+		next = pendingReads{files: map[string]bool{}}
+		s.logChanges()
+		if !isEmpty(d) {
 			deliver(d)
 		}
 	}
 }
 
-func stoppedTimer() *time.Timer {
+func newStoppedTimer() *time.Timer {
 	t := time.NewTimer(time.Hour)
 	t.Stop()
 	return t
 }
 
-func empty(d kube.Delta) bool {
+func isEmpty(d kube.Delta) bool {
 	return len(d.Services)+len(d.DeletedServices)+len(d.EndpointSlices)+len(d.DeletedEndpointSlices) == 0
 }
 
-// note adds to next what an event is about.
-func (s *Source) note(next *pending, event fsnotify.Event) {
+// addEvent adds to next what an event is about.
+func (s *Source) addEvent(next *pendingReads, event fsnotify.Event) {
 	name := filepath.Base(event.Name)
 	switch {
 	case filepath.Clean(event.Name) == filepath.Clean(s.opts.Dir):
 		// The folder's last events come in any order.
-		next.gone = next.gone || event.Has(fsnotify.Remove) || event.Has(fsnotify.Rename)
+		next.folderRemoved = next.folderRemoved || event.Has(fsnotify.Remove) || event.Has(fsnotify.Rename)
 	case strings.HasPrefix(name, ".."):
 		// A mounted ConfigMap: all files lead through the link ..data, which is
 		// replaced.
-		next.all = true
+		next.allFiles = true
 	case isManifest(name):
 		next.files[name] = true
 	}
@@ -306,13 +306,13 @@ func isManifest(name string) bool {
 func readDir(dir string) ([]fs.DirEntry, error) {
 	entries, err := os.ReadDir(dir)
 	if err != nil {
-		return nil, fmt.Errorf("read folder %s: %w", dir, withoutPath(err))
+		return nil, fmt.Errorf("read folder %s: %w", dir, pathErrorCause(err))
 	}
 	return entries, nil
 }
 
-// withoutPath returns what went wrong with a file, without its path.
-func withoutPath(err error) error {
+// pathErrorCause returns what went wrong with a file, without its path.
+func pathErrorCause(err error) error {
 	if pathErr, ok := errors.AsType[*fs.PathError](err); ok {
 		return pathErr.Err
 	}
@@ -334,14 +334,14 @@ func (s *Source) readAll(final func(name string) bool) (kube.Delta, map[string]t
 			names[entry.Name()] = true
 		}
 	}
-	d, again := s.read(sortedKeys(names), final)
+	d, again := s.readFiles(sortedKeys(names), final)
 	return d, again, nil
 }
 
-// read reads files and returns what they change, and those to look at once more
+// readFiles reads files and returns what they change, and those to look at once more
 // after a while. It believes what it sees of a file for which final is true.
-func (s *Source) read(names []string, final func(name string) bool) (d kube.Delta, again map[string]time.Duration) {
-	files := map[string]*parsed{}
+func (s *Source) readFiles(names []string, final func(name string) bool) (d kube.Delta, again map[string]time.Duration) {
+	files := map[string]*parsedFile{}
 	again = map[string]time.Duration{}
 	retry := func(name string, after time.Duration) {
 		if !final(name) {
@@ -354,34 +354,34 @@ func (s *Source) read(names []string, final func(name string) bool) (d kube.Delt
 		switch {
 		case err != nil:
 			delete(s.hashes, name)
-			files[name] = &parsed{
-				errs:    []*Error{{File: name, Line: 1, Message: fmt.Sprintf("cannot be read: %v%s", withoutPath(err), hint(err))}},
-				unknown: true,
+			files[name] = &parsedFile{
+				errs:         []*Error{{File: name, Line: 1, Message: fmt.Sprintf("cannot be read: %v%s", pathErrorCause(err), readErrorHint(err))}},
+				unidentified: true,
 			}
-			retry(name, retryAfter)
+			retry(name, retryDelay)
 			continue
 		case !there:
 			delete(s.hashes, name)
-			delete(s.ignored, name)
-			delete(s.idle, name)
-			if s.dangles(name, final(name)) {
-				retry(name, retryAfter)
+			delete(s.loggedSkipped, name)
+			delete(s.loggedWarnings, name)
+			if s.isDanglingLink(name, final(name)) {
+				retry(name, retryDelay)
 			}
 			if old != nil {
 				files[name] = nil
 			}
 			continue
 		}
-		delete(s.dangling, name)
+		delete(s.loggedDangling, name)
 		hash := sha256.Sum256(data)
 		if s.hashes[name] == hash && old != nil {
 			continue
 		}
-		file := parse(name, data)
+		file := parseFile(name, data)
 		vanished := old != nil && len(old.objects) > 0 && len(file.objects) == 0 && len(file.errs) == 0
 		if vanished && !final(name) {
 			// Emptied by a writer that is about to fill it, most likely.
-			retry(name, emptyAfter)
+			retry(name, emptyFileDelay)
 			continue
 		}
 		if vanished {
@@ -390,16 +390,16 @@ func (s *Source) read(names []string, final func(name string) bool) (d kube.Delt
 		}
 		s.hashes[name] = hash
 		files[name] = file
-		s.warn(name, file)
+		s.logWarnings(name, file)
 		if len(file.errs) > 0 {
-			retry(name, retryAfter)
+			retry(name, retryDelay)
 		}
 	}
 	return s.model.update(files), again
 }
 
-// hint says what to do about a file that cannot be read, if that is known.
-func hint(err error) string {
+// readErrorHint says what to do about a file that cannot be read, if that is known.
+func readErrorHint(err error) string {
 	switch {
 	case errors.Is(err, fs.ErrPermission):
 		return ": check its permissions"
@@ -410,18 +410,18 @@ func hint(err error) string {
 	}
 }
 
-// dangles reports whether the name is that of a link that leads nowhere. It warns
+// isDanglingLink reports whether the name is that of a link that leads nowhere. It warns
 // of that once, if it is final: the links of a mounted ConfigMap dangle for a
 // moment before they are removed.
-func (s *Source) dangles(name string, final bool) bool {
+func (s *Source) isDanglingLink(name string, final bool) bool {
 	to, err := os.Readlink(filepath.Join(s.opts.Dir, name))
 	if err != nil {
-		delete(s.dangling, name)
+		delete(s.loggedDangling, name)
 		return false
 	}
-	if final && s.dangling[name] != to {
+	if final && s.loggedDangling[name] != to {
 		s.log.Warn("link leads to no file, so nothing is read", slog.String("file", name), slog.String("to", to))
-		s.dangling[name] = to
+		s.loggedDangling[name] = to
 	}
 	return true
 }
@@ -444,43 +444,43 @@ func readFile(path string) ([]byte, bool, error) {
 	return data, err == nil, err
 }
 
-// report logs the errors that are new, and the node ports that were given.
-func (s *Source) report() {
-	for _, g := range s.model.given {
+// logChanges logs the errors that are new, and the node ports that were given.
+func (s *Source) logChanges() {
+	for _, g := range s.model.unloggedPorts {
 		what := "health check"
-		if g.use.port != 0 {
-			what = nodePort{g.use.protocol, g.use.port}.String()
+		if g.key.port != 0 {
+			what = nodePort{g.key.protocol, g.key.port}.String()
 		}
 		s.log.Info("node port given", slog.String("service", g.service.String()), slog.String("port", what), slog.Int("node_port", int(g.port.number)))
 	}
-	s.model.given = nil
+	s.model.unloggedPorts = nil
 	now := map[string]bool{}
 	for _, err := range s.model.errors() {
 		text := err.Error()
 		now[text] = true
-		if !s.reported[text] {
+		if !s.loggedErrors[text] {
 			s.log.Error("manifest is not valid, its last good objects stay", slog.String("file", err.File), slog.Any("error", err))
 		}
 	}
-	s.reported = now
+	s.loggedErrors = now
 }
 
-// warn logs which objects of a file are not read, and which do nothing, once
+// logWarnings logs which objects of a file are not read, and which do nothing, once
 // until that changes.
-func (s *Source) warn(name string, file *parsed) {
-	text := strings.Join(file.ignored, ", ")
-	if text != "" && text != s.ignored[name] {
+func (s *Source) logWarnings(name string, file *parsedFile) {
+	text := strings.Join(file.skipped, ", ")
+	if text != "" && text != s.loggedSkipped[name] {
 		s.log.Warn("file has objects of kinds that are not read", slog.String("file", name), slog.String("ignored", text),
 			slog.String("read", "Service, Pod, EndpointSlice"))
 	}
-	s.ignored[name] = text
+	s.loggedSkipped[name] = text
 	var idle []string
-	for _, err := range file.idle {
+	for _, err := range file.warnings {
 		text := err.Error()
 		idle = append(idle, text)
-		if !slices.Contains(s.idle[name], text) {
+		if !slices.Contains(s.loggedWarnings[name], text) {
 			s.log.Warn("object is read, but does nothing", slog.String("file", name), slog.String("reason", text))
 		}
 	}
-	s.idle[name] = idle
+	s.loggedWarnings[name] = idle
 }

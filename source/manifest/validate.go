@@ -21,22 +21,22 @@ const (
 	maxHints           = 8 // of each kind, of one endpoint
 )
 
-// report takes one thing that is wrong: the path of the field, and a message
+// reportFunc takes one thing that is wrong: the path of the field, and a message
 // with the fix.
-type report func(path, message string)
+type reportFunc func(path, message string)
 
-func (r report) failf(path, format string, args ...any) { r(path, fmt.Sprintf(format, args...)) }
+func (r reportFunc) failf(path, format string, args ...any) { r(path, fmt.Sprintf(format, args...)) }
 
-// format reports the messages of one of Kubernetes' own validation functions.
-func (r report) format(path, what, value string, messages []string) {
+// reportFormat reports the messages of one of Kubernetes' own validation functions.
+func (r reportFunc) reportFormat(path, what, value string, messages []string) {
 	for _, message := range messages {
-		r.failf(path, "%q is not %s: %s", value, what, plain(message))
+		r.failf(path, "%q is not %s: %s", value, what, stripRegexp(message))
 	}
 }
 
-// plain takes the regular expression out of one of Kubernetes' messages; the
+// stripRegexp takes the regular expression out of one of Kubernetes' messages; the
 // examples that come with it say more.
-func plain(message string) string {
+func stripRegexp(message string) string {
 	before, after, ok := strings.Cut(message, ", regex used for validation is '")
 	if ok {
 		_, after, _ = strings.Cut(after, "')")
@@ -49,20 +49,20 @@ func isProtocol(p corev1.Protocol) bool {
 	return p == corev1.ProtocolTCP || p == corev1.ProtocolUDP || p == corev1.ProtocolSCTP
 }
 
-func (r report) protocol(path string, p corev1.Protocol) {
+func (r reportFunc) checkProtocol(path string, p corev1.Protocol) {
 	if !isProtocol(p) {
 		r.failf(path, "%q is not a protocol: use TCP, UDP or SCTP", p)
 	}
 }
 
-func (r report) portNumber(path string, n int32) {
+func (r reportFunc) checkPort(path string, n int32) {
 	if n < 1 || n > 65535 {
 		r.failf(path, "%d is not a port: use 1 to 65535", n)
 	}
 }
 
-// oneOf reports a value that is not allowed.
-func oneOf[T ~string](r report, path string, value T, allowed ...T) {
+// checkOneOf reports a value that is not allowed.
+func checkOneOf[T ~string](r reportFunc, path string, value T, allowed ...T) {
 	if !slices.Contains(allowed, value) {
 		words := make([]string, len(allowed))
 		for i, a := range allowed {
@@ -73,8 +73,8 @@ func oneOf[T ~string](r report, path string, value T, allowed ...T) {
 	}
 }
 
-// address reports a text that is not the address of a pod or a Service.
-func (r report) address(path, text string) (netip.Addr, bool) {
+// checkAddress reports a text that is not the address of a pod or a Service.
+func (r reportFunc) checkAddress(path, text string) (netip.Addr, bool) {
 	addr, err := netip.ParseAddr(text)
 	var problem string
 	switch {
@@ -99,22 +99,22 @@ func (r report) address(path, text string) (netip.Addr, bool) {
 	return netip.Addr{}, false
 }
 
-func (r report) metadata(meta *metav1.ObjectMeta, nameFormat func(string) []string) {
+func (r reportFunc) checkMetadata(meta *metav1.ObjectMeta, nameFormat func(string) []string) {
 	switch {
 	case meta.Name == "" && meta.GenerateName != "":
 		r.failf("metadata.generateName", "there is nobody to generate names for files: write metadata.name")
 	case meta.Name == "":
 		r.failf("metadata.name", "missing: give the object a name")
 	default:
-		r.format("metadata.name", "a name", meta.Name, nameFormat(meta.Name))
+		r.reportFormat("metadata.name", "a name", meta.Name, nameFormat(meta.Name))
 	}
-	r.format("metadata.namespace", "a namespace", meta.Namespace, validation.IsDNS1123Label(meta.Namespace))
-	r.labels("metadata.labels", meta.Labels)
+	r.reportFormat("metadata.namespace", "a namespace", meta.Namespace, validation.IsDNS1123Label(meta.Namespace))
+	r.checkLabels("metadata.labels", meta.Labels)
 }
 
-// labels reports keys and values that are no labels; a selector consists of
+// checkLabels reports keys and values that are no labels; a selector consists of
 // labels too.
-func (r report) labels(path string, labels map[string]string) {
+func (r reportFunc) checkLabels(path string, labels map[string]string) {
 	for _, key := range sortedKeys(labels) {
 		at := path + "[" + key + "]"
 		for _, err := range metav1validation.ValidateLabels(map[string]string{key: labels[key]}, field.NewPath(path)) {
@@ -122,7 +122,7 @@ func (r report) labels(path string, labels map[string]string) {
 			if err.BadValue == any(key) {
 				what, value = "a label key", key
 			}
-			r.failf(at, "%q is not %s: %s", value, what, plain(err.Detail))
+			r.failf(at, "%q is not %s: %s", value, what, stripRegexp(err.Detail))
 		}
 	}
 }
@@ -198,21 +198,21 @@ func isExternal(svc *corev1.Service) bool {
 
 func isHeadless(svc *corev1.Service) bool { return svc.Spec.ClusterIP == corev1.ClusterIPNone }
 
-func validateService(svc *corev1.Service, r report) {
+func validateService(svc *corev1.Service, r reportFunc) {
 	spec := &svc.Spec
 	// Names that begin with a digit are allowed since Kubernetes 1.36.
-	r.metadata(&svc.ObjectMeta, validation.IsDNS1123Label)
-	oneOf(r, "spec.type", spec.Type,
+	r.checkMetadata(&svc.ObjectMeta, validation.IsDNS1123Label)
+	checkOneOf(r, "spec.type", spec.Type,
 		corev1.ServiceTypeClusterIP, corev1.ServiceTypeNodePort, corev1.ServiceTypeLoadBalancer, corev1.ServiceTypeExternalName)
-	oneOf(r, "spec.sessionAffinity", spec.SessionAffinity, corev1.ServiceAffinityNone, corev1.ServiceAffinityClientIP)
+	checkOneOf(r, "spec.sessionAffinity", spec.SessionAffinity, corev1.ServiceAffinityNone, corev1.ServiceAffinityClientIP)
 	if p := spec.InternalTrafficPolicy; p != nil {
-		oneOf(r, "spec.internalTrafficPolicy", *p, corev1.ServiceInternalTrafficPolicyCluster, corev1.ServiceInternalTrafficPolicyLocal)
+		checkOneOf(r, "spec.internalTrafficPolicy", *p, corev1.ServiceInternalTrafficPolicyCluster, corev1.ServiceInternalTrafficPolicyLocal)
 	}
 	if p := spec.ExternalTrafficPolicy; p != "" && !isExternal(svc) {
 		r.failf("spec.externalTrafficPolicy", "a Service of type %s without externalIPs has no clients outside: "+
 			"remove the field, or write type: NodePort or LoadBalancer", spec.Type)
 	} else if p != "" {
-		oneOf(r, "spec.externalTrafficPolicy", p, corev1.ServiceExternalTrafficPolicyCluster, corev1.ServiceExternalTrafficPolicyLocal)
+		checkOneOf(r, "spec.externalTrafficPolicy", p, corev1.ServiceExternalTrafficPolicyCluster, corev1.ServiceExternalTrafficPolicyLocal)
 	}
 	if c := spec.SessionAffinityConfig; spec.SessionAffinity == corev1.ServiceAffinityClientIP && c != nil {
 		if seconds := *c.ClientIP.TimeoutSeconds; seconds < 1 || seconds > maxAffinitySeconds {
@@ -220,12 +220,12 @@ func validateService(svc *corev1.Service, r report) {
 		}
 	}
 	if p := spec.TrafficDistribution; p != nil {
-		oneOf(r, "spec.trafficDistribution", *p, corev1.ServiceTrafficDistributionPreferClose,
+		checkOneOf(r, "spec.trafficDistribution", *p, corev1.ServiceTrafficDistributionPreferClose,
 			corev1.ServiceTrafficDistributionPreferSameZone, corev1.ServiceTrafficDistributionPreferSameNode)
 	}
-	r.labels("spec.selector", spec.Selector)
+	r.checkLabels("spec.selector", spec.Selector)
 	for i, ip := range spec.ExternalIPs {
-		r.address(fmt.Sprintf("spec.externalIPs[%d]", i), ip)
+		r.checkAddress(fmt.Sprintf("spec.externalIPs[%d]", i), ip)
 	}
 	validateServicePorts(svc, r)
 	validateNodePorts(svc, r)
@@ -244,14 +244,14 @@ func validateService(svc *corev1.Service, r report) {
 		if name == "" {
 			r.failf("spec.externalName", "missing: name the host that the Service stands for")
 		} else {
-			r.format("spec.externalName", "a host name", name, validation.IsDNS1123Subdomain(name))
+			r.reportFormat("spec.externalName", "a host name", name, validation.IsDNS1123Subdomain(name))
 		}
 		return
 	}
 	validateFamilies(svc, r)
 }
 
-func validateServicePorts(svc *corev1.Service, r report) {
+func validateServicePorts(svc *corev1.Service, r reportFunc) {
 	spec := &svc.Spec
 	if len(spec.Ports) == 0 && !isHeadless(svc) && spec.Type != corev1.ServiceTypeExternalName {
 		r.failf("spec.ports", "missing: list at least one port")
@@ -267,15 +267,15 @@ func validateServicePorts(svc *corev1.Service, r report) {
 		if port.Name == "" && len(spec.Ports) > 1 {
 			r.failf(path+".name", "missing: each of several ports needs a name")
 		} else if port.Name != "" {
-			r.format(path+".name", "a port name", port.Name, validation.IsDNS1123Label(port.Name))
+			r.reportFormat(path+".name", "a port name", port.Name, validation.IsDNS1123Label(port.Name))
 			if first, ok := names[port.Name]; ok {
 				r.failf(path+".name", "%q is also the name of spec.ports[%d]: give each port a name of its own", port.Name, first)
 			} else {
 				names[port.Name] = i
 			}
 		}
-		r.protocol(path+".protocol", port.Protocol)
-		r.portNumber(path+".port", port.Port)
+		r.checkProtocol(path+".protocol", port.Protocol)
+		r.checkPort(path+".port", port.Port)
 		n := number{port.Protocol, port.Port}
 		if first, ok := numbers[n]; ok && isProtocol(port.Protocol) && port.Port > 0 {
 			r.failf(path+".port", "%d/%s is also spec.ports[%d]: remove one, or change its port or protocol", port.Port, port.Protocol, first)
@@ -283,12 +283,12 @@ func validateServicePorts(svc *corev1.Service, r report) {
 			numbers[n] = i
 		}
 		if port.TargetPort.Type == intstr.String {
-			r.format(path+".targetPort", "the name of a container port", port.TargetPort.StrVal, validation.IsValidPortName(port.TargetPort.StrVal))
+			r.reportFormat(path+".targetPort", "the name of a container port", port.TargetPort.StrVal, validation.IsValidPortName(port.TargetPort.StrVal))
 		} else if port.TargetPort.IntVal != port.Port {
-			r.portNumber(path+".targetPort", port.TargetPort.IntVal)
+			r.checkPort(path+".targetPort", port.TargetPort.IntVal)
 		}
 		if port.AppProtocol != nil {
-			r.format(path+".appProtocol", "a protocol name", *port.AppProtocol, validation.IsQualifiedName(*port.AppProtocol))
+			r.reportFormat(path+".appProtocol", "a protocol name", *port.AppProtocol, validation.IsQualifiedName(*port.AppProtocol))
 		}
 	}
 }
@@ -297,7 +297,7 @@ func validateServicePorts(svc *corev1.Service, r report) {
 // server, it lets those pass that are not in the range that others are given
 // from: which they are is for the administrator to say, who here writes the
 // files.
-func validateNodePorts(svc *corev1.Service, r report) {
+func validateNodePorts(svc *corev1.Service, r reportFunc) {
 	spec := &svc.Spec
 	taken := map[nodePort]string{}
 	for i := range spec.Ports {
@@ -329,7 +329,7 @@ func validateNodePorts(svc *corev1.Service, r report) {
 }
 
 // validateLoadBalancer checks the fields that are for load balancers only.
-func validateLoadBalancer(svc *corev1.Service, r report) {
+func validateLoadBalancer(svc *corev1.Service, r reportFunc) {
 	spec := &svc.Spec
 	for i, text := range spec.LoadBalancerSourceRanges {
 		path := fmt.Sprintf("spec.loadBalancerSourceRanges[%d]", i)
@@ -346,22 +346,22 @@ func validateLoadBalancer(svc *corev1.Service, r report) {
 	for i := range ingress {
 		path := fmt.Sprintf("status.loadBalancer.ingress[%d]", i)
 		if ingress[i].IP != "" {
-			r.balancerIP(path+".ip", ingress[i].IP)
+			r.checkLoadBalancerIP(path+".ip", ingress[i].IP)
 		}
 		if mode := ingress[i].IPMode; mode != nil && ingress[i].IP == "" {
 			r.failf(path+".ipMode", "says how ip is served, which is missing: write it, or remove the field")
 		} else if mode != nil {
-			oneOf(r, path+".ipMode", *mode, corev1.LoadBalancerIPModeVIP, corev1.LoadBalancerIPModeProxy)
+			checkOneOf(r, path+".ipMode", *mode, corev1.LoadBalancerIPModeVIP, corev1.LoadBalancerIPModeProxy)
 		}
 		if name := ingress[i].Hostname; name != "" {
-			r.format(path+".hostname", "a host name", name, validation.IsDNS1123Subdomain(name))
+			r.reportFormat(path+".hostname", "a host name", name, validation.IsDNS1123Subdomain(name))
 			if _, err := netip.ParseAddr(name); err == nil {
 				r.failf(path+".hostname", "%s is an address: write it as ip", name)
 			}
 		}
 	}
 	if class := spec.LoadBalancerClass; class != nil {
-		r.format("spec.loadBalancerClass", "the name of a class", *class, validation.IsQualifiedName(*class))
+		r.reportFormat("spec.loadBalancerClass", "the name of a class", *class, validation.IsQualifiedName(*class))
 	}
 	if spec.Type == corev1.ServiceTypeLoadBalancer {
 		return
@@ -381,26 +381,26 @@ func validateLoadBalancer(svc *corev1.Service, r report) {
 	}
 }
 
-// balancerIP reports a text that cannot be the address of a load balancer. Many
+// checkLoadBalancerIP reports a text that cannot be the address of a load balancer. Many
 // are link-local, unlike those of pods.
-func (r report) balancerIP(path, text string) {
+func (r reportFunc) checkLoadBalancerIP(path, text string) {
 	if addr, err := netip.ParseAddr(text); err == nil && addr.Zone() == "" && addr.IsLinkLocalUnicast() {
 		return
 	}
-	r.address(path, text)
+	r.checkAddress(path, text)
 }
 
 // validateFamilies checks the address fields of a Service with each other, as
 // far as this needs no --service-cidr.
-func validateFamilies(svc *corev1.Service, r report) {
+func validateFamilies(svc *corev1.Service, r reportFunc) {
 	spec := &svc.Spec
 	if p := spec.IPFamilyPolicy; p != nil {
-		oneOf(r, "spec.ipFamilyPolicy", *p,
+		checkOneOf(r, "spec.ipFamilyPolicy", *p,
 			corev1.IPFamilyPolicySingleStack, corev1.IPFamilyPolicyPreferDualStack, corev1.IPFamilyPolicyRequireDualStack)
 	}
 	for i, family := range spec.IPFamilies {
 		path := fmt.Sprintf("spec.ipFamilies[%d]", i)
-		oneOf(r, path, family, corev1.IPv4Protocol, corev1.IPv6Protocol)
+		checkOneOf(r, path, family, corev1.IPv4Protocol, corev1.IPv6Protocol)
 		if slices.Contains(spec.IPFamilies[:i], family) {
 			r.failf(path, "%s is here twice: name each family once", family)
 		}
@@ -429,7 +429,7 @@ func validateFamilies(svc *corev1.Service, r report) {
 		if i > 0 {
 			path = fmt.Sprintf("spec.clusterIPs[%d]", i)
 		}
-		addr, ok := r.address(path, text)
+		addr, ok := r.checkAddress(path, text)
 		if !ok {
 			continue
 		}
@@ -450,17 +450,17 @@ func familyOf(addr netip.Addr) corev1.IPFamily {
 	return corev1.IPv6Protocol
 }
 
-func validatePod(pod *corev1.Pod, r report) {
-	r.metadata(&pod.ObjectMeta, validation.IsDNS1123Subdomain)
+func validatePod(pod *corev1.Pod, r reportFunc) {
+	r.checkMetadata(&pod.ObjectMeta, validation.IsDNS1123Subdomain)
 	for _, f := range []struct{ path, value string }{
 		{"spec.hostname", pod.Spec.Hostname}, {"spec.subdomain", pod.Spec.Subdomain},
 	} {
 		if f.value != "" {
-			r.format(f.path, "a host name", f.value, validation.IsDNS1123Label(f.value))
+			r.reportFormat(f.path, "a host name", f.value, validation.IsDNS1123Label(f.value))
 		}
 	}
 	if n := pod.Spec.NodeName; n != "" {
-		r.format("spec.nodeName", "the name of a node", n, validation.IsDNS1123Subdomain(n))
+		r.reportFormat("spec.nodeName", "the name of a node", n, validation.IsDNS1123Subdomain(n))
 	}
 	containers := func(path string, list []corev1.Container) {
 		for i := range list {
@@ -468,14 +468,14 @@ func validatePod(pod *corev1.Pod, r report) {
 			for j := range list[i].Ports {
 				port := &list[i].Ports[j]
 				at := fmt.Sprintf("%s[%d].ports[%d]", path, i, j)
-				r.portNumber(at+".containerPort", port.ContainerPort)
+				r.checkPort(at+".containerPort", port.ContainerPort)
 				if port.Protocol != "" {
-					r.protocol(at+".protocol", port.Protocol)
+					r.checkProtocol(at+".protocol", port.Protocol)
 				}
 				if port.Name == "" {
 					continue
 				}
-				r.format(at+".name", "a port name", port.Name, validation.IsValidPortName(port.Name))
+				r.reportFormat(at+".name", "a port name", port.Name, validation.IsValidPortName(port.Name))
 				if first, ok := names[port.Name]; ok {
 					r.failf(at+".name", "%q is also the name of ports[%d] of this container: give each port a name of its own", port.Name, first)
 				} else {
@@ -487,17 +487,17 @@ func validatePod(pod *corev1.Pod, r report) {
 	containers("spec.containers", pod.Spec.Containers)
 	containers("spec.initContainers", pod.Spec.InitContainers)
 	if p := pod.Status.Phase; p != "" {
-		oneOf(r, "status.phase", p, corev1.PodPending, corev1.PodRunning, corev1.PodSucceeded, corev1.PodFailed, corev1.PodUnknown)
+		checkOneOf(r, "status.phase", p, corev1.PodPending, corev1.PodRunning, corev1.PodSucceeded, corev1.PodFailed, corev1.PodUnknown)
 	}
 	for i, c := range pod.Status.Conditions {
-		oneOf(r, fmt.Sprintf("status.conditions[%d].status", i), c.Status, corev1.ConditionTrue, corev1.ConditionFalse, corev1.ConditionUnknown)
+		checkOneOf(r, fmt.Sprintf("status.conditions[%d].status", i), c.Status, corev1.ConditionTrue, corev1.ConditionFalse, corev1.ConditionUnknown)
 	}
 	validatePodIPs(pod, r)
 }
 
-func validatePodIPs(pod *corev1.Pod, r report) {
+func validatePodIPs(pod *corev1.Pod, r reportFunc) {
 	if ip := pod.Status.PodIP; ip != "" {
-		r.address("status.podIP", ip)
+		r.checkAddress("status.podIP", ip)
 		if len(pod.Status.PodIPs) > 0 && pod.Status.PodIPs[0].IP != ip {
 			r.failf("status.podIPs[0].ip", "%q is not status.podIP, which is %q: make them equal", pod.Status.PodIPs[0].IP, ip)
 		}
@@ -505,7 +505,7 @@ func validatePodIPs(pod *corev1.Pod, r report) {
 	var addrs []netip.Addr
 	for i, ip := range pod.Status.PodIPs {
 		path := fmt.Sprintf("status.podIPs[%d].ip", i)
-		addr, ok := r.address(path, ip.IP)
+		addr, ok := r.checkAddress(path, ip.IP)
 		if !ok {
 			continue
 		}
@@ -529,12 +529,12 @@ func defaultEndpointSlice(slice *discoveryv1.EndpointSlice) {
 	}
 }
 
-func validateEndpointSlice(slice *discoveryv1.EndpointSlice, r report) {
-	r.metadata(&slice.ObjectMeta, validation.IsDNS1123Subdomain)
-	if strings.HasSuffix(slice.Name, madeSuffix) {
-		r.failf("metadata.name", "names that end in %s are for the slices made from Pods: use another name", madeSuffix)
+func validateEndpointSlice(slice *discoveryv1.EndpointSlice, r reportFunc) {
+	r.checkMetadata(&slice.ObjectMeta, validation.IsDNS1123Subdomain)
+	if strings.HasSuffix(slice.Name, generatedSuffix) {
+		r.failf("metadata.name", "names that end in %s are for the slices made from Pods: use another name", generatedSuffix)
 	}
-	oneOf(r, "addressType", slice.AddressType, discoveryv1.AddressTypeIPv4, discoveryv1.AddressTypeIPv6, discoveryv1.AddressTypeFQDN)
+	checkOneOf(r, "addressType", slice.AddressType, discoveryv1.AddressTypeIPv4, discoveryv1.AddressTypeIPv6, discoveryv1.AddressTypeFQDN)
 	for i := range slice.Endpoints {
 		validateEndpoint(slice, i, r)
 	}
@@ -543,23 +543,23 @@ func validateEndpointSlice(slice *discoveryv1.EndpointSlice, r report) {
 		port := &slice.Ports[i]
 		path := fmt.Sprintf("ports[%d]", i)
 		if *port.Name != "" {
-			r.format(path+".name", "a port name", *port.Name, validation.IsDNS1123Label(*port.Name))
+			r.reportFormat(path+".name", "a port name", *port.Name, validation.IsDNS1123Label(*port.Name))
 		}
 		if first, ok := names[*port.Name]; ok {
 			r.failf(path+".name", "%q is also the name of ports[%d]: give each port a name of its own", *port.Name, first)
 		} else {
 			names[*port.Name] = i
 		}
-		r.protocol(path+".protocol", *port.Protocol)
+		r.checkProtocol(path+".protocol", *port.Protocol)
 		if port.Port == nil {
 			r.failf(path+".port", "missing: use 1 to 65535")
 		} else {
-			r.portNumber(path+".port", *port.Port)
+			r.checkPort(path+".port", *port.Port)
 		}
 	}
 }
 
-func validateEndpoint(slice *discoveryv1.EndpointSlice, i int, r report) {
+func validateEndpoint(slice *discoveryv1.EndpointSlice, i int, r reportFunc) {
 	ep := &slice.Endpoints[i]
 	path := fmt.Sprintf("endpoints[%d]", i)
 	if len(ep.Addresses) == 0 {
@@ -568,19 +568,19 @@ func validateEndpoint(slice *discoveryv1.EndpointSlice, i int, r report) {
 	for j, text := range ep.Addresses {
 		at := fmt.Sprintf("%s.addresses[%d]", path, j)
 		if slice.AddressType == discoveryv1.AddressTypeFQDN {
-			r.format(at, "a host name", text, validation.IsDNS1123Subdomain(strings.TrimSuffix(text, ".")))
+			r.reportFormat(at, "a host name", text, validation.IsDNS1123Subdomain(strings.TrimSuffix(text, ".")))
 			continue
 		}
-		addr, ok := r.address(at, text)
+		addr, ok := r.checkAddress(at, text)
 		if ok && string(familyOf(addr)) != string(slice.AddressType) && slice.AddressType != "" {
 			r.failf(at, "%s is not of the slice's addressType %s: move it to a slice of its own family", addr, slice.AddressType)
 		}
 	}
 	if ep.NodeName != nil {
-		r.format(path+".nodeName", "the name of a node", *ep.NodeName, validation.IsDNS1123Subdomain(*ep.NodeName))
+		r.reportFormat(path+".nodeName", "the name of a node", *ep.NodeName, validation.IsDNS1123Subdomain(*ep.NodeName))
 	}
 	if ep.Hostname != nil {
-		r.format(path+".hostname", "a host name", *ep.Hostname, validation.IsDNS1123Label(*ep.Hostname))
+		r.reportFormat(path+".hostname", "a host name", *ep.Hostname, validation.IsDNS1123Label(*ep.Hostname))
 	}
 	if ep.Hints != nil {
 		var zones, nodes []string
@@ -590,19 +590,19 @@ func validateEndpoint(slice *discoveryv1.EndpointSlice, i int, r report) {
 		for _, node := range ep.Hints.ForNodes {
 			nodes = append(nodes, node.Name)
 		}
-		r.hints(path+".hints.forZones", "a zone", zones, validation.IsValidLabelValue)
-		r.hints(path+".hints.forNodes", "the name of a node", nodes, validation.IsDNS1123Subdomain)
+		r.checkHints(path+".hints.forZones", "a zone", zones, validation.IsValidLabelValue)
+		r.checkHints(path+".hints.forNodes", "the name of a node", nodes, validation.IsDNS1123Subdomain)
 	}
 }
 
-// hints checks for which zones or nodes an endpoint is.
-func (r report) hints(path, what string, names []string, format func(string) []string) {
+// checkHints checks for which zones or nodes an endpoint is.
+func (r reportFunc) checkHints(path, what string, names []string, format func(string) []string) {
 	if len(names) > maxHints {
 		r.failf(path, "%d names: use at most %d", len(names), maxHints)
 	}
 	for i, name := range names {
 		at := fmt.Sprintf("%s[%d].name", path, i)
-		r.format(at, what, name, format(name))
+		r.reportFormat(at, what, name, format(name))
 		if slices.Contains(names[:i], name) {
 			r.failf(at, "%q is here twice: name each once", name)
 		}

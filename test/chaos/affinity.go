@@ -18,11 +18,11 @@ import (
 // metricsPort is where Fairlead answers with its metrics.
 const metricsPort = 10249
 
-// notRemembered returns how many connections there were whose client Fairlead's metrics
+// affinityNotRemembered returns how many connections there were whose client Fairlead's metrics
 // say a full map could not remember, in a family: IPv4 or IPv6.
-func (t *testbed) notRemembered(ctx context.Context, family string) (float64, error) {
+func (t *testbed) affinityNotRemembered(ctx context.Context, family string) (float64, error) {
 	client := http.Client{
-		Timeout: timeout,
+		Timeout: connectTimeout,
 		Transport: &http.Transport{
 			DisableKeepAlives: true,
 			DialContext: func(ctx context.Context, network, _ string) (net.Conn, error) {
@@ -52,7 +52,7 @@ func (t *testbed) notRemembered(ctx context.Context, family string) (float64, er
 	return 0, fmt.Errorf("the metrics lack %s", metric)
 }
 
-func (t *testbed) needsAffinityMaps() string {
+func (t *testbed) requireAffinityMaps() string {
 	if t.options.mode != "nft" {
 		return "the mode " + t.options.mode + " has no maps of clients"
 	}
@@ -64,27 +64,27 @@ func (t *testbed) needsAffinityMaps() string {
 func (t *testbed) floodAffinity(ctx context.Context) error {
 	group := errgroup.Group{}
 	for family, name := range []string{"IPv4", "IPv6"} {
-		group.Go(func() error { return t.fillAffinity(ctx, family, name) })
+		group.Go(func() error { return t.fillAffinityMap(ctx, family, name) })
 	}
 	return group.Wait()
 }
 
-// fillAffinity floods one family until ctx is done, and longer on a machine that is too
+// fillAffinityMap floods one family until ctx is done, and longer on a machine that is too
 // busy to have filled the map by then.
-func (t *testbed) fillAffinity(ctx context.Context, family int, name string) error {
-	before, err := t.notRemembered(outlast(ctx), name)
+func (t *testbed) fillAffinityMap(ctx context.Context, family int, name string) error {
+	before, err := t.affinityNotRemembered(withoutCancel(ctx), name)
 	if err != nil {
 		return err
 	}
 	limit := time.Now().Add(2 * time.Minute)
 	for read := time.Now(); ; {
-		if err := t.flood(family); err != nil {
+		if err := t.sendSpoofed(family); err != nil {
 			return err
 		}
 		if ctx.Err() == nil || time.Since(read) < time.Second {
 			continue
 		}
-		after, err := t.notRemembered(outlast(ctx), name)
+		after, err := t.affinityNotRemembered(withoutCancel(ctx), name)
 		if err != nil || after > before {
 			return err
 		}
@@ -94,12 +94,12 @@ func (t *testbed) fillAffinity(ctx context.Context, family int, name string) err
 	}
 }
 
-// flood sends some datagrams and leaves the processors to the clients for a moment.
-func (t *testbed) flood(family int) error {
+// sendSpoofed sends some datagrams and leaves the processors to the clients for a moment.
+func (t *testbed) sendSpoofed(family int) error {
 	const some = 1024
 	begin := time.Now()
-	err := t.client.SpoofUDP(t.serviceNamed("crowded").frontend(family), func(yield func(netip.Addr) bool) {
-		for n := 0; n < some && yield(spoofedSource(family, t.spoofed.Add(1))); n++ {
+	err := t.client.SpoofUDP(t.serviceNamed("crowded").clusterAddrPort(family), func(yield func(netip.Addr) bool) {
+		for n := 0; n < some && yield(spoofedSource(family, t.spoofedCount.Add(1))); n++ {
 		}
 	})
 	time.Sleep(time.Since(begin) / 2)

@@ -42,24 +42,24 @@ func (a *agent) startLocked(ctx context.Context) error {
 		return fmt.Errorf("%s is a %T, not a process", a.system.Name(), running)
 	}
 	a.process = process
-	go a.watch(ctx, process)
+	go a.restartOnExit(ctx, process)
 	return nil
 }
 
-// watch starts the agent again if the process ends by itself.
-func (a *agent) watch(ctx context.Context, process *system.Process) {
+// restartOnExit starts the agent again if the process ends by itself.
+func (a *agent) restartOnExit(ctx context.Context, process *system.Process) {
 	<-process.Done()
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if a.process != process || ctx.Err() != nil {
 		return
 	}
-	a.recorder.crashed()
+	a.recorder.recordCrash()
 	_ = a.startLocked(ctx) // A failure shows as connections that fail, or stale endpoints.
 }
 
-// take returns the running process, which nobody starts again from now on.
-func (a *agent) take() *system.Process {
+// detach returns the running process, which nobody starts again from now on.
+func (a *agent) detach() *system.Process {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	process := a.process
@@ -67,8 +67,8 @@ func (a *agent) take() *system.Process {
 	return process
 }
 
-// use makes the agent run another program from its next start on.
-func (a *agent) use(s system.System) {
+// setSystem makes the agent run another program from its next start on.
+func (a *agent) setSystem(s system.System) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.system = s
@@ -77,7 +77,7 @@ func (a *agent) use(s system.System) {
 // stop ends the agent with SIGTERM and waits for its end. It is no error if it does
 // not run.
 func (a *agent) stop() error {
-	process := a.take()
+	process := a.detach()
 	if process == nil {
 		return nil
 	}
@@ -85,10 +85,10 @@ func (a *agent) stop() error {
 }
 
 // kill ends the agent with SIGKILL and waits for its end.
-func (a *agent) kill() error { return a.end(syscall.SIGKILL) }
+func (a *agent) kill() error { return a.endWith(syscall.SIGKILL) }
 
-func (a *agent) end(signal syscall.Signal) error {
-	process := a.take()
+func (a *agent) endWith(signal syscall.Signal) error {
+	process := a.detach()
 	if process == nil {
 		return nil
 	}
@@ -128,7 +128,7 @@ func (a *agent) waitReady(ctx context.Context) error {
 	defer cancel()
 	at := netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), 10256)
 	for {
-		err := a.healthy(ctx, at)
+		err := a.checkHealthy(ctx, at)
 		if err == nil {
 			return nil
 		}
@@ -140,7 +140,7 @@ func (a *agent) waitReady(ctx context.Context) error {
 	}
 }
 
-func (a *agent) healthy(ctx context.Context, at netip.AddrPort) error {
+func (a *agent) checkHealthy(ctx context.Context, at netip.AddrPort) error {
 	conn, err := a.env.Namespace.Dial(ctx, "tcp", at)
 	if err != nil {
 		return err

@@ -28,8 +28,8 @@ type api interface {
 	// create and update write an object. They return when the server has it.
 	create(ctx context.Context, o apiserver.Object) error
 	update(ctx context.Context, o apiserver.Object) error
-	// kubeconfig writes how a program on the node reaches the server.
-	kubeconfig(path string) error
+	// writeKubeconfig writes how a program on the node reaches the server.
+	writeKubeconfig(path string) error
 	// stop ends the server as a crash does: connections break. start starts it again
 	// with the objects that it had.
 	stop() error
@@ -64,7 +64,7 @@ func newRealAPI(ctx context.Context, at *nettest.Host) (_ *realAPI, err error) {
 	return a, nil
 }
 
-func (a *realAPI) kubeconfig(path string) error {
+func (a *realAPI) writeKubeconfig(path string) error {
 	return a.cp.Kubeconfig(path, "chaos", "system:masters")
 }
 
@@ -104,11 +104,11 @@ func (a *realAPI) close() error { return a.cp.Close() }
 type feedAPI struct {
 	node  *nettest.Host
 	feed  *apiserver.Server
-	clock apiserver.Clock
+	clock apiserver.VersionSequence
 
-	mu     sync.Mutex // versions are put in the order in which they are made
-	server *http.Server
-	end    context.CancelFunc // ends the requests that the server answers
+	mu             sync.Mutex // versions are put in the order in which they are made
+	server         *http.Server
+	cancelRequests context.CancelFunc // ends the requests that the server answers
 }
 
 func newFeedAPI(ctx context.Context, at *nettest.Host) (*feedAPI, error) {
@@ -127,7 +127,7 @@ func (a *feedAPI) address() netip.AddrPort {
 	return netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), 6443)
 }
 
-func (a *feedAPI) kubeconfig(path string) error {
+func (a *feedAPI) writeKubeconfig(path string) error {
 	text := `apiVersion: v1
 kind: Config
 clusters: [{name: chaos, cluster: {server: "http://` + a.address().String() + `"}}]
@@ -144,10 +144,10 @@ current-context: chaos
 func (a *feedAPI) create(_ context.Context, o apiserver.Object) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if a.server == nil && a.end != nil {
+	if a.server == nil && a.cancelRequests != nil {
 		return errors.New("the API server is stopped")
 	}
-	v, err := a.clock.Version(o)
+	v, err := a.clock.Stamp(o)
 	if err == nil {
 		a.feed.Put(v)
 	}
@@ -164,7 +164,7 @@ func (a *feedAPI) start(ctx context.Context) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	requests, end := context.WithCancel(context.WithoutCancel(ctx))
-	a.end = end
+	a.cancelRequests = end
 	s := &http.Server{
 		Handler: a.feed, ReadHeaderTimeout: time.Minute,
 		BaseContext: func(net.Listener) context.Context { return requests },
@@ -180,7 +180,7 @@ func (a *feedAPI) stop() error {
 	if a.server == nil {
 		return nil
 	}
-	a.end()
+	a.cancelRequests()
 	err := a.server.Close()
 	a.server = nil
 	return err

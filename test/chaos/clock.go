@@ -25,7 +25,7 @@ func inVirtualMachine() (bool, error) {
 	return slices.Contains(strings.Fields(string(parameters)), vmParameter), nil
 }
 
-func (t *testbed) needsOwnClock() string {
+func (t *testbed) requireOwnClock() string {
 	switch own, err := inVirtualMachine(); {
 	case err != nil:
 		return err.Error()
@@ -40,7 +40,7 @@ func (t *testbed) needsOwnClock() string {
 // jumpClock sets the time of day forth and back, and starts Fairlead again after some
 // of the jumps.
 func (t *testbed) jumpClock(ctx context.Context) (err error) {
-	if reason := t.needsOwnClock(); reason != "" {
+	if reason := t.requireOwnClock(); reason != "" {
 		return errors.New(reason)
 	}
 	begin := time.Now()
@@ -67,7 +67,7 @@ func (t *testbed) jumpClock(ctx context.Context) (err error) {
 				return err
 			}
 		}
-		pause(ctx, 700*time.Millisecond)
+		sleep(ctx, 700*time.Millisecond)
 	}
 	return nil
 }

@@ -8,7 +8,7 @@ import (
 )
 
 // The clock of a machine that others use is never set.
-func TestClockIsRefusedOutsideOfVirtualMachines(t *testing.T) {
+func TestJumpClockRequiresVirtualMachine(t *testing.T) {
 	own, err := inVirtualMachine()
 	if err != nil {
 		t.Fatal(err)
@@ -19,7 +19,7 @@ func TestClockIsRefusedOutsideOfVirtualMachines(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel() // no jump, should it not be refused
 	rig := &testbed{options: &options{jumpClock: true}}
-	if rig.needsOwnClock() == "" || rig.jumpClock(ctx) == nil {
+	if rig.requireOwnClock() == "" || rig.jumpClock(ctx) == nil {
 		t.Error("the fault is not refused")
 	}
 	if os.Geteuid() != 0 {

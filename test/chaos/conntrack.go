@@ -36,7 +36,7 @@ const (
 
 	// Entries with IPS_SEEN_REPLY, IPS_ASSURED and IPS_CONFIRMED are not evicted from a
 	// full table.
-	statusLasting = 1<<1 | 1<<2 | 1<<3
+	statusAssured = 1<<1 | 1<<2 | 1<<3
 )
 
 // fillerMark is the mark of the entries that a [conntrackFiller] adds.
@@ -46,8 +46,8 @@ const fillerMark = 0xc4a05
 // nobody has. The limit is the machine's, while each network namespace counts its own
 // entries: no other namespace loses anything.
 type conntrackFiller struct {
-	fd   int
-	next uint32 // the number of the next entry
+	fd        int
+	nextEntry uint32 // the number of the next entry
 }
 
 // newConntrackFiller makes a filler of the namespace of the thread that calls it.
@@ -66,21 +66,21 @@ func newConntrackFiller() (*conntrackFiller, error) {
 
 func (f *conntrackFiller) close() error { return unix.Close(f.fd) }
 
-// add adds up to n entries and returns whether the table is full. The kernel handles
+// addEntries adds up to n entries and returns whether the table is full. The kernel handles
 // messages while they are sent, and answers only those that fail.
-func (f *conntrackFiller) add(n int) (full bool, err error) {
+func (f *conntrackFiller) addEntries(n int) (full bool, err error) {
 	const batch = 128
 	for ; n > 0 && !full; n -= batch {
 		var messages []byte
 		for range min(n, batch) {
-			messages = append(messages, message(conntrackNew, unix.NLM_F_CREATE|unix.NLM_F_EXCL, fillerEntry(f.next))...)
-			f.next++
+			messages = append(messages, newMessage(conntrackNew, unix.NLM_F_CREATE|unix.NLM_F_EXCL, fillerEntry(f.nextEntry))...)
+			f.nextEntry++
 		}
 		if err := f.send(messages); err != nil {
 			return false, err
 		}
 		for {
-			err := f.answer(unix.MSG_DONTWAIT)
+			err := f.readAck(unix.MSG_DONTWAIT)
 			if errors.Is(err, unix.EAGAIN) {
 				break
 			}
@@ -101,8 +101,8 @@ func (f *conntrackFiller) send(messages []byte) error {
 	return nil
 }
 
-// answer returns what the next answer says: the error of a message, or nil.
-func (f *conntrackFiller) answer(flags int) error {
+// readAck returns what the next answer says: the error of a message, or nil.
+func (f *conntrackFiller) readAck(flags int) error {
 	var b [4096]byte
 	n, _, err := unix.Recvfrom(f.fd, b[:], flags)
 	if err != nil {
@@ -117,19 +117,19 @@ func (f *conntrackFiller) answer(flags int) error {
 	return nil
 }
 
-// clear deletes all entries that add has added.
-func (f *conntrackFiller) clear() error {
+// deleteEntries deletes all entries that add has added.
+func (f *conntrackFiller) deleteEntries() error {
 	mark := binary.BigEndian.AppendUint32(nil, fillerMark)
-	request := message(conntrackDelete, unix.NLM_F_ACK,
+	request := newMessage(conntrackDelete, unix.NLM_F_ACK,
 		slices.Concat(conntrackHeader(unix.AF_UNSPEC), attribute(ctaMark, mark), attribute(ctaMarkMask, []byte{0xff, 0xff, 0xff, 0xff})))
 	if err := f.send(request); err != nil {
 		return err
 	}
-	return f.answer(0)
+	return f.readAck(0)
 }
 
-// message returns a netlink message, a request.
-func message(kind, flags uint16, data []byte) []byte {
+// newMessage returns a netlink message, a request.
+func newMessage(kind, flags uint16, data []byte) []byte {
 	b := binary.NativeEndian.AppendUint32(nil, uint32(unix.NLMSG_HDRLEN+len(data))) //nolint:gosec // small
 	b = binary.NativeEndian.AppendUint16(b, kind)
 	b = binary.NativeEndian.AppendUint16(b, unix.NLM_F_REQUEST|flags)
@@ -158,7 +158,7 @@ func fillerEntry(n uint32) []byte {
 	return slices.Concat(conntrackHeader(unix.AF_INET),
 		tuple(ctaTupleOrig, client, server, clientPort, serverPort),
 		tuple(ctaTupleReply, server, client, serverPort, clientPort),
-		attribute(ctaStatus, binary.BigEndian.AppendUint32(nil, statusLasting)),
+		attribute(ctaStatus, binary.BigEndian.AppendUint32(nil, statusAssured)),
 		attribute(ctaTimeout, binary.BigEndian.AppendUint32(nil, seconds)),
 		attribute(ctaMark, binary.BigEndian.AppendUint32(nil, fillerMark)))
 }
@@ -178,8 +178,8 @@ func attribute(kind uint16, value []byte) []byte {
 	return b
 }
 
-// conntrackSetting reads one of the node's files under /proc/sys/net/netfilter.
-func (t *testbed) conntrackSetting(name string) (value int, err error) {
+// readConntrackSysctl reads one of the node's files under /proc/sys/net/netfilter.
+func (t *testbed) readConntrackSysctl(name string) (value int, err error) {
 	err = t.net.Node.Do(func() error {
 		text, err := os.ReadFile("/proc/sys/net/netfilter/" + name)
 		if err != nil {
@@ -194,8 +194,8 @@ func (t *testbed) conntrackSetting(name string) (value int, err error) {
 // maxConntrackEntries is the largest table that the fault fills: 300 MB of memory.
 const maxConntrackEntries = 1 << 20
 
-func (t *testbed) needsConntrackLimit() string {
-	limit, err := t.conntrackSetting("nf_conntrack_max")
+func (t *testbed) requireConntrackLimit() string {
+	limit, err := t.readConntrackSysctl("nf_conntrack_max")
 	switch {
 	case err != nil:
 		return err.Error()
@@ -217,18 +217,18 @@ func (t *testbed) fillConntrack(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, filler.clear(), filler.close()) }()
-	limit, err := t.conntrackSetting("nf_conntrack_max")
+	defer func() { err = errors.Join(err, filler.deleteEntries(), filler.close()) }()
+	limit, err := t.readConntrackSysctl("nf_conntrack_max")
 	if err != nil {
 		return err
 	}
 	for round := 0; round == 0 || ctx.Err() == nil; round++ {
-		if _, err := filler.add(limit * 3 / 4); err != nil {
+		if _, err := filler.addEntries(limit * 3 / 4); err != nil {
 			return err
 		}
 		err := t.recorder.disturb(func() (err error) {
-			defer func() { err = errors.Join(err, filler.clear()) }()
-			full, err := filler.add(limit)
+			defer func() { err = errors.Join(err, filler.deleteEntries()) }()
+			full, err := filler.addEntries(limit)
 			if err == nil && !full {
 				err = fmt.Errorf("connection tracking takes more than the %d entries of nf_conntrack_max", limit)
 			}
@@ -243,7 +243,7 @@ func (t *testbed) fillConntrack(ctx context.Context) (err error) {
 		if err != nil {
 			return err
 		}
-		pause(ctx, 3*time.Second)
+		sleep(ctx, 3*time.Second)
 	}
 	return nil
 }
@@ -252,7 +252,7 @@ func (t *testbed) fillConntrack(ctx context.Context) (err error) {
 func (f *conntrackFiller) keepFull(d time.Duration) error {
 	const some = 256
 	for end := time.Now().Add(d); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
-		if _, err := f.add(some); err != nil {
+		if _, err := f.addEntries(some); err != nil {
 			return err
 		}
 	}

@@ -9,11 +9,11 @@ import (
 // podSet is a set of pods, a bit for each.
 type podSet uint32
 
-func (s podSet) has(pod int) bool { return s&(1<<pod) != 0 }
+func (s podSet) contains(pod int) bool { return s&(1<<pod) != 0 }
 
-// next returns another set of pods that is not empty: one pod more, less or
+// nextRandom returns another set of pods that is not empty: one pod more, less or
 // replaced, or all of them, or one alone.
-func (s podSet) next(pods int) podSet {
+func (s podSet) nextRandom(pods int) podSet {
 	all, one := podSet(1)<<pods-1, podSet(1)<<rand.IntN(pods) //nolint:gosec // no secret
 	next := s ^ one
 	switch rand.IntN(8) { //nolint:gosec // no secret
@@ -35,13 +35,13 @@ func (s podSet) next(pods int) podSet {
 type endpoints struct {
 	mu      sync.Mutex
 	current podSet
-	// removed says when a pod that is no endpoint was one for the last time. It is
+	// removedAt says when a pod that is no endpoint was one for the last time. It is
 	// zero for a pod that never was one.
-	removed []time.Time
+	removedAt []time.Time
 }
 
 func newEndpoints(pods int) *endpoints {
-	return &endpoints{current: 1<<pods - 1, removed: make([]time.Time, pods)}
+	return &endpoints{current: 1<<pods - 1, removedAt: make([]time.Time, pods)}
 }
 
 func (e *endpoints) pods() podSet {
@@ -65,9 +65,9 @@ func (e *endpoints) change(next podSet, write func() error) error {
 		return err // Nobody knows whether it was written: both sets stay valid.
 	}
 	e.current = next
-	for pod := range e.removed {
-		if before.has(pod) && !next.has(pod) {
-			e.removed[pod] = now
+	for pod := range e.removedAt {
+		if before.contains(pod) && !next.contains(pod) {
+			e.removedAt[pod] = now
 		}
 	}
 	return nil
@@ -78,8 +78,8 @@ func (e *endpoints) change(next podSet, write func() error) error {
 func (e *endpoints) staleness(pod int, at time.Time) time.Duration {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if e.current.has(pod) || e.removed[pod].IsZero() {
+	if e.current.contains(pod) || e.removedAt[pod].IsZero() {
 		return 0
 	}
-	return max(0, at.Sub(e.removed[pod]))
+	return max(0, at.Sub(e.removedAt[pod]))
 }

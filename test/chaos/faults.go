@@ -20,95 +20,95 @@ import (
 // fail outside of a disturbance and open ones that break are never allowed.
 type fault struct {
 	name string
-	// stale is for how long a removed endpoint may get connections.
-	stale time.Duration
+	// maxStaleness is for how long a removed endpoint may get connections.
+	maxStaleness time.Duration
 	// disturbs says that the fault loses connections by its nature, see recorder.disturb.
 	// With keepsOpen it leaves open ones alone.
 	disturbs, keepsOpen bool
-	// ends says that the fault ends Fairlead in ways that only the agent's watch sees.
-	ends bool
+	// crashesFairlead says that the fault ends Fairlead in ways that only the agent's watch sees.
+	crashesFairlead bool
 	// noChanges says that nothing can be written to the API.
 	noChanges bool
-	// needs returns why the fault can't be caused here, or "". Nil: it always can.
-	needs func(*testbed) string
-	// cause causes the fault again and again, until ctx is done.
-	cause func(*testbed, context.Context) error
+	// require returns why the fault can't be caused here, or "". Nil: it always can.
+	require func(*testbed) string
+	// inject causes the fault again and again, until ctx is done.
+	inject func(*testbed, context.Context) error
 }
 
 func (f fault) unavailable(t *testbed) string {
-	if f.needs == nil {
+	if f.require == nil {
 		return ""
 	}
-	return f.needs(t)
+	return f.require(t)
 }
 
 // What an endpoint may be late to go, for the reasons that there are: the change is
 // on its way on a busy machine; Fairlead starts again; it does not run.
 const (
-	onTheWay = 2 * time.Second
-	restart  = 5 * time.Second
+	updateDelay  = 2 * time.Second
+	restartDelay = 5 * time.Second
 )
 
 // faults returns all faults, in the order in which they are caused.
 func faults() []fault {
 	return []fault{
-		{name: "none", stale: onTheWay, cause: func(*testbed, context.Context) error { return nil }},
-		{name: "kill -9", stale: restart, cause: every(2*time.Second, (*testbed).killAgent)},
-		{name: "restart", stale: restart, cause: every(2*time.Second, (*testbed).restartAgent)},
-		{name: "upgrade and downgrade", stale: restart, needs: (*testbed).needsOtherBinary, cause: (*testbed).changeVersions},
-		{name: "hang", stale: restart, cause: every(3*time.Second, (*testbed).hangAgent)},
-		{name: "second instance", stale: restart, cause: every(4*time.Second, (*testbed).runSecond)},
-		{name: "edits by hand", stale: onTheWay, needs: needsNFT, cause: (*testbed).editByHand},
-		{name: "table deleted", stale: restart, disturbs: true, needs: needsNFT, cause: every(3*time.Second, disturbedBy("delete table ip %[1]s\ndelete table ip6 %[1]s"))},
-		{name: "chain deleted", stale: restart, disturbs: true, needs: needsNFT, cause: every(3*time.Second, disturbedBy("flush chain ip %[1]s nat-prerouting\ndelete chain ip %[1]s nat-prerouting"))},
-		{name: "ruleset flushed", stale: restart, disturbs: true, needs: needsNFT, cause: every(3*time.Second, disturbedBy("flush ruleset"))},
-		{name: "ruleset flushed in a loop", stale: restart, disturbs: true, needs: needsNFT, cause: every(4*time.Second, (*testbed).flushInALoop)},
-		{name: "kube-proxy beside it", stale: 2 * restart, needs: (*testbed).needsKubeProxy, cause: (*testbed).runKubeProxy},
-		{name: "API server away", stale: onTheWay, cause: (*testbed).stopAPI},
-		{name: "restart while the API server is away", stale: restart, cause: (*testbed).restartWithoutAPI},
-		{name: "too little memory", stale: 2 * restart, ends: true, needs: needsMemoryLimit, cause: (*testbed).limitMemory},
-		{name: "connection tracking full", stale: 2 * restart, disturbs: true, keepsOpen: true, needs: (*testbed).needsConntrackLimit, cause: (*testbed).fillConntrack},
-		{name: "session affinity full", stale: onTheWay, needs: (*testbed).needsAffinityMaps, cause: (*testbed).floodAffinity},
-		{name: "clock jumps", stale: restart, needs: (*testbed).needsOwnClock, cause: (*testbed).jumpClock},
+		{name: "none", maxStaleness: updateDelay, inject: func(*testbed, context.Context) error { return nil }},
+		{name: "kill -9", maxStaleness: restartDelay, inject: repeatEvery(2*time.Second, (*testbed).killAgent)},
+		{name: "restart", maxStaleness: restartDelay, inject: repeatEvery(2*time.Second, (*testbed).restartAgent)},
+		{name: "upgrade and downgrade", maxStaleness: restartDelay, require: (*testbed).requireOtherBinary, inject: (*testbed).changeVersions},
+		{name: "hang", maxStaleness: restartDelay, inject: repeatEvery(3*time.Second, (*testbed).hangAgent)},
+		{name: "second instance", maxStaleness: restartDelay, inject: repeatEvery(4*time.Second, (*testbed).runSecondInstance)},
+		{name: "edits by hand", maxStaleness: updateDelay, require: requireNFT, inject: (*testbed).applyManualEdits},
+		{name: "table deleted", maxStaleness: restartDelay, disturbs: true, require: requireNFT, inject: repeatEvery(3*time.Second, disturbWithNFT("delete table ip %[1]s\ndelete table ip6 %[1]s"))},
+		{name: "chain deleted", maxStaleness: restartDelay, disturbs: true, require: requireNFT, inject: repeatEvery(3*time.Second, disturbWithNFT("flush chain ip %[1]s nat-prerouting\ndelete chain ip %[1]s nat-prerouting"))},
+		{name: "ruleset flushed", maxStaleness: restartDelay, disturbs: true, require: requireNFT, inject: repeatEvery(3*time.Second, disturbWithNFT("flush ruleset"))},
+		{name: "ruleset flushed in a loop", maxStaleness: restartDelay, disturbs: true, require: requireNFT, inject: repeatEvery(4*time.Second, (*testbed).flushRepeatedly)},
+		{name: "kube-proxy beside it", maxStaleness: 2 * restartDelay, require: (*testbed).requireKubeProxy, inject: (*testbed).runKubeProxy},
+		{name: "API server away", maxStaleness: updateDelay, inject: (*testbed).stopAPI},
+		{name: "restart while the API server is away", maxStaleness: restartDelay, inject: (*testbed).restartWithoutAPI},
+		{name: "too little memory", maxStaleness: 2 * restartDelay, crashesFairlead: true, require: requireMemoryLimit, inject: (*testbed).limitMemory},
+		{name: "connection tracking full", maxStaleness: 2 * restartDelay, disturbs: true, keepsOpen: true, require: (*testbed).requireConntrackLimit, inject: (*testbed).fillConntrack},
+		{name: "session affinity full", maxStaleness: updateDelay, require: (*testbed).requireAffinityMaps, inject: (*testbed).floodAffinity},
+		{name: "clock jumps", maxStaleness: restartDelay, require: (*testbed).requireOwnClock, inject: (*testbed).jumpClock},
 	}
 }
 
-// every returns a cause that does something again and again.
-func every(period time.Duration, do func(*testbed, context.Context) error) func(*testbed, context.Context) error {
+// repeatEvery returns a cause that does something again and again.
+func repeatEvery(period time.Duration, do func(*testbed, context.Context) error) func(*testbed, context.Context) error {
 	return func(t *testbed, ctx context.Context) error {
 		for ctx.Err() == nil {
 			if err := do(t, ctx); err != nil && ctx.Err() == nil {
 				return err
 			}
-			pause(ctx, period)
+			sleep(ctx, period)
 		}
 		return nil
 	}
 }
 
-// pause waits, or until ctx is done.
-func pause(ctx context.Context, d time.Duration) {
+// sleep waits, or until ctx is done.
+func sleep(ctx context.Context, d time.Duration) {
 	select {
 	case <-ctx.Done():
 	case <-time.After(d):
 	}
 }
 
-// outlast returns a context for what has to outlast the fault.
-func outlast(ctx context.Context) context.Context { return context.WithoutCancel(ctx) }
+// withoutCancel returns a context for what has to outlast the fault.
+func withoutCancel(ctx context.Context) context.Context { return context.WithoutCancel(ctx) }
 
 func (t *testbed) killAgent(ctx context.Context) error {
 	if err := t.agent.kill(); err != nil {
 		return err
 	}
-	return t.agent.start(outlast(ctx))
+	return t.agent.start(withoutCancel(ctx))
 }
 
 func (t *testbed) restartAgent(ctx context.Context) error {
 	if err := t.agent.stop(); err != nil {
 		return err
 	}
-	return t.agent.start(outlast(ctx))
+	return t.agent.start(withoutCancel(ctx))
 }
 
 // changeVersions restarts the agent with one of two versions and the other in turn,
@@ -118,17 +118,17 @@ func (t *testbed) changeVersions(ctx context.Context) error {
 	other.Binary = t.options.other
 	for ctx.Err() == nil {
 		for _, version := range []system.Fairlead{other, t.fairlead} {
-			t.agent.use(version)
+			t.agent.setSystem(version)
 			if err := t.restartAgent(ctx); err != nil {
 				return err
 			}
-			pause(ctx, 2*time.Second)
+			sleep(ctx, 2*time.Second)
 		}
 	}
 	return nil
 }
 
-func (t *testbed) needsOtherBinary() string {
+func (t *testbed) requireOtherBinary() string {
 	if _, err := exec.LookPath(t.options.other); err != nil {
 		return "there is no other version at " + t.options.other
 	}
@@ -140,30 +140,30 @@ func (t *testbed) hangAgent(ctx context.Context) error {
 	if err := t.agent.signal(syscall.SIGSTOP); err != nil {
 		return err
 	}
-	pause(ctx, time.Second)
+	sleep(ctx, time.Second)
 	return t.agent.signal(syscall.SIGCONT)
 }
 
-// runSecond runs the program a second time beside the first, which then ends in one
+// runSecondInstance runs the program a second time beside the first, which then ends in one
 // of two ways, as in a rolling update.
-func (t *testbed) runSecond(ctx context.Context) error {
-	if err := t.second.start(outlast(ctx)); err != nil {
+func (t *testbed) runSecondInstance(ctx context.Context) error {
+	if err := t.secondAgent.start(withoutCancel(ctx)); err != nil {
 		return err
 	}
-	pause(ctx, 2*time.Second)
+	sleep(ctx, 2*time.Second)
 	end := (*agent).kill
-	if t.second.pid()%2 == 0 {
+	if t.secondAgent.pid()%2 == 0 {
 		end = (*agent).stop
 	}
 	if err := end(t.agent); err != nil {
 		return err
 	}
-	t.agent, t.second = t.second, t.agent
+	t.agent, t.secondAgent = t.secondAgent, t.agent
 	return nil
 }
 
-// table is the name of Fairlead's tables.
-func (t *testbed) table() string {
+// tableName is the name of Fairlead's tables.
+func (t *testbed) tableName() string {
 	if t.options.mode == "ipvs" {
 		return "fairlead-ipvs"
 	}
@@ -182,34 +182,34 @@ func (t *testbed) nft(script string) error {
 	return nil
 }
 
-// disturbedBy returns a step that runs an nft script, whose %[1]s is the table's name.
-func disturbedBy(script string) func(*testbed, context.Context) error {
+// disturbWithNFT returns a step that runs an nft script, whose %[1]s is the table's name.
+func disturbWithNFT(script string) func(*testbed, context.Context) error {
 	return func(t *testbed, _ context.Context) error {
 		return t.recorder.disturb(func() error {
 			text := script
 			if strings.Contains(script, "%") {
-				text = fmt.Sprintf(script, t.table())
+				text = fmt.Sprintf(script, t.tableName())
 			}
 			return t.nft(text)
 		})
 	}
 }
 
-func (t *testbed) flushInALoop(ctx context.Context) error {
+func (t *testbed) flushRepeatedly(ctx context.Context) error {
 	return t.recorder.disturb(func() error {
 		for end := time.Now().Add(3 * time.Second); time.Now().Before(end) && ctx.Err() == nil; {
 			if err := t.nft("flush ruleset"); err != nil {
 				return err
 			}
-			pause(ctx, 10*time.Millisecond)
+			sleep(ctx, 10*time.Millisecond)
 		}
 		return nil
 	})
 }
 
-// handEdits are changes that a person may make to Fairlead's tables while looking
+// manualEdits are changes that a person may make to Fairlead's tables while looking
 // for a fault. None of them stops a connection.
-func handEdits() []string {
+func manualEdits() []string {
 	return []string{
 		"insert rule ip %[1]s filter-forward tcp dport { 80, 443 } counter",
 		"add rule ip %[1]s filter-forward tcp dport { 80, 443 } counter",
@@ -226,12 +226,12 @@ func handEdits() []string {
 	}
 }
 
-// editByHand makes one edit after the other.
-func (t *testbed) editByHand(ctx context.Context) error {
-	edits := handEdits()
+// applyManualEdits makes one edit after the other.
+func (t *testbed) applyManualEdits(ctx context.Context) error {
+	edits := manualEdits()
 	for i := 0; ctx.Err() == nil; i++ {
 		for _, family := range []string{"ip", "ip6"} {
-			script := strings.ReplaceAll(fmt.Sprintf(edits[i%len(edits)], t.table()), " ip "+t.table(), " "+family+" "+t.table())
+			script := strings.ReplaceAll(fmt.Sprintf(edits[i%len(edits)], t.tableName()), " ip "+t.tableName(), " "+family+" "+t.tableName())
 			if family == "ip6" {
 				script = strings.NewReplacer("ip saddr", "ip6 saddr", "ipv4_addr", "ipv6_addr").Replace(script)
 			}
@@ -239,24 +239,24 @@ func (t *testbed) editByHand(ctx context.Context) error {
 			// under way. It can also make nft fail, as it would for a person.
 			_ = t.nft(strings.ReplaceAll(script, "mine", fmt.Sprintf("mine-%d", i)))
 		}
-		pause(ctx, 300*time.Millisecond)
+		sleep(ctx, 300*time.Millisecond)
 	}
 	return nil
 }
 
-func needsNFT(*testbed) string {
+func requireNFT(*testbed) string {
 	if _, err := exec.LookPath("nft"); err != nil {
 		return "the program nft is not installed"
 	}
 	return ""
 }
 
-func (t *testbed) proxy() system.KubeProxy {
-	return system.KubeProxy{Binary: t.options.kubeProxy, Mode: "nftables", Args: t.networks()}
+func (t *testbed) kubeProxy() system.KubeProxy {
+	return system.KubeProxy{Binary: t.options.kubeProxy, Mode: "nftables", Args: t.clusterCIDRFlag()}
 }
 
-func (t *testbed) needsKubeProxy() string {
-	err := t.proxy().Check(context.Background(), t.net.Node.Namespace)
+func (t *testbed) requireKubeProxy() string {
+	err := t.kubeProxy().Check(context.Background(), t.net.Node.Namespace)
 	if e, ok := errors.AsType[*system.UnavailableError](err); ok {
 		return e.Reason
 	}
@@ -270,18 +270,18 @@ func (t *testbed) needsKubeProxy() string {
 // Fairlead again, and then cleans up after kube-proxy.
 func (t *testbed) runKubeProxy(ctx context.Context) error {
 	third := t.options.time / 3
-	proxy := t.proxy()
+	proxy := t.kubeProxy()
 	// Fairlead has kube-proxy's ports for health and metrics.
 	proxy.Args = append(proxy.Args, "--healthz-bind-address=127.0.0.1:11256", "--metrics-bind-address=127.0.0.1:11249")
 	other := &agent{system: proxy, env: t.agent.env, recorder: &t.recorder}
-	if err := other.start(outlast(ctx)); err != nil {
+	if err := other.start(withoutCancel(ctx)); err != nil {
 		return err
 	}
-	pause(ctx, third)
+	sleep(ctx, third)
 	if err := errors.Join(other.kill(), t.restartAgent(ctx)); err != nil {
 		return err
 	}
-	pause(ctx, third)
+	sleep(ctx, third)
 	cleanup := exec.Command(proxy.Binary, "--cleanup") //nolint:noctx // it takes a second
 	var out bytes.Buffer
 	cleanup.Stdout, cleanup.Stderr = &out, &out
@@ -296,8 +296,8 @@ func (t *testbed) stopAPI(ctx context.Context) error {
 	if err := t.api.stop(); err != nil {
 		return err
 	}
-	pause(ctx, t.options.time/2)
-	return t.api.start(outlast(ctx))
+	sleep(ctx, t.options.time/2)
+	return t.api.start(withoutCancel(ctx))
 }
 
 func (t *testbed) restartWithoutAPI(ctx context.Context) error {
@@ -305,13 +305,13 @@ func (t *testbed) restartWithoutAPI(ctx context.Context) error {
 		return err
 	}
 	err := t.killAgent(ctx)
-	pause(ctx, t.options.time/2)
-	return errors.Join(err, t.api.start(outlast(ctx)))
+	sleep(ctx, t.options.time/2)
+	return errors.Join(err, t.api.start(withoutCancel(ctx)))
 }
 
-// memoryGroup returns the folder of a new cgroup, and the file in it that limits
+// newMemoryCgroup returns the folder of a new cgroup, and the file in it that limits
 // memory, of whichever version of cgroups has the controller.
-func memoryGroup() (dir, limit string, err error) {
+func newMemoryCgroup() (dir, limit string, err error) {
 	if controllers, _ := os.ReadFile("/sys/fs/cgroup/cgroup.controllers"); bytes.Contains(controllers, []byte("memory")) {
 		dir, err = os.MkdirTemp("/sys/fs/cgroup", "fairlead-chaos-")
 		return dir, "memory.max", err
@@ -320,8 +320,8 @@ func memoryGroup() (dir, limit string, err error) {
 	return dir, "memory.limit_in_bytes", err
 }
 
-func needsMemoryLimit(*testbed) string {
-	dir, limit, err := memoryGroup()
+func requireMemoryLimit(*testbed) string {
+	dir, limit, err := newMemoryCgroup()
 	if err != nil {
 		return "no cgroup that limits memory can be made"
 	}
@@ -335,7 +335,7 @@ func needsMemoryLimit(*testbed) string {
 // limitMemory gives the agent a third of the memory that it uses, and so kills it,
 // again and again.
 func (t *testbed) limitMemory(ctx context.Context) error {
-	dir, limit, err := memoryGroup()
+	dir, limit, err := newMemoryCgroup()
 	if err != nil {
 		return fmt.Errorf("make a cgroup: %w", err)
 	}
@@ -356,8 +356,8 @@ func (t *testbed) limitMemory(ctx context.Context) error {
 	for ctx.Err() == nil {
 		// The process may have ended meanwhile; its successor is limited next time.
 		_ = write("cgroup.procs", strconv.Itoa(t.agent.pid()))
-		pause(ctx, 2*time.Second)
+		sleep(ctx, 2*time.Second)
 	}
 	// What comes now has all memory.
-	return t.killAgent(outlast(ctx))
+	return t.killAgent(withoutCancel(ctx))
 }

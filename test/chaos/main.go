@@ -14,7 +14,7 @@
 // fault: how many connections there were, how many failed, how many open
 // ones broke, and for how long an endpoint got connections after it was removed.
 // A disturbance such as `nft flush ruleset` loses connections by its nature: those
-// which overlap it, or the [settleTime] after it, have a column of their own and may
+// which overlap it, or the [repairTime] after it, have a column of their own and may
 // fail. All others may not. The exit status is 1 if a fault exceeds its limits.
 package main
 
@@ -104,26 +104,26 @@ func run(ctx context.Context, o *options) (exceeded bool, err error) {
 	}
 	fmt.Printf("Linux %s, %d processors, mode %s, %d Services, %d changes a second, %s for each fault\n\n",
 		kernel, runtime.NumCPU(), o.mode, len(t.services)+o.services, o.changes, o.time)
-	fmt.Println(header)
+	fmt.Println(tableHeader)
 	report := &report{testbed: t}
 	for _, f := range faults() {
 		if !pattern.MatchString(f.name) {
 			continue
 		}
 		if reason := f.unavailable(t); reason != "" {
-			fmt.Println(f.skipped(reason))
+			fmt.Println(f.skippedRow(reason))
 			continue
 		}
-		record, err := t.cause(ctx, f)
+		record, err := t.injectFault(ctx, f)
 		report.finishLast()
 		if err != nil {
 			return false, fmt.Errorf("%s: %w", f.name, err)
 		}
 		report.fault, report.record = f, record
 	}
-	time.Sleep(timeout) // until no connection waits
+	time.Sleep(connectTimeout) // until no connection waits
 	report.finishLast()
-	fmt.Println(fault{name: "all"}.line(report.total))
+	fmt.Println(fault{name: "all"}.tableRow(report.total))
 	if report.exceeded {
 		o.keepLogs = true
 	}
@@ -144,9 +144,9 @@ func (p *report) finishLast() {
 	if p.record == nil {
 		return
 	}
-	r := p.testbed.recorder.resultOf(p.record)
-	fmt.Println(p.fault.line(r))
-	for _, problem := range p.fault.exceeded(r) {
+	r := p.testbed.recorder.snapshot(p.record)
+	fmt.Println(p.fault.tableRow(r))
+	for _, problem := range p.fault.violations(r) {
 		p.exceeded = true
 		fmt.Fprintf(os.Stderr, "chaos: %s: %s\n", p.fault.name, problem)
 	}

@@ -30,10 +30,10 @@ func serviceCIDRs() []netip.Prefix {
 type service struct {
 	name     string
 	protocol string // as nettest has it
-	// target is the port of its endpoints, which no other Service has.
-	target   uint16
-	nodePort uint16        // 0: none
-	affinity time.Duration // 0: none
+	// targetPort is the port of its endpoints, which no other Service has.
+	targetPort uint16
+	nodePort   uint16        // 0: none
+	affinity   time.Duration // 0: none
 	// clusterIPs and endpoints have an element for each family, IPv4 first.
 	clusterIPs [2]netip.Addr
 	endpoints  [2]*endpoints
@@ -52,8 +52,8 @@ func clusterIPs(n int) [2]netip.Addr {
 	return addrs
 }
 
-// frontend returns the address of the cluster IP, with the port.
-func (s *service) frontend(family int) netip.AddrPort {
+// clusterAddrPort returns the address of the cluster IP, with the port.
+func (s *service) clusterAddrPort(family int) netip.AddrPort {
 	return netip.AddrPortFrom(s.clusterIPs[family], servicePort)
 }
 
@@ -70,7 +70,7 @@ func (s *service) object() *corev1.Service {
 			SessionAffinity:       corev1.ServiceAffinityNone,
 			InternalTrafficPolicy: new(corev1.ServiceInternalTrafficPolicyCluster),
 			Ports: []corev1.ServicePort{{
-				Name: portName, Protocol: s.apiProtocol(), Port: servicePort, TargetPort: intstr.FromInt32(int32(s.target)),
+				Name: portName, Protocol: s.apiProtocol(), Port: servicePort, TargetPort: intstr.FromInt32(int32(s.targetPort)),
 				NodePort: int32(s.nodePort),
 			}},
 		},
@@ -90,8 +90,8 @@ func (s *service) object() *corev1.Service {
 
 func (s *service) apiProtocol() corev1.Protocol { return corev1.Protocol(strings.ToUpper(s.protocol)) }
 
-// slice returns the EndpointSlice of a family that has these addresses.
-func (s *service) slice(family int, addrs []netip.Addr) *discoveryv1.EndpointSlice {
+// endpointSlice returns the EndpointSlice of a family that has these addresses.
+func (s *service) endpointSlice(family int, addrs []netip.Addr) *discoveryv1.EndpointSlice {
 	kind := [2]discoveryv1.AddressType{discoveryv1.AddressTypeIPv4, discoveryv1.AddressTypeIPv6}[family]
 	o := &discoveryv1.EndpointSlice{
 		TypeMeta: metav1.TypeMeta{APIVersion: "discovery.k8s.io/v1", Kind: "EndpointSlice"},
@@ -102,7 +102,7 @@ func (s *service) slice(family int, addrs []netip.Addr) *discoveryv1.EndpointSli
 			},
 		},
 		AddressType: kind,
-		Ports:       []discoveryv1.EndpointPort{{Name: new(portName), Protocol: new(s.apiProtocol()), Port: new(int32(s.target))}},
+		Ports:       []discoveryv1.EndpointPort{{Name: new(portName), Protocol: new(s.apiProtocol()), Port: new(int32(s.targetPort))}},
 	}
 	for _, addr := range addrs {
 		o.Endpoints = append(o.Endpoints, discoveryv1.Endpoint{
@@ -113,11 +113,11 @@ func (s *service) slice(family int, addrs []netip.Addr) *discoveryv1.EndpointSli
 	return o
 }
 
-// background returns the nth of the Services that no client connects to, and the
+// backgroundService returns the nth of the Services that no client connects to, and the
 // addresses of its endpoints, which nobody has.
-func background(n int) (*service, [2][]netip.Addr) {
+func backgroundService(n int) (*service, [2][]netip.Addr) {
 	const endpoints = 10
-	s := &service{name: fmt.Sprintf("background-%d", n), protocol: nettest.TCP, target: 8080, clusterIPs: clusterIPs(1000 + n)}
+	s := &service{name: fmt.Sprintf("background-%d", n), protocol: nettest.TCP, targetPort: 8080, clusterIPs: clusterIPs(1000 + n)}
 	var addrs [2][]netip.Addr
 	for i := range endpoints {
 		k := n*endpoints + i
@@ -129,8 +129,8 @@ func background(n int) (*service, [2][]netip.Addr) {
 	return s, addrs
 }
 
-// node returns the Node object.
-func node(addrs []netip.Addr, podCIDRs []netip.Prefix) *corev1.Node {
+// nodeObject returns the Node object.
+func nodeObject(addrs []netip.Addr, podCIDRs []netip.Prefix) *corev1.Node {
 	o := &corev1.Node{
 		TypeMeta:   metav1.TypeMeta{APIVersion: "v1", Kind: "Node"},
 		ObjectMeta: metav1.ObjectMeta{Name: nodeName, UID: "chaos-node"},

@@ -7,9 +7,9 @@ import (
 	"time"
 )
 
-// settleTime is how long after a disturbance connections may still fail: the time
+// repairTime is how long after a disturbance connections may still fail: the time
 // within which Fairlead promises to have repaired everything.
-const settleTime = time.Second
+const repairTime = time.Second
 
 // result is what happened to connections during one fault.
 type result struct {
@@ -73,7 +73,7 @@ type interval struct{ begin, end time.Time }
 // overlaps reports whether the interval, with the time to settle, and the time
 // from begin to end have a moment in common.
 func (i interval) overlaps(begin, end time.Time) bool {
-	return !end.Before(i.begin) && (i.end.IsZero() || !begin.After(i.end.Add(settleTime)))
+	return !end.Before(i.begin) && (i.end.IsZero() || !begin.After(i.end.Add(repairTime)))
 }
 
 // beginFault begins the result of the next fault and returns it. It is final once
@@ -86,8 +86,8 @@ func (r *recorder) beginFault() *record {
 	return next
 }
 
-// at returns the result of the fault at a time. It is called with the recorder locked.
-func (r *recorder) at(t time.Time) *result {
+// resultAt returns the result of the fault at a time. It is called with the recorder locked.
+func (r *recorder) resultAt(t time.Time) *result {
 	for _, record := range slices.Backward(r.records) {
 		if !t.Before(record.begin) {
 			return &record.result
@@ -96,8 +96,8 @@ func (r *recorder) at(t time.Time) *result {
 	return &result{} // before the first fault
 }
 
-// resultOf returns a copy of a record's result.
-func (r *recorder) resultOf(record *record) result {
+// snapshot returns a copy of a record's result.
+func (r *recorder) snapshot(record *record) result {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	got := record.result
@@ -119,9 +119,9 @@ func (r *recorder) disturb(fn func() error) error {
 	return fn()
 }
 
-// disturbance returns the last disturbance that overlaps a time. It is called with the
+// findDisturbance returns the last disturbance that overlaps a time. It is called with the
 // recorder locked.
-func (r *recorder) disturbance(begin, end time.Time) (interval, bool) {
+func (r *recorder) findDisturbance(begin, end time.Time) (interval, bool) {
 	for _, i := range slices.Backward(r.disturbances) {
 		if i.overlaps(begin, end) {
 			return i, true
@@ -130,13 +130,13 @@ func (r *recorder) disturbance(begin, end time.Time) (interval, bool) {
 	return interval{}, false
 }
 
-// connected records a connection to a target that began at a time and that an endpoint
+// recordConnected records a connection to a target that began at a time and that an endpoint
 // answered. staleness is how long the endpoint had been removed when the connection began,
 // or 0.
-func (r *recorder) connected(to fmt.Stringer, begin time.Time, resent uint32, staleness time.Duration) {
+func (r *recorder) recordConnected(to fmt.Stringer, begin time.Time, resent uint32, staleness time.Duration) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	got := r.at(begin)
+	got := r.resultAt(begin)
 	got.connections++
 	if resent > 0 {
 		got.resent++
@@ -146,90 +146,90 @@ func (r *recorder) connected(to fmt.Stringer, begin time.Time, resent uint32, st
 	}
 	if staleness > got.staleness {
 		got.staleness = staleness
-		got.stalest = fmt.Sprintf("%s: %s", begin.Format(clock), to)
+		got.stalest = fmt.Sprintf("%s: %s", begin.Format(timeFormat), to)
 	}
 }
 
-// failed records a connection that failed.
-func (r *recorder) failed(begin, end time.Time, err error) {
+// recordFailed records a connection that failed.
+func (r *recorder) recordFailed(begin, end time.Time, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	got := r.at(begin)
+	got := r.resultAt(begin)
 	got.connections++
-	if _, disturbed := r.disturbance(begin, end); disturbed {
+	if _, disturbed := r.findDisturbance(begin, end); disturbed {
 		got.disturbed++
 		return
 	}
 	got.failed++
-	got.example(begin, end, err)
+	got.addExample(begin, end, err)
 }
 
-// opened records that n connections are open now.
-func (r *recorder) opened(n int) {
+// recordOpened records that n connections are open now.
+func (r *recorder) recordOpened(n int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.at(time.Now()).open += n
+	r.resultAt(time.Now()).open += n
 }
 
-// broke records that an open connection, last used at begin, does not answer any more.
-func (r *recorder) broke(begin, end time.Time, err error) {
+// recordBroken records that an open connection, last used at begin, does not answer any more.
+func (r *recorder) recordBroken(begin, end time.Time, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if by, disturbed := r.disturbance(begin, end); disturbed {
+	if by, disturbed := r.findDisturbance(begin, end); disturbed {
 		// It may have been idle since the fault before, and may be noticed in the next.
-		r.at(by.begin).disturbedOpen++
+		r.resultAt(by.begin).disturbedOpen++
 		return
 	}
-	got := r.at(begin)
+	got := r.resultAt(begin)
 	got.broken++
-	got.example(begin, end, fmt.Errorf("an open connection broke: %w", err))
+	got.addExample(begin, end, fmt.Errorf("an open connection broke: %w", err))
 }
 
-// changed records a changed EndpointSlice, crashed an end of Fairlead by itself.
-func (r *recorder) changed() {
+// recordChange records a changed EndpointSlice, crashed an end of Fairlead by itself.
+func (r *recorder) recordChange() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.at(time.Now()).changes++
+	r.resultAt(time.Now()).changes++
 }
 
-func (r *recorder) crashed() {
+func (r *recorder) recordCrash() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.at(time.Now()).crashes++
+	r.resultAt(time.Now()).crashes++
 }
 
-// clock is how the times of examples are written.
-const clock = "15:04:05.000"
+// timeFormat is how the times of examples are written.
+const timeFormat = "15:04:05.000"
 
-func (r *result) example(begin, end time.Time, err error) {
+func (r *result) addExample(begin, end time.Time, err error) {
 	if len(r.examples) < maxExamples {
-		r.examples = append(r.examples, fmt.Sprintf("%s to %s: %v", begin.Format(clock), end.Format(clock), err))
+		r.examples = append(r.examples, fmt.Sprintf("%s to %s: %v", begin.Format(timeFormat), end.Format(timeFormat), err))
 	}
 }
 
 // The report is a Markdown table, so that it can go into a document as it is.
-const header = `| fault | connections | failed | failed in the disturbance | sent again | open: broken | broken by the disturbance | stale at most | allowed | changes |
+const tableHeader = `| fault | connections | failed | failed in the disturbance | sent again | open: broken | broken by the disturbance | stale at most | allowed | changes |
 |---|---|---|---|---|---|---|---|---|---|`
 
-// line returns the fault's line of the report.
-func (f fault) line(r result) string {
+// tableRow returns the fault's line of the report.
+func (f fault) tableRow(r result) string {
 	return fmt.Sprintf("| %s | %d | %d | %d | %d | %d: %d | %d | %s | %s | %d |", f.name, r.connections, r.failed, r.disturbed,
-		r.resent, r.open, r.broken, r.disturbedOpen, r.staleness.Round(time.Millisecond), f.limit(), r.changes)
+		r.resent, r.open, r.broken, r.disturbedOpen, r.staleness.Round(time.Millisecond), f.stalenessLimit(), r.changes)
 }
 
-func (f fault) limit() string {
-	if f.stale == 0 {
+func (f fault) stalenessLimit() string {
+	if f.maxStaleness == 0 {
 		return ""
 	}
-	return f.stale.String()
+	return f.maxStaleness.String()
 }
 
-func (f fault) skipped(reason string) string {
+func (f fault) skippedRow(reason string) string {
 	return fmt.Sprintf("| %s | not here: %s | | | | | | | | |", f.name, reason)
 }
 
-// exceeded describes how the result exceeds what the fault may do.
-func (f fault) exceeded(r result) []string {
+// violations describes how the result exceeds what the fault may do.
+func (f fault) violations(r result) []string {
 	var problems []string
 	exceeds := func(format string, args ...any) { problems = append(problems, fmt.Sprintf(format, args...)) }
 	if r.connections == 0 {
@@ -250,10 +250,10 @@ func (f fault) exceeded(r result) []string {
 	if f.keepsOpen && r.disturbedOpen > 0 {
 		exceeds("%d of %d open connections broke by the disturbance, 0 are allowed", r.disturbedOpen, r.open)
 	}
-	if r.staleness > f.stale {
-		exceeds("an endpoint got connections %s after it was removed, %s is allowed: %s", r.staleness, f.stale, r.stalest)
+	if r.staleness > f.maxStaleness {
+		exceeds("an endpoint got connections %s after it was removed, %s is allowed: %s", r.staleness, f.maxStaleness, r.stalest)
 	}
-	if r.crashes > 0 && !f.ends {
+	if r.crashes > 0 && !f.crashesFairlead {
 		exceeds("Fairlead ended by itself %d times", r.crashes)
 	}
 	return problems

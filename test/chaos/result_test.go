@@ -11,7 +11,7 @@ import (
 
 // A connection counts as disturbed only if it overlaps the disturbance or the time
 // to settle after it.
-func TestDisturbance(t *testing.T) {
+func TestIntervalOverlaps(t *testing.T) {
 	begin := time.Unix(1000, 0)
 	i := interval{begin: begin, end: begin.Add(time.Second)}
 	for name, test := range map[string]struct {
@@ -22,8 +22,8 @@ func TestDisturbance(t *testing.T) {
 		"before":           {i, -2 * time.Second, -time.Second, false},
 		"across":           {i, -time.Second, 3 * time.Second, true},
 		"within":           {i, 100 * time.Millisecond, 200 * time.Millisecond, true},
-		"while it settles": {i, time.Second + settleTime/2, 5 * time.Second, true},
-		"after":            {i, time.Second + settleTime + time.Millisecond, 5 * time.Second, false},
+		"while it settles": {i, time.Second + repairTime/2, 5 * time.Second, true},
+		"after":            {i, time.Second + repairTime + time.Millisecond, 5 * time.Second, false},
 		"it lasts":         {interval{begin: begin}, time.Hour, time.Hour, true},
 		"before it lasts":  {interval{begin: begin}, -time.Hour, -time.Second, false},
 	} {
@@ -36,7 +36,7 @@ func TestDisturbance(t *testing.T) {
 }
 
 // Every kind of loss is noticed.
-func TestExceeded(t *testing.T) {
+func TestViolations(t *testing.T) {
 	now := time.Now().Add(time.Second)
 	failure := errors.New("refused")
 	for name, test := range map[string]struct {
@@ -45,39 +45,39 @@ func TestExceeded(t *testing.T) {
 		want  string // part of the problem; empty if there is none
 	}{
 		"all is well":       {fault{}, func(*recorder) {}, ""},
-		"a failure":         {fault{}, func(r *recorder) { r.failed(now, now, failure) }, "1 of 2 connections failed"},
-		"a broken one":      {fault{}, func(r *recorder) { r.opened(1); r.broke(now, now, failure) }, "1 of 1 open connections broke"},
-		"a crash":           {fault{}, (*recorder).crashed, "ended by itself"},
-		"an expected crash": {fault{ends: true}, (*recorder).crashed, ""},
-		"stale": {fault{stale: time.Second}, func(r *recorder) {
-			r.connected(target{from: &nettest.Host{}, service: &service{}}, time.Now(), 0, 2*time.Second)
+		"a failure":         {fault{}, func(r *recorder) { r.recordFailed(now, now, failure) }, "1 of 2 connections failed"},
+		"a broken one":      {fault{}, func(r *recorder) { r.recordOpened(1); r.recordBroken(now, now, failure) }, "1 of 1 open connections broke"},
+		"a crash":           {fault{}, (*recorder).recordCrash, "ended by itself"},
+		"an expected crash": {fault{crashesFairlead: true}, (*recorder).recordCrash, ""},
+		"stale": {fault{maxStaleness: time.Second}, func(r *recorder) {
+			r.recordConnected(target{from: &nettest.Host{}, service: &service{}}, time.Now(), 0, 2*time.Second)
 		}, "1s is allowed"},
-		"stale as allowed": {fault{stale: time.Second}, func(r *recorder) {
-			r.connected(target{from: &nettest.Host{}, service: &service{}}, time.Now(), 0, time.Second)
+		"stale as allowed": {fault{maxStaleness: time.Second}, func(r *recorder) {
+			r.recordConnected(target{from: &nettest.Host{}, service: &service{}}, time.Now(), 0, time.Second)
 		}, ""},
 		"disturbed": {fault{disturbs: true}, func(r *recorder) {
-			_ = r.disturb(func() error { r.failed(time.Now(), time.Now(), failure); return nil })
+			_ = r.disturb(func() error { r.recordFailed(time.Now(), time.Now(), failure); return nil })
 		}, ""},
 		"an open one breaks in a disturbance that keeps them": {fault{disturbs: true, keepsOpen: true}, func(r *recorder) {
-			_ = r.disturb(func() error { r.broke(time.Now(), time.Now(), failure); return nil })
+			_ = r.disturb(func() error { r.recordBroken(time.Now(), time.Now(), failure); return nil })
 		}, "1 of 0 open connections broke by the disturbance"},
 		"disturbed by what does not disturb": {fault{}, func(r *recorder) {
-			_ = r.disturb(func() error { r.failed(time.Now(), time.Now(), failure); return nil })
+			_ = r.disturb(func() error { r.recordFailed(time.Now(), time.Now(), failure); return nil })
 		}, "disturbs none"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			r := &recorder{}
 			record := r.beginFault()
-			r.connected(target{from: &nettest.Host{}, service: &service{}}, time.Now(), 0, 0)
-			r.changed()
+			r.recordConnected(target{from: &nettest.Host{}, service: &service{}}, time.Now(), 0, 0)
+			r.recordChange()
 			test.do(r)
-			got := strings.Join(test.fault.exceeded(r.resultOf(record)), "; ")
+			got := strings.Join(test.fault.violations(r.snapshot(record)), "; ")
 			if (got == "") != (test.want == "") || !strings.Contains(got, test.want) {
 				t.Errorf("exceeded is %q, want %q", got, test.want)
 			}
 		})
 	}
-	if got := (fault{}).exceeded(result{}); len(got) != 2 {
+	if got := (fault{}).violations(result{}); len(got) != 2 {
 		t.Errorf("a result without connections and changes exceeds %q, want two problems", got)
 	}
 }
@@ -109,11 +109,11 @@ func TestFailureCountsForItsFault(t *testing.T) {
 	first := r.beginFault()
 	begin := time.Now()
 	second := r.beginFault()
-	r.failed(begin, time.Now(), errors.New("no answer"))
-	if got := r.resultOf(first); got.failed != 1 || len(got.examples) != 1 {
+	r.recordFailed(begin, time.Now(), errors.New("no answer"))
+	if got := r.snapshot(first); got.failed != 1 || len(got.examples) != 1 {
 		t.Errorf("the first fault has %d failures", got.failed)
 	}
-	if got := r.resultOf(second); got.connections != 0 {
+	if got := r.snapshot(second); got.connections != 0 {
 		t.Errorf("the second fault has %d connections", got.connections)
 	}
 }
@@ -127,13 +127,13 @@ func TestBrokenConnectionCountsForItsDisturbance(t *testing.T) {
 	disturbing := r.beginFault()
 	_ = r.disturb(func() error { return nil })
 	after := r.beginFault()
-	r.broke(used, time.Now(), errors.New("no answer"))
+	r.recordBroken(used, time.Now(), errors.New("no answer"))
 	for name, record := range map[string]*record{"before": before, "after": after} {
-		if got := r.resultOf(record); got.broken+got.disturbedOpen != 0 {
+		if got := r.snapshot(record); got.broken+got.disturbedOpen != 0 {
 			t.Errorf("the fault %s it has %d broken connections, %d by a disturbance", name, got.broken, got.disturbedOpen)
 		}
 	}
-	if got := r.resultOf(disturbing); got.disturbedOpen != 1 || got.broken != 0 {
+	if got := r.snapshot(disturbing); got.disturbedOpen != 1 || got.broken != 0 {
 		t.Errorf("the fault has %d broken connections, %d by a disturbance; want 0 and 1", got.broken, got.disturbedOpen)
 	}
 }

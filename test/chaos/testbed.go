@@ -21,28 +21,28 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// pods is the number of pods that serve. Each is an endpoint of every Service at
+// podCount is the number of pods that serve. Each is an endpoint of every Service at
 // times.
-const pods = 6
+const podCount = 6
 
 // testbed is the node with all that is around it.
 type testbed struct {
-	options   *options
-	recorder  recorder
-	dir       string // with the programs' logs
-	net       *nettest.Network
-	client    *nettest.Host
-	pods      []*nettest.Host
-	api       api
-	agent     *agent
-	second    *agent // the same program once more
-	fairlead  system.Fairlead
-	services  []*service
-	stopAll   context.CancelFunc
-	running   sync.WaitGroup // clients and what changes endpoints
-	servers   []*nettest.IdentityServer
-	openConns []target      // that keepers keep open
-	spoofed   atomic.Uint32 // addresses that nobody has and that datagrams were sent from
+	options      *options
+	recorder     recorder
+	dir          string // with the programs' logs
+	net          *nettest.Network
+	client       *nettest.Host
+	pods         []*nettest.Host
+	api          api
+	agent        *agent
+	secondAgent  *agent // the same program once more
+	fairlead     system.Fairlead
+	services     []*service
+	stopClients  context.CancelFunc
+	running      sync.WaitGroup // clients and what changes endpoints
+	servers      []*nettest.IdentityServer
+	keptOpen     []target      // that keepers keep open
+	spoofedCount atomic.Uint32 // addresses that nobody has and that datagrams were sent from
 }
 
 // newTestbed makes everything and starts it. The caller closes the testbed also
@@ -67,34 +67,34 @@ func newTestbed(ctx context.Context, o *options) (*testbed, error) {
 	if err != nil {
 		return t, err
 	}
-	if err := t.forgetSoon(); err != nil {
+	if err := t.shortenConntrackTimeouts(); err != nil {
 		return t, err
 	}
-	if err := t.fill(ctx); err != nil {
+	if err := t.createObjects(ctx); err != nil {
 		return t, err
 	}
 	env := system.Environment{
 		Namespace: t.net.Node.Namespace, Kubeconfig: filepath.Join(t.dir, "kubeconfig"), Dir: t.dir,
 		NodeName: nodeName, ClusterCIDR: t.net.PodCIDRs[0], ServiceCIDR: serviceCIDRs()[0],
 	}
-	if err := t.api.kubeconfig(env.Kubeconfig); err != nil {
+	if err := t.api.writeKubeconfig(env.Kubeconfig); err != nil {
 		return t, err
 	}
-	t.fairlead = system.Fairlead{Binary: o.binary, Mode: o.mode, Args: append(t.networks(), strings.Fields(o.args)...)}
+	t.fairlead = system.Fairlead{Binary: o.binary, Mode: o.mode, Args: append(t.clusterCIDRFlag(), strings.Fields(o.args)...)}
 	t.agent = &agent{system: t.fairlead, env: env, recorder: &t.recorder}
-	t.second = &agent{system: t.fairlead, env: env, recorder: &t.recorder}
+	t.secondAgent = &agent{system: t.fairlead, env: env, recorder: &t.recorder}
 	if err := t.agent.start(ctx); err != nil {
 		return t, err
 	}
-	if err := t.waitServed(ctx); err != nil {
+	if err := t.waitTargetsReady(ctx); err != nil {
 		return t, err
 	}
-	t.run(ctx)
+	t.startClients(ctx)
 	return t, nil
 }
 
-// waitServed returns when Fairlead is ready and every target answers.
-func (t *testbed) waitServed(ctx context.Context) error {
+// waitTargetsReady returns when Fairlead is ready and every target answers.
+func (t *testbed) waitTargetsReady(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
 	defer cancel()
 	if err := t.agent.waitReady(ctx); err != nil {
@@ -103,36 +103,36 @@ func (t *testbed) waitServed(ctx context.Context) error {
 	for _, s := range t.services {
 		for _, to := range t.targets(s) {
 			for {
-				err := t.answers(ctx, to)
+				err := t.checkTarget(ctx, to)
 				if err == nil {
 					break
 				}
 				if ctx.Err() != nil {
 					return fmt.Errorf("%s does not answer: %w", to, err)
 				}
-				pause(ctx, 20*time.Millisecond)
+				sleep(ctx, 20*time.Millisecond)
 			}
 		}
 	}
 	return nil
 }
 
-// answers opens one connection to a target.
-func (t *testbed) answers(ctx context.Context, to target) error {
+// checkTarget opens one connection to a target.
+func (t *testbed) checkTarget(ctx context.Context, to target) error {
 	if to.service.name == "steady" {
-		dial, cancel := context.WithTimeout(ctx, timeout)
+		dial, cancel := context.WithTimeout(ctx, connectTimeout)
 		defer cancel()
 		_, err := to.from.Connect(dial, nettest.TCP, to.addr)
 		return err
 	}
 	return to.from.Do(func() error {
-		_, _, err := t.connect(ctx, &nettest.IdentityClient{Timeout: timeout}, to)
+		_, _, err := t.connect(ctx, &nettest.IdentityClient{Timeout: connectTimeout}, to)
 		return err
 	})
 }
 
-// networks returns the flag with the pods' networks of both families.
-func (t *testbed) networks() []string {
+// clusterCIDRFlag returns the flag with the pods' networks of both families.
+func (t *testbed) clusterCIDRFlag() []string {
 	var cidrs []string
 	for _, p := range t.net.PodCIDRs {
 		cidrs = append(cidrs, p.String())
@@ -143,11 +143,11 @@ func (t *testbed) networks() []string {
 // close ends everything that was started.
 func (t *testbed) close() error {
 	var errs []error
-	if t.stopAll != nil {
-		t.stopAll()
+	if t.stopClients != nil {
+		t.stopClients()
 		t.running.Wait()
 	}
-	for _, a := range []*agent{t.agent, t.second} {
+	for _, a := range []*agent{t.agent, t.secondAgent} {
 		if a != nil {
 			errs = append(errs, a.kill())
 		}
@@ -177,12 +177,12 @@ func (t *testbed) addPods() (err error) {
 		return err
 	}
 	t.services = []*service{
-		{name: "web", protocol: nettest.TCP, target: 8000, nodePort: 30080},
-		{name: "sticky", protocol: nettest.TCP, target: 8001, affinity: time.Second},
-		{name: "names", protocol: nettest.UDP, target: 8002, nodePort: 30053},
-		{name: "signals", protocol: nettest.SCTP, target: 8003},
-		{name: "crowded", protocol: nettest.UDP, target: 8005, affinity: 3 * time.Hour},
-		{name: "steady", protocol: nettest.TCP, target: 8004, nodePort: 30090},
+		{name: "web", protocol: nettest.TCP, targetPort: 8000, nodePort: 30080},
+		{name: "sticky", protocol: nettest.TCP, targetPort: 8001, affinity: time.Second},
+		{name: "names", protocol: nettest.UDP, targetPort: 8002, nodePort: 30053},
+		{name: "signals", protocol: nettest.SCTP, targetPort: 8003},
+		{name: "crowded", protocol: nettest.UDP, targetPort: 8005, affinity: 3 * time.Hour},
+		{name: "steady", protocol: nettest.TCP, targetPort: 8004, nodePort: 30090},
 	}
 	const firstIP = 10
 	for i, s := range t.services {
@@ -190,9 +190,9 @@ func (t *testbed) addPods() (err error) {
 		if s.name == "crowded" { // shares its maps of clients with `sticky`, by the last digit of the address
 			s.clusterIPs = clusterIPs(firstIP + 1 + 16)
 		}
-		s.endpoints = [2]*endpoints{newEndpoints(pods), newEndpoints(pods)}
+		s.endpoints = [2]*endpoints{newEndpoints(podCount), newEndpoints(podCount)}
 	}
-	for i := range pods {
+	for i := range podCount {
 		pod, err := t.net.AddPod(podName(i))
 		if err != nil {
 			return err
@@ -219,11 +219,11 @@ func podName(i int) string { return fmt.Sprintf("pod-%d", i) }
 func (t *testbed) serve(s *service, pod int) error {
 	host := t.pods[pod]
 	if s.protocol == nettest.SCTP || s.name == "steady" {
-		_, err := host.Serve(s.protocol, s.target)
+		_, err := host.Serve(s.protocol, s.targetPort)
 		return err
 	}
 	for _, addr := range host.Addrs() {
-		server, err := host.ServeIdentity(s.protocol, netip.AddrPortFrom(addr, s.target), t.identity(s, pod))
+		server, err := host.ServeIdentity(s.protocol, netip.AddrPortFrom(addr, s.targetPort), t.identity(s, pod))
 		if err != nil {
 			return err
 		}
@@ -235,13 +235,13 @@ func (t *testbed) serve(s *service, pod int) error {
 // identity is how a pod answers for a Service: a connection that ends at another
 // Service's server is told by it.
 func (t *testbed) identity(s *service, pod int) byte {
-	return byte(int(s.target%16)*16 + pod) //nolint:gosec // fits
+	return byte(int(s.targetPort%16)*16 + pod) //nolint:gosec // fits
 }
 
-// forgetSoon has connection tracking forget TCP connections a second after their
+// shortenConntrackTimeouts has connection tracking forget TCP connections a second after their
 // end. Clients use their ports again sooner than the kernel forgets them by itself,
 // and the kernel sends a connection that it remembers where it went before.
-func (t *testbed) forgetSoon() error {
+func (t *testbed) shortenConntrackTimeouts() error {
 	return t.net.Node.Do(func() error {
 		for _, state := range []string{"fin_wait", "close_wait", "last_ack", "time_wait", "close"} {
 			file := "/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_" + state
@@ -253,9 +253,9 @@ func (t *testbed) forgetSoon() error {
 	})
 }
 
-// fill writes all objects to the API.
-func (t *testbed) fill(ctx context.Context) error {
-	if err := t.api.create(ctx, node(t.net.Node.Addrs(), t.net.PodCIDRs)); err != nil {
+// createObjects writes all objects to the API.
+func (t *testbed) createObjects(ctx context.Context) error {
+	if err := t.api.create(ctx, nodeObject(t.net.Node.Addrs(), t.net.PodCIDRs)); err != nil {
 		return err
 	}
 	for _, s := range t.services {
@@ -263,7 +263,7 @@ func (t *testbed) fill(ctx context.Context) error {
 			return err
 		}
 		for family := range s.endpoints {
-			if err := t.api.create(ctx, s.slice(family, t.addrs(family, s.endpoints[family].pods()))); err != nil {
+			if err := t.api.create(ctx, s.endpointSlice(family, t.addrs(family, s.endpoints[family].pods()))); err != nil {
 				return err
 			}
 		}
@@ -273,10 +273,10 @@ func (t *testbed) fill(ctx context.Context) error {
 	group.SetLimit(writers)
 	for n := range t.options.services {
 		group.Go(func() error {
-			s, addrs := background(n)
+			s, addrs := backgroundService(n)
 			errs := []error{t.api.create(ctx, s.object())}
 			for family := range addrs {
-				errs = append(errs, t.api.create(ctx, s.slice(family, addrs[family])))
+				errs = append(errs, t.api.create(ctx, s.endpointSlice(family, addrs[family])))
 			}
 			return errors.Join(errs...)
 		})
@@ -288,7 +288,7 @@ func (t *testbed) fill(ctx context.Context) error {
 func (t *testbed) addrs(family int, set podSet) []netip.Addr {
 	var addrs []netip.Addr
 	for i, pod := range t.pods {
-		if set.has(i) {
+		if set.contains(i) {
 			addrs = append(addrs, pod.Addrs()[family])
 		}
 	}
@@ -316,7 +316,7 @@ func (t *testbed) targets(s *service) []target {
 			clients = clients[:1] // userspace SCTP is slow, and one client shows it
 		}
 		for _, from := range clients {
-			all = append(all, target{from, s, family, s.frontend(family)})
+			all = append(all, target{from, s, family, s.clusterAddrPort(family)})
 		}
 		if s.nodePort != 0 {
 			all = append(all, target{t.net.Outside, s, family, netip.AddrPortFrom(t.net.Node.Addrs()[family], s.nodePort)})
@@ -325,34 +325,34 @@ func (t *testbed) targets(s *service) []target {
 	return all
 }
 
-// run starts the clients, and what changes endpoints.
-func (t *testbed) run(ctx context.Context) {
-	ctx, t.stopAll = context.WithCancel(ctx)
+// startClients starts the clients, and what changes endpoints.
+func (t *testbed) startClients(ctx context.Context) {
+	ctx, t.stopClients = context.WithCancel(ctx)
 	for _, s := range t.services {
 		for _, to := range t.targets(s) {
 			if s.name != "steady" {
-				t.running.Go(func() { t.connectAll(ctx, to) })
+				t.running.Go(func() { t.connectRepeatedly(ctx, to) })
 				continue
 			}
 			for range t.options.open {
-				t.openConns = append(t.openConns, to)
+				t.keptOpen = append(t.keptOpen, to)
 			}
 		}
 	}
-	for _, to := range t.openConns {
-		t.running.Go(func() { t.keep(ctx, to) })
+	for _, to := range t.keptOpen {
+		t.running.Go(func() { t.keepOpen(ctx, to) })
 	}
 	t.running.Go(func() { t.changeEndpoints(ctx) })
 }
 
-// timeout bounds each connection. It is longer than the kernel takes to send a SYN a
+// connectTimeout bounds each connection. It is longer than the kernel takes to send a SYN a
 // second and a third time.
-const timeout = 5 * time.Second
+const connectTimeout = 5 * time.Second
 
-// connectAll opens connections to a target until ctx is done.
-func (t *testbed) connectAll(ctx context.Context, to target) {
+// connectRepeatedly opens connections to a target until ctx is done.
+func (t *testbed) connectRepeatedly(ctx context.Context, to target) {
 	_ = to.from.Do(func() error {
-		client := &nettest.IdentityClient{Timeout: timeout}
+		client := &nettest.IdentityClient{Timeout: connectTimeout}
 		rate := t.options.rate
 		if to.service.protocol == nettest.SCTP {
 			rate = max(1, rate/20)
@@ -370,9 +370,9 @@ func (t *testbed) connectAll(ctx context.Context, to target) {
 			switch {
 			case ctx.Err() != nil:
 			case err != nil:
-				t.recorder.failed(begin, time.Now(), fmt.Errorf("%s: %w", to, err))
+				t.recorder.recordFailed(begin, time.Now(), fmt.Errorf("%s: %w", to, err))
 			default:
-				t.recorder.connected(to, begin, resent, to.service.endpoints[to.family].staleness(pod, begin))
+				t.recorder.recordConnected(to, begin, resent, to.service.endpoints[to.family].staleness(pod, begin))
 			}
 		}
 	})
@@ -388,12 +388,12 @@ func (t *testbed) connect(ctx context.Context, client *nettest.IdentityClient, t
 	case nettest.UDP:
 		identity, resent, err = client.Ask(to.addr)
 	default:
-		return t.associate(ctx, to)
+		return t.associateSCTP(ctx, to)
 	}
 	if err != nil {
 		return 0, 0, err
 	}
-	for pod := range pods {
+	for pod := range podCount {
 		if identity == t.identity(to.service, pod) {
 			return pod, resent, nil
 		}
@@ -401,12 +401,12 @@ func (t *testbed) connect(ctx context.Context, client *nettest.IdentityClient, t
 	return 0, 0, fmt.Errorf("a server of another Service answered with %d", identity)
 }
 
-// associate opens an SCTP association and asks once. An association whose endpoint is
+// associateSCTP opens an SCTP association and asks once. An association whose endpoint is
 // removed meanwhile is forgotten by connection tracking, as its client is to reach
 // another one: so a client that gets no answer associates once more.
-func (t *testbed) associate(ctx context.Context, to target) (pod int, resent uint32, err error) {
+func (t *testbed) associateSCTP(ctx context.Context, to target) (pod int, resent uint32, err error) {
 	for ; resent < 2; resent++ {
-		within, cancel := context.WithTimeout(ctx, timeout/2)
+		within, cancel := context.WithTimeout(ctx, connectTimeout/2)
 		var answer nettest.Answer
 		answer, err = to.from.Connect(within, to.service.protocol, to.addr)
 		cancel()
@@ -421,27 +421,27 @@ func (t *testbed) associate(ctx context.Context, to target) (pod int, resent uin
 	return 0, resent, err
 }
 
-// keep holds a connection open and uses it, and opens another when it breaks.
-func (t *testbed) keep(ctx context.Context, to target) {
+// keepOpen holds a connection open and uses it, and opens another when it breaks.
+func (t *testbed) keepOpen(ctx context.Context, to target) {
 	const period = 100 * time.Millisecond
 	var conn *nettest.Conn
 	for again := false; ctx.Err() == nil; again = true {
 		used := time.Now()
-		dial, cancel := context.WithTimeout(ctx, timeout)
+		dial, cancel := context.WithTimeout(ctx, connectTimeout)
 		var err error
 		conn, err = to.from.Open(dial, nettest.TCP, to.addr)
 		cancel()
 		if err != nil {
 			if ctx.Err() == nil {
-				t.recorder.failed(used, time.Now(), fmt.Errorf("%s: %w", to, err))
+				t.recorder.recordFailed(used, time.Now(), fmt.Errorf("%s: %w", to, err))
 			}
 			continue
 		}
 		if again {
-			t.recorder.opened(1) // besides those that the fault began with
+			t.recorder.recordOpened(1) // besides those that the fault began with
 		}
 		for ctx.Err() == nil {
-			ask, cancel := context.WithTimeout(ctx, timeout)
+			ask, cancel := context.WithTimeout(ctx, connectTimeout)
 			_, err = conn.Ask(ask)
 			cancel()
 			if err != nil {
@@ -454,7 +454,7 @@ func (t *testbed) keep(ctx context.Context, to target) {
 			}
 		}
 		if ctx.Err() == nil {
-			t.recorder.broke(used, time.Now(), fmt.Errorf("%s: %w", to, err))
+			t.recorder.recordBroken(used, time.Now(), fmt.Errorf("%s: %w", to, err))
 		}
 		_ = conn.Close()
 	}
@@ -474,38 +474,38 @@ func (t *testbed) changeEndpoints(ctx context.Context) {
 		s := t.services[rand.IntN(len(t.services)-1)] //nolint:gosec // no secret
 		family := rand.IntN(len(s.endpoints))         //nolint:gosec // no secret
 		e := s.endpoints[family]
-		next := e.pods().next(pods)
-		err := e.change(next, func() error { return t.api.update(ctx, s.slice(family, t.addrs(family, next))) })
+		next := e.pods().nextRandom(podCount)
+		err := e.change(next, func() error { return t.api.update(ctx, s.endpointSlice(family, t.addrs(family, next))) })
 		if err == nil {
-			t.recorder.changed()
+			t.recorder.recordChange()
 		}
 	}
 }
 
-// cause causes a fault and returns the record of it. The record is complete when no
-// connection that began meanwhile waits any more, see [timeout].
-func (t *testbed) cause(ctx context.Context, f fault) (*record, error) {
+// injectFault causes a fault and returns the record of it. The record is complete when no
+// connection that began meanwhile waits any more, see [connectTimeout].
+func (t *testbed) injectFault(ctx context.Context, f fault) (*record, error) {
 	record := t.recorder.beginFault()
-	t.recorder.opened(len(t.openConns))
+	t.recorder.recordOpened(len(t.keptOpen))
 	within, cancel := context.WithTimeout(ctx, t.options.time)
 	defer cancel()
-	err := f.cause(t, within)
+	err := f.inject(t, within)
 	<-within.Done() // also if the fault took less
 	if err == nil {
 		err = ctx.Err()
 	}
 	if err == nil && f.disturbs {
-		time.Sleep(settleTime) // The next fault begins in order.
+		time.Sleep(repairTime) // The next fault begins in order.
 	}
 	if err == nil {
-		err = t.restore(ctx)
+		err = t.restoreFairlead(ctx)
 	}
 	return record, err
 }
 
-// restore makes sure that the next fault begins with one Fairlead that is ready.
-func (t *testbed) restore(ctx context.Context) error {
-	if err := t.second.stop(); err != nil {
+// restoreFairlead makes sure that the next fault begins with one Fairlead that is ready.
+func (t *testbed) restoreFairlead(ctx context.Context) error {
+	if err := t.secondAgent.stop(); err != nil {
 		return err
 	}
 	if t.agent.pid() == 0 {
@@ -513,7 +513,7 @@ func (t *testbed) restore(ctx context.Context) error {
 			return err
 		}
 	}
-	return t.waitServed(ctx)
+	return t.waitTargetsReady(ctx)
 }
 
 // kernelRelease returns what `uname -r` prints.

@@ -18,17 +18,17 @@ import (
 	"k8s.io/client-go/rest"
 )
 
-// Env names the environment variable that says where the programs etcd,
+// ProgramsEnv names the environment variable that says where the programs etcd,
 // kube-apiserver and kube-controller-manager are. Without it they are where
 // `make controlplane` puts them, in .cache/controlplane below the root of the
 // module that the working directory is in.
-const Env = "FAIRLEAD_CONTROLPLANE"
+const ProgramsEnv = "FAIRLEAD_CONTROLPLANE"
 
 // The programs by their names.
 const (
-	etcdName      = "etcd"
-	apiserverName = "kube-apiserver"
-	managerName   = "kube-controller-manager"
+	etcdName              = "etcd"
+	apiserverName         = "kube-apiserver"
+	controllerManagerName = "kube-controller-manager"
 )
 
 // DefaultStartTimeout is how long [New] waits for readiness, unless its context
@@ -46,7 +46,7 @@ type Namespace interface {
 
 // Options say how a control plane is started. The zero value is usable.
 type Options struct {
-	// Programs is the folder with the programs. Unset, it is the one that [Env] names,
+	// Programs is the folder with the programs. Unset, it is the one that [ProgramsEnv] names,
 	// or the default.
 	Programs string
 	// Namespace is the network namespace that the API server listens in and
@@ -94,21 +94,21 @@ func (o Options) validate() error {
 // concurrently, except that those which start and stop programs wait for one
 // another.
 type ControlPlane struct {
-	options Options
-	dir     *folder
-	bin     string
-	keys    *keys
-	run     *runner
-	addr    netip.AddrPort
-	admin   *http.Client // speaks to the API server as cluster-admin
+	options    Options
+	dir        *tempDir
+	programDir string
+	keys       *keys
+	runner     *runner
+	addr       netip.AddrPort
+	admin      *http.Client // speaks to the API server as cluster-admin
 
-	mu        sync.Mutex // held while programs are started or stopped
-	closed    bool
-	etcd      *program
-	apiserver *program
-	manager   *program
+	mu                sync.Mutex // held while programs are started or stopped
+	closed            bool
+	etcd              *program
+	apiserver         *program
+	controllerManager *program
 
-	managerArgs []string // set before programs start
+	controllerManagerArgs []string // set before programs start
 }
 
 // TB is the part of testing.TB that [Start] needs. The package does not import
@@ -162,13 +162,13 @@ func New(ctx context.Context, options Options) (*ControlPlane, error) {
 
 func (cp *ControlPlane) start(ctx context.Context) error {
 	var err error
-	if cp.bin, err = findPrograms(cp.options); err != nil {
+	if cp.programDir, err = findPrograms(cp.options); err != nil {
 		return err
 	}
-	if cp.dir, err = newFolder(); err != nil {
+	if cp.dir, err = newTempDir(); err != nil {
 		return err
 	}
-	if cp.run, err = newRunner(cp.options.Namespace, cp.dir.path); err != nil {
+	if cp.runner, err = newRunner(cp.options.Namespace, cp.dir.path); err != nil {
 		return err
 	}
 	if err := cp.choosePort(ctx); err != nil {
@@ -192,7 +192,7 @@ func (cp *ControlPlane) start(ctx context.Context) error {
 	if err := cp.Kubeconfig(config, "system:kube-controller-manager", "system:masters"); err != nil {
 		return err
 	}
-	cp.managerArgs = append(controllerManagerArgs(config), cp.options.ControllerManagerArgs...)
+	cp.controllerManagerArgs = append(controllerManagerArgs(config), cp.options.ControllerManagerArgs...)
 	// The API server waits for etcd by itself, so both start at once.
 	return cp.startAPIServer(ctx)
 }
@@ -207,7 +207,7 @@ func (cp *ControlPlane) choosePort(ctx context.Context) error {
 		if cp.options.Port == 0 {
 			cp.addr = netip.AddrPortFrom(cp.options.Address, randomPort())
 		}
-		err = cp.run.do(func() error {
+		err = cp.runner.do(func() error {
 			l, err := new(net.ListenConfig).Listen(ctx, "tcp", cp.addr.String())
 			if err != nil {
 				return err
@@ -228,7 +228,7 @@ func (cp *ControlPlane) choosePort(ctx context.Context) error {
 func findPrograms(options Options) (string, error) {
 	dir, from := options.Programs, ""
 	if dir == "" {
-		dir, from = os.Getenv(Env), " ("+Env+")"
+		dir, from = os.Getenv(ProgramsEnv), " ("+ProgramsEnv+")"
 	}
 	if dir == "" {
 		root, err := moduleRoot()
@@ -239,7 +239,7 @@ func findPrograms(options Options) (string, error) {
 	}
 	names := []string{etcdName, apiserverName}
 	if options.ControllerManager {
-		names = append(names, managerName)
+		names = append(names, controllerManagerName)
 	}
 	for _, name := range names {
 		if _, err := os.Stat(filepath.Join(dir, name)); err != nil {
@@ -279,27 +279,27 @@ func moduleRoot() (string, error) {
 			return dir, nil
 		}
 		if dir == filepath.Dir(dir) {
-			return "", fmt.Errorf("find the module's root: no go.mod in %s or above; set %s", start, Env)
+			return "", fmt.Errorf("find the module's root: no go.mod in %s or above; set %s", start, ProgramsEnv)
 		}
 	}
 }
 
 func (cp *ControlPlane) startEtcd() (err error) {
-	cp.etcd, err = cp.run.start(etcdName, filepath.Join(cp.bin, etcdName), etcdArgs())
+	cp.etcd, err = cp.runner.start(etcdName, filepath.Join(cp.programDir, etcdName), etcdArgs())
 	return err
 }
 
 func (cp *ControlPlane) startAPIServer(ctx context.Context) error {
 	args := append(cp.apiserverArgs(), cp.options.APIServerArgs...)
 	var err error
-	cp.apiserver, err = cp.run.start(apiserverName, filepath.Join(cp.bin, apiserverName), args)
+	cp.apiserver, err = cp.runner.start(apiserverName, filepath.Join(cp.programDir, apiserverName), args)
 	if err != nil {
 		return err
 	}
 	if err := cp.waitReady(ctx); err != nil || !cp.options.ControllerManager {
 		return err
 	}
-	cp.manager, err = cp.run.start(managerName, filepath.Join(cp.bin, managerName), cp.managerArgs)
+	cp.controllerManager, err = cp.runner.start(controllerManagerName, filepath.Join(cp.programDir, controllerManagerName), cp.controllerManagerArgs)
 	return err
 }
 
@@ -312,20 +312,20 @@ func (cp *ControlPlane) waitReady(ctx context.Context) error {
 	for {
 		select {
 		case <-cp.apiserver.done:
-			return cp.apiserver.failed()
+			return cp.apiserver.exitError()
 		case <-cp.etcd.done:
-			return cp.etcd.failed()
+			return cp.etcd.exitError()
 		case <-ctx.Done():
-			return fmt.Errorf("wait for kube-apiserver: %w; /readyz: %w\n%s", ctx.Err(), last, cp.apiserver.tail())
+			return fmt.Errorf("wait for kube-apiserver: %w; /readyz: %w\n%s", ctx.Err(), last, cp.apiserver.logTail())
 		case <-ticker.C:
-			if last = cp.ready(ctx); last == nil {
+			if last = cp.checkReady(ctx); last == nil {
 				return nil
 			}
 		}
 	}
 }
 
-func (cp *ControlPlane) ready(ctx context.Context) error {
+func (cp *ControlPlane) checkReady(ctx context.Context) error {
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, cp.URL()+"/readyz", http.NoBody)
 	if err != nil {
 		return err
@@ -362,8 +362,8 @@ func (cp *ControlPlane) StopAPIServer() error {
 		return fmt.Errorf("stop kube-apiserver: %w", os.ErrClosed)
 	}
 	var errs []error
-	if cp.manager != nil {
-		errs = append(errs, cp.manager.stop())
+	if cp.controllerManager != nil {
+		errs = append(errs, cp.controllerManager.stop())
 	}
 	return errors.Join(append(errs, cp.apiserver.stop())...)
 }
@@ -396,9 +396,9 @@ func (cp *ControlPlane) StartAPIServer(ctx context.Context) error {
 func (cp *ControlPlane) Log(name string) string {
 	cp.mu.Lock()
 	defer cp.mu.Unlock()
-	for _, p := range []*program{cp.etcd, cp.apiserver, cp.manager} {
+	for _, p := range []*program{cp.etcd, cp.apiserver, cp.controllerManager} {
 		if p != nil && p.name == name {
-			return p.tail()
+			return p.logTail()
 		}
 	}
 	return ""
@@ -414,13 +414,13 @@ func (cp *ControlPlane) Close() error {
 	}
 	cp.closed = true
 	var errs []error
-	for _, p := range []*program{cp.manager, cp.apiserver, cp.etcd} {
+	for _, p := range []*program{cp.controllerManager, cp.apiserver, cp.etcd} {
 		if p != nil {
 			errs = append(errs, p.stop())
 		}
 	}
-	if cp.run != nil {
-		cp.run.close()
+	if cp.runner != nil {
+		cp.runner.close()
 	}
 	if cp.admin != nil {
 		cp.admin.CloseIdleConnections()
@@ -462,7 +462,7 @@ func (cp *ControlPlane) Config() *rest.Config {
 // or a UID. It reads objects from JSON. For a test that needs many: the API
 // server goes through all addresses of Services for each that it gives.
 func (cp *ControlPlane) Store(ctx context.Context, values map[string][]byte) error {
-	if err := put(ctx, cp.socket(), values); err != nil {
+	if err := putAll(ctx, cp.socket(), values); err != nil {
 		return fmt.Errorf("write into etcd: %w", err)
 	}
 	return nil

@@ -27,11 +27,11 @@ import (
 	"fairlead.io/fairlead/test/controlplane"
 )
 
-// dieEnv makes the test binary start a control plane and die without closing it.
-const dieEnv = "FAIRLEAD_TEST_DIE"
+// killSelfEnv makes the test binary start a control plane and die without closing it.
+const killSelfEnv = "FAIRLEAD_TEST_DIE"
 
 func TestMain(m *testing.M) {
-	if os.Getenv(dieEnv) != "" {
+	if os.Getenv(killSelfEnv) != "" {
 		if _, err := controlplane.New(context.Background(), controlplane.Options{}); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
@@ -44,7 +44,7 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-func clientFor(t *testing.T, config *rest.Config) kubernetes.Interface {
+func newClient(t *testing.T, config *rest.Config) kubernetes.Interface {
 	t.Helper()
 	client, err := kubernetes.NewForConfig(config)
 	if err != nil {
@@ -53,14 +53,14 @@ func clientFor(t *testing.T, config *rest.Config) kubernetes.Interface {
 	return client
 }
 
-// clientOf returns a client that a kubeconfig file describes.
-func clientOf(t *testing.T, kubeconfig string) kubernetes.Interface {
+// clientFromKubeconfig returns a client that a kubeconfig file describes.
+func clientFromKubeconfig(t *testing.T, kubeconfig string) kubernetes.Interface {
 	t.Helper()
 	config, err := clientcmd.BuildConfigFromFlags("", kubeconfig)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return clientFor(t, config)
+	return newClient(t, config)
 }
 
 func eventually(t *testing.T, fn func() error) {
@@ -77,13 +77,13 @@ func eventually(t *testing.T, fn func() error) {
 	}
 }
 
-func TestServicesGetAddressesOfTheNetworks(t *testing.T) {
+func TestServiceCIDRs(t *testing.T) {
 	t.Parallel()
 	cp := controlplane.Start(t, controlplane.Options{ServiceCIDRs: []netip.Prefix{
 		netip.MustParsePrefix("fd00:77::/112"), netip.MustParsePrefix("10.77.0.0/16"),
 	}})
 	policy := corev1.IPFamilyPolicyRequireDualStack
-	service, err := clientFor(t, cp.Config()).CoreV1().Services("default").Create(t.Context(), &corev1.Service{
+	service, err := newClient(t, cp.Config()).CoreV1().Services("default").Create(t.Context(), &corev1.Service{
 		ObjectMeta: metav1.ObjectMeta{Name: "web"},
 		Spec:       corev1.ServiceSpec{IPFamilyPolicy: &policy, Ports: []corev1.ServicePort{{Port: 80}}},
 	}, metav1.CreateOptions{})
@@ -105,7 +105,7 @@ func TestServicesGetAddressesOfTheNetworks(t *testing.T) {
 func TestControllers(t *testing.T) {
 	t.Parallel()
 	cp := controlplane.Start(t, controlplane.Options{ControllerManager: true})
-	client := clientFor(t, cp.Config())
+	client := newClient(t, cp.Config())
 	ctx := t.Context()
 	create := func(name string) {
 		t.Helper()
@@ -179,10 +179,10 @@ func TestControllers(t *testing.T) {
 }
 
 // RBAC decides: users and Service accounts may do what they were given.
-func TestRights(t *testing.T) {
+func TestRBAC(t *testing.T) {
 	t.Parallel()
 	cp := controlplane.Start(t, controlplane.Options{})
-	admin := clientFor(t, cp.Config())
+	admin := newClient(t, cp.Config())
 	ctx := t.Context()
 	if _, err := admin.CoreV1().ServiceAccounts("kube-system").Create(ctx, &corev1.ServiceAccount{
 		ObjectMeta: metav1.ObjectMeta{Name: "robot"},
@@ -219,7 +219,7 @@ func TestRights(t *testing.T) {
 		if err := tc.kubeconfig(path); err != nil {
 			t.Fatalf("%s: %v", name, err)
 		}
-		client := clientOf(t, path)
+		client := clientFromKubeconfig(t, path)
 		eventually(t, func() error { // Rights take effect a moment after they are given.
 			_, err := client.CoreV1().Services("").List(ctx, metav1.ListOptions{})
 			if tc.may && err != nil || !tc.may && !apierrors.IsForbidden(err) {
@@ -240,7 +240,7 @@ func TestRights(t *testing.T) {
 func TestCompact(t *testing.T) {
 	t.Parallel()
 	cp := controlplane.Start(t, controlplane.Options{})
-	services := clientFor(t, cp.Config()).CoreV1().Services("default")
+	services := newClient(t, cp.Config()).CoreV1().Services("default")
 	ctx := t.Context()
 	before, err := services.List(ctx, metav1.ListOptions{})
 	if err != nil {
@@ -294,7 +294,7 @@ func TestStore(t *testing.T) {
 		t.Fatal(err)
 	}
 	eventually(t, func() error {
-		maps, err := clientFor(t, cp.Config()).CoreV1().ConfigMaps("default").List(t.Context(), metav1.ListOptions{})
+		maps, err := newClient(t, cp.Config()).CoreV1().ConfigMaps("default").List(t.Context(), metav1.ListOptions{})
 		if err == nil && len(maps.Items) != n {
 			err = fmt.Errorf("%d ConfigMaps, want %d", len(maps.Items), n)
 		}
@@ -363,7 +363,7 @@ func TestKilledProcessLeavesNothing(t *testing.T) {
 	temp := t.TempDir()
 	t.Setenv("TMPDIR", temp)
 	died := exec.CommandContext(t.Context(), os.Args[0])
-	died.Env = append(os.Environ(), dieEnv+"=1")
+	died.Env = append(os.Environ(), killSelfEnv+"=1")
 	out, err := died.CombinedOutput()
 	if status, ok := died.ProcessState.Sys().(syscall.WaitStatus); !ok || status.Signal() != syscall.SIGKILL {
 		t.Fatalf("the process ended with %v:\n%s", err, out)
@@ -405,7 +405,7 @@ func TestVersion(t *testing.T) {
 	}
 }
 
-func TestMistakes(t *testing.T) {
+func TestInvalidOptions(t *testing.T) {
 	for name, tc := range map[string]struct {
 		options  controlplane.Options
 		programs string
@@ -420,7 +420,7 @@ func TestMistakes(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			if tc.programs != "" {
-				t.Setenv(controlplane.Env, tc.programs)
+				t.Setenv(controlplane.ProgramsEnv, tc.programs)
 			}
 			cp, err := controlplane.New(t.Context(), tc.options)
 			if err == nil {

@@ -44,7 +44,7 @@ const dataDir = "etcd"
 // Backup copies etcd's data, for [ControlPlane.Restore]. etcd, the API server and
 // the controller manager are stopped meanwhile. Another Backup replaces the first.
 func (cp *ControlPlane) Backup(ctx context.Context) error {
-	return cp.whileStopped(ctx, "back etcd up", func(data, backup string) error {
+	return cp.whileEtcdStopped(ctx, "back etcd up", func(data, backup string) error {
 		if err := os.RemoveAll(backup); err != nil {
 			return err
 		}
@@ -55,7 +55,7 @@ func (cp *ControlPlane) Backup(ctx context.Context) error {
 // Restore makes etcd's data what it was at the last Backup, resource versions
 // included. etcd, the API server and the controller manager are stopped meanwhile.
 func (cp *ControlPlane) Restore(ctx context.Context) error {
-	return cp.whileStopped(ctx, "restore etcd", func(data, backup string) error {
+	return cp.whileEtcdStopped(ctx, "restore etcd", func(data, backup string) error {
 		if err := os.RemoveAll(data); err != nil {
 			return err
 		}
@@ -66,9 +66,9 @@ func (cp *ControlPlane) Restore(ctx context.Context) error {
 	})
 }
 
-// whileStopped calls change with the folders of the data and of the backup while
+// whileEtcdStopped calls change with the folders of the data and of the backup while
 // no program runs.
-func (cp *ControlPlane) whileStopped(ctx context.Context, what string, change func(data, backup string) error) error {
+func (cp *ControlPlane) whileEtcdStopped(ctx context.Context, what string, change func(data, backup string) error) error {
 	if err := cp.StopAPIServer(); err != nil {
 		return err
 	}
@@ -114,8 +114,8 @@ func post(ctx context.Context, client *http.Client, call string, body, answer an
 	return json.Unmarshal(data, answer)
 }
 
-// put writes values by their keys, some in one transaction.
-func put(ctx context.Context, socket string, values map[string][]byte) error {
+// putAll writes values by their keys, some in one transaction.
+func putAll(ctx context.Context, socket string, values map[string][]byte) error {
 	client := newGateway(socket)
 	defer client.CloseIdleConnections()
 	// Of 128 that etcd takes, --max-txn-ops.

@@ -18,15 +18,15 @@ import (
 
 // keys are those of one control plane, on disk for the programs.
 type keys struct {
-	ca             *pair // signs all others
-	serving        *pair // the API server's
-	admin          *pair
-	serviceAccount *pair // only a key: signs tokens
+	ca             *keyPair // signs all others
+	serving        *keyPair // the API server's
+	admin          *keyPair
+	serviceAccount *keyPair // only a key: signs tokens
 }
 
-// pair is a key and its certificate. The files are empty for a pair that is in
+// keyPair is a key and its certificate. The files are empty for a pair that is in
 // memory only.
-type pair struct {
+type keyPair struct {
 	key               *ecdsa.PrivateKey
 	cert              *x509.Certificate
 	keyPEM, certPEM   []byte
@@ -36,7 +36,7 @@ type pair struct {
 func newKeys(dir string, addr netip.Addr, serviceCIDRs []netip.Prefix) (*keys, error) {
 	k := &keys{}
 	var err error
-	if k.ca, err = k.newPair(&x509.Certificate{
+	if k.ca, err = k.newKeyPair(&x509.Certificate{
 		Subject: pkix.Name{CommonName: "fairlead test CA"},
 		IsCA:    true, BasicConstraintsValid: true,
 		KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageDigitalSignature,
@@ -55,16 +55,16 @@ func newKeys(dir string, addr netip.Addr, serviceCIDRs []netip.Prefix) (*keys, e
 		// The Service default/kubernetes has the first address of each.
 		serving.IPAddresses = append(serving.IPAddresses, p.Addr().Next().AsSlice())
 	}
-	if k.serving, err = k.newPair(serving); err != nil {
+	if k.serving, err = k.newKeyPair(serving); err != nil {
 		return nil, err
 	}
-	if k.admin, err = k.newClient("admin", "system:masters"); err != nil {
+	if k.admin, err = k.newClientCert("admin", "system:masters"); err != nil {
 		return nil, err
 	}
-	if k.serviceAccount, err = k.newPair(&x509.Certificate{}); err != nil {
+	if k.serviceAccount, err = k.newKeyPair(&x509.Certificate{}); err != nil {
 		return nil, err
 	}
-	for name, p := range map[string]*pair{"ca": k.ca, "serving": k.serving, "service-account": k.serviceAccount} {
+	for name, p := range map[string]*keyPair{"ca": k.ca, "serving": k.serving, "service-account": k.serviceAccount} {
 		p.keyFile, p.certFile = filepath.Join(dir, name+".key"), filepath.Join(dir, name+".crt")
 		if err := os.WriteFile(p.keyFile, p.keyPEM, 0o600); err != nil {
 			return nil, fmt.Errorf("write a key: %w", err)
@@ -76,28 +76,28 @@ func newKeys(dir string, addr netip.Addr, serviceCIDRs []netip.Prefix) (*keys, e
 	return k, nil
 }
 
-// newClient makes the certificate of a user.
-func (k *keys) newClient(user string, groups ...string) (*pair, error) {
-	return k.newPair(&x509.Certificate{
+// newClientCert makes the certificate of a user.
+func (k *keys) newClientCert(user string, groups ...string) (*keyPair, error) {
+	return k.newKeyPair(&x509.Certificate{
 		Subject:     pkix.Name{CommonName: user, Organization: groups},
 		KeyUsage:    x509.KeyUsageDigitalSignature,
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
 	})
 }
 
-// newPair makes a key, and a certificate after the template that the CA has
+// newKeyPair makes a key, and a certificate after the template that the CA has
 // signed, or, for the CA, it itself.
-func (k *keys) newPair(template *x509.Certificate) (*pair, error) {
-	p, err := makePair(template, k.ca)
+func (k *keys) newKeyPair(template *x509.Certificate) (*keyPair, error) {
+	p, err := makeKeyPair(template, k.ca)
 	if err != nil {
 		return nil, fmt.Errorf("make a certificate for %q: %w", template.Subject.CommonName, err)
 	}
 	return p, nil
 }
 
-func makePair(template *x509.Certificate, ca *pair) (*pair, error) {
+func makeKeyPair(template *x509.Certificate, ca *keyPair) (*keyPair, error) {
 	const validity, skew, serialBits = 24 * time.Hour, time.Hour, 100
-	p := &pair{}
+	p := &keyPair{}
 	var err error
 	if p.key, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err != nil {
 		return nil, err

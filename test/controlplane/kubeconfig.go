@@ -11,19 +11,19 @@ import (
 	"k8s.io/client-go/tools/clientcmd/api"
 )
 
-// tokenLife is longer than any test.
-const tokenLife = 12 * time.Hour
+// tokenLifetime is longer than any test.
+const tokenLifetime = 12 * time.Hour
 
 // Kubeconfig writes a kubeconfig file with a certificate for a user, who may do
 // what RBAC lets the user or one of the groups do. It holds the server's
 // literal address, and is for processes in the control plane's namespace or
 // any that has a way to the address.
 func (cp *ControlPlane) Kubeconfig(path, user string, groups ...string) error {
-	client, err := cp.keys.newClient(user, groups...)
+	client, err := cp.keys.newClientCert(user, groups...)
 	if err != nil {
 		return err
 	}
-	return cp.write(path, &api.AuthInfo{ClientCertificateData: client.certPEM, ClientKeyData: client.keyPEM})
+	return cp.writeKubeconfig(path, &api.AuthInfo{ClientCertificateData: client.certPEM, ClientKeyData: client.keyPEM})
 }
 
 // ServiceAccountKubeconfig writes a kubeconfig file with a token of a Service
@@ -33,13 +33,13 @@ func (cp *ControlPlane) ServiceAccountKubeconfig(ctx context.Context, path, name
 	if err != nil {
 		return err
 	}
-	return cp.write(path, &api.AuthInfo{Token: token})
+	return cp.writeKubeconfig(path, &api.AuthInfo{Token: token})
 }
 
 // Token returns a token of a Service account, which must exist. It is valid for
 // longer than any test runs.
 func (cp *ControlPlane) Token(ctx context.Context, namespace, name string) (string, error) {
-	seconds := int64(tokenLife.Seconds())
+	seconds := int64(tokenLifetime.Seconds())
 	token := &authenticationv1.TokenRequest{Spec: authenticationv1.TokenRequestSpec{ExpirationSeconds: &seconds}}
 	client, err := cp.Client(schema.GroupVersion{Version: "v1"}, authenticationv1.AddToScheme)
 	if err == nil {
@@ -51,7 +51,7 @@ func (cp *ControlPlane) Token(ctx context.Context, namespace, name string) (stri
 	return token.Status.Token, nil
 }
 
-func (cp *ControlPlane) write(path string, user *api.AuthInfo) error {
+func (cp *ControlPlane) writeKubeconfig(path string, user *api.AuthInfo) error {
 	const name = "test"
 	err := clientcmd.WriteToFile(api.Config{
 		Clusters:       map[string]*api.Cluster{name: {Server: cp.URL(), CertificateAuthorityData: cp.keys.ca.certPEM}},

@@ -58,9 +58,9 @@ func (r *runner) close() { close(r.jobs) }
 
 // program is one running program.
 type program struct {
-	name string
-	log  string // file
-	cmd  *exec.Cmd
+	name    string
+	logFile string // file
+	cmd     *exec.Cmd
 
 	stopping atomic.Bool
 	done     chan struct{} // closed when it has ended
@@ -69,8 +69,8 @@ type program struct {
 
 // start starts a program in the runner's folder. Its log is appended to.
 func (r *runner) start(name, path string, args []string) (*program, error) {
-	p := &program{name: name, log: filepath.Join(r.dir, name+".log"), done: make(chan struct{})}
-	log, err := os.OpenFile(p.log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	p := &program{name: name, logFile: filepath.Join(r.dir, name+".log"), done: make(chan struct{})}
+	log, err := os.OpenFile(p.logFile, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("start %s: %w", name, err)
 	}
@@ -103,17 +103,17 @@ func (p *program) stop() error {
 	return nil
 }
 
-// failed describes the end of a program that should be running.
-func (p *program) failed() error {
-	return fmt.Errorf("%s has ended: %w\n%s", p.name, errors.Join(p.err, errUnexpected), p.tail())
+// exitError describes the end of a program that should be running.
+func (p *program) exitError() error {
+	return fmt.Errorf("%s has ended: %w\n%s", p.name, errors.Join(p.err, errExited), p.logTail())
 }
 
-var errUnexpected = errors.New("nobody stopped it")
+var errExited = errors.New("nobody stopped it")
 
-// tail returns the last lines of the program's log.
-func (p *program) tail() string {
+// logTail returns the last lines of the program's log.
+func (p *program) logTail() string {
 	const lines = 30
-	data, err := os.ReadFile(p.log)
+	data, err := os.ReadFile(p.logFile)
 	if err != nil {
 		return err.Error()
 	}
@@ -126,29 +126,29 @@ func randomPort() uint16 {
 	return uint16(first + rand.IntN(end-first))
 }
 
-const folderPrefix = "fairlead-controlplane-"
+const tempDirPrefix = "fairlead-controlplane-"
 
-// folder is a temporary folder with a lock on it, which the kernel releases
+// tempDir is a temporary folder with a lock on it, which the kernel releases
 // when the process has ended.
-type folder struct {
+type tempDir struct {
 	path string
 	lock *os.File
 }
 
-// newFolder makes a folder, and removes those of processes that were killed.
-func newFolder() (*folder, error) {
-	if err := removeStale(); err != nil {
+// newTempDir makes a folder, and removes those of processes that were killed.
+func newTempDir() (*tempDir, error) {
+	if err := removeStaleDirs(); err != nil {
 		return nil, err
 	}
 	const tries = 10
 	for range tries {
-		path, err := os.MkdirTemp("", folderPrefix)
+		path, err := os.MkdirTemp("", tempDirPrefix)
 		if err != nil {
 			return nil, fmt.Errorf("make a folder: %w", err)
 		}
-		lock, err := lockFolder(path)
+		lock, err := lockDir(path)
 		if err == nil {
-			return &folder{path: path, lock: lock}, nil
+			return &tempDir{path: path, lock: lock}, nil
 		}
 		// Between the two, another process has taken it for a stale one.
 		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, os.ErrNotExist) {
@@ -158,8 +158,8 @@ func newFolder() (*folder, error) {
 	return nil, errors.New("make a folder: others remove it each time")
 }
 
-// lockFolder locks the folder, or fails at once.
-func lockFolder(path string) (*os.File, error) {
+// lockDir locks the folder, or fails at once.
+func lockDir(path string) (*os.File, error) {
 	dir, err := os.Open(path) //nolint:gosec // ours
 	if err != nil {
 		return nil, fmt.Errorf("lock a folder: %w", err)
@@ -173,13 +173,13 @@ func lockFolder(path string) (*os.File, error) {
 	return dir, nil
 }
 
-func removeStale() error {
-	stale, err := filepath.Glob(filepath.Join(os.TempDir(), folderPrefix+"*"))
+func removeStaleDirs() error {
+	stale, err := filepath.Glob(filepath.Join(os.TempDir(), tempDirPrefix+"*"))
 	if err != nil {
 		return fmt.Errorf("look for left-over folders: %w", err)
 	}
 	for _, path := range stale {
-		lock, err := lockFolder(path)
+		lock, err := lockDir(path)
 		if err != nil {
 			continue // In use, gone meanwhile, or another user's.
 		}
@@ -191,6 +191,6 @@ func removeStale() error {
 	return nil
 }
 
-func (f *folder) remove() error {
+func (f *tempDir) remove() error {
 	return errors.Join(os.RemoveAll(f.path), f.lock.Close())
 }

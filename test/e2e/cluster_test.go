@@ -33,30 +33,30 @@ const (
 	otherNode, otherZone = "other-node", "zone-b"
 )
 
-// referenceEnv names an environment variable with the path of a kube-proxy, which
+// kubeProxyEnv names an environment variable with the path of a kube-proxy, which
 // then runs in place of Fairlead: what it fails is a mistake of the test, or a
 // difference that should be a decision.
-const referenceEnv = "FAIRLEAD_E2E_KUBE_PROXY"
+const kubeProxyEnv = "FAIRLEAD_E2E_KUBE_PROXY"
 
 // serviceAccount is that of deploy/rbac.yaml.
 var serviceAccount = types.NamespacedName{Namespace: "kube-system", Name: "fairlead"}
 
 // cluster is a network, a control plane and a Fairlead.
 type cluster struct {
-	dir  string
-	net  *nettest.Network
-	cp   *controlplane.ControlPlane
-	api  kubernetes.Interface
-	lead *fairlead
+	dir      string
+	net      *nettest.Network
+	cp       *controlplane.ControlPlane
+	api      kubernetes.Interface
+	fairlead *fairlead
 }
 
 // newCluster makes a cluster with two Nodes. Fairlead does not run yet.
 func newCluster(ctx context.Context, options controlplane.Options) (*cluster, error) {
 	c := &cluster{}
-	return c, c.make(ctx, options)
+	return c, c.setUp(ctx, options)
 }
 
-func (c *cluster) make(ctx context.Context, options controlplane.Options) error {
+func (c *cluster) setUp(ctx context.Context, options controlplane.Options) error {
 	var err error
 	if c.net, err = nettest.New(nettest.Options{}); err != nil {
 		return err
@@ -91,27 +91,27 @@ func (c *cluster) make(ctx context.Context, options controlplane.Options) error 
 		cidrs = append(cidrs, p.String())
 	}
 	podCIDRs := strings.Join(cidrs, ",")
-	c.lead = &fairlead{host: c.net.Node, log: filepath.Join(c.dir, "fairlead.log")}
-	if c.lead.binary = os.Getenv(referenceEnv); c.lead.binary != "" {
-		c.lead.kubeProxy = true
-		c.lead.args = []string{
+	c.fairlead = &fairlead{host: c.net.Node, logFile: filepath.Join(c.dir, "fairlead.log")}
+	if c.fairlead.binary = os.Getenv(kubeProxyEnv); c.fairlead.binary != "" {
+		c.fairlead.kubeProxy = true
+		c.fairlead.args = []string{
 			"--proxy-mode=nftables", "--kubeconfig=" + kubeconfig, "--hostname-override=" + thisNode, "--cluster-cidr=" + podCIDRs,
 		}
 		return nil
 	}
-	if c.lead.binary, err = build(ctx, c.dir); err != nil {
+	if c.fairlead.binary, err = buildFairlead(ctx, c.dir); err != nil {
 		return err
 	}
-	c.lead.args, err = deployed(c.dir, podCIDRs)
+	c.fairlead.args, err = daemonSetArgs(c.dir, podCIDRs)
 	return err
 }
 
 // start starts Fairlead, and returns when it has programmed the node.
 func (c *cluster) start(ctx context.Context) error {
-	if err := c.lead.start(); err != nil {
+	if err := c.fairlead.start(); err != nil {
 		return err
 	}
-	return c.lead.waitReady(ctx)
+	return c.fairlead.waitReady(ctx)
 }
 
 // close ends everything. Parts that were not made are no error.
@@ -120,8 +120,8 @@ func (c *cluster) close() error {
 		return nil
 	}
 	var errs []error
-	if c.lead != nil {
-		errs = append(errs, c.lead.kill())
+	if c.fairlead != nil {
+		errs = append(errs, c.fairlead.kill())
 	}
 	if c.cp != nil {
 		errs = append(errs, c.cp.Close())
@@ -134,7 +134,7 @@ func (c *cluster) close() error {
 
 // applyRBAC creates what deploy/rbac.yaml has, as it is.
 func (c *cluster) applyRBAC(ctx context.Context) error {
-	objects, err := documents("rbac.yaml")
+	objects, err := readManifest("rbac.yaml")
 	if err != nil {
 		return err
 	}
@@ -196,14 +196,14 @@ func patch(value any, path ...string) []byte {
 	return data
 }
 
-// patience bounds every wait for something to come about. It is long, so that a
+// waitTimeout bounds every wait for something to come about. It is long, so that a
 // busy machine fails no test, and costs nothing where all is well.
-const patience = 30 * time.Second
+const waitTimeout = 30 * time.Second
 
 // eventually calls fn until it returns nil. It returns fn's last error if that
 // takes too long.
 func eventually(ctx context.Context, fn func(context.Context) error) error {
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := context.WithTimeout(ctx, waitTimeout)
 	defer cancel()
 	const period = 20 * time.Millisecond
 	for {
@@ -213,7 +213,7 @@ func eventually(ctx context.Context, fn func(context.Context) error) error {
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("not within %s: %w", patience, err)
+			return fmt.Errorf("not within %s: %w", waitTimeout, err)
 		case <-time.After(period):
 		}
 	}

@@ -24,9 +24,9 @@ import (
 	"k8s.io/client-go/restmapper"
 )
 
-// documents returns the objects in a file of deploy.
-func documents(file string) ([]*unstructured.Unstructured, error) {
-	data, err := os.ReadFile(filepath.Join(root, "deploy", file))
+// readManifest returns the objects in a file of deploy.
+func readManifest(file string) ([]*unstructured.Unstructured, error) {
+	data, err := os.ReadFile(filepath.Join(moduleRoot, "deploy", file))
 	if err != nil {
 		return nil, err
 	}
@@ -41,9 +41,9 @@ func documents(file string) ([]*unstructured.Unstructured, error) {
 	return objects, nil
 }
 
-// decode reads the first object in a file of deploy.
-func decode[T any](file string) (*T, error) {
-	objects, err := documents(file)
+// decodeManifest reads the first object in a file of deploy.
+func decodeManifest[T any](file string) (*T, error) {
+	objects, err := readManifest(file)
 	if err != nil {
 		return nil, err
 	}
@@ -54,51 +54,51 @@ func decode[T any](file string) (*T, error) {
 	return object, nil
 }
 
-// mounted is where the DaemonSet has its ConfigMap, and configName the file in it
+// mounted is where the DaemonSet has its ConfigMap, and configFile the file in it
 // that has the configuration.
 const (
-	mounted    = "/var/lib/kube-proxy"
-	configName = "config.conf"
+	configMountPath = "/var/lib/kube-proxy"
+	configFile      = "config.conf"
 )
 
-// deployed returns the arguments that the DaemonSet gives to Fairlead. What the
+// daemonSetArgs returns the arguments that the DaemonSet gives to Fairlead. What the
 // ConfigMap has is in dir; only the pods' networks, and how to reach the API
 // server, are the test's.
-func deployed(dir string, podCIDRs string) ([]string, error) {
-	configMap, err := decode[corev1.ConfigMap]("config.yaml")
+func daemonSetArgs(dir string, podCIDRs string) ([]string, error) {
+	configMap, err := decodeManifest[corev1.ConfigMap]("config.yaml")
 	if err != nil {
 		return nil, err
 	}
 	var config map[string]any
-	text := strings.ReplaceAll(configMap.Data[configName], mounted, dir)
+	text := strings.ReplaceAll(configMap.Data[configFile], configMountPath, dir)
 	if err := yaml.Unmarshal([]byte(text), &config); err != nil {
 		return nil, fmt.Errorf("deploy/config.yaml: config.conf: %w", err)
 	}
 	config["clusterCIDR"] = podCIDRs
-	if err := os.WriteFile(filepath.Join(dir, configName), patch(config), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, configFile), patch(config), 0o600); err != nil {
 		return nil, err
 	}
-	set, err := decode[appsv1.DaemonSet]("daemonset.yaml")
+	set, err := decodeManifest[appsv1.DaemonSet]("daemonset.yaml")
 	if err != nil {
 		return nil, err
 	}
 	var args []string
 	for _, arg := range set.Spec.Template.Spec.Containers[0].Args {
-		args = append(args, strings.NewReplacer(mounted, dir, "$(NODE_NAME)", thisNode).Replace(arg))
+		args = append(args, strings.NewReplacer(configMountPath, dir, "$(NODE_NAME)", thisNode).Replace(arg))
 	}
 	return args, nil
 }
 
 // The API server takes every object of deploy as it is, and knows each field.
-func TestManifestsAreValid(t *testing.T) {
+func TestManifestsValid(t *testing.T) {
 	t.Parallel()
-	client, err := dynamic.NewForConfig(shared.cp.Config())
+	client, err := dynamic.NewForConfig(sharedCluster.cp.Config())
 	if err != nil {
 		t.Fatal(err)
 	}
-	mapper := restmapper.NewDeferredDiscoveryRESTMapper(memory.NewMemCacheClient(shared.api.Discovery()))
+	mapper := restmapper.NewDeferredDiscoveryRESTMapper(memory.NewMemCacheClient(sharedCluster.api.Discovery()))
 	var all []string
-	entries, err := filepath.Glob(filepath.Join(root, "deploy", "*.yaml"))
+	entries, err := filepath.Glob(filepath.Join(moduleRoot, "deploy", "*.yaml"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -107,7 +107,7 @@ func TestManifestsAreValid(t *testing.T) {
 			all = append(all, file)
 		}
 	}
-	kustomization, err := documents("kustomization.yaml")
+	kustomization, err := readManifest("kustomization.yaml")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -120,7 +120,7 @@ func TestManifestsAreValid(t *testing.T) {
 		t.Errorf("files in deploy and those that kustomization.yaml lists (-files +listed):\n%s", diff)
 	}
 	for _, file := range listed {
-		objects, err := documents(file)
+		objects, err := readManifest(file)
 		if err != nil {
 			t.Error(err)
 		}
@@ -152,13 +152,13 @@ func TestManifestsAreValid(t *testing.T) {
 // Fairlead says that it is well where the DaemonSet's probes ask.
 func TestProbes(t *testing.T) {
 	t.Parallel()
-	s := newScenario(t, shared)
-	set, err := decode[appsv1.DaemonSet]("daemonset.yaml")
+	s := newScenario(t, sharedCluster)
+	set, err := decodeManifest[appsv1.DaemonSet]("daemonset.yaml")
 	s.must(err)
 	container := set.Spec.Template.Spec.Containers[0]
 	for _, path := range []string{container.LivenessProbe.HTTPGet.Path, container.ReadinessProbe.HTTPGet.Path} {
 		s.eventually(func(ctx context.Context) error {
-			_, err := s.lead.get(ctx, healthzAddr, path)
+			_, err := s.fairlead.get(ctx, healthzAddr, path)
 			if err != nil {
 				return fmt.Errorf("%s: %w", path, err)
 			}

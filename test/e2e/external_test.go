@@ -17,9 +17,9 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// TestExternal asks for each way into a Service besides its cluster IP, and for
+// TestExternalTraffic asks for each way into a Service besides its cluster IP, and for
 // what narrows the choice of endpoints by the client.
-func TestExternal(t *testing.T) {
+func TestExternalTraffic(t *testing.T) {
 	t.Parallel()
 	for _, tc := range []struct {
 		feature string
@@ -34,8 +34,8 @@ func TestExternal(t *testing.T) {
 			service: func(v *corev1.Service) { v.Spec.Type = corev1.ServiceTypeNodePort },
 			works: func(s *scenario, web *service, here, there *pod) {
 				for _, node := range s.net.Node.Addrs() {
-					for _, from := range []*nettest.Host{s.net.Outside, s.net.Node, s.client()} {
-						s.reaches(from, tcpTo(netip.AddrPortFrom(node, web.nodePort())), here, there)
+					for _, from := range []*nettest.Host{s.net.Outside, s.net.Node, s.addClient()} {
+						s.waitReaches(from, tcpTo(netip.AddrPortFrom(node, web.nodePort())), here, there)
 					}
 				}
 			},
@@ -45,8 +45,8 @@ func TestExternal(t *testing.T) {
 			service: func(v *corev1.Service) { v.Spec.ExternalIPs = []string{"203.0.113.1", "2001:db8:99::1"} },
 			works: func(s *scenario, _ *service, here, there *pod) {
 				for _, addr := range []string{"203.0.113.1", "2001:db8:99::1"} {
-					for _, from := range []*nettest.Host{s.net.Outside, s.net.Node, s.client()} {
-						s.reaches(from, tcpTo(netip.AddrPortFrom(netip.MustParseAddr(addr), 80)), here, there)
+					for _, from := range []*nettest.Host{s.net.Outside, s.net.Node, s.addClient()} {
+						s.waitReaches(from, tcpTo(netip.AddrPortFrom(netip.MustParseAddr(addr), 80)), here, there)
 					}
 				}
 			},
@@ -57,12 +57,12 @@ func TestExternal(t *testing.T) {
 			ingress: []string{"203.0.113.2", "2001:db8:99::2"},
 			works: func(s *scenario, web *service, here, there *pod) {
 				for _, addr := range []string{"203.0.113.2", "2001:db8:99::2"} {
-					for _, from := range []*nettest.Host{s.net.Outside, s.net.Node, s.client()} {
-						s.reaches(from, tcpTo(netip.AddrPortFrom(netip.MustParseAddr(addr), 80)), here, there)
+					for _, from := range []*nettest.Host{s.net.Outside, s.net.Node, s.addClient()} {
+						s.waitReaches(from, tcpTo(netip.AddrPortFrom(netip.MustParseAddr(addr), 80)), here, there)
 					}
 				}
-				web.ingress() // The cloud takes them away.
-				s.fails(s.net.Outside, tcpTo(netip.MustParseAddrPort("203.0.113.2:80")), nettest.ErrRefused, nettest.ErrTimeout)
+				web.setIngress() // The cloud takes them away.
+				s.waitFails(s.net.Outside, tcpTo(netip.MustParseAddrPort("203.0.113.2:80")), nettest.ErrRefused, nettest.ErrTimeout)
 			},
 		},
 		{
@@ -73,40 +73,40 @@ func TestExternal(t *testing.T) {
 			},
 			works: func(s *scenario, web *service, here, there *pod) {
 				to := tcpTo(netip.AddrPortFrom(s.net.Node.IPv4, web.nodePort()))
-				s.reaches(s.net.Outside, to, here)
-				s.reaches(s.client(), to, here, there)
-				answer, err := connect(s.ctx, s.net.Outside, to, slow)
+				s.waitReaches(s.net.Outside, to, here)
+				s.waitReaches(s.addClient(), to, here, there)
+				answer, err := connect(s.ctx, s.net.Outside, to, connectTimeout)
 				s.must(err)
 				if answer.Source.Addr() != s.net.Outside.IPv4 {
 					s.Errorf("the pod sees %s, want the client's own address %s", answer.Source, s.net.Outside.IPv4)
 				}
-				here.unready()
-				s.unanswered(s.net.Outside, to)
+				here.markNotReady()
+				s.waitUnanswered(s.net.Outside, to)
 			},
 		},
 		{
 			feature: "session affinity",
 			service: func(v *corev1.Service) { v.Spec.SessionAffinity = corev1.ServiceAffinityClientIP },
 			works: func(s *scenario, web *service, here, there *pod) {
-				client := s.client()
+				client := s.addClient()
 				pods := map[string]*pod{here.Name: here, there.Name: there}
 				var first nettest.Answer
 				s.eventually(func(ctx context.Context) (err error) {
-					first, err = connect(ctx, client, tcpTo(web.at(80)), quick)
+					first, err = connect(ctx, client, tcpTo(web.addrPort(80)), attemptTimeout)
 					return err
 				})
 				const connections = 30
 				for range connections {
-					answer, err := connect(s.ctx, client, tcpTo(web.at(80)), slow)
+					answer, err := connect(s.ctx, client, tcpTo(web.addrPort(80)), connectTimeout)
 					s.must(err)
 					if answer.Host != first.Host {
 						s.Fatalf("a connection ends at %s, earlier ones at %s", answer.Host, first.Host)
 					}
 				}
-				pods[first.Host].unready()
+				pods[first.Host].markNotReady()
 				delete(pods, first.Host)
 				for _, other := range pods {
-					s.reaches(client, tcpTo(web.at(80)), other)
+					s.waitReaches(client, tcpTo(web.addrPort(80)), other)
 				}
 			},
 		},
@@ -119,21 +119,21 @@ func TestExternal(t *testing.T) {
 			ingress: []string{"203.0.113.3"},
 			works: func(s *scenario, web *service, here, there *pod) {
 				to := tcpTo(netip.MustParseAddrPort("203.0.113.3:80"))
-				s.reaches(s.net.Outside, to, here, there)
+				s.waitReaches(s.net.Outside, to, here, there)
 				web.update(func(v *corev1.Service) { v.Spec.LoadBalancerSourceRanges = []string{"198.51.100.0/24"} })
-				s.unanswered(s.net.Outside, to)
-				s.reaches(s.net.Outside, tcpTo(web.at(80)), here, there)
+				s.waitUnanswered(s.net.Outside, to)
+				s.waitReaches(s.net.Outside, tcpTo(web.addrPort(80)), here, there)
 			},
 		},
 	} {
 		t.Run(tc.feature, func(t *testing.T) {
 			t.Parallel()
-			s := newScenario(t, shared)
-			web := s.service("web", tc.service)
+			s := newScenario(t, sharedCluster)
+			web := s.createService("web", tc.service)
 			if tc.ingress != nil {
-				web.ingress(tc.ingress...)
+				web.setIngress(tc.ingress...)
 			}
-			here, there := s.pod("web"), s.pod("web", onOtherNode)
+			here, there := s.createPod("web"), s.createPod("web", onOtherNode)
 			tc.works(s, web, here, there)
 		})
 	}
@@ -143,41 +143,41 @@ func TestExternal(t *testing.T) {
 // second the first by name. The other is told
 // why it goes without, in an Event and in the log, and what else it asks for
 // works. kube-proxy reports nothing of the kind.
-func TestWhatCannotBeProgrammedIsReported(t *testing.T) {
+func TestConflictReported(t *testing.T) {
 	t.Parallel()
-	s := newScenario(t, shared)
+	s := newScenario(t, sharedCluster)
 	const claimed = "203.0.113.4"
 	claim := func(v *corev1.Service) { v.Spec.ExternalIPs = []string{claimed} }
-	first := s.service("first", claim)
-	firstPod := s.pod("first")
-	second := s.service("second", claim)
-	secondPod := s.pod("second")
-	second.reported("spec.externalIPs[0]", s.namespace+"/first")
+	first := s.createService("first", claim)
+	firstPod := s.createPod("first")
+	second := s.createService("second", claim)
+	secondPod := s.createPod("second")
+	second.waitEvent("spec.externalIPs[0]", s.namespace+"/first")
 	s.eventually(func(context.Context) error {
-		ok, err := s.lead.logged(s.namespace + "/second")
+		ok, err := s.fairlead.logged(s.namespace + "/second")
 		if err == nil && !ok {
 			err = fmt.Errorf("the log says nothing of %s/second", s.namespace)
 		}
 		return err
 	})
 	to := tcpTo(netip.AddrPortFrom(netip.MustParseAddr(claimed), 80))
-	s.reaches(s.net.Outside, to, firstPod)
-	s.reaches(s.client(), tcpTo(second.at(80)), secondPod)
+	s.waitReaches(s.net.Outside, to, firstPod)
+	s.waitReaches(s.addClient(), tcpTo(second.addrPort(80)), secondPod)
 	first.delete()
-	s.reaches(s.net.Outside, to, secondPod)
+	s.waitReaches(s.net.Outside, to, secondPod)
 }
 
 // A load balancer learns at the Service's health check port whether this node has
 // pods that serve, with the answers that it knows from kube-proxy.
 func TestHealthCheckNodePort(t *testing.T) {
 	t.Parallel()
-	s := newScenario(t, shared)
-	web := s.service("web", func(v *corev1.Service) {
+	s := newScenario(t, sharedCluster)
+	web := s.createService("web", func(v *corev1.Service) {
 		v.Spec.Type = corev1.ServiceTypeLoadBalancer
 		v.Spec.ExternalTrafficPolicy = corev1.ServiceExternalTrafficPolicyLocal
 	})
-	here := s.pod("web")
-	s.pod("web", onOtherNode)
+	here := s.createPod("web")
+	s.createPod("web", onOtherNode)
 	at := netip.AddrPortFrom(s.net.Node.IPv4, uint16(web.Spec.HealthCheckNodePort))
 	type answer struct {
 		Service struct {
@@ -192,7 +192,7 @@ func TestHealthCheckNodePort(t *testing.T) {
 		want := answer{LocalEndpoints: endpoints, ServiceProxyHealthy: true}
 		want.Service.Namespace, want.Service.Name = s.namespace, web.Name
 		s.eventually(func(ctx context.Context) error {
-			got, body, err := ask(ctx, s.net.Outside, at, "/")
+			got, body, err := httpGet(ctx, s.net.Outside, at, "/")
 			if err != nil {
 				return err
 			}
@@ -207,12 +207,12 @@ func TestHealthCheckNodePort(t *testing.T) {
 		})
 	}
 	answers(http.StatusOK, 1)
-	here.unready()
+	here.markNotReady()
 	answers(http.StatusServiceUnavailable, 0)
-	here.ready()
+	here.markReady()
 	answers(http.StatusOK, 1)
 	web.delete()
-	s.fails(s.net.Outside, tcpTo(at), nettest.ErrRefused)
+	s.waitFails(s.net.Outside, tcpTo(at), nettest.ErrRefused)
 }
 
 // nodePort returns the node port of the Service's first port.
@@ -222,44 +222,44 @@ func (v *service) nodePort() uint16 { return uint16(v.Spec.Ports[0].NodePort) }
 // from then on as they come and go; UDP is refused. kube-proxy has this behind a
 // feature gate.
 func TestLocalhostNodePorts(t *testing.T) {
-	s := newScenario(t, shared)
-	web := s.service("web", func(v *corev1.Service) {
+	s := newScenario(t, sharedCluster)
+	web := s.createService("web", func(v *corev1.Service) {
 		v.Spec.Type = corev1.ServiceTypeNodePort
 		v.Spec.ExternalTrafficPolicy = corev1.ServiceExternalTrafficPolicyLocal
-		v.Spec.Ports = append(v.Spec.Ports, udp(port(80, 8080)))
+		v.Spec.Ports = append(v.Spec.Ports, asUDP(tcpPort(80, 8080)))
 	})
-	here, there := s.pod("web"), s.pod("web", onOtherNode)
-	s.reaches(s.net.Outside, tcpTo(netip.AddrPortFrom(s.net.Node.IPv4, web.nodePort())), here)
+	here, there := s.createPod("web"), s.createPod("web", onOtherNode)
+	s.waitReaches(s.net.Outside, tcpTo(netip.AddrPortFrom(s.net.Node.IPv4, web.nodePort())), here)
 	addrs := []netip.Addr{netip.MustParseAddr("127.0.0.1"), netip.IPv6Loopback()}
 	for _, addr := range addrs {
-		s.refused(s.net.Node, tcpTo(netip.AddrPortFrom(addr, web.nodePort())))
+		s.waitRefused(s.net.Node, tcpTo(netip.AddrPortFrom(addr, web.nodePort())))
 	}
-	s.configure("nodePortAddresses", []string{"primary", "localhost"})
+	s.setConfigField("nodePortAddresses", []string{"primary", "localhost"})
 	for _, addr := range addrs {
 		to := tcpTo(netip.AddrPortFrom(addr, web.nodePort()))
-		s.reaches(s.net.Node, to, here, there) // the policy is for others than the node
-		s.refused(s.net.Node, udpTo(netip.AddrPortFrom(addr, uint16(web.Spec.Ports[1].NodePort))))
+		s.waitReaches(s.net.Node, to, here, there) // the policy is for others than the node
+		s.waitRefused(s.net.Node, udpTo(netip.AddrPortFrom(addr, uint16(web.Spec.Ports[1].NodePort))))
 	}
-	s.reaches(s.net.Outside, tcpTo(netip.AddrPortFrom(s.net.Node.IPv4, web.nodePort())), here)
-	there.unready()
-	here.gone()
+	s.waitReaches(s.net.Outside, tcpTo(netip.AddrPortFrom(s.net.Node.IPv4, web.nodePort())), here)
+	there.markNotReady()
+	here.remove()
 	for _, addr := range addrs {
-		s.refused(s.net.Node, tcpTo(netip.AddrPortFrom(addr, web.nodePort())))
+		s.waitRefused(s.net.Node, tcpTo(netip.AddrPortFrom(addr, web.nodePort())))
 	}
-	there.ready()
+	there.markReady()
 	for _, addr := range addrs {
-		s.reaches(s.net.Node, tcpTo(netip.AddrPortFrom(addr, web.nodePort())), there)
+		s.waitReaches(s.net.Node, tcpTo(netip.AddrPortFrom(addr, web.nodePort())), there)
 	}
 	web.delete()
 	for _, addr := range addrs {
-		s.refused(s.net.Node, tcpTo(netip.AddrPortFrom(addr, web.nodePort())))
+		s.waitRefused(s.net.Node, tcpTo(netip.AddrPortFrom(addr, web.nodePort())))
 	}
 }
 
-// configure sets a field of the configuration until the test ends.
-func (s *scenario) configure(field string, value any) {
+// setConfigField sets a field of the configuration until the test ends.
+func (s *scenario) setConfigField(field string, value any) {
 	s.Helper()
-	path := filepath.Join(s.dir, configName)
+	path := filepath.Join(s.dir, configFile)
 	before, err := os.ReadFile(path)
 	s.must(err)
 	var config map[string]any

@@ -32,10 +32,10 @@ const (
 
 // fairlead is the program under test, which can be started and stopped again.
 type fairlead struct {
-	host   *nettest.Host
-	binary string
-	args   []string
-	log    string // file; starts append to it
+	host    *nettest.Host
+	binary  string
+	args    []string
+	logFile string // file; starts append to it
 	// kubeProxy says that the program is kube-proxy, which needs all capabilities
 	// and does not handle SIGTERM.
 	kubeProxy bool
@@ -49,7 +49,7 @@ type fairlead struct {
 // process ends, however it does: see Pdeathsig in syscall.SysProcAttr. That
 // counts the thread that started it, which therefore lives as long.
 func (f *fairlead) start() error {
-	log, err := os.OpenFile(f.log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	log, err := os.OpenFile(f.logFile, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		return err
 	}
@@ -122,7 +122,7 @@ func (f *fairlead) stop() error {
 	}
 	<-f.done
 	if f.err != nil && !f.kubeProxy {
-		return fmt.Errorf("fairlead ended with %w:\n%s", f.err, f.tail())
+		return fmt.Errorf("fairlead ended with %w:\n%s", f.err, f.logTail())
 	}
 	return nil
 }
@@ -149,7 +149,7 @@ func (f *fairlead) waitReady(ctx context.Context) error {
 	return eventually(ctx, func(ctx context.Context) error {
 		select {
 		case <-f.done:
-			return fmt.Errorf("fairlead has ended: %w\n%s", f.err, f.tail())
+			return fmt.Errorf("fairlead has ended: %w\n%s", f.err, f.logTail())
 		default:
 		}
 		body, err := f.get(ctx, healthzAddr, "/healthz")
@@ -159,7 +159,7 @@ func (f *fairlead) waitReady(ctx context.Context) error {
 			err = fmt.Errorf("nothing is programmed yet: %s", body)
 		}
 		if err != nil {
-			return fmt.Errorf("%w\n%s", err, f.tail())
+			return fmt.Errorf("%w\n%s", err, f.logTail())
 		}
 		return nil
 	})
@@ -167,15 +167,15 @@ func (f *fairlead) waitReady(ctx context.Context) error {
 
 // get asks one of the program's HTTP servers, on its host.
 func (f *fairlead) get(ctx context.Context, addr, path string) ([]byte, error) {
-	status, body, err := ask(ctx, f.host, netip.MustParseAddrPort(addr), path)
+	status, body, err := httpGet(ctx, f.host, netip.MustParseAddrPort(addr), path)
 	if err == nil && status != http.StatusOK {
 		err = fmt.Errorf("%s: status %d: %s", path, status, body)
 	}
 	return body, err
 }
 
-// ask asks an HTTP server from a host.
-func ask(ctx context.Context, from *nettest.Host, at netip.AddrPort, path string) (status int, body []byte, err error) {
+// httpGet asks an HTTP server from a host.
+func httpGet(ctx context.Context, from *nettest.Host, at netip.AddrPort, path string) (status int, body []byte, err error) {
 	transport := &http.Transport{
 		DisableKeepAlives: true,
 		DialContext: func(ctx context.Context, network, _ string) (net.Conn, error) {
@@ -221,9 +221,9 @@ lines:
 	return sum, nil
 }
 
-// resident returns how many bytes of memory the program has resident, ever had
+// residentMemory returns how many bytes of memory the program has resident, ever had
 // at most, and has now.
-func (f *fairlead) resident() (peak, now int, err error) {
+func (f *fairlead) residentMemory() (peak, now int, err error) {
 	const kB = 1024
 	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", f.cmd.Process.Pid))
 	if err != nil {
@@ -249,7 +249,7 @@ func (f *fairlead) resident() (peak, now int, err error) {
 
 // logged reports whether a line of the log has all of the parts.
 func (f *fairlead) logged(parts ...string) (bool, error) {
-	data, err := os.ReadFile(f.log)
+	data, err := os.ReadFile(f.logFile)
 	if err != nil {
 		return false, err
 	}
@@ -265,10 +265,10 @@ lines:
 	return false, nil
 }
 
-// tail returns the last lines of the log.
-func (f *fairlead) tail() string {
+// logTail returns the last lines of the log.
+func (f *fairlead) logTail() string {
 	const lines = 30
-	data, err := os.ReadFile(f.log)
+	data, err := os.ReadFile(f.logFile)
 	if err != nil {
 		return err.Error()
 	}

@@ -14,11 +14,11 @@ import (
 	"fairlead.io/fairlead/test/controlplane"
 )
 
-// root is the module's.
-const root = "../.."
+// moduleRoot is the module's.
+const moduleRoot = "../.."
 
-// shared is the cluster that the scenarios share.
-var shared *cluster
+// sharedCluster is the cluster that the scenarios share.
+var sharedCluster *cluster
 
 func TestMain(m *testing.M) {
 	os.Exit(func() int {
@@ -27,16 +27,16 @@ func TestMain(m *testing.M) {
 			return 1
 		}
 		var err error
-		shared, err = newCluster(context.Background(), controlplane.Options{ControllerManager: true})
+		sharedCluster, err = newCluster(context.Background(), controlplane.Options{ControllerManager: true})
 		if err == nil {
-			err = shared.start(context.Background())
+			err = sharedCluster.start(context.Background())
 		}
 		if err != nil {
-			fmt.Fprintln(os.Stderr, errors.Join(err, shared.close()))
+			fmt.Fprintln(os.Stderr, errors.Join(err, sharedCluster.close()))
 			return 1
 		}
 		code := m.Run()
-		if err := shared.close(); err != nil {
+		if err := sharedCluster.close(); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			return 1
 		}
@@ -44,11 +44,11 @@ func TestMain(m *testing.M) {
 	}())
 }
 
-// build makes the program as `make build` does.
-func build(ctx context.Context, dir string) (path string, err error) {
+// buildFairlead makes the program as `make build` does.
+func buildFairlead(ctx context.Context, dir string) (path string, err error) {
 	path = filepath.Join(dir, "fairlead")
 	command := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags=-s -w", "-o", path, "./cmd/fairlead")
-	command.Dir = root
+	command.Dir = moduleRoot
 	command.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := command.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("build fairlead: %w\n%s", err, out)

@@ -17,9 +17,9 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// reportedOnNode waits until the Node has an Event with a reason whose note has all of
+// waitNodeEvent waits until the Node has an Event with a reason whose note has all of
 // the parts.
-func (s *scenario) reportedOnNode(reason string, parts ...string) {
+func (s *scenario) waitNodeEvent(reason string, parts ...string) {
 	s.Helper()
 	s.eventually(func(ctx context.Context) error {
 		events, err := s.api.EventsV1().Events(metav1.NamespaceDefault).List(ctx, metav1.ListOptions{})
@@ -44,21 +44,21 @@ func (s *scenario) reportedOnNode(reason string, parts ...string) {
 // Fairlead starts where most Services of an earlier run are gone from the API server,
 // and where a table has the schema of another version. Both are reported on the Node.
 func TestNodeEvents(t *testing.T) {
-	if os.Getenv(referenceEnv) != "" {
+	if os.Getenv(kubeProxyEnv) != "" {
 		t.Skip("kube-proxy reports neither")
 	}
-	s := newScenario(t, shared)
-	kept := s.service("kept")
-	client, only := s.client(), s.pod("kept")
+	s := newScenario(t, sharedCluster)
+	kept := s.createService("kept")
+	client, only := s.addClient(), s.createPod("kept")
 	var doomed []*service
 	for i := range 12 {
-		v := s.service(fmt.Sprintf("doomed-%d", i), func(v *corev1.Service) { v.Spec.Selector = kept.Spec.Selector })
+		v := s.createService(fmt.Sprintf("doomed-%d", i), func(v *corev1.Service) { v.Spec.Selector = kept.Spec.Selector })
 		doomed = append(doomed, v)
 	}
 	for _, v := range append(doomed, kept) {
-		s.reaches(client, tcpTo(v.at(80)), only)
+		s.waitReaches(client, tcpTo(v.addrPort(80)), only)
 	}
-	s.must(s.lead.stop())
+	s.must(s.fairlead.stop())
 	for _, v := range doomed {
 		v.delete()
 	}
@@ -69,18 +69,18 @@ func TestNodeEvents(t *testing.T) {
 		}
 		return err
 	})
-	args := s.lead.args
-	s.Cleanup(func() { s.lead.args = args })
-	s.lead.args = append(slices.Clone(args), "--mass-removal-delay=3s")
-	s.must(s.lead.start())
-	s.reportedOnNode("MassRemovalHeld", "list of services", "lacks 12 of ", "--mass-removal-delay")
-	s.must(s.lead.waitReady(s.ctx))
-	s.fails(client, tcpTo(doomed[0].at(80)), nettest.ErrRefused, nettest.ErrTimeout)
+	args := s.fairlead.args
+	s.Cleanup(func() { s.fairlead.args = args })
+	s.fairlead.args = append(slices.Clone(args), "--mass-removal-delay=3s")
+	s.must(s.fairlead.start())
+	s.waitNodeEvent("MassRemovalHeld", "list of services", "lacks 12 of ", "--mass-removal-delay")
+	s.must(s.fairlead.waitReady(s.ctx))
+	s.waitFails(client, tcpTo(doomed[0].addrPort(80)), nettest.ErrRefused, nettest.ErrTimeout)
 
 	// A table of another version.
-	s.must(s.lead.stop())
-	s.lead.args = args
-	s.must(s.lead.host.Do(func() error {
+	s.must(s.fairlead.stop())
+	s.fairlead.args = args
+	s.must(s.fairlead.host.Do(func() error {
 		script := `delete table ip fairlead; add table ip fairlead { comment "fairlead schema 99"; }`
 		out, err := exec.CommandContext(s.ctx, "nft", script).CombinedOutput()
 		if err != nil {
@@ -89,10 +89,10 @@ func TestNodeEvents(t *testing.T) {
 		return err
 	}))
 	s.must(s.start(s.ctx))
-	s.reaches(client, tcpTo(kept.at(80)), only)
-	s.reportedOnNode("TableRebuilt", "table ip fairlead ", "schema")
+	s.waitReaches(client, tcpTo(kept.addrPort(80)), only)
+	s.waitNodeEvent("TableRebuilt", "table ip fairlead ", "schema")
 	s.eventually(func(ctx context.Context) error {
-		n, err := s.lead.metric(ctx, "fairlead_nftables_table_rebuilds_total", `ip_family="IPv4"`)
+		n, err := s.fairlead.metric(ctx, "fairlead_nftables_table_rebuilds_total", `ip_family="IPv4"`)
 		if err == nil && n != 1 {
 			err = fmt.Errorf("%v rebuilds are counted, want 1", n)
 		}

@@ -24,14 +24,14 @@ import (
 // kubeProxy is a kube-proxy that runs beside Fairlead on this node.
 type kubeProxy struct {
 	*fairlead
-	s *scenario
-	// ruleset prints all rules that it may have made.
-	ruleset [][]string
+	scenario *scenario
+	// rulesetCommands prints all rules that it may have made.
+	rulesetCommands [][]string
 }
 
-// flavours are the programs that kube-proxy's modes use: by the test's name, the
+// kubeProxyModes are the programs that kube-proxy's modes use: by the test's name, the
 // mode, and the program whose names start with "ip" to use in place of iptables.
-var flavours = []struct{ name, mode, iptables string }{
+var kubeProxyModes = []struct{ name, mode, iptables string }{
 	{"nftables", "nftables", ""},
 	{"iptables-nft", "iptables", "xtables-nft-multi"},
 	{"iptables-legacy", "iptables", "xtables-legacy-multi"},
@@ -41,14 +41,14 @@ var flavours = []struct{ name, mode, iptables string }{
 // proxy's rules when the test ends, and sees to it that Fairlead runs then.
 func newKubeProxy(s *scenario, mode, iptables string) *kubeProxy {
 	s.Helper()
-	binary, err := filepath.Abs(filepath.Join(root, ".cache", "kube-proxy", "kube-proxy"))
+	binary, err := filepath.Abs(filepath.Join(moduleRoot, ".cache", "kube-proxy", "kube-proxy"))
 	s.must(err)
 	if _, err := os.Stat(binary); err != nil {
 		s.Fatalf("there is no kube-proxy: build it with `make kube-proxy` (%v)", err)
 	}
 	dir := s.TempDir()
-	p := &kubeProxy{s: s, ruleset: [][]string{{"nft", "list", "ruleset"}}, fairlead: &fairlead{
-		host: s.net.Node, binary: binary, log: filepath.Join(dir, "kube-proxy.log"), kubeProxy: true,
+	p := &kubeProxy{scenario: s, rulesetCommands: [][]string{{"nft", "list", "ruleset"}}, fairlead: &fairlead{
+		host: s.net.Node, binary: binary, logFile: filepath.Join(dir, "kube-proxy.log"), kubeProxy: true,
 	}}
 	if iptables != "" {
 		multi, err := exec.LookPath(iptables)
@@ -59,10 +59,10 @@ func newKubeProxy(s *scenario, mode, iptables string) *kubeProxy {
 			s.must(os.Symlink(multi, filepath.Join(dir, name)))
 		}
 		s.Setenv("PATH", dir+":"+os.Getenv("PATH"))
-		p.ruleset = [][]string{{"iptables-save"}, {"ip6tables-save"}}
+		p.rulesetCommands = [][]string{{"iptables-save"}, {"ip6tables-save"}}
 	}
 	if err := (system.KubeProxy{Binary: binary, Mode: mode}).Check(s.ctx, s.net.Node.Namespace); err != nil {
-		if unavailable := (*system.UnavailableError)(nil); errors.As(err, &unavailable) && unavailable.Kernel {
+		if unavailable := (*system.UnavailableError)(nil); errors.As(err, &unavailable) && unavailable.KernelLacksSupport {
 			s.Skip(err)
 		}
 		s.Fatal(err)
@@ -84,12 +84,12 @@ func newKubeProxy(s *scenario, mode, iptables string) *kubeProxy {
 	s.must(err)
 	s.Cleanup(func() {
 		if s.Failed() {
-			s.Logf("the end of kube-proxy's log:\n%s", p.tail())
+			s.Logf("the end of kube-proxy's log:\n%s", p.logTail())
 		}
-		err := errors.Join(p.kill(), p.removeRules())
+		err := errors.Join(p.kill(), p.cleanUp())
 		_, resetErr := p.output("sh", "-c", "echo "+strings.TrimSpace(before)+" >"+routeLocalnet)
 		err = errors.Join(err, resetErr)
-		if !s.lead.running() {
+		if !s.fairlead.running() {
 			err = errors.Join(err, s.start(context.WithoutCancel(s.ctx)))
 		}
 		if err != nil {
@@ -99,20 +99,20 @@ func newKubeProxy(s *scenario, mode, iptables string) *kubeProxy {
 	return p
 }
 
-// begin starts kube-proxy, and returns when it has programmed the endpoints.
-func (p *kubeProxy) begin(endpoints ...*pod) {
-	p.s.Helper()
-	p.s.must(p.start())
-	p.programs(endpoints...)
+// startAndWait starts kube-proxy, and returns when it has programmed the endpoints.
+func (p *kubeProxy) startAndWait(endpoints ...*pod) {
+	p.scenario.Helper()
+	p.scenario.must(p.start())
+	p.waitProgrammed(endpoints...)
 }
 
-// programs waits until kube-proxy has rules for the endpoints, in both families.
-func (p *kubeProxy) programs(endpoints ...*pod) {
-	p.s.Helper()
+// waitProgrammed waits until kube-proxy has rules for the endpoints, in both families.
+func (p *kubeProxy) waitProgrammed(endpoints ...*pod) {
+	p.scenario.Helper()
 	const pause = 200 * time.Millisecond // leaves kube-proxy the processor
-	p.s.eventually(func(context.Context) error {
+	p.scenario.eventually(func(context.Context) error {
 		var rules strings.Builder
-		for _, command := range p.ruleset {
+		for _, command := range p.rulesetCommands {
 			if command[0] == "nft" {
 				for _, family := range []string{"ip", "ip6"} {
 					out, _ := p.output("nft", "list", "table", family, "kube-proxy") // no table, no rules
@@ -130,7 +130,7 @@ func (p *kubeProxy) programs(endpoints ...*pod) {
 			for _, addr := range endpoint.Addrs() {
 				if !strings.Contains(rules.String(), addr.String()) {
 					time.Sleep(pause)
-					return fmt.Errorf("kube-proxy has no rule for %s; its log ends:\n%s", addr, p.tail())
+					return fmt.Errorf("kube-proxy has no rule for %s; its log ends:\n%s", addr, p.logTail())
 				}
 			}
 		}
@@ -151,15 +151,15 @@ func (p *kubeProxy) output(command ...string) (string, error) {
 	return string(out), nil
 }
 
-// removeRules runs kube-proxy --cleanup.
-func (p *kubeProxy) removeRules() error {
+// cleanUp runs kube-proxy --cleanup.
+func (p *kubeProxy) cleanUp() error {
 	_, err := p.output(p.binary, "--cleanup")
 	return err
 }
 
-// removesRules removes kube-proxy's rules by the commands that Fairlead names, and
+// checkRemoveCommand removes kube-proxy's rules by the commands that Fairlead names, and
 // checks that they do.
-func removesRules(s *scenario, p *kubeProxy) {
+func checkRemoveCommand(s *scenario, p *kubeProxy) {
 	s.Helper()
 	scan := func() []otherproxy.Rules {
 		s.Helper()
@@ -178,21 +178,21 @@ func removesRules(s *scenario, p *kubeProxy) {
 	if len(rules) != 1 {
 		s.Fatalf("found %v, want the rules of one mode", rules)
 	}
-	_, err := p.output("sh", "-c", rules[0].Remove())
+	_, err := p.output("sh", "-c", rules[0].RemovalCommands())
 	s.must(err)
 	if left := scan(); len(left) > 0 {
-		s.Errorf("%s left %v", rules[0].Remove(), left)
+		s.Errorf("%s left %v", rules[0].RemovalCommands(), left)
 	}
 }
 
-// always makes connections, all of which have to end at one pod, from now on.
-func (s *scenario) always(from *nettest.Host, to []destination, want *pod) {
+// checkReaches makes connections, all of which have to end at one pod, from now on.
+func (s *scenario) checkReaches(from *nettest.Host, to []destination, want *pod) {
 	s.Helper()
 	const attempts = 20
 	for _, d := range to {
 		got := map[string]int{}
 		for range attempts {
-			answer, err := connect(s.ctx, from, d, slow)
+			answer, err := connect(s.ctx, from, d, connectTimeout)
 			if err != nil {
 				s.Errorf("%s from %s: %v", d, from.Name, err)
 			}
@@ -204,34 +204,34 @@ func (s *scenario) always(from *nettest.Host, to []destination, want *pod) {
 	}
 }
 
-// reachesAll waits until connections to all destinations end at this pod.
-func (s *scenario) reachesAll(from *nettest.Host, to []destination, want *pod) {
+// waitReachesAll waits until connections to all destinations end at this pod.
+func (s *scenario) waitReachesAll(from *nettest.Host, to []destination, want *pod) {
 	s.Helper()
 	for _, d := range to {
-		s.reaches(from, d, want)
+		s.waitReaches(from, d, want)
 	}
 }
 
 // replace makes another pod of the app take the place of one, which still serves
 // the connections that it gets.
 func (p *pod) replace(app string) *pod {
-	p.in.Helper()
-	next := p.in.pod(app)
-	p.unready()
-	p.in.eventually(func(ctx context.Context) error { return p.in.endpoints(ctx, app, 1) })
+	p.scenario.Helper()
+	next := p.scenario.createPod(app)
+	p.markNotReady()
+	p.scenario.eventually(func(ctx context.Context) error { return p.scenario.checkReadyEndpoints(ctx, app, 1) })
 	return next
 }
 
-// logsNext returns a function that waits until a line that Fairlead logs from now on
+// expectLog returns a function that waits until a line that Fairlead logs from now on
 // has all of the parts.
-func (s *scenario) logsNext(parts ...string) (wait func()) {
+func (s *scenario) expectLog(parts ...string) (wait func()) {
 	s.Helper()
-	info, err := os.Stat(s.lead.log)
+	info, err := os.Stat(s.fairlead.logFile)
 	s.must(err)
 	return func() {
 		s.Helper()
 		s.eventually(func(context.Context) error {
-			data, err := os.ReadFile(s.lead.log)
+			data, err := os.ReadFile(s.fairlead.logFile)
 			if err != nil {
 				return err
 			}
@@ -240,14 +240,14 @@ func (s *scenario) logsNext(parts ...string) (wait func()) {
 					return nil
 				}
 			}
-			return fmt.Errorf("no line of the log has %q:\n%s", parts, s.lead.tail())
+			return fmt.Errorf("no line of the log has %q:\n%s", parts, s.fairlead.logTail())
 		})
 	}
 }
 
-// otherProxyReported waits until the Node has an Event about another proxy's rules
+// waitOtherProxyEvent waits until the Node has an Event about another proxy's rules
 // that names the mode and how to remove the rules.
-func (s *scenario) otherProxyReported(mode string) {
+func (s *scenario) waitOtherProxyEvent(mode string) {
 	s.Helper()
 	s.eventually(func(ctx context.Context) error {
 		events, err := s.api.EventsV1().Events(metav1.NamespaceDefault).List(ctx, metav1.ListOptions{})
@@ -269,18 +269,18 @@ func (s *scenario) otherProxyReported(mode string) {
 // that runs decides where new connections go, and open ones stay where they are. See
 // docs/rollback.md.
 func TestKubeProxy(t *testing.T) {
-	if os.Getenv(referenceEnv) != "" {
+	if os.Getenv(kubeProxyEnv) != "" {
 		t.Skip("kube-proxy runs in place of Fairlead")
 	}
-	for _, flavour := range flavours {
+	for _, flavour := range kubeProxyModes {
 		t.Run(flavour.name, func(t *testing.T) {
-			s := newScenario(t, shared)
+			s := newScenario(t, sharedCluster)
 			kubeProxy := newKubeProxy(s, flavour.mode, flavour.iptables)
 			found := []string{"another Service proxy's rules are on this node", "mode " + flavour.mode, "kube-proxy --cleanup"}
 			metric := func(want float64) {
 				t.Helper()
 				s.eventually(func(ctx context.Context) error {
-					got, err := s.lead.metric(ctx, "fairlead_other_proxy_rules", `mode="`+flavour.mode+`"`)
+					got, err := s.fairlead.metric(ctx, "fairlead_other_proxy_rules", `mode="`+flavour.mode+`"`)
 					if err == nil && got != want {
 						err = fmt.Errorf("fairlead_other_proxy_rules is %v, want %v", got, want)
 					}
@@ -292,15 +292,15 @@ func TestKubeProxy(t *testing.T) {
 				t.Helper()
 				t.Logf("after %s: %s", time.Since(began).Round(10*time.Millisecond), what)
 			}
-			web := s.service("web", both)
-			client, first := s.client(), s.pod("web")
+			web := s.createService("web", tcpAndUDP)
+			client, first := s.addClient(), s.createPod("web")
 			var to []destination
-			for _, addr := range web.all(80) {
+			for _, addr := range web.addrPorts(80) {
 				to = append(to, tcpTo(addr), udpTo(addr))
 			}
-			s.reachesAll(client, to, first)
+			s.waitReachesAll(client, to, first)
 			var open []*nettest.Conn
-			for _, addr := range web.all(80) {
+			for _, addr := range web.addrPorts(80) {
 				conn, err := client.Open(s.ctx, nettest.TCP, addr)
 				s.must(err)
 				defer conn.Close()
@@ -314,68 +314,68 @@ func TestKubeProxy(t *testing.T) {
 					}
 				}
 			}
-			load := s.load(client, to[0], to[len(to)-1])
+			load := s.startLoad(client, to[0], to[len(to)-1])
 
 			step("kube-proxy runs beside Fairlead, ends, and leaves its rules; the endpoints change while Fairlead is away")
-			logged := s.logsNext(found...)
-			kubeProxy.begin(first)
+			logged := s.expectLog(found...)
+			kubeProxy.startAndWait(first)
 			logged()
 			metric(1)
-			s.otherProxyReported(flavour.mode)
+			s.waitOtherProxyEvent(flavour.mode)
 			s.must(kubeProxy.kill())
-			s.must(s.lead.kill())
+			s.must(s.fairlead.kill())
 			second := first.replace("web")
-			logged = s.logsNext(found...)
+			logged = s.expectLog(found...)
 			s.must(s.start(s.ctx))
-			s.always(client, to, second)
+			s.checkReaches(client, to, second)
 			logged()
 			metric(1)
 			established()
 
 			step("Fairlead has been stopped, and kube-proxy starts with its own stale rules there")
-			args := s.lead.args
-			s.must(s.lead.stop())
-			s.lead.args = append(slices.Clone(args), "--give-way-after=1s")
-			defer func() { s.lead.args = args }()
+			args := s.fairlead.args
+			s.must(s.fairlead.stop())
+			s.fairlead.args = append(slices.Clone(args), "--give-way-after=1s")
+			defer func() { s.fairlead.args = args }()
 			s.must(s.start(s.ctx))
-			s.always(client, to, second)
-			s.must(s.lead.stop())
-			kubeProxy.begin(second)
+			s.checkReaches(client, to, second)
+			s.must(s.fairlead.stop())
+			kubeProxy.startAndWait(second)
 			third := second.replace("web")
-			s.reachesAll(client, to, third)
+			s.waitReachesAll(client, to, third)
 			established()
-			s.lead.args = args
+			s.fairlead.args = args
 
 			step("Fairlead takes over again, and kube-proxy --cleanup runs beside it")
 			s.must(s.start(s.ctx))
-			s.always(client, to, third)
+			s.checkReaches(client, to, third)
 			s.must(kubeProxy.kill())
-			logged = s.logsNext("no rules of another Service proxy are left on this node")
-			s.must(kubeProxy.removeRules())
+			logged = s.expectLog("no rules of another Service proxy are left on this node")
+			s.must(kubeProxy.cleanUp())
 			logged()
 			metric(0)
-			s.always(client, to, third)
+			s.checkReaches(client, to, third)
 			established()
 
 			step("Fairlead is killed, and kube-proxy starts on a node without its rules")
-			s.must(s.lead.kill())
-			kubeProxy.begin(third)
+			s.must(s.fairlead.kill())
+			kubeProxy.startAndWait(third)
 			fourth := third.replace("web")
-			s.reachesAll(client, to, fourth)
+			s.waitReachesAll(client, to, fourth)
 			established()
 
 			step("fairlead cleanup ends the way back")
-			_, err := kubeProxy.output(s.lead.binary, "cleanup")
+			_, err := kubeProxy.output(s.fairlead.binary, "cleanup")
 			s.must(err)
-			s.always(client, to, fourth)
+			s.checkReaches(client, to, fourth)
 			established()
 			s.must(kubeProxy.kill())
 			s.must(s.start(s.ctx))
-			s.always(client, to, fourth)
-			removesRules(s, kubeProxy)
-			s.always(client, to, fourth)
+			s.checkReaches(client, to, fourth)
+			checkRemoveCommand(s, kubeProxy)
+			s.checkReaches(client, to, fourth)
 			established()
-			s.wentWell(load)
+			s.stopLoad(load)
 		})
 	}
 }

@@ -17,9 +17,9 @@ import (
 
 // A ServiceCIDR that has the addresses of pods and of this node in it takes no
 // connections from them: what it drops are connections to its other addresses.
-func TestServiceCIDROverlaps(t *testing.T) {
-	s := newScenario(t, shared)
-	client, server := s.client(), s.pod("web")
+func TestServiceCIDROverlap(t *testing.T) {
+	s := newScenario(t, sharedCluster)
+	client, server := s.addClient(), s.createPod("web")
 	s.net.Node.ServeT(t, nettest.TCP, 7070)
 	unused := netip.MustParseAddrPort("10.245.77.77:80")
 	connects := func(to netip.AddrPort) error {
@@ -39,7 +39,7 @@ func TestServiceCIDROverlaps(t *testing.T) {
 			s.must(ignoreNotFound(cidrs.Delete(context.WithoutCancel(s.ctx), created.Name, metav1.DeleteOptions{})))
 		})
 		s.eventually(func(context.Context) error {
-			ok, err := s.lead.logged("lie in a ServiceCIDR", network)
+			ok, err := s.fairlead.logged("lie in a ServiceCIDR", network)
 			if err == nil && !ok {
 				err = errors.New("the overlap is not logged")
 			}
@@ -51,7 +51,7 @@ func TestServiceCIDROverlaps(t *testing.T) {
 		if err := connects(unused); !errors.Is(err, nettest.ErrTimeout) {
 			return fmt.Errorf("connection to %s: error %w, want none to answer", unused, err)
 		}
-		dropped, err := s.lead.metric(ctx, "fairlead_unserved_packets_total", `reason="dropped-no-service"`, `ip_family="IPv4"`)
+		dropped, err := s.fairlead.metric(ctx, "fairlead_unserved_packets_total", `reason="dropped-no-service"`, `ip_family="IPv4"`)
 		if err == nil && dropped == 0 {
 			err = errors.New("nothing was dropped")
 		}

@@ -28,8 +28,8 @@ import (
 // kube-proxy.
 const commitsMetric = "kubeproxy_sync_proxy_rules_duration_seconds_count"
 
-// parallel calls fn for each number below n, some at a time.
-func parallel(ctx context.Context, n int, fn func(ctx context.Context, i int) error) error {
+// forEachParallel calls fn for each number below n, some at a time.
+func forEachParallel(ctx context.Context, n int, fn func(ctx context.Context, i int) error) error {
 	const workers = 16
 	group, ctx := errgroup.WithContext(ctx)
 	group.SetLimit(workers)
@@ -39,8 +39,8 @@ func parallel(ctx context.Context, n int, fn func(ctx context.Context, i int) er
 	return group.Wait()
 }
 
-// numbered returns the address so many after a first one.
-func numbered(first netip.Addr, n int) netip.Addr {
+// addrPlus returns the address so many after a first one.
+func addrPlus(first netip.Addr, n int) netip.Addr {
 	bytes := first.AsSlice()
 	for i := len(bytes) - 1; n > 0; i-- {
 		n += int(bytes[i])
@@ -54,31 +54,31 @@ func numbered(first netip.Addr, n int) netip.Addr {
 // the Service works meanwhile.
 func TestBurst(t *testing.T) {
 	const pods = 1000
-	s := newScenario(t, shared)
+	s := newScenario(t, sharedCluster)
 	// The pods are selected by a Service that nobody connects to: they are only
 	// objects.
-	crowd := s.service("crowd")
-	web := s.service("web")
-	client, only := s.client(), s.pod("web")
-	s.reaches(client, tcpTo(web.at(80)), only)
+	crowd := s.createService("crowd")
+	web := s.createService("web")
+	client, only := s.addClient(), s.createPod("web")
+	s.waitReaches(client, tcpTo(web.addrPort(80)), only)
 	commits := func() int {
-		n, err := s.lead.metric(s.ctx, commitsMetric, `ip_family="IPv4"`)
+		n, err := s.fairlead.metric(s.ctx, commitsMetric, `ip_family="IPv4"`)
 		s.must(err)
 		return int(n)
 	}
 	programmed := func(want int) {
 		t.Helper()
-		s.eventually(func(ctx context.Context) error { return s.endpoints(ctx, crowd.Name, want) })
+		s.eventually(func(ctx context.Context) error { return s.checkReadyEndpoints(ctx, crowd.Name, want) })
 		if want == 0 {
-			s.refused(client, tcpTo(crowd.at(80)))
+			s.waitRefused(client, tcpTo(crowd.addrPort(80)))
 		}
-		s.reaches(client, tcpTo(web.at(80)), only)
+		s.waitReaches(client, tcpTo(web.addrPort(80)), only)
 	}
-	load := s.load(client, tcpTo(web.at(80)))
+	load := s.startLoad(client, tcpTo(web.addrPort(80)))
 	changes := s.countSliceChanges()
 
 	start, before := time.Now(), commits()
-	s.must(parallel(s.ctx, pods, func(ctx context.Context, i int) error {
+	s.must(forEachParallel(s.ctx, pods, func(ctx context.Context, i int) error {
 		name := fmt.Sprintf("crowd-%d", i)
 		_, err := s.api.CoreV1().Pods(s.namespace).Create(ctx, &corev1.Pod{
 			ObjectMeta: metav1.ObjectMeta{Name: name, Namespace: s.namespace, Labels: map[string]string{"app": "crowd"}},
@@ -88,7 +88,7 @@ func TestBurst(t *testing.T) {
 			return err
 		}
 		return s.setStatus(ctx, name, true,
-			numbered(netip.MustParseAddr("198.18.0.1"), i), numbered(netip.MustParseAddr("2001:db8:18::1"), i))
+			addrPlus(netip.MustParseAddr("198.18.0.1"), i), addrPlus(netip.MustParseAddr("2001:db8:18::1"), i))
 	}))
 	programmed(pods)
 	up, upChanges := commits()-before, int(changes.Swap(0))
@@ -100,7 +100,7 @@ func TestBurst(t *testing.T) {
 	programmed(0)
 	down, downChanges := commits()-before, int(changes.Swap(0))
 	t.Logf("%d pods went within %s: %d changes of EndpointSlices, %d commits", pods, time.Since(start).Round(time.Millisecond), downChanges, down)
-	s.wentWell(load)
+	s.stopLoad(load)
 
 	// How many changes of EndpointSlices it takes is the controller's doing. Each
 	// may be programmed at once, but not one endpoint after the other.
@@ -149,7 +149,7 @@ func storedServices(t *testing.T, services, endpoints int) map[string][]byte {
 	}
 	for i := range services {
 		name := fmt.Sprintf("web-%d", i)
-		addr := numbered(netip.MustParseAddr("10.96.1.0"), i).String()
+		addr := addrPlus(netip.MustParseAddr("10.96.1.0"), i).String()
 		store("/registry/services/specs/"+namespace+"/"+name, &corev1.Service{
 			TypeMeta:   metav1.TypeMeta{APIVersion: "v1", Kind: "Service"},
 			ObjectMeta: meta(name, "00000000-0000", i, map[string]string{"app.kubernetes.io/name": name}),
@@ -171,7 +171,7 @@ func storedServices(t *testing.T, services, endpoints int) map[string][]byte {
 		}
 		for j := range endpoints {
 			slice.Endpoints = append(slice.Endpoints, discoveryv1.Endpoint{
-				Addresses:  []string{numbered(netip.MustParseAddr("10.128.0.1"), i*endpoints+j).String()},
+				Addresses:  []string{addrPlus(netip.MustParseAddr("10.128.0.1"), i*endpoints+j).String()},
 				Conditions: discoveryv1.EndpointConditions{Ready: new(true), Serving: new(true), Terminating: new(false)},
 				NodeName:   new(otherNode), Zone: new(otherZone),
 				TargetRef: &corev1.ObjectReference{Kind: "Pod", Namespace: namespace, Name: fmt.Sprintf("%s-%d", name, j)},
@@ -211,19 +211,19 @@ func TestMemory(t *testing.T) {
 	}
 	t.Logf("programmed %s after the start", time.Since(start).Round(10*time.Millisecond))
 	s := newScenario(t, c)
-	web := s.service("web", func(v *corev1.Service) {
+	web := s.createService("web", func(v *corev1.Service) {
 		v.Spec.Selector = nil
 		// The API server knows nothing of the addresses that were stored.
 		v.Spec.ClusterIP = "10.96.200.1"
 		v.Spec.IPFamilyPolicy = new(corev1.IPFamilyPolicySingleStack)
 	})
-	only := s.pod("web")
-	s.slice("web", endpoint{only, thisZone})
+	only := s.createPod("web")
+	s.createSlice("web", sliceEndpoint{only, thisZone})
 	start = time.Now()
-	s.reaches(s.client(), tcpTo(web.at(80)), only)
+	s.waitReaches(s.addClient(), tcpTo(web.addrPort(80)), only)
 	t.Logf("one more Service works %s after it was created", time.Since(start).Round(time.Millisecond))
 
-	peak, now, err := c.lead.resident()
+	peak, now, err := c.fairlead.residentMemory()
 	if err != nil {
 		t.Fatal(err)
 	}

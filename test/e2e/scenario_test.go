@@ -31,8 +31,8 @@ type scenario struct {
 	ctx       context.Context
 	namespace string
 
-	mu     sync.Mutex
-	number int // of pods made
+	mu        sync.Mutex
+	hostCount int // of pods made
 }
 
 // newScenario makes a scenario in the cluster. What it makes is gone when the
@@ -40,8 +40,8 @@ type scenario struct {
 func newScenario(t testing.TB, c *cluster) *scenario {
 	t.Helper()
 	s := &scenario{TB: t, cluster: c, ctx: t.Context()}
-	if !c.lead.running() {
-		t.Logf("an earlier test has left Fairlead stopped; its log ends:\n%s", c.lead.tail())
+	if !c.fairlead.running() {
+		t.Logf("an earlier test has left Fairlead stopped; its log ends:\n%s", c.fairlead.logTail())
 		s.must(c.start(s.ctx))
 	}
 	name := strings.Trim(strings.Map(func(r rune) rune {
@@ -57,7 +57,7 @@ func newScenario(t testing.TB, c *cluster) *scenario {
 	s.namespace = namespace.Name
 	t.Cleanup(func() {
 		if t.Failed() {
-			t.Logf("the end of Fairlead's log:\n%s", c.lead.tail())
+			t.Logf("the end of Fairlead's log:\n%s", c.fairlead.logTail())
 		}
 		ctx := context.WithoutCancel(s.ctx)
 		services, err := c.api.CoreV1().Services(s.namespace).List(ctx, metav1.ListOptions{})
@@ -93,11 +93,11 @@ func (s *scenario) eventually(fn func(context.Context) error) {
 // service is a Service of a scenario.
 type service struct {
 	*corev1.Service
-	in *scenario
+	scenario *scenario
 }
 
-// port is a Service's TCP port and the one that pods serve it on.
-func port(number int32, target any) corev1.ServicePort {
+// tcpPort is a Service's TCP port and the one that pods serve it on.
+func tcpPort(number int32, target any) corev1.ServicePort {
 	p := corev1.ServicePort{Name: fmt.Sprintf("tcp-%d", number), Port: number}
 	switch to := target.(type) {
 	case int:
@@ -108,21 +108,21 @@ func port(number int32, target any) corev1.ServicePort {
 	return p
 }
 
-// udp makes a port one of UDP.
-func udp(p corev1.ServicePort) corev1.ServicePort {
+// asUDP makes a port one of UDP.
+func asUDP(p corev1.ServicePort) corev1.ServicePort {
 	p.Name, p.Protocol = strings.Replace(p.Name, "tcp", "udp", 1), corev1.ProtocolUDP
 	return p
 }
 
-// service creates a Service that selects the pods of the app of the same name.
+// createService creates a Service that selects the pods of the app of the same name.
 // It has both families and port 80 unless change says otherwise.
-func (s *scenario) service(name string, change ...func(*corev1.Service)) *service {
+func (s *scenario) createService(name string, change ...func(*corev1.Service)) *service {
 	s.Helper()
 	object := &corev1.Service{
 		ObjectMeta: metav1.ObjectMeta{Name: name, Namespace: s.namespace},
 		Spec: corev1.ServiceSpec{
 			Selector:       map[string]string{"app": name},
-			Ports:          []corev1.ServicePort{port(80, 8080)},
+			Ports:          []corev1.ServicePort{tcpPort(80, 8080)},
 			IPFamilyPolicy: new(corev1.IPFamilyPolicyPreferDualStack),
 		},
 	}
@@ -131,19 +131,19 @@ func (s *scenario) service(name string, change ...func(*corev1.Service)) *servic
 	}
 	created, err := s.api.CoreV1().Services(s.namespace).Create(s.ctx, object, metav1.CreateOptions{})
 	s.must(err)
-	return &service{Service: created, in: s}
+	return &service{Service: created, scenario: s}
 }
 
 // update changes the Service.
 func (v *service) update(change func(*corev1.Service)) {
-	v.in.Helper()
-	v.in.eventually(func(ctx context.Context) error {
-		current, err := v.in.api.CoreV1().Services(v.Namespace).Get(ctx, v.Name, metav1.GetOptions{})
+	v.scenario.Helper()
+	v.scenario.eventually(func(ctx context.Context) error {
+		current, err := v.scenario.api.CoreV1().Services(v.Namespace).Get(ctx, v.Name, metav1.GetOptions{})
 		if err != nil {
 			return err
 		}
 		change(current)
-		updated, err := v.in.api.CoreV1().Services(v.Namespace).Update(ctx, current, metav1.UpdateOptions{})
+		updated, err := v.scenario.api.CoreV1().Services(v.Namespace).Update(ctx, current, metav1.UpdateOptions{})
 		if err == nil {
 			v.Service = updated
 		}
@@ -151,29 +151,29 @@ func (v *service) update(change func(*corev1.Service)) {
 	})
 }
 
-// ingress writes the addresses of a load balancer into the status, as a cloud's
+// setIngress writes the addresses of a load balancer into the status, as a cloud's
 // controller does.
-func (v *service) ingress(addrs ...string) {
-	v.in.Helper()
+func (v *service) setIngress(addrs ...string) {
+	v.scenario.Helper()
 	ingress := make([]map[string]any, 0, len(addrs))
 	for _, a := range addrs {
 		ingress = append(ingress, map[string]any{"ip": a, "ipMode": "VIP"})
 	}
-	_, err := v.in.api.CoreV1().Services(v.Namespace).Patch(v.in.ctx, v.Name, types.MergePatchType,
+	_, err := v.scenario.api.CoreV1().Services(v.Namespace).Patch(v.scenario.ctx, v.Name, types.MergePatchType,
 		patch(ingress, "status", "loadBalancer", "ingress"), metav1.PatchOptions{}, "status")
-	v.in.must(err)
+	v.scenario.must(err)
 }
 
 func (v *service) delete() {
-	v.in.Helper()
-	v.in.must(v.in.api.CoreV1().Services(v.Namespace).Delete(v.in.ctx, v.Name, metav1.DeleteOptions{}))
+	v.scenario.Helper()
+	v.scenario.must(v.scenario.api.CoreV1().Services(v.Namespace).Delete(v.scenario.ctx, v.Name, metav1.DeleteOptions{}))
 }
 
-// at returns the Service's cluster IP of the first family, with the port.
-func (v *service) at(number uint16) netip.AddrPort { return v.all(number)[0] }
+// addrPort returns the Service's cluster IP of the first family, with the port.
+func (v *service) addrPort(number uint16) netip.AddrPort { return v.addrPorts(number)[0] }
 
-// all returns the Service's cluster IPs of each family, with the port.
-func (v *service) all(number uint16) []netip.AddrPort {
+// addrPorts returns the Service's cluster IPs of each family, with the port.
+func (v *service) addrPorts(number uint16) []netip.AddrPort {
 	addrs := make([]netip.AddrPort, 0, len(v.Spec.ClusterIPs))
 	for _, ip := range v.Spec.ClusterIPs {
 		addrs = append(addrs, netip.AddrPortFrom(netip.MustParseAddr(ip), number))
@@ -184,50 +184,50 @@ func (v *service) all(number uint16) []netip.AddrPort {
 // pod is a Pod, and the namespace that is it.
 type pod struct {
 	*nettest.Host // its Name is how it answers
-	in            *scenario
-	object        string // the Pod's name
+	scenario      *scenario
+	objectName    string // the Pod's name
 }
 
 // podOptions say what a pod is like.
 type podOptions struct {
-	node    string
-	unready bool
-	ports   []corev1.ContainerPort
+	node     string
+	notReady bool
+	ports    []corev1.ContainerPort
 }
 
 func onOtherNode(o *podOptions) { o.node = otherNode }
 
-func unready(o *podOptions) { o.unready = true }
+func notReady(o *podOptions) { o.notReady = true }
 
-// named gives the pod a named port for TCP, and namedUDP one for UDP, in place
+// withTCPPort gives the pod a named port for TCP, and withUDPPort one for UDP, in place
 // of 8080.
-func named(name string, number int32) func(*podOptions) {
+func withTCPPort(name string, number int32) func(*podOptions) {
 	return func(o *podOptions) {
 		o.ports = append(o.ports, corev1.ContainerPort{Name: name, ContainerPort: number, Protocol: corev1.ProtocolTCP})
 	}
 }
 
-func namedUDP(name string, number int32) func(*podOptions) {
+func withUDPPort(name string, number int32) func(*podOptions) {
 	return func(o *podOptions) {
 		o.ports = append(o.ports, corev1.ContainerPort{Name: name, ContainerPort: number, Protocol: corev1.ProtocolUDP})
 	}
 }
 
-// pod creates a Pod of an app, on this node, which serves TCP and UDP on port
+// createPod creates a Pod of an app, on this node, which serves TCP and UDP on port
 // 8080, is running and ready, unless an option says otherwise.
-func (s *scenario) pod(app string, options ...func(*podOptions)) *pod {
+func (s *scenario) createPod(app string, options ...func(*podOptions)) *pod {
 	s.Helper()
 	o := podOptions{node: thisNode}
 	for _, fn := range options {
 		fn(&o)
 	}
 	s.mu.Lock()
-	s.number++
-	name := fmt.Sprintf("%s-%d", app, s.number)
+	s.hostCount++
+	name := fmt.Sprintf("%s-%d", app, s.hostCount)
 	s.mu.Unlock()
 	if len(o.ports) == 0 {
-		named("tcp", 8080)(&o)
-		namedUDP("udp", 8080)(&o)
+		withTCPPort("tcp", 8080)(&o)
+		withUDPPort("udp", 8080)(&o)
 	}
 
 	host, err := s.net.AddPod(s.namespace + "/" + name)
@@ -250,28 +250,28 @@ func (s *scenario) pod(app string, options ...func(*podOptions)) *pod {
 	}
 	_, err = s.api.CoreV1().Pods(s.namespace).Create(s.ctx, object, metav1.CreateOptions{})
 	s.must(err)
-	p := &pod{Host: host, in: s, object: name}
-	p.status(!o.unready)
+	p := &pod{Host: host, scenario: s, objectName: name}
+	p.setReady(!o.notReady)
 	return p
 }
 
-// pods creates several Pods of an app on this node.
-func (s *scenario) pods(app string, n int) []*pod {
+// createPods creates several Pods of an app on this node.
+func (s *scenario) createPods(app string, n int) []*pod {
 	s.Helper()
 	pods := make([]*pod, 0, n)
 	for range n {
-		pods = append(pods, s.pod(app))
+		pods = append(pods, s.createPod(app))
 	}
 	return pods
 }
 
-// client is a pod that serves nothing and no Service selects. Each call makes
+// addClient is a pod that serves nothing and no Service selects. Each call makes
 // another.
-func (s *scenario) client() *nettest.Host {
+func (s *scenario) addClient() *nettest.Host {
 	s.Helper()
 	s.mu.Lock()
-	s.number++
-	name := fmt.Sprintf("client-%d", s.number)
+	s.hostCount++
+	name := fmt.Sprintf("client-%d", s.hostCount)
 	s.mu.Unlock()
 	host, err := s.net.AddPod(s.namespace + "/" + name)
 	s.must(err)
@@ -283,10 +283,10 @@ func (s *scenario) client() *nettest.Host {
 	return host
 }
 
-// status writes what a kubelet writes about a running Pod.
-func (p *pod) status(ready bool) {
-	p.in.Helper()
-	p.in.must(p.in.setStatus(p.in.ctx, p.object, ready, p.Addrs()...))
+// setReady writes what a kubelet writes about a running Pod.
+func (p *pod) setReady(ready bool) {
+	p.scenario.Helper()
+	p.scenario.must(p.scenario.setStatus(p.scenario.ctx, p.objectName, ready, p.Addrs()...))
 }
 
 // setStatus makes a Pod one that runs, with these addresses.
@@ -308,24 +308,24 @@ func (s *scenario) setStatus(ctx context.Context, name string, ready bool, addrs
 	return err
 }
 
-// ready makes the Pod ready.
-func (p *pod) ready() { p.in.Helper(); p.status(true) }
+// markReady makes the Pod ready.
+func (p *pod) markReady() { p.scenario.Helper(); p.setReady(true) }
 
-// unready makes the Pod not ready, as a failing readiness probe does.
-func (p *pod) unready() { p.in.Helper(); p.status(false) }
+// markNotReady makes the Pod not ready, as a failing readiness probe does.
+func (p *pod) markNotReady() { p.scenario.Helper(); p.setReady(false) }
 
 // terminate begins the Pod's end: it is deleted and still there, serves, and
 // its kubelet waits for it.
 func (p *pod) terminate() {
-	p.in.Helper()
-	p.in.must(p.in.api.CoreV1().Pods(p.in.namespace).Delete(p.in.ctx, p.object, metav1.DeleteOptions{}))
+	p.scenario.Helper()
+	p.scenario.must(p.scenario.api.CoreV1().Pods(p.scenario.namespace).Delete(p.scenario.ctx, p.objectName, metav1.DeleteOptions{}))
 }
 
-// gone removes the Pod, and with it the server.
-func (p *pod) gone() {
-	p.in.Helper()
-	p.in.must(p.in.api.CoreV1().Pods(p.in.namespace).Delete(p.in.ctx, p.object, metav1.DeleteOptions{GracePeriodSeconds: new(int64(0))}))
-	p.in.must(p.Close())
+// remove removes the Pod, and with it the server.
+func (p *pod) remove() {
+	p.scenario.Helper()
+	p.scenario.must(p.scenario.api.CoreV1().Pods(p.scenario.namespace).Delete(p.scenario.ctx, p.objectName, metav1.DeleteOptions{GracePeriodSeconds: new(int64(0))}))
+	p.scenario.must(p.Close())
 }
 
 // destination is what a client connects to.
@@ -340,13 +340,13 @@ func udpTo(addr netip.AddrPort) destination { return destination{nettest.UDP, ad
 func (d destination) String() string { return d.network + " " + d.addr.String() }
 
 const (
-	// quick bounds an attempt that may be made again. A connection that was begun
+	// attemptTimeout bounds an attempt that may be made again. A connection that was begun
 	// before its Service was programmed gets no answer for long: the node's
 	// connection tracking remembers where its first packet went.
-	quick = 500 * time.Millisecond
-	// slow bounds an attempt that must go well. A lost packet is sent again after
+	attemptTimeout = 500 * time.Millisecond
+	// connectTimeout bounds an attempt that must go well. A lost packet is sent again after
 	// a second.
-	slow = 5 * time.Second
+	connectTimeout = 5 * time.Second
 )
 
 func connect(ctx context.Context, from *nettest.Host, to destination, within time.Duration) (nettest.Answer, error) {
@@ -355,9 +355,9 @@ func connect(ctx context.Context, from *nettest.Host, to destination, within tim
 	return from.Connect(ctx, to.network, to.addr)
 }
 
-// reaches waits until connections end at these pods: at all of them, and at no
+// waitReaches waits until connections end at these pods: at all of them, and at no
 // other.
-func (s *scenario) reaches(from *nettest.Host, to destination, want ...*pod) {
+func (s *scenario) waitReaches(from *nettest.Host, to destination, want ...*pod) {
 	s.Helper()
 	names := map[string]bool{}
 	for _, p := range want {
@@ -368,7 +368,7 @@ func (s *scenario) reaches(from *nettest.Host, to destination, want ...*pod) {
 		// Of so many connections at random, one misses a pod once in a hundred
 		// rounds; then there is another round.
 		for range max(10, 7*len(want)) {
-			answer, err := connect(ctx, from, to, quick)
+			answer, err := connect(ctx, from, to, attemptTimeout)
 			if err != nil {
 				return fmt.Errorf("%d connections went well, then: %w", len(got), err)
 			}
@@ -386,23 +386,23 @@ func (s *scenario) reaches(from *nettest.Host, to destination, want ...*pod) {
 	})
 }
 
-// refused waits until connections are turned down at once.
-func (s *scenario) refused(from *nettest.Host, to destination) {
+// waitRefused waits until connections are turned down at once.
+func (s *scenario) waitRefused(from *nettest.Host, to destination) {
 	s.Helper()
-	s.fails(from, to, nettest.ErrRefused)
+	s.waitFails(from, to, nettest.ErrRefused)
 }
 
-// unanswered waits until connections get no answer.
-func (s *scenario) unanswered(from *nettest.Host, to destination) {
+// waitUnanswered waits until connections get no answer.
+func (s *scenario) waitUnanswered(from *nettest.Host, to destination) {
 	s.Helper()
-	s.fails(from, to, nettest.ErrTimeout)
+	s.waitFails(from, to, nettest.ErrTimeout)
 }
 
-// fails waits until connections fail with one of the errors.
-func (s *scenario) fails(from *nettest.Host, to destination, wants ...error) {
+// waitFails waits until connections fail with one of the errors.
+func (s *scenario) waitFails(from *nettest.Host, to destination, wants ...error) {
 	s.Helper()
 	s.eventually(func(ctx context.Context) error {
-		answer, err := connect(ctx, from, to, quick)
+		answer, err := connect(ctx, from, to, attemptTimeout)
 		if err == nil {
 			return fmt.Errorf("%s from %s: %s answered, want %v", to, from.Name, answer.Host, wants)
 		}
@@ -415,62 +415,62 @@ func (s *scenario) fails(from *nettest.Host, to destination, wants ...error) {
 	})
 }
 
-// load is clients that connect all the time.
-type load struct {
-	stopped chan struct{}
-	wg      sync.WaitGroup
-	count   atomic.Int64
+// clientLoad is clients that connect all the time.
+type clientLoad struct {
+	stop        chan struct{}
+	wg          sync.WaitGroup
+	connections atomic.Int64
 
 	mu       sync.Mutex
 	failures []error
 }
 
-// load connects to all destinations, one connection after the other each, until
+// startLoad connects to all destinations, one connection after the other each, until
 // the load is stopped. Every connection must go well.
-func (s *scenario) load(from *nettest.Host, to ...destination) *load {
-	l := &load{stopped: make(chan struct{})}
+func (s *scenario) startLoad(from *nettest.Host, to ...destination) *clientLoad {
+	l := &clientLoad{stop: make(chan struct{})}
 	for _, d := range to {
 		l.wg.Go(func() {
 			const pause = 2 * time.Millisecond
 			for {
 				select {
-				case <-l.stopped:
+				case <-l.stop:
 					return
 				case <-time.After(pause):
 				}
-				if _, err := connect(s.ctx, from, d, slow); err != nil {
+				if _, err := connect(s.ctx, from, d, connectTimeout); err != nil {
 					l.mu.Lock()
 					l.failures = append(l.failures, err)
 					l.mu.Unlock()
 				}
-				l.count.Add(1)
+				l.connections.Add(1)
 			}
 		})
 	}
 	return l
 }
 
-// wentWell stops the load and fails the test if any connection did.
-func (s *scenario) wentWell(l *load) {
+// stopLoad stops the load and fails the test if any connection did.
+func (s *scenario) stopLoad(l *clientLoad) {
 	s.Helper()
-	close(l.stopped)
+	close(l.stop)
 	l.wg.Wait()
 	if len(l.failures) > 0 {
-		s.Errorf("%d of %d connections failed, the first: %v", len(l.failures), l.count.Load(), l.failures[0])
+		s.Errorf("%d of %d connections failed, the first: %v", len(l.failures), l.connections.Load(), l.failures[0])
 	}
 	const enough = 50
-	if l.count.Load() < enough {
-		s.Errorf("only %d connections were made", l.count.Load())
+	if l.connections.Load() < enough {
+		s.Errorf("only %d connections were made", l.connections.Load())
 	}
-	s.Logf("%d connections", l.count.Load())
+	s.Logf("%d connections", l.connections.Load())
 }
 
-// reported waits for a Warning Event about the Service whose message has all of
+// waitEvent waits for a Warning Event about the Service whose message has all of
 // the parts.
-func (v *service) reported(parts ...string) {
-	v.in.Helper()
-	v.in.eventually(func(ctx context.Context) error {
-		events, err := v.in.api.EventsV1().Events(v.Namespace).List(ctx, metav1.ListOptions{})
+func (v *service) waitEvent(parts ...string) {
+	v.scenario.Helper()
+	v.scenario.eventually(func(ctx context.Context) error {
+		events, err := v.scenario.api.EventsV1().Events(v.Namespace).List(ctx, metav1.ListOptions{})
 		if err != nil {
 			return err
 		}

@@ -22,16 +22,16 @@ import (
 // UDP, at its cluster IPs of both families.
 func TestClusterIP(t *testing.T) {
 	t.Parallel()
-	s := newScenario(t, shared)
-	web := s.service("web", both)
-	here, there := s.pod("web"), s.pod("web", onOtherNode)
+	s := newScenario(t, sharedCluster)
+	web := s.createService("web", tcpAndUDP)
+	here, there := s.createPod("web"), s.createPod("web", onOtherNode)
 	if len(web.Spec.ClusterIPs) != 2 {
 		t.Fatalf("cluster IPs %v, want two", web.Spec.ClusterIPs)
 	}
-	for _, addr := range web.all(80) {
-		for _, from := range []*nettest.Host{s.client(), s.net.Node, s.net.Outside} {
-			s.reaches(from, tcpTo(addr), here, there)
-			s.reaches(from, udpTo(addr), here, there)
+	for _, addr := range web.addrPorts(80) {
+		for _, from := range []*nettest.Host{s.addClient(), s.net.Node, s.net.Outside} {
+			s.waitReaches(from, tcpTo(addr), here, there)
+			s.waitReaches(from, udpTo(addr), here, there)
 		}
 	}
 }
@@ -39,11 +39,11 @@ func TestClusterIP(t *testing.T) {
 // A pod that connects to its own Service reaches itself too.
 func TestHairpin(t *testing.T) {
 	t.Parallel()
-	s := newScenario(t, shared)
-	web := s.service("web")
-	only := s.pod("web")
-	for _, addr := range web.all(80) {
-		s.reaches(only.Host, tcpTo(addr), only)
+	s := newScenario(t, sharedCluster)
+	web := s.createService("web")
+	only := s.createPod("web")
+	for _, addr := range web.addrPorts(80) {
+		s.waitReaches(only.Host, tcpTo(addr), only)
 	}
 }
 
@@ -51,11 +51,11 @@ func TestHairpin(t *testing.T) {
 // place of others'.
 func TestSourceAddress(t *testing.T) {
 	t.Parallel()
-	s := newScenario(t, shared)
-	web := s.service("web")
-	only, client := s.pod("web"), s.client()
-	for i, addr := range web.all(80) {
-		s.reaches(client, tcpTo(addr), only)
+	s := newScenario(t, sharedCluster)
+	web := s.createService("web")
+	only, client := s.createPod("web"), s.addClient()
+	for i, addr := range web.addrPorts(80) {
+		s.waitReaches(client, tcpTo(addr), only)
 		for _, tc := range []struct {
 			from *nettest.Host
 			want netip.Addr
@@ -63,7 +63,7 @@ func TestSourceAddress(t *testing.T) {
 			{client, client.Addrs()[i]},
 			{s.net.Outside, s.net.Node.Addrs()[i]},
 		} {
-			answer, err := connect(s.ctx, tc.from, tcpTo(addr), slow)
+			answer, err := connect(s.ctx, tc.from, tcpTo(addr), connectTimeout)
 			s.must(err)
 			if answer.Source.Addr() != tc.want {
 				t.Errorf("from %s to %s: the pod sees %s, want %s", tc.from.Name, addr, answer.Source, tc.want)
@@ -76,28 +76,28 @@ func TestSourceAddress(t *testing.T) {
 // means what each pod says it means.
 func TestTargetPorts(t *testing.T) {
 	t.Parallel()
-	s := newScenario(t, shared)
-	web := s.service("web", func(v *corev1.Service) {
-		v.Spec.Ports = []corev1.ServicePort{port(80, "http"), port(443, 8443), udp(port(53, "dns"))}
+	s := newScenario(t, sharedCluster)
+	web := s.createService("web", func(v *corev1.Service) {
+		v.Spec.Ports = []corev1.ServicePort{tcpPort(80, "http"), tcpPort(443, 8443), asUDP(tcpPort(53, "dns"))}
 	})
-	first := s.pod("web", named("http", 8080), named("https", 8443), namedUDP("dns", 5353))
-	second := s.pod("web", named("http", 9090), named("https", 8443))
-	client := s.client()
-	s.reaches(client, tcpTo(web.at(80)), first, second)
-	s.reaches(client, tcpTo(web.at(443)), first, second)
-	s.reaches(client, udpTo(web.at(53)), first)
+	first := s.createPod("web", withTCPPort("http", 8080), withTCPPort("https", 8443), withUDPPort("dns", 5353))
+	second := s.createPod("web", withTCPPort("http", 9090), withTCPPort("https", 8443))
+	client := s.addClient()
+	s.waitReaches(client, tcpTo(web.addrPort(80)), first, second)
+	s.waitReaches(client, tcpTo(web.addrPort(443)), first, second)
+	s.waitReaches(client, udpTo(web.addrPort(53)), first)
 	for _, tc := range []struct {
 		to   destination
 		pod  *pod
 		want uint16
 	}{
-		{tcpTo(web.at(80)), first, 8080},
-		{tcpTo(web.at(80)), second, 9090},
-		{tcpTo(web.at(443)), second, 8443},
-		{udpTo(web.at(53)), first, 5353},
+		{tcpTo(web.addrPort(80)), first, 8080},
+		{tcpTo(web.addrPort(80)), second, 9090},
+		{tcpTo(web.addrPort(443)), second, 8443},
+		{udpTo(web.addrPort(53)), first, 5353},
 	} {
 		s.eventually(func(ctx context.Context) error {
-			answer, err := connect(ctx, client, tc.to, quick)
+			answer, err := connect(ctx, client, tc.to, attemptTimeout)
 			if err == nil && answer.Host != tc.pod.Name {
 				err = errors.New("another pod's turn")
 			}
@@ -112,35 +112,35 @@ func TestTargetPorts(t *testing.T) {
 // Connections are refused while a Service has no pods, and follow those it has.
 func TestScale(t *testing.T) {
 	t.Parallel()
-	s := newScenario(t, shared)
-	web := s.service("web", both)
-	client := s.client()
+	s := newScenario(t, sharedCluster)
+	web := s.createService("web", tcpAndUDP)
+	client := s.addClient()
 	check := func(pods ...*pod) {
 		t.Helper()
-		for _, to := range []destination{tcpTo(web.all(80)[0]), tcpTo(web.all(80)[1]), udpTo(web.at(80))} {
+		for _, to := range []destination{tcpTo(web.addrPorts(80)[0]), tcpTo(web.addrPorts(80)[1]), udpTo(web.addrPort(80))} {
 			if len(pods) == 0 {
-				s.refused(client, to)
+				s.waitRefused(client, to)
 			} else {
-				s.reaches(client, to, pods...)
+				s.waitReaches(client, to, pods...)
 			}
 		}
 	}
 	check()
-	pods := s.pods("web", 1)
+	pods := s.createPods("web", 1)
 	check(pods...)
-	pods = append(pods, s.pods("web", 4)...)
+	pods = append(pods, s.createPods("web", 4)...)
 	check(pods...)
 	for _, p := range pods[2:] {
 		p.terminate()
-		p.gone()
+		p.remove()
 	}
 	check(pods[:2]...)
 	for _, p := range pods[:2] {
 		p.terminate()
-		p.gone()
+		p.remove()
 	}
 	check()
-	check(s.pod("web"))
+	check(s.createPod("web"))
 }
 
 // A rolling update as a Deployment makes it: each new pod is ready before an old
@@ -148,34 +148,34 @@ func TestScale(t *testing.T) {
 // connection fails, and those that are open go on.
 func TestRollingUpdate(t *testing.T) {
 	t.Parallel()
-	s := newScenario(t, shared)
-	web := s.service("web", both)
-	client := s.client()
-	serving := s.pods("web", 3)
-	s.reaches(client, tcpTo(web.at(80)), serving...)
-	s.reaches(client, tcpTo(web.all(80)[1]), serving...)
-	s.reaches(client, udpTo(web.at(80)), serving...)
+	s := newScenario(t, sharedCluster)
+	web := s.createService("web", tcpAndUDP)
+	client := s.addClient()
+	serving := s.createPods("web", 3)
+	s.waitReaches(client, tcpTo(web.addrPort(80)), serving...)
+	s.waitReaches(client, tcpTo(web.addrPorts(80)[1]), serving...)
+	s.waitReaches(client, udpTo(web.addrPort(80)), serving...)
 
-	load := s.load(client, tcpTo(web.all(80)[0]), tcpTo(web.all(80)[1]), udpTo(web.at(80)))
+	load := s.startLoad(client, tcpTo(web.addrPorts(80)[0]), tcpTo(web.addrPorts(80)[1]), udpTo(web.addrPort(80)))
 	for range serving {
-		fresh := s.pod("web", unready)
-		fresh.ready()
-		s.reaches(client, tcpTo(web.at(80)), append(serving, fresh)...)
+		fresh := s.createPod("web", notReady)
+		fresh.markReady()
+		s.waitReaches(client, tcpTo(web.addrPort(80)), append(serving, fresh)...)
 		old := serving[0]
 		serving = append(serving[1:], fresh)
 
-		open := s.openTo(client, tcpTo(web.at(80)), old)
+		open := s.openTo(client, tcpTo(web.addrPort(80)), old)
 		old.terminate()
-		for _, to := range []destination{tcpTo(web.all(80)[0]), tcpTo(web.all(80)[1]), udpTo(web.at(80))} {
-			s.reaches(client, to, serving...)
+		for _, to := range []destination{tcpTo(web.addrPorts(80)[0]), tcpTo(web.addrPorts(80)[1]), udpTo(web.addrPort(80))} {
+			s.waitReaches(client, to, serving...)
 		}
 		if answer, err := open.Ask(s.ctx); err != nil || answer.Host != old.Name {
 			t.Errorf("an open connection to a terminating pod: got %v, %v", answer, err)
 		}
 		s.must(open.Close())
-		old.gone()
+		old.remove()
 	}
-	s.wentWell(load)
+	s.stopLoad(load)
 }
 
 // openTo returns a connection that ends at the pod.
@@ -201,80 +201,80 @@ func (s *scenario) openTo(from *nettest.Host, to destination, want *pod) *nettes
 // Service that publishes addresses that are not ready does not mind.
 func TestReadiness(t *testing.T) {
 	t.Parallel()
-	s := newScenario(t, shared)
-	web := s.service("web")
-	all := s.service("all", func(v *corev1.Service) {
+	s := newScenario(t, sharedCluster)
+	web := s.createService("web")
+	all := s.createService("all", func(v *corev1.Service) {
 		v.Spec.PublishNotReadyAddresses = true
 		v.Spec.Selector = map[string]string{"app": "web"}
 	})
-	client := s.client()
-	first, second := s.pod("web"), s.pod("web", unready)
-	s.reaches(client, tcpTo(web.at(80)), first)
-	s.reaches(client, tcpTo(all.at(80)), first, second)
+	client := s.addClient()
+	first, second := s.createPod("web"), s.createPod("web", notReady)
+	s.waitReaches(client, tcpTo(web.addrPort(80)), first)
+	s.waitReaches(client, tcpTo(all.addrPort(80)), first, second)
 
-	second.ready()
-	s.reaches(client, tcpTo(web.at(80)), first, second)
-	open := s.openTo(client, tcpTo(web.at(80)), first)
-	first.unready()
-	s.reaches(client, tcpTo(web.at(80)), second)
-	s.reaches(client, tcpTo(all.at(80)), first, second)
+	second.markReady()
+	s.waitReaches(client, tcpTo(web.addrPort(80)), first, second)
+	open := s.openTo(client, tcpTo(web.addrPort(80)), first)
+	first.markNotReady()
+	s.waitReaches(client, tcpTo(web.addrPort(80)), second)
+	s.waitReaches(client, tcpTo(all.addrPort(80)), first, second)
 	if answer, err := open.Ask(s.ctx); err != nil || answer.Host != first.Name {
 		t.Errorf("an open connection to a pod that is not ready: got %v, %v", answer, err)
 	}
 	s.must(open.Close())
-	second.unready()
-	s.refused(client, tcpTo(web.at(80)))
-	first.ready()
-	s.reaches(client, tcpTo(web.at(80)), first)
+	second.markNotReady()
+	s.waitRefused(client, tcpTo(web.addrPort(80)))
+	first.markReady()
+	s.waitReaches(client, tcpTo(web.addrPort(80)), first)
 }
 
 // When all pods that are left terminate, those that still serve are used.
-func TestTerminatingPodsServeAsLastResort(t *testing.T) {
+func TestTerminatingEndpoints(t *testing.T) {
 	t.Parallel()
-	s := newScenario(t, shared)
-	web := s.service("web")
-	client := s.client()
-	first, second := s.pod("web"), s.pod("web")
-	s.reaches(client, tcpTo(web.at(80)), first, second)
+	s := newScenario(t, sharedCluster)
+	web := s.createService("web")
+	client := s.addClient()
+	first, second := s.createPod("web"), s.createPod("web")
+	s.waitReaches(client, tcpTo(web.addrPort(80)), first, second)
 
 	first.terminate()
-	s.reaches(client, tcpTo(web.at(80)), second)
+	s.waitReaches(client, tcpTo(web.addrPort(80)), second)
 	second.terminate()
-	s.reaches(client, tcpTo(web.at(80)), first, second)
-	second.unready()
-	s.reaches(client, tcpTo(web.at(80)), first)
-	fresh := s.pod("web")
-	s.reaches(client, tcpTo(web.at(80)), fresh)
+	s.waitReaches(client, tcpTo(web.addrPort(80)), first, second)
+	second.markNotReady()
+	s.waitReaches(client, tcpTo(web.addrPort(80)), first)
+	fresh := s.createPod("web")
+	s.waitReaches(client, tcpTo(web.addrPort(80)), fresh)
 	fresh.terminate()
-	fresh.gone()
-	s.reaches(client, tcpTo(web.at(80)), first)
-	first.gone()
-	second.gone()
-	s.refused(client, tcpTo(web.at(80)))
+	fresh.remove()
+	s.waitReaches(client, tcpTo(web.addrPort(80)), first)
+	first.remove()
+	second.remove()
+	s.waitRefused(client, tcpTo(web.addrPort(80)))
 }
 
 // With internalTrafficPolicy Local only the node's own pods serve; without any,
 // connections get no answer.
 func TestInternalTrafficPolicyLocal(t *testing.T) {
 	t.Parallel()
-	s := newScenario(t, shared)
-	web := s.service("web", func(v *corev1.Service) {
+	s := newScenario(t, sharedCluster)
+	web := s.createService("web", func(v *corev1.Service) {
 		v.Spec.InternalTrafficPolicy = new(corev1.ServiceInternalTrafficPolicyLocal)
 	})
-	client := s.client()
-	here, there := s.pod("web"), s.pod("web", onOtherNode)
+	client := s.addClient()
+	here, there := s.createPod("web"), s.createPod("web", onOtherNode)
 	for _, from := range []*nettest.Host{client, s.net.Node} {
-		s.reaches(from, tcpTo(web.at(80)), here)
+		s.waitReaches(from, tcpTo(web.addrPort(80)), here)
 	}
-	here.unready()
-	s.unanswered(client, tcpTo(web.at(80)))
+	here.markNotReady()
+	s.waitUnanswered(client, tcpTo(web.addrPort(80)))
 	web.update(func(v *corev1.Service) {
 		v.Spec.InternalTrafficPolicy = new(corev1.ServiceInternalTrafficPolicyCluster)
 	})
-	s.reaches(client, tcpTo(web.at(80)), there)
+	s.waitReaches(client, tcpTo(web.addrPort(80)), there)
 	web.update(func(v *corev1.Service) { v.Spec.InternalTrafficPolicy = new(corev1.ServiceInternalTrafficPolicyLocal) })
-	here.ready()
-	s.reaches(client, tcpTo(web.at(80)), here)
+	here.markReady()
+	s.waitReaches(client, tcpTo(web.addrPort(80)), here)
 }
 
 // With trafficDistribution PreferSameZone connections stay in the node's zone
@@ -282,153 +282,153 @@ func TestInternalTrafficPolicyLocal(t *testing.T) {
 //
 // It changes the Node, and so does not run beside others.
 func TestTopology(t *testing.T) {
-	s := newScenario(t, shared)
+	s := newScenario(t, sharedCluster)
 	zone := func(name string) {
 		t.Helper()
 		_, err := s.api.CoreV1().Nodes().Patch(context.WithoutCancel(s.ctx), thisNode, types.MergePatchType,
 			patch(name, "metadata", "labels", corev1.LabelTopologyZone), metav1.PatchOptions{})
 		s.must(err)
 	}
-	web := s.service("web", func(v *corev1.Service) {
+	web := s.createService("web", func(v *corev1.Service) {
 		v.Spec.TrafficDistribution = new(corev1.ServiceTrafficDistributionPreferSameZone)
 	})
-	client := s.client()
+	client := s.addClient()
 	// The controller knows a pod's zone by its node; there is one in each.
-	here, there := s.pod("web"), s.pod("web", onOtherNode)
-	s.reaches(client, tcpTo(web.at(80)), here)
-	here.unready()
-	s.reaches(client, tcpTo(web.at(80)), there)
-	here.ready()
-	s.reaches(client, tcpTo(web.at(80)), here)
+	here, there := s.createPod("web"), s.createPod("web", onOtherNode)
+	s.waitReaches(client, tcpTo(web.addrPort(80)), here)
+	here.markNotReady()
+	s.waitReaches(client, tcpTo(web.addrPort(80)), there)
+	here.markReady()
+	s.waitReaches(client, tcpTo(web.addrPort(80)), here)
 
 	// PreferSameNode: hints name nodes, and zones matter no more.
 	web.update(func(v *corev1.Service) {
 		v.Spec.TrafficDistribution = new(corev1.ServiceTrafficDistributionPreferSameNode)
 	})
-	s.reaches(client, tcpTo(web.at(80)), here)
+	s.waitReaches(client, tcpTo(web.addrPort(80)), here)
 	web.update(func(v *corev1.Service) { v.Spec.TrafficDistribution = nil })
-	s.reaches(client, tcpTo(web.at(80)), here, there)
+	s.waitReaches(client, tcpTo(web.addrPort(80)), here, there)
 
 	// A slice of the test's own, whose hints no controller changes with the Node.
-	fixed := s.service("fixed", func(v *corev1.Service) { v.Spec.Selector = nil })
-	s.slice("fixed", endpoint{here, thisZone}, endpoint{there, otherZone})
+	fixed := s.createService("fixed", func(v *corev1.Service) { v.Spec.Selector = nil })
+	s.createSlice("fixed", sliceEndpoint{here, thisZone}, sliceEndpoint{there, otherZone})
 	t.Cleanup(func() { zone(thisZone) })
-	s.reaches(client, tcpTo(fixed.at(80)), here)
+	s.waitReaches(client, tcpTo(fixed.addrPort(80)), here)
 	zone(otherZone)
-	s.reaches(client, tcpTo(fixed.at(80)), there)
+	s.waitReaches(client, tcpTo(fixed.addrPort(80)), there)
 	zone("zone-without-pods")
-	s.reaches(client, tcpTo(fixed.at(80)), here, there)
+	s.waitReaches(client, tcpTo(fixed.addrPort(80)), here, there)
 	zone(thisZone)
-	s.reaches(client, tcpTo(fixed.at(80)), here)
+	s.waitReaches(client, tcpTo(fixed.addrPort(80)), here)
 }
 
 // A Service has the families it asks for, in its order, and can get the second
 // and lose it again.
 func TestIPFamilies(t *testing.T) {
 	t.Parallel()
-	s := newScenario(t, shared)
-	web := s.service("web", func(v *corev1.Service) {
+	s := newScenario(t, sharedCluster)
+	web := s.createService("web", func(v *corev1.Service) {
 		v.Spec.IPFamilyPolicy = new(corev1.IPFamilyPolicySingleStack)
 		v.Spec.IPFamilies = []corev1.IPFamily{corev1.IPv6Protocol}
 	})
-	only, client := s.pod("web"), s.client()
-	if !web.at(80).Addr().Is6() {
-		t.Fatalf("cluster IP %s, want IPv6", web.at(80))
+	only, client := s.createPod("web"), s.addClient()
+	if !web.addrPort(80).Addr().Is6() {
+		t.Fatalf("cluster IP %s, want IPv6", web.addrPort(80))
 	}
-	s.reaches(client, tcpTo(web.at(80)), only)
+	s.waitReaches(client, tcpTo(web.addrPort(80)), only)
 	web.update(func(v *corev1.Service) { v.Spec.IPFamilyPolicy = new(corev1.IPFamilyPolicyRequireDualStack) })
-	both := web.all(80)
+	both := web.addrPorts(80)
 	for _, addr := range both {
-		s.reaches(client, tcpTo(addr), only)
+		s.waitReaches(client, tcpTo(addr), only)
 	}
 	web.update(func(v *corev1.Service) {
 		v.Spec.IPFamilyPolicy = new(corev1.IPFamilyPolicySingleStack)
 		v.Spec.IPFamilies, v.Spec.ClusterIPs = v.Spec.IPFamilies[:1], v.Spec.ClusterIPs[:1]
 	})
-	s.fails(client, tcpTo(both[1]), nettest.ErrRefused, nettest.ErrTimeout)
-	s.reaches(client, tcpTo(both[0]), only)
+	s.waitFails(client, tcpTo(both[1]), nettest.ErrRefused, nettest.ErrTimeout)
+	s.waitReaches(client, tcpTo(both[0]), only)
 }
 
 // A port that is changed moves, and one that is removed goes.
 func TestPortsChange(t *testing.T) {
 	t.Parallel()
-	s := newScenario(t, shared)
-	web := s.service("web", func(v *corev1.Service) {
-		v.Spec.Ports = []corev1.ServicePort{port(80, 8080), port(81, 8080)}
+	s := newScenario(t, sharedCluster)
+	web := s.createService("web", func(v *corev1.Service) {
+		v.Spec.Ports = []corev1.ServicePort{tcpPort(80, 8080), tcpPort(81, 8080)}
 	})
-	only, client := s.pod("web"), s.client()
-	s.reaches(client, tcpTo(web.at(80)), only)
-	s.reaches(client, tcpTo(web.at(81)), only)
-	web.update(func(v *corev1.Service) { v.Spec.Ports = []corev1.ServicePort{port(80, 8080), port(82, 8080)} })
-	s.reaches(client, tcpTo(web.at(82)), only)
-	s.fails(client, tcpTo(web.at(81)), nettest.ErrRefused, nettest.ErrTimeout)
-	s.reaches(client, tcpTo(web.at(80)), only)
+	only, client := s.createPod("web"), s.addClient()
+	s.waitReaches(client, tcpTo(web.addrPort(80)), only)
+	s.waitReaches(client, tcpTo(web.addrPort(81)), only)
+	web.update(func(v *corev1.Service) { v.Spec.Ports = []corev1.ServicePort{tcpPort(80, 8080), tcpPort(82, 8080)} })
+	s.waitReaches(client, tcpTo(web.addrPort(82)), only)
+	s.waitFails(client, tcpTo(web.addrPort(81)), nettest.ErrRefused, nettest.ErrTimeout)
+	s.waitReaches(client, tcpTo(web.addrPort(80)), only)
 }
 
 // A deleted Service is not reached; another of the same name is, at its own
 // address or at the one that was free again.
-func TestDeleteAndCreateAgain(t *testing.T) {
+func TestDeleteAndRecreate(t *testing.T) {
 	t.Parallel()
-	s := newScenario(t, shared)
-	web := s.service("web")
-	only, client := s.pod("web"), s.client()
-	s.reaches(client, tcpTo(web.at(80)), only)
-	was := web.all(80)
+	s := newScenario(t, sharedCluster)
+	web := s.createService("web")
+	only, client := s.createPod("web"), s.addClient()
+	s.waitReaches(client, tcpTo(web.addrPort(80)), only)
+	was := web.addrPorts(80)
 	web.delete()
 	for _, addr := range was {
-		s.fails(client, tcpTo(addr), nettest.ErrRefused, nettest.ErrTimeout)
+		s.waitFails(client, tcpTo(addr), nettest.ErrRefused, nettest.ErrTimeout)
 	}
 	// Not only the address is as before: the new one differs in nothing but
 	// its UID, and the old one's EndpointSlices may still be there.
-	web = s.service("web", func(v *corev1.Service) {
+	web = s.createService("web", func(v *corev1.Service) {
 		v.Spec.ClusterIP, v.Spec.ClusterIPs = was[0].Addr().String(), []string{was[0].Addr().String(), was[1].Addr().String()}
 	})
 	for _, addr := range was {
-		s.reaches(client, tcpTo(addr), only)
+		s.waitReaches(client, tcpTo(addr), only)
 	}
 	// At once, and with another port.
 	web.delete()
-	web = s.service("web", func(v *corev1.Service) { v.Spec.Ports = []corev1.ServicePort{port(90, 8080)} })
-	s.reaches(client, tcpTo(web.at(90)), only)
-	s.fails(client, tcpTo(was[0]), nettest.ErrRefused, nettest.ErrTimeout)
+	web = s.createService("web", func(v *corev1.Service) { v.Spec.Ports = []corev1.ServicePort{tcpPort(90, 8080)} })
+	s.waitReaches(client, tcpTo(web.addrPort(90)), only)
+	s.waitFails(client, tcpTo(was[0]), nettest.ErrRefused, nettest.ErrTimeout)
 }
 
 // A selector that changes brings other pods.
 func TestSelectorChanges(t *testing.T) {
 	t.Parallel()
-	s := newScenario(t, shared)
-	web := s.service("web")
-	client, blue, green := s.client(), s.pod("web"), s.pod("green")
-	s.reaches(client, tcpTo(web.at(80)), blue)
+	s := newScenario(t, sharedCluster)
+	web := s.createService("web")
+	client, blue, green := s.addClient(), s.createPod("web"), s.createPod("green")
+	s.waitReaches(client, tcpTo(web.addrPort(80)), blue)
 	web.update(func(v *corev1.Service) { v.Spec.Selector = map[string]string{"app": "green"} })
-	s.reaches(client, tcpTo(web.at(80)), green)
+	s.waitReaches(client, tcpTo(web.addrPort(80)), green)
 }
 
 // A Service that another program carries is left to it, from the moment it says
 // so.
 func TestServiceProxyName(t *testing.T) {
 	t.Parallel()
-	s := newScenario(t, shared)
-	web := s.service("web")
-	only, client := s.pod("web"), s.client()
-	s.reaches(client, tcpTo(web.at(80)), only)
+	s := newScenario(t, sharedCluster)
+	web := s.createService("web")
+	only, client := s.createPod("web"), s.addClient()
+	s.waitReaches(client, tcpTo(web.addrPort(80)), only)
 	web.update(func(v *corev1.Service) {
 		v.Labels = map[string]string{"service.kubernetes.io/service-proxy-name": "another"}
 	})
-	s.fails(client, tcpTo(web.at(80)), nettest.ErrRefused, nettest.ErrTimeout)
+	s.waitFails(client, tcpTo(web.addrPort(80)), nettest.ErrRefused, nettest.ErrTimeout)
 	web.update(func(v *corev1.Service) { v.Labels = nil })
-	s.reaches(client, tcpTo(web.at(80)), only)
+	s.waitReaches(client, tcpTo(web.addrPort(80)), only)
 }
 
 // The API server is reached through its own Service, which has no selector.
 func TestKubernetesService(t *testing.T) {
 	t.Parallel()
-	s := newScenario(t, shared)
-	client := s.client()
+	s := newScenario(t, sharedCluster)
+	client := s.addClient()
 	kubernetes, err := s.api.CoreV1().Services("default").Get(s.ctx, "kubernetes", metav1.GetOptions{})
 	s.must(err)
 	s.eventually(func(ctx context.Context) error {
-		ctx, cancel := context.WithTimeout(ctx, quick)
+		ctx, cancel := context.WithTimeout(ctx, attemptTimeout)
 		defer cancel()
 		conn, err := client.Dial(ctx, nettest.TCP, netip.MustParseAddrPort(kubernetes.Spec.ClusterIP+":443"))
 		if err != nil {
@@ -448,7 +448,7 @@ func TestKubernetesService(t *testing.T) {
 // A network that is added to those of Services is served at once.
 func TestServiceCIDR(t *testing.T) {
 	t.Parallel()
-	s := newScenario(t, shared)
+	s := newScenario(t, sharedCluster)
 	cidrs := s.api.NetworkingV1().ServiceCIDRs()
 	_, err := cidrs.Create(s.ctx, &networkingv1.ServiceCIDR{
 		ObjectMeta: metav1.ObjectMeta{Name: s.namespace}, Spec: networkingv1.ServiceCIDRSpec{CIDRs: []string{"10.197.0.0/24"}},
@@ -460,15 +460,15 @@ func TestServiceCIDR(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	only, client := s.pod("web"), s.client()
+	only, client := s.createPod("web"), s.addClient()
 	s.eventually(func(ctx context.Context) error { // until the API server's allocator knows it
 		_, err := s.api.CoreV1().Services(s.namespace).Create(ctx, &corev1.Service{
 			ObjectMeta: metav1.ObjectMeta{Name: "web"},
 			Spec: corev1.ServiceSpec{
-				ClusterIP: "10.197.0.9", Selector: map[string]string{"app": "web"}, Ports: []corev1.ServicePort{port(80, 8080)},
+				ClusterIP: "10.197.0.9", Selector: map[string]string{"app": "web"}, Ports: []corev1.ServicePort{tcpPort(80, 8080)},
 			},
 		}, metav1.CreateOptions{})
 		return err
 	})
-	s.reaches(client, tcpTo(netip.MustParseAddrPort("10.197.0.9:80")), only)
+	s.waitReaches(client, tcpTo(netip.MustParseAddrPort("10.197.0.9:80")), only)
 }

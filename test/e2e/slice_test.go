@@ -8,16 +8,16 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
-// endpoint is one of an EndpointSlice that the test writes: a pod, and the zone
+// sliceEndpoint is one of an EndpointSlice that the test writes: a pod, and the zone
 // for which the hint says that it is.
-type endpoint struct {
+type sliceEndpoint struct {
 	pod  *pod
 	zone string
 }
 
-// slice writes an IPv4 EndpointSlice of a Service without a selector, for port
-// 80 of [scenario.service].
-func (s *scenario) slice(service string, endpoints ...endpoint) {
+// createSlice writes an IPv4 EndpointSlice of a Service without a selector, for port
+// 80 of [scenario.createService].
+func (s *scenario) createSlice(service string, endpoints ...sliceEndpoint) {
 	s.Helper()
 	object := &discoveryv1.EndpointSlice{
 		ObjectMeta: metav1.ObjectMeta{

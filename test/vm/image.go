@@ -39,9 +39,9 @@ const (
 	busyboxPackage = "busybox-static"
 )
 
-// programs are those of this machine that tests, the demo and people use in the
+// guestPrograms are those of this machine that tests, the demo and people use in the
 // virtual machine. Those that are not installed are left out.
-func programs() []string {
+func guestPrograms() []string {
 	return []string{
 		"sh", "bash", "ip", "ss", "nft", "ipvsadm", "redis-server", "redis-cli", "curl",
 		// What kube-proxy runs, and plugins below.
@@ -49,8 +49,8 @@ func programs() []string {
 	}
 }
 
-// plugins are where this machine has those of iptables.
-const plugins = "/usr/lib/*/xtables"
+// iptablesPlugins are where this machine has those of iptables.
+const iptablesPlugins = "/usr/lib/*/xtables"
 
 // cache is the folder with what is downloaded, and what is made of it.
 type cache struct {
@@ -64,7 +64,7 @@ func (c cache) kernel(ctx context.Context, version string) (image, modules strin
 	// A kernel that is there is used as long as it was made by the same rules.
 	dir := filepath.Join(c.dir, fmt.Sprintf("linux-%s-%s", version, digest(kernelPackage, moduleRules, suite)))
 	image, modules = filepath.Join(dir, "vmlinuz"), filepath.Join(dir, "modules.cpio")
-	return image, modules, c.once(dir, func(work string) error {
+	return image, modules, c.ensure(dir, func(work string) error {
 		root := filepath.Join(work, "root")
 		if err := debian.Unpack(ctx, architecture, suite, root, kernelPackage+"/"); err != nil {
 			return err
@@ -90,7 +90,7 @@ func (c cache) kernel(ctx context.Context, version string) (image, modules strin
 // busybox returns the path of a statically linked busybox.
 func (c cache) busybox(ctx context.Context) (string, error) {
 	dir := filepath.Join(c.dir, "busybox-"+digest(busyboxPackage, busyboxSuite))
-	err := c.once(dir, func(work string) error {
+	err := c.ensure(dir, func(work string) error {
 		root := filepath.Join(work, "root")
 		if err := debian.Unpack(ctx, architecture, busyboxSuite, root, busyboxPackage); err != nil {
 			return err
@@ -105,9 +105,9 @@ func (c cache) busybox(ctx context.Context) (string, error) {
 	return filepath.Join(dir, "busybox"), err
 }
 
-// once makes dir by filling a new folder, unless it is there. Others of the same
+// ensure makes dir by filling a new folder, unless it is there. Others of the same
 // kind stay: another checkout that shares the cache may be using them.
-func (c cache) once(dir string, fill func(work string) error) error {
+func (c cache) ensure(dir string, fill func(work string) error) error {
 	if _, err := os.Stat(dir); err == nil {
 		return nil
 	}
@@ -147,8 +147,8 @@ func digest(texts ...string) string {
 const moduleRules = "kernel/net kernel/lib kernel/crypto kernel/arch kernel/drivers/net -kernel/drivers/net/ethernet " +
 	"-kernel/drivers/net/wireless -kernel/drivers/net/xen-netback -kernel/drivers/net/wwan v2"
 
-// wantModule reports whether moduleRules want the module at path.
-func wantModule(path string) bool {
+// includeModule reports whether moduleRules want the module at path.
+func includeModule(path string) bool {
 	want := false
 	for rule := range strings.FieldsSeq(moduleRules) {
 		below, not := strings.CutPrefix(rule, "-")
@@ -174,7 +174,7 @@ func packModules(ctx context.Context, root, release, into string) error {
 			return err
 		}
 		rel, err := filepath.Rel(folder, at)
-		if err != nil || wantModule(rel) {
+		if err != nil || includeModule(rel) {
 			return err
 		}
 		return os.Remove(at)
@@ -182,7 +182,7 @@ func packModules(ctx context.Context, root, release, into string) error {
 	if err != nil {
 		return err
 	}
-	depmod, err := lookProgram("depmod")
+	depmod, err := lookPath("depmod")
 	if err != nil {
 		return fmt.Errorf("%w: install kmod (make deps)", err)
 	}
@@ -194,11 +194,11 @@ func packModules(ctx context.Context, root, release, into string) error {
 		return err
 	}
 	a := newArchive(f)
-	return errors.Join(a.tree("/usr/lib/modules/"+release, folder, nil), a.close(), f.Close())
+	return errors.Join(a.addTree("/usr/lib/modules/"+release, folder, nil), a.close(), f.Close())
 }
 
-// lookProgram finds a program also where only root's PATH looks.
-func lookProgram(name string) (string, error) {
+// lookPath finds a program also where only root's PATH looks.
+func lookPath(name string) (string, error) {
 	if at, err := exec.LookPath(name); err == nil {
 		return filepath.Abs(at)
 	}
@@ -210,11 +210,11 @@ func lookProgram(name string) (string, error) {
 	return "", fmt.Errorf("no program %s", name)
 }
 
-// base adds what every virtual machine has: busybox, the first process, programs
+// addBase adds what every virtual machine has: busybox, the first process, programs
 // of this machine, and the few files of /etc that they read.
-func base(ctx context.Context, a *archive, busybox string) error {
+func addBase(ctx context.Context, a *archive, busybox string) error {
 	for _, dir := range []string{"bin", "sbin", "lib", "lib64"} {
-		if err := a.symlink("/"+dir, "usr/"+dir); err != nil {
+		if err := a.addSymlink("/"+dir, "usr/"+dir); err != nil {
 			return err
 		}
 	}
@@ -222,28 +222,28 @@ func base(ctx context.Context, a *archive, busybox string) error {
 		"/usr/bin", "/usr/sbin", "/usr/lib", "/usr/lib64", "/usr/local/bin",
 		"/proc", "/sys", "/dev", "/tmp", "/run", "/root", "/var/log", "/var/lib", "/mnt",
 	} {
-		if err := a.folder(dir); err != nil {
+		if err := a.addDir(dir); err != nil {
 			return err
 		}
 	}
 	if err := errors.Join(
-		a.symlink("/var/run", "/run"),
-		a.file("/usr/bin/busybox", busybox),
-		a.text("/init", 0o755, initScript),
-		a.text("/etc/passwd", 0o644, "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n"),
-		a.text("/etc/group", 0o644, "root:x:0:\ntty:x:5:\nnogroup:x:65534:\n"),
-		a.text("/etc/hosts", 0o644, "127.0.0.1 localhost\n::1 localhost\n"),
-		a.text("/etc/nsswitch.conf", 0o644, "hosts: files dns\n"),
+		a.addSymlink("/var/run", "/run"),
+		a.addFile("/usr/bin/busybox", busybox),
+		a.addText("/init", 0o755, initScript),
+		a.addText("/etc/passwd", 0o644, "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n"),
+		a.addText("/etc/group", 0o644, "root:x:0:\ntty:x:5:\nnogroup:x:65534:\n"),
+		a.addText("/etc/hosts", 0o644, "127.0.0.1 localhost\n::1 localhost\n"),
+		a.addText("/etc/nsswitch.conf", 0o644, "hosts: files dns\n"),
 	); err != nil {
 		return err
 	}
 	for _, name := range []string{"protocols", "services", "ethertypes"} {
-		if err := a.file("/etc/"+name, "/etc/"+name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err := a.addFile("/etc/"+name, "/etc/"+name); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
 	}
-	for _, name := range programs() {
-		at, err := lookProgram(name)
+	for _, name := range guestPrograms() {
+		at, err := lookPath(name)
 		if err != nil {
 			continue
 		}
@@ -251,12 +251,12 @@ func base(ctx context.Context, a *archive, busybox string) error {
 			return fmt.Errorf("add the program %s: %w", at, err)
 		}
 	}
-	folders, err := filepath.Glob(plugins)
+	folders, err := filepath.Glob(iptablesPlugins)
 	if err != nil {
 		return err
 	}
 	for _, folder := range folders {
-		if err := a.tree(folder, folder, nil); err != nil {
+		if err := a.addTree(folder, folder, nil); err != nil {
 			return fmt.Errorf("add the plugins of iptables: %w", err)
 		}
 	}
@@ -270,11 +270,11 @@ func addProgram(ctx context.Context, a *archive, name, host string) error {
 		return err
 	}
 	for _, l := range libraries {
-		if err := a.file(l, l); err != nil {
+		if err := a.addFile(l, l); err != nil {
 			return err
 		}
 	}
-	return a.file(name, host)
+	return a.addFile(name, host)
 }
 
 // sharedLibraries returns the paths of the loader and of the shared libraries
@@ -310,11 +310,11 @@ func parseLdd(out string) []string {
 	return paths
 }
 
-// repository adds the checkout at root under the same path as here, so that
+// addCheckout adds the checkout at root under the same path as here, so that
 // tests find what they read: all files but git's and the caches; of those, the
 // nft releases.
-func repository(a *archive, root string) error {
-	err := a.tree(root, root, func(rel string) bool { return rel == ".git" || rel == ".cache" })
+func addCheckout(a *archive, root string) error {
+	err := a.addTree(root, root, func(rel string) bool { return rel == ".git" || rel == ".cache" })
 	if err != nil {
 		return err
 	}
@@ -326,11 +326,11 @@ func repository(a *archive, root string) error {
 	if err != nil {
 		return err
 	}
-	return a.tree(filepath.Join(root, ".cache", "nftables"), nft, nil)
+	return a.addTree(filepath.Join(root, ".cache", "nftables"), nft, nil)
 }
 
-// copyInto appends the file at from.
-func copyInto(w io.Writer, from string) error {
+// appendFile appends the file at from.
+func appendFile(w io.Writer, from string) error {
 	f, err := os.Open(from)
 	if err != nil {
 		return err

@@ -37,7 +37,7 @@ type machine struct {
 
 // Why a machine was ended from outside.
 var (
-	errLimit     = errors.New("the time limit passed")
+	errTimeLimit = errors.New("the time limit passed")
 	errBootLimit = errors.New("it did not boot in time")
 	errPanic     = errors.New("the kernel panicked")
 )
@@ -125,8 +125,8 @@ func (m *machine) run(ctx context.Context) (status int, err error) {
 	}
 
 	var readers sync.WaitGroup
-	console := kernelLog{copy: m.Log}
-	guest := watcher{booted: make(chan struct{})}
+	console := kernelLog{tee: m.Log}
+	guest := statusReader{booted: make(chan struct{})}
 	cmd.ExtraFiles = []*os.File{m.Initrd}
 	reads := []func(io.Reader){console.read, guest.read}
 	if !m.Terminal {
@@ -144,11 +144,11 @@ func (m *machine) run(ctx context.Context) (status int, err error) {
 			read(r)
 		})
 	}
-	console.panicked = func() {
+	console.onPanic = func() {
 		// It reboots by itself, if it still can.
 		time.AfterFunc(5*time.Second, func() { cancel(errPanic) })
 	}
-	limit := time.AfterFunc(m.Limit, func() { cancel(errLimit) })
+	limit := time.AfterFunc(m.Limit, func() { cancel(errTimeLimit) })
 	defer limit.Stop()
 	boot := time.AfterFunc(m.BootLimit, func() { cancel(errBootLimit) })
 	defer boot.Stop()
@@ -169,15 +169,15 @@ func (m *machine) run(ctx context.Context) (status int, err error) {
 	err = cmd.Wait()
 	readers.Wait()
 	if guest.status != nil {
-		for _, c := range console.complaints {
+		for _, c := range console.warnings {
 			_, _ = fmt.Fprintf(m.Errors, "vm: the kernel complained: %s\n", c)
 		}
 		return *guest.status, nil
 	}
 	switch cause := context.Cause(ctx); {
-	case console.panic:
+	case console.sawPanic:
 		err = errPanic
-	case errors.Is(cause, errLimit) || errors.Is(cause, errBootLimit):
+	case errors.Is(cause, errTimeLimit) || errors.Is(cause, errBootLimit):
 		err = cause
 	case cause != nil:
 		return 0, cause
@@ -186,16 +186,16 @@ func (m *machine) run(ctx context.Context) (status int, err error) {
 	default:
 		err = errors.New("it went down without an exit status")
 	}
-	return 0, &failure{err: err, console: console.end()}
+	return 0, &failure{err: err, console: console.tail()}
 }
 
-// watcher reads what the machine's first process says.
-type watcher struct {
+// statusReader reads what the machine's first process says.
+type statusReader struct {
 	booted chan struct{}
 	status *int
 }
 
-func (w *watcher) read(r io.Reader) {
+func (w *statusReader) read(r io.Reader) {
 	lines := bufio.NewScanner(r)
 	for lines.Scan() {
 		word, rest, _ := strings.Cut(strings.TrimSpace(lines.Text()), " ")
@@ -213,23 +213,23 @@ func (w *watcher) read(r io.Reader) {
 // kernelLog is the end of the kernel's log. Its fields may be read when read has
 // returned.
 type kernelLog struct {
-	copy     io.Writer // gets all of it; may be nil
-	panicked func()    // called once, while it is read
+	tee     io.Writer // gets all of it; may be nil
+	onPanic func()    // called once, while it is read
 
-	lines      []string
-	panic      bool
-	complaints []string // lines that tell of something wrong, the first few
+	lines    []string
+	sawPanic bool
+	warnings []string // lines that tell of something wrong, the first few
 }
 
 const (
-	logKept       = 2000 // lines
-	logShown      = 60   // of them, for a failure
-	logComplaints = 10
+	maxLogLines   = 2000 // lines
+	shownLogLines = 60   // of them, for a failure
+	maxWarnings   = 10
 )
 
 func (l *kernelLog) read(r io.Reader) {
-	if l.copy != nil {
-		r = io.TeeReader(r, l.copy)
+	if l.tee != nil {
+		r = io.TeeReader(r, l.tee)
 	}
 	lines := bufio.NewReader(r)
 	for {
@@ -245,21 +245,21 @@ func (l *kernelLog) read(r io.Reader) {
 
 func (l *kernelLog) add(line string) {
 	l.lines = append(l.lines, line)
-	if len(l.lines) > logKept {
-		l.lines = append(l.lines[:0], l.lines[logKept/2:]...)
+	if len(l.lines) > maxLogLines {
+		l.lines = append(l.lines[:0], l.lines[maxLogLines/2:]...)
 	}
-	if !l.panic && strings.Contains(line, "Kernel panic - not syncing") {
-		l.panic = true
-		l.panicked()
+	if !l.sawPanic && strings.Contains(line, "Kernel panic - not syncing") {
+		l.sawPanic = true
+		l.onPanic()
 	}
 	for _, sign := range []string{"WARNING: ", "BUG: ", "INFO: task ", "rcu: INFO: ", "Out of memory: "} {
-		if strings.Contains(line, sign) && len(l.complaints) < logComplaints {
-			l.complaints = append(l.complaints, line)
+		if strings.Contains(line, sign) && len(l.warnings) < maxWarnings {
+			l.warnings = append(l.warnings, line)
 			break
 		}
 	}
 }
 
-func (l *kernelLog) end() string {
-	return strings.Join(l.lines[max(0, len(l.lines)-logShown):], "\n")
+func (l *kernelLog) tail() string {
+	return strings.Join(l.lines[max(0, len(l.lines)-shownLogLines):], "\n")
 }

@@ -20,27 +20,27 @@ import (
 // These tests boot virtual machines, each in some seconds; `make test-vm` runs
 // them.
 
-// vm does what the program does, and returns what it prints.
-func vm(ctx context.Context, args ...string) (status int, stdout, stderr string) {
+// runVM does what the program does, and returns what it prints.
+func runVM(ctx context.Context, args ...string) (status int, stdout, stderr string) {
 	var out, errs bytes.Buffer
 	status = run(ctx, args, &out, &errs)
 	return status, out.String(), errs.String()
 }
 
-// wantStatus fails the test unless the status is want, and shows what was printed.
-func wantStatus(t *testing.T, want, got int, stdout, stderr string) {
+// checkStatus fails the test unless the status is want, and shows what was printed.
+func checkStatus(t *testing.T, want, got int, stdout, stderr string) {
 	t.Helper()
 	if got != want {
 		t.Fatalf("exit status %d, want %d\nstdout: %s\nstderr: %s", got, want, stdout, stderr)
 	}
 }
 
-func TestOutputComesBackAsItIs(t *testing.T) {
+func TestOutputUnchanged(t *testing.T) {
 	t.Parallel()
 	// More than any buffer on the way holds.
 	const script = `printf 'a\r\nb\t\000\377'; echo err >&2; i=0; while [ $i -lt 3000 ]; do echo "line $i of many"; i=$((i+1)); done; exit 7`
-	status, stdout, stderr := vm(t.Context(), "run", "-kernel=6.1", "sh", "-c", script)
-	wantStatus(t, 7, status, stdout, stderr)
+	status, stdout, stderr := runVM(t.Context(), "run", "-kernel=6.1", "sh", "-c", script)
+	checkStatus(t, 7, status, stdout, stderr)
 	want, err := exec.CommandContext(t.Context(), "sh", "-c", script).CombinedOutput()
 	if err == nil {
 		t.Fatal("the script ended well here")
@@ -69,8 +69,8 @@ func TestModules(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			status, stdout, stderr := vm(t.Context(), append(append([]string{"run"}, test.flags...), "sh", "-c", test.script)...)
-			wantStatus(t, 0, status, stdout, stderr)
+			status, stdout, stderr := runVM(t.Context(), append(append([]string{"run"}, test.flags...), "sh", "-c", test.script)...)
+			checkStatus(t, 0, status, stdout, stderr)
 			if diff := cmp.Diff(test.want, stdout); diff != "" {
 				t.Errorf("-want +got:\n%s", diff)
 			}
@@ -79,21 +79,21 @@ func TestModules(t *testing.T) {
 }
 
 // Files from outside of the checkout, or of its caches, come along where that is asked for.
-func TestFilesComeAlong(t *testing.T) {
+func TestExtraFiles(t *testing.T) {
 	t.Parallel()
 	file := filepath.Join(t.TempDir(), "file")
 	if err := os.WriteFile(file, []byte("along\n"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	status, stdout, stderr := vm(t.Context(), "run", "-with="+file, "cat", file)
-	wantStatus(t, 0, status, stdout, stderr)
+	status, stdout, stderr := runVM(t.Context(), "run", "-with="+file, "cat", file)
+	checkStatus(t, 0, status, stdout, stderr)
 	if stdout != "along\n" {
 		t.Errorf("the file has %q in it", stdout)
 	}
 }
 
-// build returns the path of the program.
-func build(t *testing.T) string {
+// buildVM returns the path of the program.
+func buildVM(t *testing.T) string {
 	t.Helper()
 	program := filepath.Join(t.TempDir(), "vm")
 	if out, err := exec.CommandContext(t.Context(), "go", "build", "-buildvcs=false", "-o", program, ".").CombinedOutput(); err != nil {
@@ -103,10 +103,10 @@ func build(t *testing.T) string {
 }
 
 // A worktree may be in a temporary folder, and share the cache of another.
-func TestCheckoutInATemporaryFolder(t *testing.T) {
+func TestCheckoutInTempDir(t *testing.T) {
 	t.Parallel()
 	root := t.TempDir()
-	here, err := checkout()
+	here, err := moduleRoot()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -121,7 +121,7 @@ func TestCheckoutInATemporaryFolder(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	cmd := exec.CommandContext(t.Context(), build(t), "run", "sh", "-c", "pwd; cat file; ../.cache/nftables/1.1.3/nft --version | cut -d' ' -f1,2")
+	cmd := exec.CommandContext(t.Context(), buildVM(t), "run", "sh", "-c", "pwd; cat file; ../.cache/nftables/1.1.3/nft --version | cut -d' ' -f1,2")
 	cmd.Dir = filepath.Join(root, "folder")
 	out, err := cmd.CombinedOutput()
 	if want := cmd.Dir + "\nfound\nnftables v1.1.3\n"; err != nil || string(out) != want {
@@ -132,7 +132,7 @@ func TestCheckoutInATemporaryFolder(t *testing.T) {
 // The go command reports on tests as if they ran here.
 func TestGoTest(t *testing.T) {
 	t.Parallel()
-	program := build(t)
+	program := buildVM(t)
 	cmd := exec.CommandContext(t.Context(), "go", "test", "-count=1", "-v", "-exec="+program+" run -kernel=6.1", "./testdata/outcome")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "FAIRLEAD_OUTCOME=something")
 	out, err := cmd.CombinedOutput()
@@ -151,11 +151,11 @@ func TestGoTest(t *testing.T) {
 	}
 }
 
-func TestPanicIsReported(t *testing.T) {
+func TestKernelPanic(t *testing.T) {
 	t.Parallel()
 	log := filepath.Join(t.TempDir(), "log")
-	status, stdout, stderr := vm(t.Context(), "run", "-kernel=6.12", "-log="+log, "sh", "-c", "echo before; sleep 1; echo c >/proc/sysrq-trigger; sleep 100; echo after")
-	wantStatus(t, exitFailed, status, stdout, stderr)
+	status, stdout, stderr := runVM(t.Context(), "run", "-kernel=6.12", "-log="+log, "sh", "-c", "echo before; sleep 1; echo c >/proc/sysrq-trigger; sleep 100; echo after")
+	checkStatus(t, exitFailed, status, stdout, stderr)
 	if stdout != "before\n" {
 		t.Errorf("printed %q, want %q", stdout, "before\n")
 	}
@@ -171,18 +171,18 @@ func TestPanicIsReported(t *testing.T) {
 }
 
 // An hour is slept through at once, and is an hour in there.
-func TestClockIsItsOwn(t *testing.T) {
+func TestOwnClock(t *testing.T) {
 	t.Parallel()
 	begin := time.Now()
-	status, stdout, stderr := vm(t.Context(), "run", "-kernel=6.12", "sh", "-c", "sleep 3600; cut -d. -f1 /proc/uptime")
-	wantStatus(t, 0, status, stdout, stderr)
+	status, stdout, stderr := runVM(t.Context(), "run", "-kernel=6.12", "sh", "-c", "sleep 3600; cut -d. -f1 /proc/uptime")
+	checkStatus(t, 0, status, stdout, stderr)
 	up, err := strconv.Atoi(strings.TrimSpace(stdout))
 	if took := time.Since(begin); err != nil || up < 3600 || up > 3660 || took > 10*time.Minute {
 		t.Errorf("after an hour in it, and %v here, it is up for %q seconds (%v)", took, stdout, err)
 	}
 }
 
-func TestHangEndsWithTheLimit(t *testing.T) {
+func TestTimeLimits(t *testing.T) {
 	t.Parallel()
 	for name, test := range map[string]struct {
 		flag, want string
@@ -192,8 +192,8 @@ func TestHangEndsWithTheLimit(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			status, stdout, stderr := vm(t.Context(), "run", "-kernel=6.12", test.flag, "sh", "-c", "while :; do :; done")
-			wantStatus(t, exitFailed, status, stdout, stderr)
+			status, stdout, stderr := runVM(t.Context(), "run", "-kernel=6.12", test.flag, "sh", "-c", "while :; do :; done")
+			checkStatus(t, exitFailed, status, stdout, stderr)
 			if !strings.Contains(stderr, "--- the end of the kernel's log:") || !strings.HasSuffix(stderr, "vm: on Linux 6.12: "+test.want+"\n") {
 				t.Errorf("want the log and %q, got %s", test.want, stderr)
 			}

@@ -100,24 +100,24 @@ func main() {
 
 // options are what the flags say.
 type options struct {
-	kernel   string
-	accel    string
-	clock    string
-	cpus     int
-	memory   int
-	limit    time.Duration
-	boot     time.Duration
-	append   string
-	log      string
-	modprobe bool
-	env      []string // names
-	with     []string // files
-	shell    bool
-	command  []string // program and arguments; may be none for a shell
+	kernel     string
+	accel      string
+	clock      string
+	cpus       int
+	memory     int
+	limit      time.Duration
+	bootLimit  time.Duration
+	kernelArgs string
+	log        string
+	modprobe   bool
+	extraEnv   []string // names
+	extraFiles []string // files
+	shell      bool
+	command    []string // program and arguments; may be none for a shell
 }
 
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
-	status, err := do(ctx, args, stdout, stderr)
+	status, err := execute(ctx, args, stdout, stderr)
 	if err == nil || errors.Is(err, flag.ErrHelp) {
 		return status
 	}
@@ -128,12 +128,12 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	return exitFailed
 }
 
-func do(ctx context.Context, args []string, stdout, stderr io.Writer) (status int, err error) {
-	o, err := parse(args, stderr)
+func execute(ctx context.Context, args []string, stdout, stderr io.Writer) (status int, err error) {
+	o, err := parseArgs(args, stderr)
 	if err != nil {
 		return 0, err
 	}
-	root, err := checkout()
+	root, err := moduleRoot()
 	if err != nil {
 		return 0, err
 	}
@@ -161,8 +161,8 @@ func do(ctx context.Context, args []string, stdout, stderr io.Writer) (status in
 	}
 	defer initrd.Close() //nolint:errcheck // it has no name; nobody reads it again
 	m := &machine{
-		Kernel: kernel, Initrd: initrd, Accel: o.accel, OwnClock: o.clock == clockOwn, CPUs: o.cpus, MemoryMiB: o.memory, Append: o.append,
-		Limit: o.limit, BootLimit: o.boot, Terminal: o.shell, Output: stdout, Errors: stderr,
+		Kernel: kernel, Initrd: initrd, Accel: o.accel, OwnClock: o.clock == clockOwn, CPUs: o.cpus, MemoryMiB: o.memory, Append: o.kernelArgs,
+		Limit: o.limit, BootLimit: o.bootLimit, Terminal: o.shell, Output: stdout, Errors: stderr,
 	}
 	if o.log != "" {
 		f, err := os.Create(o.log)
@@ -178,7 +178,7 @@ func do(ctx context.Context, args []string, stdout, stderr io.Writer) (status in
 	return status, nil
 }
 
-func parse(args []string, stderr io.Writer) (*options, error) {
+func parseArgs(args []string, stderr io.Writer) (*options, error) {
 	usage := errors.New("usage: vm run [flags] PROGRAM [ARGUMENT]..., vm shell [flags] or vm fetch; vm run -help lists the flags")
 	if len(args) == 0 {
 		return nil, usage
@@ -194,8 +194,8 @@ func parse(args []string, stderr io.Writer) (*options, error) {
 	flags.IntVar(&o.cpus, "cpus", 1, "number of processors; emulated, more than one crash Linux 6.12 now and then")
 	flags.IntVar(&o.memory, "memory", 3072, "in MiB")
 	flags.DurationVar(&o.limit, "limit", 30*time.Minute, "time limit, if PROGRAM has no -test.timeout")
-	flags.DurationVar(&o.boot, "boot-limit", 3*time.Minute, "time limit for the boot")
-	flags.StringVar(&o.append, "append", "", "further `parameters` for the kernel")
+	flags.DurationVar(&o.bootLimit, "boot-limit", 3*time.Minute, "time limit for the boot")
+	flags.StringVar(&o.kernelArgs, "append", "", "further `parameters` for the kernel")
 	flags.StringVar(&o.log, "log", "", "`file` to write the kernel's log into")
 	flags.BoolVar(&o.modprobe, "modprobe", true, "whether there is a modprobe, which loads modules on demand")
 	flags.StringVar(&names, "env", "", "further `names` of environment variables to pass on, separated by commas")
@@ -220,10 +220,10 @@ func parse(args []string, stderr io.Writer) (*options, error) {
 		return nil, errors.New("-clock=own: want -accel=tcg -cpus=1, as only one emulated processor has its own")
 	}
 	if names != "" {
-		o.env = strings.Split(names, ",")
+		o.extraEnv = strings.Split(names, ",")
 	}
 	if files != "" {
-		o.with = strings.Split(files, ",")
+		o.extraFiles = strings.Split(files, ",")
 	}
 	switch args[0] {
 	case "run":
@@ -253,8 +253,8 @@ func parse(args []string, stderr io.Writer) (*options, error) {
 	return o, nil
 }
 
-// checkout returns the root of the module that the working folder is in.
-func checkout() (string, error) {
+// moduleRoot returns the root of the module that the working folder is in.
+func moduleRoot() (string, error) {
 	at, err := os.Getwd()
 	if err != nil {
 		return "", err
@@ -282,21 +282,21 @@ func (o *options) initrd(ctx context.Context, c cache, root, modules string) (*o
 	if err := os.Remove(f.Name()); err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
-	if err := o.fill(ctx, f, busybox, root, modules); err != nil {
+	if err := o.writeInitrd(ctx, f, busybox, root, modules); err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
 	return f, nil
 }
 
-func (o *options) fill(ctx context.Context, f *os.File, busybox, root, modules string) error {
+func (o *options) writeInitrd(ctx context.Context, f *os.File, busybox, root, modules string) error {
 	a := newArchive(f)
-	if err := base(ctx, a, busybox); err != nil {
+	if err := addBase(ctx, a, busybox); err != nil {
 		return err
 	}
-	if err := repository(a, root); err != nil {
+	if err := addCheckout(a, root); err != nil {
 		return err
 	}
-	for _, file := range o.with {
+	for _, file := range o.extraFiles {
 		at, err := filepath.Abs(file)
 		if err != nil {
 			return err
@@ -315,26 +315,26 @@ func (o *options) fill(ctx context.Context, f *os.File, busybox, root, modules s
 	}
 	if o.shell {
 		rows, columns := terminalSize(ctx)
-		command = shell(rows, columns, command)
+		command = shellCommand(rows, columns, command)
 	}
 	dir, err := os.Getwd()
 	if err != nil {
 		return err
 	}
 	if err := errors.Join(
-		a.folder(dir),
-		a.text("/vm/run", 0o644, script(dir, o.environment(os.Environ()), command)),
-		a.text("/vm/settings", 0o644, o.settings()),
+		a.addDir(dir),
+		a.addText("/vm/run", 0o644, runScript(dir, o.environment(os.Environ()), command)),
+		a.addText("/vm/settings", 0o644, o.initSettings()),
 		a.close(),
 	); err != nil {
 		return err
 	}
-	return copyInto(f, modules)
+	return appendFile(f, modules)
 }
 
 // environment returns those of the variables that are passed on.
 func (o *options) environment(all []string) []string {
-	names := append([]string{"GODEBUG", "GOGC", "GOMAXPROCS", "GOMEMLIMIT", "GOTRACEBACK"}, o.env...)
+	names := append([]string{"GODEBUG", "GOGC", "GOMAXPROCS", "GOMEMLIMIT", "GOTRACEBACK"}, o.extraEnv...)
 	env := []string{"HOME=/root", "USER=root", "LANG=C.UTF-8", "PATH=/usr/bin:/usr/sbin"}
 	for _, e := range all {
 		name, _, _ := strings.Cut(e, "=")
@@ -345,9 +345,9 @@ func (o *options) environment(all []string) []string {
 	return env
 }
 
-// shell returns the command of a shell for people, in a terminal of that size, beside
+// shellCommand returns the command of a shell for people, in a terminal of that size, beside
 // which another command runs, if there is one.
-func shell(rows, columns string, command []string) []string {
+func shellCommand(rows, columns string, command []string) []string {
 	const start = `stty rows "$1" columns "$2"
 		echo "Linux $(uname -r); exit or Ctrl-D ends it, Ctrl-A X at once"
 		shift 2
@@ -356,27 +356,27 @@ func shell(rows, columns string, command []string) []string {
 	return append([]string{"sh", "-c", start, "sh", rows, columns}, command...)
 }
 
-// script returns what the virtual machine's shell runs.
-func script(dir string, env, command []string) string {
+// runScript returns what the virtual machine's shell runs.
+func runScript(dir string, env, command []string) string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "cd %s || exit\n", quote(dir))
+	fmt.Fprintf(&b, "cd %s || exit\n", shellQuote(dir))
 	for _, e := range env {
 		name, value, _ := strings.Cut(e, "=")
-		fmt.Fprintf(&b, "export %s=%s\n", name, quote(value))
+		fmt.Fprintf(&b, "export %s=%s\n", name, shellQuote(value))
 	}
 	b.WriteString("exec")
 	for _, c := range command {
-		b.WriteString(" " + quote(c))
+		b.WriteString(" " + shellQuote(c))
 	}
 	b.WriteString("\n")
 	return b.String()
 }
 
-// quote makes s one word of the shell.
-func quote(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'" }
+// shellQuote makes s one word of the shell.
+func shellQuote(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'" }
 
-// settings returns what init.sh reads.
-func (o *options) settings() string {
+// initSettings returns what init.sh reads.
+func (o *options) initSettings() string {
 	yes := map[bool]string{true: "yes", false: "no"}
 	return fmt.Sprintf("TERMINAL=%s\nMODPROBE=%s\n", yes[o.shell], yes[o.modprobe])
 }

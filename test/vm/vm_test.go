@@ -13,7 +13,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-func TestParse(t *testing.T) {
+func TestParseArgs(t *testing.T) {
 	t.Parallel()
 	for name, test := range map[string]struct {
 		args []string
@@ -41,7 +41,7 @@ func TestParse(t *testing.T) {
 		"all": {
 			args: []string{"run", "-accel=kvm", "-modprobe=false", "-env=A,B", "-with=/c,d", "-append=quiet", "-log=/tmp/log", "true"},
 			want: options{
-				kernel: "6.12", accel: "kvm", clock: clockHost, limit: 30 * time.Minute, env: []string{"A", "B"}, with: []string{"/c", "d"}, append: "quiet", log: "/tmp/log",
+				kernel: "6.12", accel: "kvm", clock: clockHost, limit: 30 * time.Minute, extraEnv: []string{"A", "B"}, extraFiles: []string{"/c", "d"}, kernelArgs: "quiet", log: "/tmp/log",
 				command: []string{"true"},
 			},
 		},
@@ -56,14 +56,14 @@ func TestParse(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			test.want.cpus, test.want.memory, test.want.boot = 1, 3072, 3*time.Minute
+			test.want.cpus, test.want.memory, test.want.bootLimit = 1, 3072, 3*time.Minute
 			if test.want.clock == "" {
 				test.want.clock = clockOwn
 			}
 			if test.want.accel == "" {
 				test.want.accel = "tcg"
 			}
-			got, err := parse(test.args, io.Discard)
+			got, err := parseArgs(test.args, io.Discard)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -74,7 +74,7 @@ func TestParse(t *testing.T) {
 	}
 }
 
-func TestParseRefuses(t *testing.T) {
+func TestParseArgsErrors(t *testing.T) {
 	t.Parallel()
 	for name, test := range map[string]struct {
 		args []string
@@ -91,7 +91,7 @@ func TestParseRefuses(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			_, err := parse(test.args, io.Discard)
+			_, err := parseArgs(test.args, io.Discard)
 			if err == nil || !strings.Contains(err.Error(), test.want) {
 				t.Errorf("error %v, want one with %q", err, test.want)
 			}
@@ -100,14 +100,14 @@ func TestParseRefuses(t *testing.T) {
 }
 
 // A real shell must read the script as it was meant.
-func TestScript(t *testing.T) {
+func TestRunScript(t *testing.T) {
 	t.Parallel()
 	dir := filepath.Join(t.TempDir(), "it's here")
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
 	command := []string{"/bin/sh", "-c", `pwd; printf '%s|' "$QUOTED" "$@"`, "sh", "", "two words", "$HOME `x` \\", "it's"}
-	out, err := exec.CommandContext(t.Context(), "sh", "-c", script(dir, []string{`QUOTED=a "b" 'c' $d=e`}, command)).CombinedOutput()
+	out, err := exec.CommandContext(t.Context(), "sh", "-c", runScript(dir, []string{`QUOTED=a "b" 'c' $d=e`}, command)).CombinedOutput()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -119,7 +119,7 @@ func TestScript(t *testing.T) {
 
 func TestEnvironment(t *testing.T) {
 	t.Parallel()
-	o := &options{env: []string{"CHOSEN"}}
+	o := &options{extraEnv: []string{"CHOSEN"}}
 	got := o.environment([]string{"PATH=/here", "HOME=/home/me", "GOTRACEBACK=all", "GOPATH=/go", "FAIRLEAD_X=1", "CHOSEN=a=b", "OTHER="})
 	want := []string{
 		"HOME=/root", "USER=root", "LANG=C.UTF-8", "PATH=/usr/bin:/usr/sbin",
@@ -140,7 +140,7 @@ func TestParseLdd(t *testing.T) {
 	}
 }
 
-func TestWantModule(t *testing.T) {
+func TestIncludeModule(t *testing.T) {
 	t.Parallel()
 	for path, want := range map[string]bool{
 		"kernel/net/netfilter/ipvs/ip_vs.ko":         true,
@@ -152,7 +152,7 @@ func TestWantModule(t *testing.T) {
 		"kernel/fs/xfs/xfs.ko":                       false,
 		"kernel/network/x.ko":                        false,
 	} {
-		if got := wantModule(path); got != want {
+		if got := includeModule(path); got != want {
 			t.Errorf("%s: %t, want %t", path, got, want)
 		}
 	}
@@ -177,45 +177,45 @@ func TestArchive(t *testing.T) {
 	var b bytes.Buffer
 	a := newArchive(&b)
 	for _, err := range []error{
-		a.symlink("/bin", "usr/bin"),
-		a.text("/etc/odd", 0o600, "seven b"),
-		a.text("/etc/odd", 0o600, "the first one counts"),
-		a.tree("/deep/down", host, func(rel string) bool { return filepath.Base(rel) == "skipped" }),
-		a.file("/linked", filepath.Join(host, "sub", "link")),
+		a.addSymlink("/bin", "usr/bin"),
+		a.addText("/etc/odd", 0o600, "seven b"),
+		a.addText("/etc/odd", 0o600, "the first one counts"),
+		a.addTree("/deep/down", host, func(rel string) bool { return filepath.Base(rel) == "skipped" }),
+		a.addFile("/linked", filepath.Join(host, "sub", "link")),
 		a.close(),
 	} {
 		if err != nil {
 			t.Fatal(err)
 		}
 	}
-	want := []entry{
+	want := []archiveEntry{
 		{"bin", modeSymlink | 0o777, "usr/bin"},
-		{"etc", modeFolder | 0o755, ""},
+		{"etc", modeDir | 0o755, ""},
 		{"etc/odd", modeFile | 0o600, "seven b"},
-		{"deep", modeFolder | 0o755, ""},
-		{"deep/down", modeFolder | 0o755, ""},
+		{"deep", modeDir | 0o755, ""},
+		{"deep/down", modeDir | 0o755, ""},
 		{"deep/down/a", modeFile | 0o755, "one"},
-		{"deep/down/sub", modeFolder | 0o755, ""},
+		{"deep/down/sub", modeDir | 0o755, ""},
 		{"deep/down/sub/b", modeFile | 0o755, "twelve bytes"},
 		{"deep/down/sub/link", modeSymlink | 0o777, "../a"},
 		{"linked", modeFile | 0o755, "one"},
 		{"TRAILER!!!", 0, ""},
 	}
-	if diff := cmp.Diff(want, entries(t, b.Bytes()), cmp.AllowUnexported(entry{})); diff != "" {
+	if diff := cmp.Diff(want, readArchive(t, b.Bytes()), cmp.AllowUnexported(archiveEntry{})); diff != "" {
 		t.Errorf("-want +got:\n%s", diff)
 	}
 }
 
-type entry struct {
+type archiveEntry struct {
 	name string
 	mode uint32
 	text string
 }
 
-// entries reads an archive by the format's description in cpio(5).
-func entries(t *testing.T, archive []byte) []entry {
+// readArchive reads an archive by the format's description in cpio(5).
+func readArchive(t *testing.T, archive []byte) []archiveEntry {
 	t.Helper()
-	var all []entry
+	var all []archiveEntry
 	for at := 0; at < len(archive); {
 		header := archive[at : at+110]
 		field := func(n int) int {
@@ -234,7 +234,7 @@ func entries(t *testing.T, archive []byte) []entry {
 			t.Fatalf("the name %q has no end", name)
 		}
 		at = (at + 110 + nameSize + 3) &^ 3
-		all = append(all, entry{string(name[:nameSize-1]), uint32(mode), string(archive[at : at+size])})
+		all = append(all, archiveEntry{string(name[:nameSize-1]), uint32(mode), string(archive[at : at+size])})
 		at = (at + size + 3) &^ 3
 	}
 	return all
@@ -244,29 +244,29 @@ func TestKernelLog(t *testing.T) {
 	t.Parallel()
 	var copied strings.Builder
 	panics := 0
-	l := &kernelLog{copy: &copied, panicked: func() { panics++ }}
+	l := &kernelLog{tee: &copied, onPanic: func() { panics++ }}
 	text := "[ 0.1] Linux\r\n" + strings.Repeat("[ 1.0] more\r\n", 5000) + "[ 2.0] WARNING: CPU: 0 PID: 1 at net/x.c\r\n" +
 		"[ 3.0] Kernel panic - not syncing: a\r\n[ 4.0] Kernel panic - not syncing: b\r\n[ 5.0] no line feed"
 	l.read(strings.NewReader(text))
 	if copied.String() != text {
 		t.Errorf("copied %d bytes, want %d", copied.Len(), len(text))
 	}
-	if panics != 1 || !l.panic {
-		t.Errorf("told of %d panics, noted %t; want 1", panics, l.panic)
+	if panics != 1 || !l.sawPanic {
+		t.Errorf("told of %d panics, noted %t; want 1", panics, l.sawPanic)
 	}
-	if diff := cmp.Diff([]string{"[ 2.0] WARNING: CPU: 0 PID: 1 at net/x.c"}, l.complaints); diff != "" {
+	if diff := cmp.Diff([]string{"[ 2.0] WARNING: CPU: 0 PID: 1 at net/x.c"}, l.warnings); diff != "" {
 		t.Errorf("complaints, -want +got:\n%s", diff)
 	}
-	lines := strings.Split(l.end(), "\n")
-	if len(lines) != logShown || lines[logShown-1] != "[ 5.0] no line feed" || strings.Contains(l.end(), "\r") {
+	lines := strings.Split(l.tail(), "\n")
+	if len(lines) != shownLogLines || lines[shownLogLines-1] != "[ 5.0] no line feed" || strings.Contains(l.tail(), "\r") {
 		t.Errorf("the end has %d lines, the last is %q", len(lines), lines[len(lines)-1])
 	}
-	if len(l.lines) > logKept {
-		t.Errorf("%d lines are kept, want at most %d", len(l.lines), logKept)
+	if len(l.lines) > maxLogLines {
+		t.Errorf("%d lines are kept, want at most %d", len(l.lines), maxLogLines)
 	}
 }
 
-func TestOnce(t *testing.T) {
+func TestEnsure(t *testing.T) {
 	t.Parallel()
 	c := cache{dir: t.TempDir()}
 	// What one that was killed has left.
@@ -275,7 +275,7 @@ func TestOnce(t *testing.T) {
 	}
 	made := 0
 	ensure := func(name string, fail bool) error {
-		return c.once(filepath.Join(c.dir, name), func(work string) error {
+		return c.ensure(filepath.Join(c.dir, name), func(work string) error {
 			made++
 			if err := os.Mkdir(filepath.Join(work, "root"), 0o755); err != nil {
 				return err // something is in there already

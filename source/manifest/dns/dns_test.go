@@ -21,8 +21,8 @@ import (
 	"fairlead.io/fairlead/source/manifest/dns"
 )
 
-// start serves s on loopback until the test ends, and returns the address.
-func start(t *testing.T, s *dns.Server, address string) string {
+// startServer serves s on loopback until the test ends, and returns the address.
+func startServer(t *testing.T, s *dns.Server, address string) string {
 	t.Helper()
 	sockets, err := dns.Listen(t.Context(), address)
 	if err != nil {
@@ -42,12 +42,12 @@ func start(t *testing.T, s *dns.Server, address string) string {
 
 // query is one question; its zero transport is UDP without EDNS.
 type query struct {
-	name    string
-	rrtype  uint16
-	class   uint16
-	network string
-	size    uint16 // of EDNS
-	version uint8  // of EDNS
+	name        string
+	rrtype      uint16
+	class       uint16
+	network     string
+	ednsSize    uint16 // of EDNS
+	ednsVersion uint8  // of EDNS
 }
 
 func (q query) message() *miekg.Msg {
@@ -55,14 +55,14 @@ func (q query) message() *miekg.Msg {
 	if q.class != 0 {
 		m.Question[0].Qclass = q.class
 	}
-	if q.size != 0 {
-		m.SetEdns0(q.size, false)
-		m.IsEdns0().SetVersion(q.version)
+	if q.ednsSize != 0 {
+		m.SetEdns0(q.ednsSize, false)
+		m.IsEdns0().SetVersion(q.ednsVersion)
 	}
 	return m
 }
 
-func ask(t *testing.T, address string, q query) *miekg.Msg {
+func exchange(t *testing.T, address string, q query) *miekg.Msg {
 	t.Helper()
 	client := miekg.Client{Net: q.network, Timeout: 5 * time.Second}
 	reply, _, err := client.ExchangeContext(t.Context(), q.message(), address)
@@ -72,9 +72,9 @@ func ask(t *testing.T, address string, q query) *miekg.Msg {
 	return reply
 }
 
-// text renders records as in a zone file, single spaces between the fields,
+// recordText renders records as in a zone file, single spaces between the fields,
 // sorted; nil if there are none.
-func text(rrs []miekg.RR) []string {
+func recordText(rrs []miekg.RR) []string {
 	var lines []string
 	for _, rr := range rrs {
 		if rr.Header().Rrtype != miekg.TypeOPT {
@@ -85,25 +85,25 @@ func text(rrs []miekg.RR) []string {
 	return lines
 }
 
-func service(namespace, name string, change func(*corev1.ServiceSpec)) *corev1.Service {
+func newService(namespace, name string, change func(*corev1.ServiceSpec)) *corev1.Service {
 	s := &corev1.Service{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name}}
 	s.Spec.Type = corev1.ServiceTypeClusterIP
 	change(&s.Spec)
 	return s
 }
 
-func clusterIPs(ips ...string) func(*corev1.ServiceSpec) {
+func withClusterIPs(ips ...string) func(*corev1.ServiceSpec) {
 	return func(s *corev1.ServiceSpec) { s.ClusterIP, s.ClusterIPs = ips[0], ips }
 }
 
-func headless(s *corev1.ServiceSpec) { s.ClusterIP, s.ClusterIPs = "None", []string{"None"} }
+func asHeadless(s *corev1.ServiceSpec) { s.ClusterIP, s.ClusterIPs = "None", []string{"None"} }
 
-func externalName(target string) func(*corev1.ServiceSpec) {
+func withExternalName(target string) func(*corev1.ServiceSpec) {
 	return func(s *corev1.ServiceSpec) { s.Type, s.ExternalName = corev1.ServiceTypeExternalName, target }
 }
 
-// slice makes a slice of the default namespace.
-func slice(name, owner string, endpoints ...discoveryv1.Endpoint) *discoveryv1.EndpointSlice {
+// newSlice makes a slice of the default namespace.
+func newSlice(name, owner string, endpoints ...discoveryv1.Endpoint) *discoveryv1.EndpointSlice {
 	return &discoveryv1.EndpointSlice{
 		ObjectMeta: metav1.ObjectMeta{
 			Namespace: "default", Name: name,
@@ -117,7 +117,7 @@ func slice(name, owner string, endpoints ...discoveryv1.Endpoint) *discoveryv1.E
 	}
 }
 
-func endpoint(hostname string, addrs ...string) discoveryv1.Endpoint {
+func newEndpoint(hostname string, addrs ...string) discoveryv1.Endpoint {
 	e := discoveryv1.Endpoint{Addresses: addrs}
 	if hostname != "" {
 		e.Hostname = &hostname
@@ -125,53 +125,53 @@ func endpoint(hostname string, addrs ...string) discoveryv1.Endpoint {
 	return e
 }
 
-func unready(e discoveryv1.Endpoint) discoveryv1.Endpoint {
+func asNotReady(e discoveryv1.Endpoint) discoveryv1.Endpoint {
 	e.Conditions.Ready = new(false)
 	return e
 }
 
-func ready(e discoveryv1.Endpoint) discoveryv1.Endpoint {
+func asReady(e discoveryv1.Endpoint) discoveryv1.Endpoint {
 	e.Conditions.Ready = new(true)
 	return e
 }
 
-// example is what the table of TestAnswers asks about.
-func example() kube.Delta {
+// exampleDelta is what the table of TestAnswers asks about.
+func exampleDelta() kube.Delta {
 	return kube.Delta{
 		Services: []*corev1.Service{
-			service("default", "backend", func(s *corev1.ServiceSpec) {
-				clusterIPs("10.96.0.10", "fd00:96::10")(s)
+			newService("default", "backend", func(s *corev1.ServiceSpec) {
+				withClusterIPs("10.96.0.10", "fd00:96::10")(s)
 				s.Ports = []corev1.ServicePort{
 					{Name: "http", Port: 80}, {Name: "dns", Port: 53, Protocol: corev1.ProtocolUDP}, {Port: 81},
 				}
 			}),
-			service("default", "single", func(s *corev1.ServiceSpec) { s.ClusterIP = "10.96.0.11" }),
-			service("default", "pending", func(*corev1.ServiceSpec) {}),
-			service("default", "db", headless),
-			service("default", "empty", headless),
-			service("shop", "backend", clusterIPs("10.96.0.12")),
-			service("shop", "search", externalName("search.example.com")),
-			service("shop", "alias", externalName("Backend.Default.svc.cluster.local.")),
-			service("shop", "dangling", externalName("nothing.default.svc.cluster.local")),
-			service("shop", "loop", externalName("loop.shop.svc.cluster.local")),
-			service("shop", "bad", externalName("two..dots")),
+			newService("default", "single", func(s *corev1.ServiceSpec) { s.ClusterIP = "10.96.0.11" }),
+			newService("default", "pending", func(*corev1.ServiceSpec) {}),
+			newService("default", "db", asHeadless),
+			newService("default", "empty", asHeadless),
+			newService("shop", "backend", withClusterIPs("10.96.0.12")),
+			newService("shop", "search", withExternalName("search.example.com")),
+			newService("shop", "alias", withExternalName("Backend.Default.svc.cluster.local.")),
+			newService("shop", "dangling", withExternalName("nothing.default.svc.cluster.local")),
+			newService("shop", "loop", withExternalName("loop.shop.svc.cluster.local")),
+			newService("shop", "bad", withExternalName("two..dots")),
 		},
 		EndpointSlices: []*discoveryv1.EndpointSlice{
-			slice("db-1", "db",
-				ready(endpoint("db-0", "10.1.0.5")), endpoint("", "10.1.0.6"), unready(endpoint("db-2", "10.1.0.7"))),
-			slice("db-2", "db", endpoint("db-0", "fd00:1::5")),
-			slice("empty-1", "empty", unready(endpoint("", "10.1.0.8"))),
-			slice("backend-1", "backend", endpoint("", "10.1.0.9")),
+			newSlice("db-1", "db",
+				asReady(newEndpoint("db-0", "10.1.0.5")), newEndpoint("", "10.1.0.6"), asNotReady(newEndpoint("db-2", "10.1.0.7"))),
+			newSlice("db-2", "db", newEndpoint("db-0", "fd00:1::5")),
+			newSlice("empty-1", "empty", asNotReady(newEndpoint("", "10.1.0.8"))),
+			newSlice("backend-1", "backend", newEndpoint("", "10.1.0.9")),
 			{
-				ObjectMeta:  slice("db-3", "db").ObjectMeta,
+				ObjectMeta:  newSlice("db-3", "db").ObjectMeta,
 				AddressType: discoveryv1.AddressTypeFQDN,
-				Endpoints:   []discoveryv1.Endpoint{endpoint("named", "10.1.0.10")},
+				Endpoints:   []discoveryv1.Endpoint{newEndpoint("named", "10.1.0.10")},
 			},
 		},
 	}
 }
 
-const soa = "cluster.local. 5 IN SOA ns.dns.cluster.local. hostmaster.cluster.local. 1 7200 1800 86400 5"
+const soaText = "cluster.local. 5 IN SOA ns.dns.cluster.local. hostmaster.cluster.local. 1 7200 1800 86400 5"
 
 func TestAnswers(t *testing.T) {
 	t.Parallel()
@@ -182,8 +182,8 @@ func TestAnswers(t *testing.T) {
 		servfail = miekg.RcodeServerFailure
 	)
 	server := dns.New(dns.Options{})
-	server.Apply(example())
-	addresses := map[string]string{"IPv4": start(t, server, "127.0.0.1:0"), "IPv6": start(t, server, "[::1]:0")}
+	server.Apply(exampleDelta())
+	addresses := map[string]string{"IPv4": startServer(t, server, "127.0.0.1:0"), "IPv6": startServer(t, server, "[::1]:0")}
 
 	for _, tc := range []struct {
 		what   string
@@ -318,16 +318,16 @@ func TestAnswers(t *testing.T) {
 			answer: []string{"10.0.96.10.in-addr.arpa. 5 IN PTR backend.default.svc.cluster.local."},
 		},
 		{
-			what: "reverse, IPv6", name: reverse(t, "fd00:96::10"), rrtype: miekg.TypePTR,
-			answer: []string{reverse(t, "fd00:96::10") + " 5 IN PTR backend.default.svc.cluster.local."},
+			what: "reverse, IPv6", name: reverseName(t, "fd00:96::10"), rrtype: miekg.TypePTR,
+			answer: []string{reverseName(t, "fd00:96::10") + " 5 IN PTR backend.default.svc.cluster.local."},
 		},
 		{
-			what: "reverse of an endpoint", name: reverse(t, "10.1.0.5"), rrtype: miekg.TypePTR,
-			answer: []string{reverse(t, "10.1.0.5") + " 5 IN PTR db-0.db.default.svc.cluster.local."},
+			what: "reverse of an endpoint", name: reverseName(t, "10.1.0.5"), rrtype: miekg.TypePTR,
+			answer: []string{reverseName(t, "10.1.0.5") + " 5 IN PTR db-0.db.default.svc.cluster.local."},
 		},
 		{what: "reverse, other type", name: "10.0.96.10.in-addr.arpa", rrtype: miekg.TypeA},
-		{what: "reverse of an unready endpoint", name: reverse(t, "10.1.0.7"), rrtype: miekg.TypePTR, rcode: refused},
-		{what: "reverse of an endpoint behind a cluster address", name: reverse(t, "10.1.0.9"), rrtype: miekg.TypePTR, rcode: refused},
+		{what: "reverse of an unready endpoint", name: reverseName(t, "10.1.0.7"), rrtype: miekg.TypePTR, rcode: refused},
+		{what: "reverse of an endpoint behind a cluster address", name: reverseName(t, "10.1.0.9"), rrtype: miekg.TypePTR, rcode: refused},
 		{what: "reverse of a network", name: "96.10.in-addr.arpa", rrtype: miekg.TypePTR, rcode: refused},
 		{what: "reverse with leading zero", name: "010.0.96.10.in-addr.arpa", rrtype: miekg.TypePTR, rcode: refused},
 		{
@@ -344,7 +344,7 @@ func TestAnswers(t *testing.T) {
 
 		// The zone.
 		{what: "schema", name: "dns-version.cluster.local", rrtype: miekg.TypeTXT, answer: []string{`dns-version.cluster.local. 5 IN TXT "1.1.0"`}},
-		{what: "apex", name: "cluster.local", rrtype: miekg.TypeSOA, answer: []string{soa}},
+		{what: "apex", name: "cluster.local", rrtype: miekg.TypeSOA, answer: []string{soaText}},
 		{what: "apex, other type", name: "cluster.local", rrtype: miekg.TypeA, soa: true},
 		{what: "svc", name: "svc.cluster.local", rrtype: miekg.TypeA, soa: true},
 		{what: "namespace", name: "shop.svc.cluster.local", rrtype: miekg.TypeA, soa: true},
@@ -388,7 +388,7 @@ func TestAnswers(t *testing.T) {
 			t.Parallel()
 			for family, address := range addresses {
 				for _, network := range []string{"udp", "tcp"} {
-					reply := ask(t, address, query{name: tc.name, rrtype: tc.rrtype, network: network, size: 1232})
+					reply := exchange(t, address, query{name: tc.name, rrtype: tc.rrtype, network: network, ednsSize: 1232})
 					where := fmt.Sprintf("%s %s over %s %s", tc.name, miekg.TypeToString[tc.rrtype], family, network)
 					if reply.Rcode != tc.rcode {
 						t.Errorf("%s: got %s, want %s", where, miekg.RcodeToString[reply.Rcode], miekg.RcodeToString[tc.rcode])
@@ -399,17 +399,17 @@ func TestAnswers(t *testing.T) {
 					if reply.Truncated {
 						t.Errorf("%s: truncated", where)
 					}
-					if diff := cmp.Diff(tc.answer, text(reply.Answer)); diff != "" {
+					if diff := cmp.Diff(tc.answer, recordText(reply.Answer)); diff != "" {
 						t.Errorf("%s: answer (-want +got):\n%s", where, diff)
 					}
-					if diff := cmp.Diff(tc.extra, text(reply.Extra)); diff != "" {
+					if diff := cmp.Diff(tc.extra, recordText(reply.Extra)); diff != "" {
 						t.Errorf("%s: additional (-want +got):\n%s", where, diff)
 					}
 					var authority []string
 					if tc.soa {
-						authority = append(authority, soa)
+						authority = append(authority, soaText)
 					}
-					if diff := cmp.Diff(authority, text(reply.Ns)); diff != "" {
+					if diff := cmp.Diff(authority, recordText(reply.Ns)); diff != "" {
 						t.Errorf("%s: authority (-want +got):\n%s", where, diff)
 					}
 				}
@@ -418,7 +418,7 @@ func TestAnswers(t *testing.T) {
 	}
 }
 
-func reverse(t *testing.T, addr string) string {
+func reverseName(t *testing.T, addr string) string {
 	t.Helper()
 	name, err := miekg.ReverseAddr(addr)
 	if err != nil {
@@ -430,31 +430,31 @@ func reverse(t *testing.T, addr string) string {
 func TestOptions(t *testing.T) {
 	t.Parallel()
 	server := dns.New(dns.Options{ClusterDomain: "Example.ORG.", DefaultNamespace: "shop", TTL: 30 * time.Second})
-	server.Apply(example())
-	address := start(t, server, "127.0.0.1:0")
+	server.Apply(exampleDelta())
+	address := startServer(t, server, "127.0.0.1:0")
 	for name, want := range map[string]string{
 		"backend.shop.svc.example.org": "backend.shop.svc.example.org. 30 IN A 10.96.0.12",
 		"backend":                      "backend. 30 IN A 10.96.0.12",
 	} {
-		if diff := cmp.Diff([]string{want}, text(ask(t, address, query{name: name, rrtype: miekg.TypeA}).Answer)); diff != "" {
+		if diff := cmp.Diff([]string{want}, recordText(exchange(t, address, query{name: name, rrtype: miekg.TypeA}).Answer)); diff != "" {
 			t.Errorf("%s (-want +got):\n%s", name, diff)
 		}
 	}
 }
 
-func TestRefusesWhatItDoesNotSpeak(t *testing.T) {
+func TestUnsupportedQueries(t *testing.T) {
 	t.Parallel()
 	server := dns.New(dns.Options{})
-	server.Apply(example())
-	address := start(t, server, "127.0.0.1:0")
+	server.Apply(exampleDelta())
+	address := startServer(t, server, "127.0.0.1:0")
 	for what, tc := range map[string]struct {
 		query query
 		want  int
 	}{
 		"class CHAOS":    {query{name: "backend", rrtype: miekg.TypeA, class: miekg.ClassCHAOS}, miekg.RcodeRefused},
-		"EDNS version 1": {query{name: "backend", rrtype: miekg.TypeA, size: 1232, version: 1}, miekg.RcodeBadVers},
+		"EDNS version 1": {query{name: "backend", rrtype: miekg.TypeA, ednsSize: 1232, ednsVersion: 1}, miekg.RcodeBadVers},
 	} {
-		if reply := ask(t, address, tc.query); reply.Rcode != tc.want || len(reply.Answer) != 0 {
+		if reply := exchange(t, address, tc.query); reply.Rcode != tc.want || len(reply.Answer) != 0 {
 			t.Errorf("%s: got %s with %v, want %s", what, miekg.RcodeToString[reply.Rcode], reply.Answer, miekg.RcodeToString[tc.want])
 		}
 	}
@@ -471,30 +471,30 @@ func TestRefusesWhatItDoesNotSpeak(t *testing.T) {
 
 // Until the first Delta nothing is known, and to say that a name does not exist
 // would be a lie that clients remember.
-func TestFailsBeforeFirstDelta(t *testing.T) {
+func TestServerFailureBeforeFirstDelta(t *testing.T) {
 	t.Parallel()
 	server := dns.New(dns.Options{})
-	address := start(t, server, "127.0.0.1:0")
+	address := startServer(t, server, "127.0.0.1:0")
 	q := query{name: "backend", rrtype: miekg.TypeA}
-	if reply := ask(t, address, q); reply.Rcode != miekg.RcodeServerFailure {
+	if reply := exchange(t, address, q); reply.Rcode != miekg.RcodeServerFailure {
 		t.Errorf("before: got %s, want SERVFAIL", miekg.RcodeToString[reply.Rcode])
 	}
 	server.Apply(kube.Delta{})
-	if reply := ask(t, address, q); reply.Rcode != miekg.RcodeNameError {
+	if reply := exchange(t, address, q); reply.Rcode != miekg.RcodeNameError {
 		t.Errorf("after an empty Delta: got %s, want NXDOMAIN", miekg.RcodeToString[reply.Rcode])
 	}
 }
 
-// large is a headless Service with so many endpoints.
-func large(endpoints int) kube.Delta {
-	s := slice("many-1", "many")
+// deltaWithEndpoints is a headless Service with so many endpoints.
+func deltaWithEndpoints(endpoints int) kube.Delta {
+	s := newSlice("many-1", "many")
 	addr := netip.MustParseAddr("10.2.0.0")
 	for range endpoints {
 		addr = addr.Next()
-		s.Endpoints = append(s.Endpoints, endpoint("", addr.String()))
+		s.Endpoints = append(s.Endpoints, newEndpoint("", addr.String()))
 	}
 	return kube.Delta{
-		Services:       []*corev1.Service{service("default", "many", headless)},
+		Services:       []*corev1.Service{newService("default", "many", asHeadless)},
 		EndpointSlices: []*discoveryv1.EndpointSlice{s},
 	}
 }
@@ -504,8 +504,8 @@ func TestTruncation(t *testing.T) {
 	t.Parallel()
 	const endpoints = 1000
 	server := dns.New(dns.Options{})
-	server.Apply(large(endpoints))
-	address := start(t, server, "127.0.0.1:0")
+	server.Apply(deltaWithEndpoints(endpoints))
+	address := startServer(t, server, "127.0.0.1:0")
 	const header, record, opt = 12 + 4 + 35, 16, 11 // bytes
 	for what, tc := range map[string]struct {
 		query      query
@@ -513,17 +513,17 @@ func TestTruncation(t *testing.T) {
 		minRecords int
 		truncated  bool
 	}{
-		"UDP":                      {query{size: 0}, 512, (512 - header) / record, true},
-		"UDP, EDNS":                {query{size: 1000}, 1000, (1000 - header - opt) / record, true},
-		"UDP, EDNS beyond a frame": {query{size: 4096}, 1232, (1232 - header - opt) / record, true},
-		"UDP, EDNS too small":      {query{size: 100}, 512, (512 - header - opt) / record, true},
+		"UDP":                      {query{ednsSize: 0}, 512, (512 - header) / record, true},
+		"UDP, EDNS":                {query{ednsSize: 1000}, 1000, (1000 - header - opt) / record, true},
+		"UDP, EDNS beyond a frame": {query{ednsSize: 4096}, 1232, (1232 - header - opt) / record, true},
+		"UDP, EDNS too small":      {query{ednsSize: 100}, 512, (512 - header - opt) / record, true},
 		"TCP":                      {query{network: "tcp"}, 65535, endpoints, false},
-		"TCP, EDNS":                {query{network: "tcp", size: 512}, 65535, endpoints, false},
+		"TCP, EDNS":                {query{network: "tcp", ednsSize: 512}, 65535, endpoints, false},
 	} {
 		t.Run(what, func(t *testing.T) {
 			t.Parallel()
 			tc.query.name, tc.query.rrtype = "many.default.svc.cluster.local", miekg.TypeA
-			reply := ask(t, address, tc.query)
+			reply := exchange(t, address, tc.query)
 			if reply.Truncated != tc.truncated {
 				t.Errorf("truncated is %v, want %v", reply.Truncated, tc.truncated)
 			}
@@ -534,7 +534,7 @@ func TestTruncation(t *testing.T) {
 			if got := len(reply.Answer); got < tc.minRecords {
 				t.Errorf("%d records, want at least %d", got, tc.minRecords)
 			}
-			if got, want := reply.IsEdns0() != nil, tc.query.size != 0; got != want {
+			if got, want := reply.IsEdns0() != nil, tc.query.ednsSize != 0; got != want {
 				t.Errorf("EDNS in the reply is %v, want %v", got, want)
 			}
 		})
@@ -545,9 +545,9 @@ func TestTruncation(t *testing.T) {
 func TestTruncationOverTCP(t *testing.T) {
 	t.Parallel()
 	server := dns.New(dns.Options{})
-	server.Apply(large(5000))
-	address := start(t, server, "127.0.0.1:0")
-	reply := ask(t, address, query{name: "many", rrtype: miekg.TypeA, network: "tcp"})
+	server.Apply(deltaWithEndpoints(5000))
+	address := startServer(t, server, "127.0.0.1:0")
+	reply := exchange(t, address, query{name: "many", rrtype: miekg.TypeA, network: "tcp"})
 	// A record takes 16 bytes of 65,535.
 	if got := len(reply.Answer); !reply.Truncated || got < 4000 {
 		t.Errorf("got %d records, truncated %v; want at least 4000, truncated", got, reply.Truncated)
@@ -555,7 +555,7 @@ func TestTruncationOverTCP(t *testing.T) {
 }
 
 // Each endpoint comes first about as often as the others.
-func TestOrderIsRandom(t *testing.T) {
+func TestRandomOrder(t *testing.T) {
 	t.Parallel()
 	const (
 		endpoints = 3
@@ -564,12 +564,12 @@ func TestOrderIsRandom(t *testing.T) {
 		least = rounds / endpoints / 2
 	)
 	server := dns.New(dns.Options{})
-	server.Apply(large(endpoints))
-	address := start(t, server, "127.0.0.1:0")
+	server.Apply(deltaWithEndpoints(endpoints))
+	address := startServer(t, server, "127.0.0.1:0")
 	for name, rrtype := range map[string]uint16{"many": miekg.TypeA, "_http._tcp.many": miekg.TypeSRV} {
 		first := map[string]int{}
 		for range rounds {
-			reply := ask(t, address, query{name: name, rrtype: rrtype})
+			reply := exchange(t, address, query{name: name, rrtype: rrtype})
 			if len(reply.Answer) != endpoints {
 				t.Fatalf("%s: got %v, want %d records", name, reply.Answer, endpoints)
 			}
@@ -593,7 +593,7 @@ func TestApply(t *testing.T) {
 		return types.NamespacedName{Namespace: namespace, Name: name}
 	}
 	server := dns.New(dns.Options{})
-	address := start(t, server, "127.0.0.1:0")
+	address := startServer(t, server, "127.0.0.1:0")
 	for _, step := range []struct {
 		what  string
 		delta kube.Delta
@@ -604,38 +604,38 @@ func TestApply(t *testing.T) {
 		{what: "nothing"},
 		{
 			what:  "slice before its Service",
-			delta: kube.Delta{EndpointSlices: []*discoveryv1.EndpointSlice{slice("a", "db", endpoint("x", "10.1.0.1"))}},
+			delta: kube.Delta{EndpointSlices: []*discoveryv1.EndpointSlice{newSlice("a", "db", newEndpoint("x", "10.1.0.1"))}},
 		},
 		{
 			what:     "Service",
-			delta:    kube.Delta{Services: []*corev1.Service{service("default", "db", headless)}},
+			delta:    kube.Delta{Services: []*corev1.Service{newService("default", "db", asHeadless)}},
 			addrs:    []string{"10.1.0.1"},
 			pointers: []string{"x.db.default.svc.cluster.local."},
 		},
 		{
 			what:     "second slice, one endpoint in both",
-			delta:    kube.Delta{EndpointSlices: []*discoveryv1.EndpointSlice{slice("b", "db", endpoint("x", "10.1.0.1"), endpoint("", "10.1.0.2"))}},
+			delta:    kube.Delta{EndpointSlices: []*discoveryv1.EndpointSlice{newSlice("b", "db", newEndpoint("x", "10.1.0.1"), newEndpoint("", "10.1.0.2"))}},
 			addrs:    []string{"10.1.0.1", "10.1.0.2"},
 			pointers: []string{"x.db.default.svc.cluster.local."},
 		},
 		{
 			what: "another Service over the same endpoint",
 			delta: kube.Delta{
-				Services:       []*corev1.Service{service("default", "other", headless)},
-				EndpointSlices: []*discoveryv1.EndpointSlice{slice("o", "other", endpoint("", "10.1.0.1"))},
+				Services:       []*corev1.Service{newService("default", "other", asHeadless)},
+				EndpointSlices: []*discoveryv1.EndpointSlice{newSlice("o", "other", newEndpoint("", "10.1.0.1"))},
 			},
 			addrs:    []string{"10.1.0.1", "10.1.0.2"},
 			pointers: []string{"10-1-0-1.other.default.svc.cluster.local.", "x.db.default.svc.cluster.local."},
 		},
 		{
 			what:     "slice changes",
-			delta:    kube.Delta{EndpointSlices: []*discoveryv1.EndpointSlice{slice("b", "db", endpoint("", "10.1.0.3"))}},
+			delta:    kube.Delta{EndpointSlices: []*discoveryv1.EndpointSlice{newSlice("b", "db", newEndpoint("", "10.1.0.3"))}},
 			addrs:    []string{"10.1.0.1", "10.1.0.3"},
 			pointers: []string{"10-1-0-1.other.default.svc.cluster.local.", "x.db.default.svc.cluster.local."},
 		},
 		{
 			what:     "slice moves to the other Service",
-			delta:    kube.Delta{EndpointSlices: []*discoveryv1.EndpointSlice{slice("b", "other", endpoint("", "10.1.0.3"))}},
+			delta:    kube.Delta{EndpointSlices: []*discoveryv1.EndpointSlice{newSlice("b", "other", newEndpoint("", "10.1.0.3"))}},
 			addrs:    []string{"10.1.0.1"},
 			pointers: []string{"10-1-0-1.other.default.svc.cluster.local.", "x.db.default.svc.cluster.local."},
 		},
@@ -646,13 +646,13 @@ func TestApply(t *testing.T) {
 		},
 		{
 			what:     "Service gets a cluster address",
-			delta:    kube.Delta{Services: []*corev1.Service{service("default", "db", clusterIPs("10.1.0.1"))}},
+			delta:    kube.Delta{Services: []*corev1.Service{newService("default", "db", withClusterIPs("10.1.0.1"))}},
 			addrs:    []string{"10.1.0.1"},
 			pointers: []string{"10-1-0-1.other.default.svc.cluster.local.", "db.default.svc.cluster.local."},
 		},
 		{
 			what:  "the other Service goes, this one changes address",
-			delta: kube.Delta{Services: []*corev1.Service{service("default", "db", clusterIPs("10.1.0.4"))}, DeletedServices: []types.NamespacedName{key("default", "other")}},
+			delta: kube.Delta{Services: []*corev1.Service{newService("default", "db", withClusterIPs("10.1.0.4"))}, DeletedServices: []types.NamespacedName{key("default", "other")}},
 			addrs: []string{"10.1.0.4"},
 		},
 		{
@@ -663,21 +663,21 @@ func TestApply(t *testing.T) {
 		{what: "Service goes", delta: kube.Delta{DeletedServices: []types.NamespacedName{key("default", "db")}}},
 	} {
 		server.Apply(step.delta)
-		reply := ask(t, address, query{name: "db.default.svc.cluster.local", rrtype: miekg.TypeA})
-		if diff := cmp.Diff(step.addrs, values(reply.Answer)); diff != "" || (step.addrs == nil) != (reply.Rcode == miekg.RcodeNameError) {
+		reply := exchange(t, address, query{name: "db.default.svc.cluster.local", rrtype: miekg.TypeA})
+		if diff := cmp.Diff(step.addrs, lastFields(reply.Answer)); diff != "" || (step.addrs == nil) != (reply.Rcode == miekg.RcodeNameError) {
 			t.Errorf("%s: addresses, with %s (-want +got):\n%s", step.what, miekg.RcodeToString[reply.Rcode], diff)
 		}
-		reply = ask(t, address, query{name: "1.0.1.10.in-addr.arpa", rrtype: miekg.TypePTR})
-		if diff := cmp.Diff(step.pointers, values(reply.Answer)); diff != "" || (step.pointers == nil) != (reply.Rcode == miekg.RcodeRefused) {
+		reply = exchange(t, address, query{name: "1.0.1.10.in-addr.arpa", rrtype: miekg.TypePTR})
+		if diff := cmp.Diff(step.pointers, lastFields(reply.Answer)); diff != "" || (step.pointers == nil) != (reply.Rcode == miekg.RcodeRefused) {
 			t.Errorf("%s: pointers, with %s (-want +got):\n%s", step.what, miekg.RcodeToString[reply.Rcode], diff)
 		}
 	}
 }
 
-// values returns the last field of each record, sorted; nil if there are none.
-func values(rrs []miekg.RR) []string {
+// lastFields returns the last field of each record, sorted; nil if there are none.
+func lastFields(rrs []miekg.RR) []string {
 	var last []string
-	for _, line := range text(rrs) {
+	for _, line := range recordText(rrs) {
 		fields := strings.Fields(line)
 		last = append(last, fields[len(fields)-1])
 	}
@@ -686,13 +686,13 @@ func values(rrs []miekg.RR) []string {
 }
 
 // A namespace exists as long as it has a Service; the default one always.
-func TestNamespaceEnds(t *testing.T) {
+func TestNamespaceRemoval(t *testing.T) {
 	t.Parallel()
 	server := dns.New(dns.Options{})
-	server.Apply(example())
-	address := start(t, server, "127.0.0.1:0")
+	server.Apply(exampleDelta())
+	address := startServer(t, server, "127.0.0.1:0")
 	var all []types.NamespacedName
-	for _, s := range example().Services {
+	for _, s := range exampleDelta().Services {
 		all = append(all, types.NamespacedName{Namespace: s.Namespace, Name: s.Name})
 	}
 	server.Apply(kube.Delta{DeletedServices: all})
@@ -700,7 +700,7 @@ func TestNamespaceEnds(t *testing.T) {
 		"shop.svc.cluster.local":    miekg.RcodeNameError,
 		"default.svc.cluster.local": miekg.RcodeSuccess,
 	} {
-		if got := ask(t, address, query{name: name, rrtype: miekg.TypeA}).Rcode; got != want {
+		if got := exchange(t, address, query{name: name, rrtype: miekg.TypeA}).Rcode; got != want {
 			t.Errorf("%s: got %s, want %s", name, miekg.RcodeToString[got], miekg.RcodeToString[want])
 		}
 	}
@@ -713,11 +713,11 @@ func TestApplyIsAtomic(t *testing.T) {
 	const changes = 500
 	server := dns.New(dns.Options{})
 	states := []*corev1.Service{
-		service("default", "db", clusterIPs("10.0.0.1", "10.0.0.2")),
-		service("default", "db", clusterIPs("10.0.0.3", "10.0.0.4")),
+		newService("default", "db", withClusterIPs("10.0.0.1", "10.0.0.2")),
+		newService("default", "db", withClusterIPs("10.0.0.3", "10.0.0.4")),
 	}
 	server.Apply(kube.Delta{Services: states[:1]})
-	address := start(t, server, "127.0.0.1:0")
+	address := startServer(t, server, "127.0.0.1:0")
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
@@ -731,7 +731,7 @@ func TestApplyIsAtomic(t *testing.T) {
 			changing = false
 		default:
 		}
-		got := strings.Join(values(ask(t, address, query{name: "db", rrtype: miekg.TypeA}).Answer), " ")
+		got := strings.Join(lastFields(exchange(t, address, query{name: "db", rrtype: miekg.TypeA}).Answer), " ")
 		if got != "10.0.0.1 10.0.0.2" && got != "10.0.0.3 10.0.0.4" {
 			t.Fatalf("got %q, a mix", got)
 		}
@@ -741,7 +741,7 @@ func TestApplyIsAtomic(t *testing.T) {
 
 // When the context ends, Serve returns although a client keeps its connection,
 // and the address is free again.
-func TestServeEnds(t *testing.T) {
+func TestServeReturns(t *testing.T) {
 	t.Parallel()
 	server := dns.New(dns.Options{})
 	sockets, err := dns.Listen(t.Context(), "127.0.0.1:0")
@@ -780,7 +780,7 @@ func TestServeEnds(t *testing.T) {
 }
 
 // Serve returns at once where the context has ended before.
-func TestServeAfterTheEnd(t *testing.T) {
+func TestServeAfterCancel(t *testing.T) {
 	t.Parallel()
 	sockets, err := dns.Listen(t.Context(), "127.0.0.1:0")
 	if err != nil {
@@ -793,7 +793,7 @@ func TestServeAfterTheEnd(t *testing.T) {
 	}
 }
 
-func TestServeReportsLostSocket(t *testing.T) {
+func TestServeReportsSocketError(t *testing.T) {
 	t.Parallel()
 	sockets, err := dns.Listen(t.Context(), "127.0.0.1:0")
 	if err != nil {

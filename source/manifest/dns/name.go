@@ -17,103 +17,103 @@ const (
 
 const labelVersion = "dns-version"
 
-// kind is a form of name in the cluster domain.
-type kind uint8
+// nameKind is a form of name in the cluster domain.
+type nameKind uint8
 
 const (
-	kindNone      kind = iota // no form that can exist
-	kindApex                  // the cluster domain
-	kindVersion               // dns-version
-	kindBranch                // svc and pod, which only lead to others
-	kindNamespace             // <namespace>.svc and <namespace>.pod
-	kindService               // <service>.<namespace>.svc
-	kindHost                  // <host>.<service>.<namespace>.svc
-	kindProtocol              // _<protocol>.<service>.<namespace>.svc
-	kindPort                  // _<port>._<protocol>.<service>.<namespace>.svc
-	kindPod                   // <address with dashes>.<namespace>.pod
+	kindNone             nameKind = iota // no form that can exist
+	kindApex                             // the cluster domain
+	kindVersion                          // dns-version
+	kindEmptyNonTerminal                 // svc and pod, which only lead to others
+	kindNamespace                        // <namespace>.svc and <namespace>.pod
+	kindService                          // <service>.<namespace>.svc
+	kindHost                             // <host>.<service>.<namespace>.svc
+	kindProtocol                         // _<protocol>.<service>.<namespace>.svc
+	kindPort                             // _<port>._<protocol>.<service>.<namespace>.svc
+	kindPod                              // <address with dashes>.<namespace>.pod
 )
 
-// name is a name in the cluster domain, taken apart. Its parts are in lower case.
-type name struct {
-	kind               kind
+// parsedName is a name in the cluster domain, taken apart. Its parts are in lower case.
+type parsedName struct {
+	kind               nameKind
 	namespace, service string
 	host               string     // of kindHost
 	port, protocol     string     // of kindPort and kindProtocol, with their underscores
 	addr               netip.Addr // of kindPod
 }
 
-// labelsOf returns the labels of a domain name in presentation format, in lower
+// splitLabels returns the labels of a domain name in presentation format, in lower
 // case: DNS compares names without regard to case.
-func labelsOf(domain string) []string {
+func splitLabels(domain string) []string {
 	return dns.SplitDomainName(dns.CanonicalName(domain))
 }
 
 // parseName takes apart the labels that are in front of the cluster domain.
-func parseName(labels []string) name {
+func parseName(labels []string) parsedName {
 	if len(labels) == 0 {
-		return name{kind: kindApex}
+		return parsedName{kind: kindApex}
 	}
 	last := len(labels) - 1
 	rest := labels[:last]
 	switch labels[last] {
 	case labelVersion:
 		if len(rest) == 0 {
-			return name{kind: kindVersion}
+			return parsedName{kind: kindVersion}
 		}
 	case labelService:
 		return parseService(rest)
 	case labelPod:
 		return parsePod(rest)
 	}
-	return name{}
+	return parsedName{}
 }
 
-func parseService(labels []string) name {
+func parseService(labels []string) parsedName {
 	switch n := len(labels); n {
 	case 0:
-		return name{kind: kindBranch}
+		return parsedName{kind: kindEmptyNonTerminal}
 	case 1:
-		return name{kind: kindNamespace, namespace: labels[0]}
+		return parsedName{kind: kindNamespace, namespace: labels[0]}
 	case 2:
-		return name{kind: kindService, namespace: labels[1], service: labels[0]}
+		return parsedName{kind: kindService, namespace: labels[1], service: labels[0]}
 	case 3:
-		parsed := name{kind: kindHost, namespace: labels[2], service: labels[1], host: labels[0]}
+		parsed := parsedName{kind: kindHost, namespace: labels[2], service: labels[1], host: labels[0]}
 		if strings.HasPrefix(labels[0], "_") {
 			parsed.kind, parsed.host, parsed.protocol = kindProtocol, "", labels[0]
 		}
 		return parsed
 	case 4:
 		if strings.HasPrefix(labels[0], "_") && strings.HasPrefix(labels[1], "_") {
-			return name{kind: kindPort, namespace: labels[3], service: labels[2], port: labels[0], protocol: labels[1]}
+			return parsedName{kind: kindPort, namespace: labels[3], service: labels[2], port: labels[0], protocol: labels[1]}
 		}
 	}
-	return name{}
+	return parsedName{}
 }
 
-func parsePod(labels []string) name {
+func parsePod(labels []string) parsedName {
 	switch len(labels) {
 	case 0:
-		return name{kind: kindBranch}
+		return parsedName{kind: kindEmptyNonTerminal}
 	case 1:
-		return name{kind: kindNamespace, namespace: labels[0]}
+		return parsedName{kind: kindNamespace, namespace: labels[0]}
 	case 2:
-		if addr, ok := parseDashed(labels[0]); ok {
-			return name{kind: kindPod, namespace: labels[1], addr: addr}
+		if addr, ok := parseDashedAddr(labels[0]); ok {
+			return parsedName{kind: kindPod, namespace: labels[1], addr: addr}
 		}
 	}
-	return name{}
+	return parsedName{}
 }
 
-// dashed returns the address as a label: 10-1-0-5, or fd00--5.
-func dashed(addr netip.Addr) string {
+// dashedAddr returns the address as a label: 10-1-0-5, or fd00--5.
+func dashedAddr(addr netip.Addr) string {
 	return strings.NewReplacer(".", "-", ":", "-").Replace(addr.String())
 }
 
-// parseDashed is the inverse of dashed.
-func parseDashed(label string) (netip.Addr, bool) {
+// parseDashedAddr is the inverse of dashed.
+func parseDashedAddr(label string) (netip.Addr, bool) {
 	for _, separator := range []string{".", ":"} {
 		addr, err := netip.ParseAddr(strings.ReplaceAll(label, "-", separator))
-		if err == nil && addr.Zone() == "" && dashed(addr) == label {
+		if err == nil && addr.Zone() == "" && dashedAddr(addr) == label {
 			return addr, true
 		}
 	}

@@ -15,8 +15,8 @@ import (
 	"fairlead.io/fairlead/kube"
 )
 
-// compose is the inverse of parseName, for the kinds with parts of their own.
-func compose(n name) []string {
+// composeLabels is the inverse of parseName, for the kinds with parts of their own.
+func composeLabels(n parsedName) []string {
 	switch n.kind {
 	case kindApex:
 		return nil
@@ -31,20 +31,20 @@ func compose(n name) []string {
 	case kindPort:
 		return []string{n.port, n.protocol, n.service, n.namespace, labelService}
 	case kindPod:
-		return []string{dashed(n.addr), n.namespace, labelPod}
-	case kindNone, kindBranch, kindNamespace:
+		return []string{dashedAddr(n.addr), n.namespace, labelPod}
+	case kindNone, kindEmptyNonTerminal, kindNamespace:
 	}
 	return nil
 }
 
 func TestParseName(t *testing.T) {
 	t.Parallel()
-	for domain, want := range map[string]name{
+	for domain, want := range map[string]parsedName{
 		".":                            {kind: kindApex},
 		"dns-version.":                 {kind: kindVersion},
 		"a.dns-version.":               {},
-		"svc.":                         {kind: kindBranch},
-		"pod.":                         {kind: kindBranch},
+		"svc.":                         {kind: kindEmptyNonTerminal},
+		"pod.":                         {kind: kindEmptyNonTerminal},
 		"shop.svc.":                    {kind: kindNamespace, namespace: "shop"},
 		"Web.Shop.SVC.":                {kind: kindService, namespace: "shop", service: "web"},
 		"db-0.web.shop.svc.":           {kind: kindHost, namespace: "shop", service: "web", host: "db-0"},
@@ -62,7 +62,7 @@ func TestParseName(t *testing.T) {
 		"a.10-1-0-5.shop.pod.":         {},
 		"web.shop.other.":              {},
 	} {
-		if diff := cmp.Diff(want, parseName(labelsOf(domain)), cmp.AllowUnexported(name{}), cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {
+		if diff := cmp.Diff(want, parseName(splitLabels(domain)), cmp.AllowUnexported(parsedName{}), cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {
 			t.Errorf("%s (-want +got):\n%s", domain, diff)
 		}
 	}
@@ -85,7 +85,7 @@ func TestParseReverse(t *testing.T) {
 		"arpa.":                   "",
 		".":                       "",
 	} {
-		addr, ok := parseReverse(labelsOf(domain))
+		addr, ok := parseReverse(splitLabels(domain))
 		if ok != (want != "") || ok && addr.String() != want {
 			t.Errorf("%s: got %v, %v, want %q", domain, addr, ok, want)
 		}
@@ -127,8 +127,8 @@ func FuzzName(f *testing.F) {
 		}
 		domain = query.Question[0].Name
 
-		labels := labelsOf(domain)
-		if parsed := parseName(labels); compose(parsed) != nil && !slices.Equal(compose(parsed), labels) {
+		labels := splitLabels(domain)
+		if parsed := parseName(labels); composeLabels(parsed) != nil && !slices.Equal(composeLabels(parsed), labels) {
 			t.Errorf("%q is taken for %+v", domain, parsed)
 		}
 		if addr, ok := parseReverse(labels); ok {
@@ -137,7 +137,7 @@ func FuzzName(f *testing.F) {
 			}
 		}
 
-		reply := server.answer(query, false)
+		reply := server.newReply(query, false)
 		if _, err := reply.Pack(); err != nil {
 			t.Errorf("%q: %v", domain, err)
 		}

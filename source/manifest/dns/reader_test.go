@@ -33,7 +33,7 @@ func TestReadErrors(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		wrapped := func(e syscall.Errno) error { return &net.OpError{Op: "read", Err: e} }
 		inner := &failingReader{errs: []error{wrapped(syscall.ENOBUFS), wrapped(syscall.ENOMEM), net.ErrClosed}}
-		r := patientReader{inner}
+		r := retryingReader{inner}
 		if _, _, err := r.ReadUDP(nil, time.Second); !errors.Is(err, net.ErrClosed) {
 			t.Errorf("error %v, want that the socket is closed", err)
 		}

@@ -11,64 +11,64 @@ import (
 	discoveryv1 "k8s.io/api/discovery/v1"
 )
 
-// records is all that DNS knows of one Service. It is never changed, only
+// serviceRecords is all that DNS knows of one Service. It is never changed, only
 // replaced.
-type records struct {
+type serviceRecords struct {
 	// domain is the Service's full name, with the final dot.
 	domain string
-	// target is the name that a Service of type ExternalName stands for.
-	target string
+	// withExternalName is the name that a Service of type ExternalName stands for.
+	externalName string
 	// addrs are the cluster addresses, or those of the endpoints if headless.
 	addrs []netip.Addr
 	// hosts are the addresses of a headless Service's endpoints by label.
 	hosts map[string][]netip.Addr
-	// ports are the SRV records.
-	ports map[portKey][]portRecord
+	// srv are the SRV records.
+	srv map[srvKey][]srvRecord
 	// reverse has the name for each address.
 	reverse map[netip.Addr][]string
-	// absent says that the name does not exist although the Service does.
-	absent bool
+	// nonexistent says that the name does not exist although the Service does.
+	nonexistent bool
 }
 
-// portKey names a port in DNS: both labels with their underscores.
-type portKey struct{ port, protocol string }
+// srvKey names a port in DNS: both labels with their underscores.
+type srvKey struct{ port, protocol string }
 
-// portRecord is the variable part of an SRV record.
-type portRecord struct {
+// srvRecord is the variable part of an SRV record.
+type srvRecord struct {
 	port uint16
 	// host is the label of an endpoint, or empty for the Service itself.
 	host string
 }
 
-func (p portRecord) compare(o portRecord) int {
+func (p srvRecord) compare(o srvRecord) int {
 	return cmp.Or(strings.Compare(p.host, o.host), cmp.Compare(p.port, o.port))
 }
 
-// newRecords derives the records of one Service in the cluster domain. The
+// newServiceRecords derives the records of one Service in the cluster domain. The
 // slices are the Service's.
-func newRecords(domain string, service *corev1.Service, slicesOf []*discoveryv1.EndpointSlice) *records {
-	r := &records{
+func newServiceRecords(domain string, service *corev1.Service, slicesOf []*discoveryv1.EndpointSlice) *serviceRecords {
+	r := &serviceRecords{
 		domain:  service.Name + "." + service.Namespace + "." + labelService + "." + domain,
 		hosts:   map[string][]netip.Addr{},
-		ports:   map[portKey][]portRecord{},
+		srv:     map[srvKey][]srvRecord{},
 		reverse: map[netip.Addr][]string{},
 	}
 	switch {
 	case service.Spec.Type == corev1.ServiceTypeExternalName:
 		if _, ok := dns.IsDomainName(service.Spec.ExternalName); ok {
-			r.target = dns.Fqdn(service.Spec.ExternalName)
+			r.externalName = dns.Fqdn(service.Spec.ExternalName)
 		}
-		r.absent = r.target == ""
+		r.nonexistent = r.externalName == ""
 	case service.Spec.ClusterIP == corev1.ClusterIPNone || slices.Contains(service.Spec.ClusterIPs, corev1.ClusterIPNone):
 		r.addEndpoints(slicesOf)
-		r.absent = len(r.addrs) == 0
+		r.nonexistent = len(r.addrs) == 0
 	default:
 		r.addClusterIPs(service)
 	}
 	return r
 }
 
-func (r *records) addClusterIPs(service *corev1.Service) {
+func (r *serviceRecords) addClusterIPs(service *corev1.Service) {
 	ips := service.Spec.ClusterIPs
 	if len(ips) == 0 {
 		ips = []string{service.Spec.ClusterIP}
@@ -81,11 +81,11 @@ func (r *records) addClusterIPs(service *corev1.Service) {
 		}
 	}
 	for _, port := range service.Spec.Ports {
-		r.addPort(port.Name, port.Protocol, portRecord{port: uint16(port.Port)})
+		r.addSRV(port.Name, port.Protocol, srvRecord{port: uint16(port.Port)})
 	}
 }
 
-func (r *records) addEndpoints(slicesOf []*discoveryv1.EndpointSlice) {
+func (r *serviceRecords) addEndpoints(slicesOf []*discoveryv1.EndpointSlice) {
 	for _, slice := range slicesOf {
 		if slice.AddressType == discoveryv1.AddressTypeFQDN {
 			continue
@@ -100,7 +100,7 @@ func (r *records) addEndpoints(slicesOf []*discoveryv1.EndpointSlice) {
 				if err != nil {
 					continue
 				}
-				host := dashed(addr)
+				host := dashedAddr(addr)
 				if endpoint.Hostname != nil && *endpoint.Hostname != "" {
 					host = strings.ToLower(*endpoint.Hostname)
 				}
@@ -110,17 +110,17 @@ func (r *records) addEndpoints(slicesOf []*discoveryv1.EndpointSlice) {
 	}
 	// A pod is in a slice for each address family, and in several while slices
 	// are rearranged.
-	r.addrs = compact(r.addrs)
+	r.addrs = sortUnique(r.addrs)
 	for host, addrs := range r.hosts {
-		r.hosts[host] = compact(addrs)
+		r.hosts[host] = sortUnique(addrs)
 	}
-	for key, ports := range r.ports {
-		slices.SortFunc(ports, portRecord.compare)
-		r.ports[key] = slices.Compact(ports)
+	for key, ports := range r.srv {
+		slices.SortFunc(ports, srvRecord.compare)
+		r.srv[key] = slices.Compact(ports)
 	}
 }
 
-func (r *records) addEndpoint(host string, addr netip.Addr, ports []discoveryv1.EndpointPort) {
+func (r *serviceRecords) addEndpoint(host string, addr netip.Addr, ports []discoveryv1.EndpointPort) {
 	r.addrs = append(r.addrs, addr)
 	r.hosts[host] = append(r.hosts[host], addr)
 	if domain := host + "." + r.domain; !slices.Contains(r.reverse[addr], domain) {
@@ -134,31 +134,31 @@ func (r *records) addEndpoint(host string, addr netip.Addr, ports []discoveryv1.
 		if port.Protocol != nil {
 			protocol = *port.Protocol
 		}
-		r.addPort(*port.Name, protocol, portRecord{port: uint16(*port.Port), host: host})
+		r.addSRV(*port.Name, protocol, srvRecord{port: uint16(*port.Port), host: host})
 	}
 }
 
-// addPort adds an SRV record. Ports without a name have none.
-func (r *records) addPort(portName string, protocol corev1.Protocol, record portRecord) {
+// addSRV adds an SRV record. Ports without a name have none.
+func (r *serviceRecords) addSRV(portName string, protocol corev1.Protocol, record srvRecord) {
 	if portName == "" {
 		return
 	}
 	if protocol == "" {
 		protocol = corev1.ProtocolTCP
 	}
-	key := portKey{"_" + strings.ToLower(portName), "_" + strings.ToLower(string(protocol))}
-	r.ports[key] = append(r.ports[key], record)
+	key := srvKey{"_" + strings.ToLower(portName), "_" + strings.ToLower(string(protocol))}
+	r.srv[key] = append(r.srv[key], record)
 }
 
-// compact sorts addrs and removes doubles.
-func compact(addrs []netip.Addr) []netip.Addr {
+// sortUnique sorts addrs and removes doubles.
+func sortUnique(addrs []netip.Addr) []netip.Addr {
 	slices.SortFunc(addrs, netip.Addr.Compare)
 	return slices.Compact(addrs)
 }
 
 // hasProtocol reports whether any SRV record is of that protocol.
-func (r *records) hasProtocol(protocol string) bool {
-	for key := range r.ports {
+func (r *serviceRecords) hasProtocol(protocol string) bool {
+	for key := range r.srv {
 		if key.protocol == protocol {
 			return true
 		}

@@ -12,35 +12,35 @@ import (
 // schemaVersion is that of the specification of Kubernetes' DNS.
 const schemaVersion = "1.1.0"
 
-// maxAliases is how many Services of type ExternalName may follow each other.
-const maxAliases = 8
+// maxCNAMEs is how many Services of type ExternalName may follow each other.
+const maxCNAMEs = 8
 
-// result is what there is to say about a question.
-type result struct {
+// response is what there is to say about a question.
+type response struct {
 	rcode                    int
 	answer, authority, extra []dns.RR
 }
 
 // resolve answers one question.
-func (s *Server) resolve(question dns.Question) result {
+func (s *Server) resolve(question dns.Question) response {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	if !s.complete {
-		return result{rcode: dns.RcodeServerFailure}
+	if !s.synced {
+		return response{rcode: dns.RcodeServerFailure}
 	}
 	if question.Qclass != dns.ClassINET {
-		return result{rcode: dns.RcodeRefused}
+		return response{rcode: dns.RcodeRefused}
 	}
-	labels := labelsOf(question.Name)
-	if front, ok := s.inDomain(labels); ok {
+	labels := splitLabels(question.Name)
+	if front, ok := s.trimClusterDomain(labels); ok {
 		found := lookup{server: s, qtype: question.Qtype}
-		if !found.name(question.Name, parseName(front), maxAliases) {
+		if !found.resolveName(question.Name, parseName(front), maxCNAMEs) {
 			found.rcode = dns.RcodeNameError
 		}
 		if found.rcode == dns.RcodeNameError || len(found.answer) == 0 {
-			found.authority = []dns.RR{s.soa(s.domain)}
+			found.authority = []dns.RR{s.soaRecord(s.domain)}
 		}
-		return found.result
+		return found.response
 	}
 	if addr, ok := parseReverse(labels); ok {
 		return s.resolveReverse(question, addr)
@@ -49,43 +49,43 @@ func (s *Server) resolve(question dns.Question) result {
 }
 
 // resolveReverse answers for an address, if it is one of a Service.
-func (s *Server) resolveReverse(question dns.Question, addr netip.Addr) result {
-	domains := s.namesOf(addr)
+func (s *Server) resolveReverse(question dns.Question, addr netip.Addr) response {
+	domains := s.domainsForAddr(addr)
 	if len(domains) == 0 {
-		return result{rcode: dns.RcodeRefused}
+		return response{rcode: dns.RcodeRefused}
 	}
 	found := lookup{server: s, qtype: question.Qtype}
 	for _, domain := range domains {
-		found.add(&dns.PTR{Hdr: s.header(question.Name, dns.TypePTR), Ptr: domain})
+		found.addRequested(&dns.PTR{Hdr: s.recordHeader(question.Name, dns.TypePTR), Ptr: domain})
 	}
-	return found.result
+	return found.response
 }
 
 // resolveShort answers for a name outside the cluster domain, as a search list
 // would complete it.
-func (s *Server) resolveShort(question dns.Question, labels []string) result {
-	for _, search := range [][]string{{s.namespace, labelService}, {labelService}, {}} {
+func (s *Server) resolveShort(question dns.Question, labels []string) response {
+	for _, search := range [][]string{{s.searchNamespace, labelService}, {labelService}, {}} {
 		parsed := parseName(slices.Concat(labels, search))
 		switch parsed.kind {
 		case kindService, kindHost, kindPort, kindPod:
 			found := lookup{server: s, qtype: question.Qtype}
-			if found.name(question.Name, parsed, maxAliases) {
-				return found.result
+			if found.resolveName(question.Name, parsed, maxCNAMEs) {
+				return found.response
 			}
-		case kindNone, kindApex, kindVersion, kindBranch, kindNamespace, kindProtocol:
+		case kindNone, kindApex, kindVersion, kindEmptyNonTerminal, kindNamespace, kindProtocol:
 		}
 	}
-	if s.mayDeny(labels) {
-		return result{rcode: dns.RcodeNameError}
+	if s.canDeny(labels) {
+		return response{rcode: dns.RcodeNameError}
 	}
-	return result{rcode: dns.RcodeRefused}
+	return response{rcode: dns.RcodeRefused}
 }
 
-// mayDeny reports whether no other server can know of a name outside the cluster
+// canDeny reports whether no other server can know of a name outside the cluster
 // domain: one without a domain, or that ends in svc. One that ends in a
 // namespace may be: dev and app are top-level domains, and resolvers believe a
 // denial of them. What the cluster domain itself ends in exists.
-func (s *Server) mayDeny(labels []string) bool {
+func (s *Server) canDeny(labels []string) bool {
 	if len(labels) == 0 || labels[len(labels)-1] == s.domainLabels[len(s.domainLabels)-1] {
 		return false
 	}
@@ -95,30 +95,30 @@ func (s *Server) mayDeny(labels []string) bool {
 
 // lookup gathers the records of one type.
 type lookup struct {
-	result
+	response
 	server *Server
 	qtype  uint16
 }
 
-// add adds a record to the answer if it was asked for.
-func (l *lookup) add(rr dns.RR) {
+// addRequested adds a record to the answer if it was asked for.
+func (l *lookup) addRequested(rr dns.RR) {
 	if rrtype := rr.Header().Rrtype; l.qtype == rrtype || l.qtype == dns.TypeANY {
 		l.answer = append(l.answer, rr)
 	}
 }
 
-// name adds the records of a name in the cluster domain, owned by owner, and
+// resolveName adds the records of a name in the cluster domain, owned by owner, and
 // reports whether the name exists. It follows at most so many aliases.
-func (l *lookup) name(owner string, n name, aliases int) bool {
+func (l *lookup) resolveName(owner string, n parsedName, aliases int) bool {
 	s := l.server
 	switch n.kind {
 	case kindApex:
-		l.add(s.soa(owner))
+		l.addRequested(s.soaRecord(owner))
 		return true
 	case kindVersion:
-		l.add(&dns.TXT{Hdr: s.header(owner, dns.TypeTXT), Txt: []string{schemaVersion}})
+		l.addRequested(&dns.TXT{Hdr: s.recordHeader(owner, dns.TypeTXT), Txt: []string{schemaVersion}})
 		return true
-	case kindBranch:
+	case kindEmptyNonTerminal:
 		return true
 	case kindNamespace:
 		return s.hasNamespace(n.namespace)
@@ -126,44 +126,44 @@ func (l *lookup) name(owner string, n name, aliases int) bool {
 		if !s.hasNamespace(n.namespace) {
 			return false
 		}
-		l.addrs(owner, []netip.Addr{n.addr})
+		l.addAddrs(owner, []netip.Addr{n.addr})
 		return true
 	case kindService, kindHost, kindProtocol, kindPort:
 		r := s.records[types.NamespacedName{Namespace: n.namespace, Name: n.service}]
-		return r != nil && !r.absent && l.service(owner, n, r, aliases)
+		return r != nil && !r.nonexistent && l.resolveService(owner, n, r, aliases)
 	case kindNone:
 	}
 	return false
 }
 
-// service adds the records of a name that is a Service's or below it.
-func (l *lookup) service(owner string, n name, r *records, aliases int) bool {
+// resolveService adds the records of a name that is a Service's or below it.
+func (l *lookup) resolveService(owner string, n parsedName, r *serviceRecords, aliases int) bool {
 	switch n.kind {
 	case kindHost:
 		addrs, ok := r.hosts[n.host]
-		l.addrs(owner, addrs)
+		l.addAddrs(owner, addrs)
 		return ok
 	case kindProtocol:
 		return r.hasProtocol(n.protocol)
 	case kindPort:
-		ports, ok := r.ports[portKey{n.port, n.protocol}]
-		l.ports(owner, r, ports)
+		ports, ok := r.srv[srvKey{n.port, n.protocol}]
+		l.addSRV(owner, r, ports)
 		return ok
 	default:
-		if r.target != "" {
-			l.alias(owner, r.target, aliases)
+		if r.externalName != "" {
+			l.addCNAME(owner, r.externalName, aliases)
 			return true
 		}
-		l.addrs(owner, r.addrs)
+		l.addAddrs(owner, r.addrs)
 		return true
 	}
 }
 
-// alias adds a CNAME record and, where its target is a Service too, what that one
+// addCNAME adds a CNAME record and, where its target is a Service too, what that one
 // has. An alias answers for every type.
-func (l *lookup) alias(owner, target string, aliases int) {
-	l.answer = append(l.answer, &dns.CNAME{Hdr: l.server.header(owner, dns.TypeCNAME), Target: target})
-	front, ok := l.server.inDomain(labelsOf(target))
+func (l *lookup) addCNAME(owner, target string, aliases int) {
+	l.answer = append(l.answer, &dns.CNAME{Hdr: l.server.recordHeader(owner, dns.TypeCNAME), Target: target})
+	front, ok := l.server.trimClusterDomain(splitLabels(target))
 	if !ok || l.qtype == dns.TypeCNAME || l.qtype == dns.TypeANY {
 		return
 	}
@@ -172,23 +172,23 @@ func (l *lookup) alias(owner, target string, aliases int) {
 		return
 	}
 	// The code of a chain is that of its last name (RFC 6604).
-	if !l.name(target, parseName(front), aliases-1) {
+	if !l.resolveName(target, parseName(front), aliases-1) {
 		l.rcode = dns.RcodeNameError
 	}
 }
 
-// addrs adds address records in random order, because most clients take the
+// addAddrs adds address records in random order, because most clients take the
 // first.
-func (l *lookup) addrs(owner string, addrs []netip.Addr) {
+func (l *lookup) addAddrs(owner string, addrs []netip.Addr) {
 	first := len(l.answer)
 	for _, addr := range addrs {
-		l.add(l.server.address(owner, addr))
+		l.addRequested(l.server.addressRecord(owner, addr))
 	}
 	shuffle(l.answer[first:])
 }
 
-// ports adds SRV records in random order, and the addresses they lead to.
-func (l *lookup) ports(owner string, r *records, ports []portRecord) {
+// addSRV adds SRV records in random order, and the addresses they lead to.
+func (l *lookup) addSRV(owner string, r *serviceRecords, ports []srvRecord) {
 	const weight = 100 // all the same
 	first := len(l.answer)
 	added := map[string]bool{}
@@ -198,13 +198,13 @@ func (l *lookup) ports(owner string, r *records, ports []portRecord) {
 			target, addrs = port.host+"."+r.domain, r.hosts[port.host]
 		}
 		before := len(l.answer)
-		l.add(&dns.SRV{Hdr: l.server.header(owner, dns.TypeSRV), Weight: weight, Port: port.port, Target: target})
+		l.addRequested(&dns.SRV{Hdr: l.server.recordHeader(owner, dns.TypeSRV), Weight: weight, Port: port.port, Target: target})
 		if len(l.answer) == before || added[target] {
 			continue
 		}
 		added[target] = true
 		for _, addr := range addrs {
-			l.extra = append(l.extra, l.server.address(target, addr))
+			l.extra = append(l.extra, l.server.addressRecord(target, addr))
 		}
 	}
 	shuffle(l.answer[first:])
@@ -214,23 +214,23 @@ func shuffle(rrs []dns.RR) {
 	rand.Shuffle(len(rrs), func(i, j int) { rrs[i], rrs[j] = rrs[j], rrs[i] })
 }
 
-func (s *Server) address(owner string, addr netip.Addr) dns.RR {
+func (s *Server) addressRecord(owner string, addr netip.Addr) dns.RR {
 	if addr.Is4() {
-		return &dns.A{Hdr: s.header(owner, dns.TypeA), A: addr.AsSlice()}
+		return &dns.A{Hdr: s.recordHeader(owner, dns.TypeA), A: addr.AsSlice()}
 	}
-	return &dns.AAAA{Hdr: s.header(owner, dns.TypeAAAA), AAAA: addr.AsSlice()}
+	return &dns.AAAA{Hdr: s.recordHeader(owner, dns.TypeAAAA), AAAA: addr.AsSlice()}
 }
 
-func (s *Server) header(owner string, rrtype uint16) dns.RR_Header {
+func (s *Server) recordHeader(owner string, rrtype uint16) dns.RR_Header {
 	return dns.RR_Header{Name: owner, Rrtype: rrtype, Class: dns.ClassINET, Ttl: s.ttl}
 }
 
-// soa returns the record that says how long the absence of a name may be
+// soaRecord returns the record that says how long the absence of a name may be
 // remembered. Nobody copies the zone, so its times have no other use.
-func (s *Server) soa(owner string) dns.RR {
+func (s *Server) soaRecord(owner string) dns.RR {
 	const refresh, retry, expire = 7200, 1800, 86400 // seconds
 	return &dns.SOA{
-		Hdr: s.header(owner, dns.TypeSOA), Ns: "ns.dns." + s.domain, Mbox: "hostmaster." + s.domain,
+		Hdr: s.recordHeader(owner, dns.TypeSOA), Ns: "ns.dns." + s.domain, Mbox: "hostmaster." + s.domain,
 		Serial: s.serial, Refresh: refresh, Retry: retry, Expire: expire, Minttl: s.ttl,
 	}
 }

@@ -53,25 +53,25 @@ const (
 
 // Server answers DNS queries for the names of Services. Apply tells it of them.
 type Server struct {
-	domain       string   // with the final dot, in lower case
-	domainLabels []string // of domain
-	namespace    string
-	ttl          uint32
-	limiter      *connlimit.Limiter
-	logger       *slog.Logger
+	domain          string   // with the final dot, in lower case
+	domainLabels    []string // of domain
+	searchNamespace string
+	ttl             uint32
+	limiter         *connlimit.Limiter
+	logger          *slog.Logger
 
 	mu sync.RWMutex // for all below
-	// complete is set from the first Apply on.
-	complete bool
+	// synced is set from the first Apply on.
+	synced   bool
 	serial   uint32
 	services map[types.NamespacedName]*corev1.Service
 	slices   map[types.NamespacedName]*discoveryv1.EndpointSlice
-	// slicesOf has the names of the slices of each Service.
-	slicesOf map[types.NamespacedName]map[types.NamespacedName]bool
+	// slicesByService has the names of the slices of each Service.
+	slicesByService map[types.NamespacedName]map[types.NamespacedName]bool
 	// records has those derived of each Service.
-	records map[types.NamespacedName]*records
-	// namespaces counts the Services in each.
-	namespaces map[string]int
+	records map[types.NamespacedName]*serviceRecords
+	// servicesPerNamespace counts the Services in each.
+	servicesPerNamespace map[string]int
 	// reverse has the names of each address by the Service they come from.
 	reverse map[netip.Addr]map[types.NamespacedName][]string
 }
@@ -89,18 +89,18 @@ func New(o Options) *Server {
 		limiter = connlimit.New(connlimit.Options{Server: "dns", WriteTimeout: WriteTimeout, Logger: logger})
 	}
 	return &Server{
-		limiter:      limiter,
-		domain:       domain,
-		domainLabels: labelsOf(domain),
-		namespace:    cmp.Or(o.DefaultNamespace, defaultNamespace),
-		ttl:          uint32(cmp.Or(o.TTL, defaultTTL) / time.Second),
-		logger:       logger.With(slog.String("component", "dns")),
-		services:     map[types.NamespacedName]*corev1.Service{},
-		slices:       map[types.NamespacedName]*discoveryv1.EndpointSlice{},
-		slicesOf:     map[types.NamespacedName]map[types.NamespacedName]bool{},
-		records:      map[types.NamespacedName]*records{},
-		namespaces:   map[string]int{},
-		reverse:      map[netip.Addr]map[types.NamespacedName][]string{},
+		limiter:              limiter,
+		domain:               domain,
+		domainLabels:         splitLabels(domain),
+		searchNamespace:      cmp.Or(o.DefaultNamespace, defaultNamespace),
+		ttl:                  uint32(cmp.Or(o.TTL, defaultTTL) / time.Second),
+		logger:               logger.With(slog.String("component", "dns")),
+		services:             map[types.NamespacedName]*corev1.Service{},
+		slices:               map[types.NamespacedName]*discoveryv1.EndpointSlice{},
+		slicesByService:      map[types.NamespacedName]map[types.NamespacedName]bool{},
+		records:              map[types.NamespacedName]*serviceRecords{},
+		servicesPerNamespace: map[string]int{},
+		reverse:              map[netip.Addr]map[types.NamespacedName][]string{},
 	}
 }
 
@@ -129,9 +129,9 @@ func (s *Server) Apply(d kube.Delta) {
 		s.putSlice(key, slice, touched)
 	}
 	for key := range touched {
-		s.derive(key)
+		s.rebuildRecords(key)
 	}
-	s.complete = true
+	s.synced = true
 	s.serial++
 }
 
@@ -139,33 +139,33 @@ func (s *Server) Apply(d kube.Delta) {
 // the Services that it belonged or belongs to.
 func (s *Server) putSlice(key types.NamespacedName, slice *discoveryv1.EndpointSlice, touched map[types.NamespacedName]bool) {
 	if old := s.slices[key]; old != nil {
-		owner := ownerOf(old)
+		owner := serviceOf(old)
 		touched[owner] = true
-		delete(s.slicesOf[owner], key)
-		if len(s.slicesOf[owner]) == 0 {
-			delete(s.slicesOf, owner)
+		delete(s.slicesByService[owner], key)
+		if len(s.slicesByService[owner]) == 0 {
+			delete(s.slicesByService, owner)
 		}
 		delete(s.slices, key)
 	}
 	if slice == nil {
 		return
 	}
-	owner := ownerOf(slice)
+	owner := serviceOf(slice)
 	touched[owner] = true
-	if s.slicesOf[owner] == nil {
-		s.slicesOf[owner] = map[types.NamespacedName]bool{}
+	if s.slicesByService[owner] == nil {
+		s.slicesByService[owner] = map[types.NamespacedName]bool{}
 	}
-	s.slicesOf[owner][key] = true
+	s.slicesByService[owner][key] = true
 	s.slices[key] = slice
 }
 
-// ownerOf returns the key of the Service that the slice belongs to.
-func ownerOf(slice *discoveryv1.EndpointSlice) types.NamespacedName {
+// serviceOf returns the key of the Service that the slice belongs to.
+func serviceOf(slice *discoveryv1.EndpointSlice) types.NamespacedName {
 	return types.NamespacedName{Namespace: slice.Namespace, Name: slice.Labels[discoveryv1.LabelServiceName]}
 }
 
-// derive replaces the records of one Service.
-func (s *Server) derive(key types.NamespacedName) {
+// rebuildRecords replaces the records of one Service.
+func (s *Server) rebuildRecords(key types.NamespacedName) {
 	if old := s.records[key]; old != nil {
 		for addr := range old.reverse {
 			delete(s.reverse[addr], key)
@@ -174,9 +174,9 @@ func (s *Server) derive(key types.NamespacedName) {
 			}
 		}
 		delete(s.records, key)
-		s.namespaces[key.Namespace]--
-		if s.namespaces[key.Namespace] == 0 {
-			delete(s.namespaces, key.Namespace)
+		s.servicesPerNamespace[key.Namespace]--
+		if s.servicesPerNamespace[key.Namespace] == 0 {
+			delete(s.servicesPerNamespace, key.Namespace)
 		}
 	}
 	service := s.services[key]
@@ -184,16 +184,16 @@ func (s *Server) derive(key types.NamespacedName) {
 		return
 	}
 	var endpointSlices []*discoveryv1.EndpointSlice
-	for slice := range s.slicesOf[key] {
+	for slice := range s.slicesByService[key] {
 		endpointSlices = append(endpointSlices, s.slices[slice])
 	}
-	r := newRecords(s.domain, service, endpointSlices)
-	if service.Spec.Type == corev1.ServiceTypeExternalName && r.absent {
+	r := newServiceRecords(s.domain, service, endpointSlices)
+	if service.Spec.Type == corev1.ServiceTypeExternalName && r.nonexistent {
 		s.logger.Warn("external name is not a domain name",
 			slog.String("service", key.String()), slog.String("external_name", service.Spec.ExternalName))
 	}
 	s.records[key] = r
-	s.namespaces[key.Namespace]++
+	s.servicesPerNamespace[key.Namespace]++
 	for addr, domains := range r.reverse {
 		if s.reverse[addr] == nil {
 			s.reverse[addr] = map[types.NamespacedName][]string{}
@@ -260,8 +260,8 @@ func (s *Server) ListenAndServe(ctx context.Context, address string) error {
 func (s *Server) Serve(ctx context.Context, sockets ...*Sockets) error {
 	group, ctx := errgroup.WithContext(ctx)
 	for _, socket := range sockets {
-		s.serve(ctx, group, "udp "+socket.Addr(), &dns.Server{PacketConn: socket.UDP})
-		s.serve(ctx, group, "tcp "+socket.Addr(), &dns.Server{Listener: s.limiter.Listener(socket.TCP)})
+		s.serveSocket(ctx, group, "udp "+socket.Addr(), &dns.Server{PacketConn: socket.UDP})
+		s.serveSocket(ctx, group, "tcp "+socket.Addr(), &dns.Server{Listener: s.limiter.Listener(socket.TCP)})
 	}
 	// Without sockets there is still the context to wait for.
 	group.Go(func() error {
@@ -271,16 +271,16 @@ func (s *Server) Serve(ctx context.Context, sockets ...*Sockets) error {
 	return group.Wait()
 }
 
-// serve adds to the group what answers queries at one socket until ctx ends.
-func (s *Server) serve(ctx context.Context, group *errgroup.Group, where string, server *dns.Server) {
+// serveSocket adds to the group what answers queries at one socket until ctx ends.
+func (s *Server) serveSocket(ctx context.Context, group *errgroup.Group, where string, server *dns.Server) {
 	// A query is answered from memory. What takes longer is a client over TCP
 	// that does not take its answer.
 	const patience = time.Second
 	started, ended := make(chan struct{}), make(chan struct{})
 	server.NotifyStartedFunc = func() { close(started) }
 	server.Handler = s
-	server.UDPSize = maxUDPQuery
-	server.DecorateReader = func(r dns.Reader) dns.Reader { return patientReader{r} }
+	server.UDPSize = maxUDPQuerySize
+	server.DecorateReader = func(r dns.Reader) dns.Reader { return retryingReader{r} }
 	group.Go(func() error {
 		defer close(ended)
 		// An error after the end of the context is that of the closed socket.
@@ -305,11 +305,11 @@ func (s *Server) serve(ctx context.Context, group *errgroup.Group, where string,
 	})
 }
 
-// patientReader reads again after errors that pass, which would end the server.
-type patientReader struct{ dns.Reader }
+// retryingReader reads again after errors that pass, which would end the server.
+type retryingReader struct{ dns.Reader }
 
 // ReadUDP implements [dns.Reader].
-func (r patientReader) ReadUDP(conn *net.UDPConn, timeout time.Duration) ([]byte, *dns.SessionUDP, error) {
+func (r retryingReader) ReadUDP(conn *net.UDPConn, timeout time.Duration) ([]byte, *dns.SessionUDP, error) {
 	const pause = 10 * time.Millisecond
 	for {
 		query, session, err := r.Reader.ReadUDP(conn, timeout)
@@ -321,30 +321,30 @@ func (r patientReader) ReadUDP(conn *net.UDPConn, timeout time.Duration) ([]byte
 }
 
 const (
-	// maxUDPQuery is the size of the buffer for a query, in bytes.
-	maxUDPQuery = 4096
-	// maxUDPAnswer is the size that fits every path without fragments
+	// maxUDPQuerySize is the size of the buffer for a query, in bytes.
+	maxUDPQuerySize = 4096
+	// maxUDPAnswerSize is the size that fits every path without fragments
 	// (https://www.dnsflagday.net/2020/), in bytes.
-	maxUDPAnswer = 1232
+	maxUDPAnswerSize = 1232
 )
 
 // ServeDNS answers one query. It makes a Server a handler for package
 // github.com/miekg/dns.
 func (s *Server) ServeDNS(w dns.ResponseWriter, query *dns.Msg) {
 	_, overTCP := w.RemoteAddr().(*net.TCPAddr)
-	if err := w.WriteMsg(s.answer(query, overTCP)); err != nil {
+	if err := w.WriteMsg(s.newReply(query, overTCP)); err != nil {
 		s.logger.Debug("dns answer not sent", slog.String("client", w.RemoteAddr().String()), slog.Any("error", err))
 	}
 }
 
-// answer returns the message that answers the query, cut to what the transport
+// newReply returns the message that answers the query, cut to what the transport
 // and the client can take.
-func (s *Server) answer(query *dns.Msg, overTCP bool) *dns.Msg {
+func (s *Server) newReply(query *dns.Msg, overTCP bool) *dns.Msg {
 	reply := new(dns.Msg).SetReply(query)
 	size := dns.MinMsgSize
 	opt := query.IsEdns0()
 	if opt != nil {
-		size = min(int(opt.UDPSize()), maxUDPAnswer)
+		size = min(int(opt.UDPSize()), maxUDPAnswerSize)
 	}
 	if overTCP {
 		size = dns.MaxMsgSize
@@ -362,14 +362,14 @@ func (s *Server) answer(query *dns.Msg, overTCP bool) *dns.Msg {
 		reply.Authoritative = found.rcode == dns.RcodeSuccess || found.rcode == dns.RcodeNameError
 	}
 	if opt != nil {
-		reply.SetEdns0(maxUDPAnswer, false)
+		reply.SetEdns0(maxUDPAnswerSize, false)
 	}
 	reply.Truncate(size)
 	return reply
 }
 
-// namesOf returns the names of an address, sorted.
-func (s *Server) namesOf(addr netip.Addr) []string {
+// domainsForAddr returns the names of an address, sorted.
+func (s *Server) domainsForAddr(addr netip.Addr) []string {
 	return slices.Sorted(func(yield func(string) bool) {
 		for domains := range maps.Values(s.reverse[addr]) {
 			for _, domain := range domains {
@@ -381,8 +381,8 @@ func (s *Server) namesOf(addr netip.Addr) []string {
 	})
 }
 
-// inDomain returns the labels in front of the cluster domain.
-func (s *Server) inDomain(labels []string) ([]string, bool) {
+// trimClusterDomain returns the labels in front of the cluster domain.
+func (s *Server) trimClusterDomain(labels []string) ([]string, bool) {
 	n := len(labels) - len(s.domainLabels)
 	if n < 0 || !slices.Equal(labels[n:], s.domainLabels) {
 		return nil, false
@@ -392,5 +392,5 @@ func (s *Server) inDomain(labels []string) ([]string, bool) {
 
 // hasNamespace reports whether the namespace is known to exist.
 func (s *Server) hasNamespace(namespace string) bool {
-	return s.namespaces[namespace] > 0 || namespace == s.namespace
+	return s.servicesPerNamespace[namespace] > 0 || namespace == s.searchNamespace
 }

@@ -1,0 +1,561 @@
+package config
+
+import (
+	"log/slog"
+	"maps"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/spf13/cobra"
+
+	"fairlead.io/fairlead/internal/backend"
+	"fairlead.io/fairlead/kube"
+	"fairlead.io/fairlead/kube/proxyconfig"
+)
+
+// parseFlags returns what the flags of `fairlead run` are set to.
+func parseFlags(t *testing.T, args ...string) Flags {
+	t.Helper()
+	cmd := &cobra.Command{}
+	flags := AddFlags(cmd)
+	if err := cmd.ParseFlags(args); err != nil {
+		t.Fatal(err)
+	}
+	return flags
+}
+
+const configHeader = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n"
+
+// writeConfigFile writes a configuration file.
+func writeConfigFile(t *testing.T, text string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "config.conf")
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// defaultConfig is the configuration without any flag but --hostname-override=node.
+func defaultConfig() Config {
+	return Config{
+		Mode: backend.NFT, ClusterDomain: "cluster.local", HealthzAddress: "0.0.0.0:10256", MetricsAddress: "127.0.0.1:10249", LogFormat: "text",
+		API:          APIServer{Label: "--kubeconfig", QPS: 5, Burst: 10, BatchPeriod: 50 * time.Millisecond, MassRemovalDelay: time.Minute},
+		GiveWayAfter: time.Minute,
+		Tracker: kube.Options{
+			ProtectLoopback: true,
+			NodeName:        "node", DetectLocal: kube.DetectLocal{Mode: kube.DetectByClusterCIDR},
+		},
+	}
+}
+
+// ipvsValues returns the values of the mode ipvs with its defaults but for those given.
+func ipvsValues(given backend.Values) backend.Values {
+	values := backend.Values{
+		"ipvs-scheduler": "rr", "ipvs-exclude-cidrs": []netip.Prefix(nil), "ipvs-strict-arp": false,
+		"ipvs-tcp-timeout": time.Duration(0), "ipvs-tcpfin-timeout": time.Duration(0), "ipvs-udp-timeout": time.Duration(0),
+	}
+	maps.Copy(values, given)
+	return values
+}
+
+func diffConfigs(want, got Config) string {
+	return cmp.Diff(want, got, cmp.Comparer(func(a, b netip.Addr) bool { return a == b }),
+		cmp.Comparer(func(a, b netip.Prefix) bool { return a == b }))
+}
+
+func TestFlags(t *testing.T) {
+	t.Parallel()
+	tests := []struct {
+		name string
+		args []string
+		want func(*Config)
+	}{
+		{"defaults", nil, func(*Config) {}},
+		{
+			"empty values", []string{
+				"--kubeconfig=", "--master=", "--kube-api-qps=", "--kube-api-burst=", "--kube-api-content-type=", "--cluster-cidr=",
+				"--detect-local-mode=", "--masquerade-all=", "--nodeport-addresses=", "--bind-address=", "--healthz-bind-address=",
+				"--healthz-port=", "--metrics-bind-address=", "--metrics-port=", "--bind-address-hard-fail=", "--profiling=",
+				"--mode=", "--proxy-mode=", "--config=", "--manifests=", "--service-cidr=", "--dns-listen=", "--cluster-domain=",
+				"--log-level=", "--log-format=", "--v=", "--conntrack-min=", "--oom-score-adj=", "--init-only=", "--batch-period=",
+			}, func(*Config) {},
+		},
+		{
+			"API server",
+			[]string{"--kubeconfig=k", "--master=https://m", "--kube-api-qps=7.5", "--kube-api-burst=20", "--kube-api-content-type=application/json"},
+			func(c *Config) {
+				c.API = APIServer{
+					Kubeconfig: "k", Master: "https://m", Label: "--kubeconfig", QPS: 7.5, Burst: 20, ContentType: "application/json",
+					BatchPeriod: c.API.BatchPeriod, MassRemovalDelay: c.API.MassRemovalDelay,
+				}
+			},
+		},
+		{"batches", []string{"--batch-period=1s"}, func(c *Config) { c.API.BatchPeriod = time.Second }},
+		{"give way at once", []string{"--give-way-after=0"}, func(c *Config) { c.GiveWayAfter = 0 }},
+		{"own tables", []string{"--nft-own-table"}, func(c *Config) { c.OwnTables = true }},
+		{"removals at once", []string{"--mass-removal-delay=0"}, func(c *Config) { c.API.MassRemovalDelay = 0 }},
+		{"no batches", []string{"--batch-period=0"}, func(c *Config) { c.API.BatchPeriod = 0 }},
+		{
+			"batches of a folder",
+			[]string{"--manifests=m", "--batch-period=10ms"},
+			func(c *Config) {
+				c.Manifests, c.Tracker.NodePortAddresses, c.API.BatchPeriod = "m", kube.NodePortAddresses{All: true}, 10*time.Millisecond
+				c.Warnings = []Warning{{"--batch-period", "it is about an API server, and --manifests is set", false}}
+			},
+		},
+		{
+			"pods by address",
+			[]string{"--cluster-cidr=10.244.0.0/16,fd00::/56", "--masquerade-all", "--bind-address=192.0.2.1"},
+			func(c *Config) {
+				c.Tracker.DetectLocal.ClusterCIDRs = []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16"), netip.MustParsePrefix("fd00::/56")}
+				c.Tracker.MasqueradeAll = true
+				c.Tracker.BindAddress = netip.MustParseAddr("192.0.2.1")
+			},
+		},
+		{
+			"pods by the Node",
+			[]string{"--detect-local-mode=NodeCIDR"},
+			func(c *Config) { c.Tracker.DetectLocal.Mode = kube.DetectByNodeCIDR },
+		},
+		{
+			"pods by bridge",
+			[]string{"--detect-local-mode=BridgeInterface", "--pod-bridge-interface=cni0"},
+			func(c *Config) {
+				c.Tracker.DetectLocal = kube.DetectLocal{Mode: kube.DetectByBridgeInterface, Interface: "cni0"}
+			},
+		},
+		{
+			"pods by prefix",
+			[]string{"--detect-local-mode=InterfaceNamePrefix", "--pod-interface-name-prefix=veth"},
+			func(c *Config) {
+				c.Tracker.DetectLocal = kube.DetectLocal{Mode: kube.DetectByInterfaceNamePrefix, InterfacePrefix: "veth"}
+			},
+		},
+		{
+			"node port addresses",
+			[]string{"--nodeport-addresses=10.0.0.1/8,localhost", "--nodeport-addresses=primary"},
+			func(c *Config) {
+				c.Tracker.NodePortAddresses = kube.NodePortAddresses{Primary: true, Localhost: true, CIDRs: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}}
+			},
+		},
+		{"pings", []string{"--ping-service-ips"}, func(c *Config) { c.Tracker.PingServiceIPs = true }},
+		{"the mode ipvs", []string{"--mode=ipvs"}, func(c *Config) { c.Mode, c.Values = backend.IPVS, ipvsValues(nil) }},
+		{"the mode ipvs by kube-proxy's name", []string{"--proxy-mode=ipvs"}, func(c *Config) { c.Mode, c.Values = backend.IPVS, ipvsValues(nil) }},
+		{
+			"all settings of IPVS",
+			[]string{
+				"--mode=ipvs", "--ipvs-scheduler=mh", "--ipvs-exclude-cidrs=192.0.2.1/24,2001:db8::/64", "--ipvs-exclude-cidrs=10.0.0.0/8",
+				"--ipvs-strict-arp", "--ipvs-tcp-timeout=15m", "--ipvs-tcpfin-timeout=30s", "--ipvs-udp-timeout=1m30s",
+			},
+			func(c *Config) {
+				c.Mode = backend.IPVS
+				c.Values = backend.Values{
+					"ipvs-scheduler": "mh", "ipvs-strict-arp": true,
+					"ipvs-tcp-timeout": 15 * time.Minute, "ipvs-tcpfin-timeout": 30 * time.Second, "ipvs-udp-timeout": 90 * time.Second,
+					"ipvs-exclude-cidrs": []netip.Prefix{
+						netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("2001:db8::/64"), netip.MustParsePrefix("10.0.0.0/8"),
+					},
+				}
+			},
+		},
+		{
+			"the longest timeout of IPVS, and none",
+			[]string{"--mode=ipvs", "--ipvs-tcp-timeout=2147483s", "--ipvs-udp-timeout=0"},
+			func(c *Config) {
+				c.Mode, c.Values = backend.IPVS, ipvsValues(backend.Values{"ipvs-tcp-timeout": 2147483 * time.Second})
+			},
+		},
+		{
+			"periods of kube-proxy's ipvs mode",
+			[]string{"--mode=ipvs", "--ipvs-sync-period=30s", "--ipvs-min-sync-period=0s"},
+			func(c *Config) {
+				c.Mode, c.Values = backend.IPVS, ipvsValues(nil)
+				c.Warnings = []Warning{{"--ipvs-min-sync-period", ignoredSync, false}, {"--ipvs-sync-period", ignoredSync, false}}
+			},
+		},
+		{
+			"settings of IPVS in another mode",
+			[]string{"--ipvs-scheduler=lc", "--ipvs-strict-arp"},
+			func(c *Config) {
+				c.Warnings = []Warning{{"--ipvs-scheduler", ignoredOtherMode(backend.IPVS), false}, {"--ipvs-strict-arp", ignoredOtherMode(backend.IPVS), false}}
+			},
+		},
+		{
+			"kube-proxy's switch for localhost",
+			[]string{"--iptables-localhost-nodeports=false"},
+			func(c *Config) { c.Warnings = []Warning{{"--iptables-localhost-nodeports", ignoredLocalhost, false}} },
+		},
+		{
+			"underscores",
+			[]string{"--cluster_cidr=10.0.0.0/8", "--kube_api-burst=3"},
+			func(c *Config) {
+				c.Tracker.DetectLocal.ClusterCIDRs = []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}
+				c.API.Burst = 3
+			},
+		},
+		{
+			"a folder",
+			[]string{"--manifests=m"},
+			func(c *Config) { c.Manifests, c.Tracker.NodePortAddresses = "m", kube.NodePortAddresses{All: true} },
+		},
+		{
+			"IPv6 node",
+			[]string{"--bind-address=::"},
+			func(c *Config) {
+				c.HealthzAddress, c.MetricsAddress, c.Tracker.BindAddress = "[::]:10256", "[::1]:10249", netip.IPv6Unspecified()
+			},
+		},
+		{
+			"addresses",
+			[]string{"--healthz-bind-address=[fd00::1]:1", "--metrics-bind-address=192.0.2.1", "--bind-address-hard-fail", "--profiling"},
+			func(c *Config) {
+				c.HealthzAddress, c.MetricsAddress, c.HardFail, c.Profiling = "[fd00::1]:1", "192.0.2.1:10249", true, true
+				c.Tracker.ProtectLoopback = false // nothing listens there
+			},
+		},
+		{
+			"deprecated ports",
+			[]string{"--healthz-port=0", "--metrics-port=9999"},
+			func(c *Config) {
+				c.HealthzAddress, c.MetricsAddress = "", "127.0.0.1:9999"
+				c.Warnings = []Warning{
+					{"--healthz-port", "use --healthz-bind-address", true},
+					{"--metrics-port", "use --metrics-bind-address", true},
+				}
+			},
+		},
+		{
+			"port for an address without one",
+			[]string{"--healthz-port=1", "--healthz-bind-address=192.0.2.1"},
+			func(c *Config) {
+				c.HealthzAddress = "192.0.2.1:1"
+				c.Warnings = []Warning{{"--healthz-port", "use --healthz-bind-address", true}}
+			},
+		},
+		{
+			"address with a port of its own",
+			[]string{"--healthz-port=1", "--healthz-bind-address=192.0.2.1:2"},
+			func(c *Config) {
+				c.HealthzAddress = "192.0.2.1:2"
+				c.Warnings = []Warning{{"--healthz-port", "use --healthz-bind-address", true}}
+			},
+		},
+		{
+			"logging",
+			[]string{"--v=4", "--logging-format=json"},
+			func(c *Config) { c.LogLevel, c.LogFormat = slog.LevelDebug, "json" },
+		},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			got, _, err := Load(parseFlags(t, append(test.args, "--hostname-override=Node ")...))
+			if err != nil {
+				t.Fatal(err)
+			}
+			want := defaultConfig()
+			test.want(&want)
+			if diff := diffConfigs(want, got); diff != "" {
+				t.Errorf("(-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+// kubeadmConfig returns what kubeadm 1.37 writes into the ConfigMap kube-proxy.
+func kubeadmConfig(t *testing.T) string {
+	t.Helper()
+	text, err := os.ReadFile("testdata/kubeadm.conf")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
+
+func TestConfigFile(t *testing.T) {
+	t.Parallel()
+	tests := []struct {
+		name, file string
+		args       []string
+		want       func(*Config)
+	}{
+		{"nothing but its kind", configHeader, nil, func(*Config) {}},
+		{
+			"kubeadm's", kubeadmConfig(t), nil,
+			func(c *Config) {
+				c.API.Kubeconfig = "/var/lib/kube-proxy/kubeconfig.conf"
+				c.Tracker.DetectLocal.ClusterCIDRs = []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16")}
+				c.Tracker.BindAddress = netip.IPv4Unspecified()
+			},
+		},
+		{
+			"every field that has a meaning", configHeader + `
+clientConnection: {kubeconfig: k, acceptContentTypes: a, contentType: c, qps: 2.5, burst: 3}
+logging: {format: json, verbosity: 6}
+bindAddress: 192.0.2.1
+healthzBindAddress: 192.0.2.1:1
+metricsBindAddress: 192.0.2.1:2
+bindAddressHardFail: true
+enableProfiling: true
+mode: nftables
+nftables: {masqueradeAll: true}
+detectLocalMode: BridgeInterface
+detectLocal: {bridgeInterface: cni0}
+clusterCIDR: 10.244.0.0/16,fd00::/56
+nodePortAddresses: [primary, 10.0.0.0/8]
+`, nil,
+			func(c *Config) {
+				c.API = APIServer{Kubeconfig: "k", AcceptContentTypes: "a", ContentType: "c", QPS: 2.5, Burst: 3, BatchPeriod: c.API.BatchPeriod, MassRemovalDelay: c.API.MassRemovalDelay}
+				c.LogFormat, c.LogLevel = "json", slog.LevelDebug
+				c.HealthzAddress, c.MetricsAddress, c.HardFail, c.Profiling = "192.0.2.1:1", "192.0.2.1:2", true, true
+				c.Tracker = kube.Options{
+					NodeName: "node", BindAddress: netip.MustParseAddr("192.0.2.1"), MasqueradeAll: true,
+					DetectLocal: kube.DetectLocal{
+						Mode: kube.DetectByBridgeInterface, Interface: "cni0",
+						ClusterCIDRs: []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16"), netip.MustParsePrefix("fd00::/56")},
+					},
+					NodePortAddresses: kube.NodePortAddresses{Primary: true, CIDRs: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}},
+				}
+			},
+		},
+		{
+			"masqueradeAll of the mode that is left", configHeader + "iptables: {masqueradeAll: true}\n", nil,
+			func(c *Config) { c.Tracker.MasqueradeAll = true },
+		},
+		{
+			"masqueradeAll of another mode", configHeader + "mode: nftables\niptables: {masqueradeAll: true}\n", nil,
+			func(c *Config) { c.Warnings = []Warning{{"--config: iptables.masqueradeAll", ignoredIPTables, false}} },
+		},
+		{
+			"fields without effect",
+			configHeader + "conntrack: {min: 5, udpTimeout: 10s}\nipvs: {scheduler: lc, syncPeriod: 5s}\nnftables: {masqueradeBit: 3}\nfeatureGates: {A: true}\n",
+			nil,
+			func(c *Config) {
+				c.Warnings = []Warning{
+					{"--config: conntrack.min", ignoredConntrack, false},
+					{"--config: conntrack.udpTimeout", ignoredConntrack, false},
+					{"--config: featureGates.A", ignoredFeatureGates, false},
+					{"--config: ipvs.syncPeriod", ignoredSync, false},
+					{"--config: nftables.masqueradeBit", "Fairlead marks no packets", false},
+					{"--config: ipvs.scheduler", ignoredOtherMode(backend.IPVS), false},
+				}
+			},
+		},
+		{
+			"the mode ipvs", configHeader + `
+mode: ipvs
+iptables: {masqueradeAll: true}
+nftables: {masqueradeAll: true}
+ipvs: {scheduler: lc, excludeCIDRs: [10.0.0.0/8], strictARP: true, tcpTimeout: 15m0s, tcpFinTimeout: 30s, udpTimeout: 1m0s, syncPeriod: 30s}
+`, nil,
+			func(c *Config) {
+				c.Mode, c.Tracker.MasqueradeAll = backend.IPVS, true
+				c.Values = backend.Values{
+					"ipvs-scheduler": "lc", "ipvs-exclude-cidrs": []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}, "ipvs-strict-arp": true,
+					"ipvs-tcp-timeout": 15 * time.Minute, "ipvs-tcpfin-timeout": 30 * time.Second, "ipvs-udp-timeout": time.Minute,
+				}
+				c.Warnings = []Warning{{"--config: ipvs.syncPeriod", ignoredSync, false}, {"--config: nftables.masqueradeAll", ignoredNFTables, false}}
+			},
+		},
+		{
+			"the mode by a flag, as kubeadm's file leaves it out", configHeader + "mode: ''\nipvs: {scheduler: sh}\n",
+			[]string{"--mode=ipvs", "--ipvs-scheduler=lc"},
+			func(c *Config) {
+				c.Mode, c.Values = backend.IPVS, ipvsValues(backend.Values{"ipvs-scheduler": "sh"})
+				c.Warnings = []Warning{{"--ipvs-scheduler", "--config is set: write it into the file", false}}
+			},
+		},
+		{
+			"localhost as the iptables mode had it", configHeader + "iptables: {localhostNodePorts: true}\n", nil,
+			func(c *Config) {
+				c.Warnings = []Warning{{"--config: iptables.localhostNodePorts", ignoredLocalhost, false}}
+			},
+		},
+		{
+			"a flag that kube-proxy does not have", configHeader,
+			[]string{"--ping-service-ips"},
+			func(c *Config) { c.Tracker.PingServiceIPs = true },
+		},
+		{
+			"batches", configHeader,
+			[]string{"--batch-period=0s"},
+			func(c *Config) { c.API.BatchPeriod = 0 },
+		},
+		{
+			"flags that go before the file", configHeader + "hostnameOverride: other\nlogging: {verbosity: 9}\nmode: nftables\n",
+			[]string{"--v=1", "--master=https://m", "--mode=nft"},
+			func(c *Config) { c.API.Master = "https://m" },
+		},
+		{
+			"flags that the file takes the place of", configHeader + "clusterCIDR: 10.244.0.0/16\n",
+			[]string{"--cluster-cidr=10.0.0.0/8", "--masquerade-all", "--healthz-port=0"},
+			func(c *Config) {
+				c.Tracker.DetectLocal.ClusterCIDRs = []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16")}
+				const why = "--config is set: write it into the file"
+				c.Warnings = []Warning{{"--cluster-cidr", why, false}, {"--masquerade-all", why, false}, {"--healthz-port", why, false}}
+			},
+		},
+		{
+			"a folder", configHeader,
+			[]string{"--manifests=m", "--service-cidr=10.0.0.0/16"},
+			func(c *Config) {
+				c.Manifests, c.Tracker.NodePortAddresses = "m", kube.NodePortAddresses{All: true}
+				c.ServiceCIDRs = []netip.Prefix{netip.MustParsePrefix("10.0.0.0/16")}
+			},
+		},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			got, content, err := Load(parseFlags(t, append(test.args, "--config="+writeConfigFile(t, test.file), "--hostname-override=node")...))
+			if err != nil {
+				t.Fatal(err)
+			}
+			want := defaultConfig()
+			test.want(&want)
+			want.API.Label = "--config: clientConnection.kubeconfig"
+			if diff := diffConfigs(want, got); diff != "" {
+				t.Errorf("(-want +got):\n%s", diff)
+			}
+			if string(content) != test.file {
+				t.Errorf("content %q, want that of the file", content)
+			}
+		})
+	}
+}
+
+func TestInvalidConfigFile(t *testing.T) {
+	t.Parallel()
+	tests := []struct{ name, file, want string }{
+		{"empty", "", "--config: FILE: apiVersion: nothing is not known: write kubeproxy.config.k8s.io/v1alpha1"},
+		{"another kind", "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: Kubelet\n", `--config: FILE: kind: "Kubelet" is not known: write KubeProxyConfiguration`},
+		{"no YAML", "a: [", "--config: FILE: yaml: line 1: did not find expected node content"},
+		{"two documents", configHeader + "---\n" + configHeader, "--config: FILE: more than one document: leave only the KubeProxyConfiguration"},
+		{"unknown field", configHeader + "conntrack: {max: 5}\n", `--config: FILE: unknown field "conntrack.max"`},
+		{"wrong case", configHeader + "clusterCidr: 10.0.0.0/8\n", `--config: FILE: unknown field "clusterCidr"`},
+		{"twice", configHeader + "mode: nftables\nmode: nftables\n", `--config: FILE: yaml: unmarshal errors: line 4: mapping key "mode" already defined at line 3`},
+		{
+			"wrong type", configHeader + "masqueradeAll: 1\noomScoreAdj: much\n",
+			"--config: FILE: json: cannot unmarshal string into Go struct field KubeProxyConfiguration.oomScoreAdj of type int32",
+		},
+		{
+			"wrong values", configHeader + "clusterCIDR: pods\nmode: iptables\nhealthzBindAddress: here\n",
+			`--config: mode: unknown mode "iptables": use nftables or ipvs` +
+				` --config: clusterCIDR: "pods" is not a network: write it as 10.96.0.0/12 or fd00:96::/112` +
+				` --config: healthzBindAddress: "here" is not an address with a port: write 127.0.0.1:10256 or [::1]:10256`,
+		},
+		{
+			"wrong settings of IPVS", configHeader + "mode: ipvs\nipvs: {scheduler: least, excludeCIDRs: [pods], tcpTimeout: -1s, udpTimeout: 1.5s}\n",
+			`--config: ipvs.scheduler: "least" is not a scheduler: use one of dh, fo, lblc, lblcr, lc, mh, nq, ovf, rr, sed, sh, twos, wlc, wrr` +
+				` --config: ipvs.excludeCIDRs: "pods" is not a network: write it as 10.96.0.0/12 or fd00:96::/112` +
+				` --config: ipvs.tcpTimeout: "-1s" is not a number of whole seconds up to 596h31m23s: write it as 15m or 90s, or 0 to leave the kernel's` +
+				` --config: ipvs.udpTimeout: "1.5s" is not a number of whole seconds up to 596h31m23s: write it as 15m or 90s, or 0 to leave the kernel's`,
+		},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			path := writeConfigFile(t, test.file)
+			_, _, err := Load(parseFlags(t, "--config="+path, "--hostname-override=node"))
+			if err == nil {
+				t.Fatal("no error")
+			}
+			got := strings.Join(strings.Fields(strings.ReplaceAll(err.Error(), path, "FILE")), " ")
+			if diff := cmp.Diff(test.want, got); diff != "" {
+				t.Errorf("(-want +got):\n%s", diff)
+			}
+		})
+	}
+	_, _, err := Load(Flags{"config": "/does/not/exist", "mode": "x"})
+	want := "--config: open /does/not/exist: no such file or directory\n--mode: unknown mode \"x\": use nft or ipvs"
+	if err == nil || err.Error() != want {
+		t.Errorf("error %v, want %s", err, want)
+	}
+}
+
+// Every field of kube-proxy's configuration either has a flag here or a reason
+// why it has no effect.
+func TestConfigFields(t *testing.T) {
+	t.Parallel()
+	flags, known := fieldFlags(), map[string]bool{}
+	for _, s := range settings() {
+		known[s.name] = true
+	}
+	seen := map[string]bool{}
+	for _, name := range proxyconfig.Fields() {
+		seen[name] = true
+		flag, ok := flags[name]
+		switch {
+		case ok && !known[flag] && flag != acceptContentTypes:
+			t.Errorf("%s: no flag --%s", name, flag)
+		case !ok && strings.Contains(ignoredFieldReason(name), "does not know"):
+			t.Errorf("%s: neither a flag nor a reason", name)
+		}
+	}
+	for field := range flags {
+		if !seen[field] {
+			t.Errorf("%s is no field of kube-proxy's", field)
+		}
+	}
+}
+
+// What a changed file asks for that a running program can't do is named.
+func TestRestartRequired(t *testing.T) {
+	t.Parallel()
+	const full = "mode: ipvs\nipvs: {scheduler: lc, excludeCIDRs: [10.0.0.0/8], strictARP: true, tcpTimeout: 1s, tcpFinTimeout: 2s, udpTimeout: 3s}\n"
+	for _, test := range []struct {
+		name, was, is string
+		want          []string
+	}{
+		{"nothing", full, full, nil},
+		{"all of IPVS", full, "mode: ipvs\n", []string{
+			"ipvs-exclude-cidrs", "ipvs-scheduler", "ipvs-strict-arp", "ipvs-tcp-timeout", "ipvs-tcpfin-timeout", "ipvs-udp-timeout",
+		}},
+		{"one timeout", full, strings.Replace(full, "udpTimeout: 3s", "udpTimeout: 4s", 1), []string{"ipvs-udp-timeout"}},
+		{"the mode, with all that belongs to it", "mode: nftables\n", full, []string{"mode"}},
+		{"the mode, back", full, "mode: nftables\n", []string{"mode"}},
+		{"IPVS without the mode", "mode: nftables\n", strings.Replace(full, "mode: ipvs", "mode: nftables", 1), nil},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			var configs [2]Config
+			for i, text := range []string{test.was, test.is} {
+				var err error
+				if configs[i], _, err = Load(Flags{"config": writeConfigFile(t, configHeader+text), "hostname-override": "node"}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if got := configs[0].RestartRequired(configs[1]); !slices.Equal(got, test.want) {
+				t.Errorf("%q need a restart, want %q", got, test.want)
+			}
+		})
+	}
+}
+
+func TestVerbosity(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		args  []string
+		debug bool
+	}{
+		{[]string{"-v4"}, true},
+		{[]string{"--v=3"}, false},
+		{[]string{"--v=9", "--log-level=info"}, false},
+		{[]string{"--v=0", "--log-level=debug"}, true},
+	} {
+		t.Run(strings.Join(test.args, " "), func(t *testing.T) {
+			t.Parallel()
+			c, _, err := Load(parseFlags(t, append(test.args, "--manifests=x")...))
+			if got := c.LogLevel < 0; err != nil || got != test.debug {
+				t.Errorf("debugging: %t, error %v; want %t", got, err, test.debug)
+			}
+		})
+	}
+}

@@ -1,0 +1,28 @@
+package metrics
+
+import "github.com/prometheus/client_golang/prometheus"
+
+// AddNodeSettings adds a metric with the number of interfaces for which a setting of the
+// node should be another, by setting. Read is asked at each scrape and must not block.
+func (m *Metrics) AddNodeSettings(read func() map[string]int) {
+	m.registry.MustRegister(&nodeSettingsCollector{read: read, problems: prometheus.NewDesc("fairlead_node_setting_problems",
+		"Interfaces of the node for which a kernel setting breaks Services, or exposes loopback addresses, by setting; see the log.",
+		[]string{"setting"}, nil)})
+}
+
+type nodeSettingsCollector struct {
+	read     func() map[string]int
+	problems *prometheus.Desc
+}
+
+var _ prometheus.Collector = (*nodeSettingsCollector)(nil)
+
+// Describe implements [prometheus.Collector].
+func (n *nodeSettingsCollector) Describe(ch chan<- *prometheus.Desc) { ch <- n.problems }
+
+// Collect implements [prometheus.Collector].
+func (n *nodeSettingsCollector) Collect(ch chan<- prometheus.Metric) {
+	for setting, interfaces := range n.read() {
+		ch <- prometheus.MustNewConstMetric(n.problems, prometheus.GaugeValue, float64(interfaces), setting)
+	}
+}

@@ -1,0 +1,156 @@
+package kube
+
+import (
+	"fmt"
+	"net/netip"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	"fairlead.io/fairlead/dataplane"
+)
+
+// conflicts are the frontends that a Service goes without: thousands, where two
+// name the same external IPs and have many ports.
+type conflicts struct {
+	// all are one for each field and owner, in the order in which they were found.
+	all  []conflict
+	seen map[conflictKey]int
+}
+
+// conflict is a frontend that belongs to somebody else, and how many more of one
+// field do.
+type conflict struct {
+	desired  *desiredService
+	frontend dataplane.Frontend
+	owner    claim
+	others   int
+}
+
+// conflictKey says which field of a Service loses to which claim.
+type conflictKey struct {
+	kind dataplane.Kind
+	// addr is that of an external IP or load balancer, and port the index in
+	// spec.ports of a node port.
+	addr             netip.Addr
+	port             int
+	owner            *service
+	ownerIsClusterIP bool // the owner's is a cluster IP
+}
+
+func (c *conflicts) add(w *desiredService, f dataplane.Frontend, owner claim) {
+	key := conflictKey{kind: w.key.Kind, port: -1, owner: owner.service, ownerIsClusterIP: owner.kind == dataplane.ClusterIP}
+	switch {
+	case w.key.Kind == dataplane.NodePort, w.key.Kind == dataplane.ClusterIP && owner.service.name == keyName(w.key):
+		key.port = w.port
+	case w.key.Kind != dataplane.ClusterIP:
+		key.addr = f.Addr.Addr()
+	}
+	if i, ok := c.seen[key]; ok {
+		if w.key.Kind != dataplane.NodePort { // which is the same in both families
+			c.all[i].others++
+		}
+		return
+	}
+	if c.seen == nil {
+		c.seen = map[conflictKey]int{}
+	}
+	c.seen[key] = len(c.all)
+	c.all = append(c.all, conflict{desired: w, frontend: f, owner: owner})
+}
+
+func keyName(key dataplane.Key) types.NamespacedName {
+	return types.NamespacedName{Namespace: key.Namespace, Name: key.Name}
+}
+
+// problems says that s goes without these.
+func (c *conflicts) problems(s *service) []Problem {
+	problems := make([]Problem, 0, len(c.all))
+	fields := newAddressFields(s.object)
+	for _, l := range c.all {
+		p := l.problem(s, fields)
+		if l.others > 0 {
+			p.Message += fmt.Sprintf(" (the same goes for %d more of its address and port pairs)", l.others)
+		}
+		problems = append(problems, p)
+	}
+	return problems
+}
+
+// problem says that s goes without the frontend.
+func (c *conflict) problem(s *service, fields addressFields) Problem {
+	w, f, owner := c.desired, c.frontend, c.owner
+	p := Problem{Service: s.name, UID: s.object.UID, Field: fields.path(w, f)}
+	if owner.service == s {
+		p.Message = ownConflictMessage(s, w, f, owner)
+		if owner.kind == dataplane.ClusterIP && w.key.Kind == dataplane.ClusterIP {
+			p.Field = elementPath("spec.ports", w.port, ".port")
+		}
+		return p
+	}
+	what, other := f.String(), "address or port"
+	switch w.key.Kind {
+	case dataplane.ClusterIP:
+		other = "cluster IP or port"
+	case dataplane.NodePort:
+		// The same for both families.
+		what, other = fmt.Sprintf("node port %d/%s", f.Addr.Port(), f.Protocol), "node port"
+	case dataplane.ExternalIP, dataplane.LoadBalancer:
+		if owner.kind == dataplane.ClusterIP {
+			p.Message = fmt.Sprintf(
+				"%s is the cluster IP of Service %s, which goes before all other addresses, so connections go there: use another address or port",
+				what, owner.service.name)
+			return p
+		}
+	}
+	p.Message = fmt.Sprintf("%s belongs to Service %s, so connections go there: give one of them another %s", what, owner.service.name, other)
+	return p
+}
+
+// ownConflictMessage says which other port, or address, of the Service has f.
+func ownConflictMessage(s *service, w *desiredService, f dataplane.Frontend, owner claim) string {
+	if owner.port == w.port {
+		return fmt.Sprintf("%s is the Service's own cluster IP: remove it here", f)
+	}
+	name := s.object.Spec.Ports[owner.port].Name
+	if w.key.Kind == dataplane.NodePort {
+		return fmt.Sprintf("node port %d/%s is already that of port %q of this Service: use another node port", f.Addr.Port(), f.Protocol, name)
+	}
+	return fmt.Sprintf("%s is already port %q of this Service: use another port", f, name)
+}
+
+// addressFields has, by address, the indices in spec.externalIPs and in
+// status.loadBalancer.ingress.
+type addressFields struct{ external, loadBalancer map[netip.Addr]int }
+
+func newAddressFields(svc *corev1.Service) addressFields {
+	f := addressFields{external: map[netip.Addr]int{}, loadBalancer: map[netip.Addr]int{}}
+	note := func(fields map[netip.Addr]int, text string, i int) {
+		if addr, err := parseAddr(text); err == nil {
+			if _, ok := fields[addr]; !ok {
+				fields[addr] = i
+			}
+		}
+	}
+	for i, text := range svc.Spec.ExternalIPs {
+		note(f.external, text, i)
+	}
+	for i := range svc.Status.LoadBalancer.Ingress {
+		note(f.loadBalancer, svc.Status.LoadBalancer.Ingress[i].IP, i)
+	}
+	return f
+}
+
+// path returns the field that the claim of w for f comes from.
+func (a addressFields) path(w *desiredService, f dataplane.Frontend) string {
+	switch w.key.Kind {
+	case dataplane.NodePort:
+		return elementPath("spec.ports", w.port, ".nodePort")
+	case dataplane.ExternalIP:
+		return elementPath("spec.externalIPs", a.external[f.Addr.Addr()], "")
+	case dataplane.LoadBalancer:
+		return elementPath("status.loadBalancer.ingress", a.loadBalancer[f.Addr.Addr()], ".ip")
+	case dataplane.ClusterIP:
+	}
+	return "spec.clusterIP"
+}

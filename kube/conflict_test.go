@@ -1,0 +1,246 @@
+package kube
+
+import (
+	"fmt"
+	"runtime"
+	"slices"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/types"
+)
+
+// TestConflicts says who gets an address or node port that several claim.
+func TestConflicts(t *testing.T) {
+	t.Parallel()
+	services := func(s ...*corev1.Service) Delta { return Delta{Services: s} }
+	gone := func(name string) Delta { return Delta{DeletedServices: []types.NamespacedName{named(name)}} }
+	const masq = " ->, masquerade always"
+	tests := []struct {
+		name  string
+		steps []step
+	}{
+		{"external IPs, one by one: the loser keeps its others, and takes over later", []step{
+			{
+				name: "both", delta: services(
+					newService("old", "10.96.0.1", age(2*time.Hour), externalIPs("192.0.2.1", "192.0.2.2")),
+					newService("new", "10.96.0.2", age(time.Hour), externalIPs("192.0.2.9", "192.0.2.2")),
+				),
+				want: want{
+					"default/old:http IPv4":            "10.96.0.1:80/TCP ->",
+					"default/new:http IPv4":            "10.96.0.2:80/TCP ->",
+					"default/old:http IPv4 ExternalIP": "192.0.2.1:80/TCP 192.0.2.2:80/TCP" + masq,
+					"default/new:http IPv4 ExternalIP": "192.0.2.9:80/TCP" + masq,
+				},
+				problems: []string{"default/new: spec.externalIPs[1]: 192.0.2.2:80/TCP belongs to Service default/old, so connections go there: give one of them another address or port"},
+			},
+			{name: "the owner gives it up", delta: services(newService("old", "10.96.0.1", age(2*time.Hour), externalIPs("192.0.2.1"))), want: want{
+				"default/old:http IPv4 ExternalIP": "192.0.2.1:80/TCP" + masq,
+				"default/new:http IPv4 ExternalIP": "192.0.2.2:80/TCP 192.0.2.9:80/TCP" + masq,
+			}},
+		}},
+		{"addresses of load balancers, also against external IPs", []step{
+			{
+				name: "both", delta: services(
+					newService("old", "10.96.0.1", age(2*time.Hour), externalIPs("192.0.2.1")),
+					newService("new", "10.96.0.2", age(time.Hour), ingress("192.0.2.5", "192.0.2.1")),
+				),
+				want: want{
+					"default/old:http IPv4":              "10.96.0.1:80/TCP ->",
+					"default/new:http IPv4":              "10.96.0.2:80/TCP ->",
+					"default/old:http IPv4 ExternalIP":   "192.0.2.1:80/TCP" + masq,
+					"default/new:http IPv4 LoadBalancer": "192.0.2.5:80/TCP" + masq,
+				},
+				problems: []string{"default/new: status.loadBalancer.ingress[1].ip: 192.0.2.1:80/TCP belongs to Service default/old, so connections go there: give one of them another address or port"},
+			},
+			{name: "the owner goes", delta: gone("old"), want: want{
+				"default/old:http IPv4":              "gone",
+				"default/old:http IPv4 ExternalIP":   "gone",
+				"default/new:http IPv4 LoadBalancer": "192.0.2.1:80/TCP 192.0.2.5:80/TCP" + masq,
+			}},
+		}},
+		{"one address with different ports or protocols is no collision", []step{{
+			name: "both", delta: services(
+				newService("a", "10.96.0.1", externalIPs("192.0.2.1")),
+				newService("b", "10.96.0.2", externalIPs("192.0.2.1"), ports(port("http", corev1.ProtocolTCP, 81))),
+				newService("c", "10.96.0.3", ingress("192.0.2.1"), ports(port("http", corev1.ProtocolUDP, 80))),
+			),
+			want: want{
+				"default/a:http IPv4":              "10.96.0.1:80/TCP ->",
+				"default/a:http IPv4 ExternalIP":   "192.0.2.1:80/TCP" + masq,
+				"default/b:http IPv4":              "10.96.0.2:81/TCP ->",
+				"default/b:http IPv4 ExternalIP":   "192.0.2.1:81/TCP" + masq,
+				"default/c:http IPv4":              "10.96.0.3:80/UDP ->",
+				"default/c:http IPv4 LoadBalancer": "192.0.2.1:80/UDP" + masq,
+			},
+		}}},
+		{"node ports, of both families in one problem", []step{
+			{
+				name: "both", delta: services(
+					newService("old", "10.96.0.1 fd00::1", age(2*time.Hour), nodePorts(30080)),
+					newService("new", "10.96.0.2 fd00::2", age(time.Hour), nodePorts(30080)),
+				),
+				want: want{
+					"default/old:http IPv4":          "10.96.0.1:80/TCP ->",
+					"default/old:http IPv6":          "[fd00::1]:80/TCP ->",
+					"default/new:http IPv4":          "10.96.0.2:80/TCP ->",
+					"default/new:http IPv6":          "[fd00::2]:80/TCP ->",
+					"default/old:http IPv4 NodePort": "0.0.0.0:30080/TCP" + masq,
+					"default/old:http IPv6 NodePort": "[::]:30080/TCP" + masq,
+				},
+				problems: []string{"default/new: spec.ports[0].nodePort: node port 30080/TCP belongs to Service default/old, so connections go there: give one of them another node port"},
+			},
+			{name: "the owner takes another", delta: services(newService("old", "10.96.0.1 fd00::1", age(2*time.Hour), nodePorts(30081))), want: want{
+				"default/old:http IPv4 NodePort": "0.0.0.0:30081/TCP" + masq,
+				"default/old:http IPv6 NodePort": "[::]:30081/TCP" + masq,
+				"default/new:http IPv4 NodePort": "0.0.0.0:30080/TCP" + masq,
+				"default/new:http IPv6 NodePort": "[::]:30080/TCP" + masq,
+			}},
+		}},
+		{"within one Service the first port has it", []step{{
+			name: "ports and node ports twice", delta: services(newService("web", "10.96.0.1", ports(
+				port("a", corev1.ProtocolTCP, 80), port("b", corev1.ProtocolTCP, 80),
+			), nodePorts(30080, 30080), externalIPs("192.0.2.1"))),
+			want: want{
+				"default/web:a IPv4":            "10.96.0.1:80/TCP ->",
+				"default/web:a IPv4 NodePort":   "0.0.0.0:30080/TCP" + masq,
+				"default/web:a IPv4 ExternalIP": "192.0.2.1:80/TCP" + masq,
+			},
+			problems: []string{
+				`default/web: spec.externalIPs[0]: 192.0.2.1:80/TCP is already port "a" of this Service: use another port`,
+				`default/web: spec.ports[1].nodePort: node port 30080/TCP is already that of port "a" of this Service: use another node port`,
+				`default/web: spec.ports[1].port: 10.96.0.1:80/TCP is already port "a" of this Service: use another port`,
+			},
+		}}},
+		// Anyone who may write a Service could otherwise catch the connections
+		// of other people's (CVE-2020-8554).
+		{"a cluster IP cannot be taken by an older external IP or load balancer", []step{
+			{
+				name: "a thief claims what nobody has yet", delta: services(newService("thief", "10.96.0.1", age(9*time.Hour), externalIPs("10.96.0.9", "192.0.2.1"), ingress("10.96.0.8"))),
+				want: want{
+					"default/thief:http IPv4":              "10.96.0.1:80/TCP ->",
+					"default/thief:http IPv4 ExternalIP":   "10.96.0.9:80/TCP 192.0.2.1:80/TCP" + masq,
+					"default/thief:http IPv4 LoadBalancer": "10.96.0.8:80/TCP" + masq,
+				},
+			},
+			{
+				name: "their owners come", delta: services(newService("bank", "10.96.0.9", age(0)), newService("shop", "10.96.0.8", age(0))),
+				want: want{
+					"default/bank:http IPv4":               "10.96.0.9:80/TCP ->",
+					"default/shop:http IPv4":               "10.96.0.8:80/TCP ->",
+					"default/thief:http IPv4 ExternalIP":   "192.0.2.1:80/TCP" + masq,
+					"default/thief:http IPv4 LoadBalancer": "gone",
+				},
+				problems: []string{
+					"default/thief: spec.externalIPs[0]: 10.96.0.9:80/TCP is the cluster IP of Service default/bank, which goes before all other addresses, so connections go there: use another address or port",
+					"default/thief: status.loadBalancer.ingress[0].ip: 10.96.0.8:80/TCP is the cluster IP of Service default/shop, which goes before all other addresses, so connections go there: use another address or port",
+				},
+			},
+			{name: "an owner goes", delta: gone("shop"), want: want{
+				"default/shop:http IPv4":               "gone",
+				"default/thief:http IPv4 LoadBalancer": "10.96.0.8:80/TCP" + masq,
+			}},
+		}},
+		{"the Service's own cluster IP as an external one stays a cluster IP", []step{{
+			name: "both", delta: services(newService("web", "10.96.0.1", externalIPs("10.96.0.1"))),
+			want:     want{"default/web:http IPv4": "10.96.0.1:80/TCP ->"},
+			problems: []string{"default/web: spec.externalIPs[0]: 10.96.0.1:80/TCP is the Service's own cluster IP: remove it here"},
+		}}},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			checkHistory(t, Options{NodeName: "here"}, tt.steps)
+		})
+	}
+}
+
+// TestProblemUID says that a problem belongs to an object, not to a name.
+func TestProblemUID(t *testing.T) {
+	t.Parallel()
+	tracker := NewTracker(Options{})
+	bad := ports(port("http", "tpc", 80))
+	uids := func(r Result) (uids []types.UID) {
+		for _, p := range r.Problems {
+			uids = append(uids, p.UID)
+		}
+		return uids
+	}
+	for _, step := range []struct {
+		name string
+		svc  *corev1.Service
+		want []types.UID
+	}{
+		{"a Service", newService("web", "10.96.0.1", bad, withUID("1")), []types.UID{"1"}},
+		{"the same", newService("web", "10.96.0.1", bad, withUID("1")), nil},
+		{"another of the name, with the same mistake", newService("web", "10.96.0.1", bad, withUID("2")), []types.UID{"2"}},
+		{"one that collides", newService("xyz", "10.96.0.1", ports(port("a", corev1.ProtocolTCP, 80), port("b", corev1.ProtocolTCP, 80)), withUID("3")), []types.UID{"3"}},
+	} {
+		if got := uids(tracker.Apply(Delta{Services: one(step.svc)})); !slices.Equal(got, step.want) {
+			t.Errorf("%s: problems of %v, want %v", step.name, got, step.want)
+		}
+	}
+}
+
+// TestTooManyEndpoints says that what the dataplane can't hold is reported.
+func TestTooManyEndpoints(t *testing.T) {
+	t.Parallel()
+	d := Delta{Services: one(newService("web", "10.96.0.1"))}
+	for range 66 {
+		d.EndpointSlices = append(d.EndpointSlices, manyEndpoints("web", len(d.EndpointSlices), 1000))
+	}
+	checkHistory(t, Options{}, []step{{
+		name: "66,000", delta: d, want: want{},
+		problems: []string{"default/web: spec.ports[0]: not served: invalid Service default/web:http IPv4: 66000 endpoints, want at most 65535"},
+	}})
+}
+
+// conflictingServices returns two Services that claim the same n external IPs with 20 ports
+// each.
+func conflictingServices(n int) Delta {
+	var ips []string
+	for i := range n {
+		ips = append(ips, addrOf(192, i))
+	}
+	var list []corev1.ServicePort
+	for i := range 20 {
+		list = append(list, port(fmt.Sprint("p", i), corev1.ProtocolTCP, int32(80+i)))
+	}
+	return Delta{Services: []*corev1.Service{
+		newService("old", "10.96.0.1", age(time.Hour), ports(list...), externalIPs(ips...)),
+		newService("new", "10.96.0.2", age(0), ports(list...), externalIPs(ips...)),
+	}}
+}
+
+// TestConflictCostIsLinear says that the work for a frontend that is lost does not
+// grow with the number of those lost, as far as it takes memory, and that people
+// are not told thousands of times. It is not parallel, as it counts what the
+// whole process allocates.
+func TestConflictCostIsLinear(t *testing.T) { //nolint:paralleltest // see above
+	each := func(n int) uint64 {
+		d := conflictingServices(n)
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		got := NewTracker(Options{}).Apply(d)
+		runtime.ReadMemStats(&after)
+		if len(got.Changes) != 60 || len(got.Problems) != maxProblems+1 {
+			t.Fatalf("%d external IPs: %d changes and %d problems, want 60 and %d", n, len(got.Changes), len(got.Problems), maxProblems+1)
+		}
+		if n := len(got.Problems); got.Problems[0].Field != "spec" || got.Problems[n-1].Field == "spec" {
+			t.Errorf("problems %v", problemTexts(got.Problems))
+		}
+		return (after.TotalAlloc - before.TotalAlloc) / uint64(20*n)
+	}
+	if few, many := each(50), each(1000); many > 3*few {
+		t.Errorf("%d bytes a frontend of 1,000, and %d of 20,000", few, many)
+	}
+}
+
+// BenchmarkConflicts measures two Services that claim the same 20,000 frontends.
+func BenchmarkConflicts(b *testing.B) {
+	d := conflictingServices(1000)
+	for b.Loop() {
+		NewTracker(Options{}).Apply(d)
+	}
+}

@@ -1,0 +1,78 @@
+package kube
+
+import (
+	"net/netip"
+
+	"fairlead.io/fairlead/dataplane"
+)
+
+// NodePortsWithoutAddress reports that no address of this node serves node ports of a family,
+// which may be intended, and more often is not.
+type NodePortsWithoutAddress struct {
+	Family dataplane.Family
+	// Example is one of the Services with a node port of the family.
+	Example dataplane.Key
+}
+
+// nodePortCheck finds node ports that no address serves.
+type nodePortCheck struct {
+	// ports has the node ports by family.
+	ports map[dataplane.Family]map[dataplane.Key]struct{}
+	// servedFamilies are the families of the addresses and networks on which node ports are
+	// served, loopback addresses included.
+	servedFamilies map[dataplane.Family]bool
+	// reported are the families that were reported since they were last served.
+	reported map[dataplane.Family]bool
+}
+
+// setNode sets where node ports are served.
+func (c *nodePortCheck) setNode(node dataplane.Node, loopback []netip.Addr) {
+	c.servedFamilies = map[dataplane.Family]bool{}
+	for _, addrs := range [...][]netip.Addr{node.NodePortAddrs, loopback} {
+		for _, a := range addrs {
+			c.servedFamilies[dataplane.FamilyOf(a)] = true
+		}
+	}
+	for _, network := range node.NodePortNetworks {
+		c.servedFamilies[dataplane.FamilyOf(network.Addr())] = true
+	}
+}
+
+// updateServices takes over the node ports among changes.
+func (c *nodePortCheck) updateServices(changes map[dataplane.Key]*dataplane.Service) {
+	for key, svc := range changes {
+		switch {
+		case key.Kind != dataplane.NodePort:
+		case svc == nil:
+			delete(c.ports[key.Family], key)
+		default:
+			if c.ports == nil {
+				c.ports = map[dataplane.Family]map[dataplane.Key]struct{}{dataplane.IPv4: {}, dataplane.IPv6: {}}
+			}
+			c.ports[key.Family][key] = struct{}{}
+		}
+	}
+}
+
+// newlyWithoutAddress returns the families that are not served, each once until it is served again.
+func (c *nodePortCheck) newlyWithoutAddress() []NodePortsWithoutAddress {
+	var unserved []NodePortsWithoutAddress
+	for _, f := range [...]dataplane.Family{dataplane.IPv4, dataplane.IPv6} {
+		if c.servedFamilies[f] {
+			delete(c.reported, f)
+			continue
+		}
+		if c.reported[f] {
+			continue
+		}
+		for key := range c.ports[f] {
+			if c.reported == nil {
+				c.reported = map[dataplane.Family]bool{}
+			}
+			c.reported[f] = true
+			unserved = append(unserved, NodePortsWithoutAddress{Family: f, Example: key})
+			break
+		}
+	}
+	return unserved
+}

@@ -1,0 +1,285 @@
+package kube
+
+import (
+	"testing"
+
+	corev1 "k8s.io/api/core/v1"
+)
+
+// TestTrafficPolicies says which endpoints take the connections to each kind of
+// frontend, whose clients are masqueraded, and what happens without endpoints.
+func TestTrafficPolicies(t *testing.T) {
+	t.Parallel()
+	const (
+		cluster  = "default/web:http IPv4"
+		node     = "default/web:http IPv4 NodePort"
+		external = "default/web:http IPv4 ExternalIP"
+		balancer = "default/web:http IPv4 LoadBalancer"
+		local    = corev1.ServiceExternalTrafficPolicyLocal
+		internal = corev1.ServiceInternalTrafficPolicyLocal
+	)
+	every := func(changes ...func(*corev1.Service)) []*corev1.Service {
+		return one(newService("web", "10.96.0.1", append([]func(*corev1.Service){
+			ingress("192.0.2.1"), nodePorts(30080), externalIPs("192.0.2.2"),
+		}, changes...)...))
+	}
+	testConversion(t, []conversionTest{
+		{
+			name:     "Cluster: all endpoints; clients are masqueraded always from outside, and if foreign at the cluster IP",
+			services: every(),
+			slices:   slice("10.0.0.1 @here", "10.0.0.2 @there"),
+			want: want{
+				cluster:  "10.96.0.1:80/TCP -> 10.0.0.1:8080(local) 10.0.0.2:8080",
+				node:     "0.0.0.0:30080/TCP -> 10.0.0.1:8080(local) 10.0.0.2:8080, masquerade always",
+				external: "192.0.2.2:80/TCP -> 10.0.0.1:8080(local) 10.0.0.2:8080, masquerade always",
+				balancer: "192.0.2.1:80/TCP -> 10.0.0.1:8080(local) 10.0.0.2:8080, masquerade always",
+			},
+		},
+		{
+			name:     "externalTrafficPolicy Local: outside clients stay on this node and keep their address; the cluster IP knows nothing of it",
+			services: every(externalPolicy(local)),
+			slices:   slice("10.0.0.1 @here", "10.0.0.2 @there"),
+			want: want{
+				cluster:  "10.96.0.1:80/TCP -> 10.0.0.1:8080(local) 10.0.0.2:8080",
+				node:     "0.0.0.0:30080/TCP -> 10.0.0.1:8080(local) 10.0.0.2:8080, others -> 10.0.0.1:8080(local), masquerade node",
+				external: "192.0.2.2:80/TCP -> 10.0.0.1:8080(local) 10.0.0.2:8080, others -> 10.0.0.1:8080(local), masquerade node",
+				balancer: "192.0.2.1:80/TCP -> 10.0.0.1:8080(local) 10.0.0.2:8080, others -> 10.0.0.1:8080(local), masquerade node",
+			},
+		},
+		{
+			name:     "externalTrafficPolicy Local, endpoints elsewhere only: outside clients are dropped, this node and its pods reach the cluster",
+			services: every(externalPolicy(local)),
+			slices:   slice("10.0.0.2 @there"),
+			want: want{
+				cluster:  "10.96.0.1:80/TCP -> 10.0.0.2:8080",
+				node:     "0.0.0.0:30080/TCP -> 10.0.0.2:8080, others -> none, masquerade node, drop",
+				external: "192.0.2.2:80/TCP -> 10.0.0.2:8080, others -> none, masquerade node, drop",
+				balancer: "192.0.2.1:80/TCP -> 10.0.0.2:8080, others -> none, masquerade node, drop",
+			},
+		},
+		{
+			name:     "externalTrafficPolicy Local, endpoints nowhere: everyone is rejected",
+			services: every(externalPolicy(local)),
+			slices:   slice("10.0.0.1 @here !ready !serving"),
+			want: want{
+				cluster:  "10.96.0.1:80/TCP ->",
+				node:     "0.0.0.0:30080/TCP ->, others -> none, masquerade node",
+				external: "192.0.2.2:80/TCP ->, others -> none, masquerade node",
+				balancer: "192.0.2.1:80/TCP ->, others -> none, masquerade node",
+			},
+		},
+		{
+			name:     "internalTrafficPolicy Local: clients of the cluster IP stay on this node; the others know nothing of it",
+			services: every(internalPolicy(internal)),
+			slices:   slice("10.0.0.1 @here", "10.0.0.2 @there"),
+			want: want{
+				cluster:  "10.96.0.1:80/TCP -> 10.0.0.1:8080(local)",
+				node:     "0.0.0.0:30080/TCP -> 10.0.0.1:8080(local) 10.0.0.2:8080, masquerade always",
+				external: "192.0.2.2:80/TCP -> 10.0.0.1:8080(local) 10.0.0.2:8080, masquerade always",
+				balancer: "192.0.2.1:80/TCP -> 10.0.0.1:8080(local) 10.0.0.2:8080, masquerade always",
+			},
+		},
+		{
+			name:     "internalTrafficPolicy Local, endpoints elsewhere only: clients of the cluster IP are dropped",
+			services: one(newService("web", "10.96.0.1", internalPolicy(internal))),
+			slices:   slice("10.0.0.2 @there"),
+			want:     want{cluster: "10.96.0.1:80/TCP ->, drop"},
+		},
+		{
+			name:     "internalTrafficPolicy Local, endpoints elsewhere that are draining: dropped as well",
+			services: one(newService("web", "10.96.0.1", internalPolicy(internal))),
+			slices:   slice("10.0.0.2 @there !ready +serving +terminating"),
+			want:     want{cluster: "10.96.0.1:80/TCP ->, drop"},
+		},
+		{
+			name:     "internalTrafficPolicy Local, endpoints nowhere: rejected",
+			services: one(newService("web", "10.96.0.1", internalPolicy(internal))),
+			want:     want{cluster: "10.96.0.1:80/TCP ->"},
+		},
+		{
+			name:     "both policies Local",
+			services: one(newService("web", "10.96.0.1", nodePorts(30080), internalPolicy(internal), externalPolicy(local))),
+			slices:   slice("10.0.0.1 @here", "10.0.0.2 @there"),
+			want: want{
+				cluster: "10.96.0.1:80/TCP -> 10.0.0.1:8080(local)",
+				node:    "0.0.0.0:30080/TCP -> 10.0.0.1:8080(local) 10.0.0.2:8080, others -> 10.0.0.1:8080(local), masquerade node",
+			},
+		},
+		{
+			name:     "an endpoint without a node is not local for a policy, though it may be for hairpin",
+			services: one(newService("web", "10.96.0.1", internalPolicy(internal), externalIPs("192.0.2.2"), externalPolicy(local))),
+			slices:   slice("10.0.0.1"),
+			want: want{
+				cluster:  "10.96.0.1:80/TCP ->, drop",
+				external: "192.0.2.2:80/TCP -> 10.0.0.1:8080(local), others -> none, masquerade node, drop",
+			},
+		},
+		{
+			name:     "externalTrafficPolicy says nothing where a Service has no type and no address for it",
+			services: one(newService("web", "10.96.0.1", externalPolicy(local))),
+			slices:   slice("10.0.0.2 @there"),
+			want:     want{cluster: "10.96.0.1:80/TCP -> 10.0.0.2:8080"},
+		},
+		{
+			name: "nor where an address is left over from a load balancer that the type no longer asks for",
+			services: one(newService("web", "10.96.0.1", externalPolicy(local), ingress("192.0.2.1"),
+				ofType(corev1.ServiceTypeClusterIP))),
+			slices: slice("10.0.0.2 @there"),
+			want: want{
+				cluster:  "10.96.0.1:80/TCP -> 10.0.0.2:8080",
+				balancer: "192.0.2.1:80/TCP -> 10.0.0.2:8080, masquerade always",
+			},
+		},
+		{
+			name:     "policies that there are not are reported, and Cluster holds",
+			services: one(newService("web", "10.96.0.1", nodePorts(30080), externalPolicy("Foreign"), internalPolicy("Near"))),
+			slices:   slice("10.0.0.2 @there"),
+			want: want{
+				cluster: "10.96.0.1:80/TCP -> 10.0.0.2:8080",
+				node:    "0.0.0.0:30080/TCP -> 10.0.0.2:8080, masquerade always",
+			},
+			problems: []string{
+				`default/web: spec.externalTrafficPolicy: "Foreign" is not a policy, so that of Cluster holds: use Cluster or Local`,
+				`default/web: spec.internalTrafficPolicy: "Near" is not a policy, so that of Cluster holds: use Cluster or Local`,
+			},
+		},
+	})
+}
+
+// TestNoLocalEndpointsWithoutNodeName says that a node without a name has no local endpoints.
+func TestNoLocalEndpointsWithoutNodeName(t *testing.T) {
+	t.Parallel()
+	got := NewTracker(Options{}).Apply(Delta{
+		Services:       one(newService("web", "10.96.0.1", internalPolicy(corev1.ServiceInternalTrafficPolicyLocal))),
+		EndpointSlices: slice("10.0.0.1 @", "10.0.0.2 @there", "10.0.0.3"),
+	})
+	if want, got := "10.96.0.1:80/TCP ->, drop", serviceTexts(got.Changes)["default/web:http IPv4"]; got != want {
+		t.Errorf("got %s, want %s", got, want)
+	}
+}
+
+// TestSessionAffinity says for how long clients stay with their endpoint.
+func TestSessionAffinity(t *testing.T) {
+	t.Parallel()
+	const (
+		cluster = "default/web:http IPv4"
+		node    = "default/web:http IPv4 NodePort"
+	)
+	at := func(text string) want { return want{cluster: "10.96.0.1:80/TCP ->" + text} }
+	web := func(change func(*corev1.Service)) []*corev1.Service {
+		return one(newService("web", "10.96.0.1", change))
+	}
+	bad := func(text string) []string {
+		return []string{"default/web: spec.sessionAffinityConfig.clientIP.timeoutSeconds: " + text + " is not a timeout, so that of 10800 holds: use 1 to 86400"}
+	}
+	testConversion(t, []conversionTest{
+		{name: "None: not at all", services: web(func(svc *corev1.Service) { svc.Spec.SessionAffinity = corev1.ServiceAffinityNone }), want: at("")},
+		{name: "None with a timeout: not at all", services: web(func(svc *corev1.Service) {
+			timeout(60)(svc)
+			svc.Spec.SessionAffinity = corev1.ServiceAffinityNone
+		}), want: at("")},
+		{name: "ClientIP: three hours, if nothing else is said", services: web(clientIP), want: at(", affinity 3h0m0s")},
+		{name: "ClientIP with a configuration that says nothing: three hours", services: web(func(svc *corev1.Service) {
+			clientIP(svc)
+			svc.Spec.SessionAffinityConfig = &corev1.SessionAffinityConfig{ClientIP: &corev1.ClientIPConfig{}}
+		}), want: at(", affinity 3h0m0s")},
+		{name: "the shortest timeout", services: web(timeout(1)), want: at(", affinity 1s")},
+		{name: "the longest timeout", services: web(timeout(86400)), want: at(", affinity 24h0m0s")},
+		{name: "no time at all is reported", services: web(timeout(0)), want: at(", affinity 3h0m0s"), problems: bad("0")},
+		{name: "too long a time is reported", services: web(timeout(86401)), want: at(", affinity 3h0m0s"), problems: bad("86401")},
+		{
+			name: "an affinity that there is not is reported", services: web(func(svc *corev1.Service) { svc.Spec.SessionAffinity = "Cookie" }),
+			want:     at(""),
+			problems: []string{`default/web: spec.sessionAffinity: "Cookie" is not an affinity, so there is none: use ClientIP or None`},
+		},
+		{
+			name:     "every kind of frontend has it",
+			services: one(newService("web", "10.96.0.1", nodePorts(30080), timeout(60))),
+			want: want{
+				cluster: "10.96.0.1:80/TCP ->, affinity 1m0s",
+				node:    "0.0.0.0:30080/TCP ->, masquerade always, affinity 1m0s",
+			},
+		},
+	})
+}
+
+// TestScheduler says which scheduler picks the endpoints of a Service.
+func TestScheduler(t *testing.T) {
+	t.Parallel()
+	const (
+		cluster = "default/web:http IPv4"
+		field   = "default/web: metadata.annotations[fairlead.io/ipvs-scheduler]: "
+	)
+	web := func(changes ...func(*corev1.Service)) Delta {
+		return Delta{Services: one(newService("web", "10.96.0.1", changes...))}
+	}
+	at := func(text string) want { return want{cluster: "10.96.0.1:80/TCP ->" + text} }
+	some := []string{"lc", "mh", "rr"}
+	for _, tt := range []struct {
+		name       string
+		schedulers []string
+		steps      []step
+	}{
+		{"every kind of frontend has it, in both families", some, []step{{
+			delta: Delta{Services: one(newService("web", "10.96.0.1 fd00::1", ingress("192.0.2.1"), nodePorts(30080), externalIPs("192.0.2.2"), scheduler("lc")))},
+			want: want{
+				cluster:                              "10.96.0.1:80/TCP ->, scheduler lc",
+				"default/web:http IPv6":              "[fd00::1]:80/TCP ->, scheduler lc",
+				"default/web:http IPv4 NodePort":     "0.0.0.0:30080/TCP ->, masquerade always, scheduler lc",
+				"default/web:http IPv6 NodePort":     "[::]:30080/TCP ->, masquerade always, scheduler lc",
+				"default/web:http IPv4 ExternalIP":   "192.0.2.2:80/TCP ->, masquerade always, scheduler lc",
+				"default/web:http IPv4 LoadBalancer": "192.0.2.1:80/TCP ->, masquerade always, scheduler lc",
+			},
+		}}},
+		{"beside session affinity", some, []step{{delta: web(timeout(60), scheduler("mh")), want: at(", affinity 1m0s, scheduler mh")}}},
+		{"an empty name says nothing, in any mode", some, []step{{delta: web(scheduler("")), want: at("")}}},
+		{"an empty name says nothing without schedulers", nil, []step{{delta: web(scheduler("")), want: at("")}}},
+		{"a change holds at once, and so does its end", some, []step{
+			{name: "none", delta: web(), want: at("")},
+			{name: "one", delta: web(scheduler("lc")), want: at(", scheduler lc")},
+			{name: "the same", delta: web(scheduler("lc")), want: want{}},
+			{name: "another", delta: web(scheduler("rr")), want: at(", scheduler rr")},
+			{name: "none again", delta: web(), want: at("")},
+		}},
+		{"one that there is not is reported until it is mended", some, []step{
+			{
+				name: "wrong", delta: web(scheduler("leastconn")), want: at(""),
+				problems: []string{field + `"leastconn" is not a scheduler, so that of --ipvs-scheduler holds: use one of lc, mh, rr`},
+			},
+			{name: "the same", delta: web(scheduler("leastconn")), want: want{}},
+			{
+				name: "upper case", delta: web(scheduler("LC")), want: want{},
+				problems: []string{field + `"LC" is not a scheduler, so that of --ipvs-scheduler holds: use one of lc, mh, rr`},
+			},
+			{name: "right", delta: web(scheduler("lc")), want: at(", scheduler lc")},
+		}},
+		{"where there is one only", []string{"rr"}, []step{{
+			delta: web(scheduler("lc")), want: at(""),
+			problems: []string{field + `"lc" is not a scheduler, so that of --ipvs-scheduler holds: use one of rr`},
+		}}},
+		{"a mode without schedulers reports it and serves the Service", nil, []step{{
+			delta: web(scheduler("lc")), want: at(""),
+			problems: []string{field + `"lc" has no effect, as this node is not in the ipvs mode: remove the annotation, or run Fairlead with --mode=ipvs`},
+		}}},
+		{"a Service that is not served has no problem", nil, []step{{
+			delta: Delta{Services: one(newService("web", "None", scheduler("lc")))}, want: want{},
+		}}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			checkHistory(t, Options{NodeName: "here", Schedulers: tt.schedulers}, tt.steps)
+		})
+	}
+}
+
+// TestConfigureKeepsSchedulers says that another configuration leaves the schedulers as they
+// are: the backend is the one that there was.
+func TestConfigureKeepsSchedulers(t *testing.T) {
+	t.Parallel()
+	tracker := NewTracker(Options{Schedulers: []string{"lc"}})
+	tracker.Configure(Options{})
+	got := tracker.Apply(Delta{Services: one(newService("web", "10.96.0.1", scheduler("lc")))})
+	if want, got := "10.96.0.1:80/TCP ->, scheduler lc", serviceTexts(got.Changes)["default/web:http IPv4"]; got != want {
+		t.Errorf("got %s, want %s", got, want)
+	}
+}

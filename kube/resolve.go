@@ -1,0 +1,309 @@
+package kube
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"k8s.io/apimachinery/pkg/types"
+
+	"fairlead.io/fairlead/dataplane"
+)
+
+// resolveAll works out again the Services that were touched, and those whose
+// frontends change hands by that, and adds the differences to result.
+func (t *Tracker) resolveAll(touched []*service, result *Result) {
+	demands := make([]desiredState, 0, len(touched))
+	for _, s := range touched {
+		demands = append(demands, t.updateClaims(s))
+	}
+	var others []*service
+	t.claims.drainChanged(func(s *service) {
+		s.claimsChangedRound = t.round
+		if s.dirtyRound != t.round {
+			s.dirtyRound = t.round
+			others = append(others, s)
+		}
+	})
+	for i, s := range touched {
+		t.resolve(s, demands[i], result)
+	}
+	for _, s := range others {
+		// It claims what it claimed before, so nothing changes hands by this.
+		t.resolve(s, convert(s.object, s.slices, t.location, t.opts.Schedulers), result)
+	}
+	slices.SortFunc(result.Problems, Problem.Compare)
+}
+
+// updateClaims works out what s asks for, and moves its claims.
+func (t *Tracker) updateClaims(s *service) desiredState {
+	d := convert(s.object, s.slices, t.location, t.opts.Schedulers)
+	created := int64(0)
+	if s.object != nil {
+		created = s.object.CreationTimestamp.Unix()
+	}
+	if d.zoneDependent {
+		t.zoneDependent[s] = struct{}{}
+	} else {
+		delete(t.zoneDependent, s)
+	}
+	t.indexClusterIPs(s, d.clusterIPs)
+	if created == s.createdUnix && slices.EqualFunc(d.services, s.portClaims, func(w desiredService, c portClaims) bool { return w.portClaims().equal(c) }) {
+		return d
+	}
+	s.claimsChangedRound = t.round
+	for _, c := range s.portClaims {
+		for _, f := range c.frontends {
+			t.claims.remove(f, claim{service: s, port: c.port, kind: c.kind})
+		}
+	}
+	s.createdUnix = created
+	s.portClaims = make([]portClaims, 0, len(d.services))
+	for i := range d.services {
+		c := d.services[i].portClaims()
+		s.portClaims = append(s.portClaims, c)
+		for _, f := range c.frontends {
+			t.claims.add(f, claim{service: s, port: c.port, kind: c.kind})
+		}
+	}
+	return d
+}
+
+// indexClusterIPs notes the cluster IPs of s.
+func (t *Tracker) indexClusterIPs(s *service, clusterIPs []netip.Addr) {
+	if slices.Equal(s.clusterIPs, clusterIPs) {
+		return
+	}
+	for _, addr := range s.clusterIPs {
+		rest := slices.DeleteFunc(t.byClusterIP[addr], func(o *service) bool { return o == s })
+		if len(rest) == 0 {
+			delete(t.byClusterIP, addr)
+		} else {
+			t.byClusterIP[addr] = rest
+		}
+	}
+	for _, addr := range clusterIPs {
+		t.byClusterIP[addr] = append(t.byClusterIP[addr], s)
+	}
+	s.clusterIPs = clusterIPs
+}
+
+func (w *desiredService) portClaims() portClaims {
+	return portClaims{port: w.port, kind: w.key.Kind, frontends: w.frontends}
+}
+
+// resolve decides what of s is programmed, now that it is known who owns which
+// frontend, and adds the difference to result.
+func (t *Tracker) resolve(s *service, d desiredState, result *Result) {
+	problems := s.confirmUnmatched(d.unmatchedPorts, d.problems)
+	programmed := make([]*dataplane.Service, len(d.services))
+	disputed := s.hasConflict || s.claimsChangedRound == t.round
+	s.hasConflict = false
+	var lost conflicts
+	programmedBefore := lookupByKey(s.programmed)
+	for i := range d.services {
+		w := &d.services[i]
+		frontends := w.frontends
+		if disputed {
+			frontends = t.ownedFrontends(s, w, &lost)
+		}
+		if len(frontends) == 0 {
+			continue
+		}
+		svc, err := s.shareLists(w, i, programmedBefore).build(frontends, programmedBefore(w.key, i))
+		if err != nil {
+			problems = append(problems, Problem{
+				Service: s.name, UID: s.object.UID,
+				Field:   elementPath("spec.ports", w.port, ""),
+				Message: fmt.Sprintf("not served: %v", err),
+			})
+			continue
+		}
+		programmed[i] = svc
+	}
+	if len(lost.all) > 0 {
+		s.hasConflict = true
+		problems = append(problems, lost.problems(s)...)
+	}
+	programmedNow := lookupByKey(programmed)
+	for i, svc := range programmed {
+		if svc != nil && svc != programmedBefore(svc.Key, i) {
+			result.addChange(svc.Key, svc)
+		}
+	}
+	for i, old := range s.programmed {
+		if old != nil && programmedNow(old.Key, i) == nil {
+			result.addChange(old.Key, nil)
+		}
+	}
+	s.programmed = programmed
+	s.updateProblems(problems, result)
+	if s.healthCheck != d.healthCheck {
+		s.healthCheck = d.healthCheck
+		result.addHealthCheck(s.name, d.healthCheck)
+	}
+	if s.object == nil && len(s.slices) == 0 {
+		delete(t.services, s.name)
+	}
+}
+
+// confirmUnmatched appends to problems the ports that no slice knows, but for those for
+// which a slice may still be on its way: the controller writes it because of the
+// Service, and so after it.
+func (s *service) confirmUnmatched(ports []unmatchedPort, problems []Problem) []Problem {
+	before := s.unmatchedPorts
+	s.unmatchedPorts = nil
+	for _, u := range ports {
+		if s.slicesRound >= s.portsChangedRound || slices.Contains(before, u.port) {
+			s.unmatchedPorts = append(s.unmatchedPorts, u.port)
+			problems = append(problems, u.problem)
+		}
+	}
+	return problems
+}
+
+// ownedFrontends returns the frontends of w that s owns, and notes the others.
+func (t *Tracker) ownedFrontends(s *service, w *desiredService, lost *conflicts) []dataplane.Frontend {
+	mine := claim{service: s, port: w.port, kind: w.key.Kind}
+	n := 0
+	for _, f := range w.frontends {
+		if owner := t.claims.owners[f]; owner == mine {
+			n++
+		} else {
+			lost.add(w, f, owner)
+		}
+	}
+	if n == len(w.frontends) || n == 0 {
+		return w.frontends[:n]
+	}
+	kept := make([]dataplane.Frontend, 0, n)
+	for _, f := range w.frontends {
+		if t.claims.owners[f] == mine {
+			kept = append(kept, f)
+		}
+	}
+	return kept
+}
+
+// build returns the Service that w makes with the frontends that it has
+// got: old, if it is equal.
+func (w *desiredService) build(frontends []dataplane.Frontend, old *dataplane.Service) (*dataplane.Service, error) {
+	// The lists are in order, so that this is what NewService would return.
+	if same := (dataplane.Service{Key: w.key, Frontends: frontends, ServiceSpec: w.treatment, Serving: w.serving}); same.Equal(old) {
+		return old, nil
+	}
+	svc, err := dataplane.NewService(w.key, frontends, w.treatment)
+	if err != nil || len(w.serving) == 0 {
+		return svc, err
+	}
+	return svc.WithServing(w.serving)
+}
+
+// shareLists replaces the lists of w, which is the i-th want, by equal ones that
+// something of the port has already, so that each is in memory once.
+func (s *service) shareLists(w *desiredService, i int, before func(dataplane.Key, int) *dataplane.Service) *desiredService {
+	var others [len(allKinds{})]*dataplane.Service
+	for n, kind := range kinds() {
+		key := w.key
+		key.Kind = kind
+		others[n] = before(key, i)
+	}
+	shared := func(list []dataplane.Endpoint) []dataplane.Endpoint {
+		if len(list) == 0 {
+			return nil
+		}
+		if old := before(w.key, i); old != nil && slices.Equal(old.Endpoints, list) {
+			return old.Endpoints
+		}
+		for _, old := range others {
+			switch {
+			case old == nil:
+			case slices.Equal(old.Endpoints, list):
+				return old.Endpoints
+			case slices.Equal(old.LocalEndpoints, list):
+				return old.LocalEndpoints
+			}
+		}
+		return list
+	}
+	w.treatment.Endpoints = shared(w.treatment.Endpoints)
+	w.treatment.LocalEndpoints = shared(w.treatment.LocalEndpoints)
+	if len(w.serving) > 0 {
+		for _, old := range others {
+			if old != nil && slices.Equal(old.Serving, w.serving) {
+				w.serving = old.Serving
+				break
+			}
+		}
+	}
+	return w
+}
+
+// maxProblems is how many problems of a Service are named.
+const maxProblems = 20
+
+// updateProblems replaces the problems of s and adds those that it had not before to
+// result.
+func (s *service) updateProblems(problems []Problem, result *Result) {
+	slices.SortFunc(problems, Problem.Compare)
+	problems = slices.Compact(problems)
+	if n := len(problems) - maxProblems; n > 0 {
+		problems = append(slices.Clone(problems[:maxProblems]), Problem{
+			Service: s.name, UID: problems[0].UID, Field: "spec",
+			Message: fmt.Sprintf("and %d more problems: they are named when some of the others are solved", n),
+		})
+		slices.SortFunc(problems, Problem.Compare)
+	}
+	for _, p := range problems {
+		if _, ok := slices.BinarySearchFunc(s.problems, p, Problem.Compare); !ok {
+			result.Problems = append(result.Problems, p)
+		}
+	}
+	s.problems = problems
+}
+
+func (r *Result) addChange(key dataplane.Key, svc *dataplane.Service) {
+	if r.Changes == nil {
+		r.Changes = map[dataplane.Key]*dataplane.Service{}
+	}
+	r.Changes[key] = svc
+}
+
+func (r *Result) addHealthCheck(name types.NamespacedName, check HealthCheck) {
+	if r.HealthChecks == nil {
+		r.HealthChecks = map[types.NamespacedName]*HealthCheck{}
+	}
+	if check.Port == 0 {
+		r.HealthChecks[name] = nil
+		return
+	}
+	r.HealthChecks[name] = &check
+}
+
+// lookupByKey returns a function that finds the Service of a key, which most likely is
+// at index i.
+func lookupByKey(services []*dataplane.Service) func(key dataplane.Key, i int) *dataplane.Service {
+	var all map[dataplane.Key]*dataplane.Service
+	return func(key dataplane.Key, i int) *dataplane.Service {
+		if i < len(services) && services[i] != nil && services[i].Key == key {
+			return services[i]
+		}
+		if len(services) <= linearSearchMax*len(allKinds{}) {
+			for _, s := range services {
+				if s != nil && s.Key == key {
+					return s
+				}
+			}
+			return nil
+		}
+		if all == nil {
+			all = make(map[dataplane.Key]*dataplane.Service, len(services))
+			for _, s := range services {
+				if s != nil {
+					all[s.Key] = s
+				}
+			}
+		}
+		return all[key]
+	}
+}

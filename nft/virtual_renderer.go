@@ -1,0 +1,117 @@
+package nft
+
+import (
+	"net/netip"
+	"slices"
+
+	"fairlead.io/fairlead/dataplane"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+)
+
+// virtualRenderer renders tables that send connections to the virtual servers of a
+// Translator. The methods are documented at renderer.
+type virtualRenderer struct{ translator Translator }
+
+// checkSupported returns nil: a Translator has no limits.
+func (virtualRenderer) checkSupported(*dataplane.Service) error { return nil }
+
+// initialAssignment returns an empty arrangement, because each list has one virtual
+// server at most.
+func (virtualRenderer) initialAssignment(*dataplane.Service) slotAssignment { return slotAssignment{} }
+
+func (virtualRenderer) assignSlots(slotAssignment, *dataplane.Service) newAssignment {
+	return newAssignment{}
+}
+
+func (v virtualRenderer) render(s *dataplane.Service, _ slotAssignment, node dataplane.Node) *frontendElements {
+	if s.Key.Kind == boundAddressKind {
+		return &frontendElements{addrs: addrSetMembershipOf(s.Key.Kind, 0, 0, node)}
+	}
+	plain := *s
+	plain.Affinity = 0
+	r := render(&plain, slotAssignment{}, node)
+	r.class, r.externalClass = r.class.forVirtualServer(), r.externalClass.forVirtualServer()
+	cluster, local := v.translator.VirtualServers(s)
+	switch {
+	case cluster.IsValid():
+		r.slots[clusterEndpoints].endpoints = []netip.AddrPort{cluster}
+	case len(s.Endpoints) > 0:
+		r.class |= classPassThrough
+	}
+	if s.ExternalTrafficPolicyLocal {
+		r.slots[localEndpoints].endpoints = []netip.AddrPort{local}
+	}
+	r.ports = endpointPortsOf(s)
+	return r
+}
+
+// endpointPortsOf returns the ports of the Service's endpoints, sorted.
+func endpointPortsOf(s *dataplane.Service) []uint16 {
+	var ports []uint16
+	for _, list := range [numEndpointLists][]dataplane.Endpoint{s.Endpoints, s.LocalEndpoints} {
+		for _, e := range list {
+			if n := len(ports); n == 0 || ports[n-1] != e.Addr.Port() { // as a rule there is one
+				ports = append(ports, e.Addr.Port())
+			}
+		}
+	}
+	slices.Sort(ports)
+	return slices.Compact(ports)
+}
+
+// binding returns all but the endpoints and the session affinity, which the Translator
+// has.
+func (virtualRenderer) binding(r *frontendElements) dataplane.Binding {
+	return r.bindingExceptEndpoints()
+}
+
+func (virtualRenderer) endpointElements(s *dataplane.Service) int {
+	if s.Key.Kind == boundAddressKind {
+		return 0
+	}
+	return int(numEndpointLists) // a virtual server each
+}
+
+// endpointPort returns false, because slots hold virtual servers. The ports are in
+// row.ports instead.
+func (virtualRenderer) endpointPort(netip.AddrPort) (uint16, bool) { return 0, false }
+
+// requiredPorts returns the ports in endpoint-ports as unused: the maps do not have the
+// endpoints, so the Services determine which ports stay.
+func (virtualRenderer) requiredPorts(c *tableContent) portCounts {
+	ports := make(portCounts, len(c.portSet))
+	for port := range c.portSet {
+		ports[port] = 0
+	}
+	return ports
+}
+
+// sets leaves out the sets of session affinity.
+func (virtualRenderer) sets(t *table, named []*nftables.Set) []*nftables.Set {
+	return slices.DeleteFunc(slices.Clone(named), t.isAffinitySet)
+}
+
+func (virtualRenderer) selectionChains(*table, addressing) []chain { return nil }
+
+func (virtualRenderer) priorityMatches() [][]expr.Any { return [][]expr.Any{matchSlotOrListID()} }
+
+// extraRules returns the rules for bound addresses, and for connections that are let
+// through to a virtual server.
+//
+//	chain route-output {
+//		type route hook output priority dstnat + 9; policy accept;
+func (virtualRenderer) extraRules(t *table, base newBaseChain) extraRules {
+	routePriority := *nftables.ChainPriorityNATDest + routeOffset
+	return extraRules{
+		chains: []chain{
+			t.undeclaredChain(), t.boundChain(),
+			base("route-output", nftables.ChainTypeRoute, nftables.ChainHookOutput, routePriority, t.rerouteRule()),
+		},
+		natOutput:                []rule{t.boundIPRule()},
+		filterPreroutingPostDNAT: []rule{t.ownClusterIPRule(), {exprs: append(matchCtStateNew(), t.boundIPRule().exprs...)}},
+		filterOutputPostDNAT:     []rule{t.rerouteRule()},
+		natPostrouting:           []rule{t.passedThroughRule()},
+	}
+}

@@ -1,0 +1,508 @@
+package apiserver_test
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"maps"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/rest"
+
+	"fairlead.io/fairlead/kube"
+	"fairlead.io/fairlead/source/apiserver"
+)
+
+// scriptedServer is an API server whose objects and faults a test sets. Its watches send
+// what is pushed, and bookmarks every minute.
+type scriptedServer struct {
+	mu      sync.Mutex
+	version int
+	// objects has the metadata of the objects by resource and name.
+	objects map[string]map[string]string
+	// fault, if not nil, may answer in the server's place.
+	override behavior
+	// unfinished streams have no closing bookmark, and stuck watches send nothing.
+	unfinished, stuck bool
+	watches           map[*io.PipeWriter]string
+	requestCounts     map[string]int // by resource and verb
+}
+
+func newScripted() *scriptedServer {
+	s := &scriptedServer{version: 100, objects: map[string]map[string]string{}, watches: map[*io.PipeWriter]string{}, requestCounts: map[string]int{}}
+	for _, resource := range []string{"services", "endpointslices", "nodes", "servicecidrs"} {
+		s.objects[resource] = map[string]string{}
+		s.put(resource, "a", "uid-a", 50)
+	}
+	return s
+}
+
+// put stores an object without sending it to watches.
+func (s *scriptedServer) put(resource, name, uid string, version int) {
+	s.objects[resource][name] = fmt.Sprintf(`{"metadata":{"name":%q,"uid":%q,"resourceVersion":"%d"}}`, name, uid, version)
+}
+
+func (s *scriptedServer) update(change func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	change()
+}
+
+// countRequests returns how many requests for Services with this verb there were.
+func (s *scriptedServer) countRequests(verb string) int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.requestCounts["services "+verb]
+}
+
+// closeWatches ends all watches.
+func (s *scriptedServer) closeWatches() {
+	for w := range s.watches {
+		_ = w.Close()
+	}
+	clear(s.watches)
+}
+
+func (s *scriptedServer) serve(r *http.Request) (*http.Response, error) {
+	resource, verb := resourceOf(r), "list"
+	switch query := r.URL.Query(); {
+	case query.Get("sendInitialEvents") != "":
+		verb = "stream"
+	case query.Get("watch") != "":
+		verb = "watch"
+	case query.Get("limit") == "1":
+		verb = "version"
+	}
+	s.mu.Lock()
+	s.requestCounts["services "+verb]++
+	fault := s.override
+	s.mu.Unlock()
+	if fault != nil {
+		if response, err := fault(r, verb); response != nil || err != nil {
+			return response, err
+		}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	group, name := apiVersionAndKind(r)
+	var items []string
+	_, wanted, one := strings.Cut(strings.Split(r.URL.Query().Get("fieldSelector"), ",")[0], "metadata.name=")
+	for _, key := range slices.Sorted(maps.Keys(s.objects[resource])) {
+		if one && key != wanted {
+			continue
+		}
+		items = append(items, s.objects[resource][key])
+	}
+	if verb == "list" || verb == "version" {
+		return newResponse(r, http.StatusOK, fmt.Sprintf(`{"kind":"%sList","apiVersion":%q,"metadata":{"resourceVersion":"%d"},"items":[%s]}`,
+			name, group, s.version, strings.Join(items, ","))), nil
+	}
+	reader, writer := io.Pipe()
+	s.watches[writer] = resource
+	response := newResponse(r, http.StatusOK, "")
+	response.Body = reader
+	var lines []string
+	if verb == "stream" {
+		for _, item := range items {
+			lines = append(lines, fmt.Sprintf(`{"type":"ADDED","object":{"kind":%q,"apiVersion":%q,%s}`, name, group, item[1:]))
+		}
+		if !s.unfinished {
+			lines = append(lines, fmt.Sprintf(`{"type":"BOOKMARK","object":{"kind":%q,"apiVersion":%q,"metadata":`+
+				`{"resourceVersion":"%d","annotations":{"k8s.io/initial-events-end":"true"}}}}`, name, group, s.version))
+		}
+	}
+	go s.sendEvents(r.Context(), writer, lines, name, group)
+	return response, nil
+}
+
+// sendEvents writes a watch until it is cut or the client ends it.
+func (s *scriptedServer) sendEvents(ctx context.Context, w *io.PipeWriter, lines []string, name, group string) {
+	// A stopped AfterFunc may not have run although ctx is done.
+	defer func() { _ = w.Close() }()
+	stop := context.AfterFunc(ctx, func() { _ = w.Close() })
+	defer stop()
+	for _, line := range lines {
+		_, _ = io.WriteString(w, line)
+	}
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(time.Minute):
+		}
+		s.mu.Lock()
+		bookmark := fmt.Sprintf(`{"type":"BOOKMARK","object":{"kind":%q,"apiVersion":%q,"metadata":{"resourceVersion":"%d"}}}`, name, group, s.version)
+		_, open := s.watches[w]
+		stuck := s.stuck
+		s.mu.Unlock()
+		if !open {
+			return
+		}
+		if !stuck {
+			_, _ = io.WriteString(w, bookmark)
+		}
+	}
+}
+
+// deltaRecorder keeps what a Source in a bubble delivers.
+type deltaRecorder struct {
+	*apiserver.Source
+
+	mu       sync.Mutex
+	services map[string]types.UID
+	slices   map[string]types.UID
+	node     bool
+	unknown  bool
+	cidrs    int
+	deltas   int
+}
+
+func (f *deltaRecorder) deliver(d kube.Delta) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.deltas++
+	for _, name := range d.DeletedServices {
+		delete(f.services, name.Name)
+	}
+	for _, svc := range d.Services {
+		f.services[svc.Name] = svc.UID
+	}
+	for _, name := range d.DeletedEndpointSlices {
+		delete(f.slices, name.Name)
+	}
+	for _, slice := range d.EndpointSlices {
+		f.slices[slice.Name] = slice.UID
+	}
+	f.node, f.unknown = f.node || d.Node != nil, d.NodeUnknown
+	f.cidrs += len(d.ServiceCIDRs)
+}
+
+func (f *deltaRecorder) deltaCount() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.deltas
+}
+
+func (f *deltaRecorder) serviceUID(service string) types.UID {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.services[service]
+}
+
+func (f *deltaRecorder) serviceCount() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return len(f.services)
+}
+
+// runScripted runs a Source in a bubble of synctest.
+func runScripted(t *testing.T, server *scriptedServer, log *logRecorder, opts apiserver.Options) (f *deltaRecorder, stop func()) {
+	t.Helper()
+	opts.Config, opts.NodeName, opts.Logger = &rest.Config{Host: "http://api", Transport: roundTripper(server.serve)}, "a", log.logger()
+	f = &deltaRecorder{
+		Source: must[*apiserver.Source](t)(apiserver.New(opts)), services: map[string]types.UID{}, slices: map[string]types.UID{},
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- f.Run(ctx, f.deliver) }()
+	return f, func() {
+		t.Helper()
+		cancel()
+		if err := <-ended; err != nil {
+			t.Errorf("Run returned %v", err)
+		}
+		server.update(server.closeWatches)
+	}
+}
+
+// requireLine checks that the log has a line with all of the texts.
+func (r *logRecorder) requireLine(t *testing.T, texts ...string) {
+	t.Helper()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for line := range strings.Lines(r.text.String()) {
+		if !slices.ContainsFunc(texts, func(text string) bool { return !strings.Contains(line, text) }) {
+			return
+		}
+	}
+	t.Errorf("the log has no line with %q:\n%s", texts, r.text.String())
+}
+
+// TestOptionalLists says that neither errors nor silence about lists that
+// programming can do without hold it up, and that they are taken over later.
+func TestOptionalLists(t *testing.T) {
+	t.Parallel()
+	hang := func(r *http.Request, _ string) (*http.Response, error) {
+		<-r.Context().Done()
+		return nil, r.Context().Err()
+	}
+	for _, resource := range []string{"servicecidrs", "nodes"} {
+		for name, fault := range map[string]behavior{"500": respondStatus(500, "InternalError"), "401": respondStatus(401, "Unauthorized"), "hangs": hang} {
+			t.Run(resource+"/"+name, func(t *testing.T) {
+				t.Parallel()
+				synctest.Test(t, func(t *testing.T) {
+					server := newScripted()
+					server.override = fault.forResource(resource)
+					var log logRecorder
+					f, stop := runScripted(t, server, &log, apiserver.Options{})
+					time.Sleep(16 * time.Second)
+					synctest.Wait() // Orders the Source's writes before the reads here.
+					if f.deltaCount() != 1 || f.unknown != (resource == "nodes") {
+						t.Fatalf("%d Deltas, Node unknown %v:\n%s", f.deltaCount(), f.unknown, log.text.String())
+					}
+					if name == "hangs" {
+						log.requireLine(t, "is late", "resource="+resource)
+					} else {
+						log.requireLine(t, "is late", "resource="+resource, resource+": "+name)
+					}
+					time.Sleep(15 * time.Minute)
+					log.requireLine(t, "still fails", resource+": ")
+					server.update(func() { server.put("services", "later", "uid", 101); server.closeWatches() })
+					server.update(func() { server.override = nil })
+					time.Sleep(3 * time.Minute)
+					synctest.Wait()
+					if !f.node || f.unknown || f.cidrs != 1 {
+						t.Errorf("Node %v, unknown %v, %d ServiceCIDRs after the server is well", f.node, f.unknown, f.cidrs)
+					}
+					stop()
+				})
+			})
+		}
+	}
+}
+
+// TestUnfinishedStream says that a streamed list without its closing bookmark is
+// given up after a minute, and lists are not streamed for some time.
+func TestUnfinishedStream(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		server := newScripted()
+		server.unfinished = true
+		var log logRecorder
+		f, stop := runScripted(t, server, &log, apiserver.Options{})
+		time.Sleep(65 * time.Second)
+		if f.deltaCount() == 0 {
+			t.Fatalf("nothing is delivered:\n%s", log.text.String())
+		}
+		log.requireLine(t, "did not finish a streamed list", "resource=services")
+		streams := server.countRequests("stream")
+		server.update(func() {
+			server.override = respondStatus(410, "Gone").forResource("services", "watch")
+			server.put("services", "later", "uid", 101)
+			server.closeWatches()
+		})
+		time.Sleep(time.Second)
+		server.update(func() { server.override = nil })
+		time.Sleep(30 * time.Second)
+		if f.serviceUID("later") == "" || server.countRequests("stream") != streams {
+			t.Errorf("Service %q, %d streams after the first", f.serviceUID("later"), server.countRequests("stream")-streams)
+		}
+		stop()
+	})
+}
+
+// TestSilentWatch says that a watch on which nothing arrives any more, not even
+// bookmarks, is made anew.
+func TestSilentWatch(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		server := newScripted()
+		var log logRecorder
+		f, stop := runScripted(t, server, &log, apiserver.Options{})
+		time.Sleep(5*time.Minute + 30*time.Second)
+		if log.count("level=") != 0 || server.countRequests("watch") != 0 {
+			t.Errorf("%d watches after the stream:\n%s", server.countRequests("watch"), log.text.String())
+		}
+		server.update(func() { server.stuck = true; server.version = 105; server.put("services", "later", "uid", 104) })
+		time.Sleep(10 * time.Minute)
+		log.requireLine(t, "watch is silent", "resource=services")
+		if f.serviceUID("later") == "" {
+			t.Errorf("what has changed is not delivered:\n%s", log.text.String())
+		}
+		stop()
+	})
+}
+
+// TestVersionsGoBackwards says that after a restore of the API server's data what
+// it has now is delivered, although the watch is continued without an error.
+func TestVersionsGoBackwards(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		server := newScripted()
+		server.put("services", "lost", "uid-lost", 99)
+		server.put("services", "same", "uid-old", 60)
+		var log logRecorder
+		f, stop := runScripted(t, server, &log, apiserver.Options{})
+		time.Sleep(time.Minute)
+		if f.serviceUID("lost") == "" {
+			t.Fatal("not delivered")
+		}
+		server.update(func() {
+			server.version = 70
+			delete(server.objects["services"], "lost")
+			server.put("services", "same", "uid-new", 60)
+			server.put("services", "now", "uid-now", 70)
+			server.closeWatches()
+		})
+		time.Sleep(time.Minute)
+		if f.serviceUID("lost") != "" || f.serviceUID("now") == "" || f.serviceUID("same") != "uid-new" {
+			t.Errorf("delivered are %v:\n%s", f.services, log.text.String())
+		}
+		log.requireLine(t, "went backwards", "resource=services", "before=100", "now=70")
+		// Versions can also have grown again until the watch goes on.
+		server.update(func() {
+			server.version = 200
+			server.put("services", "now", "uid-now", 65)
+			server.put("services", "same", "uid-old", 60)
+			server.closeWatches()
+		})
+		time.Sleep(time.Minute)
+		if f.serviceUID("same") != "uid-old" || log.count("is programmed\" resource=services before=70 now=65") != 1 {
+			t.Errorf("delivered are %v:\n%s", f.services, log.text.String())
+		}
+		lists := server.countRequests("stream")
+		server.update(func() { server.closeWatches() })
+		time.Sleep(time.Minute)
+		if server.countRequests("stream") != lists {
+			t.Error("listed again although versions did not go backwards")
+		}
+		stop()
+	})
+}
+
+// TestVersionsGoBackwardsOnSlowServer says that versions are compared also when
+// the watch is answered late.
+func TestVersionsGoBackwardsOnSlowServer(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		server := newScripted()
+		server.put("services", "lost", "uid-lost", 99)
+		var log logRecorder
+		f, stop := runScripted(t, server, &log, apiserver.Options{})
+		time.Sleep(time.Minute)
+		server.update(func() {
+			server.version = 70
+			delete(server.objects["services"], "lost")
+			server.override = func(r *http.Request, verb string) (*http.Response, error) {
+				if verb == "watch" && resourceOf(r) == "services" {
+					time.Sleep(45 * time.Second)
+				}
+				return nil, r.Context().Err()
+			}
+			server.closeWatches()
+		})
+		time.Sleep(75 * time.Second) // before a bookmark of the new watch tells
+		if f.serviceUID("lost") != "" {
+			t.Errorf("a Service that the server does not have is still delivered:\n%s", log.text.String())
+		}
+		log.requireLine(t, "went backwards", "resource=services", "before=100", "now=70")
+		stop()
+	})
+}
+
+// TestMassRemoval says that removals are held when a list lacks most of the objects,
+// unless the list that follows a minute later lacks them too.
+func TestMassRemoval(t *testing.T) {
+	t.Parallel()
+	const delay = time.Minute
+	many := func(server *scriptedServer) {
+		for i := range 20 {
+			server.put("services", fmt.Sprint("service-", i), fmt.Sprint("uid-", i), 60+i)
+			server.put("endpointslices", fmt.Sprint("slice-", i), fmt.Sprint("uid-", i), 60+i)
+		}
+	}
+	few := func(server *scriptedServer) { server.put("services", "web", "uid-web", 60) }
+	for _, tt := range []struct {
+		name        string
+		before      func(*scriptedServer)
+		delay       time.Duration
+		held, final int // Services while removals are held, and at last
+		returns     bool
+	}{
+		{name: "lost", before: many, delay: delay, held: 21, final: 1},
+		{name: "found again", before: many, delay: delay, held: 21, final: 21, returns: true},
+		{name: "off", before: many, held: 1, final: 1},
+		{name: "small", before: few, delay: delay, held: 2, final: 1},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				server := newScripted()
+				tt.before(server)
+				var log logRecorder
+				var told []string
+				f, stop := runScripted(t, server, &log, apiserver.Options{
+					MassRemovalDelay: tt.delay,
+					OnMassRemoval:    func(resource string, removed, before int) { told = append(told, fmt.Sprint(resource, removed, before)) },
+				})
+				time.Sleep(10 * time.Second)
+				server.update(func() {
+					objects := server.objects
+					server.objects = map[string]map[string]string{"nodes": objects["nodes"], "services": {}, "endpointslices": {}}
+					server.put("services", "a", "another-cluster", 50) // as default/kubernetes
+					server.version = 60                                // the watch does not go on
+					server.closeWatches()
+					if tt.returns {
+						time.AfterFunc(delay/2, func() { server.update(func() { server.objects = objects; server.version = 200 }) })
+					}
+				})
+				time.Sleep(delay / 2)
+				if n := f.serviceCount(); n != tt.held || (f.serviceUID("a") == "uid-a") != (tt.delay > 0) {
+					t.Errorf("%d Services while removals are held, want %d; the first is %s\n%s", n, tt.held, f.serviceUID("a"), log.text.String())
+				}
+				time.Sleep(delay + 5*time.Second)
+				if n := f.serviceCount(); n != tt.final || (f.serviceUID("a") == "uid-a") != tt.returns {
+					t.Errorf("%d Services at last, want %d; the first is %s\n%s", n, tt.final, f.serviceUID("a"), log.text.String())
+				}
+				switch {
+				case tt.delay == 0:
+					log.waitFor(t, "lacks", 0)
+				case tt.returns:
+					log.requireLine(t, "lacks more than half", "resource=services", "removed=21")
+					log.requireLine(t, "complete again", "resource=endpointslices")
+				default:
+					log.requireLine(t, "still lacks", "resource=services")
+				}
+				if (len(told) > 0) != (tt.delay > 0) {
+					t.Errorf("told %v", told)
+				}
+				stop()
+			})
+		})
+	}
+}
+
+// TestMassRemovalAtStart says that the first list is compared with what the kernel
+// has of an earlier run.
+func TestMassRemovalAtStart(t *testing.T) {
+	t.Parallel()
+	programmed := func() map[types.NamespacedName]struct{} {
+		names := map[types.NamespacedName]struct{}{}
+		for i := range 20 {
+			names[types.NamespacedName{Name: fmt.Sprint("service-", i)}] = struct{}{}
+		}
+		return names
+	}
+	synctest.Test(t, func(t *testing.T) {
+		server := newScripted()
+		var log logRecorder
+		f, stop := runScripted(t, server, &log, apiserver.Options{MassRemovalDelay: time.Minute, ProgrammedServices: programmed})
+		time.Sleep(50 * time.Second)
+		if f.deltaCount() != 0 {
+			t.Errorf("%d Deltas while the first list is held", f.deltaCount())
+		}
+		log.requireLine(t, "lacks more than half", "resource=services", "removed=20")
+		time.Sleep(30 * time.Second)
+		if n := f.serviceCount(); n != 1 {
+			t.Errorf("%d Services after the second list, want 1:\n%s", n, log.text.String())
+		}
+		stop()
+	})
+}

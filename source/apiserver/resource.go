@@ -1,0 +1,117 @@
+package apiserver
+
+import (
+	"fmt"
+
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	eventsv1 "k8s.io/api/events/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/fields"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/runtime/serializer"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/util/flowcontrol"
+
+	"fairlead.io/fairlead/kube"
+)
+
+// resource is a list that is followed, by its name in the API.
+type resource string
+
+const (
+	services       resource = "services"
+	endpointSlices resource = "endpointslices"
+	nodes          resource = "nodes"
+	serviceCIDRs   resource = "servicecidrs"
+)
+
+// groupVersion returns the API group of the kind.
+func (k resource) groupVersion() schema.GroupVersion {
+	switch k {
+	case endpointSlices:
+		return discoveryv1.SchemeGroupVersion
+	case serviceCIDRs:
+		return networkingv1.SchemeGroupVersion
+	case services, nodes:
+		return corev1.SchemeGroupVersion
+	default:
+		return corev1.SchemeGroupVersion
+	}
+}
+
+// addSelectors has the server leave out what is of no use to this node. An object that
+// leaves the selection arrives as deleted.
+func (k resource) addSelectors(opts *metav1.ListOptions, nodeName string) {
+	switch k {
+	case services:
+		opts.LabelSelector = "!" + kube.LabelServiceProxyName
+		opts.FieldSelector = "spec.clusterIP!=" + corev1.ClusterIPNone
+	case endpointSlices:
+		opts.LabelSelector = "!" + corev1.IsHeadlessService
+	case nodes:
+		opts.FieldSelector = fields.OneTermEqualSelector(metav1.ObjectNameField, nodeName).String()
+	case serviceCIDRs:
+	}
+}
+
+// clients speak to the API groups of the kinds. A clientset would hold the types
+// of all of Kubernetes in memory.
+type clients map[schema.GroupVersion]*rest.RESTClient
+
+// newClients returns clients for the groups. They share the connection and the
+// limits of the configuration.
+func newClients(config *rest.Config, version string, groups ...schema.GroupVersion) (clients, error) {
+	scheme := runtime.NewScheme()
+	metav1.AddToGroupVersion(scheme, schema.GroupVersion{Version: "v1"})
+	for _, add := range []func(*runtime.Scheme) error{corev1.AddToScheme, discoveryv1.AddToScheme, networkingv1.AddToScheme, eventsv1.AddToScheme} {
+		if err := add(scheme); err != nil {
+			return nil, fmt.Errorf("register API types: %w", err)
+		}
+	}
+	config = rest.CopyConfig(config)
+	if config.UserAgent == "" {
+		config.UserAgent = "fairlead"
+		if version != "" {
+			config.UserAgent += "/" + version
+		}
+	}
+	if config.ContentType == "" {
+		config.ContentType = protobuf
+		config.AcceptContentTypes = protobuf + ",application/json"
+	}
+	if config.WarningHandler == nil && config.WarningHandlerWithContext == nil {
+		config.WarningHandler = rest.NoWarnings{} // deprecations are no news to an operator
+	}
+	if config.RateLimiter == nil && config.QPS >= 0 {
+		qps, burst := config.QPS, config.Burst
+		if qps == 0 {
+			qps = rest.DefaultQPS
+		}
+		if burst == 0 {
+			burst = rest.DefaultBurst
+		}
+		config.RateLimiter = flowcontrol.NewTokenBucketRateLimiter(qps, burst)
+	}
+	http, err := rest.HTTPClientFor(config)
+	if err != nil {
+		return nil, fmt.Errorf("prepare to speak to the API server: %w", err)
+	}
+	out := clients{}
+	for _, group := range groups {
+		config.GroupVersion = &group
+		config.APIPath = "/apis"
+		if group.Group == "" {
+			config.APIPath = "/api"
+		}
+		config.NegotiatedSerializer = serializer.NewCodecFactory(scheme).WithoutConversion()
+		client, err := rest.RESTClientForConfigAndClient(config, http)
+		if err != nil {
+			return nil, fmt.Errorf("prepare to speak to the API server: %w", err)
+		}
+		out[group] = client
+	}
+	return out, nil
+}

@@ -1,0 +1,309 @@
+package apiserver_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"k8s.io/client-go/rest"
+
+	"fairlead.io/fairlead/kube"
+	"fairlead.io/fairlead/source/apiserver"
+)
+
+// maxRetryPause is the longest between two attempts.
+const maxRetryPause = 20 * time.Second
+
+// idleServer is an API server in which nothing ever happens, and which cannot
+// stream lists.
+func idleServer(r *http.Request) (*http.Response, error) {
+	switch {
+	case r.URL.Query().Get("sendInitialEvents") != "":
+		return newResponse(r, http.StatusUnprocessableEntity,
+			`{"kind":"Status","apiVersion":"v1","status":"Failure","reason":"Invalid","code":422}`), nil
+	case r.URL.Query().Get("watch") != "":
+		reader, writer := io.Pipe()
+		context.AfterFunc(r.Context(), func() { _ = writer.Close() })
+		response := newResponse(r, http.StatusOK, "")
+		response.Body = reader
+		return response, nil
+	}
+	group, name := apiVersionAndKind(r)
+	return newResponse(r, http.StatusOK, fmt.Sprintf(
+		`{"kind":"%sList","apiVersion":%q,"metadata":{"resourceVersion":"5"},"items":[{"metadata":{"name":"a","resourceVersion":"4"}}]}`, name, group)), nil
+}
+
+// apiVersionAndKind returns the API version and the kind that a request asks for.
+func apiVersionAndKind(r *http.Request) (group, name string) {
+	kind := map[string]string{
+		"services": "v1 Service", "nodes": "v1 Node",
+		"endpointslices": "discovery.k8s.io/v1 EndpointSlice", "servicecidrs": "networking.k8s.io/v1 ServiceCIDR",
+	}[resourceOf(r)]
+	_, _ = fmt.Sscan(kind, &group, &name)
+	return group, name
+}
+
+// runSource runs a Source in a bubble of synctest, which ends only when all that it has
+// started has ended.
+func runSource(t *testing.T, transport roundTripper, log *logRecorder) (deltas *atomic.Int64, stop func()) {
+	t.Helper()
+	deltas = new(atomic.Int64)
+	source := must[*apiserver.Source](t)(apiserver.New(apiserver.Options{
+		Config: &rest.Config{Host: "http://api", Transport: transport}, NodeName: "a", Logger: log.logger(),
+	}))
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() {
+		ended <- source.Run(ctx, func(kube.Delta) {
+			if source.Synced() != (deltas.Load() > 0) {
+				t.Errorf("Synced %v in Delta %d", source.Synced(), deltas.Load())
+			}
+			deltas.Add(1)
+		})
+	}()
+	return deltas, func() {
+		t.Helper()
+		cancel()
+		if err := <-ended; err != nil {
+			t.Errorf("Run returned %v", err)
+		}
+	}
+}
+
+// TestLongOutage says that an API server that is away for hours is asked now and
+// then, logged with growing pauses, and believed soon after it is back.
+func TestLongOutage(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var away atomic.Bool
+		away.Store(true)
+		var requests atomic.Int64
+		var log logRecorder
+		deltas, stop := runSource(t, func(r *http.Request) (*http.Response, error) {
+			requests.Add(1)
+			if away.Load() {
+				return nil, errors.New("no route to host")
+			}
+			return idleServer(r)
+		}, &log)
+		time.Sleep(3 * time.Hour)
+		if n := requests.Load(); n > 3*3600/10*4*2 {
+			t.Errorf("%d requests in three hours, want a few a minute", n)
+		}
+		if deltas.Load() != 0 {
+			t.Error("something was delivered")
+		}
+		away.Store(false)
+		time.Sleep(maxRetryPause)
+		if deltas.Load() != 1 {
+			t.Errorf("%d Deltas after the API server is back, want 1", deltas.Load())
+		}
+		stop()
+		for text, n := range map[string]int{"can't be reached": 1, "is back": 1, "are late": 5, "level=": 7} {
+			if log.count(text) != n {
+				t.Errorf("log has %q %d times, want %d:\n%s", text, log.count(text), n, log.text.String())
+			}
+		}
+	})
+}
+
+// TestServiceCIDRsServedLater says that ServiceCIDRs that are not served are asked for
+// rarely, and taken when they are.
+func TestServiceCIDRsServedLater(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var served atomic.Bool
+		var requests atomic.Int64
+		var log logRecorder
+		deltas, stop := runSource(t, func(r *http.Request) (*http.Response, error) {
+			if resourceOf(r) == "servicecidrs" && !served.Load() {
+				requests.Add(1)
+				return newResponse(r, http.StatusNotFound, "404 page not found"), nil
+			}
+			return idleServer(r)
+		}, &log)
+		time.Sleep(24 * time.Hour)
+		if n := requests.Load(); n > 2*6*24+20 {
+			t.Errorf("%d requests in a day, want one stream and one list every ten minutes", n)
+		}
+		if deltas.Load() != 1 {
+			t.Errorf("%d Deltas, want the first", deltas.Load())
+		}
+		served.Store(true)
+		time.Sleep(11 * time.Minute)
+		if deltas.Load() != 2 {
+			t.Errorf("%d Deltas after ServiceCIDRs are served, want 2", deltas.Load())
+		}
+		stop()
+		if n := log.count("level="); n != 2 {
+			t.Errorf("%d lines of log, want that they can't be read, and that they can:\n%s", n, log.text.String())
+		}
+	})
+}
+
+// TestRunReturnsAtOnce says that Run ends at once, whatever it waits for.
+func TestRunReturnsAtOnce(t *testing.T) {
+	t.Parallel()
+	for name, transport := range map[string]roundTripper{
+		"watching": idleServer,
+		"away":     func(*http.Request) (*http.Response, error) { return nil, errors.New("no route to host") },
+		"no answer": func(r *http.Request) (*http.Response, error) {
+			<-r.Context().Done()
+			return nil, r.Context().Err()
+		},
+		"refused":            func(r *http.Request) (*http.Response, error) { return newResponse(r, http.StatusNotFound, ""), nil },
+		"connection refused": func(*http.Request) (*http.Response, error) { return nil, syscall.ECONNREFUSED },
+		"overloaded":         overloaded,
+		"overloaded, with Retry-After": func(r *http.Request) (*http.Response, error) {
+			response, err := overloaded(r)
+			response.Header.Set("Retry-After", "5")
+			return response, err
+		},
+		"overloaded in the stream": overloadedStream,
+	} {
+		for _, after := range []time.Duration{0, 500 * time.Millisecond, 10 * time.Second, 3 * time.Minute, time.Hour} {
+			t.Run(fmt.Sprintf("%s/%s", name, after), func(t *testing.T) {
+				t.Parallel()
+				synctest.Test(t, func(t *testing.T) {
+					var log logRecorder
+					_, stop := runSource(t, transport, &log)
+					time.Sleep(after)
+					synctest.Wait()
+					begin := time.Now()
+					stop()
+					if d := time.Since(begin); d > 0 {
+						t.Errorf("the end took %s", d)
+					}
+					if n := len(withoutReminders(log.text.String())); n > 5 {
+						t.Errorf("%d lines of log, want a few:\n%s", n, log.text.String())
+					}
+				})
+			})
+		}
+	}
+}
+
+// TestRunReturnsWithoutServer says the same of a real address where nobody listens.
+func TestRunReturnsWithoutServer(t *testing.T) {
+	t.Parallel()
+	listener := must[net.Listener](t)(net.Listen("tcp", "127.0.0.1:0"))
+	if err := listener.Close(); err != nil {
+		t.Fatal(err)
+	}
+	var log logRecorder
+	source := must[*apiserver.Source](t)(apiserver.New(apiserver.Options{
+		Config: &rest.Config{Host: "http://" + listener.Addr().String()}, NodeName: "a", Logger: log.logger(),
+	}))
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- source.Run(ctx, func(kube.Delta) { t.Error("something was delivered") }) }()
+	log.waitFor(t, "connection refused", 1)
+	cancel()
+	select {
+	case err := <-ended:
+		if err != nil {
+			t.Errorf("Run returned %v", err)
+		}
+	case <-time.After(500 * time.Millisecond): // the first pause is 800 ms or longer
+		t.Error("Run did not return")
+	}
+}
+
+// overloaded is an API server that has too much to do.
+func overloaded(r *http.Request) (*http.Response, error) {
+	return newResponse(r, http.StatusTooManyRequests, tooManyRequests), nil
+}
+
+const tooManyRequests = `{"kind":"Status","apiVersion":"v1","status":"Failure","reason":"TooManyRequests","code":429,"message":"try again later"}`
+
+// overloadedStream says so only after it has begun to answer.
+func overloadedStream(r *http.Request) (*http.Response, error) {
+	if r.URL.Query().Get("watch") == "" {
+		return idleServer(r)
+	}
+	return newResponse(r, http.StatusOK, `{"type":"ERROR","object":`+tooManyRequests+`}`), nil
+}
+
+// TestRetryBackoff says that an API server that refuses connections, or is overloaded, is
+// asked now and then, once at a time, and for a stream when it is back.
+func TestRetryBackoff(t *testing.T) {
+	t.Parallel()
+	for name, trouble := range map[string]roundTripper{
+		"connection refused":       func(*http.Request) (*http.Response, error) { return nil, syscall.ECONNREFUSED },
+		"overloaded":               overloaded,
+		"overloaded in the stream": overloadedStream,
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				var away atomic.Bool
+				away.Store(true)
+				var requests, streams, lists atomic.Int64
+				var log logRecorder
+				_, stop := runSource(t, func(r *http.Request) (*http.Response, error) {
+					requests.Add(1)
+					if away.Load() {
+						return trouble(r)
+					}
+					switch {
+					case r.URL.Query().Get("sendInitialEvents") != "":
+						streams.Add(1)
+					case r.URL.Query().Get("watch") == "":
+						lists.Add(1)
+					}
+					return idleServer(r)
+				}, &log)
+				time.Sleep(time.Hour)
+				if n := requests.Load(); n < 4*3600/60 || n > 4*3600/10 {
+					t.Errorf("%d requests in an hour, want a few a minute for each of four kinds", n)
+				}
+				away.Store(false)
+				time.Sleep(maxRetryPause)
+				if streams.Load() != 4 || lists.Load() != 4 {
+					t.Errorf("%d streams and %d lists once it is back, want each of four kinds", streams.Load(), lists.Load())
+				}
+				stop()
+			})
+		})
+	}
+}
+
+// TestRunWaitsForRequests says that nothing is under way any more when Run returns.
+func TestRunWaitsForRequests(t *testing.T) {
+	t.Parallel()
+	for name, lists := range map[string]bool{"a watch": false, "a list": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				var underWay atomic.Int64
+				var log logRecorder
+				_, stop := runSource(t, func(r *http.Request) (*http.Response, error) {
+					if lists && r.URL.Query().Get("watch") != "" {
+						return idleServer(r) // can't stream lists
+					}
+					underWay.Add(1)
+					defer underWay.Add(-1)
+					<-r.Context().Done()
+					time.Sleep(time.Second)
+					return nil, r.Context().Err()
+				}, &log)
+				time.Sleep(time.Minute)
+				if n := underWay.Load(); n != 4 {
+					t.Fatalf("%d requests are under way, want one of each kind", n)
+				}
+				stop()
+				if n := underWay.Load(); n != 0 {
+					t.Errorf("%d requests are under way after the end", n)
+				}
+			})
+		})
+	}
+}

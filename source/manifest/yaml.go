@@ -1,0 +1,327 @@
+package manifest
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"strconv"
+	"strings"
+
+	"go.yaml.in/yaml/v3"
+)
+
+// node is a YAML value with its line: aliases are replaced by what they stand
+// for and merge keys (<<) are carried out.
+type node struct {
+	line  int
+	kind  yaml.Kind // MappingNode, SequenceNode or ScalarNode
+	tag   string    // short, as in !!int
+	value string    // of a scalar
+	// fields of a mapping, in the order of the file, and items of a sequence.
+	fields []nodeField
+	items  []*node
+}
+
+type nodeField struct {
+	name  string
+	line  int
+	value *node
+}
+
+// field returns the value of a field, or nil.
+func (n *node) field(name string) *node {
+	if n == nil {
+		return nil
+	}
+	for i := range n.fields {
+		if n.fields[i].name == name {
+			return n.fields[i].value
+		}
+	}
+	return nil
+}
+
+// fieldText returns the text of a field, or "".
+func (n *node) fieldText(name string) string {
+	if v := n.field(name); v != nil && v.kind == yaml.ScalarNode && v.tag != "!!null" {
+		return v.value
+	}
+	return ""
+}
+
+// lineOf returns the line of the field with the path. For a path that is not
+// there it returns the line of the nearest thing around it that is.
+func (n *node) lineOf(path string) int {
+	line := n.line
+	for path != "" && n != nil {
+		var segment string
+		if path[0] == '[' {
+			end := strings.IndexByte(path, ']')
+			if end < 0 {
+				return line
+			}
+			segment, path = path[1:end], path[end+1:]
+			path = strings.TrimPrefix(path, ".")
+			if n.kind == yaml.SequenceNode {
+				i, err := strconv.Atoi(segment)
+				if err != nil || i < 0 || i >= len(n.items) {
+					return line
+				}
+				n = n.items[i]
+				line = n.line
+				continue
+			}
+		} else {
+			end := strings.IndexAny(path, ".[")
+			if end < 0 {
+				end = len(path)
+			}
+			segment, path = path[:end], strings.TrimPrefix(path[end:], ".")
+		}
+		found := false
+		for i := range n.fields {
+			if n.fields[i].name == segment {
+				line, n, found = n.fields[i].line, n.fields[i].value, true
+				break
+			}
+		}
+		if !found {
+			return line
+		}
+	}
+	return line
+}
+
+// jsonValue returns the value as encoding/json would read it.
+func (n *node) jsonValue() any {
+	switch n.kind {
+	case yaml.MappingNode:
+		m := make(map[string]any, len(n.fields))
+		for _, f := range n.fields {
+			m[f.name] = f.value.jsonValue()
+		}
+		return m
+	case yaml.SequenceNode:
+		s := make([]any, len(n.items))
+		for i, item := range n.items {
+			s[i] = item.jsonValue()
+		}
+		return s
+	default:
+		return n.scalarValue()
+	}
+}
+
+// scalarValue returns the value of a scalar as nil, bool, int64, uint64, float64 or
+// string. What is none of these is left as text.
+func (n *node) scalarValue() any {
+	var v any
+	switch n.tag {
+	case "!!null":
+		return nil
+	case "!!bool", "!!int", "!!float":
+		raw := yaml.Node{Kind: yaml.ScalarNode, Tag: n.tag, Value: n.value}
+		if err := raw.Decode(&v); err != nil {
+			return n.value
+		}
+		switch i := v.(type) {
+		case int:
+			return int64(i)
+		case bool, int64, uint64, float64:
+			return v
+		}
+	}
+	return n.value
+}
+
+// chunk is the text of one YAML document, and how many lines come before it.
+type chunk struct {
+	text        []byte
+	linesBefore int
+}
+
+// splitDocuments cuts a file into its documents, so that one that is not YAML leaves the
+// others alone. A line that begins with --- starts a document everywhere in
+// YAML, even in the middle of a quoted text.
+func splitDocuments(data []byte) []chunk {
+	data = bytes.TrimPrefix(data, []byte("\ufeff"))
+	var chunks []chunk
+	start, startLine, line := 0, 0, 0
+	content := false // has the chunk anything but comments and directives?
+	for pos := 0; pos < len(data); line++ {
+		end := len(data)
+		if i := bytes.IndexByte(data[pos:], '\n'); i >= 0 {
+			end = pos + i + 1
+		}
+		text := data[pos:end]
+		marker := bytes.HasPrefix(text, []byte("---")) && (len(text) == 3 || strings.ContainsRune(" \t\r\n", rune(text[3])))
+		if marker && content {
+			chunks = append(chunks, chunk{data[start:pos], startLine})
+			start, startLine, content = pos, line, false
+		}
+		if trimmed := bytes.TrimSpace(text); marker || (len(trimmed) > 0 && trimmed[0] != '#' && trimmed[0] != '%') {
+			content = true
+		}
+		pos = end
+	}
+	if content {
+		chunks = append(chunks, chunk{data[start:], startLine})
+	}
+	return chunks
+}
+
+// maxNodes bounds what the aliases of one document can blow up to.
+const maxNodes = 1_000_000
+
+// maxDepth bounds nesting; no Kubernetes object comes near.
+const maxDepth = 100
+
+// treeError is an error at a line, before the file and the field are known.
+type treeError struct {
+	line    int
+	message string
+}
+
+// parseTrees parses the documents in a chunk: one, or several if they are separated
+// by lines of three dots only.
+func parseTrees(c chunk) ([]*node, []treeError) {
+	decoder := yaml.NewDecoder(bytes.NewReader(c.text))
+	var nodes []*node
+	for {
+		var doc yaml.Node
+		err := decoder.Decode(&doc)
+		if errors.Is(err, io.EOF) {
+			return nodes, nil
+		}
+		if err != nil {
+			return nodes, []treeError{syntaxError(c, err)}
+		}
+		if len(doc.Content) == 0 {
+			continue
+		}
+		r := treeBuilder{linesBefore: c.linesBefore, budget: maxNodes}
+		n := r.build(doc.Content[0], 0)
+		if len(r.errs) > 0 {
+			return nodes, r.errs
+		}
+		if n.tag != "!!null" {
+			nodes = append(nodes, n)
+		}
+	}
+}
+
+// syntaxError finds the line in the text of the error, because the YAML package
+// does not offer it otherwise.
+func syntaxError(c chunk, err error) treeError {
+	message := strings.TrimPrefix(err.Error(), "yaml: ")
+	line := 1
+	if n, scanErr := fmt.Sscanf(message, "line %d:", &line); n == 1 && scanErr == nil {
+		_, message, _ = strings.Cut(message, ": ")
+	} else if parts := strings.Split(message, "'"); len(parts) == 3 {
+		// An unknown anchor comes without a line, but with its name.
+		before, _, _ := bytes.Cut(c.text, []byte("*"+parts[1]))
+		line = bytes.Count(before, []byte("\n")) + 1
+	}
+	// The package counts a few errors at the end of the text one line too far.
+	line = max(1, min(line, bytes.Count(bytes.TrimRight(c.text, "\r\n\t "), []byte("\n"))+1))
+	lines := bytes.Split(c.text, []byte("\n"))
+	for i := max(0, line-2); i < min(line+1, len(lines)); i++ {
+		if text := bytes.TrimLeft(lines[i], " "); len(text) > 0 && text[0] == '\t' {
+			return treeError{c.linesBefore + i + 1, "not YAML: the line begins with a tab: indent with spaces"}
+		}
+	}
+	return treeError{c.linesBefore + line, "not YAML: " + message + ": correct this line or one before it"}
+}
+
+type treeBuilder struct {
+	linesBefore int
+	budget      int
+	errs        []treeError
+}
+
+func (r *treeBuilder) fail(line int, format string, args ...any) {
+	r.errs = append(r.errs, treeError{line, fmt.Sprintf(format, args...)})
+}
+
+func (r *treeBuilder) build(y *yaml.Node, depth int) *node {
+	n := &node{line: r.linesBefore + max(y.Line, 1), kind: yaml.ScalarNode, tag: "!!null"}
+	r.budget--
+	switch {
+	case r.budget < 0:
+		if r.budget == -1 {
+			r.fail(n.line, "the aliases of this document stand for more than %d values: write fewer", maxNodes)
+		}
+		return n
+	case depth > maxDepth:
+		if r.budget > 0 {
+			r.fail(n.line, "nested more than %d levels deep: an alias may contain itself", maxDepth)
+		}
+		r.budget = -2 // one such error is enough
+		return n
+	}
+	switch y.Kind {
+	case yaml.AliasNode:
+		target := r.build(y.Alias, depth+1)
+		target.line = n.line
+		return target
+	case yaml.MappingNode:
+		n.kind, n.tag = y.Kind, y.ShortTag()
+		r.buildMapping(n, y, depth)
+	case yaml.SequenceNode:
+		n.kind, n.tag = y.Kind, y.ShortTag()
+		for _, item := range y.Content {
+			n.items = append(n.items, r.build(item, depth+1))
+		}
+	default:
+		n.tag, n.value = y.ShortTag(), y.Value
+	}
+	return n
+}
+
+func (r *treeBuilder) buildMapping(n *node, y *yaml.Node, depth int) {
+	var merges []*node
+	lines := map[string]int{}
+	for i := 0; i+1 < len(y.Content); i += 2 {
+		key, value := y.Content[i], y.Content[i+1]
+		line := r.linesBefore + max(key.Line, 1)
+		if key.Kind == yaml.AliasNode && key.Alias != nil {
+			key = key.Alias
+		}
+		switch {
+		case key.Kind == yaml.ScalarNode && key.ShortTag() == "!!merge":
+			merges = append(merges, r.build(value, depth+1))
+			continue
+		case key.Kind != yaml.ScalarNode:
+			r.fail(line, "a key that is not text: write one word before the colon")
+			continue
+		case key.ShortTag() != "!!str":
+			r.fail(line, "the key %s is not text: write %q", key.Value, key.Value)
+			continue
+		}
+		if first, ok := lines[key.Value]; ok {
+			r.fail(line, "%s is here twice, first in line %d: remove one", key.Value, first)
+			continue
+		}
+		lines[key.Value] = line
+		n.fields = append(n.fields, nodeField{key.Value, line, r.build(value, depth+1)})
+	}
+	for _, merge := range merges {
+		sources := []*node{merge}
+		if merge.kind == yaml.SequenceNode {
+			sources = merge.items
+		}
+		for _, source := range sources {
+			if source.kind != yaml.MappingNode {
+				r.fail(source.line, "<< must be followed by an alias of a mapping")
+				continue
+			}
+			for _, f := range source.fields {
+				if _, ok := lines[f.name]; !ok {
+					lines[f.name] = f.line
+					n.fields = append(n.fields, f)
+				}
+			}
+		}
+	}
+}
