@@ -13,8 +13,8 @@ import (
 	"fairlead.io/fairlead/sync"
 )
 
-// BenchmarkCommit is a changed endpoint of one node port, until its clients get
-// it. It costs the same however many others there are.
+// BenchmarkCommit measures the time from a changed endpoint of one node port until clients
+// get it. The time must not depend on the number of other node ports.
 func BenchmarkCommit(b *testing.B) {
 	for _, ports := range []int{10, 1000} {
 		b.Run(fmt.Sprintf("ports=%d", ports), func(b *testing.B) {
@@ -56,7 +56,7 @@ func BenchmarkCommit(b *testing.B) {
 	}
 }
 
-// idleListener is a listener without clients.
+// idleListener is a listener that never accepts a connection.
 type idleListener struct {
 	net.Listener
 
@@ -75,8 +75,7 @@ func (l *idleListener) Close() error {
 	return nil
 }
 
-// BenchmarkThroughput is what one connection carries once it is joined to another,
-// and a connection by itself.
+// BenchmarkThroughput measures the throughput of a relayed connection and of a direct one.
 func BenchmarkThroughput(b *testing.B) {
 	const size = 1 << 20
 	pair := func() (dialled, accepted *net.TCPConn) {

@@ -12,8 +12,8 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// Endpoints that don't answer at all, as those of a node that is down, leave the
-// others time to. One that is alone has all the time.
+// TestUnresponsiveEndpoints checks that endpoints that do not answer, such as those on a node
+// that is down, leave time to try others. A single endpoint may use all of the time.
 func TestUnresponsiveEndpoints(t *testing.T) {
 	t.Parallel()
 	l, err := net.Listen("tcp4", "127.0.0.1:0")
@@ -23,16 +23,16 @@ func TestUnresponsiveEndpoints(t *testing.T) {
 	defer l.Close()
 	for _, tt := range []struct {
 		name string
-		// after is how long each endpoint takes to answer; zero for ever.
-		after   []time.Duration
-		reaches bool
+		// after is how long each endpoint takes to answer; zero means never.
+		after  []time.Duration
+		wantOK bool
 	}{
-		{"one that answers late", []time.Duration{4 * time.Second}, true},
-		{"one that is silent", []time.Duration{0}, false},
-		{"one of two is silent", []time.Duration{0, time.Millisecond}, true},
-		{"the other of two answers when it is asked again", []time.Duration{0, time.Second + time.Millisecond}, true},
-		{"two of three are silent", []time.Duration{0, 0, time.Second + time.Millisecond}, true},
-		{"all are silent", []time.Duration{0, 0, 0, 0}, false},
+		{"one slow endpoint", []time.Duration{4 * time.Second}, true},
+		{"one unresponsive endpoint", []time.Duration{0}, false},
+		{"one of two unresponsive", []time.Duration{0, time.Millisecond}, true},
+		{"second of two slow", []time.Duration{0, time.Second + time.Millisecond}, true},
+		{"two of three unresponsive", []time.Duration{0, 0, time.Second + time.Millisecond}, true},
+		{"all unresponsive", []time.Duration{0, 0, 0, 0}, false},
 	} {
 		for _, affinity := range []time.Duration{0, time.Hour} {
 			t.Run(fmt.Sprintf("%s/affinity %s", tt.name, affinity), func(t *testing.T) {
@@ -59,14 +59,14 @@ func TestUnresponsiveEndpoints(t *testing.T) {
 					}})
 					p := &port{frontend: dataplane.Frontend{Addr: netip.AddrPortFrom(netip.IPv4Unspecified(), 30080)}}
 					p.setService(svc)
-					for range 20 { // which is first is a matter of chance
+					for range 20 { // the first endpoint is chosen at random
 						start := time.Now()
 						conn, err := r.dialEndpoint(t.Context(), p)
-						if (err == nil) != tt.reaches {
-							t.Fatalf("error %v after %s, want an endpoint: %t", err, time.Since(start), tt.reaches)
+						if (err == nil) != tt.wantOK {
+							t.Fatalf("error %v after %s, want success: %t", err, time.Since(start), tt.wantOK)
 						}
 						if took := time.Since(start); took > dialTimeout {
-							t.Errorf("it took %s, want %s at most", took, dialTimeout)
+							t.Errorf("took %s, want at most %s", took, dialTimeout)
 						}
 						if conn != nil {
 							_ = conn.Close()

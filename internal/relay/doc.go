@@ -1,45 +1,44 @@
-// Package relay serves the node ports of TCP at 127.0.0.1 and ::1, where the
-// kernel's packet filter can't: it would have to give a packet from a loopback
-// address to another host, which drops it. So a program listens there, connects
-// to an endpoint for each client, and copies both ways.
+// Package relay serves TCP node ports at 127.0.0.1 and ::1. The kernel's packet filter
+// cannot: it would have to send a packet with a loopback source address to another host,
+// which drops it. A [Relay] listens on the node port instead, connects to an endpoint for
+// each client, and copies data in both directions.
 //
-// A [Relay] is told of every commit ([Relay.OnCommit]), so that it serves what
-// is programmed and nothing else, and of the families that are wanted
-// ([Relay.SetFamilies]), of which there is none at first. A commit costs as much
-// as the node ports of TCP among its changes.
+// [Relay.OnCommit] reports every commit to the Relay, so it serves only what is programmed.
+// [Relay.SetFamilies] enables IP families; initially none is enabled. The cost of a commit
+// grows with the number of TCP node ports among its changes.
 //
-// # What clients meet
+// # Client behavior
 //
-// A node port without endpoints, or without a Service, is not listened on: the
-// kernel refuses its clients. All others get an endpoint, chosen at random from
-// those that the node's own connections go to at the node's address: with
-// externalTrafficPolicy Local these are the cluster's
-// ([dataplane.ServiceSpec.Endpoints]). Source ranges are of load balancers, and
-// take no part. With session affinity all clients of a node port and a family
-// share one endpoint, as they share an address, until it leaves or none of them
-// has connected for the timeout.
+// A node port without endpoints, or without a Service, has no listener: the kernel refuses
+// its clients. Clients of all other node ports get an endpoint, chosen at random from the
+// endpoints that the node's own connections reach at the node's address. With
+// externalTrafficPolicy Local these are the endpoints of the whole cluster
+// ([dataplane.ServiceSpec.Endpoints]). Source ranges apply to load balancers only. With
+// session affinity all clients of a node port and family share one endpoint, because they
+// share an address. They keep it until the endpoint is removed or no client has connected for
+// the affinity timeout.
 //
-// An endpoint that refuses, or is not to be reached, is passed over for another:
-// up to three are tried, within five seconds, of which one that does not answer
-// takes its share. If none answers the client, whose connection was accepted
-// before, is reset. Pods see an address of the node as the client's.
+// If an endpoint refuses the connection or is unreachable, the Relay tries another: up to
+// three within five seconds. An endpoint that does not answer uses up only its share of that
+// time. If none answers, the Relay resets the client, whose connection it has already
+// accepted. Pods see an address of the node as the client's address.
 //
-// The end of either stream is passed on by itself, so that a client may go on
-// reading after it has said all; an error ends both sides with a reset. A
-// connection lasts until client or endpoint end it, whatever becomes of the
-// Service and the endpoint meanwhile, as one does that the kernel translates.
-// Unlike that one it does not outlive the program.
+// The end of each stream is forwarded separately, so a client can continue to read after it
+// has closed its sending direction. An error resets both connections. Like a connection that
+// the kernel translates, a relayed connection lasts until the client or the endpoint ends it,
+// even if the Service or the endpoint is removed. Unlike a translated connection, it does not
+// outlive the program.
 //
-// # Bounds
+// # Limits
 //
-// A connection takes six file descriptors at most, two sockets and two pipes to
-// move data without copying it through the program. There are no more
-// connections at a time than [Options.MaxConnections]. A node port gets at most
-// three times as many as are free, so that none keeps others from being served;
-// further clients are reset. A connection that one side has closed ends when
-// nothing moves for [Options.HalfClosedTimeout], and a silent one when its peer's
-// host does not answer probes ([Options.KeepAlive]). A silent one of live hosts stays.
+// A connection uses at most six file descriptors: two sockets, and two pipes that move data
+// without copying it through the program. [Options.MaxConnections] limits the number of
+// connections. A node port can hold at most three times as many slots as are free, so no node
+// port can starve another; further clients are reset. A connection that one side has closed
+// ends when no data moves for [Options.HalfClosedTimeout]. An idle connection ends when the
+// peer's host does not answer keepalive probes ([Options.KeepAlive]). Idle connections
+// between live hosts stay open.
 //
-// A port that is taken holds no other up, and is tried again; so is a port beyond
-// [Options.MaxListeners].
+// A port that is already in use does not delay the others, and the Relay retries it. It also
+// retries ports beyond [Options.MaxListeners].
 package relay

@@ -12,30 +12,31 @@ import (
 	"fairlead.io/fairlead/internal/logrepeat"
 )
 
-// port is a node port in one family.
+// port is the node port of one Service in one family.
 type port struct {
 	frontend     dataplane.Frontend
 	rejectionLog logrepeat.Limiter
 
 	mu      stdsync.Mutex
-	service *dataplane.Service // nil if there is none any more
-	// pinned is where session affinity sends clients, and pinnedAt when it last
-	// did; not valid for nowhere.
+	service *dataplane.Service // nil after the Service was removed
+	// pinned is the endpoint that session affinity selects, and pinnedAt the time of its last
+	// use. Without one, pinned is invalid.
 	pinned   netip.AddrPort
 	pinnedAt time.Time
 
-	// The rest belongs to Relay.Run.
+	// Relay.Run owns the fields below.
 	owner    dataplane.Key
-	listener net.Listener // nil if it is not listened on
-	// attempts is how often that failed, and retryAt when it is tried again.
+	listener net.Listener // nil while the port is not open
+	// attempts counts the failed attempts to listen since the last success, and retryAt is
+	// the time of the next one.
 	attempts  int
 	retryAt   time.Time
-	lastError string // the error that was logged last
+	lastError string // logged last
 }
 
 func (p *port) family() dataplane.Family { return dataplane.FamilyOf(p.frontend.Addr.Addr()) }
 
-// listenAddr returns where a port is listened on.
+// listenAddr returns the loopback address to listen on, and the network for package net.
 func (p *port) listenAddr() (network string, addr netip.AddrPort) {
 	if p.family() == dataplane.IPv4 {
 		return tcpNetwork(p.family()), netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), p.frontend.Addr.Port())
@@ -43,7 +44,7 @@ func (p *port) listenAddr() (network string, addr netip.AddrPort) {
 	return tcpNetwork(p.family()), netip.AddrPortFrom(netip.IPv6Loopback(), p.frontend.Addr.Port())
 }
 
-// tcpNetwork returns the network of package net.
+// tcpNetwork returns the name of the TCP network of a family in package net.
 func tcpNetwork(f dataplane.Family) string {
 	if f == dataplane.IPv4 {
 		return "tcp4"
@@ -51,15 +52,15 @@ func tcpNetwork(f dataplane.Family) string {
 	return "tcp6"
 }
 
-// setService gives the port to a Service, or to none.
+// setService makes svc, which may be nil, the Service of the port.
 func (p *port) setService(svc *dataplane.Service) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.service = svc
 }
 
-// endpointCount returns how many endpoints there are, and whether there is a Service.
-func (p *port) endpointCount() (n int, there bool) {
+// endpointCount returns the number of endpoints; ok is false if the port has no Service.
+func (p *port) endpointCount() (n int, ok bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.service == nil {
@@ -68,8 +69,8 @@ func (p *port) endpointCount() (n int, there bool) {
 	return len(p.service.Endpoints), true
 }
 
-// serviceName returns the Service port's namespace, name and port for the log, or
-// "" if the Service is gone.
+// serviceName returns the namespace, name and port of the Service for log messages, or "" if
+// the Service was removed.
 func (p *port) serviceName() string {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -79,8 +80,8 @@ func (p *port) serviceName() string {
 	return p.service.Key.Service()
 }
 
-// pickEndpoint returns an endpoint for a client that has tried these before; ok is false
-// if there is no other.
+// pickEndpoint returns an endpoint that a client has not tried yet; ok is false if none is
+// left.
 func (p *port) pickEndpoint(now time.Time, tried []netip.AddrPort) (addr netip.AddrPort, ok bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -93,8 +94,8 @@ func (p *port) pickEndpoint(now time.Time, tried []netip.AddrPort) (addr netip.A
 		p.pinnedAt = now
 		return p.pinned, true
 	}
-	// The next that was not tried: there are few of those that were.
-	first := rand.IntN(len(all)) //nolint:gosec // as the kernel's choice, this is no secret
+	// Tried endpoints are few, so a linear search is cheap.
+	first := rand.IntN(len(all)) //nolint:gosec // not security-sensitive, like the kernel's choice
 	for i := range all {
 		addr = all[(first+i)%len(all)].Addr
 		if !slices.Contains(tried, addr) {
@@ -112,7 +113,7 @@ func (p *port) pickEndpoint(now time.Time, tried []netip.AddrPort) (addr netip.A
 	return addr, true
 }
 
-// containsEndpoint reports whether addr is one of endpoints, which are sorted.
+// containsEndpoint reports whether the sorted endpoints contain addr.
 func containsEndpoint(endpoints []dataplane.Endpoint, addr netip.AddrPort) bool {
 	_, ok := slices.BinarySearchFunc(endpoints, addr, func(e dataplane.Endpoint, a netip.AddrPort) int { return e.Addr.Compare(a) })
 	return ok

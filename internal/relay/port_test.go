@@ -16,8 +16,8 @@ func endpoints(addrs ...string) []dataplane.Endpoint {
 	return es
 }
 
-// Affinity is to an endpoint that a client was sent to no longer ago than the
-// timeout, counted from the last.
+// TestAffinityTimeout checks that affinity lasts for the timeout after the last client
+// connected.
 func TestAffinityTimeout(t *testing.T) {
 	t.Parallel()
 	const timeout = time.Minute
@@ -26,17 +26,17 @@ func TestAffinityTimeout(t *testing.T) {
 	for _, tt := range []struct {
 		name     string
 		affinity time.Duration
-		gaps     []time.Duration // between the clients that share an endpoint
-		last     time.Duration   // between them and one more
-		stays    bool
+		gaps     []time.Duration // between clients that share an endpoint
+		last     time.Duration   // between them and one more client
+		want     bool
 	}{
-		{"at once", timeout, []time.Duration{0, 0}, 0, true},
-		{"each within the timeout of the one before", timeout, []time.Duration{timeout, timeout}, timeout, true},
-		{"longer ago", timeout, nil, timeout + 1, false},
+		{"immediately", timeout, []time.Duration{0, 0}, 0, true},
+		{"each within the timeout of the previous", timeout, []time.Duration{timeout, timeout}, timeout, true},
+		{"after the timeout", timeout, nil, timeout + 1, false},
 		{"no affinity", 0, nil, 0, false},
 	} {
-		stayed := true
-		for range 20 { // an endpoint chosen at random is the same in one of 8
+		same := true
+		for range 20 { // a random endpoint is the same in one of 8 cases
 			p := &port{service: &dataplane.Service{ServiceSpec: dataplane.ServiceSpec{Endpoints: all, Affinity: tt.affinity}}}
 			now := start
 			first, _ := p.pickEndpoint(now, nil)
@@ -50,16 +50,16 @@ func TestAffinityTimeout(t *testing.T) {
 			if !ok {
 				t.Fatalf("%s: no endpoint", tt.name)
 			}
-			stayed = stayed && got == first
+			same = same && got == first
 		}
-		if stayed != tt.stays {
-			t.Errorf("%s: stays %t, want %t", tt.name, stayed, tt.stays)
+		if same != tt.want {
+			t.Errorf("%s: same endpoint: %t, want %t", tt.name, same, tt.want)
 		}
 	}
 }
 
-// A client never gets an endpoint again that it has tried, and the one that it
-// gets instead is that of the others as well.
+// TestPickEndpointSkipsTried checks that a client never gets an endpoint that it has already
+// tried, and that with affinity later clients get its new endpoint.
 func TestPickEndpointSkipsTried(t *testing.T) {
 	t.Parallel()
 	now := time.Unix(1000, 0)
@@ -71,25 +71,25 @@ func TestPickEndpointSkipsTried(t *testing.T) {
 		for range 3 {
 			addr, ok := p.pickEndpoint(now, tried)
 			if !ok || !addr.IsValid() {
-				t.Fatalf("affinity %s: nothing after %v", affinity, tried)
+				t.Fatalf("affinity %s: no endpoint after %v", affinity, tried)
 			}
 			for _, before := range tried {
 				if addr == before {
-					t.Fatalf("affinity %s: %s again", affinity, addr)
+					t.Fatalf("affinity %s: got %s twice", affinity, addr)
 				}
 			}
 			tried = append(tried, addr)
 		}
 		if affinity > 0 {
 			if got, _ := p.pickEndpoint(now, nil); got != tried[2] {
-				t.Errorf("others get %s, want %s", got, tried[2])
+				t.Errorf("another client gets %s, want %s", got, tried[2])
 			}
 		}
 		if addr, ok := p.pickEndpoint(now, tried); ok {
-			t.Errorf("affinity %s: %s after all were tried", affinity, addr)
+			t.Errorf("affinity %s: got %s after all were tried", affinity, addr)
 		}
 	}
 	if addr, ok := (&port{}).pickEndpoint(now, nil); ok {
-		t.Errorf("%s without a Service", addr)
+		t.Errorf("got %s without a Service", addr)
 	}
 }

@@ -16,54 +16,54 @@ import (
 	"fairlead.io/fairlead/sync"
 )
 
-// Options adjust a [Relay]. The zero value is ready to use.
+// Options configures a [Relay]. The zero value is ready to use.
 type Options struct {
-	// MaxConnections limits the connections at a time, and MaxListeners the node
-	// ports that are listened on. Zero means 4096 of either.
+	// MaxConnections limits the number of simultaneous connections, MaxListeners the number
+	// of listening sockets. Zero means 4096 of each.
 	MaxConnections, MaxListeners int
-	// HalfClosedTimeout ends a connection that one side has closed and in which
-	// nothing moves towards that side any more. Zero means a minute.
+	// HalfClosedTimeout bounds how long a connection that one side has closed may go without
+	// moving data towards that side. Zero means one minute.
 	HalfClosedTimeout time.Duration
-	// KeepAlive configures the probes that find out that the host of a silent
-	// client or endpoint is gone. Zero means four probes, 15 s apart, after 15 s
-	// of silence.
+	// KeepAlive configures the probes that detect that the host of an idle client or endpoint
+	// is gone. Zero means four probes, 15 s apart, after 15 s without data.
 	KeepAlive net.KeepAliveConfig
-	// Listen makes the sockets of node ports, and Dial connects to endpoints; the
-	// network is "tcp4" or "tcp6". Connections must be of type *[net.TCPConn]. Nil
-	// means in this process's network namespace.
+	// Listen opens the sockets of node ports, and Dial connects to endpoints. The network is
+	// "tcp4" or "tcp6". Connections must have the type *[net.TCPConn]. Nil uses this
+	// process's network namespace.
 	Listen func(ctx context.Context, network string, addr netip.AddrPort) (net.Listener, error)
 	Dial   func(ctx context.Context, network string, addr netip.AddrPort) (net.Conn, error)
-	// Logger gets a Warn when a port can't be listened on and when its clients are
-	// refused, an Info when it can be listened on again, and a Debug for each client
-	// that no endpoint was found for. Nil means no logging.
+	// Logger receives a Warn when the Relay cannot listen on a port or rejects its clients,
+	// an Info when it can listen again, and a Debug for each client without a reachable
+	// endpoint. Nil disables logging.
 	Logger *slog.Logger
 }
 
-// Stats are what a Relay has done for one family, and does.
+// Stats describes the connections and listeners of a Relay in one family.
 type Stats struct {
-	// Listeners is the number of node ports that are listened on, and Failing of
-	// those that can't be.
+	// Listeners is the number of open node ports, Failing the number of node ports that could
+	// not be opened.
 	Listeners, Failing int
-	// ListenFailures counts the attempts to listen that failed.
+	// ListenFailures counts failed attempts to listen.
 	ListenFailures uint64
-	// Open is the number of connections that clients have now, and Limit the
-	// maximum of both families together.
+	// Open is the current number of connections, Limit the maximum for both families
+	// together.
 	Open, Limit int
-	// Connected counts the clients that got an endpoint, and Unreachable those for
-	// which none answered. Refused counts the clients that were reset because all
-	// connections were in use, and RejectedByPortLimit those whose node port had its share.
+	// Connected counts clients that got an endpoint, and Unreachable clients for which no
+	// endpoint answered. RejectedByLimit counts clients that were reset because all
+	// connections were in use, and RejectedByPortLimit clients whose node port already held
+	// its share.
 	Connected, Unreachable, RejectedByLimit, RejectedByPortLimit uint64
-	// HalfClosed counts the connections that Options.HalfClosedTimeout ended.
+	// HalfClosed counts connections that Options.HalfClosedTimeout ended.
 	HalfClosed uint64
 }
 
-// The delays between attempts to listen on one port.
+// Bounds of the delay between attempts to listen on one port.
 const (
 	retryMin = time.Second
 	retryMax = 30 * time.Second
 )
 
-// The defaults of Options.
+// Defaults of Options.
 const (
 	defaultMaxConnections    = 4096
 	defaultMaxListeners      = 4096
@@ -72,38 +72,38 @@ const (
 	keepAliveCount           = 4
 )
 
-// Relay listens on node ports at loopback addresses. Make one with [New].
+// Relay listens on node ports at loopback addresses. Create one with [New].
 type Relay struct {
 	opts Options
 	log  *slog.Logger
-	wake chan struct{} // one slot: the mailbox has something
+	wake chan struct{} // capacity 1: new changes or families
 
 	mu              stdsync.Mutex
-	changed         map[dataplane.Key]*dataplane.Service // nil for those that are gone
+	changed         map[dataplane.Key]*dataplane.Service // nil value: removed
 	families        []dataplane.Family
-	familiesChanged bool // families has changed
+	familiesChanged bool // since the last applyPending
 
-	// The rest is Run's.
+	// Only Run uses these fields.
 	services       map[dataplane.Key]*dataplane.Service
 	ports          map[dataplane.Frontend]*port
 	activeFamilies []dataplane.Family
 	failing        map[*port]struct{}
 	retry          *time.Timer
-	retryAt        time.Time // when retry fires; zero for never
+	retryAt        time.Time // when retry fires; zero if it is stopped
 	serving        stdsync.WaitGroup
 
 	slots    *slots
-	counters map[dataplane.Family]*counters // not written to
+	counters map[dataplane.Family]*counters // the map is read-only
 }
 
-// counters are the Stats of a family.
+// counters holds the Stats of one family.
 type counters struct {
 	listeners, failing, open                         atomic.Int64
 	listenFailures, connected, unreachable           atomic.Uint64
 	rejectedByLimit, rejectedByPortLimit, halfClosed atomic.Uint64
 }
 
-// New returns a Relay that listens nowhere. It starts nothing: call [Relay.Run].
+// New returns a Relay that listens on no port yet. Call [Relay.Run] to start it.
 func New(opts Options) *Relay {
 	if opts.Logger == nil {
 		opts.Logger = slog.New(slog.DiscardHandler)
@@ -139,7 +139,7 @@ func New(opts Options) *Relay {
 
 func listen(ctx context.Context, network string, addr netip.AddrPort) (net.Listener, error) {
 	var config net.ListenConfig
-	config.SetMultipathTCP(false) // the kernel splices TCP only
+	config.SetMultipathTCP(false) // the kernel splices plain TCP only
 	return config.Listen(ctx, network, addr.String())
 }
 
@@ -148,9 +148,8 @@ func dial(ctx context.Context, network string, addr netip.AddrPort) (net.Conn, e
 	return dialer.DialContext(ctx, network, addr.String())
 }
 
-// SetFamilies says in which families node ports are listened on; connections in
-// others stay. It does not block and may be called from any goroutine, before
-// and during Run.
+// SetFamilies sets the families in which node ports are open. Connections in other families
+// stay. It does not block. Any goroutine may call it, before and during Run.
 func (r *Relay) SetFamilies(families ...dataplane.Family) {
 	r.mu.Lock()
 	r.families, r.familiesChanged = slices.Clone(families), true
@@ -158,25 +157,24 @@ func (r *Relay) SetFamilies(families ...dataplane.Family) {
 	r.signal()
 }
 
-// OnCommit tells of a call to the dataplane that has ended, as sync.Options has
-// it. It does not block, and may be called before and during Run, but not twice
-// at a time.
+// OnCommit receives a commit of the dataplane, see sync.Options. It does not block. It may be
+// called before and during Run, but not concurrently with itself.
 func (r *Relay) OnCommit(commit sync.Commit) {
-	var found bool
+	var notify bool
 	r.mu.Lock()
 	for _, change := range commit.Changes {
 		if isTCPNodePort(change.Old) || isTCPNodePort(change.New) {
 			r.changed[change.Key()] = change.New
-			found = true
+			notify = true
 		}
 	}
 	r.mu.Unlock()
-	if found {
+	if notify {
 		r.signal()
 	}
 }
 
-// isTCPNodePort reports whether svc, which may be nil, has a node port of TCP.
+// isTCPNodePort reports whether svc, which may be nil, has a TCP node port.
 func isTCPNodePort(svc *dataplane.Service) bool {
 	return svc != nil && svc.Key.Kind == dataplane.NodePort &&
 		slices.ContainsFunc(svc.Frontends, func(f dataplane.Frontend) bool { return f.Protocol == dataplane.TCP })
@@ -189,8 +187,8 @@ func (r *Relay) signal() {
 	}
 }
 
-// Stats returns what was done for a family, and is now. It does not block and
-// may be called from any goroutine.
+// Stats returns the current numbers of a family. It does not block. Any goroutine may call
+// it.
 func (r *Relay) Stats(family dataplane.Family) Stats {
 	c := r.counters[family]
 	if c == nil {
@@ -204,8 +202,8 @@ func (r *Relay) Stats(family dataplane.Family) Stats {
 	}
 }
 
-// Run listens and serves until ctx is done; then it closes the listeners, resets
-// the connections, and returns nil. It is called once.
+// Run listens and serves until ctx is done. Then it closes the listeners, resets the
+// connections and returns nil. Run must be called only once.
 func (r *Relay) Run(ctx context.Context) error {
 	defer r.serving.Wait()
 	defer func() {
@@ -227,15 +225,16 @@ func (r *Relay) Run(ctx context.Context) error {
 	}
 }
 
-// applyPending takes over what was told.
+// applyPending applies the changes and families received since the last call.
 func (r *Relay) applyPending(ctx context.Context) {
 	r.mu.Lock()
 	changed, families, switched := r.changed, r.families, r.familiesChanged
 	r.changed, r.familiesChanged = map[dataplane.Key]*dataplane.Service{}, false
 	r.mu.Unlock()
 
-	// A node port may go from one Service to another: what leaves comes first. Its
-	// clients must not find it without a Service in between.
+	// A node port can move from one Service to another. Removals come first, but take effect
+	// together with the additions, so that clients never find the port without a Service in
+	// between.
 	next := map[*port]*dataplane.Service{}
 	for key := range changed {
 		for f := range tcpFrontends(r.services[key]) {
@@ -275,7 +274,7 @@ func (r *Relay) applyPending(ctx context.Context) {
 	}
 }
 
-// tcpFrontends returns the frontends of TCP of svc, which may be nil.
+// tcpFrontends returns the TCP frontends of svc, which may be nil.
 func tcpFrontends(svc *dataplane.Service) func(yield func(dataplane.Frontend) bool) {
 	return func(yield func(dataplane.Frontend) bool) {
 		if svc == nil {
@@ -289,25 +288,25 @@ func tcpFrontends(svc *dataplane.Service) func(yield func(dataplane.Frontend) bo
 	}
 }
 
-// updateListener listens on a port, or no longer, as its Service has it now.
+// updateListener opens or closes a port according to its current Service.
 func (r *Relay) updateListener(ctx context.Context, p *port, now time.Time) {
-	endpoints, there := p.endpointCount()
-	if !there {
+	endpoints, ok := p.endpointCount()
+	if !ok {
 		delete(r.ports, p.frontend)
 	}
-	switch wanted := endpoints > 0 && slices.Contains(r.activeFamilies, p.family()); {
-	case !wanted:
+	switch desired := endpoints > 0 && slices.Contains(r.activeFamilies, p.family()); {
+	case !desired:
 		r.close(p)
 	case p.listener == nil && p.attempts == 0:
 		r.listen(ctx, p, now)
 	}
 }
 
-// close frees a port: clients are refused, and those that wait to be accepted
-// reset.
+// close closes a port. The kernel refuses further clients, and resets clients that were not
+// accepted yet.
 func (r *Relay) close(p *port) {
 	if p.listener != nil {
-		_ = p.listener.Close() // nothing was written
+		_ = p.listener.Close() // no data to lose
 		p.listener = nil
 		r.counters[p.family()].listeners.Add(-1)
 	}
@@ -318,7 +317,7 @@ func (r *Relay) close(p *port) {
 	}
 }
 
-// listen listens on a port, or sees to it that this is tried again.
+// listen opens a port, or schedules another attempt.
 func (r *Relay) listen(ctx context.Context, p *port, now time.Time) {
 	network, addr := p.listenAddr()
 	c := r.counters[p.family()]
@@ -338,13 +337,13 @@ func (r *Relay) listen(ctx context.Context, p *port, now time.Time) {
 		r.scheduleRetry(p.retryAt)
 		if text := err.Error(); p.lastError != text {
 			p.lastError = text
-			r.log.WarnContext(ctx, "a node port can't be listened on; trying again until it succeeds",
+			r.log.WarnContext(ctx, "cannot listen on node port, will retry",
 				"address", addr.String(), "service", p.owner.Service(), "error", err)
 		}
 		return
 	}
 	if p.attempts > 0 {
-		r.log.InfoContext(ctx, "a node port is listened on again", "address", addr.String(), "service", p.owner.Service(), "attempts", p.attempts)
+		r.log.InfoContext(ctx, "listening on node port again", "address", addr.String(), "service", p.owner.Service(), "attempts", p.attempts)
 		c.failing.Add(-1)
 		delete(r.failing, p)
 		p.attempts, p.lastError = 0, ""
@@ -354,20 +353,20 @@ func (r *Relay) listen(ctx context.Context, p *port, now time.Time) {
 	r.serving.Go(func() { r.acceptClients(ctx, p, l) })
 }
 
-// listenBelowLimit opens a socket unless there are Options.MaxListeners of them.
+// listenBelowLimit opens a socket unless Options.MaxListeners are open already.
 func (r *Relay) listenBelowLimit(ctx context.Context, network string, addr netip.AddrPort) (net.Listener, error) {
 	var listeners int64
 	for _, c := range r.counters {
 		listeners += c.listeners.Load()
 	}
 	if listeners >= int64(r.opts.MaxListeners) {
-		return nil, fmt.Errorf("%d node ports are listened on at loopback addresses, and no more are allowed: "+
+		return nil, fmt.Errorf("the limit of %d listeners for node ports at loopback addresses is reached: "+
 			"raise the limit of open files (RLIMIT_NOFILE)", listeners)
 	}
 	return r.opts.Listen(ctx, network, addr)
 }
 
-// scheduleRetry sees to it that ports are tried again at a time, or before.
+// scheduleRetry makes sure that Run retries failed ports at the given time or earlier.
 func (r *Relay) scheduleRetry(at time.Time) {
 	if r.retryAt.IsZero() || at.Before(r.retryAt) {
 		r.retryAt = at
@@ -375,7 +374,7 @@ func (r *Relay) scheduleRetry(at time.Time) {
 	}
 }
 
-// retryFailed tries the ports whose time it is.
+// retryFailed retries the ports that are due.
 func (r *Relay) retryFailed(ctx context.Context, now time.Time) {
 	r.retryAt = time.Time{}
 	var later time.Time
@@ -392,8 +391,8 @@ func (r *Relay) retryFailed(ctx context.Context, now time.Time) {
 	}
 }
 
-// acceptMin and acceptMax are how long nothing is accepted after that has failed,
-// as it does while the process has too many files open.
+// acceptMin and acceptMax bound the delay after a failed accept, for example while the
+// process has too many open files.
 const (
 	acceptMin = 5 * time.Millisecond
 	acceptMax = time.Second
@@ -410,7 +409,7 @@ func (r *Relay) acceptClients(ctx context.Context, p *port, l net.Listener) {
 			return
 		default:
 			if delay == 0 {
-				r.log.WarnContext(ctx, "clients of a node port have to wait", "address", l.Addr().String(), "error", err)
+				r.log.WarnContext(ctx, "cannot accept clients of node port, will retry", "address", l.Addr().String(), "error", err)
 			}
 			delay = min(max(2*delay, acceptMin), acceptMax)
 			select {
@@ -423,7 +422,7 @@ func (r *Relay) acceptClients(ctx context.Context, p *port, l net.Listener) {
 		delay = 0
 		client, ok := conn.(*net.TCPConn)
 		if !ok {
-			r.log.ErrorContext(ctx, "a client of a node port has no TCP connection: this is a bug", "address", l.Addr().String())
+			r.log.ErrorContext(ctx, "client of node port does not use TCP: this is a bug", "address", l.Addr().String())
 			_ = conn.Close()
 			return
 		}
@@ -442,18 +441,18 @@ func (r *Relay) acceptClients(ctx context.Context, p *port, l net.Listener) {
 	}
 }
 
-// recordRejection records that a client of a node port was reset for want of a slot.
+// recordRejection counts and logs a client that was reset because it got no slot.
 func (r *Relay) recordRejection(ctx context.Context, p *port, reason admission) {
-	c, text := r.counters[p.family()], "all connections are in use"
+	c, text := r.counters[p.family()], "connection limit reached"
 	if reason == rejectedPortShare {
 		c.rejectedByPortLimit.Add(1)
-		text = "it has its share of the connections"
+		text = "node port holds its share of the connections"
 	} else {
 		c.rejectedByLimit.Add(1)
 	}
-	if refused, ok := p.rejectionLog.Allow(time.Now()); ok {
+	if rejected, ok := p.rejectionLog.Allow(time.Now()); ok {
 		_, addr := p.listenAddr()
-		r.log.WarnContext(ctx, "clients of a node port are refused at a loopback address", "reason", text,
-			"address", addr.String(), "service", p.serviceName(), "refused", refused, "connections", c.open.Load(), "limit", r.opts.MaxConnections)
+		r.log.WarnContext(ctx, "rejecting clients of node port at loopback address", "reason", text,
+			"address", addr.String(), "service", p.serviceName(), "rejected", rejected, "connections", c.open.Load(), "limit", r.opts.MaxConnections)
 	}
 }

@@ -25,11 +25,11 @@ import (
 )
 
 const (
-	nodePort   = 30080 // in namespaces of the tests' own
+	nodePort   = 30080 // in the network namespaces of the tests
 	targetPort = 8080
 )
 
-// waitTimeout is how long a test waits for what comes in a moment.
+// waitTimeout bounds the wait for events that normally take milliseconds.
 const waitTimeout = 30 * time.Second
 
 // node is a node with a Relay and pods.
@@ -38,7 +38,7 @@ type node struct {
 
 	relay *relay.Relay
 	log   *logBuffer
-	stop  func() // ends the Relay and waits for it
+	stop  func() // stops the Relay and waits until Run returns
 }
 
 type logBuffer struct {
@@ -58,7 +58,7 @@ func (b *logBuffer) String() string {
 	return b.b.String()
 }
 
-// newNode starts a Relay on a node, for both families.
+// newNode starts a Relay for both families on a node.
 func newNode(t *testing.T, opts relay.Options) *node {
 	t.Helper()
 	n := &node{Network: nettest.NewT(t, nettest.Options{}), log: &logBuffer{}}
@@ -77,7 +77,7 @@ func newNode(t *testing.T, opts relay.Options) *node {
 				t.Errorf("Run: %v", err)
 			}
 		case <-time.After(waitTimeout):
-			t.Error("Run does not end")
+			t.Error("Run does not return")
 		}
 	})
 	t.Cleanup(n.stop)
@@ -97,7 +97,7 @@ func eachFamily(t *testing.T, test func(*testing.T, dataplane.Family)) {
 	}
 }
 
-// loopbackAddr returns where clients connect.
+// loopbackAddr returns the address that clients connect to.
 func loopbackAddr(f dataplane.Family, port uint16) netip.AddrPort {
 	if f == dataplane.IPv4 {
 		return netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), port)
@@ -112,7 +112,7 @@ func addrOf(h *nettest.Host, f dataplane.Family) netip.Addr {
 	return h.IPv6
 }
 
-// endpointsOn returns endpoints at targetPort of hosts.
+// endpointsOn returns endpoints at targetPort of the hosts.
 func endpointsOn(f dataplane.Family, hosts ...*nettest.Host) []dataplane.Endpoint {
 	endpoints := []dataplane.Endpoint{}
 	for _, h := range hosts {
@@ -122,26 +122,26 @@ func endpointsOn(f dataplane.Family, hosts ...*nettest.Host) []dataplane.Endpoin
 }
 
 // newNodePort returns the node port of a Service.
-func newNodePort(t *testing.T, f dataplane.Family, name string, port uint16, treatment dataplane.ServiceSpec) *dataplane.Service {
+func newNodePort(t *testing.T, f dataplane.Family, name string, port uint16, spec dataplane.ServiceSpec) *dataplane.Service {
 	t.Helper()
 	unspecified := netip.IPv4Unspecified()
 	if f == dataplane.IPv6 {
 		unspecified = netip.IPv6Unspecified()
 	}
 	svc, err := dataplane.NewService(dataplane.Key{Namespace: "default", Name: name, Family: f, Kind: dataplane.NodePort},
-		[]dataplane.Frontend{{Protocol: dataplane.TCP, Addr: netip.AddrPortFrom(unspecified, port)}}, treatment)
+		[]dataplane.Frontend{{Protocol: dataplane.TCP, Addr: netip.AddrPortFrom(unspecified, port)}}, spec)
 	if err != nil {
 		t.Fatal(err)
 	}
 	return svc
 }
 
-// commit tells the Relay that a Service has changed.
-func (n *node) commit(was, is *dataplane.Service) {
-	n.relay.OnCommit(sync.Commit{Op: sync.OpApply, Changes: []dataplane.Change{{Old: was, New: is}}})
+// commit reports a changed Service to the Relay.
+func (n *node) commit(before, after *dataplane.Service) {
+	n.relay.OnCommit(sync.Commit{Op: sync.OpApply, Changes: []dataplane.Change{{Old: before, New: after}}})
 }
 
-// waitListeners waits until so many node ports of a family are listened on.
+// waitListeners waits until the Relay listens on the given number of node ports of a family.
 func (n *node) waitListeners(t *testing.T, f dataplane.Family, want int) {
 	t.Helper()
 	eventually(t, fmt.Sprintf("%d listeners", want), func() bool { return n.relay.Stats(f).Listeners == want })
@@ -151,12 +151,12 @@ func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
 	for end := time.Now().Add(waitTimeout); !ok(); time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
-			t.Fatalf("never: %s", what)
+			t.Fatalf("timed out waiting for: %s", what)
 		}
 	}
 }
 
-// dial connects a client on the node.
+// dial connects from the node.
 func (n *node) dial(t *testing.T, addr netip.AddrPort) *net.TCPConn {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), waitTimeout)
@@ -168,7 +168,7 @@ func (n *node) dial(t *testing.T, addr netip.AddrPort) *net.TCPConn {
 	return withDeadline(t, conn)
 }
 
-// withDeadline returns a connection that does not block for ever.
+// withDeadline sets a deadline on conn and closes it at the end of the test.
 func withDeadline(t *testing.T, conn net.Conn) *net.TCPConn {
 	t.Helper()
 	t.Cleanup(func() { _ = conn.Close() })
@@ -178,8 +178,8 @@ func withDeadline(t *testing.T, conn net.Conn) *net.TCPConn {
 	return conn.(*net.TCPConn)
 }
 
-// readError connects a client that says nothing, and returns the error that it
-// gets, if any: a reset may come before it knows that it is connected.
+// readError connects, sends nothing, and returns the error of connecting or reading, if any:
+// a reset may arrive before the client knows that it is connected.
 func (n *node) readError(t *testing.T, addr netip.AddrPort) error {
 	t.Helper()
 	conn, err := n.Node.Dial(t.Context(), "tcp", addr)
@@ -192,7 +192,7 @@ func (n *node) readError(t *testing.T, addr netip.AddrPort) error {
 	return err
 }
 
-// checkRefused fails the test unless the kernel refuses a client.
+// checkRefused fails the test unless the kernel refuses the connection.
 func (n *node) checkRefused(t *testing.T, addr netip.AddrPort) {
 	t.Helper()
 	conn, err := n.Node.Dial(t.Context(), "tcp", addr)
@@ -200,12 +200,11 @@ func (n *node) checkRefused(t *testing.T, addr netip.AddrPort) {
 		_ = conn.Close()
 	}
 	if !errors.Is(err, syscall.ECONNREFUSED) {
-		t.Errorf("connect to %s: %v, want it refused", addr, err)
+		t.Errorf("connect to %s: %v, want ECONNREFUSED", addr, err)
 	}
 }
 
-// connectPair returns both ends of a connection through the Relay, of which a pod
-// accepts the other.
+// connectPair returns both ends of a relayed connection: the client's and the pod's.
 func (n *node) connectPair(t *testing.T, f dataplane.Family) (client, pod *net.TCPConn) {
 	t.Helper()
 	host := n.PodT(t, "pod")
@@ -224,8 +223,8 @@ func (n *node) connectPair(t *testing.T, f dataplane.Family) (client, pod *net.T
 	return client, withDeadline(t, conn)
 }
 
-// A client on the node reaches every pod of a Service, and the pods see the
-// node's address.
+// TestConnectReachesEveryPod checks that a client on the node reaches every pod of a Service,
+// and that the pods see an address of the node.
 func TestConnectReachesEveryPod(t *testing.T) {
 	t.Parallel()
 	eachFamily(t, func(t *testing.T, f dataplane.Family) {
@@ -234,25 +233,25 @@ func TestConnectReachesEveryPod(t *testing.T) {
 		for _, p := range pods {
 			p.ServeT(t, nettest.TCP, targetPort)
 		}
-		n.checkRefused(t, loopbackAddr(f, nodePort)) // nothing is programmed yet
+		n.checkRefused(t, loopbackAddr(f, nodePort)) // not programmed yet
 		n.commit(nil, newNodePort(t, f, "web", nodePort, dataplane.ServiceSpec{Endpoints: endpointsOn(f, pods...)}))
 		n.waitListeners(t, f, 1)
-		met := map[string]bool{}
+		reached := map[string]bool{}
 		clients := uint64(0)
-		for ; len(met) < len(pods) && clients < 1000; clients++ {
+		for ; len(reached) < len(pods) && clients < 1000; clients++ {
 			answer, err := n.Node.Connect(t.Context(), nettest.TCP, loopbackAddr(f, nodePort))
 			if err != nil {
 				t.Fatal(err)
 			}
-			met[answer.Host] = true
+			reached[answer.Host] = true
 			if !slices.Contains(n.Node.Addrs(), answer.Source.Addr()) && !strings.HasPrefix(answer.Source.Addr().String(), "169.254.") {
-				t.Fatalf("a pod saw %s, which is no address of the node", answer.Source)
+				t.Fatalf("a pod saw the client address %s, which is not an address of the node", answer.Source)
 			}
 		}
-		if len(met) < len(pods) {
-			t.Errorf("%d clients met only %v", clients, met)
+		if len(reached) < len(pods) {
+			t.Errorf("%d clients reached only %v", clients, reached)
 		}
-		eventually(t, "no connection is open", func() bool { return n.relay.Stats(f).Open == 0 })
+		eventually(t, "no open connections", func() bool { return n.relay.Stats(f).Open == 0 })
 		if got, want := n.relay.Stats(f), (relay.Stats{Listeners: 1, Connected: clients, Limit: 4096}); got != want {
 			t.Errorf("stats %+v, want %+v", got, want)
 		}
@@ -262,8 +261,9 @@ func TestConnectReachesEveryPod(t *testing.T) {
 	})
 }
 
-// A node port that nobody serves is refused by the kernel: without endpoints,
-// without its Service, in a family that is off, and of other kinds and protocols.
+// TestConnectionRefused checks that the kernel refuses connections to node ports that the
+// Relay does not serve: without endpoints, without a Service, in a disabled family, and of
+// other kinds and protocols.
 func TestConnectionRefused(t *testing.T) {
 	t.Parallel()
 	eachFamily(t, func(t *testing.T, f dataplane.Family) {
@@ -299,7 +299,7 @@ func TestConnectionRefused(t *testing.T) {
 		n.relay.SetFamilies(slices.DeleteFunc(families(), func(other dataplane.Family) bool { return other == f })...)
 		n.waitListeners(t, f, 0)
 		n.checkRefused(t, addr)
-		n.relay.SetFamilies(families()...) // what was told meanwhile, and before, counts
+		n.relay.SetFamilies(families()...) // changes made in the meantime count
 		n.waitListeners(t, f, 1)
 		if _, err := n.Node.Connect(t.Context(), nettest.TCP, addr); err != nil {
 			t.Error(err)
@@ -307,8 +307,8 @@ func TestConnectionRefused(t *testing.T) {
 	})
 }
 
-// With externalTrafficPolicy Local the node reaches the pods of the cluster, as
-// at its own address.
+// TestExternalTrafficPolicyLocal checks that with externalTrafficPolicy Local the node
+// reaches the pods of the whole cluster, as it does at its own address.
 func TestExternalTrafficPolicyLocal(t *testing.T) {
 	t.Parallel()
 	const f = dataplane.IPv4
@@ -324,9 +324,8 @@ func TestExternalTrafficPolicyLocal(t *testing.T) {
 	}
 }
 
-// A commit that failed as a whole has changed nothing, and one in which a node
-// port goes from one Service to another ends with the latter, in whatever order
-// its changes are.
+// TestNodePortChangesOwner moves a node port between Services. A commit that failed as a
+// whole changes nothing. The order of the changes in a commit does not matter.
 func TestNodePortChangesOwner(t *testing.T) {
 	t.Parallel()
 	const f = dataplane.IPv4
@@ -338,33 +337,33 @@ func TestNodePortChangesOwner(t *testing.T) {
 	second := newNodePort(t, f, "b", nodePort, dataplane.ServiceSpec{Endpoints: endpointsOn(f, b)})
 	n.commit(nil, first)
 	n.waitListeners(t, f, 1)
-	owned := func(want string) {
+	waitServedBy := func(want string) {
 		t.Helper()
 		eventually(t, "served by "+want, func() bool {
 			answer, err := n.Node.Connect(t.Context(), nettest.TCP, loopbackAddr(f, nodePort))
 			if err != nil {
-				t.Fatal(err) // it is listened on without a break
+				t.Fatal(err) // the port must never close
 			}
 			return answer.Host == want
 		})
 	}
-	owned("a")
+	waitServedBy("a")
 	n.relay.OnCommit(sync.Commit{Changes: []dataplane.Change{{New: second}, {Old: first}}})
-	owned("b")
+	waitServedBy("b")
 	n.relay.OnCommit(sync.Commit{Changes: []dataplane.Change{{Old: second}, {New: first}}})
-	owned("a")
-	// What the Service that had it fails to give up, the other has all the same.
+	waitServedBy("a")
+	// The new Service gets the port even if the old one fails to give it up.
 	n.commit(nil, second)
-	owned("b")
+	waitServedBy("b")
 	n.commit(first, nil)
 	n.commit(nil, newNodePort(t, f, "c", nodePort+2, dataplane.ServiceSpec{Endpoints: endpointsOn(f, a)}))
-	n.waitListeners(t, f, 2) // and so the Relay knows that the Service has left
-	owned("b")
+	n.waitListeners(t, f, 2) // the Relay has handled the removal
+	waitServedBy("b")
 	n.relay.OnCommit(sync.Commit{Changes: []dataplane.Change{{Old: second}, {New: first}}})
-	owned("a")
-	// The same Service at another node port.
+	waitServedBy("a")
+	// The same Service moves to another node port.
 	n.commit(first, newNodePort(t, f, "a", nodePort+1, dataplane.ServiceSpec{Endpoints: endpointsOn(f, a)}))
-	eventually(t, "the other node port", func() bool {
+	eventually(t, "the new node port answers", func() bool {
 		_, err := n.Node.Connect(t.Context(), nettest.TCP, loopbackAddr(f, nodePort+1))
 		return err == nil
 	})
@@ -372,26 +371,27 @@ func TestNodePortChangesOwner(t *testing.T) {
 	n.checkRefused(t, loopbackAddr(f, nodePort))
 }
 
-// Either side may say all and go on listening, and all that is said arrives.
+// TestHalfClose checks that either side can close its sending direction and still receive,
+// and that all data arrives.
 func TestHalfClose(t *testing.T) {
 	t.Parallel()
-	said := make([]byte, 4<<20)
-	for i := range said {
-		said[i] = byte(rand.IntN(256))
+	data := make([]byte, 4<<20)
+	for i := range data {
+		data[i] = byte(rand.IntN(256))
 	}
-	say := func(t *testing.T, from, to *net.TCPConn) {
+	sendAll := func(t *testing.T, from, to *net.TCPConn) {
 		t.Helper()
 		go func() {
-			if _, err := from.Write(said); err != nil {
+			if _, err := from.Write(data); err != nil {
 				t.Errorf("write: %v", err)
 			}
 			if err := from.CloseWrite(); err != nil {
-				t.Errorf("close one direction: %v", err)
+				t.Errorf("close the sending direction: %v", err)
 			}
 		}()
 		got, err := io.ReadAll(to)
-		if err != nil || !bytes.Equal(got, said) {
-			t.Errorf("read %d bytes of %d, equal: %t, error %v", len(got), len(said), bytes.Equal(got, said), err)
+		if err != nil || !bytes.Equal(got, data) {
+			t.Errorf("read %d bytes of %d, equal: %t, error %v", len(got), len(data), bytes.Equal(got, data), err)
 		}
 	}
 	eachFamily(t, func(t *testing.T, f dataplane.Family) {
@@ -402,15 +402,15 @@ func TestHalfClose(t *testing.T) {
 			if clientFirst {
 				first, second = client, pod
 			}
-			say(t, first, second)
-			say(t, second, first)
-			eventually(t, "no connection is open", func() bool { return n.relay.Stats(f).Open == 0 })
+			sendAll(t, first, second)
+			sendAll(t, second, first)
+			eventually(t, "no open connections", func() bool { return n.relay.Stats(f).Open == 0 })
 		}
 	})
 }
 
-// A reset of either side, which says that something is missing, is not passed on
-// as an end.
+// TestResetForwarded checks that a reset of either side, which means that data is missing,
+// reaches the other side as a reset and not as the end of the stream.
 func TestResetForwarded(t *testing.T) {
 	t.Parallel()
 	eachFamily(t, func(t *testing.T, f dataplane.Family) {
@@ -425,21 +425,21 @@ func TestResetForwarded(t *testing.T) {
 				t.Fatal(err)
 			}
 			if got, err := io.ReadAll(to); !errors.Is(err, syscall.ECONNRESET) {
-				t.Errorf("by the client: %t: read %q, error %v, want a reset", byClient, got, err)
+				t.Errorf("reset by the client: %t: read %q, error %v, want ECONNRESET", byClient, got, err)
 			}
-			eventually(t, "no connection is open", func() bool { return n.relay.Stats(f).Open == 0 })
+			eventually(t, "no open connections", func() bool { return n.relay.Stats(f).Open == 0 })
 		}
 	})
 }
 
-// A connection outlives its endpoint's place in the Service, the Service, and
-// the family.
+// TestConnectionsSurviveChanges checks that a connection survives the removal of its endpoint
+// and of its Service, and the disabling of its family.
 func TestConnectionsSurviveChanges(t *testing.T) {
 	t.Parallel()
 	eachFamily(t, func(t *testing.T, f dataplane.Family) {
 		n := newNode(t, relay.Options{})
 		client, pod := n.connectPair(t, f)
-		works := func(after string) {
+		checkWorks := func(after string) {
 			t.Helper()
 			if _, err := client.Write([]byte("x")); err != nil {
 				t.Fatalf("after %s: %v", after, err)
@@ -448,27 +448,28 @@ func TestConnectionsSurviveChanges(t *testing.T) {
 				t.Fatalf("after %s: %v", after, err)
 			}
 		}
-		works("the beginning")
+		checkWorks("connecting")
 		with := newNodePort(t, f, "web", nodePort, dataplane.ServiceSpec{Endpoints: endpointsOn(f, n.Node)})
 		n.commit(nil, with)
-		works("the endpoint left")
+		checkWorks("removing the endpoint")
 		n.commit(with, nil)
 		n.waitListeners(t, f, 0)
-		works("the Service left")
+		checkWorks("removing the Service")
 		n.relay.SetFamilies()
-		works("the family was switched off")
-		// Nor does it keep the port from being listened on again.
+		checkWorks("disabling the family")
+		// An open connection does not prevent listening on its port again.
 		n.relay.SetFamilies(families()...)
 		n.commit(nil, with)
 		n.waitListeners(t, f, 1)
-		works("all came back")
+		checkWorks("restoring everything")
 		if got := n.relay.Stats(f).ListenFailures; got > 0 {
 			t.Errorf("%d attempts to listen failed", got)
 		}
 	})
 }
 
-// An endpoint that refuses is passed over; if all do, the client is reset.
+// TestEndpointRefusesConnection checks that the Relay skips endpoints that refuse the
+// connection, and resets the client if all of them do.
 func TestEndpointRefusesConnection(t *testing.T) {
 	t.Parallel()
 	eachFamily(t, func(t *testing.T, f dataplane.Family) {
@@ -489,12 +490,13 @@ func TestEndpointRefusesConnection(t *testing.T) {
 			return errors.Is(n.readError(t, loopbackAddr(f, nodePort)), syscall.ECONNRESET)
 		})
 		if got := n.relay.Stats(f).Unreachable; got == 0 {
-			t.Error("the client is not counted")
+			t.Error("Unreachable does not count the client")
 		}
 	})
 }
 
-// All clients share an endpoint, and another when it leaves.
+// TestAffinity checks that all clients share an endpoint, and share another one when it is
+// removed.
 func TestAffinity(t *testing.T) {
 	t.Parallel()
 	eachFamily(t, func(t *testing.T, f dataplane.Family) {
@@ -539,8 +541,8 @@ func TestAffinity(t *testing.T) {
 	})
 }
 
-// A port that is taken is told of once, holds no other up, and is served when it
-// is free.
+// TestPortInUse checks that a port in use is logged once, does not delay other ports, and is
+// opened once it is free.
 func TestPortInUse(t *testing.T) {
 	t.Parallel()
 	const f = dataplane.IPv4
@@ -552,9 +554,9 @@ func TestPortInUse(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer taken.Close()
-	treatment := dataplane.ServiceSpec{Endpoints: endpointsOn(f, pod)}
+	spec := dataplane.ServiceSpec{Endpoints: endpointsOn(f, pod)}
 	n.relay.OnCommit(sync.Commit{Changes: []dataplane.Change{
-		{New: newNodePort(t, f, "web", nodePort, treatment)}, {New: newNodePort(t, f, "other", nodePort+1, treatment)},
+		{New: newNodePort(t, f, "web", nodePort, spec)}, {New: newNodePort(t, f, "other", nodePort+1, spec)},
 	}})
 	n.waitListeners(t, f, 1)
 	if _, err := n.Node.Connect(t.Context(), nettest.TCP, loopbackAddr(f, nodePort+1)); err != nil {
@@ -582,7 +584,8 @@ func TestPortInUse(t *testing.T) {
 	}
 }
 
-// A port that is taken is not tried again once nobody wants it.
+// TestPortInUseNotRetriedAfterDelete checks that the Relay stops retrying a port whose
+// Service was removed.
 func TestPortInUseNotRetriedAfterDelete(t *testing.T) {
 	t.Parallel()
 	const f = dataplane.IPv4
@@ -599,8 +602,8 @@ func TestPortInUseNotRetriedAfterDelete(t *testing.T) {
 	eventually(t, "no failure", func() bool { return n.relay.Stats(f).Failing == 0 })
 }
 
-// There are no more connections than allowed; others are reset, and a place that
-// is free again is used.
+// TestMaxConnections checks that clients over the limit are reset, and that a free slot is
+// used again.
 func TestMaxConnections(t *testing.T) {
 	t.Parallel()
 	const f = dataplane.IPv4
@@ -614,7 +617,7 @@ func TestMaxConnections(t *testing.T) {
 	n.dial(t, addr)
 	eventually(t, "two connections", func() bool { return n.relay.Stats(f).Connected == 2 })
 	if err := n.readError(t, addr); !errors.Is(err, syscall.ECONNRESET) {
-		t.Errorf("the third client got %v, want a reset", err)
+		t.Errorf("the third client got %v, want ECONNRESET", err)
 	}
 	if got := n.relay.Stats(f); got.RejectedByLimit != 1 || got.Open != 2 {
 		t.Errorf("stats %+v", got)
@@ -628,8 +631,8 @@ func TestMaxConnections(t *testing.T) {
 	}
 }
 
-// A connection that one side has closed ends with a reset when nothing moves in
-// the other direction any more, and not before.
+// TestHalfClosedTimeout checks that a connection that one side has closed is reset once no
+// data moves in the other direction for the timeout.
 func TestHalfClosedTimeout(t *testing.T) {
 	t.Parallel()
 	const timeout = 300 * time.Millisecond
@@ -639,9 +642,9 @@ func TestHalfClosedTimeout(t *testing.T) {
 		close    func(*net.TCPConn) error
 	}{
 		{"the client closes", true, (*net.TCPConn).Close},
-		{"the client closes one direction", true, (*net.TCPConn).CloseWrite},
+		{"the client closes its sending direction", true, (*net.TCPConn).CloseWrite},
 		{"the pod closes", false, (*net.TCPConn).Close},
-		{"the pod closes one direction", false, (*net.TCPConn).CloseWrite},
+		{"the pod closes its sending direction", false, (*net.TCPConn).CloseWrite},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
@@ -656,11 +659,11 @@ func TestHalfClosedTimeout(t *testing.T) {
 					t.Fatal(err)
 				}
 				if _, err := io.ReadAll(to); err != nil && !errors.Is(err, syscall.ECONNRESET) {
-					t.Fatalf("the end of the stream is not passed on: %v", err)
+					t.Fatalf("the end of the stream is not forwarded: %v", err)
 				}
-				eventually(t, "no connection is open", func() bool { return n.relay.Stats(f).Open == 0 })
+				eventually(t, "no open connections", func() bool { return n.relay.Stats(f).Open == 0 })
 				if got := n.relay.Stats(f).HalfClosed; got != 1 {
-					t.Errorf("%d connections are counted as half closed for too long, want 1", got)
+					t.Errorf("HalfClosed is %d, want 1", got)
 				}
 				eventually(t, "the peer is reset", func() bool {
 					_, err := to.Write([]byte("x"))
@@ -671,8 +674,9 @@ func TestHalfClosedTimeout(t *testing.T) {
 	}
 }
 
-// A half-closed connection stays as long as the other direction moves, however
-// slowly and however long: a client may say all that it asks for, and read for an hour.
+// TestHalfClosedWithProgress checks that a half-closed connection stays open while data moves
+// in the other direction, however slowly: a client may send its whole request and then read
+// for an hour.
 func TestHalfClosedWithProgress(t *testing.T) {
 	t.Parallel()
 	const timeout = 2 * time.Second
@@ -697,8 +701,8 @@ func TestHalfClosedWithProgress(t *testing.T) {
 	})
 }
 
-// Clients that close while the pod never does, as a program that leaks sockets,
-// take no slots for ever, and none of another node port's.
+// TestLeakingPodReleasesSlots checks that a pod that never closes its sockets does not hold
+// slots forever after its clients have closed, and takes none from another node port.
 func TestLeakingPodReleasesSlots(t *testing.T) {
 	t.Parallel()
 	const f = dataplane.IPv4
@@ -737,7 +741,7 @@ func TestLeakingPodReleasesSlots(t *testing.T) {
 		}
 	}
 	eventually(t, "one warning", func() bool { return strings.Count(n.log.String(), "level=WARN") == 1 })
-	if log := n.log.String(); !strings.Contains(log, "it has its share of the connections") ||
+	if log := n.log.String(); !strings.Contains(log, "node port holds its share of the connections") ||
 		!strings.Contains(log, "address=127.0.0.1:30080 service=default/leaking") || !strings.Contains(log, "limit=16") {
 		t.Errorf("log:\n%s", log)
 	}
@@ -750,8 +754,8 @@ func TestLeakingPodReleasesSlots(t *testing.T) {
 	}
 }
 
-// A silent connection ends when the host of its endpoint is gone, and stays while
-// it is there.
+// TestKeepAlive checks that an idle connection ends when the host of its endpoint is gone,
+// and stays open otherwise.
 func TestKeepAlive(t *testing.T) {
 	t.Parallel()
 	eachFamily(t, func(t *testing.T, f dataplane.Family) {
@@ -772,7 +776,7 @@ func TestKeepAlive(t *testing.T) {
 				}
 				return err == nil
 			})
-			pod, err := l.Accept() // which outlives its network, and says nothing of it
+			pod, err := l.Accept() // outlives its network namespace without closing
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -783,19 +787,20 @@ func TestKeepAlive(t *testing.T) {
 			t.Fatal(err)
 		}
 		if _, err := io.ReadAll(lost); !errors.Is(err, syscall.ECONNRESET) {
-			t.Errorf("%v, want a reset", err)
+			t.Errorf("the connection to a pod that is gone: %v, want ECONNRESET", err)
 		}
 		eventually(t, "one connection", func() bool { return n.relay.Stats(f).Open == 1 })
 		if err := kept.SetReadDeadline(time.Now().Add(3 * time.Second)); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := kept.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
-			t.Errorf("the silent connection to a live pod: %v", err)
+			t.Errorf("the idle connection to a live pod: %v", err)
 		}
 	})
 }
 
-// Sockets of node ports leave files for other parts of the program.
+// TestMaxListeners checks that sockets of node ports leave file descriptors for the rest of
+// the program.
 func TestMaxListeners(t *testing.T) {
 	t.Parallel()
 	const f = dataplane.IPv4
@@ -818,27 +823,28 @@ func TestMaxListeners(t *testing.T) {
 	}
 }
 
-// The end resets connections and frees the ports; a client that waits for an
-// endpoint does not hold it up.
+// TestShutdown checks that Run resets connections and closes the ports when its context is
+// done, and that a client that waits for an endpoint does not delay it.
 func TestShutdown(t *testing.T) {
 	t.Parallel()
 	eachFamily(t, func(t *testing.T, f dataplane.Family) {
 		n := newNode(t, relay.Options{})
 		client, pod := n.connectPair(t, f)
-		// Nobody answers for an address that the outside host drops.
-		silent := dataplane.Endpoint{Addr: netip.MustParseAddrPort("198.51.100.1:80")}
+		// The host outside the node drops packets to this address.
+		unresponsive := dataplane.Endpoint{Addr: netip.MustParseAddrPort("198.51.100.1:80")}
 		if f == dataplane.IPv6 {
-			silent = dataplane.Endpoint{Addr: netip.MustParseAddrPort("[2001:db8:9::1]:80")}
+			unresponsive = dataplane.Endpoint{Addr: netip.MustParseAddrPort("[2001:db8:9::1]:80")}
 		}
-		n.commit(nil, newNodePort(t, f, "silent", nodePort+1, dataplane.ServiceSpec{Endpoints: []dataplane.Endpoint{silent}}))
+		n.commit(nil, newNodePort(t, f, "unresponsive", nodePort+1, dataplane.ServiceSpec{Endpoints: []dataplane.Endpoint{unresponsive}}))
 		n.waitListeners(t, f, 2)
 		waiting := n.dial(t, loopbackAddr(f, nodePort+1))
-		// Before it counts as connected, the Relay may not know the pod's connection yet.
+		// Until the connection counts as connected, the Relay may not have dialed the pod
+		// yet.
 		eventually(t, "two connections", func() bool { return n.relay.Stats(f).Open == 2 && n.relay.Stats(f).Connected == 1 })
 		n.stop()
-		for name, conn := range map[string]*net.TCPConn{"client": client, "pod": pod, "client that waits": waiting} {
+		for name, conn := range map[string]*net.TCPConn{"client": client, "pod": pod, "waiting client": waiting} {
 			if _, err := io.ReadAll(conn); !errors.Is(err, syscall.ECONNRESET) {
-				t.Errorf("%s: %v, want a reset", name, err)
+				t.Errorf("%s: %v, want ECONNRESET", name, err)
 			}
 		}
 		n.checkRefused(t, loopbackAddr(f, nodePort))

@@ -6,14 +6,13 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// portShare limits a node port to this many times the slots that are free. So one
-// busy node port gets three quarters of all slots, n of them 3/(3n+1) each, and a
-// node port without connections always finds a free slot, without a connection of
-// another one being ended for it (Choudhury and Hahne, Dynamic Queue Length
-// Thresholds, 1998).
+// portShare limits a node port to this many times the number of free slots. One busy node
+// port gets three quarters of all slots, and n busy node ports get 3/(3n+1) each. A node port
+// without connections always finds a free slot, without ending a connection of another one
+// (Choudhury and Hahne, Dynamic Queue Length Thresholds, 1998).
 const portShare = 3
 
-// admission says why a client gets no slot.
+// admission is the result of a request for a slot.
 type admission int
 
 const (
@@ -22,20 +21,19 @@ const (
 	rejectedPortShare
 )
 
-// slots share the connections of a Relay among its node ports. Methods may be
-// called from any goroutine.
+// slots divides the connections of a Relay among its node ports. Methods may be called
+// concurrently.
 type slots struct {
 	max int
 
 	mu   stdsync.Mutex
 	used int
-	// byPort survives the port itself, whose connections outlive it. It has no
-	// zeros.
+	// byPort outlives the port, because connections do. It has no zero values.
 	byPort map[dataplane.Frontend]int
 }
 
-// acquire gives a slot to a client of a node port. After admitted, the caller
-// releases it.
+// acquire requests a slot for a client of a node port. If it returns admitted, the caller
+// must release the slot.
 func (s *slots) acquire(port dataplane.Frontend) admission {
 	s.mu.Lock()
 	defer s.mu.Unlock()
