@@ -1,14 +1,13 @@
-// Package health answers those who ask whether this node can take connections,
-// in the way that kube-proxy does, since load balancers and probes are written
-// for its answers (k8s.io/kubernetes/pkg/proxy/healthcheck, and KEP-3836).
+// Package health serves the health-check endpoints of a node. Load balancers and probes are
+// written for kube-proxy, so paths, status codes, headers and bodies are the same
+// (k8s.io/kubernetes/pkg/proxy/healthcheck and KEP-3836).
 //
-//   - [Proxy] is the node's health: /healthz for load balancers, and /livez for
-//     the kubelet.
-//   - [Ports] are the health-check node ports, where the load balancer of a
-//     Service with externalTrafficPolicy: Local asks whether this node has
-//     endpoints of it.
-//   - [Serve] is an HTTP server that keeps trying to listen.
+//   - [Proxy] reports the health of the node: /healthz for load balancers and /livez for the
+//     kubelet.
+//   - [Ports] serves the health-check node ports. The load balancer of a Service with
+//     externalTrafficPolicy Local uses them to find the nodes that have endpoints.
+//   - [Serve] runs an HTTP server and retries until it can listen.
 //
-// Servers bound the time and the size of requests, and package connlimit their
-// connections, so that no client keeps others from being answered.
+// Servers limit the duration and the size of requests, and package connlimit limits their
+// connections, so that no client can prevent others from getting an answer.
 package health

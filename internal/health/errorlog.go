@@ -10,11 +10,11 @@ import (
 	"fairlead.io/fairlead/internal/logrepeat"
 )
 
-// maxMessages bounds how many messages of net/http are told apart.
+// maxMessages bounds the number of net/http messages that are limited separately.
 const maxMessages = 16
 
-// errorLog passes what net/http logs to a [slog.Logger]. Clients cause most of it,
-// so each message is limited by package logrepeat.
+// errorLog forwards the log messages of net/http to a [slog.Logger]. Clients cause most of
+// them, so package logrepeat limits how often each message is logged.
 type errorLog struct {
 	log *slog.Logger
 
@@ -26,7 +26,7 @@ func newErrorLog(logger *slog.Logger) *log.Logger {
 	return log.New(&errorLog{log: logger, messages: map[string]*logrepeat.Limiter{}}, "", 0)
 }
 
-// Write takes one message.
+// Write logs one message.
 func (e *errorLog) Write(p []byte) (int, error) {
 	text := strings.TrimSpace(string(p))
 	occurrences, ok := e.limiter(text).Allow(time.Now())
@@ -34,15 +34,15 @@ func (e *errorLog) Write(p []byte) (int, error) {
 		return len(p), nil
 	}
 	if strings.HasPrefix(text, "http: panic serving") {
-		e.log.Error("an HTTP handler has panicked: this is a bug", "error", text, "occurrences", occurrences)
+		e.log.Error("HTTP handler panicked: this is a bug", "error", text, "occurrences", occurrences)
 	} else {
-		e.log.Warn("net/http reports an error", "error", text, "occurrences", occurrences)
+		e.log.Warn("HTTP server error", "error", text, "occurrences", occurrences)
 	}
 	return len(p), nil
 }
 
-// limiter returns the limiter of a message, which its first three words identify;
-// addresses of clients come later.
+// limiter returns the limiter of a message. The first three words identify the message;
+// client addresses come later.
 func (e *errorLog) limiter(text string) *logrepeat.Limiter {
 	const words = 3
 	message := ""

@@ -32,8 +32,8 @@ func (b *lockedBuffer) String() string {
 	return b.b.String()
 }
 
-// What net/http logs goes to the logger, each message once however often a client
-// causes it, also if it says another address.
+// TestErrorLogLimitsRepeats checks that messages of net/http go to the logger, each only once
+// even if many clients with different addresses cause it.
 func TestErrorLogLimitsRepeats(t *testing.T) {
 	t.Parallel()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
@@ -47,7 +47,7 @@ func TestErrorLogLimitsRepeats(t *testing.T) {
 		done <- health.Serve(ctx, health.ServeOptions{
 			Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 				if r.URL.Path == "/panic" {
-					panic("the handler's")
+					panic("from the handler")
 				}
 				w.WriteHeader(http.StatusOK)
 				w.WriteHeader(http.StatusOK) // net/http logs this
@@ -82,11 +82,11 @@ func TestErrorLogLimitsRepeats(t *testing.T) {
 		texts[record.Level] += record.Error + "\n"
 	}
 	for level, want := range map[string][]string{
-		"ERROR": {"the handler's"}, "WARN": {"superfluous"},
+		"ERROR": {"from the handler"}, "WARN": {"superfluous"},
 	} {
 		for _, text := range want {
 			if got := strings.Count(texts[level], text); got != 1 {
-				t.Errorf("%s: %q is there %d times, want once:\n%s", level, text, got, texts[level])
+				t.Errorf("%s: %q is logged %d times, want once:\n%s", level, text, got, texts[level])
 			}
 		}
 	}

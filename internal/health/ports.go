@@ -19,13 +19,13 @@ import (
 	"fairlead.io/fairlead/internal/connlimit"
 )
 
-// Service names a Service.
+// Service identifies a Service.
 type Service struct{ Namespace, Name string }
 
 // String returns "namespace/name".
 func (s Service) String() string { return s.Namespace + "/" + s.Name }
 
-// Check is what a health-check node port says.
+// Check is the desired state of the health-check node port of one Service.
 type Check struct {
 	// Port is the Service's spec.healthCheckNodePort.
 	Port uint16
@@ -33,52 +33,53 @@ type Check struct {
 	LocalEndpoints int
 }
 
-// PortsOptions are what [Ports] depend on.
+// PortsOptions configures [Ports].
 type PortsOptions struct {
-	// Healthy is asked at each request: [Proxy.Healthy].
+	// Healthy reports whether the node is healthy, see [Proxy.Healthy]. It is called for
+	// every request.
 	Healthy func() bool
-	// Failed, if not nil, is called when a port can't be listened on, and again
-	// only if the reason changes or it could be in between. It is called by
-	// [Ports.Run] and must not block.
+	// OnListenError, if not nil, is called when a port cannot be opened, and again only if
+	// the error changes or the port was open in between. [Ports.Run] calls it; it must not
+	// block.
 	OnListenError func(service Service, port uint16, err error)
-	// Listen makes the sockets; nil means in this process's network namespace.
+	// Listen opens the sockets. Nil uses this process's network namespace.
 	Listen ListenFunc
-	// MaxListeners limits the sockets that listen, one for each Service and address.
+	// MaxListeners limits the number of listening sockets, one for each Service and address.
 	// Zero means no limit.
 	MaxListeners int
-	// Limiter bounds the connections of all Services together. Nil means one with
-	// defaults.
+	// Limiter limits the connections of all Services together. Nil uses a limiter with
+	// default options.
 	Limiter *connlimit.Limiter
-	// Logger gets a Warn for each failure. Nil means no logging.
+	// Logger receives a Warn for each failure. Nil disables logging.
 	Logger *slog.Logger
 }
 
-// Ports answer at the health-check node ports of Services, over HTTP: any path
-// and any method gets 200 if the Service has local endpoints and the node is
-// healthy, and 503 if not. The header X-Load-Balancing-Endpoint-Weight is the
-// number of local endpoints.
+// Ports serves the health-check node ports of Services over HTTP. For any path and method,
+// the status is 200 if the Service has local endpoints and the node is healthy, and 503
+// otherwise. The header X-Load-Balancing-Endpoint-Weight contains the number of local
+// endpoints.
 //
-// Each Service is listened for on every address of [Ports.SetAddrs]. An address
-// that can't be listened on holds no other up, and is tried again.
+// Each port is open on every address of [Ports.SetAddrs]. An address that is unavailable does
+// not delay the others, and is retried.
 type Ports struct {
 	options PortsOptions
-	wake    chan struct{} // one slot
+	wake    chan struct{} // capacity 1
 
 	mu             sync.Mutex
 	pendingChecks  map[Service]*Check
-	pendingAddrs   []netip.Addr // nil: as before
+	pendingAddrs   []netip.Addr // nil: unchanged
 	endedListeners []*listener
 
-	// The rest is Run's.
+	// Run owns the fields below.
 	listenAddrs []netip.Addr
 	servers     map[Service]*server
-	failing     map[Service]string // what was reported
+	failing     map[Service]string // the last error that was reported
 	serving     sync.WaitGroup
-	// listenerCount is how many there are of all servers.
+	// listenerCount is the number of listeners of all servers.
 	listenerCount int
 }
 
-// server answers for one Service.
+// server answers health checks of one Service.
 type server struct {
 	port      uint16
 	endpoints atomic.Int64
@@ -111,8 +112,8 @@ func NewPorts(options PortsOptions) *Ports {
 	}
 }
 
-// Set hands over Services that are new or have changed, and nil for those that
-// are gone. It does not block, and may be called before and during Run.
+// Set adds or updates Services; a nil Check removes one. It does not block, and may be called
+// before and during Run.
 func (p *Ports) Set(changes map[Service]*Check) {
 	if len(changes) == 0 {
 		return
@@ -123,10 +124,9 @@ func (p *Ports) Set(changes map[Service]*Check) {
 	p.signal()
 }
 
-// SetAddrs hands over all the addresses to listen on. An unspecified address
-// stands for all of its family. Link-local IPv6 addresses, which belong to one
-// interface, are left out. It does not block, and may be called before and
-// during Run.
+// SetAddrs sets all addresses to listen on. An unspecified address means all addresses of its
+// family. Link-local IPv6 addresses are ignored, because they belong to one interface.
+// SetAddrs does not block, and may be called before and during Run.
 func (p *Ports) SetAddrs(addrs []netip.Addr) {
 	addrs = slices.DeleteFunc(slices.Clone(addrs), func(a netip.Addr) bool { return a.Is6() && a.IsLinkLocalUnicast() })
 	slices.SortFunc(addrs, netip.Addr.Compare)
@@ -143,8 +143,8 @@ func (p *Ports) signal() {
 	}
 }
 
-// Run listens and answers until ctx is done, closes everything, and returns nil.
-// It is called once.
+// Run listens and answers until ctx is done, then closes everything and returns nil. Run must
+// be called only once.
 func (p *Ports) Run(ctx context.Context) error {
 	defer p.serving.Wait()
 	defer func() {
@@ -152,7 +152,7 @@ func (p *Ports) Run(ctx context.Context) error {
 			p.closeServer(service)
 		}
 	}()
-	// Whatever else happens, a period that has begun goes on to its end.
+	// Changes do not restart a retry period that has begun.
 	var retry <-chan time.Time
 	for {
 		var again bool
@@ -173,20 +173,20 @@ func (p *Ports) Run(ctx context.Context) error {
 	}
 }
 
-// applyPending takes over what was handed in. Whatever has to close does so before
-// anything opens, as ports and addresses move.
+// applyPending applies the changes received since the last call. It closes listeners before
+// it opens others, because ports and addresses can move between Services.
 func (p *Ports) applyPending(ctx context.Context, retry bool) {
 	p.mu.Lock()
 	changes, addrs, ended := p.pendingChecks, p.pendingAddrs, p.endedListeners
 	p.pendingChecks, p.pendingAddrs, p.endedListeners = map[Service]*Check{}, nil, nil
 	p.mu.Unlock()
 
-	open := map[Service]struct{}{}
+	reopen := map[Service]struct{}{}
 	for _, l := range ended {
 		if s := p.servers[l.service]; s == l.server && s.listeners[l.addr] == l {
 			delete(s.listeners, l.addr)
 			p.listenerCount--
-			open[l.service] = struct{}{}
+			reopen[l.service] = struct{}{}
 		}
 	}
 	for service, check := range changes {
@@ -201,7 +201,7 @@ func (p *Ports) applyPending(ctx context.Context, retry bool) {
 		if s == nil {
 			s = p.newServer(service, check.Port)
 			p.servers[service] = s
-			open[service] = struct{}{}
+			reopen[service] = struct{}{}
 		}
 		s.endpoints.Store(int64(check.LocalEndpoints))
 	}
@@ -215,25 +215,25 @@ func (p *Ports) applyPending(ctx context.Context, retry bool) {
 					_ = l.Close()
 				}
 			}
-			open[service] = struct{}{}
+			reopen[service] = struct{}{}
 		}
 	}
 	if retry {
 		for service := range p.failing {
-			open[service] = struct{}{}
+			reopen[service] = struct{}{}
 		}
 	}
-	for service := range open {
+	for service := range reopen {
 		if s := p.servers[service]; s != nil {
 			p.recordListenResult(ctx, service, s.port, p.openListeners(ctx, service))
 		}
 	}
 }
 
-// closeServer closes the listeners and connections of a Service, and frees its port.
+// closeServer closes the listeners and connections of a Service, which frees its port.
 func (p *Ports) closeServer(service Service) {
 	s := p.servers[service]
-	for _, l := range s.listeners { // those that the server has not seen yet, too
+	for _, l := range s.listeners { // including listeners not passed to Serve yet
 		_ = l.Close()
 	}
 	p.listenerCount -= len(s.listeners)
@@ -242,7 +242,7 @@ func (p *Ports) closeServer(service Service) {
 	delete(p.failing, service)
 }
 
-// openListeners listens where the Service is not listened for yet.
+// openListeners listens on the addresses that have no listener of the Service yet.
 func (p *Ports) openListeners(ctx context.Context, service Service) error {
 	s := p.servers[service]
 	var errs []error
@@ -255,14 +255,14 @@ func (p *Ports) openListeners(ctx context.Context, service Service) error {
 			network = "tcp4"
 		}
 		if limit := p.options.MaxListeners; limit > 0 && p.listenerCount >= limit {
-			errs = append(errs, fmt.Errorf("%d sockets of health-check node ports are open, and no more are allowed: "+
+			errs = append(errs, fmt.Errorf("the limit of %d sockets for health-check node ports is reached: "+
 				"raise the limit of open files (RLIMIT_NOFILE)", p.listenerCount))
 			break
 		}
 		socket, err := p.options.Listen(ctx, network, netip.AddrPortFrom(addr, s.port).String())
 		switch {
 		case addr.IsUnspecified() && errors.Is(err, syscall.EAFNOSUPPORT):
-			continue // nobody can ask there
+			continue // the node does not have this family
 		case err != nil:
 			errs = append(errs, err)
 			continue
@@ -281,7 +281,7 @@ func (p *Ports) serve(ctx context.Context, l *listener) {
 	if errors.Is(err, http.ErrServerClosed) || errors.Is(err, net.ErrClosed) {
 		return
 	}
-	p.options.Logger.WarnContext(ctx, "a health-check node port has stopped; opening it again",
+	p.options.Logger.WarnContext(ctx, "server of health-check node port stopped, will reopen it",
 		"service", l.service.String(), "port", l.server.port, "error", err)
 	p.mu.Lock()
 	p.endedListeners = append(p.endedListeners, l)
@@ -289,7 +289,8 @@ func (p *Ports) serve(ctx context.Context, l *listener) {
 	p.signal()
 }
 
-// recordListenResult tells of a failure that has not been told of.
+// recordListenResult logs and reports err unless it was the last error of the service. A nil
+// error clears the last one.
 func (p *Ports) recordListenResult(ctx context.Context, service Service, port uint16, err error) {
 	if err == nil {
 		delete(p.failing, service)
@@ -299,7 +300,7 @@ func (p *Ports) recordListenResult(ctx context.Context, service Service, port ui
 		return
 	}
 	p.failing[service] = err.Error()
-	p.options.Logger.WarnContext(ctx, "a health-check node port can't be opened; trying again until it succeeds",
+	p.options.Logger.WarnContext(ctx, "cannot open health-check node port, will retry",
 		"service", service.String(), "port", port, "error", err)
 	if p.options.OnListenError != nil {
 		p.options.OnListenError(service, port, err)
@@ -320,7 +321,8 @@ func (p *Ports) newServer(service Service, port uint16) *server {
 	return s
 }
 
-// portResponse is kube-proxy's, to the tab. The names in it need no escapes.
+// portResponse returns the same body as kube-proxy, byte for byte. The names need no
+// escaping.
 func portResponse(service Service, endpoints int64, healthy bool) []byte {
 	return fmt.Appendf(nil, `{
 	"service": {

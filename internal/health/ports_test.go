@@ -22,7 +22,7 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// waitTimeout bounds what takes milliseconds, or one [health.RetryPeriod].
+// waitTimeout bounds the wait for events that take milliseconds, or one [health.RetryPeriod].
 const waitTimeout = 15 * time.Second
 
 func eventually(t *testing.T, check func() error) {
@@ -33,7 +33,7 @@ func eventually(t *testing.T, check func() error) {
 			return
 		}
 		if time.Now().After(deadline) {
-			t.Fatalf("not within %s: %v", waitTimeout, err)
+			t.Fatalf("timed out after %s: %v", waitTimeout, err)
 		}
 	}
 }
@@ -45,7 +45,7 @@ type node struct {
 	t       *testing.T
 	ports   *health.Ports
 	healthy atomic.Bool
-	stop    func() // ends the ports and waits for it
+	stop    func() // cancels Run and waits until it returns
 
 	mu           sync.Mutex
 	listenErrors []string
@@ -72,7 +72,7 @@ func newNode(t *testing.T) *node {
 	n.stop = sync.OnceFunc(func() {
 		cancel()
 		if err := <-done; err != nil {
-			t.Errorf("Run ended with: %v", err)
+			t.Errorf("Run: %v", err)
 		}
 	})
 	t.Cleanup(n.stop)
@@ -83,7 +83,7 @@ func (n *node) setService(name string, port uint16, endpoints int) {
 	n.ports.Set(map[health.Service]*health.Check{{Namespace: "shop", Name: name}: {Port: port, LocalEndpoints: endpoints}})
 }
 
-// request sends a request from outside, over a connection of its own.
+// request sends an HTTP request from the host outside, over a new connection.
 func (n *node) request(method string, addr netip.Addr, port uint16, path string) (*http.Response, string, error) {
 	transport := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, address string) (net.Conn, error) {
 		return n.Outside.Dial(ctx, "tcp", netip.MustParseAddrPort(address))
@@ -101,7 +101,7 @@ func (n *node) request(method string, addr netip.Addr, port uint16, path string)
 	return response, string(body), err
 }
 
-// await waits until the Service shop/name answers with the weight at an address.
+// await waits until the Service shop/NAME answers at an address with the given weight.
 func (n *node) await(addr netip.Addr, port uint16, name string, weight int) {
 	n.t.Helper()
 	eventually(n.t, func() error {
@@ -116,7 +116,7 @@ func (n *node) await(addr netip.Addr, port uint16, name string, weight int) {
 	})
 }
 
-// awaitRefused waits until nobody listens.
+// awaitRefused waits until connections to the address are refused.
 func (n *node) awaitRefused(addr netip.Addr, port uint16) {
 	n.t.Helper()
 	eventually(n.t, func() error {
@@ -124,7 +124,7 @@ func (n *node) awaitRefused(addr netip.Addr, port uint16) {
 		if errors.Is(err, syscall.ECONNREFUSED) {
 			return nil
 		}
-		return fmt.Errorf("answer %q, error %w; want a refusal", body, err)
+		return fmt.Errorf("answer %q, error %w; want ECONNREFUSED", body, err)
 	})
 }
 
@@ -132,6 +132,7 @@ func unspecifiedAddrs() []netip.Addr {
 	return []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()}
 }
 
+// TestPortResponses checks status, header and body for all methods and paths.
 func TestPortResponses(t *testing.T) {
 	t.Parallel()
 	n := newNode(t)
@@ -185,7 +186,8 @@ func TestPortResponses(t *testing.T) {
 	}
 }
 
-// A port is free as soon as its Service is gone, or has another.
+// TestPortsChangeOwner checks that a port is free as soon as its Service is removed or has
+// another port.
 func TestPortsChangeOwner(t *testing.T) {
 	t.Parallel()
 	n := newNode(t)
@@ -194,7 +196,7 @@ func TestPortsChangeOwner(t *testing.T) {
 	n.setService("b", 30101, 2)
 	n.await(n.Node.IPv6, 30100, "a", 1)
 	n.await(n.Node.IPv6, 30101, "b", 2)
-	for i := range 20 { // they change places in one call
+	for i := range 20 { // the Services exchange their ports in one call
 		a, b := uint16(30100), uint16(30101)
 		if i%2 == 0 {
 			a, b = b, a
@@ -210,12 +212,13 @@ func TestPortsChangeOwner(t *testing.T) {
 	n.awaitRefused(n.Node.IPv4, 30100)
 	n.await(n.Node.IPv4, 30101, "b", 2)
 	if len(n.listenErrors) != 0 {
-		t.Errorf("failures: %s", n.listenErrors)
+		t.Errorf("unexpected errors: %s", n.listenErrors)
 	}
 	n.stop()
 	n.awaitRefused(n.Node.IPv4, 30101)
 }
 
+// TestSetAddrs checks that the addresses to listen on can change.
 func TestSetAddrs(t *testing.T) {
 	t.Parallel()
 	n := newNode(t)
@@ -237,12 +240,12 @@ func TestSetAddrs(t *testing.T) {
 	n.awaitRefused(n.Node.IPv4, 30100)
 	n.awaitRefused(n.Node.IPv6, 30100)
 	if len(n.listenErrors) != 0 {
-		t.Errorf("failures: %s", n.listenErrors)
+		t.Errorf("unexpected errors: %s", n.listenErrors)
 	}
 }
 
-// What can't be listened on is reported once, holds nothing up, and is tried
-// again.
+// TestPortInUse checks that an address in use is reported once, does not delay the others,
+// and is retried.
 func TestPortInUse(t *testing.T) {
 	t.Parallel()
 	n := newNode(t)
@@ -264,10 +267,12 @@ func TestPortInUse(t *testing.T) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if diff := cmp.Diff([]string{"shop/web 30100 true"}, n.listenErrors); diff != "" {
-		t.Errorf("failures (-want +got):\n%s", diff)
+		t.Errorf("listen errors (-want +got):\n%s", diff)
 	}
 }
 
+// TestServe checks that Serve fails at once with HardFail, and otherwise retries until the
+// address is free.
 func TestServe(t *testing.T) {
 	t.Parallel()
 	taken, err := net.Listen("tcp", "127.0.0.1:0")
@@ -279,7 +284,7 @@ func TestServe(t *testing.T) {
 
 	err = health.Serve(t.Context(), health.ServeOptions{Address: address, Handler: handler, HardFail: true})
 	if !errors.Is(err, syscall.EADDRINUSE) {
-		t.Errorf("with HardFail: %v, want that the address is in use", err)
+		t.Errorf("with HardFail: %v, want EADDRINUSE", err)
 	}
 
 	ctx, cancel := context.WithCancel(t.Context())
@@ -292,7 +297,7 @@ func TestServe(t *testing.T) {
 	go func() {
 		done <- health.Serve(ctx, health.ServeOptions{Address: address, Handler: handler, Listen: listen})
 	}()
-	<-attempts // failed
+	<-attempts // the first attempt failed
 	if err := taken.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -309,30 +314,32 @@ func TestServe(t *testing.T) {
 	})
 	cancel()
 	if err := <-done; err != nil {
-		t.Errorf("Serve ended with: %v", err)
+		t.Errorf("Serve: %v", err)
 	}
 	again, err := net.Listen("tcp", address)
 	if err != nil {
-		t.Fatalf("the address is still taken after Serve has ended: %v", err)
+		t.Fatalf("the address is still in use after Serve returned: %v", err)
 	}
 	again.Close()
 }
 
-// A server that waits for its next attempt ends as well.
+// TestServeCanceledBetweenRetries checks that Serve returns when its context is canceled
+// while it waits for the next attempt.
 func TestServeCanceledBetweenRetries(t *testing.T) {
 	t.Parallel()
 	ctx, cancel := context.WithCancel(t.Context())
 	listen := func(context.Context, string, string) (net.Listener, error) {
 		cancel()
-		return nil, errors.New("no")
+		return nil, errors.New("cannot listen")
 	}
 	if err := health.Serve(ctx, health.ServeOptions{Address: "x", Listen: listen}); err != nil {
 		t.Errorf("error %v, want none", err)
 	}
 }
 
-// Sockets of health-check node ports leave file descriptors for other parts of the
-// program; what is beyond the limit is reported, and opened when there is room.
+// TestMaxListeners checks that sockets of health-check node ports leave file descriptors for
+// the rest of the program. Sockets over the limit are reported, and opened when there is
+// room.
 func TestMaxListeners(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -357,9 +364,9 @@ func TestMaxListeners(t *testing.T) {
 		step := func(want int64, wantFailed int) {
 			t.Helper()
 			time.Sleep(2 * health.RetryPeriod)
-			synctest.Wait() // Orders the goroutine's writes before this one's reads.
+			synctest.Wait() // orders the writes of Run's goroutine before the reads below
 			if got := open.Load(); got != want || len(failed) != wantFailed {
-				t.Errorf("%d sockets, want %d; failures %q, want %d", got, want, failed, wantFailed)
+				t.Errorf("%d sockets, want %d; errors %q, want %d", got, want, failed, wantFailed)
 			}
 		}
 		service := func(name string) health.Service { return health.Service{Namespace: "shop", Name: name} }
@@ -370,7 +377,7 @@ func TestMaxListeners(t *testing.T) {
 		ports.Set(map[health.Service]*health.Check{service("b"): {Port: 30101}})
 		step(3, 1)
 		if len(failed) > 0 && (!strings.HasPrefix(failed[0], "b ") || !strings.Contains(failed[0], "RLIMIT_NOFILE")) {
-			t.Errorf("failure %q", failed[0])
+			t.Errorf("error %q", failed[0])
 		}
 		ports.Set(map[health.Service]*health.Check{service("a"): nil})
 		step(2, 1)

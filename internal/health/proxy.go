@@ -6,39 +6,37 @@ import (
 	"time"
 )
 
-// DefaultTimeout is the longest time that work may wait on a healthy node: twice
+// DefaultTimeout is the longest time that work may be pending on a healthy node: twice
 // kube-proxy's sync period.
 const DefaultTimeout = 60 * time.Second
 
-// Progress says how far the programming of the kernel has come.
+// Progress describes how far the kernel is programmed.
 type Progress struct {
-	// LastSuccess is when the kernel was last known to be as wanted; zero if it
-	// never was.
+	// LastSuccess is when the kernel last had the desired state; zero means never.
 	LastSuccess time.Time
-	// WaitingSince is when the oldest work came up that has not succeeded yet;
-	// zero if there is none.
+	// WaitingSince is when the oldest pending work arrived; zero means that no work is
+	// pending.
 	WaitingSince time.Time
 }
 
-// ProxyOptions are what a [Proxy] depends on. All functions are called from any
-// goroutine and must not block.
+// ProxyOptions configures a [Proxy]. The functions may be called from any goroutine and must
+// not block.
 type ProxyOptions struct {
-	// Progress is asked at each request.
+	// Progress is called for every request.
 	Progress func() Progress
-	// Eligible says whether load balancers should use this node, as far as its
-	// Node object goes.
+	// Eligible reports whether load balancers should use this node, according to its Node
+	// object.
 	Eligible func() bool
-	// Answered, if not nil, is told the path and the HTTP status of each answer.
+	// OnResponse, if not nil, is called with the path and the HTTP status of each response.
 	OnResponse func(path string, status int)
-	// Timeout is [DefaultTimeout] if it is zero.
+	// Timeout defaults to [DefaultTimeout].
 	Timeout time.Duration
 }
 
-// Proxy is the health of the programming on this node. Its methods may be called
-// from any goroutine.
+// Proxy reports whether the node is programmed. Its methods may be called concurrently.
 type Proxy struct{ options ProxyOptions }
 
-// NewProxy returns the health of a node.
+// NewProxy returns a Proxy.
 func NewProxy(options ProxyOptions) *Proxy {
 	if options.Timeout == 0 {
 		options.Timeout = DefaultTimeout
@@ -46,7 +44,7 @@ func NewProxy(options ProxyOptions) *Proxy {
 	return &Proxy{options}
 }
 
-// Healthy reports whether nothing has waited for too long.
+// Healthy reports whether no work has been pending for longer than the timeout.
 func (p *Proxy) Healthy() bool {
 	return p.healthy(p.options.Progress(), time.Now())
 }
@@ -55,8 +53,8 @@ func (p *Proxy) healthy(progress Progress, now time.Time) bool {
 	return progress.WaitingSince.IsZero() || now.Sub(progress.WaitingSince) < p.options.Timeout
 }
 
-// healthResponse is what /healthz and /livez say, with the fields and the order of
-// kube-proxy's.
+// healthResponse is the body of /healthz and /livez, with kube-proxy's fields in kube-proxy's
+// order.
 type healthResponse struct {
 	LastUpdated  time.Time               `json:"lastUpdated"`
 	CurrentTime  time.Time               `json:"currentTime"`
@@ -70,11 +68,11 @@ type familyStatus struct {
 	Healthy     bool      `json:"healthy"`
 }
 
-// Handler answers /healthz, which is 200 if the node is healthy and eligible, and
-// /livez, which is 200 if it is healthy; both are 503 otherwise. The body is a
-// JSON object. Its field healthy never counts eligibility; lastUpdated is now
-// where the status is 200, and the last success otherwise. Both IP families are
-// programmed together, so that they always have the same status.
+// Handler serves /healthz, which returns 200 if the node is healthy and eligible, and /livez,
+// which returns 200 if it is healthy. Otherwise both return 503. The body is a JSON object.
+// Its field healthy does not depend on eligibility. lastUpdated is the current time if the
+// status is 200, and the last success otherwise. Both IP families are programmed together, so
+// they always have the same status.
 func (p *Proxy) Handler() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("/healthz", func(w http.ResponseWriter, _ *http.Request) {
@@ -106,7 +104,7 @@ func (p *Proxy) respond(w http.ResponseWriter, path string, eligible *bool) {
 		p.options.OnResponse(path, status)
 	}
 	body, err := json.Marshal(a)
-	if err != nil { // times beyond the year 9999
+	if err != nil { // a time after the year 9999
 		http.Error(w, err.Error(), http.StatusInternalServerError)
 		return
 	}
@@ -117,5 +115,5 @@ func writeJSON(w http.ResponseWriter, status int, body []byte) {
 	w.Header().Set("Content-Type", "application/json")
 	w.Header().Set("X-Content-Type-Options", "nosniff")
 	w.WriteHeader(status)
-	_, _ = w.Write(body) // the client has gone
+	_, _ = w.Write(body) // fails only if the client is gone
 }

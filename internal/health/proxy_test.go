@@ -25,7 +25,7 @@ func TestProxyStatus(t *testing.T) {
 	t.Parallel()
 	tests := []struct {
 		name string
-		// How long ago; negative for never.
+		// Time since the last success and since work is pending; negative means never.
 		success, waiting time.Duration
 		eligible         bool
 		healthz, livez   int
@@ -34,10 +34,10 @@ func TestProxyStatus(t *testing.T) {
 		{"just in time for the first success", -1, time.Minute - 1, true, 200, 200},
 		{"late for the first success", -1, time.Minute, true, 503, 503},
 		{"before the first success, not eligible", -1, -1, false, 503, 200},
-		{"nothing to do for long", time.Hour, -1, true, 200, 200},
+		{"idle for an hour", time.Hour, -1, true, 200, 200},
 		{"just in time", time.Hour, time.Minute - 1, true, 200, 200},
 		{"late", time.Hour, time.Minute, true, 503, 503},
-		{"late with successes in between", time.Second, time.Hour, true, 503, 503},
+		{"late in spite of successes in between", time.Second, time.Hour, true, 503, 503},
 		{"not eligible", time.Second, -1, false, 503, 200},
 		{"late and not eligible", time.Hour, time.Hour, false, 503, 503},
 	}
@@ -73,14 +73,14 @@ func TestProxyStatus(t *testing.T) {
 					got[a] = true
 				}
 				if diff := cmp.Diff(want, got); diff != "" || len(answered) != 2 {
-					t.Errorf("counted %v (-want +got):\n%s", answered, diff)
+					t.Errorf("OnResponse got %v (-want +got):\n%s", answered, diff)
 				}
 			})
 		})
 	}
 }
 
-// The bodies, field by field and in kube-proxy's order.
+// TestProxyBodies compares the bodies, including the order of fields, with kube-proxy's.
 func TestProxyBodies(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -120,7 +120,7 @@ func TestProxyBodies(t *testing.T) {
 		check("/healthz", `{"lastUpdated":`+now+`,"currentTime":`+now+`,"nodeEligible":true,"healthy":true,`+status)
 		check("/livez", `{"lastUpdated":`+now+`,"currentTime":`+now+`,"healthy":true,`+status)
 
-		// Not eligible, the proxy is healthy all the same.
+		// Eligibility does not affect the field healthy.
 		eligible = false
 		check("/healthz", `{"lastUpdated":`+success+`,"currentTime":`+now+`,"nodeEligible":false,"healthy":true,`+status)
 		eligible = true

@@ -14,7 +14,7 @@ import (
 	"fairlead.io/fairlead/internal/health"
 )
 
-// idleListener is a listener that nobody connects to.
+// idleListener is a listener that never accepts a connection.
 type idleListener struct {
 	net.Listener
 
@@ -37,8 +37,8 @@ func (s idleListener) Close() error {
 	return nil
 }
 
-// However often other Services change, a port that was taken is tried again, and
-// no more often than without them.
+// TestPortsRetryWhileOthersChange checks that a port in use is retried once per period,
+// however often other Services change.
 func TestPortsRetryWhileOthersChange(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -73,17 +73,17 @@ func TestPortsRetryWhileOthersChange(t *testing.T) {
 		}
 		busy(10)
 		if got := attempts.Load(); got < 9 || got > 11 {
-			t.Errorf("%d attempts in 10 periods, want one in each", got)
+			t.Errorf("%d attempts in 10 periods, want one per period", got)
 		}
 		taken.Store(false)
 		attempts.Store(0)
 		busy(10)
 		if got := attempts.Load(); got != 1 {
-			t.Errorf("%d attempts since the port is free, want 1", got)
+			t.Errorf("%d attempts after the port was free, want 1", got)
 		}
 		cancel()
 		if err := <-done; err != nil {
-			t.Errorf("Run ended with: %v", err)
+			t.Errorf("Run: %v", err)
 		}
 	})
 }

@@ -12,23 +12,23 @@ import (
 	"fairlead.io/fairlead/internal/connlimit"
 )
 
-// RetryPeriod is the time between attempts to listen, as kube-proxy has it.
+// RetryPeriod is the time between attempts to listen, the same as kube-proxy's.
 const RetryPeriod = 5 * time.Second
 
-// Connections that say nothing, and clients that read nothing, must not pile up.
+// Timeouts and limits of every server: idle or slow clients must not accumulate.
 const (
-	// readHeaderTimeout bounds how long a client may take to send the header of a
-	// request, and readTimeout the whole of it.
+	// readHeaderTimeout bounds the time to receive a request's header, readTimeout the time
+	// to receive the whole request.
 	readHeaderTimeout = 10 * time.Second
 	readTimeout       = 30 * time.Second
-	// writeTimeout bounds how long a client may take to read the answer. Profiles
-	// of net/http/pprof add their duration to it.
+	// writeTimeout bounds the time to send the response. net/http/pprof adds the duration of
+	// a profile to it.
 	writeTimeout = 30 * time.Second
-	// maxHeaderBytes is the size of a header in bytes, to which net/http adds 4096: room
-	// for the token of a monitoring system.
+	// maxHeaderBytes limits the header in bytes. net/http adds 4096. It leaves room for the
+	// token of a monitoring system.
 	maxHeaderBytes = 16 << 10
-	// idleTimeout bounds how long it may take until its next request, if there
-	// is one: longer than most intervals between scrapes and probes.
+	// idleTimeout bounds the time until the next request on a connection. It is longer than
+	// most scrape and probe intervals.
 	idleTimeout = 2 * time.Minute
 )
 
@@ -39,7 +39,7 @@ func newServer(handler http.Handler, logger *slog.Logger) *http.Server {
 	}
 }
 
-// ListenFunc is [net.ListenConfig.Listen].
+// ListenFunc has the signature of [net.ListenConfig.Listen].
 type ListenFunc func(ctx context.Context, network, address string) (net.Listener, error)
 
 func listen(ctx context.Context, network, address string) (net.Listener, error) {
@@ -47,28 +47,27 @@ func listen(ctx context.Context, network, address string) (net.Listener, error) 
 	return config.Listen(ctx, network, address)
 }
 
-// ServeOptions say what [Serve] serves.
+// ServeOptions configures [Serve].
 type ServeOptions struct {
-	// Address is the host and port to listen on. An unspecified address of
-	// either family stands for all addresses of both.
+	// Address is the host and port to listen on. An unspecified address of either family
+	// means all addresses of both families.
 	Address string
 	Handler http.Handler
-	// HardFail makes Serve return when it can't listen. Otherwise it logs a Warn
-	// and tries again, every [RetryPeriod].
+	// HardFail makes Serve return an error if it cannot listen. Otherwise it logs a Warn and
+	// retries every [RetryPeriod].
 	HardFail bool
-	// Wake, when it is closed, makes Serve try at once if it can't listen. Nil never
-	// is.
+	// RetryNow, when closed, makes a waiting Serve retry immediately. It may be nil.
 	RetryNow <-chan struct{}
-	// Listen makes the socket; nil means in this process's network namespace.
+	// Listen opens the socket. Nil uses this process's network namespace.
 	Listen ListenFunc
-	// Limiter bounds the connections. Nil means one of its own, with defaults.
+	// Limiter limits the connections. Nil uses a new limiter with default options.
 	Limiter *connlimit.Limiter
-	// Logger, if nil, gets nothing.
+	// Logger may be nil, which disables logging.
 	Logger *slog.Logger
 }
 
-// Serve answers HTTP requests. It blocks until ctx is done, closes all
-// connections, and returns nil; or returns an error early if HardFail is set.
+// Serve answers HTTP requests until ctx is done, then closes all connections and returns nil.
+// With HardFail it returns an error as soon as it cannot serve.
 func Serve(ctx context.Context, options ServeOptions) error {
 	log := options.Logger
 	if log == nil {
@@ -89,21 +88,21 @@ func Serve(ctx context.Context, options ServeOptions) error {
 			return nil
 		case options.HardFail:
 			return err
-		case err.Error() != warned: // once is enough
+		case err.Error() != warned: // log a repeated error only once
 			warned = err.Error()
-			log.WarnContext(ctx, "not served; trying again until it succeeds", "address", options.Address, "error", err)
+			log.WarnContext(ctx, "cannot serve HTTP, will retry", "address", options.Address, "error", err)
 		}
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-options.RetryNow:
-			options.RetryNow = nil // once
+			options.RetryNow = nil // only once
 		case <-time.After(RetryPeriod):
 		}
 	}
 }
 
-// serve returns nil when ctx is done.
+// serve listens and answers requests. It returns nil when ctx is done.
 func serve(ctx context.Context, options ServeOptions) error {
 	l, err := options.Listen(ctx, "tcp", options.Address)
 	if err != nil {

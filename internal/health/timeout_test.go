@@ -12,7 +12,7 @@ import (
 	"fairlead.io/fairlead/internal/health"
 )
 
-// pipeListener is a listener in memory.
+// pipeListener is an in-memory listener.
 type pipeListener struct {
 	idleListener
 
@@ -30,7 +30,8 @@ func (p pipeListener) Accept() (net.Conn, error) {
 
 func (pipeListener) Addr() net.Addr { return &net.TCPAddr{} }
 
-// Clients that say nothing, or not all, are left after a while.
+// TestServeTimeouts checks that Serve closes the connections of clients that send nothing, or
+// only a part of a request.
 func TestServeTimeouts(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
@@ -40,7 +41,7 @@ func TestServeTimeouts(t *testing.T) {
 		{"nothing", "", 10 * time.Second},
 		{"half a header", "GET / HTTP/1.1\r\nHost:", 10 * time.Second},
 		{"half a body", "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nhalf", 30 * time.Second},
-		{"a whole request, and no other", "GET / HTTP/1.1\r\nHost: x\r\n\r\n", 2 * time.Minute},
+		{"one whole request", "GET / HTTP/1.1\r\nHost: x\r\n\r\n", 2 * time.Minute},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
@@ -60,11 +61,11 @@ func TestServeTimeouts(t *testing.T) {
 				go func() { _, _ = io.WriteString(client, test.request) }()
 				_, _ = io.Copy(io.Discard, client)
 				if took := time.Since(began); took != test.want {
-					t.Errorf("left after %s, want %s", took, test.want)
+					t.Errorf("closed after %s, want %s", took, test.want)
 				}
 				cancel()
 				if err := <-done; err != nil {
-					t.Errorf("Serve ended with: %v", err)
+					t.Errorf("Serve: %v", err)
 				}
 			})
 		})
