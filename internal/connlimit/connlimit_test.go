@@ -16,7 +16,7 @@ import (
 	"fairlead.io/fairlead/internal/connlimit"
 )
 
-// scriptedListener is a listener whose connections and errors the test gives.
+// scriptedListener returns the connections and errors that the test sends to accepts.
 type scriptedListener struct {
 	accepts chan any // error or net.Conn
 	closed  chan struct{}
@@ -32,11 +32,11 @@ func (s *scriptedListener) Accept() (net.Conn, error) {
 	select {
 	case <-s.closed:
 		return nil, net.ErrClosed
-	case what := <-s.accepts:
-		if err, ok := what.(error); ok {
+	case result := <-s.accepts:
+		if err, ok := result.(error); ok {
 			return nil, err
 		}
-		return what.(net.Conn), nil
+		return result.(net.Conn), nil
 	}
 }
 
@@ -47,7 +47,7 @@ func (s *scriptedListener) Close() error {
 
 func (*scriptedListener) Addr() net.Addr { return &net.TCPAddr{} }
 
-// clientConn is a connection of a client.
+// clientConn is a fake connection of a client.
 type clientConn struct {
 	net.Conn
 
@@ -68,20 +68,21 @@ func newClientConn(addr string) *clientConn {
 	return &clientConn{addr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(netip.MustParseAddr(addr), 1))}
 }
 
-// What is closed for a new connection: of the same client at its limit, otherwise
-// of the client with the most; always what the server answered least recently.
+// TestDisplacement checks which connection a new one displaces: a connection of the same
+// client if that client is at its limit, otherwise of the client with the most connections.
+// In both cases the least recently answered connection is displaced.
 func TestDisplacement(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
 		name     string
-		clients  []string // of connections, in order
-		answered []int    // those that the server answers before the last comes
-		want     []int    // those that are closed
+		clients  []string // addresses, one for each connection
+		answered []int    // connections that the server answers before the last one arrives
+		want     []int    // connections that must be closed
 		stats    connlimit.Stats
 	}{
-		{"few", []string{"10.0.0.1", "10.0.0.1", "10.0.0.2"}, nil, nil, connlimit.Stats{Open: 3}},
+		{"below the limits", []string{"10.0.0.1", "10.0.0.1", "10.0.0.2"}, nil, nil, connlimit.Stats{Open: 3}},
 		{"one client", []string{"10.0.0.1", "10.0.0.1", "10.0.0.1"}, nil, []int{0}, connlimit.Stats{Open: 2, DisplacedByClient: 1}},
-		{"one client, the first is answered", []string{"10.0.0.1", "10.0.0.1", "10.0.0.1"}, []int{0}, []int{1}, connlimit.Stats{Open: 2, DisplacedByClient: 1}},
+		{"one client, first connection answered", []string{"10.0.0.1", "10.0.0.1", "10.0.0.1"}, []int{0}, []int{1}, connlimit.Stats{Open: 2, DisplacedByClient: 1}},
 		{
 			"many clients",
 			[]string{"10.0.0.1", "10.0.0.2", "10.0.0.2", "10.0.0.3", "10.0.0.4"},
@@ -90,21 +91,21 @@ func TestDisplacement(t *testing.T) {
 			connlimit.Stats{Open: 4, DisplacedByLimit: 1},
 		},
 		{
-			"many with one each",
+			"many clients with one connection each",
 			[]string{"10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.0.4", "10.0.0.5"},
 			[]int{0},
 			[]int{1},
 			connlimit.Stats{Open: 4, DisplacedByLimit: 1},
 		},
 		{
-			"a network of IPv6 is one client",
+			"an IPv6 /64 network is one client",
 			[]string{"2001:db8::1", "2001:db8::2", "2001:db8:0:1::1", "2001:db8::3"},
 			nil,
 			[]int{0},
 			connlimit.Stats{Open: 3, DisplacedByClient: 1},
 		},
 		{
-			"IPv4 at a socket of both families",
+			"IPv4 clients of a dual-stack socket",
 			[]string{"::ffff:10.0.0.1", "10.0.0.2", "::ffff:10.0.0.3"},
 			nil, nil,
 			connlimit.Stats{Open: 3},
@@ -141,7 +142,7 @@ func TestDisplacement(t *testing.T) {
 				}
 			}
 			if fmt.Sprint(closed) != fmt.Sprint(test.want) {
-				t.Errorf("connections %v are closed, want %v", closed, test.want)
+				t.Errorf("closed connections %v, want %v", closed, test.want)
 			}
 			test.stats.Limit = 4
 			if got := limiter.Stats(); got != test.stats {
@@ -152,14 +153,15 @@ func TestDisplacement(t *testing.T) {
 					_ = c.Close()
 				}
 				if got := limiter.Stats().Open; got != 0 {
-					t.Errorf("%d connections after all were closed", got)
+					t.Errorf("%d connections left after all were closed", got)
 				}
 			}
 		})
 	}
 }
 
-// Errors that pass do not end Accept, and do not make it spin; others do end it.
+// TestAcceptErrors checks that Accept retries after transient errors without spinning, and
+// returns other errors.
 func TestAcceptErrors(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -178,9 +180,9 @@ func TestAcceptErrors(t *testing.T) {
 			t.Fatal(err)
 		}
 		if got, least := time.Since(begin), 6*5*time.Millisecond; got < least {
-			t.Errorf("six errors took %s, want %s at least", got, least)
+			t.Errorf("six errors took %s, want at least %s", got, least)
 		}
-		// Without other descriptors, an open connection makes room for the next.
+		// Without free descriptors, Accept displaces an open connection.
 		inner.accepts <- errno(syscall.EMFILE)
 		inner.accepts <- net.Conn(newClientConn("10.0.0.2"))
 		begin = time.Now()
@@ -210,12 +212,12 @@ func TestAcceptErrors(t *testing.T) {
 			t.Fatal(err)
 		}
 		if err := <-ended; !errors.Is(err, net.ErrClosed) {
-			t.Errorf("error %v after Close, want that it is closed", err)
+			t.Errorf("error %v after Close, want net.ErrClosed", err)
 		}
 	})
 }
 
-// A client that reads nothing does not hold a Write up for ever.
+// TestWriteTimeout checks that a client that reads nothing does not block a Write forever.
 func TestWriteTimeout(t *testing.T) {
 	t.Parallel()
 	inner, err := net.Listen("tcp", "127.0.0.1:0")

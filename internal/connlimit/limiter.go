@@ -1,16 +1,15 @@
-// Package connlimit bounds the connections of a server that listens on addresses
-// which anyone on the network may reach, so that no client can keep others from
-// being answered.
+// Package connlimit limits the connections of servers that listen on addresses which anyone
+// on the network may reach, so that no client can prevent others from getting an answer.
 //
-// A [Limiter] never refuses a client. Over a limit it closes the connection that
-// the server answered least recently: of the same client if that client is at its
-// limit, otherwise of the client with the most connections. So a new client that
-// sends its request at once is answered, however many half-sent requests others
-// hold, also if these come from its own address.
+// A [Limiter] never refuses a client. Over a limit it displaces another connection: it closes
+// the connection that the server answered least recently. If the new client is at its limit,
+// the displaced connection belongs to the same client, otherwise to the client with the most
+// connections. So a new client that sends its request at once gets an answer, however many
+// half-sent requests other clients hold, even from the same address.
 //
-// When the process has no file descriptors left (EMFILE), Accept neither spins nor
-// fails: it frees a descriptor for each client that waits, one that it holds in
-// reserve or that of a displaced connection.
+// When the process runs out of file descriptors (EMFILE), Accept neither spins nor fails. For
+// each waiting client it frees a descriptor, either from its reserve or by displacing a
+// connection.
 package connlimit
 
 import (
@@ -25,42 +24,42 @@ import (
 	"fairlead.io/fairlead/internal/logrepeat"
 )
 
-// Options configure a [Limiter].
+// Options configures a [Limiter].
 type Options struct {
-	// Server names the server in the log.
+	// Server identifies the server in log messages.
 	Server string
-	// Max limits the connections at a time. Zero means 256.
+	// Max limits the number of simultaneous connections. Zero means 256.
 	Max int
-	// MaxPerClient limits the connections at a time of one client address, and of
-	// one /64 network in IPv6. Zero means a quarter of Max.
+	// MaxPerClient limits the simultaneous connections of one IPv4 address or one IPv6 /64
+	// network. Zero means a quarter of Max.
 	MaxPerClient int
-	// Reserve is the number of file descriptors that each listener holds open, to
-	// accept clients when the process has no others left.
+	// Reserve is the number of file descriptors that each listener keeps open, to accept
+	// clients when the process has no others left.
 	Reserve int
-	// WriteTimeout limits each Write. Zero means no limit.
+	// WriteTimeout limits the duration of each Write. Zero means no limit.
 	WriteTimeout time.Duration
-	// Logger gets a Warn when connections are displaced and when none can be
-	// accepted, each limited by package logrepeat. Nil means no logging.
+	// Logger receives a Warn when connections are displaced and when accepting fails. Package
+	// logrepeat limits both. Nil disables logging.
 	Logger *slog.Logger
 }
 
 const (
 	defaultMax = 256
-	minClients = 4 // clients at their limit fill a server
+	minClients = 4 // number of clients at their limit that fill a server
 )
 
-// Stats are the connections of a [Limiter].
+// Stats describes the connections of a [Limiter].
 type Stats struct {
-	// Open is the number of connections now, and Limit the maximum.
+	// Open is the current number of connections, Limit the maximum.
 	Open, Limit int
-	// DisplacedByClient, DisplacedByLimit and DisplacedByDescriptors count the
-	// connections that were closed because one client had its maximum, because the
-	// server had, and because the process had no file descriptors left.
+	// These count displaced connections: DisplacedByClient if one client was at its limit,
+	// DisplacedByLimit if the server was at its limit, and DisplacedByDescriptors if the
+	// process had no file descriptors left.
 	DisplacedByClient, DisplacedByLimit, DisplacedByDescriptors uint64
 }
 
-// Limiter bounds the connections of one or more listeners together, see
-// [Limiter.Listener]. Its methods may be called from any goroutine.
+// Limiter limits the connections of one or more listeners together, see [Limiter.Listener].
+// Its methods may be called concurrently.
 type Limiter struct {
 	options Options
 	log     *slog.Logger
@@ -70,8 +69,8 @@ type Limiter struct {
 
 	mu   sync.Mutex
 	open int
-	// clients has no empty lists. A list holds *conn, the least recently answered
-	// one first.
+	// clients has no empty lists. A list contains *conn values, the least recently answered
+	// first.
 	clients   map[netip.Prefix]*list.List
 	nextOrder uint64 // of the next conn
 }
@@ -101,8 +100,8 @@ func (l *Limiter) Stats() Stats {
 	}
 }
 
-// clientKey returns what counts as one client: an IPv4 address, or an IPv6 /64
-// network, of which a host may use any address.
+// clientKey returns the prefix that identifies a client: an IPv4 address, or an IPv6 /64
+// network, because a host may use any address of its network.
 func clientKey(addr net.Addr) netip.Prefix {
 	tcp, ok := addr.(*net.TCPAddr)
 	if !ok {
@@ -115,14 +114,14 @@ func clientKey(addr net.Addr) netip.Prefix {
 		bits = network
 	}
 	prefix, err := ip.Prefix(bits)
-	if err != nil { // not valid
+	if err != nil { // invalid address
 		return netip.Prefix{}
 	}
 	return prefix
 }
 
-// admit counts a new connection and returns it wrapped. It closes another one if
-// there are too many.
+// admit counts a new connection and returns it wrapped. Over a limit it displaces another
+// one.
 func (l *Limiter) admit(inner net.Conn, closed func()) net.Conn {
 	c := &conn{Conn: inner, limiter: l, client: clientKey(inner.RemoteAddr()), onClose: closed}
 	var victim *conn
@@ -130,10 +129,10 @@ func (l *Limiter) admit(inner net.Conn, closed func()) net.Conn {
 	l.mu.Lock()
 	switch own := l.clients[c.client]; {
 	case own != nil && own.Len() >= l.options.MaxPerClient:
-		victim, reason = own.Front().Value.(*conn), "one client has too many connections"
+		victim, reason = own.Front().Value.(*conn), "client has too many connections"
 		l.displacedByClient.Add(1)
 	case l.open >= l.options.Max:
-		victim, reason = l.leastRecentlyAnswered(), "the server has too many connections"
+		victim, reason = l.leastRecentlyAnswered(), "server has too many connections"
 		l.displacedByLimit.Add(1)
 	}
 	if victim != nil {
@@ -153,22 +152,22 @@ func (l *Limiter) admit(inner net.Conn, closed func()) net.Conn {
 	return c
 }
 
-// leastRecentlyAnswered returns the connection that was answered least recently of the
-// client with the most connections, nil if there are none. l.mu is held.
+// leastRecentlyAnswered returns the least recently answered connection of the client with the
+// most connections, or nil. The caller holds l.mu.
 func (l *Limiter) leastRecentlyAnswered() *conn {
-	var found *conn
+	var oldest *conn
 	most := 0
 	for _, own := range l.clients {
 		first := own.Front().Value.(*conn)
-		if own.Len() > most || own.Len() == most && first.order < found.order {
-			found, most = first, own.Len()
+		if own.Len() > most || own.Len() == most && first.order < oldest.order {
+			oldest, most = first, own.Len()
 		}
 	}
-	return found
+	return oldest
 }
 
-// displaceForDescriptor closes a connection to free its descriptor, and reports whether
-// there was one.
+// displaceForDescriptor displaces a connection to free its file descriptor, and reports
+// whether it found one.
 func (l *Limiter) displaceForDescriptor() bool {
 	l.mu.Lock()
 	victim := l.leastRecentlyAnswered()
@@ -180,27 +179,27 @@ func (l *Limiter) displaceForDescriptor() bool {
 		return false
 	}
 	l.displacedByDescriptors.Add(1)
-	l.closeDisplaced(victim, "the process has too many open files")
+	l.closeDisplaced(victim, "process has too many open files")
 	return true
 }
 
-// closeDisplaced closes a connection that was removed.
+// closeDisplaced closes a displaced connection. The caller has removed it from the lists.
 func (l *Limiter) closeDisplaced(victim *conn, reason string) {
 	if !victim.answered.Load() {
-		// A client that has sent half a request is not left with a socket of the
-		// kernel's that waits for the other half.
+		// Reset a client that has sent half a request, so that the kernel does not keep a
+		// socket that waits for the other half.
 		if tcp, ok := victim.Conn.(*net.TCPConn); ok {
 			_ = tcp.SetLinger(0)
 		}
 	}
 	_ = victim.Close()
 	if displaced, ok := l.displacements.Allow(time.Now()); ok {
-		l.log.Warn("connections of a server are closed to make room for others", "reason", reason, "client", victim.client.String(),
+		l.log.Warn("closing connections to make room for others", "reason", reason, "client", victim.client.String(),
 			"closed", displaced, "limit", l.options.Max, "limit_per_client", l.options.MaxPerClient)
 	}
 }
 
-// remove takes a connection off the lists, once. l.mu is held.
+// remove removes a connection from the lists, if it is there. The caller holds l.mu.
 func (l *Limiter) remove(c *conn) {
 	if c.element == nil {
 		return
@@ -214,7 +213,7 @@ func (l *Limiter) remove(c *conn) {
 	}
 }
 
-// conn is a connection of a Limiter.
+// conn is a connection that counts towards the limits.
 type conn struct {
 	net.Conn
 
@@ -225,14 +224,13 @@ type conn struct {
 	closing  sync.Once
 	err      error
 
-	// element and order belong to limiter.mu. element is nil once the connection is
-	// off the lists.
+	// limiter.mu protects element and order. element is nil after the connection was removed
+	// from the lists.
 	element *list.Element
 	order   uint64
 }
 
-// Write implements [net.Conn]. What the server answers is least likely to be
-// displaced.
+// Write implements [net.Conn]. It makes the connection the most recently answered one.
 func (c *conn) Write(p []byte) (int, error) {
 	c.answered.Store(true)
 	l := c.limiter
@@ -251,8 +249,8 @@ func (c *conn) Write(p []byte) (int, error) {
 	return c.Conn.Write(p)
 }
 
-// CloseWrite closes the sending direction, which net/http does before it closes a
-// connection that it has refused.
+// CloseWrite closes the sending direction. net/http calls it before it closes a connection
+// whose request it rejected.
 func (c *conn) CloseWrite() error {
 	if tcp, ok := c.Conn.(*net.TCPConn); ok {
 		return tcp.CloseWrite()

@@ -11,16 +11,16 @@ import (
 )
 
 const (
-	// retryMin and retryMax are the delays between attempts to accept that fail.
+	// retryMin and retryMax bound the delay between failed attempts to accept.
 	retryMin = 5 * time.Millisecond
 	retryMax = time.Second
-	// pollTimeout is how long Accept waits for a client at once while there are no
-	// descriptors. It delays Close.
+	// pollTimeout bounds each wait for a client while the process has no file descriptors
+	// left. It delays Close.
 	pollTimeout = 100 * time.Millisecond
 )
 
-// Listener returns a listener whose connections count. Accept goes on after errors
-// that pass, such as too many open files. Close closes inner.
+// Listener returns a listener whose connections count towards the limits. Accept retries
+// after transient errors such as too many open files. Close closes inner.
 func (l *Limiter) Listener(inner net.Listener) net.Listener {
 	wrapped := &listener{Listener: inner, limiter: l, done: make(chan struct{})}
 	wrapped.refillReserve()
@@ -56,15 +56,15 @@ func (l *listener) Accept() (net.Conn, error) {
 			return nil, err
 		}
 		if failures, ok := l.limiter.acceptErrors.Allow(time.Now()); ok {
-			l.limiter.log.Warn("connections can't be accepted; trying again until it succeeds",
+			l.limiter.log.Warn("cannot accept connections, will retry",
 				"address", l.Addr().String(), "error", err, "failures", failures)
 		}
 		if isOutOfDescriptors(err) {
 			if !l.awaitClient() {
-				continue // whether it is closed, and for another while
+				continue // check for Close, then wait again
 			}
 			if l.releaseReserve() || l.limiter.displaceForDescriptor() {
-				// The first retry is immediate, but a descriptor may be somebody else's by now.
+				// Retry immediately. Another goroutine may have taken the descriptor already.
 				if inner, err := l.Listener.Accept(); err == nil {
 					return l.limiter.admit(inner, l.refillReserve), nil
 				}
@@ -80,9 +80,9 @@ func (l *listener) Accept() (net.Conn, error) {
 	}
 }
 
-// IsTransient reports whether a later attempt to accept a connection, or to read
-// from a socket, may succeed: the kernel lacks memory or descriptors, or the error
-// belongs to one connection (accept(2)).
+// IsTransient reports whether a later attempt to accept a connection, or to read from a
+// socket, may succeed: because the kernel lacks memory or descriptors, or because the error
+// concerns only one connection (accept(2)).
 func IsTransient(err error) bool {
 	for _, e := range []syscall.Errno{
 		syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM, syscall.EPERM, syscall.ECONNABORTED,
@@ -100,8 +100,8 @@ func isOutOfDescriptors(err error) bool {
 	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE)
 }
 
-// awaitClient waits up to pollTimeout for a client, and reports whether there is
-// one. accept(2) fails for want of a descriptor before it looks for a client.
+// awaitClient waits up to pollTimeout for a client and reports whether one is there. It is
+// needed because accept(2) fails without a free descriptor before it checks for a client.
 func (l *listener) awaitClient() bool {
 	socket, ok := l.Listener.(syscall.Conn)
 	if !ok {
@@ -119,7 +119,7 @@ func (l *listener) awaitClient() bool {
 	return ready || err != nil
 }
 
-// releaseReserve frees a descriptor of the reserve, and reports whether there was one.
+// releaseReserve closes one descriptor of the reserve and reports whether there was one.
 func (l *listener) releaseReserve() bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -132,7 +132,7 @@ func (l *listener) releaseReserve() bool {
 	return true
 }
 
-// refillReserve opens what is missing of the reserve, as far as it can.
+// refillReserve opens the missing descriptors of the reserve, as far as it can.
 func (l *listener) refillReserve() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -145,7 +145,7 @@ func (l *listener) refillReserve() {
 	}
 }
 
-// Close implements [net.Listener]. Connections stay.
+// Close implements [net.Listener]. It does not close accepted connections.
 func (l *listener) Close() error {
 	l.closing.Do(func() { close(l.done) })
 	l.mu.Lock()
