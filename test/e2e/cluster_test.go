@@ -26,22 +26,22 @@ import (
 	"fairlead.io/fairlead/test/controlplane"
 )
 
-// The nodes of the cluster: Fairlead runs on thisNode. To the network, the pods
-// of both are behind thisNode.
+// The nodes of the cluster. Fairlead runs on thisNode. In the network, the pods of both
+// nodes are connected to thisNode.
 const (
 	thisNode, thisZone   = "this-node", "zone-a"
 	otherNode, otherZone = "other-node", "zone-b"
 )
 
-// kubeProxyEnv names an environment variable with the path of a kube-proxy, which
-// then runs in place of Fairlead: what it fails is a mistake of the test, or a
-// difference that should be a decision.
+// kubeProxyEnv names an environment variable with the path of a kube-proxy to test instead of
+// Fairlead. A test that fails with kube-proxy is either wrong or shows a deliberate
+// difference.
 const kubeProxyEnv = "FAIRLEAD_E2E_KUBE_PROXY"
 
-// serviceAccount is that of deploy/rbac.yaml.
+// serviceAccount is the ServiceAccount of deploy/rbac.yaml.
 var serviceAccount = types.NamespacedName{Namespace: "kube-system", Name: "fairlead"}
 
-// cluster is a network, a control plane and a Fairlead.
+// cluster is a network, a control plane and Fairlead.
 type cluster struct {
 	dir      string
 	net      *nettest.Network
@@ -50,7 +50,7 @@ type cluster struct {
 	fairlead *fairlead
 }
 
-// newCluster makes a cluster with two Nodes. Fairlead does not run yet.
+// newCluster creates a cluster with two Nodes. It does not start Fairlead.
 func newCluster(ctx context.Context, options controlplane.Options) (*cluster, error) {
 	c := &cluster{}
 	return c, c.setUp(ctx, options)
@@ -106,7 +106,7 @@ func (c *cluster) setUp(ctx context.Context, options controlplane.Options) error
 	return err
 }
 
-// start starts Fairlead, and returns when it has programmed the node.
+// start starts Fairlead and waits until it has programmed the node.
 func (c *cluster) start(ctx context.Context) error {
 	if err := c.fairlead.start(); err != nil {
 		return err
@@ -114,7 +114,7 @@ func (c *cluster) start(ctx context.Context) error {
 	return c.fairlead.waitReady(ctx)
 }
 
-// close ends everything. Parts that were not made are no error.
+// close stops everything. It accepts a partly created cluster.
 func (c *cluster) close() error {
 	if c == nil {
 		return nil
@@ -132,7 +132,7 @@ func (c *cluster) close() error {
 	return errors.Join(errs...)
 }
 
-// applyRBAC creates what deploy/rbac.yaml has, as it is.
+// applyRBAC creates the objects of deploy/rbac.yaml.
 func (c *cluster) applyRBAC(ctx context.Context) error {
 	objects, err := readManifest("rbac.yaml")
 	if err != nil {
@@ -155,7 +155,7 @@ func (c *cluster) applyRBAC(ctx context.Context) error {
 		case *rbacv1.ClusterRoleBinding:
 			_, err = c.api.RbacV1().ClusterRoleBindings().Create(ctx, o, metav1.CreateOptions{})
 		default:
-			err = fmt.Errorf("unexpected %T", object)
+			err = fmt.Errorf("unexpected type %T", object)
 		}
 		if err != nil {
 			return fmt.Errorf("deploy/rbac.yaml: %w", err)
@@ -184,24 +184,24 @@ func (c *cluster) createNode(ctx context.Context, name, zone string, addrs []net
 	return nil
 }
 
-// patch returns a merge patch that sets what is at the path.
+// patch returns a merge patch that sets the value at the path.
 func patch(value any, path ...string) []byte {
 	for _, name := range slices.Backward(path) {
 		value = map[string]any{name: value}
 	}
 	data, err := json.Marshal(value)
 	if err != nil {
-		panic(err) // Values that cannot be marshalled are mistakes in a test.
+		panic(err) // a mistake in the test
 	}
 	return data
 }
 
-// waitTimeout bounds every wait for something to come about. It is long, so that a
-// busy machine fails no test, and costs nothing where all is well.
+// waitTimeout bounds every wait for an expected event. It is long so that a busy machine does
+// not fail a test.
 const waitTimeout = 30 * time.Second
 
-// eventually calls fn until it returns nil. It returns fn's last error if that
-// takes too long.
+// eventually calls fn until it returns nil. After waitTimeout it returns the last error of
+// fn.
 func eventually(ctx context.Context, fn func(context.Context) error) error {
 	ctx, cancel := context.WithTimeout(ctx, waitTimeout)
 	defer cancel()
@@ -213,7 +213,7 @@ func eventually(ctx context.Context, fn func(context.Context) error) error {
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("not within %s: %w", waitTimeout, err)
+			return fmt.Errorf("timed out after %s: %w", waitTimeout, err)
 		case <-time.After(period):
 		}
 	}

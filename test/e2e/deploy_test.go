@@ -24,7 +24,7 @@ import (
 	"k8s.io/client-go/restmapper"
 )
 
-// readManifest returns the objects in a file of deploy.
+// readManifest returns the objects in a file of the directory deploy.
 func readManifest(file string) ([]*unstructured.Unstructured, error) {
 	data, err := os.ReadFile(filepath.Join(moduleRoot, "deploy", file))
 	if err != nil {
@@ -41,7 +41,7 @@ func readManifest(file string) ([]*unstructured.Unstructured, error) {
 	return objects, nil
 }
 
-// decodeManifest reads the first object in a file of deploy.
+// decodeManifest returns the first object in a file of the directory deploy.
 func decodeManifest[T any](file string) (*T, error) {
 	objects, err := readManifest(file)
 	if err != nil {
@@ -54,16 +54,15 @@ func decodeManifest[T any](file string) (*T, error) {
 	return object, nil
 }
 
-// mounted is where the DaemonSet has its ConfigMap, and configFile the file in it
-// that has the configuration.
+// configMountPath is where the DaemonSet mounts the ConfigMap. configFile is the key of the
+// configuration in it.
 const (
 	configMountPath = "/var/lib/kube-proxy"
 	configFile      = "config.conf"
 )
 
-// daemonSetArgs returns the arguments that the DaemonSet gives to Fairlead. What the
-// ConfigMap has is in dir; only the pods' networks, and how to reach the API
-// server, are the test's.
+// daemonSetArgs returns Fairlead's arguments in the DaemonSet. It writes the configuration of
+// the ConfigMap to dir; only the pod networks and the connection to the API server differ.
 func daemonSetArgs(dir string, podCIDRs string) ([]string, error) {
 	configMap, err := decodeManifest[corev1.ConfigMap]("config.yaml")
 	if err != nil {
@@ -89,7 +88,8 @@ func daemonSetArgs(dir string, podCIDRs string) ([]string, error) {
 	return args, nil
 }
 
-// The API server takes every object of deploy as it is, and knows each field.
+// TestManifestsValid checks that the API server accepts every object in deploy without
+// unknown fields.
 func TestManifestsValid(t *testing.T) {
 	t.Parallel()
 	client, err := dynamic.NewForConfig(sharedCluster.cp.Config())
@@ -117,7 +117,7 @@ func TestManifestsValid(t *testing.T) {
 	}
 	slices.Sort(listed)
 	if diff := cmp.Diff(all, listed); diff != "" {
-		t.Errorf("files in deploy and those that kustomization.yaml lists (-files +listed):\n%s", diff)
+		t.Errorf("files in deploy and resources in kustomization.yaml (-files +resources):\n%s", diff)
 	}
 	for _, file := range listed {
 		objects, err := readManifest(file)
@@ -149,7 +149,7 @@ func TestManifestsValid(t *testing.T) {
 	}
 }
 
-// Fairlead says that it is well where the DaemonSet's probes ask.
+// TestProbes checks that the paths of the DaemonSet's probes report a healthy Fairlead.
 func TestProbes(t *testing.T) {
 	t.Parallel()
 	s := newScenario(t, sharedCluster)

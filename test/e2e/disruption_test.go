@@ -17,11 +17,10 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// The tests in this file stop what all scenarios need, and so none runs beside
-// another.
+// The tests in this file stop shared components, so they do not run in parallel.
 
-// While the API server is away everything works as it was; what changed with it
-// is carried out after.
+// TestAPIServerRestart checks that connections work while the API server is down, and that
+// later changes take effect.
 func TestAPIServerRestart(t *testing.T) {
 	s := newScenario(t, sharedCluster)
 	web := s.createService("web")
@@ -30,7 +29,7 @@ func TestAPIServerRestart(t *testing.T) {
 
 	load := s.startLoad(client, tcpTo(web.addrPorts(80)[0]), tcpTo(web.addrPorts(80)[1]))
 	s.must(s.cp.StopAPIServer())
-	time.Sleep(time.Second) // Long enough to notice.
+	time.Sleep(time.Second) // long enough for Fairlead to notice
 	s.waitReaches(client, tcpTo(web.addrPort(80)), first)
 	s.must(s.cp.StartAPIServer(s.ctx))
 
@@ -41,9 +40,9 @@ func TestAPIServerRestart(t *testing.T) {
 	s.stopLoad(load)
 }
 
-// Watches that cannot go on where they were, because etcd and the API server
-// have forgotten what was then, begin anew; nothing that happened meanwhile is
-// missed, deletions included.
+// TestWatchesExpire checks that Fairlead lists again when etcd and the API server no longer
+// have the resource versions of its watches, and that it misses no change, deletions
+// included.
 func TestWatchesExpire(t *testing.T) {
 	s := newScenario(t, sharedCluster)
 	web, doomed := s.createService("web"), s.createService("doomed")
@@ -52,7 +51,7 @@ func TestWatchesExpire(t *testing.T) {
 	s.waitReaches(client, tcpTo(doomed.addrPort(80)), lost)
 
 	load := s.startLoad(client, tcpTo(web.addrPort(80)))
-	// Fairlead sleeps through it, as on a node that hangs.
+	// Fairlead is paused meanwhile, as on a node that hangs.
 	s.must(s.fairlead.pause())
 	web2 := s.createService("web2")
 	third := s.createPod("web2")
@@ -72,9 +71,9 @@ func TestWatchesExpire(t *testing.T) {
 	s.stopLoad(load)
 }
 
-// TestEtcdRestore checks that what the API server says after a restore of etcd from a
-// backup is programmed, although resource versions went backwards: the API server
-// reports no error for a watch that begins at a version it has not reached.
+// TestEtcdRestore checks that Fairlead programs the state of the API server after etcd was
+// restored from a backup, although resource versions went backwards. The API server reports
+// no error for a watch that starts at a version it has not reached yet.
 func TestEtcdRestore(t *testing.T) {
 	s := newScenario(t, sharedCluster)
 	web := s.createService("web", func(v *corev1.Service) { v.Spec.Selector = nil })
@@ -94,7 +93,7 @@ func TestEtcdRestore(t *testing.T) {
 	}
 	s.waitReaches(client, tcpTo(web.addrPort(80)), second)
 	s.must(s.cp.Restore(s.ctx))
-	// Pauses between requests take up to 20 s of the minute that it may last.
+	// Delays between requests may use up to 20 s of the minute.
 	for deadline := time.Now().Add(time.Minute); ; time.Sleep(100 * time.Millisecond) {
 		ok, err := s.fairlead.logged("went backwards", "resource=endpointslices")
 		s.must(err)
@@ -102,13 +101,14 @@ func TestEtcdRestore(t *testing.T) {
 			break
 		}
 		if time.Now().After(deadline) {
-			s.Fatal("the log does not say that versions went backwards")
+			s.Fatal("Fairlead does not log that resource versions went backwards")
 		}
 	}
 	s.waitReaches(client, tcpTo(web.addrPort(80)), first)
 }
 
-// advanceResourceVersion raises the resource version.
+// advanceResourceVersion makes changes that do not concern Services, to raise the resource
+// version.
 func (s *scenario) advanceResourceVersion(changes int) {
 	s.Helper()
 	for range changes {
@@ -119,8 +119,8 @@ func (s *scenario) advanceResourceVersion(changes int) {
 	}
 }
 
-// checkReadyEndpoints returns an error unless a Service has so many endpoints that are
-// ready, in each family.
+// checkReadyEndpoints returns an error unless the Service has the given number of ready
+// endpoints in each family.
 func (s *scenario) checkReadyEndpoints(ctx context.Context, service string, want int) error {
 	slices, err := s.api.DiscoveryV1().EndpointSlices(s.namespace).List(ctx, metav1.ListOptions{
 		LabelSelector: "kubernetes.io/service-name=" + service,
@@ -142,8 +142,8 @@ func (s *scenario) checkReadyEndpoints(ctx context.Context, service string, want
 	return nil
 }
 
-// Fairlead ends and starts again while clients connect. What is programmed
-// stays and works; what changed meanwhile is carried out then.
+// TestRestart restarts Fairlead while clients connect. The programmed state stays in place
+// meanwhile, and changes made in the meantime take effect after the restart.
 func TestRestart(t *testing.T) {
 	for name, end := range map[string]func(*fairlead) error{
 		"stopped": (*fairlead).stop,
@@ -177,13 +177,13 @@ func TestRestart(t *testing.T) {
 	}
 }
 
-// tcpAndUDP gives a Service port 80 of TCP and of UDP.
+// tcpAndUDP gives a Service port 80 for TCP and UDP.
 func tcpAndUDP(v *corev1.Service) {
 	v.Spec.Ports = []corev1.ServicePort{tcpPort(80, 8080), asUDP(tcpPort(80, 8080))}
 }
 
-// Fairlead starts when there is no API server, and waits for it. What was
-// programmed before stays as it is until all is known.
+// TestStartWithoutAPIServer checks that Fairlead starts and waits while the API server is
+// down, and keeps the programmed state until it has listed all objects.
 func TestStartWithoutAPIServer(t *testing.T) {
 	s := newScenario(t, sharedCluster)
 	web := s.createService("web")
@@ -193,26 +193,26 @@ func TestStartWithoutAPIServer(t *testing.T) {
 	s.must(s.fairlead.stop())
 	s.must(s.cp.StopAPIServer())
 	s.must(s.fairlead.start())
-	time.Sleep(2 * time.Second) // Long enough to do something wrong.
+	time.Sleep(2 * time.Second) // long enough for a mistake to show
 	s.waitReaches(client, tcpTo(web.addrPort(80)), first)
 	if _, err := s.fairlead.get(s.ctx, healthzAddr, "/healthz"); err == nil {
-		t.Error("/healthz says that all is well before anything is known")
+		t.Error("/healthz reports a healthy node before Fairlead has listed anything")
 	}
 	s.must(s.cp.StartAPIServer(s.ctx))
 	start := time.Now()
 	s.must(s.fairlead.waitReady(s.ctx))
-	t.Logf("programmed %s after the API server was there", time.Since(start).Round(10*time.Millisecond))
+	t.Logf("programmed %s after the API server was ready", time.Since(start).Round(10*time.Millisecond))
 	second := s.createPod("web")
-	// The controller manager may wait before it tries again.
+	// The controller manager may wait before it retries.
 	s.eventually(func(ctx context.Context) error { return s.checkReadyEndpoints(ctx, "web", 2) })
-	t.Logf("the controller manager was back %s after the API server", time.Since(start).Round(10*time.Millisecond))
+	t.Logf("the controller manager was ready %s after the API server", time.Since(start).Round(10*time.Millisecond))
 	s.waitReaches(client, tcpTo(web.addrPort(80)), first, second)
-	t.Logf("its work was programmed %s after the API server was there", time.Since(start).Round(10*time.Millisecond))
+	t.Logf("its changes were programmed %s after the API server was ready", time.Since(start).Round(10*time.Millisecond))
 	s.stopLoad(load)
 }
 
-// A load balancer learns at /healthz that a node is about to go, while Services
-// on it still work.
+// TestNodeDeletionTaint checks that /healthz tells load balancers that a node is about to be
+// deleted, while Services on the node still work.
 func TestNodeDeletionTaint(t *testing.T) {
 	s := newScenario(t, sharedCluster)
 	web := s.createService("web")
@@ -236,7 +236,7 @@ func TestNodeDeletionTaint(t *testing.T) {
 	s.eventually(func(ctx context.Context) error {
 		_, err := s.fairlead.get(ctx, healthzAddr, "/healthz")
 		if err == nil {
-			return errors.New("/healthz says that all is well")
+			return errors.New("/healthz reports an eligible node")
 		}
 		if !strings.Contains(err.Error(), "503") {
 			return err

@@ -1,14 +1,13 @@
-// Package e2e holds the end-to-end tests: Fairlead as it is shipped, next to a
-// real API server and controller manager, with real connections.
+// Package e2e contains the end-to-end tests. They run the fairlead binary as it is shipped,
+// with a real API server and controller manager, and make real connections.
 //
-// The tests are behind the build tag e2e; `make e2e` runs them, as root. A small
-// cluster is made of network namespaces: a node on which the fairlead binary
-// runs with the ServiceAccount and the rights of deploy/rbac.yaml, pods, and a
-// host outside which is also where the control plane is. What a kubelet would
-// do, the tests do: they write the status of Pods, and each Pod is a namespace
-// with a server. Addresses of Services are given by the API server and
-// EndpointSlices are written by the controller manager.
+// The tests have the build tag e2e; `make e2e` runs them as root. Network namespaces form a
+// small cluster: a node that runs the fairlead binary with the ServiceAccount and the
+// permissions of deploy/rbac.yaml, pods, and an outside host that also runs the control
+// plane. The tests do the work of a kubelet: they write the status of Pods, and each Pod is a
+// namespace with a server. The API server allocates the addresses of Services, and the
+// controller manager writes EndpointSlices.
 //
-// A scenario has a Kubernetes namespace for itself and runs beside others,
-// unless it stops something that all need.
+// Each scenario has its own Kubernetes namespace and runs in parallel with others, unless it
+// stops a shared component.
 package e2e

@@ -17,22 +17,22 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// TestExternalTraffic asks for each way into a Service besides its cluster IP, and for
-// what narrows the choice of endpoints by the client.
+// TestExternalTraffic covers all addresses of a Service besides its cluster IP, and the
+// fields that restrict endpoints or clients.
 func TestExternalTraffic(t *testing.T) {
 	t.Parallel()
 	for _, tc := range []struct {
 		feature string
-		// service is what asks for it; ingress is written into its status.
+		// service sets the fields under test; ingress is written to the status.
 		service func(*corev1.Service)
 		ingress []string
-		// works checks it, with a pod on this node and one on the other.
-		works func(s *scenario, web *service, here, there *pod)
+		// check runs with one pod on this node and one on the other node.
+		check func(s *scenario, web *service, here, there *pod)
 	}{
 		{
 			feature: "node ports",
 			service: func(v *corev1.Service) { v.Spec.Type = corev1.ServiceTypeNodePort },
-			works: func(s *scenario, web *service, here, there *pod) {
+			check: func(s *scenario, web *service, here, there *pod) {
 				for _, node := range s.net.Node.Addrs() {
 					for _, from := range []*nettest.Host{s.net.Outside, s.net.Node, s.addClient()} {
 						s.waitReaches(from, tcpTo(netip.AddrPortFrom(node, web.nodePort())), here, there)
@@ -43,7 +43,7 @@ func TestExternalTraffic(t *testing.T) {
 		{
 			feature: "external IPs",
 			service: func(v *corev1.Service) { v.Spec.ExternalIPs = []string{"203.0.113.1", "2001:db8:99::1"} },
-			works: func(s *scenario, _ *service, here, there *pod) {
+			check: func(s *scenario, _ *service, here, there *pod) {
 				for _, addr := range []string{"203.0.113.1", "2001:db8:99::1"} {
 					for _, from := range []*nettest.Host{s.net.Outside, s.net.Node, s.addClient()} {
 						s.waitReaches(from, tcpTo(netip.AddrPortFrom(netip.MustParseAddr(addr), 80)), here, there)
@@ -55,13 +55,13 @@ func TestExternalTraffic(t *testing.T) {
 			feature: "load balancers",
 			service: func(v *corev1.Service) { v.Spec.Type = corev1.ServiceTypeLoadBalancer },
 			ingress: []string{"203.0.113.2", "2001:db8:99::2"},
-			works: func(s *scenario, web *service, here, there *pod) {
+			check: func(s *scenario, web *service, here, there *pod) {
 				for _, addr := range []string{"203.0.113.2", "2001:db8:99::2"} {
 					for _, from := range []*nettest.Host{s.net.Outside, s.net.Node, s.addClient()} {
 						s.waitReaches(from, tcpTo(netip.AddrPortFrom(netip.MustParseAddr(addr), 80)), here, there)
 					}
 				}
-				web.setIngress() // The cloud takes them away.
+				web.setIngress() // the cloud provider removes the addresses
 				s.waitFails(s.net.Outside, tcpTo(netip.MustParseAddrPort("203.0.113.2:80")), nettest.ErrRefused, nettest.ErrTimeout)
 			},
 		},
@@ -71,14 +71,14 @@ func TestExternalTraffic(t *testing.T) {
 				v.Spec.Type = corev1.ServiceTypeNodePort
 				v.Spec.ExternalTrafficPolicy = corev1.ServiceExternalTrafficPolicyLocal
 			},
-			works: func(s *scenario, web *service, here, there *pod) {
+			check: func(s *scenario, web *service, here, there *pod) {
 				to := tcpTo(netip.AddrPortFrom(s.net.Node.IPv4, web.nodePort()))
 				s.waitReaches(s.net.Outside, to, here)
 				s.waitReaches(s.addClient(), to, here, there)
 				answer, err := connect(s.ctx, s.net.Outside, to, connectTimeout)
 				s.must(err)
 				if answer.Source.Addr() != s.net.Outside.IPv4 {
-					s.Errorf("the pod sees %s, want the client's own address %s", answer.Source, s.net.Outside.IPv4)
+					s.Errorf("the pod sees the client address %s, want %s", answer.Source, s.net.Outside.IPv4)
 				}
 				here.markNotReady()
 				s.waitUnanswered(s.net.Outside, to)
@@ -87,7 +87,7 @@ func TestExternalTraffic(t *testing.T) {
 		{
 			feature: "session affinity",
 			service: func(v *corev1.Service) { v.Spec.SessionAffinity = corev1.ServiceAffinityClientIP },
-			works: func(s *scenario, web *service, here, there *pod) {
+			check: func(s *scenario, web *service, here, there *pod) {
 				client := s.addClient()
 				pods := map[string]*pod{here.Name: here, there.Name: there}
 				var first nettest.Answer
@@ -100,7 +100,7 @@ func TestExternalTraffic(t *testing.T) {
 					answer, err := connect(s.ctx, client, tcpTo(web.addrPort(80)), connectTimeout)
 					s.must(err)
 					if answer.Host != first.Host {
-						s.Fatalf("a connection ends at %s, earlier ones at %s", answer.Host, first.Host)
+						s.Fatalf("a connection reaches %s, earlier ones %s", answer.Host, first.Host)
 					}
 				}
 				pods[first.Host].markNotReady()
@@ -117,7 +117,7 @@ func TestExternalTraffic(t *testing.T) {
 				v.Spec.LoadBalancerSourceRanges = []string{"192.0.2.2/32"}
 			},
 			ingress: []string{"203.0.113.3"},
-			works: func(s *scenario, web *service, here, there *pod) {
+			check: func(s *scenario, web *service, here, there *pod) {
 				to := tcpTo(netip.MustParseAddrPort("203.0.113.3:80"))
 				s.waitReaches(s.net.Outside, to, here, there)
 				web.update(func(v *corev1.Service) { v.Spec.LoadBalancerSourceRanges = []string{"198.51.100.0/24"} })
@@ -134,41 +134,41 @@ func TestExternalTraffic(t *testing.T) {
 				web.setIngress(tc.ingress...)
 			}
 			here, there := s.createPod("web"), s.createPod("web", onOtherNode)
-			tc.works(s, web, here, there)
+			tc.check(s, web, here, there)
 		})
 	}
 }
 
-// Of two Services that claim one address the older keeps it, and of two of one
-// second the first by name. The other is told
-// why it goes without, in an Event and in the log, and what else it asks for
-// works. kube-proxy reports nothing of the kind.
+// TestConflictReported creates two Services with the same address. The older Service keeps
+// it, and among Services of the same age the first by name. Fairlead reports the conflict on
+// the other Service in an Event and in the log, and programs the rest of that Service.
+// kube-proxy reports nothing.
 func TestConflictReported(t *testing.T) {
 	t.Parallel()
 	s := newScenario(t, sharedCluster)
-	const claimed = "203.0.113.4"
-	claim := func(v *corev1.Service) { v.Spec.ExternalIPs = []string{claimed} }
-	first := s.createService("first", claim)
+	const contested = "203.0.113.4"
+	setExternalIP := func(v *corev1.Service) { v.Spec.ExternalIPs = []string{contested} }
+	first := s.createService("first", setExternalIP)
 	firstPod := s.createPod("first")
-	second := s.createService("second", claim)
+	second := s.createService("second", setExternalIP)
 	secondPod := s.createPod("second")
 	second.waitEvent("spec.externalIPs[0]", s.namespace+"/first")
 	s.eventually(func(context.Context) error {
 		ok, err := s.fairlead.logged(s.namespace + "/second")
 		if err == nil && !ok {
-			err = fmt.Errorf("the log says nothing of %s/second", s.namespace)
+			err = fmt.Errorf("the log does not mention %s/second", s.namespace)
 		}
 		return err
 	})
-	to := tcpTo(netip.AddrPortFrom(netip.MustParseAddr(claimed), 80))
+	to := tcpTo(netip.AddrPortFrom(netip.MustParseAddr(contested), 80))
 	s.waitReaches(s.net.Outside, to, firstPod)
 	s.waitReaches(s.addClient(), tcpTo(second.addrPort(80)), secondPod)
 	first.delete()
 	s.waitReaches(s.net.Outside, to, secondPod)
 }
 
-// A load balancer learns at the Service's health check port whether this node has
-// pods that serve, with the answers that it knows from kube-proxy.
+// TestHealthCheckNodePort checks that the health-check node port tells load balancers whether
+// this node has ready pods, with the same responses as kube-proxy.
 func TestHealthCheckNodePort(t *testing.T) {
 	t.Parallel()
 	s := newScenario(t, sharedCluster)
@@ -179,7 +179,7 @@ func TestHealthCheckNodePort(t *testing.T) {
 	here := s.createPod("web")
 	s.createPod("web", onOtherNode)
 	at := netip.AddrPortFrom(s.net.Node.IPv4, uint16(web.Spec.HealthCheckNodePort))
-	type answer struct {
+	type response struct {
 		Service struct {
 			Namespace string `json:"namespace"`
 			Name      string `json:"name"`
@@ -187,39 +187,39 @@ func TestHealthCheckNodePort(t *testing.T) {
 		LocalEndpoints      int  `json:"localEndpoints"`
 		ServiceProxyHealthy bool `json:"serviceProxyHealthy"`
 	}
-	answers := func(status, endpoints int) {
+	waitResponse := func(status, endpoints int) {
 		t.Helper()
-		want := answer{LocalEndpoints: endpoints, ServiceProxyHealthy: true}
+		want := response{LocalEndpoints: endpoints, ServiceProxyHealthy: true}
 		want.Service.Namespace, want.Service.Name = s.namespace, web.Name
 		s.eventually(func(ctx context.Context) error {
 			got, body, err := httpGet(ctx, s.net.Outside, at, "/")
 			if err != nil {
 				return err
 			}
-			var a answer
-			if err := json.Unmarshal(body, &a); err != nil {
+			var r response
+			if err := json.Unmarshal(body, &r); err != nil {
 				return fmt.Errorf("%s: %w", body, err)
 			}
-			if got != status || a != want {
+			if got != status || r != want {
 				return fmt.Errorf("got %d %s, want %d %+v", got, body, status, want)
 			}
 			return nil
 		})
 	}
-	answers(http.StatusOK, 1)
+	waitResponse(http.StatusOK, 1)
 	here.markNotReady()
-	answers(http.StatusServiceUnavailable, 0)
+	waitResponse(http.StatusServiceUnavailable, 0)
 	here.markReady()
-	answers(http.StatusOK, 1)
+	waitResponse(http.StatusOK, 1)
 	web.delete()
 	s.waitFails(s.net.Outside, tcpTo(at), nettest.ErrRefused)
 }
 
-// nodePort returns the node port of the Service's first port.
+// nodePort returns the node port of the first port.
 func (v *service) nodePort() uint16 { return uint16(v.Spec.Ports[0].NodePort) }
 
-// Pods are reached at node ports of TCP on localhost once that is asked for, and
-// from then on as they come and go; UDP is refused. kube-proxy has this behind a
+// TestLocalhostNodePorts checks that TCP node ports work on localhost once nodePortAddresses
+// includes it, and follow the pods from then on. UDP is refused. kube-proxy has this behind a
 // feature gate.
 func TestLocalhostNodePorts(t *testing.T) {
 	s := newScenario(t, sharedCluster)
@@ -237,7 +237,7 @@ func TestLocalhostNodePorts(t *testing.T) {
 	s.setConfigField("nodePortAddresses", []string{"primary", "localhost"})
 	for _, addr := range addrs {
 		to := tcpTo(netip.AddrPortFrom(addr, web.nodePort()))
-		s.waitReaches(s.net.Node, to, here, there) // the policy is for others than the node
+		s.waitReaches(s.net.Node, to, here, there) // the policy does not apply to the node itself
 		s.waitRefused(s.net.Node, udpTo(netip.AddrPortFrom(addr, uint16(web.Spec.Ports[1].NodePort))))
 	}
 	s.waitReaches(s.net.Outside, tcpTo(netip.AddrPortFrom(s.net.Node.IPv4, web.nodePort())), here)
@@ -256,7 +256,7 @@ func TestLocalhostNodePorts(t *testing.T) {
 	}
 }
 
-// setConfigField sets a field of the configuration until the test ends.
+// setConfigField sets a field of the configuration file until the test ends.
 func (s *scenario) setConfigField(field string, value any) {
 	s.Helper()
 	path := filepath.Join(s.dir, configFile)

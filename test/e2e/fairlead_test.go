@@ -24,30 +24,30 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// Where the program's HTTP servers are, by deploy/config.yaml and by default.
+// Addresses of the program's HTTP servers, in deploy/config.yaml and by default.
 const (
 	healthzAddr = "127.0.0.1:10256"
 	metricsAddr = "127.0.0.1:10249"
 )
 
-// fairlead is the program under test, which can be started and stopped again.
+// fairlead is the program under test. It can be started and stopped repeatedly.
 type fairlead struct {
 	host    *nettest.Host
 	binary  string
 	args    []string
-	logFile string // file; starts append to it
-	// kubeProxy says that the program is kube-proxy, which needs all capabilities
-	// and does not handle SIGTERM.
+	logFile string // path; each start appends to it
+	// kubeProxy is set if the program is kube-proxy, which needs all capabilities and does
+	// not handle SIGTERM.
 	kubeProxy bool
 
 	cmd  *exec.Cmd
 	done chan struct{}
-	err  error // read after done
+	err  error // valid after done is closed
 }
 
-// start starts the program on its host. The kernel kills it when the tests'
-// process ends, however it does: see Pdeathsig in syscall.SysProcAttr. That
-// counts the thread that started it, which therefore lives as long.
+// start starts the program on its host. The kernel kills it when the test process ends for
+// any reason, see Pdeathsig in syscall.SysProcAttr. Pdeathsig depends on the thread that
+// started the program, so that thread lives as long as the program.
 func (f *fairlead) start() error {
 	log, err := os.OpenFile(f.logFile, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
@@ -59,7 +59,7 @@ func (f *fairlead) start() error {
 	f.done = make(chan struct{})
 	started := make(chan error)
 	go func() {
-		runtime.LockOSThread() // and never unlocked: the thread ends here
+		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
 		defer log.Close()
 		err := unix.Setns(f.host.Fd(), unix.CLONE_NEWNET)
 		if err == nil && !f.kubeProxy {
@@ -81,15 +81,15 @@ func (f *fairlead) start() error {
 	return nil
 }
 
-// limitCapabilities leaves to the programs that this thread starts what
-// deploy/daemonset.yaml does: CAP_NET_ADMIN, and no way to get more.
+// limitCapabilities limits programs that this thread starts to the capabilities of
+// deploy/daemonset.yaml: CAP_NET_ADMIN, without a way to get more.
 func limitCapabilities() error {
 	for c := uintptr(0); ; c++ {
 		if c == unix.CAP_NET_ADMIN {
 			continue
 		}
 		err := unix.Prctl(unix.PR_CAPBSET_DROP, c, 0, 0, 0)
-		if errors.Is(err, unix.EINVAL) { // There are no more.
+		if errors.Is(err, unix.EINVAL) { // no more capabilities
 			break
 		}
 		if err != nil {
@@ -97,12 +97,12 @@ func limitCapabilities() error {
 		}
 	}
 	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
-		return fmt.Errorf("forbid new privileges: %w", err)
+		return fmt.Errorf("set no_new_privs: %w", err)
 	}
 	return nil
 }
 
-// running reports whether the program runs.
+// running reports whether the program is running.
 func (f *fairlead) running() bool {
 	if f.cmd == nil {
 		return false
@@ -115,19 +115,19 @@ func (f *fairlead) running() bool {
 	}
 }
 
-// stop ends the program as an operator does, and waits for its end.
+// stop sends SIGTERM, as an operator does, and waits until the program has ended.
 func (f *fairlead) stop() error {
 	if err := f.cmd.Process.Signal(syscall.SIGTERM); err != nil {
 		return fmt.Errorf("stop fairlead: %w", err)
 	}
 	<-f.done
 	if f.err != nil && !f.kubeProxy {
-		return fmt.Errorf("fairlead ended with %w:\n%s", f.err, f.logTail())
+		return fmt.Errorf("fairlead exited: %w:\n%s", f.err, f.logTail())
 	}
 	return nil
 }
 
-// kill ends the program at once. It is no error if it does not run.
+// kill kills the program, if it is running.
 func (f *fairlead) kill() error {
 	if f.cmd == nil {
 		return nil
@@ -139,22 +139,22 @@ func (f *fairlead) kill() error {
 	return nil
 }
 
-// pause stops the program's clock, as on a machine that hangs, until resume.
+// pause stops the program, as on a machine that hangs, until resume.
 func (f *fairlead) pause() error { return f.cmd.Process.Signal(syscall.SIGSTOP) }
 
 func (f *fairlead) resume() error { return f.cmd.Process.Signal(syscall.SIGCONT) }
 
-// waitReady returns when the program says that the node is programmed.
+// waitReady waits until the program reports that the node is programmed.
 func (f *fairlead) waitReady(ctx context.Context) error {
 	return eventually(ctx, func(ctx context.Context) error {
 		select {
 		case <-f.done:
-			return fmt.Errorf("fairlead has ended: %w\n%s", f.err, f.logTail())
+			return fmt.Errorf("fairlead exited: %w\n%s", f.err, f.logTail())
 		default:
 		}
 		body, err := f.get(ctx, healthzAddr, "/healthz")
-		// It is healthy before it has programmed anything, as kube-proxy is, but has
-		// no status then.
+		// Like kube-proxy, Fairlead is healthy before it has programmed anything, but then it
+		// reports no status.
 		if err == nil && !f.kubeProxy && !bytes.Contains(body, []byte(`"status"`)) {
 			err = fmt.Errorf("nothing is programmed yet: %s", body)
 		}
@@ -165,7 +165,7 @@ func (f *fairlead) waitReady(ctx context.Context) error {
 	})
 }
 
-// get asks one of the program's HTTP servers, on its host.
+// get sends a request to one of the program's HTTP servers, from its host.
 func (f *fairlead) get(ctx context.Context, addr, path string) ([]byte, error) {
 	status, body, err := httpGet(ctx, f.host, netip.MustParseAddrPort(addr), path)
 	if err == nil && status != http.StatusOK {
@@ -174,7 +174,7 @@ func (f *fairlead) get(ctx context.Context, addr, path string) ([]byte, error) {
 	return body, err
 }
 
-// httpGet asks an HTTP server from a host.
+// httpGet sends a GET request from a host.
 func httpGet(ctx context.Context, from *nettest.Host, at netip.AddrPort, path string) (status int, body []byte, err error) {
 	transport := &http.Transport{
 		DisableKeepAlives: true,
@@ -195,7 +195,8 @@ func httpGet(ctx context.Context, from *nettest.Host, at netip.AddrPort, path st
 	return response.StatusCode, body, err
 }
 
-// metric returns the sum of a metric's series. A series counts if it has all of the labels, each written as name="value".
+// metric returns the sum of the series of a metric that have all of the labels. A label has
+// the form name="value".
 func (f *fairlead) metric(ctx context.Context, name string, labels ...string) (sum float64, err error) {
 	body, err := f.get(ctx, metricsAddr, "/metrics")
 	if err != nil {
@@ -221,8 +222,7 @@ lines:
 	return sum, nil
 }
 
-// residentMemory returns how many bytes of memory the program has resident, ever had
-// at most, and has now.
+// residentMemory returns the peak and the current resident memory of the program in bytes.
 func (f *fairlead) residentMemory() (peak, now int, err error) {
 	const kB = 1024
 	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", f.cmd.Process.Pid))
@@ -235,19 +235,19 @@ func (f *fairlead) residentMemory() (peak, now int, err error) {
 			if len(fields) == 3 && fields[0] == name {
 				n, err := strconv.Atoi(fields[1])
 				if err != nil {
-					return 0, 0, fmt.Errorf("the process's status: %w", err)
+					return 0, 0, fmt.Errorf("parse the process status: %w", err)
 				}
 				*value = n * kB
 			}
 		}
 	}
 	if peak == 0 || now == 0 {
-		return 0, 0, errors.New("the process's status says nothing of its memory")
+		return 0, 0, errors.New("the process status has no memory size")
 	}
 	return peak, now, nil
 }
 
-// logged reports whether a line of the log has all of the parts.
+// logged reports whether a line of the log contains all of the parts.
 func (f *fairlead) logged(parts ...string) (bool, error) {
 	data, err := os.ReadFile(f.logFile)
 	if err != nil {

@@ -14,16 +14,16 @@ import (
 	"fairlead.io/fairlead/test/controlplane"
 )
 
-// moduleRoot is the module's.
+// moduleRoot is the root directory of the module.
 const moduleRoot = "../.."
 
-// sharedCluster is the cluster that the scenarios share.
+// sharedCluster is the cluster that most scenarios share.
 var sharedCluster *cluster
 
 func TestMain(m *testing.M) {
 	os.Exit(func() int {
 		if os.Geteuid() != 0 {
-			fmt.Fprintln(os.Stderr, "the end-to-end tests make network namespaces and program the kernel in them: run them as root")
+			fmt.Fprintln(os.Stderr, "the end-to-end tests create and program network namespaces: run them as root")
 			return 1
 		}
 		var err error
@@ -44,7 +44,7 @@ func TestMain(m *testing.M) {
 	}())
 }
 
-// buildFairlead makes the program as `make build` does.
+// buildFairlead builds the program like `make build`.
 func buildFairlead(ctx context.Context, dir string) (path string, err error) {
 	path = filepath.Join(dir, "fairlead")
 	command := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags=-s -w", "-o", path, "./cmd/fairlead")

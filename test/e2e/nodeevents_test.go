@@ -17,8 +17,8 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// waitNodeEvent waits until the Node has an Event with a reason whose note has all of
-// the parts.
+// waitNodeEvent waits until the Node has an Event with the reason and a note that contains
+// all of the parts.
 func (s *scenario) waitNodeEvent(reason string, parts ...string) {
 	s.Helper()
 	s.eventually(func(ctx context.Context) error {
@@ -37,15 +37,16 @@ func (s *scenario) waitNodeEvent(reason string, parts ...string) {
 			}
 			notes = append(notes, e.Note)
 		}
-		return fmt.Errorf("no Event %s of the Node has %q, but %q", reason, parts, notes)
+		return fmt.Errorf("no Event %s on the Node contains %q; notes: %q", reason, parts, notes)
 	})
 }
 
-// Fairlead starts where most Services of an earlier run are gone from the API server,
-// and where a table has the schema of another version. Both are reported on the Node.
+// TestNodeEvents checks two Events on the Node: Fairlead starts when most Services of an
+// earlier run are gone from the API server, and when a table has the schema of another
+// version.
 func TestNodeEvents(t *testing.T) {
 	if os.Getenv(kubeProxyEnv) != "" {
-		t.Skip("kube-proxy reports neither")
+		t.Skip("kube-proxy reports neither condition")
 	}
 	s := newScenario(t, sharedCluster)
 	kept := s.createService("kept")
@@ -65,7 +66,7 @@ func TestNodeEvents(t *testing.T) {
 	s.eventually(func(ctx context.Context) error {
 		slices, err := s.api.DiscoveryV1().EndpointSlices(s.namespace).List(ctx, metav1.ListOptions{})
 		if err == nil && len(slices.Items) > 2 {
-			err = fmt.Errorf("%d EndpointSlices, want those of one Service", len(slices.Items))
+			err = fmt.Errorf("%d EndpointSlices, want at most two for the remaining Service", len(slices.Items))
 		}
 		return err
 	})
@@ -77,7 +78,7 @@ func TestNodeEvents(t *testing.T) {
 	s.must(s.fairlead.waitReady(s.ctx))
 	s.waitFails(client, tcpTo(doomed[0].addrPort(80)), nettest.ErrRefused, nettest.ErrTimeout)
 
-	// A table of another version.
+	// A table with another schema.
 	s.must(s.fairlead.stop())
 	s.fairlead.args = args
 	s.must(s.fairlead.host.Do(func() error {
@@ -94,7 +95,7 @@ func TestNodeEvents(t *testing.T) {
 	s.eventually(func(ctx context.Context) error {
 		n, err := s.fairlead.metric(ctx, "fairlead_nftables_table_rebuilds_total", `ip_family="IPv4"`)
 		if err == nil && n != 1 {
-			err = fmt.Errorf("%v rebuilds are counted, want 1", n)
+			err = fmt.Errorf("%v rebuilds counted, want 1", n)
 		}
 		return err
 	})

@@ -21,30 +21,30 @@ import (
 	"fairlead.io/fairlead/internal/otherproxy"
 )
 
-// kubeProxy is a kube-proxy that runs beside Fairlead on this node.
+// kubeProxy is a kube-proxy that runs on this node in addition to Fairlead.
 type kubeProxy struct {
 	*fairlead
 	scenario *scenario
-	// rulesetCommands prints all rules that it may have made.
+	// rulesetCommands print all rules that kube-proxy may have created.
 	rulesetCommands [][]string
 }
 
-// kubeProxyModes are the programs that kube-proxy's modes use: by the test's name, the
-// mode, and the program whose names start with "ip" to use in place of iptables.
+// kubeProxyModes lists kube-proxy's modes: the name of the subtest, the mode, and the
+// multi-call binary to use as iptables.
 var kubeProxyModes = []struct{ name, mode, iptables string }{
 	{"nftables", "nftables", ""},
 	{"iptables-nft", "iptables", "xtables-nft-multi"},
 	{"iptables-legacy", "iptables", "xtables-legacy-multi"},
 }
 
-// newKubeProxy returns a kube-proxy that does not run yet. It removes all of the
-// proxy's rules when the test ends, and sees to it that Fairlead runs then.
+// newKubeProxy returns a kube-proxy that is not running yet. At the end of the test it
+// removes the proxy's rules and makes sure that Fairlead is running.
 func newKubeProxy(s *scenario, mode, iptables string) *kubeProxy {
 	s.Helper()
 	binary, err := filepath.Abs(filepath.Join(moduleRoot, ".cache", "kube-proxy", "kube-proxy"))
 	s.must(err)
 	if _, err := os.Stat(binary); err != nil {
-		s.Fatalf("there is no kube-proxy: build it with `make kube-proxy` (%v)", err)
+		s.Fatalf("kube-proxy not found: run `make kube-proxy` (%v)", err)
 	}
 	dir := s.TempDir()
 	p := &kubeProxy{scenario: s, rulesetCommands: [][]string{{"nft", "list", "ruleset"}}, fairlead: &fairlead{
@@ -53,7 +53,7 @@ func newKubeProxy(s *scenario, mode, iptables string) *kubeProxy {
 	if iptables != "" {
 		multi, err := exec.LookPath(iptables)
 		if err != nil {
-			s.Skipf("iptables is not installed in this variant: %v", err)
+			s.Skipf("this variant of iptables is not installed: %v", err)
 		}
 		for _, name := range []string{"iptables", "iptables-save", "iptables-restore", "ip6tables", "ip6tables-save", "ip6tables-restore"} {
 			s.must(os.Symlink(multi, filepath.Join(dir, name)))
@@ -78,7 +78,7 @@ func newKubeProxy(s *scenario, mode, iptables string) *kubeProxy {
 		"--healthz-bind-address=127.0.0.1:30256", "--metrics-bind-address=127.0.0.1:30249",
 		"--conntrack-max-per-core=0", "--conntrack-tcp-timeout-established=0s", "--conntrack-tcp-timeout-close-wait=0s", "--oom-score-adj=0",
 	}
-	// kube-proxy --cleanup does not set it back.
+	// kube-proxy --cleanup does not reset this sysctl.
 	const routeLocalnet = "/proc/sys/net/ipv4/conf/all/route_localnet"
 	before, err := p.output("cat", routeLocalnet)
 	s.must(err)
@@ -99,23 +99,23 @@ func newKubeProxy(s *scenario, mode, iptables string) *kubeProxy {
 	return p
 }
 
-// startAndWait starts kube-proxy, and returns when it has programmed the endpoints.
+// startAndWait starts kube-proxy and waits until it has programmed the endpoints.
 func (p *kubeProxy) startAndWait(endpoints ...*pod) {
 	p.scenario.Helper()
 	p.scenario.must(p.start())
 	p.waitProgrammed(endpoints...)
 }
 
-// waitProgrammed waits until kube-proxy has rules for the endpoints, in both families.
+// waitProgrammed waits until kube-proxy has rules for the endpoints in both families.
 func (p *kubeProxy) waitProgrammed(endpoints ...*pod) {
 	p.scenario.Helper()
-	const pause = 200 * time.Millisecond // leaves kube-proxy the processor
+	const pause = 200 * time.Millisecond // leaves CPU time to kube-proxy
 	p.scenario.eventually(func(context.Context) error {
 		var rules strings.Builder
 		for _, command := range p.rulesetCommands {
 			if command[0] == "nft" {
 				for _, family := range []string{"ip", "ip6"} {
-					out, _ := p.output("nft", "list", "table", family, "kube-proxy") // no table, no rules
+					out, _ := p.output("nft", "list", "table", family, "kube-proxy") // fails without a table, which means no rules
 					rules.WriteString(out)
 				}
 				continue
@@ -138,7 +138,7 @@ func (p *kubeProxy) waitProgrammed(endpoints ...*pod) {
 	})
 }
 
-// output returns the output of a command on the node.
+// output runs a command on the node and returns its output.
 func (p *kubeProxy) output(command ...string) (string, error) {
 	var out []byte
 	err := p.host.Do(func() (err error) {
@@ -157,8 +157,8 @@ func (p *kubeProxy) cleanUp() error {
 	return err
 }
 
-// checkRemoveCommand removes kube-proxy's rules by the commands that Fairlead names, and
-// checks that they do.
+// checkRemoveCommand removes kube-proxy's rules with the commands that Fairlead suggests, and
+// checks that none is left.
 func checkRemoveCommand(s *scenario, p *kubeProxy) {
 	s.Helper()
 	scan := func() []otherproxy.Rules {
@@ -185,7 +185,8 @@ func checkRemoveCommand(s *scenario, p *kubeProxy) {
 	}
 }
 
-// checkReaches makes connections, all of which have to end at one pod, from now on.
+// checkReaches makes several connections to each destination. Every connection must reach the
+// pod want.
 func (s *scenario) checkReaches(from *nettest.Host, to []destination, want *pod) {
 	s.Helper()
 	const attempts = 20
@@ -199,12 +200,12 @@ func (s *scenario) checkReaches(from *nettest.Host, to []destination, want *pod)
 			got[answer.Host]++
 		}
 		if got[want.Name] != attempts {
-			s.Errorf("%s from %s: reached %v, want %s alone", d, from.Name, got, want.Name)
+			s.Errorf("%s from %s: reached %v, want only %s", d, from.Name, got, want.Name)
 		}
 	}
 }
 
-// waitReachesAll waits until connections to all destinations end at this pod.
+// waitReachesAll waits until connections to every destination reach the pod.
 func (s *scenario) waitReachesAll(from *nettest.Host, to []destination, want *pod) {
 	s.Helper()
 	for _, d := range to {
@@ -212,8 +213,8 @@ func (s *scenario) waitReachesAll(from *nettest.Host, to []destination, want *po
 	}
 }
 
-// replace makes another pod of the app take the place of one, which still serves
-// the connections that it gets.
+// replace replaces the pod's endpoint by a new pod of the app. The old pod still serves
+// connections.
 func (p *pod) replace(app string) *pod {
 	p.scenario.Helper()
 	next := p.scenario.createPod(app)
@@ -222,8 +223,8 @@ func (p *pod) replace(app string) *pod {
 	return next
 }
 
-// expectLog returns a function that waits until a line that Fairlead logs from now on
-// has all of the parts.
+// expectLog returns a function that waits until Fairlead has logged a line with all of the
+// parts after the call of expectLog.
 func (s *scenario) expectLog(parts ...string) (wait func()) {
 	s.Helper()
 	info, err := os.Stat(s.fairlead.logFile)
@@ -240,13 +241,13 @@ func (s *scenario) expectLog(parts ...string) (wait func()) {
 					return nil
 				}
 			}
-			return fmt.Errorf("no line of the log has %q:\n%s", parts, s.fairlead.logTail())
+			return fmt.Errorf("no log line contains %q:\n%s", parts, s.fairlead.logTail())
 		})
 	}
 }
 
-// waitOtherProxyEvent waits until the Node has an Event about another proxy's rules
-// that names the mode and how to remove the rules.
+// waitOtherProxyEvent waits for an Event on the Node about the rules of another proxy. The
+// note must name the mode and the command that removes the rules.
 func (s *scenario) waitOtherProxyEvent(mode string) {
 	s.Helper()
 	s.eventually(func(ctx context.Context) error {
@@ -261,12 +262,12 @@ func (s *scenario) waitOtherProxyEvent(mode string) {
 				return nil
 			}
 		}
-		return fmt.Errorf("%d Events, none of which is about kube-proxy's mode %s", len(events.Items), mode)
+		return fmt.Errorf("none of %d Events is about kube-proxy in mode %s", len(events.Items), mode)
 	})
 }
 
-// TestKubeProxy runs the real kube-proxy beside, before and after Fairlead. The one
-// that runs decides where new connections go, and open ones stay where they are. See
+// TestKubeProxy runs the real kube-proxy before, after and at the same time as Fairlead. The
+// proxy that is running decides where new connections go; open connections continue. See
 // docs/rollback.md.
 func TestKubeProxy(t *testing.T) {
 	if os.Getenv(kubeProxyEnv) != "" {
@@ -288,9 +289,9 @@ func TestKubeProxy(t *testing.T) {
 				})
 			}
 			began := time.Now()
-			step := func(what string) {
+			step := func(description string) {
 				t.Helper()
-				t.Logf("after %s: %s", time.Since(began).Round(10*time.Millisecond), what)
+				t.Logf("after %s: %s", time.Since(began).Round(10*time.Millisecond), description)
 			}
 			web := s.createService("web", tcpAndUDP)
 			client, first := s.addClient(), s.createPod("web")
@@ -306,17 +307,17 @@ func TestKubeProxy(t *testing.T) {
 				defer conn.Close()
 				open = append(open, conn)
 			}
-			established := func() {
+			checkOpen := func() {
 				t.Helper()
 				for _, conn := range open {
 					if answer, err := conn.Ask(s.ctx); err != nil || answer.Host != first.Name {
-						t.Errorf("an open connection: answered by %q, error %v; want %s", answer.Host, err, first.Name)
+						t.Errorf("an open connection is answered by %q, error %v; want %s", answer.Host, err, first.Name)
 					}
 				}
 			}
 			load := s.startLoad(client, to[0], to[len(to)-1])
 
-			step("kube-proxy runs beside Fairlead, ends, and leaves its rules; the endpoints change while Fairlead is away")
+			step("kube-proxy runs in parallel and is killed, leaving its rules; the endpoints change while Fairlead is down")
 			logged := s.expectLog(found...)
 			kubeProxy.startAndWait(first)
 			logged()
@@ -330,9 +331,9 @@ func TestKubeProxy(t *testing.T) {
 			s.checkReaches(client, to, second)
 			logged()
 			metric(1)
-			established()
+			checkOpen()
 
-			step("Fairlead has been stopped, and kube-proxy starts with its own stale rules there")
+			step("Fairlead is stopped, and kube-proxy starts with its own stale rules")
 			args := s.fairlead.args
 			s.must(s.fairlead.stop())
 			s.fairlead.args = append(slices.Clone(args), "--give-way-after=1s")
@@ -343,10 +344,10 @@ func TestKubeProxy(t *testing.T) {
 			kubeProxy.startAndWait(second)
 			third := second.replace("web")
 			s.waitReachesAll(client, to, third)
-			established()
+			checkOpen()
 			s.fairlead.args = args
 
-			step("Fairlead takes over again, and kube-proxy --cleanup runs beside it")
+			step("Fairlead takes over again, and kube-proxy --cleanup runs in parallel")
 			s.must(s.start(s.ctx))
 			s.checkReaches(client, to, third)
 			s.must(kubeProxy.kill())
@@ -355,26 +356,26 @@ func TestKubeProxy(t *testing.T) {
 			logged()
 			metric(0)
 			s.checkReaches(client, to, third)
-			established()
+			checkOpen()
 
-			step("Fairlead is killed, and kube-proxy starts on a node without its rules")
+			step("Fairlead is killed, and kube-proxy starts on a node without its own rules")
 			s.must(s.fairlead.kill())
 			kubeProxy.startAndWait(third)
 			fourth := third.replace("web")
 			s.waitReachesAll(client, to, fourth)
-			established()
+			checkOpen()
 
-			step("fairlead cleanup ends the way back")
+			step("fairlead cleanup completes the rollback")
 			_, err := kubeProxy.output(s.fairlead.binary, "cleanup")
 			s.must(err)
 			s.checkReaches(client, to, fourth)
-			established()
+			checkOpen()
 			s.must(kubeProxy.kill())
 			s.must(s.start(s.ctx))
 			s.checkReaches(client, to, fourth)
 			checkRemoveCommand(s, kubeProxy)
 			s.checkReaches(client, to, fourth)
-			established()
+			checkOpen()
 			s.stopLoad(load)
 		})
 	}

@@ -15,8 +15,9 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// A ServiceCIDR that has the addresses of pods and of this node in it takes no
-// connections from them: what it drops are connections to its other addresses.
+// TestServiceCIDROverlap checks that connections to pods and to this node work if a
+// ServiceCIDR contains their addresses, while connections to its unused addresses are
+// dropped.
 func TestServiceCIDROverlap(t *testing.T) {
 	s := newScenario(t, sharedCluster)
 	client, server := s.addClient(), s.createPod("web")
@@ -46,14 +47,15 @@ func TestServiceCIDROverlap(t *testing.T) {
 			return err
 		})
 	}
-	// The ServiceCIDRs are programmed when what nobody has is dropped, not routed.
+	// The ServiceCIDRs are programmed once connections to an unused address are dropped
+	// instead of routed.
 	s.eventually(func(ctx context.Context) error {
 		if err := connects(unused); !errors.Is(err, nettest.ErrTimeout) {
-			return fmt.Errorf("connection to %s: error %w, want none to answer", unused, err)
+			return fmt.Errorf("connection to %s: error %w, want a timeout", unused, err)
 		}
 		dropped, err := s.fairlead.metric(ctx, "fairlead_unserved_packets_total", `reason="dropped-no-service"`, `ip_family="IPv4"`)
 		if err == nil && dropped == 0 {
-			err = errors.New("nothing was dropped")
+			err = errors.New("no packet was dropped")
 		}
 		return err
 	})

@@ -24,11 +24,10 @@ import (
 	"fairlead.io/fairlead/test/controlplane"
 )
 
-// commitsMetric counts what is written to the kernel, by both Fairlead and
-// kube-proxy.
+// commitsMetric counts writes to the kernel, both by Fairlead and by kube-proxy.
 const commitsMetric = "kubeproxy_sync_proxy_rules_duration_seconds_count"
 
-// forEachParallel calls fn for each number below n, some at a time.
+// forEachParallel calls fn for each number below n, with limited concurrency.
 func forEachParallel(ctx context.Context, n int, fn func(ctx context.Context, i int) error) error {
 	const workers = 16
 	group, ctx := errgroup.WithContext(ctx)
@@ -39,7 +38,7 @@ func forEachParallel(ctx context.Context, n int, fn func(ctx context.Context, i 
 	return group.Wait()
 }
 
-// addrPlus returns the address so many after a first one.
+// addrPlus returns the nth address after first.
 func addrPlus(first netip.Addr, n int) netip.Addr {
 	bytes := first.AsSlice()
 	for i := len(bytes) - 1; n > 0; i-- {
@@ -50,13 +49,12 @@ func addrPlus(first netip.Addr, n int) netip.Addr {
 	return addr
 }
 
-// A thousand pods of one Service come and go: far fewer commits than changes, and
-// the Service works meanwhile.
+// TestBurst creates and deletes a thousand pods of one Service. Fairlead must commit at most
+// once per changed EndpointSlice, and another Service must work meanwhile.
 func TestBurst(t *testing.T) {
 	const pods = 1000
 	s := newScenario(t, sharedCluster)
-	// The pods are selected by a Service that nobody connects to: they are only
-	// objects.
+	// The pods of this Service are only API objects; no client connects to it.
 	crowd := s.createService("crowd")
 	web := s.createService("web")
 	client, only := s.addClient(), s.createPod("web")
@@ -66,7 +64,7 @@ func TestBurst(t *testing.T) {
 		s.must(err)
 		return int(n)
 	}
-	programmed := func(want int) {
+	waitProgrammed := func(want int) {
 		t.Helper()
 		s.eventually(func(ctx context.Context) error { return s.checkReadyEndpoints(ctx, crowd.Name, want) })
 		if want == 0 {
@@ -90,26 +88,26 @@ func TestBurst(t *testing.T) {
 		return s.setStatus(ctx, name, true,
 			addrPlus(netip.MustParseAddr("198.18.0.1"), i), addrPlus(netip.MustParseAddr("2001:db8:18::1"), i))
 	}))
-	programmed(pods)
+	waitProgrammed(pods)
 	up, upChanges := commits()-before, int(changes.Swap(0))
-	t.Logf("%d pods came within %s: %d changes of EndpointSlices, %d commits", pods, time.Since(start).Round(time.Millisecond), upChanges, up)
+	t.Logf("created %d pods within %s: %d changes of EndpointSlices, %d commits", pods, time.Since(start).Round(time.Millisecond), upChanges, up)
 
 	start, before = time.Now(), commits()
 	s.must(s.api.CoreV1().Pods(s.namespace).DeleteCollection(s.ctx,
 		metav1.DeleteOptions{GracePeriodSeconds: new(int64(0))}, metav1.ListOptions{LabelSelector: "app=crowd"}))
-	programmed(0)
+	waitProgrammed(0)
 	down, downChanges := commits()-before, int(changes.Swap(0))
-	t.Logf("%d pods went within %s: %d changes of EndpointSlices, %d commits", pods, time.Since(start).Round(time.Millisecond), downChanges, down)
+	t.Logf("deleted %d pods within %s: %d changes of EndpointSlices, %d commits", pods, time.Since(start).Round(time.Millisecond), downChanges, down)
 	s.stopLoad(load)
 
-	// How many changes of EndpointSlices it takes is the controller's doing. Each
-	// may be programmed at once, but not one endpoint after the other.
+	// The controller decides how many changes of EndpointSlices it makes. Fairlead may commit
+	// each of them at once, but not endpoint by endpoint.
 	if up > upChanges || down > downChanges {
-		t.Errorf("%d commits for %d changes, then %d for %d: want at most one a change", up, upChanges, down, downChanges)
+		t.Errorf("%d commits for %d changes, then %d for %d: want at most one per change", up, upChanges, down, downChanges)
 	}
 }
 
-// countSliceChanges counts the changes of the scenario's EndpointSlices.
+// countSliceChanges starts to count changes of the scenario's EndpointSlices.
 func (s *scenario) countSliceChanges() *atomic.Int64 {
 	s.Helper()
 	changes := new(atomic.Int64)
@@ -128,8 +126,8 @@ func (s *scenario) countSliceChanges() *atomic.Int64 {
 	return changes
 }
 
-// storedServices returns Services and their EndpointSlices as the API server
-// stores them.
+// storedServices returns Services and their EndpointSlices in the form that the API server
+// stores.
 func storedServices(t *testing.T, services, endpoints int) map[string][]byte {
 	t.Helper()
 	const namespace = "default"
@@ -162,7 +160,7 @@ func storedServices(t *testing.T, services, endpoints int) map[string][]byte {
 		})
 		slice := &discoveryv1.EndpointSlice{
 			TypeMeta: metav1.TypeMeta{APIVersion: "discovery.k8s.io/v1", Kind: "EndpointSlice"},
-			// Labels are as the controller writes them.
+			// The labels are those of the EndpointSlice controller.
 			ObjectMeta: meta(name+"-x7c9d", "00000000-0001", i, map[string]string{
 				discoveryv1.LabelServiceName: name, discoveryv1.LabelManagedBy: "endpointslice-controller.k8s.io",
 			}),
@@ -182,13 +180,13 @@ func storedServices(t *testing.T, services, endpoints int) map[string][]byte {
 	return stored
 }
 
-// TestMemory measures what the whole program has resident with 10,000 Services of
-// 10 endpoints each.
+// TestMemory measures the resident memory of the program with 10,000 Services of 10 endpoints
+// each.
 func TestMemory(t *testing.T) {
 	const (
 		services, endpoints = 10_000, 10
 		goal                = 150e6
-		tolerated           = 400e6 // so that it fails for what is wrong, not for a busy machine
+		tolerated           = 400e6 // fails on a defect, not on a busy machine
 	)
 	c, err := newCluster(t.Context(), controlplane.Options{})
 	t.Cleanup(func() {
@@ -209,11 +207,11 @@ func TestMemory(t *testing.T) {
 	if err := c.start(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	t.Logf("programmed %s after the start", time.Since(start).Round(10*time.Millisecond))
+	t.Logf("programmed %s after starting", time.Since(start).Round(10*time.Millisecond))
 	s := newScenario(t, c)
 	web := s.createService("web", func(v *corev1.Service) {
 		v.Spec.Selector = nil
-		// The API server knows nothing of the addresses that were stored.
+		// The API server's allocator does not know the addresses of the stored Services.
 		v.Spec.ClusterIP = "10.96.200.1"
 		v.Spec.IPFamilyPolicy = new(corev1.IPFamilyPolicySingleStack)
 	})
@@ -221,16 +219,16 @@ func TestMemory(t *testing.T) {
 	s.createSlice("web", sliceEndpoint{only, thisZone})
 	start = time.Now()
 	s.waitReaches(s.addClient(), tcpTo(web.addrPort(80)), only)
-	t.Logf("one more Service works %s after it was created", time.Since(start).Round(time.Millisecond))
+	t.Logf("another Service works %s after it was created", time.Since(start).Round(time.Millisecond))
 
 	peak, now, err := c.fairlead.residentMemory()
 	if err != nil {
 		t.Fatal(err)
 	}
 	const mega = 1e6
-	t.Logf("resident memory with %d Services of %d endpoints: %.0f MB now, %.0f MB at most; the goal is %.0f MB",
+	t.Logf("resident memory with %d Services of %d endpoints: now %.0f MB, peak %.0f MB, goal %.0f MB",
 		services, endpoints, float64(now)/mega, float64(peak)/mega, goal/mega)
 	if peak > tolerated {
-		t.Errorf("%d bytes were resident, want at most %.0f", peak, tolerated)
+		t.Errorf("peak resident memory is %d bytes, want at most %.0f", peak, tolerated)
 	}
 }

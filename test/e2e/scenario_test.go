@@ -23,8 +23,7 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// scenario is a test with a Kubernetes namespace for itself. Its methods fail
-// the test when something does not work.
+// scenario is a test with its own Kubernetes namespace. Its methods fail the test on errors.
 type scenario struct {
 	testing.TB
 	*cluster
@@ -32,16 +31,15 @@ type scenario struct {
 	namespace string
 
 	mu        sync.Mutex
-	hostCount int // of pods made
+	hostCount int // pods and clients created so far
 }
 
-// newScenario makes a scenario in the cluster. What it makes is gone when the
-// test ends.
+// newScenario creates a scenario in the cluster. The end of the test deletes its objects.
 func newScenario(t testing.TB, c *cluster) *scenario {
 	t.Helper()
 	s := &scenario{TB: t, cluster: c, ctx: t.Context()}
 	if !c.fairlead.running() {
-		t.Logf("an earlier test has left Fairlead stopped; its log ends:\n%s", c.fairlead.logTail())
+		t.Logf("an earlier test left Fairlead stopped; end of its log:\n%s", c.fairlead.logTail())
 		s.must(c.start(s.ctx))
 	}
 	name := strings.Trim(strings.Map(func(r rune) rune {
@@ -96,7 +94,8 @@ type service struct {
 	scenario *scenario
 }
 
-// tcpPort is a Service's TCP port and the one that pods serve it on.
+// tcpPort returns a TCP port of a Service. target is the number or the name of the pods'
+// port.
 func tcpPort(number int32, target any) corev1.ServicePort {
 	p := corev1.ServicePort{Name: fmt.Sprintf("tcp-%d", number), Port: number}
 	switch to := target.(type) {
@@ -108,14 +107,14 @@ func tcpPort(number int32, target any) corev1.ServicePort {
 	return p
 }
 
-// asUDP makes a port one of UDP.
+// asUDP returns a copy of a port with the protocol UDP.
 func asUDP(p corev1.ServicePort) corev1.ServicePort {
 	p.Name, p.Protocol = strings.Replace(p.Name, "tcp", "udp", 1), corev1.ProtocolUDP
 	return p
 }
 
-// createService creates a Service that selects the pods of the app of the same name.
-// It has both families and port 80 unless change says otherwise.
+// createService creates a Service that selects the pods of the app with the same name. By
+// default it is dual-stack and has port 80.
 func (s *scenario) createService(name string, change ...func(*corev1.Service)) *service {
 	s.Helper()
 	object := &corev1.Service{
@@ -134,7 +133,7 @@ func (s *scenario) createService(name string, change ...func(*corev1.Service)) *
 	return &service{Service: created, scenario: s}
 }
 
-// update changes the Service.
+// update changes the Service in the API.
 func (v *service) update(change func(*corev1.Service)) {
 	v.scenario.Helper()
 	v.scenario.eventually(func(ctx context.Context) error {
@@ -151,8 +150,8 @@ func (v *service) update(change func(*corev1.Service)) {
 	})
 }
 
-// setIngress writes the addresses of a load balancer into the status, as a cloud's
-// controller does.
+// setIngress writes the addresses of a load balancer to the status, as a cloud controller
+// does.
 func (v *service) setIngress(addrs ...string) {
 	v.scenario.Helper()
 	ingress := make([]map[string]any, 0, len(addrs))
@@ -169,10 +168,10 @@ func (v *service) delete() {
 	v.scenario.must(v.scenario.api.CoreV1().Services(v.Namespace).Delete(v.scenario.ctx, v.Name, metav1.DeleteOptions{}))
 }
 
-// addrPort returns the Service's cluster IP of the first family, with the port.
+// addrPort returns the cluster IP of the first family with a port.
 func (v *service) addrPort(number uint16) netip.AddrPort { return v.addrPorts(number)[0] }
 
-// addrPorts returns the Service's cluster IPs of each family, with the port.
+// addrPorts returns the cluster IPs of all families with a port.
 func (v *service) addrPorts(number uint16) []netip.AddrPort {
 	addrs := make([]netip.AddrPort, 0, len(v.Spec.ClusterIPs))
 	for _, ip := range v.Spec.ClusterIPs {
@@ -181,14 +180,14 @@ func (v *service) addrPorts(number uint16) []netip.AddrPort {
 	return addrs
 }
 
-// pod is a Pod, and the namespace that is it.
+// pod is a Pod and its network namespace.
 type pod struct {
-	*nettest.Host // its Name is how it answers
+	*nettest.Host // answers with its Name
 	scenario      *scenario
-	objectName    string // the Pod's name
+	objectName    string // the name of the Pod object
 }
 
-// podOptions say what a pod is like.
+// podOptions configures a pod.
 type podOptions struct {
 	node     string
 	notReady bool
@@ -199,22 +198,22 @@ func onOtherNode(o *podOptions) { o.node = otherNode }
 
 func notReady(o *podOptions) { o.notReady = true }
 
-// withTCPPort gives the pod a named port for TCP, and withUDPPort one for UDP, in place
-// of 8080.
+// withTCPPort gives the pod a named TCP port instead of 8080.
 func withTCPPort(name string, number int32) func(*podOptions) {
 	return func(o *podOptions) {
 		o.ports = append(o.ports, corev1.ContainerPort{Name: name, ContainerPort: number, Protocol: corev1.ProtocolTCP})
 	}
 }
 
+// withUDPPort gives the pod a named UDP port instead of 8080.
 func withUDPPort(name string, number int32) func(*podOptions) {
 	return func(o *podOptions) {
 		o.ports = append(o.ports, corev1.ContainerPort{Name: name, ContainerPort: number, Protocol: corev1.ProtocolUDP})
 	}
 }
 
-// createPod creates a Pod of an app, on this node, which serves TCP and UDP on port
-// 8080, is running and ready, unless an option says otherwise.
+// createPod creates a Pod of an app. By default it runs on this node, is ready, and serves
+// TCP and UDP on port 8080.
 func (s *scenario) createPod(app string, options ...func(*podOptions)) *pod {
 	s.Helper()
 	o := podOptions{node: thisNode}
@@ -241,7 +240,7 @@ func (s *scenario) createPod(app string, options ...func(*podOptions)) *pod {
 		ObjectMeta: metav1.ObjectMeta{Name: name, Namespace: s.namespace, Labels: map[string]string{"app": app}},
 		Spec: corev1.PodSpec{
 			NodeName:                      o.node,
-			TerminationGracePeriodSeconds: new(int64(600)), // the test decides when it is gone
+			TerminationGracePeriodSeconds: new(int64(600)), // the test decides when the pod is removed
 			Containers:                    []corev1.Container{{Name: "web", Image: "test", Ports: o.ports}},
 		},
 	}
@@ -255,7 +254,7 @@ func (s *scenario) createPod(app string, options ...func(*podOptions)) *pod {
 	return p
 }
 
-// createPods creates several Pods of an app on this node.
+// createPods creates n Pods of an app on this node.
 func (s *scenario) createPods(app string, n int) []*pod {
 	s.Helper()
 	pods := make([]*pod, 0, n)
@@ -265,8 +264,7 @@ func (s *scenario) createPods(app string, n int) []*pod {
 	return pods
 }
 
-// addClient is a pod that serves nothing and no Service selects. Each call makes
-// another.
+// addClient adds a host to the pod network that serves nothing and that no Service selects.
 func (s *scenario) addClient() *nettest.Host {
 	s.Helper()
 	s.mu.Lock()
@@ -283,13 +281,13 @@ func (s *scenario) addClient() *nettest.Host {
 	return host
 }
 
-// setReady writes what a kubelet writes about a running Pod.
+// setReady writes the status of a running Pod, as a kubelet does.
 func (p *pod) setReady(ready bool) {
 	p.scenario.Helper()
 	p.scenario.must(p.scenario.setStatus(p.scenario.ctx, p.objectName, ready, p.Addrs()...))
 }
 
-// setStatus makes a Pod one that runs, with these addresses.
+// setStatus sets the status of a Pod to running, with these addresses.
 func (s *scenario) setStatus(ctx context.Context, name string, ready bool, addrs ...netip.Addr) error {
 	condition := corev1.ConditionFalse
 	if ready {
@@ -314,21 +312,21 @@ func (p *pod) markReady() { p.scenario.Helper(); p.setReady(true) }
 // markNotReady makes the Pod not ready, as a failing readiness probe does.
 func (p *pod) markNotReady() { p.scenario.Helper(); p.setReady(false) }
 
-// terminate begins the Pod's end: it is deleted and still there, serves, and
-// its kubelet waits for it.
+// terminate deletes the Pod with a grace period: it still serves, and its kubelet waits for
+// it.
 func (p *pod) terminate() {
 	p.scenario.Helper()
 	p.scenario.must(p.scenario.api.CoreV1().Pods(p.scenario.namespace).Delete(p.scenario.ctx, p.objectName, metav1.DeleteOptions{}))
 }
 
-// remove removes the Pod, and with it the server.
+// remove removes the Pod and its server.
 func (p *pod) remove() {
 	p.scenario.Helper()
 	p.scenario.must(p.scenario.api.CoreV1().Pods(p.scenario.namespace).Delete(p.scenario.ctx, p.objectName, metav1.DeleteOptions{GracePeriodSeconds: new(int64(0))}))
 	p.scenario.must(p.Close())
 }
 
-// destination is what a client connects to.
+// destination is the network and address that a client connects to.
 type destination struct {
 	network string
 	addr    netip.AddrPort
@@ -340,12 +338,12 @@ func udpTo(addr netip.AddrPort) destination { return destination{nettest.UDP, ad
 func (d destination) String() string { return d.network + " " + d.addr.String() }
 
 const (
-	// attemptTimeout bounds an attempt that may be made again. A connection that was begun
-	// before its Service was programmed gets no answer for long: the node's
-	// connection tracking remembers where its first packet went.
+	// attemptTimeout bounds an attempt that is retried. A connection that began before its
+	// Service was programmed gets no answer for long: connection tracking on the node
+	// remembers where the first packet went.
 	attemptTimeout = 500 * time.Millisecond
-	// connectTimeout bounds an attempt that must go well. A lost packet is sent again after
-	// a second.
+	// connectTimeout bounds an attempt that must succeed. A lost packet is sent again after
+	// one second.
 	connectTimeout = 5 * time.Second
 )
 
@@ -355,8 +353,7 @@ func connect(ctx context.Context, from *nettest.Host, to destination, within tim
 	return from.Connect(ctx, to.network, to.addr)
 }
 
-// waitReaches waits until connections end at these pods: at all of them, and at no
-// other.
+// waitReaches waits until connections reach all of these pods and no others.
 func (s *scenario) waitReaches(from *nettest.Host, to destination, want ...*pod) {
 	s.Helper()
 	names := map[string]bool{}
@@ -365,34 +362,34 @@ func (s *scenario) waitReaches(from *nettest.Host, to destination, want ...*pod)
 	}
 	s.eventually(func(ctx context.Context) error {
 		got := map[string]int{}
-		// Of so many connections at random, one misses a pod once in a hundred
-		// rounds; then there is another round.
+		// This many random connections miss a pod in about one of a hundred rounds. Then
+		// another round follows.
 		for range max(10, 7*len(want)) {
 			answer, err := connect(ctx, from, to, attemptTimeout)
 			if err != nil {
-				return fmt.Errorf("%d connections went well, then: %w", len(got), err)
+				return fmt.Errorf("%d hosts answered, then: %w", len(got), err)
 			}
 			got[answer.Host]++
 		}
 		for name := range names {
 			if got[name] == 0 {
-				return fmt.Errorf("%s from %s: %s is not reached, but %v", to, from.Name, name, got)
+				return fmt.Errorf("%s from %s: %s is not reached; reached %v", to, from.Name, name, got)
 			}
 		}
 		if len(got) != len(names) {
-			return fmt.Errorf("%s from %s: others are reached: %v, want %v", to, from.Name, got, slices.Collect(maps.Keys(names)))
+			return fmt.Errorf("%s from %s: reached %v, want %v", to, from.Name, got, slices.Collect(maps.Keys(names)))
 		}
 		return nil
 	})
 }
 
-// waitRefused waits until connections are turned down at once.
+// waitRefused waits until connections are refused.
 func (s *scenario) waitRefused(from *nettest.Host, to destination) {
 	s.Helper()
 	s.waitFails(from, to, nettest.ErrRefused)
 }
 
-// waitUnanswered waits until connections get no answer.
+// waitUnanswered waits until connections time out.
 func (s *scenario) waitUnanswered(from *nettest.Host, to destination) {
 	s.Helper()
 	s.waitFails(from, to, nettest.ErrTimeout)
@@ -415,7 +412,7 @@ func (s *scenario) waitFails(from *nettest.Host, to destination, wants ...error)
 	})
 }
 
-// clientLoad is clients that connect all the time.
+// clientLoad is a set of clients that connect continuously.
 type clientLoad struct {
 	stop        chan struct{}
 	wg          sync.WaitGroup
@@ -425,8 +422,8 @@ type clientLoad struct {
 	failures []error
 }
 
-// startLoad connects to all destinations, one connection after the other each, until
-// the load is stopped. Every connection must go well.
+// startLoad starts a client for each destination. Each client makes one connection after the
+// other until stopLoad, and every connection must succeed.
 func (s *scenario) startLoad(from *nettest.Host, to ...destination) *clientLoad {
 	l := &clientLoad{stop: make(chan struct{})}
 	for _, d := range to {
@@ -450,13 +447,13 @@ func (s *scenario) startLoad(from *nettest.Host, to ...destination) *clientLoad 
 	return l
 }
 
-// stopLoad stops the load and fails the test if any connection did.
+// stopLoad stops the load. It fails the test if a connection failed.
 func (s *scenario) stopLoad(l *clientLoad) {
 	s.Helper()
 	close(l.stop)
 	l.wg.Wait()
 	if len(l.failures) > 0 {
-		s.Errorf("%d of %d connections failed, the first: %v", len(l.failures), l.connections.Load(), l.failures[0])
+		s.Errorf("%d of %d connections failed; first error: %v", len(l.failures), l.connections.Load(), l.failures[0])
 	}
 	const enough = 50
 	if l.connections.Load() < enough {
@@ -465,8 +462,7 @@ func (s *scenario) stopLoad(l *clientLoad) {
 	s.Logf("%d connections", l.connections.Load())
 }
 
-// waitEvent waits for a Warning Event about the Service whose message has all of
-// the parts.
+// waitEvent waits for a Warning Event on the Service whose note contains all of the parts.
 func (v *service) waitEvent(parts ...string) {
 	v.scenario.Helper()
 	v.scenario.eventually(func(ctx context.Context) error {
@@ -489,6 +485,6 @@ func (v *service) waitEvent(parts ...string) {
 			}
 			return nil
 		}
-		return fmt.Errorf("no Warning about Service %s with %q, but:\n%s", v.Name, parts, strings.Join(seen, "\n"))
+		return fmt.Errorf("no Warning Event on Service %s contains %q; Events:\n%s", v.Name, parts, strings.Join(seen, "\n"))
 	})
 }

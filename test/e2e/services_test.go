@@ -18,8 +18,8 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// A Service is reached from pods, from the node and from outside, over TCP and
-// UDP, at its cluster IPs of both families.
+// TestClusterIP checks that pods, the node and the outside host reach a Service over TCP and
+// UDP at its cluster IPs of both families.
 func TestClusterIP(t *testing.T) {
 	t.Parallel()
 	s := newScenario(t, sharedCluster)
@@ -36,7 +36,7 @@ func TestClusterIP(t *testing.T) {
 	}
 }
 
-// A pod that connects to its own Service reaches itself too.
+// TestHairpin checks that a pod can reach itself through its own Service.
 func TestHairpin(t *testing.T) {
 	t.Parallel()
 	s := newScenario(t, sharedCluster)
@@ -47,8 +47,8 @@ func TestHairpin(t *testing.T) {
 	}
 }
 
-// Pods see the addresses of pods that connect, and an address of the node in
-// place of others'.
+// TestSourceAddress checks that pods see the addresses of clients that are pods, and an
+// address of the node for all other clients.
 func TestSourceAddress(t *testing.T) {
 	t.Parallel()
 	s := newScenario(t, sharedCluster)
@@ -72,8 +72,8 @@ func TestSourceAddress(t *testing.T) {
 	}
 }
 
-// Each port leads to its own target port, which a number or a name says; a name
-// means what each pod says it means.
+// TestTargetPorts checks numeric and named target ports. A name can have a different port
+// number in each pod.
 func TestTargetPorts(t *testing.T) {
 	t.Parallel()
 	s := newScenario(t, sharedCluster)
@@ -99,17 +99,18 @@ func TestTargetPorts(t *testing.T) {
 		s.eventually(func(ctx context.Context) error {
 			answer, err := connect(ctx, client, tc.to, attemptTimeout)
 			if err == nil && answer.Host != tc.pod.Name {
-				err = errors.New("another pod's turn")
+				err = errors.New("another pod answered")
 			}
 			if err == nil && answer.Endpoint.Port() != tc.want {
-				t.Errorf("%s ends at %s, want port %d", tc.to, answer.Endpoint, tc.want)
+				t.Errorf("%s reaches %s, want port %d", tc.to, answer.Endpoint, tc.want)
 			}
 			return err
 		})
 	}
 }
 
-// Connections are refused while a Service has no pods, and follow those it has.
+// TestScale checks that connections are refused while a Service has no pods, and otherwise
+// follow the pods.
 func TestScale(t *testing.T) {
 	t.Parallel()
 	s := newScenario(t, sharedCluster)
@@ -143,9 +144,9 @@ func TestScale(t *testing.T) {
 	check(s.createPod("web"))
 }
 
-// A rolling update as a Deployment makes it: each new pod is ready before an old
-// one is deleted, and an old one serves until nobody connects to it any more. No
-// connection fails, and those that are open go on.
+// TestRollingUpdate replaces pods like a Deployment: each new pod is ready before an old one
+// is deleted, and an old pod serves until no client connects to it any more. No connection
+// may fail, and open connections must continue.
 func TestRollingUpdate(t *testing.T) {
 	t.Parallel()
 	s := newScenario(t, sharedCluster)
@@ -178,10 +179,10 @@ func TestRollingUpdate(t *testing.T) {
 	s.stopLoad(load)
 }
 
-// openTo returns a connection that ends at the pod.
+// openTo returns an open connection that reaches the pod.
 func (s *scenario) openTo(from *nettest.Host, to destination, want *pod) *nettest.Conn {
 	s.Helper()
-	var found *nettest.Conn
+	var opened *nettest.Conn
 	s.eventually(func(ctx context.Context) error {
 		conn, err := from.Open(ctx, to.network, to.addr)
 		if err != nil {
@@ -189,16 +190,16 @@ func (s *scenario) openTo(from *nettest.Host, to destination, want *pod) *nettes
 		}
 		answer, err := conn.Ask(ctx)
 		if err == nil && answer.Host == want.Name {
-			found = conn
+			opened = conn
 			return nil
 		}
 		return errors.Join(fmt.Errorf("reached %s: %w", answer.Host, err), conn.Close())
 	})
-	return found
+	return opened
 }
 
-// A pod that is not ready gets no new connection, and keeps those it has. A
-// Service that publishes addresses that are not ready does not mind.
+// TestReadiness checks that a pod that is not ready gets no new connections and keeps its
+// open ones, unless the Service has publishNotReadyAddresses.
 func TestReadiness(t *testing.T) {
 	t.Parallel()
 	s := newScenario(t, sharedCluster)
@@ -228,7 +229,8 @@ func TestReadiness(t *testing.T) {
 	s.waitReaches(client, tcpTo(web.addrPort(80)), first)
 }
 
-// When all pods that are left terminate, those that still serve are used.
+// TestTerminatingEndpoints checks that terminating pods that are still serving get
+// connections if no other pods are left.
 func TestTerminatingEndpoints(t *testing.T) {
 	t.Parallel()
 	s := newScenario(t, sharedCluster)
@@ -253,8 +255,8 @@ func TestTerminatingEndpoints(t *testing.T) {
 	s.waitRefused(client, tcpTo(web.addrPort(80)))
 }
 
-// With internalTrafficPolicy Local only the node's own pods serve; without any,
-// connections get no answer.
+// TestInternalTrafficPolicyLocal checks that with internalTrafficPolicy Local only pods on
+// the client's node serve, and that without such pods connections are dropped.
 func TestInternalTrafficPolicyLocal(t *testing.T) {
 	t.Parallel()
 	s := newScenario(t, sharedCluster)
@@ -277,10 +279,10 @@ func TestInternalTrafficPolicyLocal(t *testing.T) {
 	s.waitReaches(client, tcpTo(web.addrPort(80)), here)
 }
 
-// With trafficDistribution PreferSameZone connections stay in the node's zone
-// while it has pods, and follow when the node is said to be in another.
+// TestTopology checks that with trafficDistribution PreferSameZone connections stay in the
+// node's zone while it has pods, and follow the node's zone label.
 //
-// It changes the Node, and so does not run beside others.
+// It changes the Node, so it does not run in parallel.
 func TestTopology(t *testing.T) {
 	s := newScenario(t, sharedCluster)
 	zone := func(name string) {
@@ -293,7 +295,7 @@ func TestTopology(t *testing.T) {
 		v.Spec.TrafficDistribution = new(corev1.ServiceTrafficDistributionPreferSameZone)
 	})
 	client := s.addClient()
-	// The controller knows a pod's zone by its node; there is one in each.
+	// The controller derives a pod's zone from its node; each zone has one pod.
 	here, there := s.createPod("web"), s.createPod("web", onOtherNode)
 	s.waitReaches(client, tcpTo(web.addrPort(80)), here)
 	here.markNotReady()
@@ -301,7 +303,7 @@ func TestTopology(t *testing.T) {
 	here.markReady()
 	s.waitReaches(client, tcpTo(web.addrPort(80)), here)
 
-	// PreferSameNode: hints name nodes, and zones matter no more.
+	// With PreferSameNode, hints name nodes, and zones do not matter.
 	web.update(func(v *corev1.Service) {
 		v.Spec.TrafficDistribution = new(corev1.ServiceTrafficDistributionPreferSameNode)
 	})
@@ -309,7 +311,7 @@ func TestTopology(t *testing.T) {
 	web.update(func(v *corev1.Service) { v.Spec.TrafficDistribution = nil })
 	s.waitReaches(client, tcpTo(web.addrPort(80)), here, there)
 
-	// A slice of the test's own, whose hints no controller changes with the Node.
+	// The test writes this EndpointSlice, so no controller changes its hints with the Node.
 	fixed := s.createService("fixed", func(v *corev1.Service) { v.Spec.Selector = nil })
 	s.createSlice("fixed", sliceEndpoint{here, thisZone}, sliceEndpoint{there, otherZone})
 	t.Cleanup(func() { zone(thisZone) })
@@ -322,8 +324,8 @@ func TestTopology(t *testing.T) {
 	s.waitReaches(client, tcpTo(fixed.addrPort(80)), here)
 }
 
-// A Service has the families it asks for, in its order, and can get the second
-// and lose it again.
+// TestIPFamilies checks that a Service has its requested families in the requested order, and
+// that the second family can be added and removed.
 func TestIPFamilies(t *testing.T) {
 	t.Parallel()
 	s := newScenario(t, sharedCluster)
@@ -349,7 +351,7 @@ func TestIPFamilies(t *testing.T) {
 	s.waitReaches(client, tcpTo(both[0]), only)
 }
 
-// A port that is changed moves, and one that is removed goes.
+// TestPortsChange checks that ports of a Service can be changed and removed.
 func TestPortsChange(t *testing.T) {
 	t.Parallel()
 	s := newScenario(t, sharedCluster)
@@ -365,35 +367,35 @@ func TestPortsChange(t *testing.T) {
 	s.waitReaches(client, tcpTo(web.addrPort(80)), only)
 }
 
-// A deleted Service is not reached; another of the same name is, at its own
-// address or at the one that was free again.
+// TestDeleteAndRecreate checks that a deleted Service does not answer, and that a new Service
+// of the same name does, even at the same address.
 func TestDeleteAndRecreate(t *testing.T) {
 	t.Parallel()
 	s := newScenario(t, sharedCluster)
 	web := s.createService("web")
 	only, client := s.createPod("web"), s.addClient()
 	s.waitReaches(client, tcpTo(web.addrPort(80)), only)
-	was := web.addrPorts(80)
+	addrs := web.addrPorts(80)
 	web.delete()
-	for _, addr := range was {
+	for _, addr := range addrs {
 		s.waitFails(client, tcpTo(addr), nettest.ErrRefused, nettest.ErrTimeout)
 	}
-	// Not only the address is as before: the new one differs in nothing but
-	// its UID, and the old one's EndpointSlices may still be there.
+	// The new Service differs only in its UID, and the EndpointSlices of the old one may
+	// still exist.
 	web = s.createService("web", func(v *corev1.Service) {
-		v.Spec.ClusterIP, v.Spec.ClusterIPs = was[0].Addr().String(), []string{was[0].Addr().String(), was[1].Addr().String()}
+		v.Spec.ClusterIP, v.Spec.ClusterIPs = addrs[0].Addr().String(), []string{addrs[0].Addr().String(), addrs[1].Addr().String()}
 	})
-	for _, addr := range was {
+	for _, addr := range addrs {
 		s.waitReaches(client, tcpTo(addr), only)
 	}
-	// At once, and with another port.
+	// Recreate it immediately with another port.
 	web.delete()
 	web = s.createService("web", func(v *corev1.Service) { v.Spec.Ports = []corev1.ServicePort{tcpPort(90, 8080)} })
 	s.waitReaches(client, tcpTo(web.addrPort(90)), only)
-	s.waitFails(client, tcpTo(was[0]), nettest.ErrRefused, nettest.ErrTimeout)
+	s.waitFails(client, tcpTo(addrs[0]), nettest.ErrRefused, nettest.ErrTimeout)
 }
 
-// A selector that changes brings other pods.
+// TestSelectorChanges checks that connections follow a changed selector.
 func TestSelectorChanges(t *testing.T) {
 	t.Parallel()
 	s := newScenario(t, sharedCluster)
@@ -404,8 +406,8 @@ func TestSelectorChanges(t *testing.T) {
 	s.waitReaches(client, tcpTo(web.addrPort(80)), green)
 }
 
-// A Service that another program carries is left to it, from the moment it says
-// so.
+// TestServiceProxyName checks that Fairlead ignores a Service with a service-proxy-name label
+// as soon as the label is set.
 func TestServiceProxyName(t *testing.T) {
 	t.Parallel()
 	s := newScenario(t, sharedCluster)
@@ -420,7 +422,8 @@ func TestServiceProxyName(t *testing.T) {
 	s.waitReaches(client, tcpTo(web.addrPort(80)), only)
 }
 
-// The API server is reached through its own Service, which has no selector.
+// TestKubernetesService checks that the API server is reachable through its own Service,
+// which has no selector.
 func TestKubernetesService(t *testing.T) {
 	t.Parallel()
 	s := newScenario(t, sharedCluster)
@@ -440,12 +443,12 @@ func TestKubernetesService(t *testing.T) {
 		if err := secure.HandshakeContext(ctx); err != nil {
 			return err
 		}
-		// The handshake proves by its certificate who has answered.
+		// The certificate in the handshake proves that the API server has answered.
 		return secure.Close()
 	})
 }
 
-// A network that is added to those of Services is served at once.
+// TestServiceCIDR checks that Services in an added ServiceCIDR work immediately.
 func TestServiceCIDR(t *testing.T) {
 	t.Parallel()
 	s := newScenario(t, sharedCluster)
@@ -455,13 +458,13 @@ func TestServiceCIDR(t *testing.T) {
 	}, metav1.CreateOptions{})
 	s.must(err)
 	t.Cleanup(func() {
-		// It goes when its last Service has gone.
+		// The deletion completes after the deletion of the last Service in it.
 		if err := cidrs.Delete(context.WithoutCancel(s.ctx), s.namespace, metav1.DeleteOptions{}); err != nil {
 			t.Error(err)
 		}
 	})
 	only, client := s.createPod("web"), s.addClient()
-	s.eventually(func(ctx context.Context) error { // until the API server's allocator knows it
+	s.eventually(func(ctx context.Context) error { // until the API server's allocator knows the ServiceCIDR
 		_, err := s.api.CoreV1().Services(s.namespace).Create(ctx, &corev1.Service{
 			ObjectMeta: metav1.ObjectMeta{Name: "web"},
 			Spec: corev1.ServiceSpec{

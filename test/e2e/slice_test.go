@@ -8,15 +8,14 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
-// sliceEndpoint is one of an EndpointSlice that the test writes: a pod, and the zone
-// for which the hint says that it is.
+// sliceEndpoint is a pod in an EndpointSlice that the test writes, with the zone of its hint.
 type sliceEndpoint struct {
 	pod  *pod
 	zone string
 }
 
-// createSlice writes an IPv4 EndpointSlice of a Service without a selector, for port
-// 80 of [scenario.createService].
+// createSlice creates an IPv4 EndpointSlice for a Service without a selector, for port 80 of
+// [scenario.createService].
 func (s *scenario) createSlice(service string, endpoints ...sliceEndpoint) {
 	s.Helper()
 	object := &discoveryv1.EndpointSlice{
