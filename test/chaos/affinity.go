@@ -15,11 +15,11 @@ import (
 	"golang.org/x/sync/errgroup"
 )
 
-// metricsPort is where Fairlead answers with its metrics.
+// metricsPort is the port of Fairlead's metrics server.
 const metricsPort = 10249
 
-// affinityNotRemembered returns how many connections there were whose client Fairlead's metrics
-// say a full map could not remember, in a family: IPv4 or IPv6.
+// affinityNotRemembered returns the value of Fairlead's metric for connections whose client
+// did not fit into a full affinity map. The family is IPv4 or IPv6.
 func (t *testbed) affinityNotRemembered(ctx context.Context, family string) (float64, error) {
 	client := http.Client{
 		Timeout: connectTimeout,
@@ -34,12 +34,12 @@ func (t *testbed) affinityNotRemembered(ctx context.Context, family string) (flo
 	if err != nil {
 		return 0, err
 	}
-	answer, err := client.Do(request)
+	response, err := client.Do(request)
 	if err != nil {
 		return 0, fmt.Errorf("read the metrics: %w", err)
 	}
-	defer answer.Body.Close() //nolint:errcheck // it is only read from
-	text, err := io.ReadAll(answer.Body)
+	defer response.Body.Close() //nolint:errcheck // read-only
+	text, err := io.ReadAll(response.Body)
 	if err != nil {
 		return 0, fmt.Errorf("read the metrics: %w", err)
 	}
@@ -49,18 +49,19 @@ func (t *testbed) affinityNotRemembered(ctx context.Context, family string) (flo
 			return strconv.ParseFloat(strings.TrimSpace(value), 64)
 		}
 	}
-	return 0, fmt.Errorf("the metrics lack %s", metric)
+	return 0, fmt.Errorf("no metric %s", metric)
 }
 
+// requireAffinityMaps returns why the fault is unavailable, or "".
 func (t *testbed) requireAffinityMaps() string {
 	if t.options.mode != "nft" {
-		return "the mode " + t.options.mode + " has no maps of clients"
+		return "mode " + t.options.mode + " has no affinity maps"
 	}
 	return ""
 }
 
-// floodAffinity sends datagrams from ever more addresses to the Service `crowded`, so
-// that the maps of clients that it shares with `sticky` are full in both families.
+// floodAffinity sends datagrams from ever more source addresses to the Service `crowded`,
+// until the affinity maps that it shares with `sticky` are full in both families.
 func (t *testbed) floodAffinity(ctx context.Context) error {
 	group := errgroup.Group{}
 	for family, name := range []string{"IPv4", "IPv6"} {
@@ -69,8 +70,8 @@ func (t *testbed) floodAffinity(ctx context.Context) error {
 	return group.Wait()
 }
 
-// fillAffinityMap floods one family until ctx is done, and longer on a machine that is too
-// busy to have filled the map by then.
+// fillAffinityMap floods one family until ctx is done, or longer if a busy machine has not
+// filled the map by then.
 func (t *testbed) fillAffinityMap(ctx context.Context, family int, name string) error {
 	before, err := t.affinityNotRemembered(withoutCancel(ctx), name)
 	if err != nil {
@@ -89,12 +90,12 @@ func (t *testbed) fillAffinityMap(ctx context.Context, family int, name string) 
 			return err
 		}
 		if read = time.Now(); read.After(limit) {
-			return fmt.Errorf("the map of clients has room still in %s", name)
+			return fmt.Errorf("the affinity map for %s is still not full", name)
 		}
 	}
 }
 
-// sendSpoofed sends some datagrams and leaves the processors to the clients for a moment.
+// sendSpoofed sends some datagrams, then leaves the processors to the clients for a moment.
 func (t *testbed) sendSpoofed(family int) error {
 	const some = 1024
 	begin := time.Now()
@@ -106,8 +107,8 @@ func (t *testbed) sendSpoofed(family int) error {
 	return err
 }
 
-// spoofedSource returns the nth address that nobody has. Those of IPv6 are in networks of
-// their own, as the clients of one /64 have only a share of a map.
+// spoofedSource returns the nth unused source address. Each IPv6 address is in another /64
+// network, because all clients of one /64 can use only a share of a map.
 func spoofedSource(family int, n uint32) netip.Addr {
 	if family == 0 {
 		return netip.AddrFrom4([4]byte{100, 64 + byte(n>>16&0x3f), byte(n >> 8), byte(n)}) //nolint:gosec // the low bits

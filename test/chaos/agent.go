@@ -14,15 +14,15 @@ import (
 	"fairlead.io/fairlead/bench/system"
 )
 
-// agent is Fairlead on the node. Its methods may be called concurrently. While it
-// is to run, it is started again when it ends by itself, as a kubelet does.
+// agent is Fairlead on the node. Its methods may be called concurrently. Between start and
+// stop it is restarted when it exits unexpectedly, as a kubelet does.
 type agent struct {
 	system   system.System
 	env      system.Environment
 	recorder *recorder
 
 	mu      sync.Mutex
-	process *system.Process // nil: it is not to run
+	process *system.Process // nil if it must not run
 }
 
 // start starts the agent.
@@ -32,6 +32,7 @@ func (a *agent) start(ctx context.Context) error {
 	return a.startLocked(ctx)
 }
 
+// startLocked starts the agent. The caller holds a.mu.
 func (a *agent) startLocked(ctx context.Context) error {
 	running, err := a.system.Start(ctx, a.env)
 	if err != nil {
@@ -39,14 +40,14 @@ func (a *agent) startLocked(ctx context.Context) error {
 	}
 	process, ok := running.(*system.Process)
 	if !ok {
-		return fmt.Errorf("%s is a %T, not a process", a.system.Name(), running)
+		return fmt.Errorf("%s is a %T, want a process", a.system.Name(), running)
 	}
 	a.process = process
 	go a.restartOnExit(ctx, process)
 	return nil
 }
 
-// restartOnExit starts the agent again if the process ends by itself.
+// restartOnExit starts the agent again if the process exits unexpectedly.
 func (a *agent) restartOnExit(ctx context.Context, process *system.Process) {
 	<-process.Done()
 	a.mu.Lock()
@@ -55,10 +56,10 @@ func (a *agent) restartOnExit(ctx context.Context, process *system.Process) {
 		return
 	}
 	a.recorder.recordCrash()
-	_ = a.startLocked(ctx) // A failure shows as connections that fail, or stale endpoints.
+	_ = a.startLocked(ctx) // a failure shows as failed connections or stale endpoints
 }
 
-// detach returns the running process, which nobody starts again from now on.
+// detach returns the running process and disables its restart.
 func (a *agent) detach() *system.Process {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -67,15 +68,14 @@ func (a *agent) detach() *system.Process {
 	return process
 }
 
-// setSystem makes the agent run another program from its next start on.
+// setSystem sets the program to run from the next start on.
 func (a *agent) setSystem(s system.System) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.system = s
 }
 
-// stop ends the agent with SIGTERM and waits for its end. It is no error if it does
-// not run.
+// stop sends SIGTERM to the agent, if it is running, and waits until it has exited.
 func (a *agent) stop() error {
 	process := a.detach()
 	if process == nil {
@@ -84,7 +84,7 @@ func (a *agent) stop() error {
 	return process.Stop()
 }
 
-// kill ends the agent with SIGKILL and waits for its end.
+// kill sends SIGKILL to the agent, if it is running, and waits until it has exited.
 func (a *agent) kill() error { return a.endWith(syscall.SIGKILL) }
 
 func (a *agent) endWith(signal syscall.Signal) error {
@@ -104,7 +104,7 @@ func (a *agent) signal(signal syscall.Signal) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if a.process == nil {
-		return errors.New("the agent does not run")
+		return errors.New("the agent is not running")
 	}
 	if err := syscall.Kill(a.process.PID(), signal); err != nil {
 		return fmt.Errorf("send %s to %s: %w", signal, a.system.Name(), err)
@@ -112,7 +112,7 @@ func (a *agent) signal(signal syscall.Signal) error {
 	return nil
 }
 
-// pid returns the process ID, or 0 if the agent is not to run.
+// pid returns the process ID, or 0 if the agent must not run.
 func (a *agent) pid() int {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -122,7 +122,7 @@ func (a *agent) pid() int {
 	return a.process.PID()
 }
 
-// waitReady returns when /healthz of the node says that all is programmed.
+// waitReady waits until /healthz reports that the node is programmed.
 func (a *agent) waitReady(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
 	defer cancel()
@@ -145,18 +145,18 @@ func (a *agent) checkHealthy(ctx context.Context, at netip.AddrPort) error {
 	if err != nil {
 		return err
 	}
-	defer conn.Close() //nolint:errcheck // the answer counts
+	defer conn.Close() //nolint:errcheck // only the response matters
 	_ = conn.SetDeadline(time.Now().Add(time.Second))
 	if _, err := fmt.Fprintf(conn, "GET /healthz HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n"); err != nil {
-		return fmt.Errorf("ask /healthz: %w", err)
+		return fmt.Errorf("request /healthz: %w", err)
 	}
 	var status [32]byte
 	n, err := conn.Read(status[:])
 	if err != nil {
-		return fmt.Errorf("ask /healthz: %w", err)
+		return fmt.Errorf("request /healthz: %w", err)
 	}
-	if answer := string(status[:n]); !strings.Contains(answer, fmt.Sprint(http.StatusOK)) {
-		return fmt.Errorf("/healthz answers %q", answer)
+	if line := string(status[:n]); !strings.Contains(line, fmt.Sprint(http.StatusOK)) {
+		return fmt.Errorf("/healthz returns %q", line)
 	}
 	return nil
 }

@@ -22,22 +22,22 @@ import (
 	"fairlead.io/fairlead/test/controlplane"
 )
 
-// api is the API server that Fairlead follows. Its methods may be called
-// concurrently, except that nobody may change one object twice at a time.
+// api is the API server that Fairlead watches. Its methods may be called concurrently, but
+// not for the same object.
 type api interface {
-	// create and update write an object. They return when the server has it.
+	// create and update write an object. They return when the server has stored it.
 	create(ctx context.Context, o apiserver.Object) error
 	update(ctx context.Context, o apiserver.Object) error
-	// writeKubeconfig writes how a program on the node reaches the server.
+	// writeKubeconfig writes a kubeconfig file for programs on the node.
 	writeKubeconfig(path string) error
-	// stop ends the server as a crash does: connections break. start starts it again
-	// with the objects that it had.
+	// stop ends the server like a crash, which breaks connections. start starts it again with
+	// the same objects.
 	stop() error
 	start(ctx context.Context) error
 	close() error
 }
 
-// realAPI is an etcd and a kube-apiserver, on the host outside.
+// realAPI is an etcd and a kube-apiserver on the outside host.
 type realAPI struct {
 	cp              *controlplane.ControlPlane
 	core, discovery *rest.RESTClient
@@ -77,7 +77,7 @@ func (a *realAPI) update(ctx context.Context, o apiserver.Object) error {
 }
 
 func (a *realAPI) write(ctx context.Context, verb string, o apiserver.Object, request func(*rest.RESTClient) *rest.Request) error {
-	// A request that the server's end interrupted must not hang.
+	// A request must not hang if stop interrupts it.
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	client, resource := a.core, "services"
@@ -100,15 +100,15 @@ func (a *realAPI) start(ctx context.Context) error { return a.cp.StartAPIServer(
 
 func (a *realAPI) close() error { return a.cp.Close() }
 
-// feedAPI is a server in this process, at the node's loopback address.
+// feedAPI is a server in this process, at a loopback address of the node.
 type feedAPI struct {
 	node  *nettest.Host
 	feed  *apiserver.Server
 	clock apiserver.VersionSequence
 
-	mu             sync.Mutex // versions are put in the order in which they are made
+	mu             sync.Mutex // also keeps the order of object versions
 	server         *http.Server
-	cancelRequests context.CancelFunc // ends the requests that the server answers
+	cancelRequests context.CancelFunc // ends requests in progress
 }
 
 func newFeedAPI(ctx context.Context, at *nettest.Host) (*feedAPI, error) {
@@ -170,7 +170,7 @@ func (a *feedAPI) start(ctx context.Context) error {
 		BaseContext: func(net.Listener) context.Context { return requests },
 	}
 	a.server = s
-	go func() { _ = s.Serve(listener) }() // returns when it is closed
+	go func() { _ = s.Serve(listener) }() // returns when stop closes the server
 	return nil
 }
 

@@ -12,43 +12,44 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// vmParameter is in the command line of a kernel that test/vm has booted.
+// vmParameter is a kernel parameter that test/vm sets.
 const vmParameter = "fairlead.vm=1"
 
-// inVirtualMachine reports whether the machine is one of test/vm, which nothing else
-// uses: the time of day is not a network namespace's.
+// inVirtualMachine reports whether this machine is a virtual machine of test/vm. Network
+// namespaces share the system clock, so only there may the clock jump.
 func inVirtualMachine() (bool, error) {
 	parameters, err := os.ReadFile("/proc/cmdline")
 	if err != nil {
-		return false, fmt.Errorf("read the kernel's parameters: %w", err)
+		return false, fmt.Errorf("read the kernel parameters: %w", err)
 	}
 	return slices.Contains(strings.Fields(string(parameters)), vmParameter), nil
 }
 
+// requireOwnClock returns why the fault is unavailable, or "".
 func (t *testbed) requireOwnClock() string {
 	switch own, err := inVirtualMachine(); {
 	case err != nil:
 		return err.Error()
 	case !own:
-		return "the time of day is the whole machine's; only in a virtual machine of bin/vm"
+		return "the system clock is shared; available only in a virtual machine of bin/vm"
 	case !t.options.jumpClock:
 		return "-jump-clock is not set"
 	}
 	return ""
 }
 
-// jumpClock sets the time of day forth and back, and starts Fairlead again after some
-// of the jumps.
+// jumpClock sets the system clock forward and back, and restarts Fairlead after some of the
+// jumps.
 func (t *testbed) jumpClock(ctx context.Context) (err error) {
 	if reason := t.requireOwnClock(); reason != "" {
 		return errors.New(reason)
 	}
 	begin := time.Now()
-	// set makes the time of day differ from the right one.
-	set := func(by time.Duration) error {
-		now := unix.NsecToTimespec(begin.Add(time.Since(begin) + by).UnixNano())
+	// set sets the clock to an offset from the correct time.
+	set := func(offset time.Duration) error {
+		now := unix.NsecToTimespec(begin.Add(time.Since(begin) + offset).UnixNano())
 		if err := unix.ClockSettime(unix.CLOCK_REALTIME, &now); err != nil {
-			return fmt.Errorf("set the time of day: %w", err)
+			return fmt.Errorf("set the system clock: %w", err)
 		}
 		return nil
 	}

@@ -14,7 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// What include/uapi/linux/netfilter/nfnetlink_conntrack.h defines and x/sys/unix lacks.
+// Definitions of include/uapi/linux/netfilter/nfnetlink_conntrack.h that x/sys/unix lacks.
 const (
 	conntrackNew    = unix.NFNL_SUBSYS_CTNETLINK << 8   // IPCTNL_MSG_CT_NEW
 	conntrackDelete = unix.NFNL_SUBSYS_CTNETLINK<<8 | 2 // IPCTNL_MSG_CT_DELETE
@@ -34,30 +34,30 @@ const (
 	ctaProtoSrcPort = 2
 	ctaProtoDstPort = 3
 
-	// Entries with IPS_SEEN_REPLY, IPS_ASSURED and IPS_CONFIRMED are not evicted from a
-	// full table.
+	// The kernel does not evict entries with IPS_SEEN_REPLY, IPS_ASSURED and IPS_CONFIRMED
+	// from a full table.
 	statusAssured = 1<<1 | 1<<2 | 1<<3
 )
 
-// fillerMark is the mark of the entries that a [conntrackFiller] adds.
+// fillerMark is the mark of entries that a [conntrackFiller] adds.
 const fillerMark = 0xc4a05
 
-// conntrackFiller fills the node's connection-tracking table with connections that
-// nobody has. The limit is the machine's, while each network namespace counts its own
-// entries: no other namespace loses anything.
+// conntrackFiller fills the connection-tracking table of the node with entries of unused
+// addresses. The limit applies to the machine, but each network namespace counts its own
+// entries, so other namespaces lose nothing.
 type conntrackFiller struct {
 	fd        int
-	nextEntry uint32 // the number of the next entry
+	nextEntry uint32 // number of the next entry
 }
 
-// newConntrackFiller makes a filler of the namespace of the thread that calls it.
+// newConntrackFiller returns a filler for the network namespace of the calling thread.
 func newConntrackFiller() (*conntrackFiller, error) {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_NETFILTER)
 	if err != nil {
 		return nil, fmt.Errorf("open a netlink socket: %w", err)
 	}
 	f := &conntrackFiller{fd: fd}
-	// Answers need not repeat what they are about.
+	// Acknowledgements need not repeat the request.
 	if err := unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_CAP_ACK, 1); err != nil {
 		return nil, errors.Join(fmt.Errorf("set NETLINK_CAP_ACK: %w", err), f.close())
 	}
@@ -66,8 +66,8 @@ func newConntrackFiller() (*conntrackFiller, error) {
 
 func (f *conntrackFiller) close() error { return unix.Close(f.fd) }
 
-// addEntries adds up to n entries and returns whether the table is full. The kernel handles
-// messages while they are sent, and answers only those that fail.
+// addEntries adds up to n entries and reports whether the table is full. The kernel handles
+// messages during the system call that sends them, and acknowledges only failures.
 func (f *conntrackFiller) addEntries(n int) (full bool, err error) {
 	const batch = 128
 	for ; n > 0 && !full; n -= batch {
@@ -84,7 +84,7 @@ func (f *conntrackFiller) addEntries(n int) (full bool, err error) {
 			if errors.Is(err, unix.EAGAIN) {
 				break
 			}
-			// A full table answers all the messages, which may be too many for the socket.
+			// With a full table every message fails, which may overflow the socket's buffer.
 			full = full || errors.Is(err, unix.ENOMEM) || errors.Is(err, unix.ENOBUFS)
 			if err != nil && !full {
 				return false, err
@@ -101,7 +101,7 @@ func (f *conntrackFiller) send(messages []byte) error {
 	return nil
 }
 
-// readAck returns what the next answer says: the error of a message, or nil.
+// readAck returns the error in the next acknowledgement, or nil.
 func (f *conntrackFiller) readAck(flags int) error {
 	var b [4096]byte
 	n, _, err := unix.Recvfrom(f.fd, b[:], flags)
@@ -109,15 +109,15 @@ func (f *conntrackFiller) readAck(flags int) error {
 		return fmt.Errorf("receive from connection tracking: %w", err)
 	}
 	if n < unix.NLMSG_HDRLEN+4 || binary.NativeEndian.Uint16(b[4:]) != unix.NLMSG_ERROR {
-		return errors.New("connection tracking does not answer with a status")
+		return errors.New("connection tracking sent an unexpected message")
 	}
-	if errno := -int32(binary.NativeEndian.Uint32(b[unix.NLMSG_HDRLEN:])); errno != 0 { //nolint:gosec // it is a negative number
+	if errno := -int32(binary.NativeEndian.Uint32(b[unix.NLMSG_HDRLEN:])); errno != 0 { //nolint:gosec // a negative number
 		return fmt.Errorf("connection tracking: %w", unix.Errno(errno)) //nolint:gosec // a small number
 	}
 	return nil
 }
 
-// deleteEntries deletes all entries that add has added.
+// deleteEntries deletes all entries that addEntries has added.
 func (f *conntrackFiller) deleteEntries() error {
 	mark := binary.BigEndian.AppendUint32(nil, fillerMark)
 	request := newMessage(conntrackDelete, unix.NLM_F_ACK,
@@ -128,7 +128,7 @@ func (f *conntrackFiller) deleteEntries() error {
 	return f.readAck(0)
 }
 
-// newMessage returns a netlink message, a request.
+// newMessage returns a netlink request.
 func newMessage(kind, flags uint16, data []byte) []byte {
 	b := binary.NativeEndian.AppendUint32(nil, uint32(unix.NLMSG_HDRLEN+len(data))) //nolint:gosec // small
 	b = binary.NativeEndian.AppendUint16(b, kind)
@@ -136,11 +136,12 @@ func newMessage(kind, flags uint16, data []byte) []byte {
 	return slices.Concat(b, make([]byte, 8), data)
 }
 
-// conntrackHeader returns a struct nfgenmsg. The kernel reads the family only if the
-// version is not 0 (ctnetlink_del_conntrack).
+// conntrackHeader returns a struct nfgenmsg. The kernel ignores the family if the version is
+// 0 (ctnetlink_del_conntrack).
 func conntrackHeader(family byte) []byte { return []byte{family, unix.NFNETLINK_V0, 0, 0} }
 
-// fillerEntry returns the nth entry, of UDP from the network for benchmarks (RFC 2544).
+// fillerEntry returns the nth entry: UDP between addresses of the benchmark network (RFC
+// 2544).
 func fillerEntry(n uint32) []byte {
 	const (
 		perAddress = 50_000 // ports
@@ -178,7 +179,7 @@ func attribute(kind uint16, value []byte) []byte {
 	return b
 }
 
-// readConntrackSysctl reads one of the node's files under /proc/sys/net/netfilter.
+// readConntrackSysctl reads a file of the node under /proc/sys/net/netfilter.
 func (t *testbed) readConntrackSysctl(name string) (value int, err error) {
 	err = t.net.Node.Do(func() error {
 		text, err := os.ReadFile("/proc/sys/net/netfilter/" + name)
@@ -191,23 +192,25 @@ func (t *testbed) readConntrackSysctl(name string) (value int, err error) {
 	return value, err
 }
 
-// maxConntrackEntries is the largest table that the fault fills: 300 MB of memory.
+// maxConntrackEntries is the size of the largest table that the fault fills; it uses 300 MB
+// of memory.
 const maxConntrackEntries = 1 << 20
 
+// requireConntrackLimit returns why the fault is unavailable, or "".
 func (t *testbed) requireConntrackLimit() string {
 	limit, err := t.readConntrackSysctl("nf_conntrack_max")
 	switch {
 	case err != nil:
 		return err.Error()
 	case limit == 0 || limit > maxConntrackEntries:
-		return fmt.Sprintf("net.netfilter.nf_conntrack_max is %d, and more than %d entries are not made", limit, maxConntrackEntries)
+		return fmt.Sprintf("net.netfilter.nf_conntrack_max is %d, more than the maximum of %d", limit, maxConntrackEntries)
 	}
 	return ""
 }
 
-// fillConntrack keeps the node's connection-tracking table nearly full, and for two
-// seconds at a time full. Every other time Fairlead starts again meanwhile. A full table
-// lets no new connection through the node, and leaves open ones alone.
+// fillConntrack keeps the connection-tracking table of the node nearly full, and for two
+// seconds at a time full. Every other time Fairlead restarts while it is full. With a full
+// table the node drops new connections; open ones continue.
 func (t *testbed) fillConntrack(ctx context.Context) (err error) {
 	var filler *conntrackFiller
 	err = t.net.Node.Do(func() error {
@@ -230,7 +233,7 @@ func (t *testbed) fillConntrack(ctx context.Context) (err error) {
 			defer func() { err = errors.Join(err, filler.deleteEntries()) }()
 			full, err := filler.addEntries(limit)
 			if err == nil && !full {
-				err = fmt.Errorf("connection tracking takes more than the %d entries of nf_conntrack_max", limit)
+				err = fmt.Errorf("connection tracking accepts more than nf_conntrack_max, %d entries", limit)
 			}
 			if err == nil && round%2 == 1 {
 				err = t.killAgent(ctx)
@@ -248,7 +251,7 @@ func (t *testbed) fillConntrack(ctx context.Context) (err error) {
 	return nil
 }
 
-// keepFull takes the place of whatever leaves the table.
+// keepFull replaces entries that leave the table.
 func (f *conntrackFiller) keepFull(d time.Duration) error {
 	const some = 256
 	for end := time.Now().Add(d); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {

@@ -6,13 +6,13 @@ import (
 	"time"
 )
 
-// podSet is a set of pods, a bit for each.
+// podSet is a set of pods, one bit each.
 type podSet uint32
 
 func (s podSet) contains(pod int) bool { return s&(1<<pod) != 0 }
 
-// nextRandom returns another set of pods that is not empty: one pod more, less or
-// replaced, or all of them, or one alone.
+// nextRandom returns another set of pods that is not empty. It adds, removes or replaces one
+// pod, or returns all pods or a single one.
 func (s podSet) nextRandom(pods int) podSet {
 	all, one := podSet(1)<<pods-1, podSet(1)<<rand.IntN(pods) //nolint:gosec // no secret
 	next := s ^ one
@@ -22,7 +22,7 @@ func (s podSet) nextRandom(pods int) podSet {
 	case 1:
 		next = all
 	case 2:
-		next = s&^(s&-s) | one // replaces the lowest
+		next = s&^(s&-s) | one // replace the lowest
 	}
 	if next == 0 {
 		return one
@@ -30,13 +30,13 @@ func (s podSet) nextRandom(pods int) podSet {
 	return next
 }
 
-// endpoints remembers which pods are endpoints of a Service in one family. Its
-// methods may be called concurrently.
+// endpoints records which pods are endpoints of a Service in one family. Its methods may be
+// called concurrently.
 type endpoints struct {
 	mu      sync.Mutex
 	current podSet
-	// removedAt says when a pod that is no endpoint was one for the last time. It is
-	// zero for a pod that never was one.
+	// removedAt is when each pod last stopped being an endpoint. It is zero for a pod that
+	// never was one.
 	removedAt []time.Time
 }
 
@@ -50,19 +50,19 @@ func (e *endpoints) pods() podSet {
 	return e.current
 }
 
-// change makes next the endpoints. write writes them to the API, and its return is
-// the moment from which a removed endpoint is stale.
+// change replaces the endpoints by next. write writes them to the API. A removed endpoint is
+// stale from the moment that write returns.
 func (e *endpoints) change(next podSet, write func() error) error {
 	e.mu.Lock()
 	before := e.current
-	e.current |= next // From now on any of them may answer.
+	e.current |= next // from now on any of them may answer
 	e.mu.Unlock()
 	err := write()
 	now := time.Now()
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if err != nil {
-		return err // Nobody knows whether it was written: both sets stay valid.
+		return err // it is unknown whether the API stored the change: both sets stay valid
 	}
 	e.current = next
 	for pod := range e.removedAt {
@@ -73,8 +73,8 @@ func (e *endpoints) change(next podSet, write func() error) error {
 	return nil
 }
 
-// staleness returns for how long a pod had not been an endpoint at a time, or 0
-// if it was one at that time or later.
+// staleness returns for how long a pod had not been an endpoint at a time, or 0 if it was an
+// endpoint at that time or later.
 func (e *endpoints) staleness(pod int, at time.Time) time.Duration {
 	e.mu.Lock()
 	defer e.mu.Unlock()

@@ -16,22 +16,24 @@ import (
 	"fairlead.io/fairlead/bench/system"
 )
 
-// fault is a disturbance and what it may do to connections. New connections that
-// fail outside of a disturbance and open ones that break are never allowed.
+// fault describes a fault and the losses of connections that it may cause. New connections may fail and
+// open ones may break only during a disturbance.
 type fault struct {
 	name string
-	// maxStaleness is for how long a removed endpoint may get connections.
+	// maxStaleness bounds how long a removed endpoint may get connections.
 	maxStaleness time.Duration
-	// disturbs says that the fault loses connections by its nature, see recorder.disturb.
-	// With keepsOpen it leaves open ones alone.
+	// disturbs is set if the fault itself loses connections, see recorder.disturb. With
+	// keepsOpen, open connections must survive nevertheless.
 	disturbs, keepsOpen bool
-	// crashesFairlead says that the fault ends Fairlead in ways that only the agent's watch sees.
+	// crashesFairlead is set if the fault ends Fairlead in a way that only
+	// agent.restartOnExit notices.
 	crashesFairlead bool
-	// noChanges says that nothing can be written to the API.
+	// noChanges is set if the API cannot be written.
 	noChanges bool
-	// require returns why the fault can't be caused here, or "". Nil: it always can.
+	// require returns why the fault is unavailable here, or "". Nil means that it is always
+	// available.
 	require func(*testbed) string
-	// inject causes the fault again and again, until ctx is done.
+	// inject injects the fault repeatedly until ctx is done.
 	inject func(*testbed, context.Context) error
 }
 
@@ -42,14 +44,14 @@ func (f fault) unavailable(t *testbed) string {
 	return f.require(t)
 }
 
-// What an endpoint may be late to go, for the reasons that there are: the change is
-// on its way on a busy machine; Fairlead starts again; it does not run.
+// Bounds of the delay until a removed endpoint gets no connections, on a busy machine:
+// updateDelay while Fairlead is running, restartDelay while it restarts.
 const (
 	updateDelay  = 2 * time.Second
 	restartDelay = 5 * time.Second
 )
 
-// faults returns all faults, in the order in which they are caused.
+// faults returns all faults in the order of their injection.
 func faults() []fault {
 	return []fault{
 		{name: "none", maxStaleness: updateDelay, inject: func(*testbed, context.Context) error { return nil }},
@@ -73,7 +75,7 @@ func faults() []fault {
 	}
 }
 
-// repeatEvery returns a cause that does something again and again.
+// repeatEvery returns an inject function that calls do once per period.
 func repeatEvery(period time.Duration, do func(*testbed, context.Context) error) func(*testbed, context.Context) error {
 	return func(t *testbed, ctx context.Context) error {
 		for ctx.Err() == nil {
@@ -86,7 +88,7 @@ func repeatEvery(period time.Duration, do func(*testbed, context.Context) error)
 	}
 }
 
-// sleep waits, or until ctx is done.
+// sleep waits for d or until ctx is done.
 func sleep(ctx context.Context, d time.Duration) {
 	select {
 	case <-ctx.Done():
@@ -94,7 +96,7 @@ func sleep(ctx context.Context, d time.Duration) {
 	}
 }
 
-// withoutCancel returns a context for what has to outlast the fault.
+// withoutCancel returns a context for processes that outlive the fault.
 func withoutCancel(ctx context.Context) context.Context { return context.WithoutCancel(ctx) }
 
 func (t *testbed) killAgent(ctx context.Context) error {
@@ -111,8 +113,8 @@ func (t *testbed) restartAgent(ctx context.Context) error {
 	return t.agent.start(withoutCancel(ctx))
 }
 
-// changeVersions restarts the agent with one of two versions and the other in turn,
-// which define sets in different ways and have different schemas.
+// changeVersions restarts the agent alternately with two versions that define sets
+// differently and have different schemas.
 func (t *testbed) changeVersions(ctx context.Context) error {
 	other := t.fairlead
 	other.Binary = t.options.other
@@ -130,12 +132,12 @@ func (t *testbed) changeVersions(ctx context.Context) error {
 
 func (t *testbed) requireOtherBinary() string {
 	if _, err := exec.LookPath(t.options.other); err != nil {
-		return "there is no other version at " + t.options.other
+		return "no other version at " + t.options.other
 	}
 	return ""
 }
 
-// hangAgent stops the agent's clock for a second, as on a node that swaps.
+// hangAgent stops the agent for a second, as on a node that swaps.
 func (t *testbed) hangAgent(ctx context.Context) error {
 	if err := t.agent.signal(syscall.SIGSTOP); err != nil {
 		return err
@@ -144,8 +146,8 @@ func (t *testbed) hangAgent(ctx context.Context) error {
 	return t.agent.signal(syscall.SIGCONT)
 }
 
-// runSecondInstance runs the program a second time beside the first, which then ends in one
-// of two ways, as in a rolling update.
+// runSecondInstance starts a second instance of the program and then ends the first with
+// SIGTERM or SIGKILL, as in a rolling update.
 func (t *testbed) runSecondInstance(ctx context.Context) error {
 	if err := t.secondAgent.start(withoutCancel(ctx)); err != nil {
 		return err
@@ -162,7 +164,7 @@ func (t *testbed) runSecondInstance(ctx context.Context) error {
 	return nil
 }
 
-// tableName is the name of Fairlead's tables.
+// tableName returns the name of Fairlead's tables.
 func (t *testbed) tableName() string {
 	if t.options.mode == "ipvs" {
 		return "fairlead-ipvs"
@@ -170,9 +172,9 @@ func (t *testbed) tableName() string {
 	return "fairlead"
 }
 
-// nft runs the nft program on the node with a script.
+// nft runs an nft script on the node.
 func (t *testbed) nft(script string) error {
-	cmd := exec.Command("nft", "-f", "-") //nolint:noctx // it takes milliseconds
+	cmd := exec.Command("nft", "-f", "-") //nolint:noctx // takes milliseconds
 	cmd.Stdin = strings.NewReader(script + "\n")
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
@@ -182,7 +184,8 @@ func (t *testbed) nft(script string) error {
 	return nil
 }
 
-// disturbWithNFT returns a step that runs an nft script, whose %[1]s is the table's name.
+// disturbWithNFT returns an inject function that runs an nft script once. The script may
+// contain %[1]s for the name of the table.
 func disturbWithNFT(script string) func(*testbed, context.Context) error {
 	return func(t *testbed, _ context.Context) error {
 		return t.recorder.disturb(func() error {
@@ -207,8 +210,8 @@ func (t *testbed) flushRepeatedly(ctx context.Context) error {
 	})
 }
 
-// manualEdits are changes that a person may make to Fairlead's tables while looking
-// for a fault. None of them stops a connection.
+// manualEdits returns changes that a person may make to Fairlead's tables while debugging.
+// They do not stop connections.
 func manualEdits() []string {
 	return []string{
 		"insert rule ip %[1]s filter-forward tcp dport { 80, 443 } counter",
@@ -226,7 +229,7 @@ func manualEdits() []string {
 	}
 }
 
-// applyManualEdits makes one edit after the other.
+// applyManualEdits applies one edit after the other.
 func (t *testbed) applyManualEdits(ctx context.Context) error {
 	edits := manualEdits()
 	for i := 0; ctx.Err() == nil; i++ {
@@ -235,8 +238,8 @@ func (t *testbed) applyManualEdits(ctx context.Context) error {
 			if family == "ip6" {
 				script = strings.NewReplacer("ip saddr", "ip6 saddr", "ipv4_addr", "ipv6_addr").Replace(script)
 			}
-			// What the edits add has names of its own, as the repair of the last one may be
-			// under way. It can also make nft fail, as it would for a person.
+			// The names of added objects are unique, because the repair of the previous edit may
+			// still be in progress. That repair may also make nft fail, as it would for a person.
 			_ = t.nft(strings.ReplaceAll(script, "mine", fmt.Sprintf("mine-%d", i)))
 		}
 		sleep(ctx, 300*time.Millisecond)
@@ -246,7 +249,7 @@ func (t *testbed) applyManualEdits(ctx context.Context) error {
 
 func requireNFT(*testbed) string {
 	if _, err := exec.LookPath("nft"); err != nil {
-		return "the program nft is not installed"
+		return "nft is not installed"
 	}
 	return ""
 }
@@ -266,12 +269,12 @@ func (t *testbed) requireKubeProxy() string {
 	return ""
 }
 
-// runKubeProxy runs kube-proxy beside Fairlead, ends it without cleaning up, starts
-// Fairlead again, and then cleans up after kube-proxy.
+// runKubeProxy runs kube-proxy in parallel with Fairlead, kills it, restarts Fairlead, and
+// then cleans up after kube-proxy.
 func (t *testbed) runKubeProxy(ctx context.Context) error {
 	third := t.options.time / 3
 	proxy := t.kubeProxy()
-	// Fairlead has kube-proxy's ports for health and metrics.
+	// Fairlead uses kube-proxy's default ports for health checks and metrics.
 	proxy.Args = append(proxy.Args, "--healthz-bind-address=127.0.0.1:11256", "--metrics-bind-address=127.0.0.1:11249")
 	other := &agent{system: proxy, env: t.agent.env, recorder: &t.recorder}
 	if err := other.start(withoutCancel(ctx)); err != nil {
@@ -282,7 +285,7 @@ func (t *testbed) runKubeProxy(ctx context.Context) error {
 		return err
 	}
 	sleep(ctx, third)
-	cleanup := exec.Command(proxy.Binary, "--cleanup") //nolint:noctx // it takes a second
+	cleanup := exec.Command(proxy.Binary, "--cleanup") //nolint:noctx // takes a second
 	var out bytes.Buffer
 	cleanup.Stdout, cleanup.Stderr = &out, &out
 	if err := t.net.Node.Do(cleanup.Run); err != nil {
@@ -309,8 +312,8 @@ func (t *testbed) restartWithoutAPI(ctx context.Context) error {
 	return errors.Join(err, t.api.start(withoutCancel(ctx)))
 }
 
-// newMemoryCgroup returns the folder of a new cgroup, and the file in it that limits
-// memory, of whichever version of cgroups has the controller.
+// newMemoryCgroup returns the directory of a new cgroup and the name of its file that limits
+// memory. It uses the cgroup version that has the memory controller.
 func newMemoryCgroup() (dir, limit string, err error) {
 	if controllers, _ := os.ReadFile("/sys/fs/cgroup/cgroup.controllers"); bytes.Contains(controllers, []byte("memory")) {
 		dir, err = os.MkdirTemp("/sys/fs/cgroup", "fairlead-chaos-")
@@ -323,23 +326,23 @@ func newMemoryCgroup() (dir, limit string, err error) {
 func requireMemoryLimit(*testbed) string {
 	dir, limit, err := newMemoryCgroup()
 	if err != nil {
-		return "no cgroup that limits memory can be made"
+		return "cannot create a memory cgroup"
 	}
-	defer os.Remove(dir) //nolint:errcheck // nothing is in it
+	defer os.Remove(dir) //nolint:errcheck // empty
 	if _, err := os.Stat(filepath.Join(dir, limit)); err != nil {
-		return "the cgroup's memory cannot be limited"
+		return "the cgroup has no memory limit"
 	}
 	return ""
 }
 
-// limitMemory gives the agent a third of the memory that it uses, and so kills it,
-// again and again.
+// limitMemory repeatedly limits the agent to a third of the memory that it uses, which makes
+// the kernel kill it.
 func (t *testbed) limitMemory(ctx context.Context) error {
 	dir, limit, err := newMemoryCgroup()
 	if err != nil {
-		return fmt.Errorf("make a cgroup: %w", err)
+		return fmt.Errorf("create a cgroup: %w", err)
 	}
-	defer os.Remove(dir) //nolint:errcheck // it is empty by then
+	defer os.Remove(dir) //nolint:errcheck // empty by then
 	usage, err := system.UsageOf(t.agent.pid())
 	if err != nil {
 		return err
@@ -354,10 +357,11 @@ func (t *testbed) limitMemory(ctx context.Context) error {
 		return err
 	}
 	for ctx.Err() == nil {
-		// The process may have ended meanwhile; its successor is limited next time.
+		// The process may have exited in the meantime; the next iteration limits its
+		// successor.
 		_ = write("cgroup.procs", strconv.Itoa(t.agent.pid()))
 		sleep(ctx, 2*time.Second)
 	}
-	// What comes now has all memory.
+	// The next process is not limited.
 	return t.killAgent(withoutCancel(ctx))
 }

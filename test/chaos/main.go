@@ -1,21 +1,22 @@
-// Program chaos disturbs a node that runs Fairlead, opens connections to Services
-// all the time, and checks that no more is lost than the disturbance itself loses.
+// Program chaos injects faults into a node that runs Fairlead, continuously opens connections
+// to Services, and checks that only the connections that the fault itself breaks are lost.
 //
 //	chaos [-faults=REGEXP] [-time=20s] [-services=1000] [flags]
 //
-// The node, its pods and a host outside are network namespaces (internal/nettest).
-// Fairlead is the real binary, and follows a real kube-apiserver, or with
-// -api=feed a server in this process, which virtual machines have the time for.
-// Endpoints of the Services come and go throughout, at -changes a second.
+// The node, its pods and an outside host are network namespaces (internal/nettest). Fairlead
+// is the real binary. It watches a real kube-apiserver, or with -api=feed a server in this
+// process, which is fast enough for emulated virtual machines. The endpoints of the Services
+// change throughout, at -changes per second.
 //
-// Clients in a pod, on the node and outside open TCP, UDP and SCTP connections over
-// IPv4 and IPv6 to cluster IPs and node ports, with session affinity and without.
-// Others keep TCP connections open and use them. The report has a line for each
-// fault: how many connections there were, how many failed, how many open
-// ones broke, and for how long an endpoint got connections after it was removed.
-// A disturbance such as `nft flush ruleset` loses connections by its nature: those
-// which overlap it, or the [repairTime] after it, have a column of their own and may
-// fail. All others may not. The exit status is 1 if a fault exceeds its limits.
+// Clients in a pod, on the node and outside open TCP, UDP and SCTP connections over IPv4 and
+// IPv6 to cluster IPs and node ports, with and without session affinity. Other clients keep
+// TCP connections open and use them. The report has a line for each fault: the number of
+// connections, of failed connections and of broken open connections, and for how long a
+// removed endpoint got connections.
+//
+// A disturbance such as `nft flush ruleset` inevitably loses connections. Connections that
+// overlap it, or the [repairTime] after it, may fail and have their own column. No other
+// connection may fail. The exit status is 1 if a fault exceeds its limits.
 package main
 
 import (
@@ -31,7 +32,7 @@ import (
 	"time"
 )
 
-// options are the flags.
+// options holds the values of the flags.
 type options struct {
 	binary    string
 	other     string
@@ -52,19 +53,19 @@ type options struct {
 func main() {
 	var o options
 	flag.StringVar(&o.binary, "binary", "bin/fairlead", "path of the Fairlead binary")
-	flag.StringVar(&o.other, "other-binary", "bin/fairlead-schematest", "path of another version of the Fairlead binary")
+	flag.StringVar(&o.other, "other-binary", "bin/fairlead-schematest", "path of a Fairlead binary with another schema version")
 	flag.StringVar(&o.kubeProxy, "kube-proxy", ".cache/kube-proxy/kube-proxy", "path of the kube-proxy binary")
-	flag.StringVar(&o.mode, "mode", "nft", "Fairlead's mode: nft or ipvs")
+	flag.StringVar(&o.mode, "mode", "nft", "mode of Fairlead: nft or ipvs")
 	flag.StringVar(&o.api, "api", "real", "API server: real (etcd and kube-apiserver) or feed (in this process)")
-	flag.StringVar(&o.faults, "faults", ".", "regular expression of the faults to cause")
-	flag.StringVar(&o.args, "args", "", "further flags of fairlead run, separated by spaces")
+	flag.StringVar(&o.faults, "faults", ".", "regular expression that selects faults by name")
+	flag.StringVar(&o.args, "args", "", "additional flags of fairlead run, separated by spaces")
 	flag.DurationVar(&o.time, "time", 20*time.Second, "duration of each fault")
-	flag.IntVar(&o.services, "services", 200, "number of further Services, which no client connects to")
-	flag.IntVar(&o.changes, "changes", 50, "changes of endpoints a second")
-	flag.IntVar(&o.rate, "rate", 100, "connections a second that each client opens at most")
-	flag.IntVar(&o.open, "open", 20, "TCP connections that stay open, for each family")
-	flag.BoolVar(&o.jumpClock, "jump-clock", false, "set the time of day too; only in a virtual machine of bin/vm")
-	flag.BoolVar(&o.keepLogs, "keep-logs", false, "keep the folder with the logs of all programs")
+	flag.IntVar(&o.services, "services", 200, "number of additional Services that no client connects to")
+	flag.IntVar(&o.changes, "changes", 50, "changes of endpoints per second")
+	flag.IntVar(&o.rate, "rate", 100, "maximum number of connections per second of each client")
+	flag.IntVar(&o.open, "open", 20, "number of TCP connections to keep open, per target")
+	flag.BoolVar(&o.jumpClock, "jump-clock", false, "also set the system clock; only in a virtual machine of bin/vm")
+	flag.BoolVar(&o.keepLogs, "keep-logs", false, "keep the directory with the logs of all programs")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	exceeded, err := run(ctx, &o)
@@ -78,16 +79,16 @@ func main() {
 	}
 }
 
-// run causes the faults one after the other and prints the report. It returns
-// whether one exceeded its limits.
+// run injects the faults one after the other and prints the report. It returns whether a
+// fault exceeded its limits.
 func run(ctx context.Context, o *options) (exceeded bool, err error) {
 	if os.Geteuid() != 0 {
-		return false, errors.New("not root: the program makes network namespaces and programs the kernel in them")
+		return false, errors.New("must run as root to create and program network namespaces")
 	}
 	if own, err := inVirtualMachine(); err != nil {
 		return false, err
 	} else if o.jumpClock && !own {
-		return false, errors.New("-jump-clock: this is no virtual machine of bin/vm, and others use its clock")
+		return false, errors.New("-jump-clock: not in a virtual machine of bin/vm; other programs use this clock")
 	}
 	pattern, err := regexp.Compile(o.faults)
 	if err != nil {
@@ -102,7 +103,7 @@ func run(ctx context.Context, o *options) (exceeded bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	fmt.Printf("Linux %s, %d processors, mode %s, %d Services, %d changes a second, %s for each fault\n\n",
+	fmt.Printf("Linux %s, %d processors, mode %s, %d Services, %d changes per second, %s per fault\n\n",
 		kernel, runtime.NumCPU(), o.mode, len(t.services)+o.services, o.changes, o.time)
 	fmt.Println(tableHeader)
 	report := &report{testbed: t}
@@ -121,7 +122,7 @@ func run(ctx context.Context, o *options) (exceeded bool, err error) {
 		}
 		report.fault, report.record = f, record
 	}
-	time.Sleep(connectTimeout) // until no connection waits
+	time.Sleep(connectTimeout) // until no connection is pending
 	report.finishLast()
 	fmt.Println(fault{name: "all"}.tableRow(report.total))
 	if report.exceeded {
@@ -130,16 +131,17 @@ func run(ctx context.Context, o *options) (exceeded bool, err error) {
 	return report.exceeded, nil
 }
 
-// report prints the line of each fault once the next one has ended: only then is
-// known what became of all connections.
+// report prints the line of each fault after the next fault has ended: only then is the
+// result of all connections known.
 type report struct {
 	testbed  *testbed
 	fault    fault
-	record   *record // of the fault; nil before the first
+	record   *record // of the fault; nil before the first fault
 	total    result
 	exceeded bool
 }
 
+// finishLast prints the line of the last fault.
 func (p *report) finishLast() {
 	if p.record == nil {
 		return
@@ -151,7 +153,7 @@ func (p *report) finishLast() {
 		fmt.Fprintf(os.Stderr, "chaos: %s: %s\n", p.fault.name, problem)
 	}
 	for _, failure := range r.examples {
-		fmt.Fprintf(os.Stderr, "chaos: %s: for example: %s\n", p.fault.name, failure)
+		fmt.Fprintf(os.Stderr, "chaos: %s: example: %s\n", p.fault.name, failure)
 	}
 	p.total.add(r)
 }

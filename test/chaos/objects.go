@@ -21,27 +21,27 @@ const (
 	portName  = "port"
 )
 
-// serviceCIDRs are what cluster IPs are from.
+// serviceCIDRs returns the networks of cluster IPs.
 func serviceCIDRs() []netip.Prefix {
 	return []netip.Prefix{netip.MustParsePrefix("10.96.0.0/16"), netip.MustParsePrefix("fd00:96::/112")}
 }
 
-// service is a Service of both families with one port.
+// service is a dual-stack Service with one port.
 type service struct {
 	name     string
-	protocol string // as nettest has it
-	// targetPort is the port of its endpoints, which no other Service has.
+	protocol string // in the notation of nettest
+	// targetPort is the port of the endpoints, unique to the Service.
 	targetPort uint16
-	nodePort   uint16        // 0: none
-	affinity   time.Duration // 0: none
-	// clusterIPs and endpoints have an element for each family, IPv4 first.
+	nodePort   uint16        // 0 means none
+	affinity   time.Duration // 0 means none
+	// clusterIPs and endpoints have one element per family, IPv4 first.
 	clusterIPs [2]netip.Addr
 	endpoints  [2]*endpoints
 }
 
 const servicePort = 80
 
-// clusterIPs returns the nth addresses of the Service networks.
+// clusterIPs returns the nth address of each Service network.
 func clusterIPs(n int) [2]netip.Addr {
 	var addrs [2]netip.Addr
 	for family, network := range serviceCIDRs() {
@@ -52,7 +52,7 @@ func clusterIPs(n int) [2]netip.Addr {
 	return addrs
 }
 
-// clusterAddrPort returns the address of the cluster IP, with the port.
+// clusterAddrPort returns the cluster IP of a family with the port.
 func (s *service) clusterAddrPort(family int) netip.AddrPort {
 	return netip.AddrPortFrom(s.clusterIPs[family], servicePort)
 }
@@ -90,7 +90,7 @@ func (s *service) object() *corev1.Service {
 
 func (s *service) apiProtocol() corev1.Protocol { return corev1.Protocol(strings.ToUpper(s.protocol)) }
 
-// endpointSlice returns the EndpointSlice of a family that has these addresses.
+// endpointSlice returns the EndpointSlice of a family with these addresses.
 func (s *service) endpointSlice(family int, addrs []netip.Addr) *discoveryv1.EndpointSlice {
 	kind := [2]discoveryv1.AddressType{discoveryv1.AddressTypeIPv4, discoveryv1.AddressTypeIPv6}[family]
 	o := &discoveryv1.EndpointSlice{
@@ -113,8 +113,8 @@ func (s *service) endpointSlice(family int, addrs []netip.Addr) *discoveryv1.End
 	return o
 }
 
-// backgroundService returns the nth of the Services that no client connects to, and the
-// addresses of its endpoints, which nobody has.
+// backgroundService returns the nth Service that no client connects to, and the unused
+// addresses of its endpoints.
 func backgroundService(n int) (*service, [2][]netip.Addr) {
 	const endpoints = 10
 	s := &service{name: fmt.Sprintf("background-%d", n), protocol: nettest.TCP, targetPort: 8080, clusterIPs: clusterIPs(1000 + n)}

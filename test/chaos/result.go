@@ -7,31 +7,32 @@ import (
 	"time"
 )
 
-// repairTime is how long after a disturbance connections may still fail: the time
-// within which Fairlead promises to have repaired everything.
+// repairTime is how long connections may still fail after a disturbance: Fairlead promises to
+// repair everything within this time.
 const repairTime = time.Second
 
-// result is what happened to connections during one fault.
+// result counts what happened to connections during one fault.
 type result struct {
-	// connections that clients opened, with datagrams that they sent. Failed ones
-	// got no answer, a refusal, or an answer from a server of another Service. Those
-	// that overlap a disturbance count as disturbed instead.
+	// connections counts new connections, and for UDP datagrams. A connection counts as
+	// failed if it gets no answer, a refusal, or an answer from a server of another Service,
+	// or as disturbed if it also overlaps a disturbance.
 	connections, failed, disturbed int
-	// resent connections needed a TCP segment, a datagram or an SCTP association more
-	// than once.
+	// resent counts connections that needed a TCP segment, a datagram or an SCTP association
+	// more than once.
 	resent int
-	// stale connections reached an endpoint after it was removed, by at most staleness.
+	// stale counts connections that reached a removed endpoint. staleness is the longest time
+	// since the removal.
 	stale     int
 	staleness time.Duration
-	// stalest describes the connection with that staleness.
+	// stalest describes the connection with the longest staleness.
 	stalest string
-	// open connections stayed, or were to stay. Broken ones ended by themselves; those
-	// that overlap a disturbance count as disturbedOpen instead.
+	// open counts connections to keep open. A connection that ends unexpectedly counts as
+	// broken, or as disturbedOpen if it overlaps a disturbance.
 	open, broken, disturbedOpen int
-	// changes is the number of changed EndpointSlices, crashes that of Fairlead's ends
-	// which the fault did not cause.
+	// changes counts changed EndpointSlices, crashes the exits of Fairlead that the fault did
+	// not cause.
 	changes, crashes int
-	// examples describe the first failures.
+	// examples describes the first failures.
 	examples []string
 }
 
@@ -52,32 +53,32 @@ func (r *result) add(o result) {
 	r.crashes += o.crashes
 }
 
-// recorder collects the results of all faults from all clients. What happens to a
-// connection counts for the fault during which it began, or was used for the last
-// time. Its methods may be called concurrently.
+// recorder collects the results of all faults from all clients. The result of a connection
+// belongs to the fault during which the connection began or was last used. Its methods may be
+// called concurrently.
 type recorder struct {
 	mu           sync.Mutex
 	records      []*record
 	disturbances []interval
 }
 
-// record is the result of the fault that began at a time.
+// record is the result of one fault and the time of its begin.
 type record struct {
 	begin  time.Time
 	result result
 }
 
-// interval is the time of a disturbance. A zero end means that it lasts.
+// interval is the time of a disturbance. A zero end means that the disturbance continues.
 type interval struct{ begin, end time.Time }
 
-// overlaps reports whether the interval, with the time to settle, and the time
-// from begin to end have a moment in common.
+// overlaps reports whether the interval, extended by repairTime, overlaps the time from begin
+// to end.
 func (i interval) overlaps(begin, end time.Time) bool {
 	return !end.Before(i.begin) && (i.end.IsZero() || !begin.After(i.end.Add(repairTime)))
 }
 
-// beginFault begins the result of the next fault and returns it. It is final once
-// no connection of that time can fail any more.
+// beginFault starts the record of the next fault. The record is final when no connection of
+// that time can fail any more.
 func (r *recorder) beginFault() *record {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -86,7 +87,7 @@ func (r *recorder) beginFault() *record {
 	return next
 }
 
-// resultAt returns the result of the fault at a time. It is called with the recorder locked.
+// resultAt returns the result of the fault at a time. The caller holds r.mu.
 func (r *recorder) resultAt(t time.Time) *result {
 	for _, record := range slices.Backward(r.records) {
 		if !t.Before(record.begin) {
@@ -105,7 +106,7 @@ func (r *recorder) snapshot(record *record) result {
 	return got
 }
 
-// disturb runs fn, which loses connections by its nature.
+// disturb runs fn, which itself loses connections, and records the disturbance.
 func (r *recorder) disturb(fn func() error) error {
 	r.mu.Lock()
 	n := len(r.disturbances)
@@ -119,8 +120,8 @@ func (r *recorder) disturb(fn func() error) error {
 	return fn()
 }
 
-// findDisturbance returns the last disturbance that overlaps a time. It is called with the
-// recorder locked.
+// findDisturbance returns the last disturbance that overlaps the time from begin to end. The
+// caller holds r.mu.
 func (r *recorder) findDisturbance(begin, end time.Time) (interval, bool) {
 	for _, i := range slices.Backward(r.disturbances) {
 		if i.overlaps(begin, end) {
@@ -130,9 +131,8 @@ func (r *recorder) findDisturbance(begin, end time.Time) (interval, bool) {
 	return interval{}, false
 }
 
-// recordConnected records a connection to a target that began at a time and that an endpoint
-// answered. staleness is how long the endpoint had been removed when the connection began,
-// or 0.
+// recordConnected records a connection that began at a time and that an endpoint answered.
+// staleness is how long before the connection the endpoint was removed, or 0.
 func (r *recorder) recordConnected(to fmt.Stringer, begin time.Time, resent uint32, staleness time.Duration) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -150,7 +150,7 @@ func (r *recorder) recordConnected(to fmt.Stringer, begin time.Time, resent uint
 	}
 }
 
-// recordFailed records a connection that failed.
+// recordFailed records a failed connection.
 func (r *recorder) recordFailed(begin, end time.Time, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -164,19 +164,20 @@ func (r *recorder) recordFailed(begin, end time.Time, err error) {
 	got.addExample(begin, end, err)
 }
 
-// recordOpened records that n connections are open now.
+// recordOpened records n open connections.
 func (r *recorder) recordOpened(n int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.resultAt(time.Now()).open += n
 }
 
-// recordBroken records that an open connection, last used at begin, does not answer any more.
+// recordBroken records an open connection, last used at begin, that does not answer any more.
 func (r *recorder) recordBroken(begin, end time.Time, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if by, disturbed := r.findDisturbance(begin, end); disturbed {
-		// It may have been idle since the fault before, and may be noticed in the next.
+		// The connection may have been idle since an earlier fault, and may be found broken
+		// during a later one.
 		r.resultAt(by.begin).disturbedOpen++
 		return
 	}
@@ -185,20 +186,21 @@ func (r *recorder) recordBroken(begin, end time.Time, err error) {
 	got.addExample(begin, end, fmt.Errorf("an open connection broke: %w", err))
 }
 
-// recordChange records a changed EndpointSlice, crashed an end of Fairlead by itself.
+// recordChange records a changed EndpointSlice.
 func (r *recorder) recordChange() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.resultAt(time.Now()).changes++
 }
 
+// recordCrash records an unexpected exit of Fairlead.
 func (r *recorder) recordCrash() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.resultAt(time.Now()).crashes++
 }
 
-// timeFormat is how the times of examples are written.
+// timeFormat is the format of times in examples.
 const timeFormat = "15:04:05.000"
 
 func (r *result) addExample(begin, end time.Time, err error) {
@@ -207,7 +209,7 @@ func (r *result) addExample(begin, end time.Time, err error) {
 	}
 }
 
-// The report is a Markdown table, so that it can go into a document as it is.
+// The report is a Markdown table that documents can include.
 const tableHeader = `| fault | connections | failed | failed in the disturbance | sent again | open: broken | broken by the disturbance | stale at most | allowed | changes |
 |---|---|---|---|---|---|---|---|---|---|`
 
@@ -228,33 +230,33 @@ func (f fault) skippedRow(reason string) string {
 	return fmt.Sprintf("| %s | not here: %s | | | | | | | | |", f.name, reason)
 }
 
-// violations describes how the result exceeds what the fault may do.
+// violations describes how the result exceeds the limits of the fault.
 func (f fault) violations(r result) []string {
 	var problems []string
-	exceeds := func(format string, args ...any) { problems = append(problems, fmt.Sprintf(format, args...)) }
+	add := func(format string, args ...any) { problems = append(problems, fmt.Sprintf(format, args...)) }
 	if r.connections == 0 {
-		exceeds("no client opened a connection")
+		add("no client opened a connection")
 	}
 	if r.changes == 0 && !f.noChanges {
-		exceeds("no EndpointSlice was changed")
+		add("no EndpointSlice was changed")
 	}
 	if r.failed > 0 {
-		exceeds("%d of %d connections failed, 0 are allowed", r.failed, r.connections)
+		add("%d of %d connections failed, 0 are allowed", r.failed, r.connections)
 	}
 	if r.broken > 0 {
-		exceeds("%d of %d open connections broke, 0 are allowed", r.broken, r.open)
+		add("%d of %d open connections broke, 0 are allowed", r.broken, r.open)
 	}
 	if !f.disturbs && r.disturbed+r.disturbedOpen > 0 {
-		exceeds("connections were disturbed, but the fault disturbs none")
+		add("connections were disturbed, but the fault must disturb none")
 	}
 	if f.keepsOpen && r.disturbedOpen > 0 {
-		exceeds("%d of %d open connections broke by the disturbance, 0 are allowed", r.disturbedOpen, r.open)
+		add("the disturbance broke %d of %d open connections, 0 are allowed", r.disturbedOpen, r.open)
 	}
 	if r.staleness > f.maxStaleness {
-		exceeds("an endpoint got connections %s after it was removed, %s is allowed: %s", r.staleness, f.maxStaleness, r.stalest)
+		add("an endpoint got connections %s after it was removed, %s is allowed: %s", r.staleness, f.maxStaleness, r.stalest)
 	}
 	if r.crashes > 0 && !f.crashesFairlead {
-		exceeds("Fairlead ended by itself %d times", r.crashes)
+		add("Fairlead exited unexpectedly %d times", r.crashes)
 	}
 	return problems
 }

@@ -9,8 +9,8 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// A connection counts as disturbed only if it overlaps the disturbance or the time
-// to settle after it.
+// TestIntervalOverlaps checks that a connection is disturbed only if it overlaps the
+// disturbance or the repairTime after it.
 func TestIntervalOverlaps(t *testing.T) {
 	begin := time.Unix(1000, 0)
 	i := interval{begin: begin, end: begin.Add(time.Second)}
@@ -19,13 +19,13 @@ func TestIntervalOverlaps(t *testing.T) {
 		begin, end time.Duration
 		want       bool
 	}{
-		"before":           {i, -2 * time.Second, -time.Second, false},
-		"across":           {i, -time.Second, 3 * time.Second, true},
-		"within":           {i, 100 * time.Millisecond, 200 * time.Millisecond, true},
-		"while it settles": {i, time.Second + repairTime/2, 5 * time.Second, true},
-		"after":            {i, time.Second + repairTime + time.Millisecond, 5 * time.Second, false},
-		"it lasts":         {interval{begin: begin}, time.Hour, time.Hour, true},
-		"before it lasts":  {interval{begin: begin}, -time.Hour, -time.Second, false},
+		"before":             {i, -2 * time.Second, -time.Second, false},
+		"across":             {i, -time.Second, 3 * time.Second, true},
+		"within":             {i, 100 * time.Millisecond, 200 * time.Millisecond, true},
+		"in the repair time": {i, time.Second + repairTime/2, 5 * time.Second, true},
+		"after":              {i, time.Second + repairTime + time.Millisecond, 5 * time.Second, false},
+		"not ended":          {interval{begin: begin}, time.Hour, time.Hour, true},
+		"before, not ended":  {interval{begin: begin}, -time.Hour, -time.Second, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			if got := test.interval.overlaps(begin.Add(test.begin), begin.Add(test.end)); got != test.want {
@@ -35,21 +35,21 @@ func TestIntervalOverlaps(t *testing.T) {
 	}
 }
 
-// Every kind of loss is noticed.
+// TestViolations checks that every kind of loss is detected.
 func TestViolations(t *testing.T) {
 	now := time.Now().Add(time.Second)
 	failure := errors.New("refused")
 	for name, test := range map[string]struct {
 		fault fault
 		do    func(*recorder)
-		want  string // part of the problem; empty if there is none
+		want  string // part of the violation; empty for none
 	}{
-		"all is well":       {fault{}, func(*recorder) {}, ""},
-		"a failure":         {fault{}, func(r *recorder) { r.recordFailed(now, now, failure) }, "1 of 2 connections failed"},
-		"a broken one":      {fault{}, func(r *recorder) { r.recordOpened(1); r.recordBroken(now, now, failure) }, "1 of 1 open connections broke"},
-		"a crash":           {fault{}, (*recorder).recordCrash, "ended by itself"},
-		"an expected crash": {fault{crashesFairlead: true}, (*recorder).recordCrash, ""},
-		"stale": {fault{maxStaleness: time.Second}, func(r *recorder) {
+		"no loss":           {fault{}, func(*recorder) {}, ""},
+		"failed connection": {fault{}, func(r *recorder) { r.recordFailed(now, now, failure) }, "1 of 2 connections failed"},
+		"broken connection": {fault{}, func(r *recorder) { r.recordOpened(1); r.recordBroken(now, now, failure) }, "1 of 1 open connections broke"},
+		"crash":             {fault{}, (*recorder).recordCrash, "exited unexpectedly"},
+		"expected crash":    {fault{crashesFairlead: true}, (*recorder).recordCrash, ""},
+		"too stale": {fault{maxStaleness: time.Second}, func(r *recorder) {
 			r.recordConnected(target{from: &nettest.Host{}, service: &service{}}, time.Now(), 0, 2*time.Second)
 		}, "1s is allowed"},
 		"stale as allowed": {fault{maxStaleness: time.Second}, func(r *recorder) {
@@ -58,12 +58,12 @@ func TestViolations(t *testing.T) {
 		"disturbed": {fault{disturbs: true}, func(r *recorder) {
 			_ = r.disturb(func() error { r.recordFailed(time.Now(), time.Now(), failure); return nil })
 		}, ""},
-		"an open one breaks in a disturbance that keeps them": {fault{disturbs: true, keepsOpen: true}, func(r *recorder) {
+		"broken by a disturbance that keeps open connections": {fault{disturbs: true, keepsOpen: true}, func(r *recorder) {
 			_ = r.disturb(func() error { r.recordBroken(time.Now(), time.Now(), failure); return nil })
-		}, "1 of 0 open connections broke by the disturbance"},
-		"disturbed by what does not disturb": {fault{}, func(r *recorder) {
+		}, "the disturbance broke 1 of 0 open connections"},
+		"disturbed by a fault without disturbances": {fault{}, func(r *recorder) {
 			_ = r.disturb(func() error { r.recordFailed(time.Now(), time.Now(), failure); return nil })
-		}, "disturbs none"},
+		}, "must disturb none"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			r := &recorder{}
@@ -73,15 +73,16 @@ func TestViolations(t *testing.T) {
 			test.do(r)
 			got := strings.Join(test.fault.violations(r.snapshot(record)), "; ")
 			if (got == "") != (test.want == "") || !strings.Contains(got, test.want) {
-				t.Errorf("exceeded is %q, want %q", got, test.want)
+				t.Errorf("violations %q, want %q", got, test.want)
 			}
 		})
 	}
 	if got := (fault{}).violations(result{}); len(got) != 2 {
-		t.Errorf("a result without connections and changes exceeds %q, want two problems", got)
+		t.Errorf("a result without connections and changes has the violations %q, want two", got)
 	}
 }
 
+// TestStaleness checks how long a removed endpoint has been stale.
 func TestStaleness(t *testing.T) {
 	e := newEndpoints(2)
 	if err := e.change(0b01, func() error { return nil }); err != nil {
@@ -89,21 +90,22 @@ func TestStaleness(t *testing.T) {
 	}
 	later := time.Now().Add(time.Minute)
 	if got := e.staleness(0, later); got != 0 {
-		t.Errorf("an endpoint is stale by %s", got)
+		t.Errorf("a current endpoint has staleness %s", got)
 	}
 	if got := e.staleness(1, later); got < 50*time.Second || got > 2*time.Minute {
-		t.Errorf("a removed endpoint is stale by %s, want about a minute", got)
+		t.Errorf("a removed endpoint has staleness %s, want about a minute", got)
 	}
-	// As long as it is not known what was written, both sets are valid.
-	if err := e.change(0b10, func() error { return errors.New("the API server is away") }); err == nil {
-		t.Fatal("the error is lost")
+	// While it is unknown whether the API stored the change, both sets are valid.
+	if err := e.change(0b10, func() error { return errors.New("the API server is down") }); err == nil {
+		t.Fatal("change returned no error")
 	}
 	if e.pods() != 0b11 || e.staleness(0, later) != 0 || e.staleness(1, later) != 0 {
-		t.Errorf("the endpoints are %b", e.pods())
+		t.Errorf("endpoints %b, want both valid", e.pods())
 	}
 }
 
-// A connection that fails late counts for the fault during which it began.
+// TestFailureCountsForItsFault checks that a connection that fails late counts for the fault
+// during which it began.
 func TestFailureCountsForItsFault(t *testing.T) {
 	r := &recorder{}
 	first := r.beginFault()
@@ -118,8 +120,9 @@ func TestFailureCountsForItsFault(t *testing.T) {
 	}
 }
 
-// An open connection that a disturbance broke counts for the fault of the disturbance,
-// whenever it was used last and found broken.
+// TestBrokenConnectionCountsForItsDisturbance checks that an open connection that a
+// disturbance broke counts for the fault with the disturbance, no matter when the connection
+// was last used and found broken.
 func TestBrokenConnectionCountsForItsDisturbance(t *testing.T) {
 	r := &recorder{}
 	before := r.beginFault()

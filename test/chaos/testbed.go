@@ -21,37 +21,37 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// podCount is the number of pods that serve. Each is an endpoint of every Service at
-// times.
+// podCount is the number of pods that serve. Each pod is sometimes an endpoint of every
+// Service.
 const podCount = 6
 
-// testbed is the node with all that is around it.
+// testbed is the node and its environment: network, pods, API server, clients and Fairlead.
 type testbed struct {
 	options      *options
 	recorder     recorder
-	dir          string // with the programs' logs
+	dir          string // contains the programs' logs
 	net          *nettest.Network
 	client       *nettest.Host
 	pods         []*nettest.Host
 	api          api
 	agent        *agent
-	secondAgent  *agent // the same program once more
+	secondAgent  *agent // a second instance of the same program
 	fairlead     system.Fairlead
 	services     []*service
 	stopClients  context.CancelFunc
-	running      sync.WaitGroup // clients and what changes endpoints
+	running      sync.WaitGroup // clients and changeEndpoints
 	servers      []*nettest.IdentityServer
-	keptOpen     []target      // that keepers keep open
-	spoofedCount atomic.Uint32 // addresses that nobody has and that datagrams were sent from
+	keptOpen     []target      // one element for each connection that keepOpen holds
+	spoofedCount atomic.Uint32 // number of unused source addresses used so far
 }
 
-// newTestbed makes everything and starts it. The caller closes the testbed also
-// after an error.
+// newTestbed creates and starts everything. The caller must close the testbed even after an
+// error.
 func newTestbed(ctx context.Context, o *options) (*testbed, error) {
 	t := &testbed{options: o}
 	var err error
 	if t.dir, err = os.MkdirTemp("", "chaos-"); err != nil {
-		return t, fmt.Errorf("make a folder for logs: %w", err)
+		return t, fmt.Errorf("create a directory for logs: %w", err)
 	}
 	if t.net, err = nettest.New(nettest.Options{}); err != nil {
 		return t, err
@@ -93,7 +93,7 @@ func newTestbed(ctx context.Context, o *options) (*testbed, error) {
 	return t, nil
 }
 
-// waitTargetsReady returns when Fairlead is ready and every target answers.
+// waitTargetsReady waits until Fairlead is ready and every target answers.
 func (t *testbed) waitTargetsReady(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
 	defer cancel()
@@ -131,7 +131,7 @@ func (t *testbed) checkTarget(ctx context.Context, to target) error {
 	})
 }
 
-// clusterCIDRFlag returns the flag with the pods' networks of both families.
+// clusterCIDRFlag returns the flag with the pod networks of both families.
 func (t *testbed) clusterCIDRFlag() []string {
 	var cidrs []string
 	for _, p := range t.net.PodCIDRs {
@@ -140,7 +140,7 @@ func (t *testbed) clusterCIDRFlag() []string {
 	return []string{"--cluster-cidr=" + strings.Join(cidrs, ",")}
 }
 
-// close ends everything that was started.
+// close stops everything.
 func (t *testbed) close() error {
 	var errs []error
 	if t.stopClients != nil {
@@ -171,7 +171,7 @@ func (t *testbed) close() error {
 	return errors.Join(errs...)
 }
 
-// addPods makes the pods and the Services that they serve.
+// addPods creates the pods and the Services that they serve.
 func (t *testbed) addPods() (err error) {
 	if t.client, err = t.net.AddPod("client"); err != nil {
 		return err
@@ -187,7 +187,7 @@ func (t *testbed) addPods() (err error) {
 	const firstIP = 10
 	for i, s := range t.services {
 		s.clusterIPs = clusterIPs(firstIP + i)
-		if s.name == "crowded" { // shares its maps of clients with `sticky`, by the last digit of the address
+		if s.name == "crowded" { // the last hexadecimal digit selects the affinity maps of `sticky`
 			s.clusterIPs = clusterIPs(firstIP + 1 + 16)
 		}
 		s.endpoints = [2]*endpoints{newEndpoints(podCount), newEndpoints(podCount)}
@@ -207,15 +207,15 @@ func (t *testbed) addPods() (err error) {
 	return nil
 }
 
-// serviceNamed returns one of the Services that clients connect to.
+// serviceNamed returns a Service that clients connect to.
 func (t *testbed) serviceNamed(name string) *service {
 	return t.services[slices.IndexFunc(t.services, func(s *service) bool { return s.name == name })]
 }
 
 func podName(i int) string { return fmt.Sprintf("pod-%d", i) }
 
-// serve has a pod serve a Service. Connections to `steady` stay open and SCTP needs
-// its own server: both answer with the pod's name.
+// serve starts the servers of a Service in a pod. Connections to `steady` stay open, and SCTP
+// needs another kind of server: both answer with the pod's name.
 func (t *testbed) serve(s *service, pod int) error {
 	host := t.pods[pod]
 	if s.protocol == nettest.SCTP || s.name == "steady" {
@@ -232,15 +232,15 @@ func (t *testbed) serve(s *service, pod int) error {
 	return nil
 }
 
-// identity is how a pod answers for a Service: a connection that ends at another
-// Service's server is told by it.
+// identity returns a pod's answer for a Service. It also identifies the Service, to detect
+// connections that reach a server of another Service.
 func (t *testbed) identity(s *service, pod int) byte {
 	return byte(int(s.targetPort%16)*16 + pod) //nolint:gosec // fits
 }
 
-// shortenConntrackTimeouts has connection tracking forget TCP connections a second after their
-// end. Clients use their ports again sooner than the kernel forgets them by itself,
-// and the kernel sends a connection that it remembers where it went before.
+// shortenConntrackTimeouts makes connection tracking forget TCP connections one second after
+// they end. Clients reuse their ports sooner than the kernel forgets connections by default,
+// and the kernel sends packets of a known connection to its previous endpoint.
 func (t *testbed) shortenConntrackTimeouts() error {
 	return t.net.Node.Do(func() error {
 		for _, state := range []string{"fin_wait", "close_wait", "last_ack", "time_wait", "close"} {
@@ -295,7 +295,7 @@ func (t *testbed) addrs(family int, set podSet) []netip.Addr {
 	return addrs
 }
 
-// target is what a client connects to.
+// target is an address of a Service and the host that connects to it.
 type target struct {
 	from    *nettest.Host
 	service *service
@@ -307,13 +307,13 @@ func (g target) String() string {
 	return fmt.Sprintf("%s from %s to %s at %s", g.service.protocol, g.from.Name, g.service.name, g.addr)
 }
 
-// targets returns all kinds of connections to a Service.
+// targets returns all targets of a Service.
 func (t *testbed) targets(s *service) []target {
 	var all []target
 	for family := range s.clusterIPs {
 		clients := []*nettest.Host{t.client, t.net.Node}
 		if s.protocol == nettest.SCTP {
-			clients = clients[:1] // userspace SCTP is slow, and one client shows it
+			clients = clients[:1] // userspace SCTP is slow, and one client is enough
 		}
 		for _, from := range clients {
 			all = append(all, target{from, s, family, s.clusterAddrPort(family)})
@@ -325,7 +325,7 @@ func (t *testbed) targets(s *service) []target {
 	return all
 }
 
-// startClients starts the clients, and what changes endpoints.
+// startClients starts the clients and changeEndpoints.
 func (t *testbed) startClients(ctx context.Context) {
 	ctx, t.stopClients = context.WithCancel(ctx)
 	for _, s := range t.services {
@@ -345,7 +345,7 @@ func (t *testbed) startClients(ctx context.Context) {
 	t.running.Go(func() { t.changeEndpoints(ctx) })
 }
 
-// connectTimeout bounds each connection. It is longer than the kernel takes to send a SYN a
+// connectTimeout bounds each connection. It is longer than the kernel needs to send a SYN a
 // second and a third time.
 const connectTimeout = 5 * time.Second
 
@@ -357,13 +357,13 @@ func (t *testbed) connectRepeatedly(ctx context.Context, to target) {
 		if to.service.protocol == nettest.SCTP {
 			rate = max(1, rate/20)
 		}
-		pace := time.NewTicker(time.Second / time.Duration(rate))
-		defer pace.Stop()
+		ticker := time.NewTicker(time.Second / time.Duration(rate))
+		defer ticker.Stop()
 		for {
 			select {
 			case <-ctx.Done():
 				return nil
-			case <-pace.C:
+			case <-ticker.C:
 			}
 			begin := time.Now()
 			pod, resent, err := t.connect(ctx, client, to)
@@ -378,8 +378,8 @@ func (t *testbed) connectRepeatedly(ctx context.Context, to target) {
 	})
 }
 
-// connect opens a connection and returns which pod answered. It runs in the
-// client's namespace.
+// connect opens a connection and returns the pod that answered. It must run in the client's
+// namespace.
 func (t *testbed) connect(ctx context.Context, client *nettest.IdentityClient, to target) (pod int, resent uint32, err error) {
 	var identity byte
 	switch to.service.protocol {
@@ -401,14 +401,14 @@ func (t *testbed) connect(ctx context.Context, client *nettest.IdentityClient, t
 	return 0, 0, fmt.Errorf("a server of another Service answered with %d", identity)
 }
 
-// associateSCTP opens an SCTP association and asks once. An association whose endpoint is
-// removed meanwhile is forgotten by connection tracking, as its client is to reach
-// another one: so a client that gets no answer associates once more.
+// associateSCTP opens an SCTP association and sends one request. Connection tracking forgets
+// an association whose endpoint is removed, so that the client reaches another endpoint. A
+// client without an answer therefore associates once more.
 func (t *testbed) associateSCTP(ctx context.Context, to target) (pod int, resent uint32, err error) {
 	for ; resent < 2; resent++ {
-		within, cancel := context.WithTimeout(ctx, connectTimeout/2)
+		attemptCtx, cancel := context.WithTimeout(ctx, connectTimeout/2)
 		var answer nettest.Answer
-		answer, err = to.from.Connect(within, to.service.protocol, to.addr)
+		answer, err = to.from.Connect(attemptCtx, to.service.protocol, to.addr)
 		cancel()
 		if err == nil {
 			_, err = fmt.Sscanf(answer.Host, "pod-%d", &pod)
@@ -421,7 +421,7 @@ func (t *testbed) associateSCTP(ctx context.Context, to target) (pod int, resent
 	return 0, resent, err
 }
 
-// keepOpen holds a connection open and uses it, and opens another when it breaks.
+// keepOpen holds a connection open and uses it. When it breaks, keepOpen opens another one.
 func (t *testbed) keepOpen(ctx context.Context, to target) {
 	const period = 100 * time.Millisecond
 	var conn *nettest.Conn
@@ -438,7 +438,7 @@ func (t *testbed) keepOpen(ctx context.Context, to target) {
 			continue
 		}
 		if again {
-			t.recorder.recordOpened(1) // besides those that the fault began with
+			t.recorder.recordOpened(1) // in addition to those at the begin of the fault
 		}
 		for ctx.Err() == nil {
 			ask, cancel := context.WithTimeout(ctx, connectTimeout)
@@ -460,16 +460,16 @@ func (t *testbed) keepOpen(ctx context.Context, to target) {
 	}
 }
 
-// changeEndpoints changes the endpoints of Services, one EndpointSlice at a time,
-// until ctx is done. Those of `steady` stay, as connections to it must.
+// changeEndpoints changes the endpoints of Services, one EndpointSlice at a time, until ctx
+// is done. The endpoints of `steady` never change, so that connections to it stay open.
 func (t *testbed) changeEndpoints(ctx context.Context) {
-	pace := time.NewTicker(time.Second / time.Duration(t.options.changes))
-	defer pace.Stop()
+	ticker := time.NewTicker(time.Second / time.Duration(t.options.changes))
+	defer ticker.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return
-		case <-pace.C:
+		case <-ticker.C:
 		}
 		s := t.services[rand.IntN(len(t.services)-1)] //nolint:gosec // no secret
 		family := rand.IntN(len(s.endpoints))         //nolint:gosec // no secret
@@ -482,20 +482,20 @@ func (t *testbed) changeEndpoints(ctx context.Context) {
 	}
 }
 
-// injectFault causes a fault and returns the record of it. The record is complete when no
-// connection that began meanwhile waits any more, see [connectTimeout].
+// injectFault injects a fault and returns its record. The record is complete when no
+// connection that began during the fault is pending, see [connectTimeout].
 func (t *testbed) injectFault(ctx context.Context, f fault) (*record, error) {
 	record := t.recorder.beginFault()
 	t.recorder.recordOpened(len(t.keptOpen))
-	within, cancel := context.WithTimeout(ctx, t.options.time)
+	faultCtx, cancel := context.WithTimeout(ctx, t.options.time)
 	defer cancel()
-	err := f.inject(t, within)
-	<-within.Done() // also if the fault took less
+	err := f.inject(t, faultCtx)
+	<-faultCtx.Done() // even if the fault ended early
 	if err == nil {
 		err = ctx.Err()
 	}
 	if err == nil && f.disturbs {
-		time.Sleep(repairTime) // The next fault begins in order.
+		time.Sleep(repairTime) // the next fault begins with a repaired node
 	}
 	if err == nil {
 		err = t.restoreFairlead(ctx)
@@ -503,7 +503,8 @@ func (t *testbed) injectFault(ctx context.Context, f fault) (*record, error) {
 	return record, err
 }
 
-// restoreFairlead makes sure that the next fault begins with one Fairlead that is ready.
+// restoreFairlead makes sure that exactly one Fairlead is running and ready before the next
+// fault.
 func (t *testbed) restoreFairlead(ctx context.Context) error {
 	if err := t.secondAgent.stop(); err != nil {
 		return err
@@ -516,7 +517,7 @@ func (t *testbed) restoreFairlead(ctx context.Context) error {
 	return t.waitTargetsReady(ctx)
 }
 
-// kernelRelease returns what `uname -r` prints.
+// kernelRelease returns the output of `uname -r`.
 func kernelRelease() (string, error) {
 	var u unix.Utsname
 	if err := unix.Uname(&u); err != nil {
