@@ -10,12 +10,11 @@ import (
 	"strings"
 )
 
-// Change is the change of one Service: created where Old is nil, deleted where
-// New is nil. At least one of them is set, and where both are, they have the
-// same key.
+// Change describes how one Service changes. Old is nil for a new Service and New is nil for a
+// deleted one. At least one of them is set; if both are, their keys are equal.
 type Change struct{ Old, New *Service }
 
-// Key returns the key of the Service that changes.
+// Key returns the key of the changed Service.
 func (c Change) Key() Key {
 	if c.New != nil {
 		return c.New.Key
@@ -23,82 +22,78 @@ func (c Change) Key() Key {
 	return c.Old.Key
 }
 
-// Dataplane programs one node's kernel. Its methods block until the kernel has
-// answered. They are called from one goroutine; only the channel of Drift is
-// read elsewhere.
+// Dataplane programs the kernel of one node. Its methods block until the kernel has answered. One
+// goroutine calls them; only the channel returned by Drift may be read from another.
 type Dataplane interface {
-	// Replace makes the kernel hold exactly these Services for this Node. It
-	// reads the kernel first and writes only what differs, so connections and
-	// equal Services are not disturbed. It may be called with the same
-	// Services again, and needs no memory of earlier calls.
+	// Replace makes the kernel hold exactly these Services for this Node. It reads the kernel
+	// first and writes only the difference, so established connections and unchanged Services are
+	// not disturbed. Replace needs no state from earlier calls and may be repeated with the same
+	// Services.
 	//
-	// Each Service is complete as soon as any of it can be seen; a backend may
-	// take several steps for all of them, and begins with those that come first.
-	// After each step it calls progress, unless that is nil, with the number of
-	// Services that are complete so far.
+	// Each Service becomes visible as a whole. A backend may program the Services in several
+	// steps, in the order of the sequence. After each step it calls progress, if not nil, with
+	// the number of Services completed so far.
 	//
-	// The error is nil, an *[Error] with the keys that did not take, or any
-	// other error, after which nothing is known. An *Error may be wrapped; one
-	// that is joined with other errors counts as any other error.
+	// Replace returns nil, an *[Error] with the keys that failed, or any other error, after which
+	// the state of every key is unknown. The *Error may be wrapped. An *Error that is joined with
+	// other errors counts as any other error.
 	Replace(ctx context.Context, node Node, services iter.Seq[*Service], progress func(complete int)) error
 
-	// Apply carries out changes, at most one for each key, at a cost that
-	// follows their number. It trusts each Old to be what the kernel holds. It
-	// is called only after a Replace, and errors are as with Replace.
+	// Apply programs the changes, at most one per key, at a cost proportional to their number. It
+	// trusts each Old to be what the kernel holds. It may only be called after Replace, and
+	// returns errors in the same way.
 	Apply(ctx context.Context, changes []Change) error
 
-	// Read returns what the kernel holds now. It changes nothing.
+	// Read returns the state that the kernel holds now. It changes nothing.
 	Read(ctx context.Context) (State, error)
 
-	// Drift returns a channel on which a value arrives when somebody else has
-	// changed what this Dataplane programmed, or may have. Values that are
-	// not received merge into one. The answer to drift is a Replace.
+	// Drift returns a channel that receives a value when another program has changed, or may have
+	// changed, the state that this Dataplane programmed. Unreceived values are merged into one.
+	// The caller repairs drift with Replace.
 	Drift() <-chan struct{}
 
-	// Close releases the connection to the kernel and leaves everything that
-	// was programmed in place.
+	// Close releases the connection to the kernel. The programmed state stays in place.
 	Close() error
 }
 
-// LossNotifier is implemented by a Dataplane that can tell drift that packets may
-// suffer from, such as the loss of a table, from other drift.
+// LossNotifier is implemented by a Dataplane that distinguishes drift that can drop packets, for
+// example the deletion of a table, from other drift.
 type LossNotifier interface {
-	// Lost returns a channel on which a value arrives, besides the value on that of
-	// Drift, when something that was programmed is gone, or may be.
+	// Lost returns a channel that receives a value, in addition to the value on the Drift
+	// channel, when programmed state is gone or may be gone.
 	Lost() <-chan struct{}
 }
 
-// Prefetcher is implemented by a Dataplane that can read in advance what the next
-// Replace compares with, so that this takes less time.
+// Prefetcher is implemented by a Dataplane that can read the kernel ahead of the next Replace,
+// which shortens that call.
 type Prefetcher interface {
-	// Prefetch reads what the kernel holds, unless that was read before and has not
-	// changed, or still changes. It changes nothing in the kernel. It must not be
-	// called while another method but Drift runs.
+	// Prefetch reads the state of the kernel. It does nothing if an earlier result is still valid
+	// or if the kernel is still changing. It writes nothing to the kernel. Prefetch must not run
+	// concurrently with any method except Drift.
 	Prefetch(ctx context.Context) error
 }
 
-// ErrConflict is wrapped by the error of a call that failed as a whole because
-// somebody else changed the kernel at the same time. The answer is another Replace,
-// without delay.
-var ErrConflict = errors.New("somebody else changes the kernel at the same time")
+// ErrConflict is wrapped by the error of a call that failed as a whole because another program
+// changed the kernel at the same time. The caller retries with Replace without delay.
+var ErrConflict = errors.New("another program changed the kernel at the same time")
 
-// Binding is what a kernel does with the connections to one Frontend.
+// Binding describes how a kernel handles the connections to one Frontend.
 type Binding struct {
-	// Service is [Key.Service] of the owner, possibly shortened, or empty
-	// where a backend has no place to keep it.
+	// Service is [Key.Service] of the owner. A backend may shorten it, or leave it empty if it
+	// has no room to store it.
 	Service string
 	ServiceSpec
 }
 
-// Equal reports whether b and o treat connections alike. The name of the
-// Service takes no part.
+// Equal reports whether b and o handle connections in the same way. It ignores the name of the
+// Service.
 func (b Binding) Equal(o Binding) bool { return b.ServiceSpec.Equal(o.ServiceSpec) }
 
-// State is what a kernel holds, by frontend: the form that can be read back
-// whatever the backend.
+// State maps each programmed frontend to its Binding. Every backend can read this form back from
+// the kernel.
 type State map[Frontend]Binding
 
-// StateOf returns the State that a kernel has when it holds these Services.
+// StateOf returns the State of a kernel that holds these Services.
 func StateOf(services iter.Seq[*Service]) State {
 	state := State{}
 	for s := range services {
@@ -109,11 +104,11 @@ func StateOf(services iter.Seq[*Service]) State {
 	return state
 }
 
-// Equal reports whether s and o treat all connections alike.
+// Equal reports whether s and o have the same frontends with equal bindings.
 func (s State) Equal(o State) bool { return maps.EqualFunc(s, o, Binding.Equal) }
 
-// Diff describes, a line for each frontend that differs, how got deviates from
-// s; it is empty when they are equal.
+// Diff describes how got differs from s, one line for each frontend. It returns an empty string
+// if they are equal.
 func (s State) Diff(got State) string {
 	frontends := slices.Collect(maps.Keys(s))
 	for f := range got {
@@ -138,16 +133,16 @@ func (s State) Diff(got State) string {
 	return b.String()
 }
 
-// Error says which keys of a call did not take. What the kernel holds for them
-// is unknown; all other keys of the call took.
+// Error lists the keys of a call that failed. Their state in the kernel is unknown. The call
+// succeeded for all other keys.
 type Error struct {
-	// Op is what was being done: "replace" or "apply".
+	// Op is the operation that failed: "replace" or "apply".
 	Op string
-	// Failed has an entry for each key that did not take.
+	// Failed contains the error of each key that failed.
 	Failed map[Key]error
 }
 
-// Error names the first failed keys and counts the rest.
+// Error returns a message with the first failed keys and the number of the remaining ones.
 func (e *Error) Error() string {
 	const named = 3
 	keys := slices.SortedFunc(maps.Keys(e.Failed), Key.Compare)
@@ -165,7 +160,7 @@ func (e *Error) Error() string {
 // Unwrap returns the errors of all failed keys.
 func (e *Error) Unwrap() []error { return slices.Collect(maps.Values(e.Failed)) }
 
-// ErrUnsupported is wrapped by the error of a key that the backend can never
-// program as it is: trying again without changing the Service is of no use.
-// The kernel holds nothing for such a key after a Replace, and after an Apply.
+// ErrUnsupported is wrapped by the error of a key that the backend can never program in its
+// current form. Retrying is useless until the Service changes. After Replace or Apply returns
+// this error, the kernel holds nothing for the key.
 var ErrUnsupported = errors.New("not supported by this backend")

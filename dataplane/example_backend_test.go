@@ -15,15 +15,15 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// printer is a backend that programs nothing: it prints each change. The tests of the
-// laws run against it, see forEachHistory.
+// printer is a backend that prints each change and programs nothing. The tests of the laws run
+// against it, see forEachHistory.
 type printer struct {
 	out io.Writer
-	// state is what a kernel would hold. A real backend reads it from the kernel.
+	// state simulates the kernel. A real backend reads it from the kernel.
 	state dataplane.State
 	lines int
-	// schedulers are the known values of ServiceSpec.Scheduler. The backend's entry in
-	// internal/backend lists them, too.
+	// schedulers lists the supported values of ServiceSpec.Scheduler. The backend's entry in
+	// internal/backend lists them too.
 	schedulers []string
 }
 
@@ -39,56 +39,57 @@ func (p *printer) Replace(ctx context.Context, _ dataplane.Node, services iter.S
 		return err
 	}
 	failed := map[dataplane.Key]error{}
-	// Nothing is wanted of a frontend until a Service has it.
-	wanted := map[dataplane.Frontend]*dataplane.Binding{}
+	// A nil Binding removes the frontend, unless a Service has it.
+	desired := map[dataplane.Frontend]*dataplane.Binding{}
 	for f := range p.state {
-		wanted[f] = nil
+		desired[f] = nil
 	}
 	complete := 0
 	for s := range services {
-		if p.addDesired(wanted, s, failed) {
+		if p.addDesired(desired, s, failed) {
 			complete++
 		}
 	}
-	p.write(wanted)
+	p.write(desired)
 	if progress != nil {
 		progress(complete)
 	}
 	return keyedError("replace", failed)
 }
 
-// Apply looks at the frontends of the changes only. All Olds are taken out before any
-// New is put in: a frontend may move from one Service to another (law 3).
+// Apply processes only the frontends of the changes. It removes every Old before it adds any New,
+// because a frontend may move from one Service to another (law 3).
 func (p *printer) Apply(ctx context.Context, changes []dataplane.Change) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
 	failed := map[dataplane.Key]error{}
-	wanted := map[dataplane.Frontend]*dataplane.Binding{}
+	desired := map[dataplane.Frontend]*dataplane.Binding{}
 	for _, c := range changes {
 		if c.Old != nil {
 			for _, f := range c.Old.Frontends {
-				wanted[f] = nil
+				desired[f] = nil
 			}
 		}
 	}
 	for _, c := range changes {
 		if c.New != nil {
-			p.addDesired(wanted, c.New, failed)
+			p.addDesired(desired, c.New, failed)
 		}
 	}
-	p.write(wanted)
+	p.write(desired)
 	return keyedError("apply", failed)
 }
 
-// addDesired adds the frontends of a Service, or says why it cannot be programmed.
-func (p *printer) addDesired(wanted map[dataplane.Frontend]*dataplane.Binding, s *dataplane.Service, failed map[dataplane.Key]error) bool {
+// addDesired adds the frontends of a Service and returns true. If the backend cannot program the
+// Service, it records an error and returns false.
+func (p *printer) addDesired(desired map[dataplane.Frontend]*dataplane.Binding, s *dataplane.Service, failed map[dataplane.Key]error) bool {
 	if s.Scheduler != "" && !slices.Contains(p.schedulers, s.Scheduler) {
 		failed[s.Key] = fmt.Errorf("scheduler %s: %w", s.Scheduler, dataplane.ErrUnsupported)
 		return false
 	}
 	for _, f := range s.Frontends {
-		wanted[f] = &dataplane.Binding{Service: s.Key.Service(), ServiceSpec: s.ServiceSpec}
+		desired[f] = &dataplane.Binding{Service: s.Key.Service(), ServiceSpec: s.ServiceSpec}
 	}
 	return true
 }
@@ -100,11 +101,11 @@ func keyedError(op string, failed map[dataplane.Key]error) error {
 	return &dataplane.Error{Op: op, Failed: failed}
 }
 
-// write prints a line for each frontend that changes, and none for equal ones (law 4).
-func (p *printer) write(wanted map[dataplane.Frontend]*dataplane.Binding) {
-	for _, f := range slices.SortedFunc(maps.Keys(wanted), dataplane.Frontend.Compare) {
+// write prints a line for each frontend that changes and nothing for equal ones (law 4).
+func (p *printer) write(desired map[dataplane.Frontend]*dataplane.Binding) {
+	for _, f := range slices.SortedFunc(maps.Keys(desired), dataplane.Frontend.Compare) {
 		had, ok := p.state[f]
-		b := wanted[f]
+		b := desired[f]
 		switch {
 		case b == nil && ok:
 			p.print("- %s", f)
@@ -123,19 +124,19 @@ func (p *printer) print(format string, args ...any) {
 	_, _ = fmt.Fprintf(p.out, format+"\n", args...)
 }
 
-// Read returns the state.
+// Read returns a copy of the state.
 func (p *printer) Read(ctx context.Context) (dataplane.State, error) {
 	return maps.Clone(p.state), ctx.Err()
 }
 
-// Drift returns nil, on which no value arrives: no other program changes the state.
+// Drift returns nil, a channel that never receives a value: no other program changes the state.
 func (p *printer) Drift() <-chan struct{} { return nil }
 
-// Close leaves everything in place.
+// Close leaves the state in place.
 func (p *printer) Close() error { return nil }
 
-// A backend translates Services and decides nothing. See docs/writing-a-backend.md for
-// what else a backend of Fairlead needs.
+// A backend translates Services and makes no Kubernetes decisions. See docs/writing-a-backend.md
+// for the other parts of a Fairlead backend.
 func Example_backend() {
 	web := func(endpoints ...string) *dataplane.Service {
 		var list []dataplane.Endpoint
@@ -158,7 +159,7 @@ func Example_backend() {
 	err := cmp.Or(
 		d.Replace(ctx, dataplane.Node{}, slices.Values([]*dataplane.Service{one}), nil),
 		d.Apply(ctx, []dataplane.Change{{Old: one, New: two}}),
-		d.Apply(ctx, []dataplane.Change{{Old: two, New: two}}), // an equal value: nothing to write
+		d.Apply(ctx, []dataplane.Change{{Old: two, New: two}}), // equal values: writes nothing
 		d.Apply(ctx, []dataplane.Change{{Old: two}}),
 	)
 	if err != nil {

@@ -15,11 +15,11 @@ import (
 	"fairlead.io/fairlead/dataplane/fake"
 )
 
-// A history is a run of random changes to a few Services that fight over a few
-// frontends, programmed by a small syncer while the dataplane misbehaves. When
-// the faults stop, what is programmed must be what is wanted.
+// A history is a sequence of random changes to a few Services that compete for a few frontends. A
+// small syncer programs them while the dataplane injects faults. When the faults stop, the
+// programmed state must equal the desired state.
 
-// intN returns a number in [0, n): from a seed, or from a fuzzer's bytes.
+// intN returns a number in [0, n), from a seeded generator or from the bytes of a fuzzer.
 type intN func(n int) int
 
 func seededIntN(seed uint64) intN {
@@ -37,7 +37,7 @@ func bytesIntN(data []byte) intN {
 	}
 }
 
-// cluster is what is wanted.
+// cluster is the desired state of a history.
 type cluster struct {
 	keys      []dataplane.Key
 	frontends []dataplane.Frontend
@@ -66,9 +66,8 @@ func newCluster() *cluster {
 	return c
 }
 
-// change makes one to four random changes: a frontend moves to another Service
-// or leaves one, a Service gets other endpoints or
-// is treated otherwise.
+// change makes one to four random changes: a frontend moves to another Service or is removed, or
+// a Service gets a new ServiceSpec.
 func (c *cluster) change(d intN) {
 	for range 1 + d(4) {
 		k := c.keys[d(len(c.keys))]
@@ -104,14 +103,14 @@ func (c *cluster) change(d intN) {
 	c.desired = desired
 }
 
-// cloneSpec returns a Treatment with lists of its own, for NewService takes them.
+// cloneSpec returns a copy of t with its own lists, because NewService takes ownership of them.
 func cloneSpec(t dataplane.ServiceSpec) dataplane.ServiceSpec {
 	t.Endpoints, t.LocalEndpoints, t.SourceRanges = slices.Clone(t.Endpoints), slices.Clone(t.LocalEndpoints), slices.Clone(t.SourceRanges)
 	return t
 }
 
-// randomSpec returns a Treatment in which everything that can be set is, now
-// and then; endpoints are what changes most.
+// randomSpec returns a ServiceSpec with random endpoints. In most cases it also sets one of the
+// other fields.
 func randomSpec(family dataplane.Family, d intN) dataplane.ServiceSpec {
 	t := dataplane.ServiceSpec{Endpoints: randomEndpoints(family, d)}
 	switch d(8) {
@@ -151,23 +150,23 @@ func randomEndpoint(family dataplane.Family, d intN) dataplane.Endpoint {
 	return dataplane.Endpoint{Addr: netip.AddrPortFrom(addr, 8080), Local: d(2) == 0}
 }
 
-// errorRule is what a syncer believes after an error.
+// errorRule is a syncer's assumption about the kernel after an error.
 type errorRule string
 
 const (
-	unknownUntilReplace errorRule = "failed keys are unknown until a Replace" // the contract
-	assumeOld           errorRule = "failed keys have their Old"
-	assumeNew           errorRule = "applied is moved before the write"
-	keyByKey            errorRule = "each change is a call of its own"
+	unknownUntilReplace errorRule = "failed keys are unknown until Replace" // the contract
+	assumeOld           errorRule = "failed keys keep their Old"
+	assumeNew           errorRule = "applied is updated before the write"
+	keyByKey            errorRule = "each change is a separate call"
 )
 
-// testSyncer is a small syncer that follows a rule.
+// testSyncer is a small syncer that follows an errorRule.
 type testSyncer struct {
 	rule       errorRule
 	dp         dataplane.Dataplane
 	applied    map[dataplane.Key]*dataplane.Service
 	unknown    map[dataplane.Key]bool
-	allUnknown bool // everything is unknown
+	allUnknown bool // the state of every key is unknown
 }
 
 func newTestSyncer(r errorRule, dp dataplane.Dataplane) *testSyncer {
@@ -178,7 +177,7 @@ func newTestSyncer(r errorRule, dp dataplane.Dataplane) *testSyncer {
 	}
 }
 
-// diff returns the changes from applied to desired, of known keys.
+// diff returns the changes from applied to desired for all keys with a known state.
 func (p *testSyncer) diff(desired map[dataplane.Key]*dataplane.Service) []dataplane.Change {
 	var changes []dataplane.Change
 	for k, s := range desired {
@@ -191,13 +190,13 @@ func (p *testSyncer) diff(desired map[dataplane.Key]*dataplane.Service) []datapl
 			changes = append(changes, dataplane.Change{Old: s})
 		}
 	}
-	// So that a seed is a history.
+	// Sort, so that a seed always produces the same history.
 	slices.SortFunc(changes, func(a, b dataplane.Change) int { return a.Key().Compare(b.Key()) })
 	return changes
 }
 
-// sync programs desired. A Replace is made when everything is unknown, or when
-// something is and repair says that it is time.
+// sync programs desired. It calls Replace if the state of every key is unknown, or if repair is
+// set and the state of any key is unknown.
 func (p *testSyncer) sync(ctx context.Context, desired map[dataplane.Key]*dataplane.Service, repair bool) {
 	select {
 	case <-p.dp.Drift():
@@ -220,8 +219,8 @@ func (p *testSyncer) sync(ctx context.Context, desired map[dataplane.Key]*datapl
 	}
 }
 
-// recordResult draws the conclusions from a call: an Apply of changes, or a Replace
-// by desired.
+// recordResult updates the syncer's state after a call: after Apply with changes, or after
+// Replace with desired.
 func (p *testSyncer) recordResult(err error, changes []dataplane.Change, desired map[dataplane.Key]*dataplane.Service) {
 	var keyed *dataplane.Error
 	if !errors.As(err, &keyed) {
@@ -243,7 +242,7 @@ func (p *testSyncer) recordResult(err error, changes []dataplane.Change, desired
 		clear(p.unknown)
 	}
 	for _, c := range changes {
-		if _, bad := keyed.Failed[c.Key()]; bad {
+		if _, failed := keyed.Failed[c.Key()]; failed {
 			continue
 		}
 		if c.New == nil {
@@ -263,7 +262,7 @@ func (p *testSyncer) recordResult(err error, changes []dataplane.Change, desired
 	}
 }
 
-// fakeOptions are the fakes that histories run against.
+// fakeOptions returns the options of the fakes that histories run against.
 func fakeOptions() map[string]fake.Options {
 	return map[string]fake.Options{
 		"atomic":     {},
@@ -272,13 +271,13 @@ func fakeOptions() map[string]fake.Options {
 	}
 }
 
-// allFaults are met at once in a history with faults.
+// allFaults returns the faults of a history that combines all kinds.
 func allFaults(opts fake.Options) fake.Faults {
 	return supportedFaults(opts, fake.Faults{Reject: 0.1, Lose: 0.1, Partial: 0.1, Keys: 0.2, Drift: 0.05})
 }
 
-// supportedFaults leaves out of faults what a kernel does not do: a strict one takes
-// a call as a whole or not at all.
+// supportedFaults returns faults without those that the kernel cannot produce: a strict kernel
+// applies a call completely or not at all.
 func supportedFaults(opts fake.Options, faults fake.Faults) fake.Faults {
 	if opts.Strict {
 		faults.Partial, faults.Keys = 0, 0
@@ -286,8 +285,8 @@ func supportedFaults(opts fake.Options, faults fake.Faults) fake.Faults {
 	return faults
 }
 
-// runHistory runs a history of 40 rounds. It returns how what is programmed at its
-// end deviates from what is wanted.
+// runHistory runs 40 rounds and returns the difference between the desired and the programmed
+// state at the end.
 func runHistory(t *testing.T, r errorRule, opts fake.Options, faults fake.Faults, seed uint64, d intN) string {
 	t.Helper()
 	if opts.PerObject && faults.Keys > 0 {
@@ -310,9 +309,9 @@ func runHistory(t *testing.T, r errorRule, opts fake.Options, faults fake.Faults
 		p.sync(t.Context(), c.desired, d(4) == 0)
 	}
 	faulty.Set(fake.Faults{})
-	faults.Keys = 0 // And so WriteFault ends.
-	// One round repairs; the second is for a programmer that believes, after
-	// the first, that something is left to do.
+	faults.Keys = 0 // WriteFault reads faults and stops too.
+	// The first call repairs. The second is for a testSyncer that still has changes to program
+	// after the first.
 	p.sync(t.Context(), c.desired, true)
 	p.sync(t.Context(), c.desired, true)
 	got, err := faulty.Read(t.Context())
@@ -321,12 +320,13 @@ func runHistory(t *testing.T, r errorRule, opts fake.Options, faults fake.Faults
 	}
 	want := dataplane.StateOf(maps.Values(c.desired))
 	if want.Equal(got) != (want.Diff(got) == "") {
-		t.Fatalf("Equal says %v, Diff says:\n%s", want.Equal(got), want.Diff(got))
+		t.Fatalf("Equal returns %v, but Diff returns:\n%s", want.Equal(got), want.Diff(got))
 	}
 	return want.Diff(got)
 }
 
-// After faults stop, what is programmed is what is wanted.
+// TestHistoriesConverge checks that the programmed state equals the desired state after the
+// faults stop.
 func TestHistoriesConverge(t *testing.T) {
 	t.Parallel()
 	for name, opts := range fakeOptions() {
@@ -334,15 +334,16 @@ func TestHistoriesConverge(t *testing.T) {
 			t.Parallel()
 			for seed := range uint64(2000) {
 				if diff := runHistory(t, unknownUntilReplace, opts, allFaults(opts), seed, seededIntN(seed)); diff != "" {
-					t.Fatalf("seed %d ends wrong:\n%s", seed, diff)
+					t.Fatalf("seed %d does not converge:\n%s", seed, diff)
 				}
 			}
 		})
 	}
 }
 
-// The same histories catch a syncer that believes something else after an
-// error: without this, the test above could pass because it sees nothing.
+// TestHistoriesDetectWrongErrorRules checks that the same histories detect syncers with wrong
+// assumptions after an error. Otherwise TestHistoriesConverge could pass without testing
+// anything.
 func TestHistoriesDetectWrongErrorRules(t *testing.T) {
 	t.Parallel()
 	const seeds = 200
@@ -350,7 +351,7 @@ func TestHistoriesDetectWrongErrorRules(t *testing.T) {
 		for _, tt := range []struct {
 			rule   errorRule
 			faults fake.Faults
-			least  int // histories that must end wrong, of seeds
+			least  int // minimum number of histories, of seeds, that must not converge
 		}{
 			{unknownUntilReplace, fake.Faults{}, 0},
 			{assumeOld, fake.Faults{}, 0},
@@ -360,7 +361,7 @@ func TestHistoriesDetectWrongErrorRules(t *testing.T) {
 			{keyByKey, fake.Faults{}, seeds / 10},
 		} {
 			if opts.Strict && tt.rule == keyByKey {
-				continue // It refuses what that rule does wrong, until the order happens to be right.
+				continue // A strict kernel rejects wrongly ordered changes until the order happens to be right.
 			}
 			t.Run(fmt.Sprintf("%s/%s/least=%d", name, tt.rule, tt.least), func(t *testing.T) {
 				t.Parallel()
@@ -370,19 +371,20 @@ func TestHistoriesDetectWrongErrorRules(t *testing.T) {
 						wrong++
 					}
 				}
-				t.Logf("%d of %d histories end wrong", wrong, seeds)
+				t.Logf("%d of %d histories do not converge", wrong, seeds)
 				if wrong < tt.least {
-					t.Errorf("%d of %d histories end wrong, want %d at least", wrong, seeds, tt.least)
+					t.Errorf("%d of %d histories do not converge, want at least %d", wrong, seeds, tt.least)
 				}
 				if tt.least == 0 && wrong > 0 {
-					t.Errorf("%d of %d histories end wrong, want none", wrong, seeds)
+					t.Errorf("%d of %d histories do not converge, want none", wrong, seeds)
 				}
 			})
 		}
 	}
 }
 
-// A kernel that refuses a wrong Old sees none while there are no faults.
+// TestHistoriesPassCorrectOld checks that a kernel that rejects a wrong Old never receives one in
+// the absence of faults.
 func TestHistoriesPassCorrectOld(t *testing.T) {
 	t.Parallel()
 	for seed := range uint64(500) {
@@ -394,13 +396,13 @@ func TestHistoriesPassCorrectOld(t *testing.T) {
 			c.change(d)
 			p.sync(t.Context(), c.desired, true)
 			if p.allUnknown || len(p.unknown) > 0 {
-				t.Fatalf("seed %d: a call failed: all unknown %t, keys unknown %v", seed, p.allUnknown, p.unknown)
+				t.Fatalf("seed %d: a call failed: all keys unknown: %t, unknown keys: %v", seed, p.allUnknown, p.unknown)
 			}
 		}
 	}
 }
 
-// FuzzHistory looks for histories that end wrong.
+// FuzzHistory searches for histories that do not converge.
 func FuzzHistory(f *testing.F) {
 	for seed := range uint64(8) {
 		d := seededIntN(seed)
@@ -413,7 +415,7 @@ func FuzzHistory(f *testing.F) {
 	f.Fuzz(func(t *testing.T, seed uint64, perObject bool, data []byte) {
 		opts := fake.Options{PerObject: perObject, Strict: !perObject && seed%4 == 1}
 		if diff := runHistory(t, unknownUntilReplace, opts, allFaults(opts), seed, bytesIntN(data)); diff != "" {
-			t.Errorf("the history ends wrong:\n%s", diff)
+			t.Errorf("the history does not converge:\n%s", diff)
 		}
 	})
 }

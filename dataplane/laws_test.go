@@ -14,9 +14,10 @@ import (
 	"fairlead.io/fairlead/dataplane/fake"
 )
 
-// The laws of the package documentation, one test each, on random Services.
+// The tests of this file check the laws of the package documentation, one test each, with
+// random Services.
 
-// countingDataplane is a Dataplane that counts what it has written.
+// countingDataplane is a Dataplane that counts its writes.
 type countingDataplane interface {
 	dataplane.Dataplane
 	writeCount() int
@@ -28,7 +29,7 @@ func (k countingFake) writeCount() int { return k.Counts().Writes }
 
 func (p *printer) writeCount() int { return p.lines }
 
-// countingDataplanes are the Dataplanes that the laws are tested with.
+// countingDataplanes returns constructors of the Dataplanes that the laws are tested with.
 func countingDataplanes() map[string]func() countingDataplane {
 	all := map[string]func() countingDataplane{"printer of the example": func() countingDataplane { return newPrinter(io.Discard, "lc", "sh") }}
 	for name, opts := range fakeOptions() {
@@ -81,8 +82,8 @@ func TestLaw1ReplaceIsExact(t *testing.T) {
 	})
 }
 
-// Laws 2 and 3: every Old is taken out and every New is put in, in whatever
-// order the changes are listed.
+// Laws 2 and 3: Apply removes every Old and adds every New, in whatever order the changes
+// are listed.
 func TestLaw2And3ApplyDiffsWholeCall(t *testing.T) {
 	t.Parallel()
 	forEachHistory(t, func(t *testing.T, kernel countingDataplane, c *cluster, d intN) {
@@ -142,17 +143,17 @@ func TestLaw4EqualStatesWriteNothing(t *testing.T) {
 			t.Fatal(err)
 		}
 		if n := kernel.writeCount() - before; n != 0 {
-			t.Errorf("%d writes to replace a state by an equal one, want 0", n)
+			t.Errorf("replacing a state with an equal one made %d writes, want 0", n)
 		}
 	})
 }
 
-// Law 5, the half that can be checked: the keys that are not named took.
+// Law 5, the testable half: the call succeeds for all keys that the error does not name.
 func TestLaw5UnnamedKeysSucceed(t *testing.T) {
 	t.Parallel()
 	for name, opts := range fakeOptions() {
 		if opts.Strict {
-			continue // It takes all keys of a call or none.
+			continue // A strict kernel applies all keys of a call or none.
 		}
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -174,26 +175,26 @@ func TestLaw5UnnamedKeysSucceed(t *testing.T) {
 						for _, f := range s.Frontends {
 							want := dataplane.Binding{ServiceSpec: s.ServiceSpec}
 							if !got[f].Equal(want) {
-								t.Fatalf("seed %d: %s was not named but has %v for %s, want %v; named: %v",
+								t.Fatalf("seed %d: %s is not in the error, but has %v for %s, want %v; keys in the error: %v",
 									seed, k, got[f], f, s.Endpoints, p.unknown)
 							}
 						}
 					}
-					// What has failed is put right, so that each failure is seen
-					// by itself.
+					// Repair the failed keys, so that the test observes each failure separately.
 					faulty.Set(fake.Faults{})
 					p.sync(t.Context(), c.desired, true)
 					faulty.Set(fake.Faults{Keys: 0.5})
 				}
 			}
 			if failures < 500 {
-				t.Errorf("only %d calls had failed keys", failures)
+				t.Errorf("only %d calls had failed keys, want at least 500", failures)
 			}
 		})
 	}
 }
 
-// The writes of an Apply follow the change, not the number of Services.
+// TestApplyCostProportionalToChange checks that the number of writes depends on the change and
+// not on the number of Services.
 func TestApplyCostProportionalToChange(t *testing.T) {
 	t.Parallel()
 	for _, services := range []int{10, 1000} {
@@ -208,8 +209,8 @@ func TestApplyCostProportionalToChange(t *testing.T) {
 					change dataplane.Change
 					writes int
 				}{
-					{"one endpoint more", dataplane.Change{Old: all[0], New: withEndpoints(t, all[0], 4)}, 1},
-					{"that endpoint less", dataplane.Change{Old: withEndpoints(t, all[0], 4), New: all[0]}, 1},
+					{"one more endpoint", dataplane.Change{Old: all[0], New: withEndpoints(t, all[0], 4)}, 1},
+					{"one endpoint fewer", dataplane.Change{Old: withEndpoints(t, all[0], 4), New: all[0]}, 1},
 					{"no change", dataplane.Change{Old: all[1], New: all[1]}, 0},
 				} {
 					before := kernel.writeCount()
@@ -233,10 +234,10 @@ func TestCancelledCallsChangeNothing(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	if err := kernel.Replace(ctx, dataplane.Node{}, slices.Values(all[:1]), nil); err == nil {
-		t.Error("Replace with an ended context succeeded")
+		t.Error("Replace with a cancelled context succeeded")
 	}
 	if err := kernel.Apply(ctx, []dataplane.Change{{Old: all[0]}}); err == nil {
-		t.Error("Apply with an ended context succeeded")
+		t.Error("Apply with a cancelled context succeeded")
 	}
 	if diff := dataplane.StateOf(slices.Values(all)).Diff(mustRead(t, kernel)); diff != "" {
 		t.Error(diff)
@@ -258,7 +259,7 @@ func numberedServices(t *testing.T, n int) []*dataplane.Service {
 	return all
 }
 
-// withEndpoints returns s with n endpoints.
+// withEndpoints returns a copy of s with n endpoints.
 func withEndpoints(t *testing.T, s *dataplane.Service, n int) *dataplane.Service {
 	t.Helper()
 	var es []dataplane.Endpoint

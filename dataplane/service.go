@@ -9,10 +9,10 @@ import (
 	"strings"
 )
 
-// Protocol is a transport protocol, by its IANA number.
+// Protocol is the IANA number of a transport protocol.
 type Protocol uint8
 
-// The protocols a Kubernetes Service port can have.
+// Protocols of a Kubernetes Service port.
 const (
 	TCP  Protocol = 6
 	UDP  Protocol = 17
@@ -33,17 +33,17 @@ func (p Protocol) String() string {
 	}
 }
 
-// Family is an IP family. A dual-stack Service port is two Services here, one
-// a family.
+// Family is an IP family. A port of a dual-stack Service becomes two Services in this package,
+// one for each family.
 type Family uint8
 
-// The IP families.
+// IP families.
 const (
 	IPv4 Family = 4
 	IPv6 Family = 6
 )
 
-// String returns IPv4 or IPv6, as Kubernetes spells them in spec.ipFamilies.
+// String returns IPv4 or IPv6, the spelling of spec.ipFamilies.
 func (f Family) String() string {
 	switch f {
 	case IPv4:
@@ -55,8 +55,8 @@ func (f Family) String() string {
 	}
 }
 
-// FamilyOf returns the family of addr. An IPv4-mapped IPv6 address counts as
-// IPv6, so that [NewService] refuses it.
+// FamilyOf returns the family of addr. It returns IPv6 for an IPv4-mapped IPv6 address, which
+// [NewService] rejects.
 func FamilyOf(addr netip.Addr) Family {
 	if addr.Is4() {
 		return IPv4
@@ -64,13 +64,13 @@ func FamilyOf(addr netip.Addr) Family {
 	return IPv6
 }
 
-// Kind is what sort of address the frontends of a Service have.
+// Kind is the kind of address that the frontends of a Service have.
 type Kind uint8
 
-// The kinds of frontends that one port of a Kubernetes Service can have.
+// Kinds of frontends of a Kubernetes Service port.
 const (
 	ClusterIP    Kind = iota
-	NodePort          // the addresses of this node: Frontend.Addr is the unspecified one
+	NodePort          // addresses of this node; Frontend.Addr is the unspecified address
 	ExternalIP        // spec.externalIPs
 	LoadBalancer      // status.loadBalancer.ingress
 )
@@ -91,14 +91,12 @@ func (k Kind) String() string {
 	}
 }
 
-// Key identifies one port of one Kubernetes Service in one IP family, as far as
-// it has frontends of one kind. What a backend can't do for one kind leaves the
-// others alone.
+// Key identifies one port of a Kubernetes Service in one IP family, restricted to frontends of
+// one kind. Each kind has its own key so that a failure of one kind does not affect the others.
 type Key struct {
-	// Namespace and Name are the Kubernetes Service's.
+	// Namespace and Name identify the Kubernetes Service.
 	Namespace, Name string
-	// Port is the name of the Service port; empty where the Service has a
-	// single, unnamed port.
+	// Port is the name of the Service port. It is empty for a single unnamed port.
 	Port string
 	// Family is the family of every address in the Service.
 	Family Family
@@ -106,8 +104,7 @@ type Key struct {
 	Kind Kind
 }
 
-// Service returns namespace and name of the Kubernetes Service and the port as
-// people write them: namespace/name, or namespace/name:port for a named port.
+// Service returns namespace/name of the Kubernetes Service, followed by :port for a named port.
 func (k Key) Service() string {
 	if k.Port == "" {
 		return k.Namespace + "/" + k.Name
@@ -115,8 +112,7 @@ func (k Key) Service() string {
 	return k.Namespace + "/" + k.Name + ":" + k.Port
 }
 
-// String returns namespace/name:port, the family, and the kind if it is not
-// ClusterIP.
+// String returns the result of [Key.Service], the family, and the kind unless it is ClusterIP.
 func (k Key) String() string {
 	if k.Kind == ClusterIP {
 		return k.Service() + " " + k.Family.String()
@@ -135,19 +131,20 @@ func (k Key) Compare(o Key) int {
 	)
 }
 
-// Frontend is where clients connect to: a protocol, an address and a port. The
-// unspecified address (0.0.0.0 or ::) stands for every address of this node on
-// which node ports are served, [Node.NodePortAddrs]; a frontend with one of these
-// addresses and the same port goes before it.
+// Frontend is the protocol, address and port that clients connect to.
 //
-// A Frontend belongs to at most one Service. Collisions are settled before
-// Services reach a Dataplane.
+// The unspecified address (0.0.0.0 or ::) represents every address in [Node.NodePortAddrs] and
+// [Node.NodePortNetworks]. A frontend with a specific address takes precedence over an
+// unspecified one with the same port.
+//
+// A Frontend belongs to at most one Service. Conflicts are resolved before Services reach a
+// Dataplane.
 type Frontend struct {
 	Protocol Protocol
 	Addr     netip.AddrPort
 }
 
-// String returns address, port and protocol: "10.96.0.10:80/TCP", or
+// String returns address, port and protocol, for example "10.96.0.10:80/TCP" or
 // "[fd00::10]:80/TCP".
 func (f Frontend) String() string { return f.Addr.String() + "/" + f.Protocol.String() }
 
@@ -156,56 +153,52 @@ func (f Frontend) Compare(o Frontend) int {
 	return cmp.Or(f.Addr.Compare(o.Addr), cmp.Compare(f.Protocol, o.Protocol))
 }
 
-// Endpoint is where a connection can end: a pod's address and the port the pod
-// listens on.
+// Endpoint is a destination of connections: the address of a pod and the port that it listens on.
 type Endpoint struct {
 	Addr netip.AddrPort
-	// Local says that the endpoint may be a pod of this node. Such a pod can
-	// reach itself through its Service, which works only when that connection
-	// is masqueraded (hairpin). It is the pod that is local: if one of several
-	// ports of an address is, in either list, [NewService] makes all of them so.
+	// Local reports that the endpoint may be a pod on this node. If a local pod connects to
+	// itself through its Service (hairpin), the connection is masqueraded, because it would not
+	// work otherwise. Local is a property of the address: if one endpoint of an address is local,
+	// [NewService] marks every endpoint with this address, in both lists.
 	Local bool
 }
 
-// Service is one port of a Kubernetes Service in one IP family with its
-// frontends of one kind, and the [ServiceSpec] of the connections to them.
+// Service is one port of a Kubernetes Service in one IP family, with its frontends of one kind
+// and the [ServiceSpec] for their connections.
 //
-// A Service is a value. Make one with [NewService]; once handed over it must
-// not be changed.
+// A Service is immutable. Create it with [NewService].
 type Service struct {
 	Key Key
-	// Frontends are sorted and unique; there is at least one.
+	// Frontends is sorted, has no duplicates and is not empty.
 	Frontends []Frontend
 	ServiceSpec
 
-	// Serving are the endpoints to which no new connection goes and which still
-	// serve those that they have: pods that terminate, and pods that a traffic
-	// policy or a topology hint leaves out. They are sorted and unique. They are
-	// there for UDP and SCTP only, where a flow to an endpoint that is neither here
-	// nor in the Treatment is to be forgotten, so that its client moves on. Set it
-	// with [Service.WithServing].
+	// Serving lists endpoints that keep their existing flows but receive no new ones: terminating
+	// pods that still serve, and pods excluded by a traffic policy or a topology hint. It is
+	// sorted, has no duplicates, and is set for UDP and SCTP only. A flow to an endpoint that is
+	// neither here nor in the ServiceSpec is deleted from connection tracking, so that its client
+	// moves to another endpoint. Set it with [Service.WithServing].
 	//
-	// Serving belongs to connection tracking, not to the contract: internal/conntrack
-	// reads it, and package ipvs to let such endpoints keep their connections. New
-	// connections do not depend on it, [State] does not have it, and a Dataplane has
-	// nothing to write where only this changes.
+	// Serving is not part of the backend contract. Package internal/conntrack reads it, and
+	// package ipvs reads it to keep connections of these endpoints. New connections do not depend
+	// on it, [State] does not contain it, and a Dataplane writes nothing if only Serving changes.
 	Serving []netip.AddrPort
 }
 
-// MaxEndpoints is the number of endpoints a Service can have: as many as there
-// are 16-bit slots. Kubernetes itself documents 1,000 endpoints a slice and no
-// limit a Service.
+// MaxEndpoints is the maximum number of endpoints of a Service. Endpoint slots are 16-bit
+// numbers. Kubernetes documents a limit of 1,000 endpoints per EndpointSlice and none per
+// Service.
 const MaxEndpoints = 1<<16 - 1
 
-// ErrInvalid is returned by [NewService], wrapped with the field and the fix.
+// ErrInvalid is wrapped by the errors of [NewService] and [Service.WithServing], which name the
+// field and the fix.
 var ErrInvalid = errors.New("invalid Service")
 
-// NewService returns the Service with its lists sorted and free of duplicates,
-// or an error that wraps [ErrInvalid]. It takes the lists over: the caller must
-// not write to them again. Lists that are sorted and free of duplicates may be
-// shared by several Services.
-func NewService(key Key, frontends []Frontend, treatment ServiceSpec) (*Service, error) {
-	s := &Service{Key: key, Frontends: frontends, ServiceSpec: treatment}
+// NewService returns a Service with sorted and deduplicated lists, or an error that wraps
+// [ErrInvalid]. It takes ownership of the lists: the caller must not modify them afterwards.
+// Several Services may share a list that is already sorted and has no duplicates.
+func NewService(key Key, frontends []Frontend, spec ServiceSpec) (*Service, error) {
+	s := &Service{Key: key, Frontends: frontends, ServiceSpec: spec}
 	slices.SortFunc(s.Frontends, Frontend.Compare)
 	s.Frontends = slices.Compact(s.Frontends)
 	s.normalize()
@@ -215,9 +208,9 @@ func NewService(key Key, frontends []Frontend, treatment ServiceSpec) (*Service,
 	return s, nil
 }
 
-// WithServing returns a copy of s with this as Serving, sorted and free of
-// duplicates, or an error that wraps [ErrInvalid]. It takes the list over, as
-// [NewService] does, and shares all others with s.
+// WithServing returns a copy of s with the given Serving list, sorted and deduplicated, or an
+// error that wraps [ErrInvalid]. It takes ownership of the list. The copy shares all other lists
+// with s.
 func (s *Service) WithServing(serving []netip.AddrPort) (*Service, error) {
 	n := *s
 	if !slices.IsSortedFunc(serving, netip.AddrPort.Compare) {
@@ -238,7 +231,7 @@ func (s *Service) validateServing() error {
 	}
 	for _, f := range s.Frontends {
 		if len(s.Serving) > 0 && f.Protocol == TCP {
-			return fmt.Errorf("frontend %s: want UDP or SCTP where endpoints are listed that serve without new connections", f)
+			return fmt.Errorf("frontend %s: serving endpoints with TCP, want UDP or SCTP", f)
 		}
 	}
 	return nil
@@ -246,7 +239,7 @@ func (s *Service) validateServing() error {
 
 func (s *Service) validate() error {
 	if s.Key.Name == "" || s.Key.Namespace == "" {
-		return errors.New("the key has no namespace or no name")
+		return errors.New("the key has no namespace or no name, want both")
 	}
 	if s.Key.Family != IPv4 && s.Key.Family != IPv6 {
 		return fmt.Errorf("the key's family is %s, want IPv4 or IPv6", s.Key.Family)
@@ -265,7 +258,7 @@ func (s *Service) validate() error {
 			return fmt.Errorf("frontend %s: %w", f, err)
 		}
 		if f.Addr.Addr().IsUnspecified() != (s.Key.Kind == NodePort) {
-			return fmt.Errorf("frontend %s: want the unspecified address for a NodePort, and for nothing else", f)
+			return fmt.Errorf("frontend %s: want the unspecified address for a NodePort and a specific address for any other kind", f)
 		}
 	}
 	return s.ServiceSpec.validate(s.Key.Family)
@@ -274,11 +267,11 @@ func (s *Service) validate() error {
 func validateAddrPort(a netip.AddrPort, family Family) error {
 	switch {
 	case !a.IsValid():
-		return errors.New("no address")
+		return errors.New("no address, want an IP address")
 	case a.Addr().Is4In6():
-		return errors.New("an IPv4-mapped IPv6 address, want plain IPv4")
+		return errors.New("an IPv4-mapped IPv6 address, want an IPv4 address")
 	case a.Addr().Zone() != "":
-		return errors.New("an address with a zone, want one without")
+		return errors.New("an address with a zone, want one without a zone")
 	case FamilyOf(a.Addr()) != family:
 		return fmt.Errorf("not of the Service's family %s", family)
 	case a.Port() == 0:
@@ -287,18 +280,18 @@ func validateAddrPort(a netip.AddrPort, family Family) error {
 	return nil
 }
 
-// validateEndpoint says what is wrong with the address of an endpoint.
+// validateEndpoint checks the address and port of an endpoint.
 func validateEndpoint(a netip.AddrPort, family Family) error {
 	if err := validateAddrPort(a, family); err != nil {
 		return fmt.Errorf("endpoint %s: %w", a, err)
 	}
 	if a.Addr().IsUnspecified() {
-		return fmt.Errorf("endpoint %s: the unspecified address is no pod's", a)
+		return fmt.Errorf("endpoint %s: the unspecified address, want a pod's address", a)
 	}
 	return nil
 }
 
-// Equal reports whether s and o mean the same. Both may be nil.
+// Equal reports whether s and o are equal. Both may be nil.
 func (s *Service) Equal(o *Service) bool {
 	if s == o {
 		return true

@@ -9,43 +9,43 @@ import (
 	"time"
 )
 
-// Masquerade says which clients of a Service are masqueraded: the endpoint sees
-// an address of the node, so that its reply comes back this way. A pod that
-// reaches itself through its Service is masqueraded whatever this says.
+// Masquerade selects the clients whose connections are masqueraded. A pod that connects to itself
+// through its Service is always masqueraded.
 type Masquerade uint8
 
 const (
-	// MasqueradeOffCluster is: clients that are no pods, as [Node] tells them, and
-	// with Node.MasqueradeAll every client. This is how cluster IPs are served.
+	// MasqueradeOffCluster masquerades connections from clients outside the pod network, see
+	// [Node.PodCIDRs]. [Node.MasqueradeAll] extends it to every client. Cluster IPs use it.
 	MasqueradeOffCluster Masquerade = iota
-	// MasqueradeAlways is: every client.
+	// MasqueradeAlways masquerades the connections of every client.
 	MasqueradeAlways
-	// MasqueradeFromNode is: the node's own connections only.
+	// MasqueradeFromNode masquerades only the connections that this node itself opens.
 	MasqueradeFromNode
 )
 
-// String returns "foreign", "always" or "node".
+// String returns "off-cluster", "always" or "from-node".
 func (m Masquerade) String() string {
 	switch m {
 	case MasqueradeOffCluster:
-		return "foreign"
+		return "off-cluster"
 	case MasqueradeAlways:
 		return "always"
 	case MasqueradeFromNode:
-		return "node"
+		return "from-node"
 	default:
 		return fmt.Sprintf("Masquerade(%d)", uint8(m))
 	}
 }
 
-// Verdict is what happens to a new connection that no endpoint can take.
+// Verdict is the action for a new connection that no endpoint can receive. Either verdict refuses
+// the connection.
 type Verdict uint8
 
 const (
-	// Reject tells the client: with an ICMP port unreachable, or alike.
+	// Reject answers the client with an error such as ICMP port unreachable.
 	Reject Verdict = iota
-	// Drop leaves the client without an answer, so that a load balancer that
-	// has not yet heard of this node's lack of endpoints tries again.
+	// Drop discards the packet without an answer. A load balancer that has not noticed yet that
+	// this node has no endpoints then tries again.
 	Drop
 )
 
@@ -61,96 +61,93 @@ func (v Verdict) String() string {
 	}
 }
 
-// MaxAffinity is the longest session affinity there is: what the API server
-// accepts in spec.sessionAffinityConfig.clientIP.timeoutSeconds.
+// MaxAffinity is the longest session affinity timeout. The API server accepts the same maximum
+// for spec.sessionAffinityConfig.clientIP.timeoutSeconds.
 const MaxAffinity = 24 * time.Hour
 
-// ServiceSpec is what happens to the connections to the frontends of a Service.
-// The zero Treatment rejects them.
+// ServiceSpec is the desired handling of connections to the frontends of a Service. The zero
+// ServiceSpec rejects all connections.
 type ServiceSpec struct {
-	// Endpoints take the connections, each of which goes to one of them, chosen
-	// as Scheduler says. They are sorted by address and unique; their order has
+	// Endpoints receive the connections. Each connection goes to one endpoint, selected as
+	// described for Scheduler. The list is sorted by address and has no duplicates; the order has
 	// no meaning.
 	Endpoints []Endpoint
 
-	// ExternalTrafficPolicyLocal is externalTrafficPolicy: Local. Endpoints then take only
-	// the connections of this node itself and of its pods, which reach the whole
-	// cluster this way; those of every other client go to one of LocalEndpoints.
-	// Which clients are this node's pods, [Node] tells.
+	// ExternalTrafficPolicyLocal corresponds to externalTrafficPolicy: Local. If set, only this
+	// node and its pods use Endpoints and so reach the whole cluster. All other clients use
+	// LocalEndpoints. See [Node] for how pods of this node are identified.
 	ExternalTrafficPolicyLocal bool
-	// LocalEndpoints are sorted and unique as Endpoints are. There are none
-	// unless ExternalTrafficPolicyLocal is set.
+	// LocalEndpoints is sorted and deduplicated like Endpoints. It is empty unless
+	// ExternalTrafficPolicyLocal is set.
 	LocalEndpoints []Endpoint
 
-	// Masquerade says which clients' connections are masqueraded.
+	// Masquerade selects the clients whose connections are masqueraded.
 	Masquerade Masquerade
 
-	// NoEndpointsVerdict is the verdict on connections for which the list they would go
-	// to is empty.
+	// NoEndpointsVerdict applies to connections whose endpoint list is empty.
 	NoEndpointsVerdict Verdict
 
-	// Affinity, if not zero, makes the connections of one client address to one
-	// frontend go to one endpoint, as long as that endpoint is there and the
-	// client's last new connection is not longer ago than this. It is a number of
-	// whole seconds. What is remembered outlives the Dataplane.
+	// Affinity enables session affinity if it is not zero: new connections from one client
+	// address to one frontend go to the same endpoint while that endpoint exists, until Affinity
+	// has passed since the client's last new connection. It is a multiple of one second. The
+	// kernel keeps the recorded clients when the Dataplane is closed.
 	Affinity time.Duration
 
-	// SourceRanges, if there are any, are the only networks whose clients may
-	// connect; other clients' packets are dropped. They are sorted and unique,
-	// without host bits, and may overlap. A client on this node may have the
-	// frontend's own address; it counts as having the node's, that is, those of
-	// [Node.PrimaryAddrs].
+	// SourceRanges restricts the frontends to clients in these networks, unless it is empty.
+	// Packets of other clients are dropped. The prefixes are sorted, unique and masked, and may
+	// overlap. A client on this node may use the frontend's address as its source address. It
+	// then counts as having the node's addresses, [Node.PrimaryAddrs].
 	SourceRanges []netip.Prefix
 
-	// Scheduler is the kernel's name of the IPVS scheduler that picks the
-	// endpoints, such as lc: 1 to [MaxSchedulerNameLen] lower-case letters, digits and
-	// underscores. Empty means the backend's own way.
+	// Scheduler is the kernel's name of the IPVS scheduler that selects endpoints, for example
+	// lc. It has 1 to [MaxSchedulerNameLen] lower-case letters, digits and underscores. If it is
+	// empty, the backend selects endpoints in its default way.
 	//
-	// Scheduler belongs to package ipvs. A backend without schedulers refuses a Service
-	// that names one, with an error that wraps [ErrUnsupported]. The agent hands such a
-	// backend none: its entry in internal/backend lists the schedulers that it knows.
+	// Only package ipvs supports schedulers. Any other backend fails a Service that names one
+	// with an error that wraps [ErrUnsupported]. The agent never passes such a Service to a
+	// backend: the backend's entry in internal/backend lists the schedulers that it supports.
 	Scheduler string
 }
 
-// MaxSchedulerNameLen is the length of the longest name of a scheduler: the kernel's
-// IP_VS_SCHEDNAME_MAXLEN, less the zero at the end.
+// MaxSchedulerNameLen is the maximum length of a scheduler name: the kernel's
+// IP_VS_SCHEDNAME_MAXLEN without the terminating zero byte.
 const MaxSchedulerNameLen = 15
 
-// Equal reports whether t and o treat connections alike.
-func (t ServiceSpec) Equal(o ServiceSpec) bool {
-	return slices.Equal(t.Endpoints, o.Endpoints) &&
-		t.ExternalTrafficPolicyLocal == o.ExternalTrafficPolicyLocal &&
-		slices.Equal(t.LocalEndpoints, o.LocalEndpoints) &&
-		t.Masquerade == o.Masquerade &&
-		t.NoEndpointsVerdict == o.NoEndpointsVerdict &&
-		t.Affinity == o.Affinity &&
-		slices.Equal(t.SourceRanges, o.SourceRanges) &&
-		t.Scheduler == o.Scheduler
+// Equal reports whether s and o handle connections in the same way.
+func (s ServiceSpec) Equal(o ServiceSpec) bool {
+	return slices.Equal(s.Endpoints, o.Endpoints) &&
+		s.ExternalTrafficPolicyLocal == o.ExternalTrafficPolicyLocal &&
+		slices.Equal(s.LocalEndpoints, o.LocalEndpoints) &&
+		s.Masquerade == o.Masquerade &&
+		s.NoEndpointsVerdict == o.NoEndpointsVerdict &&
+		s.Affinity == o.Affinity &&
+		slices.Equal(s.SourceRanges, o.SourceRanges) &&
+		s.Scheduler == o.Scheduler
 }
 
-// String returns the endpoints, and what is not as in the zero Treatment, in one
-// line: "[10.0.0.1:80 10.0.0.2:80(local)] masquerade=always".
-func (t ServiceSpec) String() string {
+// String returns one line with the endpoints and all fields that differ from the zero
+// ServiceSpec: "[10.0.0.1:80 10.0.0.2:80(local)] masquerade=always".
+func (s ServiceSpec) String() string {
 	var b strings.Builder
-	writeEndpoints(&b, t.Endpoints)
-	if t.ExternalTrafficPolicyLocal {
+	writeEndpoints(&b, s.Endpoints)
+	if s.ExternalTrafficPolicyLocal {
 		b.WriteString(" external=")
-		writeEndpoints(&b, t.LocalEndpoints)
+		writeEndpoints(&b, s.LocalEndpoints)
 	}
-	if t.Masquerade != MasqueradeOffCluster {
-		fmt.Fprintf(&b, " masquerade=%s", t.Masquerade)
+	if s.Masquerade != MasqueradeOffCluster {
+		fmt.Fprintf(&b, " masquerade=%s", s.Masquerade)
 	}
-	if t.NoEndpointsVerdict != Reject {
-		fmt.Fprintf(&b, " no-endpoints=%s", t.NoEndpointsVerdict)
+	if s.NoEndpointsVerdict != Reject {
+		fmt.Fprintf(&b, " no-endpoints=%s", s.NoEndpointsVerdict)
 	}
-	if t.Affinity != 0 {
-		fmt.Fprintf(&b, " affinity=%s", t.Affinity)
+	if s.Affinity != 0 {
+		fmt.Fprintf(&b, " affinity=%s", s.Affinity)
 	}
-	if len(t.SourceRanges) > 0 {
-		fmt.Fprintf(&b, " source-ranges=%v", t.SourceRanges)
+	if len(s.SourceRanges) > 0 {
+		fmt.Fprintf(&b, " source-ranges=%v", s.SourceRanges)
 	}
-	if t.Scheduler != "" {
-		fmt.Fprintf(&b, " scheduler=%s", t.Scheduler)
+	if s.Scheduler != "" {
+		fmt.Fprintf(&b, " scheduler=%s", s.Scheduler)
 	}
 	return b.String()
 }
@@ -169,17 +166,17 @@ func writeEndpoints(b *strings.Builder, endpoints []Endpoint) {
 	b.WriteByte(']')
 }
 
-// normalize sorts the lists and removes doubles. A list that is in order is not
-// written to, so that Services may share it.
-func (t *ServiceSpec) normalize() {
-	t.Endpoints = normalizeEndpoints(t.Endpoints)
-	t.LocalEndpoints = normalizeEndpoints(t.LocalEndpoints)
-	propagateLocalFrom(t.Endpoints, t.LocalEndpoints)
-	propagateLocalFrom(t.LocalEndpoints, t.Endpoints)
-	if !slices.IsSortedFunc(t.SourceRanges, netip.Prefix.Compare) {
-		slices.SortFunc(t.SourceRanges, netip.Prefix.Compare)
+// normalize sorts and deduplicates the lists. It does not write to a list that is already in
+// order, so that Services can share it.
+func (s *ServiceSpec) normalize() {
+	s.Endpoints = normalizeEndpoints(s.Endpoints)
+	s.LocalEndpoints = normalizeEndpoints(s.LocalEndpoints)
+	propagateLocalFrom(s.Endpoints, s.LocalEndpoints)
+	propagateLocalFrom(s.LocalEndpoints, s.Endpoints)
+	if !slices.IsSortedFunc(s.SourceRanges, netip.Prefix.Compare) {
+		slices.SortFunc(s.SourceRanges, netip.Prefix.Compare)
 	}
-	t.SourceRanges = compact(t.SourceRanges, func(a, b netip.Prefix) bool { return a == b })
+	s.SourceRanges = compact(s.SourceRanges, func(a, b netip.Prefix) bool { return a == b })
 }
 
 func normalizeEndpoints(endpoints []Endpoint) []Endpoint {
@@ -191,7 +188,7 @@ func normalizeEndpoints(endpoints []Endpoint) []Endpoint {
 	return compact(endpoints, func(a, b Endpoint) bool { return a.Addr == b.Addr })
 }
 
-// compact is slices.CompactFunc, but reads only where there are no doubles.
+// compact is like slices.CompactFunc, but it does not write to a slice without duplicates.
 func compact[E any](s []E, same func(a, b E) bool) []E {
 	for i := 1; i < len(s); i++ {
 		if same(s[i-1], s[i]) {
@@ -201,8 +198,8 @@ func compact[E any](s []E, same func(a, b E) bool) []E {
 	return s
 }
 
-// propagateLocal makes all endpoints of an address local if one of them is. They are
-// sorted, so they stand together.
+// propagateLocal marks every endpoint of an address as local if one of them is. The endpoints are
+// sorted, so those with the same address are adjacent.
 func propagateLocal(endpoints []Endpoint) {
 	for len(endpoints) > 0 {
 		n := 1
@@ -220,8 +217,7 @@ func propagateLocal(endpoints []Endpoint) {
 	}
 }
 
-// propagateLocalFrom makes endpoints local whose address is in the other list, if that
-// one is. Both are sorted.
+// propagateLocalFrom marks the endpoints whose address is local in others. Both lists are sorted.
 func propagateLocalFrom(endpoints, others []Endpoint) {
 	for i := range endpoints {
 		addr := endpoints[i].Addr.Addr()
@@ -237,11 +233,11 @@ func propagateLocalFrom(endpoints, others []Endpoint) {
 	}
 }
 
-func (t *ServiceSpec) validate(family Family) error {
-	if len(t.LocalEndpoints) > 0 && !t.ExternalTrafficPolicyLocal {
-		return errors.New("local endpoints without externalTrafficPolicy: Local")
+func (s *ServiceSpec) validate(family Family) error {
+	if len(s.LocalEndpoints) > 0 && !s.ExternalTrafficPolicyLocal {
+		return errors.New("local endpoints without externalTrafficPolicy Local, want none")
 	}
-	for _, list := range [...][]Endpoint{t.Endpoints, t.LocalEndpoints} {
+	for _, list := range [...][]Endpoint{s.Endpoints, s.LocalEndpoints} {
 		if n := len(list); n > MaxEndpoints {
 			return fmt.Errorf("%d endpoints, want at most %d", n, MaxEndpoints)
 		}
@@ -251,22 +247,22 @@ func (t *ServiceSpec) validate(family Family) error {
 			}
 		}
 	}
-	if t.Masquerade > MasqueradeFromNode {
-		return fmt.Errorf("unknown masquerade %s", t.Masquerade)
+	if s.Masquerade > MasqueradeFromNode {
+		return fmt.Errorf("unknown masquerade %s", s.Masquerade)
 	}
-	if t.NoEndpointsVerdict > Drop {
-		return fmt.Errorf("unknown verdict %s", t.NoEndpointsVerdict)
+	if s.NoEndpointsVerdict > Drop {
+		return fmt.Errorf("unknown verdict %s", s.NoEndpointsVerdict)
 	}
-	if t.Affinity < 0 || t.Affinity > MaxAffinity || t.Affinity%time.Second != 0 {
-		return fmt.Errorf("affinity %s, want whole seconds up to %s", t.Affinity, MaxAffinity)
+	if s.Affinity < 0 || s.Affinity > MaxAffinity || s.Affinity%time.Second != 0 {
+		return fmt.Errorf("affinity %s, want whole seconds up to %s", s.Affinity, MaxAffinity)
 	}
-	for _, p := range t.SourceRanges {
+	for _, p := range s.SourceRanges {
 		if !p.IsValid() || p != p.Masked() || p.Addr().Is4In6() || FamilyOf(p.Addr()) != family {
 			return fmt.Errorf("source range %s, want a network of the family %s without host bits", p, family)
 		}
 	}
-	if len(t.Scheduler) > MaxSchedulerNameLen || strings.ContainsFunc(t.Scheduler, invalidInSchedulerName) {
-		return fmt.Errorf("scheduler %q, want up to %d lower-case letters, digits and underscores", t.Scheduler, MaxSchedulerNameLen)
+	if len(s.Scheduler) > MaxSchedulerNameLen || strings.ContainsFunc(s.Scheduler, invalidInSchedulerName) {
+		return fmt.Errorf("scheduler %q, want up to %d lower-case letters, digits and underscores", s.Scheduler, MaxSchedulerNameLen)
 	}
 	return nil
 }

@@ -19,7 +19,7 @@ func prefixes(texts ...string) []netip.Prefix {
 	return all
 }
 
-// fullSpec returns a Treatment with every field set.
+// fullSpec returns a ServiceSpec with every field set.
 func fullSpec() dataplane.ServiceSpec {
 	return dataplane.ServiceSpec{
 		Endpoints:                  []dataplane.Endpoint{endpoint("10.0.0.1:80"), {Addr: endpoint("10.0.0.2:80").Addr, Local: true}},
@@ -36,7 +36,7 @@ func fullSpec() dataplane.ServiceSpec {
 func TestServiceSpecEqual(t *testing.T) {
 	t.Parallel()
 	if !fullSpec().Equal(fullSpec()) {
-		t.Error("a Treatment does not equal itself")
+		t.Error("a ServiceSpec does not equal itself")
 	}
 	for name, edit := range map[string]func(*dataplane.ServiceSpec){
 		"Endpoints":      func(t *dataplane.ServiceSpec) { t.Endpoints = t.Endpoints[:1] },
@@ -51,26 +51,26 @@ func TestServiceSpecEqual(t *testing.T) {
 		other := fullSpec()
 		edit(&other)
 		if fullSpec().Equal(other) || other.Equal(fullSpec()) {
-			t.Errorf("%s differs, but Equal does not see it", name)
+			t.Errorf("%s differs, but Equal returns true", name)
 		}
 		if fullSpec().String() == other.String() {
-			t.Errorf("%s differs, but String does not tell: %s", name, other)
+			t.Errorf("%s differs, but String returns the same text: %s", name, other)
 		}
 	}
 }
 
 func TestServiceSpecString(t *testing.T) {
 	t.Parallel()
-	const want = "[10.0.0.1:80 10.0.0.2:80(local)] external=[10.0.0.2:80(local)] masquerade=node no-endpoints=drop" +
+	const want = "[10.0.0.1:80 10.0.0.2:80(local)] external=[10.0.0.2:80(local)] masquerade=from-node no-endpoints=drop" +
 		" affinity=3h0m0s source-ranges=[192.0.2.0/24 198.51.100.0/24] scheduler=lc"
 	if got := fullSpec().String(); got != want {
 		t.Errorf("got  %s\nwant %s", got, want)
 	}
 	if got := (dataplane.ServiceSpec{}).String(); got != "[]" {
-		t.Errorf("the zero Treatment is %q, want []", got)
+		t.Errorf("the zero ServiceSpec is %q, want []", got)
 	}
 	for got, want := range map[string]string{
-		dataplane.MasqueradeOffCluster.String(): "foreign",
+		dataplane.MasqueradeOffCluster.String(): "off-cluster",
 		dataplane.MasqueradeAlways.String():     "always",
 		dataplane.Masquerade(7).String():        "Masquerade(7)",
 		dataplane.Reject.String():               "reject",
@@ -115,7 +115,7 @@ func TestNodeEqual(t *testing.T) {
 		other := base()
 		edit(&other)
 		if base().Equal(other) || other.Equal(base()) {
-			t.Errorf("%s differs, but Equal does not see it", name)
+			t.Errorf("%s differs, but Equal returns true", name)
 		}
 	}
 }
@@ -123,32 +123,32 @@ func TestNodeEqual(t *testing.T) {
 func TestNewServiceValidatesSpec(t *testing.T) {
 	t.Parallel()
 	for name, tt := range map[string]struct {
-		treatment dataplane.ServiceSpec
-		want      string // in the error; empty for none
+		spec dataplane.ServiceSpec
+		want      string // part of the error; empty for no error
 	}{
-		"everything":              {fullSpec(), ""},
-		"longest affinity":        {dataplane.ServiceSpec{Affinity: dataplane.MaxAffinity}, ""},
-		"overlapping ranges":      {dataplane.ServiceSpec{SourceRanges: prefixes("10.0.0.0/8", "10.1.0.0/16")}, ""},
-		"policy without a pod":    {dataplane.ServiceSpec{ExternalTrafficPolicyLocal: true}, ""},
-		"local without a policy":  {dataplane.ServiceSpec{LocalEndpoints: []dataplane.Endpoint{endpoint("10.0.0.1:80")}}, "local endpoints without"},
-		"local of another family": {dataplane.ServiceSpec{ExternalTrafficPolicyLocal: true, LocalEndpoints: []dataplane.Endpoint{endpoint("[fd00::1]:80")}}, "not of"},
-		"masquerade":              {dataplane.ServiceSpec{Masquerade: 3}, "unknown masquerade"},
-		"verdict":                 {dataplane.ServiceSpec{NoEndpointsVerdict: 2}, "unknown verdict"},
-		"negative affinity":       {dataplane.ServiceSpec{Affinity: -time.Second}, "affinity -1s"},
-		"affinity of 1.5 s":       {dataplane.ServiceSpec{Affinity: 1500 * time.Millisecond}, "want whole seconds"},
-		"too long an affinity":    {dataplane.ServiceSpec{Affinity: dataplane.MaxAffinity + time.Second}, "affinity 24h0m1s"},
-		"host bits":               {dataplane.ServiceSpec{SourceRanges: prefixes("10.0.0.1/8")}, "source range 10.0.0.1/8"},
-		"range of another family": {dataplane.ServiceSpec{SourceRanges: prefixes("fd00::/8")}, "family IPv4"},
-		"no range":                {dataplane.ServiceSpec{SourceRanges: make([]netip.Prefix, 1)}, "source range"},
-		"longest scheduler":       {dataplane.ServiceSpec{Scheduler: "az_09_azazazaz9"}, ""},
-		"too long a scheduler":    {dataplane.ServiceSpec{Scheduler: "az_09_azazazaz90"}, `scheduler "az_09_azazazaz90", want up to 15 lower-case letters`},
-		"scheduler in upper case": {dataplane.ServiceSpec{Scheduler: "LC"}, `scheduler "LC"`},
-		"two schedulers":          {dataplane.ServiceSpec{Scheduler: "lc,rr"}, `scheduler "lc,rr"`},
-		"a scheduler's module":    {dataplane.ServiceSpec{Scheduler: "ip-vs-lc"}, `scheduler "ip-vs-lc"`},
+		"everything":                       {fullSpec(), ""},
+		"longest affinity":                 {dataplane.ServiceSpec{Affinity: dataplane.MaxAffinity}, ""},
+		"overlapping ranges":               {dataplane.ServiceSpec{SourceRanges: prefixes("10.0.0.0/8", "10.1.0.0/16")}, ""},
+		"policy without local endpoints":   {dataplane.ServiceSpec{ExternalTrafficPolicyLocal: true}, ""},
+		"local endpoints without a policy": {dataplane.ServiceSpec{LocalEndpoints: []dataplane.Endpoint{endpoint("10.0.0.1:80")}}, "local endpoints without"},
+		"local endpoint of another family": {dataplane.ServiceSpec{ExternalTrafficPolicyLocal: true, LocalEndpoints: []dataplane.Endpoint{endpoint("[fd00::1]:80")}}, "not of"},
+		"masquerade":                       {dataplane.ServiceSpec{Masquerade: 3}, "unknown masquerade"},
+		"verdict":                          {dataplane.ServiceSpec{NoEndpointsVerdict: 2}, "unknown verdict"},
+		"negative affinity":                {dataplane.ServiceSpec{Affinity: -time.Second}, "affinity -1s"},
+		"affinity of 1.5 s":                {dataplane.ServiceSpec{Affinity: 1500 * time.Millisecond}, "want whole seconds"},
+		"affinity too long":                {dataplane.ServiceSpec{Affinity: dataplane.MaxAffinity + time.Second}, "affinity 24h0m1s"},
+		"host bits":                        {dataplane.ServiceSpec{SourceRanges: prefixes("10.0.0.1/8")}, "source range 10.0.0.1/8"},
+		"range of another family":          {dataplane.ServiceSpec{SourceRanges: prefixes("fd00::/8")}, "family IPv4"},
+		"zero prefix":                      {dataplane.ServiceSpec{SourceRanges: make([]netip.Prefix, 1)}, "source range"},
+		"longest scheduler":                {dataplane.ServiceSpec{Scheduler: "az_09_azazazaz9"}, ""},
+		"scheduler name too long":          {dataplane.ServiceSpec{Scheduler: "az_09_azazazaz90"}, `scheduler "az_09_azazazaz90", want up to 15 lower-case letters`},
+		"scheduler in upper case":          {dataplane.ServiceSpec{Scheduler: "LC"}, `scheduler "LC"`},
+		"two schedulers":                   {dataplane.ServiceSpec{Scheduler: "lc,rr"}, `scheduler "lc,rr"`},
+		"name of a scheduler's module":     {dataplane.ServiceSpec{Scheduler: "ip-vs-lc"}, `scheduler "ip-vs-lc"`},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			_, err := dataplane.NewService(key4, []dataplane.Frontend{frontend("10.96.0.1:80")}, tt.treatment)
+			_, err := dataplane.NewService(key4, []dataplane.Frontend{frontend("10.96.0.1:80")}, tt.spec)
 			switch {
 			case tt.want == "" && err != nil:
 				t.Error(err)
@@ -179,16 +179,17 @@ func TestNewServiceSortsSpec(t *testing.T) {
 	}
 }
 
-// A pod that is local in one list is so in the other.
+// TestNewServicePropagatesLocal checks that an address that is local in one list is local in the
+// other.
 func TestNewServicePropagatesLocal(t *testing.T) {
 	t.Parallel()
 	local := func(e dataplane.Endpoint) dataplane.Endpoint { e.Local = true; return e }
 	a, b, c := endpoint("10.0.0.1:80"), endpoint("10.0.0.2:80"), endpoint("10.0.0.3:80")
 	b2 := endpoint("10.0.0.2:81")
 	for name, tt := range map[string]struct{ all, locals, wantAll, wantLocals []dataplane.Endpoint }{
-		"from the local ones":   {[]dataplane.Endpoint{a, b, b2, c}, []dataplane.Endpoint{local(b)}, []dataplane.Endpoint{a, local(b), local(b2), c}, []dataplane.Endpoint{local(b)}},
-		"to the local ones":     {[]dataplane.Endpoint{a, local(b2)}, []dataplane.Endpoint{b}, []dataplane.Endpoint{a, local(b2)}, []dataplane.Endpoint{local(b)}},
-		"of one that is no one": {[]dataplane.Endpoint{a, c}, []dataplane.Endpoint{local(b)}, []dataplane.Endpoint{a, c}, []dataplane.Endpoint{local(b)}},
+		"from LocalEndpoints to Endpoints":         {[]dataplane.Endpoint{a, b, b2, c}, []dataplane.Endpoint{local(b)}, []dataplane.Endpoint{a, local(b), local(b2), c}, []dataplane.Endpoint{local(b)}},
+		"from Endpoints to LocalEndpoints":         {[]dataplane.Endpoint{a, local(b2)}, []dataplane.Endpoint{b}, []dataplane.Endpoint{a, local(b2)}, []dataplane.Endpoint{local(b)}},
+		"from an address that is not in Endpoints": {[]dataplane.Endpoint{a, c}, []dataplane.Endpoint{local(b)}, []dataplane.Endpoint{a, c}, []dataplane.Endpoint{local(b)}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -205,8 +206,8 @@ func TestNewServicePropagatesLocal(t *testing.T) {
 	}
 }
 
-// Lists that are in order are shared: making a Service of them only reads, which
-// the race detector checks.
+// TestNewServiceDoesNotWriteSortedLists checks that NewService only reads lists that are already
+// in order, so that Services can share them. The race detector reports a write.
 func TestNewServiceDoesNotWriteSortedLists(t *testing.T) {
 	t.Parallel()
 	shared := fullSpec()
@@ -222,6 +223,6 @@ func TestNewServiceDoesNotWriteSortedLists(t *testing.T) {
 	<-done
 	<-done
 	if !slices.Equal(shared.Endpoints, fullSpec().Endpoints) {
-		t.Error("the list was changed")
+		t.Error("NewService changed the list")
 	}
 }

@@ -28,8 +28,8 @@ var (
 	nodePort4 = dataplane.Key{Namespace: "default", Name: "web", Family: dataplane.IPv4, Kind: dataplane.NodePort}
 )
 
-// Equal is written by hand. A new field fails this test until somebody has
-// looked at Equal (and, for a Key, at Compare and String) and listed it here.
+// TestFieldsReviewed fails for a new field until its author has reviewed the hand-written Equal
+// (and, for a Key, Compare and String) and added the field here.
 func TestFieldsReviewed(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
@@ -54,7 +54,7 @@ func TestFieldsReviewed(t *testing.T) {
 			got = append(got, f.Name)
 		}
 		if diff := cmp.Diff(tt.fields, got); diff != "" {
-			t.Errorf("%T has other fields than those reviewed (-reviewed +now):\n%s", tt.value, diff)
+			t.Errorf("%T has different fields than reviewed (-reviewed +current):\n%s", tt.value, diff)
 		}
 	}
 }
@@ -77,27 +77,27 @@ func TestServiceEqual(t *testing.T) {
 		other *dataplane.Service
 		want  bool
 	}{
-		"the same":           {base(), true},
-		"nil":                {nil, false},
-		"namespace":          {edited(func(s *dataplane.Service) { s.Key.Namespace = "x" }), false},
-		"name":               {edited(func(s *dataplane.Service) { s.Key.Name = "x" }), false},
-		"port":               {edited(func(s *dataplane.Service) { s.Key.Port = "x" }), false},
-		"family":             {edited(func(s *dataplane.Service) { s.Key.Family = dataplane.IPv6 }), false},
-		"frontend protocol":  {edited(func(s *dataplane.Service) { s.Frontends[0].Protocol = dataplane.UDP }), false},
-		"frontend address":   {edited(func(s *dataplane.Service) { s.Frontends[0] = frontend("10.96.0.2:80") }), false},
-		"one frontend more":  {edited(func(s *dataplane.Service) { s.Frontends = append(s.Frontends, frontend("10.96.0.2:80")) }), false},
-		"endpoint address":   {edited(func(s *dataplane.Service) { s.Endpoints[1] = endpoint("10.0.0.2:8081") }), false},
-		"kind":               {edited(func(s *dataplane.Service) { s.Key.Kind = dataplane.LoadBalancer }), false},
-		"treatment":          {edited(func(s *dataplane.Service) { s.Affinity = time.Second }), false},
-		"serving":            {edited(func(s *dataplane.Service) { s.Serving = addrPorts("10.0.0.3:8080") }), false},
-		"endpoint local":     {edited(func(s *dataplane.Service) { s.Endpoints[1].Local = true }), false},
-		"one endpoint fewer": {edited(func(s *dataplane.Service) { s.Endpoints = s.Endpoints[:1] }), false},
+		"equal":               {base(), true},
+		"nil":                 {nil, false},
+		"namespace":           {edited(func(s *dataplane.Service) { s.Key.Namespace = "x" }), false},
+		"name":                {edited(func(s *dataplane.Service) { s.Key.Name = "x" }), false},
+		"port":                {edited(func(s *dataplane.Service) { s.Key.Port = "x" }), false},
+		"family":              {edited(func(s *dataplane.Service) { s.Key.Family = dataplane.IPv6 }), false},
+		"frontend protocol":   {edited(func(s *dataplane.Service) { s.Frontends[0].Protocol = dataplane.UDP }), false},
+		"frontend address":    {edited(func(s *dataplane.Service) { s.Frontends[0] = frontend("10.96.0.2:80") }), false},
+		"additional frontend": {edited(func(s *dataplane.Service) { s.Frontends = append(s.Frontends, frontend("10.96.0.2:80")) }), false},
+		"endpoint address":    {edited(func(s *dataplane.Service) { s.Endpoints[1] = endpoint("10.0.0.2:8081") }), false},
+		"kind":                {edited(func(s *dataplane.Service) { s.Key.Kind = dataplane.LoadBalancer }), false},
+		"affinity":            {edited(func(s *dataplane.Service) { s.Affinity = time.Second }), false},
+		"serving":             {edited(func(s *dataplane.Service) { s.Serving = addrPorts("10.0.0.3:8080") }), false},
+		"endpoint local":      {edited(func(s *dataplane.Service) { s.Endpoints[1].Local = true }), false},
+		"one endpoint fewer":  {edited(func(s *dataplane.Service) { s.Endpoints = s.Endpoints[:1] }), false},
 	} {
 		if got := base().Equal(tt.other); got != tt.want {
 			t.Errorf("%s: Equal is %t, want %t", name, got, tt.want)
 		}
 		if got := tt.other.Equal(base()); got != tt.want {
-			t.Errorf("%s, the other way: Equal is %t, want %t", name, got, tt.want)
+			t.Errorf("%s, arguments swapped: Equal is %t, want %t", name, got, tt.want)
 		}
 	}
 	var none *dataplane.Service
@@ -128,7 +128,7 @@ func TestNewServiceSortsAndDeduplicates(t *testing.T) {
 			{Protocol: dataplane.UDP, Addr: netip.MustParseAddrPort("10.96.0.1:80")},
 			frontend("10.96.0.1:443"), frontend("10.96.0.2:80"),
 		},
-		// Of doubles one stays. What is local is the pod, with all of its ports.
+		// One of two duplicates remains. All ports of a local address are local.
 		ServiceSpec: dataplane.ServiceSpec{Endpoints: []dataplane.Endpoint{
 			endpoint("10.0.0.1:80"),
 			local(endpoint("10.0.0.2:79")), local(endpoint("10.0.0.2:80")), local(endpoint("10.0.0.2:81")),
@@ -152,24 +152,24 @@ func TestNewServiceValidates(t *testing.T) {
 		key       dataplane.Key
 		frontends []dataplane.Frontend
 		endpoints []dataplane.Endpoint
-		want      string // in the error; empty for none
+		want      string // part of the error; empty for no error
 	}{
-		"valid":            {key4, fs, es, ""},
-		"no endpoints":     {key4, fs, nil, ""},
-		"most endpoints":   {key4, fs, manyEndpoints[:dataplane.MaxEndpoints], ""},
-		"any node address": {nodePort4, []dataplane.Frontend{frontend("0.0.0.0:30000")}, es, ""},
-		"no kind": {
+		"valid":                               {key4, fs, es, ""},
+		"no endpoints":                        {key4, fs, nil, ""},
+		"maximum number of endpoints":         {key4, fs, manyEndpoints[:dataplane.MaxEndpoints], ""},
+		"unspecified address for a node port": {nodePort4, []dataplane.Frontend{frontend("0.0.0.0:30000")}, es, ""},
+		"unknown kind": {
 			dataplane.Key{Namespace: "x", Name: "x", Family: dataplane.IPv4, Kind: 9}, fs, es, "kind is Kind(9)",
 		},
-		"a node port's address for a cluster IP": {
+		"unspecified address for a cluster IP": {
 			key4, []dataplane.Frontend{frontend("0.0.0.0:30000")}, es, "the unspecified address for a NodePort",
 		},
-		"an address for a node port": {nodePort4, fs, es, "the unspecified address for a NodePort"},
-		"no name":                    {dataplane.Key{Namespace: "x", Family: dataplane.IPv4}, fs, es, "no name"},
-		"no namespace":               {dataplane.Key{Name: "x", Family: dataplane.IPv4}, fs, es, "no namespace"},
-		"no family":                  {dataplane.Key{Namespace: "x", Name: "x"}, fs, es, "family is Family(0), want IPv4 or IPv6"},
-		"no frontends":               {key4, nil, es, "no frontends"},
-		"too many endpoints":         {key4, fs, manyEndpoints, "65536 endpoints, want at most 65535"},
+		"specific address for a node port": {nodePort4, fs, es, "the unspecified address for a NodePort"},
+		"no name":                          {dataplane.Key{Namespace: "x", Family: dataplane.IPv4}, fs, es, "no name"},
+		"no namespace":                     {dataplane.Key{Name: "x", Family: dataplane.IPv4}, fs, es, "no namespace"},
+		"no family":                        {dataplane.Key{Namespace: "x", Name: "x"}, fs, es, "family is Family(0), want IPv4 or IPv6"},
+		"no frontends":                     {key4, nil, es, "no frontends"},
+		"too many endpoints":               {key4, fs, manyEndpoints, "65536 endpoints, want at most 65535"},
 		"no protocol": {
 			key4,
 			[]dataplane.Frontend{{Addr: fs[0].Addr}},
@@ -191,7 +191,7 @@ func TestNewServiceValidates(t *testing.T) {
 		"frontend of the other family": {key4, []dataplane.Frontend{frontend("[fd00::1]:80")}, es, "not of the Service's family IPv4"},
 		"endpoint of the other family": {key4, fs, []dataplane.Endpoint{endpoint("[fd00::1]:80")}, "endpoint [fd00::1]:80: not of"},
 		"endpoint port 0":              {key4, fs, []dataplane.Endpoint{endpoint("10.0.0.1:0")}, "endpoint 10.0.0.1:0: port 0"},
-		"unspecified endpoint":         {key4, fs, []dataplane.Endpoint{endpoint("0.0.0.0:80")}, "no pod's"},
+		"unspecified endpoint":         {key4, fs, []dataplane.Endpoint{endpoint("0.0.0.0:80")}, "want a pod's address"},
 		"zero endpoint":                {key4, fs, make([]dataplane.Endpoint, 1), "no address"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -204,7 +204,7 @@ func TestNewServiceValidates(t *testing.T) {
 				return
 			}
 			if err == nil || s != nil {
-				t.Fatalf("got %v and no error, want one with %q", s, tt.want)
+				t.Fatalf("got %v and no error, want an error with %q", s, tt.want)
 			}
 			if !errors.Is(err, dataplane.ErrInvalid) || !strings.Contains(err.Error(), tt.want) || !strings.Contains(err.Error(), tt.key.String()) {
 				t.Errorf("error %q: want ErrInvalid, the key and %q", err, tt.want)
@@ -249,7 +249,7 @@ func TestStrings(t *testing.T) {
 	}
 }
 
-// Each list is in order; everything before an element is less than it.
+// Each list is in ascending order.
 func TestCompare(t *testing.T) {
 	t.Parallel()
 	checkOrder(t, dataplane.Key.Compare,
@@ -307,10 +307,10 @@ func TestStateDiff(t *testing.T) {
 	f1, f2, f3 := frontend("10.96.0.1:80"), frontend("10.96.0.2:80"), frontend("10.96.0.3:80")
 	for name, tt := range map[string]struct {
 		want, got dataplane.State
-		diff      []string // a part of each line, in order
+		diff      []string // part of each line, in order
 	}{
 		"both empty": {nil, dataplane.State{}, nil},
-		"equal, with another name": {
+		"equal, with a different name": {
 			dataplane.State{f1: web("10.0.0.1:1")},
 			dataplane.State{f1: {Service: "default/w...", ServiceSpec: web("10.0.0.1:1").ServiceSpec}},
 			nil,
@@ -378,7 +378,7 @@ func TestError(t *testing.T) {
 	e := failed(2)
 	e.Failed[key4] = fmt.Errorf("affinity: %w", dataplane.ErrUnsupported)
 	if err := fmt.Errorf("nft: %w", e); !errors.Is(err, dataplane.ErrUnsupported) {
-		t.Error("the error of a key cannot be found with errors.Is")
+		t.Error("errors.Is does not find the error of a key")
 	}
 }
 
@@ -409,16 +409,16 @@ func TestWithServing(t *testing.T) {
 		t.Errorf("serving %v, want %v", got.Serving, want)
 	}
 	if s.Serving != nil {
-		t.Errorf("the Service itself has changed: %v", s.Serving)
+		t.Errorf("WithServing changed its receiver: %v", s.Serving)
 	}
 	if !got.ServiceSpec.Equal(s.ServiceSpec) || s.Equal(got) {
-		t.Errorf("%+v and %+v: want the same Treatment in Services that differ", got, s)
+		t.Errorf("%+v and %+v: want equal ServiceSpecs in different Services", got, s)
 	}
 	state := func(s *dataplane.Service) dataplane.State {
 		return dataplane.StateOf(slices.Values([]*dataplane.Service{s}))
 	}
 	if diff := state(s).Diff(state(got)); diff != "" {
-		t.Errorf("a kernel sees a difference:\n%s", diff)
+		t.Errorf("Serving changed the State:\n%s", diff)
 	}
 
 	for name, tt := range map[string]struct {
@@ -429,7 +429,7 @@ func TestWithServing(t *testing.T) {
 		"TCP":                     {dataplane.TCP, "10.0.0.2:53", "want UDP"},
 		"of another family":       {dataplane.UDP, "[fd00::1]:53", "endpoint [fd00::1]:53: not of the Service's family"},
 		"without a port":          {dataplane.UDP, "10.0.0.2:0", "endpoint 10.0.0.2:0: port 0"},
-		"the unspecified address": {dataplane.UDP, "0.0.0.0:53", "no pod's"},
+		"the unspecified address": {dataplane.UDP, "0.0.0.0:53", "want a pod's address"},
 	} {
 		_, err := newService(tt.protocol).WithServing(addrPorts(tt.serving))
 		if !errors.Is(err, dataplane.ErrInvalid) || !strings.Contains(fmt.Sprint(err), tt.want) {
@@ -437,7 +437,7 @@ func TestWithServing(t *testing.T) {
 		}
 	}
 	if _, err := newService(dataplane.TCP).WithServing(nil); err != nil {
-		t.Errorf("none for TCP: %v", err)
+		t.Errorf("TCP without serving endpoints: %v", err)
 	}
 	if _, err := newService(dataplane.SCTP).WithServing(addrPorts("10.0.0.2:53")); err != nil {
 		t.Errorf("SCTP: %v", err)

@@ -1,10 +1,10 @@
-// Package fake has a [Dataplane] in memory, for tests and benchmarks of what
-// stands on the contract, and [Faulty], which makes any dataplane misbehave in
-// the ways the contract allows.
+// Package fake provides an in-memory [Dataplane] for tests and benchmarks of code that uses the
+// contract, and [Faulty], a wrapper that makes any dataplane fail in the ways that the contract
+// allows.
 //
-// A Dataplane without options takes each call as a whole or not at all, as
-// nftables does. [Options.PerObject] makes it program every frontend and every
-// endpoint by itself, as IPVS does: some can fail, and leave mixes behind.
+// By default a Dataplane applies each call completely or not at all, like nftables. With
+// [Options.PerObject] it programs every frontend and every endpoint in a separate write, like
+// IPVS. Single writes can then fail and leave a mix of old and new state.
 package fake
 
 import (
@@ -19,45 +19,40 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// ErrClosed is returned by all calls after Close.
+// ErrClosed is returned by every call after Close.
 var ErrClosed = errors.New("the fake is closed")
 
-// Options choose the kernel that a [Dataplane] imitates. The zero value is an
-// atomic one that never fails.
+// Options selects the behavior of the kernel that a [Dataplane] simulates. The zero value is an
+// atomic kernel that never fails.
 type Options struct {
-	// Strict makes an Apply fail that was told something wrong about the past:
-	// an Old that the kernel does not hold, or a New with a frontend that a
-	// Service outside the call has. Nothing of the call is taken, and all of
-	// its keys are named in the error. A kernel without Strict overwrites what
-	// it finds. Strict takes no part when PerObject is set.
+	// Strict makes Apply fail if the kernel does not hold an Old, or if a New has a frontend that
+	// belongs to a Service outside the call. Such an Apply changes nothing and names all of its
+	// keys in the error. Without Strict, Apply overwrites existing state. Strict has no effect if
+	// PerObject is set.
 	Strict bool
 
-	// PerObject makes each frontend and each endpoint a write of its own. Apply
-	// writes the difference between Old and New without looking at what the
-	// kernel holds.
+	// PerObject makes each frontend and each endpoint a separate write. Apply writes the
+	// difference between Old and New and does not read the kernel.
 	PerObject bool
 
-	// WriteFault is asked before each write of a PerObject kernel. An error
-	// fails that write, and with it the key that owns the frontend, but no
-	// other write.
+	// WriteFault is called before each write of a PerObject kernel. If it returns an error, that
+	// write and the key that owns the frontend fail. Other writes continue.
 	WriteFault func(Write) error
 
-	// Unsupported returns an error for a Service that this backend can never
-	// program; the Dataplane wraps it with dataplane.ErrUnsupported. Nil means
-	// that all are supported.
+	// Unsupported returns an error for a Service that this backend can never program. The
+	// Dataplane wraps the error with dataplane.ErrUnsupported. If Unsupported is nil, all
+	// Services are supported.
 	Unsupported func(*dataplane.Service) error
 }
 
-// Write is one write of a PerObject kernel: of a frontend, or of one of its
-// endpoints.
+// Write is one write of a PerObject kernel, to a frontend or to one of its endpoints.
 type Write struct {
 	Frontend dataplane.Frontend
-	Endpoint dataplane.Endpoint // the zero Endpoint for the frontend itself
+	Endpoint dataplane.Endpoint // zero for a write to the frontend
 	Delete   bool
 }
 
-// Dataplane is a kernel in memory. Its methods may be called from any
-// goroutine.
+// Dataplane is an in-memory kernel. Its methods are safe for concurrent use.
 type Dataplane struct {
 	opts  Options
 	drift chan struct{}
@@ -70,29 +65,29 @@ type Dataplane struct {
 
 var _ dataplane.Dataplane = (*Dataplane)(nil)
 
-// Counts are what has happened so far.
+// Counts contains the number of calls and writes so far.
 type Counts struct {
-	// Replaces, Applies and Reads are calls.
+	// Replaces, Applies and Reads count calls.
 	Replaces, Applies, Reads int
-	// Writes are frontends and endpoints of frontends that were added, changed
-	// or removed in the kernel. An edit by somebody else does not count.
+	// Writes counts the frontends, and the endpoints of frontends, that calls added, changed or
+	// removed. Edit does not count.
 	Writes int
 }
 
-// New returns a kernel that holds nothing.
+// New returns an empty kernel.
 func New(opts Options) *Dataplane {
 	return &Dataplane{opts: opts, drift: make(chan struct{}, 1), state: dataplane.State{}}
 }
 
-// Counts returns what has happened so far.
+// Counts returns the number of calls and writes so far.
 func (d *Dataplane) Counts() Counts {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.counts
 }
 
-// Edit lets edit change the kernel as somebody else would, and announces the
-// drift. Endpoints must be replaced, not changed in place.
+// Edit runs edit on the kernel's state, like another program would change it, and announces
+// drift. The function must replace lists of endpoints and not modify them in place.
 func (d *Dataplane) Edit(edit func(dataplane.State)) {
 	d.mu.Lock()
 	edit(d.state)
@@ -103,7 +98,7 @@ func (d *Dataplane) Edit(edit func(dataplane.State)) {
 	}
 }
 
-// Drift implements [dataplane.Dataplane]: a value arrives after each Edit.
+// Drift implements [dataplane.Dataplane]. The channel receives a value after each Edit.
 func (d *Dataplane) Drift() <-chan struct{} { return d.drift }
 
 // Close implements [dataplane.Dataplane].
@@ -174,7 +169,7 @@ func (d *Dataplane) Apply(ctx context.Context, changes []dataplane.Change) error
 	return d.execute(c)
 }
 
-// lock locks the kernel for a call, or says why there can be none.
+// lock checks that ctx and the Dataplane are usable and locks the kernel for a call.
 func (d *Dataplane) lock(ctx context.Context) error {
 	if err := ctx.Err(); err != nil {
 		return err
@@ -187,11 +182,11 @@ func (d *Dataplane) lock(ctx context.Context) error {
 	return nil
 }
 
-// checkOld compares what a call assumes with what is there.
+// checkOld compares the state that a call assumes with the state of the kernel.
 func (d *Dataplane) checkOld(c *call) error {
 	for f, b := range c.old {
 		if got, ok := d.state[f]; !ok || !got.Equal(b) {
-			return fmt.Errorf("%s is not as Old says", f)
+			return fmt.Errorf("%s differs from Old", f)
 		}
 	}
 	for f, w := range c.desired {
@@ -199,13 +194,13 @@ func (d *Dataplane) checkOld(c *call) error {
 			continue
 		}
 		if got, ok := d.state[f]; ok {
-			return fmt.Errorf("%s of %s is held by %s already", f, w.key, got.Service)
+			return fmt.Errorf("%s of %s already belongs to %s", f, w.key, got.Service)
 		}
 	}
 	return nil
 }
 
-// execute makes the kernel hold what c wants of the frontends that c knows.
+// execute programs c.desired and removes the frontends of c.old that are not desired.
 func (d *Dataplane) execute(c *call) error {
 	for f, w := range maybeSorted(c.desired, d.opts.PerObject) {
 		if d.opts.PerObject {
@@ -239,7 +234,7 @@ func (d *Dataplane) execute(c *call) error {
 	return c.err()
 }
 
-// maybeSorted returns all of m, sorted if that matters: a WriteFault may count.
+// maybeSorted returns all entries of m, in sorted order if a WriteFault may count writes.
 func maybeSorted[V any](m map[dataplane.Frontend]V, sorted bool) iter.Seq2[dataplane.Frontend, V] {
 	if !sorted {
 		return maps.All(m)
@@ -253,7 +248,7 @@ func maybeSorted[V any](m map[dataplane.Frontend]V, sorted bool) iter.Seq2[datap
 	}
 }
 
-// countWrites counts the writes that make frontend f of an atomic kernel b.
+// countWrites returns the number of writes that bring frontend f of an atomic kernel to b.
 func countWrites(state dataplane.State, f dataplane.Frontend, b dataplane.Binding) int {
 	old, ok := state[f]
 	n := 0
@@ -273,21 +268,21 @@ func countWrites(state dataplane.State, f dataplane.Frontend, b dataplane.Bindin
 	return n
 }
 
-// countRemovalWrites counts the writes that remove frontend f.
+// countRemovalWrites returns the number of writes that remove frontend f.
 func countRemovalWrites(state dataplane.State, f dataplane.Frontend, perObject bool) int {
 	old, ok := state[f]
 	switch {
 	case !ok:
 		return 0
 	case perObject:
-		return 1 // The endpoints go with it.
+		return 1 // The kernel removes the endpoints with the frontend.
 	default:
 		return 1 + len(old.Endpoints)
 	}
 }
 
-// writeFrontend makes frontend f of a PerObject kernel b, write by write. What
-// differs is known from the call; the kernel is not asked.
+// writeFrontend brings frontend f of a PerObject kernel to b in single writes. It takes the old
+// state from the call and does not read the kernel.
 func (d *Dataplane) writeFrontend(f dataplane.Frontend, c *call, b dataplane.Binding) error {
 	old, had := c.old[f]
 	if !had || old.Service != b.Service || !equalExceptEndpoints(old.ServiceSpec, b.ServiceSpec) {
@@ -300,8 +295,7 @@ func (d *Dataplane) writeFrontend(f dataplane.Frontend, c *call, b dataplane.Bin
 		d.state[f] = now
 	}
 	var errs []error
-	// Adding comes before removing, so that the frontend has endpoints all the
-	// time.
+	// Endpoints are added before others are removed, so that the frontend always has endpoints.
 	for _, e := range b.Endpoints {
 		if !containsEndpoint(old.Endpoints, e) {
 			errs = append(errs, d.writeEndpoint(Write{Frontend: f, Endpoint: e}))
@@ -315,15 +309,15 @@ func (d *Dataplane) writeFrontend(f dataplane.Frontend, c *call, b dataplane.Bin
 	return errors.Join(errs...)
 }
 
-// equalExceptEndpoints reports whether a and b are the same but for their Endpoints, which
-// are written one by one.
+// equalExceptEndpoints reports whether a and b are equal, ignoring their Endpoints, which are
+// written one by one.
 func equalExceptEndpoints(a, b dataplane.ServiceSpec) bool {
 	a.Endpoints, b.Endpoints = nil, nil
 	return a.Equal(b)
 }
 
-// writeEndpoint adds an endpoint that may be there, or removes one that may
-// not be.
+// writeEndpoint adds or removes an endpoint. It is not an error if the endpoint exists or is gone
+// already.
 func (d *Dataplane) writeEndpoint(w Write) error {
 	if err := d.injectFault(w); err != nil {
 		return err
@@ -380,18 +374,17 @@ func compareEndpoints(a, b dataplane.Endpoint) int {
 	return 1
 }
 
-// call is one call: what is held before it, as far as it knows, what is wanted
-// after it, and who failed. The two are maps over the whole call, so it does
-// not matter in which order its Services come.
+// call contains the old and the desired state of one call and its failed keys. Both states are
+// maps over the whole call, so the order of its Services does not matter.
 type call struct {
 	op        string
 	old       dataplane.State
-	oldOwners map[dataplane.Frontend]dataplane.Key // of have, where known
+	oldOwners map[dataplane.Frontend]dataplane.Key // owners of old, where known
 	desired   map[dataplane.Frontend]desiredBinding
 	failed    map[dataplane.Key]error
 }
 
-// desiredBinding is a frontend that a Service wants.
+// desiredBinding is the desired state of a frontend and the key of its owner.
 type desiredBinding struct {
 	key     dataplane.Key
 	binding dataplane.Binding
@@ -407,14 +400,14 @@ func newCall(op string) *call {
 	}
 }
 
-// addOld adds what a Service had. It may be nil.
+// addOld adds the old value of a Service, which may be nil.
 func (c *call) addOld(s *dataplane.Service) error {
 	if s == nil {
 		return nil
 	}
 	for _, f := range s.Frontends {
 		if other, ok := c.oldOwners[f]; ok {
-			return fmt.Errorf("%s: frontend %s is in the Old of %s and of %s", c.op, f, other, s.Key)
+			return fmt.Errorf("%s: frontend %s is in the Old of both %s and %s", c.op, f, other, s.Key)
 		}
 		c.oldOwners[f] = s.Key
 		c.old[f] = dataplane.Binding{Service: s.Key.Service(), ServiceSpec: s.ServiceSpec}
@@ -422,7 +415,7 @@ func (c *call) addOld(s *dataplane.Service) error {
 	return nil
 }
 
-// addNew adds what a Service wants. It may be nil.
+// addNew adds the desired value of a Service, which may be nil.
 func (c *call) addNew(s *dataplane.Service, unsupported func(*dataplane.Service) error) error {
 	if s == nil {
 		return nil
@@ -435,7 +428,7 @@ func (c *call) addNew(s *dataplane.Service, unsupported func(*dataplane.Service)
 	}
 	for _, f := range s.Frontends {
 		if other, ok := c.desired[f]; ok {
-			return fmt.Errorf("%s: frontend %s belongs to %s and to %s", c.op, f, other.key, s.Key)
+			return fmt.Errorf("%s: frontend %s belongs to both %s and %s", c.op, f, other.key, s.Key)
 		}
 		c.desired[f] = desiredBinding{s.Key, dataplane.Binding{Service: s.Key.Service(), ServiceSpec: s.ServiceSpec}}
 	}

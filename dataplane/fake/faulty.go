@@ -14,42 +14,42 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// ErrInjected is wrapped by the errors of a [Faulty] that chance has caused.
+// ErrInjected is wrapped by the errors of random faults of a [Faulty].
 var ErrInjected = errors.New("injected fault")
 
-// Faults say what a [Faulty] does to Replace and Apply. The zero value does
-// nothing. The first five are probabilities, from 0 to 1, for each call.
+// Faults defines how a [Faulty] disturbs Replace and Apply. The zero value injects no faults. The
+// first five fields are probabilities for each call, from 0 to 1.
 type Faults struct {
-	// Reject fails the call as a whole, with nothing taken.
+	// Reject fails the whole call and applies nothing.
 	Reject float64
-	// Lose fails the call as a whole, with everything taken: the answer is lost.
+	// Lose applies the whole call and returns an error, as if the kernel's answer were lost.
 	Lose float64
-	// Partial fails the call as a whole, with some keys taken, and others
-	// left at what they had or at a mix.
+	// Partial fails the whole call. Some keys are applied; the others keep their old state or a
+	// mix of old and new state.
 	Partial float64
-	// Keys fails some keys of the call by a *dataplane.Error and takes the
-	// others. The failed ones have their Old, their New or a mix.
+	// Keys fails some keys of the call with a *dataplane.Error and applies the others. A failed
+	// key has its Old, its New or a mix of both.
 	Keys float64
-	// Drift edits the kernel after the call, and announces it. It needs a
-	// dataplane with the method Edit of [Dataplane].
+	// Drift edits the kernel after the call and announces drift. The wrapped dataplane must have
+	// the Edit method of [Dataplane].
 	Drift float64
 
-	// MaxDelay delays each call by a random time below it.
+	// MaxDelay delays each call by a random duration below this limit.
 	MaxDelay time.Duration
-	// Down fails every call as a whole, with nothing taken.
+	// Down fails every call as a whole with this error. The call applies nothing.
 	Down error
-	// Broken returns an error for a Service that fails in each call: the kernel
-	// keeps what it has for it.
+	// Broken returns an error for a Service that fails in every call. The kernel keeps its state
+	// for the Service.
 	Broken func(*dataplane.Service) error
 }
 
-// Faulty is a dataplane whose calls can fail. Chance decides by a seed, so a
-// history can be repeated. Read, Drift and Close go straight to the dataplane
-// inside.
+// Faulty wraps a dataplane and injects faults into its calls. A seed determines the random
+// faults, so that a history can be repeated. Read, Drift and Close are passed to the wrapped
+// dataplane unchanged.
 //
-// A key that fails is left with a mix by giving the dataplane inside a Service
-// that nobody asked for. So the dataplane inside must not be strict: it is told
-// an Old now and then that is not there.
+// To leave a failed key in a mixed state, Faulty passes a modified Service to the wrapped
+// dataplane. Later calls may then contain an Old that the kernel does not hold, so the wrapped
+// dataplane must not be strict.
 type Faulty struct {
 	dataplane.Dataplane
 
@@ -59,20 +59,20 @@ type Faulty struct {
 	hold   chan struct{}
 }
 
-// NewFaulty returns a Faulty for dp.
+// NewFaulty returns a Faulty that wraps dp.
 func NewFaulty(dp dataplane.Dataplane, seed uint64, faults Faults) *Faulty {
 	return &Faulty{Dataplane: dp, rand: rand.New(rand.NewPCG(seed, 0)), faults: faults}
 }
 
-// Set changes the faults from the next call on.
+// Set replaces the faults for all calls that begin later.
 func (f *Faulty) Set(faults Faults) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.faults = faults
 }
 
-// Hold makes calls block until release is called or their context ends. A call
-// whose context ends has taken nothing.
+// Hold blocks calls until release is called or their context ends. A call whose context ends
+// applies nothing.
 func (f *Faulty) Hold() (release func()) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -88,7 +88,7 @@ func (f *Faulty) Hold() (release func()) {
 	})
 }
 
-// outcome is what will become of a call.
+// outcome describes the faults that one call meets.
 type outcome struct {
 	down                        error
 	reject, lose, partial, keys bool
@@ -96,7 +96,7 @@ type outcome struct {
 	broken                      func(*dataplane.Service) error
 }
 
-// begin blocks a call as long as it shall, and decides its fate.
+// begin waits for the hold and the random delay, and then selects the outcome of a call.
 func (f *Faulty) begin(ctx context.Context) (outcome, error) {
 	f.mu.Lock()
 	hold := f.hold
@@ -224,7 +224,7 @@ func (f *Faulty) Replace(ctx context.Context, node dataplane.Node, services iter
 	return v.result("replace", f.Dataplane.Replace(ctx, node, slices.Values(taken), progress))
 }
 
-// edit changes one thing in the kernel as somebody else would.
+// edit makes one random change to the kernel, like another program would.
 func (f *Faulty) edit() {
 	inside, ok := f.Dataplane.(interface{ Edit(func(dataplane.State)) })
 	if !ok {
@@ -251,8 +251,8 @@ func (f *Faulty) edit() {
 	})
 }
 
-// serviceFromState returns what a kernel holds for a key, as far as it can be told: the
-// endpoints are those of its first frontend.
+// serviceFromState reconstructs the Service of a key from the kernel's state. It uses the
+// endpoints of the first frontend.
 func serviceFromState(state dataplane.State, k dataplane.Key) *dataplane.Service {
 	s := &dataplane.Service{Key: k}
 	for fe, b := range state {
@@ -268,15 +268,15 @@ func serviceFromState(state dataplane.State, k dataplane.Key) *dataplane.Service
 	return s
 }
 
-// failingKeys are the keys of one call that fail.
+// failingKeys selects the keys of one call that fail.
 type failingKeys struct {
 	outcome
 	rand   *rand.Rand
 	failed map[dataplane.Key]error
-	// keepsOld has the places in the call of those that fail; true for those that
-	// keep what they had, false for those that may end with anything.
+	// keepsOld contains the index of each failing key in the call. The value is true if the key
+	// keeps its old state and false if it may have any state.
 	keepsOld map[int]bool
-	// takenFrontends are the frontends that are spoken for.
+	// takenFrontends are the frontends of other keys in this call.
 	takenFrontends map[dataplane.Frontend]bool
 }
 
@@ -292,8 +292,8 @@ func (f *Faulty) newFailingKeys(fa outcome) *failingKeys {
 	}
 }
 
-// add decides whether s, at place i of the call, fails. If not, it claims the
-// frontends that it wants; want may be nil.
+// add decides whether s, at index i of the call, fails. If it succeeds, the frontends of want are
+// taken; want may be nil.
 func (v *failingKeys) add(i int, s, want *dataplane.Service) {
 	if v.broken != nil {
 		if err := v.broken(s); err != nil {
@@ -316,8 +316,8 @@ func (v *failingKeys) markTaken(s *dataplane.Service) {
 	}
 }
 
-// mix returns what the kernel shall hold for a key that fails: old, new or
-// something in between, without the frontends that others hold.
+// mix returns the state that a failing key has after the call: old, new or a mix of them, without
+// the frontends that other keys have taken.
 func (v *failingKeys) mix(k dataplane.Key, keep bool, old, want *dataplane.Service) *dataplane.Service {
 	got := &dataplane.Service{Key: k}
 	kind := v.rand.IntN(4)
@@ -347,10 +347,10 @@ func (v *failingKeys) mix(k dataplane.Key, keep bool, old, want *dataplane.Servi
 	return got
 }
 
-// result is the answer to a call for which the dataplane inside returned err.
+// result returns the error of a call for which the wrapped dataplane returned err.
 func (v *failingKeys) result(op string, err error) error {
 	if v.partial {
-		return unknownResult(op, "partly taken", err)
+		return unknownResult(op, "partly applied", err)
 	}
 	var inside *dataplane.Error
 	switch {
@@ -366,8 +366,8 @@ func (v *failingKeys) result(op string, err error) error {
 
 func injectedError(op, what string) error { return fmt.Errorf("%s: %w: %s", op, ErrInjected, what) }
 
-// unknownResult is the answer to a call of which nothing may be said. The error from
-// inside is not wrapped, because it may name keys.
+// unknownResult returns the error of a call whose effect is unknown. It does not wrap the inner
+// error, because that may name keys.
 func unknownResult(op, what string, err error) error {
 	if err != nil {
 		what = fmt.Sprintf("%s (%v)", what, err)
