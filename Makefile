@@ -14,6 +14,7 @@ COUNT ?= 1
 FUZZTIME ?= 5s
 
 LINT := go tool -modfile=internal/tools/go.mod golangci-lint
+VALE := go tool -modfile=internal/tools/go.mod vale
 
 .PHONY: help
 help:
@@ -178,10 +179,11 @@ gobench: ## benchmarks of the Go packages (root), minutes; BENCH=regexp COUNT=n
 	go test -run='^$$' -bench='$(BENCH)' -count=$(COUNT) -benchmem -timeout=60m ./...
 
 .PHONY: lint
-lint: ## golangci-lint, and whether go.mod is tidy
-	@echo 'golangci-lint is built from source; the first time that takes a minute or two'
+lint: ## golangci-lint, the prose linter, and whether go.mod is tidy
+	@echo 'The linters are built from source, which takes some minutes the first time'
 	$(LINT) config verify
 	$(LINT) run ./...
+	$(VALE) --output=line --glob='!{.cache,bin}/**' .
 	go mod tidy -diff
 
 # The commit that the API is compared with: make apidiff BASE=main
