@@ -5,9 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"time"
 
 	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -44,6 +46,7 @@ type Conn struct {
 	sequence uint32
 	// deadline is when the socket stops to wait for answers.
 	deadline time.Time
+	socket   socketIO
 }
 
 // Dial connects to a netlink protocol (unix.NETLINK_*) in the network namespace of a file
@@ -65,7 +68,12 @@ func (c *Conn) dial() error {
 	if err := errors.Join(conn.SetWriteBuffer(sendBuffer), conn.SetReadBuffer(receiveBuffer)); err != nil {
 		return errors.Join(fmt.Errorf("set the buffers of a netlink socket: %w", err), conn.Close())
 	}
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return errors.Join(fmt.Errorf("access a netlink socket: %w", err), conn.Close())
+	}
 	c.conn, c.deadline = conn, time.Time{}
+	c.socket.attach(raw)
 	return nil
 }
 
@@ -77,96 +85,34 @@ func (c *Conn) Close() error {
 	return c.conn.Close()
 }
 
-// Batch sends requests, BatchSize of them by one system call, and waits for the
-// kernel. It returns the kernel's answer to each request: nil or an error that wraps a
-// unix.Errno. It sets the requests' sequence numbers and flags Request and Acknowledge.
-//
-// The second error is about the socket or ctx: some requests may have been carried out,
-// and none has an answer.
-func (c *Conn) Batch(ctx context.Context, requests []netlink.Message) ([]error, error) {
-	answers := make([]error, len(requests))
-	for first := 0; first < len(requests); first += BatchSize {
-		end := min(first+BatchSize, len(requests))
-		if err := c.batch(ctx, requests[first:end], answers[first:end]); err != nil {
-			return nil, err
-		}
-	}
-	return answers, nil
-}
-
-func (c *Conn) batch(ctx context.Context, requests []netlink.Message, answers []error) (err error) {
-	done, err := c.begin(ctx)
-	if err != nil {
-		return err
-	}
-	defer func() { done(err) }()
-	for i := range requests {
-		requests[i].Header.Flags |= netlink.Request
-		if i == len(requests)-1 {
-			requests[i].Header.Flags |= netlink.Acknowledge
-		}
-		requests[i].Header.Sequence = c.next(len(requests) - i)
-	}
-	first := requests[0].Header.Sequence
-	if _, err := c.conn.SendMessages(requests); err != nil {
-		return fmt.Errorf("send %d netlink requests: %w", len(requests), err)
-	}
-	for {
-		sequence, answer, err := c.receiveAnswer()
-		if err != nil {
-			return err
-		}
-		if i := uint64(sequence - first); i < uint64(len(requests)) {
-			answers[i] = answer
-			if i == uint64(len(requests)-1) {
-				return nil
-			}
-		}
-	}
-}
-
-// receiveAnswer returns the kernel's next answer and the number of the request.
-func (c *Conn) receiveAnswer() (sequence uint32, answer, err error) {
-	messages, err := c.conn.Receive()
-	if err != nil {
-		if sequence, answer := parseAnswer(err); answer != nil {
-			return sequence, answer, nil
-		}
-		return 0, nil, fmt.Errorf("receive netlink answers: %w", err)
-	}
-	if len(messages) == 0 {
-		return 0, nil, errors.New("receive netlink answers: an empty message")
-	}
-	return messages[0].Header.Sequence, nil, nil
-}
-
-// Get sends a request that the kernel answers by one message, and returns the
-// message's data. An error of the kernel wraps a unix.Errno.
+// Get sends a request that the kernel answers with one message, and returns the message's data.
+// An error of the kernel wraps a unix.Errno.
 func (c *Conn) Get(ctx context.Context, request netlink.Message) (data []byte, err error) {
-	err = c.exchange(ctx, request, func(m netlink.Message) { data = m.Data })
+	err = c.exchange(ctx, request, func(m message) { data = slices.Clone(m.data) })
 	return data, err
 }
 
-// Dump sends a request for a dump, and calls visit with the data of each message. The data
-// is visit's to keep. After an error of visit Dump reads the rest without calling visit,
-// and returns that error.
+// Dump sends a request for a dump and calls visit with the data of each message. The data are valid
+// until visit returns. After an error of visit, Dump reads the rest without calling visit and
+// returns that error.
 //
 // interrupted reports that the dump does not show one state of the kernel
 // (NLM_F_DUMP_INTR). An error of the kernel wraps a unix.Errno.
 func (c *Conn) Dump(ctx context.Context, request netlink.Message, visit func(data []byte) error) (interrupted bool, err error) {
 	request.Header.Flags |= netlink.Dump
 	var failure error
-	err = c.exchange(ctx, request, func(m netlink.Message) {
-		interrupted = interrupted || m.Header.Flags&netlink.DumpInterrupted != 0
-		if failure == nil {
-			failure = visit(m.Data)
+	err = c.exchange(ctx, request, func(m message) {
+		interrupted = interrupted || m.flags&unix.NLM_F_DUMP_INTR != 0
+		if failure == nil && m.typ != unix.NLMSG_DONE {
+			failure = visit(m.data)
 		}
 	})
 	return interrupted, errors.Join(err, failure)
 }
 
-// exchange sends a request and calls visit with the messages that answer it.
-func (c *Conn) exchange(ctx context.Context, request netlink.Message, visit func(netlink.Message)) (err error) {
+// exchange sends a request and calls visit with the messages that answer it. The end of a dump
+// (NLMSG_DONE) is one of them.
+func (c *Conn) exchange(ctx context.Context, request netlink.Message, visit func(message)) (err error) {
 	done, err := c.begin(ctx)
 	if err != nil {
 		return err
@@ -174,23 +120,40 @@ func (c *Conn) exchange(ctx context.Context, request netlink.Message, visit func
 	defer func() { done(err) }()
 	request.Header.Flags |= netlink.Request
 	request.Header.Sequence = c.next(1)
-	if _, err := c.conn.Send(request); err != nil {
+	c.socket.reset()
+	c.socket.append(request)
+	if err := c.socket.flush(); err != nil {
 		return fmt.Errorf("send a netlink request: %w", err)
 	}
 	count := 0
-	for m, err := range c.conn.ReceiveIter() {
+	for more := true; more; {
+		datagram, err := c.socket.receive()
 		if err != nil {
-			if _, answer := parseAnswer(err); answer != nil {
-				return answer
-			}
 			return fmt.Errorf("receive a netlink answer: %w", err)
 		}
-		if count++; count%deadlineRenewMessages == 0 {
-			if err := c.setDeadline(ctx); err != nil {
-				return err
+		for len(datagram) > 0 {
+			var m message
+			if m, datagram, err = nextMessage(datagram); err != nil {
+				return fmt.Errorf("receive a netlink answer: %w", err)
 			}
+			if m.sequence != request.Header.Sequence {
+				continue
+			}
+			answer, err := m.answer()
+			if err != nil {
+				return fmt.Errorf("receive a netlink answer: %w", err)
+			}
+			if answer != nil {
+				return answer
+			}
+			if count++; count%deadlineRenewMessages == 0 {
+				if err := c.setDeadline(ctx); err != nil {
+					return err
+				}
+			}
+			visit(m)
+			more = m.flags&unix.NLM_F_MULTI != 0 && m.typ != unix.NLMSG_DONE
 		}
-		visit(m)
 	}
 	return nil
 }

@@ -1,11 +1,6 @@
 package nlconn
 
-import (
-	"errors"
-
-	"github.com/mdlayher/netlink"
-	"golang.org/x/sys/unix"
-)
+import "golang.org/x/sys/unix"
 
 // Error is the kernel's refusal of a request.
 type Error struct {
@@ -25,17 +20,3 @@ func (e *Error) Error() string {
 
 // Unwrap returns the errno.
 func (e *Error) Unwrap() error { return e.Errno }
-
-// parseAnswer returns the number of a request and the kernel's answer in an error of
-// netlink.Conn, or nil for an error of the socket.
-func parseAnswer(err error) (sequence uint32, answer error) {
-	var op *netlink.OpError
-	if !errors.As(err, &op) || op.Sequence == 0 {
-		return 0, nil
-	}
-	var errno unix.Errno
-	if !errors.As(op.Err, &errno) {
-		return 0, nil
-	}
-	return op.Sequence, &Error{Errno: errno, Text: op.Message}
-}
