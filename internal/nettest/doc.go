@@ -1,24 +1,22 @@
-// Package nettest makes small networks of network namespaces that look like a
-// Kubernetes node to the kernel, and opens real connections in them.
+// Package nettest builds small networks from network namespaces. To the kernel they look like
+// a Kubernetes node; tests open real connections in them.
 //
-// A [Network] is one node, the pods on it, and one host outside:
+// A [Network] is one node, its pods, and one outside host:
 //
 //	pod ──veth──┐
 //	pod ──veth──┤ node ──veth── outside
 //	pod ──veth──┘
 //
-// Everything is routed, point to point: each packet between two hosts passes
-// the node's netfilter hooks, and there is no bridge. Neighbours are entered by
-// hand and IPv6 addresses are not probed for duplicates, so the first packet
-// leaves at once. All of it is made by netlink; no program is needed besides the
-// kernel, and root.
+// All links are routed and point to point. No bridge is involved, so each packet between two
+// hosts passes the netfilter hooks of the node. Neighbour entries are permanent and IPv6
+// duplicate address detection is off, so hosts send their first packet without delay. The
+// package uses netlink only: it needs root, but no programs.
 //
-// Namespaces are anonymous unless [Options].Name is set: they are held by file
-// descriptors and are gone with the process, however it ends.
+// Namespaces are anonymous unless [Options].Name is set. File descriptors keep them alive, and
+// the kernel removes them when the process ends for any reason.
 //
-// Hosts serve ([Host.Serve]) and connect ([Host.Open], [Host.Connect]) over TCP,
-// UDP and SCTP. A server answers with its name, the address it was reached at
-// and the source address it saw, so that a client learns what the node did to
-// the connection. SCTP needs no kernel support: associations are those of
-// pion/sctp over raw IP sockets.
+// Hosts serve ([Host.Serve]) and connect ([Host.Open], [Host.Connect]) over TCP, UDP and SCTP.
+// A server answers with its name, the address that the connection reached, and the source
+// address that it saw. A client thus learns how the node changed the connection. SCTP needs
+// no kernel support: pion/sctp provides the associations over raw IP sockets.
 package nettest

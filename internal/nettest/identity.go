@@ -11,19 +11,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The servers and clients in this file exchange one byte, the server's identity,
-// by system calls alone. A test that opens a million connections uses them, as the
-// package net takes several times as long.
+// The servers and clients in this file exchange one byte, the server's identity, and use
+// system calls directly. Tests that open a million connections need them, because package net
+// takes several times as long.
 
-// IdentityServer writes its identity to everybody who connects.
+// IdentityServer writes its identity to each client that connects.
 type IdentityServer struct {
 	fd   int
 	done chan struct{}
 }
 
-// ServeIdentity answers TCP connections or UDP datagrams at one of the host's
-// addresses with one byte. A TCP connection is closed after it. The caller closes
-// the server.
+// ServeIdentity answers TCP connections or UDP datagrams to one of the host's addresses with
+// one byte. It closes a TCP connection after the byte. The caller closes the server.
 func (h *Host) ServeIdentity(network string, addr netip.AddrPort, identity byte) (*IdentityServer, error) {
 	s := &IdentityServer{done: make(chan struct{})}
 	err := h.Do(func() (err error) {
@@ -65,7 +64,7 @@ func (s *IdentityServer) answerDatagrams(identity []byte) {
 		case err == nil && from == nil, err == nil && n == 0: // shut down
 			return
 		case err == nil:
-			// An answer that cannot be sent is a lost datagram.
+			// A failed send is equivalent to a lost datagram.
 			_ = unix.Sendto(s.fd, identity, 0, from)
 		case !errors.Is(err, unix.EINTR) && !errors.Is(err, unix.ECONNREFUSED):
 			return
@@ -73,9 +72,9 @@ func (s *IdentityServer) answerDatagrams(identity []byte) {
 	}
 }
 
-// Close ends the server. It must be called once.
+// Close stops the server. It must be called once.
 func (s *IdentityServer) Close() error {
-	_ = unix.Shutdown(s.fd, unix.SHUT_RDWR) // wakes the system call that the server waits in
+	_ = unix.Shutdown(s.fd, unix.SHUT_RDWR) // unblocks the server's system call
 	<-s.done
 	return unix.Close(s.fd)
 }
@@ -87,7 +86,7 @@ func bindSocket(network string, addr netip.AddrPort) (fd int, err error) {
 	}
 	fd, err = unix.Socket(socketDomain(addr.Addr()), kind|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
-		return 0, fmt.Errorf("make a socket: %w", err)
+		return 0, fmt.Errorf("create socket: %w", err)
 	}
 	if err := unix.Bind(fd, socketAddress(addr)); err != nil {
 		return 0, errors.Join(fmt.Errorf("bind to %s: %w", addr, err), unix.Close(fd))
@@ -116,23 +115,23 @@ func socketAddress(addr netip.AddrPort) unix.Sockaddr {
 	return &unix.SockaddrInet6{Port: int(addr.Port()), Addr: addr.Addr().As16()}
 }
 
-// IdentityClient asks servers of [Host.ServeIdentity] for their identity. It belongs
-// to the network namespace of the thread that calls it, see [Namespace.Do]. Its
-// methods may be called concurrently.
+// IdentityClient requests the identity of servers started by [Host.ServeIdentity]. Its
+// methods use the network namespace of the calling thread (see [Namespace.Do]). They may be
+// called concurrently.
 type IdentityClient struct {
-	// Timeout bounds each step of a TCP connection, and all of a datagram's.
+	// Timeout bounds each step of a TCP connection, and the whole of a UDP request.
 	Timeout time.Duration
 
 	mu sync.Mutex
-	// port is the last source port of a datagram, counted from the first. It begins at
-	// random, as another client of the host may have been there before.
+	// port is the last UDP source port, as an offset from the first one. It starts at random
+	// because the host may have had another client.
 	port    uint16
 	started bool
 }
 
-// Connect opens a TCP connection and returns the server's identity and how many
-// segments the client sent more than once. The client resets the connection in the
-// end, so that neither side remembers it.
+// Connect opens a TCP connection. It returns the server's identity and the number of segments
+// that the client retransmitted. Connect resets the connection at the end, so that neither
+// side keeps state.
 func (c *IdentityClient) Connect(addr netip.AddrPort) (identity byte, resent uint32, err error) {
 	fd, err := c.socket(addr, unix.SOCK_STREAM)
 	if err != nil {
@@ -140,7 +139,7 @@ func (c *IdentityClient) Connect(addr netip.AddrPort) (identity byte, resent uin
 	}
 	defer func() { err = errors.Join(err, unix.Close(fd)) }()
 	if err := unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1}); err != nil {
-		return 0, 0, fmt.Errorf("set the options of a socket: %w", err)
+		return 0, 0, fmt.Errorf("set SO_LINGER: %w", err)
 	}
 	if err := c.connect(fd, socketAddress(addr)); err != nil {
 		return 0, 0, fmt.Errorf("connect: %w", err)
@@ -160,20 +159,20 @@ func (c *IdentityClient) Connect(addr netip.AddrPort) (identity byte, resent uin
 		case n == 0 && len(answer) == 1:
 			return answer[0], info.Total_retrans, nil
 		case n == 0:
-			return 0, 0, errors.New("the server closed the connection without an answer")
+			return 0, 0, errors.New("server closed the connection without an answer")
 		default:
 			answer = append(answer, buf[:n]...)
 		}
 	}
-	return 0, 0, fmt.Errorf("an answer of more than a byte: %v", answer)
+	return 0, 0, fmt.Errorf("answer is longer than one byte: %v", answer)
 }
 
-// connect is connect(2), which goes on by itself when a signal interrupts it.
+// connect calls connect(2) and waits for the connection if a signal interrupts the call.
 func (c *IdentityClient) connect(fd int, to unix.Sockaddr) error {
 	err := unix.Connect(fd, to)
 	for errors.Is(err, unix.EINTR) {
-		patience := int(c.Timeout.Milliseconds())
-		if _, err = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}, patience); err != nil { //nolint:gosec // a descriptor
+		timeout := int(c.Timeout.Milliseconds())
+		if _, err = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}, timeout); err != nil { //nolint:gosec // a descriptor
 			continue
 		}
 		var code int
@@ -184,9 +183,9 @@ func (c *IdentityClient) connect(fd int, to unix.Sockaddr) error {
 	return err
 }
 
-// Ask sends a UDP datagram from a port that the client has not used lately and
-// returns the server's identity and how often the client sent the datagram again: it
-// does so each second, as resolvers do, until Timeout has passed.
+// Ask sends a UDP datagram from a source port that the client has not used recently. It
+// returns the server's identity and the number of retransmissions. Like a resolver, Ask
+// retransmits every second, until Timeout has passed.
 func (c *IdentityClient) Ask(addr netip.AddrPort) (identity byte, resent uint32, err error) {
 	fd, err := c.socket(addr, unix.SOCK_DGRAM)
 	if err != nil {
@@ -213,15 +212,15 @@ func (c *IdentityClient) Ask(addr netip.AddrPort) (identity byte, resent uint32,
 		case err == nil && n == 1:
 			return buf[0], resent, nil
 		case err == nil:
-			return 0, resent, fmt.Errorf("an answer of %d bytes", n)
+			return 0, resent, fmt.Errorf("answer has %d bytes, want 1", n)
 		case !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EINTR), time.Since(begin) >= c.Timeout-wait/2:
 			return 0, resent, fmt.Errorf("receive: %w", err)
 		}
 	}
 }
 
-// bindNextPort binds a socket to the next source port, as connection tracking
-// sends a flow that it remembers where it went before.
+// bindNextPort binds a socket to the next source port. With a reused port, connection
+// tracking would send the flow where the earlier one went.
 func (c *IdentityClient) bindNextPort(fd int, to netip.Addr) error {
 	const first, ports = 20_000, 40_000
 	anywhere := netip.IPv4Unspecified()
@@ -244,13 +243,13 @@ func (c *IdentityClient) bindNextPort(fd int, to netip.Addr) error {
 			return fmt.Errorf("bind to port %d: %w", port, err)
 		}
 	}
-	return fmt.Errorf("bind: none of %d ports is free", ports)
+	return fmt.Errorf("bind: all %d ports are in use", ports)
 }
 
 func (c *IdentityClient) socket(addr netip.AddrPort, kind int) (int, error) {
 	fd, err := unix.Socket(socketDomain(addr.Addr()), kind|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
-		return 0, fmt.Errorf("make a socket: %w", err)
+		return 0, fmt.Errorf("create socket: %w", err)
 	}
 	if err := errors.Join(setTimeout(fd, unix.SO_SNDTIMEO, c.Timeout), setTimeout(fd, unix.SO_RCVTIMEO, c.Timeout)); err != nil {
 		return 0, errors.Join(err, unix.Close(fd))
@@ -262,7 +261,7 @@ func (c *IdentityClient) socket(addr netip.AddrPort, kind int) (int, error) {
 func setTimeout(fd, option int, d time.Duration) error {
 	value := unix.NsecToTimeval(d.Nanoseconds())
 	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, option, &value); err != nil {
-		return fmt.Errorf("set the timeout of a socket: %w", err)
+		return fmt.Errorf("set socket timeout: %w", err)
 	}
 	return nil
 }

@@ -30,14 +30,14 @@ func TestIdentity(t *testing.T) {
 					return err
 				})
 				if err != nil || identity != 42 {
-					t.Errorf("%s to %s: identity %d, error %v", network, at, identity, err)
+					t.Errorf("%s to %s: identity %d, error %v, want 42", network, at, identity, err)
 				}
 			}
 			if err := s.Close(); err != nil {
-				t.Errorf("close the server: %v", err)
+				t.Errorf("Close: %v", err)
 			}
 			if err := client.Do(func() error { _, _, err := c.Connect(at); return err }); err == nil {
-				t.Errorf("%s to %s is answered after the server's end", network, at)
+				t.Errorf("%s to %s: answered after Close", network, at)
 			}
 		}
 	}

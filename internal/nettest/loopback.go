@@ -10,9 +10,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ExposeLoopback sets the sysctl route_localnet of the node's link to Outside, and
-// lets Outside send packets to loopback addresses, of both families, to the node:
-// Outside has none of its own any more.
+// ExposeLoopback sets the sysctl route_localnet on the node's link to Outside and lets
+// Outside send packets for loopback addresses of both families to the node. Outside loses its
+// own loopback addresses.
 func (n *Network) ExposeLoopback() error {
 	for _, h := range []*Host{n.Node, n.Outside} {
 		if err := h.setSysctls(map[string]string{"ipv4/conf/eth0/route_localnet": "1"}); err != nil {

@@ -16,21 +16,21 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// namedDir is where ip-netns(8) looks for named network namespaces.
+// namedDir is the directory of named network namespaces, see ip-netns(8).
 const namedDir = "/run/netns"
 
 // Namespace is a network namespace. Its methods may be called concurrently.
 type Namespace struct {
-	name string // in namedDir; empty for an anonymous one
+	name string // file name in namedDir; empty for an anonymous namespace
 
-	mu     sync.RWMutex // held for writing while handle is closed
+	mu     sync.RWMutex // write-locked while Close closes handle
 	handle netns.NsHandle
 }
 
-// NewNamespace makes an empty network namespace, in which even the loopback
-// device is down. It lives until Close, and as long as a socket, an interface
-// elsewhere or a process uses it. With a name it is also entered under
-// /run/netns, so that `ip netns exec NAME` works; that outlives the process.
+// NewNamespace creates an empty network namespace; even its loopback device is down. The
+// kernel keeps the namespace until Close, and for as long as a socket, a veth peer or a
+// process uses it. A nonempty name also adds it to /run/netns, so that `ip netns exec NAME`
+// works; that entry outlives the process.
 func NewNamespace(name string) (*Namespace, error) {
 	ns := &Namespace{name: name}
 	err := onThread(func() error {
@@ -45,23 +45,23 @@ func NewNamespace(name string) (*Namespace, error) {
 		return netns.Set(own)
 	})
 	if err != nil {
-		return nil, fmt.Errorf("make a network namespace: %w", err)
+		return nil, fmt.Errorf("create network namespace: %w", err)
 	}
 	if name == "" {
 		return ns, nil
 	}
 	if err := bindName(ns.handle, name); err != nil {
-		return nil, errors.Join(fmt.Errorf("name the network namespace %s: %w", name, err), ns.handle.Close())
+		return nil, errors.Join(fmt.Errorf("name network namespace %s: %w", name, err), ns.handle.Close())
 	}
 	return ns, nil
 }
 
-// onThread runs fn on a locked thread. The thread is used again only when fn
-// succeeded; otherwise nobody knows which namespace it is in, and it ends.
+// onThread runs fn on a locked thread. The thread is reused only if fn succeeds. After an
+// error its namespace is unknown, so the thread is terminated.
 func onThread(fn func() error) error {
 	done := make(chan error, 1)
 	go func() {
-		err := errors.New("the function ended its goroutine")
+		err := errors.New("function exited its goroutine")
 		defer func() { done <- err }()
 		runtime.LockOSThread()
 		if err = fn(); err == nil {
@@ -92,7 +92,7 @@ func bindName(handle netns.NsHandle, name string) error {
 
 func unbindName(name string) error {
 	path := filepath.Join(namedDir, name)
-	// EINVAL: a file that nothing is mounted on, left by a crash between the two.
+	// EINVAL: nothing is mounted, after a crash between creating the file and mounting.
 	if err := unix.Unmount(path, unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
 		return fmt.Errorf("unmount %s: %w", path, err)
 	}
@@ -102,15 +102,15 @@ func unbindName(name string) error {
 	return nil
 }
 
-// RemoveNamespaces removes the namespaces under /run/netns that a [Network] of this
-// name has left there, if it was not closed. It is no error if there are none.
+// RemoveNamespaces removes the namespaces under /run/netns that an unclosed [Network] with
+// this name left behind, if any.
 func RemoveNamespaces(name string) error {
 	entries, err := os.ReadDir(namedDir)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
 	if err != nil {
-		return fmt.Errorf("look for left-over network namespaces: %w", err)
+		return fmt.Errorf("list network namespaces: %w", err)
 	}
 	var errs []error
 	for _, e := range entries {
@@ -121,28 +121,27 @@ func RemoveNamespaces(name string) error {
 	return errors.Join(errs...)
 }
 
-// Fd returns the file descriptor of the namespace, as setns(2) and netlink
-// libraries want it. It is valid until Close and stays the Namespace's.
+// Fd returns the file descriptor of the namespace, for setns(2) and netlink libraries. The
+// Namespace owns the descriptor and closes it in Close.
 func (ns *Namespace) Fd() int {
 	ns.mu.RLock()
 	defer ns.mu.RUnlock()
 	return int(ns.handle)
 }
 
-// Do runs fn in the namespace, on a thread of its own, and returns its error.
-// Sockets that fn makes stay in the namespace and can be used anywhere;
-// processes it starts (ns.Do(cmd.Start)) stay in it too. Goroutines that fn
-// starts are not in it. fn must not end its goroutine, as testing.T.FailNow
-// does.
+// Do runs fn in the namespace, on its own thread, and returns the error of fn. Sockets that
+// fn creates belong to the namespace and can be used from any goroutine. Processes that fn
+// starts (ns.Do(cmd.Start)) run in the namespace; goroutines that fn starts do not. fn must
+// not exit its goroutine, as testing.T.FailNow does.
 //
-// A process started with Pdeathsig gets the signal when its thread ends, which
-// may be at any time after Do: do not use it.
+// Do not set Pdeathsig on a process started in fn: the signal is sent when the thread ends,
+// at any time after Do.
 func (ns *Namespace) Do(fn func() error) error {
 	var fnErr error
 	err := onThread(func() error {
 		own, err := netns.Get()
 		if err != nil {
-			return fmt.Errorf("find the thread's network namespace: %w", err)
+			return fmt.Errorf("get network namespace of the thread: %w", err)
 		}
 		defer own.Close() //nolint:errcheck // only read from
 		if err := ns.enter(); err != nil {
@@ -150,7 +149,7 @@ func (ns *Namespace) Do(fn func() error) error {
 		}
 		fnErr = fn()
 		if err := netns.Set(own); err != nil {
-			return fmt.Errorf("leave the network namespace: %w", err)
+			return fmt.Errorf("leave network namespace: %w", err)
 		}
 		return nil
 	})
@@ -161,16 +160,16 @@ func (ns *Namespace) enter() error {
 	ns.mu.RLock()
 	defer ns.mu.RUnlock()
 	if !ns.handle.IsOpen() {
-		return fmt.Errorf("enter the network namespace: %w", os.ErrClosed)
+		return fmt.Errorf("enter network namespace: %w", os.ErrClosed)
 	}
 	if err := netns.Set(ns.handle); err != nil {
-		return fmt.Errorf("enter the network namespace: %w", err)
+		return fmt.Errorf("enter network namespace: %w", err)
 	}
 	return nil
 }
 
-// Listen listens on a stream socket in the namespace: network is "tcp", "tcp4"
-// or "tcp6". The address is literal, and addr's port may be 0.
+// Listen listens on a stream socket in the namespace. The network is "tcp", "tcp4" or "tcp6".
+// The port of addr may be 0.
 func (ns *Namespace) Listen(ctx context.Context, network string, addr netip.AddrPort) (net.Listener, error) {
 	var config net.ListenConfig
 	config.SetMultipathTCP(false)
@@ -182,8 +181,8 @@ func (ns *Namespace) Listen(ctx context.Context, network string, addr netip.Addr
 	return l, err
 }
 
-// ListenPacket listens on a datagram socket in the namespace: network is
-// "udp", "udp4" or "udp6".
+// ListenPacket listens on a datagram socket in the namespace. The network is "udp", "udp4" or
+// "udp6".
 func (ns *Namespace) ListenPacket(ctx context.Context, network string, addr netip.AddrPort) (net.PacketConn, error) {
 	var c net.PacketConn
 	err := ns.Do(func() (err error) {
@@ -193,10 +192,9 @@ func (ns *Namespace) ListenPacket(ctx context.Context, network string, addr neti
 	return c, err
 }
 
-// Dial connects from the namespace: network is "tcp" or "udp". Its signature
-// is not net.Dialer's on purpose: names are not resolved, as the resolver's
-// goroutines, and those that net.Dialer tries several addresses with, would
-// not run in the namespace.
+// Dial connects from the namespace. The network is "tcp" or "udp". Unlike net.Dialer, Dial
+// takes an address and no host name: the goroutines of the resolver, and the goroutines in
+// which net.Dialer tries several addresses, would not run in the namespace.
 func (ns *Namespace) Dial(ctx context.Context, network string, addr netip.AddrPort) (net.Conn, error) {
 	var dialer net.Dialer
 	dialer.SetMultipathTCP(false)
@@ -208,8 +206,8 @@ func (ns *Namespace) Dial(ctx context.Context, network string, addr netip.AddrPo
 	return c, err
 }
 
-// Close lets go of the namespace and removes its name. The kernel removes the
-// namespace when nothing else uses it. Closing twice is no error.
+// Close releases the namespace and removes its name. The kernel removes the namespace when
+// nothing else uses it. Close may be called more than once.
 func (ns *Namespace) Close() error {
 	ns.mu.Lock()
 	defer ns.mu.Unlock()

@@ -21,7 +21,7 @@ import (
 
 func networks() []string { return []string{nettest.TCP, nettest.UDP, nettest.SCTP} }
 
-// run runs a program in the namespace of h.
+// run runs a program in the namespace of a host and returns its output.
 func run(t *testing.T, h *nettest.Host, stdin string, name string, args ...string) string {
 	t.Helper()
 	var out bytes.Buffer
@@ -79,7 +79,7 @@ func TestConnectFromAddedNetwork(t *testing.T) {
 		to := netip.AddrPortFrom(pod.Addrs()[i], 80)
 		source := network.Addr().Next()
 		if _, err := n.Outside.ConnectFrom(t.Context(), source, to); err == nil {
-			t.Errorf("connected from %s, which is nobody's address", source)
+			t.Errorf("connected from %s, which the host does not have", source)
 		}
 		if err := n.Outside.AddNetwork(network); err != nil {
 			t.Fatal(err)
@@ -94,7 +94,8 @@ func TestConnectFromAddedNetwork(t *testing.T) {
 	}
 }
 
-// An address that was added is one to connect to, not the one to connect from.
+// TestAddedAddressIsDeprecated checks that other hosts can connect to an added address, but
+// that the host does not choose it as a source address.
 func TestAddedAddressIsDeprecated(t *testing.T) {
 	t.Parallel()
 	n := nettest.NewT(t, nettest.Options{})
@@ -142,7 +143,7 @@ func TestRepeatedRequests(t *testing.T) {
 				t.Error(err)
 			}
 			if answer, err := conn.Ask(t.Context()); err == nil || errors.Is(err, nettest.ErrTimeout) {
-				t.Errorf("ask a closed server: answer %+v, error %v, want it to say that it is closed", answer, err)
+				t.Errorf("ask a closed server: answer %+v, error %v, want an error other than a timeout", answer, err)
 			}
 			if err := conn.Close(); err != nil {
 				t.Error(err)
@@ -151,9 +152,9 @@ func TestRepeatedRequests(t *testing.T) {
 	}
 }
 
-// What the kernel says where nobody listens is a refusal, whichever way it
-// comes: a TCP reset, an ICMP port unreachable, an ICMP protocol unreachable
-// (SCTP, as the kernel has none), or an SCTP abort (from our own stack).
+// TestClosedPortRefused checks that all responses of a host without a listener are refusals:
+// a TCP reset, an ICMP port unreachable, an ICMP protocol unreachable (SCTP without kernel
+// support), and an SCTP abort (from the package's own stack).
 func TestClosedPortRefused(t *testing.T) {
 	t.Parallel()
 	n := nettest.NewT(t, nettest.Options{})
@@ -164,7 +165,7 @@ func TestClosedPortRefused(t *testing.T) {
 			for _, addr := range to.Addrs() {
 				t.Run(network+"/"+to.Name+"/"+addr.String(), func(t *testing.T) {
 					t.Parallel()
-					for range 100 { // More than the kernel's limits of ICMP messages allow.
+					for range 100 { // more than the default ICMP rate limits allow
 						_, err := client.Connect(t.Context(), network, netip.AddrPortFrom(addr, 81))
 						if !errors.Is(err, nettest.ErrRefused) {
 							t.Fatalf("error %v, want refused", err)
@@ -195,8 +196,8 @@ func TestUnreachableAddressTimesOut(t *testing.T) {
 	}
 }
 
-// A hand-written ruleset shows that servers and clients see what netfilter
-// does: translated destinations and sources, and rejections.
+// TestNodeNetfilter checks, with a hand-written ruleset, that servers and clients observe
+// translated destinations, translated sources and rejections.
 func TestNodeNetfilter(t *testing.T) {
 	t.Parallel()
 	n := nettest.NewT(t, nettest.Options{})
@@ -220,9 +221,9 @@ table FAMILY test {
 		type nat hook postrouting priority srcnat;
 		ct original FAMILY daddr MASQ masquerade
 	}
-	chain forward { type filter hook forward priority filter; jump turndown; }
-	chain local { type filter hook output priority filter; jump turndown; }
-	chain turndown {
+	chain forward { type filter hook forward priority filter; jump rejected; }
+	chain local { type filter hook output priority filter; jump rejected; }
+	chain rejected {
 		FAMILY daddr REJECT meta l4proto tcp reject with tcp reset
 		FAMILY daddr REJECT reject
 	}
@@ -276,8 +277,8 @@ func addrForDNAT(addr string) string {
 	return addr
 }
 
-// Associations between the same two hosts at the same time do not disturb each
-// other, also when some of them are refused.
+// TestConcurrentAssociations checks that concurrent associations between the same two hosts
+// do not affect each other, even if some are refused.
 func TestConcurrentAssociations(t *testing.T) {
 	t.Parallel()
 	n := nettest.NewT(t, nettest.Options{})
@@ -314,7 +315,7 @@ func TestAddAndRemovePods(t *testing.T) {
 		pod := n.PodT(t, "pod", netip.MustParseAddr("10.9.9.9"))
 		pod.ServeT(t, nettest.TCP, 80)
 		if _, err := n.AddPod("pod"); err == nil {
-			t.Fatal("a second pod of the same name was added")
+			t.Fatal("AddPod accepted a name in use")
 		}
 		answer, err := client.Connect(t.Context(), nettest.TCP, netip.MustParseAddrPort("10.9.9.9:80"))
 		if err != nil {
@@ -327,11 +328,11 @@ func TestAddAndRemovePods(t *testing.T) {
 			t.Fatal(err)
 		}
 		if err := pod.Close(); err != nil {
-			t.Errorf("close again: %v", err)
+			t.Errorf("second Close: %v", err)
 		}
 	}
 	if links := run(t, n.Node, "", "ip", "-brief", "link"); strings.Count(links, "veth") != 1 {
-		t.Errorf("the node has links of pods that have gone:\n%s", links)
+		t.Errorf("links of removed pods remain on the node:\n%s", links)
 	}
 }
 
@@ -356,16 +357,16 @@ func TestNamespace(t *testing.T) {
 		t.Fatal(err)
 	}
 	if inside == own {
-		t.Errorf("Do ran in the test's own namespace %s", own)
+		t.Errorf("Do ran fn in the namespace of the test, %s", own)
 	}
 	failure := errors.New("failure")
 	if err := ns.Do(func() error { return failure }); !errors.Is(err, failure) {
-		t.Errorf("Do returned %v, want the function's error", err)
+		t.Errorf("Do returned %v, want the error of fn", err)
 	}
 	if err := ns.Do(func() error { runtime.Goexit(); return nil }); err == nil {
-		t.Error("Do returned nil although the function ended its goroutine")
+		t.Error("Do returned nil, but fn exited its goroutine")
 	}
-	// No thread that has been in the namespace is used by others.
+	// No other goroutine runs on a thread that is still in the namespace.
 	for range 100 {
 		wait := make(chan string)
 		go func() { wait <- inode() }()
@@ -397,7 +398,7 @@ func TestNamedNetwork(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	n := nettest.NewT(t, nettest.Options{Name: name}) // Removes what the other has left.
+	n := nettest.NewT(t, nettest.Options{Name: name}) // removes the namespaces of crashed
 	pod := n.PodT(t, "pod")
 	want := strings.ReplaceAll("/run/netns/X-node /run/netns/X-outside /run/netns/X-pod", "X", name)
 	if got := names(); got != want {
@@ -413,7 +414,7 @@ func TestNamedNetwork(t *testing.T) {
 		}
 	}
 	if got := names(); got != "" {
-		t.Errorf("names %q are left", got)
+		t.Errorf("names %q remain", got)
 	}
 }
 

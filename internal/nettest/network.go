@@ -20,58 +20,57 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Options say how a [Network] is made. The zero value is usable.
+// Options configures a [Network]. The zero value is valid.
 type Options struct {
-	// Name enters the namespaces under /run/netns, as NAME-node, NAME-outside
-	// and NAME-<pod>, for people to look around in with `ip netns exec`. What
-	// an earlier process left there under this name is removed first: two
-	// processes must not use one name. Empty means anonymous namespaces.
+	// Name adds the namespaces to /run/netns as NAME-node, NAME-outside and NAME-<pod>, for
+	// use with `ip netns exec`. New first removes namespaces that an earlier process left
+	// under this name, so two processes must not use the same name. Empty means anonymous
+	// namespaces.
 	Name string
-	// PodCIDRs are where pods get addresses from, one network a family. Unset
-	// they are 10.244.0.0/16 and fd00:10:244::/64.
+	// PodCIDRs are the ranges of pod addresses, one per family. The defaults are
+	// 10.244.0.0/16 and fd00:10:244::/64.
 	PodCIDRs []netip.Prefix
-	// UniquePorts makes clients of TCP use no source port again for long, as those
-	// of UDP and SCTP do anyway. Without it the kernel chooses, which takes the
-	// same port for connections to different addresses.
+	// UniquePorts makes TCP clients avoid recently used source ports, as UDP and SCTP
+	// clients always do. Otherwise the kernel chooses the port and may use one port for
+	// connections to different addresses.
 	UniquePorts bool
 }
 
-// Network is a node, its pods, and a host outside of the pod network. Its
-// methods may be called concurrently.
+// Network is a node, its pods, and a host outside the pod network. Its methods may be called
+// concurrently.
 type Network struct {
-	// Node forwards between all others. Its addresses are 192.0.2.1 and
-	// 2001:db8::1, and its default routes lead to Outside, as an address must
-	// have a route for netfilter to see the packet that is sent to it.
+	// Node forwards packets between the other hosts. Its addresses are 192.0.2.1 and
+	// 2001:db8::1. Its default routes lead to Outside: netfilter sees packets that the node
+	// sends only if their destination has a route.
 	Node *Host
-	// Outside is a client that is no pod, 192.0.2.2 and 2001:db8::2. It
-	// reaches everything else through Node. It forwards nothing: what the node
-	// sends it that is not for itself is dropped.
+	// Outside is a client outside the pod network with the addresses 192.0.2.2 and
+	// 2001:db8::2. It reaches all other hosts through Node. It drops packets from the node
+	// that are not addressed to it.
 	Outside *Host
-	// PodCIDRs hold the addresses of pods, both families.
+	// PodCIDRs are the ranges of pod addresses, one per family.
 	PodCIDRs []netip.Prefix
 
 	name        string
 	uniquePorts bool
 
 	mu       sync.Mutex
-	links    int          // pods ever added: names and numbers their links
-	next     []netip.Addr // the address last given in each of PodCIDRs
+	links    int          // number of links created; used in link names and hardware addresses
+	next     []netip.Addr // the last assigned address of each of PodCIDRs
 	pods     map[string]*Host
-	attached []string // the node's ends of links from Join
+	attached []string // the node's links to hosts added by Attach
 }
 
-// Host is one machine of a [Network]: a namespace with a name and an address of
-// each family.
+// Host is a standalone in a [Network]: a namespace with a name and one address per family.
 type Host struct {
 	*Namespace
-	// Name is how the host's servers answer.
+	// Name is the host name in the answers of the host's servers.
 	Name string
-	// IPv4 and IPv6 are the host's addresses. For a pod that was added with
-	// addresses of one family only, the other is the zero Addr.
+	// IPv4 and IPv6 are the host's addresses. A pod that was added with a single family has
+	// the zero Addr for the other family.
 	IPv4, IPv6 netip.Addr
 
 	network *Network
-	link    string // the node's end of a pod's veth
+	link    string // name of the node's end of a pod's veth
 
 	lastPort atomic.Uint32 // see nextSourcePort
 
@@ -82,12 +81,12 @@ type Host struct {
 	sctp       map[netip.Addr]*sctpStack
 }
 
-// gateway addresses are the node's on every link to a pod.
+// gateways returns the addresses of the node on every pod link.
 func gateways() []netip.Addr {
 	return []netip.Addr{netip.AddrFrom4([4]byte{169, 254, 1, 1}), netip.MustParseAddr("fe80::1")}
 }
 
-// New makes a network without pods. The caller closes it.
+// New creates a network without pods. The caller closes it.
 func New(options Options) (*Network, error) {
 	n := &Network{name: options.Name, uniquePorts: options.UniquePorts, PodCIDRs: options.PodCIDRs, pods: map[string]*Host{}}
 	if len(n.PodCIDRs) == 0 {
@@ -102,7 +101,7 @@ func New(options Options) (*Network, error) {
 		}
 	}
 	if err := n.build(); err != nil {
-		return nil, errors.Join(fmt.Errorf("make a network: %w", err), n.Close())
+		return nil, errors.Join(fmt.Errorf("create network: %w", err), n.Close())
 	}
 	return n, nil
 }
@@ -128,7 +127,7 @@ func (n *Network) build() error {
 	)
 }
 
-// newHost makes a host that has a loopback device only.
+// newHost creates a host that has only a loopback device.
 func (n *Network) newHost(name string, v4, v6 netip.Addr) (*Host, error) {
 	var path string
 	if n.name != "" {
@@ -142,7 +141,7 @@ func (n *Network) newHost(name string, v4, v6 netip.Addr) (*Host, error) {
 		Namespace: ns, Name: name, IPv4: v4, IPv6: v6, network: n,
 		servers: map[*Server]struct{}{}, sctp: map[netip.Addr]*sctpStack{},
 	}
-	h.lastPort.Store(rand.Uint32()) //nolint:gosec // a place to start at
+	h.lastPort.Store(rand.Uint32()) //nolint:gosec // arbitrary start
 	if err := h.prepare(); err != nil {
 		return nil, errors.Join(fmt.Errorf("host %s: %w", name, err), ns.Close())
 	}
@@ -151,7 +150,7 @@ func (n *Network) newHost(name string, v4, v6 netip.Addr) (*Host, error) {
 
 func (h *Host) prepare() error {
 	err := h.setSysctls(map[string]string{
-		// A namespace inherits some of these from the machine.
+		// A namespace inherits some of these values from the standalone.
 		"ipv4/ip_forward":                  "0",
 		"ipv4/conf/all/rp_filter":          "0",
 		"ipv4/conf/default/rp_filter":      "0",
@@ -162,16 +161,16 @@ func (h *Host) prepare() error {
 		"ipv6/conf/default/disable_ipv6":   "0",
 		"ipv6/conf/all/forwarding":         "0",
 		"ipv6/conf/default/accept_ra":      "0",
-		// No link-local addresses but ours, and none that is tentative.
+		// Disable generated link-local addresses and duplicate address detection.
 		"ipv6/conf/all/accept_dad":           "0",
 		"ipv6/conf/default/accept_dad":       "0",
 		"ipv6/conf/default/addr_gen_mode":    "1",
 		"ipv6/conf/default/accept_redirects": "0",
-		// Refusals must not be lost among many: limit no type of message, or
-		// one that nobody sends where the list must not be empty.
+		// Disable ICMP rate limits, so that no refusal is lost. For IPv6 limit only a type
+		// that is never sent, because the mask must not be empty.
 		"ipv4/icmp_ratemask": "0",
 		"ipv6/icmp/ratemask": "100",
-		// Everybody may ping.
+		// Allow unprivileged ICMP sockets.
 		"ipv4/ping_group_range": "0 2147483647",
 	})
 	if err != nil {
@@ -192,13 +191,12 @@ func (h *Host) prepare() error {
 	return nil
 }
 
-// setSysctls writes files under /proc/sys/net, which are those of the thread's
-// namespace.
+// setSysctls writes files under /proc/sys/net, which apply to the host's namespace.
 func (h *Host) setSysctls(values map[string]string) error {
 	return h.Do(func() error {
 		for file, value := range values {
 			if err := os.WriteFile(filepath.Join("/proc/sys/net", file), []byte(value), 0); err != nil {
-				return fmt.Errorf("set a sysctl: %w", err)
+				return fmt.Errorf("write sysctl: %w", err)
 			}
 		}
 		return nil
@@ -210,11 +208,10 @@ func (h *Host) Addrs() []netip.Addr {
 	return slices.DeleteFunc([]netip.Addr{h.IPv4, h.IPv6}, func(a netip.Addr) bool { return !a.IsValid() })
 }
 
-// AddAddr gives the host one more address, on its loopback device. Servers that
-// start later serve it too. There is no route to it besides default routes: on
-// the outside host it is an address that the node sends away like any it does
-// not know. The host connects from it only to itself, and masquerades with
-// another.
+// AddAddr adds an address to the host's loopback device. Servers started later listen on it
+// too. It adds no routes: other hosts reach the address of the outside host through their
+// default routes. The host does not choose the address as a source address for connections to
+// other hosts, and does not masquerade with it.
 func (h *Host) AddAddr(addr netip.Addr) error {
 	handle, err := netlink.NewHandleAt(netns.NsHandle(h.Fd()), unix.NETLINK_ROUTE)
 	if err != nil {
@@ -235,8 +232,8 @@ func (h *Host) AddAddr(addr netip.Addr) error {
 	return nil
 }
 
-// AddNetwork gives the host all addresses of a network, to connect from with
-// [Host.ConnectFrom]. As with AddAddr, there is no route to them.
+// AddNetwork adds all addresses of a network to the host, for use with [Host.ConnectFrom].
+// Like AddAddr, it adds no routes.
 func (h *Host) AddNetwork(network netip.Prefix) error {
 	handle, err := netlink.NewHandleAt(netns.NsHandle(h.Fd()), unix.NETLINK_ROUTE)
 	if err != nil {
@@ -271,15 +268,14 @@ func prefixLen(a netip.Addr, bits4, bits6 int) int {
 	return bits6
 }
 
-// AddPod adds a pod to the node, with the addresses given, at most one a
-// family, or else with the next free ones of PodCIDRs. Two pods must not have
-// the same name. It returns when the pod is reachable. The pod is removed by
-// its Close or with the Network.
+// AddPod adds a pod to the node and returns when the pod is reachable. The pod gets the given
+// addresses, at most one per family, or by default the next free addresses of PodCIDRs. Pod
+// names must be unique. Closing the pod or the Network removes the pod.
 func (n *Network) AddPod(name string, addrs ...netip.Addr) (*Host, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if n.pods[name] != nil {
-		return nil, fmt.Errorf("add pod %s: there is one of this name", name)
+		return nil, fmt.Errorf("add pod %s: name is in use", name)
 	}
 	if len(addrs) == 0 {
 		for i := range n.next {
@@ -312,9 +308,9 @@ func (n *Network) AddPod(name string, addrs ...netip.Addr) (*Host, error) {
 	return pod, nil
 }
 
-// Bypass makes a link over which everything that one host sends to the addresses
-// of another goes, past the node. What is sent in return takes the way that it
-// would: the node sees one direction only.
+// Bypass adds a link that carries everything that one host sends to the addresses of another,
+// bypassing the node. Packets in the opposite direction keep their route, so the node sees
+// one direction only.
 func (n *Network) Bypass(from, to *Host) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -333,13 +329,13 @@ func (n *Network) Bypass(from, to *Host) error {
 		linkEnd{host: to, link: link, mac: hardwareAddr(n.links, 2)},
 	)
 	if err != nil {
-		return fmt.Errorf("make a link past the node: %w", err)
+		return fmt.Errorf("create link that bypasses the node: %w", err)
 	}
 	return nil
 }
 
-// NewStandaloneHost makes a host that is of no Network and outlives those that it is joined
-// with, see [Network.Attach]. The caller closes it.
+// NewStandaloneHost creates a host that belongs to no Network and can outlive the networks
+// that it is attached to with [Network.Attach]. The caller closes it.
 func NewStandaloneHost(name string, addr netip.Addr) (*Host, error) {
 	h, err := new(Network).newHost(name, addr, netip.Addr{})
 	if err != nil {
@@ -351,7 +347,7 @@ func NewStandaloneHost(name string, addr netip.Addr) (*Host, error) {
 	return h, nil
 }
 
-// addLoopbackAddr gives the host its address where no link has it.
+// addLoopbackAddr adds the host's address to its loopback device.
 func (h *Host) addLoopbackAddr(addr netip.Addr) error {
 	handle, err := netlink.NewHandleAt(netns.NsHandle(h.Fd()), unix.NETLINK_ROUTE)
 	if err != nil {
@@ -369,39 +365,39 @@ func (h *Host) addLoopbackAddr(addr netip.Addr) error {
 	return nil
 }
 
-// Attach makes a link between the node and a host of [NewStandaloneHost], over which they reach
-// each other over IPv4. It goes with the Network's Close. As the nodes of all Networks
-// have the same addresses, a machine is joined with one Network at a time.
-func (n *Network) Attach(machine *Host) error {
+// Attach adds an IPv4 link between the node and a host created by [NewStandaloneHost].
+// Closing the Network removes the link. Attach a host to one Network at a time, because the
+// nodes of all Networks have the same addresses.
+func (n *Network) Attach(standalone *Host) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.links++
-	link := fmt.Sprintf("join%d", n.links)
+	link := fmt.Sprintf("attach%d", n.links)
 	to := func(a, from *Host) []route {
 		return []route{{to: netip.PrefixFrom(a.IPv4, a.IPv4.BitLen()), source: from.IPv4}}
 	}
 	n.attached = append(n.attached, link)
 	err := connect(
-		linkEnd{host: n.Node, link: link, mac: hardwareAddr(n.links, 1), routes: to(machine, n.Node)},
-		linkEnd{host: machine, link: link, mac: hardwareAddr(n.links, 2), routes: to(n.Node, machine)},
+		linkEnd{host: n.Node, link: link, mac: hardwareAddr(n.links, 1), routes: to(standalone, n.Node)},
+		linkEnd{host: standalone, link: link, mac: hardwareAddr(n.links, 2), routes: to(n.Node, standalone)},
 	)
 	if err != nil {
-		return fmt.Errorf("join the node with %s: %w", machine.Name, err)
+		return fmt.Errorf("attach %s: %w", standalone.Name, err)
 	}
 	return nil
 }
 
-// Close removes all pods, the node and the outside host, and ends their
-// servers. Closing twice is no error.
+// Close removes all pods, the node and the outside host, and stops their servers. It may be
+// called more than once.
 func (n *Network) Close() error {
 	n.mu.Lock()
 	var errs []error
-	// The machines' ends must be gone, for the next network to be joined with.
+	// Remove the links of attached hosts, so that they can be attached to another network.
 	for _, link := range n.attached {
 		errs = append(errs, n.deleteLink(link))
 	}
-	// The node first: links that go with it need not be removed one by one,
-	// for which the kernel takes 50 ms each.
+	// Close the node first: the kernel removes its links with it. Removing them one by one
+	// takes 50 ms each.
 	hosts := []*Host{n.Node, n.Outside}
 	for _, pod := range n.pods {
 		hosts = append(hosts, pod)
@@ -415,8 +411,8 @@ func (n *Network) Close() error {
 	return errors.Join(errs...)
 }
 
-// Close ends the host's servers and removes it from its network. When it
-// returns, no packet reaches the host any more. Closing twice is no error.
+// Close stops the host's servers and removes the host from its network. After Close no packet
+// reaches the host. It may be called more than once.
 func (h *Host) Close() error {
 	h.mu.Lock()
 	if h.closed {
@@ -448,8 +444,8 @@ func (h *Host) Close() error {
 	return errors.Join(errs...)
 }
 
-// unlink removes the pod's link. The kernel would do it too, but some time
-// after the namespace has ended.
+// unlink removes the pod's link. The kernel would remove it too, but some time after the end
+// of the namespace.
 func (n *Network) unlink(pod *Host) error {
 	n.mu.Lock()
 	if n.pods[pod.Name] == pod {
@@ -462,12 +458,12 @@ func (n *Network) unlink(pod *Host) error {
 	return nil
 }
 
-// deleteLink removes a link by the name of the node's end. It is no error if there
-// is none.
+// deleteLink removes a link by the name of the node's end. It returns nil if the link does
+// not exist.
 func (n *Network) deleteLink(name string) error {
 	fd := n.Node.Fd()
 	if fd < 0 {
-		return nil // The node has gone, and the link with it.
+		return nil // The link was removed with the node.
 	}
 	handle, err := netlink.NewHandleAt(netns.NsHandle(fd), unix.NETLINK_ROUTE)
 	if err != nil {
@@ -487,19 +483,19 @@ func (n *Network) deleteLink(name string) error {
 	return nil
 }
 
-// linkEnd is one end of a veth pair and what its host is to have on it.
+// linkEnd is one end of a veth pair and its configuration.
 type linkEnd struct {
 	host   *Host
 	link   string
 	mac    net.HardwareAddr
 	addrs  []netip.Prefix
 	routes []route
-	// deprecated addresses are not chosen as a source if there are others.
+	// deprecated addresses are not chosen as source addresses if the host has others.
 	deprecated bool
 }
 
-// route is a route through a link. The gateway may be the zero Addr: then the
-// destination itself is the neighbour.
+// route is a route through a link. If gateway is the zero Addr, the destination is on the
+// link.
 type route struct {
 	to      netip.Prefix
 	gateway netip.Addr
@@ -520,8 +516,8 @@ func defaultRoutes(via []netip.Addr) []route {
 	return routes
 }
 
-// hostRoutes are the node's routes to the pod h. Without a source the kernel
-// would choose the gateway's address on the link.
+// hostRoutes returns the node's routes to the pod h. They set the source address, because the
+// kernel would otherwise choose the gateway address of the link.
 func (h *Host) hostRoutes(node *Host) []route {
 	routes := make([]route, 0, 2)
 	for _, a := range h.Addrs() {
@@ -547,8 +543,8 @@ func hardwareAddr(link, side int) net.HardwareAddr {
 	return net.HardwareAddr{0x02, 0x00, byte(side), byte(link >> 16), byte(link >> 8), byte(link)}
 }
 
-// connect makes a veth pair between two hosts, with addresses, neighbours and
-// routes, and waits until it carries packets.
+// connect creates a veth pair between two hosts, with addresses, neighbours and routes, and
+// waits until it carries packets.
 func connect(a, b linkEnd) error {
 	handleA, err := netlink.NewHandleAt(netns.NsHandle(a.host.Fd()), unix.NETLINK_ROUTE)
 	if err != nil {
@@ -566,7 +562,7 @@ func connect(a, b linkEnd) error {
 	veth.PeerHardwareAddr = b.mac
 	veth.PeerNamespace = netlink.NsFd(b.host.Fd())
 	if err := handleA.LinkAdd(veth); err != nil {
-		return fmt.Errorf("make a link from %s to %s: %w", a.host.Name, b.host.Name, err)
+		return fmt.Errorf("create link from %s to %s: %w", a.host.Name, b.host.Name, err)
 	}
 	linkA, err := setLinkUp(handleA, a)
 	if err != nil {
@@ -599,9 +595,8 @@ func setLinkUp(handle *netlink.Handle, e linkEnd) (int, error) {
 	return link.Attrs().Index, nil
 }
 
-// waitLinkUp waits until a link sends. Of two ends, the one that was up first has
-// no carrier when it comes up, and the kernel drops what it sends until a
-// worker has noticed that it has.
+// waitLinkUp waits until a link is operational. The end that is set up first has no carrier
+// at that time, and the kernel drops its packets until a worker has noticed the carrier.
 func waitLinkUp(handle *netlink.Handle, e linkEnd) error {
 	deadline := time.Now().Add(10 * time.Second)
 	for {
@@ -613,7 +608,7 @@ func waitLinkUp(handle *netlink.Handle, e linkEnd) error {
 			return nil
 		}
 		if time.Now().After(deadline) {
-			return fmt.Errorf("link %s of %s does not come up: %s", e.link, e.host.Name, link.Attrs().OperState)
+			return fmt.Errorf("link %s of %s is not up: %s", e.link, e.host.Name, link.Attrs().OperState)
 		}
 		time.Sleep(time.Millisecond)
 	}
@@ -624,7 +619,7 @@ func (e linkEnd) configure(handle *netlink.Handle, index int, peer net.HardwareA
 	for _, p := range e.addrs {
 		addr := &netlink.Addr{IPNet: ipNet(p), Flags: unix.IFA_F_NODAD, Scope: unix.RT_SCOPE_UNIVERSE}
 		if p.Addr().IsLinkLocalUnicast() {
-			// Masquerading never takes an address of this scope.
+			// The kernel does not masquerade with an address of this scope.
 			addr.Scope = unix.RT_SCOPE_LINK
 		}
 		if p.Addr().Is4() {
@@ -632,7 +627,7 @@ func (e linkEnd) configure(handle *netlink.Handle, index int, peer net.HardwareA
 		}
 		if e.deprecated {
 			addr.Scope = unix.RT_SCOPE_LINK
-			addr.ValidLft = math.MaxUint32 // forever, but preferred for no time
+			addr.ValidLft = math.MaxUint32 // valid forever with preferred lifetime 0, which is deprecated
 		}
 		if err := handle.AddrAdd(link, addr); err != nil {
 			return fmt.Errorf("add address %s: %w", p, err)
@@ -666,12 +661,12 @@ func (e linkEnd) configure(handle *netlink.Handle, index int, peer net.HardwareA
 	return nil
 }
 
-// waitAddrLocal waits until the host accepts packets to its address. A worker makes
-// the route for that, later than the address, when the address is IPv6: also
-// when there is nothing to probe for.
+// waitAddrLocal waits until the host accepts packets to its address. For an IPv6 address, a
+// kernel worker adds the local route after the address, even without duplicate address
+// detection.
 func waitAddrLocal(handle *netlink.Handle, addr netip.Addr) error {
 	if addr.IsLinkLocalUnicast() {
-		return nil // Never a packet's destination here.
+		return nil // never a destination in these networks
 	}
 	deadline := time.Now().Add(10 * time.Second)
 	for {
@@ -680,7 +675,7 @@ func waitAddrLocal(handle *netlink.Handle, addr netip.Addr) error {
 			return nil
 		}
 		if time.Now().After(deadline) {
-			return fmt.Errorf("address %s does not become local: routes %v: %w", addr, routes, cmp.Or(err, os.ErrDeadlineExceeded))
+			return fmt.Errorf("address %s is not local: routes %v: %w", addr, routes, cmp.Or(err, os.ErrDeadlineExceeded))
 		}
 		time.Sleep(time.Millisecond)
 	}

@@ -21,11 +21,11 @@ const (
 	icmpEchoRequest6 = 128 // RFC 4443
 )
 
-// ESP is the number of an IP protocol for [Host.ProbeProtocol].
+// ESP is the IP protocol number of ESP, for [Host.ProbeProtocol].
 const ESP = 50
 
-// Pinger sends ICMP echo requests with one identifier, which make one connection
-// to the node's connection tracking. It is for one goroutine.
+// Pinger sends ICMP echo requests with one identifier. The node's connection tracking treats
+// them as one connection. A Pinger must not be used concurrently.
 type Pinger struct {
 	conn        net.Conn
 	description string
@@ -33,7 +33,7 @@ type Pinger struct {
 	sequence    uint16
 }
 
-// OpenPinger returns a Pinger to an address. It sends nothing.
+// OpenPinger returns a Pinger for an address. It sends no packet.
 func (h *Host) OpenPinger(addr netip.Addr) (*Pinger, error) {
 	p := &Pinger{description: fmt.Sprintf("ping from %s to %s", h.Name, addr), typ: icmpEchoRequest}
 	family, protocol := unix.AF_INET, unix.IPPROTO_ICMP
@@ -46,12 +46,12 @@ func (h *Host) OpenPinger(addr netip.Addr) (*Pinger, error) {
 			return err
 		}
 		file := os.NewFile(uintptr(fd), "ping") //nolint:gosec // a descriptor
-		defer file.Close()                      //nolint:errcheck // a copy is used
+		defer file.Close()                      //nolint:errcheck // net.FileConn duplicates it
 		var to unix.Sockaddr = &unix.SockaddrInet6{Addr: addr.As16()}
 		if addr.Is4() {
 			to = &unix.SockaddrInet4{Addr: addr.As4()}
 		}
-		// The kernel chooses the identifier, and delivers what is for it.
+		// The kernel chooses the identifier and delivers the matching replies.
 		if err := unix.Connect(fd, to); err != nil {
 			return err
 		}
@@ -59,13 +59,13 @@ func (h *Host) OpenPinger(addr netip.Addr) (*Pinger, error) {
 		return err
 	})
 	if err != nil {
-		return nil, fmt.Errorf("%s: open a socket: %w", p.description, err)
+		return nil, fmt.Errorf("%s: open socket: %w", p.description, err)
 	}
 	return p, nil
 }
 
-// Ask sends an echo request and waits for the answer from the address that it
-// was sent to. An error wraps [ErrRefused], [ErrTimeout] or neither.
+// Ask sends an echo request and waits for the reply from the same address. Its error may wrap
+// [ErrRefused] or [ErrTimeout].
 func (p *Pinger) Ask(ctx context.Context) error {
 	ctx, cancel := withTimeout(ctx)
 	defer cancel()
@@ -80,7 +80,7 @@ func (p *Pinger) Ask(ctx context.Context) error {
 	request[0] = p.typ
 	binary.BigEndian.PutUint16(request[6:], p.sequence)
 	request = append(request, "fairlead"...)
-	// As with Conn.Ask, EPERM is a packet that this host dropped itself.
+	// EPERM: this host's netfilter dropped the packet, see Conn.Ask.
 	if _, err := p.conn.Write(request); err != nil && !errors.Is(err, syscall.EPERM) {
 		return p.wrap(err)
 	}
@@ -110,15 +110,14 @@ func (h *Host) Ping(ctx context.Context, addr netip.Addr) error {
 	return errors.Join(p.Ask(ctx), p.Close())
 }
 
-// ProbeProtocol sends a packet of an IP protocol that nobody speaks, and waits until it is
-// refused, or for anything in return. A protocol to take is [ESP]: the kernel's
-// `reject` stays silent where it takes a packet's data for a wrong checksum
-// (nf_reject.h, nf_reject_verify_csum). An error wraps [ErrRefused], [ErrTimeout] or
-// neither.
+// ProbeProtocol sends a packet of an IP protocol without listeners and waits for a refusal or
+// any response. Use a protocol such as [ESP]: the kernel's `reject` sends nothing if it
+// interprets the packet's data as a wrong checksum (nf_reject.h, nf_reject_verify_csum). The
+// error may wrap [ErrRefused] or [ErrTimeout].
 func (h *Host) ProbeProtocol(ctx context.Context, protocol uint8, addr netip.Addr) error {
 	ctx, cancel := withTimeout(ctx)
 	defer cancel()
-	knock := &Conn{description: fmt.Sprintf("IP protocol %d from %s to %s", protocol, h.Name, addr)}
+	c := &Conn{description: fmt.Sprintf("IP protocol %d from %s to %s", protocol, h.Name, addr)}
 	network := "ip4:"
 	if addr.Is6() {
 		network = "ip6:"
@@ -129,18 +128,18 @@ func (h *Host) ProbeProtocol(ctx context.Context, protocol uint8, addr netip.Add
 		return err
 	})
 	if err != nil {
-		return knock.wrap("open a socket for", err)
+		return c.wrap("open socket for", err)
 	}
-	defer conn.Close() //nolint:errcheck // nothing is lost with it
+	defer conn.Close() //nolint:errcheck // nothing is buffered
 	deadline, _ := ctx.Deadline()
 	if err := conn.SetReadDeadline(deadline); err != nil {
-		return knock.wrap("ask", err)
+		return c.wrap("ask", err)
 	}
 	if _, err := conn.Write([]byte("fairlead")); err != nil && !errors.Is(err, syscall.EPERM) {
-		return knock.wrap("ask", err)
+		return c.wrap("ask", err)
 	}
 	if _, err := conn.Read(make([]byte, 512)); err != nil {
-		return knock.wrap("ask", err)
+		return c.wrap("ask", err)
 	}
 	return nil
 }

@@ -11,8 +11,8 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// TestProbes pings and knocks where the node refuses one address, drops what is
-// for another, and lets the rest pass.
+// TestProbes pings and probes one address that the node rejects, one that it drops, and one
+// that it forwards to.
 func TestProbes(t *testing.T) {
 	t.Parallel()
 	n := nettest.NewT(t, nettest.Options{})
@@ -39,7 +39,7 @@ func TestProbes(t *testing.T) {
 			send func(ctx context.Context, to netip.Addr) error
 		}{
 			{"ping", a.Ping},
-			{"knock", func(ctx context.Context, to netip.Addr) error { return a.ProbeProtocol(ctx, nettest.ESP, to) }},
+			{"ESP", func(ctx context.Context, to netip.Addr) error { return a.ProbeProtocol(ctx, nettest.ESP, to) }},
 		} {
 			if err := within(5*time.Second, func(ctx context.Context) error { return probe.send(ctx, refused) }); !errors.Is(err, nettest.ErrRefused) {
 				t.Errorf("%s %s: error %v, want refused", probe.name, refused, err)
@@ -63,30 +63,30 @@ func TestProbes(t *testing.T) {
 	}
 }
 
-// TestSegmentConn sends a segment that is nobody's, and expects the reset that a TCP
-// answers it with: it would not, if anything in the segment were wrong.
+// TestSegmentConn sends a segment without a connection and expects a reset, which the peer
+// sends only if the segment is valid.
 func TestSegmentConn(t *testing.T) {
 	t.Parallel()
 	n := nettest.NewT(t, nettest.Options{})
 	a, b := n.PodT(t, "a"), n.PodT(t, "b")
 	for i := range a.Addrs() {
 		from, to := netip.AddrPortFrom(a.Addrs()[i], 1000), netip.AddrPortFrom(b.Addrs()[i], 2000)
-		wire := a.SegmentConnT(t, from.Addr())
+		conn := a.SegmentConnT(t, from.Addr())
 		sent := nettest.Segment{Source: from, Destination: to, Seq: 7, Ack: 1 << 31, Flags: nettest.ACK | nettest.PSH, Len: 3}
-		if err := wire.Send(sent); err != nil {
+		if err := conn.Send(sent); err != nil {
 			t.Fatal(err)
 		}
 		want := nettest.Segment{Source: to, Destination: from, Seq: 1 << 31, Flags: nettest.RST}
-		for len(wire.Received()) == 0 && t.Context().Err() == nil {
+		for len(conn.Received()) == 0 && t.Context().Err() == nil {
 			time.Sleep(time.Millisecond)
 		}
-		if got := wire.Received()[0]; got != want {
+		if got := conn.Received()[0]; got != want {
 			t.Errorf("got %+v, want %+v", got, want)
 		}
 	}
 }
 
-// TestBypass checks that the node sees the answers only.
+// TestBypass checks that the node sees only the answers.
 func TestBypass(t *testing.T) {
 	t.Parallel()
 	n := nettest.NewT(t, nettest.Options{})
@@ -111,34 +111,34 @@ func TestBypass(t *testing.T) {
 		}
 	}
 	if got := run(t, n.Node, "list counter inet test requests", "nft", "-f", "-"); !strings.Contains(got, "packets 0 ") {
-		t.Errorf("requests passed the node:\n%s", got)
+		t.Errorf("the node forwarded requests:\n%s", got)
 	}
 	if got := run(t, n.Node, "list counter inet test answers", "nft", "-f", "-"); strings.Contains(got, "packets 0 ") {
-		t.Errorf("no answers passed the node:\n%s", got)
+		t.Errorf("the node forwarded no answers:\n%s", got)
 	}
 }
 
-// TestAttach checks that a machine keeps its servers while networks come and go, and is
-// reached from each one's node.
+// TestAttach checks that a standalone host keeps its servers while networks are created and
+// closed, and that each node can reach it.
 func TestAttach(t *testing.T) {
 	t.Parallel()
-	machine, err := nettest.NewStandaloneHost("machine", netip.MustParseAddr("198.51.100.1"))
+	host, err := nettest.NewStandaloneHost("standalone", netip.MustParseAddr("198.51.100.1"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = machine.Close() })
-	machine.ServeT(t, nettest.TCP, 80)
+	t.Cleanup(func() { _ = host.Close() })
+	host.ServeT(t, nettest.TCP, 80)
 	for range 2 {
 		n, err := nettest.New(nettest.Options{})
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := n.Attach(machine); err != nil {
+		if err := n.Attach(host); err != nil {
 			t.Error(err)
-		} else if a, err := n.Node.Connect(t.Context(), nettest.TCP, netip.AddrPortFrom(machine.IPv4, 80)); err != nil {
+		} else if a, err := n.Node.Connect(t.Context(), nettest.TCP, netip.AddrPortFrom(host.IPv4, 80)); err != nil {
 			t.Error(err)
-		} else if a.Host != machine.Name || a.Source.Addr() != n.Node.IPv4 {
-			t.Errorf("got the answer %+v, want one of %s to %s", a, machine.Name, n.Node.IPv4)
+		} else if a.Host != host.Name || a.Source.Addr() != n.Node.IPv4 {
+			t.Errorf("answer %+v, want an answer from %s to source %s", a, host.Name, n.Node.IPv4)
 		}
 		if err := n.Close(); err != nil {
 			t.Error(err)

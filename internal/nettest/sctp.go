@@ -21,10 +21,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// SCTP in user space: RFC 9260. pion/sctp is made for WebRTC, where every
-// association has its own tunnel and the ports are always 5000. Here a packet
-// gets its real ports, and the checksum that goes with them, between pion and
-// a raw socket.
+// This file implements SCTP (RFC 9260) in user space. pion/sctp is made for WebRTC, where
+// every association has its own tunnel and the ports are always 5000. The code here replaces
+// the ports and the checksum of each packet between pion and a raw socket.
 
 const (
 	pionPort       = 5000
@@ -46,12 +45,12 @@ func sctpChecksum(packet []byte) uint32 {
 	return crc32.Update(crc, table, packet[sctpHeader:])
 }
 
-// sctpValid reports whether packet has a header, a chunk and the right checksum.
+// sctpValid reports whether the packet has a header, a chunk and a correct checksum.
 func sctpValid(packet []byte) bool {
 	return len(packet) >= sctpHeader+sctpChunk && binary.LittleEndian.Uint32(packet[8:]) == sctpChecksum(packet)
 }
 
-// sctpSetPorts returns the packet with other ports.
+// sctpSetPorts returns a copy of the packet with other ports.
 func sctpSetPorts(packet []byte, source, destination uint16) []byte {
 	b := append([]byte(nil), packet...)
 	binary.BigEndian.PutUint16(b, source)
@@ -67,20 +66,19 @@ func sctpNetwork(addr netip.Addr) string {
 	return "ip6:132"
 }
 
-// sctpDiscardLogs keeps pion from writing to standard error.
+// sctpDiscardLogs returns a logger factory that keeps pion from writing to standard error.
 func sctpDiscardLogs() logging.LoggerFactory {
 	return &logging.DefaultLoggerFactory{Writer: io.Discard, DefaultLogLevel: logging.LogLevelDisabled}
 }
 
-// sctpClient is the connection of one client: an association with one stream.
+// sctpClient is a client connection: an association with one stream.
 type sctpClient struct {
 	*sctp.Stream
 	association *sctp.Association
 	local       netip.AddrPort
 }
 
-// Close aborts the association: the server, and connection tracking, forget it
-// at once.
+// Close aborts the association, so that the server and connection tracking forget it at once.
 func (c *sctpClient) Close() error {
 	c.association.Abort("done")
 	if err := c.association.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
@@ -90,35 +88,36 @@ func (c *sctpClient) Close() error {
 }
 
 func (h *Host) dialSCTP(ctx context.Context, addr netip.AddrPort) (*sctpClient, error) {
-	path := &sctpClientConn{remote: addr}
+	conn := &sctpClientConn{remote: addr}
 	err := h.Do(func() (err error) {
-		path.conn, err = net.DialIP(sctpNetwork(addr.Addr()), nil, &net.IPAddr{IP: addr.Addr().AsSlice()})
+		conn.conn, err = net.DialIP(sctpNetwork(addr.Addr()), nil, &net.IPAddr{IP: addr.Addr().AsSlice()})
 		return err
 	})
 	if err != nil {
 		return nil, err
 	}
-	local, _ := netip.AddrFromSlice(path.conn.LocalAddr().(*net.IPAddr).IP)
-	path.local = netip.AddrPortFrom(local.Unmap(), h.nextSourcePort())
-	if err := path.receiveErrors(); err != nil {
-		return nil, errors.Join(err, path.Close())
+	local, _ := netip.AddrFromSlice(conn.conn.LocalAddr().(*net.IPAddr).IP)
+	conn.local = netip.AddrPortFrom(local.Unmap(), h.nextSourcePort())
+	if err := conn.receiveErrors(); err != nil {
+		return nil, errors.Join(err, conn.Close())
 	}
-	association, err := sctp.ClientContext(ctx, sctp.WithNetConn(path), sctp.WithLoggerFactory(sctpDiscardLogs()))
+	association, err := sctp.ClientContext(ctx, sctp.WithNetConn(conn), sctp.WithLoggerFactory(sctpDiscardLogs()))
 	if err != nil {
-		if failure := path.failure(); failure != nil {
+		if failure := conn.failure(); failure != nil {
 			err = failure
 		}
-		return nil, errors.Join(err, path.Close())
+		return nil, errors.Join(err, conn.Close())
 	}
-	path.established.Store(true)
+	conn.established.Store(true)
 	stream, err := association.OpenStream(sctpStream, sctp.PayloadTypeWebRTCBinary)
 	if err != nil {
 		return nil, errors.Join(err, association.Close())
 	}
-	return &sctpClient{Stream: stream, association: association, local: path.local}, nil
+	return &sctpClient{Stream: stream, association: association, local: conn.local}, nil
 }
 
-// sctpClientConn carries the packets of one association on a socket of its own.
+// sctpClientConn is a net.Conn that carries the packets of one association over its own raw
+// socket.
 type sctpClientConn struct {
 	conn          *net.IPConn // connected
 	local, remote netip.AddrPort
@@ -128,15 +127,15 @@ type sctpClientConn struct {
 	closeErr      error
 }
 
-// receiveErrors asks for the ICMP messages that concern the socket, with the
-// packet they answer: the kernel does not look at the ports of a raw socket's
-// packets, and other associations have sockets between the same addresses.
-func (p *sctpClientConn) receiveErrors() error {
+// receiveErrors enables the socket's error queue, which returns ICMP errors together with the
+// packet that caused them. The kernel ignores ports on raw sockets, so a socket also receives
+// errors of other associations between the same addresses.
+func (c *sctpClientConn) receiveErrors() error {
 	level, option := unix.IPPROTO_IP, unix.IP_RECVERR
-	if p.remote.Addr().Is6() {
+	if c.remote.Addr().Is6() {
 		level, option = unix.IPPROTO_IPV6, unix.IPV6_RECVERR
 	}
-	raw, err := p.conn.SyscallConn()
+	raw, err := c.conn.SyscallConn()
 	if err != nil {
 		return err
 	}
@@ -145,22 +144,22 @@ func (p *sctpClientConn) receiveErrors() error {
 	return errors.Join(err, optErr)
 }
 
-func (p *sctpClientConn) failure() error {
-	if err := p.failed.Load(); err != nil {
+func (c *sctpClientConn) failure() error {
+	if err := c.failed.Load(); err != nil {
 		return *err
 	}
 	return nil
 }
 
-func (p *sctpClientConn) fail(err error) { p.failed.CompareAndSwap(nil, &err) }
+func (c *sctpClientConn) fail(err error) { c.failed.CompareAndSwap(nil, &err) }
 
-// associationError returns the error that concerns this association after the socket has
-// returned err, or nil if it concerned another one.
-func (p *sctpClientConn) associationError(err error) error {
+// associationError is called after the socket returned err. It returns the error that
+// concerns this association, or nil if the error concerns another one.
+func (c *sctpClientConn) associationError(err error) error {
 	if errors.Is(err, net.ErrClosed) || errors.Is(err, os.ErrDeadlineExceeded) {
 		return err
 	}
-	raw, rawErr := p.conn.SyscallConn()
+	raw, rawErr := c.conn.SyscallConn()
 	if rawErr != nil {
 		return rawErr
 	}
@@ -174,27 +173,27 @@ func (p *sctpClientConn) associationError(err error) error {
 			if n < 4 {
 				continue
 			}
-			if source, destination := sctpPorts(packet); source != p.local.Port() || destination != p.remote.Port() {
+			if source, destination := sctpPorts(packet); source != c.local.Port() || destination != c.remote.Port() {
 				continue
 			}
-			p.fail(icmpError(oob[:oobn]))
+			c.fail(icmpError(oob[:oobn]))
 		}
 	})
 	if rawErr != nil {
 		return rawErr
 	}
-	return p.failure()
+	return c.failure()
 }
 
-// isRefusal reports whether an ICMP message's error says that the peer does not
-// want the packet: port unreachable, protocol unreachable (IPv4), or a
-// parameter problem as the next header is unknown (IPv6).
+// isRefusal reports whether an ICMP error means that the peer refuses the packet: port
+// unreachable, protocol unreachable (IPv4), or parameter problem with an unknown next header
+// (IPv6).
 func isRefusal(err error) bool {
 	return errors.Is(err, unix.ECONNREFUSED) || errors.Is(err, unix.ENOPROTOOPT) || errors.Is(err, unix.EPROTO)
 }
 
-// icmpError returns the error in the control message of an error queue, see
-// ip(7). That the peer has no SCTP at all, in any words, is a refusal.
+// icmpError returns the error in a control message from the error queue (see ip(7)). It
+// counts as refused if the peer does not support SCTP.
 func icmpError(oob []byte) error {
 	messages, err := unix.ParseSocketControlMessage(oob)
 	if err != nil {
@@ -211,15 +210,15 @@ func icmpError(oob []byte) error {
 		}
 		return errno
 	}
-	return errors.New("an ICMP error of unknown kind")
+	return errors.New("unknown ICMP error")
 }
 
-func (p *sctpClientConn) Read(b []byte) (int, error) {
+func (c *sctpClientConn) Read(b []byte) (int, error) {
 	packet := make([]byte, 1<<16)
 	for {
-		n, _, err := p.conn.ReadFromIP(packet)
+		n, _, err := c.conn.ReadFromIP(packet)
 		if err != nil {
-			if err := p.associationError(err); err != nil {
+			if err := c.associationError(err); err != nil {
 				return 0, err
 			}
 			continue
@@ -227,31 +226,31 @@ func (p *sctpClientConn) Read(b []byte) (int, error) {
 		if !sctpValid(packet[:n]) {
 			continue
 		}
-		if source, destination := sctpPorts(packet); source != p.remote.Port() || destination != p.local.Port() {
+		if source, destination := sctpPorts(packet); source != c.remote.Port() || destination != c.local.Port() {
 			continue
 		}
-		if packet[sctpHeader] == sctpChunkAbort && !p.established.Load() {
-			p.fail(fmt.Errorf("%w: abort", ErrRefused))
-			return 0, p.failure()
+		if packet[sctpHeader] == sctpChunkAbort && !c.established.Load() {
+			c.fail(fmt.Errorf("%w: abort", ErrRefused))
+			return 0, c.failure()
 		}
 		return copy(b, sctpSetPorts(packet[:n], pionPort, pionPort)), nil
 	}
 }
 
-func (p *sctpClientConn) Write(b []byte) (int, error) {
-	packet := sctpSetPorts(b, p.local.Port(), p.remote.Port())
+func (c *sctpClientConn) Write(b []byte) (int, error) {
+	packet := sctpSetPorts(b, c.local.Port(), c.remote.Port())
 	for {
-		_, err := p.conn.Write(packet)
+		_, err := c.conn.Write(packet)
 		if err == nil {
 			return len(b), nil
 		}
-		// The socket reports a pending error once, here or to Read.
-		if err := p.associationError(err); err != nil {
-			_ = p.conn.SetReadDeadline(time.Now())
+		// The socket reports a pending error once, to Write or to Read.
+		if err := c.associationError(err); err != nil {
+			_ = c.conn.SetReadDeadline(time.Now())
 			return 0, err
 		}
 		switch {
-		case errors.Is(err, unix.EPERM): // Dropped by this host's netfilter: lost.
+		case errors.Is(err, unix.EPERM): // This host's netfilter dropped the packet; treat it as lost.
 			return len(b), nil
 		case !isRefusal(err):
 			return 0, err
@@ -259,27 +258,27 @@ func (p *sctpClientConn) Write(b []byte) (int, error) {
 	}
 }
 
-func (p *sctpClientConn) Close() error {
-	p.closeOnce.Do(func() { p.closeErr = p.conn.Close() })
-	return p.closeErr
+func (c *sctpClientConn) Close() error {
+	c.closeOnce.Do(func() { c.closeErr = c.conn.Close() })
+	return c.closeErr
 }
 
-// LocalAddr returns the client's address, with the port of the association.
-func (p *sctpClientConn) LocalAddr() net.Addr { return net.TCPAddrFromAddrPort(p.local) }
+// LocalAddr returns the client's address with the port of the association.
+func (c *sctpClientConn) LocalAddr() net.Addr { return net.TCPAddrFromAddrPort(c.local) }
 
 // RemoteAddr returns the address that the client connected to.
-func (p *sctpClientConn) RemoteAddr() net.Addr { return net.TCPAddrFromAddrPort(p.remote) }
+func (c *sctpClientConn) RemoteAddr() net.Addr { return net.TCPAddrFromAddrPort(c.remote) }
 
-// SetDeadline is the socket's.
-func (p *sctpClientConn) SetDeadline(t time.Time) error { return p.conn.SetDeadline(t) }
+// SetDeadline sets the deadline of the socket.
+func (c *sctpClientConn) SetDeadline(t time.Time) error { return c.conn.SetDeadline(t) }
 
-// SetReadDeadline is the socket's.
-func (p *sctpClientConn) SetReadDeadline(t time.Time) error { return p.conn.SetReadDeadline(t) }
+// SetReadDeadline sets the read deadline of the socket.
+func (c *sctpClientConn) SetReadDeadline(t time.Time) error { return c.conn.SetReadDeadline(t) }
 
-// SetWriteDeadline is the socket's.
-func (p *sctpClientConn) SetWriteDeadline(t time.Time) error { return p.conn.SetWriteDeadline(t) }
+// SetWriteDeadline sets the write deadline of the socket.
+func (c *sctpClientConn) SetWriteDeadline(t time.Time) error { return c.conn.SetWriteDeadline(t) }
 
-// sctpStack is the SCTP of one address of a host, for servers.
+// sctpStack serves SCTP on one address of a host.
 type sctpStack struct {
 	name string
 	addr netip.Addr
@@ -292,19 +291,19 @@ type sctpStack struct {
 	conns  map[sctpFlow]*sctpServerConn
 }
 
-// sctpFlow identifies an association of a stack.
+// sctpFlow identifies an association of a sctpStack.
 type sctpFlow struct {
-	port   uint16 // of the server
+	port   uint16 // server port
 	remote netip.AddrPort
 }
 
-// sctpListener is a port of a stack.
+// sctpListener is an open port of a sctpStack.
 type sctpListener struct {
 	stack *sctpStack
 	port  uint16
 }
 
-// listenSCTP is called with the host locked.
+// listenSCTP opens a port. The caller holds h.mu.
 func (h *Host) listenSCTP(addr netip.AddrPort) (*sctpListener, error) {
 	stack := h.sctp[addr.Addr()]
 	if stack == nil {
@@ -328,20 +327,20 @@ func (h *Host) listenSCTP(addr netip.AddrPort) (*sctpListener, error) {
 	return &sctpListener{stack: stack, port: addr.Port()}, nil
 }
 
-// Close stops listening, and aborts the associations of the port.
+// Close stops listening and aborts the associations of the port.
 func (l *sctpListener) Close() error {
 	l.stack.mu.Lock()
 	delete(l.stack.ports, l.port)
-	var paths []*sctpServerConn
-	for flow, path := range l.stack.conns {
+	var conns []*sctpServerConn
+	for flow, conn := range l.stack.conns {
 		if flow.port == l.port {
-			paths = append(paths, path)
+			conns = append(conns, conn)
 		}
 	}
 	l.stack.mu.Unlock()
-	for _, path := range paths {
-		path.abort()
-		<-path.done
+	for _, conn := range conns {
+		conn.abort()
+		<-conn.done
 	}
 	return nil
 }
@@ -349,8 +348,8 @@ func (l *sctpListener) Close() error {
 func (s *sctpStack) close() error {
 	s.mu.Lock()
 	s.closed = true
-	for _, path := range s.conns {
-		path.stop()
+	for _, conn := range s.conns {
+		conn.stop()
 	}
 	s.mu.Unlock()
 	err := s.conn.Close()
@@ -358,7 +357,7 @@ func (s *sctpStack) close() error {
 	return err
 }
 
-// receive hands packets to their associations until the socket is closed.
+// receive passes packets to their associations until the socket is closed.
 func (s *sctpStack) receive() {
 	packet := make([]byte, 1<<16)
 	for {
@@ -375,86 +374,87 @@ func (s *sctpStack) receive() {
 		}
 		source, destination := sctpPorts(packet)
 		flow := sctpFlow{port: destination, remote: netip.AddrPortFrom(addr.Unmap(), source)}
-		if path := s.connFor(flow, packet[:n]); path != nil {
+		if conn := s.connFor(flow, packet[:n]); conn != nil {
 			select {
-			case path.packets <- sctpSetPorts(packet[:n], pionPort, pionPort):
-			default: // As a full socket buffer: the peer sends it again.
+			case conn.packets <- sctpSetPorts(packet[:n], pionPort, pionPort):
+			default: // drop, like a full socket buffer: the peer retransmits
 			}
 		}
 	}
 }
 
-// connFor returns the path that a packet belongs to, or nil if nobody wants it.
+// connFor returns the connection that a packet belongs to, and creates it for a new
+// association. It returns nil if the packet belongs to no association.
 func (s *sctpStack) connFor(flow sctpFlow, packet []byte) *sctpServerConn {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if path := s.conns[flow]; path != nil || s.closed {
-		return path
+	if conn := s.conns[flow]; conn != nil || s.closed {
+		return conn
 	}
-	// Clients of this host have sockets of their own, which get the same
-	// packets: only the first packet of an association is for sure not theirs.
+	// Clients on this host have their own sockets, whose packets arrive here too. Only the
+	// first packet of an association certainly belongs to a server.
 	if packet[sctpHeader] != sctpChunkInit || len(packet) < sctpHeader+2*sctpChunk {
 		return nil
 	}
 	if !s.ports[flow.port] {
 		abort := make([]byte, sctpHeader+sctpChunk)
-		copy(abort[4:8], packet[sctpHeader+sctpChunk:]) // the tag that the peer wants to see
+		copy(abort[4:8], packet[sctpHeader+sctpChunk:]) // the verification tag that the peer expects
 		abort[sctpHeader] = sctpChunkAbort
 		abort[sctpHeader+3] = sctpChunk
 		s.send(flow, abort)
 		return nil
 	}
-	path := &sctpServerConn{
+	conn := &sctpServerConn{
 		stack: s, flow: flow, packets: make(chan []byte, 64), closed: make(chan struct{}), done: make(chan struct{}),
 	}
-	s.conns[flow] = path
-	s.wg.Go(path.serve)
-	return path
+	s.conns[flow] = conn
+	s.wg.Go(conn.serve)
+	return conn
 }
 
 func (s *sctpStack) send(flow sctpFlow, packet []byte) {
-	// A packet that cannot be sent is a lost one.
+	// A failed send is equivalent to a lost packet.
 	_, _ = s.conn.WriteToIP(sctpSetPorts(packet, flow.port, flow.remote.Port()), &net.IPAddr{IP: flow.remote.Addr().AsSlice()})
 }
 
-// sctpServerConn carries the packets of one association of a stack.
+// sctpServerConn is a net.Conn that carries the packets of one association of a sctpStack.
 type sctpServerConn struct {
 	stack     *sctpStack
 	flow      sctpFlow
 	packets   chan []byte
 	closed    chan struct{}
 	closeOnce sync.Once
-	done      chan struct{} // closed when serve has returned
+	done      chan struct{} // closed when serve returns
 
 	mu          sync.Mutex
 	association *sctp.Association // once established
 }
 
 // serve answers the requests of one association.
-func (p *sctpServerConn) serve() {
-	defer close(p.done)
+func (c *sctpServerConn) serve() {
+	defer close(c.done)
 	defer func() {
-		p.stop()
-		p.stack.mu.Lock()
-		delete(p.stack.conns, p.flow)
-		p.stack.mu.Unlock()
+		c.stop()
+		c.stack.mu.Lock()
+		delete(c.stack.conns, c.flow)
+		c.stack.mu.Unlock()
 	}()
-	// A client that goes away half-way is forgotten.
-	giveUp := time.AfterFunc(DefaultTimeout, p.stop)
-	association, err := sctp.ServerWithOptions(sctp.WithNetConn(p), sctp.WithLoggerFactory(sctpDiscardLogs()))
+	// Give up on a client that does not complete the handshake.
+	giveUp := time.AfterFunc(DefaultTimeout, c.stop)
+	association, err := sctp.ServerWithOptions(sctp.WithNetConn(c), sctp.WithLoggerFactory(sctpDiscardLogs()))
 	giveUp.Stop()
 	if err != nil {
 		return
 	}
-	defer association.Close() //nolint:errcheck // the path's Close never fails
-	p.mu.Lock()
-	p.association = association
-	p.mu.Unlock()
+	defer association.Close() //nolint:errcheck // Close of the connection never fails
+	c.mu.Lock()
+	c.association = association
+	c.mu.Unlock()
 	stream, err := association.AcceptStream()
 	if err != nil {
 		return
 	}
-	answer := Answer{Host: p.stack.name, Endpoint: netip.AddrPortFrom(p.stack.addr, p.flow.port), Source: p.flow.remote}
+	answer := Answer{Host: c.stack.name, Endpoint: netip.AddrPortFrom(c.stack.addr, c.flow.port), Source: c.flow.remote}
 	buf := make([]byte, 64)
 	for {
 		n, err := stream.Read(buf)
@@ -467,63 +467,63 @@ func (p *sctpServerConn) serve() {
 	}
 }
 
-// abort ends the association so that the client knows.
-func (p *sctpServerConn) abort() {
-	p.mu.Lock()
-	association := p.association
-	p.mu.Unlock()
+// abort ends the association and notifies the client.
+func (c *sctpServerConn) abort() {
+	c.mu.Lock()
+	association := c.association
+	c.mu.Unlock()
 	if association != nil {
 		association.Abort("server closed")
 	}
-	p.stop()
+	c.stop()
 }
 
-func (p *sctpServerConn) Read(b []byte) (int, error) {
+func (c *sctpServerConn) Read(b []byte) (int, error) {
 	select {
-	case packet := <-p.packets:
+	case packet := <-c.packets:
 		return copy(b, packet), nil
-	case <-p.closed:
+	case <-c.closed:
 		return 0, net.ErrClosed
 	}
 }
 
-func (p *sctpServerConn) Write(b []byte) (int, error) {
+func (c *sctpServerConn) Write(b []byte) (int, error) {
 	select {
-	case <-p.closed:
+	case <-c.closed:
 		return 0, net.ErrClosed
 	default:
 	}
-	p.stack.send(p.flow, b)
+	c.stack.send(c.flow, b)
 	return len(b), nil
 }
 
 // Close makes Read and Write fail. It returns nil.
-func (p *sctpServerConn) Close() error {
-	p.stop()
+func (c *sctpServerConn) Close() error {
+	c.stop()
 	return nil
 }
 
-func (p *sctpServerConn) stop() { p.closeOnce.Do(func() { close(p.closed) }) }
+func (c *sctpServerConn) stop() { c.closeOnce.Do(func() { close(c.closed) }) }
 
 // LocalAddr returns the server's address.
-func (p *sctpServerConn) LocalAddr() net.Addr {
-	return net.TCPAddrFromAddrPort(netip.AddrPortFrom(p.stack.addr, p.flow.port))
+func (c *sctpServerConn) LocalAddr() net.Addr {
+	return net.TCPAddrFromAddrPort(netip.AddrPortFrom(c.stack.addr, c.flow.port))
 }
 
 // RemoteAddr returns the client's address as the server sees it.
-func (p *sctpServerConn) RemoteAddr() net.Addr { return net.TCPAddrFromAddrPort(p.flow.remote) }
+func (c *sctpServerConn) RemoteAddr() net.Addr { return net.TCPAddrFromAddrPort(c.flow.remote) }
 
-// SetReadDeadline ends all reads if t has passed, which is how an abort and a
-// close interrupt them; pion sets no other deadline.
-func (p *sctpServerConn) SetReadDeadline(t time.Time) error {
+// SetReadDeadline closes the connection if t has passed. pion uses it to interrupt reads on
+// abort and close, and sets no other deadlines.
+func (c *sctpServerConn) SetReadDeadline(t time.Time) error {
 	if !t.IsZero() && !t.After(time.Now()) {
-		return p.Close()
+		return c.Close()
 	}
 	return nil
 }
 
-// SetDeadline is SetReadDeadline.
-func (p *sctpServerConn) SetDeadline(t time.Time) error { return p.SetReadDeadline(t) }
+// SetDeadline calls SetReadDeadline; writes do not block.
+func (c *sctpServerConn) SetDeadline(t time.Time) error { return c.SetReadDeadline(t) }
 
 // SetWriteDeadline does nothing: writes do not block.
-func (p *sctpServerConn) SetWriteDeadline(time.Time) error { return nil }
+func (c *sctpServerConn) SetWriteDeadline(time.Time) error { return nil }

@@ -17,14 +17,14 @@ type Segment struct {
 	Source, Destination netip.AddrPort
 	Seq, Ack            uint32
 	Flags               TCPFlags
-	// Len is the number of bytes of data.
+	// Len is the length of the data in bytes.
 	Len int
 }
 
-// TCPFlags are flags of a [Segment], as in the header.
+// TCPFlags are the flags of a [Segment], encoded as in the TCP header.
 type TCPFlags byte
 
-// The flags that tests use.
+// Flags that tests use.
 const (
 	FIN TCPFlags = 1
 	SYN TCPFlags = 2
@@ -35,7 +35,7 @@ const (
 
 const tcpHeader = 20
 
-// marshal returns the segment with zeros as its data.
+// marshal encodes the segment with zeros as data.
 func (s Segment) marshal() []byte {
 	b := make([]byte, tcpHeader+s.Len)
 	binary.BigEndian.PutUint16(b, s.Source.Port())
@@ -49,7 +49,7 @@ func (s Segment) marshal() []byte {
 	return b
 }
 
-// checksum is that of the segment and the pseudo-header of both IPs.
+// checksum returns the checksum of an encoded segment and its IPv4 or IPv6 pseudo-header.
 func (s Segment) checksum(b []byte) uint16 {
 	const protocol = 6
 	var sum uint32
@@ -85,9 +85,9 @@ func parseSegment(b []byte, from, to netip.Addr) (Segment, bool) {
 	}, true
 }
 
-// SegmentConn sees the segments of TCP that arrive at one address of a host, besides
-// the host's own TCP, and sends others that look as if they were from that. Its
-// methods may be called concurrently.
+// SegmentConn receives a copy of the TCP segments that arrive at one address of a host, and
+// sends segments from that address. It bypasses the host's own TCP. Its methods may be called
+// concurrently.
 type SegmentConn struct {
 	addr netip.Addr
 	conn *net.IPConn
@@ -97,65 +97,66 @@ type SegmentConn struct {
 	received []Segment
 }
 
-// OpenSegmentConn returns a Wire of one of the host's addresses. The caller closes it.
+// OpenSegmentConn returns a SegmentConn for one of the host's addresses. The caller closes
+// it.
 func (h *Host) OpenSegmentConn(addr netip.Addr) (*SegmentConn, error) {
-	w := &SegmentConn{addr: addr, done: make(chan struct{})}
+	c := &SegmentConn{addr: addr, done: make(chan struct{})}
 	network := "ip4:tcp"
 	if addr.Is6() {
 		network = "ip6:tcp"
 	}
 	err := h.Do(func() (err error) {
-		w.conn, err = net.ListenIP(network, &net.IPAddr{IP: addr.AsSlice()})
+		c.conn, err = net.ListenIP(network, &net.IPAddr{IP: addr.AsSlice()})
 		return err
 	})
 	if err != nil {
-		return nil, fmt.Errorf("listen to the TCP of %s: %w", h.Name, err)
+		return nil, fmt.Errorf("open raw TCP socket on %s: %w", h.Name, err)
 	}
-	go w.receive()
-	return w, nil
+	go c.receive()
+	return c, nil
 }
 
-func (w *SegmentConn) receive() {
-	defer close(w.done)
+func (c *SegmentConn) receive() {
+	defer close(c.done)
 	b := make([]byte, 1<<16)
 	for {
-		n, from, err := w.conn.ReadFromIP(b)
+		n, from, err := c.conn.ReadFromIP(b)
 		if errors.Is(err, net.ErrClosed) || errors.Is(err, os.ErrDeadlineExceeded) {
 			return
 		}
-		if err != nil { // an ICMP message, say
+		if err != nil { // for example an ICMP error
 			time.Sleep(time.Millisecond)
 			continue
 		}
 		source, _ := netip.AddrFromSlice(from.IP)
-		if s, ok := parseSegment(b[:n], source.Unmap(), w.addr); ok {
-			w.mu.Lock()
-			w.received = append(w.received, s)
-			w.mu.Unlock()
+		if s, ok := parseSegment(b[:n], source.Unmap(), c.addr); ok {
+			c.mu.Lock()
+			c.received = append(c.received, s)
+			c.mu.Unlock()
 		}
 	}
 }
 
-// Received returns the segments that have arrived so far, the oldest first.
-func (w *SegmentConn) Received() []Segment {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return append([]Segment(nil), w.received...)
+// Received returns the segments received so far, oldest first.
+func (c *SegmentConn) Received() []Segment {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return append([]Segment(nil), c.received...)
 }
 
-// Send sends a segment. Its source must be the Wire's address.
-func (w *SegmentConn) Send(s Segment) error {
-	// As with Conn.Ask, EPERM is a packet that this host dropped itself.
-	_, err := w.conn.WriteToIP(s.marshal(), &net.IPAddr{IP: s.Destination.Addr().AsSlice()})
+// Send sends a segment. The source must be the address of the SegmentConn.
+func (c *SegmentConn) Send(s Segment) error {
+	// EPERM: this host's netfilter dropped the packet, see Conn.Ask.
+	_, err := c.conn.WriteToIP(s.marshal(), &net.IPAddr{IP: s.Destination.Addr().AsSlice()})
 	if err != nil && !errors.Is(err, syscall.EPERM) {
-		return fmt.Errorf("send a segment from %s to %s: %w", s.Source, s.Destination, err)
+		return fmt.Errorf("send segment from %s to %s: %w", s.Source, s.Destination, err)
 	}
 	return nil
 }
 
-// Close stops listening.
-func (w *SegmentConn) Close() error {
-	err := w.conn.Close()
-	<-w.done
+// Close closes the socket and waits until no more segments are recorded.
+func (c *SegmentConn) Close() error {
+	err := c.conn.Close()
+	<-c.done
 	return err
 }

@@ -14,26 +14,26 @@ import (
 	"time"
 )
 
-// The networks that [Host.Serve] and [Host.Open] know.
+// Networks for [Host.Serve] and [Host.Open].
 const (
 	TCP  = "tcp"
 	UDP  = "udp"
 	SCTP = "sctp"
 )
 
-// Answer is what a server says to each request.
+// Answer is the answer of a server to a request.
 type Answer struct {
 	// Host is the name of the host that answered.
 	Host string
-	// Endpoint is the server's own address: where the connection ended,
-	// whatever address the client had connected to.
+	// Endpoint is the server's own address, where the connection ended. It differs from the
+	// address that the client connected to if the node translated the destination.
 	Endpoint netip.AddrPort
-	// Source is the address of the client as the server saw it.
+	// Source is the client's address as the server sees it.
 	Source netip.AddrPort
 }
 
-// A request is a number on a line. The answer repeats the number, so that a
-// client of a datagram protocol never takes a late answer for another.
+// encode returns the answer to a request. A request is a number on a line. The answer repeats
+// the number, so that a client of a datagram protocol can discard a late answer.
 func (a Answer) encode(request string) string {
 	return fmt.Sprintf("%s %s %s %s\n", request, a.Host, a.Endpoint, a.Source)
 }
@@ -53,7 +53,7 @@ func parseAnswer(line string) (request string, a Answer, err error) {
 	return fields[0], a, nil
 }
 
-// Server answers requests on some ports of a host.
+// Server answers requests on ports of a host.
 type Server struct {
 	host *Host
 	wg   sync.WaitGroup
@@ -65,8 +65,8 @@ type Server struct {
 
 type closer interface{ Close() error }
 
-// Serve answers requests (see [Host.Open]) on ports of all the addresses that
-// the host has now, until Close of the Server or the host.
+// Serve answers requests (see [Host.Open]) on ports of all current addresses of the host,
+// until the Server or the host is closed.
 func (h *Host) Serve(network string, ports ...uint16) (*Server, error) {
 	h.mu.Lock()
 	addrs := append(h.Addrs(), h.extraAddrs...)
@@ -74,7 +74,7 @@ func (h *Host) Serve(network string, ports ...uint16) (*Server, error) {
 	return h.ServeAt(network, addrs, ports...)
 }
 
-// ServeAt is Serve for some addresses of the host, such as loopback addresses.
+// ServeAt is Serve for given addresses of the host, such as loopback addresses.
 func (h *Host) ServeAt(network string, addrs []netip.Addr, ports ...uint16) (*Server, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -93,7 +93,7 @@ func (h *Host) ServeAt(network string, addrs []netip.Addr, ports ...uint16) (*Se
 	return s, nil
 }
 
-// listen is called with the host locked.
+// listen starts serving on addr. The caller holds s.host.mu.
 func (s *Server) listen(network string, addr netip.AddrPort) error {
 	ctx := context.Background()
 	switch network {
@@ -121,8 +121,8 @@ func (s *Server) listen(network string, addr netip.AddrPort) error {
 	return nil
 }
 
-// track runs serve until it returns; c, which makes it return, is closed at the
-// latest with the server.
+// track runs serve in a goroutine. The Server closes c, which makes serve return, if untrack
+// has not done so before.
 func (s *Server) track(c closer, serve func()) {
 	s.mu.Lock()
 	if s.closed {
@@ -139,6 +139,7 @@ func (s *Server) track(c closer, serve func()) {
 	}()
 }
 
+// untrack closes c and removes it from the Server.
 func (s *Server) untrack(c closer) {
 	_ = c.Close()
 	s.mu.Lock()
@@ -151,7 +152,7 @@ func (s *Server) serveTCP(l net.Listener) {
 		c, err := l.Accept()
 		if err != nil {
 			if !errors.Is(err, net.ErrClosed) {
-				time.Sleep(time.Millisecond) // Out of file descriptors, say.
+				time.Sleep(time.Millisecond) // for example out of file descriptors
 				continue
 			}
 			return
@@ -184,7 +185,7 @@ func (s *Server) serveUDP(c net.PacketConn, addr netip.AddrPort) {
 			continue
 		}
 		answer := Answer{Host: s.host.Name, Endpoint: addr, Source: addrPortOf(from)}
-		// An answer that cannot be sent is a lost datagram.
+		// A failed send is equivalent to a lost datagram.
 		_, _ = c.WriteTo([]byte(answer.encode(strings.TrimSpace(string(buf[:n])))), from)
 	}
 }
@@ -200,8 +201,7 @@ func addrPortOf(a net.Addr) netip.AddrPort {
 	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
 }
 
-// Close ends the server: it stops listening and closes its connections.
-// Closing twice is no error.
+// Close stops listening and closes all connections. It may be called more than once.
 func (s *Server) Close() error {
 	err := s.stop()
 	s.host.mu.Lock()
@@ -226,19 +226,18 @@ func (s *Server) stop() error {
 	return errors.Join(errs...)
 }
 
-// ErrRefused is wrapped by the error of a connection that was turned down:
-// by a TCP reset, an SCTP abort, or an ICMP message that says unreachable.
+// ErrRefused reports a refused connection: a TCP reset, an SCTP abort or an ICMP unreachable
+// message. Errors wrap it.
 var ErrRefused = errors.New("connection refused")
 
-// ErrTimeout is wrapped by the error of a connection, or a request, that nobody
-// answered in time.
+// ErrTimeout reports that a connection or a request got no answer in time. Errors wrap it.
 var ErrTimeout = errors.New("no answer in time")
 
-// DefaultTimeout bounds [Host.Open] and [Conn.Ask] when their context has no
+// DefaultTimeout is the timeout of [Host.Open] and [Conn.Ask] if their context has no
 // deadline.
 const DefaultTimeout = 10 * time.Second
 
-// Conn is a client's connection to a [Server]. It is for one goroutine.
+// Conn is a client's connection to a [Server]. It must not be used concurrently.
 type Conn struct {
 	conn interface {
 		Read(p []byte) (int, error)
@@ -249,13 +248,13 @@ type Conn struct {
 	description string
 	local       netip.AddrPort
 	request     int
-	buffered    string // the part of an answer that came with the one before
+	buffered    string // received bytes after the last answer
 }
 
-// Open connects to a [Server]: network is [TCP], [UDP] or [SCTP]. For UDP this
-// sends nothing. The source ports of UDP and SCTP are not used again for long,
-// so that the node's connection tracking never takes a new connection for an
-// earlier one, which would end where that did. An error wraps [ErrRefused], [ErrTimeout] or neither.
+// Open connects to a [Server]. The network is [TCP], [UDP] or [SCTP]; for UDP, Open sends no
+// packet. UDP and SCTP connections do not reuse recent source ports. Otherwise the node's
+// connection tracking could take a new connection for an earlier one and send it to the same
+// endpoint. The error may wrap [ErrRefused] or [ErrTimeout].
 func (h *Host) Open(ctx context.Context, network string, addr netip.AddrPort) (*Conn, error) {
 	ctx, cancel := withTimeout(ctx)
 	defer cancel()
@@ -283,14 +282,14 @@ func (h *Host) Open(ctx context.Context, network string, addr netip.AddrPort) (*
 	return c, nil
 }
 
-// nextSourcePort returns a port that was not used lately: connection tracking
-// remembers UDP for 30 seconds.
+// nextSourcePort returns a port that was not used recently: connection tracking remembers UDP
+// flows for 30 seconds.
 func (h *Host) nextSourcePort() uint16 {
 	const first, ports = 20_000, 40_000
 	return uint16(first + h.lastPort.Add(1)%ports) //nolint:gosec // fits
 }
 
-// dialUniquePort connects from a source port that was not used lately.
+// dialUniquePort connects from a source port that was not used recently.
 func (h *Host) dialUniquePort(ctx context.Context, network string, addr netip.AddrPort) (net.Conn, error) {
 	const tries = 100
 	var c net.Conn
@@ -330,11 +329,11 @@ func (c *Conn) wrap(op string, err error) error {
 	}
 }
 
-// Source returns the client's own address of the connection.
+// Source returns the client's local address.
 func (c *Conn) Source() netip.AddrPort { return c.local }
 
-// Ask sends a request and returns the answer. A datagram is not sent again if
-// it is lost. A UDP connection that is refused says so here.
+// Ask sends a request and returns the answer. It does not retransmit lost datagrams. For UDP,
+// it is Ask that reports a refused connection.
 func (c *Conn) Ask(ctx context.Context) (Answer, error) {
 	ctx, cancel := withTimeout(ctx)
 	defer cancel()
@@ -346,8 +345,8 @@ func (c *Conn) Ask(ctx context.Context) (Answer, error) {
 	defer stop()
 	c.request++
 	request := strconv.Itoa(c.request)
-	// EPERM is how sendmsg(2) tells that this host's own netfilter dropped the
-	// packet. If it was rejected, the next system call says so.
+	// sendmsg(2) returns EPERM if this host's netfilter dropped the packet. If netfilter
+	// rejected it, the next system call returns the error.
 	if _, err := c.conn.Write([]byte(request + "\n")); err != nil && !errors.Is(err, syscall.EPERM) {
 		return Answer{}, c.wrap("ask", err)
 	}
@@ -373,7 +372,7 @@ func (c *Conn) Ask(ctx context.Context) (Answer, error) {
 	}
 }
 
-// ConnectFrom is [Host.Connect] from one of the host's addresses, for TCP.
+// ConnectFrom is [Host.Connect] for TCP from one of the host's addresses.
 func (h *Host) ConnectFrom(ctx context.Context, source netip.Addr, addr netip.AddrPort) (Answer, error) {
 	ctx, cancel := withTimeout(ctx)
 	defer cancel()
@@ -394,10 +393,10 @@ func (h *Host) ConnectFrom(ctx context.Context, source netip.Addr, addr netip.Ad
 	return answer, errors.Join(err, c.Close())
 }
 
-// Close ends the connection.
+// Close closes the connection.
 func (c *Conn) Close() error { return c.conn.Close() }
 
-// Connect opens a connection, asks once, and closes it.
+// Connect opens a connection, sends one request, and closes the connection.
 func (h *Host) Connect(ctx context.Context, network string, addr netip.AddrPort) (Answer, error) {
 	ctx, cancel := withTimeout(ctx)
 	defer cancel()

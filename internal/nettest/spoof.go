@@ -10,13 +10,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// SpoofUDP sends a UDP datagram of one byte to an address from each source address, all of
-// which have the family of to. The host needs to have none of them.
+// SpoofUDP sends a one-byte UDP datagram to an address from each of the source addresses. The
+// sources must have the same family as to, and need not be addresses of the host.
 func (h *Host) SpoofUDP(to netip.AddrPort, sources iter.Seq[netip.Addr]) error {
 	err := h.Do(func() error {
 		fd, err := unix.Socket(socketDomain(to.Addr()), unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
 		if err != nil {
-			return fmt.Errorf("make a socket: %w", err)
+			return fmt.Errorf("create socket: %w", err)
 		}
 		defer unix.Close(fd) //nolint:errcheck // nothing is buffered
 		address := socketAddress(netip.AddrPortFrom(to.Addr(), 0))
@@ -33,19 +33,19 @@ func (h *Host) SpoofUDP(to netip.AddrPort, sources iter.Seq[netip.Addr]) error {
 	return nil
 }
 
-// spoofedDatagram returns a UDP datagram of one byte with its IP header.
+// spoofedDatagram returns a one-byte UDP datagram with its IP header.
 func spoofedDatagram(source netip.Addr, to netip.AddrPort) []byte {
 	const sourcePort = 4321
 	udp := binary.BigEndian.AppendUint16(nil, sourcePort)
 	udp = binary.BigEndian.AppendUint16(udp, to.Port())
 	udp = append(udp, 0, 9, 0, 0, 0)
-	if source.Is4() { // without a checksum; the kernel fills in that of the IP header
+	if source.Is4() { // no UDP checksum; the kernel fills in the IP header checksum
 		b := []byte{0x45, 0, 0, 29, 0, 0, 0, 0, 64, unix.IPPROTO_UDP, 0, 0}
 		return slices.Concat(b, source.AsSlice(), to.Addr().AsSlice(), udp)
 	}
 	b := slices.Concat([]byte{0x60, 0, 0, 0, 0, 9, unix.IPPROTO_UDP, 64}, source.AsSlice(), to.Addr().AsSlice())
 	sum := uint32(9 + unix.IPPROTO_UDP)
-	for _, part := range [][]byte{b[8:], udp[:8]} { // the byte is 0
+	for _, part := range [][]byte{b[8:], udp[:8]} { // the data byte is 0
 		for j := 0; j < len(part); j += 2 {
 			sum += uint32(binary.BigEndian.Uint16(part[j:]))
 		}

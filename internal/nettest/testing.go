@@ -2,8 +2,8 @@ package nettest
 
 import "net/netip"
 
-// TB is the part of testing.TB that the helpers for tests need. The package
-// does not import testing, for the sake of programs.
+// TB is the part of testing.TB that the test helpers need. The package does not import
+// testing, because programs import the package too.
 type TB interface {
 	Helper()
 	Cleanup(func())
@@ -11,8 +11,7 @@ type TB interface {
 	Fatalf(format string, args ...any)
 }
 
-// NewT is [New] for a test: it fails the test on an error, and closes the
-// network when the test ends.
+// NewT calls [New]. It fails the test on an error, and closes the network when the test ends.
 func NewT(t TB, options Options) *Network {
 	t.Helper()
 	n, err := New(options)
@@ -21,13 +20,13 @@ func NewT(t TB, options Options) *Network {
 	}
 	t.Cleanup(func() {
 		if err := n.Close(); err != nil {
-			t.Errorf("close the test network: %v", err)
+			t.Errorf("close test network: %v", err)
 		}
 	})
 	return n
 }
 
-// PodT is [Network.AddPod] for a test.
+// PodT calls [Network.AddPod] and fails the test on an error.
 func (n *Network) PodT(t TB, name string, addrs ...netip.Addr) *Host {
 	t.Helper()
 	pod, err := n.AddPod(name, addrs...)
@@ -37,7 +36,7 @@ func (n *Network) PodT(t TB, name string, addrs ...netip.Addr) *Host {
 	return pod
 }
 
-// ServeT is [Host.Serve] for a test.
+// ServeT calls [Host.Serve] and fails the test on an error.
 func (h *Host) ServeT(t TB, network string, ports ...uint16) *Server {
 	t.Helper()
 	s, err := h.Serve(network, ports...)
@@ -47,7 +46,7 @@ func (h *Host) ServeT(t TB, network string, ports ...uint16) *Server {
 	return s
 }
 
-// ServeAtT is [Host.ServeAt] for a test.
+// ServeAtT calls [Host.ServeAt] and fails the test on an error.
 func (h *Host) ServeAtT(t TB, network string, addrs []netip.Addr, ports ...uint16) *Server {
 	t.Helper()
 	s, err := h.ServeAt(network, addrs, ports...)
@@ -57,17 +56,18 @@ func (h *Host) ServeAtT(t TB, network string, addrs []netip.Addr, ports ...uint1
 	return s
 }
 
-// SegmentConnT is [Host.OpenSegmentConn] for a test, which closes it.
+// SegmentConnT calls [Host.OpenSegmentConn]. It fails the test on an error, and closes the
+// SegmentConn when the test ends.
 func (h *Host) SegmentConnT(t TB, addr netip.Addr) *SegmentConn {
 	t.Helper()
-	w, err := h.OpenSegmentConn(addr)
+	c, err := h.OpenSegmentConn(addr)
 	if err != nil {
 		t.Fatalf("%v", err)
 	}
 	t.Cleanup(func() {
-		if err := w.Close(); err != nil {
+		if err := c.Close(); err != nil {
 			t.Errorf("%v", err)
 		}
 	})
-	return w
+	return c
 }
