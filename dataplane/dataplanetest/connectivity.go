@@ -12,20 +12,20 @@ import (
 
 func (s suite) testConnectivity(t *testing.T) {
 	t.Parallel()
-	w := newTopology(t, s, 3)
+	topo := newTopology(t, s, 3)
 	var services []*dataplane.Service
 	for _, family := range families() {
 		for _, p := range protocols() {
-			services = append(services, w.service("web", p, []netip.AddrPort{vip(family, 1, 80)}, w.endpoints(family, 0, 1, 2)))
+			services = append(services, topo.service("web", p, []netip.AddrPort{vip(family, 1, 80)}, topo.endpoints(family, 0, 1, 2)))
 		}
 	}
-	w.replace(services...)
+	topo.replace(services...)
 	for _, family := range families() {
 		for _, p := range protocols() {
-			for _, from := range []*nettest.Host{w.client, w.net.Node, w.net.Outside} {
+			for _, from := range []*nettest.Host{topo.client, topo.net.Node, topo.net.Outside} {
 				t.Run(fmt.Sprintf("%s/%s/from %s", p, family, from.Name), func(t *testing.T) {
 					t.Parallel()
-					expectEndpoints(t, from, p, vip(family, 1, 80), w.endpoints(family, 0, 1, 2))
+					expectEndpoints(t, from, p, vip(family, 1, 80), topo.endpoints(family, 0, 1, 2))
 				})
 			}
 		}
@@ -34,19 +34,19 @@ func (s suite) testConnectivity(t *testing.T) {
 
 func (s suite) testDistribution(t *testing.T) {
 	t.Parallel()
-	w := newTopology(t, s, 3)
+	topo := newTopology(t, s, 3)
 	var services []*dataplane.Service
 	for _, family := range families() {
-		services = append(services, w.service("web", dataplane.TCP, []netip.AddrPort{vip(family, 1, 80)}, w.endpoints(family, 0, 1, 2)))
+		services = append(services, topo.service("web", dataplane.TCP, []netip.AddrPort{vip(family, 1, 80)}, topo.endpoints(family, 0, 1, 2)))
 	}
-	w.replace(services...)
+	topo.replace(services...)
 	for _, family := range families() {
 		t.Run(family.String(), func(t *testing.T) {
 			t.Parallel()
 			const connections = 300
 			hits := map[netip.AddrPort]int{}
 			for range connections {
-				answer, err := connect(t, w.client, dataplane.TCP, vip(family, 1, 80))
+				answer, err := connect(t, topo.client, dataplane.TCP, vip(family, 1, 80))
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -54,9 +54,9 @@ func (s suite) testDistribution(t *testing.T) {
 			}
 			const probability = 1.0 / 3
 			sigma := math.Sqrt(connections * probability * (1 - probability))
-			for _, e := range w.endpoints(family, 0, 1, 2) {
+			for _, e := range topo.endpoints(family, 0, 1, 2) {
 				if deviation := float64(hits[e]) - connections*probability; math.Abs(deviation) > 5*sigma {
-					t.Errorf("%s got %d of %d connections, %.1f sigma from its share: %v", e, hits[e], connections, deviation/sigma, hits)
+					t.Errorf("%s got %d of %d connections, %.1f sigma from the expected share: %v", e, hits[e], connections, deviation/sigma, hits)
 				}
 			}
 		})
@@ -65,51 +65,51 @@ func (s suite) testDistribution(t *testing.T) {
 
 func (s suite) testMasqueradeOffCluster(t *testing.T) {
 	t.Parallel()
-	w := newTopology(t, s, 1)
+	topo := newTopology(t, s, 1)
 	var services []*dataplane.Service
 	for _, family := range families() {
 		for _, p := range protocols() {
-			services = append(services, w.service("web", p, []netip.AddrPort{vip(family, 1, 80)}, w.endpoints(family, 0)))
+			services = append(services, topo.service("web", p, []netip.AddrPort{vip(family, 1, 80)}, topo.endpoints(family, 0)))
 		}
 	}
-	v4, v6 := w.net.PodCIDRs[0], w.net.PodCIDRs[1]
+	v4, v6 := topo.net.PodCIDRs[0], topo.net.PodCIDRs[1]
 	other4, other6 := netip.MustParsePrefix("10.200.0.0/16"), netip.MustParsePrefix("fd00:200::/64")
-	// The tests change one node, so they do not run in parallel.
+	// The subtests share one node, so they do not run in parallel.
 	for _, tt := range []struct {
 		name     string
 		podCIDRs []netip.Prefix
-		// Whether connections of a pod, and of others, are masqueraded.
+		// Whether connections from a pod, and from other clients, are masqueraded.
 		pod4, pod6, others4, others6 bool
 	}{
-		{name: "no pod networks"},
-		{name: "pod networks of both families", podCIDRs: []netip.Prefix{v4, v6}, others4: true, others6: true},
-		{name: "an IPv4 pod network", podCIDRs: []netip.Prefix{v4}, others4: true},
-		{name: "an IPv6 pod network", podCIDRs: []netip.Prefix{v6}, others6: true},
-		{name: "several pod networks", podCIDRs: []netip.Prefix{other4, v4, other6, v6}, others4: true, others6: true},
+		{name: "no pod CIDRs"},
+		{name: "pod CIDRs of both families", podCIDRs: []netip.Prefix{v4, v6}, others4: true, others6: true},
+		{name: "IPv4 pod CIDR", podCIDRs: []netip.Prefix{v4}, others4: true},
+		{name: "IPv6 pod CIDR", podCIDRs: []netip.Prefix{v6}, others6: true},
+		{name: "several pod CIDRs", podCIDRs: []netip.Prefix{other4, v4, other6, v6}, others4: true, others6: true},
 		{
-			name: "the pod networks of others", podCIDRs: []netip.Prefix{other4, other6},
+			name: "other pod CIDRs", podCIDRs: []netip.Prefix{other4, other6},
 			pod4: true, pod6: true, others4: true, others6: true,
 		},
-		{name: "no pod networks again"},
+		{name: "no pod CIDRs again"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			w.node.PodCIDRs = tt.podCIDRs
-			w.replace(services...)
+			topo.node.PodCIDRs = tt.podCIDRs
+			topo.replace(services...)
 			for _, family := range families() {
 				for _, p := range protocols() {
-					for _, from := range []*nettest.Host{w.client, w.net.Node, w.net.Outside} {
+					for _, from := range []*nettest.Host{topo.client, topo.net.Node, topo.net.Outside} {
 						masqueraded := tt.others4
 						switch {
-						case from == w.client && family == dataplane.IPv4:
+						case from == topo.client && family == dataplane.IPv4:
 							masqueraded = tt.pod4
-						case from == w.client:
+						case from == topo.client:
 							masqueraded = tt.pod6
 						case family == dataplane.IPv6:
 							masqueraded = tt.others6
 						}
 						want := from
 						if masqueraded {
-							want = w.net.Node
+							want = topo.net.Node
 						}
 						answer, err := connect(t, from, p, vip(family, 1, 80))
 						if err != nil {
@@ -117,7 +117,7 @@ func (s suite) testMasqueradeOffCluster(t *testing.T) {
 							continue
 						}
 						if answer.Source.Addr() != addrOf(want, family) {
-							t.Errorf("%s, %s from %s: the endpoint sees source %s, want %s of %s",
+							t.Errorf("%s, %s from %s: endpoint sees source %s, want %s of %s",
 								p, family, from.Name, answer.Source, addrOf(want, family), want.Name)
 						}
 					}
@@ -129,12 +129,12 @@ func (s suite) testMasqueradeOffCluster(t *testing.T) {
 
 func (s suite) testNoEndpoints(t *testing.T) {
 	t.Parallel()
-	w := newTopology(t, s, 1)
+	topo := newTopology(t, s, 1)
 	services := func(pods ...int) []*dataplane.Service {
 		var services []*dataplane.Service
 		for _, family := range families() {
 			for _, p := range protocols() {
-				services = append(services, w.service("web", p, []netip.AddrPort{vip(family, 1, 80)}, w.endpoints(family, pods...)))
+				services = append(services, topo.service("web", p, []netip.AddrPort{vip(family, 1, 80)}, topo.endpoints(family, pods...)))
 			}
 		}
 		return services
@@ -143,47 +143,47 @@ func (s suite) testNoEndpoints(t *testing.T) {
 		t.Helper()
 		for _, family := range families() {
 			for _, p := range protocols() {
-				for _, from := range []*nettest.Host{w.client, w.pods[0], w.net.Node, w.net.Outside} {
+				for _, from := range []*nettest.Host{topo.client, topo.pods[0], topo.net.Node, topo.net.Outside} {
 					t.Run(fmt.Sprintf("%s/%s/from %s", p, family, from.Name), func(t *testing.T) {
 						t.Parallel()
-						expectEndpoints(t, from, p, vip(family, 1, 80), w.endpoints(family, pods...))
+						expectEndpoints(t, from, p, vip(family, 1, 80), topo.endpoints(family, pods...))
 					})
 				}
 			}
 		}
 	}
-	w.replace(services()...)
-	t.Run("never any", func(t *testing.T) { check(t) })
-	w.createOrUpdate(services(0)...)
-	t.Run("the first has come", func(t *testing.T) { check(t, 0) })
-	w.createOrUpdate(services()...)
-	t.Run("the last has gone", func(t *testing.T) { check(t) })
-	w.warmRestart()
-	t.Run("after a restart", func(t *testing.T) { check(t) })
+	topo.replace(services()...)
+	t.Run("no endpoint yet", func(t *testing.T) { check(t) })
+	topo.createOrUpdate(services(0)...)
+	t.Run("first endpoint added", func(t *testing.T) { check(t, 0) })
+	topo.createOrUpdate(services()...)
+	t.Run("last endpoint removed", func(t *testing.T) { check(t) })
+	topo.warmRestart()
+	t.Run("warm restart", func(t *testing.T) { check(t) })
 }
 
 func (s suite) testHairpin(t *testing.T) {
 	t.Parallel()
-	w := newTopology(t, s, 3)
+	topo := newTopology(t, s, 3)
 	var services []*dataplane.Service
 	for _, family := range families() {
 		for _, p := range protocols() {
 			services = append(services,
-				w.service("single", p, []netip.AddrPort{vip(family, 1, 80)}, w.endpoints(family, 0)),
-				w.service("several", p, []netip.AddrPort{vip(family, 2, 80)}, w.endpoints(family, 0, 1, 2)))
+				topo.service("single", p, []netip.AddrPort{vip(family, 1, 80)}, topo.endpoints(family, 0)),
+				topo.service("several", p, []netip.AddrPort{vip(family, 2, 80)}, topo.endpoints(family, 0, 1, 2)))
 		}
 	}
-	podCIDRs := w.net.PodCIDRs
+	podCIDRs := topo.net.PodCIDRs
 	for _, tt := range []struct {
 		name     string
 		podCIDRs []netip.Prefix
 	}{
-		{"with pod networks", podCIDRs},
-		{"without pod networks", nil},
+		{"with pod CIDRs", podCIDRs},
+		{"without pod CIDRs", nil},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			w.node.PodCIDRs = tt.podCIDRs
-			w.replace(services...)
+			topo.node.PodCIDRs = tt.podCIDRs
+			topo.replace(services...)
 			for _, family := range families() {
 				for _, p := range protocols() {
 					for _, s := range []struct {
@@ -191,18 +191,18 @@ func (s suite) testHairpin(t *testing.T) {
 						frontend  netip.AddrPort
 						endpoints []netip.AddrPort
 					}{
-						{"single endpoint", vip(family, 1, 80), w.endpoints(family, 0)},
-						{"one of several", vip(family, 2, 80), w.endpoints(family, 0, 1, 2)},
+						{"single endpoint", vip(family, 1, 80), topo.endpoints(family, 0)},
+						{"one of several", vip(family, 2, 80), topo.endpoints(family, 0, 1, 2)},
 					} {
 						t.Run(fmt.Sprintf("%s/%s/%s", p, family, s.name), func(t *testing.T) {
 							t.Parallel()
-							pod := w.pods[0]
+							pod := topo.pods[0]
 							own := addrOf(pod, family)
 							for _, answer := range expectEndpoints(t, pod, p, s.frontend, s.endpoints) {
 								itself := answer.Host == pod.Name
 								if unchanged := answer.Source.Addr() == own; unchanged == itself {
-									t.Fatalf("%s asked %s and was answered by %s, which saw source %s: "+
-										"want another than its own address from itself, and its own from others", pod.Name, s.frontend, answer.Host, answer.Source)
+									t.Fatalf("%s connected to %s and reached %s, which saw source %s; "+
+										"want the pod's own address, but a different one if the pod reached itself", pod.Name, s.frontend, answer.Host, answer.Source)
 								}
 							}
 						})
@@ -213,12 +213,12 @@ func (s suite) testHairpin(t *testing.T) {
 	}
 }
 
-// testOtherTraffic gives the outside host the Services' addresses: what the node does
-// not take for a frontend's ends there.
+// testOtherTraffic gives the outside host the addresses of the Services. Connections that the
+// node does not translate end there.
 func (s suite) testOtherTraffic(t *testing.T) {
 	t.Parallel()
-	w := newTopology(t, s, 2)
-	outside := w.net.Outside
+	topo := newTopology(t, s, 2)
+	outside := topo.net.Outside
 	var services []*dataplane.Service
 	for _, family := range families() {
 		for n := range byte(4) {
@@ -227,19 +227,19 @@ func (s suite) testOtherTraffic(t *testing.T) {
 			}
 		}
 		services = append(services,
-			w.serviceOfKind(dataplane.ExternalIP, "web", dataplane.TCP, vip(family, 1, 80), w.specOf(w.endpoints(family, 0))),
-			w.serviceOfKind(dataplane.ExternalIP, "dns", dataplane.UDP, vip(family, 1, 53), w.specOf(w.endpoints(family, 0))),
-			w.serviceOfKind(dataplane.ExternalIP, "sig", dataplane.SCTP, vip(family, 1, 99), w.specOf(w.endpoints(family, 0))),
-			w.serviceOfKind(dataplane.ExternalIP, "none", dataplane.TCP, vip(family, 2, 80), w.specOf(nil)),
-			w.serviceOfKind(dataplane.ExternalIP, "gone", dataplane.TCP, vip(family, 3, 80), w.specOf(w.endpoints(family, 0))))
+			topo.serviceOfKind(dataplane.ExternalIP, "web", dataplane.TCP, vip(family, 1, 80), topo.specOf(topo.endpoints(family, 0))),
+			topo.serviceOfKind(dataplane.ExternalIP, "dns", dataplane.UDP, vip(family, 1, 53), topo.specOf(topo.endpoints(family, 0))),
+			topo.serviceOfKind(dataplane.ExternalIP, "sig", dataplane.SCTP, vip(family, 1, 99), topo.specOf(topo.endpoints(family, 0))),
+			topo.serviceOfKind(dataplane.ExternalIP, "none", dataplane.TCP, vip(family, 2, 80), topo.specOf(nil)),
+			topo.serviceOfKind(dataplane.ExternalIP, "gone", dataplane.TCP, vip(family, 3, 80), topo.specOf(topo.endpoints(family, 0))))
 	}
 	for _, p := range protocols() {
 		outside.ServeT(t, networkName(p), 53, 80, 81, 99, endpointPort)
-		w.net.Node.ServeT(t, networkName(p), 80)
+		topo.net.Node.ServeT(t, networkName(p), 80)
 	}
-	w.replace(services...)
+	topo.replace(services...)
 	for _, family := range families() {
-		w.remove(w.programmed[dataplane.Key{Namespace: "default", Name: "gone", Port: "tcp", Family: family, Kind: dataplane.ExternalIP}])
+		topo.remove(topo.programmed[dataplane.Key{Namespace: "default", Name: "gone", Port: "tcp", Family: family, Kind: dataplane.ExternalIP}])
 	}
 
 	hostAddr := func(h *nettest.Host, family dataplane.Family, port uint16) netip.AddrPort {
@@ -251,11 +251,11 @@ func (s suite) testOtherTraffic(t *testing.T) {
 			protocols []dataplane.Protocol
 			addr      netip.AddrPort
 		}{
-			{"a pod", protocols(), hostAddr(w.pods[1], family, endpointPort)},
-			{"a pod that is an endpoint", protocols(), hostAddr(w.pods[0], family, endpointPort)},
-			{"the node", protocols(), hostAddr(w.net.Node, family, 80)},
+			{"a pod", protocols(), hostAddr(topo.pods[1], family, endpointPort)},
+			{"a pod that is an endpoint", protocols(), hostAddr(topo.pods[0], family, endpointPort)},
+			{"the node", protocols(), hostAddr(topo.net.Node, family, 80)},
 			{"the outside host", protocols(), hostAddr(outside, family, 80)},
-			{"another address of the Service network", protocols(), vip(family, 0, 80)},
+			{"unused address of the Service network", protocols(), vip(family, 0, 80)},
 			{"another port of a frontend", protocols(), vip(family, 1, 81)},
 			{"the endpoints' port at a frontend's address", protocols(), vip(family, 1, endpointPort)},
 			{"another port of a Service without endpoints", protocols(), vip(family, 2, 81)},
@@ -266,7 +266,7 @@ func (s suite) testOtherTraffic(t *testing.T) {
 			{"the frontend of a deleted Service", protocols(), vip(family, 3, 80)},
 		} {
 			for _, p := range tt.protocols {
-				for _, from := range []*nettest.Host{w.client, w.pods[0], w.net.Node} {
+				for _, from := range []*nettest.Host{topo.client, topo.pods[0], topo.net.Node} {
 					t.Run(fmt.Sprintf("%s/%s/%s/from %s", family, tt.name, p, from.Name), func(t *testing.T) {
 						t.Parallel()
 						answer, err := connect(t, from, p, tt.addr)
@@ -274,7 +274,7 @@ func (s suite) testOtherTraffic(t *testing.T) {
 							t.Fatal(err)
 						}
 						if answer.Endpoint != tt.addr || answer.Source.Addr() != addrOf(from, family) {
-							t.Errorf("answer %+v, want endpoint %s and source %s: unchanged", answer, tt.addr, addrOf(from, family))
+							t.Errorf("answer %+v, want untranslated endpoint %s and source %s", answer, tt.addr, addrOf(from, family))
 						}
 					})
 				}
@@ -283,30 +283,29 @@ func (s suite) testOtherTraffic(t *testing.T) {
 	}
 }
 
-// testManyEndpoints does not run in parallel: its servers need 2,000 file
-// descriptors, and netlink libraries that use select(2) cannot have a socket
-// above 1,023.
+// testManyEndpoints does not run in parallel: its servers use 2,000 file descriptors, and
+// netlink libraries that call select(2) cannot use sockets above 1,023.
 func (s suite) testManyEndpoints(t *testing.T) {
 	const pods, endpoints, connections = 4, 1000, 300
-	w := newTopology(t, s, pods)
+	topo := newTopology(t, s, pods)
 	ports := make([]uint16, 0, endpoints/pods)
 	for i := range uint16(endpoints / pods) {
 		ports = append(ports, 10_000+i)
 	}
-	for _, pod := range w.pods {
+	for _, pod := range topo.pods {
 		pod.ServeT(t, nettest.TCP, ports...)
 	}
 	var services []*dataplane.Service
 	for _, family := range families() {
 		var addrs []netip.AddrPort
-		for _, pod := range w.pods {
+		for _, pod := range topo.pods {
 			for _, p := range ports {
 				addrs = append(addrs, netip.AddrPortFrom(addrOf(pod, family), p))
 			}
 		}
-		services = append(services, w.service("many", dataplane.TCP, []netip.AddrPort{vip(family, 1, 80)}, addrs))
+		services = append(services, topo.service("many", dataplane.TCP, []netip.AddrPort{vip(family, 1, 80)}, addrs))
 	}
-	w.replace(services...)
+	topo.replace(services...)
 	for _, s := range services {
 		t.Run(s.Key.Family.String(), func(t *testing.T) {
 			t.Parallel()
@@ -316,16 +315,16 @@ func (s suite) testManyEndpoints(t *testing.T) {
 			}
 			reached := map[netip.AddrPort]bool{}
 			for range connections {
-				answer, err := connect(t, w.client, dataplane.TCP, s.Frontends[0].Addr)
+				answer, err := connect(t, topo.client, dataplane.TCP, s.Frontends[0].Addr)
 				if err != nil {
 					t.Fatal(err)
 				}
 				if !valid[answer.Endpoint] {
-					t.Fatalf("a connection reached %s, which is no endpoint", answer.Endpoint)
+					t.Fatalf("connection reached %s, which is not an endpoint", answer.Endpoint)
 				}
 				reached[answer.Endpoint] = true
 			}
-			// 300 random choices of 1000 make 259 different ones, sigma 6.
+			// 300 random choices out of 1000 reach 259 different endpoints on average, sigma 6.
 			if len(reached) < 220 {
 				t.Errorf("%d connections reached %d different endpoints of %d, want at least 220", connections, len(reached), endpoints)
 			}
@@ -335,22 +334,22 @@ func (s suite) testManyEndpoints(t *testing.T) {
 
 func (s suite) testLongNames(t *testing.T) {
 	t.Parallel()
-	w := newTopology(t, s, 2)
+	topo := newTopology(t, s, 2)
 	long := func(n int) string { return fmt.Sprintf("%0*d", n, 7) }
 	key := dataplane.Key{Namespace: "n" + long(62), Name: "s" + long(62), Port: "p" + long(14)}
-	w.replace()
+	topo.replace()
 	for _, family := range families() {
 		var frontends []netip.AddrPort
-		for n := range byte(8) { // As a Service with many external addresses.
+		for n := range byte(8) { // like a Service with many external IPs
 			frontends = append(frontends, vip(family, n, 65535))
 		}
-		w.createOrUpdate(w.serviceWithKey(key, dataplane.TCP, frontends, w.endpoints(family, 0)))
-		w.createOrUpdate(w.serviceWithKey(key, dataplane.TCP, frontends, w.endpoints(family, 0, 1)))
+		topo.createOrUpdate(topo.serviceWithKey(key, dataplane.TCP, frontends, topo.endpoints(family, 0)))
+		topo.createOrUpdate(topo.serviceWithKey(key, dataplane.TCP, frontends, topo.endpoints(family, 0, 1)))
 	}
-	w.warmRestart()
+	topo.warmRestart()
 	for _, family := range families() {
 		for n := range byte(8) {
-			expectEndpoints(t, w.client, dataplane.TCP, vip(family, n, 65535), w.endpoints(family, 0, 1))
+			expectEndpoints(t, topo.client, dataplane.TCP, vip(family, n, 65535), topo.endpoints(family, 0, 1))
 		}
 	}
 }

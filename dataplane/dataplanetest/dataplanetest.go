@@ -1,8 +1,9 @@
-// Package dataplanetest is the suite of behaviours that every backend has, seen
-// from the network: it builds a node, pods and a host outside out of network
-// namespaces, programs Services, and opens real connections, of TCP, UDP and
-// SCTP, over IPv4 and IPv6. It needs root, and of the kernel what
-// [fairlead.io/fairlead/internal/nettest] and the backend need.
+// Package dataplanetest tests the behavior that every dataplane backend must have, as seen
+// from the network. It builds a node, pods and an outside host from network namespaces,
+// programs Services, and opens real TCP, UDP and SCTP connections over IPv4 and IPv6.
+//
+// The suite needs root and the kernel features that [fairlead.io/fairlead/internal/nettest]
+// and the backend under test need.
 package dataplanetest
 
 import (
@@ -11,65 +12,64 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// Opener opens the Dataplane under test in the network namespace that the file
-// descriptor netns stands for; it fails t if it cannot. The suite closes it,
-// and may open several in one namespace, one after the other or at a time.
+// Opener opens the Dataplane under test in the network namespace of the file descriptor
+// netns. It fails t on error. The suite closes the Dataplane, and may open several in one
+// namespace, consecutively or concurrently.
 type Opener func(t testing.TB, netns int) dataplane.Dataplane
 
-// Limitations are what a backend cannot do for want of the kernel's doing it.
+// Limitations describes what a backend cannot do because the kernel does not support it.
 type Limitations struct {
-	// AffinityOutlivesTimeout says that a client's endpoint is remembered, whatever the
-	// timeout, for as long as the kernel remembers one of the client's connections,
-	// which for TCP is some minutes. The suite checks that instead.
+	// AffinityOutlivesTimeout is set if a client keeps its endpoint beyond the affinity
+	// timeout, for as long as the kernel tracks one of the client's connections. For TCP
+	// that is several minutes. The suite then checks that behavior instead.
 	AffinityOutlivesTimeout bool
-	// NeedUniquePorts says that a client who uses one source port for connections to
-	// two Services loses the first if both are at one endpoint. The suite's clients
-	// use none twice.
+	// NeedUniquePorts is set if a client that uses one source port for connections to two
+	// Services loses the first connection when both reach the same endpoint. The suite's
+	// clients then never reuse a source port.
 	NeedUniquePorts bool
 }
 
-// Run runs the suite. Each test has a network of its own, and most run in
-// parallel.
+// Run runs the suite. Each test has its own network, and most tests run in parallel.
 func Run(t *testing.T, open Opener, limits Limitations) {
 	t.Helper()
 	s := suite{open: open, limitations: limits}
-	t.Run("a Service of 1000 endpoints", s.testManyEndpoints)
-	t.Run("connections reach the endpoints", s.testConnectivity)
-	t.Run("the choice of endpoints is even", s.testDistribution)
-	t.Run("clients outside of the pod network are masqueraded", s.testMasqueradeOffCluster)
-	t.Run("without endpoints connections are refused", s.testNoEndpoints)
-	t.Run("without endpoints connections are dropped where that is wanted", s.testDropWithoutEndpoints)
-	t.Run("clients are masqueraded as the Service wants", s.testMasqueradePolicies)
-	t.Run("other ports of a cluster IP are refused, and other cluster IPs dropped", s.testUndeclaredPorts)
-	t.Run("what is neither TCP, UDP nor SCTP is refused or dropped alike", s.testOtherProtocols)
-	t.Run("node ports answer on the node's addresses for them", s.testNodePorts)
-	t.Run("node ports at loopback addresses are refused", s.testLocalhostNodePorts)
+	t.Run("Service with 1000 endpoints", s.testManyEndpoints)
+	t.Run("connections reach all endpoints", s.testConnectivity)
+	t.Run("endpoints are chosen evenly", s.testDistribution)
+	t.Run("clients outside the pod network are masqueraded", s.testMasqueradeOffCluster)
+	t.Run("connections without endpoints are rejected", s.testNoEndpoints)
+	t.Run("connections without endpoints are dropped", s.testDropWithoutEndpoints)
+	t.Run("masquerade policies", s.testMasqueradePolicies)
+	t.Run("undeclared ports are rejected and unused cluster IPs dropped", s.testUndeclaredPorts)
+	t.Run("protocols other than TCP, UDP and SCTP", s.testOtherProtocols)
+	t.Run("node ports answer on the configured addresses", s.testNodePorts)
+	t.Run("localhost node ports are rejected", s.testLocalhostNodePorts)
 	t.Run("packets to loopback addresses from other hosts are dropped", s.testProtectLoopback)
-	t.Run("pings to Services are answered where that is wanted", s.testPingServiceIPs)
-	t.Run("invalid packets of endpoints reach nobody", s.testInvalidPackets)
-	t.Run("connections that a client has lost", s.testHalfOpenConnections)
-	t.Run("connections of which the node sees one direction", s.testAsymmetricRoutes)
-	t.Run("outside clients get local endpoints where the policy is Local", s.testExternalTrafficPolicyLocal)
-	t.Run("clients out of the source ranges are dropped", s.testSourceRanges)
-	t.Run("clients stick to an endpoint where there is affinity", s.testAffinity)
-	t.Run("thousands of clients stick", s.testAffinityManyClients)
-	t.Run("a client's first connections stick together", s.testAffinityConcurrentConnections)
-	t.Run("a pod reaches itself through its Service", s.testHairpin)
-	t.Run("endpoints with the address of the node", s.testNodeEndpoints)
-	t.Run("what is no frontend is left alone", s.testOtherTraffic)
-	t.Run("a Service with the longest names", s.testLongNames)
-	t.Run("a Service changes", s.testServiceChanges)
-	t.Run("Services of the same pods", s.testSharedEndpoints)
-	t.Run("a Service with many frontends", s.testManyFrontends)
+	t.Run("pings to Service IPs", s.testPingServiceIPs)
+	t.Run("invalid packets from endpoints are dropped", s.testInvalidPackets)
+	t.Run("half-open connections are reset", s.testHalfOpenConnections)
+	t.Run("connections with asymmetric routes", s.testAsymmetricRoutes)
+	t.Run("external traffic policy Local", s.testExternalTrafficPolicyLocal)
+	t.Run("source ranges", s.testSourceRanges)
+	t.Run("session affinity", s.testAffinity)
+	t.Run("session affinity of many clients", s.testAffinityManyClients)
+	t.Run("session affinity of concurrent connections", s.testAffinityConcurrentConnections)
+	t.Run("hairpin connections", s.testHairpin)
+	t.Run("endpoints on the node itself", s.testNodeEndpoints)
+	t.Run("other traffic is unchanged", s.testOtherTraffic)
+	t.Run("Service with the longest names", s.testLongNames)
+	t.Run("changes of a Service", s.testServiceChanges)
+	t.Run("Services that share endpoints", s.testSharedEndpoints)
+	t.Run("Service with many frontends", s.testManyFrontends)
 	t.Run("frontends move between Services", s.testFrontendMoves)
-	t.Run("connections survive", s.testEstablishedConnections)
-	t.Run("endpoints come and go under load", s.testEndpointChangesUnderLoad)
+	t.Run("established connections survive", s.testEstablishedConnections)
+	t.Run("endpoints change under load", s.testEndpointChangesUnderLoad)
 	t.Run("connections while endpoints come and go", s.testChurn)
-	t.Run("a restart under load", s.testWarmRestartUnderLoad)
-	t.Run("Read returns what was programmed", s.testReadState)
+	t.Run("warm restart under load", s.testWarmRestartUnderLoad)
+	t.Run("Read returns the programmed state", s.testReadState)
 	t.Run("an equal Replace writes nothing", s.testEqualReplace)
-	t.Run("a Replace tells how far it is", s.testReplaceProgress)
-	t.Run("another's change is drift", s.testDrift)
+	t.Run("Replace reports progress", s.testReplaceProgress)
+	t.Run("changes by another writer are drift", s.testDrift)
 }
 
 type suite struct {

@@ -1,7 +1,6 @@
 package dataplanetest
 
 import (
-	"fmt"
 	"net/netip"
 	"testing"
 
@@ -11,9 +10,9 @@ import (
 
 func (s suite) testExternalTrafficPolicyLocal(t *testing.T) {
 	t.Parallel()
-	w := newTopology(t, s, 3)
-	node, outside := w.net.Node, w.net.Outside
-	w.node.NodePortAddrs = node.Addrs()
+	topo := newTopology(t, s, 3)
+	node, outside := topo.net.Node, topo.net.Outside
+	topo.node.NodePortAddrs = node.Addrs()
 	frontends := func(family dataplane.Family) map[dataplane.Kind]netip.AddrPort {
 		return map[dataplane.Kind]netip.AddrPort{
 			dataplane.NodePort: nodePortFrontend(family, 30080), dataplane.ExternalIP: vip(family, 1, 80), dataplane.LoadBalancer: vip(family, 2, 80),
@@ -23,19 +22,18 @@ func (s suite) testExternalTrafficPolicyLocal(t *testing.T) {
 		var services []*dataplane.Service
 		for kind := range frontends(dataplane.IPv4) {
 			services = append(services, buildServices(func(family dataplane.Family, p dataplane.Protocol) *dataplane.Service {
-				treatment := w.specOf(w.endpoints(family, all...))
-				treatment.Masquerade, treatment.NoEndpointsVerdict = dataplane.MasqueradeAlways, verdict
+				spec := topo.specOf(topo.endpoints(family, all...))
+				spec.Masquerade, spec.NoEndpointsVerdict = dataplane.MasqueradeAlways, verdict
 				if policy {
-					treatment.Masquerade, treatment.ExternalTrafficPolicyLocal = dataplane.MasqueradeFromNode, true
-					treatment.LocalEndpoints = localEndpoints(w.endpoints(family, local...))
+					spec.Masquerade, spec.ExternalTrafficPolicyLocal = dataplane.MasqueradeFromNode, true
+					spec.LocalEndpoints = localEndpoints(topo.endpoints(family, local...))
 				}
-				return w.serviceOfKind(kind, "web", p, frontends(family)[kind], treatment)
+				return topo.serviceOfKind(kind, "web", p, frontends(family)[kind], spec)
 			})...)
 		}
 		return services
 	}
-	// check checks where connections of clients end, and whose address the
-	// endpoint sees.
+	// check checks which pods the clients reach, and whose address the endpoint sees.
 	check := func(t *testing.T, clients []*nettest.Host, source func(from *nettest.Host) *nettest.Host, verdict dataplane.Verdict, pods ...int) {
 		t.Helper()
 		forEachClient(t, clients, func(t *testing.T, family dataplane.Family, p dataplane.Protocol, from *nettest.Host) {
@@ -47,13 +45,13 @@ func (s suite) testExternalTrafficPolicyLocal(t *testing.T) {
 					expectVerdict(t, from, p, addr, verdict)
 					continue
 				}
-				for _, answer := range expectSampledEndpoints(t, from, p, addr, w.endpoints(family, pods...)) {
+				for _, answer := range expectSampledEndpoints(t, from, p, addr, topo.endpoints(family, pods...)) {
 					want := source(from)
 					if answer.Host == from.Name {
-						want = node // A pod that reaches itself.
+						want = node // hairpin
 					}
 					if got := answer.Source.Addr(); want != node && got != addrOf(want, family) || want == node && got == addrOf(from, family) && from != node {
-						t.Errorf("%s from %s to %s: the endpoint sees %s, want the address of %s", p, from.Name, addr, got, want.Name)
+						t.Errorf("%s from %s to %s: endpoint sees source %s, want the address of %s", p, from.Name, addr, got, want.Name)
 					}
 				}
 			}
@@ -61,28 +59,28 @@ func (s suite) testExternalTrafficPolicyLocal(t *testing.T) {
 	}
 	itself := func(from *nettest.Host) *nettest.Host { return from }
 	masqueraded := func(*nettest.Host) *nettest.Host { return node }
-	pods := []*nettest.Host{w.client, w.pods[0], w.pods[1]}
+	pods := []*nettest.Host{topo.client, topo.pods[0], topo.pods[1]}
 
-	w.replace()
-	// The tests follow each other.
+	topo.replace()
+	// Each subtest starts from the state of the previous one.
 	for _, tt := range []struct {
 		name       string
 		policy     bool
 		verdict    dataplane.Verdict
 		all, local []int
 	}{
-		{"without local endpoints", true, dataplane.Drop, []int{0, 1}, nil},
-		{"with one", true, dataplane.Drop, []int{0, 1, 2}, []int{1}},
-		{"with two", true, dataplane.Drop, []int{0, 1, 2}, []int{1, 2}},
-		{"with another two", true, dataplane.Drop, []int{0, 1}, []int{0, 1}},
-		{"with none left", true, dataplane.Drop, []int{0, 2}, nil},
-		{"to be rejected", true, dataplane.Reject, []int{0, 2}, nil},
-		{"without endpoints anywhere", true, dataplane.Reject, nil, nil},
-		{"with local endpoints only", true, dataplane.Drop, nil, []int{2}},
-		{"without the policy", false, dataplane.Drop, []int{0, 1, 2}, nil},
-		{"with it again", true, dataplane.Drop, []int{0, 1, 2}, []int{0}},
+		{"no local endpoints", true, dataplane.Drop, []int{0, 1}, nil},
+		{"one local endpoint", true, dataplane.Drop, []int{0, 1, 2}, []int{1}},
+		{"two local endpoints", true, dataplane.Drop, []int{0, 1, 2}, []int{1, 2}},
+		{"two other local endpoints", true, dataplane.Drop, []int{0, 1}, []int{0, 1}},
+		{"last local endpoint removed", true, dataplane.Drop, []int{0, 2}, nil},
+		{"verdict Reject", true, dataplane.Reject, []int{0, 2}, nil},
+		{"no endpoints", true, dataplane.Reject, nil, nil},
+		{"local endpoints only", true, dataplane.Drop, nil, []int{2}},
+		{"policy Cluster", false, dataplane.Drop, []int{0, 1, 2}, nil},
+		{"policy Local again", true, dataplane.Drop, []int{0, 1, 2}, []int{0}},
 	} {
-		w.createOrUpdate(build(tt.policy, tt.verdict, tt.all, tt.local)...)
+		topo.createOrUpdate(build(tt.policy, tt.verdict, tt.all, tt.local)...)
 		t.Run(tt.name, func(t *testing.T) {
 			if !tt.policy {
 				check(t, append(pods, node, outside), masqueraded, tt.verdict, tt.all...)
@@ -94,8 +92,7 @@ func (s suite) testExternalTrafficPolicyLocal(t *testing.T) {
 		})
 	}
 
-	// The node's own connections from another address than it is masqueraded
-	// with.
+	// The node connects from an address other than the one it masquerades with.
 	t.Run("the node's own connections are masqueraded", func(t *testing.T) {
 		for _, family := range families() {
 			if err := node.AddAddr(vip(family, 1, 0).Addr()); err != nil {
@@ -110,24 +107,24 @@ func (s suite) testExternalTrafficPolicyLocal(t *testing.T) {
 	for _, tt := range []struct {
 		name  string
 		node  dataplane.Node
-		local bool // whether pods count as this node's
+		local bool // whether pods count as local clients
 	}{
-		{"pods told by nothing", dataplane.Node{}, false},
-		{"pods told by their address", dataplane.Node{PodCIDRs: w.net.PodCIDRs}, true},
-		{"pods told by the node's networks", dataplane.Node{LocalPodCIDRs: w.net.PodCIDRs}, true},
-		{"pods told by the beginning of their interface's name", dataplane.Node{PodInterfacePrefix: "veth"}, true},
-		{"pods told by other interfaces", dataplane.Node{PodInterface: "cbr0"}, false},
-		{"pods told by other interfaces or the node's networks", dataplane.Node{PodInterface: "cbr0", LocalPodCIDRs: w.net.PodCIDRs}, true},
+		{"no local traffic detection", dataplane.Node{}, false},
+		{"pod CIDRs", dataplane.Node{PodCIDRs: topo.net.PodCIDRs}, true},
+		{"local pod CIDRs", dataplane.Node{LocalPodCIDRs: topo.net.PodCIDRs}, true},
+		{"interface name prefix", dataplane.Node{PodInterfacePrefix: "veth"}, true},
+		{"other bridge interface", dataplane.Node{PodInterface: "cbr0"}, false},
+		{"other bridge interface and local pod CIDRs", dataplane.Node{PodInterface: "cbr0", LocalPodCIDRs: topo.net.PodCIDRs}, true},
 	} {
-		w.node = tt.node
-		w.node.NodePortAddrs = node.Addrs()
-		w.warmRestart()
-		t.Run(fmt.Sprintf("with %s", tt.name), func(t *testing.T) {
+		topo.node = tt.node
+		topo.node.NodePortAddrs = node.Addrs()
+		topo.warmRestart()
+		t.Run(tt.name, func(t *testing.T) {
 			want := []int{0}
 			if tt.local {
 				want = []int{0, 1, 2}
 			}
-			check(t, []*nettest.Host{w.client}, itself, dataplane.Drop, want...)
+			check(t, []*nettest.Host{topo.client}, itself, dataplane.Drop, want...)
 			check(t, []*nettest.Host{outside}, itself, dataplane.Drop, 0)
 			check(t, []*nettest.Host{node}, masqueraded, dataplane.Drop, 0, 1, 2)
 		})

@@ -13,31 +13,30 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// loadDuration is how long a test changes things under load.
+// loadDuration is how long a test makes changes under load.
 const loadDuration = 3 * time.Second
 
-// underLoad calls change again and again. Meanwhile it opens connections to the
-// frontends, from a pod, the node and outside, and checks that each reaches one
-// of the endpoints.
-func (w *topology) underLoad(t *testing.T, services []*dataplane.Service, change func()) {
+// underLoad calls change repeatedly. Meanwhile it opens connections to the frontends from a
+// pod, the node and the outside host, and checks that each reaches one of the endpoints.
+func (topo *topology) underLoad(t *testing.T, services []*dataplane.Service, change func()) {
 	t.Helper()
 	start := time.Now()
 	var done, failed atomic.Int64
 	var stop atomic.Bool
 	var clients sync.WaitGroup
 	for _, s := range services {
-		for _, from := range []*nettest.Host{w.client, w.net.Node, w.net.Outside} {
+		for _, from := range []*nettest.Host{topo.client, topo.net.Node, topo.net.Outside} {
 			clients.Go(func() {
 				f := s.Frontends[0]
 				if f.Addr.Addr().IsUnspecified() {
-					f.Addr = addrPortOf(w.net.Node, s.Key.Family, f.Addr.Port())
+					f.Addr = addrPortOf(topo.net.Node, s.Key.Family, f.Addr.Port())
 				}
 				for !stop.Load() {
 					answer, err := connect(t, from, f.Protocol, f.Addr)
 					done.Add(1)
 					valid := slices.ContainsFunc(s.Endpoints, func(e dataplane.Endpoint) bool { return e.Addr == answer.Endpoint })
 					if err == nil && valid {
-						time.Sleep(time.Millisecond) // Others need this machine too.
+						time.Sleep(time.Millisecond) // leave CPU time to parallel tests
 						continue
 					}
 					if failed.Add(1) < 10 {
@@ -49,7 +48,7 @@ func (w *topology) underLoad(t *testing.T, services []*dataplane.Service, change
 	}
 	changes := 0
 	func() {
-		defer clients.Wait() // also when change ends the test
+		defer clients.Wait() // also if change fails the test
 		defer stop.Store(true)
 		for time.Since(start) < loadDuration {
 			change()
@@ -58,48 +57,49 @@ func (w *topology) underLoad(t *testing.T, services []*dataplane.Service, change
 	}()
 	t.Logf("%d connections during %d changes, %d failed", done.Load(), changes, failed.Load())
 	if done.Load() < 100 {
-		t.Errorf("only %d connections in %v: this is no load", done.Load(), loadDuration)
+		t.Errorf("only %d connections in %v, too few for a load test", done.Load(), loadDuration)
 	}
 }
 
-// loadServices returns a Service of each protocol, and TCP ones that are treated
-// in other ways.
-func (w *topology) loadServices(pods ...int) []*dataplane.Service {
-	w.t.Helper()
+// loadServices returns a Service for each protocol, and TCP Services with node ports, session
+// affinity and external traffic policy Local.
+func (topo *topology) loadServices(pods ...int) []*dataplane.Service {
+	topo.t.Helper()
 	var services []*dataplane.Service
 	for _, family := range families() {
-		plain := w.specOf(w.endpoints(family, pods...))
+		plain := topo.specOf(topo.endpoints(family, pods...))
 		plain.Masquerade = dataplane.MasqueradeAlways
 		sticky, local := plain, plain
-		sticky.Affinity = time.Second // so that clients are sent elsewhere now and then
+		sticky.Affinity = time.Second // short, so that clients change endpoints during the test
 		local.ExternalTrafficPolicyLocal, local.LocalEndpoints, local.Masquerade = true, plain.Endpoints, dataplane.MasqueradeFromNode
 		both := local
 		both.Affinity = time.Hour
 		services = append(services,
-			w.serviceOfKind(dataplane.NodePort, "node-port", dataplane.TCP, nodePortFrontend(family, 30080), plain),
-			w.serviceOfKind(dataplane.ClusterIP, "sticky", dataplane.TCP, vip(family, 2, 80), sticky),
-			w.serviceOfKind(dataplane.LoadBalancer, "local", dataplane.TCP, vip(family, 3, 80), local),
-			w.serviceOfKind(dataplane.NodePort, "both", dataplane.TCP, nodePortFrontend(family, 30081), both))
+			topo.serviceOfKind(dataplane.NodePort, "node-port", dataplane.TCP, nodePortFrontend(family, 30080), plain),
+			topo.serviceOfKind(dataplane.ClusterIP, "sticky", dataplane.TCP, vip(family, 2, 80), sticky),
+			topo.serviceOfKind(dataplane.LoadBalancer, "local", dataplane.TCP, vip(family, 3, 80), local),
+			topo.serviceOfKind(dataplane.NodePort, "both", dataplane.TCP, nodePortFrontend(family, 30081), both))
 	}
 	for _, family := range families() {
 		for _, p := range protocols() {
-			services = append(services, w.service("web", p, []netip.AddrPort{vip(family, 1, 80)}, w.endpoints(family, pods...)))
+			services = append(services, topo.service("web", p, []netip.AddrPort{vip(family, 1, 80)}, topo.endpoints(family, pods...)))
 		}
 	}
 	return services
 }
 
-// Pods 0 and 2 stay; 1, 3 and 4 come and go, so that slots move and the number
-// of endpoints changes; all of them serve all the time. The changes follow each
-// other as fast as the kernel takes them, so that several come between two steps
-// of one packet: a packet that is not translated makes connection tracking leave
-// the rest of its connection alone too, however often the client tries again.
+// testEndpointChangesUnderLoad keeps pods 0 and 2 as endpoints, and adds and removes pods 1,
+// 3 and 4, so that slots move and the number of endpoints changes. All pods serve throughout.
+// The changes are as fast as the kernel accepts them, so that several happen between two
+// steps of one packet. Such a race is fatal for a connection: after one untranslated packet,
+// connection tracking does not translate the connection's later packets either, however often
+// the client retransmits.
 func (s suite) testEndpointChangesUnderLoad(t *testing.T) {
 	t.Parallel()
-	w := newTopology(t, s, 5)
-	w.node.NodePortAddrs = w.net.Node.Addrs()
-	w.replace(w.loadServices(0, 2)...)
-	w.underLoad(t, w.loadServices(0, 1, 2, 3, 4), func() {
+	topo := newTopology(t, s, 5)
+	topo.node.NodePortAddrs = topo.net.Node.Addrs()
+	topo.replace(topo.loadServices(0, 2)...)
+	topo.underLoad(t, topo.loadServices(0, 1, 2, 3, 4), func() {
 		pods := []int{0, 2}
 		for _, i := range []int{1, 3, 4} {
 			if rand.IntN(2) == 0 { //nolint:gosec // no secret
@@ -107,19 +107,19 @@ func (s suite) testEndpointChangesUnderLoad(t *testing.T) {
 			}
 		}
 		var changes []dataplane.Change
-		for _, s := range w.loadServices(pods...) {
-			changes = append(changes, dataplane.Change{Old: w.programmed[s.Key], New: s})
+		for _, s := range topo.loadServices(pods...) {
+			changes = append(changes, dataplane.Change{Old: topo.programmed[s.Key], New: s})
 		}
-		w.applyUnchecked(changes)
+		topo.applyUnchecked(changes)
 	})
-	w.checkState("apply under load")
+	topo.checkState("Apply under load")
 }
 
 func (s suite) testWarmRestartUnderLoad(t *testing.T) {
 	t.Parallel()
-	w := newTopology(t, s, 3)
-	w.node.NodePortAddrs = w.net.Node.Addrs()
-	services := w.loadServices(0, 1, 2)
-	w.replace(services...)
-	w.underLoad(t, services, w.warmRestart)
+	topo := newTopology(t, s, 3)
+	topo.node.NodePortAddrs = topo.net.Node.Addrs()
+	services := topo.loadServices(0, 1, 2)
+	topo.replace(services...)
+	topo.underLoad(t, services, topo.warmRestart)
 }

@@ -15,17 +15,17 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// nodeEndpointPort is the port on which the node itself serves all protocols, as the API
-// server and pods in the host's network do.
+// nodeEndpointPort is the port on which the node itself serves all protocols, like the API
+// server and pods in the host network.
 const nodeEndpointPort = 6443
 
-// testNodeEndpoints connects to Services whose endpoint has the node's own address.
-// Connections to it never leave the node, so the kernel takes another path for them
-// than for connections to pods.
+// testNodeEndpoints connects to Services whose endpoint has the node's address. These
+// connections never leave the node and take another path through the kernel than connections
+// to pods.
 func (s suite) testNodeEndpoints(t *testing.T) {
 	t.Parallel()
-	w := newTopology(t, s, 1)
-	node := w.net.Node
+	topo := newTopology(t, s, 1)
+	node := topo.net.Node
 	second := map[dataplane.Family]netip.Addr{
 		dataplane.IPv4: netip.MustParseAddr("198.51.100.1"), dataplane.IPv6: netip.MustParseAddr("2001:db8:51::1"),
 	}
@@ -45,27 +45,27 @@ func (s suite) testNodeEndpoints(t *testing.T) {
 
 	frontends := func(family dataplane.Family) []nodeFrontend {
 		host := []netip.AddrPort{addrPortOf(node, family, nodeEndpointPort)}
-		pod := w.endpoints(family, 0)
+		pod := topo.endpoints(family, 0)
 		clusterIP, external := dataplane.ServiceSpec{}, dataplane.ServiceSpec{Masquerade: dataplane.MasqueradeAlways}
 		sticky := dataplane.ServiceSpec{Affinity: time.Hour}
 		local := dataplane.ServiceSpec{Masquerade: dataplane.MasqueradeFromNode, ExternalTrafficPolicyLocal: true}
 		return []nodeFrontend{
 			{"cluster IP", dataplane.ClusterIP, vip(family, 1, 443), clusterIP, host},
-			{"cluster IP, the endpoint's port", dataplane.ClusterIP, vip(family, 2, nodeEndpointPort), clusterIP, host},
-			{"cluster IP, affinity", dataplane.ClusterIP, vip(family, 3, 443), sticky, host},
-			{"cluster IP, a pod too", dataplane.ClusterIP, vip(family, 4, 443), clusterIP, append(pod, host...)},
+			{"cluster IP with the endpoint port", dataplane.ClusterIP, vip(family, 2, nodeEndpointPort), clusterIP, host},
+			{"cluster IP with affinity", dataplane.ClusterIP, vip(family, 3, 443), sticky, host},
+			{"cluster IP with a pod", dataplane.ClusterIP, vip(family, 4, 443), clusterIP, append(pod, host...)},
 			{"node port", dataplane.NodePort, nodePortFrontend(family, 30443), external, host},
-			{"node port, policy Local", dataplane.NodePort, nodePortFrontend(family, 30444), local, host},
+			{"node port with policy Local", dataplane.NodePort, nodePortFrontend(family, 30444), local, host},
 			{
-				"node port, affinity", dataplane.NodePort, nodePortFrontend(family, 30445),
+				"node port with affinity", dataplane.NodePort, nodePortFrontend(family, 30445),
 				dataplane.ServiceSpec{Masquerade: dataplane.MasqueradeAlways, Affinity: time.Hour},
 				host,
 			},
 			{"external IP", dataplane.ExternalIP, vip(family, 5, 443), external, host},
-			{"external IP, a pod too", dataplane.ExternalIP, vip(family, 6, 443), external, append(pod, host...)},
-			{"external IP, the node's", dataplane.ExternalIP, addrPortOf(node, family, 443), external, host},
+			{"external IP with a pod", dataplane.ExternalIP, vip(family, 6, 443), external, append(pod, host...)},
+			{"external IP of the node", dataplane.ExternalIP, addrPortOf(node, family, 443), external, host},
 			{"load-balancer IP", dataplane.LoadBalancer, vip(family, 7, 443), external, host},
-			{"load-balancer IP, policy Local", dataplane.LoadBalancer, vip(family, 8, 443), local, host},
+			{"load-balancer IP with policy Local", dataplane.LoadBalancer, vip(family, 8, 443), local, host},
 		}
 	}
 	var services []*dataplane.Service
@@ -76,29 +76,29 @@ func (s suite) testNodeEndpoints(t *testing.T) {
 				f.spec.LocalEndpoints = f.spec.Endpoints
 			}
 			for _, p := range protocols() {
-				services = append(services, w.serviceOfKind(f.kind, fmt.Sprintf("host-%d", i), p, f.addr, f.spec))
+				services = append(services, topo.serviceOfKind(f.kind, fmt.Sprintf("host-%d", i), p, f.addr, f.spec))
 			}
 		}
 	}
 
-	clients := []*nettest.Host{w.client, w.pods[0], node, w.net.Outside}
+	clients := []*nettest.Host{topo.client, topo.pods[0], node, topo.net.Outside}
 	for _, tt := range []struct {
 		name string
 		node dataplane.Node
 	}{
-		{"masquerading clients outside the pod network", dataplane.Node{PodCIDRs: w.net.PodCIDRs}},
-		{"masquerading by interface", dataplane.Node{PodInterfacePrefix: "veth"}},
-		{"masquerading nobody", dataplane.Node{}},
-		{"masquerading all", dataplane.Node{PodCIDRs: w.net.PodCIDRs, MasqueradeAll: true}},
+		{"masquerade by pod CIDR", dataplane.Node{PodCIDRs: topo.net.PodCIDRs}},
+		{"masquerade by interface", dataplane.Node{PodInterfacePrefix: "veth"}},
+		{"masquerade no client", dataplane.Node{}},
+		{"masquerade all clients", dataplane.Node{PodCIDRs: topo.net.PodCIDRs, MasqueradeAll: true}},
 	} {
-		w.node = tt.node
-		w.node.NodePortAddrs, w.node.PrimaryAddrs = node.Addrs(), node.Addrs()
-		w.replace(services...)
+		topo.node = tt.node
+		topo.node.NodePortAddrs, topo.node.PrimaryAddrs = node.Addrs(), node.Addrs()
+		topo.replace(services...)
 		t.Run(tt.name, func(t *testing.T) {
 			forEachClient(t, clients, func(t *testing.T, family dataplane.Family, p dataplane.Protocol, from *nettest.Host) {
 				for _, f := range frontends(family) {
 					if p == dataplane.SCTP && f.kind != dataplane.ClusterIP {
-						continue // TCP and UDP show what is the same for all protocols
+						continue // TCP and UDP cover behavior common to all protocols
 					}
 					f.expectConnections(t, from, p, f.clientAddr(node, family), own)
 				}
@@ -113,8 +113,7 @@ func (s suite) testNodeEndpoints(t *testing.T) {
 	}
 }
 
-// nodeFrontend is a frontend with endpoints that the node itself serves, perhaps
-// among others.
+// nodeFrontend is a frontend whose endpoints include the node itself.
 type nodeFrontend struct {
 	name      string
 	kind      dataplane.Kind
@@ -123,7 +122,7 @@ type nodeFrontend struct {
 	endpoints []netip.AddrPort
 }
 
-// clientAddr returns where clients connect to.
+// clientAddr returns the address that clients connect to.
 func (f nodeFrontend) clientAddr(node *nettest.Host, family dataplane.Family) netip.AddrPort {
 	if f.kind == dataplane.NodePort {
 		return addrPortOf(node, family, f.addr.Port())
@@ -131,8 +130,9 @@ func (f nodeFrontend) clientAddr(node *nettest.Host, family dataplane.Family) ne
 	return f.addr
 }
 
-// expectConnections checks that connections reach all endpoints and last. The node
-// sees the addresses of other clients, as it masquerades only packets that it sends.
+// expectConnections checks that connections reach all endpoints and stay with them. The node
+// sees the original addresses of other clients, because it masquerades only packets that it
+// sends.
 func (f nodeFrontend) expectConnections(
 	t *testing.T, from *nettest.Host, p dataplane.Protocol, to netip.AddrPort, own map[netip.Addr]bool,
 ) {
@@ -153,13 +153,13 @@ func (f nodeFrontend) expectConnections(
 		}
 		answer := answers[0]
 		if !slices.Contains(f.endpoints, answer.Endpoint) || slices.ContainsFunc(answers, func(a nettest.Answer) bool { return a != answer }) {
-			t.Errorf("%s: %s from %s to %s: answers %+v, want all from one of %v", f.name, p, from.Name, to, answers, f.endpoints)
+			t.Errorf("%s: %s from %s to %s: answers %+v, want equal answers from one of %v", f.name, p, from.Name, to, answers, f.endpoints)
 			return
 		}
 		if host := answer.Endpoint.Port() == nodeEndpointPort; host {
 			source := answer.Source.Addr()
-			if known := source == addrOf(from, dataplane.FamilyOf(source)) || own[addrOf(from, dataplane.FamilyOf(source))] && own[source]; !known {
-				t.Errorf("%s: %s from %s to %s: the endpoint sees source %s", f.name, p, from.Name, to, source)
+			if expected := source == addrOf(from, dataplane.FamilyOf(source)) || own[addrOf(from, dataplane.FamilyOf(source))] && own[source]; !expected {
+				t.Errorf("%s: %s from %s to %s: endpoint sees unexpected source %s", f.name, p, from.Name, to, source)
 			}
 		}
 		if !reached[answer.Endpoint] {
@@ -167,10 +167,10 @@ func (f nodeFrontend) expectConnections(
 			missing--
 		}
 	}
-	t.Errorf("%s: connections of %s from %s to %s reached %v, want each of %v", f.name, p, from.Name, to, reached, f.endpoints)
+	t.Errorf("%s: %s connections from %s to %s reached %v, want all of %v", f.name, p, from.Name, to, reached, f.endpoints)
 }
 
-// askRepeatedly returns the answers to some requests of one connection.
+// askRepeatedly sends several requests on one connection and returns the answers.
 func askRepeatedly(t *testing.T, from *nettest.Host, p dataplane.Protocol, to netip.AddrPort, requests int) ([]nettest.Answer, error) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
@@ -179,7 +179,7 @@ func askRepeatedly(t *testing.T, from *nettest.Host, p dataplane.Protocol, to ne
 	if err != nil {
 		return nil, err
 	}
-	defer conn.Close() //nolint:errcheck // the answers count
+	defer conn.Close() //nolint:errcheck // the answers matter
 	var answers []nettest.Answer
 	for range requests {
 		answer, err := conn.Ask(ctx)
@@ -191,21 +191,21 @@ func askRepeatedly(t *testing.T, from *nettest.Host, p dataplane.Protocol, to ne
 	return answers, nil
 }
 
-// expectFromNodeAddrs checks connections of the node from addresses that its
-// programs have bound to, rather than from the one that the kernel chooses.
+// expectFromNodeAddrs checks connections from addresses that programs on the node bind to,
+// instead of the source address that the kernel chooses.
 func (f nodeFrontend) expectFromNodeAddrs(t *testing.T, node *nettest.Host, to netip.AddrPort, second netip.Addr) {
 	t.Helper()
 	for _, source := range []netip.Addr{addrOf(node, dataplane.FamilyOf(second)), second} {
 		ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
 		if answer, err := node.ConnectFrom(ctx, source, to); err != nil || !slices.Contains(f.endpoints, answer.Endpoint) {
-			t.Errorf("%s: from %s of the node to %s: answer %+v, error %v, want one from %v", f.name, source, to, answer, err, f.endpoints)
+			t.Errorf("%s: from node address %s to %s: answer %+v, error %v, want an answer from one of %v", f.name, source, to, answer, err, f.endpoints)
 		}
 		cancel()
 	}
 }
 
-// expectUnconnectedUDP checks that answers come back to a socket of the node that is not
-// connected, so that the kernel finds a route for each datagram anew.
+// expectUnconnectedUDP checks that answers reach an unconnected socket of the node. The
+// kernel looks up a route for each of its datagrams.
 func expectUnconnectedUDP(t *testing.T, node *nettest.Host, to, endpoint netip.AddrPort) {
 	t.Helper()
 	c, err := node.ListenPacket(t.Context(), "udp", netip.AddrPortFrom(nodePortFrontend(dataplane.FamilyOf(to.Addr()), 0).Addr(), 0))
@@ -213,7 +213,7 @@ func expectUnconnectedUDP(t *testing.T, node *nettest.Host, to, endpoint netip.A
 		t.Error(err)
 		return
 	}
-	defer c.Close() //nolint:errcheck // it is only read from
+	defer c.Close() //nolint:errcheck // nothing is buffered
 	if err := c.SetReadDeadline(time.Now().Add(3 * time.Second)); err != nil {
 		t.Error(err)
 	}
@@ -225,11 +225,11 @@ func expectUnconnectedUDP(t *testing.T, node *nettest.Host, to, endpoint netip.A
 		buf := make([]byte, 512)
 		n, from, err := c.ReadFrom(buf)
 		if err != nil {
-			t.Errorf("a datagram to %s: %v", to, err)
+			t.Errorf("read answer from %s: %v", to, err)
 			return
 		}
 		if got := string(buf[:n]); from.String() != to.String() || !strings.Contains(got, " "+endpoint.String()+" ") {
-			t.Errorf("a datagram to %s is answered by %s with %q, want an answer of %s from there", to, from, got, endpoint)
+			t.Errorf("datagram to %s: answer from %s is %q, want the same address and endpoint %s", to, from, got, endpoint)
 		}
 	}
 }

@@ -8,7 +8,7 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// nodePortFrontend returns the frontend of a node port.
+// nodePortFrontend returns the frontend address of a node port.
 func nodePortFrontend(family dataplane.Family, port uint16) netip.AddrPort {
 	if family == dataplane.IPv4 {
 		return netip.AddrPortFrom(netip.IPv4Unspecified(), port)
@@ -16,25 +16,25 @@ func nodePortFrontend(family dataplane.Family, port uint16) netip.AddrPort {
 	return netip.AddrPortFrom(netip.IPv6Unspecified(), port)
 }
 
-// addrPortOf returns a port of a host.
+// addrPortOf returns the address of a host with a port.
 func addrPortOf(h *nettest.Host, family dataplane.Family, port uint16) netip.AddrPort {
 	return netip.AddrPortFrom(addrOf(h, family), port)
 }
 
-// expectHost checks that a connection to addr is answered by a host.
+// expectHost checks that a host answers a connection to addr.
 func expectHost(t *testing.T, from *nettest.Host, protocol dataplane.Protocol, addr netip.AddrPort, host *nettest.Host) {
 	t.Helper()
 	if answer, err := connect(t, from, protocol, addr); err != nil || answer.Host != host.Name {
-		t.Errorf("%s from %s to %s: answer %+v, error %v, want one of %s", protocol, from.Name, addr, answer, err, host.Name)
+		t.Errorf("%s from %s to %s: answer %+v, error %v, want an answer from %s", protocol, from.Name, addr, answer, err, host.Name)
 	}
 }
 
-// The node itself serves the node ports too, so that what is not taken for a node
-// port's ends there.
+// testNodePorts makes the node itself serve the node ports too, so that untranslated
+// connections end there.
 func (s suite) testNodePorts(t *testing.T) {
 	t.Parallel()
-	w := newTopology(t, s, 3)
-	node, clients := w.net.Node, []*nettest.Host{w.client, w.pods[0], w.net.Node, w.net.Outside}
+	topo := newTopology(t, s, 3)
+	node, clients := topo.net.Node, []*nettest.Host{topo.client, topo.pods[0], topo.net.Node, topo.net.Outside}
 	second := map[dataplane.Family]netip.Addr{
 		dataplane.IPv4: netip.MustParseAddr("198.51.100.1"), dataplane.IPv6: netip.MustParseAddr("2001:db8:51::1"),
 	}
@@ -49,10 +49,10 @@ func (s suite) testNodePorts(t *testing.T) {
 	}
 	build := func(pods ...int) []*dataplane.Service {
 		var all []*dataplane.Service
-		add := func(name string, kind dataplane.Kind, addr func(dataplane.Family) netip.AddrPort, treatment dataplane.ServiceSpec, pods ...int) {
+		add := func(name string, kind dataplane.Kind, addr func(dataplane.Family) netip.AddrPort, spec dataplane.ServiceSpec, pods ...int) {
 			all = append(all, buildServices(func(family dataplane.Family, p dataplane.Protocol) *dataplane.Service {
-				treatment.Endpoints = localEndpoints(w.endpoints(family, pods...))
-				return w.serviceOfKind(kind, name, p, addr(family), treatment)
+				spec.Endpoints = localEndpoints(topo.endpoints(family, pods...))
+				return topo.serviceOfKind(kind, name, p, addr(family), spec)
 			})...)
 		}
 		portOf := func(port uint16) func(dataplane.Family) netip.AddrPort {
@@ -79,51 +79,51 @@ func (s suite) testNodePorts(t *testing.T) {
 		t.Helper()
 		forEachClient(t, clients, func(t *testing.T, family dataplane.Family, p dataplane.Protocol, from *nettest.Host) {
 			for _, port := range []uint16{plain, dropping, shared} {
-				for _, answer := range expectSampledEndpoints(t, from, p, addrPortOf(node, family, port), w.endpoints(family, 0, 2)) {
+				for _, answer := range expectSampledEndpoints(t, from, p, addrPortOf(node, family, port), topo.endpoints(family, 0, 2)) {
 					if answer.Source.Addr() != addrOf(node, family) {
-						t.Errorf("the endpoint of a connection from %s sees %s, want the node", from.Name, answer.Source)
+						t.Errorf("endpoint of a connection from %s sees source %s, want the node", from.Name, answer.Source)
 					}
 				}
 			}
-			for _, answer := range expectSampledEndpoints(t, from, p, addrPortOf(node, family, kept), w.endpoints(family, 0, 2)) {
-				itself := answer.Host == from.Name // a pod that reaches itself
+			for _, answer := range expectSampledEndpoints(t, from, p, addrPortOf(node, family, kept), topo.endpoints(family, 0, 2)) {
+				itself := answer.Host == from.Name // hairpin
 				if (answer.Source.Addr() == addrOf(from, family)) == itself {
-					t.Errorf("%s is answered by %s, which sees %s", from.Name, answer.Host, answer.Source)
+					t.Errorf("connection from %s to %s: endpoint sees source %s", from.Name, answer.Host, answer.Source)
 				}
 			}
 		})
 		notServed(t)
 	}
-	w.node.NodePortAddrs = node.Addrs()
-	w.replace(build(0, 2)...)
-	t.Run("with endpoints", served)
-	w.warmRestart()
-	t.Run("after a restart", served)
+	topo.node.NodePortAddrs = node.Addrs()
+	topo.replace(build(0, 2)...)
+	t.Run("endpoints", served)
+	topo.warmRestart()
+	t.Run("warm restart", served)
 
-	w.createOrUpdate(build()...)
-	t.Run("without endpoints", func(t *testing.T) {
+	topo.createOrUpdate(build()...)
+	t.Run("no endpoints", func(t *testing.T) {
 		forEachClient(t, clients, func(t *testing.T, family dataplane.Family, p dataplane.Protocol, from *nettest.Host) {
 			expectRefused(t, from, p, addrPortOf(node, family, plain))
 			expectRefused(t, from, p, addrPortOf(node, family, kept))
-			expectRefused(t, from, p, addrPortOf(node, family, shared)) // although the node port of this number has some
+			expectRefused(t, from, p, addrPortOf(node, family, shared)) // although the node port with this number has endpoints
 			expectDropped(t, from, p, addrPortOf(node, family, dropping))
 		})
 		notServed(t)
 	})
 
-	w.createOrUpdate(build(0)...)
+	topo.createOrUpdate(build(0)...)
 	for _, family := range families() {
-		w.node.NodePortAddrs = append(w.node.NodePortAddrs, second[family])
+		topo.node.NodePortAddrs = append(topo.node.NodePortAddrs, second[family])
 	}
-	w.warmRestart()
-	t.Run("on one more address", func(t *testing.T) {
+	topo.warmRestart()
+	t.Run("additional address", func(t *testing.T) {
 		forEachClient(t, clients, func(t *testing.T, family dataplane.Family, p dataplane.Protocol, from *nettest.Host) {
 			for _, port := range []uint16{plain, dropping, kept} {
-				expectSampledEndpoints(t, from, p, addrPortOf(node, family, port), w.endpoints(family, 0))
-				expectSampledEndpoints(t, from, p, netip.AddrPortFrom(second[family], port), w.endpoints(family, 0))
+				expectSampledEndpoints(t, from, p, addrPortOf(node, family, port), topo.endpoints(family, 0))
+				expectSampledEndpoints(t, from, p, netip.AddrPortFrom(second[family], port), topo.endpoints(family, 0))
 			}
-			expectSampledEndpoints(t, from, p, addrPortOf(node, family, shared), w.endpoints(family, 0))
-			expectSampledEndpoints(t, from, p, netip.AddrPortFrom(second[family], shared), w.endpoints(family, 1))
+			expectSampledEndpoints(t, from, p, addrPortOf(node, family, shared), topo.endpoints(family, 0))
+			expectSampledEndpoints(t, from, p, netip.AddrPortFrom(second[family], shared), topo.endpoints(family, 1))
 		})
 	})
 
@@ -146,40 +146,40 @@ func (s suite) testNodePorts(t *testing.T) {
 		t.Helper()
 		forEachClient(t, clients, func(t *testing.T, family dataplane.Family, p dataplane.Protocol, from *nettest.Host) {
 			if from == node && p == dataplane.SCTP {
-				return // an abort from an address that no interface has is lost
+				return // SCTP aborts from an address without an interface are lost
 			}
 			expectRefused(t, from, p, inNetwork(family, plain))
 		})
 	}
-	t.Run("not yet in networks", notInNetworks)
-	w.node.NodePortNetworks = []netip.Prefix{networks[dataplane.IPv4], networks[dataplane.IPv6]}
-	w.warmRestart()
-	t.Run("in networks", func(t *testing.T) {
+	t.Run("before networks", notInNetworks)
+	topo.node.NodePortNetworks = []netip.Prefix{networks[dataplane.IPv4], networks[dataplane.IPv6]}
+	topo.warmRestart()
+	t.Run("networks", func(t *testing.T) {
 		forEachClient(t, clients, func(t *testing.T, family dataplane.Family, p dataplane.Protocol, from *nettest.Host) {
-			for _, answer := range expectSampledEndpoints(t, from, p, inNetwork(family, plain), w.endpoints(family, 0)) {
+			for _, answer := range expectSampledEndpoints(t, from, p, inNetwork(family, plain), topo.endpoints(family, 0)) {
 				if answer.Source.Addr() != addrOf(node, family) {
-					t.Errorf("the endpoint of a connection from %s sees %s, want the node", from.Name, answer.Source)
+					t.Errorf("endpoint of a connection from %s sees source %s, want the node", from.Name, answer.Source)
 				}
 			}
 			for _, port := range []uint16{dropping, kept} {
-				expectSampledEndpoints(t, from, p, inNetwork(family, port), w.endpoints(family, 0))
+				expectSampledEndpoints(t, from, p, inNetwork(family, port), topo.endpoints(family, 0))
 			}
-			expectSampledEndpoints(t, from, p, inNetwork(family, shared), w.endpoints(family, 1))
-			expectSampledEndpoints(t, from, p, addrPortOf(node, family, plain), w.endpoints(family, 0))
+			expectSampledEndpoints(t, from, p, inNetwork(family, shared), topo.endpoints(family, 1))
+			expectSampledEndpoints(t, from, p, addrPortOf(node, family, plain), topo.endpoints(family, 0))
 		})
 	})
-	w.node.NodePortNetworks = nil
-	w.warmRestart()
-	t.Run("in networks no more", notInNetworks)
+	topo.node.NodePortNetworks = nil
+	topo.warmRestart()
+	t.Run("networks removed", notInNetworks)
 
-	w.node.NodePortAddrs = nil
-	w.warmRestart()
-	t.Run("on no address", func(t *testing.T) {
+	topo.node.NodePortAddrs = nil
+	topo.warmRestart()
+	t.Run("no addresses", func(t *testing.T) {
 		forEachClient(t, clients, func(t *testing.T, family dataplane.Family, p dataplane.Protocol, from *nettest.Host) {
 			for _, port := range []uint16{plain, dropping, kept} {
 				expectHost(t, from, p, addrPortOf(node, family, port), node)
 			}
-			expectSampledEndpoints(t, from, p, addrPortOf(node, family, shared), w.endpoints(family, 0))
+			expectSampledEndpoints(t, from, p, addrPortOf(node, family, shared), topo.endpoints(family, 0))
 		})
 		notServed(t)
 	})

@@ -11,8 +11,8 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// forEachClient calls check for each family, protocol and client, all at once: where
-// packets are dropped, there is much waiting. So check must not call t.FailNow.
+// forEachClient calls check concurrently for each family, protocol and client, because
+// expecting a drop takes a timeout each. check must not call t.FailNow.
 func forEachClient(t *testing.T, clients []*nettest.Host, check func(t *testing.T, family dataplane.Family, p dataplane.Protocol, from *nettest.Host)) {
 	t.Helper()
 	var checks sync.WaitGroup
@@ -26,9 +26,9 @@ func forEachClient(t *testing.T, clients []*nettest.Host, check func(t *testing.
 	checks.Wait()
 }
 
-// expectSampledEndpoints is expect, but for UDP and SCTP it makes few connections, of which
-// it checks only that none reaches anything else: what is the same for all
-// protocols is seen with TCP.
+// expectSampledEndpoints is expectEndpoints for TCP. For UDP and SCTP it opens only a few
+// connections and checks that they reach no other endpoint: TCP shows behavior that is common
+// to all protocols.
 func expectSampledEndpoints(
 	t *testing.T, from *nettest.Host, p dataplane.Protocol, addr netip.AddrPort, endpoints []netip.AddrPort,
 ) []nettest.Answer {
@@ -48,7 +48,7 @@ func expectSampledEndpoints(
 	return answers
 }
 
-// buildServices returns what build makes for each family and protocol.
+// buildServices calls build for each family and protocol and returns the Services.
 func buildServices(build func(family dataplane.Family, p dataplane.Protocol) *dataplane.Service) []*dataplane.Service {
 	var services []*dataplane.Service
 	for _, family := range families() {
@@ -61,30 +61,30 @@ func buildServices(build func(family dataplane.Family, p dataplane.Protocol) *da
 
 func (s suite) testDropWithoutEndpoints(t *testing.T) {
 	t.Parallel()
-	w := newTopology(t, s, 1)
-	clients := []*nettest.Host{w.client, w.pods[0], w.net.Node, w.net.Outside}
+	topo := newTopology(t, s, 1)
+	clients := []*nettest.Host{topo.client, topo.pods[0], topo.net.Node, topo.net.Outside}
 	put := func(verdict dataplane.Verdict, pods ...int) {
 		t.Helper()
 		for _, kind := range []dataplane.Kind{dataplane.ClusterIP, dataplane.ExternalIP, dataplane.LoadBalancer} {
-			w.createOrUpdate(buildServices(func(family dataplane.Family, p dataplane.Protocol) *dataplane.Service {
-				treatment := w.specOf(w.endpoints(family, pods...))
-				treatment.NoEndpointsVerdict = verdict
-				return w.serviceOfKind(kind, "web", p, vip(family, byte(kind), 80), treatment)
+			topo.createOrUpdate(buildServices(func(family dataplane.Family, p dataplane.Protocol) *dataplane.Service {
+				spec := topo.specOf(topo.endpoints(family, pods...))
+				spec.NoEndpointsVerdict = verdict
+				return topo.serviceOfKind(kind, "web", p, vip(family, byte(kind), 80), spec)
 			})...)
 		}
 	}
-	w.replace()
-	// The tests follow each other.
+	topo.replace()
+	// Each subtest starts from the state of the previous one.
 	for _, tt := range []struct {
 		name    string
 		verdict dataplane.Verdict
 		pods    []int
 	}{
-		{"never any", dataplane.Drop, nil},
-		{"the first has come", dataplane.Drop, []int{0}},
-		{"the last has gone", dataplane.Drop, nil},
-		{"to be rejected from now on", dataplane.Reject, nil},
-		{"and dropped again", dataplane.Drop, nil},
+		{"no endpoint yet", dataplane.Drop, nil},
+		{"first endpoint added", dataplane.Drop, []int{0}},
+		{"last endpoint removed", dataplane.Drop, nil},
+		{"verdict becomes Reject", dataplane.Reject, nil},
+		{"verdict becomes Drop", dataplane.Drop, nil},
 	} {
 		put(tt.verdict, tt.pods...)
 		t.Run(tt.name, func(t *testing.T) {
@@ -95,7 +95,7 @@ func (s suite) testDropWithoutEndpoints(t *testing.T) {
 					}
 					addr := vip(family, byte(kind), 80)
 					if len(tt.pods) > 0 {
-						expectEndpoints(t, from, p, addr, w.endpoints(family, tt.pods...))
+						expectEndpoints(t, from, p, addr, topo.endpoints(family, tt.pods...))
 					} else {
 						expectVerdict(t, from, p, addr, tt.verdict)
 					}
@@ -105,15 +105,16 @@ func (s suite) testDropWithoutEndpoints(t *testing.T) {
 	}
 }
 
-// The Services' addresses are the node's own, so that it connects from them where
-// it is not masqueraded: its own address would not show whether it is.
+// testMasqueradePolicies gives the node the addresses of the Services, so that its own
+// unmasqueraded connections come from those addresses. With the node's primary address as
+// source, masquerading would be invisible.
 func (s suite) testMasqueradePolicies(t *testing.T) {
 	t.Parallel()
-	w := newTopology(t, s, 1)
+	topo := newTopology(t, s, 1)
 	kinds := []dataplane.Masquerade{dataplane.MasqueradeOffCluster, dataplane.MasqueradeAlways, dataplane.MasqueradeFromNode}
 	for _, family := range families() {
 		for _, m := range kinds {
-			if err := w.net.Node.AddAddr(vip(family, byte(m), 0).Addr()); err != nil {
+			if err := topo.net.Node.AddAddr(vip(family, byte(m), 0).Addr()); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -121,49 +122,49 @@ func (s suite) testMasqueradePolicies(t *testing.T) {
 	var services []*dataplane.Service
 	for _, m := range kinds {
 		services = append(services, buildServices(func(family dataplane.Family, p dataplane.Protocol) *dataplane.Service {
-			treatment := w.specOf(w.endpoints(family, 0))
-			treatment.Masquerade = m
-			return w.serviceOfKind(dataplane.ExternalIP, m.String(), p, vip(family, byte(m), 80), treatment)
+			spec := topo.specOf(topo.endpoints(family, 0))
+			spec.Masquerade = m
+			return topo.serviceOfKind(dataplane.ExternalIP, m.String(), p, vip(family, byte(m), 80), spec)
 		})...)
 	}
-	type who struct{ pod, node, outside bool }
-	none, all, others := who{}, who{true, true, true}, who{false, true, true}
-	other := []netip.Prefix{netip.MustParsePrefix("10.200.0.0/16"), netip.MustParsePrefix("fd00:200::/64")}
-	// The tests change one node, so they do not run in parallel.
+	type clients struct{ pod, node, outside bool }
+	none, all, offCluster := clients{}, clients{true, true, true}, clients{false, true, true}
+	otherCIDRs := []netip.Prefix{netip.MustParsePrefix("10.200.0.0/16"), netip.MustParsePrefix("fd00:200::/64")}
+	// The subtests share one node, so they do not run in parallel.
 	for _, tt := range []struct {
-		name    string
-		node    dataplane.Node
-		foreign who
+		name        string
+		node        dataplane.Node
+		masqueraded clients // by MasqueradeOffCluster
 	}{
-		{"pods told by nothing", dataplane.Node{}, none},
-		{"pods told by their address", dataplane.Node{PodCIDRs: w.net.PodCIDRs}, others},
-		{"pods told by another address", dataplane.Node{PodCIDRs: other}, all},
-		{"pods told by their interface", dataplane.Node{PodInterface: "veth1"}, others},
-		{"pods told by another interface", dataplane.Node{PodInterface: "veth"}, all},
-		{"pods told by the beginning of their interface's name", dataplane.Node{PodInterfacePrefix: "veth"}, others},
-		{"pods told by the beginning of another name", dataplane.Node{PodInterfacePrefix: "eth"}, who{true, true, false}},
-		{"everybody", dataplane.Node{MasqueradeAll: true}, all},
-		{"everybody, and pods told by their address", dataplane.Node{PodCIDRs: w.net.PodCIDRs, MasqueradeAll: true}, all},
-		{"everybody, and pods told by their interface", dataplane.Node{PodInterfacePrefix: "veth", MasqueradeAll: true}, all},
+		{"no local traffic detection", dataplane.Node{}, none},
+		{"pod CIDRs", dataplane.Node{PodCIDRs: topo.net.PodCIDRs}, offCluster},
+		{"other pod CIDRs", dataplane.Node{PodCIDRs: otherCIDRs}, all},
+		{"bridge interface", dataplane.Node{PodInterface: "veth1"}, offCluster},
+		{"other bridge interface", dataplane.Node{PodInterface: "veth"}, all},
+		{"interface name prefix", dataplane.Node{PodInterfacePrefix: "veth"}, offCluster},
+		{"other interface name prefix", dataplane.Node{PodInterfacePrefix: "eth"}, clients{true, true, false}},
+		{"all clients", dataplane.Node{MasqueradeAll: true}, all},
+		{"all clients, with pod CIDRs", dataplane.Node{PodCIDRs: topo.net.PodCIDRs, MasqueradeAll: true}, all},
+		{"all clients, with interface name prefix", dataplane.Node{PodInterfacePrefix: "veth", MasqueradeAll: true}, all},
 	} {
-		w.node = tt.node
-		w.replace(services...)
+		topo.node = tt.node
+		topo.replace(services...)
 		for _, m := range kinds {
-			masqueraded := map[dataplane.Masquerade]who{
-				dataplane.MasqueradeOffCluster: tt.foreign, dataplane.MasqueradeAlways: all, dataplane.MasqueradeFromNode: {node: true},
+			masqueraded := map[dataplane.Masquerade]clients{
+				dataplane.MasqueradeOffCluster: tt.masqueraded, dataplane.MasqueradeAlways: all, dataplane.MasqueradeFromNode: {node: true},
 			}[m]
 			t.Run(fmt.Sprintf("%s/%s", m, tt.name), func(t *testing.T) {
 				for _, client := range []struct {
 					*nettest.Host
 					masqueraded bool
-				}{{w.client, masqueraded.pod}, {w.net.Node, masqueraded.node}, {w.net.Outside, masqueraded.outside}} {
+				}{{topo.client, masqueraded.pod}, {topo.net.Node, masqueraded.node}, {topo.net.Outside, masqueraded.outside}} {
 					forEachClient(t, []*nettest.Host{client.Host}, func(t *testing.T, family dataplane.Family, p dataplane.Protocol, from *nettest.Host) {
 						frontend := vip(family, byte(m), 80)
 						source := addrOf(from, family)
 						switch {
 						case client.masqueraded:
-							source = addrOf(w.net.Node, family)
-						case from == w.net.Node:
+							source = addrOf(topo.net.Node, family)
+						case from == topo.net.Node:
 							source = frontend.Addr()
 						}
 						expectSource(t, from, p, frontend, source)
@@ -174,37 +175,37 @@ func (s suite) testMasqueradePolicies(t *testing.T) {
 	}
 }
 
-// testUndeclaredPorts gives the outside host all addresses of the Service network: what
-// the node lets pass ends there.
+// testUndeclaredPorts gives the outside host all addresses of the Service network.
+// Connections that the node lets pass end there.
 func (s suite) testUndeclaredPorts(t *testing.T) {
 	t.Parallel()
-	w := newTopology(t, s, 1)
+	topo := newTopology(t, s, 1)
 	const unused, used, empty, shared = 10, 1, 2, 3
 	for _, family := range families() {
 		for _, n := range []byte{used, empty, shared, unused} {
-			if err := w.net.Outside.AddAddr(vip(family, n, 0).Addr()); err != nil {
+			if err := topo.net.Outside.AddAddr(vip(family, n, 0).Addr()); err != nil {
 				t.Fatal(err)
 			}
 		}
-		w.node.ServiceCIDRs = append(w.node.ServiceCIDRs, netip.PrefixFrom(vip(family, 0, 0).Addr(), vip(family, 0, 0).Addr().BitLen()-8))
+		topo.node.ServiceCIDRs = append(topo.node.ServiceCIDRs, netip.PrefixFrom(vip(family, 0, 0).Addr(), vip(family, 0, 0).Addr().BitLen()-8))
 	}
 	for _, p := range protocols() {
-		w.net.Outside.ServeT(t, networkName(p), 80, 81, endpointPort)
+		topo.net.Outside.ServeT(t, networkName(p), 80, 81, endpointPort)
 	}
 	for _, p := range protocols() {
-		w.pods[0].ServeT(t, networkName(p), 80)
+		topo.pods[0].ServeT(t, networkName(p), 80)
 	}
 	var services []*dataplane.Service
 	for _, family := range families() {
 		services = append(services,
-			w.service("used", dataplane.TCP, []netip.AddrPort{vip(family, used, 80)}, w.endpoints(family, 0)),
-			w.service("empty", dataplane.TCP, []netip.AddrPort{vip(family, empty, 80)}, nil),
-			w.service("first", dataplane.TCP, []netip.AddrPort{vip(family, shared, 80)}, w.endpoints(family, 0)),
-			w.service("second", dataplane.UDP, []netip.AddrPort{vip(family, shared, 80)}, w.endpoints(family, 0)))
+			topo.service("used", dataplane.TCP, []netip.AddrPort{vip(family, used, 80)}, topo.endpoints(family, 0)),
+			topo.service("empty", dataplane.TCP, []netip.AddrPort{vip(family, empty, 80)}, nil),
+			topo.service("first", dataplane.TCP, []netip.AddrPort{vip(family, shared, 80)}, topo.endpoints(family, 0)),
+			topo.service("second", dataplane.UDP, []netip.AddrPort{vip(family, shared, 80)}, topo.endpoints(family, 0)))
 	}
-	clients := []*nettest.Host{w.client, w.net.Node}
-	w.replace(services...)
-	t.Run("before", func(t *testing.T) {
+	clients := []*nettest.Host{topo.client, topo.net.Node}
+	topo.replace(services...)
+	t.Run("Services created", func(t *testing.T) {
 		forEachClient(t, clients, func(t *testing.T, family dataplane.Family, p dataplane.Protocol, from *nettest.Host) {
 			expectRefused(t, from, p, vip(family, used, 81))
 			expectRefused(t, from, p, vip(family, used, endpointPort))
@@ -214,8 +215,8 @@ func (s suite) testUndeclaredPorts(t *testing.T) {
 			if p != dataplane.TCP {
 				expectRefused(t, from, p, vip(family, used, 80))
 			}
-			// Others are none of its business.
-			for _, host := range []*nettest.Host{w.pods[0], w.net.Outside} {
+			// Connections to other hosts are unaffected.
+			for _, host := range []*nettest.Host{topo.pods[0], topo.net.Outside} {
 				expectSource(t, from, p, netip.AddrPortFrom(addrOf(host, family), 80), addrOf(from, family))
 			}
 		})
@@ -224,23 +225,23 @@ func (s suite) testUndeclaredPorts(t *testing.T) {
 		key := dataplane.Key{Namespace: "default", Port: "tcp", Family: family}
 		used, first := key, key
 		used.Name, first.Name = "used", "first"
-		w.remove(w.programmed[used], w.programmed[first])
+		topo.remove(topo.programmed[used], topo.programmed[first])
 	}
 	after := func(t *testing.T) {
 		forEachClient(t, clients, func(t *testing.T, family dataplane.Family, p dataplane.Protocol, from *nettest.Host) {
-			expectDropped(t, from, p, vip(family, used, 80)) // is nobody's any more
+			expectDropped(t, from, p, vip(family, used, 80)) // no longer a cluster IP
 			expectRefused(t, from, p, vip(family, shared, 81))
 			if p != dataplane.UDP {
 				expectRefused(t, from, p, vip(family, shared, 80))
 			}
 		})
 	}
-	t.Run("after the deletion of a Service", after)
-	w.warmRestart()
-	t.Run("after a restart", after)
-	w.node.ServiceCIDRs = nil
-	w.warmRestart()
-	t.Run("without networks", func(t *testing.T) {
+	t.Run("Services deleted", after)
+	topo.warmRestart()
+	t.Run("warm restart", after)
+	topo.node.ServiceCIDRs = nil
+	topo.warmRestart()
+	t.Run("no Service CIDRs", func(t *testing.T) {
 		forEachClient(t, clients, func(t *testing.T, family dataplane.Family, p dataplane.Protocol, from *nettest.Host) {
 			expectSource(t, from, p, vip(family, unused, 80), addrOf(from, family))
 			expectRefused(t, from, p, vip(family, shared, 81))

@@ -9,11 +9,11 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// A Replace tells how many Services are complete: never fewer than before, and all
-// of them at the end, whether they were in the kernel already or not.
+// testReplaceProgress checks the numbers of complete Services that Replace reports. They
+// never decrease and end with the total, whether or not the kernel already held the Services.
 func (s suite) testReplaceProgress(t *testing.T) {
 	t.Parallel()
-	w := newBareTopology(t, s)
+	topo := newBareTopology(t, s)
 	var services []*dataplane.Service
 	for i := range 30 {
 		for _, family := range families() {
@@ -21,7 +21,7 @@ func (s suite) testReplaceProgress(t *testing.T) {
 			for e := range endpoints {
 				endpoints[e] = vip(family, byte(100+e), 8080) //nolint:gosec // fits
 			}
-			services = append(services, w.service(fmt.Sprintf("s-%d", i), dataplane.TCP,
+			services = append(services, topo.service(fmt.Sprintf("s-%d", i), dataplane.TCP,
 				[]netip.AddrPort{vip(family, byte(i), 80)}, endpoints)) //nolint:gosec // fits
 		}
 	}
@@ -29,23 +29,23 @@ func (s suite) testReplaceProgress(t *testing.T) {
 		name     string
 		services []*dataplane.Service
 	}{
-		{"into an empty kernel", services[:40]},
-		{"the same again", services[:40]},
-		{"some more", services},
-		{"fewer", services[20:]},
-		{"none", nil},
+		{"empty kernel", services[:40]},
+		{"same Services again", services[:40]},
+		{"more Services", services},
+		{"fewer Services", services[20:]},
+		{"no Services", nil},
 	} {
-		var told []int
-		err := w.dp.Replace(t.Context(), w.node, slices.Values(step.services), func(complete int) { told = append(told, complete) })
+		var reported []int
+		err := topo.dp.Replace(t.Context(), topo.node, slices.Values(step.services), func(complete int) { reported = append(reported, complete) })
 		if err != nil {
 			t.Fatalf("%s: %v", step.name, err)
 		}
 		last := 0
-		if len(told) > 0 {
-			last = told[len(told)-1]
+		if len(reported) > 0 {
+			last = reported[len(reported)-1]
 		}
-		if want := len(step.services); last != want || !slices.IsSorted(told) {
-			t.Errorf("%s: told %v, want %d at the end, and never fewer than before", step.name, told, want)
+		if want := len(step.services); last != want || !slices.IsSorted(reported) {
+			t.Errorf("%s: reported %v, want a nondecreasing sequence that ends with %d", step.name, reported, want)
 		}
 	}
 }

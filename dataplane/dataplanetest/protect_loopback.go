@@ -7,12 +7,12 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// testProtectLoopback has another host connect to what the node serves at loopback addresses.
+// testProtectLoopback connects from another host to servers on the node's loopback addresses.
 func (s suite) testProtectLoopback(t *testing.T) {
 	t.Parallel()
-	w := newTopology(t, s, 0)
-	node, outside := w.net.Node, w.net.Outside
-	if err := w.net.ExposeLoopback(); err != nil {
+	topo := newTopology(t, s, 0)
+	node, outside := topo.net.Node, topo.net.Outside
+	if err := topo.net.ExposeLoopback(); err != nil {
 		t.Fatal(err)
 	}
 	for _, family := range families() {
@@ -36,12 +36,12 @@ func (s suite) testProtectLoopback(t *testing.T) {
 			}
 		}
 	}
-	w.replace()
-	t.Run("without protection", func(t *testing.T) { check(t, true) })
-	w.node.ProtectLoopback = true
-	w.replace()
-	t.Run("with protection", func(t *testing.T) { check(t, false) })
-	w.node.ProtectLoopback = false
-	w.replace()
-	t.Run("without protection again", func(t *testing.T) { check(t, true) })
+	topo.replace()
+	t.Run("unprotected", func(t *testing.T) { check(t, true) })
+	topo.node.ProtectLoopback = true
+	topo.replace()
+	t.Run("protected", func(t *testing.T) { check(t, false) })
+	topo.node.ProtectLoopback = false
+	topo.replace()
+	t.Run("unprotected again", func(t *testing.T) { check(t, true) })
 }

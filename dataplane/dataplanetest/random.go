@@ -12,8 +12,8 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// generator makes random Services out of few names, addresses and ports, so
-// that they meet often.
+// generator returns random Services built from few names, addresses and ports, so that they
+// often conflict.
 type generator struct {
 	topology *topology
 	random   *rand.Rand
@@ -40,8 +40,7 @@ func (g generator) frontend(key dataplane.Key) dataplane.Frontend {
 	return f
 }
 
-// spec returns a random Treatment, in which everything that can be set is,
-// sooner or later.
+// spec returns a random ServiceSpec. Over many calls it uses every field.
 func (g generator) spec(family dataplane.Family) dataplane.ServiceSpec {
 	endpoints := func() []dataplane.Endpoint {
 		var all []dataplane.Endpoint
@@ -50,16 +49,16 @@ func (g generator) spec(family dataplane.Family) dataplane.ServiceSpec {
 		}
 		return all
 	}
-	treatment := dataplane.ServiceSpec{
+	spec := dataplane.ServiceSpec{
 		Endpoints:          endpoints(),
 		Masquerade:         dataplane.Masquerade(g.random.IntN(3)), //nolint:gosec // fits
 		NoEndpointsVerdict: dataplane.Verdict(g.random.IntN(2)),    //nolint:gosec // fits
 	}
 	if g.random.IntN(3) == 0 {
-		treatment.ExternalTrafficPolicyLocal, treatment.LocalEndpoints = true, endpoints()
+		spec.ExternalTrafficPolicyLocal, spec.LocalEndpoints = true, endpoints()
 	}
 	if g.random.IntN(3) == 0 {
-		treatment.Affinity = []time.Duration{time.Second, 3 * time.Hour, 18 * time.Hour, dataplane.MaxAffinity}[g.random.IntN(4)]
+		spec.Affinity = []time.Duration{time.Second, 3 * time.Hour, 18 * time.Hour, dataplane.MaxAffinity}[g.random.IntN(4)]
 	}
 	if g.random.IntN(4) == 0 {
 		for range 1 + g.random.IntN(4) {
@@ -68,13 +67,13 @@ func (g generator) spec(family dataplane.Family) dataplane.ServiceSpec {
 			if err != nil {
 				g.topology.t.Fatal(err)
 			}
-			treatment.SourceRanges = append(treatment.SourceRanges, prefix)
+			spec.SourceRanges = append(spec.SourceRanges, prefix)
 		}
 	}
-	return treatment
+	return spec
 }
 
-// node returns a random Node. It need not have to do with the network.
+// node returns a random Node. It may be unrelated to the topology.
 func (g generator) node() dataplane.Node {
 	var n dataplane.Node
 	networks := func() []netip.Prefix {
@@ -113,8 +112,8 @@ func (g generator) node() dataplane.Node {
 	return n
 }
 
-// endpoint returns a random endpoint. An address is local or it is not, in
-// whatever Service.
+// endpoint returns a random endpoint. Whether an address is local is the same in all
+// Services.
 func (g generator) endpoint(family dataplane.Family) dataplane.Endpoint {
 	n := byte(g.random.IntN(60)) //nolint:gosec // fits
 	addr := netip.AddrFrom4([4]byte{10, 244, 0, n})
@@ -127,8 +126,8 @@ func (g generator) endpoint(family dataplane.Family) dataplane.Endpoint {
 	}
 }
 
-// service returns a random Service with this key, whose frontends are none of
-// those taken. It returns nil if all that it tried are.
+// service returns a random Service with this key and frontends outside taken, and adds them
+// to taken. It returns nil if all frontends that it tries are taken.
 func (g generator) service(key dataplane.Key, taken map[dataplane.Frontend]bool) *dataplane.Service {
 	g.topology.t.Helper()
 	var frontends []dataplane.Frontend
@@ -164,8 +163,8 @@ func (g generator) state() []*dataplane.Service {
 	return slices.Collect(maps.Values(services))
 }
 
-// changes returns random changes of what the world holds: Services are created,
-// changed and deleted, and take the frontends of others that change too.
+// changes returns random changes of the programmed Services. Services are created, changed
+// and deleted, and take over frontends of other changing Services.
 func (g generator) changes() []dataplane.Change {
 	g.topology.t.Helper()
 	keys := map[dataplane.Key]bool{}
@@ -181,7 +180,7 @@ func (g generator) changes() []dataplane.Change {
 		}
 	}
 	var changes []dataplane.Change
-	// In an order that the seed decides, not the map.
+	// Sorted, so that the result depends on the seed only.
 	for _, key := range slices.SortedFunc(maps.Keys(keys), dataplane.Key.Compare) {
 		c := dataplane.Change{Old: g.topology.programmed[key]}
 		if c.Old == nil || g.random.IntN(4) > 0 {
@@ -195,47 +194,49 @@ func (g generator) changes() []dataplane.Change {
 	return changes
 }
 
-// The world checks what the kernel holds after each call.
+// testReadState programs random states. The topology reads back and checks the state after
+// each call.
 func (s suite) testReadState(t *testing.T) {
 	t.Parallel()
-	w := newBareTopology(t, s)
+	topo := newBareTopology(t, s)
 	seed := rand.Uint64() //nolint:gosec // no secret
 	t.Logf("seed %d", seed)
-	g := generator{topology: w, random: rand.New(rand.NewPCG(seed, 0))} //nolint:gosec // no secret
+	g := generator{topology: topo, random: rand.New(rand.NewPCG(seed, 0))} //nolint:gosec // no secret
 	for range 10 {
-		w.node = g.node()
-		w.replace(g.state()...)
+		topo.node = g.node()
+		topo.replace(g.state()...)
 		for range 20 {
-			w.applyChanges(g.changes())
+			topo.applyChanges(g.changes())
 		}
-		w.node = g.node()
-		w.warmRestart()
+		topo.node = g.node()
+		topo.warmRestart()
 		for range 5 {
-			w.applyChanges(g.changes())
+			topo.applyChanges(g.changes())
 		}
 	}
-	w.replace()
+	topo.replace()
 }
 
-// quiet is how long the tests wait for drift that must not come, and patience
-// how long for drift that must: a backend without announcements polls.
+// noDriftWait is how long the tests wait to see that no drift is reported. driftTimeout is
+// how long they wait for expected drift; it allows for backends that poll.
 const (
 	noDriftWait  = 300 * time.Millisecond
 	driftTimeout = 30 * time.Second
 )
 
-func (w *topology) openSecond() dataplane.Dataplane {
-	w.t.Helper()
-	another := w.open(w.t, w.net.Node.Fd())
-	w.t.Cleanup(func() {
-		if err := another.Close(); err != nil {
-			w.t.Errorf("close the second Dataplane: %v", err)
+// openSecond opens a second Dataplane in the node's namespace.
+func (topo *topology) openSecond() dataplane.Dataplane {
+	topo.t.Helper()
+	second := topo.open(topo.t, topo.net.Node.Fd())
+	topo.t.Cleanup(func() {
+		if err := second.Close(); err != nil {
+			topo.t.Errorf("close second Dataplane: %v", err)
 		}
 	})
-	return another
+	return second
 }
 
-// expectDrift checks whether a value arrives on the channel.
+// expectDrift checks whether drift is reported on the channel.
 func expectDrift(t *testing.T, drift <-chan struct{}, want bool, after string) {
 	t.Helper()
 	limit := noDriftWait
@@ -245,49 +246,50 @@ func expectDrift(t *testing.T, drift <-chan struct{}, want bool, after string) {
 	select {
 	case <-drift:
 		if !want {
-			t.Errorf("drift after %s, want none", after)
+			t.Errorf("drift reported after %s, want none", after)
 		}
 	case <-time.After(limit):
 		if want {
-			t.Errorf("no drift within %v after %s", limit, after)
+			t.Errorf("no drift reported within %v after %s", limit, after)
 		}
 	}
 }
 
-// What another Dataplane writes is drift to the first, so that its silence says
-// that nothing was written.
+// testEqualReplace checks that a Replace with the current state writes nothing. Writes by a
+// second Dataplane are drift to the first, so the first reports no drift only if nothing was
+// written.
 func (s suite) testEqualReplace(t *testing.T) {
 	t.Parallel()
-	w := newBareTopology(t, s)
+	topo := newBareTopology(t, s)
 	seed := rand.Uint64() //nolint:gosec // no secret
 	t.Logf("seed %d", seed)
-	g := generator{topology: w, random: rand.New(rand.NewPCG(seed, 0))} //nolint:gosec // no secret
-	w.node = g.node()
-	w.replace(g.state()...)
-	for range 10 { // Removals leave slots in an order that no start makes.
-		w.applyChanges(g.changes())
+	g := generator{topology: topo, random: rand.New(rand.NewPCG(seed, 0))} //nolint:gosec // no secret
+	topo.node = g.node()
+	topo.replace(g.state()...)
+	for range 10 { // removals leave a slot order that Replace alone would not create
+		topo.applyChanges(g.changes())
 	}
-	expectDrift(t, w.dp.Drift(), false, "its own changes")
-	another := w.openSecond()
+	expectDrift(t, topo.dp.Drift(), false, "its own changes")
+	second := topo.openSecond()
 	for range 2 {
-		if err := another.Replace(t.Context(), w.node, maps.Values(w.programmed), nil); err != nil {
-			t.Fatalf("replace by another: %v", err)
+		if err := second.Replace(t.Context(), topo.node, maps.Values(topo.programmed), nil); err != nil {
+			t.Fatalf("Replace by the second Dataplane: %v", err)
 		}
-		w.checkState("an equal Replace")
+		topo.checkState("an equal Replace")
 	}
-	expectDrift(t, w.dp.Drift(), false, "an equal Replace by another")
+	expectDrift(t, topo.dp.Drift(), false, "an equal Replace by the second Dataplane")
 }
 
 func (s suite) testDrift(t *testing.T) {
 	t.Parallel()
-	w := newBareTopology(t, s)
+	topo := newBareTopology(t, s)
 	addrs := func(n byte) []netip.AddrPort { return []netip.AddrPort{vip(dataplane.IPv4, n, 80)} }
-	w.replace(w.service("web", dataplane.TCP, addrs(1), addrs(2)))
-	another := w.openSecond()
-	foreign := w.service("foreign", dataplane.TCP, addrs(3), addrs(4))
-	if err := another.Replace(t.Context(), w.node, slices.Values([]*dataplane.Service{foreign}), nil); err != nil {
-		t.Fatalf("replace by another: %v", err)
+	topo.replace(topo.service("web", dataplane.TCP, addrs(1), addrs(2)))
+	second := topo.openSecond()
+	other := topo.service("other", dataplane.TCP, addrs(3), addrs(4))
+	if err := second.Replace(t.Context(), topo.node, slices.Values([]*dataplane.Service{other}), nil); err != nil {
+		t.Fatalf("Replace by the second Dataplane: %v", err)
 	}
-	expectDrift(t, w.dp.Drift(), true, "a Replace by another")
-	w.replace(slices.Collect(maps.Values(w.programmed))...) // Checks that it is repaired.
+	expectDrift(t, topo.dp.Drift(), true, "a Replace by the second Dataplane")
+	topo.replace(slices.Collect(maps.Values(topo.programmed))...) // checks that the drift is repaired
 }

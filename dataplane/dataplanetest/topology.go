@@ -17,11 +17,11 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// endpointPort is where the pods of a world serve all protocols; Services have other
-// ports, so that a connection that keeps its port is noticed.
+// endpointPort is the port on which the pods of a topology serve all protocols. Services use
+// other ports, so that the tests notice an untranslated port.
 const endpointPort = 8080
 
-// retransmission is when clients send their first packet again: RFC 6298, RFC 9260.
+// retransmission is the initial retransmission timeout of TCP (RFC 6298) and SCTP (RFC 9260).
 const retransmission = time.Second
 
 func families() []dataplane.Family { return []dataplane.Family{dataplane.IPv4, dataplane.IPv6} }
@@ -32,7 +32,7 @@ func protocols() []dataplane.Protocol {
 
 func networkName(p dataplane.Protocol) string { return strings.ToLower(p.String()) }
 
-// addrOf returns the address of the host that is of the family.
+// addrOf returns the address of a host in a family.
 func addrOf(h *nettest.Host, family dataplane.Family) netip.Addr {
 	if family == dataplane.IPv4 {
 		return h.IPv4
@@ -40,7 +40,8 @@ func addrOf(h *nettest.Host, family dataplane.Family) netip.Addr {
 	return h.IPv6
 }
 
-// vip returns the nth address of the Service network, which is no host's.
+// vip returns the nth address of the Service network with a port. No host has the address
+// unless a test adds it.
 func vip(family dataplane.Family, n byte, port uint16) netip.AddrPort {
 	addr := netip.AddrFrom4([4]byte{10, 96, 0, n})
 	if family == dataplane.IPv6 {
@@ -49,80 +50,84 @@ func vip(family dataplane.Family, n byte, port uint16) netip.AddrPort {
 	return netip.AddrPortFrom(addr, port)
 }
 
-// topology is a network with a Dataplane on its node. It remembers what was
-// programmed, and checks after each call that the kernel holds it.
+// topology is a test network with a Dataplane on its node. It records the programmed Services
+// and checks after each call that the kernel holds them.
 type topology struct {
 	t          *testing.T
 	open       Opener
 	net        *nettest.Network
-	client     *nettest.Host   // a pod that is no endpoint
-	pods       []*nettest.Host // serve all protocols on port
+	client     *nettest.Host   // a pod that is not an endpoint
+	pods       []*nettest.Host // serve all protocols on endpointPort
 	dp         dataplane.Dataplane
 	node       dataplane.Node
 	programmed map[dataplane.Key]*dataplane.Service
 }
 
-// newBareTopology makes a world without pods, for tests that send no packets.
+// newBareTopology returns a topology without pods, for tests that send no packets.
 func newBareTopology(t *testing.T, s suite) *topology {
 	t.Helper()
-	w := &topology{
+	topo := &topology{
 		t: t, open: s.open, net: nettest.NewT(t, nettest.Options{UniquePorts: s.limitations.NeedUniquePorts}),
 		programmed: map[dataplane.Key]*dataplane.Service{},
 	}
-	w.node.PodCIDRs = w.net.PodCIDRs
-	w.dp = s.open(t, w.net.Node.Fd())
+	topo.node.PodCIDRs = topo.net.PodCIDRs
+	topo.dp = s.open(t, topo.net.Node.Fd())
 	t.Cleanup(func() {
-		if err := w.dp.Close(); err != nil {
+		if err := topo.dp.Close(); err != nil {
 			t.Errorf("close the Dataplane: %v", err)
 		}
 	})
-	return w
+	return topo
 }
 
-// newTopology makes a world with a client, a number of pods, and no Services.
+// newTopology returns a topology with a client pod, a number of other pods, and no Services.
 func newTopology(t *testing.T, s suite, pods int) *topology {
 	t.Helper()
-	w := newBareTopology(t, s)
-	w.client = w.net.PodT(t, "client")
+	topo := newBareTopology(t, s)
+	topo.client = topo.net.PodT(t, "client")
 	for i := range pods {
-		pod := w.net.PodT(t, fmt.Sprintf("pod-%d", i))
+		pod := topo.net.PodT(t, fmt.Sprintf("pod-%d", i))
 		for _, p := range protocols() {
 			pod.ServeT(t, networkName(p), endpointPort)
 		}
-		w.pods = append(w.pods, pod)
+		topo.pods = append(topo.pods, pod)
 	}
-	return w
+	return topo
 }
 
-// endpoints returns the endpoints of a family that the pods are, by number.
-func (w *topology) endpoints(family dataplane.Family, pods ...int) []netip.AddrPort {
+// endpoints returns the endpoint addresses of the pods with these indexes.
+func (topo *topology) endpoints(family dataplane.Family, pods ...int) []netip.AddrPort {
 	addrs := make([]netip.AddrPort, 0, len(pods))
 	for _, i := range pods {
-		addrs = append(addrs, netip.AddrPortFrom(addrOf(w.pods[i], family), endpointPort))
+		addrs = append(addrs, netip.AddrPortFrom(addrOf(topo.pods[i], family), endpointPort))
 	}
 	return addrs
 }
 
-// service returns a Service of the family that its frontends have.
-func (w *topology) service(
+// service returns a ClusterIP Service. Its family is that of the first frontend.
+func (topo *topology) service(
 	name string, protocol dataplane.Protocol, frontends []netip.AddrPort, endpoints []netip.AddrPort,
 ) *dataplane.Service {
-	w.t.Helper()
-	return w.serviceWithKey(dataplane.Key{Namespace: "default", Name: name, Port: networkName(protocol)}, protocol, frontends, endpoints)
+	topo.t.Helper()
+	return topo.serviceWithKey(dataplane.Key{Namespace: "default", Name: name, Port: networkName(protocol)}, protocol, frontends, endpoints)
 }
 
-func (w *topology) serviceWithKey(
+// serviceWithKey returns a Service with a given key. Its family is that of the first
+// frontend.
+func (topo *topology) serviceWithKey(
 	key dataplane.Key, protocol dataplane.Protocol, frontends []netip.AddrPort, endpoints []netip.AddrPort,
 ) *dataplane.Service {
-	w.t.Helper()
-	return w.newService(key, protocol, frontends, w.specOf(endpoints))
+	topo.t.Helper()
+	return topo.newService(key, protocol, frontends, topo.specOf(endpoints))
 }
 
-// specOf returns the Treatment that is nothing but these endpoints.
-func (w *topology) specOf(endpoints []netip.AddrPort) dataplane.ServiceSpec {
+// specOf returns a ServiceSpec with local endpoints at these addresses and default values
+// otherwise.
+func (topo *topology) specOf(endpoints []netip.AddrPort) dataplane.ServiceSpec {
 	return dataplane.ServiceSpec{Endpoints: localEndpoints(endpoints)}
 }
 
+// localEndpoints returns an endpoint on this node for each address.
 func localEndpoints(addrs []netip.AddrPort) []dataplane.Endpoint {
 	es := make([]dataplane.Endpoint, 0, len(addrs))
 	for _, addr := range addrs {
@@ -131,113 +136,114 @@ func localEndpoints(addrs []netip.AddrPort) []dataplane.Endpoint {
 	return es
 }
 
-// serviceOfKind returns a Service of one frontend.
-func (w *topology) serviceOfKind(
-	kind dataplane.Kind, name string, protocol dataplane.Protocol, frontend netip.AddrPort, treatment dataplane.ServiceSpec,
+// serviceOfKind returns a Service of a kind with one frontend.
+func (topo *topology) serviceOfKind(
+	kind dataplane.Kind, name string, protocol dataplane.Protocol, frontend netip.AddrPort, spec dataplane.ServiceSpec,
 ) *dataplane.Service {
-	w.t.Helper()
+	topo.t.Helper()
 	key := dataplane.Key{Namespace: "default", Name: name, Port: networkName(protocol), Kind: kind}
-	return w.newService(key, protocol, []netip.AddrPort{frontend}, treatment)
+	return topo.newService(key, protocol, []netip.AddrPort{frontend}, spec)
 }
 
-// newService returns a Service of the family that its frontends have.
-func (w *topology) newService(
-	key dataplane.Key, protocol dataplane.Protocol, frontends []netip.AddrPort, treatment dataplane.ServiceSpec,
+// newService returns a Service with the family of the first frontend.
+func (topo *topology) newService(
+	key dataplane.Key, protocol dataplane.Protocol, frontends []netip.AddrPort, spec dataplane.ServiceSpec,
 ) *dataplane.Service {
-	w.t.Helper()
+	topo.t.Helper()
 	key.Family = dataplane.FamilyOf(frontends[0].Addr())
 	fs := make([]dataplane.Frontend, 0, len(frontends))
 	for _, addr := range frontends {
 		fs = append(fs, dataplane.Frontend{Protocol: protocol, Addr: addr})
 	}
-	s, err := dataplane.NewService(key, fs, treatment)
+	s, err := dataplane.NewService(key, fs, spec)
 	if err != nil {
-		w.t.Fatal(err)
+		topo.t.Fatal(err)
 	}
 	return s
 }
 
-// replace makes the kernel hold these Services and no others.
-func (w *topology) replace(services ...*dataplane.Service) {
-	w.t.Helper()
-	if err := w.dp.Replace(w.t.Context(), w.node, slices.Values(services), nil); err != nil {
-		w.t.Fatalf("replace: %v", err)
+// replace makes the kernel hold exactly these Services.
+func (topo *topology) replace(services ...*dataplane.Service) {
+	topo.t.Helper()
+	if err := topo.dp.Replace(topo.t.Context(), topo.node, slices.Values(services), nil); err != nil {
+		topo.t.Fatalf("Replace: %v", err)
 	}
-	clear(w.programmed)
+	clear(topo.programmed)
 	for _, s := range services {
-		w.programmed[s.Key] = s
+		topo.programmed[s.Key] = s
 	}
-	w.checkState("replace")
+	topo.checkState("Replace")
 }
 
-// createOrUpdate creates or changes Services, in one Apply.
-func (w *topology) createOrUpdate(services ...*dataplane.Service) {
-	w.t.Helper()
+// createOrUpdate creates or changes Services in one Apply.
+func (topo *topology) createOrUpdate(services ...*dataplane.Service) {
+	topo.t.Helper()
 	changes := make([]dataplane.Change, 0, len(services))
 	for _, s := range services {
-		changes = append(changes, dataplane.Change{Old: w.programmed[s.Key], New: s})
+		changes = append(changes, dataplane.Change{Old: topo.programmed[s.Key], New: s})
 	}
-	w.applyChanges(changes)
+	topo.applyChanges(changes)
 }
 
-// remove deletes Services, in one Apply.
-func (w *topology) remove(services ...*dataplane.Service) {
-	w.t.Helper()
+// remove deletes Services in one Apply.
+func (topo *topology) remove(services ...*dataplane.Service) {
+	topo.t.Helper()
 	changes := make([]dataplane.Change, 0, len(services))
 	for _, s := range services {
-		changes = append(changes, dataplane.Change{Old: w.programmed[s.Key]})
+		changes = append(changes, dataplane.Change{Old: topo.programmed[s.Key]})
 	}
-	w.applyChanges(changes)
+	topo.applyChanges(changes)
 }
 
-func (w *topology) applyChanges(changes []dataplane.Change) {
-	w.t.Helper()
-	w.applyUnchecked(changes)
-	w.checkState("apply")
+func (topo *topology) applyChanges(changes []dataplane.Change) {
+	topo.t.Helper()
+	topo.applyUnchecked(changes)
+	topo.checkState("Apply")
 }
 
-// applyUnchecked is apply without the check, for as many changes a second as there
-// can be.
-func (w *topology) applyUnchecked(changes []dataplane.Change) {
-	w.t.Helper()
-	if err := w.dp.Apply(w.t.Context(), changes); err != nil {
-		w.t.Fatalf("apply: %v", err)
+// applyUnchecked calls Apply without reading the state back, for the highest possible rate of
+// changes.
+func (topo *topology) applyUnchecked(changes []dataplane.Change) {
+	topo.t.Helper()
+	if err := topo.dp.Apply(topo.t.Context(), changes); err != nil {
+		topo.t.Fatalf("Apply: %v", err)
 	}
 	for _, c := range changes {
 		if c.New == nil {
-			delete(w.programmed, c.Old.Key)
+			delete(topo.programmed, c.Old.Key)
 		} else {
-			w.programmed[c.New.Key] = c.New
+			topo.programmed[c.New.Key] = c.New
 		}
 	}
 }
 
-func (w *topology) checkState(after string) {
-	w.t.Helper()
-	got, err := w.dp.Read(w.t.Context())
+func (topo *topology) checkState(after string) {
+	topo.t.Helper()
+	got, err := topo.dp.Read(topo.t.Context())
 	if err != nil {
-		w.t.Fatalf("read after %s: %v", after, err)
+		topo.t.Fatalf("Read after %s: %v", after, err)
 	}
-	want := dataplane.StateOf(maps.Values(w.programmed))
+	want := dataplane.StateOf(maps.Values(topo.programmed))
 	if !want.Equal(got) {
-		w.t.Fatalf("the kernel does not hold what was programmed by %s:\n%s", after, want.Diff(got))
+		topo.t.Fatalf("after %s the kernel does not hold the programmed state:\n%s", after, want.Diff(got))
 	}
 }
 
-// warmRestart closes the Dataplane, as the program does when it stops, and opens
-// another, which is then told what there is.
-func (w *topology) warmRestart() {
-	w.t.Helper()
-	if err := w.dp.Close(); err != nil {
-		w.t.Fatalf("close the Dataplane: %v", err)
+// warmRestart closes the Dataplane, as the program does when it stops, opens another one and
+// calls Replace with the same Services.
+func (topo *topology) warmRestart() {
+	topo.t.Helper()
+	if err := topo.dp.Close(); err != nil {
+		topo.t.Fatalf("close the Dataplane: %v", err)
 	}
-	w.dp = w.open(w.t, w.net.Node.Fd())
-	w.checkState("a restart")
-	w.replace(slices.Collect(maps.Values(w.programmed))...)
+	topo.dp = topo.open(topo.t, topo.net.Node.Fd())
+	topo.checkState("a warm restart")
+	topo.replace(slices.Collect(maps.Values(topo.programmed))...)
 }
 
-// connect connects and asks once. It waits for longer than a sane machine
-// needs, but not so long that a backend which loses everything takes hours.
+// connect opens a connection and sends one request. Its timeout is longer than a healthy
+// machine needs, and short enough that the suite ends in time with a backend that drops
+// everything.
 func connect(t *testing.T, from *nettest.Host, protocol dataplane.Protocol, addr netip.AddrPort) (nettest.Answer, error) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
@@ -245,18 +251,18 @@ func connect(t *testing.T, from *nettest.Host, protocol dataplane.Protocol, addr
 	return from.Connect(ctx, networkName(protocol), addr)
 }
 
-// maxJitter is for how long at most a client pauses to come in at another time than
-// those that connect beside it.
+// maxJitter bounds the random pause that keeps concurrent clients from connecting in
+// lockstep.
 const maxJitter = 20 * time.Millisecond
 
-// enoughConnections returns how many connections reach each of k endpoints but once in
-// 10^9 times, when they are distributed at random.
+// enoughConnections returns how many connections to k endpoints, chosen at random, reach
+// every endpoint with a probability of at least 1 - 10^-9.
 func enoughConnections(k int) int {
 	return int(math.Ceil(float64(k) * (math.Log(float64(k)) + math.Log(1e9))))
 }
 
-// expectEndpoints checks that connections to addr reach all endpoints and nothing else,
-// or are refused if there are none. It returns the answers.
+// expectEndpoints checks that connections to addr reach all endpoints and nothing else.
+// Without endpoints it checks that a connection is refused. It returns the answers.
 func expectEndpoints(
 	t *testing.T, from *nettest.Host, protocol dataplane.Protocol, addr netip.AddrPort, endpoints []netip.AddrPort,
 ) []nettest.Answer {
@@ -272,7 +278,8 @@ func expectEndpoints(
 	var answers []nettest.Answer
 	for n := enoughConnections(len(endpoints)); len(answers) < n || len(missing) > 0 && len(answers) < 3*n; {
 		if len(answers) >= n {
-			// Endpoints may be taken in turn, by several clients that keep step.
+			// A backend may assign endpoints round-robin; clients in lockstep could then
+			// miss one each time.
 			time.Sleep(rand.N(maxJitter)) //nolint:gosec // no secret
 		}
 		answer, err := connect(t, from, protocol, addr)
@@ -281,7 +288,7 @@ func expectEndpoints(
 			return answers
 		}
 		if !slices.Contains(endpoints, answer.Endpoint) {
-			t.Errorf("a connection from %s to %s reached %s, which is no endpoint: want one of %v",
+			t.Errorf("connection from %s to %s reached %s, want one of %v",
 				from.Name, addr, answer.Endpoint, endpoints)
 			return answers
 		}
@@ -289,37 +296,35 @@ func expectEndpoints(
 		delete(missing, answer.Endpoint)
 	}
 	if len(missing) > 0 {
-		t.Errorf("of %d connections from %s to %s none reached %v",
+		t.Errorf("%d connections from %s to %s, none reached %v",
 			len(answers), from.Name, addr, slices.SortedFunc(maps.Keys(missing), netip.AddrPort.Compare))
 	}
 	return answers
 }
 
-// expectRefused checks that a connection to addr is refused at once: before
-// the client has to send its first packet again, which all protocols do after
-// a second.
+// expectRefused checks that a connection to addr is refused at once, before the client
+// retransmits its first packet.
 func expectRefused(t *testing.T, from *nettest.Host, protocol dataplane.Protocol, addr netip.AddrPort) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), retransmission)
 	defer cancel()
 	if answer, err := from.Connect(ctx, networkName(protocol), addr); !errors.Is(err, nettest.ErrRefused) {
-		t.Errorf("a connection from %s to %s/%s: answer %+v, error %v, want it refused", from.Name, addr, protocol, answer, err)
+		t.Errorf("connection from %s to %s/%s: answer %+v, error %v, want it refused", from.Name, addr, protocol, answer, err)
 	}
 }
 
-// expectDropped checks that nobody answers a connection to addr, not even to
-// refuse it.
+// expectDropped checks that a connection to addr gets neither an answer nor a refusal.
 func expectDropped(t *testing.T, from *nettest.Host, protocol dataplane.Protocol, addr netip.AddrPort) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), retransmission/2)
 	defer cancel()
 	if answer, err := from.Connect(ctx, networkName(protocol), addr); !errors.Is(err, nettest.ErrTimeout) {
-		t.Errorf("a connection from %s to %s/%s: answer %+v, error %v, want it dropped", from.Name, addr, protocol, answer, err)
+		t.Errorf("connection from %s to %s/%s: answer %+v, error %v, want it dropped", from.Name, addr, protocol, answer, err)
 	}
 }
 
-// expectVerdict checks that connections to addr, which no endpoint can take, get
-// the verdict.
+// expectVerdict checks that connections to addr, which has no endpoint for them, get the
+// verdict.
 func expectVerdict(t *testing.T, from *nettest.Host, protocol dataplane.Protocol, addr netip.AddrPort, verdict dataplane.Verdict) {
 	t.Helper()
 	if verdict == dataplane.Drop {
@@ -329,8 +334,8 @@ func expectVerdict(t *testing.T, from *nettest.Host, protocol dataplane.Protocol
 	}
 }
 
-// expectSource checks that a connection to addr is answered, by a host that sees
-// this source.
+// expectSource checks that a connection to addr is answered and that the endpoint sees this
+// source address.
 func expectSource(t *testing.T, from *nettest.Host, protocol dataplane.Protocol, addr netip.AddrPort, source netip.Addr) {
 	t.Helper()
 	answer, err := connect(t, from, protocol, addr)
@@ -339,6 +344,6 @@ func expectSource(t *testing.T, from *nettest.Host, protocol dataplane.Protocol,
 		return
 	}
 	if answer.Source.Addr() != source {
-		t.Errorf("%s from %s to %s: the endpoint sees source %s, want %s", protocol, from.Name, addr, answer.Source.Addr(), source)
+		t.Errorf("%s from %s to %s: endpoint sees source %s, want %s", protocol, from.Name, addr, answer.Source.Addr(), source)
 	}
 }
