@@ -16,8 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Apply implements [dataplane.Dataplane]. The order of its steps is that of the
-// package documentation.
+// Apply implements [dataplane.Dataplane]. The package documentation lists its steps.
 func (d *Dataplane) Apply(ctx context.Context, changes []dataplane.Change) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -26,41 +25,41 @@ func (d *Dataplane) Apply(ctx context.Context, changes []dataplane.Change) error
 	if err := d.applyRules(ctx, p.dropRules, p.owners, failed); err != nil {
 		return fmt.Errorf("apply: %w", err)
 	}
-	w := d.newBatch()
+	b := d.newBatch()
 	for s, vs := range p.desired {
-		if failed[p.desiredKeys[s]] == nil { // or else its address may be without a drop rule
-			w.ensureServer(s, vs)
+		if failed[p.desiredKeys[s]] == nil { // otherwise its address may lack a drop rule
+			b.ensureServer(s, vs)
 		}
 	}
-	if err := w.execute(p.owners, failed); err != nil {
+	if err := b.execute(p.owners, failed); err != nil {
 		return fmt.Errorf("apply: %w", err)
 	}
 	p.propagateFailures(failed)
 	if err := d.applyRules(ctx, p.ruleChanges(failed), p.owners, failed); err != nil {
 		return fmt.Errorf("apply: %w", err)
 	}
-	w = d.newBatch()
+	b = d.newBatch()
 	for s, vs := range p.desired {
 		if writeFailed(p.desiredKeys[s], failed) {
 			d.unverified[s] = true
 			continue
 		}
-		w.drainUndesired(s, vs)
+		b.drainUndesired(s, vs)
 	}
 	for s, k := range p.current {
 		if _, stays := p.desired[s]; !stays && !writeFailed(k, failed) {
-			w.retire(s, p.translated[s])
+			b.retire(s, p.translated[s])
 		}
 	}
 	for s := range p.translated {
 		if d.retiring[s] {
-			w.deleteServer(s)
+			b.deleteServer(s)
 		}
 	}
-	if err := w.execute(p.owners, failed); err != nil {
+	if err := b.execute(p.owners, failed); err != nil {
 		return fmt.Errorf("apply: %w", err)
 	}
-	if err := d.applyRules(ctx, w.dropRuleRemovals(), p.owners, failed); err != nil {
+	if err := d.applyRules(ctx, b.dropRuleRemovals(), p.owners, failed); err != nil {
 		return fmt.Errorf("apply: %w", err)
 	}
 	for _, c := range p.changes {
@@ -74,20 +73,20 @@ func (d *Dataplane) Apply(ctx context.Context, changes []dataplane.Change) error
 	return nil
 }
 
-// plan is what the changes of an Apply come to, over all of them at once.
+// plan combines the changes of one Apply.
 type plan struct {
 	changes []dataplane.Change
-	// current are the virtual servers of what was, want are those of what is to be, and
-	// wanting says whose these are.
+	// current maps the virtual servers of the old Services to their keys. desired and
+	// desiredKeys hold the virtual servers of the new Services and their keys.
 	current     map[serverKey]dataplane.Key
 	desired     map[serverKey]virtualServer
 	desiredKeys map[serverKey]dataplane.Key
-	// owners are the keys of both that each virtual server matters to.
+	// owners maps each virtual server, current or desired, to the affected keys.
 	owners map[serverKey][]dataplane.Key
-	// dropRules add the rules for addresses that are not bound yet; see directAddrs.
+	// dropRules adds the rules for addresses that are not bound yet; see directAddrs.
 	dropRules []dataplane.Change
-	// translated are the frontends whose connections are translated, so that no
-	// virtual server can be there.
+	// translated holds the frontends whose connections nftables translates. No virtual server
+	// may remain at these.
 	translated map[serverKey]bool
 }
 
@@ -106,7 +105,7 @@ func (d *Dataplane) newPlan(changes []dataplane.Change, failed map[dataplane.Key
 			p.addOwner(s, c.Key())
 		})
 	}
-	guarded := map[netip.Addr]bool{}
+	hasDropRule := map[netip.Addr]bool{}
 	for _, c := range changes {
 		old, now := c.Old, c.New
 		if old != nil && d.checkSupported(old) != nil {
@@ -125,8 +124,8 @@ func (d *Dataplane) newPlan(changes []dataplane.Change, failed map[dataplane.Key
 			})
 			addTranslated(p.translated, now)
 			for addr := range directAddrs(now) {
-				if d.boundRefs[addr] == 0 && !guarded[addr] {
-					guarded[addr] = true
+				if d.boundRefs[addr] == 0 && !hasDropRule[addr] {
+					hasDropRule[addr] = true
 					p.dropRules = append(p.dropRules, dataplane.Change{New: nft.BoundAddressService(addr)})
 				}
 			}
@@ -138,7 +137,7 @@ func (d *Dataplane) newPlan(changes []dataplane.Change, failed map[dataplane.Key
 	return p
 }
 
-// addTranslated adds the frontends of a Service whose connections are translated.
+// addTranslated adds the frontends of a Service whose connections nftables translates.
 func addTranslated(to map[serverKey]bool, s *dataplane.Service) {
 	if hasDirectServers(s) {
 		return
@@ -154,15 +153,15 @@ func (p *plan) addOwner(s serverKey, k dataplane.Key) {
 	}
 }
 
-// writeFailed reports whether something failed for a key, so that nothing is to be taken
-// away from its virtual servers.
+// writeFailed reports whether a write for the key failed, so that its virtual servers must
+// keep their current state. A Service that is not supported was not written.
 func writeFailed(k dataplane.Key, failed map[dataplane.Key]error) bool {
 	err := failed[k]
 	return err != nil && !errors.Is(err, dataplane.ErrUnsupported)
 }
 
-// propagateFailures makes fail what takes a frontend from a Service that has failed, and keeps it
-// therefore.
+// propagateFailures marks a key as failed if its new Service takes a frontend from a failed
+// Service, which keeps that frontend.
 func (p *plan) propagateFailures(failed map[dataplane.Key]error) {
 	for more := len(failed) > 0; more; {
 		more = false
@@ -180,7 +179,7 @@ func (p *plan) propagateFailures(failed map[dataplane.Key]error) {
 			}
 			for _, f := range c.New.Frontends {
 				if k, ok := kept[f]; ok {
-					failed[c.Key()] = fmt.Errorf("the frontend %s is still that of %s: %w", f, k, failed[k])
+					failed[c.Key()] = fmt.Errorf("frontend %s is still used by %s: %w", f, k, failed[k])
 					more = true
 					break
 				}
@@ -189,11 +188,11 @@ func (p *plan) propagateFailures(failed map[dataplane.Key]error) {
 	}
 }
 
-// directAddrs returns the addresses of a Service with virtual servers, each of which has
-// a [nft.BoundAddressService] in the rules. Only rules lead to a virtual server at an internal
-// address. But connections of the node meet a virtual server at a cluster IP before it
-// has destinations, and where it is gone, and the address still bound, connections of
-// others would reach the node's own programs.
+// directAddrs returns the addresses of a Service that need a [nft.BoundAddressService]: the
+// frontend addresses that virtual servers listen on. Internal addresses need none, because they are
+// reachable only through rules. At a cluster IP, connections of the node would otherwise reach
+// a virtual server before it has destinations. Connections of other clients would reach
+// programs of the node while the address is bound without a virtual server.
 func directAddrs(s *dataplane.Service) iter.Seq[netip.Addr] {
 	return func(yield func(netip.Addr) bool) {
 		if !hasDirectServers(s) {
@@ -207,9 +206,9 @@ func directAddrs(s *dataplane.Service) iter.Seq[netip.Addr] {
 	}
 }
 
-// ruleChanges returns the changes of the rules that go with those of the virtual
-// servers: new Services are opened, and those that go are closed. A Service that could
-// not be programmed keeps the rules that it had.
+// ruleChanges returns the changes of the nftables rules that accompany the changes of virtual
+// servers: they open new Services and close deleted ones. A Service that could not be
+// programmed keeps its old rules.
 func (p *plan) ruleChanges(failed map[dataplane.Key]error) []dataplane.Change {
 	var all []dataplane.Change
 	for _, c := range p.changes {
@@ -220,7 +219,7 @@ func (p *plan) ruleChanges(failed map[dataplane.Key]error) []dataplane.Change {
 	return all
 }
 
-// applyRules changes the rules, and notes the keys of those that did not take.
+// applyRules changes the nftables rules and adds the keys whose rules failed to failed.
 func (d *Dataplane) applyRules(
 	ctx context.Context, changes []dataplane.Change, owners map[serverKey][]dataplane.Key, failed map[dataplane.Key]error,
 ) error {
@@ -230,29 +229,29 @@ func (d *Dataplane) applyRules(
 	return recordFailures(d.rules.Apply(ctx, changes), owners, failed)
 }
 
-// recordFailures adds the keys of an error of the rules to failed. For an address these are the
-// owners of the virtual servers there. It returns an error that concerns all changes, or
-// an address without owners.
+// recordFailures adds the keys of an nftables error to failed. An error about an address
+// counts for the owners of the virtual servers at that address. recordFailures returns an
+// error that concerns all changes or an address without owners.
 func recordFailures(err error, owners map[serverKey][]dataplane.Key, failed map[dataplane.Key]error) error {
 	var keyed *dataplane.Error
 	if !errors.As(err, &keyed) {
 		return err
 	}
-	refused := map[netip.Addr]error{}
+	addrErrs := map[netip.Addr]error{}
 	for k, e := range keyed.Failed {
 		if addr, ok := nft.BoundAddressOf(k); ok {
-			refused[addr] = fmt.Errorf("the drop rule of %s: %w", addr, e)
+			addrErrs[addr] = fmt.Errorf("drop rule of %s: %w", addr, e)
 		} else {
 			failed[k] = e
 		}
 	}
-	if len(refused) == 0 {
+	if len(addrErrs) == 0 {
 		return nil
 	}
-	rest := maps.Clone(refused)
+	unowned := maps.Clone(addrErrs)
 	for s, keys := range owners {
-		if e := refused[s.addr.Addr()]; e != nil {
-			delete(rest, s.addr.Addr())
+		if e := addrErrs[s.addr.Addr()]; e != nil {
+			delete(unowned, s.addr.Addr())
 			for _, k := range keys {
 				if failed[k] == nil {
 					failed[k] = e
@@ -260,13 +259,13 @@ func recordFailures(err error, owners map[serverKey][]dataplane.Key, failed map[
 			}
 		}
 	}
-	for _, e := range rest {
+	for _, e := range unowned {
 		return e
 	}
 	return nil
 }
 
-// batch collects requests to the kernel, and carries them out together.
+// batch collects requests to the kernel and executes them together.
 type batch struct {
 	*Dataplane
 
@@ -278,74 +277,74 @@ type batch struct {
 
 func (d *Dataplane) newBatch() *batch { return &batch{Dataplane: d, now: time.Now()} }
 
-// ensureServer makes a virtual server have at least these endpoints. One that is leaving stays.
-func (w *batch) ensureServer(s serverKey, want virtualServer) {
-	have, there := w.servers[s]
-	delete(w.retiring, s)
+// ensureServer gives a virtual server at least the desired endpoints. It reuses a retiring
+// virtual server.
+func (b *batch) ensureServer(s serverKey, want virtualServer) {
+	have, exists := b.servers[s]
+	delete(b.retiring, s)
 	switch {
-	case !there:
-		w.enqueue(request{command: newService, serverKey: s, settings: want.settings})
+	case !exists:
+		b.enqueue(request{command: newService, serverKey: s, settings: want.settings})
 		if !isInternal(s.addr.Addr()) {
-			if addr := s.addr.Addr(); w.boundRefs[addr] == 0 || w.bindFailed[addr] {
-				w.bind = append(w.bind, addr)
+			if addr := s.addr.Addr(); b.boundRefs[addr] == 0 || b.bindFailed[addr] {
+				b.bind = append(b.bind, addr)
 			}
-			w.boundRefs[s.addr.Addr()]++
+			b.boundRefs[s.addr.Addr()]++
 		}
 	case have.settings != want.settings:
-		w.enqueue(request{command: setService, serverKey: s, settings: want.settings})
+		b.enqueue(request{command: setService, serverKey: s, settings: want.settings})
 	}
 	diffEndpoints(have.endpoints, want.endpoints, func(e netip.AddrPort, inHave, inWant bool) {
 		if inHave || !inWant {
 			return
 		}
 		c := newDest
-		if _, draining := w.draining[s][e]; draining {
+		if _, draining := b.draining[s][e]; draining {
 			c = setDest
-			w.endDrain(s, e)
+			b.endDrain(s, e)
 		}
-		w.enqueue(request{command: c, serverKey: s, dest: e, weight: 1})
+		b.enqueue(request{command: c, serverKey: s, dest: e, weight: 1})
 	})
-	if len(have.endpoints) == 0 || !there || have.settings != want.settings {
-		w.markDirty(s)
+	if len(have.endpoints) == 0 || !exists || have.settings != want.settings {
+		b.markDirty(s)
 	}
-	// Both until those that leave are dropped.
-	w.servers[s] = virtualServer{want.settings, have.endpoints, have.serving}
+	// The endpoints in have remain until drainUndesired.
+	b.servers[s] = virtualServer{want.settings, have.endpoints, have.serving}
 }
 
-// drainUndesired ends new connections to endpoints that a virtual server is no longer to
-// have, and notes that it has what is wanted.
-func (w *batch) drainUndesired(s serverKey, want virtualServer) {
-	have := w.servers[s]
+// drainUndesired starts to drain the endpoints that a virtual server should no longer have,
+// and records the desired state as programmed.
+func (b *batch) drainUndesired(s serverKey, want virtualServer) {
+	have := b.servers[s]
 	diffEndpoints(have.endpoints, want.endpoints, func(e netip.AddrPort, inHave, inWant bool) {
 		if inHave && !inWant {
-			w.enqueue(request{command: setDest, serverKey: s, dest: e})
-			w.startDrain(s, e, w.now.Add(w.drainLimit(s)))
+			b.enqueue(request{command: setDest, serverKey: s, dest: e})
+			b.startDrain(s, e, b.now.Add(b.drainLimit(s)))
 		}
 	})
 	if s.protocol == dataplane.UDP {
-		w.keepServing(s, want.serving)
+		b.keepServing(s, want.serving)
 	}
-	w.markDirty(s)
-	w.servers[s] = want
+	b.markDirty(s)
+	b.servers[s] = want
 }
 
-// keepServing lets draining destinations of UDP stay for as long as they serve the flows
-// that they have, and no longer.
-func (w *batch) keepServing(s serverKey, serving []netip.AddrPort) {
-	for e, until := range w.draining[s] {
+// keepServing keeps draining UDP destinations for exactly as long as their endpoints serve.
+func (b *batch) keepServing(s serverKey, serving []netip.AddrPort) {
+	for e, until := range b.draining[s] {
 		_, serves := slices.BinarySearchFunc(serving, e, netip.AddrPort.Compare)
 		switch {
 		case serves:
-			w.draining[s][e] = time.Time{}
+			b.draining[s][e] = time.Time{}
 		case until.IsZero():
-			w.startDrain(s, e, w.now.Add(udpDrainGrace))
+			b.startDrain(s, e, b.now.Add(udpDrainGrace))
 		}
 	}
 }
 
-// udpDrainGrace is how long a destination of UDP drains that does not serve any
-// more. Its flows do not end, but move to another when it is deleted, which loses the
-// answers that are on their way then (net/netfilter/ipvs/ip_vs_conn.c, ip_vs_expire_nodest_conn_flush).
+// udpDrainGrace is how long a UDP destination drains after its endpoint stops serving. When
+// the destination is deleted, its flows move to another one, and answers on their way are lost
+// (net/netfilter/ipvs/ip_vs_conn.c, ip_vs_expire_nodest_conn_flush).
 const udpDrainGrace = 200 * time.Millisecond
 
 func (d *Dataplane) drainLimit(s serverKey) time.Duration {
@@ -355,50 +354,51 @@ func (d *Dataplane) drainLimit(s serverKey) time.Duration {
 	return d.opts.DrainLimit
 }
 
-// retire begins to drain a virtual server that no Service has any more; the rules keep
-// new connections from it. It deletes the virtual server immediately if that has no
-// destinations, or if now is set.
-func (w *batch) retire(s serverKey, now bool) {
-	have, there := w.servers[s]
-	if !there {
+// retire drains a virtual server that no Service uses any more; the nftables rules drop new
+// connections to it. If now is set or the virtual server has no destinations, retire deletes
+// it immediately.
+func (b *batch) retire(s serverKey, now bool) {
+	have, exists := b.servers[s]
+	if !exists {
 		return
 	}
-	if now || len(have.endpoints) == 0 && len(w.draining[s]) == 0 {
-		w.deleteServer(s)
+	if now || len(have.endpoints) == 0 && len(b.draining[s]) == 0 {
+		b.deleteServer(s)
 		return
 	}
-	w.drainUndesired(s, virtualServer{settings: have.settings})
-	w.retiring[s] = true
+	b.drainUndesired(s, virtualServer{settings: have.settings})
+	b.retiring[s] = true
 }
 
-// deleteServer removes a virtual server with its destinations.
-func (w *batch) deleteServer(s serverKey) {
-	if _, there := w.servers[s]; !there {
+// deleteServer deletes a virtual server with its destinations.
+func (b *batch) deleteServer(s serverKey) {
+	if _, exists := b.servers[s]; !exists {
 		return
 	}
-	w.enqueue(request{command: delService, serverKey: s})
-	w.markDirty(s)
-	delete(w.servers, s)
-	delete(w.draining, s)
-	delete(w.retiring, s)
+	b.enqueue(request{command: delService, serverKey: s})
+	b.markDirty(s)
+	delete(b.servers, s)
+	delete(b.draining, s)
+	delete(b.retiring, s)
 	if addr := s.addr.Addr(); !isInternal(addr) {
-		if w.boundRefs[addr]--; w.boundRefs[addr] == 0 {
-			delete(w.boundRefs, addr)
-			w.unbind = append(w.unbind, addr)
+		if b.boundRefs[addr]--; b.boundRefs[addr] == 0 {
+			delete(b.boundRefs, addr)
+			b.unbind = append(b.unbind, addr)
 		}
 	}
 }
 
-func (w *batch) enqueue(r request) { w.requests = append(w.requests, r) }
+func (b *batch) enqueue(r request) { b.requests = append(b.requests, r) }
 
-// markDirty tells the patrol that what it has seen of a virtual server is old.
+// markDirty tells a running resync to ignore the data that it has read about a virtual server.
 func (d *Dataplane) markDirty(s serverKey) {
 	if d.dirty != nil {
 		d.dirty[s] = true
 	}
 }
 
-// startDrain notes that a destination is to go when its connections have ended.
+// startDrain records that a destination drains until its connections end, or until the given
+// time.
 func (d *Dataplane) startDrain(s serverKey, e netip.AddrPort, until time.Time) {
 	if d.draining[s] == nil {
 		d.draining[s] = map[netip.AddrPort]time.Time{}
@@ -410,31 +410,32 @@ func (d *Dataplane) startDrain(s serverKey, e netip.AddrPort, until time.Time) {
 	}
 }
 
-// endDrain notes that a destination is not draining any more.
+// endDrain records that a destination no longer drains.
 func (d *Dataplane) endDrain(s serverKey, e netip.AddrPort) {
 	if delete(d.draining[s], e); len(d.draining[s]) == 0 {
 		delete(d.draining, s)
 	}
 }
 
-// execute hands the work to the kernel: addresses are bound before their virtual
-// servers come and unbound after these have gone, so that whose address is bound is
-// ours, whenever the program ends, and whatever fails. It notes the keys for which
-// something failed; an error is about everything.
-func (w *batch) execute(owners map[serverKey][]dataplane.Key, failed map[dataplane.Key]error) error {
-	refused, err := w.changeBindings(unix.RTM_NEWROUTE, w.bind)
+// execute sends the collected requests to the kernel. It binds addresses before it adds their
+// virtual servers, and unbinds them after it has deleted these. A bound address therefore
+// identifies a managed virtual server at any time, even if the process ends or a request
+// fails. execute adds keys with a failed request to failed. It returns an error that concerns
+// all requests.
+func (b *batch) execute(owners map[serverKey][]dataplane.Key, failed map[dataplane.Key]error) error {
+	bindErrs, err := b.changeBindings(unix.RTM_NEWROUTE, b.bind)
 	if err != nil {
 		return err
 	}
-	for _, addr := range w.bind {
-		if refused[addr] == nil {
-			delete(w.bindFailed, addr)
+	for _, addr := range b.bind {
+		if bindErrs[addr] == nil {
+			delete(b.bindFailed, addr)
 		} else {
-			w.bindFailed[addr] = true
+			b.bindFailed[addr] = true
 		}
 	}
-	w.requests = slices.DeleteFunc(w.requests, func(r request) bool { return refused[r.addr.Addr()] != nil })
-	answers, err := w.run(w.requests)
+	b.requests = slices.DeleteFunc(b.requests, func(r request) bool { return bindErrs[r.addr.Addr()] != nil })
+	answers, err := b.run(b.requests)
 	if err != nil {
 		return err
 	}
@@ -442,51 +443,49 @@ func (w *batch) execute(owners map[serverKey][]dataplane.Key, failed map[datapla
 		if answer == nil {
 			continue
 		}
-		r := w.requests[i]
-		if answer = w.retry(r, answer); answer == nil {
+		r := b.requests[i]
+		if answer = b.retry(r, answer); answer == nil {
 			continue
 		}
-		if err := w.recordFailure(r.serverKey, owners[r.serverKey], failed, fmt.Errorf("%s: %w", r, answer)); err != nil {
+		if err := b.recordFailure(r.serverKey, owners[r.serverKey], failed, fmt.Errorf("%s: %w", r, answer)); err != nil {
 			return err
 		}
 		if r.command == delService {
-			w.unbind = slices.DeleteFunc(w.unbind, func(a netip.Addr) bool { return a == r.addr.Addr() })
+			b.unbind = slices.DeleteFunc(b.unbind, func(a netip.Addr) bool { return a == r.addr.Addr() })
 		}
 	}
-	stuck, err := w.changeBindings(unix.RTM_DELROUTE, w.unbind)
+	unbindErrs, err := b.changeBindings(unix.RTM_DELROUTE, b.unbind)
 	if err != nil {
 		return err
 	}
-	w.unbind = slices.DeleteFunc(w.unbind, func(a netip.Addr) bool { return stuck[a] != nil })
-	maps.Copy(refused, stuck)
-	return w.recordAddrFailures(refused, owners, failed)
+	b.unbind = slices.DeleteFunc(b.unbind, func(a netip.Addr) bool { return unbindErrs[a] != nil })
+	maps.Copy(bindErrs, unbindErrs)
+	return b.recordAddrFailures(bindErrs, owners, failed)
 }
 
-// dropRuleRemovals returns the changes of the rules for addresses that are no longer bound,
-// once the work has been carried out.
-func (w *batch) dropRuleRemovals() []dataplane.Change {
-	all := make([]dataplane.Change, 0, len(w.unbind))
-	for _, addr := range w.unbind {
+// dropRuleRemovals returns the rule changes for addresses that execute has unbound.
+func (b *batch) dropRuleRemovals() []dataplane.Change {
+	all := make([]dataplane.Change, 0, len(b.unbind))
+	for _, addr := range b.unbind {
 		all = append(all, dataplane.Change{Old: nft.BoundAddressService(addr)})
 	}
 	return all
 }
 
-func (w *batch) run(requests []request) ([]error, error) {
+func (b *batch) run(requests []request) ([]error, error) {
 	if len(requests) == 0 {
 		return nil, nil
 	}
-	return w.ipvs.run(requests)
+	return b.ipvs.run(requests)
 }
 
-// changeBindings binds addresses, or ends that, and returns the errors of those for which it
-// failed.
-func (w *batch) changeBindings(typ uint16, addrs []netip.Addr) (map[netip.Addr]error, error) {
-	refused := map[netip.Addr]error{}
+// changeBindings binds or unbinds addresses, and returns the errors by address.
+func (b *batch) changeBindings(typ uint16, addrs []netip.Addr) (map[netip.Addr]error, error) {
+	errs := map[netip.Addr]error{}
 	if len(addrs) == 0 {
-		return refused, nil
+		return errs, nil
 	}
-	answers, err := w.host.changeBindings(typ, addrs)
+	answers, err := b.host.changeBindings(typ, addrs)
 	if err != nil {
 		return nil, err
 	}
@@ -494,17 +493,18 @@ func (w *batch) changeBindings(typ uint16, addrs []netip.Addr) (map[netip.Addr]e
 		switch {
 		case answer == nil:
 		case typ == unix.RTM_NEWROUTE:
-			refused[addrs[i]] = fmt.Errorf("bind %s to %s: %w", addrs[i], LinkName, answer)
+			errs[addrs[i]] = fmt.Errorf("bind %s to %s: %w", addrs[i], LinkName, answer)
 		default:
-			refused[addrs[i]] = fmt.Errorf("unbind %s from %s: %w", addrs[i], LinkName, answer)
+			errs[addrs[i]] = fmt.Errorf("unbind %s from %s: %w", addrs[i], LinkName, answer)
 		}
 	}
-	return refused, nil
+	return errs, nil
 }
 
-// recordFailure notes an error about a virtual server. It is returned if it matters to no key.
-func (w *batch) recordFailure(s serverKey, owners []dataplane.Key, failed map[dataplane.Key]error, err error) error {
-	w.unverified[s] = true
+// recordFailure records an error about a virtual server. It returns the error if the virtual
+// server has no owners.
+func (b *batch) recordFailure(s serverKey, owners []dataplane.Key, failed map[dataplane.Key]error, err error) error {
+	b.unverified[s] = true
 	if len(owners) == 0 {
 		return err
 	}
@@ -516,34 +516,35 @@ func (w *batch) recordFailure(s serverKey, owners []dataplane.Key, failed map[da
 	return nil
 }
 
-// recordAddrFailures notes errors about addresses.
-func (w *batch) recordAddrFailures(refused map[netip.Addr]error, owners map[serverKey][]dataplane.Key, failed map[dataplane.Key]error) error {
-	if len(refused) == 0 {
+// recordAddrFailures records errors about addresses for the owners of the virtual servers
+// there. It returns the error of an address without owners.
+func (b *batch) recordAddrFailures(addrErrs map[netip.Addr]error, owners map[serverKey][]dataplane.Key, failed map[dataplane.Key]error) error {
+	if len(addrErrs) == 0 {
 		return nil
 	}
-	rest := maps.Clone(refused)
+	unowned := maps.Clone(addrErrs)
 	for s, keys := range owners {
-		if err := refused[s.addr.Addr()]; err != nil {
-			delete(rest, s.addr.Addr())
-			if err := w.recordFailure(s, keys, failed, err); err != nil {
+		if err := addrErrs[s.addr.Addr()]; err != nil {
+			delete(unowned, s.addr.Addr())
+			if err := b.recordFailure(s, keys, failed, err); err != nil {
 				return err
 			}
 		}
 	}
-	for _, err := range rest {
+	for _, err := range unowned {
 		return err
 	}
 	return nil
 }
 
-// retry tries another request where the kernel's answer is about what was there
-// already, or was not, and returns the answer that counts.
-func (w *batch) retry(r request, answer error) error {
+// retry sends an adjusted request if the kernel's answer shows that an object exists already
+// or is missing. It returns the final answer.
+func (b *batch) retry(r request, answer error) error {
 	switch {
 	case isNotFound(answer) && (r.command == delService || r.command == delDest):
 		return nil
 	case r.command == setDest && r.weight == 0 && isNotFound(answer):
-		w.endDrain(r.serverKey, r.dest)
+		b.endDrain(r.serverKey, r.dest)
 		return nil
 	case errors.Is(answer, unix.EEXIST) && r.command == newService:
 		r.command = setService
@@ -552,23 +553,23 @@ func (w *batch) retry(r request, answer error) error {
 	case isNotFound(answer) && r.command == setDest:
 		r.command = newDest
 	case isNotFound(answer) && r.command == newDest:
-		// Its virtual server may have come with the scheduler's module.
+		// The virtual server may have been added after its scheduler's module was loaded.
 	case errors.Is(answer, unix.ENOENT) && (r.command == newService || r.command == setService):
-		// It says that of a scheduler that it does not have.
-		if err := w.loadModules("ip_vs_" + r.scheduler); err != nil {
+		// The kernel answers ENOENT for an unknown scheduler.
+		if err := b.loadModules("ip_vs_" + r.scheduler); err != nil {
 			return fmt.Errorf("the kernel has no scheduler %s: %w", r.scheduler, err)
 		}
 	default:
 		return answer
 	}
-	answers, err := w.run([]request{r})
+	answers, err := b.run([]request{r})
 	if err == nil {
 		err = answers[0]
 	}
 	return err
 }
 
-// diffEndpoints walks two lists of endpoints in order of address in step.
+// diffEndpoints walks two sorted lists of endpoints in parallel.
 func diffEndpoints(have, want []dataplane.Endpoint, visit func(e netip.AddrPort, inHave, inWant bool)) {
 	for len(have) > 0 || len(want) > 0 {
 		switch {

@@ -19,7 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// benchServers are virtual servers with ten destinations each.
+// benchServers returns n virtual servers.
 func benchServers(n int) []serverKey {
 	all := make([]serverKey, n)
 	for i := range all {
@@ -34,7 +34,7 @@ func benchDestination(i, j int) netip.AddrPort {
 
 const benchDestinations = 10
 
-// benchHost returns a namespace with what does not depend on Services.
+// benchHost returns a namespace with the setup that does not depend on Services.
 func benchHost(b *testing.B) (*nettest.Namespace, *host) {
 	b.Helper()
 	ns, err := nettest.NewNamespace("")
@@ -51,10 +51,10 @@ func benchHost(b *testing.B) (*nettest.Namespace, *host) {
 	return ns, h
 }
 
-// BenchmarkLoad compares many requests in one send with one request, and its
-// answer, after the other.
+// BenchmarkLoad compares many requests per system call (nlconn) with one request at a time
+// (github.com/moby/ipvs).
 func BenchmarkLoad(b *testing.B) {
-	warm, err := dialIPVS(0) // Modules are loaded by the first request.
+	warm, err := dialIPVS(0) // the first request loads the modules
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -86,7 +86,7 @@ func BenchmarkLoad(b *testing.B) {
 			if err != nil {
 				b.Fatal(err)
 			}
-			defer k.close() //nolint:errcheck // is not what is measured
+			defer k.close() //nolint:errcheck // not measured
 			var requests []request
 			for i, s := range servers {
 				requests = append(requests, request{command: newService, serverKey: s, settings: settings{scheduler: "rr"}})
@@ -129,7 +129,7 @@ func BenchmarkLoad(b *testing.B) {
 	}
 }
 
-// BenchmarkBind compares routes, many at once, with addresses on the interface.
+// BenchmarkBind compares batched local routes with addresses on the interface.
 func BenchmarkBind(b *testing.B) {
 	for _, n := range []int{1000, 10_000} {
 		var addrs []netip.Addr
@@ -176,7 +176,7 @@ func BenchmarkBind(b *testing.B) {
 	}
 }
 
-// BenchmarkResync is what it costs to look at the kernel every few seconds.
+// BenchmarkResync measures the periodic comparison with the kernel.
 func BenchmarkResync(b *testing.B) {
 	for _, n := range []int{1000, 10_000} {
 		b.Run(fmt.Sprintf("Services=%d", n), func(b *testing.B) {
@@ -192,12 +192,12 @@ func BenchmarkResync(b *testing.B) {
 			defer d.Close()
 			var services []*dataplane.Service
 			for i, s := range benchServers(n) {
-				var treatment dataplane.ServiceSpec
+				var spec dataplane.ServiceSpec
 				for j := range benchDestinations {
-					treatment.Endpoints = append(treatment.Endpoints, dataplane.Endpoint{Addr: benchDestination(i, j)})
+					spec.Endpoints = append(spec.Endpoints, dataplane.Endpoint{Addr: benchDestination(i, j)})
 				}
 				service, err := dataplane.NewService(dataplane.Key{Namespace: "default", Name: fmt.Sprintf("s-%d", i), Family: dataplane.IPv4},
-					[]dataplane.Frontend{{Protocol: dataplane.TCP, Addr: s.addr}}, treatment)
+					[]dataplane.Frontend{{Protocol: dataplane.TCP, Addr: s.addr}}, spec)
 				if err != nil {
 					b.Fatal(err)
 				}

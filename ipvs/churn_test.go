@@ -16,14 +16,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// churn draws Services that move frontends between each other.
+// churn generates random Services that take frontends from one another.
 type churn struct {
 	*testing.T
 	*rand.Rand
 }
 
-// services returns a random set of Services, no frontend of which is in two.
-func (h churn) services() map[dataplane.Key]*dataplane.Service {
+// services returns a random set of Services without shared frontends.
+func (c churn) services() map[dataplane.Key]*dataplane.Service {
 	all := map[dataplane.Key]*dataplane.Service{}
 	free := map[dataplane.Kind][]string{
 		dataplane.ClusterIP:    {"10.96.0.1:80", "10.96.0.1:81", "10.96.0.2:80", "10.96.0.3:80"},
@@ -32,18 +32,18 @@ func (h churn) services() map[dataplane.Key]*dataplane.Service {
 		dataplane.LoadBalancer: {"192.0.2.3:80", "192.0.2.4:80", "192.0.2.5:80"},
 	}
 	for kind, addrs := range free {
-		h.Shuffle(len(addrs), func(i, j int) { addrs[i], addrs[j] = addrs[j], addrs[i] })
+		c.Shuffle(len(addrs), func(i, j int) { addrs[i], addrs[j] = addrs[j], addrs[i] })
 		for i := 0; len(addrs) > 0; i++ {
-			n := min(1+h.IntN(2), len(addrs))
-			if h.IntN(4) > 0 {
-				protocol := []string{"TCP", "UDP"}[h.IntN(2)]
+			n := min(1+c.IntN(2), len(addrs))
+			if c.IntN(4) > 0 {
+				protocol := []string{"TCP", "UDP"}[c.IntN(2)]
 				frontends := ""
 				for _, a := range addrs[:n] {
 					frontends += a + "/" + protocol + " "
 				}
-				s := service(h.T, kind, fmt.Sprintf("s%d", i), frontends, h.spec())
-				if protocol == "UDP" && h.IntN(2) == 0 {
-					s.Serving = addrsOf(h.endpoints())
+				s := service(c.T, kind, fmt.Sprintf("s%d", i), frontends, c.spec())
+				if protocol == "UDP" && c.IntN(2) == 0 {
+					s.Serving = addrsOf(c.endpoints())
 				}
 				all[s.Key] = s
 			}
@@ -53,31 +53,31 @@ func (h churn) services() map[dataplane.Key]*dataplane.Service {
 	return all
 }
 
-func (h churn) spec() dataplane.ServiceSpec {
-	t := dataplane.ServiceSpec{Endpoints: h.endpoints(), ExternalTrafficPolicyLocal: h.IntN(3) == 0}
+func (c churn) spec() dataplane.ServiceSpec {
+	t := dataplane.ServiceSpec{Endpoints: c.endpoints(), ExternalTrafficPolicyLocal: c.IntN(3) == 0}
 	if t.ExternalTrafficPolicyLocal {
-		t.LocalEndpoints = h.endpoints()
+		t.LocalEndpoints = c.endpoints()
 	}
-	if h.IntN(4) == 0 {
+	if c.IntN(4) == 0 {
 		t.Affinity = time.Hour
 	}
-	if h.IntN(8) == 0 {
+	if c.IntN(8) == 0 {
 		t.Scheduler = "lc"
 	}
 	return t
 }
 
-func (h churn) endpoints() []dataplane.Endpoint {
+func (c churn) endpoints() []dataplane.Endpoint {
 	var all []string
 	for i := range 4 {
-		if h.IntN(2) == 0 {
+		if c.IntN(2) == 0 {
 			all = append(all, fmt.Sprintf("10.244.0.%d:8080", i+1))
 		}
 	}
 	return endpointsAt(all...)
 }
 
-// changesBetween returns what leads from some Services to others, in any order.
+// changesBetween returns the changes from one set of Services to another, in random order.
 func changesBetween(from, next map[dataplane.Key]*dataplane.Service) []dataplane.Change {
 	var all []dataplane.Change
 	for k, s := range from {
@@ -93,14 +93,14 @@ func changesBetween(from, next map[dataplane.Key]*dataplane.Service) []dataplane
 	return all
 }
 
-// After a Replace, and after each Apply that follows one, the kernel has what was
-// wanted, whatever was before, and whatever has failed.
+// TestRandomChurn checks that the kernel has the desired state after a Replace and after each
+// Apply that follows, whatever it held before and whatever failed.
 func TestRandomChurn(t *testing.T) {
 	t.Parallel()
 	for seed := range uint64(300) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			t.Parallel()
-			h := churn{t, rand.New(rand.NewPCG(seed, 1))} //nolint:gosec // repeatable
+			c := churn{t, rand.New(rand.NewPCG(seed, 1))} //nolint:gosec // reproducible
 			d, f := newFakeNode(t)
 			ctx := context.Background()
 			have := map[dataplane.Key]*dataplane.Service{}
@@ -111,22 +111,22 @@ func TestRandomChurn(t *testing.T) {
 				t.Fatal(err)
 			}
 			for step := range 30 {
-				next := h.services()
-				switch h.IntN(6) {
-				case 0: // a restart
+				next := c.services()
+				switch c.IntN(6) {
+				case 0: // restart
 					d = f.openDataplane()
 					if err := replace(next); err != nil {
 						t.Fatal(err)
 					}
-				case 1: // faults, until a Replace
+				case 1: // faults, then a Replace
 					f.skipOrderChecks = true
 					f.fault = func(string) error {
-						if h.IntN(10) == 0 {
+						if c.IntN(10) == 0 {
 							return unix.ENOMEM
 						}
 						return nil
 					}
-					h.applyWithFaults(d, f, have, next)
+					c.applyWithFaults(d, f, have, next)
 					f.fault = func(string) error { return nil }
 					if err := replace(next); err != nil {
 						t.Fatal(err)
@@ -139,17 +139,17 @@ func TestRandomChurn(t *testing.T) {
 				}
 				have = next
 				f.expect(fmt.Sprintf("after step %d", step), have, nil)
-				if h.IntN(3) == 0 {
-					h.finishDrains(d, f)
-					f.expect(fmt.Sprintf("after the drains of step %d", step), have, nil)
+				if c.IntN(3) == 0 {
+					c.finishDrains(d, f)
+					f.expect(fmt.Sprintf("after finishing the drains of step %d", step), have, nil)
 				}
 				before := len(f.requests)
-				if h.IntN(3) == 0 {
+				if c.IntN(3) == 0 {
 					if err := replace(have); err != nil {
 						t.Fatal(err)
 					}
 					if n := f.requests[before:]; len(n) > 0 {
-						t.Errorf("after step %d a Replace by what is there asked for %v", step, n)
+						t.Errorf("after step %d a Replace without changes sent %v", step, n)
 					}
 				}
 				if t.Failed() {
@@ -160,12 +160,13 @@ func TestRandomChurn(t *testing.T) {
 	}
 }
 
-// applyWithFaults makes some changes while things fail. What does not fail is as wanted.
-func (h churn) applyWithFaults(d *Dataplane, f *fakeNode, have, next map[dataplane.Key]*dataplane.Service) {
+// applyWithFaults applies some changes while requests fail, and checks the Services that did
+// not fail.
+func (c churn) applyWithFaults(d *Dataplane, f *fakeNode, have, next map[dataplane.Key]*dataplane.Service) {
 	known := true
-	for range 1 + h.IntN(4) {
+	for range 1 + c.IntN(4) {
 		var err error
-		if !known || h.IntN(2) == 0 {
+		if !known || c.IntN(2) == 0 {
 			err = d.Replace(context.Background(), dataplane.Node{}, maps.Values(next), nil)
 		} else {
 			err = d.Apply(context.Background(), changesBetween(have, next))
@@ -173,35 +174,35 @@ func (h churn) applyWithFaults(d *Dataplane, f *fakeNode, have, next map[datapla
 		var keyed *dataplane.Error
 		switch known = err == nil; {
 		case known:
-			f.expect("in spite of faults", next, nil)
+			f.expect("without errors despite faults", next, nil)
 		case errors.As(err, &keyed):
-			f.expect("beside what has failed", next, keyed.Failed)
+			f.expect("after a partial failure", next, keyed.Failed)
 		}
-		have, next = next, h.services()
+		have, next = next, c.services()
 	}
 }
 
-// finishDrains looks after what drains as the patrol does.
-func (h churn) finishDrains(d *Dataplane, f *fakeNode) {
+// finishDrains deletes drained destinations as resync does.
+func (c churn) finishDrains(d *Dataplane, f *fakeNode) {
 	for s := range maps.Clone(d.draining) {
 		found, err := fakeIPVS{f}.dumpDestinations(s)
 		if err != nil {
-			h.Fatal(err)
+			c.Fatal(err)
 		}
 		if err := d.finishServerDrains(s, found); err != nil {
-			h.Fatal(err)
+			c.Fatal(err)
 		}
 	}
 	if _, err := d.deleteRetired(math.MaxInt); err != nil {
-		h.Fatal(err)
+		c.Fatal(err)
 	}
-	for s, held := range f.servers {
+	for s, server := range f.servers {
 		if len(d.retiring) > 0 {
-			h.Errorf("%v have no connections and are still there", d.retiring)
+			c.Errorf("%v have no connections but were not deleted", d.retiring)
 		}
-		for addr, dest := range held.dests {
+		for addr, dest := range server.dests {
 			if dest.weight == 0 {
-				h.Errorf("%s of %s has no connections and is still there", addr, s)
+				c.Errorf("%s of %s has no connections but was not deleted", addr, s)
 			}
 		}
 	}

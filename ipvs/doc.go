@@ -1,101 +1,106 @@
-// Package ipvs is the IPVS backend: a [dataplane.Dataplane] whose Services are
-// virtual servers of the kernel. nftables says who is served, and IPVS picks the
-// endpoint.
+// Package ipvs is the IPVS backend. Its [Dataplane] implements [dataplane.Dataplane]: every
+// Service becomes one or more IPVS virtual servers. nftables decides which connections are
+// served, and IPVS selects the endpoint.
 //
-// # Where the virtual servers are
+// # Addresses of virtual servers
 //
-// That of a cluster IP is at its address and port, so that `ipvsadm -Ln` reads as
-// the Services do:
+// The virtual server of a cluster IP listens on the cluster IP and port, so that `ipvsadm -Ln`
+// shows the Services:
 //
 //	TCP  10.96.0.10:80 rr
 //	  -> 10.244.1.5:8080              Masq    1      0          0
 //
-// The address is bound to the node by a local route through the dummy interface
-// fairlead0, in a routing table of its own which a rule looks up for packets that
-// arrive:
+// A local route through the dummy interface fairlead0 binds the address to the node. The route
+// is in a dedicated routing table, which a rule looks up for incoming packets only:
 //
 //	20:     not from all iif lo lookup 64029
 //	local 10.96.0.10 dev fairlead0 table 64029 proto 250 scope host
 //
-// Routes are added in the same time however many there are; addresses are not. And
-// what the node itself sends is not looked up there, so it keeps the source address
-// that it would have anyway, and is taken by IPVS on its way out.
+// The time to add a route does not depend on the number of routes; the time to add an address
+// to an interface does. Packets that the node sends do not use this table, so they keep their
+// usual source address, and IPVS handles them on output.
 //
-// All other frontends are addresses that the node has for other purposes (node
-// ports), or that are not its own at all (external addresses, load balancers).
-// Their virtual servers are at addresses in 250.29.0.0/16 and fdfa:1d00::/64, which
-// are the node's own affair, and nftables translates to these as the nft backend does
-// to an endpoint, and drops who connects there otherwise. So other ports at external addresses, and ARP for them, are
-// left alone; and with externalTrafficPolicy: Local the local endpoints are a virtual
-// server of their own. No packet mark is used for any of this.
+// All other frontends use addresses that the node needs for other purposes (node ports) or
+// does not own (external IPs, load balancer IPs). Their virtual servers listen on internal
+// addresses: addresses in 250.29.0.0/16 and fdfa:1d00::/64 that are valid only within the
+// node. nftables translates connections from a frontend to its internal address, as the nft
+// backend translates them to an endpoint, and drops all other connections to internal
+// addresses. Other ports of an external IP, and ARP for it, are therefore not affected. With
+// externalTrafficPolicy: Local, the local endpoints have a virtual server at another internal
+// address. None of this uses packet marks.
 //
-// # The rules
+// # nftables
 //
-// The tables `ip fairlead-ipvs` and `ip6 fairlead-ipvs` are those of package nft with
-// a [nft.Translator]: connections that no endpoint can take, or that are out of the
-// source ranges, are refused or dropped there before IPVS sees them, ports of cluster
-// IPs that no Service has never reach the node's own programs, and who is masqueraded
-// is decided behind IPVS, which makes its connections known to connection tracking
-// (sysctl net.ipv4.vs.conntrack).
+// The tables `ip fairlead-ipvs` and `ip6 fairlead-ipvs` are programmed by package nft with a
+// [nft.Translator]. They do the following:
 //
-// # The order of a change
+//   - They reject or drop connections that have no endpoint or come from outside the source
+//     ranges, before IPVS sees them.
+//   - They keep connections to unused ports of cluster IPs away from programs of the node.
+//   - They masquerade connections after IPVS has translated them. IPVS adds its connections to
+//     connection tracking for this purpose (sysctl net.ipv4.vs.conntrack).
 //
-// IPVS takes one change after the other, so their order is what clients see:
+// # Order of changes
 //
-//  1. Addresses to bind get a rule first that drops connections which no frontend
-//     takes ([nft.BoundAddressService]). It stays as long as the address is bound.
-//  2. Addresses are bound, virtual servers and destinations are added, weights are
-//     set to 1. A virtual server that had destinations has at least those that stay.
-//  3. The rules change, in one transaction: new Services are opened, those that have
-//     lost their last endpoint refuse, connections to Services that go are dropped.
-//  4. Destinations that are not wanted get weight 0, also those of virtual servers
-//     that no Service has any more. Virtual servers without destinations are
-//     deleted, then their addresses, then the rules for these.
+// IPVS has no transactions, so clients see each step of a change. The steps are:
 //
-// Where nothing of it is to be done, a step takes no request. A change of endpoints
-// is one send to IPVS, and one to nftables if it is about pods of this node.
+//  1. Add an nftables rule for each address that will be bound. The rule drops connections
+//     that match no frontend ([nft.BoundAddressService]). It remains while the address is
+//     bound.
+//  2. Bind addresses, add virtual servers and destinations, set weights to 1. A virtual server
+//     that had destinations keeps at least the ones that are still desired.
+//  3. Change the nftables rules in one transaction: open new Services, refuse connections to
+//     Services that lost their last endpoint, drop connections to deleted Services.
+//  4. Set the weight of undesired destinations to 0, including all destinations of deleted
+//     Services. Delete virtual servers without destinations, then unbind their addresses, then
+//     delete the drop rules of these addresses.
 //
-// So no address is ever reachable without its destinations. A program that ends in
-// between leaves nothing behind that the next one does not find: a virtual server is
-// taken for one of ours if its address is bound in our routing table, or internal.
-// Others are never touched, nor are those by firewall mark, or in networks that are
-// excluded.
+// A step that has nothing to change sends nothing. A change of endpoints takes one send to
+// IPVS, and one to nftables if the endpoints are pods of this node.
 //
-// # Endpoints that leave
+// With this order, no address is reachable while its virtual server lacks destinations. It
+// also makes every change safe to interrupt, because the next process finds everything that remains:
+// a virtual server is managed by Fairlead if its address is bound in the routing table above
+// or is internal. Fairlead never changes other virtual servers, virtual servers identified by
+// a firewall mark, and virtual servers in excluded networks.
 //
-// A destination with weight 0 takes no new connections, not even of clients that
-// stick to it, and keeps those that it has. It is deleted when the kernel counts none
-// any more, which for a closed connection of TCP is after two minutes, or after
-// [Options.DrainLimit]; one of UDP a moment after it serves no more, and its flows
-// move to another. An endpoint that comes back meanwhile gets weight 1. The weight is
-// in the kernel, so that all of this goes on after a restart.
+// # Draining
 //
-// When a Service is deleted, its endpoints leave in the same way, and its virtual
-// servers are deleted after the last endpoint. Until then its cluster IP stays bound,
-// and the rule for bound addresses drops new connections. A new Service at the same
-// frontend takes the virtual server over. Replace finds the virtual servers of Services
-// that were deleted while no Dataplane was running.
+// A removed endpoint drains: its destination gets weight 0. Such a destination accepts no new
+// connections, not even from clients with session affinity, and keeps its existing ones.
+// Fairlead deletes it when the kernel counts no more connections or when [Options.DrainLimit]
+// expires. The kernel counts a closed TCP connection for two more minutes. A UDP destination
+// is deleted shortly after its endpoint stops serving, and its flows move to another
+// destination. An endpoint that is added again gets weight 1. The weight is state in the
+// kernel, so draining continues after a restart.
+//
+// The endpoints of a deleted Service drain in the same way, and its virtual servers are
+// deleted after the last endpoint. Until then the cluster IP remains bound, and its drop rule
+// drops new connections. A new Service at the same frontend reuses the virtual server. Replace
+// finds the virtual servers of Services that were deleted while Fairlead was not running.
 //
 // # Netlink
 //
-// Package nlconn sends virtual servers, destinations and routes by the hundred: the kernel
-// handles the requests of one sendmsg(2) in order, and answers only the last one and those that
-// fail. github.com/moby/ipvs waits for an answer to each request: 10,000 virtual servers with 10
-// destinations took 7.0 s with it and 2.0 s together (BenchmarkLoad).
+// Package nlconn sends hundreds of requests for virtual servers, destinations or routes in one
+// system call: the kernel handles the requests of one sendmsg(2) in order and answers only the
+// last one and those with an error. github.com/moby/ipvs waits for an answer to each request:
+// to load 10,000 virtual servers with 10 destinations each took 7.0 s with it and 2.0 s with
+// nlconn (BenchmarkLoad).
 //
-// The tests use that library to see what other programs see. The backend does not read by
-// it, for these reasons:
+// The tests use github.com/moby/ipvs to see the state as other programs see it. The backend
+// does not use it to read state, for these reasons:
 //
-//   - It asks for the number of the family once for the life of the process. After the
-//     module was loaded again, all its calls fail (TestModuleReload).
+//   - It resolves the number of the generic netlink family once per process. After the module
+//     is reloaded, all its calls fail (TestModuleReload).
 //   - It takes 344 ms and 32 MB to read 1,000 virtual servers with 10 destinations each; this
-//     package takes 217 ms and 9 MB at most (BenchmarkRead).
-//   - It runs modprobe by os/exec, and logs by logrus that an image without programs lacks it.
-//   - It reads half of the 32 bits of a weight, and waits for lost answers without end.
+//     package takes at most 217 ms and 9 MB (BenchmarkRead).
+//   - It runs modprobe through os/exec, and logs a failure through logrus if the image does
+//     not contain modprobe.
+//   - It decodes only 16 of the 32 bits of a weight, and waits forever for a lost answer.
 //
-// # What IPVS does not have
+// # Limitations of IPVS
 //
-// No event tells of changes, so what others have changed is looked for every five
-// seconds, and destinations all within a minute. Session affinity is IPVS's
-// persistence: docs/ipvs.md says in what it differs.
+// The kernel sends no notifications for IPVS. The backend compares the kernel's state with the
+// programmed state every five seconds, and all destinations within a minute. Session affinity
+// is implemented by IPVS persistence; docs/ipvs.md lists the differences.
 package ipvs

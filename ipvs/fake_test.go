@@ -19,28 +19,27 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// fakeNode is a node in memory, whose kernel answers as IPVS and routing do, and which
-// can be made to fail. It holds its Dataplane to the order of a change.
+// fakeNode is a node in memory. Its kernel answers like IPVS and routing, and can inject
+// faults. It checks that its Dataplane keeps the order of changes.
 type fakeNode struct {
 	t *testing.T
-	// fault returns the error of something that is asked of it, or nil.
+	// fault returns the error to inject into an operation, or nil.
 	fault func(what string) error
 
 	servers map[serverKey]*fakeServer
 	addrs   map[netip.Addr]bool
-	// rules are the rules, by frontend, and guarded the addresses whose other
-	// connections they drop.
+	// rules holds the nftables rules by frontend. droppedAddrs holds the addresses with a drop
+	// rule.
 	rules        map[dataplane.Frontend]fakeRule
 	droppedAddrs map[netip.Addr]bool
-	// translator is asked where connections go.
+	// translator returns the virtual servers of a Service.
 	translator nft.Translator
-	// requests are all requests, and read the lists of destinations that were asked for.
+	// requests records all requests. destinationDumps counts the dumps of destinations.
 	requests         []request
 	destinationDumps int
-	// loadedModules are the modules that it was told to load. It has the schedulers of these,
-	// rr and lc.
+	// loadedModules records the modules loaded. The kernel has their schedulers, rr and lc.
 	loadedModules []string
-	// skipOrderChecks is set while the order of things does not count, as something has failed.
+	// skipOrderChecks disables checkOrder after a fault.
 	skipOrderChecks bool
 }
 
@@ -50,14 +49,14 @@ type fakeServer struct {
 	dests map[netip.AddrPort]*destination
 }
 
-// fakeRule is what the rules do with the connections to a frontend.
+// fakeRule is the nftables rule of one frontend.
 type fakeRule struct {
 	*dataplane.Service
 
 	cluster, local serverKey
 }
 
-// newFakeNode returns a Dataplane of a node in memory. It does not patrol.
+// newFakeNode returns a fake node and its Dataplane, which does not resync.
 func newFakeNode(t *testing.T) (*Dataplane, *fakeNode) {
 	t.Helper()
 	f := &fakeNode{
@@ -68,7 +67,7 @@ func newFakeNode(t *testing.T) (*Dataplane, *fakeNode) {
 	return f.openDataplane(), f
 }
 
-// openDataplane returns a Dataplane that knows nothing of the node yet.
+// openDataplane returns a new Dataplane that has not read the node's state.
 func (f *fakeNode) openDataplane() *Dataplane {
 	d, err := newDataplane(Options{})
 	if err != nil {
@@ -87,7 +86,7 @@ type fakeIPVS struct{ *fakeNode }
 
 func (k fakeIPVS) run(requests []request) ([]error, error) {
 	if err := k.fault("all requests"); err != nil {
-		// Some have been carried out.
+		// Execute some of them.
 		for _, r := range requests[:rand.IntN(len(requests))] {
 			_ = k.executeOne(r)
 		}
@@ -104,10 +103,10 @@ func (k fakeIPVS) run(requests []request) ([]error, error) {
 	return answers, nil
 }
 
-// executeOne is net/netfilter/ipvs/ip_vs_ctl.c, ip_vs_genl_set_cmd.
+// executeOne follows ip_vs_genl_set_cmd in net/netfilter/ipvs/ip_vs_ctl.c.
 func (k fakeIPVS) executeOne(r request) error {
-	s, there := k.servers[r.serverKey]
-	if !there && r.command != newService {
+	s, exists := k.servers[r.serverKey]
+	if !exists && r.command != newService {
 		return unix.ESRCH
 	}
 	if r.scheduler != "" && r.scheduler != "rr" && r.scheduler != "lc" && !slices.Contains(k.loadedModules, "ip_vs_"+r.scheduler) {
@@ -115,7 +114,7 @@ func (k fakeIPVS) executeOne(r request) error {
 	}
 	switch r.command {
 	case newService:
-		if there {
+		if exists {
 			return unix.EEXIST
 		}
 		k.servers[r.serverKey] = &fakeServer{r.settings, map[netip.AddrPort]*destination{}}
@@ -144,7 +143,7 @@ func (k fakeIPVS) executeOne(r request) error {
 	return nil
 }
 
-// addMissing finds nothing more: all that there are have been listed.
+// addMissing does nothing, because dumps are complete.
 func (fakeIPVS) addMissing(map[serverKey]settings, iter.Seq[serverKey]) error { return nil }
 
 func (k fakeIPVS) dumpServers() (map[serverKey]settings, error) {
@@ -152,7 +151,7 @@ func (k fakeIPVS) dumpServers() (map[serverKey]settings, error) {
 	for s, h := range k.servers {
 		found[s] = h.settings
 	}
-	return found, k.fault("list the virtual servers")
+	return found, k.fault("dump virtual servers")
 }
 
 func (k fakeIPVS) dumpDestinations(s serverKey) (map[netip.AddrPort]destination, error) {
@@ -163,7 +162,7 @@ func (k fakeIPVS) dumpDestinations(s serverKey) (map[netip.AddrPort]destination,
 			found[addr] = *d
 		}
 	}
-	return found, k.fault("list the destinations")
+	return found, k.fault("dump destinations")
 }
 
 func (k fakeIPVS) setTimeouts(_, _, _ time.Duration) error { return nil }
@@ -193,21 +192,21 @@ func (h fakeHost) changeBindings(typ uint16, addrs []netip.Addr) ([]error, error
 }
 
 func (h fakeHost) boundAddrs() (map[netip.Addr]bool, error) {
-	return maps.Clone(h.addrs), h.fault("list the routes")
+	return maps.Clone(h.addrs), h.fault("dump routes")
 }
 
 type fakeRules struct{ *fakeNode }
 
 func (r fakeRules) Apply(_ context.Context, changes []dataplane.Change) error {
 	failed := map[dataplane.Key]error{}
-	// As with nftables, a Service fails with those that it takes frontends from.
-	losers := map[dataplane.Frontend]dataplane.Key{}
+	// As in package nft, a failed Service makes the Services fail whose frontends it takes.
+	previous := map[dataplane.Frontend]dataplane.Key{}
 	for _, c := range changes {
 		if c.Old == nil {
 			continue
 		}
 		for _, f := range c.Old.Frontends {
-			losers[f] = c.Key()
+			previous[f] = c.Key()
 		}
 	}
 	for _, c := range changes {
@@ -215,7 +214,7 @@ func (r fakeRules) Apply(_ context.Context, changes []dataplane.Change) error {
 			failed[c.Key()] = err
 			if c.New != nil {
 				for _, f := range c.New.Frontends {
-					if k, ok := losers[f]; ok {
+					if k, ok := previous[f]; ok {
 						failed[k] = err
 					}
 				}
@@ -238,15 +237,15 @@ func (r fakeRules) Apply(_ context.Context, changes []dataplane.Change) error {
 			continue
 		}
 		for _, f := range c.New.Frontends {
-			if _, there := r.rules[f]; there {
-				failed[c.Key()] = fmt.Errorf("the element of %s: %w", f, unix.EEXIST)
+			if _, exists := r.rules[f]; exists {
+				failed[c.Key()] = fmt.Errorf("element of %s: %w", f, unix.EEXIST)
 			}
 		}
 		if failed[c.Key()] == nil {
 			r.add(c.New)
 		}
 	}
-	r.checkOrder("the rules")
+	r.checkOrder("changing the rules")
 	if len(failed) > 0 {
 		return &dataplane.Error{Op: "apply", Failed: failed}
 	}
@@ -277,12 +276,12 @@ func (r fakeRules) Replace(_ context.Context, _ dataplane.Node, services iter.Se
 	for s := range services {
 		r.add(s)
 	}
-	r.checkOrder("all rules")
+	r.checkOrder("replacing the rules")
 	return nil
 }
 
 func (r fakeRules) ReadVirtualBindings(context.Context) (map[dataplane.Frontend]nft.VirtualBinding, error) {
-	return nil, errors.New("not in memory")
+	return nil, errors.New("not supported by the fake")
 }
 func (r fakeRules) Drift() <-chan struct{}      { return nil }
 func (r fakeRules) Lost() <-chan struct{}       { return nil }
@@ -290,13 +289,13 @@ func (r fakeRules) GiveWay(time.Duration) error { return nil }
 func (r fakeRules) OwnsTables() bool            { return false }
 func (r fakeRules) Close() error                { return nil }
 
-// checkOrder fails the test if connections are led to where nobody takes them, or
-// to an address without rules.
+// checkOrder fails the test if the rules send connections to a virtual server without
+// destinations, or if an address lacks its drop rule.
 func (f *fakeNode) checkOrder(after string) {
 	if f.skipOrderChecks {
 		return
 	}
-	taken := func(s serverKey) bool {
+	isServed := func(s serverKey) bool {
 		h := f.servers[s]
 		if h == nil || !isInternal(s.addr.Addr()) && !f.addrs[s.addr.Addr()] {
 			return false
@@ -309,24 +308,24 @@ func (f *fakeNode) checkOrder(after string) {
 		return false
 	}
 	for at, rule := range f.rules {
-		if len(rule.Endpoints) > 0 && !taken(rule.cluster) || len(rule.LocalEndpoints) > 0 && !taken(rule.local) {
+		if len(rule.Endpoints) > 0 && !isServed(rule.cluster) || len(rule.LocalEndpoints) > 0 && !isServed(rule.local) {
 			f.t.Errorf("after %s connections to %s reach no endpoint", after, at)
 		}
 	}
 	for s := range f.servers {
 		if addr := s.addr.Addr(); !f.droppedAddrs[addr] && !isInternal(addr) {
-			f.t.Errorf("after %s the virtual server %s is there without a drop rule for its address", after, s)
+			f.t.Errorf("after %s the virtual server %s has no drop rule for its address", after, s)
 		}
 	}
 	for addr := range f.addrs {
 		if !f.droppedAddrs[addr] {
-			f.t.Errorf("after %s %s is bound without a drop rule", after, addr)
+			f.t.Errorf("after %s the address %s is bound without a drop rule", after, addr)
 		}
 	}
 }
 
-// expect fails the test unless exactly these Services are served, but for those that
-// have failed, of which it knows nothing. Other virtual servers must be leaving.
+// expect fails the test unless exactly these Services are programmed. It ignores failed
+// Services. Other virtual servers must be draining.
 func (f *fakeNode) expect(when string, services map[dataplane.Key]*dataplane.Service, failed map[dataplane.Key]error) {
 	f.t.Helper()
 	var want, got []string
@@ -347,7 +346,7 @@ func (f *fakeNode) expect(when string, services map[dataplane.Key]*dataplane.Ser
 		}
 	}
 	used, bound := map[serverKey]bool{}, map[netip.Addr]bool{}
-	takers := func(s serverKey) string {
+	activeDests := func(s serverKey) string {
 		used[s] = true
 		h := f.servers[s]
 		if h == nil {
@@ -370,9 +369,9 @@ func (f *fakeNode) expect(when string, services map[dataplane.Key]*dataplane.Ser
 		if failed[rule.Key] != nil {
 			continue
 		}
-		text := at.String() + " " + rule.Key.String() + " " + rule.String() + " ->" + takers(rule.cluster) + " ->"
+		text := at.String() + " " + rule.Key.String() + " " + rule.String() + " ->" + activeDests(rule.cluster) + " ->"
 		if rule.ExternalTrafficPolicyLocal {
-			text += takers(rule.local)
+			text += activeDests(rule.local)
 		}
 		got = append(got, text)
 	}
@@ -389,10 +388,10 @@ func (f *fakeNode) expect(when string, services map[dataplane.Key]*dataplane.Ser
 			continue
 		}
 		if len(h.dests) == 0 {
-			f.t.Errorf("%s the virtual server %s is left", when, s)
+			f.t.Errorf("%s the virtual server %s was not deleted", when, s)
 		}
-		if text := takers(s); text != "" {
-			f.t.Errorf("%s the virtual server %s is left with%s", when, s, text)
+		if text := activeDests(s); text != "" {
+			f.t.Errorf("%s the virtual server %s was not deleted and has%s", when, s, text)
 		}
 	}
 	if !maps.Equal(bound, f.addrs) {

@@ -16,16 +16,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// sequence returns a sequence of Services, as Replace takes it.
+// sequence returns the Services as an argument of Replace.
 func sequence(services ...*dataplane.Service) func(func(*dataplane.Service) bool) {
 	return slices.Values(services)
 }
 
-// failNext makes the first n of what is asked with this beginning fail.
-func (f *fakeNode) failNext(n int, beginning string) {
+// failNext makes the next n operations that start with prefix fail.
+func (f *fakeNode) failNext(n int, prefix string) {
 	f.skipOrderChecks = true
 	f.fault = func(what string) error {
-		if n > 0 && strings.HasPrefix(what, beginning) {
+		if n > 0 && strings.HasPrefix(what, prefix) {
 			n--
 			return unix.ENOMEM
 		}
@@ -46,8 +46,9 @@ func expectFailed(t *testing.T, err error, keys ...dataplane.Key) {
 	}
 }
 
-// An address that could not be bound is missing for the next port of it as well,
-// and there is no virtual server that a restart would not tell for ours.
+// TestBindFailure checks that a Service without a bound address fails, as does the next
+// Service at that address. No virtual server may exist there, because a restart could not
+// identify it as managed.
 func TestBindFailure(t *testing.T) {
 	t.Parallel()
 	d, f := newFakeNode(t)
@@ -65,11 +66,11 @@ func TestBindFailure(t *testing.T) {
 	if err := d.Replace(t.Context(), dataplane.Node{}, sequence(one, two), nil); err != nil {
 		t.Fatal(err)
 	}
-	f.expect("at last", map[dataplane.Key]*dataplane.Service{one.Key: one, two.Key: two}, nil)
+	f.expect("after Replace", map[dataplane.Key]*dataplane.Service{one.Key: one, two.Key: two}, nil)
 }
 
-// What could not be removed is no matter of a Service that is wanted, and still an
-// error: the next Replace tries again, and finds it by its address.
+// TestDeleteFailure checks that a failed deletion is an error without a key. The next Replace
+// finds the virtual server by its address and deletes it.
 func TestDeleteFailure(t *testing.T) {
 	t.Parallel()
 	for _, what := range []string{"delete", "bind"} {
@@ -81,7 +82,7 @@ func TestDeleteFailure(t *testing.T) {
 		f.failNext(1, what)
 		var keyed *dataplane.Error
 		if err := d.Replace(t.Context(), dataplane.Node{}, sequence(), nil); err == nil || errors.As(err, &keyed) {
-			t.Errorf("error %v, want one that is about no Service", err)
+			t.Errorf("error %v, want one without keys", err)
 		}
 		d = f.openDataplane()
 		if err := d.Replace(t.Context(), dataplane.Node{}, sequence(), nil); err != nil {
@@ -91,8 +92,8 @@ func TestDeleteFailure(t *testing.T) {
 	}
 }
 
-// What could not be removed once a deleted Service has drained leads to a Replace, which
-// tries again. Nothing is reached there until then.
+// TestDrainedServiceDeleteFailure checks that a failed deletion of a drained Service causes a
+// Replace, which deletes it. Meanwhile nothing is reachable at its address.
 func TestDrainedServiceDeleteFailure(t *testing.T) {
 	t.Parallel()
 	for _, what := range []string{"delete the virtual server", "bind", "rules", "all requests"} {
@@ -122,13 +123,13 @@ func TestDrainedServiceDeleteFailure(t *testing.T) {
 		if err := d.Replace(t.Context(), dataplane.Node{}, sequence(), nil); err != nil {
 			t.Error(err)
 		}
-		f.expect("at last", nil, nil)
+		f.expect("after Replace", nil, nil)
 	}
 }
 
-// A deleted Service whose connections drain is taken back by one at the same frontend,
-// and by one that has another of its ports, as far as that goes. It ends at once for an
-// external address, whose connections are translated.
+// TestDrainingServiceReused checks that new Services reuse the draining virtual servers of a
+// deleted Service at the same frontends. A virtual server is deleted immediately if nftables
+// translates its frontend now, as for an external address.
 func TestDrainingServiceReused(t *testing.T) {
 	t.Parallel()
 	d, f := newFakeNode(t)
@@ -149,11 +150,11 @@ func TestDrainingServiceReused(t *testing.T) {
 			t.Helper()
 			f.expect(when, services, nil)
 			if len(leaving) != len(d.retiring) {
-				t.Errorf("%s %v are leaving, want %v", when, d.retiring, leaving)
+				t.Errorf("%s %v are retiring, want %v", when, d.retiring, leaving)
 			}
 			for _, addr := range leaving {
 				if !d.retiring[serverKey{dataplane.TCP, netip.MustParseAddrPort(addr)}] {
-					t.Errorf("%s %v are leaving, want %v", when, d.retiring, leaving)
+					t.Errorf("%s %v are retiring, want %v", when, d.retiring, leaving)
 				}
 			}
 		}
@@ -165,21 +166,21 @@ func TestDrainingServiceReused(t *testing.T) {
 		}
 		check("after a restart after " + name)
 		if n := f.requests[asked:]; len(n) > 0 {
-			t.Errorf("after %s a restart asks for %v", name, n)
+			t.Errorf("after %s a restart sends %v", name, n)
 		}
 	}
 	if err := d.Replace(t.Context(), dataplane.Node{}, sequence(web), nil); err != nil {
 		t.Fatal(err)
 	}
 	step("the deletion", dataplane.Change{Old: web}, "10.96.0.1:80", "10.96.0.1:81")
-	step("another Service at one of the frontends", dataplane.Change{New: same}, "10.96.0.1:80")
-	step("an external address", dataplane.Change{New: external})
+	step("adding another Service at one of the frontends", dataplane.Change{New: same}, "10.96.0.1:80")
+	step("adding an external address", dataplane.Change{New: external})
 	internal := preferredAddr(external, clusterEndpoints)
-	step("the deletion of that", dataplane.Change{Old: external}, internal.String())
+	step("deleting the external address", dataplane.Change{Old: external}, internal.String())
 }
 
-// A new Service that could not be programmed is dropped by the rules, as its address
-// may be bound: programs of the node are not to be reached there.
+// TestFailedServiceHasDropRule checks that a new Service that failed has the drop rule for its
+// address, which may be bound. Without the rule, clients would reach programs of the node.
 func TestFailedServiceHasDropRule(t *testing.T) {
 	t.Parallel()
 	d, f := newFakeNode(t)
@@ -190,11 +191,12 @@ func TestFailedServiceHasDropRule(t *testing.T) {
 	f.failNext(1, "add the virtual server")
 	expectFailed(t, d.Apply(t.Context(), []dataplane.Change{{New: s}}), s.Key)
 	if rule, open := f.rules[s.Frontends[0]]; open || !f.droppedAddrs[s.Frontends[0].Addr.Addr()] {
-		t.Errorf("the rules have %v and drop at %v, want that connections are dropped", rule.Service, f.droppedAddrs)
+		t.Errorf("the rules have %v and drop connections to %v, want only the drop rule", rule.Service, f.droppedAddrs)
 	}
 }
 
-// A scheduler whose module is not loaded yet is loaded, and the Service complete.
+// TestSchedulerModuleLoaded checks that Apply loads the module of a scheduler and then
+// programs the complete Service.
 func TestSchedulerModuleLoaded(t *testing.T) {
 	t.Parallel()
 	d, f := newFakeNode(t)
@@ -212,7 +214,7 @@ func TestSchedulerModuleLoaded(t *testing.T) {
 	}
 }
 
-// A Replace does not give endpoints that have left more time.
+// TestReplaceKeepsDrainDeadlines checks that Replace does not extend drains.
 func TestReplaceKeepsDrainDeadlines(t *testing.T) {
 	t.Parallel()
 	d, _ := newFakeNode(t)
@@ -234,11 +236,12 @@ func TestReplaceKeepsDrainDeadlines(t *testing.T) {
 		t.Fatal(err)
 	}
 	if before.IsZero() || !until().Equal(before) {
-		t.Errorf("it may drain until %v, before the Replace until %v", until(), before)
+		t.Errorf("the drain ends at %v, before the Replace at %v", until(), before)
 	}
 }
 
-// A change takes as many requests as it is large, however many Services there are.
+// TestRequestCount checks that the number of requests depends on the change, not on the number
+// of Services.
 func TestRequestCount(t *testing.T) {
 	t.Parallel()
 	web := func(i int, endpoints ...string) *dataplane.Service {
@@ -247,40 +250,40 @@ func TestRequestCount(t *testing.T) {
 	}
 	for _, services := range []int{10, 2_000} {
 		d, f := newFakeNode(t)
-		f.skipOrderChecks = true // to check the order takes long
-		var held []*dataplane.Service
+		f.skipOrderChecks = true // the checks are slow
+		var initial []*dataplane.Service
 		for i := range services {
-			held = append(held, web(i, "10.0.0.1:80", "10.0.0.2:80"))
+			initial = append(initial, web(i, "10.0.0.1:80", "10.0.0.2:80"))
 		}
-		if err := d.Replace(t.Context(), dataplane.Node{}, sequence(held...), nil); err != nil {
+		if err := d.Replace(t.Context(), dataplane.Node{}, sequence(initial...), nil); err != nil {
 			t.Fatal(err)
 		}
-		more, fewer, gone := web(3, "10.0.0.1:80", "10.0.0.2:80", "10.0.0.3:80"), web(3, "10.0.0.1:80"), web(3)
+		grown, shrunk, empty := web(3, "10.0.0.1:80", "10.0.0.2:80", "10.0.0.3:80"), web(3, "10.0.0.1:80"), web(3)
 		for _, tt := range []struct {
 			name     string
 			old, new *dataplane.Service
 			requests int
 		}{
-			{"an endpoint comes", held[3], more, 1},
-			{"two leave", more, fewer, 2},
-			{"one comes back", fewer, held[3], 1},
-			{"all leave", held[3], gone, 2},
-			{"the Service goes, whose endpoints drain", gone, nil, 0},
-			{"it comes back", nil, held[3], 2},
-			{"it goes with its endpoints", held[3], nil, 2},
-			{"it comes back again", nil, held[3], 2},
-			{"nothing changes", held[3], held[3], 0},
+			{"an endpoint is added", initial[3], grown, 1},
+			{"two are removed", grown, shrunk, 2},
+			{"one is added again", shrunk, initial[3], 1},
+			{"all are removed", initial[3], empty, 2},
+			{"the Service is deleted while its endpoints drain", empty, nil, 0},
+			{"the Service is added again", nil, initial[3], 2},
+			{"the Service is deleted with its endpoints", initial[3], nil, 2},
+			{"the Service is added once more", nil, initial[3], 2},
+			{"nothing changes", initial[3], initial[3], 0},
 		} {
 			f.requests, f.destinationDumps = nil, 0
 			if err := d.Apply(t.Context(), []dataplane.Change{{Old: tt.old, New: tt.new}}); err != nil {
 				t.Fatal(err)
 			}
 			if len(f.requests) != tt.requests || f.destinationDumps > 0 {
-				t.Errorf("%d Services, %s: %d requests %v and %d lists read, want %d and none", services, tt.name, len(f.requests), f.requests, f.destinationDumps, tt.requests)
+				t.Errorf("%d Services, %s: %d requests %v and %d dumps, want %d and none", services, tt.name, len(f.requests), f.requests, f.destinationDumps, tt.requests)
 			}
 			for _, r := range f.requests {
 				if want := netip.MustParseAddrPort("10.96.0.3:80"); r.addr != want {
-					t.Errorf("%d Services, %s: %s, want requests about %s alone", services, tt.name, r, want)
+					t.Errorf("%d Services, %s: %s, want requests about %s only", services, tt.name, r, want)
 				}
 			}
 		}

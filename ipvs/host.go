@@ -16,25 +16,25 @@ import (
 )
 
 const (
-	// LinkName is the dummy interface that the virtual addresses are bound to.
+	// LinkName is the name of the dummy interface that cluster IPs are bound to.
 	LinkName = "fairlead0"
 	// RouteTable is the routing table with the routes to cluster IPs.
 	RouteTable = 0xfa1d
-	// rulePriority is where its rule is: behind that of the table local and before
-	// those that networks of pods have.
+	// rulePriority is the priority of the rule that looks up RouteTable: after table local,
+	// and before the rules of pod networks.
 	rulePriority = 20
-	// routeProtocol marks our routes (rtm_protocol).
+	// routeProtocol marks the backend's routes (rtm_protocol).
 	routeProtocol = 0xfa
 )
 
-// host is what is set up on the node besides IPVS: the interface, the rules, and
-// the routes to cluster IPs.
+// host configures the node's network except for IPVS and nftables: the interface, the routing
+// rules, and the routes to cluster IPs.
 //
-// A cluster IP is bound by a local route instead of an address, for which the
-// kernel takes quadratic time, and answers ARP if it is told nothing else. The
-// routes are in a table of their own, which packets that arrive are looked up in:
-// what the node itself sends keeps the address and the route that it would have
-// anyway, and IPVS takes it on its way out, whatever the route.
+// A cluster IP is bound by a local route instead of an address on the interface, because the
+// kernel needs quadratic time for many addresses and answers ARP requests for them by default.
+// The routes are in a dedicated table that is looked up only for incoming packets. Packets
+// from the node keep their usual source address and route, and IPVS handles them on output,
+// whatever the route.
 type host struct {
 	netns  int
 	handle *netlink.Handle
@@ -66,33 +66,32 @@ func (h *host) close() error {
 	return h.routes.Close()
 }
 
-// setUp makes the interface and the rules, where they are missing. It writes
-// nothing if they are there. The error wraps unix.EOPNOTSUPP if the kernel has no
-// dummy interfaces.
+// setUp creates the interface and the routing rules if they do not exist, and otherwise writes
+// nothing. The error wraps unix.EOPNOTSUPP if the kernel has no dummy interfaces.
 func (h *host) setUp() error {
 	link, err := h.handle.LinkByName(LinkName)
 	if notFound := (netlink.LinkNotFoundError{}); errors.As(err, &notFound) {
 		attrs := netlink.NewLinkAttrs()
 		attrs.Name = LinkName
 		if err = h.handle.LinkAdd(&netlink.Dummy{LinkAttrs: attrs}); err != nil {
-			return fmt.Errorf("make the dummy interface %s: %w", LinkName, err)
+			return fmt.Errorf("create dummy interface %s: %w", LinkName, err)
 		}
 		link, err = h.handle.LinkByName(LinkName)
 	}
 	if err != nil {
-		return fmt.Errorf("find the interface %s: %w", LinkName, err)
+		return fmt.Errorf("find interface %s: %w", LinkName, err)
 	}
 	if link.Type() != "dummy" {
-		return fmt.Errorf("the interface %s is of type %s, want dummy: it is somebody else's; remove or rename it", LinkName, link.Type())
+		return fmt.Errorf("interface %s is of type %s, want dummy: another program created it; remove or rename it", LinkName, link.Type())
 	}
 	h.link = link.Attrs().Index
 	if link.Attrs().Flags&unix.IFF_UP == 0 {
-		// No link-local address: nothing is sent from here.
+		// The interface needs no link-local address, because nothing is sent from it.
 		if err := h.setSysctls(map[string]string{"net/ipv6/conf/" + LinkName + "/addr_gen_mode": "1"}); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
 		if err := h.handle.LinkSetUp(link); err != nil {
-			return fmt.Errorf("set the interface %s up: %w", LinkName, err)
+			return fmt.Errorf("set interface %s up: %w", LinkName, err)
 		}
 	}
 	for _, f := range families() {
@@ -103,13 +102,13 @@ func (h *host) setUp() error {
 	return nil
 }
 
-// linkIndex is the number of the interface, once it is set up.
+// linkIndex returns the index of the interface after setUp.
 func (h *host) linkIndex() int { return h.link }
 
 func families() []dataplane.Family { return []dataplane.Family{dataplane.IPv4, dataplane.IPv6} }
 
-// isFamilyUnsupported reports whether an error about a family is that of a kernel without IPv6,
-// or with IPv6 switched off.
+// isFamilyUnsupported reports whether err means that the kernel has no IPv6 or that IPv6 is
+// disabled.
 func isFamilyUnsupported(f dataplane.Family, err error) bool {
 	if f != dataplane.IPv6 {
 		return false
@@ -118,28 +117,28 @@ func isFamilyUnsupported(f dataplane.Family, err error) bool {
 }
 
 func (h *host) setUpFamily(f dataplane.Family) error {
-	there, err := h.hasLookupRule(f)
+	exists, err := h.hasLookupRule(f)
 	if err != nil {
 		return err
 	}
-	if !there {
+	if !exists {
 		if err := h.handle.RuleAdd(lookupRule(f)); err != nil && !errors.Is(err, unix.EEXIST) {
-			return fmt.Errorf("add the %s rule that looks up routing table %d: %w", f, RouteTable, err)
+			return fmt.Errorf("add %s rule that looks up routing table %d: %w", f, RouteTable, err)
 		}
 	}
-	// The internal addresses are the node's for its own connections as well, so
-	// that there is a route when these are translated.
+	// Connections of the node need a route to the internal addresses after translation, so
+	// these are bound to the node too.
 	answers, err := h.changeRoutes(unix.RTM_NEWROUTE, unix.RT_TABLE_LOCAL, []netip.Prefix{internalNet(f)})
 	if err == nil {
 		err = answers[0]
 	}
 	if err != nil && !errors.Is(err, unix.EEXIST) {
-		return fmt.Errorf("bind the internal addresses %s: %w", internalNet(f), err)
+		return fmt.Errorf("bind internal addresses %s: %w", internalNet(f), err)
 	}
 	return nil
 }
 
-// lookupRule is `not iif lo lookup 64029`.
+// lookupRule returns the rule `not iif lo lookup 64029`.
 func lookupRule(f dataplane.Family) *netlink.Rule {
 	r := netlink.NewRule()
 	r.Family = unix.AF_INET
@@ -154,7 +153,7 @@ func (h *host) hasLookupRule(f dataplane.Family) (bool, error) {
 	want := lookupRule(f)
 	rules, err := h.handle.RuleListFiltered(want.Family, want, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_PRIORITY)
 	if err != nil {
-		return false, fmt.Errorf("list the %s routing rules: %w", f, err)
+		return false, fmt.Errorf("list %s routing rules: %w", f, err)
 	}
 	for _, r := range rules {
 		if r.IifName == want.IifName && r.Invert {
@@ -164,16 +163,16 @@ func (h *host) hasLookupRule(f dataplane.Family) (bool, error) {
 	return false, nil
 }
 
-// remove removes the interface, with which its routes go, and the rules.
+// remove deletes the routing rules and the interface; the kernel deletes its routes.
 func (h *host) remove() error {
 	var errs []error
 	for _, f := range families() {
-		there, err := h.hasLookupRule(f)
-		if err == nil && there {
+		exists, err := h.hasLookupRule(f)
+		if err == nil && exists {
 			err = h.handle.RuleDel(lookupRule(f))
 		}
 		if err != nil && !isFamilyUnsupported(f, err) {
-			errs = append(errs, fmt.Errorf("remove the %s rule: %w", f, err))
+			errs = append(errs, fmt.Errorf("delete %s rule: %w", f, err))
 		}
 	}
 	link, err := h.handle.LinkByName(LinkName)
@@ -184,13 +183,13 @@ func (h *host) remove() error {
 		err = h.handle.LinkDel(link)
 	}
 	if err != nil {
-		errs = append(errs, fmt.Errorf("remove the interface %s: %w", LinkName, err))
+		errs = append(errs, fmt.Errorf("delete interface %s: %w", LinkName, err))
 	}
 	return errors.Join(errs...)
 }
 
-// setSysctls sets the node's settings, by their paths below /proc/sys. It writes those
-// that differ. That there is none is fs.ErrNotExist.
+// setSysctls sets sysctls, identified by their paths below /proc/sys. It writes only values
+// that differ. The error wraps fs.ErrNotExist if the kernel lacks a sysctl.
 func (h *host) setSysctls(values map[string]string) error {
 	return inNamespace(h.netns, func() error {
 		var errs []error
@@ -204,21 +203,23 @@ func (h *host) setSysctls(values map[string]string) error {
 				err = os.WriteFile(path, []byte(value), 0)
 			}
 			if err != nil {
-				errs = append(errs, fmt.Errorf("set the sysctl %s to %s: %w", strings.ReplaceAll(name, "/", "."), value, err))
+				errs = append(errs, fmt.Errorf("set sysctl %s to %s: %w", strings.ReplaceAll(name, "/", "."), value, err))
 			}
 		}
 		return errors.Join(errs...)
 	})
 }
 
-// requiredSysctls returns the settings that the backend needs.
+// requiredSysctls returns the sysctls that the backend needs.
 func requiredSysctls(strictARP bool) map[string]string {
 	values := map[string]string{
-		// Connections are known to connection tracking, for masquerading.
+		// Add connections to connection tracking, for masquerading.
 		"net/ipv4/vs/conntrack": "1",
-		// Those to an endpoint that is gone end at once, rather than be dropped.
+		// End connections to a deleted destination immediately instead of dropping their
+		// packets.
 		"net/ipv4/vs/expire_nodest_conn": "1",
-		// And a client who stuck to an endpoint that takes no more gets another.
+		// Select another endpoint for a client whose persistence entry leads to a destination
+		// with weight 0.
 		"net/ipv4/vs/expire_quiescent_template": "1",
 	}
 	if strictARP {

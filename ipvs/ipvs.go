@@ -20,7 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TableName is the name of the backend's tables of nftables.
+// TableName is the name of the backend's nftables tables.
 const TableName = "fairlead-ipvs"
 
 // Defaults of [Options].
@@ -29,47 +29,46 @@ const (
 	DefaultDrainLimit = 15 * time.Minute
 )
 
-// Options are the options of [Open]. The zero value is ready to use.
+// Options configure [Open]. The zero value is ready to use.
 type Options struct {
-	// NetNS is a file descriptor of the network namespace to program; 0 means
-	// the namespace of the calling thread. It must stay open until Close.
+	// NetNS is a file descriptor of the network namespace to program. 0 means the namespace of
+	// the calling thread. The descriptor must stay open until Close.
 	NetNS int
-	// Logger gets what is worth an operator's attention but is no failure of a
-	// Service. Nil discards it.
+	// Logger receives messages for the operator that do not concern a single Service. Nil
+	// discards them.
 	Logger *slog.Logger
-	// Scheduler is the kernel's name of the scheduler of Services that want none
-	// in particular, such as rr or lc (man ipvsadm). Empty: rr.
+	// Scheduler is the kernel's name of the default scheduler, such as rr or lc (see
+	// ipvsadm(8)). Services that select no scheduler use it. Empty means rr.
 	Scheduler string
-	// ExcludeCIDRs are networks whose virtual servers are another's: they are
-	// neither read nor written. A Service with a cluster IP in one of them is
-	// refused.
+	// ExcludeCIDRs are networks whose virtual servers belong to other programs. The backend
+	// neither reads nor changes these. A Service with a cluster IP in one of the networks fails
+	// with [dataplane.ErrUnsupported].
 	ExcludeCIDRs []netip.Prefix
-	// StrictARP makes the node answer ARP for the addresses of the interface that
-	// was asked, only (sysctls arp_ignore=1 and arp_announce=2 of all interfaces).
+	// StrictARP makes the node answer ARP requests only for addresses of the receiving
+	// interface (sysctls arp_ignore=1 and arp_announce=2 of all interfaces).
 	StrictARP bool
-	// TCPTimeout, TCPFinTimeout and UDPTimeout are for how long the kernel
-	// remembers a connection of TCP that is idle, or whose client has closed it,
-	// and a flow of UDP. They are whole seconds and hold for all virtual servers of
-	// the namespace. 0 leaves the kernel's.
+	// TCPTimeout, TCPFinTimeout and UDPTimeout set how long the kernel keeps an idle TCP
+	// connection, a TCP connection that the client has closed, and a UDP flow. They are whole
+	// seconds and apply to all virtual servers of the namespace. 0 keeps the kernel's value.
 	TCPTimeout, TCPFinTimeout, UDPTimeout time.Duration
-	// DrainLimit is how long an endpoint that has left keeps its connections, and
-	// a Service that was deleted. 0: [DefaultDrainLimit].
+	// DrainLimit limits how long removed endpoints and deleted Services keep their
+	// connections. 0 means [DefaultDrainLimit].
 	DrainLimit time.Duration
-	// OnRebuild is the option of this name of package nft.
+	// OnRebuild is passed to [nft.Options.OnRebuild].
 	OnRebuild func(nft.Rebuild)
-	// OwnTables is as [nft.Options.OwnTables], for the tables that are named
-	// [TableName]. Virtual servers and addresses have no owner.
+	// OwnTables is passed to [nft.Options.OwnTables]. It affects only the tables named
+	// [TableName]; virtual servers and addresses have no owner.
 	OwnTables bool
 }
 
-// Schedulers returns the names of the schedulers that the kernel's sources have,
-// in order. Whether a kernel has one is known when it is asked for.
+// Schedulers returns the names of the schedulers in the kernel's source, sorted. A running
+// kernel may lack some of them, which shows only when a scheduler is used.
 func Schedulers() []string {
 	return []string{"dh", "fo", "lblc", "lblcr", "lc", "mh", "nq", "ovf", "rr", "sed", "sh", "twos", "wlc", "wrr"}
 }
 
-// Dataplane programs IPVS. Its methods must be called from one goroutine, except
-// for Drift and the channel it returns.
+// Dataplane programs Services into IPVS and nftables. Its methods must be called from one
+// goroutine, except for Drift and the channel it returns.
 type Dataplane struct {
 	opts         Options
 	scheduler    string
@@ -81,34 +80,34 @@ type Dataplane struct {
 	stop         chan struct{}
 	goroutines   sync.WaitGroup
 
-	// mu is for what is below, which the patrol looks at as well.
+	// mu protects the fields below, which resync uses as well.
 	mu        sync.Mutex
 	ipvs      ipvsAPI
 	host      hostAPI
 	allocator addrAllocator
-	// servers are the virtual servers that are programmed, and bound counts those
-	// at each address of Services. The rules have a [nft.BoundAddressService] for each of
-	// these addresses.
+	// servers holds the programmed virtual servers. boundRefs counts them for each address
+	// outside the internal networks; the nftables rules have a [nft.BoundAddressService] for
+	// each of these addresses.
 	servers   map[serverKey]virtualServer
 	boundRefs map[netip.Addr]int
-	// bindFailed are addresses that are to be bound, for which that failed.
+	// bindFailed holds addresses that should be bound but could not be.
 	bindFailed map[netip.Addr]bool
-	// draining are destinations that take no more connections, and until when they
-	// may keep those that they have; the zero Time is for as long as they serve.
+	// draining holds the destinations with weight 0 and the time at which each is deleted even
+	// if it still has connections. The zero Time means as long as the endpoint serves.
 	draining map[serverKey]map[netip.AddrPort]time.Time
-	// retiring are virtual servers, among those in servers, that no Service has any
-	// more. Each is deleted once its destinations have drained.
+	// retiring is the subset of servers that no Service uses any more. Each is deleted when
+	// its destinations have drained.
 	retiring map[serverKey]bool
-	// udpDrainTimer goes off when some of UDP have drained, if there are any soon.
+	// udpDrainTimer fires when the next UDP destinations have drained.
 	udpDrainTimer    *time.Timer
 	udpDrainTimerSet bool
-	// dirty are the servers that have changed since the patrol set out; nil if
-	// it is not under way.
+	// dirty holds the servers that have changed since the current resync began. It is nil
+	// while no resync runs.
 	dirty map[serverKey]bool
-	// unverified are virtual servers for which something failed. The next Replace puts
-	// them right, which is not to come of a comparison.
+	// unverified holds the virtual servers for which a write failed. Only Replace repairs
+	// these; resync ignores them.
 	unverified map[serverKey]bool
-	// ready says that a Replace has succeeded, so that there is something to
+	// ready is true after the first successful Replace. Before that, resync has no state to
 	// compare the kernel with.
 	ready bool
 }
@@ -119,13 +118,13 @@ var (
 	_ nft.Translator         = (*Dataplane)(nil)
 )
 
-// What a Dataplane works with: IPVS, the node besides it, and nftables. Tests put
-// others in their places, to make them fail.
+// Interfaces to IPVS, the host's network configuration and nftables. Tests replace them to
+// inject failures.
 type (
 	ipvsAPI interface {
 		run(requests []request) ([]error, error)
 		dumpServers() (map[serverKey]settings, error)
-		addMissing(found map[serverKey]settings, expected iter.Seq[serverKey]) error
+		addMissing(servers map[serverKey]settings, expected iter.Seq[serverKey]) error
 		dumpDestinations(s serverKey) (map[netip.AddrPort]destination, error)
 		setTimeouts(tcp, tcpFin, udp time.Duration) error
 		close() error
@@ -150,42 +149,42 @@ type (
 	}
 )
 
-// Open connects to the kernel, loading the modules that it needs, and starts to
-// watch for drift. It makes the interface [LinkName] if there is none, to see that
-// the kernel can, and changes nothing else.
+// Open connects to the kernel, loads the modules that it needs, and starts to watch for drift.
+// It creates the interface [LinkName] if it does not exist, to check that the kernel supports
+// dummy interfaces, and changes nothing else.
 //
-// The error wraps [ErrNotSupported] on a kernel without IPVS or dummy interfaces,
-// and os.ErrPermission where the process lacks CAP_NET_ADMIN.
+// The error wraps [ErrNotSupported] on a kernel without IPVS or dummy interfaces, and
+// os.ErrPermission if the process lacks CAP_NET_ADMIN.
 func Open(opts Options) (*Dataplane, error) {
 	d, err := newDataplane(opts)
 	if err != nil {
 		return nil, err
 	}
-	k, err := openIPVS(opts.NetNS)
+	c, err := openIPVS(opts.NetNS)
 	if err != nil {
 		return nil, err
 	}
 	h, err := openHost(opts.NetNS)
 	if err != nil {
-		return nil, errors.Join(err, k.close())
+		return nil, errors.Join(err, c.close())
 	}
 	if err := ensureDummyLink(h); err != nil {
-		return nil, errors.Join(err, h.close(), k.close())
+		return nil, errors.Join(err, h.close(), c.close())
 	}
 	r, err := nft.Open(nft.Options{
 		NetNS: opts.NetNS, Logger: d.log, Table: TableName, Translator: d, VirtualNetworks: internalNets(), OnRebuild: opts.OnRebuild,
 		OwnTables: opts.OwnTables,
 	})
 	if err != nil {
-		return nil, errors.Join(err, h.close(), k.close())
+		return nil, errors.Join(err, h.close(), c.close())
 	}
-	d.ipvs, d.host, d.rules = k, h, r
+	d.ipvs, d.host, d.rules = c, h, r
 	d.goroutines.Go(d.resync)
 	d.goroutines.Go(d.handleEvents)
 	return d, nil
 }
 
-// newDataplane returns one that is not connected to anything.
+// newDataplane returns a Dataplane without connections to the kernel.
 func newDataplane(opts Options) (*Dataplane, error) {
 	d := &Dataplane{
 		opts: opts, scheduler: opts.Scheduler, log: opts.Logger, loadModules: kmod.Load,
@@ -196,14 +195,14 @@ func newDataplane(opts Options) (*Dataplane, error) {
 		d.scheduler = DefaultScheduler
 	}
 	if !slices.Contains(Schedulers(), d.scheduler) {
-		return nil, fmt.Errorf("scheduler %q: want one of %v", d.scheduler, Schedulers())
+		return nil, fmt.Errorf("invalid scheduler %q: must be one of %v", d.scheduler, Schedulers())
 	}
 	if d.opts.DrainLimit == 0 {
 		d.opts.DrainLimit = DefaultDrainLimit
 	}
 	for _, p := range opts.ExcludeCIDRs {
 		if i := slices.IndexFunc(internalNets(), p.Overlaps); i >= 0 {
-			return nil, fmt.Errorf("excluded network %s: want none of %s, where virtual servers of node ports and others are", p, internalNets()[i])
+			return nil, fmt.Errorf("invalid excluded network %s: must not overlap %s, which contains the virtual servers of node ports and external addresses", p, internalNets()[i])
 		}
 		d.excludeCIDRs = append(d.excludeCIDRs, p.Masked())
 	}
@@ -214,7 +213,7 @@ func newDataplane(opts Options) (*Dataplane, error) {
 	return d, nil
 }
 
-// reset drops what is known of the kernel.
+// reset discards the known state of the kernel.
 func (d *Dataplane) reset() {
 	d.allocator = newAddrAllocator()
 	d.servers = map[serverKey]virtualServer{}
@@ -226,19 +225,19 @@ func (d *Dataplane) reset() {
 	d.ready = false
 }
 
-// Drift implements [dataplane.Dataplane]. The kernel announces changes of
-// nftables; for those of IPVS it is asked every few seconds.
+// Drift implements [dataplane.Dataplane]. The kernel sends notifications for nftables; IPVS is
+// polled every few seconds.
 func (d *Dataplane) Drift() <-chan struct{} { return d.drift }
 
-// Lost implements [dataplane.LossNotifier] for the tables of nftables. Lost virtual
-// servers are drift.
+// Lost implements [dataplane.LossNotifier] for the nftables tables. Lost virtual servers are
+// reported as drift.
 func (d *Dataplane) Lost() <-chan struct{} { return d.rules.Lost() }
 
-// GiveWay ends Node.AheadOfOthers of the last Replace after a time, see
+// GiveWay ends Node.AheadOfOthers of the last Replace after a delay, see
 // [nft.Dataplane.GiveWay].
 func (d *Dataplane) GiveWay(after time.Duration) error { return d.rules.GiveWay(after) }
 
-// OwnsTables reports whether the nftables tables get an owner, see
+// OwnsTables reports whether the nftables tables have an owner, see
 // [nft.Dataplane.OwnsTables].
 func (d *Dataplane) OwnsTables() bool { return d.rules.OwnsTables() }
 
@@ -249,18 +248,18 @@ func (d *Dataplane) signalDrift() {
 	}
 }
 
-// Close implements [dataplane.Dataplane]. Endpoints that have left stay without
-// new connections; the next Dataplane goes on to wait for the end of theirs.
+// Close implements [dataplane.Dataplane]. Draining destinations keep weight 0; the next
+// Dataplane continues to drain them.
 func (d *Dataplane) Close() error {
 	close(d.stop)
 	d.goroutines.Wait()
 	return errors.Join(d.rules.Close(), d.host.close(), d.ipvs.close())
 }
 
-// Cleanup removes the virtual servers, the interface with its routes, and the
-// tables of nftables, whoever made them; connections through Services end. It
-// needs no Dataplane and no memory of one, and a kernel without IPVS is no error.
-// Virtual servers of others stay, as do settings of the node.
+// Cleanup removes the managed virtual servers, the interface with its routes, and the nftables
+// tables, regardless of which process created them. Connections through Services end. Cleanup
+// needs no Dataplane, and a kernel without IPVS is not an error. It does not change
+// virtual servers of other programs, and does not restore sysctls.
 func Cleanup(opts Options) error {
 	errs := []error{nft.Cleanup(nft.Options{NetNS: opts.NetNS, Logger: opts.Logger, Table: TableName})}
 	h, err := openHost(opts.NetNS)
@@ -271,9 +270,9 @@ func Cleanup(opts Options) error {
 	return errors.Join(errs...)
 }
 
-// removeServers deletes the virtual servers that are ours by their address.
+// removeServers deletes the managed virtual servers, identified by their addresses.
 func removeServers(h *host, opts Options) error {
-	// To ask IPVS itself would make the kernel load it.
+	// A request to the IPVS family would make the kernel load the module.
 	err := inNamespace(opts.NetNS, func() error {
 		_, err := os.Stat("/proc/thread-self/net/ip_vs")
 		return err
@@ -281,14 +280,14 @@ func removeServers(h *host, opts Options) error {
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	k, err := dialIPVS(opts.NetNS)
+	c, err := dialIPVS(opts.NetNS)
 	if errors.Is(err, unix.ENOENT) {
 		return nil
 	}
 	if err != nil {
 		return err
 	}
-	defer k.close() //nolint:errcheck // nothing is lost
+	defer c.close() //nolint:errcheck // the socket has no unwritten data
 	if link, err := h.handle.LinkByName(LinkName); err == nil {
 		h.link = link.Attrs().Index
 	}
@@ -296,17 +295,17 @@ func removeServers(h *host, opts Options) error {
 	if err != nil {
 		return err
 	}
-	found, err := k.dumpServers()
+	servers, err := c.dumpServers()
 	if err != nil {
 		return err
 	}
 	var requests []request
-	for s := range found {
+	for s := range servers {
 		if excluded := prefixesContain(opts.ExcludeCIDRs, s.addr.Addr()); !excluded && (isInternal(s.addr.Addr()) || bound[s.addr.Addr()]) {
 			requests = append(requests, request{command: delService, serverKey: s})
 		}
 	}
-	answers, err := k.run(requests)
+	answers, err := c.run(requests)
 	for i, answer := range answers {
 		if answer != nil && !isNotFound(answer) {
 			err = errors.Join(err, fmt.Errorf("%s: %w", requests[i], answer))
@@ -319,17 +318,17 @@ func prefixesContain(nets []netip.Prefix, a netip.Addr) bool {
 	return slices.ContainsFunc(nets, func(p netip.Prefix) bool { return p.Contains(a) })
 }
 
-// isNotFound reports whether an answer says that what is to be deleted is not there.
+// isNotFound reports whether the kernel answered that an object does not exist.
 func isNotFound(err error) bool { return errors.Is(err, unix.ESRCH) || errors.Is(err, unix.ENOENT) }
 
-// setUp makes everything that does not depend on Services.
+// setUp creates everything that does not depend on Services.
 func (d *Dataplane) setUp() error {
 	if err := d.host.setUp(); err != nil {
 		return err
 	}
 	err := d.host.setSysctls(requiredSysctls(d.opts.StrictARP))
 	if errors.Is(err, fs.ErrPermission) || errors.Is(err, unix.EROFS) {
-		return fmt.Errorf("%w: set it on the host, or run `fairlead run --mode=ipvs --init-only` with more rights before", err)
+		return fmt.Errorf("%w: set it on the host, or run `fairlead run --mode=ipvs --init-only` with more privileges first", err)
 	}
 	if err != nil {
 		return err

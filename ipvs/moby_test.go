@@ -19,9 +19,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The kernel gives IPVS another family number when its module is loaded again. The backend
-// asks for the number again. github.com/moby/ipvs asks once for the life of the process,
-// so none of its handles works any more; if that changes, this package may use more of it.
+// TestModuleReload checks that the backend resolves the number of the IPVS family again after
+// a reload of the module. github.com/moby/ipvs resolves it once per process, so none of its
+// handles works any more. If that changes, this package may use more of it.
 func TestModuleReload(t *testing.T) {
 	ns, err := nettest.NewNamespace("")
 	if err != nil {
@@ -41,14 +41,14 @@ func TestModuleReload(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer k.close() //nolint:errcheck // it is not used any more
+	defer k.close() //nolint:errcheck // not used any more
 	before := k.family
 	reloadModules(t)
 	if _, err := k.dumpServers(); err != nil {
 		t.Error(err)
 	}
 	if k.family == before {
-		t.Errorf("the family's number is %d as before", before)
+		t.Errorf("the family's number is still %d", before)
 	}
 	s := serverKey{dataplane.TCP, benchServers(1)[0].addr}
 	answers, err := k.run([]request{{command: newService, serverKey: s, settings: settings{scheduler: "rr"}}, {command: delService, serverKey: s}})
@@ -64,8 +64,8 @@ func TestModuleReload(t *testing.T) {
 	}
 }
 
-// reloadModules unloads IPVS with its schedulers and loads it again. The kernel takes a moment to
-// let go of the namespaces of tests before.
+// reloadModules unloads IPVS and its schedulers and loads IPVS again. It retries the unload,
+// because the kernel deletes the namespaces of earlier tests with a delay.
 func reloadModules(t *testing.T) {
 	t.Helper()
 	for limit := time.Now().Add(time.Minute); ; time.Sleep(100 * time.Millisecond) {
@@ -83,7 +83,7 @@ func reloadModules(t *testing.T) {
 			break
 		}
 		slices.Sort(loaded)
-		slices.Reverse(loaded) // ip_vs itself comes last
+		slices.Reverse(loaded) // ip_vs itself must be last
 		for _, name := range loaded {
 			if err = unix.DeleteModule(name, 0); err != nil {
 				break
@@ -98,8 +98,8 @@ func reloadModules(t *testing.T) {
 	}
 }
 
-// BenchmarkRead compares reading by this package and by github.com/moby/ipvs: all virtual
-// servers, and the destinations of each.
+// BenchmarkRead compares this package with github.com/moby/ipvs: both read all virtual servers
+// and their destinations.
 func BenchmarkRead(b *testing.B) {
 	const n = 1000
 	ns, h := benchHost(b)

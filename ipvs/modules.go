@@ -10,25 +10,24 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ErrNotSupported is wrapped by the error of [Open] on a kernel that lacks IPVS or
-// dummy interfaces and cannot load them. The error says which is missing and what
-// to do.
-var ErrNotSupported = errors.New("the kernel cannot run the ipvs mode")
+// ErrNotSupported is wrapped by errors of [Open] on a kernel that lacks IPVS or dummy
+// interfaces and cannot load their modules. The error names the missing feature and the fix.
+var ErrNotSupported = errors.New("the kernel does not support mode ipvs")
 
-// openIPVS connects to IPVS. If the kernel has none, its module is loaded.
+// openIPVS connects to IPVS and loads its module if necessary.
 func openIPVS(netns int) (*ipvsConn, error) {
-	k, err := dialIPVS(netns)
+	c, err := dialIPVS(netns)
 	if !errors.Is(err, unix.ENOENT) {
-		return k, err
+		return c, err
 	}
 	if loadErr := kmod.Load("ip_vs"); loadErr != nil {
-		return nil, fmt.Errorf("%w: it has no IPVS (CONFIG_IP_VS, module ip_vs): %w", ErrNotSupported, loadErr)
+		return nil, fmt.Errorf("%w: IPVS is missing (CONFIG_IP_VS, module ip_vs): %w", ErrNotSupported, loadErr)
 	}
 	return dialIPVS(netns)
 }
 
-// ensureDummyLink makes sure that the kernel has dummy interfaces, loading their module. It
-// makes one in passing where ours is not there yet.
+// ensureDummyLink checks that the kernel supports dummy interfaces, and loads their module if
+// necessary. It creates the interface LinkName if that does not exist.
 func ensureDummyLink(h *host) error {
 	if _, err := h.handle.LinkByName(LinkName); err == nil {
 		return nil
@@ -41,12 +40,12 @@ func ensureDummyLink(h *host) error {
 	err := try()
 	if errors.Is(err, unix.EOPNOTSUPP) {
 		if loadErr := kmod.Load("dummy numdummies=0"); loadErr != nil {
-			return fmt.Errorf("%w: it has no dummy interfaces (CONFIG_DUMMY, module dummy): %w", ErrNotSupported, loadErr)
+			return fmt.Errorf("%w: dummy interfaces are missing (CONFIG_DUMMY, module dummy): %w", ErrNotSupported, loadErr)
 		}
 		err = try()
 	}
 	if err != nil && !errors.Is(err, unix.EEXIST) {
-		return fmt.Errorf("make the dummy interface %s: %w", LinkName, explain(err))
+		return fmt.Errorf("create dummy interface %s: %w", LinkName, explain(err))
 	}
 	return nil
 }

@@ -10,9 +10,9 @@ import (
 	"fairlead.io/fairlead/nft"
 )
 
-// Read implements [dataplane.Dataplane]. The rules say which virtual servers the
-// connections to a frontend go to, and the virtual servers where from there. A
-// Service that names the scheduler of all others reads as one that names none.
+// Read implements [dataplane.Dataplane]. The nftables rules map a frontend to its virtual
+// servers, and the virtual servers hold the endpoints. A Service with the default scheduler
+// reads as a Service without a scheduler.
 func (d *Dataplane) Read(ctx context.Context) (dataplane.State, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -20,7 +20,7 @@ func (d *Dataplane) Read(ctx context.Context) (dataplane.State, error) {
 	if err != nil {
 		return nil, err
 	}
-	found, err := d.ipvs.dumpServers()
+	servers, err := d.ipvs.dumpServers()
 	if err != nil {
 		return nil, err
 	}
@@ -34,11 +34,11 @@ func (d *Dataplane) Read(ctx context.Context) (dataplane.State, error) {
 		if v := rule.Virtual[clusterEndpoints]; v.IsValid() {
 			cluster.addr = v
 		}
-		if err := d.ipvs.addMissing(found, slices.Values([]serverKey{cluster})); err != nil {
+		if err := d.ipvs.addMissing(servers, slices.Values([]serverKey{cluster})); err != nil {
 			return nil, err
 		}
-		set, there := found[cluster]
-		if !there {
+		set, exists := servers[cluster]
+		if !exists {
 			state[f] = b
 			continue
 		}
@@ -63,14 +63,14 @@ func (d *Dataplane) Read(ctx context.Context) (dataplane.State, error) {
 	return state, nil
 }
 
-// activeEndpoints returns the endpoints that take new connections of a virtual server.
+// activeEndpoints returns the endpoints of a virtual server that accept new connections.
 func (d *Dataplane) activeEndpoints(s serverKey, rule nft.VirtualBinding) ([]dataplane.Endpoint, error) {
-	found, err := d.ipvs.dumpDestinations(s)
+	destinations, err := d.ipvs.dumpDestinations(s)
 	if err != nil {
 		return nil, err
 	}
 	var endpoints []dataplane.Endpoint
-	for addr, dest := range found {
+	for addr, dest := range destinations {
 		if dest.weight > 0 {
 			_, local := slices.BinarySearchFunc(rule.Local, addr.Addr(), netip.Addr.Compare)
 			endpoints = append(endpoints, dataplane.Endpoint{Addr: addr, Local: local})

@@ -14,20 +14,20 @@ import (
 	"fairlead.io/fairlead/nft"
 )
 
-// Replace implements [dataplane.Dataplane]. The rules come first, in which Services
-// whose virtual servers cannot take connections yet are closed; then the virtual
-// servers, and with every [nlconn.BatchSize] requests the rules that open them; and at
-// the end goes what is not wanted.
+// Replace implements [dataplane.Dataplane]. It first programs the nftables rules, in which
+// Services without usable virtual servers are closed. Then it programs the virtual servers,
+// and after every [nlconn.BatchSize] requests the rules that open their Services. Finally it
+// removes everything undesired.
 func (d *Dataplane) Replace(ctx context.Context, node dataplane.Node, services iter.Seq[*dataplane.Service], progress func(int)) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	known, drained := d.servers, d.draining
+	previous, drained := d.servers, d.draining
 	d.reset()
 	d.clearDrift()
 	if err := d.setUp(); err != nil {
 		return fmt.Errorf("replace: %w", err)
 	}
-	r, err := d.newReplacement(ctx, services, known, drained)
+	r, err := d.newReplacement(ctx, services, previous, drained)
 	if err != nil {
 		return fmt.Errorf("replace: %w", err)
 	}
@@ -47,7 +47,8 @@ func (d *Dataplane) Replace(ctx context.Context, node dataplane.Node, services i
 	return nil
 }
 
-// clearDrift takes a value from the channel of drift: what is read now shows it.
+// clearDrift discards a pending drift signal: the following read of the kernel covers that
+// drift.
 func (d *Dataplane) clearDrift() {
 	select {
 	case <-d.drift:
@@ -55,30 +56,31 @@ func (d *Dataplane) clearDrift() {
 	}
 }
 
-// replacement is a Replace under way.
+// replacement is the state of a running Replace.
 type replacement struct {
 	*Dataplane
 
 	services []*dataplane.Service
-	// previousDrains is what was draining before.
+	// previousDrains is the value of Dataplane.draining before the Replace.
 	previousDrains map[serverKey]map[netip.AddrPort]time.Time
-	// closed are the Services that are closed at first.
+	// closed holds the Services that are closed at first.
 	closed  map[dataplane.Key]bool
 	desired map[serverKey]virtualServer
 	owners  map[serverKey][]dataplane.Key
-	// translated are the frontends whose connections are translated.
+	// translated holds the frontends whose connections nftables translates.
 	translated map[serverKey]bool
-	// repairs are destinations with a weight that is none of ours.
+	// repairs resets destinations that have another weight than 0 and 1, or are not reached by
+	// NAT.
 	repairs []request
 	failed  map[dataplane.Key]error
 }
 
-// newReplacement reads the kernel, and finds which Services are there. What it finds of
-// ours is what is programmed, until that changes. Of before it needs which virtual
-// servers were known and what was draining, as far as that is known.
+// newReplacement reads the kernel's state and computes the desired state. The managed virtual
+// servers that it finds become the programmed state. previous and drained are the old values
+// of Dataplane.servers and Dataplane.draining, empty after a start.
 func (d *Dataplane) newReplacement(
 	ctx context.Context, services iter.Seq[*dataplane.Service],
-	known map[serverKey]virtualServer, drained map[serverKey]map[netip.AddrPort]time.Time,
+	previous map[serverKey]virtualServer, drained map[serverKey]map[netip.AddrPort]time.Time,
 ) (*replacement, error) {
 	r := &replacement{
 		Dataplane: d, previousDrains: drained, closed: map[dataplane.Key]bool{}, failed: map[dataplane.Key]error{},
@@ -100,20 +102,20 @@ func (d *Dataplane) newReplacement(
 	if err != nil {
 		return nil, err
 	}
-	found, err := d.ipvs.dumpServers()
+	servers, err := d.ipvs.dumpServers()
 	if err != nil {
 		return nil, err
 	}
-	// Where there are none, there is nothing to be missed.
-	if len(found) > 0 {
-		if err := d.ipvs.addMissing(found, maps.Keys(r.desired)); err != nil {
+	// If no virtual servers exist at all, the dump is complete.
+	if len(servers) > 0 {
+		if err := d.ipvs.addMissing(servers, maps.Keys(r.desired)); err != nil {
 			return nil, err
 		}
 	}
-	for sv, set := range found {
+	for sv, set := range servers {
 		addr := sv.addr.Addr()
 		_, wanted := r.desired[sv]
-		_, programmed := known[sv]
+		_, programmed := previous[sv]
 		ours := isInternal(addr) || bound[addr] || wanted || programmed
 		if !ours || prefixesContain(d.excludeCIDRs, addr) {
 			continue
@@ -133,39 +135,39 @@ func (d *Dataplane) newReplacement(
 	return r, r.reconcileBindings(bound)
 }
 
-// reconcileBindings binds the addresses of virtual servers that are there without and are to
-// stay, and ends that of others. It puts odd weights right.
+// reconcileBindings binds the addresses of existing virtual servers that are unbound but
+// desired, and unbinds addresses without virtual servers. It also executes repairs.
 func (r *replacement) reconcileBindings(have map[netip.Addr]bool) error {
-	w := r.newBatch()
-	w.requests = r.repairs
+	b := r.newBatch()
+	b.requests = r.repairs
 	missing := map[netip.Addr]bool{}
 	for s := range r.desired {
 		if addr := s.addr.Addr(); r.boundRefs[addr] > 0 && !have[addr] && !missing[addr] {
 			missing[addr] = true
-			w.bind = append(w.bind, addr)
+			b.bind = append(b.bind, addr)
 		}
 	}
 	for addr := range have {
 		if r.boundRefs[addr] == 0 {
-			w.unbind = append(w.unbind, addr)
+			b.unbind = append(b.unbind, addr)
 		}
 	}
-	return w.execute(r.owners, r.failed)
+	return b.execute(r.owners, r.failed)
 }
 
-// readDestinations returns the destinations of a virtual server that take connections,
-// in order, and notes those that do not as draining.
+// readDestinations returns the destinations of a virtual server that accept connections,
+// sorted by address. It records the others as draining.
 func (r *replacement) readDestinations(s serverKey) ([]dataplane.Endpoint, error) {
-	found, err := r.ipvs.dumpDestinations(s)
+	destinations, err := r.ipvs.dumpDestinations(s)
 	if err != nil {
 		return nil, err
 	}
 	limit := time.Now().Add(r.drainLimit(s))
 	var endpoints []dataplane.Endpoint
-	for addr, dest := range found {
+	for addr, dest := range destinations {
 		if dest.weight == 0 {
-			until, known := r.previousDrains[s][addr]
-			if !known {
+			until, ok := r.previousDrains[s][addr]
+			if !ok {
 				until = limit
 			}
 			r.startDrain(s, addr, until)
@@ -180,15 +182,16 @@ func (r *replacement) readDestinations(s serverKey) ([]dataplane.Endpoint, error
 	return endpoints, nil
 }
 
-// initialServices returns the Services as the rules have them at first, and the addresses that
-// are bound or will be, each before its Services.
+// initialServices returns the Services for the initial nftables rules, including a
+// [nft.BoundAddressService] for each address that is or will be bound. An address precedes its
+// Services.
 func (r *replacement) initialServices() iter.Seq[*dataplane.Service] {
 	return func(yield func(*dataplane.Service) bool) {
-		guarded := make(map[netip.Addr]bool, len(r.boundRefs))
-		guard := func(addrs iter.Seq[netip.Addr]) bool {
+		yielded := make(map[netip.Addr]bool, len(r.boundRefs))
+		yieldAddrs := func(addrs iter.Seq[netip.Addr]) bool {
 			for addr := range addrs {
-				if !guarded[addr] {
-					guarded[addr] = true
+				if !yielded[addr] {
+					yielded[addr] = true
 					if !yield(nft.BoundAddressService(addr)) {
 						return false
 					}
@@ -196,11 +199,11 @@ func (r *replacement) initialServices() iter.Seq[*dataplane.Service] {
 			}
 			return true
 		}
-		if !guard(maps.Keys(r.boundRefs)) {
+		if !yieldAddrs(maps.Keys(r.boundRefs)) {
 			return
 		}
 		for _, s := range r.services {
-			if !guard(directAddrs(s)) {
+			if !yieldAddrs(directAddrs(s)) {
 				return
 			}
 			if !r.canServe(s) {
@@ -214,38 +217,39 @@ func (r *replacement) initialServices() iter.Seq[*dataplane.Service] {
 	}
 }
 
-// closedService returns the Service as one that no endpoint can take connections of.
+// closedService returns a copy of the Service without endpoints, whose connections are
+// dropped.
 func closedService(s *dataplane.Service) *dataplane.Service {
 	c := *s
 	c.Endpoints, c.LocalEndpoints, c.NoEndpointsVerdict = nil, nil, dataplane.Drop
 	return &c
 }
 
-// canServe reports whether connections to a Service reach an endpoint of it: each
-// of its virtual servers has one that it is to have, or is to have none.
+// canServe reports whether connections to a Service reach an endpoint of it: each of its
+// virtual servers has a desired destination already, or desires none.
 func (r *replacement) canServe(s *dataplane.Service) bool {
-	yes := true
+	usable := true
 	r.render(s, func(sv serverKey, want virtualServer) {
-		have, there := r.servers[sv]
+		have, exists := r.servers[sv]
 		if len(want.endpoints) == 0 {
 			return
 		}
-		some := false
-		diffEndpoints(have.endpoints, want.endpoints, func(_ netip.AddrPort, inHave, inWant bool) { some = some || inHave && inWant })
-		yes = yes && there && some
+		matches := false
+		diffEndpoints(have.endpoints, want.endpoints, func(_ netip.AddrPort, inHave, inWant bool) { matches = matches || inHave && inWant })
+		usable = usable && exists && matches
 	})
-	return yes
+	return usable
 }
 
-// programServers makes the virtual servers of all Services and opens those that are closed.
+// programServers programs the virtual servers of all Services, and opens closed Services.
 func (r *replacement) programServers(ctx context.Context, progress func(int)) error {
-	w, opening, complete := r.newBatch(), []dataplane.Change(nil), 0
+	b, opening, complete := r.newBatch(), []dataplane.Change(nil), 0
 	pending := 0
 	commit := func() error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		if err := w.execute(r.owners, r.failed); err != nil {
+		if err := b.execute(r.owners, r.failed); err != nil {
 			return err
 		}
 		opening = slices.DeleteFunc(opening, func(c dataplane.Change) bool { return r.failed[c.Key()] != nil })
@@ -255,7 +259,7 @@ func (r *replacement) programServers(ctx context.Context, progress func(int)) er
 			}
 		}
 		complete += pending
-		w, opening, pending = r.newBatch(), nil, 0
+		b, opening, pending = r.newBatch(), nil, 0
 		if progress != nil {
 			progress(complete)
 		}
@@ -265,12 +269,12 @@ func (r *replacement) programServers(ctx context.Context, progress func(int)) er
 		if r.failed[s.Key] != nil {
 			continue
 		}
-		r.render(s, func(sv serverKey, want virtualServer) { w.ensureServer(sv, want) })
+		r.render(s, func(sv serverKey, want virtualServer) { b.ensureServer(sv, want) })
 		if r.closed[s.Key] {
 			opening = append(opening, dataplane.Change{Old: closedService(s), New: s})
 		}
 		pending++
-		if len(w.requests) >= nlconn.BatchSize {
+		if len(b.requests) >= nlconn.BatchSize {
 			if err := commit(); err != nil {
 				return err
 			}
@@ -282,21 +286,21 @@ func (r *replacement) programServers(ctx context.Context, progress func(int)) er
 	return commit()
 }
 
-// removeUndesired removes destinations and virtual servers that are not wanted, once they have
-// drained. Some may be of Services that were deleted while no Dataplane was running.
+// removeUndesired drains and deletes undesired destinations and virtual servers. Some may
+// belong to Services that were deleted while Fairlead was not running.
 func (r *replacement) removeUndesired(ctx context.Context) error {
-	w := r.newBatch()
+	b := r.newBatch()
 	for _, s := range slices.SortedFunc(maps.Keys(r.servers), serverKey.compare) {
 		want, wanted := r.desired[s]
 		switch {
 		case !wanted:
-			w.retire(s, r.translated[s])
+			b.retire(s, r.translated[s])
 		case r.failed[r.owners[s][0]] == nil:
-			w.drainUndesired(s, want)
+			b.drainUndesired(s, want)
 		}
 	}
-	if err := w.execute(r.owners, r.failed); err != nil {
+	if err := b.execute(r.owners, r.failed); err != nil {
 		return err
 	}
-	return r.applyRules(ctx, w.dropRuleRemovals(), r.owners, r.failed)
+	return r.applyRules(ctx, b.dropRuleRemovals(), r.owners, r.failed)
 }

@@ -16,55 +16,55 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ipvsConn is IPVS of a network namespace, as its generic netlink family offers it
-// (linux/ip_vs.h, IPVS_GENL_NAME).
+// ipvsConn is a connection to IPVS of one network namespace, through its generic netlink
+// family (linux/ip_vs.h, IPVS_GENL_NAME).
 type ipvsConn struct {
 	conn   *nlconn.Conn
 	family netlink.HeaderType
 }
 
-// dialIPVS connects to IPVS. The error is unix.ENOENT where the kernel has none:
-// to ask makes it load the module, where there is a modprobe.
+// dialIPVS connects to IPVS. The error is unix.ENOENT if the kernel has no IPVS. The request
+// makes the kernel load the module if the host has modprobe.
 func dialIPVS(netns int) (*ipvsConn, error) {
 	conn, err := nlconn.Dial(unix.NETLINK_GENERIC, netns)
 	if err != nil {
 		return nil, err
 	}
-	k := &ipvsConn{conn: conn}
-	if err := k.resolveFamily(); err != nil {
-		return nil, errors.Join(err, k.close())
+	c := &ipvsConn{conn: conn}
+	if err := c.resolveFamily(); err != nil {
+		return nil, errors.Join(err, c.close())
 	}
-	return k, nil
+	return c, nil
 }
 
-func (k *ipvsConn) close() error { return k.conn.Close() }
+func (c *ipvsConn) close() error { return c.conn.Close() }
 
-// resolveFamily asks for the number of the family, which the kernel assigns when the module is
-// loaded.
-func (k *ipvsConn) resolveFamily() error {
+// resolveFamily reads the number of the family, which the kernel assigns when it loads the
+// module.
+func (c *ipvsConn) resolveFamily() error {
 	request := newMessage(unix.GENL_ID_CTRL, command(unix.CTRL_CMD_GETFAMILY), func(b []byte) []byte {
 		return nlconn.AppendString(b, unix.CTRL_ATTR_FAMILY_NAME, "IPVS")
 	})
-	body, err := k.conn.Get(context.Background(), request)
+	body, err := c.conn.Get(context.Background(), request)
 	if err != nil {
-		return fmt.Errorf("ask the kernel for IPVS: %w", err)
+		return fmt.Errorf("resolve netlink family IPVS: %w", err)
 	}
 	number, _ := nlconn.Attribute(body[genericHeaderLen:], unix.CTRL_ATTR_FAMILY_ID)
-	k.family = netlink.HeaderType(nlconn.Uint16(number, binary.NativeEndian))
+	c.family = netlink.HeaderType(nlconn.Uint16(number, binary.NativeEndian))
 	return nil
 }
 
 // genericHeaderLen is the size of a struct genlmsghdr (linux/genetlink.h).
 const genericHeaderLen = 4
 
-// newMessage encodes a command of a family: a header with version 1 of the family, and
+// newMessage encodes a command of a generic netlink family: a header with version 1, and
 // attributes.
 func newMessage(family netlink.HeaderType, c command, attributes func([]byte) []byte) netlink.Message {
 	b := append(make([]byte, 0, messageCapacity), byte(c), 1, 0, 0)
 	return netlink.Message{Header: netlink.Header{Type: family}, Data: attributes(b)}
 }
 
-// messageCapacity is room for the largest request.
+// messageCapacity is enough for the largest request.
 const messageCapacity = 192
 
 // command is a command of the IPVS family.
@@ -89,7 +89,7 @@ func (c command) String() string {
 	}[c]
 }
 
-// Attributes of a command, a service and a destination (linux/ip_vs.h).
+// Attributes of commands, services and destinations (linux/ip_vs.h).
 const (
 	attrService    = 1
 	attrDest       = 2
@@ -118,17 +118,17 @@ const (
 	destFamily         = 11
 )
 
-// request is a change of one virtual server or destination.
+// request changes one virtual server or destination.
 type request struct {
 	command
 	serverKey
 
-	settings                // of newService and setService
-	dest     netip.AddrPort // of the commands about destinations
-	weight   uint32         // of newDest and setDest
+	settings                // for newService and setService
+	dest     netip.AddrPort // for commands about destinations
+	weight   uint32         // for newDest and setDest
 }
 
-// String says what is done, to what: "add the destination 10.0.0.1:80 of 10.96.0.1:80/TCP".
+// String describes the request: "add the destination 10.0.0.1:80 of 10.96.0.1:80/TCP".
 func (r request) String() string {
 	if r.dest.IsValid() {
 		return fmt.Sprintf("%s %s of %s", r.command, r.dest, r.serverKey)
@@ -158,7 +158,7 @@ func (r request) appendService(b []byte) []byte {
 	b = nlconn.AppendString(b, serviceScheduler, r.scheduler)
 	b = nlconn.AppendBytes(b, serviceFlags, flags[:])
 	b = nlconn.AppendUint32(b, serviceTimeout, r.timeout)
-	// All of the client's address counts for persistence.
+	// Persistence uses the client's full address.
 	if r.addr.Addr().Is4() {
 		return nlconn.AppendBytes(b, serviceNetmask, []byte{0xff, 0xff, 0xff, 0xff})
 	}
@@ -176,20 +176,20 @@ func (r request) appendDestination(b []byte) []byte {
 	return nlconn.AppendUint16(b, destFamily, addressFamily(r.dest.Addr()))
 }
 
-// appendKey appends the attributes that the kernel finds the virtual server by.
+// appendKey appends the attributes that identify the virtual server.
 func (s serverKey) appendKey(b []byte) []byte {
 	b = nlconn.AppendUint16(b, serviceFamily, addressFamily(s.addr.Addr()))
 	b = nlconn.AppendUint16(b, serviceProtocol, uint16(s.protocol))
 	return appendAddrPort(b, serviceAddr, servicePort, s.addr)
 }
 
-// appendAttribute appends the attribute of a command about a virtual server.
+// appendAttribute appends the service attribute of a request for one virtual server.
 func (s serverKey) appendAttribute(b []byte) []byte {
 	return nlconn.AppendNested(b, attrService, s.appendKey)
 }
 
-// appendAddrPort appends an address as the kernel's union nf_inet_addr, which has an IPv4
-// address in the first four of 16 bytes, and a port in network byte order.
+// appendAddrPort appends an address as the kernel's union nf_inet_addr, whose first 4 of 16
+// bytes hold an IPv4 address, and a port in network byte order.
 func appendAddrPort(b []byte, addrType, portType uint16, a netip.AddrPort) []byte {
 	var addr [16]byte
 	if a.Addr().Is4() {
@@ -199,7 +199,7 @@ func appendAddrPort(b []byte, addrType, portType uint16, a netip.AddrPort) []byt
 		addr = a.Addr().As16()
 	}
 	b = nlconn.AppendBytes(b, addrType, addr[:])
-	return nlconn.AppendBytes(b, portType, []byte{byte(a.Port() >> 8), byte(a.Port())}) //nolint:gosec // the two halves
+	return nlconn.AppendBytes(b, portType, []byte{byte(a.Port() >> 8), byte(a.Port())}) //nolint:gosec // the two bytes
 }
 
 func addressFamily(a netip.Addr) uint16 {
@@ -220,73 +220,72 @@ func parseAddr(b []byte, family uint16) netip.Addr {
 	return a
 }
 
-// run carries out requests, many by one system call, and returns the kernel's answer to
-// each.
-func (k *ipvsConn) run(requests []request) ([]error, error) {
+// run executes requests, many in one system call, and returns the kernel's answer to each.
+func (c *ipvsConn) run(requests []request) ([]error, error) {
 	messages := make([]netlink.Message, len(requests))
 	for i, r := range requests {
-		messages[i] = r.message(k.family)
+		messages[i] = r.message(c.family)
 	}
-	return k.conn.Batch(context.Background(), messages)
+	return c.conn.Batch(context.Background(), messages)
 }
 
-// dumpServers returns all virtual servers of the namespace by protocol and address, but
-// those by firewall mark.
+// dumpServers returns all virtual servers of the namespace that are identified by protocol and
+// address. It ignores virtual servers identified by a firewall mark.
 //
-// One may be missing, or two, when any are added or deleted meanwhile, in whatever
-// namespace: the kernel goes on in its table where as many came before as it has
-// listed (net/netfilter/ipvs/ip_vs_ctl.c, ip_vs_genl_dump_services). See complete.
-func (k *ipvsConn) dumpServers() (map[serverKey]settings, error) {
-	found := map[serverKey]settings{}
-	list := func() error {
-		request := newMessage(k.family, getService, func(b []byte) []byte { return b })
-		_, err := k.conn.Dump(context.Background(), request, func(body []byte) error {
-			forEachService(body, func(s serverKey, set settings) { found[s] = set })
+// One or two may be missing if others are added or deleted meanwhile, in any
+// namespace: the kernel continues its dump at the position given by the number of virtual
+// servers already dumped (net/netfilter/ipvs/ip_vs_ctl.c, ip_vs_genl_dump_services). See
+// addMissing.
+func (c *ipvsConn) dumpServers() (map[serverKey]settings, error) {
+	servers := map[serverKey]settings{}
+	dump := func() error {
+		request := newMessage(c.family, getService, func(b []byte) []byte { return b })
+		_, err := c.conn.Dump(context.Background(), request, func(body []byte) error {
+			forEachService(body, func(s serverKey, set settings) { servers[s] = set })
 			return nil
 		})
 		return err
 	}
-	err := list()
-	if errors.Is(err, unix.ENOENT) { // The module was loaded anew.
-		if err = k.resolveFamily(); err == nil {
-			err = list()
+	err := dump()
+	if errors.Is(err, unix.ENOENT) { // the module was reloaded
+		if err = c.resolveFamily(); err == nil {
+			err = dump()
 		}
 	}
 	if err != nil {
-		return nil, fmt.Errorf("list the virtual servers: %w", err)
+		return nil, fmt.Errorf("dump virtual servers: %w", err)
 	}
-	return found, nil
+	return servers, nil
 }
 
-// addMissing looks for virtual servers one by one that were not listed although they
-// should have been.
-func (k *ipvsConn) addMissing(found map[serverKey]settings, expected iter.Seq[serverKey]) error {
+// addMissing reads expected virtual servers that are missing from the dump, one request each.
+func (c *ipvsConn) addMissing(servers map[serverKey]settings, expected iter.Seq[serverKey]) error {
 	for s := range expected {
-		if _, listed := found[s]; listed {
+		if _, ok := servers[s]; ok {
 			continue
 		}
-		set, there, err := k.getServer(s)
+		set, exists, err := c.getServer(s)
 		if err != nil {
 			return err
 		}
-		if there {
-			found[s] = set
+		if exists {
+			servers[s] = set
 		}
 	}
 	return nil
 }
 
-// getServer returns one virtual server, and whether it is there.
-func (k *ipvsConn) getServer(s serverKey) (set settings, there bool, err error) {
-	body, err := k.conn.Get(context.Background(), newMessage(k.family, getService, s.appendAttribute))
-	forEachService(body, func(found serverKey, of settings) { set, there = of, found == s })
+// getServer reads one virtual server and reports whether it exists.
+func (c *ipvsConn) getServer(s serverKey) (set settings, exists bool, err error) {
+	body, err := c.conn.Get(context.Background(), newMessage(c.family, getService, s.appendAttribute))
+	forEachService(body, func(key serverKey, st settings) { set, exists = st, key == s })
 	if err != nil && !isNotFound(err) {
-		return settings{}, false, fmt.Errorf("look for the virtual server %s: %w", s, err)
+		return settings{}, false, fmt.Errorf("get virtual server %s: %w", s, err)
 	}
-	return set, there, nil
+	return set, exists, nil
 }
 
-// forEachService calls visit with the virtual servers in a message of the family.
+// forEachService calls visit for the virtual servers in a message of the family.
 func forEachService(body []byte, visit func(serverKey, settings)) {
 	for typ, data := range nlconn.Attributes(body[min(genericHeaderLen, len(body)):]) {
 		if typ != attrService {
@@ -298,7 +297,8 @@ func forEachService(body []byte, visit func(serverKey, settings)) {
 	}
 }
 
-// parseService decodes a virtual server; one by firewall mark is none of ours.
+// parseService decodes a virtual server. It reports false for one identified by a firewall
+// mark.
 func parseService(b []byte) (serverKey, settings, bool) {
 	var (
 		s                serverKey
@@ -312,7 +312,7 @@ func parseService(b []byte) (serverKey, settings, bool) {
 		case serviceFamily:
 			family = nlconn.Uint16(data, binary.NativeEndian)
 		case serviceProtocol:
-			s.protocol = dataplane.Protocol(nlconn.Uint16(data, binary.NativeEndian)) //nolint:gosec // it is one
+			s.protocol = dataplane.Protocol(nlconn.Uint16(data, binary.NativeEndian)) //nolint:gosec // the kernel sends 8 bits
 		case serviceAddr:
 			addr = data
 		case servicePort:
@@ -322,7 +322,7 @@ func parseService(b []byte) (serverKey, settings, bool) {
 		case serviceScheduler:
 			set.scheduler = unix.ByteSliceToString(data)
 		case serviceFlags:
-			set.flags = nlconn.Uint32(data[:min(4, len(data))]) & flagMask // struct ip_vs_flags: behind them is a mask
+			set.flags = nlconn.Uint32(data[:min(4, len(data))]) & flagMask // struct ip_vs_flags: the flags, then a mask
 		case serviceTimeout:
 			set.timeout = nlconn.Uint32(data)
 		}
@@ -334,33 +334,32 @@ func parseService(b []byte) (serverKey, settings, bool) {
 	return s, set, complete && !marked && s.addr.Addr().IsValid()
 }
 
-// destination is what the kernel has of one.
+// destination is the state of a destination in the kernel.
 type destination struct {
 	weight uint32
-	// connections are those that it has: established ones and others, which the
-	// kernel remembers for a while.
+	// connections counts the active connections and the inactive ones, which the kernel keeps
+	// for a while.
 	connections uint32
-	// nat says that it is reached by translation, as all of ours are.
+	// nat is true if the forwarding method is NAT, as for all managed destinations.
 	nat bool
 }
 
-// dumpDestinations returns those of a virtual server. It returns none if there is no
-// such server.
-func (k *ipvsConn) dumpDestinations(s serverKey) (map[netip.AddrPort]destination, error) {
-	found := map[netip.AddrPort]destination{}
-	_, err := k.conn.Dump(context.Background(), newMessage(k.family, getDest, s.appendAttribute), func(body []byte) error {
+// dumpDestinations returns the destinations of a virtual server, or none if it does not exist.
+func (c *ipvsConn) dumpDestinations(s serverKey) (map[netip.AddrPort]destination, error) {
+	destinations := map[netip.AddrPort]destination{}
+	_, err := c.conn.Dump(context.Background(), newMessage(c.family, getDest, s.appendAttribute), func(body []byte) error {
 		for typ, data := range nlconn.Attributes(body[min(genericHeaderLen, len(body)):]) {
 			if typ == attrDest {
 				addr, d := parseDestination(data, addressFamily(s.addr.Addr()))
-				found[addr] = d
+				destinations[addr] = d
 			}
 		}
 		return nil
 	})
 	if err != nil && !errors.Is(err, unix.ESRCH) && !errors.Is(err, unix.ENOENT) {
-		return nil, fmt.Errorf("list the destinations of %s: %w", s, err)
+		return nil, fmt.Errorf("dump destinations of %s: %w", s, err)
 	}
-	return found, nil
+	return destinations, nil
 }
 
 func parseDestination(b []byte, family uint16) (netip.AddrPort, destination) {
@@ -388,21 +387,22 @@ func parseDestination(b []byte, family uint16) (netip.AddrPort, destination) {
 	return netip.AddrPortFrom(parseAddr(addr, family), port), d
 }
 
-// setTimeouts sets for how long connections are remembered, those that are not 0.
-func (k *ipvsConn) setTimeouts(tcp, tcpFin, udp time.Duration) error {
-	// What is 0 stays as it is (net/netfilter/ipvs/ip_vs_ctl.c, ip_vs_set_timeout).
-	seconds := func(d time.Duration) uint32 { return uint32(d / time.Second) } //nolint:gosec // checked when it was given
-	request := newMessage(k.family, setTimeouts, func(b []byte) []byte {
+// setTimeouts sets the connection timeouts. It keeps the kernel's value of a timeout that is
+// 0.
+func (c *ipvsConn) setTimeouts(tcp, tcpFin, udp time.Duration) error {
+	// The kernel ignores a timeout of 0 (net/netfilter/ipvs/ip_vs_ctl.c, ip_vs_set_timeout).
+	seconds := func(d time.Duration) uint32 { return uint32(d / time.Second) } //nolint:gosec // the flag is validated
+	request := newMessage(c.family, setTimeouts, func(b []byte) []byte {
 		b = nlconn.AppendUint32(b, attrTCPTimeout, seconds(tcp))
 		b = nlconn.AppendUint32(b, attrTCPFin, seconds(tcpFin))
 		return nlconn.AppendUint32(b, attrUDPTimeout, seconds(udp))
 	})
-	answers, err := k.conn.Batch(context.Background(), []netlink.Message{request})
+	answers, err := c.conn.Batch(context.Background(), []netlink.Message{request})
 	if err == nil {
 		err = answers[0]
 	}
 	if err != nil {
-		return fmt.Errorf("set the timeouts of connections: %w", err)
+		return fmt.Errorf("set connection timeouts: %w", err)
 	}
 	return nil
 }

@@ -14,7 +14,7 @@ func tcpServer(addr string) serverKey {
 	return serverKey{dataplane.TCP, netip.MustParseAddrPort(addr)}
 }
 
-// What is sent for a virtual server is what is read of one.
+// TestServiceRoundTrip checks that parseService decodes the encoded virtual server.
 func TestServiceRoundTrip(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
@@ -34,12 +34,12 @@ func TestServiceRoundTrip(t *testing.T) {
 			t.Parallel()
 			m := request{command: newService, serverKey: tt.serverKey, settings: tt.settings}.message(30)
 			if m.Header.Type != 30 || m.Data[0] != byte(newService) || m.Data[1] != 1 {
-				t.Errorf("the message is of type %d with the header % x, want the family's number, the command and version 1", m.Header.Type, m.Data[:4])
+				t.Errorf("the message has type %d and header % x, want the family's number, the command and version 1", m.Header.Type, m.Data[:4])
 			}
 			found := 0
 			for typ, data := range nlconn.Attributes(m.Data[4:]) {
 				if typ != attrService {
-					t.Errorf("attribute %d, want a service alone", typ)
+					t.Errorf("attribute %d, want only a service", typ)
 				}
 				found++
 				if s, set, ok := parseService(data); !ok || s != tt.serverKey || set != tt.settings {
@@ -53,7 +53,8 @@ func TestServiceRoundTrip(t *testing.T) {
 	}
 }
 
-// Without persistence a timeout means nothing, and the kernel keeps what it was.
+// TestTimeoutWithoutPersistence checks that parseService ignores the timeout of a virtual
+// server without persistence, because the kernel keeps the old value.
 func TestTimeoutWithoutPersistence(t *testing.T) {
 	t.Parallel()
 	m := request{command: newService, serverKey: tcpServer("10.96.0.1:80"), settings: settings{scheduler: "rr", timeout: 360}}.message(30)
@@ -67,7 +68,7 @@ func TestFwmarkServersIgnored(t *testing.T) {
 	marked := nlconn.AppendUint32(tcpServer("0.0.0.0:0").appendKey(nil), serviceFwmark, 7)
 	marked = nlconn.AppendString(marked, serviceScheduler, "rr")
 	if s, _, ok := parseService(marked); ok {
-		t.Errorf("a virtual server by mark is read as %s", s)
+		t.Errorf("a virtual server with a firewall mark is decoded as %s", s)
 	}
 }
 
@@ -100,11 +101,11 @@ func TestConnectionCount(t *testing.T) {
 	t.Parallel()
 	b := nlconn.AppendUint32(nlconn.AppendUint32(nlconn.AppendUint32(nil, destActive, 3), destInactive, 4), destForwarding, 3)
 	if _, d := parseDestination(b, unix.AF_INET); d.connections != 7 || d.nat {
-		t.Errorf("%+v, want 7 connections, and no translation", d)
+		t.Errorf("%+v, want 7 connections and no NAT", d)
 	}
 }
 
-// A virtual server is found by what is at the head of every request about it.
+// TestRequestKey checks that every request identifies its virtual server.
 func TestRequestKey(t *testing.T) {
 	t.Parallel()
 	for _, c := range []command{newService, setService, delService, newDest, setDest, delDest} {
@@ -124,18 +125,18 @@ func TestRequestKey(t *testing.T) {
 	}
 }
 
-// FuzzParse looks for what makes the decoders panic.
+// FuzzParse checks that the decoders do not panic and return valid addresses.
 func FuzzParse(f *testing.F) {
 	f.Add(nlconn.AppendString(tcpServer("10.96.0.1:80").appendKey(nil), serviceScheduler, "rr"))
 	f.Add(request{command: newDest, serverKey: tcpServer("[fd00::1]:80"), dest: netip.MustParseAddrPort("[fd01::5]:80")}.message(30).Data)
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if s, _, ok := parseService(b); ok && !s.addr.Addr().IsValid() {
-			t.Errorf("a virtual server without an address: %v", s)
+			t.Errorf("virtual server without an address: %v", s)
 		}
 		parseDestination(b, unix.AF_INET6)
 		h := host{link: 1}
 		if addr, ok := h.parseRoute(b); ok && !addr.IsValid() {
-			t.Errorf("a route to nowhere: % x", b)
+			t.Errorf("route without an address: % x", b)
 		}
 	})
 }

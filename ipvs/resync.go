@@ -15,17 +15,16 @@ import (
 )
 
 const (
-	// resyncPeriod is how often the kernel is compared with what is programmed,
-	// since it does not announce what others change, and draining destinations and
-	// leaving virtual servers are looked after.
+	// resyncPeriod is the interval of resync: the kernel sends no notifications for IPVS.
 	resyncPeriod = 5 * time.Second
-	// resyncRounds is in how many patrols all destinations are looked at, if there
-	// are more than a few: the kernel lists those of one virtual server at a time.
+	// resyncRounds is the number of resyncs that together verify the destinations of all
+	// virtual servers. Fewer rounds suffice for few virtual servers. The kernel dumps the
+	// destinations of one virtual server per request.
 	resyncRounds          = 12
 	resyncServersPerRound = 256
 )
 
-// resync looks at the kernel every few seconds until Close.
+// resync finishes drains and verifies the kernel's state every resyncPeriod until Close.
 func (d *Dataplane) resync() {
 	ticker := time.NewTicker(resyncPeriod)
 	defer ticker.Stop()
@@ -36,12 +35,12 @@ func (d *Dataplane) resync() {
 		case <-ticker.C:
 		}
 		if err := d.verify(round); err != nil && !d.stopped() {
-			d.log.Warn("the kernel's virtual servers were not compared with what is programmed", "error", err)
+			d.log.Warn("cannot compare the kernel's virtual servers with the programmed state", "error", err)
 		}
 	}
 }
 
-// handleEvents does what does not wait for a patrol that takes long, until Close.
+// handleEvents handles events that must not wait for a long resync, until Close.
 func (d *Dataplane) handleEvents() {
 	for {
 		select {
@@ -51,7 +50,7 @@ func (d *Dataplane) handleEvents() {
 			d.signalDrift()
 		case <-d.udpDrainTimer.C:
 			if err := d.finishUDPDrains(); err != nil {
-				d.log.Warn("endpoints of UDP that have left were not removed yet", "error", err)
+				d.log.Warn("cannot remove drained UDP endpoints", "error", err)
 			}
 		}
 	}
@@ -66,9 +65,9 @@ func (d *Dataplane) stopped() bool {
 	}
 }
 
-// verify removes destinations that have drained, and signals drift if something is
-// not as it was programmed. It asks the kernel by a connection of its own and holds
-// nobody up meanwhile; what changes while it looks is not judged.
+// verify deletes destinations that have drained, and signals drift if the kernel's state
+// differs from the programmed state. It uses its own connections to the kernel and does not
+// hold mu while it reads. It ignores virtual servers that change meanwhile.
 func (d *Dataplane) verify(round int) error {
 	d.mu.Lock()
 	if !d.ready {
@@ -83,43 +82,43 @@ func (d *Dataplane) verify(round int) error {
 		d.dirty = nil
 		d.mu.Unlock()
 	}()
-	k, err := dialIPVS(d.opts.NetNS)
+	c, err := dialIPVS(d.opts.NetNS)
 	if err != nil {
 		return err
 	}
-	defer k.close() //nolint:errcheck // it was only read from
+	defer c.close() //nolint:errcheck // only read from
 	h, err := openHost(d.opts.NetNS)
 	if err != nil {
 		return err
 	}
-	defer h.close() //nolint:errcheck // it was only read from
-	if err := d.finishDrains(k); err != nil {
+	defer h.close() //nolint:errcheck // only read from
+	if err := d.finishDrains(c); err != nil {
 		return err
 	}
 	intact, err := d.verifyHost(h)
 	if err != nil {
 		return err
 	}
-	found, err := k.dumpServers()
+	servers, err := c.dumpServers()
 	if err != nil {
 		return err
 	}
 	slices.SortFunc(programmed, serverKey.compare)
 	rounds := min(resyncRounds, 1+len(programmed)/resyncServersPerRound)
 	for i, s := range programmed {
-		if err := k.addMissing(found, slices.Values([]serverKey{s})); err != nil {
+		if err := c.addMissing(servers, slices.Values([]serverKey{s})); err != nil {
 			return err
 		}
-		set, there := found[s]
-		delete(found, s)
-		if !d.verifySettings(s, set, there) {
+		set, exists := servers[s]
+		delete(servers, s)
+		if !d.verifySettings(s, set, exists) {
 			intact = false
 			break
 		}
 		if i%rounds != round%rounds || d.stopped() {
 			continue
 		}
-		destinations, err := k.dumpDestinations(s)
+		destinations, err := c.dumpDestinations(s)
 		if err != nil {
 			return err
 		}
@@ -129,7 +128,7 @@ func (d *Dataplane) verify(round int) error {
 		}
 	}
 	if intact {
-		intact = !d.hasUnexpectedServers(found)
+		intact = !d.hasUnexpectedServers(servers)
 	}
 	if !intact && !d.stopped() {
 		d.signalDrift()
@@ -137,15 +136,15 @@ func (d *Dataplane) verify(round int) error {
 	return h.setSysctls(requiredSysctls(d.opts.StrictARP))
 }
 
-// verifyHost reports whether the interface, the rules and the routes are there.
+// verifyHost reports whether the interface, the routing rules and the routes exist.
 func (d *Dataplane) verifyHost(h *host) (bool, error) {
 	link, err := h.handle.LinkByName(LinkName)
 	if err != nil {
-		return false, nil // a Replace tells what is wrong
+		return false, nil // Replace reports the cause
 	}
 	h.link = link.Attrs().Index
 	for _, f := range families() {
-		if there, err := h.hasLookupRule(f); err == nil && !there || err != nil && f == dataplane.IPv4 {
+		if exists, err := h.hasLookupRule(f); err == nil && !exists || err != nil && f == dataplane.IPv4 {
 			return false, err
 		}
 	}
@@ -156,7 +155,7 @@ func (d *Dataplane) verifyHost(h *host) (bool, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if len(d.dirty) > 0 {
-		return true, nil // next time
+		return true, nil // verify them in the next resync
 	}
 	for addr := range d.boundRefs {
 		if !bound[addr] && !d.bindFailed[addr] {
@@ -167,19 +166,19 @@ func (d *Dataplane) verifyHost(h *host) (bool, error) {
 	return h.link == d.host.linkIndex() && len(bound) == 0, nil
 }
 
-// verifySettings compares a virtual server by itself.
-func (d *Dataplane) verifySettings(s serverKey, set settings, there bool) bool {
+// verifySettings reports whether a virtual server has the programmed settings.
+func (d *Dataplane) verifySettings(s serverKey, set settings, exists bool) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	want, programmed := d.servers[s]
-	return d.skipVerify(s) || !programmed || there && set == want.settings
+	return d.skipVerify(s) || !programmed || exists && set == want.settings
 }
 
-// skipVerify reports whether a virtual server is not to be judged.
+// skipVerify reports whether verify must ignore a virtual server.
 func (d *Dataplane) skipVerify(s serverKey) bool { return d.dirty[s] || d.unverified[s] }
 
-// verifyDestinations compares the destinations of a virtual server.
-func (d *Dataplane) verifyDestinations(s serverKey, found map[netip.AddrPort]destination) bool {
+// verifyDestinations reports whether a virtual server has the programmed destinations.
+func (d *Dataplane) verifyDestinations(s serverKey, destinations map[netip.AddrPort]destination) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	want, programmed := d.servers[s]
@@ -187,12 +186,12 @@ func (d *Dataplane) verifyDestinations(s serverKey, found map[netip.AddrPort]des
 		return true
 	}
 	for _, e := range want.endpoints {
-		if dest, ok := found[e.Addr]; !ok || dest.weight != 1 || !dest.nat {
+		if dest, ok := destinations[e.Addr]; !ok || dest.weight != 1 || !dest.nat {
 			return false
 		}
-		delete(found, e.Addr)
+		delete(destinations, e.Addr)
 	}
-	for addr := range found {
+	for addr := range destinations {
 		if _, draining := d.draining[s][addr]; !draining {
 			return false
 		}
@@ -200,11 +199,12 @@ func (d *Dataplane) verifyDestinations(s serverKey, found map[netip.AddrPort]des
 	return true
 }
 
-// hasUnexpectedServers reports whether there are virtual servers where only ours should be.
-func (d *Dataplane) hasUnexpectedServers(found map[serverKey]settings) bool {
+// hasUnexpectedServers reports whether unknown virtual servers exist at bound or internal
+// addresses.
+func (d *Dataplane) hasUnexpectedServers(servers map[serverKey]settings) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	for s := range found {
+	for s := range servers {
 		addr := s.addr.Addr()
 		if _, programmed := d.servers[s]; programmed || d.skipVerify(s) || prefixesContain(d.excludeCIDRs, addr) {
 			continue
@@ -216,18 +216,18 @@ func (d *Dataplane) hasUnexpectedServers(found map[serverKey]settings) bool {
 	return false
 }
 
-// finishDrains deletes destinations whose connections have ended, or whose time
-// is over.
-func (d *Dataplane) finishDrains(k *ipvsConn) error {
+// finishDrains deletes destinations whose connections have ended or whose drain time has
+// expired.
+func (d *Dataplane) finishDrains(c *ipvsConn) error {
 	d.mu.Lock()
 	draining := slices.Collect(maps.Keys(d.draining))
 	d.mu.Unlock()
 	for _, s := range draining {
-		found, err := k.dumpDestinations(s)
+		destinations, err := c.dumpDestinations(s)
 		if err != nil {
 			return err
 		}
-		if err := d.finishServerDrains(s, found); err != nil {
+		if err := d.finishServerDrains(s, destinations); err != nil {
 			return err
 		}
 	}
@@ -241,38 +241,37 @@ func (d *Dataplane) finishDrains(k *ipvsConn) error {
 	}
 }
 
-// deleteRetired deletes at most limit virtual servers that are leaving and have no
-// destinations, then their addresses, then the rules for these addresses. It reports
-// whether there may be more. If a step fails, it signals drift, so that a Replace finds
-// the rest.
+// deleteRetired deletes at most limit retiring virtual servers without destinations, then
+// their addresses, then the rules for these addresses. It reports whether more may remain. If
+// a step fails, it signals drift, so that a Replace deletes the rest.
 func (d *Dataplane) deleteRetired(limit int) (more bool, err error) {
-	w := d.newBatch()
+	b := d.newBatch()
 	for s := range d.retiring {
 		if len(d.draining[s]) > 0 {
 			continue
 		}
-		if w.deleteServer(s); len(w.requests) == limit {
+		if b.deleteServer(s); len(b.requests) == limit {
 			more = true
 			break
 		}
 	}
-	if len(w.requests) == 0 {
+	if len(b.requests) == 0 {
 		return false, nil
 	}
 	failed := map[dataplane.Key]error{}
-	err = w.execute(nil, failed)
+	err = b.execute(nil, failed)
 	if err == nil {
-		err = d.applyRules(context.Background(), w.dropRuleRemovals(), nil, failed)
+		err = d.applyRules(context.Background(), b.dropRuleRemovals(), nil, failed)
 	}
 	if err != nil {
 		d.signalDrift()
-		return false, fmt.Errorf("remove virtual servers that have drained: %w", err)
+		return false, fmt.Errorf("delete drained virtual servers: %w", err)
 	}
 	return more, nil
 }
 
-// finishUDPDrains deletes destinations of UDP whose time is over, and sets the time for
-// those whose is not.
+// finishUDPDrains deletes UDP destinations whose drain time has expired, and sets the timer
+// for the next ones.
 func (d *Dataplane) finishUDPDrains() error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -327,17 +326,17 @@ func (d *Dataplane) deleteDestinations(requests []request) error {
 	return errors.Join(errs...)
 }
 
-func (d *Dataplane) finishServerDrains(s serverKey, found map[netip.AddrPort]destination) error {
+func (d *Dataplane) finishServerDrains(s serverKey, destinations map[netip.AddrPort]destination) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.dirty[s] {
-		return nil // what was found may be of before
+		return nil // destinations may be outdated
 	}
 	now := time.Now()
 	var requests []request
 	for addr, until := range d.draining[s] {
-		dest, there := found[addr]
-		if !there {
+		dest, exists := destinations[addr]
+		if !exists {
 			d.endDrain(s, addr)
 			continue
 		}

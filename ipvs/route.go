@@ -12,8 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// changeRoutes adds or deletes local routes through the interface, many by one system call. It
-// returns the kernel's answer for each.
+// changeRoutes adds or deletes local routes through the interface, many in one system call. It
+// returns the kernel's answer to each.
 func (h *host) changeRoutes(typ uint16, table uint32, to []netip.Prefix) ([]error, error) {
 	requests := make([]netlink.Message, len(to))
 	for i, p := range to {
@@ -29,17 +29,18 @@ func (h *host) changeRoutes(typ uint16, table uint32, to []netip.Prefix) ([]erro
 	return h.routes.Batch(context.Background(), requests)
 }
 
-// routeHeaderLen is the size of a struct rtmsg.
+// routeHeaderLen is the size of struct rtmsg.
 const routeHeaderLen = unix.SizeofRtMsg
 
-// routeHeader is a struct rtmsg (linux/rtnetlink.h).
+// routeHeader returns a struct rtmsg (linux/rtnetlink.h).
 func routeHeader(family uint16, bits int, typ byte) []byte {
 	const compat = 252 // RT_TABLE_COMPAT: the table is in an attribute
 	return []byte{byte(family), byte(bits), 0, 0, compat, routeProtocol, unix.RT_SCOPE_HOST, typ, 0, 0, 0, 0}
 }
 
-// changeBindings makes addresses the node's, or ends that. It returns the kernel's answer for
-// each. That one is bound already, or is not any more, is no error.
+// changeBindings binds addresses to the node (RTM_NEWROUTE) or unbinds them (RTM_DELROUTE). It
+// returns the kernel's answer to each. It is not an error to bind a bound address or to unbind
+// an unbound one.
 func (h *host) changeBindings(typ uint16, addrs []netip.Addr) ([]error, error) {
 	to := make([]netip.Prefix, len(addrs))
 	for i, a := range addrs {
@@ -54,32 +55,33 @@ func (h *host) changeBindings(typ uint16, addrs []netip.Addr) ([]error, error) {
 	return answers, err
 }
 
-// boundAddrs returns the addresses that are bound.
+// boundAddrs returns the addresses that are bound to the node.
 func (h *host) boundAddrs() (map[netip.Addr]bool, error) {
-	found := map[netip.Addr]bool{}
+	addrs := map[netip.Addr]bool{}
 	for _, f := range families() {
 		family := addressFamily(internalNet(f).Addr())
-		// With strict checks the kernel lists this table only, and takes no scope
-		// or protocol in the request.
+		// With strict checks the kernel dumps this table only, and accepts no scope or
+		// protocol in the request.
 		request := netlink.Message{
 			Header: netlink.Header{Type: unix.RTM_GETROUTE},
 			Data:   nlconn.AppendUint32([]byte{byte(family), routeHeaderLen - 1: 0}, unix.RTA_TABLE, RouteTable),
 		}
 		_, err := h.routes.Dump(context.Background(), request, func(data []byte) error {
 			if addr, ok := h.parseRoute(data); ok {
-				found[addr] = true
+				addrs[addr] = true
 			}
 			return nil
 		})
-		// ENOENT: there is no such table, as nothing is in it yet.
+		// ENOENT: the table does not exist until it has a route.
 		if err != nil && !errors.Is(err, unix.ENOENT) && !isFamilyUnsupported(f, err) {
-			return nil, fmt.Errorf("list the %s routes of table %d: %w", f, RouteTable, err)
+			return nil, fmt.Errorf("dump %s routes of table %d: %w", f, RouteTable, err)
 		}
 	}
-	return found, nil
+	return addrs, nil
 }
 
-// parseRoute returns the address that a route binds, if it is one of ours.
+// parseRoute returns the address that a route binds, and reports whether it is the backend's
+// route.
 func (h *host) parseRoute(b []byte) (netip.Addr, bool) {
 	if len(b) < routeHeaderLen || b[7] != unix.RTN_LOCAL {
 		return netip.Addr{}, false

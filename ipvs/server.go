@@ -12,13 +12,13 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// serverKey names a virtual server: where the kernel finds it by.
+// serverKey identifies a virtual server in the kernel.
 type serverKey struct {
 	protocol dataplane.Protocol
 	addr     netip.AddrPort
 }
 
-// String returns address, port and protocol, as a frontend's.
+// String formats the key like a [dataplane.Frontend].
 func (s serverKey) String() string {
 	return dataplane.Frontend{Protocol: s.protocol, Addr: s.addr}.String()
 }
@@ -27,26 +27,25 @@ func (s serverKey) compare(o serverKey) int {
 	return cmp.Or(s.addr.Compare(o.addr), cmp.Compare(s.protocol, o.protocol))
 }
 
-// virtualServer is what the kernel is to hold for a server.
+// virtualServer is the desired state of a virtual server.
 type virtualServer struct {
 	settings
-	// endpoints are its destinations that take connections, in order of address.
-	// The list is the Service's.
+	// endpoints are the destinations that accept connections, sorted by address. The slice is
+	// shared with the Service.
 	endpoints []dataplane.Endpoint
-	// serving are those that keep the flows of UDP which they have.
+	// serving are the UDP endpoints that keep their existing flows.
 	serving []netip.AddrPort
 }
 
-// settings are those of a virtual server by itself.
+// settings are the properties of a virtual server without its destinations.
 type settings struct {
 	scheduler string
 	flags     uint32
-	// timeout is that of its persistence in seconds; 0 without.
+	// timeout is the persistence timeout in seconds, 0 without persistence.
 	timeout uint32
 }
 
-// Flags of a virtual server (linux/ip_vs.h), of which the ones in flagMask are
-// compared.
+// Flags of a virtual server (linux/ip_vs.h). flagMask selects the flags that are compared.
 const (
 	flagPersistent = 0x0001
 	flagHashed     = 0x0002 // set by the kernel
@@ -58,7 +57,7 @@ const (
 	flagMask = flagPersistent | flagOnePacket | flagSched1 | flagSched2 | flagSched3
 )
 
-// settingsFor returns those of the virtual servers of a Service.
+// settingsFor returns the settings of a Service's virtual servers.
 func settingsFor(s *dataplane.Service, scheduler string) settings {
 	if s.Scheduler != "" {
 		scheduler = s.Scheduler
@@ -68,12 +67,12 @@ func settingsFor(s *dataplane.Service, scheduler string) settings {
 		set.flags |= flagPersistent
 	}
 	if scheduler == "mh" {
-		set.flags |= flagSched2 // mh-port: the client's port counts as well, as in kube-proxy
+		set.flags |= flagSched2 // mh-port: hash the client's port too, as kube-proxy does
 	}
 	return set
 }
 
-// endpointList is which of a Service's lists of endpoints a virtual server has.
+// endpointList selects one of the endpoint lists of a Service.
 type endpointList int
 
 const (
@@ -82,9 +81,9 @@ const (
 	endpointLists
 )
 
-// internalNets are where the virtual servers are that are not at a cluster IP:
-// a part of the reserved 240.0.0.0/4 (RFC 1112), and of fd00::/8 (RFC 4193).
-// Nothing but the rules leads to these addresses.
+// internalNets returns the networks of internal addresses, where all virtual servers are that
+// do not listen on a cluster IP. They are parts of the reserved 240.0.0.0/4 (RFC 1112) and of
+// fd00::/8 (RFC 4193). Only nftables rules lead to these addresses.
 func internalNets() []netip.Prefix {
 	return []netip.Prefix{
 		netip.PrefixFrom(netip.AddrFrom4([4]byte{0xfa, 0x1d}), 16),
@@ -104,8 +103,8 @@ func isInternal(a netip.Addr) bool {
 	return slices.ContainsFunc(internalNets(), func(p netip.Prefix) bool { return p.Contains(a) })
 }
 
-// addrOwner is a list of a Service, as the owner of an internal address, and the address
-// that it has if no other has it.
+// addrOwner identifies an endpoint list of a Service as the owner of an internal address.
+// preferred is the address that it has unless another owner uses it.
 type addrOwner struct {
 	key       dataplane.Key
 	list      endpointList
@@ -116,20 +115,20 @@ func addrOwnerOf(s *dataplane.Service, l endpointList) addrOwner {
 	return addrOwner{s.Key, l, preferredAddr(s, l)}
 }
 
-// addrAllocator says which internal address each list of a Service has, if it has one.
-// The address follows from the Service, so that it is the same after a restart,
-// unless two of them would have the same one: then the later one gets the next. That
-// of a node port is never another's, and goes with the node port to whoever has it.
+// addrAllocator assigns internal addresses to endpoint lists. The preferred address is derived
+// from the Service, so it stays the same after a restart. If two owners prefer the same
+// address, the second one gets the next port. The address of a node port depends only on the
+// node port, and no other owner uses it.
 type addrAllocator struct {
 	owners    map[netip.AddrPort]addrOwner
-	displaced map[addrOwner]netip.AddrPort // those with another address than their first
+	displaced map[addrOwner]netip.AddrPort // owners without their preferred address
 }
 
 func newAddrAllocator() addrAllocator {
 	return addrAllocator{owners: map[netip.AddrPort]addrOwner{}, displaced: map[addrOwner]netip.AddrPort{}}
 }
 
-// allocate returns the address of a list's virtual servers, and takes it.
+// allocate returns the internal address of an endpoint list, and assigns one if necessary.
 func (p *addrAllocator) allocate(s *dataplane.Service, l endpointList) netip.AddrPort {
 	owner := addrOwnerOf(s, l)
 	if s.Key.Kind == dataplane.NodePort {
@@ -156,8 +155,8 @@ func (p *addrAllocator) allocate(s *dataplane.Service, l endpointList) netip.Add
 	return addr
 }
 
-// release gives back the addresses of a Service that it does not have as next,
-// which is nil when it is gone.
+// release frees the addresses of s that next does not use. next is nil if the Service is
+// deleted.
 func (p *addrAllocator) release(s, next *dataplane.Service) {
 	for l := range endpointLists {
 		owner := addrOwnerOf(s, l)
@@ -175,10 +174,10 @@ func (p *addrAllocator) release(s, next *dataplane.Service) {
 	}
 }
 
-// preferredAddr returns the internal address that a list has, if no other has it. That
-// of a node port has its number, at an address for each protocol; of the others address
-// and port are drawn by the Service's key, beside the 256 addresses that are kept for
-// the former.
+// preferredAddr returns the preferred internal address of an endpoint list. For a node port,
+// it has the node port's number and one address for each protocol and list. For other
+// Services, address and port are a hash of the key, outside the 256 addresses that are
+// reserved for node ports.
 func preferredAddr(s *dataplane.Service, l endpointList) netip.AddrPort {
 	base := internalNet(s.Key.Family).Addr()
 	b := base.AsSlice()
@@ -208,8 +207,8 @@ func addrFromSlice(b []byte) netip.Addr {
 	return a
 }
 
-// hasDirectServers reports whether the virtual servers of a Service's cluster list are at
-// its frontends' own addresses: those of cluster IPs are, and nothing else.
+// hasDirectServers reports whether the virtual servers for Endpoints listen on the frontends'
+// own addresses. This is true for cluster IPs only.
 func hasDirectServers(s *dataplane.Service) bool { return s.Key.Kind == dataplane.ClusterIP }
 
 // VirtualServers implements [fairlead.io/fairlead/nft.Translator].
@@ -223,7 +222,7 @@ func (d *Dataplane) VirtualServers(s *dataplane.Service) (cluster, local netip.A
 	return cluster, local
 }
 
-// render calls yield with each virtual server of a Service.
+// render calls yield for each virtual server of a Service.
 func (d *Dataplane) render(s *dataplane.Service, yield func(serverKey, virtualServer)) {
 	set := settingsFor(s, d.scheduler)
 	cluster, local := d.VirtualServers(s)
@@ -246,8 +245,8 @@ func (d *Dataplane) render(s *dataplane.Service, yield func(serverKey, virtualSe
 	}
 }
 
-// checkSupported returns an error that wraps [dataplane.ErrUnsupported] if this backend
-// can't program the Service.
+// checkSupported returns an error that wraps [dataplane.ErrUnsupported] if this backend cannot
+// program the Service.
 func (d *Dataplane) checkSupported(s *dataplane.Service) error {
 	if !hasDirectServers(s) {
 		return nil

@@ -12,11 +12,12 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// service returns a Service for the frontends "10.96.0.1:80/TCP …" of a kind.
-func service(t *testing.T, kind dataplane.Kind, name, frontends string, treatment dataplane.ServiceSpec) *dataplane.Service {
+// service returns a Service of a kind at frontends such as "10.96.0.1:80/TCP
+// 10.96.0.2:80/TCP".
+func service(t *testing.T, kind dataplane.Kind, name, frontends string, spec dataplane.ServiceSpec) *dataplane.Service {
 	t.Helper()
 	key := dataplane.Key{Namespace: "default", Name: name, Kind: kind}
-	var all []dataplane.Frontend
+	var fs []dataplane.Frontend
 	for text := range strings.FieldsSeq(frontends) {
 		addr, protocol, _ := strings.Cut(text, "/")
 		f := dataplane.Frontend{
@@ -24,9 +25,9 @@ func service(t *testing.T, kind dataplane.Kind, name, frontends string, treatmen
 			Addr:     netip.MustParseAddrPort(addr),
 		}
 		key.Family = dataplane.FamilyOf(f.Addr.Addr())
-		all = append(all, f)
+		fs = append(fs, f)
 	}
-	s, err := dataplane.NewService(key, all, treatment)
+	s, err := dataplane.NewService(key, fs, spec)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -43,7 +44,7 @@ func endpointsAt(addrs ...string) []dataplane.Endpoint {
 
 func newRenderer() *Dataplane { return &Dataplane{scheduler: "rr", allocator: newAddrAllocator()} }
 
-// rendered returns the virtual servers of Services as lines, in order.
+// rendered returns the virtual servers of Services as sorted lines.
 func rendered(d *Dataplane, services ...*dataplane.Service) []string {
 	var lines []string
 	for _, s := range services {
@@ -72,36 +73,36 @@ func TestRender(t *testing.T) {
 		want []string
 	}{
 		{
-			"a cluster IP is its own", service(t, dataplane.ClusterIP, "web", "10.96.0.1:80/TCP", one),
+			"cluster IP", service(t, dataplane.ClusterIP, "web", "10.96.0.1:80/TCP", one),
 			[]string{"10.96.0.1:80/TCP rr 10.0.0.1:8080"},
 		},
 		{
-			"each of several cluster IPs is", service(t, dataplane.ClusterIP, "web", "10.96.0.1:80/TCP 10.96.0.2:80/TCP", one),
+			"several cluster IPs", service(t, dataplane.ClusterIP, "web", "10.96.0.1:80/TCP 10.96.0.2:80/TCP", one),
 			[]string{"10.96.0.1:80/TCP rr 10.0.0.1:8080", "10.96.0.2:80/TCP rr 10.0.0.1:8080"},
 		},
 		{
-			"without endpoints as well", service(t, dataplane.ClusterIP, "web", "10.96.0.1:80/TCP", dataplane.ServiceSpec{}),
+			"no endpoints", service(t, dataplane.ClusterIP, "web", "10.96.0.1:80/TCP", dataplane.ServiceSpec{}),
 			[]string{"10.96.0.1:80/TCP rr"},
 		},
 		{
-			"a node port has one whatever the addresses", service(t, dataplane.NodePort, "web", "0.0.0.0:30080/TCP", one),
+			"node port", service(t, dataplane.NodePort, "web", "0.0.0.0:30080/TCP", one),
 			[]string{"250.29.0.1:30080/TCP rr 10.0.0.1:8080"},
 		},
 		{
-			"local endpoints have their own", service(t, dataplane.NodePort, "web", "0.0.0.0:30080/UDP", both),
+			"local endpoints", service(t, dataplane.NodePort, "web", "0.0.0.0:30080/UDP", both),
 			[]string{"250.29.0.3:30080/UDP rr 10.0.0.1:8080 10.0.0.2:8080", "250.29.0.4:30080/UDP rr 10.0.0.2:8080"},
 		},
 		{
-			"an IPv6 node port", service(t, dataplane.NodePort, "web", "[::]:30080/SCTP", dataplane.ServiceSpec{}),
+			"IPv6 node port", service(t, dataplane.NodePort, "web", "[::]:30080/SCTP", dataplane.ServiceSpec{}),
 			[]string{"[fdfa:1d00::5]:30080/SCTP rr"},
 		},
 		{
-			"affinity is persistence", service(t, dataplane.ClusterIP, "web", "10.96.0.1:80/TCP",
+			"session affinity", service(t, dataplane.ClusterIP, "web", "10.96.0.1:80/TCP",
 				dataplane.ServiceSpec{Endpoints: endpointsAt("10.0.0.1:8080"), Affinity: 3 * time.Hour}),
 			[]string{"10.96.0.1:80/TCP rr persistent 10800 10.0.0.1:8080"},
 		},
 		{
-			"a scheduler of its own", service(t, dataplane.ClusterIP, "web", "10.96.0.1:80/TCP",
+			"scheduler of the Service", service(t, dataplane.ClusterIP, "web", "10.96.0.1:80/TCP",
 				dataplane.ServiceSpec{Endpoints: endpointsAt("10.0.0.1:8080"), Scheduler: "lc"}),
 			[]string{"10.96.0.1:80/TCP lc 10.0.0.1:8080"},
 		},
@@ -115,8 +116,8 @@ func TestRender(t *testing.T) {
 	}
 }
 
-// The frontends of external addresses share virtual servers, one for each list and
-// protocol, at an internal address.
+// TestRenderExternalAddresses checks that external addresses share virtual servers at an
+// internal address, one for each endpoint list and protocol.
 func TestRenderExternalAddresses(t *testing.T) {
 	t.Parallel()
 	d := newRenderer()
@@ -137,12 +138,12 @@ func TestRenderExternalAddresses(t *testing.T) {
 		}
 	}
 	if again, _ := newRenderer().VirtualServers(s); again != cluster {
-		t.Errorf("after a restart it is at %s, before at %s", again, cluster)
+		t.Errorf("after a restart the address is %s, before %s", again, cluster)
 	}
 }
 
-// A node port keeps its address when another Service gets it, even in the same call,
-// so that a restart finds it there.
+// TestNodePortAddressIsStable checks that a node port keeps its internal address when another
+// Service gets it, even in the same Apply, so that it is the same after a restart.
 func TestNodePortAddressIsStable(t *testing.T) {
 	t.Parallel()
 	p := newAddrAllocator()
@@ -155,15 +156,15 @@ func TestNodePortAddressIsStable(t *testing.T) {
 			want string
 		}{{old, "250.29.0.1:30080"}, {renamed, "250.29.0.1:30080"}, {moved, "250.29.0.1:30081"}} {
 			if got := p.allocate(tt.Service, clusterEndpoints); got.String() != tt.want {
-				t.Errorf("%s is at %s, want %s", tt.Key, got, tt.want)
+				t.Errorf("address of %s is %s, want %s", tt.Key, got, tt.want)
 			}
 		}
 		p.release(old, moved)
 	}
 }
 
-// No two lists have the same address, whoever comes first, and those who go leave
-// theirs to others.
+// TestAllocatorConflict checks that no two endpoint lists have the same address, in any order,
+// and that released addresses are available again.
 func TestAllocatorConflict(t *testing.T) {
 	t.Parallel()
 	p := newAddrAllocator()
@@ -173,28 +174,28 @@ func TestAllocatorConflict(t *testing.T) {
 	p.owners[first] = other
 	next := p.allocate(s, clusterEndpoints)
 	if next.Addr() != first.Addr() || next == first {
-		t.Errorf("it is at %s, want the next to %s", next, first)
+		t.Errorf("address %s, want the next port after %s", next, first)
 	}
 	delete(p.owners, first)
 	if got := p.allocate(s, clusterEndpoints); got != next {
-		t.Errorf("it has moved to %s when the other went", got)
+		t.Errorf("the address changed to %s after the other was released", got)
 	}
 	p.release(s, nil)
 	if got := p.allocate(s, clusterEndpoints); got != first {
-		t.Errorf("when it comes back it is at %s, want %s", got, first)
+		t.Errorf("when added again the address is %s, want %s", got, first)
 	}
 	changed := service(t, dataplane.ExternalIP, "web", "192.0.2.2:80/TCP", dataplane.ServiceSpec{})
 	p.release(s, changed)
 	if got := p.allocate(changed, clusterEndpoints); got != first {
-		t.Errorf("at another frontend it is at %s, want %s", got, first)
+		t.Errorf("with another frontend the address is %s, want %s", got, first)
 	}
 	p.release(changed, nil)
 	if len(p.owners) != 0 || len(p.displaced) != 0 {
-		t.Errorf("addresses are left: %v %v", p.owners, p.displaced)
+		t.Errorf("addresses not released: %v %v", p.owners, p.displaced)
 	}
 }
 
-// Ten thousand Services of a kind rarely meet.
+// TestAllocatorSpread checks that the preferred addresses of 10,000 Services rarely conflict.
 func TestAllocatorSpread(t *testing.T) {
 	t.Parallel()
 	for _, frontend := range []string{"192.0.2.1:443/TCP", "[2001:db8::1]:443/TCP"} {
@@ -203,11 +204,11 @@ func TestAllocatorSpread(t *testing.T) {
 			s := service(t, dataplane.LoadBalancer, fmt.Sprintf("web-%d", i), frontend, dataplane.ServiceSpec{})
 			addr := p.allocate(s, clusterEndpoints)
 			if b := addr.Addr().AsSlice(); !isInternal(addr.Addr()) || addr.Port() == 0 || b[len(b)-2] == 0 {
-				t.Fatalf("%s is at %s", s.Key, addr)
+				t.Fatalf("invalid address of %s: %s", s.Key, addr)
 			}
 		}
 		if len(p.owners) != 10_000 || len(p.displaced) > 10 {
-			t.Errorf("%d addresses, of which %d were taken at first", len(p.owners), len(p.displaced))
+			t.Errorf("%d addresses, %d of them not preferred", len(p.owners), len(p.displaced))
 		}
 	}
 }
@@ -223,7 +224,7 @@ func TestExcludedClusterIPs(t *testing.T) {
 	}{
 		{dataplane.ClusterIP, "10.96.0.1:80/TCP", false},
 		{dataplane.ClusterIP, "10.96.1.1:80/TCP", true},
-		{dataplane.ExternalIP, "10.96.1.1:80/TCP", false}, // its virtual server is elsewhere
+		{dataplane.ExternalIP, "10.96.1.1:80/TCP", false}, // its virtual server has an internal address
 	} {
 		if err := d.checkSupported(service(t, tt.kind, "web", tt.frontend, dataplane.ServiceSpec{})); (err != nil) != tt.refused {
 			t.Errorf("%s %s: error %v, want one: %t", tt.kind, tt.frontend, err, tt.refused)

@@ -2,11 +2,10 @@ package ipvs
 
 import "errors"
 
-// SetUp does what may take more rights than CAP_NET_ADMIN, and what does not
-// depend on Services: it loads modules, sets the node's settings, and makes the
-// interface and the routing rules. Where it has been called before, a Dataplane
-// needs CAP_NET_ADMIN and a /proc/sys that it can read, until the next boot. Errors
-// are as for [Open].
+// SetUp performs the setup that does not depend on Services and may need more privileges than
+// CAP_NET_ADMIN: it loads modules, sets sysctls, and creates the interface and the routing
+// rules. After SetUp, and until the next boot, a Dataplane needs only CAP_NET_ADMIN and a
+// readable /proc/sys. Errors are as for [Open].
 func SetUp(opts Options) error {
 	d, err := Open(opts)
 	if err != nil {

@@ -68,7 +68,7 @@ func TestModeIPVS(t *testing.T) {
 	lacks := func(code int, stderr string) {
 		t.Helper()
 		last := stderr[strings.LastIndex(strings.TrimSpace(stderr), "\n")+1:]
-		if code != 1 || !strings.HasPrefix(last, "fairlead: --mode=ipvs: the kernel cannot run the ipvs mode: ") ||
+		if code != 1 || !strings.HasPrefix(last, "fairlead: --mode=ipvs: the kernel does not support mode ipvs: ") ||
 			!strings.Contains(last, "ip_vs") && !strings.Contains(last, "dummy") {
 			t.Errorf("exit code %d, output %q; want 1, and which module is missing", code, stderr)
 		}
