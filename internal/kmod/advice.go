@@ -9,8 +9,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// advice says, behind an error of the kernel's, what it means and what to do, so that
-// the modules with these names are loaded. Other errors speak for themselves.
+// advice returns the meaning of a kernel error and the fix, to be appended to the error text.
+// names are the modules that remain to be loaded. It returns "" for other errors.
 func (l *loader) advice(err error, names []string) string {
 	if _, ok := errors.AsType[*os.SyscallError](err); !ok {
 		return ""
@@ -18,20 +18,20 @@ func (l *loader) advice(err error, names []string) string {
 	onHost := "load them on the host: modprobe -a " + strings.Join(names, " ")
 	switch {
 	case errors.Is(err, unix.EPERM) && l.modulesDisabled():
-		return ": the host has forbidden to load modules until it is booted again (sysctl kernel.modules_disabled); " +
-			"have it load them before, in /etc/modules-load.d: " + strings.Join(names, " ")
+		return ": the host does not load modules until the next boot (sysctl kernel.modules_disabled); " +
+			"list them in /etc/modules-load.d and reboot: " + strings.Join(names, " ")
 	case errors.Is(err, unix.EPERM) && !l.syscalls.hasSysModule():
-		return ": this needs CAP_SYS_MODULE; or " + onHost
+		return ": CAP_SYS_MODULE is required; alternatively, " + onHost
 	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
-		return ": there is CAP_SYS_MODULE, but lockdown, a security module, seccomp or a user namespace forbids it; " + onHost
+		return ": the process has CAP_SYS_MODULE, but lockdown, a security module, seccomp or a user namespace denies it; " + onHost
 	case errors.Is(err, unix.EKEYREJECTED), errors.Is(err, unix.ENOKEY), errors.Is(err, unix.EKEYEXPIRED), errors.Is(err, unix.EBADMSG):
-		return ": the kernel takes modules only with the signature of a key that it has; " +
-			"install the modules of the package that this kernel is from"
+		return ": the kernel accepts only modules signed with a trusted key; " +
+			"install the modules from the kernel's package"
 	case errors.Is(err, unix.ENOEXEC), errors.Is(err, unix.ENOENT):
-		return ": the module does not fit the kernel, whose log says why (dmesg); " +
-			"install the modules of the package that this kernel is from"
+		return ": the module does not match the kernel, see the kernel log (dmesg); " +
+			"install the modules from the kernel's package"
 	default:
-		return ": the kernel's log may say why (dmesg)"
+		return ": see the kernel log (dmesg)"
 	}
 }
 

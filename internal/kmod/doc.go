@@ -1,24 +1,23 @@
-// Package kmod loads kernel modules where there is no modprobe, as in a container
-// of one binary: [Load] reads what depmod(8) wrote in the folder of the running
-// kernel's modules, and hands the files to the kernel, those first that others need.
+// Package kmod loads kernel modules on hosts without modprobe, for example from a container
+// that holds only one binary. [Load] reads the files that depmod(8) wrote into the module
+// directory of the running kernel, and passes each module to the kernel after its
+// dependencies.
 //
-// Mostly the kernel loads modules by itself when they are asked for, with the host's
-// modprobe even if a container asks. That is to be tried first, since only modprobe
-// heeds the host's /etc/modprobe.d and the parameters of modules on the kernel's
-// command line. This package is for hosts without it.
+// Usually the kernel loads a module when a feature is first used, through the host's modprobe,
+// even if a container uses the feature. Callers should try this first, because only modprobe
+// applies /etc/modprobe.d and the module parameters on the kernel's command line.
 //
-// Of what modprobe does, there are dependencies, built-in modules, all compressions,
-// and softdeps that come before a module, with the aliases that they are written in:
-// libcrc32c, and so IPVS, fails without one on kernels that have crc32c as a module.
-// Softdeps that come after are left out.
+// Of modprobe's features, this package supports dependencies, built-in modules, all
+// compressions, and soft dependencies to be loaded before a module (softdep pre), including
+// aliases. Without soft dependencies, libcrc32c and therefore IPVS cannot be loaded on kernels that
+// have crc32c as a module. It ignores soft dependencies to be loaded after a module.
 //
-// # Why there is no library here
+// # Why not a library
 //
-// It takes few lines, most of them for errors that say what to do, and those need
-// what libraries keep to themselves. github.com/u-root/u-root/pkg/kmodule, which is
-// well kept, has no softdeps, looks for built-in modules only where there is
-// modules.dep, and hands over all modules from memory (init_module(2)), which kernels
-// that trust files refuse (LoadPin). github.com/pmorjan/kmod has no softdeps either,
-// leaves compression to its callers, and ignores that what a module needs has not been
-// loaded. Compression is for libraries.
+// The code is short, and most of it produces errors that name the fix, for which libraries do
+// not expose the necessary details. github.com/u-root/u-root/pkg/kmodule, which is well
+// maintained, lacks soft dependencies and finds built-in modules only if modules.dep exists.
+// It loads all modules from memory (init_module(2)), which kernels that trust files reject
+// (LoadPin). github.com/pmorjan/kmod lacks soft dependencies too, leaves decompression to its
+// callers, and ignores errors of dependencies. Decompression uses libraries.
 package kmod

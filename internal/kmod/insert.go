@@ -13,7 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// syscalls is what takes modules: the running one, or a test's.
+// syscalls are the system calls that load modules. Tests replace them.
 type syscalls interface {
 	// finitModule is finit_module(2), initModule is init_module(2).
 	finitModule(fd int, parameters string, flags int) error
@@ -22,7 +22,7 @@ type syscalls interface {
 	hasSysModule() bool
 }
 
-// linuxSyscalls is the running kernel.
+// linuxSyscalls calls the running kernel.
 type linuxSyscalls struct{}
 
 func (linuxSyscalls) finitModule(fd int, parameters string, flags int) error {
@@ -39,23 +39,23 @@ func (linuxSyscalls) hasSysModule() bool {
 	return unix.Capget(&header, &sets[0]) == nil && sets[0].Effective&(1<<unix.CAP_SYS_MODULE) != 0
 }
 
-// insertModule hands the file of a module to the kernel. A module that is there by now is
-// no error.
+// insertModule passes the file of a module to the kernel. It is not an error if the module is
+// loaded already.
 func insertModule(k syscalls, path, parameters string) error {
 	f, err := os.Open(path)
 	if err != nil {
 		return err
 	}
-	defer f.Close() //nolint:errcheck // it was only read
+	defer f.Close() //nolint:errcheck // only read from
 	compressed, flags := filepath.Ext(path) != ".ko", 0
 	if compressed {
 		flags = unix.MODULE_INIT_COMPRESSED_FILE
 	}
 	err = os.NewSyscallError("finit_module", k.finitModule(int(f.Fd()), parameters, flags))
-	// Linux before 5.17 does not know the flag, later ones may be built without
-	// decompression, or with another than this file's.
-	undone := compressed && (errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP))
-	if undone || errors.Is(err, unix.ENOSYS) {
+	// Linux before 5.17 does not know the flag. Later kernels may be built without
+	// decompression, or for another compression.
+	notDecompressed := compressed && (errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP))
+	if notDecompressed || errors.Is(err, unix.ENOSYS) {
 		image, errRead := readModule(f)
 		if errRead != nil {
 			return fmt.Errorf("read %s: %w", path, errRead)
@@ -68,7 +68,7 @@ func insertModule(k syscalls, path, parameters string) error {
 	return fmt.Errorf("%s: %w", path, err)
 }
 
-// readModule reads a module, decompressing it if its file's name says so.
+// readModule reads a module and decompresses it according to the file's extension.
 func readModule(f *os.File) ([]byte, error) {
 	switch extension := filepath.Ext(f.Name()); extension {
 	case ".ko":
@@ -93,6 +93,6 @@ func readModule(f *os.File) ([]byte, error) {
 		defer r.Close()
 		return io.ReadAll(r)
 	default:
-		return nil, fmt.Errorf("%s is none of the compressions .gz, .xz and .zst", extension)
+		return nil, fmt.Errorf("unsupported compression %s: want .gz, .xz or .zst", extension)
 	}
 }

@@ -1,9 +1,9 @@
 //go:build ipvs
 
-// These tests need a kernel that has IPVS and its schedulers as modules, of which
-// none is loaded, and load them for good. So they are behind the build tag ipvs and for
-// the virtual machines of test/vm, where -modprobe=false sees to it that nobody else
-// loads modules, and where 6.1 has them plain and 6.12 compressed (.ko.xz).
+// These tests need a kernel with IPVS and its schedulers as modules that are not loaded, and
+// do not unload them again. They therefore have the build tag ipvs and run in the virtual
+// machines of test/vm. There -modprobe=false prevents other loads. The modules of 6.1 are not
+// compressed, those of 6.12 are (.ko.xz).
 
 package kmod
 
@@ -20,7 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestLoadIntoKernel is one test with an order, since nothing unloads modules again.
+// TestLoadIntoKernel is one test with ordered subtests, because modules are never unloaded.
 func TestLoadIntoKernel(t *testing.T) {
 	modules := []string{"ip_vs", "ip_vs_rr", "ip_vs_mh", "dummy numdummies=0"}
 	for _, m := range modules {
@@ -30,32 +30,32 @@ func TestLoadIntoKernel(t *testing.T) {
 		}
 	}
 
-	t.Run("without CAP_SYS_MODULE, the error says so", func(t *testing.T) {
+	t.Run("error without CAP_SYS_MODULE", func(t *testing.T) {
 		err := unprivileged(t, func() error { return Load(modules...) })
 		if !errors.Is(err, unix.EPERM) {
 			t.Fatalf("error %v, want %v", err, unix.EPERM)
 		}
-		if want := "this needs CAP_SYS_MODULE; or load them on the host: modprobe -a ip_vs ip_vs_rr ip_vs_mh dummy"; !strings.HasSuffix(err.Error(), want) {
-			t.Errorf("error %q, want one that ends in %q", err, want)
+		if want := "CAP_SYS_MODULE is required; alternatively, load them on the host: modprobe -a ip_vs ip_vs_rr ip_vs_mh dummy"; !strings.HasSuffix(err.Error(), want) {
+			t.Errorf("error %q, want the suffix %q", err, want)
 		}
 	})
-	t.Run("a module that there is not", func(t *testing.T) {
-		if err := Load("ip_vs_none"); err == nil || !strings.Contains(err.Error(), "load kernel module ip_vs_none: it is not in /") {
-			t.Errorf("error %v, want that it is not in the folder", err)
+	t.Run("unknown module", func(t *testing.T) {
+		if err := Load("ip_vs_none"); err == nil || !strings.Contains(err.Error(), "load kernel module ip_vs_none: not found in /") {
+			t.Errorf("error %v, want that the module is not found", err)
 		}
 	})
-	t.Run("parameters that the module does not take", func(t *testing.T) {
+	t.Run("invalid parameters", func(t *testing.T) {
 		if err := Load("dummy numdummies=many"); !errors.Is(err, unix.EINVAL) {
 			t.Errorf("error %v, want %v", err, unix.EINVAL)
 		}
 	})
-	t.Run("the kernel reads the files", func(t *testing.T) {
+	t.Run("files read by the kernel", func(t *testing.T) {
 		l := loader{root: "/", syscalls: withoutInitModule{}, release: kernelRelease(t)}
 		if err := l.load([]string{"nf_conntrack"}); err != nil {
 			t.Fatal(err)
 		}
 	})
-	t.Run("several load the same", func(t *testing.T) {
+	t.Run("concurrent loads", func(t *testing.T) {
 		var all sync.WaitGroup
 		for range 3 {
 			all.Go(func() {
@@ -66,13 +66,13 @@ func TestLoadIntoKernel(t *testing.T) {
 		}
 		all.Wait()
 	})
-	t.Run("this program reads the files", func(t *testing.T) {
+	t.Run("files read by the process", func(t *testing.T) {
 		l := loader{root: "/", syscalls: withoutFinitModule{}, release: kernelRelease(t)}
 		if err := l.load([]string{"ip_vs_mh", "dummy numdummies=0"}); err != nil {
 			t.Fatal(err)
 		}
 	})
-	t.Run("all are there", func(t *testing.T) {
+	t.Run("all loaded", func(t *testing.T) {
 		for _, name := range []string{"ip_vs", "ip_vs_rr", "ip_vs_mh", "dummy", "nf_conntrack"} {
 			state, err := os.ReadFile(filepath.Join("/sys/module", name, "initstate"))
 			if err != nil || string(state) != "live\n" {
@@ -83,7 +83,7 @@ func TestLoadIntoKernel(t *testing.T) {
 			t.Error(err)
 		}
 		if link, err := netlink.LinkByName("dummy0"); err == nil {
-			t.Errorf("numdummies=0, but there is %s", link.Attrs().Name)
+			t.Errorf("numdummies=0, but %s exists", link.Attrs().Name)
 		}
 		attributes := netlink.NewLinkAttrs()
 		attributes.Name = "kmod-test"
@@ -95,36 +95,36 @@ func TestLoadIntoKernel(t *testing.T) {
 			t.Fatal(err)
 		}
 	})
-	t.Run("what is loaded needs no privilege", func(t *testing.T) {
+	t.Run("loaded modules need no privilege", func(t *testing.T) {
 		if err := unprivileged(t, func() error { return Load(modules...) }); err != nil {
 			t.Error(err)
 		}
 	})
-	t.Run("what is built in needs no privilege", func(t *testing.T) {
-		// On both kernels: the kernel shows the first in /sys/module, the second only
-		// the list of what is built in.
+	t.Run("built-in modules need no privilege", func(t *testing.T) {
+		// On both kernels, the first is visible in /sys/module, the second only in
+		// modules.builtin.
 		if err := unprivileged(t, func() error { return Load("tcp_cubic", "crc32c_generic") }); err != nil {
 			t.Error(err)
 		}
 	})
 }
 
-// withoutFinitModule is the running kernel as if it did not know finit_module(2).
+// withoutFinitModule is the running kernel without finit_module(2).
 type withoutFinitModule struct{ linuxSyscalls }
 
 func (withoutFinitModule) finitModule(int, string, int) error { return unix.ENOSYS }
 
-// withoutInitModule is the running kernel as if it did not know init_module(2).
+// withoutInitModule is the running kernel without init_module(2).
 type withoutInitModule struct{ linuxSyscalls }
 
 func (withoutInitModule) initModule([]byte, string) error { return unix.ENOSYS }
 
-// unprivileged calls f in a thread without CAP_SYS_MODULE.
+// unprivileged calls f on a thread without CAP_SYS_MODULE.
 func unprivileged(t *testing.T, f func() error) error {
 	t.Helper()
 	result := make(chan error, 1)
 	go func() {
-		runtime.LockOSThread() // and never unlocked: the thread ends with the goroutine
+		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
 		header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 		var sets [2]unix.CapUserData
 		if err := unix.Capget(&header, &sets[0]); err != nil {

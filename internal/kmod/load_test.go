@@ -17,10 +17,10 @@ import (
 
 const release = "6.1.0"
 
-// fakeHost is a host's files by path, with the folder of modules called M.
+// fakeHost holds a host's files by path. M is the modules' directory.
 type fakeHost map[string]string
 
-// ipvsHost has IPVS's modules as Debian has them, with another purpose for libcrc32c.
+// ipvsHost returns IPVS's modules as in Debian, but with other soft dependencies of libcrc32c.
 func ipvsHost(changes fakeHost) fakeHost {
 	h := fakeHost{
 		"M/modules.dep": `kernel/lib/libcrc32c.ko:
@@ -64,12 +64,11 @@ func (h fakeHost) write(t *testing.T, modules string) (root string) {
 	return root
 }
 
-// fakeKernel is a kernel that notes the names of files and the contents of images that it
-// is given, with the parameters.
+// fakeKernel records the names of files or the contents of images, with their parameters.
 type fakeKernel struct {
 	calls         []string
-	finitErr      error // what finit_module answers always
-	compressedErr error // what finit_module answers to compressed files
+	finitErr      error // answer of finit_module
+	compressedErr error // answer of finit_module to compressed files
 	moduleErrs    map[string]error
 	unprivileged  bool
 }
@@ -106,7 +105,7 @@ func TestLoad(t *testing.T) {
 		load  []string
 		calls []string
 	}{
-		"a module without dependencies": {
+		"no dependencies": {
 			load:  []string{"dummy"},
 			calls: []string{"dummy.ko"},
 		},
@@ -114,35 +113,35 @@ func TestLoad(t *testing.T) {
 			load:  []string{"dummy numdummies=0 x=1"},
 			calls: []string{"dummy.ko numdummies=0 x=1"},
 		},
-		"first what a module needs, once, and before that its softdeps": {
+		"dependencies once, soft dependencies before them": {
 			load:  []string{"ip_vs", "ip_vs_rr", "dummy", "dummy"},
 			calls: append(slices.Clip(ipVS), "ip_vs_rr.ko", "dummy.ko"),
 		},
-		"parameters are for the module, not for what it needs": {
+		"parameters apply to the module, not to its dependencies": {
 			load:  []string{"crc32c_slow x=1"},
 			calls: []string{"hash.ko", "crc32c_slow.ko x=1"},
 		},
-		"dashes are underscores": {
+		"dashes become underscores": {
 			load:  []string{"crc32c_fast", "ip-vs-rr"},
 			host:  fakeHost{"M/modules.softdep": ""},
 			calls: []string{"crc32c-fast.ko", "nf_defrag.ko", "libcrc32c.ko", "nf_conntrack.ko", "ip_vs.ko", "ip_vs_rr.ko"},
 		},
-		"a softdep that fails, as it is for another processor": {
+		"failing soft dependency, for another processor": {
 			load:  []string{"libcrc32c"},
 			fake:  fakeKernel{moduleErrs: map[string]error{"crc32c_fast": unix.ENODEV}},
 			calls: crc,
 		},
-		"a softdep that is built in": {
+		"built-in soft dependency": {
 			load:  []string{"libcrc32c"},
 			host:  fakeHost{"M/modules.builtin": "kernel/crypto/crc32c.ko\n"},
 			calls: []string{"libcrc32c.ko"},
 		},
-		"a softdep that there is not": {
+		"missing soft dependency": {
 			load:  []string{"libcrc32c"},
 			host:  fakeHost{"M/modules.alias": ""},
 			calls: []string{"libcrc32c.ko"},
 		},
-		"softdeps in a circle": {
+		"circular soft dependencies": {
 			load:  []string{"dummy"},
 			host:  fakeHost{"M/modules.softdep": "softdep dummy pre: hash\nsoftdep hash pre: dummy\n"},
 			calls: []string{"hash.ko", "dummy.ko"},
@@ -150,15 +149,15 @@ func TestLoad(t *testing.T) {
 		"built in": {
 			load: []string{"br_netfilter", "sch_dash"},
 		},
-		"built in, and the folder of modules is not there": {
+		"built in, without modules directory": {
 			host: fakeHost{"M/modules.dep": "", "sys/module/dummy/parameters/numdummies": "1"},
 			load: []string{"dummy"},
 		},
-		"loaded before, and the folder of modules is not there": {
+		"already loaded, without modules directory": {
 			host: fakeHost{"M/modules.dep": "", "sys/module/dummy/initstate": "live\n", "sys/module/ip_vs/initstate": "live\n"},
 			load: []string{"dummy numdummies=0", "ip-vs"},
 		},
-		"what it needs is loaded": {
+		"dependencies already loaded": {
 			host: fakeHost{
 				"sys/module/nf_conntrack/initstate": "live\n", "sys/module/nf_defrag/initstate": "live\n",
 				"sys/module/libcrc32c/initstate": "live\n",
@@ -166,18 +165,18 @@ func TestLoad(t *testing.T) {
 			load:  []string{"ip_vs"},
 			calls: []string{"ip_vs.ko"},
 		},
-		"somebody else is loading it: the kernel waits for that": {
+		"concurrent load: the kernel waits for it": {
 			host:  fakeHost{"sys/module/dummy/initstate": "coming\n"},
 			fake:  fakeKernel{moduleErrs: map[string]error{"dummy": unix.EEXIST}},
 			load:  []string{"dummy"},
 			calls: []string{"dummy.ko"},
 		},
-		"a kernel without finit_module": {
+		"kernel without finit_module": {
 			fake:  fakeKernel{finitErr: unix.ENOSYS},
 			load:  []string{"dummy numdummies=0"},
 			calls: []string{"image of dummy numdummies=0"},
 		},
-		"the other files of depmod are not there": {
+		"other depmod files missing": {
 			host:  fakeHost{"M/modules.softdep": "", "M/modules.builtin": "", "M/modules.alias": ""},
 			load:  []string{"libcrc32c", "dummy"},
 			calls: []string{"libcrc32c.ko", "dummy.ko"},
@@ -192,7 +191,7 @@ func TestLoad(t *testing.T) {
 					t.Fatal(err)
 				}
 				if diff := cmp.Diff(test.calls, k.calls); diff != "" {
-					t.Errorf("what the kernel was handed (-want +got):\n%s", diff)
+					t.Errorf("calls (-want +got):\n%s", diff)
 				}
 			})
 		}
@@ -201,8 +200,8 @@ func TestLoad(t *testing.T) {
 
 func TestCompressed(t *testing.T) {
 	files := fakeHost{"M/modules.dep": "a.ko.gz:\nb.ko.xz:\nc.ko.zst:\n"}
-	// What gzip, xz and zstd make of "the module", with the options that the kernel's
-	// Makefile gives them.
+	// The output of gzip, xz and zstd for "the module", with the options in the kernel's
+	// Makefile.
 	for file, contents := range map[string]string{
 		"a.ko.gz":  "1f8b08000000000000032bc94855c8cd4f29cd490500e07ec3110a000000",
 		"b.ko.xz":  "fd377a585a0000016922de360200210110000000a8708e86010009746865206d6f64756c65000000e07ec31100011e0aea6312149042990d010000000001595a",
@@ -219,10 +218,10 @@ func TestCompressed(t *testing.T) {
 		fake  fakeKernel
 		calls []string
 	}{
-		"the kernel decompresses":                      {fakeKernel{}, []string{"a.ko.gz x=1", "b.ko.xz", "c.ko.zst"}},
-		"a kernel that does not know the flag":         {fakeKernel{compressedErr: unix.EINVAL}, inProgram},
-		"a kernel that is built without decompression": {fakeKernel{compressedErr: unix.EOPNOTSUPP}, inProgram},
-		"a kernel without finit_module":                {fakeKernel{finitErr: unix.ENOSYS}, inProgram},
+		"kernel with decompression":          {fakeKernel{}, []string{"a.ko.gz x=1", "b.ko.xz", "c.ko.zst"}},
+		"kernel that does not know the flag": {fakeKernel{compressedErr: unix.EINVAL}, inProgram},
+		"kernel built without decompression": {fakeKernel{compressedErr: unix.EOPNOTSUPP}, inProgram},
+		"kernel without finit_module":        {fakeKernel{finitErr: unix.ENOSYS}, inProgram},
 	} {
 		t.Run(name, func(t *testing.T) {
 			k := test.fake
@@ -231,7 +230,7 @@ func TestCompressed(t *testing.T) {
 				t.Fatal(err)
 			}
 			if diff := cmp.Diff(test.calls, k.calls); diff != "" {
-				t.Errorf("what the kernel was handed (-want +got):\n%s", diff)
+				t.Errorf("calls (-want +got):\n%s", diff)
 			}
 		})
 	}
@@ -240,46 +239,46 @@ func TestCompressed(t *testing.T) {
 func TestErrors(t *testing.T) {
 	const (
 		modulesPackage = "install the package with "
-		kernelsPackage = "; install the modules of the package that this kernel is from"
+		kernelsPackage = "; install the modules from the kernel's package"
 	)
 	refuseAll := func(err error) fakeKernel { return fakeKernel{finitErr: err} }
 	for name, test := range map[string]struct {
 		host fakeHost
 		fake fakeKernel
 		load []string
-		want string // with the folder of modules called M
+		want string // M is the modules' directory
 		is   error
 	}{
-		"no folder": {
+		"no directory": {
 			host: fakeHost{"M/modules.dep": ""},
 			load: []string{"ip_vs", "dummy numdummies=0"},
 			want: "load kernel modules ip_vs, dummy: the modules of Linux 6.1.0 are not in /lib/modules or /usr/lib/modules: " +
 				modulesPackage + "this kernel's modules, or mount the host's /lib/modules into the container",
 		},
-		"not in the folder": {
+		"not in the directory": {
 			load: []string{"dummy", "ip_vs_mh"},
-			want: "load kernel module ip_vs_mh: it is not in M: " +
+			want: "load kernel module ip_vs_mh: not found in M: " +
 				modulesPackage + "all of this kernel's modules, or mount the host's /lib/modules into the container",
 		},
-		"in the folder's list only": {
+		"only in modules.dep": {
 			host: fakeHost{"M/kernel/net/dummy.ko": ""},
 			load: []string{"dummy"},
 			want: "load kernel module dummy: open M/kernel/net/dummy.ko: no such file or directory",
 			is:   fs.ErrNotExist,
 		},
-		"without CAP_SYS_MODULE, for all that are missing": {
+		"without CAP_SYS_MODULE, for all missing modules": {
 			host: fakeHost{"sys/module/dummy/initstate": "live\n", "M/modules.softdep": ""},
 			fake: fakeKernel{finitErr: unix.EPERM, unprivileged: true},
 			load: []string{"dummy", "nf_defrag", "ip_vs x=1"},
 			want: "load kernel module nf_defrag: M/kernel/net/nf_defrag.ko: finit_module: operation not permitted: " +
-				"this needs CAP_SYS_MODULE; or load them on the host: modprobe -a nf_defrag ip_vs",
+				"CAP_SYS_MODULE is required; alternatively, load them on the host: modprobe -a nf_defrag ip_vs",
 			is: unix.EPERM,
 		},
-		"privileged, but lockdown or others forbid it": {
+		"with CAP_SYS_MODULE, denied by lockdown or others": {
 			fake: refuseAll(unix.EPERM),
 			load: []string{"dummy"},
 			want: "load kernel module dummy: M/kernel/net/dummy.ko: finit_module: operation not permitted: " +
-				"there is CAP_SYS_MODULE, but lockdown, a security module, seccomp or a user namespace forbids it; " +
+				"the process has CAP_SYS_MODULE, but lockdown, a security module, seccomp or a user namespace denies it; " +
 				"load them on the host: modprobe -a dummy",
 			is: unix.EPERM,
 		},
@@ -287,58 +286,58 @@ func TestErrors(t *testing.T) {
 			fake: refuseAll(unix.EACCES),
 			load: []string{"dummy"},
 			want: "load kernel module dummy: M/kernel/net/dummy.ko: finit_module: permission denied: " +
-				"there is CAP_SYS_MODULE, but lockdown, a security module, seccomp or a user namespace forbids it; " +
+				"the process has CAP_SYS_MODULE, but lockdown, a security module, seccomp or a user namespace denies it; " +
 				"load them on the host: modprobe -a dummy",
 			is: unix.EACCES,
 		},
-		"the host loads no modules any more": {
+		"modules disabled on the host": {
 			host: fakeHost{"proc/sys/kernel/modules_disabled": "1\n"},
 			fake: fakeKernel{finitErr: unix.EPERM, unprivileged: true},
 			load: []string{"dummy", "hash"},
 			want: "load kernel module dummy: M/kernel/net/dummy.ko: finit_module: operation not permitted: " +
-				"the host has forbidden to load modules until it is booted again (sysctl kernel.modules_disabled); " +
-				"have it load them before, in /etc/modules-load.d: dummy hash",
+				"the host does not load modules until the next boot (sysctl kernel.modules_disabled); " +
+				"list them in /etc/modules-load.d and reboot: dummy hash",
 			is: unix.EPERM,
 		},
-		"not signed": {
+		"unsigned": {
 			fake: refuseAll(unix.EKEYREJECTED),
 			load: []string{"dummy"},
 			want: "load kernel module dummy: M/kernel/net/dummy.ko: finit_module: key was rejected by service: " +
-				"the kernel takes modules only with the signature of a key that it has" + kernelsPackage,
+				"the kernel accepts only modules signed with a trusted key" + kernelsPackage,
 			is: unix.EKEYREJECTED,
 		},
-		"of another kernel": {
+		"for another kernel": {
 			fake: refuseAll(unix.ENOEXEC),
 			load: []string{"dummy"},
 			want: "load kernel module dummy: M/kernel/net/dummy.ko: finit_module: exec format error: " +
-				"the module does not fit the kernel, whose log says why (dmesg)" + kernelsPackage,
+				"the module does not match the kernel, see the kernel log (dmesg)" + kernelsPackage,
 			is: unix.ENOEXEC,
 		},
-		"what it needs fails": {
+		"dependency fails": {
 			host: fakeHost{"M/modules.softdep": ""},
 			fake: fakeKernel{moduleErrs: map[string]error{"libcrc32c": unix.ENOMEM}},
 			load: []string{"ip_vs"},
-			want: "load kernel module ip_vs: nf_conntrack, which it needs: libcrc32c, which it needs: " +
-				"M/kernel/lib/libcrc32c.ko: finit_module: cannot allocate memory: the kernel's log may say why (dmesg)",
+			want: "load kernel module ip_vs: dependency nf_conntrack: dependency libcrc32c: " +
+				"M/kernel/lib/libcrc32c.ko: finit_module: cannot allocate memory: see the kernel log (dmesg)",
 			is: unix.ENOMEM,
 		},
-		"what should be loaded before has failed, and therefore it fails": {
+		"fails after its soft dependency failed": {
 			host: fakeHost{"M/modules.alias": ""},
 			fake: fakeKernel{moduleErrs: map[string]error{"libcrc32c": unix.EIO}},
 			load: []string{"libcrc32c"},
 			want: "load kernel module libcrc32c: M/kernel/lib/libcrc32c.ko: finit_module: input/output error " +
-				"(crc32c, which should be loaded before, was not: it is not in M: " + modulesPackage +
+				"(soft dependency crc32c was not loaded: not found in M: " + modulesPackage +
 				"all of this kernel's modules, or mount the host's /lib/modules into the container): " +
-				"the kernel's log may say why (dmesg)",
+				"see the kernel log (dmesg)",
 			is: unix.EIO,
 		},
-		"a compression that nobody knows": {
+		"unknown compression": {
 			host: fakeHost{"M/modules.dep": "a.ko.br:", "M/a.ko.br": "x"},
 			fake: fakeKernel{compressedErr: unix.EINVAL},
 			load: []string{"a"},
-			want: "load kernel module a: read M/a.ko.br: .br is none of the compressions .gz, .xz and .zst",
+			want: "load kernel module a: read M/a.ko.br: unsupported compression .br: want .gz, .xz or .zst",
 		},
-		"gzip that is none": {
+		"invalid gzip": {
 			host: fakeHost{"M/modules.dep": "a.ko.gz:", "M/a.ko.gz": "this is not gzip"},
 			fake: fakeKernel{compressedErr: unix.EINVAL},
 			load: []string{"a"},
@@ -358,7 +357,7 @@ func TestErrors(t *testing.T) {
 				t.Errorf("error (-want +got):\n%s", diff)
 			}
 			if test.is != nil && !errors.Is(err, test.is) {
-				t.Errorf("the error is not %v", test.is)
+				t.Errorf("the error does not wrap %v", test.is)
 			}
 		})
 	}

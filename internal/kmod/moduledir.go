@@ -11,41 +11,41 @@ import (
 	"strings"
 )
 
-// moduleDir is what depmod(8) wrote about the modules of a kernel. Modules are called
-// by name, with underscores; their files' names may have dashes.
+// moduleDir is a parsed directory of kernel modules, written by depmod(8). Module names have
+// underscores; file names may have dashes.
 type moduleDir struct {
 	path         string
-	files        map[string]string   // below path
+	files        map[string]string   // relative to path
 	dependencies map[string][]string // modules
-	softdeps     map[string][]string // modules or aliases, to be loaded before
+	softdeps     map[string][]string // modules or aliases to load first
 	builtIn      map[string]bool
 }
 
-// openModuleDir reads the folder of a kernel's modules.
+// openModuleDir reads the directory of a kernel's modules.
 func openModuleDir(root, release string) (*moduleDir, error) {
-	places := []string{"/lib/modules", "/usr/lib/modules"}
-	for _, place := range places {
-		f := &moduleDir{
-			path:         filepath.Join(root, place, release),
+	parents := []string{"/lib/modules", "/usr/lib/modules"}
+	for _, parent := range parents {
+		d := &moduleDir{
+			path:         filepath.Join(root, parent, release),
 			files:        map[string]string{},
 			dependencies: map[string][]string{},
 			softdeps:     map[string][]string{},
 			builtIn:      map[string]bool{},
 		}
-		err := f.read()
+		err := d.read()
 		if !errors.Is(err, fs.ErrNotExist) {
-			return f, err
+			return d, err
 		}
 	}
 	return nil, fmt.Errorf("the modules of Linux %s are not in %s: install the package with this kernel's modules, "+
-		"or mount the host's /lib/modules into the container", release, strings.Join(places, " or "))
+		"or mount the host's /lib/modules into the container", release, strings.Join(parents, " or "))
 }
 
-// read fails with [fs.ErrNotExist] if there is no modules.dep; the other files need
-// not be there.
-func (f *moduleDir) read() error {
+// read reads depmod's files. It returns [fs.ErrNotExist] if modules.dep is missing; the other
+// files are optional.
+func (d *moduleDir) read() error {
 	// kernel/net/a.ko.xz: kernel/net/b.ko.xz kernel/lib/c.ko.xz
-	dependencies, err := f.readFile("modules.dep")
+	dependencies, err := d.readFile("modules.dep")
 	if err != nil {
 		return err
 	}
@@ -55,21 +55,21 @@ func (f *moduleDir) read() error {
 			continue
 		}
 		name := moduleName(file)
-		f.files[name] = file
+		d.files[name] = file
 		for other := range strings.FieldsSeq(others) {
-			f.dependencies[name] = append(f.dependencies[name], moduleName(other))
+			d.dependencies[name] = append(d.dependencies[name], moduleName(other))
 		}
 	}
 	// kernel/lib/d.ko
-	builtIn, err := f.readOptional("modules.builtin")
+	builtIn, err := d.readOptional("modules.builtin")
 	if err != nil {
 		return err
 	}
 	for file := range strings.FieldsSeq(builtIn) {
-		f.builtIn[moduleName(file)] = true
+		d.builtIn[moduleName(file)] = true
 	}
 	// softdep a pre: x y post: z
-	softdeps, err := f.readOptional("modules.softdep")
+	softdeps, err := d.readOptional("modules.softdep")
 	if err != nil {
 		return err
 	}
@@ -84,21 +84,21 @@ func (f *moduleDir) read() error {
 			case strings.HasSuffix(word, ":"):
 				before = word == "pre:"
 			case before:
-				f.softdeps[name] = append(f.softdeps[name], moduleName(word))
+				d.softdeps[name] = append(d.softdeps[name], moduleName(word))
 			}
 		}
 	}
 	return nil
 }
 
-// resolveAlias returns the modules that an alias stands for. What is no alias is a module.
-// Patterns, with which devices ask for modules, are not matched.
-func (f *moduleDir) resolveAlias(alias string) ([]string, error) {
-	if f.files[alias] != "" || f.builtIn[alias] {
+// resolveAlias returns the modules of an alias, or the argument if it is a module. It does not
+// match the patterns used for devices.
+func (d *moduleDir) resolveAlias(alias string) ([]string, error) {
+	if d.files[alias] != "" || d.builtIn[alias] {
 		return []string{alias}, nil
 	}
 	// alias x e
-	aliases, err := f.readOptional("modules.alias")
+	aliases, err := d.readOptional("modules.alias")
 	if err != nil {
 		return nil, err
 	}
@@ -115,21 +115,21 @@ func (f *moduleDir) resolveAlias(alias string) ([]string, error) {
 	return slices.Compact(modules), nil
 }
 
-func (f *moduleDir) readFile(file string) (string, error) {
-	data, err := os.ReadFile(filepath.Join(f.path, file))
+func (d *moduleDir) readFile(file string) (string, error) {
+	data, err := os.ReadFile(filepath.Join(d.path, file))
 	return string(data), err
 }
 
-func (f *moduleDir) readOptional(file string) (string, error) {
-	text, err := f.readFile(file)
+func (d *moduleDir) readOptional(file string) (string, error) {
+	text, err := d.readFile(file)
 	if errors.Is(err, fs.ErrNotExist) {
 		return "", nil
 	}
 	return text, err
 }
 
-// moduleName returns the name of the module in a file, or that somebody has written
-// with dashes: kernel/net/sched/sch-x.ko.xz is sch_x.
+// moduleName returns the module name of a file, or of a name written with dashes: sch_x for
+// kernel/net/sched/sch-x.ko.xz.
 func moduleName(file string) string {
 	name, _, _ := strings.Cut(path.Base(file), ".ko")
 	return strings.ReplaceAll(name, "-", "_")
