@@ -9,14 +9,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ErrTruncated says that an attribute is longer than what contains it.
+// ErrTruncated means that an attribute is longer than the data that contains it.
 var ErrTruncated = errors.New("a netlink attribute is longer than its message")
 
 const attributeFlags = unix.NLA_F_NESTED | unix.NLA_F_NET_BYTEORDER
 
-// NextAttribute splits the first attribute off (man 7 netlink, "nlattr"): two bytes of
-// length with the header, two bytes of type, the value, padded to four. The value and
-// the rest share memory with b. The type is without flags.
+// NextAttribute splits off the first attribute (netlink(7), struct nlattr): two bytes of
+// length, which includes the header, two bytes of type, and the value, padded to four bytes.
+// The value and the rest share memory with b. The returned type has no flags.
 func NextAttribute(b []byte) (typ uint16, value, rest []byte, err error) {
 	if len(b) < unix.NLA_HDRLEN {
 		return 0, nil, nil, ErrTruncated
@@ -30,8 +30,8 @@ func NextAttribute(b []byte) (typ uint16, value, rest []byte, err error) {
 	return typ, b[unix.NLA_HDRLEN:length], b[padded:], nil
 }
 
-// Attributes yields types and values of the attributes in b, up to the first truncated one.
-// The values share memory with b.
+// Attributes yields the types and values of the attributes in b, up to the first truncated
+// one. The values share memory with b.
 func Attributes(b []byte) iter.Seq2[uint16, []byte] {
 	return func(yield func(uint16, []byte) bool) {
 		for {
@@ -44,7 +44,7 @@ func Attributes(b []byte) iter.Seq2[uint16, []byte] {
 	}
 }
 
-// Attribute returns the value of the first attribute of a type.
+// Attribute returns the value of the first attribute with the given type.
 func Attribute(b []byte, typ uint16) ([]byte, bool) {
 	for t, value := range Attributes(b) {
 		if t == typ {
@@ -54,7 +54,7 @@ func Attribute(b []byte, typ uint16) ([]byte, bool) {
 	return nil, false
 }
 
-// Uint16 decodes a value in an order of bytes. A value of another size is 0.
+// Uint16 decodes a value in the given byte order. It returns 0 for a value of another size.
 func Uint16(value []byte, order binary.ByteOrder) uint16 {
 	if len(value) != 2 {
 		return 0
@@ -62,7 +62,7 @@ func Uint16(value []byte, order binary.ByteOrder) uint16 {
 	return order.Uint16(value)
 }
 
-// Uint32 decodes a value in the host's order of bytes. A value of another size is 0.
+// Uint32 decodes a value in host byte order. It returns 0 for a value of another size.
 func Uint32(value []byte) uint32 {
 	if len(value) != 4 {
 		return 0
@@ -70,8 +70,8 @@ func Uint32(value []byte) uint32 {
 	return binary.NativeEndian.Uint32(value)
 }
 
-// Encode returns a header and the attributes behind it. The error is about a value that
-// is too long for an attribute.
+// Encode returns a header followed by the encoded attributes. The error means that a value is
+// too long for an attribute.
 func Encode(header []byte, encode func(*netlink.AttributeEncoder)) ([]byte, error) {
 	e := netlink.NewAttributeEncoder()
 	encode(e)
@@ -82,44 +82,44 @@ func Encode(header []byte, encode func(*netlink.AttributeEncoder)) ([]byte, erro
 	return append(header, b...), nil
 }
 
-// AppendBytes appends an attribute with a value of at most 65,531 bytes, and its padding.
-// Unlike [Encode], the Append functions need no allocation for a value; they are for requests
-// that go by the hundred.
+// AppendBytes appends an attribute with a value of at most 65,531 bytes, and padding. Unlike
+// [Encode], the Append functions need no allocation per value; use them for large batches of
+// requests.
 func AppendBytes(b []byte, typ uint16, value []byte) []byte {
 	b = appendHeader(b, typ, len(value))
 	return pad(append(b, value...))
 }
 
-// AppendUint16 appends an attribute with a value in the host's order of bytes.
+// AppendUint16 appends an attribute with a value in host byte order.
 func AppendUint16(b []byte, typ, value uint16) []byte {
 	return pad(binary.NativeEndian.AppendUint16(appendHeader(b, typ, 2), value))
 }
 
-// AppendUint32 appends an attribute with a value in the host's order of bytes.
+// AppendUint32 appends an attribute with a value in host byte order.
 func AppendUint32(b []byte, typ uint16, value uint32) []byte {
 	return binary.NativeEndian.AppendUint32(appendHeader(b, typ, 4), value)
 }
 
-// AppendString appends an attribute with a text and the zero that ends it.
+// AppendString appends an attribute with a null-terminated string.
 func AppendString(b []byte, typ uint16, text string) []byte {
 	b = appendHeader(b, typ, len(text)+1)
 	return pad(append(append(b, text...), 0))
 }
 
-// AppendNested appends an attribute with the attributes that appendValue appends.
+// AppendNested appends an attribute that contains the attributes appended by appendValue.
 func AppendNested(b []byte, typ uint16, appendValue func([]byte) []byte) []byte {
 	start := len(b)
 	b = appendValue(appendHeader(b, unix.NLA_F_NESTED|typ, 0))
-	binary.NativeEndian.PutUint16(b[start:], uint16(len(b)-start)) //nolint:gosec // at most 65,535, says the documentation
+	binary.NativeEndian.PutUint16(b[start:], uint16(len(b)-start)) //nolint:gosec // documented limit of 65,535
 	return b
 }
 
 func appendHeader(b []byte, typ uint16, length int) []byte {
-	b = binary.NativeEndian.AppendUint16(b, uint16(unix.NLA_HDRLEN+length)) //nolint:gosec // at most 65,535, says the documentation
+	b = binary.NativeEndian.AppendUint16(b, uint16(unix.NLA_HDRLEN+length)) //nolint:gosec // documented limit of 65,535
 	return binary.NativeEndian.AppendUint16(b, typ)
 }
 
-// pad ends an attribute. What is before it must be padded.
+// pad pads the last attribute in b. All attributes before it must be padded.
 func pad(b []byte) []byte {
 	for len(b)%unix.NLA_ALIGNTO != 0 {
 		b = append(b, 0)

@@ -21,7 +21,7 @@ func mustEncode(tb testing.TB, fn func(*netlink.AttributeEncoder)) []byte {
 	return b
 }
 
-// What is encoded is decoded, without flags and padding.
+// TestAttributes checks that Attributes decodes encoded attributes without flags and padding.
 func TestAttributes(t *testing.T) {
 	t.Parallel()
 	b := mustEncode(t, func(e *netlink.AttributeEncoder) {
@@ -39,14 +39,14 @@ func TestAttributes(t *testing.T) {
 		t.Errorf("attribute 4 is % x (%t), want a port", value, ok)
 	}
 	if value, ok := Attribute(b, 6); ok {
-		t.Errorf("attribute 6 is % x, and is not there", value)
+		t.Errorf("attribute 6 is % x, want none", value)
 	}
 	for range Attributes(b) {
-		break // an iteration may end early
+		break // iteration may end early
 	}
 }
 
-// What is appended is what netlink.AttributeEncoder encodes.
+// TestAppend checks that the Append functions encode like netlink.AttributeEncoder.
 func TestAppend(t *testing.T) {
 	t.Parallel()
 	want := mustEncode(t, func(e *netlink.AttributeEncoder) {
@@ -81,12 +81,12 @@ func TestIntegerSize(t *testing.T) {
 	t.Parallel()
 	for _, b := range [][]byte{nil, {1}, {1, 2, 3}, {1, 2, 3, 4, 5}} {
 		if Uint16(b, binary.NativeEndian) != 0 || Uint32(b) != 0 {
-			t.Errorf("% x is a number", b)
+			t.Errorf("% x is decoded as a number", b)
 		}
 	}
 }
 
-// FuzzAttributes looks for what makes the decoder panic, or read what is not in its input.
+// FuzzAttributes checks that the decoder does not panic or return data from outside its input.
 func FuzzAttributes(f *testing.F) {
 	f.Add(mustEncode(f, func(e *netlink.AttributeEncoder) { e.String(1, "rr"); e.Bytes(2, []byte{1}) }))
 	f.Add([]byte{5, 0, 1, 0, 9})
@@ -98,13 +98,13 @@ func FuzzAttributes(f *testing.F) {
 				break
 			}
 			if len(next) >= len(rest) || !bytes.Contains(b, value) {
-				t.Fatalf("% x behind % x", next, rest)
+				t.Fatalf("rest % x after % x", next, rest)
 			}
 			total += unix.NLA_HDRLEN + len(value)
 			rest = next
 		}
 		if total > len(b) {
-			t.Errorf("%d bytes of %d", total, len(b))
+			t.Errorf("decoded %d bytes of %d", total, len(b))
 		}
 		for _, value := range Attributes(b) {
 			_, _ = Attribute(value, 1)
@@ -113,7 +113,7 @@ func FuzzAttributes(f *testing.F) {
 	})
 }
 
-// conntrackEntry has the attributes of an entry of the connection-tracking table.
+// conntrackEntry returns the attributes of a connection-tracking entry.
 func conntrackEntry(tb testing.TB) []byte {
 	tb.Helper()
 	tuple := func(e *netlink.AttributeEncoder) error {

@@ -18,7 +18,7 @@ import (
 
 const testTable = 1000
 
-// newConn connects to the routes of a new namespace, whose interface lo is up.
+// newConn returns a route connection in a new namespace whose interface lo is up.
 func newConn(t *testing.T) *Conn {
 	t.Helper()
 	ns, err := nettest.NewNamespace("")
@@ -43,7 +43,8 @@ func newConn(t *testing.T) *Conn {
 	return c
 }
 
-// routeRequest is a request to add a local route. A scope of 255 (RT_SCOPE_NOWHERE) is refused.
+// routeRequest returns a request to add a local route. The kernel rejects scope 255
+// (RT_SCOPE_NOWHERE).
 func routeRequest(t *testing.T, to netip.Addr, scope byte) netlink.Message {
 	t.Helper()
 	header := []byte{unix.AF_INET, 32, 0, 0, unix.RT_TABLE_COMPAT, unix.RTPROT_STATIC, scope, unix.RTN_LOCAL, 0, 0, 0, 0}
@@ -62,7 +63,7 @@ func testAddr(i int) netip.Addr {
 	return netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)}) //nolint:gosec // fits
 }
 
-// routes returns the routes of the table.
+// routes returns the destinations in the test table.
 func routes(t *testing.T, c *Conn) map[netip.Addr]bool {
 	t.Helper()
 	all := map[netip.Addr]bool{}
@@ -87,7 +88,8 @@ func routeDumpRequest(t *testing.T) netlink.Message {
 	return netlink.Message{Header: netlink.Header{Type: unix.RTM_GETROUTE}, Data: data}
 }
 
-// Each request gets its own answer, whichever requests fail, and wherever numbers wrap around.
+// TestBatchAnswers checks that each request gets its own answer, for any combination of errors
+// and if sequence numbers wrap around.
 func TestBatchAnswers(t *testing.T) {
 	t.Parallel()
 	for _, count := range []int{1, 2, BatchSize, BatchSize + 1, 3*BatchSize - 1} {
@@ -97,17 +99,17 @@ func TestBatchAnswers(t *testing.T) {
 				c := newConn(t)
 				c.sequence = sequence
 				fails := func(i int) bool { return i%7 == 3 || i == count-1 }
-				var present, requests []netlink.Message
+				var existing, requests []netlink.Message
 				want := 0
 				for i := range count {
 					r := routeRequest(t, testAddr(i), unix.RT_SCOPE_HOST)
 					requests = append(requests, r)
 					if fails(i) {
-						present = append(present, r)
+						existing = append(existing, r)
 					}
 					want++
 				}
-				answers, err := c.Batch(t.Context(), present)
+				answers, err := c.Batch(t.Context(), existing)
 				if err := errors.Join(append(answers, err)...); err != nil {
 					t.Fatal(err)
 				}
@@ -117,7 +119,7 @@ func TestBatchAnswers(t *testing.T) {
 				}
 				for i, answer := range answers {
 					if fails(i) != errors.Is(answer, unix.EEXIST) || !fails(i) && answer != nil {
-						t.Errorf("request %d: %v", i, answer)
+						t.Errorf("answer to request %d: %v", i, answer)
 					}
 				}
 				if all := routes(t, c); len(all) != want {
@@ -135,7 +137,7 @@ func TestEmptyBatch(t *testing.T) {
 	}
 }
 
-// An error has the kernel's text.
+// TestExtendedAcknowledgement checks that errors contain the kernel's text.
 func TestExtendedAcknowledgement(t *testing.T) {
 	t.Parallel()
 	c := newConn(t)
@@ -147,14 +149,14 @@ func TestExtendedAcknowledgement(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// net/ipv4/fib_semantics.c, fib_create_info
+	// See fib_create_info in net/ipv4/fib_semantics.c.
 	if answer := answers[1]; !errors.Is(answer, unix.EINVAL) || !strings.Contains(fmt.Sprint(answer), "invalid argument: ") {
 		t.Errorf("answer %v, want EINVAL with the kernel's text", answer)
 	}
 	if answers[0] != nil || answers[2] != nil {
 		t.Errorf("answers %v, want an error for the second request only", answers)
 	}
-	// An error of a dump has one as well.
+	// An error of a dump has the text too.
 	_, err = c.Dump(t.Context(), netlink.Message{Header: netlink.Header{Type: unix.RTM_GETROUTE}, Data: []byte{unix.AF_INET, 32, 11: 0}},
 		func([]byte) error { return nil })
 	if !errors.Is(err, unix.EINVAL) || !strings.Contains(err.Error(), "invalid argument: ") {
@@ -165,7 +167,8 @@ func TestExtendedAcknowledgement(t *testing.T) {
 	}
 }
 
-// A dump whose visitor fails is read to its end, so that the next one starts anew.
+// TestDumpAfterVisitError checks that a dump is read to the end after an error of visit, so
+// that the next dump receives its own messages.
 func TestDumpAfterVisitError(t *testing.T) {
 	t.Parallel()
 	c := newConn(t)
@@ -181,7 +184,7 @@ func TestDumpAfterVisitError(t *testing.T) {
 	enough := errors.New("enough")
 	visited := 0
 	if _, err := c.Dump(t.Context(), routeDumpRequest(t), func([]byte) error { visited++; return enough }); !errors.Is(err, enough) || visited != 1 {
-		t.Errorf("%d messages, %v; want one, and its error", visited, err)
+		t.Errorf("%d messages, %v; want one message and its error", visited, err)
 	}
 	if all := routes(t, c); len(all) != count {
 		t.Errorf("%d routes, want %d", len(all), count)
@@ -199,7 +202,7 @@ func TestGet(t *testing.T) {
 		t.Fatal(err)
 	}
 	if name, _ := Attribute(data[16:], unix.IFLA_IFNAME); string(name) != "lo\x00" {
-		t.Errorf("the interface 1 is %q, want lo", name)
+		t.Errorf("interface 1 is %q, want lo", name)
 	}
 	if _, err := c.Get(t.Context(), link(99)); !errors.Is(err, unix.ENODEV) {
 		t.Errorf("error %v, want ENODEV", err)
@@ -209,7 +212,7 @@ func TestGet(t *testing.T) {
 	}
 }
 
-// After the end of a context, later requests get no answers to earlier ones.
+// TestContextCanceled checks that requests after a canceled one do not receive its answers.
 func TestContextCanceled(t *testing.T) {
 	t.Parallel()
 	c := newConn(t)
