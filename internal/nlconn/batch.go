@@ -7,12 +7,12 @@ import (
 	"github.com/mdlayher/netlink"
 )
 
-// Batch sends requests, BatchSize of them in one system call, and waits for the kernel. It
-// returns the kernel's answer to each request: nil or an error that wraps a unix.Errno. It sets
-// the sequence numbers and the flags Request and Acknowledge of the requests.
+// Batch sends requests, up to BatchSize per system call, and waits for the kernel. It returns
+// the kernel's answer to each request: nil, or an error that wraps a unix.Errno. It sets the
+// sequence number and the flags Request and Acknowledge of the requests.
 //
-// The second error concerns the socket or ctx. The kernel may then have carried out some of
-// the requests, and no request has an answer.
+// The second error is about the socket or ctx. In this case the kernel may have executed some
+// requests, and no answers are returned.
 func (c *Conn) Batch(ctx context.Context, requests []netlink.Message) ([]error, error) {
 	answers := make([]error, len(requests))
 	for first := 0; first < len(requests); first += BatchSize {

@@ -13,45 +13,46 @@ import (
 )
 
 const (
-	// BatchSize is how many requests [Conn.Batch] sends by one system call. That is
-	// enough for the system call not to matter, and other users get the kernel's lock
-	// in between.
+	// BatchSize is the maximum number of requests that [Conn.Batch] sends in one system call.
+	// With this size the cost of the system call is negligible, and other users get the
+	// kernel's lock in between.
 	BatchSize = 512
 
-	// MessageSize is the size in bytes of the buffer that a Conn reads with. The kernel
-	// fills a buffer of a dump up to the size that its reader has used, at most 32 KiB
-	// (net/netlink/af_netlink.c, netlink_dump). For each buffer, the dump of a set walks
-	// the set from its start, so small buffers make a large dump quadratic.
+	// MessageSize is the size in bytes of the receive buffer. The kernel fills the buffer of a
+	// dump up to the largest size used by the reader so far, at most 32 KiB
+	// (net/netlink/af_netlink.c, netlink_dump). For each buffer, the dump of an nftables set
+	// walks the set from its start. Small buffers therefore make a large dump quadratic.
 	MessageSize = 32 << 10
 
-	// The send buffer holds the requests of one system call, the receive buffer the
-	// errors that answer them, each with its request.
+	// The send buffer holds the requests of one system call. The receive buffer holds the
+	// error answers, each of which includes its request.
 	sendBuffer    = 4 << 20
 	receiveBuffer = 8 << 20
-	// answerTimeout limits the wait for the kernel's next answer. The kernel answers
-	// while it handles a request, so only a defect takes this long.
+	// answerTimeout limits the wait for the kernel's next answer. The kernel answers while it
+	// handles a request, so the timeout expires only after a bug.
 	answerTimeout = 30 * time.Second
-	// deadlineRenewMessages is after how many messages of a dump the limit is set again.
+	// deadlineRenewMessages is the number of dump messages after which the deadline is
+	// renewed.
 	deadlineRenewMessages = 1024
 )
 
-// Conn is a connection to one netlink protocol in one network namespace. It must not
-// be used by several goroutines at once.
+// Conn is a connection to one netlink protocol in one network namespace. It must not be used
+// concurrently.
 type Conn struct {
 	protocol, netns int
-	// conn is nil after a failure of the socket, whose answers may still come. The next
-	// request opens another socket.
+	// conn is nil after an error of the socket, because old answers may still arrive there.
+	// The next request opens a new socket.
 	conn *netlink.Conn
-	// sequence is the number of the last request.
+	// sequence is the sequence number of the last request.
 	sequence uint32
-	// deadline is when the socket stops to wait for answers.
+	// deadline is the socket's current deadline.
 	deadline time.Time
 	socket   socketIO
 }
 
-// Dial connects to a netlink protocol (unix.NETLINK_*) in the network namespace of a file
-// descriptor, or in the thread's own if netns is 0. The file descriptor must
-// stay open until Close.
+// Dial connects to a netlink protocol (unix.NETLINK_*) in the network namespace of the file
+// descriptor netns, or in the thread's namespace if netns is 0. The file descriptor must stay
+// open until Close.
 func Dial(protocol, netns int) (*Conn, error) {
 	c := &Conn{protocol: protocol, netns: netns}
 	if err := c.dial(); err != nil {
@@ -66,11 +67,11 @@ func (c *Conn) dial() error {
 		return fmt.Errorf("open netlink socket: %w", err)
 	}
 	if err := errors.Join(conn.SetWriteBuffer(sendBuffer), conn.SetReadBuffer(receiveBuffer)); err != nil {
-		return errors.Join(fmt.Errorf("set the buffers of a netlink socket: %w", err), conn.Close())
+		return errors.Join(fmt.Errorf("set netlink socket buffers: %w", err), conn.Close())
 	}
 	raw, err := conn.SyscallConn()
 	if err != nil {
-		return errors.Join(fmt.Errorf("access a netlink socket: %w", err), conn.Close())
+		return errors.Join(fmt.Errorf("access netlink socket: %w", err), conn.Close())
 	}
 	c.conn, c.deadline = conn, time.Time{}
 	c.socket.attach(raw)
@@ -85,19 +86,19 @@ func (c *Conn) Close() error {
 	return c.conn.Close()
 }
 
-// Get sends a request that the kernel answers with one message, and returns the message's data.
-// An error of the kernel wraps a unix.Errno.
+// Get sends a request that the kernel answers with one message, and returns the message's
+// data. An error from the kernel wraps a unix.Errno.
 func (c *Conn) Get(ctx context.Context, request netlink.Message) (data []byte, err error) {
 	err = c.exchange(ctx, request, func(m message) { data = slices.Clone(m.data) })
 	return data, err
 }
 
-// Dump sends a request for a dump and calls visit with the data of each message. The data are valid
-// until visit returns. After an error of visit, Dump reads the rest without calling visit and
+// Dump sends a dump request and calls visit with the data of each message. The data are valid
+// until visit returns. After an error of visit, Dump discards the remaining messages and
 // returns that error.
 //
-// interrupted reports that the dump does not show one state of the kernel
-// (NLM_F_DUMP_INTR). An error of the kernel wraps a unix.Errno.
+// interrupted reports that the kernel's state changed during the dump (NLM_F_DUMP_INTR). An
+// error from the kernel wraps a unix.Errno.
 func (c *Conn) Dump(ctx context.Context, request netlink.Message, visit func(data []byte) error) (interrupted bool, err error) {
 	request.Header.Flags |= netlink.Dump
 	var failure error
@@ -110,8 +111,8 @@ func (c *Conn) Dump(ctx context.Context, request netlink.Message, visit func(dat
 	return interrupted, errors.Join(err, failure)
 }
 
-// exchange sends a request and calls visit with the messages that answer it. The end of a dump
-// (NLMSG_DONE) is one of them.
+// exchange sends a request and calls visit with each answer, including the end of a dump
+// (NLMSG_DONE).
 func (c *Conn) exchange(ctx context.Context, request netlink.Message, visit func(message)) (err error) {
 	done, err := c.begin(ctx)
 	if err != nil {
@@ -123,25 +124,25 @@ func (c *Conn) exchange(ctx context.Context, request netlink.Message, visit func
 	c.socket.reset()
 	c.socket.append(request)
 	if err := c.socket.flush(); err != nil {
-		return fmt.Errorf("send a netlink request: %w", err)
+		return fmt.Errorf("send netlink request: %w", err)
 	}
 	count := 0
 	for more := true; more; {
 		datagram, err := c.socket.receive()
 		if err != nil {
-			return fmt.Errorf("receive a netlink answer: %w", err)
+			return fmt.Errorf("receive netlink answer: %w", err)
 		}
 		for len(datagram) > 0 {
 			var m message
 			if m, datagram, err = nextMessage(datagram); err != nil {
-				return fmt.Errorf("receive a netlink answer: %w", err)
+				return fmt.Errorf("receive netlink answer: %w", err)
 			}
 			if m.sequence != request.Header.Sequence {
 				continue
 			}
 			answer, err := m.answer()
 			if err != nil {
-				return fmt.Errorf("receive a netlink answer: %w", err)
+				return fmt.Errorf("receive netlink answer: %w", err)
 			}
 			if answer != nil {
 				return answer
@@ -158,8 +159,8 @@ func (c *Conn) exchange(ctx context.Context, request netlink.Message, visit func
 	return nil
 }
 
-// next returns the number of the next of n requests. Numbers of a batch follow one
-// another, and none is 0, which netlink.Conn would replace.
+// next returns the sequence number of the first of n requests. The numbers of a batch are
+// consecutive, and none is 0, which netlink.Conn would replace.
 func (c *Conn) next(n int) uint32 {
 	if c.sequence > math.MaxUint32-uint32(n) { //nolint:gosec // at most BatchSize
 		c.sequence = 0
@@ -168,9 +169,9 @@ func (c *Conn) next(n int) uint32 {
 	return c.sequence
 }
 
-// begin prepares a request: it opens a socket if the last one failed, and limits the wait. done
-// ends that; after an error of the socket it closes the socket, so that no answer is
-// taken for one to a later request.
+// begin prepares a request: it opens a socket if necessary, and sets the deadline. done must
+// be called with the request's error. After an error of the socket, done closes the socket, so
+// that later requests do not receive old answers.
 func (c *Conn) begin(ctx context.Context) (done func(error), err error) {
 	if c.conn == nil {
 		if err := c.dial(); err != nil {
@@ -196,21 +197,22 @@ func (c *Conn) begin(ctx context.Context) (done func(error), err error) {
 	return done, nil
 }
 
-// setDeadline limits the wait for the next answer to answerTimeout or somewhat more. It sets
-// another deadline only when the last one comes near, as that takes as long as a request.
+// setDeadline sets a deadline of at least answerTimeout for the next answer. It renews the
+// deadline only when less than answerTimeout remains, because a renewal takes as long as a
+// request.
 func (c *Conn) setDeadline(ctx context.Context) error {
 	if now := time.Now(); c.deadline.Sub(now) < answerTimeout {
 		c.deadline = now.Add(2 * answerTimeout)
 		if err := c.conn.SetDeadline(c.deadline); err != nil {
-			return fmt.Errorf("set the time limit of a netlink socket: %w", err)
+			return fmt.Errorf("set netlink socket deadline: %w", err)
 		}
 	}
 	if ctx.Err() == nil {
 		return nil
 	}
-	// The deadline may have replaced the one that ends the wait with ctx.
+	// The new deadline may have replaced the one that ends the wait with ctx.
 	if err := c.conn.SetDeadline(time.Unix(1, 0)); err != nil {
-		return fmt.Errorf("set the time limit of a netlink socket: %w", err)
+		return fmt.Errorf("set netlink socket deadline: %w", err)
 	}
 	return nil
 }

@@ -2,15 +2,15 @@ package nlconn
 
 import "golang.org/x/sys/unix"
 
-// Error is the kernel's refusal of a request.
+// Error is the kernel's error answer to a request.
 type Error struct {
 	Errno unix.Errno
-	// Text is the text of the extended acknowledgement (NLMSGERR_ATTR_MSG), which
-	// many errors lack.
+	// Text is the message of the extended acknowledgement (NLMSGERR_ATTR_MSG), empty for many
+	// errors.
 	Text string
 }
 
-// Error returns the errno's text and the kernel's.
+// Error returns the text of the errno and the kernel's message.
 func (e *Error) Error() string {
 	if e.Text == "" {
 		return e.Errno.Error()

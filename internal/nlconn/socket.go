@@ -9,21 +9,22 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// socketIO writes to the socket of a netlink.Conn and reads from it through reused buffers.
+// socketIO sends and receives on the socket of a netlink.Conn through reused buffers.
 //
-// The methods of netlink.Conn allocate for each message. With SendMessages and Receive, an update of
-// an IPVS endpoint took 26 % longer (BenchmarkUpdate of package bench), and a dump of 1,000 virtual
-// servers with ReceiveIter 20 % (BenchmarkRead of package ipvs), both in a virtual machine.
+// The methods of netlink.Conn allocate for each message. In a virtual machine, SendMessages
+// and Receive made an update of an IPVS endpoint 26 % slower (BenchmarkUpdate of package
+// bench). ReceiveIter made a dump of 1,000 virtual servers 20 % slower (BenchmarkRead of
+// package ipvs).
 type socketIO struct {
 	raw            syscall.RawConn
-	requests       []byte // to send in one system call
+	requests       []byte // sent in one system call
 	answer         []byte // the last datagram
 	received       int
 	err            error
-	send, readInto func(fd uintptr) (done bool) // allocated once
+	send, readInto func(fd uintptr) (done bool) // closures, allocated once
 }
 
-// attach makes the receiver use a socket.
+// attach sets the socket.
 func (s *socketIO) attach(raw syscall.RawConn) {
 	s.raw = raw
 	if s.answer != nil {
@@ -51,14 +52,14 @@ func (s *socketIO) attach(raw syscall.RawConn) {
 
 func (s *socketIO) reset() { s.requests = s.requests[:0] }
 
-// append adds a message with its header (man 7 netlink, struct nlmsghdr), padded to four bytes.
+// append adds a message with its header (netlink(7), struct nlmsghdr), padded to four bytes.
 func (s *socketIO) append(m netlink.Message) {
 	r := s.requests
 	r = binary.NativeEndian.AppendUint32(r, uint32(unix.NLMSG_HDRLEN+len(m.Data))) //nolint:gosec // a request is small
 	r = binary.NativeEndian.AppendUint16(r, uint16(m.Header.Type))
 	r = binary.NativeEndian.AppendUint16(r, uint16(m.Header.Flags))
 	r = binary.NativeEndian.AppendUint32(r, m.Header.Sequence)
-	r = binary.NativeEndian.AppendUint32(r, 0) // the kernel knows the socket's port ID
+	r = binary.NativeEndian.AppendUint32(r, 0) // port ID, which the kernel takes from the socket
 	r = append(r, m.Data...)
 	for len(r)%unix.NLMSG_ALIGNTO != 0 {
 		r = append(r, 0)
@@ -69,26 +70,25 @@ func (s *socketIO) append(m netlink.Message) {
 // flush sends the messages in one system call.
 func (s *socketIO) flush() error { return errors.Join(s.raw.Write(s.send), s.err) }
 
-// receive returns the next datagram. It shares memory with the receiver and is valid until the
-// next call.
+// receive returns the next datagram, which is valid until the next call.
 func (s *socketIO) receive() ([]byte, error) {
 	if err := errors.Join(s.raw.Read(s.readInto), s.err); err != nil {
 		return nil, err
 	}
 	if s.received == 0 {
-		return nil, errors.New("an empty message")
+		return nil, errors.New("empty message")
 	}
 	return s.answer[:s.received], nil
 }
 
-// message is a netlink message that was received. Its data shares memory with the datagram.
+// message is a received netlink message. Its data shares memory with the datagram.
 type message struct {
 	typ, flags uint16
 	sequence   uint32
 	data       []byte
 }
 
-// nextMessage splits the first message off a datagram.
+// nextMessage splits off the first message of a datagram.
 func nextMessage(datagram []byte) (m message, rest []byte, err error) {
 	if len(datagram) < unix.NLMSG_HDRLEN {
 		return message{}, nil, ErrTruncated
@@ -109,12 +109,13 @@ func nextMessage(datagram []byte) (m message, rest []byte, err error) {
 // align rounds a length up to a multiple of four bytes.
 func align(n int) int { return (n + unix.NLMSG_ALIGNTO - 1) &^ (unix.NLMSG_ALIGNTO - 1) }
 
-// answer returns the kernel's error in a message of type NLMSG_ERROR or NLMSG_DONE, or nil for an
-// acknowledgement. The second error is about the message's format.
+// answer returns the kernel's error in a message of type NLMSG_ERROR or NLMSG_DONE, or nil for
+// an acknowledgement. The second error is about the message's format.
 //
-// An NLMSG_ERROR is a struct nlmsgerr: an errno and the header of the request. The data of the
-// request follow unless the kernel capped them. An NLMSG_DONE has an errno or no data. Attributes
-// come last if the flag NLM_F_ACK_TLVS is set (Documentation/userspace-api/netlink/intro.rst).
+// NLMSG_ERROR contains a struct nlmsgerr: an errno and the header of the request, followed by
+// the request's data unless the kernel omits them (NLM_F_CAPPED). NLMSG_DONE contains an errno
+// or nothing. Attributes follow if the flag NLM_F_ACK_TLVS is set
+// (Documentation/userspace-api/netlink/intro.rst).
 func (m message) answer() (answer, err error) {
 	const errnoLen = 4
 	switch {
@@ -129,9 +130,9 @@ func (m message) answer() (answer, err error) {
 	if errno <= 0 {
 		return nil, nil
 	}
-	refusal := &Error{Errno: unix.Errno(errno)} //nolint:gosec // positive
+	failure := &Error{Errno: unix.Errno(errno)} //nolint:gosec // positive
 	if m.flags&unix.NLM_F_ACK_TLVS == 0 {
-		return refusal, nil
+		return failure, nil
 	}
 	attributes := m.data[errnoLen:]
 	if m.typ == unix.NLMSG_ERROR {
@@ -142,7 +143,7 @@ func (m message) answer() (answer, err error) {
 		attributes = attributes[min(align(echoed), len(attributes)):]
 	}
 	if text, ok := Attribute(attributes, unix.NLMSGERR_ATTR_MSG); ok {
-		refusal.Text = unix.ByteSliceToString(text)
+		failure.Text = unix.ByteSliceToString(text)
 	}
-	return refusal, nil
+	return failure, nil
 }

@@ -9,7 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// header encodes a struct nlmsghdr for data of a length, in the host's byte order.
+// header encodes a struct nlmsghdr in host byte order.
 func header(typ, flags uint16, sequence uint32, dataLen int) []byte {
 	b := binary.NativeEndian.AppendUint32(nil, uint32(unix.NLMSG_HDRLEN+dataLen)) //nolint:gosec // small
 	b = binary.NativeEndian.AppendUint16(b, typ)
@@ -65,7 +65,7 @@ func TestMessageAnswer(t *testing.T) {
 	}
 }
 
-// FuzzMessages checks that every datagram of a kernel is read to its end or rejected.
+// FuzzMessages checks that nextMessage consumes every datagram or returns an error.
 func FuzzMessages(f *testing.F) {
 	f.Add(encode(unix.NLMSG_ERROR, unix.NLM_F_ACK_TLVS, errno(unix.ENOENT), header(1, 0, 7, 0), []byte{8, 0, 1, 0, 'a', 'b', 'c', 0}))
 	f.Add(encode(unix.NLMSG_DONE, unix.NLM_F_MULTI))
