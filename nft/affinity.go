@@ -14,27 +14,27 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// What clients are remembered by is spread over maps by the frontend's shard, see
-// shardOf, so that clients of one frontend can fill only one of them. The kernel
-// allocates the hash table of a map with a size when it makes the map, here 512 kB
+// The maps of session affinity store which endpoint a client used. They are sharded by
+// frontend (see shardOf), so the clients of one frontend can fill only one map. The kernel
+// allocates the hash table of a map with a size when it creates the map, here 512 kB
 // (net/netfilter/nft_set_hash.c, nft_rhash_init).
 //
 // docs/design/session-affinity-limits.md has the measurements.
 const (
-	// affinityMapSize is how many clients a map remembers. Four thirds of it are a
-	// power of two, which is what the kernel rounds the size of the hash table to.
+	// affinityMapSize is the maximum number of clients in one map. Four thirds of it are a
+	// power of two; the kernel rounds the size of the hash table up to this.
 	affinityMapSize = 3 << 14
-	// networkDivisor is the part of a map that the clients of one IPv6 network of 64
-	// bits can take at once. As much again is granted over the affinity's timeout.
+	// networkDivisor limits the clients of one IPv6 network of 64 bits to affinityMapSize /
+	// networkDivisor at once, plus as many again during one affinity timeout.
 	networkDivisor = 8
 
 	affinityPrefix = "affinity-"
-	// clientNetworkBits is the length of the prefix that one IPv6 link has (RFC 4291),
-	// so that one client can use any address in it.
+	// clientNetworkBits is the prefix length of one IPv6 link (RFC 4291). One client can
+	// use every address in it.
 	clientNetworkBits = 64
 )
 
-// affinityMap returns the map of what is remembered in a shard.
+// affinityMap returns the affinity map of a shard.
 func (t *table) affinityMap(shard int) *nftables.Set {
 	key := nftables.MustConcatSetType(t.addr, t.addr, nftables.TypeInetProto, nftables.TypeInetService)
 	return &nftables.Set{
@@ -43,8 +43,9 @@ func (t *table) affinityMap(shard int) *nftables.Set {
 	}
 }
 
-// affinityNetworkSet returns the set of client networks that have had clients remembered,
-// each with a frontend and a limit. It is for IPv6 only: a client has one IPv4 address.
+// affinityNetworkSet returns the set that limits how many clients of one network a frontend
+// stores. Each element is a client network and a frontend with a rate limit. The set exists
+// for IPv6 only, because an IPv4 client has a single address.
 func (t *table) affinityNetworkSet() *nftables.Set {
 	return &nftables.Set{
 		Table: t.nf, Name: affinityPrefix + "networks",
@@ -53,17 +54,16 @@ func (t *table) affinityNetworkSet() *nftables.Set {
 	}
 }
 
-// parseAffinityShard returns the shard of a map by its name.
+// parseAffinityShard returns the shard of an affinity map with this name.
 func parseAffinityShard(name string) (int, bool) {
 	text, ok := strings.CutPrefix(name, affinityPrefix)
 	shard, err := strconv.ParseUint(text, 16, 8)
 	return int(shard), ok && err == nil && len(text) == 1 && shard < numShards //nolint:gosec // small
 }
 
-// affinityRules are those of an affinity's timeout. They refer to no map but those of
-// what is remembered. The rules for a shard are side by side, as in table.translateChain: a
-// chain for each shard would multiply the paths that the kernel walks when a class is
-// new.
+// affinityRules returns the rules of one affinity timeout. They refer to no maps except the
+// affinity maps. All shards share one chain, as in table.translateChain: with one chain per
+// shard, the kernel would walk many more paths when a class is new.
 //
 //	chain affinity-10800s {
 //		ip daddr & 0.0.0.15 == 0.0.0.0 meta priority set ip saddr . ip daddr . meta l4proto . th dport map @affinity-0
@@ -85,21 +85,21 @@ func parseAffinityShard(name string) (int, bool) {
 //	}
 func (t *table) affinityRules(c serviceClass, l endpointList) []rule {
 	by := c.addressing()
-	each := func(comment string, condition []expr.Any, do func(*nftables.Set) []expr.Any) []rule {
+	forEachShard := func(comment string, condition []expr.Any, exprs func(*nftables.Set) []expr.Any) []rule {
 		var rules []rule
 		for shard := range numShards {
-			rules = append(rules, rule{comment: comment, exprs: slices.Concat(condition, t.matchShard(by, shard), do(t.affinityMap(shard)))})
+			rules = append(rules, rule{comment: comment, exprs: slices.Concat(condition, t.matchShard(by, shard), exprs(t.affinityMap(shard)))})
 		}
 		return rules
 	}
-	recall := func(remembered *nftables.Set) []expr.Any {
-		return slices.Concat(t.clientKey(by), []expr.Any{mapLookup(remembered, reg(0)), setPriority(reg(0))})
+	lookUp := func(affinityMap *nftables.Set) []expr.Any {
+		return slices.Concat(t.clientKey(by), []expr.Any{mapLookup(affinityMap, reg(0)), setPriority(reg(0))})
 	}
 	write := func(op uint32) func(*nftables.Set) []expr.Any {
-		return func(remembered *nftables.Set) []expr.Any {
+		return func(affinityMap *nftables.Set) []expr.Any {
 			id := t.addrLen/2 + 2
 			update := &expr.Dynset{
-				SrcRegKey: reg(0), SrcRegData: reg(id), SetName: remembered.Name, Operation: op,
+				SrcRegKey: reg(0), SrcRegData: reg(id), SetName: affinityMap.Name, Operation: op,
 			}
 			if op != dynsetDelete {
 				update.Timeout = c.timeout()
@@ -109,30 +109,31 @@ func (t *table) affinityRules(c serviceClass, l endpointList) []rule {
 	}
 	update := write(unix.NFT_DYNSET_OP_UPDATE)
 	translate := jumpChain(by.chainName("translate-sticky"))
-	remember := func(remembered *nftables.Set) []expr.Any {
-		return slices.Concat(update(remembered), recall(remembered), []expr.Any{translate})
+	store := func(affinityMap *nftables.Set) []expr.Any {
+		return slices.Concat(update(affinityMap), lookUp(affinityMap), []expr.Any{translate})
 	}
-	forget := each("that endpoint is gone", matchEndpointID(), write(dynsetDelete))
+	deleteStale := forEachShard("that endpoint is gone", matchEndpointID(), write(dynsetDelete))
 	pick := rule{exprs: []expr.Any{jumpChain(by.chainName(l.chainName("pick")))}}
-	known := []rule{{exprs: append(matchEndpointIDInList(l), translate)}}
-	rules := slices.Concat(each("", nil, recall), each("", matchEndpointIDInList(l), update), known, forget, []rule{pick})
+	useStored := []rule{{exprs: append(matchEndpointIDInList(l), translate)}}
+	rules := slices.Concat(forEachShard("", nil, lookUp), forEachShard("", matchEndpointIDInList(l), update), useStored, deleteStale, []rule{pick})
 	if t.family == dataplane.IPv6 {
 		rules = append(rules, rule{
 			comment: "the client's network has had its share",
 			exprs:   slices.Concat(matchEndpointIDInList(l), t.matchNetworkOverLimit(c), []expr.Any{counterRef(affinityNetworkLimit), translate}),
 		})
 	}
-	rules = append(rules, each("another connection of the client's may have been faster", matchEndpointIDInList(l), remember)...)
+	rules = append(rules, forEachShard("another connection of the client's may have been faster", matchEndpointIDInList(l), store)...)
 	rules = append(rules, rule{comment: "the map is full", exprs: slices.Concat(matchEndpointIDInList(l), []expr.Any{counterRef(affinityFull), translate})})
-	rules = append(rules, forget...) // as it went while the packet was on its way
+	rules = append(rules, deleteStale...) // the endpoint may have been deleted meanwhile
 	return append(rules, pick,
 		rule{exprs: []expr.Any{translate}},
 		rule{comment: "the last one went: the client will try again", exprs: []expr.Any{drop()}},
 	)
 }
 
-// matchNetworkOverLimit matches new clients of a network and a frontend that has had its
-// share of clients remembered. It matches none if there are too many networks.
+// matchNetworkOverLimit matches new clients of a network for which the frontend already
+// stores as many clients as the limit allows. It does not match if the set of networks is
+// full.
 //
 //	update @affinity-networks { ip6 saddr & ffff:ffff:ffff:ffff:: . ip6 daddr & :: . meta l4proto . th dport timeout 3h limit rate over 2048/hour burst 6144 packets }
 func (t *table) matchNetworkOverLimit(c serviceClass) []expr.Any {
@@ -155,6 +156,6 @@ func (t *table) matchNetworkOverLimit(c serviceClass) []expr.Any {
 	)
 }
 
-// dynsetDelete is NFT_DYNSET_OP_DELETE (linux/netfilter/nf_tables.h), which
-// x/sys lacks.
+// dynsetDelete is NFT_DYNSET_OP_DELETE (linux/netfilter/nf_tables.h), which x/sys does not
+// define.
 const dynsetDelete = 2

@@ -19,23 +19,23 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// AffinityStats describes what session affinity remembers in one of the two tables.
+// AffinityStats describes the affinity maps of one table.
 type AffinityStats struct {
 	Family dataplane.Family
-	// Clients is how many clients are remembered, FullestMap how many of them are in
-	// the map that has most, and Limit how many one map takes. They are as of the
-	// last measurement, see [AffinityLimiter.Limit].
+	// Clients is the number of stored clients, FullestMap the number of clients in the
+	// fullest map, and Limit the maximum number of clients in one map. Clients and
+	// FullestMap are from the last measurement; see [AffinityLimiter.Limit].
 	Clients, FullestMap, Limit int
-	// Full and NetworkLimit count connections of clients that were not remembered, as
-	// the map was full or the client's network had had its share. Like [CounterValue] they
-	// begin again when the table is made anew.
+	// Full and NetworkLimit count the connections of clients that were not stored, because
+	// the map was full or the client's network had reached its limit. Like [CounterValue],
+	// they start at 0 again when the table is created again.
 	Full, NetworkLimit uint64
-	// Evicted is how many clients this AffinityLimiter has made the kernel forget.
+	// Evicted is the number of clients that this AffinityLimiter has removed from the maps.
 	Evicted uint64
 }
 
-// AffinityLimiter evicts clients from the maps of session affinity that are full, beside
-// a Dataplane. Its methods may be called from any goroutine.
+// AffinityLimiter removes clients from full affinity maps while a Dataplane is in use. Its
+// methods are safe for concurrent use.
 type AffinityLimiter struct {
 	dataplane *Dataplane
 	tables    [2]*table
@@ -44,25 +44,27 @@ type AffinityLimiter struct {
 	mu    sync.Mutex
 	stats [2]AffinityStats
 
-	callMu sync.Mutex    // for what is below; a call may wait for one of the Dataplane
-	conn   *netlink.Conn // nil until it is needed, and after an error
-	// measured is when Clients was last counted, and the zero Time before.
+	callMu sync.Mutex    // guards the fields below; a call may wait for a call of the Dataplane
+	conn   *netlink.Conn // nil before the first Limit and after an error
+	// measured is when Clients was last counted. It is the zero Time before the first
+	// count.
 	measured time.Time
 	now      func() time.Time
 }
 
 const (
-	// evictionDivisor is the part of a full map that one eviction makes free. A larger
-	// part would let a flood of new clients push out those of before sooner.
+	// evictionDivisor determines how many clients one eviction removes from a full map:
+	// affinityMapSize / evictionDivisor. With a smaller divisor, a flood of new clients
+	// would displace the older clients sooner.
 	evictionDivisor = 16
-	// measureInterval is how often clients are counted where no map is full.
+	// measureInterval is how often clients are counted if no map is full.
 	measureInterval = time.Minute
 )
 
-// NewAffinityLimiter returns an AffinityLimiter beside a Dataplane that was opened with
-// the same options, and which it makes its changes through. The network namespace's file
-// descriptor must stay open for as long as it is in use, and the Dataplane, too. It does
-// not connect to the kernel yet.
+// NewAffinityLimiter returns an AffinityLimiter that makes its changes through d. d must
+// have been opened with the same options. d and the network namespace's file descriptor
+// must stay open while the AffinityLimiter is in use. NewAffinityLimiter does not connect
+// to the kernel.
 func NewAffinityLimiter(d *Dataplane, opts Options) *AffinityLimiter {
 	l := &AffinityLimiter{dataplane: d, tables: opts.newTables(opts.tableName()), netns: opts.NetNS, now: time.Now}
 	for i, t := range l.tables {
@@ -71,11 +73,12 @@ func NewAffinityLimiter(d *Dataplane, opts Options) *AffinityLimiter {
 	return l
 }
 
-// Limit evicts clients from full maps, if the kernel could not remember a client since
-// the last call: of the frontends with most clients, those that have not connected for
-// the longest time. It reads two counters from the kernel, and all elements of the maps
-// only where a client could not be remembered, or a minute after the last time. It does
-// nothing where there are no tables. The error is that of ctx, or as for [Open].
+// Limit removes clients from full maps if the kernel has failed to store a client since the
+// last call. It removes clients of the frontends with the most clients, and of each
+// frontend the clients whose last connection is longest ago. Limit reads two counters from
+// the kernel. It reads all elements of the maps only if the kernel failed to store a
+// client, or one minute after the last time. It does nothing if the tables do not exist.
+// The error is the error of ctx or an error as for [Open].
 func (l *AffinityLimiter) Limit(ctx context.Context) error {
 	l.callMu.Lock()
 	defer l.callMu.Unlock()
@@ -96,14 +99,14 @@ func (l *AffinityLimiter) Limit(ctx context.Context) error {
 	return nil
 }
 
-// Stats returns what is known of both tables. It does not ask the kernel.
+// Stats returns the statistics of both tables. It does not read from the kernel.
 func (l *AffinityLimiter) Stats() []AffinityStats {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return slices.Clone(l.stats[:])
 }
 
-// Close closes the connection to the kernel. Limit opens another.
+// Close closes the connection to the kernel. A later Limit opens a new one.
 func (l *AffinityLimiter) Close() error {
 	l.callMu.Lock()
 	defer l.callMu.Unlock()
@@ -165,7 +168,7 @@ func (l *AffinityLimiter) limitTable(ctx context.Context, t *table, stats *Affin
 			return err
 		}
 		n := len(clients)
-		if few := t.affinityMapSize - t.affinityMapSize/evictionDivisor; evict && n > few {
+		if threshold := t.affinityMapSize - t.affinityMapSize/evictionDivisor; evict && n > threshold {
 			evicted, err := l.evict(t, shard, clientsToEvict(clients, t.addrLen, max(1, t.affinityMapSize/evictionDivisor)))
 			stats.Evicted += uint64(evicted) //nolint:gosec // a length
 			n -= evicted
@@ -179,17 +182,18 @@ func (l *AffinityLimiter) limitTable(ctx context.Context, t *table, stats *Affin
 	return nil
 }
 
-// rememberedClient is an element of an affinity map. Key has the client's address and the
-// frontend.
+// rememberedClient is an element of an affinity map. key contains the client's address and
+// the frontend.
 type rememberedClient struct {
 	key []byte
-	// expires is how much of the timeout is left.
+	// expires is the remaining part of the timeout.
 	expires time.Duration
 }
 
-// clientsToEvict returns n of the clients, or fewer if there are fewer: so many of the
-// frontends with most clients that no other has more than they keep, and of one
-// frontend those that have not connected for the longest time. It sorts clients.
+// clientsToEvict selects n of the clients, or fewer if fewer exist. It takes clients from
+// the frontends with the most clients, so that each of these keeps the same number and no
+// other frontend has more. Of one frontend, it selects the clients whose last connection is
+// longest ago. It sorts clients.
 func clientsToEvict(clients []rememberedClient, addrLen, n int) []rememberedClient {
 	frontend := func(r rememberedClient) string { return string(r.key[min(addrLen, len(r.key)):]) }
 	groups := map[string][]rememberedClient{}
@@ -201,18 +205,19 @@ func clientsToEvict(clients []rememberedClient, addrLen, n int) []rememberedClie
 		sizes = append(sizes, len(g))
 	}
 	keep := maxClientsPerFrontend(sizes, n)
-	var chosen []rememberedClient
+	var selected []rememberedClient
 	for _, g := range groups {
 		if len(g) <= keep {
 			continue
 		}
 		slices.SortFunc(g, func(a, b rememberedClient) int { return cmp.Compare(a.expires, b.expires) })
-		chosen = append(chosen, g[:len(g)-keep]...)
+		selected = append(selected, g[:len(g)-keep]...)
 	}
-	return chosen[:min(n, len(chosen))]
+	return selected[:min(n, len(selected))]
 }
 
-// maxClientsPerFrontend returns the largest number that leaves at least n over if no group keeps more.
+// maxClientsPerFrontend returns the largest number for which at least n clients are left
+// over if each group keeps at most that many.
 func maxClientsPerFrontend(sizes []int, n int) int {
 	slices.SortFunc(sizes, func(a, b int) int { return cmp.Compare(b, a) })
 	total := 0
@@ -229,8 +234,9 @@ func maxClientsPerFrontend(sizes []int, n int) int {
 	return 0
 }
 
-// evict deletes elements, in commits that do not hold up others, and returns how many
-// it has deleted. Elements that have gone meanwhile are none of them.
+// evict deletes elements in several commits, so that none of them blocks other users of
+// nftables for long. It returns the number of elements that it has deleted, excluding
+// elements that were already gone.
 func (l *AffinityLimiter) evict(t *table, shard int, clients []rememberedClient) (int, error) {
 	evicted := 0
 	for part := range slices.Chunk(clients, transactionSize) {
@@ -243,8 +249,8 @@ func (l *AffinityLimiter) evict(t *table, shard int, clients []rememberedClient)
 	return evicted, nil
 }
 
-// deleteClients deletes elements in one commit. If one of them is gone, which fails
-// all, it tries each half.
+// deleteClients deletes elements in one commit. If an element does not exist any more, the
+// commit fails, and deleteClients retries each half.
 func (d *Dataplane) deleteClients(set *nftables.Set, clients []rememberedClient) (int, error) {
 	elements := make([]element, len(clients))
 	for i, c := range clients {
@@ -268,8 +274,8 @@ func (d *Dataplane) deleteClients(set *nftables.Set, clients []rememberedClient)
 	return first + second, err
 }
 
-// commitExclusively commits what change adds to the transaction, when no other call is
-// under way.
+// commitExclusively commits the messages that change adds to the transaction. It waits for
+// other calls to finish.
 func (d *Dataplane) commitExclusively(change func() error) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -279,7 +285,7 @@ func (d *Dataplane) commitExclusively(change func() error) error {
 	return d.submit()
 }
 
-// listAffinityShards returns the shards that have a map.
+// listAffinityShards returns the shards that have an affinity map in the kernel.
 func listAffinityShards(conn *netlink.Conn, t *table) ([]int, error) {
 	var shards []int
 	err := dumpTable(conn, t, unix.NFT_MSG_GETSET, []netlink.Attribute{
@@ -290,7 +296,7 @@ func listAffinityShards(conn *netlink.Conn, t *table) ([]int, error) {
 			shards = append(shards, shard)
 		}
 	})
-	if errors.Is(err, unix.ENOENT) { // there is no table
+	if errors.Is(err, unix.ENOENT) { // the table does not exist
 		return nil, nil
 	}
 	if err != nil {
@@ -299,8 +305,8 @@ func listAffinityShards(conn *netlink.Conn, t *table) ([]int, error) {
 	return shards, nil
 }
 
-// readAffinityMap returns what a map has. A map that has gone has nothing. An element
-// that expires or is added meanwhile may be missing.
+// readAffinityMap returns the elements of a map, or none if the map does not exist. An
+// element that expires or is added during the dump may be missing.
 func readAffinityMap(conn *netlink.Conn, t *table, shard int) ([]rememberedClient, error) {
 	name := t.affinityMap(shard).Name
 	var clients []rememberedClient
@@ -336,7 +342,7 @@ func readAffinityMap(conn *netlink.Conn, t *table, shard int) ([]rememberedClien
 	return clients, nil
 }
 
-// dumpTable calls visit with the attributes of each message of a dump of a table.
+// dumpTable requests a dump of a table and calls visit with the attributes of each message.
 func dumpTable(conn *netlink.Conn, t *table, typ uint16, attrs []netlink.Attribute, visit func(attrs []byte)) error {
 	b, err := netlink.MarshalAttributes(attrs)
 	if err != nil {

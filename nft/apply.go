@@ -7,16 +7,16 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// Apply implements [dataplane.Dataplane]. All changes are one commit, after
-// others for the branches that are new. Only a call with more than some
-// [transactionSize] elements is split, between Services, and a change of a Service that
-// has more by itself is carried out in steps, see batch.steps.
+// Apply implements [dataplane.Dataplane]. It commits all changes in one transaction, after
+// separate transactions for new verdict elements. Apply splits a call between Services if
+// it changes more than about [transactionSize] elements. A single Service with more
+// elements is committed in steps; see batch.steps.
 func (d *Dataplane) Apply(_ context.Context, changes []dataplane.Change) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	failed := map[dataplane.Key]error{}
-	// A list goes with the last Service that takes a frontend from its own, so
-	// frontends that nobody takes must be gone by then.
+	// Deletions come first: the change that deletes a shared list must come after every
+	// change that moves a frontend away from the list.
 	changes = slices.Clone(changes)
 	slices.SortStableFunc(changes, func(a, b dataplane.Change) int { return compareBool(a.New != nil, b.New != nil) })
 	p := d.planChanges(changes, failed)
@@ -54,9 +54,9 @@ func compareBool(a, b bool) int {
 	}
 }
 
-// applyBatch commits a batch made of these changes. If it is too large for one
-// commit, or the kernel rejects it, each half is tried, down to the Service that
-// is large, or to blame.
+// applyBatch commits a batch that contains these changes. If the batch is too large for one
+// commit, or the kernel rejects it, applyBatch retries each half, down to a single Service
+// that is too large or that the kernel rejects.
 func (d *Dataplane) applyBatch(p changePlan, b *batch, changes []dataplane.Change, failed map[dataplane.Key]error) {
 	var err error
 	if len(changes) < 2 || !d.tooLarge(b) {
@@ -82,30 +82,31 @@ func (d *Dataplane) applyBatch(p changePlan, b *batch, changes []dataplane.Chang
 	}
 }
 
-// changePlan is what the changes of an Apply come to, over all of them at once: a
-// frontend may leave one Service and join another.
+// changePlan is the combined effect of all changes of an Apply. A frontend may move from
+// one Service to another.
 type changePlan struct {
 	have, want map[dataplane.Frontend]ownedElements
-	// assignments has the arrangement of each Service that changes.
+	// assignments contains the new slot assignment of each Service that changes.
 	assignments map[dataplane.Key]newAssignment
-	// listChanges has, by Service with whose change it is made, how lists that frontends
-	// share change.
+	// listChanges contains the changes of shared lists by the Service whose change includes
+	// them.
 	listChanges map[dataplane.Key][]listChange
-	// sharing has the Services whose frontends share a list after their change.
+	// sharing contains the Services whose frontends share a list after their change.
 	sharing map[dataplane.Key]bool
 }
 
-// listChange has the row of a Service before and after, of which one shares a list.
+// listChange contains the rendered elements of a Service before and after its change. At
+// least one of them has a shared list.
 type listChange struct{ have, want *frontendElements }
 
-// ownedElements is a row with the Service that it is of.
+// ownedElements are the rendered elements of a frontend, with the key of its Service.
 type ownedElements struct {
 	key dataplane.Key
 	*frontendElements
 }
 
-// planChanges renders both sides of all changes. Services that this backend does not
-// support count as deleted and are noted in failed.
+// planChanges renders the old and new Services of all changes. It treats unsupported
+// Services as deleted and records them in failed.
 func (d *Dataplane) planChanges(changes []dataplane.Change, failed map[dataplane.Key]error) changePlan {
 	p := changePlan{
 		have:        make(map[dataplane.Frontend]ownedElements, len(changes)),
@@ -153,9 +154,9 @@ func (d *Dataplane) planChanges(changes []dataplane.Change, failed map[dataplane
 	return p
 }
 
-// assignListChanges decides with which change each list changes: with its Service's, or, if
-// that is deleted, with the last one that takes frontends from it, as a list must not
-// go before the frontends that share it.
+// assignListChanges assigns each list change to the change of a Service: to its own, or, if
+// the Service no longer shares a list, to the last Service that takes frontends from it. A
+// list must not be deleted before the frontends that refer to it.
 func (p changePlan) assignListChanges(changes []dataplane.Change, changed map[dataplane.Key]listChange) {
 	with := map[dataplane.Key]dataplane.Key{}
 	for _, c := range changes {
@@ -182,12 +183,12 @@ func (p changePlan) assignListChanges(changes []dataplane.Change, changed map[da
 	}
 }
 
-// addChange puts the frontends of a change into a batch. One that moves belongs to the
-// change of the Service that gets it.
+// addChange adds the frontends of a change to a batch. A frontend that moves belongs to the
+// change of the Service that receives it.
 func (p changePlan) addChange(b *batch, c dataplane.Change) {
 	if c.New != nil {
 		for _, f := range c.New.Frontends {
-			if want, ok := p.want[f]; ok { // not of a Service that is not supported
+			if want, ok := p.want[f]; ok { // unsupported Services have no rendered elements
 				b.diffFrontend(f, p.have[f].frontendElements, want.frontendElements)
 			}
 		}
@@ -204,8 +205,8 @@ func (p changePlan) addChange(b *batch, c dataplane.Change) {
 	}
 }
 
-// affectedKeys returns the keys that are in doubt if a change did not take: its
-// own, and those of the Services it takes frontends from.
+// affectedKeys returns the keys whose state is unknown if a change failed: its own key, and
+// the keys of the Services that it takes frontends from.
 func (p changePlan) affectedKeys(c dataplane.Change) []dataplane.Key {
 	keys := []dataplane.Key{c.Key()}
 	if c.New == nil {
@@ -219,7 +220,8 @@ func (p changePlan) affectedKeys(c dataplane.Change) []dataplane.Key {
 	return keys
 }
 
-// storeAssignment notes the arrangement of a Service that is programmed, or gone.
+// storeAssignment stores the slot assignment of a Service that is programmed, or deletes it
+// if the Service needs none.
 func (d *Dataplane) storeAssignment(key dataplane.Key, a newAssignment) {
 	if a.mustStore {
 		d.slotAssignments[key] = a.slotAssignment

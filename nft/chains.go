@@ -10,7 +10,7 @@ import (
 	"github.com/google/nftables/userdata"
 )
 
-// chain is a chain with the rules it must have.
+// chain is an nftables chain with the rules that it must contain.
 type chain struct {
 	*nftables.Chain
 	rules []rule
@@ -28,9 +28,9 @@ func (r rule) userData() []byte {
 	return userdata.AppendString(nil, userdata.TypeComment, r.comment)
 }
 
-// addressing is how frontends are told: by their address, or, as node ports, by
-// the node's. In sets a node port has the unspecified address, as in a
-// dataplane.Frontend, and rules make that of the packet's (`ip daddr & 0.0.0.0`).
+// addressing is how rules match frontends: by address, or, for node ports, by any address
+// of the node. In sets, a node port has the unspecified address, as in a
+// dataplane.Frontend, and the rules mask the address of the packet (`ip daddr & 0.0.0.0`).
 type addressing bool
 
 const (
@@ -49,8 +49,8 @@ func (by addressing) chainName(name string) string {
 	return name
 }
 
-// chains returns the chains that do not depend on Services, callees first, but
-// for the lengths of source ranges.
+// chains returns the chains that do not depend on Services, except for the prefix lengths
+// of source ranges. A chain comes after the chains it jumps to.
 //
 //	chain filter-input {
 //		type filter hook input priority filter; policy accept;
@@ -80,35 +80,35 @@ func (t *table) chains(node dataplane.Node, rangeBits []int) []chain {
 	chains = append(chains, t.sharedListChains(rangeBits)...)
 	chains = append(chains, t.masqueradeChains(node)...)
 	chains = append(chains, t.masqueradingChain(node), t.localhostChain(node), t.invalidChain(node))
-	dispatch, postDNAT := append(t.virtualNetworkRules(), t.dispatchRules(node)...), t.resetPriorityRules()
+	dispatch, resetPriority := append(t.virtualNetworkRules(), t.dispatchRules(node)...), t.resetPriorityRules()
 	if node.PingServiceIPs {
 		chains = append(chains, t.pingChains(node)...)
 		dispatch = append(dispatch, t.pingRule())
-		postDNAT = append(postDNAT, t.answeredPingRule())
+		resetPriority = append(resetPriority, t.answeredPingRule())
 	}
-	output := append([]rule{t.toLocalhostRule()}, dispatch...)
-	unserved := append(t.noServiceRules(), t.invalidFromEndpointRule())
-	outgoing := append(slices.Clone(unserved), t.resetToEndpointRule())
+	natOutput := append([]rule{t.toLocalhostRule()}, dispatch...)
+	forward := append(t.noServiceRules(), t.invalidFromEndpointRule())
+	filterOutput := append(slices.Clone(forward), t.resetToEndpointRule())
 	dstnat, filter := *nftables.ChainPriorityNATDest, *nftables.ChainPriorityFilter
 	if t.protectsLoopback(node) {
 		chains = append(chains, t.dropLoopbackChain())
 	}
 	extra := t.renderer.extraRules(t, base)
 	chains = append(chains, extra.chains...)
-	output = append(output, extra.natOutput...)
-	incoming := slices.Concat(postDNAT, t.loopbackFromNetworkRules(node), extra.filterPreroutingPostDNAT)
-	sent := slices.Concat(postDNAT, extra.filterOutputPostDNAT)
+	natOutput = append(natOutput, extra.natOutput...)
+	preroutingPostDNAT := slices.Concat(resetPriority, t.loopbackFromNetworkRules(node), extra.filterPreroutingPostDNAT)
+	outputPostDNAT := slices.Concat(resetPriority, extra.filterOutputPostDNAT)
 	postrouting := append(t.postroutingRules(), extra.natPostrouting...)
 	if t.identifiesPods(node) {
 		chains = append(chains,
 			base("filter-input", nftables.ChainTypeFilter, nftables.ChainHookInput, filter, t.invalidFromEndpointRule()))
 	}
-	chains = append(chains, t.natBaseChains(base, dispatch, output)...)
+	chains = append(chains, t.natBaseChains(base, dispatch, natOutput)...)
 	return append(chains,
-		base("filter-prerouting-post-dnat", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, dstnat+10, incoming...),
-		base("filter-output-post-dnat", nftables.ChainTypeFilter, nftables.ChainHookOutput, dstnat+10, sent...),
-		base("filter-forward", nftables.ChainTypeFilter, nftables.ChainHookForward, filter, unserved...),
-		base("filter-output", nftables.ChainTypeFilter, nftables.ChainHookOutput, filter, outgoing...),
+		base("filter-prerouting-post-dnat", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, dstnat+10, preroutingPostDNAT...),
+		base("filter-natOutput-post-dnat", nftables.ChainTypeFilter, nftables.ChainHookOutput, dstnat+10, outputPostDNAT...),
+		base("filter-forward", nftables.ChainTypeFilter, nftables.ChainHookForward, filter, forward...),
+		base("filter-natOutput", nftables.ChainTypeFilter, nftables.ChainHookOutput, filter, filterOutput...),
 		base("nat-postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, *nftables.ChainPriorityNATSource, postrouting...),
 	)
 }

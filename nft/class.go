@@ -12,37 +12,37 @@ import (
 	"github.com/google/nftables/expr"
 )
 
-// serviceClass names how the connections to a frontend are treated. The kernel sees it
-// as a packet priority (a tc class ID, major:minor): the minor is the number of
-// endpoints, the major holds the bits below.
+// serviceClass encodes how the tables handle the connections to a frontend. It is a packet
+// priority (a tc class ID, major:minor). The minor number is the number of endpoints, the
+// major number contains the bits below.
 //
-// An affinity class names a session affinity instead: its minor, with the
-// lowest bit of its major, is the timeout in seconds.
+// A timeout class represents a session affinity timeout instead. Its minor number and the
+// lowest bit of its major number contain the timeout in seconds.
 type serviceClass uint32
 
-// The bits of a class.
+// The bits of a service class.
 const (
 	classMasqueradeAlways   serviceClass = 1 << (16 + iota) // dataplane.MasqueradeAlways
 	classMasqueradeFromNode                                 // dataplane.MasqueradeFromNode
 	classDropNoEndpoints                                    // dataplane.Drop
 	classTrafficPolicyLocal                                 // dataplane.ServiceSpec.ExternalTrafficPolicyLocal
-	classSourceRanges                                       // there are source ranges
-	classSessionAffinity                                    // there is session affinity
+	classSourceRanges                                       // the frontend has source ranges
+	classSessionAffinity                                    // the frontend has session affinity
 	classNodePort                                           // the frontend has the unspecified address
-	classLocalEndpoints                                     // of the list of local endpoints
-	classPassThrough                                        // the frontend's own address is a virtual server
-	classSharedList                                         // what depends on endpoints is found by a list ID
+	classLocalEndpoints                                     // for connections to the local list
+	classPassThrough                                        // connections keep the frontend's own address
+	classSharedList                                         // the frontend refers to a shared list
 	classListShard                                          // the lowest of three bits: the shard of the list ID
 
-	classTimeout serviceClass = 1 << 31 // an affinity class; of the bits it can have classNodePort
+	classTimeout serviceClass = 1 << 31 // a timeout class; classNodePort is its only other bit
 
 	classShardMask   serviceClass = (numListShards - 1) * classListShard
 	classSizeMask    serviceClass = 1<<16 - 1
 	classTimeoutMask serviceClass = 1<<17 - 1
 )
 
-// classOf returns the class of the frontends of a Service, and, if it is
-// ExternalLocal, the one for clients that get the local endpoints.
+// classOf returns the class of the frontends of a Service. If the Service has
+// ExternalTrafficPolicyLocal, forExternal is the class for clients that get the local list.
 func classOf(s *dataplane.Service) (c, forExternal serviceClass) {
 	switch s.Masquerade {
 	case dataplane.MasqueradeAlways:
@@ -71,7 +71,8 @@ func classOf(s *dataplane.Service) (c, forExternal serviceClass) {
 	return c | serviceClass(len(s.Endpoints)), forExternal //nolint:gosec // MaxEndpoints fits
 }
 
-// timeoutClassOf returns the affinity class of the frontends of a Service, or 0.
+// timeoutClassOf returns the timeout class of the frontends of a Service, or 0 without
+// session affinity.
 func timeoutClassOf(s *dataplane.Service) serviceClass {
 	if s.Affinity == 0 {
 		return 0
@@ -83,25 +84,25 @@ func timeoutClassOf(s *dataplane.Service) serviceClass {
 	return c
 }
 
-// forVirtualServer returns the class of connections that go to a virtual server if there
-// are any endpoints.
+// forVirtualServer returns the class of connections to a virtual server: the size is 1 if
+// there are endpoints.
 func (c serviceClass) forVirtualServer() serviceClass {
 	return c&^classSizeMask | min(c&classSizeMask, 1)
 }
 
-// forSharedList returns the class of frontends that share a list of endpoints. The size
-// of the list is in list-sizes, so that it changes there alone.
+// forSharedList returns the class of frontends that share a list. The map list-sizes
+// contains the size of the list, so a size change does not change the class.
 func (c serviceClass) forSharedList() serviceClass { return c.forVirtualServer() | classSharedList }
 
-// shard returns the shard of the list ID that a class in list-sizes is for.
+// shard returns the list ID's shard from a class in list-sizes.
 func (c serviceClass) shard() int { return int(c & classShardMask / classListShard) }
 
 func (c serviceClass) has(bit serviceClass) bool { return c&bit != 0 }
 
-// size is the number of endpoints.
+// size returns the number of endpoints.
 func (c serviceClass) size() int { return int(c & classSizeMask) }
 
-// timeout is that of an affinity class.
+// timeout returns the timeout of a timeout class.
 func (c serviceClass) timeout() time.Duration { return time.Duration(c&classTimeoutMask) * time.Second }
 
 func (c serviceClass) masquerade() dataplane.Masquerade {
@@ -136,8 +137,8 @@ func (c serviceClass) addressing() addressing {
 	return byAddress
 }
 
-// String returns the number of endpoints, or the timeout, and the names of the
-// bits, as they are in the names of chains.
+// String returns the number of endpoints, or the timeout, and the names of the bits, as in
+// chain names.
 func (c serviceClass) String() string {
 	var b strings.Builder
 	names := []struct {
@@ -171,27 +172,28 @@ func (c serviceClass) String() string {
 	return b.String()
 }
 
-// verdictElement is an element of one of the verdict maps: what is done with a class.
+// verdictElement is an element of a verdict map: it sends the packets of a class to a
+// chain.
 type verdictElement struct {
 	vmap verdictMap
 	serviceClass
 }
 
-func (b verdictElement) compare(o verdictElement) int {
-	return cmp.Or(cmp.Compare(b.vmap, o.vmap), cmp.Compare(b.serviceClass, o.serviceClass))
+func (v verdictElement) compare(o verdictElement) int {
+	return cmp.Or(cmp.Compare(v.vmap, o.vmap), cmp.Compare(v.serviceClass, o.serviceClass))
 }
 
 // verdictMap is one of the maps from classes to chains.
 type verdictMap int
 
 const (
-	vmapClasses         verdictMap = iota // what happens to a connection
-	vmapLocalClasses                      // the same for clients that get local endpoints; the kernel allows no loop
-	vmapDraws                             // how a slot is drawn for a client without affinity
-	vmapAffinities                        // the affinity of a timeout
-	vmapLocalAffinities                   // the same for clients that get local endpoints
-	vmapMasquerades                       // which clients are masqueraded
-	vmapListDraws                         // how an endpoint of a list with an ID is drawn
+	vmapClasses         verdictMap = iota // to the class chain
+	vmapLocalClasses                      // the same for clients that get the local list; the kernel allows no loop
+	vmapDraws                             // to the chain that selects a slot for a client that no affinity map contains
+	vmapAffinities                        // from a timeout class to its chain
+	vmapLocalAffinities                   // the same for clients that get the local list
+	vmapMasquerades                       // to the chain that decides which clients to masquerade
+	vmapListDraws                         // to the chain that selects an endpoint of a shared list
 	numVerdictMaps
 )
 
@@ -199,38 +201,39 @@ func (m verdictMap) String() string {
 	return [...]string{"classes", "local-classes", "draws", "affinities", "local-affinities", "masquerades", "list-draws"}[m]
 }
 
-// chainName is where `nft list` shows the rules.
-func (b verdictElement) chainName() string {
-	switch b.vmap {
+// chainName returns the name of the chain that the element refers to.
+func (v verdictElement) chainName() string {
+	switch v.vmap {
 	case vmapClasses, vmapLocalClasses:
-		return "class-" + b.String()
+		return "class-" + v.String()
 	case vmapDraws:
-		return "draw-" + b.String()
+		return "draw-" + v.String()
 	case vmapListDraws:
-		return fmt.Sprintf("list-%s-%x", b.String(), b.shard())
+		return fmt.Sprintf("list-%s-%x", v.String(), v.shard())
 	case vmapAffinities:
-		return "affinity-" + b.String()
+		return "affinity-" + v.String()
 	case vmapLocalAffinities:
-		return "affinity-" + b.String() + "-local"
+		return "affinity-" + v.String() + "-local"
 	default:
-		return masqueradeChainName(b.masquerade(), b.has(classSharedList))
+		return masqueradeChainName(v.masquerade(), v.has(classSharedList))
 	}
 }
 
-// hasOwnChain reports whether the branch's chain is its alone, and comes and goes with it.
-func (b verdictElement) hasOwnChain() bool { return b.vmap != vmapMasquerades }
+// hasOwnChain reports whether only this element refers to its chain. Such a chain is
+// created and deleted with the element.
+func (v verdictElement) hasOwnChain() bool { return v.vmap != vmapMasquerades }
 
-// verdict is what the branch's element says.
-func (b verdictElement) verdict() *expr.Verdict {
+// verdict returns the value of the element.
+func (v verdictElement) verdict() *expr.Verdict {
 	kind := expr.VerdictGoto
-	if b.vmap == vmapDraws {
+	if v.vmap == vmapDraws {
 		kind = expr.VerdictJump
 	}
-	return &expr.Verdict{Kind: kind, Chain: b.chainName()}
+	return &expr.Verdict{Kind: kind, Chain: v.chainName()}
 }
 
-// verdictElementChain returns the chain of a branch that has one of its own. It refers
-// to no map with elements of Services, see table.translateChain.
+// verdictElementChain returns the chain of an element that has its own chain. The chain
+// refers to no map whose elements belong to Services; see table.translateChain.
 //
 //	chain draw-2-node-drop-external-ranged-sticky {
 //		meta priority set numgen random mod 2 offset 4196204544
@@ -248,12 +251,12 @@ func (t *table) verdictElementChain(b verdictElement) chain {
 		rules = t.affinityRules(b.serviceClass, localEndpoints)
 	case vmapListDraws:
 		rules = t.listClassRules(b.serviceClass)
-	case vmapMasquerades, numVerdictMaps: // has none of its own
+	case vmapMasquerades, numVerdictMaps: // shared chains
 	}
 	return chain{Chain: &nftables.Chain{Name: b.chainName(), Table: t.nf}, rules: rules}
 }
 
-// classRules returns the rules of a class.
+// classRules returns the rules of a class chain.
 //
 //	chain class-0 {
 //		counter name "rejected-no-endpoints" goto reject

@@ -12,28 +12,29 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// transactionSize is how many elements go into one commit, give or take as many. A commit
-// holds up every other user of nftables on the node, and this one is some 10 ms.
-// Larger ones save nothing: the kernel takes more than proportional time for them.
+// transactionSize is the target number of elements in one commit; a commit can have up to
+// twice as many. A commit blocks every other user of nftables on the node, for about 10 ms
+// at this size. Larger commits save nothing, because the kernel's time grows faster than
+// the number of elements.
 const transactionSize = 2048
 
-// verdictElementWeight is as how many elements a branch counts that comes or goes, with
-// its chain and rules.
+// verdictElementWeight is the number of elements that a verdict element with its chain and
+// rules counts as.
 const verdictElementWeight = 16
 
-// unusedClassDelay is for how long a class stays when nothing is in it any more: longer
-// than any packet is on its way, and so long that a Service that goes from one
-// size to another and back doesn't make chains come and go.
+// unusedClassDelay is how long a class stays after its last use. It exceeds the time that
+// any packet needs to pass the rules. It also avoids creating and deleting chains when a
+// Service changes its size back and forth.
 const unusedClassDelay = time.Second
 
-// batch is what is committed together.
+// batch contains changes that are committed together.
 type batch struct{ tables [2]tableDiff }
 
-// tableDiff is what is done to one table.
+// tableDiff contains the changes of one table.
 type tableDiff struct {
 	elementDiff
-	// verdictElements is by how much the number of frontends that need each branch
-	// changes, addrs by how much that with each address does.
+	// verdictElements counts the change in the number of frontends that need each verdict
+	// element. addrs does the same for the elements of address sets.
 	verdictElements map[verdictElement]int
 	addrs           addrCounts
 }
@@ -54,7 +55,8 @@ func (b *batch) elements() int {
 	return n
 }
 
-// diffFrontend adds what turns one row of a frontend into another; see elementDiff.diffFrontendElements.
+// diffFrontend adds the difference between two states of a frontend, either of which may be
+// nil; see elementDiff.diffFrontendElements.
 func (b *batch) diffFrontend(f dataplane.Frontend, have, want *frontendElements) {
 	e := b.tableOf(f)
 	if have != nil && want != nil && have.sameVerdictElements(want) {
@@ -67,8 +69,8 @@ func (b *batch) diffFrontend(f dataplane.Frontend, have, want *frontendElements)
 	b.diffFrontendFromKernel(f, have, want)
 }
 
-// diffFrontendFromKernel is change for a row that was found in the kernel, whose branches have not
-// been counted.
+// diffFrontendFromKernel is diffFrontend for a frontend that was read from the kernel and
+// whose verdict elements are not counted yet.
 func (b *batch) diffFrontendFromKernel(f dataplane.Frontend, have, want *frontendElements) {
 	e := b.tableOf(f)
 	if want != nil {
@@ -77,7 +79,7 @@ func (b *batch) diffFrontendFromKernel(f dataplane.Frontend, have, want *fronten
 	e.diffFrontendElements(f, have, want)
 }
 
-// diffSharedList adds what turns the list of a Service into another.
+// diffSharedList adds the difference between two states of a Service's shared list.
 func (b *batch) diffSharedList(family dataplane.Family, l listChange) {
 	e := &b.tables[familyIndex(family)]
 	var have, want sharedListWithID
@@ -99,7 +101,7 @@ func (b *batch) diffSharedList(family dataplane.Family, l listChange) {
 	}
 }
 
-// tableOf returns the edit of the table that a frontend is in.
+// tableOf returns the diff of the table that a frontend belongs to.
 func (b *batch) tableOf(f dataplane.Frontend) *tableDiff {
 	return &b.tables[familyIndex(dataplane.FamilyOf(f.Addr.Addr()))]
 }
@@ -125,15 +127,15 @@ func familyIndex(f dataplane.Family) int {
 	return 0
 }
 
-// tooLarge reports whether a batch can't be one commit.
+// tooLarge reports whether a batch is too large for one commit.
 func (d *Dataplane) tooLarge(b *batch) bool { return b.elements() > 2*d.transactionSize }
 
-// commit carries out a batch in one transaction, and counts its branches. It
-// writes nothing if the batch is empty.
+// commit commits a batch in one transaction and counts its verdict elements. It writes
+// nothing if the batch is empty.
 //
-// A batch that is too large is carried out in steps. If one of them fails, what
-// was written before stays, and another batch that is made from what the kernel
-// had before will not do: it should be of one Service then.
+// A batch that is too large is committed in steps. If a step fails, the earlier steps stay.
+// A new batch that is made from the previous state is then wrong, so a batch in steps
+// should contain one Service only.
 func (d *Dataplane) commit(b *batch) error {
 	if err := d.prepare(b); err != nil {
 		return err
@@ -149,24 +151,24 @@ func (d *Dataplane) commit(b *batch) error {
 	return nil
 }
 
-// commitTransaction carries out a batch, or a step of one, in one transaction.
+// commitTransaction commits a batch, or a step of one, in one transaction.
 func (d *Dataplane) commitTransaction(b *batch) error {
-	something := false
+	anyWritten := false
 	for i := range b.tables {
 		written, err := d.encodeDiff(i, &b.tables[i])
 		if err != nil {
 			return err
 		}
-		something = something || written
+		anyWritten = anyWritten || written
 	}
-	if something {
+	if anyWritten {
 		if err := d.submit(); err != nil {
 			return err
 		}
 	}
 	for i := range b.tables {
-		for branch, n := range b.tables[i].verdictElements {
-			d.addReferences(i, branch, n)
+		for v, n := range b.tables[i].verdictElements {
+			d.addReferences(i, v, n)
 		}
 		d.addrs[i].merge(b.tables[i].addrs)
 		d.ports[i].merge(b.tables[i].ports)
@@ -174,23 +176,23 @@ func (d *Dataplane) commitTransaction(b *batch) error {
 	return nil
 }
 
-// encodeDiff adds the edit of the i-th table to the transaction, and reports whether that
-// is anything.
+// encodeDiff adds the diff of the i-th table to the transaction, and reports whether it has
+// added anything.
 func (d *Dataplane) encodeDiff(i int, e *tableDiff) (bool, error) {
 	if e.elements == 0 && e.addrs.size() == 0 && len(e.ports) == 0 {
 		return false, nil
 	}
-	shared := d.sharedSetDiffs(i, e)
-	something := false
+	sharedDiffs := d.sharedSetDiffs(i, e)
+	written := false
 	var errs []error
 	del := func(set *nftables.Set, elements []element) {
-		something = something || len(elements) > 0
+		written = written || len(elements) > 0
 		if err := d.conn.SetDeleteElements(set, elements); err != nil {
 			errs = append(errs, fmt.Errorf("encode deletions from set %s: %w", set.Name, err))
 		}
 	}
 	add := func(set *nftables.Set, elements []element) {
-		something = something || len(elements) > 0
+		written = written || len(elements) > 0
 		if err := d.conn.SetAddElements(set, elements); err != nil {
 			errs = append(errs, fmt.Errorf("encode additions to set %s: %w", set.Name, err))
 		}
@@ -201,8 +203,8 @@ func (d *Dataplane) encodeDiff(i int, e *tableDiff) (bool, error) {
 	for set, elements := range e.delRanges {
 		del(e.table.rangeSetByKey(set), elements)
 	}
-	for _, s := range shared {
-		del(s.set, s.gone)
+	for _, s := range sharedDiffs {
+		del(s.set, s.removed)
 	}
 	for s, set := range e.table.frontendSets {
 		add(set, e.add[s])
@@ -210,23 +212,23 @@ func (d *Dataplane) encodeDiff(i int, e *tableDiff) (bool, error) {
 	for set, elements := range e.addRanges {
 		add(e.table.rangeSetByKey(set), elements)
 	}
-	for _, s := range shared {
-		add(s.set, s.come)
+	for _, s := range sharedDiffs {
+		add(s.set, s.added)
 	}
-	return something, errors.Join(errs...)
+	return written, errors.Join(errs...)
 }
 
-// prepare makes the branches, and sets of source ranges, that the batch needs and
-// that are not there yet, in transactions of their own. They are in use by
-// nobody, so it does no harm if what follows fails.
+// prepare creates the verdict elements and source range sets that the batch needs and that
+// do not exist yet, in separate transactions. No packet uses them yet, so they do no harm
+// if a later commit fails.
 func (d *Dataplane) prepare(b *batch) error {
 	for i := range b.tables {
 		e := &b.tables[i]
 		bits := d.addSourceRangeSets(e, d.rangePrefixLengths[i])
 		var added []verdictElement
-		for branch, n := range e.verdictElements {
-			if _, exists := d.verdictElements[i][branch]; !exists && n > 0 {
-				added = append(added, branch)
+		for v, n := range e.verdictElements {
+			if _, exists := d.verdictElements[i][v]; !exists && n > 0 {
+				added = append(added, v)
 			}
 		}
 		if len(added) == 0 && len(bits) == len(d.rangePrefixLengths[i]) {
@@ -234,15 +236,15 @@ func (d *Dataplane) prepare(b *batch) error {
 		}
 		slices.SortFunc(added, verdictElement.compare)
 		for {
-			now := added[:min(len(added), d.verdictElementsPerCommit())]
-			if err := d.addVerdictElements(e.table, now); err != nil {
+			part := added[:min(len(added), d.verdictElementsPerCommit())]
+			if err := d.addVerdictElements(e.table, part); err != nil {
 				return err
 			}
 			d.rangePrefixLengths[i] = bits
-			for _, branch := range now {
-				d.addReferences(i, branch, 0)
+			for _, v := range part {
+				d.addReferences(i, v, 0)
 			}
-			if added = added[len(now):]; len(added) == 0 {
+			if added = added[len(part):]; len(added) == 0 {
 				break
 			}
 		}
@@ -250,14 +252,15 @@ func (d *Dataplane) prepare(b *batch) error {
 	return nil
 }
 
-// verdictElementsPerCommit is how many branches come, or go, in one commit.
+// verdictElementsPerCommit returns how many verdict elements one commit adds or removes.
 func (d *Dataplane) verdictElementsPerCommit() int {
 	return max(1, d.transactionSize/verdictElementWeight)
 }
 
-// addVerdictElements commits new branches, with whatever else is in the transaction.
-func (d *Dataplane) addVerdictElements(t *table, branches []verdictElement) error {
-	for _, b := range branches {
+// addVerdictElements commits new verdict elements, together with the rest of the
+// transaction.
+func (d *Dataplane) addVerdictElements(t *table, elements []verdictElement) error {
+	for _, b := range elements {
 		if b.hasOwnChain() {
 			ch := t.verdictElementChain(b)
 			d.conn.AddChain(ch.Chain)
@@ -272,8 +275,9 @@ func (d *Dataplane) addVerdictElements(t *table, branches []verdictElement) erro
 	return nil
 }
 
-// addSourceRangeSets adds sets for the lengths of source ranges that there are none for
-// yet, and the rules that look into them. They stay: there can't be many.
+// addSourceRangeSets adds the missing sets for prefix lengths of source ranges, and the
+// rules that look them up. It returns all prefix lengths. The sets are never removed,
+// because their number is small.
 func (d *Dataplane) addSourceRangeSets(e *tableDiff, have []int) []int {
 	want := slices.Clone(have)
 	for set := range e.addRanges {
@@ -302,21 +306,22 @@ func (d *Dataplane) addSourceRangeSets(e *tableDiff, have []int) []int {
 	return want
 }
 
-// addReferences counts n more frontends that need a branch of the i-th table.
+// addReferences adds n to the number of frontends that need a verdict element of the i-th
+// table.
 func (d *Dataplane) addReferences(i int, b verdictElement, n int) {
 	d.verdictElements[i][b] += n
 	if d.verdictElements[i][b] > 0 {
 		delete(d.unusedSince[i], b)
 		return
 	}
-	if _, resting := d.unusedSince[i][b]; !resting {
+	if _, unused := d.unusedSince[i][b]; !unused {
 		d.unusedSince[i][b] = d.now()
 	}
 }
 
-// removeUnusedVerdictElements removes the branches that no frontend has needed for a
-// while. What can't be removed now, as some kernels before 6.2 hold on to a
-// chain for a moment longer, is tried again after a later commit.
+// removeUnusedVerdictElements removes verdict elements that no frontend has needed for
+// unusedClassDelay. Some kernels before 6.2 keep a chain for a moment longer; a later call
+// retries these.
 func (d *Dataplane) removeUnusedVerdictElements() {
 	for i, t := range d.tables {
 		var unused []verdictElement
@@ -327,7 +332,7 @@ func (d *Dataplane) removeUnusedVerdictElements() {
 		}
 		for part := range slices.Chunk(unused, d.verdictElementsPerCommit()) {
 			if err := d.removeVerdictElements(t, part); err != nil {
-				d.log.Debug("unused classes stay for now", "table", t.String(), "classes", len(part), "error", err)
+				d.log.Debug("cannot remove unused classes yet, will retry", "table", t.String(), "classes", len(part), "error", err)
 				continue
 			}
 			for _, b := range part {
@@ -338,8 +343,8 @@ func (d *Dataplane) removeUnusedVerdictElements() {
 	}
 }
 
-func (d *Dataplane) removeVerdictElements(t *table, branches []verdictElement) error {
-	for _, b := range branches {
+func (d *Dataplane) removeVerdictElements(t *table, elements []verdictElement) error {
+	for _, b := range elements {
 		_ = d.conn.SetDeleteElements(t.verdicts[b.vmap], []element{{Key: t.encodeClass(b.serviceClass)}})
 		if b.hasOwnChain() {
 			ch := &nftables.Chain{Name: b.chainName(), Table: t.nf}
@@ -350,8 +355,8 @@ func (d *Dataplane) removeVerdictElements(t *table, branches []verdictElement) e
 	return d.submit()
 }
 
-func (d *Dataplane) removeElements(set *nftables.Set, gone []element) error {
-	for part := range slices.Chunk(gone, d.transactionSize) {
+func (d *Dataplane) removeElements(set *nftables.Set, elements []element) error {
+	for part := range slices.Chunk(elements, d.transactionSize) {
 		if err := d.conn.SetDeleteElements(set, part); err != nil {
 			return fmt.Errorf("encode deletions from set %s: %w", set.Name, err)
 		}
@@ -362,8 +367,8 @@ func (d *Dataplane) removeElements(set *nftables.Set, gone []element) error {
 	return nil
 }
 
-// isRejection reports whether the kernel refused what a commit says, rather
-// than the commit as such.
+// isRejection reports whether the kernel rejected the content of a commit, and not the
+// commit as a whole.
 func isRejection(err error) bool {
 	for _, e := range []error{unix.EPERM, unix.ENOBUFS, unix.EMSGSIZE, unix.ENOENT} {
 		if errors.Is(err, e) {

@@ -17,7 +17,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// counter is a named counter: a reason not to serve a connection.
+// counter is the name of a counter in the tables. Each counts refused packets for one
+// reason, except affinityFull and affinityNetworkLimit.
 type counter string
 
 const (
@@ -31,28 +32,30 @@ const (
 	droppedLoopback         counter = "dropped-loopback"
 )
 
-// Counters of connections whose clients are not remembered, although their Service has
+// Counters of connections whose clients no affinity map stores, although their Service has
 // session affinity.
 const (
 	affinityFull         counter = "affinity-full"
 	affinityNetworkLimit counter = "affinity-network-limit"
 )
 
-// rejectedLocalhostCounter counts connections to a node port at a loopback address.
+// rejectedLocalhostCounter returns the counter of connections to a node port at a loopback
+// address.
 func rejectedLocalhostCounter(p dataplane.Protocol) counter {
 	return counter("rejected-localhost-" + strings.ToLower(p.String()))
 }
 
-// protocols returns those that frontends have.
+// protocols returns the protocols that frontends can have.
 func protocols() []dataplane.Protocol {
 	return []dataplane.Protocol{dataplane.TCP, dataplane.UDP, dataplane.SCTP}
 }
 
-// allCounters returns all counters, refusedCounters those of what is not served.
+// allCounters returns all counters of a table.
 func allCounters() []counter {
 	return append(refusedCounters(), affinityFull, affinityNetworkLimit)
 }
 
+// refusedCounters returns the counters of refused packets.
 func refusedCounters() []counter {
 	all := []counter{
 		rejectedNoEndpoints, droppedNoEndpoints, droppedNoLocalEndpoints, droppedSourceRanges,
@@ -64,47 +67,48 @@ func refusedCounters() []counter {
 	return all
 }
 
-// CounterValue is what one of the backend's counters has counted since its table was
-// made. Restarts of the program leave it alone; [Cleanup], a reboot and whoever
-// else removes the table make it begin again.
+// CounterValue is the value of one counter of refused packets since its table was created.
+// Restarts of the program do not reset it. The value starts at 0 again after [Cleanup],
+// after a reboot, and if another program removes the table.
 type CounterValue struct {
-	// Family says which of the two tables the counter is in.
+	// Family identifies the table of the counter.
 	Family dataplane.Family
-	// Name is the counter's name, as `nft list counters` shows it: what became
-	// of the packets, and why. For example, "rejected-no-endpoints".
+	// Name is the counter's name, as `nft list counters` shows it: the verdict and the
+	// reason. For example, "rejected-no-endpoints".
 	Name string
-	// Localhost is the protocol of the counters of node ports at loopback
-	// addresses, each of which counts one protocol, and 0 of all others.
+	// Localhost is the protocol of a counter of node ports at loopback addresses. It is 0
+	// for all other counters.
 	Localhost dataplane.Protocol
-	// Packets are those that were rejected or dropped, not connections: a client
-	// that tries again is counted again. Bytes are their sizes with the IP header.
+	// Packets is the number of refused packets, including retries of the same client. Bytes
+	// is their total size, including IP headers.
 	Packets, Bytes uint64
 }
 
-// CounterReader read what was not served, beside a Dataplane and without one. Their
-// methods may be called from any goroutine.
+// CounterReader reads the counters of refused packets. It does not need a Dataplane. Its
+// methods are safe for concurrent use.
 type CounterReader struct {
 	table string
 	netns int
 
 	mu sync.Mutex
-	// conn is nil until it is needed, and after an error. It is kept because the
-	// kernel waits for the commit under way before it closes such a socket
+	// conn is nil before the first Read and after an error. The CounterReader keeps it
+	// open, because to close such a socket the kernel waits for the commit in progress
 	// (net/netfilter/nf_tables_api.c, nft_rcv_nl_event).
 	conn *netlink.Conn
 }
 
-// NewCounterReader returns Counters of a network namespace, whose file descriptor must
-// stay open for as long as they are in use. It does not connect to the kernel yet.
+// NewCounterReader returns a CounterReader for a network namespace, whose file descriptor
+// must stay open while the CounterReader is in use. NewCounterReader does not connect to
+// the kernel.
 func NewCounterReader(opts Options) *CounterReader {
 	return &CounterReader{table: opts.tableName(), netns: opts.NetNS}
 }
 
-// Read returns what every counter has counted, in an order that stays; nothing is
-// counted where there is no table. It asks the kernel once for all, which does not
-// wait for commits, nor they for it, and takes a fraction of a millisecond however
-// many Services there are. The error is that of ctx, or as for [Open]; the next
-// Read connects anew.
+// Read returns the values of all counters in a fixed order. Values are 0 if a table does
+// not exist. Read requests one dump from the kernel. The dump does not wait for commits and
+// does not delay them, and takes a fraction of a millisecond for any number of Services.
+// The error is the error of ctx or an error as for [Open]; the next Read opens a new
+// connection.
 func (c *CounterReader) Read(ctx context.Context) ([]CounterValue, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -115,7 +119,7 @@ func (c *CounterReader) Read(ctx context.Context) ([]CounterValue, error) {
 	return counts, nil
 }
 
-// Close closes the connection to the kernel. A Read after that opens another.
+// Close closes the connection to the kernel. A later Read opens a new one.
 func (c *CounterReader) Close() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -148,7 +152,7 @@ func (c *CounterReader) read(ctx context.Context) ([]CounterValue, error) {
 	conn := c.conn
 	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Now()) })
 	counts, err := dumpRefusedCounters(conn, c.table)
-	if !stop() { // the connection is of no use with that deadline
+	if !stop() { // the deadline makes the connection useless
 		return nil, context.Cause(ctx)
 	}
 	if err != nil {
@@ -157,8 +161,9 @@ func (c *CounterReader) read(ctx context.Context) ([]CounterValue, error) {
 	return counts, nil
 }
 
-// dumpCounterObjects reads the counters of both tables of a name in one dump. The library's
-// GetNamedObjects asks for each, and for objects of all kinds. Others may have added some.
+// dumpCounterObjects reads the counters of both tables with this name in one dump. The
+// library's GetNamedObjects sends one request per table, for objects of all types. The
+// result can contain counters that other programs have added.
 func dumpCounterObjects(conn *netlink.Conn, table string) (map[objectKey]CounterValue, error) {
 	attrs, err := netlink.MarshalAttributes([]netlink.Attribute{
 		{Type: unix.NFTA_OBJ_TABLE, Data: []byte(table + "\x00")},
@@ -177,22 +182,22 @@ func dumpCounterObjects(conn *netlink.Conn, table string) (map[objectKey]Counter
 	if _, err := conn.Send(request); err != nil {
 		return nil, fmt.Errorf("request: %w", err)
 	}
-	found := map[objectKey]CounterValue{}
+	counters := map[objectKey]CounterValue{}
 	for m, err := range conn.ReceiveIter() {
 		if err != nil {
 			return nil, err
 		}
 		if len(m.Data) >= 4 {
 			o, c := parseCounter(m.Data)
-			found[o] = c
+			counters[o] = c
 		}
 	}
-	return found, nil
+	return counters, nil
 }
 
-// dumpRefusedCounters returns the counters of what is not served.
+// dumpRefusedCounters returns the values of the counters of refused packets.
 func dumpRefusedCounters(conn *netlink.Conn, table string) ([]CounterValue, error) {
-	found, err := dumpCounterObjects(conn, table)
+	all, err := dumpCounterObjects(conn, table)
 	if err != nil {
 		return nil, err
 	}
@@ -207,7 +212,7 @@ func dumpRefusedCounters(conn *netlink.Conn, table string) ([]CounterValue, erro
 			family = nftables.TableFamilyIPv6
 		}
 		for _, name := range refusedCounters() {
-			c := found[objectKey{family, string(name)}]
+			c := all[objectKey{family, string(name)}]
 			c.Family, c.Name, c.Localhost = f, string(name), localhost[name]
 			counts = append(counts, c)
 		}
@@ -215,14 +220,14 @@ func dumpRefusedCounters(conn *netlink.Conn, table string) ([]CounterValue, erro
 	return counts, nil
 }
 
-// objectKey tells objects of tables of our name.
+// objectKey identifies an object in one of our tables.
 type objectKey struct {
 	family nftables.TableFamily
 	name   string
 }
 
-// parseCounter decodes a message about a counter: the header with the family, and
-// attributes (linux/netfilter/nf_tables.h, nft_object_attributes and
+// parseCounter decodes a message about a counter: the header, which contains the family,
+// and the attributes (linux/netfilter/nf_tables.h, nft_object_attributes and
 // nft_counter_attributes).
 func parseCounter(b []byte) (objectKey, CounterValue) {
 	o, attrs := objectKey{family: nftables.TableFamily(b[0])}, b[4:]

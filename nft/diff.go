@@ -9,21 +9,20 @@ import (
 	"github.com/google/nftables"
 )
 
-// elementDiff collects the elements to delete and to add in one table. In a commit all
-// deletions come first, so an element whose value changes is in both.
+// elementDiff contains the elements to delete from and to add to one table. A commit runs
+// all deletions first, so an element whose value changes is in both.
 type elementDiff struct {
 	table    *table
 	del, add [endpointsSet + numShards][]element
-	// delRanges and addRanges are those of source ranges, by set.
+	// delRanges and addRanges are the elements of source range sets, by set.
 	delRanges, addRanges map[rangeSetKey][]element
-	// ports is by how much the number of elements with an endpoint of each port
-	// changes.
+	// ports counts the change in the number of elements with an endpoint of each port.
 	ports    portCounts
 	elements int
 }
 
-// rangeSetKey is the set of the source ranges of a prefix length, of frontends or of
-// list IDs.
+// rangeSetKey identifies the source range set of a prefix length, with frontends or with
+// list IDs as keys.
 type rangeSetKey struct {
 	bits   int
 	shared bool
@@ -36,10 +35,10 @@ func (t *table) rangeSetByKey(s rangeSetKey) *nftables.Set {
 	return t.sourceRangeSet(s.bits)
 }
 
-// The sets that rows and lists have elements in, as indices into edit's fields. The
-// last ones are the first of the shards of endpoints. Those before numClassSets have the
-// classes of a frontend: the others are looked into on account of these only, and of
-// what a list has in listSizesSet.
+// The sets that contain elements of frontends and shared lists, as indices into the fields
+// of elementDiff. The last indices are the first of the shards of endpoints. The sets
+// before numClassSets contain the classes of a frontend. The rules look up the other sets
+// only for frontends in these sets, or for lists in listSizesSet.
 const (
 	servicesSet = iota
 	externalSet
@@ -56,8 +55,8 @@ const (
 	numClassSets = listSizesSet
 )
 
-// diffFrontendElements adds to the edit what turns one row of a frontend into another.
-// Either may be nil.
+// diffFrontendElements adds the difference between two states of a frontend. Either may be
+// nil.
 func (e *elementDiff) diffFrontendElements(f dataplane.Frontend, have, want *frontendElements) {
 	if have == want {
 		return
@@ -206,7 +205,8 @@ func (e *elementDiff) diffSourceRanges(f dataplane.Frontend, have, want *fronten
 	})
 }
 
-// countEndpointPort counts the port of what is in a slot, unless that is a virtual server.
+// countEndpointPort counts the port of an address in a slot, unless the address is a
+// virtual server.
 func (e *elementDiff) countEndpointPort(endpoint netip.AddrPort, n int) {
 	if port, ok := e.table.renderer.endpointPort(endpoint); ok {
 		e.addPort(port, n)
@@ -246,7 +246,7 @@ func (e *elementDiff) insertRange(set rangeSetKey, el element) {
 	e.elements++
 }
 
-// mergeSorted walks two sorted lists without duplicates in step.
+// mergeSorted visits the elements of two sorted lists without duplicates in order.
 func mergeSorted[E any](a, b []E, compare func(E, E) int, visit func(e E, inA, inB bool)) {
 	for len(a) > 0 || len(b) > 0 {
 		switch {

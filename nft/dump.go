@@ -16,14 +16,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// dumpConn reads sets and their elements. The library's own way is 5 times slower
-// with 100,000 elements, as it asks for buffers of a page, and the kernel walks the set
-// from its start for each buffer.
+// dumpConn reads sets and their elements. The library is 5 times slower with 100,000
+// elements: it requests buffers of one page, and the kernel walks the set from its start
+// for each buffer.
 type dumpConn struct {
 	*nlconn.Conn
 
-	// inconsistent says that a dump since it was last cleared did not show one state of the
-	// kernel.
+	// inconsistent is set if a dump did not show a single state of the kernel. The caller
+	// resets it.
 	inconsistent bool
 }
 
@@ -35,7 +35,7 @@ func dialDump(netns int) (*dumpConn, error) {
 	return &dumpConn{Conn: conn}, nil
 }
 
-// dump calls visit with the attributes of each message of a dump.
+// dump requests a dump and calls visit with the attributes of each message.
 func (c *dumpConn) dump(ctx context.Context, family byte, typ uint16, attrs []netlink.Attribute, visit func(attrs []byte) error) error {
 	b, err := netlink.MarshalAttributes(attrs)
 	if err != nil {
@@ -54,14 +54,15 @@ func (c *dumpConn) dump(ctx context.Context, family byte, typ uint16, attrs []ne
 	return err
 }
 
-// dumpElements calls visit with each element of a set, and whether it has a part that
-// ours never have, such as a statement. The element's slices are visit's to keep.
+// dumpElements calls visit with each element of a set. extended is true for an element with
+// an attribute that our elements never have, such as a statement. visit may keep the slices
+// of the element.
 //
-// The kernel fills one buffer after the other, and finds where it was by counting
-// elements from the start (nft_set_hash.c, nft_rhash_walk). If it moves the elements
-// to a larger hash table between two buffers, which it does in the background and
-// without beginning a generation, some elements come twice and as many do not come.
-// So an element that comes twice says that the dump is torn.
+// The kernel fills one buffer after another, and finds its position by counting elements
+// from the start (nft_set_hash.c, nft_rhash_walk). If it moves the elements to a larger
+// hash table between two buffers, some elements appear twice and as many are missing. It
+// does so in the background and without a new generation. Therefore, a duplicate element
+// means that the dump is inconsistent.
 func (c *dumpConn) dumpElements(ctx context.Context, s *nftables.Set, visit func(e element, extended bool)) error {
 	seed, seen, buffers := maphash.MakeSeed(), map[uint64]struct{}{}, 0
 	return c.dump(ctx, byte(s.Table.Family), unix.NFT_MSG_GETSETELEM, []netlink.Attribute{
@@ -98,8 +99,8 @@ func parseElements(b []byte, visit func(e element, extended bool)) error {
 	return nil
 }
 
-// parseElement decodes one element. The value of a verdict map's is left as
-// the kernel's attributes.
+// parseElement decodes one element. It leaves the value of a verdict map's element as
+// netlink attributes.
 func parseElement(b []byte) element {
 	var e element
 	if data, ok := nlconn.Attribute(b, unix.NFTA_SET_ELEM_KEY); ok {
@@ -122,8 +123,8 @@ func parseElement(b []byte) element {
 	return e
 }
 
-// hasExtraAttributes reports whether an element has a part that ours never have: a
-// statement, a timeout or a reference to an object.
+// hasExtraAttributes reports whether an element has an attribute that our elements never
+// have: a statement, a timeout or a reference to an object.
 func hasExtraAttributes(b []byte) bool {
 	for len(b) > 0 {
 		typ, _, rest, err := nlconn.NextAttribute(b)
@@ -140,9 +141,9 @@ func hasExtraAttributes(b []byte) bool {
 	return false
 }
 
-// parseComment returns the comment in an element's user data, which is a list of
-// type, length and value, and may be anything if somebody else wrote it. The
-// library's parser relies on the lengths.
+// parseComment returns the comment from the user data of an element. User data is a list of
+// type, length and value, but other programs can write arbitrary bytes. The library's
+// parser trusts the lengths.
 func parseComment(b []byte) string {
 	for len(b) >= 2 && len(b) >= 2+int(b[1]) {
 		if userdata.Type(b[0]) == userdata.NFTNL_UDATA_SET_ELEM_COMMENT {

@@ -11,9 +11,9 @@ import (
 	"github.com/google/nftables"
 )
 
-// element is an element of a set or map. In a concatenation each part is padded
-// to 32 bits. All numbers are in network byte order except slots, which the
-// kernel's numgen makes and which therefore are in the host's.
+// element is an element of a set or map. In a concatenation, each part is padded to 32
+// bits. All numbers are in network byte order, except slots, which are in host byte order
+// because the kernel's numgen expression generates them.
 type element = nftables.SetElement
 
 func (t *table) appendFrontend(b []byte, f dataplane.Frontend) []byte {
@@ -35,7 +35,7 @@ func (t *table) encodeSlotKey(f dataplane.Frontend, l endpointList, slot uint32)
 	return binary.NativeEndian.AppendUint32(b, l.slotBase()|slot)
 }
 
-// encodeEndpointID is an ID as it travels in the packet's priority.
+// encodeEndpointID encodes an ID as a packet priority.
 func (*table) encodeEndpointID(n endpointID) []byte {
 	return append(binary.BigEndian.AppendUint16(nil, uint16(n)), endpointIDMark, endpointIDMark)
 }
@@ -50,8 +50,8 @@ func (t *table) encodeSourceRangeKey(f dataplane.Frontend, p netip.Prefix) []byt
 	return append(b, p.Addr().AsSlice()...)
 }
 
-// encodeClass is in network byte order, although it becomes the packet's
-// priority, because that is how `nft` prints it: 0:3 for three slots.
+// encodeClass encodes a class in network byte order, although it becomes the packet's
+// priority, because `nft` prints it in this order: 0:3 for three slots.
 func (*table) encodeClass(c serviceClass) []byte {
 	return binary.BigEndian.AppendUint32(nil, uint32(c))
 }
@@ -68,8 +68,8 @@ func (t *table) encodeHairpinKey(a netip.Addr, f dataplane.Frontend) []byte {
 	return t.appendFrontend(b, f)
 }
 
-// errUnexpectedElement marks an element that this package would never make.
-var errUnexpectedElement = errors.New("not an element of ours")
+// errUnexpectedElement is returned for an element that this package never writes.
+var errUnexpectedElement = errors.New("element is not in a format of this package")
 
 func (t *table) parseFrontend(b []byte) (dataplane.Frontend, []byte, error) {
 	if len(b) < t.addrLen+8 {
@@ -152,8 +152,8 @@ func (t *table) parseHairpin(b []byte) (netip.Addr, dataplane.Frontend, error) {
 	return addr, f, err
 }
 
-// intervalElements returns the elements that an interval set holds for prefixes that
-// don't overlap: each one's first address, and the first address behind it.
+// intervalElements returns the elements of an interval set for prefixes that do not
+// overlap: the first address of each, and the first address after it.
 func intervalElements(prefixes []netip.Prefix) []element {
 	var elements []element
 	for _, p := range prefixes {

@@ -11,7 +11,7 @@ import (
 )
 
 // endpointRenderer renders tables that select an endpoint at random and translate
-// connections to it. The methods are documented at renderer.
+// connections to it. renderer documents the methods.
 type endpointRenderer struct{}
 
 func (endpointRenderer) checkSupported(s *dataplane.Service) error {
@@ -19,7 +19,7 @@ func (endpointRenderer) checkSupported(s *dataplane.Service) error {
 		return fmt.Errorf("%w: session affinity with more than %d endpoints", dataplane.ErrUnsupported, maxEndpointIDs)
 	}
 	if s.Scheduler != "" {
-		return fmt.Errorf("%w: IPVS scheduler %s, as endpoints are chosen at random", dataplane.ErrUnsupported, s.Scheduler)
+		return fmt.Errorf("%w: IPVS scheduler %s: nftables selects endpoints at random", dataplane.ErrUnsupported, s.Scheduler)
 	}
 	return nil
 }
@@ -51,7 +51,7 @@ func (endpointRenderer) endpointPort(addr netip.AddrPort) (uint16, bool) { retur
 
 func (endpointRenderer) requiredPorts(c *tableContent) portCounts { return c.ports }
 
-// sets leaves out bound-ips and adds the maps of session affinity.
+// sets removes bound-ips and adds the affinity maps.
 func (endpointRenderer) sets(t *table, named []*nftables.Set) []*nftables.Set {
 	var sets []*nftables.Set
 	for _, s := range named {
@@ -68,8 +68,8 @@ func (endpointRenderer) sets(t *table, named []*nftables.Set) []*nftables.Set {
 	return sets
 }
 
-// selectionChains returns the chains of Services with session affinity. Those of other
-// Services are in their class chains.
+// selectionChains returns the chains of Services with session affinity. Other Services
+// select endpoints in their class chains.
 //
 //	chain translate-sticky {
 //	…

@@ -11,8 +11,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// reg returns the register at a 32-bit offset, by the name that the kernel
-// gives it when it lists rules: the old 128-bit name where there is one
+// reg returns the register at an offset in 32-bit words. It uses the number that the kernel
+// uses when it lists rules: the old 128-bit register if one starts at this offset
 // (nf_tables_api.c, nft_dump_register).
 func reg(word int) uint32 {
 	if word%4 == 0 {
@@ -43,8 +43,8 @@ func networkHeader(word int, offset, length uint32) expr.Any {
 	}
 }
 
-// dport loads `th dport`, the destination port: TCP, UDP and SCTP all have it in bytes 2
-// and 3.
+// dport loads `th dport`, the destination port. It is in bytes 2 and 3 of the TCP, UDP and
+// SCTP headers.
 func dport(word int) expr.Any {
 	return &expr.Payload{DestRegister: reg(word), Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2}
 }
@@ -58,8 +58,8 @@ func (t *table) frontendKey(by addressing, word int) []expr.Any {
 	)
 }
 
-// frontendAddress makes the address in a key that of the frontend: a node port's is
-// `ip daddr & 0.0.0.0`.
+// frontendAddress loads an address as it appears in the keys of frontends: unchanged, or
+// `ip daddr & 0.0.0.0` for a node port.
 func (t *table) frontendAddress(by addressing, load expr.Any, word int) []expr.Any {
 	if by == byAddress {
 		return []expr.Any{load}
@@ -76,8 +76,7 @@ func (t *table) clientKey(by addressing) []expr.Any {
 	return append([]expr.Any{t.saddr(0)}, t.frontendKey(by, t.addrLen/4)...)
 }
 
-// originalFrontendKey loads what the client asked for before it was
-// translated, in the same form:
+// originalFrontendKey loads the frontend that the client connected to before translation:
 // `ct original ip daddr . meta l4proto . ct original proto-dst`.
 func (t *table) originalFrontendKey(by addressing, word int) []expr.Any {
 	n := t.addrLen / 4
@@ -102,7 +101,7 @@ func original(k expr.CtKey, word int) expr.Any {
 	return &expr.Ct{Key: k, Register: reg(word), Direction: expr.CtDirOriginal, OptDirection: true}
 }
 
-// matchShard matches frontends of a shard: `ip daddr & 0.0.0.15 == 0.0.0.3`.
+// matchShard matches the frontends of a shard: `ip daddr & 0.0.0.15 == 0.0.0.3`.
 func (t *table) matchShard(by addressing, shard int) []expr.Any {
 	n, field := t.addrLen, t.daddr(0)
 	if by == byNodePort {
@@ -117,47 +116,48 @@ func (t *table) matchShard(by addressing, shard int) []expr.Any {
 	}
 }
 
-// lookup is `@name`.
+// lookup returns `@name`.
 func lookup(s *nftables.Set) *expr.Lookup {
 	return &expr.Lookup{SourceRegister: reg(0), SetName: s.Name}
 }
 
-// lookupInverted is `!= @name`.
+// lookupInverted returns `!= @name`.
 func lookupInverted(s *nftables.Set) expr.Any {
 	l := lookup(s)
 	l.Invert = true
 	return l
 }
 
-// mapLookup is `map @name`.
+// mapLookup returns `map @name`.
 func mapLookup(s *nftables.Set, dest uint32) expr.Any {
 	return &expr.Lookup{SourceRegister: reg(0), DestRegister: dest, IsDestRegSet: true, SetName: s.Name}
 }
 
-// verdictLookup is `vmap @name`.
+// verdictLookup returns `vmap @name`.
 func verdictLookup(s *nftables.Set) expr.Any {
 	return &expr.Lookup{SourceRegister: reg(0), DestRegister: unix.NFT_REG_VERDICT, IsDestRegSet: true, SetName: s.Name}
 }
 
-// priorityVmap is `meta priority vmap @…`.
+// priorityVmap returns `meta priority vmap @…`.
 func (t *table) priorityVmap(m verdictMap) []expr.Any {
 	return []expr.Any{&expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg(0)}, verdictLookup(t.verdicts[m])}
 }
 
-// randomSlot is `numgen random mod n offset clusterSlotBase`.
+// randomSlot returns `numgen random mod n offset slotBase`.
 func randomSlot(n int, l endpointList, register uint32) expr.Any {
 	return &expr.Numgen{Register: register, Modulus: uint32(n), Type: unix.NFT_NG_RANDOM, Offset: l.slotBase()} //nolint:gosec // a size
 }
 
-// firstSlot is a draw of one: nft can't print a constant in a concatenation.
+// firstSlot returns slot 0 as `numgen random mod 1`, because nft cannot print a constant in
+// a concatenation.
 func firstSlot(l endpointList, register uint32) expr.Any { return randomSlot(1, l, register) }
 
-// setPriority is `meta priority set …`.
+// setPriority returns `meta priority set …`.
 func setPriority(source uint32) expr.Any {
 	return &expr.Meta{Key: expr.MetaKeyPRIORITY, SourceRegister: true, Register: source}
 }
 
-// resetPriority is `meta priority set none`.
+// resetPriority returns `meta priority set none`.
 func resetPriority() []expr.Any {
 	return []expr.Any{&expr.Immediate{Register: reg(0), Data: []byte{0, 0, 0, 0}}, setPriority(reg(0))}
 }
@@ -167,17 +167,20 @@ func matchSlot() []expr.Any {
 	return matchPriority(binaryutil.NativeEndian.PutUint32(slotMask), binaryutil.NativeEndian.PutUint32(slotMajor))
 }
 
-// matchSlotOrListID matches list IDs as well: `meta priority & fff8:0 == fa18:0`.
+// matchSlotOrListID matches priorities that are slots or list IDs:
+// `meta priority & fff8:0 == fa18:0`.
 func matchSlotOrListID() []expr.Any {
 	return matchPriority(binaryutil.NativeEndian.PutUint32(listIDMask), binaryutil.NativeEndian.PutUint32(listIDBase))
 }
 
-// matchEndpointID matches priorities that are IDs: `meta priority & ffff:0 == fafa:0`.
+// matchEndpointID matches priorities that are endpoint IDs:
+// `meta priority & ffff:0 == fafa:0`.
 func matchEndpointID() []expr.Any {
 	return matchPriority([]byte{0, 0, 0xff, 0xff}, []byte{0, 0, endpointIDMark, endpointIDMark})
 }
 
-// matchEndpointIDInList matches the IDs of one list: `meta priority & ffff:100 == fafa:0`.
+// matchEndpointIDInList matches the endpoint IDs of one list:
+// `meta priority & ffff:100 == fafa:0`.
 func matchEndpointIDInList(l endpointList) []expr.Any {
 	return matchPriority([]byte{0, 1, 0xff, 0xff}, []byte{0, byte(l), endpointIDMark, endpointIDMark})
 }
@@ -190,8 +193,8 @@ func matchPriority(mask, value []byte) []expr.Any {
 	}
 }
 
-// matchNotFromPods matches packets that did not come in through a pod's interface; those
-// of the node itself are among them: `iifname != "cni0"`.
+// matchNotFromPods matches packets that did not arrive on a pod's interface, including the
+// node's own packets: `iifname != "cni0"`.
 func matchNotFromPods(node dataplane.Node) []expr.Any {
 	if name := podInterfaceData(node); name != nil {
 		return []expr.Any{
@@ -202,8 +205,8 @@ func matchNotFromPods(node dataplane.Node) []expr.Any {
 	return nil
 }
 
-// podInterfaceData returns what the names of pods' interfaces are compared with, or
-// nil if these do not tell pods.
+// podInterfaceData returns the bytes that rules compare with the interface name of a
+// packet. It returns nil if the node does not identify pods by interface.
 func podInterfaceData(node dataplane.Node) []byte {
 	switch {
 	case node.PodInterface != "":
@@ -217,27 +220,27 @@ func podInterfaceData(node dataplane.Node) []byte {
 	}
 }
 
-// matchSourceLocal compares whether the packet is from an address of the node: `fib
-// saddr type local`.
+// matchSourceLocal compares the type of the source address with local:
+// `fib saddr type local`.
 func matchSourceLocal(op expr.CmpOp) []expr.Any {
 	return matchAddrType(&expr.Fib{FlagSADDR: true}, op)
 }
 
-// matchAddrType is `fib saddr type local`, or another address and comparison.
-func matchAddrType(of *expr.Fib, op expr.CmpOp) []expr.Any {
-	of.Register, of.ResultADDRTYPE = reg(0), true
+// matchAddrType compares the result of a fib expression with local.
+func matchAddrType(fib *expr.Fib, op expr.CmpOp) []expr.Any {
+	fib.Register, fib.ResultADDRTYPE = reg(0), true
 	return []expr.Any{
-		of, &expr.Cmp{Op: op, Register: reg(0), Data: binaryutil.NativeEndian.PutUint32(unix.RTN_LOCAL)},
+		fib, &expr.Cmp{Op: op, Register: reg(0), Data: binaryutil.NativeEndian.PutUint32(unix.RTN_LOCAL)},
 	}
 }
 
-// matchCtStateNew is `ct state new`.
+// matchCtStateNew returns `ct state new`.
 func matchCtStateNew() []expr.Any { return matchCtBits(expr.CtKeySTATE, expr.CtStateBitNEW) }
 
-// matchCtStateInvalid is `ct state invalid`.
+// matchCtStateInvalid returns `ct state invalid`.
 func matchCtStateInvalid() []expr.Any { return matchCtBits(expr.CtKeySTATE, expr.CtStateBitINVALID) }
 
-// matchCtStatusDNAT is `ct status dnat`.
+// matchCtStatusDNAT returns `ct status dnat`.
 func matchCtStatusDNAT() []expr.Any {
 	const dstNAT = 1 << 5 // IPS_DST_NAT, linux/netfilter/nf_conntrack_common.h
 	return matchCtBits(expr.CtKeySTATUS, dstNAT)
@@ -254,19 +257,19 @@ func matchCtBits(key expr.CtKey, bits uint32) []expr.Any {
 	}
 }
 
-// gotoChain is `goto name`.
+// gotoChain returns `goto name`.
 func gotoChain(name string) expr.Any {
 	return &expr.Verdict{Kind: expr.VerdictGoto, Chain: name}
 }
 
-// jumpChain is `jump name`.
+// jumpChain returns `jump name`.
 func jumpChain(name string) expr.Any {
 	return &expr.Verdict{Kind: expr.VerdictJump, Chain: name}
 }
 
 func drop() expr.Any { return &expr.Verdict{Kind: expr.VerdictDrop} }
 
-// counterRef is `counter name "…"`.
+// counterRef returns `counter name "…"`.
 func counterRef(c counter) expr.Any {
 	return &expr.Objref{Type: int(nftables.ObjTypeCounter), Name: string(c)}
 }

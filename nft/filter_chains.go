@@ -9,10 +9,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// rejectChain rejects with a TCP reset or an ICMP port unreachable. Chains go here
-// from prerouting, rather than from input and forward, so that clients are told
-// even where the node has no route to the address. (Kernel 5.9, netfilter:
-// nf_tables: add "reject" to prerouting.)
+// rejectChain returns the chain that rejects packets with a TCP reset or an ICMP port
+// unreachable. Prerouting chains go to it, so the client gets an answer even if the node
+// has no route to the address. Input and forward would be too late for that. (Kernel 5.9,
+// netfilter: nf_tables: add "reject" to prerouting.)
 //
 //	chain reject {
 //		reject with tcp reset
@@ -33,8 +33,8 @@ func (t *table) rejectChain() chain {
 	)
 }
 
-// resetPriorityRules puts back the priority of a packet in which a slot, or the ID of a list or
-// an endpoint, has done its work.
+// resetPriorityRules returns the rules that reset a priority that contains a slot, a list
+// ID or an endpoint ID.
 //
 //	meta priority & fff8:0 == fa18:0 meta priority set none
 //	meta priority & ffff:0 == fafa:0 meta priority set none
@@ -46,10 +46,10 @@ func (t *table) resetPriorityRules() []rule {
 	return rules
 }
 
-// noServiceRules are rules for connections to the networks of cluster IPs that are for
-// no Service. They are in forward and output, not before, so that an address
-// that is the node's own, as that of a DNS cache may be, or that somebody else
-// translates, is left alone.
+// noServiceRules returns the rules for connections to cluster IPs and service CIDRs that
+// belong to no Service. They are in filter-forward and filter-output. There, they do not
+// affect addresses of the node itself, such as the address of a DNS cache, or addresses
+// that another program translates.
 //
 //	ct state new ip daddr @cluster-ips counter name "rejected-undeclared-port" goto reject
 //	ct state new ip daddr @service-cidrs counter name "dropped-no-service" drop

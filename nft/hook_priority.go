@@ -12,18 +12,19 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Connections are translated in one of two places. Of all NAT hooks, those of
-// iptables included, the kernel asks the one with the lowest priority first, and of
-// equal ones the one that was registered last; the first that translates decides
-// (nf_nat_core.c, nf_nat_inet_fn). Other proxies are at dstnat.
+// Connections are translated at one of two hook priorities. The kernel runs NAT hooks,
+// including the hooks of iptables, by ascending priority; of hooks with equal priority, it
+// runs the last registered one first. The first hook that translates a connection decides
+// (nf_nat_core.c, nf_nat_inet_fn). Other proxies use dstnat.
 //
-//   - As a rule Fairlead is behind them: what was programmed by a Fairlead that was
-//     stopped must not stand in the way of a proxy that is started later, and no
-//     process is there then to move it.
-//   - With dataplane.Node.AheadOfOthers it is ahead of them.
+//   - By default, Fairlead's chains run after the chains of other proxies. The rules of a
+//     stopped Fairlead must not take precedence over a proxy that is started later, and by
+//     then no process exists that could move them.
+//   - With dataplane.Node.AheadOfOthers, they run before the chains of other proxies.
 //
-// Both places have the same rules, and the set "ahead" says which one is in use. So to
-// move is to write one element: no rule changes, and no packet finds neither.
+// The chains at both priorities have the same rules, and the set "ahead" selects the active
+// ones. Switching writes a single element. It changes no rule, and every packet passes
+// exactly one of the chains.
 const (
 	aheadOffset       = -1
 	behindOffset      = 1
@@ -32,16 +33,16 @@ const (
 	natOutputName     = "nat-output"
 )
 
-// newAheadSet returns the set that has the table's family while Fairlead is ahead of
-// others.
+// newAheadSet returns the set that contains the table's family while Fairlead is ahead of
+// other proxies.
 func newAheadSet(t *nftables.Table) *nftables.Set {
 	return &nftables.Set{Table: t, Name: "ahead", KeyType: nftables.TypeNFProto, HasTimeout: true}
 }
 
-// aheadElement is the one element that the set ahead may have.
+// aheadElement returns the only element that the set ahead can contain.
 func (t *table) aheadElement() element { return element{Key: []byte{byte(t.nf.Family)}} }
 
-// aheadElements are the elements of the set ahead on this node.
+// aheadElements returns the elements of the set ahead for a node.
 func (t *table) aheadElements(node dataplane.Node) []element {
 	if !node.AheadOfOthers {
 		return nil
@@ -49,7 +50,7 @@ func (t *table) aheadElements(node dataplane.Node) []element {
 	return []element{t.aheadElement()}
 }
 
-// natBaseChains returns the base chains that translate, in both places.
+// natBaseChains returns the base chains that translate connections, at both priorities.
 //
 //	chain nat-prerouting-ahead {
 //		type nat hook prerouting priority dstnat - 1; policy accept;
@@ -66,7 +67,7 @@ func (t *table) aheadElements(node dataplane.Node) []element {
 func (t *table) natBaseChains(base newBaseChain, prerouting, output []rule) []chain {
 	dstnat := *nftables.ChainPriorityNATDest
 	var chains []chain
-	for _, place := range []struct {
+	for _, position := range []struct {
 		suffix   string
 		priority nftables.ChainPriority
 		leave    rule
@@ -74,37 +75,37 @@ func (t *table) natBaseChains(base newBaseChain, prerouting, output []rule) []ch
 		{aheadSuffix, dstnat + aheadOffset, t.returnIfInactive(true)},
 		{"", dstnat + behindOffset, t.returnIfInactive(false)},
 	} {
-		in := func(rules []rule) []rule { return append([]rule{place.leave}, rules...) }
+		withLeave := func(rules []rule) []rule { return append([]rule{position.leave}, rules...) }
 		chains = append(chains,
-			base(natPreroutingName+place.suffix, nftables.ChainTypeNAT, nftables.ChainHookPrerouting, place.priority, in(prerouting)...),
-			base(natOutputName+place.suffix, nftables.ChainTypeNAT, nftables.ChainHookOutput, place.priority, in(output)...),
+			base(natPreroutingName+position.suffix, nftables.ChainTypeNAT, nftables.ChainHookPrerouting, position.priority, withLeave(prerouting)...),
+			base(natOutputName+position.suffix, nftables.ChainTypeNAT, nftables.ChainHookOutput, position.priority, withLeave(output)...),
 		)
 	}
 	return chains
 }
 
-// newBaseChain makes a chain that packets begin in.
+// newBaseChain returns a base chain.
 type newBaseChain func(name string, typ nftables.ChainType, hook *nftables.ChainHook, prio nftables.ChainPriority, rules ...rule) chain
 
-// returnIfInactive leaves a chain unless Fairlead is ahead of others, or unless it is
-// not.
+// returnIfInactive returns the rule that leaves a chain if the chain is inactive. ahead
+// says which of the two chains the rule is for.
 //
 //	meta nfproto != @ahead return
 //	meta nfproto @ahead return
 func (t *table) returnIfInactive(ahead bool) rule {
-	found := lookup(t.ahead)
-	found.Invert = ahead
+	isAhead := lookup(t.ahead)
+	isAhead.Invert = ahead
 	return rule{exprs: []expr.Any{
-		&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: reg(0)}, found, &expr.Verdict{Kind: expr.VerdictReturn},
+		&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: reg(0)}, isAhead, &expr.Verdict{Kind: expr.VerdictReturn},
 	}}
 }
 
-// GiveWay ends Node.AheadOfOthers of the last Replace after a time, although this
-// process may have ended by then: the kernel does it. With 0 it does so at once.
-// Without AheadOfOthers there is nothing to do. A Replace takes it back. The time
-// is rounded to milliseconds.
+// GiveWay ends Node.AheadOfOthers of the last Replace after a delay. The kernel does this,
+// so it also happens if the process has exited by then. With a delay of 0, it happens
+// immediately. GiveWay does nothing without AheadOfOthers. The next Replace reverts it. The
+// delay is rounded to milliseconds.
 //
-// Like all methods it must not be called beside others.
+// Like other methods, GiveWay must not be called concurrently with other calls.
 func (d *Dataplane) GiveWay(after time.Duration) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -119,7 +120,7 @@ func (d *Dataplane) GiveWay(after time.Duration) error {
 			last.Timeout = max(after, time.Millisecond)
 			_ = d.conn.SetAddElements(t.ahead, []element{last}) // the library keeps the error for Flush
 		}
-		// A table that somebody has deleted is behind everybody.
+		// A deleted table is not ahead of other proxies.
 		if err := d.submit(); err != nil && !errors.Is(err, unix.ENOENT) {
 			errs = append(errs, fmt.Errorf("give way to other proxies in table %s: %w", t, err))
 		}

@@ -6,23 +6,22 @@ import (
 	"github.com/google/nftables/expr"
 )
 
-// The kernel does not translate a packet that its connection tracking calls
-// invalid, so that one of an endpoint would reach the client, or where the client
-// is masqueraded this node, with the endpoint's own address. A TCP that knows of
-// no such connection answers with a reset, which the endpoint takes for its
-// client's.
+// The kernel does not translate a packet that connection tracking classifies as invalid. An
+// invalid packet from an endpoint arrives at the client, or at this node if the client is
+// masqueraded, with the endpoint's own address. The TCP stack there knows no such
+// connection and answers with a reset. The endpoint takes the reset for its client's.
 
-// invalidFromEndpointRule is the rule for such packets of TCP.
+// invalidFromEndpointRule returns the rule for invalid TCP packets from endpoints.
 //
-// Of the flags it wants ACK alone: without SYN, FIN and RST a packet that belongs
-// to no connection known begins one (nf_conntrack_proto_tcp.c, tcp_new, and
-// sysctl nf_conntrack_tcp_loose), so that it is invalid only if it belongs to one
-// and does not fit. Others are, where the node sees nothing but the answers of a
-// server, for the reason that they come first. Connections that were begun like
-// this are never invalid on account of their windows.
+// The rule matches packets that have ACK but not SYN, FIN or RST. Without a connection,
+// such a packet starts one (nf_conntrack_proto_tcp.c, tcp_new, and sysctl
+// nf_conntrack_tcp_loose). So it is invalid only if it belongs to a connection and does not
+// fit. Where the node sees only the replies of a server, packets with other flags are
+// invalid because they come first. Packets of connections that start with a reply are never
+// invalid because of their window.
 //
-// It wants a source port that some endpoint has, as the node may also see
-// nothing but what clients send: all of that is invalid until a SYN-ACK comes by.
+// The rule matches source ports of endpoints, because the node may also see only the
+// packets of clients: these are all invalid until the node sees a SYN-ACK.
 //
 //	ct state invalid tcp flags & (fin | syn | rst | ack) == ack tcp sport @endpoint-ports goto invalid
 func (t *table) invalidFromEndpointRule() rule {
@@ -30,9 +29,9 @@ func (t *table) invalidFromEndpointRule() rule {
 	return rule{exprs: append(t.matchInvalidTCP(tcpACK, sourcePort), gotoChain("invalid"))}
 }
 
-// resetToEndpointRule is the rule for the node's own answers to such packets: a reset
-// without ACK is what the kernel sends where there is no socket. It belongs to no
-// connection either, while one that ends a connection of the node does.
+// resetToEndpointRule returns the rule for the node's own answers to invalid packets: if no
+// socket matches, the kernel sends a reset without ACK. This reset belongs to no
+// connection. A reset that ends a connection of the node does belong to one.
 //
 //	ct state invalid tcp flags & (fin | syn | rst | ack) == rst tcp dport @endpoint-ports counter name "dropped-invalid" drop
 func (t *table) resetToEndpointRule() rule {
@@ -40,11 +39,11 @@ func (t *table) resetToEndpointRule() rule {
 	return rule{exprs: append(t.matchInvalidTCP(tcpRST, destinationPort), counterRef(droppedInvalid), drop())}
 }
 
-// The flags of TCP (RFC 9293).
+// TCP flags (RFC 9293).
 const tcpFIN, tcpSYN, tcpRST, tcpACK = 1, 2, 4, 16
 
-// matchInvalidTCP matches invalid packets of TCP with these of the flags alone, and with
-// an endpoint's port at this offset.
+// matchInvalidTCP matches invalid TCP packets that have, of FIN, SYN, RST and ACK, exactly
+// these flags, and an endpoint's port at this offset.
 func (t *table) matchInvalidTCP(flags byte, port uint32) []expr.Any {
 	return append(matchCtStateInvalid(),
 		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg(0)},
@@ -57,14 +56,13 @@ func (t *table) matchInvalidTCP(flags byte, port uint32) []expr.Any {
 	)
 }
 
-// identifiesPods reports whether some clients of the table's family are known to be
-// pods.
+// identifiesPods reports whether the node identifies pods of the table's family.
 func (t *table) identifiesPods(node dataplane.Node) bool {
 	return podInterfaceData(node) != nil || len(t.mergeNetworks(node.PodCIDRs)) > 0
 }
 
-// invalidChain drops what comes from or goes to a pod. Where no pods are told, it is
-// all that the node forwards.
+// invalidChain returns the chain that drops invalid packets from or to a pod. If the node
+// does not identify pods, the chain drops all packets, and filter-input does not go to it.
 //
 //	chain invalid {
 //		ip saddr @pod-cidrs counter name "dropped-invalid" drop
@@ -72,15 +70,15 @@ func (t *table) identifiesPods(node dataplane.Node) bool {
 //	}
 func (t *table) invalidChain(node dataplane.Node) chain {
 	dropped := []expr.Any{counterRef(droppedInvalid), drop()}
-	with := func(condition ...expr.Any) rule { return rule{exprs: append(condition, dropped...)} }
+	dropIf := func(condition ...expr.Any) rule { return rule{exprs: append(condition, dropped...)} }
 	if name := podInterfaceData(node); name != nil {
 		is := &expr.Cmp{Op: expr.CmpOpEq, Register: reg(0), Data: name}
 		return t.newChain("invalid",
-			with(&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg(0)}, is),
-			with(&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: reg(0)}, is))
+			dropIf(&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg(0)}, is),
+			dropIf(&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: reg(0)}, is))
 	}
 	if t.identifiesPods(node) {
-		return t.newChain("invalid", with(t.saddr(0), lookup(t.podCIDRs)), with(t.daddr(0), lookup(t.podCIDRs)))
+		return t.newChain("invalid", dropIf(t.saddr(0), lookup(t.podCIDRs)), dropIf(t.daddr(0), lookup(t.podCIDRs)))
 	}
-	return t.newChain("invalid", with())
+	return t.newChain("invalid", dropIf())
 }

@@ -9,14 +9,14 @@ import (
 	"github.com/google/nftables/expr"
 )
 
-// toLocalhostRule is the rule for the node's connections to loopback addresses. It
-// stands first, so that this is all that they meet besides localhost, and that no
-// frontend is looked for.
+// toLocalhostRule returns the rule for the node's own connections to loopback addresses. It
+// is the first rule of its chain, so these connections pass only this rule and the chain
+// localhost, and no frontend lookup.
 //
 //	ip daddr 127.0.0.0/8 goto localhost
 //	ip6 daddr ::1 goto localhost
 func (t *table) toLocalhostRule() rule {
-	// As `nft` writes 127.0.0.0/8: the first byte.
+	// nft compiles 127.0.0.0/8 to a comparison of the first byte.
 	address, value := networkHeader(0, 16, 1), []byte{127}
 	if t.family == dataplane.IPv6 {
 		address, value = t.daddr(0), netip.IPv6Loopback().AsSlice()
@@ -26,8 +26,8 @@ func (t *table) toLocalhostRule() rule {
 	}}
 }
 
-// localhostChain rejects connections to node ports. Nothing puts the priority back, as
-// the packet ends here.
+// localhostChain returns the chain that rejects connections to node ports. No rule resets
+// the priority, because the packet ends here.
 //
 //	chain localhost {
 //		meta priority set ip daddr & 0.0.0.0 . meta l4proto . tcp dport map @services counter name "rejected-localhost-tcp" goto reject

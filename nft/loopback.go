@@ -9,10 +9,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// loopbackFromNetworkRules returns the rule that sends packets to 127.0.0.0/8 that arrive
-// from another host or a pod to the chain loopback-from-network. Without the sysctl
-// route_localnet the kernel drops them itself, and it always drops those to ::1
-// (net/ipv6/ip6_input.c, ip6_rcv_core), so there is no rule for IPv6.
+// loopbackFromNetworkRules returns the rule that sends packets to 127.0.0.0/8 from other
+// hosts and pods to the chain loopback-from-network. Without the sysctl route_localnet, the
+// kernel drops these packets. It always drops packets to ::1 (net/ipv6/ip6_input.c,
+// ip6_rcv_core), so IPv6 needs no rule.
 //
 //	ip daddr 127.0.0.0/8 iifname != "lo" goto loopback-from-network
 func (t *table) loopbackFromNetworkRules(node dataplane.Node) []rule {
@@ -22,7 +22,7 @@ func (t *table) loopbackFromNetworkRules(node dataplane.Node) []rule {
 	lo := make([]byte, unix.IFNAMSIZ)
 	copy(lo, "lo")
 	return []rule{{exprs: []expr.Any{
-		networkHeader(0, 16, 1), // as nft writes 127.0.0.0/8: the first byte
+		networkHeader(0, 16, 1), // nft compiles 127.0.0.0/8 to a comparison of the first byte
 		&expr.Cmp{Op: expr.CmpOpEq, Register: reg(0), Data: []byte{127}},
 		&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg(0)},
 		&expr.Cmp{Op: expr.CmpOpNeq, Register: reg(0), Data: lo},
@@ -36,10 +36,10 @@ func (t *table) protectsLoopback(node dataplane.Node) bool {
 	return t.family == dataplane.IPv4 && node.ProtectLoopback
 }
 
-// dropLoopbackChain returns the chain that drops packets which were sent to a loopback
-// address. By the time the rules run, connection tracking may have put a loopback
-// address in place of another: in a reply to a process of the node that uses one, and
-// where another program's rules translate to one. These pass.
+// dropLoopbackChain returns the chain that drops packets that were sent to a loopback
+// address. When the rules run, connection tracking may already have replaced another
+// address by a loopback address: in a reply to a process of the node that uses one, or
+// because another program's rules translate to one. These packets pass.
 //
 //	chain loopback-from-network {
 //		ct direction reply return comment "replies to processes of the node"

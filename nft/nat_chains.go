@@ -9,8 +9,8 @@ import (
 	"github.com/google/nftables/expr"
 )
 
-// dispatchRules are the rules that a connection starts with: one for frontends with
-// an address of their own, which go first, and one or two for node ports.
+// dispatchRules returns the first rules for a connection: one for frontends with an
+// address, and one or two for node ports. Frontends with an address take precedence.
 //
 //	meta priority set ip daddr . meta l4proto . th dport map @services meta priority vmap @classes
 //	ip daddr @node-port-addrs meta priority set ip daddr & 0.0.0.0 . meta l4proto . th dport map @services meta priority vmap @classes
@@ -28,14 +28,14 @@ func (t *table) dispatchRules(node dataplane.Node) []rule {
 	return rules
 }
 
-// destination is a set of addresses that frontends of an addressing answer at, and
-// nil if all do.
+// destination is a set of addresses at which the frontends of an addressing answer. A nil
+// set means all addresses.
 type destination struct {
 	addressing addressing
 	addrs      *nftables.Set
 }
 
-// destinations returns the destinations that rules look for, in this order.
+// destinations returns the destinations in the order in which rules match them.
 func (t *table) destinations(node dataplane.Node) []destination {
 	all := []destination{{addressing: byAddress}, {byNodePort, t.nodePortAddrs}}
 	if len(t.mergeNodePortNetworks(node)) > 0 {
@@ -44,7 +44,8 @@ func (t *table) destinations(node dataplane.Node) []destination {
 	return all
 }
 
-// match matches packets to the destination, given what loads their address.
+// match matches packets to the destination. address is the expression that loads their
+// address.
 func (d destination) match(address expr.Any) []expr.Any {
 	if d.addrs == nil {
 		return nil
@@ -52,7 +53,8 @@ func (d destination) match(address expr.Any) []expr.Any {
 	return []expr.Any{address, lookup(d.addrs)}
 }
 
-// sourceRangesChain returns from frontends whose source ranges the client is in.
+// sourceRangesChain returns the chain that drops packets of clients outside the frontend's
+// source ranges, and returns for other clients.
 //
 //	chain source-ranges {
 //		ip daddr . meta l4proto . th dport . ip saddr & 255.255.255.0 @source-ranges-24 return
@@ -77,8 +79,8 @@ func (t *table) sourceRangesChain(by addressing, bits []int) chain {
 	return t.newChain(by.chainName("source-ranges"), append(rules, rule{exprs: []expr.Any{counterRef(droppedSourceRanges), drop()}})...)
 }
 
-// externalChain sends clients that are not this node nor its pods to the class
-// of the local endpoints.
+// externalChain returns the chain that sends clients other than this node and its pods to
+// the class of the local list.
 //
 //	chain external {
 //		ip saddr != @local-pods fib saddr type != local meta priority set ip daddr . meta l4proto . th dport map @external meta priority vmap @local-classes comment "not this node nor its pods"
@@ -96,21 +98,21 @@ func (t *table) externalChain(by addressing, node dataplane.Node) chain {
 
 const externalClientsComment = "not this node nor its pods"
 
-// matchExternalClients matches clients that are not this node nor its pods:
+// matchExternalClients matches clients other than this node and its pods:
 // `ip saddr != @local-pods fib saddr type != local`.
 func (t *table) matchExternalClients(node dataplane.Node) []expr.Any {
-	var others []expr.Any
+	var conditions []expr.Any
 	if len(t.mergeNetworks(node.PodCIDRs, node.LocalPodCIDRs)) > 0 {
-		others = append(others, t.saddr(0), lookupInverted(t.localPods))
+		conditions = append(conditions, t.saddr(0), lookupInverted(t.localPods))
 	}
-	return slices.Concat(others, matchNotFromPods(node), matchSourceLocal(expr.CmpOpNeq))
+	return slices.Concat(conditions, matchNotFromPods(node), matchSourceLocal(expr.CmpOpNeq))
 }
 
-// translateChain returns the chain that sends a connection to the endpoint in the
-// slot that is the packet's priority, if there is one. It is one chain for all
-// classes because the kernel walks a map of any kind for each new chain in
-// which a rule refers to it (nf_tables_api.c, nf_tables_bind_set): 0.5 s for a
-// new class at 100,000 Services, if each class had rules of its own.
+// translateChain returns the chain that sends a connection to the endpoint in the slot that
+// the packet's priority contains, if the slot exists. All classes share this chain. For
+// each new chain with a rule that refers to a map, the kernel walks the map
+// (nf_tables_api.c, nf_tables_bind_set). If each class had rules of its own, a new class
+// would take 0.5 s at 100,000 Services.
 //
 //	chain translate {
 //		ip daddr & 0.0.0.15 == 0.0.0.0 dnat ip to ip daddr . meta l4proto . th dport . meta priority map @endpoints-0
@@ -124,16 +126,16 @@ func (t *table) matchExternalClients(node dataplane.Node) []expr.Any {
 func (t *table) translateChain(by addressing) chain {
 	slot := t.addrLen/4 + 2
 	var rules []rule
-	for i := range numShards {
-		rules = append(rules, rule{exprs: slices.Concat(t.matchShard(by, i),
+	for shard := range numShards {
+		rules = append(rules, rule{exprs: slices.Concat(t.matchShard(by, shard),
 			t.frontendKey(by, 0), []expr.Any{&expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg(slot)}},
-			t.dnatFromMap(t.endpoints[i]))})
+			t.dnatFromMap(t.endpoints[shard]))})
 	}
 	return t.newChain(by.chainName("translate"), rules...)
 }
 
-// translateStickyChain sends a connection to the endpoint whose ID is the packet's
-// priority, if it is there.
+// translateStickyChain returns the chain that sends a connection to the endpoint whose ID
+// the packet's priority contains, if the endpoint exists.
 //
 //	chain translate-sticky {
 //		dnat ip to ip daddr . meta l4proto . th dport . meta priority map @sticky-endpoints
@@ -145,20 +147,21 @@ func (t *table) translateStickyChain(by addressing) chain {
 	)})
 }
 
-// dnatFromMap returns `dnat ip to … map @endpoints-a`, given a key in the registers from 0.
+// dnatFromMap returns `dnat ip to … map @endpoints-a` for a key in the registers from 0.
 func (t *table) dnatFromMap(endpoints *nftables.Set) []expr.Any {
 	return []expr.Any{
 		mapLookup(endpoints, reg(0)),
 		&expr.NAT{
 			Type: expr.NATTypeDestNAT, Family: uint32(t.nf.Family),
-			// The maxima are what the kernel makes of leaving them out.
+			// The kernel lists these maxima for a rule without maxima.
 			RegAddrMin: reg(0), RegAddrMax: reg(0),
 			RegProtoMin: reg(t.addrLen / 4), RegProtoMax: reg(t.addrLen / 4), Specified: true,
 		},
 	}
 }
 
-// stickyChain branches off to the affinity of a frontend.
+// stickyChain returns the chain that sends packets to the chain of the frontend's affinity
+// timeout.
 //
 //	chain sticky {
 //		meta priority set ip daddr . meta l4proto . th dport map @timeouts meta priority vmap @affinities
@@ -179,7 +182,8 @@ func (t *table) stickyChain(by addressing, l endpointList) chain {
 	)
 }
 
-// pickChain draws an endpoint: a slot, and then the ID of the endpoint in it.
+// pickChain returns the chain that selects an endpoint: first a slot, then the ID of the
+// endpoint in the slot.
 //
 //	chain pick {
 //		meta priority set ip daddr . meta l4proto . th dport map @services meta priority vmap @draws
@@ -216,8 +220,8 @@ func (t *table) postroutingRules() []rule {
 	return []rule{{exprs: append(matchCtStatusDNAT(), gotoChain("masquerading"))}}
 }
 
-// masqueradingChain decides on connections that were translated, by us or by others,
-// which is why it looks their frontend up.
+// masqueradingChain returns the chain that decides whether to masquerade a translated
+// connection. Another program may have translated it, so the chain looks up the frontend.
 //
 //	chain masquerading {
 //		ip saddr . ip daddr . ct original ip daddr . meta l4proto . ct original proto-dst @hairpin goto masquerade comment "pods that reach themselves through a Service"
@@ -247,8 +251,8 @@ func (t *table) masqueradingChain(node dataplane.Node) chain {
 	return t.newChain("masquerading", rules...)
 }
 
-// masqueradeChains returns the chains that connections of Services may end in after
-// that. They put the priority back, which has the class.
+// masqueradeChains returns the chains that handle the connections of Services after
+// masqueradingChain. They reset the priority, which contains the class.
 //
 //	chain masquerade {
 //		meta priority set none masquerade fully-random
@@ -266,13 +270,13 @@ func (t *table) masqueradingChain(node dataplane.Node) chain {
 //	}
 func (t *table) masqueradeChains(node dataplane.Node) []chain {
 	name := func(m dataplane.Masquerade) string { return masqueradeChainName(m, false) }
-	none := rule{exprs: resetPriority()}
+	resetOnly := rule{exprs: resetPriority()}
 	masquerade := gotoChain("masquerade")
-	foreign := []rule{none}
-	if conditions, some := t.matchOffCluster(node); some {
-		foreign = []rule{
+	offCluster := []rule{resetOnly}
+	if conditions, ok := t.matchOffCluster(node); ok {
+		offCluster = []rule{
 			{comment: "clients that are no pods", exprs: append(conditions, masquerade)},
-			none,
+			resetOnly,
 		}
 	}
 	chains := []chain{
@@ -280,9 +284,9 @@ func (t *table) masqueradeChains(node dataplane.Node) []chain {
 		t.newChain(name(dataplane.MasqueradeAlways), rule{exprs: []expr.Any{masquerade}}),
 		t.newChain(name(dataplane.MasqueradeFromNode),
 			rule{comment: "this node's own connections", exprs: append(matchSourceLocal(expr.CmpOpEq), masquerade)},
-			none,
+			resetOnly,
 		),
-		t.newChain(name(dataplane.MasqueradeOffCluster), foreign...),
+		t.newChain(name(dataplane.MasqueradeOffCluster), offCluster...),
 	}
 	for _, m := range []dataplane.Masquerade{dataplane.MasqueradeFromNode, dataplane.MasqueradeOffCluster} {
 		chains = append(chains, t.sharedMasqueradeChain(m))
@@ -290,9 +294,10 @@ func (t *table) masqueradeChains(node dataplane.Node) []chain {
 	return chains
 }
 
-// matchOffCluster matches clients that dataplane.MasqueradeOffCluster is about, if there are
-// any: `ip saddr != @pod-cidrs`, or the condition of matchNotFromPods.
-func (t *table) matchOffCluster(node dataplane.Node) (conditions []expr.Any, some bool) {
+// matchOffCluster matches the clients of dataplane.MasqueradeOffCluster:
+// `ip saddr != @pod-cidrs`, or the condition of matchNotFromPods. ok is false if no client
+// matches.
+func (t *table) matchOffCluster(node dataplane.Node) (conditions []expr.Any, ok bool) {
 	switch {
 	case node.MasqueradeAll:
 		return nil, true

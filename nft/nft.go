@@ -16,47 +16,47 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ErrNoNFTables is returned by [Open] on a kernel without nf_tables.
+// ErrNoNFTables is returned by [Open] if the kernel does not support nf_tables.
 var ErrNoNFTables = errors.New("the kernel has no nf_tables (CONFIG_NF_TABLES, module nf_tables)")
 
-// Options are the options of [Open]. The zero value is ready to use.
+// Options contains the options of [Open]. The zero value is valid.
 type Options struct {
-	// NetNS is a file descriptor of the network namespace to program; 0 means
-	// the namespace of the calling thread. It is used during Open only.
+	// NetNS is a file descriptor of the network namespace to program. 0 means the namespace
+	// of the calling thread. Open does not keep the descriptor.
 	NetNS int
-	// Logger gets what is worth an operator's attention but is no failure of a
-	// Service. Nil discards it.
+	// Logger receives messages for the operator that are not failures of a Service. Nil
+	// discards them.
 	Logger *slog.Logger
-	// Table is the name of the two tables. Empty: [TableName].
+	// Table is the name of both tables. The default is [TableName].
 	Table string
-	// Translator picks the endpoints. Nil: the tables themselves do, at random.
+	// Translator selects the endpoints. If it is nil, the tables select them at random.
 	Translator Translator
-	// VirtualNetworks are where the Translator's virtual servers are that are not at
-	// a frontend's own address. Connections get there by way of a frontend only: those
-	// of clients that know the address are dropped.
+	// VirtualNetworks are the networks of the Translator's virtual servers, except for
+	// servers at the address of a frontend. Clients reach them through frontends only: the
+	// rules drop direct connections to these networks.
 	VirtualNetworks []netip.Prefix
-	// OnRebuild, if not nil, is called in Replace before it rebuilds a table that it
-	// cannot repair in place, or removes one to make it anew. It must not block.
+	// OnRebuild, if not nil, is called by Replace before it rebuilds a table that it cannot
+	// repair in place, and before it removes and re-creates a table. It must not block.
 	OnRebuild func(Rebuild)
-	// OwnTables makes the Dataplane the owner of the tables until Close: the kernel
-	// refuses changes of other processes, and `nft flush ruleset` leaves the tables
-	// out. It takes Linux 6.9 and has no effect before, see [Dataplane.OwnsTables].
+	// OwnTables makes the Dataplane the owner of the tables until Close: the kernel rejects
+	// changes by other processes, and `nft flush ruleset` skips the tables. OwnTables has
+	// no effect before Linux 6.9; see [Dataplane.OwnsTables].
 	OwnTables bool
 
-	affinityMapSize int // the constant; tests make it small
+	affinityMapSize int // overrides the constant in tests
 }
 
 // Rebuild describes the rebuild of a table.
 type Rebuild struct {
 	Family dataplane.Family
-	// Table is the table as nft names it, such as "ip fairlead", and Reason says why it
-	// is not repaired in place.
+	// Table is the table's name in nft syntax, such as "ip fairlead". Reason says why it
+	// cannot be repaired in place.
 	Table, Reason string
 }
 
 func (o Options) tableName() string { return cmp.Or(o.Table, TableName) }
 
-// newTables returns the tables of a name that these options are about.
+// newTables returns the descriptions of both tables with this name.
 func (o Options) newTables(name string) [2]*table {
 	tables := [2]*table{newTable(dataplane.IPv4), newTable(dataplane.IPv6)}
 	r := o.renderer()
@@ -68,70 +68,69 @@ func (o Options) newTables(name string) [2]*table {
 	return tables
 }
 
-// Dataplane programs nftables. Its methods must be called from one goroutine,
-// except for Drift and the channel it returns.
+// Dataplane programs nftables. Its methods must be called from a single goroutine, except
+// for Drift and the channel that it returns.
 type Dataplane struct {
-	// mu keeps an [AffinityLimiter] from the socket during a call: all changes go
-	// through it, because it may own the tables.
+	// mu excludes an [AffinityLimiter] during a call. The AffinityLimiter makes all changes
+	// through the Dataplane's socket, because the socket may own the tables.
 	mu        sync.Mutex
 	conn      *nftables.Conn
 	socket    *netlink.Conn // of conn
 	portID    uint32        // of socket
-	ownTables bool          // the tables get an owner
+	ownTables bool          // whether the tables have an owner
 	dump      *dumpConn
-	flush     func() error // conn.Flush; tests make it fail
+	flush     func() error // conn.Flush; tests inject failures
 	log       *slog.Logger
 	tables    [2]*table
-	// newTables returns tables of a name. It is that of the options, unless tests
-	// change it.
+	// newTables is Options.newTables. Tests replace it.
 	newTables func(name string) [2]*table
-	// onRebuild is that of the options, or nil.
+	// onRebuild is Options.OnRebuild, or nil.
 	onRebuild func(Rebuild)
-	// schema is the constant; tests change it.
+	// schema is the constant. Tests change it.
 	schema int
-	// generation is the generation of the kernel, if only this Dataplane has changed
-	// it since the tables were read.
+	// generation is the kernel's generation if only this Dataplane has committed since the
+	// tables were read.
 	generation uint32
 	watch      *watch
 	prefetched *prefetched // nil for none
-	// lastPrefetchChanges is the number of announced changes when Prefetch last saw that there
-	// is something to read.
+	// lastPrefetchChanges is the watch's change count at the last Prefetch that had
+	// something to read.
 	lastPrefetchChanges uint64
 	// pause is nil while the watch is subscribed.
 	pause *notificationPause
 
-	// renderer is the one that Open has chosen. tables have the same.
+	// renderer is the renderer that Open selected. The tables have the same one.
 	renderer renderer
 
-	// node is that of the last Replace.
+	// node is the Node of the last Replace.
 	node dataplane.Node
-	// slotAssignments holds those of Services, as programmed, that are not what
-	// assignServiceSlots makes from nothing.
+	// slotAssignments contains the assignments of programmed Services that differ from the
+	// initial assignment; see renderer.initialAssignment.
 	slotAssignments map[dataplane.Key]slotAssignment
-	// verdictElements counts, by table, the programmed frontends that need each branch
-	// that there is; resting says since when a branch is needed by none.
+	// verdictElements counts, by table, the programmed frontends that need each existing
+	// verdict element. unusedSince is the time since which no frontend needs an element.
 	verdictElements [2]map[verdictElement]int
 	unusedSince     [2]map[verdictElement]time.Time
-	// addrs and ports count, by table, what is programmed of those who share the
-	// elements of sets.
+	// addrs and ports count, by table, the programmed users of shared set elements.
 	addrs [2]addrCounts
 	ports [2]portCounts
-	// rangePrefixLengths are, by table, the prefix lengths that there is a set of source
-	// ranges for, in order.
+	// rangePrefixLengths contains, by table, the sorted prefix lengths that have a source
+	// range set.
 	rangePrefixLengths [2][]int
-	// listIDAllocator has, by table, the list IDs of Services whose frontends share a list.
+	// listIDs contains, by table, the IDs of shared lists by Service.
 	listIDs [2]listIDAllocator
 	now     func() time.Time
-	// transactionSize and minSharedFrontends are the constants; tests make them small.
+	// transactionSize and minSharedFrontends are the constants. Tests reduce them.
 	transactionSize, minSharedFrontends int
 }
 
 var _ dataplane.Dataplane = (*Dataplane)(nil)
 
-// Open connects to the kernel and starts to watch for drift. It changes nothing.
+// Open connects to the kernel and starts to watch for drift. It changes nothing in the
+// kernel.
 //
-// The error wraps [ErrNoNFTables] on a kernel without nf_tables, and
-// os.ErrPermission where the process lacks CAP_NET_ADMIN.
+// The error wraps [ErrNoNFTables] if the kernel does not support nf_tables, and
+// os.ErrPermission if the process lacks CAP_NET_ADMIN.
 func Open(opts Options) (*Dataplane, error) {
 	log := opts.Logger
 	if log == nil {
@@ -187,7 +186,7 @@ func Open(opts Options) (*Dataplane, error) {
 	return d, nil
 }
 
-// resetState drops what is known of the kernel.
+// resetState discards the cached state of the kernel.
 func (d *Dataplane) resetState() {
 	d.slotAssignments = map[dataplane.Key]slotAssignment{}
 	for i := range d.tables {
@@ -195,7 +194,7 @@ func (d *Dataplane) resetState() {
 	}
 }
 
-// resetTableState drops what is known of the i-th table, except for arrangements.
+// resetTableState discards the cached state of the i-th table, except for slot assignments.
 func (d *Dataplane) resetTableState(i int) {
 	d.verdictElements[i] = map[verdictElement]int{}
 	d.unusedSince[i] = map[verdictElement]time.Time{}
@@ -204,32 +203,31 @@ func (d *Dataplane) resetTableState(i int) {
 	d.listIDs[i] = newListIDAllocator()
 }
 
-// probe asks the kernel for something that only nf_tables can answer, and that
-// only an administrator may ask.
+// probe sends a request that only nf_tables can answer and that requires CAP_NET_ADMIN.
 func probe(conn *nftables.Conn) error {
 	_, err := conn.ListTablesOfFamily(nftables.TableFamilyIPv4)
 	if err != nil {
-		return fmt.Errorf("ask the kernel for its nftables tables: %w", explainError(err))
+		return fmt.Errorf("list nftables tables: %w", explainError(err))
 	}
 	return nil
 }
 
-// explainError adds what the kernel means by an error of the first requests.
+// explainError adds the meaning of an error that the kernel returns for the first requests.
 func explainError(err error) error {
 	switch {
 	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
 		return fmt.Errorf("%w: run as root or with CAP_NET_ADMIN", err)
 	case errors.Is(err, unix.EPROTONOSUPPORT), errors.Is(err, unix.EINVAL), errors.Is(err, unix.EOPNOTSUPP):
-		// nfnetlink answers EINVAL for a subsystem it does not have
+		// nfnetlink returns EINVAL for an unknown subsystem
 		// (net/netfilter/nfnetlink.c, nfnetlink_rcv_msg).
 		return fmt.Errorf("%w: %w", ErrNoNFTables, err)
 	}
 	return err
 }
 
-// Socket buffers. A batch is one sendmsg, which fails with EMSGSIZE unless the
-// send buffer holds all of it; see transactionSize for how large a batch gets. The
-// kernel allocates what is used, not what is allowed.
+// Socket buffers. A batch is one sendmsg call, which fails with EMSGSIZE unless the send
+// buffer can hold the whole batch; see transactionSize for the size of batches. The kernel
+// allocates only the memory that it uses.
 const (
 	sendBuffer    = 16 << 20
 	receiveBuffer = 16 << 20
@@ -239,10 +237,10 @@ func socketOptions(conn *netlink.Conn) error {
 	if err := checkDescriptor(conn); err != nil {
 		return err
 	}
-	// The kernel's own words for what is wrong. Not together with
-	// CapAcknowledge: the library looks for the words behind the whole request.
+	// Extended acknowledgements contain the kernel's error message. CapAcknowledge must
+	// stay off: the library expects the message after the copy of the whole request.
 	if err := conn.SetOption(netlink.ExtendedAcknowledge, true); err != nil {
-		return fmt.Errorf("ask for extended netlink errors: %w", err)
+		return fmt.Errorf("enable extended netlink acknowledgements: %w", err)
 	}
 	if err := conn.SetWriteBuffer(sendBuffer); err != nil {
 		return fmt.Errorf("set the netlink send buffer to %d bytes: %w", sendBuffer, err)
@@ -253,19 +251,19 @@ func socketOptions(conn *netlink.Conn) error {
 	return nil
 }
 
-// checkDescriptor refuses a socket that the library, which uses select(2), would
-// panic on.
+// checkDescriptor returns an error for a socket on which the library would panic, because
+// it uses select(2).
 func checkDescriptor(conn *netlink.Conn) error {
 	raw, err := conn.SyscallConn()
 	if err != nil {
-		return fmt.Errorf("look at the netlink socket: %w", err)
+		return fmt.Errorf("get the netlink socket's file descriptor: %w", err)
 	}
 	var descriptor uintptr
 	if err := raw.Control(func(fd uintptr) { descriptor = fd }); err != nil {
-		return fmt.Errorf("look at the netlink socket: %w", err)
+		return fmt.Errorf("get the netlink socket's file descriptor: %w", err)
 	}
 	if descriptor >= unix.FD_SETSIZE {
-		return fmt.Errorf("the netlink socket is file descriptor %d, want one below %d: open the dataplane before %d other files are open",
+		return fmt.Errorf("the netlink socket has file descriptor %d, must be below %d: open the dataplane before %d other files are open",
 			descriptor, unix.FD_SETSIZE, unix.FD_SETSIZE)
 	}
 	return nil
@@ -274,10 +272,10 @@ func checkDescriptor(conn *netlink.Conn) error {
 // Lost implements [dataplane.LossNotifier].
 func (d *Dataplane) Lost() <-chan struct{} { return d.watch.lost }
 
-// Drift implements [dataplane.Dataplane]. The kernel announces every change of
-// a ruleset; those of our tables by others arrive here at once. While a Replace
-// makes both tables they do not: it signals in the end if others have changed
-// anything, be it in other tables.
+// Drift implements [dataplane.Dataplane]. The kernel sends a notification for every ruleset
+// change, and the Dataplane signals changes of its tables by other processes immediately.
+// While a Replace creates both tables, notifications are paused. At its end, Replace
+// signals drift if another process has changed anything, even in other tables.
 func (d *Dataplane) Drift() <-chan struct{} { return d.watch.drift }
 
 // Close implements [dataplane.Dataplane].
@@ -285,13 +283,12 @@ func (d *Dataplane) Close() error {
 	return errors.Join(d.watch.close(), d.dump.Close(), d.conn.CloseLasting())
 }
 
-// Cleanup removes both tables with all that is in them, whoever made them. It
-// needs no Dataplane and no memory of one. Established connections to Services go
-// on only where somebody else's rules make the kernel translate addresses: it
-// stops to with the last nat chain of a family, and with the last rule that
-// needs connection tracking.
+// Cleanup removes both tables with all their contents, whichever process has created them.
+// It needs no Dataplane. Established connections to Services survive only if other rules
+// make the kernel translate addresses: the kernel stops with the last NAT chain of a
+// family, and with the last rule that needs connection tracking.
 //
-// The error wraps [ErrOwned] and names the process if another one owns a table.
+// The error wraps [ErrOwned] and names the owner if another process owns a table.
 func Cleanup(opts Options) error {
 	conn, err := nftables.New(nftables.AsLasting(), nftables.WithNetNSFd(opts.NetNS), nftables.WithSockOptions(socketOptions))
 	if err != nil {
@@ -301,8 +298,8 @@ func Cleanup(opts Options) error {
 	if err := probe(conn); err != nil {
 		return err
 	}
-	next, own := opts.newTables(opts.tableName()+nextSuffix), opts.newTables(opts.tableName())
-	for _, t := range append(next[:], own[:]...) {
+	next, current := opts.newTables(opts.tableName()+nextSuffix), opts.newTables(opts.tableName())
+	for _, t := range append(next[:], current[:]...) {
 		found, err := findTable(conn, t)
 		if err != nil {
 			return err
@@ -320,7 +317,7 @@ func Cleanup(opts Options) error {
 	return nil
 }
 
-// String returns the table as nft names it: "ip fairlead".
+// String returns the table in nft syntax: "ip fairlead".
 func (t *table) String() string {
 	if t.family == dataplane.IPv6 {
 		return "ip6 " + t.nf.Name
@@ -328,7 +325,7 @@ func (t *table) String() string {
 	return "ip " + t.nf.Name
 }
 
-// findTable returns the table as the kernel has it, or nil.
+// findTable returns the table from the kernel, or nil if it does not exist.
 func findTable(conn *nftables.Conn, t *table) (*nftables.Table, error) {
 	tables, err := conn.ListTablesOfFamily(t.nf.Family)
 	if err != nil {

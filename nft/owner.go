@@ -13,35 +13,38 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A table can have an owner, the netlink socket that has created it with the flag owner
-// (Linux 5.12). The kernel refuses its changes through other sockets, and leaves it out
-// of `nft flush ruleset`. With the flag persist (Linux 6.9) the table stays when the
-// socket is closed. Then it has no owner, anybody can change it, and a socket becomes
-// its owner by adding it again. A table without the flag persist gets neither flag
-// later (nf_tables_api.c, nf_tables_updtable).
+// ownerFlags are the flags of a table that a Dataplane owns.
+//
+// A table can have an owner: the netlink socket that created it with the flag owner (Linux
+// 5.12). The kernel rejects changes through other sockets, and `nft flush ruleset` skips
+// the table. With the flag persist (Linux 6.9), the table stays when the socket is closed.
+// It then has no owner, any process can change it, and a socket becomes its owner by adding
+// it again. Neither flag can be added later to a table without the flag persist
+// (nf_tables_api.c, nf_tables_updtable).
 const ownerFlags = nftables.TableFlagOwner | nftables.TableFlagPersist
 
 // ErrOwned is wrapped by the errors of [Dataplane.Replace] and [Cleanup] while another
-// process owns a table, see [Options.OwnTables].
-var ErrOwned = errors.New("the kernel lets nobody but its owner change it")
+// process owns a table. See [Options.OwnTables].
+var ErrOwned = errors.New("the kernel accepts changes from its owner only")
 
-// noOwnerReason is the reason to rebuild a table that cannot get an owner.
-const noOwnerReason = "the kernel gives no owner to a table that was created without one"
+// noOwnerReason is the reason for rebuilding a table that cannot have an owner.
+const noOwnerReason = "the table was created without an owner, and the kernel cannot add one"
 
 const (
-	// ownerExitTimeout is how long Replace waits for the owner of a table to end. The lock of
-	// an instance that was killed can be free before its netlink socket is closed.
+	// ownerExitTimeout is how long Replace waits for a table's owner to exit. The lock of a
+	// killed instance can be released before its netlink socket is closed.
 	ownerExitTimeout = time.Second
-	// ownerPollInterval is the time between looks. The kernel does not announce the end.
+	// ownerPollInterval is the time between two checks. The kernel sends no notification
+	// when the owner exits.
 	ownerPollInterval = 5 * time.Millisecond
 )
 
-// OwnsTables reports whether the tables get an owner, which takes [Options.OwnTables]
-// and a kernel that supports it.
+// OwnsTables reports whether the Dataplane owns its tables. This requires
+// [Options.OwnTables] and a kernel that supports it.
 func (d *Dataplane) OwnsTables() bool { return d.ownTables }
 
-// supportsOwner reports whether the kernel supports tables that stay without their owner. It
-// asks for one in a batch without an end, which the kernel validates and undoes
+// supportsOwner reports whether the kernel supports tables that outlive their owner. It
+// creates one in a batch without an end message, which the kernel validates and then aborts
 // (nfnetlink.c, nfnetlink_rcv_batch).
 func supportsOwner(socket *netlink.Conn, t *table) (bool, error) {
 	messages, err := singleMessageBatch(t, unix.NFT_MSG_NEWTABLE, netlink.Create, []netlink.Attribute{
@@ -58,14 +61,14 @@ func supportsOwner(socket *netlink.Conn, t *table) (bool, error) {
 	case errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EINVAL):
 		return false, nil
 	case err != nil:
-		return false, fmt.Errorf("ask the kernel whether a table can have an owner: %w", err)
+		return false, fmt.Errorf("check whether the kernel supports table owners: %w", err)
 	default:
 		return true, nil
 	}
 }
 
-// waitForOwners waits a moment until no other process owns one of the tables, and returns
-// an error if one still does.
+// waitForOwners waits up to ownerExitTimeout until no other process owns one of the tables.
+// It returns an error if one still does.
 func (d *Dataplane) waitForOwners(ctx context.Context) error {
 	for deadline := time.Now().Add(ownerExitTimeout); ; {
 		err := d.checkOwners(ctx)
@@ -98,12 +101,12 @@ func (d *Dataplane) checkOwners(ctx context.Context) error {
 	return nil
 }
 
-// ownedError returns an error that names a table and the process that owns it by the
-// port of its netlink socket.
+// ownedError returns an error that names the table and its owner. port is the netlink port
+// of the owner's socket.
 func ownedError(t *table, port uint32) error {
-	who := fmt.Sprintf("a process that this one cannot see, by netlink port %d", port)
+	owner := fmt.Sprintf("an unknown process with netlink port %d", port)
 	if process, err := socketowner.ByNetlinkPort(unix.NETLINK_NETFILTER, port); err == nil {
-		who = process.String()
+		owner = process.String()
 	}
-	return fmt.Errorf("table %s belongs to %s: %w: stop that process first", t, who, ErrOwned)
+	return fmt.Errorf("table %s belongs to %s: %w: stop that process first", t, owner, ErrOwned)
 }

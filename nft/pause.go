@@ -7,37 +7,37 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// notificationPause is a time in which the watch is not subscribed to announcements: that of
-// a Replace that makes both tables. If anybody is, in whatever network namespace, the
-// kernel puts every element that it adds into an announcement (nf_tables_api.c,
-// nf_tables_setelem_notify). That is half of what a commit costs it, and those of our
-// own changes the watch's filter drops.
+// notificationPause is a period in which the watch is not subscribed to notifications: a
+// Replace that creates both tables. If any process is subscribed, in any network namespace,
+// the kernel writes every added element to a notification (nf_tables_api.c,
+// nf_tables_setelem_notify). This is half the cost of a commit, and the watch's filter
+// drops the notifications of our own changes.
 //
-// Every commit that changes anything in any table of the network namespace begins a
-// generation, and these are numbered. So if in the end the generation is the one
-// before anything was read, and one more for each commit of ours, then nobody else
-// has committed anything.
+// Every commit that changes a table of the network namespace starts a new generation, and
+// generations are numbered. If, at the end of the pause, the generation equals the
+// generation before the read plus the number of our own commits, no other process has
+// committed.
 type notificationPause struct {
-	generation uint32 // of the kernel, if all commits are ours
-	uncertain  bool   // whether they are
+	generation uint32 // the kernel's, if all commits are ours
+	uncertain  bool   // set if this is unknown
 }
 
-// pauseNotifications ends the subscription until listen. What the kernel holds must have been
-// read in this generation or later. If the watch cannot unsubscribe, nothing changes.
+// pauseNotifications unsubscribes until resumeNotifications. The tables must have been read
+// in this generation or later. If unsubscribing fails, notifications continue.
 func (d *Dataplane) pauseNotifications(generation uint32) {
 	if err := d.watch.unsubscribe(); err != nil {
-		d.log.Debug("the kernel announces our own changes", "error", err)
+		d.log.Debug("cannot pause notifications", "error", err)
 		return
 	}
 	d.pause = &notificationPause{generation: generation}
 }
 
-// resumeNotifications ends silence, if there is one. It signals drift if somebody else may have
-// committed anything, be it to tables that do not concern us: nobody knows which.
-// The Replace that follows finds the tables, so it is not silent.
+// resumeNotifications ends a pause, if there is one. It signals drift if another process
+// may have committed anything. The change may be in unrelated tables; the Dataplane cannot
+// know. The next Replace finds the tables, so it does not pause notifications.
 func (d *Dataplane) resumeNotifications() error {
-	s := d.pause
-	if s == nil {
+	p := d.pause
+	if p == nil {
 		return nil
 	}
 	d.pause = nil
@@ -45,48 +45,49 @@ func (d *Dataplane) resumeNotifications() error {
 		d.watch.signalLoss()
 		return err
 	}
-	// In this order: a commit begins its generation before it looks for subscribers
-	// (nf_tables_api.c, nf_tables_commit), so one that is not in the generation that
-	// is read now is announced.
-	if s.uncertain || !d.isGeneration(s.generation) {
+	// Subscribe before reading the generation: a commit starts its generation before it
+	// checks for subscribers (nf_tables_api.c, nf_tables_commit). So a commit that is not
+	// in the generation read now sends a notification.
+	if p.uncertain || !d.isGeneration(p.generation) {
 		d.watch.signalLoss()
 	}
 	return nil
 }
 
-// submit commits the transaction, in which there must be something that changes
-// what the kernel holds: then a commit that succeeds is one generation.
+// submit commits the transaction. The transaction must change the kernel's state, so that a
+// successful commit is exactly one generation.
 func (d *Dataplane) submit() error {
 	return d.recordCommit(d.flush())
 }
 
-// recordCommit records that a transaction was committed, or failed with an error.
+// recordCommit records the result of a commit.
 func (d *Dataplane) recordCommit(err error) error {
-	d.prefetched = nil // the watch ignores our own commits
+	d.prefetched = nil // the watch does not count our own commits
 	if err == nil {
 		d.generation++
 	}
-	s := d.pause
+	p := d.pause
 	switch {
-	case s == nil:
+	case p == nil:
 	case err == nil:
-		// The kernel leaves out 0 when the number starts over. That looks like a
-		// commit of somebody else's, and does no harm.
-		s.generation++
-	case !d.isGeneration(s.generation):
-		s.uncertain = true // the kernel may have taken it all the same
+		// The kernel skips 0 when the number wraps around. This looks like a commit of
+		// another process and does no harm.
+		p.generation++
+	case !d.isGeneration(p.generation):
+		p.uncertain = true // the kernel may have committed despite the error
 	}
 	return err
 }
 
-// isGeneration reports whether the kernel is certainly in this generation.
+// isGeneration reports whether the kernel is in this generation. It returns false if the
+// generation is unknown.
 func (d *Dataplane) isGeneration(generation uint32) bool {
 	now, err := d.currentGeneration()
 	return err == nil && now == generation
 }
 
-// wrapConflict returns an error of a transaction, and wraps [dataplane.ErrConflict] if
-// others have committed since the tables were read.
+// wrapConflict returns the error of a transaction. The result wraps [dataplane.ErrConflict]
+// if another process has committed since the tables were read.
 func (d *Dataplane) wrapConflict(err error) error {
 	if err == nil || errors.Is(err, dataplane.ErrConflict) || d.isGeneration(d.generation) {
 		return err
@@ -94,11 +95,11 @@ func (d *Dataplane) wrapConflict(err error) error {
 	return fmt.Errorf("%w: %w", dataplane.ErrConflict, err)
 }
 
-// currentGeneration asks the kernel for its generation.
+// currentGeneration reads the generation from the kernel.
 func (d *Dataplane) currentGeneration() (uint32, error) {
 	g, err := d.conn.GetGen()
 	if err != nil {
-		return 0, fmt.Errorf("ask the kernel for its generation: %w", err)
+		return 0, fmt.Errorf("read the nftables generation: %w", err)
 	}
 	return g.ID, nil
 }

@@ -10,19 +10,19 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// pingRule is the rule for new echo requests, with dataplane.Node.PingServiceIPs. It
-// stands behind those of the Services, which end the way of their connections.
+// pingRule returns the rule for new echo requests with dataplane.Node.PingServiceIPs. It
+// comes after the rules of Services, which handle connections that match a frontend.
 //
 //	icmp type echo-request goto ping
 func (t *table) pingRule() rule {
 	return rule{exprs: append(t.matchEchoRequest(), gotoChain("ping"))}
 }
 
-// pingChains returns the chains for echo requests. The node answers where it has sent
-// the request to one of its own addresses; the kernel gives the answer the
-// Service's address back. `redirect` is for a node that is not told to have an
-// address of the family: it takes one of the interface that the request came in
-// by, and drops the request where there is none.
+// pingChains returns the chains for echo requests. The rules translate a request to one of
+// the node's addresses, so the node answers it, and the kernel restores the Service address
+// in the reply. If the Node has no address of the family, the rules use `redirect`. It
+// translates to an address of the interface on which the request arrived, and drops the
+// request if the interface has none.
 //
 //	chain answer-ping {
 //		dnat to 192.0.2.1
@@ -64,16 +64,16 @@ func (t *table) pingChains(node dataplane.Node) []chain {
 	}
 }
 
-// answeredPingRule is the rule for all echo requests that were translated. A program
-// that goes on to ping is one connection to the kernel, so that it must be looked
-// at again whether there are still endpoints.
+// answeredPingRule returns the rule for all translated echo requests. To the kernel, all
+// requests of a running ping are one connection, so the rules must check each request for
+// remaining endpoints.
 //
 //	icmp type echo-request ct status dnat goto pinged
 func (t *table) answeredPingRule() rule {
 	return rule{exprs: slices.Concat(t.matchEchoRequest(), matchCtStatusDNAT(), []expr.Any{gotoChain("pinged")})}
 }
 
-// matchEchoRequest is `icmp type echo-request`.
+// matchEchoRequest returns `icmp type echo-request`.
 func (t *table) matchEchoRequest() []expr.Any {
 	protocol, typ := byte(unix.IPPROTO_ICMP), byte(8) // RFC 792
 	if t.family == dataplane.IPv6 {

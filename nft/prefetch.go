@@ -7,18 +7,18 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// prefetched is what the tables held when they were last read by Prefetch.
+// prefetched contains the contents of the tables at the last successful Prefetch.
 type prefetched struct {
 	have       [2]*tableContent
 	generation uint32
-	// changes is how many announcements concerned the tables before they were read.
+	// changes is the watch's change count before the tables were read.
 	changes uint64
 }
 
 var _ dataplane.Prefetcher = (*Dataplane)(nil)
 
-// Prefetch implements [dataplane.Prefetcher]. It reads the tables when no change of them
-// was announced between two calls.
+// Prefetch implements [dataplane.Prefetcher]. It reads the tables if no notification of a
+// change arrived between two calls.
 func (d *Dataplane) Prefetch(ctx context.Context) error {
 	changes := d.watch.changeCount()
 	if p := d.prefetched; p != nil && p.changes == changes {
@@ -31,7 +31,7 @@ func (d *Dataplane) Prefetch(ctx context.Context) error {
 	}
 	p := &prefetched{}
 	generation, verified, err := d.readConsistentlyAttempts(ctx, 1, func() (err error) {
-		// A change that is announced later makes what is read here outdated.
+		// A notification that arrives after this point invalidates the read.
 		p.changes = d.watch.changeCount()
 		p.have, err = d.readTablesOnce(ctx)
 		return err
@@ -45,8 +45,8 @@ func (d *Dataplane) Prefetch(ctx context.Context) error {
 	return nil
 }
 
-// usePrefetched returns what Prefetch has read, if that is what the tables hold, and
-// the kernel's generation.
+// usePrefetched returns the result of Prefetch and the kernel's generation, if the result
+// is still up to date.
 func (d *Dataplane) usePrefetched(ctx context.Context) (have [2]*tableContent, generation uint32, ok bool) {
 	p := d.prefetched
 	d.prefetched = nil
@@ -58,16 +58,16 @@ func (d *Dataplane) usePrefetched(ctx context.Context) (have [2]*tableContent, g
 		return have, 0, false
 	}
 	if generation != p.generation && !d.tablesUnchanged(p.changes, generation) || !d.refreshTables(ctx, p.have) {
-		d.log.DebugContext(ctx, "the tables have changed since they were read in advance")
+		d.log.DebugContext(ctx, "tables have changed since they were prefetched")
 		return have, 0, false
 	}
 	return p.have, generation, true
 }
 
-// refreshTables reads the properties of the tables that change without an announcement to
-// us: the flag owner goes with its process, without a generation, and tables of an
-// interrupted rebuild have another name. It reports whether all but the flags is as it
-// was read.
+// refreshTables updates the table properties that can change without a notification. When
+// an owner exits, the flag owner disappears without a new generation. Notifications of an
+// interrupted rebuild's table have a different table name. refreshTables reports whether
+// everything except the flags is unchanged.
 func (d *Dataplane) refreshTables(ctx context.Context, have [2]*tableContent) bool {
 	for i, t := range d.tables {
 		tables, err := d.dump.listTables(ctx, t.nf.Family)
@@ -75,11 +75,11 @@ func (d *Dataplane) refreshTables(ctx context.Context, have [2]*tableContent) bo
 			return false
 		}
 		_, leftover := tables[t.nf.Name+nextSuffix]
-		info, there := tables[t.nf.Name]
-		if leftover != have[i].leftover || there != (have[i].table != nil) {
+		info, ok := tables[t.nf.Name]
+		if leftover != have[i].leftover || ok != (have[i].table != nil) {
 			return false
 		}
-		if there {
+		if ok {
 			have[i].table.Flags = info.flags
 		}
 	}

@@ -19,53 +19,55 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// tableContent is what the kernel holds in one table.
+// tableContent is the content of one table in the kernel.
 type tableContent struct {
-	// table is nil if there is none.
+	// table is nil if the table does not exist.
 	table  *nftables.Table
 	schema int
-	// unreadReason says which sets have elements of Services that were not read, because the
-	// set is defined otherwise; empty for none.
+	// unreadReason says which set with elements of Services was not read because its
+	// definition differs. It is empty if all sets were read.
 	unreadReason string
-	// leftover says that there is a table of an interrupted rebuild.
+	// leftover is set if a table of an interrupted rebuild exists.
 	leftover    bool
 	sets        map[string]*nftables.Set
 	chains      map[string]*nftables.Chain
 	rules       map[string][]*nftables.Rule
 	frontends   map[dataplane.Frontend]*frontendElements
 	sharedLists map[listID]*sharedList
-	// verdictElements has the elements of verdict maps, and whether each goes where it
-	// should.
+	// verdictElements contains the elements of verdict maps. The value is false if the
+	// element refers to a wrong chain.
 	verdictElements map[verdictElement]bool
-	// unexpected are elements that we would never make, by set. extended are elements
-	// of ours that have got a statement, which packets run when they meet them.
+	// unexpected contains, by set, elements that this package never writes. extended
+	// contains our elements to which another program has added a statement. Packets run the
+	// statement when they match the element.
 	unexpected, extended map[string][]element
-	// objects are the named objects, and rangePrefixLengths the lengths for which there
-	// is a set of source ranges.
+	// objects contains the types of named objects. rangePrefixLengths contains the prefix
+	// lengths that have a source range set.
 	objects            map[string]nftables.ObjType
 	rangePrefixLengths []int
-	// addrs are the addresses in the sets of these, and ports counts the elements
-	// with an endpoint, of which there are none where there is a Translator.
-	// endpointPortElements are the ports in endpoint-ports.
+	// addrs contains the elements of address sets. ports counts the elements with an
+	// endpoint of each port; it is empty with a Translator. portSet contains the elements
+	// of endpoint-ports.
 	addrs   [numAddrSets]map[netip.Addr]bool
 	ports   portCounts
 	portSet map[uint16]bool
-	// nodeElements has the elements of the sets that follow the node, by name.
+	// nodeElements contains the elements of sets that depend on the node, by set name.
 	nodeElements map[string][]element
 }
 
-// readAttempts limits how often the kernel is read again because somebody else
-// changed it at the same time.
+// readAttempts is how often the tables are read if another process changes them during the
+// read.
 const readAttempts = 4
 
-// readConsistently calls read, and again if what it reads is not one state of the kernel:
-// others have changed our tables meanwhile, or a dump was torn. It returns the last
-// generation, and whether that is the state that was read.
+// readConsistently calls read until it sees a single state of the kernel: no other process
+// has changed our tables during the read, and no dump was inconsistent. It makes up to
+// readAttempts attempts. It returns the last generation. verified is false if the result
+// may mix several states.
 func (d *Dataplane) readConsistently(ctx context.Context, read func() error) (generation uint32, verified bool, err error) {
 	return d.readConsistentlyAttempts(ctx, readAttempts, read)
 }
 
-// readConsistentlyAttempts is consistently with a number of attempts.
+// readConsistentlyAttempts is readConsistently with this number of attempts.
 func (d *Dataplane) readConsistentlyAttempts(ctx context.Context, attempts int, read func() error) (generation uint32, verified bool, err error) {
 	var readErr error
 	for range attempts {
@@ -93,14 +95,14 @@ func (d *Dataplane) readConsistentlyAttempts(ctx context.Context, attempts int, 
 	return generation, false, readErr
 }
 
-// tablesUnchanged reports whether all commits up to a generation left our tables alone,
-// since so many announcements of changes to them had arrived.
+// tablesUnchanged reports whether no commit up to a generation has changed our tables since
+// the watch's change count had this value.
 func (d *Dataplane) tablesUnchanged(changes uint64, generation uint32) bool {
 	return d.watch.waitForGeneration(generation) && d.watch.changeCount() == changes
 }
 
-// isConcurrentChange reports whether an error of a read is what somebody else's commit causes
-// between two parts of the read, or while the kernel fills a buffer.
+// isConcurrentChange reports whether a read can fail with this error because another
+// process commits between two parts of the read, or while the kernel fills a buffer.
 func isConcurrentChange(err error) bool {
 	for _, e := range []error{unix.ENOENT, unix.EINTR, unix.EAGAIN, unix.EBUSY} {
 		if errors.Is(err, e) {
@@ -110,9 +112,8 @@ func isConcurrentChange(err error) bool {
 	return false
 }
 
-// readTables reads both tables, as far as that is possible in one state. If it is
-// not, because others change them all the time, readTables signals drift, so that
-// another Replace follows.
+// readTables reads both tables, in a single state if possible. If other processes change
+// the tables all the time, readTables signals drift, so that another Replace follows.
 func (d *Dataplane) readTables(ctx context.Context) (have [2]*tableContent, generation uint32, err error) {
 	if have, generation, ok := d.usePrefetched(ctx); ok {
 		return have, generation, nil
@@ -122,13 +123,13 @@ func (d *Dataplane) readTables(ctx context.Context) (have [2]*tableContent, gene
 		return err
 	})
 	if err == nil && !verified {
-		d.log.DebugContext(ctx, "the tables change while they are read")
+		d.log.DebugContext(ctx, "tables change while they are read")
 		d.watch.signalDrift()
 	}
 	return have, generation, err
 }
 
-// readTablesOnce reads both tables, in whatever states they are meanwhile.
+// readTablesOnce reads both tables once, possibly in different states.
 func (d *Dataplane) readTablesOnce(ctx context.Context) (have [2]*tableContent, err error) {
 	for i, t := range d.tables {
 		if have[i], err = d.readTable(ctx, t); err != nil {
@@ -138,8 +139,8 @@ func (d *Dataplane) readTablesOnce(ctx context.Context) (have [2]*tableContent, 
 	return have, nil
 }
 
-// readTable reads all of a table. That takes time in proportion to the number of
-// Services: some 0.1 s for 10,000 with 10 endpoints each.
+// readTable reads a whole table. The time is proportional to the number of Services: about
+// 0.1 s for 10,000 Services with 10 endpoints each.
 func (d *Dataplane) readTable(ctx context.Context, t *table) (*tableContent, error) {
 	c, err := d.readSets(ctx, t)
 	if err != nil || c.table == nil {
@@ -183,7 +184,7 @@ func newTableContent() *tableContent {
 	}
 }
 
-// readSets reads the sets of a table and what is in them.
+// readSets reads the sets of a table and their elements.
 func (d *Dataplane) readSets(ctx context.Context, t *table) (*tableContent, error) {
 	c := newTableContent()
 	tables, err := d.dump.listTables(ctx, t.nf.Family)
@@ -214,7 +215,7 @@ func (d *Dataplane) readSets(ctx context.Context, t *table) (*tableContent, erro
 		}
 		if !sameSet(found, read.set) {
 			if t.hasServiceElements(read.set) {
-				c.unreadReason = fmt.Sprintf("set %s is defined otherwise", read.set.Name)
+				c.unreadReason = fmt.Sprintf("set %s has a different definition", read.set.Name)
 			}
 			continue
 		}
@@ -237,21 +238,21 @@ func (d *Dataplane) readSets(ctx context.Context, t *table) (*tableContent, erro
 	return c, nil
 }
 
-// hasServiceElements reports whether a set has elements that only the Services tell:
-// not the node, nor other sets.
+// hasServiceElements reports whether the elements of a set depend on Services, and can be
+// derived neither from the node nor from other sets.
 func (t *table) hasServiceElements(s *nftables.Set) bool {
 	_, ofNode := t.nodeSetElements(dataplane.Node{})[s]
 	return !ofNode && s != t.endpointPorts
 }
 
-// setReader is a set to read, and what to do with its elements.
+// setReader is a set to read and the function that parses its elements.
 type setReader struct {
 	set   *nftables.Set
 	parse func(element) error
 }
 
 func (c *tableContent) setReaders(t *table) []setReader {
-	rows := []setReader{
+	readers := []setReader{
 		{t.services, func(e element) error { return c.parseService(t, e) }},
 		{t.external, func(e element) error { return c.parseExternal(t, e) }},
 		{t.timeouts, func(e element) error { return c.parseTimeout(t, e) }},
@@ -265,25 +266,25 @@ func (c *tableContent) setReaders(t *table) []setReader {
 	}
 	for s, set := range t.addrSets {
 		c.addrs[s] = map[netip.Addr]bool{}
-		rows = append(rows, setReader{set, func(e element) error { return c.parseAddr(t, addrSet(s), e) }})
+		readers = append(readers, setReader{set, func(e element) error { return c.parseAddr(t, addrSet(s), e) }})
 	}
 	for m, set := range t.verdicts {
-		rows = append(rows, setReader{set, func(e element) error { return c.parseVerdictElement(t, verdictMap(m), e) }})
+		readers = append(readers, setReader{set, func(e element) error { return c.parseVerdictElement(t, verdictMap(m), e) }})
 	}
 	for shard, set := range t.endpoints {
-		rows = append(rows, setReader{set, func(e element) error { return c.parseEndpoint(t, shard, e) }})
+		readers = append(readers, setReader{set, func(e element) error { return c.parseEndpoint(t, shard, e) }})
 	}
 	for shard, set := range t.sharedEndpoints {
-		rows = append(rows, setReader{set, func(e element) error { return c.parseSharedEndpoint(t, shard, e) }})
+		readers = append(readers, setReader{set, func(e element) error { return c.parseSharedEndpoint(t, shard, e) }})
 	}
 	for set := range t.nodeSetElements(dataplane.Node{}) {
-		rows = append(rows, setReader{set, func(e element) error {
+		readers = append(readers, setReader{set, func(e element) error {
 			c.nodeElements[set.Name] = append(c.nodeElements[set.Name], e)
 			return nil
 		}})
 	}
 	used := t.sets()
-	rows = slices.DeleteFunc(rows, func(r setReader) bool { return !slices.Contains(used, r.set) })
+	readers = slices.DeleteFunc(readers, func(r setReader) bool { return !slices.Contains(used, r.set) })
 	for name, found := range c.sets {
 		text, ok := strings.CutPrefix(name, rangesPrefix)
 		bits, err := strconv.Atoi(text)
@@ -291,13 +292,13 @@ func (c *tableContent) setReaders(t *table) []setReader {
 			continue
 		}
 		c.rangePrefixLengths = append(c.rangePrefixLengths, bits)
-		rows = append(rows,
+		readers = append(readers,
 			setReader{t.sourceRangeSet(bits), func(e element) error { return c.parseSourceRange(t, bits, e) }},
 			setReader{t.sharedSourceRangeSet(bits), func(e element) error { return c.parseSharedSourceRange(t, bits, e) }},
 		)
 	}
 	slices.Sort(c.rangePrefixLengths)
-	return rows
+	return readers
 }
 
 func (c *tableContent) frontend(f dataplane.Frontend) *frontendElements {
@@ -368,7 +369,7 @@ func (c *tableContent) parseEndpoint(t *table, shard int, e element) error {
 	return nil
 }
 
-// countEndpointPort counts the port of an address in a slot, if that is an endpoint's.
+// countEndpointPort counts the port of an address in a slot, if the address is an endpoint.
 func (c *tableContent) countEndpointPort(t *table, addr netip.AddrPort) {
 	if port, ok := t.renderer.endpointPort(addr); ok {
 		c.ports[port]++
@@ -464,8 +465,8 @@ func (c *tableContent) parseVerdictElement(t *table, m verdictMap, e element) er
 	return nil
 }
 
-// isVerdict reports whether the value of a verdict map's element, which the
-// library leaves as the kernel's attributes, is this verdict.
+// isVerdict reports whether the value of a verdict map's element equals a verdict. The
+// library returns the value as netlink attributes.
 func isVerdict(val []byte, want *expr.Verdict) bool {
 	attrs, err := netlink.NewAttributeDecoder(val)
 	if err != nil {
@@ -485,7 +486,7 @@ func isVerdict(val []byte, want *expr.Verdict) bool {
 	return attrs.Err() == nil && code == int32(want.Kind) && to == want.Chain //nolint:gosec // a small number
 }
 
-// sameSet reports whether a set in the kernel can take our elements.
+// sameSet reports whether a set in the kernel can hold our elements.
 func sameSet(have, want *nftables.Set) bool {
 	return have.KeyType.GetNFTMagic() == want.KeyType.GetNFTMagic() &&
 		have.DataType.GetNFTMagic() == want.DataType.GetNFTMagic() &&
@@ -494,7 +495,8 @@ func sameSet(have, want *nftables.Set) bool {
 		have.Size == want.Size
 }
 
-// sameChain reports whether a chain in the kernel is where ours must be.
+// sameChain reports whether a chain in the kernel has the type, hook, priority and policy
+// of ours.
 func sameChain(have, want *nftables.Chain) bool {
 	if want.Hooknum == nil {
 		return have.Hooknum == nil
@@ -503,7 +505,7 @@ func sameChain(have, want *nftables.Chain) bool {
 		have.Type == want.Type && have.Policy != nil && *have.Policy == *want.Policy
 }
 
-// sameRules reports whether a chain in the kernel has exactly our rules.
+// sameRules reports whether a chain in the kernel contains exactly our rules.
 func sameRules(t *table, have []*nftables.Rule, want []rule) bool {
 	return slices.EqualFunc(have, want, func(h *nftables.Rule, w rule) bool {
 		return bytes.Equal(h.UserData, w.userData()) && slices.EqualFunc(h.Exprs, w.exprs, t.sameExpr)
@@ -517,8 +519,8 @@ func (t *table) sameExpr(have, want expr.Any) bool {
 	return errHave == nil && errWant == nil && bytes.Equal(h, w)
 }
 
-// Read implements [dataplane.Dataplane]. With a Translator there are no endpoints
-// and no affinity in what it returns; see [Dataplane.ReadVirtualBindings].
+// Read implements [dataplane.Dataplane]. With a Translator, the result contains no
+// endpoints and no session affinity; see [Dataplane.ReadVirtualBindings].
 func (d *Dataplane) Read(ctx context.Context) (dataplane.State, error) {
 	state := dataplane.State{}
 	err := d.forEachFrontend(ctx, func(f dataplane.Frontend, r *frontendElements) { state[f] = d.renderer.binding(r) })
@@ -528,7 +530,7 @@ func (d *Dataplane) Read(ctx context.Context) (dataplane.State, error) {
 	return state, nil
 }
 
-// forEachFrontend reads the rows of frontends that there are.
+// forEachFrontend reads the rendered elements of all frontends.
 func (d *Dataplane) forEachFrontend(ctx context.Context, visit func(dataplane.Frontend, *frontendElements)) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -547,7 +549,7 @@ func (d *Dataplane) forEachFrontend(ctx context.Context, visit func(dataplane.Fr
 	}
 	for _, c := range have {
 		for f, r := range c.frontends {
-			if r.inServices { // the rest is garbage, and looked for by nobody
+			if r.inServices { // no rule looks up the elements of other frontends
 				visit(f, r)
 			}
 		}
@@ -555,7 +557,7 @@ func (d *Dataplane) forEachFrontend(ctx context.Context, visit func(dataplane.Fr
 	return nil
 }
 
-// binding returns what the kernel does with connections to the row's frontend.
+// binding returns how the kernel handles connections to the frontend.
 func (r *frontendElements) binding() dataplane.Binding {
 	b := r.bindingExceptEndpoints()
 	b.Endpoints = r.reachableEndpoints(clusterEndpoints, r.class)
@@ -568,8 +570,7 @@ func (r *frontendElements) binding() dataplane.Binding {
 	return b
 }
 
-// bindingExceptEndpoints returns all of the binding but who the endpoints are, and for
-// how long clients stick to them.
+// bindingExceptEndpoints returns the binding without endpoints and session affinity.
 func (r *frontendElements) bindingExceptEndpoints() dataplane.Binding {
 	b := dataplane.Binding{Service: r.service}
 	b.Masquerade, b.NoEndpointsVerdict = r.class.masquerade(), r.class.noEndpointsVerdict()
@@ -586,7 +587,7 @@ func (r *frontendElements) bindingExceptEndpoints() dataplane.Binding {
 	return b
 }
 
-// reachableEndpoints returns the endpoints of a list that connections of a class reach.
+// reachableEndpoints returns the endpoints of a list that connections of a class can reach.
 func (r *frontendElements) reachableEndpoints(l endpointList, c serviceClass) []dataplane.Endpoint {
 	slots, size, hairpins := r.slots[l].endpoints, c.size(), r.hairpins
 	switch {

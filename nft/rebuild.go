@@ -11,19 +11,20 @@ import (
 	"github.com/google/nftables"
 )
 
-// nextSuffix is the suffix of the table that serves while a table is rebuilt.
+// nextSuffix is the suffix of the table that is active while the original table is rebuilt.
 const nextSuffix = "-next"
 
-// maxPacketTransit is longer than any packet is on its way through a table.
+// maxPacketTransit exceeds the time that any packet needs to pass a table.
 const maxPacketTransit = 100 * time.Millisecond
 
-// rebuildReason returns why a table cannot be repaired in place, or an empty string.
+// rebuildReason returns why a table cannot be repaired in place, or an empty string if it
+// can.
 func (d *Dataplane) rebuildReason(have *tableContent) string {
 	if have.table == nil {
 		return ""
 	}
 	if have.schema != d.schema {
-		return fmt.Sprintf("it has schema %d, want %d", have.schema, d.schema)
+		return fmt.Sprintf("schema is %d, want %d", have.schema, d.schema)
 	}
 	if d.ownTables && have.table.Flags&nftables.TableFlagPersist == 0 {
 		return noOwnerReason
@@ -37,13 +38,15 @@ func (d *Dataplane) reportRebuild(t *table, reason string) {
 	}
 }
 
-// rebuild makes a table anew while packets go on to meet a complete one: it builds
-// the table under another name without base chains, and then, in one transaction,
-// adds these and removes those of the old table; then the same with the right name.
-// The kernel registers hooks when a chain is added, and unregisters those of deleted
-// chains after the commit (nf_tables_api.c), so a nat hook is always there and
-// connection tracking goes on for established connections. What session affinity
-// remembers of clients is lost.
+// rebuild re-creates a table while all packets pass a complete table. It first creates the
+// table under another name without base chains. Then, in one transaction, it adds the base
+// chains and deletes the base chains of the old table. It repeats both steps with the
+// original name.
+//
+// The kernel registers hooks when a chain is added, and unregisters the hooks of deleted
+// chains after the commit (nf_tables_api.c). So a NAT hook always exists, and connection
+// tracking continues for established connections. The stored clients of session affinity
+// are lost.
 func (d *Dataplane) rebuild(ctx context.Context, i int, node dataplane.Node, services []*dataplane.Service) error {
 	name := d.tables[i].nf.Name
 	names := []string{name + nextSuffix, name}
@@ -52,7 +55,7 @@ func (d *Dataplane) rebuild(ctx context.Context, i int, node dataplane.Node, ser
 	if err != nil {
 		return err
 	}
-	if len(hooks) > 0 { // an interrupted rebuild has left it complete, and maybe nothing else
+	if len(hooks) > 0 { // it is complete, possibly the only complete table, after an interrupted rebuild
 		d.tables[i], names = next, names[1:]
 	}
 	for _, to := range names {
@@ -64,8 +67,8 @@ func (d *Dataplane) rebuild(ctx context.Context, i int, node dataplane.Node, ser
 	return nil
 }
 
-// moveTable makes the i-th table under another name, and removes the one that it
-// replaces. d.tables has the new one if there is no error.
+// moveTable creates the i-th table under another name and removes the table that it
+// replaces. If it succeeds, d.tables contains the new table.
 func (d *Dataplane) moveTable(ctx context.Context, i int, name string, node dataplane.Node, services []*dataplane.Service) error {
 	from, to := d.tables[i], d.newTables(name)[i]
 	if err := d.removeTableIfExists(to); err != nil {
@@ -100,8 +103,7 @@ func (d *Dataplane) moveTable(ctx context.Context, i int, name string, node data
 	return d.removeDetached(ctx, from)
 }
 
-// removeDetached removes a table without base chains, when no packet can be on its way through
-// it any more.
+// removeDetached removes a table without base chains, after the last packet has passed it.
 func (d *Dataplane) removeDetached(ctx context.Context, t *table) error {
 	select {
 	case <-ctx.Done():
@@ -111,8 +113,8 @@ func (d *Dataplane) removeDetached(ctx context.Context, t *table) error {
 	return removeTable(d.conn, d.submit, t)
 }
 
-// switchBaseChains adds the base chains of one table and deletes those of the other, in one
-// transaction.
+// switchBaseChains adds the base chains of one table and deletes the base chains of the
+// other table in one transaction.
 func (d *Dataplane) switchBaseChains(to, from *table, node dataplane.Node, i int) error {
 	for _, ch := range to.chains(node, d.rangePrefixLengths[i]) {
 		if ch.Hooknum != nil {
@@ -139,7 +141,7 @@ func (d *Dataplane) deleteBaseChains(t *table) error {
 	return err
 }
 
-// baseChains returns the chains with a hook that a table has in the kernel.
+// baseChains returns the base chains of a table in the kernel.
 func (d *Dataplane) baseChains(t *table) ([]*nftables.Chain, error) {
 	chains, err := d.conn.ListChainsOfTableFamily(t.nf.Family)
 	if err != nil {
@@ -150,7 +152,7 @@ func (d *Dataplane) baseChains(t *table) ([]*nftables.Chain, error) {
 	}), nil
 }
 
-// removeTableIfExists removes a table if there is one of that name.
+// removeTableIfExists removes a table if it exists.
 func (d *Dataplane) removeTableIfExists(t *table) error {
 	found, err := findTable(d.conn, t)
 	if err != nil || found == nil {
@@ -159,8 +161,8 @@ func (d *Dataplane) removeTableIfExists(t *table) error {
 	return removeTable(d.conn, d.submit, t)
 }
 
-// removeLeftovers removes what an interrupted rebuild has left. It must be called
-// when the tables are complete, because until then the leftovers may serve.
+// removeLeftovers removes the tables of an interrupted rebuild. The original tables must be
+// complete, because until then packets may depend on the leftovers.
 func (d *Dataplane) removeLeftovers(ctx context.Context, have [2]*tableContent) error {
 	for i, t := range d.tables {
 		if !have[i].leftover {

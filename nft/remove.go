@@ -7,11 +7,11 @@ import (
 	"github.com/google/nftables"
 )
 
-// removeTable removes a table with all that is in it, in pieces, as the kernel
-// takes 0.2 s to remove one with 50,000 Services at once: first what the packets
-// go through, then the rest. What can't be removed by itself goes with the table.
+// removeTable removes a table with all its contents, in several commits, because the kernel
+// takes 0.2 s to remove a table with 50,000 Services in one commit. It removes the base
+// chains first. Contents that cannot be removed separately are removed with the table.
 //
-// That is for the conn that is given, whose transactions flush commits.
+// flush must commit the transactions of conn.
 func removeTable(conn *nftables.Conn, flush func() error, t *table) error {
 	chains, err := conn.ListChainsOfTableFamily(t.nf.Family)
 	if err != nil {
@@ -28,7 +28,7 @@ func removeTable(conn *nftables.Conn, flush func() error, t *table) error {
 			conn.DelChain(ch)
 		}
 	}
-	// An error is no matter, here and below: what stays goes with the table.
+	// Ignore errors here and below: deleting the table removes what remains.
 	_ = flush()
 	chains = slices.DeleteFunc(chains, func(ch *nftables.Chain) bool { return ch.Hooknum != nil })
 	atOnce := transactionSize / verdictElementWeight

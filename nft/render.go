@@ -9,8 +9,8 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// render returns what the maps hold for each frontend of the Service, and for the
-// list that they share if they have a list ID.
+// render returns the rendered elements of each frontend of the Service, including their
+// shared list if n is not 0.
 func (d *Dataplane) render(s *dataplane.Service, a slotAssignment, n listID) *frontendElements {
 	r := d.renderer.render(s, a, d.node)
 	if n != 0 && !r.class.has(classPassThrough) {
@@ -19,57 +19,58 @@ func (d *Dataplane) render(s *dataplane.Service, a slotAssignment, n listID) *fr
 	return r
 }
 
-// frontendElements is everything that the maps and sets hold for one frontend. All elements
-// but those that shared.go counts belong to exactly one frontend, so the
-// difference of two states is the difference of their rows. Rows read from the kernel can be
-// of any shape; those that render makes are consistent.
+// frontendElements contains the elements of all maps and sets for one frontend. Each
+// element belongs to exactly one frontend, except for the elements that shared_sets.go
+// counts. So the difference between two states of the tables is the difference between
+// their frontendElements. Elements that were read from the kernel can be inconsistent;
+// rendered elements are consistent.
 type frontendElements struct {
 	// service is the comment on the frontend's element in services.
 	service string
-	// class is the value in services, external the one in external, where
-	// the frontend is there.
+	// class is the value in services, and externalClass the value in external. inServices
+	// and inExternal report whether these maps contain the frontend.
 	class, externalClass   serviceClass
 	inServices, inExternal bool
-	// timeoutClass is the affinity class in timeouts; 0 if the frontend is not there.
+	// timeoutClass is the value in timeouts, or 0 if the map does not contain the frontend.
 	timeoutClass serviceClass
-	// slots are what is in the slots of each list.
+	// slots contains the elements of each endpoint list.
 	slots [numEndpointLists]listElements
-	// byID is in sticky-endpoints.
+	// byID contains the elements of sticky-endpoints.
 	byID map[endpointID]netip.AddrPort
-	// hairpins are the addresses that are in hairpin with this frontend,
-	// sorted.
+	// hairpins contains the sorted endpoint addresses in hairpin.
 	hairpins []netip.Addr
-	// ranges are the source ranges, sorted. self says that a client may have
-	// the frontend's own address.
+	// ranges contains the sorted source ranges. allowSelf is set if a client may have the
+	// frontend's own address.
 	ranges    []netip.Prefix
 	allowSelf bool
 
-	// listID is the value in lists, and shared the elements of that list; 0 and nil
-	// where the frontend shares none.
+	// listID is the value in lists, and sharedList contains the elements of this list. They
+	// are 0 and nil if the frontend shares no list.
 	listID     listID
 	sharedList *sharedList
 
-	// addrs are the sets that the frontend's address is to be in. They are not
-	// known of a row that was read.
+	// addrs are the address sets that must contain the frontend's address. Not set for
+	// elements read from the kernel.
 	addrs addrSetMembership
-	// ports are those of the endpoints where there is a Translator, sorted, and
-	// otherwise told by slots and byID. They are not known of a row that was read.
+	// ports contains the sorted endpoint ports if there is a Translator; otherwise, slots
+	// and byID contain the ports. Not set for elements read from the kernel.
 	ports []uint16
 }
 
-// listElements is what is in the slots of a list: endpoints, or with affinity their IDs.
+// listElements contains the elements of an endpoint list: endpoints, or endpoint IDs with
+// session affinity.
 type listElements struct {
-	// endpoints are in endpoints-…; a slot that is not there is the zero
+	// endpoints contains the elements of endpoints-…, by slot. A missing slot is the zero
 	// AddrPort.
 	endpoints []netip.AddrPort
-	// ids are in slots; a slot that is not there is noEndpointID.
+	// ids contains the elements of slots, by slot. A missing slot is noEndpointID.
 	ids []int
 }
 
 const noEndpointID = -1
 
-// render returns what the maps hold for each frontend of the Service when its
-// endpoints are arranged like this, on this node.
+// render returns the elements of each frontend of the Service, for a slot assignment and a
+// node.
 func render(s *dataplane.Service, a slotAssignment, node dataplane.Node) *frontendElements {
 	r := &frontendElements{
 		service: serviceComment(s.Key), inServices: true, inExternal: s.ExternalTrafficPolicyLocal, timeoutClass: timeoutClassOf(s),
@@ -91,7 +92,7 @@ func render(s *dataplane.Service, a slotAssignment, node dataplane.Node) *fronte
 		}
 	}
 	for _, list := range [numEndpointLists][]dataplane.Endpoint{s.Endpoints, s.LocalEndpoints} {
-		for _, e := range list { // sorted, so the hairpins are
+		for _, e := range list { // sorted, so hairpins is sorted as well
 			if n := len(r.hairpins); e.Local && (n == 0 || r.hairpins[n-1] != e.Addr.Addr()) {
 				r.hairpins = append(r.hairpins, e.Addr.Addr())
 			}
@@ -107,7 +108,7 @@ func render(s *dataplane.Service, a slotAssignment, node dataplane.Node) *fronte
 	return r
 }
 
-// verdictElements returns the branches that the row needs.
+// verdictElements returns the verdict elements that the frontend needs.
 func (r *frontendElements) verdictElements() []verdictElement {
 	var all []verdictElement
 	add := func(m verdictMap, c serviceClass) {
@@ -132,14 +133,14 @@ func (r *frontendElements) verdictElements() []verdictElement {
 	return all
 }
 
-// sameVerdictElements reports whether the rows need the same branches, and their address
-// in the same sets.
+// sameVerdictElements reports whether r and o need the same verdict elements and elements
+// of address sets.
 func (r *frontendElements) sameVerdictElements(o *frontendElements) bool {
 	return r.class == o.class && r.externalClass == o.externalClass && r.inServices == o.inServices && r.inExternal == o.inExternal &&
 		r.timeoutClass == o.timeoutClass && r.addrs == o.addrs
 }
 
-// allowedRanges returns the ranges that a frontend with this row has elements for.
+// allowedRanges returns the ranges that the source range sets contain for the frontend.
 func (r *frontendElements) allowedRanges(f dataplane.Frontend) []netip.Prefix {
 	own := frontendPrefix(f)
 	if !r.allowSelf || slices.Contains(r.ranges, own) {
@@ -150,8 +151,8 @@ func (r *frontendElements) allowedRanges(f dataplane.Frontend) []netip.Prefix {
 	return all
 }
 
-// rangeComment is the comment on a range's element: the frontend's own address
-// has one if it is there on account of self.
+// rangeComment returns the comment on a range's element. The frontend's own address has a
+// comment if it is an element because of allowSelf.
 func (r *frontendElements) rangeComment(f dataplane.Frontend, p netip.Prefix) string {
 	if r.allowSelf && p == frontendPrefix(f) && !slices.Contains(r.ranges, p) {
 		return selfComment
@@ -165,12 +166,12 @@ func frontendPrefix(f dataplane.Frontend) netip.Prefix {
 	return netip.PrefixFrom(f.Addr.Addr(), f.Addr.Addr().BitLen())
 }
 
-// maxComment is the longest comment that `nft` prints, less the final zero
+// maxComment is the length of the longest comment that `nft` prints, without the final zero
 // (libnftnl, NFTNL_UDATA_COMMENT_MAXLEN).
 const maxComment = 127
 
-// serviceComment names the Service for people. Longer names are shortened and end in
-// part of their SHA-256, so that they stay different.
+// serviceComment returns the comment that names the Service. It shortens long names and
+// appends part of their SHA-256 hash, so that they stay unique.
 func serviceComment(k dataplane.Key) string {
 	s := k.Service()
 	if len(s) <= maxComment {

@@ -9,61 +9,61 @@ import (
 	"github.com/google/nftables/expr"
 )
 
-// renderer determines how the tables send connections to endpoints: with an
-// endpointRenderer they select an endpoint themselves, with a virtualRenderer they
-// leave that to a Translator. [Open] chooses one. A renderer has no state, so the
-// tables and the Dataplane share it.
+// renderer determines how the tables send connections to endpoints. With an
+// endpointRenderer, the tables select an endpoint. With a virtualRenderer, a Translator
+// does. [Open] selects the renderer. A renderer has no state, so the tables and the
+// Dataplane share it.
 type renderer interface {
 	// checkSupported returns an error that wraps [dataplane.ErrUnsupported] if the tables
-	// cannot serve the Service.
+	// cannot implement the Service.
 	checkSupported(s *dataplane.Service) error
-	// initialAssignment returns the arrangement of a Service that is programmed and
-	// has none in Dataplane.slotAssignments.
+	// initialAssignment returns the slot assignment of a programmed Service that is not in
+	// Dataplane.slotAssignments.
 	initialAssignment(s *dataplane.Service) slotAssignment
-	// assignSlots returns the arrangement that follows the current one when the Service
+	// assignSlots returns the slot assignment that follows the current one when the Service
 	// changes to s.
 	assignSlots(current slotAssignment, s *dataplane.Service) newAssignment
-	// render returns what the maps hold for each frontend of the Service on this node.
+	// render returns the elements of each frontend of the Service on this node.
 	render(s *dataplane.Service, a slotAssignment, node dataplane.Node) *frontendElements
-	// binding returns what Read reports of a row.
+	// binding returns the binding that Read reports for a frontend.
 	binding(r *frontendElements) dataplane.Binding
 
 	// endpointElements estimates how many elements one frontend of the Service has for
 	// its endpoints.
 	endpointElements(s *dataplane.Service) int
-	// endpointPort returns the port that an address in a slot, or with an ID, adds to
-	// the set endpoint-ports. It returns false if the address is not an endpoint's.
+	// endpointPort returns the port that an address in a slot, or with an endpoint ID, adds
+	// to the set endpoint-ports. It returns false if the address is not an endpoint.
 	endpointPort(addr netip.AddrPort) (uint16, bool)
-	// requiredPorts returns the ports that belong in the set endpoint-ports according to
-	// the elements read, with the number of elements that need each.
+	// requiredPorts returns the ports that the set endpoint-ports must contain according to
+	// the elements read, with the number of elements that need each port.
 	requiredPorts(c *tableContent) portCounts
 
-	// sets returns the sets of a table in the order in which they are made. named has
-	// the sets that are fields of table.
+	// sets returns the sets of a table in the order in which they are created. named
+	// contains the sets that are fields of table.
 	sets(t *table, named []*nftables.Set) []*nftables.Set
-	// selectionChains returns the chains that select and remember endpoints of frontends
-	// with an addressing.
+	// selectionChains returns the chains that select endpoints for frontends with this
+	// addressing, and store them for session affinity.
 	selectionChains(t *table, by addressing) []chain
 	// priorityMatches returns one match for each kind of priority that NAT chains leave on
 	// a packet.
 	priorityMatches() [][]expr.Any
-	// extraRules returns the chains and rules that no other renderer has.
+	// extraRules returns the chains and rules that only this renderer needs.
 	extraRules(t *table, base newBaseChain) extraRules
 }
 
-// extraRules has chains that a renderer adds to a table, and rules that it adds to the
-// end of base chains.
+// extraRules contains chains that a renderer adds to a table, and rules that it appends to
+// base chains.
 type extraRules struct {
 	chains []chain
-	// natOutput is for nat-output and nat-output-ahead, the others are for the base
-	// chain of their name.
+	// natOutput is for nat-output and nat-output-ahead. Each other field is for the base
+	// chain with its name.
 	natOutput                []rule
 	filterPreroutingPostDNAT []rule
 	filterOutputPostDNAT     []rule
 	natPostrouting           []rule
 }
 
-// renderer returns the renderer that the options ask for.
+// renderer returns the renderer for the options.
 func (o Options) renderer() renderer {
 	if o.Translator != nil {
 		return virtualRenderer{translator: o.Translator}

@@ -58,7 +58,7 @@ func (r *rebuildLog) logger() *slog.Logger { return slog.New(slog.NewTextHandler
 
 func (r *rebuildLog) check(t *testing.T, what string, want bool) {
 	t.Helper()
-	if got := strings.Contains(r.text.String(), "rebuilt"); got != want || strings.Contains(r.text.String(), "made anew") {
+	if got := strings.Contains(r.text.String(), "rebuilding table"); got != want || strings.Contains(r.text.String(), "re-creating table") {
 		t.Errorf("%s: rebuilt %t, want %t; the log:\n%s", what, got, want, r.text.String())
 	}
 	r.text.Reset()

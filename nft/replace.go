@@ -12,14 +12,14 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// Replace implements [dataplane.Dataplane]. It is split into commits of some
-// [transactionSize] elements, each of which completes the Services it touches; but a
-// Service that has more by itself is carried out in steps, see batch.steps.
+// Replace implements [dataplane.Dataplane]. It splits the work into commits of about
+// [transactionSize] elements, each of which completes its Services. A single Service with
+// more elements is committed in steps; see batch.steps.
 func (d *Dataplane) Replace(ctx context.Context, node dataplane.Node, services iter.Seq[*dataplane.Service], progress func(int)) (err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.node = node
-	if err := d.watch.subscribe(); err != nil { // in case that the end of an earlier silence failed to
+	if err := d.watch.subscribe(); err != nil { // subscribing may have failed at the end of an earlier pause
 		return fmt.Errorf("replace: %w", err)
 	}
 	defer func() {
@@ -75,21 +75,21 @@ func (d *Dataplane) Replace(ctx context.Context, node dataplane.Node, services i
 	return nil
 }
 
-// repairAttempts is how often Replace repairs a table in place if that fails although
-// no other process commits, and then how often it rebuilds the table, before it removes
-// it. conflictAttempts limits both while another process commits.
+// Replace repairs a table in place up to repairAttempts times, then rebuilds it up to
+// repairAttempts times, then removes it. Attempts that fail because another process commits
+// do not count; conflictAttempts limits these.
 const (
 	repairAttempts   = 3
 	conflictAttempts = 5
 )
 
-// repair reads the tables and repairs their structure, from a fresh read each time that
-// fails. It returns what the tables hold then, and the Services, which can be read
-// once only.
+// repair reads the tables and repairs their structure, reading again after each failure. It
+// returns the resulting contents and the Services, because a caller can iterate over its
+// Services only once.
 func (d *Dataplane) repair(
 	ctx context.Context, node dataplane.Node, services iter.Seq[*dataplane.Service],
 ) (have [2]*tableContent, _ iter.Seq[*dataplane.Service], err error) {
-	var failures, rebuilds [2]int // of a table
+	var failures, rebuilds [2]int // by table
 	var removed [2]bool
 	for conflicts := 0; ; {
 		d.resetState()
@@ -114,7 +114,7 @@ func (d *Dataplane) repair(
 				err = d.repairStructure(t, node, have[i])
 			case rebuilds[i] < repairAttempts:
 				rebuilds[i]++
-				d.log.WarnContext(ctx, "table is rebuilt", "table", t.String(), "reason", reason)
+				d.log.WarnContext(ctx, "rebuilding table", "table", t.String(), "reason", reason)
 				d.reportRebuild(t, reason)
 				list := slices.Collect(services)
 				services = slices.Values(list)
@@ -123,7 +123,7 @@ func (d *Dataplane) repair(
 				}
 			default:
 				removed[i] = true
-				d.log.WarnContext(ctx, "table is removed and made anew", "table", t.String(), "reason", reason)
+				d.log.WarnContext(ctx, "removing and re-creating table", "table", t.String(), "reason", reason)
 				d.reportRebuild(t, reason)
 				err, again = removeTable(d.conn, d.submit, t), true
 			}
@@ -142,13 +142,13 @@ func (d *Dataplane) repair(
 				if conflicts++; conflicts >= conflictAttempts {
 					return have, nil, err
 				}
-				rebuilds[i] = 0 // the kernel has refused none
+				rebuilds[i] = 0 // conflicts do not count
 			default:
 				if failures[i]++; removed[i] || have[i].table == nil {
 					return have, nil, err
 				}
 			}
-			d.log.DebugContext(ctx, "table is read again, because its repair failed", "error", err)
+			d.log.DebugContext(ctx, "repair of table failed, reading it again", "error", err)
 			again = true
 			break
 		}
@@ -159,9 +159,9 @@ func (d *Dataplane) repair(
 		if err != nil {
 			return have, nil, err
 		}
-		// A later generation has somebody else's commit, which an error of ours may be
-		// due to. An earlier one is that some repairs had nothing to write.
-		if int32(current-d.generation) < 0 { //nolint:gosec // the number starts over
+		// A later generation contains a commit of another process, which can be the cause of
+		// an error. An earlier generation means that some repairs had nothing to write.
+		if int32(current-d.generation) < 0 { //nolint:gosec // the number wraps around
 			d.generation = current
 		}
 		return have, services, nil
@@ -175,30 +175,30 @@ func (d *Dataplane) skipEmptyCommit() {
 	}
 }
 
-// isAbsent reports whether there is neither a table nor one of an interrupted rebuild.
+// isAbsent reports whether neither the table nor a table of an interrupted rebuild exists.
 func (c *tableContent) isAbsent() bool { return c.table == nil && !c.leftover }
 
-// replaceOperation is a Replace under way.
+// replaceOperation is the state of a Replace call.
 type replaceOperation struct {
 	*Dataplane
 	have     [2]*tableContent
 	pending  []*dataplane.Service
-	elements int // of those pending, if the kernel has none
-	complete int // Services
+	elements int // estimate for pending, if the kernel has none of them
+	complete int // number of Services
 	progress func(complete int)
 	failed   map[dataplane.Key]error
-	// assignedLists has, by table, the list IDs of this call's Services.
+	// assignedLists contains, by table, the list IDs of this call's Services.
 	assignedLists [2]map[listID]bool
 }
 
-// addService puts a Service into the next commit, and commits when that is full.
+// addService adds a Service to the next commit, and commits when the transaction is full.
 func (r *replaceOperation) addService(ctx context.Context, s *dataplane.Service) error {
 	endpoints := r.renderer.endpointElements(s)
 	elements := len(s.Frontends) * (endpoints + len(s.SourceRanges) + 1)
 	if r.usesSharedList(s) {
 		elements = 2*len(s.Frontends) + endpoints + len(s.SourceRanges)
 	}
-	if elements >= r.transactionSize { // others need not wait for a large one
+	if elements >= r.transactionSize { // commit others before a large Service
 		if err := r.commitPending(ctx); err != nil {
 			return err
 		}
@@ -219,9 +219,9 @@ func (r *replaceOperation) commitPending(ctx context.Context) error {
 	return r.commitServices(services)
 }
 
-// commitServices commits Services together. If that is too large for one commit,
-// or the kernel rejects it, it tries each half, down to the Service that is large,
-// or to blame.
+// commitServices commits Services together. If they are too large for one commit, or the
+// kernel rejects the commit, commitServices retries each half, down to a single Service
+// that is too large or that the kernel rejects.
 func (r *replaceOperation) commitServices(services []*dataplane.Service) error {
 	if len(services) == 0 {
 		return nil
@@ -261,20 +261,20 @@ func (r *replaceOperation) commitServices(services []*dataplane.Service) error {
 	return errors.Join(r.commitServices(services[:half]), r.commitServices(services[half:]))
 }
 
-// assignListID returns the list ID that a Service gets: the one that its frontends have in
-// the kernel, unless another Service has got that in this call.
+// assignListID returns the list ID for a Service: the ID of its frontends in the kernel,
+// unless this call has assigned that ID to another Service.
 func (r *replaceOperation) assignListID(s *dataplane.Service) listID {
 	ids, have := &r.listIDs[familyIndex(s.Key.Family)], r.have[familyIndex(s.Key.Family)]
 	if _, ok := ids.byKey[s.Key]; ok || !r.usesSharedList(s) {
 		return r.allocateListID(s)
 	}
 	for _, f := range s.Frontends {
-		row := have.frontends[f]
-		if row == nil || row.listID == 0 || !row.inServices || row.service != serviceComment(s.Key) {
+		current := have.frontends[f]
+		if current == nil || current.listID == 0 || !current.inServices || current.service != serviceComment(s.Key) {
 			continue
 		}
-		if !r.assignedLists[familyIndex(s.Key.Family)][row.listID] {
-			ids.assign(s.Key, row.listID)
+		if !r.assignedLists[familyIndex(s.Key.Family)][current.listID] {
+			ids.assign(s.Key, current.listID)
 			break
 		}
 	}
@@ -283,9 +283,10 @@ func (r *replaceOperation) assignListID(s *dataplane.Service) listID {
 	return n
 }
 
-// assignmentFromKernel returns the arrangement that rows show of a Service: that of its first
-// frontend which was its own, or else of the first one that was there. The others
-// have the same, unless somebody was interrupted.
+// assignmentFromKernel returns the slot assignment of a Service in the kernel. It uses the
+// first frontend that belongs to the Service, or else the first frontend that exists. All
+// frontends of a Service have the same assignment, unless a commit in steps was
+// interrupted.
 func assignmentFromKernel(s *dataplane.Service, have map[dataplane.Frontend]*frontendElements) slotAssignment {
 	var first *frontendElements
 	for _, f := range s.Frontends {
@@ -303,7 +304,7 @@ func assignmentFromKernel(s *dataplane.Service, have map[dataplane.Frontend]*fro
 	return first.slotAssignment()
 }
 
-// recordSuccess notes that Services are as wanted.
+// recordSuccess records that Services are programmed as desired.
 func (r *replaceOperation) recordSuccess(services []*dataplane.Service, after []newAssignment) {
 	for n, s := range services {
 		r.storeAssignment(s.Key, after[n])
@@ -321,28 +322,28 @@ func (r *replaceOperation) recordSuccess(services []*dataplane.Service, after []
 	}
 }
 
-// recordFailure notes that a Service failed, and leaves what the kernel holds for it to
-// the next Replace.
+// recordFailure records that a Service failed, and keeps its elements in the kernel for the
+// next Replace.
 func (r *replaceOperation) recordFailure(s *dataplane.Service, err error) {
 	r.failed[s.Key] = err
 	i := familyIndex(s.Key.Family)
-	use := func(branches []verdictElement) {
-		for _, b := range branches {
-			if _, exists := r.verdictElements[i][b]; exists {
-				r.addReferences(i, b, 1)
+	addAll := func(elements []verdictElement) {
+		for _, v := range elements {
+			if _, exists := r.verdictElements[i][v]; exists {
+				r.addReferences(i, v, 1)
 			}
 		}
 	}
 	for _, f := range s.Frontends {
-		if row := r.have[i].frontends[f]; row != nil {
-			use(row.verdictElements())
-			if list := r.have[i].sharedLists[row.listID]; list != nil {
-				use(list.verdictElements())
-				delete(r.have[i].sharedLists, row.listID)
-				r.assignedLists[i][row.listID] = true
+		if current := r.have[i].frontends[f]; current != nil {
+			addAll(current.verdictElements())
+			if list := r.have[i].sharedLists[current.listID]; list != nil {
+				addAll(list.verdictElements())
+				delete(r.have[i].sharedLists, current.listID)
+				r.assignedLists[i][current.listID] = true
 			}
-			for set, in := range addrSetMembershipOf(s.Key.Kind, row.class, row.externalClass, r.node) {
-				if n, there := r.addrs[i][set][f.Addr.Addr()]; in && there {
+			for set, in := range addrSetMembershipOf(s.Key.Kind, current.class, current.externalClass, r.node) {
+				if n, exists := r.addrs[i][set][f.Addr.Addr()]; in && exists {
 					r.addrs[i][set][f.Addr.Addr()] = n + 1
 				}
 			}
@@ -351,15 +352,15 @@ func (r *replaceOperation) recordFailure(s *dataplane.Service, err error) {
 	}
 }
 
-// finish commits what is pending, then removes everything that nobody wants.
+// finish commits the pending Services, then removes all elements that belong to no Service.
 func (r *replaceOperation) finish(ctx context.Context) error {
 	if err := r.commitPending(ctx); err != nil {
 		return err
 	}
 	b := r.newBatch()
 	for i := range r.tables {
-		for f, row := range r.have[i].frontends {
-			if b.diffFrontendFromKernel(f, row, nil); b.elements() < r.transactionSize {
+		for f, current := range r.have[i].frontends {
+			if b.diffFrontendFromKernel(f, current, nil); b.elements() < r.transactionSize {
 				continue
 			}
 			if err := ctx.Err(); err != nil {
@@ -388,9 +389,8 @@ func (r *replaceOperation) finish(ctx context.Context) error {
 	return r.removeUnusedShared()
 }
 
-// removeUnusedShared takes addresses and ports out of the sets that no frontend needs
-// them in. Ports stay if a Service has failed, as nobody knows whether they are
-// those of its endpoints.
+// removeUnusedShared removes addresses and ports that no frontend needs from the shared
+// sets. It keeps ports if a Service has failed, because they may be ports of its endpoints.
 func (r *replaceOperation) removeUnusedShared() error {
 	for i, t := range r.tables {
 		for s, set := range t.addrSets {
@@ -408,14 +408,14 @@ func (r *replaceOperation) removeUnusedShared() error {
 	return nil
 }
 
-// takeUnused returns the elements that are counted as nobody's, and forgets them.
+// takeUnused returns the elements with a count of 0 and removes them from counts.
 func takeUnused[K comparable](counts map[K]int, encode func(K) []byte) []element {
-	var gone []element
+	var unused []element
 	for k, n := range counts {
 		if n == 0 {
-			gone = append(gone, element{Key: encode(k)})
+			unused = append(unused, element{Key: encode(k)})
 			delete(counts, k)
 		}
 	}
-	return gone
+	return unused
 }

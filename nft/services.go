@@ -9,9 +9,9 @@ import (
 )
 
 // ServicesWithEndpoints returns the names of the Services that have endpoints in the
-// kernel, as [fairlead.io/fairlead/dataplane.Key.Service] writes them. Names of more than 127
-// bytes are shortened. It reads one map, which takes some 10 ms for 10,000 Services,
-// and needs no Dataplane. Where there are no tables there are no names.
+// kernel, in the format of [fairlead.io/fairlead/dataplane.Key.Service]. Names of more than
+// 127 bytes are shortened. It reads one map per table, which takes about 10 ms for 10,000
+// Services. It needs no Dataplane. It returns no names if the tables do not exist.
 func ServicesWithEndpoints(ctx context.Context, opts Options) (map[string]struct{}, error) {
 	conn, err := dialDump(opts.NetNS)
 	if err != nil {

@@ -13,23 +13,24 @@ import (
 	"github.com/google/nftables/expr"
 )
 
-// TableName is the name of the backend's table in the ip and the ip6 family, where
-// [Options] have no other.
+// TableName is the default name of the tables in the ip and ip6 families. See
+// [Options].Table.
 const TableName = "fairlead"
 
-// table is one IP family's table: its sets and how elements look in it.
+// table describes the table of one IP family: its sets and the encoding of their elements.
 type table struct {
 	family  dataplane.Family
 	nf      *nftables.Table
 	addr    nftables.SetDatatype
 	addrLen int
-	// renderer is the Dataplane's.
+	// renderer is the Dataplane's renderer.
 	renderer renderer
-	// detached says that base chains are left out, so that no packet comes.
+	// detached means that the table has no base chains, so that no packets reach it.
 	detached bool
-	// virtualNetworks are where virtual servers are that nobody else is to reach.
+	// virtualNetworks are the networks of virtual servers that clients must not reach
+	// directly.
 	virtualNetworks []netip.Prefix
-	// affinityMapSize is how many clients each of the affinity maps remembers.
+	// affinityMapSize is the maximum number of clients in each affinity map.
 	affinityMapSize int
 
 	services        *nftables.Set
@@ -39,23 +40,22 @@ type table struct {
 	stickyEndpoints *nftables.Set
 	hairpin         *nftables.Set
 	endpoints       [numShards]*nftables.Set
-	// lists, listSizes, sharedHairpin and sharedEndpoints are for Services with many
-	// frontends, see lists.go.
+	// lists, listSizes, sharedHairpin and sharedEndpoints are for shared lists; see
+	// shared_lists.go.
 	lists           *nftables.Set
 	listSizes       *nftables.Set
 	sharedHairpin   *nftables.Set
 	sharedEndpoints [numListShards]*nftables.Set
-	// frontendSets are the sets that rows have elements in, by the indices that edit
-	// uses.
+	// frontendSets are the sets with elements of frontends and shared lists, by the indices
+	// that elementDiff uses.
 	frontendSets []*nftables.Set
 
-	// numAddrSets and endpointPorts have elements that frontends share.
+	// addrSets and endpointPorts contain elements that frontends share.
 	addrSets      [numAddrSets]*nftables.Set
 	endpointPorts *nftables.Set
 	verdicts      [numVerdictMaps]*nftables.Set
 	nodePortAddrs *nftables.Set
-	// nodePortNetworks is an interval set, which rules look into only while it has
-	// elements.
+	// nodePortNetworks is an interval set. Rules look it up only if it has elements.
 	nodePortNetworks *nftables.Set
 
 	podCIDRs     *nftables.Set
@@ -84,7 +84,7 @@ func newTable(family dataplane.Family) *table {
 	t.services = mapOf("services", with(), nftables.TypeClassID)
 	t.external = mapOf("external", with(), nftables.TypeClassID)
 	t.timeouts = mapOf("timeouts", with(), nftables.TypeClassID)
-	// A slot is a class ID because it travels as the packet's priority.
+	// A slot is a class ID because the packet's priority carries it.
 	t.slots = mapOf("slots", with(nftables.TypeClassID), nftables.TypeClassID)
 	t.stickyEndpoints = mapOf("sticky-endpoints", with(nftables.TypeInetService), addrPort)
 	for i := range t.endpoints {
@@ -98,7 +98,7 @@ func newTable(family dataplane.Family) *table {
 		Table: t.nf, Name: "hairpin",
 		KeyType: concat(append([]nftables.SetDatatype{addr, addr}, frontend...)...),
 	}
-	// A list ID, a slot and the priority that they travel in are 32 bits each.
+	// A list ID, a slot and the priority that carries them are 32 bits each.
 	t.lists = mapOf("lists", with(), nftables.TypeClassID)
 	t.listSizes = mapOf("list-sizes", concat(nftables.TypeClassID, nftables.TypeMark), nftables.TypeClassID)
 	for i := range t.sharedEndpoints {
@@ -112,9 +112,9 @@ func newTable(family dataplane.Family) *table {
 	for s := range t.addrSets {
 		t.addrSets[s] = &nftables.Set{Table: t.nf, Name: addrSet(s).String(), KeyType: addr}
 	}
-	// No rule adds to it. But a set of keys this short without the flag is a bitmap
-	// with a list beside it, which the kernel walks for each element that comes or
-	// goes (nft_set_bitmap.c): 60,000 at once took 19 s.
+	// No rule adds elements to this set. But without the flag dynamic, the kernel stores a
+	// set of such short keys as a bitmap with a list, and walks the list for each added or
+	// removed element (nft_set_bitmap.c): 60,000 elements at once took 19 s.
 	t.endpointPorts = &nftables.Set{Table: t.nf, Name: "endpoint-ports", KeyType: nftables.TypeInetService, Dynamic: !alteredDefinitions}
 	t.nodePortAddrs = &nftables.Set{Table: t.nf, Name: "node-port-addrs", KeyType: addr}
 	interval := func(name string) *nftables.Set {
@@ -126,8 +126,8 @@ func newTable(family dataplane.Family) *table {
 	return t
 }
 
-// sets returns all sets of the table, in the order in which they are made. Those
-// of source ranges are made when they are needed.
+// sets returns the sets of the table in the order in which they are created, without the
+// source range sets, which are created on demand.
 func (t *table) sets() []*nftables.Set {
 	sets := append(slices.Clone(t.frontendSets), t.addrSets[:]...)
 	sets = append(append(sets, t.endpointPorts), t.verdicts[:]...)
@@ -135,7 +135,7 @@ func (t *table) sets() []*nftables.Set {
 	return t.renderer.sets(t, sets)
 }
 
-// isAffinitySet reports whether a set is for session affinity alone.
+// isAffinitySet reports whether only session affinity needs a set.
 func (t *table) isAffinitySet(s *nftables.Set) bool {
 	return slices.Contains([]*nftables.Set{
 		t.timeouts, t.slots, t.stickyEndpoints, t.verdicts[vmapDraws], t.verdicts[vmapAffinities], t.verdicts[vmapLocalAffinities],
@@ -147,9 +147,9 @@ const (
 	sharedRangesPrefix = "shared-source-ranges-"
 )
 
-// sourceRangeSet returns the set of the source ranges with prefixes of a length, each
-// with its frontend. Ranges of one length do not overlap, so that it need not be
-// an interval set.
+// sourceRangeSet returns the set of source ranges with this prefix length. Its keys are
+// frontend and network. Ranges of one length do not overlap, so the set need not be an
+// interval set.
 func (t *table) sourceRangeSet(bits int) *nftables.Set {
 	return &nftables.Set{
 		Table: t.nf, Name: rangesPrefix + strconv.Itoa(bits),
@@ -157,7 +157,8 @@ func (t *table) sourceRangeSet(bits int) *nftables.Set {
 	}
 }
 
-// sharedSourceRangeSet returns the set of the same for list IDs.
+// sharedSourceRangeSet returns the set of source ranges with this prefix length whose keys
+// are list ID and network.
 func (t *table) sharedSourceRangeSet(bits int) *nftables.Set {
 	return &nftables.Set{
 		Table: t.nf, Name: sharedRangesPrefix + strconv.Itoa(bits),
@@ -165,10 +166,10 @@ func (t *table) sharedSourceRangeSet(bits int) *nftables.Set {
 	}
 }
 
-// numShards is the number of maps that endpoints are spread over, by the last hex
-// digit of the frontend's address, or of a node port. To the packet and to an
-// update it makes no difference, but the kernel takes quadratic time to list a
-// map (see nlconn.MessageSize): with one map reading 100,000 Services took 47 s.
+// numShards is the number of maps that endpoints are sharded over, by the last hex digit of
+// the frontend's address, or of the node port. Sharding does not affect packets or updates.
+// But the kernel takes quadratic time to dump a map (see nlconn.MessageSize): with a single
+// map, reading 100,000 Services took 47 s.
 const numShards = 16
 
 func shardOf(f dataplane.Frontend) int {
@@ -179,7 +180,7 @@ func shardOf(f dataplane.Frontend) int {
 	return int(b[len(b)-1] % numShards)
 }
 
-// nodeSetElements returns what the sets that follow the node hold.
+// nodeSetElements returns the elements of the sets that depend on the node.
 func (t *table) nodeSetElements(node dataplane.Node) map[*nftables.Set][]element {
 	sets := map[*nftables.Set][]element{
 		t.podCIDRs:      intervalElements(t.mergeNetworks(node.PodCIDRs)),
@@ -198,8 +199,8 @@ func (t *table) nodeSetElements(node dataplane.Node) map[*nftables.Set][]element
 	return sets
 }
 
-// mergeNetworks returns the networks of the table's family, without those that lie
-// within another, in order.
+// mergeNetworks returns the sorted networks of the table's family, without networks that
+// another one contains.
 func (t *table) mergeNetworks(lists ...[]netip.Prefix) []netip.Prefix {
 	var all []netip.Prefix
 	for _, p := range slices.Concat(lists...) {
@@ -218,8 +219,8 @@ func (t *table) mergeNetworks(lists ...[]netip.Prefix) []netip.Prefix {
 	return merged
 }
 
-// mergeNodePortNetworks returns dataplane.Node.NodePortNetworks without loopback
-// addresses and without the networks of virtual servers, in order.
+// mergeNodePortNetworks returns the sorted dataplane.Node.NodePortNetworks without loopback
+// addresses and without the networks of virtual servers.
 func (t *table) mergeNodePortNetworks(node dataplane.Node) []netip.Prefix {
 	loopback := netip.MustParsePrefix("127.0.0.0/8")
 	if t.family == dataplane.IPv6 {
@@ -236,7 +237,7 @@ func (t *table) mergeNodePortNetworks(node dataplane.Node) []netip.Prefix {
 	return t.mergeNetworks(networks)
 }
 
-// subtractPrefix returns the networks that make up p without the addresses of excluded.
+// subtractPrefix returns the networks that cover p without the addresses of excluded.
 func subtractPrefix(p, excluded netip.Prefix) []netip.Prefix {
 	switch {
 	case !p.Overlaps(excluded):

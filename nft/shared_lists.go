@@ -11,33 +11,34 @@ import (
 	"github.com/google/nftables/expr"
 )
 
-// minSharedFrontends is the number of frontends from which a Service's frontends share their
-// elements for endpoints, source ranges and hairpin. Fewer have elements of their
-// own, which spares the first packet of a connection four lookups. The number
-// of endpoints plays no part, so that no Service changes its layout as they come and
-// go. docs/design/shared-endpoint-lists.md has the measurements.
+// minSharedFrontends is the minimum number of frontends for which a Service shares the
+// elements of endpoints, source ranges and hairpin. Services with fewer frontends have
+// elements for each frontend, which saves four lookups for the first packet of a
+// connection. The number does not depend on endpoints, so that adding and removing
+// endpoints never changes the layout. docs/design/shared-endpoint-lists.md has the
+// measurements.
 const minSharedFrontends = 8
 
-// listID identifies a list of endpoints that frontends share: those of one
-// [dataplane.Key]. Zero is no list.
+// listID identifies a shared list: the endpoints of one [dataplane.Key]. Zero means no
+// list.
 type listID uint32
 
-// A list ID travels in a packet's priority, next to the slots in the numbers of
-// clusterSlotBase, so that one rule finds both.
+// A packet's priority carries a list ID. The range of list IDs adjoins the range of slots,
+// so that one rule matches both.
 const (
 	listIDBase = 0xfa18_0000
 	listIDMask = 0xfff8_0000
 	maxListID  = 1<<18 - 1
 )
 
-// numListShards is the number of maps that the endpoints of lists are spread over, by
-// list ID. The kernel walks a map when a chain for a new size refers to it, and takes
-// quadratic time to dump one.
+// numListShards is the number of maps that the endpoints of shared lists are sharded over,
+// by list ID. The kernel walks a map when a chain for a new size refers to it, and takes
+// quadratic time to dump a map.
 const numListShards = 8
 
 func (n listID) shard() int { return int(n % numListShards) }
 
-// sizeClass returns the value in list-sizes for a list of this many endpoints.
+// sizeClass returns the value in list-sizes for a list with this number of endpoints.
 func (n listID) sizeClass(l endpointList, size int) serviceClass {
 	c := classSharedList | serviceClass(n.shard())*classListShard | serviceClass(size) //nolint:gosec // MaxEndpoints fits
 	if l == localEndpoints {
@@ -46,23 +47,24 @@ func (n listID) sizeClass(l endpointList, size int) serviceClass {
 	return c
 }
 
-// sharedList has the elements of one list ID.
+// sharedList contains the elements of one list ID.
 type sharedList struct {
-	// sizeClasses are the values in list-sizes; 0 where there is none.
+	// sizeClasses contains the values in list-sizes, or 0 for a missing element.
 	sizeClasses [numEndpointLists]serviceClass
-	// slots are in shared-endpoints-…; a slot without an element is the zero
+	// slots contains the elements of shared-endpoints-…. A missing slot is the zero
 	// AddrPort.
 	slots [numEndpointLists][]netip.AddrPort
-	// hairpins are the addresses in shared-hairpin, sorted.
+	// hairpins contains the sorted endpoint addresses in shared-hairpin.
 	hairpins []netip.Addr
-	// ranges are the source ranges, sorted, and self the frontends' own addresses
-	// that clients may have besides these.
+	// ranges contains the sorted source ranges. selfRanges contains the frontends' own
+	// addresses that clients may have in addition.
 	ranges, selfRanges []netip.Prefix
-	// ports are as in row.
+	// ports is the same as frontendElements.ports.
 	ports []uint16
 }
 
-// moveToSharedList moves what the frontends of a Service have in common from their row to a list.
+// moveToSharedList moves the elements that a Service's frontends have in common to a shared
+// list.
 func (r *frontendElements) moveToSharedList(s *dataplane.Service, n listID) {
 	l := &sharedList{hairpins: r.hairpins, ranges: r.ranges, ports: r.ports}
 	sizes := [numEndpointLists]int{clusterEndpoints: r.class.size()}
@@ -90,7 +92,7 @@ func (r *frontendElements) moveToSharedList(s *dataplane.Service, n listID) {
 	r.slots, r.hairpins, r.ranges, r.allowSelf, r.ports = [numEndpointLists]listElements{}, nil, nil, false, nil
 }
 
-// allowedRanges returns the networks that the list has elements for.
+// allowedRanges returns the networks that the source range sets contain for the list.
 func (l *sharedList) allowedRanges() []netip.Prefix {
 	if len(l.selfRanges) == 0 {
 		return l.ranges
@@ -108,13 +110,13 @@ func (l *sharedList) rangeComment(p netip.Prefix) string {
 	return ""
 }
 
-// sharedListWithID is a list with its ID; the zero one is no list.
+// sharedListWithID is a shared list with its ID. The zero value means no list.
 type sharedListWithID struct {
 	id         listID
 	sharedList *sharedList
 }
 
-// verdictElements returns the branches that the list needs.
+// verdictElements returns the verdict elements that the list needs.
 func (l *sharedList) verdictElements() []verdictElement {
 	var all []verdictElement
 	for _, c := range l.sizeClasses {
@@ -125,7 +127,7 @@ func (l *sharedList) verdictElements() []verdictElement {
 	return all
 }
 
-// listIDAllocator has the list IDs of one table that are in use.
+// listIDAllocator allocates the list IDs of one table.
 type listIDAllocator struct {
 	byKey map[dataplane.Key]listID
 	used  map[listID]bool
@@ -136,9 +138,9 @@ func newListIDAllocator() listIDAllocator {
 	return listIDAllocator{byKey: map[dataplane.Key]listID{}, used: map[listID]bool{}}
 }
 
-// allocate returns the list ID of a key, a new one if it has none, or 0 if there are
-// no more. An ID that was released is used again as late as possible: packets on
-// their way may have it.
+// allocate returns the list ID of a key. It allocates a new ID if the key has none, and
+// returns 0 if all IDs are in use. It reuses a released ID as late as possible, because
+// packets may still carry it.
 func (l *listIDAllocator) allocate(key dataplane.Key) listID {
 	if n, ok := l.byKey[key]; ok {
 		return n
@@ -157,7 +159,7 @@ func (l *listIDAllocator) allocate(key dataplane.Key) listID {
 	}
 }
 
-// reserve keeps an ID that the kernel has from being allocated.
+// reserve marks an ID that exists in the kernel as used.
 func (l *listIDAllocator) reserve(n listID) {
 	l.used[n] = true
 	l.last = max(l.last, n)
@@ -174,14 +176,15 @@ func (l *listIDAllocator) release(key dataplane.Key) {
 	}
 }
 
-// usesSharedList reports whether the Service's frontends share a list. Several node ports of
-// one Service port do not occur.
+// usesSharedList reports whether the Service's frontends share a list. Node ports never do,
+// because a Service port has at most one.
 func (d *Dataplane) usesSharedList(s *dataplane.Service) bool {
 	return len(s.Frontends) >= d.minSharedFrontends && s.Affinity == 0 &&
 		(s.Key.Kind == dataplane.ExternalIP || s.Key.Kind == dataplane.LoadBalancer)
 }
 
-// allocateListID returns the list ID that a Service gets, or 0 if it shares nothing.
+// allocateListID returns the list ID for a Service, or 0 if its frontends do not share a
+// list.
 func (d *Dataplane) allocateListID(s *dataplane.Service) listID {
 	if !d.usesSharedList(s) {
 		return 0
@@ -189,8 +192,8 @@ func (d *Dataplane) allocateListID(s *dataplane.Service) listID {
 	return d.listIDs[familyIndex(s.Key.Family)].allocate(s.Key)
 }
 
-// diffSharedList adds what turns the elements of a list into others, and counts the
-// branches. Either may be nil.
+// diffSharedList adds the difference between two states of a list and counts its verdict
+// elements. Either may be nil.
 func (e *tableDiff) diffSharedList(n listID, have, want *sharedList) {
 	if have != nil {
 		for _, b := range have.verdictElements() {
@@ -200,8 +203,8 @@ func (e *tableDiff) diffSharedList(n listID, have, want *sharedList) {
 	e.diffSharedListFromKernel(n, have, want)
 }
 
-// diffSharedListFromKernel is diffSharedList for a list that was found in the kernel, whose branches
-// have not been counted.
+// diffSharedListFromKernel is diffSharedList for a list that was read from the kernel and
+// whose verdict elements are not counted yet.
 func (e *tableDiff) diffSharedListFromKernel(n listID, have, want *sharedList) {
 	if want != nil {
 		for _, b := range want.verdictElements() {
@@ -277,9 +280,9 @@ func (e *tableDiff) diffSharedSourceRanges(n listID, have, want *sharedList) {
 	})
 }
 
-// sharedListChains returns the chains that connections to frontends which share a list go
-// through. A packet keeps one number from one lookup to the next, its
-// priority, so the list ID is looked up again once the size is known.
+// sharedListChains returns the chains for connections to frontends that share a list. A
+// packet carries only one number from one lookup to the next, in its priority, so the rules
+// look up the list ID again after the size.
 //
 //	chain list {
 //		meta priority set ip daddr . meta l4proto . th dport map @lists
@@ -292,8 +295,8 @@ func (e *tableDiff) diffSharedSourceRanges(n listID, have, want *sharedList) {
 func (t *table) sharedListChains(rangeBits []int) []chain {
 	priority := &expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg(0)}
 	chains := []chain{
-		// In one chain, because the kernel walks a map for each new chain that refers
-		// to it; see translate.
+		// A single chain, because the kernel walks a map for each new chain that refers
+		// to it; see translateChain.
 		t.newChain("list", rule{exprs: slices.Concat(
 			t.frontendKey(byAddress, 0), []expr.Any{mapLookup(t.lists, reg(0)), setPriority(reg(0))},
 		)}),
@@ -312,7 +315,8 @@ func (t *table) sharedListChains(rangeBits []int) []chain {
 	return chains
 }
 
-// listClassRules draw an endpoint of a list of one size.
+// listClassRules returns the rules that select an endpoint of a list with the size of a
+// class.
 //
 //	chain list-2-shared-1 {
 //		jump list
@@ -335,8 +339,8 @@ func (t *table) listClassRules(c serviceClass) []rule {
 	}
 }
 
-// sharedSourceRangesChain returns from frontends whose list has a source range that the
-// client is in.
+// sharedSourceRangesChain returns the chain that drops packets of clients outside the
+// source ranges of the shared list, and returns for other clients.
 //
 //	chain source-ranges-shared {
 //		jump list
@@ -360,8 +364,8 @@ func (t *table) sharedSourceRangesChain(bits []int) chain {
 	return t.newChain("source-ranges-shared", append(rules, rule{exprs: []expr.Any{counterRef(droppedSourceRanges), drop()}})...)
 }
 
-// sharedMasqueradeChain decides on connections to frontends that share a list. With
-// MasqueradeAlways there is nothing to decide.
+// sharedMasqueradeChain returns the chain that decides whether to masquerade connections to
+// frontends that share a list. MasqueradeAlways needs no such chain.
 //
 //	chain masquerade-node-shared {
 //		meta priority set ct original ip daddr . meta l4proto . ct original proto-dst map @lists
@@ -384,8 +388,8 @@ func (t *table) sharedMasqueradeChain(m dataplane.Masquerade) chain {
 	)
 }
 
-// masqueradeChainName returns the name of the chain for connections with a masquerade to
-// frontends that share a list, or do not.
+// masqueradeChainName returns the name of the chain that decides whether to masquerade a
+// connection. shared says whether its frontend shares a list.
 func masqueradeChainName(m dataplane.Masquerade, shared bool) string {
 	name := "masquerade-" + m.String()
 	if shared && m != dataplane.MasqueradeAlways {
@@ -394,13 +398,13 @@ func masqueradeChainName(m dataplane.Masquerade, shared bool) string {
 	return name
 }
 
-// encodeListID is a list ID as it travels in the packet's priority.
+// encodeListID encodes a list ID as a packet priority.
 func (*table) encodeListID(n listID) []byte {
 	return binary.NativeEndian.AppendUint32(nil, listIDBase|uint32(n))
 }
 
-// encodeListSlotKey is the key of a slot in shared-endpoints-…, and for slot 0 that of
-// the list in list-sizes.
+// encodeListSlotKey returns the key of a slot in shared-endpoints-…. For slot 0, it is also
+// the key of the list in list-sizes.
 func (t *table) encodeListSlotKey(n listID, l endpointList, slot uint32) []byte {
 	return binary.NativeEndian.AppendUint32(t.encodeListID(n), l.slotBase()|slot)
 }
@@ -468,11 +472,11 @@ func (c *tableContent) parseListSize(t *table, e element) error {
 	if err != nil || slot != 0 {
 		return errUnexpectedElement
 	}
-	draw, err := t.parseClass(e.Val)
-	if err != nil || draw.size() == 0 || draw != n.sizeClass(l, draw.size()) {
+	class, err := t.parseClass(e.Val)
+	if err != nil || class.size() == 0 || class != n.sizeClass(l, class.size()) {
 		return errUnexpectedElement
 	}
-	c.sharedList(n).sizeClasses[l] = draw
+	c.sharedList(n).sizeClasses[l] = class
 	return nil
 }
 
@@ -531,7 +535,7 @@ func (c *tableContent) parseSharedSourceRange(t *table, bits int, e element) err
 	return nil
 }
 
-// linkSharedLists gives each row that was read the list that it shares.
+// linkSharedLists sets the shared list of all frontends that were read.
 func (c *tableContent) linkSharedLists() {
 	for _, l := range c.sharedLists {
 		slices.SortFunc(l.hairpins, netip.Addr.Compare)

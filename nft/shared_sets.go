@@ -9,15 +9,15 @@ import (
 	"github.com/google/nftables"
 )
 
-// addrSet is one of the sets of frontends' addresses. Frontends at one address
-// share its element.
+// addrSet is one of the sets of frontend addresses. Frontends with the same address share
+// an element.
 type addrSet int
 
 const (
-	clusterIPAddrs    addrSet = iota // cluster IPs: their other ports are rejected
+	clusterIPAddrs    addrSet = iota // cluster IPs; connections to their other ports are rejected
 	boundIPAddrs                     // addresses that a Translator binds to the node; see BoundAddressService
-	pingInternalAddrs                // the node and its pods get an answer to pings
-	pingExternalAddrs                // other clients do
+	pingInternalAddrs                // addresses that answer pings of the node and its pods
+	pingExternalAddrs                // addresses that answer pings of other clients
 	numAddrSets
 )
 
@@ -25,11 +25,11 @@ func (s addrSet) String() string {
 	return [...]string{"cluster-ips", "bound-ips", "ping-internal", "ping-external"}[s]
 }
 
-// addrSetMembership are the sets that an address is to be in, on account of one frontend.
+// addrSetMembership says which sets must contain an address because of one frontend.
 type addrSetMembership [numAddrSets]bool
 
-// addrSetMembershipOf returns them for a frontend of a kind, with the classes that
-// connections to it are in.
+// addrSetMembershipOf returns the sets that must contain the address of a frontend of this
+// kind and with these classes.
 func addrSetMembershipOf(kind dataplane.Kind, c, forExternal serviceClass, node dataplane.Node) addrSetMembership {
 	var in addrSetMembership
 	if kind == boundAddressKind {
@@ -47,7 +47,7 @@ func addrSetMembershipOf(kind dataplane.Kind, c, forExternal serviceClass, node 
 	return in
 }
 
-// addrCounts counts frontends by the address and the set that it is in.
+// addrCounts counts frontends by set and address.
 type addrCounts [numAddrSets]map[netip.Addr]int
 
 func newAddrCounts() addrCounts {
@@ -69,7 +69,7 @@ func (c *addrCounts) add(addr netip.Addr, in addrSetMembership, n int) {
 	}
 }
 
-// size returns how many counts there are.
+// size returns the number of counts.
 func (c *addrCounts) size() int {
 	n := 0
 	for _, m := range c {
@@ -78,8 +78,8 @@ func (c *addrCounts) size() int {
 	return n
 }
 
-// merge adds the counts of a commit that the kernel has taken. A count of 0 is an
-// address that is in the set without need, as a Replace finds it.
+// merge adds the counts of a successful commit. An address with a count of 0 is in the set
+// but not needed; Replace starts with such counts for the addresses that it has read.
 func (c *addrCounts) merge(more addrCounts) {
 	for s, m := range more {
 		for addr, n := range m {
@@ -90,25 +90,25 @@ func (c *addrCounts) merge(more addrCounts) {
 	}
 }
 
-// diffCounts returns the elements that go and come if more is added to a count; of
-// those that there are, all have an entry.
-func diffCounts[K comparable](have, more map[K]int, encode func(K) []byte) (gone, come []element) {
+// diffCounts returns the elements to remove from and to add to a set when more is added to
+// the counts. have has an entry for each element of the set.
+func diffCounts[K comparable](have, more map[K]int, encode func(K) []byte) (removed, added []element) {
 	for k, n := range more {
-		before, there := have[k]
+		before, exists := have[k]
 		switch {
-		case !there && n > 0:
-			come = append(come, element{Key: encode(k)})
-		case there && before+n <= 0:
-			gone = append(gone, element{Key: encode(k)})
+		case !exists && n > 0:
+			added = append(added, element{Key: encode(k)})
+		case exists && before+n <= 0:
+			removed = append(removed, element{Key: encode(k)})
 		}
 	}
-	return gone, come
+	return removed, added
 }
 
 func encodePort(port uint16) []byte { return binary.BigEndian.AppendUint16(nil, port) }
 
-// portCounts counts the elements with an endpoint by its port, which is in the set
-// endpoint-ports as long as there are any.
+// portCounts counts the elements with an endpoint by the endpoint's port. The set
+// endpoint-ports contains a port while its count is positive.
 type portCounts map[uint16]int
 
 func (c portCounts) merge(more portCounts) {
@@ -119,34 +119,34 @@ func (c portCounts) merge(more portCounts) {
 	}
 }
 
-// split returns the counts that grow, and those that shrink.
-func (c portCounts) split() (more, less portCounts) {
-	more, less = portCounts{}, portCounts{}
+// split returns the positive and the negative counts.
+func (c portCounts) split() (positive, negative portCounts) {
+	positive, negative = portCounts{}, portCounts{}
 	for port, n := range c {
 		switch {
 		case n > 0:
-			more[port] = n
+			positive[port] = n
 		case n < 0:
-			less[port] = n
+			negative[port] = n
 		}
 	}
-	return more, less
+	return positive, negative
 }
 
-// sharedSetDiff is a change of one of these sets.
+// sharedSetDiff contains the changes of an address set or of endpoint-ports.
 type sharedSetDiff struct {
-	set        *nftables.Set
-	gone, come []element
+	set            *nftables.Set
+	removed, added []element
 }
 
-// sharedSetDiffs returns what a commit does to the sets with shared elements of the
-// i-th table.
+// sharedSetDiffs returns the changes that a commit makes to the sets with shared elements
+// of the i-th table.
 func (d *Dataplane) sharedSetDiffs(i int, e *tableDiff) []sharedSetDiff {
-	var edits []sharedSetDiff
+	var diffs []sharedSetDiff
 	for s, set := range e.table.addrSets {
-		gone, come := diffCounts(d.addrs[i][s], e.addrs[s], netip.Addr.AsSlice)
-		edits = append(edits, sharedSetDiff{set, gone, come})
+		removed, added := diffCounts(d.addrs[i][s], e.addrs[s], netip.Addr.AsSlice)
+		diffs = append(diffs, sharedSetDiff{set, removed, added})
 	}
-	gone, come := diffCounts(d.ports[i], e.ports, encodePort)
-	return append(edits, sharedSetDiff{e.table.endpointPorts, gone, come})
+	removed, added := diffCounts(d.ports[i], e.ports, encodePort)
+	return append(diffs, sharedSetDiff{e.table.endpointPorts, removed, added})
 }

@@ -9,7 +9,7 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// endpointList is which of a Service's lists of endpoints is meant.
+// endpointList identifies one of the two endpoint lists of a Service.
 type endpointList int
 
 const (
@@ -25,13 +25,12 @@ func (l endpointList) chainName(name string) string {
 	return name
 }
 
-// clusterSlotBase is what slots count from: a tc class ID whose major nobody else
-// uses, so that a priority that is left on a packet can be told for ours. Each
-// list has a major of its own.
+// Slots start at a tc class ID whose major number no other program uses, so that rules can
+// recognize a slot that is left in a packet's priority. Each list has its own major number.
 const (
 	clusterSlotBase = 0xfa1d_0000
 	localSlotBase   = 0xfa1c_0000
-	slotMask        = 0xfffe_0000 // of both
+	slotMask        = 0xfffe_0000 // of both lists
 	slotMajor       = clusterSlotBase & slotMask
 )
 
@@ -42,23 +41,24 @@ func (l endpointList) slotBase() uint32 {
 	return clusterSlotBase
 }
 
-// slotAssignment is where the endpoints of a Service are: in which slot of its
-// list, and with affinity under which ID.
+// slotAssignment assigns the endpoints of a Service to the slots of each list, and with
+// session affinity to endpoint IDs.
 type slotAssignment [numEndpointLists]listAssignment
 
+// listAssignment assigns the endpoints of one list.
 type listAssignment struct {
 	slots []netip.AddrPort
 	ids   []endpointID // by slot; nil without affinity
 }
 
-// newAssignment is the arrangement of a Service, and whether it needs to be kept, as it
-// is not what assignServiceSlots makes from nothing.
+// newAssignment is a new slot assignment. mustStore is set if it differs from the
+// assignment that assignServiceSlots computes without a current one.
 type newAssignment struct {
 	slotAssignment
 	mustStore bool
 }
 
-// slotAssignmentFor returns the arrangement of a Service that is programmed.
+// slotAssignmentFor returns the slot assignment of a programmed Service.
 func (d *Dataplane) slotAssignmentFor(s *dataplane.Service) slotAssignment {
 	if a, ok := d.slotAssignments[s.Key]; ok {
 		return a
@@ -66,8 +66,8 @@ func (d *Dataplane) slotAssignmentFor(s *dataplane.Service) slotAssignment {
 	return d.renderer.initialAssignment(s)
 }
 
-// assignServiceSlots arranges the endpoints of a Service so that as little as
-// possible differs from the current arrangement.
+// assignServiceSlots assigns slots to the endpoints of a Service, with as few changes to
+// the current assignment as possible.
 func assignServiceSlots(current slotAssignment, s *dataplane.Service) slotAssignment {
 	var a slotAssignment
 	for l, want := range [numEndpointLists][]dataplane.Endpoint{s.Endpoints, s.LocalEndpoints} {
@@ -79,8 +79,8 @@ func assignServiceSlots(current slotAssignment, s *dataplane.Service) slotAssign
 	return a
 }
 
-// isInitial reports whether the arrangement is what assignServiceSlots makes from
-// nothing.
+// isInitial reports whether assignServiceSlots computes the same assignment without a
+// current one.
 func (a slotAssignment) isInitial(s *dataplane.Service) bool {
 	if !isInitialOrder(a[clusterEndpoints].slots, s.Endpoints) || !isInitialOrder(a[localEndpoints].slots, s.LocalEndpoints) {
 		return false
@@ -96,7 +96,7 @@ func (a slotAssignment) isInitial(s *dataplane.Service) bool {
 	return true
 }
 
-// slotAssignment returns the one that a row which was read shows.
+// slotAssignment returns the slot assignment of a frontend that was read from the kernel.
 func (r *frontendElements) slotAssignment() slotAssignment {
 	var a slotAssignment
 	for l := range numEndpointLists {
@@ -110,16 +110,15 @@ func (r *frontendElements) slotAssignment() slotAssignment {
 		}
 		a[l].slots = nil
 		for _, n := range r.slots[l].ids {
-			a[l].slots = append(a[l].slots, r.byID[endpointID(n)]) //nolint:gosec // or no endpoint
-			a[l].ids = append(a[l].ids, endpointID(n))             //nolint:gosec // or no endpoint
+			a[l].slots = append(a[l].slots, r.byID[endpointID(n)]) //nolint:gosec // noEndpointID has no endpoint
+			a[l].ids = append(a[l].ids, endpointID(n))             //nolint:gosec // noEndpointID has no endpoint
 		}
 	}
 	return a
 }
 
-// assignSlots gives each of the wanted endpoints a slot, the slots being 0 to N-1,
-// so that as few as possible differ from the current ones. An endpoint that
-// is somewhere below N stays there.
+// assignSlots assigns a slot from 0 to N-1 to each of the N desired endpoints, with as few
+// changes to the current slots as possible. An endpoint in a slot below N keeps its slot.
 func assignSlots(current []netip.AddrPort, want []dataplane.Endpoint) []netip.AddrPort {
 	slots := make([]netip.AddrPort, len(want))
 	if len(current) == 0 {
@@ -128,8 +127,8 @@ func assignSlots(current []netip.AddrPort, want []dataplane.Endpoint) []netip.Ad
 		}
 		return slots
 	}
-	placed := make([]bool, len(want))
-	next := 0 // in slots that are mostly in order, the next one is found here
+	assigned := make([]bool, len(want))
+	next := 0 // if slots are mostly in order, this is the next endpoint
 	for i, addr := range current[:min(len(current), len(slots))] {
 		j := next
 		if j >= len(want) || want[j].Addr != addr {
@@ -138,13 +137,13 @@ func assignSlots(current []netip.AddrPort, want []dataplane.Endpoint) []netip.Ad
 				continue
 			}
 		}
-		if next = j + 1; !placed[j] {
-			slots[i], placed[j] = addr, true
+		if next = j + 1; !assigned[j] {
+			slots[i], assigned[j] = addr, true
 		}
 	}
 	free := 0
 	for j, e := range want {
-		if placed[j] {
+		if assigned[j] {
 			continue
 		}
 		for slots[free].IsValid() {
@@ -161,49 +160,47 @@ func findEndpoint(sorted []dataplane.Endpoint, addr netip.AddrPort) (int, bool) 
 	})
 }
 
-// isInitialOrder reports whether the slots are what arrange makes from nothing.
+// isInitialOrder reports whether assignSlots computes the same slots without current ones.
 func isInitialOrder(slots []netip.AddrPort, want []dataplane.Endpoint) bool {
 	return slices.EqualFunc(slots, want, func(a netip.AddrPort, e dataplane.Endpoint) bool { return a == e.Addr })
 }
 
-// endpointID is what an endpoint of a Service with affinity is remembered by: an even
-// number in the list of Endpoints, an odd one in that of LocalEndpoints. As a
-// packet's priority it is followed by two bytes that tell it from a class or
-// a slot.
+// endpointID identifies an endpoint in the affinity maps. IDs of the cluster list are even,
+// IDs of the local list are odd. In a packet's priority, two marker bytes follow the ID and
+// distinguish it from a class or a slot.
 type endpointID uint16
 
 const endpointIDMark = 0xfa
 
 func (i endpointID) endpointList() endpointList { return endpointList(i & 1) }
 
-// maxEndpointIDs is how many IDs a list has.
+// maxEndpointIDs is the number of IDs of a list.
 const maxEndpointIDs = 1 << 15
 
-// assignEndpointIDs gives IDs to the endpoints in the slots of a list. One that has an ID
-// keeps it. Others get one that nobody had just now: what clients remember is
-// an ID, and they should not be sent to another pod by it. Which one is
-// decided by the endpoint's address, so that one that comes back has the ID
-// that it had, as a rule.
+// assignEndpointIDs assigns IDs to the endpoints in the slots of a list. An endpoint keeps
+// its ID. A new endpoint gets an ID that no endpoint of the current assignment has: clients
+// store an ID, and must not be sent to another pod because of a reused ID. The ID depends
+// on the endpoint's address, so that an endpoint that returns usually gets its previous ID.
 func assignEndpointIDs(l endpointList, current listAssignment, in []netip.AddrPort) []endpointID {
-	known, used := map[netip.AddrPort]endpointID{}, map[endpointID]bool{}
+	idByAddr, used := map[netip.AddrPort]endpointID{}, map[endpointID]bool{}
 	for i, n := range current.ids {
 		if addr := current.slots[i]; addr.IsValid() && n.endpointList() == l && !used[n] {
-			known[addr], used[n] = n, true
+			idByAddr[addr], used[n] = n, true
 		}
 	}
-	if len(used)+len(in) > maxEndpointIDs { // no room for those who leave
-		stay := map[netip.AddrPort]endpointID{}
+	if len(used)+len(in) > maxEndpointIDs { // too few IDs to keep those of removed endpoints
+		kept := map[netip.AddrPort]endpointID{}
 		clear(used)
 		for _, addr := range in {
-			if n, ok := known[addr]; ok {
-				stay[addr], used[n] = n, true
+			if n, ok := idByAddr[addr]; ok {
+				kept[addr], used[n] = n, true
 			}
 		}
-		known = stay
+		idByAddr = kept
 	}
 	ids := make([]endpointID, len(in))
 	for i, addr := range in {
-		n, ok := known[addr]
+		n, ok := idByAddr[addr]
 		if !ok {
 			for n = preferredEndpointID(l, addr); used[n]; {
 				n += endpointID(numEndpointLists)

@@ -5,20 +5,21 @@ import (
 	"slices"
 )
 
-// steps splits a batch that is too large for one commit into several of some size
-// elements each, to be carried out in this order:
+// steps splits a batch that is too large for one commit into batches of about size
+// elements, which must be committed in this order:
 //
-//  1. What is added, or changed, besides classes, and the ports of endpoints. Slots
-//     that no class draws yet, their IDs, and source ranges that no class looks for
-//     are seen by nobody. A slot that is in use changes from one endpoint to another
-//     by itself.
-//  2. The classes. This is when a Service appears, grows, shrinks or goes: its
-//     endpoints are all there. A Service with very many frontends does so one
-//     frontend after the other, but each of them in one commit.
-//  3. What is removed, and ports that no endpoint has. Nobody looks for it any more.
+//  1. All additions and changes except classes, and the ports of endpoints. No rule reads
+//     slots that no class selects yet, the IDs of such slots, or source ranges that no class
+//     looks up. A slot in use changes from one endpoint to another independently of other
+//     slots.
+//  2. The classes. With this step, a Service appears, grows, shrinks or disappears; all its
+//     endpoints exist at this point. A Service with very many frontends changes one frontend
+//     after another, but each frontend in a single commit.
+//  3. All removals, and ports that no endpoint has any more. No rule reads the removed
+//     elements.
 //
-// So a Service is complete as soon as it can be seen, and if a step fails, what the
-// earlier ones have left is garbage that the next Replace removes.
+// So a Service is complete as soon as packets can reach it. If a step fails, the earlier
+// steps leave garbage, which the next Replace removes.
 func (b *batch) steps(size int) iter.Seq[*batch] {
 	return func(yield func(*batch) bool) {
 		s := stepper{size: size, batch: b, yield: yield}
@@ -28,16 +29,16 @@ func (b *batch) steps(size int) iter.Seq[*batch] {
 	}
 }
 
-// stepper makes the steps of a batch. Its methods return false when nobody wants
-// another step.
+// stepper makes the steps of a batch. Its methods return false if the consumer wants no
+// more steps.
 type stepper struct {
 	size  int
 	batch *batch
-	step  *batch // that is being filled, or nil
+	step  *batch // the current step, or nil
 	yield func(*batch) bool
 }
 
-// emit hands over the step that is being filled, if there is any.
+// emit yields the current step, if there is one.
 func (s *stepper) emit() bool {
 	if s.step == nil {
 		return true
@@ -47,8 +48,8 @@ func (s *stepper) emit() bool {
 	return s.yield(step)
 }
 
-// addTo calls change with the edit of the i-th table in the step that is being
-// filled.
+// addTo calls change with the i-th table of the current step. It emits the step if it is
+// full.
 func (s *stepper) addTo(i int, change func(*tableDiff)) bool {
 	if s.step == nil {
 		s.step = &batch{}
@@ -60,12 +61,12 @@ func (s *stepper) addTo(i int, change func(*tableDiff)) bool {
 	return s.step.elements() < s.size || s.emit()
 }
 
-// beforeClasses makes the steps before the classes. IDs come before slots that refer to
-// them, and slots before the size of their list, so the sets are in reverse order.
+// beforeClasses makes the steps before the classes. It adds IDs before the slots that refer
+// to them, and slots before the size of their list, so it visits the sets in reverse order.
 func (s *stepper) beforeClasses() bool {
 	for i := range s.batch.tables {
 		e := &s.batch.tables[i]
-		if more, _ := e.ports.split(); !s.portSteps(i, more) {
+		if added, _ := e.ports.split(); !s.portSteps(i, added) {
 			return false
 		}
 		for set, elements := range e.addRanges {
@@ -103,9 +104,9 @@ func (s *stepper) beforeClasses() bool {
 	return true
 }
 
-// classSteps makes the steps that have the classes, and what is counted with them.
-// What is there on account of several frontends comes before the first of them,
-// and goes after the last.
+// classSteps makes the steps with the classes and the counts that belong to them. Positive
+// counts of shared elements come before the first frontend, negative counts after the last
+// one.
 func (s *stepper) classSteps() bool {
 	for i := range s.batch.tables {
 		e := &s.batch.tables[i]
@@ -124,11 +125,12 @@ func (s *stepper) classSteps() bool {
 	return true
 }
 
-// sharedCounts makes steps of the counts of branches and addresses that are chosen.
-func (s *stepper) sharedCounts(i int, chosen func(n int) bool) bool {
+// sharedCounts makes steps of the counts of verdict elements and addresses for which
+// include returns true.
+func (s *stepper) sharedCounts(i int, include func(n int) bool) bool {
 	e := &s.batch.tables[i]
 	for b, n := range e.verdictElements {
-		if chosen(n) && !s.addTo(i, func(step *tableDiff) { step.countVerdictElement(b, n) }) {
+		if include(n) && !s.addTo(i, func(step *tableDiff) { step.countVerdictElement(b, n) }) {
 			return false
 		}
 	}
@@ -136,7 +138,7 @@ func (s *stepper) sharedCounts(i int, chosen func(n int) bool) bool {
 		for addr, n := range counts {
 			var in addrSetMembership
 			in[set] = true
-			if chosen(n) && !s.addTo(i, func(step *tableDiff) { step.addrs.add(addr, in, n) }) {
+			if include(n) && !s.addTo(i, func(step *tableDiff) { step.addrs.add(addr, in, n) }) {
 				return false
 			}
 		}
@@ -154,14 +156,14 @@ func (s *stepper) portSteps(i int, counts portCounts) bool {
 	return true
 }
 
-// classDiff is what is done to one frontend in the sets with its classes.
+// classDiff contains the changes of one frontend in the sets with classes.
 type classDiff struct{ del, add [numClassSets][]element }
 
-// classDiffsByFrontend returns the changes of classes, those of each frontend together.
+// classDiffsByFrontend returns the changes of classes, grouped by frontend.
 func (e *tableDiff) classDiffsByFrontend() []*classDiff {
 	var all []*classDiff
 	byKey := map[string]*classDiff{}
-	of := func(el element) *classDiff {
+	diffFor := func(el element) *classDiff {
 		c, ok := byKey[string(el.Key)]
 		if !ok {
 			c = &classDiff{}
@@ -172,11 +174,11 @@ func (e *tableDiff) classDiffsByFrontend() []*classDiff {
 	}
 	for set := range numClassSets {
 		for _, el := range e.del[set] {
-			c := of(el)
+			c := diffFor(el)
 			c.del[set] = append(c.del[set], el)
 		}
 		for _, el := range e.add[set] {
-			c := of(el)
+			c := diffFor(el)
 			c.add[set] = append(c.add[set], el)
 		}
 	}
@@ -223,7 +225,7 @@ func (s *stepper) afterClasses() bool {
 				}
 			}
 		}
-		if _, less := e.ports.split(); !s.portSteps(i, less) {
+		if _, removed := e.ports.split(); !s.portSteps(i, removed) {
 			return false
 		}
 	}

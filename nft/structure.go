@@ -12,10 +12,10 @@ import (
 	"github.com/google/nftables"
 )
 
-// repairStructure brings the table, its sets, chains and rules to what they must be,
-// in one transaction, and have up to date with it. It writes nothing if they are.
-// Named objects, such as counters, that somebody has added are left alone: without a
-// rule they do nothing.
+// repairStructure repairs the table, its sets, chains and rules, and updates have. It
+// deletes unexpected elements in separate commits first. It writes nothing if the structure
+// is correct. It keeps named objects of other programs, such as counters: without a rule,
+// they have no effect.
 func (d *Dataplane) repairStructure(t *table, node dataplane.Node, have *tableContent) error {
 	if have.table == nil {
 		*have = tableContent{}
@@ -27,45 +27,46 @@ func (d *Dataplane) repairStructure(t *table, node dataplane.Node, have *tableCo
 	return d.repairTable(t, node, have)
 }
 
-// repairTable changes rules first, because they refer to chains and sets; then what maps
-// refer to; then sets, because maps refer to chains; then chains.
+// repairTable creates the table if necessary and repairs its structure. It changes rules
+// first, because they refer to chains and sets; then the elements of maps, because they
+// refer to chains; then sets; then chains.
 func (d *Dataplane) repairTable(t *table, node dataplane.Node, have *tableContent) error {
 	if have.table == nil {
 		if err := d.createTable(t); err != nil {
 			return err
 		}
 	} else if flags := d.desiredFlags(have.table.Flags); flags != have.table.Flags || d.ownTables && have.table.Owner != d.portID {
-		// The owner may have ended since the table was read: that is no generation.
+		// The owner may have exited since the table was read, without a new generation.
 		d.conn.AddTable(&nftables.Table{Name: t.nf.Name, Family: t.nf.Family, Flags: flags})
 	}
-	wanted := t.chains(node, have.rangePrefixLengths)
+	desired := t.chains(node, have.rangePrefixLengths)
 	if t.detached {
-		wanted = slices.DeleteFunc(wanted, func(ch chain) bool { return ch.Hooknum != nil })
+		desired = slices.DeleteFunc(desired, func(ch chain) bool { return ch.Hooknum != nil })
 	}
 	for b, intact := range have.verdictElements {
 		if intact && b.hasOwnChain() {
-			wanted = append(wanted, t.verdictElementChain(b))
+			desired = append(desired, t.verdictElementChain(b))
 		}
 	}
-	gone := t.obsoleteSets(have)
-	wrong := have.mistypedCounters()
-	changed, remove := d.flushChains(t, have, wanted, len(gone) > 0 || len(wrong) > 0)
-	// Elements that go to a chain hold on to it as rules do.
+	obsolete := t.obsoleteSets(have)
+	mistyped := have.mistypedCounters()
+	changed, obsoleteChains := d.flushChains(t, have, desired, len(obsolete) > 0 || len(mistyped) > 0)
+	// Elements that refer to a chain keep it in use, as rules do.
 	for b, intact := range have.verdictElements {
 		if !intact {
 			_ = d.conn.SetDeleteElements(t.verdicts[b.vmap], []element{{Key: t.encodeClass(b.serviceClass)}})
 			delete(have.verdictElements, b)
 		}
 	}
-	for _, s := range gone {
+	for _, s := range obsolete {
 		d.conn.DelSet(s)
 		delete(have.sets, s.Name)
 	}
-	for _, ch := range remove {
+	for _, ch := range obsoleteChains {
 		d.conn.DelChain(ch)
 		delete(have.chains, ch.Name)
 	}
-	for _, o := range wrong {
+	for _, o := range mistyped {
 		o.Table = t.nf
 		d.conn.DeleteObject(o)
 	}
@@ -80,10 +81,10 @@ func (d *Dataplane) repairTable(t *table, node dataplane.Node, have *tableConten
 			_ = d.conn.AddSet(s, nil)
 		}
 	}
-	if newPorts && len(have.ports) > 0 { // there may have been one, in use
+	if newPorts && len(have.ports) > 0 { // the old set may have been in use
 		_ = d.conn.SetAddElements(t.endpointPorts, portElements(maps.Keys(have.ports)))
 	}
-	for _, ch := range wanted {
+	for _, ch := range desired {
 		if have.chains[ch.Name] == nil {
 			d.conn.AddChain(ch.Chain)
 		}
@@ -112,79 +113,79 @@ func portElements(ports iter.Seq[uint16]) []element {
 	return all
 }
 
-// desiredSets returns the sets that must be there.
+// desiredSets returns the sets that must exist.
 func (t *table) desiredSets(have *tableContent) []*nftables.Set {
-	wanted := t.sets()
+	desired := t.sets()
 	for _, bits := range have.rangePrefixLengths {
-		wanted = append(wanted, t.sourceRangeSet(bits), t.sharedSourceRangeSet(bits))
+		desired = append(desired, t.sourceRangeSet(bits), t.sharedSourceRangeSet(bits))
 	}
-	return wanted
+	return desired
 }
 
-// obsoleteSets returns the sets that must go: those of others, and those of ours that
-// are defined otherwise. Anonymous sets go with their rules.
+// obsoleteSets returns the sets to delete: sets of other programs, and our sets with a
+// different definition. The kernel deletes anonymous sets with their rules.
 func (t *table) obsoleteSets(have *tableContent) []*nftables.Set {
-	wanted := t.desiredSets(have)
-	var gone []*nftables.Set
+	desired := t.desiredSets(have)
+	var obsolete []*nftables.Set
 	for name, found := range have.sets {
-		i := slices.IndexFunc(wanted, func(s *nftables.Set) bool { return s.Name == name })
-		if found.Anonymous || i >= 0 && sameSet(found, wanted[i]) {
+		i := slices.IndexFunc(desired, func(s *nftables.Set) bool { return s.Name == name })
+		if found.Anonymous || i >= 0 && sameSet(found, desired[i]) {
 			continue
 		}
 		found.Table = t.nf
-		gone = append(gone, found)
+		obsolete = append(obsolete, found)
 	}
-	return gone
+	return obsolete
 }
 
-// mistypedCounters returns the objects with the name of one of our counters that are
-// none.
+// mistypedCounters returns the objects that have the name of one of our counters but
+// another type.
 func (c *tableContent) mistypedCounters() []*nftables.NamedObj {
-	var wrong []*nftables.NamedObj
+	var mistyped []*nftables.NamedObj
 	for _, name := range allCounters() {
 		if typ, ok := c.objects[string(name)]; ok && typ != nftables.ObjTypeCounter {
-			wrong = append(wrong, &nftables.NamedObj{Name: string(name), Type: typ})
+			mistyped = append(mistyped, &nftables.NamedObj{Name: string(name), Type: typ})
 		}
 	}
-	return wrong
+	return mistyped
 }
 
-// repairEndpointPorts makes the ports of endpoints those of the endpoints that there are, in
-// commits of their own, as there may be many.
+// repairEndpointPorts makes the set endpoint-ports match the endpoints, in separate
+// commits, because there may be many ports.
 func (d *Dataplane) repairEndpointPorts(t *table, have *tableContent) error {
-	found := t.renderer.requiredPorts(have)
-	var gone, come []element
+	required := t.renderer.requiredPorts(have)
+	var removed, added []element
 	for port := range have.portSet {
-		if _, ok := found[port]; !ok {
-			gone = append(gone, element{Key: encodePort(port)})
+		if _, ok := required[port]; !ok {
+			removed = append(removed, element{Key: encodePort(port)})
 		}
 	}
-	for port := range found {
+	for port := range required {
 		if !have.portSet[port] {
-			come = append(come, element{Key: encodePort(port)})
+			added = append(added, element{Key: encodePort(port)})
 		}
 	}
-	change := func(how func(*nftables.Set, []element) error, elements []element) error {
+	change := func(write func(*nftables.Set, []element) error, elements []element) error {
 		for part := range slices.Chunk(elements, d.transactionSize) {
-			_ = how(t.endpointPorts, part) // the library keeps the error for Flush
+			_ = write(t.endpointPorts, part) // the library keeps the error for Flush
 			if err := d.submit(); err != nil {
-				return fmt.Errorf("mend set %s: %w", t.endpointPorts.Name, err)
+				return fmt.Errorf("repair set %s: %w", t.endpointPorts.Name, err)
 			}
 		}
 		return nil
 	}
-	if err := change(d.conn.SetDeleteElements, gone); err != nil {
+	if err := change(d.conn.SetDeleteElements, removed); err != nil {
 		return err
 	}
-	return change(d.conn.SetAddElements, come)
+	return change(d.conn.SetAddElements, added)
 }
 
-// flushChains removes the rules of chains that are not as wanted, or of all chains. It
-// returns the names of the chains that need their rules, and the chains to delete.
-func (d *Dataplane) flushChains(t *table, have *tableContent, wanted []chain, all bool) (map[string]bool, []*nftables.Chain) {
+// flushChains flushes the chains whose rules differ from the desired ones, or all chains.
+// It returns the names of the chains that need their rules, and the chains to delete.
+func (d *Dataplane) flushChains(t *table, have *tableContent, desired []chain, all bool) (map[string]bool, []*nftables.Chain) {
 	changed := map[string]bool{}
 	keep := map[string]bool{}
-	for _, ch := range wanted {
+	for _, ch := range desired {
 		found := have.chains[ch.Name]
 		if found == nil || !sameChain(found, ch.Chain) {
 			changed[ch.Name] = true
@@ -206,34 +207,34 @@ func (d *Dataplane) flushChains(t *table, have *tableContent, wanted []chain, al
 	return changed, remove
 }
 
-// isBindingChain reports whether a chain belongs to a rule, with which it comes and goes
+// isBindingChain reports whether a chain belongs to a rule, which creates and deletes it
 // (nf_tables_api.c, nf_tables_addchain, NFT_CHAIN_BINDING).
 func isBindingChain(chain string) bool { return strings.HasPrefix(chain, "__chain") }
 
-// deleteUnexpected removes elements that we would never make, in commits of their own,
-// before anything is added that might have the same key. Elements that have got a
-// statement are replaced by the same without it.
+// deleteUnexpected deletes elements that this package never writes, in separate commits,
+// before elements with the same keys are added. It replaces elements to which another
+// program has added a statement.
 func (d *Dataplane) deleteUnexpected(t *table, have *tableContent) error {
 	sets := t.sets()
 	for _, bits := range have.rangePrefixLengths {
 		sets = append(sets, t.sourceRangeSet(bits), t.sharedSourceRangeSet(bits))
 	}
-	ofNode := t.nodeSetElements(dataplane.Node{}) // repairNodeSets does these
+	nodeSets := t.nodeSetElements(dataplane.Node{}) // repairNodeSets repairs these
 	for _, set := range sets {
-		if _, ok := ofNode[set]; ok {
+		if _, ok := nodeSets[set]; ok {
 			continue
 		}
-		foreign := have.unexpected[set.Name]
-		if slices.ContainsFunc(foreign, isCatchAll) {
+		unexpected := have.unexpected[set.Name]
+		if slices.ContainsFunc(unexpected, isCatchAll) {
 			if err := d.deleteCatchAll(t, set); err != nil {
 				return err
 			}
-			foreign = slices.DeleteFunc(foreign, isCatchAll)
+			unexpected = slices.DeleteFunc(unexpected, isCatchAll)
 		}
-		for part := range slices.Chunk(foreign, d.transactionSize) {
+		for part := range slices.Chunk(unexpected, d.transactionSize) {
 			_ = d.conn.SetDeleteElements(set, elementKeys(part)) // the library keeps the error for Flush
 			if err := d.submit(); err != nil {
-				return fmt.Errorf("delete foreign elements from set %s: %w", set.Name, err)
+				return fmt.Errorf("delete unexpected elements from set %s: %w", set.Name, err)
 			}
 		}
 		for part := range slices.Chunk(have.extended[set.Name], d.transactionSize) {
@@ -247,10 +248,10 @@ func (d *Dataplane) deleteUnexpected(t *table, have *tableContent) error {
 	return nil
 }
 
-// isCatchAll reports whether an element is a set's catch-all (`*`).
+// isCatchAll reports whether an element is the catch-all element (`*`) of a set.
 func isCatchAll(e element) bool { return len(e.Key) == 0 }
 
-// elementKeys returns elements as the kernel needs them to be deleted.
+// elementKeys returns elements in the form that the kernel needs for their deletion.
 func elementKeys(elements []element) []element {
 	keys := make([]element, len(elements))
 	for i, e := range elements {
@@ -259,8 +260,8 @@ func elementKeys(elements []element) []element {
 	return keys
 }
 
-// plainElements returns elements that were read as they are added. Elements of verdict maps
-// that go elsewhere than ours are left out.
+// plainElements returns elements that were read in the form in which they are added. It
+// leaves out elements of verdict maps that refer to a wrong chain.
 func (t *table) plainElements(set *nftables.Set, elements []element) []element {
 	m := slices.Index(t.verdicts[:], set)
 	if m < 0 {
@@ -282,7 +283,7 @@ func (d *Dataplane) addRules(t *table, ch chain) {
 	}
 }
 
-// repairNodeSets makes the sets that follow the node what they must be.
+// repairNodeSets makes the sets that depend on the node match the node.
 func (d *Dataplane) repairNodeSets(t *table, node dataplane.Node, have *tableContent) {
 	same := func(a, b element) bool { return slices.Equal(a.Key, b.Key) && a.IntervalEnd == b.IntervalEnd }
 	byKey := func(a, b element) int {

@@ -15,9 +15,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// schemaLabel begins the comment of the table, before the number of the schema. The
-// comment is what nft prints of the table's user data. The kernel takes user data
-// only when a table is made (nf_tables_api.c, nf_tables_updtable).
+// schemaLabel is the prefix of the table's comment, before the schema number. The comment
+// is the part of the table's user data that nft prints. The kernel accepts user data only
+// when a table is created (nf_tables_api.c, nf_tables_updtable).
 const schemaLabel = "fairlead schema "
 
 // Attributes of linux/netfilter/nf_tables.h.
@@ -33,7 +33,7 @@ const firstSchema = 1
 type tableInfo struct {
 	flags  nftables.TableFlags
 	schema int
-	owner  uint32 // the port of a netlink socket, with the flag owner
+	owner  uint32 // netlink port of the owner's socket, with the flag owner
 }
 
 // listTables returns the tables of a family by name.
@@ -50,7 +50,7 @@ func (c *dumpConn) listTables(ctx context.Context, family nftables.TableFamily) 
 		}
 		if v, ok := nlconn.Attribute(attrs, tableUserData); ok {
 			if number, ok := strings.CutPrefix(parseComment(v), schemaLabel); ok {
-				info.schema, _ = strconv.Atoi(number) // 0 is none of ours either
+				info.schema, _ = strconv.Atoi(number) // an invalid number becomes 0, which is never the current schema
 			}
 		}
 		all[strings.TrimSuffix(string(name), "\x00")] = info
@@ -62,8 +62,8 @@ func (c *dumpConn) listTables(ctx context.Context, family nftables.TableFamily) 
 	return all, nil
 }
 
-// desiredFlags returns the flags that a table with these must have. The kernel takes
-// the flag persist from no table (nf_tables_api.c, nf_tables_updtable).
+// desiredFlags returns the flags that a table with the flags have should get. The kernel
+// never removes the flag persist (nf_tables_api.c, nf_tables_updtable).
 func (d *Dataplane) desiredFlags(have nftables.TableFlags) nftables.TableFlags {
 	if d.ownTables && have&nftables.TableFlagPersist != 0 {
 		return ownerFlags
@@ -76,8 +76,8 @@ func encodeTableFlags(flags nftables.TableFlags) []byte {
 	return binary.BigEndian.AppendUint32(nil, uint32(flags))
 }
 
-// createTable makes an empty table with the schema in its user data, which the
-// library has no way to set.
+// createTable creates an empty table with the schema in its user data. The library cannot
+// set user data.
 func (d *Dataplane) createTable(t *table) error {
 	var flags nftables.TableFlags
 	if d.ownTables {
@@ -95,12 +95,12 @@ func (d *Dataplane) createTable(t *table) error {
 	return nil
 }
 
-// deleteCatchAll deletes the catch-all element of a set, which has no key, so that
-// the library has no way to.
+// deleteCatchAll deletes the catch-all element of a set. The library cannot, because the
+// element has no key.
 func (d *Dataplane) deleteCatchAll(t *table, set *nftables.Set) error {
 	const catchAll = 2 // NFT_SET_ELEM_CATCHALL
 	nested := func(typ uint16, attr netlink.Attribute) netlink.Attribute {
-		b, _ := netlink.MarshalAttributes([]netlink.Attribute{attr}) // it fails for more than 64 KiB
+		b, _ := netlink.MarshalAttributes([]netlink.Attribute{attr}) // fails only for more than 64 KiB
 		return netlink.Attribute{Type: typ | unix.NLA_F_NESTED, Data: b}
 	}
 	err := d.commitMessage(t, unix.NFT_MSG_DELSETELEM, 0, []netlink.Attribute{
@@ -116,20 +116,20 @@ func (d *Dataplane) deleteCatchAll(t *table, set *nftables.Set) error {
 	return nil
 }
 
-// commitMessage commits a transaction of one message through the library's socket, so
-// that the watch knows it as ours.
+// commitMessage commits a transaction of one message. It uses the library's socket, so that
+// the watch ignores the change.
 func (d *Dataplane) commitMessage(t *table, typ uint16, flags netlink.HeaderFlags, attrs []netlink.Attribute) error {
 	messages, err := singleMessageBatch(t, typ, flags, attrs)
 	if err != nil {
 		return err
 	}
 	if _, err = d.socket.SendMessages(messages); err == nil {
-		_, err = d.socket.Receive() // the answer to the message in the middle
+		_, err = d.socket.Receive() // the acknowledgement of the message in the middle
 	}
 	return d.recordCommit(err)
 }
 
-// singleMessageBatch returns a message between the beginning and the end of a batch.
+// singleMessageBatch returns a message between the begin and end messages of a batch.
 func singleMessageBatch(t *table, typ uint16, flags netlink.HeaderFlags, attrs []netlink.Attribute) ([]netlink.Message, error) {
 	b, err := netlink.MarshalAttributes(attrs)
 	if err != nil {

@@ -13,35 +13,36 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Translator is who picks the endpoints in place of the tables' maps, as IPVS does.
-// Each list of endpoints is a virtual server to the tables: an address that
-// connections are sent to, or the frontends' own address.
+// Translator selects the endpoints instead of the tables' maps, as IPVS does. To the
+// tables, each endpoint list is a virtual server: an address that they send connections to,
+// or the frontend's own address.
 type Translator interface {
-	// VirtualServers returns where connections go instead of to one of the
-	// Service's Endpoints (cluster) and LocalEndpoints (local). While a list is empty
-	// no connection goes there.
+	// VirtualServers returns the addresses to which the tables send connections, instead of
+	// the Service's Endpoints (cluster) and LocalEndpoints (local). The tables send no
+	// connections to the address of an empty list.
 	//
-	// The zero AddrPort for cluster means that the frontends' own addresses are
-	// virtual servers: such connections are let through untranslated. It is for
-	// frontends that have an address of their own, so not for node ports. For local
-	// there is an address wherever the policy is Local.
+	// The zero AddrPort for cluster means pass-through: the frontends' own addresses are
+	// virtual servers, and the tables do not translate the connections. Pass-through
+	// requires frontends with an address, so it is not possible for node ports. local is
+	// always valid for a Service with ExternalTrafficPolicyLocal.
 	//
-	// The answer for a Service must stay the same for as long as it is programmed;
-	// Apply asks again when it goes.
+	// The result for a Service must not change while it is programmed; Apply calls
+	// VirtualServers again when the Service is deleted.
 	VirtualServers(s *dataplane.Service) (cluster, local netip.AddrPort)
 }
 
 // boundAddressKind is the Kind of the Services that BoundAddressService returns.
 const boundAddressKind = dataplane.Kind(0xff)
 
-// BoundAddressService returns a Service that represents an address which a Translator binds to
-// the node, so that virtual servers at the address get its packets. While the Service
-// is programmed, connections to the address that no frontend takes reach neither a
-// virtual server nor a program of the node: they are rejected if the address is a
-// cluster IP, and dropped otherwise. Packets that the node sends to the address are
-// routed again if the Translator sends them to an address of the node.
+// BoundAddressService returns a Service that represents an address that a Translator binds
+// to the node, so that virtual servers at the address get its packets. While the Service is
+// programmed, connections to the address that match no frontend reach neither a virtual
+// server nor a program of the node. The rules reject them if the address is a cluster IP,
+// and drop them otherwise. The kernel routes packets from the node to the address again if
+// the Translator sends them to an address of the node.
 //
-// Program it before the address is bound, and remove it afterwards.
+// Program the Service before the address is bound, and delete it after the address is
+// unbound.
 func BoundAddressService(addr netip.Addr) *dataplane.Service {
 	return &dataplane.Service{
 		Key:       dataplane.Key{Name: addr.String(), Family: dataplane.FamilyOf(addr), Kind: boundAddressKind},
@@ -49,8 +50,8 @@ func BoundAddressService(addr netip.Addr) *dataplane.Service {
 	}
 }
 
-// BoundAddressOf returns the address that a Service of BoundAddressService with this key
-// represents. It returns false for all other keys.
+// BoundAddressOf returns the address of a BoundAddressService with this key. It returns
+// false for all other keys.
 func BoundAddressOf(k dataplane.Key) (netip.Addr, bool) {
 	if k.Kind != boundAddressKind {
 		return netip.Addr{}, false
@@ -59,35 +60,34 @@ func BoundAddressOf(k dataplane.Key) (netip.Addr, bool) {
 	return addr, err == nil
 }
 
-// VirtualBinding is what the tables hold for one frontend when there is a Translator. Its
-// pairs are of the lists Endpoints and LocalEndpoints, in this order.
+// VirtualBinding is the state of one frontend in tables with a Translator. Index 0 of its
+// arrays is for Endpoints, index 1 for LocalEndpoints.
 type VirtualBinding struct {
-	// Binding has all but Endpoints, LocalEndpoints and Affinity.
+	// Binding is set except for Endpoints, LocalEndpoints and Affinity.
 	dataplane.Binding
-	// Served says whether connections go to a virtual server. Those to others are
-	// rejected or dropped.
+	// Served reports whether connections go to a virtual server. If not, they are refused.
 	Served [2]bool
-	// Virtual is the virtual server that connections are sent to, also while they
-	// are not served. It is zero where they are let through.
+	// Virtual is the virtual server of the list, even if connections to it are refused. It
+	// is zero for pass-through.
 	Virtual [2]netip.AddrPort
-	// Local are the addresses of endpoints that can reach themselves through the
-	// frontend, sorted: those of both lists that are local.
+	// Local contains the sorted addresses of the endpoints of both lists that are local, so
+	// that they can connect to themselves through the frontend.
 	Local []netip.Addr
 }
 
-// Equal reports whether r and o treat connections alike. The name of the Service
-// takes no part.
+// Equal reports whether r and o handle connections in the same way. It ignores the name of
+// the Service.
 func (r VirtualBinding) Equal(o VirtualBinding) bool {
 	return r.Binding.Equal(o.Binding) && r.Served == o.Served && r.Virtual == o.Virtual && slices.Equal(r.Local, o.Local)
 }
 
-// String returns the rule in one line.
+// String returns the binding in one line.
 func (r VirtualBinding) String() string {
 	return fmt.Sprintf("%s served=%v virtual=%v local=%v", r.ServiceSpec, r.Served, r.Virtual, r.Local)
 }
 
-// ReadVirtualBindings returns what the kernel holds now, for a Dataplane with a Translator. It
-// changes nothing.
+// ReadVirtualBindings returns the current state of the kernel for a Dataplane with a
+// Translator. It changes nothing.
 func (d *Dataplane) ReadVirtualBindings(ctx context.Context) (map[dataplane.Frontend]VirtualBinding, error) {
 	rules := map[dataplane.Frontend]VirtualBinding{}
 	if err := d.forEachFrontend(ctx, func(f dataplane.Frontend, r *frontendElements) { rules[f] = r.virtualBinding() }); err != nil {
@@ -98,16 +98,16 @@ func (d *Dataplane) ReadVirtualBindings(ctx context.Context) (map[dataplane.Fron
 
 func (r *frontendElements) virtualBinding() VirtualBinding {
 	rule := VirtualBinding{Binding: r.bindingExceptEndpoints(), Local: r.hairpins}
-	slotsOf := [numEndpointLists][]netip.AddrPort{r.slots[clusterEndpoints].endpoints, r.slots[localEndpoints].endpoints}
+	slots := [numEndpointLists][]netip.AddrPort{r.slots[clusterEndpoints].endpoints, r.slots[localEndpoints].endpoints}
 	if r.class.has(classSharedList) && r.sharedList != nil {
-		rule.Local, slotsOf = r.sharedList.hairpins, r.sharedList.slots
+		rule.Local, slots = r.sharedList.hairpins, r.sharedList.slots
 	}
-	of := [numEndpointLists]serviceClass{clusterEndpoints: r.class}
+	classes := [numEndpointLists]serviceClass{clusterEndpoints: r.class}
 	if rule.ExternalTrafficPolicyLocal && r.inExternal {
-		of[localEndpoints] = r.externalClass
+		classes[localEndpoints] = r.externalClass
 	}
-	for l, c := range of {
-		if slots := slotsOf[l]; len(slots) > 0 && !c.has(classPassThrough) {
+	for l, c := range classes {
+		if slots := slots[l]; len(slots) > 0 && !c.has(classPassThrough) {
 			rule.Virtual[l] = slots[0]
 		}
 		rule.Served[l] = c.size() > 0 && (c.has(classPassThrough) || rule.Virtual[l].IsValid()) &&
@@ -116,9 +116,10 @@ func (r *frontendElements) virtualBinding() VirtualBinding {
 	return rule
 }
 
-// virtualNetworkRules are rules for connections to where virtual servers are, before
-// others are translated to these: they would go round source ranges, policies and
-// masquerading.
+// virtualNetworkRules returns the rules that drop direct connections to the networks of
+// virtual servers. Such connections would bypass source ranges, traffic policies and
+// masquerading. The rules come before the rules that translate connections to these
+// networks.
 //
 //	ip daddr & 255.0.0.0 == 250.0.0.0 drop
 func (t *table) virtualNetworkRules() []rule {
@@ -136,12 +137,13 @@ func (t *table) virtualNetworkRules() []rule {
 	return rules
 }
 
-// ownClusterIPRule is the rule for connections to cluster IPs that the node may take for
-// itself, although no interface has the address, as a translator's routes make it.
-// They do not come by forward, and in input they could not be rejected: for a packet
-// that is the node's own the kernel sends an ICMP error of IPv4 from the address
-// that it was for (net/ipv4/icmp.c, __icmp_send), or, where that is no interface's,
-// none. Behind dstnat nobody's rules translate them any more.
+// ownClusterIPRule returns the rule for connections to cluster IPs that the node may accept
+// although no interface has the address, because of the Translator's routes. These
+// connections do not pass the forward hook. In the input hook, the rules could not reject
+// them: for a packet to the node itself, the kernel sends an IPv4 ICMP error from the
+// packet's destination address (net/ipv4/icmp.c, __icmp_send), and sends none if no
+// interface has the address. After dstnat, no other program's rules translate them any
+// more.
 //
 //	ct state new ip daddr @cluster-ips fib daddr type != local goto undeclared
 func (t *table) ownClusterIPRule() rule {
@@ -152,7 +154,8 @@ func (t *table) ownClusterIPRule() rule {
 	)}
 }
 
-// undeclaredChain rejects what is for no frontend.
+// undeclaredChain returns the chain that rejects connections to cluster IPs that match no
+// frontend.
 //
 //	chain undeclared {
 //		meta priority set ip daddr . meta l4proto . th dport map @services meta priority set none return comment "a frontend: the translator takes it"
@@ -173,9 +176,9 @@ func (t *table) undeclaredChain() chain {
 	)
 }
 
-// dnatToOriginal is `dnat to ip daddr`. It translates a connection to the address that it is
-// for, which settles that no other program's NAT rules translate it. A connection that
-// nobody translates gets the same from the kernel in the end (nf_nat_core.c,
+// dnatToOriginal returns `dnat to ip daddr`. It translates a connection to its own
+// destination, so that no other program's NAT rules translate it. The kernel does the same
+// at the end for a connection that no rule translates (nf_nat_core.c,
 // nf_nat_alloc_null_binding).
 func (t *table) dnatToOriginal() []expr.Any {
 	return []expr.Any{t.daddr(0), &expr.NAT{
@@ -183,9 +186,10 @@ func (t *table) dnatToOriginal() []expr.Any {
 	}}
 }
 
-// boundIPRule matches connections to bound addresses, behind the rules for frontends. In
-// nat-output it comes before IPVS, so that the node's own connections do not reach a
-// virtual server which has no destinations yet, or only those with weight 0.
+// boundIPRule returns the rule for connections to bound addresses that match no frontend;
+// it comes after the rules for frontends. In nat-output, it comes before IPVS, so that the
+// node's own connections do not reach a virtual server without destinations, or with
+// destinations of weight 0 only.
 //
 //	ip daddr @bound-ips fib daddr type != local goto bound
 func (t *table) boundIPRule() rule {
@@ -196,8 +200,8 @@ func (t *table) boundIPRule() rule {
 	)}
 }
 
-// boundChain refuses connections to bound addresses as filter-forward and filter-output
-// refuse those to other addresses of Services.
+// boundChain returns the chain that refuses connections to bound addresses, as
+// filter-forward and filter-output refuse connections to other addresses of Services.
 //
 //	chain bound {
 //		ip daddr @cluster-ips counter name "rejected-undeclared-port" goto reject
@@ -213,21 +217,21 @@ func (t *table) boundChain() chain {
 }
 
 const (
-	// routeOffset is how far the chain route-output is behind dstnat: behind IPVS
-	// (net/netfilter/ipvs/ip_vs_core.c, ip_vs_ops), and right before
+	// routeOffset is the priority of the chain route-output relative to dstnat: behind IPVS
+	// (net/netfilter/ipvs/ip_vs_core.c, ip_vs_ops), and immediately before
 	// filter-output-post-dnat.
 	routeOffset = 9
-	// routeMark is the bit of a packet's mark that is flipped to have it routed
-	// again, and flipped back afterwards.
+	// routeMark is the bit of a packet's mark that the rules flip to make the kernel route
+	// the packet again, and flip back afterwards.
 	routeMark = 1 << 31
 )
 
-// rerouteRule flips a bit in the mark of packets that the node sends to a bound
-// address and the Translator to an address of the node. IPVS keeps the packet's route
-// to the bound address (net/netfilter/ipvs/ip_vs_xmit.c, __ip_vs_get_out_rt), which
-// leads out of the node. A chain of type route makes the kernel look up the route again
-// if the mark changes (net/netfilter/nft_chain_route.c). The same rule in the next
-// chain flips the bit back.
+// rerouteRule returns the rule that flips a bit in the mark of packets that the node sends
+// to a bound address and that the Translator sends to an address of the node. IPVS keeps
+// the packet's route to the bound address (net/netfilter/ipvs/ip_vs_xmit.c,
+// __ip_vs_get_out_rt), which leads out of the node. In a chain of type route, a changed
+// mark makes the kernel look up the route again (net/netfilter/nft_chain_route.c). The same
+// rule in the next chain flips the bit back.
 //
 //	oifname != "lo" ct original ip daddr @bound-ips fib daddr type local meta mark set meta mark ^ 0x80000000 comment "an endpoint of this node: route again"
 func (t *table) rerouteRule() rule {
@@ -255,8 +259,8 @@ func (t *table) rerouteRule() rule {
 	}
 }
 
-// passedThroughRule is the rule for connections that were let through to the translator,
-// whose translation is none to the kernel's NAT.
+// passedThroughRule returns the rule for pass-through connections. The kernel's NAT does
+// not translate them, so `ct status dnat` does not match.
 //
 //	ct original ip daddr @cluster-ips goto masquerading
 func (t *table) passedThroughRule() rule {

@@ -11,14 +11,14 @@ import (
 )
 
 // virtualRenderer renders tables that send connections to the virtual servers of a
-// Translator. The methods are documented at renderer.
+// Translator. renderer documents the methods.
 type virtualRenderer struct{ translator Translator }
 
-// checkSupported returns nil: a Translator has no limits.
+// checkSupported returns nil: a Translator supports every Service.
 func (virtualRenderer) checkSupported(*dataplane.Service) error { return nil }
 
-// initialAssignment returns an empty arrangement, because each list has one virtual
-// server at most.
+// initialAssignment returns an empty slot assignment, because each list has at most one
+// virtual server.
 func (virtualRenderer) initialAssignment(*dataplane.Service) slotAssignment { return slotAssignment{} }
 
 func (virtualRenderer) assignSlots(slotAssignment, *dataplane.Service) newAssignment {
@@ -47,12 +47,12 @@ func (v virtualRenderer) render(s *dataplane.Service, _ slotAssignment, node dat
 	return r
 }
 
-// endpointPortsOf returns the ports of the Service's endpoints, sorted.
+// endpointPortsOf returns the sorted ports of the Service's endpoints.
 func endpointPortsOf(s *dataplane.Service) []uint16 {
 	var ports []uint16
 	for _, list := range [numEndpointLists][]dataplane.Endpoint{s.Endpoints, s.LocalEndpoints} {
 		for _, e := range list {
-			if n := len(ports); n == 0 || ports[n-1] != e.Addr.Port() { // as a rule there is one
+			if n := len(ports); n == 0 || ports[n-1] != e.Addr.Port() { // usually, all have the same port
 				ports = append(ports, e.Addr.Port())
 			}
 		}
@@ -61,8 +61,8 @@ func endpointPortsOf(s *dataplane.Service) []uint16 {
 	return slices.Compact(ports)
 }
 
-// binding returns all but the endpoints and the session affinity, which the Translator
-// has.
+// binding returns the binding without endpoints and session affinity, which only the
+// Translator has.
 func (virtualRenderer) binding(r *frontendElements) dataplane.Binding {
 	return r.bindingExceptEndpoints()
 }
@@ -71,15 +71,15 @@ func (virtualRenderer) endpointElements(s *dataplane.Service) int {
 	if s.Key.Kind == boundAddressKind {
 		return 0
 	}
-	return int(numEndpointLists) // a virtual server each
+	return int(numEndpointLists) // one virtual server per list
 }
 
-// endpointPort returns false, because slots hold virtual servers. The ports are in
-// row.ports instead.
+// endpointPort returns false, because slots contain virtual servers. frontendElements.ports
+// contains the ports.
 func (virtualRenderer) endpointPort(netip.AddrPort) (uint16, bool) { return 0, false }
 
-// requiredPorts returns the ports in endpoint-ports as unused: the maps do not have the
-// endpoints, so the Services determine which ports stay.
+// requiredPorts returns the ports in endpoint-ports with a count of 0: the maps do not
+// contain the endpoints, so the Services determine which ports stay.
 func (virtualRenderer) requiredPorts(c *tableContent) portCounts {
 	ports := make(portCounts, len(c.portSet))
 	for port := range c.portSet {
@@ -88,7 +88,7 @@ func (virtualRenderer) requiredPorts(c *tableContent) portCounts {
 	return ports
 }
 
-// sets leaves out the sets of session affinity.
+// sets removes the sets of session affinity.
 func (virtualRenderer) sets(t *table, named []*nftables.Set) []*nftables.Set {
 	return slices.DeleteFunc(slices.Clone(named), t.isAffinitySet)
 }
@@ -97,8 +97,7 @@ func (virtualRenderer) selectionChains(*table, addressing) []chain { return nil 
 
 func (virtualRenderer) priorityMatches() [][]expr.Any { return [][]expr.Any{matchSlotOrListID()} }
 
-// extraRules returns the rules for bound addresses, and for connections that are let
-// through to a virtual server.
+// extraRules returns the rules for bound addresses and for pass-through connections.
 //
 //	chain route-output {
 //		type route hook output priority dstnat + 9; policy accept;

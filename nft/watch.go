@@ -18,10 +18,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// watch listens to the kernel's announcements of ruleset changes and signals
-// those of our tables that were made through another socket than ours.
+// watch receives the kernel's notifications of ruleset changes. It signals drift for
+// changes of our tables that were made through another socket.
 type watch struct {
-	table   string // the name of ours
+	table   string // the name of our tables
 	ownPort uint32
 	netns   *os.File
 	drift   chan struct{}
@@ -32,23 +32,23 @@ type watch struct {
 
 	mu         sync.Mutex
 	conn       *netlink.Conn
-	subscribed bool // of the kernel's multicast group
+	subscribed bool // to the kernel's multicast group
 
-	// changes counts the announcements that concern our tables, or may have been
-	// lost. generation is the last generation that was announced. announced is
-	// closed, and made again, when it changes.
+	// changes counts the notifications of our tables, and the occasions on which
+	// notifications may have been lost. generation is the last generation with a
+	// notification. generationChanged is closed and replaced when generation changes.
 	changes           uint64
 	generation        uint32
 	generationChanged chan struct{}
 }
 
-// Pauses before the watch opens its socket again, after an unexpected error.
+// The delays before the watch opens its socket again after an unexpected error.
 const (
 	minReopenDelay = 10 * time.Millisecond
 	maxReopenDelay = 10 * time.Second
 )
 
-// startWatch starts a goroutine that ends with close.
+// startWatch starts a goroutine that exits on close.
 func startWatch(table string, netns int, ownPort uint32, log *slog.Logger) (*watch, error) {
 	ns, err := openNetNS(netns)
 	if err != nil {
@@ -69,8 +69,8 @@ func startWatch(table string, netns int, ownPort uint32, log *slog.Logger) (*wat
 	return w, nil
 }
 
-// openNetNS opens the network namespace that a descriptor refers to, or that of the
-// calling thread for 0, to be kept as long as the watch may need another socket.
+// openNetNS opens the network namespace of a descriptor, or of the calling thread for 0.
+// The watch keeps it open in case it needs another socket.
 func openNetNS(netns int) (*os.File, error) {
 	path := fmt.Sprintf("/proc/thread-self/fd/%d", netns)
 	if netns == 0 {
@@ -95,10 +95,10 @@ func isCurrentNetNS(ns *os.File) bool {
 	return err == nil && os.SameFile(want, current)
 }
 
-// dial opens a socket whose announcements leave out our own changes. It is not
-// subscribed yet.
+// dial opens a socket that does not receive notifications of our own changes. The socket is
+// not subscribed yet.
 func (w *watch) dial() (*netlink.Conn, error) {
-	// To enter a namespace takes CAP_SYS_ADMIN, even the one that a thread is in.
+	// Entering a namespace requires CAP_SYS_ADMIN, even the thread's current namespace.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	var config netlink.Config
@@ -116,9 +116,9 @@ func (w *watch) dial() (*netlink.Conn, error) {
 }
 
 func (w *watch) configureSocket(conn *netlink.Conn) error {
-	// An announcement carries the port of the socket through which the change
-	// came. All messages of one buffer are of one commit, so the first one's
-	// header tells, and a filter in the kernel spares us the echo of our own.
+	// A notification contains the netlink port of the socket that made the change. All
+	// messages of a buffer belong to one commit, so a filter on the first message's header
+	// discards the notifications of our own changes in the kernel.
 	filter, err := bpf.Assemble([]bpf.Instruction{
 		bpf.LoadAbsolute{Off: 12, Size: 4}, // nlmsghdr.nlmsg_pid
 		bpf.JumpIf{Cond: bpf.JumpEqual, Val: networkOrder(w.ownPort), SkipTrue: 1},
@@ -137,7 +137,7 @@ func (w *watch) configureSocket(conn *netlink.Conn) error {
 	return nil
 }
 
-// subscribe subscribes to announcements, unless the watch is subscribed.
+// subscribe subscribes to notifications, unless the watch is subscribed already.
 func (w *watch) subscribe() error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -151,7 +151,8 @@ func (w *watch) subscribe() error {
 	return nil
 }
 
-// unsubscribe ends the subscription until join. What was announced before arrives.
+// unsubscribe ends the subscription. Notifications that the kernel has already sent still
+// arrive.
 func (w *watch) unsubscribe() error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -162,45 +163,45 @@ func (w *watch) unsubscribe() error {
 	return nil
 }
 
-// networkOrder returns what a classic BPF load, which is big-endian, makes of
-// a number that is in memory in the host's order.
+// networkOrder returns the value of a classic BPF load, which is big-endian, for a number
+// that is in memory in host byte order.
 func networkOrder(v uint32) uint32 {
 	return binary.BigEndian.Uint32(binary.NativeEndian.AppendUint32(nil, v))
 }
 
-// run receives announcements until close. After an unexpected error it opens another
-// socket, and signals drift, because announcements may have been lost.
+// run receives notifications until close. After an unexpected error, it opens another
+// socket and signals drift, because notifications may have been lost.
 func (w *watch) run(conn *netlink.Conn) {
 	defer close(w.done)
-	pause := minReopenDelay
+	delay := minReopenDelay
 	for {
 		opened := time.Now()
 		err := w.receive(conn)
 		if w.stopped() {
 			return
 		}
-		w.log.Warn("lost the notifications of nftables changes, opening another socket", "error", err)
+		w.log.Warn("reading nftables notifications failed, opening another socket", "error", err)
 		if time.Since(opened) > maxReopenDelay {
-			pause = minReopenDelay
+			delay = minReopenDelay
 		}
 		for {
 			select {
 			case <-w.stop:
 				return
-			case <-time.After(pause):
+			case <-time.After(delay):
 			}
-			pause = min(2*pause, maxReopenDelay)
+			delay = min(2*delay, maxReopenDelay)
 			if conn, err = w.reopen(); err == nil {
 				break
 			}
-			w.log.Warn("no notifications of nftables changes", "retry_in", pause, "error", err)
+			w.log.Warn("cannot subscribe to nftables notifications", "retry_in", delay, "error", err)
 		}
 		w.countChange()
 		w.signalLoss()
 	}
 }
 
-// reopen replaces the socket. The new one is subscribed if the old one was.
+// reopen replaces the socket. The new socket is subscribed if the old one was.
 func (w *watch) reopen() (*netlink.Conn, error) {
 	conn, err := w.dial()
 	if err != nil {
@@ -213,15 +214,15 @@ func (w *watch) reopen() (*netlink.Conn, error) {
 			return nil, errors.Join(fmt.Errorf("subscribe to nftables changes: %w", err), conn.Close())
 		}
 	}
-	if w.stopped() { // close has closed the old socket only
+	if w.stopped() { // close has closed only the old socket
 		return conn, conn.Close()
 	}
-	_ = w.conn.Close() // it failed before
+	_ = w.conn.Close() // the socket has failed already
 	w.conn = conn
 	return conn, nil
 }
 
-// receive handles announcements until an error that it does not expect.
+// receive handles notifications until an unexpected error.
 func (w *watch) receive(conn *netlink.Conn) error {
 	for {
 		messages, err := conn.Receive()
@@ -229,7 +230,7 @@ func (w *watch) receive(conn *netlink.Conn) error {
 		case err == nil:
 			w.handle(messages)
 		case errors.Is(err, unix.ENOBUFS):
-			// Announcements were lost: some may have been about us.
+			// Notifications were lost, possibly of our tables.
 			w.countChange()
 			w.signalLoss()
 		case errors.Is(err, unix.EINTR), errors.Is(err, unix.EAGAIN):
@@ -240,10 +241,10 @@ func (w *watch) receive(conn *netlink.Conn) error {
 }
 
 func (w *watch) handle(messages []netlink.Message) {
-	concerned, lost := false, false
+	ours, lost := false, false
 	for _, m := range messages {
 		if w.isOurTable(m) {
-			concerned = true
+			ours = true
 			lost = lost || mayRemoveRules(m)
 		}
 	}
@@ -251,11 +252,11 @@ func (w *watch) handle(messages []netlink.Message) {
 	case lost:
 		w.countChange()
 		w.signalLoss()
-	case concerned:
+	case ours:
 		w.countChange()
 		w.signalDrift()
 	}
-	// Only now: see tablesUnchanged.
+	// After counting the changes: tablesUnchanged relies on this order.
 	for _, m := range messages {
 		if m.Header.Type == unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_NEWGEN {
 			w.recordGeneration(m)
@@ -263,8 +264,8 @@ func (w *watch) handle(messages []netlink.Message) {
 	}
 }
 
-// recordGeneration records the generation that a message announces. It is the last
-// message of its commit (nf_tables_api.c, nf_tables_commit).
+// recordGeneration records the generation in a notification. It is the last notification of
+// its commit (nf_tables_api.c, nf_tables_commit).
 func (w *watch) recordGeneration(m netlink.Message) {
 	if len(m.Data) < 4 {
 		return
@@ -278,25 +279,25 @@ func (w *watch) recordGeneration(m netlink.Message) {
 	}
 }
 
-// countChange counts an announcement that concerns our tables, or may have.
+// countChange counts a notification of our tables, or an event that may have lost one.
 func (w *watch) countChange() {
 	w.mu.Lock()
 	w.changes++
 	w.mu.Unlock()
 }
 
-// changeCount returns how many announcements concerned our tables so far.
+// changeCount returns the number of changes so far; see watch.changes.
 func (w *watch) changeCount() uint64 {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.changes
 }
 
-// notificationTimeout is how long waitForGeneration waits for an announcement.
+// notificationTimeout is how long waitForGeneration waits for a notification.
 const notificationTimeout = 100 * time.Millisecond
 
-// waitForGeneration waits until the commit that began a generation is announced, and
-// returns false if that takes too long. The commit must be somebody else's.
+// waitForGeneration waits for the notification of the commit that started a generation. It
+// returns false after notificationTimeout. Another process must have made the commit.
 func (w *watch) waitForGeneration(generation uint32) bool {
 	deadline := time.NewTimer(notificationTimeout)
 	defer deadline.Stop()
@@ -307,7 +308,7 @@ func (w *watch) waitForGeneration(generation uint32) bool {
 		if !member {
 			return false
 		}
-		if int32(last-generation) >= 0 { //nolint:gosec // the number starts over
+		if int32(last-generation) >= 0 { //nolint:gosec // the number wraps around
 			return true
 		}
 		select {
@@ -318,7 +319,6 @@ func (w *watch) waitForGeneration(generation uint32) bool {
 	}
 }
 
-// signalDrift signals drift.
 func (w *watch) signalDrift() {
 	select {
 	case w.drift <- struct{}{}:
@@ -326,7 +326,7 @@ func (w *watch) signalDrift() {
 	}
 }
 
-// signalLoss signals drift that may have taken something that packets need.
+// signalLoss signals drift that may have removed something that packets need.
 func (w *watch) signalLoss() {
 	select {
 	case w.lost <- struct{}{}:
@@ -353,7 +353,7 @@ func (w *watch) close() error {
 	return errors.Join(err, w.netns.Close())
 }
 
-// isOurTable reports whether a message announces a change in one of our tables.
+// isOurTable reports whether a message notifies of a change in one of our tables.
 func (w *watch) isOurTable(m netlink.Message) bool {
 	if m.Header.Type>>8 != unix.NFNL_SUBSYS_NFTABLES || len(m.Data) < 4 {
 		return false
@@ -363,14 +363,14 @@ func (w *watch) isOurTable(m netlink.Message) bool {
 	default:
 		return false
 	}
-	// The table's name is attribute 1 of tables, chains, rules, sets, elements and
-	// objects alike (linux/netfilter/nf_tables.h).
+	// Attribute 1 of tables, chains, rules, sets, elements and objects is the table's
+	// name (linux/netfilter/nf_tables.h).
 	name, ok := nlconn.Attribute(m.Data[4:], unix.NFTA_TABLE_NAME)
 	return ok && bytes.Equal(name, []byte(w.table+"\x00")) && !isAffinityElement(m)
 }
 
-// isAffinityElement reports whether a message announces elements of what session affinity
-// remembers, such as clients that an operator makes the kernel forget.
+// isAffinityElement reports whether a message notifies of elements of an affinity map, for
+// example of clients that an operator has deleted.
 func isAffinityElement(m netlink.Message) bool {
 	switch m.Header.Type & 0xff {
 	case unix.NFT_MSG_NEWSETELEM, unix.NFT_MSG_DELSETELEM:
@@ -382,8 +382,8 @@ func isAffinityElement(m netlink.Message) bool {
 	}
 }
 
-// mayRemoveRules reports whether a message announces that something is gone, or that a
-// table has changed, which may have made it dormant.
+// mayRemoveRules reports whether a message notifies of a deletion, or of a changed table,
+// which may now be dormant.
 func mayRemoveRules(m netlink.Message) bool {
 	switch m.Header.Type & 0xff {
 	case unix.NFT_MSG_NEWTABLE, unix.NFT_MSG_DELTABLE, unix.NFT_MSG_DELCHAIN, unix.NFT_MSG_DELRULE,
