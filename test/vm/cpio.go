@@ -12,17 +12,17 @@ import (
 	"strings"
 )
 
-// archive writes a cpio archive in the "newc" format that the kernel unpacks as
-// its first file system (Documentation/driver-api/early-userspace/buffer-format.rst).
-// All files belong to root. Folders above a file are made as needed. The kernel
-// takes several archives one after the other, as long as each is complete.
+// archive writes a cpio archive in the "newc" format, which the kernel unpacks as its initial
+// file system (Documentation/driver-api/early-userspace/buffer-format.rst). All files belong
+// to root. Parent directories are created as needed. The kernel accepts several complete
+// archives one after the other.
 //
-// It is not compressed: under emulation to unpack costs more than to read.
+// The archive is not compressed: under emulation, unpacking costs more than reading.
 type archive struct {
 	w       *bufio.Writer
 	written int64 // bytes written
 	inode   uint32
-	names   map[string]bool // names that are in the archive
+	names   map[string]bool // names of the entries
 }
 
 func newArchive(w io.Writer) *archive {
@@ -35,15 +35,15 @@ const (
 	modeSymlink = 0o120000
 )
 
-// addHeader writes the header of an entry whose content of size bytes follows, and
-// reports false if an entry of that name is there already.
-func (a *archive) addHeader(name string, mode uint32, size int64) (fresh bool, err error) {
+// addHeader writes the header of an entry with size bytes of content, which must follow. It
+// returns false if the archive already has an entry of that name.
+func (a *archive) addHeader(name string, mode uint32, size int64) (added bool, err error) {
 	name = strings.TrimPrefix(path.Clean(name), "/")
 	if name == "" || name == "." || a.names[name] {
 		return false, nil
 	}
 	if size >= 1<<32 {
-		return false, fmt.Errorf("%s has %d bytes, more than the archive's format takes", name, size)
+		return false, fmt.Errorf("%s has %d bytes, more than the archive format supports", name, size)
 	}
 	if parent := path.Dir(name); parent != "." {
 		if err := a.addDir(parent); err != nil {
@@ -62,7 +62,7 @@ func (a *archive) writeEntry(name string, inode, mode uint32, size int64) error 
 	return errors.Join(err, a.writePadding())
 }
 
-// writePadding fills up to the next multiple of four.
+// writePadding pads to the next multiple of four bytes.
 func (a *archive) writePadding() error {
 	n, err := a.w.Write(make([]byte, -a.written&3))
 	a.written += int64(n)
@@ -73,7 +73,7 @@ func (a *archive) writeContent(r io.Reader, size int64) error {
 	n, err := io.Copy(a.w, r)
 	a.written += n
 	if err == nil && n != size {
-		err = fmt.Errorf("%d bytes, but %d were announced", n, size)
+		err = fmt.Errorf("read %d bytes, want %d", n, size)
 	}
 	return errors.Join(err, a.writePadding())
 }
@@ -84,34 +84,34 @@ func (a *archive) addDir(name string) error {
 }
 
 func (a *archive) addSymlink(name, target string) error {
-	fresh, err := a.addHeader(name, modeSymlink|0o777, int64(len(target)))
-	if err != nil || !fresh {
+	added, err := a.addHeader(name, modeSymlink|0o777, int64(len(target)))
+	if err != nil || !added {
 		return err
 	}
 	return a.writeContent(strings.NewReader(target), int64(len(target)))
 }
 
 func (a *archive) addText(name string, perm fs.FileMode, text string) error {
-	fresh, err := a.addHeader(name, modeFile|uint32(perm.Perm()), int64(len(text)))
-	if err != nil || !fresh {
+	added, err := a.addHeader(name, modeFile|uint32(perm.Perm()), int64(len(text)))
+	if err != nil || !added {
 		return err
 	}
 	return a.writeContent(strings.NewReader(text), int64(len(text)))
 }
 
-// addFile adds the file at host, or that it is a symbolic link to, as name.
+// addFile adds the file at the path host, following symbolic links, as name.
 func (a *archive) addFile(name, host string) error {
 	f, err := os.Open(host)
 	if err != nil {
 		return err
 	}
-	defer f.Close() //nolint:errcheck // only read from
+	defer f.Close() //nolint:errcheck // read-only
 	info, err := f.Stat()
 	if err != nil {
 		return err
 	}
-	fresh, err := a.addHeader(name, modeFile|uint32(info.Mode().Perm()), info.Size())
-	if err != nil || !fresh {
+	added, err := a.addHeader(name, modeFile|uint32(info.Mode().Perm()), info.Size())
+	if err != nil || !added {
 		return err
 	}
 	if err := a.writeContent(f, info.Size()); err != nil {
@@ -120,9 +120,8 @@ func (a *archive) addFile(name, host string) error {
 	return nil
 }
 
-// addTree adds what is in the folder host as the folder name, but for the paths
-// below host that skip says. Symbolic links stay links; sockets and devices are
-// left out.
+// addTree adds the directory host as name. It omits the relative paths that skip reports,
+// sockets and devices. Symbolic links stay links.
 func (a *archive) addTree(name, host string, skip func(rel string) bool) error {
 	return filepath.WalkDir(host, func(at string, entry fs.DirEntry, err error) error {
 		if err != nil {
@@ -141,7 +140,7 @@ func (a *archive) addTree(name, host string, skip func(rel string) bool) error {
 		into := path.Join(name, rel)
 		switch entry.Type() {
 		case 0:
-			// A file may be gone again, like the temporary ones of editors.
+			// A file may disappear in the meantime, such as an editor's temporary file.
 			if err := a.addFile(into, at); !errors.Is(err, fs.ErrNotExist) {
 				return err
 			}
@@ -160,7 +159,7 @@ func (a *archive) addTree(name, host string, skip func(rel string) bool) error {
 	})
 }
 
-// close ends the archive; it leaves the writer below open.
+// close ends the archive. It does not close the underlying writer.
 func (a *archive) close() error {
 	return errors.Join(a.writeEntry("TRAILER!!!", 0, 0, 0), a.w.Flush())
 }

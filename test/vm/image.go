@@ -22,46 +22,45 @@ import (
 //go:embed init.sh
 var initScript string
 
-// kernels are the kernels there are: what they are called, and the Debian
-// release that they come from.
+// kernels returns the supported kernel versions and the Debian release of each.
 func kernels() map[string]string {
 	return map[string]string{"6.1": "bookworm", "6.12": "trixie"}
 }
 
-// busyboxSuite is the Debian release that busybox comes from.
+// busyboxSuite is the Debian release of busybox.
 const busyboxSuite = "trixie"
 
-// architecture is the one that QEMU emulates.
+// architecture is the Debian architecture that QEMU emulates.
 const architecture = "amd64"
 
 const (
-	kernelPackage  = "linux-image-cloud-amd64" // depends on the current kernel's
+	kernelPackage  = "linux-image-cloud-amd64" // depends on the package of the current kernel
 	busyboxPackage = "busybox-static"
 )
 
-// guestPrograms are those of this machine that tests, the demo and people use in the
-// virtual machine. Those that are not installed are left out.
+// guestPrograms returns the programs of this machine that tests, the demo and people use in
+// the virtual machine. Missing programs are ignored.
 func guestPrograms() []string {
 	return []string{
 		"sh", "bash", "ip", "ss", "nft", "ipvsadm", "redis-server", "redis-cli", "curl",
-		// What kube-proxy runs, and plugins below.
+		// For kube-proxy, with the plugins in iptablesPlugins.
 		"iptables", "iptables-save", "iptables-restore", "ip6tables", "ip6tables-save", "ip6tables-restore", "ipset",
 	}
 }
 
-// iptablesPlugins are where this machine has those of iptables.
+// iptablesPlugins is a pattern for the directories of iptables plugins on this machine.
 const iptablesPlugins = "/usr/lib/*/xtables"
 
-// cache is the folder with what is downloaded, and what is made of it.
+// cache is the directory with downloads and the files made from them.
 type cache struct {
 	dir string // .cache/vm
 }
 
-// kernel returns the kernel's image and the cpio archive of its modules, which
-// it downloads if they are not there.
+// kernel returns the paths of a kernel image and of the cpio archive of its modules. It
+// downloads them if necessary.
 func (c cache) kernel(ctx context.Context, version string) (image, modules string, err error) {
 	suite := kernels()[version]
-	// A kernel that is there is used as long as it was made by the same rules.
+	// The name contains a digest of the inputs, so that a change of them makes a new directory.
 	dir := filepath.Join(c.dir, fmt.Sprintf("linux-%s-%s", version, digest(kernelPackage, moduleRules, suite)))
 	image, modules = filepath.Join(dir, "vmlinuz"), filepath.Join(dir, "modules.cpio")
 	return image, modules, c.ensure(dir, func(work string) error {
@@ -69,15 +68,15 @@ func (c cache) kernel(ctx context.Context, version string) (image, modules strin
 		if err := debian.Unpack(ctx, architecture, suite, root, kernelPackage+"/"); err != nil {
 			return err
 		}
-		found, err := filepath.Glob(filepath.Join(root, "boot", "vmlinuz-*"))
-		if err != nil || len(found) != 1 {
-			return fmt.Errorf("want one kernel in the package, have %q (%w)", found, err)
+		images, err := filepath.Glob(filepath.Join(root, "boot", "vmlinuz-*"))
+		if err != nil || len(images) != 1 {
+			return fmt.Errorf("want one kernel in the package, got %q (%w)", images, err)
 		}
-		release := strings.TrimPrefix(filepath.Base(found[0]), "vmlinuz-")
+		release := strings.TrimPrefix(filepath.Base(images[0]), "vmlinuz-")
 		if !strings.HasPrefix(release, version+".") {
-			return fmt.Errorf("want Linux %s, Debian %s has %s", version, suite, release)
+			return fmt.Errorf("want Linux %s, but Debian %s has %s", version, suite, release)
 		}
-		if err := os.Rename(found[0], filepath.Join(work, "vmlinuz")); err != nil {
+		if err := os.Rename(images[0], filepath.Join(work, "vmlinuz")); err != nil {
 			return err
 		}
 		if err := packModules(ctx, root, release, filepath.Join(work, "modules.cpio")); err != nil {
@@ -87,7 +86,7 @@ func (c cache) kernel(ctx context.Context, version string) (image, modules strin
 	})
 }
 
-// busybox returns the path of a statically linked busybox.
+// busybox returns the path of a statically linked busybox. It downloads it if necessary.
 func (c cache) busybox(ctx context.Context) (string, error) {
 	dir := filepath.Join(c.dir, "busybox-"+digest(busyboxPackage, busyboxSuite))
 	err := c.ensure(dir, func(work string) error {
@@ -100,13 +99,13 @@ func (c cache) busybox(ctx context.Context) (string, error) {
 				return errors.Join(err, os.RemoveAll(root))
 			}
 		}
-		return errors.New("no busybox in the package")
+		return errors.New("the package has no busybox")
 	})
 	return filepath.Join(dir, "busybox"), err
 }
 
-// ensure makes dir by filling a new folder, unless it is there. Others of the same
-// kind stay: another checkout that shares the cache may be using them.
+// ensure creates dir with the files that fill writes, unless it exists. It keeps older
+// directories of the same kind, because another checkout that shares the cache may use them.
 func (c cache) ensure(dir string, fill func(work string) error) error {
 	if _, err := os.Stat(dir); err == nil {
 		return nil
@@ -114,12 +113,12 @@ func (c cache) ensure(dir string, fill func(work string) error) error {
 	if err := os.MkdirAll(c.dir, 0o755); err != nil {
 		return err
 	}
-	// One at a time: several packages' tests start at once, and checkouts share caches.
+	// Several tests may start at once, also in checkouts that share the cache.
 	lock, err := os.OpenFile(filepath.Join(c.dir, "lock"), os.O_CREATE|os.O_RDWR, 0o644)
 	if err != nil {
 		return err
 	}
-	defer lock.Close() //nolint:errcheck // nothing is written; closing gives the lock back
+	defer lock.Close() //nolint:errcheck // no data to lose; closing releases the lock
 	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX); err != nil {
 		return fmt.Errorf("lock %s: %w", lock.Name(), err)
 	}
@@ -127,12 +126,12 @@ func (c cache) ensure(dir string, fill func(work string) error) error {
 		return nil
 	}
 	work := dir + ".new"
-	// One that was killed may have left something.
+	// A killed process may have left files.
 	if err := errors.Join(os.RemoveAll(work), os.MkdirAll(work, 0o755)); err != nil {
 		return err
 	}
 	if err := fill(work); err != nil {
-		return errors.Join(fmt.Errorf("make %s: %w", dir, err), os.RemoveAll(work))
+		return errors.Join(fmt.Errorf("create %s: %w", dir, err), os.RemoveAll(work))
 	}
 	return os.Rename(work, dir)
 }
@@ -142,27 +141,27 @@ func digest(texts ...string) string {
 	return hex.EncodeToString(sum[:6])
 }
 
-// moduleRules says which of Debian's modules are in the virtual machine: those of
-// the network, and what they are made of. It is part of the cache's key.
+// moduleRules selects the modules of the Debian kernel for the virtual machine: networking
+// and its dependencies. The cache's directory names depend on it.
 const moduleRules = "kernel/net kernel/lib kernel/crypto kernel/arch kernel/drivers/net -kernel/drivers/net/ethernet " +
 	"-kernel/drivers/net/wireless -kernel/drivers/net/xen-netback -kernel/drivers/net/wwan v2"
 
-// includeModule reports whether moduleRules want the module at path.
+// includeModule reports whether moduleRules select the module at path.
 func includeModule(path string) bool {
-	want := false
+	include := false
 	for rule := range strings.FieldsSeq(moduleRules) {
-		below, not := strings.CutPrefix(rule, "-")
-		if strings.HasPrefix(path, below+"/") {
-			want = !not
+		dir, exclude := strings.CutPrefix(rule, "-")
+		if strings.HasPrefix(path, dir+"/") {
+			include = !exclude
 		}
 	}
-	return want
+	return include
 }
 
-// packModules writes the modules below root that are wanted into an archive,
-// with the indexes that modprobe and others look them up in.
+// packModules writes the selected modules below root into an archive, with the indexes that
+// modprobe uses.
 func packModules(ctx context.Context, root, release, into string) error {
-	// Debian 12 has them in /lib, Debian 13 in /usr/lib; depmod looks in /lib.
+	// Debian 12 has modules in /lib, Debian 13 in /usr/lib; depmod reads /lib.
 	folder := filepath.Join(root, "lib/modules", release)
 	if _, err := os.Stat(folder); errors.Is(err, fs.ErrNotExist) {
 		if err := os.Symlink("usr/lib", filepath.Join(root, "lib")); err != nil {
@@ -197,7 +196,7 @@ func packModules(ctx context.Context, root, release, into string) error {
 	return errors.Join(a.addTree("/usr/lib/modules/"+release, folder, nil), a.close(), f.Close())
 }
 
-// lookPath finds a program also where only root's PATH looks.
+// lookPath finds a program in PATH and in the directories of root's PATH.
 func lookPath(name string) (string, error) {
 	if at, err := exec.LookPath(name); err == nil {
 		return filepath.Abs(at)
@@ -207,11 +206,11 @@ func lookPath(name string) (string, error) {
 			return at, nil
 		}
 	}
-	return "", fmt.Errorf("no program %s", name)
+	return "", fmt.Errorf("program %s not found", name)
 }
 
-// addBase adds what every virtual machine has: busybox, the first process, programs
-// of this machine, and the few files of /etc that they read.
+// addBase adds the common part of every virtual machine: busybox, the init script, programs
+// of this machine, and the files in /etc that they read.
 func addBase(ctx context.Context, a *archive, busybox string) error {
 	for _, dir := range []string{"bin", "sbin", "lib", "lib64"} {
 		if err := a.addSymlink("/"+dir, "usr/"+dir); err != nil {
@@ -263,7 +262,7 @@ func addBase(ctx context.Context, a *archive, busybox string) error {
 	return nil
 }
 
-// addProgram adds a program and the shared libraries that it is linked with.
+// addProgram adds a program and its shared libraries.
 func addProgram(ctx context.Context, a *archive, name, host string) error {
 	libraries, err := sharedLibraries(ctx, host)
 	if err != nil {
@@ -277,12 +276,12 @@ func addProgram(ctx context.Context, a *archive, name, host string) error {
 	return a.addFile(name, host)
 }
 
-// sharedLibraries returns the paths of the loader and of the shared libraries
-// that a program is linked with, as ldd(1) has them; none for a static one.
+// sharedLibraries returns the paths of the loader and the shared libraries of a program,
+// according to ldd(1). A static program has none.
 func sharedLibraries(ctx context.Context, program string) ([]string, error) {
 	out, err := exec.CommandContext(ctx, "ldd", program).CombinedOutput()
 	if err != nil {
-		// ldd's exit status says no more than this.
+		// The exit status does not distinguish this case.
 		if strings.Contains(string(out), "not a dynamic executable") {
 			return nil, nil
 		}
@@ -291,7 +290,7 @@ func sharedLibraries(ctx context.Context, program string) ([]string, error) {
 	return parseLdd(string(out)), nil
 }
 
-// parseLdd returns the absolute paths in what ldd prints:
+// parseLdd returns the absolute paths in the output of ldd:
 //
 //	linux-vdso.so.1 (0x00007ffd)
 //	libmnl.so.0 => /lib/x86_64-linux-gnu/libmnl.so.0 (0x00007f4c)
@@ -310,15 +309,14 @@ func parseLdd(out string) []string {
 	return paths
 }
 
-// addCheckout adds the checkout at root under the same path as here, so that
-// tests find what they read: all files but git's and the caches; of those, the
-// nft releases.
+// addCheckout adds the checkout at root under the same path, so that tests find the files
+// they read. It omits .git, and of .cache it adds only the nft releases.
 func addCheckout(a *archive, root string) error {
 	err := a.addTree(root, root, func(rel string) bool { return rel == ".git" || rel == ".cache" })
 	if err != nil {
 		return err
 	}
-	// In a worktree .cache may be a link into another one.
+	// In a worktree, .cache may be a link to another checkout's.
 	nft, err := filepath.EvalSymlinks(filepath.Join(root, ".cache", "nftables"))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -329,7 +327,7 @@ func addCheckout(a *archive, root string) error {
 	return a.addTree(filepath.Join(root, ".cache", "nftables"), nft, nil)
 }
 
-// appendFile appends the file at from.
+// appendFile appends the content of a file to w.
 func appendFile(w io.Writer, from string) error {
 	f, err := os.Open(from)
 	if err != nil {

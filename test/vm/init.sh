@@ -1,10 +1,10 @@
 #!/usr/bin/busybox sh
-# The first process of the virtual machine: makes it look like a freshly booted
-# host, runs /vm/run, tells the exit status and switches the machine off.
+# The first process of the virtual machine. It makes the machine look like a freshly booted
+# host, runs /vm/run, reports the exit status and powers off.
 #
-#	ttyS0    the kernel's console, and what this script itself has to say
-#	ttyS1    the terminal, or the output and errors of /vm/run
-#	ttyS2    for the harness: "started", then "exit STATUS"
+#	ttyS0    kernel console, and messages of this script
+#	ttyS1    terminal, or output and errors of /vm/run
+#	ttyS2    for the program vm: "started", then "exit STATUS"
 export PATH=/usr/bin:/usr/sbin
 /usr/bin/busybox --install -s
 mount -t proc -o nosuid,nodev,noexec proc /proc
@@ -15,8 +15,8 @@ mount -t devpts -o gid=5,mode=620,ptmxmode=666 devpts /dev/pts
 mount -t tmpfs tmpfs /dev/shm
 mount -t tmpfs tmpfs /run
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
-# /tmp stays part of the first file system, which is in memory too: the checkout
-# may be below it.
+# Keep /tmp in the initial file system, which is also in memory: the checkout may be below
+# /tmp.
 chmod 1777 /tmp /dev/shm
 ln -s /proc/self/fd /dev/fd
 ln -s fd/0 /dev/stdin
@@ -26,15 +26,15 @@ hostname fairlead-vm
 busybox ip link set lo up
 ulimit -n 524288
 
-# From here on the console has warnings and worse, not every interface that comes
-# up; dmesg has all.
+# From here on, print only warnings and errors on the console, instead of every interface that
+# comes up. dmesg still has everything.
 dmesg -n 5
 
 . /vm/settings
 [ "$MODPROBE" = yes ] || rm -f /usr/sbin/modprobe
 unset MODPROBE
 echo started >/dev/ttyS2
-# Not with busybox's shell: it prefers its own ip and modprobe to those in PATH.
+# Do not use busybox's shell: it prefers its own ip and modprobe to the programs in PATH.
 if [ "$TERMINAL" = yes ]; then
 	unset TERMINAL
 	stty -F /dev/ttyS1 sane

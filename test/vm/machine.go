@@ -16,46 +16,47 @@ import (
 	"time"
 )
 
-// machine is a virtual machine that runs one thing and is gone.
+// machine is a virtual machine that runs one command.
 type machine struct {
-	Kernel    string   // path of the kernel's image
-	Initrd    *os.File // what the kernel unpacks; it may have no name any more
+	Kernel    string   // path of the kernel image
+	Initrd    *os.File // initial file system; the file may have no name
 	Accel     string   // tcg or kvm
-	OwnClock  bool     // its time follows what it executes; for tcg and one processor
+	OwnClock  bool     // time depends on executed instructions; needs tcg and one processor
 	CPUs      int
 	MemoryMiB int
-	Append    string // further parameters for the kernel
+	Append    string // additional kernel parameters
 
-	Limit     time.Duration // for all of it
-	BootLimit time.Duration // until the first process says that it runs
+	Limit     time.Duration // for the whole run
+	BootLimit time.Duration // until init reports that it runs
 
-	Terminal bool      // the machine's terminal is this process's
-	Output   io.Writer // what the thing in it prints, if it has no terminal
-	Errors   io.Writer // what QEMU prints, and what the kernel complains of
-	Log      io.Writer // the kernel's log
+	Terminal bool      // connect the command to this process's terminal
+	Output   io.Writer // output of the command, without a terminal
+	Errors   io.Writer // output of QEMU, and kernel warnings
+	Log      io.Writer // kernel log
 }
 
-// Why a machine was ended from outside.
+// Reasons to end a machine early.
 var (
-	errTimeLimit = errors.New("the time limit passed")
-	errBootLimit = errors.New("it did not boot in time")
-	errPanic     = errors.New("the kernel panicked")
+	errTimeLimit = errors.New("time limit exceeded")
+	errBootLimit = errors.New("boot time limit exceeded")
+	errPanic     = errors.New("kernel panic")
 )
 
-// failure says that the machine ended without the exit status of what ran in it.
+// failure reports that the machine ended without an exit status of its command.
 type failure struct {
 	err     error
-	console string // the end of the kernel's log
+	console string // end of the kernel log
 }
 
 func (f *failure) Error() string { return f.err.Error() }
 func (f *failure) Unwrap() error { return f.err }
 
-// arguments are QEMU's. Pipes and the initrd come as file descriptors.
+// arguments returns the arguments of QEMU. It passes pipes and the initrd as file
+// descriptors.
 func (m *machine) arguments() []string {
-	// QEMU 7.2 spoils the flags register now and then when it emulates
-	// cmpxchg16b: one boot in six of Linux 6.12 ended in a double fault or the
-	// like. Without that instruction Linux takes a lock instead.
+	// QEMU 7.2 sometimes corrupts the flags register when it emulates cmpxchg16b: one of six
+	// boots of Linux 6.12 ended with a double fault or similar. Without the instruction, Linux
+	// uses a lock instead.
 	cpu := "max,cx16=off"
 	accel := "tcg"
 	if m.Accel == "kvm" {
@@ -65,11 +66,10 @@ func (m *machine) arguments() []string {
 	if m.Terminal {
 		output = "stdio,id=output,mux=on,signal=off"
 	}
-	// oops=panic and panic=-1 make a kernel that is no longer well reboot at
-	// once, and -no-reboot makes that the end. mitigations=off saves time, which
-	// emulation has little of; no stranger's code runs here.
-	// fairlead.vm is for programs that may do only here what they do, as to set
-	// the clock. The kernel ignores it.
+	// oops=panic and panic=-1 make the kernel reboot immediately after an oops or a panic, and
+	// -no-reboot turns that into an exit. mitigations=off saves time under emulation; only
+	// trusted code runs here. The kernel ignores fairlead.vm. It marks the machine for programs
+	// that may do some things, such as setting the clock, only here.
 	kernel := "fairlead.vm=1 console=ttyS0 oops=panic panic=-1 random.trust_cpu=on mitigations=off nowatchdog"
 	if m.Append != "" {
 		kernel += " " + m.Append
@@ -79,14 +79,14 @@ func (m *machine) arguments() []string {
 		"-machine", "pc", "-accel", accel, "-cpu", cpu,
 		"-smp", strconv.Itoa(m.CPUs), "-m", strconv.Itoa(m.MemoryMiB),
 		"-kernel", m.Kernel, "-initrd", "/dev/fd/3", "-append", kernel,
-		// Serial ports, as their driver is part of Debian's kernels; that of
+		// Serial ports, because Debian's kernels have their driver built in. The driver of
 		// virtio consoles is a module, and tests may load modules themselves.
 		"-chardev", "file,id=console,path=/dev/fd/4", "-serial", "chardev:console",
 		"-chardev", output, "-serial", "chardev:output",
 		"-chardev", "file,id=status,path=/dev/fd/5", "-serial", "chardev:status",
 	}
 	if m.OwnClock {
-		// A nanosecond for each instruction, and none while nothing is to be done.
+		// One nanosecond per instruction; idle time is skipped.
 		args = append(args, "-icount", "shift=0,sleep=off")
 	}
 	if m.Terminal {
@@ -95,9 +95,8 @@ func (m *machine) arguments() []string {
 	return args
 }
 
-// run boots the machine and returns the exit status of what ran in it. The error
-// is a *failure if it ended otherwise, unless ctx was the reason: with it, the
-// machine ends, too.
+// run boots the machine and returns the exit status of its command. If the machine ends
+// otherwise, the error is a *failure, except when ctx is done, which also ends the machine.
 func (m *machine) run(ctx context.Context) (status int, err error) {
 	qemu, err := exec.LookPath("qemu-system-x86_64")
 	if err != nil {
@@ -108,19 +107,19 @@ func (m *machine) run(ctx context.Context) (status int, err error) {
 	cmd := exec.CommandContext(ctx, qemu, m.arguments()...)
 	cmd.Stderr = m.Errors
 	if m.Terminal {
-		// So that QEMU leaves the terminal as it was.
+		// SIGTERM lets QEMU restore the terminal.
 		cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	}
 	cmd.WaitDelay = 10 * time.Second
-	// QEMU goes when this process does, however it ends. The kernel goes by the
-	// thread that started it.
+	// The kernel kills QEMU when the thread that started it ends, and so when this process
+	// ends for any reason.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	if m.Terminal {
 		cmd.Stdin, cmd.Stdout = os.Stdin, os.Stdout
 	} else {
-		// A terminal's interrupts are for this process, which ends QEMU.
+		// Ctrl-C interrupts only this process, which then ends QEMU.
 		cmd.SysProcAttr.Setpgid = true
 	}
 
@@ -130,22 +129,22 @@ func (m *machine) run(ctx context.Context) (status int, err error) {
 	cmd.ExtraFiles = []*os.File{m.Initrd}
 	reads := []func(io.Reader){console.read, guest.read}
 	if !m.Terminal {
-		reads = append(reads, func(r io.Reader) { io.Copy(m.Output, r) }) //nolint:errcheck // who reads our output no more has no use for errors
+		reads = append(reads, func(r io.Reader) { io.Copy(m.Output, r) }) //nolint:errcheck // fails only if the reader of the output is gone
 	}
 	for _, read := range reads {
 		r, w, err := os.Pipe()
 		if err != nil {
 			return 0, err
 		}
-		defer w.Close() //nolint:errcheck // closed below unless there is another error
+		defer w.Close() //nolint:errcheck // closed below, except after an error
 		cmd.ExtraFiles = append(cmd.ExtraFiles, w)
 		readers.Go(func() {
-			defer r.Close() //nolint:errcheck // only read from
+			defer r.Close() //nolint:errcheck // read-only
 			read(r)
 		})
 	}
 	console.onPanic = func() {
-		// It reboots by itself, if it still can.
+		// Usually the kernel reboots before this.
 		time.AfterFunc(5*time.Second, func() { cancel(errPanic) })
 	}
 	limit := time.AfterFunc(m.Limit, func() { cancel(errTimeLimit) })
@@ -164,13 +163,13 @@ func (m *machine) run(ctx context.Context) (status int, err error) {
 		return 0, fmt.Errorf("start QEMU: %w", err)
 	}
 	for _, w := range cmd.ExtraFiles[1:] {
-		w.Close() //nolint:errcheck // QEMU has its own
+		w.Close() //nolint:errcheck // QEMU has inherited it
 	}
 	err = cmd.Wait()
 	readers.Wait()
 	if guest.status != nil {
 		for _, c := range console.warnings {
-			_, _ = fmt.Fprintf(m.Errors, "vm: the kernel complained: %s\n", c)
+			_, _ = fmt.Fprintf(m.Errors, "vm: kernel warning: %s\n", c)
 		}
 		return *guest.status, nil
 	}
@@ -182,14 +181,14 @@ func (m *machine) run(ctx context.Context) (status int, err error) {
 	case cause != nil:
 		return 0, cause
 	case err != nil:
-		err = fmt.Errorf("QEMU ended: %w", err)
+		err = fmt.Errorf("QEMU exited: %w", err)
 	default:
-		err = errors.New("it went down without an exit status")
+		err = errors.New("powered off without an exit status")
 	}
 	return 0, &failure{err: err, console: console.tail()}
 }
 
-// statusReader reads what the machine's first process says.
+// statusReader reads the messages of the init script.
 type statusReader struct {
 	booted chan struct{}
 	status *int
@@ -210,20 +209,19 @@ func (w *statusReader) read(r io.Reader) {
 	}
 }
 
-// kernelLog is the end of the kernel's log. Its fields may be read when read has
-// returned.
+// kernelLog keeps the end of the kernel log. Its fields may be read after read has returned.
 type kernelLog struct {
-	tee     io.Writer // gets all of it; may be nil
-	onPanic func()    // called once, while it is read
+	tee     io.Writer // receives the whole log; may be nil
+	onPanic func()    // called once, by read
 
 	lines    []string
 	sawPanic bool
-	warnings []string // lines that tell of something wrong, the first few
+	warnings []string // the first lines that report a problem
 }
 
 const (
-	maxLogLines   = 2000 // lines
-	shownLogLines = 60   // of them, for a failure
+	maxLogLines   = 2000 // lines to keep
+	shownLogLines = 60   // lines to show after a failure
 	maxWarnings   = 10
 )
 

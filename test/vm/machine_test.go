@@ -17,17 +17,16 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// These tests boot virtual machines, each in some seconds; `make test-vm` runs
-// them.
+// These tests boot virtual machines, which takes some seconds each. `make test-vm` runs them.
 
-// runVM does what the program does, and returns what it prints.
+// runVM runs the program and returns its exit status and output.
 func runVM(ctx context.Context, args ...string) (status int, stdout, stderr string) {
 	var out, errs bytes.Buffer
 	status = run(ctx, args, &out, &errs)
 	return status, out.String(), errs.String()
 }
 
-// checkStatus fails the test unless the status is want, and shows what was printed.
+// checkStatus fails the test unless the exit status is want, and logs the output.
 func checkStatus(t *testing.T, want, got int, stdout, stderr string) {
 	t.Helper()
 	if got != want {
@@ -35,22 +34,24 @@ func checkStatus(t *testing.T, want, got int, stdout, stderr string) {
 	}
 }
 
+// TestOutputUnchanged checks that the output arrives byte for byte.
 func TestOutputUnchanged(t *testing.T) {
 	t.Parallel()
-	// More than any buffer on the way holds.
+	// More output than fits into any buffer on its way.
 	const script = `printf 'a\r\nb\t\000\377'; echo err >&2; i=0; while [ $i -lt 3000 ]; do echo "line $i of many"; i=$((i+1)); done; exit 7`
 	status, stdout, stderr := runVM(t.Context(), "run", "-kernel=6.1", "sh", "-c", script)
 	checkStatus(t, 7, status, stdout, stderr)
 	want, err := exec.CommandContext(t.Context(), "sh", "-c", script).CombinedOutput()
 	if err == nil {
-		t.Fatal("the script ended well here")
+		t.Fatal("the script succeeded on this machine, want status 7")
 	}
 	if diff := cmp.Diff(string(want), stdout); diff != "" {
 		t.Errorf("-want +got:\n%s", diff)
 	}
 }
 
-// What the kernel says when modules load, on its console, is not in the output.
+// TestModules checks that modules load on demand, and that kernel messages on the console do
+// not appear in the output.
 func TestModules(t *testing.T) {
 	t.Parallel()
 	const load = `ip link add d0 type dummy && ipvsadm -A -t 10.0.0.1:80 -s wlc && ipvsadm -S -n && nft add table ip t && echo done`
@@ -61,7 +62,7 @@ func TestModules(t *testing.T) {
 	}{
 		"on demand, 6.1":  {[]string{"-kernel=6.1"}, load, "-A -t 10.0.0.1:80 -s wlc\ndone\n"},
 		"on demand, 6.12": {[]string{"-kernel=6.12"}, load, "-A -t 10.0.0.1:80 -s wlc\ndone\n"},
-		"not without modprobe": {
+		"without modprobe": {
 			[]string{"-kernel=6.12", "-modprobe=false"},
 			`ip link add d0 type dummy 2>/dev/null || echo "no dummy"; modprobe dummy 2>/dev/null || echo "no modprobe"; ls /lib/modules/$(uname -r)/kernel/drivers/net/dummy.ko* | wc -l`,
 			"no dummy\nno modprobe\n1\n",
@@ -78,7 +79,7 @@ func TestModules(t *testing.T) {
 	}
 }
 
-// Files from outside of the checkout, or of its caches, come along where that is asked for.
+// TestExtraFiles checks that -with copies a file from outside of the checkout.
 func TestExtraFiles(t *testing.T) {
 	t.Parallel()
 	file := filepath.Join(t.TempDir(), "file")
@@ -88,11 +89,11 @@ func TestExtraFiles(t *testing.T) {
 	status, stdout, stderr := runVM(t.Context(), "run", "-with="+file, "cat", file)
 	checkStatus(t, 0, status, stdout, stderr)
 	if stdout != "along\n" {
-		t.Errorf("the file has %q in it", stdout)
+		t.Errorf("the file contains %q", stdout)
 	}
 }
 
-// buildVM returns the path of the program.
+// buildVM builds the program and returns its path.
 func buildVM(t *testing.T) string {
 	t.Helper()
 	program := filepath.Join(t.TempDir(), "vm")
@@ -102,7 +103,8 @@ func buildVM(t *testing.T) string {
 	return program
 }
 
-// A worktree may be in a temporary folder, and share the cache of another.
+// TestCheckoutInTempDir checks a worktree in a temporary directory that shares the cache of
+// another checkout.
 func TestCheckoutInTempDir(t *testing.T) {
 	t.Parallel()
 	root := t.TempDir()
@@ -129,7 +131,7 @@ func TestCheckoutInTempDir(t *testing.T) {
 	}
 }
 
-// The go command reports on tests as if they ran here.
+// TestGoTest checks that the go command reports on tests as if they ran on this machine.
 func TestGoTest(t *testing.T) {
 	t.Parallel()
 	program := buildVM(t)
@@ -137,13 +139,13 @@ func TestGoTest(t *testing.T) {
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "FAIRLEAD_OUTCOME=something")
 	out, err := cmd.CombinedOutput()
 	if err == nil {
-		t.Errorf("go test ended well, but a test fails")
+		t.Errorf("go test succeeded, want a failure")
 	}
 	for _, want := range []string{
-		"--- PASS: TestPasses", "Linux 6.1.", "told something", "--- FAIL: TestFails", "this is why", "FAIL\tfairlead.io/fairlead/test/vm/testdata/outcome",
+		"--- PASS: TestPasses", "Linux 6.1.", "FAIRLEAD_OUTCOME=something", "--- FAIL: TestFails", "this is why", "FAIL\tfairlead.io/fairlead/test/vm/testdata/outcome",
 	} {
 		if !strings.Contains(string(out), want) {
-			t.Errorf("no %q in what go test prints", want)
+			t.Errorf("no %q in the output of go test", want)
 		}
 	}
 	if t.Failed() {
@@ -151,6 +153,7 @@ func TestGoTest(t *testing.T) {
 	}
 }
 
+// TestKernelPanic checks that a kernel panic is reported and logged.
 func TestKernelPanic(t *testing.T) {
 	t.Parallel()
 	log := filepath.Join(t.TempDir(), "log")
@@ -159,18 +162,19 @@ func TestKernelPanic(t *testing.T) {
 	if stdout != "before\n" {
 		t.Errorf("printed %q, want %q", stdout, "before\n")
 	}
-	for _, want := range []string{"Kernel panic - not syncing: sysrq triggered crash", "vm: on Linux 6.12: the kernel panicked\n"} {
+	for _, want := range []string{"Kernel panic - not syncing: sysrq triggered crash", "vm: on Linux 6.12: kernel panic\n"} {
 		if !strings.Contains(stderr, want) {
 			t.Errorf("no %q in %s", want, stderr)
 		}
 	}
 	text, err := os.ReadFile(log)
 	if err != nil || !bytes.Contains(text, []byte("Linux version 6.12")) || !bytes.Contains(text, []byte("Kernel panic")) {
-		t.Errorf("the log is not complete (%v):\n%s", err, text)
+		t.Errorf("the log is incomplete (%v):\n%s", err, text)
 	}
 }
 
-// An hour is slept through at once, and is an hour in there.
+// TestOwnClock checks that sleeping for an hour advances the machine's clock by an hour and
+// takes almost no time.
 func TestOwnClock(t *testing.T) {
 	t.Parallel()
 	begin := time.Now()
@@ -178,30 +182,32 @@ func TestOwnClock(t *testing.T) {
 	checkStatus(t, 0, status, stdout, stderr)
 	up, err := strconv.Atoi(strings.TrimSpace(stdout))
 	if took := time.Since(begin); err != nil || up < 3600 || up > 3660 || took > 10*time.Minute {
-		t.Errorf("after an hour in it, and %v here, it is up for %q seconds (%v)", took, stdout, err)
+		t.Errorf("after sleep 3600, which took %v, uptime is %q seconds (%v)", took, stdout, err)
 	}
 }
 
+// TestTimeLimits checks that a machine that hangs ends at the time limit.
 func TestTimeLimits(t *testing.T) {
 	t.Parallel()
 	for name, test := range map[string]struct {
 		flag, want string
 	}{
-		"in what runs": {"-limit=25s", "the time limit passed"},
-		"at boot":      {"-boot-limit=1s", "it did not boot in time"},
+		"command": {"-limit=25s", "time limit exceeded"},
+		"boot":    {"-boot-limit=1s", "boot time limit exceeded"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			status, stdout, stderr := runVM(t.Context(), "run", "-kernel=6.12", test.flag, "sh", "-c", "while :; do :; done")
 			checkStatus(t, exitFailed, status, stdout, stderr)
-			if !strings.Contains(stderr, "--- the end of the kernel's log:") || !strings.HasSuffix(stderr, "vm: on Linux 6.12: "+test.want+"\n") {
+			if !strings.Contains(stderr, "--- end of the kernel log:") || !strings.HasSuffix(stderr, "vm: on Linux 6.12: "+test.want+"\n") {
 				t.Errorf("want the log and %q, got %s", test.want, stderr)
 			}
 		})
 	}
 }
 
-// Output comes while the virtual machine runs, and an interrupt ends it.
+// TestInterrupt checks that output arrives while the virtual machine runs, and that canceling
+// the context ends it.
 func TestInterrupt(t *testing.T) {
 	t.Parallel()
 	ctx, cancel := context.WithCancel(t.Context())
@@ -210,7 +216,7 @@ func TestInterrupt(t *testing.T) {
 	var errs bytes.Buffer
 	done := make(chan int)
 	go func() {
-		// Only the way that the machine ends closes the pipe.
+		// The pipe stays open until the machine has ended.
 		status := run(ctx, []string{"run", "-kernel=6.1", "sh", "-c", "echo first; while :; do :; done"}, w, &errs)
 		w.Close()
 		done <- status

@@ -1,63 +1,61 @@
-// Program vm runs something as root in a virtual machine of its own, with one of
-// Debian's kernels: a test binary, the demo, a shell.
+// Program vm runs a command as root in a virtual machine with one of Debian's kernels: a test
+// binary, the demo or a shell.
 //
 //	vm run [-kernel=6.12] [flags] PROGRAM [ARGUMENT]...
 //	vm shell [-kernel=6.12] [flags] [PROGRAM [ARGUMENT]...]
 //	vm fetch
 //
-// It is made to be used by the go command, which then reports on tests as always
-// (`make test-vm` does so):
+// It is designed for the go command, which then reports test results as usual (see `make
+// test-vm`):
 //
 //	CGO_ENABLED=0 go test -count=1 -exec "$PWD/bin/vm run -kernel=6.1" ./nft -run TestX
 //
-// A PROGRAM with a slash in it is taken into the virtual machine, together with
-// the shared libraries that it needs; one without is of the machine's own: those of
-// busybox, and ip, nft and others if this machine has them. The checkout is there
-// under the same path as here, and so is the working folder; what is written there
-// is gone afterwards. Of its .cache only nft releases are there, and other files that -with
-// names. Output and errors come back as they are printed, as one, and
-// the exit status is PROGRAM's. Standard input is empty. Of the environment there are
-// GODEBUG, GOGC, GOMAXPROCS, GOMEMLIMIT, GOTRACEBACK, names that begin with FAIRLEAD_,
-// and what -env names.
+// If PROGRAM contains a slash, vm copies it into the virtual machine together with its shared
+// libraries. Otherwise PROGRAM is a command of busybox or one of the programs that vm copies
+// from this machine if they are installed, such as ip and nft. The checkout and the working
+// directory have the same paths as on this machine. Changes to them are lost at the end. Of
+// .cache, the virtual machine contains only the nft releases, and the files that -with names.
+// Standard output and standard error are merged and printed immediately. The exit status is
+// the status of PROGRAM. Standard input is empty. vm passes the environment variables
+// GODEBUG, GOGC, GOMAXPROCS, GOMEMLIMIT, GOTRACEBACK, variables that begin with FAIRLEAD_,
+// and the variables that -env names.
 //
-// A shell is for a terminal. With a PROGRAM, which is taken into the virtual machine in
-// the same way, the shell runs beside it.
+// A shell needs a terminal. With a PROGRAM, the program runs in the background of the shell.
 //
-// If the kernel panics or has an oops, hangs until the time limit, or does not
-// boot, the end of its log is printed and the exit status is 125, as it is for
-// everything else that goes wrong outside of PROGRAM. Its warnings are printed and
-// change nothing. The time limit is that of
-// a test binary's -test.timeout and some, else -limit.
+// If the kernel panics or has an oops, runs into the time limit, or does not boot, vm prints
+// the end of the kernel log and exits with status 125. Status 125 also reports all other
+// failures outside of PROGRAM. vm prints kernel warnings without changing the status. The
+// time limit is slightly more than a test binary's -test.timeout, or -limit for other
+// programs.
 //
 // # The virtual machine
 //
-// The kernels are Debian's linux-image-cloud-amd64, fetched with their signatures
-// checked and unpacked into .cache/vm; nothing is installed. QEMU emulates the
-// processor, which works everywhere and is 10 to 20 times slower than the machine
-// itself; -accel=kvm is much faster where it works. There is one processor, since
-// with two Linux 6.12 panicked in QEMU 7.2 now and then, in code that it had just
-// patched (a static key); one is also faster, while tests mostly wait. Everything else is in
-// memory: the kernel unpacks a cpio archive that is made for each run, of busybox,
-// the kernel's modules for networking, the checkout and PROGRAM. There is no disk and
-// no network but what tests make.
+// The kernels are Debian's linux-image-cloud-amd64. apt downloads them and checks their
+// signatures; vm unpacks them into .cache/vm and installs nothing. QEMU emulates the
+// processor, which works everywhere but is 10 to 20 times slower than this machine.
+// -accel=kvm is much faster where it is available. There is one processor: with two, Linux
+// 6.12 sometimes panicked in QEMU 7.2, in code that it had just patched (a static key). One
+// processor is also faster, because tests mostly wait. Everything else is in memory: the
+// kernel unpacks a cpio archive that vm creates for each run, with busybox, the kernel
+// modules for networking, the checkout and PROGRAM. There is no disk, and no network except
+// the networks that tests create.
 //
-// The clock is the virtual machine's own: a nanosecond passes with each instruction
-// that is executed, and while it has nothing to do time leaps to what it waits for.
-// So whoever waits for a second in it waits for the same work to be done however slow
-// or busy this machine is, which tests with time limits need, and sleeping costs
-// nothing. What is measured in it are instructions. -clock=host is for people; the time
-// limits of the virtual machine itself are this machine's time.
+// The virtual machine has its own clock. It advances by one nanosecond per executed
+// instruction, and skips idle time. A wait of one second therefore covers the same amount of
+// work, however slow or busy this machine is, as tests with time limits need, and sleeping
+// costs nothing. Measured times are numbers of instructions. -clock=host is for interactive
+// use. The time limits of the virtual machine itself use the time of this machine.
 //
-// Modules are loaded on demand, as on a real host: the kernel calls modprobe.
-// With -modprobe=false there is no modprobe, as in a container without programs;
-// the modules are still in /lib/modules/RELEASE.
+// The kernel loads modules on demand with modprobe, as on a real host. With -modprobe=false
+// there is no modprobe, as in a container without programs; the modules are still in
+// /lib/modules/RELEASE.
 //
-// # Why there is no library here
+// # Why vm does not use a library
 //
-// github.com/lmb/vimto and github.com/hugelgupf/vmtest do this for kernels built
-// for the purpose: they share folders over 9p, and speak over virtio, both of
-// which Debian's cloud kernels lack or have as modules. github.com/anatol/vmtest
-// starts QEMU and waits for words on its console, which is the smaller part.
+// github.com/lmb/vimto and github.com/hugelgupf/vmtest need custom kernels: they share
+// directories over 9p and communicate over virtio. Debian's cloud kernels lack these drivers
+// or have them as modules. github.com/anatol/vmtest starts QEMU and waits for words on its
+// console, which is the smaller part of the task.
 package main
 
 import (
@@ -77,18 +75,17 @@ import (
 	"time"
 )
 
-// exitFailed is the exit status for everything that goes wrong outside of what
-// runs in the virtual machine.
+// exitFailed is the exit status for all failures outside of PROGRAM.
 const exitFailed = 125
 
-// The clocks that there are.
+// Values of -clock.
 const (
 	clockOwn  = "own"
 	clockHost = "host"
 )
 
-// testGrace is what a test binary's time limit is extended by: for the boot, and
-// for the binary to notice and tell what hangs. The go command waits a minute.
+// testGrace extends a test binary's time limit: for the boot, and for the binary to report
+// which test hangs. The go command waits for one minute.
 const testGrace = 55 * time.Second
 
 func main() {
@@ -98,7 +95,7 @@ func main() {
 	os.Exit(status)
 }
 
-// options are what the flags say.
+// options holds the values of the flags and the command.
 type options struct {
 	kernel     string
 	accel      string
@@ -113,7 +110,7 @@ type options struct {
 	extraEnv   []string // names
 	extraFiles []string // files
 	shell      bool
-	command    []string // program and arguments; may be none for a shell
+	command    []string // program and arguments; optional for a shell
 }
 
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
@@ -122,7 +119,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		return status
 	}
 	if failed, ok := errors.AsType[*failure](err); ok {
-		_, _ = fmt.Fprintf(stderr, "\n--- the end of the kernel's log:\n%s\n---\n", failed.console)
+		_, _ = fmt.Fprintf(stderr, "\n--- end of the kernel log:\n%s\n---\n", failed.console)
 	}
 	_, _ = fmt.Fprintf(stderr, "vm: %v\n", err)
 	return exitFailed
@@ -138,9 +135,9 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) (stat
 		return 0, err
 	}
 	c := cache{dir: filepath.Join(root, ".cache", "vm")}
-	// Both of a link's sides must name the same lock.
-	if followed, err := filepath.EvalSymlinks(filepath.Dir(c.dir)); err == nil {
-		c.dir = filepath.Join(followed, "vm")
+	// All checkouts that share the cache must use the same lock.
+	if target, err := filepath.EvalSymlinks(filepath.Dir(c.dir)); err == nil {
+		c.dir = filepath.Join(target, "vm")
 	}
 	if args[0] == "fetch" {
 		for _, k := range slices.Sorted(maps.Keys(kernels())) {
@@ -157,9 +154,9 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) (stat
 	}
 	initrd, err := o.initrd(ctx, c, root, modules)
 	if err != nil {
-		return 0, fmt.Errorf("make the first file system: %w", err)
+		return 0, fmt.Errorf("create the initial file system: %w", err)
 	}
-	defer initrd.Close() //nolint:errcheck // it has no name; nobody reads it again
+	defer initrd.Close() //nolint:errcheck // it has no name
 	m := &machine{
 		Kernel: kernel, Initrd: initrd, Accel: o.accel, OwnClock: o.clock == clockOwn, CPUs: o.cpus, MemoryMiB: o.memory, Append: o.kernelArgs,
 		Limit: o.limit, BootLimit: o.bootLimit, Terminal: o.shell, Output: stdout, Errors: stderr,
@@ -169,7 +166,7 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) (stat
 		if err != nil {
 			return 0, err
 		}
-		defer f.Close() //nolint:errcheck // what is missing in it is seen
+		defer f.Close() //nolint:errcheck // a missing part is obvious to the reader
 		m.Log = f
 	}
 	if status, err = m.run(ctx); err != nil {
@@ -185,26 +182,26 @@ func parseArgs(args []string, stderr io.Writer) (*options, error) {
 	}
 	o := &options{}
 	var names, files string
-	known := slices.Sorted(maps.Keys(kernels()))
+	versions := slices.Sorted(maps.Keys(kernels()))
 	flags := flag.NewFlagSet("vm "+args[0], flag.ContinueOnError)
 	flags.SetOutput(stderr)
-	flags.StringVar(&o.kernel, "kernel", "6.12", "one of "+strings.Join(known, ", "))
-	flags.StringVar(&o.accel, "accel", "tcg", "tcg emulates the processor; kvm is faster, where it works")
-	flags.StringVar(&o.clock, "clock", "", "own counts instructions; host is this machine's (default own, where the processor is emulated and there is one, and no shell)")
-	flags.IntVar(&o.cpus, "cpus", 1, "number of processors; emulated, more than one crash Linux 6.12 now and then")
-	flags.IntVar(&o.memory, "memory", 3072, "in MiB")
-	flags.DurationVar(&o.limit, "limit", 30*time.Minute, "time limit, if PROGRAM has no -test.timeout")
+	flags.StringVar(&o.kernel, "kernel", "6.12", "kernel version: "+strings.Join(versions, ", "))
+	flags.StringVar(&o.accel, "accel", "tcg", "QEMU accelerator: tcg emulates the processor; kvm is faster where it is available")
+	flags.StringVar(&o.clock, "clock", "", "clock: own counts instructions, host uses this machine's (default own for vm run with one emulated processor, otherwise host)")
+	flags.IntVar(&o.cpus, "cpus", 1, "number of processors; with more than one emulated processor, Linux 6.12 sometimes crashes")
+	flags.IntVar(&o.memory, "memory", 3072, "memory in MiB")
+	flags.DurationVar(&o.limit, "limit", 30*time.Minute, "time limit if PROGRAM has no -test.timeout")
 	flags.DurationVar(&o.bootLimit, "boot-limit", 3*time.Minute, "time limit for the boot")
-	flags.StringVar(&o.kernelArgs, "append", "", "further `parameters` for the kernel")
-	flags.StringVar(&o.log, "log", "", "`file` to write the kernel's log into")
-	flags.BoolVar(&o.modprobe, "modprobe", true, "whether there is a modprobe, which loads modules on demand")
-	flags.StringVar(&names, "env", "", "further `names` of environment variables to pass on, separated by commas")
-	flags.StringVar(&files, "with", "", "further `files` to take along, to the same paths, separated by commas")
+	flags.StringVar(&o.kernelArgs, "append", "", "additional kernel `parameters`")
+	flags.StringVar(&o.log, "log", "", "write the kernel log to `file`")
+	flags.BoolVar(&o.modprobe, "modprobe", true, "provide modprobe, which loads modules on demand")
+	flags.StringVar(&names, "env", "", "`names` of additional environment variables to pass, separated by commas")
+	flags.StringVar(&files, "with", "", "additional `files` to copy to the same paths, separated by commas")
 	if err := flags.Parse(args[1:]); err != nil {
 		return nil, err
 	}
-	if !slices.Contains(known, o.kernel) {
-		return nil, fmt.Errorf("-kernel=%s: want one of %s", o.kernel, strings.Join(known, ", "))
+	if !slices.Contains(versions, o.kernel) {
+		return nil, fmt.Errorf("-kernel=%s: want one of %s", o.kernel, strings.Join(versions, ", "))
 	}
 	if o.accel != "tcg" && o.accel != "kvm" {
 		return nil, fmt.Errorf("-accel=%s: want tcg or kvm", o.accel)
@@ -217,7 +214,7 @@ func parseArgs(args []string, stderr io.Writer) (*options, error) {
 	case o.clock != clockOwn && o.clock != clockHost:
 		return nil, fmt.Errorf("-clock=%s: want %s or %s", o.clock, clockOwn, clockHost)
 	case o.clock == clockOwn && (o.accel != "tcg" || o.cpus != 1):
-		return nil, errors.New("-clock=own: want -accel=tcg -cpus=1, as only one emulated processor has its own")
+		return nil, errors.New("-clock=own: want -accel=tcg -cpus=1, because only a single emulated processor has its own clock")
 	}
 	if names != "" {
 		o.extraEnv = strings.Split(names, ",")
@@ -247,13 +244,13 @@ func parseArgs(args []string, stderr io.Writer) (*options, error) {
 				o.limit = limit + testGrace
 			}
 		case "test.coverprofile", "test.cpuprofile", "test.memprofile", "test.blockprofile", "test.mutexprofile", "test.trace":
-			return nil, fmt.Errorf("-%s: files do not come back from the virtual machine", name)
+			return nil, fmt.Errorf("-%s: cannot copy files out of the virtual machine", name)
 		}
 	}
 	return o, nil
 }
 
-// moduleRoot returns the root of the module that the working folder is in.
+// moduleRoot returns the root directory of the module that contains the working directory.
 func moduleRoot() (string, error) {
 	at, err := os.Getwd()
 	if err != nil {
@@ -264,12 +261,12 @@ func moduleRoot() (string, error) {
 			return dir, nil
 		}
 		if dir == filepath.Dir(dir) {
-			return "", fmt.Errorf("%s is not in a checkout: no go.mod", at)
+			return "", fmt.Errorf("%s is not in a checkout: go.mod not found", at)
 		}
 	}
 }
 
-// initrd makes what the kernel unpacks, as a file without a name.
+// initrd creates the initial file system as a file without a name.
 func (o *options) initrd(ctx context.Context, c cache, root, modules string) (*os.File, error) {
 	busybox, err := c.busybox(ctx)
 	if err != nil {
@@ -332,7 +329,7 @@ func (o *options) writeInitrd(ctx context.Context, f *os.File, busybox, root, mo
 	return appendFile(f, modules)
 }
 
-// environment returns those of the variables that are passed on.
+// environment returns the environment of the command, given the variables of this process.
 func (o *options) environment(all []string) []string {
 	names := append([]string{"GODEBUG", "GOGC", "GOMAXPROCS", "GOMEMLIMIT", "GOTRACEBACK"}, o.extraEnv...)
 	env := []string{"HOME=/root", "USER=root", "LANG=C.UTF-8", "PATH=/usr/bin:/usr/sbin"}
@@ -345,8 +342,8 @@ func (o *options) environment(all []string) []string {
 	return env
 }
 
-// shellCommand returns the command of a shell for people, in a terminal of that size, beside
-// which another command runs, if there is one.
+// shellCommand returns the command of an interactive shell with a terminal of the given size.
+// If command is not empty, it runs in the background.
 func shellCommand(rows, columns string, command []string) []string {
 	const start = `stty rows "$1" columns "$2"
 		echo "Linux $(uname -r); exit or Ctrl-D ends it, Ctrl-A X at once"
@@ -356,7 +353,7 @@ func shellCommand(rows, columns string, command []string) []string {
 	return append([]string{"sh", "-c", start, "sh", rows, columns}, command...)
 }
 
-// runScript returns what the virtual machine's shell runs.
+// runScript returns the script that runs the command in the virtual machine.
 func runScript(dir string, env, command []string) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "cd %s || exit\n", shellQuote(dir))
@@ -372,10 +369,10 @@ func runScript(dir string, env, command []string) string {
 	return b.String()
 }
 
-// shellQuote makes s one word of the shell.
+// shellQuote quotes s as one word for a shell.
 func shellQuote(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'" }
 
-// initSettings returns what init.sh reads.
+// initSettings returns the settings that init.sh reads.
 func (o *options) initSettings() string {
 	yes := map[bool]string{true: "yes", false: "no"}
 	return fmt.Sprintf("TERMINAL=%s\nMODPROBE=%s\n", yes[o.shell], yes[o.modprobe])

@@ -1,6 +1,6 @@
-# Passes on what `go test -bench` prints, and at its end says what each benchmark
-# of backend=ipvs took in proportion to the same of backend=nft: the ratio of the means
-# of all runs. Fails if the tests did.
+# Copies the output of `go test -bench` and appends, for each benchmark that has runs with
+# backend=nft and backend=ipvs, the means of both and their ratio. Exits with an error if the
+# tests failed.
 { print; fflush() }
 /^FAIL/ { failed = 1 }
 $1 ~ /^Benchmark.*\/backend=(nft|ipvs)(\/|$)/ && NF >= 4 && $2 ~ /^[0-9]+$/ {

@@ -19,37 +19,37 @@ func TestParseArgs(t *testing.T) {
 		args []string
 		want options
 	}{
-		"a program has the time of a shell's user": {
+		"program with the default time limit": {
 			args: []string{"run", "-kernel=6.1", "sh", "-c", "exit 1"},
 			want: options{kernel: "6.1", limit: 30 * time.Minute, modprobe: true, command: []string{"sh", "-c", "exit 1"}},
 		},
-		"a test binary says how long it takes": {
+		"test binary with a time limit": {
 			args: []string{"run", "-limit=1s", "/tmp/nft.test", "-test.v=true", "-test.timeout=5m0s"},
 			want: options{
 				kernel: "6.12", limit: 5*time.Minute + testGrace, modprobe: true,
 				command: []string{"/tmp/nft.test", "-test.v=true", "-test.timeout=5m0s"},
 			},
 		},
-		"a test binary without a limit": {
+		"test binary without a time limit": {
 			args: []string{"run", "-limit=1s", "/tmp/nft.test", "-test.timeout=0s"},
 			want: options{kernel: "6.12", limit: time.Second, modprobe: true, command: []string{"/tmp/nft.test", "-test.timeout=0s"}},
 		},
-		"this machine's time": {
+		"clock of this machine": {
 			args: []string{"run", "-clock=host", "true"},
 			want: options{kernel: "6.12", clock: clockHost, limit: 30 * time.Minute, modprobe: true, command: []string{"true"}},
 		},
-		"all": {
+		"all flags": {
 			args: []string{"run", "-accel=kvm", "-modprobe=false", "-env=A,B", "-with=/c,d", "-append=quiet", "-log=/tmp/log", "true"},
 			want: options{
 				kernel: "6.12", accel: "kvm", clock: clockHost, limit: 30 * time.Minute, extraEnv: []string{"A", "B"}, extraFiles: []string{"/c", "d"}, kernelArgs: "quiet", log: "/tmp/log",
 				command: []string{"true"},
 			},
 		},
-		"a shell has time": {
+		"shell": {
 			args: []string{"shell"},
 			want: options{kernel: "6.12", clock: clockHost, limit: 365 * 24 * time.Hour, modprobe: true, shell: true, command: []string{}},
 		},
-		"a shell beside a program": {
+		"shell with a program": {
 			args: []string{"shell", "bin/demo", "-keep"},
 			want: options{kernel: "6.12", clock: clockHost, limit: 365 * 24 * time.Hour, modprobe: true, shell: true, command: []string{"bin/demo", "-keep"}},
 		},
@@ -80,14 +80,14 @@ func TestParseArgsErrors(t *testing.T) {
 		args []string
 		want string
 	}{
-		"nothing":                   {nil, "usage: vm run"},
-		"an unknown word":           {[]string{"walk"}, "usage: vm run"},
-		"nothing to run":            {[]string{"run", "-kernel=6.1"}, "usage: vm run"},
-		"an unknown kernel":         {[]string{"run", "-kernel=5.10", "true"}, "-kernel=5.10: want one of 6.1, 6.12"},
-		"an unknown accelerator":    {[]string{"run", "-accel=xen", "true"}, "-accel=xen: want tcg or kvm"},
-		"an unknown clock":          {[]string{"run", "-clock=sun", "true"}, "-clock=sun: want own or host"},
-		"a clock without emulation": {[]string{"run", "-clock=own", "-accel=kvm", "true"}, "-clock=own: want -accel=tcg"},
-		"a file that stays inside":  {[]string{"run", "/a.test", "-test.cpuprofile=x"}, "-test.cpuprofile: files do not come back"},
+		"no arguments":                {nil, "usage: vm run"},
+		"unknown command":             {[]string{"walk"}, "usage: vm run"},
+		"no program":                  {[]string{"run", "-kernel=6.1"}, "usage: vm run"},
+		"unknown kernel":              {[]string{"run", "-kernel=5.10", "true"}, "-kernel=5.10: want one of 6.1, 6.12"},
+		"unknown accelerator":         {[]string{"run", "-accel=xen", "true"}, "-accel=xen: want tcg or kvm"},
+		"unknown clock":               {[]string{"run", "-clock=sun", "true"}, "-clock=sun: want own or host"},
+		"own clock without emulation": {[]string{"run", "-clock=own", "-accel=kvm", "true"}, "-clock=own: want -accel=tcg"},
+		"output file":                 {[]string{"run", "/a.test", "-test.cpuprofile=x"}, "-test.cpuprofile: cannot copy files"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -99,7 +99,7 @@ func TestParseArgsErrors(t *testing.T) {
 	}
 }
 
-// A real shell must read the script as it was meant.
+// TestRunScript checks with a real shell that quoting preserves all arguments.
 func TestRunScript(t *testing.T) {
 	t.Parallel()
 	dir := filepath.Join(t.TempDir(), "it's here")
@@ -158,7 +158,7 @@ func TestIncludeModule(t *testing.T) {
 	}
 }
 
-// What is written is read back by another reader of the format.
+// TestArchive reads an archive with an independent parser.
 func TestArchive(t *testing.T) {
 	t.Parallel()
 	host := t.TempDir()
@@ -179,7 +179,7 @@ func TestArchive(t *testing.T) {
 	for _, err := range []error{
 		a.addSymlink("/bin", "usr/bin"),
 		a.addText("/etc/odd", 0o600, "seven b"),
-		a.addText("/etc/odd", 0o600, "the first one counts"),
+		a.addText("/etc/odd", 0o600, "ignored"),
 		a.addTree("/deep/down", host, func(rel string) bool { return filepath.Base(rel) == "skipped" }),
 		a.addFile("/linked", filepath.Join(host, "sub", "link")),
 		a.close(),
@@ -212,7 +212,7 @@ type archiveEntry struct {
 	text string
 }
 
-// readArchive reads an archive by the format's description in cpio(5).
+// readArchive parses an archive according to cpio(5).
 func readArchive(t *testing.T, archive []byte) []archiveEntry {
 	t.Helper()
 	var all []archiveEntry
@@ -226,12 +226,12 @@ func readArchive(t *testing.T, archive []byte) []archiveEntry {
 			return v
 		}
 		if magic := string(header[:6]); magic != "070701" {
-			t.Fatalf("an entry at %d begins with %q", at, magic)
+			t.Fatalf("the entry at offset %d begins with %q", at, magic)
 		}
 		mode, size, nameSize := field(1), field(6), field(11)
 		name := archive[at+110 : at+110+nameSize]
 		if name[nameSize-1] != 0 {
-			t.Fatalf("the name %q has no end", name)
+			t.Fatalf("the name %q is not terminated", name)
 		}
 		at = (at + 110 + nameSize + 3) &^ 3
 		all = append(all, archiveEntry{string(name[:nameSize-1]), uint32(mode), string(archive[at : at+size])})
@@ -252,24 +252,26 @@ func TestKernelLog(t *testing.T) {
 		t.Errorf("copied %d bytes, want %d", copied.Len(), len(text))
 	}
 	if panics != 1 || !l.sawPanic {
-		t.Errorf("told of %d panics, noted %t; want 1", panics, l.sawPanic)
+		t.Errorf("onPanic was called %d times, sawPanic is %t; want one call", panics, l.sawPanic)
 	}
 	if diff := cmp.Diff([]string{"[ 2.0] WARNING: CPU: 0 PID: 1 at net/x.c"}, l.warnings); diff != "" {
-		t.Errorf("complaints, -want +got:\n%s", diff)
+		t.Errorf("warnings (-want +got):\n%s", diff)
 	}
 	lines := strings.Split(l.tail(), "\n")
 	if len(lines) != shownLogLines || lines[shownLogLines-1] != "[ 5.0] no line feed" || strings.Contains(l.tail(), "\r") {
-		t.Errorf("the end has %d lines, the last is %q", len(lines), lines[len(lines)-1])
+		t.Errorf("tail has %d lines, the last is %q", len(lines), lines[len(lines)-1])
 	}
 	if len(l.lines) > maxLogLines {
-		t.Errorf("%d lines are kept, want at most %d", len(l.lines), maxLogLines)
+		t.Errorf("kept %d lines, want at most %d", len(l.lines), maxLogLines)
 	}
 }
 
+// TestEnsure checks that ensure creates each directory once, also after a failure and after a
+// killed process.
 func TestEnsure(t *testing.T) {
 	t.Parallel()
 	c := cache{dir: t.TempDir()}
-	// What one that was killed has left.
+	// A killed process has left this directory.
 	if err := os.MkdirAll(filepath.Join(c.dir, "linux-6.1-aa.new", "root"), 0o755); err != nil {
 		t.Fatal(err)
 	}
@@ -278,7 +280,7 @@ func TestEnsure(t *testing.T) {
 		return c.ensure(filepath.Join(c.dir, name), func(work string) error {
 			made++
 			if err := os.Mkdir(filepath.Join(work, "root"), 0o755); err != nil {
-				return err // something is in there already
+				return err // the directory is not empty
 			}
 			if fail {
 				return os.ErrDeadlineExceeded
@@ -310,7 +312,7 @@ func TestEnsure(t *testing.T) {
 			names = append(names, filepath.Base(f))
 		}
 		if diff := cmp.Diff(step.want, names); diff != "" || made != step.made {
-			t.Fatalf("after %s made %d times, want %d; there are, -want +got:\n%s", step.name, made, step.made, diff)
+			t.Fatalf("after %s: fill was called %d times, want %d; directories (-want +got):\n%s", step.name, made, step.made, diff)
 		}
 	}
 }

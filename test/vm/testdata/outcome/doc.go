@@ -1,3 +1,3 @@
-// Package outcome has tests that the harness's own tests run in a virtual
-// machine, also one that fails. No pattern with dots finds it.
+// Package outcome contains tests, one of which fails, that the tests of the program vm run in
+// a virtual machine. Patterns such as ./... do not match it.
 package outcome

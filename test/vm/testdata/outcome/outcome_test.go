@@ -12,11 +12,11 @@ func TestPasses(t *testing.T) {
 	}
 	text, err := os.ReadFile("testdata/file")
 	if err != nil || string(text) != "found\n" {
-		t.Errorf("testdata/file has %q (%v)", text, err)
+		t.Errorf("testdata/file contains %q (%v)", text, err)
 	}
 	release, err := os.ReadFile("/proc/sys/kernel/osrelease")
 	t.Logf("Linux %s%v", release, err)
-	t.Logf("told %s", os.Getenv("FAIRLEAD_OUTCOME"))
+	t.Logf("FAIRLEAD_OUTCOME=%s", os.Getenv("FAIRLEAD_OUTCOME"))
 }
 
 func TestFails(t *testing.T) {
