@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
-# Builds the control plane that tests run against:
+# Builds the control plane for tests from source:
 #
 #   .cache/controlplane/{etcd,kube-apiserver,kube-controller-manager}
 #
-# from source, at the versions that test/e2e/kubernetes/go.mod pins, because no
-# Debian release has them. Cold that takes some ten minutes on two cores, which
-# is why it is done once: it does nothing while these versions, this file and
-# the Go toolchain stay as they are. Needs Go only; no root.
+# The versions are pinned in test/e2e/kubernetes/go.mod; no Debian release has them. The first
+# build takes about ten minutes on two cores. Later runs do nothing unless the versions, this
+# file or the Go toolchain change. Needs only Go, not root.
 set -euo pipefail
 
 top=$(cd "$(dirname "$0")/../.." && pwd)
@@ -26,22 +25,22 @@ up_to_date() {
 }
 
 mkdir -p "$cache"
-# Two makes at once, say of two targets, must not build twice.
+# Concurrent runs of make must not build twice.
 exec 9>"$cache/lock"
 flock 9
 up_to_date && exit 0
 
 version() { cd "$module" && go list -m -f '{{.Version}}' "$1"; }
 kubernetes=$(version k8s.io/kubernetes)
-echo "building etcd $(version go.etcd.io/etcd/server/v3) and Kubernetes $kubernetes; the first time that takes some ten minutes" >&2
+echo "building etcd $(version go.etcd.io/etcd/server/v3) and Kubernetes $kubernetes; the first build takes about ten minutes" >&2
 
-# The API server says which version it is, and behaves by it; without these it
-# is v0.0.0-master.
+# The API server's behavior depends on its version, which is v0.0.0-master without these
+# flags.
 IFS=. read -r major minor _ <<<"${kubernetes#v}"
 pkg=k8s.io/component-base/version
 ldflags="-s -w -X $pkg.gitVersion=$kubernetes -X $pkg.gitMajor=$major -X $pkg.gitMinor=$minor -X $pkg.gitTreeState=clean"
 
-# Built aside, so that an interrupted build leaves nothing that looks complete.
+# Build in a temporary directory, so that an interrupted build leaves no incomplete programs.
 work=$(mktemp -d "$cache/build.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 cd "$module"

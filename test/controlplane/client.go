@@ -10,9 +10,9 @@ import (
 	"k8s.io/client-go/rest"
 )
 
-// Client returns a client with all rights for the paths of an API group, which speaks
-// protobuf of the types that are added. A clientset, which has all types there are, would
-// make programs that run a control plane much larger.
+// Client returns a client with all permissions for an API group. It uses protobuf and knows
+// only the added types. A clientset, which knows all types, would make programs that run a
+// control plane much larger.
 func (cp *ControlPlane) Client(group schema.GroupVersion, add ...func(*runtime.Scheme) error) (*rest.RESTClient, error) {
 	scheme := runtime.NewScheme()
 	metav1.AddToGroupVersion(scheme, schema.GroupVersion{Version: "v1"})
@@ -30,7 +30,7 @@ func (cp *ControlPlane) Client(group schema.GroupVersion, add ...func(*runtime.S
 	config.NegotiatedSerializer = serializer.NewCodecFactory(scheme).WithoutConversion()
 	client, err := rest.RESTClientForConfigAndClient(config, cp.admin)
 	if err != nil {
-		return nil, fmt.Errorf("make a client of %s: %w", group, err)
+		return nil, fmt.Errorf("create a client for %s: %w", group, err)
 	}
 	return client, nil
 }

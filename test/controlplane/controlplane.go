@@ -18,58 +18,54 @@ import (
 	"k8s.io/client-go/rest"
 )
 
-// ProgramsEnv names the environment variable that says where the programs etcd,
-// kube-apiserver and kube-controller-manager are. Without it they are where
-// `make controlplane` puts them, in .cache/controlplane below the root of the
-// module that the working directory is in.
+// ProgramsEnv names the environment variable with the directory of etcd, kube-apiserver and
+// kube-controller-manager. The default is .cache/controlplane below the root of the module
+// that contains the working directory, where `make controlplane` puts them.
 const ProgramsEnv = "FAIRLEAD_CONTROLPLANE"
 
-// The programs by their names.
+// Names of the programs.
 const (
 	etcdName              = "etcd"
 	apiserverName         = "kube-apiserver"
 	controllerManagerName = "kube-controller-manager"
 )
 
-// DefaultStartTimeout is how long [New] waits for readiness, unless its context
-// ends before. It takes some seconds on an idle machine.
+// DefaultStartTimeout bounds the wait for readiness in [New], in addition to its context.
+// Starting takes some seconds on an idle machine.
 const DefaultStartTimeout = 2 * time.Minute
 
-// Namespace is where the programs run. [fairlead.io/fairlead/internal/nettest.Namespace] is
-// one.
+// Namespace is the network namespace of the programs. A
+// [fairlead.io/fairlead/internal/nettest.Namespace] implements it.
 type Namespace interface {
-	// Fd is the file descriptor of the network namespace.
+	// Fd returns the file descriptor of the network namespace.
 	Fd() int
-	// Dial connects from the namespace.
+	// Dial connects origin the namespace.
 	Dial(ctx context.Context, network string, addr netip.AddrPort) (net.Conn, error)
 }
 
-// Options say how a control plane is started. The zero value is usable.
+// Options configures a control plane. The zero value is usable.
 type Options struct {
-	// Programs is the folder with the programs. Unset, it is the one that [ProgramsEnv] names,
-	// or the default.
+	// Programs is the directory of the programs. The default is the value of [ProgramsEnv],
+	// or else the default directory.
 	Programs string
-	// Namespace is the network namespace that the API server listens in and
-	// the configurations of Config connect from. Unset, it is the caller's.
+	// Namespace is the network namespace that the API server listens in and that clients of
+	// Config connect origin. The default is the caller's.
 	Namespace Namespace
-	// Address is where the API server listens. It must be an address in the
-	// namespace. Unset, it is 127.0.0.1. Anything but a loopback address is
-	// also the endpoint of the Service default/kubernetes, which has none
-	// otherwise.
+	// Address is the address of the API server. It must be an address of the namespace. The
+	// default is 127.0.0.1. An address that is not a loopback address also becomes the
+	// endpoint of the Service default/kubernetes, which otherwise has none.
 	Address netip.Addr
-	// Port is where the API server listens. 0 means a free one.
+	// Port is the port of the API server. 0 means a free port.
 	Port uint16
-	// ServiceCIDRs are what Services get their addresses from, one network a
-	// family, the primary family first. Unset they are 10.96.0.0/16 and
-	// fd00:96::/112.
+	// ServiceCIDRs are the networks for Service addresses, one per family, the primary family
+	// first. The default is 10.96.0.0/16 and fd00:96::/112.
 	ServiceCIDRs []netip.Prefix
-	// ControllerManager starts kube-controller-manager too, with the
-	// controllers that Services need: those that write EndpointSlices, collect
-	// garbage, empty namespaces that end, and look after ServiceCIDRs and
-	// Service accounts.
+	// ControllerManager also starts kube-controller-manager with the controllers that
+	// Services need: for EndpointSlices, garbage collection, deleted namespaces, ServiceCIDRs
+	// and Service accounts.
 	ControllerManager bool
-	// APIServerArgs and ControllerManagerArgs are further flags for these
-	// programs. A flag that is set by this package too is overridden.
+	// APIServerArgs and ControllerManagerArgs are additional flags of these programs. They
+	// override the flags that this package sets.
 	APIServerArgs, ControllerManagerArgs []string
 }
 
@@ -80,7 +76,7 @@ func (o Options) validate() error {
 	seen := map[bool]bool{}
 	for _, p := range o.ServiceCIDRs {
 		if !p.IsValid() || p != p.Masked() {
-			return fmt.Errorf("options: ServiceCIDRs: %s is no network; set host bits to zero", p)
+			return fmt.Errorf("options: ServiceCIDRs: %s is not a network: set the host bits to zero", p)
 		}
 		if seen[p.Addr().Is4()] {
 			return errors.New("options: ServiceCIDRs: two networks of one family")
@@ -90,9 +86,8 @@ func (o Options) validate() error {
 	return nil
 }
 
-// ControlPlane is a running control plane. Its methods may be called
-// concurrently, except that those which start and stop programs wait for one
-// another.
+// ControlPlane is a running control plane. Its methods may be called concurrently; methods
+// that start or stop programs wait for one another.
 type ControlPlane struct {
 	options    Options
 	dir        *tempDir
@@ -100,19 +95,19 @@ type ControlPlane struct {
 	keys       *keys
 	runner     *runner
 	addr       netip.AddrPort
-	admin      *http.Client // speaks to the API server as cluster-admin
+	admin      *http.Client // authenticates to the API server as cluster-admin
 
-	mu                sync.Mutex // held while programs are started or stopped
+	mu                sync.Mutex // held while programs start or stop
 	closed            bool
 	etcd              *program
 	apiserver         *program
 	controllerManager *program
 
-	controllerManagerArgs []string // set before programs start
+	controllerManagerArgs []string // read-only after start
 }
 
-// TB is the part of testing.TB that [Start] needs. The package does not import
-// testing, for the sake of programs.
+// TB is the part of testing.TB that [Start] needs. The package does not import testing,
+// because programs use it too.
 type TB interface {
 	Helper()
 	Context() context.Context
@@ -121,8 +116,8 @@ type TB interface {
 	Fatalf(format string, args ...any)
 }
 
-// Start is [New] for a test: it fails the test if the control plane does not
-// get ready, and closes it when the test ends.
+// Start calls [New] for a test. It fails the test if the control plane does not become ready,
+// and closes it at the end of the test.
 func Start(t TB, options Options) *ControlPlane {
 	t.Helper()
 	cp, err := New(t.Context(), options)
@@ -137,10 +132,9 @@ func Start(t TB, options Options) *ControlPlane {
 	return cp
 }
 
-// New starts a control plane and returns when the API server is ready. The
-// controller manager is then starting. ctx bounds the start only. Everything
-// that was started is ended by Close. An error has the last lines of the log of
-// the program that failed.
+// New starts a control plane and returns when the API server is ready; the controller manager
+// may still be starting. ctx bounds only the start. The caller must call Close. An error
+// contains the last log lines of the program that failed.
 func New(ctx context.Context, options Options) (*ControlPlane, error) {
 	if !options.Address.IsValid() {
 		options.Address = netip.AddrFrom4([4]byte{127, 0, 0, 1})
@@ -179,7 +173,7 @@ func (cp *ControlPlane) start(ctx context.Context) error {
 	}
 	client, err := rest.HTTPClientFor(cp.Config())
 	if err != nil {
-		return fmt.Errorf("make a client: %w", err)
+		return fmt.Errorf("create a client: %w", err)
 	}
 	cp.admin = client
 
@@ -193,12 +187,12 @@ func (cp *ControlPlane) start(ctx context.Context) error {
 		return err
 	}
 	cp.controllerManagerArgs = append(controllerManagerArgs(config), cp.options.ControllerManagerArgs...)
-	// The API server waits for etcd by itself, so both start at once.
+	// The API server waits for etcd, so both can start at once.
 	return cp.startAPIServer(ctx)
 }
 
-// choosePort finds a free port below those that the kernel gives to clients, so
-// that no client takes it while the API server restarts.
+// choosePort finds a free port outside of the kernel's range for clients, so that no client
+// takes it while the API server restarts.
 func (cp *ControlPlane) choosePort(ctx context.Context) error {
 	const tries = 50
 	var err error
@@ -224,18 +218,18 @@ func (cp *ControlPlane) choosePort(ctx context.Context) error {
 	return nil
 }
 
-// findPrograms returns the folder of the programs.
+// findPrograms returns the directory of the programs.
 func findPrograms(options Options) (string, error) {
-	dir, from := options.Programs, ""
+	dir, origin := options.Programs, ""
 	if dir == "" {
-		dir, from = os.Getenv(ProgramsEnv), " ("+ProgramsEnv+")"
+		dir, origin = os.Getenv(ProgramsEnv), " ("+ProgramsEnv+")"
 	}
 	if dir == "" {
 		root, err := moduleRoot()
 		if err != nil {
 			return "", err
 		}
-		dir, from = filepath.Join(root, ".cache", "controlplane"), " (the default)"
+		dir, origin = filepath.Join(root, ".cache", "controlplane"), " (the default)"
 	}
 	names := []string{etcdName, apiserverName}
 	if options.ControllerManager {
@@ -243,28 +237,27 @@ func findPrograms(options Options) (string, error) {
 	}
 	for _, name := range names {
 		if _, err := os.Stat(filepath.Join(dir, name)); err != nil {
-			return "", fmt.Errorf("no %s in %s%s: run `make controlplane`: %w", name, dir, from, err)
+			return "", fmt.Errorf("no %s in %s%s: run `make controlplane`: %w", name, dir, origin, err)
 		}
 	}
 	return filepath.Abs(dir)
 }
 
-// Programs returns the folder that the programs are in: dir, or if that is empty the
-// one that [New] takes without Programs. The error says that etcd or kube-apiserver
-// is not there.
+// Programs returns the directory of the programs: dir, or if it is empty the directory that
+// [New] uses without Options.Programs. It returns an error if etcd or kube-apiserver is
+// missing.
 func Programs(dir string) (string, error) { return findPrograms(Options{Programs: dir}) }
 
-// Version returns what the kube-apiserver in a folder of programs says it is, such as
-// v1.33.1.
+// Version returns the version of the kube-apiserver in a directory, such as v1.33.1.
 func Version(ctx context.Context, dir string) (string, error) {
-	dir, err := filepath.Abs(dir) // in the folder "." too, and not in PATH
+	dir, err := filepath.Abs(dir) // otherwise "." would mean a lookup in PATH
 	if err != nil {
 		return "", err
 	}
 	path := filepath.Join(dir, apiserverName)
 	out, err := exec.CommandContext(ctx, path, "--version").Output()
 	if err != nil {
-		return "", fmt.Errorf("ask %s for its version: %w", path, err)
+		return "", fmt.Errorf("get the version of %s: %w", path, err)
 	}
 	return strings.TrimPrefix(strings.TrimSpace(string(out)), "Kubernetes "), nil
 }
@@ -272,14 +265,14 @@ func Version(ctx context.Context, dir string) (string, error) {
 func moduleRoot() (string, error) {
 	start, err := os.Getwd()
 	if err != nil {
-		return "", fmt.Errorf("find the module's root: %w", err)
+		return "", fmt.Errorf("find the module root: %w", err)
 	}
 	for dir := start; ; dir = filepath.Dir(dir) {
 		if _, err := os.Stat(filepath.Join(dir, "go.mod")); err == nil {
 			return dir, nil
 		}
 		if dir == filepath.Dir(dir) {
-			return "", fmt.Errorf("find the module's root: no go.mod in %s or above; set %s", start, ProgramsEnv)
+			return "", fmt.Errorf("find the module root: no go.mod in %s or its parents: set %s", start, ProgramsEnv)
 		}
 	}
 }
@@ -303,12 +296,12 @@ func (cp *ControlPlane) startAPIServer(ctx context.Context) error {
 	return err
 }
 
-// waitReady returns when /readyz says so: not before the roles are there.
+// waitReady waits until /readyz succeeds, which includes the creation of the default roles.
 func (cp *ControlPlane) waitReady(ctx context.Context) error {
 	const period = 50 * time.Millisecond
 	ticker := time.NewTicker(period)
 	defer ticker.Stop()
-	last := errors.New("not asked yet")
+	last := errors.New("no request yet")
 	for {
 		select {
 		case <-cp.apiserver.done:
@@ -334,27 +327,26 @@ func (cp *ControlPlane) checkReady(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	defer response.Body.Close() //nolint:errcheck // only read from
+	defer response.Body.Close() //nolint:errcheck // read-only
 	if response.StatusCode != http.StatusOK {
 		return errors.New(response.Status)
 	}
 	return nil
 }
 
-// URL returns the address of the API server, https://HOST:PORT.
+// URL returns the URL of the API server, https://HOST:PORT.
 func (cp *ControlPlane) URL() string { return "https://" + cp.addr.String() }
 
-// Dir returns a folder for files that are to go with the control plane, also if
-// the process is killed: then the next control plane removes it.
+// Dir returns a directory for files that must be removed with the control plane. If the
+// process is killed, the next control plane removes it.
 func (cp *ControlPlane) Dir() string { return cp.dir.path }
 
-// ServiceCIDRs returns what Services get their addresses from.
+// ServiceCIDRs returns the networks for Service addresses.
 func (cp *ControlPlane) ServiceCIDRs() []netip.Prefix { return cp.options.ServiceCIDRs }
 
-// StopAPIServer ends the API server at once, as a crash would: connections break
-// and none is accepted until StartAPIServer. The controller manager ends with
-// it, which otherwise would wait for up to half a minute before it tries again;
-// etcd goes on. It is no error if it is stopped already.
+// StopAPIServer kills the API server, if it is running, like a crash: connections break, and
+// none succeeds until StartAPIServer. It also kills the controller manager, which otherwise
+// might wait for half a minute before it retries. etcd keeps running.
 func (cp *ControlPlane) StopAPIServer() error {
 	cp.mu.Lock()
 	defer cp.mu.Unlock()
@@ -368,8 +360,8 @@ func (cp *ControlPlane) StopAPIServer() error {
 	return errors.Join(append(errs, cp.apiserver.stop())...)
 }
 
-// StartAPIServer starts the API server again at the same address, and with it the
-// controller manager, if there is one. It returns when the API server is ready.
+// StartAPIServer starts the API server again at the same address, and the controller manager
+// if Options request it. It returns when the API server is ready.
 func (cp *ControlPlane) StartAPIServer(ctx context.Context) error {
 	cp.mu.Lock()
 	defer cp.mu.Unlock()
@@ -379,11 +371,11 @@ func (cp *ControlPlane) StartAPIServer(ctx context.Context) error {
 	select {
 	case <-cp.apiserver.done:
 	default:
-		return errors.New("start kube-apiserver: it is running; stop it first")
+		return errors.New("start kube-apiserver: already running: stop it first")
 	}
 	ctx, cancel := context.WithTimeout(ctx, DefaultStartTimeout)
 	defer cancel()
-	// Connections that the last one left behind would fail the first request.
+	// Idle connections to the previous process would fail the first request.
 	cp.admin.CloseIdleConnections()
 	if err := cp.startAPIServer(ctx); err != nil {
 		return fmt.Errorf("start kube-apiserver again: %w", err)
@@ -391,8 +383,8 @@ func (cp *ControlPlane) StartAPIServer(ctx context.Context) error {
 	return nil
 }
 
-// Log returns the last lines that a program has written: etcd, kube-apiserver
-// or kube-controller-manager. It is for the messages of tests that fail.
+// Log returns the last log lines of etcd, kube-apiserver or kube-controller-manager, for
+// failure messages of tests.
 func (cp *ControlPlane) Log(name string) string {
 	cp.mu.Lock()
 	defer cp.mu.Unlock()
@@ -404,8 +396,8 @@ func (cp *ControlPlane) Log(name string) string {
 	return ""
 }
 
-// Close ends the programs and removes what they wrote. When it returns they
-// have ended. Closing twice is no error.
+// Close ends the programs, waits until they have exited, and removes their files. Calling
+// Close again does nothing.
 func (cp *ControlPlane) Close() error {
 	cp.mu.Lock()
 	defer cp.mu.Unlock()
@@ -431,9 +423,8 @@ func (cp *ControlPlane) Close() error {
 	return errors.Join(errs...)
 }
 
-// Config returns a configuration for clients with all rights, the user admin of
-// the group system:masters. It is not limited in requests per second. The
-// caller may change it.
+// Config returns a client configuration with all permissions: user admin in group
+// system:masters. It has no request rate limit. The caller may modify it.
 func (cp *ControlPlane) Config() *rest.Config {
 	config := &rest.Config{
 		Host:  cp.URL(),
@@ -457,20 +448,20 @@ func (cp *ControlPlane) Config() *rest.Config {
 	return config
 }
 
-// Store writes values straight into etcd, by their keys, and so past all that the
-// API server does with an object: it neither checks it nor gives it an address
-// or a UID. It reads objects from JSON. For a test that needs many: the API
-// server goes through all addresses of Services for each that it gives.
+// Store writes values directly to etcd, by key. The API server does not see these writes, so
+// it neither validates objects nor allocates addresses or UIDs. It reads objects in JSON. Use
+// Store to create many Services: for each Service, the API server searches all Service
+// addresses.
 func (cp *ControlPlane) Store(ctx context.Context, values map[string][]byte) error {
 	if err := putAll(ctx, cp.socket(), values); err != nil {
-		return fmt.Errorf("write into etcd: %w", err)
+		return fmt.Errorf("write to etcd: %w", err)
 	}
 	return nil
 }
 
 func (cp *ControlPlane) socket() string { return filepath.Join(cp.dir.path, "etcd.sock") }
 
-// CertPool returns the authority that the API server's certificate is from.
+// CertPool returns the certificate authority of the API server's certificate.
 func (cp *ControlPlane) CertPool() *x509.CertPool {
 	pool := x509.NewCertPool()
 	pool.AddCert(cp.keys.ca.cert)
@@ -478,8 +469,8 @@ func (cp *ControlPlane) CertPool() *x509.CertPool {
 }
 
 func etcdArgs() []string {
-	// Sockets, relative to the folder that the programs run in: no port to
-	// find, and the same in every network namespace.
+	// Unix sockets relative to the working directory of the programs need no free port, and
+	// work in every network namespace.
 	const client, peer = "unix://etcd.sock", "unix://peer.sock"
 	return []string{
 		"--name=etcd",
@@ -501,7 +492,7 @@ func (cp *ControlPlane) apiserverArgs() []string {
 	}
 	k := cp.keys
 	args := []string{
-		// Otherwise it looks for the address of the default route.
+		// The default is the address of the default route.
 		"--advertise-address=" + cp.addr.Addr().String(),
 		"--etcd-servers=unix://etcd.sock",
 		"--bind-address=" + cp.addr.Addr().String(),
@@ -515,17 +506,17 @@ func (cp *ControlPlane) apiserverArgs() []string {
 		"--service-account-signing-key-file=" + k.serviceAccount.keyFile,
 		"--service-cluster-ip-range=" + strings.Join(cidrs, ","),
 		"--allow-privileged",
-		// Pods would have to wait for the Service accounts of new namespaces,
-		// which need a controller manager.
+		// Otherwise Pods would have to wait for the Service accounts of new namespaces, which
+		// only a controller manager creates.
 		"--disable-admission-plugins=ServiceAccount",
 		"--profiling=false",
-		// One test's requests must not wait for another's.
+		// Requests of one test must not wait for requests of another.
 		"--enable-priority-and-fairness=false",
 		"--max-requests-inflight=0",
 		"--max-mutating-requests-inflight=0",
 	}
 	if cp.addr.Addr().IsLoopback() {
-		// An endpoint must not be a loopback address.
+		// Endpoints must not be loopback addresses.
 		args = append(args, "--endpoint-reconciler-type=none")
 	}
 	return args
@@ -554,10 +545,9 @@ func controllerManagerArgs(kubeconfig string) []string {
 	}
 }
 
-// Compact makes etcd forget the past, and with it all resource versions but the
-// current ones. Watches that begin, or are resumed, at an older one answer 410
-// Gone; so do those that the API server's cache holds no longer, after a
-// restart.
+// Compact deletes all but the current revisions from etcd. Watches that start or resume at an
+// older resource version then fail with 410 Gone, unless the API server's cache still has
+// that version, which it does not after a restart.
 func (cp *ControlPlane) Compact(ctx context.Context) error {
 	if err := compact(ctx, cp.socket()); err != nil {
 		return fmt.Errorf("compact etcd: %w", err)

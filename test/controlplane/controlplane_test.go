@@ -27,7 +27,7 @@ import (
 	"fairlead.io/fairlead/test/controlplane"
 )
 
-// killSelfEnv makes the test binary start a control plane and die without closing it.
+// killSelfEnv makes the test binary start a control plane and kill itself without closing it.
 const killSelfEnv = "FAIRLEAD_TEST_DIE"
 
 func TestMain(m *testing.M) {
@@ -53,7 +53,7 @@ func newClient(t *testing.T, config *rest.Config) kubernetes.Interface {
 	return client
 }
 
-// clientFromKubeconfig returns a client that a kubeconfig file describes.
+// clientFromKubeconfig returns a client for a kubeconfig file.
 func clientFromKubeconfig(t *testing.T, kubeconfig string) kubernetes.Interface {
 	t.Helper()
 	config, err := clientcmd.BuildConfigFromFlags("", kubeconfig)
@@ -77,6 +77,7 @@ func eventually(t *testing.T, fn func() error) {
 	}
 }
 
+// TestServiceCIDRs checks that Services get one address of each network.
 func TestServiceCIDRs(t *testing.T) {
 	t.Parallel()
 	cp := controlplane.Start(t, controlplane.Options{ServiceCIDRs: []netip.Prefix{
@@ -91,17 +92,17 @@ func TestServiceCIDRs(t *testing.T) {
 		t.Fatal(err)
 	}
 	if len(service.Spec.ClusterIPs) != len(cp.ServiceCIDRs()) {
-		t.Fatalf("got addresses %v, want one of each of %v", service.Spec.ClusterIPs, cp.ServiceCIDRs())
+		t.Fatalf("got addresses %v, want one from each of %v", service.Spec.ClusterIPs, cp.ServiceCIDRs())
 	}
 	for i, cidr := range cp.ServiceCIDRs() {
 		if addr := netip.MustParseAddr(service.Spec.ClusterIPs[i]); !cidr.Contains(addr) {
-			t.Errorf("address %d is %s, want one of %s", i, addr, cidr)
+			t.Errorf("address %d is %s, want one in %s", i, addr, cidr)
 		}
 	}
 }
 
-// The controller manager writes EndpointSlices, and removes them with the
-// Service, also after the API server was away.
+// TestControllers checks that the controller manager writes EndpointSlices and removes them
+// with the Service, also after a restart of the API server.
 func TestControllers(t *testing.T) {
 	t.Parallel()
 	cp := controlplane.Start(t, controlplane.Options{ControllerManager: true})
@@ -148,7 +149,7 @@ func TestControllers(t *testing.T) {
 	if _, err := client.CoreV1().Pods("default").UpdateStatus(ctx, pod, metav1.UpdateOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	has := func(service string, want ...string) {
+	waitEndpoints := func(service string, want ...string) {
 		t.Helper()
 		eventually(t, func() error {
 			got, err := endpoints(service)
@@ -159,7 +160,7 @@ func TestControllers(t *testing.T) {
 		})
 	}
 	create("before")
-	has("before", podIP)
+	waitEndpoints("before", podIP)
 
 	if err := cp.StopAPIServer(); err != nil {
 		t.Fatal(err)
@@ -171,14 +172,15 @@ func TestControllers(t *testing.T) {
 		t.Fatal(err)
 	}
 	create("after")
-	has("after", podIP)
+	waitEndpoints("after", podIP)
 	if err := client.CoreV1().Services("default").Delete(ctx, "before", metav1.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	has("before")
+	waitEndpoints("before")
 }
 
-// RBAC decides: users and Service accounts may do what they were given.
+// TestRBAC checks that users, groups and Service accounts have exactly the permissions that
+// RBAC grants.
 func TestRBAC(t *testing.T) {
 	t.Parallel()
 	cp := controlplane.Start(t, controlplane.Options{})
@@ -213,14 +215,14 @@ func TestRBAC(t *testing.T) {
 		"Service account": {func(path string) error { return cp.ServiceAccountKubeconfig(ctx, path, "kube-system", "robot") }, true},
 		"user":            {func(path string) error { return cp.Kubeconfig(path, "jane") }, true},
 		"group":           {func(path string) error { return cp.Kubeconfig(path, "joe", "others", "readers") }, true},
-		"nobody":          {func(path string) error { return cp.Kubeconfig(path, "joe") }, false},
+		"unknown user":    {func(path string) error { return cp.Kubeconfig(path, "joe") }, false},
 	} {
 		path := filepath.Join(t.TempDir(), "kubeconfig")
 		if err := tc.kubeconfig(path); err != nil {
 			t.Fatalf("%s: %v", name, err)
 		}
 		client := clientFromKubeconfig(t, path)
-		eventually(t, func() error { // Rights take effect a moment after they are given.
+		eventually(t, func() error { // permissions take effect after a delay
 			_, err := client.CoreV1().Services("").List(ctx, metav1.ListOptions{})
 			if tc.may && err != nil || !tc.may && !apierrors.IsForbidden(err) {
 				return fmt.Errorf("%s lists Services: got %w", name, err)
@@ -228,15 +230,15 @@ func TestRBAC(t *testing.T) {
 			return nil
 		})
 		if _, err := client.CoreV1().Secrets("").List(ctx, metav1.ListOptions{}); !apierrors.IsForbidden(err) {
-			t.Errorf("%s lists Secrets: got %v, want that it is forbidden", name, err)
+			t.Errorf("%s lists Secrets: got %v, want Forbidden", name, err)
 		}
 	}
 	if err := cp.ServiceAccountKubeconfig(ctx, filepath.Join(t.TempDir(), "kubeconfig"), "kube-system", "nobody"); err == nil {
-		t.Error("there is a token for a Service account that there is not")
+		t.Error("got a token for a Service account that does not exist")
 	}
 }
 
-// After a compaction and a restart nobody knows what was before.
+// TestCompact checks that old resource versions are gone after a compaction and a restart.
 func TestCompact(t *testing.T) {
 	t.Parallel()
 	cp := controlplane.Start(t, controlplane.Options{})
@@ -251,7 +253,7 @@ func TestCompact(t *testing.T) {
 	}, metav1.CreateOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	// first returns the first event of a watch that begins at the past.
+	// first returns the first event of a watch that starts at the old version.
 	first := func() watch.Event {
 		t.Helper()
 		w, err := services.Watch(ctx, metav1.ListOptions{ResourceVersion: before.ResourceVersion})
@@ -262,7 +264,7 @@ func TestCompact(t *testing.T) {
 		return <-w.ResultChan()
 	}
 	if event := first(); event.Type != watch.Added {
-		t.Fatalf("before the compaction a watch begins with %s %v, want what was created", event.Type, event.Object)
+		t.Fatalf("before the compaction the first event is %s %v, want the created Service", event.Type, event.Object)
 	}
 	if err := cp.StopAPIServer(); err != nil {
 		t.Fatal(err)
@@ -275,11 +277,11 @@ func TestCompact(t *testing.T) {
 	}
 	if event := first(); event.Type != watch.Error || !apierrors.IsResourceExpired(apierrors.FromObject(event.Object)) &&
 		!apierrors.IsGone(apierrors.FromObject(event.Object)) {
-		t.Errorf("after the compaction a watch begins with %s %v, want that the past is gone", event.Type, event.Object)
+		t.Errorf("after the compaction the first event is %s %v, want Gone or Expired", event.Type, event.Object)
 	}
 }
 
-// What is written into etcd is there.
+// TestStore checks that the API server returns objects written directly to etcd.
 func TestStore(t *testing.T) {
 	t.Parallel()
 	const n = 250 // more than one transaction
@@ -302,7 +304,7 @@ func TestStore(t *testing.T) {
 	})
 }
 
-// children returns the processes whose parent is this one, by name.
+// children returns the names of the child processes of parent.
 func children(t *testing.T, parent int) []string {
 	t.Helper()
 	stats, err := filepath.Glob("/proc/[0-9]*/stat")
@@ -313,7 +315,7 @@ func children(t *testing.T, parent int) []string {
 	for _, path := range stats {
 		data, err := os.ReadFile(path)
 		if err != nil {
-			continue // It has ended.
+			continue // the process has exited
 		}
 		// proc_pid_stat(5): pid (name) state ppid …
 		before, after, _ := strings.Cut(string(data), ") ")
@@ -325,7 +327,8 @@ func children(t *testing.T, parent int) []string {
 	return names
 }
 
-// It does not run beside others, whose programs it would see.
+// TestCloseLeavesNothing checks that Close ends all programs and removes all files. It does
+// not run in parallel, because it would see the programs of other tests.
 func TestCloseLeavesNothing(t *testing.T) {
 	temp := t.TempDir()
 	t.Setenv("TMPDIR", temp)
@@ -336,7 +339,7 @@ func TestCloseLeavesNothing(t *testing.T) {
 	got := children(t, os.Getpid())
 	slices.Sort(got)
 	if want := []string{"etcd", "kube-apiserver", "kube-controller"}; !slices.Equal(got, want) {
-		t.Errorf("running are %v, want %v", got, want)
+		t.Errorf("running programs are %v, want %v", got, want)
 	}
 	for range 2 {
 		if err := cp.Close(); err != nil {
@@ -344,35 +347,35 @@ func TestCloseLeavesNothing(t *testing.T) {
 		}
 	}
 	if left := children(t, os.Getpid()); len(left) > 0 {
-		t.Errorf("after Close there are still %v", left)
+		t.Errorf("still running after Close: %v", left)
 	}
 	if left, err := os.ReadDir(temp); err != nil || len(left) > 0 {
-		t.Errorf("after Close there are still %v, %v", left, err)
+		t.Errorf("files left after Close: %v, %v", left, err)
 	}
 	if err := cp.StopAPIServer(); err == nil {
-		t.Error("the API server of a closed control plane was stopped")
+		t.Error("StopAPIServer after Close returned no error")
 	}
 	if err := cp.StartAPIServer(t.Context()); err == nil {
-		t.Error("the API server of a closed control plane was started")
+		t.Error("StartAPIServer after Close returned no error")
 	}
 }
 
-// A process that is killed takes the programs with it, and the next control
-// plane removes its folder.
+// TestKilledProcessLeavesNothing checks that the programs end with a process that is killed,
+// and that the next control plane removes its directory.
 func TestKilledProcessLeavesNothing(t *testing.T) {
 	temp := t.TempDir()
 	t.Setenv("TMPDIR", temp)
-	died := exec.CommandContext(t.Context(), os.Args[0])
-	died.Env = append(os.Environ(), killSelfEnv+"=1")
-	out, err := died.CombinedOutput()
-	if status, ok := died.ProcessState.Sys().(syscall.WaitStatus); !ok || status.Signal() != syscall.SIGKILL {
-		t.Fatalf("the process ended with %v:\n%s", err, out)
+	killed := exec.CommandContext(t.Context(), os.Args[0])
+	killed.Env = append(os.Environ(), killSelfEnv+"=1")
+	out, err := killed.CombinedOutput()
+	if status, ok := killed.ProcessState.Sys().(syscall.WaitStatus); !ok || status.Signal() != syscall.SIGKILL {
+		t.Fatalf("the process exited with %v:\n%s", err, out)
 	}
 	left, err := filepath.Glob(filepath.Join(temp, "*"))
 	if err != nil || len(left) != 1 {
-		t.Fatalf("the killed process has left %v, %v, want a folder", left, err)
+		t.Fatalf("the killed process left %v, %v, want one directory", left, err)
 	}
-	// Its programs have the folder as their working directory.
+	// The directory is the working directory of the programs.
 	eventually(t, func() error {
 		running, err := filepath.Glob("/proc/[0-9]*/cwd")
 		if err != nil {
@@ -380,14 +383,14 @@ func TestKilledProcessLeavesNothing(t *testing.T) {
 		}
 		for _, link := range running {
 			if dir, err := os.Readlink(link); err == nil && dir == left[0] {
-				return fmt.Errorf("%s still runs", filepath.Dir(link))
+				return fmt.Errorf("%s is still running", filepath.Dir(link))
 			}
 		}
 		return nil
 	})
 	controlplane.Start(t, controlplane.Options{})
 	if _, err := os.Stat(left[0]); !os.IsNotExist(err) {
-		t.Errorf("the killed process's folder is still there: %v", err)
+		t.Errorf("the directory of the killed process still exists: %v", err)
 	}
 }
 
@@ -401,7 +404,7 @@ func TestVersion(t *testing.T) {
 		t.Errorf("got %q, %v", version, err)
 	}
 	if version, err := controlplane.Version(t.Context(), t.TempDir()); err == nil {
-		t.Errorf("got %q of a program that is not there", version)
+		t.Errorf("got %q without a program", version)
 	}
 }
 
@@ -411,12 +414,12 @@ func TestInvalidOptions(t *testing.T) {
 		programs string
 		want     string
 	}{
-		"no programs":              {programs: t.TempDir(), want: "run `make controlplane`"},
-		"no programs in a folder":  {options: controlplane.Options{Programs: "/nowhere"}, want: "no etcd in /nowhere: run `make controlplane`"},
-		"unspecified address":      {options: controlplane.Options{Address: netip.IPv4Unspecified()}, want: "Address 0.0.0.0"},
-		"host bits":                {options: controlplane.Options{ServiceCIDRs: []netip.Prefix{netip.MustParsePrefix("10.0.0.1/16")}}, want: "ServiceCIDRs: 10.0.0.1/16"},
-		"two networks of a family": {options: controlplane.Options{ServiceCIDRs: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/16"), netip.MustParsePrefix("10.1.0.0/16")}}, want: "ServiceCIDRs: two"},
-		"unknown flag":             {options: controlplane.Options{APIServerArgs: []string{"--no-such-flag"}}, want: "no-such-flag"},
+		"no programs":                {programs: t.TempDir(), want: "run `make controlplane`"},
+		"no programs in a directory": {options: controlplane.Options{Programs: "/nowhere"}, want: "no etcd in /nowhere: run `make controlplane`"},
+		"unspecified address":        {options: controlplane.Options{Address: netip.IPv4Unspecified()}, want: "Address 0.0.0.0"},
+		"host bits":                  {options: controlplane.Options{ServiceCIDRs: []netip.Prefix{netip.MustParsePrefix("10.0.0.1/16")}}, want: "ServiceCIDRs: 10.0.0.1/16"},
+		"two networks of a family":   {options: controlplane.Options{ServiceCIDRs: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/16"), netip.MustParsePrefix("10.1.0.0/16")}}, want: "ServiceCIDRs: two"},
+		"unknown flag":               {options: controlplane.Options{APIServerArgs: []string{"--no-such-flag"}}, want: "no-such-flag"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			if tc.programs != "" {
@@ -430,7 +433,7 @@ func TestInvalidOptions(t *testing.T) {
 				t.Errorf("got error %v, want one with %q", err, tc.want)
 			}
 			if left := children(t, os.Getpid()); len(left) > 0 {
-				t.Errorf("there are still %v", left)
+				t.Errorf("still running: %v", left)
 			}
 		})
 	}

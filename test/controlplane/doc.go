@@ -1,7 +1,6 @@
-// Package controlplane runs a real Kubernetes control plane for tests and
-// benchmarks: etcd, kube-apiserver and, where asked for, kube-controller-manager. It needs no
-// root, network beyond the machine, or container; `make controlplane` builds
-// the programs.
+// Package controlplane runs a real Kubernetes control plane for tests and benchmarks: etcd,
+// kube-apiserver and optionally kube-controller-manager. It needs neither root, nor network
+// access, nor containers. `make controlplane` builds the programs.
 //
 //	func TestMain(m *testing.M) {
 //		cp, err := controlplane.New(context.Background(), controlplane.Options{})
@@ -11,16 +10,15 @@
 //		os.Exit(code)
 //	}
 //
-// or, for one test, [Start]. Each control plane has a port, a folder and keys of
-// its own, so that any number may run side by side.
+// For a single test, use [Start]. Each control plane has its own port, directory and keys, so
+// any number of them can run in parallel.
 //
-// The API server is as a cluster's is: RBAC decides what users may do, Services
-// get addresses of both families, Service accounts get tokens, watches go
-// through its cache. What a node or a scheduler would do is left to the test,
-// which creates Nodes, and Pods that name their node, and writes their status.
-// Pods need no Service account to exist.
+// The API server behaves as in a cluster: RBAC decides what users may do, Services get
+// addresses of both families, Service accounts get tokens, and watches use its cache. The
+// test does the work of nodes and of the scheduler: it creates Nodes, creates Pods with a
+// node name, and writes their status. Pods need no existing Service account.
 //
-// The programs end with the control plane's Close and, by the kernel, with the
-// test's process however that ends. The folder of a process that could not
-// remove it is removed by the next that starts a control plane.
+// The programs end with Close. The kernel also ends them when the test process ends for any
+// reason. If a process could not remove its directory, the next process that starts a control
+// plane removes it.
 package controlplane

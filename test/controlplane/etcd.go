@@ -14,8 +14,8 @@ import (
 	"slices"
 )
 
-// newGateway returns a client of etcd's JSON gateway, for which no library is
-// needed. See https://etcd.io/docs/latest/dev-guide/api_grpc_gateway/.
+// newGateway returns a client for etcd's JSON gateway, which needs no client library. See
+// https://etcd.io/docs/latest/dev-guide/api_grpc_gateway/.
 func newGateway(socket string) *http.Client {
 	return &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "unix", socket)
@@ -31,20 +31,20 @@ func compact(ctx context.Context, socket string) error {
 			Revision string `json:"revision"`
 		} `json:"header"`
 	}
-	// Any key will do: the answer's header has the revision.
+	// The response to a read of any key has the revision in its header.
 	if err := post(ctx, client, "range", map[string]any{"key": "AA=="}, &now); err != nil {
 		return err
 	}
 	return post(ctx, client, "compaction", map[string]any{"revision": now.Header.Revision, "physical": true}, nil)
 }
 
-// dataDir is where etcd has its data, in the folder that the programs run in.
+// dataDir is etcd's data directory, relative to the working directory of the programs.
 const dataDir = "etcd"
 
-// Backup copies etcd's data, for [ControlPlane.Restore]. etcd, the API server and
-// the controller manager are stopped meanwhile. Another Backup replaces the first.
+// Backup copies etcd's data for [ControlPlane.Restore] and replaces an earlier backup. It
+// stops etcd, the API server and the controller manager meanwhile.
 func (cp *ControlPlane) Backup(ctx context.Context) error {
-	return cp.whileEtcdStopped(ctx, "back etcd up", func(data, backup string) error {
+	return cp.whileEtcdStopped(ctx, "back up etcd", func(data, backup string) error {
 		if err := os.RemoveAll(backup); err != nil {
 			return err
 		}
@@ -52,8 +52,8 @@ func (cp *ControlPlane) Backup(ctx context.Context) error {
 	})
 }
 
-// Restore makes etcd's data what it was at the last Backup, resource versions
-// included. etcd, the API server and the controller manager are stopped meanwhile.
+// Restore restores etcd's data of the last Backup, including resource versions. It stops
+// etcd, the API server and the controller manager meanwhile.
 func (cp *ControlPlane) Restore(ctx context.Context) error {
 	return cp.whileEtcdStopped(ctx, "restore etcd", func(data, backup string) error {
 		if err := os.RemoveAll(data); err != nil {
@@ -62,13 +62,13 @@ func (cp *ControlPlane) Restore(ctx context.Context) error {
 		if err := os.CopyFS(data, os.DirFS(backup)); err != nil {
 			return err
 		}
-		return os.Chmod(data, 0o700) // as etcd wants it
+		return os.Chmod(data, 0o700) // required by etcd
 	})
 }
 
-// whileEtcdStopped calls change with the folders of the data and of the backup while
-// no program runs.
-func (cp *ControlPlane) whileEtcdStopped(ctx context.Context, what string, change func(data, backup string) error) error {
+// whileEtcdStopped calls change with the directories of the data and of the backup while no
+// program is running. operation names the change in errors.
+func (cp *ControlPlane) whileEtcdStopped(ctx context.Context, operation string, change func(data, backup string) error) error {
 	if err := cp.StopAPIServer(); err != nil {
 		return err
 	}
@@ -83,7 +83,7 @@ func (cp *ControlPlane) whileEtcdStopped(ctx context.Context, what string, chang
 	}
 	cp.mu.Unlock()
 	if err != nil {
-		return fmt.Errorf("%s: %w", what, err)
+		return fmt.Errorf("%s: %w", operation, err)
 	}
 	return cp.StartAPIServer(ctx)
 }
@@ -101,7 +101,7 @@ func post(ctx context.Context, client *http.Client, call string, body, answer an
 	if err != nil {
 		return err
 	}
-	defer response.Body.Close() //nolint:errcheck // only read from
+	defer response.Body.Close() //nolint:errcheck // read-only
 	if data, err = io.ReadAll(response.Body); err != nil {
 		return err
 	}
@@ -114,13 +114,13 @@ func post(ctx context.Context, client *http.Client, call string, body, answer an
 	return json.Unmarshal(data, answer)
 }
 
-// putAll writes values by their keys, some in one transaction.
+// putAll writes values by key, several per transaction.
 func putAll(ctx context.Context, socket string, values map[string][]byte) error {
 	client := newGateway(socket)
 	defer client.CloseIdleConnections()
-	// Of 128 that etcd takes, --max-txn-ops.
-	const atOnce = 100
-	for keys := range slices.Chunk(slices.Sorted(maps.Keys(values)), atOnce) {
+	// etcd allows 128 operations per transaction (--max-txn-ops).
+	const batchSize = 100
+	for keys := range slices.Chunk(slices.Sorted(maps.Keys(values)), batchSize) {
 		operations := make([]any, 0, len(keys))
 		for _, key := range keys {
 			operations = append(operations, map[string]any{"requestPut": map[string][]byte{"key": []byte(key), "value": values[key]}})

@@ -16,16 +16,16 @@ import (
 	"time"
 )
 
-// keys are those of one control plane, on disk for the programs.
+// keys holds the key pairs of one control plane. The programs read them from files.
 type keys struct {
-	ca             *keyPair // signs all others
-	serving        *keyPair // the API server's
+	ca             *keyPair // signs the certificates of the others
+	serving        *keyPair // of the API server
 	admin          *keyPair
-	serviceAccount *keyPair // only a key: signs tokens
+	serviceAccount *keyPair // signs tokens; its certificate is unused
 }
 
-// keyPair is a key and its certificate. The files are empty for a pair that is in
-// memory only.
+// keyPair is a key and its certificate. File names are empty if the pair exists only in
+// memory.
 type keyPair struct {
 	key               *ecdsa.PrivateKey
 	cert              *x509.Certificate
@@ -52,7 +52,7 @@ func newKeys(dir string, addr netip.Addr, serviceCIDRs []netip.Prefix) (*keys, e
 		},
 	}
 	for _, p := range serviceCIDRs {
-		// The Service default/kubernetes has the first address of each.
+		// The first address of each network belongs to the Service default/kubernetes.
 		serving.IPAddresses = append(serving.IPAddresses, p.Addr().Next().AsSlice())
 	}
 	if k.serving, err = k.newKeyPair(serving); err != nil {
@@ -76,7 +76,7 @@ func newKeys(dir string, addr netip.Addr, serviceCIDRs []netip.Prefix) (*keys, e
 	return k, nil
 }
 
-// newClientCert makes the certificate of a user.
+// newClientCert creates the client certificate of a user.
 func (k *keys) newClientCert(user string, groups ...string) (*keyPair, error) {
 	return k.newKeyPair(&x509.Certificate{
 		Subject:     pkix.Name{CommonName: user, Organization: groups},
@@ -85,12 +85,12 @@ func (k *keys) newClientCert(user string, groups ...string) (*keyPair, error) {
 	})
 }
 
-// newKeyPair makes a key, and a certificate after the template that the CA has
-// signed, or, for the CA, it itself.
+// newKeyPair creates a key and a certificate from the template. The CA signs the certificate,
+// or its own key if there is no CA yet.
 func (k *keys) newKeyPair(template *x509.Certificate) (*keyPair, error) {
 	p, err := makeKeyPair(template, k.ca)
 	if err != nil {
-		return nil, fmt.Errorf("make a certificate for %q: %w", template.Subject.CommonName, err)
+		return nil, fmt.Errorf("create a certificate for %q: %w", template.Subject.CommonName, err)
 	}
 	return p, nil
 }
@@ -117,7 +117,7 @@ func makeKeyPair(template *x509.Certificate, ca *keyPair) (*keyPair, error) {
 	if p.cert, err = x509.ParseCertificate(der); err != nil {
 		return nil, err
 	}
-	// Kubernetes reads keys for tokens in this form only.
+	// Kubernetes supports only this format for token signing keys.
 	keyDER, err := x509.MarshalECPrivateKey(p.key)
 	if err != nil {
 		return nil, err

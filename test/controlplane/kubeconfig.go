@@ -14,10 +14,10 @@ import (
 // tokenLifetime is longer than any test.
 const tokenLifetime = 12 * time.Hour
 
-// Kubeconfig writes a kubeconfig file with a certificate for a user, who may do
-// what RBAC lets the user or one of the groups do. It holds the server's
-// literal address, and is for processes in the control plane's namespace or
-// any that has a way to the address.
+// Kubeconfig writes a kubeconfig file with a client certificate for a user. The user has the
+// permissions that RBAC grants to the user or to one of the groups. The file contains the
+// server's IP address, for processes in the control plane's namespace or with a route to the
+// address.
 func (cp *ControlPlane) Kubeconfig(path, user string, groups ...string) error {
 	client, err := cp.keys.newClientCert(user, groups...)
 	if err != nil {
@@ -26,8 +26,8 @@ func (cp *ControlPlane) Kubeconfig(path, user string, groups ...string) error {
 	return cp.writeKubeconfig(path, &api.AuthInfo{ClientCertificateData: client.certPEM, ClientKeyData: client.keyPEM})
 }
 
-// ServiceAccountKubeconfig writes a kubeconfig file with a token of a Service
-// account, which must exist. It is like that of [ControlPlane.Kubeconfig] otherwise.
+// ServiceAccountKubeconfig writes a kubeconfig file like [ControlPlane.Kubeconfig], but with
+// a token of a Service account, which must exist.
 func (cp *ControlPlane) ServiceAccountKubeconfig(ctx context.Context, path, namespace, name string) error {
 	token, err := cp.Token(ctx, namespace, name)
 	if err != nil {
@@ -36,8 +36,8 @@ func (cp *ControlPlane) ServiceAccountKubeconfig(ctx context.Context, path, name
 	return cp.writeKubeconfig(path, &api.AuthInfo{Token: token})
 }
 
-// Token returns a token of a Service account, which must exist. It is valid for
-// longer than any test runs.
+// Token returns a token of a Service account, which must exist. The token is valid for longer
+// than any test.
 func (cp *ControlPlane) Token(ctx context.Context, namespace, name string) (string, error) {
 	seconds := int64(tokenLifetime.Seconds())
 	token := &authenticationv1.TokenRequest{Spec: authenticationv1.TokenRequestSpec{ExpirationSeconds: &seconds}}

@@ -15,10 +15,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// runner starts programs on one thread. The thread is in the network namespace,
-// which the programs inherit, and lives until close: the kernel kills a program
-// when the thread that started it ends (see Pdeathsig in syscall.SysProcAttr),
-// and so when the process does.
+// runner starts programs on one thread. The thread is in the network namespace that the
+// programs inherit, and lives until close. The kernel kills a program when the thread that
+// started it ends (see Pdeathsig in syscall.SysProcAttr), and therefore also when the process
+// ends.
 type runner struct {
 	dir  string
 	jobs chan func()
@@ -28,7 +28,7 @@ func newRunner(ns Namespace, dir string) (*runner, error) {
 	r := &runner{dir: dir, jobs: make(chan func())}
 	entered := make(chan error)
 	go func() {
-		// Never unlocked: the thread ends with the goroutine.
+		// The thread stays locked, so it ends with the goroutine.
 		runtime.LockOSThread()
 		if ns != nil {
 			if err := unix.Setns(ns.Fd(), unix.CLONE_NEWNET); err != nil {
@@ -47,7 +47,7 @@ func newRunner(ns Namespace, dir string) (*runner, error) {
 	return r, nil
 }
 
-// do runs fn on the thread.
+// do runs fn on the runner's thread.
 func (r *runner) do(fn func() error) error {
 	done := make(chan error, 1)
 	r.jobs <- func() { done <- fn() }
@@ -56,18 +56,18 @@ func (r *runner) do(fn func() error) error {
 
 func (r *runner) close() { close(r.jobs) }
 
-// program is one running program.
+// program is a running program.
 type program struct {
 	name    string
-	logFile string // file
+	logFile string // path
 	cmd     *exec.Cmd
 
 	stopping atomic.Bool
-	done     chan struct{} // closed when it has ended
-	err      error         // how; read after done
+	done     chan struct{} // closed after the program has exited
+	err      error         // result of Wait; valid after done is closed
 }
 
-// start starts a program in the runner's folder. Its log is appended to.
+// start starts a program in the runner's directory. Its output is appended to its log.
 func (r *runner) start(name, path string, args []string) (*program, error) {
 	p := &program{name: name, logFile: filepath.Join(r.dir, name+".log"), done: make(chan struct{})}
 	log, err := os.OpenFile(p.logFile, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
@@ -75,12 +75,13 @@ func (r *runner) start(name, path string, args []string) (*program, error) {
 		return nil, fmt.Errorf("start %s: %w", name, err)
 	}
 	defer log.Close()                   //nolint:errcheck // the program has its own descriptor
-	p.cmd = exec.Command(path, args...) //nolint:noctx // it lives until stop
+	p.cmd = exec.Command(path, args...) //nolint:noctx // it runs until stop
 	p.cmd.Dir = r.dir
 	p.cmd.Stdout, p.cmd.Stderr = log, log
-	// Nothing of the test's environment, such as a proxy, may matter.
+	// Settings in the environment of the test, such as a proxy, must not apply.
 	p.cmd.Env = []string{"HOME=" + r.dir, "TMPDIR=" + r.dir, "PATH=/nonexistent"}
-	// A group of its own: Ctrl-C is for the process that then closes the control plane.
+	// A separate process group: Ctrl-C reaches only the test, which then closes the control
+	// plane.
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
 	if err := r.do(p.cmd.Start); err != nil {
 		return nil, fmt.Errorf("start %s: %w", name, err)
@@ -92,8 +93,7 @@ func (r *runner) start(name, path string, args []string) (*program, error) {
 	return p, nil
 }
 
-// stop kills the program and waits for its end. What it would do in an orderly
-// end, nobody needs.
+// stop kills the program and waits until it has exited. An orderly shutdown is not necessary.
 func (p *program) stop() error {
 	p.stopping.Store(true)
 	if err := p.cmd.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
@@ -103,12 +103,12 @@ func (p *program) stop() error {
 	return nil
 }
 
-// exitError describes the end of a program that should be running.
+// exitError describes the unexpected exit of a program.
 func (p *program) exitError() error {
-	return fmt.Errorf("%s has ended: %w\n%s", p.name, errors.Join(p.err, errExited), p.logTail())
+	return fmt.Errorf("%s exited: %w\n%s", p.name, errors.Join(p.err, errExited), p.logTail())
 }
 
-var errExited = errors.New("nobody stopped it")
+var errExited = errors.New("unexpected exit")
 
 // logTail returns the last lines of the program's log.
 func (p *program) logTail() string {
@@ -128,14 +128,14 @@ func randomPort() uint16 {
 
 const tempDirPrefix = "fairlead-controlplane-"
 
-// tempDir is a temporary folder with a lock on it, which the kernel releases
-// when the process has ended.
+// tempDir is a locked temporary directory. The kernel releases the lock when the process
+// exits.
 type tempDir struct {
 	path string
 	lock *os.File
 }
 
-// newTempDir makes a folder, and removes those of processes that were killed.
+// newTempDir creates a directory and removes the directories of killed processes.
 func newTempDir() (*tempDir, error) {
 	if err := removeStaleDirs(); err != nil {
 		return nil, err
@@ -144,25 +144,25 @@ func newTempDir() (*tempDir, error) {
 	for range tries {
 		path, err := os.MkdirTemp("", tempDirPrefix)
 		if err != nil {
-			return nil, fmt.Errorf("make a folder: %w", err)
+			return nil, fmt.Errorf("create a temporary directory: %w", err)
 		}
 		lock, err := lockDir(path)
 		if err == nil {
 			return &tempDir{path: path, lock: lock}, nil
 		}
-		// Between the two, another process has taken it for a stale one.
+		// Before the lock was set, another process removed the directory as stale.
 		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, os.ErrNotExist) {
 			return nil, err
 		}
 	}
-	return nil, errors.New("make a folder: others remove it each time")
+	return nil, errors.New("create a temporary directory: another process removed it each time")
 }
 
-// lockDir locks the folder, or fails at once.
+// lockDir locks a directory, or fails immediately.
 func lockDir(path string) (*os.File, error) {
-	dir, err := os.Open(path) //nolint:gosec // ours
+	dir, err := os.Open(path) //nolint:gosec // our own directory
 	if err != nil {
-		return nil, fmt.Errorf("lock a folder: %w", err)
+		return nil, fmt.Errorf("lock a temporary directory: %w", err)
 	}
 	if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		return nil, errors.Join(fmt.Errorf("lock %s: %w", path, err), dir.Close())
@@ -176,16 +176,16 @@ func lockDir(path string) (*os.File, error) {
 func removeStaleDirs() error {
 	stale, err := filepath.Glob(filepath.Join(os.TempDir(), tempDirPrefix+"*"))
 	if err != nil {
-		return fmt.Errorf("look for left-over folders: %w", err)
+		return fmt.Errorf("find stale directories: %w", err)
 	}
 	for _, path := range stale {
 		lock, err := lockDir(path)
 		if err != nil {
-			continue // In use, gone meanwhile, or another user's.
+			continue // in use, already removed, or owned by another user
 		}
 		err = errors.Join(os.RemoveAll(path), lock.Close())
 		if err != nil {
-			return fmt.Errorf("remove a left-over folder: %w", err)
+			return fmt.Errorf("remove a stale directory: %w", err)
 		}
 	}
 	return nil
