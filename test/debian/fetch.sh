@@ -1,35 +1,32 @@
 #!/usr/bin/env bash
-# Unpacks packages of Debian releases, which need not be this machine's, into
-# folders:
+# Unpacks packages of any Debian release into directories:
 #
 #   fetch.sh unpack ARCHITECTURE SUITE DIR PACKAGE...
 #   fetch.sh nftables
 #
-# unpack creates DIR. It does not follow dependencies. A PACKAGE written NAME/
-# stands for the packages that NAME depends on, as linux-image-cloud-amd64 depends
-# on the current kernel.
+# unpack creates DIR. It does not follow dependencies. NAME/ as a PACKAGE selects the packages
+# that NAME depends on: linux-image-cloud-amd64, for example, depends on the package of the
+# current kernel.
 #
-# nftables makes two releases of the nft tool available side by side:
+# nftables provides two releases of the nft tool:
 #
 #   .cache/nftables/1.0.6/nft    Debian 12, bookworm
 #   .cache/nftables/1.1.3/nft    Debian 13, trixie
 #
-# Tests list what Fairlead programs with both, because operators do, and old
-# versions stumble over rules that the kernel accepts. Each is Debian's own binary,
-# run with Debian's own libraries and loader, so neither depends on the machine's C
-# library. A release that is there already is not fetched again. CACHE names another
-# folder than .cache.
+# Tests list Fairlead's rules with both releases, as operators do, because old versions fail
+# on some rules that the kernel accepts. Both are Debian's binaries with Debian's libraries
+# and loader, so they do not depend on the C library of this machine. A release is not fetched
+# again if it exists. CACHE names a directory to use instead of .cache.
 #
-# The packages come from the archives in this machine's apt sources: the first one
-# that has the release, signed with Debian's keys. apt works on a private
-# configuration, so the machine's sources, lists and installed packages stay as
-# they are.
+# The packages come from the first archive in this machine's apt sources that has the release,
+# signed with Debian's keys. apt uses a private configuration; the machine's sources, lists
+# and installed packages do not change.
 #
-# Needs apt, dpkg and debian-archive-keyring; no root.
+# Needs apt, dpkg and debian-archive-keyring, not root.
 set -euo pipefail
 
 keyring=/usr/share/keyrings/debian-archive-keyring.gpg
-temporary=() # folders to remove at the end
+temporary=() # directories to remove on exit
 trap 'rm -rf "${temporary[@]}"' EXIT
 
 fail() {
@@ -37,13 +34,13 @@ fail() {
 	exit 1
 }
 
-# archives prints the base URI of each archive in apt's sources, in their order.
+# archives prints the base URI of each archive in apt's sources, in order.
 archives() {
 	apt-get --print-uris update | sed -nE "s|^'(.*)/dists/[^']*/InRelease' .*|\1|p" | awk '!seen[$0]++'
 }
 
-# configure URI SUITE ARCHITECTURE points apt at one release of one archive. The
-# machine's configuration is read first, for its proxies and credentials.
+# configure URI SUITE ARCHITECTURE configures apt for one release of one archive. apt reads
+# the machine's configuration first, for proxies and credentials.
 configure() {
 	mkdir -p "$work/apt"/{lists/partial,archives/partial}
 	: >"$work/apt/status"
@@ -72,7 +69,7 @@ configure() {
 	END
 }
 
-# download PACKAGE... downloads from the configured release into $work/debs.
+# download PACKAGE... downloads packages of the configured release to $work/debs.
 download() (
 	export APT_CONFIG=$work/apt/apt.conf
 	apt-get -q=2 update || return
@@ -84,7 +81,7 @@ download() (
 		fi
 		mapfile -t depends < <(apt-cache --no-recommends --no-suggests depends "${p%/}" | sed -nE 's/^ +Depends: //p')
 		if [ ${#depends[@]} -eq 0 ]; then
-			echo "no package ${p%/} that depends on another" >&2
+			echo "no package ${p%/} with dependencies" >&2
 			return 1
 		fi
 		packages+=("${depends[@]}")
@@ -100,7 +97,7 @@ unpack() {
 	local architecture=$1 suite=$2 dir=$3 uri deb work sources
 	shift 3
 	[ -r $keyring ] || fail "no $keyring: install debian-archive-keyring"
-	# An interrupted run leaves nothing that looks complete.
+	# An interrupted run must not leave an incomplete directory that looks complete.
 	mkdir -p "$(dirname "$dir")"
 	work=$(mktemp -d "$dir.XXXXXX")
 	temporary+=("$work")
@@ -122,15 +119,15 @@ unpack() {
 		fi
 		sed 's/^/  /' "$work/errors" >&2
 	done
-	fail "no archive in apt's sources (apt-get --print-uris update) has $* of Debian $suite: add one to /etc/apt/sources.list.d"
+	fail "no archive in apt's sources (apt-get --print-uris update) has $* for Debian $suite: add one to /etc/apt/sources.list.d"
 }
 
-# answers FOLDER VERSION reports whether the nft in the folder is of that version.
+# answers DIR VERSION reports whether the directory has nft in that version.
 answers() {
 	[ -x "$1/nft" ] && "$1/nft" --version 2>/dev/null | grep -qF "nftables v$2 "
 }
 
-# nft VERSION SUITE unpacks nft and its libraries and writes a script that runs it.
+# nft VERSION SUITE unpacks nft and its libraries, and writes a wrapper script.
 nft() {
 	local version=$1 suite=$2 dir new loader nft libs
 	dir=${CACHE:-$(cd "$(dirname "$0")/../.." && pwd)/.cache}/nftables/$version
@@ -141,17 +138,16 @@ nft() {
 	unpack "$(dpkg --print-architecture)" "$suite" "$new/root" nftables libnftables1 libnftnl11 \
 		libmnl0 libxtables12 libjansson4 libedit2 libtinfo6 libbsd0 libmd0 libgmp10 libc6
 
-	# The loader's path inside the packages: lib or usr/lib, lib64 or a
-	# directory named for the architecture. Where it is a link, its target is
-	# used, for the link may be absolute.
+	# Find the loader: it is in lib or usr/lib, in lib64 or in a directory named after the
+	# architecture. Skip symbolic links, because they may be absolute.
 	loader=$(cd "$new/root" && find . -type f -name 'ld-linux*.so.*' | sed -n 1p)
 	nft=$(cd "$new/root" && find . -type f -path '*/sbin/nft' | sed -n 1p)
 	libs=$(cd "$new/root" && find . -name '*.so.[0-9]*' -printf '%h\n' | sort -u | sed 's|^\./||' | paste -sd ' ')
 	[ -n "$loader" ] && [ -n "$nft" ] && [ -n "$libs" ] ||
-		fail "the packages of $suite lack a loader, nft or libraries"
+		fail "the packages of $suite have no loader, nft or libraries"
 	cat >"$new/nft" <<-END
 		#!/bin/sh
-		# nft $version of Debian $suite with its own libraries; made by test/debian/fetch.sh.
+		# nft $version of Debian $suite with its own libraries, created by test/debian/fetch.sh.
 		here=\$(cd "\$(dirname "\$0")" && pwd)/root
 		path=
 		for d in $libs; do path=\$path:\$here/\$d; done
@@ -166,7 +162,7 @@ nft() {
 
 case ${1-} in
 unpack)
-	[ $# -ge 5 ] || fail "want unpack ARCHITECTURE SUITE DIR PACKAGE..."
+	[ $# -ge 5 ] || fail "usage: fetch.sh unpack ARCHITECTURE SUITE DIR PACKAGE..."
 	shift
 	unpack "$@"
 	;;
@@ -174,5 +170,5 @@ nftables)
 	nft 1.0.6 bookworm
 	nft 1.1.3 trixie
 	;;
-*) fail "want unpack or nftables, have '${1-}'" ;;
+*) fail "unknown command '${1-}', want unpack or nftables" ;;
 esac
