@@ -1,16 +1,16 @@
-# Plain `make` prints what there is; the lines with two number signs are the help.
+# `make` prints the targets; their descriptions follow two number signs.
 
-# The version is put in by the linker, so Go need not ask git, which refuses a
-# checkout that belongs to somebody else.
+# The linker sets the version, so Go does not need to run git, which refuses a checkout of
+# another user.
 export GOFLAGS := $(strip $(GOFLAGS) -buildvcs=false)
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 
-# What `make demo` hands to the demo: make demo ARGS=--keep
+# Additional flags of the program that the target runs: make demo ARGS=--keep
 ARGS ?=
-# Which benchmarks of the Go packages, and how often: make gobench BENCH=Apply COUNT=10
+# Go benchmarks to run and their number of runs: make gobench BENCH=Apply COUNT=10
 BENCH ?= .
 COUNT ?= 1
-# How long each fuzz target runs.
+# Duration of each fuzz target.
 FUZZTIME ?= 5s
 
 LINT := go tool -modfile=internal/tools/go.mod golangci-lint
@@ -18,100 +18,98 @@ VALE := go tool -modfile=internal/tools/go.mod vale
 
 .PHONY: help
 help:
-	@echo 'make TARGET, where TARGET is'
+	@echo 'make TARGET, where TARGET is one of'
 	@awk -F': ?.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: build
-build: ## the static binary, bin/fairlead
+build: ## build the static binary bin/fairlead
 	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/fairlead ./cmd/fairlead
 
 .PHONY: build-bench
-build-bench: ## the benchmarks, bin/fairlead-bench
+build-bench: ## build the benchmark program bin/fairlead-bench
 	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/fairlead-bench ./cmd/fairlead-bench
 
-# How the demo's fairlead programs the kernel: nft or ipvs. A kernel that cannot is
-# replaced by a virtual machine's, which -vm is for.
+# Mode of Fairlead in the demo: nft or ipvs. If the kernel does not support the mode, the
+# demo runs the command of -vm instead, which uses a virtual machine.
 MODE ?= nft
 DEMO = CGO_ENABLED=0 go build -o bin/demo ./examples/demo
 
 .PHONY: demo
-demo: build ## three front ends, three back ends and a Redis behind Services (root); MODE=ipvs; ARGS=--keep leaves it running
+demo: build ## run three front ends, three back ends and a Redis behind Services (root); MODE=ipvs; ARGS=--keep leaves it running
 	@$(DEMO)
 	@bin/demo -mode=$(MODE) -vm='$(MAKE) -s vm-demo KERNEL=$(lastword $(KERNEL))' $(ARGS)
 
 .PHONY: deps
-deps: ## install the Debian packages that the tests need, where they are missing (root)
+deps: ## install missing Debian packages that the tests need (root)
 	@test/deps.sh
 
 .PHONY: nftables
-nftables: ## fetch the nft releases that listings are tested with into .cache
+nftables: ## download the nft releases for listing tests to .cache
 	@test/debian/fetch.sh nftables
 
 .PHONY: controlplane
-controlplane: ## build the etcd and Kubernetes that tests run against into .cache; cold some ten minutes
+controlplane: ## build etcd and Kubernetes for tests in .cache; the first build takes about ten minutes
 	@test/controlplane/build.sh
 
 .PHONY: kube-proxy
-kube-proxy: ## build the kube-proxy that `fairlead-bench compare` measures against into .cache; cold some minutes
+kube-proxy: ## build kube-proxy for tests and benchmarks in .cache; the first build takes some minutes
 	@bench/kubeproxy/build.sh
 
-# -race needs cgo, and with it the C compiler that deps installs.
+# -race needs cgo and therefore the C compiler that deps installs.
 .PHONY: test
-test: deps nftables controlplane ## all tests but e2e (root): with the race detector and the kernel, fuzz targets and benchmarks briefly
+test: deps nftables controlplane ## run all tests except e2e with the race detector, and briefly all fuzz targets and benchmarks (root)
 	go vet -tags=e2e,ipvs ./...
 	CGO_ENABLED=1 go test -race -shuffle=on -timeout=20m ./...
 	test/fuzz.sh $(FUZZTIME)
 	go test -short -run='^$$' -bench=. -benchtime=1x -timeout=5m ./...
 
 .PHONY: soak
-soak: ## a million connections while endpoints come and go (root), minutes
+soak: ## make a million connections while endpoints change (root), minutes
 	FAIRLEAD_SOAK=1 go test -count=1 -timeout=20m -v -run='TestBehaviour/connections_while_endpoints_come_and_go' ./nft
 
-# How long each fault of make chaos lasts, which faults, and what else it is told:
+# Duration and names of the faults in make chaos, and additional flags:
 # make chaos TIME=60s FAULTS='kill|flush' ARGS='-services=10000'
 TIME ?= 8s
 FAULTS ?= .
 
 .PHONY: chaos
-chaos: deps controlplane kube-proxy build ## disturb a node under load and count lost connections (root), minutes; TIME=60s FAULTS=regexp ARGS=flags
+chaos: deps controlplane kube-proxy build ## inject faults into a node under load and count lost connections (root), minutes; TIME=60s FAULTS=regexp ARGS=flags
 	@go build -o bin/chaos ./test/chaos
 	@go build -tags=schematest -o bin/fairlead-schematest ./cmd/fairlead
 	bin/chaos -time=$(TIME) -faults='$(FAULTS)' $(ARGS)
 
-# Which end-to-end scenarios: make e2e RUN=TestRollout
+# Tests to run: make e2e RUN=TestRollingUpdate
 RUN ?= .
 
 .PHONY: e2e
-e2e: deps controlplane kube-proxy ## end-to-end tests against a real Kubernetes control plane (root); RUN=regexp
+e2e: deps controlplane kube-proxy ## run end-to-end tests with a real Kubernetes control plane (root); RUN=regexp
 	go test -tags=e2e -v -count=1 -timeout=15m -run='$(RUN)' ./test/e2e/...
 
-# What runs in virtual machines: on which of Debian's kernels, the tests of which
-# packages, with which of go test's flags, and how their processor is had;
-# ACCEL=kvm is much faster than emulation, where it works. Behind the build tag ipvs
-# are tests and benchmarks that need a kernel with IPVS.
+# Virtual machines: Debian kernels, packages to test, timeout of go test, and QEMU accelerator.
+# ACCEL=kvm is much faster than emulation where it is available. Tests and benchmarks that
+# need a kernel with IPVS have the build tag ipvs.
 KERNEL ?= 6.1 6.12
 PKG ?= ./nft ./ipvs/... ./internal/kmod ./cmd/fairlead
 VMTIMEOUT ?= 30m
 ACCEL ?= tcg
 
-# What FULL=1 does not leave out. Of nft: what takes longest under emulation, as it is
-# about large numbers or long histories, and is tested on this machine's own kernel too.
-# SCTP, which is slow, is for the oldest kernel, and the many kinds of drift for the
-# other. Nothing of ipvs, which is tested nowhere else; and of cmd/fairlead those tests
-# alone that are behind the build tag.
+# Tests to skip unless FULL=1. nft: the slowest tests under emulation, with large numbers or
+# long histories; `make test` also runs them, with this machine's kernel. SCTP is slow, so it
+# runs only on the oldest kernel, and the drift tests run only on the other one. ipvs: none,
+# because its tests run nowhere else. cmd/fairlead: all without the build tag.
 VMSKIP-nft := ^TestBehaviour$$/(thousands_of_clients|1000_endpoints|Read_returns)
 VMSKIP-nft := $(VMSKIP-nft)|^(TestRandomStates|TestReferenceCounts|TestApplyManyServices|TestListManyServices)
-VMSKIP-nft := $(VMSKIP-nft)|^(TestReplaceIsolates|TestLargestService|TestRunInterrupted|TestStepOrder)
+VMSKIP-nft := $(VMSKIP-nft)|^(TestReplaceIsolates|TestLargestService|TestInterruptedCommits|TestStepOrder)
 VMSKIP-nft-6.1 := |^TestDrift
 VMSKIP-nft-6.12 := |^TestBehaviour$$/./SCTP|^TestBehaviour$$/././SCTP|^TestBehaviour$$/./././SCTP
 VMRUN-cmd = ^($(shell sed -n 's/^func \(Test[A-Za-z0-9]*\).*/\1/p' cmd/fairlead/ipvs_test.go | paste -sd '|'))$$
 
 VM = $(CURDIR)/bin/vm run -accel=$(ACCEL)
-# Programs for virtual machines: static, and for the processor that QEMU emulates,
-# which is slow where memory is plenty.
+# Programs for virtual machines are static and use the instructions that QEMU emulates.
+# GOGC=400 trades memory for time, because the emulated processor is slow.
 VMGO := CGO_ENABLED=0 GOAMD64=v1 GOGC=400 GOFLAGS='$(GOFLAGS) -tags=ipvs' go
-# The arguments are a kernel, packages, and if all tests are wanted (RUN is one dot),
-# what is left out of them or else which they are.
+# Arguments: kernel, packages, pattern of tests to skip, pattern of tests to run. The patterns
+# apply only to a run of all tests, that is if RUN is a single dot.
 VMTEST = $(VMGO) test -count=1 -p=1 -parallel=2 -timeout=$(VMTIMEOUT) -exec='$(VM) -kernel=$(1)' \
 	$(if $(filter .,$(RUN)),$(if $(FULL),,-short) $(if $(4),-run='$(4)',$(if $(FULL),,-skip='$(3)')),-v -run='$(RUN)') $(2)
 
@@ -121,7 +119,7 @@ vm: deps nftables
 	@bin/vm fetch
 
 .PHONY: test-vm
-test-vm: vm ## tests as root in virtual machines with Debian's kernels; KERNEL=6.1 PKG=./nft RUN=regexp, or FULL=1
+test-vm: vm ## run tests in virtual machines with Debian's kernels; KERNEL=6.1 PKG=./nft RUN=regexp, or FULL=1
 	$(if $(filter .,$(RUN)),go test -tags=e2e -count=1 -timeout=10m ./test/vm)
 	@$(MAKE) --no-print-directory $(if $(filter .,$(RUN)),-j2) $(KERNEL:%=test-vm-%)
 
@@ -134,59 +132,59 @@ test-vm-%: FORCE
 FORCE:
 
 .PHONY: vm-shell
-vm-shell: vm build ## a shell in a virtual machine with the checkout; KERNEL=6.1
+vm-shell: vm build ## start a shell in a virtual machine with the checkout; KERNEL=6.1
 	@bin/vm shell -accel=$(ACCEL) -kernel=$(lastword $(KERNEL))
 
 .PHONY: vm-demo
-vm-demo: vm build ## the demo in a virtual machine; KERNEL=6.1 MODE=ipvs ARGS=..., with a shell beside it for ARGS=--keep
+vm-demo: vm build ## run the demo in a virtual machine; KERNEL=6.1 MODE=ipvs ARGS=...; ARGS=--keep adds a shell
 	@$(DEMO)
 	@bin/vm $(if $(findstring -keep,$(ARGS)),shell,run) -accel=$(ACCEL) -kernel=$(lastword $(KERNEL)) bin/demo -mode=$(MODE) $(ARGS)
 
 .PHONY: vm-bench
-vm-bench: vm ## benchmarks of both backends in one run in a virtual machine, and their ratios; KERNEL=6.1 BENCH=regexp COUNT=n
+vm-bench: vm ## compare benchmarks of both backends in a virtual machine; KERNEL=6.1 BENCH=regexp COUNT=n
 	$(VMGO) test -run='^$$' -bench='$(BENCH)' -count=$(COUNT) -benchmem -p=1 -timeout=60m -v -exec='$(VM) -kernel=$(lastword $(KERNEL))' ./bench 2>&1 | awk -f test/vm/ratios.awk
 
-# A test that makes network namespaces does so with internal/nettest, and needs
-# root; one that runs a control plane does so with test/controlplane.
+# Tests that create network namespaces use internal/nettest and need root. Tests that run a
+# control plane use test/controlplane.
 ROOTLESS = $(shell go list -test -f '{{.ImportPath}} {{join .Deps " "}}' ./... | awk \
 	'$$1 ~ /\.test$$/ && !/ fairlead\.io\/fairlead\/(internal\/nettest|test\/controlplane)( |$$)/ { sub(/\.test$$/, "", $$1); print $$1 }')
 
 .PHONY: test-short
 test-short: rootless = $(ROOTLESS)
-test-short: ## the tests that need neither root nor packages nor a control plane, quickly
-	@echo 'left out, as they need root: $(filter-out $(rootless),$(shell go list -f '{{if or .TestGoFiles .XTestGoFiles}}{{.ImportPath}}{{end}}' ./...))'
+test-short: ## run the tests that need neither root nor Debian packages nor a control plane
+	@echo 'skipped, because they need root or a control plane: $(filter-out $(rootless),$(shell go list -f '{{if or .TestGoFiles .XTestGoFiles}}{{.ImportPath}}{{end}}' ./...))'
 	go test -short -shuffle=on $(rootless)
 
-# Where the results go, as JSON, as a page and, of bench-full, as pictures.
+# Directory for benchmark results: JSON, an HTML page, and SVG images of bench-full.
 BENCHDIR ?= bin/bench
 
 .PHONY: bench
 bench: SERVICES ?= 1000
-bench: build build-bench kube-proxy ## Fairlead and kube-proxy side by side (root), minutes; SERVICES=10000 ARGS=flags of fairlead-bench compare
+bench: build build-bench kube-proxy ## compare Fairlead with kube-proxy (root), minutes; SERVICES=10000 ARGS=flags of fairlead-bench compare
 	@mkdir -p $(BENCHDIR)
 	bin/fairlead-bench compare --systems=nft,kube-proxy-nftables --services=$(SERVICES) --samples=12 --starts=3 --rounds=3 --churn-time=5s \
 		--json=$(BENCHDIR)/bench.json --html=$(BENCHDIR)/bench.html $(ARGS)
 
 .PHONY: bench-full
 bench-full: SERVICES ?= 100,1000,10000
-bench-full: build build-bench kube-proxy vm ## all systems, up to 10,000 Services, and in a virtual machine what this kernel cannot run (root), about an hour
+bench-full: build build-bench kube-proxy vm ## compare all systems with up to 10,000 Services, in a virtual machine if this kernel cannot run them (root), about an hour
 	@mkdir -p $(BENCHDIR)
 	bin/fairlead-bench compare --services=$(SERVICES) \
 		--json=$(BENCHDIR)/full.json --html=$(BENCHDIR)/full.html --svg=$(BENCHDIR)/images $(ARGS)
 
 .PHONY: gobench
-gobench: ## benchmarks of the Go packages (root), minutes; BENCH=regexp COUNT=n
+gobench: ## run the Go benchmarks (root), minutes; BENCH=regexp COUNT=n
 	go test -run='^$$' -bench='$(BENCH)' -count=$(COUNT) -benchmem -timeout=60m ./...
 
 .PHONY: lint
-lint: ## golangci-lint, the prose linter, and whether go.mod is tidy
-	@echo 'The linters are built from source, which takes some minutes the first time'
+lint: ## run golangci-lint and the prose linter, and check that go.mod is tidy
+	@echo 'building the linters from source; the first build takes some minutes'
 	$(LINT) config verify
 	$(LINT) run ./...
 	$(VALE) --output=line --glob='!{.cache,bin}/**' .
 	go mod tidy -diff
 
-# The commit that the API is compared with: make apidiff BASE=main
+# Commit to compare the API with: make apidiff BASE=main
 BASE ?= HEAD^
 
 .PHONY: apidiff
@@ -194,7 +192,7 @@ apidiff: ## fail on incompatible changes of dataplane since BASE that CHANGELOG.
 	@test/apidiff.sh $(BASE)
 
 .PHONY: govulncheck
-govulncheck: ## known vulnerabilities in code that Fairlead calls; needs vuln.go.dev
+govulncheck: ## check for known vulnerabilities in code that Fairlead calls; needs vuln.go.dev
 	go tool -modfile=internal/tools/go.mod govulncheck ./...
 
 .PHONY: fmt
@@ -202,5 +200,5 @@ fmt: ## format the Go files
 	$(LINT) fmt ./...
 
 .PHONY: clean
-clean: ## remove what the other targets made in the checkout
+clean: ## remove the files that other targets created
 	rm -rf bin .cache

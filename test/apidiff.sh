@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# apidiff.sh BASE compares the exported API of the package dataplane, which backends
-# outside this repository implement, with that of the commit BASE. It fails on an
-# incompatible change, unless the section Unreleased of CHANGELOG.md announces
-# one: a line that begins with "- **Breaking** dataplane:".
+# apidiff.sh BASE compares the exported API of the package dataplane, which backends outside
+# this repository implement, with commit BASE. It fails on an incompatible change, unless the
+# section Unreleased of CHANGELOG.md announces one with a line that begins with "-
+# **Breaking** dataplane:".
 #
-# Needs git and Go. The checkout stays as it is.
+# Needs git and Go. Does not change the checkout.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-base=${1:?apidiff.sh: want the commit to compare with: make apidiff BASE=COMMIT}
+base=${1:?apidiff.sh: name the commit to compare with: make apidiff BASE=COMMIT}
 work=$(mktemp -d)
 trap 'git worktree remove --force "$work/base" 2>/dev/null || true; rm -rf "$work"' EXIT
 
@@ -17,7 +17,7 @@ git worktree add --quiet --detach "$work/base" "$base"
 (cd "$work/base" && "$work/apidiff" -w "$work/exported" ./dataplane)
 changes=$("$work/apidiff" -incompatible "$work/exported" ./dataplane)
 if [ -z "$changes" ]; then
-	echo "apidiff: no incompatible change of dataplane since $base"
+	echo "apidiff: no incompatible changes of dataplane since $base"
 	exit 0
 fi
 printf 'apidiff: incompatible changes of dataplane since %s:\n%s\n' "$base" "$changes"
@@ -26,7 +26,7 @@ if sed -n '/^## \[*Unreleased/,/^## [^U[]/p' CHANGELOG.md | grep -q '^- \*\*Brea
 	exit 0
 fi
 cat >&2 <<'END'
-apidiff: keep the API, or add a line to the section Unreleased of CHANGELOG.md:
-- **Breaking** dataplane: the change, and how to adapt a backend
+apidiff: keep the API compatible, or add a line to the section Unreleased of CHANGELOG.md:
+- **Breaking** dataplane: describe the change and how to adapt a backend
 END
 exit 1

@@ -1,18 +1,16 @@
 #!/usr/bin/env bash
-# Installs the Debian packages that the tests and the demo need and that are
-# missing: the demo's Redis, a C compiler for the race detector, the names of
-# protocols that nft reads and writes, QEMU for test/vm and what it makes its
-# virtual machines of, what kube-proxy runs, a browser that looks at the report of
-# benchmarks, and what test/debian/fetch.sh and people who look around use. Needs
-# root only when something is missing. No service is started, now or at the next
-# boot.
+# Installs missing Debian packages that the tests and the demo need: Redis for the demo, a C
+# compiler for the race detector, protocol names for nft, QEMU and other parts of the virtual
+# machines in test/vm, programs that kube-proxy runs, a browser to test the benchmark report,
+# and packages for test/debian/fetch.sh and for debugging. Needs root only if a package is
+# missing. No service starts, now or at the next boot.
 set -euo pipefail
 
 packages=(nftables redis-server iproute2 gcc libc6-dev netbase ca-certificates debian-archive-keyring
 	qemu-system-x86 kmod ipvsadm iptables ipset chromium-headless-shell fonts-liberation)
 
 if ! command -v dpkg-query >/dev/null; then
-	echo "deps: not a Debian system; please install what these packages hold: ${packages[*]}" >&2
+	echo "deps: not a Debian system: install the equivalents of these packages: ${packages[*]}" >&2
 	exit 1
 fi
 missing=()
@@ -21,12 +19,12 @@ for p in "${packages[@]}"; do
 done
 [ ${#missing[@]} -gt 0 ] || exit 0
 if [ "$(id -u)" -ne 0 ]; then
-	echo "deps: not root; as root: apt-get install ${missing[*]}" >&2
+	echo "deps: packages are missing: run as root: apt-get install ${missing[*]}" >&2
 	exit 1
 fi
 echo "deps: installing ${missing[*]}" >&2
 
-# While policy-rc.d says 101, package scripts start no service.
+# Package scripts start no service while policy-rc.d exits with 101.
 policy=/usr/sbin/policy-rc.d
 if [ ! -e $policy ]; then
 	trap 'rm -f $policy' EXIT
@@ -37,7 +35,7 @@ fi
 install() {
 	DEBIAN_FRONTEND=noninteractive apt-get install -q=2 -y --no-install-recommends "${missing[@]}" </dev/null
 }
-# The package lists may be absent, or so old that the mirror has newer files.
+# The package lists may be missing or outdated.
 install || {
 	apt-get update -q=2
 	install
