@@ -3,9 +3,9 @@
 // which drops it. A [Relay] listens on the node port instead, connects to an endpoint for
 // each client, and copies data in both directions.
 //
-// [Relay.OnCommit] reports every commit to the Relay, so it serves only what is programmed.
-// [Relay.SetFamilies] enables IP families; initially none is enabled. The cost of a commit
-// grows with the number of TCP node ports among its changes.
+// The caller passes every commit to [Relay.OnCommit], so a Relay serves only endpoints that
+// are programmed, and enables IP families with [Relay.SetFamilies]; initially none is enabled.
+// The cost of a commit grows with the number of TCP node ports among its changes.
 //
 // # Client behavior
 //

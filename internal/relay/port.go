@@ -12,7 +12,7 @@ import (
 	"fairlead.io/fairlead/internal/logrepeat"
 )
 
-// port is the node port of one Service in one family.
+// port is a node port in one family.
 type port struct {
 	frontend     dataplane.Frontend
 	rejectionLog logrepeat.Limiter

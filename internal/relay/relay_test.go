@@ -299,7 +299,7 @@ func TestConnectionRefused(t *testing.T) {
 		n.relay.SetFamilies(slices.DeleteFunc(families(), func(other dataplane.Family) bool { return other == f })...)
 		n.waitListeners(t, f, 0)
 		n.checkRefused(t, addr)
-		n.relay.SetFamilies(families()...) // changes made in the meantime count
+		n.relay.SetFamilies(families()...) // including changes made in the meantime
 		n.waitListeners(t, f, 1)
 		if _, err := n.Node.Connect(t.Context(), nettest.TCP, addr); err != nil {
 			t.Error(err)
@@ -324,8 +324,8 @@ func TestExternalTrafficPolicyLocal(t *testing.T) {
 	}
 }
 
-// TestNodePortChangesOwner moves a node port between Services. A commit that failed as a
-// whole changes nothing. The order of the changes in a commit does not matter.
+// TestNodePortChangesOwner moves a node port between Services. The order of the changes in a
+// commit does not matter.
 func TestNodePortChangesOwner(t *testing.T) {
 	t.Parallel()
 	const f = dataplane.IPv4
@@ -734,7 +734,7 @@ func TestLeakingPodReleasesSlots(t *testing.T) {
 			_ = conn.Close()
 		}
 	}
-	eventually(t, "clients are refused", func() bool { return n.relay.Stats(f).RejectedByPortLimit > 0 })
+	eventually(t, "clients are rejected", func() bool { return n.relay.Stats(f).RejectedByPortLimit > 0 })
 	for range 20 {
 		if _, err := n.Node.Connect(t.Context(), nettest.TCP, loopbackAddr(f, nodePort+1)); err != nil {
 			t.Fatalf("the other node port: %v", err)

@@ -21,8 +21,8 @@ const (
 	rejectedPortShare
 )
 
-// slots divides the connections of a Relay among its node ports. Methods may be called
-// concurrently.
+// slots divides the connections of a Relay among its node ports. A client must hold a slot
+// while it is connected. Methods may be called concurrently.
 type slots struct {
 	max int
 

@@ -16,13 +16,13 @@ import (
 	"fairlead.io/fairlead/bench/system"
 )
 
-// fault describes a fault and the losses of connections that it may cause. New connections may fail and
-// open ones may break only during a disturbance.
+// fault describes a fault and the connection losses that it may cause. New connections may
+// fail and open ones may break only during a disturbance.
 type fault struct {
 	name string
 	// maxStaleness bounds how long a removed endpoint may get connections.
 	maxStaleness time.Duration
-	// disturbs is set if the fault itself loses connections, see recorder.disturb. With
+	// disturbs is set if the fault inevitably loses connections, see recorder.disturb. With
 	// keepsOpen, open connections must survive nevertheless.
 	disturbs, keepsOpen bool
 	// crashesFairlead is set if the fault ends Fairlead in a way that only

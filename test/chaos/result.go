@@ -62,7 +62,7 @@ type recorder struct {
 	disturbances []interval
 }
 
-// record is the result of one fault and the time of its begin.
+// record is the result of one fault and the time of its start.
 type record struct {
 	begin  time.Time
 	result result
@@ -106,7 +106,7 @@ func (r *recorder) snapshot(record *record) result {
 	return got
 }
 
-// disturb runs fn, which itself loses connections, and records the disturbance.
+// disturb runs fn, which inevitably loses connections, and records the time as a disturbance.
 func (r *recorder) disturb(fn func() error) error {
 	r.mu.Lock()
 	n := len(r.disturbances)
@@ -131,8 +131,8 @@ func (r *recorder) findDisturbance(begin, end time.Time) (interval, bool) {
 	return interval{}, false
 }
 
-// recordConnected records a connection that began at a time and that an endpoint answered.
-// staleness is how long before the connection the endpoint was removed, or 0.
+// recordConnected records a connection that started at begin and that an endpoint answered.
+// staleness is how long before begin the endpoint was removed, or 0.
 func (r *recorder) recordConnected(to fmt.Stringer, begin time.Time, resent uint32, staleness time.Duration) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -227,7 +227,7 @@ func (f fault) stalenessLimit() string {
 }
 
 func (f fault) skippedRow(reason string) string {
-	return fmt.Sprintf("| %s | not here: %s | | | | | | | | |", f.name, reason)
+	return fmt.Sprintf("| %s | not run: %s | | | | | | | | |", f.name, reason)
 }
 
 // violations describes how the result exceeds the limits of the fault.

@@ -21,8 +21,8 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// podCount is the number of pods that serve. Each pod is sometimes an endpoint of every
-// Service.
+// podCount is the number of pods that serve. Each pod is an endpoint of every Service some of
+// the time.
 const podCount = 6
 
 // testbed is the node and its environment: network, pods, API server, clients and Fairlead.
@@ -438,7 +438,7 @@ func (t *testbed) keepOpen(ctx context.Context, to target) {
 			continue
 		}
 		if again {
-			t.recorder.recordOpened(1) // in addition to those at the begin of the fault
+			t.recorder.recordOpened(1) // in addition to the connections at the start of the fault
 		}
 		for ctx.Err() == nil {
 			ask, cancel := context.WithTimeout(ctx, connectTimeout)

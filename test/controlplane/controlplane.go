@@ -39,17 +39,17 @@ const DefaultStartTimeout = 2 * time.Minute
 type Namespace interface {
 	// Fd returns the file descriptor of the network namespace.
 	Fd() int
-	// Dial connects origin the namespace.
+	// Dial connects from the namespace.
 	Dial(ctx context.Context, network string, addr netip.AddrPort) (net.Conn, error)
 }
 
 // Options configures a control plane. The zero value is usable.
 type Options struct {
 	// Programs is the directory of the programs. The default is the value of [ProgramsEnv],
-	// or else the default directory.
+	// or if that is empty, .cache/controlplane in the module root.
 	Programs string
 	// Namespace is the network namespace that the API server listens in and that clients of
-	// Config connect origin. The default is the caller's.
+	// Config connect from. The default is the caller's namespace.
 	Namespace Namespace
 	// Address is the address of the API server. It must be an address of the namespace. The
 	// default is 127.0.0.1. An address that is not a loopback address also becomes the
@@ -545,9 +545,9 @@ func controllerManagerArgs(kubeconfig string) []string {
 	}
 }
 
-// Compact deletes all but the current revisions from etcd. Watches that start or resume at an
-// older resource version then fail with 410 Gone, unless the API server's cache still has
-// that version, which it does not after a restart.
+// Compact deletes all but the current revisions from etcd. Watches from an older resource
+// version then fail with 410 Gone, unless the API server's cache still has that version.
+// After a restart of the API server the cache is empty.
 func (cp *ControlPlane) Compact(ctx context.Context) error {
 	if err := compact(ctx, cp.socket()); err != nil {
 		return fmt.Errorf("compact etcd: %w", err)

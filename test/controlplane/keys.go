@@ -85,8 +85,8 @@ func (k *keys) newClientCert(user string, groups ...string) (*keyPair, error) {
 	})
 }
 
-// newKeyPair creates a key and a certificate from the template. The CA signs the certificate,
-// or its own key if there is no CA yet.
+// newKeyPair creates a key and a certificate from the template. The CA signs the certificate;
+// the first certificate, which becomes the CA's, is self-signed.
 func (k *keys) newKeyPair(template *x509.Certificate) (*keyPair, error) {
 	p, err := makeKeyPair(template, k.ca)
 	if err != nil {

@@ -41,9 +41,9 @@ func (s *scenario) waitNodeEvent(reason string, parts ...string) {
 	})
 }
 
-// TestNodeEvents checks two Events on the Node: Fairlead starts when most Services of an
-// earlier run are gone from the API server, and when a table has the schema of another
-// version.
+// TestNodeEvents checks the Events on the Node when Fairlead starts in two situations: most
+// Services of an earlier run are gone from the API server, and a table has the schema of
+// another version.
 func TestNodeEvents(t *testing.T) {
 	if os.Getenv(kubeProxyEnv) != "" {
 		t.Skip("kube-proxy reports neither condition")

@@ -44,7 +44,7 @@ func newKubeProxy(s *scenario, mode, iptables string) *kubeProxy {
 	binary, err := filepath.Abs(filepath.Join(moduleRoot, ".cache", "kube-proxy", "kube-proxy"))
 	s.must(err)
 	if _, err := os.Stat(binary); err != nil {
-		s.Fatalf("kube-proxy not found: run `make kube-proxy` (%v)", err)
+		s.Fatalf("kube-proxy not logParts: run `make kube-proxy` (%v)", err)
 	}
 	dir := s.TempDir()
 	p := &kubeProxy{scenario: s, rulesetCommands: [][]string{{"nft", "list", "ruleset"}}, fairlead: &fairlead{
@@ -176,7 +176,7 @@ func checkRemoveCommand(s *scenario, p *kubeProxy) {
 	}
 	rules := scan()
 	if len(rules) != 1 {
-		s.Fatalf("found %v, want the rules of one mode", rules)
+		s.Fatalf("logParts %v, want the rules of one mode", rules)
 	}
 	_, err := p.output("sh", "-c", rules[0].RemovalCommands())
 	s.must(err)
@@ -273,15 +273,15 @@ func TestKubeProxy(t *testing.T) {
 	if os.Getenv(kubeProxyEnv) != "" {
 		t.Skip("kube-proxy runs in place of Fairlead")
 	}
-	for _, flavour := range kubeProxyModes {
-		t.Run(flavour.name, func(t *testing.T) {
+	for _, variant := range kubeProxyModes {
+		t.Run(variant.name, func(t *testing.T) {
 			s := newScenario(t, sharedCluster)
-			kubeProxy := newKubeProxy(s, flavour.mode, flavour.iptables)
-			found := []string{"another Service proxy's rules are on this node", "mode " + flavour.mode, "kube-proxy --cleanup"}
+			kubeProxy := newKubeProxy(s, variant.mode, variant.iptables)
+			logParts := []string{"another Service proxy's rules are on this node", "mode " + variant.mode, "kube-proxy --cleanup"}
 			metric := func(want float64) {
 				t.Helper()
 				s.eventually(func(ctx context.Context) error {
-					got, err := s.fairlead.metric(ctx, "fairlead_other_proxy_rules", `mode="`+flavour.mode+`"`)
+					got, err := s.fairlead.metric(ctx, "fairlead_other_proxy_rules", `mode="`+variant.mode+`"`)
 					if err == nil && got != want {
 						err = fmt.Errorf("fairlead_other_proxy_rules is %v, want %v", got, want)
 					}
@@ -318,15 +318,15 @@ func TestKubeProxy(t *testing.T) {
 			load := s.startLoad(client, to[0], to[len(to)-1])
 
 			step("kube-proxy runs in parallel and is killed, leaving its rules; the endpoints change while Fairlead is down")
-			logged := s.expectLog(found...)
+			logged := s.expectLog(logParts...)
 			kubeProxy.startAndWait(first)
 			logged()
 			metric(1)
-			s.waitOtherProxyEvent(flavour.mode)
+			s.waitOtherProxyEvent(variant.mode)
 			s.must(kubeProxy.kill())
 			s.must(s.fairlead.kill())
 			second := first.replace("web")
-			logged = s.expectLog(found...)
+			logged = s.expectLog(logParts...)
 			s.must(s.start(s.ctx))
 			s.checkReaches(client, to, second)
 			logged()

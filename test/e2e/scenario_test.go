@@ -347,8 +347,8 @@ const (
 	connectTimeout = 5 * time.Second
 )
 
-func connect(ctx context.Context, from *nettest.Host, to destination, within time.Duration) (nettest.Answer, error) {
-	ctx, cancel := context.WithTimeout(ctx, within)
+func connect(ctx context.Context, from *nettest.Host, to destination, timeout time.Duration) (nettest.Answer, error) {
+	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	return from.Connect(ctx, to.network, to.addr)
 }
@@ -362,8 +362,8 @@ func (s *scenario) waitReaches(from *nettest.Host, to destination, want ...*pod)
 	}
 	s.eventually(func(ctx context.Context) error {
 		got := map[string]int{}
-		// This many random connections miss a pod in about one of a hundred rounds. Then
-		// another round follows.
+		// With this many random connections, about one round in a hundred misses a pod.
+		// Then eventually starts another round.
 		for range max(10, 7*len(want)) {
 			answer, err := connect(ctx, from, to, attemptTimeout)
 			if err != nil {

@@ -458,7 +458,7 @@ func TestServiceCIDR(t *testing.T) {
 	}, metav1.CreateOptions{})
 	s.must(err)
 	t.Cleanup(func() {
-		// The deletion completes after the deletion of the last Service in it.
+		// The deletion completes when the last Service in the network is deleted.
 		if err := cidrs.Delete(context.WithoutCancel(s.ctx), s.namespace, metav1.DeleteOptions{}); err != nil {
 			t.Error(err)
 		}

@@ -51,7 +51,7 @@ func guestPrograms() []string {
 // iptablesPlugins is a pattern for the directories of iptables plugins on this machine.
 const iptablesPlugins = "/usr/lib/*/xtables"
 
-// cache is the directory with downloads and the files made from them.
+// cache is the directory of downloaded files and of files made from them.
 type cache struct {
 	dir string // .cache/vm
 }
@@ -60,7 +60,7 @@ type cache struct {
 // downloads them if necessary.
 func (c cache) kernel(ctx context.Context, version string) (image, modules string, err error) {
 	suite := kernels()[version]
-	// The name contains a digest of the inputs, so that a change of them makes a new directory.
+	// The name contains a digest of the inputs, so changed inputs lead to a new directory.
 	dir := filepath.Join(c.dir, fmt.Sprintf("linux-%s-%s", version, digest(kernelPackage, moduleRules, suite)))
 	image, modules = filepath.Join(dir, "vmlinuz"), filepath.Join(dir, "modules.cpio")
 	return image, modules, c.ensure(dir, func(work string) error {
@@ -333,7 +333,7 @@ func appendFile(w io.Writer, from string) error {
 	if err != nil {
 		return err
 	}
-	defer f.Close() //nolint:errcheck // only read from
+	defer f.Close() //nolint:errcheck // read-only
 	_, err = io.Copy(w, f)
 	return err
 }

@@ -69,7 +69,7 @@ func (m *machine) arguments() []string {
 	// oops=panic and panic=-1 make the kernel reboot immediately after an oops or a panic, and
 	// -no-reboot turns that into an exit. mitigations=off saves time under emulation; only
 	// trusted code runs here. The kernel ignores fairlead.vm. It marks the machine for programs
-	// that may do some things, such as setting the clock, only here.
+	// that do things such as setting the clock only here.
 	kernel := "fairlead.vm=1 console=ttyS0 oops=panic panic=-1 random.trust_cpu=on mitigations=off nowatchdog"
 	if m.Append != "" {
 		kernel += " " + m.Append

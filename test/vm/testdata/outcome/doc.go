@@ -1,3 +1,3 @@
-// Package outcome contains tests, one of which fails, that the tests of the program vm run in
+// Package outcome contains a passing and a failing test, which the tests of the program vm run in
 // a virtual machine. Patterns such as ./... do not match it.
 package outcome
