@@ -40,14 +40,14 @@ func startServer(t *testing.T, s *dns.Server, address string) string {
 	return sockets.Addr()
 }
 
-// query is one question; its zero transport is UDP without EDNS.
+// query is one question. By default it is sent over UDP without EDNS.
 type query struct {
 	name        string
 	rrtype      uint16
 	class       uint16
 	network     string
-	ednsSize    uint16 // of EDNS
-	ednsVersion uint8  // of EDNS
+	ednsSize    uint16
+	ednsVersion uint8
 }
 
 func (q query) message() *miekg.Msg {
@@ -72,8 +72,8 @@ func exchange(t *testing.T, address string, q query) *miekg.Msg {
 	return reply
 }
 
-// recordText renders records as in a zone file, single spaces between the fields,
-// sorted; nil if there are none.
+// recordText returns records in zone file format with single spaces, sorted; nil for no
+// records.
 func recordText(rrs []miekg.RR) []string {
 	var lines []string
 	for _, rr := range rrs {
@@ -102,7 +102,7 @@ func withExternalName(target string) func(*corev1.ServiceSpec) {
 	return func(s *corev1.ServiceSpec) { s.Type, s.ExternalName = corev1.ServiceTypeExternalName, target }
 }
 
-// newSlice makes a slice of the default namespace.
+// newSlice returns an EndpointSlice in the default namespace.
 func newSlice(name, owner string, endpoints ...discoveryv1.Endpoint) *discoveryv1.EndpointSlice {
 	return &discoveryv1.EndpointSlice{
 		ObjectMeta: metav1.ObjectMeta{
@@ -135,7 +135,7 @@ func asReady(e discoveryv1.Endpoint) discoveryv1.Endpoint {
 	return e
 }
 
-// exampleDelta is what the table of TestAnswers asks about.
+// exampleDelta has the objects for TestAnswers.
 func exampleDelta() kube.Delta {
 	return kube.Delta{
 		Services: []*corev1.Service{
@@ -194,7 +194,7 @@ func TestAnswers(t *testing.T) {
 		extra  []string
 		soa    bool
 	}{
-		// A Service with cluster addresses.
+		// A Service with cluster IPs.
 		{
 			what: "address", name: "backend.default.svc.cluster.local", rrtype: miekg.TypeA,
 			answer: []string{"backend.default.svc.cluster.local. 5 IN A 10.96.0.10"},
@@ -244,13 +244,13 @@ func TestAnswers(t *testing.T) {
 		{what: "port, other type", name: "_http._tcp.backend.default.svc.cluster.local", rrtype: miekg.TypeA, soa: true},
 		{what: "port of the other protocol", name: "_http._udp.backend.default.svc.cluster.local", rrtype: miekg.TypeSRV, rcode: nxdomain, soa: true},
 		{what: "unnamed port", name: "_._tcp.backend.default.svc.cluster.local", rrtype: miekg.TypeSRV, rcode: nxdomain, soa: true},
-		{what: "protocol leads to ports", name: "_tcp.backend.default.svc.cluster.local", rrtype: miekg.TypeSRV, soa: true},
+		{what: "protocol with ports", name: "_tcp.backend.default.svc.cluster.local", rrtype: miekg.TypeSRV, soa: true},
 		{what: "protocol without ports", name: "_sctp.backend.default.svc.cluster.local", rrtype: miekg.TypeSRV, rcode: nxdomain, soa: true},
-		{what: "its endpoints have no names", name: "10-1-0-9.backend.default.svc.cluster.local", rrtype: miekg.TypeA, rcode: nxdomain, soa: true},
+		{what: "endpoints of a Service with a cluster IP have no names", name: "10-1-0-9.backend.default.svc.cluster.local", rrtype: miekg.TypeA, rcode: nxdomain, soa: true},
 
 		// A headless Service.
 		{
-			what: "ready endpoints, readiness unset counts", name: "db.default.svc.cluster.local", rrtype: miekg.TypeA,
+			what: "ready endpoints, also with unset readiness", name: "db.default.svc.cluster.local", rrtype: miekg.TypeA,
 			answer: []string{"db.default.svc.cluster.local. 5 IN A 10.1.0.5", "db.default.svc.cluster.local. 5 IN A 10.1.0.6"},
 		},
 		{
@@ -270,7 +270,7 @@ func TestAnswers(t *testing.T) {
 			answer: []string{"10-1-0-6.db.default.svc.cluster.local. 5 IN A 10.1.0.6"},
 		},
 		{what: "unready endpoint", name: "db-2.db.default.svc.cluster.local", rrtype: miekg.TypeA, rcode: nxdomain, soa: true},
-		{what: "endpoint that is a name", name: "named.db.default.svc.cluster.local", rrtype: miekg.TypeA, rcode: nxdomain, soa: true},
+		{what: "endpoint with an FQDN address", name: "named.db.default.svc.cluster.local", rrtype: miekg.TypeA, rcode: nxdomain, soa: true},
 		{
 			what: "ports of endpoints, each once", name: "_http._tcp.db.default.svc.cluster.local", rrtype: miekg.TypeSRV,
 			answer: []string{
@@ -302,15 +302,15 @@ func TestAnswers(t *testing.T) {
 			},
 		},
 		{
-			what: "external name that leads nowhere", name: "dangling.shop.svc.cluster.local", rrtype: miekg.TypeA,
+			what: "external name of a missing Service", name: "dangling.shop.svc.cluster.local", rrtype: miekg.TypeA,
 			rcode: nxdomain, soa: true,
 			answer: []string{"dangling.shop.svc.cluster.local. 5 IN CNAME nothing.default.svc.cluster.local."},
 		},
 		{
-			what: "external name in a circle", name: "loop.shop.svc.cluster.local", rrtype: miekg.TypeA, rcode: servfail,
+			what: "external name in a loop", name: "loop.shop.svc.cluster.local", rrtype: miekg.TypeA, rcode: servfail,
 			answer: slices.Repeat([]string{"loop.shop.svc.cluster.local. 5 IN CNAME loop.shop.svc.cluster.local."}, 9),
 		},
-		{what: "external name that is none", name: "bad.shop.svc.cluster.local", rrtype: miekg.TypeA, rcode: nxdomain, soa: true},
+		{what: "invalid external name", name: "bad.shop.svc.cluster.local", rrtype: miekg.TypeA, rcode: nxdomain, soa: true},
 
 		// Addresses.
 		{
@@ -327,7 +327,7 @@ func TestAnswers(t *testing.T) {
 		},
 		{what: "reverse, other type", name: "10.0.96.10.in-addr.arpa", rrtype: miekg.TypeA},
 		{what: "reverse of an unready endpoint", name: reverseName(t, "10.1.0.7"), rrtype: miekg.TypePTR, rcode: refused},
-		{what: "reverse of an endpoint behind a cluster address", name: reverseName(t, "10.1.0.9"), rrtype: miekg.TypePTR, rcode: refused},
+		{what: "reverse of an endpoint of a Service with a cluster IP", name: reverseName(t, "10.1.0.9"), rrtype: miekg.TypePTR, rcode: refused},
 		{what: "reverse of a network", name: "96.10.in-addr.arpa", rrtype: miekg.TypePTR, rcode: refused},
 		{what: "reverse with leading zero", name: "010.0.96.10.in-addr.arpa", rrtype: miekg.TypePTR, rcode: refused},
 		{
@@ -353,7 +353,7 @@ func TestAnswers(t *testing.T) {
 		{what: "Service of another namespace", name: "db.shop.svc.cluster.local", rrtype: miekg.TypeA, rcode: nxdomain, soa: true},
 		{what: "unknown endpoint", name: "db-9.db.default.svc.cluster.local", rrtype: miekg.TypeA, rcode: nxdomain, soa: true},
 		{what: "too deep", name: "a.b.c.backend.default.svc.cluster.local", rrtype: miekg.TypeA, rcode: nxdomain, soa: true},
-		{what: "of no form", name: "backend.cluster.local", rrtype: miekg.TypeA, rcode: nxdomain, soa: true},
+		{what: "name without a known form", name: "backend.cluster.local", rrtype: miekg.TypeA, rcode: nxdomain, soa: true},
 		{what: "search list appended to an outside name", name: "example.com.default.svc.cluster.local", rrtype: miekg.TypeA, rcode: nxdomain, soa: true},
 
 		// Names of clients without a search list.
@@ -374,13 +374,13 @@ func TestAnswers(t *testing.T) {
 		},
 		{what: "short, unknown", name: "nothing", rrtype: miekg.TypeA, rcode: nxdomain},
 		{what: "short, of another namespace", name: "search", rrtype: miekg.TypeA, rcode: nxdomain},
-		{what: "short, unknown in a namespace, or of the domain shop", name: "nothing.shop", rrtype: miekg.TypeA, rcode: refused},
+		{what: "short, unknown in a namespace or in a top-level domain shop", name: "nothing.shop", rrtype: miekg.TypeA, rcode: refused},
 		{what: "short, unknown with svc", name: "nothing.default.svc", rrtype: miekg.TypeA, rcode: nxdomain},
 		{what: "short, a namespace is no Service", name: "shop", rrtype: miekg.TypeA, rcode: nxdomain},
 
-		// All others.
+		// Other names.
 		{what: "outside", name: "example.com", rrtype: miekg.TypeA, rcode: refused},
-		{what: "outside, ends alike", name: "notcluster.local", rrtype: miekg.TypeA, rcode: refused},
+		{what: "outside, with the same suffix", name: "notcluster.local", rrtype: miekg.TypeA, rcode: refused},
 		{what: "above", name: "local", rrtype: miekg.TypeA, rcode: refused},
 		{what: "root", name: ".", rrtype: miekg.TypeNS, rcode: refused},
 	} {
@@ -469,8 +469,8 @@ func TestUnsupportedQueries(t *testing.T) {
 	}
 }
 
-// Until the first Delta nothing is known, and to say that a name does not exist
-// would be a lie that clients remember.
+// TestServerFailureBeforeFirstDelta checks that the server answers SERVFAIL before the
+// first Delta, because clients would cache NXDOMAIN.
 func TestServerFailureBeforeFirstDelta(t *testing.T) {
 	t.Parallel()
 	server := dns.New(dns.Options{})
@@ -485,7 +485,7 @@ func TestServerFailureBeforeFirstDelta(t *testing.T) {
 	}
 }
 
-// deltaWithEndpoints is a headless Service with so many endpoints.
+// deltaWithEndpoints returns a headless Service with the given number of endpoints.
 func deltaWithEndpoints(endpoints int) kube.Delta {
 	s := newSlice("many-1", "many")
 	addr := netip.MustParseAddr("10.2.0.0")
@@ -499,7 +499,8 @@ func deltaWithEndpoints(endpoints int) kube.Delta {
 	}
 }
 
-// Over UDP an answer is cut to what the client takes, over TCP it is whole.
+// TestTruncation checks that UDP answers are truncated to the client's limit and that TCP
+// answers are complete.
 func TestTruncation(t *testing.T) {
 	t.Parallel()
 	const endpoints = 1000
@@ -513,12 +514,12 @@ func TestTruncation(t *testing.T) {
 		minRecords int
 		truncated  bool
 	}{
-		"UDP":                      {query{ednsSize: 0}, 512, (512 - header) / record, true},
-		"UDP, EDNS":                {query{ednsSize: 1000}, 1000, (1000 - header - opt) / record, true},
-		"UDP, EDNS beyond a frame": {query{ednsSize: 4096}, 1232, (1232 - header - opt) / record, true},
-		"UDP, EDNS too small":      {query{ednsSize: 100}, 512, (512 - header - opt) / record, true},
-		"TCP":                      {query{network: "tcp"}, 65535, endpoints, false},
-		"TCP, EDNS":                {query{network: "tcp", ednsSize: 512}, 65535, endpoints, false},
+		"UDP":                       {query{ednsSize: 0}, 512, (512 - header) / record, true},
+		"UDP, EDNS":                 {query{ednsSize: 1000}, 1000, (1000 - header - opt) / record, true},
+		"UDP, EDNS above the limit": {query{ednsSize: 4096}, 1232, (1232 - header - opt) / record, true},
+		"UDP, EDNS too small":       {query{ednsSize: 100}, 512, (512 - header - opt) / record, true},
+		"TCP":                       {query{network: "tcp"}, 65535, endpoints, false},
+		"TCP, EDNS":                 {query{network: "tcp", ednsSize: 512}, 65535, endpoints, false},
 	} {
 		t.Run(what, func(t *testing.T) {
 			t.Parallel()
@@ -532,7 +533,7 @@ func TestTruncation(t *testing.T) {
 				t.Errorf("%d bytes, want at most %d", got, tc.maxLength)
 			}
 			if got := len(reply.Answer); got < tc.minRecords {
-				t.Errorf("%d records, want at least %d", got, tc.minRecords)
+				t.Errorf("%d records, want at minFirst %d", got, tc.minRecords)
 			}
 			if got, want := reply.IsEdns0() != nil, tc.query.ednsSize != 0; got != want {
 				t.Errorf("EDNS in the reply is %v, want %v", got, want)
@@ -541,7 +542,8 @@ func TestTruncation(t *testing.T) {
 	}
 }
 
-// What is too long for any DNS message is cut over TCP too.
+// TestTruncationOverTCP checks that an answer longer than any DNS message is truncated over
+// TCP too.
 func TestTruncationOverTCP(t *testing.T) {
 	t.Parallel()
 	server := dns.New(dns.Options{})
@@ -550,18 +552,18 @@ func TestTruncationOverTCP(t *testing.T) {
 	reply := exchange(t, address, query{name: "many", rrtype: miekg.TypeA, network: "tcp"})
 	// A record takes 16 bytes of 65,535.
 	if got := len(reply.Answer); !reply.Truncated || got < 4000 {
-		t.Errorf("got %d records, truncated %v; want at least 4000, truncated", got, reply.Truncated)
+		t.Errorf("got %d records, truncated %v; want at minFirst 4000, truncated", got, reply.Truncated)
 	}
 }
 
-// Each endpoint comes first about as often as the others.
+// TestRandomOrder checks that each endpoint is the first one about equally often.
 func TestRandomOrder(t *testing.T) {
 	t.Parallel()
 	const (
 		endpoints = 3
 		rounds    = 300
-		// A fair choice gives 100 ± 8; less than half has a chance of 10^-9.
-		least = rounds / endpoints / 2
+		// A uniform distribution gives 100 ± 8; the probability of less than half is 10^-9.
+		minFirst = rounds / endpoints / 2
 	)
 	server := dns.New(dns.Options{})
 	server.Apply(deltaWithEndpoints(endpoints))
@@ -576,17 +578,17 @@ func TestRandomOrder(t *testing.T) {
 			first[reply.Answer[0].String()]++
 		}
 		if len(first) != endpoints {
-			t.Errorf("%s: first were %v, want each of %d", name, first, endpoints)
+			t.Errorf("%s: first records %v, want each of %d", name, first, endpoints)
 		}
 		for record, n := range first {
-			if n < least {
-				t.Errorf("%s: first %d times of %d: %s", name, n, rounds, record)
+			if n < minFirst {
+				t.Errorf("%s: first in %d of %d answers: %s", name, n, rounds, record)
 			}
 		}
 	}
 }
 
-// Each step is a Delta, and what A and PTR queries say after it.
+// TestApply checks the answers to A and PTR queries after each of several Deltas.
 func TestApply(t *testing.T) {
 	t.Parallel()
 	key := func(namespace, name string) types.NamespacedName {
@@ -597,8 +599,8 @@ func TestApply(t *testing.T) {
 	for _, step := range []struct {
 		what  string
 		delta kube.Delta
-		addrs []string // of db, nil for NXDOMAIN
-		// pointers are the names of 10.1.0.1, nil for REFUSED.
+		addrs []string // addresses of db, nil for NXDOMAIN
+		// pointers has the names of 10.1.0.1, nil for REFUSED.
 		pointers []string
 	}{
 		{what: "nothing"},
@@ -640,27 +642,27 @@ func TestApply(t *testing.T) {
 			pointers: []string{"10-1-0-1.other.default.svc.cluster.local.", "x.db.default.svc.cluster.local."},
 		},
 		{
-			what:     "slice goes, the Service's last",
+			what:     "the Service's last slice is deleted",
 			delta:    kube.Delta{DeletedEndpointSlices: []types.NamespacedName{key("default", "a")}},
 			pointers: []string{"10-1-0-1.other.default.svc.cluster.local."},
 		},
 		{
-			what:     "Service gets a cluster address",
+			what:     "Service gets a cluster IP",
 			delta:    kube.Delta{Services: []*corev1.Service{newService("default", "db", withClusterIPs("10.1.0.1"))}},
 			addrs:    []string{"10.1.0.1"},
 			pointers: []string{"10-1-0-1.other.default.svc.cluster.local.", "db.default.svc.cluster.local."},
 		},
 		{
-			what:  "the other Service goes, this one changes address",
+			what:  "the other Service is deleted, this one changes its address",
 			delta: kube.Delta{Services: []*corev1.Service{newService("default", "db", withClusterIPs("10.1.0.4"))}, DeletedServices: []types.NamespacedName{key("default", "other")}},
 			addrs: []string{"10.1.0.4"},
 		},
 		{
-			what:  "what was never there goes",
+			what:  "unknown objects are deleted",
 			delta: kube.Delta{DeletedServices: []types.NamespacedName{key("default", "no")}, DeletedEndpointSlices: []types.NamespacedName{key("default", "no")}},
 			addrs: []string{"10.1.0.4"},
 		},
-		{what: "Service goes", delta: kube.Delta{DeletedServices: []types.NamespacedName{key("default", "db")}}},
+		{what: "Service is deleted", delta: kube.Delta{DeletedServices: []types.NamespacedName{key("default", "db")}}},
 	} {
 		server.Apply(step.delta)
 		reply := exchange(t, address, query{name: "db.default.svc.cluster.local", rrtype: miekg.TypeA})
@@ -674,7 +676,7 @@ func TestApply(t *testing.T) {
 	}
 }
 
-// lastFields returns the last field of each record, sorted; nil if there are none.
+// lastFields returns the last field of each record, sorted; nil for no records.
 func lastFields(rrs []miekg.RR) []string {
 	var last []string
 	for _, line := range recordText(rrs) {
@@ -685,7 +687,8 @@ func lastFields(rrs []miekg.RR) []string {
 	return last
 }
 
-// A namespace exists as long as it has a Service; the default one always.
+// TestNamespaceRemoval checks that a namespace exists while it has a Service, and the
+// default namespace always.
 func TestNamespaceRemoval(t *testing.T) {
 	t.Parallel()
 	server := dns.New(dns.Options{})
@@ -706,8 +709,8 @@ func TestNamespaceRemoval(t *testing.T) {
 	}
 }
 
-// Queries during changes see one state or the other: the two addresses of the
-// Service change together.
+// TestApplyIsAtomic checks that concurrent queries see both addresses of a Service change
+// together.
 func TestApplyIsAtomic(t *testing.T) {
 	t.Parallel()
 	const changes = 500
@@ -733,14 +736,14 @@ func TestApplyIsAtomic(t *testing.T) {
 		}
 		got := strings.Join(lastFields(exchange(t, address, query{name: "db", rrtype: miekg.TypeA}).Answer), " ")
 		if got != "10.0.0.1 10.0.0.2" && got != "10.0.0.3 10.0.0.4" {
-			t.Fatalf("got %q, a mix", got)
+			t.Fatalf("got %q, a mixture of two states", got)
 		}
 	}
 	<-done
 }
 
-// When the context ends, Serve returns although a client keeps its connection,
-// and the address is free again.
+// TestServeReturns checks that Serve returns when ctx is done although a client keeps its
+// connection, and that the address is free again.
 func TestServeReturns(t *testing.T) {
 	t.Parallel()
 	server := dns.New(dns.Options{})
@@ -779,7 +782,7 @@ func TestServeReturns(t *testing.T) {
 	}
 }
 
-// Serve returns at once where the context has ended before.
+// TestServeAfterCancel checks that Serve returns at once if ctx is done before.
 func TestServeAfterCancel(t *testing.T) {
 	t.Parallel()
 	sockets, err := dns.Listen(t.Context(), "127.0.0.1:0")
@@ -817,16 +820,16 @@ func TestListenErrors(t *testing.T) {
 	}
 	defer taken.Close()
 	for what, tc := range map[string]struct{ address, want string }{
-		"no port":       {"127.0.0.1", `address to listen on "127.0.0.1"`},
-		"not our own":   {"192.0.2.1:0", "192.0.2.1"},
-		"UDP port used": {taken.LocalAddr().String(), "udp " + taken.LocalAddr().String()},
+		"no port":                 {"127.0.0.1", `listen address "127.0.0.1"`},
+		"address of another host": {"192.0.2.1:0", "192.0.2.1"},
+		"UDP port used":           {taken.LocalAddr().String(), "udp " + taken.LocalAddr().String()},
 	} {
 		err := dns.New(dns.Options{}).ListenAndServe(t.Context(), tc.address)
 		if err == nil || !strings.Contains(err.Error(), tc.want) {
 			t.Errorf("%s: got %v, want an error with %q", what, err, tc.want)
 		}
 	}
-	// The TCP socket that was opened before is closed again.
+	// Listen closes the TCP socket if it can't open the UDP socket.
 	if tcp, err := config.Listen(t.Context(), "tcp", taken.LocalAddr().String()); err != nil {
 		t.Errorf("TCP port still in use: %v", err)
 	} else {

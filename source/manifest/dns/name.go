@@ -9,7 +9,7 @@ import (
 	"github.com/miekg/dns"
 )
 
-// The labels between a namespace and the cluster domain.
+// Labels between the namespace and the cluster domain.
 const (
 	labelService = "svc"
 	labelPod     = "pod"
@@ -17,14 +17,14 @@ const (
 
 const labelVersion = "dns-version"
 
-// nameKind is a form of name in the cluster domain.
+// nameKind is the form of a name in the cluster domain.
 type nameKind uint8
 
 const (
-	kindNone             nameKind = iota // no form that can exist
+	kindNone             nameKind = iota // invalid
 	kindApex                             // the cluster domain
 	kindVersion                          // dns-version
-	kindEmptyNonTerminal                 // svc and pod, which only lead to others
+	kindEmptyNonTerminal                 // svc and pod
 	kindNamespace                        // <namespace>.svc and <namespace>.pod
 	kindService                          // <service>.<namespace>.svc
 	kindHost                             // <host>.<service>.<namespace>.svc
@@ -33,22 +33,22 @@ const (
 	kindPod                              // <address with dashes>.<namespace>.pod
 )
 
-// parsedName is a name in the cluster domain, taken apart. Its parts are in lower case.
+// parsedName is a parsed name in the cluster domain. Its parts are in lower case.
 type parsedName struct {
 	kind               nameKind
 	namespace, service string
-	host               string     // of kindHost
-	port, protocol     string     // of kindPort and kindProtocol, with their underscores
-	addr               netip.Addr // of kindPod
+	host               string     // for kindHost
+	port, protocol     string     // for kindPort and kindProtocol, with underscores
+	addr               netip.Addr // for kindPod
 }
 
-// splitLabels returns the labels of a domain name in presentation format, in lower
-// case: DNS compares names without regard to case.
+// splitLabels returns the labels of a domain name in presentation format, in lower case,
+// because DNS names are case-insensitive.
 func splitLabels(domain string) []string {
 	return dns.SplitDomainName(dns.CanonicalName(domain))
 }
 
-// parseName takes apart the labels that are in front of the cluster domain.
+// parseName parses the labels before the cluster domain.
 func parseName(labels []string) parsedName {
 	if len(labels) == 0 {
 		return parsedName{kind: kindApex}
@@ -109,7 +109,7 @@ func dashedAddr(addr netip.Addr) string {
 	return strings.NewReplacer(".", "-", ":", "-").Replace(addr.String())
 }
 
-// parseDashedAddr is the inverse of dashed.
+// parseDashedAddr is the inverse of dashedAddr.
 func parseDashedAddr(label string) (netip.Addr, bool) {
 	for _, separator := range []string{".", ":"} {
 		addr, err := netip.ParseAddr(strings.ReplaceAll(label, "-", separator))
@@ -120,8 +120,7 @@ func parseDashedAddr(label string) (netip.Addr, bool) {
 	return netip.Addr{}, false
 }
 
-// parseReverse returns the address that a name in in-addr.arpa or ip6.arpa
-// stands for.
+// parseReverse returns the address of a name in in-addr.arpa or ip6.arpa.
 func parseReverse(labels []string) (netip.Addr, bool) {
 	const (
 		suffix   = 2 // in-addr or ip6, arpa
@@ -136,7 +135,7 @@ func parseReverse(labels []string) (netip.Addr, bool) {
 	slices.Reverse(digits)
 	switch zone := labels[len(labels)-suffix]; {
 	case zone == "in-addr" && len(digits) == octets:
-		// ParseAddr refuses signs and leading zeros.
+		// ParseAddr rejects signs and leading zeros.
 		addr, err := netip.ParseAddr(strings.Join(digits, "."))
 		return addr, err == nil && addr.Is4()
 	case zone == "ip6" && len(digits) == nibbles:

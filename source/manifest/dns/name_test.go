@@ -15,7 +15,7 @@ import (
 	"fairlead.io/fairlead/kube"
 )
 
-// composeLabels is the inverse of parseName, for the kinds with parts of their own.
+// composeLabels is the inverse of parseName, except for kinds without their own parts.
 func composeLabels(n parsedName) []string {
 	switch n.kind {
 	case kindApex:
@@ -92,8 +92,8 @@ func TestParseReverse(t *testing.T) {
 	}
 }
 
-// Whatever name is asked for: what it is taken for is that name, and the answer
-// is a message that names it.
+// FuzzName checks for arbitrary names that parsing is reversible and that the answer is
+// about the requested name.
 func FuzzName(f *testing.F) {
 	for _, seed := range []string{
 		"web.shop.svc.cluster.local.", "_http._tcp.web.shop.svc.cluster.local.", "10-1-0-5.shop.pod.cluster.local.",
@@ -116,24 +116,24 @@ func FuzzName(f *testing.F) {
 		}},
 	})
 	f.Fuzz(func(t *testing.T, domain string, rrtype uint16) {
-		// What arrives is a name that was packed, so this one is too.
+		// Pack and unpack the name, as a query on the network does.
 		packed, err := new(dns.Msg).SetQuestion(dns.Fqdn(domain), rrtype).Pack()
 		if err != nil {
 			return
 		}
 		query := new(dns.Msg)
 		if err := query.Unpack(packed); err != nil {
-			t.Fatalf("unpack what was packed: %v", err)
+			t.Fatalf("unpack: %v", err)
 		}
 		domain = query.Question[0].Name
 
 		labels := splitLabels(domain)
 		if parsed := parseName(labels); composeLabels(parsed) != nil && !slices.Equal(composeLabels(parsed), labels) {
-			t.Errorf("%q is taken for %+v", domain, parsed)
+			t.Errorf("%q is parsed as %+v", domain, parsed)
 		}
 		if addr, ok := parseReverse(labels); ok {
 			if back, err := dns.ReverseAddr(addr.String()); err != nil || back != strings.Join(labels, ".")+"." {
-				t.Errorf("%q is taken for the address %v: %q, %v", domain, addr, back, err)
+				t.Errorf("%q is parsed as address %v: %q, %v", domain, addr, back, err)
 			}
 		}
 

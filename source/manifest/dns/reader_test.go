@@ -11,7 +11,7 @@ import (
 	"github.com/miekg/dns"
 )
 
-// failingReader fails with each error in turn, and then reads.
+// failingReader returns each error in turn, then a query.
 type failingReader struct {
 	dns.Reader
 
@@ -27,7 +27,8 @@ func (r *failingReader) ReadUDP(*net.UDPConn, time.Duration) ([]byte, *dns.Sessi
 	return nil, nil, err
 }
 
-// A lack of memory does not end the server, as the end of its socket does.
+// TestReadErrors checks that transient errors are retried and that a closed socket ends the
+// reader.
 func TestReadErrors(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -35,7 +36,7 @@ func TestReadErrors(t *testing.T) {
 		inner := &failingReader{errs: []error{wrapped(syscall.ENOBUFS), wrapped(syscall.ENOMEM), net.ErrClosed}}
 		r := retryingReader{inner}
 		if _, _, err := r.ReadUDP(nil, time.Second); !errors.Is(err, net.ErrClosed) {
-			t.Errorf("error %v, want that the socket is closed", err)
+			t.Errorf("error %v, want net.ErrClosed", err)
 		}
 		if query, _, err := r.ReadUDP(nil, time.Second); err != nil || len(query) == 0 {
 			t.Errorf("query %q, error %v", query, err)

@@ -11,26 +11,25 @@ import (
 	discoveryv1 "k8s.io/api/discovery/v1"
 )
 
-// serviceRecords is all that DNS knows of one Service. It is never changed, only
-// replaced.
+// serviceRecords has the records of one Service. It is immutable.
 type serviceRecords struct {
-	// domain is the Service's full name, with the final dot.
+	// domain is the Service's fully qualified name, with the final dot.
 	domain string
-	// withExternalName is the name that a Service of type ExternalName stands for.
+	// externalName is the target of a Service of type ExternalName, with the final dot.
 	externalName string
-	// addrs are the cluster addresses, or those of the endpoints if headless.
+	// addrs has the cluster IPs, or the endpoint addresses of a headless Service.
 	addrs []netip.Addr
-	// hosts are the addresses of a headless Service's endpoints by label.
+	// hosts has the endpoint addresses of a headless Service by label.
 	hosts map[string][]netip.Addr
-	// srv are the SRV records.
+	// srv has the SRV records.
 	srv map[srvKey][]srvRecord
-	// reverse has the name for each address.
+	// reverse has the names of each address.
 	reverse map[netip.Addr][]string
-	// nonexistent says that the name does not exist although the Service does.
+	// nonexistent means that the name does not exist although the Service does.
 	nonexistent bool
 }
 
-// srvKey names a port in DNS: both labels with their underscores.
+// srvKey has the port and protocol labels of an SRV name, with underscores.
 type srvKey struct{ port, protocol string }
 
 // srvRecord is the variable part of an SRV record.
@@ -44,8 +43,8 @@ func (p srvRecord) compare(o srvRecord) int {
 	return cmp.Or(strings.Compare(p.host, o.host), cmp.Compare(p.port, o.port))
 }
 
-// newServiceRecords derives the records of one Service in the cluster domain. The
-// slices are the Service's.
+// newServiceRecords builds the records of a Service in the cluster domain from the Service
+// and its EndpointSlices.
 func newServiceRecords(domain string, service *corev1.Service, slicesOf []*discoveryv1.EndpointSlice) *serviceRecords {
 	r := &serviceRecords{
 		domain:  service.Name + "." + service.Namespace + "." + labelService + "." + domain,
@@ -74,7 +73,7 @@ func (r *serviceRecords) addClusterIPs(service *corev1.Service) {
 		ips = []string{service.Spec.ClusterIP}
 	}
 	for _, ip := range ips {
-		// A Service may still be without an address.
+		// A Service may not have an address yet.
 		if addr, err := netip.ParseAddr(ip); err == nil {
 			r.addrs = append(r.addrs, addr)
 			r.reverse[addr] = []string{r.domain}
@@ -91,7 +90,7 @@ func (r *serviceRecords) addEndpoints(slicesOf []*discoveryv1.EndpointSlice) {
 			continue
 		}
 		for _, endpoint := range slice.Endpoints {
-			// Readiness that is not said counts as ready, as the API has it.
+			// The API defines a nil Ready as ready.
 			if ready := endpoint.Conditions.Ready; ready != nil && !*ready {
 				continue
 			}
@@ -108,8 +107,7 @@ func (r *serviceRecords) addEndpoints(slicesOf []*discoveryv1.EndpointSlice) {
 			}
 		}
 	}
-	// A pod is in a slice for each address family, and in several while slices
-	// are rearranged.
+	// A pod is in one slice per address family, and in more while slices are rebalanced.
 	r.addrs = sortUnique(r.addrs)
 	for host, addrs := range r.hosts {
 		r.hosts[host] = sortUnique(addrs)
@@ -138,7 +136,7 @@ func (r *serviceRecords) addEndpoint(host string, addr netip.Addr, ports []disco
 	}
 }
 
-// addSRV adds an SRV record. Ports without a name have none.
+// addSRV adds an SRV record unless the port has no name.
 func (r *serviceRecords) addSRV(portName string, protocol corev1.Protocol, record srvRecord) {
 	if portName == "" {
 		return
@@ -150,13 +148,13 @@ func (r *serviceRecords) addSRV(portName string, protocol corev1.Protocol, recor
 	r.srv[key] = append(r.srv[key], record)
 }
 
-// sortUnique sorts addrs and removes doubles.
+// sortUnique sorts addrs and removes duplicates.
 func sortUnique(addrs []netip.Addr) []netip.Addr {
 	slices.SortFunc(addrs, netip.Addr.Compare)
 	return slices.Compact(addrs)
 }
 
-// hasProtocol reports whether any SRV record is of that protocol.
+// hasProtocol reports whether there is an SRV record for the protocol.
 func (r *serviceRecords) hasProtocol(protocol string) bool {
 	for key := range r.srv {
 		if key.protocol == protocol {

@@ -9,13 +9,13 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 )
 
-// schemaVersion is that of the specification of Kubernetes' DNS.
+// schemaVersion is the version of the Kubernetes DNS specification.
 const schemaVersion = "1.1.0"
 
-// maxCNAMEs is how many Services of type ExternalName may follow each other.
+// maxCNAMEs is the maximum number of CNAME records that are followed.
 const maxCNAMEs = 8
 
-// response is what there is to say about a question.
+// response is the result of a question.
 type response struct {
 	rcode                    int
 	answer, authority, extra []dns.RR
@@ -33,14 +33,14 @@ func (s *Server) resolve(question dns.Question) response {
 	}
 	labels := splitLabels(question.Name)
 	if front, ok := s.trimClusterDomain(labels); ok {
-		found := lookup{server: s, qtype: question.Qtype}
-		if !found.resolveName(question.Name, parseName(front), maxCNAMEs) {
-			found.rcode = dns.RcodeNameError
+		l := lookup{server: s, qtype: question.Qtype}
+		if !l.resolveName(question.Name, parseName(front), maxCNAMEs) {
+			l.rcode = dns.RcodeNameError
 		}
-		if found.rcode == dns.RcodeNameError || len(found.answer) == 0 {
-			found.authority = []dns.RR{s.soaRecord(s.domain)}
+		if l.rcode == dns.RcodeNameError || len(l.answer) == 0 {
+			l.authority = []dns.RR{s.soaRecord(s.domain)}
 		}
-		return found.response
+		return l.response
 	}
 	if addr, ok := parseReverse(labels); ok {
 		return s.resolveReverse(question, addr)
@@ -48,29 +48,29 @@ func (s *Server) resolve(question dns.Question) response {
 	return s.resolveShort(question, labels)
 }
 
-// resolveReverse answers for an address, if it is one of a Service.
+// resolveReverse answers for an address. An address of no Service is refused.
 func (s *Server) resolveReverse(question dns.Question, addr netip.Addr) response {
 	domains := s.domainsForAddr(addr)
 	if len(domains) == 0 {
 		return response{rcode: dns.RcodeRefused}
 	}
-	found := lookup{server: s, qtype: question.Qtype}
+	l := lookup{server: s, qtype: question.Qtype}
 	for _, domain := range domains {
-		found.addRequested(&dns.PTR{Hdr: s.recordHeader(question.Name, dns.TypePTR), Ptr: domain})
+		l.addRequested(&dns.PTR{Hdr: s.recordHeader(question.Name, dns.TypePTR), Ptr: domain})
 	}
-	return found.response
+	return l.response
 }
 
-// resolveShort answers for a name outside the cluster domain, as a search list
-// would complete it.
+// resolveShort answers for a name outside the cluster domain by completing it with a search
+// list.
 func (s *Server) resolveShort(question dns.Question, labels []string) response {
 	for _, search := range [][]string{{s.searchNamespace, labelService}, {labelService}, {}} {
 		parsed := parseName(slices.Concat(labels, search))
 		switch parsed.kind {
 		case kindService, kindHost, kindPort, kindPod:
-			found := lookup{server: s, qtype: question.Qtype}
-			if found.resolveName(question.Name, parsed, maxCNAMEs) {
-				return found.response
+			l := lookup{server: s, qtype: question.Qtype}
+			if l.resolveName(question.Name, parsed, maxCNAMEs) {
+				return l.response
 			}
 		case kindNone, kindApex, kindVersion, kindEmptyNonTerminal, kindNamespace, kindProtocol:
 		}
@@ -81,10 +81,10 @@ func (s *Server) resolveShort(question dns.Question, labels []string) response {
 	return response{rcode: dns.RcodeRefused}
 }
 
-// canDeny reports whether no other server can know of a name outside the cluster
-// domain: one without a domain, or that ends in svc. One that ends in a
-// namespace may be: dev and app are top-level domains, and resolvers believe a
-// denial of them. What the cluster domain itself ends in exists.
+// canDeny reports whether no other server can know a name outside the cluster domain: a
+// single label, or a name with the last label svc. A name that ends in a namespace may
+// exist elsewhere: dev and app are top-level domains, and resolvers cache a negative answer
+// for them. The last label of the cluster domain exists.
 func (s *Server) canDeny(labels []string) bool {
 	if len(labels) == 0 || labels[len(labels)-1] == s.domainLabels[len(s.domainLabels)-1] {
 		return false
@@ -93,22 +93,22 @@ func (s *Server) canDeny(labels []string) bool {
 	return len(labels) == 1 || last == labelService
 }
 
-// lookup gathers the records of one type.
+// lookup collects the records for one question.
 type lookup struct {
 	response
 	server *Server
 	qtype  uint16
 }
 
-// addRequested adds a record to the answer if it was asked for.
+// addRequested adds a record to the answer if the question asks for its type.
 func (l *lookup) addRequested(rr dns.RR) {
 	if rrtype := rr.Header().Rrtype; l.qtype == rrtype || l.qtype == dns.TypeANY {
 		l.answer = append(l.answer, rr)
 	}
 }
 
-// resolveName adds the records of a name in the cluster domain, owned by owner, and
-// reports whether the name exists. It follows at most so many aliases.
+// resolveName adds the records of a name in the cluster domain with the given owner name
+// and reports whether the name exists. It follows at most aliases CNAME records.
 func (l *lookup) resolveName(owner string, n parsedName, aliases int) bool {
 	s := l.server
 	switch n.kind {
@@ -136,7 +136,7 @@ func (l *lookup) resolveName(owner string, n parsedName, aliases int) bool {
 	return false
 }
 
-// resolveService adds the records of a name that is a Service's or below it.
+// resolveService adds the records of a Service's name or of a name below it.
 func (l *lookup) resolveService(owner string, n parsedName, r *serviceRecords, aliases int) bool {
 	switch n.kind {
 	case kindHost:
@@ -159,8 +159,8 @@ func (l *lookup) resolveService(owner string, n parsedName, r *serviceRecords, a
 	}
 }
 
-// addCNAME adds a CNAME record and, where its target is a Service too, what that one
-// has. An alias answers for every type.
+// addCNAME adds a CNAME record and, if its target is in the cluster domain, the target's
+// records. A CNAME record answers questions of all types.
 func (l *lookup) addCNAME(owner, target string, aliases int) {
 	l.answer = append(l.answer, &dns.CNAME{Hdr: l.server.recordHeader(owner, dns.TypeCNAME), Target: target})
 	front, ok := l.server.trimClusterDomain(splitLabels(target))
@@ -171,14 +171,13 @@ func (l *lookup) addCNAME(owner, target string, aliases int) {
 		l.rcode = dns.RcodeServerFailure
 		return
 	}
-	// The code of a chain is that of its last name (RFC 6604).
+	// The response code is that of the last name in the chain (RFC 6604).
 	if !l.resolveName(target, parseName(front), aliases-1) {
 		l.rcode = dns.RcodeNameError
 	}
 }
 
-// addAddrs adds address records in random order, because most clients take the
-// first.
+// addAddrs adds address records in random order, because most clients use the first one.
 func (l *lookup) addAddrs(owner string, addrs []netip.Addr) {
 	first := len(l.answer)
 	for _, addr := range addrs {
@@ -187,9 +186,9 @@ func (l *lookup) addAddrs(owner string, addrs []netip.Addr) {
 	shuffle(l.answer[first:])
 }
 
-// addSRV adds SRV records in random order, and the addresses they lead to.
+// addSRV adds SRV records in random order, and the addresses of their targets.
 func (l *lookup) addSRV(owner string, r *serviceRecords, ports []srvRecord) {
-	const weight = 100 // all the same
+	const weight = 100 // equal for all targets
 	first := len(l.answer)
 	added := map[string]bool{}
 	for _, port := range ports {
@@ -225,8 +224,8 @@ func (s *Server) recordHeader(owner string, rrtype uint16) dns.RR_Header {
 	return dns.RR_Header{Name: owner, Rrtype: rrtype, Class: dns.ClassINET, Ttl: s.ttl}
 }
 
-// soaRecord returns the record that says how long the absence of a name may be
-// remembered. Nobody copies the zone, so its times have no other use.
+// soaRecord returns the SOA record, which limits how long clients cache a negative answer.
+// Its other times are unused without zone transfers.
 func (s *Server) soaRecord(owner string) dns.RR {
 	const refresh, retry, expire = 7200, 1800, 86400 // seconds
 	return &dns.SOA{

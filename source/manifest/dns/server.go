@@ -23,26 +23,25 @@ import (
 	"fairlead.io/fairlead/kube"
 )
 
-// Options are the settings of a [Server]. The zero value is usable.
+// Options configures a [Server]. The zero value is usable.
 type Options struct {
-	// ClusterDomain is what the names of all Services end in, cluster.local
-	// unless set. A final dot makes no difference.
+	// ClusterDomain is the domain of all Service names. The default is cluster.local. A
+	// final dot is optional.
 	ClusterDomain string
-	// DefaultNamespace is where a client without a search list finds a Service
-	// by its name alone, default unless set.
+	// DefaultNamespace is the namespace in which clients without a search list find a
+	// Service by its name alone. The default is "default".
 	DefaultNamespace string
-	// TTL is how long clients may remember an answer, in whole seconds; 5 s
-	// unless set.
+	// TTL is how long clients may cache an answer, in whole seconds. The default is 5 s.
 	TTL time.Duration
-	// Limiter bounds the connections over TCP. Nil means one with defaults.
+	// Limiter limits TCP connections. Nil means a limiter with default options.
 	Limiter *connlimit.Limiter
-	// Logger gets what goes wrong. Without one nothing is logged.
+	// Logger receives warnings. Nil discards them.
 	Logger *slog.Logger
 }
 
-// WriteTimeout is how long a client over TCP may take to read an answer, for
-// [connlimit.Options]. How long it may take to send a query has package
-// github.com/miekg/dns: 2 s for the first, and 8 s for others.
+// WriteTimeout is how long a TCP client may take to read an answer, for
+// [connlimit.Options]. Package github.com/miekg/dns limits the time to send a query: 2 s
+// for the first one, and 8 s for later ones.
 const WriteTimeout = 2 * time.Second
 
 const (
@@ -51,33 +50,32 @@ const (
 	defaultTTL           = 5 * time.Second
 )
 
-// Server answers DNS queries for the names of Services. Apply tells it of them.
+// Server answers DNS queries for the names of Services. [Server.Apply] updates its data.
 type Server struct {
 	domain          string   // with the final dot, in lower case
-	domainLabels    []string // of domain
+	domainLabels    []string // the labels of domain
 	searchNamespace string
 	ttl             uint32
 	limiter         *connlimit.Limiter
 	logger          *slog.Logger
 
-	mu sync.RWMutex // for all below
-	// synced is set from the first Apply on.
+	mu sync.RWMutex // protects the fields below
+	// synced is set by the first Apply.
 	synced   bool
 	serial   uint32
 	services map[types.NamespacedName]*corev1.Service
 	slices   map[types.NamespacedName]*discoveryv1.EndpointSlice
-	// slicesByService has the names of the slices of each Service.
+	// slicesByService has the names of each Service's EndpointSlices.
 	slicesByService map[types.NamespacedName]map[types.NamespacedName]bool
-	// records has those derived of each Service.
+	// records has the records of each Service.
 	records map[types.NamespacedName]*serviceRecords
-	// servicesPerNamespace counts the Services in each.
+	// servicesPerNamespace counts the Services of each namespace.
 	servicesPerNamespace map[string]int
-	// reverse has the names of each address by the Service they come from.
+	// reverse has the names of each address, by Service.
 	reverse map[netip.Addr]map[types.NamespacedName][]string
 }
 
-// New returns a Server that knows no Service yet and answers SERVFAIL until the
-// first [Server.Apply].
+// New returns a Server without data. It answers SERVFAIL until the first [Server.Apply].
 func New(o Options) *Server {
 	domain := dns.CanonicalName(cmp.Or(o.ClusterDomain, defaultClusterDomain))
 	logger := o.Logger
@@ -104,43 +102,43 @@ func New(o Options) *Server {
 	}
 }
 
-// Apply takes over a change, at a cost that follows the Services it touches.
-// Queries that arrive after it has returned see all of it, others all or nothing.
-// The first Delta must be complete, as it is from a source. Apply may be called at
-// any time, also while the server is not being served.
+// Apply applies a change. Its cost depends on the changed Services only. A query sees
+// either no part of the change or the complete change; after Apply has returned, it sees
+// the complete change. The first Delta must be complete, as it is from a source. Apply may
+// be called at any time, even while Serve is not running.
 func (s *Server) Apply(d kube.Delta) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	touched := map[types.NamespacedName]bool{}
+	dirty := map[types.NamespacedName]bool{}
 	for _, key := range d.DeletedServices {
 		delete(s.services, key)
-		touched[key] = true
+		dirty[key] = true
 	}
 	for _, service := range d.Services {
 		key := types.NamespacedName{Namespace: service.Namespace, Name: service.Name}
 		s.services[key] = service
-		touched[key] = true
+		dirty[key] = true
 	}
 	for _, key := range d.DeletedEndpointSlices {
-		s.putSlice(key, nil, touched)
+		s.putSlice(key, nil, dirty)
 	}
 	for _, slice := range d.EndpointSlices {
 		key := types.NamespacedName{Namespace: slice.Namespace, Name: slice.Name}
-		s.putSlice(key, slice, touched)
+		s.putSlice(key, slice, dirty)
 	}
-	for key := range touched {
+	for key := range dirty {
 		s.rebuildRecords(key)
 	}
 	s.synced = true
 	s.serial++
 }
 
-// putSlice replaces a slice, or removes it where there is no new one, and adds
-// the Services that it belonged or belongs to.
-func (s *Server) putSlice(key types.NamespacedName, slice *discoveryv1.EndpointSlice, touched map[types.NamespacedName]bool) {
+// putSlice replaces an EndpointSlice, or removes it if slice is nil. It adds the previous
+// and the new Service of the slice to dirty.
+func (s *Server) putSlice(key types.NamespacedName, slice *discoveryv1.EndpointSlice, dirty map[types.NamespacedName]bool) {
 	if old := s.slices[key]; old != nil {
 		owner := serviceOf(old)
-		touched[owner] = true
+		dirty[owner] = true
 		delete(s.slicesByService[owner], key)
 		if len(s.slicesByService[owner]) == 0 {
 			delete(s.slicesByService, owner)
@@ -151,7 +149,7 @@ func (s *Server) putSlice(key types.NamespacedName, slice *discoveryv1.EndpointS
 		return
 	}
 	owner := serviceOf(slice)
-	touched[owner] = true
+	dirty[owner] = true
 	if s.slicesByService[owner] == nil {
 		s.slicesByService[owner] = map[types.NamespacedName]bool{}
 	}
@@ -159,7 +157,7 @@ func (s *Server) putSlice(key types.NamespacedName, slice *discoveryv1.EndpointS
 	s.slices[key] = slice
 }
 
-// serviceOf returns the key of the Service that the slice belongs to.
+// serviceOf returns the name of the Service that the slice belongs to.
 func serviceOf(slice *discoveryv1.EndpointSlice) types.NamespacedName {
 	return types.NamespacedName{Namespace: slice.Namespace, Name: slice.Labels[discoveryv1.LabelServiceName]}
 }
@@ -189,7 +187,7 @@ func (s *Server) rebuildRecords(key types.NamespacedName) {
 	}
 	r := newServiceRecords(s.domain, service, endpointSlices)
 	if service.Spec.Type == corev1.ServiceTypeExternalName && r.nonexistent {
-		s.logger.Warn("external name is not a domain name",
+		s.logger.Warn("spec.externalName is not a domain name; the Service has no DNS records",
 			slog.String("service", key.String()), slog.String("external_name", service.Spec.ExternalName))
 	}
 	s.records[key] = r
@@ -202,22 +200,22 @@ func (s *Server) rebuildRecords(key types.NamespacedName) {
 	}
 }
 
-// Sockets are a UDP and a TCP socket that queries arrive at.
+// Sockets has a UDP and a TCP socket that receive queries.
 type Sockets struct {
 	UDP net.PacketConn
 	TCP net.Listener
 }
 
-// Listen opens both sockets at address, host:port, in the calling thread's network
-// namespace. Queries that arrive from then on wait for [Server.Serve]. Port 0 takes
-// one that is free for both; [Sockets.Addr] says which.
+// Listen opens a UDP and a TCP socket at address (host:port) in the network namespace of
+// the calling thread. Queries wait in the sockets until [Server.Serve] is called. Port 0
+// selects a port that is free for both protocols; [Sockets.Addr] returns it.
 func Listen(ctx context.Context, address string) (*Sockets, error) {
-	// A port that is free for TCP may be in use for UDP; another is not likely to
-	// be as well.
+	// A port that is free for TCP may be in use for UDP. Several attempts make a failure
+	// unlikely.
 	const attempts = 8
 	host, port, err := net.SplitHostPort(address)
 	if err != nil {
-		return nil, fmt.Errorf("address to listen on %q: %w", address, err)
+		return nil, fmt.Errorf("listen address %q: %w", address, err)
 	}
 	var config net.ListenConfig
 	for attempt := 1; ; attempt++ {
@@ -235,17 +233,17 @@ func Listen(ctx context.Context, address string) (*Sockets, error) {
 		if port != "0" || attempt == attempts {
 			return nil, fmt.Errorf("listen for DNS queries: %w", errors.Join(err, tcp.Close()))
 		}
-		_ = tcp.Close() // another port comes next
+		_ = tcp.Close() // retry with another port
 	}
 }
 
-// Addr returns the address of the sockets, host:port.
+// Addr returns the address of the sockets as host:port.
 func (s *Sockets) Addr() string { return s.TCP.Addr().String() }
 
-// Close closes both sockets. Serve does so by itself.
+// Close closes both sockets. Serve closes its sockets when it returns.
 func (s *Sockets) Close() error { return errors.Join(s.UDP.Close(), s.TCP.Close()) }
 
-// ListenAndServe is Listen and Serve for one address.
+// ListenAndServe calls [Listen] and [Server.Serve] with one address.
 func (s *Server) ListenAndServe(ctx context.Context, address string) error {
 	sockets, err := Listen(ctx, address)
 	if err != nil {
@@ -254,16 +252,15 @@ func (s *Server) ListenAndServe(ctx context.Context, address string) error {
 	return s.Serve(ctx, sockets)
 }
 
-// Serve answers the queries that arrive at the sockets. It blocks until ctx ends,
-// and then returns nil, or until a socket fails. The sockets are closed when it
-// returns.
+// Serve answers queries that arrive at the sockets. It blocks until ctx is done and then
+// returns nil, or until a socket fails. It closes the sockets before it returns.
 func (s *Server) Serve(ctx context.Context, sockets ...*Sockets) error {
 	group, ctx := errgroup.WithContext(ctx)
 	for _, socket := range sockets {
 		s.serveSocket(ctx, group, "udp "+socket.Addr(), &dns.Server{PacketConn: socket.UDP})
 		s.serveSocket(ctx, group, "tcp "+socket.Addr(), &dns.Server{Listener: s.limiter.Listener(socket.TCP)})
 	}
-	// Without sockets there is still the context to wait for.
+	// Wait for the context even without sockets.
 	group.Go(func() error {
 		<-ctx.Done()
 		return nil
@@ -271,11 +268,12 @@ func (s *Server) Serve(ctx context.Context, sockets ...*Sockets) error {
 	return group.Wait()
 }
 
-// serveSocket adds to the group what answers queries at one socket until ctx ends.
+// serveSocket starts goroutines in the group that answer queries at one socket until ctx is
+// done.
 func (s *Server) serveSocket(ctx context.Context, group *errgroup.Group, where string, server *dns.Server) {
-	// A query is answered from memory. What takes longer is a client over TCP
-	// that does not take its answer.
-	const patience = time.Second
+	// Answers come from memory. Only a TCP client that does not read its answer delays the
+	// shutdown.
+	const shutdownTimeout = time.Second
 	started, ended := make(chan struct{}), make(chan struct{})
 	server.NotifyStartedFunc = func() { close(started) }
 	server.Handler = s
@@ -283,7 +281,7 @@ func (s *Server) serveSocket(ctx context.Context, group *errgroup.Group, where s
 	server.DecorateReader = func(r dns.Reader) dns.Reader { return retryingReader{r} }
 	group.Go(func() error {
 		defer close(ended)
-		// An error after the end of the context is that of the closed socket.
+		// After ctx is done, the error is about the closed socket.
 		if err := server.ActivateAndServe(); err != nil && ctx.Err() == nil {
 			return fmt.Errorf("serve DNS at %s: %w", where, err)
 		}
@@ -292,11 +290,11 @@ func (s *Server) serveSocket(ctx context.Context, group *errgroup.Group, where s
 	group.Go(func() error {
 		<-ctx.Done()
 		select {
-		case <-started: // only then can it be shut down
+		case <-started: // ShutdownContext requires a started server
 		case <-ended:
 			return nil
 		}
-		end, cancel := context.WithTimeout(context.WithoutCancel(ctx), patience)
+		end, cancel := context.WithTimeout(context.WithoutCancel(ctx), shutdownTimeout)
 		defer cancel()
 		if err := server.ShutdownContext(end); err != nil {
 			s.logger.DebugContext(end, "dns connections cut off", slog.String("at", where), slog.Any("error", err))
@@ -305,7 +303,8 @@ func (s *Server) serveSocket(ctx context.Context, group *errgroup.Group, where s
 	})
 }
 
-// retryingReader reads again after errors that pass, which would end the server.
+// retryingReader retries reads after transient errors, which would otherwise end the
+// server.
 type retryingReader struct{ dns.Reader }
 
 // ReadUDP implements [dns.Reader].
@@ -321,15 +320,14 @@ func (r retryingReader) ReadUDP(conn *net.UDPConn, timeout time.Duration) ([]byt
 }
 
 const (
-	// maxUDPQuerySize is the size of the buffer for a query, in bytes.
+	// maxUDPQuerySize is the size of the query buffer, in bytes.
 	maxUDPQuerySize = 4096
-	// maxUDPAnswerSize is the size that fits every path without fragments
-	// (https://www.dnsflagday.net/2020/), in bytes.
+	// maxUDPAnswerSize is the size in bytes that fits all paths without fragmentation
+	// (https://www.dnsflagday.net/2020/).
 	maxUDPAnswerSize = 1232
 )
 
-// ServeDNS answers one query. It makes a Server a handler for package
-// github.com/miekg/dns.
+// ServeDNS answers one query. It implements [dns.Handler] of github.com/miekg/dns.
 func (s *Server) ServeDNS(w dns.ResponseWriter, query *dns.Msg) {
 	_, overTCP := w.RemoteAddr().(*net.TCPAddr)
 	if err := w.WriteMsg(s.newReply(query, overTCP)); err != nil {
@@ -337,8 +335,8 @@ func (s *Server) ServeDNS(w dns.ResponseWriter, query *dns.Msg) {
 	}
 }
 
-// newReply returns the message that answers the query, cut to what the transport
-// and the client can take.
+// newReply returns the reply to a query, truncated to the size that the transport and the
+// client accept.
 func (s *Server) newReply(query *dns.Msg, overTCP bool) *dns.Msg {
 	reply := new(dns.Msg).SetReply(query)
 	size := dns.MinMsgSize
@@ -357,9 +355,9 @@ func (s *Server) newReply(query *dns.Msg, overTCP bool) *dns.Msg {
 	case len(query.Question) != 1:
 		reply.Rcode = dns.RcodeFormatError
 	default:
-		found := s.resolve(query.Question[0])
-		reply.Rcode, reply.Answer, reply.Ns, reply.Extra = found.rcode, found.answer, found.authority, found.extra
-		reply.Authoritative = found.rcode == dns.RcodeSuccess || found.rcode == dns.RcodeNameError
+		resp := s.resolve(query.Question[0])
+		reply.Rcode, reply.Answer, reply.Ns, reply.Extra = resp.rcode, resp.answer, resp.authority, resp.extra
+		reply.Authoritative = resp.rcode == dns.RcodeSuccess || resp.rcode == dns.RcodeNameError
 	}
 	if opt != nil {
 		reply.SetEdns0(maxUDPAnswerSize, false)
@@ -381,7 +379,8 @@ func (s *Server) domainsForAddr(addr netip.Addr) []string {
 	})
 }
 
-// trimClusterDomain returns the labels in front of the cluster domain.
+// trimClusterDomain returns the labels before the cluster domain. It reports false for a
+// name outside the cluster domain.
 func (s *Server) trimClusterDomain(labels []string) ([]string, bool) {
 	n := len(labels) - len(s.domainLabels)
 	if n < 0 || !slices.Equal(labels[n:], s.domainLabels) {
