@@ -132,7 +132,7 @@ func (j *agentLog) parseLine(line []byte) {
 	if c.Level >= slog.LevelWarn {
 		j.problems = append(j.problems, string(line))
 	}
-	if c.Message == "node port given" {
+	if c.Message == "node port allocated" {
 		j.nodePorts[c.Service] = c.NodePort
 	}
 	if c.Message == "committed" {

@@ -10,18 +10,18 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 )
 
-// addressAllocator knows who has which cluster IP, and hands out free ones.
+// addressAllocator allocates cluster IPs and records which Service has which address.
 type addressAllocator struct {
 	pools    map[corev1.IPFamily]*pool
-	families []corev1.IPFamily // the families of the pools, as given
+	families []corev1.IPFamily // the families of the pools, in configured order
 	owners   map[netip.Addr]types.NamespacedName
 }
 
 // pool is a Service CIDR.
 type pool struct {
 	prefix netip.Prefix
-	// size is the number of addresses that can be handed out: all but the first
-	// (the network's) and the last (the broadcast address).
+	// size is the number of addresses that can be allocated: all except the first (network)
+	// and the last (broadcast).
 	size uint64
 	used uint64
 }
@@ -33,13 +33,13 @@ func newAddressAllocator(cidrs []netip.Prefix) (*addressAllocator, error) {
 		case !cidr.IsValid() || cidr.Addr().Is4In6():
 			return nil, fmt.Errorf("service CIDR %s: not a network: use one such as 10.96.0.0/16 or fd00:10:96::/112", cidr)
 		case cidr.Addr().BitLen()-cidr.Bits() < 2:
-			return nil, fmt.Errorf("service CIDR %s: has no address to hand out: use a larger network", cidr)
+			return nil, fmt.Errorf("service CIDR %s: too small: use a larger network", cidr)
 		}
 		family := familyOf(cidr.Addr())
 		if first, ok := a.pools[family]; ok {
-			return nil, fmt.Errorf("service CIDR %s: a second network of family %s, after %s: give at most one a family", cidr, family, first.prefix)
+			return nil, fmt.Errorf("service CIDR %s: second network of family %s, after %s: specify at most one per family", cidr, family, first.prefix)
 		}
-		// More than 2^62 addresses need no more bits of the hash.
+		// A pool uses at most 2^62 addresses: 64 bits of the hash select one of them.
 		bits := min(cidr.Addr().BitLen()-cidr.Bits(), 62)
 		a.pools[family] = &pool{prefix: cidr.Masked(), size: 1<<bits - 2}
 		a.families = append(a.families, family)
@@ -47,11 +47,11 @@ func newAddressAllocator(cidrs []netip.Prefix) (*addressAllocator, error) {
 	return a, nil
 }
 
-// allocate gives the address to the Service. It reports false, and who has it, if
-// it is another's.
+// allocate assigns the address to the Service. It reports false and the owner if another
+// Service has it.
 func (a *addressAllocator) allocate(addr netip.Addr, name types.NamespacedName) (types.NamespacedName, bool) {
-	if holder, ok := a.owners[addr]; ok {
-		return holder, holder == name
+	if owner, ok := a.owners[addr]; ok {
+		return owner, owner == name
 	}
 	a.owners[addr] = name
 	if p := a.pools[familyOf(addr)]; p != nil && p.contains(addr) {
@@ -60,9 +60,9 @@ func (a *addressAllocator) allocate(addr netip.Addr, name types.NamespacedName) 
 	return name, true
 }
 
-// release takes the address back, if it is the Service's.
+// release frees the address if the Service has it.
 func (a *addressAllocator) release(addr netip.Addr, name types.NamespacedName) {
-	if holder, ok := a.owners[addr]; !ok || holder != name {
+	if owner, ok := a.owners[addr]; !ok || owner != name {
 		return
 	}
 	delete(a.owners, addr)
@@ -71,8 +71,8 @@ func (a *addressAllocator) release(addr netip.Addr, name types.NamespacedName) {
 	}
 }
 
-// allocateNext claims a free address for the Service: the one that its name says, or if
-// that is taken the next free one after it. It reports false if there is none.
+// allocateNext allocates a free address to the Service: the one derived from its name or,
+// if that is in use, the next free one. It reports false if all addresses are in use.
 func (a *addressAllocator) allocateNext(name types.NamespacedName, family corev1.IPFamily) (netip.Addr, bool) {
 	p := a.pools[family]
 	if p.used >= p.size {
@@ -88,7 +88,7 @@ func (a *addressAllocator) allocateNext(name types.NamespacedName, family corev1
 	}
 }
 
-// nth returns the i-th address that can be handed out.
+// nth returns the i-th address that can be allocated.
 func (p *pool) nth(i uint64) netip.Addr {
 	bytes := p.prefix.Addr().As16()
 	low := bytes[8:]
@@ -100,28 +100,28 @@ func (p *pool) nth(i uint64) netip.Addr {
 	return addr
 }
 
-// contains reports whether the address is one that can be handed out.
+// contains reports whether the address can be allocated from the pool.
 func (p *pool) contains(addr netip.Addr) bool {
 	if !p.prefix.Contains(addr) {
 		return false
 	}
 	bytes, first := addr.As16(), p.prefix.Addr().As16()
 	if [8]byte(bytes[:8]) != [8]byte(first[:8]) {
-		return false // beyond the 2^62 addresses used of a larger network
+		return false // beyond the 2^62 addresses that are used
 	}
 	i := binary.BigEndian.Uint64(bytes[8:]) - binary.BigEndian.Uint64(first[8:])
 	return i >= 1 && i <= p.size
 }
 
-// addressRequest is the address a Service has to have in one family.
+// addressRequest is a Service's need for an address of one family.
 type addressRequest struct {
 	family corev1.IPFamily
-	// requested is the address that the file says, if it does.
+	// requested is the address specified in the file, if valid.
 	requested netip.Addr
 }
 
-// requests returns what addresses and families the Service needs, following the
-// API server's defaults, and the policy.
+// requests returns the addresses and families that the Service needs, and the family
+// policy, according to the API server's defaults.
 func (a *addressAllocator) requests(o *object) ([]addressRequest, corev1.IPFamilyPolicy, *Error) {
 	spec := &o.service.Spec
 	headless := isHeadless(o.service)
@@ -131,63 +131,63 @@ func (a *addressAllocator) requests(o *object) ([]addressRequest, corev1.IPFamil
 	} else if headless && len(spec.Selector) == 0 {
 		policy = corev1.IPFamilyPolicyRequireDualStack
 	}
-	var wishes []addressRequest
+	var requests []addressRequest
 	for _, family := range spec.IPFamilies {
-		wishes = append(wishes, addressRequest{family: family})
+		requests = append(requests, addressRequest{family: family})
 	}
 	for i, text := range spec.ClusterIPs {
 		if headless {
 			break
 		}
 		addr := netip.MustParseAddr(text) // validated
-		if i < len(wishes) {
-			wishes[i].requested = addr
+		if i < len(requests) {
+			requests[i].requested = addr
 		} else {
-			wishes = append(wishes, addressRequest{familyOf(addr), addr})
+			requests = append(requests, addressRequest{familyOf(addr), addr})
 		}
 	}
-	if len(wishes) == 0 {
+	if len(requests) == 0 {
 		switch {
 		case len(a.families) > 0:
-			wishes = []addressRequest{{family: a.families[0]}}
+			requests = []addressRequest{{family: a.families[0]}}
 		case headless:
-			wishes = []addressRequest{{family: corev1.IPv4Protocol}}
+			requests = []addressRequest{{family: corev1.IPv4Protocol}}
 		default:
-			return nil, "", o.errorf("spec.clusterIP", "the Service needs an address and there is no network to take it from: "+
-				"give one with --service-cidr, or write an address here")
+			return nil, "", o.errorf("spec.clusterIP", "the Service needs an address, but no Service CIDR is configured: "+
+				"set --service-cidr, or write an address here")
 		}
 	}
-	available := func(w addressRequest) bool {
-		return w.requested.IsValid() || a.pools[w.family] != nil || (headless && len(a.families) == 0)
+	available := func(req addressRequest) bool {
+		return req.requested.IsValid() || a.pools[req.family] != nil || (headless && len(a.families) == 0)
 	}
-	if len(wishes) == 1 && policy != corev1.IPFamilyPolicySingleStack {
-		second := addressRequest{family: otherFamily(wishes[0].family)}
+	if len(requests) == 1 && policy != corev1.IPFamilyPolicySingleStack {
+		second := addressRequest{family: otherFamily(requests[0].family)}
 		if available(second) || policy == corev1.IPFamilyPolicyRequireDualStack {
-			wishes = append(wishes, second)
+			requests = append(requests, second)
 		}
 	}
 	if headless {
-		return wishes, policy, nil
+		return requests, policy, nil
 	}
-	if policy == corev1.IPFamilyPolicyPreferDualStack && len(wishes) == 2 {
-		if available(wishes[0]) && !available(wishes[1]) {
-			wishes = wishes[:1]
-		} else if !available(wishes[0]) && available(wishes[1]) {
-			wishes = wishes[1:]
+	if policy == corev1.IPFamilyPolicyPreferDualStack && len(requests) == 2 {
+		if available(requests[0]) && !available(requests[1]) {
+			requests = requests[:1]
+		} else if !available(requests[0]) && available(requests[1]) {
+			requests = requests[1:]
 		}
 	}
-	for _, w := range wishes {
+	for _, req := range requests {
 		switch {
-		case available(w):
+		case available(req):
 		case policy == corev1.IPFamilyPolicyRequireDualStack:
-			return nil, "", o.errorf("spec.ipFamilyPolicy", "RequireDualStack needs an address of both families "+
-				"and there is no %s network to take one from: give one of each family with --service-cidr, or use PreferDualStack", w.family)
+			return nil, "", o.errorf("spec.ipFamilyPolicy", "RequireDualStack needs an address of each family, "+
+				"but no %s Service CIDR is configured: set --service-cidr to one of each family, or use PreferDualStack", req.family)
 		default:
-			return nil, "", o.errorf("spec.ipFamilies", "the Service needs an %s address and there is no network to take it from: "+
-				"give one with --service-cidr, or write an address in spec.clusterIP", w.family)
+			return nil, "", o.errorf("spec.ipFamilies", "the Service needs an %s address, but no such Service CIDR is configured: "+
+				"set --service-cidr, or write an address in spec.clusterIP", req.family)
 		}
 	}
-	return wishes, policy, nil
+	return requests, policy, nil
 }
 
 func otherFamily(family corev1.IPFamily) corev1.IPFamily {

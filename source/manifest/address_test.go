@@ -25,8 +25,8 @@ func clusterIPsByName(d kube.Delta) map[string]string {
 	return out
 }
 
-// TestAddressesAreStable pins addresses: a program that gives others moves every
-// Service of every user at its first start.
+// TestAddressesAreStable pins the allocated addresses: a version that allocates others
+// would change the address of every Service at its first start.
 func TestAddressesAreStable(t *testing.T) {
 	t.Parallel()
 	dual := func(name, policy string) string { return serviceYAML(name, "ipFamilyPolicy: "+policy) }
@@ -45,15 +45,15 @@ func TestAddressesAreStable(t *testing.T) {
 		{"the first network is the default family", []netip.Prefix{cidr6, cidr4}, serviceYAML("backend", "") + dual("redis", "PreferDualStack"), map[string]string{
 			"backend": "fd00:10:96::82fe", "redis": "fd00:10:96::96ac 10.96.150.172",
 		}},
-		{"PreferDualStack does with one", oneCIDR, dual("redis", "PreferDualStack"), map[string]string{"redis": "10.96.150.172"}},
-		{"ipFamilies choose and order", bothCIDR, serviceYAML("redis", "ipFamilies: [IPv6]") +
+		{"PreferDualStack accepts one family", oneCIDR, dual("redis", "PreferDualStack"), map[string]string{"redis": "10.96.150.172"}},
+		{"ipFamilies selects and orders families", bothCIDR, serviceYAML("redis", "ipFamilies: [IPv6]") +
 			serviceYAML("web", "ipFamilyPolicy: PreferDualStack\nipFamilies: [IPv6, IPv4]"), map[string]string{
 			"redis": "fd00:10:96::96ac", "web": "fd00:10:96::3ecb 10.96.62.203",
 		}},
-		{"one address said, the other given", bothCIDR, serviceYAML("redis", "ipFamilyPolicy: RequireDualStack\nclusterIP: fd00::7"), map[string]string{
+		{"one address requested, the other allocated", bothCIDR, serviceYAML("redis", "ipFamilyPolicy: RequireDualStack\nclusterIP: fd00::7"), map[string]string{
 			"redis": "fd00::7 10.96.150.172",
 		}},
-		{"an address that another file says is not given", oneCIDR, serviceYAML("backend", "") + serviceYAML("zzz", "clusterIP: 10.96.130.254"), map[string]string{
+		{"an address requested by another Service is not allocated", oneCIDR, serviceYAML("backend", "") + serviceYAML("zzz", "clusterIP: 10.96.130.254"), map[string]string{
 			"backend": "10.96.130.255", "zzz": "10.96.130.254",
 		}},
 		{"a large IPv6 network", []netip.Prefix{netip.MustParsePrefix("fd00:1:2:3::/48")}, serviceYAML("redis", ""), map[string]string{
@@ -74,7 +74,7 @@ func TestAddressesAreStable(t *testing.T) {
 	}
 }
 
-// TestAddressAllocationExhaustsNetwork gives out all addresses of a small network.
+// TestAddressAllocationExhaustsNetwork allocates all addresses of a small network.
 func TestAddressAllocationExhaustsNetwork(t *testing.T) {
 	t.Parallel()
 	for _, prefix := range []string{"192.0.2.0/28", "fd00::/124", "192.0.2.0/30", "0.0.0.0/28"} {
@@ -98,15 +98,15 @@ func TestAddressAllocationExhaustsNetwork(t *testing.T) {
 		}
 		slices.SortFunc(got, netip.Addr.Compare)
 		if !slices.Equal(got, want) {
-			t.Errorf("%s: gave %v, want %v", cidr, got, want)
+			t.Errorf("%s: allocated %v, want %v", cidr, got, want)
 		}
-		addrs.release(want[0], types.NamespacedName{Name: "stranger"})
+		addrs.release(want[0], types.NamespacedName{Name: "other"})
 		if addr, ok := addrs.allocateNext(types.NamespacedName{Name: "last"}, family); ok {
-			t.Errorf("%s: after a release by a stranger gave %v", cidr, addr)
+			t.Errorf("%s: allocated %v after a release by another Service", cidr, addr)
 		}
 		addrs.release(want[0], addrs.owners[want[0]])
 		if addr, ok := addrs.allocateNext(types.NamespacedName{Name: "last"}, family); !ok || addr != want[0] {
-			t.Errorf("%s: after a release gave %v, %v, want %v", cidr, addr, ok, want[0])
+			t.Errorf("%s: allocated %v, %v after a release, want %v", cidr, addr, ok, want[0])
 		}
 	}
 }
@@ -114,9 +114,9 @@ func TestAddressAllocationExhaustsNetwork(t *testing.T) {
 func TestInvalidServiceCIDRs(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct{ cidrs, want string }{
-		{"10.96.0.0/16 10.97.0.0/16", "service CIDR 10.97.0.0/16: a second network of family IPv4, after 10.96.0.0/16: give at most one a family"},
-		{"10.96.0.0/31", "service CIDR 10.96.0.0/31: has no address to hand out: use a larger network"},
-		{"fd00::1/128", "service CIDR fd00::1/128: has no address to hand out: use a larger network"},
+		{"10.96.0.0/16 10.97.0.0/16", "service CIDR 10.97.0.0/16: second network of family IPv4, after 10.96.0.0/16: specify at most one per family"},
+		{"10.96.0.0/31", "service CIDR 10.96.0.0/31: too small: use a larger network"},
+		{"fd00::1/128", "service CIDR fd00::1/128: too small: use a larger network"},
 		{"::ffff:10.96.0.0/112", "service CIDR ::ffff:10.96.0.0/112: not a network: use one such as 10.96.0.0/16 or fd00:10:96::/112"},
 	} {
 		var cidrs []netip.Prefix
@@ -129,7 +129,7 @@ func TestInvalidServiceCIDRs(t *testing.T) {
 	}
 }
 
-// TestAddressUpdates says who has which address as files change.
+// TestAddressUpdates checks which Service has which address as files change.
 func TestAddressUpdates(t *testing.T) {
 	t.Parallel()
 	addrs, err := newAddressAllocator([]netip.Prefix{netip.MustParsePrefix("10.96.0.0/30")}) // .1 and .2
@@ -145,20 +145,20 @@ func TestAddressUpdates(t *testing.T) {
 	}{
 		{name: "two", file: serviceYAML("a", "") + serviceYAML("b", ""), want: map[string]string{"a": "10.96.0.1", "b": "10.96.0.2"}},
 		{
-			name: "a third finds none", file: serviceYAML("a", "") + serviceYAML("aa", "") + serviceYAML("b", ""),
+			name: "no address for a third", file: serviceYAML("a", "") + serviceYAML("aa", "") + serviceYAML("b", ""),
 			want: map[string]string{"a": "10.96.0.1", "b": "10.96.0.2"},
-			errs: "x.yaml:14: spec.clusterIP: no address is left for the Service, because all 2 of 10.96.0.0/30 are in use: give a larger network with --service-cidr",
+			errs: "x.yaml:14: spec.clusterIP: no free address: all 2 of 10.96.0.0/30 are in use: set --service-cidr to a larger network",
 		},
-		{name: "the third takes what one leaves", file: serviceYAML("aa", "") + serviceYAML("b", ""), want: map[string]string{"aa": "10.96.0.1", "b": "10.96.0.2"}},
+		{name: "the third gets a released address", file: serviceYAML("aa", "") + serviceYAML("b", ""), want: map[string]string{"aa": "10.96.0.1", "b": "10.96.0.2"}},
 		{
-			name: "an address that another has is an error, and the Service stays as it was", file: serviceYAML("aa", "clusterIP: 10.96.0.2") + serviceYAML("b", ""),
+			name: "requesting another Service's address is an error, and the Service is unchanged", file: serviceYAML("aa", "clusterIP: 10.96.0.2") + serviceYAML("b", ""),
 			want: map[string]string{"aa": "10.96.0.1", "b": "10.96.0.2"},
-			errs: "x.yaml:8: spec.clusterIP: 10.96.0.2 is already the address of Service default/b: give one of them another address",
+			errs: "x.yaml:8: spec.clusterIP: 10.96.0.2 is already the address of Service default/b: change one of them",
 		},
-		{name: "two swap", file: serviceYAML("aa", "clusterIP: 10.96.0.2") + serviceYAML("b", "clusterIP: 10.96.0.1"), want: map[string]string{"aa": "10.96.0.2", "b": "10.96.0.1"}},
-		{name: "what was said is kept when it is not said any more", file: serviceYAML("aa", "") + serviceYAML("b", ""), want: map[string]string{"aa": "10.96.0.2", "b": "10.96.0.1"}},
-		{name: "headless gives up its address", file: serviceYAML("aa", "clusterIP: None") + serviceYAML("c", "") + serviceYAML("b", ""), want: map[string]string{"aa": "None", "b": "10.96.0.1", "c": "10.96.0.2"}},
-		{name: "outside of the network", file: serviceYAML("aa", "clusterIP: 192.0.2.1") + serviceYAML("b", ""), want: map[string]string{"aa": "192.0.2.1", "b": "10.96.0.1"}},
+		{name: "two Services swap addresses", file: serviceYAML("aa", "clusterIP: 10.96.0.2") + serviceYAML("b", "clusterIP: 10.96.0.1"), want: map[string]string{"aa": "10.96.0.2", "b": "10.96.0.1"}},
+		{name: "an address is kept when it is no longer requested", file: serviceYAML("aa", "") + serviceYAML("b", ""), want: map[string]string{"aa": "10.96.0.2", "b": "10.96.0.1"}},
+		{name: "a headless Service releases its address", file: serviceYAML("aa", "clusterIP: None") + serviceYAML("c", "") + serviceYAML("b", ""), want: map[string]string{"aa": "None", "b": "10.96.0.1", "c": "10.96.0.2"}},
+		{name: "an address outside the network", file: serviceYAML("aa", "clusterIP: 192.0.2.1") + serviceYAML("b", ""), want: map[string]string{"aa": "192.0.2.1", "b": "10.96.0.1"}},
 	} {
 		d := m.update(map[string]*parsedFile{"x.yaml": parseFile("x.yaml", []byte(step.file))})
 		for _, name := range d.DeletedServices {
@@ -172,13 +172,13 @@ func TestAddressUpdates(t *testing.T) {
 			t.Errorf("%s: errors\n%s\nwant\n%s", step.name, got, step.errs)
 		}
 		if len(m.addresses.owners) != strings.Count(fmt.Sprint(have), ".")/3 || m.addresses.pools[corev1.IPv4Protocol].used > 2 {
-			t.Errorf("%s: holders %v", step.name, m.addresses.owners)
+			t.Errorf("%s: owners %v", step.name, m.addresses.owners)
 		}
 	}
 }
 
-// TestRandomUpdates plays histories of files and compares what the Deltas add up
-// to with a model that is given the last files only.
+// TestRandomUpdates applies random updates and compares the sum of the Deltas with a new
+// model of the final files.
 func TestRandomUpdates(t *testing.T) {
 	t.Parallel()
 	for seed := range uint64(60) {
@@ -222,7 +222,7 @@ func TestRandomUpdates(t *testing.T) {
 				{len(fresh.addresses.owners), len(m.addresses.owners)},
 			} {
 				if sizes[0] != sizes[1] {
-					t.Fatalf("seed %d, step %d: the incremental model remembers more than it has: %v", seed, step, sizes)
+					t.Fatalf("seed %d, step %d: the incremental model has stale entries: %v", seed, step, sizes)
 				}
 			}
 		}
@@ -238,8 +238,8 @@ func newTestModel(t *testing.T) *model {
 	return newModel("here", addrs)
 }
 
-// randomFile returns valid objects with few names, so that they often belong
-// together and are often in two places. Addresses do not depend on history.
+// randomFile returns valid objects with few different names, so that they often refer to
+// each other and are often duplicates. Their addresses do not depend on earlier files.
 func randomFile(r *rand.Rand) string {
 	var b strings.Builder
 	for range 1 + r.IntN(4) {
@@ -263,7 +263,7 @@ func randomFile(r *rand.Rand) string {
 	return b.String()
 }
 
-// mirror is what a receiver of Deltas has.
+// mirror is the state of a receiver of Deltas.
 type mirror struct{ Services, Slices map[string]any }
 
 func newMirror() *mirror { return &mirror{map[string]any{}, map[string]any{}} }
@@ -272,27 +272,27 @@ func (m *mirror) apply(t *testing.T, d kube.Delta) {
 	t.Helper()
 	for _, name := range d.DeletedServices {
 		if m.Services[name.String()] == nil {
-			t.Errorf("%s is deleted, but was never delivered", name)
+			t.Errorf("%s is deleted but was not delivered", name)
 		}
 		delete(m.Services, name.String())
 	}
 	for _, name := range d.DeletedEndpointSlices {
 		if m.Slices[name.String()] == nil {
-			t.Errorf("%s is deleted, but was never delivered", name)
+			t.Errorf("%s is deleted but was not delivered", name)
 		}
 		delete(m.Slices, name.String())
 	}
 	for _, svc := range d.Services {
 		name := types.NamespacedName{Namespace: svc.Namespace, Name: svc.Name}.String()
 		if cmp.Equal(m.Services[name], any(svc)) {
-			t.Errorf("%s is delivered again, unchanged", name)
+			t.Errorf("%s is delivered again without a change", name)
 		}
 		m.Services[name] = svc
 	}
 	for _, slice := range d.EndpointSlices {
 		name := types.NamespacedName{Namespace: slice.Namespace, Name: slice.Name}.String()
 		if cmp.Equal(m.Slices[name], any(slice)) {
-			t.Errorf("%s is delivered again, unchanged", name)
+			t.Errorf("%s is delivered again without a change", name)
 		}
 		m.Slices[name] = slice
 	}

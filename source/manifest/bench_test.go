@@ -5,8 +5,8 @@ import (
 	"testing"
 )
 
-// BenchmarkUpdate measures one changed Pod of a Service with 10, reading its file
-// included. It must not depend on the number of Services.
+// BenchmarkUpdate measures the time to parse a file with one changed Pod and update its
+// Service, which has 10 more. It must not depend on the number of Services.
 func BenchmarkUpdate(b *testing.B) {
 	for _, n := range []int{100, 1_000, 5_000} {
 		b.Run(fmt.Sprintf("services=%d", n), func(b *testing.B) {

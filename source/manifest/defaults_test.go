@@ -10,8 +10,7 @@ import (
 	"k8s.io/apimachinery/pkg/util/intstr"
 )
 
-// TestServiceDefaults says what becomes of Services that say little, as an API
-// server completes them.
+// TestServiceDefaults checks the defaults of Services, which are those of the API server.
 func TestServiceDefaults(t *testing.T) {
 	t.Parallel()
 	spec := func(more func(*corev1.ServiceSpec)) corev1.ServiceSpec {
@@ -33,7 +32,7 @@ func TestServiceDefaults(t *testing.T) {
 		want       func(*corev1.ServiceSpec)
 	}{
 		{"ClusterIP", "", func(*corev1.ServiceSpec) {}},
-		{"no name for the target port", "ports: [{port: 80, targetPort: ''}]", func(*corev1.ServiceSpec) {}},
+		{"empty target port name", "ports: [{port: 80, targetPort: ''}]", func(*corev1.ServiceSpec) {}},
 		{"external addresses", "externalIPs: [192.0.2.1]", func(s *corev1.ServiceSpec) {
 			s.ExternalIPs = []string{"192.0.2.1"}
 			s.ExternalTrafficPolicy = corev1.ServiceExternalTrafficPolicyCluster
@@ -75,7 +74,7 @@ func TestServiceDefaults(t *testing.T) {
 	}
 }
 
-// TestLoadBalancerAddresses says that files may say what a load balancer's
+// TestLoadBalancerAddresses checks that a file may have the status that a load balancer
 // controller writes.
 func TestLoadBalancerAddresses(t *testing.T) {
 	t.Parallel()
@@ -99,8 +98,8 @@ func TestLoadBalancerAddresses(t *testing.T) {
 	}
 }
 
-// TestTrafficDistribution says which hints the slices made from Pods have, and
-// that those of slices in files stay.
+// TestTrafficDistribution checks the hints of EndpointSlices built from Pods, and that
+// hints in files are kept.
 func TestTrafficDistribution(t *testing.T) {
 	t.Parallel()
 	for distribution, want := range map[string]string{

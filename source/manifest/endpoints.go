@@ -13,14 +13,15 @@ import (
 	"k8s.io/apimachinery/pkg/util/intstr"
 )
 
-// generatedSuffix ends the names of the EndpointSlices that are made from Pods. A
-// Service's name has no dot, so none of them can be taken for a Service's own.
+// generatedSuffix ends the names of EndpointSlices built from Pods. A Service name contains
+// no dot, so these names do not conflict with names derived from other Services.
 const generatedSuffix = ".manifest"
 
 // managedBy is the value of the label endpointslice.kubernetes.io/managed-by.
 const managedBy = "manifest.fairlead"
 
-// selects reports whether the pod belongs to the Service's selector.
+// selects reports whether the selector matches the labels. An empty selector matches
+// nothing.
 func selects(selector, labels map[string]string) bool {
 	for key, value := range selector {
 		if got, ok := labels[key]; !ok || got != value {
@@ -30,12 +31,12 @@ func selects(selector, labels map[string]string) bool {
 	return len(selector) > 0
 }
 
-// buildEndpointSlices returns the EndpointSlices of a Service over the pods that its
-// selector selects, as Kubernetes' endpoint slice controller makes them. Pods
-// that serve a named port under different numbers are in different slices.
+// buildEndpointSlices returns the EndpointSlices of a Service for the pods that its
+// selector matches, as Kubernetes' EndpointSlice controller builds them. Pods that resolve
+// a named port to different numbers are in different slices.
 func buildEndpointSlices(svc *corev1.Service, pods []*corev1.Pod, nodeName string) []*discoveryv1.EndpointSlice {
 	slices.SortFunc(pods, func(a, b *corev1.Pod) int { return strings.Compare(a.Name, b.Name) })
-	var made []*discoveryv1.EndpointSlice
+	var built []*discoveryv1.EndpointSlice
 	byName := map[string]*discoveryv1.EndpointSlice{}
 	for _, pod := range pods {
 		if pod.Status.Phase == corev1.PodSucceeded || pod.Status.Phase == corev1.PodFailed {
@@ -55,15 +56,16 @@ func buildEndpointSlices(svc *corev1.Service, pods []*corev1.Pod, nodeName strin
 			if !ok {
 				slice = newSlice(svc, name, family, ports)
 				byName[name] = slice
-				made = append(made, slice)
+				built = append(built, slice)
 			}
 			slice.Endpoints = append(slice.Endpoints, newEndpoint(svc, pod, ip, nodeName))
 		}
 	}
-	return made
+	return built
 }
 
-// sliceName is stable: it depends on the family and the port numbers only.
+// sliceName returns a stable name that depends only on the Service, the family and the
+// ports.
 func sliceName(service string, family corev1.IPFamily, ports []discoveryv1.EndpointPort) string {
 	h := fnv.New32a()
 	for _, p := range ports {
@@ -91,8 +93,8 @@ func newSlice(svc *corev1.Service, name string, family corev1.IPFamily, ports []
 	return slice
 }
 
-// endpointPorts returns the ports of the Service that the pod serves. A port
-// whose name none of the pod's containers knows is left out.
+// endpointPorts returns the Service's ports that the pod serves. A named target port that
+// no container of the pod defines is left out.
 func endpointPorts(svc *corev1.Service, pod *corev1.Pod) []discoveryv1.EndpointPort {
 	ports := []discoveryv1.EndpointPort{}
 	for i := range svc.Spec.Ports {
@@ -150,9 +152,8 @@ func podIP(pod *corev1.Pod, family corev1.IPFamily) string {
 	return ""
 }
 
-// isPodReady reports whether the pod takes connections. A pod with the condition
-// Ready says so itself. One without, as people write it by hand, is ready when
-// it has no phase, or is Running.
+// isPodReady reports whether the pod accepts connections: as the condition Ready says or,
+// without this condition, as in hand-written files, if its phase is unset or Running.
 func isPodReady(pod *corev1.Pod) bool {
 	for _, c := range pod.Status.Conditions {
 		if c.Type == corev1.PodReady {

@@ -6,16 +6,16 @@ import (
 	"strings"
 )
 
-// Error is one thing that is wrong in a file.
+// Error describes one error in a file.
 type Error struct {
 	// File is the name of the file, without the folder.
 	File string
 	// Line counts from 1.
 	Line int
-	// Field is the path of the field, such as spec.ports[0].protocol. It is
-	// empty where the text is not YAML, or no object at all.
+	// Field is the path of the field, such as spec.ports[0].protocol. It is empty if the
+	// text is not YAML or is not an object.
 	Field string
-	// Message says what is wrong and how to put it right.
+	// Message describes the error and its fix.
 	Message string
 }
 
@@ -36,10 +36,10 @@ func (e *Error) compare(o *Error) int {
 	)
 }
 
-// Errors are all things that are wrong in a folder, sorted by file and line.
+// Errors has all errors of a folder, sorted by file and line.
 type Errors []*Error
 
-// Error returns one error a line.
+// Error returns the errors, one per line.
 func (e Errors) Error() string {
 	var b strings.Builder
 	for i, err := range e {
@@ -51,7 +51,7 @@ func (e Errors) Error() string {
 	return b.String()
 }
 
-// Unwrap returns the errors one by one.
+// Unwrap returns the individual errors.
 func (e Errors) Unwrap() []error {
 	errs := make([]error, len(e))
 	for i, err := range e {

@@ -7,8 +7,9 @@ import (
 	"testing"
 )
 
-// FuzzParse feeds anything to the parser and the model: nothing panics, every
-// error has its place in the file, and reading the same again changes nothing.
+// FuzzParse parses arbitrary files: the parser and the model must not panic, each error
+// must have a position in the file, and parsing the same file again must not change
+// anything.
 func FuzzParse(f *testing.F) {
 	inputs, err := filepath.Glob("testdata/errors/*.yaml")
 	if err != nil {
@@ -34,7 +35,7 @@ func FuzzParse(f *testing.F) {
 		}
 		m := newModel("here", addrs)
 		file := parseFile("fuzz.yaml", data)
-		// For YAML, these end lines.
+		// YAML's line breaks.
 		lines := 1
 		for _, r := range string(data) {
 			if strings.ContainsRune("\n\r\u0085\u2028\u2029", r) {
@@ -44,11 +45,11 @@ func FuzzParse(f *testing.F) {
 		m.update(map[string]*parsedFile{"fuzz.yaml": file})
 		for _, err := range m.errors() {
 			if err.File != "fuzz.yaml" || err.Line < 1 || err.Line > lines || err.Message == "" {
-				t.Errorf("error without its place in %d lines: %+v", lines, err)
+				t.Errorf("error without a position in %d lines: %+v", lines, err)
 			}
 		}
 		if d := m.update(map[string]*parsedFile{"fuzz.yaml": parseFile("fuzz.yaml", data)}); !isEmpty(d) {
-			t.Errorf("the same file again changes %+v", d)
+			t.Errorf("parsing the same file again changes %+v", d)
 		}
 	})
 }

@@ -4,8 +4,8 @@ import (
 	"testing"
 )
 
-// TestRunKeepsObjectsWithMisspelledKind makes slips that must not be taken for
-// objects of kinds that are not read, which would delete the live object.
+// TestRunKeepsObjectsWithMisspelledKind checks that a misspelled kind is not treated as an
+// unsupported kind, which would delete the last valid version of the object.
 func TestRunKeepsObjectsWithMisspelledKind(t *testing.T) {
 	t.Parallel()
 	slice := func(apiVersion, kind string) string {
@@ -16,42 +16,42 @@ func TestRunKeepsObjectsWithMisspelledKind(t *testing.T) {
 	good := "apiVersion: v1\nkind: Service\n" + web + slice("discovery.k8s.io/v1", "EndpointSlice")
 	for _, tt := range []struct{ name, text, log string }{
 		{
-			name: "a letter is missing",
+			name: "a missing letter",
 			text: "apiVersion: v1\nkind: Servce\n" + web + slice("discovery.k8s.io/v1", "EndpointSlice"),
 			log:  `a.yaml:2: kind: \"Servce\" is not a kind: did you mean Service?`,
 		},
 		{
-			name: "small letters",
+			name: "lower case",
 			text: "apiVersion: v1\nkind: service\n" + web + slice("discovery.k8s.io/v1", "EndpointSlice"),
 			log:  `a.yaml:2: kind: \"service\" is not a kind: did you mean Service?`,
 		},
 		{
-			name: "the group",
+			name: "a wrong group",
 			text: "apiVersion: v1\nkind: Service\n" + web + slice("discovery/v1", "EndpointSlice"),
-			log:  `a.yaml:6: apiVersion: \"discovery/v1\" is not a version of EndpointSlice that is read: use discovery.k8s.io/v1`,
+			log:  `a.yaml:6: apiVersion: \"discovery/v1\" is not a supported version of EndpointSlice: use discovery.k8s.io/v1`,
 		},
 		{
-			name: "a group where there is none",
+			name: "a group instead of none",
 			text: "apiVersion: core/v1\nkind: Service\n" + web + slice("discovery.k8s.io/v1", "EndpointSlice"),
-			log:  `a.yaml:1: apiVersion: \"core/v1\" is not a version of Service that is read: use v1`,
+			log:  `a.yaml:1: apiVersion: \"core/v1\" is not a supported version of Service: use v1`,
 		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			w := startSource(t, writeFolder(t, "a.yaml", good+serviceYAML("db", "clusterIP: 10.96.0.9")))
 			w.firstDelta()
-			// The name is known, so others in the file are not held.
+			// The object is identified, so that other objects of the file can be deleted.
 			writeFile(t, w.dir, "a.yaml", tt.text)
-			w.expectDeltas("only the object that is really gone goes", "default/db gone")
+			w.expectDeltas("deletion of only the removed object", "default/db deleted")
 			w.expectLog(tt.log)
 			writeFile(t, w.dir, "a.yaml", "apiVersion: v1\nkind: ConfigMap\n---\n"+serviceYAML("db", "clusterIP: 10.96.0.9"))
-			w.expectDeltas("objects of other kinds replace them", "default/web gone", "default/s slice gone", db1)
+			w.expectDeltas("objects of other kinds instead", "default/web deleted", "default/s slice deleted", db1)
 		})
 	}
 }
 
-// TestSkippedKinds names kinds of Kubernetes and others that are left out with a
-// warning, however near their names are to those that are read.
+// TestSkippedKinds checks that kinds of Kubernetes and others are skipped with a warning,
+// even if their names are similar to supported ones.
 func TestSkippedKinds(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct{ apiVersion, kind string }{
@@ -83,7 +83,7 @@ func TestSkippedKinds(t *testing.T) {
 	} {
 		p := parseFile("a.yaml", []byte("apiVersion: "+tt.apiVersion+"\nkind: "+tt.kind+"\nmetadata: {name: x}\n"))
 		if len(p.errs) > 0 || len(p.skipped) != 1 || len(p.invalid) > 0 || p.unidentified {
-			t.Errorf("%s %s: errors %v, left out %v, want it left out", tt.apiVersion, tt.kind, p.errs, p.skipped)
+			t.Errorf("%s %s: errors %v, skipped %v, want it skipped", tt.apiVersion, tt.kind, p.errs, p.skipped)
 		}
 	}
 }

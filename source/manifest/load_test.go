@@ -17,7 +17,7 @@ import (
 	"fairlead.io/fairlead/kube"
 )
 
-var updateGolden = flag.Bool("update", false, "write testdata anew")
+var updateGolden = flag.Bool("update", false, "update golden files in testdata")
 
 var (
 	cidr4    = netip.MustParsePrefix("10.96.0.0/16")
@@ -26,7 +26,7 @@ var (
 	bothCIDR = []netip.Prefix{cidr4, cidr6}
 )
 
-// writeFolder writes files, given as name and text by turns, to a new folder.
+// writeFolder writes files, given as pairs of name and text, to a new folder.
 func writeFolder(t testing.TB, files ...string) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -43,7 +43,7 @@ func writeFile(t testing.TB, dir, name, text string) {
 	}
 }
 
-// summarize writes what a Delta holds, a line an object:
+// summarize returns a line for each object of a Delta:
 //
 //	default/web ClusterIP 10.96.0.1 http:80->8080/TCP
 //	default/web IPv4 http:8080/TCP 10.0.0.1(node,ready) 10.0.0.2
@@ -73,10 +73,10 @@ func summarize(d kube.Delta) []string {
 		lines = append(lines, strings.Join(words, " "))
 	}
 	for _, name := range d.DeletedServices {
-		lines = append(lines, name.String()+" gone")
+		lines = append(lines, name.String()+" deleted")
 	}
 	for _, name := range d.DeletedEndpointSlices {
-		lines = append(lines, name.String()+" slice gone")
+		lines = append(lines, name.String()+" slice deleted")
 	}
 	return lines
 }
@@ -102,7 +102,7 @@ func conditionText(ep discoveryv1.Endpoint) string {
 
 func itoa(n int32) string { return strconv.Itoa(int(n)) }
 
-// podYAML returns the YAML of a pod with labels app: app and a port http, 8080/TCP.
+// podYAML returns a pod with the label app and a port http, 8080/TCP.
 func podYAML(name, app, ip, more string) string {
 	return `
 apiVersion: v1
@@ -120,8 +120,8 @@ status:
 ` + more + "\n---\n"
 }
 
-// serviceYAML returns the YAML of a Service with the selector app: name and one
-// port, 80 to 8080. more is added to the spec.
+// serviceYAML returns a Service with the selector app: name and one port, 80 to 8080. more
+// is added to the spec.
 func serviceYAML(name, more string) string {
 	return `
 apiVersion: v1
@@ -141,7 +141,7 @@ func indent(text string) string {
 	return strings.Join(lines, "\n")
 }
 
-// TestLoad says what files mean.
+// TestLoad checks the objects that result from files.
 func TestLoad(t *testing.T) {
 	t.Parallel()
 	tests := []struct {
@@ -182,7 +182,7 @@ items:
 ...
 ---
 ---
-# nothing here
+# nothing
 `},
 			want: []string{"default/b ClusterIP 10.96.0.2 :53->53/UDP", "shop/a ClusterIP 10.96.0.1 :80->80/TCP"},
 		},
@@ -309,7 +309,7 @@ ports: [{port: 8080}]
 	}
 }
 
-// TestExamples reads the project's own examples.
+// TestExamples loads the project's examples.
 func TestExamples(t *testing.T) {
 	t.Parallel()
 	d, err := Load(Options{Dir: "../../examples", ServiceCIDRs: oneCIDR})
@@ -326,8 +326,8 @@ func TestExamples(t *testing.T) {
 	}
 }
 
-// TestErrors says what people are told, to the letter: testdata/errors has the
-// files, and beside each the errors. Run with -update to write the latter anew.
+// TestErrors checks all error messages: testdata/errors has files and, next to each, the
+// expected errors. Run with -update to update the expected errors.
 func TestErrors(t *testing.T) {
 	t.Parallel()
 	inputs, err := filepath.Glob("testdata/errors/*.yaml")

@@ -6,7 +6,7 @@ import (
 	"sync"
 )
 
-// logBuffer takes what is logged.
+// logBuffer records log output.
 type logBuffer struct {
 	mu  sync.Mutex
 	buf bytes.Buffer

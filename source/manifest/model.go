@@ -14,10 +14,10 @@ import (
 	"fairlead.io/fairlead/kube"
 )
 
-// model holds the objects of all files and does what a control plane would:
-// addresses, node ports and endpoints. It answers each change of files with what that
-// changes, at a cost that follows the change: the objects of the changed files,
-// the Services whose selector shares a label with a changed Pod, and the Pods of
+// model holds the objects of all files and does the work of a control plane: it allocates
+// cluster IPs and node ports, and builds EndpointSlices. update returns the changes that
+// result from changed files. Its cost depends on the change only: the objects of the
+// changed files, the Services whose selector has a label of a changed Pod, and the Pods of
 // a changed Service.
 type model struct {
 	nodeName  string
@@ -25,14 +25,14 @@ type model struct {
 	nodePorts *nodePortAllocator
 
 	files map[string]*parsedFile
-	// candidates has all objects of one name, the one in force first.
+	// candidates has all objects of one ID, the active one first.
 	candidates map[objectID][]*object
-	// retained has the objects kept of files of which it is not known whether
-	// they still have them.
+	// retained has the objects kept from files with unidentified objects: it is not known
+	// whether these files still have them.
 	retained map[*object]struct{}
-	// active has the object in force.
+	// active has the active object of each ID.
 	active map[objectID]*object
-	// podsByLabel and servicesByLabel find Pods by each of their labels, and Services by
+	// podsByLabel indexes Pods by each of their labels, servicesByLabel indexes Services by
 	// the first label of their selector.
 	podsByLabel, servicesByLabel map[label]map[types.NamespacedName]struct{}
 
@@ -40,25 +40,25 @@ type model struct {
 	allocatedAddrs map[types.NamespacedName][]netip.Addr
 	// allocatedPorts has the node ports of each Service.
 	allocatedPorts map[types.NamespacedName][]nodePortAllocation
-	// generatedSlices has the names of the slices made for a Service.
+	// generatedSlices has the names of the EndpointSlices built for each Service.
 	generatedSlices map[types.NamespacedName][]types.NamespacedName
-	// invalidFiles has the files with errors, and doubles the names with more than one
-	// place, so that errors need no walk over everything.
+	// invalidFiles has the files with errors, and duplicates the IDs with several
+	// candidates. They save the method errors a scan of all objects.
 	invalidFiles map[string]struct{}
 	duplicates   map[objectID]struct{}
-	// failedServices has the Services that could not get what they need.
+	// failedServices has the Services whose allocation failed.
 	failedServices map[types.NamespacedName]*Error
 
-	// unloggedPorts has the node ports given since this was last looked at: only logs
-	// tell people which they are.
+	// unloggedPorts has the node ports that were allocated but not logged yet. Only the log
+	// shows them to users.
 	unloggedPorts []unloggedPort
 
-	// deliveredServices and slices are what was delivered.
+	// deliveredServices and deliveredSlices have the objects as delivered.
 	deliveredServices map[types.NamespacedName]*corev1.Service
 	deliveredSlices   map[types.NamespacedName]*discoveryv1.EndpointSlice
 }
 
-// label is one label of the objects of a namespace.
+// label is a label of an object in a namespace.
 type label struct{ namespace, key, value string }
 
 func newModel(nodeName string, addrs *addressAllocator) *model {
@@ -83,35 +83,35 @@ func newModel(nodeName string, addrs *addressAllocator) *model {
 	}
 }
 
-// update takes over what files hold now, nil for a file that is gone, and
-// returns what this changes.
+// update replaces the contents of files, nil for a removed file, and returns the resulting
+// changes.
 func (m *model) update(files map[string]*parsedFile) kube.Delta {
-	touched := map[objectID]struct{}{}
+	changed := map[objectID]struct{}{}
 	for name, file := range files {
-		m.replaceFile(name, file, touched)
+		m.replaceFile(name, file, changed)
 	}
 	dirty := map[types.NamespacedName]struct{}{}
 	out := changes{services: map[types.NamespacedName]*corev1.Service{}, slices: map[types.NamespacedName]*discoveryv1.EndpointSlice{}}
-	for i := range touched {
+	for i := range changed {
 		m.resolveActive(i, dirty, &out)
 	}
 	m.updateServices(dirty, &out)
 	return m.diff(&out)
 }
 
-// changes are objects as they are now, nil if they are gone.
+// changes has the new state of objects, nil for deleted ones.
 type changes struct {
 	services map[types.NamespacedName]*corev1.Service
 	slices   map[types.NamespacedName]*discoveryv1.EndpointSlice
 }
 
-// replaceFile puts the objects of a file in place of what it held. An object
-// that cannot be read now stays as it was.
-func (m *model) replaceFile(name string, file *parsedFile, touched map[objectID]struct{}) {
+// replaceFile replaces the objects of a file. An object that has an error now keeps its
+// previous version.
+func (m *model) replaceFile(name string, file *parsedFile, changed map[objectID]struct{}) {
 	old := m.files[name]
 	if old != nil {
 		for _, o := range old.objects {
-			touched[o.id] = struct{}{}
+			changed[o.id] = struct{}{}
 			m.candidates[o.id] = slices.DeleteFunc(m.candidates[o.id], func(p *object) bool { return p == o })
 			delete(m.retained, o)
 		}
@@ -140,17 +140,16 @@ func (m *model) replaceFile(name string, file *parsedFile, touched map[objectID]
 	}
 	m.files[name] = file
 	for _, o := range file.objects {
-		touched[o.id] = struct{}{}
-		places := m.candidates[o.id]
-		at, _ := slices.BinarySearchFunc(places, o, m.compareCandidates)
-		m.candidates[o.id] = slices.Insert(places, at, o)
+		changed[o.id] = struct{}{}
+		candidates := m.candidates[o.id]
+		index, _ := slices.BinarySearchFunc(candidates, o, m.compareCandidates)
+		m.candidates[o.id] = slices.Insert(candidates, index, o)
 	}
 }
 
-// compareCandidates orders objects of one name, the one in force first: by file and
-// line, but after all others what is retained. It may have been moved, so it
-// must not stand in the way of what is known to be there. Of what is retained,
-// the one in force stays in force.
+// compareCandidates orders the objects of one ID, the active one first: by file and line,
+// with retained objects last. A retained object may have been moved to another file, so a
+// parsed object takes precedence. Among retained objects, the active one stays active.
 func (m *model) compareCandidates(o, p *object) int {
 	_, oRetained := m.retained[o]
 	_, pRetained := m.retained[p]
@@ -169,12 +168,12 @@ func (m *model) compareCandidates(o, p *object) int {
 	}
 }
 
-// resolveActive decides which object of a name is in force and, if it changed, updates
-// the indexes and marks the Services that this touches.
+// resolveActive determines the active object of an ID. If it changed, resolveActive updates
+// the indexes and marks the affected Services dirty.
 func (m *model) resolveActive(i objectID, dirty map[types.NamespacedName]struct{}, out *changes) {
-	var now *object
-	if places := m.candidates[i]; len(places) > 0 {
-		now = places[0]
+	var current *object
+	if candidates := m.candidates[i]; len(candidates) > 0 {
+		current = candidates[0]
 	} else {
 		delete(m.candidates, i)
 	}
@@ -183,34 +182,34 @@ func (m *model) resolveActive(i objectID, dirty map[types.NamespacedName]struct{
 	} else {
 		delete(m.duplicates, i)
 	}
-	was := m.active[i]
-	if now == nil {
+	previous := m.active[i]
+	if current == nil {
 		delete(m.active, i)
 	} else {
-		m.active[i] = now
+		m.active[i] = current
 	}
-	// A failed Service is looked at again: its error may be in another line now.
+	// Allocate a failed Service again: the line of its error may have changed.
 	failed := i.kind == kindService && m.failedServices[i.name] != nil
-	if !failed && (was == nil && now == nil || was != nil && now != nil && was.equal(now)) {
+	if !failed && (previous == nil && current == nil || previous != nil && current != nil && previous.equal(current)) {
 		return
 	}
 	switch i.kind {
 	case kindService:
 		dirty[i.name] = struct{}{}
-		if was != nil {
-			unindex(m.servicesByLabel, i.name, selectorLabel(was.service))
+		if previous != nil {
+			unindex(m.servicesByLabel, i.name, selectorLabel(previous.service))
 		}
-		if now != nil {
-			index(m.servicesByLabel, i.name, selectorLabel(now.service))
+		if current != nil {
+			index(m.servicesByLabel, i.name, selectorLabel(current.service))
 		}
 	case kindPod:
-		for _, o := range []*object{was, now} {
+		for _, o := range []*object{previous, current} {
 			if o == nil {
 				continue
 			}
 			for key, value := range o.pod.Labels {
 				l := label{i.name.Namespace, key, value}
-				if o == was {
+				if o == previous {
 					unindex(m.podsByLabel, i.name, l)
 				} else {
 					index(m.podsByLabel, i.name, l)
@@ -221,7 +220,7 @@ func (m *model) resolveActive(i objectID, dirty map[types.NamespacedName]struct{
 					}
 				}
 			}
-			// A failed Service goes on as it was delivered, and so do its endpoints.
+			// A failed Service keeps its delivered version, and this version's endpoints.
 			for name := range m.failedServices {
 				if svc := m.deliveredServices[name]; svc != nil && name.Namespace == i.name.Namespace && selects(svc.Spec.Selector, o.pod.Labels) {
 					dirty[name] = struct{}{}
@@ -230,8 +229,8 @@ func (m *model) resolveActive(i objectID, dirty map[types.NamespacedName]struct{
 		}
 	case kindEndpointSlice:
 		out.slices[i.name] = nil
-		if now != nil {
-			out.slices[i.name] = now.slice
+		if current != nil {
+			out.slices[i.name] = current.slice
 		}
 	}
 }
@@ -240,7 +239,7 @@ func (o *object) equal(p *object) bool {
 	return reflect.DeepEqual(o.service, p.service) && reflect.DeepEqual(o.pod, p.pod) && reflect.DeepEqual(o.slice, p.slice)
 }
 
-// selectorLabel returns the label of its selector by which a Service is found.
+// selectorLabel returns the label of its selector by which a Service is indexed.
 func selectorLabel(svc *corev1.Service) label {
 	keys := sortedKeys(svc.Spec.Selector)
 	if len(keys) == 0 {
@@ -266,13 +265,13 @@ func unindex(in map[label]map[types.NamespacedName]struct{}, name types.Namespac
 	}
 }
 
-// updateServices gives the dirty Services their addresses, node ports and
-// endpoints.
+// updateServices allocates addresses and node ports for the dirty Services and builds their
+// EndpointSlices.
 func (m *model) updateServices(dirty map[types.NamespacedName]struct{}, out *changes) {
 	if len(dirty) == 0 {
 		return
 	}
-	// A Service that failed may succeed now that others have changed.
+	// A failed Service may succeed after changes of other Services.
 	for name := range m.failedServices {
 		dirty[name] = struct{}{}
 	}
@@ -285,35 +284,34 @@ func (m *model) updateServices(dirty map[types.NamespacedName]struct{}, out *cha
 	for _, name := range names {
 		svc, ok := out.services[name]
 		if !ok {
-			svc = m.deliveredServices[name] // failed: as it was
+			svc = m.deliveredServices[name] // failed: the delivered version stays
 		}
 		m.generateSlices(name, svc, out)
 	}
 }
 
-// serviceAllocation is what one Service needs.
+// serviceAllocation is the allocation of addresses and node ports for one Service.
 type serviceAllocation struct {
 	name         types.NamespacedName
-	object       *object // nil if the Service is gone
+	object       *object // nil if the Service was removed
 	addrRequests []addressRequest
 	policy       corev1.IPFamilyPolicy
-	// oldAddrs has the addresses before, and addrs those that it gets.
+	// oldAddrs has the previous addresses, newAddrs the new ones.
 	oldAddrs, newAddrs []netip.Addr
-	// portWishes, oldPorts and ports are the same for node ports.
+	// portRequests, oldPorts and newPorts are the same for node ports.
 	portRequests       []nodePortRequest
 	oldPorts, newPorts []nodePortAllocation
-	// failed says that it does not get its wishes for now, err why not.
+	// failed means that the requests cannot be met for now; err has the reason.
 	failed bool
 	err    *Error
 }
 
-// allocate gives addresses and node ports to the Services, in the order of the
-// names: first
-// those that files say, so that these are not handed out, then those that each
-// Service has already, then new ones. A Service that does not get all it needs
-// keeps what it has, and others have to do without that. assign returns the
-// Services with their addresses, nil for those that are gone, and leaves out
-// those that failed.
+// allocate allocates addresses and node ports to the Services in three steps, each in the
+// order of the Services' names: it allocates what the files request, so that no other
+// Service gets it; then it reuses existing allocations; then it allocates free ones. A
+// Service whose requests cannot be met keeps its previous allocations, which other Services
+// then cannot get. allocate returns the Services with their addresses, nil for removed
+// ones, and omits failed ones.
 func (m *model) allocate(names []types.NamespacedName) map[types.NamespacedName]*corev1.Service {
 	requests := make(map[types.NamespacedName]*serviceAllocation, len(names))
 	order := make([]*serviceAllocation, 0, len(names))
@@ -326,12 +324,12 @@ func (m *model) allocate(names []types.NamespacedName) map[types.NamespacedName]
 		}
 		requests[name] = r
 		if r.err != nil {
-			r.failed = true // and nothing can help it
+			r.failed = true // permanently, until its file changes
 			m.failedServices[name] = r.err
 			continue
 		}
 		order = append(order, r)
-		// What a Service gives up can be another's in the same update.
+		// Another Service can get the released addresses in the same update.
 		m.releaseUnneeded(r)
 	}
 	for _, r := range order {
@@ -360,12 +358,12 @@ func (m *model) allocate(names []types.NamespacedName) map[types.NamespacedName]
 	return done
 }
 
-// retryFailed gives those that failed what has become free since, because others
-// failed after them. It takes nothing from anyone, so it ends; after that, the
-// errors say what is in force.
+// retryFailed retries failed Services with the addresses and ports that became free because
+// other Services failed later. It takes nothing from other Services, so it terminates;
+// afterwards the errors describe the final state.
 func (m *model) retryFailed(order []*serviceAllocation) {
-	for again := true; again; {
-		again = false
+	for retried := true; retried; {
+		retried = false
 		for _, r := range order {
 			if !r.failed {
 				continue
@@ -375,80 +373,80 @@ func (m *model) retryFailed(order []*serviceAllocation) {
 				r.err = m.allocateRemaining(r)
 			}
 			if r.err != nil {
-				m.rollBack(r, nil) // nobody can have taken what it gave up
+				m.rollBack(r, nil) // no other Service has got its released addresses
 				continue
 			}
 			r.failed = false
-			again = true
+			retried = true
 		}
 	}
 }
 
-// releaseUnneeded releases what a Service has and does not need any more.
+// releaseUnneeded releases the previous allocations that the Service no longer needs.
 func (m *model) releaseUnneeded(r *serviceAllocation) {
 	for _, addr := range r.oldAddrs {
-		if !slices.ContainsFunc(r.addrRequests, func(w addressRequest) bool { return r.reusesAddr(w, addr) }) {
+		if !slices.ContainsFunc(r.addrRequests, func(req addressRequest) bool { return r.reusesAddr(req, addr) }) {
 			m.addresses.release(addr, r.name)
 		}
 	}
-	for _, h := range r.oldPorts {
-		if !slices.ContainsFunc(r.portRequests, func(w nodePortRequest) bool { return r.reusesPort(w, h) }) {
-			m.nodePorts.release(h.port, r.name)
+	for _, alloc := range r.oldPorts {
+		if !slices.ContainsFunc(r.portRequests, func(req nodePortRequest) bool { return r.reusesPort(req, alloc) }) {
+			m.nodePorts.release(alloc.port, r.name)
 		}
 	}
 }
 
-// reusesAddr reports whether an address that the Service has fulfils a wish.
-func (r *serviceAllocation) reusesAddr(w addressRequest, addr netip.Addr) bool {
+// reusesAddr reports whether an address that the Service has satisfies a request.
+func (r *serviceAllocation) reusesAddr(req addressRequest, addr netip.Addr) bool {
 	if isHeadless(r.object.service) {
 		return false
 	}
-	if w.requested.IsValid() {
-		return w.requested == addr
+	if req.requested.IsValid() {
+		return req.requested == addr
 	}
-	return w.family == familyOf(addr)
+	return req.family == familyOf(addr)
 }
 
-// reusesPort reports whether a node port that the Service has fulfils a wish.
-func (r *serviceAllocation) reusesPort(w nodePortRequest, h nodePortAllocation) bool {
-	if w.key != h.key {
+// reusesPort reports whether a node port that the Service has satisfies a request.
+func (r *serviceAllocation) reusesPort(req nodePortRequest, alloc nodePortAllocation) bool {
+	if req.key != alloc.key {
 		return false
 	}
-	if w.requested != 0 {
-		return w.requestedPort() == h.port
+	if req.requested != 0 {
+		return req.requestedPort() == alloc.port
 	}
-	// The file may say it for something else now.
-	return !slices.ContainsFunc(r.portRequests, func(w nodePortRequest) bool { return w.requestedPort() == h.port })
+	// The file may request it for another port now.
+	return !slices.ContainsFunc(r.portRequests, func(req nodePortRequest) bool { return req.requestedPort() == alloc.port })
 }
 
-// allocateRequested claims the addresses and node ports that the file says.
+// allocateRequested allocates the addresses and node ports that the file requests.
 func (m *model) allocateRequested(r *serviceAllocation) *Error {
-	for i, w := range r.addrRequests {
-		if !w.requested.IsValid() {
+	for i, req := range r.addrRequests {
+		if !req.requested.IsValid() {
 			continue
 		}
-		if holder, ok := m.addresses.allocate(w.requested, r.name); !ok {
+		if owner, ok := m.addresses.allocate(req.requested, r.name); !ok {
 			field := "spec.clusterIP"
 			if i > 0 {
 				field = "spec.clusterIPs[1]"
 			}
-			return r.object.errorf(field, "%s is already the address of Service %s: give one of them another address", w.requested, holder)
+			return r.object.errorf(field, "%s is already the address of Service %s: change one of them", req.requested, owner)
 		}
 	}
-	for _, w := range r.portRequests {
-		if w.requested == 0 {
+	for _, req := range r.portRequests {
+		if req.requested == 0 {
 			continue
 		}
-		if holder, ok := m.nodePorts.allocate(w.requestedPort(), r.name); !ok {
-			return r.object.errorf(w.field, "%s is already a node port of Service %s: give one of them another number, or remove the field to get one",
-				w.requestedPort(), holder)
+		if owner, ok := m.nodePorts.allocate(req.requestedPort(), r.name); !ok {
+			return r.object.errorf(req.field, "%s is already a node port of Service %s: change one of them, or remove the field to allocate one",
+				req.requestedPort(), owner)
 		}
 	}
 	return nil
 }
 
-// allocateRemaining completes the addresses and node ports of a Service whose said
-// ones are claimed.
+// allocateRemaining completes the addresses and node ports of a Service after
+// allocateRequested.
 func (m *model) allocateRemaining(r *serviceAllocation) *Error {
 	if err := m.allocateAddresses(r); err != nil {
 		return err
@@ -458,39 +456,39 @@ func (m *model) allocateRemaining(r *serviceAllocation) *Error {
 
 func (m *model) allocatePorts(r *serviceAllocation) *Error {
 	r.newPorts = nil
-	// What it has goes first, so that it is not shared away.
-	for _, w := range r.portRequests {
-		at := slices.IndexFunc(r.oldPorts, func(h nodePortAllocation) bool { return r.reusesPort(w, h) })
+	// Existing ports first, so that allocateSharedPort does not take their numbers.
+	for _, req := range r.portRequests {
+		index := slices.IndexFunc(r.oldPorts, func(alloc nodePortAllocation) bool { return r.reusesPort(req, alloc) })
 		switch {
-		case w.requested != 0:
-			r.newPorts = append(r.newPorts, nodePortAllocation{w.key, w.requestedPort()})
-		case at >= 0:
-			r.newPorts = append(r.newPorts, r.oldPorts[at])
+		case req.requested != 0:
+			r.newPorts = append(r.newPorts, nodePortAllocation{req.key, req.requestedPort()})
+		case index >= 0:
+			r.newPorts = append(r.newPorts, r.oldPorts[index])
 		}
 	}
-	for _, w := range r.portRequests {
-		if slices.ContainsFunc(r.newPorts, func(h nodePortAllocation) bool { return h.key == w.key }) {
+	for _, req := range r.portRequests {
+		if slices.ContainsFunc(r.newPorts, func(alloc nodePortAllocation) bool { return alloc.key == req.key }) {
 			continue
 		}
-		port, ok := m.allocateSharedPort(r, w)
+		port, ok := m.allocateSharedPort(r, req)
 		if !ok {
-			port, ok = m.nodePorts.allocateNext(r.name, w.key)
+			port, ok = m.nodePorts.allocateNext(r.name, req.key)
 		}
 		if !ok {
-			return r.object.errorf(w.field, "no node port is left for the Service, because all %d from %d on are in use: "+
-				"write another number here, or make other Services ClusterIP", nodePortCount, firstNodePort)
+			return r.object.errorf(req.field, "no free node port: all %d ports from %d on are in use: "+
+				"write another number here, or change other Services to type ClusterIP", nodePortCount, firstNodePort)
 		}
-		r.newPorts = append(r.newPorts, nodePortAllocation{w.key, port})
+		r.newPorts = append(r.newPorts, nodePortAllocation{req.key, port})
 	}
 	return nil
 }
 
-// allocateSharedPort claims the number that the same port of the Service has in another
-// protocol, as DNS servers have it, if it is free.
-func (m *model) allocateSharedPort(r *serviceAllocation, w nodePortRequest) (nodePort, bool) {
-	for _, h := range r.newPorts {
-		port := nodePort{w.key.protocol, h.port.number}
-		if _, taken := m.nodePorts.owners[port]; h.key.port == w.key.port && !taken {
+// allocateSharedPort allocates the number that the same port of the Service has in another
+// protocol, as is usual for DNS, if it is free.
+func (m *model) allocateSharedPort(r *serviceAllocation, req nodePortRequest) (nodePort, bool) {
+	for _, alloc := range r.newPorts {
+		port := nodePort{req.key.protocol, alloc.port.number}
+		if _, taken := m.nodePorts.owners[port]; alloc.key.port == req.key.port && !taken {
 			m.nodePorts.allocate(port, r.name)
 			return port, true
 		}
@@ -503,17 +501,17 @@ func (m *model) allocateAddresses(r *serviceAllocation) *Error {
 	if r.object == nil || isHeadless(r.object.service) {
 		return nil
 	}
-	for _, w := range r.addrRequests {
-		addr := w.requested
-		if i := slices.IndexFunc(r.oldAddrs, func(a netip.Addr) bool { return r.reusesAddr(w, a) }); !addr.IsValid() && i >= 0 {
+	for _, req := range r.addrRequests {
+		addr := req.requested
+		if i := slices.IndexFunc(r.oldAddrs, func(a netip.Addr) bool { return r.reusesAddr(req, a) }); !addr.IsValid() && i >= 0 {
 			addr = r.oldAddrs[i]
 		}
 		if !addr.IsValid() {
 			var ok bool
-			if addr, ok = m.addresses.allocateNext(r.name, w.family); !ok {
-				p := m.addresses.pools[w.family]
-				return r.object.errorf("spec.clusterIP", "no address is left for the Service, because all %d of %s are in use: "+
-					"give a larger network with --service-cidr", p.size, p.prefix)
+			if addr, ok = m.addresses.allocateNext(r.name, req.family); !ok {
+				p := m.addresses.pools[req.family]
+				return r.object.errorf("spec.clusterIP", "no free address: all %d of %s are in use: "+
+					"set --service-cidr to a larger network", p.size, p.prefix)
 			}
 		}
 		r.newAddrs = append(r.newAddrs, addr)
@@ -521,8 +519,9 @@ func (m *model) allocateAddresses(r *serviceAllocation) *Error {
 	return nil
 }
 
-// rollBack puts a Service back to what it had, so that its last good version goes
-// on. Those of the requests that have got any of that fail in turn.
+// rollBack restores the previous allocations of a failed Service, so that its last valid
+// version stays in place. Other Services that got one of these allocations in this update
+// fail in turn.
 func (m *model) rollBack(r *serviceAllocation, requests map[types.NamespacedName]*serviceAllocation) {
 	failing := []*serviceAllocation{r}
 	for len(failing) > 0 {
@@ -534,50 +533,50 @@ func (m *model) rollBack(r *serviceAllocation, requests map[types.NamespacedName
 			}
 		}
 		r.newAddrs = nil
-		for _, w := range r.addrRequests {
-			if w.requested.IsValid() && !slices.Contains(r.oldAddrs, w.requested) {
-				m.addresses.release(w.requested, r.name)
+		for _, req := range r.addrRequests {
+			if req.requested.IsValid() && !slices.Contains(r.oldAddrs, req.requested) {
+				m.addresses.release(req.requested, r.name)
 			}
 		}
 		for _, addr := range r.oldAddrs {
-			if holder, ok := m.addresses.allocate(addr, r.name); !ok {
-				// It had something else before: no two had the same.
-				m.addresses.release(addr, holder)
+			if owner, ok := m.addresses.allocate(addr, r.name); !ok {
+				// The owner got the address in this update: no two Services had the same before.
+				m.addresses.release(addr, owner)
 				m.addresses.allocate(addr, r.name)
-				failing = append(failing, requests[holder])
+				failing = append(failing, requests[owner])
 			}
 		}
 		failing = append(failing, m.rollBackPorts(r, requests)...)
 	}
 }
 
-// rollBackPorts is fail for node ports. It returns the requests that fail in turn.
+// rollBackPorts is rollBack for node ports. It returns the allocations that fail in turn.
 func (m *model) rollBackPorts(r *serviceAllocation, requests map[types.NamespacedName]*serviceAllocation) []*serviceAllocation {
 	release := func(port nodePort) {
-		if !slices.ContainsFunc(r.oldPorts, func(h nodePortAllocation) bool { return h.port == port }) {
+		if !slices.ContainsFunc(r.oldPorts, func(alloc nodePortAllocation) bool { return alloc.port == port }) {
 			m.nodePorts.release(port, r.name)
 		}
 	}
-	for _, h := range r.newPorts {
-		release(h.port)
+	for _, alloc := range r.newPorts {
+		release(alloc.port)
 	}
 	r.newPorts = nil
-	for _, w := range r.portRequests {
-		release(w.requestedPort())
+	for _, req := range r.portRequests {
+		release(req.requestedPort())
 	}
 	var failing []*serviceAllocation
-	for _, h := range r.oldPorts {
-		if holder, ok := m.nodePorts.allocate(h.port, r.name); !ok {
-			m.nodePorts.release(h.port, holder)
-			m.nodePorts.allocate(h.port, r.name)
-			failing = append(failing, requests[holder])
+	for _, alloc := range r.oldPorts {
+		if owner, ok := m.nodePorts.allocate(alloc.port, r.name); !ok {
+			m.nodePorts.release(alloc.port, owner)
+			m.nodePorts.allocate(alloc.port, r.name)
+			failing = append(failing, requests[owner])
 		}
 	}
 	return failing
 }
 
-// buildService returns the Service of a request that has its addresses and node
-// ports, nil if it is gone.
+// buildService returns the Service with its addresses and node ports, nil if it was
+// removed.
 func (m *model) buildService(r *serviceAllocation) *corev1.Service {
 	delete(m.allocatedAddrs, r.name)
 	delete(m.allocatedPorts, r.name)
@@ -595,17 +594,17 @@ func (m *model) buildService(r *serviceAllocation) *corev1.Service {
 	}
 	if len(r.newPorts) > 0 {
 		m.allocatedPorts[r.name] = r.newPorts
-		for _, h := range r.newPorts {
-			said := slices.ContainsFunc(r.portRequests, func(w nodePortRequest) bool { return w.key == h.key && w.requested != 0 })
-			if !said && !slices.Contains(r.oldPorts, h) {
-				m.unloggedPorts = append(m.unloggedPorts, unloggedPort{r.name, h})
+		for _, alloc := range r.newPorts {
+			requested := slices.ContainsFunc(r.portRequests, func(req nodePortRequest) bool { return req.key == alloc.key && req.requested != 0 })
+			if !requested && !slices.Contains(r.oldPorts, alloc) {
+				m.unloggedPorts = append(m.unloggedPorts, unloggedPort{r.name, alloc})
 			}
 		}
 		setNodePorts(svc, r.newPorts)
 	}
 	svc.Spec.IPFamilies = nil
-	for _, w := range r.addrRequests {
-		svc.Spec.IPFamilies = append(svc.Spec.IPFamilies, w.family)
+	for _, req := range r.addrRequests {
+		svc.Spec.IPFamilies = append(svc.Spec.IPFamilies, req.family)
 	}
 	svc.Spec.IPFamilyPolicy = nil
 	if r.policy != "" {
@@ -614,7 +613,8 @@ func (m *model) buildService(r *serviceAllocation) *corev1.Service {
 	return svc
 }
 
-// generateSlices makes the EndpointSlices of a Service, nil if it is gone.
+// generateSlices builds the EndpointSlices of a Service and marks its previous ones
+// deleted. svc is nil if the Service was removed.
 func (m *model) generateSlices(name types.NamespacedName, svc *corev1.Service, out *changes) {
 	for _, slice := range m.generatedSlices[name] {
 		out.slices[slice] = nil
@@ -630,8 +630,8 @@ func (m *model) generateSlices(name types.NamespacedName, svc *corev1.Service, o
 	}
 }
 
-// selectPods returns the pods that the Service selects. It looks at those that have
-// the rarest of the selector's labels.
+// selectPods returns the pods that the Service's selector matches. It scans the pods with
+// the rarest label of the selector.
 func (m *model) selectPods(svc *corev1.Service) []*corev1.Pod {
 	var fewest map[types.NamespacedName]struct{}
 	first := true
@@ -650,25 +650,25 @@ func (m *model) selectPods(svc *corev1.Service) []*corev1.Pod {
 	return pods
 }
 
-// diff returns the changes that are different from what was delivered.
+// diff returns the changes since the last delivery and records them as delivered.
 func (m *model) diff(out *changes) kube.Delta {
 	var d kube.Delta
 	for _, name := range sortedNames(out.services) {
-		switch svc, was := out.services[name], m.deliveredServices[name]; {
-		case svc == nil && was != nil:
+		switch svc, previous := out.services[name], m.deliveredServices[name]; {
+		case svc == nil && previous != nil:
 			delete(m.deliveredServices, name)
 			d.DeletedServices = append(d.DeletedServices, name)
-		case svc != nil && !reflect.DeepEqual(svc, was):
+		case svc != nil && !reflect.DeepEqual(svc, previous):
 			m.deliveredServices[name] = svc
 			d.Services = append(d.Services, svc)
 		}
 	}
 	for _, name := range sortedNames(out.slices) {
-		switch slice, was := out.slices[name], m.deliveredSlices[name]; {
-		case slice == nil && was != nil:
+		switch slice, previous := out.slices[name], m.deliveredSlices[name]; {
+		case slice == nil && previous != nil:
 			delete(m.deliveredSlices, name)
 			d.DeletedEndpointSlices = append(d.DeletedEndpointSlices, name)
-		case slice != nil && !reflect.DeepEqual(slice, was):
+		case slice != nil && !reflect.DeepEqual(slice, previous):
 			m.deliveredSlices[name] = slice
 			d.EndpointSlices = append(d.EndpointSlices, slice)
 		}
@@ -685,7 +685,7 @@ func sortedNames[V any](m map[types.NamespacedName]V) []types.NamespacedName {
 	return names
 }
 
-// errors returns everything that is wrong now, sorted by file and line.
+// errors returns all current errors, sorted by file and line.
 func (m *model) errors() Errors {
 	var errs Errors
 	for name := range m.invalidFiles {
@@ -698,9 +698,9 @@ func (m *model) errors() Errors {
 		used := m.candidates[i][0]
 		for _, o := range m.candidates[i][1:] {
 			if _, ok := m.retained[o]; ok {
-				break // and so are the others; none may be there any more
+				break // the others are retained too; their files may no longer have them
 			}
-			errs = append(errs, o.errorf("metadata.name", "%s is also in %s, line %d, and that one is used: remove or rename one of them",
+			errs = append(errs, o.errorf("metadata.name", "%s is also in %s, line %d, which is used: remove or rename one of them",
 				i, used.file, used.root.line))
 		}
 	}

@@ -15,18 +15,18 @@ import (
 	"fairlead.io/fairlead/kube"
 )
 
-// nodePortServiceYAML returns the YAML of a Service with ports such as "80", "53/UDP" and
-// "80=30080", the latter with a node port.
+// nodePortServiceYAML returns a Service with ports such as "80", "53/UDP" and, with a
+// requested node port, "80=30080".
 func nodePortServiceYAML(name, ports, more string) string {
 	var list []string
 	for text := range strings.FieldsSeq(ports) {
-		text, nodePort, said := strings.Cut(text, "=")
+		text, nodePort, requested := strings.Cut(text, "=")
 		port, protocol, ok := strings.Cut(text, "/")
 		if !ok {
 			protocol = "TCP"
 		}
 		item := fmt.Sprintf("{name: p%d, port: %s, protocol: %s", len(list), port, protocol)
-		if said {
+		if requested {
 			item += ", nodePort: " + nodePort
 		}
 		list = append(list, item+"}")
@@ -38,8 +38,8 @@ func nodePortServiceYAML(name, ports, more string) string {
 	return strings.Replace(text, "ports: [{port: 80, targetPort: 8080}]", "ports: ["+strings.Join(list, ", ")+"]", 1)
 }
 
-// nodePortsByName returns the node ports of a Delta's Services by name, such as
-// "30080/TCP 30053/UDP health 31000".
+// nodePortsByName returns the node ports of a Delta's Services by name, such as "30080/TCP
+// 30053/UDP health 31000".
 func nodePortsByName(d kube.Delta) map[string]string {
 	out := map[string]string{}
 	for _, svc := range d.Services {
@@ -60,8 +60,8 @@ const (
 	localLoadBalancerSpec = "type: LoadBalancer\nexternalTrafficPolicy: Local"
 )
 
-// TestNodePortsAreStable pins node ports: a program that gives others breaks the
-// clients of every user at its first start.
+// TestNodePortsAreStable pins the allocated node ports: a version that allocates others
+// would break the clients of every Service at its first start.
 func TestNodePortsAreStable(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
@@ -73,15 +73,15 @@ func TestNodePortsAreStable(t *testing.T) {
 		{"LoadBalancer", nodePortServiceYAML("web", "80", loadBalancerSpec), map[string]string{"web": "32066/TCP"}},
 		{"health checks", nodePortServiceYAML("web", "80", localLoadBalancerSpec), map[string]string{"web": "32066/TCP health 31727"}},
 		{"health checks have a port even if nothing else has", nodePortServiceYAML("web", "80", localLoadBalancerSpec+"\nallocateLoadBalancerNodePorts: false"), map[string]string{"web": "0/TCP health 31727"}},
-		{"no node ports, but for those that the file says", nodePortServiceYAML("web", "80 81=30081", loadBalancerSpec+"\nallocateLoadBalancerNodePorts: false"), map[string]string{"web": "0/TCP 30081/TCP"}},
+		{"only requested node ports", nodePortServiceYAML("web", "80 81=30081", loadBalancerSpec+"\nallocateLoadBalancerNodePorts: false"), map[string]string{"web": "0/TCP 30081/TCP"}},
 		{"ClusterIP", serviceYAML("web", ""), map[string]string{"web": "0/TCP"}},
 		{"one number for all protocols of a port", nodePortServiceYAML("dns", "53/UDP 53/TCP 53/SCTP", ""), map[string]string{"dns": "31452/UDP 31452/TCP 31452/SCTP"}},
-		{"the number that the file says, for all protocols of a port", nodePortServiceYAML("dns", "53/UDP 53/TCP=30053", ""), map[string]string{"dns": "30053/UDP 30053/TCP"}},
-		{"all said", nodePortServiceYAML("dns", "53/UDP=30053 53/TCP=30054", localLoadBalancerSpec+"\nhealthCheckNodePort: 30055"), map[string]string{"dns": "30053/UDP 30054/TCP health 30055"}},
+		{"the requested number for all protocols of a port", nodePortServiceYAML("dns", "53/UDP 53/TCP=30053", ""), map[string]string{"dns": "30053/UDP 30053/TCP"}},
+		{"all requested", nodePortServiceYAML("dns", "53/UDP=30053 53/TCP=30054", localLoadBalancerSpec+"\nhealthCheckNodePort: 30055"), map[string]string{"dns": "30053/UDP 30054/TCP health 30055"}},
 		{"outside of the range", nodePortServiceYAML("web", "80=80", localLoadBalancerSpec+"\nhealthCheckNodePort: 10256"), map[string]string{"web": "80/TCP health 10256"}},
 		{"the same number in protocols of two Services", nodePortServiceYAML("a", "80=30080", "") + nodePortServiceYAML("b", "80/UDP=30080", ""), map[string]string{"a": "30080/TCP", "b": "30080/UDP"}},
-		{"a number that another file says is not given", nodePortServiceYAML("web", "80", "") + nodePortServiceYAML("zzz", "1=32066", ""), map[string]string{"web": "32067/TCP", "zzz": "32066/TCP"}},
-		{"nor if it says it for another protocol", nodePortServiceYAML("web", "80", "") + nodePortServiceYAML("zzz", "1/UDP=32066", ""), map[string]string{"web": "32067/TCP", "zzz": "32066/UDP"}},
+		{"a number requested by another Service is not allocated", nodePortServiceYAML("web", "80", "") + nodePortServiceYAML("zzz", "1=32066", ""), map[string]string{"web": "32067/TCP", "zzz": "32066/TCP"}},
+		{"nor if it is requested for another protocol", nodePortServiceYAML("web", "80", "") + nodePortServiceYAML("zzz", "1/UDP=32066", ""), map[string]string{"web": "32067/TCP", "zzz": "32066/UDP"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
@@ -96,7 +96,7 @@ func TestNodePortsAreStable(t *testing.T) {
 	}
 }
 
-// TestNodePortAllocationExhaustsRange gives out the whole range, what is reserved last.
+// TestNodePortAllocationExhaustsRange allocates the whole range, the static band last.
 func TestNodePortAllocationExhaustsRange(t *testing.T) {
 	t.Parallel()
 	p := newNodePortAllocator()
@@ -107,32 +107,32 @@ func TestNodePortAllocationExhaustsRange(t *testing.T) {
 	for i := range 2768 {
 		port, ok := give(i)
 		if !ok {
-			t.Fatalf("gave %d only", i)
+			t.Fatalf("allocated only %d ports", i)
 		}
 		got = append(got, port.number)
 	}
 	if first := slices.Min(got[:2768-86]); first != 30086 {
-		t.Errorf("the first 2682 begin with %d, want 30086", first)
+		t.Errorf("the lowest of the first 2682 ports is %d, want 30086", first)
 	}
 	slices.Sort(got)
 	if first, last, unique := got[0], got[2767], len(slices.Compact(got)); first != 30000 || last != 32767 || unique != 2768 {
-		t.Errorf("gave %d different ones from %d to %d, want 2768 from 30000 to 32767", unique, first, last)
+		t.Errorf("allocated %d different ports from %d to %d, want 2768 from 30000 to 32767", unique, first, last)
 	}
 	if port, ok := give(2768); ok {
-		t.Errorf("gave %v when none was left", port)
+		t.Errorf("allocated %v although all ports are in use", port)
 	}
 	free := nodePort{corev1.ProtocolTCP, 30500}
-	p.release(free, types.NamespacedName{Name: "stranger"})
+	p.release(free, types.NamespacedName{Name: "other"})
 	if port, ok := give(2768); ok {
-		t.Errorf("gave %v after a stranger released it", port)
+		t.Errorf("allocated %v after a release by another Service", port)
 	}
 	p.release(free, p.owners[free])
 	if port, ok := give(2768); !ok || port != free {
-		t.Errorf("gave %v, %v, want %v, which was released", port, ok, free)
+		t.Errorf("allocated %v, %v, want the released %v", port, ok, free)
 	}
 }
 
-// TestNodePortUpdates says who has which node port as files change.
+// TestNodePortUpdates checks which Service has which node port as files change.
 func TestNodePortUpdates(t *testing.T) {
 	t.Parallel()
 	m := newTestModel(t)
@@ -143,52 +143,52 @@ func TestNodePortUpdates(t *testing.T) {
 		errs       string
 	}{
 		{
-			name: "given", file: nodePortServiceYAML("a", "80 53/UDP", localLoadBalancerSpec),
+			name: "allocated", file: nodePortServiceYAML("a", "80 53/UDP", localLoadBalancerSpec),
 			want: map[string]string{"a": "30766/TCP 30178/UDP health 31531"},
 		},
 		{
-			name: "another that says one of them stays out", file: nodePortServiceYAML("a", "80 53/UDP", localLoadBalancerSpec) + nodePortServiceYAML("b", "80=30766", ""),
+			name: "another Service that requests one of them fails", file: nodePortServiceYAML("a", "80 53/UDP", localLoadBalancerSpec) + nodePortServiceYAML("b", "80=30766", ""),
 			want: map[string]string{"a": "30766/TCP 30178/UDP health 31531"},
-			errs: "x.yaml:17: spec.ports[0].nodePort: 30766/TCP is already a node port of Service default/a: give one of them another number, or remove the field to get one",
+			errs: "x.yaml:17: spec.ports[0].nodePort: 30766/TCP is already a node port of Service default/a: change one of them, or remove the field to allocate one",
 		},
 		{
-			name: "a port joins in another protocol, and no port moves", file: nodePortServiceYAML("a", "80 53 53/UDP", localLoadBalancerSpec),
+			name: "a port in another protocol is added, and no port changes", file: nodePortServiceYAML("a", "80 53 53/UDP", localLoadBalancerSpec),
 			want: map[string]string{"a": "30766/TCP 30178/TCP 30178/UDP health 31531"},
 		},
 		{
-			name: "the file says one for a port, which leaves its old one", file: nodePortServiceYAML("a", "80=30080 53/UDP", localLoadBalancerSpec) + nodePortServiceYAML("b", "80=30766", ""),
+			name: "the file requests a node port, which releases the previous one", file: nodePortServiceYAML("a", "80=30080 53/UDP", localLoadBalancerSpec) + nodePortServiceYAML("b", "80=30766", ""),
 			want: map[string]string{"a": "30080/TCP 30178/UDP health 31531", "b": "30766/TCP"},
 		},
 		{
-			name: "what was said is kept when it is not said any more", file: nodePortServiceYAML("a", "80 53/UDP", localLoadBalancerSpec) + nodePortServiceYAML("b", "80", ""),
+			name: "a node port is kept when it is no longer requested", file: nodePortServiceYAML("a", "80 53/UDP", localLoadBalancerSpec) + nodePortServiceYAML("b", "80", ""),
 			want: map[string]string{"a": "30080/TCP 30178/UDP health 31531", "b": "30766/TCP"},
 		},
 		{
-			name: "two swap", file: nodePortServiceYAML("a", "80=30766 53/UDP", localLoadBalancerSpec) + nodePortServiceYAML("b", "80=30080", ""),
+			name: "two Services swap node ports", file: nodePortServiceYAML("a", "80=30766 53/UDP", localLoadBalancerSpec) + nodePortServiceYAML("b", "80=30080", ""),
 			want: map[string]string{"a": "30766/TCP 30178/UDP health 31531", "b": "30080/TCP"},
 		},
 		{
-			name: "said for another port of the same Service, which gets a new one", file: nodePortServiceYAML("a", "80 81=30766 53/UDP", localLoadBalancerSpec),
+			name: "requested for another port of the same Service, whose old port gets a new one", file: nodePortServiceYAML("a", "80 81=30766 53/UDP", localLoadBalancerSpec),
 			want: map[string]string{"a": "30767/TCP 30766/TCP 30178/UDP health 31531"},
 		},
 		{
-			name: "said for health checks, which leave theirs", file: nodePortServiceYAML("a", "80 81 53/UDP", localLoadBalancerSpec+"\nhealthCheckNodePort: 30766") + nodePortServiceYAML("b", "80=31531", ""),
+			name: "requested for health checks, which releases their port", file: nodePortServiceYAML("a", "80 81 53/UDP", localLoadBalancerSpec+"\nhealthCheckNodePort: 30766") + nodePortServiceYAML("b", "80=31531", ""),
 			want: map[string]string{"a": "30767/TCP 31107/TCP 30178/UDP health 30766", "b": "31531/TCP"},
 		},
 		{
-			name: "one of two wants what the other has: it stays whole as it was", file: nodePortServiceYAML("a", "80=30180 81=31531 53/UDP", localLoadBalancerSpec+"\nhealthCheckNodePort: 30766") + nodePortServiceYAML("b", "80", ""),
+			name: "one of two requests conflicts: the Service is unchanged", file: nodePortServiceYAML("a", "80=30180 81=31531 53/UDP", localLoadBalancerSpec+"\nhealthCheckNodePort: 30766") + nodePortServiceYAML("b", "80", ""),
 			want: map[string]string{"a": "30767/TCP 31107/TCP 30178/UDP health 30766", "b": "31531/TCP"},
-			errs: "x.yaml:7: spec.ports[1].nodePort: 31531/TCP is already a node port of Service default/b: give one of them another number, or remove the field to get one",
+			errs: "x.yaml:7: spec.ports[1].nodePort: 31531/TCP is already a node port of Service default/b: change one of them, or remove the field to allocate one",
 		},
 		{
-			name: "no more than what the file says", file: nodePortServiceYAML("a", "80 53/UDP=30178", loadBalancerSpec+"\nallocateLoadBalancerNodePorts: false") + nodePortServiceYAML("b", "80=30767", ""),
+			name: "only the requested node ports remain", file: nodePortServiceYAML("a", "80 53/UDP=30178", loadBalancerSpec+"\nallocateLoadBalancerNodePorts: false") + nodePortServiceYAML("b", "80=30767", ""),
 			want: map[string]string{"a": "0/TCP 30178/UDP", "b": "30767/TCP"},
 		},
 		{
-			name: "ClusterIP gives up all", file: serviceYAML("a", "") + nodePortServiceYAML("b", "80=30178 53/UDP=30178", ""),
+			name: "ClusterIP releases all", file: serviceYAML("a", "") + nodePortServiceYAML("b", "80=30178 53/UDP=30178", ""),
 			want: map[string]string{"a": "0/TCP", "b": "30178/TCP 30178/UDP"},
 		},
-		{name: "gone", file: "# nothing", want: map[string]string{}},
+		{name: "removed", file: "# nothing", want: map[string]string{}},
 	} {
 		d := m.update(map[string]*parsedFile{"x.yaml": parseFile("x.yaml", []byte(step.file))})
 		for _, name := range d.DeletedServices {
@@ -204,9 +204,9 @@ func TestNodePortUpdates(t *testing.T) {
 	}
 }
 
-// TestRandomNodePorts plays histories of files. Whatever these were, no two uses
-// have the same port, every Service has all that it needs, and the allocator
-// knows exactly what was delivered.
+// TestRandomNodePorts applies random updates. No two Services may have the same port, every
+// Service must have all ports that it needs, and the allocator must agree with the
+// delivered Services.
 func TestRandomNodePorts(t *testing.T) {
 	t.Parallel()
 	errs := 0
@@ -230,21 +230,21 @@ func TestRandomNodePorts(t *testing.T) {
 			for _, svc := range d.Services {
 				have[types.NamespacedName{Namespace: svc.Namespace, Name: svc.Name}] = svc
 			}
-			holders := map[nodePort]types.NamespacedName{}
+			owners := map[nodePort]types.NamespacedName{}
 			for name, svc := range have {
-				for _, w := range nodePortRequests(svc) {
-					other, taken := holders[w.requestedPort()]
-					if w.requested == 0 || taken {
-						t.Fatalf("seed %d, step %d: %s of %s is %v, which %s has", seed, step, w.field, name, w.requestedPort(), other)
+				for _, req := range nodePortRequests(svc) {
+					other, taken := owners[req.requestedPort()]
+					if req.requested == 0 || taken {
+						t.Fatalf("seed %d, step %d: %s of %s is %v, which %s has", seed, step, req.field, name, req.requestedPort(), other)
 					}
-					holders[w.requestedPort()] = name
+					owners[req.requestedPort()] = name
 				}
 			}
-			if diff := cmp.Diff(holders, m.nodePorts.owners); diff != "" {
-				t.Fatalf("seed %d, step %d: holders (-delivered +known):\n%s", seed, step, diff)
+			if diff := cmp.Diff(owners, m.nodePorts.owners); diff != "" {
+				t.Fatalf("seed %d, step %d: owners (-delivered +allocated):\n%s", seed, step, diff)
 			}
 			numbers, used := map[int32]int{}, 0
-			for port := range holders {
+			for port := range owners {
 				if numbers[port.number]++; numbers[port.number] == 1 && port.number >= 30000 {
 					used++
 				}
@@ -256,23 +256,23 @@ func TestRandomNodePorts(t *testing.T) {
 		}
 	}
 	if errs == 0 {
-		t.Error("no two Services ever wanted the same node port: the test tests nothing")
+		t.Error("no node ports conflicted: the test is void")
 	}
 }
 
-// randomNodePortServices returns a few Services whose node ports are said, given and
-// often in the way of each other.
+// randomNodePortServices returns a few Services with requested and allocated node ports
+// that often conflict.
 func randomNodePortServices(r *rand.Rand) string {
 	var b strings.Builder
 	for range 1 + r.IntN(3) {
 		name := fmt.Sprintf("s%d", r.IntN(6))
 		var list []string
 		for _, port := range []string{"80", "53", "53/UDP", "81/UDP"} {
-			switch said := []int{30001, 30002, 30003, 80}[r.IntN(4)]; r.IntN(3) {
+			switch requested := []int{30001, 30002, 30003, 80}[r.IntN(4)]; r.IntN(3) {
 			case 0:
 				list = append(list, port)
 			case 1:
-				list = append(list, fmt.Sprintf("%s=%d", port, said))
+				list = append(list, fmt.Sprintf("%s=%d", port, requested))
 			}
 		}
 		more := []string{"", loadBalancerSpec + "\nallocateLoadBalancerNodePorts: false", localLoadBalancerSpec, localLoadBalancerSpec + "\nhealthCheckNodePort: 30002"}[r.IntN(4)]
@@ -286,19 +286,18 @@ func randomNodePortServices(r *rand.Rand) string {
 	return b.String()
 }
 
-// TestAllocatedNodePortsAreLogged says that people are told the node ports that no
-// file has, once.
+// TestAllocatedNodePortsAreLogged checks that each allocated node port is logged once.
 func TestAllocatedNodePortsAreLogged(t *testing.T) {
 	t.Parallel()
-	w := startSource(t, writeFolder(t, "a.yaml", nodePortServiceYAML("a", "80 53/UDP=30053", localLoadBalancerSpec)))
-	w.firstDelta()
-	const one, two = `msg="node port given" service=default/a port=80/TCP node_port=30766`,
-		`msg="node port given" service=default/a port="health check" node_port=31531`
-	w.expectLog(one)
-	w.expectLog(two)
-	writeFile(t, w.dir, "b.yaml", nodePortServiceYAML("a", "1", "")+nodePortServiceYAML("b", "80", "")) // the first a counts
-	w.expectLog("service=default/b")
-	if n := strings.Count(w.logged.String(), "node port given"); n != 3 {
-		t.Errorf("%d logged, want 3:\n%s", n, w.logged)
+	req := startSource(t, writeFolder(t, "a.yaml", nodePortServiceYAML("a", "80 53/UDP=30053", localLoadBalancerSpec)))
+	req.firstDelta()
+	const one, two = `msg="node port allocated" service=default/a port=80/TCP node_port=30766`,
+		`msg="node port allocated" service=default/a port="health check" node_port=31531`
+	req.expectLog(one)
+	req.expectLog(two)
+	writeFile(t, req.dir, "b.yaml", nodePortServiceYAML("a", "1", "")+nodePortServiceYAML("b", "80", "")) // the first Service a is active
+	req.expectLog("service=default/b")
+	if n := strings.Count(req.logged.String(), "node port allocated"); n != 3 {
+		t.Errorf("%d logged, want 3:\n%s", n, req.logged)
 	}
 }

@@ -12,7 +12,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 )
 
-// kind is a kind of object that is read.
+// kind is a kind of object that is supported.
 type kind string
 
 const (
@@ -21,10 +21,10 @@ const (
 	kindEndpointSlice kind = "EndpointSlice"
 )
 
-// kindList is only a wrapping: no object is of it.
+// kindList wraps objects of other kinds.
 const kindList = "List"
 
-// objectID names an object.
+// objectID identifies an object.
 type objectID struct {
 	kind kind
 	name types.NamespacedName
@@ -32,18 +32,18 @@ type objectID struct {
 
 func (i objectID) String() string { return string(i.kind) + " " + i.name.String() }
 
-// object is one object of a file. One of service, pod and slice is set, with
-// the defaults that need no other object.
+// object is one object of a file. One of service, pod and slice is set, with all defaults
+// that do not depend on other objects.
 type object struct {
 	id      objectID
 	service *corev1.Service
 	pod     *corev1.Pod
 	slice   *discoveryv1.EndpointSlice
 
-	// Where it comes from.
+	// The position in the file.
 	file        string
 	root        *node
-	fieldPrefix string // of field paths: items[2] in a List, else empty
+	fieldPrefix string // prefix of field paths: items[2] in a List, else empty
 }
 
 // line returns the line of a field.
@@ -57,21 +57,21 @@ func (o *object) errorf(field, format string, args ...any) *Error {
 	return &Error{File: o.file, Line: o.line(field), Field: path, Message: fmt.Sprintf(format, args...)}
 }
 
-// ineffective says why the object does nothing, if it lacks what people forget.
+// ineffective returns a warning if the object is valid but has no effect.
 func (o *object) ineffective() *Error {
 	switch {
 	case o.pod != nil:
 		status := &o.pod.Status
-		// No selector selects a Pod without labels, and one that does not run yet,
-		// or not any more, has no address to write down.
+		// No selector matches a Pod without labels. A Pod that is not running has no
+		// address.
 		if len(o.pod.Labels) > 0 && status.PodIP == "" && len(status.PodIPs) == 0 &&
 			(status.Phase == "" || status.Phase == corev1.PodRunning) {
-			return o.errorf("status.podIP", "missing: a Pod without an address is no endpoint of any Service: "+
-				"write its address, or status.phase: Pending as long as it has none")
+			return o.errorf("status.podIP", "missing: a Pod without an address is not an endpoint: "+
+				"write its address, or status.phase: Pending until it has one")
 		}
 	case o.slice != nil:
 		if o.slice.Labels[discoveryv1.LabelServiceName] == "" {
-			return o.errorf("metadata.labels", "%s is missing, so the slice belongs to no Service: add this label with the name of the Service",
+			return o.errorf("metadata.labels", "label %s is missing: set it to the name of the Service",
 				discoveryv1.LabelServiceName)
 		}
 	}
@@ -83,22 +83,21 @@ func (o *object) comparePosition(p *object) int {
 	return cmp.Or(strings.Compare(o.file, p.file), cmp.Compare(o.root.line, p.root.line), strings.Compare(o.fieldPrefix, p.fieldPrefix))
 }
 
-// parsedFile is what a file holds.
+// parsedFile has the result of parsing a file.
 type parsedFile struct {
 	objects []*object
 	errs    []*Error
-	// invalid has the objects that could be named but not be read.
+	// invalid has the identified objects with errors.
 	invalid map[objectID]bool
-	// unidentified is set if there is an object that could not even be named.
+	// unidentified is set if an object could not be identified.
 	unidentified bool
-	// warnings has what is right, but does nothing.
+	// warnings has the warnings about valid objects without effect.
 	warnings []*Error
-	// skipped has the objects of kinds that are not read, as "Deployment in
-	// line 12".
+	// skipped has the objects of unsupported kinds, such as "Deployment in line 12".
 	skipped []string
 }
 
-// parseFile reads a file. It goes on after each error.
+// parseFile parses a file. It continues after each error.
 func parseFile(file string, data []byte) *parsedFile {
 	p := &parser{file: file, parsedFile: &parsedFile{invalid: map[objectID]bool{}}}
 	for _, chunk := range splitDocuments(data) {
@@ -121,7 +120,7 @@ type parser struct {
 	file string
 }
 
-// parseDocument reads one object. lists says whether it may be a List.
+// parseDocument parses one object. lists reports whether it may be a List.
 func (p *parser) parseDocument(n *node, prefix string, lists bool) {
 	fail := func(line int, field, format string, args ...any) {
 		p.errs = append(p.errs, &Error{File: p.file, Line: line, Field: field, Message: fmt.Sprintf(format, args...)})
@@ -153,8 +152,7 @@ func (p *parser) parseDocument(n *node, prefix string, lists bool) {
 	if k == kindEndpointSlice {
 		want = "discovery.k8s.io/v1"
 	}
-	// An object that is nearly of a kind that is read is one: to leave it out
-	// would delete what it was before the slip.
+	// A misspelled kind is an error: skipping the object would delete its last valid version.
 	before := len(p.errs)
 	report := func(field, format string, args ...any) {
 		p.errs = append(p.errs, &Error{File: p.file, Line: n.lineOf(field), Field: joinPath(prefix, field), Message: fmt.Sprintf(format, args...)})
@@ -163,7 +161,7 @@ func (p *parser) parseDocument(n *node, prefix string, lists bool) {
 		report("kind", "%q is not a kind: did you mean %s?", name, k)
 	}
 	if apiVersion != want {
-		report("apiVersion", "%q is not a version of %s that is read: use %s", apiVersion, k, want)
+		report("apiVersion", "%q is not a supported version of %s: use %s", apiVersion, k, want)
 	}
 	switch {
 	case len(p.errs) > before && k == kindList:
@@ -177,12 +175,11 @@ func (p *parser) parseDocument(n *node, prefix string, lists bool) {
 	}
 }
 
-// closestKind returns the kind that is read and that a name stands for, be it with
-// a slip, or "" if there is none.
+// closestKind returns the supported kind that name spells, possibly with a typo, or "".
 func closestKind(name string) kind {
 	lower := strings.ToLower(name)
 	if lower == "job" || lower == "node" {
-		return "" // Kubernetes' own, and near to Pod
+		return "" // kinds of Kubernetes whose names are similar to Pod
 	}
 	best, bestDistance := kind(""), 3
 	for _, k := range []kind{kindService, kindPod, kindEndpointSlice, kindList} {
@@ -193,10 +190,9 @@ func closestKind(name string) kind {
 	return best
 }
 
-// isThirdPartyGroup reports whether the group is that of an API of somebody else,
-// which may well have kinds of the same names, as Knative has a Service. The
-// groups of Kubernetes have no dot or end in .k8s.io, and have no second kind of
-// these names.
+// isThirdPartyGroup reports whether an API group is not Kubernetes' own. Third-party groups
+// may have kinds of the same names, such as Knative's Service. Groups of Kubernetes have no
+// dot or end in .k8s.io; they have no second kind of these names.
 func isThirdPartyGroup(group string) bool {
 	return strings.Contains(group, ".") && !strings.HasSuffix(group, ".k8s.io") &&
 		!strings.HasPrefix(group, "discovery.") && editDistance(group, "discovery.k8s.io") > 3
@@ -210,7 +206,7 @@ func metadataName(n *node) types.NamespacedName {
 	}
 }
 
-// markInvalid notes that an object is there, but cannot be used.
+// markInvalid records that the file has the object, but with errors.
 func (p *parser) markInvalid(i objectID) {
 	if i.name.Name == "" {
 		p.unidentified = true
@@ -221,7 +217,7 @@ func (p *parser) markInvalid(i objectID) {
 
 func (p *parser) parseList(n *node, prefix string, lists bool, fail func(int, string, string, ...any)) {
 	if !lists {
-		fail(n.line, joinPath(prefix, "kind"), "a List in a List: move its items up")
+		fail(n.line, joinPath(prefix, "kind"), "a List must not contain a List: move its items up")
 		return
 	}
 	for _, f := range n.fields {
@@ -244,11 +240,11 @@ func (p *parser) parseList(n *node, prefix string, lists bool, fail func(int, st
 	}
 }
 
-// parseObject reads, completes and validates one object of a kind that is read.
+// parseObject decodes, defaults and validates an object.
 func (p *parser) parseObject(n *node, prefix string, k kind) {
 	o := &object{file: p.file, root: n, fieldPrefix: prefix}
 	before := len(p.errs)
-	// Validators count paths from the object, people from the document.
+	// Validators report paths relative to the object, errorf relative to the document.
 	report := func(field, message string) { p.errs = append(p.errs, o.errorf(field, "%s", message)) }
 	var ok bool
 	switch k {

@@ -15,10 +15,10 @@ import (
 	kjson "sigs.k8s.io/json"
 )
 
-// decode fills the object from the node, strictly. The types of all fields are
-// compared with the tree first, because the JSON decoder stops at the first
-// wrong type and knows no lines; that it must agree afterwards makes sure that
-// nothing passes which Kubernetes' own decoder refuses.
+// decode fills object from n strictly. It first compares the types of all fields with the
+// tree, because the JSON decoder stops at the first wrong type and has no line numbers.
+// Then Kubernetes' own strict decoder decodes the object, so that decode accepts no object
+// which that decoder rejects.
 func decode(n *node, object any, prefix string, report func(field, message string)) bool {
 	c := typeChecker{report: report}
 	c.check(n, reflect.TypeOf(object).Elem(), prefix)
@@ -40,7 +40,7 @@ func decode(n *node, object any, prefix string, report func(field, message strin
 	return len(strict) == 0
 }
 
-// typeChecker compares a tree with the Go type it is meant for.
+// typeChecker compares a tree with a Go type.
 type typeChecker struct {
 	report func(field, message string)
 	failed bool
@@ -53,7 +53,7 @@ func (c *typeChecker) fail(field, format string, args ...any) {
 
 func (c *typeChecker) check(n *node, t reflect.Type, path string) {
 	if n.tag == "!!null" {
-		return // as if it were not there
+		return // null is equivalent to a missing field
 	}
 	for t.Kind() == reflect.Pointer {
 		t = t.Elem()
@@ -86,7 +86,7 @@ func (c *typeChecker) check(n *node, t reflect.Type, path string) {
 			c.check(item, t.Elem(), fmt.Sprintf("%s[%d]", path, i))
 		}
 	case reflect.String:
-		// Dates are text for Kubernetes, which has no type for them.
+		// Kubernetes has no date type: dates are text.
 		c.checkScalar(n, path, "text", "!!str", "!!timestamp")
 	case reflect.Bool:
 		c.checkScalar(n, path, "true or false", "!!bool")
@@ -102,7 +102,7 @@ func (c *typeChecker) check(n *node, t reflect.Type, path string) {
 	}
 }
 
-// checkUnmarshaler is for types that read JSON themselves.
+// checkUnmarshaler checks types that implement json.Unmarshaler.
 func (c *typeChecker) checkUnmarshaler(n *node, t reflect.Type, path string) {
 	switch t {
 	case reflect.TypeFor[intstr.IntOrString]():
@@ -128,7 +128,7 @@ func (c *typeChecker) checkUnmarshaler(n *node, t reflect.Type, path string) {
 		case reflect.TypeFor[resource.Quantity]():
 			c.fail(path, "%s, want a quantity: write one such as 100m or 64Mi", describeNode(n))
 		default:
-			c.fail(path, "%s and does not belong here: %v", describeNode(n), err)
+			c.fail(path, "%s, which is not allowed here: %v", describeNode(n), err)
 		}
 	}
 }
@@ -195,7 +195,7 @@ func joinPath(path, name string) string {
 	return path + "." + name
 }
 
-// jsonFields returns the types of a struct's fields by their JSON names.
+// jsonFields returns the types of a struct's fields by JSON name.
 func jsonFields(t reflect.Type) map[string]reflect.Type {
 	fields := map[string]reflect.Type{}
 	for f := range t.Fields() {
@@ -211,7 +211,7 @@ func jsonFields(t reflect.Type) map[string]reflect.Type {
 	return fields
 }
 
-// suggestField names the field that was meant, if one is near.
+// suggestField returns a hint with the most similar field name, if any.
 func suggestField(name string, fields map[string]reflect.Type) string {
 	best, bestDistance := "", 3
 	for field := range fields {
@@ -226,7 +226,7 @@ func suggestField(name string, fields map[string]reflect.Type) string {
 	return fmt.Sprintf(": did you mean %s?", best)
 }
 
-// editDistance is the number of letters to add, remove or replace to get from a to b.
+// editDistance returns the Levenshtein distance of a and b.
 func editDistance(a, b string) int {
 	row := make([]int, len(b)+1)
 	for j := range row {

@@ -18,8 +18,8 @@ import (
 	"fairlead.io/fairlead/kube"
 )
 
-// simulatedFolder is a Source in a synctest bubble. The test announces the events of its
-// folder, as inotify would, and time is the bubble's.
+// simulatedFolder is a Source in a synctest bubble. The test sends the events of its folder
+// instead of inotify, and uses the bubble's clock.
 type simulatedFolder struct {
 	t      *testing.T
 	dir    string
@@ -28,8 +28,8 @@ type simulatedFolder struct {
 	logged *logBuffer
 }
 
-// startSimulated starts a Source, and waits until it has delivered the folder's
-// files. It ends with the bubble.
+// startSimulated starts a Source and waits until it has delivered the folder's files. It
+// ends with the bubble.
 func startSimulated(t *testing.T, dir string) *simulatedFolder {
 	t.Helper()
 	a := &simulatedFolder{t: t, dir: dir, events: make(chan fsnotify.Event), deltas: make(chan kube.Delta, 100), logged: &logBuffer{}}
@@ -54,7 +54,7 @@ func startSimulated(t *testing.T, dir string) *simulatedFolder {
 	return a
 }
 
-// writeAndNotify replaces the content of the file a.yaml and announces that.
+// writeAndNotify replaces the content of the file a.yaml and sends the event.
 func (a *simulatedFolder) writeAndNotify(content string) {
 	a.t.Helper()
 	const name = "a.yaml"
@@ -62,8 +62,8 @@ func (a *simulatedFolder) writeAndNotify(content string) {
 	a.events <- fsnotify.Event{Name: filepath.Join(a.dir, name), Op: fsnotify.Write}
 }
 
-// expectAfter checks that nothing is delivered before the given time has passed, and
-// then the lines; none stands for no Delta.
+// expectAfter checks that nothing is delivered before the given time, and that the lines
+// are delivered then. Without lines it expects no Delta.
 func (a *simulatedFolder) expectAfter(what string, wait time.Duration, want ...string) {
 	a.t.Helper()
 	time.Sleep(wait - time.Nanosecond)
@@ -82,40 +82,40 @@ func (a *simulatedFolder) expectAfter(what string, wait time.Duration, want ...s
 	}
 }
 
-// TestRunWaitsForSlowWriters empties a file and fills it as late as kubectl get
-// does in kubectl get -o yaml > a.yaml: the Service must not go in between.
+// TestRunWaitsForSlowWriters empties a file and fills it as late as kubectl does in
+// "kubectl get -o yaml > a.yaml": the Service must not be deleted in between.
 func TestRunWaitsForSlowWriters(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		a := startSimulated(t, writeFolder(t, "a.yaml", serviceYAML("web", "clusterIP: 10.96.0.1"), "b.yaml", serviceYAML("db", "clusterIP: 10.96.0.9")))
 		a.writeAndNotify("")
 		a.expectAfter("emptied", emptyFileDelay-coalesceDelay)
-		// Another file does not make it shorter, and need not wait.
+		// An event of another file does not end the delay, and is not delayed.
 		other := filepath.Join(a.dir, "b.yaml")
 		if err := os.Remove(other); err != nil {
 			t.Fatal(err)
 		}
 		a.events <- fsnotify.Event{Name: other, Op: fsnotify.Remove}
-		a.expectAfter("another file", coalesceDelay, "default/db gone")
-		// An event of the file makes it longer.
+		a.expectAfter("another file", coalesceDelay, "default/db deleted")
+		// An event of the file restarts the delay.
 		a.writeAndNotify("# soon\n")
 		a.expectAfter("an event of the file", emptyFileDelay-coalesceDelay)
 		a.writeAndNotify(serviceYAML("web", "clusterIP: 10.96.0.2"))
 		a.expectAfter("filled", coalesceDelay, web2)
-		a.expectAfter("nothing else", time.Hour)
+		a.expectAfter("no further change", time.Hour)
 		if logged := a.logged.String(); logged != "" {
 			t.Errorf("logged: %s", logged)
 		}
 	})
 }
 
-// TestRunAcceptsEmptyFile leaves files empty for as long as no writer needs.
+// TestRunAcceptsEmptyFile leaves a file empty for longer than emptyFileDelay.
 func TestRunAcceptsEmptyFile(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		a := startSimulated(t, writeFolder(t, "a.yaml", serviceYAML("web", "clusterIP: 10.96.0.1")))
 		a.writeAndNotify("")
-		a.expectAfter("left empty", coalesceDelay+emptyFileDelay, "default/web gone")
+		a.expectAfter("an empty file", coalesceDelay+emptyFileDelay, "default/web deleted")
 		if want := "file has no objects any more"; !strings.Contains(a.logged.String(), want) {
 			t.Errorf("not logged: %s\nlogged:\n%s", want, a.logged)
 		}
@@ -127,11 +127,11 @@ func TestRunLogsEmptyFile(t *testing.T) {
 	w := startSource(t, writeFolder(t, "a.yaml", serviceYAML("web", "clusterIP: 10.96.0.1")))
 	w.firstDelta()
 	writeFile(t, w.dir, "a.yaml", "")
-	w.expectDeltas("left empty", "default/web gone")
-	w.expectLog(`level=INFO msg="file has no objects any more, so those that it had are gone" file=a.yaml objects=1 bytes=0`)
+	w.expectDeltas("an empty file", "default/web deleted")
+	w.expectLog(`level=INFO msg="file has no objects any more; its previous objects are deleted" file=a.yaml objects=1 bytes=0`)
 }
 
-// TestDanglingLinks has links that lead to no file.
+// TestDanglingLinks checks links to missing files.
 func TestDanglingLinks(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -143,10 +143,10 @@ func TestDanglingLinks(t *testing.T) {
 	w := startSource(t, dir)
 	w.firstDelta()
 	w.expectLog("loop.yaml:1: cannot be read: too many levels of symbolic links: correct the link")
-	w.expectLog(`level=WARN msg="link leads to no file, so nothing is read" file=nowhere.yaml to=missing`)
+	w.expectLog(`level=WARN msg="dangling link, nothing is read" file=nowhere.yaml to=missing`)
 	writeFile(t, dir, "a.yaml", serviceYAML("web", "clusterIP: 10.96.0.1"))
 	w.expectDeltas("another file", web1)
-	// Linked anew, to a file and to nothing again.
+	// Change the link to an existing file, and then to a missing one.
 	link := func(to string) {
 		t.Helper()
 		if err := os.Symlink(to, filepath.Join(dir, "new")); err != nil {
@@ -160,7 +160,7 @@ func TestDanglingLinks(t *testing.T) {
 	link("db.txt")
 	w.expectDeltas("a link to a file", db1)
 	link("gone.txt")
-	w.expectDeltas("a link to nothing", "default/db gone")
+	w.expectDeltas("a link to a missing file", "default/db deleted")
 	w.expectLog("file=nowhere.yaml to=gone.txt")
 	if n := strings.Count(w.logged.String(), "to=missing"); n != 1 {
 		t.Errorf("logged %d times, want once:\n%s", n, w.logged)

@@ -21,51 +21,49 @@ import (
 )
 
 const (
-	// coalesceDelay is how long events gather after the first: an editor makes several
-	// for one save, and a writer truncates a file before it fills it.
+	// coalesceDelay is how long events are collected after the first one: an editor causes
+	// several for one save, and a writer truncates a file before it fills it.
 	coalesceDelay = 2 * time.Millisecond
-	// retryDelay is when a file that could not be read is looked at once more, in
-	// case it was being written.
+	// retryDelay is when an unreadable file is read again, in case it was being written.
 	retryDelay = 150 * time.Millisecond
-	// emptyFileDelay is how long after its last event a file must be without objects
-	// to lose those that it had: a shell empties the file of kubectl get > a.yaml
-	// at once, and kubectl fills it when it has the answer.
+	// emptyFileDelay is how long after its last event a file must have no objects before
+	// its previous objects are deleted. In "kubectl get > a.yaml", the shell empties the
+	// file at once, and kubectl fills it when it has the response.
 	emptyFileDelay = 2 * time.Second
 )
 
-// Options say what to read and how to complete it.
+// Options configures a [Source].
 type Options struct {
 	// Dir is the folder with the files.
 	Dir string
-	// ServiceCIDRs are the networks that Services without an address get one
-	// from, at most one of each family. The first is the family that Services
-	// have when they do not say.
+	// ServiceCIDRs are the networks to allocate cluster IPs from, at most one per IP
+	// family. The family of the first one is the default for Services that do not specify a
+	// family.
 	ServiceCIDRs []netip.Prefix
-	// NodeName is the node of Pods that do not name one.
+	// NodeName is the node of Pods without spec.nodeName.
 	NodeName string
-	// Logger takes errors and warnings about the files. Nil discards them.
+	// Logger receives errors and warnings about the files. Nil discards them.
 	Logger *slog.Logger
 }
 
-// Source reads a folder of Kubernetes objects and watches it.
+// Source delivers the Kubernetes objects of a folder.
 type Source struct {
 	opts   Options
 	log    *slog.Logger
 	model  *model
 	hashes map[string][sha256.Size]byte
-	// loggedErrors has the errors of now, which were logged.
+	// loggedErrors has the current errors, which have been logged.
 	loggedErrors map[string]bool
-	// loggedSkipped has the warning about each file with kinds that are not read.
+	// loggedSkipped has the logged warning about skipped kinds of each file.
 	loggedSkipped map[string]string
-	// loggedWarnings has the warnings about each file that were logged and still hold.
+	// loggedWarnings has the logged warnings of each file that still apply.
 	loggedWarnings map[string][]string
-	// loggedDangling has the links that were warned of, and where they lead.
+	// loggedDangling has the dangling links that have been logged, and their targets.
 	loggedDangling map[string]string
 }
 
-// New returns a Source for the folder. It starts nothing. The error names the
-// folder if it cannot be read, or the network in ServiceCIDRs that cannot be
-// used.
+// New returns a Source for the folder. It starts nothing. It returns an error if the folder
+// cannot be read or a network in ServiceCIDRs is invalid.
 func New(opts Options) (*Source, error) {
 	addrs, err := newAddressAllocator(opts.ServiceCIDRs)
 	if err != nil {
@@ -90,9 +88,9 @@ func New(opts Options) (*Source, error) {
 	}, nil
 }
 
-// Load reads the folder once and returns everything in it, as the first Delta
-// of [Source.Run] would hold it. If something is wrong with files, the error is
-// of type [Errors], and the Delta has what is right.
+// Load reads the folder once and returns its objects, as in the first Delta of
+// [Source.Run]. If files have errors, Load returns an error of type [Errors] and a Delta
+// with the valid objects.
 func Load(opts Options) (kube.Delta, error) {
 	s, err := New(opts)
 	if err != nil {
@@ -108,49 +106,47 @@ func Load(opts Options) (kube.Delta, error) {
 	return d, nil
 }
 
-// Run reads the folder, delivers everything in it, even if that is nothing, and
-// then delivers each change. It blocks until ctx is done, and then returns nil;
-// or until the folder can be read no more, and then returns an error that names
-// it. deliver is called from within Run, one call at a time. Run must be called
-// only once.
+// Run reads the folder, delivers its objects, even if the folder is empty, and then each
+// change. It blocks until ctx is done and then returns nil. If the folder can no longer be
+// read, Run returns an error. It calls deliver synchronously, one call at a time. Run must
+// be called only once.
 //
-// What is wrong with files is logged once, when it appears, and so are the node
-// ports that Services are given.
+// Run logs each error in a file once, when it appears, and each allocated node port.
 func (s *Source) Run(ctx context.Context, deliver func(kube.Delta)) error {
 	watcher, err := fsnotify.NewWatcher()
 	if err != nil {
 		return fmt.Errorf("watch folder %s: %w", s.opts.Dir, err)
 	}
 	defer func() { _ = watcher.Close() }()
-	// The watch begins before the first reading, so that nothing is missed.
+	// Watch before the first read, so that no change is missed.
 	if err := watcher.Add(s.opts.Dir); err != nil {
 		return fmt.Errorf("watch folder %s: %w", s.opts.Dir, err)
 	}
 	return s.run(ctx, watcher, deliver)
 }
 
-// run reads the folder, delivers everything, and then each change that the
-// watcher announces.
+// run reads the folder, delivers its objects, and then each change that the watcher
+// reports.
 func (s *Source) run(ctx context.Context, watcher *fsnotify.Watcher, deliver func(kube.Delta)) error {
-	d, again, err := s.readAll(neverFinal)
+	d, retries, err := s.readAll(neverFinal)
 	if err != nil {
 		return err
 	}
 	s.logChanges()
 	deliver(d)
-	return s.watchLoop(ctx, watcher, again, deliver)
+	return s.watchLoop(ctx, watcher, retries, deliver)
 }
 
-// pendingReads is what the next reading has to look at.
+// pendingReads has the files to read next.
 type pendingReads struct {
 	files         map[string]bool
 	allFiles      bool
-	folderRemoved bool // the folder itself may be
+	folderRemoved bool // the folder itself may have been removed
 }
 
 func (p *pendingReads) any() bool { return p.allFiles || p.folderRemoved || len(p.files) > 0 }
 
-// retrySchedule says when to look at files once more.
+// retrySchedule has the time at which to read each file again.
 type retrySchedule map[string]time.Time
 
 // due removes and returns the files whose time has come.
@@ -179,25 +175,25 @@ func (r retrySchedule) resetTimer(timer *time.Timer) {
 	}
 }
 
-// Which files are read for the last time, so that what they are now is believed.
+// neverFinal and alwaysFinal select the files for which [Source.readFiles] schedules no further
+// read, so that it accepts their current content.
 func neverFinal(string) bool  { return false }
 func alwaysFinal(string) bool { return true }
 
-// watchLoop is the loop of Run. again has the files to look at once more, and after
-// how long.
-func (s *Source) watchLoop(ctx context.Context, watcher *fsnotify.Watcher, again map[string]time.Duration, deliver func(kube.Delta)) error {
+// watchLoop is the loop of Run. retries has the delay until a file must be read again.
+func (s *Source) watchLoop(ctx context.Context, watcher *fsnotify.Watcher, retries map[string]time.Duration, deliver func(kube.Delta)) error {
 	next := pendingReads{files: map[string]bool{}}
-	settled, retry := newStoppedTimer(), newStoppedTimer()
-	defer settled.Stop()
+	coalesce, retry := newStoppedTimer(), newStoppedTimer()
+	defer coalesce.Stop()
 	defer retry.Stop()
-	later := retrySchedule{}
-	waiting := false
+	schedule := retrySchedule{}
+	coalescing := false
 	for {
-		for name, after := range again {
-			later[name] = time.Now().Add(after)
+		for name, after := range retries {
+			schedule[name] = time.Now().Add(after)
 		}
-		again = nil
-		later.resetTimer(retry)
+		retries = nil
+		schedule.resetTimer(retry)
 		final := map[string]bool{}
 		select {
 		case <-ctx.Done():
@@ -207,29 +203,29 @@ func (s *Source) watchLoop(ctx context.Context, watcher *fsnotify.Watcher, again
 				return fmt.Errorf("watch folder %s: the watch ended", s.opts.Dir)
 			}
 			s.addEvent(&next, event)
-			if next.any() && !waiting {
-				waiting = true
-				settled.Reset(coalesceDelay)
+			if next.any() && !coalescing {
+				coalescing = true
+				coalesce.Reset(coalesceDelay)
 			}
 			continue
 		case err, ok := <-watcher.Errors:
 			if !ok {
 				return fmt.Errorf("watch folder %s: the watch ended", s.opts.Dir)
 			}
-			// Events may be lost, so nothing is known.
+			// Events may be lost, so read all files.
 			s.log.WarnContext(ctx, "watch lost events, reading the folder again",
 				slog.String("folder", s.opts.Dir), slog.Any("error", err))
 			next.allFiles = true
-			if !waiting {
-				waiting = true
-				settled.Reset(coalesceDelay)
+			if !coalescing {
+				coalescing = true
+				coalesce.Reset(coalesceDelay)
 			}
 			continue
-		case <-settled.C:
-			waiting = false
+		case <-coalesce.C:
+			coalescing = false
 		case <-retry.C:
-			for _, name := range later.due(time.Now()) {
-				// An event that waits to be dealt with begins its time anew.
+			for _, name := range schedule.due(time.Now()) {
+				// A pending event of the file restarts the delay.
 				final[name] = !next.allFiles && !next.folderRemoved && !next.files[name]
 				next.files[name] = true
 			}
@@ -237,20 +233,20 @@ func (s *Source) watchLoop(ctx context.Context, watcher *fsnotify.Watcher, again
 		var d kube.Delta
 		var err error
 		if next.folderRemoved {
-			// Something else may be in its place by now.
+			// Another folder may have replaced it.
 			if err := watcher.Add(s.opts.Dir); err != nil {
 				return fmt.Errorf("watch folder %s: %w", s.opts.Dir, pathErrorCause(err))
 			}
 		}
 		last := func(name string) bool { return final[name] }
 		if next.allFiles || next.folderRemoved {
-			d, again, err = s.readAll(last)
-			clear(later)
+			d, retries, err = s.readAll(last)
+			clear(schedule)
 		} else {
 			names := sortedKeys(next.files)
-			d, again = s.readFiles(names, last)
+			d, retries = s.readFiles(names, last)
 			for _, name := range names {
-				delete(later, name)
+				delete(schedule, name)
 			}
 		}
 		if err != nil {
@@ -274,23 +270,22 @@ func isEmpty(d kube.Delta) bool {
 	return len(d.Services)+len(d.DeletedServices)+len(d.EndpointSlices)+len(d.DeletedEndpointSlices) == 0
 }
 
-// addEvent adds to next what an event is about.
+// addEvent adds to next the files that an event concerns.
 func (s *Source) addEvent(next *pendingReads, event fsnotify.Event) {
 	name := filepath.Base(event.Name)
 	switch {
 	case filepath.Clean(event.Name) == filepath.Clean(s.opts.Dir):
-		// The folder's last events come in any order.
+		// The last events of a removed folder arrive in any order.
 		next.folderRemoved = next.folderRemoved || event.Has(fsnotify.Remove) || event.Has(fsnotify.Rename)
 	case strings.HasPrefix(name, ".."):
-		// A mounted ConfigMap: all files lead through the link ..data, which is
-		// replaced.
+		// In a mounted ConfigMap all files are links through ..data, which is replaced.
 		next.allFiles = true
 	case isManifest(name):
 		next.files[name] = true
 	}
 }
 
-// isManifest reports whether a file of this name is read.
+// isManifest reports whether a file with this name is read.
 func isManifest(name string) bool {
 	if strings.HasPrefix(name, ".") {
 		return false
@@ -311,7 +306,7 @@ func readDir(dir string) ([]fs.DirEntry, error) {
 	return entries, nil
 }
 
-// pathErrorCause returns what went wrong with a file, without its path.
+// pathErrorCause returns the cause of a file error, without its path.
 func pathErrorCause(err error) error {
 	if pathErr, ok := errors.AsType[*fs.PathError](err); ok {
 		return pathErr.Err
@@ -319,7 +314,7 @@ func pathErrorCause(err error) error {
 	return err
 }
 
-// readAll reads all files of the folder, those included that were there before.
+// readAll reads all files of the folder, and all files that existed before.
 func (s *Source) readAll(final func(name string) bool) (kube.Delta, map[string]time.Duration, error) {
 	entries, err := readDir(s.opts.Dir)
 	if err != nil {
@@ -334,22 +329,22 @@ func (s *Source) readAll(final func(name string) bool) (kube.Delta, map[string]t
 			names[entry.Name()] = true
 		}
 	}
-	d, again := s.readFiles(sortedKeys(names), final)
-	return d, again, nil
+	d, retries := s.readFiles(sortedKeys(names), final)
+	return d, retries, nil
 }
 
-// readFiles reads files and returns what they change, and those to look at once more
-// after a while. It believes what it sees of a file for which final is true.
-func (s *Source) readFiles(names []string, final func(name string) bool) (d kube.Delta, again map[string]time.Duration) {
+// readFiles reads files and returns the resulting changes, and the delay until a file must
+// be read again. If final is true for a file, its current content is accepted.
+func (s *Source) readFiles(names []string, final func(name string) bool) (d kube.Delta, retries map[string]time.Duration) {
 	files := map[string]*parsedFile{}
-	again = map[string]time.Duration{}
+	retries = map[string]time.Duration{}
 	retry := func(name string, after time.Duration) {
 		if !final(name) {
-			again[name] = after
+			retries[name] = after
 		}
 	}
 	for _, name := range names {
-		data, there, err := readFile(filepath.Join(s.opts.Dir, name))
+		data, exists, err := readFile(filepath.Join(s.opts.Dir, name))
 		old := s.model.files[name]
 		switch {
 		case err != nil:
@@ -360,7 +355,7 @@ func (s *Source) readFiles(names []string, final func(name string) bool) (d kube
 			}
 			retry(name, retryDelay)
 			continue
-		case !there:
+		case !exists:
 			delete(s.hashes, name)
 			delete(s.loggedSkipped, name)
 			delete(s.loggedWarnings, name)
@@ -378,14 +373,14 @@ func (s *Source) readFiles(names []string, final func(name string) bool) (d kube
 			continue
 		}
 		file := parseFile(name, data)
-		vanished := old != nil && len(old.objects) > 0 && len(file.objects) == 0 && len(file.errs) == 0
-		if vanished && !final(name) {
-			// Emptied by a writer that is about to fill it, most likely.
+		emptied := old != nil && len(old.objects) > 0 && len(file.objects) == 0 && len(file.errs) == 0
+		if emptied && !final(name) {
+			// Probably emptied by a writer that will fill it.
 			retry(name, emptyFileDelay)
 			continue
 		}
-		if vanished {
-			s.log.Info("file has no objects any more, so those that it had are gone", slog.String("file", name),
+		if emptied {
+			s.log.Info("file has no objects any more; its previous objects are deleted", slog.String("file", name),
 				slog.Int("objects", len(old.objects)), slog.Int("bytes", len(data)))
 		}
 		s.hashes[name] = hash
@@ -395,10 +390,10 @@ func (s *Source) readFiles(names []string, final func(name string) bool) (d kube
 			retry(name, retryDelay)
 		}
 	}
-	return s.model.update(files), again
+	return s.model.update(files), retries
 }
 
-// readErrorHint says what to do about a file that cannot be read, if that is known.
+// readErrorHint returns the fix for a file that cannot be read, if it is known.
 func readErrorHint(err error) string {
 	switch {
 	case errors.Is(err, fs.ErrPermission):
@@ -410,9 +405,9 @@ func readErrorHint(err error) string {
 	}
 }
 
-// isDanglingLink reports whether the name is that of a link that leads nowhere. It warns
-// of that once, if it is final: the links of a mounted ConfigMap dangle for a
-// moment before they are removed.
+// isDanglingLink reports whether name is a link to a missing file. If final is true, it
+// logs a warning once: the links of a mounted ConfigMap dangle for a moment before they are
+// removed.
 func (s *Source) isDanglingLink(name string, final bool) bool {
 	to, err := os.Readlink(filepath.Join(s.opts.Dir, name))
 	if err != nil {
@@ -420,13 +415,14 @@ func (s *Source) isDanglingLink(name string, final bool) bool {
 		return false
 	}
 	if final && s.loggedDangling[name] != to {
-		s.log.Warn("link leads to no file, so nothing is read", slog.String("file", name), slog.String("to", to))
+		s.log.Warn("dangling link, nothing is read", slog.String("file", name), slog.String("to", to))
 		s.loggedDangling[name] = to
 	}
 	return true
 }
 
-// readFile reports false for what is not a file, or is gone.
+// readFile returns the content of a file. It reports false if the file does not exist or is
+// not a regular file.
 func readFile(path string) ([]byte, bool, error) {
 	info, err := os.Stat(path)
 	switch {
@@ -444,14 +440,14 @@ func readFile(path string) ([]byte, bool, error) {
 	return data, err == nil, err
 }
 
-// logChanges logs the errors that are new, and the node ports that were given.
+// logChanges logs new errors and newly allocated node ports.
 func (s *Source) logChanges() {
 	for _, g := range s.model.unloggedPorts {
 		what := "health check"
 		if g.key.port != 0 {
 			what = nodePort{g.key.protocol, g.key.port}.String()
 		}
-		s.log.Info("node port given", slog.String("service", g.service.String()), slog.String("port", what), slog.Int("node_port", int(g.port.number)))
+		s.log.Info("node port allocated", slog.String("service", g.service.String()), slog.String("port", what), slog.Int("node_port", int(g.port.number)))
 	}
 	s.model.unloggedPorts = nil
 	now := map[string]bool{}
@@ -459,28 +455,27 @@ func (s *Source) logChanges() {
 		text := err.Error()
 		now[text] = true
 		if !s.loggedErrors[text] {
-			s.log.Error("manifest is not valid, its last good objects stay", slog.String("file", err.File), slog.Any("error", err))
+			s.log.Error("manifest is not valid; its last valid objects stay in place", slog.String("file", err.File), slog.Any("error", err))
 		}
 	}
 	s.loggedErrors = now
 }
 
-// logWarnings logs which objects of a file are not read, and which do nothing, once
-// until that changes.
+// logWarnings logs skipped kinds and objects without effect, once until they change.
 func (s *Source) logWarnings(name string, file *parsedFile) {
 	text := strings.Join(file.skipped, ", ")
 	if text != "" && text != s.loggedSkipped[name] {
-		s.log.Warn("file has objects of kinds that are not read", slog.String("file", name), slog.String("ignored", text),
-			slog.String("read", "Service, Pod, EndpointSlice"))
+		s.log.Warn("file has objects of kinds that are not supported", slog.String("file", name), slog.String("ignored", text),
+			slog.String("supported", "Service, Pod, EndpointSlice"))
 	}
 	s.loggedSkipped[name] = text
-	var idle []string
+	var warnings []string
 	for _, err := range file.warnings {
 		text := err.Error()
-		idle = append(idle, text)
+		warnings = append(warnings, text)
 		if !slices.Contains(s.loggedWarnings[name], text) {
-			s.log.Warn("object is read, but does nothing", slog.String("file", name), slog.String("reason", text))
+			s.log.Warn("object has no effect", slog.String("file", name), slog.String("reason", text))
 		}
 	}
-	s.loggedWarnings[name] = idle
+	s.loggedWarnings[name] = warnings
 }

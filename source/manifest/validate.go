@@ -18,24 +18,23 @@ import (
 // Kubernetes' limits.
 const (
 	maxAffinitySeconds = 86400
-	maxHints           = 8 // of each kind, of one endpoint
+	maxHints           = 8 // zones or nodes per endpoint
 )
 
-// reportFunc takes one thing that is wrong: the path of the field, and a message
-// with the fix.
+// reportFunc reports an error: the path of the field, and a message with the fix.
 type reportFunc func(path, message string)
 
 func (r reportFunc) failf(path, format string, args ...any) { r(path, fmt.Sprintf(format, args...)) }
 
-// reportFormat reports the messages of one of Kubernetes' own validation functions.
+// reportFormat reports the messages of one of Kubernetes' validation functions.
 func (r reportFunc) reportFormat(path, what, value string, messages []string) {
 	for _, message := range messages {
 		r.failf(path, "%q is not %s: %s", value, what, stripRegexp(message))
 	}
 }
 
-// stripRegexp takes the regular expression out of one of Kubernetes' messages; the
-// examples that come with it say more.
+// stripRegexp removes the regular expression from a message of Kubernetes; the examples in
+// the message are clearer.
 func stripRegexp(message string) string {
 	before, after, ok := strings.Cut(message, ", regex used for validation is '")
 	if ok {
@@ -73,7 +72,7 @@ func checkOneOf[T ~string](r reportFunc, path string, value T, allowed ...T) {
 	}
 }
 
-// checkAddress reports a text that is not the address of a pod or a Service.
+// checkAddress reports text that is not an address of a pod or Service.
 func (r reportFunc) checkAddress(path, text string) (netip.Addr, bool) {
 	addr, err := netip.ParseAddr(text)
 	var problem string
@@ -102,9 +101,9 @@ func (r reportFunc) checkAddress(path, text string) (netip.Addr, bool) {
 func (r reportFunc) checkMetadata(meta *metav1.ObjectMeta, nameFormat func(string) []string) {
 	switch {
 	case meta.Name == "" && meta.GenerateName != "":
-		r.failf("metadata.generateName", "there is nobody to generate names for files: write metadata.name")
+		r.failf("metadata.generateName", "names are not generated for files: write metadata.name")
 	case meta.Name == "":
-		r.failf("metadata.name", "missing: give the object a name")
+		r.failf("metadata.name", "missing: write a name")
 	default:
 		r.reportFormat("metadata.name", "a name", meta.Name, nameFormat(meta.Name))
 	}
@@ -112,8 +111,7 @@ func (r reportFunc) checkMetadata(meta *metav1.ObjectMeta, nameFormat func(strin
 	r.checkLabels("metadata.labels", meta.Labels)
 }
 
-// checkLabels reports keys and values that are no labels; a selector consists of
-// labels too.
+// checkLabels reports invalid label keys and values. A selector consists of labels too.
 func (r reportFunc) checkLabels(path string, labels map[string]string) {
 	for _, key := range sortedKeys(labels) {
 		at := path + "[" + key + "]"
@@ -142,8 +140,8 @@ func defaultNamespace(meta *metav1.ObjectMeta) {
 	}
 }
 
-// defaultService sets what the API server sets, except for addresses, families
-// and node ports, which need to know the other Services.
+// defaultService sets the API server's defaults, except for addresses, families and node
+// ports, which depend on other Services.
 func defaultService(svc *corev1.Service) {
 	defaultNamespace(&svc.ObjectMeta)
 	spec := &svc.Spec
@@ -190,8 +188,7 @@ func defaultService(svc *corev1.Service) {
 	}
 }
 
-// isExternal reports whether clients outside of the cluster may reach the
-// Service.
+// isExternal reports whether clients outside the cluster can reach the Service.
 func isExternal(svc *corev1.Service) bool {
 	return hasNodePorts(svc) || (svc.Spec.Type == corev1.ServiceTypeClusterIP && len(svc.Spec.ExternalIPs) > 0)
 }
@@ -200,7 +197,7 @@ func isHeadless(svc *corev1.Service) bool { return svc.Spec.ClusterIP == corev1.
 
 func validateService(svc *corev1.Service, r reportFunc) {
 	spec := &svc.Spec
-	// Names that begin with a digit are allowed since Kubernetes 1.36.
+	// Kubernetes 1.36 and later allow names that begin with a digit.
 	r.checkMetadata(&svc.ObjectMeta, validation.IsDNS1123Label)
 	checkOneOf(r, "spec.type", spec.Type,
 		corev1.ServiceTypeClusterIP, corev1.ServiceTypeNodePort, corev1.ServiceTypeLoadBalancer, corev1.ServiceTypeExternalName)
@@ -209,7 +206,7 @@ func validateService(svc *corev1.Service, r reportFunc) {
 		checkOneOf(r, "spec.internalTrafficPolicy", *p, corev1.ServiceInternalTrafficPolicyCluster, corev1.ServiceInternalTrafficPolicyLocal)
 	}
 	if p := spec.ExternalTrafficPolicy; p != "" && !isExternal(svc) {
-		r.failf("spec.externalTrafficPolicy", "a Service of type %s without externalIPs has no clients outside: "+
+		r.failf("spec.externalTrafficPolicy", "a Service of type %s without externalIPs has no external clients: "+
 			"remove the field, or write type: NodePort or LoadBalancer", spec.Type)
 	} else if p != "" {
 		checkOneOf(r, "spec.externalTrafficPolicy", p, corev1.ServiceExternalTrafficPolicyCluster, corev1.ServiceExternalTrafficPolicyLocal)
@@ -242,7 +239,7 @@ func validateService(svc *corev1.Service, r reportFunc) {
 		}
 		name := strings.TrimSuffix(spec.ExternalName, ".")
 		if name == "" {
-			r.failf("spec.externalName", "missing: name the host that the Service stands for")
+			r.failf("spec.externalName", "missing: write the host name of the external service")
 		} else {
 			r.reportFormat("spec.externalName", "a host name", name, validation.IsDNS1123Subdomain(name))
 		}
@@ -254,7 +251,7 @@ func validateService(svc *corev1.Service, r reportFunc) {
 func validateServicePorts(svc *corev1.Service, r reportFunc) {
 	spec := &svc.Spec
 	if len(spec.Ports) == 0 && !isHeadless(svc) && spec.Type != corev1.ServiceTypeExternalName {
-		r.failf("spec.ports", "missing: list at least one port")
+		r.failf("spec.ports", "missing: write at least one port")
 	}
 	type number struct {
 		protocol corev1.Protocol
@@ -265,11 +262,11 @@ func validateServicePorts(svc *corev1.Service, r reportFunc) {
 		port := &spec.Ports[i]
 		path := fmt.Sprintf("spec.ports[%d]", i)
 		if port.Name == "" && len(spec.Ports) > 1 {
-			r.failf(path+".name", "missing: each of several ports needs a name")
+			r.failf(path+".name", "missing: a Service with several ports needs a name for each")
 		} else if port.Name != "" {
 			r.reportFormat(path+".name", "a port name", port.Name, validation.IsDNS1123Label(port.Name))
 			if first, ok := names[port.Name]; ok {
-				r.failf(path+".name", "%q is also the name of spec.ports[%d]: give each port a name of its own", port.Name, first)
+				r.failf(path+".name", "%q is also the name of spec.ports[%d]: use a different name for each port", port.Name, first)
 			} else {
 				names[port.Name] = i
 			}
@@ -293,9 +290,8 @@ func validateServicePorts(svc *corev1.Service, r reportFunc) {
 	}
 }
 
-// validateNodePorts checks the node ports that the file says. Unlike the API
-// server, it lets those pass that are not in the range that others are given
-// from: which they are is for the administrator to say, who here writes the
+// validateNodePorts checks the node ports in the file. Unlike the API server, it accepts
+// ports outside the allocation range, because the administrator of the node writes the
 // files.
 func validateNodePorts(svc *corev1.Service, r reportFunc) {
 	spec := &svc.Spec
@@ -307,11 +303,11 @@ func validateNodePorts(svc *corev1.Service, r reportFunc) {
 		switch first, ok := taken[n]; {
 		case n.number == 0:
 		case n.number < 0 || n.number > 65535:
-			r.failf(path, "%d is not a port: use 1 to 65535, or remove the field to get one", n.number)
+			r.failf(path, "%d is not a port: use 1 to 65535, or remove the field to allocate one", n.number)
 		case spec.Type == corev1.ServiceTypeClusterIP:
 			r.failf(path, "a Service of type ClusterIP has no node ports: remove the field, or write type: NodePort")
 		case ok:
-			r.failf(path, "%s is also %s: give one of them another number, or remove the field to get one", n, first)
+			r.failf(path, "%s is also %s: change one of them, or remove the field to allocate one", n, first)
 		default:
 			taken[n] = path
 		}
@@ -320,20 +316,20 @@ func validateNodePorts(svc *corev1.Service, r reportFunc) {
 	switch n := (nodePort{corev1.ProtocolTCP, spec.HealthCheckNodePort}); {
 	case n.number == 0:
 	case n.number < 0 || n.number > 65535:
-		r.failf(path, "%d is not a port: use 1 to 65535, or remove the field to get one", n.number)
+		r.failf(path, "%d is not a port: use 1 to 65535, or remove the field to allocate one", n.number)
 	case !needsHealthCheck(svc):
-		r.failf(path, "only for Services of type LoadBalancer with externalTrafficPolicy: Local: remove the field, or write these")
+		r.failf(path, "only for Services of type LoadBalancer with externalTrafficPolicy: Local: remove the field, or set both")
 	case taken[n] != "":
-		r.failf(path, "%s is also %s: give one of them another number, or remove the field to get one", n, taken[n])
+		r.failf(path, "%s is also %s: change one of them, or remove the field to allocate one", n, taken[n])
 	}
 }
 
-// validateLoadBalancer checks the fields that are for load balancers only.
+// validateLoadBalancer checks the fields that only load balancers have.
 func validateLoadBalancer(svc *corev1.Service, r reportFunc) {
 	spec := &svc.Spec
 	for i, text := range spec.LoadBalancerSourceRanges {
 		path := fmt.Sprintf("spec.loadBalancerSourceRanges[%d]", i)
-		// The API server lets spaces around it pass.
+		// The API server accepts surrounding spaces.
 		prefix, err := netip.ParsePrefix(strings.TrimSpace(text))
 		switch {
 		case err != nil:
@@ -349,7 +345,7 @@ func validateLoadBalancer(svc *corev1.Service, r reportFunc) {
 			r.checkLoadBalancerIP(path+".ip", ingress[i].IP)
 		}
 		if mode := ingress[i].IPMode; mode != nil && ingress[i].IP == "" {
-			r.failf(path+".ipMode", "says how ip is served, which is missing: write it, or remove the field")
+			r.failf(path+".ipMode", "not allowed without ip: write ip, or remove the field")
 		} else if mode != nil {
 			checkOneOf(r, path+".ipMode", *mode, corev1.LoadBalancerIPModeVIP, corev1.LoadBalancerIPModeProxy)
 		}
@@ -376,13 +372,13 @@ func validateLoadBalancer(svc *corev1.Service, r reportFunc) {
 		{"status.loadBalancer.ingress", len(ingress) > 0},
 	} {
 		if f.given {
-			r.failf(f.path, "only for Services of type LoadBalancer: remove the field, or write this type")
+			r.failf(f.path, "only for Services of type LoadBalancer: remove the field, or write type: LoadBalancer")
 		}
 	}
 }
 
-// checkLoadBalancerIP reports a text that cannot be the address of a load balancer. Many
-// are link-local, unlike those of pods.
+// checkLoadBalancerIP reports text that cannot be the address of a load balancer. Unlike
+// pod addresses, these may be link-local.
 func (r reportFunc) checkLoadBalancerIP(path, text string) {
 	if addr, err := netip.ParseAddr(text); err == nil && addr.Zone() == "" && addr.IsLinkLocalUnicast() {
 		return
@@ -390,8 +386,8 @@ func (r reportFunc) checkLoadBalancerIP(path, text string) {
 	r.checkAddress(path, text)
 }
 
-// validateFamilies checks the address fields of a Service with each other, as
-// far as this needs no --service-cidr.
+// validateFamilies checks that the address fields of a Service agree with each other. It
+// does not check them against --service-cidr.
 func validateFamilies(svc *corev1.Service, r reportFunc) {
 	spec := &svc.Spec
 	if p := spec.IPFamilyPolicy; p != nil {
@@ -402,24 +398,24 @@ func validateFamilies(svc *corev1.Service, r reportFunc) {
 		path := fmt.Sprintf("spec.ipFamilies[%d]", i)
 		checkOneOf(r, path, family, corev1.IPv4Protocol, corev1.IPv6Protocol)
 		if slices.Contains(spec.IPFamilies[:i], family) {
-			r.failf(path, "%s is here twice: name each family once", family)
+			r.failf(path, "duplicate family %s: name each family once", family)
 		}
 	}
-	selectorless := spec.IPFamilyPolicy == nil && len(spec.Selector) == 0 // may name both when headless
+	selectorless := spec.IPFamilyPolicy == nil && len(spec.Selector) == 0 // a headless one may name both families
 	single := spec.IPFamilyPolicy == nil || *spec.IPFamilyPolicy == corev1.IPFamilyPolicySingleStack
 	headless := isHeadless(svc)
 	if single && (len(spec.ClusterIPs) > 1 || (len(spec.IPFamilies) > 1 && (!headless || !selectorless))) {
-		r.failf("spec.ipFamilyPolicy", "a Service with two families needs PreferDualStack or RequireDualStack here")
+		r.failf("spec.ipFamilyPolicy", "a Service with two families needs PreferDualStack or RequireDualStack: write one of them")
 	}
 	if len(spec.ClusterIPs) > 2 {
-		r.failf("spec.clusterIPs", "%d addresses: a Service has at most one a family", len(spec.ClusterIPs))
+		r.failf("spec.clusterIPs", "%d addresses: a Service has at most one per family", len(spec.ClusterIPs))
 	}
 	if len(spec.ClusterIPs) > 0 && spec.ClusterIPs[0] != spec.ClusterIP {
-		r.failf("spec.clusterIPs[0]", "%q is not spec.clusterIP, which is %q: make them equal", spec.ClusterIPs[0], spec.ClusterIP)
+		r.failf("spec.clusterIPs[0]", "%q differs from spec.clusterIP, which is %q: make them equal", spec.ClusterIPs[0], spec.ClusterIP)
 	}
 	if headless {
 		if spec.Type != corev1.ServiceTypeClusterIP {
-			r.failf("spec.clusterIP", "None is only for Services of type ClusterIP: remove the field, or the type")
+			r.failf("spec.clusterIP", "None is only for Services of type ClusterIP: remove the field, or change the type")
 		}
 		return
 	}
@@ -434,10 +430,10 @@ func validateFamilies(svc *corev1.Service, r reportFunc) {
 			continue
 		}
 		if i < len(spec.IPFamilies) && spec.IPFamilies[i] != familyOf(addr) {
-			r.failf(path, "%s is not of the family %s of spec.ipFamilies[%d]: make them match", addr, spec.IPFamilies[i], i)
+			r.failf(path, "%s does not match family %s in spec.ipFamilies[%d]: make them match", addr, spec.IPFamilies[i], i)
 		}
 		if slices.ContainsFunc(addrs, func(a netip.Addr) bool { return a.Is4() == addr.Is4() }) {
-			r.failf(path, "%s is a second address of the same family: name one address a family", addr)
+			r.failf(path, "%s is a second address of the same family: write one address per family", addr)
 		}
 		addrs = append(addrs, addr)
 	}
@@ -477,7 +473,7 @@ func validatePod(pod *corev1.Pod, r reportFunc) {
 				}
 				r.reportFormat(at+".name", "a port name", port.Name, validation.IsValidPortName(port.Name))
 				if first, ok := names[port.Name]; ok {
-					r.failf(at+".name", "%q is also the name of ports[%d] of this container: give each port a name of its own", port.Name, first)
+					r.failf(at+".name", "%q is also the name of ports[%d] of this container: use a different name for each port", port.Name, first)
 				} else {
 					names[port.Name] = j
 				}
@@ -499,7 +495,7 @@ func validatePodIPs(pod *corev1.Pod, r reportFunc) {
 	if ip := pod.Status.PodIP; ip != "" {
 		r.checkAddress("status.podIP", ip)
 		if len(pod.Status.PodIPs) > 0 && pod.Status.PodIPs[0].IP != ip {
-			r.failf("status.podIPs[0].ip", "%q is not status.podIP, which is %q: make them equal", pod.Status.PodIPs[0].IP, ip)
+			r.failf("status.podIPs[0].ip", "%q differs from status.podIP, which is %q: make them equal", pod.Status.PodIPs[0].IP, ip)
 		}
 	}
 	var addrs []netip.Addr
@@ -510,7 +506,7 @@ func validatePodIPs(pod *corev1.Pod, r reportFunc) {
 			continue
 		}
 		if slices.ContainsFunc(addrs, func(a netip.Addr) bool { return a.Is4() == addr.Is4() }) {
-			r.failf(path, "%s is a second address of the same family: name one address a family", addr)
+			r.failf(path, "%s is a second address of the same family: write one address per family", addr)
 		}
 		addrs = append(addrs, addr)
 	}
@@ -532,7 +528,7 @@ func defaultEndpointSlice(slice *discoveryv1.EndpointSlice) {
 func validateEndpointSlice(slice *discoveryv1.EndpointSlice, r reportFunc) {
 	r.checkMetadata(&slice.ObjectMeta, validation.IsDNS1123Subdomain)
 	if strings.HasSuffix(slice.Name, generatedSuffix) {
-		r.failf("metadata.name", "names that end in %s are for the slices made from Pods: use another name", generatedSuffix)
+		r.failf("metadata.name", "names that end in %s are reserved for EndpointSlices built from Pods: use another name", generatedSuffix)
 	}
 	checkOneOf(r, "addressType", slice.AddressType, discoveryv1.AddressTypeIPv4, discoveryv1.AddressTypeIPv6, discoveryv1.AddressTypeFQDN)
 	for i := range slice.Endpoints {
@@ -546,7 +542,7 @@ func validateEndpointSlice(slice *discoveryv1.EndpointSlice, r reportFunc) {
 			r.reportFormat(path+".name", "a port name", *port.Name, validation.IsDNS1123Label(*port.Name))
 		}
 		if first, ok := names[*port.Name]; ok {
-			r.failf(path+".name", "%q is also the name of ports[%d]: give each port a name of its own", *port.Name, first)
+			r.failf(path+".name", "%q is also the name of ports[%d]: use a different name for each port", *port.Name, first)
 		} else {
 			names[*port.Name] = i
 		}
@@ -563,7 +559,7 @@ func validateEndpoint(slice *discoveryv1.EndpointSlice, i int, r reportFunc) {
 	ep := &slice.Endpoints[i]
 	path := fmt.Sprintf("endpoints[%d]", i)
 	if len(ep.Addresses) == 0 {
-		r.failf(path+".addresses", "missing: name the endpoint's address")
+		r.failf(path+".addresses", "missing: write the endpoint's address")
 	}
 	for j, text := range ep.Addresses {
 		at := fmt.Sprintf("%s.addresses[%d]", path, j)
@@ -573,7 +569,7 @@ func validateEndpoint(slice *discoveryv1.EndpointSlice, i int, r reportFunc) {
 		}
 		addr, ok := r.checkAddress(at, text)
 		if ok && string(familyOf(addr)) != string(slice.AddressType) && slice.AddressType != "" {
-			r.failf(at, "%s is not of the slice's addressType %s: move it to a slice of its own family", addr, slice.AddressType)
+			r.failf(at, "%s does not match the slice's addressType %s: move it to a slice of its family", addr, slice.AddressType)
 		}
 	}
 	if ep.NodeName != nil {
@@ -595,7 +591,7 @@ func validateEndpoint(slice *discoveryv1.EndpointSlice, i int, r reportFunc) {
 	}
 }
 
-// checkHints checks for which zones or nodes an endpoint is.
+// checkHints checks the zones or nodes of an endpoint's hints.
 func (r reportFunc) checkHints(path, what string, names []string, format func(string) []string) {
 	if len(names) > maxHints {
 		r.failf(path, "%d names: use at most %d", len(names), maxHints)
@@ -604,7 +600,7 @@ func (r reportFunc) checkHints(path, what string, names []string, format func(st
 		at := fmt.Sprintf("%s[%d].name", path, i)
 		r.reportFormat(at, what, name, format(name))
 		if slices.Contains(names[:i], name) {
-			r.failf(at, "%q is here twice: name each once", name)
+			r.failf(at, "duplicate %q: name each once", name)
 		}
 	}
 }

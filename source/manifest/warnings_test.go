@@ -8,15 +8,15 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// TestIneffectiveObjectWarnings reads objects that are valid, but lack
-// what makes them part of a Service.
+// TestIneffectiveObjectWarnings checks the warnings about valid objects that are not part
+// of a Service.
 func TestIneffectiveObjectWarnings(t *testing.T) {
 	t.Parallel()
 	const (
-		noAddress = "a.yaml:4: status.podIP: missing: a Pod without an address is no endpoint of any Service: " +
-			"write its address, or status.phase: Pending as long as it has none"
-		noService = "a.yaml:3: metadata.labels: kubernetes.io/service-name is missing, so the slice belongs to no Service: " +
-			"add this label with the name of the Service"
+		noAddress = "a.yaml:4: status.podIP: missing: a Pod without an address is not an endpoint: " +
+			"write its address, or status.phase: Pending until it has one"
+		noService = "a.yaml:3: metadata.labels: label kubernetes.io/service-name is missing: " +
+			"set it to the name of the Service"
 	)
 	labelled := "apiVersion: v1\nkind: Pod\nmetadata: {name: w, labels: {app: web}}\nstatus: "
 	slice := "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {name: s%}\naddressType: IPv4\n"
@@ -25,9 +25,9 @@ func TestIneffectiveObjectWarnings(t *testing.T) {
 		want       []string
 	}{
 		{"a Pod without a status", labelled + "{}", []string{noAddress}},
-		{"a Pod that runs", labelled + "{phase: Running}", []string{noAddress}},
-		{"a Pod that waits", labelled + "{phase: Pending}", nil},
-		{"a Pod that has ended", labelled + "{phase: Succeeded}", nil},
+		{"a running Pod", labelled + "{phase: Running}", []string{noAddress}},
+		{"a pending Pod", labelled + "{phase: Pending}", nil},
+		{"a succeeded Pod", labelled + "{phase: Succeeded}", nil},
 		{"a Pod with an address", labelled + "{podIP: 10.0.0.1}", nil},
 		{"a Pod with addresses", labelled + "{podIPs: [{ip: 10.0.0.1}]}", nil},
 		{"a Pod without labels", "apiVersion: v1\nkind: Pod\nmetadata: {name: w}\n", nil},
@@ -54,19 +54,18 @@ func TestIneffectiveObjectWarnings(t *testing.T) {
 
 func TestWarningsAreLoggedOnce(t *testing.T) {
 	t.Parallel()
-	idle := "apiVersion: v1\nkind: Pod\nmetadata: {name: w, labels: {app: web}}\n---\n"
-	w := startSource(t, writeFolder(t, "a.yaml", idle))
+	ineffectivePod := "apiVersion: v1\nkind: Pod\nmetadata: {name: w, labels: {app: web}}\n---\n"
+	w := startSource(t, writeFolder(t, "a.yaml", ineffectivePod))
 	w.firstDelta()
-	w.expectLog(`level=WARN msg="object is read, but does nothing" file=a.yaml reason="a.yaml:1: status.podIP: missing`)
-	writeFile(t, w.dir, "a.yaml", idle+serviceYAML("web", "clusterIP: 10.96.0.1"))
-	w.expectDeltas("the file changed elsewhere", web1)
-	if n := strings.Count(w.logged.String(), "does nothing"); n != 1 {
+	w.expectLog(`level=WARN msg="object has no effect" file=a.yaml reason="a.yaml:1: status.podIP: missing`)
+	writeFile(t, w.dir, "a.yaml", ineffectivePod+serviceYAML("web", "clusterIP: 10.96.0.1"))
+	w.expectDeltas("a change of another object in the file", web1)
+	if n := strings.Count(w.logged.String(), "has no effect"); n != 1 {
 		t.Errorf("logged %d times, want once:\n%s", n, w.logged)
 	}
 }
 
-// TestFolderRemovalIsRemembered has another event of the folder after the
-// one that says so.
+// TestFolderRemovalIsRemembered sends another event of the folder after its removal.
 func TestFolderRemovalIsRemembered(t *testing.T) {
 	t.Parallel()
 	s := &Source{opts: Options{Dir: "/manifests"}}
@@ -75,7 +74,7 @@ func TestFolderRemovalIsRemembered(t *testing.T) {
 		s.addEvent(&next, fsnotify.Event{Name: "/manifests", Op: op})
 		s.addEvent(&next, fsnotify.Event{Name: "/manifests", Op: fsnotify.Chmod})
 		if !next.folderRemoved {
-			t.Errorf("%v and a later event: the folder is not gone", op)
+			t.Errorf("%v and a later event: folderRemoved is false", op)
 		}
 	}
 }

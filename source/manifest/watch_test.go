@@ -17,7 +17,7 @@ import (
 	"fairlead.io/fairlead/kube"
 )
 
-// runningSource is a Source that runs over a folder.
+// runningSource is a Source that runs on a folder.
 type runningSource struct {
 	t      *testing.T
 	dir    string
@@ -26,10 +26,10 @@ type runningSource struct {
 	logged *logBuffer
 }
 
-// testTimeout is how long a test waits for what must come.
+// testTimeout limits how long a test waits for an expected result.
 const testTimeout = 10 * time.Second
 
-// startSource starts a Source; it ends with the test.
+// startSource starts a Source, which ends with the test.
 func startSource(t *testing.T, dir string) *runningSource {
 	t.Helper()
 	w := &runningSource{t: t, dir: dir, deltas: make(chan kube.Delta, 100), done: make(chan error, 1), logged: &logBuffer{}}
@@ -76,7 +76,7 @@ func (w *runningSource) expectDeltas(what string, want ...string) {
 	}
 }
 
-// firstDelta takes the first Delta, which may be empty.
+// firstDelta returns the first Delta, which may be empty.
 func (w *runningSource) firstDelta() []string {
 	w.t.Helper()
 	select {
@@ -122,12 +122,12 @@ func TestRunDeliversChanges(t *testing.T) {
 	if err := os.Rename(filepath.Join(w.dir, "new"), filepath.Join(w.dir, "web.yaml")); err != nil {
 		t.Fatal(err)
 	}
-	w.expectDeltas("a file renamed over another, and files that are not read", web2)
+	w.expectDeltas("a file renamed over another, and ignored files", web2)
 
 	if err := os.Rename(filepath.Join(w.dir, "pods.yaml"), filepath.Join(w.dir, "pods.yaml.off")); err != nil {
 		t.Fatal(err)
 	}
-	w.expectDeltas("a file renamed away", "default/"+generatedSliceName(t, "web")+" slice gone")
+	w.expectDeltas("a file renamed to another suffix", "default/"+generatedSliceName(t, "web")+" slice deleted")
 
 	writeFile(t, w.dir, "web.yaml", strings.Replace(serviceYAML("web", "clusterIP: 10.96.0.2"),
 		"name: web", "name: web, annotations: {fairlead.io/ipvs-scheduler: lc}", 1))
@@ -136,10 +136,11 @@ func TestRunDeliversChanges(t *testing.T) {
 	if err := os.Remove(filepath.Join(w.dir, "web.yaml")); err != nil {
 		t.Fatal(err)
 	}
-	w.expectDeltas("a removed file", "default/web gone")
+	w.expectDeltas("a removed file", "default/web deleted")
 }
 
-// generatedSliceName returns the name of the IPv4 slice with the port 8080/TCP.
+// generatedSliceName returns the name of the Service's EndpointSlice for IPv4 and port
+// 8080/TCP.
 func generatedSliceName(t *testing.T, service string) string {
 	t.Helper()
 	d, err := Load(Options{Dir: writeFolder(t, "a.yaml", strings.ReplaceAll(
@@ -151,7 +152,7 @@ func generatedSliceName(t *testing.T, service string) string {
 	return d.EndpointSlices[0].Name
 }
 
-// TestRunFollowsConfigMaps does what the kubelet does with a mounted ConfigMap.
+// TestRunFollowsConfigMaps updates the folder as the kubelet updates a mounted ConfigMap.
 func TestRunFollowsConfigMaps(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -188,16 +189,16 @@ func TestRunKeepsLastGoodObjects(t *testing.T) {
 	w.firstDelta()
 
 	writeFile(t, w.dir, "a.yaml", serviceYAML("web", "clusterIP: 10.96.0")+serviceYAML("new", "clusterIP: 10.96.0.3"))
-	w.expectDeltas("one document is wrong, one gone, one new",
-		"default/db gone", "default/new ClusterIP 10.96.0.3 :80->8080/TCP")
+	w.expectDeltas("one document is invalid, one removed, one new",
+		"default/db deleted", "default/new ClusterIP 10.96.0.3 :80->8080/TCP")
 	w.expectLog(`a.yaml:8: spec.clusterIP: \"10.96.0\" is not an IP address`)
 
 	writeFile(t, w.dir, "a.yaml", "not: [yaml\n---\n"+serviceYAML("db", "clusterIP: 10.96.0.9"))
-	w.expectDeltas("a document that is not YAML could be any of the file's", db1)
+	w.expectDeltas("a document that is not YAML keeps all objects of the file", db1)
 	w.expectLog(`a.yaml:1: not YAML: `)
 
 	writeFile(t, w.dir, "a.yaml", serviceYAML("web", "clusterIP: 10.96.0.2"))
-	w.expectDeltas("all is well again", "default/db gone", "default/new gone", web2)
+	w.expectDeltas("all documents are valid again", "default/db deleted", "default/new deleted", web2)
 
 	logged := w.logged.String()
 	if n := strings.Count(logged, "is not an IP address"); n != 1 {
@@ -205,8 +206,8 @@ func TestRunKeepsLastGoodObjects(t *testing.T) {
 	}
 }
 
-// TestRunWaitsForWriters truncates a file and fills it later, as a slow writer
-// does: the Service must not go in between.
+// TestRunWaitsForWriters truncates a file and fills it later, as a slow writer does: the
+// Service must not be deleted in between.
 func TestRunWaitsForWriters(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -216,12 +217,12 @@ func TestRunWaitsForWriters(t *testing.T) {
 		a.writeAndNotify(serviceYAML("web", "clusterIP: 10.96.0.2"))
 		a.expectAfter("filled", coalesceDelay, web2)
 		a.writeAndNotify("# nothing")
-		a.expectAfter("left without objects", coalesceDelay+emptyFileDelay, "default/web gone")
+		a.expectAfter("a file without objects", coalesceDelay+emptyFileDelay, "default/web deleted")
 	})
 }
 
-// TestRunRetriesOnce makes a file readable without an event that names it: the
-// file is a link to another folder.
+// TestRunRetriesOnce makes a file readable without an event: the file is a link to another
+// folder.
 func TestRunRetriesOnce(t *testing.T) {
 	t.Parallel()
 	elsewhere := writeFolder(t, "a.yaml", "not: [yaml")
@@ -232,7 +233,7 @@ func TestRunRetriesOnce(t *testing.T) {
 	}
 	w.expectLog("a.yaml:1: not YAML")
 	writeFile(t, elsewhere, "a.yaml", serviceYAML("web", "clusterIP: 10.96.0.1"))
-	w.expectDeltas("read again by itself", web1)
+	w.expectDeltas("read again without an event", web1)
 }
 
 func TestUnreadableFolder(t *testing.T) {
@@ -260,7 +261,7 @@ func TestUnreadableFolder(t *testing.T) {
 			t.Errorf("Run: error %v, want one that names %s", err, dir)
 		}
 	case <-time.After(testTimeout):
-		t.Error("Run goes on without its folder")
+		t.Error("Run does not return after its folder is removed")
 	}
 }
 
@@ -277,8 +278,8 @@ func TestSkippedKindWarnings(t *testing.T) {
 	}
 }
 
-// BenchmarkWatch measures from the rename of a file into place until what it
-// changes is delivered. Most of it is the time that events gather.
+// BenchmarkWatch measures the time from the rename of a file into place to the delivery of
+// the change. Most of it is coalesceDelay.
 func BenchmarkWatch(b *testing.B) {
 	dir, other := b.TempDir(), b.TempDir()
 	source, err := New(Options{Dir: dir})

@@ -11,14 +11,13 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
-// node is a YAML value with its line: aliases are replaced by what they stand
-// for and merge keys (<<) are carried out.
+// node is a YAML value with its line. Aliases are expanded and merge keys (<<) are applied.
 type node struct {
 	line  int
 	kind  yaml.Kind // MappingNode, SequenceNode or ScalarNode
 	tag   string    // short, as in !!int
 	value string    // of a scalar
-	// fields of a mapping, in the order of the file, and items of a sequence.
+	// fields has the fields of a mapping in file order, items the items of a sequence.
 	fields []nodeField
 	items  []*node
 }
@@ -50,8 +49,8 @@ func (n *node) fieldText(name string) string {
 	return ""
 }
 
-// lineOf returns the line of the field with the path. For a path that is not
-// there it returns the line of the nearest thing around it that is.
+// lineOf returns the line of the field with the path. If the field does not exist, it
+// returns the line of the nearest enclosing value.
 func (n *node) lineOf(path string) int {
 	line := n.line
 	for path != "" && n != nil {
@@ -93,7 +92,7 @@ func (n *node) lineOf(path string) int {
 	return line
 }
 
-// jsonValue returns the value as encoding/json would read it.
+// jsonValue returns the value as decoded by encoding/json.
 func (n *node) jsonValue() any {
 	switch n.kind {
 	case yaml.MappingNode:
@@ -113,8 +112,8 @@ func (n *node) jsonValue() any {
 	}
 }
 
-// scalarValue returns the value of a scalar as nil, bool, int64, uint64, float64 or
-// string. What is none of these is left as text.
+// scalarValue returns the value of a scalar as nil, bool, int64, uint64, float64 or string.
+// Values of other types are returned as text.
 func (n *node) scalarValue() any {
 	var v any
 	switch n.tag {
@@ -135,20 +134,20 @@ func (n *node) scalarValue() any {
 	return n.value
 }
 
-// chunk is the text of one YAML document, and how many lines come before it.
+// chunk is the text of one YAML document and the number of lines before it.
 type chunk struct {
 	text        []byte
 	linesBefore int
 }
 
-// splitDocuments cuts a file into its documents, so that one that is not YAML leaves the
-// others alone. A line that begins with --- starts a document everywhere in
-// YAML, even in the middle of a quoted text.
+// splitDocuments splits a file into its documents, so that a syntax error affects only one
+// of them. A line that begins with --- starts a document everywhere in YAML, even inside a
+// quoted string.
 func splitDocuments(data []byte) []chunk {
 	data = bytes.TrimPrefix(data, []byte("\ufeff"))
 	var chunks []chunk
 	start, startLine, line := 0, 0, 0
-	content := false // has the chunk anything but comments and directives?
+	content := false // whether the chunk has anything except comments and directives
 	for pos := 0; pos < len(data); line++ {
 		end := len(data)
 		if i := bytes.IndexByte(data[pos:], '\n'); i >= 0 {
@@ -171,20 +170,20 @@ func splitDocuments(data []byte) []chunk {
 	return chunks
 }
 
-// maxNodes bounds what the aliases of one document can blow up to.
+// maxNodes limits the number of values that the aliases of one document expand to.
 const maxNodes = 1_000_000
 
-// maxDepth bounds nesting; no Kubernetes object comes near.
+// maxDepth limits nesting, far above the depth of any Kubernetes object.
 const maxDepth = 100
 
-// treeError is an error at a line, before the file and the field are known.
+// treeError is an error at a line, before its file and field are known.
 type treeError struct {
 	line    int
 	message string
 }
 
-// parseTrees parses the documents in a chunk: one, or several if they are separated
-// by lines of three dots only.
+// parseTrees parses the documents in a chunk: usually one, but several if they are
+// separated by lines with three dots.
 func parseTrees(c chunk) ([]*node, []treeError) {
 	decoder := yaml.NewDecoder(bytes.NewReader(c.text))
 	var nodes []*node
@@ -211,19 +210,19 @@ func parseTrees(c chunk) ([]*node, []treeError) {
 	}
 }
 
-// syntaxError finds the line in the text of the error, because the YAML package
-// does not offer it otherwise.
+// syntaxError returns an error with its line. The YAML package provides the line only as
+// part of the error's text.
 func syntaxError(c chunk, err error) treeError {
 	message := strings.TrimPrefix(err.Error(), "yaml: ")
 	line := 1
 	if n, scanErr := fmt.Sscanf(message, "line %d:", &line); n == 1 && scanErr == nil {
 		_, message, _ = strings.Cut(message, ": ")
 	} else if parts := strings.Split(message, "'"); len(parts) == 3 {
-		// An unknown anchor comes without a line, but with its name.
+		// An unknown anchor is reported with its name but without a line.
 		before, _, _ := bytes.Cut(c.text, []byte("*"+parts[1]))
 		line = bytes.Count(before, []byte("\n")) + 1
 	}
-	// The package counts a few errors at the end of the text one line too far.
+	// The package reports some errors at the end of the text one line too late.
 	line = max(1, min(line, bytes.Count(bytes.TrimRight(c.text, "\r\n\t "), []byte("\n"))+1))
 	lines := bytes.Split(c.text, []byte("\n"))
 	for i := max(0, line-2); i < min(line+1, len(lines)); i++ {
@@ -234,6 +233,7 @@ func syntaxError(c chunk, err error) treeError {
 	return treeError{c.linesBefore + line, "not YAML: " + message + ": correct this line or one before it"}
 }
 
+// treeBuilder converts a yaml.Node to a node.
 type treeBuilder struct {
 	linesBefore int
 	budget      int
@@ -250,14 +250,14 @@ func (r *treeBuilder) build(y *yaml.Node, depth int) *node {
 	switch {
 	case r.budget < 0:
 		if r.budget == -1 {
-			r.fail(n.line, "the aliases of this document stand for more than %d values: write fewer", maxNodes)
+			r.fail(n.line, "the aliases of this document expand to more than %d values: use fewer", maxNodes)
 		}
 		return n
 	case depth > maxDepth:
 		if r.budget > 0 {
 			r.fail(n.line, "nested more than %d levels deep: an alias may contain itself", maxDepth)
 		}
-		r.budget = -2 // one such error is enough
+		r.budget = -2 // report this error once
 		return n
 	}
 	switch y.Kind {
@@ -293,14 +293,14 @@ func (r *treeBuilder) buildMapping(n *node, y *yaml.Node, depth int) {
 			merges = append(merges, r.build(value, depth+1))
 			continue
 		case key.Kind != yaml.ScalarNode:
-			r.fail(line, "a key that is not text: write one word before the colon")
+			r.fail(line, "a key is not text: write one word before the colon")
 			continue
 		case key.ShortTag() != "!!str":
-			r.fail(line, "the key %s is not text: write %q", key.Value, key.Value)
+			r.fail(line, "key %s is not text: write %q", key.Value, key.Value)
 			continue
 		}
 		if first, ok := lines[key.Value]; ok {
-			r.fail(line, "%s is here twice, first in line %d: remove one", key.Value, first)
+			r.fail(line, "duplicate field %s, first in line %d: remove one", key.Value, first)
 			continue
 		}
 		lines[key.Value] = line
