@@ -18,8 +18,8 @@ import (
 	"fairlead.io/fairlead/source/apiserver"
 )
 
-// TestFirstDelta says that the first Delta has everything that is for us, and
-// nothing else.
+// TestFirstDelta checks that the first Delta has all objects that Fairlead needs and no
+// others.
 func TestFirstDelta(t *testing.T) {
 	t.Parallel()
 	client := adminClient(t)
@@ -55,7 +55,7 @@ func TestFirstDelta(t *testing.T) {
 
 	got := first.Services
 	if len(got) != 1 || got[0].Name != "web" || len(got[0].Spec.ClusterIPs) != 2 {
-		t.Fatalf("Services %v, want web with two cluster IPs", got)
+		t.Fatalf("Services %v, want only web with two cluster IPs", got)
 	}
 	want := must[*corev1.Service](t)(client.CoreV1().Services(ns).Get(t.Context(), "web", metav1.GetOptions{}))
 	want.Labels, want.ManagedFields, want.Spec.Selector = nil, nil, nil
@@ -64,7 +64,7 @@ func TestFirstDelta(t *testing.T) {
 		t.Errorf("Service (-want +got):\n%s", diff)
 	}
 	if len(first.EndpointSlices) != 1 {
-		t.Fatalf("EndpointSlices %v, want web-1", first.EndpointSlices)
+		t.Fatalf("EndpointSlices %v, want only web-1", first.EndpointSlices)
 	}
 	wantSlice := must[*discoveryv1.EndpointSlice](t)(client.DiscoveryV1().EndpointSlices(ns).Get(t.Context(), "web-1", metav1.GetOptions{}))
 	wantSlice.ManagedFields, wantSlice.Generation, wantSlice.Endpoints[0].TargetRef = nil, 0, nil
@@ -77,11 +77,11 @@ func TestFirstDelta(t *testing.T) {
 		t.Errorf("Node (-want +got):\n%s", diff)
 	}
 	if len(first.ServiceCIDRs) == 0 || first.ServiceCIDRs[0].Name != "kubernetes" {
-		t.Errorf("ServiceCIDRs %v, want the one of the cluster", first.ServiceCIDRs)
+		t.Errorf("ServiceCIDRs %v, want the cluster's", first.ServiceCIDRs)
 	}
 }
 
-// TestWatchEvents says how what happens in the cluster is delivered.
+// TestWatchEvents checks how changes in the cluster are delivered.
 func TestWatchEvents(t *testing.T) {
 	t.Parallel()
 	client := adminClient(t)
@@ -105,13 +105,13 @@ func TestWatchEvents(t *testing.T) {
 	}
 	const foreign = "service.kubernetes.io/service-proxy-name"
 	must[*corev1.Service](t)(svcs.Patch(ctx, "web", types.MergePatchType, label(foreign, `"other"`), metav1.PatchOptions{}))
-	r.waitFor(t, "a Service handed to another proxy goes", func(r *receiver) bool { return r.services["web"] == nil })
+	r.waitFor(t, "removal of a Service of another proxy", func(r *receiver) bool { return r.services["web"] == nil })
 	must[*corev1.Service](t)(svcs.Patch(ctx, "web", types.MergePatchType, label(foreign, "null"), metav1.PatchOptions{}))
-	r.waitFor(t, "a Service handed back comes", func(r *receiver) bool { return r.services["web"] != nil })
+	r.waitFor(t, "a Service without another proxy's label", func(r *receiver) bool { return r.services["web"] != nil })
 	must[*discoveryv1.EndpointSlice](t)(eps.Patch(ctx, "web-1", types.MergePatchType, label(corev1.IsHeadlessService, `""`), metav1.PatchOptions{}))
-	r.waitFor(t, "an EndpointSlice made headless goes", func(r *receiver) bool { return r.slices["web-1"] == nil })
+	r.waitFor(t, "removal of a headless EndpointSlice", func(r *receiver) bool { return r.slices["web-1"] == nil })
 
-	// While deliver is busy, changes gather.
+	// While deliver is busy, changes are coalesced.
 	resume := r.pause()
 	must[*corev1.Service](t)(svcs.Create(ctx, newService("first"), metav1.CreateOptions{}))
 	if err := svcs.Delete(ctx, "web", metav1.DeleteOptions{}); err != nil {
@@ -119,7 +119,7 @@ func TestWatchEvents(t *testing.T) {
 	}
 	again := must[*corev1.Service](t)(svcs.Create(ctx, newService("web"), metav1.CreateOptions{}))
 	if again.UID == web.UID {
-		t.Fatal("the Service made again is the same")
+		t.Fatal("the recreated Service has the same UID")
 	}
 	for i := range 50 {
 		must[*corev1.Service](t)(svcs.Create(ctx, newService(fmt.Sprintf("burst-%d", i)), metav1.CreateOptions{}))
@@ -130,27 +130,26 @@ func TestWatchEvents(t *testing.T) {
 	must[*discoveryv1.EndpointSlice](t)(eps.Create(ctx, newSlice("last", "web", "10.0.0.1"), metav1.CreateOptions{}))
 	before := r.count()
 	resume()
-	r.waitFor(t, "all of the burst", func(r *receiver) bool {
+	r.waitFor(t, "all changes of the burst", func(r *receiver) bool {
 		return r.slices["last"] != nil && r.services["burst-49"] != nil && r.services["first"] == nil && r.services["web"].UID == again.UID
 	})
-	// One was waiting at the door, perhaps with nothing of ours; the others
-	// came together, or in as many as watches are late.
+	// One Delta, possibly without objects of this test, was being delivered. The other
+	// changes arrive in one Delta per watch at most.
 	if n := r.count() - before; n > 6 {
-		t.Errorf("a burst of 54 changes came in %d Deltas, want a few", n)
+		t.Errorf("a burst of 54 changes was delivered in %d Deltas, want at most 6", n)
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, d := range r.deltas[before:] {
 		for _, name := range d.DeletedServices {
 			if name.Name == "web" {
-				t.Errorf("the Service made again is deleted, too, in %v", d)
+				t.Errorf("the recreated Service is also deleted in %v", d)
 			}
 		}
 	}
 }
 
-// TestNode says that the Node is delivered when something of it has changed that
-// matters.
+// TestNode checks that the Node is delivered only when a field that Fairlead reads changes.
 func TestNode(t *testing.T) {
 	t.Parallel()
 	client := adminClient(t)
@@ -158,7 +157,7 @@ func TestNode(t *testing.T) {
 	r := startSource(t, ns, apiserver.Options{NodeName: ns})
 	r.waitFor(t, "first Delta", hasFirstDelta)
 	if d := r.deltas[0]; d.Node != nil || d.NodeDeleted {
-		t.Errorf("first Delta has Node %v, deleted %v; there is none", d.Node, d.NodeDeleted)
+		t.Errorf("first Delta has Node %v, deleted %v, want neither", d.Node, d.NodeDeleted)
 	}
 	nodes, ctx := client.CoreV1().Nodes(), t.Context()
 	for _, name := range []string{ns + "-other", ns} {
@@ -193,12 +192,12 @@ func TestNode(t *testing.T) {
 		return slices.ContainsFunc(r.node.Spec.Taints, func(taint corev1.Taint) bool { return taint.Key == autoscaler })
 	})
 	if n := deltas() - before; n != 3 {
-		t.Errorf("the Node was delivered %d times after 3 changes that matter and 2 that do not", n)
+		t.Errorf("the Node was delivered %d times, want 3 for three relevant changes of five", n)
 	}
 	if err := nodes.Delete(ctx, ns, metav1.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	r.waitFor(t, "the Node goes", func(r *receiver) bool { return r.node == nil })
+	r.waitFor(t, "removal of the Node", func(r *receiver) bool { return r.node == nil })
 }
 
 func TestServiceCIDRs(t *testing.T) {
@@ -215,15 +214,15 @@ func TestServiceCIDRs(t *testing.T) {
 	if err := cidrs.Delete(ctx, name, metav1.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	// Without a controller manager the finalizer is ours to take off.
+	// No controller manager runs that would remove the finalizer.
 	if _, err := cidrs.Patch(ctx, name, types.MergePatchType, []byte(`{"metadata":{"finalizers":null}}`), metav1.PatchOptions{}); err != nil {
 		t.Log(err)
 	}
-	r.waitFor(t, "a ServiceCIDR goes", func(r *receiver) bool { return !r.cidrs[name] })
+	r.waitFor(t, "removal of a ServiceCIDR", func(r *receiver) bool { return !r.cidrs[name] })
 }
 
-// TestBatchedReads says that of many changes, which are read together, none is lost and
-// each object ends as it was last, over HTTP/2 and TLS.
+// TestBatchedReads checks, over HTTP/2 and TLS, that no change is lost when reads are
+// batched and that each object ends in its last state.
 func TestBatchedReads(t *testing.T) {
 	t.Parallel()
 	client := adminClient(t)
@@ -250,7 +249,7 @@ func TestBatchedReads(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	r.waitFor(t, "all that was done", func(r *receiver) bool {
+	r.waitFor(t, "the last state of all objects", func(r *receiver) bool {
 		for i, slice := range begun {
 			got := r.slices[slice.Name]
 			if got == nil || got.ResourceVersion != slice.ResourceVersion || (r.services[slice.Name] == nil) != (i < names/2) {
@@ -266,7 +265,7 @@ func TestBatchedReads(t *testing.T) {
 		for _, slice := range d.EndpointSlices {
 			round := netip.MustParseAddr(slice.Endpoints[0].Addresses[0]).As4()[3]
 			if round < last[slice.Name] {
-				t.Errorf("%s of round %d came after that of round %d", slice.Name, round, last[slice.Name])
+				t.Errorf("%s: round %d was delivered after round %d", slice.Name, round, last[slice.Name])
 			}
 			last[slice.Name] = round
 		}

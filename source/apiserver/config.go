@@ -11,15 +11,15 @@ import (
 
 const protobuf = "application/vnd.kubernetes.protobuf"
 
-// Config returns how to reach the API server: as the kubeconfig file of that path
-// says, or, if the path is empty, as every pod is told. master, if not empty, is
-// the server's URL whatever the file says; without a file nothing proves then who
-// the client is. Protobuf is asked for. The limits are client-go's, which are
-// those of kube-proxy: 5 requests a second after a burst of 10; the caller may
-// set others (QPS, Burst), as well as ContentType and AcceptContentTypes.
+// Config returns the client configuration for the API server: from the kubeconfig file, or
+// the in-cluster configuration if kubeconfig is empty. master, if not empty, overrides the
+// server's URL; without a kubeconfig file the client then has no credentials. The content
+// type is protobuf. Rate limits are client-go's defaults, which kube-proxy uses as well: 5
+// requests a second with a burst of 10. The caller may change QPS, Burst, ContentType and
+// AcceptContentTypes.
 //
-// An error says what cannot be used, "kubeconfig FILE" or "API server URL", and what
-// to do. It does not say how the caller was given it, such as the name of a flag.
+// Errors name the kubeconfig file or the API server URL, and the fix. They do not name
+// flags, because the caller may get the values from elsewhere.
 func Config(kubeconfig, master string) (*rest.Config, error) {
 	config, err := load(kubeconfig, master)
 	if err != nil {
@@ -36,10 +36,10 @@ func load(kubeconfig, master string) (*rest.Config, error) {
 		switch {
 		case errors.Is(err, rest.ErrNotInCluster):
 			return nil, errors.New("no kubeconfig is given and this is not a pod of a cluster: " +
-				"give the path of a kubeconfig file, or run with a ServiceAccount in a pod")
+				"give the path of a kubeconfig file, or run in a pod with a ServiceAccount")
 		case err != nil:
 			return nil, fmt.Errorf("no kubeconfig is given and the pod's ServiceAccount can't be used: %w: "+
-				"give the path of a kubeconfig file, or let the pod mount its token (automountServiceAccountToken)", err)
+				"give the path of a kubeconfig file, or set automountServiceAccountToken: true", err)
 		}
 		return config, nil
 	}
@@ -61,13 +61,13 @@ func load(kubeconfig, master string) (*rest.Config, error) {
 	return config, nil
 }
 
-// describeCredentials says what proves to the server who asks, without any secret.
+// describeCredentials describes how the client authenticates, without any secret.
 func describeCredentials(config *rest.Config) string {
 	switch {
 	case config.ExecProvider != nil:
-		return "of the command " + config.ExecProvider.Command
+		return "exec plugin " + config.ExecProvider.Command
 	case config.AuthProvider != nil:
-		return "of the provider " + config.AuthProvider.Name
+		return "auth provider " + config.AuthProvider.Name
 	case config.BearerTokenFile != "":
 		return "token in " + config.BearerTokenFile
 	case config.BearerToken != "":

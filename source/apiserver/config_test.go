@@ -13,8 +13,8 @@ import (
 	"fairlead.io/fairlead/source/apiserver"
 )
 
-// TestConfigErrors says that an error names the file or URL and the fix, and no flag:
-// the caller may have it from elsewhere.
+// TestConfigErrors checks that an error names the file or URL and the fix, and no flag,
+// because the caller may get the values from elsewhere.
 func TestConfigErrors(t *testing.T) {
 	t.Setenv("KUBERNETES_SERVICE_HOST", "")
 	dir := t.TempDir()
@@ -23,15 +23,15 @@ func TestConfigErrors(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, tt := range []struct{ name, kubeconfig, master, want string }{
-		{"neither a file nor a pod", "", "", "no kubeconfig is given and this is not a pod of a cluster: give the path of a kubeconfig file"},
-		{"no such file", filepath.Join(dir, "none"), "", "kubeconfig " + filepath.Join(dir, "none") + ": "},
-		{"a context that is not there", bad, "", "kubeconfig " + bad + ": "},
-		{"a master that is no URL", "", "http://a b", "API server http://a b: "},
+		{"no file and not in a pod", "", "", "no kubeconfig is given and this is not a pod of a cluster: give the path of a kubeconfig file"},
+		{"missing file", filepath.Join(dir, "none"), "", "kubeconfig " + filepath.Join(dir, "none") + ": "},
+		{"unknown context", bad, "", "kubeconfig " + bad + ": "},
+		{"invalid master URL", "", "http://a b", "API server http://a b: "},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			config, err := apiserver.Config(tt.kubeconfig, tt.master)
 			if err == nil || !strings.HasPrefix(err.Error(), tt.want) || strings.Contains(err.Error(), "--") {
-				t.Errorf("got %v, error %v, want %s… and no flag", config, err, tt.want)
+				t.Errorf("got %v, error %v, want error prefix %q and no flag", config, err, tt.want)
 			}
 		})
 	}
@@ -42,8 +42,8 @@ func TestConfigErrors(t *testing.T) {
 	}
 }
 
-// TestConfig says that a file and a master lead to the server, that protobuf is
-// asked for, and that the program says who it is.
+// TestConfig checks the server URL from the kubeconfig file and the master, the content
+// type and the user agent.
 func TestConfig(t *testing.T) {
 	t.Parallel()
 	path := filepath.Join(t.TempDir(), "kubeconfig")
@@ -55,7 +55,7 @@ func TestConfig(t *testing.T) {
 		t.Fatal(err)
 	}
 	if config.Host != "https://192.0.2.1:6443" || config.CAData == nil && config.CAFile == "" {
-		t.Errorf("Host %s, want the master's, and the certificates of the file", config.Host)
+		t.Errorf("Host %s, want the master's, and the file's certificates", config.Host)
 	}
 	if config, err = apiserver.Config(path, ""); err != nil {
 		t.Fatal(err)

@@ -13,32 +13,33 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 )
 
-// connectionState tells the operator when the API server goes away and comes back, and
-// what it refuses: once, and not at every attempt.
+// connectionState logs when the API server becomes unavailable, denies requests or
+// recovers. It logs each change once instead of each failed attempt.
 type connectionState struct {
 	log *slog.Logger
-	// credentials says what proves to the server who asks.
+	// credentials describes how the client authenticates.
 	credentials string
 
 	mu sync.Mutex
-	// unavailable has the kinds whose last attempt got no answer, or none of use.
+	// unavailable has the resources whose last request got no response or a server error.
 	unavailable map[resource]bool
-	// logged has what was said of it since then, by whether it can't be reached.
+	// logged records the warnings since the first entry in unavailable, by whether the
+	// server is unreachable.
 	logged map[bool]bool
-	// unauthenticated has the kinds for which the server does not know who asks.
+	// unauthenticated has the resources for which the server rejects the credentials.
 	unauthenticated map[resource]bool
-	// denied has the verb that the server refuses to those whom it knows.
+	// denied has the verb that the server denies to an authenticated client.
 	denied map[resource]string
-	// lastFailure has the last attempt of each kind if that failed, and counts how
-	// many did.
+	// lastFailure has the last request for each resource if it failed, failureTime its
+	// time, and failureCounts the number of failed requests.
 	lastFailure   map[resource]failedRequest
 	failureTime   map[resource]time.Time
 	failureCounts map[failedRequest]uint64
-	// failureBegan has an element when requests begin to fail.
+	// failureBegan holds one element when requests start to fail.
 	failureBegan chan struct{}
 }
 
-// failedRequest is a request and what became of it.
+// failedRequest identifies a failed request and its result.
 type failedRequest struct {
 	resource resource
 	verb     string
@@ -48,8 +49,8 @@ type failedRequest struct {
 
 const codeUnreachable = "unreachable"
 
-func newFailedRequest(k resource, verb string, err error) failedRequest {
-	a := failedRequest{resource: k, verb: verb, code: "error"}
+func newFailedRequest(res resource, verb string, err error) failedRequest {
+	a := failedRequest{resource: res, verb: verb, code: "error"}
 	status, answered := errors.AsType[*apierrors.StatusError](err)
 	_, unreachable := errors.AsType[*url.Error](err)
 	switch {
@@ -63,12 +64,12 @@ func newFailedRequest(k resource, verb string, err error) failedRequest {
 	return a
 }
 
-// String is for the log.
-func (a failedRequest) String() string { return string(a.resource) + ": " + a.code }
+// String returns the form used in logs.
+func (f failedRequest) String() string { return string(f.resource) + ": " + f.code }
 
-// recordLocked remembers what became of an attempt.
-func (c *connectionState) recordLocked(k resource, verb string, err error) {
-	before, failing := c.lastFailure[k]
+// recordLocked stores the result of a request. The caller holds mu.
+func (c *connectionState) recordLocked(res resource, verb string, err error) {
+	before, failing := c.lastFailure[res]
 	switch {
 	case err != nil && !isExpired(err):
 		if len(c.lastFailure) == 0 {
@@ -77,43 +78,44 @@ func (c *connectionState) recordLocked(k resource, verb string, err error) {
 			default:
 			}
 		}
-		a := newFailedRequest(k, verb, err)
-		c.lastFailure[k], c.failureTime[k] = a, time.Now()
+		a := newFailedRequest(res, verb, err)
+		c.lastFailure[res], c.failureTime[res] = a, time.Now()
 		c.failureCounts[a]++
 	case failing && (verb == verbWatch || verb == before.verb):
-		delete(c.lastFailure, k)
+		delete(c.lastFailure, res)
 	}
 }
 
-// awaitingRetry reports whether the last request for the kind was not answered, or has
-// failed before a time and was not repeated since.
-func (c *connectionState) awaitingRetry(k resource, since time.Time) bool {
+// awaitingRetry reports whether the last request for the resource found the server
+// unreachable, or failed before since and has not been repeated.
+func (c *connectionState) awaitingRetry(res resource, since time.Time) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	last, failing := c.lastFailure[k]
-	return failing && (last.code == codeUnreachable || c.failureTime[k].Before(since))
+	last, failing := c.lastFailure[res]
+	return failing && (last.code == codeUnreachable || c.failureTime[res].Before(since))
 }
 
-// countFailures returns how many requests of the kind have failed.
-func (c *connectionState) countFailures(k resource) map[Failure]uint64 {
+// countFailures returns the number of failed requests for the resource.
+func (c *connectionState) countFailures(res resource) map[Failure]uint64 {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	failed := map[Failure]uint64{}
 	for a, n := range c.failureCounts {
-		if a.resource == k {
+		if a.resource == res {
 			failed[Failure{Verb: a.verb, Code: a.code}] = n
 		}
 	}
 	return failed
 }
 
-// describeFailures returns which kinds are not answered as they should, and how they are.
+// describeFailures returns the resources whose last request failed, with the failure's
+// code.
 func (c *connectionState) describeFailures() []string {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	var failures []string
-	for _, k := range allResources() {
-		if a, ok := c.lastFailure[k]; ok {
+	for _, res := range allResources() {
+		if a, ok := c.lastFailure[res]; ok {
 			failures = append(failures, a.String())
 		}
 	}
@@ -128,93 +130,95 @@ func newConnectionState(log *slog.Logger, credentials string) *connectionState {
 	}
 }
 
-// onResponse takes what an attempt ended in.
-func (c *connectionState) onResponse(ctx context.Context, k resource, verb string, err error) {
+// onResponse logs changes that follow from the result of a request.
+func (c *connectionState) onResponse(ctx context.Context, res resource, verb string, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.recordLocked(k, verb, err)
+	c.recordLocked(res, verb, err)
 	switch {
 	case apierrors.IsUnauthorized(err):
-		c.onAnsweredLocked(ctx, k)
+		c.onAnsweredLocked(ctx, res)
 		if len(c.unauthenticated) == 0 {
-			c.log.WarnContext(ctx, "API server does not accept the credentials; what is programmed stays. "+
+			c.log.WarnContext(ctx, "API server does not accept the credentials; programmed Services stay in place. "+
 				"Check the token or client certificate of the kubeconfig's user, or of the pod's ServiceAccount",
 				"credentials", c.credentials, "error", err)
 		}
-		c.unauthenticated[k] = true
+		c.unauthenticated[res] = true
 	case isDenied(err):
-		c.onAnsweredLocked(ctx, k)
-		c.onAuthenticatedLocked(ctx, k)
-		if c.denied[k] == "" {
-			c.denied[k] = verb
-			c.log.WarnContext(ctx, "API server refuses a request; what is programmed stays. "+
+		c.onAnsweredLocked(ctx, res)
+		c.onAuthenticatedLocked(ctx, res)
+		if c.denied[res] == "" {
+			c.denied[res] = verb
+			c.log.WarnContext(ctx, "API server denies a request; programmed Services stay in place. "+
 				"Allow list and watch of services, endpointslices.discovery.k8s.io and nodes",
-				"verb", verb, "resource", string(k), "error", err)
+				"verb", verb, "resource", string(res), "error", err)
 		}
 	case err == nil || isExpired(err):
-		c.onAnsweredLocked(ctx, k)
-		c.onAuthenticatedLocked(ctx, k)
-		// Who may only list lists again and again, and that is no news. Who may
-		// watch has the list already, or in the same stream.
-		if refused := c.denied[k]; refused != "" && (verb == verbWatch || verb == refused) {
-			delete(c.denied, k)
-			c.log.InfoContext(ctx, "API server allows a request that it had refused", "verb", verb, "resource", string(k))
+		c.onAnsweredLocked(ctx, res)
+		c.onAuthenticatedLocked(ctx, res)
+		// A client that may only list succeeds at each list, which is no recovery. A
+		// client that may watch has the list already, or gets it in the same stream.
+		if refused := c.denied[res]; refused != "" && (verb == verbWatch || verb == refused) {
+			delete(c.denied, res)
+			c.log.InfoContext(ctx, "API server allows a request that it denied before", "verb", verb, "resource", string(res))
 		}
 	default:
-		c.onUnavailableLocked(ctx, k, verb, err)
+		c.onUnavailableLocked(ctx, res, verb, err)
 	}
 }
 
-// onUnavailableLocked notes that there was no answer, or none of use.
-func (c *connectionState) onUnavailableLocked(ctx context.Context, k resource, verb string, err error) {
-	c.unavailable[k] = true
+// onUnavailableLocked records that a request got no response or a server error.
+func (c *connectionState) onUnavailableLocked(ctx context.Context, res resource, verb string, err error) {
+	c.unavailable[res] = true
 	_, unreachable := errors.AsType[*url.Error](err)
 	switch {
 	case c.logged[unreachable]:
 	case unreachable:
-		c.log.WarnContext(ctx, "API server can't be reached; what is programmed stays", "error", err)
+		c.log.WarnContext(ctx, "API server can't be reached; programmed Services stay in place", "error", err)
 	default:
-		c.log.WarnContext(ctx, "API server does not answer as it should; what is programmed stays",
-			"resource", string(k), "code", newFailedRequest(k, verb, err).code, "error", err)
+		c.log.WarnContext(ctx, "API server returns errors; programmed Services stay in place",
+			"resource", string(res), "code", newFailedRequest(res, verb, err).code, "error", err)
 	}
 	c.logged[unreachable] = true
 }
 
-// onAnsweredLocked notes that there was an answer.
-func (c *connectionState) onAnsweredLocked(ctx context.Context, k resource) {
-	if !c.unavailable[k] {
+// onAnsweredLocked records that the server responded.
+func (c *connectionState) onAnsweredLocked(ctx context.Context, res resource) {
+	if !c.unavailable[res] {
 		return
 	}
-	delete(c.unavailable, k)
+	delete(c.unavailable, res)
 	if len(c.unavailable) == 0 {
 		clear(c.logged)
 		c.log.InfoContext(ctx, "API server is back")
 	}
 }
 
-// onAuthenticatedLocked notes that the server knows who asks.
-func (c *connectionState) onAuthenticatedLocked(ctx context.Context, k resource) {
-	if !c.unauthenticated[k] {
+// onAuthenticatedLocked records that the server accepts the credentials.
+func (c *connectionState) onAuthenticatedLocked(ctx context.Context, res resource) {
+	if !c.unauthenticated[res] {
 		return
 	}
-	delete(c.unauthenticated, k)
+	delete(c.unauthenticated, res)
 	if len(c.unauthenticated) == 0 {
 		c.log.InfoContext(ctx, "API server accepts the credentials again")
 	}
 }
 
-// onOptionalDenied notes that the server refuses the kind and that this is as well.
-func (c *connectionState) onOptionalDenied(ctx context.Context, k resource, verb string, err error) {
+// onOptionalDenied records that the server denies an optional resource, which needs no
+// warning.
+func (c *connectionState) onOptionalDenied(ctx context.Context, res resource, verb string, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.failureCounts[newFailedRequest(k, verb, err)]++
-	delete(c.lastFailure, k)
-	c.onAnsweredLocked(ctx, k)
-	c.onAuthenticatedLocked(ctx, k)
+	c.failureCounts[newFailedRequest(res, verb, err)]++
+	delete(c.lastFailure, res)
+	c.onAnsweredLocked(ctx, res)
+	c.onAuthenticatedLocked(ctx, res)
 }
 
-// isDenied reports whether the server does not serve this, or not to us, whom it
-// knows. Trying again soon is of no use then.
+// isDenied reports whether the server denies the request permanently: it does not serve the
+// resource, does not allow the authenticated client to read it, or does not accept the
+// parameters. An early retry is useless.
 func isDenied(err error) bool {
 	status, ok := errors.AsType[*apierrors.StatusError](err)
 	if !ok {
@@ -229,40 +233,40 @@ func isDenied(err error) bool {
 	}
 }
 
-// isExpired reports whether the server no longer has what changed since a
-// version: the reflector lists again.
+// isExpired reports whether the server no longer has the changes since the requested
+// version. The reflector lists again.
 func isExpired(err error) bool {
 	return apierrors.IsResourceExpired(err) || apierrors.IsGone(err)
 }
 
-// demotingHandler passes on what client-go logs as details: what matters of it is
-// reported by contact, and client-go repeats it at every attempt.
+// demotingHandler passes client-go's records on at a lower level. connectionState reports
+// failures once; client-go repeats them at each attempt.
 type demotingHandler struct{ slog.Handler }
 
 func (d demotingHandler) demote(l slog.Level) slog.Level {
 	return min(l, slog.LevelInfo) + slog.LevelDebug
 }
 
-// Enabled asks for the level that the record will have.
+// Enabled checks the lowered level.
 func (d demotingHandler) Enabled(ctx context.Context, level slog.Level) bool {
 	return d.Handler.Enabled(ctx, d.demote(level))
 }
 
-// Handle passes the record on, with its lower level.
+// Handle passes the record on at the lowered level.
 func (d demotingHandler) Handle(ctx context.Context, record slog.Record) error {
 	record.Level = d.demote(record.Level)
 	if !d.Handler.Enabled(ctx, record.Level) {
-		return nil // errors come unasked
+		return nil // client-go does not call Enabled for errors
 	}
 	return d.Handler.Handle(ctx, record)
 }
 
-// WithAttrs returns a handler that demotes as well.
+// WithAttrs implements [slog.Handler].
 func (d demotingHandler) WithAttrs(attrs []slog.Attr) slog.Handler {
 	return demotingHandler{d.Handler.WithAttrs(attrs)}
 }
 
-// WithGroup returns a handler that demotes as well.
+// WithGroup implements [slog.Handler].
 func (d demotingHandler) WithGroup(name string) slog.Handler {
 	return demotingHandler{d.Handler.WithGroup(name)}
 }

@@ -18,8 +18,8 @@ import (
 	"fairlead.io/fairlead/source/apiserver"
 )
 
-// switchableServer is an API server that can be told how to behave. Streams end when it
-// changes its mind.
+// switchableServer is an API server whose behavior a test can change. A change ends its
+// streams.
 type switchableServer struct {
 	mu            sync.Mutex
 	behavior      behavior
@@ -27,7 +27,7 @@ type switchableServer struct {
 	requestCounts map[string]int // by resource
 }
 
-// behavior answers a request in the server's place, unless it returns nothing. verb is
+// behavior answers a request instead of the server, unless it returns nothing. verb is
 // list, watch or stream.
 type behavior func(r *http.Request, verb string) (*http.Response, error)
 
@@ -82,10 +82,10 @@ func (m *switchableServer) serve(r *http.Request) (*http.Response, error) {
 	return response, nil
 }
 
-// healthy is a server that does all it is asked for, and unstreamed one that can't
-// stream lists.
+// healthy handles all requests.
 func healthy(*http.Request, string) (*http.Response, error) { return nil, nil }
 
+// noStreaming rejects streamed lists.
 func noStreaming(r *http.Request, verb string) (*http.Response, error) {
 	if verb == "stream" {
 		return statusResponse(r, http.StatusUnprocessableEntity, "Invalid"), nil
@@ -93,16 +93,17 @@ func noStreaming(r *http.Request, verb string) (*http.Response, error) {
 	return nil, nil
 }
 
+// connectionRefused fails all requests.
 func connectionRefused(*http.Request, string) (*http.Response, error) {
 	return nil, syscall.ECONNREFUSED
 }
 
-// respondStatus answers requests with a status.
+// respondStatus answers all requests with a status.
 func respondStatus(code int, reason string) behavior {
 	return func(r *http.Request, _ string) (*http.Response, error) { return statusResponse(r, code, reason), nil }
 }
 
-// forResource has a mood for one resource only, and for some verbs if there are any.
+// forResource limits a behavior to one resource, and to some verbs if there are any.
 func (m behavior) forResource(resource string, verbs ...string) behavior {
 	return func(r *http.Request, verb string) (*http.Response, error) {
 		if resourceOf(r) == resource && (len(verbs) == 0 || strings.Contains(strings.Join(verbs, " "), verb)) {
@@ -116,50 +117,50 @@ func statusResponse(r *http.Request, code int, reason string) *http.Response {
 	return newResponse(r, code, fmt.Sprintf(`{"kind":"Status","apiVersion":"v1","status":"Failure","reason":%q,"code":%d,"message":"no"}`, reason, code))
 }
 
-// TestConnectionLog says what an operator reads while the API server passes from mood to
-// mood, each of which lasts for an hour: each thing once, and the last word is right.
+// TestConnectionLog checks the log while the API server changes its behavior every hour:
+// each change is logged once, and the last message is correct.
 func TestConnectionLog(t *testing.T) {
 	t.Parallel()
 	const (
-		unreachable = "API server can't be reached"
-		unwell      = "API server does not answer as it should"
-		back        = "API server is back"
-		unknown     = "API server does not accept the credentials"
-		known       = "API server accepts the credentials again"
-		refuses     = "API server refuses a request"
-		allows      = "API server allows a request that it had refused"
-		cidrs       = "ServiceCIDRs can't be read"
-		cidrsGone   = "ServiceCIDRs can no longer be read"
-		cidrsBack   = "ServiceCIDRs can be read now"
-		late        = "lists of the API server are late"
+		unreachable     = "API server can't be reached"
+		serverErrors    = "API server returns errors"
+		back            = "API server is back"
+		unauthenticated = "API server does not accept the credentials"
+		authenticated   = "API server accepts the credentials again"
+		denies          = "API server denies a request"
+		allows          = "API server allows a request that it denied before"
+		cidrs           = "ServiceCIDRs can't be read"
+		cidrsGone       = "ServiceCIDRs can no longer be read"
+		cidrsBack       = "ServiceCIDRs can be read now"
+		late            = "lists from the API server are late"
 	)
 	forbidden, unauthorized, notFound := respondStatus(403, "Forbidden"), respondStatus(401, "Unauthorized"), respondStatus(404, "NotFound")
 	for _, tt := range []struct {
 		name  string
 		moods []behavior
-		want  []string // the beginnings of the messages, in order
+		want  []string // message prefixes, in order
 	}{
-		{"well", []behavior{healthy}, nil},
+		{"healthy", []behavior{healthy}, nil},
 		{"without streams", []behavior{noStreaming}, nil},
-		{"away", []behavior{connectionRefused, healthy}, []string{unreachable, late, back}},
-		{"away later", []behavior{healthy, connectionRefused, healthy}, []string{unreachable, back}},
-		{"away twice", []behavior{healthy, connectionRefused, healthy, connectionRefused, healthy}, []string{unreachable, back, unreachable, back}},
-		{"internal errors", []behavior{healthy, respondStatus(500, "InternalError"), healthy}, []string{unwell, back}},
-		{"overloaded", []behavior{healthy, respondStatus(429, "TooManyRequests"), healthy}, []string{unwell, back}},
-		{"unavailable after it was away", []behavior{healthy, connectionRefused, respondStatus(503, "ServiceUnavailable"), healthy}, []string{unreachable, unwell, back}},
-		{"a wrong token", []behavior{unauthorized, healthy}, []string{unknown, late, known}},
-		{"a token that expires", []behavior{noStreaming, unauthorized, noStreaming}, []string{unknown, known}},
-		{"away, then a wrong token", []behavior{healthy, connectionRefused, unauthorized, connectionRefused, healthy}, []string{unreachable, unknown, back, unreachable, back, known}},
-		{"forbidden", []behavior{forbidden.forResource("services"), healthy}, []string{refuses, late, allows}},
-		{"forbidden, without streams", []behavior{forbidden.forResource("services"), noStreaming}, []string{refuses, late, allows}},
-		{"list only", []behavior{forbidden.forResource("services", "watch", "stream"), healthy}, []string{refuses, allows}},
+		{"unreachable", []behavior{connectionRefused, healthy}, []string{unreachable, late, back}},
+		{"unreachable later", []behavior{healthy, connectionRefused, healthy}, []string{unreachable, back}},
+		{"unreachable twice", []behavior{healthy, connectionRefused, healthy, connectionRefused, healthy}, []string{unreachable, back, unreachable, back}},
+		{"internal errors", []behavior{healthy, respondStatus(500, "InternalError"), healthy}, []string{serverErrors, back}},
+		{"overloaded", []behavior{healthy, respondStatus(429, "TooManyRequests"), healthy}, []string{serverErrors, back}},
+		{"unavailable after unreachable", []behavior{healthy, connectionRefused, respondStatus(503, "ServiceUnavailable"), healthy}, []string{unreachable, serverErrors, back}},
+		{"a wrong token", []behavior{unauthorized, healthy}, []string{unauthenticated, late, authenticated}},
+		{"a token that expires", []behavior{noStreaming, unauthorized, noStreaming}, []string{unauthenticated, authenticated}},
+		{"unreachable, then a wrong token", []behavior{healthy, connectionRefused, unauthorized, connectionRefused, healthy}, []string{unreachable, unauthenticated, back, unreachable, back, authenticated}},
+		{"forbidden", []behavior{forbidden.forResource("services"), healthy}, []string{denies, late, allows}},
+		{"forbidden, without streams", []behavior{forbidden.forResource("services"), noStreaming}, []string{denies, late, allows}},
+		{"list only", []behavior{forbidden.forResource("services", "watch", "stream"), healthy}, []string{denies, allows}},
 		{
 			"first list, then watch",
 			[]behavior{forbidden.forResource("services"), forbidden.forResource("services", "watch", "stream"), healthy},
-			[]string{refuses, late, allows, refuses, allows},
+			[]string{denies, late, allows, denies, allows},
 		},
 		{"ServiceCIDRs later", []behavior{notFound.forResource("servicecidrs"), healthy}, []string{cidrs, cidrsBack}},
-		{"ServiceCIDRs and back", []behavior{healthy, notFound.forResource("servicecidrs"), healthy}, []string{cidrsGone, cidrsBack}},
+		{"ServiceCIDRs denied and allowed again", []behavior{healthy, notFound.forResource("servicecidrs"), healthy}, []string{cidrsGone, cidrsBack}},
 		{"ServiceCIDRs listed only", []behavior{forbidden.forResource("servicecidrs", "watch", "stream"), healthy}, []string{cidrs, cidrsBack}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -181,15 +182,15 @@ func TestConnectionLog(t *testing.T) {
 					ok = ok && strings.Contains(lines[i], `msg="`+tt.want[i])
 				}
 				if !ok {
-					t.Errorf("log is\n%s\nwant\n%s", log.text.String(), strings.Join(tt.want, "\n"))
+					t.Errorf("log\n%s\nwant\n%s", log.text.String(), strings.Join(tt.want, "\n"))
 				}
 			})
 		})
 	}
 }
 
-// withoutReminders returns the lines of a log without those that say again, or of
-// all requests, what was said before.
+// withoutReminders returns the lines of a log except repetitions and summaries of earlier
+// messages.
 func withoutReminders(text string) (lines []string) {
 	late := false
 	for line := range strings.Lines(text) {
@@ -202,7 +203,8 @@ func withoutReminders(text string) (lines []string) {
 	return lines
 }
 
-// TestConnectionLogInAnyOrder says the same where the order depends on which kind asks first.
+// TestConnectionLogInAnyOrder is TestConnectionLog for messages whose order depends on
+// which resource is requested first.
 func TestConnectionLogInAnyOrder(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
@@ -213,10 +215,10 @@ func TestConnectionLogInAnyOrder(t *testing.T) {
 		{
 			"a token without rights",
 			[4]behavior{healthy, respondStatus(401, "Unauthorized"), respondStatus(403, "Forbidden").forResource("services"), healthy},
-			[4]string{"does not accept the credentials", "refuses a request", "accepts the credentials again", "allows a request"},
+			[4]string{"does not accept the credentials", "denies a request", "accepts the credentials again", "allows a request"},
 		},
 		{
-			"away, then no ServiceCIDRs",
+			"unreachable, then no ServiceCIDRs",
 			[4]behavior{healthy, connectionRefused, respondStatus(404, "NotFound").forResource("servicecidrs"), healthy},
 			[4]string{"can't be reached", "ServiceCIDRs can no longer be read", "is back", "ServiceCIDRs can be read now"},
 		},
@@ -236,7 +238,7 @@ func TestConnectionLogInAnyOrder(t *testing.T) {
 				stop()
 				for _, want := range tt.want {
 					if log.count(want) != 1 || len(withoutReminders(log.text.String())) != len(tt.want) {
-						t.Errorf("log is\n%s\nwant once each of %q", log.text.String(), tt.want)
+						t.Errorf("log\n%s\nwant once each of %q", log.text.String(), tt.want)
 					}
 				}
 			})
@@ -244,8 +246,8 @@ func TestConnectionLogInAnyOrder(t *testing.T) {
 	}
 }
 
-// TestUnauthorized says that whom the API server does not know is not told to
-// allow something.
+// TestUnauthorized checks that after rejected credentials the log does not ask for RBAC
+// rights.
 func TestUnauthorized(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -255,24 +257,25 @@ func TestUnauthorized(t *testing.T) {
 		deltas, stop := runSource(t, server.serve, &log)
 		time.Sleep(time.Hour)
 		if n := deltas.Load(); n != 1 {
-			t.Errorf("%d Deltas, want one: ServiceCIDRs are not waited for", n)
+			t.Errorf("%d Deltas, want 1 without waiting for ServiceCIDRs", n)
 		}
 		if n := log.count("token or client certificate"); n != 1 {
-			t.Errorf("the log says %d times what to look at:\n%s", n, log.text.String())
+			t.Errorf("the log has the fix %d times, want once:\n%s", n, log.text.String())
 		}
 		if n := log.count("Allow list"); n != 0 {
-			t.Errorf("the log asks for rights:\n%s", log.text.String())
+			t.Errorf("the log asks for RBAC rights:\n%s", log.text.String())
 		}
 		server.setBehavior(healthy)
 		time.Sleep(maxRetryPause)
 		if n := log.count("accepts the credentials again"); n != 1 {
-			t.Errorf("the log says %d times that they are accepted:\n%s", n, log.text.String())
+			t.Errorf("the log reports accepted credentials %d times, want once:\n%s", n, log.text.String())
 		}
 		stop()
 	})
 }
 
-// TestCredentialsLog says that the log names what was not accepted, and no secret.
+// TestCredentialsLog checks that the log describes the rejected credentials without a
+// secret.
 func TestCredentialsLog(t *testing.T) {
 	t.Parallel()
 	token := filepath.Join(t.TempDir(), "token")
@@ -297,14 +300,14 @@ func TestCredentialsLog(t *testing.T) {
 			startSource(t, "none", apiserver.Options{Config: &tt.config, Logger: log.logger()})
 			log.waitFor(t, tt.want, 1)
 			if log.count("secret") != 0 {
-				t.Errorf("the log has the secret:\n%s", log.text.String())
+				t.Errorf("the log contains the secret:\n%s", log.text.String())
 			}
 		})
 	}
 }
 
-// TestServiceCIDRsRetryDelayResets says that after ServiceCIDRs were read, a refusal is
-// again believed for half a minute only, as the first one.
+// TestServiceCIDRsRetryDelayResets checks that after a successful watch of ServiceCIDRs,
+// the first retry after a denial is again after 30 seconds.
 func TestServiceCIDRsRetryDelayResets(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -319,7 +322,7 @@ func TestServiceCIDRsRetryDelayResets(t *testing.T) {
 		server.setBehavior(refuse)
 		time.Sleep(maxRetryPause + 31*time.Second)
 		if n := server.countRequests("servicecidrs"); n != 3 {
-			t.Errorf("%d requests, want a watch, and a stream and a list after 30 seconds", n)
+			t.Errorf("%d requests, want a watch, then a stream and a list after 30 seconds", n)
 		}
 		stop()
 	})

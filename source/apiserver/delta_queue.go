@@ -11,9 +11,9 @@ import (
 	"fairlead.io/fairlead/kube"
 )
 
-// deltaQueue gathers what the stores hear of until it is delivered.
+// deltaQueue coalesces changes from the stores until they are delivered as a Delta.
 type deltaQueue struct {
-	// wake has an element when there is something to take, perhaps.
+	// wake holds one element when there may be a Delta to pop.
 	wake chan struct{}
 
 	mu             sync.Mutex
@@ -21,15 +21,15 @@ type deltaQueue struct {
 	endpointSlices pendingChanges[*discoveryv1.EndpointSlice]
 	nodes          pendingChanges[*corev1.Node]
 	serviceCIDRs   pendingChanges[*networkingv1.ServiceCIDR]
-	// missing has the lists that are not complete yet, and taken says that
-	// there was a time without.
+	// missing has the lists that are not complete yet. popped is set by the first pop, when
+	// no list is missing.
 	missing map[resource]bool
 	popped  bool
-	// synced has the lists that were ever complete. nodeUnknown says that the Node
-	// was not waited for.
+	// synced has the resources whose list has been complete at least once. nodeUnknown is
+	// set when the queue stops waiting for the Node.
 	synced      map[resource]bool
 	nodeUnknown bool
-	// skipped has the lists that are not waited for, which may be read for ever.
+	// skipped has the lists that are not waited for. Their requests may never complete.
 	skipped map[resource]bool
 	// listing has the lists that are being read, for the first time or again.
 	listing map[resource]bool
@@ -49,118 +49,118 @@ func newDeltaQueue() *deltaQueue {
 	}
 }
 
-// beginList notes that a list of the kind is being read, until it is complete.
-func (m *deltaQueue) beginList(k resource) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if !m.skipped[k] {
-		m.listing[k] = true
+// beginList records that a list of the resource is being read, until it completes.
+func (q *deltaQueue) beginList(res resource) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if !q.skipped[res] {
+		q.listing[res] = true
 	}
 }
 
-// watchingOnly reports whether everything has been there, and there are no lists to be
-// read but changes to be heard of.
-func (m *deltaQueue) watchingOnly() bool {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return m.popped && len(m.listing) == 0
+// watchingOnly reports whether the first Delta has been popped and no list is being read.
+func (q *deltaQueue) watchingOnly() bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.popped && len(q.listing) == 0
 }
 
-// skipList notes that the list of the kind is not waited for.
-func (m *deltaQueue) skipList(k resource) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if k == nodes && m.missing[k] {
-		m.nodeUnknown = true
+// skipList stops waiting for the list of the resource.
+func (q *deltaQueue) skipList(res resource) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if res == nodes && q.missing[res] {
+		q.nodeUnknown = true
 	}
-	m.skipped[k] = true
-	delete(m.missing, k)
-	delete(m.listing, k)
-	m.signal()
+	q.skipped[res] = true
+	delete(q.missing, res)
+	delete(q.listing, res)
+	q.signal()
 }
 
-// completeListLocked notes that the list of the kind is complete. The caller holds the lock.
-func (m *deltaQueue) completeListLocked(k resource) {
-	delete(m.missing, k)
-	delete(m.listing, k)
-	delete(m.skipped, k)
-	m.synced[k] = true
-	m.signal()
+// completeListLocked records that the list of the resource is complete. The caller holds
+// mu.
+func (q *deltaQueue) completeListLocked(res resource) {
+	delete(q.missing, res)
+	delete(q.listing, res)
+	delete(q.skipped, res)
+	q.synced[res] = true
+	q.signal()
 }
 
-// isSynced reports whether the list of the kind was ever complete.
-func (m *deltaQueue) isSynced(k resource) bool {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return m.synced[k]
+// isSynced reports whether the list of the resource has been complete at least once.
+func (q *deltaQueue) isSynced(res resource) bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.synced[res]
 }
 
-func (m *deltaQueue) signal() {
+func (q *deltaQueue) signal() {
 	select {
-	case m.wake <- struct{}{}:
+	case q.wake <- struct{}{}:
 	default:
 	}
 }
 
-// missingLists returns the lists that are not complete yet.
-func (m *deltaQueue) missingLists() []resource {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	var late []resource
-	for _, k := range allResources() {
-		if m.missing[k] {
-			late = append(late, k)
+// missingLists returns the resources whose lists are not complete yet.
+func (q *deltaQueue) missingLists() []resource {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	var missing []resource
+	for _, res := range allResources() {
+		if q.missing[res] {
+			missing = append(missing, res)
 		}
 	}
-	return late
+	return missing
 }
 
-// pop removes and returns what has gathered. It reports false if there is
-// nothing, or not everything yet.
-func (m *deltaQueue) pop() (kube.Delta, bool) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if len(m.missing) > 0 {
+// pop removes and returns the coalesced changes. It reports false if nothing has changed or
+// a list is missing.
+func (q *deltaQueue) pop() (kube.Delta, bool) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if len(q.missing) > 0 {
 		return kube.Delta{}, false
 	}
-	nodeKnown := m.nodeUnknown && m.synced[nodes]
-	if m.popped && !nodeKnown && len(m.services)+len(m.endpointSlices)+len(m.nodes)+len(m.serviceCIDRs) == 0 {
+	nodeKnown := q.nodeUnknown && q.synced[nodes]
+	if q.popped && !nodeKnown && len(q.services)+len(q.endpointSlices)+len(q.nodes)+len(q.serviceCIDRs) == 0 {
 		return kube.Delta{}, false
 	}
-	m.popped = true
+	q.popped = true
 	var d kube.Delta
-	d.Services, d.DeletedServices = drain(&m.services)
-	d.EndpointSlices, d.DeletedEndpointSlices = drain(&m.endpointSlices)
-	node, gone := drain(&m.nodes)
+	d.Services, d.DeletedServices = drain(&q.services)
+	d.EndpointSlices, d.DeletedEndpointSlices = drain(&q.endpointSlices)
+	node, gone := drain(&q.nodes)
 	if len(node) > 0 {
 		d.Node = node[0]
 	}
 	if nodeKnown {
-		m.nodeUnknown = false
+		q.nodeUnknown = false
 	}
-	// If it was unknown, that there is none has to be said.
+	// After NodeUnknown, a complete list without the Node is reported as its deletion.
 	d.NodeDeleted = len(node) == 0 && (len(gone) > 0 || nodeKnown)
-	d.NodeUnknown = m.nodeUnknown
+	d.NodeUnknown = q.nodeUnknown
 	var names []types.NamespacedName
-	d.ServiceCIDRs, names = drain(&m.serviceCIDRs)
+	d.ServiceCIDRs, names = drain(&q.serviceCIDRs)
 	for _, name := range names {
 		d.DeletedServiceCIDRs = append(d.DeletedServiceCIDRs, name.Name)
 	}
 	return d, true
 }
 
-// pendingChanges has the last that is known of each name.
+// pendingChanges has the latest change of each name.
 type pendingChanges[T any] map[types.NamespacedName]pendingChange[T]
 
-// pendingChange is a new value, or the end, of an object.
+// pendingChange is the new state of an object, or its deletion.
 type pendingChange[T any] struct {
 	object  T
 	deleted bool
-	// added says that the name was not there when this began to gather.
+	// added means that the receiver does not have the object yet.
 	added bool
 }
 
-// put notes a new value. known says whether the name was there before.
+// put records a new state. known reports whether the name existed before.
 func (g pendingChanges[T]) put(name types.NamespacedName, object T, known bool) {
 	before, pending := g[name]
 	fresh := !known
@@ -170,16 +170,16 @@ func (g pendingChanges[T]) put(name types.NamespacedName, object T, known bool) 
 	g[name] = pendingChange[T]{object: object, added: fresh}
 }
 
-// remove notes the end of what was there before.
+// remove records a deletion.
 func (g pendingChanges[T]) remove(name types.NamespacedName) {
 	if g[name].added {
-		delete(g, name) // nobody has heard of it
+		delete(g, name) // the receiver does not have it
 		return
 	}
 	g[name] = pendingChange[T]{deleted: true}
 }
 
-// drain empties g and returns what was in it.
+// drain empties g and returns its content.
 func drain[T any](g *pendingChanges[T]) (objects []T, deleted []types.NamespacedName) {
 	if len(*g) == 0 {
 		return nil, nil
@@ -192,6 +192,6 @@ func drain[T any](g *pendingChanges[T]) (objects []T, deleted []types.Namespaced
 			objects = append(objects, c.object)
 		}
 	}
-	*g = pendingChanges[T]{} // a map that was large stays large
+	*g = pendingChanges[T]{} // a new map, because a map never shrinks
 	return objects, deleted
 }

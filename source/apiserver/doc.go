@@ -1,61 +1,61 @@
-// Package apiserver delivers the objects of a Kubernetes API server, and writes
-// Kubernetes Events.
+// Package apiserver delivers objects from a Kubernetes API server and writes Kubernetes
+// Events.
 //
 // # Source
 //
-// A [Source] follows Services, EndpointSlices, this node's Node and, where they
-// are served and allowed, ServiceCIDRs. The server leaves out what is of no use
-// here: Services that are headless or have the label
-// service.kubernetes.io/service-proxy-name, and EndpointSlices with the label
-// service.kubernetes.io/headless. An object that gets such a label is delivered as
-// deleted.
+// A [Source] lists and watches Services, EndpointSlices, this node's Node and, if the
+// server serves them and RBAC allows it, ServiceCIDRs. Label and field selectors make the
+// server leave out objects that a Service proxy does not need: headless Services, Services
+// with the label service.kubernetes.io/service-proxy-name, and EndpointSlices with the
+// label service.kubernetes.io/headless. An object that gets one of these labels is
+// delivered as deleted.
 //
-// Nothing is delivered before the lists of Services and EndpointSlices are complete,
-// and nothing is ever deleted because a list is late or the API server is away: only a
-// complete list, or the server's word, says that an object is gone. After an outage
-// what has changed meanwhile is delivered, and nothing else. The other lists are
-// waited for some seconds only.
+// The first Delta is delivered when the lists of Services and EndpointSlices are complete;
+// the other lists are optional and delay it by at most 35 seconds. A late list or an
+// unreachable API server never deletes an object: only a complete list or a watch event
+// does. After an outage the Source delivers only the objects that changed in the meantime.
 //
-// The API server is not trusted to be complete, fresh and growing:
+// The Source tolerates an API server whose data is incomplete, outdated or restored from a
+// backup:
 //
-//   - Objects are compared by a hash of UID, resource version and content. Two
-//     objects with the same name and version may differ after a restore of etcd.
-//   - A list that lacks more than half of the Services or EndpointSlices is made
-//     once more before anything is removed ([Options.MassRemovalDelay]).
-//   - A streamed list has a minute until its closing bookmark, other lists two
-//     minutes. A watch without events and bookmarks for three minutes is made anew.
-//   - After a watch has ended early, the current resource version is compared with
-//     the one that the next watch begins at: for a version that it has not reached
-//     yet, kube-apiserver sends nothing and reports no error.
-//   - What fails for long is logged again and again, with growing pauses.
+//   - It compares objects by a hash of UID, resource version and content. After etcd is
+//     restored from a backup, two different objects can have the same name and version.
+//   - If a list lacks more than half of the Services or EndpointSlices, the Source lists
+//     again before it removes anything ([Options.MassRemovalDelay]).
+//   - A streamed list must send its closing bookmark within a minute; other lists must
+//     complete within two minutes. A watch that receives neither events nor bookmarks for
+//     three minutes is restarted.
+//   - After a watch ends early, the Source compares the server's current resource version
+//     with the version at which the next watch begins. kube-apiserver accepts a watch from
+//     a version that it has not reached yet: it sends nothing and reports no error.
+//   - A failure that lasts is logged repeatedly, at growing intervals.
 //
-// Changes are delivered at once while there are few. Where they go on coming faster
-// than BatchPeriod says, what arrives during a period is read together, since to be
-// woken for each takes more of the processor than the change does. While the receiver is
-// busy they gather as well, the last of each name, so that a burst ends in few Deltas.
+// The Source reads rare changes immediately. If changes keep arriving faster than one per
+// [Options.BatchPeriod], it reads the changes of each period together, because each wakeup
+// of the process costs more CPU time than the change itself. While the receiver is busy,
+// changes are coalesced by name, so that a burst results in few Deltas.
 //
-//	connection ──► reflector ──► store ──► mailbox ──► deliver
-//	 (paced)      (client-go)  (versions)  (the last of each name)
+//	connection ──► reflector ──► store ──► delta queue ──► deliver
+//	 (batched)     (client-go)  (hashes)  (latest per name)
 //
-// There is no cache: a store knows no more of an object than hashes, so that a
-// later list can be compared; the one copy of each object is with whom it was
-// delivered to. Objects are trimmed to what somebody reads, while a list is
-// still arriving where the server streams lists (WatchList, Kubernetes 1.34 and
-// later by default), and equal strings share their memory.
+// The Source has no object cache. The store keeps only hashes, to compare later lists with;
+// only the receiver keeps the objects. The Source trims each object to the fields that
+// Fairlead reads and shares the memory of equal strings. If the server streams lists
+// (WatchList, the default since Kubernetes 1.34), objects are trimmed while the list is
+// still arriving.
 //
-// The rights needed are list and watch of services, nodes, endpointslices of
-// discovery.k8s.io and servicecidrs of networking.k8s.io.
+// The Source needs the rights to list and watch services, nodes,
+// endpointslices.discovery.k8s.io and servicecidrs.networking.k8s.io.
 //
-// What client-go logs by itself is passed to the Logger at level Debug and below.
-// Its parts that log without being asked, such as the refresh of credentials, use
-// klog's global logger, which is for the program to set.
+// Messages of client-go are passed to the Logger at level Debug and below. Parts of
+// client-go that use klog's global logger, such as the refresh of credentials, are not
+// covered: the program configures klog.
 //
 // # Events
 //
-// [Events] writes Warnings about Services and one Normal Event about the Node at
-// the start. The right needed is create and patch of events of events.k8s.io.
+// [Events] writes Warning Events about Services and about the Node, and a Normal Event
+// about the Node at startup. It needs the rights to create and patch events.events.k8s.io.
 //
-// It does not use client-go's broadcaster, which takes Events of one object and
-// reason for the same whatever they say, so that the second problem of a Service
-// would not be seen.
+// It does not use client-go's broadcaster, which treats Events of one object and reason as
+// equal even if their notes differ: the second problem of a Service would not be shown.
 package apiserver

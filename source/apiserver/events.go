@@ -22,75 +22,75 @@ import (
 	"fairlead.io/fairlead/kube"
 )
 
-// The reasons of Events.
+// Event reasons.
 const (
-	// ReasonNotAsWritten is of a Service that does not get all that its objects
-	// ask for, see [kube.Problem].
+	// ReasonNotAsWritten is for a Service with a field that cannot be programmed as
+	// written, see [kube.Problem].
 	ReasonNotAsWritten = "ServiceNotProgrammedAsWritten"
-	// ReasonNotProgrammed is of a Service that the node's kernel does not take.
+	// ReasonNotProgrammed is for a Service that the node's kernel rejects.
 	ReasonNotProgrammed = "FailedToProgramService"
-	// ReasonHealthCheck is of a health-check node port that cannot be listened
-	// on. kube-proxy uses the same word.
+	// ReasonHealthCheck is for a health-check node port on which the program cannot listen.
+	// kube-proxy uses the same reason.
 	ReasonHealthCheck = "FailedToStartServiceHealthcheck"
-	// ReasonStarting is of the Node when the program starts, as of kube-proxy.
+	// ReasonStarting is for the Node when the program starts. kube-proxy uses the same
+	// reason.
 	ReasonStarting = "Starting"
-	// ReasonOtherProxy is of a Node on which another Service proxy's rules are.
+	// ReasonOtherProxy is for a Node that has rules of another Service proxy.
 	ReasonOtherProxy = "OtherServiceProxy"
-	// ReasonMassRemoval is of a Node that holds removals back because a list of the
-	// API server lacks most objects, see [Options.MassRemovalDelay].
+	// ReasonMassRemoval is for a Node that holds removals because a list from the API
+	// server lacks most objects, see [Options.MassRemovalDelay].
 	ReasonMassRemoval = "MassRemovalHeld"
-	// ReasonTableRebuilt is of a Node on which an nftables table could not be
-	// repaired in place.
+	// ReasonTableRebuilt is for a Node on which an nftables table could not be repaired in
+	// place.
 	ReasonTableRebuilt = "TableRebuilt"
 )
 
 const (
 	reportingController = "fairlead"
-	// eventsPerSecond and eventsBurst bound what one node sends.
+	// eventsPerSecond and eventsBurst limit the Events of one node.
 	eventsPerSecond = 5
 	eventsBurst     = 10
-	// maxQueuedReports is the number of Events that wait to be sent. What is reported
-	// beyond is dropped: it is in the log.
+	// maxQueuedReports is the number of Events that can wait to be sent. Further reports
+	// are dropped; they are in the log.
 	maxQueuedReports = 1000
-	// maxRecentReports is the number of reports that are recognized when they come
-	// again.
+	// maxRecentReports is the number of reports that are recognized when repeated.
 	maxRecentReports = 8192
-	// persistenceWindow is the time within which a report that comes again says that
-	// something persists; later it says that it has come back.
+	// persistenceWindow is how long a repeated report counts as the same persisting
+	// problem. After that it counts as a recurrence and updates the Event's series.
 	persistenceWindow = 10 * time.Minute
-	// flushTimeout is the time that is left for Events when the program ends.
+	// flushTimeout limits the time to send queued Events when the program ends.
 	flushTimeout = 2 * time.Second
-	// eventRetryMin and eventRetryMax bound the pause while the API server is away.
+	// eventRetryMin and eventRetryMax bound the delay between attempts while the API server
+	// is unavailable.
 	eventRetryMin = time.Second
 	eventRetryMax = 30 * time.Second
-	// eventRequestTimeout is how long one attempt waits.
+	// eventRequestTimeout is the timeout of one request.
 	eventRequestTimeout = 30 * time.Second
-	// maxNoteBytes and maxInstanceBytes are the limits of the API, in bytes.
+	// maxNoteBytes and maxInstanceBytes are limits of the Event API.
 	maxNoteBytes     = 1024
 	maxInstanceBytes = 128
 )
 
-// EventOptions say where Events are written, and in whose name.
+// EventOptions configures [Events].
 type EventOptions struct {
-	// Config says how to reach the API server, see [Config]. Events have limits
-	// of their own, so that they cannot hold up a [Source].
+	// Config is the connection to the API server, see [Config]. Events have rate limits of
+	// their own and do not delay a [Source].
 	Config *rest.Config
 	// NodeName is the name of this node.
 	NodeName string
-	// Version is the program's, for the user agent. It may be empty.
+	// Version is the program's version for the user agent. It may be empty.
 	Version string
-	// Logger takes what is unusual. Nil discards it.
+	// Logger receives warnings. Nil discards them.
 	Logger *slog.Logger
 }
 
-// Events writes Kubernetes Events about Services and about this node, as
-// events.k8s.io/v1. Its methods may be called by several goroutines at once; none
-// of them blocks but Run.
+// Events writes Kubernetes Events (events.k8s.io/v1) about Services and this node. Its
+// methods are safe for concurrent use, and only Run blocks.
 //
-// What is reported again while it persists is not written again. A problem that
-// all nodes have alike is one Event, whoever comes first. At most five Events a
-// second are sent, and a thousand wait; what is reported beyond that is dropped,
-// and the number logged.
+// A problem that persists is written once, even if it is reported repeatedly. If several
+// nodes report the same problem of a Service, the first one writes the Event. Events are
+// limited to five a second; up to a thousand are queued. Further reports are dropped, and
+// their number is logged.
 type Events struct {
 	client   *rest.RESTClient
 	log      *slog.Logger
@@ -100,18 +100,18 @@ type Events struct {
 
 	mu      sync.Mutex
 	started bool
-	// node is this Node, with its UID once started, and early what was reported of it
-	// before.
+	// node refers to this Node; its UID is known once started. beforeStart has the reports
+	// about the Node from before.
 	node        corev1.ObjectReference
 	beforeStart []report
 	serviceUIDs map[types.NamespacedName]types.UID
 	queue       []report
-	// recent has when each report was last made, by its number, and order
-	// the numbers from the oldest.
+	// recent has the last time of each report, by its hash, and recentOrder the hashes in
+	// order of their first report.
 	recent       map[uint64]reportHistory
 	recentOrder  []uint64
 	dropped      int
-	deniedLogged bool // logged
+	deniedLogged bool
 }
 
 // report is an Event to write.
@@ -123,20 +123,20 @@ type report struct {
 	reason    string
 	action    string
 	note      string
-	// shared says that other nodes report the same.
+	// shared means that other nodes report the same problem.
 	shared bool
-	// count is how many times it came up, so far.
+	// count is the number of occurrences so far.
 	count int32
 }
 
-// reportHistory is what is known of a report that was made.
+// reportHistory has the last time and the number of occurrences of a report.
 type reportHistory struct {
 	last  time.Time
 	count int32
 }
 
-// NewEvents returns an Events. It starts nothing and does not speak to the server.
-// The error says what in the configuration cannot be used.
+// NewEvents returns an Events. It starts nothing and sends no requests. It returns an error
+// if the client configuration is invalid.
 func NewEvents(opts EventOptions) (*Events, error) {
 	log := opts.Logger
 	if log == nil {
@@ -156,7 +156,7 @@ func NewEvents(opts EventOptions) (*Events, error) {
 		client:   clients[group],
 		log:      log,
 		nodeName: opts.NodeName,
-		// Without a Node object the name stands for the UID, as with a kubelet.
+		// Until the Node object is known, its name is used as the UID, as a kubelet does.
 		node:        corev1.ObjectReference{APIVersion: "v1", Kind: "Node", Name: opts.NodeName, UID: types.UID(opts.NodeName)},
 		limiter:     flowcontrol.NewTokenBucketRateLimiter(eventsPerSecond, eventsBurst),
 		wake:        make(chan struct{}, 1),
@@ -165,9 +165,9 @@ func NewEvents(opts EventOptions) (*Events, error) {
 	}, nil
 }
 
-// Apply takes the UIDs of objects from what a source delivers. It must see each
-// Delta before problems of its objects are reported. With the first one the Event
-// Starting is written about the Node.
+// Apply stores the UIDs of delivered objects. It must be called with each Delta before
+// problems of its objects are reported. The first call reports the Event Starting about the
+// Node.
 func (e *Events) Apply(d kube.Delta) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -195,12 +195,12 @@ func (e *Events) Apply(d kube.Delta) {
 	e.beforeStart = nil
 }
 
-// OtherProxy reports that rules of another Service proxy are on this node, what they
-// still do, and the command that removes them.
+// OtherProxy reports that this node has rules of another Service proxy, with their effect
+// and the command that removes them.
 func (e *Events) OtherProxy(rules, effect, remove string) {
 	r := report{
 		reason: ReasonOtherProxy, action: "LookForOtherProxies",
-		note: fmt.Sprintf("rules of %s are on this node. Fairlead's go first, but %s. Remove them with kube-proxy --cleanup, or with: %s",
+		note: fmt.Sprintf("this node has rules of %s. Fairlead's rules come first, but %s. Remove the rules with kube-proxy --cleanup, or with: %s",
 			rules, effect, remove),
 	}
 	e.mu.Lock()
@@ -212,16 +212,16 @@ func (e *Events) OtherProxy(rules, effect, remove string) {
 	e.warnLocked(e.node, r)
 }
 
-// MassRemoval reports that a list of the API server lacks most of the objects that are
-// programmed, and that this node waits for another list before it removes them.
+// MassRemoval reports that a list from the API server lacks most of the programmed objects,
+// and that this node waits for another list before it removes them.
 func (e *Events) MassRemoval(resource string, removed, before int, delay time.Duration) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	// A first list that is held is not delivered, so this cannot wait for the UID.
+	// The first Delta waits for a held list, so this report can't wait for the Node's UID.
 	e.warnLocked(e.node, report{
 		reason: ReasonMassRemoval, action: "ListObjects",
-		note: fmt.Sprintf("list of %s from the API server lacks %d of %d that are programmed. They stay, and are listed once more after %s. "+
-			"Check that this is the right cluster and that etcd has its data; --mass-removal-delay sets the time",
+		note: fmt.Sprintf("list of %s from the API server lacks %d of %d programmed objects. They stay in place until another list after %s confirms the removal. "+
+			"Check that this is the right cluster and that etcd has its data; --mass-removal-delay sets the delay",
 			resource, removed, before, delay),
 	})
 }
@@ -232,11 +232,11 @@ func (e *Events) TableRebuilt(table, reason string) {
 	defer e.mu.Unlock()
 	e.warnLocked(e.node, report{
 		reason: ReasonTableRebuilt, action: "RepairTable",
-		note: fmt.Sprintf("nftables table %s was rebuilt, because %s. Established connections continue, session affinity starts over", table, reason),
+		note: fmt.Sprintf("nftables table %s was rebuilt because %s. Established connections continue; session affinity is lost", table, reason),
 	})
 }
 
-// Problem reports what a Service asks for and does not get.
+// Problem reports a field of a Service that cannot be programmed.
 func (e *Events) Problem(p kube.Problem) {
 	note := p.Field + ": " + p.Message
 	if p.EndpointSlice != "" {
@@ -245,16 +245,16 @@ func (e *Events) Problem(p kube.Problem) {
 	e.warnService(p.Service, p.UID, report{reason: ReasonNotAsWritten, action: "ReadService", note: note, shared: true})
 }
 
-// NotProgrammed reports that a Service could not be programmed. It may be called
-// on every attempt.
+// NotProgrammed reports that a Service could not be programmed. It may be called for each
+// attempt.
 func (e *Events) NotProgrammed(key dataplane.Key, err error) {
 	e.warnService(types.NamespacedName{Namespace: key.Namespace, Name: key.Name}, "", report{
 		reason: ReasonNotProgrammed, action: "ProgramService", note: fmt.Sprintf("node %s: %s: %v", e.nodeName, key, err),
 	})
 }
 
-// HealthCheckFailed reports that the health-check node port of a Service cannot be
-// listened on. It may be called on every attempt.
+// HealthCheckFailed reports that the program cannot listen on the health-check node port of
+// a Service. It may be called for each attempt.
 func (e *Events) HealthCheckFailed(namespace, name string, port uint16, err error) {
 	service := types.NamespacedName{Namespace: namespace, Name: name}
 	e.warnService(service, "", report{
@@ -263,8 +263,8 @@ func (e *Events) HealthCheckFailed(namespace, name string, port uint16, err erro
 	})
 }
 
-// warnService completes and queues a report about a Service, unless it is nothing new.
-// Without a UID it takes that of the last Delta.
+// warnService queues a report about a Service unless it is a repetition. If uid is empty,
+// it uses the UID from the last Delta.
 func (e *Events) warnService(service types.NamespacedName, uid types.UID, r report) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -272,21 +272,22 @@ func (e *Events) warnService(service types.NamespacedName, uid types.UID, r repo
 		uid = e.serviceUIDs[service]
 	}
 	if uid == "" {
-		return // gone, and so are its Events for who looks for them
+		return // The Service is deleted; kubectl describe can't show its Events.
 	}
 	e.warnLocked(corev1.ObjectReference{
 		APIVersion: "v1", Kind: "Service", Namespace: service.Namespace, Name: service.Name, UID: uid,
 	}, r)
 }
 
-// warnLocked is warn for any object. The caller holds mu.
+// warnLocked queues a report about any object unless it is a repetition. The caller holds
+// mu.
 func (e *Events) warnLocked(object corev1.ObjectReference, r report) {
 	now := time.Now()
 	r.regarding = object
 	r.at, r.eventType = now, corev1.EventTypeWarning
 	r.note = truncate(r.note, maxNoteBytes)
 	number := fnv.New64a()
-	_, _ = fmt.Fprintf(number, "%s %s %s", object.UID, r.reason, r.note) // a hash takes everything
+	_, _ = fmt.Fprintf(number, "%s %s %s", object.UID, r.reason, r.note) // writing to a hash can't fail
 	n := number.Sum64()
 	r.name = fmt.Sprintf("%s.%016x", object.Name, n)
 	before, again := e.recent[n]
@@ -308,7 +309,7 @@ func (e *Events) warnLocked(object corev1.ObjectReference, r report) {
 	e.recent[n] = reportHistory{now, r.count}
 }
 
-// truncate cuts the text between two characters.
+// truncate cuts text to at most size bytes, between two characters.
 func truncate(text string, size int) string {
 	if len(text) <= size {
 		return text
@@ -324,7 +325,8 @@ func truncate(text string, size int) string {
 	return text + more
 }
 
-// enqueueLocked is for those who hold the lock. It reports false if there is no room.
+// enqueueLocked adds a report to the queue. It reports false if the queue is full. The
+// caller holds mu.
 func (e *Events) enqueueLocked(r report) bool {
 	if len(e.queue) >= maxQueuedReports {
 		e.dropped++
@@ -338,13 +340,13 @@ func (e *Events) enqueueLocked(r report) bool {
 	return true
 }
 
-// dequeue removes and returns the oldest report, if there is one, and how many were
-// dropped since the queue was last empty if it is empty now.
+// dequeue removes and returns the oldest report. If the queue is empty, it reports false
+// and returns the number of reports dropped since the queue was last empty.
 func (e *Events) dequeue() (r report, ok bool, dropped int) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if len(e.queue) == 0 {
-		e.queue = nil // lets go of an array that was long
+		e.queue = nil // frees the backing array
 		dropped, e.dropped = e.dropped, 0
 		return report{}, false, dropped
 	}
@@ -353,8 +355,8 @@ func (e *Events) dequeue() (r report, ok bool, dropped int) {
 	return r, true, 0
 }
 
-// Run writes what is reported. It blocks until ctx is done, then takes two seconds
-// at most for what is left, and returns nil. Run must be called only once.
+// Run writes reported Events. It blocks until ctx is done, then takes at most two seconds
+// to send queued Events, and returns nil. Run must be called only once.
 func (e *Events) Run(ctx context.Context) error {
 	for e.waitForReports(ctx) {
 		e.sendQueued(ctx)
@@ -365,7 +367,7 @@ func (e *Events) Run(ctx context.Context) error {
 	return nil
 }
 
-// waitForReports waits for reports and reports false when ctx is done.
+// waitForReports waits until a report is queued. It reports false when ctx is done.
 func (e *Events) waitForReports(ctx context.Context) bool {
 	select {
 	case <-ctx.Done():
@@ -375,18 +377,18 @@ func (e *Events) waitForReports(ctx context.Context) bool {
 	}
 }
 
-// sendQueued writes what is queued until there is nothing left or ctx is done.
+// sendQueued writes the queued reports until the queue is empty or ctx is done.
 func (e *Events) sendQueued(ctx context.Context) {
 	for ctx.Err() == nil {
 		r, ok, dropped := e.dequeue()
 		if dropped > 0 {
-			e.log.WarnContext(ctx, "too many Events at once, some are in the log only", "dropped", dropped)
+			e.log.WarnContext(ctx, "too many Events, some were dropped and are only in the log", "dropped", dropped)
 		}
 		if !ok {
 			return
 		}
 		if !e.writeWithRetry(ctx, r) {
-			// The end has come. It is the first to be flushed.
+			// ctx is done. The flush starts with this report.
 			e.mu.Lock()
 			e.queue = append([]report{r}, e.queue...)
 			e.mu.Unlock()
@@ -394,8 +396,8 @@ func (e *Events) sendQueued(ctx context.Context) {
 	}
 }
 
-// writeWithRetry writes an Event, or finds that it is not to be written. It reports false
-// if ctx was done before.
+// writeWithRetry writes an Event or drops it if the server denies it. It reports false if
+// ctx is done before that.
 func (e *Events) writeWithRetry(ctx context.Context, r report) bool {
 	for pause := eventRetryMin; ; pause = min(2*pause, eventRetryMax) {
 		if err := e.limiter.Wait(ctx); err != nil {
@@ -419,8 +421,7 @@ func (e *Events) writeWithRetry(ctx context.Context, r report) bool {
 	}
 }
 
-// writeOnce creates the Event, or says of the one that there is that it happened
-// again.
+// writeOnce creates the Event, or updates its series if the Event exists.
 func (e *Events) writeOnce(ctx context.Context, r report) error {
 	if r.count > 1 {
 		err := e.updateSeries(ctx, r)
@@ -433,9 +434,9 @@ func (e *Events) writeOnce(ctx context.Context, r report) error {
 		return err
 	}
 	if r.shared && r.count <= 1 {
-		return nil // another node has said so
+		return nil // another node has written it
 	}
-	r.count = max(r.count, 2) // from before the program was started
+	r.count = max(r.count, 2) // written before the program restarted
 	return e.updateSeries(ctx, r)
 }
 
@@ -459,13 +460,13 @@ func (e *Events) updateSeries(ctx context.Context, r report) error {
 		"series": eventsv1.EventSeries{Count: r.count, LastObservedTime: metav1.NewMicroTime(r.at)},
 	})
 	if err != nil {
-		return fmt.Errorf("write a patch for Event %s: %w", r.name, err)
+		return fmt.Errorf("encode patch for Event %s: %w", r.name, err)
 	}
 	return e.client.Patch(types.MergePatchType).Namespace(eventNamespace(r)).Resource("events").Name(r.name).Body(patch).Do(ctx).Error()
 }
 
-// eventNamespace returns the namespace of an Event: that of its object, or, as the API
-// has it, default.
+// eventNamespace returns the namespace of an Event: the object's namespace, or default for
+// cluster-scoped objects as the Event API requires.
 func eventNamespace(r report) string {
 	if r.regarding.Namespace == "" {
 		return metav1.NamespaceDefault
@@ -473,8 +474,8 @@ func eventNamespace(r report) string {
 	return r.regarding.Namespace
 }
 
-// logDenied logs, once, that Events are not allowed. That a namespace is gone or
-// about to go is no news.
+// logDenied logs once that the server denies Events. It ignores errors about namespaces
+// that are deleted or terminating.
 func (e *Events) logDenied(ctx context.Context, r report, err error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -483,6 +484,6 @@ func (e *Events) logDenied(ctx context.Context, r report, err error) {
 		return
 	}
 	e.deniedLogged = true
-	e.log.WarnContext(ctx, "API server refuses an Event, this is not logged again: allow create and patch of events.events.k8s.io",
+	e.log.WarnContext(ctx, "API server denies an Event: allow create and patch of events.events.k8s.io; further denials are not logged",
 		"reason", r.reason, "namespace", eventNamespace(r), "error", err)
 }

@@ -45,13 +45,14 @@ func startEvents(t testing.TB, opts apiserver.EventOptions) (events *apiserver.E
 	return events, stop
 }
 
-// waitForEvents waits for n Events about the object, as kubectl describe finds them.
+// waitForEvents waits for n Events about the object, found like kubectl describe finds
+// them.
 func waitForEvents(t testing.TB, client kubernetes.Interface, ns string, object metav1.Object, n int) []corev1.Event {
 	t.Helper()
 	deadline := time.Now().Add(10 * time.Second)
 	for {
 		list := must[*corev1.EventList](t)(client.CoreV1().Events(ns).List(t.Context(), metav1.ListOptions{
-			// The API server itself may report that it repairs a cluster IP.
+			// The API server may report a repaired cluster IP.
 			FieldSelector: fmt.Sprintf("involvedObject.uid=%s,involvedObject.name=%s,reportingComponent!=ipallocator-repair-controller", object.GetUID(), object.GetName()),
 		}))
 		if len(list.Items) >= n || time.Now().After(deadline) {
@@ -64,7 +65,7 @@ func waitForEvents(t testing.TB, client kubernetes.Interface, ns string, object 
 	}
 }
 
-// TestEvents says what `kubectl describe service` shows.
+// TestEvents checks the Events that kubectl describe service shows.
 func TestEvents(t *testing.T) {
 	t.Parallel()
 	client := adminClient(t)
@@ -116,7 +117,7 @@ func TestEvents(t *testing.T) {
 	}
 	stop()
 
-	// Another node finds the same; and this node finds it again after a restart.
+	// Another node reports the same problem, and this node reports it again after a restart.
 	opts.NodeName = "other"
 	other, stop := startEvents(t, opts)
 	other.Apply(delta)
@@ -134,7 +135,7 @@ func TestEvents(t *testing.T) {
 		}
 	}
 
-	// An Event that is gone is written again when its problem comes back.
+	// A deleted Event is written again when its problem recurs.
 	if err := client.EventsV1().Events(ns).DeleteCollection(t.Context(), metav1.DeleteOptions{}, metav1.ListOptions{}); err != nil {
 		t.Fatal(err)
 	}
@@ -145,7 +146,7 @@ func TestEvents(t *testing.T) {
 	waitForEvents(t, client, ns, svc, 4)
 }
 
-// roundTripper is an API server that is a function.
+// roundTripper implements an API server with a function.
 type roundTripper func(*http.Request) (*http.Response, error)
 
 func (f roundTripper) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
@@ -167,7 +168,7 @@ func manyServices(n int) kube.Delta {
 	return d
 }
 
-// TestEventRateLimit says that many failing Services cost a bounded number of Events.
+// TestEventRateLimit checks that many failing Services cause a limited number of Events.
 func TestEventRateLimit(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -181,37 +182,37 @@ func TestEventRateLimit(t *testing.T) {
 		const n = 10_000
 		events.Apply(manyServices(n))
 		begin := time.Now()
-		storm := func() {
+		reportAll := func() {
 			for i := range n {
 				events.NotProgrammed(dataplane.Key{Namespace: "shop", Name: fmt.Sprintf("web-%d", i), Family: dataplane.IPv4}, errors.New("no space"))
 			}
 		}
-		storm()
+		reportAll()
 		if d := time.Since(begin); d != 0 {
-			t.Errorf("the callers waited %s", d)
+			t.Errorf("NotProgrammed blocked for %s", d)
 		}
 		synctest.Wait()
 		if got := sent.Load(); got > 11 {
-			t.Errorf("%d Events at once, want the burst of 10", got)
+			t.Errorf("%d Events at once, want at most the burst of 10", got)
 		}
 		time.Sleep(time.Minute)
 		if got := sent.Load(); got < 300 || got > 311 {
-			t.Errorf("%d Events in a minute, want 5 a second", got)
+			t.Errorf("%d Events in a minute, want 5 per second", got)
 		}
 		time.Sleep(10 * time.Minute)
 		got := sent.Load()
 		if got < 1000 || got > 1020 {
-			t.Errorf("%d Events in all, want those that fit the queue", got)
+			t.Errorf("%d Events in total, want the size of the queue", got)
 		}
 		stop()
 		if !strings.Contains(logs.String(), "dropped=") {
-			t.Errorf("log does not say how many were dropped: %s", &logs)
+			t.Errorf("log does not report the dropped Events: %s", &logs)
 		}
 	})
 }
 
-// TestEventSeries says what is news: a problem that is reported for hours is
-// one Event, one that comes back is the Event's series.
+// TestEventSeries checks that a problem reported for hours is one Event, and that a
+// recurrence updates the Event's series.
 func TestEventSeries(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -244,16 +245,16 @@ func TestEventSeries(t *testing.T) {
 	})
 }
 
-// TestEventsDuringOutage says that Events wait for the API server, and that the end
-// of the program does not wait for it long.
+// TestEventsDuringOutage checks that Events wait for the API server, but delay the end of
+// the program only briefly.
 func TestEventsDuringOutage(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		var away atomic.Bool
-		away.Store(true)
+		var down atomic.Bool
+		down.Store(true)
 		var sent atomic.Int64
 		config := &rest.Config{Host: "http://api", Transport: roundTripper(func(r *http.Request) (*http.Response, error) {
-			if away.Load() {
+			if down.Load() {
 				return nil, errors.New("no route to host")
 			}
 			sent.Add(1)
@@ -266,22 +267,22 @@ func TestEventsDuringOutage(t *testing.T) {
 		}
 		problem(0)
 		time.Sleep(5 * time.Minute)
-		away.Store(false)
+		down.Store(false)
 		time.Sleep(time.Minute)
 		if got := sent.Load(); got != 2 {
 			t.Errorf("%d Events after the API server is back, want 2", got)
 		}
-		away.Store(true)
+		down.Store(true)
 		problem(1)
 		begin := time.Now()
 		stop()
 		if d := time.Since(begin); d > 2*time.Second {
-			t.Errorf("the end took %s", d)
+			t.Errorf("Run returned %s after cancel", d)
 		}
 	})
 }
 
-// TestEventsFlush says that what was reported last is still written.
+// TestEventsFlush checks that queued Events are written when the program ends.
 func TestEventsFlush(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -303,7 +304,7 @@ func TestEventsFlush(t *testing.T) {
 	})
 }
 
-// TestEventsDenied says that the operator learns once of missing rights.
+// TestEventsDenied checks that missing rights are logged once.
 func TestEventsDenied(t *testing.T) {
 	t.Parallel()
 	client := adminClient(t)
@@ -317,6 +318,6 @@ func TestEventsDenied(t *testing.T) {
 	events.Problem(kube.Problem{Service: serviceNameIn(ns, "web"), Field: "f"})
 	stop()
 	if n := strings.Count(logs.String(), "allow create and patch"); n != 1 {
-		t.Errorf("told %d times of missing rights, want once: %s", n, &logs)
+		t.Errorf("missing rights are logged %d times, want once: %s", n, &logs)
 	}
 }

@@ -7,28 +7,28 @@ import (
 )
 
 const (
-	// lateListAfter is when the operator is told which lists are waited for.
+	// lateListAfter is the delay before missing lists are logged.
 	lateListAfter = 5 * time.Second
-	// serviceCIDRsTimeout and nodesTimeout are how long programming waits for lists that
-	// it can do without, once it has those of Services and EndpointSlices. Without
-	// ServiceCIDRs connections to addresses of no Service are not dropped. Without
-	// the Node no node ports are served on its primary addresses, and there are no
-	// topology hints and no networks of local pods, so it is waited for longer.
+	// serviceCIDRsTimeout and nodesTimeout are how long the first Delta waits for optional
+	// lists after the lists of Services and EndpointSlices. Without ServiceCIDRs,
+	// connections to unassigned cluster IPs are not dropped. Without the Node, node ports
+	// are not served on its primary addresses, and its zone and pod CIDRs are unknown:
+	// nodesTimeout is therefore longer.
 	serviceCIDRsTimeout = 3 * time.Second
 	nodesTimeout        = 15 * time.Second
-	// retryGracePeriod is how much longer it waits for a list while the API server can't be
-	// reached, or if the list was last requested before the others were complete: until
-	// each list has been requested again.
+	// retryGracePeriod is how much longer the first Delta waits for an optional list while
+	// the API server is unreachable, or until each list has been requested again after the
+	// other lists completed.
 	retryGracePeriod = 20 * time.Second
 )
 
-// allResources returns the kinds in the order of the log.
+// allResources returns the resources in the order used in logs.
 func allResources() []resource { return []resource{services, endpointSlices, nodes, serviceCIDRs} }
 
-// timeout returns how long programming waits for the list, or zero if it can't do
-// without.
-func (k resource) timeout() time.Duration {
-	switch k {
+// timeout returns how long the first Delta waits for the list, or zero if the list is
+// required.
+func (res resource) timeout() time.Duration {
+	switch res {
 	case serviceCIDRs:
 		return serviceCIDRsTimeout
 	case nodes:
@@ -38,8 +38,7 @@ func (k resource) timeout() time.Duration {
 	}
 }
 
-// reminder is the timer of a message that is logged again and again, with growing
-// pauses.
+// reminder is the timer of a message that is logged repeatedly, at growing intervals.
 type reminder struct {
 	*time.Timer
 
@@ -47,7 +46,7 @@ type reminder struct {
 	step  int
 }
 
-// reminderIntervals are those between messages. The last one repeats.
+// reminderIntervals returns the intervals between messages. The last one repeats.
 func reminderIntervals() []time.Duration {
 	return []time.Duration{lateListAfter, time.Minute - lateListAfter, 9 * time.Minute, time.Hour}
 }
@@ -60,7 +59,7 @@ func newReminder() *reminder {
 	return r
 }
 
-// start starts the pauses at one of them, unless they have begun.
+// start arms the timer with the interval at index step, unless it is armed.
 func (r *reminder) start(step int) {
 	if !r.armed {
 		r.armed, r.step = true, step
@@ -68,22 +67,23 @@ func (r *reminder) start(step int) {
 	}
 }
 
-// schedule starts the next pause.
+// schedule sets the timer to the next interval.
 func (r *reminder) schedule() {
 	pauses := reminderIntervals()
 	r.Reset(pauses[min(r.step, len(pauses)-1)])
 	r.step++
 }
 
-// logProblems logs what is still waited for, and which requests still fail.
+// logProblems logs missing lists and failing requests, and schedules the next message while
+// there are any.
 func (s *Source) logProblems(ctx context.Context, r *reminder) {
 	missing, failing := s.queue.missingLists(), s.connection.describeFailures()
 	switch {
 	case len(missing) > 0:
-		s.log.WarnContext(ctx, "lists of the API server are late; nothing new is programmed until they are complete",
+		s.log.WarnContext(ctx, "lists from the API server are late; nothing new is programmed until they are complete",
 			"missing", missing, "failing", failing)
 	case len(failing) > 0:
-		s.log.WarnContext(ctx, "API server still fails to answer; what is programmed stays", "failing", failing)
+		s.log.WarnContext(ctx, "requests to the API server still fail; programmed Services stay in place", "failing", failing)
 	default:
 		r.armed = false
 		return
@@ -91,16 +91,16 @@ func (s *Source) logProblems(ctx context.Context, r *reminder) {
 	r.schedule()
 }
 
-// optionalListTimer is the time until programming does without lists that it can do without.
+// optionalListTimer limits how long the first Delta waits for optional lists.
 type optionalListTimer struct {
 	*time.Timer
 
 	started time.Time
 }
 
-// start starts the time once only such lists are missing.
+// start starts the timer when only optional lists are missing.
 func (o *optionalListTimer) start(missing []resource) {
-	if o.started.IsZero() && !slices.ContainsFunc(missing, func(k resource) bool { return k.timeout() == 0 }) {
+	if o.started.IsZero() && !slices.ContainsFunc(missing, func(res resource) bool { return res.timeout() == 0 }) {
 		o.started = time.Now()
 		o.schedule(missing)
 	}
@@ -108,8 +108,8 @@ func (o *optionalListTimer) start(missing []resource) {
 
 func (o *optionalListTimer) schedule(missing []resource) {
 	var earliest time.Duration
-	for _, k := range missing {
-		if limit := k.timeout(); earliest == 0 || limit < earliest {
+	for _, res := range missing {
+		if limit := res.timeout(); earliest == 0 || limit < earliest {
 			earliest = limit
 		}
 	}
@@ -118,18 +118,18 @@ func (o *optionalListTimer) schedule(missing []resource) {
 	}
 }
 
-// skipLateLists has programming do without the lists whose time is over.
+// skipLateLists stops waiting for optional lists whose time is over.
 func (s *Source) skipLateLists(ctx context.Context, o *optionalListTimer) {
 	missing := s.queue.missingLists()
-	for _, k := range missing {
-		limit := k.timeout()
+	for _, res := range missing {
+		limit := res.timeout()
 		if limit == 0 || time.Since(o.started) < limit {
 			continue
 		}
-		if !s.connection.awaitingRetry(k, o.started) || time.Since(o.started) >= limit+retryGracePeriod {
-			s.log.WarnContext(ctx, "list of the API server is late; Services are programmed without it until it is complete",
-				"resource", string(k), "failing", s.connection.describeFailures())
-			s.queue.skipList(k)
+		if !s.connection.awaitingRetry(res, o.started) || time.Since(o.started) >= limit+retryGracePeriod {
+			s.log.WarnContext(ctx, "list from the API server is late; Services are programmed without it until it is complete",
+				"resource", string(res), "failing", s.connection.describeFailures())
+			s.queue.skipList(res)
 		}
 	}
 	o.schedule(s.queue.missingLists())

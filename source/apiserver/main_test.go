@@ -21,8 +21,8 @@ import (
 	"fairlead.io/fairlead/test/controlplane"
 )
 
-// cluster is the control plane that all tests share. Each has a namespace, or
-// Nodes, of its own; those that disturb the others do not run in parallel.
+// cluster is the control plane that all tests share. Each test has its own namespace or
+// Nodes; tests that disturb others do not run in parallel.
 var cluster *controlplane.ControlPlane
 
 func TestMain(m *testing.M) {
@@ -41,7 +41,7 @@ func TestMain(m *testing.M) {
 	}())
 }
 
-// adminClient returns a client that may do everything.
+// adminClient returns a client with all rights.
 func adminClient(t testing.TB) *kubernetes.Clientset {
 	t.Helper()
 	client, err := kubernetes.NewForConfig(cluster.Config())
@@ -51,7 +51,7 @@ func adminClient(t testing.TB) *kubernetes.Clientset {
 	return client
 }
 
-// createNamespace makes a namespace that has the test's name.
+// createNamespace creates a namespace and returns its name.
 func createNamespace(t testing.TB, client kubernetes.Interface) string {
 	t.Helper()
 	made, err := client.CoreV1().Namespaces().Create(t.Context(), &corev1.Namespace{
@@ -63,7 +63,7 @@ func createNamespace(t testing.TB, client kubernetes.Interface) string {
 	return made.Name
 }
 
-// must returns the value of a call that cannot fail.
+// must returns a function that returns a value or fails the test.
 func must[T any](t testing.TB) func(T, error) T {
 	return func(value T, err error) T {
 		t.Helper()
@@ -100,14 +100,14 @@ func newSlice(name, service string, addrs ...string) *discoveryv1.EndpointSlice 
 	return slice
 }
 
-// receiver keeps what a Source delivers.
+// receiver records the Deltas of a Source.
 type receiver struct {
-	namespace string // only its objects are kept
+	namespace string // objects of other namespaces are ignored
 
 	mu      sync.Mutex
 	changed chan struct{}
-	hold    chan struct{} // if not nil, the next Delta waits for it
-	// deltas are all that were delivered with something in them for us.
+	hold    chan struct{} // if not nil, receive waits for it
+	// deltas has all Deltas, without objects of other namespaces.
 	deltas   []kube.Delta
 	first    bool
 	services map[string]*corev1.Service
@@ -168,7 +168,7 @@ func (r *receiver) receive(d kube.Delta) {
 	r.changed = make(chan struct{})
 }
 
-// waitFor waits until what has been delivered is as the condition says.
+// waitFor waits until the condition is true.
 func (r *receiver) waitFor(t testing.TB, what string, condition func(*receiver) bool) {
 	t.Helper()
 	deadline := time.After(20 * time.Second)
@@ -198,17 +198,17 @@ func joinKeys[V any](m map[string]V) string {
 	return b.String()
 }
 
-// hasFirstDelta is the condition that there has been a first Delta.
+// hasFirstDelta is the condition that the first Delta was delivered.
 func hasFirstDelta(r *receiver) bool { return r.first }
 
-// count returns how many Deltas there were.
+// count returns the number of Deltas.
 func (r *receiver) count() int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return len(r.deltas)
 }
 
-// pause has deliver wait until the returned function is called.
+// pause blocks deliver until resume is called.
 func (r *receiver) pause() (resume func()) {
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -8,43 +8,44 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 )
 
-// massRemovalMinObjects is the number of objects up to which a list may remove most of
-// them at once, unless it removes all.
+// massRemovalMinObjects is the number of objects up to which a list may remove most of them
+// at once, unless it removes all.
 const massRemovalMinObjects = 10
 
-// removal says what a list would remove: gone of the objects that there were
-// before. listed is the number of objects in the list.
+// removal describes what a list would remove. before is the number of known objects,
+// removed the number of those missing from the list, and listed the number of objects in
+// the list.
 type removal struct{ before, removed, listed int }
 
-// isMass reports whether the removal is more likely the fault of an API server,
-// such as one with an empty etcd or one of another cluster, than what somebody did.
-func (r removal) isMass() bool {
-	if 2*r.removed <= r.before {
+// isMass reports whether the removal is more likely caused by a broken API server, such as
+// one with an empty etcd or of another cluster, than by a user.
+func (rm removal) isMass() bool {
+	if 2*rm.removed <= rm.before {
 		return false
 	}
-	return r.removed > massRemovalMinObjects || r.removed == r.before && r.before > 1
+	return rm.removed > massRemovalMinObjects || rm.removed == rm.before && rm.before > 1
 }
 
-// removalHold delays removals when a list lacks more than half of what is programmed,
-// until a list that is made after the delay lacks it too. Removals by watch events
-// are not its concern. A nil guard holds nothing.
+// removalHold holds removals when a list lacks more than half of the programmed objects,
+// until a list made after the delay confirms them. Removals by watch events are not held. A
+// nil removalHold holds nothing.
 //
-// Its methods but heldObjects are called by one goroutine.
+// All methods except heldObjects must be called from one goroutine.
 type removalHold struct {
 	resource resource
 	delay    time.Duration
 	log      *slog.Logger
-	// requestRelist has the list made once more after a time.
+	// requestRelist requests another list after a delay.
 	requestRelist func(after time.Duration)
-	// programmedServices has the names of the Services that an earlier run of the program
-	// has left in the kernel with endpoints. It is called once.
+	// programmedServices returns the names of the Services for which an earlier run of the
+	// program left endpoints in the kernel. It is called once.
 	programmedServices func() map[types.NamespacedName]struct{}
-	// onHold, if not nil, is called when removals begin to be held.
+	// onHold, if not nil, is called when removals start to be held.
 	onHold func(resource string, removed, before int)
 
-	programmedNames map[types.NamespacedName]struct{} // what programmed returned
+	programmedNames map[types.NamespacedName]struct{} // result of programmedServices
 	programmedRead  bool
-	since           time.Time // when removals were first held; zero if none are
+	since           time.Time // when removals were first held; zero if none are held
 	decisionLogs    []func()
 
 	mu        sync.Mutex
@@ -52,86 +53,86 @@ type removalHold struct {
 }
 
 // active reports whether removals are held.
-func (g *removalHold) active() bool { return g != nil && !g.since.IsZero() }
+func (h *removalHold) active() bool { return h != nil && !h.since.IsZero() }
 
 // heldObjects returns the number of objects whose removal is held.
-func (g *removalHold) heldObjects() int {
-	if g == nil {
+func (h *removalHold) heldObjects() int {
+	if h == nil {
 		return 0
 	}
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	return g.heldCount
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.heldCount
 }
 
-func (g *removalHold) setHeld(n int) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	g.heldCount = n
+func (h *removalHold) setHeld(n int) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.heldCount = n
 }
 
-// readProgrammed returns what an earlier run has left in the kernel.
-func (g *removalHold) readProgrammed() map[types.NamespacedName]struct{} {
-	if g == nil || g.programmedServices == nil || g.delay <= 0 {
+// readProgrammed returns the Services that an earlier run left in the kernel.
+func (h *removalHold) readProgrammed() map[types.NamespacedName]struct{} {
+	if h == nil || h.programmedServices == nil || h.delay <= 0 {
 		return nil
 	}
-	if !g.programmedRead {
-		g.programmedRead, g.programmedNames = true, g.programmedServices()
+	if !h.programmedRead {
+		h.programmedRead, h.programmedNames = true, h.programmedServices()
 	}
-	return g.programmedNames
+	return h.programmedNames
 }
 
-// decide decides about the removals of a list. The caller calls report when it holds
-// no lock.
-func (g *removalHold) decide(r removal) bool {
-	if g == nil || g.delay <= 0 {
+// decide reports whether to hold the removals of a list. The caller calls logDecisions
+// after it releases its locks.
+func (h *removalHold) decide(rm removal) bool {
+	if h == nil || h.delay <= 0 {
 		return false
 	}
-	attrs := []any{"resource", string(g.resource), "programmed", r.before, "removed", r.removed, "listed", r.listed}
+	attrs := []any{"resource", string(h.resource), "programmed", rm.before, "removed", rm.removed, "listed", rm.listed}
 	now := time.Now()
 	switch {
-	case !r.isMass():
-		g.programmedNames = nil
-		if g.active() {
-			g.since = time.Time{}
-			g.setHeld(0)
-			g.decisionLogs = append(g.decisionLogs, func() { g.log.Info("list of the API server is complete again; nothing was removed", attrs...) })
+	case !rm.isMass():
+		h.programmedNames = nil
+		if h.active() {
+			h.since = time.Time{}
+			h.setHeld(0)
+			h.decisionLogs = append(h.decisionLogs, func() { h.log.Info("list from the API server is complete again; nothing was removed", attrs...) })
 		}
 		return false
-	case !g.active():
-		g.since = now
-		g.setHeld(r.removed)
-		g.requestRelist(g.delay)
-		g.decisionLogs = append(g.decisionLogs, func() {
-			g.log.Warn("list of the API server lacks more than half of what is programmed; it is listed once more before anything is removed. "+
-				"Check that this is the right cluster and that etcd has its data; --mass-removal-delay sets the time",
-				append(attrs, "delay", g.delay)...)
-			if g.onHold != nil {
-				g.onHold(string(g.resource), r.removed, r.before)
+	case !h.active():
+		h.since = now
+		h.setHeld(rm.removed)
+		h.requestRelist(h.delay)
+		h.decisionLogs = append(h.decisionLogs, func() {
+			h.log.Warn("list from the API server lacks more than half of the programmed objects; nothing is removed until another list confirms it. "+
+				"Check that this is the right cluster and that etcd has its data; --mass-removal-delay sets the delay",
+				append(attrs, "delay", h.delay)...)
+			if h.onHold != nil {
+				h.onHold(string(h.resource), rm.removed, rm.before)
 			}
 		})
 		return true
-	case now.Sub(g.since) < g.delay:
-		g.setHeld(r.removed)
-		g.requestRelist(g.delay - now.Sub(g.since))
+	case now.Sub(h.since) < h.delay:
+		h.setHeld(rm.removed)
+		h.requestRelist(h.delay - now.Sub(h.since))
 		return true
 	default:
-		g.since, g.programmedNames = time.Time{}, nil
-		g.setHeld(0)
-		g.decisionLogs = append(g.decisionLogs, func() {
-			g.log.Warn("list of the API server still lacks more than half of what is programmed; it is removed now", attrs...)
+		h.since, h.programmedNames = time.Time{}, nil
+		h.setHeld(0)
+		h.decisionLogs = append(h.decisionLogs, func() {
+			h.log.Warn("list from the API server still lacks more than half of the programmed objects; removing them now", attrs...)
 		})
 		return false
 	}
 }
 
-// logDecisions logs what hold has decided.
-func (g *removalHold) logDecisions() {
-	if g == nil {
+// logDecisions logs the results of decide.
+func (h *removalHold) logDecisions() {
+	if h == nil {
 		return
 	}
-	for _, report := range g.decisionLogs {
+	for _, report := range h.decisionLogs {
 		report()
 	}
-	g.decisionLogs = nil
+	h.decisionLogs = nil
 }

@@ -30,23 +30,22 @@ import (
 // measures.
 const memoryProcessEnv = "FAIRLEAD_TEST_FOLLOW"
 
-// usage is what that process has used, in bytes.
+// usage has the memory usage of that process, in bytes.
 type usage struct {
-	First     time.Duration // until the first Delta
-	Peak      uint64        // resident, ever
-	PeakFirst uint64        // resident, until the first Delta was there
-	Resident  uint64        // some time after
-	Heap      uint64        // live
+	First     time.Duration // time to the first Delta
+	Peak      uint64        // maximum resident size
+	PeakFirst uint64        // maximum resident size until the first Delta
+	Resident  uint64        // resident size 3 s after the first Delta
+	Heap      uint64        // live heap
 	Services  int
 }
 
-// BenchmarkMemory measures a process with a Source and a Tracker, and nothing
-// else, that follows 10,000 Services with 10 endpoints on 100 nodes each. Filling
-// the cluster takes a minute or two.
+// BenchmarkMemory measures a process with only a Source and a Tracker that follows 10,000
+// Services with 10 endpoints each on 100 nodes. Creating the objects takes a minute or two.
 func BenchmarkMemory(b *testing.B) {
 	n := 10_000
 	if testing.Short() {
-		n = 100 // whether it runs; to fill a cluster with thousands takes minutes
+		n = 100 // only check that it runs; creating thousands of objects takes minutes
 	}
 	createServices(b, n)
 	kubeconfig := filepath.Join(b.TempDir(), "kubeconfig")
@@ -74,7 +73,7 @@ func BenchmarkMemory(b *testing.B) {
 					b.Fatal(err)
 				}
 				if got.Services < n {
-					b.Fatalf("followed %d Services", got.Services)
+					b.Fatalf("got %d Services", got.Services)
 				}
 			}
 			b.ReportMetric(0, "ns/op")
@@ -87,7 +86,7 @@ func BenchmarkMemory(b *testing.B) {
 	}
 }
 
-// runMemoryProcess is the process that is measured.
+// runMemoryProcess is the measured process.
 func runMemoryProcess() {
 	err := func() error {
 		config, err := apiserver.Config(os.Getenv(memoryProcessEnv), "")
@@ -102,7 +101,7 @@ func runMemoryProcess() {
 		defer cancel()
 		var got usage
 		tracker := kube.NewTracker(kube.Options{NodeName: "node-7"})
-		wanted := map[string]any{}
+		desired := map[string]any{}
 		begin := time.Now()
 		first := make(chan struct{})
 		ended := make(chan error, 1)
@@ -115,7 +114,7 @@ func runMemoryProcess() {
 					defer close(first)
 				}
 				for key, svc := range tracker.Apply(d).Changes {
-					wanted[key.String()] = svc
+					desired[key.String()] = svc
 				}
 			})
 		}()
@@ -126,7 +125,7 @@ func runMemoryProcess() {
 		var stats runtime.MemStats
 		runtime.ReadMemStats(&stats)
 		got.Heap = stats.HeapAlloc
-		runtime.KeepAlive(wanted)
+		runtime.KeepAlive(desired)
 		cancel()
 		if err := <-ended; err != nil {
 			return err
@@ -140,7 +139,7 @@ func runMemoryProcess() {
 	}
 }
 
-// procStatus returns a value in bytes of /proc/self/status.
+// procStatus returns a value of /proc/self/status in bytes.
 func procStatus(name string) uint64 {
 	text, _ := os.ReadFile("/proc/self/status")
 	for line := range strings.Lines(string(text)) {
@@ -152,7 +151,7 @@ func procStatus(name string) uint64 {
 	return 0
 }
 
-// createServices makes Services and EndpointSlices as a control plane would write them.
+// createServices creates Services and EndpointSlices like those of a real control plane.
 func createServices(b *testing.B, n int) {
 	b.Helper()
 	config := cluster.Config()

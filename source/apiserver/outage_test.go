@@ -20,7 +20,7 @@ import (
 	"fairlead.io/fairlead/source/apiserver"
 )
 
-// logRecorder is a log that a test can read while it is written.
+// logRecorder records a log and can be read while it is written.
 type logRecorder struct {
 	mu   sync.Mutex
 	text strings.Builder
@@ -38,8 +38,7 @@ func (r *logRecorder) count(text string) int {
 	return strings.Count(r.text.String(), text)
 }
 
-// waitFor waits until the log has the text so many times, and fails if it has it
-// more often.
+// waitFor waits until the log has the text n times, and fails if it has it more often.
 func (r *logRecorder) waitFor(t testing.TB, text string, n int) {
 	t.Helper()
 	deadline := time.Now().Add(40 * time.Second)
@@ -58,7 +57,7 @@ func (r *logRecorder) logger() *slog.Logger { return slog.New(slog.NewTextHandle
 // faultInjector makes requests fail.
 type faultInjector struct {
 	mu sync.Mutex
-	// rule, if not nil, may answer a request in the server's place.
+	// rule, if not nil, may answer a request instead of the server.
 	rule     func(*http.Request) (*http.Response, error)
 	requests []string // resource and query of each request
 	next     http.RoundTripper
@@ -83,8 +82,7 @@ func (f *faultInjector) setRule(rule func(*http.Request) (*http.Response, error)
 	f.rule = rule
 }
 
-// countRequests returns how many requests there were for the resource whose query has
-// the text.
+// countRequests returns the number of requests for the resource whose query contains text.
 func (f *faultInjector) countRequests(resource, text string) (n int) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -107,7 +105,7 @@ func injectFaults(config *rest.Config) *faultInjector {
 	return f
 }
 
-// TestLateList says that nothing is delivered while a list is late that is needed.
+// TestLateList checks that nothing is delivered while a required list is missing.
 func TestLateList(t *testing.T) {
 	t.Parallel()
 	client := adminClient(t)
@@ -146,8 +144,8 @@ func TestLateList(t *testing.T) {
 	}
 }
 
-// TestServiceCIDRsUnavailable says that a server that does not serve ServiceCIDRs, or
-// not to us, is good enough.
+// TestServiceCIDRsUnavailable checks that the Source works with a server that does not
+// serve ServiceCIDRs or does not allow reading them.
 func TestServiceCIDRsUnavailable(t *testing.T) {
 	t.Parallel()
 	client := adminClient(t)
@@ -171,11 +169,11 @@ func TestServiceCIDRsUnavailable(t *testing.T) {
 		f := injectFaults(config)
 		var log logRecorder
 		r := startSource(t, ns, apiserver.Options{Config: config, Logger: log.logger()})
-		// The roles may take a moment to be believed.
+		// New roles may take effect with a delay.
 		r.waitFor(t, "first Delta", hasFirstDelta)
 		log.waitFor(t, "ServiceCIDRs can't be read", 1)
 		if n := f.countRequests("servicecidrs", ""); n > 2 {
-			t.Errorf("asked %d times for ServiceCIDRs, want one stream and one list", n)
+			t.Errorf("%d requests for ServiceCIDRs, want at most a stream and a list", n)
 		}
 		must[*corev1.Service](t)(client.CoreV1().Services(ns).Create(t.Context(), newService("web"), metav1.CreateOptions{}))
 		r.waitFor(t, "a Service", func(r *receiver) bool { return r.services["web"] != nil })
@@ -196,7 +194,7 @@ func TestServiceCIDRsUnavailable(t *testing.T) {
 	})
 }
 
-// TestForbidden says that the operator learns what right is missing, once.
+// TestForbidden checks that missing rights are logged once.
 func TestForbidden(t *testing.T) {
 	t.Parallel()
 	config := cluster.Config()
@@ -210,11 +208,12 @@ func TestForbidden(t *testing.T) {
 	}
 	log.waitFor(t, "resource=services", 1)
 	if r.count() != 0 {
-		t.Error("something was delivered")
+		t.Error("unexpected Delta")
 	}
 }
 
-// TestListWithoutStreaming says that a server without streamed lists is listed.
+// TestListWithoutStreaming checks the fallback to lists on a server that cannot stream
+// them.
 func TestListWithoutStreaming(t *testing.T) {
 	t.Parallel()
 	client := adminClient(t)
@@ -232,12 +231,12 @@ func TestListWithoutStreaming(t *testing.T) {
 	r := startSource(t, ns, apiserver.Options{Config: config, Logger: log.logger()})
 	r.waitFor(t, "first Delta", hasFirstDelta)
 	if svc := r.services["web"]; svc == nil || svc.ManagedFields != nil {
-		t.Errorf("Service %v, want a trimmed one", svc)
+		t.Errorf("Service %v, want a trimmed Service", svc)
 	}
 	if err := client.CoreV1().Services(ns).Delete(t.Context(), "web", metav1.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	r.waitFor(t, "the Service goes", func(r *receiver) bool { return r.services["web"] == nil })
+	r.waitFor(t, "removal of the Service", func(r *receiver) bool { return r.services["web"] == nil })
 	log.waitFor(t, "level=", 0)
 }
 
@@ -258,7 +257,7 @@ func TestAPIServerRestart(t *testing.T) {
 	}
 	log.waitFor(t, "API server can't be reached", 1)
 	if n := r.count() - before; n != 0 {
-		t.Errorf("%d Deltas while the API server is away", n)
+		t.Errorf("%d Deltas while the API server is down", n)
 	}
 	if err := cluster.StartAPIServer(ctx); err != nil {
 		t.Fatal(err)
@@ -267,7 +266,7 @@ func TestAPIServerRestart(t *testing.T) {
 	if err := svcs.Delete(ctx, "web", metav1.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	r.waitFor(t, "what has changed", func(r *receiver) bool { return r.services["new"] != nil && r.services["web"] == nil })
+	r.waitFor(t, "the changes", func(r *receiver) bool { return r.services["new"] != nil && r.services["web"] == nil })
 	log.waitFor(t, "API server is back", 1)
 	log.waitFor(t, "API server can't be reached", 1)
 	r.mu.Lock()
@@ -275,17 +274,17 @@ func TestAPIServerRestart(t *testing.T) {
 	for _, d := range r.deltas[before:] {
 		for _, svc := range d.Services {
 			if svc.Name == "stays" {
-				t.Error("a Service that did not change is delivered again")
+				t.Error("an unchanged Service is delivered again")
 			}
 		}
 		if len(d.DeletedServices) > 1 {
-			t.Errorf("deleted %v, want web only", d.DeletedServices)
+			t.Errorf("deleted %v, want only web", d.DeletedServices)
 		}
 	}
 }
 
-// TestExpiredWatch has the API server forget what happened while the Source was
-// cut off, so it does not run in parallel.
+// TestExpiredWatch makes the API server forget changes while the Source is disconnected, so
+// it does not run in parallel.
 func TestExpiredWatch(t *testing.T) {
 	client := adminClient(t)
 	ns := createNamespace(t, client)
@@ -323,7 +322,7 @@ func TestExpiredWatch(t *testing.T) {
 	}
 	cut.Unlock()
 	log.waitFor(t, "API server can't be reached", 1)
-	before := r.count() // what others do may have come until now
+	before := r.count() // includes changes by other tests
 	for _, name := range []string{"goes", "replaced"} {
 		if err := svcs.Delete(ctx, name, metav1.DeleteOptions{}); err != nil {
 			t.Fatal(err)
@@ -343,31 +342,31 @@ func TestExpiredWatch(t *testing.T) {
 		t.Fatal(err)
 	}
 	if n := r.count() - before; n != 0 {
-		t.Errorf("%d Deltas while cut off", n)
+		t.Errorf("%d Deltas while disconnected", n)
 	}
 	lists := f.countRequests("services", "sendInitialEvents=true")
 	cut.Lock()
 	down = false
 	cut.Unlock()
-	r.waitFor(t, "what has changed", func(r *receiver) bool {
+	r.waitFor(t, "the changes", func(r *receiver) bool {
 		return r.services["goes"] == nil && r.services["changes"].Spec.Ports[0].Port == 81 && r.services["replaced"].UID != old
 	})
 	if f.countRequests("services", "sendInitialEvents=true") == lists {
-		t.Error("the list was not read again, so the watch had not expired")
+		t.Error("no new list was requested: the watch did not expire")
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, d := range r.deltas[before:] {
 		for _, svc := range d.Services {
 			if svc.Name == "stays" {
-				t.Error("a Service that did not change is delivered again")
+				t.Error("an unchanged Service is delivered again")
 			}
 		}
 	}
 }
 
-// TestWatchGone has the server end a watch with 410 Gone inside of the stream, as it
-// does when a watch is too far behind.
+// TestWatchGone makes the server end a watch with an event 410 Gone, as it does when a
+// watch is too far behind.
 func TestWatchGone(t *testing.T) {
 	t.Parallel()
 	client := adminClient(t)

@@ -10,16 +10,16 @@ import (
 	"k8s.io/apimachinery/pkg/util/resourceversion"
 )
 
-// recovery is why a list or a watch was made anew although the API server had
-// reported no error.
+// recovery is the reason for restarting a list or watch although the API server reported no
+// error.
 type recovery string
 
 const (
 	// recoverySilent is a watch without events and bookmarks.
 	recoverySilent recovery = "silent"
-	// recoveryUnfinished is a streamed list without the closing bookmark.
+	// recoveryUnfinished is a streamed list without its closing bookmark.
 	recoveryUnfinished recovery = "unfinished"
-	// recoveryBackwards is resource versions that went backwards.
+	// recoveryBackwards is a resource version lower than before.
 	recoveryBackwards recovery = "backwards"
 )
 
@@ -27,36 +27,37 @@ func recoveries() []recovery {
 	return []recovery{recoverySilent, recoveryUnfinished, recoveryBackwards}
 }
 
-// progress counts what arrives of one kind, and remembers what the watch needs to
-// know of its predecessors. A nil progress ignores what it is told.
+// progress counts the events of one resource and keeps the state that a watch needs from
+// earlier watches. The methods that a store calls accept a nil progress.
 type progress struct {
 	resource resource
 	log      *slog.Logger
-	// requestRelist has the list made once more after a time.
+	// requestRelist requests another list after a delay.
 	requestRelist func(after time.Duration)
 
-	events        atomic.Uint64 // watch events, bookmarks and streamed objects
-	completeLists atomic.Uint64 // complete lists
-	// sendsBookmarks says that the server sends bookmarks while nothing changes.
+	events        atomic.Uint64 // watch events, bookmarks and objects of streamed lists
+	completeLists atomic.Uint64 // number of complete lists
+	// sendsBookmarks is true if the server sends bookmarks while nothing changes.
 	sendsBookmarks atomic.Bool
-	// requireConsistent says that the next list must not be older than the request.
+	// requireConsistent is true if the next list must not be served from a cache older than
+	// the request.
 	requireConsistent atomic.Bool
 
 	mu      sync.Mutex
-	version string // everything up to it has arrived
-	// newest is the object with the highest version, and newestVersion that version.
+	version string // all changes up to this resource version have arrived
+	// newest is the object with the highest resource version, newestVersion that version.
 	newest        types.NamespacedName
 	newestVersion string
-	// expectedVersion and found, if not empty, are a version of an object and the lower one that
-	// the server has now.
+	// expectedVersion and foundVersion, if not empty, are a known version of an object and
+	// the lower version that the server returned.
 	expectedVersion, foundVersion string
-	// watchEnds is when the server ends the last watch, or zero.
+	// watchEnds is when the server is due to end the current watch, or zero.
 	watchEnds time.Time
-	// failingSince is when requests began to fail, or zero.
+	// failingSince is when requests started to fail, or zero.
 	failingSince time.Time
 	// streamingDisabledUntil is when streamed lists are tried again.
 	streamingDisabledUntil time.Time
-	// silentRequests counts the requests in a row that did not make any progress.
+	// silentRequests counts consecutive requests without any progress.
 	silentRequests int
 	recoveries     map[recovery]uint64
 }
@@ -67,7 +68,7 @@ func (p *progress) countEvent() {
 	}
 }
 
-// onBookmark takes the version of a bookmark.
+// onBookmark handles a bookmark. If its version is lower than before, it requests a list.
 func (p *progress) onBookmark(version string) {
 	if p == nil {
 		return
@@ -83,19 +84,20 @@ func (p *progress) onBookmark(version string) {
 	}
 }
 
-// setVersion takes the version up to which everything has arrived.
+// setVersion records that all changes up to version have arrived.
 func (p *progress) setVersion(version string) {
 	if p == nil {
 		return
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if !isBefore(version, p.version) { // else the next list reports it
+	if !isBefore(version, p.version) { // the next list reports a lower version
 		p.version = version
 	}
 }
 
-// onReplace takes the version of a complete list.
+// onReplace records a complete list with its version, and reports if versions went
+// backwards.
 func (p *progress) onReplace(version string) {
 	if p == nil {
 		return
@@ -125,7 +127,7 @@ func (p *progress) onReplace(version string) {
 	}
 }
 
-// onObjectChange notes the version of an object.
+// onObjectChange records the version of an object.
 func (p *progress) onObjectChange(name types.NamespacedName, version string) {
 	if p == nil {
 		return
@@ -137,28 +139,28 @@ func (p *progress) onObjectChange(name types.NamespacedName, version string) {
 	}
 }
 
-// newestObject returns the object with the highest version, if there is any.
+// newestObject returns the object with the highest version, or an empty version.
 func (p *progress) newestObject() (name types.NamespacedName, version string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.newest, p.newestVersion
 }
 
-// recordLowerVersion notes that an object has a lower version than is known.
+// recordLowerVersion records that the server has a lower version of an object than known.
 func (p *progress) recordLowerVersion(known, found string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.expectedVersion, p.foundVersion = known, found
 }
 
-// isBefore reports whether a is a lower version than b. Versions that are no
-// numbers can't be compared.
+// isBefore reports whether version a is lower than b. Versions that are not numbers can't
+// be compared: it then returns false.
 func isBefore(a, b string) bool {
 	order, err := resourceversion.CompareResourceVersion(a, b)
 	return err == nil && order < 0
 }
 
-// countRecoveryLocked is for those who hold the lock.
+// countRecoveryLocked counts a recovery. The caller holds mu.
 func (p *progress) countRecoveryLocked(r recovery) {
 	if p.recoveries == nil {
 		p.recoveries = map[recovery]uint64{}
@@ -166,26 +168,26 @@ func (p *progress) countRecoveryLocked(r recovery) {
 	p.recoveries[r]++
 }
 
-// beginWatch notes that a watch is requested, which the server ends after timeout
-// seconds. It reports whether the watch before has ended early, and whether
-// requests have failed for long.
-func (p *progress) beginWatch(timeout *int64) (early, away bool) {
+// beginWatch records a watch request that the server ends after timeout seconds. It reports
+// whether the previous watch ended early, and whether requests failed for longer than
+// longOutageAfter.
+func (p *progress) beginWatch(timeout *int64) (early, longOutage bool) {
 	now := time.Now()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	early = !p.watchEnds.IsZero() && now.Before(p.watchEnds)
-	away = !p.failingSince.IsZero() && now.Sub(p.failingSince) > longOutageAfter
+	longOutage = !p.failingSince.IsZero() && now.Sub(p.failingSince) > longOutageAfter
 	p.watchEnds = time.Time{}
 	if timeout != nil {
 		p.watchEnds = now.Add(time.Duration(*timeout)*time.Second - earlyMargin)
 	}
-	return early, away
+	return early, longOutage
 }
 
-// earlyMargin is how much earlier than asked for a server may end a watch.
+// earlyMargin is how much earlier than requested a server may end a watch.
 const earlyMargin = 10 * time.Second
 
-// recordResponse notes whether a request failed.
+// recordResponse records whether a request succeeded.
 func (p *progress) recordResponse(ok bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -194,18 +196,19 @@ func (p *progress) recordResponse(ok bool) {
 		p.failingSince = time.Time{}
 	case p.failingSince.IsZero():
 		p.failingSince = time.Now()
-		p.sendsBookmarks.Store(false) // The server that answers next may not send any.
+		p.sendsBookmarks.Store(false) // another server may answer next
 	}
 }
 
-// streamingDisabled reports whether lists are not to be streamed now.
+// streamingDisabled reports whether lists must not be streamed for now.
 func (p *progress) streamingDisabled() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return time.Now().Before(p.streamingDisabledUntil)
 }
 
-// disableStreaming notes that a streamed list was not finished in time.
+// disableStreaming disables streamed lists for streamingDisabledFor, because a streamed
+// list did not finish in time.
 func (p *progress) disableStreaming(now time.Time) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -213,15 +216,15 @@ func (p *progress) disableStreaming(now time.Time) {
 	p.countRecoveryLocked(recoveryUnfinished)
 }
 
-// recordProgress notes that something has arrived.
+// recordProgress records that data arrived.
 func (p *progress) recordProgress() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.silentRequests = 0
 }
 
-// recordSilence notes that a request made no progress, and whether that was unexpected. It
-// returns how many of them there were in a row.
+// recordSilence records a request without progress, and whether that is unexpected. It
+// returns the number of consecutive such requests.
 func (p *progress) recordSilence(unexpected bool) int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -229,13 +232,12 @@ func (p *progress) recordSilence(unexpected bool) int {
 	if unexpected {
 		p.countRecoveryLocked(recoverySilent)
 	} else {
-		p.watchEnds = time.Time{} // The end of the watch does not tell anything of the server.
+		p.watchEnds = time.Time{} // ending this watch early says nothing about the server
 	}
 	return p.silentRequests
 }
 
-// onList notes that there is a list, so that there is nothing to verify of the
-// watches before.
+// onList records that a list was received, so that the next watch need not verify versions.
 func (p *progress) onList() {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -14,35 +14,36 @@ import (
 )
 
 const (
-	// readBurst is how many readings may follow each other without a pause.
+	// readBurst is the number of reads that may follow each other without a pause.
 	readBurst = 10
-	// batchBytes is how many bytes are read without waiting any longer, so that
-	// a pause holds up no server that has much to tell.
+	// batchBytes is the number of buffered bytes that ends a pause, so that bulk data is
+	// not delayed.
 	batchBytes = 64 << 10
 )
 
-// dialFunc is how a [rest.Config] connects.
+// dialFunc is the type of [rest.Config]'s Dial.
 type dialFunc func(ctx context.Context, network, address string) (net.Conn, error)
 
-// readBatcher has connections read once a period in the long run. To be woken for a change
-// takes more of the processor than the change itself, and what has gathered
-// meanwhile is read by one waking.
+// readBatcher limits reads of a connection to one per period on average. Each wakeup of the
+// process for a change costs more CPU time than the change itself; one wakeup reads all
+// data that arrived during a pause.
 type readBatcher struct {
 	period time.Duration
-	// watchingOnly reports whether there is nothing to hear but changes.
+	// watchingOnly reports whether no list is being read. Only then are reads batched.
 	watchingOnly func() bool
-	// afterFunc calls a function later, unless stop is called and reports that it was
-	// in time.
+	// afterFunc calls a function after a delay unless stop is called before and returns
+	// true.
 	afterFunc func(time.Duration, func()) (stop func() bool)
 }
 
-func newReadBatcher(period time.Duration, following func() bool) readBatcher {
-	return readBatcher{period: period, watchingOnly: following, afterFunc: func(d time.Duration, f func()) func() bool {
+func newReadBatcher(period time.Duration, watchingOnly func() bool) readBatcher {
+	return readBatcher{period: period, watchingOnly: watchingOnly, afterFunc: func(d time.Duration, f func()) func() bool {
 		return time.AfterFunc(d, f).Stop
 	}}
 }
 
-// wrapConfig returns a configuration whose connections are paced, if there is a period.
+// wrapConfig returns a configuration whose TCP connections are batched. It returns config
+// itself if the period is not positive.
 func (p readBatcher) wrapConfig(config *rest.Config) *rest.Config {
 	if p.period <= 0 {
 		return config
@@ -53,16 +54,16 @@ func (p readBatcher) wrapConfig(config *rest.Config) *rest.Config {
 	return config
 }
 
-// baseDial returns how a configuration connects.
+// baseDial returns the dial function of a configuration.
 func baseDial(config *rest.Config) dialFunc {
 	if config.Dial != nil {
 		return config.Dial
 	}
-	// As client-go has it.
+	// client-go's default.
 	return (&net.Dialer{Timeout: 30 * time.Second, KeepAlive: 30 * time.Second}).DialContext
 }
 
-// wrapDial returns a dialFunc that paces the connections of TCP that next makes.
+// wrapDial returns a dialFunc that batches reads of next's TCP connections.
 func (p readBatcher) wrapDial(next dialFunc) dialFunc {
 	return func(ctx context.Context, network, address string) (net.Conn, error) {
 		conn, err := next(ctx, network, address)
@@ -75,14 +76,14 @@ func (p readBatcher) wrapDial(next dialFunc) dialFunc {
 		}
 		socket, err := tcp.SyscallConn()
 		if err != nil {
-			return nil, errors.Join(fmt.Errorf("socket of the connection to %s: %w", address, err), conn.Close())
+			return nil, errors.Join(fmt.Errorf("get socket of connection to %s: %w", address, err), conn.Close())
 		}
 		return &batchedConn{Conn: conn, batcher: p, socket: socket, limiter: rate.NewLimiter(rate.Every(p.period), readBurst)}, nil
 	}
 }
 
-// batchedConn is a connection of TCP that is not read again for a while once nothing
-// more was there. It has one reader at a time, as those of net/http and crypto/tls.
+// batchedConn is a TCP connection that delays a read if the previous read emptied the
+// socket. It supports one reader at a time, as used by net/http and crypto/tls.
 type batchedConn struct {
 	net.Conn
 
@@ -95,9 +96,9 @@ type batchedConn struct {
 // Read implements [net.Conn].
 func (c *batchedConn) Read(b []byte) (int, error) {
 	if c.drained && c.batcher.watchingOnly() {
-		reading := c.limiter.Reserve()
-		if delay := reading.Delay(); delay > 0 && !c.waitForBatch(delay) {
-			reading.Cancel()
+		reservation := c.limiter.Reserve()
+		if delay := reservation.Delay(); delay > 0 && !c.waitForBatch(delay) {
+			reservation.Cancel()
 		}
 	}
 	n, err := c.Conn.Read(b)
@@ -105,18 +106,19 @@ func (c *batchedConn) Read(b []byte) (int, error) {
 	return n, err
 }
 
-// waitForBatch waits until there is something to read: what there is after the delay, or
-// much, or an end. It reports whether the delay has passed. Until then the low-water
-// mark of the socket is high, so that what arrives doesn't wake this program at all.
+// waitForBatch waits until the socket is readable after the delay, or earlier if it has
+// batchBytes of data, the connection ends or its read deadline passes. It reports whether
+// the delay has passed. During the delay the socket's low-water mark (SO_RCVLOWAT) is high,
+// so that arriving data does not wake the process.
 func (c *batchedConn) waitForBatch(delay time.Duration) bool {
 	if err := c.setLowWaterMark(batchBytes); err != nil {
 		return true
 	}
-	// Lowering the mark wakes whoever waits for what is there.
-	lower := func() { _ = c.setLowWaterMark(1) } // or else it is closed
+	// Lowering the mark wakes the reader if there is data. It fails only if the socket is closed.
+	lower := func() { _ = c.setLowWaterMark(1) }
 	stop := c.batcher.afterFunc(delay, lower)
-	// The error is that the connection was closed, or its deadline is over: Read
-	// has the same.
+	// An error means that the connection is closed or its deadline has passed. Read
+	// returns the same error.
 	_ = c.socket.Read(readable)
 	if !stop() {
 		return true
@@ -125,7 +127,7 @@ func (c *batchedConn) waitForBatch(delay time.Duration) bool {
 	return false
 }
 
-// setLowWaterMark sets how many bytes make the socket readable.
+// setLowWaterMark sets the number of bytes that makes the socket readable.
 func (c *batchedConn) setLowWaterMark(n int) error {
 	var err error
 	if controlErr := c.socket.Control(func(fd uintptr) {
@@ -136,8 +138,8 @@ func (c *batchedConn) setLowWaterMark(n int) error {
 	return err
 }
 
-// readable reports whether the socket is: that there is as much as the low-water
-// mark asks for, or as much as fits, or the peer has closed, or an error.
+// readable reports whether the socket is readable: it has as many bytes as the low-water
+// mark or its buffer allows, the peer has closed it, or it has an error.
 func readable(fd uintptr) bool {
 	for {
 		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN | unix.POLLRDHUP}}, 0)

@@ -21,16 +21,16 @@ import (
 	"k8s.io/client-go/rest"
 )
 
-// longPeriod is a period within which no test ends: what is read all the same did not
-// wait for it.
+// longPeriod is a period that is longer than any test, so that a read which returns has not
+// waited for it.
 const longPeriod = time.Hour
 
-// manualBatcher is a pace whose pauses are the test's to end.
+// manualBatcher is a readBatcher whose pauses the test ends.
 type manualBatcher struct {
 	readBatcher
 
-	listing atomic.Bool // not following
-	// pauses has what ends each pause that has begun.
+	listing atomic.Bool // makes watchingOnly return false
+	// pauses receives a function for each pause, which ends it.
 	pauses chan func()
 
 	mu           sync.Mutex
@@ -62,7 +62,7 @@ func (p *manualBatcher) countPauses() (count int, longest time.Duration) {
 	return p.count, p.longestPause
 }
 
-// connect returns a paced connection and its peer.
+// connect returns a batched connection and its peer.
 func (p *manualBatcher) connect(t *testing.T) (*batchedConn, *net.TCPConn) {
 	t.Helper()
 	listener, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
@@ -82,7 +82,7 @@ func (p *manualBatcher) connect(t *testing.T) (*batchedConn, *net.TCPConn) {
 	t.Cleanup(func() { _ = peer.Close() })
 	paced, ok := conn.(*batchedConn)
 	if !ok {
-		t.Fatalf("a connection of TCP is a %T", conn)
+		t.Fatalf("TCP connection is a %T", conn)
 	}
 	return paced, peer.(*net.TCPConn)
 }
@@ -103,7 +103,7 @@ func receive(t *testing.T, conn net.Conn, want string) {
 	}
 }
 
-// readResult is what a Read that runs beside the test ends in.
+// readResult is the result of a concurrent read.
 type readResult struct {
 	text string
 	err  error
@@ -119,14 +119,14 @@ func readAsync(conn net.Conn, size int) <-chan readResult {
 	return done
 }
 
-// useUpBurst makes as many readings as there may be without a pause. The first of all
-// is not one of them: nothing was drained before.
+// useUpBurst makes as many reads as are possible without a pause. The very first read does
+// not count, because no earlier read has emptied the socket.
 func useUpBurst(t *testing.T, conn, peer net.Conn) {
 	t.Helper()
 	exchange(t, conn, peer, 1+readBurst)
 }
 
-// exchange has the peer send so many times, and each read.
+// exchange sends and reads one byte several times.
 func exchange(t *testing.T, conn, peer net.Conn, times int) {
 	t.Helper()
 	for range times {
@@ -135,7 +135,7 @@ func exchange(t *testing.T, conn, peer net.Conn, times int) {
 	}
 }
 
-// waitForBytes waits until so many bytes wait to be read.
+// waitForBytes waits until the socket has the number of bytes to read.
 func waitForBytes(t *testing.T, conn *batchedConn, want int) {
 	t.Helper()
 	for got := 0; got < want; {
@@ -161,20 +161,19 @@ func lowWaterMark(t *testing.T, conn *batchedConn) (n int) {
 	return n
 }
 
-// TestReadBurstWithoutPause says that nothing pauses before a burst is used up.
+// TestReadBurstWithoutPause checks that no read pauses before the burst is used up.
 func TestReadBurstWithoutPause(t *testing.T) {
 	t.Parallel()
 	p := newPaces(longPeriod)
 	conn, peer := p.connect(t)
 	useUpBurst(t, conn, peer)
 	if n, _ := p.countPauses(); n != 0 {
-		t.Errorf("%d pauses", n)
+		t.Errorf("%d pauses, want none", n)
 	}
 }
 
-// TestReadBatch says that what arrives during a pause wakes nobody, and is
-// read as one when it is over, no later than a period; and that what comes later
-// still does not wait.
+// TestReadBatch checks that data that arrives during a pause does not wake the reader, is
+// read together after at most one period, and that data after the pause is not delayed.
 func TestReadBatch(t *testing.T) {
 	t.Parallel()
 	p := newPaces(longPeriod)
@@ -192,7 +191,7 @@ func TestReadBatch(t *testing.T) {
 	}
 	select {
 	case r := <-done:
-		t.Fatalf("read %q before the pause was over", r.text)
+		t.Fatalf("read %q before the end of the pause", r.text)
 	default:
 	}
 	end()
@@ -203,24 +202,24 @@ func TestReadBatch(t *testing.T) {
 		t.Errorf("low-water mark %d after the pause, want 1", n)
 	}
 	if n, longest := p.countPauses(); n != 1 || longest > longPeriod {
-		t.Errorf("%d pauses, the longest %s, want one of a period", n, longest)
+		t.Errorf("%d pauses, the longest %s, want one of at most a period", n, longest)
 	}
 
 	done = readAsync(conn, len("la"))
 	(<-p.pauses)()
 	send(t, peer, "later")
 	if r := <-done; r.text != "la" || r.err != nil {
-		t.Fatalf("read %q, error %v, want what came after the pause", r.text, r.err)
+		t.Fatalf("read %q, error %v, want the data after the pause", r.text, r.err)
 	}
-	// What did not fit is not paused for.
+	// The rest, which did not fit, is read without a pause.
 	receive(t, conn, "ter")
 }
 
-// TestPauseEndsEarly says what ends a pause before its time: the end of the connection,
-// on either side, a deadline, and much to read.
+// TestPauseEndsEarly checks the events that end a pause early: the end of the connection on
+// either side, a deadline, and bulk data.
 func TestPauseEndsEarly(t *testing.T) {
 	t.Parallel()
-	much := string(bytes.Repeat([]byte("m"), batchBytes))
+	bulk := string(bytes.Repeat([]byte("m"), batchBytes))
 	for _, tt := range []struct {
 		name string
 		end  func(*batchedConn, *net.TCPConn) error
@@ -229,8 +228,8 @@ func TestPauseEndsEarly(t *testing.T) {
 	}{
 		{"closed", func(conn *batchedConn, _ *net.TCPConn) error { return conn.Close() }, "", net.ErrClosed},
 		{"closed by the peer", func(_ *batchedConn, peer *net.TCPConn) error { return peer.Close() }, "", io.EOF},
-		{"closed by the peer in one direction", func(_ *batchedConn, peer *net.TCPConn) error { return peer.CloseWrite() }, "", io.EOF},
-		{"closed by the peer after a last word", func(_ *batchedConn, peer *net.TCPConn) error {
+		{"half-closed by the peer", func(_ *batchedConn, peer *net.TCPConn) error { return peer.CloseWrite() }, "", io.EOF},
+		{"closed by the peer after data", func(_ *batchedConn, peer *net.TCPConn) error {
 			_, err := io.WriteString(peer, "last")
 			return errors.Join(err, peer.Close())
 		}, "last", nil},
@@ -238,10 +237,10 @@ func TestPauseEndsEarly(t *testing.T) {
 			return errors.Join(peer.SetLinger(0), peer.Close())
 		}, "", syscall.ECONNRESET},
 		{"deadline", func(conn *batchedConn, _ *net.TCPConn) error { return conn.SetReadDeadline(time.Now()) }, "", os.ErrDeadlineExceeded},
-		{"much", func(_ *batchedConn, peer *net.TCPConn) error {
-			_, err := io.WriteString(peer, much)
+		{"bulk data", func(_ *batchedConn, peer *net.TCPConn) error {
+			_, err := io.WriteString(peer, bulk)
 			return err
-		}, much, nil},
+		}, bulk, nil},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
@@ -261,14 +260,13 @@ func TestPauseEndsEarly(t *testing.T) {
 					t.Errorf("low-water mark %d after the pause, want 1", n)
 				}
 			}
-			end() // it was stopped
+			end() // has no effect after the pause was stopped
 		})
 	}
 }
 
-// TestBulkReadIsNotDelayed says that a server which has much to tell tells it as fast as
-// ever, and that pauses which ended early are not paid for later: none is longer than
-// a period.
+// TestBulkReadIsNotDelayed checks that a server that sends bulk data is read without delay,
+// and that pauses that ended early do not extend later ones: none is longer than a period.
 func TestBulkReadIsNotDelayed(t *testing.T) {
 	t.Parallel()
 	p := newPaces(longPeriod)
@@ -276,27 +274,27 @@ func TestBulkReadIsNotDelayed(t *testing.T) {
 	useUpBurst(t, conn, peer)
 	want := randomBytes(64 * batchBytes)
 	go func() {
-		_, _ = peer.Write(want) // what is missing is seen below
+		_, _ = peer.Write(want) // missing data fails the test below
 		_ = peer.Close()
 	}()
 	got, err := io.ReadAll(conn)
 	if err != nil || !bytes.Equal(got, want) {
-		t.Errorf("read %d bytes, error %v, want the %d that were sent", len(got), err, len(want))
+		t.Errorf("read %d bytes, error %v, want the %d sent bytes", len(got), err, len(want))
 	}
 	if _, longest := p.countPauses(); longest > longPeriod {
 		t.Errorf("a pause of %s, want none longer than %s", longest, longPeriod)
 	}
 }
 
-// TestBatchedReadsAreComplete says that what is read is what was sent, however it comes and
-// whenever pauses end.
+// TestBatchedReadsAreComplete checks that all data is read, however it arrives and whenever
+// pauses end.
 func TestBatchedReadsAreComplete(t *testing.T) {
 	t.Parallel()
 	for _, period := range []time.Duration{time.Microsecond, 100 * time.Microsecond, time.Millisecond} {
 		t.Run(period.String(), func(t *testing.T) {
 			t.Parallel()
 			p := newPaces(period)
-			p.readBatcher = newReadBatcher(period, p.watchingOnly) // by the clock
+			p.readBatcher = newReadBatcher(period, p.watchingOnly) // use the real clock
 			conn, peer := p.connect(t)
 			want := randomBytes(16 * batchBytes)
 			go func() {
@@ -327,13 +325,13 @@ func TestBatchedReadsAreComplete(t *testing.T) {
 				}
 			}
 			if !bytes.Equal(got, want) {
-				t.Errorf("%d bytes were read, not the %d that were sent", len(got), len(want))
+				t.Errorf("read %d bytes, which differ from the %d sent bytes", len(got), len(want))
 			}
 		})
 	}
 }
 
-// randomBytes returns bytes that are drawn at random.
+// randomBytes returns random bytes.
 func randomBytes(n int) []byte {
 	b := make([]byte, n)
 	for i := range b {
@@ -342,7 +340,7 @@ func randomBytes(n int) []byte {
 	return b
 }
 
-// TestNoBatchingWhileListing says that nothing pauses while there is more to hear than changes.
+// TestNoBatchingWhileListing checks that no read pauses while a list is being read.
 func TestNoBatchingWhileListing(t *testing.T) {
 	t.Parallel()
 	p := newPaces(longPeriod)
@@ -350,22 +348,22 @@ func TestNoBatchingWhileListing(t *testing.T) {
 	conn, peer := p.connect(t)
 	exchange(t, conn, peer, 10*readBurst)
 	if n, _ := p.countPauses(); n != 0 {
-		t.Errorf("%d pauses", n)
+		t.Errorf("%d pauses, want none", n)
 	}
 	p.listing.Store(false)
-	exchange(t, conn, peer, readBurst) // none of those before count
+	exchange(t, conn, peer, readBurst) // earlier reads do not count
 	if n, _ := p.countPauses(); n != 0 {
-		t.Errorf("%d pauses in the first burst", n)
+		t.Errorf("%d pauses in the first burst, want none", n)
 	}
 	readAsync(conn, 1)
 	<-p.pauses
 }
 
-// TestWatchingOnly says when there is nothing to hear but changes: once all lists have
-// been delivered, but while one is read again.
+// TestWatchingOnly checks watchingOnly: true after all lists have been delivered, except
+// while one is read again.
 func TestWatchingOnly(t *testing.T) {
 	t.Parallel()
-	box := newDeltaQueue()
+	queue := newDeltaQueue()
 	steps := []struct {
 		name string
 		do   func()
@@ -373,27 +371,27 @@ func TestWatchingOnly(t *testing.T) {
 	}{
 		{"at first", func() {}, false},
 		{"lists begin", func() {
-			for _, k := range []resource{services, endpointSlices, nodes, serviceCIDRs} {
-				box.beginList(k)
+			for _, res := range []resource{services, endpointSlices, nodes, serviceCIDRs} {
+				queue.beginList(res)
 			}
 		}, false},
-		{"some are complete", func() { box.completeList(services); box.completeList(nodes); box.completeList(serviceCIDRs) }, false},
-		{"all are complete", func() { box.completeList(endpointSlices) }, false},
-		{"all are delivered", func() { box.pop() }, true},
-		{"one again", func() { box.beginList(services) }, false},
-		{"it begins anew", func() { box.beginList(services) }, false},
-		{"it is complete", func() { box.completeList(services) }, true},
+		{"some are complete", func() { queue.completeList(services); queue.completeList(nodes); queue.completeList(serviceCIDRs) }, false},
+		{"all are complete", func() { queue.completeList(endpointSlices) }, false},
+		{"all are delivered", func() { queue.pop() }, true},
+		{"a list begins again", func() { queue.beginList(services) }, false},
+		{"the list restarts", func() { queue.beginList(services) }, false},
+		{"the list is complete", func() { queue.completeList(services) }, true},
 	}
 	for _, step := range steps {
 		step.do()
-		if got := box.watchingOnly(); got != step.want {
-			t.Fatalf("%s: following %v, want %v", step.name, got, step.want)
+		if got := queue.watchingOnly(); got != step.want {
+			t.Fatalf("%s: watchingOnly %v, want %v", step.name, got, step.want)
 		}
 	}
 }
 
-// TestBatchedConnections says which connections are paced: those of TCP, whoever makes them,
-// where there is a period.
+// TestBatchedConnections checks that all TCP connections are batched if there is a period,
+// whichever function dials them.
 func TestBatchedConnections(t *testing.T) {
 	t.Parallel()
 	listener, err := new(net.ListenConfig).Listen(t.Context(), "unix", filepath.Join(t.TempDir(), "socket"))
@@ -406,7 +404,7 @@ func TestBatchedConnections(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer tcp.Close()
-	failure := errors.New("no way")
+	failure := errors.New("dial failed")
 	type dialer = func(context.Context, string, string) (net.Conn, error)
 	to := func(network, address string) dialer {
 		return func(ctx context.Context, _, _ string) (net.Conn, error) {
@@ -419,20 +417,20 @@ func TestBatchedConnections(t *testing.T) {
 		paced bool
 		err   error
 	}{
-		{"its own", nil, true, nil},
-		{"another's", to("tcp", tcp.Addr().String()), true, nil},
-		{"another's, not of TCP", to("unix", listener.Addr().String()), false, nil},
-		{"another's, closed", func(ctx context.Context, _, _ string) (net.Conn, error) {
+		{"default dialer", nil, true, nil},
+		{"custom dialer", to("tcp", tcp.Addr().String()), true, nil},
+		{"custom dialer, not TCP", to("unix", listener.Addr().String()), false, nil},
+		{"custom dialer, closed connection", func(ctx context.Context, _, _ string) (net.Conn, error) {
 			conn, err := new(net.Dialer).DialContext(ctx, "tcp", tcp.Addr().String())
 			return conn, errors.Join(err, conn.Close())
 		}, true, nil},
-		{"no connection", func(context.Context, string, string) (net.Conn, error) { return nil, failure }, false, failure},
+		{"failed dial", func(context.Context, string, string) (net.Conn, error) { return nil, failure }, false, failure},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			given := &rest.Config{Dial: tt.dial}
 			config := newReadBatcher(longPeriod, func() bool { return true }).wrapConfig(given)
 			if tt.dial == nil && given.Dial != nil {
-				t.Error("the caller's configuration is another")
+				t.Error("the caller's configuration was modified")
 			}
 			conn, err := config.Dial(t.Context(), "tcp", tcp.Addr().String())
 			if !errors.Is(err, tt.err) {
@@ -449,34 +447,34 @@ func TestBatchedConnections(t *testing.T) {
 	}
 	given := &rest.Config{}
 	if config := newReadBatcher(0, nil).wrapConfig(given); config != given || config.Dial != nil {
-		t.Error("without a period the configuration is another")
+		t.Error("a zero period changes the configuration")
 	}
 }
 
-// completeList notes that the list of the kind is complete.
-func (m *deltaQueue) completeList(k resource) {
+// completeList records that the list of the resource is complete.
+func (m *deltaQueue) completeList(res resource) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.completeListLocked(k)
+	m.completeListLocked(res)
 }
 
-// failingTransport is a server that nothing is to be had from.
+// failingTransport fails all requests.
 type failingTransport struct{}
 
 func (failingTransport) RoundTrip(*http.Request) (*http.Response, error) {
-	return nil, errors.New("no way")
+	return nil, errors.New("dial failed")
 }
 
-// TestListsAreNotBatched says that a list, streamed or not, is read without pauses
-// until it is complete, and that a watch is none.
+// TestListsAreNotBatched checks that a list, streamed or not, is read without pauses until
+// it is complete, and that a watch is batched.
 func TestListsAreNotBatched(t *testing.T) {
 	t.Parallel()
 	s, err := New(Options{Config: &rest.Config{Host: "http://192.0.2.1", Transport: failingTransport{}}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, k := range []resource{services, endpointSlices, nodes, serviceCIDRs} {
-		s.queue.completeList(k)
+	for _, res := range []resource{services, endpointSlices, nodes, serviceCIDRs} {
+		s.queue.completeList(res)
 	}
 	s.queue.pop()
 	yes := true
@@ -494,13 +492,13 @@ func TestListsAreNotBatched(t *testing.T) {
 				t.Errorf("%s, %s: no error", l.resource, tt.name)
 			}
 			if got := s.queue.watchingOnly(); got != tt.want {
-				t.Errorf("%s, %s: following %v, want %v", l.resource, tt.name, got, tt.want)
+				t.Errorf("%s, %s: watchingOnly %v, want %v", l.resource, tt.name, got, tt.want)
 			}
 			if err := l.store.Replace(nil, "1"); err != nil {
 				t.Fatal(err)
 			}
 			if !s.queue.watchingOnly() {
-				t.Errorf("%s, %s: not following once it is complete", l.resource, tt.name)
+				t.Errorf("%s, %s: not watchingOnly after the list is complete", l.resource, tt.name)
 			}
 		}
 	}

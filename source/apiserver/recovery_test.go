@@ -21,15 +21,16 @@ import (
 )
 
 // scriptedServer is an API server whose objects and faults a test sets. Its watches send
-// what is pushed, and bookmarks every minute.
+// bookmarks every minute.
 type scriptedServer struct {
 	mu      sync.Mutex
 	version int
-	// objects has the metadata of the objects by resource and name.
+	// objects has the JSON of the objects by resource and name.
 	objects map[string]map[string]string
-	// fault, if not nil, may answer in the server's place.
+	// override, if not nil, may answer a request instead of the server.
 	override behavior
-	// unfinished streams have no closing bookmark, and stuck watches send nothing.
+	// unfinished removes the closing bookmark from streams; stuck stops all events of
+	// watches.
 	unfinished, stuck bool
 	watches           map[*io.PipeWriter]string
 	requestCounts     map[string]int // by resource and verb
@@ -44,7 +45,7 @@ func newScripted() *scriptedServer {
 	return s
 }
 
-// put stores an object without sending it to watches.
+// put stores an object without sending a watch event.
 func (s *scriptedServer) put(resource, name, uid string, version int) {
 	s.objects[resource][name] = fmt.Sprintf(`{"metadata":{"name":%q,"uid":%q,"resourceVersion":"%d"}}`, name, uid, version)
 }
@@ -55,7 +56,7 @@ func (s *scriptedServer) update(change func()) {
 	change()
 }
 
-// countRequests returns how many requests for Services with this verb there were.
+// countRequests returns the number of requests for Services with the verb.
 func (s *scriptedServer) countRequests(verb string) int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -93,9 +94,9 @@ func (s *scriptedServer) serve(r *http.Request) (*http.Response, error) {
 	defer s.mu.Unlock()
 	group, name := apiVersionAndKind(r)
 	var items []string
-	_, wanted, one := strings.Cut(strings.Split(r.URL.Query().Get("fieldSelector"), ",")[0], "metadata.name=")
+	_, requested, one := strings.Cut(strings.Split(r.URL.Query().Get("fieldSelector"), ",")[0], "metadata.name=")
 	for _, key := range slices.Sorted(maps.Keys(s.objects[resource])) {
-		if one && key != wanted {
+		if one && key != requested {
 			continue
 		}
 		items = append(items, s.objects[resource][key])
@@ -122,9 +123,9 @@ func (s *scriptedServer) serve(r *http.Request) (*http.Response, error) {
 	return response, nil
 }
 
-// sendEvents writes a watch until it is cut or the client ends it.
+// sendEvents writes a watch until it is closed or the client ends it.
 func (s *scriptedServer) sendEvents(ctx context.Context, w *io.PipeWriter, lines []string, name, group string) {
-	// A stopped AfterFunc may not have run although ctx is done.
+	// If ctx is done, stop may prevent the AfterFunc from running.
 	defer func() { _ = w.Close() }()
 	stop := context.AfterFunc(ctx, func() { _ = w.Close() })
 	defer stop()
@@ -151,7 +152,7 @@ func (s *scriptedServer) sendEvents(ctx context.Context, w *io.PipeWriter, lines
 	}
 }
 
-// deltaRecorder keeps what a Source in a bubble delivers.
+// deltaRecorder records the Deltas of a Source in a synctest bubble.
 type deltaRecorder struct {
 	*apiserver.Source
 
@@ -202,7 +203,7 @@ func (f *deltaRecorder) serviceCount() int {
 	return len(f.services)
 }
 
-// runScripted runs a Source in a bubble of synctest.
+// runScripted runs a Source in a synctest bubble.
 func runScripted(t *testing.T, server *scriptedServer, log *logRecorder, opts apiserver.Options) (f *deltaRecorder, stop func()) {
 	t.Helper()
 	opts.Config, opts.NodeName, opts.Logger = &rest.Config{Host: "http://api", Transport: roundTripper(server.serve)}, "a", log.logger()
@@ -222,7 +223,7 @@ func runScripted(t *testing.T, server *scriptedServer, log *logRecorder, opts ap
 	}
 }
 
-// requireLine checks that the log has a line with all of the texts.
+// requireLine checks that one line of the log has all texts.
 func (r *logRecorder) requireLine(t *testing.T, texts ...string) {
 	t.Helper()
 	r.mu.Lock()
@@ -232,11 +233,11 @@ func (r *logRecorder) requireLine(t *testing.T, texts ...string) {
 			return
 		}
 	}
-	t.Errorf("the log has no line with %q:\n%s", texts, r.text.String())
+	t.Errorf("no log line with all of %q:\n%s", texts, r.text.String())
 }
 
-// TestOptionalLists says that neither errors nor silence about lists that
-// programming can do without hold it up, and that they are taken over later.
+// TestOptionalLists checks that failing or unanswered requests for optional lists do not
+// block the first Delta, and that the lists are delivered later.
 func TestOptionalLists(t *testing.T) {
 	t.Parallel()
 	hang := func(r *http.Request, _ string) (*http.Response, error) {
@@ -253,7 +254,7 @@ func TestOptionalLists(t *testing.T) {
 					var log logRecorder
 					f, stop := runScripted(t, server, &log, apiserver.Options{})
 					time.Sleep(16 * time.Second)
-					synctest.Wait() // Orders the Source's writes before the reads here.
+					synctest.Wait() // orders the Source's writes before the reads below
 					if f.deltaCount() != 1 || f.unknown != (resource == "nodes") {
 						t.Fatalf("%d Deltas, Node unknown %v:\n%s", f.deltaCount(), f.unknown, log.text.String())
 					}
@@ -278,8 +279,8 @@ func TestOptionalLists(t *testing.T) {
 	}
 }
 
-// TestUnfinishedStream says that a streamed list without its closing bookmark is
-// given up after a minute, and lists are not streamed for some time.
+// TestUnfinishedStream checks that a streamed list without its closing bookmark is
+// abandoned after a minute, and that the following lists are not streamed.
 func TestUnfinishedStream(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -289,7 +290,7 @@ func TestUnfinishedStream(t *testing.T) {
 		f, stop := runScripted(t, server, &log, apiserver.Options{})
 		time.Sleep(65 * time.Second)
 		if f.deltaCount() == 0 {
-			t.Fatalf("nothing is delivered:\n%s", log.text.String())
+			t.Fatalf("no Delta:\n%s", log.text.String())
 		}
 		log.requireLine(t, "did not finish a streamed list", "resource=services")
 		streams := server.countRequests("stream")
@@ -308,8 +309,7 @@ func TestUnfinishedStream(t *testing.T) {
 	})
 }
 
-// TestSilentWatch says that a watch on which nothing arrives any more, not even
-// bookmarks, is made anew.
+// TestSilentWatch checks that a watch without events and bookmarks is restarted.
 func TestSilentWatch(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -322,16 +322,16 @@ func TestSilentWatch(t *testing.T) {
 		}
 		server.update(func() { server.stuck = true; server.version = 105; server.put("services", "later", "uid", 104) })
 		time.Sleep(10 * time.Minute)
-		log.requireLine(t, "watch is silent", "resource=services")
+		log.requireLine(t, "neither events nor bookmarks", "resource=services")
 		if f.serviceUID("later") == "" {
-			t.Errorf("what has changed is not delivered:\n%s", log.text.String())
+			t.Errorf("the change is not delivered:\n%s", log.text.String())
 		}
 		stop()
 	})
 }
 
-// TestVersionsGoBackwards says that after a restore of the API server's data what
-// it has now is delivered, although the watch is continued without an error.
+// TestVersionsGoBackwards checks that after a restore of the API server's data its current
+// objects are delivered, although the watch continues without an error.
 func TestVersionsGoBackwards(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -342,7 +342,7 @@ func TestVersionsGoBackwards(t *testing.T) {
 		f, stop := runScripted(t, server, &log, apiserver.Options{})
 		time.Sleep(time.Minute)
 		if f.serviceUID("lost") == "" {
-			t.Fatal("not delivered")
+			t.Fatal("the Service is not delivered")
 		}
 		server.update(func() {
 			server.version = 70
@@ -353,10 +353,10 @@ func TestVersionsGoBackwards(t *testing.T) {
 		})
 		time.Sleep(time.Minute)
 		if f.serviceUID("lost") != "" || f.serviceUID("now") == "" || f.serviceUID("same") != "uid-new" {
-			t.Errorf("delivered are %v:\n%s", f.services, log.text.String())
+			t.Errorf("delivered Services %v:\n%s", f.services, log.text.String())
 		}
 		log.requireLine(t, "went backwards", "resource=services", "before=100", "now=70")
-		// Versions can also have grown again until the watch goes on.
+		// Versions may have grown beyond the known ones before the watch continues.
 		server.update(func() {
 			server.version = 200
 			server.put("services", "now", "uid-now", 65)
@@ -365,7 +365,7 @@ func TestVersionsGoBackwards(t *testing.T) {
 		})
 		time.Sleep(time.Minute)
 		if f.serviceUID("same") != "uid-old" || log.count("is programmed\" resource=services before=70 now=65") != 1 {
-			t.Errorf("delivered are %v:\n%s", f.services, log.text.String())
+			t.Errorf("delivered Services %v:\n%s", f.services, log.text.String())
 		}
 		lists := server.countRequests("stream")
 		server.update(func() { server.closeWatches() })
@@ -377,8 +377,8 @@ func TestVersionsGoBackwards(t *testing.T) {
 	})
 }
 
-// TestVersionsGoBackwardsOnSlowServer says that versions are compared also when
-// the watch is answered late.
+// TestVersionsGoBackwardsOnSlowServer checks that versions are compared even if the server
+// answers the watch late.
 func TestVersionsGoBackwardsOnSlowServer(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -398,17 +398,17 @@ func TestVersionsGoBackwardsOnSlowServer(t *testing.T) {
 			}
 			server.closeWatches()
 		})
-		time.Sleep(75 * time.Second) // before a bookmark of the new watch tells
+		time.Sleep(75 * time.Second) // before the first bookmark of the new watch
 		if f.serviceUID("lost") != "" {
-			t.Errorf("a Service that the server does not have is still delivered:\n%s", log.text.String())
+			t.Errorf("a Service missing from the server is not deleted:\n%s", log.text.String())
 		}
 		log.requireLine(t, "went backwards", "resource=services", "before=100", "now=70")
 		stop()
 	})
 }
 
-// TestMassRemoval says that removals are held when a list lacks most of the objects,
-// unless the list that follows a minute later lacks them too.
+// TestMassRemoval checks that removals are held when a list lacks most objects, until a
+// second list a minute later confirms them.
 func TestMassRemoval(t *testing.T) {
 	t.Parallel()
 	const delay = time.Minute
@@ -423,11 +423,11 @@ func TestMassRemoval(t *testing.T) {
 		name        string
 		before      func(*scriptedServer)
 		delay       time.Duration
-		held, final int // Services while removals are held, and at last
+		held, final int // Services while removals are held, and at the end
 		returns     bool
 	}{
 		{name: "lost", before: many, delay: delay, held: 21, final: 1},
-		{name: "found again", before: many, delay: delay, held: 21, final: 21, returns: true},
+		{name: "complete again", before: many, delay: delay, held: 21, final: 21, returns: true},
 		{name: "off", before: many, held: 1, final: 1},
 		{name: "small", before: few, delay: delay, held: 2, final: 1},
 	} {
@@ -437,17 +437,19 @@ func TestMassRemoval(t *testing.T) {
 				server := newScripted()
 				tt.before(server)
 				var log logRecorder
-				var told []string
+				var reported []string
 				f, stop := runScripted(t, server, &log, apiserver.Options{
 					MassRemovalDelay: tt.delay,
-					OnMassRemoval:    func(resource string, removed, before int) { told = append(told, fmt.Sprint(resource, removed, before)) },
+					OnMassRemoval: func(resource string, removed, before int) {
+						reported = append(reported, fmt.Sprint(resource, removed, before))
+					},
 				})
 				time.Sleep(10 * time.Second)
 				server.update(func() {
 					objects := server.objects
 					server.objects = map[string]map[string]string{"nodes": objects["nodes"], "services": {}, "endpointslices": {}}
-					server.put("services", "a", "another-cluster", 50) // as default/kubernetes
-					server.version = 60                                // the watch does not go on
+					server.put("services", "a", "another-cluster", 50) // like default/kubernetes
+					server.version = 60                                // the watch can't continue
 					server.closeWatches()
 					if tt.returns {
 						time.AfterFunc(delay/2, func() { server.update(func() { server.objects = objects; server.version = 200 }) })
@@ -459,7 +461,7 @@ func TestMassRemoval(t *testing.T) {
 				}
 				time.Sleep(delay + 5*time.Second)
 				if n := f.serviceCount(); n != tt.final || (f.serviceUID("a") == "uid-a") != tt.returns {
-					t.Errorf("%d Services at last, want %d; the first is %s\n%s", n, tt.final, f.serviceUID("a"), log.text.String())
+					t.Errorf("%d Services at the end, want %d; the first is %s\n%s", n, tt.final, f.serviceUID("a"), log.text.String())
 				}
 				switch {
 				case tt.delay == 0:
@@ -470,8 +472,8 @@ func TestMassRemoval(t *testing.T) {
 				default:
 					log.requireLine(t, "still lacks", "resource=services")
 				}
-				if (len(told) > 0) != (tt.delay > 0) {
-					t.Errorf("told %v", told)
+				if (len(reported) > 0) != (tt.delay > 0) {
+					t.Errorf("reported %v", reported)
 				}
 				stop()
 			})
@@ -479,8 +481,8 @@ func TestMassRemoval(t *testing.T) {
 	}
 }
 
-// TestMassRemovalAtStart says that the first list is compared with what the kernel
-// has of an earlier run.
+// TestMassRemovalAtStart checks that the first list is compared with the Services that an
+// earlier run left in the kernel.
 func TestMassRemovalAtStart(t *testing.T) {
 	t.Parallel()
 	programmed := func() map[types.NamespacedName]struct{} {

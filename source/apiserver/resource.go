@@ -18,7 +18,7 @@ import (
 	"fairlead.io/fairlead/kube"
 )
 
-// resource is a list that is followed, by its name in the API.
+// resource is the plural name of an API resource that the Source follows.
 type resource string
 
 const (
@@ -28,9 +28,9 @@ const (
 	serviceCIDRs   resource = "servicecidrs"
 )
 
-// groupVersion returns the API group of the kind.
-func (k resource) groupVersion() schema.GroupVersion {
-	switch k {
+// groupVersion returns the API group and version of the resource.
+func (res resource) groupVersion() schema.GroupVersion {
+	switch res {
 	case endpointSlices:
 		return discoveryv1.SchemeGroupVersion
 	case serviceCIDRs:
@@ -42,10 +42,10 @@ func (k resource) groupVersion() schema.GroupVersion {
 	}
 }
 
-// addSelectors has the server leave out what is of no use to this node. An object that
-// leaves the selection arrives as deleted.
-func (k resource) addSelectors(opts *metav1.ListOptions, nodeName string) {
-	switch k {
+// addSelectors adds selectors that leave out objects which this node does not need. The
+// server reports an object that stops matching as deleted.
+func (res resource) addSelectors(opts *metav1.ListOptions, nodeName string) {
+	switch res {
 	case services:
 		opts.LabelSelector = "!" + kube.LabelServiceProxyName
 		opts.FieldSelector = "spec.clusterIP!=" + corev1.ClusterIPNone
@@ -57,12 +57,11 @@ func (k resource) addSelectors(opts *metav1.ListOptions, nodeName string) {
 	}
 }
 
-// clients speak to the API groups of the kinds. A clientset would hold the types
-// of all of Kubernetes in memory.
+// clients holds a REST client for each API group. A clientset would keep the types of all
+// Kubernetes APIs in memory.
 type clients map[schema.GroupVersion]*rest.RESTClient
 
-// newClients returns clients for the groups. They share the connection and the
-// limits of the configuration.
+// newClients returns clients for the groups. They share a transport and a rate limiter.
 func newClients(config *rest.Config, version string, groups ...schema.GroupVersion) (clients, error) {
 	scheme := runtime.NewScheme()
 	metav1.AddToGroupVersion(scheme, schema.GroupVersion{Version: "v1"})
@@ -83,7 +82,7 @@ func newClients(config *rest.Config, version string, groups ...schema.GroupVersi
 		config.AcceptContentTypes = protobuf + ",application/json"
 	}
 	if config.WarningHandler == nil && config.WarningHandlerWithContext == nil {
-		config.WarningHandler = rest.NoWarnings{} // deprecations are no news to an operator
+		config.WarningHandler = rest.NoWarnings{} // an operator can't act on deprecation warnings
 	}
 	if config.RateLimiter == nil && config.QPS >= 0 {
 		qps, burst := config.QPS, config.Burst
@@ -97,7 +96,7 @@ func newClients(config *rest.Config, version string, groups ...schema.GroupVersi
 	}
 	http, err := rest.HTTPClientFor(config)
 	if err != nil {
-		return nil, fmt.Errorf("prepare to speak to the API server: %w", err)
+		return nil, fmt.Errorf("create API server client: %w", err)
 	}
 	out := clients{}
 	for _, group := range groups {
@@ -109,7 +108,7 @@ func newClients(config *rest.Config, version string, groups ...schema.GroupVersi
 		config.NegotiatedSerializer = serializer.NewCodecFactory(scheme).WithoutConversion()
 		client, err := rest.RESTClientForConfigAndClient(config, http)
 		if err != nil {
-			return nil, fmt.Errorf("prepare to speak to the API server: %w", err)
+			return nil, fmt.Errorf("create API server client: %w", err)
 		}
 		out[group] = client
 	}

@@ -19,11 +19,10 @@ import (
 	"fairlead.io/fairlead/source/apiserver"
 )
 
-// maxRetryPause is the longest between two attempts.
+// maxRetryPause is the longest pause between two attempts.
 const maxRetryPause = 20 * time.Second
 
-// idleServer is an API server in which nothing ever happens, and which cannot
-// stream lists.
+// idleServer is an API server whose objects never change and that cannot stream lists.
 func idleServer(r *http.Request) (*http.Response, error) {
 	switch {
 	case r.URL.Query().Get("sendInitialEvents") != "":
@@ -41,7 +40,7 @@ func idleServer(r *http.Request) (*http.Response, error) {
 		`{"kind":"%sList","apiVersion":%q,"metadata":{"resourceVersion":"5"},"items":[{"metadata":{"name":"a","resourceVersion":"4"}}]}`, name, group)), nil
 }
 
-// apiVersionAndKind returns the API version and the kind that a request asks for.
+// apiVersionAndKind returns the API version and kind of the requested resource.
 func apiVersionAndKind(r *http.Request) (group, name string) {
 	kind := map[string]string{
 		"services": "v1 Service", "nodes": "v1 Node",
@@ -51,8 +50,8 @@ func apiVersionAndKind(r *http.Request) (group, name string) {
 	return group, name
 }
 
-// runSource runs a Source in a bubble of synctest, which ends only when all that it has
-// started has ended.
+// runSource runs a Source in a synctest bubble, which ends only when all goroutines of the
+// Source have ended.
 func runSource(t *testing.T, transport roundTripper, log *logRecorder) (deltas *atomic.Int64, stop func()) {
 	t.Helper()
 	deltas = new(atomic.Int64)
@@ -78,30 +77,30 @@ func runSource(t *testing.T, transport roundTripper, log *logRecorder) (deltas *
 	}
 }
 
-// TestLongOutage says that an API server that is away for hours is asked now and
-// then, logged with growing pauses, and believed soon after it is back.
+// TestLongOutage checks that an API server that is unavailable for hours is retried
+// occasionally, logged at growing intervals, and used soon after it is back.
 func TestLongOutage(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		var away atomic.Bool
-		away.Store(true)
+		var down atomic.Bool
+		down.Store(true)
 		var requests atomic.Int64
 		var log logRecorder
 		deltas, stop := runSource(t, func(r *http.Request) (*http.Response, error) {
 			requests.Add(1)
-			if away.Load() {
+			if down.Load() {
 				return nil, errors.New("no route to host")
 			}
 			return idleServer(r)
 		}, &log)
 		time.Sleep(3 * time.Hour)
 		if n := requests.Load(); n > 3*3600/10*4*2 {
-			t.Errorf("%d requests in three hours, want a few a minute", n)
+			t.Errorf("%d requests in three hours, want a few per minute", n)
 		}
 		if deltas.Load() != 0 {
-			t.Error("something was delivered")
+			t.Error("unexpected Delta")
 		}
-		away.Store(false)
+		down.Store(false)
 		time.Sleep(maxRetryPause)
 		if deltas.Load() != 1 {
 			t.Errorf("%d Deltas after the API server is back, want 1", deltas.Load())
@@ -115,8 +114,8 @@ func TestLongOutage(t *testing.T) {
 	})
 }
 
-// TestServiceCIDRsServedLater says that ServiceCIDRs that are not served are asked for
-// rarely, and taken when they are.
+// TestServiceCIDRsServedLater checks that missing ServiceCIDRs are requested rarely, and
+// delivered once they are served.
 func TestServiceCIDRsServedLater(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -132,10 +131,10 @@ func TestServiceCIDRsServedLater(t *testing.T) {
 		}, &log)
 		time.Sleep(24 * time.Hour)
 		if n := requests.Load(); n > 2*6*24+20 {
-			t.Errorf("%d requests in a day, want one stream and one list every ten minutes", n)
+			t.Errorf("%d requests in a day, want a streamed list and a list every ten minutes", n)
 		}
 		if deltas.Load() != 1 {
-			t.Errorf("%d Deltas, want the first", deltas.Load())
+			t.Errorf("%d Deltas, want only the first", deltas.Load())
 		}
 		served.Store(true)
 		time.Sleep(11 * time.Minute)
@@ -144,22 +143,23 @@ func TestServiceCIDRsServedLater(t *testing.T) {
 		}
 		stop()
 		if n := log.count("level="); n != 2 {
-			t.Errorf("%d lines of log, want that they can't be read, and that they can:\n%s", n, log.text.String())
+			t.Errorf("%d log lines, want one about the denial and one about the recovery:\n%s", n, log.text.String())
 		}
 	})
 }
 
-// TestRunReturnsAtOnce says that Run ends at once, whatever it waits for.
+// TestRunReturnsAtOnce checks that Run returns immediately when ctx is done, whatever state
+// it is in.
 func TestRunReturnsAtOnce(t *testing.T) {
 	t.Parallel()
 	for name, transport := range map[string]roundTripper{
-		"watching": idleServer,
-		"away":     func(*http.Request) (*http.Response, error) { return nil, errors.New("no route to host") },
-		"no answer": func(r *http.Request) (*http.Response, error) {
+		"watching":    idleServer,
+		"unreachable": func(*http.Request) (*http.Response, error) { return nil, errors.New("no route to host") },
+		"no response": func(r *http.Request) (*http.Response, error) {
 			<-r.Context().Done()
 			return nil, r.Context().Err()
 		},
-		"refused":            func(r *http.Request) (*http.Response, error) { return newResponse(r, http.StatusNotFound, ""), nil },
+		"not found":          func(r *http.Request) (*http.Response, error) { return newResponse(r, http.StatusNotFound, ""), nil },
 		"connection refused": func(*http.Request) (*http.Response, error) { return nil, syscall.ECONNREFUSED },
 		"overloaded":         overloaded,
 		"overloaded, with Retry-After": func(r *http.Request) (*http.Response, error) {
@@ -167,7 +167,7 @@ func TestRunReturnsAtOnce(t *testing.T) {
 			response.Header.Set("Retry-After", "5")
 			return response, err
 		},
-		"overloaded in the stream": overloadedStream,
+		"overloaded within the stream": overloadedStream,
 	} {
 		for _, after := range []time.Duration{0, 500 * time.Millisecond, 10 * time.Second, 3 * time.Minute, time.Hour} {
 			t.Run(fmt.Sprintf("%s/%s", name, after), func(t *testing.T) {
@@ -180,10 +180,10 @@ func TestRunReturnsAtOnce(t *testing.T) {
 					begin := time.Now()
 					stop()
 					if d := time.Since(begin); d > 0 {
-						t.Errorf("the end took %s", d)
+						t.Errorf("Run returned after %s, want immediately", d)
 					}
 					if n := len(withoutReminders(log.text.String())); n > 5 {
-						t.Errorf("%d lines of log, want a few:\n%s", n, log.text.String())
+						t.Errorf("%d log lines, want at most 5:\n%s", n, log.text.String())
 					}
 				})
 			})
@@ -191,7 +191,8 @@ func TestRunReturnsAtOnce(t *testing.T) {
 	}
 }
 
-// TestRunReturnsWithoutServer says the same of a real address where nobody listens.
+// TestRunReturnsWithoutServer is TestRunReturnsAtOnce for a real address on which no server
+// listens.
 func TestRunReturnsWithoutServer(t *testing.T) {
 	t.Parallel()
 	listener := must[net.Listener](t)(net.Listen("tcp", "127.0.0.1:0"))
@@ -204,7 +205,7 @@ func TestRunReturnsWithoutServer(t *testing.T) {
 	}))
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
-	go func() { ended <- source.Run(ctx, func(kube.Delta) { t.Error("something was delivered") }) }()
+	go func() { ended <- source.Run(ctx, func(kube.Delta) { t.Error("unexpected Delta") }) }()
 	log.waitFor(t, "connection refused", 1)
 	cancel()
 	select {
@@ -217,14 +218,15 @@ func TestRunReturnsWithoutServer(t *testing.T) {
 	}
 }
 
-// overloaded is an API server that has too much to do.
+// overloaded is an API server that rejects all requests with 429 Too Many Requests.
 func overloaded(r *http.Request) (*http.Response, error) {
 	return newResponse(r, http.StatusTooManyRequests, tooManyRequests), nil
 }
 
 const tooManyRequests = `{"kind":"Status","apiVersion":"v1","status":"Failure","reason":"TooManyRequests","code":429,"message":"try again later"}`
 
-// overloadedStream says so only after it has begun to answer.
+// overloadedStream is an API server that sends 429 Too Many Requests as an event of each
+// watch.
 func overloadedStream(r *http.Request) (*http.Response, error) {
 	if r.URL.Query().Get("watch") == "" {
 		return idleServer(r)
@@ -232,25 +234,26 @@ func overloadedStream(r *http.Request) (*http.Response, error) {
 	return newResponse(r, http.StatusOK, `{"type":"ERROR","object":`+tooManyRequests+`}`), nil
 }
 
-// TestRetryBackoff says that an API server that refuses connections, or is overloaded, is
-// asked now and then, once at a time, and for a stream when it is back.
+// TestRetryBackoff checks that an API server that refuses connections or is overloaded is
+// retried occasionally, without concurrent attempts, and asked for a streamed list when it
+// is back.
 func TestRetryBackoff(t *testing.T) {
 	t.Parallel()
 	for name, trouble := range map[string]roundTripper{
-		"connection refused":       func(*http.Request) (*http.Response, error) { return nil, syscall.ECONNREFUSED },
-		"overloaded":               overloaded,
-		"overloaded in the stream": overloadedStream,
+		"connection refused":           func(*http.Request) (*http.Response, error) { return nil, syscall.ECONNREFUSED },
+		"overloaded":                   overloaded,
+		"overloaded within the stream": overloadedStream,
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			synctest.Test(t, func(t *testing.T) {
-				var away atomic.Bool
-				away.Store(true)
+				var down atomic.Bool
+				down.Store(true)
 				var requests, streams, lists atomic.Int64
 				var log logRecorder
 				_, stop := runSource(t, func(r *http.Request) (*http.Response, error) {
 					requests.Add(1)
-					if away.Load() {
+					if down.Load() {
 						return trouble(r)
 					}
 					switch {
@@ -263,12 +266,12 @@ func TestRetryBackoff(t *testing.T) {
 				}, &log)
 				time.Sleep(time.Hour)
 				if n := requests.Load(); n < 4*3600/60 || n > 4*3600/10 {
-					t.Errorf("%d requests in an hour, want a few a minute for each of four kinds", n)
+					t.Errorf("%d requests in an hour, want a few per minute for each of four resources", n)
 				}
-				away.Store(false)
+				down.Store(false)
 				time.Sleep(maxRetryPause)
 				if streams.Load() != 4 || lists.Load() != 4 {
-					t.Errorf("%d streams and %d lists once it is back, want each of four kinds", streams.Load(), lists.Load())
+					t.Errorf("%d streamed lists and %d lists after the server is back, want 4 and 4", streams.Load(), lists.Load())
 				}
 				stop()
 			})
@@ -276,32 +279,32 @@ func TestRetryBackoff(t *testing.T) {
 	}
 }
 
-// TestRunWaitsForRequests says that nothing is under way any more when Run returns.
+// TestRunWaitsForRequests checks that no request is in flight when Run returns.
 func TestRunWaitsForRequests(t *testing.T) {
 	t.Parallel()
 	for name, lists := range map[string]bool{"a watch": false, "a list": true} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			synctest.Test(t, func(t *testing.T) {
-				var underWay atomic.Int64
+				var inFlight atomic.Int64
 				var log logRecorder
 				_, stop := runSource(t, func(r *http.Request) (*http.Response, error) {
 					if lists && r.URL.Query().Get("watch") != "" {
 						return idleServer(r) // can't stream lists
 					}
-					underWay.Add(1)
-					defer underWay.Add(-1)
+					inFlight.Add(1)
+					defer inFlight.Add(-1)
 					<-r.Context().Done()
 					time.Sleep(time.Second)
 					return nil, r.Context().Err()
 				}, &log)
 				time.Sleep(time.Minute)
-				if n := underWay.Load(); n != 4 {
-					t.Fatalf("%d requests are under way, want one of each kind", n)
+				if n := inFlight.Load(); n != 4 {
+					t.Fatalf("%d requests in flight, want one per resource", n)
 				}
 				stop()
-				if n := underWay.Load(); n != 0 {
-					t.Errorf("%d requests are under way after the end", n)
+				if n := inFlight.Load(); n != 0 {
+					t.Errorf("%d requests in flight after Run returned", n)
 				}
 			})
 		})

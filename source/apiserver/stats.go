@@ -1,22 +1,22 @@
 package apiserver
 
-// Stats says how a list is followed.
+// Stats describes the state of one list and watch.
 type Stats struct {
-	// Resource is the name of the list in the API, such as "endpointslices".
+	// Resource is the plural name of the resource in the API, such as "endpointslices".
 	Resource string
-	// Synced says that the list was complete once.
+	// Synced is true once the first list is complete.
 	Synced bool
-	// HeldRemovals is the number of objects that the last list lacks, and whose
-	// removal is held, see [Options.MassRemovalDelay].
+	// HeldRemovals is the number of objects that are missing from the last list but not
+	// removed yet, see [Options.MassRemovalDelay].
 	HeldRemovals int
-	// Failures counts the requests that failed.
+	// Failures counts failed requests.
 	Failures map[Failure]uint64
-	// Recoveries counts how often a list or watch was made anew, although the API
-	// server had reported no error, by reason: "silent", "unfinished", "backwards".
+	// Recoveries counts restarts of a list or watch for which the API server reported no
+	// error, by reason: "silent", "unfinished", "backwards".
 	Recoveries map[string]uint64
 }
 
-// Failure is how a request failed.
+// Failure classifies a failed request.
 type Failure struct {
 	// Verb is "list" or "watch".
 	Verb string
@@ -24,20 +24,20 @@ type Failure struct {
 	Code string
 }
 
-// Stats returns how each list is followed. It may be called from any goroutine and
-// does not block.
+// Stats returns the state of each list and watch. It is safe for concurrent use and does
+// not block.
 func (s *Source) Stats() []Stats {
 	all := make([]Stats, 0, len(s.reflectors))
-	for _, l := range s.reflectors {
+	for _, r := range s.reflectors {
 		stats := Stats{
-			Resource: string(l.resource), Synced: s.queue.isSynced(l.resource), HeldRemovals: l.hold.heldObjects(),
-			Failures: s.connection.countFailures(l.resource), Recoveries: map[string]uint64{},
+			Resource: string(r.resource), Synced: s.queue.isSynced(r.resource), HeldRemovals: r.hold.heldObjects(),
+			Failures: s.connection.countFailures(r.resource), Recoveries: map[string]uint64{},
 		}
-		l.progress.mu.Lock()
+		r.progress.mu.Lock()
 		for _, reason := range recoveries() {
-			stats.Recoveries[string(reason)] = l.progress.recoveries[reason]
+			stats.Recoveries[string(reason)] = r.progress.recoveries[reason]
 		}
-		l.progress.mu.Unlock()
+		r.progress.mu.Unlock()
 		all = append(all, stats)
 	}
 	return all

@@ -9,44 +9,43 @@ import (
 	"k8s.io/client-go/tools/cache"
 )
 
-// protobufObject is an API object that can be written as protobuf.
+// protobufObject is an API object with a protobuf encoding.
 type protobufObject interface {
 	metav1.Object
 	Size() int
 	MarshalToSizedBuffer(data []byte) (int, error)
 }
 
-// store is what a reflector writes to. Of each object it keeps hashes only, which
-// tell whether an event or a later list has something else: the objects themselves
-// are with whom they are delivered to.
+// store receives the objects of a reflector and passes changes to the delta queue. It keeps
+// only hashes of each object, to detect changes by events and later lists.
 //
-// Resource versions are not compared. Two objects can have the same name and
-// version and yet differ, after etcd was restored from a backup.
+// It does not compare resource versions: after etcd is restored from a backup, two
+// different objects can have the same name and version.
 type store[T protobufObject] struct {
 	resource resource
 	queue    *deltaQueue
 	pending  func(*deltaQueue) pendingChanges[T]
 	trim     func(T)
-	// same, if not nil, says that two trimmed objects differ in nothing that
-	// matters. The last objects are kept then.
+	// equal, if not nil, reports whether two trimmed objects differ only in fields that
+	// Fairlead does not read. The store then keeps the last objects.
 	equal func(a, b T) bool
 	// hold delays mass removals; it may be nil.
 	hold *removalHold
-	// service, where there is a guard, returns the name of the Service that the
-	// object belongs to, if the kernel can hold something for it.
+	// serviceName returns the Service that the object belongs to. It reports false if the
+	// object leaves nothing in the kernel. It is set whenever hold is set.
 	serviceName func(T) (types.NamespacedName, bool)
-	// progress, if not nil, counts what arrives.
+	// progress, if not nil, counts events.
 	progress *progress
 
 	fingerprints map[types.NamespacedName]fingerprint[T]
-	synced       bool // a list was taken over
+	synced       bool // a list has been applied
 	seed         maphash.Seed
 	buffer       []byte
 }
 
-// fingerprint is what is known of an object that there is.
+// fingerprint identifies the state of a known object.
 type fingerprint[T any] struct {
-	// contentHash is the hash of the whole trimmed object, and uid that of its UID.
+	// contentHash is the hash of the whole trimmed object, uidHash of its UID.
 	contentHash, uidHash uint64
 	object               T
 }
@@ -57,23 +56,23 @@ var (
 	_ cache.ResourceVersionUpdater = (*store[protobufObject])(nil)
 )
 
-func newStore[T protobufObject](k resource, box *deltaQueue, pending func(*deltaQueue) pendingChanges[T], trim func(T), same func(a, b T) bool) *store[T] {
+func newStore[T protobufObject](res resource, queue *deltaQueue, pending func(*deltaQueue) pendingChanges[T], trim func(T), equal func(a, b T) bool) *store[T] {
 	return &store[T]{
-		resource: k, queue: box, pending: pending, trim: trim, equal: same,
+		resource: res, queue: queue, pending: pending, trim: trim, equal: equal,
 		fingerprints: map[types.NamespacedName]fingerprint[T]{}, seed: maphash.MakeSeed(),
 	}
 }
 
-// Add takes over an object that is new, or may be.
+// Add stores an object that may be new.
 func (s *store[T]) Add(object any) error { return s.put(object) }
 
-// Update takes over an object that has changed.
+// Update stores a changed object.
 func (s *store[T]) Update(object any) error { return s.put(object) }
 
 func (s *store[T]) put(item any) error {
 	object, ok := item.(T)
 	if !ok {
-		return fmt.Errorf("%s: the API server sent a %T", s.resource, item)
+		return fmt.Errorf("%s: unexpected type %T from the API server", s.resource, item)
 	}
 	s.progress.countEvent()
 	s.trim(object)
@@ -81,7 +80,7 @@ func (s *store[T]) put(item any) error {
 	defer s.queue.mu.Unlock()
 	uid := s.hashUID(object)
 	if before, known := s.fingerprints[namespacedName(object)]; known && before.uidHash != uid && s.hold.active() {
-		return nil // The removal of the object with the other UID is held.
+		return nil // the removal of the object with the previous UID is held
 	}
 	s.upsert(object, uid)
 	s.queue.signal()
@@ -92,7 +91,7 @@ func namespacedName(object metav1.Object) types.NamespacedName {
 	return types.NamespacedName{Namespace: object.GetNamespace(), Name: object.GetName()}
 }
 
-// upsert is for those who hold the mailbox's lock.
+// upsert stores an object. The caller holds the queue's lock.
 func (s *store[T]) upsert(object T, uid uint64) {
 	name := namespacedName(object)
 	before, known := s.fingerprints[name]
@@ -112,8 +111,8 @@ func (s *store[T]) upsert(object T, uid uint64) {
 	s.pending(s.queue).put(name, object, known)
 }
 
-// hashContent returns the hash of an object with its UID and resource version. It reports
-// false if the object can't be written.
+// hashContent returns the hash of an object, including its UID and resource version. It
+// reports false if the object can't be encoded.
 func (s *store[T]) hashContent(object T) (uint64, bool) {
 	size := object.Size()
 	if cap(s.buffer) < size {
@@ -127,23 +126,23 @@ func (s *store[T]) hashContent(object T) (uint64, bool) {
 	return maphash.Bytes(s.seed, buffer[size-min(n, size):]), err == nil
 }
 
-// maxHashBuffer is the size from which a buffer is not kept for the next object.
+// maxHashBuffer is the largest buffer in bytes that is kept for the next object.
 const maxHashBuffer = 64 << 10
 
 func (s *store[T]) hashUID(object T) uint64 { return maphash.String(s.seed, string(object.GetUID())) }
 
-// Delete takes over that an object is gone, or is no longer selected.
+// Delete removes an object that was deleted or no longer matches the selectors.
 func (s *store[T]) Delete(item any) error {
 	object, ok := item.(T)
 	if !ok {
-		return fmt.Errorf("%s: the API server sent a %T", s.resource, item)
+		return fmt.Errorf("%s: unexpected type %T from the API server", s.resource, item)
 	}
 	s.progress.countEvent()
 	s.queue.mu.Lock()
 	defer s.queue.mu.Unlock()
 	name := namespacedName(object)
 	if before, known := s.fingerprints[name]; known && before.uidHash != s.hashUID(object) && s.hold.active() {
-		return nil // Another object of the name is gone, and the removal of ours is held.
+		return nil // the removal of the object with the previous UID is held
 	}
 	s.remove(name)
 	s.queue.signal()
@@ -158,15 +157,15 @@ func (s *store[T]) remove(name types.NamespacedName) {
 	s.pending(s.queue).remove(name)
 }
 
-// Replace takes over a complete list. An object whose UID is another one than
-// before counts as removed and created again. If the list would remove most of the
-// objects, the guard may delay the removals; everything else is taken over at once.
+// Replace applies a complete list. An object whose UID has changed counts as removed and
+// added. If the list removes most of the objects, the removals may be held; all other
+// changes apply at once.
 func (s *store[T]) Replace(items []any, version string) error {
 	objects := make([]T, 0, len(items))
 	for _, item := range items {
 		object, ok := item.(T)
 		if !ok {
-			return fmt.Errorf("%s: the API server sent a %T", s.resource, item)
+			return fmt.Errorf("%s: unexpected type %T from the API server", s.resource, item)
 		}
 		s.trim(object)
 		objects = append(objects, object)
@@ -209,7 +208,7 @@ func (s *store[T]) Replace(items []any, version string) error {
 		}
 	}
 	if s.synced = s.synced || !held; s.synced {
-		// A first list that is held is as good as none.
+		// While the removals of the first list are held, the list does not count as complete.
 		s.queue.completeListLocked(s.resource)
 	}
 	s.queue.mu.Unlock()
@@ -217,8 +216,8 @@ func (s *store[T]) Replace(items []any, version string) error {
 	return nil
 }
 
-// firstRemoval returns what the first list would remove of what an earlier run of
-// the program has left in the kernel.
+// firstRemoval compares the first list with the Services that an earlier run left in the
+// kernel.
 func (s *store[T]) firstRemoval(objects []T) removal {
 	programmed := s.hold.readProgrammed()
 	r := removal{before: len(programmed), listed: len(objects)}
@@ -239,19 +238,19 @@ func (s *store[T]) firstRemoval(objects []T) removal {
 	return r
 }
 
-// Resync does nothing: whoever receives objects keeps them.
+// Resync does nothing: the receiver keeps the objects.
 func (s *store[T]) Resync() error { return nil }
 
-// Bookmark notes that the API server has nothing else up to the version.
+// Bookmark records that no other changes up to version exist.
 func (s *store[T]) Bookmark(version string) error {
 	s.progress.onBookmark(version)
 	return nil
 }
 
-// UpdateResourceVersion notes the version up to which everything has arrived.
+// UpdateResourceVersion records that all changes up to version have arrived.
 func (s *store[T]) UpdateResourceVersion(version string) { s.progress.setVersion(version) }
 
-// Transformer has objects trimmed while a list is still arriving.
+// Transformer trims objects while a list is still arriving.
 func (s *store[T]) Transformer() cache.TransformFunc {
 	return func(item any) (any, error) {
 		s.progress.countEvent()

@@ -12,25 +12,26 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
-// storeHistory is a list of Services that changes, a store that is told, and a receiver.
+// storeHistory has a changing set of Services (server), the store that is updated with it,
+// and the state of a receiver (delivered).
 type storeHistory struct {
 	t         *testing.T
 	queue     *deltaQueue
 	store     *store[*corev1.Service]
 	version   int
-	server    map[string]string // name to version
+	server    map[string]string // resource version by name
 	delivered map[string]string
 }
 
 func newHistory(t *testing.T) *storeHistory {
 	t.Helper()
-	box := newDeltaQueue()
-	for _, k := range []resource{endpointSlices, nodes, serviceCIDRs} {
-		box.completeList(k)
+	queue := newDeltaQueue()
+	for _, res := range []resource{endpointSlices, nodes, serviceCIDRs} {
+		queue.completeList(res)
 	}
 	return &storeHistory{
-		t: t, queue: box, server: map[string]string{}, delivered: map[string]string{},
-		store: newStore(services, box, func(m *deltaQueue) pendingChanges[*corev1.Service] { return m.services }, newTrimmer().trimService, nil),
+		t: t, queue: queue, server: map[string]string{}, delivered: map[string]string{},
+		store: newStore(services, queue, func(m *deltaQueue) pendingChanges[*corev1.Service] { return m.services }, newTrimmer().trimService, nil),
 	}
 }
 
@@ -38,13 +39,14 @@ func newObject(name, version string) *corev1.Service {
 	return &corev1.Service{ObjectMeta: metav1.ObjectMeta{Name: name, Namespace: "shop", ResourceVersion: version}}
 }
 
-// withOtherUID returns another object of the name, and changed one with other content.
+// withOtherUID returns an object with the same name and another UID.
 func withOtherUID(name, version string) *corev1.Service {
 	svc := newObject(name, version)
 	svc.UID = "other"
 	return svc
 }
 
+// withOtherContent returns an object with the same name and other content.
 func withOtherContent(name, version string) *corev1.Service {
 	svc := newObject(name, version)
 	svc.Spec.ClusterIP = "10.0.0.1"
@@ -58,7 +60,7 @@ func (h *storeHistory) must(err error) {
 	}
 }
 
-// bump makes a new version of the name, without telling.
+// bump creates a new version of the object on the server without updating the store.
 func (h *storeHistory) bump(name string) *corev1.Service {
 	h.version++
 	h.server[name] = strconv.Itoa(h.version)
@@ -79,7 +81,7 @@ func (h *storeHistory) replace() {
 	h.must(h.store.Replace(items, ""))
 }
 
-// deliver has what has gathered delivered. It reports whether there was something.
+// deliver applies pending changes to the receiver. It reports false if nothing has changed.
 func (h *storeHistory) deliver() bool {
 	h.t.Helper()
 	d, ok := h.queue.pop()
@@ -88,23 +90,23 @@ func (h *storeHistory) deliver() bool {
 	}
 	for _, name := range d.DeletedServices {
 		if _, there := h.delivered[name.Name]; !there {
-			h.t.Errorf("%s is deleted, but was never delivered", name)
+			h.t.Errorf("%s is deleted but was not delivered", name)
 		}
 		delete(h.delivered, name.Name)
 	}
 	for _, svc := range d.Services {
 		if h.delivered[svc.Name] == svc.ResourceVersion {
-			h.t.Errorf("%s is delivered again, unchanged", svc.Name)
+			h.t.Errorf("%s is delivered again without a change", svc.Name)
 		}
 		h.delivered[svc.Name] = svc.ResourceVersion
 	}
 	return true
 }
 
-// TestCoalescing says what changes of one name come to.
+// TestCoalescing checks the result of several changes to one name.
 func TestCoalescing(t *testing.T) {
 	t.Parallel()
-	const a, b = "a", "b" // a is there and was delivered, b is not
+	const a, b = "a", "b" // a exists and was delivered, b does not exist
 	for _, tt := range []struct {
 		name    string
 		do      func(h *storeHistory)
@@ -112,26 +114,26 @@ func TestCoalescing(t *testing.T) {
 		deleted string
 	}{
 		{name: "a change", do: func(h *storeHistory) { h.put(a) }, objects: "a@3"},
-		{name: "two changes are the last", do: func(h *storeHistory) { h.put(a); h.put(a) }, objects: "a@4"},
-		{name: "a new one", do: func(h *storeHistory) { h.put(b) }, objects: "b@3"},
-		{name: "an end", do: func(h *storeHistory) { h.remove(a) }, deleted: "a"},
-		{name: "an end after a change", do: func(h *storeHistory) { h.put(a); h.remove(a) }, deleted: "a"},
-		{name: "made again", do: func(h *storeHistory) { h.remove(a); h.put(a) }, objects: "a@3"},
-		{name: "made again and gone", do: func(h *storeHistory) { h.remove(a); h.put(a); h.remove(a) }, deleted: "a"},
-		{name: "new and gone", do: func(h *storeHistory) { h.put(b); h.remove(b) }},
-		{name: "new, gone and new", do: func(h *storeHistory) { h.put(b); h.remove(b); h.put(b) }, objects: "b@4"},
-		{name: "the end of what never was", do: func(h *storeHistory) { h.remove(b) }},
+		{name: "two changes become the last", do: func(h *storeHistory) { h.put(a); h.put(a) }, objects: "a@4"},
+		{name: "an addition", do: func(h *storeHistory) { h.put(b) }, objects: "b@3"},
+		{name: "a deletion", do: func(h *storeHistory) { h.remove(a) }, deleted: "a"},
+		{name: "a deletion after a change", do: func(h *storeHistory) { h.put(a); h.remove(a) }, deleted: "a"},
+		{name: "recreated", do: func(h *storeHistory) { h.remove(a); h.put(a) }, objects: "a@3"},
+		{name: "recreated and deleted", do: func(h *storeHistory) { h.remove(a); h.put(a); h.remove(a) }, deleted: "a"},
+		{name: "added and deleted", do: func(h *storeHistory) { h.put(b); h.remove(b) }},
+		{name: "added, deleted and added", do: func(h *storeHistory) { h.put(b); h.remove(b); h.put(b) }, objects: "b@4"},
+		{name: "deletion of an unknown object", do: func(h *storeHistory) { h.remove(b) }},
 		{name: "the same version", do: func(h *storeHistory) { h.must(h.store.Update(newObject(a, h.server[a]))) }},
 		{name: "the same version of another object", do: func(h *storeHistory) { h.must(h.store.Update(withOtherUID(a, h.server[a]))) }, objects: "a@1"},
 		{name: "the same version with other content", do: func(h *storeHistory) { h.must(h.store.Update(withOtherContent(a, h.server[a]))) }, objects: "a@1"},
 		{name: "a list with the same version of another object", do: func(h *storeHistory) {
 			h.must(h.store.Replace([]any{withOtherUID(a, h.server[a]), newObject("other", h.server["other"])}, ""))
 		}, objects: "a@1"},
-		{name: "made again with the same version", do: func(h *storeHistory) { h.remove(a); h.must(h.store.Add(withOtherUID(a, "1"))) }, objects: "a@1"},
+		{name: "recreated with the same version", do: func(h *storeHistory) { h.remove(a); h.must(h.store.Add(withOtherUID(a, "1"))) }, objects: "a@1"},
 		{name: "the same list", do: func(h *storeHistory) { h.replace() }},
 		{name: "a list with a change", do: func(h *storeHistory) { h.bump(a); h.replace() }, objects: "a@3"},
-		{name: "a list without", do: func(h *storeHistory) { delete(h.server, a); h.replace() }, deleted: "a"},
-		{name: "an empty list and a list", do: func(h *storeHistory) { was := h.server; h.server = nil; h.replace(); h.server = was; h.replace() }, objects: "a@1 other@2"},
+		{name: "a list without the object", do: func(h *storeHistory) { delete(h.server, a); h.replace() }, deleted: "a"},
+		{name: "an empty list and a full list", do: func(h *storeHistory) { was := h.server; h.server = nil; h.replace(); h.server = was; h.replace() }, objects: "a@1 other@2"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
@@ -164,7 +166,7 @@ func TestCoalescing(t *testing.T) {
 	}
 }
 
-// TestRandomChanges says that the Deltas add up to what there is.
+// TestRandomChanges checks that the sum of all Deltas is the state of the server.
 func TestRandomChanges(t *testing.T) {
 	t.Parallel()
 	for seed := range uint64(200) {
@@ -174,7 +176,7 @@ func TestRandomChanges(t *testing.T) {
 			h.bump(fmt.Sprint(r.IntN(5)))
 		}
 		if h.deliver() {
-			t.Fatal("delivered without a list")
+			t.Fatal("a Delta before the first list")
 		}
 		h.replace()
 		if !h.deliver() {
@@ -188,7 +190,7 @@ func TestRandomChanges(t *testing.T) {
 			case 3, 4:
 				h.remove(name)
 			case 5:
-				h.bump(name) // missed, until the next list
+				h.bump(name) // the store sees it at the next list
 				h.replace()
 			case 6:
 				delete(h.server, name)
@@ -199,16 +201,16 @@ func TestRandomChanges(t *testing.T) {
 		}
 		h.deliver()
 		if diff := cmp.Diff(h.server, h.delivered); diff != "" {
-			t.Fatalf("seed %d: (-there +delivered):\n%s", seed, diff)
+			t.Fatalf("seed %d: (-server +delivered):\n%s", seed, diff)
 		}
 		if len(h.store.fingerprints) != len(h.server) || len(h.queue.services) != 0 {
-			t.Fatalf("seed %d: the store knows %d names and holds %d, there are %d", seed, len(h.store.fingerprints), len(h.queue.services), len(h.server))
+			t.Fatalf("seed %d: the store has %d fingerprints and %d pending changes of %d objects", seed, len(h.store.fingerprints), len(h.queue.services), len(h.server))
 		}
 	}
 }
 
-// TestEmptyFirstDelta says that it comes even so: the receiver must know that
-// there is nothing.
+// TestEmptyFirstDelta checks that the first Delta of an empty cluster is delivered, so that
+// the receiver knows that the cluster is empty.
 func TestEmptyFirstDelta(t *testing.T) {
 	t.Parallel()
 	h := newHistory(t)
@@ -217,6 +219,6 @@ func TestEmptyFirstDelta(t *testing.T) {
 		t.Error("no first Delta of an empty cluster")
 	}
 	if h.deliver() {
-		t.Error("a second Delta with nothing in it")
+		t.Error("an empty second Delta")
 	}
 }

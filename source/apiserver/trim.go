@@ -14,7 +14,7 @@ import (
 	"fairlead.io/fairlead/kube"
 )
 
-// The labels and annotations that somebody reads. All others are let go.
+// keptLabels returns the labels that Fairlead reads. All others are removed.
 func keptLabels() []string {
 	return []string{
 		kube.LabelServiceProxyName,
@@ -24,40 +24,41 @@ func keptLabels() []string {
 	}
 }
 
+// keptAnnotations returns the annotations that Fairlead reads.
 func keptAnnotations() []string {
 	return []string{
-		// When the pod or the Service changed that the slice was written for, if
-		// that was after the program started.
+		// The time of the pod or Service change that caused the slice to be written. It
+		// is removed if it is before the start of the program.
 		corev1.EndpointsLastChangeTriggerTime,
 		kube.AnnotationIPVSScheduler,
 	}
 }
 
-// maxInterned is the number of different strings that are shared. Node names and
-// zones are far fewer, but in the life of a cluster many come and go.
+// maxInterned is the number of strings that are shared. Node names and zones are far fewer,
+// but many come and go in the lifetime of a cluster.
 const maxInterned = 1 << 14
 
-// trimmer lets go of what nobody reads, and has equal strings share their memory:
-// of 100,000 endpoints on 100 nodes each would come with a node's name of its own.
-// What it leaves is shared between objects and must not be changed.
+// trimmer removes the fields that Fairlead does not read and shares the memory of equal
+// strings: each of 100,000 endpoints on 100 nodes would otherwise have its own copy of a
+// node's name. Trimmed objects share memory and must not be modified.
 type trimmer struct {
 	labels, annotations []string
-	// startedAt is when the program started: what triggered a slice before says
-	// nothing about how long changes take.
+	// startedAt is when the program started. A trigger time before it says nothing about
+	// how long Fairlead takes to apply changes.
 	startedAt time.Time
 
 	mu sync.Mutex
-	// strings holds strings, and pointers and hints hold what objects point to. What
-	// is held must never lie within an object: it would keep the whole object, or
-	// the page of a list that it is in.
+	// strings has the interned strings; pointers and hints have interned values that
+	// objects point to. An interned value must not be part of an object: it would keep the
+	// whole object, or the page of the list it came in, in memory.
 	strings               map[string]string
 	pointers              map[string]*string
 	hints                 map[hintKey]*discoveryv1.EndpointHints
 	trueValue, falseValue bool
 }
 
-// hintKey is the value of topology hints that name at most one zone and one node, as
-// most do.
+// hintKey is the value of topology hints with at most one zone and one node, the usual
+// case.
 type hintKey struct {
 	zone, node       string
 	hasZone, hasNode bool
@@ -111,7 +112,7 @@ func (t *trimmer) trimEndpointSlice(slice *discoveryv1.EndpointSlice) {
 	if at, err := time.Parse(time.RFC3339Nano, slice.Annotations[corev1.EndpointsLastChangeTriggerTime]); err != nil || at.Before(t.startedAt) {
 		slice.Annotations = nil
 	}
-	// The decoder leaves up to as much room again behind the last element.
+	// The decoder leaves up to twice the needed capacity.
 	if cap(slice.Endpoints) > len(slice.Endpoints) {
 		slice.Endpoints = exactCopy(slice.Endpoints)
 	}
@@ -147,23 +148,23 @@ func (t *trimmer) trimServiceCIDR(cidr *networkingv1.ServiceCIDR) {
 	*cidr = networkingv1.ServiceCIDR{ObjectMeta: cidr.ObjectMeta, Spec: cidr.Spec, Status: cidr.Status}
 }
 
-// exactCopy returns a copy with no more room than the allocator gives.
+// exactCopy returns a copy with the smallest capacity that the allocator provides.
 func exactCopy[T any](s []T) []T { return append(make([]T, 0, len(s)), s...) }
 
-// intern returns the string with the memory of an equal one.
+// intern returns an equal string that is shared.
 func (t *trimmer) intern(s string) string {
 	shared, ok := t.strings[s]
 	if !ok {
 		if len(t.strings) >= maxInterned {
-			clear(t.strings) // those in use stay where they are used
+			clear(t.strings) // objects keep the strings that they use
 		}
-		shared = strings.Clone(s) // s may be a piece of something larger
+		shared = strings.Clone(s) // s may be part of a larger string
 		t.strings[shared] = shared
 	}
 	return shared
 }
 
-// internPointer returns a pointer to an equal string.
+// internPointer returns a shared pointer to an equal string.
 func (t *trimmer) internPointer(s *string) *string {
 	if s == nil {
 		return nil
@@ -213,7 +214,7 @@ func (t *trimmer) internHints(h *discoveryv1.EndpointHints) *discoveryv1.Endpoin
 	return shared
 }
 
-// copyHints returns a copy of hints that shares nothing with the object they are of.
+// copyHints returns a copy that shares no memory with the object of h.
 func (t *trimmer) copyHints(h *discoveryv1.EndpointHints) *discoveryv1.EndpointHints {
 	c := &discoveryv1.EndpointHints{}
 	for _, zone := range h.ForZones {
@@ -225,7 +226,7 @@ func (t *trimmer) copyHints(h *discoveryv1.EndpointHints) *discoveryv1.EndpointH
 	return c
 }
 
-// trimPage trims the objects of a page.
+// trimPage trims the objects of a page of a list.
 func (t *trimmer) trimPage(page runtime.Object) {
 	switch page := page.(type) {
 	case *corev1.ServiceList:

@@ -19,8 +19,8 @@ import (
 	"fairlead.io/fairlead/kube"
 )
 
-// decodedSlice returns a slice as the decoder makes it: nothing is shared, and there is
-// room behind the last endpoint.
+// decodedSlice returns a slice as the decoder returns it: without shared memory, and with
+// spare capacity after the last endpoint.
 func decodedSlice(endpoints int) *discoveryv1.EndpointSlice {
 	text := func(s string) *string { s = string([]byte(s)); return &s }
 	flag := func(b bool) *bool { return &b }
@@ -75,8 +75,8 @@ func decodedNode() *corev1.Node {
 	}
 }
 
-// TestTrimPreservesConversion says that what package kube makes of trimmed objects is what
-// it makes of whole ones.
+// TestTrimPreservesConversion checks that package kube converts trimmed objects to the same
+// result as untrimmed ones.
 func TestTrimPreservesConversion(t *testing.T) {
 	t.Parallel()
 	objects := func() kube.Delta {
@@ -90,7 +90,7 @@ func TestTrimPreservesConversion(t *testing.T) {
 	trim.trimNode(trimmed.Node)
 	got := kube.NewTracker(options).Apply(trimmed)
 	if len(want.Changes) == 0 {
-		t.Fatal("nothing to compare")
+		t.Fatal("no changes to compare")
 	}
 	triggers := slices.Collect(want.Triggers())
 	if len(triggers) == 0 {
@@ -105,7 +105,7 @@ func TestTrimPreservesConversion(t *testing.T) {
 	}
 }
 
-// TestTrim says what is let go of.
+// TestTrim checks which fields are removed.
 func TestTrim(t *testing.T) {
 	t.Parallel()
 	trim := newTrimmer()
@@ -124,7 +124,7 @@ func TestTrim(t *testing.T) {
 	old := decodedSlice(1)
 	old.Annotations[corev1.EndpointsLastChangeTriggerTime] = "2001-01-01T00:00:00Z"
 	if trim.trimEndpointSlice(old); old.Annotations != nil {
-		t.Errorf("a time from before the program started is kept: %v", old.Annotations)
+		t.Errorf("a trigger time before the start of the program is kept: %v", old.Annotations)
 	}
 	svc, wantService := decodedService(), decodedService()
 	trim.trimService(svc)
@@ -142,8 +142,8 @@ func TestTrim(t *testing.T) {
 	}
 }
 
-// TestTrimInterns says that strings, flags and hints that are equal are one, across
-// objects, and that no room is left behind endpoints.
+// TestTrimInterns checks that equal strings, flags and hints are shared between objects,
+// and that endpoints have no spare capacity.
 func TestTrimInterns(t *testing.T) {
 	t.Parallel()
 	trim := newTrimmer()
@@ -153,7 +153,7 @@ func TestTrimInterns(t *testing.T) {
 	nodes, hints, flags := map[*string]bool{}, map[*discoveryv1.EndpointHints]bool{}, map[*bool]bool{}
 	for _, slice := range []*discoveryv1.EndpointSlice{a, b} {
 		if spare := cap(slice.Endpoints) - len(slice.Endpoints); spare > 0 {
-			t.Errorf("room for %d more endpoints", spare)
+			t.Errorf("spare capacity for %d endpoints", spare)
 		}
 		for _, ep := range slice.Endpoints {
 			nodes[ep.NodeName], hints[ep.Hints] = true, true
@@ -168,7 +168,8 @@ func TestTrimInterns(t *testing.T) {
 	}
 }
 
-// TestInternedStringsAreBounded says that names that come and go are not held for ever.
+// TestInternedStringsAreBounded checks that strings that are no longer used do not
+// accumulate.
 func TestInternedStringsAreBounded(t *testing.T) {
 	t.Parallel()
 	trim := newTrimmer()
@@ -184,12 +185,12 @@ func TestInternedStringsAreBounded(t *testing.T) {
 	}
 }
 
-// TestTrimRetainsNoObject says that what is shared does not keep the object that it
-// came with first, nor the page of the list that the object was in.
+// TestTrimRetainsNoObject checks that interned values do not keep the object that they came
+// from, nor its page, in memory.
 func TestTrimRetainsNoObject(t *testing.T) {
 	t.Parallel()
 	trim := newTrimmer()
-	// Each is made in a frame of its own, so that nothing but the trimmer can hold it.
+	// Each object is created in a separate stack frame, so that only the trimmer can hold it.
 	var held []func() (string, bool)
 	trackObject(&held, "Service", func() *corev1.Service {
 		page := &corev1.ServiceList{Items: []corev1.Service{*decodedService()}}
@@ -226,15 +227,16 @@ func TestTrimRetainsNoObject(t *testing.T) {
 	runtime.GC()
 	for _, h := range held {
 		if name, is := h(); is {
-			t.Errorf("the %s is held", name)
+			t.Errorf("the %s is still in memory", name)
 		}
 	}
 	if len(trim.strings) == 0 || len(trim.pointers) == 0 || len(trim.hints) == 0 {
-		t.Error("the trimmer holds nothing, so that nothing was shown")
+		t.Error("the trimmer holds nothing, so that the test is void")
 	}
 }
 
-// trackObject adds a function that says whether what create makes is still held.
+// trackObject adds a function that reports whether the object from create is still in
+// memory.
 func trackObject[T any](held *[]func() (string, bool), name string, create func() *T) {
 	p := weak.Make(create())
 	*held = append(*held, func() (string, bool) { return name, p.Value() != nil })

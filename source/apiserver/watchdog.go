@@ -16,228 +16,228 @@ import (
 )
 
 const (
-	// listTimeout bounds the answer to a request for a list. kube-apiserver ends
-	// such requests after a minute itself (--request-timeout).
+	// listTimeout limits a list request. kube-apiserver ends list requests after one minute
+	// by default (--request-timeout).
 	listTimeout = 2 * time.Minute
-	// streamTimeout is the time that a streamed list has until its closing bookmark.
-	// It is extended while objects arrive at streamMinEvents in streamExtension.
+	// streamTimeout is the time for a streamed list to send its closing bookmark. It is
+	// extended while at least streamMinEvents arrive per streamExtension.
 	streamTimeout   = time.Minute
 	streamExtension = 10 * time.Second
 	streamMinEvents = 100
-	// streamingDisabledFor is how long lists are not streamed after one was not finished.
+	// streamingDisabledFor is how long lists are not streamed after one did not finish.
 	streamingDisabledFor = time.Hour
-	// silenceCheckPeriod is as long as kube-apiserver waits between bookmarks at most, and
-	// maxSilentPeriods is how many times that a watch may be silent.
+	// silenceCheckPeriod is the longest interval at which kube-apiserver sends bookmarks. A
+	// watch may be silent for maxSilentPeriods of them.
 	silenceCheckPeriod = time.Minute
 	maxSilentPeriods   = 3
-	// verifyDelayMin and verifyDelayMax are how long after a watch has begun it is verified
-	// that resource versions did not go backwards. A watch that has expired ends
-	// earlier. verifyAttempts requests are made, verifyPause apart.
+	// verifyDelayMin and verifyDelayMax bound the delay between the start of a watch and
+	// the check that resource versions did not go backwards. An expired watch ends before
+	// that. The check is attempted up to verifyAttempts times, at intervals of verifyPause.
 	verifyDelayMin, verifyDelayMax = time.Second, 5 * time.Second
 	verifyPause                    = 10 * time.Second
 	verifyAttempts                 = 4
-	// longOutageAfter is how long requests may fail until a watch is not continued but
-	// everything is listed. A server that was restored from a backup meanwhile may
-	// have reached higher versions than before.
+	// longOutageAfter is how long requests may fail before the next watch is replaced by a
+	// list. If the server was restored from a backup during the outage, its versions may be
+	// higher than the known ones again.
 	longOutageAfter = 5 * time.Minute
 )
 
-// errStreamingDisabled has the reflector list without streaming.
-var errStreamingDisabled = errors.New("streamed lists were not finished before")
+// errStreamingDisabled makes the reflector list without streaming.
+var errStreamingDisabled = errors.New("an earlier streamed list did not finish")
 
-// errRelist has the reflector list instead of continuing a watch.
-var errRelist = errors.New("everything is listed again")
+// errRelist makes the reflector list instead of continuing a watch.
+var errRelist = errors.New("a new list is required")
 
-// cancelingWatch is a watch that ends when it is stopped or when it makes no progress.
+// cancelingWatch is a watch whose Stop also cancels its request.
 type cancelingWatch struct {
 	watch.Interface
 
 	cancel context.CancelFunc
 }
 
-// Stop ends the watch.
-func (s cancelingWatch) Stop() {
-	s.cancel()
-	s.Interface.Stop()
+// Stop ends the watch and its request.
+func (w cancelingWatch) Stop() {
+	w.cancel()
+	w.Interface.Stop()
 }
 
-// watchdog is what ends a watch that makes no progress.
+// watchdog ends a watch that makes no progress.
 type watchdog struct {
 	*resourceReflector
 	// cancel ends the watch with an error, after which the reflector lists.
 	cancel context.CancelFunc
 	opened chan watch.Interface
-	// streamed says that the watch begins with a list, and version is where it
-	// begins otherwise.
+	// streamed means that the watch begins with a streamed list. Otherwise it begins at
+	// version.
 	streamed bool
 	version  string
-	// listsBefore is how many lists were complete before the watch.
+	// listsBefore is the number of complete lists before the watch.
 	listsBefore uint64
-	// verifyVersions says that resource versions may have gone backwards, and away that
-	// requests have failed for long.
+	// verifyVersions means that resource versions may have gone backwards, longOutage that
+	// requests failed for longer than longOutageAfter.
 	verifyVersions, longOutage bool
 }
 
-// watch makes a watch that is ended when it makes no progress.
-func (l *resourceReflector) watch(ctx context.Context, opts metav1.ListOptions) (watch.Interface, error) {
+// watch opens a watch with a watchdog.
+func (r *resourceReflector) watch(ctx context.Context, opts metav1.ListOptions) (watch.Interface, error) {
 	opts.Watch = true
-	sup := &watchdog{
-		resourceReflector: l, opened: make(chan watch.Interface, 1), streamed: opts.SendInitialEvents != nil, version: opts.ResourceVersion,
-		listsBefore: l.progress.completeLists.Load(),
+	wd := &watchdog{
+		resourceReflector: r, opened: make(chan watch.Interface, 1), streamed: opts.SendInitialEvents != nil, version: opts.ResourceVersion,
+		listsBefore: r.progress.completeLists.Load(),
 	}
-	if !sup.streamed && l.progress.requireConsistent.Load() {
+	if !wd.streamed && r.progress.requireConsistent.Load() {
 		return nil, errRelist
 	}
-	if sup.streamed {
-		if l.progress.streamingDisabled() {
+	if wd.streamed {
+		if r.progress.streamingDisabled() {
 			return nil, errStreamingDisabled
 		}
-		l.source.queue.beginList(l.resource)
-		if l.progress.requireConsistent.Load() {
+		r.source.queue.beginList(r.resource)
+		if r.progress.requireConsistent.Load() {
 			opts.ResourceVersion = ""
 		}
 	}
-	sup.verifyVersions, sup.longOutage = l.progress.beginWatch(opts.TimeoutSeconds)
-	if !l.source.inFlight.tryAdd() {
+	wd.verifyVersions, wd.longOutage = r.progress.beginWatch(opts.TimeoutSeconds)
+	if !r.source.inFlight.tryAdd() {
 		return nil, context.Canceled
 	}
-	request, cancel := context.WithCancel(ctx)
-	sup.cancel = cancel
+	requestCtx, cancel := context.WithCancel(ctx)
+	wd.cancel = cancel
 	go func() {
-		defer l.source.inFlight.Done()
-		sup.run(request)
+		defer r.source.inFlight.Done()
+		wd.run(requestCtx)
 	}()
-	stream, err := l.newRequest(&opts).Watch(request)
+	stream, err := r.newRequest(&opts).Watch(requestCtx)
 	if err != nil {
-		if request.Err() != nil && ctx.Err() == nil {
-			err = fmt.Errorf("no answer to a watch of %s: %w", l.resource, errTimeout)
+		if requestCtx.Err() != nil && ctx.Err() == nil {
+			err = fmt.Errorf("no response to the watch of %s: %w", r.resource, errTimeout)
 		}
 		cancel()
 	}
-	if err == nil || !sup.streamed || !isDenied(err) {
-		// Whoever can't stream a list may still be able to list.
-		l.onResponse(ctx, verbWatch, err)
+	if err == nil || !wd.streamed || !isDenied(err) {
+		// A server that denies a streamed list may still allow a list.
+		r.onResponse(ctx, verbWatch, err)
 	}
 	if err != nil {
 		return nil, err
 	}
-	sup.opened <- stream
+	wd.opened <- stream
 	return cancelingWatch{stream, cancel}, nil
 }
 
-// run ends the watch when it makes no progress, or is to be replaced by a list. It
-// returns when ctx, which is the watch's, is done.
-func (s *watchdog) run(ctx context.Context) {
+// run ends the watch when it makes no progress or when a list must replace it. It returns
+// when ctx, the context of the watch, is done.
+func (w *watchdog) run(ctx context.Context) {
 	switch {
-	case s.streamed:
-		if !s.awaitStreamedList(ctx) {
+	case w.streamed:
+		if !w.awaitStreamedList(ctx) {
 			return
 		}
-	case s.longOutage:
-		if s.sleep(ctx, verifyDelayMin+rand.N(verifyDelayMax-verifyDelayMin)) && len(s.opened) > 0 {
-			s.source.log.DebugContext(ctx, "list again after the API server was away for long", "resource", string(s.resource))
-			s.relist()
+	case w.longOutage:
+		if w.sleep(ctx, verifyDelayMin+rand.N(verifyDelayMax-verifyDelayMin)) && len(w.opened) > 0 {
+			w.source.log.DebugContext(ctx, "listing again after a long outage of the API server", "resource", string(w.resource))
+			w.relist()
 			return
 		}
-	case s.verifyVersions:
-		if !s.verifyVersion(ctx) {
+	case w.verifyVersions:
+		if !w.verifyVersion(ctx) {
 			return
 		}
 	}
-	s.endSilentWatch(ctx)
+	w.endSilentWatch(ctx)
 }
 
-// sleep waits. It reports false if the watch has ended, or is to end because a new
-// list is asked for.
-func (s *watchdog) sleep(ctx context.Context, d time.Duration) bool {
+// sleep waits. It reports false if the watch has ended. If a list is requested, it ends the
+// watch and reports false.
+func (w *watchdog) sleep(ctx context.Context, d time.Duration) bool {
 	timer := time.NewTimer(d)
 	defer timer.Stop()
 	select {
 	case <-ctx.Done():
 		return false
-	case <-s.relistRequests:
-		s.relist()
+	case <-w.relistRequests:
+		w.relist()
 		return false
 	case <-timer.C:
 		return true
 	}
 }
 
-// relist ends the watch and has everything listed, as of now.
-func (s *watchdog) relist() {
-	s.progress.requireConsistent.Store(true)
-	s.cancel()
+// relist ends the watch and makes the reflector request a consistent list.
+func (w *watchdog) relist() {
+	w.progress.requireConsistent.Store(true)
+	w.cancel()
 }
 
-// awaitStreamedList waits until a streamed list is complete. It ends the list and reports
-// false if that takes too long.
-func (s *watchdog) awaitStreamedList(ctx context.Context) bool {
+// awaitStreamedList waits until a streamed list is complete. If that takes too long, it
+// ends the watch and reports false.
+func (w *watchdog) awaitStreamedList(ctx context.Context) bool {
 	for wait := streamTimeout - streamExtension; ; wait = 0 {
-		if wait > 0 && !s.sleep(ctx, wait) {
+		if wait > 0 && !w.sleep(ctx, wait) {
 			return false
 		}
-		events := s.progress.events.Load()
-		if !s.sleep(ctx, streamExtension) {
+		events := w.progress.events.Load()
+		if !w.sleep(ctx, streamExtension) {
 			return false
 		}
-		if s.progress.completeLists.Load() != s.listsBefore {
+		if w.progress.completeLists.Load() != w.listsBefore {
 			return true
 		}
-		if s.progress.events.Load()-events < streamMinEvents {
+		if w.progress.events.Load()-events < streamMinEvents {
 			break
 		}
 	}
-	if len(s.opened) == 0 {
-		if s.progress.recordSilence(true) > 1 {
-			s.source.closeConnections()
+	if len(w.opened) == 0 {
+		if w.progress.recordSilence(true) > 1 {
+			w.source.closeConnections()
 		}
-		s.cancel()
+		w.cancel()
 		return false
 	}
-	s.progress.disableStreaming(time.Now())
-	s.source.log.WarnContext(ctx, "API server did not finish a streamed list in time; lists are requested without streaming (sendInitialEvents) for some time",
-		"resource", string(s.resource), "limit", streamTimeout, "until", time.Now().Add(streamingDisabledFor).Format(time.RFC3339))
-	s.cancel()
+	w.progress.disableStreaming(time.Now())
+	w.source.log.WarnContext(ctx, "API server did not finish a streamed list in time; using lists without streaming (sendInitialEvents)",
+		"resource", string(w.resource), "limit", streamTimeout, "until", time.Now().Add(streamingDisabledFor).Format(time.RFC3339))
+	w.cancel()
 	return false
 }
 
-// verifyVersion asks for the API server's current resource version after a watch
-// has ended early, and for the newest of the known objects. If one has a lower version
-// than is known, or the object is gone, history may be another one than before, which
-// the API server does not say by itself. verifyVersion then ends the watch and reports
-// false.
-func (s *watchdog) verifyVersion(ctx context.Context) bool {
+// verifyVersion checks that resource versions did not go backwards after a watch ended
+// early: it requests the server's current version and the known object with the highest
+// version. If either version is lower than the known one, or the object is gone, the server
+// may have been restored from a backup, which it does not report. verifyVersion then ends
+// the watch and reports false.
+func (w *watchdog) verifyVersion(ctx context.Context) bool {
 	wait := verifyDelayMin + rand.N(verifyDelayMax-verifyDelayMin)
 	for attempts := 0; attempts < verifyAttempts; {
-		if !s.sleep(ctx, wait) {
+		if !w.sleep(ctx, wait) {
 			return false
 		}
-		if len(s.opened) == 0 {
-			continue // The watch is not answered yet.
+		if len(w.opened) == 0 {
+			continue // The server has not accepted the watch yet.
 		}
 		attempts++
 		wait = verifyPause
-		continued, err := s.historyContinues(ctx)
+		continued, err := w.historyContinues(ctx)
 		if err != nil {
-			s.source.log.DebugContext(ctx, "current resource version is unknown", "resource", string(s.resource), "error", err)
+			w.source.log.DebugContext(ctx, "can't get the current resource version", "resource", string(w.resource), "error", err)
 			continue
 		}
 		if !continued {
-			s.relist()
+			w.relist()
 		}
 		return continued
 	}
 	return true
 }
 
-// historyContinues reports whether the API server's data can be the continuation of what
-// is known. It requests one object at most.
-func (s *watchdog) historyContinues(ctx context.Context) (bool, error) {
+// historyContinues reports whether the server's data can be a continuation of the known
+// data. It requests at most one object.
+func (w *watchdog) historyContinues(ctx context.Context) (bool, error) {
 	ctx, cancel := context.WithTimeout(ctx, verifyPause)
 	defer cancel()
-	name, known := s.progress.newestObject()
+	name, known := w.progress.newestObject()
 	opts := metav1.ListOptions{Limit: 1}
-	s.resource.addSelectors(&opts, s.source.nodeName)
+	w.resource.addSelectors(&opts, w.source.nodeName)
 	if known != "" {
 		selectors := []string{fields.OneTermEqualSelector(metav1.ObjectNameField, name.Name).String()}
 		if opts.FieldSelector != "" {
@@ -245,8 +245,8 @@ func (s *watchdog) historyContinues(ctx context.Context) (bool, error) {
 		}
 		opts.FieldSelector = strings.Join(selectors, ",")
 	}
-	objects := s.newList()
-	request := s.source.clients[s.resource.groupVersion()].Get().Resource(string(s.resource)).VersionedParams(&opts, metav1.ParameterCodec)
+	objects := w.newList()
+	request := w.source.clients[w.resource.groupVersion()].Get().Resource(string(w.resource)).VersionedParams(&opts, metav1.ParameterCodec)
 	if name.Namespace != "" {
 		request = request.Namespace(name.Namespace)
 	}
@@ -261,8 +261,8 @@ func (s *watchdog) historyContinues(ctx context.Context) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	if isBefore(list.GetResourceVersion(), s.version) {
-		return false, nil // The next list reports it.
+	if isBefore(list.GetResourceVersion(), w.version) {
+		return false, nil // the next list logs it
 	}
 	if known == "" {
 		return true, nil
@@ -276,71 +276,71 @@ func (s *watchdog) historyContinues(ctx context.Context) (bool, error) {
 	}
 	lower := isBefore(object.GetResourceVersion(), known)
 	if lower {
-		s.progress.recordLowerVersion(known, object.GetResourceVersion())
+		w.progress.recordLowerVersion(known, object.GetResourceVersion())
 	}
 	return !lower, nil
 }
 
-// endSilentWatch ends a watch that is silent.
-func (s *watchdog) endSilentWatch(ctx context.Context) {
+// endSilentWatch ends the watch after maxSilentPeriods without events and bookmarks.
+func (w *watchdog) endSilentWatch(ctx context.Context) {
 	for quiet := 0; quiet < maxSilentPeriods; quiet++ {
-		events := s.progress.events.Load()
-		if !s.sleep(ctx, silenceCheckPeriod) {
+		events := w.progress.events.Load()
+		if !w.sleep(ctx, silenceCheckPeriod) {
 			return
 		}
-		if s.progress.events.Load() != events {
-			s.progress.recordProgress()
+		if w.progress.events.Load() != events {
+			w.progress.recordProgress()
 			quiet = -1
 		}
 	}
-	expected := s.progress.sendsBookmarks.Load()
-	times := s.progress.recordSilence(expected)
+	expected := w.progress.sendsBookmarks.Load()
+	times := w.progress.recordSilence(expected)
 	if expected {
-		s.source.log.WarnContext(ctx, "watch is silent, without bookmarks; it is made anew",
-			"resource", string(s.resource), "silent_for", maxSilentPeriods*silenceCheckPeriod, "times", times)
+		w.source.log.WarnContext(ctx, "watch received neither events nor bookmarks; restarting it",
+			"resource", string(w.resource), "silent_for", maxSilentPeriods*silenceCheckPeriod, "times", times)
 	}
 	select {
-	case stream := <-s.opened:
+	case stream := <-w.opened:
 		if times == 1 || !expected {
-			stream.Stop() // The reflector continues where the watch was.
+			stream.Stop() // the reflector continues at the last version
 			return
 		}
-		s.source.closeConnections()
-		s.relist()
+		w.source.closeConnections()
+		w.relist()
 	default:
-		s.cancel()
+		w.cancel()
 	}
 }
 
-// list requests a list, or a page of it.
-func (l *resourceReflector) list(ctx context.Context, opts metav1.ListOptions) (runtime.Object, error) {
-	if !l.source.inFlight.tryAdd() {
+// list requests a list or one page of it.
+func (r *resourceReflector) list(ctx context.Context, opts metav1.ListOptions) (runtime.Object, error) {
+	if !r.source.inFlight.tryAdd() {
 		return nil, context.Canceled
 	}
-	defer l.source.inFlight.Done()
-	l.source.queue.beginList(l.resource)
-	if l.progress.requireConsistent.Load() && opts.Continue == "" {
+	defer r.source.inFlight.Done()
+	r.source.queue.beginList(r.resource)
+	if r.progress.requireConsistent.Load() && opts.Continue == "" {
 		opts.ResourceVersion, opts.ResourceVersionMatch = "", ""
 	}
-	objects := l.newList()
-	request, cancel := context.WithTimeout(ctx, listTimeout)
+	objects := r.newList()
+	requestCtx, cancel := context.WithTimeout(ctx, listTimeout)
 	defer cancel()
-	err := l.newRequest(&opts).Do(request).Into(objects)
-	if err != nil && request.Err() != nil && ctx.Err() == nil {
-		err = fmt.Errorf("no complete answer to a list of %s within %s: %w", l.resource, listTimeout, errTimeout)
-		if l.progress.recordSilence(true) > 1 {
-			l.source.closeConnections()
+	err := r.newRequest(&opts).Do(requestCtx).Into(objects)
+	if err != nil && requestCtx.Err() != nil && ctx.Err() == nil {
+		err = fmt.Errorf("no complete list of %s within %s: %w", r.resource, listTimeout, errTimeout)
+		if r.progress.recordSilence(true) > 1 {
+			r.source.closeConnections()
 		}
 	}
-	l.onResponse(ctx, verbList, err)
+	r.onResponse(ctx, verbList, err)
 	if err != nil {
 		return nil, err
 	}
-	l.progress.onList()
-	// A page at a time, before the next one comes.
-	l.source.trimmer.trimPage(objects)
+	r.progress.onList()
+	// Trim each page before the next one arrives.
+	r.source.trimmer.trimPage(objects)
 	return objects, nil
 }
 
-// errTimeout is wrapped by errors about requests that were not answered in time.
+// errTimeout is wrapped by errors of requests that timed out.
 var errTimeout = errors.New("timeout")
