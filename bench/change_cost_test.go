@@ -19,27 +19,27 @@ import (
 	"fairlead.io/fairlead/kube"
 )
 
-// changeCost is what one change costs, in numbers that do not depend on the machine.
+// changeCost is the cost of one change in numbers that do not depend on the speed of the machine.
 type changeCost struct {
-	// announced is what the kernel announces of nftables for it.
+	// notificationCount counts what the change writes to nftables.
 	notificationCount
-	// Allocations and AllocatedBytes are those of the whole program.
+	// Allocations and AllocatedBytes are allocations of the whole process.
 	Allocations, AllocatedBytes uint64
 }
 
-// TestChangeCostIndependentOfServices compares what one change costs among 1,000 Services
-// and among 20,000: the messages, elements and bytes that it changes in the kernel,
-// and what the program allocates, which also tells of messages that change nothing.
-// It is no matter of time, so it fails on any machine once a change costs more the
-// more Services there are.
+// TestChangeCostIndependentOfServices compares the cost of one change among 1,000 and among 20,000
+// Services: the messages, elements and bytes that the change writes to the kernel, and the
+// allocations of the process, which also grow with requests that write nothing. The test does not
+// measure time: it fails on every machine if the cost of a change grows with the number of
+// Services.
 func TestChangeCostIndependentOfServices(t *testing.T) {
 	few, many := 1000, 20_000
 	for _, mode := range Modes() {
 		t.Run(mode, func(t *testing.T) {
-			of := map[int]map[result.Change]changeCost{}
+			costs := map[int]map[result.Change]changeCost{}
 			for _, n := range []int{few, many} {
 				var err error
-				if of[n], err = measureChangeCosts(t, mode, n); errors.Is(err, ipvs.ErrNotSupported) {
+				if costs[n], err = measureChangeCosts(t, mode, n); errors.Is(err, ipvs.ErrNotSupported) {
 					t.Log(err)
 					return
 				} else if err != nil {
@@ -47,45 +47,46 @@ func TestChangeCostIndependentOfServices(t *testing.T) {
 				}
 			}
 			for _, change := range changes() {
-				a, b := of[few][change], of[many][change]
+				a, b := costs[few][change], costs[many][change]
 				t.Logf("%s: among %d Services %+v, among %d %+v", change, few, a, many, b)
 				if mode == backend.NFT && (a.Messages == 0 || a.Elements == 0) {
-					t.Errorf("%s: nothing was announced", change)
+					t.Errorf("%s: got no nftables notifications", change)
 				}
 				if b.notificationCount != a.notificationCount {
-					t.Errorf("%s: the kernel is told %+v among %d Services, and %+v among %d", change, a.notificationCount, few, b.notificationCount, many)
+					t.Errorf("%s: wrote %+v among %d Services, but %+v among %d", change, a.notificationCount, few, b.notificationCount, many)
 				}
-				// Maps and free lists make a small difference either way.
+				// Maps and free lists cause small differences.
 				if b.Allocations > a.Allocations+a.Allocations/10+5 {
-					t.Errorf("%s: %d allocations among %d Services, and %d among %d", change, a.Allocations, few, b.Allocations, many)
+					t.Errorf("%s: %d allocations among %d Services, but %d among %d", change, a.Allocations, few, b.Allocations, many)
 				}
 				if b.AllocatedBytes > a.AllocatedBytes+a.AllocatedBytes/5+1024 {
-					t.Errorf("%s: %d bytes allocated among %d Services, and %d among %d", change, a.AllocatedBytes, few, b.AllocatedBytes, many)
+					t.Errorf("%s: %d bytes allocated among %d Services, but %d among %d", change, a.AllocatedBytes, few, b.AllocatedBytes, many)
 				}
 			}
 		})
 	}
 }
 
-// measureChangeCosts returns what changes cost among n Services: the median of some.
+// measureChangeCosts returns the median cost of each kind of change among n Services.
 func measureChangeCosts(t *testing.T, mode string, n int) (map[result.Change]changeCost, error) {
 	t.Helper()
 	const endpoints, times = 10, 15
 	services := newServices(n, endpoints)
-	// The class of one endpoint more is there already.
+	// Create the service class of Services with one more endpoint, so that no measured change
+	// creates it.
 	services[n-1] = services[n-1].WithEndpoint(cluster.WatchedAddr(0))
 	costs := map[result.Change][]changeCost{}
 	err := withLoadedTestbed(t.Context(), Options{Mode: mode}, services, func(s *pipelineUnderTest, _ *testbed.Probe) (err error) {
-		told, err := newMonitor(s.testbed.Node.Fd())
+		notifications, err := newMonitor(s.testbed.Node.Fd())
 		if err != nil {
 			return err
 		}
-		defer func() { err = errors.Join(err, told.close()) }()
-		change := func(kind result.Change, deltas ...kube.Delta) {
+		defer func() { err = errors.Join(err, notifications.close()) }()
+		change := func(change_ result.Change, deltas ...kube.Delta) {
 			if err != nil {
 				return
 			}
-			if _, err = told.read(); err != nil {
+			if _, err = notifications.read(); err != nil {
 				return
 			}
 			var w changeCost
@@ -99,28 +100,27 @@ func measureChangeCosts(t *testing.T, mode string, n int) (map[result.Change]cha
 			}
 			runtime.ReadMemStats(&after)
 			w.Allocations, w.AllocatedBytes = after.Mallocs-before.Mallocs, after.TotalAlloc-before.TotalAlloc
-			w.notificationCount, err = told.read()
-			costs[kind] = append(costs[kind], w)
+			w.notificationCount, err = notifications.read()
+			costs[change_] = append(costs[change_], w)
 		}
 		for i := range times {
-			// The same addresses at every number of Services, as elements may be in
-			// different sets by address.
+			// Use the same addresses for every number of Services: sets may depend on the address.
 			old := services[i]
 			replaced := old.WithReplacedEndpoint(cluster.WatchedAddr(2*i + 1))
 			change(result.ReplaceEndpoint, sliceDelta(replaced))
 			change(result.ScaleUp, sliceDelta(replaced.WithEndpoint(cluster.WatchedAddr(2*i+2))))
 			change(result.ScaleDown, sliceDelta(replaced))
-			more := cluster.NewService(1<<17+i, endpoints)
-			change(result.CreateService, kube.Delta{Services: []*corev1.Service{more.Object()}, EndpointSlices: sliceDelta(more).EndpointSlices})
+			added := cluster.NewService(1<<17+i, endpoints)
+			change(result.CreateService, kube.Delta{Services: []*corev1.Service{added.Object()}, EndpointSlices: sliceDelta(added).EndpointSlices})
 			change(result.DeleteService, kube.Delta{
-				DeletedServices: []types.NamespacedName{more.Name()}, DeletedEndpointSlices: []types.NamespacedName{more.SliceName()},
+				DeletedServices: []types.NamespacedName{added.Name()}, DeletedEndpointSlices: []types.NamespacedName{added.SliceName()},
 			})
 		}
 		return err
 	})
 	medians := map[result.Change]changeCost{}
-	for kind, list := range costs {
-		medians[kind] = changeCost{
+	for change_, list := range costs {
+		medians[change_] = changeCost{
 			notificationCount: notificationCount{
 				Messages: median(list, func(w changeCost) int { return w.Messages }),
 				Elements: median(list, func(w changeCost) int { return w.Elements }),
@@ -133,24 +133,25 @@ func measureChangeCosts(t *testing.T, mode string, n int) (map[result.Change]cha
 	return medians, err
 }
 
-func median[T int | uint64](list []changeCost, of func(changeCost) T) T {
+func median[T int | uint64](list []changeCost, field func(changeCost) T) T {
 	values := make([]T, 0, len(list))
 	for _, w := range list {
-		values = append(values, of(w))
+		values = append(values, field(w))
 	}
 	slices.Sort(values)
 	return values[len(values)/2]
 }
 
-// TestMonitor checks that what is counted is what a change consists of.
+// TestMonitor checks that the monitor counts the elements of a change, and nothing if a change is
+// repeated.
 func TestMonitor(t *testing.T) {
 	services := newServices(3, 10)
 	err := withLoadedTestbed(t.Context(), Options{Mode: Modes()[0]}, services, func(s *pipelineUnderTest, _ *testbed.Probe) (err error) {
-		told, err := newMonitor(s.testbed.Node.Fd())
+		notifications, err := newMonitor(s.testbed.Node.Fd())
 		if err != nil {
 			return err
 		}
-		defer func() { err = errors.Join(err, told.close()) }()
+		defer func() { err = errors.Join(err, notifications.close()) }()
 		for _, addr := range []netip.Addr{cluster.WatchedAddr(1), cluster.WatchedAddr(1), cluster.WatchedAddr(2)} {
 			repeated := services[0].Endpoints[9] == addr
 			services[0] = services[0].WithReplacedEndpoint(addr)
@@ -160,15 +161,15 @@ func TestMonitor(t *testing.T) {
 			if _, err := s.waitSynced(t.Context()); err != nil {
 				return err
 			}
-			got, err := told.read()
+			got, err := notifications.read()
 			if err != nil {
 				return err
 			}
-			// One slot goes over from one endpoint to the other, whatever it takes.
-			const most = 10
-			few := got.Elements > 0 && got.Elements < most && got.Messages > 0 && got.Bytes > got.Elements
+			// Replacing an endpoint changes one endpoint slot, which needs a few elements.
+			const limit = 10
+			few := got.Elements > 0 && got.Elements < limit && got.Messages > 0 && got.Bytes > got.Elements
 			if repeated && got != (notificationCount{}) || !repeated && !few {
-				return fmt.Errorf("repeated %t: got %+v, want a few elements, or nothing if the change is repeated", repeated, got)
+				return fmt.Errorf("repeated %t: got %+v, want a few elements, or none for a repeated change", repeated, got)
 			}
 		}
 		return nil

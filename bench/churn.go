@@ -20,59 +20,60 @@ import (
 	"fairlead.io/fairlead/sync"
 )
 
-// churn replaces endpoints at given rates. Events come when they are due, however
-// long others take: what is due while the syncer's input is worked on goes into one
-// Delta, as a source would do.
+// churn replaces endpoints at the given rates. It creates changes when they are due, however long
+// earlier changes take. Changes that become due while the pipeline handles earlier changes go into
+// one Delta, as a source does.
 func churn(ctx context.Context, o Options, m *measurements) error {
 	services := newServices(o.Services, o.Endpoints)
 	err := withLoadedTestbed(ctx, o, services, func(s *pipelineUnderTest, _ *testbed.Probe) error {
 		c := &churner{pipeline: s, slices: churnSlices(services)}
 		for _, rate := range o.Rates {
-			o.Progress(fmt.Sprintf("churn: %d Services, %g changes a second for %s", o.Services, rate, o.ChurnTime))
+			o.Progress(fmt.Sprintf("churn: %d Services, %g changes per second for %s", o.Services, rate, o.ChurnTime))
 			if err := c.runAt(ctx, rate, o, m); err != nil {
-				return fmt.Errorf("%g changes a second: %w", rate, err)
+				return fmt.Errorf("%g changes per second: %w", rate, err)
 			}
 		}
 		return nil
 	})
 	if err == nil {
-		m.addNote("Figures of churn and memory are of the benchmark's own process, which makes the events as well.")
+		m.addNote("Churn and memory are measured on the benchmark's own process, which also generates the changes.")
 	}
 	return err
 }
 
-// churnSlices returns the EndpointSlices of up to some thousand of the Services.
+// churnSlices returns the EndpointSlices of at most 4096 of the Services, spread evenly.
 func churnSlices(services []*cluster.Service) []*discoveryv1.EndpointSlice {
-	const most = 4096
-	list := make([]*discoveryv1.EndpointSlice, min(len(services), most))
-	for i := range list {
-		list[i] = services[i*len(services)/len(list)].Slice()
+	const limit = 4096
+	slices := make([]*discoveryv1.EndpointSlice, min(len(services), limit))
+	for i := range slices {
+		slices[i] = services[i*len(services)/len(slices)].Slice()
 	}
-	return list
+	return slices
 }
 
-// withReplacedEndpoint returns the EndpointSlice with another endpoint instead of the last. It
-// costs little, as it counts as the subject's.
-func withReplacedEndpoint(slice *discoveryv1.EndpointSlice, with netip.Addr) *discoveryv1.EndpointSlice {
-	other := *slice
-	other.Endpoints = append([]discoveryv1.Endpoint(nil), slice.Endpoints...)
-	other.Endpoints[len(other.Endpoints)-1].Addresses = []string{with.String()}
-	return &other
+// withReplacedEndpoint returns a copy of slice whose last endpoint has the address addr. It copies
+// as little as possible, because its cost counts towards the measurement.
+func withReplacedEndpoint(slice *discoveryv1.EndpointSlice, addr netip.Addr) *discoveryv1.EndpointSlice {
+	changed := *slice
+	changed.Endpoints = append([]discoveryv1.Endpoint(nil), slice.Endpoints...)
+	changed.Endpoints[len(changed.Endpoints)-1].Addresses = []string{addr.String()}
+	return &changed
 }
 
-// churner makes changes.
+// churner generates changes.
 type churner struct {
 	pipeline *pipelineUnderTest
 	slices   []*discoveryv1.EndpointSlice
 	count    int
 }
 
-// next is the next change: no two are to the same.
+// next returns the next change. Each change has a different endpoint address.
 func (c *churner) next() *discoveryv1.EndpointSlice {
 	c.count++
 	return withReplacedEndpoint(c.slices[c.count%len(c.slices)], cluster.WatchedAddr(c.count))
 }
 
+// runAt generates rate changes per second for [Options.ChurnTime] and records their latencies.
 func (c *churner) runAt(ctx context.Context, rate float64, o Options, m *measurements) error {
 	s := c.pipeline
 	runtime.GC()
@@ -89,7 +90,7 @@ func (c *churner) runAt(ctx context.Context, rate float64, o Options, m *measure
 	begin := time.Now()
 	total := max(int(rate*o.ChurnTime.Seconds()), 1)
 	due := func(i int) time.Time { return begin.Add(time.Duration(float64(i) / rate * float64(time.Second))) }
-	events := map[string][]time.Time{} // by the name of the Service
+	events := map[string][]time.Time{} // due times by the name of the Service
 	var woke time.Time
 	for sent := 0; sent < total; {
 		if err := ctx.Err(); err != nil {
@@ -101,7 +102,7 @@ func (c *churner) runAt(ctx context.Context, rate float64, o Options, m *measure
 				return ctx.Err()
 			case <-time.After(wait):
 			}
-			woke = time.Now() // that it slept for too long is not the subject's doing
+			woke = time.Now() // oversleeping does not count towards the latency
 		}
 		var d kube.Delta
 		clear(events)
@@ -140,14 +141,14 @@ func (c *churner) runAt(ctx context.Context, rate float64, o Options, m *measure
 	return nil
 }
 
-// pending are the changes that the kernel has not acknowledged yet.
+// pending holds the changes that the kernel has not acknowledged yet.
 type pending struct {
 	mu        stdsync.Mutex
 	changes   map[dataplane.Key][]pendingChange
 	latencies []float64
 }
 
-// pendingChange is a value that was handed over, and the events that led to it.
+// pendingChange is a Service passed to the syncer, and the due times of the changes it contains.
 type pendingChange struct {
 	service *dataplane.Service
 	events  []time.Time
@@ -161,24 +162,24 @@ func (p *pending) add(changes map[dataplane.Key]*dataplane.Service, events map[s
 	}
 }
 
-// commitHook takes what is programmed now: with a value, those that came before it have
-// had their effect, or were made up for.
+// onCommit records the latencies of the committed Services, and of the earlier pending values of
+// the same Services, which the committed values supersede.
 func (p *pending) onCommit(c sync.Commit) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, programmed := range c.Changes {
 		key := programmed.Key()
-		list := p.changes[key]
-		for i, waiting := range list {
-			if waiting.service != programmed.New {
+		queue := p.changes[key]
+		for i, queued := range queue {
+			if queued.service != programmed.New {
 				continue
 			}
-			for _, done := range list[:i+1] {
-				for _, event := range done.events {
+			for _, acknowledged := range queue[:i+1] {
+				for _, event := range acknowledged.events {
 					p.latencies = append(p.latencies, c.End.Sub(event).Seconds())
 				}
 			}
-			p.changes[key] = list[i+1:]
+			p.changes[key] = queue[i+1:]
 			break
 		}
 	}

@@ -18,7 +18,7 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// path is a way to an endpoint: through a Service, or direct.
+// path is a path to an endpoint: through a Service, or direct.
 type path struct {
 	system string
 	addr   netip.AddrPort
@@ -26,29 +26,29 @@ type path struct {
 	connectTimes, connectRates, throughputs []float64
 }
 
-// dataPath compares connections through a Service with direct ones, for different
-// numbers of Services. The two take turns.
+// dataPath compares connections through a Service with direct connections for several numbers of
+// Services. Measurements of the two paths alternate.
 func dataPath(ctx context.Context, o Options, m *measurements) error {
 	for _, n := range o.Sizes {
 		services := newServices(n, o.Endpoints)
-		one := services[n/2]
-		one.Endpoints = []netip.Addr{cluster.WatchedAddr(0)}
+		target := services[n/2]
+		target.Endpoints = []netip.Addr{cluster.WatchedAddr(0)}
 		err := withLoadedTestbed(ctx, o, services, func(s *pipelineUnderTest, _ *testbed.Probe) error {
-			ways := []*path{
-				{system: m.system, addr: one.Addr()},
-				{system: result.Direct, addr: netip.AddrPortFrom(one.Endpoints[0], cluster.TargetPort)},
+			paths := []*path{
+				{system: m.system, addr: target.Addr()},
+				{system: result.Direct, addr: netip.AddrPortFrom(target.Endpoints[0], cluster.TargetPort)},
 			}
 			o.Progress(fmt.Sprintf("data path: %d Services, %d connections", n, o.Samples))
-			if err := measureConnects(ctx, s.testbed, ways, o.Samples); err != nil {
+			if err := measureConnects(ctx, s.testbed, paths, o.Samples); err != nil {
 				return err
 			}
 			for i := range o.startCount() {
 				o.Progress(fmt.Sprintf("data path: %d Services, transfer %d of %d", n, i+1, o.startCount()))
-				if err := measureThroughput(ctx, s.testbed, ways, o.ThroughputTime); err != nil {
+				if err := measureThroughput(ctx, s.testbed, paths, o.ThroughputTime); err != nil {
 					return err
 				}
 			}
-			return m.addPaths(result.Scenario{Services: n, Endpoints: o.Endpoints}, ways)
+			return m.addPaths(result.Scenario{Services: n, Endpoints: o.Endpoints}, paths)
 		})
 		if err != nil {
 			return fmt.Errorf("%d Services: %w", n, err)
@@ -57,64 +57,63 @@ func dataPath(ctx context.Context, o Options, m *measurements) error {
 	return nil
 }
 
-// addPaths adds what was measured of the ways, and how the first compares with the
-// second.
-func (m *measurements) addPaths(scenario result.Scenario, ways []*path) error {
+// addPaths adds the measurements of all paths, and the ratios of the first path to the second.
+func (m *measurements) addPaths(scenario result.Scenario, paths []*path) error {
 	for _, kind := range []struct {
 		measure result.Measure
 		unit    string
-		of      func(*path) []float64
+		samples func(*path) []float64
 	}{
-		{result.Connect, "s", func(w *path) []float64 { return w.connectTimes }},
-		{result.ConnectRate, "1/s", func(w *path) []float64 { return w.connectRates }},
-		{result.Throughput, "B/s", func(w *path) []float64 { return w.throughputs }},
+		{result.Connect, "s", func(p *path) []float64 { return p.connectTimes }},
+		{result.ConnectRate, "1/s", func(p *path) []float64 { return p.connectRates }},
+		{result.Throughput, "B/s", func(p *path) []float64 { return p.throughputs }},
 	} {
-		for _, w := range ways {
-			m.add(w.system, kind.measure, scenario, kind.unit, kind.of(w))
+		for _, p := range paths {
+			m.add(p.system, kind.measure, scenario, kind.unit, kind.samples(p))
 		}
-		numerator, denominator := kind.of(ways[0]), kind.of(ways[1])
+		numerator, denominator := kind.samples(paths[0]), kind.samples(paths[1])
 		interval, err := statistics.PairedRatio(numerator, denominator)
 		if err != nil {
 			return fmt.Errorf("compare %s: %w", kind.measure, err)
 		}
 		m.ratios = append(m.ratios, result.Ratio{
 			Measure: kind.measure, Statistic: "paired-p50", Environment: m.environment, Scenario: scenario,
-			Numerator: ways[0].system, Denominator: ways[1].system, Interval: interval,
+			Numerator: paths[0].system, Denominator: paths[1].system, Interval: interval,
 			NumeratorSamples: len(numerator), DenominatorSamples: len(denominator), Method: statistics.Method,
 		})
 	}
 	return nil
 }
 
-// measureConnects makes connections, one after another.
-func measureConnects(ctx context.Context, r *testbed.Testbed, ways []*path, n int) (err error) {
+// measureConnects makes n connections over each path, one at a time.
+func measureConnects(ctx context.Context, r *testbed.Testbed, paths []*path, n int) (err error) {
 	stop, err := acceptAndClose(r.Endpoints)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, stop()) }()
-	const warm = 50 // until neighbours are known and caches are warm
-	// How many connections make one sample of their rate.
+	const warm = 50 // connections until neighbours are resolved and caches are warm
+	// Each sample of the connection rate covers batch connections.
 	batch := max(n/50, 1)
 	return r.Client.Do(func() error {
-		each := make([]time.Duration, len(ways))
+		each := make([]time.Duration, len(paths))
 		for i := range n + warm {
 			if ctx.Err() != nil {
 				return ctx.Err()
 			}
-			for j, w := range ways {
+			for j, p := range paths {
 				begin := time.Now()
-				took, err := connectOnce(w.addr)
+				took, err := connectOnce(p.addr)
 				if err != nil {
-					return fmt.Errorf("connect to %s: %w", w.addr, err)
+					return fmt.Errorf("connect to %s: %w", p.addr, err)
 				}
 				if i < warm {
 					continue
 				}
-				w.connectTimes = append(w.connectTimes, took.Seconds())
+				p.connectTimes = append(p.connectTimes, took.Seconds())
 				each[j] += time.Since(begin)
 				if (i-warm+1)%batch == 0 {
-					w.connectRates = append(w.connectRates, float64(batch)/each[j].Seconds())
+					p.connectRates = append(p.connectRates, float64(batch)/each[j].Seconds())
 					each[j] = 0
 				}
 			}
@@ -123,8 +122,8 @@ func measureConnects(ctx context.Context, r *testbed.Testbed, ways []*path, n in
 	})
 }
 
-// acceptAndClose has a host accept connections, and close them, until stop is called. It
-// makes system calls itself, as the times of connections are some microseconds.
+// acceptAndClose accepts and closes connections on the host until the caller calls stop. It makes
+// system calls directly, because connecting takes only a few microseconds.
 func acceptAndClose(host *nettest.Host) (stop func() error, err error) {
 	fd := -1
 	err = host.Do(func() (err error) {
@@ -163,9 +162,9 @@ func acceptAndClose(host *nettest.Host) (stop func() error, err error) {
 	}, nil
 }
 
-// connectOnce connects from the thread's namespace, waits until the other side has
-// closed the connection, and resets it, so that its port can be used again at once.
-// It returns how long connect(2) took.
+// connectOnce connects from the thread's network namespace, waits until the peer has closed the
+// connection, and resets it, so that the port can be reused at once. It returns how long
+// connect(2) took.
 func connectOnce(addr netip.AddrPort) (took time.Duration, err error) {
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -175,7 +174,7 @@ func connectOnce(addr netip.AddrPort) (took time.Duration, err error) {
 	if err := unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1}); err != nil {
 		return 0, os.NewSyscallError("setsockopt", err)
 	}
-	// Nobody answers a connection that is lost.
+	// A lost connection gets no answer.
 	timeout := unix.NsecToTimeval(int64(10 * time.Second))
 	for _, option := range []int{unix.SO_SNDTIMEO, unix.SO_RCVTIMEO} {
 		if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, option, &timeout); err != nil {
@@ -183,8 +182,8 @@ func connectOnce(addr netip.AddrPort) (took time.Duration, err error) {
 		}
 	}
 	begin := time.Now()
-	// With a timeout the kernel does not restart a call that a signal has interrupted
-	// (signal(7)). The next call waits for the same connection.
+	// With a timeout, the kernel does not restart a call that a signal interrupts (signal(7)). The
+	// next connect(2) waits for the same connection.
 	for {
 		err := unix.Connect(fd, &unix.SockaddrInet4{Port: int(addr.Port()), Addr: addr.Addr().As4()})
 		if err == nil {
@@ -202,37 +201,38 @@ func connectOnce(addr netip.AddrPort) (took time.Duration, err error) {
 	}
 }
 
-// measureThroughput sends over one connection each for some time.
-func measureThroughput(ctx context.Context, r *testbed.Testbed, ways []*path, lasts time.Duration) error {
+// measureThroughput sends over one connection on each path for the given duration.
+func measureThroughput(ctx context.Context, r *testbed.Testbed, paths []*path, duration time.Duration) error {
 	l, err := r.Endpoints.Listen(ctx, nettest.TCP, netip.AddrPortFrom(netip.IPv4Unspecified(), cluster.TargetPort))
 	if err != nil {
 		return fmt.Errorf("listen on the endpoints: %w", err)
 	}
-	defer l.Close() //nolint:errcheck // nothing depends on it
-	for _, w := range ways {
-		rate, err := transfer(ctx, r, l, w.addr, lasts)
+	defer l.Close() //nolint:errcheck // no data is lost
+	for _, p := range paths {
+		rate, err := transfer(ctx, r, l, p.addr, duration)
 		if err != nil {
-			return fmt.Errorf("send to %s: %w", w.addr, err)
+			return fmt.Errorf("send to %s: %w", p.addr, err)
 		}
-		w.throughputs = append(w.throughputs, rate)
+		p.throughputs = append(p.throughputs, rate)
 	}
 	return nil
 }
 
 const transferBuffer = 256 << 10
 
-// transfer returns how many bytes a second have arrived.
-func transfer(ctx context.Context, r *testbed.Testbed, l net.Listener, addr netip.AddrPort, lasts time.Duration) (float64, error) {
-	ctx, cancel := context.WithTimeout(ctx, lasts+10*time.Second)
+// transfer sends over one connection for the given duration and returns the rate in bytes per
+// second at which data arrived.
+func transfer(ctx context.Context, r *testbed.Testbed, l net.Listener, addr netip.AddrPort, duration time.Duration) (float64, error) {
+	ctx, cancel := context.WithTimeout(ctx, duration+10*time.Second)
 	defer cancel()
 	c, err := r.Client.Dial(ctx, nettest.TCP, addr)
 	if err != nil {
 		return 0, err
 	}
-	defer c.Close() //nolint:errcheck // it is closed for writing below
+	defer c.Close() //nolint:errcheck // CloseWrite below reports write errors
 	stop := context.AfterFunc(ctx, func() { _ = c.SetDeadline(time.Now()) })
 	defer stop()
-	other, err := l.Accept()
+	peer, err := l.Accept()
 	if err != nil {
 		return 0, err
 	}
@@ -241,16 +241,16 @@ func transfer(ctx context.Context, r *testbed.Testbed, l net.Listener, addr neti
 	go func() {
 		var sum int64
 		for b := make([]byte, transferBuffer); ; {
-			n, err := other.Read(b)
+			n, err := peer.Read(b)
 			sum += int64(n)
 			if err != nil {
-				_ = other.Close() // It was only read from.
+				_ = peer.Close() // only read from
 				received <- sum
 				return
 			}
 		}
 	}()
-	for b := make([]byte, transferBuffer); err == nil && time.Since(begin) < lasts; {
+	for b := make([]byte, transferBuffer); err == nil && time.Since(begin) < duration; {
 		_, err = c.Write(b)
 	}
 	err = errors.Join(err, c.(*net.TCPConn).CloseWrite())

@@ -1,41 +1,38 @@
-// Package bench measures what Fairlead is for: how long it takes until a
-// change of a Service is in the kernel, and how that depends on the number of
-// Services.
+// Package bench measures how long Fairlead takes to program a change of a Service into the kernel,
+// and how that time depends on the number of Services.
 //
-// [Run] is `fairlead-bench`. It makes the namespaces of package testbed, joins Fairlead's
-// parts in this process as `fairlead run` does, but for the source, and hands over
-// Kubernetes objects. What it measures:
+// [Run] implements `fairlead-bench`. It creates the namespaces of package testbed, runs the
+// pipeline of `fairlead run` in this process without a source, and passes Kubernetes objects to
+// the pipeline. It measures:
 //
-//   - [Update]: one change, and then rest. The changes are to an endpoint that is
-//     replaced, comes or goes, and to a Service that comes or goes; they take turns, at
-//     Services all over the table. Each is measured twice: until the kernel has
-//     acknowledged it, with nothing else going on; and until packets show it, with the
-//     probe sending all the time. What shows it is the first packet that arrives at the
-//     new endpoint; or where something goes, the first that was sent after the last that has
-//     arrived there. Since one packet in so many hits one endpoint of so many, the
-//     former is late by that many packets on average, of some microseconds each, and the
-//     latter may even be early.
-//   - [Start]: with all objects at hand, from nothing until all is acknowledged, and, in
-//     other starts, until the last Service answers; each on a new node.
-//   - [Restart]: with all of that programmed, until it is known that nothing is to do.
-//     That nothing is written is checked.
-//   - [Churn]: endpoints replaced at a given rate, whether or not those before are
-//     through. The time of each counts from when it is due to the acknowledgement of the commit
-//     that has it or a later one of its Service in it. What is due at the same time is
-//     handed over together, as a source does.
-//   - [DataPath]: connect(2) to a Service and to its endpoint, in turns, from a pod
-//     through the node; how many such connections a second are made one after
-//     another; and how much one connection carries.
-//   - [Fairness]: how connections spread over the endpoints of one Service.
-//   - [Memory]: what is held more than before when all is programmed.
+//   - [Update]: one change at a time on an otherwise idle node. The changes replace, add and
+//     remove an endpoint, and create and delete a Service; they alternate, on Services spread over
+//     the whole table. Each change is measured twice: until the kernel acknowledges it, without
+//     any traffic, and until packets show it, while the probe sends continuously. An added
+//     endpoint shows when the first packet arrives at it. A removed endpoint or Service shows at
+//     the first packet sent after the last packet that still arrived. Only one packet in n reaches
+//     one of n endpoints, so the time of an addition is too long by n packets on average, a few
+//     microseconds each, and the time of a removal may even be too short.
+//   - [Start]: a cold start with all objects available, until the kernel has acknowledged
+//     everything, and in separate runs until the last Service answers. Each run uses a new node.
+//   - [Restart]: a warm restart, until the agent knows that nothing needs to change. The
+//     benchmark fails if a warm restart writes anything.
+//   - [Churn]: endpoints replaced at a fixed rate, whether or not earlier changes are
+//     programmed. The latency of a change is the time from when the change is due until the kernel
+//     acknowledges the commit that contains it or a later change of the same Service. Changes that
+//     are due at the same time are passed on together, as a source does.
+//   - [DataPath]: connect(2) to a Service and directly to its endpoint, alternating, from a pod
+//     through the node; the rate of sequential connections; and the throughput of one connection.
+//   - [Fairness]: the distribution of connections over the endpoints of one Service.
+//   - [Memory]: the additional memory that the process and the kernel hold when all Services are
+//     programmed.
 //
-// The other benchmarks are in the test files and run with `make gobench`: they are of
-// the syncer and the backend without Kubernetes' objects. They program
-// the real kernel, in a network namespace of their own. Latencies are reported
-// as percentiles, in microseconds, beside the usual mean.
+// The test files contain benchmarks of the syncer and the backends without Kubernetes objects,
+// which `make gobench` runs. They program the real kernel in separate network namespaces. They
+// report latencies as percentiles in microseconds, beside the usual mean.
 //
-// What one change costs in numbers, not in time, and that it does not depend on the number
-// of Services, is tested too.
+// Tests check the cost of one change in messages, elements and allocations, and that this cost
+// does not depend on the number of Services.
 package bench
 
 import (
@@ -48,10 +45,9 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// Service returns the i-th of a set of made-up Services: one TCP port on an
-// address of its own, and the given number of endpoints, of which one in ten
-// is on this node. The same arguments give an equal Service. There are addresses
-// for a million Services with ten endpoints each.
+// Service returns the i-th Service of a generated set: one TCP port on a distinct address and the
+// given number of endpoints, one in ten of which is on this node. The same arguments return equal
+// Services. The address ranges suffice for a million Services with ten endpoints each.
 func Service(i, endpoints int) *dataplane.Service {
 	frontend := dataplane.Frontend{
 		Protocol: dataplane.TCP,
@@ -72,7 +68,7 @@ func Service(i, endpoints int) *dataplane.Service {
 	return s
 }
 
-// WithEndpoints returns a copy of the Service with other endpoints.
+// WithEndpoints returns a copy of s with the given endpoints.
 func WithEndpoints(s *dataplane.Service, endpoints []dataplane.Endpoint) *dataplane.Service {
 	changed, err := dataplane.NewService(s.Key, slices.Clone(s.Frontends), dataplane.ServiceSpec{Endpoints: endpoints})
 	if err != nil {
@@ -81,14 +77,14 @@ func WithEndpoints(s *dataplane.Service, endpoints []dataplane.Endpoint) *datapl
 	return changed
 }
 
+// addrPlus returns the address n after first.
 func addrPlus(first netip.Addr, n int) netip.Addr {
 	b := first.As4()
 	binary.BigEndian.PutUint32(b[:], binary.BigEndian.Uint32(b[:])+uint32(n))
 	return netip.AddrFrom4(b)
 }
 
-// Percentile returns the p-th percentile (0 to 100) of durations, which it
-// sorts.
+// Percentile returns the p-th percentile (0 to 100) of durations. It sorts durations in place.
 func Percentile(durations []time.Duration, p int) time.Duration {
 	if len(durations) == 0 {
 		return 0

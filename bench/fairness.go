@@ -10,24 +10,24 @@ import (
 	"fairlead.io/fairlead/bench/testbed"
 )
 
-// fairness connects to one of the Services often and looks at where connections
-// end.
+// fairness makes many connections to one of the Services and counts the connections at each
+// endpoint.
 func fairness(ctx context.Context, o Options, m *measurements) error {
 	services := newServices(o.Services, o.Endpoints)
-	one := services[len(services)/2]
-	for e := range one.Endpoints {
-		one.Endpoints[e] = cluster.WatchedAddr(e)
+	service := services[len(services)/2]
+	for e := range service.Endpoints {
+		service.Endpoints[e] = cluster.WatchedAddr(e)
 	}
 	return withLoadedTestbed(ctx, o, services, func(_ *pipelineUnderTest, p *testbed.Probe) error {
 		connections := max(o.Samples, 100) * o.Endpoints
 		o.Progress(fmt.Sprintf("fairness: %d connections to %d endpoints", connections, o.Endpoints))
-		where, err := p.CountArrivals(ctx, one.Addr(), connections)
+		where, err := p.CountArrivals(ctx, service.Addr(), connections)
 		if err != nil {
 			return err
 		}
 		counts, samples := make([]int, 0, o.Endpoints), make([]float64, 0, o.Endpoints)
 		arrived := 0
-		for _, addr := range one.Endpoints {
+		for _, addr := range service.Endpoints {
 			counts, samples = append(counts, where[addr]), append(samples, float64(where[addr]))
 			arrived += where[addr]
 		}

@@ -17,7 +17,7 @@ import (
 
 const endpointsPerService = 10
 
-// serviceCounts are the numbers of Services that a benchmark runs with.
+// serviceCounts returns the numbers of Services to run a benchmark with.
 func serviceCounts() []int {
 	if testing.Short() {
 		return []int{100}
@@ -25,14 +25,13 @@ func serviceCounts() []int {
 	return []int{1_000, 10_000, 100_000}
 }
 
-// backend is what the benchmarks compare, opened in a network namespace.
+// backend is a backend under benchmark.
 type backend struct {
 	name string
 	open func(b *testing.B, netns int) dataplane.Dataplane
 }
 
-// backends are all there are on a kernel that the binary is built for: nft, and
-// with the build tag ipvs another.
+// backends returns all backends of this build: nft, and ipvs with the build tag ipvs.
 func backends() []backend {
 	return append([]backend{{"nft", func(b *testing.B, netns int) dataplane.Dataplane {
 		b.Helper()
@@ -48,7 +47,7 @@ func node() dataplane.Node {
 	return dataplane.Node{PodCIDRs: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}}
 }
 
-// newServices returns that many Services.
+// newServices returns n Services.
 func newServices(n, endpoints int) []*dataplane.Service {
 	services := make([]*dataplane.Service, n)
 	for i := range services {
@@ -72,14 +71,14 @@ func newNamespace(b *testing.B) *nettest.Namespace {
 	return ns
 }
 
-// fixture is a syncer with a dataplane below it that holds a number of Services.
+// fixture is a syncer with a dataplane that holds a number of Services.
 type fixture struct {
 	syncer   *sync.Syncer
 	commits  chan sync.Commit
 	services []*dataplane.Service
 }
 
-// start programs Services in a namespace of their own.
+// start programs Services in a new network namespace.
 func start(b *testing.B, open func(*testing.B, int) dataplane.Dataplane, services []*dataplane.Service) *fixture {
 	b.Helper()
 	dp := open(b, newNamespace(b).Fd())
@@ -115,8 +114,7 @@ func (s *fixture) wait(b *testing.B) {
 	}
 }
 
-// update hands one change to the syncer and waits until the kernel has
-// acknowledged it.
+// update passes one change to the syncer and waits until the kernel acknowledges it.
 func (s *fixture) update(b *testing.B, key dataplane.Key, svc *dataplane.Service) time.Duration {
 	b.Helper()
 	begin := time.Now()
@@ -125,11 +123,11 @@ func (s *fixture) update(b *testing.B, key dataplane.Key, svc *dataplane.Service
 	return time.Since(begin)
 }
 
-// measure runs op b.N times and reports the percentiles of what it returns.
+// measure runs op b.N times and reports percentiles of the returned durations.
 func measure(b *testing.B, op func() time.Duration) {
 	b.Helper()
 	b.ReportAllocs()
-	runtime.GC() // what the set-up has left
+	runtime.GC() // garbage of the setup must not count
 	var took []time.Duration
 	for b.Loop() {
 		took = append(took, op())

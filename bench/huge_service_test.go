@@ -19,7 +19,7 @@ import (
 	"fairlead.io/fairlead/sync"
 )
 
-// hugeService returns a Service with external IPs and ports, and a slice of endpoints that has
+// hugeService returns a Service with many external IPs and ports, and an EndpointSlice that has
 // all the ports.
 func hugeService(ports, addresses, endpoints int) kube.Delta {
 	svc := &corev1.Service{ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: "huge"}}
@@ -30,7 +30,7 @@ func hugeService(ports, addresses, endpoints int) kube.Delta {
 	}}
 	slice.AddressType = discoveryv1.AddressTypeIPv4
 	for i := range ports {
-		name, number := fmt.Sprint("p", i), int32(1000+i) //nolint:gosec // few
+		name, number := fmt.Sprint("p", i), int32(1000+i) //nolint:gosec // small numbers
 		svc.Spec.Ports = append(svc.Spec.Ports, corev1.ServicePort{Name: name, Protocol: tcp, Port: number})
 		slice.Ports = append(slice.Ports, discoveryv1.EndpointPort{Name: &name, Protocol: &tcp, Port: &number})
 	}
@@ -46,9 +46,10 @@ func hugeService(ports, addresses, endpoints int) kube.Delta {
 	return kube.Delta{Services: []*corev1.Service{svc}, EndpointSlices: []*discoveryv1.EndpointSlice{slice}}
 }
 
-// BenchmarkHugeService has a Service with 200 external IPs, 100 endpoints and many ports
-// come, change and go beside 1,000 others, from the objects to the kernel's
-// acknowledgement. It measures what updates of another Service wait for meanwhile.
+// BenchmarkHugeService creates, changes and deletes a Service with 200 external IPs, 100 endpoints
+// and many ports beside 1,000 other Services. It measures the time from the objects to the
+// kernel's acknowledgement, and the longest time that an update of another Service takes
+// meanwhile.
 func BenchmarkHugeService(b *testing.B) {
 	ports, addresses, endpoints, others := []int{100, 500}, 200, 100, 1000
 	if testing.Short() {
@@ -99,8 +100,8 @@ func measureHugeService(b *testing.B, open func(*testing.B, int) dataplane.Datap
 	tracker.Apply(kube.Delta{})
 
 	turn := 0
-	// program hands over what a Delta changes, changes the other Service again and again
-	// until all of it is programmed, and returns how long both took.
+	// program applies a Delta, and updates another Service repeatedly until the Delta is
+	// programmed. It returns the time of the Delta and the longest time of one update.
 	program := func(delta kube.Delta) (all, longest time.Duration) {
 		begin := time.Now()
 		changes := tracker.Apply(delta).Changes
@@ -113,7 +114,7 @@ func measureHugeService(b *testing.B, open func(*testing.B, int) dataplane.Datap
 			list := slices.Clone(other.Endpoints)
 			list[0].Addr = bench.Service(1+turn%2, 1).Endpoints[0].Addr
 			other = bench.WithEndpoints(other, list)
-			handed := time.Now()
+			updated := time.Now()
 			s.Update(map[dataplane.Key]*dataplane.Service{other.Key: other})
 			for programmed := false; !programmed; {
 				c := <-committed
@@ -128,7 +129,7 @@ func measureHugeService(b *testing.B, open func(*testing.B, int) dataplane.Datap
 					all = c.End.Sub(begin)
 				}
 			}
-			longest = max(longest, time.Since(handed))
+			longest = max(longest, time.Since(updated))
 		}
 		return all, longest
 	}

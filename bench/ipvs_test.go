@@ -9,7 +9,7 @@ import (
 	"fairlead.io/fairlead/ipvs"
 )
 
-// ipvsBackends is the backend that needs a kernel with IPVS.
+// ipvsBackends returns the ipvs backend, which needs a kernel with IPVS.
 func ipvsBackends() []backend {
 	return []backend{{"ipvs", func(b *testing.B, netns int) dataplane.Dataplane {
 		b.Helper()

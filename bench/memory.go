@@ -16,10 +16,9 @@ import (
 	"fairlead.io/fairlead/bench/testbed"
 )
 
-// memory measures what is held with everything programmed. Of the program it is
-// what is resident more than before, without what is garbage; of the kernel it is by
-// how much more of its own memory is in use, see [kernelMemory]. It is the median
-// of a few starts.
+// memory measures the memory held when everything is programmed: for the process, the growth of
+// its resident memory after garbage collection; for the kernel, the growth of its own allocations,
+// see [kernelMemory]. Each value is the median of several starts.
 func memory(ctx context.Context, o Options, m *measurements) error {
 	var resident, peak, kernel []float64
 	times := min(o.startCount(), 5)
@@ -69,39 +68,39 @@ func memory(ctx context.Context, o Options, m *measurements) error {
 		result.Value{Name: "resident", Unit: "B", Value: median(resident)},
 		result.Value{Name: "peak-resident", Unit: "B", Value: median(peak)},
 		result.Value{Name: "kernel", Unit: "B", Value: median(kernel)})
-	m.addNote("The kernel's memory is by how much what it has allocated (Slab, VmallocUsed and Percpu of /proc/meminfo, " +
-		"without what is free in slabs) grows, which has in it what other programs have it allocate at the same time.")
+	m.addNote("Kernel memory is the growth of the kernel's allocations (Slab, VmallocUsed and Percpu of /proc/meminfo, " +
+		"without free objects in slabs). It includes allocations for other programs during the measurement.")
 	return nil
 }
 
-// resetUsage is what this process uses after garbage was collected and its memory given
-// back. The peak counts from now on.
+// resetUsage collects garbage, returns freed memory to the kernel, restarts the measurement of the
+// memory peak, and returns the usage of this process.
 func resetUsage() (system.Usage, error) {
 	debug.FreeOSMemory()
 	const resetPeak = "5" // see proc_pid_clear_refs(5)
 	if err := os.WriteFile("/proc/self/clear_refs", []byte(resetPeak), 0); err != nil {
-		return system.Usage{}, fmt.Errorf("reset the peak of memory: %w", err)
+		return system.Usage{}, fmt.Errorf("reset the memory peak: %w", err)
 	}
 	return system.UsageOf(os.Getpid())
 }
 
-// kernelMemory returns the bytes that the kernel has allocated for itself, which is
-// where the elements of nftables' sets and IPVS' entries are: Slab of /proc/meminfo has
-// objects, VmallocUsed large tables, and Percpu statistics. What is free within
-// slabs (/proc/slabinfo) does not count. It is of the whole machine.
+// kernelMemory returns the bytes that the kernel of this machine has allocated for itself.
+// Elements of nftables sets and IPVS entries are among them: /proc/meminfo counts objects as Slab,
+// large tables as VmallocUsed and statistics as Percpu. Free objects within slabs (/proc/slabinfo)
+// do not count.
 func kernelMemory() (int64, error) {
 	fields, err := meminfo("Slab", "VmallocUsed", "Percpu")
 	if err != nil {
-		return 0, fmt.Errorf("read the kernel's memory: %w", err)
+		return 0, fmt.Errorf("measure kernel memory: %w", err)
 	}
 	free, err := freeSlabBytes()
 	if err != nil {
-		return 0, fmt.Errorf("read the kernel's slabs: %w", err)
+		return 0, fmt.Errorf("read free slab memory: %w", err)
 	}
 	return fields - free, nil
 }
 
-// meminfo returns the sum of fields of /proc/meminfo, in bytes.
+// meminfo returns the sum of the named fields of /proc/meminfo, in bytes.
 func meminfo(fields ...string) (int64, error) {
 	text, err := os.ReadFile("/proc/meminfo")
 	if err != nil {
@@ -122,7 +121,7 @@ func meminfo(fields ...string) (int64, error) {
 	return sum, nil
 }
 
-// freeSlabBytes returns how many bytes of slabs no object has.
+// freeSlabBytes returns the bytes of free objects in all slabs.
 func freeSlabBytes() (int64, error) {
 	text, err := os.ReadFile("/proc/slabinfo")
 	if err != nil {
@@ -141,16 +140,16 @@ func freeSlabBytes() (int64, error) {
 	return free, nil
 }
 
-// stableKernelMemory is kernelMemory once it does not fall any more: the kernel removes
-// namespaces and what is in them some time after the last user has gone.
+// stableKernelMemory waits until kernelMemory no longer falls, and returns it. The kernel removes
+// network namespaces and their contents some time after their last user is gone.
 func stableKernelMemory(ctx context.Context) (int64, error) {
 	const (
-		period = 200 * time.Millisecond
-		slack  = 256 << 10
-		most   = 50 // periods
+		period     = 200 * time.Millisecond
+		slack      = 256 << 10 // bytes
+		maxPeriods = 50        // periods
 	)
 	last, err := kernelMemory()
-	for calm, i := 0, 0; err == nil && calm < 3 && i < most; i++ {
+	for stable, i := 0, 0; err == nil && stable < 3 && i < maxPeriods; i++ {
 		select {
 		case <-ctx.Done():
 			return 0, ctx.Err()
@@ -158,8 +157,8 @@ func stableKernelMemory(ctx context.Context) (int64, error) {
 		}
 		var now int64
 		now, err = kernelMemory()
-		if calm++; now < last-slack {
-			calm = 0
+		if stable++; now < last-slack {
+			stable = 0
 		}
 		last = now
 	}

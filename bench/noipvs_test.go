@@ -2,5 +2,5 @@
 
 package bench_test
 
-// others are none here: see ipvs_test.go.
-func others() []backend { return nil }
+// ipvsBackends returns no backend without the build tag ipvs, see ipvs_test.go.
+func ipvsBackends() []backend { return nil }

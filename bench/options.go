@@ -12,50 +12,50 @@ import (
 	"fairlead.io/fairlead/internal/backend"
 )
 
-// Part is a part of what [Run] measures.
+// Part identifies a part of the measurements of [Run].
 type Part string
 
-// The parts.
+// Parts of the measurements.
 const (
-	Update   Part = "update"    // how long one change takes
-	Start    Part = "start"     // on a new node
-	Restart  Part = "restart"   // with everything programmed
-	Churn    Part = "churn"     // many changes, for a while
-	DataPath Part = "data-path" // connections through Services, and direct ones
-	Fairness Part = "fairness"  // how connections spread over endpoints
-	Memory   Part = "memory"    // of the program and of the kernel
+	Update   Part = "update"    // latency of one change
+	Start    Part = "start"     // cold start on a new node
+	Restart  Part = "restart"   // warm restart with everything programmed
+	Churn    Part = "churn"     // latency at a fixed rate of changes
+	DataPath Part = "data-path" // connections through a Service and direct
+	Fairness Part = "fairness"  // distribution of connections over endpoints
+	Memory   Part = "memory"    // memory of the process and of the kernel
 )
 
-// Parts are all parts, in the order in which they are measured.
+// Parts returns all parts in the order in which Run measures them.
 func Parts() []Part { return []Part{Update, Start, Restart, Churn, DataPath, Fairness, Memory} }
 
-// Modes are the backends that can be measured, the default first.
+// Modes returns the backends that can be measured, the default first.
 func Modes() []string { return backend.Names() }
 
-// Options say what [Run] measures. The zero value stands for the defaults.
+// Options configures [Run]. Zero values select the defaults.
 type Options struct {
-	// Mode is the backend, one of [Modes].
+	// Mode is the backend, one of [Modes]. The default is the first of them.
 	Mode string
-	// Services is the number of Services, 10,000, and Endpoints that of each, 10.
+	// Services is the number of Services (default 10,000) and Endpoints the number of endpoints of
+	// each (default 10).
 	Services, Endpoints int
-	// Samples is how often each kind of change is measured, 1,000 times, and how
-	// many connections are; starts are measured a hundredth as often, from 3 to
-	// 20 times.
+	// Samples is the number of measurements of each kind of change, and of connections (default
+	// 1,000). Starts are measured Samples/100 times, at least 3 and at most 20 times.
 	Samples int
-	// Only are the parts to measure. Nil: all.
+	// Only lists the parts to measure. Nil means all parts.
 	Only []Part
-	// Rates are the numbers of changes a second of [Churn], 100, 1,000 and 10,000,
-	// and ChurnTime is how long each lasts, 10 s.
+	// Rates are the rates of [Churn] in changes per second (default 100, 1,000 and 10,000).
+	// ChurnTime is the duration of churn at each rate (default 10 s).
 	Rates     []float64
 	ChurnTime time.Duration
-	// Sizes are the numbers of Services that the data path is measured with: 1,
-	// 1,000, 10,000 and 100,000. ThroughputTime is how long each transfer
-	// lasts, half a second.
+	// Sizes are the numbers of Services for [DataPath] (default 1, 1,000, 10,000 and 100,000).
+	// ThroughputTime is the duration of each transfer (default 500 ms).
 	Sizes          []int
 	ThroughputTime time.Duration
-	// Progress is told what is under way, in words for people. It may be called often.
+	// Progress, if not nil, is called with a line for people that describes the current step. It
+	// may be called often.
 	Progress func(string)
-	// Version and Command are those that the report names.
+	// Version and Command go into the report unchanged.
 	Version string
 	Command []string
 }
@@ -93,11 +93,11 @@ func (o Options) withDefaults() Options {
 	return o
 }
 
-// maxEndpoints is the number of endpoints that there are addresses for.
+// maxEndpoints is the number of available endpoint addresses.
 const maxEndpoints = 8_000_000
 
-// Validate returns what is wrong with options, with all of it named as the flags of
-// `fairlead-bench` are.
+// Validate returns an error that lists all invalid options by the names of the flags of
+// `fairlead-bench`.
 func (o Options) Validate() error {
 	o = o.withDefaults()
 	var errs []error
@@ -106,7 +106,7 @@ func (o Options) Validate() error {
 	}
 	for _, part := range o.Only {
 		if !slices.Contains(Parts(), part) {
-			errs = append(errs, fmt.Errorf("--only: unknown part %q: use some of %s", part, PartNames()))
+			errs = append(errs, fmt.Errorf("--only: unknown part %q: use one or more of %s", part, PartNames()))
 		}
 	}
 	for _, v := range []struct {
@@ -114,22 +114,22 @@ func (o Options) Validate() error {
 		value int
 	}{{"services", o.Services}, {"endpoints", o.Endpoints}, {"samples", o.Samples}} {
 		if v.value < 1 {
-			errs = append(errs, fmt.Errorf("--%s: %d: use a number above 0", v.flag, v.value))
+			errs = append(errs, fmt.Errorf("--%s: invalid value %d: must be greater than 0", v.flag, v.value))
 		}
 	}
 	for _, n := range append(slices.Clone(o.Sizes), o.Services) {
-		if most := maxEndpoints / max(o.Endpoints, 1); n > most {
-			errs = append(errs, fmt.Errorf("%d Services of %d endpoints: there are addresses for %d such Services", n, o.Endpoints, most))
+		if limit := maxEndpoints / max(o.Endpoints, 1); n > limit {
+			errs = append(errs, fmt.Errorf("--services: %d Services of %d endpoints need too many addresses: use at most %d Services", n, o.Endpoints, limit))
 		}
 	}
 	for _, n := range o.Sizes {
 		if n < 1 {
-			errs = append(errs, fmt.Errorf("--data-path-services: %d: use numbers above 0", n))
+			errs = append(errs, fmt.Errorf("--data-path-services: invalid value %d: must be greater than 0", n))
 		}
 	}
 	for _, rate := range o.Rates {
 		if rate <= 0 {
-			errs = append(errs, fmt.Errorf("--rates: %g: use numbers above 0", rate))
+			errs = append(errs, fmt.Errorf("--rates: invalid value %g: must be greater than 0", rate))
 		}
 	}
 	for _, v := range []struct {
@@ -137,13 +137,13 @@ func (o Options) Validate() error {
 		value time.Duration
 	}{{"churn-time", o.ChurnTime}, {"throughput-time", o.ThroughputTime}} {
 		if v.value < 0 {
-			errs = append(errs, fmt.Errorf("--%s: %s: use a time above 0", v.flag, v.value))
+			errs = append(errs, fmt.Errorf("--%s: invalid duration %s: must not be negative", v.flag, v.value))
 		}
 	}
 	return errors.Join(errs...)
 }
 
-// PartNames returns the names of all parts, for people.
+// PartNames returns the names of all parts, separated by commas.
 func PartNames() string {
 	var names []string
 	for _, p := range Parts() {
@@ -152,7 +152,7 @@ func PartNames() string {
 	return strings.Join(names, ",")
 }
 
-// startCount is how often a start is measured.
+// startCount returns how many starts are measured.
 func (o Options) startCount() int { return min(max(o.Samples/100, 3), 20) }
 
 // openDataplane opens the backend in a network namespace.

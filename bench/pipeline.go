@@ -18,8 +18,8 @@ import (
 	"fairlead.io/fairlead/sync"
 )
 
-// pipelineUnderTest is the agent's pipeline in this process: objects go in, the kernel's
-// acknowledgement comes out.
+// pipelineUnderTest runs the agent's pipeline in this process: it takes Kubernetes objects and
+// reports the kernel's acknowledgements.
 type pipelineUnderTest struct {
 	testbed  *testbed.Testbed
 	dp       dataplane.Dataplane
@@ -33,8 +33,8 @@ type pipelineUnderTest struct {
 	commitHook func(sync.Commit)
 }
 
-// newPipelineUnderTest opens the backend on the node of the testbed. Nothing is programmed before
-// load.
+// newPipelineUnderTest opens the backend on the node of the testbed and starts the pipeline. The
+// pipeline programs nothing before load.
 func newPipelineUnderTest(ctx context.Context, o Options, r *testbed.Testbed) (*pipelineUnderTest, error) {
 	dp, err := o.openDataplane(r.Node.Fd())
 	if err != nil {
@@ -54,9 +54,10 @@ func newPipelineUnderTest(ctx context.Context, o Options, r *testbed.Testbed) (*
 	return s, nil
 }
 
-// close ends the subject. What is programmed stays.
+// close stops the pipeline. The kernel keeps its state.
 func (s *pipelineUnderTest) close() error { return s.stop() }
 
+// recordCommit keeps the result of a commit and calls the commit hook.
 func (s *pipelineUnderTest) recordCommit(c sync.Commit) {
 	s.mu.Lock()
 	s.commits++
@@ -67,47 +68,47 @@ func (s *pipelineUnderTest) recordCommit(c sync.Commit) {
 	for key, err := range c.Failed {
 		s.err = fmt.Errorf("program %s: %w", key, err)
 	}
-	listener := s.commitHook
+	hook := s.commitHook
 	s.mu.Unlock()
-	if listener != nil {
-		listener(c)
+	if hook != nil {
+		hook(c)
 	}
 }
 
-// setCommitHook has f called with each commit from now on, nil for nobody.
+// setCommitHook makes the pipeline call f with each later commit. A nil f removes the hook.
 func (s *pipelineUnderTest) setCommitHook(f func(sync.Commit)) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.commitHook = f
 }
 
-// apply hands over what a source would.
+// apply passes deltas to the pipeline, as a source does.
 func (s *pipelineUnderTest) apply(deltas ...kube.Delta) error {
 	for _, d := range deltas {
 		result := s.pipeline.Track(d)
 		if len(result.Problems) > 0 {
-			return fmt.Errorf("a Service of the benchmark: %s", result.Problems[0])
+			return fmt.Errorf("track a Service of the benchmark: %s", result.Problems[0])
 		}
 		s.pipeline.Program(result)
 	}
 	return nil
 }
 
-// waitSynced waits until all that was delivered is acknowledged by the kernel, and
-// returns when that was.
+// waitSynced waits until the kernel has acknowledged all applied deltas, and returns the time of
+// the last acknowledgement.
 func (s *pipelineUnderTest) waitSynced(ctx context.Context) (time.Time, error) {
 	if err := s.pipeline.Syncer.WaitSynced(ctx); err != nil {
-		return time.Time{}, fmt.Errorf("wait for the kernel: %w", err)
+		return time.Time{}, fmt.Errorf("wait until the kernel acknowledges: %w", err)
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.last.End, s.err
 }
 
-// load delivers everything there is and waits until it is programmed. It returns
-// when that was.
-func (s *pipelineUnderTest) load(ctx context.Context, everything kube.Delta) (time.Time, error) {
-	if err := s.apply(everything); err != nil {
+// load applies the initial Delta and waits until it is programmed. It returns the time of the last
+// acknowledgement.
+func (s *pipelineUnderTest) load(ctx context.Context, initial kube.Delta) (time.Time, error) {
+	if err := s.apply(initial); err != nil {
 		return time.Time{}, err
 	}
 	s.pipeline.Syncer.FinishInitialList()
@@ -123,7 +124,7 @@ func newServices(n, endpoints int) []*cluster.Service {
 	return services
 }
 
-// initialDelta is the first Delta of a source.
+// initialDelta returns the Delta that a source delivers first.
 func initialDelta(services []*cluster.Service, node netip.Addr) kube.Delta {
 	d := kube.Delta{
 		Node: cluster.Node(node), LocalAddrs: []netip.Addr{node},
@@ -136,8 +137,8 @@ func initialDelta(services []*cluster.Service, node netip.Addr) kube.Delta {
 	return d
 }
 
-// withLoadedTestbed makes a testbed with a probe and a subject that has programmed the Services,
-// runs f, and removes it all.
+// withLoadedTestbed calls f with a probe, and a pipeline that has programmed the Services on a new
+// testbed. It removes all of them afterwards.
 func withLoadedTestbed(ctx context.Context, o Options, services []*cluster.Service, f func(*pipelineUnderTest, *testbed.Probe) error) error {
 	return withTestbed(func(r *testbed.Testbed, p *testbed.Probe) (err error) {
 		s, err := newPipelineUnderTest(ctx, o, r)
@@ -152,7 +153,7 @@ func withLoadedTestbed(ctx context.Context, o Options, services []*cluster.Servi
 	})
 }
 
-// withTestbed runs f with a testbed and a probe, and removes them.
+// withTestbed calls f with a new testbed and a probe, and removes them afterwards.
 func withTestbed(f func(*testbed.Testbed, *testbed.Probe) error) (err error) {
 	r, err := testbed.New(testbed.Options{})
 	if err != nil {

@@ -17,9 +17,9 @@ import (
 	"fairlead.io/fairlead/sync"
 )
 
-// BenchmarkRulesetLoss deletes all rules of a node again and again for a while, and measures
-// the time from then until connections to the first and to the last Service that the
-// syncer programs reach their endpoint. Services have 10 endpoints.
+// BenchmarkRulesetLoss repeatedly deletes all rules of a node for a while. It measures the time
+// from the last deletion until connections to the first and to the last Service reach their
+// endpoints. Each Service has 10 endpoints.
 func BenchmarkRulesetLoss(b *testing.B) {
 	sizes := []int{10, 1000, 10_000}
 	if testing.Short() {
@@ -77,23 +77,23 @@ func BenchmarkRulesetLoss(b *testing.B) {
 					time.Sleep(20 * time.Millisecond)
 				}
 				flushRuleset(b, network.Node)
-				ended := time.Now()
+				flushed := time.Now()
 				var clients stdsync.WaitGroup
 				for i, addr := range addrs {
 					clients.Go(func() {
 						if !waitReachable(b, client, addr, "endpoint") {
 							return
 						}
-						took[i] = append(took[i], time.Since(ended))
+						took[i] = append(took[i], time.Since(flushed))
 					})
 				}
 				clients.Wait()
-				time.Sleep(200 * time.Millisecond) // until the last Replace has ended
+				time.Sleep(200 * time.Millisecond) // until the last Replace has returned
 			}
 			for i, name := range []string{"first", "last"} {
 				slices.Sort(took[i])
 				if len(took[i]) == 0 {
-					b.Fatalf("the %s Service was never reached", name)
+					b.Fatalf("no connection reached the %s Service", name)
 				}
 				b.ReportMetric(float64(took[i][len(took[i])/2].Milliseconds()), name+"-p50-ms")
 				b.ReportMetric(float64(took[i][len(took[i])-1].Milliseconds()), name+"-max-ms")
@@ -102,7 +102,7 @@ func BenchmarkRulesetLoss(b *testing.B) {
 	}
 }
 
-// flushRuleset deletes all rules of a node.
+// flushRuleset deletes all nftables rules of the node.
 func flushRuleset(b *testing.B, node *nettest.Host) {
 	b.Helper()
 	err := node.Do(func() error {
@@ -115,7 +115,7 @@ func flushRuleset(b *testing.B, node *nettest.Host) {
 	}
 }
 
-// waitReachable waits until a connection to an address is answered by a pod.
+// waitReachable waits until a connection to addr reaches the pod.
 func waitReachable(b *testing.B, client *nettest.Host, addr netip.AddrPort, pod string) bool {
 	b.Helper()
 	for deadline := time.Now().Add(30 * time.Second); time.Now().Before(deadline); {
@@ -126,6 +126,6 @@ func waitReachable(b *testing.B, client *nettest.Host, addr netip.AddrPort, pod 
 			return true
 		}
 	}
-	b.Errorf("%s is not reached", addr)
+	b.Errorf("no connection to %s reached the pod within 30s", addr)
 	return false
 }

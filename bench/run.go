@@ -10,20 +10,20 @@ import (
 	"fairlead.io/fairlead/bench/statistics"
 )
 
-// Run measures Fairlead on this machine, in network namespaces of its own, which are
-// gone when it returns. It needs CAP_NET_ADMIN and CAP_SYS_ADMIN. It returns
-// the context's error when that ends before.
+// Run measures Fairlead on this machine, in separate network namespaces that it removes before it
+// returns. It needs CAP_NET_ADMIN and CAP_SYS_ADMIN. If ctx is done, Run returns the context's
+// error.
 func Run(ctx context.Context, o Options) (*result.Report, error) {
 	if err := o.Validate(); err != nil {
 		return nil, err
 	}
 	o = o.withDefaults()
 	begin := time.Now()
-	here := result.DetectEnvironment()
-	m := &measurements{system: o.Mode, environment: here.Name}
+	environment := result.DetectEnvironment()
+	m := &measurements{system: o.Mode, environment: environment.Name}
 	report := &result.Report{
 		Schema: result.Schema, Time: begin.UTC().Truncate(time.Second), Command: o.Command, Version: o.Version,
-		Environments: []result.Environment{here},
+		Environments: []result.Environment{environment},
 		Systems:      []result.System{{Name: o.Mode, Version: o.Version}},
 	}
 	for _, stage := range []struct {
@@ -57,7 +57,7 @@ func Run(ctx context.Context, o Options) (*result.Report, error) {
 
 func (o Options) includes(p Part) bool { return slices.Contains(o.Only, p) }
 
-// measurements gathers what the parts find out about one system.
+// measurements collects the results for one system.
 type measurements struct {
 	system      string
 	environment string
@@ -66,25 +66,27 @@ type measurements struct {
 	notes       []string
 }
 
-// addSamples adds samples, if there are any.
+// addSamples adds a measurement of m.system, unless samples and values are both empty.
 func (m *measurements) addSamples(measure result.Measure, scenario result.Scenario, unit string, samples []float64, values ...result.Value) {
 	m.add(m.system, measure, scenario, unit, samples, values...)
 }
 
+// add adds a measurement of the named system, unless samples and values are both empty. It omits
+// more than [result.MaxSamples] samples.
 func (m *measurements) add(
 	system string, measure result.Measure, scenario result.Scenario, unit string, samples []float64, values ...result.Value,
 ) {
 	if len(samples) == 0 && len(values) == 0 {
 		return
 	}
-	one := result.Measurement{
+	measurement := result.Measurement{
 		Measure: measure, System: system, Environment: m.environment, Scenario: scenario, Unit: unit,
 		Distribution: statistics.Summarize(samples), Values: values,
 	}
 	if len(samples) <= result.MaxSamples {
-		one.Samples = samples
+		measurement.Samples = samples
 	}
-	m.all = append(m.all, one)
+	m.all = append(m.all, measurement)
 }
 
 func (m *measurements) addNote(text string) { m.notes = append(m.notes, text) }

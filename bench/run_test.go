@@ -17,7 +17,7 @@ import (
 	"fairlead.io/fairlead/bench/result"
 )
 
-// smallOptions are options with which everything is measured in some seconds.
+// smallOptions returns options that measure everything within a few seconds.
 func smallOptions() bench.Options {
 	return bench.Options{
 		Services: 20, Endpoints: 3, Samples: 10, Rates: []float64{100, 5000}, ChurnTime: 200 * time.Millisecond,
@@ -25,22 +25,22 @@ func smallOptions() bench.Options {
 	}
 }
 
-// TestRun measures everything once, and checks that all is in the report, that the
-// figures can be, and that nothing is left.
+// TestRun measures everything once. It checks that the report is complete and its figures
+// plausible, and that Run leaves no files open.
 func TestRun(t *testing.T) {
 	before := openFiles(t)
 	o := smallOptions()
 	var progress []string
-	o.Progress = func(words string) { progress = append(progress, words) }
+	o.Progress = func(line string) { progress = append(progress, line) }
 	report, err := bench.Run(t.Context(), o)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if left := openFiles(t); len(left) > len(before) {
-		t.Errorf("files that are left open: %q, were %q", left, before)
+		t.Errorf("Run left files open: got %q, want %q", left, before)
 	}
 	if len(progress) < len(bench.Parts()) {
-		t.Errorf("progress was told %d times: %q", len(progress), progress)
+		t.Errorf("Progress was called %d times: %q", len(progress), progress)
 	}
 	const starts = 3
 	base := result.Scenario{Services: 20, Endpoints: 3}
@@ -78,37 +78,36 @@ func TestRun(t *testing.T) {
 	for _, m := range report.Measurements {
 		k := key{m.Measure, m.System, m.Scenario}
 		if _, twice := got[k]; twice {
-			t.Errorf("two measurements of %v", k)
+			t.Errorf("duplicate measurement %v", k)
 		}
 		got[k] = len(m.Samples)
-		// Fairness counts, and of some changes packets may show that they were there
-		// before any time has passed.
+		// Fairness counts connections. Packets may show some changes before any time has passed.
 		for _, s := range m.Samples {
 			if s < 0 || m.Unit == "s" && s > 60 || s == 0 && m.Unit != "1" {
-				t.Errorf("%v: a sample of %g %s", k, s, m.Unit)
+				t.Errorf("%v: implausible sample %g %s", k, s, m.Unit)
 			}
 		}
 		if d := m.Distribution; d != nil && (d.N != len(m.Samples) || !slices.IsSorted([]float64{d.Min, d.P50, d.P90, d.P99, d.Max})) {
-			t.Errorf("%v: distribution %+v of %d samples", k, d, len(m.Samples))
+			t.Errorf("%v: wrong distribution %+v of %d samples", k, d, len(m.Samples))
 		}
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
-		t.Errorf("measurements and their samples (-want +got):\n%s", diff)
+		t.Errorf("number of samples by measurement (-want +got):\n%s", diff)
 	}
 	for _, r := range report.Ratios {
 		if r.Ratio <= 0 || r.Low > r.Ratio || r.High < r.Ratio {
-			t.Errorf("ratio %+v", r)
+			t.Errorf("inconsistent ratio %+v", r)
 		}
 	}
 	if m := report.Find(result.Fairness, "nft", result.Native, base); m != nil {
 		if p, ok := m.Value("p-value"); !ok || p.Value < 1e-6 {
-			t.Errorf("connections do not spread equally: %+v", m)
+			t.Errorf("connections are not distributed evenly: %+v", m)
 		}
 	}
 	if m := report.Find(result.Memory, "nft", result.Native, base); m != nil {
 		for _, name := range []string{"resident", "peak-resident", "kernel"} {
 			if _, ok := m.Value(name); !ok {
-				t.Errorf("memory has no value %q", name)
+				t.Errorf("the memory measurement has no value %q", name)
 			}
 		}
 	}
@@ -121,16 +120,16 @@ func TestRun(t *testing.T) {
 		t.Fatal(err)
 	}
 	if diff := cmp.Diff(report, again); diff != "" {
-		t.Errorf("the report is not what was written of it (-want +got):\n%s", diff)
+		t.Errorf("report after Write and Read (-want +got):\n%s", diff)
 	}
 }
 
-// TestRunInterrupted ends the context in each part: Run must return soon, with the
-// context's error, and leave nothing.
+// TestRunInterrupted cancels the context in each part: Run must return soon with the context's
+// error and leave no files open.
 func TestRunInterrupted(t *testing.T) {
 	type test struct {
 		options bench.Options
-		during  string // what progress says
+		during  string // cancel at the first line of progress that contains this
 	}
 	tests := map[string]test{}
 	for _, part := range bench.Parts() {
@@ -140,7 +139,7 @@ func TestRunInterrupted(t *testing.T) {
 	}
 	slow := smallOptions()
 	slow.Only, slow.Rates, slow.ChurnTime = []bench.Part{bench.Churn}, []float64{1e-3}, time.Hour
-	tests["churn that waits"] = test{slow, ""}
+	tests["churn between changes"] = test{slow, ""}
 	slow = smallOptions()
 	slow.Only, slow.ThroughputTime = []bench.Part{bench.DataPath}, time.Hour
 	tests["transfer"] = test{slow, "transfer"}
@@ -150,8 +149,8 @@ func TestRunInterrupted(t *testing.T) {
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
 			var interrupted time.Time
-			tc.options.Progress = func(words string) {
-				if interrupted.IsZero() && strings.Contains(words, tc.during) {
+			tc.options.Progress = func(line string) {
+				if interrupted.IsZero() && strings.Contains(line, tc.during) {
 					interrupted = time.Now().Add(100 * time.Millisecond)
 					time.AfterFunc(time.Until(interrupted), cancel)
 				}
@@ -161,10 +160,10 @@ func TestRunInterrupted(t *testing.T) {
 				t.Errorf("error %v, want context.Canceled", err)
 			}
 			if took := time.Since(interrupted); took > 5*time.Second {
-				t.Errorf("it took %s to end", took)
+				t.Errorf("Run took %s to return", took)
 			}
 			if left := openFiles(t); len(left) > len(before) {
-				t.Errorf("files that are left open: %q, were %q", left, before)
+				t.Errorf("Run left files open: got %q, want %q", left, before)
 			}
 		})
 	}
@@ -175,17 +174,17 @@ func TestRunInvalidOptions(t *testing.T) {
 		options bench.Options
 		want    string
 	}{
-		"mode":           {bench.Options{Mode: "iptables"}, `--mode: unknown mode "iptables": use nft or ipvs`},
-		"part":           {bench.Options{Only: []bench.Part{"speed"}}, `--only: unknown part "speed": use some of update,start`},
-		"services":       {bench.Options{Services: -1}, "--services: -1"},
-		"many services":  {bench.Options{Services: 1_000_000}, "1000000 Services of 10 endpoints: there are addresses for 800000"},
-		"endpoints":      {bench.Options{Endpoints: -1}, "--endpoints: -1"},
-		"samples":        {bench.Options{Samples: -5}, "--samples: -5"},
-		"size":           {bench.Options{Sizes: []int{0}}, "--data-path-services: 0"},
-		"rate":           {bench.Options{Rates: []float64{0}}, "--rates: 0"},
-		"time of churn":  {bench.Options{ChurnTime: -time.Second}, "--churn-time: -1s"},
-		"time to send":   {bench.Options{ThroughputTime: -time.Second}, "--throughput-time: -1s"},
-		"several things": {bench.Options{Mode: "x", Samples: -1}, "--samples: -1"},
+		"mode":            {bench.Options{Mode: "iptables"}, `--mode: unknown mode "iptables": use nft or ipvs`},
+		"part":            {bench.Options{Only: []bench.Part{"speed"}}, `--only: unknown part "speed": use one or more of update,start`},
+		"services":        {bench.Options{Services: -1}, "--services: invalid value -1"},
+		"many services":   {bench.Options{Services: 1_000_000}, "--services: 1000000 Services of 10 endpoints need too many addresses: use at most 800000"},
+		"endpoints":       {bench.Options{Endpoints: -1}, "--endpoints: invalid value -1"},
+		"samples":         {bench.Options{Samples: -5}, "--samples: invalid value -5"},
+		"size":            {bench.Options{Sizes: []int{0}}, "--data-path-services: invalid value 0"},
+		"rate":            {bench.Options{Rates: []float64{0}}, "--rates: invalid value 0"},
+		"churn time":      {bench.Options{ChurnTime: -time.Second}, "--churn-time: invalid duration -1s"},
+		"throughput time": {bench.Options{ThroughputTime: -time.Second}, "--throughput-time: invalid duration -1s"},
+		"several errors":  {bench.Options{Mode: "x", Samples: -1}, "--samples: invalid value -1"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			if _, err := bench.Run(t.Context(), tc.options); err == nil || !strings.Contains(err.Error(), tc.want) {
@@ -195,7 +194,7 @@ func TestRunInvalidOptions(t *testing.T) {
 	}
 }
 
-// openFiles returns what namespaces and sockets the process has open.
+// openFiles returns the network namespaces and sockets that this process has open.
 func openFiles(t *testing.T) []string {
 	t.Helper()
 	entries, err := os.ReadDir("/proc/self/fd")

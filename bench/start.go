@@ -13,8 +13,8 @@ import (
 	"fairlead.io/fairlead/kube"
 )
 
-// start measures starts, each on a new node. A restart follows on those that the
-// probe did not look at.
+// start measures cold starts, each on a new node. A warm restart follows each cold start that the
+// probe does not observe.
 func start(ctx context.Context, o Options, m *measurements) error {
 	services := newServices(o.Services, o.Endpoints)
 	vips := make([]netip.AddrPort, len(services))
@@ -23,7 +23,7 @@ func start(ctx context.Context, o Options, m *measurements) error {
 	}
 	var complete, answer, restart []float64
 	for i := range o.startCount() {
-		o.Progress(fmt.Sprintf("start: %d Services, start %d of %d", o.Services, i+1, o.startCount()))
+		o.Progress(fmt.Sprintf("start: %d Services, cold start %d of %d", o.Services, i+1, o.startCount()))
 		err := withTestbed(func(r *testbed.Testbed, _ *testbed.Probe) error {
 			took, err := startOnce(ctx, o, r, initialDelta(services, r.Node.IPv4))
 			if err != nil || !o.includes(Restart) {
@@ -31,7 +31,7 @@ func start(ctx context.Context, o Options, m *measurements) error {
 				return err
 			}
 			complete = append(complete, took.Seconds())
-			o.Progress(fmt.Sprintf("restart: %d Services, restart %d of %d", o.Services, i+1, o.startCount()))
+			o.Progress(fmt.Sprintf("restart: %d Services, warm restart %d of %d", o.Services, i+1, o.startCount()))
 			took, err = restartOnce(ctx, o, r, initialDelta(services, r.Node.IPv4))
 			restart = append(restart, took.Seconds())
 			return err
@@ -42,7 +42,7 @@ func start(ctx context.Context, o Options, m *measurements) error {
 		if !o.includes(Start) {
 			continue
 		}
-		o.Progress(fmt.Sprintf("start until all answer: %d Services, start %d of %d", o.Services, i+1, o.startCount()))
+		o.Progress(fmt.Sprintf("start until all Services answer: %d Services, cold start %d of %d", o.Services, i+1, o.startCount()))
 		err = withTestbed(func(r *testbed.Testbed, p *testbed.Probe) error {
 			took, err := startUntilAllAnswer(ctx, o, r, p, initialDelta(services, r.Node.IPv4), vips)
 			answer = append(answer, took.Seconds())
@@ -61,10 +61,10 @@ func start(ctx context.Context, o Options, m *measurements) error {
 	return nil
 }
 
-// startOnce returns the time from nothing, with all objects at hand, to the kernel's
-// acknowledgement of the last of them.
+// startOnce starts the pipeline with all objects available. It returns the time until the kernel
+// acknowledges the last of them.
 func startOnce(ctx context.Context, o Options, r *testbed.Testbed, all kube.Delta) (took time.Duration, err error) {
-	runtime.GC() // what was before must not count
+	runtime.GC() // garbage of earlier measurements must not count
 	begin := time.Now()
 	s, err := newPipelineUnderTest(ctx, o, r)
 	if err != nil {
@@ -75,7 +75,8 @@ func startOnce(ctx context.Context, o Options, r *testbed.Testbed, all kube.Delt
 	return end.Sub(begin), err
 }
 
-// startUntilAllAnswer is startOnce until the last of the Services answers.
+// startUntilAllAnswer starts the pipeline like startOnce, and returns the time until the last
+// Service answers.
 func startUntilAllAnswer(
 	ctx context.Context, o Options, r *testbed.Testbed, p *testbed.Probe, all kube.Delta, vips []netip.AddrPort,
 ) (took time.Duration, err error) {
@@ -101,20 +102,20 @@ func startUntilAllAnswer(
 	return took, err
 }
 
-// restartOnce is startOnce where all is programmed. That something is written then
-// is an error.
+// restartOnce measures startOnce with everything programmed already. It returns an error if the
+// restart writes anything.
 func restartOnce(ctx context.Context, o Options, r *testbed.Testbed, all kube.Delta) (took time.Duration, err error) {
-	told, err := newMonitor(r.Node.Fd())
+	notifications, err := newMonitor(r.Node.Fd())
 	if err != nil {
 		return 0, err
 	}
-	defer func() { err = errors.Join(err, told.close()) }()
+	defer func() { err = errors.Join(err, notifications.close()) }()
 	if took, err = startOnce(ctx, o, r, all); err != nil {
 		return 0, err
 	}
-	written, err := told.read()
+	written, err := notifications.read()
 	if err == nil && written != (notificationCount{}) {
-		err = fmt.Errorf("a restart with nothing to do has written: %+v", written)
+		err = fmt.Errorf("the warm restart wrote to the kernel although nothing had changed: %+v", written)
 	}
 	return took, err
 }

@@ -18,14 +18,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// workload is a number of Services, with a number of endpoints each.
+// workload is a number of Services with a number of endpoints each.
 type workload struct{ services, endpoints int }
 
 func (l workload) String() string {
 	return fmt.Sprintf("services=%d/endpoints=%d", l.services, l.endpoints)
 }
 
-// workloads are what a start is measured with.
+// workloads returns the workloads to measure starts with.
 func workloads() []workload {
 	var all []workload
 	for _, n := range serviceCounts() {
@@ -37,9 +37,9 @@ func workloads() []workload {
 	return append(all, workload{5000, 50})
 }
 
-// BenchmarkColdStart is the time for a first Replace in an empty kernel, and
-// for a second one, which only reads. It also reports which part of the
-// first is spent in the kernel.
+// BenchmarkColdStart measures the first Replace in an empty kernel, and a second Replace, which
+// only reads. It also reports the share of processor time that the first Replace spends in the
+// kernel.
 func BenchmarkColdStart(b *testing.B) {
 	for _, backend := range backends() {
 		for _, size := range workloads() {
@@ -79,9 +79,9 @@ func BenchmarkColdStart(b *testing.B) {
 	}
 }
 
-// BenchmarkOtherTransactions reports how long another user of nftables has to wait for a
-// transaction of one rule: while Services are programmed, and while all of them are
-// removed. It looks every millisecond.
+// BenchmarkOtherTransactions measures how long another user of nftables waits for a transaction of
+// one rule, while a backend programs Services and while it removes them. The other user starts a
+// transaction every millisecond.
 func BenchmarkOtherTransactions(b *testing.B) {
 	sizes := []workload{{10_000, endpointsPerService}, {5000, 50}, {1, 50_000}}
 	if testing.Short() {
@@ -91,18 +91,18 @@ func BenchmarkOtherTransactions(b *testing.B) {
 		for _, size := range sizes {
 			b.Run(fmt.Sprintf("backend=%s/%s", backend.name, size), func(b *testing.B) {
 				services := newServices(size.services, size.endpoints)
-				var come, gone, idle []time.Duration
+				var adding, removing, idle []time.Duration
 				for b.Loop() {
 					ns := newNamespace(b)
 					d := backend.open(b, ns.Fd())
 					idle = append(idle, transactionLatencies(b, ns, func() { time.Sleep(100 * time.Millisecond) })...)
-					come = append(come, transactionLatencies(b, ns, func() { replace(b, d, slices.Values(services)) })...)
-					gone = append(gone, transactionLatencies(b, ns, func() { replace(b, d, slices.Values(services[:0])) })...)
+					adding = append(adding, transactionLatencies(b, ns, func() { replace(b, d, slices.Values(services)) })...)
+					removing = append(removing, transactionLatencies(b, ns, func() { replace(b, d, slices.Values(services[:0])) })...)
 					if err := d.Close(); err != nil {
 						b.Error(err)
 					}
 				}
-				for name, took := range map[string][]time.Duration{"come": come, "gone": gone, "idle": idle} {
+				for name, took := range map[string][]time.Duration{"adding": adding, "removing": removing, "idle": idle} {
 					b.ReportMetric(bench.Percentile(took, 99).Seconds()*1e3, name+"-p99-ms")
 					b.ReportMetric(bench.Percentile(took, 100).Seconds()*1e3, name+"-max-ms")
 				}
@@ -111,7 +111,7 @@ func BenchmarkOtherTransactions(b *testing.B) {
 	}
 }
 
-// transactionLatencies returns how long the transactions of another user took until work was done.
+// transactionLatencies returns the durations of another user's transactions while work runs.
 func transactionLatencies(b *testing.B, ns *nettest.Namespace, work func()) []time.Duration {
 	b.Helper()
 	conn, err := nftables.New(nftables.AsLasting(), nftables.WithNetNSFd(ns.Fd()))
@@ -155,9 +155,8 @@ func transactionLatencies(b *testing.B, ns *nettest.Namespace, work func()) []ti
 	return took
 }
 
-// BenchmarkMemory reports the memory that is held for a Service with its
-// endpoints: by the Service itself, the syncer and the backend, with all of
-// them programmed.
+// BenchmarkMemory reports the memory held for each Service with its endpoints when all Services
+// are programmed: by the Service itself, the syncer and the backend.
 func BenchmarkMemory(b *testing.B) {
 	for _, backend := range backends() {
 		for _, n := range serviceCounts() {
@@ -175,10 +174,10 @@ func BenchmarkMemory(b *testing.B) {
 	}
 }
 
-// liveHeap returns the bytes of live objects.
+// liveHeap returns the bytes of live heap objects.
 func liveHeap() uint64 {
 	runtime.GC()
-	runtime.GC() // what finalizers have kept
+	runtime.GC() // collect objects that finalizers kept alive
 	var m runtime.MemStats
 	runtime.ReadMemStats(&m)
 	return m.HeapAlloc
@@ -193,8 +192,7 @@ func replace(b *testing.B, d dataplane.Dataplane, services iter.Seq[*dataplane.S
 	return time.Since(begin)
 }
 
-// cpu returns the time that this process has spent in user mode and in the
-// kernel.
+// cpu returns the processor time that this process has spent in user mode and in the kernel.
 func cpu(b *testing.B) (user, kernel time.Duration) {
 	b.Helper()
 	var r unix.Rusage

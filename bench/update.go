@@ -18,22 +18,22 @@ import (
 	"fairlead.io/fairlead/kube"
 )
 
-// updater makes one change after another, and measures each.
+// updater makes single changes and measures each of them.
 type updater struct {
 	pipeline *pipelineUnderTest
 	probe    *testbed.Probe
 	services []*cluster.Service
-	// endpoints is the number that a Service has at rest.
+	// endpoints is the number of endpoints of each Service between changes.
 	endpoints int
-	usedAddrs int // addresses used so far
-	// untilPacket says that the probe looks; otherwise the kernel's acknowledgement
-	// counts, without the probe's packets beside.
+	usedAddrs int // number of addresses used so far
+	// untilPacket makes the updater measure until packets show a change, instead of until the
+	// kernel acknowledges it without any traffic.
 	untilPacket bool
 	samples     map[result.Measure]map[result.Change][]float64
 }
 
-// update measures single changes. Between them there is rest. The kinds take turns,
-// so that what else happens on the machine hits all alike.
+// update measures single changes on an otherwise idle node. The kinds of change alternate, so that
+// other activity on the machine affects all of them equally.
 func update(ctx context.Context, o Options, m *measurements) error {
 	services := newServices(o.Services, o.Endpoints)
 	return withLoadedTestbed(ctx, o, services, func(s *pipelineUnderTest, p *testbed.Probe) error {
@@ -60,40 +60,40 @@ func changes() []result.Change {
 	return []result.Change{result.ReplaceEndpoint, result.ScaleUp, result.ScaleDown, result.CreateService, result.DeleteService}
 }
 
-// round makes each change twice: for the kernel's acknowledgement, and for the
-// probe.
+// round makes each change twice: once until the kernel's acknowledgement and once until packets
+// show it.
 func (u *updater) round(ctx context.Context, i int) error {
 	for _, u.untilPacket = range []bool{false, true} {
-		const stride = 7919 // all over the table
+		const stride = 7919 // prime: spreads the changes over all Services
 		at := i * stride % len(u.services)
 		if err := u.changeEndpoints(ctx, at); err != nil {
 			return fmt.Errorf("change %s: %w", u.services[at].Name(), err)
 		}
 		if err := u.createAndDeleteService(ctx); err != nil {
-			return fmt.Errorf("one more Service: %w", err)
+			return fmt.Errorf("create and delete a Service: %w", err)
 		}
 	}
 	return nil
 }
 
-// changeEndpoints changes the endpoints of a Service.
-func (u *updater) changeEndpoints(ctx context.Context, at int) error {
-	old := u.services[at]
+// changeEndpoints replaces an endpoint of a Service, and adds and removes another.
+func (u *updater) changeEndpoints(ctx context.Context, index int) error {
+	old := u.services[index]
 	addr := u.nextAddr()
 	replaced := old.WithReplacedEndpoint(addr)
 	if err := u.measure(ctx, result.ReplaceEndpoint, replaced, testbed.ToEndpoint(addr), sliceDelta(replaced)); err != nil {
 		return err
 	}
-	u.services[at] = replaced
-	more := u.nextAddr()
-	scaled := replaced.WithEndpoint(more)
-	if err := u.measure(ctx, result.ScaleUp, scaled, testbed.ToEndpoint(more), sliceDelta(scaled)); err != nil {
+	u.services[index] = replaced
+	added := u.nextAddr()
+	scaled := replaced.WithEndpoint(added)
+	if err := u.measure(ctx, result.ScaleUp, scaled, testbed.ToEndpoint(added), sliceDelta(scaled)); err != nil {
 		return err
 	}
-	return u.measure(ctx, result.ScaleDown, replaced, testbed.ToEndpoint(more), sliceDelta(replaced))
+	return u.measure(ctx, result.ScaleDown, replaced, testbed.ToEndpoint(added), sliceDelta(replaced))
 }
 
-// createAndDeleteService creates a Service and deletes it.
+// createAndDeleteService creates a Service and deletes it again.
 func (u *updater) createAndDeleteService(ctx context.Context) error {
 	s := &cluster.Service{Index: len(u.services)}
 	for range u.endpoints {
@@ -108,18 +108,19 @@ func (u *updater) createAndDeleteService(ctx context.Context) error {
 		kube.Delta{DeletedEndpointSlices: []types.NamespacedName{s.SliceName()}})
 }
 
-// nextAddr returns an endpoint's address that was not used before.
+// nextAddr returns an unused endpoint address.
 func (u *updater) nextAddr() netip.Addr {
 	u.usedAddrs++
 	return cluster.WatchedAddr(u.usedAddrs)
 }
 
+// sliceDelta returns a Delta with the EndpointSlice of the Service.
 func sliceDelta(s *cluster.Service) kube.Delta {
 	return kube.Delta{EndpointSlices: []*discoveryv1.EndpointSlice{s.Slice()}}
 }
 
-// measure makes a change, and waits until it has its effect: at is where packets
-// arrive from then on, or until then if the change removes something.
+// measure makes a change and waits for its effect. at selects the endpoints where packets arrive
+// after the change, or, if the change removes something, until the change.
 func (u *updater) measure(
 	ctx context.Context, change result.Change, s *cluster.Service, at func(netip.Addr) bool, deltas ...kube.Delta,
 ) error {
@@ -141,8 +142,7 @@ func (u *updater) measure(
 	return nil
 }
 
-// timeToAck makes a change and returns the time from the event to the kernel's
-// acknowledgement.
+// timeToAck makes a change and returns the time from event until the kernel acknowledges it.
 func (u *updater) timeToAck(ctx context.Context, event time.Time, deltas []kube.Delta) (time.Duration, error) {
 	if err := u.pipeline.apply(deltas...); err != nil {
 		return 0, err
@@ -163,8 +163,8 @@ func (u *updater) timeToPacket(
 	}
 	seen := make(chan outcome, 1)
 	ready := make(chan struct{})
-	// The probe has a thread of its own, which is awake when the event comes:
-	// waking it takes longer than the change.
+	// The probe runs on a separate thread that busy-waits for the event: waking a sleeping thread
+	// takes longer than the change.
 	var event atomic.Pointer[time.Time]
 	go func() {
 		runtime.LockOSThread()
@@ -185,7 +185,7 @@ func (u *updater) timeToPacket(
 	now := time.Now()
 	event.Store(&now)
 	if _, err := u.timeToAck(ctx, now, deltas); err != nil {
-		cancel() // there is nothing to be seen
+		cancel() // the probe would wait in vain
 		<-seen
 		return 0, err
 	}
@@ -193,6 +193,7 @@ func (u *updater) timeToPacket(
 	return o.After, o.err
 }
 
-// requiredMisses is how many packets in a row must miss one of so many endpoints to show that
-// it is gone: that it happens by chance has a probability of some 1 in 100,000.
+// requiredMisses returns how many consecutive packets must miss one of the given number of
+// endpoints to show that this endpoint is gone. The probability of that many misses by chance is
+// about 1 in 100,000.
 func requiredMisses(endpoints int) int { return max(12*(endpoints+1), 20) }

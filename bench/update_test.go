@@ -10,8 +10,8 @@ import (
 	"fairlead.io/fairlead/bench"
 )
 
-// BenchmarkUpdate is the time from the syncer's input to the kernel's
-// acknowledgement, for one change at a time.
+// BenchmarkUpdate measures the time from a change at the syncer's input until the kernel
+// acknowledges it, one change at a time.
 func BenchmarkUpdate(b *testing.B) {
 	for _, backend := range backends() {
 		for _, n := range serviceCounts() {
@@ -25,20 +25,20 @@ func BenchmarkUpdate(b *testing.B) {
 	}
 }
 
-// BenchmarkUpdateLargest is BenchmarkUpdate for one Service with 5,000 endpoints,
-// alone and beside others.
+// BenchmarkUpdateLargest runs BenchmarkUpdate on one Service with 5,000 endpoints, alone and
+// beside other Services.
 func BenchmarkUpdateLargest(b *testing.B) {
-	endpoints, others := 5000, []int{0, 10_000}
+	endpoints, otherServices := 5000, []int{0, 10_000}
 	if testing.Short() {
-		endpoints, others = 50, []int{0, 10}
+		endpoints, otherServices = 50, []int{0, 10}
 	}
 	for _, backend := range backends() {
-		for _, n := range others {
+		for _, n := range otherServices {
 			b.Run(fmt.Sprintf("backend=%s/endpoints=%d/others=%d", backend.name, endpoints, n), func(b *testing.B) {
 				services := newServices(n+1, endpointsPerService)
 				services[0] = bench.Service(0, endpoints)
 				s := start(b, backend.open, services)
-				s.services = s.services[:1] // the others are left alone
+				s.services = s.services[:1] // only the first Service changes
 				b.Run("replace-endpoint", func(b *testing.B) { s.replaceEndpoint(b) })
 				b.Run("add-endpoint", func(b *testing.B) { s.addEndpoint(b) })
 				b.Run("remove-endpoint", func(b *testing.B) { s.removeEndpoint(b) })
