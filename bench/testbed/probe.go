@@ -13,22 +13,21 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Probe finds out by packets when something happens to a Service. It sends first
-// packets of connections (TCP SYN), each from an address and port that was not used
-// before, so that each is translated anew and connection tracking has nothing to
-// say, and sees which of them arrive at Watched endpoints.
+// Probe measures with packets when a change of a Service takes effect. It sends initial packets of
+// connections (TCP SYN), each from an unused source address and port, so that the node translates
+// each packet as a new connection and connection tracking has no entry for it. It observes which
+// packets arrive at watched endpoints.
 //
-// It sends as fast as it can at first, some microseconds apart, and the later the
-// more rarely: what has lasted for a time t is found out t/256 late at most, for
-// each packet that it takes, and the probe takes little of the machine from slow
-// systems.
+// At first the probe sends as fast as it can, a few microseconds apart. It slows down as time
+// passes: it observes an effect after the time t at most t/256 late for each packet that it needs,
+// and takes little processor time from slow systems.
 //
-// A Probe is for one goroutine. The caller closes it.
+// A Probe must not be used concurrently. The caller must close it.
 type Probe struct {
 	sendFD, receiveFD int // file descriptors
 	packet            [ipHeader + tcpHeader]byte
-	sourcesUsed       uint32 // sources so far
-	lastSeq           uint32 // of the last packet
+	sourcesUsed       uint32 // number of sources used so far
+	lastSeq           uint32 // sequence number of the last packet
 	buf               [256]byte
 	throttleUntil     <-chan struct{}
 }
@@ -38,7 +37,7 @@ const (
 	tcpHeader = 20
 )
 
-// NewProbe returns a Probe of the testbed's client and endpoints.
+// NewProbe returns a Probe that sends from the client and receives at the endpoints.
 func (r *Testbed) NewProbe() (*Probe, error) {
 	p := &Probe{sendFD: -1, receiveFD: -1}
 	err := r.Client.Do(func() (err error) {
@@ -52,7 +51,7 @@ func (r *Testbed) NewProbe() (*Probe, error) {
 		})
 	}
 	if err == nil {
-		const buffer = 4 << 20 // for all that arrives while the probe does not run
+		const buffer = 4 << 20 // bytes; holds the packets that arrive while the probe is not scheduled
 		err = os.NewSyscallError("setsockopt", unix.SetsockoptInt(p.receiveFD, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, buffer))
 	}
 	if err != nil {
@@ -73,90 +72,90 @@ func (p *Probe) Close() error {
 	return errors.Join(errs...)
 }
 
-// ThrottleUntil has the Probe keep packets apart by 100 µs until the channel is closed, for an
-// event that takes others a processor to bring about. It holds for the next time that
-// packets are sent only.
-func (p *Probe) ThrottleUntil(until <-chan struct{}) { p.throttleUntil = until }
+// ThrottleUntil makes the next measurement send packets at least 100 µs apart until the channel is
+// closed, if other programs need the processor to bring about the event. It affects one
+// measurement only.
+func (p *Probe) ThrottleUntil(done <-chan struct{}) { p.throttleUntil = done }
 
-// ErrNotObserved is wrapped by the error of a Probe that has waited for too long.
-var ErrNotObserved = errors.New("the packets do not show it in time")
+// ErrNotObserved is wrapped by the error of a Probe that has waited too long.
+var ErrNotObserved = errors.New("packets did not show the change in time")
 
-// defaultTimeout is how long a Probe waits when its context has no deadline.
+// defaultTimeout is the time that a Probe waits if its context has no deadline.
 const defaultTimeout = time.Minute
 
-// Observation is what a Probe has seen.
+// Observation is the result of a measurement of a Probe.
 type Observation struct {
-	// After is the time from the event until packets showed it.
+	// After is the time from the event until packets showed its effect.
 	After time.Duration
-	// Packets is how many were sent, and Interval the time between the last two.
+	// Packets is the number of packets sent, and Interval the time between the last two of them.
 	Packets  int
 	Interval time.Duration
 }
 
-// ToEndpoint returns a function for one address, as the methods of [Probe] want it.
+// ToEndpoint returns a filter for packets that arrive at addr, for the methods of [Probe].
 func ToEndpoint(addr netip.Addr) func(netip.Addr) bool {
 	return func(a netip.Addr) bool { return a == addr }
 }
 
-// ToAnyEndpoint is true of every address.
+// ToAnyEndpoint is a filter for packets that arrive at any watched endpoint.
 func ToAnyEndpoint(netip.Addr) bool { return true }
 
-// FirstArrival sends packets to a Service until the first arrives at an endpoint
-// that at says yes to. event is the time from which the Sighting counts: what
-// happens then must be under way, as FirstArrival blocks. Not to see it in a minute,
-// or until the context's deadline, is an error that wraps [ErrNotObserved].
+// FirstArrival sends packets to a Service until a packet arrives at an endpoint for which at
+// returns true. Observation.After counts from event. FirstArrival blocks, so the caller must start
+// the change before or concurrently. If no packet arrives within a minute, or by the context's
+// deadline, FirstArrival returns an error that wraps [ErrNotObserved].
 func (p *Probe) FirstArrival(ctx context.Context, event time.Time, service netip.AddrPort, at func(netip.Addr) bool) (Observation, error) {
 	arrived := false
 	s, err := p.sendUntil(ctx, event, service, func(_ uint32, addr netip.Addr) { arrived = arrived || at(addr) },
 		func([]time.Time) bool { return arrived })
 	if err != nil {
-		return Observation{}, fmt.Errorf("wait for a packet to %s to arrive: %w", service, err)
+		return Observation{}, fmt.Errorf("wait until a packet to %s arrives: %w", service, err)
 	}
 	s.After = time.Since(event)
 	return s, nil
 }
 
-// LastArrival sends packets to a Service until quiet of them in a row have not
-// arrived at an endpoint that at says yes to. The Sighting's time is when the first of
-// these was sent. It is otherwise as FirstArrival; quiet must be many times the
-// number of endpoints that one is chosen from.
+// LastArrival sends packets to a Service until misses consecutive packets have not arrived at an
+// endpoint for which at returns true. Observation.After ends when the first of these packets was
+// sent. misses must be many times the number of endpoints that the Service selects from. Timeouts
+// are the same as in FirstArrival.
 func (p *Probe) LastArrival(
-	ctx context.Context, event time.Time, service netip.AddrPort, at func(netip.Addr) bool, quiet int,
+	ctx context.Context, event time.Time, service netip.AddrPort, at func(netip.Addr) bool, misses int,
 ) (Observation, error) {
 	first := p.lastSeq + 1
-	last := p.lastSeq // the last that has arrived
+	last := p.lastSeq // the last sequence number that has arrived
 	var after time.Time
-	note := func(number uint32, addr netip.Addr) {
-		if at(addr) && number >= first {
-			last = max(last, number)
+	record := func(seq uint32, addr netip.Addr) {
+		if at(addr) && seq >= first {
+			last = max(last, seq)
 		}
 	}
-	var late error
-	s, err := p.sendUntil(ctx, event, service, note, func(sent []time.Time) bool {
-		missing := func() bool { return int(p.lastSeq-last) >= quiet }
-		if !missing() {
+	var drainErr error
+	s, err := p.sendUntil(ctx, event, service, record, func(sent []time.Time) bool {
+		gone := func() bool { return int(p.lastSeq-last) >= misses }
+		if !gone() {
 			return false
 		}
-		if late = p.drain(note); late == nil && !missing() {
+		if drainErr = p.drain(record); drainErr == nil && !gone() {
 			return false
 		}
 		after = sent[last+1-first]
 		return true
 	})
-	if err = errors.Join(err, late); err != nil {
+	if err = errors.Join(err, drainErr); err != nil {
 		return Observation{}, fmt.Errorf("wait until packets to %s no longer arrive: %w", service, err)
 	}
 	s.After = after.Sub(event)
 	return s, nil
 }
 
-// backoffDivisor is the part of the time passed that is waited between packets.
+// backoffDivisor divides the time since the event to get the time between packets.
 const backoffDivisor = 256
 
-// sendUntil sends packets, and calls arrived for each that does, until done says that it
-// is. done is given when packets were sent.
+// sendUntil sends packets and calls arrived for each packet that arrives, until done returns true.
+// It passes to done the times at which packets were sent.
 func (p *Probe) sendUntil(
-	ctx context.Context, event time.Time, service netip.AddrPort, arrived func(number uint32, addr netip.Addr), done func([]time.Time) bool,
+	ctx context.Context, event time.Time, service netip.AddrPort, arrived func(seq uint32, addr netip.Addr), done func([]time.Time) bool,
 ) (Observation, error) {
 	if _, ok := ctx.Deadline(); !ok {
 		var cancel context.CancelFunc
@@ -164,7 +163,7 @@ func (p *Probe) sendUntil(
 		defer cancel()
 	}
 	defer p.ThrottleUntil(nil)
-	runtime.LockOSThread() // what the processor has of it stays near
+	runtime.LockOSThread() // keeps the processor's caches warm
 	defer runtime.UnlockOSThread()
 	if err := p.discardReceived(); err != nil {
 		return Observation{}, err
@@ -175,7 +174,7 @@ func (p *Probe) sendUntil(
 		if err := p.send(service); err != nil {
 			return Observation{}, err
 		}
-		// Between the namespaces packets go at once, within the system call.
+		// The kernel forwards packets between namespaces synchronously, within sendto.
 		if err := p.receive(arrived); err != nil {
 			return Observation{}, err
 		}
@@ -198,7 +197,7 @@ func (p *Probe) sendUntil(
 	}
 }
 
-// waitForNext waits until it is time for the next packet.
+// waitForNext waits until the next packet is due.
 func (p *Probe) waitForNext(last, event time.Time) {
 	next := last.Add(last.Sub(event) / backoffDivisor)
 	if p.throttleUntil != nil {
@@ -206,19 +205,19 @@ func (p *Probe) waitForNext(last, event time.Time) {
 		case <-p.throttleUntil:
 			p.throttleUntil = nil
 		default:
-			const gentle = 100 * time.Microsecond
-			next = last.Add(max(gentle, next.Sub(last)))
+			const minInterval = 100 * time.Microsecond
+			next = last.Add(max(minInterval, next.Sub(last)))
 		}
 	}
-	const shortest = 50 * time.Microsecond // to sleep
+	const minSleep = 50 * time.Microsecond
 	for {
 		left := time.Until(next)
 		switch {
 		case left <= 0:
 			return
-		case left > shortest:
+		case left > minSleep:
 			ts := unix.NsecToTimespec(int64(left))
-			_ = unix.Nanosleep(&ts, nil) // a signal may end it early
+			_ = unix.Nanosleep(&ts, nil) // a signal may interrupt the sleep
 		}
 	}
 }
@@ -227,7 +226,7 @@ func (p *Probe) waitForNext(last, event time.Time) {
 func (p *Probe) send(service netip.AddrPort) error {
 	p.lastSeq++
 	p.sourcesUsed++
-	const ports = 60000 // from 1024
+	const ports = 60000 // per source address, from port 1024
 	source := addrPlus(clientCIDR.Addr(), 1+p.sourcesUsed/ports)
 	b := p.packet[:]
 	clear(b)
@@ -245,14 +244,15 @@ func (p *Probe) send(service netip.AddrPort) error {
 	binary.BigEndian.PutUint16(tcp[14:], window)
 	binary.BigEndian.PutUint16(tcp[16:], tcpChecksum(ip[12:20], tcp))
 	err := unix.Sendto(p.sendFD, b, 0, &unix.SockaddrInet4{Addr: to})
-	// ENOBUFS and EPERM are packets that the client's own side has dropped.
+	// ENOBUFS and EPERM mean that the client's namespace dropped the packet.
 	if err != nil && !errors.Is(err, unix.ENOBUFS) && !errors.Is(err, unix.EPERM) && !errors.Is(err, unix.EINTR) {
 		return fmt.Errorf("send a packet to %s: %w", service, os.NewSyscallError("sendto", err))
 	}
 	return nil
 }
 
-// tcpChecksum is that of a segment of TCP between the addresses.
+// tcpChecksum returns the checksum of a TCP segment between the addresses, which are the source
+// and destination in network byte order.
 func tcpChecksum(addrs, segment []byte) uint16 {
 	sum := uint32(unix.IPPROTO_TCP + len(segment)) //nolint:gosec // a small number
 	for _, b := range [][]byte{addrs, segment} {
@@ -263,11 +263,11 @@ func tcpChecksum(addrs, segment []byte) uint16 {
 	for sum > 0xffff {
 		sum = sum>>16 + sum&0xffff
 	}
-	return ^uint16(sum) //nolint:gosec // 16 bits are left
+	return ^uint16(sum) //nolint:gosec // the sum has 16 bits
 }
 
-// receive calls arrived for each packet of the probe that has arrived.
-func (p *Probe) receive(arrived func(number uint32, addr netip.Addr)) error {
+// receive calls arrived for each packet of the probe that has arrived. It does not block.
+func (p *Probe) receive(arrived func(seq uint32, addr netip.Addr)) error {
 	for {
 		n, _, err := unix.Recvfrom(p.receiveFD, p.buf[:], 0)
 		switch {
@@ -276,23 +276,23 @@ func (p *Probe) receive(arrived func(number uint32, addr netip.Addr)) error {
 		case errors.Is(err, unix.EINTR):
 			continue
 		case err != nil:
-			return fmt.Errorf("see what arrives: %w", os.NewSyscallError("recvfrom", err))
+			return fmt.Errorf("receive probe packets: %w", os.NewSyscallError("recvfrom", err))
 		}
 		b := p.buf[:n]
 		if len(b) < ipHeader+tcpHeader {
 			continue
 		}
 		if from := netip.AddrFrom4([4]byte(b[12:16])); !clientCIDR.Contains(from) {
-			continue // another connection's
+			continue // not from a probe
 		}
 		tcp := b[int(b[0]&0xf)*4:]
 		arrived(binary.BigEndian.Uint32(tcp[4:]), netip.AddrFrom4([4]byte(b[16:20])))
 	}
 }
 
-// drain is receive until what was sent has had the time to arrive: on a busy machine the kernel
-// puts off what it does at once otherwise.
-func (p *Probe) drain(arrived func(number uint32, addr netip.Addr)) error {
+// drain receives until all sent packets have had time to arrive: on a busy machine the kernel may
+// defer forwarding.
+func (p *Probe) drain(arrived func(seq uint32, addr netip.Addr)) error {
 	const grace, period = 3 * time.Millisecond, 200 * time.Microsecond
 	for begin := time.Now(); time.Since(begin) < grace; time.Sleep(period) {
 		if err := p.receive(arrived); err != nil {
@@ -302,10 +302,10 @@ func (p *Probe) drain(arrived func(number uint32, addr netip.Addr)) error {
 	return p.receive(arrived)
 }
 
-// discardReceived drops what has arrived so far.
+// discardReceived drops the packets that have arrived so far.
 func (p *Probe) discardReceived() error { return p.receive(func(uint32, netip.Addr) {}) }
 
-// addrPlus returns the address n after another.
+// addrPlus returns the address n after addr.
 func addrPlus(addr netip.Addr, n uint32) netip.Addr {
 	b := addr.As4()
 	binary.BigEndian.PutUint32(b[:], binary.BigEndian.Uint32(b[:])+n)

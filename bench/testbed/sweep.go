@@ -9,14 +9,14 @@ import (
 	"time"
 )
 
-// sampleSize is how many Services Answers looks at all the time.
+// sampleSize is the number of Services that WaitAllAnswer checks first.
 const sampleSize = 64
 
-// WaitAllAnswer waits until the last of the Services answers, that is until of each a
-// packet has arrived at an endpoint, and returns the time from event. It looks at
-// some Services all the time, spread over the list with its ends, and at
-// the others once these answer; those that do not yet then are looked at until they
-// do. All endpoints must be seen: see [Testbed.SetBackgroundReachable].
+// WaitAllAnswer waits until every Service answers, which means that a packet to it has arrived at
+// an endpoint. It returns the time from event until the last Service answered. It repeatedly
+// checks a sample of the Services, spread over the list and including both ends. When the sample
+// answers, it checks all others once, and repeats this for those that do not answer yet. All
+// endpoints must be reachable, see [Testbed.SetBackgroundReachable].
 func (p *Probe) WaitAllAnswer(ctx context.Context, event time.Time, services []netip.AddrPort) (time.Duration, error) {
 	if len(services) == 0 {
 		return 0, errors.New("no Services to wait for")
@@ -26,28 +26,28 @@ func (p *Probe) WaitAllAnswer(ctx context.Context, event time.Time, services []n
 		ctx, cancel = context.WithTimeout(ctx, 10*defaultTimeout)
 		defer cancel()
 	}
-	some := services
+	sample := services
 	if len(services) > sampleSize {
-		some = make([]netip.AddrPort, sampleSize)
-		for i := range some {
-			some[i] = services[i*(len(services)-1)/(sampleSize-1)]
+		sample = make([]netip.AddrPort, sampleSize)
+		for i := range sample {
+			sample[i] = services[i*(len(services)-1)/(sampleSize-1)]
 		}
 	}
-	after, err := p.sweepUntilAllAnswer(ctx, event, some)
-	if err != nil || len(some) == len(services) {
+	after, err := p.sweepUntilAllAnswer(ctx, event, sample)
+	if err != nil || len(sample) == len(services) {
 		return after, err
 	}
 	rest := p.newSweep(services)
 	if err := cmp.Or(rest.pass(ctx), p.drain(rest.record)); err != nil {
 		return 0, err
 	}
-	if left := rest.unanswered(); len(left) > 0 {
-		return p.sweepUntilAllAnswer(ctx, event, left)
+	if unanswered := rest.unanswered(); len(unanswered) > 0 {
+		return p.sweepUntilAllAnswer(ctx, event, unanswered)
 	}
 	return after, nil
 }
 
-// sweepUntilAllAnswer makes passes over Services until all have answered.
+// sweepUntilAllAnswer makes passes over the Services until all have answered.
 func (p *Probe) sweepUntilAllAnswer(ctx context.Context, event time.Time, services []netip.AddrPort) (time.Duration, error) {
 	s := p.newSweep(services)
 	for {
@@ -55,41 +55,41 @@ func (p *Probe) sweepUntilAllAnswer(ctx context.Context, event time.Time, servic
 		if err := s.pass(ctx); err != nil {
 			return 0, err
 		}
-		left := s.unanswered()
-		if len(left) == 0 {
+		unanswered := s.unanswered()
+		if len(unanswered) == 0 {
 			return s.lastAnswer.Sub(event), nil
 		}
 		if err := ctx.Err(); err != nil {
 			if errors.Is(err, context.DeadlineExceeded) {
 				err = ErrNotObserved
 			}
-			return 0, fmt.Errorf("wait until %d Services answer, among them %s: %w", len(left), left[0], err)
+			return 0, fmt.Errorf("wait until %d Services answer, among them %s: %w", len(unanswered), unanswered[0], err)
 		}
-		// Leave most of the processor to those who are at work.
-		const part = 9
-		time.Sleep(part * time.Since(begin))
+		// Leave most of the processor time to the system under test.
+		const sleepFactor = 9
+		time.Sleep(sleepFactor * time.Since(begin))
 		p.waitForNext(begin, event)
 	}
 }
 
-// sweep is the sending of packets to many Services.
+// sweep sends packets to many Services and records which of them answer.
 type sweep struct {
 	probe    *Probe
 	services []netip.AddrPort
 	answered []bool
-	// firstSeq is the number of the first packet, and to has which Service each was sent
-	// to: what arrives late counts as well.
+	// firstSeq is the sequence number of the first packet. targets has the index of the Service of
+	// each packet since then, so that late packets count as well.
 	firstSeq   uint32
 	targets    []int
-	lastAnswer time.Time // when the last was seen that has answered
+	lastAnswer time.Time // when the last Service answered
 }
 
 func (p *Probe) newSweep(services []netip.AddrPort) *sweep {
 	return &sweep{probe: p, services: services, answered: make([]bool, len(services)), firstSeq: p.lastSeq + 1}
 }
 
-func (s *sweep) record(number uint32, _ netip.Addr) {
-	if i := int(number - s.firstSeq); number >= s.firstSeq && i < len(s.targets) && !s.answered[s.targets[i]] {
+func (s *sweep) record(seq uint32, _ netip.Addr) {
+	if i := int(seq - s.firstSeq); seq >= s.firstSeq && i < len(s.targets) && !s.answered[s.targets[i]] {
 		s.answered[s.targets[i]] = true
 		s.lastAnswer = time.Now()
 	}
@@ -97,22 +97,22 @@ func (s *sweep) record(number uint32, _ netip.Addr) {
 
 // unanswered returns the Services that have not answered.
 func (s *sweep) unanswered() []netip.AddrPort {
-	var left []netip.AddrPort
+	var services []netip.AddrPort
 	for i, service := range s.services {
 		if !s.answered[i] {
-			left = append(left, service)
+			services = append(services, service)
 		}
 	}
-	return left
+	return services
 }
 
-// drainInterval is how many packets are sent before what was sent gets time to arrive, if
-// it has not arrived at once.
+// drainInterval is the number of packets after which the probe waits for packets that have not
+// arrived immediately.
 const drainInterval = 256
 
 // pass sends a packet to each Service that has not answered.
 func (s *sweep) pass(ctx context.Context) error {
-	behind := 0 // packets of this chunk that may be on their way
+	inFlight := 0 // packets that may still arrive
 	for i, service := range s.services {
 		if s.answered[i] {
 			continue
@@ -125,29 +125,29 @@ func (s *sweep) pass(ctx context.Context) error {
 			return err
 		}
 		if !s.answered[i] {
-			behind++
+			inFlight++
 		}
-		if behind < drainInterval {
+		if inFlight < drainInterval {
 			continue
 		}
 		if err := cmp.Or(ctx.Err(), s.probe.drain(s.record)); err != nil {
 			return err
 		}
-		behind = 0
+		inFlight = 0
 	}
 	return nil
 }
 
-// CountArrivals makes n connections to a Service and returns how many of them arrived at
-// which endpoint.
+// CountArrivals makes n connections to a Service and returns the number of connections that
+// arrived at each endpoint.
 func (p *Probe) CountArrivals(ctx context.Context, service netip.AddrPort, n int) (map[netip.Addr]int, error) {
 	if err := p.discardReceived(); err != nil {
 		return nil, err
 	}
 	first := p.lastSeq + 1
 	counts, arrived := map[netip.Addr]int{}, 0
-	note := func(number uint32, addr netip.Addr) {
-		if number >= first {
+	record := func(seq uint32, addr netip.Addr) {
+		if seq >= first {
 			counts[addr]++
 			arrived++
 		}
@@ -156,7 +156,7 @@ func (p *Probe) CountArrivals(ctx context.Context, service netip.AddrPort, n int
 		if err := p.send(service); err != nil {
 			return nil, err
 		}
-		if err := p.receive(note); err != nil {
+		if err := p.receive(record); err != nil {
 			return nil, err
 		}
 		if i%drainInterval != 0 {
@@ -166,10 +166,10 @@ func (p *Probe) CountArrivals(ctx context.Context, service netip.AddrPort, n int
 			return nil, err
 		}
 		if arrived <= i {
-			if err := p.drain(note); err != nil {
+			if err := p.drain(record); err != nil {
 				return nil, err
 			}
 		}
 	}
-	return counts, p.drain(note)
+	return counts, p.drain(record)
 }

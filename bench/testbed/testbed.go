@@ -1,11 +1,12 @@
-// Package testbed is what benchmarks of Service proxies measure in: network namespaces
-// for a client, a node and the endpoints, and a probe that tells by packets when a
-// change has its effect, whatever program makes it.
+// Package testbed provides the environment for benchmarks of Service proxies: network namespaces
+// for a client, a node and the endpoints, and a probe that measures with packets when a change
+// takes effect, whichever program makes the change.
 //
-// The addresses of endpoints are of two kinds. [WatchedCIDR] ones are on one host, where the
-// probe sees what arrives. What is sent to others, in [BackgroundCIDR], is dropped by the
-// node's routing: the probe would learn nothing from it. [Testbed.SetBackgroundReachable] has all
-// of them on that host. Services may have any address in [ServiceCIDR].
+// Endpoint addresses are of two kinds. Watched addresses, in [WatchedCIDR], are on one host where
+// the probe receives packets. The node's routing drops packets to background addresses, in
+// [BackgroundCIDR], because the probe would learn nothing from them.
+// [Testbed.SetBackgroundReachable] moves background addresses to the host of the watched ones.
+// Services may have any address in [ServiceCIDR].
 package testbed
 
 import (
@@ -21,52 +22,54 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// The networks of a [Testbed]. They do not depend on it, so that objects can be made
-// before.
+// Networks and addresses of every [Testbed]. They are constant, so that objects can be created
+// before the testbed.
 var (
-	// ClusterCIDR has all pods in it.
+	// ClusterCIDR contains the addresses of all pods.
 	ClusterCIDR = netip.MustParsePrefix("10.0.0.0/8") //nolint:gochecknoglobals // a constant
-	// BackgroundCIDR has the addresses of endpoints that nobody looks at.
+	// BackgroundCIDR contains the addresses of endpoints that the probe does not watch.
 	BackgroundCIDR = netip.MustParsePrefix("10.0.0.0/9") //nolint:gochecknoglobals // a constant
-	// WatchedCIDR has the addresses of endpoints that the probe sees packets arrive at.
+	// WatchedCIDR contains the addresses of endpoints where the probe receives packets.
 	WatchedCIDR = netip.MustParsePrefix("10.128.0.0/10") //nolint:gochecknoglobals // a constant
-	// ServiceCIDR has the addresses of Services.
+	// ServiceCIDR contains the addresses of Services.
 	ServiceCIDR = netip.MustParsePrefix("172.16.0.0/12") //nolint:gochecknoglobals // a constant
 
-	// NodeIPv4 is the node's address, and MachineIPv4 that of a machine that Join makes a
-	// neighbour of it.
+	// NodeIPv4 is the node's address. MachineIPv4 is the address of a machine that [Testbed.Attach]
+	// connects to the node.
 	NodeIPv4    = netip.MustParseAddr("192.0.2.1")    //nolint:gochecknoglobals // a constant
 	MachineIPv4 = netip.MustParseAddr("198.51.100.1") //nolint:gochecknoglobals // a constant
 
-	clientCIDR = netip.MustParsePrefix("10.192.0.0/11") //nolint:gochecknoglobals // a constant: what probes come from
-	podCIDR    = netip.MustParsePrefix("10.224.0.0/16") //nolint:gochecknoglobals // a constant: the client's and the endpoints' own addresses
+	clientCIDR = netip.MustParsePrefix("10.192.0.0/11") //nolint:gochecknoglobals // a constant: source addresses of the probe
+	podCIDR    = netip.MustParsePrefix("10.224.0.0/16") //nolint:gochecknoglobals // a constant: addresses of the client and of the host of the endpoints
 )
 
-// Testbed is a client, a node and a host that has the endpoints. Close removes it all.
+// Testbed consists of a client, a node and a host that has the addresses of all endpoints. Close
+// removes it.
 type Testbed struct {
 	network *nettest.Network
-	// Node is where the Service proxy runs.
+	// Node runs the Service proxy.
 	Node *nettest.Host
-	// Client is a pod that connects, and Endpoints the host of the endpoints.
+	// Client is a pod that connects to Services. Endpoints is the host that has the addresses of
+	// the endpoints.
 	Client, Endpoints *nettest.Host
 }
 
-// Options say how a [Testbed] is made.
+// Options configures a [Testbed].
 type Options struct {
-	// Name enters the namespaces under /run/netns, as [nettest.Options] says. Empty
-	// means anonymous ones, of which nothing can be left behind.
+	// Name is the prefix of the namespaces' names under /run/netns, see [nettest.Options]. Empty
+	// makes the namespaces anonymous, so that none outlives the process.
 	Name string
 }
 
-// New makes the namespaces.
+// New creates the namespaces.
 func New(opts Options) (*Testbed, error) {
 	network, err := nettest.New(nettest.Options{Name: opts.Name, PodCIDRs: []netip.Prefix{podCIDR}})
 	if err != nil {
-		return nil, fmt.Errorf("make the namespaces of a benchmark: %w", err)
+		return nil, fmt.Errorf("create the namespaces of the testbed: %w", err)
 	}
 	r := &Testbed{network: network, Node: network.Node}
 	if err := r.build(); err != nil {
-		return nil, errors.Join(fmt.Errorf("make the namespaces of a benchmark: %w", err), network.Close())
+		return nil, errors.Join(fmt.Errorf("create the namespaces of the testbed: %w", err), network.Close())
 	}
 	return r, nil
 }
@@ -86,27 +89,27 @@ func (r *Testbed) build() (err error) {
 	return r.replaceRoutes(
 		r.routeViaEndpoints(WatchedCIDR),
 		blackholeRoute(BackgroundCIDR),
-		// What no Service has translated goes nowhere either. This is below the
-		// routes that a proxy may have to addresses of Services.
+		// Drop packets to Services that no proxy translates. A proxy may add more specific
+		// routes to the addresses of Services.
 		blackholeRoute(ServiceCIDR),
 		blackholeRoute(clientCIDR),
 	)
 }
 
-// NewMachine makes a host at [MachineIPv4] that outlives testbeds, such as an API server's.
-// The caller closes it.
+// NewMachine creates a host at [MachineIPv4] that outlives testbeds, for example for an API
+// server. The caller must close it.
 func NewMachine(name string) (*nettest.Host, error) {
 	return nettest.NewStandaloneHost(name, MachineIPv4)
 }
 
-// Attach joins the node with a machine, until the testbed is closed. A machine is joined with
+// Attach connects a machine to the node until the testbed is closed. A machine can be attached to
 // one testbed at a time.
 func (r *Testbed) Attach(machine *nettest.Host) error { return r.network.Attach(machine) }
 
-// SetBackgroundReachable says whether endpoints in [BackgroundCIDR] are on the host of the endpoints,
-// as Watched ones are, or nowhere.
-func (r *Testbed) SetBackgroundReachable(background bool) error {
-	if background {
+// SetBackgroundReachable routes packets to background addresses to the host of the endpoints, or
+// drops them.
+func (r *Testbed) SetBackgroundReachable(reachable bool) error {
+	if reachable {
 		return r.replaceRoutes(r.routeViaEndpoints(BackgroundCIDR))
 	}
 	return r.replaceRoutes(blackholeRoute(BackgroundCIDR))
@@ -120,7 +123,7 @@ func blackholeRoute(prefix netip.Prefix) *netlink.Route {
 	return &netlink.Route{Dst: ipNet(prefix), Type: unix.RTN_BLACKHOLE}
 }
 
-// replaceRoutes sets routes of the node.
+// replaceRoutes adds or replaces routes of the node.
 func (r *Testbed) replaceRoutes(routes ...*netlink.Route) error {
 	handle, err := netlink.NewHandleAt(netns.NsHandle(r.Node.Fd()), unix.NETLINK_ROUTE)
 	if err != nil {
@@ -139,5 +142,5 @@ func ipNet(p netip.Prefix) *net.IPNet {
 	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
 }
 
-// Close removes the namespaces. Closing twice is no error.
+// Close removes the namespaces. It may be called more than once.
 func (r *Testbed) Close() error { return r.network.Close() }

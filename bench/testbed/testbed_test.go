@@ -43,7 +43,8 @@ func newProxiedTestbed(t *testing.T) *proxiedTestbed {
 	return w
 }
 
-// program programs one Service with these endpoints, at once.
+// program replaces all Services with one Service that has the given endpoints, or with none if
+// there are no endpoints.
 func (w *proxiedTestbed) program(t *testing.T, endpoints ...netip.Addr) {
 	t.Helper()
 	var list []dataplane.Endpoint
@@ -71,11 +72,11 @@ func vip() netip.AddrPort { return netip.MustParseAddrPort("172.16.0.1:80") }
 func backgroundAddr(n byte) netip.Addr { return netip.AddrFrom4([4]byte{10, 0, 0, n}) }
 func watchedAddr(n byte) netip.Addr    { return netip.AddrFrom4([4]byte{10, 128, 0, n}) }
 
-// interval is when something happened: between two times.
+// interval is a period of time in which a change took effect.
 type interval struct{ from, to time.Duration }
 
-// programLater changes the endpoints some time after it is called, and returns when it was
-// called and, once that is over, when the change was.
+// programLater changes the endpoints 20 ms after the call. It returns the time of the call, and a
+// channel for the interval of the change, relative to the call.
 func (w *proxiedTestbed) programLater(t *testing.T, endpoints ...netip.Addr) (event time.Time, happened <-chan interval) {
 	t.Helper()
 	const delay = 20 * time.Millisecond
@@ -89,20 +90,20 @@ func (w *proxiedTestbed) programLater(t *testing.T, endpoints ...netip.Addr) (ev
 	return event, done
 }
 
-// checkWithin checks what was seen against when it happened: not before, but for the last
-// packets that could have shown it, and not much later, which is for busy machines.
-func checkWithin(t *testing.T, seen time.Duration, happened <-chan interval) {
+// checkWithin checks the observed time against the interval of the change. Observations may be
+// slightly early, by the last packets that could have shown the change, and late on busy machines.
+func checkWithin(t *testing.T, observed time.Duration, happened <-chan interval) {
 	t.Helper()
 	const before, after = 10 * time.Millisecond, 200 * time.Millisecond
-	if h := <-happened; seen < h.from-before || seen > h.to+after {
-		t.Errorf("seen after %s what happened between %s and %s", seen, h.from, h.to)
+	if h := <-happened; observed < h.from-before || observed > h.to+after {
+		t.Errorf("observed the change after %s, but it happened between %s and %s", observed, h.from, h.to)
 	}
 }
 
 func TestFirstArrival(t *testing.T) {
 	w := newProxiedTestbed(t)
 	w.program(t, backgroundAddr(1), backgroundAddr(2), watchedAddr(1))
-	// An address that is watched, but not waited for, makes no difference.
+	// A packet to watchedAddr(1) does not end the wait.
 	event, happened := w.programLater(t, backgroundAddr(1), backgroundAddr(2), watchedAddr(1), watchedAddr(2))
 	s, err := w.probe.FirstArrival(t.Context(), event, vip(), testbed.ToEndpoint(watchedAddr(2)))
 	if err != nil {
@@ -111,7 +112,8 @@ func TestFirstArrival(t *testing.T) {
 	checkWithin(t, s.After, happened)
 }
 
-// Gently, the probe leaves the processor to others until it is told that it may not.
+// TestThrottleUntil checks that the probe limits its rate while it is throttled, and only in that
+// measurement.
 func TestThrottleUntil(t *testing.T) {
 	w := newProxiedTestbed(t)
 	w.program(t, backgroundAddr(1))
@@ -123,22 +125,22 @@ func TestThrottleUntil(t *testing.T) {
 		t.Fatal(err)
 	}
 	checkWithin(t, s.After, happened)
-	most := func() int { return int(s.After/(100*time.Microsecond)) + 1 }
-	if s.Packets > most() {
-		t.Errorf("sent %d packets in %s, want %d or fewer", s.Packets, s.After, most())
+	limit := func() int { return int(s.After/(100*time.Microsecond)) + 1 }
+	if s.Packets > limit() {
+		t.Errorf("sent %d packets in %s, want %d or fewer", s.Packets, s.After, limit())
 	}
-	// It does not hold for the next time, which shows unless the machine is busy.
+	// The next measurement is not throttled. On a busy machine this may need several attempts.
 	for range 20 {
 		w.program(t, backgroundAddr(1))
 		event, happened = w.programLater(t, watchedAddr(1))
 		if s, err = w.probe.FirstArrival(t.Context(), event, vip(), testbed.ToAnyEndpoint); err != nil {
 			t.Fatal(err)
 		}
-		if <-happened; s.Packets > most() {
+		if <-happened; s.Packets > limit() {
 			return
 		}
 	}
-	t.Errorf("sent %d packets in %s after having been gentle before, want more", s.Packets, s.After)
+	t.Errorf("sent %d packets in %s after a throttled measurement, want more", s.Packets, s.After)
 }
 
 func TestLastArrival(t *testing.T) {
@@ -198,11 +200,11 @@ func TestCountArrivals(t *testing.T) {
 		t.Fatal(err)
 	}
 	if a, b := counts[watchedAddr(1)], counts[watchedAddr(2)]; a+b != n || a < n/3 || b < n/3 {
-		t.Errorf("%d connections went to %v, want half of them to each", n, counts)
+		t.Errorf("%d connections arrived at %v, want about half of them at each endpoint", n, counts)
 	}
 }
 
-// TestAddresses checks that hosts are where objects say that they are.
+// TestAddresses checks the documented addresses of the hosts.
 func TestAddresses(t *testing.T) {
 	machine, err := testbed.NewMachine("machine")
 	if err != nil {
@@ -216,6 +218,6 @@ func TestAddresses(t *testing.T) {
 	}
 	a, err := w.Node.Connect(t.Context(), nettest.TCP, netip.AddrPortFrom(testbed.MachineIPv4, 80))
 	if err != nil || a.Source.Addr() != testbed.NodeIPv4 || w.Node.IPv4 != testbed.NodeIPv4 {
-		t.Errorf("the machine has seen %+v, %v, want one of %s", a, err, testbed.NodeIPv4)
+		t.Errorf("the machine received %+v, error %v; want a connection from %s", a, err, testbed.NodeIPv4)
 	}
 }
