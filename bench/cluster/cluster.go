@@ -1,6 +1,5 @@
-// Package cluster makes up the Kubernetes objects that benchmarks program: Services
-// with one TCP port and a cluster IP, and an EndpointSlice each. Objects are made
-// for the networks of package testbed.
+// Package cluster generates the Kubernetes objects that benchmarks program: Services with one TCP
+// port and a cluster IP, and one EndpointSlice each. The addresses are those of package testbed.
 package cluster
 
 import (
@@ -20,27 +19,26 @@ import (
 	"fairlead.io/fairlead/bench/testbed"
 )
 
-// What all Services have in common.
+// Properties that all generated Services share.
 const (
 	Namespace  = "bench"
 	Port       = 80   // of Services
 	TargetPort = 8000 // of endpoints
 	portName   = "http"
-	// NodeName is the name of the node that is measured. One endpoint in ten is on
-	// it.
+	// NodeName is the name of the measured node. One endpoint in ten is on it.
 	NodeName   = "node"
 	otherNode  = "other"
 	localEvery = 10
 )
 
-// Service is one Service and its endpoints, in their order.
+// Service is a Service and the addresses of its endpoints, in the order of the EndpointSlice.
 type Service struct {
 	Index     int
 	Endpoints []netip.Addr
 }
 
-// NewService returns Service number i with endpoints in [testbed.BackgroundCIDR] that no other
-// number has. There are addresses for 800,000 Services of 10 endpoints.
+// NewService returns the i-th Service, with endpoints in [testbed.BackgroundCIDR] that no other
+// Service has. The addresses suffice for 800,000 Services of 10 endpoints.
 func NewService(i, endpoints int) *Service {
 	s := &Service{Index: i, Endpoints: make([]netip.Addr, endpoints)}
 	for e := range s.Endpoints {
@@ -49,51 +47,52 @@ func NewService(i, endpoints int) *Service {
 	return s
 }
 
-// WatchedAddr returns the n-th address of an endpoint that the probe sees.
+// WatchedAddr returns the n-th endpoint address that the probe watches.
 func WatchedAddr(n int) netip.Addr { return addrAfter(testbed.WatchedCIDR.Addr(), n) }
 
-// Addr is the Service's cluster IP and port. The first address of all is left to the
-// Service default/kubernetes, which takes it in a cluster.
+// Addr returns the Service's cluster IP and port. No generated Service has the first address,
+// which the Service default/kubernetes has in a real cluster.
 func (s *Service) Addr() netip.AddrPort {
 	return netip.AddrPortFrom(addrAfter(testbed.ServiceCIDR.Addr(), s.Index+1), Port)
 }
 
+// addrAfter returns the address n+1 after first.
 func addrAfter(first netip.Addr, n int) netip.Addr {
 	b := first.As4()
-	binary.BigEndian.PutUint32(b[:], binary.BigEndian.Uint32(b[:])+1+uint32(n)) //nolint:gosec // see New
+	binary.BigEndian.PutUint32(b[:], binary.BigEndian.Uint32(b[:])+1+uint32(n)) //nolint:gosec // see NewService
 	return netip.AddrFrom4(b)
 }
 
-// WithReplacedEndpoint returns the Service with another endpoint instead of the last.
-func (s *Service) WithReplacedEndpoint(with netip.Addr) *Service {
+// WithReplacedEndpoint returns a copy of the Service whose last endpoint has the address addr.
+func (s *Service) WithReplacedEndpoint(addr netip.Addr) *Service {
 	endpoints := slices.Clone(s.Endpoints)
-	endpoints[len(endpoints)-1] = with
+	endpoints[len(endpoints)-1] = addr
 	return &Service{s.Index, endpoints}
 }
 
-// WithEndpoint returns the Service with one more endpoint.
+// WithEndpoint returns a copy of the Service with an additional endpoint.
 func (s *Service) WithEndpoint(addr netip.Addr) *Service {
 	return &Service{s.Index, append(slices.Clone(s.Endpoints), addr)}
 }
 
-// WithoutEndpoint returns the Service without an endpoint.
+// WithoutEndpoint returns a copy of the Service without the given endpoint.
 func (s *Service) WithoutEndpoint(addr netip.Addr) *Service {
 	return &Service{s.Index, slices.DeleteFunc(slices.Clone(s.Endpoints), func(a netip.Addr) bool { return a == addr })}
 }
 
 func (s *Service) name() string { return "service-" + strconv.Itoa(s.Index) }
 
-// Name is the name of the Service object.
+// Name returns the name of the Service object.
 func (s *Service) Name() types.NamespacedName {
 	return types.NamespacedName{Namespace: Namespace, Name: s.name()}
 }
 
-// SliceName is the name of the EndpointSlice object.
+// SliceName returns the name of the EndpointSlice object.
 func (s *Service) SliceName() types.NamespacedName {
 	return types.NamespacedName{Namespace: Namespace, Name: s.name() + "-x7k2p"}
 }
 
-// Object returns the Service object, as an API server would.
+// Object returns the Service object with the fields that an API server sets.
 func (s *Service) Object() *corev1.Service {
 	addr := s.Addr().Addr().String()
 	return &corev1.Service{
@@ -113,7 +112,7 @@ func (s *Service) Object() *corev1.Service {
 	}
 }
 
-// Slice returns the EndpointSlice object, as the controller would write it.
+// Slice returns the EndpointSlice object with the fields that the EndpointSlice controller sets.
 func (s *Service) Slice() *discoveryv1.EndpointSlice {
 	slice := &discoveryv1.EndpointSlice{
 		TypeMeta: metav1.TypeMeta{APIVersion: "discovery.k8s.io/v1", Kind: "EndpointSlice"},
@@ -142,7 +141,7 @@ func (s *Service) Slice() *discoveryv1.EndpointSlice {
 	return slice
 }
 
-// Node returns the object of the node that is measured, which has the address.
+// Node returns the object of the measured node, with the given address.
 func Node(addr netip.Addr) *corev1.Node {
 	return &corev1.Node{
 		TypeMeta:   metav1.TypeMeta{APIVersion: "v1", Kind: "Node"},
@@ -151,7 +150,7 @@ func Node(addr netip.Addr) *corev1.Node {
 	}
 }
 
-// ServiceCIDR returns the object that says where Services' addresses are from.
+// ServiceCIDR returns the ServiceCIDR object of the cluster.
 func ServiceCIDR() *networkingv1.ServiceCIDR {
 	return &networkingv1.ServiceCIDR{
 		TypeMeta:   metav1.TypeMeta{APIVersion: "networking.k8s.io/v1", Kind: "ServiceCIDR"},

@@ -10,7 +10,7 @@ import (
 	"fairlead.io/fairlead/kube"
 )
 
-// TestObjects checks that a node makes of the objects what they are meant to be.
+// TestObjects checks that the tracker builds the expected Services from the objects.
 func TestObjects(t *testing.T) {
 	s := cluster.NewService(70_000, 10)
 	addr := cluster.WatchedAddr(5)
@@ -18,11 +18,11 @@ func TestObjects(t *testing.T) {
 		service *cluster.Service
 		want    []netip.Addr
 	}{
-		"new":                 {s, s.Endpoints},
-		"one more":            {s.WithEndpoint(addr), append(slices.Clone(s.Endpoints), addr)},
-		"one replaced":        {s.WithReplacedEndpoint(addr), append(slices.Clone(s.Endpoints[:9]), addr)},
-		"one less":            {s.WithoutEndpoint(s.Endpoints[0]), s.Endpoints[1:]},
-		"one more, then less": {s.WithEndpoint(addr).WithoutEndpoint(addr), s.Endpoints},
+		"new":                   {s, s.Endpoints},
+		"one added":             {s.WithEndpoint(addr), append(slices.Clone(s.Endpoints), addr)},
+		"one replaced":          {s.WithReplacedEndpoint(addr), append(slices.Clone(s.Endpoints[:9]), addr)},
+		"one removed":           {s.WithoutEndpoint(s.Endpoints[0]), s.Endpoints[1:]},
+		"one added and removed": {s.WithEndpoint(addr).WithoutEndpoint(addr), s.Endpoints},
 	} {
 		t.Run(name, func(t *testing.T) {
 			tracker := kube.NewTracker(kube.Options{NodeName: cluster.NodeName})
@@ -54,26 +54,26 @@ func TestObjects(t *testing.T) {
 	}
 }
 
-// TestAddresses checks that no two endpoints have one address, and that all are where
-// the testbed expects them.
+// TestAddresses checks that all endpoints have different addresses in the networks that the
+// testbed expects.
 func TestAddresses(t *testing.T) {
 	const services, endpoints = 2000, 10
 	seen := map[netip.Addr]bool{}
 	for i := range services {
 		for _, addr := range cluster.NewService(i, endpoints).Endpoints {
 			if seen[addr] || !testbed.BackgroundCIDR.Contains(addr) || testbed.WatchedCIDR.Contains(addr) {
-				t.Fatalf("Service %d has an endpoint at %s", i, addr)
+				t.Fatalf("Service %d has an unexpected or duplicate endpoint address %s", i, addr)
 			}
 			seen[addr] = true
 		}
 	}
 	if last := cluster.NewService(800_000-1, endpoints).Endpoints[endpoints-1]; !testbed.BackgroundCIDR.Contains(last) {
-		t.Errorf("the last of all endpoints is at %s, not in %s", last, testbed.BackgroundCIDR)
+		t.Errorf("the last endpoint address is %s, want an address in %s", last, testbed.BackgroundCIDR)
 	}
 	if first := cluster.NewService(0, endpoints).Addr().Addr(); first == testbed.ServiceCIDR.Addr().Next() || !testbed.ServiceCIDR.Contains(first) {
-		t.Errorf("the first Service is at %s, want an address of %s that default/kubernetes does not take", first, testbed.ServiceCIDR)
+		t.Errorf("the first Service has the address %s, want an address in %s other than that of default/kubernetes", first, testbed.ServiceCIDR)
 	}
 	if first, later := cluster.WatchedAddr(0), cluster.WatchedAddr(4_000_000); !testbed.WatchedCIDR.Contains(first) || !testbed.WatchedCIDR.Contains(later) {
-		t.Errorf("watched endpoints are at %s and %s, not in %s", first, later, testbed.WatchedCIDR)
+		t.Errorf("watched endpoint addresses are %s and %s, want addresses in %s", first, later, testbed.WatchedCIDR)
 	}
 }
