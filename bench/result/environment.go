@@ -9,8 +9,9 @@ import (
 	"strings"
 )
 
-// DetectEnvironment returns the environment of this process, named [Native], or as [VMName] says if QEMU
-// tells by the processor's name that it emulates one. What cannot be found out is empty.
+// DetectEnvironment returns the environment of this process. Its name is [Native], or the [VMName]
+// if the name of the processor shows that QEMU emulates it. Fields that cannot be determined are
+// empty.
 func DetectEnvironment() Environment {
 	e := Environment{
 		Name:    Native,
@@ -33,15 +34,15 @@ func DetectEnvironment() Environment {
 	return e
 }
 
-// VMName is the name of the environment that is a virtual machine with that kernel, of which
-// the first two numbers of the version are in it.
+// VMName returns the name of the environment of a virtual machine with the given kernel release.
+// It contains the first two numbers of the release.
 func VMName(kernel string) string {
 	const numbers = 2
 	list := strings.SplitN(kernel, ".", numbers+1)
 	return "vm-" + strings.Join(list[:min(len(list), numbers)], ".")
 }
 
-// readField returns what stands behind the first "name:" or "name=" of a file.
+// readField returns the value of the first "name:" or "name=" line of a file, or an empty string.
 func readField(file, name string) string {
 	f, err := os.Open(file)
 	if err != nil {

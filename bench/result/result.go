@@ -1,12 +1,12 @@
-// Package result is what benchmarks find out, as data: `fairlead-bench` and
-// `fairlead-bench compare` write it as JSON, and tables and reports are made of it.
+// Package result defines the results of benchmarks: `fairlead-bench` and `fairlead-bench
+// compare` write them as JSON, and tables and HTML reports show them.
 //
-// # The file
+// # File format
 //
-// A file is one JSON object, a [Report]. Its fields, and those below them, are
-// named as in the struct tags here; fields that are empty are left out. Numbers are
-// in the unit that stands next to them, always one without a prefix: seconds,
-// bytes, bytes a second, connections a second, and 1 for plain numbers.
+// A file contains one JSON object, a [Report]. The struct tags in this package name the
+// fields; empty fields are omitted. Each number has the unit in the field beside it, which
+// never has a prefix: seconds, bytes, bytes per second, connections per second, or 1 for
+// plain numbers.
 //
 //	{
 //	  "schema": 1,
@@ -38,14 +38,12 @@
 //	  "left_out": [{"system": "ipvs", "reason": "…"}]
 //	}
 //
-// A measurement is found by its measure, system, environment and scenario, which
-// together are unique in a report. Readers must bear with measures, changes,
-// values and systems that they do not know, and with fields that are new;
-// "schema" becomes another number when a meaning changes.
+// The measure, system, environment and scenario identify a measurement and are together
+// unique in a report. Readers must ignore unknown measures, changes, values, systems and
+// fields. If the meaning of a field changes, "schema" changes too.
 //
-// A measurement has samples and their distribution, or values only, or both. Where
-// there were more than [MaxSamples] samples, "samples" is left out and the
-// distribution is that of all of them.
+// A measurement has samples with their distribution, or values, or both. With more than
+// [MaxSamples] samples, "samples" is omitted and the distribution covers all samples.
 package result
 
 import (
@@ -58,54 +56,53 @@ import (
 // Schema is the version of the file format.
 const Schema = 1
 
-// MaxSamples is the largest number of samples of a measurement that is kept one by
-// one.
+// MaxSamples is the largest number of samples of a measurement that a report keeps.
 const MaxSamples = 5000
 
-// Report is all that one run found out.
+// Report holds the results of one run.
 type Report struct {
-	// Schema is [Schema].
+	// Schema is the constant [Schema].
 	Schema int `json:"schema"`
-	// Time is when the run began.
+	// Time is the start of the run.
 	Time        time.Time `json:"time"`
 	TookSeconds float64   `json:"took_seconds,omitempty"`
-	// Command is the command line, with the program's name first.
+	// Command is the command line, starting with the program's name.
 	Command []string `json:"command"`
-	// Version is that of the program that measured.
+	// Version is the version of the program that ran the benchmarks.
 	Version      string        `json:"version"`
 	Environments []Environment `json:"environments"`
 	Systems      []System      `json:"systems"`
 	Measurements []Measurement `json:"measurements"`
 	Ratios       []Ratio       `json:"ratios,omitempty"`
-	// LeftOut says what was asked for and not measured.
+	// LeftOut lists requested measurements that were not taken, with the reasons.
 	LeftOut []LeftOut `json:"left_out,omitempty"`
-	// Notes are for whoever reads the figures.
+	// Notes are remarks for readers of the results.
 	Notes []string `json:"notes,omitempty"`
 }
 
-// Native is the name of the environment that is the machine the program ran on.
+// Native is the name of the environment of the machine that the program ran on.
 const Native = "native"
 
-// Environment is where measurements were taken. Figures of different
-// environments must not be compared.
+// Environment describes where measurements were taken. Results of different environments must not
+// be compared.
 type Environment struct {
-	// Name is [Native], or that of a virtual machine such as "vm-6.12", see [VMName].
+	// Name is [Native] or the name of a virtual machine such as "vm-6.12", see [VMName].
 	Name string `json:"name"`
-	// Emulated says that the processor was emulated, so times say nothing.
+	// Emulated reports whether the processor was emulated, which makes times meaningless.
 	Emulated bool    `json:"emulated"`
 	Machine  Machine `json:"machine"`
-	// Kernel is the kernel's release, as uname -r.
+	// Kernel is the kernel release, as printed by uname -r.
 	Kernel string `json:"kernel"`
-	// OS is the distribution's name for itself.
+	// OS is the distribution's PRETTY_NAME.
 	OS string `json:"os,omitempty"`
-	// APIServer is the version of the real kube-apiserver that systems followed, such as
-	// "v1.33.1". Empty, they followed the benchmark's own, or none.
+	// APIServer is the version of the real kube-apiserver that the systems watched, such as
+	// "v1.33.1". It is empty if they watched the benchmark's own API server, or none.
 	APIServer string `json:"api_server,omitempty"`
-	// Load is the load average over a minute when the run began.
+	// Load is the one-minute load average at the start of the run.
 	Load float64 `json:"load,omitempty"`
 }
 
-// Machine is the hardware, or what it is given out to be.
+// Machine describes the hardware as the kernel reports it.
 type Machine struct {
 	CPU          string `json:"cpu"`
 	CPUs         int    `json:"cpus"`
@@ -113,104 +110,95 @@ type Machine struct {
 	Architecture string `json:"architecture"`
 }
 
-// Direct is the name of the system that is none: connections go to an endpoint
-// itself.
+// Direct is the name of the system without a Service proxy: clients connect to endpoints directly.
 const Direct = "direct"
 
-// System is what was measured.
+// System describes a measured system.
 type System struct {
-	// Name is nft or ipvs for Fairlead's modes, kube-proxy-nftables,
-	// kube-proxy-ipvs or kube-proxy-iptables, or [Direct].
+	// Name is nft or ipvs for Fairlead's modes, kube-proxy-nftables, kube-proxy-ipvs or
+	// kube-proxy-iptables, or [Direct].
 	Name    string `json:"name"`
 	Version string `json:"version,omitempty"`
-	// Command is how its program was started. It is empty where the benchmark's own
-	// process had the parts of it, without an API server in between.
+	// Command is the command line that started the program. It is empty if the benchmark ran
+	// Fairlead's pipeline in its own process, without an API server.
 	Command []string `json:"command,omitempty"`
 }
 
-// Measure says what is measured.
+// Measure identifies what is measured.
 type Measure string
 
-// The measures. Those in seconds are "s" in [Measurement.Unit].
+// Measures. Times have the [Measurement.Unit] "s".
 const (
-	// UpdateAck is the time from an event to the kernel's acknowledgement.
+	// UpdateAck is the time from an event until the kernel acknowledges the change.
 	UpdateAck Measure = "update-ack"
-	// UpdatePacket is the time from an event until packets show it: until the first
-	// connection that reaches a new endpoint, or the first that does not reach an
-	// endpoint or a Service that is gone. The event is when the change is sent to the API
-	// server. The value "request" in s, of a comparison, is the mean time until that has
-	// answered, which may be later than the effect.
+	// UpdatePacket is the time from an event until packets show its effect: the first connection
+	// that reaches a new endpoint, or the first that no longer reaches a removed endpoint or
+	// Service. The event is the request to the API server. In a comparison, the value "request" in
+	// s is the mean time until the API server has answered, which may be after the effect.
 	UpdatePacket Measure = "update-packet"
-	// ColdStartComplete is the time from the start, with nothing programmed, to a
-	// complete ruleset, acknowledged by the kernel.
+	// ColdStartComplete is the time from a cold start until the kernel has acknowledged the
+	// complete ruleset.
 	ColdStartComplete Measure = "cold-start-complete"
-	// ColdStartAnswer is the time from the start, with nothing programmed, until the
-	// last of the Services answers.
+	// ColdStartAnswer is the time from a cold start until the last Service answers.
 	ColdStartAnswer Measure = "cold-start-last-answer"
-	// ColdStartCPU is the processor time of a cold start, until the program has nothing
-	// to do any more.
+	// ColdStartCPU is the processor time of a cold start, until the program is idle.
 	ColdStartCPU Measure = "cold-start-cpu"
-	// Restart is the time from the start, with everything programmed, until it is
-	// known that there is nothing to do.
+	// Restart is the time from a warm restart until the program knows that nothing needs to change.
 	Restart Measure = "restart"
-	// Churn is the time from an event to its effect while events come at
-	// [Scenario.Rate]: its samples are like those of UpdatePacket in a comparison,
-	// and of UpdateAck otherwise. Its values are "cpu" in s, "duration" in s,
-	// "changes", "commits", and "resident" in bytes.
+	// Churn is the time from an event until its effect while events occur at [Scenario.Rate]. The
+	// effect is the same as for UpdatePacket in a comparison, and for UpdateAck otherwise. Its
+	// values are "cpu" in s, "duration" in s, "changes", "commits", and "resident" in bytes.
 	Churn Measure = "churn"
-	// ChurnCPU is the processor time for each change while changes come at
-	// [Scenario.Rate]: a sample is the mean over one period of churn.
+	// ChurnCPU is the processor time per change while changes occur at [Scenario.Rate]. Each sample
+	// is the mean of one period of churn.
 	ChurnCPU Measure = "churn-cpu"
-	// Connect is the time that connect(2) takes.
+	// Connect is the duration of connect(2).
 	Connect Measure = "connect"
-	// ConnectRate is how many connections a second are made, one after another.
+	// ConnectRate is the number of sequential connections per second.
 	ConnectRate Measure = "connect-rate"
-	// Throughput is how many bytes a second go over one connection.
+	// Throughput is the number of bytes per second over one connection.
 	Throughput Measure = "throughput"
-	// Fairness is a chi-squared test of whether all endpoints are chosen equally
-	// often. Its samples are the connections of each endpoint; its values are
-	// "connections", "chi-squared", "degrees-of-freedom" and "p-value".
+	// Fairness is a chi-squared test of whether all endpoints are selected equally often. Its
+	// samples are the numbers of connections to each endpoint. Its values are "connections",
+	// "chi-squared", "degrees-of-freedom" and "p-value".
 	Fairness Measure = "fairness"
-	// Memory has the values "resident" and "peak-resident", of the program, and
-	// "kernel", of what it has the kernel hold, all in bytes. Its samples, of a
-	// comparison, are the resident memory after a cold start, when the program has
-	// nothing to do any more.
+	// Memory has the values "resident" and "peak-resident" of the program, and "kernel" of the
+	// memory that the kernel holds for the program, all in bytes. In a comparison, its samples are
+	// the resident memory after a cold start, when the program is idle.
 	Memory Measure = "memory"
-	// PeakMemory has samples of the most memory that was resident since the start.
+	// PeakMemory is the largest resident memory since the start of the program.
 	PeakMemory Measure = "peak-memory"
 )
 
-// Change is a kind of event.
+// Change identifies a kind of event.
 type Change string
 
-// The changes.
+// Changes.
 const (
-	ReplaceEndpoint Change = "replace-endpoint" // one endpoint goes and another comes
-	ScaleUp         Change = "scale-up"         // one more endpoint
-	ScaleDown       Change = "scale-down"       // one endpoint less
+	ReplaceEndpoint Change = "replace-endpoint" // one endpoint is removed and another added
+	ScaleUp         Change = "scale-up"         // one endpoint is added
+	ScaleDown       Change = "scale-down"       // one endpoint is removed
 	CreateService   Change = "create-service"   // with all its endpoints
 	DeleteService   Change = "delete-service"   // with all its endpoints
 )
 
-// Scenario says under which circumstances something was measured. It is comparable.
+// Scenario describes the conditions of a measurement. It is comparable.
 type Scenario struct {
 	Change Change `json:"change,omitempty"`
-	// Services is the number of Services that there are, and Endpoints that of
-	// each.
+	// Services is the number of Services, and Endpoints the number of endpoints of each.
 	Services  int `json:"services"`
 	Endpoints int `json:"endpoints"`
-	// Rate is the number of changes a second.
+	// Rate is the number of changes per second.
 	Rate float64 `json:"rate,omitempty"`
 }
 
-// Measurement is what was found out about one system.
+// Measurement is the result of one measure for one system.
 type Measurement struct {
 	Measure     Measure  `json:"measure"`
 	System      string   `json:"system"`
 	Environment string   `json:"environment"`
 	Scenario    Scenario `json:"scenario"`
-	// Unit is that of the samples and of the distribution: "s", "B", "B/s", "1/s"
-	// or "1".
+	// Unit is the unit of the samples and the distribution: "s", "B", "B/s", "1/s" or "1".
 	Unit string `json:"unit,omitempty"`
 	// Samples are in the order in which they were taken.
 	Samples      []float64     `json:"samples,omitempty"`
@@ -219,7 +207,7 @@ type Measurement struct {
 	Note         string        `json:"note,omitempty"`
 }
 
-// Distribution sums samples up. Percentiles are interpolated between samples.
+// Distribution summarizes samples. Percentiles are interpolated between samples.
 type Distribution struct {
 	N    int     `json:"n"`
 	Min  float64 `json:"min"`
@@ -230,7 +218,7 @@ type Distribution struct {
 	Max  float64 `json:"max"`
 }
 
-// Value is a number with a name.
+// Value is a named number.
 type Value struct {
 	Name  string  `json:"name"`
 	Unit  string  `json:"unit"`
@@ -240,20 +228,20 @@ type Value struct {
 // Ratio compares two systems in one environment and scenario.
 type Ratio struct {
 	Measure Measure `json:"measure"`
-	// Statistic is what is compared: "p50", "p90", "p99", "mean", or the name of a
-	// [Value]. "paired-p50" is the median of the ratios of samples that were taken one
-	// right after the other, which have the same noise of the machine in them.
+	// Statistic is the compared statistic: "p50", "p90", "p99", "mean", or the name of a [Value].
+	// "paired-p50" is the median of the ratios of samples that were taken in direct succession, and
+	// are therefore subject to the same noise.
 	Statistic   string   `json:"statistic"`
 	Environment string   `json:"environment"`
 	Scenario    Scenario `json:"scenario"`
-	// Numerator and Denominator are names of systems: a ratio of 2 says that the
-	// statistic of the numerator is twice that of the denominator.
+	// Numerator and Denominator are names of systems: a ratio of 2 means that the statistic of the
+	// numerator is twice the statistic of the denominator.
 	Numerator   string `json:"numerator"`
 	Denominator string `json:"denominator"`
 	Interval
 	NumeratorSamples   int `json:"numerator_samples"`
 	DenominatorSamples int `json:"denominator_samples"`
-	// Method is how the interval was found, such as "bootstrap".
+	// Method names the method that computed the interval, such as "bootstrap".
 	Method string `json:"method"`
 }
 
@@ -262,20 +250,20 @@ type Interval struct {
 	Ratio float64 `json:"ratio"`
 	Low   float64 `json:"low"`
 	High  float64 `json:"high"`
-	// Confidence is that of Low to High, such as 0.95.
+	// Confidence is the confidence level of the interval from Low to High, such as 0.95.
 	Confidence float64 `json:"confidence"`
 }
 
-// LeftOut is something that was asked for and not measured.
+// LeftOut describes a requested measurement that was not taken.
 type LeftOut struct {
 	System  string  `json:"system,omitempty"`
 	Measure Measure `json:"measure,omitempty"`
-	// Environment is where it was to be measured.
+	// Environment is the environment of the omitted measurement.
 	Environment string `json:"environment,omitempty"`
 	Reason      string `json:"reason"`
 }
 
-// Value returns the value of the name.
+// Value returns the value with the given name.
 func (m *Measurement) Value(name string) (Value, bool) {
 	for _, v := range m.Values {
 		if v.Name == name {
@@ -285,7 +273,7 @@ func (m *Measurement) Value(name string) (Value, bool) {
 	return Value{}, false
 }
 
-// Find returns the measurement, or nil if there is none.
+// Find returns the measurement with the given key, or nil.
 func (r *Report) Find(measure Measure, system, environment string, scenario Scenario) *Measurement {
 	for i := range r.Measurements {
 		m := &r.Measurements[i]
@@ -302,19 +290,19 @@ func (r *Report) Write(w io.Writer) error {
 	e.SetIndent("", "  ")
 	e.SetEscapeHTML(false)
 	if err := e.Encode(r); err != nil {
-		return fmt.Errorf("write the results: %w", err)
+		return fmt.Errorf("write results: %w", err)
 	}
 	return nil
 }
 
-// Read reads a report that [Report.Write] has written.
+// Read reads a report written by [Report.Write].
 func Read(from io.Reader) (*Report, error) {
 	var r Report
 	if err := json.NewDecoder(from).Decode(&r); err != nil {
 		return nil, fmt.Errorf("read results: %w", err)
 	}
 	if r.Schema != Schema {
-		return nil, fmt.Errorf("read results: schema %d, want %d", r.Schema, Schema)
+		return nil, fmt.Errorf("read results: unsupported schema %d, want %d", r.Schema, Schema)
 	}
 	return &r, nil
 }

@@ -12,7 +12,7 @@ import (
 	"fairlead.io/fairlead/bench/result"
 )
 
-// file is a report as others have it: it must stay readable.
+// file is a report in the published format, which must stay readable.
 const file = `{
   "schema": 1,
   "time": "2025-01-31T12:00:00Z",
@@ -156,7 +156,7 @@ func TestWrite(t *testing.T) {
 }
 
 func TestRead(t *testing.T) {
-	// Fields that came later are borne with.
+	// Unknown fields are ignored.
 	got, err := result.Read(strings.NewReader(strings.Replace(file, "{", `{"later": {"a": 1},`, 1)))
 	if err != nil {
 		t.Fatal(err)
@@ -168,8 +168,8 @@ func TestRead(t *testing.T) {
 
 func TestReadInvalid(t *testing.T) {
 	for name, tc := range map[string]struct{ file, want string }{
-		"no JSON":        {"no", "read results"},
-		"another schema": {`{"schema": 2}`, "schema 2, want 1"},
+		"no JSON":            {"no", "read results"},
+		"unsupported schema": {`{"schema": 2}`, "unsupported schema 2, want 1"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			if _, err := result.Read(strings.NewReader(tc.file)); err == nil || !strings.Contains(err.Error(), tc.want) {
@@ -204,7 +204,7 @@ func TestFind(t *testing.T) {
 	}
 }
 
-// TestDetectEnvironment checks what is known of this machine by other means.
+// TestDetectEnvironment checks fields whose values other sources report too.
 func TestDetectEnvironment(t *testing.T) {
 	got := result.DetectEnvironment()
 	release, err := os.ReadFile("/proc/sys/kernel/osrelease")
@@ -220,7 +220,7 @@ func TestDetectEnvironment(t *testing.T) {
 func TestVMName(t *testing.T) {
 	for kernel, want := range map[string]string{"6.12.57+deb13-cloud-amd64": "vm-6.12", "6.1.0-41-cloud-amd64": "vm-6.1", "7": "vm-7"} {
 		if got := result.VMName(kernel); got != want {
-			t.Errorf("%s is called %s, want %s", kernel, got, want)
+			t.Errorf("VMName(%q) = %s, want %s", kernel, got, want)
 		}
 	}
 }
