@@ -16,22 +16,22 @@ func TestSummarize(t *testing.T) {
 		samples []float64
 		want    *result.Distribution
 	}{
-		"nothing": {nil, nil},
-		"one":     {[]float64{3}, &result.Distribution{N: 1, Min: 3, Mean: 3, P50: 3, P90: 3, P99: 3, Max: 3}},
-		"two":     {[]float64{4, 2}, &result.Distribution{N: 2, Min: 2, Mean: 3, P50: 3, P90: 3.8, P99: 3.98, Max: 4}},
+		"no samples": {nil, nil},
+		"one":        {[]float64{3}, &result.Distribution{N: 1, Min: 3, Mean: 3, P50: 3, P90: 3, P99: 3, Max: 3}},
+		"two":        {[]float64{4, 2}, &result.Distribution{N: 2, Min: 2, Mean: 3, P50: 3, P90: 3.8, P99: 3.98, Max: 4}},
 		"eleven": {
 			[]float64{0, 100, 10, 90, 20, 80, 30, 70, 40, 60, 50},
 			&result.Distribution{N: 11, Min: 0, Mean: 50, P50: 50, P90: 90, P99: 99, Max: 100},
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			given := append([]float64(nil), tc.samples...)
+			before := append([]float64(nil), tc.samples...)
 			got := statistics.Summarize(tc.samples)
 			if diff := cmp.Diff(tc.want, got, cmp.Comparer(near)); diff != "" {
 				t.Errorf("(-want +got):\n%s", diff)
 			}
-			if diff := cmp.Diff(given, tc.samples); diff != "" {
-				t.Errorf("the samples have changed (-before +after):\n%s", diff)
+			if diff := cmp.Diff(before, tc.samples); diff != "" {
+				t.Errorf("Summarize changed the samples (-before +after):\n%s", diff)
 			}
 		})
 	}
@@ -39,7 +39,7 @@ func TestSummarize(t *testing.T) {
 
 func near(a, b float64) bool { return math.Abs(a-b) < 1e-9 }
 
-// normal returns n samples around a mean.
+// normal returns n normally distributed samples with the given mean.
 func normal(random *rand.Rand, n int, mean float64) []float64 {
 	samples := make([]float64, n)
 	for i := range samples {
@@ -48,8 +48,8 @@ func normal(random *rand.Rand, n int, mean float64) []float64 {
 	return samples
 }
 
-// TestRatio checks, over many pairs of samples of which the ratio is known to be 3,
-// that the interval has it in it about as often as it says.
+// TestRatio checks with many pairs of samples, whose true ratio is 3, that the interval contains
+// the ratio about as often as its confidence level promises.
 func TestRatio(t *testing.T) {
 	const pairs = 30
 	random := rand.New(rand.NewPCG(7, 7))
@@ -71,19 +71,19 @@ func TestRatio(t *testing.T) {
 				}
 			}
 			if within < 25 {
-				t.Errorf("%d of %d intervals have the ratio in them, want some 95 %%", within, pairs)
+				t.Errorf("%d of %d intervals contain the true ratio, want about 95 %%", within, pairs)
 			}
 		})
 	}
 }
 
-// TestPairedRatio checks that noise that both have does not widen the interval.
+// TestPairedRatio checks that noise common to both samples does not widen the interval.
 func TestPairedRatio(t *testing.T) {
 	random := rand.New(rand.NewPCG(3, 3))
 	denominator := normal(random, 50, 1)
 	numerator := make([]float64, len(denominator))
 	for i := range denominator {
-		denominator[i] *= float64(1 + i%7) // the machine is slow now and then
+		denominator[i] *= float64(1 + i%7) // periods in which the machine is slow
 		numerator[i] = 3 * denominator[i] * (1 + 0.01*random.NormFloat64())
 	}
 	got, err := statistics.PairedRatio(numerator, denominator)
@@ -94,9 +94,9 @@ func TestPairedRatio(t *testing.T) {
 		t.Errorf("got %+v, want about 3", got)
 	}
 	for name, tc := range map[string]struct{ numerator, denominator []float64 }{
-		"none":                {nil, nil},
-		"not as many":         {[]float64{1, 2}, []float64{1}},
-		"zero as denominator": {[]float64{1, 2}, []float64{1, 0}},
+		"no samples":        {nil, nil},
+		"different lengths": {[]float64{1, 2}, []float64{1}},
+		"denominator 0":     {[]float64{1, 2}, []float64{1, 0}},
 	} {
 		if got, err := statistics.PairedRatio(tc.numerator, tc.denominator); err == nil {
 			t.Errorf("%s: got %+v and no error", name, got)
@@ -119,9 +119,9 @@ func TestRatioDeterministic(t *testing.T) {
 
 func TestRatioInvalid(t *testing.T) {
 	for name, tc := range map[string]struct{ numerator, denominator []float64 }{
-		"no numerator":        {nil, []float64{1}},
-		"no denominator":      {[]float64{1}, nil},
-		"zero as denominator": {[]float64{1}, []float64{0, 0}},
+		"no numerator":   {nil, []float64{1}},
+		"no denominator": {[]float64{1}, nil},
+		"denominator 0":  {[]float64{1}, []float64{0, 0}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			if got, err := statistics.Ratio(tc.numerator, tc.denominator, statistics.Mean); err == nil {
@@ -136,7 +136,7 @@ func TestFitUniform(t *testing.T) {
 		counts []int
 		want   statistics.Fit
 	}{
-		// The values of R's chisq.test.
+		// Results of R's chisq.test.
 		"dice":  {[]int{22, 24, 38, 30, 46, 44}, statistics.Fit{ChiSquared: 15.2941176470588, DegreesOfFreedom: 5, P: 0.00917889}},
 		"equal": {[]int{10, 10}, statistics.Fit{ChiSquared: 0, DegreesOfFreedom: 1, P: 1}},
 		"unfair": {
@@ -148,8 +148,8 @@ func TestFitUniform(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			alike := func(a, b float64) bool { return a == b || math.Abs(a-b) <= 1e-3*math.Max(math.Abs(a), math.Abs(b)) }
-			if diff := cmp.Diff(tc.want, got, cmp.Comparer(alike)); diff != "" {
+			near := func(a, b float64) bool { return a == b || math.Abs(a-b) <= 1e-3*math.Max(math.Abs(a), math.Abs(b)) }
+			if diff := cmp.Diff(tc.want, got, cmp.Comparer(near)); diff != "" {
 				t.Errorf("(-want +got):\n%s", diff)
 			}
 		})
@@ -157,7 +157,7 @@ func TestFitUniform(t *testing.T) {
 }
 
 func TestFitUniformInvalid(t *testing.T) {
-	for name, counts := range map[string][]int{"nothing": nil, "one": {100}, "few": {2, 3, 4}} {
+	for name, counts := range map[string][]int{"no counts": nil, "one count": {100}, "mean too small": {2, 3, 4}} {
 		t.Run(name, func(t *testing.T) {
 			if got, err := statistics.FitUniform(counts); err == nil {
 				t.Errorf("got %+v and no error", got)
