@@ -10,13 +10,13 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// Fairlead is `fairlead run` in one mode.
+// Fairlead runs `fairlead run` in one mode.
 type Fairlead struct {
 	// Binary is the path of the program.
 	Binary string
-	// Mode is the value of --mode, and the System's name.
+	// Mode is the value of --mode and the name of the System.
 	Mode string
-	// Args are further arguments.
+	// Args are additional arguments.
 	Args []string
 }
 
@@ -28,7 +28,7 @@ var (
 // Name implements [System].
 func (f Fairlead) Name() string { return f.Mode }
 
-// Path returns the absolute path of the program, or an error if there is none.
+// Path returns the absolute path of the program, or an error if the program does not exist.
 func (f Fairlead) Path() (string, error) { return absolutePath(f.Binary) }
 
 // Version returns the version that the program prints.
@@ -36,7 +36,7 @@ func (f Fairlead) Version(ctx context.Context) (string, error) {
 	return programVersion(ctx, f.Binary, "version")
 }
 
-// Command returns how the program is started.
+// Command returns the command line that starts the program.
 func (f Fairlead) Command(env Environment) []string {
 	return append([]string{
 		f.Binary, "run", "--mode=" + f.Mode,
@@ -69,22 +69,23 @@ func absolutePath(binary string) (string, error) {
 		path, err = filepath.Abs(path)
 	}
 	if err != nil {
-		return "", fmt.Errorf("find the program: %w", err)
+		return "", fmt.Errorf("find program: %w", err)
 	}
 	return path, nil
 }
 
-// programVersion runs the program, which prints its name and its version.
+// programVersion returns the version that the program prints after its name.
 func programVersion(ctx context.Context, binary, arg string) (string, error) {
 	out, err := exec.CommandContext(ctx, binary, arg).Output()
 	if err != nil {
-		return "", fmt.Errorf("ask %s for its version: %w", binary, err)
+		return "", fmt.Errorf("get the version of %s: %w", binary, err)
 	}
 	_, version, _ := strings.Cut(strings.TrimSpace(string(out)), " ")
 	return version, nil
 }
 
-// asInstance is a *Process as a [Instance], of which a nil one is none.
+// asInstance returns p as an [Instance]. On an error it returns a nil interface, not a nil
+// *Process.
 func asInstance(p *Process, err error) (Instance, error) {
 	if err != nil {
 		return nil, err
@@ -92,10 +93,10 @@ func asInstance(p *Process, err error) (Instance, error) {
 	return p, nil
 }
 
-// UnavailableError says why a System cannot run here.
+// UnavailableError reports why a System cannot run here.
 type UnavailableError struct {
 	Reason string
-	// KernelLacksSupport says that it is this machine's kernel: with another the System could run.
+	// KernelLacksSupport reports whether the System could run with another kernel.
 	KernelLacksSupport bool
 }
 

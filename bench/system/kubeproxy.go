@@ -10,15 +10,14 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// KubeProxy is Kubernetes' kube-proxy in one of its modes, with its own defaults
-// but for what is no business of a benchmark: it leaves limits of the machine's
-// connection tracking and its own priority when memory is short as they are.
+// KubeProxy runs kube-proxy in one of its modes with its defaults, except that it leaves the
+// machine's limits of connection tracking and its own OOM score unchanged.
 type KubeProxy struct {
 	// Binary is the path of the program.
 	Binary string
 	// Mode is the value of --proxy-mode: nftables, ipvs or iptables.
 	Mode string
-	// Args are further arguments.
+	// Args are additional arguments.
 	Args []string
 }
 
@@ -30,7 +29,7 @@ var (
 // Name implements [System].
 func (k KubeProxy) Name() string { return "kube-proxy-" + k.Mode }
 
-// Command returns how the program is started.
+// Command returns the command line that starts the program.
 func (k KubeProxy) Command(env Environment) []string {
 	return append([]string{
 		k.Binary, "--proxy-mode=" + k.Mode,
@@ -44,11 +43,11 @@ func (k KubeProxy) Command(env Environment) []string {
 	}, k.Args...)
 }
 
-// Check implements [Checker]. It looks for the programs that kube-proxy runs before it asks
-// the kernel.
+// Check implements [Checker]. It looks for the programs that kube-proxy runs before it checks the
+// kernel.
 func (k KubeProxy) Check(ctx context.Context, node *nettest.Namespace) error {
 	if _, err := exec.LookPath(k.Binary); err != nil {
-		return unavailable("there is no kube-proxy at %q: build it with `make kube-proxy`, or say where it is with --kube-proxy", k.Binary)
+		return unavailable("kube-proxy not found at %q: build it with `make kube-proxy`, or set --kube-proxy", k.Binary)
 	}
 	needs := map[string][]string{
 		"nftables": {"nft"},
@@ -57,7 +56,7 @@ func (k KubeProxy) Check(ctx context.Context, node *nettest.Namespace) error {
 	}
 	for _, program := range needs[k.Mode] {
 		if _, err := exec.LookPath(program); err != nil {
-			return unavailable("kube-proxy's mode %s needs the program %s, which is not installed", k.Mode, program)
+			return unavailable("kube-proxy's mode %s needs the program %s: install it", k.Mode, program)
 		}
 	}
 	switch k.Mode {
@@ -78,7 +77,7 @@ func (k KubeProxy) Start(ctx context.Context, env Environment) (Instance, error)
 	return asInstance(StartProcess(env, k.Name(), k.Command(env)...))
 }
 
-// Path returns the absolute path of the program, or an error if there is none.
+// Path returns the absolute path of the program, or an error if the program does not exist.
 func (k KubeProxy) Path() (string, error) { return absolutePath(k.Binary) }
 
 // Version returns the version that the program prints.
@@ -86,18 +85,17 @@ func (k KubeProxy) Version(ctx context.Context) (string, error) {
 	return programVersion(ctx, k.Binary, "--version")
 }
 
-// checkIPVS asks the kernel for IPVS, which makes it load the module where it can.
+// checkIPVS checks whether the kernel has IPVS. The kernel loads the module if it can.
 func checkIPVS(node *nettest.Namespace) error {
 	return node.Do(func() error {
 		if _, err := netlink.GenlFamilyGet("IPVS"); err != nil {
-			return unsupportedByKernel("the kernel has no IPVS (%v)", err)
+			return unsupportedByKernel("the kernel does not support IPVS (%v)", err)
 		}
 		return nil
 	})
 }
 
-// checkIPTables tries the parts of iptables that kube-proxy cannot do without, in a
-// chain that is not used.
+// checkIPTables tries the iptables matches and targets that kube-proxy needs, in an unused chain.
 func checkIPTables(ctx context.Context, node *nettest.Namespace) error {
 	const chain = "BENCH-TRY"
 	for _, args := range [][]string{
@@ -116,7 +114,7 @@ func checkIPTables(ctx context.Context, node *nettest.Namespace) error {
 		})
 		if err != nil {
 			first, _, _ := strings.Cut(strings.TrimSpace(string(out)), "\n")
-			return unsupportedByKernel("iptables does not work here: iptables -t nat %s: %s", strings.Join(args, " "), first)
+			return unsupportedByKernel("iptables does not work on this kernel: iptables -t nat %s: %s", strings.Join(args, " "), first)
 		}
 	}
 	return nil

@@ -10,7 +10,7 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// What is not there is told apart from what goes wrong.
+// TestUnavailable checks that missing programs are reported as an UnavailableError.
 func TestUnavailable(t *testing.T) {
 	ns, err := nettest.NewNamespace("")
 	if err != nil {
@@ -32,13 +32,13 @@ func TestUnavailable(t *testing.T) {
 			}
 			_, err := system.KubeProxy{Binary: test.binary, Mode: test.mode}.Start(t.Context(), env)
 			if e, ok := errors.AsType[*system.UnavailableError](err); !ok || !strings.Contains(e.Reason, test.want) {
-				t.Errorf("error %v, want that it is unavailable, with %q", err, test.want)
+				t.Errorf("error %v, want an UnavailableError with %q", err, test.want)
 			}
 		})
 	}
 }
 
-// Arguments that are given come last, so that they prevail.
+// TestCommands checks that additional arguments come last, so that they take precedence.
 func TestCommands(t *testing.T) {
 	env := system.Environment{Kubeconfig: "/k", NodeName: "n"}
 	for _, command := range [][]string{

@@ -13,7 +13,8 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// newEnvironment is one that has what processes need.
+// newEnvironment returns an Environment with a namespace and a directory, which StartProcess
+// needs.
 func newEnvironment(t *testing.T) system.Environment {
 	t.Helper()
 	ns, err := nettest.NewNamespace("")
@@ -34,19 +35,19 @@ func start(t *testing.T, env system.Environment, script string) *system.Process 
 	return p
 }
 
-// waitLogged waits until the program has printed something that ends in words.
-func waitLogged(t *testing.T, env system.Environment, words string) string {
+// waitLogged waits until the program's output ends with the given text, and returns the output.
+func waitLogged(t *testing.T, env system.Environment, suffix string) string {
 	t.Helper()
 	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
-		text, err := os.ReadFile(filepath.Join(env.Dir, "program.log"))
+		output, err := os.ReadFile(filepath.Join(env.Dir, "program.log"))
 		if err != nil {
 			t.Fatal(err)
 		}
-		if strings.HasSuffix(strings.TrimSpace(string(text)), words) {
-			return string(text)
+		if strings.HasSuffix(strings.TrimSpace(string(output)), suffix) {
+			return string(output)
 		}
 		if time.Now().After(deadline) {
-			t.Fatalf("the program has printed %q, want %q at the end", text, words)
+			t.Fatalf("the program printed %q, want output that ends with %q", output, suffix)
 		}
 	}
 }
@@ -69,16 +70,16 @@ func TestProcess(t *testing.T) {
 		}
 	}
 	if inode != others.Ino || inode == own.Ino {
-		t.Errorf("the program has printed %q, want namespace %d", text, others.Ino)
+		t.Errorf("the program printed %q, want namespace %d", text, others.Ino)
 	}
 	if err := p.Stop(); err != nil {
 		t.Error(err)
 	}
 	if err := p.Stop(); err != nil {
-		t.Errorf("a second Stop: %v", err)
+		t.Errorf("second Stop: %v", err)
 	}
 	if err := unix.Kill(p.PID(), 0); err == nil {
-		t.Errorf("process %d is still there", p.PID())
+		t.Errorf("process %d is still running", p.PID())
 	}
 }
 
@@ -86,7 +87,7 @@ func TestProcessExitsEarly(t *testing.T) {
 	p := start(t, newEnvironment(t), "exit 3")
 	<-p.Done()
 	if err := p.Stop(); err == nil || !strings.Contains(err.Error(), "exit status 3") || !strings.Contains(err.Error(), "program.log") {
-		t.Errorf("error %v, want one that says how it has ended, and where it has printed", err)
+		t.Errorf("error %v, want one with the exit status and the path of the log", err)
 	}
 }
 
@@ -96,7 +97,7 @@ func TestStartProcessNotFound(t *testing.T) {
 	}
 }
 
-// TestUsageOf has a shell and a child of it use processor time and memory.
+// TestUsageOf lets a shell and its child use processor time and memory.
 func TestUsageOf(t *testing.T) {
 	env := newEnvironment(t)
 	const work = `i=0; while [ $i -lt 200000 ]; do i=$((i+1)); done; `
@@ -111,7 +112,7 @@ func TestUsageOf(t *testing.T) {
 		t.Fatal(err)
 	}
 	if both.CPU() < 40*time.Millisecond || both.Resident < 1<<20 || both.PeakResident < both.Resident {
-		t.Errorf("a shell and its child use %+v", both)
+		t.Errorf("usage of a shell and its child is %+v, want at least 40ms of processor time and 1 MiB", both)
 	}
 	own, err := system.UsageOf(os.Getpid())
 	if err != nil {
@@ -119,12 +120,12 @@ func TestUsageOf(t *testing.T) {
 	}
 	// This process has the shell as a child.
 	if used := own.Resident - both.Resident; used < 1<<20 {
-		t.Errorf("this process uses %+v before and %+v with a child that uses %+v", before, own, both)
+		t.Errorf("usage of this process is %+v before and %+v with a child that uses %+v", before, own, both)
 	}
 	if err := p.Stop(); err != nil {
 		t.Error(err)
 	}
 	if _, err := system.UsageOf(p.PID()); err == nil {
-		t.Error("no error for a process that has gone")
+		t.Error("UsageOf returned no error for a process that has ended")
 	}
 }

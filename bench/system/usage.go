@@ -11,28 +11,27 @@ import (
 	"time"
 )
 
-// Usage is what a process and its children use.
+// Usage is the resource usage of a process and its children.
 type Usage struct {
-	// User and Kernel are the processor time so far, of children that have ended as
-	// well.
+	// User and Kernel are processor times, including children that have ended.
 	User, Kernel time.Duration
-	// Resident is the resident memory now, and PeakResident the most there was since
-	// the process started. Pages that processes share count once for each.
+	// Resident is the current resident memory, and PeakResident the largest since the process
+	// started, in bytes. Shared pages count once for each process.
 	Resident, PeakResident int64
 }
 
-// CPU is all processor time.
+// CPU returns the total processor time.
 func (u Usage) CPU() time.Duration { return u.User + u.Kernel }
 
-// clockTick is the unit of times in /proc/PID/stat, on every architecture that Linux
-// has for Go.
+// clockTick is the unit of times in /proc/PID/stat. It is the same on all Linux architectures that
+// Go supports.
 const clockTick = time.Second / 100
 
-// UsageOf returns what the process uses, with its children and theirs.
+// UsageOf returns the usage of the process and all its descendants.
 func UsageOf(pid int) (Usage, error) {
 	u, err := processUsage(pid)
 	if err != nil {
-		return Usage{}, fmt.Errorf("read what process %d uses: %w", pid, err)
+		return Usage{}, fmt.Errorf("read the usage of process %d: %w", pid, err)
 	}
 	lists, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
 	if err != nil {
@@ -50,7 +49,7 @@ func UsageOf(pid int) (Usage, error) {
 			}
 			more, err := UsageOf(id)
 			if errors.Is(err, os.ErrNotExist) {
-				continue // it has ended since
+				continue // the child has ended
 			}
 			if err != nil {
 				return Usage{}, err
@@ -68,7 +67,7 @@ func processUsage(pid int) (Usage, error) {
 	if err != nil {
 		return u, err
 	}
-	// Behind the name, which may have anything in it: see proc_pid_stat(5).
+	// The name in parentheses may contain any character: see proc_pid_stat(5).
 	fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
 	const user, kernel, childrenUser, childrenKernel = 11, 12, 13, 14
 	if len(fields) <= childrenKernel {
