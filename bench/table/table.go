@@ -1,4 +1,4 @@
-// Package table writes the results of benchmarks as a table for people.
+// Package table writes benchmark results as text tables.
 package table
 
 import (
@@ -13,14 +13,13 @@ import (
 	"fairlead.io/fairlead/bench/result"
 )
 
-// Write writes a report: what was measured where, a table for each measure, and the
-// ratios.
+// Write writes a report: the environments, a table for each measure, and the ratios.
 func Write(w io.Writer, r *result.Report) error {
 	t := &writer{to: w, marks: map[string]string{}}
 	t.printf("%s\n", strings.Join(r.Command, " "))
 	t.printf("Fairlead %s, %s, %.0f s\n", r.Version, r.Time.Format("2006-01-02 15:04 MST"), r.TookSeconds)
 	for _, e := range r.Environments {
-		words := []string{
+		description := []string{
 			fmt.Sprintf("%d × %s", e.Machine.CPUs, e.Machine.CPU), Number(float64(e.Machine.MemoryBytes), "B") + " of memory", "Linux " + e.Kernel,
 			e.OS, fmt.Sprintf("load %.2f", e.Load),
 		}
@@ -29,13 +28,13 @@ func Write(w io.Writer, r *result.Report) error {
 			mark = e.Name
 		}
 		if e.Emulated {
-			words = append(words, "processor emulated: its times say nothing, its ratios little")
+			description = append(description, "processor emulated: times are meaningless, ratios unreliable")
 			mark = e.Name + ", emulated"
 		}
 		t.marks[e.Name] = mark
-		t.printf("%s: %s\n", e.Name, joinNonEmpty(", ", words...))
+		t.printf("%s: %s\n", e.Name, joinNonEmpty(", ", description...))
 		if e.APIServer != "" {
-			t.printf("%s: fed by kube-apiserver %s, a real one for each system\n", e.Name, e.APIServer)
+			t.printf("%s: with a real kube-apiserver %s for each system\n", e.Name, e.APIServer)
 		}
 	}
 	for _, group := range groups(r.Measurements) {
@@ -43,7 +42,7 @@ func Write(w io.Writer, r *result.Report) error {
 	}
 	t.ratios(r.Ratios)
 	for _, l := range r.LeftOut {
-		t.printf("\nleft out: %s: %s", joinNonEmpty(" ", l.System, string(l.Measure), l.Environment), l.Reason)
+		t.printf("\nnot measured: %s: %s", joinNonEmpty(" ", l.System, string(l.Measure), l.Environment), l.Reason)
 	}
 	if len(r.LeftOut) > 0 {
 		t.printf("\n")
@@ -54,15 +53,15 @@ func Write(w io.Writer, r *result.Report) error {
 	return t.err
 }
 
-// joinNonEmpty joins the words that there are.
-func joinNonEmpty(by string, words ...string) string {
-	return strings.Join(slices.DeleteFunc(words, func(w string) bool { return w == "" }), by)
+// joinNonEmpty joins the non-empty words.
+func joinNonEmpty(separator string, words ...string) string {
+	return strings.Join(slices.DeleteFunc(words, func(w string) bool { return w == "" }), separator)
 }
 
-// writer keeps the first error.
+// writer writes formatted text and keeps the first error.
 type writer struct {
 	to io.Writer
-	// marks are what figures of an environment are marked with, but for this machine's.
+	// marks has a label for the figures of each environment, empty for this machine.
 	marks map[string]string
 	err   error
 }
@@ -73,7 +72,7 @@ func (t *writer) printf(format string, args ...any) {
 	}
 }
 
-// rows writes rows with their cells under each other.
+// rows writes rows with aligned columns.
 func (t *writer) rows(rows [][]string) {
 	if t.err != nil {
 		return
@@ -88,54 +87,54 @@ func (t *writer) rows(rows [][]string) {
 	t.err = errors.Join(append(errs, tabs.Flush())...)
 }
 
-// groups returns the measurements of each measure, in their order.
+// groups returns the measurements grouped by measure, in the order of the report.
 func groups(all []result.Measurement) [][]result.Measurement {
 	var order []result.Measure
-	of := map[result.Measure][]result.Measurement{}
+	byMeasure := map[result.Measure][]result.Measurement{}
 	for _, m := range all {
-		if of[m.Measure] == nil {
+		if byMeasure[m.Measure] == nil {
 			order = append(order, m.Measure)
 		}
-		of[m.Measure] = append(of[m.Measure], m)
+		byMeasure[m.Measure] = append(byMeasure[m.Measure], m)
 	}
-	list := make([][]result.Measurement, 0, len(order))
+	grouped := make([][]result.Measurement, 0, len(order))
 	for _, measure := range order {
-		list = append(list, of[measure])
+		grouped = append(grouped, byMeasure[measure])
 	}
-	return list
+	return grouped
 }
 
-// measureTitle says for people what a measure is.
+// measureTitle returns a description of a measure.
 func measureTitle(m result.Measure) string {
 	switch m {
 	case result.UpdateAck:
-		return "from the event to the kernel's acknowledgement"
+		return "time from the event to the kernel's acknowledgement"
 	case result.UpdatePacket:
-		return "from the event to the first packet that it shows in"
+		return "time from the event to the first packet that shows it"
 	case result.ColdStartComplete:
-		return "start on a new node, until all is acknowledged"
+		return "cold start until the kernel has acknowledged everything"
 	case result.ColdStartAnswer:
-		return "start on a new node, until the last Service answers"
+		return "cold start until the last Service answers"
 	case result.ColdStartCPU:
-		return "processor time of a start, until there is nothing to do any more"
+		return "processor time of a cold start, until the program is idle"
 	case result.Restart:
-		return "restart with nothing to do"
+		return "warm restart with nothing to change"
 	case result.Churn:
-		return "one event among so many a second, to its effect"
+		return "time from an event to its effect, under churn"
 	case result.ChurnCPU:
-		return "processor time for each event of so many a second"
+		return "processor time per event, under churn"
 	case result.Connect:
 		return "connect(2)"
 	case result.ConnectRate:
-		return "connections, one after another"
+		return "sequential connections"
 	case result.Throughput:
-		return "one connection's throughput"
+		return "throughput of one connection"
 	case result.Fairness:
-		return "connections of each endpoint"
+		return "connections per endpoint"
 	case result.Memory:
 		return "memory held"
 	case result.PeakMemory:
-		return "most memory that was resident"
+		return "peak resident memory"
 	default:
 		return ""
 	}
@@ -186,7 +185,7 @@ func (t *writer) ratios(ratios []result.Ratio) {
 	if len(ratios) == 0 {
 		return
 	}
-	t.printf("\nratios, with the interval that they are in with a confidence of %.0f %%\n", 100*ratios[0].Confidence)
+	t.printf("\nratios with their %.0f %% confidence intervals\n", 100*ratios[0].Confidence)
 	rows := [][]string{{"  measure", "scenario", "", "ratio", "interval", ""}}
 	for _, r := range ratios {
 		rows = append(rows, []string{
@@ -197,7 +196,7 @@ func (t *writer) ratios(ratios []result.Ratio) {
 	t.rows(rows)
 }
 
-// Scenario says for people what a scenario is.
+// Scenario returns a short description of a scenario.
 func Scenario(s result.Scenario) string {
 	words := fmt.Sprintf("%d × %d", s.Services, s.Endpoints)
 	if s.Change != "" {
@@ -209,7 +208,7 @@ func Scenario(s result.Scenario) string {
 	return words
 }
 
-// Number writes a number of a unit as people want to read it, with three digits:
+// Number formats a number of the given unit with three significant digits and a suitable prefix:
 // 0.000123 of the unit s is 123 µs.
 func Number(v float64, unit string) string {
 	if (unit == "1" || unit == "B") && v == math.Trunc(v) && math.Abs(v) < 1000 {
@@ -245,7 +244,8 @@ func Number(v float64, unit string) string {
 	}
 }
 
-// digits writes a number with three digits, or as many as are before the point.
+// digits formats a number with three significant digits, or with all digits before the decimal
+// point.
 func digits(v float64) string {
 	switch a := math.Abs(v); {
 	case a >= 99.95 || a == 0:

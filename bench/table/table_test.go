@@ -51,23 +51,23 @@ func TestWrite(t *testing.T) {
 			Interval: result.Interval{Ratio: 1.5, Low: 1, High: 2, Confidence: 0.95},
 		}},
 		LeftOut: []result.LeftOut{
-			{System: "ipvs", Measure: result.Memory, Environment: "native", Reason: "the kernel has no IPVS"},
-			{System: "ipvs", Environment: "native", Reason: "the kernel has no IPVS"},
+			{System: "ipvs", Measure: result.Memory, Environment: "native", Reason: "the kernel does not support IPVS"},
+			{System: "ipvs", Environment: "native", Reason: "the kernel does not support IPVS"},
 		},
 		Notes: []string{"A note."},
 	}
 	const want = `fairlead-bench --samples=200
 Fairlead v1.2.3, 2025-01-31 12:00 UTC, 94 s
 native: 2 × A processor, 25.3 GB of memory, Linux 6.18.44, Debian GNU/Linux 13, load 0.50
-native: fed by kube-apiserver v1.33.1, a real one for each system
-vm-6.1: 1 × QEMU, 1.07 GB of memory, Linux 6.1, load 0.00, processor emulated: its times say nothing, its ratios little
+native: with a real kube-apiserver v1.33.1 for each system
+vm-6.1: 1 × QEMU, 1.07 GB of memory, Linux 6.1, load 0.00, processor emulated: times are meaningless, ratios unreliable
 
-update-ack: from the event to the kernel's acknowledgement
+update-ack: time from the event to the kernel's acknowledgement
   system                   scenario              p50      p90     p99      max     n
   nft                      scale-up, 10000 × 10  21.0 µs  145 µs  12.3 ms  1.50 s  200
   ipvs (vm-6.1, emulated)  scale-up, 10000 × 10  21.0 µs  145 µs  12.3 ms  1.50 s  200
 
-churn: one event among so many a second, to its effect
+churn: time from an event to its effect, under churn
   system  scenario                      p50      p90     p99      max     n
   nft     scale-up, 10000 × 10, 1000/s  21.0 µs  145 µs  12.3 ms  1.50 s  200  cpu 610 ms, commits 3486
 
@@ -75,13 +75,13 @@ memory: memory held
   system  scenario
   nft     10000 × 10  resident 59.8 MB
 
-ratios, with the interval that they are in with a confidence of 95 %
+ratios with their 95 % confidence intervals
   measure         scenario                                         ratio  interval
   update-ack p50  scale-up, 10000 × 10  kube-proxy-nftables / nft  311    9.10 to 342
   update-ack p50  scale-up, 10000 × 10  nft / ipvs                 1.50   1 to 2  vm-6.1, emulated
 
-left out: ipvs memory native: the kernel has no IPVS
-left out: ipvs native: the kernel has no IPVS
+not measured: ipvs memory native: the kernel does not support IPVS
+not measured: ipvs native: the kernel does not support IPVS
 
 A note.
 `
@@ -128,6 +128,6 @@ func (fullWriter) Write([]byte) (int, error) { return 0, errFull }
 
 func TestWriteFails(t *testing.T) {
 	if err := table.Write(fullWriter{}, &result.Report{}); !errors.Is(err, errFull) {
-		t.Errorf("error %v, want that of the writer", err)
+		t.Errorf("error %v, want the writer's error", err)
 	}
 }
