@@ -20,7 +20,7 @@ import (
 	"gonum.org/v1/plot/vg/vgsvg"
 )
 
-// typeface has the fonts that are drawn with, and measured.
+// typeface contains the fonts for drawing and measuring text.
 type typeface struct{ handler text.Plain }
 
 func newTypeface() (*typeface, error) {
@@ -34,39 +34,39 @@ func newTypeface() (*typeface, error) {
 	} {
 		face, err := opentype.Parse(f.ttf)
 		if err != nil {
-			return nil, fmt.Errorf("parse the font %s: %w", f.font.Name(), err)
+			return nil, fmt.Errorf("parse font %s: %w", f.font.Name(), err)
 		}
 		faces = append(faces, font.Face{Font: f.font, Face: face})
 	}
 	return &typeface{text.Plain{Fonts: font.NewCache(faces)}}, nil
 }
 
-// canvas is what charts are drawn on: coordinates are in pixels from the top left.
+// canvas is the surface that charts draw on. Coordinates are pixels from the top left.
 type canvas struct {
 	target        draw.Canvas
 	width, height float64
-	inset         float64 // of the coordinates, on all sides
-	bottomInset   float64 // what is below the coordinates besides
-	colours       palette
+	inset         float64 // margin on all sides
+	bottomInset   float64 // additional margin at the bottom
+	colors        palette
 	face          *typeface
-	// texts, if not nil, collects SVG text: fonts differ between who looks at a page,
-	// so it has to be laid out there.
+	// texts, if not nil, collects text as SVG elements. Viewers have different fonts, so the
+	// browser must lay out the text.
 	texts *bytes.Buffer
 }
 
-// drawing is a chart that knows its height once it is told its width.
+// drawing is a chart whose height depends on its width.
 type drawing interface {
 	title() string
 	height(width float64) float64
 	draw(c *canvas)
 }
 
-// svg draws for a page, with colours for [replacePlaceholders].
+// svg draws d with placeholder colors, see [replacePlaceholders].
 func (f *typeface) svg(d drawing, width float64) ([]byte, error) {
 	height := d.height(width)
 	to := vgsvg.New(vg.Length(width), vg.Length(height))
 	var b, texts bytes.Buffer
-	d.draw(&canvas{target: draw.New(to), width: width, height: height, colours: placeholderColor, face: f, texts: &texts})
+	d.draw(&canvas{target: draw.New(to), width: width, height: height, colors: placeholderColor, face: f, texts: &texts})
 	if _, err := to.WriteTo(&b); err != nil {
 		return nil, fmt.Errorf("draw %q: %w", d.title(), err)
 	}
@@ -74,12 +74,12 @@ func (f *typeface) svg(d drawing, width float64) ([]byte, error) {
 	return slices.Concat(b.Bytes()[:end], texts.Bytes(), []byte("</svg>\n")), nil
 }
 
-// png draws in the colours of light, with twice the number of pixels.
+// png draws d in light colors at twice the resolution.
 func (f *typeface) png(d drawing, width float64) ([]byte, error) {
 	const dpi = 144
 	height := d.height(width)
 	to := vgimg.NewWith(vgimg.UseWH(vg.Length(width), vg.Length(height)), vgimg.UseDPI(dpi))
-	d.draw(&canvas{target: draw.New(to), width: width, height: height, colours: lightColor, face: f})
+	d.draw(&canvas{target: draw.New(to), width: width, height: height, colors: lightColor, face: f})
 	var b bytes.Buffer
 	if _, err := (vgimg.PngCanvas{Canvas: to}).WriteTo(&b); err != nil {
 		return nil, fmt.Errorf("draw %q: %w", d.title(), err)
@@ -91,36 +91,36 @@ func (c *canvas) point(x, y float64) vg.Point {
 	return vg.Point{X: vg.Length(c.inset + x), Y: vg.Length(c.inset + c.bottomInset + c.height - y)}
 }
 
-// line draws a line through points, which are x and y in turns.
+// line draws a line through points, given as alternating x and y coordinates.
 func (c *canvas) line(r role, width float64, xy ...float64) {
 	points := make([]vg.Point, 0, len(xy)/2)
 	for i := 0; i+1 < len(xy); i += 2 {
 		points = append(points, c.point(xy[i], xy[i+1]))
 	}
-	c.target.StrokeLines(draw.LineStyle{Color: c.colours(r), Width: vg.Length(width)}, points)
+	c.target.StrokeLines(draw.LineStyle{Color: c.colors(r), Width: vg.Length(width)}, points)
 }
 
-// bar fills a rectangle with its left edge at x and its middle at y.
+// bar fills a rectangle with its left edge at x and its vertical center at y.
 func (c *canvas) bar(r role, x, y, width, height float64) {
 	top, bottom := y-height/2, y+height/2
-	c.target.FillPolygon(c.colours(r), []vg.Point{c.point(x, top), c.point(x+width, top), c.point(x+width, bottom), c.point(x, bottom)})
+	c.target.FillPolygon(c.colors(r), []vg.Point{c.point(x, top), c.point(x+width, top), c.point(x+width, bottom), c.point(x, bottom)})
 }
 
-// dot draws a marker: filled, or hollow.
+// dot draws a filled or hollow marker.
 func (c *canvas) dot(r role, hollow bool, x, y, radius float64) {
-	c.target.DrawGlyph(draw.GlyphStyle{Color: c.colours(r), Radius: vg.Length(radius), Shape: draw.CircleGlyph{}}, c.point(x, y))
+	c.target.DrawGlyph(draw.GlyphStyle{Color: c.colors(r), Radius: vg.Length(radius), Shape: draw.CircleGlyph{}}, c.point(x, y))
 	if hollow {
 		const part = 0.55
-		c.target.DrawGlyph(draw.GlyphStyle{Color: c.colours(surface), Radius: vg.Length(radius * part), Shape: draw.CircleGlyph{}}, c.point(x, y))
+		c.target.DrawGlyph(draw.GlyphStyle{Color: c.colors(surface), Radius: vg.Length(radius * part), Shape: draw.CircleGlyph{}}, c.point(x, y))
 	}
 }
 
-// textFormat are how text is written.
+// textFormat is the format of text.
 type textFormat struct {
 	role  role
 	size  float64
 	bold  bool
-	align float64 // 0 if x is the left end, 1 if it is the right one
+	align float64 // 0: x is the left end, 1: x is the right end
 }
 
 func (c *canvas) textStyle(l textFormat) text.Style {
@@ -128,36 +128,36 @@ func (c *canvas) textStyle(l textFormat) text.Style {
 	if l.bold {
 		f.Weight = stdfont.WeightBold
 	}
-	return text.Style{Color: c.colours(l.role), Font: f, XAlign: text.XAlignment(-l.align), YAlign: text.YCenter, Handler: c.face.handler}
+	return text.Style{Color: c.colors(l.role), Font: f, XAlign: text.XAlignment(-l.align), YAlign: text.YCenter, Handler: c.face.handler}
 }
 
-// drawText writes text with its middle at y.
+// drawText draws text with its vertical center at y.
 func (c *canvas) drawText(l textFormat, x, y float64, words string) {
 	if c.texts == nil {
 		c.target.FillText(c.textStyle(l), c.point(x, y), words)
 		return
 	}
-	const baseline = 0.35 // of the size, below the middle
+	const baseline = 0.35 // fraction of the font size below the center
 	anchor := map[float64]string{0: "start", 0.5: "middle", 1: "end"}[l.align]
 	weight := 400
 	if l.bold {
 		weight = 700
 	}
-	rgb, _ := color.NRGBAModel.Convert(c.colours(l.role)).(color.NRGBA)
+	rgb, _ := color.NRGBAModel.Convert(c.colors(l.role)).(color.NRGBA)
 	fmt.Fprintf(c.texts, `<text x="%.1f" y="%.1f" text-anchor=%q style="fill:#%02X%02X%02X;font-size:%gpx;font-weight:%d">%s</text>`+"\n",
 		x, y+baseline*l.size, anchor, rgb.R, rgb.G, rgb.B, l.size, weight, html.EscapeString(words))
 }
 
-// textWidth is how wide text is at most: fonts of others are wider.
+// textWidth returns an upper bound of the width of text. It allows for viewers with wider fonts.
 func (c *canvas) textWidth(l textFormat, words string) float64 {
 	const wider = 1.2
 	return wider * float64(c.textStyle(l).Width(words))
 }
 
-// scale maps numbers to places on an axis.
+// scale maps numbers to positions on an axis.
 type scale struct {
 	from, to  float64 // numbers
-	low, high float64 // places
+	low, high float64 // positions
 	log       bool
 }
 
@@ -172,7 +172,7 @@ func (s scale) position(v float64) float64 {
 	return s.low + (v-f)/(t-f)*(s.high-s.low)
 }
 
-// logScale is one for positive numbers, from one round number to another.
+// logScale returns a logarithmic scale for positive numbers that starts and ends at round numbers.
 func logScale(least, most, low, high float64) scale {
 	if least <= 0 || most <= 0 {
 		least, most = 1, 10
@@ -184,7 +184,7 @@ func logScale(least, most, low, high float64) scale {
 	return s
 }
 
-// roundToStep returns the next number that is 1, 2 or 5 times a power of ten.
+// roundToStep returns the next number, up or down, that is 1, 2 or 5 times a power of ten.
 func roundToStep(v float64, up bool) float64 {
 	const tolerance = 1e-9
 	power := math.Pow(10, math.Floor(math.Log10(v)+tolerance))
@@ -201,7 +201,7 @@ func roundToStep(v float64, up bool) float64 {
 	return best
 }
 
-// linearScale is one from zero to a round number.
+// linearScale returns a linear scale that starts at zero.
 func linearScale(most, low, high float64) scale {
 	if most <= 0 {
 		most = 1
@@ -209,12 +209,12 @@ func linearScale(most, low, high float64) scale {
 	return scale{from: 0, to: most, low: low, high: high}
 }
 
-// ticks returns the round numbers on a scale, at most so many.
-func (s scale) ticks(most int) []float64 {
+// ticks returns at most limit round numbers on the scale.
+func (s scale) ticks(limit int) []float64 {
 	if !s.log {
-		step := math.Pow(10, math.Floor(math.Log10(s.to/float64(most))))
+		step := math.Pow(10, math.Floor(math.Log10(s.to/float64(limit))))
 		for _, f := range []float64{1, 2, 5, 10} {
-			if s.to/(step*f) <= float64(most) {
+			if s.to/(step*f) <= float64(limit) {
 				step *= f
 				break
 			}
@@ -238,11 +238,11 @@ func (s scale) ticks(most int) []float64 {
 		}
 		return list
 	}
-	if list := collect(1, 2, 5); len(list) <= most {
+	if list := collect(1, 2, 5); len(list) <= limit {
 		return list
 	}
 	list := collect(1)
-	for skip := 2; len(list) > most; skip++ {
+	for skip := 2; len(list) > limit; skip++ {
 		var some []float64
 		for i, v := range collect(1) {
 			if i%skip == 0 {

@@ -10,7 +10,7 @@ import (
 	"fairlead.io/fairlead/bench/table"
 )
 
-// What all charts have in common, in pixels.
+// Dimensions of all charts, in pixels.
 const (
 	textSize  = 12.5
 	smallSize = 11.5
@@ -23,12 +23,12 @@ const (
 // row is one system in a chart.
 type row struct {
 	style seriesStyle
-	// low to high is what most samples are in, and least to most what all are in.
+	// low and high bound most samples, least and most bound all samples.
 	least, low, middle, high, most float64
 	text                           string
 }
 
-// newRow returns the row of a distribution.
+// newRow returns the row for a measurement with a distribution.
 func newRow(m *result.Measurement) row {
 	d := m.Distribution
 	low := d.Min
@@ -48,14 +48,14 @@ func percentile(samples []float64, p float64) float64 {
 	return sorted[i] + (at-float64(i))*(sorted[i+1]-sorted[i])
 }
 
-// group is rows under one heading.
+// group contains rows under one heading.
 type group struct {
 	heading string
 	rows    []row
 }
 
-// rowsChart shows one row for each system, in groups: as a range on a logarithmic
-// axis, or as a bar from zero.
+// rowsChart shows one row per system, in groups: as a range on a logarithmic axis, or as a bar
+// that starts at zero.
 type rowsChart struct {
 	name   string
 	unit   string
@@ -65,10 +65,10 @@ type rowsChart struct {
 
 func (r *rowsChart) title() string { return r.name }
 
-// stacked says whether names are above what they name, as there is no room beside.
+// stacked reports whether labels are above the rows, because there is no space beside them.
 func stacked(width float64) bool { return width < 480 }
 
-// rowHeightAt is that of rows, and the part of it that is above what is drawn.
+// rowHeightAt returns the height of rows, and the part of it above the drawn range or bar.
 func rowHeightAt(width float64) (height, above float64) {
 	if stacked(width) {
 		return 2*rowHeight + 2, rowHeight + 1
@@ -121,7 +121,7 @@ func (r *rowsChart) draw(c *canvas) {
 		s = linearScale(most, left, right)
 	}
 	y := float64(margin)
-	var spans [][2]float64 // rows, not headings, have the grid behind them
+	var spans [][2]float64 // grid lines are drawn behind rows, not behind headings
 	for _, g := range r.groups {
 		if g.heading != "" {
 			y += groupHead
@@ -182,50 +182,48 @@ func (c *canvas) drawBar(one row, s scale, y float64, value textFormat) {
 	c.drawText(value, reach+7, y, one.text)
 }
 
-// axis draws a grid of lines, each from top to bottom of the spans, with the numbers
-// below.
+// axis draws grid lines from top to bottom of each span, and labels below.
 func (c *canvas) axis(s scale, bottom float64, unit string, spans ...[2]float64) {
 	l := textFormat{role: muted, size: smallSize, align: 0.5}
-	const apart = 58 // so that numbers do not touch
+	const spacing = 58 // keeps labels apart
 	end := math.Inf(-1)
-	for _, v := range s.ticks(max(2, int((s.high-s.low)/apart))) {
+	for _, v := range s.ticks(max(2, int((s.high-s.low)/spacing))) {
 		x := s.position(v)
 		for _, span := range spans {
 			c.line(grid, 1, x, span[0], x, span[1])
 		}
-		words := trimZeros(v, unit)
-		half := c.textWidth(l, words) / 2
+		label := trimZeros(v, unit)
+		half := c.textWidth(l, label) / 2
 		at := min(max(x, half), c.width-half)
 		if at-half > end {
-			c.drawText(l, at, bottom+14, words)
+			c.drawText(l, at, bottom+14, label)
 			end = at + half + 6
 		}
 	}
 }
 
-// curve is one system's line.
+// curve is the line of one system.
 type curve struct {
 	style seriesStyle
 	x, y  []float64
-	// low and high are a range about y, if there is one.
+	// low and high, if not nil, are a range around y.
 	low, high []float64
 }
 
-// curvesChart shows lines: how samples are distributed, or how something depends on
-// a number.
+// curvesChart shows lines: the distribution of samples, or how a measure depends on a number.
 type curvesChart struct {
 	name         string
 	xUnit, yUnit string
 	yTitle       string
 	logY         bool
 	curves       []curve
-	ticks        []float64 // of x, if these and no others
+	ticks        []float64 // x values of grid lines; nil selects round numbers
 	steps        bool
 }
 
 func (k *curvesChart) title() string { return k.name }
 
-// legend returns the lines of the legend, as indices of curves.
+// legend returns the lines of the legend as indices of curves.
 func (k *curvesChart) legend(width float64) [][]int {
 	const entry, most = 165, 4
 	perLine := min(most, max(1, int(width/entry)))
@@ -290,7 +288,7 @@ func (k *curvesChart) scales(c *canvas, top, bottom float64) (xs, ys scale) {
 	}
 	const gap, room = 8, 22
 	xs = logScale(leastX, mostX, labels+gap, c.width-room)
-	if k.ticks != nil { // exactly what was measured, with a little room
+	if k.ticks != nil { // the measured range with a small margin
 		xs.from, xs.to = leastX/1.25, mostX*1.25
 	}
 	return xs, ys
@@ -312,9 +310,9 @@ func (c *canvas) xAxis(k *curvesChart, s scale, top, bottom float64) {
 	l := textFormat{role: muted, size: smallSize, align: 0.5}
 	for _, v := range k.ticks {
 		c.line(grid, 1, s.position(v), top, s.position(v), bottom)
-		words := thousands(int(v))
-		half := c.textWidth(l, words) / 2
-		c.drawText(l, min(s.position(v), c.width-half), bottom+14, words)
+		label := thousands(int(v))
+		half := c.textWidth(l, label) / 2
+		c.drawText(l, min(s.position(v), c.width-half), bottom+14, label)
 	}
 }
 
@@ -341,13 +339,13 @@ func (c *canvas) drawCurve(one curve, xs, ys scale, steps bool) {
 	}
 }
 
-// cumulativeCurve returns the curve of the share of samples up to a number.
+// cumulativeCurve returns the cumulative distribution of the samples.
 func cumulativeCurve(m *result.Measurement) curve {
 	sorted := slices.Sorted(slices.Values(m.Samples))
 	c := curve{style: styleOf(m.System), x: []float64{sorted[0]}, y: []float64{0}}
-	const most = 300 // more cannot be seen
+	const maxPoints = 300 // more points are not visible
 	for i := range sorted {
-		if len(sorted) > most && i%(len(sorted)/most) != 0 && i != len(sorted)-1 {
+		if len(sorted) > maxPoints && i%(len(sorted)/maxPoints) != 0 && i != len(sorted)-1 {
 			continue
 		}
 		c.x, c.y = append(c.x, sorted[i]), append(c.y, float64(i+1)/float64(len(sorted)))
@@ -355,19 +353,19 @@ func cumulativeCurve(m *result.Measurement) curve {
 	return c
 }
 
-// servicesCurve returns the curve of the median against the number of Services.
-func servicesCurve(of []*result.Measurement) curve {
-	of = slices.SortedFunc(slices.Values(of), func(a, b *result.Measurement) int { return cmp.Compare(a.Scenario.Services, b.Scenario.Services) })
-	c := curve{style: styleOf(of[0].System)}
-	for _, m := range of {
-		one := newRow(m)
+// servicesCurve returns the curve of the medians by number of Services.
+func servicesCurve(measurements []*result.Measurement) curve {
+	measurements = slices.SortedFunc(slices.Values(measurements), func(a, b *result.Measurement) int { return cmp.Compare(a.Scenario.Services, b.Scenario.Services) })
+	c := curve{style: styleOf(measurements[0].System)}
+	for _, m := range measurements {
+		r := newRow(m)
 		c.x = append(c.x, float64(m.Scenario.Services))
-		c.y, c.low, c.high = append(c.y, one.middle), append(c.low, one.low), append(c.high, one.high)
+		c.y, c.low, c.high = append(c.y, r.middle), append(c.low, r.low), append(c.high, r.high)
 	}
 	return c
 }
 
-// trimZeros writes a number that is round without the digits that say so.
+// trimZeros formats a number without trailing zeros after the decimal point.
 func trimZeros(v float64, unit string) string {
 	number, rest, _ := strings.Cut(table.Number(v, unit), " ")
 	if strings.Contains(number, ".") {
@@ -376,7 +374,7 @@ func trimZeros(v float64, unit string) string {
 	return strings.TrimSpace(number + " " + rest)
 }
 
-// thousands writes a whole number with commas.
+// thousands formats an integer with commas as thousands separators.
 func thousands(n int) string {
 	const base = 1000
 	if n < base {

@@ -1,12 +1,11 @@
-// Package report makes pictures and a page of what benchmarks have found out:
-// [Merge] joins results, [WriteHTML] writes one page that needs nothing else, and
-// [Pictures] are its charts for other documents.
+// Package report draws benchmark results: [Merge] combines reports, [WriteHTML] writes one
+// self-contained HTML page, and [Pictures] returns the charts as files for other documents.
 //
-// The charts are drawn with the drawing half of gonum/plot (vg), which writes SVG and PNG
-// alike. Its other half, package plot, parses a dozen fonts when a program
-// starts, whatever the program then does, which takes 5 MB of memory. Libraries that draw in the browser were no choice for a
-// page that is to be read without them.
+// The charts use the drawing package of gonum/plot (vg), which writes both SVG and PNG. The
+// package does not use gonum's package plot, which parses a dozen fonts at every program start and
+// so takes 5 MB of memory. JavaScript chart libraries are not an option, because the page must be
+// readable without them.
 //
-// Colours are named in the SVG by what they stand for, and the page, or the file,
-// says what they are: for light and dark.
+// The SVG refers to colors by their purpose, through CSS variables. The page or the SVG file
+// defines the variables for light and dark color schemes.
 package report

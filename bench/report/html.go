@@ -1,7 +1,7 @@
 package report
 
 import (
-	_ "embed" // the style
+	_ "embed" // for page.css
 	"fmt"
 	"io"
 	"math"
@@ -13,27 +13,28 @@ import (
 //go:embed page.css
 var pageCSS string
 
-// WriteHTML writes a report as one page, with its charts in it. It reads well on
-// phones and in print, in light and dark, and loads nothing.
+// WriteHTML writes a report as one HTML page that contains its charts and loads no other
+// resources. The layout suits phones, desktops and print, and follows the color scheme, light or
+// dark.
 func WriteHTML(w io.Writer, r *result.Report) error {
 	p, err := newPage(r)
 	if err != nil {
 		return err
 	}
 	if err := p.node().Render(w); err != nil {
-		return fmt.Errorf("write the report as a page: %w", err)
+		return fmt.Errorf("write HTML report: %w", err)
 	}
 	return nil
 }
 
-// page is what there is to show.
+// page is the content of the page.
 type page struct {
 	report       *result.Report
 	title        string
 	environments []environment
 }
 
-// environment is what was measured in one.
+// environment is the content for one environment.
 type environment struct {
 	result.Environment
 	several           bool
@@ -45,12 +46,13 @@ type environment struct {
 	leftOut           []result.LeftOut
 }
 
-// keyFigure is a key figure.
+// keyFigure is a ratio shown at the top of the page.
 type keyFigure struct {
 	ratio, than, what, interval, figures string
 	worse                                bool
 }
 
+// pageSection is a section with drawn figures.
 type pageSection struct {
 	id, title, text string
 	figures         []pageFigure
@@ -66,9 +68,9 @@ func newPage(r *result.Report) (*page, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &page{report: r, title: "How fast is Fairlead?"}
+	p := &page{report: r, title: "Fairlead benchmark results"}
 	if len(r.Ratios) > 0 {
-		p.title = "Fairlead and kube-proxy, side by side"
+		p.title = "Fairlead and kube-proxy compared"
 	}
 	for _, e := range r.Environments {
 		env := environment{Environment: e, several: len(r.Environments) > 1}
@@ -106,38 +108,38 @@ func newPage(r *result.Report) (*page, error) {
 	return p, nil
 }
 
-// drawFigure draws a figure for the page, for wide screens and for narrow ones.
-func (f *typeface) drawFigure(of figure) (pageFigure, error) {
-	wide, err := f.svg(of.chart, pictureWidth)
+// drawFigure draws a figure for wide and narrow screens.
+func (f *typeface) drawFigure(fig figure) (pageFigure, error) {
+	wide, err := f.svg(fig.chart, pictureWidth)
 	if err != nil {
 		return pageFigure{}, err
 	}
-	narrow, err := f.svg(of.chart, narrowWidth)
+	narrow, err := f.svg(fig.chart, narrowWidth)
 	if err != nil {
 		return pageFigure{}, err
 	}
-	title := of.chart.title()
-	return pageFigure{of.caption, inline(wide, "wide", title), inline(narrow, "narrow", title)}, nil
+	title := fig.chart.title()
+	return pageFigure{fig.caption, inline(wide, "wide", title), inline(narrow, "narrow", title)}, nil
 }
 
-// keyFigures returns the key figures: Fairlead against kube-proxy's nftables mode,
-// with the most Services, and of several rates at the one that is worst for Fairlead.
+// keyFigures returns the ratios of kube-proxy's nftables mode to Fairlead's nft mode with the most
+// Services. Among several rates of churn, it picks the worst one for Fairlead.
 func keyFigures(r *result.Report, environment string) (list []keyFigure, at string) {
-	const than = "kube-proxy-nftables"
-	for _, one := range []struct {
+	const other = "kube-proxy-nftables"
+	for _, spec := range []struct {
 		measure      result.Measure
 		change       result.Change
 		better, what string
 	}{
-		{result.UpdatePacket, result.ReplaceEndpoint, "faster", "An update: from the event to the first packet at the new endpoint"},
-		{result.ColdStartAnswer, "", "faster", "A cold start, until the last Service answers"},
-		{result.ChurnCPU, result.ReplaceEndpoint, "less processor time", "For each change under churn"},
-		{result.Memory, "", "less memory", "Resident after a start"},
+		{result.UpdatePacket, result.ReplaceEndpoint, "faster", "Update: from the event to the first packet at the new endpoint"},
+		{result.ColdStartAnswer, "", "faster", "Cold start until the last Service answers"},
+		{result.ChurnCPU, result.ReplaceEndpoint, "less processor time", "Per change under churn"},
+		{result.Memory, "", "less memory", "Resident memory after a cold start"},
 	} {
 		best := -1
 		for i, ratio := range r.Ratios {
-			if ratio.Environment == environment && ratio.Measure == one.measure && ratio.Scenario.Change == one.change &&
-				ratio.Numerator == than && ratio.Denominator == "nft" && (best < 0 || preferred(ratio, r.Ratios[best])) {
+			if ratio.Environment == environment && ratio.Measure == spec.measure && ratio.Scenario.Change == spec.change &&
+				ratio.Numerator == other && ratio.Denominator == "nft" && (best < 0 || preferred(ratio, r.Ratios[best])) {
 				best = i
 			}
 		}
@@ -149,13 +151,13 @@ func keyFigures(r *result.Report, environment string) (list []keyFigure, at stri
 			at = scenarioText(ratio.Scenario)
 		}
 		if scenarioText(ratio.Scenario) == at {
-			list = append(list, newKeyFigure(r, ratio, one.better, one.what))
+			list = append(list, newKeyFigure(r, ratio, spec.better, spec.what))
 		}
 	}
 	return list, at
 }
 
-// preferred says whether a ratio is the one to tell of, rather than another.
+// preferred reports whether to show ratio a instead of ratio b.
 func preferred(a, b result.Ratio) bool {
 	if a.Scenario.Services != b.Scenario.Services {
 		return a.Scenario.Services > b.Scenario.Services
@@ -163,10 +165,11 @@ func preferred(a, b result.Ratio) bool {
 	return a.Ratio < b.Ratio
 }
 
+// newKeyFigure returns the key figure for a ratio.
 func newKeyFigure(r *result.Report, ratio result.Ratio, better, what string) keyFigure {
 	c := keyFigure{than: better, what: what}
 	if ratio.Scenario.Rate > 0 {
-		c.what += fmt.Sprintf(", at %s changes a second", thousands(int(ratio.Scenario.Rate)))
+		c.what += fmt.Sprintf(", at %s changes per second", thousands(int(ratio.Scenario.Rate)))
 	}
 	v, low, high := ratio.Ratio, ratio.Low, ratio.High
 	if v < 1 {
@@ -185,19 +188,19 @@ func newKeyFigure(r *result.Report, ratio result.Ratio, better, what string) key
 			}
 			return table.Number(m.Distribution.P50, m.Unit)
 		}
-		c.figures = fmt.Sprintf("%s against %s", value(ours), value(theirs))
+		c.figures = fmt.Sprintf("%s compared with %s", value(ours), value(theirs))
 	}
 	return c
 }
 
-// formatRatio writes a ratio with no more digits than it is worth.
+// formatRatio formats a ratio with at most two significant digits.
 func formatRatio(v float64) string {
-	const few, some = 10, 100
+	const ten, hundred = 10, 100
 	switch {
-	case v >= some:
+	case v >= hundred:
 		power := math.Pow(10, math.Floor(math.Log10(v))-1) // two digits
 		return thousands(int(math.Round(v/power) * power))
-	case v >= few:
+	case v >= ten:
 		return fmt.Sprintf("%.0f", v)
 	default:
 		return fmt.Sprintf("%.1f", v)

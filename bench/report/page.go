@@ -11,11 +11,11 @@ import (
 	"fairlead.io/fairlead/bench/table"
 )
 
-// The page is made of functions rather than of a template, so that the compiler checks it.
+// The page is built from functions instead of a template, so that the compiler checks it.
 
-// node is the page.
+// node returns the page.
 func (p *page) node() g.Node {
-	colours := cssVariables(":root", false) + "@media screen and (prefers-color-scheme:dark){" + cssVariables(":root", true) + "}"
+	colors := cssVariables(":root", false) + "@media screen and (prefers-color-scheme:dark){" + cssVariables(":root", true) + "}"
 	return h.Doctype(h.HTML(
 		h.Lang("en"),
 		h.Head(
@@ -23,7 +23,7 @@ func (p *page) node() g.Node {
 			h.Meta(h.Name("viewport"), h.Content("width=device-width, initial-scale=1")),
 			h.Meta(h.Name("color-scheme"), h.Content("light dark")),
 			h.TitleEl(g.Text(p.title)),
-			h.StyleEl(g.Raw(colours+"\n"+pageCSS)),
+			h.StyleEl(g.Raw(colors+"\n"+pageCSS)),
 		),
 		h.Body(h.Main(
 			h.H1(g.Text(p.title)),
@@ -35,22 +35,22 @@ func (p *page) node() g.Node {
 }
 
 func (p *page) subtitle() string {
-	places := make([]string, 0, len(p.environments))
+	machines := make([]string, 0, len(p.environments))
 	for _, e := range p.environments {
-		place := fmt.Sprintf("%d × %s, Linux %s", e.Machine.CPUs, e.Machine.CPU, e.Kernel)
+		machine := fmt.Sprintf("%d × %s, Linux %s", e.Machine.CPUs, e.Machine.CPU, e.Kernel)
 		if e.Emulated {
-			place += " (emulated)"
+			machine += " (emulated)"
 		}
-		places = append(places, place)
+		machines = append(machines, machine)
 	}
-	return fmt.Sprintf("Fairlead %s, measured on %s, %s.", p.report.Version, p.report.Time.Format("2 January 2006"), strings.Join(places, "; "))
+	return fmt.Sprintf("Fairlead %s, measured on %s, %s.", p.report.Version, p.report.Time.Format("2 January 2006"), strings.Join(machines, "; "))
 }
 
 func (p *page) methodNode() g.Node {
 	return h.Section(
 		h.Class("long"),
-		h.H2(g.Text("How")),
-		h.P(g.Text("Repeat it with "), code(p.report.Command), g.Text(", as root.")),
+		h.H2(g.Text("Method")),
+		h.P(g.Text("To repeat the measurements, run as root: "), code(p.report.Command)),
 		h.Dl(g.Map(p.report.Systems, func(s result.System) g.Node {
 			return g.Group{h.Dt(g.Text(styleOf(s.Name).label)), h.Dd(g.Text(s.Version), g.If(len(s.Command) > 0, g.Group{h.Br(), code(s.Command)}))}
 		})),
@@ -65,8 +65,8 @@ func (e environment) node() g.Node {
 		g.If(e.several, h.H2(h.Class("place"), g.Text("Environment "+e.Name))),
 		g.If(e.Emulated, h.P(
 			h.Class("emulated"), h.Strong(g.Text("The processor was emulated.")),
-			g.Text(" Times say nothing about real machines, and ratios little: programs and the kernel are slowed down differently. "+
-				"Nothing here is compared with other environments."),
+			g.Text(" Times do not apply to real machines. Ratios are unreliable, because emulation slows down programs and the kernel differently. "+
+				"Do not compare these results with other environments."),
 		)),
 		e.keyFiguresNode(),
 		g.Map(e.sections, pageSection.node),
@@ -75,24 +75,24 @@ func (e environment) node() g.Node {
 		g.If(len(e.leftOut) > 0, h.Section(
 			h.H2(g.Text("Not measured")),
 			h.Ul(g.Map(e.leftOut, func(l result.LeftOut) g.Node {
-				what := styleOf(l.System).label
+				subject := styleOf(l.System).label
 				if l.Measure != "" {
-					what = strings.TrimPrefix(what+", "+string(l.Measure), ", ")
+					subject = strings.TrimPrefix(subject+", "+string(l.Measure), ", ")
 				}
-				return h.Li(g.Text(strings.TrimPrefix(what+": "+l.Reason, ": ")))
+				return h.Li(g.Text(strings.TrimPrefix(subject+": "+l.Reason, ": ")))
 			})),
 		)),
 		h.Section(
-			h.H2(g.Text("Where")),
+			h.H2(g.Text("Environment")),
 			h.Dl(
 				h.Dt(g.Text("Machine")),
 				h.Dd(g.Text(fmt.Sprintf("%d × %s, %s, %s of memory", e.Machine.CPUs, e.Machine.CPU, e.Machine.Architecture,
 					table.Number(float64(e.Machine.MemoryBytes), "B")))),
 				h.Dt(g.Text("System")), h.Dd(g.Text(strings.TrimSuffix("Linux "+e.Kernel+", "+e.OS, ", "))),
 				g.If(e.APIServer != "", g.Group{
-					h.Dt(g.Text("API server")), h.Dd(g.Text("kube-apiserver " + e.APIServer + ", a real one for each system, whose time is in that of each update")),
+					h.Dt(g.Text("API server")), h.Dd(g.Text("kube-apiserver " + e.APIServer + ", one for each system; update times include its processing time")),
 				}),
-				h.Dt(g.Text("Load at the start")), h.Dd(g.Text(fmt.Sprintf("%.2f", e.Load))),
+				h.Dt(g.Text("Load average at the start")), h.Dd(g.Text(fmt.Sprintf("%.2f", e.Load))),
 			),
 		),
 	}
@@ -103,7 +103,7 @@ func (e environment) keyFiguresNode() g.Node {
 		return nil
 	}
 	return g.Group{
-		h.P(g.Text("Fairlead’s nft mode against kube-proxy’s nftables mode, with " + e.keyFigureScenario + ":")),
+		h.P(g.Text("Fairlead’s nft mode compared with kube-proxy’s nftables mode, with " + e.keyFigureScenario + ":")),
 		h.Div(h.Class("claims"), g.Map(e.keyFigures, func(c keyFigure) g.Node {
 			class := "claim"
 			if c.worse {
@@ -116,7 +116,7 @@ func (e environment) keyFiguresNode() g.Node {
 				h.P(h.Class("how"), g.Text(c.figures), h.Br(), g.Text(c.interval)),
 			)
 		})),
-		h.P(h.Class("lead"), g.Text("Both were measured in one run and in turns. Figures of one run are good for ratios between what was measured in it, on this machine.")),
+		h.P(h.Class("lead"), g.Text("Both were measured alternately in one run. Compare results of the same run only: they depend on the machine.")),
 	}
 }
 
@@ -133,7 +133,7 @@ func (e environment) ratiosNode() g.Node {
 	if len(e.ratios) == 0 {
 		return nil
 	}
-	rows := [][]string{{"Measure", "System", "Against", "Services", "Ratio", "Interval"}}
+	rows := [][]string{{"Measure", "System", "Compared with", "Services", "Ratio", "Interval"}}
 	for _, r := range e.ratios {
 		rows = append(rows, []string{
 			measureText(r.Measure, r.Scenario) + ", " + r.Statistic, styleOf(r.Numerator).label, styleOf(r.Denominator).label,
@@ -143,8 +143,8 @@ func (e environment) ratiosNode() g.Node {
 	return h.Section(
 		h.Class("long"),
 		h.H2(g.Text("Ratios")),
-		h.P(g.Text(fmt.Sprintf("How many times as much as Fairlead another system takes, with the interval that the ratio is in with a confidence of %.0f %% (%s). "+
-			"Above 1 Fairlead is better, below it is worse; an interval with 1 in it says nothing.", 100*e.ratios[0].Confidence, e.ratios[0].Method))),
+		h.P(g.Text(fmt.Sprintf("Ratio of the system's value to the value of the system it is compared with, and its %.0f %% confidence interval (%s). "+
+			"A ratio above 1 means that Fairlead is better, a ratio below 1 that it is worse. If the interval contains 1, the difference is not significant.", 100*e.ratios[0].Confidence, e.ratios[0].Method))),
 		newTable(rows, 3),
 	)
 }
@@ -165,25 +165,25 @@ func (e environment) measurementsNode() g.Node {
 	return h.Section(h.Class("long"), h.Details(h.Summary(g.Text("All measurements")), newTable(rows, 2)))
 }
 
-// measureText says what was measured, as the file of results does.
+// measureText returns the measure and scenario with the names used in the file of results.
 func measureText(m result.Measure, s result.Scenario) string {
-	words := string(m)
+	text := string(m)
 	if s.Change != "" {
-		words += ", " + string(s.Change)
+		text += ", " + string(s.Change)
 	}
 	if s.Rate > 0 {
-		words += fmt.Sprintf(", %g/s", s.Rate)
+		text += fmt.Sprintf(", %g/s", s.Rate)
 	}
-	return words
+	return text
 }
 
-// newTable makes a table of rows, the first of which are headings. After so many
-// columns come numbers.
-func newTable(rows [][]string, words int) g.Node {
+// newTable returns a table. The first row contains the headings. All columns except the first
+// textColumns contain numbers.
+func newTable(rows [][]string, textColumns int) g.Node {
 	line := func(row []string, cell func(...g.Node) g.Node) g.Node {
 		cells := make(g.Group, 0, len(row))
 		for i, text := range row {
-			cells = append(cells, cell(g.If(i >= words, h.Class("n")), g.Text(text)))
+			cells = append(cells, cell(g.If(i >= textColumns, h.Class("n")), g.Text(text)))
 		}
 		return h.Tr(cells...)
 	}

@@ -9,12 +9,12 @@ import (
 	"fairlead.io/fairlead/bench/result"
 )
 
-// Merge joins results to one. Environments of one name must be the same machine, kernel
-// and API server, and no measurement may be in two of them. Ratios stay those that each
-// run has found, as only what was measured in one run may be compared.
+// Merge combines reports into one. Environments of the same name must be the same machine, kernel
+// and API server, and a measurement must not occur twice. Merge keeps the ratios of each report
+// and adds none, because only measurements of the same run can be compared.
 func Merge(reports ...*result.Report) (*result.Report, error) {
 	if len(reports) == 0 {
-		return nil, fmt.Errorf("merge results: there are none")
+		return nil, fmt.Errorf("merge reports: no reports")
 	}
 	all := &result.Report{
 		Schema: result.Schema, Time: reports[0].Time, Version: reports[0].Version, Command: reports[0].Command,
@@ -25,23 +25,23 @@ func Merge(reports ...*result.Report) (*result.Report, error) {
 			all.Time = r.Time
 		}
 		for _, e := range r.Environments {
-			i := slices.IndexFunc(all.Environments, func(have result.Environment) bool { return have.Name == e.Name })
+			i := slices.IndexFunc(all.Environments, func(other result.Environment) bool { return other.Name == e.Name })
 			switch {
 			case i < 0:
 				all.Environments = append(all.Environments, e)
 			case !sameEnvironment(all.Environments[i], e):
-				return nil, fmt.Errorf("merge results: environment %q is two different machines, kernels or API servers: measure with --environment=NAME", e.Name)
+				return nil, fmt.Errorf("merge reports: environment %q has different machines, kernels or API servers: repeat one run with another --environment=NAME", e.Name)
 			}
 		}
 		for _, m := range r.Measurements {
 			if all.Find(m.Measure, m.System, m.Environment, m.Scenario) != nil {
-				return nil, fmt.Errorf("merge results: %s of %s in environment %s, %d Services, is there twice",
+				return nil, fmt.Errorf("merge reports: duplicate measurement: %s of %s in environment %s with %d Services",
 					m.Measure, m.System, m.Environment, m.Scenario.Services)
 			}
 			all.Measurements = append(all.Measurements, m)
 		}
 		for _, s := range r.Systems {
-			if !slices.ContainsFunc(all.Systems, func(have result.System) bool { return have.Name == s.Name && have.Version == s.Version }) {
+			if !slices.ContainsFunc(all.Systems, func(other result.System) bool { return other.Name == s.Name && other.Version == s.Version }) {
 				all.Systems = append(all.Systems, s)
 			}
 		}
@@ -63,23 +63,23 @@ func sameEnvironment(a, b result.Environment) bool {
 
 // Picture is one chart of a report.
 type Picture struct {
-	// Name is short and without blanks, for a file.
+	// Name is a short file name without extension and without spaces.
 	Name string
-	// Title says what it shows.
+	// Title describes the chart.
 	Title string
-	// SVG is in light or dark as whoever looks at it prefers, PNG is light.
+	// SVG follows the viewer's color scheme, light or dark. PNG is always light.
 	SVG, PNG []byte
 }
 
-// pictureWidth is that of the charts in the page's wide form, and narrowWidth of its
-// form for phones.
+// pictureWidth is the width of charts on wide screens in pixels, and narrowWidth the width on
+// phones.
 const (
 	pictureWidth = 720
 	narrowWidth  = 344
 )
 
-// Pictures draws all charts of a report. Names begin with the environment's, unless that
-// is this machine. A chart says so where its processor was emulated.
+// Pictures draws all charts of a report. Names of charts start with the name of the environment,
+// except for [result.Native]. Charts of emulated processors carry a notice.
 func Pictures(r *result.Report) ([]Picture, error) {
 	face, err := newTypeface()
 	if err != nil {
@@ -112,7 +112,7 @@ func Pictures(r *result.Report) ([]Picture, error) {
 	return list, nil
 }
 
-// padded is a drawing on a ground of its own, for files that have none.
+// padded draws a drawing with padding on a background, for files.
 type padded struct{ drawing }
 
 const padding = 14
@@ -127,7 +127,7 @@ func (p padded) draw(c *canvas) {
 	p.drawing.draw(&inner)
 }
 
-// emulationNotice is a drawing that says that its figures are of an emulated processor.
+// emulationNotice adds a notice to a drawing that the processor was emulated.
 type emulationNotice struct{ drawing }
 
 const emulationNoticeHeight = 20
@@ -140,14 +140,14 @@ func (e emulationNotice) height(width float64) float64 {
 
 func (e emulationNotice) draw(c *canvas) {
 	c.drawText(textFormat{role: ink, size: smallSize, bold: true}, 0, c.height-emulationNoticeHeight/2,
-		"The processor was emulated: times say nothing about real machines.")
+		"The processor was emulated: times do not apply to real machines.")
 	inner := *c
 	inner.height -= emulationNoticeHeight
 	inner.bottomInset = emulationNoticeHeight
 	e.drawing.draw(&inner)
 }
 
-// section is what is shown of one measure.
+// section describes one section of the page.
 type section struct {
 	id, title, text string
 	figures         []figure
@@ -158,7 +158,7 @@ type figure struct {
 	chart         drawing
 }
 
-// sections returns what there is to show of one environment.
+// sections returns the sections with results of the environment.
 func sections(r *result.Report, environment string) []section {
 	var measured []*result.Measurement
 	for i := range r.Measurements {
@@ -169,15 +169,15 @@ func sections(r *result.Report, environment string) []section {
 	}
 	all := []section{
 		updateSection(measured, result.UpdatePacket, "update",
-			"An update, seen by packets", "Time from when the API server is given a change to the first packet that shows it: "+
-				"the first that reaches a new endpoint, or the first that no longer reaches one that is gone."),
+			"Update latency, measured with packets", "Time from the request to the API server until the first packet that shows the change: "+
+				"the first packet that reaches a new endpoint, or the first packet that no longer reaches a removed endpoint."),
 		updateSection(measured, result.UpdateAck, "update-ack",
-			"An update, acknowledged by the kernel", "Time from an event to the kernel's acknowledgement."),
+			"Update latency, acknowledged by the kernel", "Time from an event until the kernel acknowledges the change."),
 		scalingSection(measured),
-		barsSection(measured, "start", "A cold start", "Time from the start of the program, with nothing programmed. Shorter is better.",
+		barsSection(measured, "start", "Cold start", "Time from the start of the program, with nothing programmed. Shorter is better.",
 			result.ColdStartAnswer, result.ColdStartComplete, result.ColdStartCPU, result.Restart),
 		churnSection(measured),
-		barsSection(measured, "memory", "Memory", "Resident memory of the program and what it starts, after a cold start. Shorter is better.",
+		barsSection(measured, "memory", "Memory", "Resident memory of the program and its child processes after a cold start. Shorter is better.",
 			result.Memory, result.PeakMemory),
 		connectSection(measured),
 	}
@@ -204,7 +204,7 @@ func withMostServices(measured []*result.Measurement) []*result.Measurement {
 	return slices.DeleteFunc(slices.Clone(measured), func(m *result.Measurement) bool { return m.Scenario.Services != n })
 }
 
-// groupBy makes groups of measurements by a heading, in order of their first.
+// groupBy groups measurements by heading, in the order in which headings first occur.
 func groupBy(measured []*result.Measurement, heading func(*result.Measurement) string) []group {
 	var groups []group
 	for _, m := range measured {
@@ -221,7 +221,7 @@ func groupBy(measured []*result.Measurement, heading func(*result.Measurement) s
 	return groups
 }
 
-// changeName says what a change is.
+// changeName returns a description of a change.
 func changeName(c result.Change) string {
 	switch c {
 	case result.ReplaceEndpoint:
@@ -239,24 +239,25 @@ func changeName(c result.Change) string {
 	}
 }
 
+// scenarioText returns the number of Services and endpoints as text.
 func scenarioText(s result.Scenario) string {
 	return fmt.Sprintf("%s Services of %d endpoints", thousands(s.Services), s.Endpoints)
 }
 
-const rangeCaption = "The dot is the median, the thick line has 80 % of the samples in it, the thin one all. The axis is logarithmic."
+const rangeCaption = "The dot is the median, the thick line covers 80 % of the samples, the thin line all samples. The axis is logarithmic."
 
-func updateSection(measured []*result.Measurement, measure result.Measure, id, title, words string) section {
+func updateSection(measured []*result.Measurement, measure result.Measure, id, title, text string) section {
 	list := withMostServices(withMeasure(measured, measure))
 	if len(list) == 0 {
 		return section{}
 	}
 	at := scenarioText(list[0].Scenario)
-	s := section{id: id, title: title, text: words, figures: []figure{{
+	s := section{id: id, title: title, text: text, figures: []figure{{
 		name: id, caption: at + ". " + rangeCaption,
 		chart: &rowsChart{name: title + ": " + at, unit: list[0].Unit, groups: groupBy(list, func(m *result.Measurement) string { return changeName(m.Scenario.Change) })},
 	}}}
 	distribution := &curvesChart{
-		name: "How the times are distributed: replace an endpoint, " + at, xUnit: list[0].Unit, yUnit: "%", yTitle: "share of updates that were done by then", steps: true,
+		name: "Distribution of times: replace an endpoint, " + at, xUnit: list[0].Unit, yUnit: "%", yTitle: "share of updates completed within the time", steps: true,
 	}
 	for _, m := range list {
 		if m.Scenario.Change == result.ReplaceEndpoint && len(m.Samples) > 1 {
@@ -269,7 +270,7 @@ func updateSection(measured []*result.Measurement, measure result.Measure, id, t
 	}
 	if len(distribution.curves) > 0 {
 		sortCurves(distribution.curves)
-		s.figures = append(s.figures, figure{id + "-distribution", "How the times to replace an endpoint are distributed.", distribution})
+		s.figures = append(s.figures, figure{id + "-distribution", "Distribution of the times to replace an endpoint.", distribution})
 	}
 	return s
 }
@@ -278,26 +279,26 @@ func sortCurves(curves []curve) {
 	slices.SortStableFunc(curves, func(a, b curve) int { return cmp.Compare(a.style.series, b.style.series) })
 }
 
-// scalingSection is latency against the number of Services.
+// scalingSection returns the charts of latency by number of Services.
 func scalingSection(measured []*result.Measurement) section {
 	s := section{
-		id: "services", title: "Against the number of Services",
-		text: "What the number of Services in the cluster does to the time that one update, or a start, takes.",
+		id: "services", title: "Scaling with the number of Services",
+		text: "How the time of one update, or of a start, depends on the number of Services in the cluster.",
 	}
-	for _, one := range []struct {
+	for _, spec := range []struct {
 		measure result.Measure
 		change  result.Change
 		name    string
 		title   string
 	}{
-		{result.UpdatePacket, result.ReplaceEndpoint, "services-update", "Replace an endpoint, to the first packet"},
-		{result.UpdateAck, result.ReplaceEndpoint, "services-update-ack", "Replace an endpoint, to the kernel's acknowledgement"},
+		{result.UpdatePacket, result.ReplaceEndpoint, "services-update", "Replace an endpoint, until the first packet"},
+		{result.UpdateAck, result.ReplaceEndpoint, "services-update-ack", "Replace an endpoint, until the kernel's acknowledgement"},
 		{result.ColdStartAnswer, "", "services-start", "Cold start until the last Service answers"},
 	} {
 		bySystem := map[string][]*result.Measurement{}
 		var ticks []float64
-		for _, m := range withMeasure(measured, one.measure) {
-			if m.Scenario.Change != one.change {
+		for _, m := range withMeasure(measured, spec.measure) {
+			if m.Scenario.Change != spec.change {
 				continue
 			}
 			bySystem[m.System] = append(bySystem[m.System], m)
@@ -310,39 +311,40 @@ func scalingSection(measured []*result.Measurement) section {
 			continue
 		}
 		slices.Sort(ticks)
-		chart := &curvesChart{name: one.title, xUnit: "1", yUnit: "s", yTitle: strings.ToLower(one.title[:1]) + one.title[1:], logY: true, ticks: ticks}
+		chart := &curvesChart{name: spec.title, xUnit: "1", yUnit: "s", yTitle: strings.ToLower(spec.title[:1]) + spec.title[1:], logY: true, ticks: ticks}
 		for _, list := range bySystem {
 			chart.curves = append(chart.curves, servicesCurve(list))
 		}
 		sortCurves(chart.curves)
 		s.figures = append(s.figures, figure{
-			one.name, one.title + ": medians, with lines that have 80 % of the samples in them. Below is the number of Services; both axes are logarithmic.", chart,
+			spec.name, spec.title + ": medians, with lines that cover 80 % of the samples. The horizontal axis is the number of Services; both axes are logarithmic.", chart,
 		})
 	}
 	return s
 }
 
+// measureName returns a description of a measure.
 func measureName(m result.Measure) string {
 	switch m {
 	case result.ColdStartAnswer:
 		return "Until the last Service answers"
 	case result.ColdStartComplete:
-		return "Until the kernel has acknowledged all"
+		return "Until the kernel has acknowledged everything"
 	case result.ColdStartCPU:
 		return "Processor time of the start"
 	case result.Restart:
-		return "Restart with nothing to do"
+		return "Warm restart with nothing to change"
 	case result.Memory:
 		return "Resident"
 	case result.PeakMemory:
-		return "Most that was resident"
+		return "Peak resident"
 	default:
 		return string(m)
 	}
 }
 
-func barsSection(measured []*result.Measurement, id, title, words string, measures ...result.Measure) section {
-	s := section{id: id, title: title, text: words}
+func barsSection(measured []*result.Measurement, id, title, text string, measures ...result.Measure) section {
+	s := section{id: id, title: title, text: text}
 	for _, unit := range []string{"s", "B"} {
 		var list []*result.Measurement
 		for _, measure := range measures {
@@ -354,7 +356,7 @@ func barsSection(measured []*result.Measurement, id, title, words string, measur
 			continue
 		}
 		at := scenarioText(list[0].Scenario)
-		s.figures = append(s.figures, figure{id, at + ". Bars are medians; the lines have all samples in them.", &rowsChart{
+		s.figures = append(s.figures, figure{id, at + ". Bars are medians, lines cover all samples.", &rowsChart{
 			name: title + ": " + at, unit: unit, bars: true, groups: groupBy(list, func(m *result.Measurement) string { return measureName(m.Measure) }),
 		}})
 	}
@@ -364,21 +366,21 @@ func barsSection(measured []*result.Measurement, id, title, words string, measur
 func churnSection(measured []*result.Measurement) section {
 	s := section{
 		id: "churn", title: "Under churn",
-		text: "Endpoints all over the cluster are replaced all the time. How late is a change, and what does the processor pay?",
+		text: "Endpoints of Services all over the cluster are replaced continuously. The charts show the latency of a change and its processor time.",
 	}
 	rate := func(m *result.Measurement) string {
-		return fmt.Sprintf("%s changes a second", thousands(int(m.Scenario.Rate)))
+		return fmt.Sprintf("%s changes per second", thousands(int(m.Scenario.Rate)))
 	}
 	if lag := withMostServices(withMeasure(measured, result.Churn)); len(lag) > 0 {
 		at := scenarioText(lag[0].Scenario)
-		s.figures = append(s.figures, figure{"churn-lag", "From an event to its effect. " + at + ". " + rangeCaption, &rowsChart{
-			name: "From an event to its effect under churn: " + at, unit: "s", groups: groupBy(lag, rate),
+		s.figures = append(s.figures, figure{"churn-lag", "Time from an event to its effect. " + at + ". " + rangeCaption, &rowsChart{
+			name: "Time from an event to its effect under churn: " + at, unit: "s", groups: groupBy(lag, rate),
 		}})
 	}
 	if cpu := withMostServices(withMeasure(measured, result.ChurnCPU)); len(cpu) > 0 {
 		at := scenarioText(cpu[0].Scenario)
-		s.figures = append(s.figures, figure{"churn-cpu", "Processor time for each change, of the program and what it starts. " + at + ".", &rowsChart{
-			name: "Processor time for each change under churn: " + at, unit: "s", bars: true, groups: groupBy(cpu, rate),
+		s.figures = append(s.figures, figure{"churn-cpu", "Processor time per change of the program and its child processes. " + at + ".", &rowsChart{
+			name: "Processor time per change under churn: " + at, unit: "s", bars: true, groups: groupBy(cpu, rate),
 		}})
 	}
 	return s
@@ -389,8 +391,8 @@ func connectSection(measured []*result.Measurement) section {
 	if len(list) == 0 {
 		return section{}
 	}
-	title := "The price of a connection"
-	return section{id: "connect", title: title, text: "How long connect(2) takes, through a Service and directly.", figures: []figure{{
+	title := "Connection setup"
+	return section{id: "connect", title: title, text: "Duration of connect(2) through a Service and directly.", figures: []figure{{
 		"connect", rangeCaption, &rowsChart{name: title, unit: "s", groups: groupBy(list, func(m *result.Measurement) string {
 			return thousands(m.Scenario.Services) + " Services"
 		})},

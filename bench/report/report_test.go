@@ -20,7 +20,7 @@ import (
 	"fairlead.io/fairlead/bench/statistics"
 )
 
-// fixture is a made-up result of a comparison.
+// fixture returns a generated result of a comparison.
 func fixture(t testing.TB) *result.Report {
 	t.Helper()
 	random := rand.New(rand.NewPCG(1, 2))
@@ -35,7 +35,7 @@ func fixture(t testing.TB) *result.Report {
 			{Name: "nft", Version: "v1.2.3", Command: []string{"fairlead", "run", "--mode=nft"}},
 			{Name: "kube-proxy-nftables", Version: "v1.37.2", Command: []string{"kube-proxy", "--proxy-mode=nftables"}},
 		},
-		LeftOut: []result.LeftOut{{System: "kube-proxy-ipvs", Environment: result.Native, Reason: "the kernel has no IPVS"}},
+		LeftOut: []result.LeftOut{{System: "kube-proxy-ipvs", Environment: result.Native, Reason: "the kernel does not support IPVS"}},
 		Notes:   []string{"The figures are made up."},
 	}
 	systems := []string{"nft", "kube-proxy-nftables", "kube-proxy-iptables"}
@@ -95,51 +95,51 @@ func renderPage(t *testing.T, r *result.Report) string {
 	return b.String()
 }
 
-// The page needs nothing but itself, and says what there is to say.
+// TestPage checks the content of the page, and that the page loads no other resources.
 func TestPage(t *testing.T) {
 	page := renderPage(t, fixture(t))
 	for _, want := range []string{
 		"Fairlead v1.2.3", "31 January 2025", "AMD EPYC", "Linux 6.18.44", "fairlead-bench compare --services=1000,10000",
-		"kube-proxy ipvs", "the kernel has no IPVS", "10,000 Services of 10 endpoints", "prefers-color-scheme:dark",
-		"An update, seen by packets", "Against the number of Services", "A cold start", "Under churn", "Memory", "95 %", "The figures are made up.",
+		"kube-proxy ipvs", "the kernel does not support IPVS", "10,000 Services of 10 endpoints", "prefers-color-scheme:dark",
+		"Update latency, measured with packets", "Scaling with the number of Services", "Cold start", "Under churn", "Memory", "95 %", "The figures are made up.",
 	} {
 		if !strings.Contains(page, want) {
-			t.Errorf("the page does not have %q", want)
+			t.Errorf("the page does not contain %q", want)
 		}
 	}
 	for _, not := range []string{"http://", "https://", "<script", "<img", "<link", "@import", "url(", "#0102", "ZgotmplZ"} {
 		rest := strings.ReplaceAll(page, "http://www.w3.org/", "")
 		if i := strings.Index(rest, not); i >= 0 {
-			t.Errorf("the page has %q: %s", not, rest[i:min(len(rest), i+80)])
+			t.Errorf("the page contains %q: %s", not, rest[i:min(len(rest), i+80)])
 		}
 	}
 }
 
-// Which API server there was is said where there was a real one.
+// TestAPIServer checks that the page names the version of a real API server.
 func TestAPIServer(t *testing.T) {
 	r := fixture(t)
 	if page := renderPage(t, r); strings.Contains(page, "kube-apiserver") {
-		t.Error("the page says that there was a kube-apiserver")
+		t.Error("the page mentions a kube-apiserver, want none")
 	}
 	r.Environments[0].APIServer = "v1.33.1"
 	if page := renderPage(t, r); !strings.Contains(page, "kube-apiserver v1.33.1") {
-		t.Error("the page does not say which kube-apiserver there was")
+		t.Error("the page does not name the version of kube-apiserver")
 	}
 }
 
-// Emulated figures say so, and claim nothing.
+// TestEmulated checks that the page marks emulated results and shows no key figures for them.
 func TestEmulated(t *testing.T) {
-	const says, claims = "The processor was emulated.", `<div class="claims">`
+	const notice, keyFigures = "The processor was emulated.", `<div class="claims">`
 	r := fixture(t)
 	for _, r.Environments[0].Emulated = range []bool{false, true} {
 		emulated, page := r.Environments[0].Emulated, renderPage(t, r)
-		if strings.Contains(page, says) != emulated || strings.Contains(page, claims) == emulated {
-			t.Errorf("emulated: %v, but the page says so: %v, and makes claims: %v", emulated, strings.Contains(page, says), strings.Contains(page, claims))
+		if strings.Contains(page, notice) != emulated || strings.Contains(page, keyFigures) == emulated {
+			t.Errorf("emulated: %v, but the page has the notice: %v, and key figures: %v", emulated, strings.Contains(page, notice), strings.Contains(page, keyFigures))
 		}
 	}
 }
 
-// A system that is worse is shown to be.
+// TestWorse checks the key figures of a system that is worse than kube-proxy.
 func TestWorse(t *testing.T) {
 	r := fixture(t)
 	for i := range r.Ratios {
@@ -148,12 +148,12 @@ func TestWorse(t *testing.T) {
 	page := renderPage(t, r)
 	for _, want := range []string{"2.0× <small>slower</small>", "2.0× <small>more memory</small>", "95 % confidence: 1.2 to 2.5"} {
 		if !strings.Contains(page, want) {
-			t.Errorf("the page does not have %q", want)
+			t.Errorf("the page does not contain %q", want)
 		}
 	}
 }
 
-// moveToVM makes a report one of a virtual machine.
+// moveToVM makes r a report of a virtual machine.
 func moveToVM(r *result.Report) {
 	const name = "vm-6.12"
 	r.Environments[0].Name, r.Environments[0].Emulated = name, true
@@ -177,9 +177,9 @@ func TestMerge(t *testing.T) {
 		want string // part of the error
 	}{
 		"another environment":             {vm, ""},
-		"the same once more":              {fixture(t), "is there twice"},
-		"another kernel of the same name": {other, "two different machines, kernels or API servers"},
-		"a real API server":               {realAPI, "two different machines, kernels or API servers"},
+		"duplicate measurements":          {fixture(t), "duplicate measurement"},
+		"another kernel of the same name": {other, "has different machines, kernels or API servers"},
+		"a real API server":               {realAPI, "has different machines, kernels or API servers"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			merged, err := report.Merge(fixture(t), test.with)
@@ -188,10 +188,10 @@ func TestMerge(t *testing.T) {
 				t.Error(err)
 			case test.want == "":
 				if want := len(fixture(t).Ratios) + len(vm.Ratios); len(merged.Ratios) != want {
-					t.Errorf("there are %d ratios, want the %d of both and no others", len(merged.Ratios), want)
+					t.Errorf("the merged report has %d ratios, want the %d ratios of both", len(merged.Ratios), want)
 				}
 				if page := renderPage(t, merged); !strings.Contains(page, "Environment vm-6.12") || !strings.Contains(page, "Environment native") {
-					t.Error("the page does not have both environments")
+					t.Error("the page does not show both environments")
 				}
 			case err == nil || !strings.Contains(err.Error(), test.want):
 				t.Errorf("error %v, want one with %q", err, test.want)
@@ -200,7 +200,7 @@ func TestMerge(t *testing.T) {
 	}
 }
 
-// Each chart can be a file too.
+// TestPictures checks the names and colors of the charts.
 func TestPictures(t *testing.T) {
 	pictures, err := report.Pictures(fixture(t))
 	if err != nil {
@@ -210,23 +210,24 @@ func TestPictures(t *testing.T) {
 	for _, p := range pictures {
 		names = append(names, p.Name)
 		if !bytes.Contains(p.SVG, []byte("prefers-color-scheme:dark")) || bytes.Contains(p.SVG, []byte("#0102")) {
-			t.Errorf("%s.svg has no colours for dark, or some that were not named", p.Name)
+			t.Errorf("%s.svg has no dark color scheme, or contains placeholder colors", p.Name)
 		}
 		picture, err := png.Decode(bytes.NewReader(p.PNG))
 		if err != nil {
 			t.Fatalf("%s.png: %v", p.Name, err)
 		}
-		if n := colours(picture, picture.Bounds()); n < 10 {
-			t.Errorf("%s.png has %d colours, so it shows nothing", p.Name, n)
+		if n := colors(picture, picture.Bounds()); n < 10 {
+			t.Errorf("%s.png has only %d colors: it seems to be empty", p.Name, n)
 		}
 	}
 	want := "update update-distribution services-update services-start start churn-lag churn-cpu memory"
 	if got := strings.Join(names, " "); got != want {
-		t.Errorf("pictures are %s, want %s", got, want)
+		t.Errorf("got pictures %s, want %s", got, want)
 	}
 }
 
-// Pictures are looked at without the page around them.
+// TestEmulatedPictures checks that charts of emulated machines carry the notice themselves,
+// because other documents show them without the page.
 func TestEmulatedPictures(t *testing.T) {
 	r := fixture(t)
 	moveToVM(r)
@@ -236,13 +237,13 @@ func TestEmulatedPictures(t *testing.T) {
 	}
 	for _, p := range pictures {
 		if !strings.HasPrefix(p.Name, "vm-6.12-") || !strings.Contains(p.Title, "emulated") || !bytes.Contains(p.SVG, []byte("emulated")) {
-			t.Errorf("%s, %q does not say that it is of an emulated machine", p.Name, p.Title)
+			t.Errorf("%s, %q does not carry the notice of emulation", p.Name, p.Title)
 		}
 	}
 }
 
-// colours counts the colours in a part of a picture.
-func colours(picture image.Image, part image.Rectangle) int {
+// colors counts the colors in a part of a picture.
+func colors(picture image.Image, part image.Rectangle) int {
 	seen := map[[3]uint32]bool{}
 	for y := part.Min.Y; y < part.Max.Y; y++ {
 		for x := part.Min.X; x < part.Max.X; x++ {
@@ -253,8 +254,8 @@ func colours(picture image.Image, part image.Rectangle) int {
 	return len(seen)
 }
 
-// The page is looked at in a browser: on a phone, on a desktop, in dark, and in
-// print. FAIRLEAD_SCREENSHOTS is a folder to keep the pictures in.
+// TestScreenshots renders the page in a browser: on a phone, on a desktop, in a dark color scheme,
+// and in print. FAIRLEAD_SCREENSHOTS names a directory to keep the pictures in.
 func TestScreenshots(t *testing.T) {
 	dir := t.TempDir()
 	if keep := os.Getenv("FAIRLEAD_SCREENSHOTS"); keep != "" {
@@ -271,8 +272,8 @@ func TestScreenshots(t *testing.T) {
 	}{
 		{name: "desktop", width: 1280, height: 5600},
 		{name: "desktop-dark", width: 1280, height: 5600, dark: true},
-		// The browser has no window narrower than 500 pixels: that is still a
-		// phone to the page.
+		// Chromium has no windows narrower than 500 pixels, a width that selects the page's layout
+		// for phones.
 		{name: "phone", width: 500, height: 6800},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -281,21 +282,21 @@ func TestScreenshots(t *testing.T) {
 			if bounds.Dx() != test.width {
 				t.Errorf("the picture is %d pixels wide, want %d", bounds.Dx(), test.width)
 			}
-			// There is something to see all the way down.
+			// No part of the page is empty.
 			const parts = 8
 			for i := range parts {
 				part := image.Rect(0, i*bounds.Dy()/parts, bounds.Dx(), (i+1)*bounds.Dy()/parts)
-				if n := colours(picture, part); n < 20 {
-					t.Errorf("part %d of %d has %d colours, so there is nothing to see", i+1, parts, n)
+				if n := colors(picture, part); n < 20 {
+					t.Errorf("part %d of %d has only %d colors: it seems to be empty", i+1, parts, n)
 				}
 			}
-			// Nothing is wider than the page: its edge is of one colour.
-			if n := colours(picture, image.Rect(bounds.Dx()-4, 0, bounds.Dx(), bounds.Dy())); n != 1 {
-				t.Errorf("the right edge has %d colours, want the ground alone", n)
+			// No element is wider than the page: its edge has a single color.
+			if n := colors(picture, image.Rect(bounds.Dx()-4, 0, bounds.Dx(), bounds.Dy())); n != 1 {
+				t.Errorf("the right edge has %d colors, want only the background", n)
 			}
 			r, _, _, _ := picture.At(1, 1).RGBA()
 			if dark := r < 0x8000; dark != test.dark {
-				t.Errorf("the ground is dark: %v, want %v", dark, test.dark)
+				t.Errorf("dark background: %v, want %v", dark, test.dark)
 			}
 		})
 	}
@@ -303,11 +304,12 @@ func TestScreenshots(t *testing.T) {
 		out := filepath.Join(dir, "report.pdf")
 		chromium(t, "--no-pdf-header-footer", "--print-to-pdf="+out, "file://"+file)
 		if pdf, err := os.ReadFile(out); err != nil || !bytes.HasPrefix(pdf, []byte("%PDF")) || len(pdf) < 20_000 {
-			t.Errorf("printed %d bytes, %v, want a document", len(pdf), err)
+			t.Errorf("printed %d bytes, error %v; want a PDF document", len(pdf), err)
 		}
 	})
 }
 
+// screenshot renders the page to a file and returns the picture.
 func screenshot(t *testing.T, page, out string, width, height int, dark bool) image.Image {
 	t.Helper()
 	args := []string{
@@ -332,7 +334,7 @@ func screenshot(t *testing.T, page, out string, width, height int, dark bool) im
 	return picture
 }
 
-// chromium runs the browser, as Debian and others name it.
+// chromium runs Chromium, which distributions install under different names.
 func chromium(t *testing.T, args ...string) {
 	t.Helper()
 	for _, name := range []string{"chromium-headless-shell", "chromium", "chromium-browser", "google-chrome"} {
@@ -350,5 +352,5 @@ func chromium(t *testing.T, args ...string) {
 		}
 		return
 	}
-	t.Fatal("there is no Chromium: `make deps` installs it")
+	t.Fatal("Chromium not found: run `make deps` to install it")
 }

@@ -10,14 +10,14 @@ import (
 	"fairlead.io/fairlead/bench/result"
 )
 
-// role is what a colour stands for.
+// role is the purpose of a color.
 type role uint8
 
 const (
 	ink     role = iota // text
-	muted               // what explains
-	grid                // lines behind
-	surface             // what is behind all
+	muted               // secondary text
+	grid                // grid lines
+	surface             // background
 	seriesNFT
 	seriesIPVS
 	seriesKubeProxyNFTables
@@ -27,14 +27,14 @@ const (
 	roles
 )
 
-// shade is a colour by name, in light and in dark.
+// shade is the name of a color and its values in light and dark color schemes.
 type shade struct {
 	name        string
-	light, dark string // as CSS writes it
+	light, dark string // CSS notation
 }
 
-// shades are those of the roles, in their order. Those of series are told apart
-// with any of the usual kinds of colour blindness (after Okabe and Ito).
+// shades returns the colors of the roles. Series are distinguishable with the common forms of
+// color blindness (after Okabe and Ito).
 func shades() [roles]shade {
 	return [roles]shade{
 		ink:                     {"ink", "#1c2430", "#e8ecf2"},
@@ -50,7 +50,7 @@ func shades() [roles]shade {
 	}
 }
 
-// cssVariables declares the colours as variables on a selector.
+// cssVariables returns a CSS rule that defines the colors as variables on a selector.
 func cssVariables(selector string, dark bool) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "%s{", selector)
@@ -64,11 +64,11 @@ func cssVariables(selector string, dark bool) string {
 	return b.String() + "}"
 }
 
-// seriesStyle is how a system is shown.
+// seriesStyle is the presentation of a system.
 type seriesStyle struct {
 	label  string
 	series role
-	hollow bool // its marker, for print without colours
+	hollow bool // hollow marker, for print without colors
 }
 
 func styleOf(system string) seriesStyle {
@@ -90,13 +90,14 @@ func styleOf(system string) seriesStyle {
 	}
 }
 
-// palette gives the colours to draw with.
+// palette returns the color of a role.
 type palette func(role) color.Color
 
-// placeholderColor gives each role a colour that names it, for [replacePlaceholders] to find.
+// placeholderColor returns a distinct color for each role, which replacePlaceholders finds in the
+// SVG.
 func placeholderColor(r role) color.Color { return color.NRGBA{R: 1, G: 2, B: uint8(r), A: 255} }
 
-// lightColor gives the colours of light.
+// lightColor returns the color of a role in the light color scheme.
 func lightColor(r role) color.Color {
 	var c color.NRGBA
 	_, _ = fmt.Sscanf(shades()[r].light, "#%02x%02x%02x", &c.R, &c.G, &c.B)
@@ -104,7 +105,7 @@ func lightColor(r role) color.Color {
 	return c
 }
 
-// replacePlaceholders replaces the colours of [placeholderColor] by variables.
+// replacePlaceholders replaces placeholder colors by CSS variables.
 func replacePlaceholders(svg []byte) []byte {
 	for r, s := range shades() {
 		svg = bytes.ReplaceAll(svg, fmt.Appendf(nil, "#0102%02X", r), []byte("var(--"+s.name+")"))
@@ -112,15 +113,15 @@ func replacePlaceholders(svg []byte) []byte {
 	return svg
 }
 
-// sizePattern matches the size of an SVG, which is left to where it is shown.
+// sizePattern matches the size attributes of an SVG, which pages set with CSS instead.
 func sizePattern() *regexp.Regexp {
 	return regexp.MustCompile(`width="([0-9.]+)pt" height="([0-9.]+)pt"`)
 }
 
-// fonts are those of files; on a page they are its own.
+// fonts are the fonts of SVG files. On the page, text inherits the fonts of the page.
 const fonts = "Arimo,'Liberation Sans',Helvetica,Arial,sans-serif"
 
-// inline makes what vg has written part of a page.
+// inline turns the output of vg into an element of a page.
 func inline(svg []byte, class, title string) []byte {
 	start := bytes.Index(svg, []byte("<svg"))
 	svg = replacePlaceholders(svg[max(0, start):])
@@ -128,8 +129,8 @@ func inline(svg []byte, class, title string) []byte {
 	return svg
 }
 
-// standalone makes what vg has written a file of its own, in light or dark as whoever
-// looks at it prefers.
+// standalone turns the output of vg into a file that follows the viewer's color scheme, light or
+// dark.
 func standalone(svg []byte, title string) []byte {
 	style := "<style>svg{font-family:" + fonts + "}" + cssVariables("svg", false) + "@media (prefers-color-scheme:dark){" + cssVariables("svg", true) + "}</style>"
 	width := sizePattern().FindSubmatch(svg)
