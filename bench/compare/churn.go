@@ -12,15 +12,16 @@ import (
 	"fairlead.io/fairlead/bench/testbed"
 )
 
-// observeIntervalMin and observeIntervalMax bound the time between two changes of which the effect is
-// looked at, under churn. It is drawn at random: in step with a system that
-// gathers changes for a while, each look would see the same part of that while.
+// observeIntervalMin and observeIntervalMax bound the time between two changes under churn whose
+// effect is observed. The time is random, so that it is not in step with a system that coalesces
+// changes for a fixed period: otherwise each observation would fall into the same part of that
+// period.
 const (
 	observeIntervalMin = 50 * time.Millisecond
 	observeIntervalMax = 150 * time.Millisecond
 )
 
-// churn has endpoints replaced at a rate, for one system at a time.
+// churn replaces endpoints at a rate, on one system at a time.
 func (c *comparison) churn(ctx context.Context, nodes []*node, services int, rate float64) error {
 	scenario := result.Scenario{Change: result.ReplaceEndpoint, Services: services, Endpoints: c.Endpoints, Rate: rate}
 	for i := range c.Rounds {
@@ -37,6 +38,7 @@ func (c *comparison) churn(ctx context.Context, nodes []*node, services int, rat
 	return nil
 }
 
+// churnSystem runs one round of churn on a system.
 func (c *comparison) churnSystem(ctx context.Context, n *node, scenario result.Scenario) error {
 	ctx, cancel := n.contextWhileRunning(ctx)
 	defer cancel()
@@ -45,45 +47,45 @@ func (c *comparison) churnSystem(ctx context.Context, n *node, scenario result.S
 		return err
 	}
 	begin := time.Now()
-	feeding, stop := context.WithTimeout(ctx, c.Duration)
+	churning, stop := context.WithTimeout(ctx, c.Duration)
 	defer stop()
-	type fed struct {
+	type outcome struct {
 		changes int
 		err     error
 	}
-	done := make(chan fed, 1)
+	done := make(chan outcome, 1)
 	go func() {
-		changes, err := n.churn(ctx, feeding.Done(), scenario.Rate)
-		done <- fed{changes, err}
+		changes, err := n.churn(ctx, churning.Done(), scenario.Rate)
+		done <- outcome{changes, err}
 	}()
-	var lags []float64
-	looks := 0
-	look := func() error {
-		i, giveBack := n.acquireService()
-		defer giveBack()
+	var latencies []float64
+	observations := 0
+	observe := func() error {
+		i, release := n.acquireService()
+		defer release()
 		event, by := n.replaceEndpoint(ctx, i, true)
-		looks++
+		observations++
 		took, err := n.observe(ctx, event, func(ctx context.Context) (testbed.Observation, error) {
 			return n.probe.FirstArrival(ctx, event.sentAt, n.services[i].Addr(), testbed.ToEndpoint(by))
 		})
 		if err != nil {
 			return err
 		}
-		lags = append(lags, took.Seconds())
+		latencies = append(latencies, took.Seconds())
 		return nil
 	}
-	for feeding.Err() == nil {
-		if err := look(); err != nil {
+	for churning.Err() == nil {
+		if err := observe(); err != nil {
 			return err
 		}
-		_ = sleep(feeding, observeIntervalMin+rand.N(observeIntervalMax-observeIntervalMin)) // the loop ends then
+		_ = sleep(churning, observeIntervalMin+rand.N(observeIntervalMax-observeIntervalMin)) // the loop condition checks for the end
 	}
-	f := <-done
-	if f.err != nil {
-		return f.err
+	churned := <-done
+	if churned.err != nil {
+		return churned.err
 	}
-	// When this is seen so is all that went before.
-	if err := look(); err != nil {
+	// The effect of this last change implies the effects of all earlier changes.
+	if err := observe(); err != nil {
 		return err
 	}
 	took := time.Since(begin)
@@ -91,10 +93,10 @@ func (c *comparison) churnSystem(ctx context.Context, n *node, scenario result.S
 	if err != nil {
 		return err
 	}
-	changes := f.changes + looks
+	changes := churned.changes + observations
 	cpu := after.CPU() - before.CPU()
-	for _, lag := range lags {
-		c.addSample(n, result.Churn, scenario, "s", lag)
+	for _, latency := range latencies {
+		c.addSample(n, result.Churn, scenario, "s", latency)
 	}
 	c.addSample(n, result.ChurnCPU, scenario, "s", cpu.Seconds()/float64(changes))
 	m := c.measurement(n.sys.Name(), result.Churn, scenario)
@@ -107,12 +109,13 @@ func (c *comparison) churnSystem(ctx context.Context, n *node, scenario result.S
 	return nil
 }
 
-// addToValue adds to a value of the measurement.
+// addToValue adds v to a value of the measurement.
 func addToValue(m *result.Measurement, name, unit string, v float64) {
 	old, _ := m.Value(name)
 	m.Values = setValue(m.Values, name, unit, old.Value+v)
 }
 
+// setValue sets the value with the given name and returns the values.
 func setValue(values []result.Value, name, unit string, v float64) []result.Value {
 	for i := range values {
 		if values[i].Name == name {
@@ -123,24 +126,24 @@ func setValue(values []result.Value, name, unit string, v float64) []result.Valu
 	return append(values, result.Value{Name: name, Unit: unit, Value: v})
 }
 
-// updateMean makes another sample part of a value that is the mean of as many as the
-// measurement has samples.
+// updateMean includes v in a value that is the mean over the samples of the measurement. The
+// caller must have added the sample of v.
 func updateMean(m *result.Measurement, name, unit string, v float64) {
 	old, _ := m.Value(name)
 	m.Values = setValue(m.Values, name, unit, old.Value+(v-old.Value)/float64(len(m.Samples)))
 }
 
-// maxConcurrentRequests is how many requests are made at a time where many are made.
+// maxConcurrentRequests limits concurrent requests to an API server.
 const maxConcurrentRequests = 16
 
-// churn replaces endpoints of Services drawn at random, at a rate, until end. It returns
-// how many, when all are answered.
+// churn replaces endpoints of random Services at a rate until end is closed. It returns the number
+// of changes when the API server has answered all of them.
 func (n *node) churn(ctx context.Context, end <-chan struct{}, rate float64) (changes int, err error) {
-	const shortest = time.Millisecond
-	ticker := time.NewTicker(max(shortest, time.Duration(float64(time.Second)/rate)))
+	const minPeriod = time.Millisecond
+	ticker := time.NewTicker(max(minPeriod, time.Duration(float64(time.Second)/rate)))
 	defer ticker.Stop()
 	group, ctx := errgroup.WithContext(ctx)
-	group.SetLimit(min(maxConcurrentRequests, len(n.services)/2)) // each has one that it changes, and so has who looks
+	group.SetLimit(min(maxConcurrentRequests, len(n.services)/2)) // each request, and the observer, needs a Service of its own
 	begin := time.Now()
 	for {
 		select {
@@ -152,8 +155,8 @@ func (n *node) churn(ctx context.Context, end <-chan struct{}, rate float64) (ch
 		}
 		for due := int(time.Since(begin).Seconds() * rate); changes < due && ctx.Err() == nil; changes++ {
 			group.Go(func() error {
-				i, giveBack := n.acquireService()
-				defer giveBack()
+				i, release := n.acquireService()
+				defer release()
 				event, _ := n.replaceEndpoint(ctx, i, false)
 				return event.wait()
 			})

@@ -15,7 +15,7 @@ import (
 	"fairlead.io/fairlead/bench/system"
 )
 
-// buildFairlead builds fairlead.
+// buildFairlead builds the node agent and returns its path.
 func buildFairlead(t *testing.T) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "fairlead")
@@ -26,7 +26,7 @@ func buildFairlead(t *testing.T) string {
 	return path
 }
 
-// renamed is a system by another name: two of them are compared with each other.
+// renamed is a system under another name, to compare a system with itself.
 type renamed struct {
 	system.System
 	name string
@@ -34,25 +34,25 @@ type renamed struct {
 
 func (r renamed) Name() string { return r.name }
 
-// unavailableSystem cannot run here.
+// unavailableSystem cannot run on this machine.
 type unavailableSystem struct{}
 
 func (unavailableSystem) Name() string { return "absent" }
 
 func (unavailableSystem) Start(context.Context, system.Environment) (system.Instance, error) {
-	return nil, &system.UnavailableError{Reason: "it is not there"}
+	return nil, &system.UnavailableError{Reason: "it is not installed"}
 }
 
-// crashingSystem ends at once.
+// crashingSystem exits immediately after its start.
 type crashingSystem struct{}
 
 func (crashingSystem) Name() string { return "broken" }
 
 func (crashingSystem) Start(_ context.Context, env system.Environment) (system.Instance, error) {
-	return system.StartProcess(env, "broken", "/bin/sh", "-c", "echo it is no use; exit 3")
+	return system.StartProcess(env, "broken", "/bin/sh", "-c", "echo cannot start; exit 3")
 }
 
-// idleSystem does nothing.
+// idleSystem programs nothing.
 type idleSystem struct{}
 
 func (idleSystem) Name() string { return "idle" }
@@ -72,8 +72,8 @@ func smallOptions(t *testing.T, systems ...system.System) compare.Options {
 	return o
 }
 
-// Two systems are measured in all ways, and compared; those that cannot run are
-// left out, with the reason.
+// TestRun measures two systems in all parts. Systems that cannot run are left out, with the
+// reason.
 func TestRun(t *testing.T) {
 	path := buildFairlead(t)
 	fairlead := system.Fairlead{Binary: path, Mode: "nft"}
@@ -108,30 +108,31 @@ func TestRun(t *testing.T) {
 			m := r.Find(want.measure, name, result.Native, want.scenario)
 			switch {
 			case m == nil:
-				t.Errorf("%s of %s in %+v is missing", want.measure, name, want.scenario)
+				t.Errorf("no measurement %s of %s in %+v", want.measure, name, want.scenario)
 			case len(m.Samples) < want.samples || want.measure != result.Churn && len(m.Samples) > want.samples:
 				t.Errorf("%s of %s has %d samples, want %d", want.measure, name, len(m.Samples), want.samples)
 			case m.Distribution == nil || m.Distribution.Max > 1e10 || m.Distribution.Min < 0:
-				t.Errorf("%s of %s: distribution %+v", want.measure, name, m.Distribution)
+				t.Errorf("%s of %s: implausible distribution %+v", want.measure, name, m.Distribution)
 			}
 		}
-		// Short as it is, this may take no tick of the processor's clock.
+		// The processor times may be shorter than one clock tick.
 		if want.measure != result.ChurnCPU && want.measure != result.ColdStartCPU && !slices.ContainsFunc(r.Ratios, func(q result.Ratio) bool {
 			return q.Measure == want.measure && q.Scenario == want.scenario && q.Numerator == "other" && q.Denominator == "nft" && q.Low <= q.Ratio && q.Ratio <= q.High
 		}) {
-			t.Errorf("there is no ratio of %s in %+v", want.measure, want.scenario)
+			t.Errorf("no ratio of %s in %+v", want.measure, want.scenario)
 		}
 	}
 	reasons := map[string]string{}
 	for _, l := range r.LeftOut {
 		reasons[l.System] = l.Reason
 	}
-	if reasons["absent"] != "it is not there" || !strings.Contains(reasons["broken"], "it is no use") || len(reasons) != 2 {
-		t.Errorf("left out are %q", reasons)
+	if reasons["absent"] != "it is not installed" || !strings.Contains(reasons["broken"], "cannot start") || len(reasons) != 2 {
+		t.Errorf("wrong systems are left out: %q", reasons)
 	}
 }
 
-// When it is interrupted, there is what was measured until then.
+// TestRunInterrupted checks that the report has the samples that were taken before the
+// interruption.
 func TestRunInterrupted(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
@@ -144,11 +145,11 @@ func TestRunInterrupted(t *testing.T) {
 	}
 	r, err := compare.Run(ctx, o)
 	if !errors.Is(err, context.Canceled) {
-		t.Errorf("error %v, want canceled", err)
+		t.Errorf("error %v, want context.Canceled", err)
 	}
 	scenario := result.Scenario{Services: 20, Endpoints: 3, Change: result.ReplaceEndpoint}
 	if m := r.Find(result.UpdatePacket, "nft", result.Native, scenario); m == nil || m.Distribution == nil || m.Distribution.N != 10 {
-		t.Errorf("after ten samples there is %+v", m)
+		t.Errorf("after ten samples the measurement is %+v", m)
 	}
 }
 
@@ -157,17 +158,17 @@ func TestRunInvalidOptions(t *testing.T) {
 		change func(*compare.Options)
 		want   string
 	}{
-		"no systems":      {func(o *compare.Options) { o.Systems = nil }, "no systems"},
-		"one twice":       {func(o *compare.Options) { o.Systems = append(o.Systems, o.Systems...) }, "is there twice"},
-		"too few":         {func(o *compare.Options) { o.Services = []int{1} }, "too few"},
-		"unknown part":    {func(o *compare.Options) { o.Parts = []compare.Part{"x"} }, "unknown part"},
-		"no samples":      {func(o *compare.Options) { o.Samples = 0 }, "1 or more"},
-		"no rate":         {func(o *compare.Options) { o.Rates = []float64{0} }, "more than 0"},
-		"nobody can run":  {func(*compare.Options) {}, "no system can run here"},
-		"endpoints":       {func(o *compare.Options) { o.Endpoints = 0 }, "1 to 100"},
-		"no Services":     {func(o *compare.Options) { o.Services = nil }, "no number of Services"},
-		"no API server":   {func(o *compare.Options) { o.ControlPlane = "/nowhere" }, "--apiserver: no etcd in /nowhere: run `make controlplane`"},
-		"duration of all": {func(o *compare.Options) { o.Duration = 0 }, "how long"},
+		"no systems":       {func(o *compare.Options) { o.Systems = nil }, "no systems"},
+		"duplicate system": {func(o *compare.Options) { o.Systems = append(o.Systems, o.Systems...) }, "duplicate system"},
+		"too few":          {func(o *compare.Options) { o.Services = []int{1} }, "too few"},
+		"unknown part":     {func(o *compare.Options) { o.Parts = []compare.Part{"x"} }, "unknown part"},
+		"no samples":       {func(o *compare.Options) { o.Samples = 0 }, "1 or more"},
+		"no rate":          {func(o *compare.Options) { o.Rates = []float64{0} }, "must be greater than 0"},
+		"none can run":     {func(*compare.Options) {}, "no system can run here"},
+		"endpoints":        {func(o *compare.Options) { o.Endpoints = 0 }, "1 to 100"},
+		"no Services":      {func(o *compare.Options) { o.Services = nil }, "no number of Services"},
+		"no API server":    {func(o *compare.Options) { o.ControlPlane = "/nowhere" }, "--apiserver: no etcd in /nowhere: run `make controlplane`"},
+		"no duration":      {func(o *compare.Options) { o.Duration = 0 }, "--churn-time must be greater than 0"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			o := smallOptions(t, unavailableSystem{})
@@ -179,15 +180,15 @@ func TestRunInvalidOptions(t *testing.T) {
 	}
 }
 
-// A system whose start takes too long is left out, and that is the reason.
+// TestStartLimit checks that a system whose start takes too long is left out, with that reason.
 func TestStartLimit(t *testing.T) {
 	o := smallOptions(t, idleSystem{})
 	o.StartLimit = 100 * time.Millisecond
 	r, err := compare.Run(t.Context(), o)
 	if err == nil || len(r.LeftOut) != 1 {
-		t.Fatalf("error %v, left out %v, want that no system can run, and one left out", err, r.LeftOut)
+		t.Fatalf("error %v, left out %v; want an error and one system left out", err, r.LeftOut)
 	}
-	if got, want := r.LeftOut[0].Reason, "with 20 Services not all of them answered within 100ms"; got != want {
+	if got, want := r.LeftOut[0].Reason, "not all of 20 Services answered within 100ms"; got != want {
 		t.Errorf("the reason is %q, want %q", got, want)
 	}
 }

@@ -20,7 +20,7 @@ import (
 	"fairlead.io/fairlead/test/controlplane"
 )
 
-// controlPlaneFactory are servers that are a real etcd and kube-apiserver each.
+// controlPlaneFactory starts a real etcd and kube-apiserver for each server.
 type controlPlaneFactory struct {
 	programs string
 	content  *content
@@ -32,7 +32,7 @@ func (p *controlPlaneFactory) open(ctx context.Context) (_ server, err error) {
 	s := &controlPlane{}
 	defer func() {
 		if err != nil {
-			err = errors.Join(fmt.Errorf("start an API server: %w", err), s.close())
+			err = errors.Join(fmt.Errorf("start API server: %w", err), s.close())
 		}
 	}()
 	if s.machine, err = testbed.NewMachine("api-server"); err != nil {
@@ -49,18 +49,18 @@ func (p *controlPlaneFactory) open(ctx context.Context) (_ server, err error) {
 	if err := s.load(ctx, p.content); err != nil {
 		return nil, err
 	}
-	p.progress("an API server runs and has all Services after %s", time.Since(begin).Round(time.Millisecond))
+	p.progress("an API server has started and stored all Services after %s", time.Since(begin).Round(time.Millisecond))
 	return s, nil
 }
 
-// controlPlane is a real etcd and kube-apiserver on a machine of its own.
+// controlPlane is a real etcd and kube-apiserver on a separate machine.
 type controlPlane struct {
 	machine         *nettest.Host
 	programs        *controlplane.ControlPlane
 	core, discovery *rest.RESTClient
 }
 
-// newClients makes the clients.
+// newClients creates the REST clients.
 func (s *controlPlane) newClients() (err error) {
 	if s.core, err = s.programs.Client(corev1.SchemeGroupVersion, corev1.AddToScheme); err != nil {
 		return err
@@ -69,7 +69,7 @@ func (s *controlPlane) newClients() (err error) {
 	return err
 }
 
-// load creates the content.
+// load creates the objects of c.
 func (s *controlPlane) load(ctx context.Context, c *content) error {
 	namespace := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: cluster.Namespace}}
 	if err := s.core.Post().Resource("namespaces").Body(namespace).Do(ctx).Error(); err != nil {
@@ -79,7 +79,7 @@ func (s *controlPlane) load(ctx context.Context, c *content) error {
 	group.SetLimit(maxConcurrentRequests)
 	for _, o := range c.objects() {
 		if o.GetObjectKind().GroupVersionKind().Kind == "ServiceCIDR" {
-			continue // kube-apiserver makes it
+			continue // kube-apiserver creates it
 		}
 		group.Go(func() error { return s.create(ctx, o).wait() })
 	}
@@ -111,15 +111,15 @@ func (s *controlPlane) delete(ctx context.Context, objects ...apiserver.Object) 
 	})
 }
 
-// requestEach makes a request for each object.
+// requestEach makes one request for each object, in order.
 func (s *controlPlane) requestEach(
-	ctx context.Context, verb string, objects []apiserver.Object, about func(*rest.RESTClient, apiserver.Object) *rest.Request,
+	ctx context.Context, verb string, objects []apiserver.Object, newRequest func(*rest.RESTClient, apiserver.Object) *rest.Request,
 ) *request {
 	return startRequest(func() error {
 		for _, o := range objects {
 			client, resource, err := s.clientFor(o)
 			if err == nil {
-				err = about(client, o).NamespaceIfScoped(o.GetNamespace(), o.GetNamespace() != "").Resource(resource).Do(ctx).Error()
+				err = newRequest(client, o).NamespaceIfScoped(o.GetNamespace(), o.GetNamespace() != "").Resource(resource).Do(ctx).Error()
 			}
 			if err != nil {
 				return fmt.Errorf("%s %s %s: %w", verb, resource, o.GetName(), err)
@@ -129,7 +129,7 @@ func (s *controlPlane) requestEach(
 	})
 }
 
-// clientFor returns the client for an object, and the name of its kind there.
+// clientFor returns the REST client and the resource name for an object.
 func (s *controlPlane) clientFor(o apiserver.Object) (client *rest.RESTClient, resource string, err error) {
 	switch o.(type) {
 	case *corev1.Service:
@@ -139,7 +139,7 @@ func (s *controlPlane) clientFor(o apiserver.Object) (client *rest.RESTClient, r
 	case *discoveryv1.EndpointSlice:
 		return s.discovery, "endpointslices", nil
 	default:
-		return nil, "", fmt.Errorf("a %T is nothing that a benchmark changes", o)
+		return nil, "", fmt.Errorf("unsupported object type %T", o)
 	}
 }
 

@@ -16,7 +16,7 @@ import (
 	"fairlead.io/fairlead/test/controlplane"
 )
 
-// controlPlanePrograms is the folder of a real control plane's programs.
+// controlPlanePrograms returns the directory with the programs of a real control plane.
 func controlPlanePrograms(t *testing.T) string {
 	t.Helper()
 	dir, err := controlplane.Programs("")
@@ -26,16 +26,16 @@ func controlPlanePrograms(t *testing.T) string {
 	return dir
 }
 
-// With a real API server all is measured as with those in this process. A system that
-// cannot run is left out, and its API server serves the next.
+// TestRealAPIServer measures with real API servers. If a system cannot run, its API server serves
+// the next system.
 func TestRealAPIServer(t *testing.T) {
 	o := smallOptions(t, unavailableSystem{}, system.Fairlead{Binary: buildFairlead(t), Mode: "nft"})
 	o.ControlPlane = controlPlanePrograms(t)
-	o.Starts, o.Rounds = 2, 1 // a start on a second node, which the API server is joined with after the first
+	o.Starts, o.Rounds = 2, 1 // the second start attaches the API server to another node
 	opened := 0
 	o.Progress = func(line string) {
 		t.Log(line)
-		if strings.Contains(line, "an API server runs") {
+		if strings.Contains(line, "an API server has started") {
 			opened++
 		}
 	}
@@ -46,13 +46,13 @@ func TestRealAPIServer(t *testing.T) {
 		t.Fatal(err)
 	}
 	if opened != 1 {
-		t.Errorf("%d API servers were opened, want one", opened)
+		t.Errorf("%d API servers were started, want one", opened)
 	}
 	if left, err := os.ReadDir(temp); err != nil || len(left) > 0 {
-		t.Errorf("left behind are %v, %v", left, err)
+		t.Errorf("files left behind: %v, error %v", left, err)
 	}
 	if e := r.Environments[0]; !strings.HasPrefix(e.APIServer, "v1.") {
-		t.Errorf("the API server is %q, want a version of Kubernetes", e.APIServer)
+		t.Errorf("the API server has version %q, want a version of Kubernetes", e.APIServer)
 	}
 	size := result.Scenario{Services: 20, Endpoints: 3}
 	for _, want := range []struct {
@@ -77,25 +77,26 @@ func TestRealAPIServer(t *testing.T) {
 			continue
 		}
 		if request, ok := m.Value("request"); want.measure == result.UpdatePacket && (!ok || request.Value <= 0) {
-			t.Errorf("%s in %+v: the API server took %+v to answer", want.measure, scenario, request)
+			t.Errorf("%s in %+v: implausible response time of the API server: %+v", want.measure, scenario, request)
 		}
 		if changes, _ := m.Value("changes"); want.measure == result.Churn && int(changes.Value) < len(m.Samples) {
-			t.Errorf("%g changes, of which %d were looked at", changes.Value, len(m.Samples))
+			t.Errorf("%g changes, but %d of them were observed", changes.Value, len(m.Samples))
 		}
 	}
 }
 
-// When it is interrupted, or an API server ends, programs end and leave nothing.
+// TestRealAPIServerEnds checks that no programs and files are left after an interruption, or after
+// an API server has crashed.
 func TestRealAPIServerEnds(t *testing.T) {
 	path := buildFairlead(t)
 	for name, tc := range map[string]struct {
-		at   string // what progress says
+		at   string // prefix of the line of progress at which do is called
 		do   func(t *testing.T, interrupt func())
 		want string
 	}{
-		"interrupted while it is used":    {"update: sample 11 ", func(_ *testing.T, interrupt func()) { interrupt() }, "interrupted"},
-		"interrupted before it is loaded": {"20 Services ", func(_ *testing.T, interrupt func()) { interrupt() }, "interrupted"},
-		"the API server ends":             {"update: sample 11 ", func(t *testing.T, _ func()) { t.Helper(); killChild(t, "kube-apiserver") }, "endpointslices service-"},
+		"interrupted while in use":             {"update: sample 11 ", func(_ *testing.T, interrupt func()) { interrupt() }, "interrupted"},
+		"interrupted before the objects exist": {"20 Services ", func(_ *testing.T, interrupt func()) { interrupt() }, "interrupted"},
+		"the API server crashes":               {"update: sample 11 ", func(t *testing.T, _ func()) { t.Helper(); killChild(t, "kube-apiserver") }, "endpointslices service-"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			o := smallOptions(t, system.Fairlead{Binary: path, Mode: "nft"})
@@ -113,16 +114,16 @@ func TestRealAPIServerEnds(t *testing.T) {
 				t.Errorf("error %v, want one with %q", err, tc.want)
 			}
 			if left, err := os.ReadDir(temp); err != nil || len(left) > 0 {
-				t.Errorf("left behind are %v, %v", left, err)
+				t.Errorf("files left behind: %v, error %v", left, err)
 			}
 			if left := children(t); len(left) > 0 {
-				t.Errorf("there are still %v", left)
+				t.Errorf("programs still running: %v", left)
 			}
 		})
 	}
 }
 
-// children returns the names of the processes that this one has started, by number.
+// children returns the names of this process's children by process ID.
 func children(t *testing.T) map[int]string {
 	t.Helper()
 	stats, err := filepath.Glob("/proc/[0-9]*/stat")
@@ -133,7 +134,7 @@ func children(t *testing.T) map[int]string {
 	for _, path := range stats {
 		data, err := os.ReadFile(path)
 		if err != nil {
-			continue // it has ended
+			continue // the process has ended
 		}
 		// proc_pid_stat(5): pid (name) state ppid …
 		before, after, _ := strings.Cut(string(data), ") ")
@@ -149,7 +150,7 @@ func children(t *testing.T) map[int]string {
 	return all
 }
 
-// killChild ends a program that this process has started.
+// killChild kills a child of this process by name.
 func killChild(t *testing.T, program string) {
 	t.Helper()
 	for pid, name := range children(t) {
@@ -160,5 +161,5 @@ func killChild(t *testing.T, program string) {
 			return
 		}
 	}
-	t.Errorf("there is no %s", program)
+	t.Errorf("no child process %s", program)
 }

@@ -1,19 +1,17 @@
-// Package compare measures Service proxies against each other: Fairlead's modes and
-// kube-proxy's, as the programs that they are.
+// Package compare measures Service proxies against each other: the modes of Fairlead and of
+// kube-proxy, each as a separate program.
 //
-// Each has a node of its own, in network namespaces that are laid out alike, and an
-// API server of its own that serves the same objects: one in this process, or a real
-// etcd and kube-apiserver. One of these for all would give each change to all at the
-// same time, so that they compete for the processor; one for each, idle but for its
-// turn, does not. A change is given to one
-// after the other, in an order that rotates, and the next kind of change follows: so
-// what else the machine does meanwhile hits all alike, and none takes the processor
-// from another. What is measured is seen by packets, see package testbed, and by /proc.
+// Each system has its own node, in network namespaces of the same layout, and its own API server
+// with the same objects. The API servers run in this process, or are real instances of etcd and
+// kube-apiserver. A shared API server would deliver each change to all systems at the same time,
+// so that they would compete for the processor; separate API servers are idle except when their
+// system is measured. A change is made on one system after the other, in rotating order, before
+// the next kind of change follows. Other activity on the machine so affects all systems equally,
+// and no system takes processor time from another. Effects are measured with packets, see package
+// testbed, and resources with /proc.
 //
-// kube-proxy waits a second between two rounds of programming (minSyncPeriod). Changes
-// for the measure "update-packet" are further apart than that, so its times are those of
-// a kube-proxy that has nothing to wait for; under churn they are not.
+// kube-proxy waits one second between two syncs (minSyncPeriod). Changes for the measure
+// "update-packet" are further apart, so kube-proxy never has to wait; under churn it does.
 //
-// Figures of one run are only good for ratios, and these come with confidence
-// intervals.
+// Only ratios of results of the same run are meaningful. They come with confidence intervals.
 package compare

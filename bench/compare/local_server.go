@@ -14,8 +14,8 @@ import (
 	"fairlead.io/fairlead/bench/testbed"
 )
 
-// localServerFactory are servers in this process. Each object of the content is encoded once for
-// all of them.
+// localServerFactory opens API servers in this process. They share the encoding of each object of
+// the content.
 type localServerFactory struct {
 	sequence *apiserver.VersionSequence
 	versions []*apiserver.Version
@@ -39,14 +39,14 @@ func (f *localServerFactory) open(context.Context) (server, error) {
 	return &localServer{sequence: f.sequence, api: api}, nil
 }
 
-// localServer is a server in this process.
+// localServer is an API server in this process.
 type localServer struct {
 	sequence *apiserver.VersionSequence
 	api      *apiserver.Server
-	mu       sync.Mutex // versions are put in the order in which they are made
+	mu       sync.Mutex // serializes Stamp and Put, so that resource versions increase
 }
 
-// localServerPort is where the server listens, at the node's loopback address.
+// localServerPort is the port of the server on the node's loopback address.
 const localServerPort = 8080
 
 func (f *localServer) attach(ctx context.Context, r *testbed.Testbed, kubeconfig string) (func() error, error) {
@@ -60,15 +60,14 @@ func (f *localServer) attach(ctx context.Context, r *testbed.Testbed, kubeconfig
 	}
 	s := &http.Server{
 		Handler: f.api, ReadHeaderTimeout: time.Minute,
-		// Requests end with the run, which Close alone does not tell them.
+		// Close does not end requests; canceling ctx does.
 		BaseContext: func(net.Listener) context.Context { return ctx },
 	}
-	go func() { _ = s.Serve(listener) }() // returns when it is closed
+	go func() { _ = s.Serve(listener) }() // returns when the server is closed
 	return s.Close, nil
 }
 
-// writeKubeconfig writes how the server is reached: without TLS, so that no system
-// spends time on it.
+// writeKubeconfig writes a kubeconfig without TLS, so that no system spends processor time on TLS.
 func writeKubeconfig(path, url string) error {
 	text := `apiVersion: v1
 kind: Config
@@ -83,7 +82,7 @@ contexts:
 current-context: bench
 `
 	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
-		return fmt.Errorf("write a kubeconfig: %w", err)
+		return fmt.Errorf("write kubeconfig: %w", err)
 	}
 	return nil
 }
@@ -100,8 +99,8 @@ func (f *localServer) delete(_ context.Context, objects ...apiserver.Object) *re
 	return f.applyEach(objects, f.api.Delete)
 }
 
-// applyEach does something to a new version of each object.
-func (f *localServer) applyEach(objects []apiserver.Object, do func(...*apiserver.Version)) *request {
+// applyEach stamps each object with the next resource version and calls apply.
+func (f *localServer) applyEach(objects []apiserver.Object, apply func(...*apiserver.Version)) *request {
 	return doRequest(func() error {
 		f.mu.Lock()
 		defer f.mu.Unlock()
@@ -110,7 +109,7 @@ func (f *localServer) applyEach(objects []apiserver.Object, do func(...*apiserve
 			if err != nil {
 				return err
 			}
-			do(v)
+			apply(v)
 		}
 		return nil
 	})

@@ -19,33 +19,34 @@ import (
 	"fairlead.io/fairlead/bench/testbed"
 )
 
-// node is one system's node, with the API that it sees.
+// node is the node of one system, with its API server.
 type node struct {
 	sys     system.System
 	env     system.Environment
 	testbed *testbed.Testbed
 	probe   *testbed.Probe
 	server  server
-	detach  func() error // from the server
+	detach  func() error // from server
 
-	startedAt time.Time // of the system
+	startedAt time.Time // when the system was started
 	instance  system.Instance
-	settledAt time.Time // when it was last seen to have done what it was told
+	settledAt time.Time // when the effect of the last change was observed
 
-	// services are as the API has them. Who has taken one may change it.
+	// services are the Services as stored in the API. Only the owner of a Service may change it,
+	// see acquireService.
 	services []*cluster.Service
 
 	mu        sync.Mutex
-	usedAddrs int          // the number of the next unused address
-	inUse     map[int]bool // see take
+	usedAddrs int          // number of addresses used so far
+	inUse     map[int]bool // indices of Services, see acquireService
 }
 
-// newNode makes a node without a system. The content is what its API serves first.
+// newNode creates a node without a running system. Its API server serves the content.
 func newNode(ctx context.Context, sys system.System, dir string, s server, c *content) (_ *node, err error) {
 	n := &node{sys: sys, server: s, services: slices.Clone(c.services), usedAddrs: len(c.services) * c.endpoints, inUse: map[int]bool{}}
 	defer func() {
 		if err != nil {
-			err = errors.Join(fmt.Errorf("make a node for %s: %w", sys.Name(), err), n.close())
+			err = errors.Join(fmt.Errorf("create a node for %s: %w", sys.Name(), err), n.close())
 		}
 	}()
 	if n.testbed, err = testbed.New(testbed.Options{}); err != nil {
@@ -81,58 +82,58 @@ func (n *node) contextWhileRunning(ctx context.Context) (context.Context, contex
 			select {
 			case <-ctx.Done():
 			case <-p.Done():
-				cancel(fmt.Errorf("%s has ended by itself: %s", n.sys.Name(), n.logTail()))
+				cancel(fmt.Errorf("%s ended unexpectedly: %s", n.sys.Name(), n.logTail()))
 			}
 		}()
 	}
 	return ctx, func() { cancel(context.Canceled) }
 }
 
-// logTail returns the end of the system's log.
+// logTail returns the last lines of the system's log.
 func (n *node) logTail() string {
 	log, err := os.ReadFile(filepath.Join(n.env.Dir, n.sys.Name()+".log"))
 	if err != nil {
 		return err.Error()
 	}
-	const most = 3
+	const maxLines = 3
 	lines := strings.Split(strings.TrimSpace(string(log)), "\n")
-	return strings.Join(lines[max(0, len(lines)-most):], " | ")
+	return strings.Join(lines[max(0, len(lines)-maxLines):], " | ")
 }
 
-// usage returns what the system uses.
+// usage returns the resource usage of the system.
 func (n *node) usage() (system.Usage, error) { return system.UsageOf(n.instance.PID()) }
 
-// waitIdle waits until the system uses no processor time, within reason.
+// waitIdle waits until the system uses no processor time, for at most 20 s.
 func (n *node) waitIdle(ctx context.Context) error {
-	const step, most, idle, busy = 250 * time.Millisecond, 20 * time.Second, 3, 10 * time.Millisecond
+	const period, timeout, idlePeriods, busy = 250 * time.Millisecond, 20 * time.Second, 3, 10 * time.Millisecond
 	last, err := n.usage()
 	if err != nil {
 		return err
 	}
-	for quiet, end := 0, time.Now().Add(most); quiet < idle && time.Now().Before(end); {
-		if err := sleep(ctx, step); err != nil {
+	for idle, end := 0, time.Now().Add(timeout); idle < idlePeriods && time.Now().Before(end); {
+		if err := sleep(ctx, period); err != nil {
 			return err
 		}
 		now, err := n.usage()
 		if err != nil {
 			return err
 		}
-		if quiet++; now.CPU()-last.CPU() > busy {
-			quiet = 0
+		if idle++; now.CPU()-last.CPU() > busy {
+			idle = 0
 		}
 		last = now
 	}
 	return nil
 }
 
-// waitSettled waits until the system has had time since its last change, and a little
-// that is random, so that nothing periodic is always met at the same time.
+// waitSettled waits until the time d, plus a small random time, has passed since the last change.
+// The random time prevents measurements in step with periodic work of the system.
 func (n *node) waitSettled(ctx context.Context, d time.Duration) error {
 	jitter := time.Duration(rand.Int64N(int64(d/8) + 1)) //nolint:gosec // no secret
 	return sleep(ctx, time.Until(n.settledAt.Add(d+jitter)))
 }
 
-// nextAddr returns an address of an endpoint that was not used before.
+// nextAddr returns an unused endpoint address.
 func (n *node) nextAddr(watched bool) netip.Addr {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -143,9 +144,9 @@ func (n *node) nextAddr(watched bool) netip.Addr {
 	return cluster.NewService(n.usedAddrs, 1).Endpoints[0]
 }
 
-// acquireService returns a Service drawn at random that nobody else has taken, until it is
-// given back. There must be one.
-func (n *node) acquireService() (i int, giveBack func()) {
+// acquireService returns the index of a random Service that no other goroutine uses, until the
+// caller calls release. It spins while all Services are in use.
+func (n *node) acquireService() (i int, release func()) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	for {
@@ -162,22 +163,23 @@ func (n *node) acquireService() (i int, giveBack func()) {
 	}
 }
 
-// updateEndpoints changes the list of endpoints of a Service that nobody else changes.
+// updateEndpoints changes the endpoints of a Service that no other goroutine changes.
 func (n *node) updateEndpoints(ctx context.Context, i int, to *cluster.Service) *request {
 	n.services[i] = to
 	return n.server.update(ctx, to.Slice())
 }
 
-// replaceEndpoint replaces an endpoint of a Service with an unused one.
-func (n *node) replaceEndpoint(ctx context.Context, i int, watched bool) (event *request, by netip.Addr) {
-	by = n.nextAddr(watched)
-	return n.updateEndpoints(ctx, i, n.services[i].WithReplacedEndpoint(by)), by
+// replaceEndpoint replaces an endpoint of a Service by one with an unused address, and returns the
+// address.
+func (n *node) replaceEndpoint(ctx context.Context, i int, watched bool) (event *request, addr netip.Addr) {
+	addr = n.nextAddr(watched)
+	return n.updateEndpoints(ctx, i, n.services[i].WithReplacedEndpoint(addr)), addr
 }
 
-// observe has the probe look for the effect of a request that may be under way. It returns
-// when both are done.
-func (n *node) observe(ctx context.Context, event *request, look func(context.Context) (testbed.Observation, error)) (time.Duration, error) {
-	looking, cancel := context.WithCancel(ctx)
+// observe waits for the effect of a request, which may be in flight, with the given method of the
+// probe. It returns when the server has answered and the effect was observed.
+func (n *node) observe(ctx context.Context, event *request, wait func(context.Context) (testbed.Observation, error)) (time.Duration, error) {
+	waiting, cancel := context.WithCancel(ctx)
 	defer cancel()
 	go func() {
 		if event.wait() != nil {
@@ -185,17 +187,17 @@ func (n *node) observe(ctx context.Context, event *request, look func(context.Co
 		}
 	}()
 	n.probe.ThrottleUntil(event.done)
-	seen, err := look(looking)
-	if failed := event.wait(); failed != nil {
-		err = failed // why there was nothing to see
+	observed, err := wait(waiting)
+	if requestErr := event.wait(); requestErr != nil {
+		err = requestErr // the reason why no effect was observed
 	}
 	if err != nil {
 		return 0, errors.Join(err, context.Cause(ctx))
 	}
-	return seen.After, nil
+	return observed.After, nil
 }
 
-// close ends the system and removes the node. The API server stays.
+// close stops the system and removes the node. The API server keeps running.
 func (n *node) close() error {
 	var errs []error
 	if n.instance != nil {
@@ -213,7 +215,7 @@ func (n *node) close() error {
 	return errors.Join(errs...)
 }
 
-// content is what all API servers serve at the beginning.
+// content is the initial content of all API servers.
 type content struct {
 	endpoints int
 	services  []*cluster.Service
@@ -229,7 +231,7 @@ func newContent(services, endpoints int) *content {
 	return c
 }
 
-// objects makes the objects, new ones each time.
+// objects returns newly created objects on each call.
 func (c *content) objects() []apiserver.Object {
 	objects := []apiserver.Object{cluster.ServiceCIDR(), cluster.Node(testbed.NodeIPv4)}
 	for _, s := range c.services {

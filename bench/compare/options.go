@@ -12,45 +12,44 @@ import (
 	"fairlead.io/fairlead/test/controlplane"
 )
 
-// Options say what to compare, and how thoroughly.
+// Options configures a comparison.
 type Options struct {
-	// Systems are what is compared, of different names.
+	// Systems are the systems to compare. Their names must differ.
 	Systems []system.System
-	// Services are the numbers of Services to measure with, one after the other,
-	// and Endpoints the number of endpoints of each.
+	// Services are the numbers of Services to measure with, in order. Endpoints is the number of
+	// endpoints of each Service.
 	Services  []int
 	Endpoints int
-	// Parts are what to measure; none means all.
+	// Parts are the parts to measure. Empty means all parts.
 	Parts []Part
-	// Samples is how often each kind of change is measured, and Starts how many cold
+	// Samples is the number of measurements of each kind of change, and Starts the number of cold
 	// starts of each system.
 	Samples, Starts int
-	// StartLimit is how long a cold start may take. A system that takes longer with
-	// some number of Services is left out from there on.
+	// StartLimit is the maximum duration of a cold start. A system that takes longer is left out,
+	// also with the later numbers of Services.
 	StartLimit time.Duration
-	// Rates are the numbers of changes a second for churn, which lasts for Duration,
-	// Rounds times.
+	// Rates are the rates of churn in changes per second. Each of Rounds rounds of churn lasts for
+	// Duration.
 	Rates    []float64
 	Duration time.Duration
 	Rounds   int
-	// SettleTime is the time that a system has between two changes of which the effect is
-	// measured.
+	// SettleTime is the minimum time between two measured changes of a system.
 	SettleTime time.Duration
-	// ControlPlane is a folder with the programs etcd and kube-apiserver, which are then
-	// started for each system. Without, systems follow API servers in this process.
+	// ControlPlane is a directory with the programs etcd and kube-apiserver, which are started for
+	// each system. If it is empty, systems watch API servers in this process.
 	ControlPlane string
-	// Environment is where this is. Run adds the version of kube-apiserver.
+	// Environment describes this machine. Run adds the version of kube-apiserver.
 	Environment result.Environment
-	// Dir is a folder for logs.
+	// Dir is a directory for logs.
 	Dir string
-	// Progress is told what happens, for people. It may be nil.
+	// Progress, if not nil, is called with lines for people that describe the current step.
 	Progress func(line string)
 }
 
-// Part is a part of the comparison.
+// Part identifies a part of the comparison.
 type Part string
 
-// The parts. Each start of a cold start yields the memory too.
+// Parts of the comparison. Cold starts also measure memory.
 const (
 	Update    Part = "update"
 	ColdStart Part = "coldstart"
@@ -58,11 +57,10 @@ const (
 	Memory    Part = "memory"
 )
 
-// Parts are all parts.
+// Parts returns all parts.
 func Parts() []Part { return []Part{ColdStart, Memory, Update, Churn} }
 
-// DefaultOptions are those that `fairlead-bench compare` has without flags, but for
-// the systems.
+// DefaultOptions returns the defaults of `fairlead-bench compare`, except for the systems.
 func DefaultOptions() Options {
 	return Options{
 		Services: []int{10_000}, Endpoints: 10, Samples: 30, Starts: 5, StartLimit: 2 * time.Minute,
@@ -70,48 +68,48 @@ func DefaultOptions() Options {
 	}
 }
 
-// Validate returns all that is wrong with the options.
+// Validate returns an error that lists all invalid options.
 func (o *Options) Validate() error {
 	var errs []error
 	if len(o.Systems) == 0 {
-		errs = append(errs, errors.New("no systems to compare"))
+		errs = append(errs, errors.New("--systems: no systems to compare"))
 	}
 	names := map[string]bool{}
 	for _, s := range o.Systems {
 		if names[s.Name()] {
-			errs = append(errs, fmt.Errorf("system %s is there twice", s.Name()))
+			errs = append(errs, fmt.Errorf("--systems: duplicate system %s", s.Name()))
 		}
 		names[s.Name()] = true
 	}
 	for _, p := range o.Parts {
 		if !slices.Contains(Parts(), p) {
-			errs = append(errs, fmt.Errorf("unknown part %q: use %v", p, Parts()))
+			errs = append(errs, fmt.Errorf("--only: unknown part %q: use one or more of %v", p, Parts()))
 		}
 	}
 	if len(o.Services) == 0 {
-		errs = append(errs, errors.New("no number of Services"))
+		errs = append(errs, errors.New("--services: no number of Services"))
 	}
 	for _, n := range o.Services {
-		// Each sample changes Services of its own.
+		// Each sample changes different Services.
 		if n < 10 {
-			errs = append(errs, fmt.Errorf("%d Services are too few: use 10 or more", n))
+			errs = append(errs, fmt.Errorf("--services: %d Services are too few: use 10 or more", n))
 		}
 	}
 	if o.Endpoints < 1 || o.Endpoints > 100 {
-		errs = append(errs, fmt.Errorf("%d endpoints a Service: use 1 to 100", o.Endpoints))
+		errs = append(errs, fmt.Errorf("--endpoints: invalid value %d: must be from 1 to 100", o.Endpoints))
 	}
 	if o.Samples < 1 || o.Starts < 1 || o.Rounds < 1 {
-		errs = append(errs, errors.New("the numbers of samples, starts and rounds must be 1 or more"))
+		errs = append(errs, errors.New("--samples, --starts and --rounds must be 1 or more"))
 	}
 	if o.StartLimit <= 0 {
-		errs = append(errs, errors.New("how long a start may take must be more than 0"))
+		errs = append(errs, errors.New("--start-limit must be greater than 0"))
 	}
 	if o.Duration <= 0 || o.SettleTime < 0 {
-		errs = append(errs, errors.New("how long churn lasts must be more than 0, and the time to settle not less"))
+		errs = append(errs, errors.New("--churn-time must be greater than 0, and --settle must not be negative"))
 	}
 	for _, r := range o.Rates {
 		if r <= 0 {
-			errs = append(errs, fmt.Errorf("%v changes a second: use more than 0", r))
+			errs = append(errs, fmt.Errorf("--rates: invalid value %v: must be greater than 0", r))
 		}
 	}
 	if o.ControlPlane != "" {
@@ -130,7 +128,7 @@ func (o *Options) progress(format string, args ...any) {
 	}
 }
 
-// sleep waits, and returns the context's error if that is done before.
+// sleep waits for the duration d, or returns the cause if ctx is done earlier.
 func sleep(ctx context.Context, d time.Duration) error {
 	select {
 	case <-ctx.Done():

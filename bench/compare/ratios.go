@@ -7,37 +7,36 @@ import (
 	"fairlead.io/fairlead/bench/statistics"
 )
 
-// fairleadSystems are the systems that others are compared with.
+// fairleadSystems returns the systems that others are compared with.
 func fairleadSystems() []string { return []string{"nft", "ipvs"} }
 
-// minSamples is how many samples of each a ratio needs: of fewer its interval would say
-// that it is surer than it is.
+// minSamples is the number of samples of each system that a ratio needs. Fewer samples give a
+// confidence interval that is too narrow.
 const minSamples = 3
 
-// ratios compares each system with Fairlead's, where they were measured under the
-// same circumstances.
+// ratios compares each system with Fairlead's systems in the same scenarios.
 func ratios(measurements []result.Measurement) []result.Ratio {
 	var list []result.Ratio
 	for i := range measurements {
-		of := &measurements[i]
+		numerator := &measurements[i]
 		for j := range measurements {
-			to := &measurements[j]
-			if i == j || !slices.Contains(fairleadSystems(), to.System) || of.Measure != to.Measure ||
-				of.Environment != to.Environment || of.Scenario != to.Scenario || min(len(of.Samples), len(to.Samples)) < minSamples {
+			denominator := &measurements[j]
+			if i == j || !slices.Contains(fairleadSystems(), denominator.System) || numerator.Measure != denominator.Measure ||
+				numerator.Environment != denominator.Environment || numerator.Scenario != denominator.Scenario || min(len(numerator.Samples), len(denominator.Samples)) < minSamples {
 				continue
 			}
 			name, statistic := "p50", statistics.Quantile(0.5)
-			if of.Measure == result.ChurnCPU || of.Measure == result.ColdStartCPU {
+			if numerator.Measure == result.ChurnCPU || numerator.Measure == result.ColdStartCPU {
 				name, statistic = "mean", statistics.Mean
 			}
-			interval, err := statistics.Ratio(of.Samples, to.Samples, statistic)
+			interval, err := statistics.Ratio(numerator.Samples, denominator.Samples, statistic)
 			if err != nil {
-				continue // too fast for the clock, or no samples
+				continue // the denominator is 0: too fast for the clock
 			}
 			list = append(list, result.Ratio{
-				Measure: of.Measure, Statistic: name, Environment: of.Environment, Scenario: of.Scenario,
-				Numerator: of.System, Denominator: to.System, Interval: interval,
-				NumeratorSamples: len(of.Samples), DenominatorSamples: len(to.Samples), Method: statistics.Method,
+				Measure: numerator.Measure, Statistic: name, Environment: numerator.Environment, Scenario: numerator.Scenario,
+				Numerator: numerator.System, Denominator: denominator.System, Interval: interval,
+				NumeratorSamples: len(numerator.Samples), DenominatorSamples: len(denominator.Samples), Method: statistics.Method,
 			})
 		}
 	}

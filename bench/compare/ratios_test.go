@@ -7,15 +7,16 @@ import (
 	"fairlead.io/fairlead/bench/result"
 )
 
-// What one run joins from several environments is only compared within each.
-func TestRatiosStayInTheirEnvironment(t *testing.T) {
+// TestRatiosWithinEnvironment checks that results of different environments are not compared with
+// each other.
+func TestRatiosWithinEnvironment(t *testing.T) {
 	t.Parallel()
 	scenario := result.Scenario{Services: 10, Endpoints: 1}
 	var list []result.Measurement
 	for _, environment := range []string{result.Native, "vm-6.12"} {
 		for _, system := range []string{"nft", "ipvs", "kube-proxy-nftables"} {
 			if environment == result.Native && system == "ipvs" {
-				continue // as where the kernel has none
+				continue // a kernel without IPVS
 			}
 			list = append(list, result.Measurement{
 				Measure: result.Memory, System: system, Environment: environment, Scenario: scenario, Unit: "B", Samples: []float64{1, 2, 3},
@@ -32,6 +33,6 @@ func TestRatiosStayInTheirEnvironment(t *testing.T) {
 		"vm-6.12: ipvs / nft", "vm-6.12: kube-proxy-nftables / ipvs", "vm-6.12: kube-proxy-nftables / nft", "vm-6.12: nft / ipvs",
 	}
 	if !slices.Equal(got, want) {
-		t.Errorf("ratios are %q, want %q", got, want)
+		t.Errorf("got ratios %q, want %q", got, want)
 	}
 }

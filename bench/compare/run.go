@@ -20,21 +20,21 @@ import (
 	"fairlead.io/fairlead/test/controlplane"
 )
 
-// comparison is one run.
+// comparison is one run of Run.
 type comparison struct {
 	Options
 	report *result.Report
 }
 
-// serverPool is what is measured with one number of Services.
+// serverPool holds the API servers for one number of Services.
 type serverPool struct {
 	*content
 	factory  serverFactory
-	bySystem map[string]server // by system
-	spare    []server          // those of systems that cannot run here
+	bySystem map[string]server // by name of the system
+	spare    []server          // released servers of systems that cannot run here
 }
 
-// serverFor returns the API server of a system.
+// serverFor returns the API server of a system. It reuses a released server or opens a new one.
 func (s *serverPool) serverFor(ctx context.Context, sys system.System) (server, error) {
 	if s.bySystem[sys.Name()] != nil {
 		return s.bySystem[sys.Name()], nil
@@ -51,7 +51,7 @@ func (s *serverPool) serverFor(ctx context.Context, sys system.System) (server, 
 	return opened, nil
 }
 
-// release spares the API server of a system that cannot run here.
+// release makes the API server of a system that cannot run here available to other systems.
 func (s *serverPool) release(sys system.System) {
 	if unused := s.bySystem[sys.Name()]; unused != nil {
 		delete(s.bySystem, sys.Name())
@@ -61,22 +61,22 @@ func (s *serverPool) release(sys system.System) {
 
 func (s *serverPool) close() error {
 	var errs []error
-	for _, one := range slices.Concat(s.spare, slices.Collect(maps.Values(s.bySystem))) {
-		errs = append(errs, one.close())
+	for _, server_ := range slices.Concat(s.spare, slices.Collect(maps.Values(s.bySystem))) {
+		errs = append(errs, server_.close())
 	}
 	return errors.Join(errs...)
 }
 
-// Run measures, and returns what it has found out. A system that cannot run here is
-// left out, and the report says why. When ctx is done the report has what was
-// measured until then, beside the error.
+// Run compares systems and returns the report. Systems that cannot run here are left out, with the
+// reason in the report. If ctx is done, Run returns the measurements taken so far together with
+// the error.
 func Run(ctx context.Context, opts Options) (*result.Report, error) {
 	if err := opts.Validate(); err != nil {
 		return nil, err
 	}
-	// The API servers are in this process, which must not pause for its own memory.
-	const seldom = 400
-	defer debug.SetGCPercent(debug.SetGCPercent(seldom))
+	// The API servers run in this process, so garbage collection must be rare.
+	const gcPercent = 400
+	defer debug.SetGCPercent(debug.SetGCPercent(gcPercent))
 	if opts.ControlPlane != "" {
 		version, err := controlplane.Version(ctx, opts.ControlPlane)
 		if err != nil {
@@ -97,7 +97,7 @@ func Run(ctx context.Context, opts Options) (*result.Report, error) {
 	return c.report, err
 }
 
-// runWithServices measures with one number of Services.
+// runWithServices runs all parts with one number of Services.
 func (c *comparison) runWithServices(ctx context.Context, services int) (err error) {
 	c.progress("%d Services of %d endpoints", services, c.Endpoints)
 	s := &serverPool{content: newContent(services, c.Endpoints), bySystem: map[string]server{}}
@@ -129,7 +129,7 @@ func (c *comparison) runWithServices(ctx context.Context, services int) (err err
 	return nil
 }
 
-// rotated returns the list with another one first each time.
+// rotated returns list rotated to the left by the given number of elements.
 func rotated[T any](list []T, by int) []T {
 	if len(list) == 0 {
 		return nil
@@ -138,7 +138,8 @@ func rotated[T any](list []T, by int) []T {
 	return slices.Concat(list[by:], list[:by])
 }
 
-// coldStarts starts each system several times on new nodes, and returns those of the last time.
+// coldStarts starts each system several times, each time on a new node, and returns the nodes of
+// the last starts.
 func (c *comparison) coldStarts(ctx context.Context, s *serverPool) (nodes []*node, err error) {
 	starts := 1
 	if c.includes(ColdStart) || c.includes(Memory) {
@@ -164,7 +165,7 @@ func (c *comparison) coldStarts(ctx context.Context, s *serverPool) (nodes []*no
 				if err := c.leaveOut(sys, err); err != nil {
 					return nodes, errors.Join(err, closeNode(n))
 				}
-				_ = closeNode(n) // it is known already that it does not run
+				_ = closeNode(n) // the report has the reason already
 				s.release(sys)
 				continue
 			}
@@ -177,7 +178,7 @@ func (c *comparison) coldStarts(ctx context.Context, s *serverPool) (nodes []*no
 			nodes = append(nodes, n)
 		}
 	}
-	// In the order that was asked for.
+	// Return the nodes in the order of the options.
 	slices.SortFunc(nodes, func(a, b *node) int {
 		index := func(n *node) int {
 			return slices.IndexFunc(c.Systems, func(s system.System) bool { return s.Name() == n.sys.Name() })
@@ -194,11 +195,11 @@ func closeNode(n *node) error {
 	return n.close()
 }
 
-// coldStart is one cold start.
+// coldStart starts a system on a new node and measures the start.
 func (c *comparison) coldStart(ctx context.Context, sys system.System, s server, content *content) (*node, error) {
 	dir := filepath.Join(c.Dir, sys.Name())
 	if err := os.MkdirAll(dir, 0o750); err != nil {
-		return nil, fmt.Errorf("make a folder for logs: %w", err)
+		return nil, fmt.Errorf("create the directory for logs: %w", err)
 	}
 	n, err := newNode(ctx, sys, dir, s, content)
 	if err != nil {
@@ -216,7 +217,7 @@ func (c *comparison) coldStart(ctx context.Context, sys system.System, s server,
 	defer stop()
 	took, err := n.probe.WaitAllAnswer(answering, n.startedAt, content.addrs)
 	if errors.Is(err, testbed.ErrNotObserved) || errors.Is(err, context.DeadlineExceeded) {
-		return n, fmt.Errorf("with %d Services not all of them answered within %s", len(content.services), c.StartLimit)
+		return n, fmt.Errorf("not all of %d Services answered within %s", len(content.services), c.StartLimit)
 	}
 	if err != nil {
 		return n, errors.Join(err, context.Cause(running))
@@ -250,7 +251,7 @@ func (c *comparison) addSample(n *node, measure result.Measure, scenario result.
 	m.Samples = append(m.Samples, v)
 }
 
-// measurement returns the measurement, a new one if there is none.
+// measurement returns the measurement with the given key, and creates it if necessary.
 func (c *comparison) measurement(sys string, measure result.Measure, scenario result.Scenario) *result.Measurement {
 	if m := c.report.Find(measure, sys, c.Environment.Name, scenario); m != nil {
 		return m
@@ -265,8 +266,7 @@ func (c *comparison) isLeftOut(sys system.System) bool {
 	return slices.ContainsFunc(c.report.LeftOut, func(l result.LeftOut) bool { return l.System == sys.Name() && l.Measure == "" })
 }
 
-// release records that a system does not run here. The error is that something
-// else is wrong.
+// leaveOut records that a system cannot run here. It returns an error if no system is left.
 func (c *comparison) leaveOut(sys system.System, err error) error {
 	reason := err.Error()
 	if e, ok := errors.AsType[*system.UnavailableError](err); ok {
@@ -280,7 +280,7 @@ func (c *comparison) leaveOut(sys system.System, err error) error {
 	return nil
 }
 
-// finish sums up.
+// finish computes distributions and ratios and describes the systems.
 func (c *comparison) finish(ctx context.Context) {
 	r := c.report
 	for i := range r.Measurements {
@@ -289,18 +289,18 @@ func (c *comparison) finish(ctx context.Context) {
 	}
 	env := system.Environment{Kubeconfig: "KUBECONFIG", NodeName: cluster.NodeName, ClusterCIDR: testbed.ClusterCIDR}
 	for _, s := range c.Systems {
-		about := result.System{Name: s.Name()}
-		if with, ok := s.(interface {
+		described := result.System{Name: s.Name()}
+		if describer, ok := s.(interface {
 			Command(env system.Environment) []string
 		}); ok {
-			about.Command = with.Command(env)
+			described.Command = describer.Command(env)
 		}
-		if with, ok := s.(interface {
+		if describer, ok := s.(interface {
 			Version(ctx context.Context) (string, error)
 		}); ok {
-			about.Version, _ = with.Version(context.WithoutCancel(ctx)) // a system that is not there has none
+			described.Version, _ = describer.Version(context.WithoutCancel(ctx)) // empty for a missing program
 		}
-		r.Systems = append(r.Systems, about)
+		r.Systems = append(r.Systems, described)
 	}
 	r.Ratios = ratios(r.Measurements)
 	r.TookSeconds = time.Since(r.Time).Seconds()

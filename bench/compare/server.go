@@ -8,40 +8,38 @@ import (
 	"fairlead.io/fairlead/bench/testbed"
 )
 
-// server is the API server that one system follows. It has the content from the
-// beginning, and serves it to the nodes on which the system is started, one after
-// the other. Its methods may be called concurrently, but those that change the same
-// object may not.
+// server is the API server that one system watches. It has the content from the start, and serves
+// it to the nodes on which the system is started, one after the other. Its methods may be called
+// concurrently, except for changes of the same object.
 type server interface {
-	// attach lets a node reach the server, and writes how into a kubeconfig. The
-	// function that it returns undoes it, before the testbed is closed. Watches may end
-	// when ctx is done.
-	attach(ctx context.Context, r *testbed.Testbed, kubeconfig string) (leave func() error, err error)
-	// create, update and delete change objects, one right after the other. Objects are
-	// not changed afterwards.
+	// attach makes the server reachable from a node and writes a kubeconfig for it. The caller must
+	// call detach before it closes the testbed. Watches may end when ctx is done.
+	attach(ctx context.Context, r *testbed.Testbed, kubeconfig string) (detach func() error, err error)
+	// create, update and delete change objects in order, without delay. The caller must not modify
+	// the objects afterwards.
 	create(ctx context.Context, objects ...apiserver.Object) *request
 	update(ctx context.Context, objects ...apiserver.Object) *request
 	delete(ctx context.Context, objects ...apiserver.Object) *request
-	// close ends the server, which no node is joined with any more.
+	// close stops the server. No node may be attached.
 	close() error
 }
 
-// request is what a server was asked for.
+// request is a request to a server.
 type request struct {
-	sentAt   time.Time     // when it was asked
-	done     chan struct{} // closed when it has answered; took and err are valid then
+	sentAt   time.Time     // when the request was sent
+	done     chan struct{} // closed when the server has answered; duration and err are valid then
 	duration time.Duration
 	err      error
 }
 
-// doRequest does what a server is asked for, and returns when that is done.
+// doRequest runs do and returns the completed request.
 func doRequest(do func() error) *request {
 	r := &request{sentAt: time.Now(), done: make(chan struct{})}
 	r.complete(do())
 	return r
 }
 
-// startRequest is asked, but returns at once.
+// startRequest runs do in a new goroutine and returns immediately.
 func startRequest(do func() error) *request {
 	r := &request{sentAt: time.Now(), done: make(chan struct{})}
 	go func() { r.complete(do()) }()
@@ -59,12 +57,12 @@ func (r *request) wait() error {
 	return r.err
 }
 
-// serverFactory opens a server for each system, all with the same content.
+// serverFactory opens API servers that all have the same content.
 type serverFactory interface {
 	open(ctx context.Context) (server, error)
 }
 
-// serverFactory returns what opens the API servers that were asked for.
+// serverFactory returns the factory for the configured kind of API server.
 func (o *Options) serverFactory(c *content) (serverFactory, error) {
 	if o.ControlPlane != "" {
 		return &controlPlaneFactory{programs: o.ControlPlane, content: c, progress: o.progress}, nil

@@ -11,14 +11,14 @@ import (
 	"fairlead.io/fairlead/bench/testbed"
 )
 
-// requiredMisses is how many packets in a row do not arrive at an endpoint that one packet in
-// so many would arrive at, until it is sure that none does.
+// requiredMisses returns how many consecutive packets must miss one of the given number of
+// endpoints to show that this endpoint is gone.
 func requiredMisses(endpoints int) int {
-	const sure = 25 // a chance of e^-25, about 1e-11
-	return sure * endpoints
+	const factor = 25 // the probability of an error is e^-25, about 1e-11
+	return factor * endpoints
 }
 
-// updates measures the kinds of changes, sample by sample, system by system.
+// updates measures each kind of change, in the order of samples, kinds and systems.
 func (c *comparison) updates(ctx context.Context, nodes []*node, services int) error {
 	changes := []result.Change{result.ReplaceEndpoint, result.ScaleUp, result.ScaleDown, result.CreateService, result.DeleteService}
 	for i := range c.Samples {
@@ -44,45 +44,44 @@ func (c *comparison) updates(ctx context.Context, nodes []*node, services int) e
 	return nil
 }
 
-// update makes one change and waits until packets show it. What scales up and what
-// is created goes again with the next change, so that the number of Services stays.
-//
-// It returns how long packets took to show it, and the API server to answer.
+// update makes one change and waits until packets show it. The next change removes the endpoint or
+// Service that ScaleUp or CreateService adds, so that the numbers stay the same. update returns
+// the times until packets show the change and until the API server answers.
 func (c *comparison) update(ctx context.Context, n *node, change result.Change, sample int) (took, answered time.Duration, err error) {
 	ctx, cancel := n.contextWhileRunning(ctx)
 	defer cancel()
-	// A Service is replaced and scaled in turns; they are spread over all of them.
+	// ReplaceEndpoint and the scaling changes use different Services, spread over all of them.
 	const prime = 7919
 	first, second := 2*sample*prime%len(n.services), (2*sample+1)*prime%len(n.services)
 	var s *cluster.Service
 	var event *request
-	var look func(context.Context) (testbed.Observation, error)
+	var observe func(context.Context) (testbed.Observation, error)
 	arrival := func(at func(netip.Addr) bool) {
-		look = func(ctx context.Context) (testbed.Observation, error) {
+		observe = func(ctx context.Context) (testbed.Observation, error) {
 			return n.probe.FirstArrival(ctx, event.sentAt, s.Addr(), at)
 		}
 	}
-	absence := func(at func(netip.Addr) bool, quiet int) {
-		look = func(ctx context.Context) (testbed.Observation, error) {
-			return n.probe.LastArrival(ctx, event.sentAt, s.Addr(), at, quiet)
+	absence := func(at func(netip.Addr) bool, misses int) {
+		observe = func(ctx context.Context) (testbed.Observation, error) {
+			return n.probe.LastArrival(ctx, event.sentAt, s.Addr(), at, misses)
 		}
 	}
 	switch change {
 	case result.ReplaceEndpoint:
-		var by netip.Addr
+		var addr netip.Addr
 		s = n.services[first]
-		event, by = n.replaceEndpoint(ctx, first, true)
-		arrival(testbed.ToEndpoint(by))
+		event, addr = n.replaceEndpoint(ctx, first, true)
+		arrival(testbed.ToEndpoint(addr))
 	case result.ScaleUp:
-		by := n.nextAddr(true)
+		addr := n.nextAddr(true)
 		s = n.services[second]
-		event = n.updateEndpoints(ctx, second, s.WithEndpoint(by))
-		arrival(testbed.ToEndpoint(by))
+		event = n.updateEndpoints(ctx, second, s.WithEndpoint(addr))
+		arrival(testbed.ToEndpoint(addr))
 	case result.ScaleDown:
 		s = n.services[second]
-		gone := s.Endpoints[len(s.Endpoints)-1] // from ScaleUp
-		event = n.updateEndpoints(ctx, second, s.WithoutEndpoint(gone))
-		absence(testbed.ToEndpoint(gone), requiredMisses(len(s.Endpoints)))
+		removed := s.Endpoints[len(s.Endpoints)-1] // added by ScaleUp
+		event = n.updateEndpoints(ctx, second, s.WithoutEndpoint(removed))
+		absence(testbed.ToEndpoint(removed), requiredMisses(len(s.Endpoints)))
 	case result.CreateService:
 		s = c.createdService(n, sample)
 		event = n.server.create(ctx, s.Object(), s.Slice())
@@ -92,17 +91,17 @@ func (c *comparison) update(ctx context.Context, n *node, change result.Change, 
 		event = n.server.delete(ctx, s.Object(), s.Slice())
 		absence(testbed.ToAnyEndpoint, requiredMisses(1))
 	}
-	took, err = n.observe(ctx, event, look)
+	took, err = n.observe(ctx, event, observe)
 	return took, event.duration, err
 }
 
-// createdService returns the Service that is created for a sample, which has addresses of
-// its own.
+// createdService returns the Service to create for a sample. Its endpoint addresses differ from
+// those of nextAddr.
 func (c *comparison) createdService(n *node, sample int) *cluster.Service {
 	s := &cluster.Service{Index: len(n.services) + sample}
-	const apart = 1 << 20 // from those that are given out one by one
+	const offset = 1 << 20 // above all addresses of nextAddr
 	for e := range c.Endpoints {
-		s.Endpoints = append(s.Endpoints, cluster.WatchedAddr(apart+sample*c.Endpoints+e))
+		s.Endpoints = append(s.Endpoints, cluster.WatchedAddr(offset+sample*c.Endpoints+e))
 	}
 	return s
 }

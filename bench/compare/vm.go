@@ -18,54 +18,55 @@ import (
 	"fairlead.io/fairlead/bench/result"
 )
 
-// VM is a comparison in a virtual machine, for what this machine's kernel cannot run.
+// VM runs a comparison in a virtual machine, for systems that this machine's kernel cannot run.
 type VM struct {
-	// Command runs what stands behind it in a virtual machine, as `bin/vm run` does. It
-	// is the shell's.
+	// Command is a shell command that runs its arguments in a virtual machine, as `bin/vm run`
+	// does.
 	Command string
-	// Program is `fairlead-bench compare` with its arguments, which say that the result
-	// goes to standard output. Before it may be further flags of Command.
+	// Program is `fairlead-bench compare` with arguments that write the result to standard output.
+	// Additional flags of Command may precede it.
 	Program []string
-	// Progress is told what the program tells of what happens. It may be nil.
+	// Progress, if not nil, is called with the lines of progress from the virtual machine.
 	Progress func(line string)
 }
 
-// vmStopTimeout is how long a virtual machine may take to end.
+// vmStopTimeout is the time that a virtual machine has to stop.
 const vmStopTimeout = 10 * time.Second
 
-// Run blocks until the virtual machine has ended, which it also does when ctx is done. Its
-// environment is called as [result.VMName] says, and is the only one in the report. With an
-// error there is a report too if something was measured.
+// Run blocks until the virtual machine has stopped, which it also does when ctx is done. The
+// report contains one environment, named by [result.VMName]. With an error, Run also returns a
+// report if the program wrote one.
 func (v VM) Run(ctx context.Context) (*result.Report, error) {
 	program, _, _ := strings.Cut(v.Command, " ")
-	// A name without a slash may be the shell's own.
+	// A name without a slash may be a builtin or function of the shell.
 	if _, err := exec.LookPath(program); err != nil && strings.Contains(program, "/") {
-		return nil, fmt.Errorf("there is no %s: `make vm` builds it", program)
+		return nil, fmt.Errorf("%s not found: run `make vm` to build it", program)
 	}
-	// By the shell, as it knows about quotes.
+	// The shell handles quotes in the command.
 	cmd := exec.CommandContext(ctx, "sh", append([]string{"-c", v.Command + ` "$@"`, "sh"}, v.Program...)...) //nolint:gosec // the caller's choice
-	// Ctrl-C is for this process, which then ends the virtual machine. That goes too if this
-	// process is killed; the kernel goes by the thread that started it.
+	// Ctrl-C must reach only this process, which then stops the virtual machine. If this process is
+	// killed, the kernel terminates the virtual machine; it does so when the thread that started
+	// the command ends.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGTERM}
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGTERM) }
 	cmd.WaitDelay = vmStopTimeout
-	var telling sync.Mutex
-	tell := func(line string) {
-		telling.Lock()
-		defer telling.Unlock()
+	var mu sync.Mutex
+	progress := func(line string) {
+		mu.Lock()
+		defer mu.Unlock()
 		if v.Progress != nil {
 			v.Progress(line)
 		}
 	}
-	out, complaints := outputReader{progress: tell}, outputReader{progress: tell}
+	out, errOut := outputReader{progress: progress}, outputReader{progress: progress}
 	var readers sync.WaitGroup
 	stdout, outWriter := io.Pipe()
 	stderr, errWriter := io.Pipe()
 	cmd.Stdout, cmd.Stderr = outWriter, errWriter
 	readers.Go(func() { out.read(stdout) })
-	readers.Go(func() { complaints.read(stderr) })
+	readers.Go(func() { errOut.read(stderr) })
 	err := cmd.Run()
 	err = errors.Join(err, outWriter.Close(), errWriter.Close())
 	readers.Wait()
@@ -73,7 +74,7 @@ func (v VM) Run(ctx context.Context) (*result.Report, error) {
 	switch r := out.report; {
 	case r == nil:
 	case len(r.Environments) != 1:
-		out.report, err = nil, errors.Join(err, errors.New("its result does not say where it is from"))
+		out.report, err = nil, errors.Join(err, errors.New("the result in the virtual machine does not have exactly one environment"))
 	default:
 		setEnvironment(r, result.VMName(r.Environments[0].Kernel))
 	}
@@ -81,27 +82,26 @@ func (v VM) Run(ctx context.Context) (*result.Report, error) {
 	case ctx.Err() != nil:
 		err = context.Cause(ctx)
 	case err == nil && out.report == nil:
-		err = errors.New("it has told no result")
+		err = errors.New("the virtual machine returned no result")
 	}
-	if last := slices.Concat(out.lastLines, complaints.lastLines); err != nil && len(last) > 0 {
+	if last := slices.Concat(out.lastLines, errOut.lastLines); err != nil && len(last) > 0 {
 		err = fmt.Errorf("%w: %s", err, strings.Join(last, " | "))
 	}
 	return out.report, err
 }
 
-// outputReader reads what a comparison in a virtual machine prints. Its standard output
-// and errors are one: lines for people, among them the result, which is JSON over
-// several lines.
+// outputReader reads the output of a comparison in a virtual machine. Standard output and standard
+// error share one stream: lines for people, and among them the result as JSON on several lines.
 type outputReader struct {
 	progress func(line string)
 
 	report    *result.Report
-	lastLines []string // the last lines that were no progress
-	err       error    // about the result
+	lastLines []string // the last lines that are not progress
+	err       error    // from parsing the result
 }
 
-// progressPrefix is how lines of progress begin: with the virtual machine's time, which
-// means nothing here.
+// progressPrefix matches the time in the virtual machine at the start of lines of progress. The
+// time is meaningless here.
 var progressPrefix = regexp.MustCompile(`^ *[0-9.]+s `)
 
 func (l *outputReader) read(from io.Reader) {
@@ -135,7 +135,7 @@ func (l *outputReader) read(from io.Reader) {
 	}
 }
 
-// setEnvironment calls all that was measured measured in that environment.
+// setEnvironment sets the name of the environment of everything in the report.
 func setEnvironment(r *result.Report, environment string) {
 	for i := range r.Environments {
 		r.Environments[i].Name = environment

@@ -15,7 +15,7 @@ import (
 	"fairlead.io/fairlead/bench/result"
 )
 
-// vmResult is a result as a comparison in a virtual machine prints it.
+// vmResult returns a result as printed by a comparison in a virtual machine.
 func vmResult(t *testing.T) string {
 	t.Helper()
 	var b bytes.Buffer
@@ -31,8 +31,8 @@ func vmResult(t *testing.T) string {
 	return b.String()
 }
 
-// Whatever runs in a virtual machine prints its progress, the result, and what went
-// wrong, on the same line to this machine.
+// TestVM checks the progress, the report and the error for various outputs of a virtual machine,
+// whose standard output and error share one stream.
 func TestVM(t *testing.T) {
 	t.Parallel()
 	document := filepath.Join(t.TempDir(), "result")
@@ -45,12 +45,12 @@ func TestVM(t *testing.T) {
 		want     string // part of the error
 		report   bool
 	}{
-		"all is well":                {`echo "   1.5s ipvs: it starts"; cat "$1"`, "ipvs: it starts", "", true},
-		"something ends on the way":  {`cat "$1"; echo "fairlead: interrupted"; exit 1`, "fairlead: interrupted", "exit status 1: fairlead: interrupted", true},
-		"it does not boot":           {`echo "vm: it did not boot in time" >&2; exit 125`, "vm: it did not boot in time", "exit status 125: vm: it did not boot in time", false},
-		"nothing is said":            {`true`, "", "it has told no result", false},
-		"half a result":              {`head -n 5 "$1"`, "", "it has told no result", false},
-		"a result of another schema": {`printf '{\n "schema": 99\n}\n'`, "", "schema 99", false},
+		"complete result":          {`echo "   1.5s ipvs: it starts"; cat "$1"`, "ipvs: it starts", "", true},
+		"result and failure":       {`cat "$1"; echo "fairlead: interrupted"; exit 1`, "fairlead: interrupted", "exit status 1: fairlead: interrupted", true},
+		"no boot":                  {`echo "vm: it did not boot in time" >&2; exit 125`, "vm: it did not boot in time", "exit status 125: vm: it did not boot in time", false},
+		"no output":                {`true`, "", "the virtual machine returned no result", false},
+		"half a result":            {`head -n 5 "$1"`, "", "the virtual machine returned no result", false},
+		"result of another schema": {`printf '{\n "schema": 99\n}\n'`, "", "schema 99", false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -64,24 +64,24 @@ func TestVM(t *testing.T) {
 				t.Errorf("progress %q, want %q", got, test.progress)
 			}
 			if (r != nil) != test.report {
-				t.Fatalf("report %+v, want one: %v", r, test.report)
+				t.Fatalf("report %+v, want a report: %v", r, test.report)
 			}
 			if r == nil {
 				return
 			}
 			for what, environment := range map[string]string{
 				"environment": r.Environments[0].Name, "measurement": r.Measurements[0].Environment,
-				"ratio": r.Ratios[0].Environment, "what is left out": r.LeftOut[0].Environment,
+				"ratio": r.Ratios[0].Environment, "system left out": r.LeftOut[0].Environment,
 			} {
 				if environment != "vm-6.12" {
-					t.Errorf("the %s is of %q, want vm-6.12", what, environment)
+					t.Errorf("the %s has environment %q, want vm-6.12", what, environment)
 				}
 			}
 		})
 	}
 }
 
-// The virtual machine goes when the comparison is interrupted, with all of its processes.
+// TestVMInterrupted checks that an interruption ends all processes of the virtual machine.
 func TestVMInterrupted(t *testing.T) {
 	t.Parallel()
 	ctx, cancel := context.WithCancel(t.Context())
@@ -90,7 +90,7 @@ func TestVMInterrupted(t *testing.T) {
 	vm := compare.VM{
 		Command: `sleep 1000 & echo "  0.0s $!"; wait; true`,
 		Progress: func(line string) {
-			pid, _ = strconv.Atoi(line) // 0 if it is something else
+			pid, _ = strconv.Atoi(line) // 0 if line is not a number
 			cancel()
 		},
 	}
@@ -99,11 +99,11 @@ func TestVMInterrupted(t *testing.T) {
 		t.Errorf("report %v, error %v", r, err)
 	}
 	if pid == 0 {
-		t.Fatal("there was no process")
+		t.Fatal("the command printed no process ID")
 	}
-	// It may be a zombie until its new parent has seen that it ended.
+	// The process may be a zombie until its new parent reaps it.
 	status, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
 	if err == nil && !bytes.Contains(status, []byte(") Z ")) && syscall.Kill(pid, 0) == nil {
-		t.Errorf("process %d is still there: %s", pid, status)
+		t.Errorf("process %d is still running: %s", pid, status)
 	}
 }
