@@ -11,13 +11,13 @@ import (
 	"k8s.io/apimachinery/pkg/watch"
 )
 
-// historyLength is how many changes a watch can be behind. Who is further behind
-// lists again.
+// historyLength is the number of past changes that a watch can still read. A client that is
+// further behind must list again.
 const historyLength = 1 << 15
 
-// selector says which objects a client wants.
+// selector selects the objects that a client requests.
 type selector struct {
-	namespace string // empty for all
+	namespace string // empty: all namespaces
 	labels    labels.Selector
 	fields    fields.Selector
 }
@@ -27,15 +27,16 @@ func (s selector) matches(v *Version) bool {
 		s.labels.Matches(labels.Set(v.object.GetLabels())) && s.fields.Matches(v.fields())
 }
 
-// change is one step in a collection's history.
+// change is one step in the history of a collection.
 type change struct {
 	previous *Version // nil for a new object
-	current  *Version // what there is, or for a deletion the last there was
-	// deleted says that the object is gone.
+	current  *Version // the new version; for a deletion, the version that the client receives
+	// deleted reports whether the object was deleted.
 	deleted bool
 }
 
-// event returns what the change is to somebody who sees the selection alone.
+// event returns the type of event that a watch with the selector receives, and false if it
+// receives none.
 func (c change) event(s selector) (watch.EventType, bool) {
 	was, is := s.matches(c.previous), !c.deleted && s.matches(c.current)
 	switch {
@@ -50,13 +51,13 @@ func (c change) event(s selector) (watch.EventType, bool) {
 	}
 }
 
-// collection has the objects of one resource and the last changes of them.
+// collection contains the objects of one resource and the recent changes.
 type collection struct {
 	mu              sync.Mutex
 	objects         map[types.NamespacedName]*Version
-	resourceVersion uint64 // of the last change
+	resourceVersion uint64 // resource version of the last change
 	changes         []change
-	dropped         int           // how many changes are no longer remembered
+	dropped         int           // number of changes removed from the history
 	changed         chan struct{} // closed and replaced with each change
 }
 
@@ -64,7 +65,7 @@ func newCollection() *collection {
 	return &collection{objects: map[types.NamespacedName]*Version{}, changed: make(chan struct{})}
 }
 
-// apply records one change.
+// apply stores a version of an object, or deletes the object, and wakes all watches.
 func (c *collection) apply(v *Version, deleted bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -75,7 +76,7 @@ func (c *collection) apply(v *Version, deleted bool) {
 		c.objects[v.name] = v
 	}
 	c.resourceVersion = max(c.resourceVersion, v.resourceVersion)
-	if n := len(c.changes) - historyLength; n > historyLength { // seldom, so that it costs little
+	if n := len(c.changes) - historyLength; n > historyLength { // rarely true, so that copying costs little
 		c.changes = slices.Clone(c.changes[n:])
 		c.dropped += n
 	}
@@ -83,8 +84,8 @@ func (c *collection) apply(v *Version, deleted bool) {
 	c.changed = make(chan struct{})
 }
 
-// list returns the selection in the order of names, the version of the whole,
-// and where in the history that is.
+// list returns the selected objects sorted by name, the resource version of the collection, and
+// the position of that version in the history.
 func (c *collection) list(s selector) (items []*Version, number uint64, at int) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -102,15 +103,15 @@ func (c *collection) list(s selector) (items []*Version, number uint64, at int) 
 	return items, c.resourceVersion, c.dropped + len(c.changes)
 }
 
-// get returns one object, or nil.
+// get returns an object, or nil if the object does not exist.
 func (c *collection) get(name types.NamespacedName) *Version {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.objects[name]
 }
 
-// indexOf returns where in the history a version is, and false if that is no
-// longer remembered.
+// indexOf returns the position of a resource version in the history, and false if the history no
+// longer contains it.
 func (c *collection) indexOf(number uint64) (at int, ok bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -123,10 +124,10 @@ func (c *collection) indexOf(number uint64) (at int, ok bool) {
 	return c.dropped + i, i > 0 || c.dropped == 0
 }
 
-// changesFrom returns the changes after a place in the history, the place behind them,
-// and what is closed when there are more. False means that they are no longer
-// remembered.
-func (c *collection) changesFrom(at int) (changes []change, next int, more <-chan struct{}, ok bool) {
+// changesFrom returns the changes from a position in the history, the position after them, and a
+// channel that is closed at the next change. It returns false if the history no longer contains
+// the position.
+func (c *collection) changesFrom(at int) (changes []change, next int, changed <-chan struct{}, ok bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if at < c.dropped {

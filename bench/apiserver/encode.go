@@ -15,11 +15,11 @@ import (
 	"k8s.io/apimachinery/pkg/watch"
 )
 
-// encoding is a format on the wire. Both put together what each object was
-// encoded to already.
+// encoding is a wire format. Implementations assemble lists and events from the cached encodings
+// of objects.
 type encoding interface {
 	contentType() string
-	// streamType is the content type of a watch.
+	// streamType returns the content type of a watch.
 	streamType() string
 	object(v *Version) ([]byte, error)
 	list(r resource, number uint64, items []*Version) ([]byte, error)
@@ -33,8 +33,8 @@ const (
 	typeProtobuf = "application/vnd.kubernetes.protobuf"
 )
 
-// negotiate returns the first encoding of an Accept header that there is. Clients
-// order them by preference.
+// negotiate returns the first supported encoding of the Accept header. Clients list encodings in
+// order of preference.
 func negotiate(r *http.Request) (encoding, error) {
 	header := strings.Join(r.Header.Values("Accept"), ",")
 	for clause := range strings.SplitSeq(header, ",") {
@@ -42,7 +42,7 @@ func negotiate(r *http.Request) (encoding, error) {
 			continue
 		}
 		media, params, err := mime.ParseMediaType(clause)
-		if err != nil || params["as"] != "" { // tables, and metadata alone
+		if err != nil || params["as"] != "" { // tables and metadata are not supported
 			continue
 		}
 		switch media {
@@ -55,7 +55,7 @@ func negotiate(r *http.Request) (encoding, error) {
 	if header == "" {
 		return jsonEncoding{}, nil
 	}
-	return nil, fmt.Errorf("cannot answer in any of %s: there are %s and %s", header, typeProtobuf, typeJSON)
+	return nil, fmt.Errorf("none of the media types %s is supported: use %s or %s", header, typeProtobuf, typeJSON)
 }
 
 type jsonEncoding struct{}
@@ -95,13 +95,13 @@ func (jsonEncoding) appendEvent(to *bytes.Buffer, event watch.EventType, v *Vers
 
 func (jsonEncoding) status(s *metav1.Status) ([]byte, error) { return json.Marshal(s) }
 
-// protobufEncoding is Kubernetes' protobuf: a message runtime.Unknown behind four magic
-// bytes, which holds the object's own message. A watch is a series of messages
-// metav1.WatchEvent, each behind its length, which hold the former.
+// protobufEncoding is Kubernetes' protobuf format: four magic bytes followed by a message
+// runtime.Unknown, which contains the message of the object. A watch is a sequence of messages
+// metav1.WatchEvent, each after its length, whose objects have this format.
 type protobufEncoding struct{}
 
-// The numbers of the fields that are put together here, with their wire type,
-// which is 2: "length-delimited".
+// Tags of fields of list messages: the field number and the wire type 2,
+// "length-delimited".
 const (
 	listMetadata = 1<<3 | 2
 	listItems    = 2<<3 | 2

@@ -17,16 +17,15 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 )
 
-// Object is a Kubernetes object of one of the kinds that a [Server] serves:
-// *corev1.Service, *corev1.Node, *discoveryv1.EndpointSlice,
-// *networkingv1.ServiceCIDR.
+// Object is a Kubernetes object of a kind that a [Server] serves: *corev1.Service, *corev1.Node,
+// *discoveryv1.EndpointSlice or *networkingv1.ServiceCIDR.
 type Object interface {
 	runtime.Object
 	metav1.Object
 	Marshal() ([]byte, error)
 }
 
-// resource is a kind of objects by its place in the API.
+// resource identifies a kind of object in the API.
 type resource struct {
 	group, version, plural, kind string
 }
@@ -35,7 +34,7 @@ func (r resource) typeMeta() metav1.TypeMeta {
 	return metav1.TypeMeta{APIVersion: schema.GroupVersion{Group: r.group, Version: r.version}.String(), Kind: r.kind}
 }
 
-// resources are all that are served.
+// resources returns all resources that a [Server] serves.
 func resources() []resource {
 	return []resource{
 		{"", "v1", "services", "Service"},
@@ -45,7 +44,7 @@ func resources() []resource {
 	}
 }
 
-// newObject returns a new object of the resource, with its type.
+// newObject returns an empty object of the resource with its type metadata.
 func (r resource) newObject() Object {
 	switch r.kind {
 	case "Service":
@@ -59,7 +58,7 @@ func (r resource) newObject() Object {
 	}
 }
 
-// resourceOf returns the resource that the object is of.
+// resourceOf returns the resource of an object.
 func resourceOf(o Object) (resource, error) {
 	var kind string
 	switch o.(type) {
@@ -77,18 +76,18 @@ func resourceOf(o Object) (resource, error) {
 			return r, nil
 		}
 	}
-	return resource{}, fmt.Errorf("a %T is not served", o)
+	return resource{}, fmt.Errorf("unsupported object type %T", o)
 }
 
-// VersionSequence gives out resource versions. Versions of one Clock can be put into any
-// number of Servers, into each in the order in which they were made. The zero
-// value is ready. Its methods may be called concurrently.
+// VersionSequence generates resource versions. Versions of one VersionSequence can be put into
+// several Servers, into each of them in the order in which they were stamped. The zero value is
+// ready to use. Its methods may be called concurrently.
 type VersionSequence struct {
 	last atomic.Uint64
 }
 
-// Version is an object as it was at one time. It is immutable and may be put into
-// several Servers, which share what it is encoded to.
+// Version is an object with its resource version. It is immutable. Several Servers may share a
+// Version and its encodings.
 type Version struct {
 	resource        resource
 	name            types.NamespacedName
@@ -98,8 +97,8 @@ type Version struct {
 	protobuf, json func() ([]byte, error)
 }
 
-// Stamp makes the object the next version, and writes that into it. The object
-// is the Version's from then on.
+// Stamp sets the next resource version on the object and returns it as a Version. The Version owns
+// the object: the caller must no longer modify it.
 func (c *VersionSequence) Stamp(o Object) (*Version, error) {
 	r, err := resourceOf(o)
 	if err != nil {
@@ -117,10 +116,10 @@ func (c *VersionSequence) Stamp(o Object) (*Version, error) {
 	return v, nil
 }
 
-// ResourceVersion is the resource version.
+// ResourceVersion returns the resource version.
 func (v *Version) ResourceVersion() uint64 { return v.resourceVersion }
 
-// fields are what field selectors can ask for.
+// fields returns the fields that field selectors support.
 func (v *Version) fields() fields.Set {
 	set := fields.Set{"metadata.name": v.name.Name, "metadata.namespace": v.name.Namespace}
 	if s, ok := v.object.(*corev1.Service); ok {

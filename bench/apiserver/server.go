@@ -15,8 +15,7 @@ import (
 	"k8s.io/apimachinery/pkg/watch"
 )
 
-// Server serves objects over HTTP, see [Server.ServeHTTP]. Its methods may be
-// called concurrently.
+// Server serves objects over HTTP, see [Server.ServeHTTP]. Its methods may be called concurrently.
 type Server struct {
 	collections map[resource]*collection
 	mux         *http.ServeMux
@@ -47,27 +46,26 @@ func New() *Server {
 	return s
 }
 
-// Put makes objects be as in these versions, and has told everybody who watches
-// when it returns.
+// Put creates or updates the objects. When it returns, all watches have the changes.
 func (s *Server) Put(versions ...*Version) {
 	for _, v := range versions {
 		s.collections[v.resource].apply(v, false)
 	}
 }
 
-// Delete removes the objects that these versions are of. They are what clients
-// are told was there last, so they are new versions too.
+// Delete deletes the objects. Clients receive these versions with the event of the deletion, so
+// they must be new versions too.
 func (s *Server) Delete(versions ...*Version) {
 	for _, v := range versions {
 		s.collections[v.resource].apply(v, true)
 	}
 }
 
-// ServeHTTP answers GET of the four resources, one or all, and watches; POST of
-// Events gets its own content back.
+// ServeHTTP answers GET requests for objects, lists and watches of the four resources. It answers
+// POST requests for Events with the request body.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.mux.ServeHTTP(w, r) }
 
-// acceptEvent pretends that the object was created.
+// acceptEvent responds as if the Event had been created.
 func acceptEvent(w http.ResponseWriter, r *http.Request) {
 	body, err := io.ReadAll(r.Body)
 	if err != nil {
@@ -76,14 +74,14 @@ func acceptEvent(w http.ResponseWriter, r *http.Request) {
 	}
 	w.Header().Set("Content-Type", r.Header.Get("Content-Type"))
 	w.WriteHeader(http.StatusCreated)
-	_, _ = w.Write(body) // the client has gone
+	_, _ = w.Write(body) // an error means that the client has disconnected
 }
 
 func respondNotFound(w http.ResponseWriter, r *http.Request) {
 	respondError(w, r, http.StatusNotFound, metav1.StatusReasonNotFound, r.Method+" "+r.URL.Path+" is not served")
 }
 
-// respondError answers with a Status.
+// respondError responds with a Status object.
 func respondError(w http.ResponseWriter, r *http.Request, code int32, reason metav1.StatusReason, message string) {
 	enc, err := negotiate(r)
 	if err != nil {
@@ -96,7 +94,7 @@ func respondError(w http.ResponseWriter, r *http.Request, code int32, reason met
 	}
 	w.Header().Set("Content-Type", enc.contentType())
 	w.WriteHeader(int(code))
-	_, _ = w.Write(data) // the client has gone
+	_, _ = w.Write(data) // an error means that the client has disconnected
 }
 
 func newStatus(code int32, reason metav1.StatusReason, message string) *metav1.Status {
@@ -128,7 +126,7 @@ func respond(w http.ResponseWriter, r *http.Request, encode func(encoding) ([]by
 	}
 	w.Header().Set("Content-Type", enc.contentType())
 	w.Header().Set("Content-Length", strconv.Itoa(len(data)))
-	_, _ = w.Write(data) // the client has gone
+	_, _ = w.Write(data) // an error means that the client has disconnected
 }
 
 func serveCollection(w http.ResponseWriter, r *http.Request, res resource, c *collection) {
@@ -159,13 +157,13 @@ func parseSelector(r *http.Request) (selector, error) {
 		switch requirement.Field {
 		case "metadata.name", "metadata.namespace", "spec.clusterIP", "spec.type":
 		default:
-			return s, fmt.Errorf("fieldSelector: no selection by %s here", requirement.Field)
+			return s, fmt.Errorf("fieldSelector: unsupported field %s", requirement.Field)
 		}
 	}
 	return s, nil
 }
 
-// serveWatch streams changes until the client goes.
+// serveWatch streams changes until the client disconnects or is too far behind.
 func serveWatch(w http.ResponseWriter, r *http.Request, res resource, c *collection, s selector) {
 	enc, err := negotiate(r)
 	if err != nil {
@@ -201,10 +199,10 @@ func serveWatch(w http.ResponseWriter, r *http.Request, res resource, c *collect
 	}
 	w.Header().Set("Content-Type", enc.streamType())
 	w.WriteHeader(http.StatusOK)
-	_ = stream.follow(r, c, at) // the client has gone, or is too slow
+	_ = stream.follow(r, c, at) // the client has disconnected or is too far behind
 }
 
-// stream is one client's watch.
+// stream is the watch of one client.
 type stream struct {
 	enc      encoding
 	selector selector
@@ -222,7 +220,7 @@ func (s *stream) appendInitial(items []*Version) error {
 	return nil
 }
 
-// appendBookmark says that what there was when the stream began is complete.
+// appendBookmark appends the bookmark that marks the end of the initial events.
 func (s *stream) appendBookmark(r resource, number uint64) error {
 	o := r.newObject()
 	o.SetAnnotations(map[string]string{metav1.InitialEventsAnnotationKey: "true"})
@@ -234,24 +232,24 @@ func (s *stream) appendBookmark(r resource, number uint64) error {
 	return s.enc.appendEvent(&s.buffer, watch.Bookmark, v)
 }
 
-// maxKeptBuffer is up to which size a stream keeps its buffer: what a list took
-// would not be needed again.
+// maxKeptBuffer is the largest buffer, in bytes, that a stream keeps. Only an initial list needs a
+// larger one.
 const maxKeptBuffer = 1 << 20
 
-// errTooFarBehind says that a client is too far behind.
-var errTooFarBehind = errors.New("the client is too slow")
+// errTooFarBehind reports that the history no longer contains the position of a client.
+var errTooFarBehind = errors.New("the client is too far behind")
 
-// follow writes what is in the buffer and then each change.
+// follow writes the contents of the buffer and then all later changes.
 func (s *stream) follow(r *http.Request, c *collection, at int) error {
 	for {
-		changes, next, more, ok := c.changesFrom(at)
+		changes, next, changed, ok := c.changesFrom(at)
 		if !ok {
 			return errTooFarBehind
 		}
 		at = next
 		for _, ch := range changes {
-			event, seen := ch.event(s.selector)
-			if !seen {
+			event, selected := ch.event(s.selector)
+			if !selected {
 				continue
 			}
 			if err := s.enc.appendEvent(&s.buffer, event, ch.current); err != nil {
@@ -273,7 +271,7 @@ func (s *stream) follow(r *http.Request, c *collection, at int) error {
 		select {
 		case <-r.Context().Done():
 			return r.Context().Err()
-		case <-more:
+		case <-changed:
 		}
 	}
 }

@@ -25,7 +25,7 @@ import (
 
 const timeout = 20 * time.Second
 
-// contentConfigs are how client-go can be told to speak.
+// contentConfigs returns the content types that client-go can use.
 func contentConfigs() map[string]rest.ContentConfig {
 	return map[string]rest.ContentConfig{
 		"JSON":     {ContentType: "application/json"},
@@ -84,8 +84,7 @@ func slice(name string, endpoints int) *discoveryv1.EndpointSlice {
 	return s
 }
 
-// An informer sees everything there is, each change, and what goes, however it
-// lists.
+// TestInformers checks that informers receive all objects, changes and deletions.
 func TestInformers(t *testing.T) {
 	for name, content := range contentConfigs() {
 		t.Run(name, func(t *testing.T) {
@@ -102,17 +101,17 @@ func TestInformers(t *testing.T) {
 				"EndpointSlice": factory.Discovery().V1().EndpointSlices().Informer(),
 				"ServiceCIDR":   factory.Networking().V1().ServiceCIDRs().Informer(),
 			} {
-				tell := func(what string, o any) {
-					if gone, ok := o.(cache.DeletedFinalStateUnknown); ok {
-						o = gone.Obj
+				record := func(event string, o any) {
+					if deleted, ok := o.(cache.DeletedFinalStateUnknown); ok {
+						o = deleted.Obj
 					}
 					object := o.(metav1.Object)
-					seen <- strings.Join([]string{what, kind, object.GetName(), object.GetResourceVersion()}, " ")
+					seen <- strings.Join([]string{event, kind, object.GetName(), object.GetResourceVersion()}, " ")
 				}
 				if _, err := informer.AddEventHandler(cache.ResourceEventHandlerFuncs{
-					AddFunc:    func(o any) { tell("added", o) },
-					UpdateFunc: func(_, o any) { tell("changed", o) },
-					DeleteFunc: func(o any) { tell("deleted", o) },
+					AddFunc:    func(o any) { record("added", o) },
+					UpdateFunc: func(_, o any) { record("changed", o) },
+					DeleteFunc: func(o any) { record("deleted", o) },
 				}); err != nil {
 					t.Fatal(err)
 				}
@@ -131,11 +130,11 @@ func TestInformers(t *testing.T) {
 					select {
 					case got := <-seen:
 						if !missing[got] {
-							t.Errorf("saw %q, want one of %v", got, missing)
+							t.Errorf("got %q, want one of %v", got, missing)
 						}
 						delete(missing, got)
 					case <-time.After(timeout):
-						t.Fatalf("not seen: %v", missing)
+						t.Fatalf("missing events: %v", missing)
 					}
 				}
 			}
@@ -151,14 +150,14 @@ func TestInformers(t *testing.T) {
 				t.Fatal(err)
 			}
 			if len(got.Endpoints) != 3 || got.Endpoints[2].Addresses[0] != "10.0.0.3" || *got.Ports[0].Port != 8080 {
-				t.Errorf("the slice arrived as %+v", got)
+				t.Errorf("got EndpointSlice %+v", got)
 			}
 		})
 	}
 }
 
-// A client sees what it has selected, and objects that get or lose what it
-// selects by come and go.
+// TestSelectors checks that clients receive only the objects they select, and that objects are
+// added and deleted for a client when they start or stop to match.
 func TestSelectors(t *testing.T) {
 	const label = "service.kubernetes.io/service-proxy-name"
 	labelled := func(name, clusterIP string) *corev1.Service {
@@ -177,7 +176,7 @@ func TestSelectors(t *testing.T) {
 				t.Fatal(err)
 			}
 			if len(list.Items) != 1 || list.Items[0].Name != "a" || list.ResourceVersion != "3" {
-				t.Errorf("listed %+v, want a alone, at version 3", list)
+				t.Errorf("got list %+v, want only a at version 3", list)
 			}
 			options.ResourceVersion = list.ResourceVersion
 			server.Put(m.stamp(service("other", "10.96.0.2"))) // between the list and the watch
@@ -201,13 +200,14 @@ func TestSelectors(t *testing.T) {
 			}
 			_, err = client.CoreV1().Services("").List(t.Context(), metav1.ListOptions{FieldSelector: "status.phase=Running"})
 			if !apierrors.IsBadRequest(err) {
-				t.Errorf("a selector that is not served: error %v, want a bad request", err)
+				t.Errorf("unsupported selector: error %v, want BadRequest", err)
 			}
 		})
 	}
 }
 
-// One object, no object, and Events, which are taken and forgotten.
+// TestRequests checks requests for existing and missing objects, and that the server returns
+// Events.
 func TestRequests(t *testing.T) {
 	for name, content := range contentConfigs() {
 		t.Run(name, func(t *testing.T) {
@@ -216,25 +216,26 @@ func TestRequests(t *testing.T) {
 			server.Put(m.stamp(&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "node"}}))
 			node, err := client.CoreV1().Nodes().Get(t.Context(), "node", metav1.GetOptions{})
 			if err != nil || node.ResourceVersion != "1" {
-				t.Errorf("got %v, %v, want the node at version 1", node, err)
+				t.Errorf("got %v, error %v; want the node at version 1", node, err)
 			}
 			if _, err = client.CoreV1().Nodes().Get(t.Context(), "other", metav1.GetOptions{}); !apierrors.IsNotFound(err) {
-				t.Errorf("another node: error %v, want not found", err)
+				t.Errorf("missing node: error %v, want NotFound", err)
 			}
 			if _, err = client.CoreV1().Pods("").List(t.Context(), metav1.ListOptions{}); !apierrors.IsNotFound(err) {
-				t.Errorf("pods: error %v, want not found", err)
+				t.Errorf("unsupported resource pods: error %v, want NotFound", err)
 			}
 			event, err := client.EventsV1().Events("default").Create(t.Context(), &eventsv1.Event{
 				ObjectMeta: metav1.ObjectMeta{Name: "e", Namespace: "default"}, Reason: "Starting",
 			}, metav1.CreateOptions{})
 			if err != nil || event.Reason != "Starting" {
-				t.Errorf("event %v, %v, want it back", event, err)
+				t.Errorf("got event %v, error %v; want the created event", event, err)
 			}
 		})
 	}
 }
 
-// Who is too far behind, or wants another format, is told.
+// TestErrorResponses checks the responses to a watch that is too far behind and to an unsupported
+// media type.
 func TestErrorResponses(t *testing.T) {
 	m := &versioner{TB: t}
 	server, client := serve(t, contentConfigs()["JSON"])
@@ -243,18 +244,19 @@ func TestErrorResponses(t *testing.T) {
 	}
 	w, err := client.DiscoveryV1().EndpointSlices("").Watch(t.Context(), metav1.ListOptions{ResourceVersion: "1"})
 	if !apierrors.IsResourceExpired(err) && !apierrors.IsGone(err) {
-		t.Errorf("a watch from long ago: %v, %v, want that it is too old", w, err)
+		t.Errorf("watch of an old version: got %v, error %v; want the error ResourceExpired or Gone", w, err)
 	}
 	r := httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/api/v1/nodes", http.NoBody)
 	r.Header.Set("Accept", "application/cbor")
 	answer := httptest.NewRecorder()
 	server.ServeHTTP(answer, r)
 	if answer.Code != http.StatusNotAcceptable {
-		t.Errorf("an unknown format: status %d, want %d", answer.Code, http.StatusNotAcceptable)
+		t.Errorf("unsupported media type: status %d, want %d", answer.Code, http.StatusNotAcceptable)
 	}
 }
 
-// BenchmarkList is what a start of a program costs the server, and its client.
+// BenchmarkList measures a list of 10,000 EndpointSlices, as at the start of a program, in server
+// and client.
 func BenchmarkList(b *testing.B) {
 	m := &versioner{TB: b}
 	server, client := serve(b, contentConfigs()["protobuf"])
@@ -269,7 +271,7 @@ func BenchmarkList(b *testing.B) {
 	}
 }
 
-// BenchmarkWatch streams changes to three clients.
+// BenchmarkWatch measures streaming of changes to three clients.
 func BenchmarkWatch(b *testing.B) {
 	const watchers = 3
 	m := &versioner{TB: b}
