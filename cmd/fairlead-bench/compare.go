@@ -12,6 +12,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"fairlead.io/fairlead/bench"
 	"fairlead.io/fairlead/bench/compare"
 	"fairlead.io/fairlead/bench/result"
 	"fairlead.io/fairlead/bench/system"
@@ -36,10 +37,10 @@ type compareFlags struct {
 	options       compare.Options
 }
 
-// availableSystems returns the systems that can be compared.
+// availableSystems returns all systems that can be compared.
 func (f *compareFlags) availableSystems() []system.System {
 	var all []system.System
-	for _, m := range []string{"nft", "ipvs"} {
+	for _, m := range bench.Modes() {
 		all = append(all, system.Fairlead{Binary: f.fairlead, Mode: m, Args: f.fairleadArgs})
 	}
 	for _, m := range []string{"nftables", "ipvs", "iptables"} {
@@ -52,16 +53,16 @@ func compareCommand() *cobra.Command {
 	f := &compareFlags{options: compare.DefaultOptions(), fairlead: "bin/fairlead", kubeProxy: ".cache/kube-proxy/kube-proxy"}
 	cmd := &cobra.Command{
 		Use:   "compare",
-		Short: "Measure Fairlead and kube-proxy against each other",
-		Long: `Measure Fairlead's modes and kube-proxy's against each other on this machine, each
-in network namespaces of its own and fed by an API server of its own, in turns.
-What is measured is seen by packets and in /proc. Needs root, and for kube-proxy
-the programs that it runs: nft, or iptables and ipset.
+		Short: "Compare Fairlead with kube-proxy",
+		Long: `Compare the modes of Fairlead and kube-proxy on this machine. Each system has its own
+network namespaces and its own API server, and measurements of the systems alternate.
+Effects are measured with packets, and resources with /proc. The command needs root, and
+for kube-proxy the programs that kube-proxy runs: nft, or iptables and ipset.
 
-A system that this machine's kernel cannot run runs in a virtual machine, if there is
-one (make vm), with Fairlead's mode nft and kube-proxy's mode nftables beside it. Its
-figures are marked as emulated, and ratios are only taken within it. A system that
-does not run at all is left out, and the result says why.`,
+Systems that the kernel of this machine does not support run in a virtual machine
+("make vm" builds it), together with Fairlead's mode nft and kube-proxy's mode nftables.
+Their results are marked as emulated, and ratios are computed separately. Systems that
+cannot run at all are left out, with the reason in the result.`,
 		Example: `  fairlead-bench compare --json=result.json
   fairlead-bench compare --systems=nft,kube-proxy-nftables --services=1000,10000 --samples=50
   fairlead-bench compare --only=churn --rates=1000`,
@@ -81,28 +82,28 @@ does not run at all is left out, and the result says why.`,
 	}
 	o := &f.options
 	flags := cmd.Flags()
-	flags.StringSliceVar(&f.systems, "systems", names, "what to compare")
-	flags.StringVar(&f.fairlead, "fairlead", f.fairlead, "path of Fairlead's binary; `make build` builds it")
-	flags.StringVar(&f.kubeProxy, "kube-proxy", f.kubeProxy, "path of kube-proxy's binary; `make kube-proxy` builds it")
-	flags.StringSliceVar(&f.kubeProxyArgs, "kube-proxy-args", nil, "further arguments for kube-proxy, such as --nftables-min-sync-period=0s")
-	flags.StringSliceVar(&f.fairleadArgs, "fairlead-args", nil, "further arguments for fairlead run")
-	flags.IntSliceVar(&o.Services, "services", o.Services, "numbers of Services to measure with, one after the other")
-	flags.IntVar(&o.Endpoints, "endpoints", o.Endpoints, "endpoints of each Service")
-	flags.IntVar(&o.Samples, "samples", o.Samples, "how often each kind of change is measured")
-	flags.IntVar(&o.Starts, "starts", o.Starts, "how many cold starts of each system are measured")
-	flags.DurationVar(&o.StartLimit, "start-limit", o.StartLimit, "how long a cold start may take; who takes longer is left out from that number of Services on")
-	flags.Float64SliceVar(&o.Rates, "rates", o.Rates, "changes a second, for churn")
-	flags.DurationVar(&o.Duration, "churn-time", o.Duration, "how long each round of churn lasts")
-	flags.IntVar(&o.Rounds, "rounds", o.Rounds, "rounds of churn of each system")
-	flags.DurationVar(&o.SettleTime, "settle", o.SettleTime, "time that a system has after a change until the next is measured")
-	flags.StringSliceVar(&f.only, "only", parts, "parts of the comparison")
-	flags.StringVar(&o.ControlPlane, "apiserver", "", "folder with etcd and kube-apiserver, to start for each system, such as .cache/controlplane of make controlplane; without, API servers are in this process")
-	flags.StringVar(&f.json, "json", "", "file to write the result to, as JSON; - is standard output")
-	flags.StringVar(&f.html, "html", "", "file to write a page with charts to")
-	flags.StringVar(&f.svg, "svg", "", "folder to write the charts to, as SVG and PNG")
-	flags.StringVar(&f.dir, "logs", "", "folder for the systems' logs, which is kept; without, they go")
-	flags.StringVar(&f.environment, "environment", "", "name for where this is in the result (default native, or such as vm-6.12 where the processor is emulated)")
-	flags.BoolVar(&f.quiet, "quiet", false, "do not tell what is going on")
+	flags.StringSliceVar(&f.systems, "systems", names, "systems to compare")
+	flags.StringVar(&f.fairlead, "fairlead", f.fairlead, "path of the fairlead binary; \"make build\" builds it")
+	flags.StringVar(&f.kubeProxy, "kube-proxy", f.kubeProxy, "path of the kube-proxy binary; \"make kube-proxy\" builds it")
+	flags.StringSliceVar(&f.kubeProxyArgs, "kube-proxy-args", nil, "additional arguments for kube-proxy, such as --nftables-min-sync-period=0s")
+	flags.StringSliceVar(&f.fairleadArgs, "fairlead-args", nil, "additional arguments for fairlead run")
+	flags.IntSliceVar(&o.Services, "services", o.Services, "numbers of Services to measure with")
+	flags.IntVar(&o.Endpoints, "endpoints", o.Endpoints, "number of endpoints of each Service")
+	flags.IntVar(&o.Samples, "samples", o.Samples, "number of measurements of each kind of change")
+	flags.IntVar(&o.Starts, "starts", o.Starts, "number of cold starts of each system")
+	flags.DurationVar(&o.StartLimit, "start-limit", o.StartLimit, "maximum duration of a cold start; slower systems are left out, also with the later numbers of Services")
+	flags.Float64SliceVar(&o.Rates, "rates", o.Rates, "rates of churn in changes per second")
+	flags.DurationVar(&o.Duration, "churn-time", o.Duration, "duration of each round of churn")
+	flags.IntVar(&o.Rounds, "rounds", o.Rounds, "number of rounds of churn for each system")
+	flags.DurationVar(&o.SettleTime, "settle", o.SettleTime, "minimum time between two measured changes of a system")
+	flags.StringSliceVar(&f.only, "only", parts, "parts of the comparison to run")
+	flags.StringVar(&o.ControlPlane, "apiserver", "", "`directory` with etcd and kube-apiserver to start for each system, such as .cache/controlplane of \"make controlplane\" (default: API servers in this process)")
+	flags.StringVar(&f.json, "json", "", "`file` for the result as JSON; - writes to standard output")
+	flags.StringVar(&f.html, "html", "", "`file` for an HTML page with charts")
+	flags.StringVar(&f.svg, "svg", "", "`directory` for the charts as SVG and PNG")
+	flags.StringVar(&f.dir, "logs", "", "`directory` for the logs of the systems (default: a temporary directory, removed at the end)")
+	flags.StringVar(&f.environment, "environment", "", "name of this environment in the result (default: native, or a name like vm-6.12 if the processor is emulated)")
+	flags.BoolVar(&f.quiet, "quiet", false, "do not show progress")
 	f.vm.register(flags)
 	completeWith(cmd, "systems", names...)
 	completeWith(cmd, "only", parts...)
@@ -118,14 +119,14 @@ does not run at all is left out, and the result says why.`,
 
 func runCompare(ctx context.Context, f *compareFlags, stdout, stderr io.Writer) (err error) {
 	if os.Geteuid() != 0 {
-		return errors.New("fairlead-bench compare makes network namespaces, which needs root")
+		return errors.New("fairlead-bench compare creates network namespaces: run it as root")
 	}
 	o := f.options
 	for _, name := range f.systems {
 		all := f.availableSystems()
 		i := slices.IndexFunc(all, func(s system.System) bool { return s.Name() == name })
 		if i < 0 {
-			return fmt.Errorf("--systems: there is no %q", name)
+			return fmt.Errorf("--systems: unknown system %q", name)
 		}
 		if fairlead, ok := all[i].(system.Fairlead); ok {
 			if _, err := fairlead.Path(); err != nil {
@@ -144,7 +145,7 @@ func runCompare(ctx context.Context, f *compareFlags, stdout, stderr io.Writer) 
 	o.Dir = f.dir
 	if o.Dir == "" {
 		if o.Dir, err = os.MkdirTemp("", "fairlead-bench-"); err != nil {
-			return fmt.Errorf("make a folder for logs: %w", err)
+			return fmt.Errorf("create the directory for logs: %w", err)
 		}
 		defer func() { err = errors.Join(err, os.RemoveAll(o.Dir)) }()
 	}
@@ -166,7 +167,7 @@ func runCompare(ctx context.Context, f *compareFlags, stdout, stderr io.Writer) 
 	return errors.Join(err, f.write(r, stdout))
 }
 
-// write writes the result where that was asked for, and as a table.
+// write writes the result to the configured files, and as a table to stdout.
 func (f *compareFlags) write(r *result.Report, stdout io.Writer) error {
 	if f.json == "-" {
 		return errors.Join(r.Write(stdout), writePage(r, f.html), writePictures(r, f.svg))

@@ -1,5 +1,5 @@
 // Command fairlead-bench measures Fairlead on this machine, alone or in comparison with
-// kube-proxy, and makes reports of the results.
+// kube-proxy, and writes reports of the results.
 package main
 
 import (
@@ -28,7 +28,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	ctx, stop := signal.NotifyContext(ctx, syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 	context.AfterFunc(ctx, stop) // a second signal ends the program at once
-	root := measureCommand()     //nolint:contextcheck // cobra hands it ctx
+	root := measureCommand()     //nolint:contextcheck // cobra passes ctx
 	root.Version = version
 	root.SilenceUsage, root.SilenceErrors = true, true
 	root.SetArgs(args)
@@ -37,7 +37,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return fmt.Errorf("%w: see %s --help", err, cmd.CommandPath())
 	})
-	root.AddCommand(compareCommand(), reportCommand()) //nolint:contextcheck // cobra hands them ctx
+	root.AddCommand(compareCommand(), reportCommand()) //nolint:contextcheck // cobra passes ctx
 	if err := root.ExecuteContext(ctx); err != nil && !errors.Is(err, context.Canceled) {
 		for line := range strings.Lines(err.Error()) {
 			_, _ = fmt.Fprintln(stderr, "fairlead-bench:", strings.TrimSpace(line))
@@ -47,7 +47,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	return 0
 }
 
-// changedFlags returns the flags that the user set, in the form that the command accepts again.
+// changedFlags returns the flags that the user has set, in a form that the command accepts.
 func changedFlags(cmd *cobra.Command) []string {
 	var given []string
 	cmd.Flags().Visit(func(f *pflag.Flag) {

@@ -8,8 +8,8 @@ import (
 	"testing"
 )
 
-// runAsProgramEnv makes the test binary be the program, so that the race detector and the
-// coverage see it as well.
+// runAsProgramEnv names the environment variable that makes the test binary run the program, so
+// that the race detector and coverage include the program.
 const runAsProgramEnv = "FAIRLEAD_TEST_BE_THE_BENCHMARK"
 
 func TestMain(m *testing.M) {
@@ -19,7 +19,7 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// programCommand returns a command that runs this program in a process of its own.
+// programCommand returns a command that runs the program in a separate process.
 func programCommand(t *testing.T, args ...string) *exec.Cmd {
 	t.Helper()
 	cmd := exec.CommandContext(t.Context(), os.Args[0], args...)
@@ -30,7 +30,7 @@ func programCommand(t *testing.T, args ...string) *exec.Cmd {
 // fairleadVersion is the version of the node agent that buildFairlead builds.
 const fairleadVersion = "v1.2.3-test"
 
-// buildFairlead builds the node agent that is measured and returns its path.
+// buildFairlead builds the node agent to measure and returns its path.
 func buildFairlead(t *testing.T) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "fairlead")

@@ -16,7 +16,7 @@ import (
 	"fairlead.io/fairlead/bench/table"
 )
 
-// measureCommand returns `fairlead-bench` itself, which measures Fairlead alone.
+// measureCommand returns the root command, which measures Fairlead alone.
 func measureCommand() *cobra.Command {
 	var o bench.Options
 	var only []string
@@ -24,24 +24,25 @@ func measureCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "fairlead-bench",
 		Short: "Measure Fairlead on this machine",
-		Long: `Measure Fairlead on this machine, in network namespaces of its own: nothing that
-runs here is touched, and nothing is left. It needs root.
+		Long: `Measure Fairlead on this machine. The benchmarks run in separate network namespaces,
+do not affect the machine's network, and leave nothing behind. The command needs root.
 
-Objects go the way that they go in "fairlead run", without an API server before:
-what is measured begins with an event as a watch has it, and ends with the kernel's
-acknowledgement, or with the first packet that shows it. Parts, for --only:
+Objects take the same path as in "fairlead run", but do not come from an API server. A
+measurement starts with a watch event, and ends with the kernel's acknowledgement or with
+the first packet that shows the change. Parts, for --only:
 
-  update     one change at a time: an endpoint is replaced, comes or goes, a
-             Service comes or goes
-  start      on a new node, until all is programmed, and until all Services answer
-  restart    where all is programmed
-  churn      many changes a second: time, processor, commits, memory
-  data-path  connections through a Service, and direct ones
-  fairness   how connections spread over endpoints
-  memory     of the program, and of what it has the kernel hold
+  update     latency of one change: an endpoint is replaced, added or removed, a Service
+             is created or deleted
+  start      cold start on a new node, until everything is programmed, and until all
+             Services answer
+  restart    warm restart with everything programmed
+  churn      many changes per second: latency, processor time, commits, memory
+  data-path  connections through a Service and direct connections
+  fairness   distribution of connections over endpoints
+  memory     memory of the process and of the kernel
 
-A table goes to standard output, and all figures to the file of --json: see
-"go doc fairlead.io/fairlead/bench/result" for what is in it.`,
+The command prints a table, and writes all results to the file of --json. See
+"go doc fairlead.io/fairlead/bench/result" for the file format.`,
 		Example: `  fairlead-bench
   fairlead-bench --services=1000 --only=update,start --json=result.json`,
 		Args: cobra.NoArgs,
@@ -54,34 +55,35 @@ A table goes to standard output, and all figures to the file of --json: see
 		},
 	}
 	flags := cmd.Flags()
-	flags.StringVar(&o.Mode, "mode", bench.Modes()[0], "the backend: "+strings.Join(bench.Modes(), " or "))
-	flags.IntVar(&o.Services, "services", 10_000, "how many Services there are")
-	flags.IntVar(&o.Endpoints, "endpoints", 10, "how many endpoints each Service has")
-	flags.IntVar(&o.Samples, "samples", 1000, "how often each change and connection is measured; starts a hundredth of it, from 3 to 20 times")
-	flags.StringSliceVar(&only, "only", nil, "parts to measure, some of "+bench.PartNames()+" (default all)")
-	flags.Float64SliceVar(&o.Rates, "rates", []float64{100, 1000, 10_000}, "changes a second, for churn")
-	flags.DurationVar(&o.ChurnTime, "churn-time", 10*time.Second, "how long churn lasts at each rate")
-	flags.IntSliceVar(&o.Sizes, "data-path-services", []int{1, 1000, 10_000, 100_000}, "numbers of Services, for data-path")
-	flags.DurationVar(&o.ThroughputTime, "throughput-time", 500*time.Millisecond, "how long each transfer lasts, for data-path")
-	flags.StringVar(&file, "json", "", "file to write all figures to")
+	flags.StringVar(&o.Mode, "mode", bench.Modes()[0], "backend to measure: "+strings.Join(bench.Modes(), " or "))
+	flags.IntVar(&o.Services, "services", 10_000, "number of Services")
+	flags.IntVar(&o.Endpoints, "endpoints", 10, "number of endpoints of each Service")
+	flags.IntVar(&o.Samples, "samples", 1000, "number of measurements of each kind of change, and of connections; starts are measured a hundredth as often, from 3 to 20 times")
+	flags.StringSliceVar(&only, "only", nil, "parts to measure, one or more of "+bench.PartNames()+" (default all)")
+	flags.Float64SliceVar(&o.Rates, "rates", []float64{100, 1000, 10_000}, "rates of churn in changes per second")
+	flags.DurationVar(&o.ChurnTime, "churn-time", 10*time.Second, "duration of churn at each rate")
+	flags.IntSliceVar(&o.Sizes, "data-path-services", []int{1, 1000, 10_000, 100_000}, "numbers of Services for data-path")
+	flags.DurationVar(&o.ThroughputTime, "throughput-time", 500*time.Millisecond, "duration of each transfer of data-path")
+	flags.StringVar(&file, "json", "", "`file` for all results as JSON")
 	return cmd
 }
 
-// measure runs the benchmarks, writes the table to stdout and the JSON to the file, if there is one.
+// measure runs the benchmarks, writes the table to stdout, and the JSON to file unless file is
+// empty.
 func measure(ctx context.Context, o bench.Options, file string, stdout, stderr io.Writer) (err error) {
 	if err := o.Validate(); err != nil {
 		return err
 	}
-	// Whether the file can be written is told now, and not after minutes; what is in
-	// it stays until then.
+	// Open the file before the measurements, which take minutes, to report errors early. Its old
+	// content stays until the results are written.
 	var out *os.File
 	if file != "" {
-		_, there := os.Lstat(file)
+		_, lstatErr := os.Lstat(file)
 		if out, err = os.OpenFile(file, os.O_CREATE|os.O_WRONLY, 0o644); err != nil {
 			return fmt.Errorf("--json: %w", err)
 		}
 		defer func() {
-			if err = errors.Join(err, out.Close()); err != nil && errors.Is(there, os.ErrNotExist) {
+			if err = errors.Join(err, out.Close()); err != nil && errors.Is(lstatErr, os.ErrNotExist) {
 				err = errors.Join(err, os.Remove(file))
 			}
 		}()
@@ -91,7 +93,7 @@ func measure(ctx context.Context, o bench.Options, file string, stdout, stderr i
 	report, err := bench.Run(ctx, o)
 	p.clear()
 	if errors.Is(err, context.Canceled) {
-		return errors.New("interrupted: its network namespaces are removed, and no results are written")
+		return errors.New("interrupted: network namespaces are removed, no results are written")
 	}
 	if err != nil {
 		return err
@@ -99,12 +101,12 @@ func measure(ctx context.Context, o bench.Options, file string, stdout, stderr i
 	return writeReport(report, out, stdout)
 }
 
-// writeReport writes the table, and the JSON if there is a file.
+// writeReport writes the table to stdout, and the JSON to file unless file is nil.
 func writeReport(report *result.Report, file *os.File, stdout io.Writer) error {
 	if file != nil {
 		err := report.Write(file)
 		if info, statErr := file.Stat(); err == nil && statErr == nil && info.Mode().IsRegular() {
-			// What was longer in it before.
+			// Remove the rest of a longer old content.
 			var end int64
 			if end, err = file.Seek(0, io.SeekCurrent); err == nil {
 				err = file.Truncate(end)
@@ -117,8 +119,8 @@ func writeReport(report *result.Report, file *os.File, stdout io.Writer) error {
 	return table.Write(stdout, report)
 }
 
-// progress shows what is under way: on a terminal in one line, elsewhere in one
-// every few seconds.
+// progress shows the current step: on a terminal in one line that it overwrites, elsewhere as a
+// new line every few seconds.
 type progress struct {
 	out      io.Writer
 	terminal bool
@@ -137,20 +139,20 @@ func newProgress(to io.Writer) *progress {
 	return p
 }
 
-func (p *progress) show(words string) {
+func (p *progress) show(line string) {
 	if time.Since(p.shown) < p.interval {
 		return
 	}
 	p.shown = time.Now()
 	if !p.terminal {
-		_, _ = fmt.Fprintln(p.out, words)
+		_, _ = fmt.Fprintln(p.out, line)
 		return
 	}
-	_, _ = fmt.Fprintf(p.out, "\r%-*s", p.width, words)
-	p.width = len(words)
+	_, _ = fmt.Fprintf(p.out, "\r%-*s", p.width, line)
+	p.width = len(line)
 }
 
-// clear clears the line.
+// clear clears the line on a terminal.
 func (p *progress) clear() {
 	if p.terminal {
 		_, _ = fmt.Fprintf(p.out, "\r%*s\r", p.width, "")

@@ -17,7 +17,7 @@ import (
 	"fairlead.io/fairlead/bench/result"
 )
 
-// interfaceNames are the names of the interfaces of this process's network namespace.
+// interfaceNames returns the names of the interfaces of this process's network namespace.
 func interfaceNames(t *testing.T) []string {
 	t.Helper()
 	list, err := netlink.LinkList()
@@ -43,11 +43,11 @@ func TestMeasure(t *testing.T) {
 	}
 	for _, want := range []string{"update-ack", "update-packet", "replace-endpoint, 20 × 2", "restart"} {
 		if !strings.Contains(stdout.String(), want) {
-			t.Errorf("the table has no %q in it:\n%s", want, stdout.String())
+			t.Errorf("the table does not contain %q:\n%s", want, stdout.String())
 		}
 	}
 	if !strings.Contains(stderr.String(), "update: 20 Services, round 1 of 5") {
-		t.Errorf("no progress is shown: %q", stderr.String())
+		t.Errorf("no progress on standard error: %q", stderr.String())
 	}
 	f, err := os.Open(file)
 	if err != nil {
@@ -65,7 +65,7 @@ func TestMeasure(t *testing.T) {
 		t.Errorf("%d measurements, want 11; command (-want +got):\n%s", len(report.Measurements), diff)
 	}
 	if left, err := f.Read(make([]byte, 1)); left > 0 {
-		t.Errorf("there is something behind the results: %v", err)
+		t.Errorf("the file has old content after the results: error %v", err)
 	}
 }
 
@@ -74,7 +74,7 @@ func TestMeasureInterrupted(t *testing.T) {
 	before := interfaceNames(t)
 	file := filepath.Join(t.TempDir(), "result.json")
 	cmd := programCommand(t, "--services=20", "--samples=100000000", "--only=update", "--json="+file)
-	// The program must not outlive this process. The kernel watches the thread that starts it.
+	// The program must not outlive this process. Pdeathsig follows the thread that starts it.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
@@ -89,27 +89,27 @@ func TestMeasureInterrupted(t *testing.T) {
 	}
 	watchdog := time.AfterFunc(time.Minute, func() { _ = cmd.Process.Kill() })
 	defer watchdog.Stop()
-	var said bytes.Buffer
+	var output bytes.Buffer
 	interrupted := false
 	for b := make([]byte, 1024); ; {
 		n, err := stderr.Read(b)
-		said.Write(b[:n])
+		output.Write(b[:n])
 		if err != nil {
 			break
 		}
-		if !interrupted && strings.Contains(said.String(), "round 1") {
+		if !interrupted && strings.Contains(output.String(), "round 1") {
 			interrupted = true
 			if err := cmd.Process.Signal(syscall.SIGINT); err != nil {
 				t.Fatal(err)
 			}
 		}
 	}
-	_ = cmd.Wait() // its exit code is looked at
-	if code := cmd.ProcessState.ExitCode(); code != 1 || !strings.Contains(said.String(), "fairlead-bench: interrupted") || stdout.Len() > 0 {
-		t.Errorf("exit code %d, it has said %q and printed %q", code, said.String(), stdout.String())
+	_ = cmd.Wait() // the test checks the exit code
+	if code := cmd.ProcessState.ExitCode(); code != 1 || !strings.Contains(output.String(), "fairlead-bench: interrupted") || stdout.Len() > 0 {
+		t.Errorf("exit code %d, standard error %q, standard output %q", code, output.String(), stdout.String())
 	}
 	if _, err := os.Stat(file); err == nil {
-		t.Error("a file without results is left")
+		t.Error("a file without results is left behind")
 	}
 	if diff := cmp.Diff(before, interfaceNames(t)); diff != "" {
 		t.Errorf("interfaces (-before +after):\n%s", diff)

@@ -18,11 +18,11 @@ func reportCommand() *cobra.Command {
 	var page, pictures string
 	cmd := &cobra.Command{
 		Use:   "report FILE...",
-		Short: "Make a page, or pictures, of what benchmarks have measured",
-		Long: `Make a page, or pictures, of the files that "fairlead-bench --json" and
-"fairlead-bench compare --json" have written. The page needs nothing else to be looked at.
-Several files are joined to one report; a measurement must not be in two of them.
-Without --html and --svg a table goes to standard output.`,
+		Short: "Write an HTML page or charts of benchmark results",
+		Long: `Write an HTML page or charts from files written by "fairlead-bench --json" and
+"fairlead-bench compare --json". The page is self-contained. The command merges several
+files into one report; no measurement may be in more than one file. Without --html and
+--svg, the command prints a table.`,
 		Example: `  fairlead-bench report result.json --html=report.html
   fairlead-bench report native.json vm.json --html=report.html --svg=docs/images`,
 		Args: cobra.MinimumNArgs(1),
@@ -38,8 +38,8 @@ Without --html and --svg a table goes to standard output.`,
 		},
 	}
 	flags := cmd.Flags()
-	flags.StringVar(&page, "html", "", "file to write the page to")
-	flags.StringVar(&pictures, "svg", "", "folder to write the charts to, as SVG and PNG")
+	flags.StringVar(&page, "html", "", "`file` for the HTML page")
+	flags.StringVar(&pictures, "svg", "", "`directory` for the charts as SVG and PNG")
 	_ = cmd.MarkFlagFilename("html", "html")
 	_ = cmd.MarkFlagDirname("svg")
 	return cmd
@@ -50,7 +50,7 @@ func readReports(files []string) (*result.Report, error) {
 	for _, name := range files {
 		file, err := os.Open(name)
 		if err != nil {
-			return nil, fmt.Errorf("read a result: %w", err)
+			return nil, fmt.Errorf("read results: %w", err)
 		}
 		r, err := result.Read(file)
 		if err = errors.Join(err, file.Close()); err != nil {
@@ -61,7 +61,7 @@ func readReports(files []string) (*result.Report, error) {
 	return report.Merge(all...)
 }
 
-// writeFile writes a file with what write writes, if it has a name.
+// writeFile creates a file and calls write with it. It does nothing if name is empty.
 func writeFile(name string, write func(io.Writer) error) error {
 	if name == "" {
 		return nil

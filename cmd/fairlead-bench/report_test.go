@@ -28,15 +28,15 @@ func TestReport(t *testing.T) {
 	}
 	for name, test := range map[string]struct {
 		args []string
-		want string // in what is printed; an error is part of it
+		want string // part of the output, which includes errors
 		code int
 	}{
 		"a table":          {[]string{file}, "memory held", 0},
 		"a page":           {[]string{file, "--html=" + page, "--svg=" + dir}, "", 0},
 		"no file":          {nil, "requires at least 1 arg", 1},
 		"a missing file":   {[]string{filepath.Join(dir, "x.json")}, "x.json", 1},
-		"the same twice":   {[]string{file, file}, "is there twice", 1},
-		"an unknown place": {[]string{file, "--html=" + filepath.Join(dir, "x", "y.html")}, "--html: ", 1},
+		"the same twice":   {[]string{file, file}, "duplicate measurement", 1},
+		"a missing folder": {[]string{file, "--html=" + filepath.Join(dir, "x", "y.html")}, "--html: ", 1},
 	} {
 		t.Run(name, func(t *testing.T) {
 			var out bytes.Buffer
@@ -55,11 +55,11 @@ func TestReport(t *testing.T) {
 
 func TestCompareInvalidFlags(t *testing.T) {
 	for arg, want := range map[string]string{
-		"--systems=envoy": `there is no "envoy"`,
+		"--systems=envoy": `unknown system "envoy"`,
 		"--only=nothing":  `unknown part "nothing"`,
 		"--services=1":    "too few",
 
-		"--fairlead=/nowhere/fairlead": "--fairlead: find the program",
+		"--fairlead=/nowhere/fairlead": "--fairlead: find program",
 	} {
 		var out bytes.Buffer
 		if code := run(t.Context(), []string{"compare", "--quiet", "--fairlead=/bin/true", arg}, &out, &out); code == 0 || !strings.Contains(out.String(), want) {

@@ -21,38 +21,38 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// vmFlags say how systems are compared that this machine's kernel cannot run.
+// vmFlags configure the comparison in a virtual machine, of systems that this machine's kernel
+// cannot run.
 type vmFlags struct {
 	command           string
 	services, samples int
 }
 
-// In a virtual machine everything takes longer.
+// Limits in a virtual machine, where everything takes longer.
 const (
-	vmStarts, vmRounds = 3, 3 // no more than a ratio needs
+	vmStarts, vmRounds = 3, 3 // the minimum for a ratio
 	vmDuration         = 3 * time.Second
 	vmStartLimit       = 10 * time.Minute
 )
 
 func (v *vmFlags) register(flags *pflag.FlagSet) {
 	flags.StringVar(&v.command, "vm", "bin/vm run -kernel=6.12",
-		"`command` of test/vm, for systems that this kernel cannot run; \"make vm\" builds it; empty leaves them out")
+		"`command` of test/vm for systems that this kernel cannot run; \"make vm\" builds it; if empty, these systems are left out")
 	flags.IntVar(&v.services, "vm-services", 200, "number of Services in the virtual machine")
-	flags.IntVar(&v.samples, "vm-samples", 5, "how often each kind of change is measured in the virtual machine")
+	flags.IntVar(&v.samples, "vm-samples", 5, "number of measurements of each kind of change in the virtual machine")
 }
 
-// referenceSystems are the systems that run in a virtual machine too, so that there are
-// ratios to them.
+// referenceSystems returns the systems that also run in the virtual machine, as a base for ratios.
 func referenceSystems() []string { return []string{"nft", "kube-proxy-nftables"} }
 
-// partition are systems by where they run.
+// partition divides systems by where they run.
 type partition struct {
 	native, vm []system.System
-	// unsupported are those of vm that this kernel cannot run, with the reasons.
+	// unsupported lists the systems of vm that this kernel cannot run, with the reasons.
 	unsupported []result.LeftOut
 }
 
-// partitionSystems asks each system whether the kernel of this environment can run it.
+// partitionSystems checks for each system whether the kernel of this environment can run it.
 func partitionSystems(ctx context.Context, systems []system.System, environment string) (_ *partition, err error) {
 	node, err := nettest.NewNamespace("")
 	if err != nil {
@@ -61,15 +61,15 @@ func partitionSystems(ctx context.Context, systems []system.System, environment 
 	defer func() { err = errors.Join(err, node.Close()) }()
 	d := &partition{}
 	for _, s := range systems {
-		var why error
+		var err_ error
 		if c, ok := s.(system.Checker); ok {
-			why = c.Check(ctx, node)
+			err_ = c.Check(ctx, node)
 		}
-		unavailable, known := errors.AsType[*system.UnavailableError](why)
+		unavailable, ok := errors.AsType[*system.UnavailableError](err_)
 		switch {
-		case why != nil && !known:
-			return nil, fmt.Errorf("whether %s can run here: %w", s.Name(), why)
-		case why == nil:
+		case err_ != nil && !ok:
+			return nil, fmt.Errorf("check whether %s can run here: %w", s.Name(), err_)
+		case err_ == nil:
 			d.native = append(d.native, s)
 			if slices.Contains(referenceSystems(), s.Name()) {
 				d.vm = append(d.vm, s)
@@ -78,14 +78,14 @@ func partitionSystems(ctx context.Context, systems []system.System, environment 
 			d.vm = append(d.vm, s)
 			d.unsupported = append(d.unsupported, result.LeftOut{System: s.Name(), Environment: environment, Reason: unavailable.Reason})
 		default:
-			d.native = append(d.native, s) // which leaves it out, as another kernel would
+			d.native = append(d.native, s) // compare.Run leaves it out; another kernel would not help
 		}
 	}
 	return d, nil
 }
 
-// compareAll compares the systems on this machine, and in a virtual machine those that its
-// kernel cannot run. What goes wrong with the latter is in the report alone.
+// compareAll compares systems on this machine and, if its kernel cannot run all of them, in a
+// virtual machine. Errors of the virtual machine appear in the report only.
 func (f *compareFlags) compareAll(ctx context.Context, o compare.Options) (*result.Report, error) {
 	d, err := partitionSystems(ctx, o.Systems, o.Environment.Name)
 	if err != nil {
@@ -107,12 +107,12 @@ func (f *compareFlags) compareAll(ctx context.Context, o compare.Options) (*resu
 		reports = append(reports, r)
 	}
 	if ctx.Err() == nil {
-		inside, why := f.runInVM(ctx, vm)
-		if inside != nil {
-			reports = append(reports, inside)
+		vmReport, outcome := f.runInVM(ctx, vm)
+		if vmReport != nil {
+			reports = append(reports, vmReport)
 		}
 		for i := range d.unsupported {
-			d.unsupported[i].Reason += "; " + why
+			d.unsupported[i].Reason += "; " + outcome
 			o.Progress(d.unsupported[i].System + ": " + d.unsupported[i].Reason)
 		}
 		err = errors.Join(err, context.Cause(ctx))
@@ -129,7 +129,7 @@ func (f *compareFlags) compareAll(ctx context.Context, o compare.Options) (*resu
 	return all, err
 }
 
-// options are the options in a virtual machine, in which systems are compared.
+// options returns the options for a comparison of systems in a virtual machine.
 func (v *vmFlags) options(o compare.Options, systems []system.System) compare.Options {
 	o.Systems, o.Services, o.Samples = systems, []int{v.services}, v.samples
 	o.Starts, o.Rounds, o.Duration = min(o.Starts, vmStarts), min(o.Rounds, vmRounds), min(o.Duration, vmDuration)
@@ -137,27 +137,27 @@ func (v *vmFlags) options(o compare.Options, systems []system.System) compare.Op
 	return o
 }
 
-// runInVM compares in a virtual machine. It returns nil if there is none or nothing was
-// measured, and in words what became of it.
+// runInVM compares systems in a virtual machine. It returns the report, or nil if nothing was
+// measured, and a description of the outcome.
 func (f *compareFlags) runInVM(ctx context.Context, o compare.Options) (*result.Report, string) {
 	command := f.vm.command
 	if command == "" {
-		return nil, "without --vm it does not run in a virtual machine"
+		return nil, "--vm is empty, so it does not run in a virtual machine"
 	}
 	program, err := os.Executable()
 	if err != nil {
-		return nil, fmt.Sprintf("find the program itself: %v", err)
+		return nil, fmt.Sprintf("find this program: %v", err)
 	}
 	args := []string{program, "compare", "--json=-", "--vm="}
-	list := func(flag string, values ...string) {
+	addList := func(flag string, values ...string) {
 		var b strings.Builder
 		w := csv.NewWriter(&b)
-		_ = w.Write(values) // to memory
+		_ = w.Write(values) // writing to memory does not fail
 		w.Flush()
 		args = append(args, "--"+flag+"="+strings.TrimSuffix(b.String(), "\n"))
 	}
 	var names []string
-	paths := map[string]string{} // of the systems' programs, by the flag
+	paths := map[string]string{} // of the systems' programs, by flag
 	for _, s := range o.Systems {
 		names = append(names, s.Name())
 		var flag, path string
@@ -174,29 +174,29 @@ func (f *compareFlags) runInVM(ctx context.Context, o compare.Options) (*result.
 		}
 		paths[flag] = path
 	}
-	list("systems", names...)
+	addList("systems", names...)
 	for _, flag := range slices.Sorted(maps.Keys(paths)) {
 		args = append(args, "--"+flag+"="+paths[flag])
 	}
 	if len(f.kubeProxyArgs) > 0 {
-		list("kube-proxy-args", f.kubeProxyArgs...)
+		addList("kube-proxy-args", f.kubeProxyArgs...)
 	}
 	if len(f.fairleadArgs) > 0 {
-		list("fairlead-args", f.fairleadArgs...)
+		addList("fairlead-args", f.fairleadArgs...)
 	}
-	list("only", f.only...)
+	addList("only", f.only...)
 	var rates []string
 	for _, r := range o.Rates {
 		rates = append(rates, strconv.FormatFloat(r, 'g', -1, 64))
 	}
-	list("rates", rates...)
+	addList("rates", rates...)
 	args = append(
 		args,
 		fmt.Sprintf("--services=%d", o.Services[0]), fmt.Sprintf("--endpoints=%d", o.Endpoints), fmt.Sprintf("--samples=%d", o.Samples),
 		fmt.Sprintf("--starts=%d", o.Starts), fmt.Sprintf("--rounds=%d", o.Rounds), "--churn-time="+o.Duration.String(), "--settle="+o.SettleTime.String(),
 		"--start-limit="+o.StartLimit.String(),
 	)
-	o.Progress(strings.Join(names, ", ") + ": in a virtual machine, emulated, which takes minutes")
+	o.Progress(strings.Join(names, ", ") + ": running in an emulated virtual machine, which takes minutes")
 	vm := compare.VM{
 		Command: command, Program: append([]string{"-with=" + strings.Join(slices.Sorted(maps.Values(paths)), ",")}, args...),
 		Progress: func(line string) { o.Progress("vm: " + line) },
@@ -204,9 +204,9 @@ func (f *compareFlags) runInVM(ctx context.Context, o compare.Options) (*result.
 	r, err := vm.Run(ctx)
 	switch {
 	case r == nil:
-		return nil, fmt.Sprintf("nor does it run in a virtual machine: %v", err)
+		return nil, fmt.Sprintf("it does not run in a virtual machine either: %v", err)
 	case err != nil:
-		return r, fmt.Sprintf("in the virtual machine %s not all was measured: %v", r.Environments[0].Name, err)
+		return r, fmt.Sprintf("measurements in the virtual machine %s are incomplete: %v", r.Environments[0].Name, err)
 	default:
 		return r, "it was measured in the virtual machine " + r.Environments[0].Name
 	}
