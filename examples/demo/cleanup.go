@@ -16,12 +16,12 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// cleanupStack is what there is to undo.
+// cleanupStack collects functions that remove what the demo creates.
 type cleanupStack struct{ steps []func() error }
 
 func (u *cleanupStack) add(step func() error) { u.steps = append(u.steps, step) }
 
-// run undoes everything, the last first.
+// run calls all functions in reverse order.
 func (u *cleanupStack) run() error {
 	var errs []error
 	for _, step := range slices.Backward(u.steps) {
@@ -31,23 +31,22 @@ func (u *cleanupStack) run() error {
 	return errors.Join(errs...)
 }
 
-// tempPrefix begins the names of the demo's folders in the folder for such.
+// tempPrefix is the prefix of the names of the demo's temporary directories.
 const tempPrefix = "fairlead-demo-"
 
-// netnsConfig is where ip-netns(8) looks for files that are to replace those
-// in /etc, in folders with the names of namespaces.
+// netnsConfig is the directory where ip-netns(8) looks for replacements of files in /etc, in
+// subdirectories named after namespaces.
 const netnsConfig = "/etc/netns"
 
-// removeLeftovers removes what runs have left that were killed. Named
-// namespaces are those of one run only, so with keep set it claims the name,
-// until the function that it returns is called.
+// removeLeftovers removes what killed runs have left behind. Only one run at a time can use a name
+// for its namespaces, so with keep, removeLeftovers locks the name until the caller calls release.
 func removeLeftovers(ctx context.Context, name string, keep bool) (release func() error, err error) {
 	release = func() error { return nil }
 	if err := removeTemp(); err != nil {
-		return nil, fmt.Errorf("remove what an earlier run has left: %w", err)
+		return nil, fmt.Errorf("remove leftovers of an earlier run: %w", err)
 	}
-	// An abstract socket is a lock that the kernel releases with the process.
-	// Runs without -keep hold it for a moment.
+	// An abstract socket is a lock that the kernel releases when the process ends.
+	// Runs without -keep hold the lock only briefly.
 	var lock net.Listener
 	for range 10 {
 		lock, err = new(net.ListenConfig).Listen(ctx, "unix", "@"+name)
@@ -60,12 +59,12 @@ func removeLeftovers(ctx context.Context, name string, keep bool) (release func(
 	case errors.Is(err, syscall.EADDRINUSE) && keep:
 		return nil, fmt.Errorf("another demo with -keep is running under the name %s: end it, or choose another -name", name)
 	case errors.Is(err, syscall.EADDRINUSE):
-		return release, nil // What is there is in use.
+		return release, nil // a run with -keep uses the name
 	case err != nil:
-		return nil, fmt.Errorf("claim the name %s: %w", name, err)
+		return nil, fmt.Errorf("lock the name %s: %w", name, err)
 	}
 	if err := errors.Join(nettest.RemoveNamespaces(name), removeNetnsConfig(name+"-*")); err != nil {
-		return nil, errors.Join(fmt.Errorf("remove what an earlier run has left: %w", err), lock.Close())
+		return nil, errors.Join(fmt.Errorf("remove leftovers of an earlier run: %w", err), lock.Close())
 	}
 	if keep {
 		return lock.Close, nil
@@ -73,7 +72,7 @@ func removeLeftovers(ctx context.Context, name string, keep bool) (release func(
 	return release, lock.Close()
 }
 
-// makeTemp makes a folder that is locked as long as the process lives.
+// makeTemp creates a temporary directory that stays locked until the process ends.
 func makeTemp() (path string, remove func() error, err error) {
 	for {
 		path, err = os.MkdirTemp("", tempPrefix)
@@ -82,7 +81,7 @@ func makeTemp() (path string, remove func() error, err error) {
 		}
 		lock, err := lockDir(path)
 		if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.EWOULDBLOCK) {
-			continue // Another run took it for a left-over one before it was locked.
+			continue // another run removed it as a leftover before it was locked
 		}
 		if err != nil {
 			return "", nil, errors.Join(err, os.RemoveAll(path))
@@ -91,10 +90,10 @@ func makeTemp() (path string, remove func() error, err error) {
 	}
 }
 
-// lockDir locks a folder. The error wraps EWOULDBLOCK if somebody else has, and
-// os.ErrNotExist if the folder has gone meanwhile.
+// lockDir locks a directory. The error wraps EWOULDBLOCK if another process has locked it, and
+// os.ErrNotExist if the directory has been removed.
 func lockDir(path string) (*os.File, error) {
-	dir, err := os.Open(path) //nolint:gosec // a name of ours
+	dir, err := os.Open(path) //nolint:gosec // a name chosen by the demo
 	if err != nil {
 		return nil, err
 	}
@@ -108,7 +107,7 @@ func lockDir(path string) (*os.File, error) {
 	return dir, nil
 }
 
-// removeTemp removes the folders of runs that live no more.
+// removeTemp removes the temporary directories of runs that have ended.
 func removeTemp() error {
 	paths, err := filepath.Glob(filepath.Join(os.TempDir(), tempPrefix+"*"))
 	if err != nil {
@@ -121,19 +120,18 @@ func removeTemp() error {
 			continue
 		}
 		if stat, ok := info.Sys().(*syscall.Stat_t); !ok || stat.Uid != 0 {
-			continue // Not ours.
+			continue // of another user
 		}
 		lock, err := lockDir(path)
 		if err != nil {
-			continue // In use, or gone.
+			continue // in use or already removed
 		}
 		errs = append(errs, os.RemoveAll(path), lock.Close())
 	}
 	return errors.Join(errs...)
 }
 
-// addNetnsConfig makes `ip netns exec` give programs the content as
-// /etc/resolv.conf.
+// addNetnsConfig makes `ip netns exec` show programs resolvConf as /etc/resolv.conf.
 func addNetnsConfig(namespace, resolvConf string) error {
 	dir := filepath.Join(netnsConfig, namespace)
 	if err := os.MkdirAll(dir, 0o755); err != nil { //nolint:gosec // as the rest of /etc
@@ -142,8 +140,8 @@ func addNetnsConfig(namespace, resolvConf string) error {
 	return os.WriteFile(filepath.Join(dir, "resolv.conf"), []byte(resolvConf), 0o644) //nolint:gosec // as the rest of /etc
 }
 
-// removeNetnsConfig removes what addNetnsConfig has made for the namespaces
-// whose names match the pattern.
+// removeNetnsConfig removes the files of addNetnsConfig for the namespaces whose names match
+// pattern.
 func removeNetnsConfig(pattern string) error {
 	dirs, err := filepath.Glob(filepath.Join(netnsConfig, pattern))
 	if err != nil {
@@ -154,7 +152,7 @@ func removeNetnsConfig(pattern string) error {
 		errs = append(errs, os.RemoveAll(dir))
 	}
 	if len(dirs) > 0 {
-		// It stays if it holds anything else.
+		// Remove fails if the directory contains anything else.
 		_ = os.Remove(netnsConfig)
 	}
 	return errors.Join(errs...)

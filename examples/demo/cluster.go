@@ -17,7 +17,7 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// The apps: what the labels of pods say, and the names of their Services.
+// Apps: the values of the pods' label app, and the names of their Services.
 const (
 	frontendApp   = "frontend"
 	backendApp    = "backend"
@@ -28,45 +28,45 @@ const (
 const (
 	httpPort = 8080 // of back ends
 	dnsPort  = 53   // of the node
-	// requestCounter is what back ends count requests with, in Redis.
+	// requestCounter is the Redis key in which back ends count requests.
 	requestCounter = "hits"
-	// serviceCIDRs are where the Services get their addresses from.
+	// serviceCIDRs are the networks that contain the addresses of Services.
 	serviceCIDRs = "10.96.0.0/16,fd00:10:96::/112"
 )
 
-// cluster is a node with pods, and a fairlead that runs on it.
+// cluster is a node with pods and a running fairlead.
 type cluster struct {
 	opts      options
 	cleanup   *cleanupStack
 	net       *nettest.Network
-	temp      string // the folder that holds all files
-	manifests string // the folder that fairlead watches
-	pods      []*pod // in the order that they were made in
+	temp      string // directory of all files
+	manifests string // directory that fairlead watches
+	pods      []*pod // in the order of their creation
 	fairlead  *process
-	command   []string // how fairlead was started
+	command   []string // arguments of fairlead
 	log       *agentLog
 }
 
-// pod is a pod and what runs in it.
+// pod is a pod and its program.
 type pod struct {
 	*nettest.Host
 	app         string
-	description string       // runs in it
-	stop        func() error // may be called again
+	description string       // of the program in the pod
+	stop        func() error // may be called more than once
 }
 
-// newCluster makes the cluster with its first pods and Services. What it makes
-// is added to u, also when it fails.
+// newCluster creates the cluster with its initial pods and Services. It adds everything it creates
+// to u, also if it fails.
 func newCluster(ctx context.Context, o options, u *cleanupStack) (*cluster, error) {
 	c := &cluster{opts: o, cleanup: u}
 	var err error
 	var removeTemp func() error
 	if c.temp, removeTemp, err = makeTemp(); err != nil {
-		return nil, fmt.Errorf("make a folder: %w", err)
+		return nil, fmt.Errorf("create a temporary directory: %w", err)
 	}
 	u.add(removeTemp)
 	c.manifests = filepath.Join(c.temp, "manifests")
-	if err := os.Mkdir(c.manifests, 0o755); err != nil { //nolint:gosec // for people to look at
+	if err := os.Mkdir(c.manifests, 0o755); err != nil { //nolint:gosec // readable for users
 		return nil, err
 	}
 	for _, service := range []string{backendApp, redisApp} {
@@ -86,7 +86,7 @@ func newCluster(ctx context.Context, o options, u *cleanupStack) (*cluster, erro
 	c.net, err = nettest.New(netOptions)
 	if err != nil {
 		return nil, fmt.Errorf("%w\nThe demo needs a kernel with network namespaces, veth, IPv6 and nf_tables, "+
-			"and all of root's capabilities, which containers have with --privileged only", err)
+			"and all of root's capabilities, which containers have only with --privileged", err)
 	}
 	u.add(c.net.Close)
 	if o.keep {
@@ -113,8 +113,8 @@ func newCluster(ctx context.Context, o options, u *cleanupStack) (*cluster, erro
 	return c, c.startFairlead(ctx)
 }
 
-// addPod makes a pod and starts what is to run in it. Until announce, nobody
-// knows of it.
+// addPod creates a pod and starts its program. The Service does not include the pod before
+// createManifest.
 func (c *cluster) addPod(ctx context.Context, app, name string) (*pod, error) {
 	host, err := c.net.AddPod(name)
 	if err != nil {
@@ -150,7 +150,7 @@ func (c *cluster) addPod(ctx context.Context, app, name string) (*pod, error) {
 	return p, nil
 }
 
-// createManifest writes the pod's manifest, which says that it is ready.
+// createManifest writes the pod's manifest with the status ready.
 func (c *cluster) createManifest(p *pod) error {
 	if err := c.writeManifest(p.Name, p.manifest()); err != nil {
 		return fmt.Errorf("pod %s: %w", p.Name, err)
@@ -158,10 +158,10 @@ func (c *cluster) createManifest(p *pod) error {
 	return nil
 }
 
-// deleteManifest removes the pod's manifest: the pod is to be used no more.
+// deleteManifest removes the pod's manifest, which removes the pod from its Service.
 func (c *cluster) deleteManifest(p *pod) error { return os.Remove(c.manifestFile(p.Name)) }
 
-// removePod ends what runs in the pod, and the pod.
+// removePod ends the pod's program and removes the pod.
 func (c *cluster) removePod(p *pod) error {
 	c.pods = slices.DeleteFunc(c.pods, func(other *pod) bool { return other == p })
 	err := errors.Join(p.stop(), p.Close())
@@ -186,17 +186,17 @@ func (c *cluster) manifestFile(name string) string {
 	return filepath.Join(c.manifests, name+".yaml")
 }
 
-// writeManifest puts a file into the folder that fairlead watches, by renaming
-// it, so that fairlead sees it whole.
+// writeManifest writes a file in the directory that fairlead watches. It renames the file into
+// place, so that fairlead never reads an incomplete file.
 func (c *cluster) writeManifest(name string, text []byte) error {
 	draft := filepath.Join(c.temp, name+".draft")
-	if err := os.WriteFile(draft, text, 0o644); err != nil { //nolint:gosec // for people to look at
+	if err := os.WriteFile(draft, text, 0o644); err != nil { //nolint:gosec // readable for users
 		return err
 	}
 	return os.Rename(draft, c.manifestFile(name))
 }
 
-// manifest returns what a cluster would know of the pod, as YAML.
+// manifest returns the Pod object as YAML.
 func (p *pod) manifest() []byte {
 	var b strings.Builder
 	fmt.Fprintf(&b, "apiVersion: v1\nkind: Pod\nmetadata:\n  name: %s\n  labels:\n    app: %s\n", p.Name, p.app)
@@ -214,15 +214,14 @@ func (p *pod) manifest() []byte {
 	return []byte(b.String())
 }
 
-// startBackend serves HTTP on all addresses of a pod. Each request is counted
-// in Redis, which is found by the name of its Service, and answered with the
-// pod's name.
+// startBackend serves HTTP on all addresses of a pod. For each request, it increments a counter in
+// Redis, which it finds by the name of its Service, and responds with the name of the pod.
 func (c *cluster) startBackend(ctx context.Context, host *nettest.Host) (stop func() error, err error) {
-	names := c.resolver(host)
+	resolver_ := c.resolver(host)
 	server := &http.Server{
 		ReadHeaderTimeout: requestTimeout,
 		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			conn, err := names.dial(r.Context(), "tcp", fmt.Sprintf("%s:%d", redisApp, redisPort))
+			conn, err := resolver_.dial(r.Context(), "tcp", fmt.Sprintf("%s:%d", redisApp, redisPort))
 			if err == nil {
 				_, err = redisCommand(r.Context(), conn, "INCR", requestCounter)
 			}
@@ -246,13 +245,13 @@ func (c *cluster) startBackend(ctx context.Context, host *nettest.Host) (stop fu
 		if err != nil {
 			return nil, errors.Join(err, stop())
 		}
-		go func() { _ = server.Serve(l) }() // It ends, always with an error, with stop.
+		go func() { _ = server.Serve(l) }() // returns an error when stop is called
 	}
 	return stop, nil
 }
 
-// startFairlead starts fairlead on the node, and returns when the kernel has
-// the Services and their names are answered.
+// startFairlead starts fairlead on the node. It returns when the kernel has the Services and the
+// name server answers for them.
 func (c *cluster) startFairlead(ctx context.Context) error {
 	program, err := filepath.Abs(c.opts.fairlead)
 	if err != nil {
@@ -281,7 +280,7 @@ func (c *cluster) startFairlead(ctx context.Context) error {
 	if _, err := c.log.waitCommit(ctx, c.fairlead, 0); err != nil {
 		return err
 	}
-	// fairlead programs the kernel before it knows the names.
+	// fairlead programs the kernel before the name server has the names.
 	names := c.resolver(c.podsOf(frontendApp)[0].Host)
 	for _, service := range []string{backendApp, redisApp} {
 		err := eventually(ctx, func() error {
@@ -289,7 +288,7 @@ func (c *cluster) startFairlead(ctx context.Context) error {
 			return err
 		})
 		if err != nil {
-			return fmt.Errorf("find the Service %s by name: %w", service, err)
+			return fmt.Errorf("look up the Service %s: %w", service, err)
 		}
 	}
 	return nil
@@ -299,8 +298,7 @@ func (c *cluster) logFile() string { return filepath.Join(c.temp, "fairlead.log"
 
 func (c *cluster) nameServer() netip.AddrPort { return netip.AddrPortFrom(c.net.Node.IPv4, dnsPort) }
 
-// eventually calls try until it returns nil or a [permanentError] error, for a few
-// seconds.
+// eventually calls try until it returns nil or a [permanentError], for at most 5 s.
 func eventually(ctx context.Context, try func() error) error {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
@@ -317,7 +315,7 @@ func eventually(ctx context.Context, try func() error) error {
 	}
 }
 
-// permanentError is an error that does not go away.
+// permanentError is an error that repeated attempts cannot resolve.
 type permanentError struct{ error }
 
 func (f permanentError) Unwrap() error { return f.error }

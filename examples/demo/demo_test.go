@@ -19,12 +19,13 @@ import (
 	"testing"
 	"time"
 
+	"fairlead.io/fairlead/internal/backend"
 	"fairlead.io/fairlead/ipvs"
 
 	"github.com/google/go-cmp/cmp"
 )
 
-// asProgram, in the environment, makes the test binary another program.
+// asProgram is the environment variable that makes the test binary run another program.
 const asProgram = "FAIRLEAD_TEST_AS"
 
 // fairleadBinary is built by TestMain.
@@ -54,7 +55,7 @@ func TestMain(m *testing.M) {
 	}())
 }
 
-// runClient asks for http://backend as any program would, and prints the answer.
+// runClient requests http://backend like any other program, and prints the answer.
 func runClient() int {
 	resp, err := http.Get("http://" + backendApp)
 	if err != nil {
@@ -69,17 +70,17 @@ func runClient() int {
 	return 0
 }
 
-// demo is a run of the demo.
+// demo is a running demo.
 type demo struct {
 	*exec.Cmd
-	dir    string // with all files that it makes
+	dir    string // contains all files of the demo
 	output *bufio.Reader
 	printed,
 	stderr bytes.Buffer
 }
 
-// startDemo starts the demo with few requests and the real fairlead, which
-// later arguments may replace.
+// startDemo starts the demo with few requests and the real fairlead. Arguments override these
+// settings.
 func startDemo(t *testing.T, adjust func(*exec.Cmd), args ...string) *demo {
 	t.Helper()
 	services, err := filepath.Abs("..")
@@ -105,7 +106,7 @@ func startDemo(t *testing.T, adjust func(*exec.Cmd), args ...string) *demo {
 	return d
 }
 
-// waitForLine reads the output until a line holds the text.
+// waitForLine reads the output until a line contains the text.
 func (d *demo) waitForLine(t *testing.T, text string) {
 	t.Helper()
 	for {
@@ -120,7 +121,7 @@ func (d *demo) waitForLine(t *testing.T, text string) {
 	}
 }
 
-// waitExit waits until the demo has ended, and returns its exit code.
+// waitExit waits until the demo has ended and returns its exit code.
 func (d *demo) waitExit(t *testing.T) int {
 	t.Helper()
 	if _, err := io.Copy(io.Discard, d.output); err != nil && !errors.Is(err, os.ErrClosed) {
@@ -132,18 +133,18 @@ func (d *demo) waitExit(t *testing.T) int {
 	return d.ProcessState.ExitCode()
 }
 
-// checkNothingLeft checks that no file and no process of the demo is left.
-// Namespaces without a name go with the processes that hold them.
+// checkNothingLeft checks that the demo has left no files and no processes. Unnamed namespaces
+// disappear with the processes that use them.
 func (d *demo) checkNothingLeft(t *testing.T) {
 	t.Helper()
 	if files, err := os.ReadDir(d.dir); err != nil || len(files) > 0 {
-		t.Errorf("left: files %v, error %v", files, err)
+		t.Errorf("the demo left files %v, error %v", files, err)
 	}
 	d.checkNoProcess(t)
 }
 
-// checkNoProcess waits until there is no process of the demo: one that the
-// kernel is to kill takes a moment.
+// checkNoProcess waits until no process of the demo runs. The kernel may take a moment to kill
+// processes.
 func (d *demo) checkNoProcess(t *testing.T) {
 	t.Helper()
 	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(5 * time.Millisecond) {
@@ -152,13 +153,14 @@ func (d *demo) checkNoProcess(t *testing.T) {
 			return
 		}
 		if time.Now().After(deadline) {
-			t.Errorf("left: processes %v", processes)
+			t.Errorf("the demo left processes %v", processes)
 			return
 		}
 	}
 }
 
-// processes returns the programs that run in the demo's folder or below.
+// processes returns the names of programs whose working directory is the demo's directory or
+// below.
 func (d *demo) processes(t *testing.T) []string {
 	t.Helper()
 	links, err := filepath.Glob("/proc/[0-9]*/cwd")
@@ -175,39 +177,39 @@ func (d *demo) processes(t *testing.T) []string {
 	return slices.Sorted(slices.Values(found))
 }
 
-// namespaces returns what has a name that begins with name.
+// namespaces returns the paths of namespaces and their configuration whose names start with name.
 func namespaces(t *testing.T, name string) []string {
 	t.Helper()
-	var found []string
+	var all []string
 	for _, dir := range []string{"/run/netns/", netnsConfig + "/"} {
 		paths, err := filepath.Glob(dir + name + "-*")
 		if err != nil {
 			t.Fatal(err)
 		}
 		for _, path := range paths {
-			found = append(found, strings.Replace(path, "/"+name+"-", "/", 1))
+			all = append(all, strings.Replace(path, "/"+name+"-", "/", 1))
 		}
 	}
-	return found
+	return all
 }
 
-// tableRow is a row of the tables that say who answered requests.
+// tableRow matches a row of the tables of requests by back end.
 var tableRow = regexp.MustCompile(`(?m)^   (backend-\d) +(\d+) +\d+ %`)
 
-// TestDemo runs all of it, with either kind of Redis.
+// TestDemo runs the complete demo, with and without redis-server.
 func TestDemo(t *testing.T) {
 	t.Parallel()
 	for name, tc := range map[string]struct {
 		path string
-		want string // runs in the pod redis
+		want string // description of the pod redis
 	}{
 		"with redis-server":    {os.Getenv("PATH"), "redis-server"},
-		"without redis-server": {t.TempDir(), "a small responder, as redis-server is not installed"},
+		"without redis-server": {t.TempDir(), "a small responder, because redis-server is not installed"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			if _, err := exec.LookPath("redis-server"); err != nil {
-				t.Fatalf("%v: test/deps.sh installs it", err)
+				t.Fatalf("%v: run test/deps.sh to install it", err)
 			}
 			d := startDemo(t, func(cmd *exec.Cmd) { cmd.Env = append(cmd.Env, "PATH="+tc.path) })
 			if code := d.waitExit(t); code != 0 || d.stderr.Len() > 0 {
@@ -218,20 +220,20 @@ func TestDemo(t *testing.T) {
 			for _, want := range []string{
 				`(?m)^  redis +10\.\S+ +fd00:\S+ +` + tc.want,
 				`(?m)^  backend +10\.96\.\d+\.\d+, fd00:10:96::\S+ +backend-1, backend-2, backend-3$`,
-				`(?m)^   backend-2 gone +\d+\.\d\d ms +\d+\.\d\d ms$`,
-				`(?m)^   backend-4 there +\d+\.\d\d ms +\d+\.\d\d ms$`,
-				`(?m)^   backend-5 there +\d+\.\d\d ms +\d+\.\d\d ms$`,
+				`(?m)^   backend-2 deleted +\d+\.\d\d ms +\d+\.\d\d ms$`,
+				`(?m)^   backend-4 added +\d+\.\d\d ms +\d+\.\d\d ms$`,
+				`(?m)^   backend-5 added +\d+\.\d\d ms +\d+\.\d\d ms$`,
 				`(?m)^   http://192\.0\.2\.1:3[0-2]\d{3}/ +from outside: 20 requests, answered by [1-4] back ends$`,
 				`(?m)^   http://\[2001:db8::1\]:3[0-2]\d{3}/ +from outside: 20 requests, answered by [1-4] back ends$`,
-				`(?m)^   Redis has counted \d+, 40 of them from outside$`,
-				`(?m)^   \d+ requests in all, through every change: 0 failed$`,
+				`(?m)^   Redis has counted \d+ requests, 40 of them from outside$`,
+				`(?m)^   \d+ requests in total, during all changes: 0 failed$`,
 				`(?m)^OK: .* none of \d+ requests failed\.$`,
 			} {
 				if !regexp.MustCompile(want).MatchString(text) {
-					t.Errorf("the output has no match of %s", want)
+					t.Errorf("the output does not match %s", want)
 				}
 			}
-			// Which back ends got requests, by table, and how many they were.
+			// The back ends that received requests in each table, and the sum of the requests.
 			var got []string
 			sum := 0
 			for _, row := range tableRow.FindAllStringSubmatch(text, -1) {
@@ -248,7 +250,7 @@ func TestDemo(t *testing.T) {
 				"backend-1 true", "backend-3 true", "backend-4 true", "backend-5 true",
 			}
 			if diff := cmp.Diff(want, got); diff != "" || sum != 3*60 {
-				t.Errorf("%d requests in tables, want %d; rows (-want +got):\n%s", sum, 3*60, diff)
+				t.Errorf("the tables show %d requests, want %d; rows (-want +got):\n%s", sum, 3*60, diff)
 			}
 			if t.Failed() {
 				t.Log(text)
@@ -257,8 +259,7 @@ func TestDemo(t *testing.T) {
 	}
 }
 
-// TestFailures: the demo notices that something is wrong, says what, and leaves
-// nothing.
+// TestFailures checks that the demo detects and reports problems, and leaves nothing behind.
 func TestFailures(t *testing.T) {
 	t.Parallel()
 	script := func(text string) string {
@@ -268,14 +269,14 @@ func TestFailures(t *testing.T) {
 		}
 		return path
 	}
-	unserved := t.TempDir()
+	wrongPort := t.TempDir()
 	for _, name := range []string{"backend.yaml", "redis.yaml", "public.yaml"} {
 		text, err := os.ReadFile(filepath.Join("..", name))
 		if err != nil {
 			t.Fatal(err)
 		}
 		text = bytes.ReplaceAll(text, []byte("targetPort: 8080"), []byte("targetPort: 8081"))
-		if err := os.WriteFile(filepath.Join(unserved, name), text, 0o644); err != nil {
+		if err := os.WriteFile(filepath.Join(wrongPort, name), text, 0o644); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -288,7 +289,7 @@ func TestFailures(t *testing.T) {
 	}{
 		"not root": {
 			adjust: func(cmd *exec.Cmd) {
-				// Nobody can't get to the test's own folders.
+				// The user nobody has no access to the test's directories.
 				const nobody = 65534
 				cmd.Path, cmd.Dir = "/proc/self/exe", "/"
 				cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
@@ -296,18 +297,18 @@ func TestFailures(t *testing.T) {
 			code: 1, stderr: "run it as root",
 		},
 		"no binary":       {args: []string{"-fairlead=bin/nothing"}, code: 1, stderr: "bin/nothing: no such file or directory: run `make build` first"},
-		"other folder":    {args: []string{"-services=nothing"}, code: 1, stderr: "nothing/backend.yaml: no such file or directory: run the demo in the folder"},
-		"an unknown mode": {args: []string{"-mode=iptables"}, code: 1, stderr: `want nft or ipvs, not "iptables"`},
+		"other folder":    {args: []string{"-services=nothing"}, code: 1, stderr: "nothing/backend.yaml: no such file or directory: run the demo in the root of the repository"},
+		"an unknown mode": {args: []string{"-mode=iptables"}, code: 1, stderr: `-mode: unknown mode "iptables": use nft or ipvs`},
 		"few requests":    {args: []string{"-requests=3"}, code: 1, stderr: "use 50 or more"},
 		"unknown flag":    {args: []string{"-forever"}, code: 2, stderr: "-forever"},
 		"an argument":     {args: []string{"keep"}, code: 2, stderr: `unexpected argument "keep"`},
-		"fairlead ends":   {args: []string{"-fairlead=" + script("echo no nf_tables >&2; exit 1")}, code: 1, stderr: "fairlead has ended: no nf_tables\nexit status 1"},
-		"fairlead is odd": {args: []string{"-fairlead=" + script("echo odd >&2; exec "+fairleadBinary+` "$@"`)}, code: 1, stdout: "FAILED: fairlead says: odd"},
+		"fairlead ends":   {args: []string{"-fairlead=" + script("echo no nf_tables >&2; exit 1")}, code: 1, stderr: "fairlead ended: no nf_tables\nexit status 1"},
+		"fairlead prints": {args: []string{"-fairlead=" + script("echo odd >&2; exec "+fairleadBinary+` "$@"`)}, code: 1, stdout: "FAILED: fairlead logged: odd"},
 		"fairlead warns": {
 			args: []string{"-fairlead=" + script(`echo '{"level":"WARN","msg":"odd"}' >&2; exec `+fairleadBinary+` "$@"`)},
-			code: 1, stdout: `FAILED: fairlead says: {"level":"WARN","msg":"odd"}`,
+			code: 1, stdout: `FAILED: fairlead logged: {"level":"WARN","msg":"odd"}`,
 		},
-		"requests fail": {args: []string{"-services=" + unserved}, code: 1, stdout: "connection refused"},
+		"requests fail": {args: []string{"-services=" + wrongPort}, code: 1, stdout: "connection refused"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -323,21 +324,22 @@ func TestFailures(t *testing.T) {
 	}
 }
 
-// TestVM: where the kernel cannot run a mode, and only there, a virtual machine's does.
+// TestVM checks that the demo runs in a virtual machine if, and only if, the kernel does not
+// support the mode.
 func TestVM(t *testing.T) {
 	t.Parallel()
-	cannot := options{mode: modeIPVS}.checkSupported()
-	if cannot != nil && !errors.Is(cannot, ipvs.ErrNotSupported) {
-		t.Fatal(cannot)
+	supportErr := options{mode: backend.IPVS}.checkSupported()
+	if supportErr != nil && !errors.Is(supportErr, ipvs.ErrNotSupported) {
+		t.Fatal(supportErr)
 	}
-	for mode, want := range map[string]bool{modeNFT: false, modeIPVS: cannot != nil} {
+	for mode, want := range map[string]bool{backend.NFT: false, backend.IPVS: supportErr != nil} {
 		t.Run(mode, func(t *testing.T) {
 			t.Parallel()
-			d := startDemo(t, nil, "-mode="+mode, "-vm=echo there; exit 7")
+			d := startDemo(t, nil, "-mode="+mode, "-vm=echo in a VM; exit 7")
 			code := d.waitExit(t)
-			there := code == 7 && d.printed.String() == "there\n" && strings.Contains(d.stderr.String(), fmt.Sprint(cannot))
-			here := code == 0 && strings.Contains(d.printed.String(), "OK:")
-			if there != want || here == want {
+			inVM := code == 7 && d.printed.String() == "in a VM\n" && strings.Contains(d.stderr.String(), fmt.Sprint(supportErr))
+			onHost := code == 0 && strings.Contains(d.printed.String(), "OK:")
+			if inVM != want || onHost == want {
 				t.Errorf("exit code %d, want a virtual machine: %t\n%s%s", code, want, &d.printed, &d.stderr)
 			}
 			d.checkNothingLeft(t)
@@ -345,7 +347,7 @@ func TestVM(t *testing.T) {
 	}
 }
 
-// TestSignals: whatever ends the demo, nothing is left.
+// TestSignals checks that the demo leaves nothing behind, whichever signal ends it.
 func TestSignals(t *testing.T) {
 	t.Parallel()
 	for name, tc := range map[string]struct {
@@ -353,14 +355,14 @@ func TestSignals(t *testing.T) {
 		end   func(*demo) error
 		want  int
 	}{
-		"SIGINT at the start":           {"pod ", signalTo(syscall.SIGINT), 128 + 2},
-		"SIGINT under load":             {"1. ", signalTo(syscall.SIGINT), 128 + 2},
-		"SIGTERM while a back end goes": {"2. ", signalTo(syscall.SIGTERM), 128 + 15},
-		"SIGHUP while two come":         {"3. ", signalTo(syscall.SIGHUP), 128 + 1},
+		"SIGINT at the start":                 {"pod ", signalTo(syscall.SIGINT), 128 + 2},
+		"SIGINT under load":                   {"1. ", signalTo(syscall.SIGINT), 128 + 2},
+		"SIGTERM while a back end is deleted": {"2. ", signalTo(syscall.SIGTERM), 128 + 15},
+		"SIGHUP while two are added":          {"3. ", signalTo(syscall.SIGHUP), 128 + 1},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			// So many that it is not done before.
+			// Enough requests that the demo does not finish before the signal.
 			d := startDemo(t, nil, "-requests=200")
 			d.waitForLine(t, tc.after)
 			if got := d.processes(t); len(got) != 3 {
@@ -375,7 +377,7 @@ func TestSignals(t *testing.T) {
 			d.checkNothingLeft(t)
 		})
 	}
-	t.Run("nobody reads its output", func(t *testing.T) {
+	t.Run("closed output pipe", func(t *testing.T) {
 		t.Parallel()
 		r, w, err := os.Pipe()
 		if err != nil {
@@ -386,7 +388,7 @@ func TestSignals(t *testing.T) {
 			t.Fatal(err)
 		}
 		if err := d.Wait(); d.ProcessState.ExitCode() != 128+13 {
-			t.Errorf("it ended with %v, want exit code %d; %s", err, 128+13, &d.stderr)
+			t.Errorf("the demo ended with %v, want exit code %d; %s", err, 128+13, &d.stderr)
 		}
 		d.checkNothingLeft(t)
 	})
@@ -396,14 +398,14 @@ func signalTo(s syscall.Signal) func(*demo) error {
 	return func(d *demo) error { return d.Process.Signal(s) }
 }
 
-// TestKeep: what -keep says to do works, and Ctrl-C removes everything. After
-// SIGKILL, the next run does.
+// TestKeep checks that the commands printed with -keep work, and that Ctrl-C removes everything.
+// After SIGKILL, the next run removes everything.
 func TestKeep(t *testing.T) {
 	t.Parallel()
 	name := fmt.Sprintf("demo-test-%d", os.Getpid())
 	t.Cleanup(func() {
 		if left := namespaces(t, name); len(left) > 0 {
-			t.Errorf("left: %v", left)
+			t.Errorf("names left behind: %v", left)
 		}
 	})
 	keep := func() *demo {
@@ -433,17 +435,17 @@ func TestKeep(t *testing.T) {
 		t.Errorf("nft lists %q, error %v", rules, err)
 	}
 
-	// Others do not disturb it.
+	// Other runs do not disturb the first.
 	second := startDemo(t, nil, "-keep", "-name="+name)
 	if code := second.waitExit(t); code != 1 || !strings.Contains(second.stderr.String(), "another demo with -keep is running under the name "+name) {
-		t.Errorf("a second one exits with %d: %s", code, &second.stderr)
+		t.Errorf("a second demo with -keep exits with %d, want 1: %s", code, &second.stderr)
 	}
 	third := startDemo(t, nil, "-name="+name)
 	if code := third.waitExit(t); code != 0 {
-		t.Errorf("one without -keep exits with %d: %s", code, &third.stderr)
+		t.Errorf("a demo without -keep exits with %d: %s", code, &third.stderr)
 	}
 	if diff := cmp.Diff(want, namespaces(t, name)); diff != "" {
-		t.Errorf("namespaces later (-want +got):\n%s", diff)
+		t.Errorf("namespaces after other runs (-want +got):\n%s", diff)
 	}
 
 	if err := first.Process.Kill(); err != nil {
@@ -452,16 +454,16 @@ func TestKeep(t *testing.T) {
 	first.waitExit(t)
 	first.checkNoProcess(t)
 	if len(namespaces(t, name)) == 0 {
-		t.Error("SIGKILL has left no names: the next step shows nothing")
+		t.Error("SIGKILL left no names, so the test cannot check their removal")
 	}
 	startInFolder := func(cmd *exec.Cmd) { cmd.Env = append(cmd.Env, "TMPDIR="+first.dir) }
 	fourth := startDemo(t, startInFolder, "-name="+name)
 	if code := fourth.waitExit(t); code != 0 {
-		t.Errorf("the next one exits with %d: %s", code, &fourth.stderr)
+		t.Errorf("the next demo exits with %d: %s", code, &fourth.stderr)
 	}
 	first.checkNothingLeft(t)
 	if left := namespaces(t, name); len(left) > 0 {
-		t.Errorf("the next one has left %v", left)
+		t.Errorf("the next demo left %v", left)
 	}
 
 	last := keep()
@@ -469,12 +471,12 @@ func TestKeep(t *testing.T) {
 		t.Fatal(err)
 	}
 	if code := last.waitExit(t); code != 0 {
-		t.Errorf("Ctrl-C makes it exit with %d: %s", code, &last.stderr)
+		t.Errorf("the demo exits with %d after Ctrl-C, want 0: %s", code, &last.stderr)
 	}
 	last.checkNothingLeft(t)
 }
 
-// TestResponder: what it answers to each line or command, byte by byte.
+// TestResponder checks the responder's answers to lines and commands.
 func TestResponder(t *testing.T) {
 	t.Parallel()
 	server, conn := net.Pipe()
@@ -506,7 +508,7 @@ func TestResponder(t *testing.T) {
 		}
 		got := make([]byte, len(step.want))
 		if _, err := io.ReadFull(conn, got); err != nil || string(got) != step.want {
-			t.Fatalf("%q is answered %q, error %v, want %q", step.send, got, err, step.want)
+			t.Fatalf("answer to %q is %q, error %v; want %q", step.send, got, err, step.want)
 		}
 	}
 }

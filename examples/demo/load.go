@@ -15,30 +15,29 @@ import (
 )
 
 const (
-	// requestTimeout is when a request has failed.
+	// requestTimeout is the timeout of a request.
 	requestTimeout = 2 * time.Second
-	// requestInterval is how long a front end waits between requests.
+	// requestInterval is the time between requests of a front end.
 	requestInterval = 2 * time.Millisecond
 )
 
-// request is one request for http://backend and what became of it.
+// request is the result of one request for http://backend.
 type request struct {
-	from    string // the front end
+	from    string // name of the front end
 	start   time.Time
-	address netip.Addr // of the Service, that the connection was made to
-	pod     string     // that answered
+	address netip.Addr // address of the Service that the client connected to
+	pod     string     // pod that answered
 	err     error
 }
 
-// load is requests from all front ends, one after the other from each, until
-// stop.
+// load sends sequential requests from each front end until stop is called.
 type load struct {
 	wg      sync.WaitGroup
 	stopped chan struct{}
 
 	mu        sync.Mutex
-	completed []request     // in the order that they ended in
-	changed   chan struct{} // closed, and made anew, when done grows
+	completed []request     // in the order of completion
+	changed   chan struct{} // closed and replaced when completed grows
 }
 
 func (c *cluster) startLoad(ctx context.Context) *load {
@@ -47,7 +46,7 @@ func (c *cluster) startLoad(ctx context.Context) *load {
 		client := &http.Client{
 			Timeout: requestTimeout,
 			Transport: &http.Transport{
-				DisableKeepAlives: true, // A connection carries one request.
+				DisableKeepAlives: true, // one request per connection
 				DialContext:       c.resolver(p.Host).dial,
 			},
 		}
@@ -76,7 +75,7 @@ func (l *load) run(ctx context.Context, from string, client *http.Client) {
 	}
 }
 
-// get asks for the URL once.
+// get makes one request for a URL.
 func get(ctx context.Context, client *http.Client, url string) request {
 	r := request{start: time.Now()}
 	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
@@ -105,15 +104,15 @@ func get(ctx context.Context, client *http.Client, url string) request {
 	return r
 }
 
-// stop ends the load when the requests in flight are done, and returns all.
+// stop ends the load after the requests in flight, and returns all requests.
 func (l *load) stop() []request {
 	close(l.stopped)
 	l.wg.Wait()
 	return l.completed
 }
 
-// wait blocks until n requests are done that began at since or later, and
-// returns the first n of them.
+// wait blocks until n requests that started at or after since are completed, and returns the first
+// n of them.
 func (l *load) wait(ctx context.Context, since time.Time, n int) ([]request, error) {
 	var found []request
 	seen := 0

@@ -1,19 +1,19 @@
-// Command demo shows Fairlead at work on one machine, in a few seconds.
+// Command demo shows Fairlead at work on one machine, within a few seconds.
 //
-// It makes a node and seven pods, each a network namespace with addresses of
-// its own: three front ends, three back ends, and a Redis. The node runs the
-// real fairlead, which is given the Services of the folder examples and a YAML
-// file for each pod. The front ends ask for http://backend, by name and over a
-// new connection for each request, while a back end is deleted and two are
-// added, and at last a host outside uses a node port. What it prints is what happened: it exits with 1 if a request failed
-// or anything else was not as it must be.
+// It creates a node and seven pods, each of which is a network namespace: three front ends, three
+// back ends and a Redis. The node runs the real fairlead, which reads the Services in the
+// directory examples and one YAML file per pod. The front ends request http://backend by name,
+// over a new connection for each request, while the demo deletes one back end and adds two.
+// Finally a host outside the cluster uses a node port. The output reports what happened. The exit
+// code is 1 if a request failed or anything else went wrong.
 //
-// It needs root, and no program besides fairlead: a redis-server is used where
-// there is one. With -mode=ipvs it needs a kernel that has IPVS; -vm names a command
-// that runs the demo in a virtual machine, for where the kernel has not. What it makes goes with it, however it ends, save for a
-// temporary folder, and with -keep the names under /run/netns and /etc/netns,
-// if it is killed with SIGKILL; the next run removes these. Processes that it
-// starts are killed by the kernel if it dies.
+// The demo needs root, and no program besides fairlead; it uses redis-server if that is installed.
+// With -mode=ipvs it needs a kernel with IPVS. The flag -vm sets a command that runs the demo in a
+// virtual machine if the kernel does not support the mode.
+//
+// The demo removes everything it creates, however it ends. Only SIGKILL leaves a temporary
+// directory, and with -keep the names under /run/netns and /etc/netns, which the next run removes.
+// If the demo dies, the kernel kills the processes that it started.
 package main
 
 import (
@@ -25,9 +25,12 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
+	"strings"
 	"syscall"
 	"time"
 
+	"fairlead.io/fairlead/internal/backend"
 	"fairlead.io/fairlead/internal/nettest"
 	"fairlead.io/fairlead/ipvs"
 )
@@ -36,7 +39,7 @@ func main() {
 	os.Exit(run(context.Background(), os.Args[1:], os.Stdout, os.Stderr))
 }
 
-// options are the flags.
+// options are the values of the flags.
 type options struct {
 	mode     string
 	vm       string
@@ -47,51 +50,44 @@ type options struct {
 	name     string
 }
 
-// minRequests make it unlikely, less than once in 10,000 runs, that one of
-// five back ends is chosen for none of them.
+// minRequests requests make it unlikely, with a probability below 1 in 10,000, that one of five
+// back ends gets no request.
 const minRequests = 50
 
-// The modes, as fairlead calls them.
-const (
-	modeNFT  = "nft"
-	modeIPVS = "ipvs"
-)
-
-// demoTimeout is the time that the demo may take before it gives up, waiting with
-// -keep aside. It takes a few seconds.
+// demoTimeout is the maximum duration of the demo, which usually takes a few seconds. It does not
+// include the wait with -keep.
 const demoTimeout = 60 * time.Second
 
-// The exit codes besides 0. A signal adds its number to exitSignal, as in a
-// shell.
+// Exit codes besides 0. As in a shell, the number of a signal is added to exitSignal.
 const (
 	exitFailed = 1
 	exitUsage  = 2
 	exitSignal = 128
 )
 
-// signalError says that a signal has ended the demo.
+// signalError reports that a signal has ended the demo.
 type signalError struct{ signal syscall.Signal }
 
 func (i signalError) Error() string { return "interrupted: " + i.signal.String() }
 
-// errProblems says that something was not as it must be; it has been printed.
-var errProblems = errors.New("not everything was as it must be")
+// errProblems reports that something went wrong. The problems are already printed.
+var errProblems = errors.New("the demo found problems")
 
-// errCleanup says that something may be left.
+// errCleanup reports that the cleanup failed and something may be left behind.
 var errCleanup = errors.New("clean up")
 
-// run is main with all that it depends on, and returns the exit code.
+// run implements main and returns the exit code.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	var o options
 	flags := flag.NewFlagSet("demo", flag.ContinueOnError)
 	flags.SetOutput(stderr)
-	flags.StringVar(&o.mode, "mode", modeNFT, "how fairlead programs the kernel: nft or ipvs")
-	flags.StringVar(&o.vm, "vm", "", "the shell's `command` that runs the demo in a virtual machine, for when this kernel cannot run the mode")
-	flags.BoolVar(&o.keep, "keep", false, "leave everything running to look around, until Ctrl-C")
-	flags.IntVar(&o.requests, "requests", 300, "requests to count before the first and after each change")
-	flags.StringVar(&o.fairlead, "fairlead", "bin/fairlead", "the program to show")
-	flags.StringVar(&o.services, "services", "examples", "the folder with backend.yaml, redis.yaml and public.yaml")
-	flags.StringVar(&o.name, "name", "fairlead-demo", "with -keep, what the names of the namespaces begin with")
+	flags.StringVar(&o.mode, "mode", backend.Names()[0], "fairlead's mode: "+strings.Join(backend.Names(), " or "))
+	flags.StringVar(&o.vm, "vm", "", "shell `command` that runs the demo in a virtual machine, used if this kernel does not support the mode")
+	flags.BoolVar(&o.keep, "keep", false, "keep everything running until Ctrl-C, for inspection")
+	flags.IntVar(&o.requests, "requests", 300, "number of requests to count before the first change and after each change")
+	flags.StringVar(&o.fairlead, "fairlead", "bin/fairlead", "path of the fairlead binary")
+	flags.StringVar(&o.services, "services", "examples", "directory with backend.yaml, redis.yaml and public.yaml")
+	flags.StringVar(&o.name, "name", "fairlead-demo", "prefix of the names of namespaces, with -keep")
 	if err := flags.Parse(args); err != nil {
 		if errors.Is(err, flag.ErrHelp) {
 			return 0
@@ -110,8 +106,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	case err == nil:
 		return 0
 	case errors.Is(err, ipvs.ErrNotSupported) && o.vm != "":
-		_, _ = fmt.Fprintf(stderr, "demo: %v: running in a virtual machine, emulated, which is slow: %s\n", err, o.vm)
-		err := syscall.Exec("/bin/sh", []string{"sh", "-c", o.vm}, os.Environ()) //nolint:gosec // the caller's choice
+		_, _ = fmt.Fprintf(stderr, "demo: %v: running in an emulated virtual machine, which is slow: %s\n", err, o.vm)
+		err := syscall.Exec("/bin/sh", []string{"sh", "-c", o.vm}, os.Environ()) //nolint:gosec // the user sets the command
 		_, _ = fmt.Fprintf(stderr, "demo: run the shell: %v\n", err)
 	case errors.Is(err, errCleanup):
 		_, _ = fmt.Fprintln(stderr, "demo:", err)
@@ -125,9 +121,9 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	return exitFailed
 }
 
-// withSignals returns a context that ends with the cause [signalError] when
-// somebody wants the demo to end, or nobody reads its output. Later signals
-// are without effect, so that cleaning up is not disturbed.
+// withSignals returns a context that is canceled with a [signalError] when a signal asks the demo
+// to end, or when its output is a closed pipe. Later signals have no effect, so that they do not
+// disturb the cleanup.
 func withSignals(ctx context.Context) (context.Context, func()) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	signals := make(chan os.Signal, 1)
@@ -147,7 +143,7 @@ func withSignals(ctx context.Context) (context.Context, func()) {
 	}
 }
 
-// run makes the cluster, tells the story, and removes everything.
+// run creates the cluster, runs the scenario, and removes everything.
 func (o options) run(ctx context.Context, out io.Writer) (err error) {
 	if err := o.validate(); err != nil {
 		return err
@@ -162,12 +158,12 @@ func (o options) run(ctx context.Context, out io.Writer) (err error) {
 	var u cleanupStack
 	u.add(lock)
 	defer func() {
-		// Deferred, so that a panic is followed by it too.
+		// Deferred, to clean up after a panic too.
 		if undoErr := u.run(); undoErr != nil {
 			err = errors.Join(err, fmt.Errorf("%w: %w", errCleanup, undoErr))
 		}
 	}()
-	timed, cancel := context.WithTimeoutCause(ctx, demoTimeout, fmt.Errorf("the demo was not done after %v", demoTimeout))
+	timed, cancel := context.WithTimeoutCause(ctx, demoTimeout, fmt.Errorf("the demo did not finish within %v", demoTimeout))
 	defer cancel()
 	c, err := newCluster(timed, o, &u)
 	if err == nil {
@@ -177,42 +173,42 @@ func (o options) run(ctx context.Context, out io.Writer) (err error) {
 	if o.keep && (err == nil || errors.Is(err, errProblems)) {
 		c.printKeepHelp(out)
 		<-ctx.Done()
-		_, _ = fmt.Fprintln(out, "\nEnding, and removing everything.")
+		_, _ = fmt.Fprintln(out, "\nRemoving everything.")
 		return err
 	}
 	if err != nil && timed.Err() != nil {
-		// What failed did so because of that, most likely.
+		// The error is most likely a consequence of the canceled context.
 		return context.Cause(timed)
 	}
 	return err
 }
 
-// validate finds out early, and says what to do about, what people forget.
+// validate checks the flags and common mistakes, and returns errors that say how to fix them.
 func (o options) validate() error {
 	if os.Geteuid() != 0 {
-		return errors.New("it makes network namespaces, which only root may: run it as root, for example with sudo")
+		return errors.New("the demo creates network namespaces, which needs root: run it as root, for example with sudo")
 	}
-	if o.mode != modeNFT && o.mode != modeIPVS {
-		return fmt.Errorf("-mode: want %s or %s, not %q", modeNFT, modeIPVS, o.mode)
+	if !slices.Contains(backend.Names(), o.mode) {
+		return fmt.Errorf("-mode: unknown mode %q: use %s", o.mode, strings.Join(backend.Names(), " or "))
 	}
 	if o.requests < minRequests {
-		return fmt.Errorf("-requests: %d are too few to see each back end get some: use %d or more", o.requests, minRequests)
+		return fmt.Errorf("-requests: %d requests may not reach every back end: use %d or more", o.requests, minRequests)
 	}
 	if _, err := os.Stat(o.fairlead); err != nil {
-		return fmt.Errorf("%w: run `make build` first, in the folder that Makefile is in", err)
+		return fmt.Errorf("%w: run `make build` first, in the root of the repository", err)
 	}
 	for _, service := range []string{backendApp, redisApp} {
 		if _, err := os.Stat(filepath.Join(o.services, service+".yaml")); err != nil {
-			return fmt.Errorf("%w: run the demo in the folder that Makefile is in", err)
+			return fmt.Errorf("%w: run the demo in the root of the repository", err)
 		}
 	}
 	return nil
 }
 
-// checkSupported asks the kernel whether it can run the mode, in a namespace made for
-// that. If not, the error says what it lacks, and is an [ipvs.ErrNotSupported].
+// checkSupported checks in a new network namespace whether the kernel supports the mode. If it
+// does not, the error wraps [ipvs.ErrNotSupported] and names the missing feature.
 func (o options) checkSupported() (err error) {
-	if o.mode != modeIPVS {
+	if o.mode != backend.IPVS {
 		return nil
 	}
 	ns, err := nettest.NewNamespace("")

@@ -17,30 +17,31 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// process is a program that runs in a namespace.
+// process is a program that runs in a network namespace.
 type process struct {
 	cancel func()
-	done   chan struct{} // closed when it has ended
-	err    error         // how, to be read when done is closed
+	done   chan struct{} // closed when the program has ended
+	err    error         // the result of Wait; valid when done is closed
 }
 
-// startProcess runs a program in a namespace until stop, or until it ends by
-// itself. The kernel kills it if this process dies.
+// startProcess runs a program in a network namespace until it ends or the caller calls stop. The
+// kernel kills the program if this process dies.
 func startProcess(ctx context.Context, ns *nettest.Namespace, output io.Writer, program string, args ...string) (*process, error) {
-	// It must still be there while other things are cleaned up.
+	// The program must keep running during the cleanup of resources created after it.
 	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
-	cmd := exec.CommandContext(ctx, program, args...) //nolint:gosec // the caller's choice
+	cmd := exec.CommandContext(ctx, program, args...) //nolint:gosec // the caller chooses the program
 	cmd.Stdout, cmd.Stderr = output, output
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
-	cmd.WaitDelay = 3 * time.Second // Then it is killed.
-	// In a process group of its own it does not get the terminal's Ctrl-C.
+	cmd.WaitDelay = 3 * time.Second // from SIGTERM to SIGKILL
+	// In a separate process group, the program does not receive the terminal's Ctrl-C.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 
 	p := &process{cancel: cancel, done: make(chan struct{})}
 	started := make(chan error, 1)
 	go func() {
 		defer close(p.done)
-		// Pdeathsig is about the thread: Do keeps it until Wait returns.
+		// Pdeathsig follows the thread that started the program: Do keeps the thread until
+		// Wait returns.
 		err := ns.Do(func() error {
 			err := cmd.Start()
 			started <- err
@@ -70,44 +71,44 @@ func (p *process) stop() error {
 	if errors.Is(p.err, exec.ErrWaitDelay) {
 		return p.err
 	}
-	return nil // How it ends when it is told to is its own affair.
+	return nil // the exit status does not matter after SIGTERM
 }
 
-// logLine is one line of fairlead's log: a call to the kernel, or with the last
-// two fields a node port that a Service was given.
+// logLine is one line of fairlead's log: a commit, or an allocated node port with Service and
+// NodePort.
 type logLine struct {
-	Time     time.Time // when it had ended
+	Time     time.Time // end of the commit
 	Level    slog.Level
 	Message  string `json:"msg"`
 	Reason   string
-	Changes  int // changed Services, those of each family counted
+	Changes  int // changed Services, counted once per address family
 	Failed   int
 	Services int
-	// Latency is from when the syncer had the change to the end of the call.
+	// Latency is the time from the change at the syncer's input until the end of the commit.
 	Latency time.Duration
 
 	Service  string
 	NodePort uint16 `json:"node_port"`
 }
 
-// agentLog is fairlead's log, as it grows.
+// agentLog receives and parses fairlead's log.
 type agentLog struct {
-	file io.Writer // gets all of it
+	file io.Writer // receives a copy of the log
 
 	mu        sync.Mutex
-	partial   []byte // the beginning of a line
+	partial   []byte // incomplete last line
 	unparsed  []string
 	commits   []logLine
-	nodePorts map[string]uint16 // the last node port given to each Service
-	problems  []string          // lines of level Warn and Error
-	changed   chan struct{}     // closed, and made anew, when commits grow
+	nodePorts map[string]uint16 // last node port of each Service
+	problems  []string          // lines of level WARN and ERROR
+	changed   chan struct{}     // closed and replaced when commits grows
 }
 
 func newAgentLog(file io.Writer) *agentLog {
 	return &agentLog{file: file, nodePorts: map[string]uint16{}, changed: make(chan struct{})}
 }
 
-// Write takes a part of the log.
+// Write implements io.Writer.
 func (j *agentLog) Write(p []byte) (int, error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -126,7 +127,7 @@ func (j *agentLog) Write(p []byte) (int, error) {
 func (j *agentLog) parseLine(line []byte) {
 	var c logLine
 	if err := json.Unmarshal(line, &c); err != nil {
-		j.unparsed = append(j.unparsed, string(line)) // Not logged but printed.
+		j.unparsed = append(j.unparsed, string(line)) // output without the log's format
 		return
 	}
 	if c.Level >= slog.LevelWarn {
@@ -142,7 +143,7 @@ func (j *agentLog) parseLine(line []byte) {
 	}
 }
 
-// nodePort returns the last node port given to a Service, 0 if there was none.
+// nodePort returns the last node port allocated to a Service, or 0.
 func (j *agentLog) nodePort(service string) uint16 {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -156,15 +157,15 @@ func (j *agentLog) commitCount() int {
 	return len(j.commits)
 }
 
-// problemLines returns the lines of the log that say something is wrong.
+// problemLines returns warnings, errors, and output that is not in the log's format.
 func (j *agentLog) problemLines() []string {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	return append(j.problems, j.unparsed...)
 }
 
-// waitCommit blocks until there are more than n commits, and returns the one that
-// follows the first n.
+// waitCommit blocks until there are more than n commits, and returns commit number n, counting
+// from 0.
 func (j *agentLog) waitCommit(ctx context.Context, fairlead *process, n int) (logLine, error) {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
@@ -179,9 +180,9 @@ func (j *agentLog) waitCommit(ctx context.Context, fairlead *process, n int) (lo
 		select {
 		case <-grown:
 		case <-fairlead.done:
-			return logLine{}, fmt.Errorf("fairlead has ended: %s", strings.Join(append(j.problemLines(), fmt.Sprint(fairlead.err)), "\n"))
+			return logLine{}, fmt.Errorf("fairlead ended: %s", strings.Join(append(j.problemLines(), fmt.Sprint(fairlead.err)), "\n"))
 		case <-ctx.Done():
-			return logLine{}, fmt.Errorf("wait for fairlead to program the kernel: %w", errors.Join(append(asErrors(j.problemLines()), ctx.Err())...))
+			return logLine{}, fmt.Errorf("wait until fairlead has programmed the kernel: %w", errors.Join(append(asErrors(j.problemLines()), ctx.Err())...))
 		}
 	}
 }

@@ -18,13 +18,13 @@ import (
 
 const redisPort = 6379
 
-// startRedis runs a redis-server in the pod if there is one on this machine,
-// and a responder in its place if not. It says which.
-func startRedis(ctx context.Context, pod *nettest.Host, dir string) (what string, stop func() error, err error) {
+// startRedis runs redis-server in the pod if it is installed, and a responder otherwise. It
+// returns a description of the program.
+func startRedis(ctx context.Context, pod *nettest.Host, dir string) (description string, stop func() error, err error) {
 	path, err := exec.LookPath("redis-server")
 	if err != nil {
 		stop, err = startResponder(ctx, pod)
-		return "a small responder, as redis-server is not installed", stop, err
+		return "a small responder, because redis-server is not installed", stop, err
 	}
 	args := []string{"--port", strconv.Itoa(redisPort), "--dir", dir, "--save", "", "--appendonly", "no", "--protected-mode", "no"}
 	args = append(args, "--bind")
@@ -39,15 +39,15 @@ func startRedis(ctx context.Context, pod *nettest.Host, dir string) (what string
 	if err := awaitRedis(ctx, pod, p); err != nil {
 		return "", nil, fmt.Errorf("%s does not answer: %w\n%s", path, errors.Join(err, p.stop()), output.String())
 	}
-	what = "redis-server"
+	description = "redis-server"
 	if version, err := exec.CommandContext(ctx, path, "--version").Output(); err == nil {
 		for field := range strings.FieldsSeq(string(version)) {
 			if v, ok := strings.CutPrefix(field, "v="); ok {
-				what += " " + v
+				description += " " + v
 			}
 		}
 	}
-	return what, p.stop, nil
+	return description, p.stop, nil
 }
 
 // awaitRedis blocks until the Redis in the pod answers.
@@ -55,7 +55,7 @@ func awaitRedis(ctx context.Context, pod *nettest.Host, p *process) error {
 	return eventually(ctx, func() error {
 		select {
 		case <-p.done:
-			return permanentError{fmt.Errorf("it has ended: %w", p.err)}
+			return permanentError{fmt.Errorf("process ended: %w", p.err)}
 		default:
 		}
 		conn, err := pod.Dial(ctx, "tcp", netip.AddrPortFrom(pod.IPv4, redisPort))
@@ -67,7 +67,7 @@ func awaitRedis(ctx context.Context, pod *nettest.Host, p *process) error {
 	})
 }
 
-// tail keeps the last of what is written.
+// tail keeps the last 1000 bytes of the data written to it.
 type tail struct {
 	mu   sync.Mutex
 	text []byte
@@ -87,10 +87,9 @@ func (t *tail) String() string {
 	return string(t.text)
 }
 
-// redisCommand sends one command to a Redis over conn, returns the answer, and closes
-// conn.
+// redisCommand sends one command to Redis over conn, returns the answer, and closes conn.
 func redisCommand(ctx context.Context, conn net.Conn, args ...string) (string, error) {
-	defer conn.Close() //nolint:errcheck // all is said
+	defer conn.Close() //nolint:errcheck // the exchange is complete
 	if deadline, ok := ctx.Deadline(); ok {
 		if err := conn.SetDeadline(deadline); err != nil {
 			return "", err
@@ -126,14 +125,13 @@ func readLine(r *bufio.Reader) (string, error) {
 	return strings.TrimRight(line, "\r\n"), err
 }
 
-// responder speaks enough of Redis' protocol for the demo, and for somebody
-// who tries redis-cli.
+// responder implements the part of Redis' protocol that the demo and a user of redis-cli need.
 type responder struct {
 	mu     sync.Mutex
 	values map[string]string
 }
 
-// startResponder serves on all addresses of the pod.
+// startResponder serves the protocol on all addresses of the pod.
 func startResponder(ctx context.Context, pod *nettest.Host) (stop func() error, err error) {
 	r := &responder{values: map[string]string{}}
 	s := newStreamServer()
@@ -147,7 +145,7 @@ func startResponder(ctx context.Context, pod *nettest.Host) (stop func() error, 
 	return s.close, nil
 }
 
-// serveConn answers the commands on one connection, until it is closed.
+// serveConn executes the commands on one connection until it is closed.
 func (r *responder) serveConn(conn net.Conn) {
 	in := bufio.NewReader(conn)
 	for {
@@ -161,8 +159,7 @@ func (r *responder) serveConn(conn net.Conn) {
 	}
 }
 
-// readCommand reads the words of a command: a RESP array, or a line as telnet
-// would send.
+// readCommand reads the words of a command: a RESP array, or a line as typed in telnet.
 func readCommand(in *bufio.Reader) ([]string, error) {
 	const maxWords = 1024
 	line, err := readLine(in)
@@ -175,11 +172,11 @@ func readCommand(in *bufio.Reader) ([]string, error) {
 	}
 	n, err := strconv.Atoi(count)
 	if err != nil || n > maxWords {
-		return nil, fmt.Errorf("command of %q words", count)
+		return nil, fmt.Errorf("invalid number of words %q", count)
 	}
 	var args []string
 	for range n {
-		if _, err := readLine(in); err != nil { // Its length; no word of ours has a line's end in it.
+		if _, err := readLine(in); err != nil { // the length; the demo's words contain no line breaks
 			return nil, err
 		}
 		arg, err := readLine(in)
@@ -191,7 +188,7 @@ func readCommand(in *bufio.Reader) ([]string, error) {
 	return args, nil
 }
 
-// execute carries a command out and returns the answer without its line's end.
+// execute executes a command and returns the answer without the line break.
 func (r *responder) execute(args []string) string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -235,7 +232,7 @@ type streamServer struct {
 
 func newStreamServer() *streamServer { return &streamServer{open: map[io.Closer]struct{}{}} }
 
-// track runs fn, and closes c when it has returned, or on close.
+// track runs fn in a goroutine. It closes c when fn returns or the server is closed.
 func (s *streamServer) track(c io.Closer, fn func()) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -253,15 +250,15 @@ func (s *streamServer) track(c io.Closer, fn func()) {
 	})
 }
 
-// serve accepts connections, each for a goroutine that runs talk.
-func (s *streamServer) serve(l net.Listener, talk func(net.Conn)) {
+// serve accepts connections and runs handle for each of them in a goroutine.
+func (s *streamServer) serve(l net.Listener, handle func(net.Conn)) {
 	s.track(l, func() {
 		for {
 			conn, err := l.Accept()
 			if err != nil {
 				return
 			}
-			s.track(conn, func() { talk(conn) })
+			s.track(conn, func() { handle(conn) })
 		}
 	})
 }

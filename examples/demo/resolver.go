@@ -14,14 +14,13 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// searchDomain is where a pod of the namespace default looks for names first.
+// searchDomain is the first search domain of pods in the namespace default.
 const searchDomain = "default.svc.cluster.local"
 
-// resolver finds Services by name, as the C library of a pod does: by asking
-// the cluster's name server, every time. Go's own would read this machine's
-// /etc/hosts and /etc/resolv.conf.
+// resolver looks up Services by name. Like the C library in a pod, it asks the cluster's name
+// server for each lookup. Go's resolver would read this machine's /etc/hosts and /etc/resolv.conf.
 type resolver struct {
-	host   *nettest.Host // that asks
+	host   *nettest.Host // sends the queries
 	server netip.AddrPort
 }
 
@@ -29,7 +28,7 @@ func (c *cluster) resolver(host *nettest.Host) resolver {
 	return resolver{host: host, server: c.nameServer()}
 }
 
-// resolvConf is what says the same to programs.
+// resolvConf returns the resolv.conf for programs in pods.
 func (c *cluster) resolvConf() string {
 	return fmt.Sprintf("nameserver %s\nsearch %s svc.cluster.local cluster.local\noptions ndots:5\n", c.net.Node.IPv4, searchDomain)
 }
@@ -56,12 +55,12 @@ func (r resolver) lookup(ctx context.Context, name string) ([]netip.Addr, error)
 		}
 	}
 	if len(addrs) == 0 {
-		return nil, fmt.Errorf("look up %s: it has no address", name)
+		return nil, fmt.Errorf("look up %s: no addresses", name)
 	}
 	return addrs, nil
 }
 
-// query asks up to three times: UDP may lose packets.
+// query sends a query up to three times, because UDP packets may be lost.
 func (r resolver) query(ctx context.Context, name string, kind uint16) (*dns.Msg, error) {
 	question := new(dns.Msg).SetQuestion(name+"."+searchDomain+".", kind)
 	client := dns.Client{Timeout: time.Second}
@@ -80,16 +79,15 @@ func (r resolver) query(ctx context.Context, name string, kind uint16) (*dns.Msg
 		case err != nil:
 			continue
 		case answer.Rcode != dns.RcodeSuccess:
-			return nil, fmt.Errorf("the name server says %s", dns.RcodeToString[answer.Rcode])
+			return nil, fmt.Errorf("the name server answered %s", dns.RcodeToString[answer.Rcode])
 		}
 		return answer, nil
 	}
 	return nil, err
 }
 
-// dial connects to a port of a Service, at one of its addresses, chosen at
-// random: those of both families are to be used. It has the signature that
-// http.Transport wants.
+// dial connects to a port of a Service, at a randomly selected address, so that connections use
+// both address families. Its signature is that of http.Transport.DialContext.
 func (r resolver) dial(ctx context.Context, network, hostPort string) (net.Conn, error) {
 	name, portText, err := net.SplitHostPort(hostPort)
 	if err != nil {

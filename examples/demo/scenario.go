@@ -15,17 +15,18 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"fairlead.io/fairlead/internal/backend"
 )
 
-// podGracePeriod is how long a deleted pod lives after the kernel knows that it is to
-// go. A cluster gives it 30 seconds.
+// podGracePeriod is the time between removing a pod from its Service and ending it. Kubernetes
+// waits 30 seconds by default.
 const podGracePeriod = 200 * time.Millisecond
 
-// outsideRequests is how many requests go to the node port of each of the
-// node's addresses.
+// outsideRequests is the number of requests to the node port on each address of the node.
 const outsideRequests = 20
 
-// scenario is what the demo does and prints.
+// scenario runs the steps of the demo and prints their results.
 type scenario struct {
 	*cluster
 	out      io.Writer
@@ -33,8 +34,8 @@ type scenario struct {
 
 	load           *load
 	serviceAddrs   []netip.Addr   // of the Service backend
-	previousCounts map[string]int // requests by back end in the step before
-	outsideCount   int            // requests from outside
+	previousCounts map[string]int // requests by back end in the previous step
+	outsideCount   int            // successful requests from outside the cluster
 	problems       []string
 }
 
@@ -42,15 +43,15 @@ func (s *scenario) print(format string, args ...any) {
 	_, _ = fmt.Fprintln(s.out, strings.TrimRight(fmt.Sprintf(format, args...), " "))
 }
 
-// reportProblem notes that something is not as it must be, and prints it.
+// reportProblem records and prints that something is wrong.
 func (s *scenario) reportProblem(format string, args ...any) {
 	problem := fmt.Sprintf(format, args...)
 	s.problems = append(s.problems, problem)
 	s.print("  WRONG: %s", problem)
 }
 
-// run does everything. It returns errProblems if something was not as it must be,
-// and another error if it could not go on.
+// run runs all steps. It returns errProblems if something was wrong, and other errors if the
+// scenario could not continue.
 func (s *scenario) run(ctx context.Context) error {
 	if err := s.printCluster(ctx); err != nil {
 		return err
@@ -66,7 +67,7 @@ func (s *scenario) run(ctx context.Context) error {
 	return s.printSummary(ctx, s.load.stop())
 }
 
-// printCluster prints what there is.
+// printCluster prints the pods and Services.
 func (s *scenario) printCluster(ctx context.Context) error {
 	s.print("Fairlead demo: a node with %d pods, each a network namespace, and 2 Services.", len(s.pods))
 	s.print("\n  %-11s %-12s %-17s %s", "pod", "IPv4", "IPv6", "what runs in it")
@@ -87,8 +88,8 @@ func (s *scenario) printCluster(ctx context.Context) error {
 		}
 		s.print("  %-11s %-43s %s", service, joinAddrs(addrs), podNames(s.podsOf(service)))
 	}
-	s.print("\nThe front ends ask for http://%s, by name and over a new connection each time, at random by IPv4", backendApp)
-	s.print("or IPv6. The back end that gets a request counts it in Redis, by way of the other Service.")
+	s.print("\nThe front ends request http://%s by name, over a new connection each time, and randomly by IPv4", backendApp)
+	s.print("or IPv6. The back end that receives a request counts it in Redis, through the other Service.")
 	return nil
 }
 
@@ -96,19 +97,19 @@ func (s *scenario) resolve(ctx context.Context, service string) ([]netip.Addr, e
 	return s.resolver(s.podsOf(frontendApp)[0].Host).lookup(ctx, service)
 }
 
-// countBaseline counts requests before anything changes.
+// countBaseline counts requests before the first change.
 func (s *scenario) countBaseline(ctx context.Context) error {
-	s.print("\n1. Three back ends: who answers %d requests?", s.requests)
+	s.print("\n1. Three back ends answer %d requests.", s.requests)
 	return s.countRequests(ctx, time.Time{})
 }
 
-// deleteBackend deletes a back end, as a cluster does: first the Service must do
-// without it, and a moment later it ends.
+// deleteBackend deletes a back end as a cluster does: it removes the pod from the Service first,
+// and ends the pod after the grace period.
 func (s *scenario) deleteBackend(ctx context.Context) error {
 	p := s.podsOf(backendApp)[1]
-	s.print("\n2. %s is deleted, while requests go on.", p.Name)
+	s.print("\n2. Delete %s while requests continue.", p.Name)
 	s.printTimingHeader()
-	c, err := s.changeAndWait(ctx, p.Name+" gone", func() error { return s.deleteManifest(p) })
+	c, err := s.changeAndWait(ctx, p.Name+" deleted", func() error { return s.deleteManifest(p) })
 	if err != nil {
 		return fmt.Errorf("delete %s: %w", p.Name, err)
 	}
@@ -123,16 +124,16 @@ func (s *scenario) deleteBackend(ctx context.Context) error {
 	return s.countRequests(ctx, c.Time)
 }
 
-// addBackends adds back ends.
+// addBackends adds two back ends.
 func (s *scenario) addBackends(ctx context.Context) error {
 	added := []string{"backend-4", "backend-5"}
-	s.print("\n3. %s are added, while requests go on.", strings.Join(added, " and "))
+	s.print("\n3. Add %s while requests continue.", strings.Join(added, " and "))
 	s.printTimingHeader()
 	var last logLine
 	for _, name := range added {
 		p, err := s.addPod(ctx, backendApp, name)
 		if err == nil {
-			last, err = s.changeAndWait(ctx, name+" there", func() error { return s.createManifest(p) })
+			last, err = s.changeAndWait(ctx, name+" added", func() error { return s.createManifest(p) })
 		}
 		if err != nil {
 			return fmt.Errorf("add %s: %w", name, err)
@@ -141,9 +142,9 @@ func (s *scenario) addBackends(ctx context.Context) error {
 	return s.countRequests(ctx, last.Time)
 }
 
-// addNodePort adds a Service of type NodePort, for clients outside of the cluster.
+// addNodePort adds a Service of type NodePort and sends requests to it from outside the cluster.
 func (s *scenario) addNodePort(ctx context.Context) error {
-	s.print("\n4. The Service %s is added, of type NodePort: the back ends for clients outside.", publicService)
+	s.print("\n4. Add the Service %s of type NodePort, which serves clients outside the cluster.", publicService)
 	text, err := os.ReadFile(filepath.Join(s.opts.services, publicService+".yaml"))
 	if err != nil {
 		return err
@@ -190,12 +191,11 @@ func (s *scenario) addNodePort(ctx context.Context) error {
 const timingRow = "   %-16s %19s %21s"
 
 func (s *scenario) printTimingHeader() {
-	s.print(timingRow, "in the kernel", "since file changed", "since syncer had it")
+	s.print(timingRow, "in the kernel", "since file changed", "since syncer input")
 }
 
-// changeAndWait makes a change, waits until the kernel has it, and prints how long
-// that took.
-func (s *scenario) changeAndWait(ctx context.Context, what string, change func() error) (logLine, error) {
+// changeAndWait makes a change, waits until the kernel has it, and prints how long this took.
+func (s *scenario) changeAndWait(ctx context.Context, description string, change func() error) (logLine, error) {
 	n, began := s.log.commitCount(), time.Now()
 	if err := change(); err != nil {
 		return logLine{}, err
@@ -204,15 +204,15 @@ func (s *scenario) changeAndWait(ctx context.Context, what string, change func()
 	if err != nil {
 		return logLine{}, err
 	}
-	s.print(timingRow, what, milliseconds(c.Time.Sub(began)), milliseconds(c.Latency))
+	s.print(timingRow, description, milliseconds(c.Time.Sub(began)), milliseconds(c.Latency))
 	if c.Reason != "change" || c.Failed != 0 || c.Latency <= 0 || c.Changes != len(s.serviceAddrs) {
-		s.reportProblem("fairlead's log says %+v: want one change for each of the Service's addresses", c)
+		s.reportProblem("fairlead logged %+v, want one change for each address of the Service", c)
 	}
 	return c, nil
 }
 
-// countRequests waits for requests that began at since or later, prints who answered
-// them, and compares that with the pods there are now.
+// countRequests waits for requests that started at or after since, prints how many each back end
+// answered, and compares this with the existing pods.
 func (s *scenario) countRequests(ctx context.Context, since time.Time) error {
 	requests, err := s.load.wait(ctx, since, s.requests)
 	if err != nil {
@@ -256,16 +256,16 @@ func (s *scenario) countRequests(ctx context.Context, since time.Time) error {
 	for _, name := range all {
 		switch isLive := slices.Contains(live, name); {
 		case isLive && counts[name] == 0:
-			s.reportProblem("%s got no request", name)
+			s.reportProblem("%s received no requests", name)
 		case !isLive && counts[name] > 0:
-			s.reportProblem("%s got requests that began after the kernel knew it was gone", name)
+			s.reportProblem("%s received requests that started after the kernel had removed it", name)
 		}
 	}
 	s.previousCounts = counts
 	return nil
 }
 
-// barWidth is the length of a bar that stands for everything.
+// barWidth is the length of a bar for all requests.
 const barWidth = 50
 
 func percent(n, of int) string { return fmt.Sprintf("%.0f %%", 100*float64(n)/float64(of)) }
@@ -290,9 +290,9 @@ func podNames(pods []*pod) string {
 	return strings.Join(texts, ", ")
 }
 
-// printSummary looks at everything that happened, and prints the verdict.
+// printSummary checks all requests and the final state, and prints the result.
 func (s *scenario) printSummary(ctx context.Context, requests []request) error {
-	s.print("\nAfter all:")
+	s.print("\nSummary:")
 	const shown = 5
 	failed := 0
 	elsewhere := map[netip.Addr]int{}
@@ -307,7 +307,7 @@ func (s *scenario) printSummary(ctx context.Context, requests []request) error {
 			elsewhere[r.address]++
 		}
 	}
-	s.print("   %d requests in all, through every change: %d failed", len(requests), failed)
+	s.print("   %d requests in total, during all changes: %d failed", len(requests), failed)
 	if failed > shown {
 		s.reportProblem("%d requests failed", failed)
 	}
@@ -315,38 +315,38 @@ func (s *scenario) printSummary(ctx context.Context, requests []request) error {
 	if err != nil {
 		return err
 	}
-	s.print("   the address of %s is what it was: %s", backendApp, joinAddrs(addrs))
+	s.print("   the addresses of %s are unchanged: %s", backendApp, joinAddrs(addrs))
 	if !slices.Equal(addrs, s.serviceAddrs) || len(elsewhere) > 0 {
-		s.reportProblem("the address of %s was %s, and requests went to %v", backendApp, joinAddrs(s.serviceAddrs), elsewhere)
+		s.reportProblem("the addresses of %s were %s before, and requests went to %v", backendApp, joinAddrs(s.serviceAddrs), elsewhere)
 	}
 	hits, err := s.redisCount(ctx)
 	if err != nil {
 		return err
 	}
-	s.print("   Redis has counted %s, %d of them from outside", hits, s.outsideCount)
+	s.print("   Redis has counted %s requests, %d of them from outside", hits, s.outsideCount)
 	if failed == 0 && hits != strconv.Itoa(len(requests)+s.outsideCount) {
-		s.reportProblem("Redis has counted %s requests, the front ends %d and the host outside %d", hits, len(requests), s.outsideCount)
+		s.reportProblem("Redis has counted %s requests, but the front ends sent %d and the host outside %d", hits, len(requests), s.outsideCount)
 	}
 	for _, line := range s.log.problemLines() {
-		s.reportProblem("fairlead says: %s", line)
+		s.reportProblem("fairlead logged: %s", line)
 	}
 	select {
 	case <-s.fairlead.done:
-		s.reportProblem("fairlead has ended: %v", s.fairlead.err)
+		s.reportProblem("fairlead ended: %v", s.fairlead.err)
 	default:
 	}
-	s.print("   \"since syncer had it\" is from the change handed to fairlead's syncer to the kernel's acknowledgement, as")
-	s.print("   fairlead logs it; \"since file changed\" is from just before a pod's YAML file was renamed into place, or")
-	s.print("   removed, to the same, with 2 ms in it for which fairlead waits for more files to change.")
+	s.print("   \"since syncer input\" is the time from the change at the input of fairlead's syncer until the kernel's")
+	s.print("   acknowledgement, as logged by fairlead. \"since file changed\" starts just before the pod's YAML file is")
+	s.print("   renamed into place or removed, and includes 2 ms in which fairlead waits for more files to change.")
 	if len(s.problems) > 0 {
 		s.print("\nFAILED: %s", strings.Join(s.problems, "\n        "))
 		return errProblems
 	}
-	s.print("\nOK: back ends came and went, the Service stayed, and none of %d requests failed.", len(requests))
+	s.print("\nOK: back ends were deleted and added, the Service stayed, and none of %d requests failed.", len(requests))
 	return nil
 }
 
-// redisCount returns what the back ends have counted.
+// redisCount returns the number of requests that the back ends have counted.
 func (s *scenario) redisCount(ctx context.Context) (string, error) {
 	conn, err := s.resolver(s.podsOf(frontendApp)[0].Host).dial(ctx, "tcp", fmt.Sprintf("%s:%d", redisApp, redisPort))
 	if err != nil {
@@ -355,28 +355,28 @@ func (s *scenario) redisCount(ctx context.Context) (string, error) {
 	return redisCommand(ctx, conn, "GET", requestCounter)
 }
 
-// printKeepHelp says what there is to look at with -keep.
+// printKeepHelp prints commands for inspection with -keep.
 func (c *cluster) printKeepHelp(out io.Writer) {
 	in := func(host, command string) string {
 		return fmt.Sprintf("ip netns exec %s-%s %s", c.opts.name, host, command)
 	}
-	look := "  the rules            " + in("node", "nft list table ip fairlead")
-	if c.opts.mode == modeIPVS {
-		look = "  the virtual servers  " + in("node", "ipvsadm -Ln") + "\n" +
-			"  the rules            " + in("node", "nft list table ip fairlead-ipvs")
+	rules := "  nftables rules       " + in("node", "nft list table ip fairlead")
+	if c.opts.mode == backend.IPVS {
+		rules = "  virtual servers      " + in("node", "ipvsadm -Ln") + "\n" +
+			"  nftables rules       " + in("node", "nft list table ip fairlead-ipvs")
 	}
 	_, _ = fmt.Fprintf(out, `
-It all keeps running, until Ctrl-C. To look around:
+Everything keeps running until Ctrl-C. Commands for inspection:
 
 %s
-  a request            %s
-  a name               %s
-  what is counted      %s
+  request              %s
+  name lookup          %s
+  request count        %s
   delete a back end    rm %s
-  what fairlead logs   tail -f %s
-  ip not installed?    nsenter --net=/run/netns/%s-node ...
+  fairlead's log       tail -f %s
+  without ip           nsenter --net=/run/netns/%s-node ...
 `,
-		look,
+		rules,
 		in("frontend-1", "curl http://"+backendApp),
 		in("frontend-1", "getent ahosts "+backendApp),
 		in("frontend-1", "redis-cli -h "+redisApp+" get "+requestCounter),
