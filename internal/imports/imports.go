@@ -1,6 +1,5 @@
-// Package imports checks that the packages of a module import each other only
-// as a table in its ARCHITECTURE.md allows. The table stands under the heading
-// "## Packages" and has three columns:
+// Package imports checks that the packages of a module import each other only as a table in its
+// ARCHITECTURE.md allows. The table is under the heading "## Packages" and has three columns:
 //
 //	| folder | what lives there | may import |
 //	|---|---|---|
@@ -9,22 +8,21 @@
 //	| `internal/nettest` | test helper: network namespaces | – |
 //	| `cmd/fairlead` | the binary | all, k8s API types |
 //
-// The first column names folders of packages, in backquotes. The third says,
-// separated by commas, what the files of these packages may import:
+// The first column names folders of packages, in backquotes. The third column lists, separated by
+// commas, what the files of these packages may import:
 //
 //   - a folder in backquotes: that package;
 //   - all: every package of the module;
 //   - –: no package of the module;
-//   - standard library only: no module but this one;
-//   - k8s API types: packages of k8s.io and sigs.k8s.io, which are forbidden
-//     otherwise. Only what is below kube, source, cmd, test and bench may have this.
+//   - standard library only: no other module;
+//   - k8s API types: packages of k8s.io and sigs.k8s.io, which are forbidden otherwise. Only
+//     packages below kube, source, cmd, test and bench may have this entry.
 //
-// A row whose second column begins with "test helper:" describes packages that
-// the test files of every package may import. Test files may also import other
-// modules than Kubernetes'.
+// If the second column starts with "test helper:", test files of every package may import the
+// packages of the row. Test files may also import other modules, except Kubernetes' modules.
 //
-// It also checks that a program for nodes links nothing that only tests and benchmarks
-// need, however indirectly: see [Table.CheckLinked].
+// The package also checks that a program for nodes does not link, even indirectly, packages that
+// only tests and benchmarks need: see [Table.CheckLinked].
 package imports
 
 import (
@@ -37,23 +35,23 @@ import (
 	"strings"
 )
 
-// Package is a package of the module, as far as its imports go.
+// Package is a package of the module and its imports.
 type Package struct {
-	// Folder is the package's path below the module's root, "." for the root.
+	// Folder is the path of the package below the module's root, "." for the root.
 	Folder string
-	// Imports and TestImports are the import paths in the package's files and
-	// in its test files, those of the external test package included.
+	// Imports are the import paths in the package's files, and TestImports those in its test files,
+	// including the external test package.
 	Imports, TestImports []string
 }
 
-// Table says which package may import which.
+// Table defines which package may import which.
 type Table struct {
 	rows map[string]*row // by folder
 }
 
-// row is what the table says of one folder.
+// row is the entry of a folder in the table.
 type row struct {
-	folders    []string // that may be imported
+	folders    []string // may be imported
 	all        bool
 	stdOnly    bool
 	kubernetes bool
@@ -71,10 +69,10 @@ const (
 	kubernetesFolders = "kube, source, cmd, test and bench"
 )
 
-// ParseTable reads the table out of a Markdown document.
+// ParseTable parses the table in a Markdown document.
 func ParseTable(markdown string) (*Table, error) {
 	t := &Table{rows: map[string]*row{}}
-	line, ahead := 0, 2 // the table's heading and its rule come before its rows
+	line, headerLines := 0, 2 // the header row and the delimiter row
 	inSection := false
 	for text := range strings.Lines(markdown) {
 		line++
@@ -83,8 +81,8 @@ func ParseTable(markdown string) (*Table, error) {
 		case strings.HasPrefix(text, "## "):
 			inSection = text == heading
 		case !inSection || !strings.HasPrefix(text, "|"):
-		case ahead > 0:
-			ahead--
+		case headerLines > 0:
+			headerLines--
 		default:
 			if err := t.addRow(text); err != nil {
 				return nil, fmt.Errorf("line %d: %w", line, err)
@@ -92,12 +90,12 @@ func ParseTable(markdown string) (*Table, error) {
 		}
 	}
 	if len(t.rows) == 0 {
-		return nil, fmt.Errorf("no table under %q", heading)
+		return nil, fmt.Errorf("no table under the heading %q", heading)
 	}
 	for _, folder := range slices.Sorted(maps.Keys(t.rows)) {
 		for _, to := range t.rows[folder].folders {
 			if t.rows[to] == nil {
-				return nil, fmt.Errorf("the row of %s lets it import %s, which has no row", folder, to)
+				return nil, fmt.Errorf("the row of %s allows importing %s, which has no row", folder, to)
 			}
 		}
 	}
@@ -133,7 +131,7 @@ func (t *Table) addRow(text string) error {
 			return fmt.Errorf("folder %q: want a folder in backquotes", item)
 		}
 		if t.rows[folder] != nil {
-			return fmt.Errorf("a second row for %s", folder)
+			return fmt.Errorf("duplicate row for %s", folder)
 		}
 		if r.kubernetes && !mayImportKubernetes(folder) {
 			return fmt.Errorf("%q in the row of %s: only %s may import Kubernetes' packages", wordK8s, folder, kubernetesFolders)
@@ -171,9 +169,9 @@ func below(path, parent string) bool {
 	return path == parent || strings.HasPrefix(path, parent+"/")
 }
 
-// Check compares all packages of the module with the table. It returns an error
-// that has, in order of the folders, one line for each deviation: a package
-// without a row, a row without a package, an import that the row does not allow.
+// Check compares all packages of the module with the table. Its error has one line for each
+// deviation, in the order of folders: a package without a row, a row without a package, or an
+// import that the row does not allow.
 func (t *Table) Check(module string, packages []Package) error {
 	var errs []error
 	seen := map[string]bool{}
@@ -209,14 +207,14 @@ func (t *Table) Check(module string, packages []Package) error {
 	return errors.Join(errs...)
 }
 
-// forbiddenImport returns why the row does not allow the import, or nothing.
+// forbiddenImport returns the reason why the row does not allow the import, or an empty string.
 func (t *Table) forbiddenImport(r *row, module, path string, inTest bool) string {
 	if folder, ok := strings.CutPrefix(path, module+"/"); ok {
 		helper := inTest && t.rows[folder] != nil && t.rows[folder].testHelper
 		if r.all || helper || slices.Contains(r.folders, folder) {
 			return ""
 		}
-		return "not among what its row lets it import"
+		return "not in the imports that its row allows"
 	}
 	domain, _, _ := strings.Cut(path, "/")
 	switch {
@@ -224,9 +222,9 @@ func (t *Table) forbiddenImport(r *row, module, path string, inTest bool) string
 		if r.kubernetes {
 			return ""
 		}
-		return "only " + kubernetesFolders + " may import Kubernetes' packages, where their row says so"
+		return "only " + kubernetesFolders + " may import Kubernetes' packages, if their row allows it"
 	case strings.Contains(domain, ".") && r.stdOnly && !inTest:
-		// Import paths without a dot in their first part are the standard library's.
+		// The first element of standard library paths contains no dot.
 		return "its row says " + wordStdOnly
 	}
 	return ""

@@ -17,7 +17,7 @@ import (
 	"fairlead.io/fairlead/internal/imports"
 )
 
-// The table in ARCHITECTURE.md is true of this module.
+// TestArchitecture checks the imports of this module against the table in ARCHITECTURE.md.
 func TestArchitecture(t *testing.T) {
 	t.Parallel()
 	module := listModule(t)
@@ -31,7 +31,7 @@ func TestArchitecture(t *testing.T) {
 	}
 	packages := listPackages(t, module)
 	if err := table.Check(module.Path, packages); err != nil {
-		t.Errorf("ARCHITECTURE.md and the imports differ; mend the import or, with a reason in the commit, the table:\n%v", err)
+		t.Errorf("imports differ from ARCHITECTURE.md: fix the import, or change the table and give the reason in the commit:\n%v", err)
 	}
 }
 
@@ -48,8 +48,8 @@ func listPackages(t *testing.T, m module) []imports.Package {
 	t.Helper()
 	dependOnFolders(t, m.Dir)
 	var packages []imports.Package
-	// -e, so that a package that does not build fails where it is built. The tag
-	// is that of test/e2e.
+	// -e tolerates packages with errors, which other checks report. The tag e2e selects
+	// the files of test/e2e.
 	goList(t, m.Dir, func(d *json.Decoder) error {
 		var p struct {
 			ImportPath                         string
@@ -68,8 +68,8 @@ func listPackages(t *testing.T, m module) []imports.Package {
 	return packages
 }
 
-// dependOnFolders reads the folders below dir, because go test repeats a result as cached
-// unless something has changed that the test itself, not go list, has read.
+// dependOnFolders reads the folders below dir. Otherwise, go test reuses a cached result, because
+// only go list, not the test itself, reads the files.
 func dependOnFolders(t *testing.T, dir string) {
 	t.Helper()
 	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
@@ -122,7 +122,7 @@ const testTable = "# Title\n" +
 	"| `net` | test helper: networks | – |\n" +
 	"| `test/cluster` | test helper: a cluster | k8s API types |\n"
 
-// conformingPackages are packages that deviate nowhere from the table.
+// conformingPackages returns packages without deviations from the table.
 func conformingPackages() map[string]*imports.Package {
 	packages := map[string]*imports.Package{}
 	for _, p := range []imports.Package{
@@ -149,9 +149,9 @@ func TestCheck(t *testing.T) {
 	type packages = map[string]*imports.Package
 	for name, tc := range map[string]struct {
 		change func(packages)
-		want   string // part of the only line of the error
+		want   string // part of the single line of the error
 	}{
-		"nothing to find": {change: func(packages) {}},
+		"no deviation": {change: func(packages) {}},
 		"package without a row": {
 			func(p packages) { p["new"] = &imports.Package{Folder: "new"} },
 			"new: a package without a row",
@@ -166,25 +166,25 @@ func TestCheck(t *testing.T) {
 		},
 		"import of a sibling": {
 			func(p packages) { p["kube"].Imports = []string{"m/source/a"} },
-			"kube imports m/source/a: not among",
+			"kube imports m/source/a: not in the imports",
 		},
 		"import of a test helper outside tests": {
 			func(p packages) { p["kube"].Imports = []string{"m/fake"} },
-			"kube imports m/fake: not among",
+			"kube imports m/fake: not in the imports",
 		},
 		"import of a sibling in a test": {
 			func(p packages) { p["contract"].TestImports = []string{"m/kube"} },
-			"a test of contract imports m/kube: not among",
+			"a test of contract imports m/kube: not in the imports",
 		},
 		"import of the package below a listed one": {
 			func(p packages) { p["kube"].Imports = []string{"m/contract/deeper"} },
-			"kube imports m/contract/deeper: not among",
+			"kube imports m/contract/deeper: not in the imports",
 		},
-		"other module where only the standard library may be": {
+		"other module in a row with standard library only": {
 			func(p packages) { p["contract"].Imports = []string{"github.com/google/go-cmp/cmp"} },
 			"contract imports github.com/google/go-cmp/cmp: its row says standard library only",
 		},
-		"Kubernetes where the row does not say so": {
+		"Kubernetes in a row that does not allow it": {
 			func(p packages) { p["net"].Imports = []string{"k8s.io/api/core/v1"} },
 			"net imports k8s.io/api/core/v1: only kube, source, cmd, test and bench",
 		},
@@ -237,8 +237,8 @@ func TestCheckReportsAll(t *testing.T) {
 		t.Fatal("got no error")
 	}
 	want := []string{
-		"kube imports m/net: not among what its row lets it import",
-		"kube imports m/fake: not among what its row lets it import",
+		"kube imports m/net: not in the imports that its row allows",
+		"kube imports m/fake: not in the imports that its row allows",
 		"cmd/x: a row in the table without a package",
 		"fake: a row in the table without a package",
 		"source/a: a row in the table without a package",
@@ -254,19 +254,19 @@ func TestParseTableInvalid(t *testing.T) {
 	t.Parallel()
 	const head = "## Packages\n| folder | what lives there | may import |\n|---|---|---|\n"
 	for name, tc := range map[string]struct{ markdown, want string }{
-		"nothing":                   {"", "no table under"},
-		"table under another title": {"## Else\n| folder | x | y |\n|---|---|---|\n| `a` | b | – |\n", "no table under"},
-		"heading without rows":      {head, "no table under"},
-		"missing column":            {head + "| `a` | – |\n", "line 4: 2 columns"},
-		"folder without backquotes": {head + "| a | b | – |\n", `line 4: folder "a"`},
-		"half a pair of backquotes": {head + "| `a | b | – |\n", "line 4: folder \"`a\""},
-		"empty backquotes":          {head + "| `` | b | – |\n", "line 4: folder"},
-		"two rows for one folder":   {head + "| `a` | b | – |\n| `a` | b | – |\n", "line 5: a second row for a"},
-		"unknown word":              {head + "| `a` | b | whatever |\n", `line 4: may import "whatever"`},
-		"empty cell":                {head + "| `a` | b | |\n", `line 4: may import ""`},
-		"folder without a row":      {head + "| `a` | b | `c` |\n", "the row of a lets it import c, which has no row"},
-		"Kubernetes elsewhere":      {head + "| `nft` | b | k8s API types |\n", `line 4: "k8s API types" in the row of nft`},
-		"folder that begins alike":  {head + "| `sources` | b | k8s API types |\n", "in the row of sources"},
+		"empty document":               {"", "no table under"},
+		"table under another heading":  {"## Else\n| folder | x | y |\n|---|---|---|\n| `a` | b | – |\n", "no table under"},
+		"heading without rows":         {head, "no table under"},
+		"missing column":               {head + "| `a` | – |\n", "line 4: 2 columns"},
+		"folder without backquotes":    {head + "| a | b | – |\n", `line 4: folder "a"`},
+		"half a pair of backquotes":    {head + "| `a | b | – |\n", "line 4: folder \"`a\""},
+		"empty backquotes":             {head + "| `` | b | – |\n", "line 4: folder"},
+		"two rows for one folder":      {head + "| `a` | b | – |\n| `a` | b | – |\n", "line 5: duplicate row for a"},
+		"unknown word":                 {head + "| `a` | b | whatever |\n", `line 4: may import "whatever"`},
+		"empty cell":                   {head + "| `a` | b | |\n", `line 4: may import ""`},
+		"folder without a row":         {head + "| `a` | b | `c` |\n", "the row of a allows importing c, which has no row"},
+		"Kubernetes in a wrong folder": {head + "| `nft` | b | k8s API types |\n", `line 4: "k8s API types" in the row of nft`},
+		"folder with a common prefix":  {head + "| `sources` | b | k8s API types |\n", "in the row of sources"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -17,18 +17,18 @@ type Linked struct {
 type forbiddenPackage struct {
 	path   string // import path; the packages below it are forbidden too
 	reason string
-	// except lists packages that may import it, as the agent cannot do without them.
+	// except lists packages that may import it, because the agent needs them.
 	except []string
 }
 
 const (
-	startsPrograms = "it starts programs, and the image is empty"
+	startsPrograms = "it starts programs, and the image contains none"
 	onlyTests      = "only tests need it"
 	onlyReports    = "only reports of benchmarks need it"
 )
 
-// forbiddenPackages returns the packages of other modules and of the standard library that
-// a node agent must not link.
+// forbiddenPackages returns the packages of other modules and of the standard library that a node
+// agent must not link.
 func forbiddenPackages() []forbiddenPackage {
 	return []forbiddenPackage{
 		// client-go/rest imports the credential plugins of kubeconfig files (users[].user.exec)
@@ -53,10 +53,10 @@ func forbiddenPackages() []forbiddenPackage {
 	}
 }
 
-// CheckLinked checks the packages that a program for nodes links, itself included: no test
-// helper of the table, no other program, nothing below bench, examples and test, and nothing
-// of other modules that only these need. The program is named by its folder. The error has
-// one line for each deviation, in the order of the packages.
+// CheckLinked checks the packages that a program for nodes links, including its own. It must not
+// link test helpers of the table, other programs, packages below bench, examples and test, or
+// packages of other modules that only these need. program is the folder of the program. The error
+// has one line for each deviation, in the order of packages.
 func (t *Table) CheckLinked(module, program string, packages []Linked) error {
 	var errs []error
 	for _, p := range packages {
@@ -73,11 +73,11 @@ func (t *Table) CheckLinked(module, program string, packages []Linked) error {
 	return errors.Join(errs...)
 }
 
-// forbiddenLink returns why a program for nodes must not link a package of another module that
-// importer imports, or nothing.
+// forbiddenLink returns the reason why a program for nodes must not link a package of another
+// module that importer imports, or an empty string.
 func forbiddenLink(importer, path string) string {
 	for _, f := range forbiddenPackages() {
-		// Imports within the forbidden packages are no deviations of their own.
+		// Imports between forbidden packages are not separate deviations.
 		if below(path, f.path) && !below(importer, f.path) && !slices.Contains(f.except, importer) {
 			return f.reason
 		}
@@ -88,15 +88,15 @@ func forbiddenLink(importer, path string) string {
 	return ""
 }
 
-// forbiddenOnNode returns why a program for nodes must not link the package in this folder of the
-// module, or nothing.
+// forbiddenOnNode returns the reason why a program for nodes must not link the package in this
+// folder of the module, or an empty string.
 func (t *Table) forbiddenOnNode(folder string) string {
 	if r := t.rows[folder]; r != nil && r.testHelper {
 		return "it is a test helper"
 	}
 	for _, parent := range []string{"bench", "cmd", "examples", "test"} {
 		if below(folder, parent) {
-			return "nothing below " + parent + " belongs on a node"
+			return "packages below " + parent + " must not run on nodes"
 		}
 	}
 	return ""

@@ -10,7 +10,8 @@ import (
 	"fairlead.io/fairlead/internal/imports"
 )
 
-// The node agent links nothing that only tests and benchmarks need.
+// TestAgentLinkedPackages checks that the node agent does not link packages that only tests and
+// benchmarks need.
 func TestAgentLinkedPackages(t *testing.T) {
 	t.Parallel()
 	module := listModule(t)
@@ -40,7 +41,7 @@ func TestAgentLinkedPackages(t *testing.T) {
 		t.Fatalf("go list -deps returned %d packages, want %s as the last", len(linked), agent)
 	}
 	if err := table.CheckLinked(module.Path, agent, linked); err != nil {
-		t.Errorf("the node agent links what it must not; move what needs it to a program of its own:\n%v", err)
+		t.Errorf("the node agent links forbidden packages; move the code that needs them to another program:\n%v", err)
 	}
 }
 
@@ -52,28 +53,28 @@ func TestCheckLinked(t *testing.T) {
 	}
 	for name, tc := range map[string]struct {
 		extra imports.Linked
-		want  string // the only line of the error
+		want  string // the single line of the error
 	}{
-		"nothing to find":     {},
-		"benchmark":           {extra: imports.Linked{Path: "m/bench"}, want: "cmd/x links bench: nothing below bench belongs on a node"},
-		"part of a benchmark": {extra: imports.Linked{Path: "m/bench/report"}, want: "cmd/x links bench/report: nothing below bench belongs on a node"},
-		"folder that begins alike": {
+		"no deviation":        {},
+		"benchmark":           {extra: imports.Linked{Path: "m/bench"}, want: "cmd/x links bench: packages below bench must not run on nodes"},
+		"part of a benchmark": {extra: imports.Linked{Path: "m/bench/report"}, want: "cmd/x links bench/report: packages below bench must not run on nodes"},
+		"folder with a common prefix": {
 			extra: imports.Linked{Path: "m/benches"},
 		},
 		"other module's folder": {
 			extra: imports.Linked{Path: "example.com/bench"},
 		},
-		"example":       {extra: imports.Linked{Path: "m/examples/demo"}, want: "cmd/x links examples/demo: nothing below examples belongs on a node"},
-		"test":          {extra: imports.Linked{Path: "m/test/e2e"}, want: "cmd/x links test/e2e: nothing below test belongs on a node"},
-		"other program": {extra: imports.Linked{Path: "m/cmd/y"}, want: "cmd/x links cmd/y: nothing below cmd belongs on a node"},
+		"example":       {extra: imports.Linked{Path: "m/examples/demo"}, want: "cmd/x links examples/demo: packages below examples must not run on nodes"},
+		"test":          {extra: imports.Linked{Path: "m/test/e2e"}, want: "cmd/x links test/e2e: packages below test must not run on nodes"},
+		"other program": {extra: imports.Linked{Path: "m/cmd/y"}, want: "cmd/x links cmd/y: packages below cmd must not run on nodes"},
 		"test helper":   {extra: imports.Linked{Path: "m/fake"}, want: "cmd/x links fake: it is a test helper"},
 		"os/exec": {
 			extra: imports.Linked{Path: "m/kube", Imports: []string{"os/exec"}},
-			want:  "cmd/x links m/kube, which imports os/exec: it starts programs, and the image is empty",
+			want:  "cmd/x links m/kube, which imports os/exec: it starts programs, and the image contains none",
 		},
 		"os/exec of another module": {
 			extra: imports.Linked{Path: "example.com/a", Imports: []string{"os/exec"}},
-			want:  "cmd/x links example.com/a, which imports os/exec: it starts programs, and the image is empty",
+			want:  "cmd/x links example.com/a, which imports os/exec: it starts programs, and the image contains none",
 		},
 		"os/exec where it is allowed": {
 			extra: imports.Linked{Path: "k8s.io/client-go/plugin/pkg/client/auth/exec", Imports: []string{"os/exec"}},
@@ -90,7 +91,7 @@ func TestCheckLinked(t *testing.T) {
 			extra: imports.Linked{Path: "m/kube", Imports: []string{"gonum.org/v1/plot/vg"}},
 			want:  "cmd/x links m/kube, which imports gonum.org/v1/plot/vg: only reports of benchmarks need it",
 		},
-		"imports within what is forbidden": {
+		"imports between forbidden packages": {
 			extra: imports.Linked{Path: "gonum.org/v1/plot/vg", Imports: []string{"gonum.org/v1/plot/font"}},
 		},
 	} {
