@@ -1,5 +1,5 @@
-// Package workflows has only tests: of what .github names elsewhere in the
-// repository. GitHub would report a mistake only after a push.
+// Package workflows contains only tests of the GitHub workflows: they check references to make
+// targets and pinned actions, which GitHub would report only after a push.
 package workflows_test
 
 import (
@@ -47,7 +47,7 @@ func readYAML(t *testing.T, path string, into any) {
 	}
 }
 
-// glob returns the paths below the root that match.
+// glob returns the paths that match a pattern, relative to the root of the repository.
 func glob(t *testing.T, pattern string) []string {
 	t.Helper()
 	paths, err := filepath.Glob(filepath.Join(root, pattern))
@@ -71,8 +71,7 @@ func makeTargets(script string) []string {
 	return targets
 }
 
-// targetsOf returns the make targets that the workflow calls, for each value of
-// the matrix.
+// targetsOf returns the make targets that a workflow runs, including those from a matrix.
 func targetsOf(w workflow) []string {
 	var targets []string
 	for _, job := range w.Jobs {
@@ -104,12 +103,12 @@ func TestWorkflows(t *testing.T) {
 			t.Errorf("%s: no jobs", path)
 		}
 		if w.Permissions["contents"] != "read" || len(w.Permissions) != 1 {
-			t.Errorf("%s: permissions are %v, want contents: read", path, w.Permissions)
+			t.Errorf("%s: got permissions %v, want only contents: read", path, w.Permissions)
 		}
 		for name, job := range w.Jobs {
 			for _, s := range job.Steps {
 				if s.Uses != "" && !pinned.MatchString(s.Uses) {
-					t.Errorf("%s: job %s uses %s, want it pinned by the 40 digits of a commit", path, name, s.Uses)
+					t.Errorf("%s: job %s uses %s: pin it to a commit of 40 hexadecimal digits", path, name, s.Uses)
 				}
 			}
 		}
@@ -122,16 +121,16 @@ func TestWorkflows(t *testing.T) {
 	}
 	want := makeTargets(read(t, ".ci/run"))
 	if len(want) == 0 {
-		t.Fatal(".ci/run calls no make target")
+		t.Fatal(".ci/run runs no make target")
 	}
 	for _, target := range want {
 		if !slices.Contains(called, target) {
-			t.Errorf(".ci/run calls make %s, no workflow does", target)
+			t.Errorf(".ci/run runs make %s, but no workflow does", target)
 		}
 	}
 }
 
-// Dependabot follows every module.
+// TestDependabot checks that Dependabot updates every Go module.
 func TestDependabot(t *testing.T) {
 	t.Parallel()
 	var config struct {
@@ -167,12 +166,12 @@ func TestDependabot(t *testing.T) {
 	slices.Sort(got)
 	slices.Sort(want)
 	if !slices.Equal(got, want) {
-		t.Errorf("gomod directories of .github/dependabot.yml are %v, the modules are in %v", got, want)
+		t.Errorf("gomod directories of .github/dependabot.yml are %v, want the directories of all modules: %v", got, want)
 	}
 }
 
-// Issue forms are YAML that GitHub accepts: each has a name, a description and
-// fields with distinct ids.
+// TestIssueForms checks requirements of GitHub: each issue form has a name, a description, and
+// fields with unique IDs.
 func TestIssueForms(t *testing.T) {
 	t.Parallel()
 	for _, path := range glob(t, ".github/ISSUE_TEMPLATE/*.yml") {
@@ -194,7 +193,7 @@ func TestIssueForms(t *testing.T) {
 		ids := map[string]bool{}
 		for _, field := range form.Body {
 			if field.Type != "markdown" && (field.ID == "" || ids[field.ID]) {
-				t.Errorf("%s: field of type %s has the id %q, want one of its own", path, field.Type, field.ID)
+				t.Errorf("%s: field of type %s has the ID %q, want a unique ID", path, field.Type, field.ID)
 			}
 			ids[field.ID] = true
 		}
