@@ -14,11 +14,11 @@ import (
 	"fairlead.io/fairlead/sync"
 )
 
-// The benchmarks show that the work for one event does not grow with the number
-// of Services. They are of the syncer alone: the dataplane does nothing, or
-// is the fake, whose Apply costs as much as the changes.
+// These benchmarks show that the cost of an event does not grow with the number of Services. They
+// measure the syncer alone: the dataplane is a no-op or the fake, whose Apply has a cost
+// proportional to the changes.
 
-// nopDataplane is a dataplane that costs nothing.
+// nopDataplane is a dataplane without any cost.
 type nopDataplane struct{}
 
 func (nopDataplane) Replace(context.Context, dataplane.Node, iter.Seq[*dataplane.Service], func(int)) error {
@@ -31,8 +31,8 @@ func (nopDataplane) Close() error                                    { return ni
 
 var serviceCounts = []int{1_000, 10_000, 100_000}
 
-// BenchmarkUpdate measures one changed Service, from Update to the return of
-// the dataplane's Apply: one event at a time.
+// BenchmarkUpdate measures the time from Update of one Service to the return of the dataplane's
+// Apply, one event at a time.
 func BenchmarkUpdate(b *testing.B) {
 	for name, open := range map[string]func() dataplane.Dataplane{
 		"nothing": func() dataplane.Dataplane { return nopDataplane{} },
@@ -43,23 +43,23 @@ func BenchmarkUpdate(b *testing.B) {
 				ends := make(chan time.Time, 1)
 				s := sync.New(open(), sync.Options{OnCommit: func(c sync.Commit) { ends <- c.End }})
 				services, others := runLoaded(b, s, n, ends)
-				took := make([]time.Duration, 0, 1<<20)
+				latencies := make([]time.Duration, 0, 1<<20)
 				change := updates{}
 				runtime.GC()
 				b.ReportAllocs()
 				i := 0
 				for b.Loop() {
-					j := i * 7919 % n // all over the table
+					j := i * 7919 % n // spread over the table
 					next := others[j]
 					services[j], others[j] = next, services[j]
 					clear(change)
 					change[next.Key] = next
-					began := time.Now()
+					started := time.Now()
 					s.Update(change)
-					took = append(took, (<-ends).Sub(began))
+					latencies = append(latencies, (<-ends).Sub(started))
 					i++
 				}
-				percentiles(b, took)
+				percentiles(b, latencies)
 			})
 		}
 	}
@@ -90,8 +90,8 @@ func BenchmarkBatch(b *testing.B) {
 	}
 }
 
-// BenchmarkStart measures the first Replace, and what the syncer holds for each
-// Service besides the Service itself.
+// BenchmarkStart measures the first Replace, and the memory that the syncer uses for each Service
+// in addition to the Service.
 func BenchmarkStart(b *testing.B) {
 	for _, n := range serviceCounts {
 		b.Run(fmt.Sprintf("services=%d", n), func(b *testing.B) {
@@ -130,7 +130,7 @@ func BenchmarkStart(b *testing.B) {
 	}
 }
 
-// heap returns the bytes in use.
+// heap returns the number of bytes in use.
 func heap() uint64 {
 	runtime.GC()
 	var m runtime.MemStats
@@ -138,8 +138,8 @@ func heap() uint64 {
 	return m.HeapAlloc
 }
 
-// runLoaded runs s with n Services of 10 endpoints until b ends. It returns them,
-// and for each another value with one endpoint replaced.
+// runLoaded runs s with n Services of 10 endpoints until b ends. It returns the Services, and a
+// variant of each with one endpoint replaced.
 func runLoaded(b *testing.B, s *sync.Syncer, n int, ends <-chan time.Time) (services, others []*dataplane.Service) {
 	b.Helper()
 	all := updates{}
@@ -167,10 +167,10 @@ func runLoaded(b *testing.B, s *sync.Syncer, n int, ends <-chan time.Time) (serv
 	return services, others
 }
 
-func percentiles(b *testing.B, took []time.Duration) {
+func percentiles(b *testing.B, latencies []time.Duration) {
 	b.Helper()
-	slices.Sort(took)
+	slices.Sort(latencies)
 	for _, p := range []int{50, 90, 99} {
-		b.ReportMetric(float64(took[(len(took)-1)*p/100]), fmt.Sprintf("p%d-ns", p))
+		b.ReportMetric(float64(latencies[(len(latencies)-1)*p/100]), fmt.Sprintf("p%d-ns", p))
 	}
 }

@@ -6,62 +6,60 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// Op is the verb of a [Commit].
+// Op is the dataplane method that a [Commit] called.
 type Op string
 
-// The verbs of a dataplane.
+// Dataplane methods that change the kernel.
 const (
 	OpApply   Op = "apply"
 	OpReplace Op = "replace"
 )
 
-// Reason says why a [Commit] was made.
+// Reason is the reason for a [Commit].
 type Reason string
 
-// The reasons for a commit. ReasonChange is the only one for an Apply.
-// Where several are true of a Replace, the first in this order is given.
+// Reasons for a commit. Apply always has ReasonChange. If several reasons hold for a Replace, the
+// first one in this order is reported.
 const (
 	ReasonChange Reason = "change" // Services have changed.
-	ReasonStart  Reason = "start"  // Nothing was programmed by this Syncer before.
-	ReasonRetry  Reason = "retry"  // Something had failed.
+	ReasonStart  Reason = "start"  // This Syncer has not programmed anything yet.
+	ReasonRetry  Reason = "retry"  // An earlier call or key failed.
 	ReasonNode   Reason = "node"   // The node has changed.
-	ReasonDrift  Reason = "drift"  // Somebody else has changed the kernel.
+	ReasonDrift  Reason = "drift"  // Another program has changed the kernel.
 	ReasonResync Reason = "resync" // Options.ResyncPeriod has passed.
 )
 
-// Commit is one call to the dataplane and what became of it.
+// Commit describes one call of the dataplane and its result.
 type Commit struct {
 	Op     Op
 	Reason Reason
 
-	// Changes are those that took, in no order. Old is what was last known to
-	// be programmed by this Syncer: in the commits with ReasonStart it is nil,
-	// although a restart may have found the kernel programmed. A Replace that
-	// only repaired the kernel has no changes.
+	// Changes contains the successful changes, in no particular order. Old is the value that this
+	// Syncer last programmed. It is nil in commits with ReasonStart, even if the kernel was
+	// already programmed (warm restart). A Replace that only repairs the kernel has no changes.
 	Changes []dataplane.Change
 
-	// Failed has the keys that did not take. It is nil when all took, and when
-	// the call failed as a whole.
+	// Failed contains the keys that failed. It is nil if no key failed or if the call failed as a
+	// whole.
 	Failed map[dataplane.Key]error
 
-	// Err is why the call failed as a whole, or nil. After such a call, nothing
-	// that the kernel holds is known until a Replace succeeds.
+	// Err is the error of a call that failed as a whole, and nil otherwise. After such a call the
+	// state of all keys is unknown until a Replace succeeds.
 	Err error
 
-	// Services is the number of Services wanted, failing ones included.
+	// Services is the number of desired Services, including failing ones.
 	Services int
 
-	// OldestUpdate is when the oldest change that this call carried was handed to
-	// [Syncer.Update]; zero when it carried none. End minus Oldest is the time
-	// that change took.
+	// OldestUpdate is the time of the oldest [Syncer.Update] in this call, or zero if the call
+	// contains none. End minus OldestUpdate is the latency of that update.
 	OldestUpdate time.Time
 
-	// Start and End are when the call began and returned.
+	// Start and End are the times at which the call began and returned.
 	Start, End time.Time
 
-	// FirstComplete and Last are when the first and the last of the Services of a
-	// Replace were complete in the kernel, as the dataplane told on its way.
-	// Services that failed do not count. Both are zero for an Apply, for a
-	// Replace that completed none, and for one that failed as a whole.
+	// FirstComplete and LastComplete are the times at which the first and the last Service of a
+	// Replace were complete in the kernel, as reported by the dataplane. Failed Services do not
+	// count. Both are zero for Apply, for a Replace that completed no Service, and for a call
+	// that failed as a whole.
 	FirstComplete, LastComplete time.Time
 }

@@ -1,58 +1,56 @@
-// Package sync keeps a dataplane.Dataplane programmed with what is wanted, at a
-// cost that follows what changes and not what there is.
+// Package sync keeps a dataplane.Dataplane in the desired state. The cost of a change depends on
+// its size and not on the number of Services.
 //
-// A [Syncer] is told what is wanted with [Syncer.Update] and [Syncer.SetNode],
-// from any goroutine. Both put it into a mailbox and return. One goroutine,
-// [Syncer.Run], empties the mailbox, calls the dataplane, and owns everything
-// else in this package. While a call is in flight, further changes gather in
-// the mailbox, the last one for each key, and go in the next call: a slow
-// kernel makes calls larger, up to a limit, and an idle one gets every change at
-// once. There is no minimum period between calls.
+// [Syncer.Update] and [Syncer.SetNode] set the desired state from any goroutine. They store it in
+// an inbox and return. One goroutine, [Syncer.Run], empties the inbox, calls the dataplane and
+// owns all other state of this package. Changes that arrive during a dataplane call wait in the
+// inbox, the latest for each key, and are part of the next call. A slow kernel therefore gets
+// larger calls, up to a limit, and an idle kernel gets each change immediately. The syncer
+// enforces no minimum interval between calls.
 //
-// # Turns
+// # Fairness
 //
-// A call of Apply gets changes of some 4,096 frontends and endpoints; more wait in a
-// queue. Kubernetes Services take turns in it as flows do in a fair queue, so small
-// changes come first, the ports of one huge Service delay no other's, and none
-// waits for ever. Changes between which a frontend moves go in one call.
+// One call of Apply contains changes with up to about 4,096 frontends and endpoints. Further
+// changes wait in a queue, in which Kubernetes Services take turns like the flows of a fair
+// queue: small changes come first, the ports of a huge Service do not delay other Services, and
+// no change waits forever. Changes that exchange a frontend are part of the same call.
 //
-// # The tables
+// # State
 //
-//   - desired: what was asked for, by key.
-//   - applied: what the kernel is known to hold. It changes after a write
-//     that took, never before.
-//   - failing: the keys that did not take. For most of them, what the kernel
-//     holds is unknown: its old value, its new one, or a mix.
+//   - desired is the requested Service of each key.
+//   - applied is the state that the kernel is known to hold. It changes only after a successful
+//     write.
+//   - failing contains the keys whose last write failed. For most of them the state of the kernel
+//     is unknown: the old value, the new value or a mix.
 //
-// Between two steps of Run, desired and applied differ for failing keys and for
-// those in the queue, or everything is unknown: before the first Replace, and after a
-// call that failed as a whole. The next Replace has what is in the queue.
+// Between two steps of Run, desired and applied differ only for failing and queued keys, unless
+// the state of every key is unknown. That is the case before the first Replace and after a call
+// that failed as a whole. The next Replace includes all queued changes.
 //
 // # Apply or Replace
 //
-// Changes of known keys take Apply, which costs as much as the changes.
-// Replace, which reads the kernel and compares everything, is called
+// Changes of keys with a known state use Apply, whose cost is proportional to the changes.
+// Replace reads the kernel and compares everything. The syncer calls Replace
 //
 //   - when the initial list is complete,
 //   - when the node has changed,
-//   - when somebody else has changed the kernel (drift): at once, and after a
-//     delay that grows to a second, or nine times what a Replace takes, when
-//     it happens again and again,
-//   - when keys are failing, or everything is: after a delay that doubles with
+//   - when another program has changed the kernel (drift): immediately, or if drift recurs, after
+//     a delay that grows to one second or nine times the duration of a Replace, whichever is
+//     longer,
+//   - when keys are failing or the state of every key is unknown: after a delay that doubles with
 //     each attempt from [Options.RetryMin] to [Options.RetryMax],
-//   - every [Options.ResyncPeriod], if that is set.
+//   - every [Options.ResyncPeriod], if set.
 //
-// Replace is given the Services of [Options.Prioritize] first, such as the cluster's
-// DNS, and all in the order of their keys, but for what a Service has beyond the
-// weight of a call of Apply, which comes last. [Commit] says when the first and the
-// last were complete.
+// Replace programs the Services selected by [Options.Prioritize] first, for example cluster DNS,
+// and all Services in the order of their keys. The part of a large Service that exceeds the
+// weight of one Apply comes last. A [Commit] reports when the first and the last Service were
+// complete.
 //
-// A failing key takes no part in Apply, because Apply trusts the old value of a
-// change and a failing key has none to trust. It waits for the next Replace
-// while all other keys go on as ever. Assuming that a failed key still has its
-// old value is the mistake to avoid: many histories with faults then end
-// with a wrong kernel (the tests of package dataplane show it).
+// Apply skips failing keys, because Apply trusts Old and the old value of a failing key is
+// unknown. Failing keys wait for the next Replace while all other keys continue to use Apply.
+// Assuming that a failed key keeps its old value would be wrong: many histories with faults then
+// end in a wrong kernel state (see the tests of package dataplane).
 //
-// A key that fails with dataplane.ErrUnsupported is not tried again before its
-// Service changes. The kernel holds nothing for it, and Replace is not given it.
+// A key that failed with dataplane.ErrUnsupported is retried only after its Service has changed.
+// The kernel holds nothing for such a key, and Replace skips it.
 package sync

@@ -12,7 +12,8 @@ import (
 	"fairlead.io/fairlead/sync"
 )
 
-// recorder is a Dataplane that hands over each call and waits for permission to return.
+// recorder is a Dataplane that sends the keys of each call to calls and blocks the call until
+// next receives a value.
 type recorder struct {
 	calls chan []dataplane.Key
 	next  chan struct{}
@@ -51,10 +52,10 @@ func (*recorder) Read(context.Context) (dataplane.State, error) { return datapla
 func (*recorder) Drift() <-chan struct{}                        { return nil }
 func (*recorder) Close() error                                  { return nil }
 
-// TestHugeServiceDoesNotDelayOthers hands over a Service of 300 ports, with 200 frontends
-// and 100 endpoints each, and small ones while it is programmed. The calls are bounded,
-// each small one is in the call after the one in flight, and all is programmed in the
-// end, as WaitSynced says.
+// TestHugeServiceDoesNotDelayOthers updates a Service with 300 ports, each with 200 frontends and
+// 100 endpoints, and small Services while it is being programmed. The size of the calls is
+// limited, each small Service is in the call after the one in flight, and WaitSynced returns when
+// everything is programmed.
 func TestHugeServiceDoesNotDelayOthers(t *testing.T) {
 	t.Parallel()
 	service := func(name string, port, frontends int) *dataplane.Service {
@@ -102,7 +103,7 @@ func TestHugeServiceDoesNotDelayOthers(t *testing.T) {
 		if len(keys) > 20 {
 			t.Fatalf("call %d has %d changes", round, len(keys))
 		}
-		if round == 0 { // only now, so that everything handed over has been taken
+		if round == 0 { // not earlier, so that Run has processed all input
 			synced = make(chan error, 1)
 			go func() { synced <- s.WaitSynced(ctx) }()
 		}
@@ -112,14 +113,14 @@ func TestHugeServiceDoesNotDelayOthers(t *testing.T) {
 		if round > 0 {
 			small := service(fmt.Sprint("small-", round-1), 50_000, 1).Key
 			if !slices.Contains(keys, small) {
-				t.Fatalf("call %d is without the small Service that was handed over during the one before", round)
+				t.Fatalf("call %d does not contain the small Service that was updated during the previous call", round)
 			}
 			delete(seen, small)
 		}
 		if len(seen) < ports {
 			select {
 			case err := <-synced:
-				t.Fatalf("WaitSynced returns after %d of %d changes: %v", len(seen), ports, err)
+				t.Fatalf("WaitSynced returned after %d of %d changes: %v", len(seen), ports, err)
 			default:
 			}
 		}
@@ -134,8 +135,8 @@ func TestHugeServiceDoesNotDelayOthers(t *testing.T) {
 	}
 }
 
-// TestReplacePutsHugeServicesLast starts with a Service of 100 ports before others in the
-// order of names.
+// TestReplacePutsHugeServicesLast has a Service with 100 ports whose name sorts before all
+// others.
 func TestReplacePutsHugeServicesLast(t *testing.T) {
 	t.Parallel()
 	dp := &recorder{calls: make(chan []dataplane.Key), next: make(chan struct{})}
@@ -173,7 +174,7 @@ func TestReplacePutsHugeServicesLast(t *testing.T) {
 		return slices.IndexFunc(keys, func(k dataplane.Key) bool { return k.Name == name })
 	}
 	if len(keys) != 102 || index("b") > 10 || index("c") > 11 {
-		t.Errorf("of %d Services b is number %d and c number %d", len(keys), index("b"), index("c"))
+		t.Errorf("of %d Services, b is at index %d and c at index %d, want at most 10 and 11", len(keys), index("b"), index("c"))
 	}
 	close(dp.next)
 }

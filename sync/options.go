@@ -7,39 +7,35 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// The values that the zero Options stand for.
+// Default values of Options.
 const (
 	DefaultRetryMin = 100 * time.Millisecond
 	DefaultRetryMax = 30 * time.Second
 )
 
-// Options adjust a [Syncer]. The zero value is ready to use.
+// Options configures a [Syncer]. The zero value is ready to use.
 type Options struct {
-	// Logger gets a Warn when a Service starts to fail or fails differently,
-	// an Info when it no longer does, and a Debug for each commit. Nil means
-	// no logging.
+	// Logger receives a warning when a Service starts to fail or fails with a different error, an
+	// info message when it recovers, and a debug message for each commit. Nil disables logging.
 	Logger *slog.Logger
 
-	// OnCommit is called after each call to the dataplane, also after one that
-	// failed, from the goroutine of Run: the next call waits until it returns.
-	// It must not call [Syncer.WaitSynced]. What it is given is its own to keep,
-	// but not to change.
+	// OnCommit is called after each dataplane call, successful or not, by the goroutine of Run.
+	// The next call waits until it returns. OnCommit must not call [Syncer.WaitSynced]. It may
+	// keep the Commit but must not modify it.
 	OnCommit func(Commit)
 
-	// RetryMin is the delay before the first attempt to repair what failed,
-	// and RetryMax the longest one; in between it doubles with each attempt.
-	// A random part of up to a quarter is taken off each delay, so that nodes
-	// that fail together do not retry together. Zero means [DefaultRetryMin]
-	// and [DefaultRetryMax].
+	// RetryMin is the delay before the first retry after a failure. The delay doubles with each
+	// attempt up to RetryMax. Each delay is shortened by a random part of up to a quarter, so
+	// that nodes that fail together do not retry together. Zero means [DefaultRetryMin] and
+	// [DefaultRetryMax].
 	RetryMin, RetryMax time.Duration
 
-	// ResyncPeriod is the time after which a Replace happens although nothing
-	// asked for one. Zero, the default, means never: a dataplane announces
-	// drift by itself. Set it for one that has no way to notice.
+	// ResyncPeriod is the maximum time between two calls of Replace. Zero, the default, means no
+	// limit, because a dataplane reports drift. Set it for a dataplane that cannot detect drift.
 	ResyncPeriod time.Duration
 
-	// Prioritize reports whether Replace is given a Service before others, because other
-	// programs need it for their work. Nil means that none is.
+	// Prioritize reports whether Replace programs a Service before others, because other programs
+	// depend on it. Nil prioritizes no Service.
 	Prioritize func(dataplane.Key) bool
 }
 
@@ -57,8 +53,8 @@ func (o Options) withDefaults() Options {
 	return o
 }
 
-// retryDelay returns the time to wait after attempt attempts have failed, with
-// random, in [0, 1), deciding how much of it is taken off.
+// retryDelay returns the delay after the given number of failed attempts. random, in [0, 1),
+// determines the random part that is subtracted.
 func (o Options) retryDelay(attempts int, random float64) time.Duration {
 	d := o.RetryMin
 	for range attempts - 1 {

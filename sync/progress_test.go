@@ -16,12 +16,12 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// slowDataplane is a dataplane whose Replace takes a second for each Service, and which
-// notes the order in which it is given them.
+// slowDataplane is a dataplane whose Replace takes one second for each Service and records their
+// order.
 type slowDataplane struct {
 	dataplane.Dataplane
 	order []string
-	err   error // of every Replace
+	err   error // result of every Replace
 	fail  string
 }
 
@@ -52,8 +52,9 @@ func namedService(t *testing.T, namespace, name string, n byte) *dataplane.Servi
 	return &s
 }
 
-// The Services that others need come first, the rest in the order of their keys,
-// and the commit tells when the first and the last were complete.
+// TestReplaceOrderAndProgress checks that prioritized Services come first, that all others follow
+// in the order of their keys, and that the commit contains the times at which the first and the
+// last were complete.
 func TestReplaceOrderAndProgress(t *testing.T) {
 	t.Parallel()
 	var services []*dataplane.Service
@@ -66,13 +67,13 @@ func TestReplaceOrderAndProgress(t *testing.T) {
 		services    []*dataplane.Service
 		dp          slowDataplane
 		order       []string
-		first, last time.Duration // after the call began; zero if there is none
+		first, last time.Duration // since the start of the call; zero if not set
 	}{
-		"all take":           {services: services, order: inOrder, first: time.Second, last: 6 * time.Second},
-		"there are none":     {},
+		"all succeed":        {services: services, order: inOrder, first: time.Second, last: 6 * time.Second},
+		"no Services":        {},
 		"the first fails":    {services: services, dp: slowDataplane{fail: "dns"}, order: inOrder, first: 2 * time.Second, last: 6 * time.Second},
 		"the last fails":     {services: services, dp: slowDataplane{fail: "lion"}, order: inOrder, first: time.Second, last: 5 * time.Second},
-		"only one, it fails": {services: services[:1], dp: slowDataplane{fail: "web"}, order: []string{"default/web"}},
+		"the only one fails": {services: services[:1], dp: slowDataplane{fail: "web"}, order: []string{"default/web"}},
 		"the call fails":     {services: services, dp: slowDataplane{err: errors.New("connection lost")}, order: inOrder},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -91,7 +92,7 @@ func TestReplaceOrderAndProgress(t *testing.T) {
 				s.FinishInitialList()
 				c := <-commits
 				if diff := cmp.Diff(tt.order, tt.dp.order); diff != "" {
-					t.Errorf("order of the Services (-want +got):\n%s", diff)
+					t.Errorf("order of Services (-want +got):\n%s", diff)
 				}
 				after := func(at time.Time) time.Duration {
 					if at.IsZero() {
@@ -109,7 +110,7 @@ func TestReplaceOrderAndProgress(t *testing.T) {
 	}
 }
 
-// The log has the times of the start's commit.
+// The log contains the progress of the initial commit.
 func TestInitialCommitLogsProgress(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -119,12 +120,12 @@ func TestInitialCommitLogsProgress(t *testing.T) {
 		fx.FinishInitialList()
 		fx.waitSynced()
 		if log := fx.newLog(); !strings.Contains(log, "reason=start") || !strings.Contains(log, "first_after=0s last_after=0s") {
-			t.Errorf("log %q, want the start's commit with the times of the first and the last Service", log)
+			t.Errorf("log %q, want the initial commit with the times of the first and the last Service", log)
 		}
 	})
 }
 
-// An Apply has no progress.
+// A commit of Apply has no progress.
 func TestApplyHasNoProgress(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -135,7 +136,7 @@ func TestApplyHasNoProgress(t *testing.T) {
 		fx.Update(upserts(service(1, 1)))
 		commits := fx.waitSynced()
 		if len(commits) != 1 || !commits[0].FirstComplete.IsZero() || !commits[0].LastComplete.IsZero() {
-			t.Errorf("commits %+v, want one without times of completion", commits)
+			t.Errorf("commits %+v, want one without completion times", commits)
 		}
 	})
 }

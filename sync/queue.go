@@ -9,31 +9,32 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// callWeight is how much one call of Apply is given, in frontends, endpoints and
-// source ranges: some 10 ms of the kernel's time. More waits in the queue, so that a
-// change which comes later need not wait for it.
+// callWeight is the weight of the changes in one call of Apply: the number of frontends,
+// endpoints and source ranges. The kernel needs about 10 ms for it. Further changes stay in the
+// queue, so that a later change does not have to wait for them.
 const callWeight = 4096
 
-// queue has the changes that wait for a call of Apply. Calls serve Kubernetes Services
-// as a fair queue serves flows: in the order in which their changes would be
-// complete if all of them were carried out side by side. So small ones come
-// first, one with very many ports or frontends delays no other, and none starves.
+// queue contains the changes that wait for Apply. It serves Kubernetes Services like a fair queue
+// serves flows: in the order in which their changes would finish if all were processed
+// concurrently. Small changes therefore come first, a Service with many ports or frontends does
+// not delay others, and no change starves.
 //
-// Changes between which a frontend moves stay together.
+// Changes that exchange a frontend stay together.
 type queue struct {
 	entries map[dataplane.Key]*entry
 	weight  int // of all entries
-	// arrived has the entries in order of arrival; those that are gone are dropped when
-	// they come first.
+	// arrived contains the entries in order of arrival. A removed entry stays until it reaches
+	// the front.
 	arrived []*entry
-	// groups are sorted by compare. Entries that came since the last call are in fresh,
-	// and in no group.
+	// groups is sorted by compare. ungrouped contains the entries that arrived since the last
+	// call and have no group yet.
 	groups    []*group
 	ungrouped []*entry
-	// movingGroups has the group of each frontend that joins or leaves a Service.
+	// movingGroups contains the group of each frontend that is added to or removed from a
+	// Service.
 	movingGroups map[dataplane.Frontend]*group
-	// servedWeight is the weight of all that was served, and finish, by Service, where in
-	// this count its last change will be complete.
+	// servedWeight is the total weight served so far. finishByService is the value of
+	// servedWeight at which the last change of a Service will be complete.
 	servedWeight    uint64
 	finishByService map[serviceName]uint64
 	groupSeq        uint64
@@ -41,23 +42,23 @@ type queue struct {
 
 type serviceName struct{ namespace, name string }
 
-// entry is a change of one key that waits.
+// entry is the queued change of one key.
 type entry struct {
 	dataplane.Change
 
-	updatedAt time.Time // when it was handed over
-	prevSeq   uint64    // the last input before the one that it came with
+	updatedAt time.Time // time of the update
+	prevSeq   uint64    // sequence number of the input before this change
 	weight    int
-	group     *group // nil while fresh
+	group     *group // nil while ungrouped
 	removed   bool
 }
 
-// group is a set of changes that go together.
+// group is a set of changes that must be in the same call.
 type group struct {
 	entries    []*entry
 	finish     uint64
 	seq        uint64
-	mergedInto *group // that it has become part of, or nil
+	mergedInto *group // the group that this one was merged into, or nil
 }
 
 func newQueue() queue {
@@ -70,7 +71,7 @@ func (g *group) compare(o *group) int {
 	return cmp.Or(cmp.Compare(g.finish, o.finish), cmp.Compare(g.seq, o.seq))
 }
 
-// root returns the group that g is part of by now.
+// root returns the group that g has been merged into, or g.
 func (g *group) root() *group {
 	for g.mergedInto != nil {
 		g = g.mergedInto
@@ -78,7 +79,7 @@ func (g *group) root() *group {
 	return g
 }
 
-// put adds a change, or replaces the one of the same key.
+// put adds a change, or replaces the change of the same key.
 func (q *queue) put(c dataplane.Change, at time.Time, after uint64) {
 	e := q.entries[c.Key()]
 	if e == nil {
@@ -86,7 +87,7 @@ func (q *queue) put(c dataplane.Change, at time.Time, after uint64) {
 		q.entries[c.Key()] = e
 		q.arrived = append(q.arrived, e)
 		q.ungrouped = append(q.ungrouped, e)
-	} else if e.group != nil { // other frontends may move now
+	} else if e.group != nil { // the set of moving frontends may have changed
 		q.ungroup(e.group.root())
 	}
 	q.weight -= e.weight
@@ -94,8 +95,8 @@ func (q *queue) put(c dataplane.Change, at time.Time, after uint64) {
 	q.weight += e.weight
 }
 
-// weightOf returns at least 1. With session affinity backends may have as much for each
-// frontend as there are endpoints.
+// weightOf returns the weight of a change, at least 1. With session affinity, backends may have
+// one element for each pair of frontend and endpoint.
 func weightOf(c dataplane.Change) int {
 	weight := 1
 	for _, s := range []*dataplane.Service{c.Old, c.New} {
@@ -111,7 +112,7 @@ func weightOf(c dataplane.Change) int {
 	return weight
 }
 
-// remove drops the change of a key, if there is one.
+// remove removes the change of a key, if any.
 func (q *queue) remove(k dataplane.Key) {
 	if e := q.entries[k]; e != nil {
 		q.removeEntry(e)
@@ -124,7 +125,7 @@ func (q *queue) removeEntry(e *entry) {
 	delete(q.entries, e.Key())
 }
 
-// clear drops all changes.
+// clear removes all changes.
 func (q *queue) clear() {
 	served := q.servedWeight
 	*q = newQueue()
@@ -142,8 +143,8 @@ func (q *queue) oldest() *entry {
 	return q.arrived[0]
 }
 
-// dequeue takes the changes for one call off the queue: some of this weight together, or
-// one group that has more.
+// dequeue removes and returns the changes of the next call: groups with about this weight in
+// total, or a single heavier group.
 func (q *queue) dequeue(weight int) []*entry {
 	if q.weight <= weight {
 		all := slices.Collect(maps.Values(q.entries))
@@ -160,7 +161,7 @@ func (q *queue) dequeue(weight int) []*entry {
 		}
 	}
 	q.ungrouped = nil
-	var taken []*entry
+	var dequeued []*entry
 	for n := 0; n < weight && len(q.groups) > 0; {
 		g := q.groups[0]
 		q.groups = q.groups[1:]
@@ -172,14 +173,14 @@ func (q *queue) dequeue(weight int) []*entry {
 			n += e.weight
 			q.servedWeight += uint64(e.weight) //nolint:gosec // a length
 			q.removeEntry(e)
-			taken = append(taken, e)
+			dequeued = append(dequeued, e)
 		}
 	}
-	return taken
+	return dequeued
 }
 
-// addToGroup puts an entry into a group: a new one, with all those in it that a frontend
-// moves from or to.
+// addToGroup creates a group for an entry and merges all groups into it that share a moving
+// frontend.
 func (q *queue) addToGroup(e *entry) {
 	q.groupSeq++
 	g := &group{seq: q.groupSeq, entries: []*entry{e}}
@@ -204,7 +205,7 @@ func (q *queue) addToGroup(e *entry) {
 	q.groups = slices.Insert(q.groups, i, g)
 }
 
-// movedFrontends yields the frontends that join or leave the Service.
+// movedFrontends yields the frontends that are added to or removed from the Service.
 func (e *entry) movedFrontends() func(yield func(dataplane.Frontend) bool) {
 	return func(yield func(dataplane.Frontend) bool) {
 		var before, after []dataplane.Frontend
@@ -233,14 +234,14 @@ func (e *entry) movedFrontends() func(yield func(dataplane.Frontend) bool) {
 	}
 }
 
-// removeGroup takes a group off the list.
+// removeGroup removes a group from the sorted list.
 func (q *queue) removeGroup(g *group) {
 	if i, ok := slices.BinarySearchFunc(q.groups, g, (*group).compare); ok {
 		q.groups = slices.Delete(q.groups, i, i+1)
 	}
 }
 
-// ungroup makes the entries of a group fresh again.
+// ungroup dissolves a group and makes its entries ungrouped.
 func (q *queue) ungroup(g *group) {
 	q.removeGroup(g)
 	q.unindexFrontends(g)
@@ -250,7 +251,7 @@ func (q *queue) ungroup(g *group) {
 	}
 }
 
-// unindexFrontends drops what moving has of a group.
+// unindexFrontends removes the frontends of a group from movingGroups.
 func (q *queue) unindexFrontends(g *group) {
 	for _, e := range g.entries {
 		for f := range e.movedFrontends() {

@@ -10,7 +10,8 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// serviceOfWeight returns a Service of a weight, whose frontends are at addr and behind.
+// serviceOfWeight returns a Service with the given weight and with frontends at consecutive
+// addresses from addr.
 func serviceOfWeight(t testing.TB, name, port, addr string, frontends, weight int) *dataplane.Service {
 	t.Helper()
 	a := netip.MustParseAddr(addr)
@@ -39,16 +40,17 @@ func serviceNames(entries []*entry) []string {
 	return names
 }
 
-// putHugeService puts the creation of a Service of many ports into the queue.
+// putHugeService queues the creation of a Service with many ports.
 func putHugeService(t testing.TB, q *queue, ports int) {
 	t.Helper()
 	for i := range ports {
-		q.put(dataplane.Change{New: serviceOfWeight(t, "monster", fmt.Sprint(i), fmt.Sprintf("203.0.%d.1", i), 200, 300)}, time.Time{}, 0)
+		q.put(dataplane.Change{New: serviceOfWeight(t, "huge", fmt.Sprint(i), fmt.Sprintf("203.0.%d.1", i), 200, 300)}, time.Time{}, 0)
 	}
 }
 
-// TestQueueIsFair has Services come while a huge one is served: each call is bounded,
-// small ones go with the next call, middling ones soon, and the huge one goes on.
+// TestQueueIsFair adds Services while a huge one is being served. The weight of each call is
+// limited, small Services are in the next call, a medium-sized Service follows soon, and each
+// call makes progress with the huge one.
 func TestQueueIsFair(t *testing.T) {
 	t.Parallel()
 	q := newQueue()
@@ -57,26 +59,26 @@ func TestQueueIsFair(t *testing.T) {
 	for round := 0; len(q.entries) > 0; round++ {
 		name := fmt.Sprint("small-", round)
 		q.put(dataplane.Change{New: serviceOfWeight(t, name, "", "192.0.2.1", 1, 11)}, time.Time{}, 0)
-		taken := q.dequeue(callWeight)
+		dequeued := q.dequeue(callWeight)
 		calls++
 		weight, ports := 0, 0
-		for _, e := range taken {
+		for _, e := range dequeued {
 			weight += e.weight
-			if e.Key().Name == "monster" {
+			if e.Key().Name == "huge" {
 				ports++
 			}
 		}
 		if weight > callWeight+300 {
-			t.Fatalf("call %d has a weight of %d, want some %d", round, weight, callWeight)
+			t.Fatalf("call %d has a weight of %d, want about %d", round, weight, callWeight)
 		}
-		if !slices.Contains(serviceNames(taken), name) {
-			t.Fatalf("call %d is without the small Service that waits", round)
+		if !slices.Contains(serviceNames(dequeued), name) {
+			t.Fatalf("call %d does not contain the small Service that waits", round)
 		}
 		if served += ports; ports == 0 && served < 200 {
-			t.Fatalf("call %d has nothing of the huge Service", round)
+			t.Fatalf("call %d contains nothing of the huge Service", round)
 		}
 		if round > 100 {
-			t.Fatal("the queue does not become empty")
+			t.Fatal("the queue never becomes empty")
 		}
 	}
 	if want := 200 * 300 / callWeight; calls < want {
@@ -85,13 +87,13 @@ func TestQueueIsFair(t *testing.T) {
 
 	putHugeService(t, &q, 200)
 	q.dequeue(callWeight)
-	q.put(dataplane.Change{New: serviceOfWeight(t, "middling", "", "192.0.2.1", 1, 2000)}, time.Time{}, 0)
-	if taken := serviceNames(q.dequeue(callWeight)); !slices.Contains(taken, "middling") {
-		t.Errorf("a Service of 2,000 endpoints waits for a huge one: %v", taken)
+	q.put(dataplane.Change{New: serviceOfWeight(t, "medium", "", "192.0.2.1", 1, 2000)}, time.Time{}, 0)
+	if dequeued := serviceNames(q.dequeue(callWeight)); !slices.Contains(dequeued, "medium") {
+		t.Errorf("a Service with 2,000 endpoints waits for a huge one: %v", dequeued)
 	}
 }
 
-// TestQueueDoesNotStarve has small Services change all the time.
+// TestQueueDoesNotStarve changes small Services continuously while a large one waits.
 func TestQueueDoesNotStarve(t *testing.T) {
 	t.Parallel()
 	q := newQueue()
@@ -107,14 +109,14 @@ func TestQueueDoesNotStarve(t *testing.T) {
 	t.Error("the large Service is never served")
 }
 
-// TestQueueKeepsMovesTogether moves frontends in a ring of Services, in updates of which
-// each replaces another.
+// TestQueueKeepsMovesTogether moves frontends around a ring of Services. Later updates replace
+// queued changes.
 func TestQueueKeepsMovesTogether(t *testing.T) {
 	t.Parallel()
 	q := newQueue()
 	putHugeService(t, &q, 50)
 	q.put(dataplane.Change{New: serviceOfWeight(t, "x", "", "192.0.2.1", 1, 11)}, time.Time{}, 0)
-	q.dequeue(1) // all are in groups now
+	q.dequeue(1) // puts all entries into groups
 	at := func(name, addr string, n, weight int) *dataplane.Service {
 		return serviceOfWeight(t, name, "", addr, n, weight)
 	}
@@ -125,10 +127,10 @@ func TestQueueKeepsMovesTogether(t *testing.T) {
 	q.put(dataplane.Change{Old: c, New: at("c", "192.0.2.50", 3, 6000)}, time.Time{}, 2)
 	q.put(dataplane.Change{Old: b, New: at("b", "192.0.2.30", 3, 3000)}, time.Time{}, 2)
 	for range 100 {
-		taken := serviceNames(q.dequeue(callWeight))
+		dequeued := serviceNames(q.dequeue(callWeight))
 		moved := 0
 		for _, name := range []string{"a", "b", "c"} {
-			if slices.Contains(taken, name) {
+			if slices.Contains(dequeued, name) {
 				moved++
 			}
 		}
@@ -136,13 +138,13 @@ func TestQueueKeepsMovesTogether(t *testing.T) {
 			return
 		}
 		if moved > 0 {
-			t.Fatalf("a call has %v, want a, b and c together", taken)
+			t.Fatalf("a call contains %v, want a, b and c together", dequeued)
 		}
 	}
 	t.Error("the frontends never move")
 }
 
-// TestQueueRemoveAll undoes changes and takes all others off.
+// TestQueueRemoveAll removes all changes from the queue and checks that no state remains.
 func TestQueueRemoveAll(t *testing.T) {
 	t.Parallel()
 	q := newQueue()
@@ -152,9 +154,9 @@ func TestQueueRemoveAll(t *testing.T) {
 		q.remove(k)
 	}
 	if q.weight != 0 || q.oldest() != nil {
-		t.Errorf("the empty queue has a weight of %d", q.weight)
+		t.Errorf("the empty queue has weight %d, want 0", q.weight)
 	}
-	if taken := q.dequeue(callWeight); len(taken) != 0 || len(q.movingGroups)+len(q.groups)+len(q.finishByService)+len(q.arrived) != 0 {
-		t.Errorf("the empty queue has %d changes, and remembers %d frontends", len(taken), len(q.movingGroups))
+	if dequeued := q.dequeue(callWeight); len(dequeued) != 0 || len(q.movingGroups)+len(q.groups)+len(q.finishByService)+len(q.arrived) != 0 {
+		t.Errorf("the empty queue returns %d changes and indexes %d frontends", len(dequeued), len(q.movingGroups))
 	}
 }

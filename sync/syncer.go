@@ -10,41 +10,41 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// Syncer programs a dataplane with what is wanted. Make one with [New].
+// Syncer keeps a dataplane in the desired state. Create it with [New].
 type Syncer struct {
 	opts Options
 	log  *slog.Logger
 
-	wake    chan struct{} // one slot: the inbox has something
-	stopped chan struct{} // closed when Run has returned
+	wake    chan struct{} // capacity 1; signals that the inbox is not empty
+	stopped chan struct{} // closed when Run returns
 
 	mu       sync.Mutex
 	started  bool // Run was called
 	inbox    inbox
 	status   Status
-	triedSeq uint64 // all input up to this number has been tried
+	triedSeq uint64 // all input up to this sequence number has been tried
 	waiters  []waiter
 
 	tables tables // owned by Run
 }
 
-// inbox is what was handed over since Run last looked.
+// inbox contains the input that Run has not processed yet.
 type inbox struct {
 	changes      map[dataplane.Key]input
-	oldestUpdate time.Time // of the changes; zero if there are none
+	oldestUpdate time.Time // of the changes; zero without changes
 	node         *dataplane.Node
 	listComplete bool
-	seq          uint64 // number of the last input
+	seq          uint64 // sequence number of the last input
 }
 
-// input is the last value handed over for a key, nil for deleted, and the time
-// of the first one.
+// input is the latest Service for a key, nil if it was deleted, and the time of the first Update
+// that the Syncer has not processed yet.
 type input struct {
 	svc       *dataplane.Service
 	updatedAt time.Time
 }
 
-// waiter is a call to WaitSynced.
+// waiter is a blocked call of WaitSynced.
 type waiter struct {
 	seq  uint64
 	done chan struct{}
@@ -53,9 +53,8 @@ type waiter struct {
 // ErrStopped is returned by [Syncer.WaitSynced] when Run has returned.
 var ErrStopped = errors.New("the syncer has stopped")
 
-// New returns a Syncer for dp. It starts nothing: call [Syncer.Run]. The
-// dataplane belongs to the Syncer until Run has returned; closing it is then
-// left to the caller.
+// New returns a Syncer for dp. It does nothing until [Syncer.Run] is called. The Syncer owns the
+// dataplane until Run returns; the caller then closes it.
 func New(dp dataplane.Dataplane, opts Options) *Syncer {
 	opts = opts.withDefaults()
 	return &Syncer{
@@ -68,15 +67,14 @@ func New(dp dataplane.Dataplane, opts Options) *Syncer {
 	}
 }
 
-// Update hands over changes: the Services now wanted, and nil for those that
-// are not wanted any more. A frontend that moves between Services must leave the one
-// and join the other in the same Update; both then go to the dataplane in one
-// call. All of an Update does, unless it is large: then the Services with little
-// go first. Update keeps the Services but not the map.
+// Update sets the desired Services of the given keys; nil deletes a Service. If a frontend moves
+// from one Service to another, both changes must be in the same Update. The dataplane then
+// receives them in one call. One Update results in one call unless it is large: then small
+// Services come first. Update keeps the Services but not the map.
 //
-// It does not block on the kernel and may be called from any goroutine, before
-// and during Run. An entry whose key is not its Service's is a bug of the
-// caller: it is logged as an error and left out.
+// Update does not wait for the kernel and may be called from any goroutine, before and during
+// Run. An entry whose key differs from the key of its Service is a bug in the caller. Update logs
+// it as an error and ignores it.
 func (s *Syncer) Update(changes map[dataplane.Key]*dataplane.Service) {
 	if len(changes) == 0 {
 		return
@@ -85,7 +83,7 @@ func (s *Syncer) Update(changes map[dataplane.Key]*dataplane.Service) {
 	s.mu.Lock()
 	for k, svc := range changes {
 		if svc != nil && svc.Key != k {
-			s.log.Error("update left out: a Service under another key", "service", svc.Key.String(), "key", k.String())
+			s.log.Error("update ignored: the Service has a different key", "service", svc.Key.String(), "key", k.String())
 			continue
 		}
 		in, ok := s.inbox.changes[k]
@@ -101,27 +99,25 @@ func (s *Syncer) Update(changes map[dataplane.Key]*dataplane.Service) {
 	s.unlockAndWake()
 }
 
-// SetNode hands over the node. Before the first call it is the zero Node. It
-// does not block on the kernel and may be called from any goroutine, before and
-// during Run.
+// SetNode sets the desired Node, which is the zero Node initially. It does not wait for the
+// kernel and may be called from any goroutine, before and during Run.
 func (s *Syncer) SetNode(node dataplane.Node) {
 	s.mu.Lock()
 	s.inbox.node = &node
 	s.unlockAndWake()
 }
 
-// FinishInitialList says that everything there is has been handed over. Nothing is
-// programmed before: the first thing the dataplane gets is the complete list,
-// and what a previous run of the program left in the kernel serves until then.
-// It does not block and may be called from any goroutine; calling it again has
-// no effect.
+// FinishInitialList marks the initial list of Services as complete. The Syncer programs nothing
+// before: the first dataplane call contains the complete list, and until then the state that an
+// earlier process left in the kernel stays in use. FinishInitialList does not block and may be
+// called from any goroutine. Calling it again has no effect.
 func (s *Syncer) FinishInitialList() {
 	s.mu.Lock()
 	s.inbox.listComplete = true
 	s.unlockAndWake()
 }
 
-// unlockAndWake ends the handing over of an input: it unlocks mu and wakes Run.
+// unlockAndWake completes an input: it increments the sequence number, unlocks mu and wakes Run.
 func (s *Syncer) unlockAndWake() {
 	s.inbox.seq++
 	s.mu.Unlock()
@@ -136,9 +132,9 @@ func (s *Syncer) wakeRun() {
 	}
 }
 
-// WaitSynced blocks until everything that was handed over before the call has
-// been tried: it is programmed, or Status says what failed. It returns an error
-// only when ctx ends first, or Run returns.
+// WaitSynced blocks until the Syncer has tried all input from before the call: the input is
+// programmed, or Status contains the error. It returns an error only if ctx ends first or Run
+// returns.
 func (s *Syncer) WaitSynced(ctx context.Context) error {
 	s.mu.Lock()
 	if s.triedSeq >= s.inbox.seq {
@@ -158,9 +154,9 @@ func (s *Syncer) WaitSynced(ctx context.Context) error {
 	}
 }
 
-// Run programs the dataplane until ctx ends and then returns nil; the call in
-// flight is given ctx too. What is programmed stays in place. It returns an
-// error only when it is called a second time.
+// Run programs the dataplane until ctx ends and then returns nil. It passes ctx to the dataplane,
+// so an active call ends too. The programmed state stays in place. Run returns an error only if
+// it was called before.
 func (s *Syncer) Run(ctx context.Context) error {
 	s.mu.Lock()
 	again := s.started
@@ -192,7 +188,7 @@ func (s *Syncer) Run(ctx context.Context) error {
 			armed = time.Time{}
 		case _, ok := <-t.drift:
 			if !ok {
-				t.drift = nil // Or it would be received from for ever.
+				t.drift = nil // a closed channel would always be ready
 				continue
 			}
 			t.onDrift(time.Now())
@@ -213,7 +209,7 @@ func (s *Syncer) Run(ctx context.Context) error {
 	}
 }
 
-// step takes what is in the inbox and makes the call it needs, if any.
+// step processes the inbox and makes the dataplane call that is due, if any.
 func (s *Syncer) step(ctx context.Context) {
 	t := &s.tables
 	in := s.drainInbox()
@@ -242,7 +238,7 @@ func (s *Syncer) step(ctx context.Context) {
 	s.publish(in)
 }
 
-// drainInbox empties the inbox.
+// drainInbox returns the content of the inbox and leaves it empty.
 func (s *Syncer) drainInbox() inbox {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -255,11 +251,11 @@ func (s *Syncer) drainInbox() inbox {
 	return in
 }
 
-// publish makes the outcome of a step visible.
+// publish updates the Status and wakes the waiters after a step.
 func (s *Syncer) publish(in inbox) {
 	t := &s.tables
-	// The map is used again unless it is large: clearing it, and the memory it
-	// holds, would follow the largest batch ever seen.
+	// Reuse the map unless it is large. Clearing it takes time, and it takes memory, in
+	// proportion to the largest batch it ever held.
 	if len(in.changes) <= 1024 {
 		clear(in.changes)
 		t.spareChanges = in.changes

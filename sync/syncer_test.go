@@ -23,13 +23,13 @@ import (
 	"fairlead.io/fairlead/sync"
 )
 
-// The tests run in synctest bubbles: time stands still while anything can run,
-// and a bubble ends only when all of its goroutines have, so each of them also
-// checks that Run leaves none behind.
+// The tests run in synctest bubbles. Time advances only when all goroutines are blocked, and a
+// bubble ends only when all of its goroutines have ended. So each test also checks that Run leaks
+// no goroutine.
 
 type updates = map[dataplane.Key]*dataplane.Service
 
-// fixture is a Syncer that runs, on a fake kernel that can misbehave.
+// fixture is a running Syncer with a fake kernel that can fail.
 type fixture struct {
 	*sync.Syncer
 	t      *testing.T
@@ -42,14 +42,14 @@ type fixture struct {
 	log     bytes.Buffer
 }
 
-// Write makes the fixture the end of a log.
+// Write appends to the log.
 func (fx *fixture) Write(p []byte) (int, error) {
 	fx.mu.Lock()
 	defer fx.mu.Unlock()
 	return fx.log.Write(p)
 }
 
-// startSyncer runs a Syncer in the bubble that the test is in.
+// startSyncer runs a Syncer in the current synctest bubble.
 func startSyncer(t *testing.T, kernel *fake.Dataplane, opts sync.Options) *fixture {
 	t.Helper()
 	fx := &fixture{t: t, kernel: kernel, faulty: fake.NewFaulty(kernel, 1, fake.Faults{})}
@@ -80,8 +80,8 @@ func startSyncer(t *testing.T, kernel *fake.Dataplane, opts sync.Options) *fixtu
 	return fx
 }
 
-// waitSynced waits until all that was handed over has been tried, and returns the
-// commits since the last settle.
+// waitSynced waits until all input has been tried and returns the commits since the last call of
+// newCommits.
 func (fx *fixture) waitSynced() []sync.Commit {
 	fx.t.Helper()
 	if err := fx.WaitSynced(fx.t.Context()); err != nil {
@@ -90,8 +90,7 @@ func (fx *fixture) waitSynced() []sync.Commit {
 	return fx.newCommits()
 }
 
-// newCommits returns the commits since it was called last, when nothing can run any
-// more.
+// newCommits waits until all goroutines are blocked and returns the commits since the last call.
 func (fx *fixture) newCommits() []sync.Commit {
 	synctest.Wait()
 	fx.mu.Lock()
@@ -101,7 +100,7 @@ func (fx *fixture) newCommits() []sync.Commit {
 	return commits
 }
 
-// newLog returns the log since it was called last.
+// newLog returns the log output since the last call.
 func (fx *fixture) newLog() string {
 	synctest.Wait()
 	fx.mu.Lock()
@@ -118,11 +117,11 @@ func (fx *fixture) checkKernel(services ...*dataplane.Service) {
 		fx.t.Fatal(err)
 	}
 	if diff := dataplane.StateOf(slices.Values(services)).Diff(got); diff != "" {
-		fx.t.Errorf("the kernel does not hold what it should:\n%s", diff)
+		fx.t.Errorf("kernel state (want against got):\n%s", diff)
 	}
 }
 
-// service returns Service number n with the endpoints 1 to endpoints.
+// service returns the n-th Service, with the given number of endpoints.
 func service(n, endpoints int) *dataplane.Service {
 	key := dataplane.Key{Namespace: "default", Name: fmt.Sprintf("s%d", n), Family: dataplane.IPv4}
 	frontend := dataplane.Frontend{
@@ -156,8 +155,8 @@ func deletions(services ...*dataplane.Service) updates {
 	return m
 }
 
-// summarize describes commits by verb, reason and the number of changes and failed
-// keys.
+// summarize returns the operation, the reason, and the number of changes and failed keys of each
+// commit.
 func summarize(commits []sync.Commit) string {
 	var b strings.Builder
 	for _, c := range commits {
@@ -184,7 +183,7 @@ func TestNothingProgrammedBeforeInitialList(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		kernel := fake.New(fake.Options{})
-		left := service(9, 1) // by an earlier run
+		left := service(9, 1) // from an earlier process
 		if err := kernel.Replace(t.Context(), dataplane.Node{}, slices.Values([]*dataplane.Service{left}), nil); err != nil {
 			t.Fatal(err)
 		}
@@ -204,10 +203,10 @@ func TestNothingProgrammedBeforeInitialList(t *testing.T) {
 		fx.checkCommits(commits, "replace(start) 2")
 		fx.checkKernel(service(1, 1), service(2, 1))
 		if c := commits[0]; c.End.Sub(c.OldestUpdate) != time.Hour || c.Services != 2 {
-			t.Errorf("the commit has %d Services, the oldest handed over %v before, want 2 and 1h", c.Services, c.End.Sub(c.OldestUpdate))
+			t.Errorf("the commit has %d Services and the oldest update %v before its end, want 2 and 1h", c.Services, c.End.Sub(c.OldestUpdate))
 		}
 		if st := fx.Status(); !st.PendingSince.IsZero() || st.Services != 2 || !st.LastSuccess.Equal(time.Now()) {
-			t.Errorf("status %+v after everything was programmed", st)
+			t.Errorf("status after everything was programmed: %+v", st)
 		}
 	})
 }
@@ -219,7 +218,7 @@ func TestChangesAppliedImmediately(t *testing.T) {
 		defer fx.stop()
 		fx.FinishInitialList()
 		fx.checkCommits(fx.waitSynced(), "replace(start) 0")
-		began := time.Now()
+		started := time.Now()
 
 		fx.Update(upserts(service(1, 1), service(2, 1)))
 		commits := fx.waitSynced()
@@ -241,8 +240,8 @@ func TestChangesAppliedImmediately(t *testing.T) {
 			t.Errorf("deletion: %v", c)
 		}
 		fx.checkKernel(service(2, 1))
-		if time.Since(began) != 0 {
-			t.Errorf("it took %v, want no waiting at all", time.Since(began))
+		if time.Since(started) != 0 {
+			t.Errorf("the calls took %v, want no delay", time.Since(started))
 		}
 	})
 }
@@ -283,7 +282,7 @@ func TestEqualInputMakesNoCall(t *testing.T) {
 		fx.FinishInitialList()
 		fx.checkCommits(fx.waitSynced(), "")
 		if got := fx.kernel.Counts(); got != before {
-			t.Errorf("calls and writes %+v, want none after %+v", got, before)
+			t.Errorf("calls and writes are %+v, want no change from %+v", got, before)
 		}
 		if got := fx.Status().PendingSince; !got.IsZero() {
 			t.Errorf("pending since %v, want nothing pending", got)
@@ -305,12 +304,12 @@ func TestChangesCoalesceDuringCall(t *testing.T) {
 		synctest.Wait()
 		inFlight := time.Now()
 		time.Sleep(time.Second)
-		fx.Update(upserts(service(2, 2))) // changed three times: the last counts
+		fx.Update(upserts(service(2, 2))) // changed three times: the last value counts
 		fx.Update(deletions(service(2, 1)))
 		fx.Update(upserts(service(2, 3)))
-		fx.Update(upserts(service(3, 2))) // undone
+		fx.Update(upserts(service(3, 2))) // changed and undone
 		fx.Update(upserts(service(3, 1)))
-		fx.Update(upserts(service(4, 1))) // created and gone again
+		fx.Update(upserts(service(4, 1))) // created and deleted
 		fx.Update(deletions(service(4, 1)))
 		time.Sleep(time.Second)
 		if st := fx.Status(); !st.CallSince.Equal(inFlight) || !st.PendingSince.Equal(inFlight) {
@@ -320,10 +319,10 @@ func TestChangesCoalesceDuringCall(t *testing.T) {
 		commits := fx.waitSynced()
 		fx.checkCommits(commits, "apply(change) 1; apply(change) 1")
 		if c := commits[0]; c.End.Sub(c.Start) != 2*time.Second || c.End.Sub(c.OldestUpdate) != 2*time.Second {
-			t.Errorf("the first commit took %v, and %v since its Update, want 2s", c.End.Sub(c.Start), c.End.Sub(c.OldestUpdate))
+			t.Errorf("the first commit took %v, and %v since its Update, want 2s for both", c.End.Sub(c.Start), c.End.Sub(c.OldestUpdate))
 		}
 		if c := commits[1]; c.Changes[0].New.Key != service(2, 3).Key || c.End.Sub(c.OldestUpdate) != time.Second {
-			t.Errorf("the second commit: %v, after %v, want default/s2, 1s", c.Changes[0], c.End.Sub(c.OldestUpdate))
+			t.Errorf("the second commit is %v, %v after its Update, want default/s2 after 1s", c.Changes[0], c.End.Sub(c.OldestUpdate))
 		}
 		fx.checkKernel(service(1, 2), service(2, 3), service(3, 1))
 		if st := fx.Status(); !st.CallSince.IsZero() || !st.PendingSince.IsZero() {
@@ -332,7 +331,7 @@ func TestChangesCoalesceDuringCall(t *testing.T) {
 	})
 }
 
-// What is in flight is not undone by being absent from the kernel yet.
+// Undoing a change that is in flight takes a second call.
 func TestChangeUndoneDuringCall(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -365,12 +364,12 @@ func TestWarmRestartWritesNothing(t *testing.T) {
 			fx.stop()
 		}
 		if n := kernel.Counts().Writes - before.Writes; n != 0 || before.Writes == 0 {
-			t.Errorf("the first run wrote %d times, the second %d times, want some and none", before.Writes, n)
+			t.Errorf("the first run wrote %d times and the second %d times, want more than 0 and 0", before.Writes, n)
 		}
 	})
 }
 
-// failServices makes Services fail that are in it, by name.
+// failServices makes the Services with these names fail.
 func failServices(names ...string) fake.Faults {
 	return fake.Faults{Broken: func(s *dataplane.Service) error {
 		if slices.Contains(names, s.Key.Name) {
@@ -396,20 +395,20 @@ func TestFailingServiceIsIsolatedAndRetried(t *testing.T) {
 		fx.checkCommits(commits, "apply(change) 1 failed 1")
 		fx.checkKernel(service(1, 1), service(2, 2))
 		if st := fx.Status(); len(st.Failing) != 1 || st.Failing[service(1, 1).Key] == nil || !st.PendingSince.IsZero() || st.Err != nil {
-			t.Errorf("status %+v, want default/s1 failing and nothing pending", st)
+			t.Errorf("status %+v, want default/s1 failing and no pending update", st)
 		}
-		if log := fx.newLog(); strings.Count(log, "\n") != 1 || !strings.Contains(log, `msg="service failed" service="default/s1 IPv4"`) ||
+		if log := fx.newLog(); strings.Count(log, "\n") != 1 || !strings.Contains(log, `msg="failed to program service" service="default/s1 IPv4"`) ||
 			!strings.Contains(log, `error="no memory"`) {
-			t.Errorf("log %q, want one line that names the Service and the error", log)
+			t.Errorf("log %q, want one line with the Service and the error", log)
 		}
 
-		// The others go on, by Apply.
+		// Other Services still use Apply.
 		fx.Update(upserts(service(3, 1)))
 		fx.checkCommits(fx.waitSynced(), "apply(change) 1")
 		fx.checkKernel(service(1, 1), service(2, 2), service(3, 1))
 
-		// It is tried again after delays that double, up to a limit, and says
-		// no more in the log.
+		// The failing Service is retried with a delay that doubles up to a limit. Repeated
+		// failures are not logged.
 		var delays []time.Duration
 		last := commits[0].End
 		for len(delays) < 14 {
@@ -423,15 +422,15 @@ func TestFailingServiceIsIsolatedAndRetried(t *testing.T) {
 		full := sync.DefaultRetryMin
 		for i, d := range delays {
 			if d > full || d < full*3/4 {
-				t.Errorf("delay %d is %v, want %v less at most a quarter", i, d, full)
+				t.Errorf("delay %d is %v, want %v minus at most a quarter", i, d, full)
 			}
 			full = min(2*full, sync.DefaultRetryMax)
 		}
 		if full != sync.DefaultRetryMax {
-			t.Errorf("the delays end with %v, want the limit to be reached", delays)
+			t.Errorf("the delays are %v, want them to reach the limit", delays)
 		}
 		if log := fx.newLog(); log != "" {
-			t.Errorf("log %q while nothing new happens, want nothing", log)
+			t.Errorf("log %q for repeated failures, want no output", log)
 		}
 
 		fx.faulty.Set(fake.Faults{})
@@ -439,14 +438,14 @@ func TestFailingServiceIsIsolatedAndRetried(t *testing.T) {
 		commits = fx.newCommits()
 		fx.checkCommits(commits, "replace(retry) 1")
 		if c := commits[0].Changes[0]; !c.Old.Equal(service(1, 1)) || !c.New.Equal(service(1, 2)) {
-			t.Errorf("the change that took at last is %v", c)
+			t.Errorf("the change that finally succeeded is %v", c)
 		}
 		if c := commits[0]; c.End.Sub(c.OldestUpdate) < time.Minute {
-			t.Errorf("the oldest change is %v old, want it since the first attempt", c.End.Sub(c.OldestUpdate))
+			t.Errorf("the oldest update is %v old, want the time since the first attempt", c.End.Sub(c.OldestUpdate))
 		}
 		fx.checkKernel(service(1, 2), service(2, 2), service(3, 1))
-		if log := fx.newLog(); !strings.Contains(log, `msg="service no longer fails" service="default/s1 IPv4"`) {
-			t.Errorf("log %q, want it to say that default/s1 no longer fails", log)
+		if log := fx.newLog(); !strings.Contains(log, `msg="service recovered" service="default/s1 IPv4"`) {
+			t.Errorf("log %q, want the recovery of default/s1", log)
 		}
 		if st := fx.Status(); len(st.Failing) != 0 {
 			t.Errorf("failing %v, want none", st.Failing)
@@ -467,18 +466,18 @@ func TestChangedFailingServiceRetriedSoon(t *testing.T) {
 		time.Sleep(10 * time.Minute)
 		fx.newCommits()
 		fx.faulty.Set(fake.Faults{})
-		began := time.Now()
+		started := time.Now()
 		fx.Update(upserts(service(1, 2)))
 		fx.checkCommits(fx.waitSynced(), "replace(retry) 1")
-		if d := time.Since(began); d > sync.DefaultRetryMin {
-			t.Errorf("tried after %v, want %v at most", d, sync.DefaultRetryMin)
+		if d := time.Since(started); d > sync.DefaultRetryMin {
+			t.Errorf("retried after %v, want at most %v", d, sync.DefaultRetryMin)
 		}
 		fx.checkKernel(service(1, 2))
 	})
 }
 
-// Each attempt to repair is a Replace, so a failing Service that changes all the
-// time must not cause one all the time.
+// Each retry is a Replace, so a failing Service that changes continuously must not cause
+// continuous calls of Replace.
 func TestChurningFailingServiceLimitsReplaceTime(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -499,7 +498,7 @@ func TestChurningFailingServiceLimitsReplaceTime(t *testing.T) {
 			}
 		}
 		if busy < 30*time.Second || busy > 90*time.Second {
-			t.Errorf("Replace took %v of 10m, want a tenth at most", busy)
+			t.Errorf("Replace took %v of 10m, want about a tenth at most", busy)
 		}
 	})
 }
@@ -521,7 +520,7 @@ func TestChangedFailingServiceKeepsDataplaneBackoff(t *testing.T) {
 			time.Sleep(100 * time.Millisecond)
 		}
 		if n := len(fx.newCommits()); n > 3 {
-			t.Errorf("%d attempts in a minute, want one every 30s", n)
+			t.Errorf("%d attempts in one minute, want one every 30s", n)
 		}
 	})
 }
@@ -541,11 +540,11 @@ func TestFailingServiceIsDeleted(t *testing.T) {
 		commits := fx.waitSynced()
 		fx.checkCommits(commits, "replace(retry) 1")
 		if c := commits[0].Changes[0]; !c.Old.Equal(service(1, 1)) || c.New != nil {
-			t.Errorf("change %v, want the Service that was last known to be there to go", c)
+			t.Errorf("change %v, want the deletion of the last applied Service", c)
 		}
 		fx.checkKernel()
 		if st := fx.Status(); len(st.Failing) != 0 || st.Services != 0 {
-			t.Errorf("status %+v, want nothing", st)
+			t.Errorf("status %+v, want no Services and none failing", st)
 		}
 	})
 }
@@ -565,8 +564,8 @@ func TestManyFailuresLogSummary(t *testing.T) {
 		fx.FinishInitialList()
 		fx.waitSynced()
 		log := fx.newLog()
-		if n := strings.Count(log, "service failed"); n != 10 || !strings.Contains(log, `msg="more services failed" services=990`) {
-			t.Errorf("%d Services are named, want 10 and the number of the others:\n%s", n, log)
+		if n := strings.Count(log, "failed to program service"); n != 10 || !strings.Contains(log, `msg="failed to program more services" services=990`) {
+			t.Errorf("%d Services are logged by name, want 10 and the number of the others:\n%s", n, log)
 		}
 	})
 }
@@ -596,20 +595,21 @@ func TestUnsupportedServiceRetriedOnChange(t *testing.T) {
 			t.Errorf("status has %v, want ErrUnsupported", err)
 		}
 
-		// A Replace does not offer it again.
+		// Replace skips it.
 		fx.SetNode(dataplane.Node{PodCIDRs: []netip.Prefix{netip.MustParsePrefix("10.1.0.0/16")}})
 		fx.checkCommits(fx.waitSynced(), "replace(node) 0")
 
-		// One that was programmed is taken out when it becomes unsupported.
+		// A programmed Service is removed when it becomes unsupported.
 		fx.Update(upserts(service(2, 7)))
 		commits := fx.waitSynced()
 		fx.checkCommits(commits, "apply(change) 1 failed 1")
 		if c := commits[0].Changes[0]; !c.Old.Equal(service(2, 1)) || c.New != nil {
-			t.Errorf("change %v, want what was there to go", c)
+			t.Errorf("change %v, want the deletion of the programmed Service", c)
 		}
 		fx.checkKernel(service(3, 1))
 
-		// A change is tried, from nothing: the strict kernel would refuse an Old.
+		// A changed Service is applied without Old: the strict kernel would reject an Old that it
+		// does not hold.
 		fx.Update(upserts(service(1, 2), service(2, 2)))
 		fx.checkCommits(fx.waitSynced(), "apply(change) 2")
 		fx.checkKernel(service(1, 2), service(2, 2), service(3, 1))
@@ -617,7 +617,7 @@ func TestUnsupportedServiceRetriedOnChange(t *testing.T) {
 			t.Errorf("failing %v, want none", st.Failing)
 		}
 
-		// A deletion costs nothing.
+		// A deletion needs no call.
 		fx.Update(upserts(service(1, 7)))
 		fx.waitSynced()
 		fx.Update(deletions(service(1, 7)))
@@ -626,7 +626,8 @@ func TestUnsupportedServiceRetriedOnChange(t *testing.T) {
 			t.Errorf("status %+v, want 2 Services and none failing", st)
 		}
 
-		// It stays left out after everything was unknown, unless it changed.
+		// An unsupported Service is still skipped after a call that failed as a whole, unless it
+		// changed.
 		fx.Update(upserts(service(4, 7), service(5, 7)))
 		fx.waitSynced()
 		fx.faulty.Set(fake.Faults{Down: errors.New("down")})
@@ -645,59 +646,59 @@ func TestCallFailure(t *testing.T) {
 		fx := startSyncer(t, fake.New(fake.Options{}), sync.Options{RetryMin: time.Second, RetryMax: 4 * time.Second})
 		defer fx.stop()
 		fx.faulty.Set(fake.Faults{Down: errors.New("no netlink")})
-		began := time.Now()
+		started := time.Now()
 		fx.Update(upserts(service(1, 1)))
 		fx.FinishInitialList()
 		fx.checkCommits(fx.waitSynced(), "replace(start) 0 failed")
 		if log := fx.newLog(); strings.Count(log, "\n") != 1 || !strings.Contains(log, "no netlink") {
-			t.Errorf("log %q, want one line", log)
+			t.Errorf("log %q, want one line with the error", log)
 		}
-		if st := fx.Status(); st.Err == nil || !st.LastSuccess.IsZero() || !st.PendingSince.Equal(began) {
-			t.Errorf("status %+v, want the error, no success, and pending since the start", st)
+		if st := fx.Status(); st.Err == nil || !st.LastSuccess.IsZero() || !st.PendingSince.Equal(started) {
+			t.Errorf("status %+v, want the error, no success, and an update pending since the beginning", st)
 		}
-		// Neither changes nor drift nor the node hurry it.
+		// Changes, drift and a new node do not shorten the delay.
 		fx.Update(upserts(service(1, 2)))
 		fx.SetNode(dataplane.Node{PodCIDRs: []netip.Prefix{netip.MustParsePrefix("10.1.0.0/16")}})
 		fx.kernel.Edit(func(dataplane.State) {})
 		fx.checkCommits(fx.newCommits(), "")
 		fx.checkCommits(fx.waitSynced(), "replace(start) 0 failed")
-		if d := time.Since(began); d > time.Second || d < 750*time.Millisecond {
-			t.Errorf("the second attempt came after %v, want 1s less at most a quarter", d)
+		if d := time.Since(started); d > time.Second || d < 750*time.Millisecond {
+			t.Errorf("the second attempt came after %v, want 1s minus at most a quarter", d)
 		}
 		time.Sleep(time.Minute)
 		if n := len(fx.newCommits()); n < 15 || n > 22 {
-			t.Errorf("%d attempts in a minute, want one every 3 to 4 s", n)
+			t.Errorf("%d attempts in one minute, want one every 3 to 4s", n)
 		}
 		if log := fx.newLog(); log != "" {
-			t.Errorf("log %q while nothing new happens, want nothing", log)
+			t.Errorf("log %q for repeated failures, want no output", log)
 		}
 		fx.faulty.Set(fake.Faults{})
 		time.Sleep(4 * time.Second)
 		commits := fx.newCommits()
 		fx.checkCommits(commits, "replace(start) 1")
-		if !commits[0].OldestUpdate.Equal(began) {
-			t.Errorf("the oldest change is from %v, want %v", commits[0].OldestUpdate, began)
+		if !commits[0].OldestUpdate.Equal(started) {
+			t.Errorf("the oldest update is from %v, want %v", commits[0].OldestUpdate, started)
 		}
 		fx.checkKernel(service(1, 2))
-		if log := fx.newLog(); !strings.Contains(log, "dataplane works again") {
-			t.Errorf("log %q, want it to say that the dataplane works again", log)
+		if log := fx.newLog(); !strings.Contains(log, "dataplane recovered") {
+			t.Errorf("log %q, want the recovery of the dataplane", log)
 		}
 
-		// An Apply that fails as a whole may have been taken.
+		// An Apply that fails as a whole may have changed the kernel.
 		fx.faulty.Set(fake.Faults{Lose: 1})
 		fx.Update(upserts(service(1, 3)))
-		began = time.Now()
+		started = time.Now()
 		fx.checkCommits(fx.waitSynced(), "apply(change) 0 failed")
-		if st := fx.Status(); !st.PendingSince.Equal(began) {
-			t.Errorf("pending since %v, want %v", st.PendingSince, began)
+		if st := fx.Status(); !st.PendingSince.Equal(started) {
+			t.Errorf("pending since %v, want %v", st.PendingSince, started)
 		}
 		fx.faulty.Set(fake.Faults{})
 		fx.Update(upserts(service(1, 2), service(2, 1)))
 		commits = fx.waitSynced()
 		fx.checkCommits(commits, "replace(retry) 1")
-		if d := time.Since(began); d > time.Second || !commits[0].OldestUpdate.Equal(began) {
-			t.Errorf("repaired after %v, the oldest change from %v: want 1s at most, as after a first failure, and %v",
-				d, commits[0].OldestUpdate, began)
+		if d := time.Since(started); d > time.Second || !commits[0].OldestUpdate.Equal(started) {
+			t.Errorf("repaired after %v with the oldest update from %v, want at most 1s, as after a first failure, and %v",
+				d, commits[0].OldestUpdate, started)
 		}
 		fx.checkKernel(service(1, 2), service(2, 1))
 	})
@@ -713,14 +714,14 @@ func TestDriftRepairBackoff(t *testing.T) {
 		fx.waitSynced()
 		edit := func() { fx.kernel.Edit(func(s dataplane.State) { clear(s) }) }
 
-		for range 3 { // Rare drift is always repaired at once.
+		for range 3 { // Rare drift is repaired immediately.
 			time.Sleep(sync.DefaultRetryMax)
 			edit()
 			fx.checkCommits(fx.newCommits(), "replace(drift) 0")
 			fx.checkKernel(service(1, 1))
 		}
 
-		// Somebody who edits a thousand times a second is answered once a second.
+		// Drift that occurs a thousand times per second is repaired once per second.
 		repairs := 0
 		for range 60_000 {
 			time.Sleep(time.Millisecond)
@@ -728,13 +729,13 @@ func TestDriftRepairBackoff(t *testing.T) {
 			repairs += len(fx.newCommits())
 		}
 		if repairs < 60 || repairs > 85 {
-			t.Errorf("%d repairs in a minute of fighting, want one for each second or little less", repairs)
+			t.Errorf("%d repairs in one minute of continuous drift, want slightly more than one per second", repairs)
 		}
 		time.Sleep(sync.DefaultRetryMax)
 		fx.newCommits()
 		fx.checkKernel(service(1, 1))
 
-		// And at once again when it has been quiet.
+		// After a quiet period, drift is repaired immediately again.
 		time.Sleep(sync.DefaultRetryMax)
 		edit()
 		fx.checkCommits(fx.newCommits(), "replace(drift) 0")
@@ -742,7 +743,7 @@ func TestDriftRepairBackoff(t *testing.T) {
 	})
 }
 
-// lossy is a dataplane that tells losses, and whose calls can fail by a conflict.
+// lossy is a dataplane that reports losses and whose calls can fail with a conflict.
 type lossy struct {
 	*fake.Dataplane
 	lost     chan struct{}
@@ -789,8 +790,8 @@ func startLossy(t *testing.T) (*lossy, *sync.Syncer) {
 	return d, s
 }
 
-// A loss is repaired at once whatever came before: many other edits, or a failure
-// that is tried again less and less often.
+// A loss is repaired immediately after any history: repeated drift, or failures with a growing
+// retry delay.
 func TestLossRepairedImmediately(t *testing.T) {
 	t.Parallel()
 	const promptly = 25 * time.Millisecond
@@ -805,7 +806,7 @@ func TestLossRepairedImmediately(t *testing.T) {
 		d.lose()
 		time.Sleep(promptly)
 		if got := d.calls.Load() - before; got == 0 {
-			t.Error("after many edits a loss was not repaired at once")
+			t.Error("a loss was not repaired immediately after repeated drift")
 		}
 
 		d.broken.Store(true)
@@ -814,20 +815,20 @@ func TestLossRepairedImmediately(t *testing.T) {
 		before = d.calls.Load()
 		time.Sleep(time.Minute)
 		if got := d.calls.Load() - before; got > 4 {
-			t.Errorf("%d attempts in a minute although nothing changed", got)
+			t.Errorf("%d attempts in one minute without a change, want at most 4", got)
 		}
 		d.broken.Store(false)
 		before = d.calls.Load()
 		d.lose()
 		time.Sleep(promptly)
 		if got := d.calls.Load() - before; got == 0 {
-			t.Error("after failures a loss was not repaired at once")
+			t.Error("a loss was not repaired immediately after failures")
 		}
 	})
 }
 
-// A disturbance of half a minute, in which each Replace conflicts with somebody else,
-// is over as soon as it ends.
+// If each Replace conflicts with another program for half a minute, the state is repaired as soon
+// as the conflicts stop.
 func TestConflictsDoNotBackOff(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -838,24 +839,24 @@ func TestConflictsDoNotBackOff(t *testing.T) {
 			d.lose()
 		}
 		if got := d.calls.Load() - before; got > 3000 {
-			t.Errorf("%d calls in 30 s, want pauses between them", got)
+			t.Errorf("%d calls in 30s, want a delay between them", got)
 		}
 		d.conflict.Store(false)
 		time.Sleep(25 * time.Millisecond)
 		if st := s.Status(); st.Err != nil {
-			t.Errorf("still failing after the end: %v", st.Err)
+			t.Errorf("still failing after the conflicts stopped: %v", st.Err)
 		}
 		got, err := d.Read(t.Context())
 		if err != nil {
 			t.Fatal(err)
 		}
 		if diff := dataplane.StateOf(slices.Values([]*dataplane.Service{service(1, 1)})).Diff(got); diff != "" {
-			t.Errorf("after the end:\n%s", diff)
+			t.Errorf("kernel state after the conflicts stopped:\n%s", diff)
 		}
 	})
 }
 
-// Drift that is announced before a Replace begins is repaired by it.
+// Replace repairs drift that was reported before it began.
 func TestReplaceCoversPendingDrift(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -876,13 +877,13 @@ func TestReplaceCoversPendingDrift(t *testing.T) {
 			synctest.Wait()
 			fx.checkKernel(service(1, i+2))
 			if commits := fx.newCommits(); len(commits) != 2 {
-				t.Fatalf("commits %s, want an Apply and one Replace", summarize(commits))
+				t.Fatalf("commits %s, want one Apply and one Replace", summarize(commits))
 			}
 		}
 	})
 }
 
-// closedDrift is a dataplane that has no more drift to announce.
+// closedDrift is a dataplane that closes its Drift channel.
 type closedDrift struct{ *fake.Dataplane }
 
 func (closedDrift) Drift() <-chan struct{} {
@@ -904,7 +905,7 @@ func TestClosedDriftChannel(t *testing.T) {
 		if err := s.WaitSynced(ctx); err != nil {
 			t.Fatal(err)
 		}
-		time.Sleep(time.Minute) // It would never end if Run never rested.
+		time.Sleep(time.Minute) // does not return if Run is never blocked
 		if n := kernel.Counts().Replaces; n != 1 {
 			t.Errorf("%d Replaces, want 1", n)
 		}
@@ -959,10 +960,10 @@ func TestCancelDuringCall(t *testing.T) {
 		}
 		fx.checkCommits(fx.newCommits(), "")
 		if log := fx.newLog(); log != "" {
-			t.Errorf("log %q, want nothing about an orderly end", log)
+			t.Errorf("log %q after a cancelled call, want no output", log)
 		}
 		fx.checkKernel(service(1, 1))
-		fx.Update(upserts(service(1, 3))) // is of no use, and harmless
+		fx.Update(upserts(service(1, 3))) // has no effect
 		if err := fx.Run(t.Context()); err == nil {
 			t.Error("a second Run returned no error")
 		}
@@ -977,7 +978,7 @@ func TestWaitSyncedContext(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
 		if err := fx.WaitSynced(ctx); !errors.Is(err, context.DeadlineExceeded) {
-			t.Errorf("WaitSynced returned %v before the list is complete, want DeadlineExceeded", err)
+			t.Errorf("WaitSynced returned %v before the initial list was complete, want DeadlineExceeded", err)
 		}
 	})
 }
@@ -992,14 +993,14 @@ func TestMismatchedKeyIgnored(t *testing.T) {
 		fx.waitSynced()
 		fx.checkKernel(service(3, 1))
 		if log := fx.newLog(); !strings.Contains(log, "level=ERROR") || !strings.Contains(log, "default/s2") {
-			t.Errorf("log %q, want an error that names default/s2", log)
+			t.Errorf("log %q, want an error with default/s2", log)
 		}
 	})
 }
 
-// Random updates of Services that fight over frontends, on kernels with all
-// kinds of faults. When the faults have stopped, the kernel holds what is
-// wanted, and nothing is left to do.
+// TestRandomHistories updates Services that compete for frontends, on kernels with all kinds of
+// faults. When the faults have stopped, the kernel holds the desired state and the syncer makes
+// no more calls.
 func TestRandomHistories(t *testing.T) {
 	t.Parallel()
 	for name, tt := range map[string]struct {
@@ -1052,7 +1053,7 @@ func randomHistory(t *testing.T, seed uint64, opts fake.Options, faults fake.Fau
 	fx.faulty.Set(faults)
 
 	const n = 6
-	owner := [n]int{0, 1, 2, 3, 4, 5} // of each frontend; n for nobody
+	owner := [n]int{0, 1, 2, 3, 4, 5} // of each frontend; n for no owner
 	endpoints := [n]int{}
 	desired := updates{}
 	for round := range 40 {
@@ -1120,17 +1121,17 @@ func randomHistory(t *testing.T, seed uint64, opts fake.Options, faults fake.Fau
 	fx.checkKernel(want...)
 	st := fx.Status()
 	if len(st.Failing) != len(failing) || st.Err != nil || !st.PendingSince.IsZero() {
-		t.Errorf("status %+v, want %v failing for being unsupported and all else well", st, slices.Collect(maps.Keys(failing)))
+		t.Errorf("status %+v, want %v failing as unsupported and no other error", st, slices.Collect(maps.Keys(failing)))
 	}
 	before := fx.kernel.Counts()
 	time.Sleep(time.Hour)
 	if after := fx.kernel.Counts(); after.Replaces != before.Replaces || after.Applies != before.Applies {
-		t.Errorf("calls go on after all is well: %+v, then %+v", before, after)
+		t.Errorf("calls continue although the state is as desired: %+v, then %+v", before, after)
 	}
 }
 
-// One changed Service costs the dataplane one call with one change, however many
-// Services there are. (What it costs the syncer itself, the benchmarks show.)
+// One changed Service costs one dataplane call with one change, regardless of the number of
+// Services. The benchmarks show the cost in the syncer.
 func TestCostProportionalToChange(t *testing.T) {
 	t.Parallel()
 	for _, n := range []int{100, 10_000} {
@@ -1150,7 +1151,7 @@ func TestCostProportionalToChange(t *testing.T) {
 			fx.checkCommits(fx.waitSynced(), "apply(change) 1")
 			after := fx.kernel.Counts()
 			if got := after.Writes - before.Writes; got != 1 || after.Applies != before.Applies+1 || after.Replaces != before.Replaces {
-				t.Errorf("%d Services: %+v, then %+v, want one Apply that writes once", n, before, after)
+				t.Errorf("%d Services: %+v, then %+v, want one Apply with one write", n, before, after)
 			}
 		})
 	}

@@ -13,80 +13,79 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// tables is what Run knows: the wanted, the programmed and the failing. It is
-// used by one goroutine and has no locks.
+// tables is the state that Run owns: the desired and applied Services, the failing keys and the
+// times of the next calls. One goroutine uses it without locks.
 type tables struct {
 	dp    dataplane.Dataplane
 	opts  Options
 	log   *slog.Logger
 	drift <-chan struct{}
-	lost  <-chan struct{} // nil if the dataplane tells no loss
+	lost  <-chan struct{} // nil if the dataplane does not report losses
 
 	node         dataplane.Node
 	listComplete bool // the initial list is complete
 	replacedOnce bool // a Replace has succeeded
 
 	desired map[dataplane.Key]*dataplane.Service
-	// applied is what the kernel holds, save for keys that are failing with
-	// state unknown and while everything is unknown: then it is what was last
-	// known.
+	// applied is the state of the kernel. For failing keys in state unknown, and for all keys
+	// while allUnknown is set, it is the last known state.
 	applied map[dataplane.Key]*dataplane.Service
 	failing map[dataplane.Key]*failure
-	// queue has the keys whose change waits for its turn. For these, too, desired and
-	// applied differ.
+	// queue contains the changes that wait for Apply. For their keys, too, desired and applied
+	// differ.
 	queue queue
-	// mergedSeq is the number of the last input that merge has taken.
+	// mergedSeq is the sequence number of the last input that merge has processed.
 	mergedSeq uint64
 
-	// allUnknown is set before the first Replace and after a call that failed
-	// as a whole. Only Replace is possible then.
+	// allUnknown is set before the first Replace and after a call that failed as a whole. Only
+	// Replace is possible while it is set.
 	allUnknown  bool
-	callErr     error // why, nil before the first Replace
-	failedCalls int   // calls that failed as a whole, in a row
+	callErr     error // the reason, nil before the first Replace
+	failedCalls int   // consecutive calls that failed as a whole
 
-	// pendingSince is when the oldest change was handed over that is in no failing
-	// key and has not been part of a successful call; zero if there is none.
+	// pendingSince is the time of the oldest update that does not belong to a failing key and has
+	// not been part of a successful call, or zero if no update is pending.
 	pendingSince time.Time
-	// awaitsReplace says that a change waits for the next Replace.
+	// awaitsReplace is set if a change waits for the next Replace.
 	awaitsReplace bool
 
 	nodeChanged   bool
-	repairAt      time.Time // when failing keys, or everything, are due; zero for never
-	driftRepairAt time.Time // when the drift seen is due; zero for none seen
-	lossRepairAt  time.Time // when the repair of a loss is due; zero for none
-	resyncAt      time.Time // zero for never
+	repairAt      time.Time // next attempt for failing keys or all keys; zero for never
+	driftRepairAt time.Time // next repair of drift; zero without drift
+	lossRepairAt  time.Time // next repair of a loss; zero without a loss
+	resyncAt      time.Time // next periodic resync; zero for never
 
-	driftRepairs        int // in a row
+	driftRepairs        int // consecutive
 	lastDriftRepair     time.Time
-	lastReplaceDuration time.Duration // the last Replace
-	lastReplaceEnd      time.Time     // its end
+	lastReplaceDuration time.Duration // duration of the last Replace
+	lastReplaceEnd      time.Time     // end of the last Replace
 
 	lastSuccess time.Time
-	// failingErrors is failing as Status shows it, made anew after failing changed.
+	// failingErrors is the copy of failing in Status. It is rebuilt when failing has changed.
 	failingErrors      map[dataplane.Key]error
 	failingErrorsStale bool
 
-	spareChanges map[dataplane.Key]input // for the inbox to use again
+	spareChanges map[dataplane.Key]input // an empty map for the next inbox
 }
 
-// failure is a key that did not take.
+// failure is the state of a key whose last write failed.
 type failure struct {
 	state        failureState
 	err          error
 	attempts     int
-	pendingSince time.Time // when the oldest change was handed over that did not take
-	lastLogged   string    // the error that was logged last; empty for none
+	pendingSince time.Time // time of the oldest update that is not programmed
+	lastLogged   string    // last error that was logged; empty for none
 }
 
 type failureState uint8
 
 const (
-	// unknown: the kernel may hold anything for the key; it waits for Replace.
+	// unknown means that the kernel may hold anything for the key, which waits for Replace.
 	unknown failureState = iota
-	// refused: the backend does not support the Service, and the kernel holds
-	// nothing. It waits for the Service to change.
+	// unsupported means that the backend does not support the Service and the kernel holds
+	// nothing. The key waits for a change of the Service.
 	unsupported
-	// revised: it was refused, and the Service has changed.
+	// unsupportedChanged means that an unsupported Service has changed.
 	unsupportedChanged
 )
 
@@ -110,8 +109,8 @@ func newTables(dp dataplane.Dataplane, opts Options) tables {
 	}
 }
 
-// merge takes the input into desired, and the changes that can be applied into the
-// queue. All other changes wait for a Replace.
+// merge stores the input in desired and queues the changes that Apply can program. All other
+// changes wait for Replace.
 func (t *tables) merge(in inbox) {
 	if in.node != nil && !in.node.Equal(t.node) {
 		t.node = *in.node
@@ -144,7 +143,7 @@ func (t *tables) merge(in inbox) {
 		}
 		have := t.applied[k]
 		if c.svc.Equal(have) {
-			// Undone, or said again. Keeping the value we have frees the other.
+			// The change was undone or repeated. Keeping the old value lets the new one be freed.
 			t.setDesired(k, have)
 			t.queue.remove(k)
 			if f != nil {
@@ -158,8 +157,7 @@ func (t *tables) merge(in inbox) {
 	t.mergedSeq = in.seq
 }
 
-// oldestQueued returns when the oldest change was handed over that waits in the queue; zero
-// if there is none.
+// oldestQueued returns the time of the oldest update in the queue, or zero if the queue is empty.
 func (t *tables) oldestQueued() time.Time {
 	if e := t.queue.oldest(); e != nil {
 		return e.updatedAt
@@ -167,7 +165,7 @@ func (t *tables) oldestQueued() time.Time {
 	return time.Time{}
 }
 
-// triedSeq returns the number of the last input of which everything has been tried.
+// triedSeq returns the sequence number up to which all input has been tried.
 func (t *tables) triedSeq() uint64 {
 	if e := t.queue.oldest(); e != nil {
 		return e.prevSeq
@@ -191,26 +189,26 @@ func (t *tables) setApplied(k dataplane.Key, svc *dataplane.Service) {
 	}
 }
 
-// retrySoon brings the next attempt forward when a failing Service has changed:
-// the change may be the cure. As the attempt is a Replace of everything, it
-// leaves nine tenths of the time to others, even when a failing Service keeps
-// changing.
+// retrySoon schedules an earlier attempt when a failing Service has changed, because the change
+// may fix it. The attempt replaces everything, so it waits at least nine times as long as the
+// last Replace took. A failing Service that keeps changing therefore uses at most a tenth of the
+// time.
 func (t *tables) retrySoon() {
 	t.repairAt = earlier(t.repairAt, time.Now().Add(max(t.opts.RetryMin, 9*t.lastReplaceDuration)))
 }
 
-// maxDriftDelay is the longest that repeated drift waits for its repair, save
-// where a repair itself takes so long that nine tenths of the time must be left
-// to others. Services may be dead meanwhile, so it is short.
+// maxDriftDelay is the maximum delay before recurring drift is repaired, unless nine times the
+// duration of a Replace is longer. It is short because Services may be unreachable in the
+// meantime.
 const maxDriftDelay = time.Second
 
-// lossDelay is how long the loss of something waits for its repair if a Replace
-// has just ended, and how long a call waits after a conflict: somebody else may be
-// about to commit again. At the end of a disturbance Services are dead for as long.
+// lossDelay is the minimum time between the end of a Replace and the repair of a loss, and the
+// delay after a conflict, because the other program may commit again. After the last such commit
+// Services are unreachable for up to this time.
 const lossDelay = 20 * time.Millisecond
 
-// onLoss records that somebody else has removed what packets may need. Unlike
-// other drift it does not wait longer when it happens again and again.
+// onLoss records that another program has removed state that packets may need. Unlike other
+// drift, recurring losses do not wait longer.
 func (t *tables) onLoss(now time.Time) {
 	if !t.lossRepairAt.IsZero() {
 		return
@@ -221,7 +219,7 @@ func (t *tables) onLoss(now time.Time) {
 	}
 }
 
-// onDrift notes that somebody else has changed the kernel.
+// onDrift records that another program has changed the kernel.
 func (t *tables) onDrift(now time.Time) {
 	if !t.driftRepairAt.IsZero() {
 		return
@@ -238,14 +236,14 @@ func (t *tables) onDrift(now time.Time) {
 	}
 }
 
-// replaceDue returns why a Replace is due, or nothing.
+// replaceDue returns the reason for which Replace is due, or an empty Reason.
 func (t *tables) replaceDue(now time.Time) Reason {
 	due := func(at time.Time) bool { return !at.IsZero() && !at.After(now) }
 	switch {
 	case !t.listComplete:
 		return ""
 	case t.allUnknown && !t.repairAt.IsZero() && !due(t.repairAt) && !due(t.lossRepairAt):
-		return "" // No other reason makes a call more likely to work.
+		return "" // no other reason makes success more likely
 	case !t.replacedOnce:
 		return ReasonStart
 	case t.allUnknown || due(t.repairAt):
@@ -260,8 +258,8 @@ func (t *tables) replaceDue(now time.Time) Reason {
 	return ""
 }
 
-// nextReplaceAt returns when replaceDue will have a reason if nothing else
-// happens; zero for never.
+// nextReplaceAt returns the time at which replaceDue will return a reason if no event happens
+// before, or zero for never.
 func (t *tables) nextReplaceAt() time.Time {
 	switch {
 	case !t.listComplete:
@@ -272,10 +270,10 @@ func (t *tables) nextReplaceAt() time.Time {
 	return earlier(earlier(t.repairAt, t.lossRepairAt), earlier(t.driftRepairAt, t.resyncAt))
 }
 
-// replace makes the kernel hold what is desired, less what was refused. It
-// returns false when ctx has ended and nothing can be said.
+// replace programs all desired Services except unsupported ones. It returns false if ctx has
+// ended and the result is unknown.
 func (t *tables) replace(ctx context.Context, reason Reason, in inbox, start time.Time) (Commit, bool) {
-	// Drift announced until now is repaired by this call.
+	// This call repairs any drift reported up to now.
 	select {
 	case <-t.drift:
 	default:
@@ -331,14 +329,14 @@ func (t *tables) replace(ctx context.Context, reason Reason, in inbox, start tim
 		}
 	}
 	for k, old := range t.applied {
-		if _, wanted := t.desired[k]; !wanted && !t.failedOrUnsupported(k, c.Failed) {
+		if _, desired := t.desired[k]; !desired && !t.failedOrUnsupported(k, c.Failed) {
 			delete(t.applied, k)
 			if t.opts.OnCommit != nil {
 				c.Changes = append(c.Changes, dataplane.Change{Old: old})
 			}
 		}
 	}
-	// Every key that is unknown was in this call and has failed again.
+	// Each key with an unknown state was part of this call and has failed again.
 	t.repairAt = time.Time{}
 	t.onKeyFailures(&c, func(k dataplane.Key) time.Time {
 		if e := waiting[k]; e != nil {
@@ -350,8 +348,7 @@ func (t *tables) replace(ctx context.Context, reason Reason, in inbox, start tim
 	return c, true
 }
 
-// failedOrUnsupported reports whether k did not take in a call that failed for these keys,
-// or was not part of it because it is refused.
+// failedOrUnsupported reports whether k is in failed or was skipped as unsupported.
 func (t *tables) failedOrUnsupported(k dataplane.Key, failed map[dataplane.Key]error) bool {
 	if len(failed) == 0 && len(t.failing) == 0 {
 		return false
@@ -363,13 +360,13 @@ func (t *tables) failedOrUnsupported(k dataplane.Key, failed map[dataplane.Key]e
 	return f != nil && f.state == unsupported
 }
 
-// progress is how far a Replace has come.
+// progress records when Services of a Replace were complete.
 type progress struct {
 	firstAt, lastAt time.Time
 	complete        int
 }
 
-// update notes that so many Services are complete.
+// update records that the given number of Services are complete.
 func (p *progress) update(complete int) {
 	if complete <= p.complete {
 		return
@@ -381,10 +378,10 @@ func (p *progress) update(complete int) {
 	}
 }
 
-// replaceOrder returns the Services that Replace is given: those of Options.Prioritize
-// come first, and all in the order of their keys, so that two calls with the same
-// Services make the same steps. Of a Kubernetes Service that has more than a call of
-// Apply is given, the rest comes last. Sorting is a small part of what a Replace costs.
+// replaceOrder returns the Services for Replace. Services selected by Options.Prioritize come
+// first, and both groups are sorted by key, so that two calls with the same Services take the
+// same steps. In each group, the part of a Kubernetes Service that exceeds callWeight comes last.
+// Sorting is a small part of the cost of Replace.
 func (t *tables) replaceOrder() iter.Seq[*dataplane.Service] {
 	return func(yield func(*dataplane.Service) bool) {
 		for _, first := range []bool{true, false} {
@@ -409,9 +406,9 @@ func (t *tables) hasPriority(k dataplane.Key) bool {
 	return t.opts.Prioritize != nil && t.opts.Prioritize(k)
 }
 
-// largeLast returns Services, which are in the order of their keys, in this order but for
-// what a Kubernetes Service has beyond callWeight: that comes last, in the order of how
-// much its Service has before it.
+// largeLast moves the part of each Kubernetes Service that exceeds callWeight to the end.
+// services must be sorted by key. The moved Services are ordered by the weight of their
+// Kubernetes Service up to and including them.
 func largeLast(services []*dataplane.Service) []*dataplane.Service {
 	type excess struct {
 		service *dataplane.Service
@@ -438,16 +435,16 @@ func largeLast(services []*dataplane.Service) []*dataplane.Service {
 	return ordinary
 }
 
-// apply carries out the changes whose turn it is. It returns false when ctx has ended
-// and nothing can be said.
+// apply programs the next changes of the queue. It returns false if ctx has ended and the result
+// is unknown.
 func (t *tables) apply(ctx context.Context, start time.Time) (Commit, bool) {
 	entries := t.queue.dequeue(callWeight)
 	changes := make([]dataplane.Change, 0, len(entries))
-	handed := make(map[dataplane.Key]time.Time, len(entries))
+	updatedAt := make(map[dataplane.Key]time.Time, len(entries))
 	var oldest time.Time
 	for _, e := range entries {
 		changes = append(changes, e.Change)
-		handed[e.Key()] = e.updatedAt
+		updatedAt[e.Key()] = e.updatedAt
 		oldest = earlier(oldest, e.updatedAt)
 	}
 	err := t.dp.Apply(ctx, changes)
@@ -481,14 +478,14 @@ func (t *tables) apply(ctx context.Context, start time.Time) (Commit, bool) {
 			t.onRecovery(k, f)
 		}
 	}
-	t.onKeyFailures(&c, func(k dataplane.Key) time.Time { return handed[k] })
+	t.onKeyFailures(&c, func(k dataplane.Key) time.Time { return updatedAt[k] })
 	t.logCommit(ctx, &c)
 	return c, true
 }
 
-// splitError splits the error of a call: keys that failed, or a failure as a
-// whole. A failure that names no key is one as a whole, to be safe, and so is
-// one that is joined with others: the keys are then only part of the matter.
+// splitError splits the error of a call into failed keys and a failure of the whole call. To be
+// safe, it treats an error without keys, and a dataplane.Error that is joined with other errors,
+// as a failure of the whole call.
 func splitError(err error) (failed map[dataplane.Key]error, whole error) {
 	for e := err; e != nil; e = errors.Unwrap(e) {
 		keyed, ok := e.(*dataplane.Error) //nolint:errorlint // errors.As would look into joined errors.
@@ -499,17 +496,17 @@ func splitError(err error) (failed map[dataplane.Key]error, whole error) {
 	return nil, err
 }
 
-// onSuccess notes that a call did not fail as a whole.
+// onSuccess records that a call did not fail as a whole.
 func (t *tables) onSuccess(end time.Time) {
 	if t.callErr != nil {
-		t.log.Info("dataplane works again", "attempts", t.failedCalls)
+		t.log.Info("dataplane recovered", "attempts", t.failedCalls)
 	}
 	t.callErr, t.failedCalls = nil, 0
 	t.lastSuccess = end
 	t.pendingSince = time.Time{}
 }
 
-// onCallFailure makes everything unknown.
+// onCallFailure marks the state of all keys as unknown.
 func (t *tables) onCallFailure(c *Commit) {
 	delay := lossDelay
 	if !errors.Is(c.Err, dataplane.ErrConflict) {
@@ -518,23 +515,23 @@ func (t *tables) onCallFailure(c *Commit) {
 	}
 	t.repairAt = c.End.Add(delay)
 	if t.callErr == nil || t.callErr.Error() != c.Err.Error() {
-		t.log.Warn("dataplane failed", "kind", string(c.Op), "reason", string(c.Reason), "services", c.Services,
+		t.log.Warn("dataplane call failed", "kind", string(c.Op), "reason", string(c.Reason), "services", c.Services,
 			"retry_in", delay, "error", c.Err)
 	}
 	t.allUnknown = true
 	t.callErr = c.Err
 	t.pendingSince = earlier(c.OldestUpdate, t.oldestQueued())
-	if len(t.queue.entries) > 0 { // the next Replace has them
+	if len(t.queue.entries) > 0 { // the next Replace includes them
 		t.queue.clear()
 		t.awaitsReplace = true
 	}
 }
 
-// onKeyFailures makes the failed keys of a call unknown, or refused. handed returns when the
-// change of a key was handed over, or zero.
-func (t *tables) onKeyFailures(c *Commit, handed func(dataplane.Key) time.Time) {
-	// A call can fail for all of its keys at once. A few are logged by name,
-	// the others, if they keep failing, after a later attempt.
+// onKeyFailures marks the failed keys of a call as unknown or unsupported. updatedAt returns the
+// time of the update of a key, or zero if it is not known.
+func (t *tables) onKeyFailures(c *Commit, updatedAt func(dataplane.Key) time.Time) {
+	// A call can fail for every key. Log the first few by name. The others are logged after
+	// a later attempt if they still fail.
 	const named = 10
 	logged, silent := 0, 0
 	for k, err := range c.Failed {
@@ -545,12 +542,12 @@ func (t *tables) onKeyFailures(c *Commit, handed func(dataplane.Key) time.Time) 
 		}
 		f.err = err
 		f.attempts++
-		if t.queue.entries[k] != nil { // the next Replace has it
+		if t.queue.entries[k] != nil { // the next Replace includes it
 			t.queue.remove(k)
 			t.awaitsReplace = true
 		}
 		if f.pendingSince.IsZero() {
-			if f.pendingSince = handed(k); f.pendingSince.IsZero() {
+			if f.pendingSince = updatedAt(k); f.pendingSince.IsZero() {
 				f.pendingSince = c.OldestUpdate
 			}
 		}
@@ -576,22 +573,22 @@ func (t *tables) onKeyFailures(c *Commit, handed func(dataplane.Key) time.Time) 
 			if f.state == unsupported {
 				t.log.Warn("service not supported", "service", k.String(), "error", err)
 			} else {
-				t.log.Warn("service failed", "service", k.String(), "retry_in", delay, "error", err)
+				t.log.Warn("failed to program service", "service", k.String(), "retry_in", delay, "error", err)
 			}
 		}
 		t.failingErrorsStale = true
 	}
 	if silent > 0 {
-		t.log.Warn("more services failed", "services", silent)
+		t.log.Warn("failed to program more services", "services", silent)
 	}
 }
 
-// onRecovery forgets the failure of k.
+// onRecovery deletes the failure of k.
 func (t *tables) onRecovery(k dataplane.Key, f *failure) {
 	delete(t.failing, k)
 	t.failingErrorsStale = true
 	if f.lastLogged != "" {
-		t.log.Info("service no longer fails", "service", k.String(), "attempts", f.attempts)
+		t.log.Info("service recovered", "service", k.String(), "attempts", f.attempts)
 	}
 }
 
@@ -604,7 +601,7 @@ func (t *tables) logCommit(ctx context.Context, c *Commit) {
 	if !t.log.Enabled(ctx, level) {
 		return
 	}
-	var latency time.Duration // of the oldest change, waiting included
+	var latency time.Duration // of the oldest update, including the time in the queue
 	if !c.OldestUpdate.IsZero() {
 		latency = c.End.Sub(c.OldestUpdate)
 	}

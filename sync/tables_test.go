@@ -9,7 +9,7 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// Only an error that is about keys, and nothing else, leaves the other keys
+// TestSplitError checks that only an error that is exclusively about keys leaves the other keys
 // known.
 func TestSplitError(t *testing.T) {
 	t.Parallel()
@@ -19,16 +19,16 @@ func TestSplitError(t *testing.T) {
 		err         error
 		keys, whole bool
 	}{
-		"none":              {nil, false, false},
-		"keys":              {keyed, true, false},
-		"keys, wrapped":     {fmt.Errorf("nft: %w", keyed), true, false},
-		"keys, and another": {errors.Join(keyed, errors.New("connection lost")), false, true},
-		"no keys":           {&dataplane.Error{Op: "apply"}, false, true},
-		"another":           {errors.New("connection lost"), false, true},
+		"none":                           {nil, false, false},
+		"keys":                           {keyed, true, false},
+		"keys, wrapped":                  {fmt.Errorf("nft: %w", keyed), true, false},
+		"keys joined with another error": {errors.Join(keyed, errors.New("connection lost")), false, true},
+		"no keys":                        {&dataplane.Error{Op: "apply"}, false, true},
+		"another":                        {errors.New("connection lost"), false, true},
 	} {
 		failed, whole := splitError(tt.err)
 		if (len(failed) > 0) != tt.keys || (whole != nil) != tt.whole {
-			t.Errorf("%s: got %v and %v, want keys %t, failure as a whole %t", name, failed, whole, tt.keys, tt.whole)
+			t.Errorf("%s: got %v and %v, want keys %t and failure of the whole call %t", name, failed, whole, tt.keys, tt.whole)
 		}
 	}
 }
@@ -38,7 +38,7 @@ func TestRetryDelay(t *testing.T) {
 	for _, tt := range []struct {
 		opts     Options
 		attempts int
-		want     time.Duration // if nothing is taken off
+		want     time.Duration // without the random part
 	}{
 		{Options{}, 1, DefaultRetryMin},
 		{Options{}, 2, 2 * DefaultRetryMin},
@@ -56,7 +56,7 @@ func TestRetryDelay(t *testing.T) {
 			t.Errorf("%v to %v, attempt %d: %v, want %v", opts.RetryMin, opts.RetryMax, tt.attempts, got, tt.want)
 		}
 		if got, least := opts.retryDelay(tt.attempts, 0.999), tt.want*3/4; got < least || got > tt.want*4/5 {
-			t.Errorf("%v to %v, attempt %d, the most taken off: %v, want a little over %v", opts.RetryMin, opts.RetryMax, tt.attempts, got, least)
+			t.Errorf("%v to %v, attempt %d, largest random part: %v, want slightly more than %v", opts.RetryMin, opts.RetryMax, tt.attempts, got, least)
 		}
 	}
 }

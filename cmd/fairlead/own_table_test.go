@@ -52,7 +52,7 @@ func TestOwnTable(t *testing.T) {
 	established.checkOpen(t)
 	stop()
 	for _, r := range append(next.log.records(), n.program.log.records()...) {
-		if r.Msg == "rebuilding table" || r.Msg == "dataplane failed" {
+		if r.Msg == "rebuilding table" || r.Msg == "dataplane call failed" {
 			t.Errorf("logged: %+v", r)
 		}
 	}
