@@ -11,10 +11,10 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// linearSearchMax is how many things are searched one by one. More have a map.
+// linearSearchMax is the maximum number of elements to search linearly. Larger sets use a map.
 const linearSearchMax = 8
 
-// addrSet is a set of addresses, for one or for thousands.
+// addrSet is an ordered set of addresses. It uses a map only if it is large.
 type addrSet struct {
 	list  []netip.Addr
 	index map[netip.Addr]struct{}
@@ -44,8 +44,8 @@ func (s *addrSet) has(a netip.Addr) bool {
 	return slices.Contains(s.list, a)
 }
 
-// addrError says what is wrong with an address; it completes a sentence that
-// begins with the address.
+// addrError describes what is wrong with an address or network. It completes a sentence that
+// begins with the text.
 type addrError string
 
 func (e addrError) Error() string { return string(e) }
@@ -62,9 +62,9 @@ const (
 	errNodeAddr    addrError = "is an address of this node"
 )
 
-// parseAddr reads an IP address as old API servers and kube-proxy accept it:
-// leading zeros in IPv4 octets are decimal, and an IPv4-mapped IPv6 address is
-// the IPv4 one. The error completes a sentence that begins with the text.
+// parseAddr parses an IP address as older API servers and kube-proxy accept it: IPv4 octets with
+// leading zeros are decimal, and an IPv4-mapped IPv6 address is returned as IPv4. The error is an
+// addrError.
 func parseAddr(text string) (netip.Addr, error) {
 	addr, err := netip.ParseAddr(text)
 	if err != nil {
@@ -82,10 +82,9 @@ func parseAddr(text string) (netip.Addr, error) {
 	return addr, nil
 }
 
-// parseNetwork reads a network as old API servers and kube-proxy accept it: with
-// host bits, which are cleared, with leading zeros in IPv4 octets and in the
-// prefix length, and IPv4-mapped IPv6 networks, which are IPv4 ones unless they
-// hold more than these. The error completes a sentence that begins with the text.
+// parseNetwork parses a network as older API servers and kube-proxy accept it. It clears host
+// bits and accepts leading zeros in IPv4 octets and in the prefix length. An IPv4-mapped IPv6
+// network is returned as IPv4 unless it also contains other addresses. The error is an addrError.
 func parseNetwork(text string) (netip.Prefix, error) {
 	prefix, err := netip.ParsePrefix(text)
 	if err != nil {
@@ -106,9 +105,9 @@ func parseNetwork(text string) (netip.Prefix, error) {
 	return prefix.Masked(), nil
 }
 
-// validateAddr refuses what the API server refuses in an EndpointSlice and in
-// spec.externalIPs: a loopback or link-local address would let a Service reach
-// into the node, or take over what the node itself uses.
+// validateAddr rejects the addresses that the API server rejects in EndpointSlices and in
+// spec.externalIPs. A loopback or link-local address would let a Service reach into the node, or
+// intercept an address that the node uses.
 func validateAddr(addr netip.Addr) error {
 	switch {
 	case addr.IsLoopback():
@@ -123,7 +122,7 @@ func validateAddr(addr netip.Addr) error {
 	return nil
 }
 
-// validateEndpointAddr refuses addresses that an endpoint of this family can't have.
+// validateEndpointAddr rejects addresses that are invalid for an endpoint of this family.
 func validateEndpointAddr(addr netip.Addr, family dataplane.Family) error {
 	if dataplane.FamilyOf(addr) != family {
 		return fmt.Errorf("is not of the slice's addressType %s", family)
@@ -131,8 +130,8 @@ func validateEndpointAddr(addr netip.Addr, family dataplane.Family) error {
 	return validateAddr(addr)
 }
 
-// addressTypeFamily reports false for address types that are not a family: FQDN, and
-// whatever is added later.
+// addressTypeFamily returns the family of an address type. It returns false for FQDN and unknown
+// types.
 func addressTypeFamily(t discoveryv1.AddressType) (dataplane.Family, bool) {
 	switch t {
 	case discoveryv1.AddressTypeIPv4:
@@ -152,14 +151,14 @@ func unspecifiedAddr(family dataplane.Family) netip.Addr {
 	return netip.IPv6Unspecified()
 }
 
-// outermost returns the networks, sorted, without those that lie in another.
-// The argument is not changed.
+// outermost returns the networks that no other network contains, sorted. It does not modify its
+// argument.
 func outermost(networks []netip.Prefix) []netip.Prefix {
 	sorted := make([]netip.Prefix, 0, len(networks))
 	for _, n := range networks {
 		sorted = append(sorted, n.Masked())
 	}
-	// A network sorts after those that it lies in.
+	// A network sorts after the networks that contain it.
 	slices.SortFunc(sorted, netip.Prefix.Compare)
 	kept := sorted[:0]
 	for _, n := range sorted {

@@ -15,13 +15,13 @@ func addrPort(addr netip.Addr, port int32) netip.AddrPort {
 	return netip.AddrPortFrom(addr, uint16(port))
 }
 
-// addrOf returns the i-th address of those that begin with first.
+// addrOf returns the i-th address whose first octet is first.
 func addrOf(first, i int) string {
 	return fmt.Sprintf("%d.%d.%d.%d", first, 16+i>>16, i>>8&0xff, i&0xff)
 }
 
-// manyServices returns n Services, each with a slice of 10 endpoints, changed by what
-// change returns for each, if it is not nil.
+// manyServices returns n Services, each with a slice of 10 endpoints. If change is not nil,
+// change(i) modifies the i-th Service.
 func manyServices(n int, change func(i int) func(*corev1.Service)) Delta {
 	var d Delta
 	for i := range n {
@@ -53,13 +53,12 @@ func hintedEndpoints(service string) *discoveryv1.EndpointSlice {
 	return newSlice(service+"-x7k2p", service, eps(addrs...))
 }
 
-// serviceCounts are the numbers of Services among which an event is measured. Its cost
-// must not depend on them.
+// serviceCounts returns the numbers of Services in the benchmarks. The cost of an event must not
+// depend on them.
 func serviceCounts() []int { return []int{1_000, 10_000, 100_000} }
 
-// BenchmarkTrackerApply measures one changed EndpointSlice of 10 endpoints, one
-// of which is another, for Services with a cluster IP only and for those that
-// have every kind of frontend.
+// BenchmarkTrackerApply measures a change of one endpoint in an EndpointSlice of 10, for Services
+// with only a cluster IP and for Services with every kind of frontend.
 func BenchmarkTrackerApply(b *testing.B) {
 	for _, kinds := range []struct {
 		name   string
@@ -71,8 +70,8 @@ func BenchmarkTrackerApply(b *testing.B) {
 				d := manyServices(n, kinds.change)
 				tracker := NewTracker(Options{NodeName: "here"})
 				tracker.Apply(d)
-				// Two variants of the slices of up to 512 Services: each lap over
-				// the deltas undoes what the one before did.
+				// There are two variants of the slices of up to 512 Services. Each pass over the
+				// deltas reverts the previous pass.
 				services := min(n, 512)
 				deltas := make([]Delta, 2*services)
 				for i := range deltas {
@@ -93,8 +92,7 @@ func BenchmarkTrackerApply(b *testing.B) {
 	}
 }
 
-// BenchmarkTrackerHeartbeat measures a Node whose status has changed in nothing
-// that counts.
+// BenchmarkTrackerHeartbeat measures a Node update without relevant changes.
 func BenchmarkTrackerHeartbeat(b *testing.B) {
 	for _, n := range serviceCounts() {
 		b.Run(fmt.Sprintf("services=%d", n), func(b *testing.B) {
@@ -110,7 +108,7 @@ func BenchmarkTrackerHeartbeat(b *testing.B) {
 			i := 0
 			for b.Loop() {
 				if got := tracker.Apply(deltas[i%2]); got.Node != nil || len(got.Changes) != 0 {
-					b.Fatalf("a heartbeat changes %+v", got)
+					b.Fatalf("a heartbeat resulted in %+v", got)
 				}
 				i++
 			}
@@ -118,8 +116,8 @@ func BenchmarkTrackerHeartbeat(b *testing.B) {
 	}
 }
 
-// BenchmarkTrackerZone measures the move of the node to another zone, with 10
-// Services whose endpoints have hints.
+// BenchmarkTrackerZone measures a change of the node's zone, with 10 Services whose endpoints
+// have hints.
 func BenchmarkTrackerZone(b *testing.B) {
 	for _, n := range serviceCounts() {
 		b.Run(fmt.Sprintf("services=%d", n), func(b *testing.B) {
@@ -143,8 +141,8 @@ func BenchmarkTrackerZone(b *testing.B) {
 	}
 }
 
-// BenchmarkTrackerService measures one Service that gets another external IP,
-// and so other claims.
+// BenchmarkTrackerService measures a changed external IP of one Service, which changes its
+// claims.
 func BenchmarkTrackerService(b *testing.B) {
 	for _, n := range serviceCounts() {
 		b.Run(fmt.Sprintf("services=%d", n), func(b *testing.B) {
@@ -169,8 +167,8 @@ func BenchmarkTrackerService(b *testing.B) {
 	}
 }
 
-// BenchmarkTrackerLoad measures the first Delta, with everything, and what the
-// Tracker and its Services then hold, without the objects.
+// BenchmarkTrackerLoad measures the first Delta with all objects, and the memory of the Tracker
+// and its Services without the objects.
 func BenchmarkTrackerLoad(b *testing.B) {
 	for _, kinds := range []struct {
 		name   string
@@ -197,7 +195,7 @@ func BenchmarkTrackerLoad(b *testing.B) {
 	}
 }
 
-// heap returns the bytes of the objects that are in use.
+// heap returns the number of bytes of live objects.
 func heap() int64 {
 	runtime.GC()
 	var stats runtime.MemStats

@@ -7,19 +7,18 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// claim is the wish of a Service port for a frontend.
+// claim is a Service port's claim to a frontend.
 type claim struct {
 	service *service
-	// port is the index in spec.ports.
+	// port is an index in spec.ports.
 	port int
 	kind dataplane.Kind
 }
 
-// compare orders claims by precedence: the owner first.
+// compare orders claims by precedence, the owner first.
 //
-// A cluster IP goes before everything else: it was given out by the cluster,
-// while everybody who may write a Service can put any address into its
-// externalIPs (CVE-2020-8554).
+// A cluster IP takes precedence over all other kinds, because the cluster allocates it, while any
+// user who can write a Service can list an address in its externalIPs (CVE-2020-8554).
 func (c claim) compare(o claim) int {
 	if r := falseFirst(c.kind != dataplane.ClusterIP, o.kind != dataplane.ClusterIP); r != 0 {
 		return r
@@ -43,14 +42,14 @@ func falseFirst(a, b bool) int {
 	}
 }
 
-// claims has everyone who wants a frontend.
+// claims contains all claims by frontend.
 type claims struct {
 	owners map[dataplane.Frontend]claim
-	// waiting are the others, the next owner first. Hardly any frontend has
-	// others.
+	// waiting contains the claims of all Services except the owner, in order of precedence. It is
+	// empty for almost all frontends.
 	waiting map[dataplane.Frontend][]claim
-	// ownersBefore has, for the frontends whose claims have changed since the last
-	// changed(), who owned them before: the zero claim for nobody.
+	// ownersBefore contains the owner at the time of the last drainChanged of each frontend whose
+	// claims have changed since then. It is the zero claim if there was no owner.
 	ownersBefore map[dataplane.Frontend]claim
 }
 
@@ -60,9 +59,9 @@ func newClaims() claims {
 
 func (c *claims) add(f dataplane.Frontend, added claim) {
 	c.recordOwner(f)
-	owner, taken := c.owners[f]
+	owner, owned := c.owners[f]
 	switch {
-	case !taken:
+	case !owned:
 		c.owners[f] = added
 		return
 	case added.compare(owner) < 0:
@@ -108,8 +107,8 @@ func (c *claims) recordOwner(f dataplane.Frontend) {
 	}
 }
 
-// drainChanged yields all who claim the frontends that have a new owner since the
-// last call.
+// drainChanged yields every Service that claims a frontend whose owner has changed since the last
+// call.
 func (c *claims) drainChanged(yield func(*service)) {
 	for f, before := range c.ownersBefore {
 		owner, ok := c.owners[f]

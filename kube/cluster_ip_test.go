@@ -6,9 +6,9 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// TestClusterIPOwnedByNode says that a cluster IP that the node has itself is not
-// served while it has it, unless only a dummy interface does, as with NodeLocal
-// DNSCache; and that addresses that no Service can have are never served.
+// TestClusterIPOwnedByNode checks that a cluster IP that is also an address of the node is not
+// served while the node has it. Addresses of dummy interfaces are exempt, because NodeLocal
+// DNSCache uses them. Addresses that no Service can have are never served.
 func TestClusterIPOwnedByNode(t *testing.T) {
 	t.Parallel()
 	tracker := NewTracker(Options{NodeName: "here"})
@@ -24,12 +24,12 @@ func TestClusterIPOwnedByNode(t *testing.T) {
 		}
 	}
 	const key, nodeKey = "default/web:http IPv4", "default/web:http IPv4 NodePort"
-	step("nothing is known of addresses", Delta{Services: one(newService("web", "10.96.0.5", nodePorts(30080)))},
+	step("no interface addresses known", Delta{Services: one(newService("web", "10.96.0.5", nodePorts(30080)))},
 		want{key: served, nodeKey: node}, 0)
-	step("a network leads to it", Delta{LocalAddrs: addrs("10.96.0.5 192.0.2.1")}, want{key: "gone"}, 1)
+	step("an interface has it", Delta{LocalAddrs: addrs("10.96.0.5 192.0.2.1")}, want{key: "gone"}, 1)
 	step("only a dummy interface has it", Delta{LocalAddrs: addrs("10.96.0.5 192.0.2.1"), VirtualAddrs: addrs("10.96.0.5")}, want{key: served}, 0)
-	step("the Node object names it", Delta{Node: newNode("10.96.0.5")}, want{key: "gone"}, 1)
-	step("it does no longer", Delta{Node: newNode("192.0.2.1")}, want{key: served}, 0)
+	step("the Node object lists it", Delta{Node: newNode("10.96.0.5")}, want{key: "gone"}, 1)
+	step("the Node object no longer lists it", Delta{Node: newNode("192.0.2.1")}, want{key: served}, 0)
 	for _, addr := range []string{"127.0.0.1", "169.254.1.1", "224.0.0.1", "255.255.255.255", "::1", "fe80::1", "ff02::1"} {
 		step(addr, Delta{Services: one(newService("bad", addr))}, want{}, 1)
 	}

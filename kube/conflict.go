@@ -10,16 +10,16 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// conflicts are the frontends that a Service goes without: thousands, where two
-// name the same external IPs and have many ports.
+// conflicts collects the frontends that other Services own. There can be thousands, if two
+// Services with many ports list the same external IPs.
 type conflicts struct {
-	// all are one for each field and owner, in the order in which they were found.
+	// all contains one conflict per field and owner, in order of discovery.
 	all  []conflict
 	seen map[conflictKey]int
 }
 
-// conflict is a frontend that belongs to somebody else, and how many more of one
-// field do.
+// conflict is a claimed frontend that has another owner, and the number of further frontends with
+// the same field and owner.
 type conflict struct {
 	desired  *desiredService
 	frontend dataplane.Frontend
@@ -27,15 +27,15 @@ type conflict struct {
 	others   int
 }
 
-// conflictKey says which field of a Service loses to which claim.
+// conflictKey identifies the field of a Service and the owner of its frontends.
 type conflictKey struct {
 	kind dataplane.Kind
-	// addr is that of an external IP or load balancer, and port the index in
-	// spec.ports of a node port.
+	// addr is an external or load balancer IP. port is the index in spec.ports of a node port, or
+	// -1.
 	addr             netip.Addr
 	port             int
 	owner            *service
-	ownerIsClusterIP bool // the owner's is a cluster IP
+	ownerIsClusterIP bool // the owner claims it as a cluster IP
 }
 
 func (c *conflicts) add(w *desiredService, f dataplane.Frontend, owner claim) {
@@ -47,7 +47,7 @@ func (c *conflicts) add(w *desiredService, f dataplane.Frontend, owner claim) {
 		key.addr = f.Addr.Addr()
 	}
 	if i, ok := c.seen[key]; ok {
-		if w.key.Kind != dataplane.NodePort { // which is the same in both families
+		if w.key.Kind != dataplane.NodePort { // a node port is the same in both families
 			c.all[i].others++
 		}
 		return
@@ -63,21 +63,21 @@ func keyName(key dataplane.Key) types.NamespacedName {
 	return types.NamespacedName{Namespace: key.Namespace, Name: key.Name}
 }
 
-// problems says that s goes without these.
+// problems returns the problems of s.
 func (c *conflicts) problems(s *service) []Problem {
 	problems := make([]Problem, 0, len(c.all))
 	fields := newAddressFields(s.object)
 	for _, l := range c.all {
 		p := l.problem(s, fields)
 		if l.others > 0 {
-			p.Message += fmt.Sprintf(" (the same goes for %d more of its address and port pairs)", l.others)
+			p.Message += fmt.Sprintf(" (and %d more address and port pairs)", l.others)
 		}
 		problems = append(problems, p)
 	}
 	return problems
 }
 
-// problem says that s goes without the frontend.
+// problem returns the problem that s does not own the frontend.
 func (c *conflict) problem(s *service, fields addressFields) Problem {
 	w, f, owner := c.desired, c.frontend, c.owner
 	p := Problem{Service: s.name, UID: s.object.UID, Field: fields.path(w, f)}
@@ -88,38 +88,38 @@ func (c *conflict) problem(s *service, fields addressFields) Problem {
 		}
 		return p
 	}
-	what, other := f.String(), "address or port"
+	subject, field := f.String(), "address or port"
 	switch w.key.Kind {
 	case dataplane.ClusterIP:
-		other = "cluster IP or port"
+		field = "cluster IP or port"
 	case dataplane.NodePort:
-		// The same for both families.
-		what, other = fmt.Sprintf("node port %d/%s", f.Addr.Port(), f.Protocol), "node port"
+		// The text is the same for both families.
+		subject, field = fmt.Sprintf("node port %d/%s", f.Addr.Port(), f.Protocol), "node port"
 	case dataplane.ExternalIP, dataplane.LoadBalancer:
 		if owner.kind == dataplane.ClusterIP {
 			p.Message = fmt.Sprintf(
-				"%s is the cluster IP of Service %s, which goes before all other addresses, so connections go there: use another address or port",
-				what, owner.service.name)
+				"%s is the cluster IP of Service %s, which takes precedence: use another address or port",
+				subject, owner.service.name)
 			return p
 		}
 	}
-	p.Message = fmt.Sprintf("%s belongs to Service %s, so connections go there: give one of them another %s", what, owner.service.name, other)
+	p.Message = fmt.Sprintf("%s belongs to Service %s: use another %s for one of them", subject, owner.service.name, field)
 	return p
 }
 
-// ownConflictMessage says which other port, or address, of the Service has f.
+// ownConflictMessage describes a conflict with another port or address of the same Service.
 func ownConflictMessage(s *service, w *desiredService, f dataplane.Frontend, owner claim) string {
 	if owner.port == w.port {
-		return fmt.Sprintf("%s is the Service's own cluster IP: remove it here", f)
+		return fmt.Sprintf("%s is the Service's own cluster IP: remove it", f)
 	}
 	name := s.object.Spec.Ports[owner.port].Name
 	if w.key.Kind == dataplane.NodePort {
-		return fmt.Sprintf("node port %d/%s is already that of port %q of this Service: use another node port", f.Addr.Port(), f.Protocol, name)
+		return fmt.Sprintf("node port %d/%s is already used by port %q of this Service: use another node port", f.Addr.Port(), f.Protocol, name)
 	}
-	return fmt.Sprintf("%s is already port %q of this Service: use another port", f, name)
+	return fmt.Sprintf("%s is already used by port %q of this Service: use another port", f, name)
 }
 
-// addressFields has, by address, the indices in spec.externalIPs and in
+// addressFields maps addresses to their indices in spec.externalIPs and
 // status.loadBalancer.ingress.
 type addressFields struct{ external, loadBalancer map[netip.Addr]int }
 
@@ -141,7 +141,7 @@ func newAddressFields(svc *corev1.Service) addressFields {
 	return f
 }
 
-// path returns the field that the claim of w for f comes from.
+// path returns the path of the field from which w claims f.
 func (a addressFields) path(w *desiredService, f dataplane.Frontend) string {
 	switch w.key.Kind {
 	case dataplane.NodePort:

@@ -11,7 +11,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 )
 
-// TestConflicts says who gets an address or node port that several claim.
+// TestConflicts checks who owns an address or node port that several Services claim.
 func TestConflicts(t *testing.T) {
 	t.Parallel()
 	services := func(s ...*corev1.Service) Delta { return Delta{Services: s} }
@@ -21,7 +21,7 @@ func TestConflicts(t *testing.T) {
 		name  string
 		steps []step
 	}{
-		{"external IPs, one by one: the loser keeps its others, and takes over later", []step{
+		{"external IPs: a Service keeps the others and takes over when the owner gives one up", []step{
 			{
 				name: "both", delta: services(
 					newService("old", "10.96.0.1", age(2*time.Hour), externalIPs("192.0.2.1", "192.0.2.2")),
@@ -33,14 +33,14 @@ func TestConflicts(t *testing.T) {
 					"default/old:http IPv4 ExternalIP": "192.0.2.1:80/TCP 192.0.2.2:80/TCP" + masq,
 					"default/new:http IPv4 ExternalIP": "192.0.2.9:80/TCP" + masq,
 				},
-				problems: []string{"default/new: spec.externalIPs[1]: 192.0.2.2:80/TCP belongs to Service default/old, so connections go there: give one of them another address or port"},
+				problems: []string{"default/new: spec.externalIPs[1]: 192.0.2.2:80/TCP belongs to Service default/old: use another address or port for one of them"},
 			},
-			{name: "the owner gives it up", delta: services(newService("old", "10.96.0.1", age(2*time.Hour), externalIPs("192.0.2.1"))), want: want{
+			{name: "the owner removes it", delta: services(newService("old", "10.96.0.1", age(2*time.Hour), externalIPs("192.0.2.1"))), want: want{
 				"default/old:http IPv4 ExternalIP": "192.0.2.1:80/TCP" + masq,
 				"default/new:http IPv4 ExternalIP": "192.0.2.2:80/TCP 192.0.2.9:80/TCP" + masq,
 			}},
 		}},
-		{"addresses of load balancers, also against external IPs", []step{
+		{"load balancer IPs, also against external IPs", []step{
 			{
 				name: "both", delta: services(
 					newService("old", "10.96.0.1", age(2*time.Hour), externalIPs("192.0.2.1")),
@@ -52,15 +52,15 @@ func TestConflicts(t *testing.T) {
 					"default/old:http IPv4 ExternalIP":   "192.0.2.1:80/TCP" + masq,
 					"default/new:http IPv4 LoadBalancer": "192.0.2.5:80/TCP" + masq,
 				},
-				problems: []string{"default/new: status.loadBalancer.ingress[1].ip: 192.0.2.1:80/TCP belongs to Service default/old, so connections go there: give one of them another address or port"},
+				problems: []string{"default/new: status.loadBalancer.ingress[1].ip: 192.0.2.1:80/TCP belongs to Service default/old: use another address or port for one of them"},
 			},
-			{name: "the owner goes", delta: gone("old"), want: want{
+			{name: "the owner is deleted", delta: gone("old"), want: want{
 				"default/old:http IPv4":              "gone",
 				"default/old:http IPv4 ExternalIP":   "gone",
 				"default/new:http IPv4 LoadBalancer": "192.0.2.1:80/TCP 192.0.2.5:80/TCP" + masq,
 			}},
 		}},
-		{"one address with different ports or protocols is no collision", []step{{
+		{"one address with different ports or protocols is no conflict", []step{{
 			name: "both", delta: services(
 				newService("a", "10.96.0.1", externalIPs("192.0.2.1")),
 				newService("b", "10.96.0.2", externalIPs("192.0.2.1"), ports(port("http", corev1.ProtocolTCP, 81))),
@@ -75,7 +75,7 @@ func TestConflicts(t *testing.T) {
 				"default/c:http IPv4 LoadBalancer": "192.0.2.1:80/UDP" + masq,
 			},
 		}}},
-		{"node ports, of both families in one problem", []step{
+		{"node ports, with one problem for both families", []step{
 			{
 				name: "both", delta: services(
 					newService("old", "10.96.0.1 fd00::1", age(2*time.Hour), nodePorts(30080)),
@@ -89,17 +89,17 @@ func TestConflicts(t *testing.T) {
 					"default/old:http IPv4 NodePort": "0.0.0.0:30080/TCP" + masq,
 					"default/old:http IPv6 NodePort": "[::]:30080/TCP" + masq,
 				},
-				problems: []string{"default/new: spec.ports[0].nodePort: node port 30080/TCP belongs to Service default/old, so connections go there: give one of them another node port"},
+				problems: []string{"default/new: spec.ports[0].nodePort: node port 30080/TCP belongs to Service default/old: use another node port for one of them"},
 			},
-			{name: "the owner takes another", delta: services(newService("old", "10.96.0.1 fd00::1", age(2*time.Hour), nodePorts(30081))), want: want{
+			{name: "the owner changes its node port", delta: services(newService("old", "10.96.0.1 fd00::1", age(2*time.Hour), nodePorts(30081))), want: want{
 				"default/old:http IPv4 NodePort": "0.0.0.0:30081/TCP" + masq,
 				"default/old:http IPv6 NodePort": "[::]:30081/TCP" + masq,
 				"default/new:http IPv4 NodePort": "0.0.0.0:30080/TCP" + masq,
 				"default/new:http IPv6 NodePort": "[::]:30080/TCP" + masq,
 			}},
 		}},
-		{"within one Service the first port has it", []step{{
-			name: "ports and node ports twice", delta: services(newService("web", "10.96.0.1", ports(
+		{"within one Service the first port is the owner", []step{{
+			name: "duplicate ports and node ports", delta: services(newService("web", "10.96.0.1", ports(
 				port("a", corev1.ProtocolTCP, 80), port("b", corev1.ProtocolTCP, 80),
 			), nodePorts(30080, 30080), externalIPs("192.0.2.1"))),
 			want: want{
@@ -108,16 +108,16 @@ func TestConflicts(t *testing.T) {
 				"default/web:a IPv4 ExternalIP": "192.0.2.1:80/TCP" + masq,
 			},
 			problems: []string{
-				`default/web: spec.externalIPs[0]: 192.0.2.1:80/TCP is already port "a" of this Service: use another port`,
-				`default/web: spec.ports[1].nodePort: node port 30080/TCP is already that of port "a" of this Service: use another node port`,
-				`default/web: spec.ports[1].port: 10.96.0.1:80/TCP is already port "a" of this Service: use another port`,
+				`default/web: spec.externalIPs[0]: 192.0.2.1:80/TCP is already used by port "a" of this Service: use another port`,
+				`default/web: spec.ports[1].nodePort: node port 30080/TCP is already used by port "a" of this Service: use another node port`,
+				`default/web: spec.ports[1].port: 10.96.0.1:80/TCP is already used by port "a" of this Service: use another port`,
 			},
 		}}},
-		// Anyone who may write a Service could otherwise catch the connections
-		// of other people's (CVE-2020-8554).
-		{"a cluster IP cannot be taken by an older external IP or load balancer", []step{
+		// Otherwise a user who can write a Service could intercept the connections of another
+		// user's Service (CVE-2020-8554).
+		{"a cluster IP takes precedence over an older external IP or load balancer IP", []step{
 			{
-				name: "a thief claims what nobody has yet", delta: services(newService("thief", "10.96.0.1", age(9*time.Hour), externalIPs("10.96.0.9", "192.0.2.1"), ingress("10.96.0.8"))),
+				name: "a Service claims addresses that are not allocated yet", delta: services(newService("thief", "10.96.0.1", age(9*time.Hour), externalIPs("10.96.0.9", "192.0.2.1"), ingress("10.96.0.8"))),
 				want: want{
 					"default/thief:http IPv4":              "10.96.0.1:80/TCP ->",
 					"default/thief:http IPv4 ExternalIP":   "10.96.0.9:80/TCP 192.0.2.1:80/TCP" + masq,
@@ -125,7 +125,7 @@ func TestConflicts(t *testing.T) {
 				},
 			},
 			{
-				name: "their owners come", delta: services(newService("bank", "10.96.0.9", age(0)), newService("shop", "10.96.0.8", age(0))),
+				name: "the addresses are allocated", delta: services(newService("bank", "10.96.0.9", age(0)), newService("shop", "10.96.0.8", age(0))),
 				want: want{
 					"default/bank:http IPv4":               "10.96.0.9:80/TCP ->",
 					"default/shop:http IPv4":               "10.96.0.8:80/TCP ->",
@@ -133,19 +133,19 @@ func TestConflicts(t *testing.T) {
 					"default/thief:http IPv4 LoadBalancer": "gone",
 				},
 				problems: []string{
-					"default/thief: spec.externalIPs[0]: 10.96.0.9:80/TCP is the cluster IP of Service default/bank, which goes before all other addresses, so connections go there: use another address or port",
-					"default/thief: status.loadBalancer.ingress[0].ip: 10.96.0.8:80/TCP is the cluster IP of Service default/shop, which goes before all other addresses, so connections go there: use another address or port",
+					"default/thief: spec.externalIPs[0]: 10.96.0.9:80/TCP is the cluster IP of Service default/bank, which takes precedence: use another address or port",
+					"default/thief: status.loadBalancer.ingress[0].ip: 10.96.0.8:80/TCP is the cluster IP of Service default/shop, which takes precedence: use another address or port",
 				},
 			},
-			{name: "an owner goes", delta: gone("shop"), want: want{
+			{name: "an owner is deleted", delta: gone("shop"), want: want{
 				"default/shop:http IPv4":               "gone",
 				"default/thief:http IPv4 LoadBalancer": "10.96.0.8:80/TCP" + masq,
 			}},
 		}},
-		{"the Service's own cluster IP as an external one stays a cluster IP", []step{{
+		{"a Service's own cluster IP as external IP stays a cluster IP", []step{{
 			name: "both", delta: services(newService("web", "10.96.0.1", externalIPs("10.96.0.1"))),
 			want:     want{"default/web:http IPv4": "10.96.0.1:80/TCP ->"},
-			problems: []string{"default/web: spec.externalIPs[0]: 10.96.0.1:80/TCP is the Service's own cluster IP: remove it here"},
+			problems: []string{"default/web: spec.externalIPs[0]: 10.96.0.1:80/TCP is the Service's own cluster IP: remove it"},
 		}}},
 	}
 	for _, tt := range tests {
@@ -156,7 +156,7 @@ func TestConflicts(t *testing.T) {
 	}
 }
 
-// TestProblemUID says that a problem belongs to an object, not to a name.
+// TestProblemUID checks that a problem belongs to an object and not to a name.
 func TestProblemUID(t *testing.T) {
 	t.Parallel()
 	tracker := NewTracker(Options{})
@@ -173,9 +173,9 @@ func TestProblemUID(t *testing.T) {
 		want []types.UID
 	}{
 		{"a Service", newService("web", "10.96.0.1", bad, withUID("1")), []types.UID{"1"}},
-		{"the same", newService("web", "10.96.0.1", bad, withUID("1")), nil},
-		{"another of the name, with the same mistake", newService("web", "10.96.0.1", bad, withUID("2")), []types.UID{"2"}},
-		{"one that collides", newService("xyz", "10.96.0.1", ports(port("a", corev1.ProtocolTCP, 80), port("b", corev1.ProtocolTCP, 80)), withUID("3")), []types.UID{"3"}},
+		{"the same Service", newService("web", "10.96.0.1", bad, withUID("1")), nil},
+		{"another Service with the same name and the same problem", newService("web", "10.96.0.1", bad, withUID("2")), []types.UID{"2"}},
+		{"a Service with a conflict", newService("xyz", "10.96.0.1", ports(port("a", corev1.ProtocolTCP, 80), port("b", corev1.ProtocolTCP, 80)), withUID("3")), []types.UID{"3"}},
 	} {
 		if got := uids(tracker.Apply(Delta{Services: one(step.svc)})); !slices.Equal(got, step.want) {
 			t.Errorf("%s: problems of %v, want %v", step.name, got, step.want)
@@ -183,7 +183,8 @@ func TestProblemUID(t *testing.T) {
 	}
 }
 
-// TestTooManyEndpoints says that what the dataplane can't hold is reported.
+// TestTooManyEndpoints checks that a port with more endpoints than the dataplane supports is
+// reported.
 func TestTooManyEndpoints(t *testing.T) {
 	t.Parallel()
 	d := Delta{Services: one(newService("web", "10.96.0.1"))}
@@ -196,8 +197,7 @@ func TestTooManyEndpoints(t *testing.T) {
 	}})
 }
 
-// conflictingServices returns two Services that claim the same n external IPs with 20 ports
-// each.
+// conflictingServices returns two Services that claim the same n external IPs with 20 ports each.
 func conflictingServices(n int) Delta {
 	var ips []string
 	for i := range n {
@@ -213,10 +213,9 @@ func conflictingServices(n int) Delta {
 	}}
 }
 
-// TestConflictCostIsLinear says that the work for a frontend that is lost does not
-// grow with the number of those lost, as far as it takes memory, and that people
-// are not told thousands of times. It is not parallel, as it counts what the
-// whole process allocates.
+// TestConflictCostIsLinear checks that the memory allocated per conflicting frontend does not
+// grow with their number, and that few problems are reported for thousands of conflicts. It is
+// not parallel because it measures the allocations of the whole process.
 func TestConflictCostIsLinear(t *testing.T) { //nolint:paralleltest // see above
 	each := func(n int) uint64 {
 		d := conflictingServices(n)
@@ -228,12 +227,12 @@ func TestConflictCostIsLinear(t *testing.T) { //nolint:paralleltest // see above
 			t.Fatalf("%d external IPs: %d changes and %d problems, want 60 and %d", n, len(got.Changes), len(got.Problems), maxProblems+1)
 		}
 		if n := len(got.Problems); got.Problems[0].Field != "spec" || got.Problems[n-1].Field == "spec" {
-			t.Errorf("problems %v", problemTexts(got.Problems))
+			t.Errorf("problems %v, want the summary first", problemTexts(got.Problems))
 		}
 		return (after.TotalAlloc - before.TotalAlloc) / uint64(20*n)
 	}
 	if few, many := each(50), each(1000); many > 3*few {
-		t.Errorf("%d bytes a frontend of 1,000, and %d of 20,000", few, many)
+		t.Errorf("%d bytes per frontend with 1,000 conflicts and %d with 20,000", few, many)
 	}
 }
 

@@ -11,59 +11,58 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// LabelServiceProxyName marks a Service that another proxy serves. The constant
-// of the same name is not in k8s.io/api.
+// LabelServiceProxyName marks a Service that another proxy serves. k8s.io/api does not export a
+// constant for it.
 const LabelServiceProxyName = "service.kubernetes.io/service-proxy-name"
 
-// location is where this node is, as far as endpoints are chosen by it.
+// location contains the properties of this node that the selection of endpoints depends on.
 type location struct {
-	// node is the node's name. If it is empty, no endpoint is known to be here.
+	// node is the node's name. If it is empty, no endpoint is known to be on this node.
 	node string
 	// zone is the node's label topology.kubernetes.io/zone.
 	zone string
-	// ownAddrs are the node's own addresses, see networks.ownAddrs.
+	// ownAddrs are the node's addresses, see networks.ownAddrs.
 	ownAddrs map[netip.Addr]struct{}
 }
 
-// desiredState is what a Service asks for, given its slices, before collisions are
-// settled.
+// desiredState is the state that a Service and its slices request, before conflicts are resolved.
 type desiredState struct {
 	services []desiredService
-	// problems of the objects, sorted and without doubles.
+	// problems contains the problems of the objects, sorted and deduplicated.
 	problems []Problem
-	// unmatchedPorts are the ports that no slice knows although there are slices with
+	// unmatchedPorts lists the ports that are missing in all slices, if there are slices with
 	// endpoints.
 	unmatchedPorts []unmatchedPort
-	// zoneDependent says that another zone of this node may give another demand.
+	// zoneDependent is set if the desired state may change with the zone of this node.
 	zoneDependent bool
-	// healthCheck is the health-check node port, or has port 0.
+	// healthCheck is the health-check node port; its Port is 0 if there is none.
 	healthCheck HealthCheck
-	// clusterIPs are the cluster IPs, served or not.
+	// clusterIPs contains all cluster IPs, including unusable ones.
 	clusterIPs []netip.Addr
 }
 
 // desiredService is one Service port in one family with its frontends of one kind.
 type desiredService struct {
 	key dataplane.Key
-	// port is the index in spec.ports.
+	// port is an index in spec.ports.
 	port int
-	// frontends are sorted and unique.
+	// frontends is sorted and deduplicated.
 	frontends []dataplane.Frontend
-	treatment dataplane.ServiceSpec
-	// serving is Service.Serving.
+	spec      dataplane.ServiceSpec
+	// serving becomes Service.Serving.
 	serving []netip.AddrPort
 }
 
-// convert returns what the Service asks for, given all slices that belong to it
-// and the schedulers that there are.
-func convert(svc *corev1.Service, endpointSlices []*endpointSlice, here location, schedulers []string) desiredState {
+// convert returns the desired state of the Service, given its slices and the supported
+// schedulers.
+func convert(svc *corev1.Service, endpointSlices []*endpointSlice, loc location, schedulers []string) desiredState {
 	if !shouldServe(svc) {
 		return desiredState{}
 	}
 	c := conversion{
 		service:    svc,
 		name:       types.NamespacedName{Namespace: svc.Namespace, Name: svc.Name},
-		location:   here,
+		location:   loc,
 		schedulers: schedulers,
 	}
 	policy := c.policy()
@@ -83,7 +82,7 @@ func convert(svc *corev1.Service, endpointSlices []*endpointSlice, here location
 	return d
 }
 
-// shouldServe reports whether the Service is one for this proxy to serve.
+// shouldServe reports whether this proxy serves the Service.
 func shouldServe(svc *corev1.Service) bool {
 	if svc == nil || svc.Spec.Type == corev1.ServiceTypeExternalName {
 		return false
@@ -95,7 +94,7 @@ func shouldServe(svc *corev1.Service) bool {
 	return !other
 }
 
-// conversion is one call of convert.
+// conversion is the state of one call of convert.
 type conversion struct {
 	service    *corev1.Service
 	name       types.NamespacedName
@@ -114,7 +113,8 @@ func (c *conversion) newProblem(field, format string, args ...any) Problem {
 	return Problem{Service: c.name, UID: c.service.UID, Field: field, Message: fmt.Sprintf(format, args...)}
 }
 
-// elementPath writes the path of an element: index("spec.ports", 0, ".port").
+// elementPath returns the path of a list element: elementPath("spec.ports", 0, ".port") is
+// "spec.ports[0].port".
 func elementPath(list string, i int, rest string) string {
 	return fmt.Sprintf("%s[%d]%s", list, i, rest)
 }

@@ -8,7 +8,7 @@ import (
 	discoveryv1 "k8s.io/api/discovery/v1"
 )
 
-// conversionTest is one sentence about what objects mean for the node "here".
+// conversionTest specifies the Services and problems for objects on the node "here".
 type conversionTest struct {
 	name     string
 	node     *corev1.Node

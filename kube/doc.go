@@ -1,128 +1,131 @@
-// Package kube says what Kubernetes objects mean for this node: it turns
-// Services and their EndpointSlices into the [dataplane.Service] values that
-// the node must have, and the Node object, ServiceCIDRs and the addresses of
-// interfaces into the [dataplane.Node]. It follows kube-proxy's rules; where it
-// does not, this page says so. What objects ask for and do not get is a
-// [Problem].
+// Package kube translates Kubernetes objects for this node. It converts Services and
+// EndpointSlices to [dataplane.Service] values, and the Node object, ServiceCIDRs and interface
+// addresses to the [dataplane.Node]. It follows the rules of kube-proxy; this page lists the
+// differences. Anything that objects request and do not get is reported as a [Problem].
 //
-// Everything here is computation: no I/O, no clock, no lock, no goroutine. A
-// source delivers each change as a [Delta]; a [Tracker] keeps what it needs of the objects and
-// answers with a [Result], at a cost that follows the change and not the number
-// of Services.
+// The package only computes: it has no I/O, clocks, locks or goroutines. A source delivers each
+// change as a [Delta]. A [Tracker] keeps the necessary parts of the objects and returns a
+// [Result], at a cost proportional to the change and not to the number of Services.
 //
 // # Frontends
 //
-// Each port of a Service gives, in each IP family that the Service has a cluster
-// IP in, one dataplane.Service for each kind of frontend that it has:
+// For each IP family in which a Service has a cluster IP, each Service port has one
+// dataplane.Service per kind of frontend:
 //
 //   - ClusterIP: the cluster IP.
 //   - NodePort: the port's nodePort, for the types NodePort and LoadBalancer.
 //   - ExternalIP: spec.externalIPs of the family.
-//   - LoadBalancer: status.loadBalancer.ingress[].ip of the family, unless its
-//     ipMode is Proxy. Whatever is in spec.externalIPs too is of this kind only.
+//   - LoadBalancer: status.loadBalancer.ingress[].ip of the family, unless its ipMode is Proxy.
+//     An address that is also in spec.externalIPs has only this kind.
 //
-// Headless Services, Services of type ExternalName, Services without a cluster
-// IP, and those with the label service.kubernetes.io/service-proxy-name (which
-// ask for another proxy) give none.
+// The following Services have no frontends: headless Services, Services of type ExternalName,
+// Services without a cluster IP, and Services with the label
+// service.kubernetes.io/service-proxy-name, which selects another proxy.
 //
 // # Endpoints
 //
-// Endpoints come from the EndpointSlices of the Service's namespace whose label
-// kubernetes.io/service-name is its name, whose addressType is the family, and
-// whose port has the same name and protocol as the Service's port. Where slices
-// contradict each other about an address, an entry that is not terminating goes
-// before one that is, and a ready one before one that is not.
+// The endpoints of a Service port come from the EndpointSlices in the Service's namespace whose
+// label kubernetes.io/service-name is the Service's name, whose addressType is the family, and
+// which have a port with the same name and protocol. If several entries have the same address, a
+// non-terminating entry is preferred over a terminating one, and then a ready entry over one that
+// is not ready.
 //
-// The traffic policy Cluster takes the ready endpoints that hints leave; if
-// there are none ready, those that are terminating and still serve. The policy
-// Local takes the ready endpoints of this node, or else those of this node that
-// are terminating and still serve; hints mean nothing to it. Endpoints are of
-// this node if their nodeName says so.
+// The traffic policy Cluster selects the ready endpoints that topology hints allow. If no
+// endpoint is ready, it selects serving terminating endpoints. The policy Local selects the ready
+// endpoints on this node and ignores hints. If there are none, it selects serving terminating
+// endpoints on this node. An endpoint is on this node if its nodeName says so.
 //
-// Hints are those in the slices: spec.trafficDistribution and the annotation
-// service.kubernetes.io/topology-mode are for the controller that writes them.
-// If every ready endpoint has hints for nodes, and one of them is for this node,
-// only those for this node are taken. Or else, if every ready endpoint has hints
-// for zones, and one of them is for the zone in this node's label
-// topology.kubernetes.io/zone, only those for this zone. Or else all.
+// Hints are taken from EndpointSlices only. The controller that writes them reads
+// spec.trafficDistribution and the annotation service.kubernetes.io/topology-mode. Hints are
+// evaluated in this order:
 //
-// Those who have been talking to an endpoint over UDP go on as long as it serves,
-// whatever traffic policy, hints and its termination say of new connections: it
-// is in Service.Serving then. So do those who have an association of SCTP with it,
-// also while it is not ready, unless it terminates and does not serve.
+//  1. If every ready endpoint has hints for nodes and at least one hint names this node, the
+//     endpoints with a hint for this node are selected.
+//  2. Otherwise, if every ready endpoint has hints for zones and at least one hint names the
+//     zone in this node's label topology.kubernetes.io/zone, the endpoints with a hint for this
+//     zone are selected.
+//  3. Otherwise, all ready endpoints are selected.
 //
-// # Treatment
+// An existing UDP flow stays with its endpoint while the endpoint serves, even if traffic policy,
+// hints or termination exclude the endpoint from new connections. Such endpoints are in
+// Service.Serving. An SCTP association also stays with an endpoint that is not ready, unless the
+// endpoint is terminating and not serving.
 //
-// Connections to a cluster IP go by internalTrafficPolicy, and clients that are
-// no pods are masqueraded. Those to the other kinds go by externalTrafficPolicy:
-// with Cluster, to all endpoints and always masqueraded; with Local, to this
-// node's endpoints, with the client's address as it is, but those of this node
-// and of its pods reach the endpoints of the whole cluster. Where no endpoint is
-// usable anywhere connections are rejected; where only the policy leaves none,
-// they are dropped, so that a load balancer tries another node.
+// # Traffic policies
 //
-// loadBalancerSourceRanges hold for the kind LoadBalancer. A range of everything
-// opens the Service to its family, and so does the lack of ranges of a family,
-// but not where an entry can't be read: then nobody of that family is let in.
+// Connections to a cluster IP follow internalTrafficPolicy. Clients outside the pod network are
+// masqueraded. Connections to the other kinds of frontends follow externalTrafficPolicy:
 //
-// The annotation fairlead.io/ipvs-scheduler names the IPVS scheduler that picks
-// among the endpoints, for all frontends of the Service. Where the backend has
-// none of that name, or no schedulers at all, that is a problem, and endpoints are
-// picked as those of any other Service.
+//   - Cluster: connections go to all endpoints and are always masqueraded.
+//   - Local: connections go to the endpoints on this node and keep the client's address.
+//     Connections from this node and its pods go to all endpoints of the cluster.
 //
-// # Collisions
+// Connections are rejected if no endpoint is usable in the whole cluster. They are dropped if
+// only the policy leaves no endpoint, so that a load balancer tries another node.
 //
-// A frontend (protocol, address, port) belongs to one Service port. If several
-// claim it, a cluster IP goes before everything else, so that nobody can catch
-// the connections of another Service by naming its cluster IP as an external one
-// (CVE-2020-8554). Then it goes to the Service with the oldest
-// creationTimestamp, then to the first by namespace and name, then to the first
-// port in the Service. The others go without this one frontend, are reported,
-// once for each field and owner, and take over when the owner goes. With
-// kube-proxy the last one wins.
+// loadBalancerSourceRanges apply to the kind LoadBalancer. A range that covers all addresses of a
+// family opens the Service to that family. A family without ranges is open too, unless a range
+// that may belong to it is invalid; then no client of that family is allowed.
+//
+// The annotation fairlead.io/ipvs-scheduler selects the IPVS scheduler for all frontends of the
+// Service. If the backend does not have this scheduler, or any schedulers, a problem is reported
+// and the default is used.
+//
+// # Conflicts
+//
+// A frontend (protocol, address, port) belongs to one Service port. If several ports claim it,
+// the owner is determined by these rules, in order:
+//
+//  1. A cluster IP takes precedence over every other kind. Otherwise a user could intercept the
+//     connections of another Service by listing its cluster IP as an external IP
+//     (CVE-2020-8554).
+//  2. The Service with the oldest creationTimestamp.
+//  3. The first Service by namespace and name.
+//  4. The first port in the Service.
+//
+// The other Services keep their remaining frontends and take over the frontend when its owner is
+// deleted. A problem is reported for each field and owner. In kube-proxy the last Service wins.
 //
 // # Problems
 //
-// A [Problem] is reported when it comes up, and stays until it is gone. Of one
-// Service at most 20 are named, and the number of the others.
+// A [Problem] is reported once and persists until it is resolved. At most 20 problems of a
+// Service are reported individually, followed by the number of the others.
 //
-// A port that no EndpointSlice knows, although there are slices with endpoints,
-// is one once a slice of the Service was delivered in the same Delta as the last
-// change of the Service's ports, or in a later one: before, the slice that the
-// controller writes because of the change may be on its way.
+// A port without a match in any EndpointSlice is a problem if there are slices with endpoints. It
+// is not reported until a slice of the Service is delivered in the same Delta as the last change
+// of the Service's ports, or later, because the controller may not have updated the slices yet.
 //
 // # Other differences from kube-proxy
 //
-//   - Loopback, link-local and multicast addresses are refused as endpoints and
-//     external IPs, as the API server refuses new ones: they would let a Service
-//     reach into the node, or take what the node itself uses.
-//   - A cluster IP that is a loopback, link-local, multicast or broadcast address, or
-//     one of the node's own, is reported and not served; the Service's other
-//     addresses are. The node's own are those of the Node object, and those of its
-//     interfaces other than the loopback device and dummy interfaces: NodeLocal
-//     DNSCache and kube-proxy's mode ipvs bind cluster IPs to dummy interfaces.
-//   - A port with more than 65,535 endpoints is not served, but reported: it is
-//     what the dataplane can hold.
-//   - Of one Service at most 262,144 frontends, endpoints and source ranges are
-//     programmed, each counted for every port, family and kind of frontend; cluster
-//     IPs and node ports before the others. What is beyond is reported.
-//   - Where --nodeport-addresses names networks of one family, the other has no
-//     node ports; and addresses inside a ServiceCIDR, which another proxy may have
-//     left on an interface, are never among those that networks, or all, stand for.
-//   - Health-check node ports count as said below.
+//   - Loopback, link-local and multicast addresses are rejected as endpoints and external IPs, as
+//     the API server rejects new ones. Such an address would let a Service reach into the node,
+//     or intercept an address that the node uses.
+//   - A cluster IP that is a loopback, link-local, multicast or broadcast address, or an address
+//     of the node, is reported and not served. The Service's other addresses are. The node's
+//     addresses are those of the Node object and those of its interfaces, except the loopback
+//     device and dummy interfaces: NodeLocal DNSCache and kube-proxy's ipvs mode bind cluster IPs
+//     to dummy interfaces.
+//   - A port with more than 65,535 endpoints, the limit of the dataplane, is reported and not
+//     served.
+//   - At most 262,144 frontends, endpoints and source ranges of a Service are programmed, counted
+//     separately for every port, family and kind of frontend. Cluster IPs and node ports are
+//     programmed first. The rest is reported.
+//   - If --nodeport-addresses lists networks of one family only, the other family has no node
+//     ports. Addresses inside a ServiceCIDR, which another proxy may have left on an interface,
+//     are never selected by networks or by the keyword all.
+//   - Health-check node ports count endpoints as described below.
 //
 // # Health-check node ports
 //
-// A Service of type LoadBalancer with externalTrafficPolicy Local has its
-// healthCheckNodePort answered with the number of ready pods on this node:
-// distinct addresses, over all ports. kube-proxy counts the families apart, each
-// for its own listener; here the larger number counts for both.
+// The healthCheckNodePort of a Service of type LoadBalancer with externalTrafficPolicy Local
+// reports the number of ready pods on this node, counted as distinct addresses over all ports.
+// kube-proxy counts each family separately for its own listener; here the larger number is used
+// for both.
 //
 // # The node
 //
-// Which clients are pods is told by [DetectLocal], and where node ports are
-// served by [NodePortAddresses]. Unlike kube-proxy's, these follow the Node
-// object and the interfaces as they change, as do ServiceCIDRs; and the node's
-// own pod networks are known in every mode, so that its pods reach Services with
-// externalTrafficPolicy Local whatever is known of other pods.
+// [DetectLocal] defines how to detect pod traffic, and [NodePortAddresses] defines the addresses
+// of node ports. Unlike in kube-proxy, both follow changes of the Node object and of the
+// interfaces. So do ServiceCIDRs. The node's own pod networks are used in every mode, so that its
+// pods reach Services with externalTrafficPolicy Local even if other pods are not detected.
 package kube

@@ -12,48 +12,47 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// endpointSlice is what a Tracker keeps of an EndpointSlice. A node has those of all
-// endpoints of the cluster in memory, as long as they exist: the objects would
-// take four times as much of it, and most of what the garbage collector looks at.
+// endpointSlice is the part of an EndpointSlice that a Tracker keeps. A node holds all endpoints
+// of the cluster in memory. Keeping the objects would take four times the memory and would be
+// most of the garbage collector's work.
 type endpointSlice struct {
 	name string
-	// family is that of the endpoints. Where there is none, as the slice has
-	// names and not addresses, it is of no use, and the rest is empty.
+	// family is the family of the endpoints. If the slice contains names instead of addresses,
+	// hasFamily is false and the remaining fields are empty.
 	family    dataplane.Family
 	hasFamily bool
 	ports     []endpointPort
 	endpoints []endpoint
-	// hints are those that endpoints refer to.
+	// hints contains the hints that endpoints refer to.
 	hints []*discoveryv1.EndpointHints
-	// problems are those of ports and endpoints that are left out.
+	// problems contains the problems of ports and endpoints that are skipped.
 	problems []sliceProblem
 }
 
-// endpointPort is a port that can be used.
+// endpointPort is a valid port.
 type endpointPort struct {
 	name     string
 	protocol dataplane.Protocol
 	number   uint16
 }
 
-// endpoint is an endpoint that can be used. It has no pointers, which spares the
-// garbage collector to look at it.
+// endpoint is a valid endpoint. It contains no pointers, so that the garbage collector does not
+// scan it.
 type endpoint struct {
-	// addr is as of netip.Addr.As16.
+	// addr has the form of netip.Addr.As16.
 	addr [16]byte
-	// hints is the number of its hints in the slice, counted from 1; 0 says that
-	// it has none.
+	// hints is the 1-based index of the endpoint's hints in endpointSlice.hints; 0 means no
+	// hints.
 	hints int32
-	// traits are those that don't depend on hints.
+	// traits does not include the traits of hints.
 	traits traits
 }
 
-// sliceProblem is what is wrong with a field.
+// sliceProblem is a problem with a field.
 type sliceProblem struct{ field, message string }
 
-// owningService returns the name of the Service that the slice belongs to. It
-// reports false for a slice that belongs to none, or to a headless one, which
-// needs no proxy.
+// owningService returns the name of the Service that the slice belongs to. It returns false if
+// the slice belongs to no Service, or to a headless one, which needs no proxy.
 func owningService(object *discoveryv1.EndpointSlice) (types.NamespacedName, bool) {
 	name := object.Labels[discoveryv1.LabelServiceName]
 	_, headless := object.Labels[corev1.IsHeadlessService]
@@ -63,7 +62,7 @@ func owningService(object *discoveryv1.EndpointSlice) (types.NamespacedName, boo
 	return types.NamespacedName{Namespace: object.Namespace, Name: name}, true
 }
 
-// newEndpointSlice reads an EndpointSlice, on a node of this name.
+// newEndpointSlice converts an EndpointSlice on the named node.
 func newEndpointSlice(object *discoveryv1.EndpointSlice, node string) *endpointSlice {
 	s := &endpointSlice{name: object.Name}
 	if s.family, s.hasFamily = addressTypeFamily(object.AddressType); !s.hasFamily {
@@ -107,11 +106,11 @@ func (s *endpointSlice) addPort(i int, p *discoveryv1.EndpointPort) {
 
 func (s *endpointSlice) addEndpoint(i int, ep *discoveryv1.Endpoint, node string) {
 	if len(ep.Addresses) == 0 {
-		s.addProblem(elementPath("endpoints", i, ".addresses"), "empty: name the endpoint's address")
+		s.addProblem(elementPath("endpoints", i, ".addresses"), "empty: set the endpoint's address")
 		return
 	}
-	// All addresses of an endpoint are the same pod; consumers use the first, as
-	// the API says.
+	// All addresses of an endpoint belong to the same pod. The API tells consumers to use the
+	// first.
 	addr, err := parseAddr(ep.Addresses[0])
 	if err == nil {
 		err = validateEndpointAddr(addr, s.family)
@@ -123,7 +122,8 @@ func (s *endpointSlice) addEndpoint(i int, ep *discoveryv1.Endpoint, node string
 	s.endpoints = append(s.endpoints, endpoint{addr: addr.As16(), hints: s.hintIndex(ep.Hints), traits: conditionTraits(ep, node)})
 }
 
-// hintIndex returns the number of an endpoint's hints. Sources share equal ones.
+// hintIndex returns the 1-based index of h in s.hints and adds h if necessary. Sources share
+// equal hints, so comparing pointers is sufficient.
 func (s *endpointSlice) hintIndex(h *discoveryv1.EndpointHints) int32 {
 	if h == nil {
 		return 0
@@ -141,8 +141,8 @@ func (s *endpointSlice) hintIndex(h *discoveryv1.EndpointHints) int32 {
 // address returns the endpoint's address.
 func (e *endpoint) address() netip.Addr { return netip.AddrFrom16(e.addr).Unmap() }
 
-// appendCandidates appends the endpoints as seen from a place, at a port.
-func (s *endpointSlice) appendCandidates(to []candidate, port uint16, here location) []candidate {
+// appendCandidates appends the endpoints with the given port, as seen from a location.
+func (s *endpointSlice) appendCandidates(to []candidate, port uint16, loc location) []candidate {
 	to = slices.Grow(to, len(s.endpoints))
 	for i := range s.endpoints {
 		e := &s.endpoints[i]
@@ -150,7 +150,7 @@ func (s *endpointSlice) appendCandidates(to []candidate, port uint16, here locat
 		if e.hints > 0 {
 			hints = s.hints[e.hints-1]
 		}
-		to = append(to, candidate{addr: netip.AddrPortFrom(e.address(), port), traits: e.traits | here.hintTraits(hints)})
+		to = append(to, candidate{addr: netip.AddrPortFrom(e.address(), port), traits: e.traits | loc.hintTraits(hints)})
 	}
 	return to
 }

@@ -11,23 +11,23 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// traits are what counts about an endpoint when it is chosen. Of two entries
-// with one address the one with the smaller traits is believed.
+// traits are the properties of an endpoint that its selection depends on. If several entries have
+// the same address, the one with the smallest traits is used.
 //
-// Two pods can have one address: that of a terminating pod can be given to a new
-// one before the old object is gone. And an endpoint that moves from one slice
-// to another is in both for a while.
+// Two pods can have the same address: a new pod can get the address of a terminating pod before
+// the old object is deleted. An endpoint that moves from one slice to another is temporarily in
+// both.
 type traits uint16
 
 const (
-	// The hints come last. Where entries differ in nothing else they only make
-	// the choice independent of the order of the slices.
+	// The hints are the least significant traits. They make the selection independent of the
+	// order of the slices if entries differ in nothing else.
 	notForZone    traits = 1 << iota // this node's zone is not in hints.forZones
 	noZoneHint                       // hints.forZones is empty
 	notForNode                       // this node is not in hints.forNodes
 	noNodeHint                       // hints.forNodes is empty
-	notOnThisNode                    // nodeName is another node's, or missing
-	onOtherNode                      // nodeName is another node's
+	notOnThisNode                    // nodeName names another node or is missing
+	onOtherNode                      // nodeName names another node
 	notServing
 	notReady
 	terminating
@@ -37,29 +37,27 @@ func (t traits) has(bits traits) bool { return t&bits != 0 }
 
 func (t traits) ready() bool { return !t.has(notReady) }
 
-// servingTerminating says that the endpoint takes connections if no ready one does.
+// servingTerminating reports whether the endpoint receives connections if no endpoint is ready.
 func (t traits) servingTerminating() bool {
 	return t.has(notReady) && t.has(terminating) && !t.has(notServing)
 }
 
-// serving says that the endpoint does not need to be left by those who talk to
-// it. A ready one counts whatever its condition serving says: pods of a Service
-// with publishNotReadyAddresses can be ready without serving.
+// serving reports whether existing UDP flows may stay with the endpoint. A ready endpoint is
+// always serving, because pods of a Service with publishNotReadyAddresses can be ready without
+// the condition serving.
 func (t traits) serving() bool { return t.ready() || !t.has(notServing) }
 
-// keepsAssociations says that those who have an association of SCTP with the
-// endpoint need not leave it. They may even if it is not ready, as connections of
-// TCP do, unless it is about to end.
+// keepsAssociations reports whether existing SCTP associations may stay with the endpoint. Like
+// TCP connections, they stay even if it is not ready, unless it is terminating and not serving.
 func (t traits) keepsAssociations() bool { return t.serving() || !t.has(terminating) }
 
-// candidate is an endpoint before the choice among candidates is made.
+// candidate is an endpoint before selection.
 type candidate struct {
 	addr netip.AddrPort
 	traits
 }
 
-// compare orders candidates by address, and those with the same address with
-// the one to believe first.
+// compare orders candidates by address and then by preference.
 func (c candidate) compare(o candidate) int {
 	if r := c.addr.Compare(o.addr); r != 0 {
 		return r
@@ -67,33 +65,32 @@ func (c candidate) compare(o candidate) int {
 	return cmp.Compare(c.traits, o.traits)
 }
 
-// choice is what connections to a port go to.
+// choice contains the endpoints selected for a port.
 type choice struct {
-	// cluster and local are the endpoints of the traffic policies of the same
-	// names, sorted and unique. local is empty where no policy is Local. They
-	// are shared with every dataplane.Service made of them, and so must not be
-	// changed.
+	// cluster and local are the endpoints of the traffic policies Cluster and Local, sorted and
+	// deduplicated. local is empty if no policy is Local. Every dataplane.Service of the port
+	// shares these lists, so they must not be modified.
 	cluster, local []dataplane.Endpoint
-	// usableAnywhere says that an endpoint of the cluster can take connections.
+	// usableAnywhere is set if any endpoint of the cluster can receive connections.
 	usableAnywhere bool
-	// localTerminating says that the local ones are terminating.
+	// localTerminating is set if the local endpoints are terminating.
 	localTerminating bool
-	// zoneDependent says that another zone of this node may give another choice.
+	// zoneDependent is set if the choice may change with the zone of this node.
 	zoneDependent bool
 }
 
-// endpoints gives each port its endpoints.
+// endpoints selects the endpoints of each port.
 func (c *conversion) endpoints(ports []portFamily, endpointSlices []*endpointSlice, policy policy) {
 	if len(ports) == 0 {
 		return
 	}
-	// A Service whose pods are missing is no problem of its objects; one whose
-	// endpoints are there under another port name is.
+	// A Service without pods has no problem. A Service whose endpoints have another port name
+	// does.
 	var populated, families [dataplane.IPv6 + 1]bool
 	for i := range ports {
 		families[ports[i].family] = true
 	}
-	find, read := portFinder(ports), 0 // candidates
+	find, read := portFinder(ports), 0 // number of candidates
 	for _, slice := range endpointSlices {
 		if !slice.hasFamily || !families[slice.family] {
 			continue
@@ -130,14 +127,14 @@ func (c *conversion) endpoints(ports []portFamily, endpointSlices []*endpointSli
 	}
 }
 
-// portName is what a Service's port is found by in slices.
+// portName identifies a Service's port in slices.
 type portName struct {
 	name     string
 	protocol dataplane.Protocol
 	family   dataplane.Family
 }
 
-// portFinder returns a function that finds a port, or nil.
+// portFinder returns a function that finds a port, or returns nil.
 func portFinder(ports []portFamily) func(portName) *portFamily {
 	if len(ports) <= linearSearchMax {
 		return func(name portName) *portFamily {
@@ -158,8 +155,8 @@ func portFinder(ports []portFamily) func(portName) *portFamily {
 
 func (p *portFamily) name() portName { return portName{p.port.Name, p.protocol, p.family} }
 
-// unmatchedPort is a port that no slice knows although there are slices with
-// endpoints. It is a problem if the slices are not just late.
+// unmatchedPort is a port that is missing in all slices, although there are slices with
+// endpoints. It is a problem unless the slices are merely late.
 type unmatchedPort struct {
 	port    portName
 	problem Problem
@@ -168,24 +165,23 @@ type unmatchedPort struct {
 func (c *conversion) newUnmatchedPort(p *portFamily) unmatchedPort {
 	if target := p.port.TargetPort.StrVal; target != "" {
 		return unmatchedPort{p.name(), c.newProblem(elementPath("spec.ports", p.index, ".targetPort"),
-			"no endpoint of family %s has a %s port %q, so connections are refused: give a container port of the pods this name",
+			"no endpoint of family %s has a %s port %q, so connections are rejected: give a container port of the pods this name",
 			p.family, p.protocol, target)}
 	}
 	return unmatchedPort{p.name(), c.newProblem(elementPath("spec.ports", p.index, ".name"),
-		"no EndpointSlice of family %s has a %s port with the name %q, so connections are refused: use the same name in both",
+		"no EndpointSlice of family %s has a %s port with the name %q, so connections are rejected: use the same name in both",
 		p.family, p.protocol, p.port.Name)}
 }
 
-// samePorts reports whether slices that were written for one Service are right
-// for the other, as far as ports go.
+// samePorts reports whether the ports of slices written for one Service are also valid for the
+// other.
 func samePorts(a, b *corev1.Service) bool {
 	return a != nil && b != nil && a.UID == b.UID && slices.EqualFunc(a.Spec.Ports, b.Spec.Ports, func(p, q corev1.ServicePort) bool {
 		return p.Name == q.Name && p.Protocol == q.Protocol && p.TargetPort == q.TargetPort
 	})
 }
 
-// conditionTraits returns what counts about an endpoint as seen from a node, but for its
-// hints.
+// conditionTraits returns the traits of an endpoint as seen from a node, without its hints.
 func conditionTraits(ep *discoveryv1.Endpoint, node string) traits {
 	var t traits
 	if !isTrue(ep.Conditions.Ready, true) {
@@ -199,7 +195,7 @@ func conditionTraits(ep *discoveryv1.Endpoint, node string) traits {
 	}
 	switch {
 	case ep.NodeName == nil || *ep.NodeName == "":
-		t |= notOnThisNode // but it may be
+		t |= notOnThisNode // it may be on this node, but this is unknown
 	case *ep.NodeName != node:
 		t |= notOnThisNode | onOtherNode
 	}
@@ -213,8 +209,8 @@ func isTrue(condition *bool, ifNil bool) bool {
 	return *condition
 }
 
-// preferredCandidates returns the candidate to believe of each address, sorted by address.
-// It reuses the list.
+// preferredCandidates returns the preferred candidate of each address, sorted by address. It
+// reuses the slice.
 func preferredCandidates(candidates []candidate) []candidate {
 	slices.SortFunc(candidates, candidate.compare)
 	candidates = slices.CompactFunc(candidates, func(a, b candidate) bool { return a.addr == b.addr })
@@ -222,11 +218,9 @@ func preferredCandidates(candidates []candidate) []candidate {
 	return candidates
 }
 
-// chooseEndpoints returns what connections go to: with the policy Cluster the ready
-// endpoints that the hints leave, or else those that are terminating and still
-// serve; with the policy Local the ready ones of this node, or else those of
-// this node that are terminating and still serve. The candidates are those
-// believed.
+// chooseEndpoints selects the endpoints of both traffic policies from preferred candidates.
+// Cluster selects the ready endpoints that hints allow, or else serving terminating ones. Local
+// selects the ready endpoints on this node, or else serving terminating ones on this node.
 func chooseEndpoints(candidates []candidate, local bool) choice {
 	var c choice
 	hints := topologyOf(candidates)
@@ -250,9 +244,9 @@ func chooseEndpoints(candidates []candidate, local bool) choice {
 	return c
 }
 
-// servingExcluded returns the addresses of the candidates that serve although the
-// treatment names them nowhere: those that terminate, and those that a policy or
-// hints leave out. All lists are sorted.
+// servingExcluded returns the addresses of candidates that serve but are in neither list of the
+// ServiceSpec: terminating endpoints, and endpoints excluded by a policy or by hints. All lists
+// are sorted.
 func servingExcluded(candidates []candidate, t *dataplane.ServiceSpec, serves func(traits) bool) []netip.AddrPort {
 	var besides []netip.AddrPort
 	endpoints, local := t.Endpoints, t.LocalEndpoints
@@ -266,7 +260,7 @@ func servingExcluded(candidates []candidate, t *dataplane.ServiceSpec, serves fu
 	return slices.Clip(besides)
 }
 
-// skipTo drops the endpoints before addr and reports whether addr is the next.
+// skipTo drops the endpoints before addr and reports whether addr is next.
 func skipTo(list *[]dataplane.Endpoint, addr netip.AddrPort) bool {
 	for len(*list) > 0 {
 		switch (*list)[0].Addr.Compare(addr) {
@@ -281,8 +275,8 @@ func skipTo(list *[]dataplane.Endpoint, addr netip.AddrPort) bool {
 	return false
 }
 
-// propagateLocal makes all candidates of an address local if one of them is: it is
-// the pod that is. Those of one address stand together.
+// propagateLocal marks all candidates of an address as local if one of them is, because being
+// local is a property of the pod. Candidates with the same address are adjacent.
 func propagateLocal(candidates []candidate) {
 	for i, c := range candidates {
 		if c.has(onOtherNode) {
@@ -298,11 +292,11 @@ func propagateLocal(candidates []candidate) {
 	}
 }
 
-// filterEndpoints returns the endpoints of the candidates with these traits.
-func filterEndpoints(candidates []candidate, wanted func(traits) bool) []dataplane.Endpoint {
+// filterEndpoints returns the endpoints of the candidates whose traits match.
+func filterEndpoints(candidates []candidate, matches func(traits) bool) []dataplane.Endpoint {
 	n := 0
 	for _, c := range candidates {
-		if wanted(c.traits) {
+		if matches(c.traits) {
 			n++
 		}
 	}
@@ -311,7 +305,7 @@ func filterEndpoints(candidates []candidate, wanted func(traits) bool) []datapla
 	}
 	endpoints := make([]dataplane.Endpoint, 0, n)
 	for _, c := range candidates {
-		if wanted(c.traits) {
+		if matches(c.traits) {
 			endpoints = append(endpoints, dataplane.Endpoint{Addr: c.addr, Local: !c.has(onOtherNode)})
 		}
 	}

@@ -9,29 +9,29 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// allKinds are the kinds of frontends, in the order of the wants of a port.
+// allKinds lists the kinds of frontends, in the order of a port's desired Services.
 type allKinds [4]dataplane.Kind
 
 func kinds() allKinds {
 	return allKinds{dataplane.ClusterIP, dataplane.NodePort, dataplane.ExternalIP, dataplane.LoadBalancer}
 }
 
-// addresses are a Service's, of all its ports.
+// addresses contains the addresses of a Service, which apply to all ports.
 type addresses struct {
-	// clusterIPs has at most one a family. Without one of a family the Service is
-	// not served in that family.
+	// clusterIPs contains at most one address per family. The Service is not served in a family
+	// without a cluster IP.
 	clusterIPs []netip.Addr
-	// unusableClusterIPs are those of cluster to which no connection is translated, as
-	// something else has them.
+	// unusableClusterIPs are cluster IPs that are not programmed, because they belong to the node
+	// or are not valid for a Service.
 	unusableClusterIPs []netip.Addr
-	// externalIPs and balancer are of families with a cluster IP. No address is
+	// externalIPs and loadBalancerIPs are addresses of families with a cluster IP. No address is
 	// in both.
 	externalIPs, loadBalancerIPs addrSet
 }
 
-// portFamily is a usable port of a Service in one family.
+// portFamily is a valid port of a Service in one family.
 type portFamily struct {
-	// index is that in spec.ports.
+	// index is an index in spec.ports.
 	index    int
 	port     *corev1.ServicePort
 	protocol dataplane.Protocol
@@ -39,12 +39,12 @@ type portFamily struct {
 	// cluster is the Service's cluster IP of the family.
 	cluster netip.Addr
 
-	// candidates are what the slices have for it, in the end those believed, and
-	// chosen what connections go to. matched says that a slice knows the port.
+	// candidates contains all entries of the port in slices, and later only the preferred ones.
+	// matched is set if a slice has the port. chosen contains the selected endpoints.
 	candidates []candidate
 	matched    bool
 	chosen     choice
-	// beyondLimit says that the Service has more candidates than are read.
+	// beyondLimit is set if the port has too many candidates.
 	beyondLimit bool
 }
 
@@ -59,17 +59,17 @@ func (c *conversion) addresses() addresses {
 	return a
 }
 
-// hasFamilyOf reports whether one of addrs has the family of addr.
+// hasFamilyOf reports whether one of addrs has the same family as addr.
 func hasFamilyOf(addrs []netip.Addr, addr netip.Addr) bool {
 	return slices.ContainsFunc(addrs, func(a netip.Addr) bool { return a.Is4() == addr.Is4() })
 }
 
-// clusterIPs returns the Service's cluster IPs, at most one a family, in the
-// order of the Service.
+// clusterIPs returns the Service's cluster IPs, at most one per family, in the order of the
+// Service.
 func (c *conversion) clusterIPs() []netip.Addr {
 	spec := &c.service.Spec
 	if len(spec.ClusterIPs) == 0 {
-		// From before dual stack, or has not got an address yet.
+		// The object was created before dual stack, or has no address yet.
 		if spec.ClusterIP == "" {
 			return nil
 		}
@@ -90,10 +90,10 @@ func (c *conversion) clusterIPs() []netip.Addr {
 	return addrs
 }
 
-// unusableClusterIPs returns those of the cluster IPs that belong to the node, or
-// that no packet to a Service can have. If one of these were programmed, the node
-// would lose its own connections to it, on every port.
-func (c *conversion) unusableClusterIPs(cluster []netip.Addr) (unserved []netip.Addr) {
+// unusableClusterIPs returns the cluster IPs that belong to the node or that cannot be the
+// destination of Service traffic. Programming an address of the node would break the node's own
+// connections to it, on every port.
+func (c *conversion) unusableClusterIPs(cluster []netip.Addr) (unusable []netip.Addr) {
 	for _, addr := range cluster {
 		err := validateAddr(addr)
 		if _, ok := c.location.ownAddrs[addr]; err == nil && ok {
@@ -102,14 +102,14 @@ func (c *conversion) unusableClusterIPs(cluster []netip.Addr) (unserved []netip.
 		if err == nil {
 			continue
 		}
-		unserved = append(unserved, addr)
-		c.addProblem(c.clusterIPField(addr), "%s %v, so it is not served: create the Service anew with another cluster IP, "+
-			"and see to it that no ServiceCIDR (--service-cluster-ip-range) overlaps the nodes' networks", addr, err)
+		unusable = append(unusable, addr)
+		c.addProblem(c.clusterIPField(addr), "%s %v, so it is not served: recreate the Service with another cluster IP, "+
+			"and make sure that no ServiceCIDR (--service-cluster-ip-range) overlaps the nodes' networks", addr, err)
 	}
-	return unserved
+	return unusable
 }
 
-// clusterIPField returns the field that a cluster IP is from.
+// clusterIPField returns the path of a cluster IP's field.
 func (c *conversion) clusterIPField(addr netip.Addr) string {
 	for i, text := range c.service.Spec.ClusterIPs {
 		if a, err := parseAddr(text); err == nil && a == addr {
@@ -119,8 +119,7 @@ func (c *conversion) clusterIPField(addr netip.Addr) string {
 	return "spec.clusterIP"
 }
 
-// clusterIP reads the i-th cluster IP, which is that of clusterIPs if field is
-// empty.
+// clusterIP parses the i-th cluster IP. An empty field means spec.clusterIPs[i].
 func (c *conversion) clusterIP(field string, i int, text string, earlier []netip.Addr) (netip.Addr, bool) {
 	path := func() string {
 		if field != "" {
@@ -145,10 +144,9 @@ func (c *conversion) clusterIP(field string, i int, text string, earlier []netip
 	return netip.Addr{}, false
 }
 
-// loadBalancerIPs returns the addresses of load balancers that deliver packets as
-// they came in, addressed to the load balancer. Those of load balancers that
-// connect by themselves (ipMode Proxy), or have only a name, are not for nodes
-// to answer.
+// loadBalancerIPs returns the addresses of load balancers that deliver packets with the load
+// balancer's address as destination. It skips load balancers that proxy connections (ipMode
+// Proxy) and load balancers without an IP address, because nodes do not serve their addresses.
 func (c *conversion) loadBalancerIPs(cluster []netip.Addr) addrSet {
 	var addrs addrSet
 	for i := range c.service.Status.LoadBalancer.Ingress {
@@ -165,11 +163,11 @@ func (c *conversion) loadBalancerIPs(cluster []netip.Addr) addrSet {
 		}
 		if err != nil {
 			c.addProblem(elementPath("status.loadBalancer.ingress", i, ".ip"),
-				"%q %v: the controller of the load balancer must write an address that clients can connect to", ingress.IP, err)
+				"%q %v: the load balancer's controller must set an address that clients can connect to", ingress.IP, err)
 			continue
 		}
-		// An address of another family is that of a load balancer that
-		// translates, so it is no mistake.
+		// An address of another family belongs to a load balancer that translates between
+		// families, so it is not a problem.
 		if hasFamilyOf(cluster, addr) {
 			addrs.add(addr)
 		}
@@ -177,14 +175,14 @@ func (c *conversion) loadBalancerIPs(cluster []netip.Addr) addrSet {
 	return addrs
 }
 
-// externalIPs returns spec.externalIPs, but for those that the Service has from
-// its load balancer too: these are treated as the load balancer's, so that
-// loadBalancerSourceRanges can't be passed by.
+// externalIPs returns spec.externalIPs without the addresses that are also load balancer IPs.
+// These are served as load balancer IPs only, so that a client cannot bypass
+// loadBalancerSourceRanges.
 func (c *conversion) externalIPs(a addresses) addrSet {
 	var addrs addrSet
 	for i, text := range c.service.Spec.ExternalIPs {
 		if text == "" {
-			continue // the API server lets it pass, kube-proxy too
+			continue // the API server and kube-proxy accept it
 		}
 		addr, err := parseAddr(text)
 		if err == nil {
@@ -192,10 +190,10 @@ func (c *conversion) externalIPs(a addresses) addrSet {
 		}
 		switch {
 		case err != nil:
-			c.addProblem(elementPath("spec.externalIPs", i, ""), "%q %v: name an address that clients can connect to", text, err)
+			c.addProblem(elementPath("spec.externalIPs", i, ""), "%q %v: use an address that clients can connect to", text, err)
 		case !hasFamilyOf(a.clusterIPs, addr):
 			c.addProblem(elementPath("spec.externalIPs", i, ""),
-				"%s is not served, as the Service has no cluster IP of the family %s: add the family to spec.ipFamilies, or remove the address",
+				"%s is not served, because the Service has no cluster IP of the family %s: add the family to spec.ipFamilies, or remove the address",
 				addr, dataplane.FamilyOf(addr))
 		case !a.loadBalancerIPs.has(addr):
 			addrs.add(addr)
@@ -204,7 +202,7 @@ func (c *conversion) externalIPs(a addresses) addrSet {
 	return addrs
 }
 
-// ports returns the usable ports, each in every family that has a cluster IP.
+// ports returns the valid ports, one portFamily for each family that has a cluster IP.
 func (c *conversion) ports(addrs addresses) []portFamily {
 	list := c.service.Spec.Ports
 	ports := make([]portFamily, 0, len(list)*len(addrs.clusterIPs))
@@ -212,7 +210,7 @@ func (c *conversion) ports(addrs addresses) []portFamily {
 	if len(list) > linearSearchMax {
 		names = make(map[string]struct{}, len(list))
 	}
-	taken := func(i int) bool {
+	nameUsed := func(i int) bool {
 		if names != nil {
 			_, ok := names[list[i].Name]
 			return ok
@@ -221,7 +219,7 @@ func (c *conversion) ports(addrs addresses) []portFamily {
 	}
 	for i := range list {
 		port := &list[i]
-		again := taken(i)
+		duplicate := nameUsed(i)
 		if names != nil {
 			names[port.Name] = struct{}{}
 		}
@@ -234,7 +232,7 @@ func (c *conversion) ports(addrs addresses) []portFamily {
 			c.addProblem(elementPath("spec.ports", i, ".port"), "%d is not a port: use 1 to 65535", port.Port)
 			continue
 		}
-		if again {
+		if duplicate {
 			c.addProblem(elementPath("spec.ports", i, ".name"),
 				"%q is the name of an earlier port: give each port a name of its own", port.Name)
 			continue
@@ -251,19 +249,19 @@ func (c *conversion) ports(addrs addresses) []portFamily {
 	return ports
 }
 
-// desiredServices makes the wants: one for each port, family and kind with a frontend.
+// desiredServices returns one desiredService for each port, family and kind that has a frontend.
 func (c *conversion) desiredServices(ports []portFamily, addrs addresses, policy policy) []desiredService {
 	perPort := 1 + len(addrs.externalIPs.list) + len(addrs.loadBalancerIPs.list)
 	if hasNodePorts(c.service.Spec.Type) {
 		perPort++
 	}
 	frontends := make([]dataplane.Frontend, 0, min(len(ports)*perPort, maxElements))
-	wants := make([]desiredService, 0, len(ports)*min(perPort, len(allKinds{})))
+	services := make([]desiredService, 0, len(ports)*min(perPort, len(allKinds{})))
 	ranges := c.sourceRanges()
 	limit := c.limit(ports, addrs, policy, ranges)
 	for i := range ports {
 		p := &ports[i]
-		others := len(wants)
+		firstOfPort := len(services)
 		for _, kind := range kinds() {
 			if !limit.allows(i, kind) {
 				continue
@@ -273,32 +271,32 @@ func (c *conversion) desiredServices(ports []portFamily, addrs addresses, policy
 			if len(frontends) == first {
 				continue
 			}
-			mine := frontends[first:len(frontends):len(frontends)]
+			portFrontends := frontends[first:len(frontends):len(frontends)]
 			if cap(frontends) > linearSearchMax*len(allKinds{}) {
-				// Whoever keeps a few must not keep all.
-				mine = slices.Clone(mine)
+				// Copy, so that a few retained frontends do not keep the whole array in memory.
+				portFrontends = slices.Clone(portFrontends)
 			}
-			slices.SortFunc(mine, dataplane.Frontend.Compare)
-			treatment := policy.treatment(kind, p.chosen)
+			slices.SortFunc(portFrontends, dataplane.Frontend.Compare)
+			spec := policy.spec(kind, p.chosen)
 			if kind == dataplane.LoadBalancer {
-				treatment.SourceRanges = ranges.forFamily(p.family)
+				spec.SourceRanges = ranges.forFamily(p.family)
 			}
-			wants = append(wants, desiredService{
+			services = append(services, desiredService{
 				key: dataplane.Key{
 					Namespace: c.name.Namespace, Name: c.name.Name, Port: p.port.Name, Family: p.family, Kind: kind,
 				},
 				port:      p.index,
-				frontends: mine,
-				treatment: treatment,
-				serving:   p.serving(&treatment, wants[others:]),
+				frontends: portFrontends,
+				spec:      spec,
+				serving:   p.serving(&spec, services[firstOfPort:]),
 			})
 		}
 	}
-	return wants
+	return services
 }
 
-// serving returns Service.Serving for a treatment: a list that one of the port's
-// other wants has already, if it is equal.
+// serving returns Service.Serving for a ServiceSpec. It returns the list of one of the port's
+// other desired Services if it is equal.
 func (p *portFamily) serving(t *dataplane.ServiceSpec, others []desiredService) []netip.AddrPort {
 	var list []netip.AddrPort
 	switch p.protocol {
@@ -317,7 +315,7 @@ func (p *portFamily) serving(t *dataplane.ServiceSpec, others []desiredService) 
 	return list
 }
 
-// appendFrontends appends the frontends of one kind that a port has.
+// appendFrontends appends the port's frontends of one kind.
 func (c *conversion) appendFrontends(
 	frontends []dataplane.Frontend, p *portFamily, kind dataplane.Kind, addrs addresses,
 ) []dataplane.Frontend {

@@ -7,7 +7,7 @@ import (
 	discoveryv1 "k8s.io/api/discovery/v1"
 )
 
-// TestFrontends says where a Service answers.
+// TestFrontends checks the frontends of a Service.
 func TestFrontends(t *testing.T) {
 	t.Parallel()
 	const (
@@ -18,12 +18,12 @@ func TestFrontends(t *testing.T) {
 	)
 	testConversion(t, []conversionTest{
 		{
-			name:     "a ClusterIP Service answers on its cluster IP only",
+			name:     "a ClusterIP Service has its cluster IP only",
 			services: one(newService("web", "10.96.0.1")),
 			want:     want{cluster: "10.96.0.1:80/TCP ->"},
 		},
 		{
-			name:     "a NodePort Service also answers on the node, with every client masqueraded",
+			name:     "a NodePort Service also has its node port, with every client masqueraded",
 			services: one(newService("web", "10.96.0.1", nodePorts(30080))),
 			slices:   slice("10.0.0.1 @there"),
 			want: want{
@@ -32,13 +32,13 @@ func TestFrontends(t *testing.T) {
 			},
 		},
 		{
-			name: "a node port counts only where the type has node ports",
+			name: "a node port is ignored if the type has no node ports",
 			services: one(newService("web", "10.96.0.1", nodePorts(30080), ofType(corev1.ServiceTypeClusterIP),
 				externalIPs("192.0.2.1"))),
 			want: want{cluster: "10.96.0.1:80/TCP ->", external: "192.0.2.1:80/TCP ->, masquerade always"},
 		},
 		{
-			name:     "a LoadBalancer Service answers on the load balancer's addresses, and on the node where it has a node port",
+			name:     "a LoadBalancer Service has its load balancer IPs, and its node port if any",
 			services: one(newService("web", "10.96.0.1", ingress("192.0.2.1", "192.0.2.2"), nodePorts(30080))),
 			want: want{
 				cluster:  "10.96.0.1:80/TCP ->",
@@ -47,12 +47,12 @@ func TestFrontends(t *testing.T) {
 			},
 		},
 		{
-			name:     "a LoadBalancer Service without node ports and still without addresses answers on its cluster IP",
+			name:     "a LoadBalancer Service without node ports and load balancer IPs has its cluster IP only",
 			services: one(newService("web", "10.96.0.1", ingress())),
 			want:     want{cluster: "10.96.0.1:80/TCP ->"},
 		},
 		{
-			name: "load balancers that connect by themselves, or have only a name, are not answered for",
+			name: "load balancers with ipMode Proxy or only a host name are skipped",
 			services: one(newService("web", "10.96.0.1", ingress("192.0.2.1", "192.0.2.2", "192.0.2.3", ""), func(svc *corev1.Service) {
 				list := svc.Status.LoadBalancer.Ingress
 				list[0].IPMode = new(corev1.LoadBalancerIPModeVIP)
@@ -63,7 +63,7 @@ func TestFrontends(t *testing.T) {
 			want: want{cluster: "10.96.0.1:80/TCP ->", balancer: "192.0.2.1:80/TCP ->, masquerade always"},
 		},
 		{
-			name: "external IPs are of any type of Service, each once",
+			name: "external IPs apply to any type of Service and are deduplicated",
 			services: one(newService("web", "10.96.0.1", nodePorts(30080),
 				externalIPs("192.0.2.2", "192.0.2.1", "192.0.2.2", "192.0.2.001", ""))),
 			want: want{
@@ -73,7 +73,7 @@ func TestFrontends(t *testing.T) {
 			},
 		},
 		{
-			name: "an address that is external IP and load balancer's is the load balancer's, with its source ranges",
+			name: "an external IP that is also a load balancer IP is only a load balancer IP, with source ranges",
 			services: one(newService("web", "10.96.0.1", ingress("192.0.2.1"), externalIPs("192.0.2.1", "192.0.2.2"),
 				sourceRangesOf("203.0.113.0/24"))),
 			want: want{
@@ -83,7 +83,7 @@ func TestFrontends(t *testing.T) {
 			},
 		},
 		{
-			name: "dual stack: each kind in each family, with the addresses and endpoints of the family",
+			name: "dual stack: each kind in each family, with addresses and endpoints of the family",
 			services: one(newService("web", "10.96.0.1 fd00::1", ingress("192.0.2.1", "2001:db8::1"), nodePorts(30080),
 				externalIPs("2001:db8::2", "192.0.2.2"))),
 			slices: []*discoveryv1.EndpointSlice{
@@ -101,21 +101,21 @@ func TestFrontends(t *testing.T) {
 			},
 		},
 		{
-			name: "without a cluster IP of a family the Service has nothing in that family",
+			name: "a Service has no frontends in a family without a cluster IP",
 			services: one(newService("web", "10.96.0.1", ingress("2001:db8::1"), nodePorts(30080),
 				externalIPs("2001:db8::2"))),
 			want: want{cluster: "10.96.0.1:80/TCP ->", node: "0.0.0.0:30080/TCP ->, masquerade always"},
 			problems: []string{
-				"default/web: spec.externalIPs[0]: 2001:db8::2 is not served, as the Service has no cluster IP of the family IPv6: add the family to spec.ipFamilies, or remove the address",
+				"default/web: spec.externalIPs[0]: 2001:db8::2 is not served, because the Service has no cluster IP of the family IPv6: add the family to spec.ipFamilies, or remove the address",
 			},
 		},
 		{
-			name:     "a Service that has not got a cluster IP yet has nothing at all, and no problem",
+			name:     "a Service without a cluster IP has no frontends and no problem",
 			services: one(newService("web", "", ingress("192.0.2.1"), nodePorts(30080), externalIPs("192.0.2.2"))),
 			want:     want{},
 		},
 		{
-			name: "headless, ExternalName and another proxy's Services have nothing, whatever addresses they name",
+			name: "headless, ExternalName and another proxy's Services have no frontends, whatever addresses they list",
 			services: []*corev1.Service{
 				newService("a", "None", externalIPs("192.0.2.1")),
 				newService("b", "10.96.0.1", ingress("192.0.2.2"), nodePorts(30080), ofType(corev1.ServiceTypeExternalName)),
@@ -126,7 +126,7 @@ func TestFrontends(t *testing.T) {
 			want: want{},
 		},
 		{
-			name: "TCP, UDP and SCTP of every kind, with the same numbers",
+			name: "TCP, UDP and SCTP of every kind, with the same port numbers",
 			services: one(newService("dns", "10.96.0.1", ports(
 				port("t", corev1.ProtocolTCP, 53), port("u", corev1.ProtocolUDP, 53), port("s", corev1.ProtocolSCTP, 53),
 			), nodePorts(30053, 30053, 30053), externalIPs("192.0.2.1"))),
@@ -143,7 +143,7 @@ func TestFrontends(t *testing.T) {
 			},
 		},
 		{
-			name: "addresses that cannot be are left out and reported, the others served",
+			name: "invalid addresses are reported and skipped, and the others served",
 			services: one(newService("web", "10.96.0.1", ofType("Balancer"),
 				externalIPs("127.0.0.1", "169.254.1.1", "224.0.0.1", "0.0.0.0", "::ffff:127.0.0.1", "fe80::1%eth0", "x", "192.0.2.9"),
 				func(svc *corev1.Service) {
@@ -157,17 +157,17 @@ func TestFrontends(t *testing.T) {
 				balancer: "192.0.2.8:80/TCP ->, masquerade always",
 			},
 			problems: []string{
-				`default/web: spec.externalIPs[0]: "127.0.0.1" is a loopback address: name an address that clients can connect to`,
-				`default/web: spec.externalIPs[1]: "169.254.1.1" is a link-local address: name an address that clients can connect to`,
-				`default/web: spec.externalIPs[2]: "224.0.0.1" is a multicast address: name an address that clients can connect to`,
-				`default/web: spec.externalIPs[3]: "0.0.0.0" is the unspecified address: name an address that clients can connect to`,
-				`default/web: spec.externalIPs[4]: "::ffff:127.0.0.1" is a loopback address: name an address that clients can connect to`,
-				`default/web: spec.externalIPs[5]: "fe80::1%eth0" has a zone: name an address that clients can connect to`,
-				`default/web: spec.externalIPs[6]: "x" is not an IP address: name an address that clients can connect to`,
+				`default/web: spec.externalIPs[0]: "127.0.0.1" is a loopback address: use an address that clients can connect to`,
+				`default/web: spec.externalIPs[1]: "169.254.1.1" is a link-local address: use an address that clients can connect to`,
+				`default/web: spec.externalIPs[2]: "224.0.0.1" is a multicast address: use an address that clients can connect to`,
+				`default/web: spec.externalIPs[3]: "0.0.0.0" is the unspecified address: use an address that clients can connect to`,
+				`default/web: spec.externalIPs[4]: "::ffff:127.0.0.1" is a loopback address: use an address that clients can connect to`,
+				`default/web: spec.externalIPs[5]: "fe80::1%eth0" has a zone: use an address that clients can connect to`,
+				`default/web: spec.externalIPs[6]: "x" is not an IP address: use an address that clients can connect to`,
 				`default/web: spec.type: "Balancer" is not a type of Service: use ClusterIP, NodePort or LoadBalancer`,
-				`default/web: status.loadBalancer.ingress[0].ip: "127.0.0.1" is a loopback address: the controller of the load balancer must write an address that clients can connect to`,
-				`default/web: status.loadBalancer.ingress[1].ip: "y" is not an IP address: the controller of the load balancer must write an address that clients can connect to`,
-				`default/web: status.loadBalancer.ingress[2].ip: "224.0.0.1" is a multicast address: the controller of the load balancer must write an address that clients can connect to`,
+				`default/web: status.loadBalancer.ingress[0].ip: "127.0.0.1" is a loopback address: the load balancer's controller must set an address that clients can connect to`,
+				`default/web: status.loadBalancer.ingress[1].ip: "y" is not an IP address: the load balancer's controller must set an address that clients can connect to`,
+				`default/web: status.loadBalancer.ingress[2].ip: "224.0.0.1" is a multicast address: the load balancer's controller must set an address that clients can connect to`,
 			},
 		},
 		{
@@ -180,7 +180,7 @@ func TestFrontends(t *testing.T) {
 			},
 		},
 		{
-			name:     "a node port that cannot be is left out and reported",
+			name:     "an invalid node port is reported and skipped",
 			services: one(newService("web", "10.96.0.1", nodePorts(70000))),
 			want:     want{cluster: "10.96.0.1:80/TCP ->"},
 			problems: []string{

@@ -24,7 +24,7 @@ func FuzzParseAddr(f *testing.F) {
 		addr, err := parseAddr(text)
 		if err != nil {
 			if addr.IsValid() {
-				t.Errorf("%q: an address %s and an error %v", text, addr, err)
+				t.Errorf("%q: got both the address %s and the error %v", text, addr, err)
 			}
 			return
 		}
@@ -32,17 +32,16 @@ func FuzzParseAddr(f *testing.F) {
 			t.Errorf("%q: %s", text, addr)
 		}
 		if again, err := parseAddr(addr.String()); err != nil || again != addr {
-			t.Errorf("%q: %s reads back as %s, %v", text, addr, again, err)
+			t.Errorf("%q: %s is parsed as %s, %v", text, addr, again, err)
 		}
 		if ip := net.ParseIP(text); ip != nil && !ip.Equal(addr.AsSlice()) {
-			t.Errorf("%q: %s, but package net reads %s", text, addr, ip)
+			t.Errorf("%q: got %s, but package net returns %s", text, addr, ip)
 		}
 	})
 }
 
-// FuzzSourceRanges says that whatever is written in loadBalancerSourceRanges,
-// the Service is open to everyone only where the entries that can be read say
-// so, and that the dataplane takes the result.
+// FuzzSourceRanges checks that for any loadBalancerSourceRanges, the Service is open to all
+// clients only if its valid entries say so, and that the dataplane accepts the result.
 func FuzzSourceRanges(f *testing.F) {
 	for _, text := range []string{
 		"", "10.0.0.0/8", "10.0.0.0/8,fd00::/8", " 10.1.2.3/8 ,x", "0.0.0.0/0", "::/0,1.2.3.4", "010.0.0.0/8", "::ffff:10.0.0.0/104", ",", "1.2.3.4/-1", "1.2.3.4/+8",
@@ -65,7 +64,7 @@ func FuzzSourceRanges(f *testing.F) {
 			if len(ranges) > 0 || len(entries) == 0 {
 				continue
 			}
-			// Open: everything that can be read must agree.
+			// The family is open: all valid entries must agree.
 			everything, mine, unreadable := false, 0, 0
 			for _, entry := range entries {
 				p, err := netip.ParsePrefix(trimLeadingZeros(strings.TrimSpace(entry)))
@@ -86,14 +85,14 @@ func FuzzSourceRanges(f *testing.F) {
 				t.Errorf("%q: open to every client of %s", text, family)
 			}
 			if unreadable == len(entries) && family == dataplane.IPv4 && !strings.Contains(text, ":") {
-				t.Errorf("%q: no entry can be read, and it is open to every client of %s", text, family)
+				t.Errorf("%q: open to every client of %s without any valid entry", text, family)
 			}
 		}
 	})
 }
 
-// trimLeadingZeros removes leading zeros from the octets and the prefix length of an
-// IPv4 network.
+// trimLeadingZeros removes leading zeros from the octets and the prefix length of an IPv4
+// network.
 func trimLeadingZeros(text string) string {
 	addr, bits, ok := strings.Cut(text, "/")
 	if !ok {
@@ -123,14 +122,14 @@ func FuzzParseNodePortAddresses(f *testing.F) {
 		got, err := ParseNodePortAddresses(values)
 		if err != nil {
 			if !got.IsZero() {
-				t.Errorf("%q: %+v and an error %v", text, got, err)
+				t.Errorf("%q: got both %+v and the error %v", text, got, err)
 			}
 			return
 		}
 		if got.IsZero() != (strings.TrimSpace(text) == "") {
 			t.Errorf("%q: %+v", text, got)
 		}
-		// What is parsed must mean something to a node with such addresses.
+		// The parsed value must select addresses on a node that has them.
 		opts := Options{NodePortAddresses: got}
 		var local []netip.Addr
 		for _, p := range got.CIDRs {
@@ -148,9 +147,9 @@ func FuzzParseNodePortAddresses(f *testing.F) {
 	})
 }
 
-// FuzzObjects says that whatever JSON an API server sends as a Service and an
-// EndpointSlice, the dataplane takes the result, the same objects change nothing
-// once more, and nothing is left when they are deleted.
+// FuzzObjects checks for any JSON of a Service and an EndpointSlice that the dataplane accepts
+// the result, that applying the objects again changes nothing, and that deleting them removes
+// everything.
 func FuzzObjects(f *testing.F) {
 	for _, seed := range []struct{ service, slice string }{
 		{
@@ -180,14 +179,14 @@ func FuzzObjects(f *testing.F) {
 		got := tracker.Apply(delta)
 		for key, s := range got.Changes {
 			if s == nil {
-				t.Fatalf("%s is gone before it was there", key)
+				t.Fatalf("%s is deleted before it was added", key)
 			}
 			if _, err := dataplane.NewService(s.Key, slices.Clone(s.Frontends), s.ServiceSpec); err != nil {
-				t.Errorf("%s: the dataplane refuses it: %v", key, err)
+				t.Errorf("%s: the dataplane rejects it: %v", key, err)
 			}
 		}
 		if again := tracker.Apply(delta); len(again.Changes) > 0 || len(again.Problems) > 0 {
-			t.Errorf("the same objects change %d keys and bring up the problems %v", len(again.Changes), again.Problems)
+			t.Errorf("applying the same objects changes %d keys and reports the problems %v", len(again.Changes), again.Problems)
 		}
 		gone := tracker.Apply(Delta{
 			DeletedServices:       []types.NamespacedName{{Namespace: service.Namespace, Name: service.Name}},
@@ -195,11 +194,11 @@ func FuzzObjects(f *testing.F) {
 		})
 		for key, s := range gone.Changes {
 			if s != nil {
-				t.Errorf("%s is left when its Service is deleted", key)
+				t.Errorf("%s remains after its Service was deleted", key)
 			}
 		}
 		if len(gone.Changes) != len(got.Changes) {
-			t.Errorf("%d keys came and %d went", len(got.Changes), len(gone.Changes))
+			t.Errorf("%d keys were added and %d deleted", len(got.Changes), len(gone.Changes))
 		}
 	})
 }

@@ -8,17 +8,16 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// HealthCheck is what a health-check node port answers.
+// HealthCheck is a health-check node port and the number that it reports.
 type HealthCheck struct {
 	// Port is spec.healthCheckNodePort.
 	Port uint16
-	// LocalEndpoints is the number of ready pods on this node. Those of a
-	// dual-stack Service are counted in the family that has more.
+	// LocalEndpoints is the number of ready pods on this node. For a dual-stack Service it is the
+	// larger number of both families.
 	LocalEndpoints int
 }
 
-// healthCheck returns what the Service's health-check node port answers, or a
-// HealthCheck with port 0 where it has none.
+// healthCheck returns the Service's health-check node port. Its Port is 0 if there is none.
 func (c *conversion) healthCheck(ports []portFamily, policy policy) HealthCheck {
 	spec := &c.service.Spec
 	if spec.Type != corev1.ServiceTypeLoadBalancer || !policy.externalLocal || spec.HealthCheckNodePort == 0 {
@@ -37,8 +36,8 @@ func (c *conversion) healthCheck(ports []portFamily, policy policy) HealthCheck 
 	}
 }
 
-// countReadyLocal returns how many addresses of this node's pods are ready, for any
-// port.
+// countReadyLocal returns the number of distinct addresses of ready local endpoints, over all
+// ports.
 func countReadyLocal(ports []portFamily, family dataplane.Family) int {
 	addrs := map[netip.Addr]struct{}{}
 	for i := range ports {

@@ -9,8 +9,8 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 )
 
-// TestHealthChecks says which Services have a health-check node port, and what
-// it answers on the node "here".
+// TestHealthChecks checks which Services have a health-check node port, and the number that it
+// reports on the node "here".
 func TestHealthChecks(t *testing.T) {
 	t.Parallel()
 	const local = corev1.ServiceExternalTrafficPolicyLocal
@@ -30,18 +30,18 @@ func TestHealthChecks(t *testing.T) {
 		want   string
 	}{
 		{"a Service without endpoints", web(), nil, "32000: 0"},
-		{"ready endpoints of this node", web(), slice("10.0.0.1 @here", "10.0.0.2 @there", "10.0.0.3 @here", "10.0.0.4"), "32000: 2"},
+		{"ready endpoints on this node", web(), slice("10.0.0.1 @here", "10.0.0.2 @there", "10.0.0.3 @here", "10.0.0.4"), "32000: 2"},
 		{
-			"those that are not ready, or terminating though they serve, do not count", web(),
+			"endpoints that are not ready, or serving terminating, do not count", web(),
 			slice("10.0.0.1 @here !ready", "10.0.0.2 @here !ready +serving +terminating"), "32000: 0",
 		},
 		{
-			"those that terminate do not count beside ready ones either", web(),
+			"serving terminating endpoints do not count in addition to ready ones", web(),
 			slice("10.0.0.1 @here", "10.0.0.2 @here !ready +serving +terminating"), "32000: 1",
 		},
-		{"hints have no say", web(), slice("10.0.0.1 @here node=there", "10.0.0.2 @there node=here"), "32000: 1"},
+		{"hints are ignored", web(), slice("10.0.0.1 @here node=there", "10.0.0.2 @there node=here"), "32000: 1"},
 		{
-			"a pod counts once for all its ports", web(twoPorts),
+			"a pod with several ports counts once", web(twoPorts),
 			[]*discoveryv1.EndpointSlice{
 				newSlice("web-1", "web", eps("10.0.0.1 @here"), slicePorts(slicePort("http", corev1.ProtocolTCP, 80), slicePort("https", corev1.ProtocolTCP, 443))),
 				newSlice("web-2", "web", eps("10.0.0.1 @here", "10.0.0.2 @here"), slicePorts(slicePort("https", corev1.ProtocolTCP, 8443))),
@@ -55,13 +55,13 @@ func TestHealthChecks(t *testing.T) {
 			},
 			"32000: 3",
 		},
-		{"no load balancer's address yet", web(func(svc *corev1.Service) { svc.Status = corev1.ServiceStatus{} }), slice("10.0.0.1 @here"), "32000: 1"},
-		{"no port for it", web(healthCheckNodePort(0)), nil, "none"},
+		{"no load balancer IP yet", web(func(svc *corev1.Service) { svc.Status = corev1.ServiceStatus{} }), slice("10.0.0.1 @here"), "32000: 1"},
+		{"no health-check node port", web(healthCheckNodePort(0)), nil, "none"},
 		{"the policy Cluster", web(externalPolicy(corev1.ServiceExternalTrafficPolicyCluster)), nil, "none"},
 		{"another type", web(ofType(corev1.ServiceTypeNodePort)), nil, "none"},
 		{"no cluster IP yet", web(func(svc *corev1.Service) { svc.Spec.ClusterIP, svc.Spec.ClusterIPs = "", nil }), nil, "none"},
 		{"another proxy's", web(func(svc *corev1.Service) { svc.Labels = map[string]string{LabelServiceProxyName: "x"} }), nil, "none"},
-		{"no port", web(healthCheckNodePort(70000)), nil, "none"},
+		{"an invalid port", web(healthCheckNodePort(70000)), nil, "none"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -85,7 +85,7 @@ func checkText(checks map[types.NamespacedName]*HealthCheck) string {
 	return fmt.Sprintf("%d: %d", check.Port, check.LocalEndpoints)
 }
 
-// TestHealthCheckHistory says that a Result holds changes only.
+// TestHealthCheckHistory checks that a Result contains only changes.
 func TestHealthCheckHistory(t *testing.T) {
 	t.Parallel()
 	web := func(port int32) Delta {
@@ -101,18 +101,18 @@ func TestHealthCheckHistory(t *testing.T) {
 	}{
 		{"new", web(32000), "32000: 0"},
 		{"the same", web(32000), "none"},
-		{"a pod here", pods("10.0.0.1 @here"), "32000: 1"},
-		{"another pod elsewhere", pods("10.0.0.1 @here", "10.0.0.2 @there"), "none"},
+		{"a pod on this node", pods("10.0.0.1 @here"), "32000: 1"},
+		{"another pod on another node", pods("10.0.0.1 @here", "10.0.0.2 @there"), "none"},
 		{"another port", web(32001), "32001: 1"},
-		{"the pod starts to terminate", pods("10.0.0.1 @here !ready +serving +terminating"), "32001: 0"},
-		{"the Service goes", Delta{DeletedServices: []types.NamespacedName{named("web")}}, "gone"},
-		{"it goes again", Delta{DeletedServices: []types.NamespacedName{named("web")}}, "none"},
+		{"the pod terminates", pods("10.0.0.1 @here !ready +serving +terminating"), "32001: 0"},
+		{"the Service is deleted", Delta{DeletedServices: []types.NamespacedName{named("web")}}, "gone"},
+		{"the Service is deleted again", Delta{DeletedServices: []types.NamespacedName{named("web")}}, "none"},
 	} {
 		if got := checkText(tracker.Apply(step.delta).HealthChecks); got != step.want {
 			t.Errorf("%s: got %s, want %s", step.name, got, step.want)
 		}
 	}
 	if got := tracker.Apply(web(70000)).Problems; len(got) != 1 || got[0].String() != "default/web: spec.healthCheckNodePort: 70000 is not a port: use 1 to 65535" {
-		t.Errorf("problems of a port that is none: %v", got)
+		t.Errorf("problems of an invalid port: %v", got)
 	}
 }

@@ -12,7 +12,7 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// everyKind gives the i-th Service of many all kinds of frontends.
+// everyKind gives the i-th of many Services every kind of frontend.
 func everyKind(i int) func(*corev1.Service) {
 	return func(svc *corev1.Service) {
 		nodePorts(int32(1 + i%65535))(svc)
@@ -24,8 +24,8 @@ func everyKind(i int) func(*corev1.Service) {
 	}
 }
 
-// TestIrrelevantChanges says that what changes nothing for this node is no
-// change.
+// TestIrrelevantChanges checks that an update of an object without an effect on this node results
+// in no change.
 func TestIrrelevantChanges(t *testing.T) {
 	t.Parallel()
 	full := func(changes ...func(*corev1.Service)) *corev1.Service {
@@ -48,27 +48,27 @@ func TestIrrelevantChanges(t *testing.T) {
 			svc.Labels = map[string]string{"a": "b"}
 			svc.Annotations = map[string]string{corev1.AnnotationLoadBalancerSourceRangesKey: "10.0.0.0/8"}
 		}))}},
-		{"its selector and its conditions", Delta{Services: one(full(func(svc *corev1.Service) {
+		{"selector and conditions of the Service", Delta{Services: one(full(func(svc *corev1.Service) {
 			svc.Spec.Selector = map[string]string{"a": "b"}
 			svc.Status.Conditions = []metav1.Condition{{Type: "x"}}
 		}))}},
-		{"the order and spelling of source ranges", Delta{Services: one(full(sourceRangesOf("192.0.2.7/24", " 10.0.0.0/8")))}},
-		{"trafficDistribution, which is for the controller of slices", Delta{Services: one(full(func(svc *corev1.Service) {
+		{"order and spelling of source ranges", Delta{Services: one(full(sourceRangesOf("192.0.2.7/24", " 10.0.0.0/8")))}},
+		{"trafficDistribution, which only the EndpointSlice controller reads", Delta{Services: one(full(func(svc *corev1.Service) {
 			svc.Spec.TrafficDistribution = new(corev1.ServiceTrafficDistributionPreferSameZone)
 		}))}},
-		{"the order of endpoints, and where they are from", Delta{EndpointSlices: []*discoveryv1.EndpointSlice{
+		{"order and targetRef of endpoints", Delta{EndpointSlices: []*discoveryv1.EndpointSlice{
 			newSlice("web-1", "web", eps("10.0.0.2 @there zone=b", "10.0.0.1 @here zone=a"), func(s *discoveryv1.EndpointSlice) {
 				s.ResourceVersion = "3"
 				s.Endpoints[0].TargetRef = &corev1.ObjectReference{Name: "pod"}
 			}),
 		}}},
-		{"an endpoint that takes no part", Delta{EndpointSlices: slice("10.0.0.1 @here zone=a", "10.0.0.2 @there zone=b", "10.0.0.3 @here !ready")}},
+		{"an endpoint that is not usable", Delta{EndpointSlices: slice("10.0.0.1 @here zone=a", "10.0.0.2 @there zone=b", "10.0.0.3 @here !ready")}},
 		{"a heartbeat of the Node", Delta{Node: newNode("198.51.100.1", inZone("a"), func(n *corev1.Node) {
 			n.ResourceVersion = "4"
 			n.Status.Images = []corev1.ContainerImage{{Names: []string{"x"}}}
 			n.Labels["other"] = "label"
 		})}},
-		{"slices of nobody", Delta{EndpointSlices: []*discoveryv1.EndpointSlice{newSlice("x", "nobody", eps("10.0.0.1"))}}},
+		{"slices without a Service", Delta{EndpointSlices: []*discoveryv1.EndpointSlice{newSlice("x", "nobody", eps("10.0.0.1"))}}},
 	} {
 		got := tracker.Apply(step.delta)
 		if len(got.Changes)+len(got.Problems)+len(got.HealthChecks) != 0 || got.Node != nil || got.NodeHealth != nil {
@@ -77,8 +77,8 @@ func TestIrrelevantChanges(t *testing.T) {
 	}
 }
 
-// TestListsAreShared says that endpoints are in memory once for all kinds of
-// frontends of a port, also after changes.
+// TestListsAreShared checks that all kinds of frontends of a port share one list of endpoints,
+// also after changes.
 func TestListsAreShared(t *testing.T) {
 	t.Parallel()
 	full := func() *corev1.Service { return newService("web", "10.96.0.1", everyKind(1)) }
@@ -91,9 +91,9 @@ func TestListsAreShared(t *testing.T) {
 	}{
 		{"the cluster IP alone", Delta{Services: one(newService("web", "10.96.0.1")), EndpointSlices: slice("10.0.0.1", "10.0.0.2")}, 1},
 		{"more kinds", Delta{Services: one(full())}, 4},
-		{"other endpoints", Delta{EndpointSlices: slice("10.0.0.1", "10.0.0.3")}, 4},
+		{"different endpoints", Delta{EndpointSlices: slice("10.0.0.1", "10.0.0.3")}, 4},
 		{"fewer kinds", Delta{Services: one(newService("web", "10.96.0.1", nodePorts(30080)))}, 2},
-		{"another port", Delta{Services: one(newService("web", "10.96.0.1", nodePorts(30080), externalIPs("192.0.2.7")))}, 3},
+		{"another kind", Delta{Services: one(newService("web", "10.96.0.1", nodePorts(30080), externalIPs("192.0.2.7")))}, 3},
 	} {
 		for key, svc := range tracker.Apply(step.delta).Changes {
 			got[key] = svc
@@ -109,13 +109,13 @@ func TestListsAreShared(t *testing.T) {
 			copies[&svc.Endpoints[0]] = true
 		}
 		if len(got) != step.kinds || len(copies) != 1 {
-			t.Errorf("%s: %d kinds with %d copies of the endpoints, want %d with one", step.name, len(got), len(copies), step.kinds)
+			t.Errorf("%s: %d kinds with %d lists of endpoints, want %d with one", step.name, len(got), len(copies), step.kinds)
 		}
 	}
 }
 
-// TestLocalListsAreShared says the same of the endpoints of this node, which are
-// those of the cluster where there are no others.
+// TestLocalListsAreShared checks the same for the endpoints on this node. They share the
+// cluster's list if they are the same endpoints.
 func TestLocalListsAreShared(t *testing.T) {
 	t.Parallel()
 	full := func(changes ...func(*corev1.Service)) *corev1.Service {
@@ -131,9 +131,9 @@ func TestLocalListsAreShared(t *testing.T) {
 		copies int
 	}{
 		{"all on this node", Delta{Services: one(full()), EndpointSlices: slice("10.0.0.1 @here", "10.0.0.2 @here")}, 1},
-		{"one on another", Delta{EndpointSlices: slice("10.0.0.1 @here", "10.0.0.2 @there")}, 2},
-		{"the cluster IP knows all", Delta{Services: one(full(internalPolicy(corev1.ServiceInternalTrafficPolicyCluster)))}, 2},
-		{"another port", Delta{Services: one(full(nodePorts(30081)))}, 2},
+		{"one on another node", Delta{EndpointSlices: slice("10.0.0.1 @here", "10.0.0.2 @there")}, 2},
+		{"the cluster IP uses all endpoints", Delta{Services: one(full(internalPolicy(corev1.ServiceInternalTrafficPolicyCluster)))}, 2},
+		{"another node port", Delta{Services: one(full(nodePorts(30081)))}, 2},
 		{"one more on this node", Delta{EndpointSlices: slice("10.0.0.1 @here", "10.0.0.2 @there", "10.0.0.3 @here")}, 2},
 	} {
 		maps.Copy(got, tracker.Apply(step.delta).Changes)
@@ -150,8 +150,8 @@ func TestLocalListsAreShared(t *testing.T) {
 	}
 }
 
-// TestApplyResolvesOnlyItsService shows that a changed slice leaves everything
-// else alone: all other Services are replaced by ones that must not be read.
+// TestApplyResolvesOnlyItsService checks that a changed slice affects only its Service. It
+// replaces all other Services with values that must not be read.
 func TestApplyResolvesOnlyItsService(t *testing.T) {
 	t.Parallel()
 	tracker := NewTracker(Options{NodeName: "here"})
@@ -159,7 +159,7 @@ func TestApplyResolvesOnlyItsService(t *testing.T) {
 	untouched := tracker.services[named("service-7")]
 	for name, s := range tracker.services {
 		if s != untouched {
-			*s = service{name: name} // its claims stay behind
+			*s = service{name: name} // keeps its claims
 			tracker.services[name] = nil
 		}
 	}
@@ -169,13 +169,13 @@ func TestApplyResolvesOnlyItsService(t *testing.T) {
 	}
 	for key := range result.Changes {
 		if key.Name != "service-7" {
-			t.Errorf("%s changed", key)
+			t.Errorf("%s changed, want only service-7", key)
 		}
 	}
 }
 
-// TestZoneChangeResolvesOnlyHintedServices shows that another zone leaves Services without
-// hints alone, and a heartbeat all of them.
+// TestZoneChangeResolvesOnlyHintedServices checks that a change of the zone affects only Services
+// with hints, and a heartbeat none.
 func TestZoneChangeResolvesOnlyHintedServices(t *testing.T) {
 	t.Parallel()
 	tracker := NewTracker(Options{NodeName: "here"})
@@ -196,7 +196,7 @@ func TestZoneChangeResolvesOnlyHintedServices(t *testing.T) {
 		}
 		want := map[string]int{"a": 0, "b": 10}[zone]
 		if touched != want || len(got.Changes) != want {
-			t.Errorf("zone %s: %d touched, %d changed, want %d", zone, touched, len(got.Changes), want)
+			t.Errorf("zone %s: %d resolved, %d changed, want %d", zone, touched, len(got.Changes), want)
 		}
 	}
 }

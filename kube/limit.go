@@ -4,23 +4,21 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// maxElements is how much of one Service is programmed: frontends, endpoints and
-// source ranges, each counted for every port, family and kind of frontend. It is far
-// above what Services have: 1,000 endpoints behind 80 ports, or 100 ports on 200
-// external IPs with 100 endpoints six times over. Without a limit one object of
-// 27 kB could ask for millions, and starve all other Services of the node.
+// maxElements is the maximum number of frontends, endpoints and source ranges that are programmed
+// for one Service, counted separately for every port, family and kind of frontend. It is far
+// above what Services use, for example 1,000 endpoints behind 80 ports, or 100 ports on 200
+// external IPs with 100 endpoints six times over. Without a limit, one object of 27 kB could
+// request millions of elements and starve all other Services of the node.
 const maxElements = 1 << 18
 
-// limit decides which frontends of a Service that asks for more than maxElements are
-// programmed: those of its first ports, and cluster IPs and node ports before the
-// others.
+// limit decides which frontends of a Service with more than maxElements are programmed: those of
+// its first ports, and cluster IPs and node ports before the others.
 type limit struct {
 	policy policy
 	ranges sourceRanges
-	// external and balancer are the numbers of addresses, by family.
+	// external and loadBalancer are the numbers of addresses by family.
 	external, loadBalancer [dataplane.IPv6 + 1]int
-	// excluded has the wants without a place, by index of the port and kind; nil where
-	// all have one.
+	// excluded contains the ports and kinds that exceed the limit. It is nil if none does.
 	excluded map[portKind]bool
 }
 
@@ -66,8 +64,8 @@ func (c *conversion) limit(ports []portFamily, addrs addresses, policy policy, r
 			}
 		}
 	}
-	c.addProblem("spec.ports", "%d ports, %d external addresses and their endpoints need more than the %d rules that one Service may have, "+
-		"so %d of its address and port pairs are not served: split it into several Services",
+	c.addProblem("spec.ports", "%d ports, %d external addresses and their endpoints exceed the limit of %d rules per Service, "+
+		"so %d address and port pairs are not served: split it into several Services",
 		len(c.service.Spec.Ports), len(addrs.externalIPs.list)+len(addrs.loadBalancerIPs.list), maxElements, frontends)
 	return l
 }
@@ -75,7 +73,7 @@ func (c *conversion) limit(ports []portFamily, addrs addresses, policy policy, r
 // allows reports whether the i-th port's frontends of a kind are programmed.
 func (l *limit) allows(i int, kind dataplane.Kind) bool { return !l.excluded[portKind{i, kind}] }
 
-// countFrontends returns the number of frontends of a kind that a port asks for.
+// countFrontends returns the number of frontends of a kind that a port requests.
 func (l *limit) countFrontends(c *conversion, p *portFamily, kind dataplane.Kind) int {
 	switch {
 	case kind == dataplane.ClusterIP:
@@ -91,14 +89,14 @@ func (l *limit) countFrontends(c *conversion, p *portFamily, kind dataplane.Kind
 	}
 }
 
-// countElements returns what the frontends of one kind of a port count. With session
-// affinity each frontend has its own elements for every endpoint.
+// countElements returns the number of elements for the frontends of one kind of a port. With
+// session affinity each frontend has its own elements for every endpoint.
 func (l *limit) countElements(c *conversion, p *portFamily, kind dataplane.Kind) int {
 	frontends := l.countFrontends(c, p, kind)
 	if frontends == 0 {
 		return 0
 	}
-	t := l.policy.treatment(kind, p.chosen)
+	t := l.policy.spec(kind, p.chosen)
 	endpoints := len(t.Endpoints) + len(t.LocalEndpoints)
 	if t.Affinity != 0 {
 		endpoints *= 2 * frontends

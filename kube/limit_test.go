@@ -12,8 +12,8 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// hugeService returns a Service with ports times addresses external frontends, and a slice of
-// endpoints that has all the ports.
+// hugeService returns a Service with portCount times addresses external frontends, and a slice of
+// endpoints with all ports.
 func hugeService(portCount, addresses, endpoints int, changes ...func(*corev1.Service)) Delta {
 	var list []corev1.ServicePort
 	var known []discoveryv1.EndpointPort
@@ -35,7 +35,7 @@ func hugeService(portCount, addresses, endpoints int, changes ...func(*corev1.Se
 	return Delta{Services: []*corev1.Service{svc}, EndpointSlices: []*discoveryv1.EndpointSlice{slice}}
 }
 
-// countElements counts frontends and endpoints of the Services, by kind.
+// countElements counts the frontends and endpoints of the Services, and the frontends by kind.
 func countElements(changes map[dataplane.Key]*dataplane.Service) (total int, frontends [dataplane.LoadBalancer + 1]int) {
 	for key, s := range changes {
 		if s != nil {
@@ -46,22 +46,22 @@ func countElements(changes map[dataplane.Key]*dataplane.Service) (total int, fro
 	return total, frontends
 }
 
-// TestLimit programs Services with more frontends and endpoints than any may have, and
-// expects the rest to be reported, and all to be served when they shrink.
+// TestLimit applies Services with more frontends and endpoints than the limit. The rest must be
+// reported, and everything must be served after they shrink.
 func TestLimit(t *testing.T) {
 	t.Parallel()
 	withAffinity := func(svc *corev1.Service) { svc.Spec.SessionAffinity = corev1.ServiceAffinityClientIP }
 	for _, tt := range []struct {
 		name     string
 		delta    Delta
-		cluster  int // frontends
+		cluster  int // expected frontends
 		external int
 	}{
 		{"200 external IPs with 100 ports and 100 endpoints", hugeService(100, 200, 100), 100, 20_000},
 		{"500 ports", hugeService(500, 200, 100), 500, 100_000},
 		{"2,000 ports", hugeService(2000, 200, 100), 2000, 200 * ((maxElements - 2000*101) / 300)},
 		{"2,000 ports and external IPs", hugeService(2000, 2000, 10), 2000, 2000 * ((maxElements - 2000*11) / 2010)},
-		{"more endpoints than there may be", hugeService(3000, 1, 1000), maxElements / 1001, 0},
+		{"too many endpoints", hugeService(3000, 1, 1000), maxElements / 1001, 0},
 		{"affinity", hugeService(100, 200, 100, withAffinity), 100, 200 * ((maxElements - 100*201) / (200 + 2*200*100))},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -86,14 +86,14 @@ func TestLimit(t *testing.T) {
 			got = tracker.Apply(small)
 			_, frontends = countElements(got.Changes)
 			if frontends[dataplane.ClusterIP] != 3 || frontends[dataplane.ExternalIP] != 9 || len(got.Problems) > 0 {
-				t.Errorf("when it is small again: %v frontends, problems %v", frontends, problemTexts(got.Problems))
+				t.Errorf("after it shrank: %v frontends, problems %v", frontends, problemTexts(got.Problems))
 			}
 		})
 	}
 }
 
-// TestLimitBoundsAllocation has a Service ask for a hundred million frontends. It is not
-// parallel, as it counts what the whole process allocates.
+// TestLimitBoundsAllocation applies a Service that requests a hundred million frontends. It is
+// not parallel because it measures the allocations of the whole process.
 func TestLimitBoundsAllocation(t *testing.T) { //nolint:paralleltest // see above
 	d := hugeService(10_000, 10_000, 100)
 	var before, after runtime.MemStats
@@ -101,8 +101,8 @@ func TestLimitBoundsAllocation(t *testing.T) { //nolint:paralleltest // see abov
 	NewTracker(Options{}).Apply(d)
 	runtime.ReadMemStats(&after)
 	if mib := (after.TotalAlloc - before.TotalAlloc) >> 20; mib > 512 {
-		t.Errorf("%d MiB are allocated", mib)
+		t.Errorf("%d MiB allocated, want at most 512", mib)
 	} else {
-		t.Logf("%d MiB are allocated", mib)
+		t.Logf("%d MiB allocated", mib)
 	}
 }

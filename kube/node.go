@@ -10,15 +10,15 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// taintToBeDeleted is put on a node by the cluster autoscaler before it drains
-// the node.
+// taintToBeDeleted is the taint that the cluster autoscaler adds to a node before it drains the
+// node.
 const taintToBeDeleted = "ToBeDeletedByClusterAutoscaler"
 
-// DetectLocalMode says how a client is told to be a pod, by the values of
-// kube-proxy's --detect-local-mode.
+// DetectLocalMode is a way to detect pod traffic. The values are those of kube-proxy's
+// --detect-local-mode.
 type DetectLocalMode string
 
-// The modes, see [DetectLocal].
+// Modes of [DetectLocal].
 const (
 	DetectByClusterCIDR         DetectLocalMode = "ClusterCIDR"
 	DetectByNodeCIDR            DetectLocalMode = "NodeCIDR"
@@ -26,37 +26,36 @@ const (
 	DetectByInterfaceNamePrefix DetectLocalMode = "InterfaceNamePrefix"
 )
 
-// DetectLocal says how a client is told to be a pod. Clients that are none are
-// masqueraded when they connect to a cluster IP.
+// DetectLocal defines how to detect pod traffic. All other clients are masqueraded when they
+// connect to a cluster IP.
 type DetectLocal struct {
-	// Mode is DetectByClusterCIDR if it is empty.
+	// Mode is the detection mode. An empty Mode means DetectByClusterCIDR.
 	Mode DetectLocalMode
-	// ClusterCIDRs are the networks of all pods, for DetectByClusterCIDR. Without
-	// one of a family no client of that family is masqueraded. Unlike kube-proxy,
-	// which reads the first of a family, all of them count.
+	// ClusterCIDRs are the networks of all pods, for DetectByClusterCIDR. If a family has no
+	// network, no client of that family is masqueraded. All networks of a family are used, while
+	// kube-proxy uses only the first.
 	ClusterCIDRs []netip.Prefix
-	// Interface is the bridge that pods are connected to, for
-	// DetectByBridgeInterface.
+	// Interface is the bridge that connects the pods, for DetectByBridgeInterface.
 	Interface string
-	// InterfacePrefix is how the names of pods' interfaces begin, for
+	// InterfacePrefix is the common prefix of the pods' interface names, for
 	// DetectByInterfaceNamePrefix.
 	InterfacePrefix string
 }
 
-// NodeHealth is what a Node object says about whether load balancers should
-// send connections to this node.
+// NodeHealth is the part of a Node object that determines whether load balancers should send
+// connections to this node.
 type NodeHealth struct {
-	// Exists says that there is a Node object.
+	// Exists reports whether the Node object exists.
 	Exists bool
-	// ToBeDeleted says that the node is being deleted, or that the cluster
-	// autoscaler is about to.
+	// ToBeDeleted reports that the node is being deleted, or that the cluster autoscaler is about
+	// to delete it.
 	ToBeDeleted bool
 }
 
-// Eligible reports whether the node can take connections for long.
+// Eligible reports whether load balancers should send new connections to the node.
 func (h NodeHealth) Eligible() bool { return h.Exists && !h.ToBeDeleted }
 
-// nodeInfo are what counts of a Node object.
+// nodeInfo is the part of a Node object that the Tracker uses.
 type nodeInfo struct {
 	health    NodeHealth
 	zone      string
@@ -64,7 +63,7 @@ type nodeInfo struct {
 	addresses []corev1.NodeAddress
 }
 
-// newNodeInfo returns what counts of a Node object. The lists are the object's.
+// newNodeInfo returns the nodeInfo of a Node object. It shares the object's lists.
 func newNodeInfo(node *corev1.Node) nodeInfo {
 	facts := nodeInfo{
 		health: NodeHealth{
@@ -82,30 +81,30 @@ func newNodeInfo(node *corev1.Node) nodeInfo {
 	return facts
 }
 
-// equalNetwork reports whether f and o mean the same for dataplane.Node.
+// equalNetwork reports whether f and o result in the same dataplane.Node.
 func (f nodeInfo) equalNetwork(o nodeInfo) bool {
 	return slices.Equal(f.podCIDRs, o.podCIDRs) && slices.Equal(f.addresses, o.addresses)
 }
 
-// networks are all that dataplane.Node is made of, besides the Options.
+// networks contains all inputs of dataplane.Node except the Options.
 type networks struct {
 	node nodeInfo
-	// serviceCIDRs has the networks of each ServiceCIDR object.
+	// serviceCIDRs contains the networks of each ServiceCIDR object by name.
 	serviceCIDRs map[string][]netip.Prefix
-	// localAddrs are the addresses of this node's interfaces; known says
-	// whether they were ever delivered.
+	// localAddrs are the addresses of this node's interfaces. localAddrsKnown is set once they
+	// were delivered.
 	localAddrs      []netip.Addr
 	localAddrsKnown bool
-	// virtualAddrs and localRoutes are Delta's.
+	// virtualAddrs and localRoutes have the meaning of the fields of Delta.
 	virtualAddrs []netip.Addr
 	localRoutes  []netip.Prefix
 }
 
-// ownAddrs returns the addresses by which other hosts, and the API server, know
-// this node: those of the Node object, and those of its interfaces. Addresses that
-// only the loopback device and dummy interfaces have are not among them unless the
-// Node object names them, since this is how others bind cluster IPs: NodeLocal
-// DNSCache that of the cluster's DNS, kube-proxy in its mode ipvs all of them.
+// ownAddrs returns the addresses by which other hosts and the API server reach this node: the
+// addresses of the Node object and of its interfaces. An address that only the loopback device
+// and dummy interfaces have is excluded unless the Node object lists it, because other programs
+// bind cluster IPs this way: NodeLocal DNSCache binds the cluster IP of cluster DNS, and
+// kube-proxy in ipvs mode binds all of them.
 func (n *networks) ownAddrs(override netip.Addr) map[netip.Addr]struct{} {
 	own := map[netip.Addr]struct{}{}
 	if override.IsValid() {
@@ -124,7 +123,7 @@ func (n *networks) ownAddrs(override netip.Addr) map[netip.Addr]struct{} {
 	return own
 }
 
-// symmetricDifference yields what is in one of the sets only.
+// symmetricDifference yields the elements that are in exactly one of the sets.
 func symmetricDifference(a, b map[netip.Addr]struct{}) iter.Seq[netip.Addr] {
 	return func(yield func(netip.Addr) bool) {
 		for _, sets := range [...][2]map[netip.Addr]struct{}{{a, b}, {b, a}} {
@@ -137,9 +136,9 @@ func symmetricDifference(a, b map[netip.Addr]struct{}) iter.Seq[netip.Addr] {
 	}
 }
 
-// onInterfaces returns, sorted, those of the node's primary addresses that an
-// interface has, or all if it is not known what interfaces have: an address that
-// none has is a NAT's in front of the node, and no packet here carries it.
+// onInterfaces returns the primary addresses that an interface has, sorted. If the interface
+// addresses are not known, it returns all of them. An address that no interface has belongs to a
+// NAT device in front of the node, and no packet on this node carries it.
 func (n *networks) onInterfaces(primary []netip.Addr) []netip.Addr {
 	var addrs []netip.Addr
 	for _, a := range primary {
@@ -151,10 +150,10 @@ func (n *networks) onInterfaces(primary []netip.Addr) []netip.Addr {
 	return addrs
 }
 
-// canonicalAddr returns the address as package dataplane writes it.
+// canonicalAddr returns the address without zone and IPv4 mapping, as package dataplane requires.
 func canonicalAddr(a netip.Addr) netip.Addr { return a.Unmap().WithZone("") }
 
-// newDataplaneNode returns what the dataplane must know of the node.
+// newDataplaneNode returns the dataplane.Node for the options and networks.
 func newDataplaneNode(opts Options, in networks) dataplane.Node {
 	n := dataplane.Node{
 		LocalPodCIDRs:  outermost(parseNetworks(in.node.podCIDRs)),
@@ -183,8 +182,8 @@ func newDataplaneNode(opts Options, in networks) dataplane.Node {
 	return n
 }
 
-// parseNetworks returns those that are networks. The API server lets no others
-// into Nodes and ServiceCIDRs.
+// parseNetworks returns the valid networks. The API server accepts no others in Nodes and
+// ServiceCIDRs.
 func parseNetworks(texts []string) []netip.Prefix {
 	parsed := make([]netip.Prefix, 0, len(texts))
 	for _, text := range texts {
@@ -195,9 +194,9 @@ func parseNetworks(texts []string) []netip.Prefix {
 	return parsed
 }
 
-// primaryAddrs returns the node's primary addresses, at most one a family: the
-// first InternalIP, or else the first ExternalIP. The address given as override
-// replaces that of its family.
+// primaryAddrs returns the node's primary addresses, at most one per family: the first
+// InternalIP, or else the first ExternalIP. A valid and specified override replaces the address
+// of its family.
 func primaryAddrs(addresses []corev1.NodeAddress, override netip.Addr) []netip.Addr {
 	var primary []netip.Addr
 	add := func(addr netip.Addr) {

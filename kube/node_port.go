@@ -9,36 +9,36 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// NodePortAddresses says on which of this node's addresses node ports are
-// served, as kube-proxy's --nodeport-addresses. Several of them add up. The
-// zero value stands for the node's primary addresses.
+// NodePortAddresses selects the addresses of this node that serve node ports, like kube-proxy's
+// --nodeport-addresses. An address is selected if any of the fields selects it. The zero value
+// selects the node's primary addresses.
 type NodePortAddresses struct {
-	// Primary are those of the Node object, one a family: the first InternalIP,
-	// or else the first ExternalIP.
+	// Primary selects the primary addresses of the Node object, one per family: the first
+	// InternalIP, or else the first ExternalIP.
 	Primary bool
-	// Localhost are the loopback addresses, see [Result.LoopbackNodePortAddrs].
+	// Localhost selects the loopback addresses, see [Result.LoopbackNodePortAddrs].
 	Localhost bool
-	// All are all but loopback and link-local ones, and those inside a
-	// ServiceCIDR, unlike with kube-proxy.
+	// All selects every address except loopback and link-local addresses and, unlike in
+	// kube-proxy, addresses inside a ServiceCIDR.
 	All bool
-	// CIDRs are networks that the addresses lie in. Loopback and link-local
-	// addresses are among them only where the network has no others. Unlike
-	// with kube-proxy, a family of which there is no network has no node ports,
-	// and addresses inside a ServiceCIDR are not among them.
+	// CIDRs selects the addresses in these networks. Loopback and link-local addresses are
+	// selected only by a network that contains no other addresses. Unlike in kube-proxy,
+	// addresses inside a ServiceCIDR are not selected, and a family without a network has no node
+	// ports.
 	CIDRs []netip.Prefix
 }
 
-// The keywords of --nodeport-addresses.
+// Keywords of --nodeport-addresses.
 const (
 	nodePortPrimary   = "primary"
 	nodePortLocalhost = "localhost"
 	nodePortAll       = "all"
 )
 
-// ParseNodePortAddresses reads the values of --nodeport-addresses: networks
-// such as 192.0.2.0/24, whose host bits are ignored, and each of the keywords
-// primary, localhost and all at most once. No values, or a single empty one,
-// stand for primary. The error names the value and the fix.
+// ParseNodePortAddresses parses the values of --nodeport-addresses: networks such as
+// 192.0.2.0/24, whose host bits are ignored, and the keywords primary, localhost and all, each at
+// most once. No values or a single empty value mean primary. The error names the value and the
+// fix.
 func ParseNodePortAddresses(values []string) (NodePortAddresses, error) {
 	var a NodePortAddresses
 	if len(values) == 1 && strings.TrimSpace(values[0]) == "" {
@@ -58,20 +58,20 @@ func ParseNodePortAddresses(values []string) (NodePortAddresses, error) {
 			network, err := parseNetwork(text)
 			if err != nil {
 				return NodePortAddresses{}, fmt.Errorf(
-					"%q %w: give networks such as 192.0.2.0/24 or 2001:db8::/32, or primary, localhost or all", value, err)
+					"%q %w: use networks such as 192.0.2.0/24 or 2001:db8::/32, or primary, localhost or all", value, err)
 			}
 			a.CIDRs = append(a.CIDRs, network)
 			continue
 		}
 		if *keyword {
-			return NodePortAddresses{}, fmt.Errorf("%q is given twice: give it once", text)
+			return NodePortAddresses{}, fmt.Errorf("%q is given twice: remove one of them", text)
 		}
 		*keyword = true
 	}
 	return a, nil
 }
 
-// IsZero reports whether a is the zero value, which stands for primary.
+// IsZero reports whether a is the zero value, which selects the primary addresses.
 func (a NodePortAddresses) IsZero() bool {
 	return !a.Primary && !a.Localhost && !a.All && len(a.CIDRs) == 0
 }
@@ -83,8 +83,9 @@ func (a NodePortAddresses) SelectsAll(family dataplane.Family) bool {
 	})
 }
 
-// nodePortAddrs returns the addresses and networks on which the kernel serves node
-// ports, sorted: it can't at loopback addresses. primary are the node's.
+// nodePortAddrs returns the addresses and networks, sorted, on which the kernel serves node
+// ports. Loopback addresses are excluded, because the kernel cannot serve node ports on them.
+// primary are the node's primary addresses.
 func nodePortAddrs(opts Options, in networks, primary []netip.Addr, serviceCIDRs []netip.Prefix) ([]netip.Addr, []netip.Prefix) {
 	want := opts.NodePortAddresses
 	var addrs []netip.Addr
@@ -124,8 +125,8 @@ func nodePortAddrs(opts Options, in networks, primary []netip.Addr, serviceCIDRs
 	return sortAddrs(addrs), networks
 }
 
-// loopbackAddrs returns the loopback addresses that are asked for by themselves:
-// everything does not include them.
+// loopbackAddrs returns the loopback addresses that are selected explicitly. The keyword all does
+// not select them.
 func loopbackAddrs(want NodePortAddresses, in networks) []netip.Addr {
 	var addrs []netip.Addr
 	for _, a := range in.localAddrs {
@@ -136,7 +137,7 @@ func loopbackAddrs(want NodePortAddresses, in networks) []netip.Addr {
 	return sortAddrs(addrs)
 }
 
-// sortAddrs returns addresses in order, each once, and nil for none.
+// sortAddrs sorts and deduplicates addrs in place. It returns nil for an empty list.
 func sortAddrs(addrs []netip.Addr) []netip.Addr {
 	if len(addrs) == 0 {
 		return nil
@@ -145,7 +146,7 @@ func sortAddrs(addrs []netip.Addr) []netip.Addr {
 	return slices.Compact(addrs)
 }
 
-// allNetworks returns the networks of all addresses.
+// allNetworks returns one network of all addresses for each family.
 func allNetworks() []netip.Prefix {
 	return []netip.Prefix{netip.PrefixFrom(netip.IPv4Unspecified(), 0), netip.PrefixFrom(netip.IPv6Unspecified(), 0)}
 }
@@ -154,9 +155,8 @@ func anySelects(networks []netip.Prefix, a netip.Addr) bool {
 	return slices.ContainsFunc(networks, func(p netip.Prefix) bool { return selects(p, a) })
 }
 
-// selects reports whether a network given for node ports means the address. The
-// caller sees to it that cluster IPs are not meant, which another proxy may have
-// left on an interface.
+// selects reports whether network p, given for node ports, selects the address. The caller
+// excludes cluster IPs, which another proxy may have left on an interface.
 func selects(p netip.Prefix, a netip.Addr) bool {
 	if !p.Contains(a) {
 		return false

@@ -6,26 +6,26 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// NodePortsWithoutAddress reports that no address of this node serves node ports of a family,
-// which may be intended, and more often is not.
+// NodePortsWithoutAddress reports that no address of this node serves the node ports of a family.
+// This is rarely intended.
 type NodePortsWithoutAddress struct {
 	Family dataplane.Family
 	// Example is one of the Services with a node port of the family.
 	Example dataplane.Key
 }
 
-// nodePortCheck finds node ports that no address serves.
+// nodePortCheck detects node ports that no address serves.
 type nodePortCheck struct {
-	// ports has the node ports by family.
+	// ports contains the node ports by family.
 	ports map[dataplane.Family]map[dataplane.Key]struct{}
-	// servedFamilies are the families of the addresses and networks on which node ports are
-	// served, loopback addresses included.
+	// servedFamilies contains the families of the addresses and networks that serve node ports,
+	// including loopback addresses.
 	servedFamilies map[dataplane.Family]bool
-	// reported are the families that were reported since they were last served.
+	// reported contains the families that were reported since they were last served.
 	reported map[dataplane.Family]bool
 }
 
-// setNode sets where node ports are served.
+// setNode updates the addresses that serve node ports.
 func (c *nodePortCheck) setNode(node dataplane.Node, loopback []netip.Addr) {
 	c.servedFamilies = map[dataplane.Family]bool{}
 	for _, addrs := range [...][]netip.Addr{node.NodePortAddrs, loopback} {
@@ -38,7 +38,7 @@ func (c *nodePortCheck) setNode(node dataplane.Node, loopback []netip.Addr) {
 	}
 }
 
-// updateServices takes over the node ports among changes.
+// updateServices updates the node ports from changes.
 func (c *nodePortCheck) updateServices(changes map[dataplane.Key]*dataplane.Service) {
 	for key, svc := range changes {
 		switch {
@@ -54,9 +54,10 @@ func (c *nodePortCheck) updateServices(changes map[dataplane.Key]*dataplane.Serv
 	}
 }
 
-// newlyWithoutAddress returns the families that are not served, each once until it is served again.
+// newlyWithoutAddress returns a report for each family that has node ports but no address, unless
+// it was reported since it was last served.
 func (c *nodePortCheck) newlyWithoutAddress() []NodePortsWithoutAddress {
-	var unserved []NodePortsWithoutAddress
+	var reports []NodePortsWithoutAddress
 	for _, f := range [...]dataplane.Family{dataplane.IPv4, dataplane.IPv6} {
 		if c.servedFamilies[f] {
 			delete(c.reported, f)
@@ -70,9 +71,9 @@ func (c *nodePortCheck) newlyWithoutAddress() []NodePortsWithoutAddress {
 				c.reported = map[dataplane.Family]bool{}
 			}
 			c.reported[f] = true
-			unserved = append(unserved, NodePortsWithoutAddress{Family: f, Example: key})
+			reports = append(reports, NodePortsWithoutAddress{Family: f, Example: key})
 			break
 		}
 	}
-	return unserved
+	return reports
 }

@@ -7,7 +7,7 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// A family of node ports without an address is reported once, until it has been served.
+// A family of node ports without an address is reported once until an address serves it.
 func TestNodePortsWithoutAddress(t *testing.T) {
 	t.Parallel()
 	key := dataplane.Key{Namespace: "shop", Name: "web", Family: dataplane.IPv4, Kind: dataplane.NodePort}

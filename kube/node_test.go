@@ -16,8 +16,7 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// nodeText writes what the dataplane is told of the node, leaving out what is
-// empty.
+// nodeText returns the non-empty fields of a dataplane.Node as text.
 func nodeText(n *dataplane.Node) string {
 	if n == nil {
 		return "unchanged"
@@ -41,7 +40,7 @@ func nodeText(n *dataplane.Node) string {
 	return strings.Join(parts, " ")
 }
 
-// TestNode says what the dataplane is told of the node.
+// TestNode checks the dataplane.Node.
 func TestNode(t *testing.T) {
 	t.Parallel()
 	pods := newNode("", podCIDRs("10.1.0.0/24", "fd01::/64"))
@@ -51,25 +50,25 @@ func TestNode(t *testing.T) {
 		delta Delta
 		want  string
 	}{
-		{name: "nothing known, nothing told", want: ""},
+		{name: "no objects", want: ""},
 		{
-			name:  "this node's pods are known in every mode, so that they reach Services with externalTrafficPolicy Local",
+			name:  "LocalPodCIDRs is set in every mode, so that pods reach Services with externalTrafficPolicy Local",
 			delta: Delta{Node: pods},
 			want:  "local-pods=[10.1.0.0/24 fd01::/64]",
 		},
 		{
-			name:  "podCIDR stands in for podCIDRs",
+			name:  "podCIDR is used without podCIDRs",
 			delta: Delta{Node: newNode("", func(n *corev1.Node) { n.Spec.PodCIDR = "10.1.0.0/24" })},
 			want:  "local-pods=[10.1.0.0/24]",
 		},
 		{
-			name:  "ClusterCIDR: all of them, sorted, without those in another",
+			name:  "ClusterCIDR: all networks, sorted, without nested ones",
 			opts:  Options{DetectLocal: DetectLocal{ClusterCIDRs: cidrs("fd00::/48 10.128.0.0/9 10.0.0.0/8 10.0.0.7/8")}},
 			delta: Delta{Node: pods},
 			want:  "pods=[10.0.0.0/8 fd00::/48] local-pods=[10.1.0.0/24 fd01::/64]",
 		},
 		{
-			name:  "NodeCIDR: the node's",
+			name:  "NodeCIDR: the node's networks",
 			opts:  Options{DetectLocal: DetectLocal{Mode: DetectByNodeCIDR, ClusterCIDRs: cidrs("10.0.0.0/8")}},
 			delta: Delta{Node: pods},
 			want:  "pods=[10.1.0.0/24 fd01::/64] local-pods=[10.1.0.0/24 fd01::/64]",
@@ -87,12 +86,12 @@ func TestNode(t *testing.T) {
 			want:  "prefix=veth local-pods=[10.1.0.0/24 fd01::/64]",
 		},
 		{
-			name: "pod networks that are none are left out",
+			name: "invalid pod networks are skipped",
 			opts: Options{MasqueradeAll: true}, delta: Delta{Node: newNode("", podCIDRs("x", "10.1.0.0/24"))},
 			want: "local-pods=[10.1.0.0/24] masquerade-all=true",
 		},
 		{
-			name: "ServiceCIDRs of all objects, sorted, without those in another",
+			name: "ServiceCIDRs of all objects, sorted, without nested ones",
 			delta: Delta{ServiceCIDRs: []*networkingv1.ServiceCIDR{
 				newServiceCIDR("kubernetes", "10.96.0.0/16", "fd00::/108"), newServiceCIDR("more", "10.96.3.0/24", "10.95.0.0/24"),
 			}},
@@ -113,7 +112,7 @@ func TestNode(t *testing.T) {
 	}
 }
 
-// TestNodePortAddrs says on which addresses node ports are served.
+// TestNodePortAddrs checks the addresses that serve node ports.
 func TestNodePortAddrs(t *testing.T) {
 	t.Parallel()
 	const local = "127.0.0.1 127.0.0.53 ::1 198.51.100.1 203.0.113.1 10.96.0.10 169.254.7.7 2001:db8:1::1 fe80::1%eth0"
@@ -132,30 +131,30 @@ func TestNodePortAddrs(t *testing.T) {
 		want  string
 	}{
 		{name: "unset: the node's primary addresses", node: node, local: addrs(local), want: "198.51.100.1 2001:db8:1::1"},
-		{name: "primary: the same", flag: "primary", node: node, local: addrs(local), want: "198.51.100.1 2001:db8:1::1"},
-		{name: "primary, and what interfaces have is not known: the Node is trusted", node: node, want: "198.51.100.1 2001:db8:1::1"},
+		{name: "primary: the same addresses", flag: "primary", node: node, local: addrs(local), want: "198.51.100.1 2001:db8:1::1"},
+		{name: "primary, unknown interface addresses: the Node's addresses", node: node, want: "198.51.100.1 2001:db8:1::1"},
 		{name: "primary: an address that no interface has is not served", node: newNode("198.51.100.1 2001:db8:1::9"), local: addrs(local), want: "198.51.100.1"},
-		{name: "primary, and no interface has any address", node: node, local: []netip.Addr{}, want: ""},
+		{name: "primary, interfaces without addresses", node: node, local: []netip.Addr{}, want: ""},
 		{
-			name: "primary: internal before external, the first of a family", want: "203.0.113.1 2001:db8:1::1",
+			name: "primary: InternalIP before ExternalIP, the first of each family", want: "203.0.113.1 2001:db8:1::1",
 			node: newNode("", address(corev1.NodeHostName, "10.0.0.1"), address(corev1.NodeExternalIP, "198.51.100.1"),
 				address(corev1.NodeExternalIP, "2001:db8:1::1"), address(corev1.NodeInternalIP, "203.0.113.1"),
 				address(corev1.NodeInternalIP, "203.0.113.2"), address(corev1.NodeExternalIP, "2001:db8:1::2")),
 		},
-		{name: "primary: a family whose address is loopback has none", node: newNode("127.0.0.1 2001:db8:1::1"), local: addrs(local), want: "2001:db8:1::1"},
+		{name: "primary: a family with a loopback address has none", node: newNode("127.0.0.1 2001:db8:1::1"), local: addrs(local), want: "2001:db8:1::1"},
 		{name: "primary: --bind-address replaces the address of its family", bind: "203.0.113.1", node: node, local: addrs(local), want: "203.0.113.1 2001:db8:1::1"},
 		{name: "primary: an unspecified --bind-address replaces nothing", bind: "0.0.0.0", node: node, local: addrs(local), want: "198.51.100.1 2001:db8:1::1"},
 		{name: "primary without a Node: --bind-address", bind: "203.0.113.1", want: "203.0.113.1"},
-		{name: "localhost: none, as the kernel can't", flag: "localhost", node: node, local: addrs(local), want: ""},
+		{name: "localhost: none, because the kernel cannot serve them", flag: "localhost", node: node, local: addrs(local), want: ""},
 		{
-			name: "all: every address but loopback, link-local and cluster IPs", flag: "all", node: node, local: addrs(local),
+			name: "all: every address except loopback, link-local and cluster IPs", flag: "all", node: node, local: addrs(local),
 			want: "198.51.100.1 203.0.113.1 2001:db8:1::1",
 		},
-		{name: "networks: the addresses in them, and in no other family", flag: "203.0.113.0/24,10.0.0.0/8", node: node, local: addrs(local), want: "203.0.113.1"},
-		{name: "networks of everything are as all", flag: "0.0.0.0/0", node: node, local: addrs(local), want: "198.51.100.1 203.0.113.1"},
-		{name: "networks of link-local addresses mean these, and of loopback none", flag: "127.0.0.0/24,169.254.0.0/16,fe80::/10", node: node, local: addrs(local), want: "169.254.7.7 fe80::1"},
-		{name: "several add up, each address once", flag: "localhost,primary,203.0.113.0/24,198.51.100.0/24", node: newNode("198.51.100.1"), local: addrs(local), want: "198.51.100.1 203.0.113.1"},
-		{name: "without addresses of interfaces only primary has any", flag: "primary,all,localhost,0.0.0.0/0", node: node, want: "198.51.100.1 2001:db8:1::1"},
+		{name: "networks: the addresses in them, and none of the other family", flag: "203.0.113.0/24,10.0.0.0/8", node: node, local: addrs(local), want: "203.0.113.1"},
+		{name: "networks that contain all addresses are like all", flag: "0.0.0.0/0", node: node, local: addrs(local), want: "198.51.100.1 203.0.113.1"},
+		{name: "link-local networks select link-local addresses, loopback networks select none", flag: "127.0.0.0/24,169.254.0.0/16,fe80::/10", node: node, local: addrs(local), want: "169.254.7.7 fe80::1"},
+		{name: "several values are combined and deduplicated", flag: "localhost,primary,203.0.113.0/24,198.51.100.0/24", node: newNode("198.51.100.1"), local: addrs(local), want: "198.51.100.1 203.0.113.1"},
+		{name: "unknown interface addresses: only primary selects any", flag: "primary,all,localhost,0.0.0.0/0", node: node, want: "198.51.100.1 2001:db8:1::1"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -175,8 +174,8 @@ func TestNodePortAddrs(t *testing.T) {
 	}
 }
 
-// TestLoopback says on which loopback addresses node ports are asked for, and that
-// the dataplane is told if there are any.
+// TestLoopback checks which loopback addresses node ports are requested at, and that
+// Node.LocalhostNodePorts is set if there are any.
 func TestLoopback(t *testing.T) {
 	t.Parallel()
 	const local = "127.0.0.1 127.0.0.53 ::1 198.51.100.1 2001:db8:1::1"
@@ -208,7 +207,7 @@ func TestLoopback(t *testing.T) {
 	}
 }
 
-// TestNodeAddrs says which addresses clients on this node count as having.
+// TestNodeAddrs checks Node.PrimaryAddrs.
 func TestNodeAddrs(t *testing.T) {
 	t.Parallel()
 	node := newNode("2001:db8:1::1 198.51.100.1 198.51.100.2")
@@ -219,11 +218,11 @@ func TestNodeAddrs(t *testing.T) {
 		local []netip.Addr
 		want  string
 	}{
-		{name: "the primary addresses, sorted, wherever node ports are served", node: node, want: "198.51.100.1 2001:db8:1::1"},
-		{name: "those that interfaces have", node: node, local: addrs("127.0.0.1 198.51.100.1 198.51.100.2"), want: "198.51.100.1"},
-		{name: "no interface has any", node: node, local: []netip.Addr{}, want: ""},
-		{name: "--bind-address replaces that of its family", bind: "203.0.113.1", node: node, want: "203.0.113.1 2001:db8:1::1"},
-		{name: "loopback is no address of a node", node: newNode("127.0.0.1"), local: addrs("127.0.0.1"), want: ""},
+		{name: "the primary addresses, sorted, regardless of node port addresses", node: node, want: "198.51.100.1 2001:db8:1::1"},
+		{name: "primary addresses that interfaces have", node: node, local: addrs("127.0.0.1 198.51.100.1 198.51.100.2"), want: "198.51.100.1"},
+		{name: "interfaces without addresses", node: node, local: []netip.Addr{}, want: ""},
+		{name: "--bind-address replaces the address of its family", bind: "203.0.113.1", node: node, want: "203.0.113.1 2001:db8:1::1"},
+		{name: "loopback is not an address of a node", node: newNode("127.0.0.1"), local: addrs("127.0.0.1"), want: ""},
 		{name: "no Node", local: addrs("198.51.100.1"), want: ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -253,8 +252,8 @@ func parsedNodePortAddresses(t *testing.T, flag string) NodePortAddresses {
 	return parsed
 }
 
-// TestNodePortCIDRsNotModified says that networks that are given, which may be
-// part of a longer list of the caller's, stay as they are.
+// TestNodePortCIDRsNotModified checks that the given networks, which may be part of a longer list
+// of the caller, are not modified.
 func TestNodePortCIDRsNotModified(t *testing.T) {
 	t.Parallel()
 	list := cidrs("203.0.113.0/24 192.0.2.0/24 10.0.0.0/8")
@@ -265,7 +264,7 @@ func TestNodePortCIDRsNotModified(t *testing.T) {
 	}
 }
 
-// TestParseNodePortAddresses says what --nodeport-addresses takes.
+// TestParseNodePortAddresses checks the values of --nodeport-addresses.
 func TestParseNodePortAddresses(t *testing.T) {
 	t.Parallel()
 	tests := []struct {
@@ -275,15 +274,15 @@ func TestParseNodePortAddresses(t *testing.T) {
 		err    string
 	}{
 		{name: "nothing"},
-		{name: "an empty value is as none", values: []string{""}},
+		{name: "an empty value", values: []string{""}},
 		{
 			name: "keywords and networks, with spaces and host bits", values: []string{"primary", " localhost", "all", "192.0.2.7/24 ", "2001:db8::/32", "010.0.0.0/8"},
 			want: NodePortAddresses{Primary: true, Localhost: true, All: true, CIDRs: cidrs("192.0.2.0/24 2001:db8::/32 10.0.0.0/8")},
 		},
-		{name: "a keyword twice", values: []string{"all", "all"}, err: `"all" is given twice: give it once`},
-		{name: "an address", values: []string{"192.0.2.7"}, err: `"192.0.2.7" is not a network: give networks such as 192.0.2.0/24 or 2001:db8::/32, or primary, localhost or all`},
-		{name: "another word", values: []string{"primary", "Everything"}, err: `"Everything" is not a network: give networks such as 192.0.2.0/24 or 2001:db8::/32, or primary, localhost or all`},
-		{name: "an empty value among others", values: []string{"primary", ""}, err: `"" is not a network: give networks such as 192.0.2.0/24 or 2001:db8::/32, or primary, localhost or all`},
+		{name: "a keyword twice", values: []string{"all", "all"}, err: `"all" is given twice: remove one of them`},
+		{name: "an address", values: []string{"192.0.2.7"}, err: `"192.0.2.7" is not a network: use networks such as 192.0.2.0/24 or 2001:db8::/32, or primary, localhost or all`},
+		{name: "an unknown keyword", values: []string{"primary", "Everything"}, err: `"Everything" is not a network: use networks such as 192.0.2.0/24 or 2001:db8::/32, or primary, localhost or all`},
+		{name: "an empty value among others", values: []string{"primary", ""}, err: `"" is not a network: use networks such as 192.0.2.0/24 or 2001:db8::/32, or primary, localhost or all`},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -299,8 +298,8 @@ func TestParseNodePortAddresses(t *testing.T) {
 	}
 }
 
-// TestNodeUpdates says that what changes about the node takes effect with the
-// Delta that says so, and that what means the same is no change.
+// TestNodeUpdates checks that a change of the node is in the Result of its Delta, and that an
+// equivalent update is not a change.
 func TestNodeUpdates(t *testing.T) {
 	t.Parallel()
 	opts := Options{NodeName: "here", DetectLocal: DetectLocal{Mode: DetectByNodeCIDR}}
@@ -320,10 +319,10 @@ func TestNodeUpdates(t *testing.T) {
 		do   func() Result
 		want string
 	}{
-		{"the first Result has the node, known or not", apply(Delta{}), ""},
+		{"the first Result has a Node even without objects", apply(Delta{}), ""},
 		{"nothing new", apply(Delta{}), unchanged},
 		{
-			"the Node", apply(Delta{Node: newNode("198.51.100.1", podCIDRs("10.1.0.0/24"))}),
+			"the Node object", apply(Delta{Node: newNode("198.51.100.1", podCIDRs("10.1.0.0/24"))}),
 			"pods=[10.1.0.0/24] local-pods=[10.1.0.0/24] node=[198.51.100.1] node-ports=[198.51.100.1]",
 		},
 		{"a heartbeat", apply(Delta{Node: newNode("198.51.100.1", podCIDRs("10.1.0.0/24"), func(n *corev1.Node) {
@@ -331,15 +330,15 @@ func TestNodeUpdates(t *testing.T) {
 			n.Status.Conditions = []corev1.NodeCondition{{Type: corev1.NodeReady, LastHeartbeatTime: metav1.Now()}}
 		})}), unchanged},
 		{"a ServiceCIDR is added", apply(Delta{ServiceCIDRs: []*networkingv1.ServiceCIDR{newServiceCIDR("a", "10.96.0.0/16")}}), "pods=[10.1.0.0/24] local-pods=[10.1.0.0/24] node=[198.51.100.1] node-ports=[198.51.100.1] services=[10.96.0.0/16]"},
-		{"another in it", apply(Delta{ServiceCIDRs: []*networkingv1.ServiceCIDR{newServiceCIDR("b", "10.96.1.0/24")}}), unchanged},
-		{"the outer one goes", apply(Delta{DeletedServiceCIDRs: []string{"a", "never-there"}}), "pods=[10.1.0.0/24] local-pods=[10.1.0.0/24] node=[198.51.100.1] node-ports=[198.51.100.1] services=[10.96.1.0/24]"},
+		{"a nested ServiceCIDR is added", apply(Delta{ServiceCIDRs: []*networkingv1.ServiceCIDR{newServiceCIDR("b", "10.96.1.0/24")}}), unchanged},
+		{"the outer ServiceCIDR is deleted", apply(Delta{DeletedServiceCIDRs: []string{"a", "never-there"}}), "pods=[10.1.0.0/24] local-pods=[10.1.0.0/24] node=[198.51.100.1] node-ports=[198.51.100.1] services=[10.96.1.0/24]"},
 		{"other pod networks", apply(Delta{Node: newNode("198.51.100.1", podCIDRs("10.2.0.0/24"))}), "pods=[10.2.0.0/24] local-pods=[10.2.0.0/24] node=[198.51.100.1] node-ports=[198.51.100.1] services=[10.96.1.0/24]"},
-		{"no interface has the address any more", apply(Delta{LocalAddrs: addrs("127.0.0.1")}), "pods=[10.2.0.0/24] local-pods=[10.2.0.0/24] services=[10.96.1.0/24]"},
-		{"the node gets another address", apply(Delta{LocalAddrs: addrs("127.0.0.1 198.51.100.2"), Node: newNode("198.51.100.2", podCIDRs("10.2.0.0/24"))}), "pods=[10.2.0.0/24] local-pods=[10.2.0.0/24] node=[198.51.100.2] node-ports=[198.51.100.2] services=[10.96.1.0/24]"},
+		{"no interface has the address", apply(Delta{LocalAddrs: addrs("127.0.0.1")}), "pods=[10.2.0.0/24] local-pods=[10.2.0.0/24] services=[10.96.1.0/24]"},
+		{"the node's address changes", apply(Delta{LocalAddrs: addrs("127.0.0.1 198.51.100.2"), Node: newNode("198.51.100.2", podCIDRs("10.2.0.0/24"))}), "pods=[10.2.0.0/24] local-pods=[10.2.0.0/24] node=[198.51.100.2] node-ports=[198.51.100.2] services=[10.96.1.0/24]"},
 		{"the same addresses in another order", apply(Delta{LocalAddrs: addrs("198.51.100.2 127.0.0.1")}), unchanged},
-		{"the Node is deleted: the node is as it was", apply(Delta{NodeDeleted: true}), unchanged},
+		{"the Node object is deleted: no change", apply(Delta{NodeDeleted: true}), unchanged},
 		{"node ports on all addresses", configure(func(o *Options) { o.NodePortAddresses.All = true }), unchanged},
-		{"one more address", apply(Delta{LocalAddrs: addrs("198.51.100.2 203.0.113.1")}), "pods=[10.2.0.0/24] local-pods=[10.2.0.0/24] node=[198.51.100.2] node-ports=[198.51.100.2 203.0.113.1] services=[10.96.1.0/24]"},
+		{"an additional address", apply(Delta{LocalAddrs: addrs("198.51.100.2 203.0.113.1")}), "pods=[10.2.0.0/24] local-pods=[10.2.0.0/24] node=[198.51.100.2] node-ports=[198.51.100.2 203.0.113.1] services=[10.96.1.0/24]"},
 		{"other options", configure(func(o *Options) {
 			o.MasqueradeAll = true
 			o.NodePortAddresses = NodePortAddresses{}
@@ -347,22 +346,22 @@ func TestNodeUpdates(t *testing.T) {
 		}), "pods=[10.0.0.0/8] local-pods=[10.2.0.0/24] masquerade-all=true node=[198.51.100.2] node-ports=[198.51.100.2] services=[10.96.1.0/24]"},
 		{"the same options", configure(func(*Options) {}), unchanged},
 		{"pings", configure(func(o *Options) { o.PingServiceIPs = true }), "pods=[10.0.0.0/8] local-pods=[10.2.0.0/24] masquerade-all=true node=[198.51.100.2] node-ports=[198.51.100.2] ping=true services=[10.96.1.0/24]"},
-		{"localhost, which no interface has", configure(func(o *Options) { o.NodePortAddresses = NodePortAddresses{Primary: true, Localhost: true} }), unchanged},
-		{"one has", apply(Delta{LocalAddrs: addrs("127.0.0.1 198.51.100.2")}), localhost},
-		{"in the other family too", apply(Delta{LocalAddrs: addrs("127.0.0.1 ::1 198.51.100.2")}), localhost},
-		{"the same", apply(Delta{LocalAddrs: addrs("127.0.0.1 ::1 198.51.100.2")}), unchanged},
+		{"localhost without a loopback address", configure(func(o *Options) { o.NodePortAddresses = NodePortAddresses{Primary: true, Localhost: true} }), unchanged},
+		{"a loopback address is added", apply(Delta{LocalAddrs: addrs("127.0.0.1 198.51.100.2")}), localhost},
+		{"a loopback address of the other family", apply(Delta{LocalAddrs: addrs("127.0.0.1 ::1 198.51.100.2")}), localhost},
+		{"the same addresses", apply(Delta{LocalAddrs: addrs("127.0.0.1 ::1 198.51.100.2")}), unchanged},
 	} {
 		got := step.do()
 		if diff := cmp.Diff(step.want, nodeText(got.Node)); diff != "" {
 			t.Errorf("%s (-want +got):\n%s", step.name, diff)
 		}
 		if len(got.Changes)+len(got.Problems)+len(got.HealthChecks) != 0 {
-			t.Errorf("%s: the Result has Services: %+v", step.name, got)
+			t.Errorf("%s: the Result changes Services: %+v", step.name, got)
 		}
 	}
 }
 
-// TestConfigureKeepsNodeName says that a node can't become another one.
+// TestConfigureKeepsNodeName checks that Configure does not change the node name.
 func TestConfigureKeepsNodeName(t *testing.T) {
 	t.Parallel()
 	tracker := NewTracker(Options{NodeName: "here"})
@@ -373,7 +372,7 @@ func TestConfigureKeepsNodeName(t *testing.T) {
 	}
 }
 
-// TestNodeHealth says when load balancers should not send connections here.
+// TestNodeHealth checks when load balancers should send connections to this node.
 func TestNodeHealth(t *testing.T) {
 	t.Parallel()
 	tracker := NewTracker(Options{NodeName: "here"})
@@ -388,23 +387,23 @@ func TestNodeHealth(t *testing.T) {
 		delta    Delta
 		eligible *bool
 	}{
-		{"nothing is known before a source has said anything of the Node", Delta{}, nil},
-		{"there is no Node", Delta{NodeDeleted: true}, &no},
-		{"still none", Delta{NodeDeleted: true}, nil},
-		{"a Node, with taints that mean nothing here", Delta{Node: newNode("", taint("node.kubernetes.io/unreachable"))}, &yes},
+		{"the source has not reported the Node object", Delta{}, nil},
+		{"no Node object", Delta{NodeDeleted: true}, &no},
+		{"still no Node object", Delta{NodeDeleted: true}, nil},
+		{"a Node object with irrelevant taints", Delta{Node: newNode("", taint("node.kubernetes.io/unreachable"))}, &yes},
 		{"a heartbeat", Delta{Node: newNode("")}, nil},
-		{"the cluster autoscaler is about to remove it", Delta{Node: newNode("", taint("x"), taint("ToBeDeletedByClusterAutoscaler"))}, &no},
-		{"it is not, after all", Delta{Node: newNode("")}, &yes},
+		{"the cluster autoscaler is about to delete it", Delta{Node: newNode("", taint("x"), taint("ToBeDeletedByClusterAutoscaler"))}, &no},
+		{"the taint is removed", Delta{Node: newNode("")}, &yes},
 		{"it is being deleted", Delta{Node: newNode("", func(n *corev1.Node) { n.DeletionTimestamp = &metav1.Time{Time: time.Unix(1, 0)} })}, &no},
 		{"it is deleted", Delta{NodeDeleted: true}, &no},
-		{"it is deleted and made anew", Delta{NodeDeleted: true, Node: newNode("")}, &yes},
+		{"it is deleted and recreated", Delta{NodeDeleted: true, Node: newNode("")}, &yes},
 	} {
 		got := tracker.Apply(step.delta).NodeHealth
 		switch {
 		case got == nil && step.eligible != nil:
-			t.Errorf("%s: no news, want eligible %v", step.name, *step.eligible)
+			t.Errorf("%s: NodeHealth is nil, want eligible %v", step.name, *step.eligible)
 		case got != nil && step.eligible == nil:
-			t.Errorf("%s: %+v is named as changed", step.name, *got)
+			t.Errorf("%s: %+v is reported as changed", step.name, *got)
 		case got != nil && got.Eligible() != *step.eligible:
 			t.Errorf("%s: %+v, want eligible %v", step.name, *got, *step.eligible)
 		}

@@ -16,8 +16,8 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// newService returns a Service default/name with one port http, 80/TCP, on the
-// cluster IPs given, changed by the functions.
+// newService returns the Service default/name with the port http, 80/TCP, and the given cluster
+// IPs, modified by changes.
 func newService(name, clusterIPs string, changes ...func(*corev1.Service)) *corev1.Service {
 	svc := &corev1.Service{
 		ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: name},
@@ -53,15 +53,15 @@ func ports(ports ...corev1.ServicePort) func(*corev1.Service) {
 	return func(svc *corev1.Service) { svc.Spec.Ports = ports }
 }
 
-// age makes the Service as old as said, on a clock that stands still.
+// age sets the age of a Service relative to a fixed time.
 func age(d time.Duration) func(*corev1.Service) {
 	return func(svc *corev1.Service) {
 		svc.CreationTimestamp = metav1.NewTime(time.Unix(1_800_000_000, 0).Add(-d))
 	}
 }
 
-// newSlice returns an EndpointSlice default/name of the Service with port http,
-// 8080/TCP. Its family is that of the first endpoint.
+// newSlice returns the EndpointSlice default/name of a Service with the port http, 8080/TCP. Its
+// family is the family of the first endpoint.
 func newSlice(name, service string, endpoints []discoveryv1.Endpoint, changes ...func(*discoveryv1.EndpointSlice)) *discoveryv1.EndpointSlice {
 	slice := &discoveryv1.EndpointSlice{
 		ObjectMeta: metav1.ObjectMeta{
@@ -89,7 +89,7 @@ func slicePorts(ports ...discoveryv1.EndpointPort) func(*discoveryv1.EndpointSli
 	return func(slice *discoveryv1.EndpointSlice) { slice.Ports = ports }
 }
 
-// eps reads endpoints: an address, then any of
+// eps parses endpoints. Each text is an address followed by any of
 //
 //	@name          on the node called name
 //	!ready         and !serving: the condition is false
@@ -120,7 +120,7 @@ func eps(texts ...string) []discoveryv1.Endpoint {
 				ep.Conditions.Terminating = &value
 			default:
 				if word[0] != '@' {
-					panic(fmt.Sprintf("endpoint %q: what is %q?", text, word))
+					panic(fmt.Sprintf("endpoint %q: unknown word %q", text, word))
 				}
 				node := word[1:]
 				ep.NodeName = &node
@@ -154,8 +154,7 @@ func nodes(names []string) []discoveryv1.ForNode {
 	return nodes
 }
 
-// nodePorts makes the Service a NodePort one, unless it is a LoadBalancer, with
-// these node ports.
+// nodePorts sets the node ports, and the type to NodePort unless it is LoadBalancer.
 func nodePorts(numbers ...int32) func(*corev1.Service) {
 	return func(svc *corev1.Service) {
 		if svc.Spec.Type != corev1.ServiceTypeLoadBalancer {
@@ -171,7 +170,7 @@ func externalIPs(ips ...string) func(*corev1.Service) {
 	return func(svc *corev1.Service) { svc.Spec.ExternalIPs = ips }
 }
 
-// ingress makes the Service a LoadBalancer one with these addresses.
+// ingress sets the type to LoadBalancer and adds load balancer IPs.
 func ingress(ips ...string) func(*corev1.Service) {
 	return func(svc *corev1.Service) {
 		svc.Spec.Type = corev1.ServiceTypeLoadBalancer
@@ -205,7 +204,7 @@ func withUID(uid types.UID) func(*corev1.Service) {
 	return func(svc *corev1.Service) { svc.UID = uid }
 }
 
-// clientIP asks for session affinity.
+// clientIP enables session affinity.
 func clientIP(svc *corev1.Service) { svc.Spec.SessionAffinity = corev1.ServiceAffinityClientIP }
 
 func timeout(seconds int32) func(*corev1.Service) {
@@ -217,12 +216,12 @@ func timeout(seconds int32) func(*corev1.Service) {
 	}
 }
 
-// scheduler asks for an IPVS scheduler.
+// scheduler selects an IPVS scheduler.
 func scheduler(name string) func(*corev1.Service) {
 	return func(svc *corev1.Service) { svc.Annotations = map[string]string{AnnotationIPVSScheduler: name} }
 }
 
-// newNode returns the Node here with InternalIPs, changed by the functions.
+// newNode returns the Node "here" with the given InternalIPs, modified by changes.
 func newNode(ips string, changes ...func(*corev1.Node)) *corev1.Node {
 	node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "here"}}
 	for ip := range strings.FieldsSeq(ips) {
@@ -268,13 +267,13 @@ func named(name string) types.NamespacedName {
 	return types.NamespacedName{Namespace: "default", Name: name}
 }
 
-// serviceText writes a Service as
+// serviceText returns a Service as text:
 //
 //	10.96.0.1:80/TCP -> 10.0.0.1:8080 10.0.0.2:8080(local)
 //
-// with the rest of the treatment behind it, where it is not as in the zero one:
+// followed by all fields that differ from the zero ServiceSpec:
 //
-//	0.0.0.0:30080/TCP -> 10.0.0.1:8080, others -> none, masquerade node, drop
+//	0.0.0.0:30080/TCP -> 10.0.0.1:8080, others -> none, masquerade from-node, drop
 func serviceText(svc *dataplane.Service) string {
 	if svc == nil {
 		return "gone"
@@ -338,15 +337,14 @@ func serviceTexts(changes map[dataplane.Key]*dataplane.Service) map[string]strin
 	out := map[string]string{}
 	for key, svc := range changes {
 		if svc != nil && svc.Key != key {
-			panic(fmt.Sprintf("key %s has a Service with key %s", key, svc.Key))
+			panic(fmt.Sprintf("the Service of key %s has the key %s", key, svc.Key))
 		}
 		out[key.String()] = serviceText(svc)
 	}
 	return out
 }
 
-// manyEndpoints returns the i-th slice of a Service, with n endpoints that are
-// its own.
+// manyEndpoints returns the i-th slice of a Service, with n endpoints that no other slice has.
 func manyEndpoints(service string, i, n int) *discoveryv1.EndpointSlice {
 	var texts []string
 	for pod := range n {

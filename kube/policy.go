@@ -10,23 +10,21 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// AnnotationIPVSScheduler is the annotation of a Service whose value is the
-// kernel's name of the IPVS scheduler that picks the endpoints of its
-// connections.
+// AnnotationIPVSScheduler is the Service annotation that selects an IPVS scheduler by its kernel
+// name.
 const AnnotationIPVSScheduler = "fairlead.io/ipvs-scheduler"
 
-// policy is what a Service says about connections to all its ports.
+// policy contains the settings of a Service that apply to all of its ports.
 type policy struct {
-	// internalLocal and externalLocal are the traffic policies Local.
+	// internalLocal and externalLocal are set for the traffic policy Local.
 	internalLocal, externalLocal bool
-	// affinity is zero where there is none.
+	// affinity is the session affinity timeout, or zero for no affinity.
 	affinity time.Duration
-	// scheduler is empty where the backend is to pick endpoints in its own way.
+	// scheduler is empty for the backend's default.
 	scheduler string
 }
 
-// policy reads the Service's type, traffic policies, session affinity and
-// scheduler.
+// policy reads the type, traffic policies, session affinity and scheduler of the Service.
 func (c *conversion) policy() policy {
 	spec := &c.service.Spec
 	switch spec.Type {
@@ -41,23 +39,23 @@ func (c *conversion) policy() policy {
 			p.internalLocal = true
 		case corev1.ServiceInternalTrafficPolicyCluster, "":
 		default:
-			c.addProblem("spec.internalTrafficPolicy", "%q is not a policy, so that of Cluster holds: use Cluster or Local", *i)
+			c.addProblem("spec.internalTrafficPolicy", "%q is not a traffic policy, so Cluster is used: set it to Cluster or Local", *i)
 		}
 	}
 	switch spec.ExternalTrafficPolicy {
 	case corev1.ServiceExternalTrafficPolicyLocal:
-		// The field says nothing where nobody outside can connect, as left over
+		// The field has no effect on a Service without external addresses. It may be left over
 		// from another type.
 		p.externalLocal = hasNodePorts(spec.Type) || len(spec.ExternalIPs) > 0
 	case corev1.ServiceExternalTrafficPolicyCluster, "":
 	default:
-		c.addProblem("spec.externalTrafficPolicy", "%q is not a policy, so that of Cluster holds: use Cluster or Local",
+		c.addProblem("spec.externalTrafficPolicy", "%q is not a traffic policy, so Cluster is used: set it to Cluster or Local",
 			spec.ExternalTrafficPolicy)
 	}
 	return p
 }
 
-// affinity returns the time after which a client is forgotten.
+// affinity returns the session affinity timeout, or zero for no affinity.
 func (c *conversion) affinity() time.Duration {
 	spec := &c.service.Spec
 	switch spec.SessionAffinity {
@@ -65,7 +63,7 @@ func (c *conversion) affinity() time.Duration {
 	case corev1.ServiceAffinityNone, "":
 		return 0
 	default:
-		c.addProblem("spec.sessionAffinity", "%q is not an affinity, so there is none: use ClientIP or None", spec.SessionAffinity)
+		c.addProblem("spec.sessionAffinity", "%q is not a session affinity, so None is used: set it to ClientIP or None", spec.SessionAffinity)
 		return 0
 	}
 	seconds := corev1.DefaultClientIPServiceAffinitySeconds
@@ -75,52 +73,51 @@ func (c *conversion) affinity() time.Duration {
 			seconds = s
 		} else {
 			c.addProblem("spec.sessionAffinityConfig.clientIP.timeoutSeconds",
-				"%d is not a timeout, so that of %d holds: use 1 to %d", s, seconds, longest)
+				"%d is not a valid timeout, so %d is used: set it to a value from 1 to %d", s, seconds, longest)
 		}
 	}
 	return time.Duration(seconds) * time.Second
 }
 
-// scheduler returns the name of the scheduler that the Service's annotation asks
-// for.
+// scheduler returns the scheduler that the Service's annotation selects.
 func (c *conversion) scheduler() string {
 	name := c.service.Annotations[AnnotationIPVSScheduler]
 	const field = "metadata.annotations[" + AnnotationIPVSScheduler + "]"
 	switch {
 	case name == "":
 	case len(c.schedulers) == 0:
-		c.addProblem(field, "%q has no effect, as this node is not in the ipvs mode: remove the annotation, or run Fairlead with --mode=ipvs", name)
+		c.addProblem(field, "%q has no effect, because this node does not use the ipvs mode: remove the annotation, or run Fairlead with --mode=ipvs", name)
 	case !slices.Contains(c.schedulers, name):
-		c.addProblem(field, "%q is not a scheduler, so that of --ipvs-scheduler holds: use one of %s", name, strings.Join(c.schedulers, ", "))
+		c.addProblem(field, "%q is not a supported scheduler, so --ipvs-scheduler is used: set it to one of %s", name, strings.Join(c.schedulers, ", "))
 	default:
 		return name
 	}
 	return ""
 }
 
-// treatment says what happens to the connections to frontends of one kind.
-func (p policy) treatment(kind dataplane.Kind, chosen choice) dataplane.ServiceSpec {
+// spec returns the ServiceSpec for frontends of one kind.
+func (p policy) spec(kind dataplane.Kind, chosen choice) dataplane.ServiceSpec {
 	t := dataplane.ServiceSpec{Endpoints: chosen.cluster, Affinity: p.affinity, Scheduler: p.scheduler}
-	decisive := chosen.cluster
+	policyEndpoints := chosen.cluster
 	switch {
 	case kind == dataplane.ClusterIP:
 		t.Masquerade = dataplane.MasqueradeOffCluster
 		if p.internalLocal {
 			t.Endpoints = chosen.local
-			decisive = chosen.local
+			policyEndpoints = chosen.local
 		}
 	case p.externalLocal:
-		// The client's address is what the policy is there to preserve.
+		// The purpose of the policy is to preserve the client's address.
 		t.Masquerade = dataplane.MasqueradeFromNode
 		t.ExternalTrafficPolicyLocal = true
 		t.LocalEndpoints = chosen.local
-		decisive = chosen.local
+		policyEndpoints = chosen.local
 	default:
 		t.Masquerade = dataplane.MasqueradeAlways
 	}
-	// Endpoints elsewhere: a load balancer that has not heard yet that there is
-	// none here had better try again than give up.
-	if len(decisive) == 0 && chosen.usableAnywhere {
+	// There are endpoints on other nodes. A load balancer that has not noticed yet that this node
+	// has none should try again instead of giving up.
+	if len(policyEndpoints) == 0 && chosen.usableAnywhere {
 		t.NoEndpointsVerdict = dataplane.Drop
 	}
 	return t

@@ -6,8 +6,8 @@ import (
 	corev1 "k8s.io/api/core/v1"
 )
 
-// TestTrafficPolicies says which endpoints take the connections to each kind of
-// frontend, whose clients are masqueraded, and what happens without endpoints.
+// TestTrafficPolicies checks for each kind of frontend which endpoints receive connections, which
+// clients are masqueraded, and the verdict without endpoints.
 func TestTrafficPolicies(t *testing.T) {
 	t.Parallel()
 	const (
@@ -25,7 +25,7 @@ func TestTrafficPolicies(t *testing.T) {
 	}
 	testConversion(t, []conversionTest{
 		{
-			name:     "Cluster: all endpoints; clients are masqueraded always from outside, and if foreign at the cluster IP",
+			name:     "Cluster: all endpoints; the cluster IP masquerades off-cluster clients, the others all clients",
 			services: every(),
 			slices:   slice("10.0.0.1 @here", "10.0.0.2 @there"),
 			want: want{
@@ -36,40 +36,40 @@ func TestTrafficPolicies(t *testing.T) {
 			},
 		},
 		{
-			name:     "externalTrafficPolicy Local: outside clients stay on this node and keep their address; the cluster IP knows nothing of it",
+			name:     "externalTrafficPolicy Local: outside clients use endpoints on this node and keep their address; the cluster IP is not affected",
 			services: every(externalPolicy(local)),
 			slices:   slice("10.0.0.1 @here", "10.0.0.2 @there"),
 			want: want{
 				cluster:  "10.96.0.1:80/TCP -> 10.0.0.1:8080(local) 10.0.0.2:8080",
-				node:     "0.0.0.0:30080/TCP -> 10.0.0.1:8080(local) 10.0.0.2:8080, others -> 10.0.0.1:8080(local), masquerade node",
-				external: "192.0.2.2:80/TCP -> 10.0.0.1:8080(local) 10.0.0.2:8080, others -> 10.0.0.1:8080(local), masquerade node",
-				balancer: "192.0.2.1:80/TCP -> 10.0.0.1:8080(local) 10.0.0.2:8080, others -> 10.0.0.1:8080(local), masquerade node",
+				node:     "0.0.0.0:30080/TCP -> 10.0.0.1:8080(local) 10.0.0.2:8080, others -> 10.0.0.1:8080(local), masquerade from-node",
+				external: "192.0.2.2:80/TCP -> 10.0.0.1:8080(local) 10.0.0.2:8080, others -> 10.0.0.1:8080(local), masquerade from-node",
+				balancer: "192.0.2.1:80/TCP -> 10.0.0.1:8080(local) 10.0.0.2:8080, others -> 10.0.0.1:8080(local), masquerade from-node",
 			},
 		},
 		{
-			name:     "externalTrafficPolicy Local, endpoints elsewhere only: outside clients are dropped, this node and its pods reach the cluster",
+			name:     "externalTrafficPolicy Local, endpoints on other nodes only: outside clients are dropped, this node and its pods use all endpoints",
 			services: every(externalPolicy(local)),
 			slices:   slice("10.0.0.2 @there"),
 			want: want{
 				cluster:  "10.96.0.1:80/TCP -> 10.0.0.2:8080",
-				node:     "0.0.0.0:30080/TCP -> 10.0.0.2:8080, others -> none, masquerade node, drop",
-				external: "192.0.2.2:80/TCP -> 10.0.0.2:8080, others -> none, masquerade node, drop",
-				balancer: "192.0.2.1:80/TCP -> 10.0.0.2:8080, others -> none, masquerade node, drop",
+				node:     "0.0.0.0:30080/TCP -> 10.0.0.2:8080, others -> none, masquerade from-node, drop",
+				external: "192.0.2.2:80/TCP -> 10.0.0.2:8080, others -> none, masquerade from-node, drop",
+				balancer: "192.0.2.1:80/TCP -> 10.0.0.2:8080, others -> none, masquerade from-node, drop",
 			},
 		},
 		{
-			name:     "externalTrafficPolicy Local, endpoints nowhere: everyone is rejected",
+			name:     "externalTrafficPolicy Local, no endpoints: all clients are rejected",
 			services: every(externalPolicy(local)),
 			slices:   slice("10.0.0.1 @here !ready !serving"),
 			want: want{
 				cluster:  "10.96.0.1:80/TCP ->",
-				node:     "0.0.0.0:30080/TCP ->, others -> none, masquerade node",
-				external: "192.0.2.2:80/TCP ->, others -> none, masquerade node",
-				balancer: "192.0.2.1:80/TCP ->, others -> none, masquerade node",
+				node:     "0.0.0.0:30080/TCP ->, others -> none, masquerade from-node",
+				external: "192.0.2.2:80/TCP ->, others -> none, masquerade from-node",
+				balancer: "192.0.2.1:80/TCP ->, others -> none, masquerade from-node",
 			},
 		},
 		{
-			name:     "internalTrafficPolicy Local: clients of the cluster IP stay on this node; the others know nothing of it",
+			name:     "internalTrafficPolicy Local: the cluster IP uses endpoints on this node; the other kinds are not affected",
 			services: every(internalPolicy(internal)),
 			slices:   slice("10.0.0.1 @here", "10.0.0.2 @there"),
 			want: want{
@@ -80,19 +80,19 @@ func TestTrafficPolicies(t *testing.T) {
 			},
 		},
 		{
-			name:     "internalTrafficPolicy Local, endpoints elsewhere only: clients of the cluster IP are dropped",
+			name:     "internalTrafficPolicy Local, endpoints on other nodes only: clients of the cluster IP are dropped",
 			services: one(newService("web", "10.96.0.1", internalPolicy(internal))),
 			slices:   slice("10.0.0.2 @there"),
 			want:     want{cluster: "10.96.0.1:80/TCP ->, drop"},
 		},
 		{
-			name:     "internalTrafficPolicy Local, endpoints elsewhere that are draining: dropped as well",
+			name:     "internalTrafficPolicy Local, serving terminating endpoints on other nodes only: dropped too",
 			services: one(newService("web", "10.96.0.1", internalPolicy(internal))),
 			slices:   slice("10.0.0.2 @there !ready +serving +terminating"),
 			want:     want{cluster: "10.96.0.1:80/TCP ->, drop"},
 		},
 		{
-			name:     "internalTrafficPolicy Local, endpoints nowhere: rejected",
+			name:     "internalTrafficPolicy Local, no endpoints: rejected",
 			services: one(newService("web", "10.96.0.1", internalPolicy(internal))),
 			want:     want{cluster: "10.96.0.1:80/TCP ->"},
 		},
@@ -102,26 +102,26 @@ func TestTrafficPolicies(t *testing.T) {
 			slices:   slice("10.0.0.1 @here", "10.0.0.2 @there"),
 			want: want{
 				cluster: "10.96.0.1:80/TCP -> 10.0.0.1:8080(local)",
-				node:    "0.0.0.0:30080/TCP -> 10.0.0.1:8080(local) 10.0.0.2:8080, others -> 10.0.0.1:8080(local), masquerade node",
+				node:    "0.0.0.0:30080/TCP -> 10.0.0.1:8080(local) 10.0.0.2:8080, others -> 10.0.0.1:8080(local), masquerade from-node",
 			},
 		},
 		{
-			name:     "an endpoint without a node is not local for a policy, though it may be for hairpin",
+			name:     "an endpoint without nodeName is not local for a policy, but may be for hairpin",
 			services: one(newService("web", "10.96.0.1", internalPolicy(internal), externalIPs("192.0.2.2"), externalPolicy(local))),
 			slices:   slice("10.0.0.1"),
 			want: want{
 				cluster:  "10.96.0.1:80/TCP ->, drop",
-				external: "192.0.2.2:80/TCP -> 10.0.0.1:8080(local), others -> none, masquerade node, drop",
+				external: "192.0.2.2:80/TCP -> 10.0.0.1:8080(local), others -> none, masquerade from-node, drop",
 			},
 		},
 		{
-			name:     "externalTrafficPolicy says nothing where a Service has no type and no address for it",
+			name:     "externalTrafficPolicy has no effect without an external type or address",
 			services: one(newService("web", "10.96.0.1", externalPolicy(local))),
 			slices:   slice("10.0.0.2 @there"),
 			want:     want{cluster: "10.96.0.1:80/TCP -> 10.0.0.2:8080"},
 		},
 		{
-			name: "nor where an address is left over from a load balancer that the type no longer asks for",
+			name: "externalTrafficPolicy has no effect on an address that remains after the type LoadBalancer",
 			services: one(newService("web", "10.96.0.1", externalPolicy(local), ingress("192.0.2.1"),
 				ofType(corev1.ServiceTypeClusterIP))),
 			slices: slice("10.0.0.2 @there"),
@@ -131,7 +131,7 @@ func TestTrafficPolicies(t *testing.T) {
 			},
 		},
 		{
-			name:     "policies that there are not are reported, and Cluster holds",
+			name:     "unknown policies are reported and Cluster is used",
 			services: one(newService("web", "10.96.0.1", nodePorts(30080), externalPolicy("Foreign"), internalPolicy("Near"))),
 			slices:   slice("10.0.0.2 @there"),
 			want: want{
@@ -139,14 +139,14 @@ func TestTrafficPolicies(t *testing.T) {
 				node:    "0.0.0.0:30080/TCP -> 10.0.0.2:8080, masquerade always",
 			},
 			problems: []string{
-				`default/web: spec.externalTrafficPolicy: "Foreign" is not a policy, so that of Cluster holds: use Cluster or Local`,
-				`default/web: spec.internalTrafficPolicy: "Near" is not a policy, so that of Cluster holds: use Cluster or Local`,
+				`default/web: spec.externalTrafficPolicy: "Foreign" is not a traffic policy, so Cluster is used: set it to Cluster or Local`,
+				`default/web: spec.internalTrafficPolicy: "Near" is not a traffic policy, so Cluster is used: set it to Cluster or Local`,
 			},
 		},
 	})
 }
 
-// TestNoLocalEndpointsWithoutNodeName says that a node without a name has no local endpoints.
+// TestNoLocalEndpointsWithoutNodeName checks that a node without a name has no local endpoints.
 func TestNoLocalEndpointsWithoutNodeName(t *testing.T) {
 	t.Parallel()
 	got := NewTracker(Options{}).Apply(Delta{
@@ -158,7 +158,7 @@ func TestNoLocalEndpointsWithoutNodeName(t *testing.T) {
 	}
 }
 
-// TestSessionAffinity says for how long clients stay with their endpoint.
+// TestSessionAffinity checks the session affinity timeout.
 func TestSessionAffinity(t *testing.T) {
 	t.Parallel()
 	const (
@@ -170,30 +170,30 @@ func TestSessionAffinity(t *testing.T) {
 		return one(newService("web", "10.96.0.1", change))
 	}
 	bad := func(text string) []string {
-		return []string{"default/web: spec.sessionAffinityConfig.clientIP.timeoutSeconds: " + text + " is not a timeout, so that of 10800 holds: use 1 to 86400"}
+		return []string{"default/web: spec.sessionAffinityConfig.clientIP.timeoutSeconds: " + text + " is not a valid timeout, so 10800 is used: set it to a value from 1 to 86400"}
 	}
 	testConversion(t, []conversionTest{
-		{name: "None: not at all", services: web(func(svc *corev1.Service) { svc.Spec.SessionAffinity = corev1.ServiceAffinityNone }), want: at("")},
-		{name: "None with a timeout: not at all", services: web(func(svc *corev1.Service) {
+		{name: "None", services: web(func(svc *corev1.Service) { svc.Spec.SessionAffinity = corev1.ServiceAffinityNone }), want: at("")},
+		{name: "None with a timeout", services: web(func(svc *corev1.Service) {
 			timeout(60)(svc)
 			svc.Spec.SessionAffinity = corev1.ServiceAffinityNone
 		}), want: at("")},
-		{name: "ClientIP: three hours, if nothing else is said", services: web(clientIP), want: at(", affinity 3h0m0s")},
-		{name: "ClientIP with a configuration that says nothing: three hours", services: web(func(svc *corev1.Service) {
+		{name: "ClientIP: three hours by default", services: web(clientIP), want: at(", affinity 3h0m0s")},
+		{name: "ClientIP with an empty configuration: three hours", services: web(func(svc *corev1.Service) {
 			clientIP(svc)
 			svc.Spec.SessionAffinityConfig = &corev1.SessionAffinityConfig{ClientIP: &corev1.ClientIPConfig{}}
 		}), want: at(", affinity 3h0m0s")},
 		{name: "the shortest timeout", services: web(timeout(1)), want: at(", affinity 1s")},
 		{name: "the longest timeout", services: web(timeout(86400)), want: at(", affinity 24h0m0s")},
-		{name: "no time at all is reported", services: web(timeout(0)), want: at(", affinity 3h0m0s"), problems: bad("0")},
-		{name: "too long a time is reported", services: web(timeout(86401)), want: at(", affinity 3h0m0s"), problems: bad("86401")},
+		{name: "a timeout of zero is reported", services: web(timeout(0)), want: at(", affinity 3h0m0s"), problems: bad("0")},
+		{name: "a timeout above the maximum is reported", services: web(timeout(86401)), want: at(", affinity 3h0m0s"), problems: bad("86401")},
 		{
-			name: "an affinity that there is not is reported", services: web(func(svc *corev1.Service) { svc.Spec.SessionAffinity = "Cookie" }),
+			name: "an unknown affinity is reported", services: web(func(svc *corev1.Service) { svc.Spec.SessionAffinity = "Cookie" }),
 			want:     at(""),
-			problems: []string{`default/web: spec.sessionAffinity: "Cookie" is not an affinity, so there is none: use ClientIP or None`},
+			problems: []string{`default/web: spec.sessionAffinity: "Cookie" is not a session affinity, so None is used: set it to ClientIP or None`},
 		},
 		{
-			name:     "every kind of frontend has it",
+			name:     "it applies to every kind of frontend",
 			services: one(newService("web", "10.96.0.1", nodePorts(30080), timeout(60))),
 			want: want{
 				cluster: "10.96.0.1:80/TCP ->, affinity 1m0s",
@@ -203,7 +203,7 @@ func TestSessionAffinity(t *testing.T) {
 	})
 }
 
-// TestScheduler says which scheduler picks the endpoints of a Service.
+// TestScheduler checks the IPVS scheduler of a Service.
 func TestScheduler(t *testing.T) {
 	t.Parallel()
 	const (
@@ -220,7 +220,7 @@ func TestScheduler(t *testing.T) {
 		schedulers []string
 		steps      []step
 	}{
-		{"every kind of frontend has it, in both families", some, []step{{
+		{"it applies to every kind of frontend, in both families", some, []step{{
 			delta: Delta{Services: one(newService("web", "10.96.0.1 fd00::1", ingress("192.0.2.1"), nodePorts(30080), externalIPs("192.0.2.2"), scheduler("lc")))},
 			want: want{
 				cluster:                              "10.96.0.1:80/TCP ->, scheduler lc",
@@ -231,35 +231,35 @@ func TestScheduler(t *testing.T) {
 				"default/web:http IPv4 LoadBalancer": "192.0.2.1:80/TCP ->, masquerade always, scheduler lc",
 			},
 		}}},
-		{"beside session affinity", some, []step{{delta: web(timeout(60), scheduler("mh")), want: at(", affinity 1m0s, scheduler mh")}}},
-		{"an empty name says nothing, in any mode", some, []step{{delta: web(scheduler("")), want: at("")}}},
-		{"an empty name says nothing without schedulers", nil, []step{{delta: web(scheduler("")), want: at("")}}},
-		{"a change holds at once, and so does its end", some, []step{
+		{"with session affinity", some, []step{{delta: web(timeout(60), scheduler("mh")), want: at(", affinity 1m0s, scheduler mh")}}},
+		{"an empty name has no effect with schedulers", some, []step{{delta: web(scheduler("")), want: at("")}}},
+		{"an empty name has no effect without schedulers", nil, []step{{delta: web(scheduler("")), want: at("")}}},
+		{"changes take effect immediately", some, []step{
 			{name: "none", delta: web(), want: at("")},
 			{name: "one", delta: web(scheduler("lc")), want: at(", scheduler lc")},
 			{name: "the same", delta: web(scheduler("lc")), want: want{}},
 			{name: "another", delta: web(scheduler("rr")), want: at(", scheduler rr")},
 			{name: "none again", delta: web(), want: at("")},
 		}},
-		{"one that there is not is reported until it is mended", some, []step{
+		{"an unknown scheduler is reported until it is fixed", some, []step{
 			{
 				name: "wrong", delta: web(scheduler("leastconn")), want: at(""),
-				problems: []string{field + `"leastconn" is not a scheduler, so that of --ipvs-scheduler holds: use one of lc, mh, rr`},
+				problems: []string{field + `"leastconn" is not a supported scheduler, so --ipvs-scheduler is used: set it to one of lc, mh, rr`},
 			},
 			{name: "the same", delta: web(scheduler("leastconn")), want: want{}},
 			{
 				name: "upper case", delta: web(scheduler("LC")), want: want{},
-				problems: []string{field + `"LC" is not a scheduler, so that of --ipvs-scheduler holds: use one of lc, mh, rr`},
+				problems: []string{field + `"LC" is not a supported scheduler, so --ipvs-scheduler is used: set it to one of lc, mh, rr`},
 			},
 			{name: "right", delta: web(scheduler("lc")), want: at(", scheduler lc")},
 		}},
-		{"where there is one only", []string{"rr"}, []step{{
+		{"with a single supported scheduler", []string{"rr"}, []step{{
 			delta: web(scheduler("lc")), want: at(""),
-			problems: []string{field + `"lc" is not a scheduler, so that of --ipvs-scheduler holds: use one of rr`},
+			problems: []string{field + `"lc" is not a supported scheduler, so --ipvs-scheduler is used: set it to one of rr`},
 		}}},
-		{"a mode without schedulers reports it and serves the Service", nil, []step{{
+		{"without schedulers, a problem is reported and the Service is served", nil, []step{{
 			delta: web(scheduler("lc")), want: at(""),
-			problems: []string{field + `"lc" has no effect, as this node is not in the ipvs mode: remove the annotation, or run Fairlead with --mode=ipvs`},
+			problems: []string{field + `"lc" has no effect, because this node does not use the ipvs mode: remove the annotation, or run Fairlead with --mode=ipvs`},
 		}}},
 		{"a Service that is not served has no problem", nil, []step{{
 			delta: Delta{Services: one(newService("web", "None", scheduler("lc")))}, want: want{},
@@ -272,8 +272,8 @@ func TestScheduler(t *testing.T) {
 	}
 }
 
-// TestConfigureKeepsSchedulers says that another configuration leaves the schedulers as they
-// are: the backend is the one that there was.
+// TestConfigureKeepsSchedulers checks that Configure does not change the schedulers, because the
+// backend stays the same.
 func TestConfigureKeepsSchedulers(t *testing.T) {
 	t.Parallel()
 	tracker := NewTracker(Options{Schedulers: []string{"lc"}})

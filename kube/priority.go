@@ -6,6 +6,6 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// IsPriority reports whether a Service is programmed before others at a start: other
-// programs need the Services of kube-system, such as the cluster's DNS, for their work.
+// IsPriority reports whether a Service is programmed before others at startup. This applies to
+// Services in kube-system, for example cluster DNS, because other programs depend on them.
 func IsPriority(key dataplane.Key) bool { return key.Namespace == metav1.NamespaceSystem }

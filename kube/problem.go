@@ -7,19 +7,19 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 )
 
-// Problem says that a Service does not get what its objects ask for, and what
-// to do about it. Problems are comparable. The package says when a port that no
-// EndpointSlice knows is one, and how many of a Service are named.
+// Problem describes a field of an object that cannot be programmed as written, and the fix.
+// Problems are comparable. See the package documentation for the number of problems reported per
+// Service and for ports without a match in any EndpointSlice.
 type Problem struct {
-	// Service is the Service that is affected, and UID its metadata.uid.
+	// Service is the affected Service, and UID its metadata.uid.
 	Service types.NamespacedName
 	UID     types.UID
-	// EndpointSlice is the name of the EndpointSlice that Field is in, in the
-	// Service's namespace. It is empty where Field is in the Service itself.
+	// EndpointSlice is the name of the EndpointSlice that contains Field, in the Service's
+	// namespace. It is empty if Field is in the Service.
 	EndpointSlice string
-	// Field is the path of the field, such as spec.ports[0].targetPort.
+	// Field is the path of the field, for example spec.ports[0].targetPort.
 	Field string
-	// Message says in words for people what is wrong and names the fix.
+	// Message describes the problem and names the fix.
 	Message string
 }
 

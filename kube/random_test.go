@@ -20,11 +20,11 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// intNSource is where a history gets its decisions from: a random generator, or
-// the bytes of a fuzzer.
+// intNSource is the source of a history's random decisions: a random generator or the bytes of a
+// fuzzer.
 type intNSource interface{ IntN(n int) int }
 
-// bytesIntN takes each decision from one byte, and is all 0 after them.
+// bytesIntN uses one byte for each decision, and 0 after the last byte.
 type bytesIntN struct{ data []byte }
 
 func (b *bytesIntN) IntN(n int) int {
@@ -38,19 +38,19 @@ func (b *bytesIntN) IntN(n int) int {
 
 func pick[T any](c intNSource, from ...T) T { return from[c.IntN(len(from))] }
 
-// clusterModel is what a source would hold.
+// clusterModel contains the objects of a source.
 type clusterModel struct {
 	opts         Options
 	services     map[types.NamespacedName]*corev1.Service
 	slices       map[types.NamespacedName]*discoveryv1.EndpointSlice
-	node         *corev1.Node // the last one, also if it was deleted
+	node         *corev1.Node // the last Node, even if it was deleted
 	nodeSeen     bool
 	nodeDeleted  bool
 	serviceCIDRs map[string][]string
 	localAddrs   []netip.Addr
 }
 
-// Few names, addresses and ports, so that histories collide all the time.
+// There are few names, addresses and ports, so that conflicts are frequent.
 func randomService(c intNSource) *corev1.Service {
 	ips := pick(c, "10.96.0.1", "10.96.0.2", "10.96.0.1 fd00::1", "fd00::1 10.96.0.2", "None", "", "10.96.0.010 fd00::2", "x fd00::1")
 	svc := newService(pick(c, "a", "b", "c", "d"), ips, age(time.Duration(c.IntN(3))*time.Hour))
@@ -150,7 +150,7 @@ func randomNode(c intNSource) *corev1.Node {
 	return node
 }
 
-// randomDelta makes a random Delta and carries it out on the world.
+// randomDelta returns a random Delta and applies it to the model.
 func (w *clusterModel) randomDelta(c intNSource) Delta {
 	var d Delta
 	for range 1 + c.IntN(3) {
@@ -181,7 +181,7 @@ func (w *clusterModel) randomDelta(c intNSource) Delta {
 	return d
 }
 
-// apply carries a Delta out.
+// apply applies a Delta to the model.
 func (w *clusterModel) apply(d Delta) {
 	for _, name := range d.DeletedServices {
 		delete(w.services, name)
@@ -212,8 +212,8 @@ func (w *clusterModel) apply(d Delta) {
 	}
 }
 
-// initialDeltas returns the world as one that starts now would hear of it. Two are
-// needed where the node is deleted, as what was known of it counts.
+// initialDeltas returns the Deltas of a source that starts now. If the Node was deleted there are
+// two, because the properties of a deleted Node remain in use.
 func (w *clusterModel) initialDeltas() []Delta {
 	d := Delta{
 		Services:       slices.Collect(maps.Values(w.services)),
@@ -230,7 +230,7 @@ func (w *clusterModel) initialDeltas() []Delta {
 	return []Delta{d}
 }
 
-// modelFrontend is a frontend that somebody wants.
+// modelFrontend is a frontend and the Service port that claims it.
 type modelFrontend struct {
 	svc      *corev1.Service
 	port     int
@@ -245,7 +245,7 @@ func (n modelFrontend) key() dataplane.Key {
 	}
 }
 
-// modelFrontends lists the frontends that a Service asks for.
+// modelFrontends returns the frontends that a Service claims.
 func modelFrontends(svc *corev1.Service) (wants []modelFrontend) {
 	if svc.Spec.Type == corev1.ServiceTypeExternalName || svc.Spec.ClusterIP == "None" || svc.Labels[LabelServiceProxyName] != "" {
 		return nil
@@ -297,7 +297,7 @@ func modelFrontends(svc *corev1.Service) (wants []modelFrontend) {
 	return wants
 }
 
-// expectedServices says from scratch, the naive way, what the node must have.
+// expectedServices computes the expected Services from scratch.
 func (w *clusterModel) expectedServices() map[dataplane.Key]*dataplane.Service {
 	var wants []modelFrontend
 	for _, svc := range w.services {
@@ -408,7 +408,7 @@ func (w *clusterModel) expectedSpec(want modelFrontend) dataplane.ServiceSpec {
 	return t
 }
 
-// expectedServing lists what serves over UDP and is not in the treatment.
+// expectedServing returns the endpoints that serve UDP and are not in the ServiceSpec.
 func (w *clusterModel) expectedServing(want modelFrontend, t dataplane.ServiceSpec) (list []netip.AddrPort) {
 	for _, e := range w.expectedEndpoints(want) {
 		named := slices.ContainsFunc(append(slices.Clone(t.Endpoints), t.LocalEndpoints...),
@@ -420,7 +420,7 @@ func (w *clusterModel) expectedServing(want modelFrontend, t dataplane.ServiceSp
 	return list
 }
 
-// modelEndpoint is an endpoint as the naive model sees it.
+// modelEndpoint is an endpoint of the model.
 type modelEndpoint struct {
 	addr                        netip.AddrPort
 	ready, serving, terminating bool
@@ -428,7 +428,7 @@ type modelEndpoint struct {
 	zones, nodes                []string
 }
 
-// modelClusterEndpoints is the list of the policy Cluster.
+// modelClusterEndpoints returns the endpoints of the policy Cluster.
 func modelClusterEndpoints(endpoints []modelEndpoint, zone string) []modelEndpoint {
 	var ready []modelEndpoint
 	for _, e := range endpoints {
@@ -453,7 +453,8 @@ func modelClusterEndpoints(endpoints []modelEndpoint, zone string) []modelEndpoi
 	return modelUsableEndpoints(endpoints, func(modelEndpoint) bool { return true })
 }
 
-// modelUsableEndpoints returns the ready ones, or else those that drain.
+// modelUsableEndpoints returns the matching ready endpoints, or else the serving terminating
+// ones.
 func modelUsableEndpoints(endpoints []modelEndpoint, of func(modelEndpoint) bool) (list []modelEndpoint) {
 	for _, e := range endpoints {
 		if e.ready && of(e) {
@@ -471,9 +472,9 @@ func modelUsableEndpoints(endpoints []modelEndpoint, of func(modelEndpoint) bool
 	return list
 }
 
-// expectedEndpoints is the specification of what slices say of an address in
-// another form: of all entries, keep those that satisfy each condition in turn,
-// unless none does.
+// expectedEndpoints selects one of several entries with the same address, using another algorithm
+// than the Tracker: it keeps the entries that satisfy each condition in turn, unless no entry
+// does.
 func (w *clusterModel) expectedEndpoints(want modelFrontend) (list []modelEndpoint) {
 	key := want.key()
 	zone := ""
@@ -540,7 +541,7 @@ func (w *clusterModel) expectedEndpoints(want modelFrontend) (list []modelEndpoi
 	return list
 }
 
-// expectedHealthChecks says from scratch what the health-check node ports answer.
+// expectedHealthChecks computes the expected health-check node ports from scratch.
 func (w *clusterModel) expectedHealthChecks() map[types.NamespacedName]HealthCheck {
 	out := map[types.NamespacedName]HealthCheck{}
 	for name, svc := range w.services {
@@ -564,8 +565,8 @@ func (w *clusterModel) expectedHealthChecks() map[types.NamespacedName]HealthChe
 	return out
 }
 
-// expectedNode says from scratch what the dataplane must know of the node. The
-// cases of nodePortAddrs are in a table of their own.
+// expectedNode computes the expected dataplane.Node from scratch. TestNodePortAddrs covers the
+// details of node port addresses.
 func (w *clusterModel) expectedNode() dataplane.Node {
 	n := dataplane.Node{MasqueradeAll: w.opts.MasqueradeAll}
 	if w.node != nil {
@@ -603,9 +604,8 @@ func (w *clusterModel) expectedNode() dataplane.Node {
 	return n
 }
 
-// runHistory plays a history and compares, after every step, what the Results add up
-// to with what is computed from scratch, twice: by a naive model, and by a
-// Tracker that starts with everything.
+// runHistory applies random Deltas. After every step it compares the accumulated Results with the
+// model, and the Tracker with a new Tracker that starts with all objects.
 func runHistory(t *testing.T, c intNSource, steps int) {
 	t.Helper()
 	w := &clusterModel{
@@ -622,7 +622,7 @@ func runHistory(t *testing.T, c intNSource, steps int) {
 	take := func(step int, result Result) {
 		for key, svc := range result.Changes {
 			if svc.Equal(got[key]) {
-				t.Fatalf("step %d: %s is named as changed, but is not: %s", step, key, serviceText(svc))
+				t.Fatalf("step %d: %s is reported as changed, but is equal: %s", step, key, serviceText(svc))
 			}
 			if svc == nil {
 				delete(got, key)
@@ -633,7 +633,7 @@ func runHistory(t *testing.T, c intNSource, steps int) {
 		for name, check := range result.HealthChecks {
 			old, had := gotChecks[name]
 			if check == nil && !had || check != nil && had && *check == old {
-				t.Fatalf("step %d: the health check of %s is named as changed, but is not: %v", step, name, check)
+				t.Fatalf("step %d: the health check of %s is reported as changed, but is equal: %v", step, name, check)
 			}
 			if check == nil {
 				delete(gotChecks, name)
@@ -643,13 +643,13 @@ func runHistory(t *testing.T, c intNSource, steps int) {
 		}
 		if result.Node != nil {
 			if gotNode != nil && gotNode.Equal(*result.Node) {
-				t.Fatalf("step %d: the node is named as changed, but is not: %+v", step, result.Node)
+				t.Fatalf("step %d: the node is reported as changed, but is equal: %+v", step, result.Node)
 			}
 			gotNode = result.Node
 		}
 		if result.NodeHealth != nil {
 			if gotHealth != nil && *gotHealth == *result.NodeHealth {
-				t.Fatalf("step %d: the node's health is named as changed, but is not: %+v", step, result.NodeHealth)
+				t.Fatalf("step %d: the node's health is reported as changed, but is equal: %+v", step, result.NodeHealth)
 			}
 			gotHealth = result.NodeHealth
 		}
@@ -663,13 +663,13 @@ func runHistory(t *testing.T, c intNSource, steps int) {
 		}
 		take(step, tracker.Apply(w.randomDelta(c)))
 		if diff := gocmp.Diff(serviceTexts(w.expectedServices()), serviceTexts(got)); diff != "" {
-			t.Fatalf("step %d: Services (-naive +incremental):\n%s", step, diff)
+			t.Fatalf("step %d: Services (-model +tracker):\n%s", step, diff)
 		}
 		if diff := gocmp.Diff(w.expectedHealthChecks(), gotChecks); diff != "" {
-			t.Fatalf("step %d: health checks (-naive +incremental):\n%s", step, diff)
+			t.Fatalf("step %d: health checks (-model +tracker):\n%s", step, diff)
 		}
 		if diff := gocmp.Diff(fmt.Sprintf("%+v", w.expectedNode()), fmt.Sprintf("%+v", *gotNode)); diff != "" {
-			t.Fatalf("step %d: node (-naive +incremental):\n%s", step, diff)
+			t.Fatalf("step %d: node (-model +tracker):\n%s", step, diff)
 		}
 		if w.nodeSeen {
 			want := NodeHealth{Exists: !w.nodeDeleted}
@@ -685,20 +685,20 @@ func runHistory(t *testing.T, c intNSource, steps int) {
 			fresh.Apply(d)
 		}
 		if diff := gocmp.Diff(dumpTracker(fresh), dumpTracker(tracker)); diff != "" {
-			t.Fatalf("step %d: memory (-fresh +incremental):\n%s", step, diff)
+			t.Fatalf("step %d: Tracker state (-new +incremental):\n%s", step, diff)
 		}
 	}
 }
 
-// dumpTracker writes what a Tracker remembers: problems, claims, and names, so that
-// nothing of deleted objects stays behind.
+// dumpTracker returns the problems, claims and names in a Tracker. It reveals any state of
+// deleted objects that remains.
 func dumpTracker(t *Tracker) map[string][]string {
 	out := map[string][]string{}
 	for name, s := range t.services {
 		out["service"] = append(out["service"], fmt.Sprint(name, s.createdUnix, s.healthCheck, len(s.portClaims)))
 		for _, p := range s.problems {
-			// When a port that no slice knows is a problem is a matter of history.
-			if !strings.Contains(p.Message, "so connections are refused") {
+			// Whether an unmatched port is a problem depends on the history.
+			if !strings.Contains(p.Message, "so connections are rejected") {
 				out["problem"] = append(out["problem"], p.String())
 			}
 		}

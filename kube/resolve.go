@@ -10,32 +10,32 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// resolveAll works out again the Services that were touched, and those whose
-// frontends change hands by that, and adds the differences to result.
-func (t *Tracker) resolveAll(touched []*service, result *Result) {
-	demands := make([]desiredState, 0, len(touched))
-	for _, s := range touched {
-		demands = append(demands, t.updateClaims(s))
+// resolveAll resolves the dirty Services and all Services that claim a frontend whose owner
+// changes with them. It adds the differences to result.
+func (t *Tracker) resolveAll(dirty []*service, result *Result) {
+	desired := make([]desiredState, 0, len(dirty))
+	for _, s := range dirty {
+		desired = append(desired, t.updateClaims(s))
 	}
-	var others []*service
+	var affected []*service
 	t.claims.drainChanged(func(s *service) {
 		s.claimsChangedRound = t.round
 		if s.dirtyRound != t.round {
 			s.dirtyRound = t.round
-			others = append(others, s)
+			affected = append(affected, s)
 		}
 	})
-	for i, s := range touched {
-		t.resolve(s, demands[i], result)
+	for i, s := range dirty {
+		t.resolve(s, desired[i], result)
 	}
-	for _, s := range others {
-		// It claims what it claimed before, so nothing changes hands by this.
+	for _, s := range affected {
+		// Its claims are unchanged, so no other owner changes.
 		t.resolve(s, convert(s.object, s.slices, t.location, t.opts.Schedulers), result)
 	}
 	slices.SortFunc(result.Problems, Problem.Compare)
 }
 
-// updateClaims works out what s asks for, and moves its claims.
+// updateClaims computes the desired state of s and replaces its claims.
 func (t *Tracker) updateClaims(s *service) desiredState {
 	d := convert(s.object, s.slices, t.location, t.opts.Schedulers)
 	created := int64(0)
@@ -69,7 +69,7 @@ func (t *Tracker) updateClaims(s *service) desiredState {
 	return d
 }
 
-// indexClusterIPs notes the cluster IPs of s.
+// indexClusterIPs updates the index of Services by cluster IP.
 func (t *Tracker) indexClusterIPs(s *service, clusterIPs []netip.Addr) {
 	if slices.Equal(s.clusterIPs, clusterIPs) {
 		return
@@ -92,15 +92,15 @@ func (w *desiredService) portClaims() portClaims {
 	return portClaims{port: w.port, kind: w.key.Kind, frontends: w.frontends}
 }
 
-// resolve decides what of s is programmed, now that it is known who owns which
-// frontend, and adds the difference to result.
+// resolve determines the dataplane Services of s from the owners of its frontends, and adds the
+// differences to result.
 func (t *Tracker) resolve(s *service, d desiredState, result *Result) {
 	problems := s.confirmUnmatched(d.unmatchedPorts, d.problems)
 	programmed := make([]*dataplane.Service, len(d.services))
 	disputed := s.hasConflict || s.claimsChangedRound == t.round
 	s.hasConflict = false
 	var lost conflicts
-	programmedBefore := lookupByKey(s.programmed)
+	before := lookupByKey(s.programmed)
 	for i := range d.services {
 		w := &d.services[i]
 		frontends := w.frontends
@@ -110,7 +110,7 @@ func (t *Tracker) resolve(s *service, d desiredState, result *Result) {
 		if len(frontends) == 0 {
 			continue
 		}
-		svc, err := s.shareLists(w, i, programmedBefore).build(frontends, programmedBefore(w.key, i))
+		svc, err := s.shareLists(w, i, before).build(frontends, before(w.key, i))
 		if err != nil {
 			problems = append(problems, Problem{
 				Service: s.name, UID: s.object.UID,
@@ -125,14 +125,14 @@ func (t *Tracker) resolve(s *service, d desiredState, result *Result) {
 		s.hasConflict = true
 		problems = append(problems, lost.problems(s)...)
 	}
-	programmedNow := lookupByKey(programmed)
+	now := lookupByKey(programmed)
 	for i, svc := range programmed {
-		if svc != nil && svc != programmedBefore(svc.Key, i) {
+		if svc != nil && svc != before(svc.Key, i) {
 			result.addChange(svc.Key, svc)
 		}
 	}
 	for i, old := range s.programmed {
-		if old != nil && programmedNow(old.Key, i) == nil {
+		if old != nil && now(old.Key, i) == nil {
 			result.addChange(old.Key, nil)
 		}
 	}
@@ -147,9 +147,8 @@ func (t *Tracker) resolve(s *service, d desiredState, result *Result) {
 	}
 }
 
-// confirmUnmatched appends to problems the ports that no slice knows, but for those for
-// which a slice may still be on its way: the controller writes it because of the
-// Service, and so after it.
+// confirmUnmatched adds a problem for each port that is missing in all slices, unless a slice may
+// still follow: the controller writes it after the Service.
 func (s *service) confirmUnmatched(ports []unmatchedPort, problems []Problem) []Problem {
 	before := s.unmatchedPorts
 	s.unmatchedPorts = nil
@@ -162,12 +161,12 @@ func (s *service) confirmUnmatched(ports []unmatchedPort, problems []Problem) []
 	return problems
 }
 
-// ownedFrontends returns the frontends of w that s owns, and notes the others.
+// ownedFrontends returns the frontends of w that s owns, and adds the others to lost.
 func (t *Tracker) ownedFrontends(s *service, w *desiredService, lost *conflicts) []dataplane.Frontend {
-	mine := claim{service: s, port: w.port, kind: w.key.Kind}
+	own := claim{service: s, port: w.port, kind: w.key.Kind}
 	n := 0
 	for _, f := range w.frontends {
-		if owner := t.claims.owners[f]; owner == mine {
+		if owner := t.claims.owners[f]; owner == own {
 			n++
 		} else {
 			lost.add(w, f, owner)
@@ -178,29 +177,28 @@ func (t *Tracker) ownedFrontends(s *service, w *desiredService, lost *conflicts)
 	}
 	kept := make([]dataplane.Frontend, 0, n)
 	for _, f := range w.frontends {
-		if t.claims.owners[f] == mine {
+		if t.claims.owners[f] == own {
 			kept = append(kept, f)
 		}
 	}
 	return kept
 }
 
-// build returns the Service that w makes with the frontends that it has
-// got: old, if it is equal.
+// build returns the dataplane Service of w with the given frontends, or old if it is equal.
 func (w *desiredService) build(frontends []dataplane.Frontend, old *dataplane.Service) (*dataplane.Service, error) {
-	// The lists are in order, so that this is what NewService would return.
-	if same := (dataplane.Service{Key: w.key, Frontends: frontends, ServiceSpec: w.treatment, Serving: w.serving}); same.Equal(old) {
+	// The lists are sorted, so this equals the result of NewService.
+	if same := (dataplane.Service{Key: w.key, Frontends: frontends, ServiceSpec: w.spec, Serving: w.serving}); same.Equal(old) {
 		return old, nil
 	}
-	svc, err := dataplane.NewService(w.key, frontends, w.treatment)
+	svc, err := dataplane.NewService(w.key, frontends, w.spec)
 	if err != nil || len(w.serving) == 0 {
 		return svc, err
 	}
 	return svc.WithServing(w.serving)
 }
 
-// shareLists replaces the lists of w, which is the i-th want, by equal ones that
-// something of the port has already, so that each is in memory once.
+// shareLists replaces the lists of w, the i-th desired Service, with equal lists of the same
+// port, so that each is in memory once.
 func (s *service) shareLists(w *desiredService, i int, before func(dataplane.Key, int) *dataplane.Service) *desiredService {
 	var others [len(allKinds{})]*dataplane.Service
 	for n, kind := range kinds() {
@@ -226,8 +224,8 @@ func (s *service) shareLists(w *desiredService, i int, before func(dataplane.Key
 		}
 		return list
 	}
-	w.treatment.Endpoints = shared(w.treatment.Endpoints)
-	w.treatment.LocalEndpoints = shared(w.treatment.LocalEndpoints)
+	w.spec.Endpoints = shared(w.spec.Endpoints)
+	w.spec.LocalEndpoints = shared(w.spec.LocalEndpoints)
 	if len(w.serving) > 0 {
 		for _, old := range others {
 			if old != nil && slices.Equal(old.Serving, w.serving) {
@@ -239,18 +237,17 @@ func (s *service) shareLists(w *desiredService, i int, before func(dataplane.Key
 	return w
 }
 
-// maxProblems is how many problems of a Service are named.
+// maxProblems is the maximum number of problems of a Service that are reported individually.
 const maxProblems = 20
 
-// updateProblems replaces the problems of s and adds those that it had not before to
-// result.
+// updateProblems replaces the problems of s and adds the new ones to result.
 func (s *service) updateProblems(problems []Problem, result *Result) {
 	slices.SortFunc(problems, Problem.Compare)
 	problems = slices.Compact(problems)
 	if n := len(problems) - maxProblems; n > 0 {
 		problems = append(slices.Clone(problems[:maxProblems]), Problem{
 			Service: s.name, UID: problems[0].UID, Field: "spec",
-			Message: fmt.Sprintf("and %d more problems: they are named when some of the others are solved", n),
+			Message: fmt.Sprintf("and %d more problems, which are reported when others are fixed", n),
 		})
 		slices.SortFunc(problems, Problem.Compare)
 	}
@@ -280,8 +277,8 @@ func (r *Result) addHealthCheck(name types.NamespacedName, check HealthCheck) {
 	r.HealthChecks[name] = &check
 }
 
-// lookupByKey returns a function that finds the Service of a key, which most likely is
-// at index i.
+// lookupByKey returns a function that finds the Service of a key, which is most likely at index
+// i.
 func lookupByKey(services []*dataplane.Service) func(key dataplane.Key, i int) *dataplane.Service {
 	var all map[dataplane.Key]*dataplane.Service
 	return func(key dataplane.Key, i int) *dataplane.Service {

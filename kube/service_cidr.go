@@ -5,19 +5,18 @@ import (
 	"slices"
 )
 
-// Overlap says that a ServiceCIDR has addresses of pods or of this node in it. A
-// ServiceCIDR within a larger pod network is no Overlap, as pods get no addresses
-// from it.
+// Overlap reports that a ServiceCIDR contains addresses of pods or of this node. A ServiceCIDR
+// inside a larger pod network is not an Overlap, because pods get no addresses from it.
 type Overlap struct {
 	ServiceCIDR netip.Prefix
-	// Other is a pod network, or one address of this node.
+	// Other is a pod network or an address of this node.
 	Other netip.Prefix
 }
 
-// subtractOverlaps returns the ServiceCIDRs without the pod networks within them and
-// without this node's own addresses, and what they overlapped. The dataplane drops
-// connections to what it gets as a ServiceCIDR and knows no Service for. Addresses of
-// other nodes, and of their pods, are not known here.
+// subtractOverlaps returns the ServiceCIDRs without the pod networks in them and without this
+// node's own addresses, and the overlaps. The dataplane drops connections to an address in a
+// ServiceCIDR that belongs to no Service. The addresses of other nodes, and of pods outside
+// podNetworks, are not known here.
 func subtractOverlaps(serviceCIDRs, podNetworks []netip.Prefix, own map[netip.Addr]struct{}) ([]netip.Prefix, []Overlap) {
 	var overlaps []Overlap
 	var rest []netip.Prefix
@@ -48,7 +47,7 @@ func subtractOverlaps(serviceCIDRs, podNetworks []netip.Prefix, own map[netip.Ad
 	return rest, overlaps
 }
 
-// subtract appends to list the networks that together are p without o.
+// subtract appends the networks that together cover p without o.
 func subtract(list []netip.Prefix, p, o netip.Prefix) []netip.Prefix {
 	switch {
 	case !p.Overlaps(o):

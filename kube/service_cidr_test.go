@@ -11,14 +11,14 @@ func TestSubtractOverlaps(t *testing.T) {
 		services, pods, own string
 		want, overlaps      string
 	}{
-		"nothing in common":                {"10.96.0.0/16", "10.244.0.0/16", "192.0.2.1", "10.96.0.0/16", ""},
-		"within a wide pod network":        {"10.96.0.0/16", "10.0.0.0/8", "192.0.2.1", "10.96.0.0/16", ""},
-		"pods within it":                   {"10.244.0.0/15", "10.244.0.0/16", "", "10.245.0.0/16", "10.244.0.0/15 10.244.0.0/16"},
-		"the pods' network itself":         {"10.244.0.0/16", "10.244.0.0/16", "", "", "10.244.0.0/16 10.244.0.0/16"},
-		"this node in it":                  {"192.0.2.0/30", "", "192.0.2.1", "192.0.2.0/32 192.0.2.2/31", "192.0.2.0/30 192.0.2.1/32"},
-		"two nodes' addresses":             {"192.0.2.0/30", "", "192.0.2.1 192.0.2.2", "192.0.2.0/32 192.0.2.3/32", "192.0.2.0/30 192.0.2.1/32, 192.0.2.0/30 192.0.2.2/32"},
-		"the other family does not matter": {"fd00::/112 10.96.0.0/16", "10.244.0.0/16", "2001:db8::1", "fd00::/112 10.96.0.0/16", ""},
-		"IPv6":                             {"fd00::/126", "fd00::2/127", "", "fd00::/127", "fd00::/126 fd00::2/127"},
+		"no overlap":                          {"10.96.0.0/16", "10.244.0.0/16", "192.0.2.1", "10.96.0.0/16", ""},
+		"inside a larger pod network":         {"10.96.0.0/16", "10.0.0.0/8", "192.0.2.1", "10.96.0.0/16", ""},
+		"contains a pod network":              {"10.244.0.0/15", "10.244.0.0/16", "", "10.245.0.0/16", "10.244.0.0/15 10.244.0.0/16"},
+		"equal to the pod network":            {"10.244.0.0/16", "10.244.0.0/16", "", "", "10.244.0.0/16 10.244.0.0/16"},
+		"contains an address of this node":    {"192.0.2.0/30", "", "192.0.2.1", "192.0.2.0/32 192.0.2.2/31", "192.0.2.0/30 192.0.2.1/32"},
+		"contains two addresses of this node": {"192.0.2.0/30", "", "192.0.2.1 192.0.2.2", "192.0.2.0/32 192.0.2.3/32", "192.0.2.0/30 192.0.2.1/32, 192.0.2.0/30 192.0.2.2/32"},
+		"the other family is ignored":         {"fd00::/112 10.96.0.0/16", "10.244.0.0/16", "2001:db8::1", "fd00::/112 10.96.0.0/16", ""},
+		"IPv6":                                {"fd00::/126", "fd00::2/127", "", "fd00::/127", "fd00::/126 fd00::2/127"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			own := map[netip.Addr]struct{}{}
@@ -34,17 +34,17 @@ func TestSubtractOverlaps(t *testing.T) {
 				pairs = append(pairs, o.ServiceCIDR.String()+" "+o.Other.String())
 			}
 			if joined := strings.Join(texts, " "); joined != test.want {
-				t.Errorf("what is left is %q, want %q", joined, test.want)
+				t.Errorf("got %q, want %q", joined, test.want)
 			}
 			if joined := strings.Join(pairs, ", "); joined != test.overlaps {
-				t.Errorf("the overlaps are %q, want %q", joined, test.overlaps)
+				t.Errorf("overlaps are %q, want %q", joined, test.overlaps)
 			}
 		})
 	}
 }
 
-// FuzzSubtract says of any address that it is in what is left exactly if it is in the
-// one network and not in the other.
+// FuzzSubtract checks for any address that the result contains it if and only if the first
+// network contains it and the second does not.
 func FuzzSubtract(f *testing.F) {
 	f.Add([]byte{10, 0, 0, 0}, uint8(8), []byte{10, 96, 0, 0}, uint8(12), []byte{10, 96, 0, 1})
 	f.Add([]byte{10, 0, 0, 0}, uint8(32), []byte{10, 0, 0, 0}, uint8(0), []byte{10, 0, 0, 0})
@@ -67,7 +67,7 @@ func FuzzSubtract(f *testing.F) {
 			}
 		}
 		if want := p.Contains(addr) && !o.Contains(addr); (in == 1) != want || in > 1 {
-			t.Errorf("%s without %s has %s in %d of its networks, want it in: %t", p, o, addr, in, want)
+			t.Errorf("%s without %s has %s in %d of its networks, want it in one: %t", p, o, addr, in, want)
 		}
 	})
 }

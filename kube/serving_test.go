@@ -11,7 +11,7 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// overUDP makes the ports of a Service UDP's.
+// overUDP sets the protocol of all ports to UDP.
 func overUDP(svc *corev1.Service) {
 	for i := range svc.Spec.Ports {
 		svc.Spec.Ports[i].Protocol = corev1.ProtocolUDP
@@ -22,8 +22,7 @@ func udpSlice(endpoints ...string) []*discoveryv1.EndpointSlice {
 	return []*discoveryv1.EndpointSlice{newSlice("web-1", "web", eps(endpoints...), slicePorts(slicePort("http", corev1.ProtocolUDP, 8080)))}
 }
 
-// TestServing says which endpoints keep the flows that they have although no new
-// ones come to them.
+// TestServing checks which endpoints keep their existing flows without receiving new ones.
 func TestServing(t *testing.T) {
 	t.Parallel()
 	const (
@@ -37,37 +36,37 @@ func TestServing(t *testing.T) {
 	draining := []string{"10.0.0.1 @there", "10.0.0.2 @there !ready +serving +terminating"}
 	testConversion(t, []conversionTest{
 		{
-			name:     "an endpoint that terminates and serves",
+			name:     "a serving terminating endpoint",
 			services: web(),
 			slices:   udpSlice(draining...),
 			want:     want{cluster: "10.96.0.1:80/UDP -> 10.0.0.1:8080, still serving [10.0.0.2:8080]"},
 		},
 		{
-			name:     "over TCP nobody needs to know",
+			name:     "not for TCP",
 			services: one(newService("web", "10.96.0.1")),
 			slices:   slice(draining...),
 			want:     want{cluster: "10.96.0.1:80/TCP -> 10.0.0.1:8080"},
 		},
 		{
-			name:     "endpoints that take new flows are not named again",
+			name:     "endpoints that receive new flows are not listed",
 			services: web(),
 			slices:   udpSlice("10.0.0.1 @there !ready +serving +terminating"),
 			want:     want{cluster: "10.96.0.1:80/UDP -> 10.0.0.1:8080"},
 		},
 		{
-			name:     "an endpoint that does not serve keeps nothing",
+			name:     "an endpoint that is not serving",
 			services: web(),
 			slices:   udpSlice("10.0.0.1 @there", "10.0.0.2 @there !ready !serving +terminating", "10.0.0.3 @there !ready !serving"),
 			want:     want{cluster: "10.96.0.1:80/UDP -> 10.0.0.1:8080"},
 		},
 		{
-			name:     "an endpoint that serves and is not ready, for whatever reason",
+			name:     "an endpoint that is serving and not ready",
 			services: web(),
 			slices:   udpSlice("10.0.0.1 @there", "10.0.0.2 @there !ready +serving"),
 			want:     want{cluster: "10.96.0.1:80/UDP -> 10.0.0.1:8080, still serving [10.0.0.2:8080]"},
 		},
 		{
-			name:     "associations of SCTP stay with an endpoint that is not ready, unless it is about to end",
+			name:     "SCTP associations stay with an endpoint that is not ready, unless it is terminating and not serving",
 			services: one(newService("web", "10.96.0.1", ports(port("http", corev1.ProtocolSCTP, 80)))),
 			slices: []*discoveryv1.EndpointSlice{newSlice("web-1", "web", eps("10.0.0.1 @there", "10.0.0.2 @there !ready !serving",
 				"10.0.0.3 @there !ready !serving +terminating", "10.0.0.4 @there !ready +serving +terminating"),
@@ -75,24 +74,24 @@ func TestServing(t *testing.T) {
 			want: want{cluster: "10.96.0.1:80/SCTP -> 10.0.0.1:8080, still serving [10.0.0.2:8080 10.0.0.4:8080]"},
 		},
 		{
-			name:     "of several entries for an address the one that counts for new flows counts here",
+			name:     "of several entries for an address, the one for new flows is used",
 			services: web(),
 			slices: append(udpSlice("10.0.0.1 @there", "10.0.0.2 @there !ready !serving"),
 				newSlice("web-2", "web", eps("10.0.0.2 @there !ready +serving +terminating"), slicePorts(slicePort("http", corev1.ProtocolUDP, 8080)))),
 			want: want{cluster: "10.96.0.1:80/UDP -> 10.0.0.1:8080"},
 		},
 		{
-			name:     "policies leave endpoints out of new flows, each for its own kinds",
+			name:     "policies exclude endpoints from new flows, separately for each kind",
 			services: web(nodePorts(30080), internalPolicy(corev1.ServiceInternalTrafficPolicyLocal), externalPolicy(local)),
 			slices:   udpSlice("10.0.0.1 @here", "10.0.0.2 @there", "10.0.0.3 @here !ready +serving +terminating"),
 			want: want{
 				cluster: "10.96.0.1:80/UDP -> 10.0.0.1:8080(local), still serving [10.0.0.2:8080 10.0.0.3:8080]",
 				node: "0.0.0.0:30080/UDP -> 10.0.0.1:8080(local) 10.0.0.2:8080, others -> 10.0.0.1:8080(local), " +
-					"masquerade node, still serving [10.0.0.3:8080]",
+					"masquerade from-node, still serving [10.0.0.3:8080]",
 			},
 		},
 		{
-			name:     "hints leave endpoints out of new flows, also ready ones whose pods fail their probes (publishNotReadyAddresses)",
+			name:     "hints exclude endpoints from new flows, even ready ones that are not serving (publishNotReadyAddresses)",
 			services: web(),
 			slices:   udpSlice("10.0.0.1 @there node=here", "10.0.0.2 @here +ready !serving node=there"),
 			want:     want{cluster: "10.96.0.1:80/UDP -> 10.0.0.1:8080, still serving [10.0.0.2:8080]"},
@@ -100,8 +99,8 @@ func TestServing(t *testing.T) {
 	})
 }
 
-// TestServingIsShared says that the kinds of a port have one list, also after
-// one of them has changed.
+// TestServingIsShared checks that all kinds of a port share one list, even after one of them has
+// changed.
 func TestServingIsShared(t *testing.T) {
 	t.Parallel()
 	tracker := NewTracker(Options{NodeName: "here"})
@@ -116,7 +115,7 @@ func TestServingIsShared(t *testing.T) {
 		changes int
 	}{
 		{"new", Delta{Services: one(full), EndpointSlices: endpoints}, 4},
-		{"the same again", Delta{EndpointSlices: endpoints}, 0},
+		{"the same", Delta{EndpointSlices: endpoints}, 0},
 		{"another node port", Delta{Services: one(another)}, 1},
 	} {
 		changes := tracker.Apply(step.delta).Changes
@@ -132,7 +131,7 @@ func TestServingIsShared(t *testing.T) {
 				first = &svc.Serving[0]
 			}
 			if first != &svc.Serving[0] {
-				t.Errorf("%s: %s has a list of its own", step.name, key)
+				t.Errorf("%s: %s has a separate list", step.name, key)
 			}
 		}
 	}

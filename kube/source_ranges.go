@@ -8,8 +8,8 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// sourceRanges are the networks whose clients may connect to the addresses of
-// the load balancer, by family: nil lets in everyone.
+// sourceRanges contains the client networks that may connect to the load balancer IPs, by family.
+// Nil allows all clients.
 type sourceRanges struct{ v4, v6 []netip.Prefix }
 
 func (r sourceRanges) forFamily(family dataplane.Family) []netip.Prefix {
@@ -19,18 +19,17 @@ func (r sourceRanges) forFamily(family dataplane.Family) []netip.Prefix {
 	return r.v6
 }
 
-// sourceRanges reads spec.loadBalancerSourceRanges. The annotation of former
-// times, service.beta.kubernetes.io/load-balancer-source-ranges, is for cloud
-// load balancers; kube-proxy does not read it either.
+// sourceRanges reads spec.loadBalancerSourceRanges. It ignores the deprecated annotation
+// service.beta.kubernetes.io/load-balancer-source-ranges, which is for cloud load balancers; so
+// does kube-proxy.
 //
-// An entry that can't be read never opens the Service: the others go on to
-// filter, and if there are none in a family that the entry may have been meant
-// for, nobody of that family is let in.
+// An invalid entry never opens the Service. The remaining entries still apply. If a family that
+// the entry may belong to has no other entry, no client of that family is allowed.
 func (c *conversion) sourceRanges() sourceRanges {
 	var r sourceRanges
 	var bad4, bad6 bool
 	for i, entry := range c.service.Spec.LoadBalancerSourceRanges {
-		text := strings.TrimSpace(entry) // validation lets spaces pass
+		text := strings.TrimSpace(entry) // validation accepts surrounding spaces
 		network, err := parseNetwork(text)
 		switch {
 		case err != nil:
@@ -38,8 +37,8 @@ func (c *conversion) sourceRanges() sourceRanges {
 			bad4 = bad4 || four || !six
 			bad6 = bad6 || six || !four
 			c.addProblem(elementPath("spec.loadBalancerSourceRanges", i, ""),
-				"%q %v: write one as 192.0.2.0/24 or 2001:db8::/32; until then only clients of the other ranges are let in, "+
-					"and nobody of a family that has no other", entry, err)
+				"%q %v: use a network such as 192.0.2.0/24 or 2001:db8::/32; until then only clients in the other ranges are allowed, "+
+					"and no client of a family without another range", entry, err)
 		case network.Addr().Is4():
 			r.v4 = append(r.v4, network)
 		default:
@@ -49,8 +48,8 @@ func (c *conversion) sourceRanges() sourceRanges {
 	return sourceRanges{v4: effectiveRanges(r.v4, bad4, dataplane.IPv4), v6: effectiveRanges(r.v6, bad6, dataplane.IPv6)}
 }
 
-// effectiveRanges returns the ranges of a family sorted, unique, and nil if they let
-// in everyone.
+// effectiveRanges returns the ranges of a family, sorted and deduplicated, or nil if they allow
+// all clients.
 func effectiveRanges(ranges []netip.Prefix, bad bool, family dataplane.Family) []netip.Prefix {
 	switch {
 	case slices.ContainsFunc(ranges, func(p netip.Prefix) bool { return p.Bits() == 0 }):
@@ -64,7 +63,7 @@ func effectiveRanges(ranges []netip.Prefix, bad bool, family dataplane.Family) [
 	return slices.Compact(ranges)
 }
 
-// noClients returns a network that no client is in.
+// noClients returns a network that contains no client.
 func noClients(family dataplane.Family) netip.Prefix {
 	addr := unspecifiedAddr(family)
 	return netip.PrefixFrom(addr, addr.BitLen())

@@ -6,15 +6,14 @@ import (
 	corev1 "k8s.io/api/core/v1"
 )
 
-// TestSourceRanges says whose connections to a load balancer's addresses are
-// let in.
+// TestSourceRanges checks which clients may connect to load balancer IPs.
 func TestSourceRanges(t *testing.T) {
 	t.Parallel()
 	web := func(ranges ...string) []*corev1.Service {
 		return one(newService("web", "10.96.0.1 fd00::1", ingress("192.0.2.1", "2001:db8::1"), sourceRangesOf(ranges...),
 			nodePorts(30080), externalIPs("192.0.2.2")))
 	}
-	// from says what both families let in, everything else being as it is.
+	// from returns the expected Services with the given ranges of both families.
 	from := func(four, six string) want {
 		text := func(ranges string) string {
 			if ranges == "" {
@@ -34,47 +33,47 @@ func TestSourceRanges(t *testing.T) {
 	}
 	problem := func(i, text string) string {
 		return "default/web: spec.loadBalancerSourceRanges[" + i + "]: " + text +
-			": write one as 192.0.2.0/24 or 2001:db8::/32; until then only clients of the other ranges are let in, and nobody of a family that has no other"
+			": use a network such as 192.0.2.0/24 or 2001:db8::/32; until then only clients in the other ranges are allowed, and no client of a family without another range"
 	}
 	testConversion(t, []conversionTest{
-		{name: "none: everyone", services: web(), want: from("", "")},
+		{name: "no ranges: all clients", services: web(), want: from("", "")},
 		{
-			name: "each family its own, in order, once, trimmed and without host bits", services: web(" 203.0.113.7/24", "10.0.0.0/8 ", "2001:db8:1::/48", "10.0.0.0/8"),
+			name: "ranges are split by family, sorted, deduplicated, trimmed and masked", services: web(" 203.0.113.7/24", "10.0.0.0/8 ", "2001:db8:1::/48", "10.0.0.0/8"),
 			want: from("10.0.0.0/8 203.0.113.0/24", "2001:db8:1::/48"),
 		},
-		{name: "a family without ranges lets in everyone", services: web("2001:db8:1::/48"), want: from("", "2001:db8:1::/48")},
-		{name: "a range of everything lets in everyone of its family", services: web("10.0.0.0/8", "0.0.0.0/0", "2001:db8:1::/48"), want: from("", "2001:db8:1::/48")},
-		{name: "leading zeros are decimal, as in all old fields", services: web("010.0.0.0/8"), want: from("10.0.0.0/8", "")},
+		{name: "a family without ranges allows all clients", services: web("2001:db8:1::/48"), want: from("", "2001:db8:1::/48")},
+		{name: "a range of all addresses allows all clients of its family", services: web("10.0.0.0/8", "0.0.0.0/0", "2001:db8:1::/48"), want: from("", "2001:db8:1::/48")},
+		{name: "leading zeros are decimal", services: web("010.0.0.0/8"), want: from("10.0.0.0/8", "")},
 		{
-			name: "the same in prefix lengths", services: web("203.0.113.000/025", "2001:db8:1::/048", "010.1.0.0/0016"),
+			name: "leading zeros in prefix lengths", services: web("203.0.113.000/025", "2001:db8:1::/048", "010.1.0.0/0016"),
 			want: from("10.1.0.0/16 203.0.113.0/25", "2001:db8:1::/48"),
 		},
 		{
-			name: "a sign or a space is no digit", services: web("203.0.113.0/+25", "10.0.0.0/8"),
+			name: "a sign or a space is not a digit", services: web("203.0.113.0/+25", "10.0.0.0/8"),
 			want: from("10.0.0.0/8", ""), problems: []string{problem("0", `"203.0.113.0/+25" is not a network`)},
 		},
 		{
-			name: "beside one that cannot be read the others go on to filter", services: web("10.0.0.0/8", "192.0.2.0/33"),
+			name: "valid ranges apply besides an invalid one", services: web("10.0.0.0/8", "192.0.2.0/33"),
 			want: from("10.0.0.0/8", ""), problems: []string{problem("1", `"192.0.2.0/33" is not a network`)},
 		},
 		{
-			name: "if none can be read, nobody of the family is let in", services: web("192.0.2.1"),
+			name: "with only invalid ranges, no client of the family is allowed", services: web("192.0.2.1"),
 			want: from("0.0.0.0/32", ""), problems: []string{problem("0", `"192.0.2.1" is not a network`)},
 		},
 		{
-			name: "the same for IPv6", services: web("2001:db8::/129", "10.0.0.0/8"),
+			name: "only invalid ranges for IPv6", services: web("2001:db8::/129", "10.0.0.0/8"),
 			want: from("10.0.0.0/8", "::/128"), problems: []string{problem("0", `"2001:db8::/129" is not a network`)},
 		},
 		{
-			name: "one that may have been meant for either family closes both", services: web("office", ""),
+			name: "an invalid range that may belong to either family closes both", services: web("office", ""),
 			want:     from("0.0.0.0/32", "::/128"),
 			problems: []string{problem("0", `"office" is not a network`), problem("1", `"" is not a network`)},
 		},
-		{name: "an IPv4-mapped network is the IPv4 one", services: web("::ffff:10.1.2.3/104"), want: from("10.0.0.0/8", "")},
-		{name: "one of all mapped addresses is all of IPv4", services: web("::ffff:0:0/96", "192.0.2.0/24"), want: from("", "")},
-		{name: "one that holds more is of IPv6", services: web("::ffff:10.0.0.0/80"), want: from("", "::/80")},
+		{name: "an IPv4-mapped network is an IPv4 network", services: web("::ffff:10.1.2.3/104"), want: from("10.0.0.0/8", "")},
+		{name: "the network of all mapped addresses is all of IPv4", services: web("::ffff:0:0/96", "192.0.2.0/24"), want: from("", "")},
+		{name: "a larger network is an IPv6 network", services: web("::ffff:10.0.0.0/80"), want: from("", "::/80")},
 		{
-			name: "the annotation of former times is for cloud load balancers",
+			name: "the deprecated annotation is ignored",
 			services: func() []*corev1.Service {
 				list := web()
 				list[0].Annotations = map[string]string{corev1.AnnotationLoadBalancerSourceRangesKey: "10.0.0.0/8"}

@@ -4,7 +4,7 @@ import (
 	discoveryv1 "k8s.io/api/discovery/v1"
 )
 
-// hintTraits returns what an endpoint's hints say to this place.
+// hintTraits returns the traits of an endpoint's hints at this location.
 func (l location) hintTraits(hints *discoveryv1.EndpointHints) traits {
 	t := noZoneHint | notForZone | noNodeHint | notForNode
 	if hints == nil {
@@ -25,21 +25,21 @@ func (l location) hintTraits(hints *discoveryv1.EndpointHints) traits {
 	return t
 }
 
-// topology is how hints narrow the ready endpoints of a port.
+// topology is the effect of hints on the ready endpoints of a port.
 type topology struct {
-	// excluded are the traits of those that are left out.
+	// excluded contains the traits of the endpoints that hints exclude.
 	excluded traits
-	// zoneDependent says that the zone of this node takes part in the decision.
+	// zoneDependent is set if the result depends on the zone of this node.
 	zoneDependent bool
 }
 
-// topologyOf decides which hints are followed. If every ready candidate has a
-// hint for nodes and one of them is for this node, only those for this node are
-// used; or else, if every one has a hint for zones and one of them is for this
-// zone, only those for this zone; or else all.
+// topologyOf evaluates the hints of the ready candidates. If every one has a hint for nodes and
+// at least one hint names this node, only those with a hint for this node are used. Otherwise, if
+// every one has a hint for zones and at least one hint names this node's zone, only those with a
+// hint for the zone are used. Otherwise all are used.
 func topologyOf(candidates []candidate) topology {
 	ready := false
-	var some traits // that at least one ready candidate has
+	var some traits // traits of at least one ready candidate
 	all := notForNode | notForZone
 	for _, c := range candidates {
 		if c.ready() {

@@ -12,141 +12,132 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// Options are the settings of a [Tracker].
+// Options configures a [Tracker].
 type Options struct {
-	// NodeName is the name of this node as endpoints carry it in nodeName and in
-	// hints. It decides [dataplane.Endpoint.Local], and which endpoints the
-	// traffic policy Local leaves. If it is empty, the policy leaves none, and
-	// only endpoints without a node may be local.
+	// NodeName is this node's name in the nodeName and the hints of endpoints. It determines
+	// [dataplane.Endpoint.Local] and the endpoints that the traffic policy Local selects. If it
+	// is empty, the policy selects no endpoints, and only endpoints without a nodeName may be
+	// local.
 	NodeName string
-	// BindAddress, if it is valid and not unspecified, is taken for the node's
-	// primary address of its family, whatever the Node object says. It is
-	// kube-proxy's --bind-address.
+	// BindAddress, if valid and not unspecified, replaces the node's primary address of its
+	// family. It corresponds to kube-proxy's --bind-address.
 	BindAddress netip.Addr
-	// MasqueradeAll makes every client of a cluster IP masqueraded.
+	// MasqueradeAll masquerades every client of a cluster IP.
 	MasqueradeAll bool
-	// DetectLocal says which clients are pods.
+	// DetectLocal defines how to detect pod traffic.
 	DetectLocal DetectLocal
-	// NodePortAddresses says where node ports are served.
+	// NodePortAddresses selects the addresses that serve node ports.
 	NodePortAddresses NodePortAddresses
-	// PingServiceIPs is [dataplane.Node.PingServiceIPs].
+	// PingServiceIPs sets [dataplane.Node.PingServiceIPs].
 	PingServiceIPs bool
-	// ProtectLoopback sets [dataplane.Node.ProtectLoopback]. Node ports at loopback
-	// addresses set it as well.
+	// ProtectLoopback sets [dataplane.Node.ProtectLoopback]. Node ports at loopback addresses set
+	// it as well.
 	ProtectLoopback bool
-	// Schedulers are the names that [AnnotationIPVSScheduler] may have. There are
-	// none where the backend has no schedulers.
+	// Schedulers lists the supported values of [AnnotationIPVSScheduler]. It is empty if the
+	// backend has no schedulers.
 	Schedulers []string
 }
 
-// Result is what a [Delta] changes.
+// Result contains the changes that a [Delta] causes.
 type Result struct {
-	// Changes holds the new value of each key whose value changed, nil if the
-	// key is gone. Equal values are no change.
+	// Changes contains the new value of each key that changed, nil if the key is gone.
 	Changes map[dataplane.Key]*dataplane.Service
-	// Problems are those that this Delta brought up, sorted. A problem that
-	// persists is not named again, unless it went away in between.
+	// Problems contains the new problems, sorted. A persisting problem is not reported again.
 	Problems []Problem
-	// Node is what the dataplane must know of the node, if that or Loopback has
-	// changed, and nil otherwise. The first Result has it.
+	// Node is the new dataplane.Node. It is nil if neither Node nor LoopbackNodePortAddrs has
+	// changed. The first Result always contains it.
 	Node *dataplane.Node
-	// LoopbackNodePortAddrs are, where Node is set, the loopback addresses of this node's
-	// interfaces that [Options.NodePortAddresses] asks for by themselves, sorted.
-	// They are none of [dataplane.Node.NodePortAddrs], as a kernel does not
-	// forward from them: if there are any, of whatever family, Node has
-	// LocalhostNodePorts, and something else serves the node ports of TCP at the
-	// loopback addresses of the families that they are of.
+	// LoopbackNodePortAddrs is set together with Node. It contains the loopback addresses of this
+	// node's interfaces that [Options.NodePortAddresses] selects explicitly, sorted. They are not
+	// in [dataplane.Node.NodePortAddrs], because the kernel does not forward from them. If there
+	// are any, of either family, Node.LocalhostNodePorts is set, and another component serves the
+	// TCP node ports at the loopback addresses of these families.
 	LoopbackNodePortAddrs []netip.Addr
-	// Overlaps are, where Node is set, those of ServiceCIDRs that this Delta brought up:
-	// Node.ServiceCIDRs has no such addresses.
+	// Overlaps is set together with Node and contains the new overlaps of ServiceCIDRs.
+	// Node.ServiceCIDRs excludes the overlapping addresses.
 	Overlaps []Overlap
-	// NodeHealth is what the node's health depends on, if that has changed. The
-	// first Result of a Delta with Node or NodeDeleted has it; there is none
-	// before, as nothing is known of the Node object.
+	// NodeHealth is the new state of the Node object, or nil if it has not changed. It is first
+	// set in the Result of a Delta with Node or NodeDeleted; before, the state is unknown.
 	NodeHealth *NodeHealth
-	// HealthChecks holds the health-check node ports that are new or have
-	// changed, by Service, and nil for those that are gone.
+	// HealthChecks contains the new and changed health-check node ports by Service, nil if a port
+	// is gone.
 	HealthChecks map[types.NamespacedName]*HealthCheck
-	// NodePortsWithoutAddress are those that this Delta brought up, at most one of a family. A
-	// family is reported again only after an address has served it.
+	// NodePortsWithoutAddress contains at most one new report per family. A family is reported
+	// again only after an address has served it.
 	NodePortsWithoutAddress []NodePortsWithoutAddress
 
-	endpointSlices []*discoveryv1.EndpointSlice // the Delta's, for Triggers
+	endpointSlices []*discoveryv1.EndpointSlice // of the Delta, for Triggers
 }
 
-// Tracker keeps Services and EndpointSlices by name and computes what this node
-// must have, incrementally: a [Delta] costs work for the Services it touches,
-// directly or through their EndpointSlices, for those that collide with them,
-// and, if the node has moved to another zone, for those whose endpoints have
-// hints for zones. It never walks all Services.
+// Tracker keeps Services and EndpointSlices by name and incrementally computes the state that
+// this node must have. Processing a [Delta] visits the Services that it changes, directly or
+// through their EndpointSlices, and the Services that conflict with them. If the node has moved
+// to another zone, it also visits the Services whose endpoints have hints for zones. It never
+// visits all Services.
 //
 // A Tracker is not safe for concurrent use.
 type Tracker struct {
 	opts     Options
 	location location
 	services map[types.NamespacedName]*service
-	// sliceOwners has the Service of each slice that belongs to one.
+	// sliceOwners contains the Service of each EndpointSlice that belongs to one.
 	sliceOwners map[types.NamespacedName]*service
 	claims      claims
-	// zoneDependent are the Services for which another zone of this node may make a
-	// difference.
+	// zoneDependent contains the Services whose endpoints may change with the zone of this node.
 	zoneDependent map[*service]struct{}
-	// byClusterIP has the Services with a cluster IP, for when the node gets or
-	// loses that address.
+	// byClusterIP contains the Services by cluster IP, for the case that the node gains or loses
+	// that address.
 	byClusterIP map[netip.Addr][]*service
 
 	networks networks
-	// node and loopback are what the last Result with a Node had; node is nil
-	// before the first.
+	// node and loopback are the values of the last Result with a Node. node is nil before the
+	// first one.
 	node     *dataplane.Node
 	loopback []netip.Addr
 	overlaps []Overlap
-	// health is what the last Result with a NodeHealth had, and nil before the
-	// first.
+	// health is the value of the last Result with a NodeHealth, and nil before the first one.
 	health *NodeHealth
 
 	nodePorts nodePortCheck
 
-	// round counts the Deltas.
+	// round is the number of Deltas processed.
 	round uint64
 }
 
-// service is what the Tracker knows under the name of a Service: the Service,
-// its slices, or both.
+// service is the Tracker's state for the name of a Service: the object, its slices, or both.
 type service struct {
 	name   types.NamespacedName
 	object *corev1.Service
-	// slices are sorted by name.
+	// slices is sorted by name.
 	slices []*endpointSlice
 
-	// createdUnix is the creation time that its claims were made with, in seconds,
-	// which is the precision of the API. A Service without one counts as the
-	// oldest.
+	// createdUnix is the creation time used for the claims, in seconds, the precision of the API.
+	// A Service without a creation time counts as the oldest.
 	createdUnix int64
-	// portClaims are its claims, and clusterIPs its cluster IPs.
+	// portClaims are the Service's claims, and clusterIPs its cluster IPs.
 	portClaims []portClaims
 	clusterIPs []netip.Addr
-	// problems of the objects and of collisions, sorted and without doubles.
+	// problems contains the problems of the objects and of conflicts, sorted and deduplicated.
 	problems []Problem
-	// programmed is what the last Result left in place, in the order of
-	// claimed: nil for what lost its frontends.
+	// programmed is the result of the last resolve, in the order of portClaims. An element is nil
+	// if all of its frontends belong to other Services.
 	programmed []*dataplane.Service
-	// healthCheck is the health-check node port, or has port 0.
+	// healthCheck is the health-check node port; its Port is 0 if there is none.
 	healthCheck HealthCheck
 
-	// dirtyRound is the round in which the Service was last found to be touched,
-	// and disputed that in which its claims, or the owner of one, last changed.
+	// dirtyRound is the last round in which the Service was resolved. claimsChangedRound is the
+	// last round in which its claims, or the owner of a frontend that it claims, changed.
 	dirtyRound, claimsChangedRound uint64
-	// portsChangedRound is the round in which what slices know of its ports last
-	// changed, and slicesRound that in which a slice of it was last delivered.
+	// portsChangedRound is the last round in which fields changed that the slices' ports depend
+	// on. slicesRound is the last round in which one of its slices was delivered.
 	portsChangedRound, slicesRound uint64
-	// unmatchedPorts are the ports that were reported to be known to no slice.
+	// unmatchedPorts lists the ports that were reported as missing in all slices.
 	unmatchedPorts []portName
-	// hasConflict says that another owns something that it claims.
+	// hasConflict is set if another Service owns a frontend that this Service claims.
 	hasConflict bool
 }
 
-// portClaims are the frontends of one kind that a port claims.
+// portClaims contains the frontends of one kind that a port claims.
 type portClaims struct {
 	port      int
 	kind      dataplane.Kind
@@ -157,7 +148,7 @@ func (c portClaims) equal(o portClaims) bool {
 	return c.port == o.port && c.kind == o.kind && slices.Equal(c.frontends, o.frontends)
 }
 
-// NewTracker returns a Tracker that knows no objects.
+// NewTracker returns a Tracker without any objects.
 func NewTracker(opts Options) *Tracker {
 	return &Tracker{
 		opts:          opts,
@@ -172,50 +163,48 @@ func NewTracker(opts Options) *Tracker {
 	}
 }
 
-// Apply takes over the objects of d and returns what they change. Within one
-// Delta deletions come first: an object that is deleted and delivered is there.
-// Objects may be delivered again without having changed, and objects may be
-// deleted that were never there.
+// Apply stores the objects of d and returns the resulting changes. Deletions are processed first:
+// an object that is both deleted and delivered exists afterwards. It is valid to deliver an
+// unchanged object again and to delete an unknown one.
 //
-// A Node that is deleted is reported as such, but its zone, its addresses and
-// its pod networks are taken to be as they were: the node is still there, and
-// has connections.
+// When the Node object is deleted, NodeHealth reports it. Its zone, addresses and pod networks
+// remain in use, because the node still exists and has connections.
 func (t *Tracker) Apply(d Delta) Result {
-	return t.process(func(result *Result, touch func(*service)) {
+	return t.process(func(result *Result, markDirty func(*service)) {
 		result.endpointSlices = d.EndpointSlices
-		t.applyNode(d, result, touch)
-		t.applyObjects(d, touch)
+		t.applyNode(d, result, markDirty)
+		t.applyObjects(d, markDirty)
 	})
 }
 
-// process returns the Result of a change, which names the Services to work out
-// again.
-func (t *Tracker) process(change func(result *Result, touch func(*service))) Result {
+// process runs change, which marks Services as dirty, then resolves these Services and returns
+// the Result.
+func (t *Tracker) process(change func(result *Result, markDirty func(*service))) Result {
 	t.round++
 	var result Result
-	var work []*service
+	var dirty []*service
 	change(&result, func(s *service) {
 		if s.dirtyRound != t.round {
 			s.dirtyRound = t.round
-			work = append(work, s)
+			dirty = append(dirty, s)
 		}
 	})
-	t.resolveAll(work, &result)
+	t.resolveAll(dirty, &result)
 	t.nodePorts.updateServices(result.Changes)
 	result.NodePortsWithoutAddress = t.nodePorts.newlyWithoutAddress()
 	return result
 }
 
-// Configure replaces the options and returns what that changes. The name of the
-// node and the schedulers can't change: those of opts are ignored.
+// Configure replaces the options and returns the resulting changes. The node name and the
+// schedulers cannot change: Configure ignores those of opts.
 func (t *Tracker) Configure(opts Options) Result {
 	opts.NodeName, opts.Schedulers = t.opts.NodeName, t.opts.Schedulers
 	t.opts = opts
 	return t.process(t.updateNode)
 }
 
-// applyNode takes over what d says of the node.
-func (t *Tracker) applyNode(d Delta, result *Result, touch func(*service)) {
+// applyNode stores the node's part of d.
+func (t *Tracker) applyNode(d Delta, result *Result, markDirty func(*service)) {
 	changed := t.node == nil
 	facts := t.networks.node
 	if d.NodeDeleted {
@@ -234,7 +223,7 @@ func (t *Tracker) applyNode(d Delta, result *Result, touch func(*service)) {
 	if t.location.zone != facts.zone {
 		t.location.zone = facts.zone
 		for s := range t.zoneDependent {
-			touch(s)
+			markDirty(s)
 		}
 	}
 	for _, name := range d.DeletedServiceCIDRs {
@@ -253,17 +242,17 @@ func (t *Tracker) applyNode(d Delta, result *Result, touch func(*service)) {
 		changed = true
 	}
 	if changed {
-		t.updateNode(result, touch)
+		t.updateNode(result, markDirty)
 	}
 }
 
-// updateNode computes what the dataplane must know of the node, and touches the
-// Services whose cluster IPs have become the node's own, or no longer are.
-func (t *Tracker) updateNode(result *Result, touch func(*service)) {
+// updateNode computes the dataplane.Node and marks Services as dirty whose cluster IP has become,
+// or is no longer, an address of the node.
+func (t *Tracker) updateNode(result *Result, markDirty func(*service)) {
 	own := t.networks.ownAddrs(t.opts.BindAddress)
 	for addr := range symmetricDifference(t.location.ownAddrs, own) {
 		for _, s := range t.byClusterIP[addr] {
-			touch(s)
+			markDirty(s)
 		}
 	}
 	t.location.ownAddrs = own
@@ -284,16 +273,16 @@ func (t *Tracker) updateNode(result *Result, touch func(*service)) {
 	t.nodePorts.setNode(node, loopback)
 }
 
-// applyObjects takes over the Services and slices of d.
-func (t *Tracker) applyObjects(d Delta, touch func(*service)) {
+// applyObjects stores the Services and slices of d.
+func (t *Tracker) applyObjects(d Delta, markDirty func(*service)) {
 	for _, name := range d.DeletedServices {
 		if s, ok := t.services[name]; ok {
 			s.object = nil
-			touch(s)
+			markDirty(s)
 		}
 	}
 	for _, name := range d.DeletedEndpointSlices {
-		t.removeSlice(name, touch)
+		t.removeSlice(name, markDirty)
 	}
 	for _, object := range d.Services {
 		s := t.ensureService(types.NamespacedName{Namespace: object.Namespace, Name: object.Name})
@@ -301,13 +290,13 @@ func (t *Tracker) applyObjects(d Delta, touch func(*service)) {
 			s.portsChangedRound = t.round
 		}
 		s.object = object
-		touch(s)
+		markDirty(s)
 	}
 	for _, object := range d.EndpointSlices {
 		name := types.NamespacedName{Namespace: object.Namespace, Name: object.Name}
 		owner, ok := owningService(object)
 		if was, had := t.sliceOwners[name]; had && (!ok || was.name != owner) {
-			t.removeSlice(name, touch)
+			t.removeSlice(name, markDirty)
 		}
 		if !ok {
 			continue
@@ -321,7 +310,7 @@ func (t *Tracker) applyObjects(d Delta, touch func(*service)) {
 			t.sliceOwners[name] = s
 		}
 		s.slicesRound = t.round
-		touch(s)
+		markDirty(s)
 	}
 }
 
@@ -334,14 +323,14 @@ func (t *Tracker) ensureService(name types.NamespacedName) *service {
 	return s
 }
 
-// findSlice returns the index of the slice with the name, or where it belongs.
+// findSlice returns the index at which the named slice is or would be inserted.
 func (s *service) findSlice(name string) (int, bool) {
 	return slices.BinarySearchFunc(s.slices, name, func(slice *endpointSlice, name string) int {
 		return strings.Compare(slice.name, name)
 	})
 }
 
-func (t *Tracker) removeSlice(name types.NamespacedName, touch func(*service)) {
+func (t *Tracker) removeSlice(name types.NamespacedName, markDirty func(*service)) {
 	s, ok := t.sliceOwners[name]
 	if !ok {
 		return
@@ -350,5 +339,5 @@ func (t *Tracker) removeSlice(name types.NamespacedName, touch func(*service)) {
 	if i, ok := s.findSlice(name.Name); ok {
 		s.slices = slices.Delete(s.slices, i, i+1)
 	}
-	touch(s)
+	markDirty(s)
 }

@@ -11,10 +11,10 @@ import (
 	"k8s.io/apimachinery/pkg/util/intstr"
 )
 
-// want is what a test expects, by key.
+// want maps keys to the expected text of their Services.
 type want = map[string]string
 
-// TestObjects says what one Delta of objects means for the node "here".
+// TestObjects checks the Services and problems of a single Delta on the node "here".
 func TestObjects(t *testing.T) {
 	t.Parallel()
 	const web4, web6 = "default/web:http IPv4", "default/web:http IPv6"
@@ -32,23 +32,23 @@ func TestObjects(t *testing.T) {
 			want:     want{web4: "10.96.0.1:80/TCP -> 10.0.0.1:8080 10.0.0.2:8080"},
 		},
 		{
-			name:     "a Service without slices is there, with no endpoints",
+			name:     "a Service without slices has no endpoints",
 			services: []*corev1.Service{newService("web", "10.96.0.1")},
 			want:     want{web4: "10.96.0.1:80/TCP ->"},
 		},
 		{
-			name:   "slices without their Service are nothing",
+			name:   "slices without a Service",
 			slices: []*discoveryv1.EndpointSlice{newSlice("web-1", "web", eps("10.0.0.1"))},
 			want:   want{},
 		},
 		{
-			name:     "an endpoint of this node, or of no node, may be local",
+			name:     "an endpoint on this node, or without nodeName, may be local",
 			services: []*corev1.Service{newService("web", "10.96.0.1")},
 			slices:   []*discoveryv1.EndpointSlice{newSlice("web-1", "web", eps("10.0.0.1 @here", "10.0.0.2", "10.0.0.3 @there"))},
 			want:     want{web4: "10.96.0.1:80/TCP -> 10.0.0.1:8080(local) 10.0.0.2:8080(local) 10.0.0.3:8080"},
 		},
 		{
-			name:     "dual stack is one Service a family, each with its own slices",
+			name:     "dual stack: one Service for each family, with the slices of the family",
 			services: []*corev1.Service{newService("web", "10.96.0.1 fd00::1")},
 			slices: []*discoveryv1.EndpointSlice{
 				newSlice("web-4", "web", eps("10.0.0.1 @there")),
@@ -57,14 +57,14 @@ func TestObjects(t *testing.T) {
 			want: want{web4: "10.96.0.1:80/TCP -> 10.0.0.1:8080", web6: "[fd00::1]:80/TCP -> [fd01::1]:8080"},
 		},
 		{
-			name: "without ipFamilies and clusterIPs, clusterIP says it",
+			name: "clusterIP is used without ipFamilies and clusterIPs",
 			services: []*corev1.Service{newService("web", "fd00::1", func(svc *corev1.Service) {
 				svc.Spec.IPFamilies, svc.Spec.ClusterIPs = nil, nil
 			})},
 			want: want{web6: "[fd00::1]:80/TCP ->"},
 		},
 		{
-			name: "each port has the endpoints of its name and protocol",
+			name: "each port has the endpoints with its name and protocol",
 			services: []*corev1.Service{newService("dns", "10.96.0.10", ports(
 				port("dns", corev1.ProtocolUDP, 53), port("dns-tcp", corev1.ProtocolTCP, 53), port("assoc", corev1.ProtocolSCTP, 54),
 			))},
@@ -87,7 +87,7 @@ func TestObjects(t *testing.T) {
 			want: want{"default/web IPv4": "10.96.0.1:80/TCP -> 10.0.0.1:8080"},
 		},
 		{
-			name:     "pods may serve a port under different numbers",
+			name:     "the port number may differ between pods",
 			services: []*corev1.Service{newService("web", "10.96.0.1")},
 			slices: []*discoveryv1.EndpointSlice{
 				newSlice("web-1", "web", eps("10.0.0.1 @there")),
@@ -96,7 +96,7 @@ func TestObjects(t *testing.T) {
 			want: want{web4: "10.96.0.1:80/TCP -> 10.0.0.1:8080 10.0.0.1:9090 10.0.0.2:9090"},
 		},
 		{
-			name: "no cluster IP, no Service: headless, not allocated, ExternalName, another proxy's",
+			name: "no Service: headless, not allocated, ExternalName, another proxy's",
 			services: []*corev1.Service{
 				newService("a", "None"),
 				newService("b", ""),
@@ -108,7 +108,7 @@ func TestObjects(t *testing.T) {
 			want: want{},
 		},
 		{
-			name:     "slices that are headless, of no Service, of another namespace or FQDN take no part",
+			name:     "ignored slices: headless, without a Service, of another namespace, FQDN",
 			services: []*corev1.Service{newService("web", "10.96.0.1")},
 			slices: []*discoveryv1.EndpointSlice{
 				newSlice("web-1", "web", eps("10.0.0.1"), func(s *discoveryv1.EndpointSlice) { s.Labels[corev1.IsHeadlessService] = "" }),
@@ -119,7 +119,7 @@ func TestObjects(t *testing.T) {
 			want: want{web4: "10.96.0.1:80/TCP ->"},
 		},
 		{
-			name:     "only ready endpoints get connections",
+			name:     "only ready endpoints receive connections",
 			services: []*corev1.Service{newService("web", "10.96.0.1")},
 			slices: []*discoveryv1.EndpointSlice{newSlice("web-1", "web", eps(
 				"10.0.0.1 @there !ready", "10.0.0.2 @there +ready", "10.0.0.3 @there !ready +serving +terminating", "10.0.0.4 @there",
@@ -127,7 +127,7 @@ func TestObjects(t *testing.T) {
 			want: want{web4: "10.96.0.1:80/TCP -> 10.0.0.2:8080 10.0.0.4:8080"},
 		},
 		{
-			name:     "if none is ready, those that terminate and still serve do",
+			name:     "without ready endpoints, serving terminating ones receive connections",
 			services: []*corev1.Service{newService("web", "10.96.0.1")},
 			slices: []*discoveryv1.EndpointSlice{newSlice("web-1", "web", eps(
 				"10.0.0.1 @there !ready", "10.0.0.2 @there !ready +serving +terminating",
@@ -136,7 +136,7 @@ func TestObjects(t *testing.T) {
 			want: want{web4: "10.96.0.1:80/TCP -> 10.0.0.2:8080 10.0.0.4:8080"},
 		},
 		{
-			name:     "of two pods with one address the one that does not terminate counts",
+			name:     "of two pods with the same address, the one that is not terminating is used",
 			services: []*corev1.Service{newService("web", "10.96.0.1")},
 			slices: []*discoveryv1.EndpointSlice{
 				newSlice("web-1", "web", eps("10.0.0.1 @here +ready +terminating", "10.0.0.2 @there")),
@@ -145,7 +145,7 @@ func TestObjects(t *testing.T) {
 			want: want{web4: "10.96.0.1:80/TCP -> 10.0.0.2:8080"},
 		},
 		{
-			name:     "an endpoint in two slices counts once, with the better of its conditions",
+			name:     "an endpoint in two slices is used once, with the better conditions",
 			services: []*corev1.Service{newService("web", "10.96.0.1")},
 			slices: []*discoveryv1.EndpointSlice{
 				newSlice("web-1", "web", eps("10.0.0.1 @there !ready", "10.0.0.2 @there")),
@@ -154,7 +154,7 @@ func TestObjects(t *testing.T) {
 			want: want{web4: "10.96.0.1:80/TCP -> 10.0.0.1:8080 10.0.0.2:8080(local)"},
 		},
 		{
-			name:     "the first address of an endpoint counts; leading zeros are decimal",
+			name:     "the first address of an endpoint is used; leading zeros are decimal",
 			services: []*corev1.Service{newService("web", "010.096.000.001")},
 			slices: []*discoveryv1.EndpointSlice{newSlice("web-1", "web", []discoveryv1.Endpoint{
 				{Addresses: []string{"10.0.0.010", "10.0.0.99"}, NodeName: new("there")},
@@ -162,7 +162,7 @@ func TestObjects(t *testing.T) {
 			want: want{web4: "10.96.0.1:80/TCP -> 10.0.0.10:8080"},
 		},
 		{
-			name: "IPv4-mapped IPv6 addresses are IPv4 ones",
+			name: "IPv4-mapped IPv6 addresses are IPv4 addresses",
 			services: []*corev1.Service{newService("web", "::ffff:10.96.0.1", ingress("::ffff:192.0.2.1"), externalIPs("::ffff:192.0.2.2", "192.0.2.1"), func(svc *corev1.Service) {
 				svc.Spec.IPFamilies = []corev1.IPFamily{corev1.IPv4Protocol}
 			})},
@@ -176,11 +176,11 @@ func TestObjects(t *testing.T) {
 			},
 		},
 		{
-			name:     "addresses that cannot be are left out and reported",
+			name:     "invalid endpoint addresses are reported and skipped",
 			services: []*corev1.Service{newService("web", "10.96.0.1 fd00::1")},
 			slices: []*discoveryv1.EndpointSlice{
 				newSlice("web-4", "web", eps("10.0.0.1 @there", "127.0.0.1", "169.254.1.1", "224.0.0.1", "0.0.0.0", "pod", "fd01::1")),
-				newSlice("web-6", "web", eps("fd01::1 @there", "::ffff:10.0.0.1", "fe80::1%eth0")), // an IPv4 one
+				newSlice("web-6", "web", eps("fd01::1 @there", "::ffff:10.0.0.1", "fe80::1%eth0")), // the second one is an IPv4 address
 			},
 			want: want{web4: "10.96.0.1:80/TCP -> 10.0.0.1:8080", web6: "[fd00::1]:80/TCP -> [fd01::1]:8080"},
 			problems: []string{
@@ -195,7 +195,7 @@ func TestObjects(t *testing.T) {
 			},
 		},
 		{
-			name:     "ports of a slice that cannot be are left out and reported",
+			name:     "invalid ports of a slice are reported and skipped",
 			services: []*corev1.Service{newService("web", "10.96.0.1")},
 			slices: []*discoveryv1.EndpointSlice{newSlice("web-1", "web", eps("10.0.0.1 @there"), slicePorts(
 				slicePort("http", corev1.ProtocolTCP, 8080),
@@ -213,7 +213,7 @@ func TestObjects(t *testing.T) {
 			},
 		},
 		{
-			name: "cluster IPs that cannot be are left out and reported",
+			name: "invalid cluster IPs are reported and skipped",
 			services: []*corev1.Service{
 				newService("a", "10.96.0.1 10.96.0.2"),
 				newService("b", "ten ::ffff:0.0.0.0"),
@@ -233,7 +233,7 @@ func TestObjects(t *testing.T) {
 			},
 		},
 		{
-			name: "ports of a Service that cannot be are left out and reported",
+			name: "invalid ports of a Service are reported and skipped",
 			services: []*corev1.Service{newService("web", "10.96.0.1", ports(
 				port("http", corev1.ProtocolTCP, 80), port("http", corev1.ProtocolTCP, 81), port("a", "tpc", 1), port("b", "TCP", 70000),
 				port("c", corev1.ProtocolTCP, 80),
@@ -243,11 +243,11 @@ func TestObjects(t *testing.T) {
 				`default/web: spec.ports[1].name: "http" is the name of an earlier port: give each port a name of its own`,
 				`default/web: spec.ports[2].protocol: "tpc" is not a protocol: use TCP, UDP or SCTP`,
 				`default/web: spec.ports[3].port: 70000 is not a port: use 1 to 65535`,
-				`default/web: spec.ports[4].port: 10.96.0.1:80/TCP is already port "http" of this Service: use another port`,
+				`default/web: spec.ports[4].port: 10.96.0.1:80/TCP is already used by port "http" of this Service: use another port`,
 			},
 		},
 		{
-			name: "endpoints that know no port of the name are reported",
+			name: "ports without a match in slices are reported",
 			services: []*corev1.Service{
 				newService("a", "10.96.0.1", func(svc *corev1.Service) { svc.Spec.Ports[0].TargetPort = intstr.FromString("web") }),
 				newService("b", "10.96.0.2"),
@@ -264,12 +264,12 @@ func TestObjects(t *testing.T) {
 				"default/c:http IPv4": "10.96.0.3:80/TCP ->",
 			},
 			problems: []string{
-				`default/a: spec.ports[0].targetPort: no endpoint of family IPv4 has a TCP port "web", so connections are refused: give a container port of the pods this name`,
-				`default/b: spec.ports[0].name: no EndpointSlice of family IPv4 has a TCP port with the name "http", so connections are refused: use the same name in both`,
+				`default/a: spec.ports[0].targetPort: no endpoint of family IPv4 has a TCP port "web", so connections are rejected: give a container port of the pods this name`,
+				`default/b: spec.ports[0].name: no EndpointSlice of family IPv4 has a TCP port with the name "http", so connections are rejected: use the same name in both`,
 			},
 		},
 		{
-			name: "a frontend that two Services claim goes to the older one, then to the first by name",
+			name: "a conflicting frontend belongs to the older Service, then to the first by name",
 			services: []*corev1.Service{
 				newService("a", "10.96.0.1", age(time.Hour)),
 				newService("b", "10.96.0.1", age(2*time.Hour), ports(port("http", corev1.ProtocolTCP, 80), port("x", corev1.ProtocolTCP, 81))),
@@ -281,8 +281,8 @@ func TestObjects(t *testing.T) {
 				"default/c:http IPv4": "10.96.0.1:80/UDP ->",
 			},
 			problems: []string{
-				`default/a: spec.clusterIP: 10.96.0.1:80/TCP belongs to Service default/b, so connections go there: give one of them another cluster IP or port`,
-				`default/c: spec.clusterIP: 10.96.0.1:81/TCP belongs to Service default/b, so connections go there: give one of them another cluster IP or port`,
+				`default/a: spec.clusterIP: 10.96.0.1:80/TCP belongs to Service default/b: use another cluster IP or port for one of them`,
+				`default/c: spec.clusterIP: 10.96.0.1:81/TCP belongs to Service default/b: use another cluster IP or port for one of them`,
 			},
 		},
 	}
@@ -300,7 +300,7 @@ func TestObjects(t *testing.T) {
 	}
 }
 
-// step is one Delta of a history and the Services and problems it changes.
+// step is one Delta of a history with the expected changes and new problems.
 type step struct {
 	name     string
 	delta    Delta
@@ -322,7 +322,7 @@ func checkHistory(t *testing.T, opts Options, steps []step) {
 	}
 }
 
-// TestHistories says what each Delta of a history changes.
+// TestHistories checks the changes of each Delta of a history.
 func TestHistories(t *testing.T) {
 	t.Parallel()
 	services := func(s ...*corev1.Service) Delta { return Delta{Services: s} }
@@ -345,28 +345,28 @@ func TestHistories(t *testing.T) {
 				name: "Service", delta: services(newService("web", "10.96.0.1")),
 				want: want{web: "10.96.0.1:80/TCP -> 10.0.0.1:8080"},
 			},
-			{name: "the same again", delta: services(newService("web", "10.96.0.1")), want: want{}},
-			{name: "slice again", delta: endpointSlices(newSlice("web-1", "web", eps("10.0.0.1 @a"))), want: want{}},
-			{name: "Service goes", delta: deleted("web"), want: want{web: "gone"}},
-			{name: "Service goes again", delta: deleted("web"), want: want{}},
+			{name: "the same Service", delta: services(newService("web", "10.96.0.1")), want: want{}},
+			{name: "the same slice", delta: endpointSlices(newSlice("web-1", "web", eps("10.0.0.1 @a"))), want: want{}},
+			{name: "the Service is deleted", delta: deleted("web"), want: want{web: "gone"}},
+			{name: "the Service is deleted again", delta: deleted("web"), want: want{}},
 			{
-				name: "and comes back to its slice", delta: services(newService("web", "10.96.0.1")),
+				name: "the Service is recreated with its slice still there", delta: services(newService("web", "10.96.0.1")),
 				want: want{web: "10.96.0.1:80/TCP -> 10.0.0.1:8080"},
 			},
 			{
-				name:  "slice goes",
+				name:  "the slice is deleted",
 				delta: Delta{DeletedEndpointSlices: []types.NamespacedName{named("web-1"), named("never-there")}},
 				want:  want{web: "10.96.0.1:80/TCP ->"},
 			},
 		}},
-		{"deletions come first", []step{{
-			name:  "both in one",
+		{"deletions are processed first", []step{{
+			name:  "deleted and delivered",
 			delta: Delta{Services: []*corev1.Service{newService("web", "10.96.0.1")}, DeletedServices: []types.NamespacedName{named("web")}},
 			want:  want{web: "10.96.0.1:80/TCP ->"},
 		}}},
 		{"a slice moves from one Service to another", []step{
 			{
-				name: "at the first",
+				name: "first Service",
 				delta: Delta{
 					Services:       []*corev1.Service{newService("a", "10.96.0.1"), newService("b", "10.96.0.2")},
 					EndpointSlices: []*discoveryv1.EndpointSlice{newSlice("x", "a", eps("10.0.0.1 @n"))},
@@ -374,15 +374,15 @@ func TestHistories(t *testing.T) {
 				want: want{"default/a:http IPv4": "10.96.0.1:80/TCP -> 10.0.0.1:8080", "default/b:http IPv4": "10.96.0.2:80/TCP ->"},
 			},
 			{
-				name: "at the second", delta: endpointSlices(newSlice("x", "b", eps("10.0.0.1 @n"))),
+				name: "second Service", delta: endpointSlices(newSlice("x", "b", eps("10.0.0.1 @n"))),
 				want: want{"default/a:http IPv4": "10.96.0.1:80/TCP ->", "default/b:http IPv4": "10.96.0.2:80/TCP -> 10.0.0.1:8080"},
 			},
 			{
-				name: "at none", delta: endpointSlices(newSlice("x", "", eps("10.0.0.1 @n"))),
+				name: "no Service", delta: endpointSlices(newSlice("x", "", eps("10.0.0.1 @n"))),
 				want: want{"default/b:http IPv4": "10.96.0.2:80/TCP ->"},
 			},
 		}},
-		{"an endpoint moves between slices without being lost", []step{
+		{"an endpoint moves between slices and stays available", []step{
 			{
 				name: "two slices",
 				delta: Delta{
@@ -391,10 +391,10 @@ func TestHistories(t *testing.T) {
 				},
 				want: want{web: "10.96.0.1:80/TCP -> 10.0.0.1:8080 10.0.0.2:8080"},
 			},
-			{name: "in both", delta: endpointSlices(newSlice("y", "web", eps("10.0.0.2 @n", "10.0.0.1 @n"))), want: want{}},
-			{name: "in the other", delta: endpointSlices(newSlice("x", "web", nil)), want: want{}},
+			{name: "in both slices", delta: endpointSlices(newSlice("y", "web", eps("10.0.0.2 @n", "10.0.0.1 @n"))), want: want{}},
+			{name: "in the second slice", delta: endpointSlices(newSlice("x", "web", nil)), want: want{}},
 		}},
-		{"a Service is handed to another proxy, becomes headless, and changes its port", []step{
+		{"a Service is given to another proxy, becomes headless, and changes its port", []step{
 			{name: "ours", delta: services(newService("web", "10.96.0.1")), want: want{web: "10.96.0.1:80/TCP ->"}},
 			{
 				name: "another's",
@@ -403,40 +403,40 @@ func TestHistories(t *testing.T) {
 				})),
 				want: want{web: "gone"},
 			},
-			{name: "ours again", delta: services(newService("web", "10.96.0.1")), want: want{web: "10.96.0.1:80/TCP ->"}},
+			{name: "this proxy's again", delta: services(newService("web", "10.96.0.1")), want: want{web: "10.96.0.1:80/TCP ->"}},
 			{name: "headless", delta: services(newService("web", "None")), want: want{web: "gone"}},
-			{name: "ours once more", delta: services(newService("web", "10.96.0.1")), want: want{web: "10.96.0.1:80/TCP ->"}},
+			{name: "with a cluster IP again", delta: services(newService("web", "10.96.0.1")), want: want{web: "10.96.0.1:80/TCP ->"}},
 			{
-				name: "the port gets another name", delta: services(newService("web", "10.96.0.1", ports(port("www", corev1.ProtocolTCP, 80)))),
+				name: "the port is renamed", delta: services(newService("web", "10.96.0.1", ports(port("www", corev1.ProtocolTCP, 80)))),
 				want: want{web: "gone", "default/web:www IPv4": "10.96.0.1:80/TCP ->"},
 			},
 			{
-				name: "the name stays, the number changes", delta: services(newService("web", "10.96.0.1", ports(port("www", corev1.ProtocolTCP, 81)))),
+				name: "the port number changes", delta: services(newService("web", "10.96.0.1", ports(port("www", corev1.ProtocolTCP, 81)))),
 				want: want{"default/web:www IPv4": "10.96.0.1:81/TCP ->"},
 			},
 		}},
-		{"a frontend changes hands", []step{
+		{"the owner of a frontend changes", []step{
 			{
-				name: "two claim it", delta: services(newService("a", "10.96.0.1", age(time.Minute)), newService("b", "10.96.0.1", age(time.Hour))),
+				name: "two Services claim it", delta: services(newService("a", "10.96.0.1", age(time.Minute)), newService("b", "10.96.0.1", age(time.Hour))),
 				want: want{"default/b:http IPv4": "10.96.0.1:80/TCP ->"},
 				problems: []string{
-					`default/a: spec.clusterIP: 10.96.0.1:80/TCP belongs to Service default/b, so connections go there: give one of them another cluster IP or port`,
+					`default/a: spec.clusterIP: 10.96.0.1:80/TCP belongs to Service default/b: use another cluster IP or port for one of them`,
 				},
 			},
-			{name: "the loser gets endpoints", delta: endpointSlices(newSlice("a-1", "a", eps("10.0.0.1 @n"))), want: want{}},
+			{name: "the Service without the frontend gets endpoints", delta: endpointSlices(newSlice("a-1", "a", eps("10.0.0.1 @n"))), want: want{}},
 			{
-				name: "the owner goes", delta: deleted("b"),
+				name: "the owner is deleted", delta: deleted("b"),
 				want: want{"default/a:http IPv4": "10.96.0.1:80/TCP -> 10.0.0.1:8080", "default/b:http IPv4": "gone"},
 			},
 			{
-				name: "an older one comes", delta: services(newService("c", "10.96.0.1", age(time.Hour))),
+				name: "an older Service is added", delta: services(newService("c", "10.96.0.1", age(time.Hour))),
 				want: want{"default/a:http IPv4": "gone", "default/c:http IPv4": "10.96.0.1:80/TCP ->"},
 				problems: []string{
-					`default/a: spec.clusterIP: 10.96.0.1:80/TCP belongs to Service default/c, so connections go there: give one of them another cluster IP or port`,
+					`default/a: spec.clusterIP: 10.96.0.1:80/TCP belongs to Service default/c: use another cluster IP or port for one of them`,
 				},
 			},
 			{
-				name: "the owner moves away, in the Delta in which another joins", delta: services(
+				name: "the owner releases it in the Delta in which another Service claims it", delta: services(
 					newService("c", "10.96.0.2", age(time.Hour)), newService("d", "10.96.0.1", age(time.Second)),
 				),
 				want: want{
@@ -444,62 +444,62 @@ func TestHistories(t *testing.T) {
 					"default/c:http IPv4": "10.96.0.2:80/TCP ->",
 				},
 				problems: []string{
-					`default/d: spec.clusterIP: 10.96.0.1:80/TCP belongs to Service default/a, so connections go there: give one of them another cluster IP or port`,
+					`default/d: spec.clusterIP: 10.96.0.1:80/TCP belongs to Service default/a: use another cluster IP or port for one of them`,
 				},
 			},
 			{
-				name: "the owner is made anew and is now the younger", delta: services(newService("a", "10.96.0.1", age(0))),
+				name: "the owner is recreated and is now the younger one", delta: services(newService("a", "10.96.0.1", age(0))),
 				want: want{"default/a:http IPv4": "gone", "default/d:http IPv4": "10.96.0.1:80/TCP ->"},
 				problems: []string{
-					`default/a: spec.clusterIP: 10.96.0.1:80/TCP belongs to Service default/d, so connections go there: give one of them another cluster IP or port`,
+					`default/a: spec.clusterIP: 10.96.0.1:80/TCP belongs to Service default/d: use another cluster IP or port for one of them`,
 				},
 			},
 		}},
-		{"a port is no problem before the slices that are written for it can be there", []step{
+		{"an unmatched port is no problem until its slices can have arrived", []step{
 			{
 				name:  "one port",
 				delta: Delta{Services: one(newService("web", "10.96.0.1")), EndpointSlices: slice("10.0.0.1 @n")},
 				want:  want{web: "10.96.0.1:80/TCP -> 10.0.0.1:8080"},
 			},
 			{
-				name: "another name: the slice is still to come", delta: services(newService("web", "10.96.0.1", ports(port("www", corev1.ProtocolTCP, 80)))),
+				name: "the port is renamed before the slice", delta: services(newService("web", "10.96.0.1", ports(port("www", corev1.ProtocolTCP, 80)))),
 				want: want{web: "gone", "default/web:www IPv4": "10.96.0.1:80/TCP ->"},
 			},
 			{
-				name: "the Service changes in something else", delta: services(newService("web", "10.96.0.1", ports(port("www", corev1.ProtocolTCP, 81)))),
+				name: "another field of the Service changes", delta: services(newService("web", "10.96.0.1", ports(port("www", corev1.ProtocolTCP, 81)))),
 				want: want{"default/web:www IPv4": "10.96.0.1:81/TCP ->"},
 			},
 			{
-				name: "the slice", delta: endpointSlices(newSlice("web-1", "web", eps("10.0.0.1 @n"), slicePorts(slicePort("www", corev1.ProtocolTCP, 8080)))),
+				name: "the slice arrives", delta: endpointSlices(newSlice("web-1", "web", eps("10.0.0.1 @n"), slicePorts(slicePort("www", corev1.ProtocolTCP, 8080)))),
 				want: want{"default/web:www IPv4": "10.96.0.1:81/TCP -> 10.0.0.1:8080"},
 			},
 			{
-				name: "the name is changed back", delta: services(newService("web", "10.96.0.1")),
+				name: "the port is renamed back", delta: services(newService("web", "10.96.0.1")),
 				want: want{"default/web:www IPv4": "gone", web: "10.96.0.1:80/TCP ->"},
 			},
 			{
-				name: "but the slice is as it was", delta: endpointSlices(newSlice("web-1", "web", eps("10.0.0.1 @n", "10.0.0.2 @n"), slicePorts(slicePort("www", corev1.ProtocolTCP, 8080)))),
+				name: "the slice still has the other name", delta: endpointSlices(newSlice("web-1", "web", eps("10.0.0.1 @n", "10.0.0.2 @n"), slicePorts(slicePort("www", corev1.ProtocolTCP, 8080)))),
 				want:     want{},
-				problems: []string{`default/web: spec.ports[0].name: no EndpointSlice of family IPv4 has a TCP port with the name "http", so connections are refused: use the same name in both`},
+				problems: []string{`default/web: spec.ports[0].name: no EndpointSlice of family IPv4 has a TCP port with the name "http", so connections are rejected: use the same name in both`},
 			},
 			{
-				name: "what is reported stays reported when another port comes", delta: services(newService("web", "10.96.0.1", ports(port("http", corev1.ProtocolTCP, 80), port("x", corev1.ProtocolTCP, 81)))),
+				name: "a reported port stays reported when another port is added", delta: services(newService("web", "10.96.0.1", ports(port("http", corev1.ProtocolTCP, 80), port("x", corev1.ProtocolTCP, 81)))),
 				want: want{"default/web:x IPv4": "10.96.0.1:81/TCP ->"},
 			},
 			{
-				name: "and is no news with the slices", delta: endpointSlices(newSlice("web-1", "web", eps("10.0.0.1 @n"), slicePorts(slicePort("x", corev1.ProtocolTCP, 8080)))),
+				name: "it is not reported again with the slices", delta: endpointSlices(newSlice("web-1", "web", eps("10.0.0.1 @n"), slicePorts(slicePort("x", corev1.ProtocolTCP, 8080)))),
 				want: want{"default/web:x IPv4": "10.96.0.1:81/TCP -> 10.0.0.1:8080"},
 			},
 		}},
-		{"a problem is reported once, and again when it comes back", []step{
+		{"a problem is reported once, and again when it recurs", []step{
 			{
 				name: "bad", delta: services(newService("web", "10.96.0.1", ports(port("http", "tpc", 80)))),
 				want: want{}, problems: []string{`default/web: spec.ports[0].protocol: "tpc" is not a protocol: use TCP, UDP or SCTP`},
 			},
-			{name: "still bad", delta: services(newService("web", "10.96.0.1", ports(port("http", "tpc", 80)))), want: want{}},
+			{name: "still invalid", delta: services(newService("web", "10.96.0.1", ports(port("http", "tpc", 80)))), want: want{}},
 			{name: "good", delta: services(newService("web", "10.96.0.1")), want: want{web: "10.96.0.1:80/TCP ->"}},
 			{
-				name: "bad again", delta: services(newService("web", "10.96.0.1", ports(port("http", "tpc", 80)))),
+				name: "invalid again", delta: services(newService("web", "10.96.0.1", ports(port("http", "tpc", 80)))),
 				want: want{web: "gone"}, problems: []string{`default/web: spec.ports[0].protocol: "tpc" is not a protocol: use TCP, UDP or SCTP`},
 			},
 		}},

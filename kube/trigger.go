@@ -8,20 +8,20 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 )
 
-// Trigger is a change of a Service's endpoints, as the EndpointSlice controller reports
-// it in the annotation endpoints.kubernetes.io/last-change-trigger-time.
+// Trigger is a change of a Service's endpoints, as the EndpointSlice controller records it in the
+// annotation endpoints.kubernetes.io/last-change-trigger-time.
 type Trigger struct {
 	// Service is the name of the Service.
 	Service types.NamespacedName
-	// At is when the pods or the Service changed, by the controller's clock.
+	// At is the time of the change of pods or Service, by the controller's clock.
 	At time.Time
 }
 
-// Triggers yields the triggers of the Delta's EndpointSlices whose Service the Result
-// changes. Slices without the annotation have none.
+// Triggers yields the triggers of the Delta's EndpointSlices whose Service this Result changes.
+// Slices without the annotation have no trigger.
 func (r Result) Triggers() iter.Seq[Trigger] {
 	return func(yield func(Trigger) bool) {
-		var changed map[types.NamespacedName]struct{} // made when it is needed
+		var changed map[types.NamespacedName]struct{} // created on first use
 		for _, slice := range r.endpointSlices {
 			at, err := time.Parse(time.RFC3339Nano, slice.Annotations[corev1.EndpointsLastChangeTriggerTime])
 			if err != nil {

@@ -164,7 +164,7 @@ func TestInvalidUsage(t *testing.T) {
 		{
 			"node port addresses",
 			[]string{"run", folder, "--nodeport-addresses=primary,10.0.0.0"},
-			"fairlead: --nodeport-addresses: \"10.0.0.0\" is not a network: give networks such as 192.0.2.0/24 or 2001:db8::/32, or primary, localhost or all\n",
+			"fairlead: --nodeport-addresses: \"10.0.0.0\" is not a network: use networks such as 192.0.2.0/24 or 2001:db8::/32, or primary, localhost or all\n",
 		},
 		{
 			"scheduler that there is not",

@@ -434,10 +434,10 @@ ipvs: {scheduler: lc, excludeCIDRs: [10.0.0.0/8], strictARP: true, tcpTimeout: 1
 func TestInvalidConfigFile(t *testing.T) {
 	t.Parallel()
 	tests := []struct{ name, file, want string }{
-		{"empty", "", "--config: FILE: apiVersion: nothing is not known: write kubeproxy.config.k8s.io/v1alpha1"},
-		{"another kind", "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: Kubelet\n", `--config: FILE: kind: "Kubelet" is not known: write KubeProxyConfiguration`},
+		{"empty", "", "--config: FILE: apiVersion: got nothing, want kubeproxy.config.k8s.io/v1alpha1"},
+		{"another kind", "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: Kubelet\n", `--config: FILE: kind: got "Kubelet", want KubeProxyConfiguration`},
 		{"no YAML", "a: [", "--config: FILE: yaml: line 1: did not find expected node content"},
-		{"two documents", configHeader + "---\n" + configHeader, "--config: FILE: more than one document: leave only the KubeProxyConfiguration"},
+		{"two documents", configHeader + "---\n" + configHeader, "--config: FILE: more than one document: keep only the KubeProxyConfiguration"},
 		{"unknown field", configHeader + "conntrack: {max: 5}\n", `--config: FILE: unknown field "conntrack.max"`},
 		{"wrong case", configHeader + "clusterCidr: 10.0.0.0/8\n", `--config: FILE: unknown field "clusterCidr"`},
 		{"twice", configHeader + "mode: nftables\nmode: nftables\n", `--config: FILE: yaml: unmarshal errors: line 4: mapping key "mode" already defined at line 3`},

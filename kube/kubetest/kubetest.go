@@ -1,5 +1,5 @@
-// Package kubetest makes Kubernetes objects for tests of packages that do not know their
-// types. The objects belong to the caller, which may change their fields.
+// Package kubetest creates Kubernetes objects for tests of packages that do not import their
+// types. The caller owns the objects and may change their fields.
 package kubetest
 
 import (
@@ -12,7 +12,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
-// Node returns a Node with internal addresses.
+// Node returns a Node with the given InternalIPs.
 func Node(name string, addrs ...string) *corev1.Node {
 	node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name}}
 	for _, addr := range addrs {
@@ -36,9 +36,9 @@ func Service(namespace, name string, clusterIP netip.Addr) *corev1.Service {
 	}
 }
 
-// EndpointSlice returns the EndpointSlice of a Service, SERVICE-1, with one unnamed port,
-// 8080/TCP, and one endpoint. changed is the time in the annotation that says when the
-// endpoints have changed.
+// EndpointSlice returns the EndpointSlice SERVICE-1 of a Service, with one unnamed port,
+// 8080/TCP, and one endpoint. changed is the value of the annotation
+// endpoints.kubernetes.io/last-change-trigger-time.
 func EndpointSlice(namespace, service string, endpoint netip.Addr, changed time.Time) *discoveryv1.EndpointSlice {
 	addressType := discoveryv1.AddressTypeIPv4
 	if endpoint.Is6() {
@@ -55,7 +55,7 @@ func EndpointSlice(namespace, service string, endpoint netip.Addr, changed time.
 	}
 }
 
-// ServiceCIDR returns a ServiceCIDR with these networks.
+// ServiceCIDR returns a ServiceCIDR with the given networks.
 func ServiceCIDR(name string, cidrs ...string) *networkingv1.ServiceCIDR {
 	return &networkingv1.ServiceCIDR{
 		ObjectMeta: metav1.ObjectMeta{Name: name},

@@ -1,5 +1,5 @@
-// Package proxyconfig decodes a KubeProxyConfiguration
-// (kubeproxy.config.k8s.io/v1alpha1), kube-proxy's configuration file.
+// Package proxyconfig decodes kube-proxy's configuration file, a KubeProxyConfiguration
+// (kubeproxy.config.k8s.io/v1alpha1).
 package proxyconfig
 
 import (
@@ -20,9 +20,9 @@ import (
 // Kind is the kind of the document.
 const Kind = "KubeProxyConfiguration"
 
-// Decode returns the fields of a document with their values as flags have them, by
-// path: "ipvs.scheduler". Fields that are empty, zero or false are missing, as
-// kube-proxy takes them for not set. The error names the field where there is one.
+// Decode returns the fields of a document by path, for example "ipvs.scheduler", with their
+// values in the form of flags. It omits fields that are empty, zero or false, because kube-proxy
+// treats them as not set. The error names the field if there is one.
 func Decode(content []byte) (map[string]string, error) {
 	var document map[string]any
 	decoder := yaml.NewDecoder(bytes.NewReader(content))
@@ -31,19 +31,19 @@ func Decode(content []byte) (map[string]string, error) {
 	}
 	var second any
 	if err := decoder.Decode(&second); !errors.Is(err, io.EOF) {
-		return nil, errors.New("more than one document: leave only the " + Kind)
+		return nil, errors.New("more than one document: keep only the " + Kind)
 	}
 	if got, want := document["apiVersion"], v1alpha1.SchemeGroupVersion.String(); got != want {
-		return nil, fmt.Errorf("apiVersion: %v is not known: write %s", quoteOrNone(got), want)
+		return nil, fmt.Errorf("apiVersion: got %v, want %s", quoteOrNone(got), want)
 	}
 	if got := document["kind"]; got != Kind {
-		return nil, fmt.Errorf("kind: %v is not known: write %s", quoteOrNone(got), Kind)
+		return nil, fmt.Errorf("kind: got %v, want %s", quoteOrNone(got), Kind)
 	}
 	asJSON, err := json.Marshal(document)
 	if err != nil {
 		return nil, err
 	}
-	// For its types only: which fields are set is in the document.
+	// Only the types are checked. The document contains the fields that are set.
 	var typed v1alpha1.KubeProxyConfiguration
 	strict, err := kubejson.UnmarshalStrict(asJSON, &typed)
 	if err := errors.Join(append(strict, err)...); err != nil {
@@ -61,7 +61,7 @@ func quoteOrNone(value any) string {
 	return fmt.Sprintf("%q", fmt.Sprint(value))
 }
 
-// flatten returns the fields of a part of the document at path.
+// flatten returns the fields of a part of the document, whose path is given.
 func flatten(path string, document map[string]any) map[string]string {
 	found := map[string]string{}
 	for name, value := range document {
@@ -89,14 +89,14 @@ func flatten(path string, document map[string]any) map[string]string {
 	return found
 }
 
-// Fields returns the paths of all fields that the document can have.
+// Fields returns the paths of all fields of a KubeProxyConfiguration.
 func Fields() []string { return fieldPaths("", reflect.TypeFor[v1alpha1.KubeProxyConfiguration]()) }
 
 func fieldPaths(path string, of reflect.Type) []string {
 	var paths []string
 	for field := range of.Fields() {
 		name, _, _ := strings.Cut(field.Tag.Get("json"), ",")
-		if name == "" { // TypeMeta
+		if name == "" { // the embedded TypeMeta
 			continue
 		}
 		if path != "" {
