@@ -11,12 +11,12 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// stickyServices returns Services of UDP with affinity and these endpoints, by name.
+// stickyServices returns UDP Services with affinity and these endpoints, by name.
 func stickyServices(t *testing.T, endpoints []netip.AddrPort, names ...string) map[string]*dataplane.Service {
 	t.Helper()
 	services := map[string]*dataplane.Service{}
 	for i, name := range names {
-		last := []byte{1, 0x11, 2}[i] // the last digit is the shard
+		last := []byte{1, 0x11, 2}[i] // the low nibble selects the shard
 		addr := netip.AddrFrom4([4]byte{10, 96, 0, last})
 		if endpoints[0].Addr().Is6() {
 			addr = netip.AddrFrom16([16]byte{0: 0xfd, 3: 0x96, 15: last})
@@ -32,9 +32,9 @@ func stickyServices(t *testing.T, endpoints []netip.AddrPort, names ...string) m
 	return services
 }
 
-// flood sends a UDP packet from each of n source addresses that the host does not have.
-// It sends them in small batches and waits after each until the endpoints have read their
-// packets: a full socket buffer would drop the packets of the clients that follow.
+// flood sends a UDP packet from each of n spoofed source addresses. It sends small batches
+// and waits after each until the endpoints have read the packets. Otherwise a full socket
+// buffer would drop packets of the clients that connect afterwards.
 func flood(t *testing.T, h *nettest.Host, to netip.AddrPort, endpoints []netip.AddrPort, n int, source func(i int) netip.Addr) {
 	t.Helper()
 	const batch = 64
@@ -46,7 +46,7 @@ func flood(t *testing.T, h *nettest.Host, to netip.AddrPort, endpoints []netip.A
 		if err != nil {
 			t.Fatal(err)
 		}
-		for _, e := range endpoints { // an endpoint answers in the order of arrival
+		for _, e := range endpoints { // an endpoint answers in order of arrival
 			if _, err := h.Connect(t.Context(), nettest.UDP, e); err != nil {
 				t.Fatal(err)
 			}
@@ -54,7 +54,8 @@ func flood(t *testing.T, h *nettest.Host, to netip.AddrPort, endpoints []netip.A
 	}
 }
 
-// reachesOneEndpoint reports whether a client reaches one endpoint with many connections.
+// reachesOneEndpoint reports whether all of several connections of a client reach the same
+// endpoint.
 func reachesOneEndpoint(t *testing.T, client *nettest.Host, to netip.AddrPort) bool {
 	t.Helper()
 	reached := map[netip.AddrPort]bool{}
@@ -68,8 +69,8 @@ func reachesOneEndpoint(t *testing.T, client *nettest.Host, to netip.AddrPort) b
 	return len(reached) == 1
 }
 
-// TestAffinityUnderFlood floods a Service with packets from addresses that nobody has,
-// and checks who sticks to an endpoint meanwhile and afterwards.
+// TestAffinityUnderFlood floods a Service with packets from spoofed addresses, and checks
+// which clients have affinity during and after the flood.
 func TestAffinityUnderFlood(t *testing.T) {
 	t.Parallel()
 	const limit = 96
@@ -111,10 +112,10 @@ func TestAffinityUnderFlood(t *testing.T) {
 		return netip.AddrFrom4([4]byte{198, 18, byte(i >> 8), byte(i)}) //nolint:gosec // low bits
 	})
 	if reachesOneEndpoint(t, client, at(s4[flooded])) {
-		t.Error("a new client of the flooded Service sticks: the flood has not filled the map")
+		t.Error("a new client of the flooded Service has affinity: the flood did not fill the map")
 	}
 	if !reachesOneEndpoint(t, client, at(s4[other])) {
-		t.Error("a new client of a Service with another map does not stick")
+		t.Error("a new client of a Service with another map has no affinity")
 	}
 	stats := limitNow()
 	if got := stats[0]; got.Evicted != limit/evictionDivisor || got.Full == 0 || got.FullestMap != limit-limit/evictionDivisor || got.Clients != got.FullestMap+1 {
@@ -122,7 +123,7 @@ func TestAffinityUnderFlood(t *testing.T) {
 	}
 	for _, name := range []string{flooded, neighbour} {
 		if !reachesOneEndpoint(t, client, at(s4[name])) {
-			t.Errorf("a new client of the Service %s does not stick after an eviction", name)
+			t.Errorf("a new client of Service %s has no affinity after an eviction", name)
 		}
 	}
 
@@ -131,7 +132,7 @@ func TestAffinityUnderFlood(t *testing.T) {
 	})
 	for _, name := range []string{flooded, neighbour, other} {
 		if !reachesOneEndpoint(t, client, at(s6[name])) {
-			t.Errorf("a client of the Service %s does not stick, after a flood from another IPv6 network", name)
+			t.Errorf("a client of Service %s has no affinity after a flood from another IPv6 network", name)
 		}
 	}
 	limiter.measured = time.Time{}
@@ -141,12 +142,12 @@ func TestAffinityUnderFlood(t *testing.T) {
 	}
 	select {
 	case <-d.Drift():
-		t.Error("an eviction is drift")
+		t.Error("an eviction was reported as drift")
 	case <-time.After(100 * time.Millisecond):
 	}
 }
 
-// TestClientsToEvict checks from which frontends clients are evicted.
+// TestClientsToEvict checks how evictions are distributed over frontends.
 func TestClientsToEvict(t *testing.T) {
 	t.Parallel()
 	client := func(frontend byte, expires int) rememberedClient {
@@ -166,11 +167,11 @@ func TestClientsToEvict(t *testing.T) {
 		for _, v := range clientsToEvict(slices.Clone(clients), 4, tt.n) {
 			got[v.key[4]]++
 			if int(v.expires) > tt.want[v.key[4]] {
-				t.Errorf("of %d clients one of those that connected last", tt.n)
+				t.Errorf("%d evictions include a recent client", tt.n)
 			}
 		}
 		if got != tt.want {
-			t.Errorf("%d clients: %v from each frontend, want %v", tt.n, got, tt.want)
+			t.Errorf("%d evictions: %v from each frontend, want %v", tt.n, got, tt.want)
 		}
 	}
 }

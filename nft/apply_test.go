@@ -8,7 +8,7 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// BenchmarkPlanChanges is the part of an update that is spent before the kernel.
+// BenchmarkPlanChanges measures the user-space part of an update.
 func BenchmarkPlanChanges(b *testing.B) {
 	for _, n := range []int{10, 100, 1000} {
 		b.Run(fmt.Sprintf("endpoints=%d", n), func(b *testing.B) {

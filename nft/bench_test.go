@@ -11,11 +11,11 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// BenchmarkApply is the time in which the kernel takes one change, for Services
-// with one treatment or another, of which there are some already.
+// BenchmarkApply measures Apply with one change, for Services with different specs, with
+// other Services in the tables.
 func BenchmarkApply(b *testing.B) {
 	list := endpoints(1, 2, 3, 4, 5, 6, 7, 8, 9, 10)
-	for _, treatment := range []struct {
+	for _, spec := range []struct {
 		name string
 		dataplane.ServiceSpec
 	}{
@@ -27,11 +27,11 @@ func BenchmarkApply(b *testing.B) {
 		}}},
 	} {
 		for _, n := range []int{1000, 10_000} {
-			b.Run(fmt.Sprintf("%s/services=%d", treatment.name, n), func(b *testing.B) {
+			b.Run(fmt.Sprintf("%s/services=%d", spec.name, n), func(b *testing.B) {
 				benchmarkApply(b, n, func(i int, endpoints []dataplane.Endpoint) *dataplane.Service {
-					t := treatment.ServiceSpec
+					t := spec.ServiceSpec
 					t.Endpoints, t.LocalEndpoints = endpoints, slices.Clone(t.LocalEndpoints)
-					if len(t.SourceRanges) > 0 { // each Service has its own
+					if len(t.SourceRanges) > 0 { // each Service has its own ranges
 						own := netip.AddrFrom4([4]byte{203, 0, byte(i >> 8), byte(i)})
 						t.SourceRanges = append(slices.Clone(t.SourceRanges), netip.PrefixFrom(own, 32))
 					}

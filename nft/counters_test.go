@@ -16,7 +16,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// newTestCounterReader returns Counters that are closed with the test.
+// newTestCounterReader returns a CounterReader that is closed at the end of the test.
 func newTestCounterReader(t testing.TB, ns *nettest.Namespace) *CounterReader {
 	t.Helper()
 	c := NewCounterReader(Options{NetNS: ns.Fd()})
@@ -28,7 +28,7 @@ func newTestCounterReader(t testing.TB, ns *nettest.Namespace) *CounterReader {
 	return c
 }
 
-// readNonzeroCounters returns what has counted something.
+// readNonzeroCounters checks that all counters are read and returns the nonzero ones.
 func readNonzeroCounters(t *testing.T, c *CounterReader) []CounterValue {
 	t.Helper()
 	all, err := c.Read(t.Context())
@@ -51,23 +51,22 @@ func readNonzeroCounters(t *testing.T, c *CounterReader) []CounterValue {
 	return slices.DeleteFunc(all, func(c CounterValue) bool { return c.Packets == 0 && c.Bytes == 0 })
 }
 
-// TestReadCounters checks that every counter of both tables is read, that tables
-// and counters of others are not taken for ours, and that nothing is counted where
-// nothing is programmed.
+// TestReadCounters checks that every counter of both tables is read, that tables and counters
+// of other programs are ignored, and that missing tables count as zero.
 func TestReadCounters(t *testing.T) {
 	t.Parallel()
 	d, ns := newDataplane(t)
 	c := newTestCounterReader(t, ns)
 	binary := nftBinaries(t)["1.1.3"]
 	if got := readNonzeroCounters(t, c); len(got) > 0 {
-		t.Errorf("without tables: %+v", got)
+		t.Errorf("without tables: got %+v, want zero counters", got)
 	}
 	var script strings.Builder
 	script.WriteString("table inet fairlead {\n counter dropped-no-service { packets 1 bytes 2 }\n}\n" +
 		"table ip others {\n counter dropped-no-service { packets 3 bytes 4 }\n}\n")
 	var want []CounterValue
 	for i, family := range []dataplane.Family{dataplane.IPv4, dataplane.IPv6} {
-		fmt.Fprintf(&script, "table %s fairlead {\n counter foreign { packets 5 bytes 6 }\n", []string{"ip", "ip6"}[i])
+		fmt.Fprintf(&script, "table %s fairlead {\n counter other { packets 5 bytes 6 }\n", []string{"ip", "ip6"}[i])
 		for n, name := range refusedCounters() {
 			count := CounterValue{Family: family, Name: string(name), Packets: uint64(1000*i+n+1) << 32, Bytes: uint64(n) + 100} //nolint:gosec // small numbers
 			for _, p := range protocols() {
@@ -80,32 +79,32 @@ func TestReadCounters(t *testing.T) {
 		}
 		script.WriteString("}\n")
 	}
-	script.WriteString("table ip others2 {\n counter dropped-no-service { packets 3 bytes 4 }\n}\n") // the kernel tells it last
+	script.WriteString("table ip others2 {\n counter dropped-no-service { packets 3 bytes 4 }\n}\n") // the kernel lists it last
 	runNFT(t, ns, binary, script.String())
 	if diff := cmp.Diff(want, readNonzeroCounters(t, c)); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
 	}
 
-	// A start takes over what was counted.
+	// Replace preserves the counts.
 	mustReplace(t, d, nodeWithPodCIDRs(), sampleServices(t)...)
 	if diff := cmp.Diff(want, readNonzeroCounters(t, c)); diff != "" {
 		t.Errorf("after a Replace (-want +got):\n%s", diff)
 	}
 	runNFT(t, ns, binary, "add quota ip fairlead dropped-no-service { over 7 bytes }")
 	if diff := cmp.Diff(want, readNonzeroCounters(t, c)); diff != "" {
-		t.Errorf("beside a quota of the same name (-want +got):\n%s", diff)
+		t.Errorf("with a quota of the same name (-want +got):\n%s", diff)
 	}
 	if err := Cleanup(Options{NetNS: ns.Fd()}); err != nil {
 		t.Fatal(err)
 	}
 	mustReplace(t, d, nodeWithPodCIDRs(), sampleServices(t)...)
 	if got := readNonzeroCounters(t, c); len(got) > 0 {
-		t.Errorf("in new tables: %+v", got)
+		t.Errorf("in new tables: got %+v, want zero counters", got)
 	}
 }
 
-// TestReadCountersDuringCommits checks that reading, by several at once, gets along with a Dataplane at
-// work, which hears nothing of it.
+// TestReadCountersDuringCommits checks that concurrent reads work while a Dataplane commits,
+// and cause no drift.
 func TestReadCountersDuringCommits(t *testing.T) {
 	t.Parallel()
 	d, ns := newDataplane(t)
@@ -137,20 +136,20 @@ func TestReadCountersDuringCommits(t *testing.T) {
 	wantNoDrift(t, d)
 }
 
-// TestReadCountersCancelled checks that nobody waits for what is not wanted any
-// more, and that the next one gets an answer.
+// TestReadCountersCancelled checks that a canceled read returns at once and that the next
+// read succeeds.
 func TestReadCountersCancelled(t *testing.T) {
 	t.Parallel()
 	_, ns := newDataplane(t)
 	c := newTestCounterReader(t, ns)
 	readNonzeroCounters(t, c)
-	cause := errors.New("the client has gone")
+	cause := errors.New("client disconnected")
 	ctx, cancel := context.WithCancelCause(t.Context())
 	cancel(cause)
 	if counts, err := c.Read(ctx); !errors.Is(err, cause) || counts != nil {
 		t.Errorf("counts %v, error %v; want %v", counts, err, cause)
 	}
-	for i := range 50 { // at any moment of the way
+	for i := range 50 { // cancel at different times
 		ctx, cancel := context.WithTimeoutCause(t.Context(), time.Duration(i)*10*time.Microsecond, cause)
 		if _, err := c.Read(ctx); err != nil && !errors.Is(err, cause) {
 			t.Errorf("error %v, want %v", err, cause)

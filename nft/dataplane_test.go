@@ -25,10 +25,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-var update = flag.Bool("update", false, "rewrite the golden listings")
+var update = flag.Bool("update", false, "update the golden rulesets in testdata")
 
-// newDataplane opens a Dataplane in an empty network namespace, with a Translator or
-// without.
+// newDataplane opens a Dataplane in an empty network namespace, optionally with a Translator.
 func newDataplane(t *testing.T, translator ...Translator) (*Dataplane, *nettest.Namespace) {
 	t.Helper()
 	ns, err := nettest.NewNamespace("")
@@ -59,7 +58,7 @@ func openWithOptions(t *testing.T, ns *nettest.Namespace, opts Options) *Datapla
 	if err != nil {
 		t.Fatal(err)
 	}
-	d.minSharedFrontends = 2 // so that many tests have Services with either layout
+	d.minSharedFrontends = 2 // low, so that many tests have Services with and without a shared list
 	t.Cleanup(func() {
 		if err := d.Close(); err != nil {
 			t.Error(err)
@@ -68,8 +67,8 @@ func openWithOptions(t *testing.T, ns *nettest.Namespace, opts Options) *Datapla
 	return d
 }
 
-// nftBinaries returns the nft binaries of the Debian releases whose listings are
-// tested, by version.
+// nftBinaries returns the paths of the nft binaries to test listings with, by version. They
+// are the versions of the supported Debian releases.
 func nftBinaries(t *testing.T) map[string]string {
 	t.Helper()
 	versions := map[string]string{}
@@ -131,7 +130,7 @@ func wantState(t *testing.T, d *Dataplane, services ...*dataplane.Service) {
 		t.Fatal(err)
 	}
 	if diff := dataplane.StateOf(slices.Values(services)).Diff(got); diff != "" {
-		t.Errorf("the kernel holds something else:\n%s", diff)
+		t.Errorf("unexpected state in the kernel:\n%s", diff)
 	}
 }
 
@@ -148,7 +147,7 @@ func nodeWithPodCIDRs() dataplane.Node {
 	return dataplane.Node{PodCIDRs: []netip.Prefix{netip.MustParsePrefix("10.1.0.0/16"), netip.MustParsePrefix("fd00:1::/64")}}
 }
 
-// nodeWithAllSettings returns a Node with everything that nodeWithPodCIDRs has and more.
+// nodeWithAllSettings returns a Node that extends nodeWithPodCIDRs with every other setting.
 func nodeWithAllSettings() dataplane.Node {
 	node := nodeWithPodCIDRs()
 	node.LocalPodCIDRs = []netip.Prefix{netip.MustParsePrefix("10.7.0.0/24"), netip.MustParsePrefix("fd00:7::/64")}
@@ -161,14 +160,14 @@ func nodeWithAllSettings() dataplane.Node {
 	return node
 }
 
-// sampleServices has everything that can be in the tables.
+// sampleServices returns Services that together use every set and map of the tables.
 func sampleServices(t *testing.T) []*dataplane.Service {
 	t.Helper()
 	var services []*dataplane.Service
-	add := func(kind dataplane.Kind, name string, protocol dataplane.Protocol, frontend string, treatment dataplane.ServiceSpec) {
+	add := func(kind dataplane.Kind, name string, protocol dataplane.Protocol, frontend string, spec dataplane.ServiceSpec) {
 		f := dataplane.Frontend{Protocol: protocol, Addr: netip.MustParseAddrPort(frontend)}
 		key := dataplane.Key{Namespace: "default", Name: name, Family: dataplane.FamilyOf(f.Addr.Addr()), Kind: kind}
-		s, err := dataplane.NewService(key, []dataplane.Frontend{f}, treatment)
+		s, err := dataplane.NewService(key, []dataplane.Frontend{f}, spec)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -178,14 +177,14 @@ func sampleServices(t *testing.T) []*dataplane.Service {
 		return []dataplane.Endpoint{{Addr: netip.MustParseAddrPort(addr), Local: local}}
 	}
 	full := func(local, remote string, ranges ...string) dataplane.ServiceSpec {
-		treatment := dataplane.ServiceSpec{
+		spec := dataplane.ServiceSpec{
 			Endpoints: append(at(local, true), at(remote, false)...), ExternalTrafficPolicyLocal: true, LocalEndpoints: at(local, true),
 			Masquerade: dataplane.MasqueradeFromNode, NoEndpointsVerdict: dataplane.Drop, Affinity: 3 * time.Hour,
 		}
 		for _, r := range ranges {
-			treatment.SourceRanges = append(treatment.SourceRanges, netip.MustParsePrefix(r))
+			spec.SourceRanges = append(spec.SourceRanges, netip.MustParsePrefix(r))
 		}
-		return treatment
+		return spec
 	}
 	add(dataplane.ClusterIP, "web", dataplane.TCP, "10.96.0.1:80", dataplane.ServiceSpec{Endpoints: at("10.1.0.1:8080", true)})
 	add(dataplane.ClusterIP, "empty", dataplane.UDP, "10.96.0.2:53", dataplane.ServiceSpec{})
@@ -201,8 +200,9 @@ func sampleServices(t *testing.T) []*dataplane.Service {
 	return append(services, serviceWithFrontends(t, "many", dataplane.LoadBalancer, netip.MustParseAddr("203.0.113.16"), minSharedFrontends, many))
 }
 
-// serviceWithFrontends returns a Service with n frontends, the first at addr.
-func serviceWithFrontends(t testing.TB, name string, kind dataplane.Kind, addr netip.Addr, n int, treatment dataplane.ServiceSpec) *dataplane.Service {
+// serviceWithFrontends returns a Service with n frontends at consecutive addresses, the first
+// at addr.
+func serviceWithFrontends(t testing.TB, name string, kind dataplane.Kind, addr netip.Addr, n int, spec dataplane.ServiceSpec) *dataplane.Service {
 	t.Helper()
 	var frontends []dataplane.Frontend
 	for range n {
@@ -210,15 +210,15 @@ func serviceWithFrontends(t testing.TB, name string, kind dataplane.Kind, addr n
 		addr = addr.Next()
 	}
 	key := dataplane.Key{Namespace: "default", Name: name, Family: dataplane.FamilyOf(addr), Kind: kind}
-	s, err := dataplane.NewService(key, frontends, treatment)
+	s, err := dataplane.NewService(key, frontends, spec)
 	if err != nil {
 		t.Fatal(err)
 	}
 	return s
 }
 
-// randomServices returns up to n Services of both families, on frontends and
-// endpoints from a small pool, so that states made from it overlap.
+// randomServices returns up to n Services of both families. Their frontends and endpoints
+// come from a small pool, so that different results overlap.
 func randomServices(t testing.TB, random *rand.Rand, n int) []*dataplane.Service {
 	t.Helper()
 	protocols := []dataplane.Protocol{dataplane.TCP, dataplane.UDP, dataplane.SCTP}
@@ -272,28 +272,27 @@ func randomServices(t testing.TB, random *rand.Rand, n int) []*dataplane.Service
 	return services
 }
 
-// randomSpec returns a Treatment with these endpoints and, sooner or later,
-// all that can be in one.
+// randomSpec returns a ServiceSpec with these endpoints. Over many calls it uses every field.
 func randomSpec(random *rand.Rand, list []dataplane.Endpoint, address func(first, n int) netip.Addr) dataplane.ServiceSpec {
-	treatment := dataplane.ServiceSpec{
+	spec := dataplane.ServiceSpec{
 		Endpoints: list, Masquerade: dataplane.Masquerade(random.IntN(3)), NoEndpointsVerdict: dataplane.Verdict(random.IntN(2)),
 	}
-	if treatment.ExternalTrafficPolicyLocal = random.IntN(3) == 0; treatment.ExternalTrafficPolicyLocal {
-		treatment.LocalEndpoints = slices.Clone(list[:random.IntN(len(list)+1)])
+	if spec.ExternalTrafficPolicyLocal = random.IntN(3) == 0; spec.ExternalTrafficPolicyLocal {
+		spec.LocalEndpoints = slices.Clone(list[:random.IntN(len(list)+1)])
 	}
 	if random.IntN(3) == 0 {
-		treatment.Affinity = time.Duration(1+random.IntN(3)) * 28_800 * time.Second
+		spec.Affinity = time.Duration(1+random.IntN(3)) * 28_800 * time.Second
 	}
 	if random.IntN(4) == 0 {
 		for range 1 + random.IntN(5) {
 			a := address(1+random.IntN(3), random.IntN(4))
-			treatment.SourceRanges = append(treatment.SourceRanges, netip.PrefixFrom(a, random.IntN(a.BitLen()+1)).Masked())
+			spec.SourceRanges = append(spec.SourceRanges, netip.PrefixFrom(a, random.IntN(a.BitLen()+1)).Masked())
 		}
 	}
-	return treatment
+	return spec
 }
 
-// randomNode returns a Node with some of everything.
+// randomNode returns a Node with a random choice of settings.
 func randomNode(random *rand.Rand) dataplane.Node {
 	node := nodeWithPodCIDRs()
 	node.LocalPodCIDRs = []netip.Prefix{netip.MustParsePrefix("10.1.0.0/24"), netip.MustParsePrefix("10.7.0.0/16"), netip.MustParsePrefix("fd00:7::/64")}
@@ -315,14 +314,14 @@ func randomNode(random *rand.Rand) dataplane.Node {
 			netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 1, 0, n}), 30+int(n)).Masked(), netip.MustParsePrefix("fd00:8::/64"),
 		}
 	}
-	if random.IntN(2) == 0 { // in some of the source ranges, or not
+	if random.IntN(2) == 0 { // sometimes within the source ranges
 		n := byte(random.IntN(3))
 		node.PrimaryAddrs = []netip.Addr{netip.AddrFrom4([4]byte{10, 1, 0, n}), netip.AddrFrom16([16]byte{0: 0xfd, 15: n})}
 	}
 	return node
 }
 
-// TestGoldenRuleset compares what nft prints of the tables with golden files.
+// TestGoldenRuleset compares nft's listing of the tables with golden files.
 func TestGoldenRuleset(t *testing.T) {
 	t.Parallel()
 	for name, translator := range map[string]Translator{"ruleset": nil, "ruleset-translator": virtualServers{}} {
@@ -350,8 +349,8 @@ func TestGoldenRuleset(t *testing.T) {
 	}
 }
 
-// TestDuplicatesInNode checks that a Node whose lists are in disorder is no reason
-// to write.
+// TestDuplicatesInNode checks that a Node with duplicates in its lists causes no write if an
+// equivalent Node is programmed.
 func TestDuplicatesInNode(t *testing.T) {
 	t.Parallel()
 	d, _ := newDataplane(t)
@@ -366,27 +365,28 @@ func TestDuplicatesInNode(t *testing.T) {
 	mustReplace(t, d, node, sampleServices(t)...)
 	mustReplace(t, d, nodeWithAllSettings(), sampleServices(t)...)
 	if generation(t, d) != before {
-		t.Error("replacing a state by an equal one changed the ruleset")
+		t.Error("an equal Replace changed the ruleset")
 	}
 }
 
-// TestNodeChangeLeavesNoGarbage goes from a Node that has everything to one with
-// nothing, which is as if it had always been that; so no rule for pings is left.
+// TestNodeChangeLeavesNoGarbage changes from a Node with all settings to a Node with few. The
+// tables must then equal newly created tables. In particular, they must have no rules for
+// pings.
 func TestNodeChangeLeavesNoGarbage(t *testing.T) {
 	t.Parallel()
 	binary := nftBinaries(t)["1.1.3"]
 	d, ns := newDataplane(t)
 	fresh, other := newDataplane(t)
-	bare := dataplane.Node{PrimaryAddrs: nodeWithAllSettings().PrimaryAddrs} // as sets of source ranges stay
+	bare := dataplane.Node{PrimaryAddrs: nodeWithAllSettings().PrimaryAddrs} // the sets for source ranges depend on these
 	mustReplace(t, fresh, bare, sampleServices(t)...)
 	want := runNFT(t, other, binary, "list ruleset")
 	if strings.Contains(want, "echo-request") || strings.Contains(want, "goto ping") {
-		t.Errorf("there are rules for pings, which are off:\n%s", want)
+		t.Errorf("pings are off, but the tables have rules for them:\n%s", want)
 	}
 	mustReplace(t, d, nodeWithAllSettings(), sampleServices(t)...)
 	mustReplace(t, d, bare, sampleServices(t)...)
 	if diff := cmp.Diff(sortedLines(want), sortedLines(runNFT(t, ns, binary, "list ruleset"))); diff != "" {
-		t.Errorf("the tables differ (-from nothing +from a full Node):\n%s", diff)
+		t.Errorf("the tables differ (-new +changed):\n%s", diff)
 	}
 	node := nodeWithAllSettings()
 	mustReplace(t, d, node, sampleServices(t)...)
@@ -394,12 +394,12 @@ func TestNodeChangeLeavesNoGarbage(t *testing.T) {
 	before := runNFT(t, ns, binary, "list chain ip fairlead localhost")
 	mustReplace(t, d, node, sampleServices(t)...)
 	if after := runNFT(t, ns, binary, "list chain ip fairlead localhost"); strings.Count(before, "\n")-strings.Count(after, "\n") != 1 {
-		t.Errorf("with a listener for TCP there is to be one rule less:\n%s\n%s", before, after)
+		t.Errorf("want one rule less with a TCP listener:\n%s\n%s", before, after)
 	}
 }
 
-// TestEndpointPorts checks that a port is known for as long as some endpoint has it,
-// in whatever list.
+// TestEndpointPorts checks that endpoint-ports contains a port for as long as an endpoint in
+// any list has it.
 func TestEndpointPorts(t *testing.T) {
 	t.Parallel()
 	d, ns := newDataplane(t)
@@ -441,7 +441,7 @@ func TestEndpointPorts(t *testing.T) {
 	want("80")
 	change(0, plain(90))
 	want("80", "90")
-	d = openInNamespace(t, ns) // counts what it finds
+	d = openInNamespace(t, ns) // rebuilds the counts from the kernel
 	mustReplace(t, d, nodeWithPodCIDRs(), services...)
 	change(1, sticky(nil))
 	want("90")
@@ -452,9 +452,8 @@ func TestEndpointPorts(t *testing.T) {
 	want()
 }
 
-// TestAffinityListing lets a client connect to a Service with affinity,
-// and checks that nft prints what is remembered of it, which packets have
-// written.
+// TestAffinityListing connects to Services with affinity and checks that nft lists the
+// elements that the packets added.
 func TestAffinityListing(t *testing.T) {
 	t.Parallel()
 	network := nettest.NewT(t, nettest.Options{})
@@ -480,18 +479,18 @@ func TestAffinityListing(t *testing.T) {
 			"192.0.2.2 . 10.96.0.1 . tcp . 80 timeout 3h expires 2h59m", "2001:db8::2 . fd00:96::1 . tcp . 80 timeout 3h expires 2h59m",
 		} {
 			if !strings.Contains(listing, want) {
-				t.Errorf("nft %s does not print %q:\n%s", version, want, listing)
+				t.Errorf("nft %s: listing lacks %q:\n%s", version, want, listing)
 			}
 		}
 		if id := ":fafa"; strings.Count(listing, id) < 4 {
-			t.Errorf("nft %s does not print IDs: want %q in slots and in affinity\n%s", version, id, listing)
+			t.Errorf("nft %s: listing lacks endpoint IDs, want %q in slots and affinity maps:\n%s", version, id, listing)
 		}
 	}
 	wantState(t, d, services...)
 }
 
-// TestCounters checks that each reason not to serve a connection is counted as
-// what it is, once for each packet.
+// TestCounters checks that each refused packet is counted once, by the counter for its
+// reason.
 func TestCounters(t *testing.T) {
 	t.Parallel()
 	network := nettest.NewT(t, nettest.Options{})
@@ -513,7 +512,7 @@ func TestCounters(t *testing.T) {
 	for i, v6 := range []bool{false, true} {
 		endpoint := []dataplane.Endpoint{{Addr: netip.AddrPortFrom(pod.Addrs()[i], 8080)}}
 		elsewhere := []netip.Prefix{netip.MustParsePrefix("203.0.113.0/24"), netip.MustParsePrefix("2001:db8:113::/48")}[i : i+1]
-		for n, treatment := range []dataplane.ServiceSpec{
+		for n, spec := range []dataplane.ServiceSpec{
 			{},
 			{NoEndpointsVerdict: dataplane.Drop},
 			{Endpoints: endpoint, ExternalTrafficPolicyLocal: true, NoEndpointsVerdict: dataplane.Drop},
@@ -522,7 +521,7 @@ func TestCounters(t *testing.T) {
 		} {
 			f := dataplane.Frontend{Protocol: dataplane.UDP, Addr: netip.AddrPortFrom(vip(v6, n), 80)}
 			s := service(t, fmt.Sprintf("s-%d", n), []dataplane.Frontend{f}, nil)
-			s.ServiceSpec = treatment
+			s.ServiceSpec = spec
 			services = append(services, s)
 		}
 	}
@@ -539,7 +538,7 @@ func TestCounters(t *testing.T) {
 			}
 			ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 			if answer, err := network.Outside.Connect(ctx, nettest.UDP, netip.AddrPortFrom(vip(v6, n), port)); err == nil {
-				t.Errorf("%s was answered: %+v", reason, answer)
+				t.Errorf("%s: unexpected answer %+v", reason, answer)
 			}
 			cancel()
 			want[reason]++
@@ -551,19 +550,19 @@ func TestCounters(t *testing.T) {
 				}
 			}
 			if diff := cmp.Diff(want, got); diff != "" {
-				t.Fatalf("%s: after %s the counters are (-want +got):\n%s", table, reason, diff)
+				t.Fatalf("%s: counters after %s (-want +got):\n%s", table, reason, diff)
 			}
 		}
 	}
 	before := generation(t, d)
 	mustReplace(t, openInNamespace(t, network.Node.Namespace), node, services...)
 	if generation(t, d) != before {
-		t.Error("counters that have counted were written by an equal Replace")
+		t.Error("an equal Replace wrote nonzero counters")
 	}
 }
 
-// TestPacketPriorityRestored checks, behind each of our chains, that no packet of a
-// connection to a Service is left with a class, slot or ID as its priority.
+// TestPacketPriorityRestored checks, behind each of our chains, that no packet of a Service
+// connection still has a class, slot or ID as its priority.
 func TestPacketPriorityRestored(t *testing.T) {
 	t.Parallel()
 	network := nettest.NewT(t, nettest.Options{})
@@ -574,20 +573,20 @@ func TestPacketPriorityRestored(t *testing.T) {
 	node := dataplane.Node{PodCIDRs: network.PodCIDRs, NodePortAddrs: network.Node.Addrs()}
 	var services []*dataplane.Service
 	for i, prefix := range []string{"10.96.0.", "fd00:96::"} {
-		for n, treatment := range []dataplane.ServiceSpec{
+		for n, spec := range []dataplane.ServiceSpec{
 			{},
 			{Masquerade: dataplane.MasqueradeAlways},
 			{Affinity: time.Hour},
 			{Affinity: time.Hour, ExternalTrafficPolicyLocal: true, Masquerade: dataplane.MasqueradeFromNode},
 			{ExternalTrafficPolicyLocal: true},
 		} {
-			treatment.Endpoints = []dataplane.Endpoint{{Addr: netip.AddrPortFrom(pod.Addrs()[i], 8080), Local: true}}
-			if treatment.ExternalTrafficPolicyLocal {
-				treatment.LocalEndpoints = slices.Clone(treatment.Endpoints)
+			spec.Endpoints = []dataplane.Endpoint{{Addr: netip.AddrPortFrom(pod.Addrs()[i], 8080), Local: true}}
+			if spec.ExternalTrafficPolicyLocal {
+				spec.LocalEndpoints = slices.Clone(spec.Endpoints)
 			}
 			addr := netip.AddrPortFrom(netip.MustParseAddr(fmt.Sprintf("%s%d", prefix, n)), 80)
 			s := service(t, fmt.Sprintf("s-%d", n), []dataplane.Frontend{{Protocol: dataplane.TCP, Addr: addr}}, nil)
-			s.ServiceSpec = treatment
+			s.ServiceSpec = spec
 			services = append(services, s)
 		}
 	}
@@ -619,13 +618,13 @@ func TestPacketPriorityRestored(t *testing.T) {
 	}
 	listing := runNFT(t, network.Node.Namespace, binary, "list counters table inet spy")
 	if strings.Count(listing, "packets 0") != 1 || !strings.Contains(listing, "counter touched {\n\t\tpackets 0") {
-		t.Errorf("packets went on with a priority of ours:\n%s", listing)
+		t.Errorf("packets left our chains with a modified priority:\n%s", listing)
 	}
 }
 
-// TestSlotRemovedDuringLookup holds the moment still in which a packet has read the class of three
-// endpoints, and a commit has taken two of them: each packet that draws one of
-// these slots reaches the endpoint that is left.
+// TestSlotRemovedDuringLookup freezes the state between two commits, as a packet can see it:
+// the packet has read the class for three endpoints, and a commit has then removed two of
+// them. Each packet that selects one of the removed slots must reach the remaining endpoint.
 func TestSlotRemovedDuringLookup(t *testing.T) {
 	t.Parallel()
 	network := nettest.NewT(t, nettest.Options{})
@@ -639,7 +638,7 @@ func TestSlotRemovedDuringLookup(t *testing.T) {
 	} {
 		for _, addr := range []string{test.vip, test.local} {
 			for port, timeout := range map[uint16]time.Duration{80: 0, 81: time.Second} {
-				// In order of address, and so of slots.
+				// Sorted by address, which is the order of the slots.
 				list := []dataplane.Endpoint{{Addr: netip.AddrPortFrom(pod.Addrs()[i], 8080)}}
 				for more := range uint16(2) {
 					list = append(list, dataplane.Endpoint{Addr: netip.AddrPortFrom(pod.Addrs()[i], 8081+more)})
@@ -669,26 +668,27 @@ func TestSlotRemovedDuringLookup(t *testing.T) {
 			answer, err := network.Outside.Connect(ctx, nettest.UDP, s.Frontends[0].Addr)
 			cancel()
 			if err != nil || answer.Endpoint.Port() != 8080 {
-				t.Fatalf("%s: answer %+v, error %v, want one of the endpoint in slot 0", s.Frontends[0], answer, err)
+				t.Fatalf("%s: answer %+v, error %v, want an answer from the endpoint in slot 0", s.Frontends[0], answer, err)
 			}
 		}
 	}
 }
 
-// counterPackets returns the count of the only counter in a listing.
+// counterPackets returns the packet count in a listing with a single counter.
 func counterPackets(t *testing.T, listing string) int {
 	t.Helper()
 	_, count, _ := strings.Cut(listing, "packets ")
 	var packets int
 	if _, err := fmt.Sscan(count, &packets); err != nil {
-		t.Fatalf("no count in %s: %v", listing, err)
+		t.Fatalf("no packet count in %s: %v", listing, err)
 	}
 	return packets
 }
 
-// TestEndpointIDRemovedDuringLookup holds the moment still in which a packet has read the ID of one of two
-// endpoints, and a commit has taken that endpoint: it draws once more. That is
-// in vain for a quarter of the clients, who send their first packet again.
+// TestEndpointIDRemovedDuringLookup freezes the state in which a packet has read the ID of
+// one of two endpoints, and a commit has then removed that endpoint. The packet selects a
+// slot once more. The second selection fails for a quarter of the clients, which retransmit
+// their first packet.
 func TestEndpointIDRemovedDuringLookup(t *testing.T) {
 	t.Parallel()
 	const clients = 200
@@ -704,7 +704,7 @@ func TestEndpointIDRemovedDuringLookup(t *testing.T) {
 	s := service(t, "s", []dataplane.Frontend{frontend(1)}, []dataplane.Endpoint{{Addr: here}, {Addr: gone}})
 	s.Affinity = time.Hour
 	mustReplace(t, d, nodeWithPodCIDRs(), s)
-	ip := d.tables[0] // nft itself can't write an ID, whose padding has a mark
+	ip := d.tables[0] // not with nft, which cannot write the marked padding of an ID
 	key := ip.encodeStickyKey(s.Frontends[0], preferredEndpointID(clusterEndpoints, gone))
 	if err := d.conn.SetDeleteElements(ip.stickyEndpoints, []element{{Key: key}}); err != nil {
 		t.Fatal(err)
@@ -721,8 +721,8 @@ func TestEndpointIDRemovedDuringLookup(t *testing.T) {
 		source := next
 		all.Go(func() {
 			answer, err := network.Outside.ConnectFrom(t.Context(), source, s.Frontends[0].Addr)
-			// Kernels before 6.5 wait longer and longer before they send a first
-			// packet again, so that there is time for three or four.
+			// Kernels before 6.5 double the delay before each retransmission, so that a
+			// connection attempt has time for only three or four.
 			for range 5 {
 				if !errors.Is(err, nettest.ErrTimeout) {
 					break
@@ -736,15 +736,15 @@ func TestEndpointIDRemovedDuringLookup(t *testing.T) {
 	}
 	all.Wait()
 	listing := runNFT(t, network.Node.Namespace, binary, "list chain ip fairlead class-2-sticky")
-	// Three of four first packets get through, so that it takes 4/3 of them,
-	// sigma 9; if a packet drew once only, it would take 2.
+	// Three of four first packets succeed, so the expected number is 4/3 per client, sigma
+	// 9. If a packet selected only once, it would be 2.
 	if packets := counterPackets(t, listing); packets <= clients || packets > clients*5/3 {
-		t.Errorf("%d clients sent %d first packets, want 4/3 as many", clients, packets)
+		t.Errorf("%d clients sent %d first packets, want about 4/3 per client", clients, packets)
 	}
 }
 
-// TestListManyServices checks that nft prints all of a large random state,
-// without aborting and without a value that it can't interpret.
+// TestListManyServices checks that nft lists a large random state completely, without
+// aborting and without values that it cannot interpret.
 func TestListManyServices(t *testing.T) {
 	t.Parallel()
 	d, ns := newDataplane(t)
@@ -755,18 +755,18 @@ func TestListManyServices(t *testing.T) {
 	for version, binary := range nftBinaries(t) {
 		listing := runNFT(t, ns, binary, "list ruleset")
 		if strings.Contains(listing, "invalid type") || strings.Contains(listing, "unknown") {
-			t.Errorf("nft %s can't interpret a value:\n%s", version, listing)
+			t.Errorf("nft %s cannot interpret a value:\n%s", version, listing)
 		}
 		for _, s := range services {
 			if !strings.Contains(listing, fmt.Sprintf("comment %q", s.Key.Service())) {
-				t.Errorf("nft %s does not show %s", version, s.Key)
+				t.Errorf("nft %s does not list %s", version, s.Key)
 			}
 		}
 	}
 }
 
-// TestRandomStates goes from one random state to the next, by Apply and by
-// Replace, and reads each back.
+// TestRandomStates moves between random states with Apply and Replace, and reads each state
+// back.
 func TestRandomStates(t *testing.T) {
 	t.Parallel()
 	for name, translator := range testTranslators() {
@@ -786,13 +786,13 @@ func testRandomStates(t *testing.T, translator Translator) {
 	for seed := range uint64(60) {
 		random := rand.New(rand.NewPCG(seed, 7))
 		want := randomServices(t, random, 40)
-		restart := random.IntN(5) == 0
-		if restart {
+		newInstance := random.IntN(5) == 0
+		if newInstance {
 			d = openInNamespace(t, ns, translator)
 			node = randomNode(random)
 		}
 		d.minSharedFrontends = []int{2, 3, minSharedFrontends}[random.IntN(3)]
-		if restart {
+		if newInstance {
 			mustReplace(t, d, node, want...)
 		} else {
 			mustApply(t, d, changesBetween(have, want)...)
@@ -801,11 +801,11 @@ func testRandomStates(t *testing.T, translator Translator) {
 		wantState(t, d, have...)
 		before := generation(t, d)
 		again := openInNamespace(t, ns, translator)
-		again.now = func() time.Time { return time.Time{} } // or a class that rests could go
+		again.now = func() time.Time { return time.Time{} } // keeps unused classes
 		again.minSharedFrontends = d.minSharedFrontends
 		mustReplace(t, again, node, have...)
-		if after := generation(t, d); after != before && !restart {
-			t.Fatalf("seed %d: replacing a state by an equal one changed the ruleset", seed)
+		if after := generation(t, d); after != before && !newInstance {
+			t.Fatalf("seed %d: an equal Replace changed the ruleset", seed)
 		}
 		if t.Failed() {
 			t.Fatalf("seed %d", seed)
@@ -834,80 +834,80 @@ func changesBetween(have, want []*dataplane.Service) []dataplane.Change {
 	return list
 }
 
-// TestDrift edits the tables as an operator might, and expects the change to be
-// announced, and one Replace to restore everything.
+// TestDrift edits the tables as an operator might. The edit must be reported as drift, and
+// one Replace must restore everything.
 func TestDrift(t *testing.T) {
 	t.Parallel()
 	for name, script := range map[string]string{
-		"the table is deleted":                  "delete table ip fairlead",
-		"the whole ruleset is flushed":          "flush ruleset",
-		"a Service is deleted":                  "delete element ip fairlead services { 10.96.0.1 . tcp . 80 }",
-		"a Service is in another class":         "add chain ip fairlead class-9; delete element ip fairlead services { 10.96.0.1 . tcp . 80 }; add element ip fairlead services { 10.96.0.1 . tcp . 80 : 0:9 }",
-		"a Service is added":                    "add element ip fairlead services { 10.96.7.7 . tcp . 80 : 0:1 }",
-		"an endpoint is deleted":                "delete element ip fairlead endpoints-1 { 10.96.0.1 . tcp . 80 . fa1d:0 }",
-		"an endpoint is another":                "delete element ip fairlead endpoints-1 { 10.96.0.1 . tcp . 80 . fa1d:0 }; add element ip fairlead endpoints-1 { 10.96.0.1 . tcp . 80 . fa1d:0 : 10.1.0.9 . 9 }",
-		"an endpoint is added":                  "add element ip fairlead endpoints-1 { 10.96.0.1 . tcp . 80 . fa1d:7 : 10.1.0.9 . 9 }",
-		"an endpoint is of another list":        "add element ip fairlead endpoints-1 { 10.96.0.1 . tcp . 80 . fa1c:0 : 10.1.0.9 . 9 }",
-		"an endpoint is in the wrong shard":     "add element ip fairlead endpoints-2 { 10.96.0.1 . tcp . 80 . fa1d:0 : 10.1.0.9 . 9 }",
-		"a slot that can't be is added":         "add element ip fairlead endpoints-1 { 10.96.0.1 . tcp . 80 . 1:7 : 10.1.0.9 . 9 }",
-		"an empty Service is deleted":           "delete element ip fairlead services { 10.96.0.2 . udp . 53 }",
-		"a live Service is rejected":            "delete element ip fairlead services { 10.96.0.1 . tcp . 80 }; add element ip fairlead services { 10.96.0.1 . tcp . 80 : 0:0 }",
-		"a counter is deleted":                  "flush chain ip fairlead filter-forward; flush chain ip fairlead filter-output; flush chain ip fairlead pinged; delete counter ip fairlead dropped-no-service",
-		"services has a catch-all":              "add element ip fairlead services { * : 0:1 }",
-		"endpoints has a catch-all":             "add element ip fairlead endpoints-1 { * : 10.1.0.9 . 9 }",
-		"cluster-ips has a catch-all":           "add element ip fairlead cluster-ips { * }",
-		"a cluster IP is added":                 "add element ip fairlead cluster-ips { 10.96.7.7 }",
-		"a cluster IP is deleted":               "delete element ip fairlead cluster-ips { 10.96.0.1 }",
-		"an address to ping is added":           "add element ip fairlead ping-internal { 10.96.0.2 }",
-		"an address to ping is deleted":         "delete element ip fairlead ping-external { 10.96.0.1 }",
-		"an address to ping of none":            "add element ip fairlead ping-external { 10.96.7.7 }",
-		"pings are answered elsewhere":          "flush chain ip fairlead answer-ping; add rule ip fairlead answer-ping dnat to 192.0.2.9",
-		"an endpoint's port is deleted":         "delete element ip fairlead endpoint-ports { 8080 }",
-		"a port of no endpoint is added":        "add element ip fairlead endpoint-ports { 7 }",
-		"endpoint-ports has a catch-all":        "add element ip fairlead endpoint-ports { * }",
-		"node ports are let through at lo":      "flush chain ip fairlead localhost",
-		"hairpin has a catch-all":               "add element ip fairlead hairpin { * }",
-		"classes has a catch-all":               "add element ip fairlead classes { * : drop }",
-		"hairpin is flushed":                    "flush set ip fairlead hairpin",
-		"a hairpin that can't be is added":      "add element ip fairlead hairpin { 10.1.0.1 . 10.1.0.2 . 10.96.0.1 . tcp . 80 }",
-		"the pod networks are others":           "flush set ip fairlead pod-cidrs; add element ip fairlead pod-cidrs { 192.168.0.0/16 }",
-		"a local endpoint is deleted":           "flush map ip fairlead slots",
-		"the local endpoints are deleted":       "flush map ip fairlead external",
-		"a timeout is deleted":                  "flush map ip fairlead timeouts",
-		"a timeout is another":                  "flush map ip fairlead timeouts; add element ip fairlead timeouts { 203.0.113.3 . tcp . 443 : 8000:1 }",
-		"a timeout that can't be":               "add element ip fairlead timeouts { 10.96.0.1 . tcp . 80 : 0:1 }",
-		"an endpoint with an ID is deleted":     "flush map ip fairlead sticky-endpoints",
-		"an endpoint with an ID that can't be":  "add element ip fairlead sticky-endpoints { 203.0.113.3 . tcp . 443 . 7 : 10.1.0.9 . 9 }",
-		"a slot has an ID that can't be":        "add element ip fairlead slots { 203.0.113.3 . tcp . 443 . fa1d:9 : 0:7 }",
-		"source ranges are deleted":             "flush set ip fairlead source-ranges-24",
-		"a source range is added":               "add element ip fairlead source-ranges-24 { 203.0.113.3 . tcp . 443 . 10.0.0.0 }",
-		"a source range of another is added":    "add element ip fairlead source-ranges-24 { 10.96.0.1 . tcp . 80 . 10.0.0.0 }",
-		"a source range that can't be is added": "add element ip fairlead source-ranges-24 { 203.0.113.3 . tcp . 443 . 10.0.0.1 }",
-		"source ranges for the node are added":  "add element ip fairlead source-ranges-31 { 203.0.113.3 . tcp . 443 . 10.0.0.0 comment \"this node\" }",
-		"the rules of source ranges are gone":   "flush chain ip fairlead source-ranges",
-		"a set of source ranges is gone":        "flush chain ip fairlead source-ranges; flush chain ip fairlead source-ranges-node-port; delete set ip fairlead source-ranges-24",
-		"a set of source ranges can't be":       "add set ip fairlead source-ranges-77 { type mark; }",
-		"node ports are on another address":     "add element ip fairlead node-port-addrs { 192.0.2.9 }",
-		"node ports are on no address":          "flush set ip fairlead node-port-addrs",
-		"the Service networks are others":       "add element ip fairlead service-cidrs { 10.200.0.0/16 }",
-		"the local pods are others":             "flush set ip fairlead local-pods",
-		"nobody is masqueraded":                 "flush map ip fairlead masquerades",
-		"another is masqueraded":                "delete element ip fairlead masquerades { 0:1 }; add element ip fairlead masquerades { 0:1 : goto masquerade-always }",
-		"no slots are drawn":                    "flush map ip fairlead draws",
-		"no affinity":                           "flush map ip fairlead affinities; flush map ip fairlead local-affinities",
-		"what is remembered is of another kind": "flush chain ip fairlead affinity-10800s; flush chain ip fairlead affinity-10800s-local; delete map ip fairlead affinity-1; add map ip fairlead affinity-1 { type mark : mark; }",
-		"the classes are flushed":               "flush map ip fairlead classes",
-		"a class goes elsewhere":                "delete element ip fairlead classes { 0:1 }; add element ip fairlead classes { 0:1 : drop }",
-		"a class's chain is flushed":            "flush chain ip fairlead class-1",
-		"a rule is added":                       "insert rule ip fairlead nat-prerouting counter accept",
-		"all rules are gone":                    "flush table ip fairlead",
-		"a chain is added":                      "add chain ip fairlead extra { type filter hook forward priority 0; policy drop; }",
-		"a chain is added and used":             "add chain ip fairlead extra; add rule ip fairlead nat-prerouting jump extra",
-		"a set is added and used":               "add set ip fairlead extra { type mark; }; add rule ip fairlead nat-prerouting meta mark @extra drop",
-		"a set is replaced by another type":     "flush chain ip fairlead filter-forward; flush chain ip fairlead filter-output; flush chain ip fairlead pinged; delete set ip fairlead cluster-ips; add set ip fairlead cluster-ips { type mark; }",
-		"a chain drops by default":              "add chain ip fairlead nat-prerouting { policy drop; }",
-		"the table is dormant":                  "add table ip fairlead { flags dormant; }",
-		"the IPv6 table is deleted":             "delete table ip6 fairlead",
+		"the table is deleted":                       "delete table ip fairlead",
+		"the whole ruleset is flushed":               "flush ruleset",
+		"a Service is deleted":                       "delete element ip fairlead services { 10.96.0.1 . tcp . 80 }",
+		"a Service has another class":                "add chain ip fairlead class-9; delete element ip fairlead services { 10.96.0.1 . tcp . 80 }; add element ip fairlead services { 10.96.0.1 . tcp . 80 : 0:9 }",
+		"a Service is added":                         "add element ip fairlead services { 10.96.7.7 . tcp . 80 : 0:1 }",
+		"an endpoint is deleted":                     "delete element ip fairlead endpoints-1 { 10.96.0.1 . tcp . 80 . fa1d:0 }",
+		"an endpoint is changed":                     "delete element ip fairlead endpoints-1 { 10.96.0.1 . tcp . 80 . fa1d:0 }; add element ip fairlead endpoints-1 { 10.96.0.1 . tcp . 80 . fa1d:0 : 10.1.0.9 . 9 }",
+		"an endpoint is added":                       "add element ip fairlead endpoints-1 { 10.96.0.1 . tcp . 80 . fa1d:7 : 10.1.0.9 . 9 }",
+		"an endpoint is in another list":             "add element ip fairlead endpoints-1 { 10.96.0.1 . tcp . 80 . fa1c:0 : 10.1.0.9 . 9 }",
+		"an endpoint is in the wrong shard":          "add element ip fairlead endpoints-2 { 10.96.0.1 . tcp . 80 . fa1d:0 : 10.1.0.9 . 9 }",
+		"an invalid slot is added":                   "add element ip fairlead endpoints-1 { 10.96.0.1 . tcp . 80 . 1:7 : 10.1.0.9 . 9 }",
+		"an empty Service is deleted":                "delete element ip fairlead services { 10.96.0.2 . udp . 53 }",
+		"a Service with endpoints is rejected":       "delete element ip fairlead services { 10.96.0.1 . tcp . 80 }; add element ip fairlead services { 10.96.0.1 . tcp . 80 : 0:0 }",
+		"a counter is deleted":                       "flush chain ip fairlead filter-forward; flush chain ip fairlead filter-output; flush chain ip fairlead pinged; delete counter ip fairlead dropped-no-service",
+		"services has a catch-all":                   "add element ip fairlead services { * : 0:1 }",
+		"endpoints has a catch-all":                  "add element ip fairlead endpoints-1 { * : 10.1.0.9 . 9 }",
+		"cluster-ips has a catch-all":                "add element ip fairlead cluster-ips { * }",
+		"a cluster IP is added":                      "add element ip fairlead cluster-ips { 10.96.7.7 }",
+		"a cluster IP is deleted":                    "delete element ip fairlead cluster-ips { 10.96.0.1 }",
+		"an address to ping is added":                "add element ip fairlead ping-internal { 10.96.0.2 }",
+		"an address to ping is deleted":              "delete element ip fairlead ping-external { 10.96.0.1 }",
+		"an unused address to ping is added":         "add element ip fairlead ping-external { 10.96.7.7 }",
+		"pings are translated to another address":    "flush chain ip fairlead answer-ping; add rule ip fairlead answer-ping dnat to 192.0.2.9",
+		"an endpoint's port is deleted":              "delete element ip fairlead endpoint-ports { 8080 }",
+		"an unused endpoint port is added":           "add element ip fairlead endpoint-ports { 7 }",
+		"endpoint-ports has a catch-all":             "add element ip fairlead endpoint-ports { * }",
+		"localhost node ports are accepted":          "flush chain ip fairlead localhost",
+		"hairpin has a catch-all":                    "add element ip fairlead hairpin { * }",
+		"classes has a catch-all":                    "add element ip fairlead classes { * : drop }",
+		"hairpin is flushed":                         "flush set ip fairlead hairpin",
+		"an invalid hairpin element is added":        "add element ip fairlead hairpin { 10.1.0.1 . 10.1.0.2 . 10.96.0.1 . tcp . 80 }",
+		"the pod networks are changed":               "flush set ip fairlead pod-cidrs; add element ip fairlead pod-cidrs { 192.168.0.0/16 }",
+		"a local endpoint is deleted":                "flush map ip fairlead slots",
+		"the local endpoints are deleted":            "flush map ip fairlead external",
+		"a timeout is deleted":                       "flush map ip fairlead timeouts",
+		"a timeout is changed":                       "flush map ip fairlead timeouts; add element ip fairlead timeouts { 203.0.113.3 . tcp . 443 : 8000:1 }",
+		"an invalid timeout is added":                "add element ip fairlead timeouts { 10.96.0.1 . tcp . 80 : 0:1 }",
+		"an endpoint with an ID is deleted":          "flush map ip fairlead sticky-endpoints",
+		"an endpoint with an invalid ID is added":    "add element ip fairlead sticky-endpoints { 203.0.113.3 . tcp . 443 . 7 : 10.1.0.9 . 9 }",
+		"a slot with an invalid ID is added":         "add element ip fairlead slots { 203.0.113.3 . tcp . 443 . fa1d:9 : 0:7 }",
+		"source ranges are deleted":                  "flush set ip fairlead source-ranges-24",
+		"a source range is added":                    "add element ip fairlead source-ranges-24 { 203.0.113.3 . tcp . 443 . 10.0.0.0 }",
+		"a source range of another Service is added": "add element ip fairlead source-ranges-24 { 10.96.0.1 . tcp . 80 . 10.0.0.0 }",
+		"an invalid source range is added":           "add element ip fairlead source-ranges-24 { 203.0.113.3 . tcp . 443 . 10.0.0.1 }",
+		"source ranges for the node are added":       "add element ip fairlead source-ranges-31 { 203.0.113.3 . tcp . 443 . 10.0.0.0 comment \"this node\" }",
+		"the rules for source ranges are deleted":    "flush chain ip fairlead source-ranges",
+		"a set for source ranges is deleted":         "flush chain ip fairlead source-ranges; flush chain ip fairlead source-ranges-node-port; delete set ip fairlead source-ranges-24",
+		"an invalid set for source ranges is added":  "add set ip fairlead source-ranges-77 { type mark; }",
+		"node ports are on another address":          "add element ip fairlead node-port-addrs { 192.0.2.9 }",
+		"node ports are on no address":               "flush set ip fairlead node-port-addrs",
+		"the Service networks are changed":           "add element ip fairlead service-cidrs { 10.200.0.0/16 }",
+		"the local pod networks are deleted":         "flush set ip fairlead local-pods",
+		"no client is masqueraded":                   "flush map ip fairlead masquerades",
+		"other clients are masqueraded":              "delete element ip fairlead masquerades { 0:1 }; add element ip fairlead masquerades { 0:1 : goto masquerade-always }",
+		"no slot is selected":                        "flush map ip fairlead draws",
+		"affinity is removed":                        "flush map ip fairlead affinities; flush map ip fairlead local-affinities",
+		"an affinity map has another type":           "flush chain ip fairlead affinity-10800s; flush chain ip fairlead affinity-10800s-local; delete map ip fairlead affinity-1; add map ip fairlead affinity-1 { type mark : mark; }",
+		"the classes are flushed":                    "flush map ip fairlead classes",
+		"a class has another verdict":                "delete element ip fairlead classes { 0:1 }; add element ip fairlead classes { 0:1 : drop }",
+		"a class's chain is flushed":                 "flush chain ip fairlead class-1",
+		"a rule is added":                            "insert rule ip fairlead nat-prerouting counter accept",
+		"all rules are deleted":                      "flush table ip fairlead",
+		"a chain is added":                           "add chain ip fairlead extra { type filter hook forward priority 0; policy drop; }",
+		"a chain is added and used":                  "add chain ip fairlead extra; add rule ip fairlead nat-prerouting jump extra",
+		"a set is added and used":                    "add set ip fairlead extra { type mark; }; add rule ip fairlead nat-prerouting meta mark @extra drop",
+		"a set is replaced by another type":          "flush chain ip fairlead filter-forward; flush chain ip fairlead filter-output; flush chain ip fairlead pinged; delete set ip fairlead cluster-ips; add set ip fairlead cluster-ips { type mark; }",
+		"a chain drops by default":                   "add chain ip fairlead nat-prerouting { policy drop; }",
+		"the table is dormant":                       "add table ip fairlead { flags dormant; }",
+		"the IPv6 table is deleted":                  "delete table ip6 fairlead",
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -926,12 +926,12 @@ func testDrift(t *testing.T, script string, translator ...Translator) {
 	before := sortedLines(runNFT(t, ns, binary, "list ruleset"))
 	runNFT(t, ns, binary, strings.ReplaceAll(script, "; ", "\n"))
 	if slices.Equal(before, sortedLines(runNFT(t, ns, binary, "list ruleset"))) {
-		t.Fatal("the edit changes nothing, so the test shows nothing")
+		t.Fatal("the edit does not change the ruleset")
 	}
 	select {
 	case <-d.Drift():
 	case <-time.After(5 * time.Second):
-		t.Fatal("the change was not announced")
+		t.Fatal("the change was not reported as drift")
 	}
 	drainNotifications(t, d)
 	mustReplace(t, d, nodeWithAllSettings(), services...)
@@ -943,10 +943,10 @@ func testDrift(t *testing.T, script string, translator ...Translator) {
 	wantNoDrift(t, d)
 }
 
-// drainNotifications waits until the rest of a change is announced: the kernel does
-// it in as many buffers as it takes, each of which may signal drift. What is announced
-// of a commit to an unrelated table comes after all of them. A watch that receives
-// nothing is given up.
+// drainNotifications waits until the kernel has sent all notifications of a change, and then
+// discards the pending drift signal. The kernel uses several buffers for a large change, and
+// each may signal drift. Notifications of a later commit to an unrelated table come after all
+// of them. drainNotifications gives up after 3 seconds, for a watch that receives nothing.
 func drainNotifications(t *testing.T, d *Dataplane) {
 	t.Helper()
 	conn, err := nftables.New(nftables.WithNetNSFd(int(d.watch.netns.Fd())))
@@ -972,13 +972,13 @@ func drainNotifications(t *testing.T, d *Dataplane) {
 	}
 }
 
-// wantNoDrift fails the test if our own commits, all of which the kernel has
-// acknowledged, were taken for somebody else's.
+// wantNoDrift fails the test if our own commits, all acknowledged by the kernel, were
+// reported as drift.
 func wantNoDrift(t *testing.T, d *Dataplane) {
 	t.Helper()
 	select {
 	case <-d.Drift():
-		t.Error("our own change was announced as drift")
+		t.Error("our own change was reported as drift")
 	case <-time.After(20 * time.Millisecond):
 	}
 }
@@ -1009,7 +1009,7 @@ func TestCleanup(t *testing.T) {
 	runNFT(t, ns, binary, others)
 	before := runNFT(t, ns, binary, "list ruleset")
 	mustReplace(t, d, nodeWithPodCIDRs(), sampleServices(t)...)
-	for range 2 { // the second time there is nothing to remove
+	for range 2 { // the second call has nothing to remove
 		if err := Cleanup(Options{NetNS: ns.Fd()}); err != nil {
 			t.Fatal(err)
 		}
@@ -1019,13 +1019,14 @@ func TestCleanup(t *testing.T) {
 	}
 }
 
-// TestCleanupSplitsCommits checks that much is not removed in one commit, and all of it.
+// TestCleanupSplitsCommits checks that Cleanup removes large tables completely, in several
+// commits.
 func TestCleanupSplitsCommits(t *testing.T) {
 	t.Parallel()
 	d, ns := newDataplane(t)
 	var services []*dataplane.Service
 	var numbers []int
-	for i := range 2 * transactionSize / verdictElementWeight { // a class each, that is more than go at once
+	for i := range 2 * transactionSize / verdictElementWeight { // one class each, more than fit into one commit
 		numbers = append(numbers, i)
 		services = append(services, service(t, fmt.Sprintf("s-%d", i), []dataplane.Frontend{frontend(i)}, endpoints(numbers...)))
 	}
@@ -1035,15 +1036,15 @@ func TestCleanupSplitsCommits(t *testing.T) {
 		t.Fatal(err)
 	}
 	if commits := generation(t, d) - before; commits < 2*uint32(len(d.tables[0].sets())) {
-		t.Errorf("both tables were removed in %d commits", commits)
+		t.Errorf("both tables were removed in only %d commits", commits)
 	}
 	if listing := runNFT(t, ns, nftBinaries(t)["1.0.6"], "list ruleset"); listing != "" {
 		t.Errorf("left behind:\n%s", listing)
 	}
 }
 
-// TestClassChainLifecycle checks that a chain exists for each class in use, and no
-// longer for one that has not been for a while.
+// TestClassChainLifecycle checks that each class in use has a chain, and that the chain of an
+// unused class is removed after a delay.
 func TestClassChainLifecycle(t *testing.T) {
 	t.Parallel()
 	d, ns := newDataplane(t)
@@ -1064,21 +1065,21 @@ func TestClassChainLifecycle(t *testing.T) {
 		mustApply(t, d, dataplane.Change{Old: have, New: next})
 		wantState(t, d, next)
 		if got := chains(); got < before {
-			t.Errorf("with %d endpoints a class was removed at once", n)
+			t.Errorf("with %d endpoints: a class chain was removed without delay", n)
 		}
 		now = now.Add(unusedClassDelay)
 		other := service(t, "other", []dataplane.Frontend{frontend(2)}, slices.Clone(list))
 		mustApply(t, d, dataplane.Change{New: other})
 		mustApply(t, d, dataplane.Change{Old: other})
 		if got := chains(); got != 1 {
-			t.Errorf("with %d endpoints there are %d chains of classes, want 1", n, got)
+			t.Errorf("with %d endpoints: %d class chains, want 1", n, got)
 		}
 		have = next
 	}
 }
 
-// rejectedService returns a Service that the kernel refuses: NewService would not have
-// made it.
+// rejectedService returns an invalid Service that the kernel rejects. NewService would not
+// create it.
 func rejectedService(name string, f dataplane.Frontend) *dataplane.Service {
 	return &dataplane.Service{
 		Key:         dataplane.Key{Namespace: "default", Name: name, Family: dataplane.IPv4},
@@ -1087,8 +1088,8 @@ func rejectedService(name string, f dataplane.Frontend) *dataplane.Service {
 	}
 }
 
-// TestReplaceIsolatesRejectedServices puts Services that the kernel
-// refuses among many that it takes.
+// TestReplaceIsolatesRejectedServices replaces many valid Services and some that the kernel
+// rejects.
 func TestReplaceIsolatesRejectedServices(t *testing.T) {
 	t.Parallel()
 	d, _ := newDataplane(t)
@@ -1104,7 +1105,7 @@ func TestReplaceIsolatesRejectedServices(t *testing.T) {
 	err := d.Replace(t.Context(), nodeWithPodCIDRs(), slices.Values(all), nil)
 	var failure *dataplane.Error
 	if !errors.As(err, &failure) || len(failure.Failed) != 3 {
-		t.Fatalf("got error %v, want one for each of the three bad Services", err)
+		t.Fatalf("got error %v, want an error for each of the three rejected Services", err)
 	}
 	for key, err := range failure.Failed {
 		if !strings.HasPrefix(key.Name, "bad-") || !errors.Is(err, unix.EINVAL) {
@@ -1114,8 +1115,8 @@ func TestReplaceIsolatesRejectedServices(t *testing.T) {
 	wantState(t, d, good...)
 }
 
-// TestReplaceKeepsLastGoodVersion checks that the last good version of a Service
-// goes on working when the kernel refuses the next one.
+// TestReplaceKeepsLastGoodVersion checks that a Service keeps its previous version when the
+// kernel rejects the next one.
 func TestReplaceKeepsLastGoodVersion(t *testing.T) {
 	t.Parallel()
 	d, _ := newDataplane(t)
@@ -1124,19 +1125,19 @@ func TestReplaceKeepsLastGoodVersion(t *testing.T) {
 	mustReplace(t, d, nodeWithPodCIDRs(), old, other)
 	err := d.Replace(t.Context(), nodeWithPodCIDRs(), slices.Values([]*dataplane.Service{rejectedService("s", frontend(1))}), nil)
 	if failure := (*dataplane.Error)(nil); !errors.As(err, &failure) || failure.Failed[old.Key] == nil {
-		t.Fatalf("got error %v, want one for %s", err, old.Key)
+		t.Fatalf("got error %v, want an error for %s", err, old.Key)
 	}
 	wantState(t, d, old)
 }
 
-// TestApplyRejected checks that a Service that the kernel refuses is named, that
-// the others of the call are programmed, and that a Replace puts things right.
+// TestApplyRejected checks that Apply reports a Service that the kernel rejects, programs the
+// other Services, and that the next Replace programs all.
 func TestApplyRejected(t *testing.T) {
 	t.Parallel()
 	d, ns := newDataplane(t)
 	first := service(t, "first", []dataplane.Frontend{frontend(1)}, endpoints(1, 2))
 	mustReplace(t, d, nodeWithPodCIDRs(), first)
-	// Somebody takes the frontend that the next call is about.
+	// Another process adds an element for the frontend of the next call.
 	runNFT(t, ns, nftBinaries(t)["1.0.6"], "add element ip fairlead services { 10.96.0.2 . tcp . 80 : 0:77 }")
 	second := service(t, "second", []dataplane.Frontend{frontend(2)}, endpoints(3, 4, 5))
 	third := service(t, "third", []dataplane.Frontend{frontend(3)}, endpoints(6))
@@ -1144,7 +1145,7 @@ func TestApplyRejected(t *testing.T) {
 	err := d.Apply(t.Context(), []dataplane.Change{{New: second}, {New: third}, {New: fourth}, {Old: first}})
 	var failure *dataplane.Error
 	if !errors.As(err, &failure) || len(failure.Failed) != 1 || failure.Failed[second.Key] == nil {
-		t.Fatalf("got error %v, want one for %s alone", err, second.Key)
+		t.Fatalf("got error %v, want an error for %s only", err, second.Key)
 	}
 	state, err := d.Read(t.Context())
 	if err != nil {
@@ -1152,14 +1153,14 @@ func TestApplyRejected(t *testing.T) {
 	}
 	delete(state, second.Frontends[0])
 	if diff := dataplane.StateOf(slices.Values([]*dataplane.Service{third, fourth})).Diff(state); diff != "" {
-		t.Errorf("of the others the kernel holds something else:\n%s", diff)
+		t.Errorf("unexpected state of the other Services in the kernel:\n%s", diff)
 	}
 	mustReplace(t, d, nodeWithPodCIDRs(), second, third, fourth)
 	wantState(t, d, second, third, fourth)
 }
 
-// TestApplyRejectedFrontendMove checks that a Service whose frontend is to
-// move to one that the kernel refuses is in doubt as well.
+// TestApplyRejectedFrontendMove moves a frontend to a Service that the kernel rejects. The
+// previous owner of the frontend must be reported as failed too.
 func TestApplyRejectedFrontendMove(t *testing.T) {
 	t.Parallel()
 	d, _ := newDataplane(t)
@@ -1171,15 +1172,15 @@ func TestApplyRejectedFrontendMove(t *testing.T) {
 	err := d.Apply(t.Context(), []dataplane.Change{{New: taker}, {Old: giver, New: left}, {Old: other}})
 	var failure *dataplane.Error
 	if !errors.As(err, &failure) || len(failure.Failed) != 2 || failure.Failed[giver.Key] == nil || failure.Failed[taker.Key] == nil {
-		t.Fatalf("got error %v, want one for %s and %s", err, giver.Key, taker.Key)
+		t.Fatalf("got error %v, want errors for %s and %s", err, giver.Key, taker.Key)
 	}
 	mustReplace(t, d, nodeWithPodCIDRs(), left)
 	wantState(t, d, left)
 }
 
-// TestMissingClassChainRecreated: a Service that fails is left in its
-// class as it was found, even if somebody has removed the class. A later one
-// that needs the class must get its chain all the same.
+// TestMissingClassChainRecreated deletes a class and makes the Service in the class fail, so
+// that the Service keeps the missing class. A later Service of the same class must still get
+// the chain.
 func TestMissingClassChainRecreated(t *testing.T) {
 	t.Parallel()
 	binary := nftBinaries(t)["1.0.6"]
@@ -1187,7 +1188,7 @@ func TestMissingClassChainRecreated(t *testing.T) {
 	mustReplace(t, d, nodeWithPodCIDRs(), service(t, "s", []dataplane.Frontend{frontend(1)}, endpoints(1, 2, 3)))
 	runNFT(t, ns, binary, "flush map ip fairlead classes")
 	if err := d.Replace(t.Context(), nodeWithPodCIDRs(), slices.Values([]*dataplane.Service{rejectedService("s", frontend(1))}), nil); err == nil {
-		t.Fatal("the kernel took a Service that it should refuse")
+		t.Fatal("Replace succeeded with a Service that the kernel should reject")
 	}
 	mustApply(t, d, dataplane.Change{New: service(t, "later", []dataplane.Frontend{frontend(2)}, endpoints(1, 2, 3))})
 	if listing := runNFT(t, ns, binary, "list table ip fairlead"); !strings.Contains(listing, "chain class-3") {
@@ -1195,28 +1196,28 @@ func TestMissingClassChainRecreated(t *testing.T) {
 	}
 }
 
-// TestApplyManyServices hands over more than goes into one commit, and then has
-// every frontend move to another Service in one call.
+// TestApplyManyServices applies more changes than fit into one commit. It then moves every
+// frontend to another Service in one call.
 func TestApplyManyServices(t *testing.T) {
 	t.Parallel()
 	const n = 2500
 	d, _ := newDataplane(t)
 	mustReplace(t, d, nodeWithPodCIDRs())
-	made := func(name string, i, frontendOf int) *dataplane.Service {
+	makeService := func(name string, i, frontendOf int) *dataplane.Service {
 		return service(t, fmt.Sprintf("%s-%d", name, i), []dataplane.Frontend{frontend(frontendOf)},
 			endpoints(i, i+1, i+2, i+3, i+4, i+5))
 	}
 	var changes []dataplane.Change
 	var first, second []*dataplane.Service
 	for i := range n {
-		first = append(first, made("s", i, i))
-		second = append(second, made("s", i, (i+1)%n))
+		first = append(first, makeService("s", i, i))
+		second = append(second, makeService("s", i, (i+1)%n))
 		changes = append(changes, dataplane.Change{New: first[i]})
 	}
 	before := generation(t, d)
 	mustApply(t, d, changes...)
 	const elements = (6 + 1 + 1) * n                                 // endpoints, frontend, cluster IP
-	want := uint32((elements+transactionSize-1)/transactionSize + 1) // and one for the class
+	want := uint32((elements+transactionSize-1)/transactionSize + 1) // plus one for the class
 	if commits := generation(t, d) - before; commits != want {
 		t.Errorf("%d elements took %d commits, want %d", elements, commits, want)
 	}
@@ -1227,8 +1228,7 @@ func TestApplyManyServices(t *testing.T) {
 	mustApply(t, d, changes...)
 	wantState(t, d, second...)
 
-	// One that fails leaves the others alone, but for the one that it was to get
-	// its frontend from.
+	// A rejected Service affects only itself and the previous owner of its frontend.
 	for i := range changes {
 		changes[i] = dataplane.Change{Old: second[i], New: first[i]}
 	}
@@ -1237,10 +1237,10 @@ func TestApplyManyServices(t *testing.T) {
 	err := d.Apply(t.Context(), changes)
 	var failure *dataplane.Error
 	if !errors.As(err, &failure) || failure.Failed[first[bad].Key] == nil {
-		t.Fatalf("got error %v, want one that names %s", err, first[bad].Key)
+		t.Fatalf("got error %v, want an error for %s", err, first[bad].Key)
 	}
 	if got := len(failure.Failed); got != 2 {
-		t.Errorf("%d of %d Services failed with one", got, n)
+		t.Errorf("%d of %d Services failed, want 2", got, n)
 	}
 	state, err := d.Read(t.Context())
 	if err != nil {
@@ -1248,25 +1248,25 @@ func TestApplyManyServices(t *testing.T) {
 	}
 	for i, s := range first {
 		if failure.Failed[s.Key] == nil && !slices.Equal(state[s.Frontends[0]].Endpoints, s.Endpoints) {
-			t.Fatalf("%s of service %d is said to have taken, and holds %v", s.Frontends[0], i, state[s.Frontends[0]])
+			t.Fatalf("%s of Service %d was reported as programmed but holds %v", s.Frontends[0], i, state[s.Frontends[0]])
 		}
 	}
 	mustReplace(t, d, nodeWithPodCIDRs(), first...)
 	wantState(t, d, first...)
 }
 
-// TestUnsupported lists what this backend can't carry: such a Service is
-// reported, has nothing in the kernel, and stops no other.
+// TestUnsupported checks Services that this backend does not support. Such a Service is
+// reported, has no elements in the kernel, and does not affect other Services.
 func TestUnsupported(t *testing.T) {
 	t.Parallel()
-	for name, treatment := range map[string]dataplane.ServiceSpec{
-		"affinity with more endpoints than there are IDs": {Affinity: time.Hour, Endpoints: make([]dataplane.Endpoint, maxEndpointIDs+1)},
-		"a scheduler": {Scheduler: "rr"},
+	for name, spec := range map[string]dataplane.ServiceSpec{
+		"affinity with more endpoints than IDs": {Affinity: time.Hour, Endpoints: make([]dataplane.Endpoint, maxEndpointIDs+1)},
+		"a scheduler":                           {Scheduler: "rr"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			bad := service(t, "bad", []dataplane.Frontend{frontend(1)}, nil)
-			bad.ServiceSpec = treatment
+			bad.ServiceSpec = spec
 			testUnsupported(t, bad)
 		})
 	}
@@ -1275,10 +1275,10 @@ func TestUnsupported(t *testing.T) {
 func testUnsupported(t *testing.T, bad *dataplane.Service) {
 	t.Helper()
 	good := service(t, "good", []dataplane.Frontend{frontend(2)}, endpoints(1))
-	was := []*dataplane.Service{service(t, "bad", []dataplane.Frontend{frontend(1)}, endpoints(1))}
-	change := dataplane.Change{Old: was[0], New: bad}
-	if bad.Key != was[0].Key {
-		was, change.Old = nil, nil // a kind of frontend that there never was
+	old := []*dataplane.Service{service(t, "bad", []dataplane.Frontend{frontend(1)}, endpoints(1))}
+	change := dataplane.Change{Old: old[0], New: bad}
+	if bad.Key != old[0].Key {
+		old, change.Old = nil, nil // the key of a new Service
 	}
 	for name, call := range map[string]func(d *Dataplane) error{
 		"replace": func(d *Dataplane) error {
@@ -1291,19 +1291,19 @@ func testUnsupported(t *testing.T, bad *dataplane.Service) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			d, _ := newDataplane(t)
-			mustReplace(t, d, nodeWithPodCIDRs(), was...)
+			mustReplace(t, d, nodeWithPodCIDRs(), old...)
 			err := call(d)
 			var failure *dataplane.Error
 			if !errors.As(err, &failure) || len(failure.Failed) != 1 || !errors.Is(failure.Failed[bad.Key], dataplane.ErrUnsupported) {
-				t.Fatalf("got error %v, want ErrUnsupported for %s alone", err, bad.Key)
+				t.Fatalf("got error %v, want ErrUnsupported for %s only", err, bad.Key)
 			}
 			wantState(t, d, good)
 		})
 	}
 }
 
-// TestMasqueradePodCIDRs checks that pod networks that change are
-// followed, and that without any no client is masqueraded.
+// TestMasqueradePodCIDRs checks that a change of the pod CIDRs is programmed, and that
+// without pod CIDRs no client is masqueraded.
 func TestMasqueradePodCIDRs(t *testing.T) {
 	t.Parallel()
 	binary := nftBinaries(t)["1.1.3"]
@@ -1336,8 +1336,8 @@ func TestMasqueradePodCIDRs(t *testing.T) {
 	}
 }
 
-// TestMalformedUserData checks that elements with broken user data, which any
-// administrator can make, are read without harm.
+// TestMalformedUserData checks that malformed element user data, which any administrator can
+// create, is parsed without panic.
 func TestMalformedUserData(t *testing.T) {
 	t.Parallel()
 	for _, b := range [][]byte{{}, {0}, {0, 200}, {0, 0}, {9, 1, 1, 0, 3, 'a', 'b'}, bytes.Repeat([]byte{0}, 256)} {
@@ -1350,9 +1350,9 @@ func TestMalformedUserData(t *testing.T) {
 	}
 }
 
-// TestEndpointIDsSurviveNewFrontend has a Service get a frontend while nobody looks, one
-// that is new, and one that was another Service's. Its endpoints, of which two want
-// the same ID, keep those that clients of its other frontend are remembered by.
+// TestEndpointIDsSurviveNewFrontend adds a frontend to a Service while no instance runs. The
+// frontend is new, or belonged to another Service. Two of the Service's endpoints prefer the
+// same ID. They must keep the IDs by which clients of the other frontend are remembered.
 func TestEndpointIDsSurviveNewFrontend(t *testing.T) {
 	t.Parallel()
 	seen := map[endpointID]netip.AddrPort{}
@@ -1375,8 +1375,8 @@ func TestEndpointIDsSurviveNewFrontend(t *testing.T) {
 		return s
 	}
 	for name, others := range map[string][]*dataplane.Service{
-		"new":              nil,
-		"another's before": {sticky("other", []dataplane.Frontend{frontend(1)}, a)},
+		"new":   nil,
+		"moved": {sticky("other", []dataplane.Frontend{frontend(1)}, a)},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -1384,7 +1384,7 @@ func TestEndpointIDsSurviveNewFrontend(t *testing.T) {
 			late := sticky("s", []dataplane.Frontend{frontend(2)}, b)
 			both := sticky("s", []dataplane.Frontend{frontend(2)}, a, b)
 			mustReplace(t, d, nodeWithPodCIDRs(), append(others, late)...)
-			mustApply(t, d, dataplane.Change{Old: late, New: both}) // the late one came first
+			mustApply(t, d, dataplane.Change{Old: late, New: both}) // endpoint b gets its preferred ID first
 			ids := func() map[endpointID]netip.AddrPort {
 				c, err := d.readSets(t.Context(), d.tables[0])
 				if err != nil {
@@ -1397,7 +1397,7 @@ func TestEndpointIDsSurviveNewFrontend(t *testing.T) {
 			mustReplace(t, openInNamespace(t, ns), nodeWithPodCIDRs(), more)
 			wantState(t, d, more)
 			if diff := cmp.Diff(fmt.Sprint(before), fmt.Sprint(ids())); diff != "" {
-				t.Errorf("the IDs have changed (-before +after):\n%s", diff)
+				t.Errorf("the IDs changed (-before +after):\n%s", diff)
 			}
 		})
 	}

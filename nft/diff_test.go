@@ -7,8 +7,8 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// TestChangeElementCount counts elements: the cost of a change must not depend on
-// how many endpoints the Service has.
+// TestChangeElementCount counts the elements that a change writes. The number must not depend
+// on the number of endpoints of the Service.
 func TestChangeElementCount(t *testing.T) {
 	t.Parallel()
 	list := make([]dataplane.Endpoint, 1000)
@@ -23,13 +23,13 @@ func TestChangeElementCount(t *testing.T) {
 		old, new *dataplane.Service
 		del, add int
 	}{
-		{"nothing changes", full, full, 0, 0},
+		{"no change", full, full, 0, 0},
 		{"one endpoint replaced", full, service(t, "full", full.Frontends, replaced), 1, 1},
-		// The class, the slot of the one that leaves, and the last slot.
+		// the class, the slot of the removed endpoint, and the last slot
 		{"one endpoint removed", full, service(t, "full", full.Frontends, slices.Delete(slices.Clone(list), 17, 18)), 3, 2},
 		{"one endpoint added", full, service(t, "full", full.Frontends, append(slices.Clone(list), endpoint(5000))), 1, 2},
-		{"a new name on the same frontend", full, service(t, "renamed", full.Frontends, slices.Clone(list)), 1, 1},
-		{"a pod of this node added", full, service(t, "full", full.Frontends, append(slices.Clone(list),
+		{"frontend moved to a new name", full, service(t, "renamed", full.Frontends, slices.Clone(list)), 1, 1},
+		{"local endpoint added", full, service(t, "full", full.Frontends, append(slices.Clone(list),
 			dataplane.Endpoint{Addr: endpoint(5000).Addr, Local: true})), 1, 3},
 	} {
 		t.Run(test.name, func(t *testing.T) {

@@ -15,8 +15,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestDumpDuringResize dumps a set while the kernel moves its elements to a hash table
-// of another size. A dump that does not have all of them must be known as torn.
+// TestDumpDuringResize dumps a set while the kernel moves its elements to a hash table of
+// another size. An incomplete dump must be reported as inconsistent.
 func TestDumpDuringResize(t *testing.T) {
 	t.Parallel()
 	d, _ := newDataplane(t)
@@ -49,10 +49,10 @@ func TestDumpDuringResize(t *testing.T) {
 			}
 			incomplete++
 			if !d.dump.inconsistent {
-				t.Errorf("a dump has %d elements of %d and is not torn", len(found), elements)
+				t.Errorf("dump has %d of %d elements but is not marked inconsistent", len(found), elements)
 			}
 			if now := generation(t, d); now != before+1 {
-				t.Errorf("generation %d, want %d: somebody else changes the set", now, before+1)
+				t.Errorf("generation %d, want %d: another process changed the ruleset", now, before+1)
 			}
 		}
 		d.conn.FlushSet(set)
@@ -66,7 +66,7 @@ func TestDumpDuringResize(t *testing.T) {
 	t.Logf("%d dumps were incomplete", incomplete)
 }
 
-// TestReadRetries has others commit while the tables are read.
+// TestReadRetries commits other changes while the tables are read.
 func TestReadRetries(t *testing.T) {
 	t.Parallel()
 	d, ns := newDataplane(t)
@@ -92,17 +92,17 @@ func TestReadRetries(t *testing.T) {
 		reads     int
 		verified  bool
 	}{
-		{"nobody", func(int) {}, 1, true},
-		{"another table", func(int) { runNFT(t, ns, tool, "add table ip others\ndelete table ip others") }, 1, true},
-		{"our table, once", func(n int) {
+		{"no other commit", func(int) {}, 1, true},
+		{"other table", func(int) { runNFT(t, ns, tool, "add table ip others\ndelete table ip others") }, 1, true},
+		{"our table once", func(n int) {
 			if n == 1 {
 				runNFT(t, ns, tool, "add element ip fairlead cluster-ips { 10.96.7.7 }")
 			}
 		}, 2, true},
-		{"our table, always", func(int) {
+		{"our table on each read", func(int) {
 			runNFT(t, ns, tool, "add element ip fairlead cluster-ips { 10.96.7.7 }; delete element ip fairlead cluster-ips { 10.96.7.7 }")
 		}, readAttempts, false},
-		{"a torn dump, once", func(n int) { d.dump.inconsistent = n == 1 }, 2, true},
+		{"inconsistent dump once", func(n int) { d.dump.inconsistent = n == 1 }, 2, true},
 	} {
 		reads, verified := read(test.interfere)
 		if reads != test.reads || verified != test.verified {
@@ -112,7 +112,7 @@ func TestReadRetries(t *testing.T) {
 
 	interfered := errors.New("interfered")
 	if _, _, err := d.readConsistently(t.Context(), func() error { return interfered }); !errors.Is(err, interfered) {
-		t.Errorf("error %v, want that of the read", err)
+		t.Errorf("error %v, want the error of the read", err)
 	}
 	reads := 0
 	if _, _, err := d.readConsistently(t.Context(), func() error {
@@ -125,12 +125,12 @@ func TestReadRetries(t *testing.T) {
 	canceled, cancel := context.WithCancel(t.Context())
 	cancel()
 	if _, _, err := d.readConsistently(canceled, func() error { return nil }); !errors.Is(err, context.Canceled) {
-		t.Errorf("error %v, want that of the context", err)
+		t.Errorf("error %v, want the error of the context", err)
 	}
 }
 
-// TestWatchRecovers takes the watch's socket away. It must open another one, and
-// signal drift, because announcements may have been lost.
+// TestWatchRecovers closes the watch's socket. The watch must open a new socket and signal
+// drift, because it may have missed notifications.
 func TestWatchRecovers(t *testing.T) {
 	t.Parallel()
 	d, ns := newDataplane(t)
@@ -143,7 +143,7 @@ func TestWatchRecovers(t *testing.T) {
 		if err := conn.Close(); err != nil {
 			t.Fatal(err)
 		}
-		wantDrift(t, d) // announcements may have been lost
+		wantDrift(t, d) // notifications may have been lost
 		drainNotifications(t, d)
 		wantSubscribed(t, d, ns)
 		runNFT(t, ns, nftBinaries(t)["1.1.3"], "add element ip fairlead cluster-ips { 10.96.7.7 }")
@@ -154,8 +154,8 @@ func TestWatchRecovers(t *testing.T) {
 	}
 }
 
-// TestElementStatementsRemoved replaces elements by the same ones with a statement, which nft does
-// not print as a difference of sets. One Replace must take the statements away.
+// TestElementStatementsRemoved replaces elements by equal elements with a statement, which
+// the definition of a set does not show. One Replace must remove the statements.
 func TestElementStatementsRemoved(t *testing.T) {
 	t.Parallel()
 	d, ns := newDataplane(t)
@@ -189,7 +189,7 @@ func TestElementStatementsRemoved(t *testing.T) {
 		wantDrift(t, d)
 		drainNotifications(t, d)
 		if slices.Equal(before, sortedLines(runNFT(t, ns, tool, "list ruleset"))) {
-			t.Errorf("set %s: the statement is not there", set.Name)
+			t.Errorf("set %s: the statement was not added", set.Name)
 		}
 		mustReplace(t, d, nodeWithAllSettings(), services...)
 		if diff := cmp.Diff(before, sortedLines(runNFT(t, ns, tool, "list ruleset"))); diff != "" {

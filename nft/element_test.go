@@ -8,9 +8,9 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// FuzzElements encodes a frontend, a slot and an endpoint from the input and
-// expects to parse the same, and feeds the input itself to the parsers, which
-// must not panic, and must refuse what they would not encode the same way.
+// FuzzElements encodes a frontend, a slot and an endpoint from the input and checks that
+// parsing returns the same values. It also feeds the input to the parsers. They must not
+// panic, and must reject input that they would encode differently.
 func FuzzElements(f *testing.F) {
 	f.Add([]byte{10, 96, 0, 1, 6, 0, 0, 0, 0, 80, 0, 0, 10, 1, 0, 1, 0x1f, 0x90, 0, 0}, uint16(3), false)
 	f.Add(bytes.Repeat([]byte{0xfd}, 56), uint16(0xffff), true)
@@ -47,10 +47,10 @@ func FuzzElements(f *testing.F) {
 			}
 		}
 		if f, l, slot, err := table.parseSlot(b); err == nil && len(b) != len(table.encodeSlotKey(f, l, uint32(slot))) {
-			t.Fatalf("%x was taken for slot %d of %v", b, slot, f)
+			t.Fatalf("%x was parsed as slot %d of %v", b, slot, f)
 		}
 		if c, err := table.parseClass(b); err == nil && !bytes.Equal(table.encodeClass(c), b) {
-			t.Fatalf("%x was taken for class %d", b, c)
+			t.Fatalf("%x was parsed as class %d", b, c)
 		}
 		_, _, _ = table.parseHairpin(b)
 	})

@@ -13,8 +13,8 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// otherProxies translate a frontend of TCP in the ways of kube-proxy: each returns
-// what makes its rules.
+// otherProxies returns, for each rule format of kube-proxy, a function that returns the
+// commands to translate a TCP frontend.
 func otherProxies() map[string]func(frontend, endpoint netip.AddrPort) []*exec.Cmd {
 	iptables := func(flavour string) func(frontend, endpoint netip.AddrPort) []*exec.Cmd {
 		return func(frontend, endpoint netip.AddrPort) []*exec.Cmd {
@@ -52,10 +52,10 @@ func otherProxies() map[string]func(frontend, endpoint netip.AddrPort) []*exec.C
 	}
 }
 
-// TestAheadOfOthers has another proxy translate the same frontends, by hooks that were
-// registered before ours and by hooks that were registered after. Ours decide while
-// the node is ahead of others, and theirs as soon as it gives way; open connections
-// stay with their endpoints, and none fails.
+// TestAheadOfOthers lets another proxy translate the same frontends, with hooks registered
+// before or after ours. Our rules decide while Node.AheadOfOthers is set; the other proxy's
+// rules decide as soon as the Dataplane gives way. Open connections keep their endpoints, and
+// no connection fails.
 func TestAheadOfOthers(t *testing.T) {
 	t.Parallel()
 	for name, rules := range otherProxies() {
@@ -103,11 +103,11 @@ func TestAheadOfOthers(t *testing.T) {
 					for _, c := range open {
 						_, err := c.Ask(t.Context())
 						if err := errors.Join(err, c.Close()); err != nil {
-							t.Errorf("an open connection: %v", err)
+							t.Errorf("open connection: %v", err)
 						}
 					}
 				}()
-				answered := func(by string) error {
+				checkAnsweredBy := func(by string) error {
 					for _, from := range []*nettest.Host{client, network.Node} {
 						for _, frontend := range frontends {
 							ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
@@ -136,26 +136,26 @@ func TestAheadOfOthers(t *testing.T) {
 						t.Fatal(err)
 					}
 				}
-				must := func(by string) {
+				wantAnsweredBy := func(by string) {
 					t.Helper()
-					if err := answered(by); err != nil {
+					if err := checkAnsweredBy(by); err != nil {
 						t.Error(err)
 					}
 				}
-				must("theirs")
-				giveWay(0) // nothing to do
-				must("theirs")
+				wantAnsweredBy("theirs")
+				giveWay(0) // no effect
+				wantAnsweredBy("theirs")
 				mustReplace(t, d, ahead, services...)
-				must("ours")
+				wantAnsweredBy("ours")
 				giveWay(time.Hour)
-				must("ours")
+				wantAnsweredBy("ours")
 				giveWay(0)
-				must("theirs")
+				wantAnsweredBy("theirs")
 				mustReplace(t, d, ahead, services...)
-				must("ours")
+				wantAnsweredBy("ours")
 				giveWay(50 * time.Millisecond)
 				for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(10 * time.Millisecond) {
-					err := answered("theirs")
+					err := checkAnsweredBy("theirs")
 					if err == nil {
 						break
 					}
@@ -164,16 +164,16 @@ func TestAheadOfOthers(t *testing.T) {
 					}
 				}
 				mustReplace(t, d, behind, services...)
-				must("theirs")
+				wantAnsweredBy("theirs")
 				mustReplace(t, d, ahead, services...)
-				must("ours")
+				wantAnsweredBy("ours")
 			})
 		}
 	}
 }
 
-// TestRestartRevertsGiveWay starts anew while what was given way still holds, with all
-// that can be wrong in the set, and without tables.
+// TestRestartRevertsGiveWay starts a new instance while GiveWay is in effect, and after
+// manual changes of the set. It also calls GiveWay while one of the tables is missing.
 func TestRestartRevertsGiveWay(t *testing.T) {
 	t.Parallel()
 	d, ns := newDataplane(t)
@@ -187,7 +187,7 @@ func TestRestartRevertsGiveWay(t *testing.T) {
 	for name, disturb := range map[string]func() error{
 		"give way":         func() error { return d.GiveWay(time.Hour) },
 		"give way at once": func() error { return d.GiveWay(0) },
-		"by hand": func() error {
+		"manual edit": func() error {
 			runNFT(t, ns, binary, "flush set ip fairlead ahead; add element ip6 fairlead ahead { ipv4 timeout 1h }")
 			return nil
 		},
@@ -196,17 +196,17 @@ func TestRestartRevertsGiveWay(t *testing.T) {
 			t.Fatal(err)
 		}
 		if ahead() == want {
-			t.Fatalf("%s: nothing has changed", name)
+			t.Fatalf("%s: no change", name)
 		}
 		d = openInNamespace(t, ns)
 		mustReplace(t, d, node)
 		if got := ahead(); got != want {
-			t.Errorf("after %s and a restart:\n%s\nwant\n%s", name, got, want)
+			t.Errorf("after %s and a warm restart:\n%s\nwant\n%s", name, got, want)
 		}
 		before := generation(t, d)
 		mustReplace(t, d, node)
 		if got := generation(t, d); got != before {
-			t.Errorf("%s: %d commits for nothing", name, got-before)
+			t.Errorf("%s: an equal Replace made %d commits", name, got-before)
 		}
 	}
 	runNFT(t, ns, binary, "delete table ip fairlead")

@@ -10,9 +10,9 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// TestProtectLoopbackWithOtherRules checks that packets which another program translates
-// to a loopback address reach it, in both directions, and that those that were sent to
-// one do not although nobody tracks their connections.
+// TestProtectLoopbackWithOtherRules checks that packets which another program translates to a
+// loopback address reach it, in both directions. Packets sent to a loopback address are
+// dropped, even if they are untracked.
 func TestProtectLoopbackWithOtherRules(t *testing.T) {
 	t.Parallel()
 	network := nettest.NewT(t, nettest.Options{})
@@ -46,20 +46,20 @@ func TestProtectLoopbackWithOtherRules(t *testing.T) {
 	mustReplace(t, d, protected)
 	for _, p := range []string{nettest.TCP, nettest.UDP} {
 		if _, err := outside.Connect(t.Context(), p, netip.AddrPortFrom(node.IPv4, 7070)); err != nil {
-			t.Errorf("%s: a connection that another program translates to a loopback address: %v", p, err)
+			t.Errorf("%s: connection translated to a loopback address by another program: %v", p, err)
 		}
 	}
 	if _, err := node.ConnectFrom(t.Context(), loopback, netip.AddrPortFrom(outside.IPv4, 9090)); err != nil {
-		t.Errorf("a connection from a loopback address that another program masquerades: %v", err)
+		t.Errorf("connection from a loopback address masqueraded by another program: %v", err)
 	}
 	if n := counterPackets(t, runNFT(t, node.Namespace, binary, "list counter ip fairlead dropped-loopback")); n != 0 {
-		t.Errorf("%d packets were dropped, want none yet", n)
+		t.Errorf("%d packets were dropped, want none", n)
 	}
 	node.ServeAtT(t, nettest.UDP, []netip.Addr{netip.MustParseAddr("127.0.0.2")}, 8080)
 	for _, to := range []string{"127.0.0.1:8080", "127.0.0.2:8080"} {
 		ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 		if _, err := outside.Connect(ctx, nettest.UDP, netip.MustParseAddrPort(to)); !errors.Is(err, nettest.ErrTimeout) {
-			t.Errorf("a packet to %s from another host: error %v, want it dropped", to, err)
+			t.Errorf("packet to %s from another host: error %v, want it dropped", to, err)
 		}
 		cancel()
 	}

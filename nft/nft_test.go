@@ -17,7 +17,8 @@ func open(t testing.TB, netns int) dataplane.Dataplane {
 	return d
 }
 
-// TestBehaviour sends real packets through the backend.
+// TestBehaviour runs the dataplane test suite, which sends real packets, against this
+// backend.
 func TestBehaviour(t *testing.T) {
 	dataplanetest.Run(t, open, dataplanetest.Limitations{})
 }

@@ -15,7 +15,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// otherTables is what others have on a node: kube-proxy, a firewall and a CNI.
+// otherTables resembles the tables of other programs on a node: kube-proxy, a firewall and a
+// CNI plugin.
 const otherTables = `
 table ip kube-proxy {
 	comment "rules for kube-proxy"
@@ -61,8 +62,8 @@ table ip fairlead-of-others {
 }
 `
 
-// TestOtherTablesUnchanged compares what nft prints of all tables of others,
-// with handles, so that what was made again shows as well.
+// TestOtherTablesUnchanged compares nft's listing of all other tables before and after our
+// changes. The listing includes handles, so recreated objects differ.
 func TestOtherTablesUnchanged(t *testing.T) {
 	t.Parallel()
 	binary := nftBinaries(t)["1.1.3"]
@@ -90,15 +91,15 @@ func TestOtherTablesUnchanged(t *testing.T) {
 	}
 	before := others()
 	if strings.Count(before, "\ntable ")+1 != 8 {
-		t.Fatalf("the tables of others are not what was to be made:\n%s", before)
+		t.Fatalf("unexpected other tables:\n%s", before)
 	}
 	services := sampleServices(t)
 	for _, step := range []struct {
 		name string
 		do   func()
 	}{
-		{"the start", func() { mustReplace(t, d, nodeWithAllSettings(), services...) }},
-		{"changes", func() {
+		{"initial Replace", func() { mustReplace(t, d, nodeWithAllSettings(), services...) }},
+		{"Apply", func() {
 			gone := dataplane.Change{Old: services[0]}
 			mustApply(t, d, gone)
 			mustApply(t, d, dataplane.Change{New: services[0]})
@@ -110,15 +111,15 @@ func TestOtherTablesUnchanged(t *testing.T) {
 			}
 			mustApply(t, d, changes...)
 		}},
-		{"a restart", func() { d = openInNamespace(t, ns); mustReplace(t, d, nodeWithAllSettings(), services...) }},
-		{"another node", func() { mustReplace(t, d, dataplane.Node{}, services...) }},
-		{"a repair", func() {
+		{"warm restart", func() { d = openInNamespace(t, ns); mustReplace(t, d, nodeWithAllSettings(), services...) }},
+		{"another Node", func() { mustReplace(t, d, dataplane.Node{}, services...) }},
+		{"repair", func() {
 			runNFT(t, ns, binary, "flush chain ip fairlead nat-prerouting\nadd element ip fairlead classes { * : drop }\ndelete table ip6 fairlead")
 			<-d.Drift()
 			mustReplace(t, d, nodeWithAllSettings(), services...)
 		}},
-		{"nothing left", func() { mustReplace(t, d, dataplane.Node{}) }},
-		{"the cleanup", func() {
+		{"no Services", func() { mustReplace(t, d, dataplane.Node{}) }},
+		{"Cleanup", func() {
 			if err := Cleanup(Options{NetNS: ns.Fd()}); err != nil {
 				t.Fatal(err)
 			}
@@ -126,13 +127,13 @@ func TestOtherTablesUnchanged(t *testing.T) {
 	} {
 		step.do()
 		if diff := cmp.Diff(before, others()); diff != "" {
-			t.Fatalf("%s changed the tables of others (-before +after):\n%s", step.name, diff)
+			t.Fatalf("%s changed other tables (-before +after):\n%s", step.name, diff)
 		}
 	}
 }
 
-// TestOtherMarksPreserved has somebody else mark packets and connections before our
-// chains, and counts behind them what has the marks and what has not.
+// TestOtherMarksPreserved sets packet and connection marks in another table before our
+// chains. Counters behind our chains check that all packets still have the marks.
 func TestOtherMarksPreserved(t *testing.T) {
 	t.Parallel()
 	network := nettest.NewT(t, nettest.Options{})
@@ -142,19 +143,19 @@ func TestOtherMarksPreserved(t *testing.T) {
 	d := openInNamespace(t, network.Node.Namespace)
 	var services []*dataplane.Service
 	for i, prefix := range []string{"10.96.0.", "fd00:96::"} {
-		for n, treatment := range []dataplane.ServiceSpec{
+		for n, spec := range []dataplane.ServiceSpec{
 			{},
 			{Masquerade: dataplane.MasqueradeAlways},
 			{Affinity: time.Hour},
 			{ExternalTrafficPolicyLocal: true, Masquerade: dataplane.MasqueradeFromNode},
 		} {
-			treatment.Endpoints = []dataplane.Endpoint{{Addr: netip.AddrPortFrom(pod.Addrs()[i], 8080), Local: true}}
-			if treatment.ExternalTrafficPolicyLocal {
-				treatment.LocalEndpoints = slices.Clone(treatment.Endpoints)
+			spec.Endpoints = []dataplane.Endpoint{{Addr: netip.AddrPortFrom(pod.Addrs()[i], 8080), Local: true}}
+			if spec.ExternalTrafficPolicyLocal {
+				spec.LocalEndpoints = slices.Clone(spec.Endpoints)
 			}
 			addr := netip.AddrPortFrom(netip.MustParseAddr(fmt.Sprintf("%s%d", prefix, n)), 80)
 			s := service(t, fmt.Sprintf("s-%d", n), []dataplane.Frontend{{Protocol: dataplane.TCP, Addr: addr}}, nil)
-			s.ServiceSpec = treatment
+			s.ServiceSpec = spec
 			services = append(services, s)
 		}
 	}
@@ -209,12 +210,12 @@ func TestOtherMarksPreserved(t *testing.T) {
 	}
 	listing := runNFT(t, network.Node.Namespace, binary, "list counters table inet others")
 	if strings.Count(listing, "packets 0 ") != 1 || !strings.Contains(listing, "counter lost {\n\t\tpackets 0 ") {
-		t.Errorf("want all counted but those that were lost:\n%s", listing)
+		t.Errorf("want packets in all counters except lost:\n%s", listing)
 	}
 }
 
-// TestNodeCounters checks that rejected connections to node ports at loopback
-// addresses are counted, and the packets of endpoints that are invalid.
+// TestNodeCounters checks the counters for rejected connections to localhost node ports and
+// for invalid packets from endpoints.
 func TestNodeCounters(t *testing.T) {
 	t.Parallel()
 	network := nettest.NewT(t, nettest.Options{})
@@ -261,12 +262,12 @@ func TestNodeCounters(t *testing.T) {
 		loopback := []netip.Addr{netip.MustParseAddr("127.0.0.1"), netip.IPv6Loopback()}[i]
 		for _, p := range protocols() {
 			if _, err := network.Node.Connect(t.Context(), strings.ToLower(p.String()), netip.AddrPortFrom(loopback, 30080)); err == nil {
-				t.Errorf("%s was answered", p)
+				t.Errorf("%s: unexpected answer", p)
 			}
 			want[rejectedLocalhostCounter(p)] = 1
 			check()
 		}
-		wire := pod.SegmentConnT(t, pod.Addrs()[i])
+		segments := pod.SegmentConnT(t, pod.Addrs()[i])
 		conn, err := client.Open(t.Context(), nettest.TCP, services[4*i].Frontends[0].Addr)
 		if err != nil {
 			t.Fatal(err)
@@ -276,14 +277,14 @@ func TestNodeCounters(t *testing.T) {
 		}
 		var last nettest.Segment
 		for last.Len == 0 {
-			for _, s := range wire.Received() {
+			for _, s := range segments.Received() {
 				if s.Len > 0 {
 					last = s
 				}
 			}
 		}
 		for _, flags := range []nettest.TCPFlags{nettest.ACK, nettest.ACK | nettest.PSH, nettest.ACK | nettest.RST} {
-			err := wire.Send(nettest.Segment{
+			err := segments.Send(nettest.Segment{
 				Source: last.Destination, Destination: last.Source, Seq: last.Ack + 1<<30, Ack: last.Seq + uint32(last.Len), //nolint:gosec // short
 				Flags: flags, Len: 1,
 			})
@@ -291,7 +292,7 @@ func TestNodeCounters(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		want[droppedInvalid] = 2 // a reset does no harm
+		want[droppedInvalid] = 2 // resets are not dropped
 		check()
 		if _, err := conn.Ask(t.Context()); err != nil {
 			t.Error(err)

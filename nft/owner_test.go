@@ -13,7 +13,7 @@ import (
 	"github.com/google/nftables"
 )
 
-// tryNFT runs the nft program with a script, which may fail.
+// tryNFT runs the nft program with a script that may fail.
 func tryNFT(t *testing.T, ns *nettest.Namespace, script string) (string, error) {
 	t.Helper()
 	cmd := exec.CommandContext(t.Context(), "nft", "-f", "-")
@@ -24,13 +24,13 @@ func tryNFT(t *testing.T, ns *nettest.Namespace, script string) (string, error) 
 	return out.String(), err
 }
 
-// ownerTestbed is a testbed whose Dataplane is closed and opened again.
+// ownerTestbed is a testbed whose Dataplane can be closed and reopened.
 type ownerTestbed struct {
 	*testbed
-	*Dataplane // hides that of the testbed, which has only made the tables
+	*Dataplane // shadows the Dataplane of testbed, which only created the tables
 }
 
-// reopen ends the Dataplane as the end of its process does, and starts another one.
+// reopen closes the Dataplane, as the end of its process does, and opens a new one.
 func (b *ownerTestbed) reopen(own bool) {
 	b.t.Helper()
 	b.close()
@@ -57,7 +57,7 @@ func (b *ownerTestbed) replace() {
 	mustReplace(b.t, b.Dataplane, b.testbed.node, b.services...)
 }
 
-// checkOwner expects that both tables have an owner, or that none has.
+// checkOwner checks whether both tables have this Dataplane as owner, or none.
 func (b *ownerTestbed) checkOwner(when string, want bool) {
 	b.t.Helper()
 	for _, t := range b.tables {
@@ -72,8 +72,8 @@ func (b *ownerTestbed) checkOwner(when string, want bool) {
 	}
 }
 
-// TestTableOwnership tries to change tables with an owner, under load, and starts processes
-// with and without ownership one after the other.
+// TestTableOwnership tries to change owned tables under load, and starts instances with and
+// without ownership one after the other.
 func TestTableOwnership(t *testing.T) {
 	t.Parallel()
 	b := &ownerTestbed{testbed: newTestbed(t)}
@@ -82,15 +82,15 @@ func TestTableOwnership(t *testing.T) {
 
 	b.reopen(true)
 	if !b.OwnsTables() {
-		t.Log("this kernel does not support it")
+		t.Log("this kernel does not support table ownership")
 		b.testbed.log.check(t, "with ownership on an old kernel", false)
 		b.checkOwner("on an old kernel", false)
 		b.check("with ownership on an old kernel")
 		return
 	}
-	b.testbed.log.check(t, "with ownership, after tables without an owner", true)
+	b.testbed.log.check(t, "with ownership of tables without an owner", true)
 	b.checkOwner("with ownership", true)
-	b.check("with ownership, after tables without an owner")
+	b.check("with ownership of tables without an owner")
 	b.expectChangesRejected()
 
 	other, err := Open(Options{NetNS: b.netns.Fd()})
@@ -108,32 +108,32 @@ func TestTableOwnership(t *testing.T) {
 	}
 
 	b.reopen(true)
-	b.testbed.log.check(t, "a restart with ownership", false)
-	b.checkOwner("a restart with ownership", true)
-	b.check("a restart with ownership")
+	b.testbed.log.check(t, "warm restart with ownership", false)
+	b.checkOwner("warm restart with ownership", true)
+	b.check("warm restart with ownership")
 
-	b.schema++ // as an upgrade does
+	b.schema++ // like an upgrade
 	b.replace()
-	b.testbed.log.check(t, "another schema", true)
-	b.checkOwner("another schema", true)
-	b.check("another schema")
+	b.testbed.log.check(t, "new schema", true)
+	b.checkOwner("new schema", true)
+	b.check("new schema")
 	b.schema--
 	b.replace()
-	b.testbed.log.check(t, "the schema of before", true)
+	b.testbed.log.check(t, "old schema", true)
 
 	b.reopen(false)
-	b.testbed.log.check(t, "a restart without ownership", false)
-	b.checkOwner("a restart without ownership", false)
+	b.testbed.log.check(t, "warm restart without ownership", false)
+	b.checkOwner("warm restart without ownership", false)
 	if out, err := tryNFT(t, b.netns, "insert rule ip fairlead filter-forward counter"); err != nil {
-		t.Errorf("an edit by hand, without ownership: %v: %s", err, out)
+		t.Errorf("manual edit without ownership: %v: %s", err, out)
 	}
 	b.replace()
 	b.check("without ownership")
 
 	b.reopen(true)
-	b.testbed.log.check(t, "ownership of a table that had an owner", false)
-	b.checkOwner("ownership of a table that had an owner", true)
-	b.check("ownership of a table that had an owner")
+	b.testbed.log.check(t, "ownership again", false)
+	b.checkOwner("ownership again", true)
+	b.check("ownership again")
 
 	b.stopLoad()
 	b.load.Wait()
@@ -142,11 +142,11 @@ func TestTableOwnership(t *testing.T) {
 		t.Error(err)
 	}
 	if out, err := tryNFT(t, b.netns, "list tables"); err != nil || strings.Contains(out, "fairlead") {
-		t.Errorf("the tables after Cleanup: %v: %s", err, out)
+		t.Errorf("tables after Cleanup: %v: %s", err, out)
 	}
 }
 
-// expectChangesRejected has other processes change tables that belong to this one.
+// expectChangesRejected checks that other processes cannot change the owned tables.
 func (b *ownerTestbed) expectChangesRejected() {
 	b.t.Helper()
 	for _, script := range []string{
@@ -157,7 +157,7 @@ func (b *ownerTestbed) expectChangesRejected() {
 		"delete element ip fairlead services { 10.96.0.1 . tcp . 80 }",
 	} {
 		if out, err := tryNFT(b.t, b.netns, script); err == nil {
-			b.t.Errorf("nft %s: it succeeded: %s", script, out)
+			b.t.Errorf("nft %s succeeded: %s", script, out)
 		}
 	}
 	b.check("changes by other processes")
@@ -184,17 +184,17 @@ func (b *ownerTestbed) expectChangesRejected() {
 		b.t.Errorf("nft list table: %v: %.200s", err, out)
 	}
 	if now, err := b.currentGeneration(); err != nil || now == generation {
-		b.t.Errorf("the flushes changed nothing: %v", err)
+		b.t.Errorf("the flushes did not change the generation: %v", err)
 	}
 	select {
 	case <-b.Lost():
-		b.t.Error("the flushes were noticed as a loss")
+		b.t.Error("the flushes were reported as a loss")
 	case <-time.After(10 * time.Millisecond):
 	}
 }
 
-// TestOwnershipHandover has a process wait in Replace for the end of the one that owns the
-// tables.
+// TestOwnershipHandover makes an instance wait in Replace until the owner of the tables
+// exits.
 func TestOwnershipHandover(t *testing.T) {
 	t.Parallel()
 	network := nettest.NewT(t, nettest.Options{})
@@ -205,11 +205,11 @@ func TestOwnershipHandover(t *testing.T) {
 	}
 	if !first.OwnsTables() {
 		_ = first.Close()
-		t.Skip("this kernel does not support it")
+		t.Skip("this kernel does not support table ownership")
 	}
 	mustReplace(t, first, nodeWithPodCIDRs(), sampleServices(t)...)
 	second := openWithOptions(t, network.Node.Namespace, opts)
-	for range 2 { // the first sees that there is something to read
+	for range 2 { // the first call only detects the tables
 		if err := second.Prefetch(t.Context()); err != nil {
 			t.Fatal(err)
 		}
@@ -220,5 +220,5 @@ func TestOwnershipHandover(t *testing.T) {
 	if err := <-closed; err != nil {
 		t.Error(err)
 	}
-	(&ownerTestbed{testbed: &testbed{t: t}, Dataplane: second}).checkOwner("after the end of the owner", true)
+	(&ownerTestbed{testbed: &testbed{t: t}, Dataplane: second}).checkOwner("after the owner exited", true)
 }

@@ -22,13 +22,14 @@ import (
 
 const otherTableCommit = "add table inet others\nadd chain inet others c"
 
-// subscribed reports whether the kernel counts the watch among its subscribers.
+// subscribed reports whether the kernel lists the watch's socket as a subscriber of nftables
+// notifications.
 func subscribed(t *testing.T, d *Dataplane, ns *nettest.Namespace) bool {
 	t.Helper()
 	d.watch.mu.Lock()
 	port := strconv.Itoa(int(d.watch.conn.PID()))
 	d.watch.mu.Unlock()
-	var is bool
+	var member bool
 	err := ns.Do(func() error {
 		f, err := os.Open("/proc/thread-self/net/netlink")
 		if err != nil {
@@ -45,21 +46,21 @@ func subscribed(t *testing.T, d *Dataplane, ns *nettest.Namespace) bool {
 			if err != nil {
 				return err
 			}
-			is = groups&(1<<(unix.NFNLGRP_NFTABLES-1)) != 0
+			member = groups&(1<<(unix.NFNLGRP_NFTABLES-1)) != 0
 			return sockets.Err()
 		}
-		return fmt.Errorf("no socket of the watch: %w", sockets.Err())
+		return fmt.Errorf("socket of the watch not found: %w", sockets.Err())
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
-	return is
+	return member
 }
 
 func wantSubscribed(t *testing.T, d *Dataplane, ns *nettest.Namespace) {
 	t.Helper()
 	if !subscribed(t, d, ns) {
-		t.Fatal("the watch is not subscribed any more")
+		t.Fatal("the watch is not subscribed")
 	}
 }
 
@@ -68,11 +69,12 @@ func wantDrift(t *testing.T, d *Dataplane) {
 	select {
 	case <-d.Drift():
 	case <-time.After(5 * time.Second):
-		t.Fatal("no drift is signalled")
+		t.Fatal("no drift was reported")
 	}
 }
 
-// wantRepairedByOneReplace expects drift that one Replace repairs, and a watch that works.
+// wantRepairedByOneReplace waits for drift. It checks that one Replace repairs the tables and
+// that the watch still works.
 func wantRepairedByOneReplace(t *testing.T, d *Dataplane, ns *nettest.Namespace, services []*dataplane.Service) {
 	t.Helper()
 	wantDrift(t, d)
@@ -83,8 +85,8 @@ func wantRepairedByOneReplace(t *testing.T, d *Dataplane, ns *nettest.Namespace,
 	wantWorkingWatch(t, d, ns)
 }
 
-// wantWorkingWatch expects a change of our tables by somebody else to be noticed, and
-// one of others' not.
+// wantWorkingWatch checks that a change of our tables by another process is reported as
+// drift, and a change of other tables is not.
 func wantWorkingWatch(t *testing.T, d *Dataplane, ns *nettest.Namespace) {
 	t.Helper()
 	wantSubscribed(t, d, ns)
@@ -102,24 +104,24 @@ func withAndWithoutTranslator(t *testing.T, test func(t *testing.T, d *Dataplane
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			d, ns := newDataplane(t, translator...)
-			d.transactionSize = 6 // many commits, and steps
+			d.transactionSize = 6 // many commits and steps
 			test(t, d, ns)
 		})
 	}
 }
 
-// TestNotificationsPausedDuringCreation looks at who is subscribed while tables are made, and
-// while they are changed.
+// TestNotificationsPausedDuringCreation checks whether the watch is subscribed while tables
+// are created, and while they are changed.
 func TestNotificationsPausedDuringCreation(t *testing.T) {
 	t.Parallel()
 	withAndWithoutTranslator(t, func(t *testing.T, d *Dataplane, ns *nettest.Namespace) {
 		services := sampleServices(t)
 		calls := 0
-		replaceAnd := func(silent bool, services []*dataplane.Service) {
+		replaceAndCheck := func(paused bool, services []*dataplane.Service) {
 			t.Helper()
 			err := d.Replace(t.Context(), nodeWithAllSettings(), slices.Values(services), func(int) {
-				if calls++; subscribed(t, d, ns) == silent {
-					t.Errorf("the watch is subscribed: %t", !silent)
+				if calls++; subscribed(t, d, ns) == paused {
+					t.Errorf("the watch is subscribed: %t", !paused)
 				}
 			})
 			if err != nil {
@@ -127,28 +129,28 @@ func TestNotificationsPausedDuringCreation(t *testing.T) {
 			}
 			wantNoDrift(t, d)
 		}
-		replaceAnd(true, services)
+		replaceAndCheck(true, services)
 		wantState(t, d, services...)
-		replaceAnd(false, services[1:])
-		replaceAnd(false, services)
+		replaceAndCheck(false, services[1:])
+		replaceAndCheck(false, services)
 		if calls < 10 {
-			t.Errorf("looked %d times", calls)
+			t.Errorf("checked the subscription only %d times", calls)
 		}
 		wantWorkingWatch(t, d, ns)
 		runNFT(t, ns, nftBinaries(t)["1.1.3"], "delete table ip fairlead")
 		wantDrift(t, d)
 		drainNotifications(t, d)
-		replaceAnd(false, services) // there is one of the tables
+		replaceAndCheck(false, services) // one of the tables exists
 		runNFT(t, ns, nftBinaries(t)["1.1.3"], "delete table ip fairlead\ndelete table ip6 fairlead")
 		wantDrift(t, d)
 		drainNotifications(t, d)
-		replaceAnd(true, services)
+		replaceAndCheck(true, services)
 		wantWorkingWatch(t, d, ns)
 	})
 }
 
-// TestConcurrentCommitsDetected has somebody else commit before each of the commits
-// by which the tables are made, and after the last one.
+// TestConcurrentCommitsDetected makes another process commit before each of the commits that
+// create the tables, and after the last one.
 func TestConcurrentCommitsDetected(t *testing.T) {
 	t.Parallel()
 	services := sampleServices(t)
@@ -177,15 +179,15 @@ func TestConcurrentCommitsDetected(t *testing.T) {
 			wantNoDrift(t, d)
 		}
 		if commits < 10 {
-			t.Errorf("looked between %d commits", commits)
+			t.Errorf("tested only %d commits", commits)
 		}
 		wantState(t, d, services...)
 		wantWorkingWatch(t, d, ns)
 	})
 }
 
-// TestConcurrentChangeDuringCreation has somebody else change our tables, and other
-// ones, while they are made.
+// TestConcurrentChangeDuringCreation makes another process change our tables, and other
+// tables, while ours are being created.
 func TestConcurrentChangeDuringCreation(t *testing.T) {
 	t.Parallel()
 	for name, script := range map[string]string{
@@ -231,10 +233,10 @@ func TestConcurrentChangeDuringCreation(t *testing.T) {
 	}
 }
 
-// TestNotificationsResumedAfterFailure ends the making of the tables in its middle.
+// TestNotificationsResumedAfterFailure makes the creation of the tables fail before its end.
 func TestNotificationsResumedAfterFailure(t *testing.T) {
 	t.Parallel()
-	whole := errors.New("some error")
+	errPanic := errors.New("panic")
 	for name, end := range map[string]func(t *testing.T, d *Dataplane, during func()) error{
 		"canceled": func(t *testing.T, d *Dataplane, during func()) error {
 			t.Helper()
@@ -244,7 +246,7 @@ func TestNotificationsResumedAfterFailure(t *testing.T) {
 				cancel()
 			})
 		},
-		"refused at first": func(t *testing.T, d *Dataplane, during func()) error {
+		"first commit rejected": func(t *testing.T, d *Dataplane, during func()) error {
 			t.Helper()
 			d.flush = func() error {
 				during()
@@ -253,7 +255,7 @@ func TestNotificationsResumedAfterFailure(t *testing.T) {
 			}
 			return d.Replace(t.Context(), nodeWithAllSettings(), slices.Values(sampleServices(t)), nil)
 		},
-		"refused": func(t *testing.T, d *Dataplane, during func()) error {
+		"later commit rejected": func(t *testing.T, d *Dataplane, during func()) error {
 			t.Helper()
 			return d.Replace(t.Context(), nodeWithAllSettings(), slices.Values(sampleServices(t)), func(int) {
 				during()
@@ -267,12 +269,12 @@ func TestNotificationsResumedAfterFailure(t *testing.T) {
 			t.Helper()
 			defer func() {
 				if recover() != nil {
-					err = whole
+					err = errPanic
 				}
 			}()
 			return d.Replace(t.Context(), nodeWithAllSettings(), slices.Values(sampleServices(t)), func(int) {
 				during()
-				panic(whole)
+				panic(errPanic)
 			})
 		},
 	} {
@@ -291,7 +293,7 @@ func TestNotificationsResumedAfterFailure(t *testing.T) {
 					})
 					d.flush = d.conn.Flush
 					if err == nil || ended == 0 {
-						t.Fatalf("the Replace has not failed: %v", err)
+						t.Fatalf("Replace did not fail: %v", err)
 					}
 					wantSubscribed(t, d, ns)
 					if others {
@@ -307,8 +309,8 @@ func TestNotificationsResumedAfterFailure(t *testing.T) {
 	}
 }
 
-// TestFailedCommitsNotCounted has the kernel reject what each of the commits says
-// by which the tables are made, and loses its answer to each.
+// TestFailedCommitsNotCounted makes the kernel reject each of the commits that create the
+// tables in turn, and then drops the acknowledgment of each.
 func TestFailedCommitsNotCounted(t *testing.T) {
 	t.Parallel()
 	services := sampleServices(t)
@@ -343,14 +345,14 @@ func TestFailedCommitsNotCounted(t *testing.T) {
 				drainNotifications(t, d)
 				err := replaceWith(at, f)
 				if commits <= at {
-					t.Fatalf("fault %d at %d of %d commits: did not happen", f, at, commits)
+					t.Fatalf("fault %d at commit %d of %d was not injected", f, at, commits)
 				}
 				if f == loseAck {
 					wantDrift(t, d)
 				}
 				wantNoDrift(t, d)
 				if t.Failed() {
-					t.Fatalf("fault %d at %d of %d commits: %v", f, at, all, err)
+					t.Fatalf("fault %d at commit %d of %d: %v", f, at, all, err)
 				}
 			}
 		}
@@ -359,8 +361,8 @@ func TestFailedCommitsNotCounted(t *testing.T) {
 	})
 }
 
-// TestRandomCommitsCounted makes tables with all kinds of Services, in commits
-// of all sizes, with some that are rejected.
+// TestRandomCommitsCounted creates tables with all kinds of Services, in commits of different
+// sizes, some of which are rejected.
 func TestRandomCommitsCounted(t *testing.T) {
 	t.Parallel()
 	for seed := range uint64(4) {
@@ -378,13 +380,13 @@ func TestRandomCommitsCounted(t *testing.T) {
 					}
 					return d.conn.Flush()
 				}
-				silent := false
-				err := d.Replace(t.Context(), randomNode(random), slices.Values(services), func(int) { silent = d.pause != nil })
+				paused := false
+				err := d.Replace(t.Context(), randomNode(random), slices.Values(services), func(int) { paused = d.pause != nil })
 				if _, keyed := errors.AsType[*dataplane.Error](err); err != nil && !keyed && failing > 0 {
 					t.Fatal(err)
 				}
-				if !silent && failing > 0 && len(services) > 0 {
-					t.Error("the tables were not made in silence")
+				if !paused && failing > 0 && len(services) > 0 {
+					t.Error("notifications were not paused while the tables were created")
 				}
 				wantNoDrift(t, d)
 			}
@@ -392,7 +394,7 @@ func TestRandomCommitsCounted(t *testing.T) {
 	}
 }
 
-// TestWatchSocketLost loses the watch's socket before, and while, the tables are made.
+// TestWatchSocketLost closes the watch's socket before and during the creation of the tables.
 func TestWatchSocketLost(t *testing.T) {
 	t.Parallel()
 	services := sampleServices(t)
@@ -426,7 +428,7 @@ func TestWatchSocketLost(t *testing.T) {
 		d.watch.mu.Lock()
 		_ = d.watch.conn.Close()
 		d.watch.mu.Unlock()
-		wantDrift(t, d) // the watch has another socket
+		wantDrift(t, d) // the watch has a new socket
 		drainNotifications(t, d)
 		mustReplace(t, d, nodeWithAllSettings(), services...)
 		wantNoDrift(t, d)
@@ -437,12 +439,12 @@ func TestWatchSocketLost(t *testing.T) {
 		d := open(t)
 		for range 2 {
 			err := d.Replace(t.Context(), nodeWithAllSettings(), closing(d), nil)
-			// The watch may have another socket by the end of the Replace, or not yet.
+			// The watch may or may not have a new socket by the end of the Replace.
 			if err != nil && !strings.Contains(err.Error(), "subscribe") {
-				t.Errorf("error %v, want none, or one that tells of the subscription", err)
+				t.Errorf("error %v, want nil or an error about the subscription", err)
 			}
 			if _, keyed := errors.AsType[*dataplane.Error](err); keyed {
-				t.Errorf("error %v is about single Services", err)
+				t.Errorf("error %v is for single Services, want an error for the whole call", err)
 			}
 		}
 		wantDrift(t, d)
@@ -453,9 +455,10 @@ func TestWatchSocketLost(t *testing.T) {
 	})
 }
 
-// TestLostAckIsConflict has a commit's answer lost, and somebody else commit at
-// the same time. The commit is not tried again in halves, which would change nothing
-// any more, so that by number they could stand for both.
+// TestLostAckIsConflict drops the acknowledgment of a commit, while another process commits.
+// The commit must not be retried in halves: the halves would change nothing, and their number
+// would match the number of both earlier commits, which would hide the other process's
+// commit.
 func TestLostAckIsConflict(t *testing.T) {
 	t.Parallel()
 	d, ns := newDataplane(t)
@@ -469,7 +472,7 @@ func TestLostAckIsConflict(t *testing.T) {
 			t.Error(err)
 		}
 		var err error
-		if len(generations) == 3 { // after both tables, and the class
+		if len(generations) == 3 { // after both tables and the class
 			runNFT(t, ns, nftBinaries(t)["1.1.3"], "add table inet others")
 			err = errAckLost
 		}
@@ -479,7 +482,7 @@ func TestLostAckIsConflict(t *testing.T) {
 	err := d.Replace(t.Context(), nodeWithAllSettings(), slices.Values(services), nil)
 	d.flush = d.conn.Flush
 	if !errors.Is(err, dataplane.ErrConflict) || !errors.Is(err, errAckLost) {
-		t.Errorf("error %v, want that of the commit, as a conflict", err)
+		t.Errorf("error %v, want the commit's error, wrapped as a conflict", err)
 	}
 	if want := []uint32{3, 5, 6, 8}; !slices.Equal(generations, want) {
 		t.Fatalf("generations %d, want %d", generations, want)
@@ -487,8 +490,8 @@ func TestLostAckIsConflict(t *testing.T) {
 	wantRepairedByOneReplace(t, d, ns, services)
 }
 
-// A commit of somebody else between the repair of the structure and the first Service is
-// a conflict, too.
+// TestConflictAfterRepair checks that a commit by another process between the repair of the
+// structure and the first Service is a conflict.
 func TestConflictAfterRepair(t *testing.T) {
 	t.Parallel()
 	d, ns := newDataplane(t)

@@ -13,24 +13,24 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// Replace uses what Prefetch has read if the tables are the same, and reads them again
-// if anybody has changed them.
+// TestPrefetch checks that Replace uses the prefetched content if the tables have not
+// changed, and reads them again otherwise.
 func TestPrefetch(t *testing.T) {
 	t.Parallel()
-	const byHand = "nft"
+	const tool = "nft"
 	var services []*dataplane.Service
 	for i := range 3 {
 		services = append(services, service(t, fmt.Sprint("s-", i), []dataplane.Frontend{frontend(i)}, endpoints(1, 2, 3)))
 	}
 	for name, test := range map[string]struct {
-		between func(t *testing.T, ns *nettest.Namespace, d, other *Dataplane)
-		used    bool
+		change func(t *testing.T, ns *nettest.Namespace, d, other *Dataplane)
+		used   bool
 	}{
-		"nothing happens": {func(*testing.T, *nettest.Namespace, *Dataplane, *Dataplane) {}, true},
-		"another table changes": {func(t *testing.T, ns *nettest.Namespace, _, _ *Dataplane) {
-			runNFT(t, ns, byHand, "add table ip stranger; add chain ip stranger a")
+		"no change": {func(*testing.T, *nettest.Namespace, *Dataplane, *Dataplane) {}, true},
+		"other table changes": {func(t *testing.T, ns *nettest.Namespace, _, _ *Dataplane) {
+			runNFT(t, ns, tool, "add table ip others; add chain ip others a")
 		}, true},
-		"the other instance deletes a Service": {func(t *testing.T, _ *nettest.Namespace, _, other *Dataplane) {
+		"other instance deletes a Service": {func(t *testing.T, _ *nettest.Namespace, _, other *Dataplane) {
 			mustApply(t, other, dataplane.Change{Old: services[1]})
 		}, false},
 		"this instance deletes a Service": {func(t *testing.T, ns *nettest.Namespace, d, other *Dataplane) {
@@ -38,13 +38,13 @@ func TestPrefetch(t *testing.T) {
 			mustReplace(t, d, nodeWithPodCIDRs(), services...)
 			d.prefetched = kept
 			mustApply(t, d, dataplane.Change{Old: services[1]})
-			runNFT(t, ns, byHand, "add table ip stranger") // so that the last generation is announced
+			runNFT(t, ns, tool, "add table ip others") // so that the watch sees the last generation
 		}, false},
-		"a table is deleted": {func(t *testing.T, ns *nettest.Namespace, _, _ *Dataplane) {
-			runNFT(t, ns, byHand, "delete table ip fairlead")
+		"table deleted": {func(t *testing.T, ns *nettest.Namespace, _, _ *Dataplane) {
+			runNFT(t, ns, tool, "delete table ip fairlead")
 		}, false},
-		"a rebuild begins": {func(t *testing.T, ns *nettest.Namespace, _, _ *Dataplane) {
-			runNFT(t, ns, byHand, "add table ip fairlead-next")
+		"rebuild starts": {func(t *testing.T, ns *nettest.Namespace, _, _ *Dataplane) {
+			runNFT(t, ns, tool, "add table ip fairlead-next")
 		}, false},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -58,13 +58,13 @@ func TestPrefetch(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			test.between(t, ns, d, other)
+			test.change(t, ns, d, other)
 			if name != "this instance deletes a Service" {
 				awaitNotifications(t, d)
 			}
 			prefetched := d.prefetched
 			if _, _, used := d.usePrefetched(t.Context()); used != test.used {
-				t.Errorf("what was prefetched is used: %t, want %t", used, test.used)
+				t.Errorf("prefetched content used: %t, want %t", used, test.used)
 			}
 			d.prefetched = prefetched
 			mustReplace(t, d, nodeWithPodCIDRs(), services...)
@@ -73,7 +73,7 @@ func TestPrefetch(t *testing.T) {
 	}
 }
 
-// awaitNotifications waits until all changes by others are announced.
+// awaitNotifications waits until the watch has received the notifications of all changes.
 func awaitNotifications(t *testing.T, d *Dataplane) {
 	t.Helper()
 	generation, err := d.currentGeneration()
@@ -82,12 +82,13 @@ func awaitNotifications(t *testing.T, d *Dataplane) {
 	}
 	for deadline := time.Now().Add(10 * time.Second); !d.watch.waitForGeneration(generation); {
 		if time.Now().After(deadline) {
-			t.Fatalf("generation %d is not announced", generation)
+			t.Fatalf("no notification for generation %d", generation)
 		}
 	}
 }
 
-// Prefetch waits until the tables rest, and reads them again after a change.
+// TestPrefetchWaitsForUnchangedTables checks that Prefetch reads the tables only when they
+// have not changed since its previous call, and reads them again after a change.
 func TestPrefetchWaitsForUnchangedTables(t *testing.T) {
 	t.Parallel()
 	other, ns := newDataplane(t)
@@ -101,7 +102,7 @@ func TestPrefetchWaitsForUnchangedTables(t *testing.T) {
 			t.Fatal(err)
 		}
 		if got := d.prefetched != nil; got != want {
-			t.Fatalf("the tables were read in advance: %t, want %t", got, want)
+			t.Fatalf("tables prefetched: %t, want %t", got, want)
 		}
 	}
 	prefetch(false)
@@ -109,7 +110,7 @@ func TestPrefetchWaitsForUnchangedTables(t *testing.T) {
 	before := d.prefetched
 	prefetch(true)
 	if d.prefetched != before {
-		t.Error("the tables were read again although they have not changed")
+		t.Error("unchanged tables were read again")
 	}
 	two := service(t, "two", []dataplane.Frontend{frontend(2)}, endpoints(2))
 	mustApply(t, other, dataplane.Change{New: two})
@@ -118,11 +119,12 @@ func TestPrefetchWaitsForUnchangedTables(t *testing.T) {
 	prefetch(false)
 	prefetch(true)
 	if rows := d.prefetched.have[0].frontends; len(rows) != 1 || rows[frontend(2)] == nil {
-		t.Errorf("read %v in advance, want the frontend of Service two", rows)
+		t.Errorf("prefetched %v, want the frontend of Service two", rows)
 	}
 }
 
-// When a generation is announced, the changes that it brings are counted.
+// TestChangesCountedBeforeGeneration checks that the changes of a commit are counted before
+// waiters see its generation.
 func TestChangesCountedBeforeGeneration(t *testing.T) {
 	t.Parallel()
 	const generation = 7
@@ -147,16 +149,17 @@ func TestChangesCountedBeforeGeneration(t *testing.T) {
 		}
 		go w.handle(commit)
 		if !w.waitForGeneration(generation) {
-			continue // the machine is too busy
+			continue // the machine is too slow
 		}
 		if w.changeCount() == 0 {
-			t.Fatal("a generation is announced whose change is not counted")
+			t.Fatal("generation visible before its change was counted")
 		}
 	}
 }
 
-// BenchmarkHandover measures the Replace of an instance that takes over from another one
-// whose Services it has, with and without Prefetch, for Services with 10 endpoints.
+// BenchmarkHandover measures the first Replace of an instance that takes over the tables of
+// another one with the same Services, with and without Prefetch. The Services have 10
+// endpoints.
 func BenchmarkHandover(b *testing.B) {
 	sizes := []int{10, 1000, 10_000}
 	if testing.Short() {
@@ -171,8 +174,8 @@ func BenchmarkHandover(b *testing.B) {
 		services := make([]*dataplane.Service, n)
 		for i := range services {
 			key := dataplane.Key{Namespace: "default", Name: fmt.Sprintf("s-%d", i), Family: dataplane.IPv4}
-			treatment := dataplane.ServiceSpec{Endpoints: endpoints(1, 2, 3, 4, 5, 6, 7, 8, 9, 10)}
-			if services[i], err = dataplane.NewService(key, []dataplane.Frontend{frontend(i)}, treatment); err != nil {
+			spec := dataplane.ServiceSpec{Endpoints: endpoints(1, 2, 3, 4, 5, 6, 7, 8, 9, 10)}
+			if services[i], err = dataplane.NewService(key, []dataplane.Frontend{frontend(i)}, spec); err != nil {
 				b.Fatal(err)
 			}
 		}

@@ -8,9 +8,9 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// FuzzDump puts any elements into the sets and expects that they can be read: the
-// reader takes each for its own or for foreign, and can compare what it takes for its
-// own with any Service.
+// FuzzDump puts arbitrary elements into the sets and reads them. The reader must classify
+// each element as ours or as unexpected without panic. Elements classified as ours must be
+// comparable with any Service.
 func FuzzDump(f *testing.F) {
 	seed := newTable(dataplane.IPv4)
 	front := frontend(1)
@@ -59,7 +59,7 @@ func FuzzDump(f *testing.F) {
 	})
 }
 
-// sortedSetReaders returns the readings in an order that is always the same.
+// sortedSetReaders returns the set readers in a fixed order.
 func sortedSetReaders(c *tableContent, t *table) []setReader {
 	readings := c.setReaders(t)
 	slices.SortStableFunc(readings, func(a, b setReader) int { return cmp.Compare(a.set.Name, b.set.Name) })

@@ -10,8 +10,8 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// BenchmarkRebuild measures a Replace that finds everything in place, and one that finds
-// tables of another schema, for Services with 10 endpoints.
+// BenchmarkRebuild measures an equal Replace, and a Replace that finds tables with another
+// schema. The Services have 10 endpoints.
 func BenchmarkRebuild(b *testing.B) {
 	sizes := []int{1000, 10_000}
 	if testing.Short() {
@@ -32,8 +32,8 @@ func BenchmarkRebuild(b *testing.B) {
 			services := make([]*dataplane.Service, n)
 			for i := range services {
 				key := dataplane.Key{Namespace: "default", Name: fmt.Sprintf("s-%d", i), Family: dataplane.IPv4}
-				treatment := dataplane.ServiceSpec{Endpoints: endpoints(1, 2, 3, 4, 5, 6, 7, 8, 9, 10)}
-				if services[i], err = dataplane.NewService(key, []dataplane.Frontend{frontend(i)}, treatment); err != nil {
+				spec := dataplane.ServiceSpec{Endpoints: endpoints(1, 2, 3, 4, 5, 6, 7, 8, 9, 10)}
+				if services[i], err = dataplane.NewService(key, []dataplane.Frontend{frontend(i)}, spec); err != nil {
 					b.Fatal(err)
 				}
 			}

@@ -18,10 +18,10 @@ func TestServiceComment(t *testing.T) {
 	long := strings.Repeat("n", 63)
 	a, b := serviceComment(key(long, long, "port-a")), serviceComment(key(long, long, "port-b"))
 	if len(a) != maxComment || len(b) != maxComment {
-		t.Errorf("long names have %d and %d bytes, want %d", len(a), len(b), maxComment)
+		t.Errorf("comments of long names have %d and %d bytes, want %d", len(a), len(b), maxComment)
 	}
 	if a == b {
-		t.Errorf("two names are shortened to the same %q", a)
+		t.Errorf("two names were shortened to the same comment %q", a)
 	}
 	if fits := serviceComment(key(long, long[1:], "")); strings.Contains(fits, "~") {
 		t.Errorf("a name that fits was shortened to %q", fits)

@@ -19,39 +19,39 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// operatorEdits are what an operator may add to the table while looking for a fault.
-// None of them may end any connection, or keep a new one from its Service.
+// operatorEdits returns edits of the table that an operator may make while debugging. None of
+// them may break a connection or keep a new connection from its Service.
 func operatorEdits() map[string]string {
 	return map[string]string{
-		"a rule with an anonymous set":           "insert rule ip fairlead filter-forward tcp dport { 80, 8080 } counter",
-		"a rule with an anonymous interval set":  "insert rule ip fairlead nat-prerouting ip daddr { 10.0.0.0/8, 192.168.0.0/16 } counter",
-		"a rule with an anonymous map":           "insert rule ip fairlead filter-forward meta mark set tcp dport map { 80 : 1, 8080 : 2 }",
-		"a rule with an anonymous verdict map":   "insert rule ip fairlead filter-forward tcp dport vmap { 80 : continue, 443 : accept }",
-		"a rule that jumps to an own chain":      "add chain ip fairlead debug; add rule ip fairlead debug counter; insert rule ip fairlead nat-prerouting jump debug",
-		"own chains with an anonymous set":       "add chain ip fairlead debug; add rule ip fairlead debug tcp dport { 80, 8080 } counter; insert rule ip fairlead filter-forward jump debug",
-		"an own chain that jumps to ours":        "add chain ip fairlead debug; add rule ip fairlead debug tcp dport 9 goto class-2",
-		"chains that jump to one another":        "add chain ip fairlead a; add chain ip fairlead b; add chain ip fairlead c; add rule ip fairlead a jump b; add rule ip fairlead b jump c; add rule ip fairlead a jump c",
-		"a verdict map to an own chain":          "add chain ip fairlead debug; add map ip fairlead debugs { type inet_service : verdict; }; add element ip fairlead debugs { 80 : jump debug }; insert rule ip fairlead filter-forward tcp dport vmap @debugs",
-		"a verdict map to our chain":             "add map ip fairlead debugs { type inet_service : verdict; }; add element ip fairlead debugs { 9 : goto class-2 }; insert rule ip fairlead nat-prerouting tcp dport vmap @debugs",
-		"an anonymous verdict map to an own one": "add chain ip fairlead debug; add rule ip fairlead debug counter; insert rule ip fairlead filter-forward tcp dport vmap { 80 : jump debug, 8080 : jump debug }",
-		"an anonymous chain":                     "insert rule ip fairlead filter-forward tcp dport 8080 jump { counter; }",
-		"a named set":                            "add set ip fairlead seen { type ipv4_addr; flags dynamic; size 1000; }; insert rule ip fairlead nat-prerouting add @seen { ip saddr }",
-		"a meter":                                "insert rule ip fairlead filter-forward tcp dport 8080 meter seen { ip saddr counter }",
-		"a set with timeouts":                    "add set ip fairlead seen { type ipv4_addr; flags dynamic,timeout; timeout 1m; }; insert rule ip fairlead nat-prerouting update @seen { ip saddr timeout 10s }",
-		"a named counter":                        "add counter ip fairlead debug; insert rule ip fairlead filter-forward counter name debug",
-		"a map of counters":                      "add counter ip fairlead debug; add map ip fairlead debugs { type inet_service : counter; }; add element ip fairlead debugs { 8080 : \"debug\" }; insert rule ip fairlead filter-forward counter name tcp dport map @debugs",
-		"a quota with the name of a counter":     "add quota ip fairlead debug { over 1 mbytes }; insert rule ip fairlead filter-forward quota name debug",
-		"a rule that uses our sets":              "insert rule ip fairlead filter-forward ip daddr @cluster-ips counter; add rule ip fairlead class-2 ip daddr @pod-cidrs counter",
-		"an own base chain":                      "add chain ip fairlead debug { type filter hook prerouting priority -400; }; add rule ip fairlead debug meta nftrace set 1",
-		"an own nat chain":                       "add chain ip fairlead debug { type nat hook prerouting priority -150; }; add rule ip fairlead debug counter",
-		"a rule with a log":                      "insert rule ip fairlead nat-prerouting limit rate 1/second counter comment \"debug\"",
-		"an element in a verdict map":            "add chain ip fairlead debug; add element ip fairlead classes { 7:7 : goto debug }",
-		"a comment":                              "add table ip fairlead { comment \"ours\"; }; add chain ip fairlead debug { comment \"debug\"; }",
-		"a catch-all":                            "add element ip fairlead hairpin { * }",
+		"a rule with an anonymous set":            "insert rule ip fairlead filter-forward tcp dport { 80, 8080 } counter",
+		"a rule with an anonymous interval set":   "insert rule ip fairlead nat-prerouting ip daddr { 10.0.0.0/8, 192.168.0.0/16 } counter",
+		"a rule with an anonymous map":            "insert rule ip fairlead filter-forward meta mark set tcp dport map { 80 : 1, 8080 : 2 }",
+		"a rule with an anonymous verdict map":    "insert rule ip fairlead filter-forward tcp dport vmap { 80 : continue, 443 : accept }",
+		"a rule that jumps to a new chain":        "add chain ip fairlead debug; add rule ip fairlead debug counter; insert rule ip fairlead nat-prerouting jump debug",
+		"a new chain with an anonymous set":       "add chain ip fairlead debug; add rule ip fairlead debug tcp dport { 80, 8080 } counter; insert rule ip fairlead filter-forward jump debug",
+		"a new chain that jumps to our chain":     "add chain ip fairlead debug; add rule ip fairlead debug tcp dport 9 goto class-2",
+		"chains that jump to one another":         "add chain ip fairlead a; add chain ip fairlead b; add chain ip fairlead c; add rule ip fairlead a jump b; add rule ip fairlead b jump c; add rule ip fairlead a jump c",
+		"a verdict map to a new chain":            "add chain ip fairlead debug; add map ip fairlead debugs { type inet_service : verdict; }; add element ip fairlead debugs { 80 : jump debug }; insert rule ip fairlead filter-forward tcp dport vmap @debugs",
+		"a verdict map to our chain":              "add map ip fairlead debugs { type inet_service : verdict; }; add element ip fairlead debugs { 9 : goto class-2 }; insert rule ip fairlead nat-prerouting tcp dport vmap @debugs",
+		"an anonymous verdict map to a new chain": "add chain ip fairlead debug; add rule ip fairlead debug counter; insert rule ip fairlead filter-forward tcp dport vmap { 80 : jump debug, 8080 : jump debug }",
+		"an anonymous chain":                      "insert rule ip fairlead filter-forward tcp dport 8080 jump { counter; }",
+		"a named set":                             "add set ip fairlead seen { type ipv4_addr; flags dynamic; size 1000; }; insert rule ip fairlead nat-prerouting add @seen { ip saddr }",
+		"a meter":                                 "insert rule ip fairlead filter-forward tcp dport 8080 meter seen { ip saddr counter }",
+		"a set with timeouts":                     "add set ip fairlead seen { type ipv4_addr; flags dynamic,timeout; timeout 1m; }; insert rule ip fairlead nat-prerouting update @seen { ip saddr timeout 10s }",
+		"a named counter":                         "add counter ip fairlead debug; insert rule ip fairlead filter-forward counter name debug",
+		"a map of counters":                       "add counter ip fairlead debug; add map ip fairlead debugs { type inet_service : counter; }; add element ip fairlead debugs { 8080 : \"debug\" }; insert rule ip fairlead filter-forward counter name tcp dport map @debugs",
+		"a quota with the name of a counter":      "add quota ip fairlead debug { over 1 mbytes }; insert rule ip fairlead filter-forward quota name debug",
+		"a rule that uses our sets":               "insert rule ip fairlead filter-forward ip daddr @cluster-ips counter; add rule ip fairlead class-2 ip daddr @pod-cidrs counter",
+		"a new base chain":                        "add chain ip fairlead debug { type filter hook prerouting priority -400; }; add rule ip fairlead debug meta nftrace set 1",
+		"a new nat chain":                         "add chain ip fairlead debug { type nat hook prerouting priority -150; }; add rule ip fairlead debug counter",
+		"a rule with a log":                       "insert rule ip fairlead nat-prerouting limit rate 1/second counter comment \"debug\"",
+		"an element in a verdict map":             "add chain ip fairlead debug; add element ip fairlead classes { 7:7 : goto debug }",
+		"a comment":                               "add table ip fairlead { comment \"ours\"; }; add chain ip fairlead debug { comment \"debug\"; }",
+		"a catch-all":                             "add element ip fairlead hairpin { * }",
 	}
 }
 
-// rebuildLog counts what is logged about tables that cannot be repaired in place.
+// rebuildLog collects log messages about tables that cannot be repaired in place.
 type rebuildLog struct{ text bytes.Buffer }
 
 func (r *rebuildLog) logger() *slog.Logger { return slog.New(slog.NewTextHandler(&r.text, nil)) }
@@ -64,8 +64,8 @@ func (r *rebuildLog) check(t *testing.T, what string, want bool) {
 	r.text.Reset()
 }
 
-// testbed is a node with one Service, a client with open connections to it, and another
-// one that opens connections all the time.
+// testbed is a node with one Service, a client with open connections to the Service, and a
+// load that opens new connections continuously.
 type testbed struct {
 	*Dataplane
 	t        *testing.T
@@ -83,6 +83,7 @@ type testbed struct {
 	lastFailure    atomic.Value
 }
 
+// newTestbed programs the tables, opens connections, and starts the load.
 func newTestbed(t *testing.T) *testbed {
 	t.Helper()
 	network := nettest.NewT(t, nettest.Options{})
@@ -132,18 +133,18 @@ func newTestbed(t *testing.T) *testbed {
 	return b
 }
 
-// askAll expects an answer on each open connection.
+// askAll checks that each open connection gets an answer.
 func (b *testbed) askAll(when string) {
 	b.t.Helper()
 	for _, conn := range b.conns {
 		if _, err := conn.Ask(b.t.Context()); err != nil {
-			b.t.Fatalf("%s: an open connection broke: %v", when, err)
+			b.t.Fatalf("%s: open connection failed: %v", when, err)
 		}
 	}
 }
 
-// check expects that nothing failed since it was called last, while connections were
-// opened.
+// check waits for new connections and checks that none failed since its last call. It also
+// calls askAll.
 func (b *testbed) check(when string) {
 	b.t.Helper()
 	b.askAll(when)
@@ -155,13 +156,14 @@ func (b *testbed) check(when string) {
 	}
 }
 
+// endLoad stops opening connections and logs their number.
 func (b *testbed) endLoad() {
 	b.stopLoad()
 	b.load.Wait()
 	b.t.Logf("%d connections", b.opened.Load())
 }
 
-// TestOperatorEdits has an operator edit the table under load.
+// TestOperatorEdits edits the table under load as an operator would.
 func TestOperatorEdits(t *testing.T) {
 	t.Parallel()
 	binary := nftBinaries(t)["1.1.3"]
@@ -174,7 +176,7 @@ func TestOperatorEdits(t *testing.T) {
 		b.check(name)
 		b.log.check(t, name, false)
 		after := sortedLines(runNFT(t, b.netns, binary, "list ruleset"))
-		// Named objects that no rule uses stay.
+		// Named objects without references stay.
 		after = slices.DeleteFunc(after, func(s string) bool { return strings.Contains(s, "debug") })
 		if diff := cmp.Diff(stripCounts(before), stripCounts(after)); diff != "" {
 			t.Errorf("%s: after the repair (-before +after):\n%s", name, diff)
@@ -184,7 +186,8 @@ func TestOperatorEdits(t *testing.T) {
 	b.endLoad()
 }
 
-// stripCounts leaves out lines that packets change, and those of objects of others.
+// stripCounts removes lines that change with packets, and lines of named objects that the
+// edits left behind.
 func stripCounts(lines []string) []string {
 	return slices.DeleteFunc(slices.Clone(lines), func(s string) bool {
 		s = strings.TrimSpace(s)
@@ -193,8 +196,8 @@ func stripCounts(lines []string) []string {
 	})
 }
 
-// TestVersionSkew has another version of Fairlead define a set or a chain in
-// another way, under load, and this one put it right.
+// TestVersionSkew makes another version of Fairlead define a set or a chain differently,
+// under load. This version must correct the definition.
 func TestVersionSkew(t *testing.T) {
 	t.Parallel()
 	b := newTestbed(t)
@@ -208,7 +211,7 @@ func TestVersionSkew(t *testing.T) {
 		{"endpoint-ports is not dynamic", func(t *table) { t.endpointPorts.Dynamic = false }, schema, false},
 		{"cluster-ips has another size", func(t *table) { t.addrSets[clusterIPAddrs].Size = 100_000 }, schema, true},
 		{"services has another size", func(t *table) { t.services.Size = 100_000 }, schema, true},
-		{"another schema", func(*table) {}, schema + 1, true},
+		{"new schema", func(*table) {}, schema + 1, true},
 	} {
 		other.newTables = func(name string) [2]*table {
 			tables := Options{}.newTables(name)
@@ -229,13 +232,13 @@ func TestVersionSkew(t *testing.T) {
 		wantState(t, b.Dataplane, b.services...)
 	}
 	if listing := runNFT(t, b.netns, nftBinaries(t)["1.1.3"], "list tables"); strings.Contains(listing, nextSuffix) {
-		t.Errorf("tables are left:\n%s", listing)
+		t.Errorf("leftover tables:\n%s", listing)
 	}
 	b.endLoad()
 }
 
-// TestRepairFailures has the kernel refuse the repairs of a table, and then also the
-// first rebuilds. The table must serve throughout, and must not be removed.
+// TestRepairFailures makes the kernel reject the repairs of a table, and then also the first
+// rebuilds. The table must keep serving and must not be removed.
 func TestRepairFailures(t *testing.T) {
 	t.Parallel()
 	b := newTestbed(t)
@@ -244,7 +247,7 @@ func TestRepairFailures(t *testing.T) {
 		n := 0
 		b.flush = func() error {
 			if n++; n <= failures {
-				_ = b.conn.FlushWithGenID(1) // leaves nothing in the library's queue
+				_ = b.conn.FlushWithGenID(1) // empties the library's queue
 				return errAckLost
 			}
 			return b.conn.Flush()
@@ -258,8 +261,8 @@ func TestRepairFailures(t *testing.T) {
 	b.endLoad()
 }
 
-// TestRebuildInterrupted ends a rebuild after each of its commits. What is left must
-// serve, and the next Replace must complete it.
+// TestRebuildInterrupted interrupts a rebuild after different numbers of commits. The partly
+// rebuilt tables must serve, and the next Replace must complete the rebuild.
 func TestRebuildInterrupted(t *testing.T) {
 	t.Parallel()
 	b := newTestbed(t)
@@ -268,7 +271,7 @@ func TestRebuildInterrupted(t *testing.T) {
 		n := 0
 		b.flush = func() error {
 			if n++; n > commits {
-				_ = b.conn.FlushWithGenID(1) // leaves nothing in the library's queue
+				_ = b.conn.FlushWithGenID(1) // empties the library's queue
 				return errAckLost
 			}
 			return b.conn.Flush()

@@ -10,9 +10,9 @@ import (
 	"testing"
 )
 
-// TestRuleComments checks that the comment on each function which builds rules shows
-// them in nft's syntax, as the listings have them. A line with only "…" stands for more
-// rules like the one before.
+// TestRuleComments checks that the comment of each function that builds rules shows them in
+// nft syntax, exactly as in the golden listings. A line with only "…" represents more rules
+// like the previous one.
 func TestRuleComments(t *testing.T) {
 	t.Parallel()
 	listed := map[string]bool{"…": true}
@@ -25,7 +25,7 @@ func TestRuleComments(t *testing.T) {
 			listed[strings.TrimSpace(line)] = true
 		}
 	}
-	// The listings are of Options without VirtualNetworks.
+	// The listings use Options without VirtualNetworks.
 	listed["ip daddr & 255.0.0.0 == 250.0.0.0 drop"] = true
 	files, err := filepath.Glob("*.go")
 	if err != nil {
@@ -48,11 +48,11 @@ func TestRuleComments(t *testing.T) {
 			functions++
 			lines := codeLines(f.Doc)
 			if len(lines) == 0 {
-				t.Errorf("%s: the comment on %s has no rule in nft's syntax", name, f.Name.Name)
+				t.Errorf("%s: the comment of %s has no rule in nft syntax", name, f.Name.Name)
 			}
 			for _, line := range lines {
 				if !listed[line] {
-					t.Errorf("%s: the comment on %s has a line that no listing has:\n%s", name, f.Name.Name, line)
+					t.Errorf("%s: the comment of %s has a line that no golden listing contains:\n%s", name, f.Name.Name, line)
 				}
 			}
 		}
@@ -62,7 +62,7 @@ func TestRuleComments(t *testing.T) {
 	}
 }
 
-// buildsRules reports whether a function returns rules or chains that it is not given.
+// buildsRules reports whether a function returns rules or chains that were not passed to it.
 func buildsRules(f *ast.FuncDecl) bool {
 	if f.Type.Results == nil || returnsNil(f) {
 		return false
@@ -84,7 +84,7 @@ func buildsRules(f *ast.FuncDecl) bool {
 	return false
 }
 
-// returnsNil reports whether a function only returns nil.
+// returnsNil reports whether the body of a function is only "return nil".
 func returnsNil(f *ast.FuncDecl) bool {
 	if len(f.Body.List) != 1 {
 		return false
@@ -97,7 +97,7 @@ func returnsNil(f *ast.FuncDecl) bool {
 	return ok && name.Name == "nil"
 }
 
-// codeLines returns the lines of a comment's code blocks, without indentation.
+// codeLines returns the lines of a comment's code blocks without indentation.
 func codeLines(doc *ast.CommentGroup) []string {
 	if doc == nil {
 		return nil

@@ -9,8 +9,8 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// TestServicesWithEndpoints checks that Services with endpoints are read back by name, and
-// none where there are no tables.
+// TestServicesWithEndpoints checks that only the names of Services with endpoints are
+// returned, and no names if the tables do not exist.
 func TestServicesWithEndpoints(t *testing.T) {
 	t.Parallel()
 	d, ns := newDataplane(t)
@@ -23,7 +23,7 @@ func TestServicesWithEndpoints(t *testing.T) {
 		return names
 	}
 	if names := read(ns); len(names) != 0 {
-		t.Errorf("without tables there are %v", names)
+		t.Errorf("without tables: got %v, want no names", names)
 	}
 	web := service(t, "web", []dataplane.Frontend{frontend(1), frontend(2)}, endpoints(1, 2))
 	idle := service(t, "idle", []dataplane.Frontend{frontend(3)}, nil)

@@ -7,8 +7,8 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// TestServingEndpointsWriteNothing says that the kernel is left alone when only the
-// endpoints change that serve without taking new connections.
+// TestServingEndpointsWriteNothing checks that nothing is written if only the serving
+// endpoints change, which take no new connections.
 func TestServingEndpointsWriteNothing(t *testing.T) {
 	t.Parallel()
 	d, _ := newDataplane(t)
@@ -38,7 +38,7 @@ func TestServingEndpointsWriteNothing(t *testing.T) {
 	}
 	mustReplace(t, d, dataplane.Node{}, two)
 	if after := generation(t, d); after != before {
-		t.Errorf("the ruleset is %d generations further, want none", after-before)
+		t.Errorf("the generation increased by %d, want 0", after-before)
 	}
 	wantState(t, d, one)
 }

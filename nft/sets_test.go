@@ -10,6 +10,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
+// TestNetworkIntervals checks the interval elements of pod CIDRs in the IPv4 table.
 func TestNetworkIntervals(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
@@ -17,13 +18,13 @@ func TestNetworkIntervals(t *testing.T) {
 		cidrs []string
 		want  string // the elements of the IPv4 table
 	}{
-		{"none", nil, ""},
-		{"one", []string{"10.1.0.0/16"}, "10.1.0.0 10.2.0.0)"},
-		{"only of the family", []string{"10.1.0.0/16", "fd00::/64"}, "10.1.0.0 10.2.0.0)"},
-		{"one within another", []string{"10.1.2.0/24", "10.0.0.0/8", "10.1.0.0/16"}, "10.0.0.0 11.0.0.0)"},
-		{"neighbours", []string{"10.1.0.0/24", "10.1.1.0/24"}, "10.1.0.0 10.1.1.0) 10.1.1.0 10.1.2.0)"},
+		{"no networks", nil, ""},
+		{"one network", []string{"10.1.0.0/16"}, "10.1.0.0 10.2.0.0)"},
+		{"networks of both families", []string{"10.1.0.0/16", "fd00::/64"}, "10.1.0.0 10.2.0.0)"},
+		{"nested networks", []string{"10.1.2.0/24", "10.0.0.0/8", "10.1.0.0/16"}, "10.0.0.0 11.0.0.0)"},
+		{"adjacent networks", []string{"10.1.0.0/24", "10.1.1.0/24"}, "10.1.0.0 10.1.1.0) 10.1.1.0 10.1.2.0)"},
 		{"up to the last address", []string{"240.0.0.0/4"}, "240.0.0.0"},
-		{"everything", []string{"0.0.0.0/0"}, "0.0.0.0"},
+		{"all addresses", []string{"0.0.0.0/0"}, "0.0.0.0"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
@@ -47,8 +48,8 @@ func TestNetworkIntervals(t *testing.T) {
 	}
 }
 
-// TestNodePortNetworks checks that loopback addresses and virtual servers get no
-// node ports, and that packets meet a rule for networks only where there are some.
+// TestNodePortNetworks checks that loopback addresses and virtual servers get no node ports,
+// and that packets pass a rule for networks only if networks are configured.
 func TestNodePortNetworks(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
@@ -86,19 +87,20 @@ func TestNodePortNetworks(t *testing.T) {
 			want++
 		}
 		if got := len(table.dispatchRules(node)); got != want {
-			t.Errorf("%s of %q: a new connection meets %d rules, want %d", tt.family, tt.networks, got, want)
+			t.Errorf("%s of %q: %d dispatch rules, want %d", tt.family, tt.networks, got, want)
 		}
 	}
 }
 
-// The kernel makes a bitmap of a set with short keys that has none of these flags,
-// and for each change of an element walks all of them (nft_set_bitmap.c).
+// TestNoBitmapSets checks the flags of sets with short keys. Without one of these flags the
+// kernel uses a bitmap, which walks all elements for each change of an element
+// (nft_set_bitmap.c).
 func TestNoBitmapSets(t *testing.T) {
 	t.Parallel()
 	for _, family := range []dataplane.Family{dataplane.IPv4, dataplane.IPv6} {
 		for _, s := range newTable(family).sets() {
 			if s.KeyType.Bytes <= 2 && !s.IsMap && !s.Interval && !s.HasTimeout && !s.Dynamic {
-				t.Errorf("%s set %s is a bitmap", family, s.Name)
+				t.Errorf("%s set %s would be a bitmap", family, s.Name)
 			}
 		}
 	}

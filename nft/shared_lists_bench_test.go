@@ -12,8 +12,8 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// BenchmarkFirstPacket connects from a pod to two Services that differ in whether their
-// frontends share a list, in turns, and reports the median time of connect(2) for either.
+// BenchmarkFirstPacket alternates connections from a pod to two Services, one whose frontends
+// share a list and one without. It reports the median time of connect(2) for each.
 func BenchmarkFirstPacket(b *testing.B) {
 	network := nettest.NewT(b, nettest.Options{})
 	client, pod := network.PodT(b, "client"), network.PodT(b, "pod")
@@ -23,9 +23,9 @@ func BenchmarkFirstPacket(b *testing.B) {
 		b.Fatal(err)
 	}
 	b.Cleanup(func() { _ = d.Close() })
-	treatment := dataplane.ServiceSpec{Endpoints: []dataplane.Endpoint{{Addr: netip.AddrPortFrom(pod.IPv4, 8080)}}}
-	own := serviceWithFrontends(b, "own", dataplane.ExternalIP, netip.MustParseAddr("203.0.113.1"), 1, treatment)
-	shared := serviceWithFrontends(b, "shared", dataplane.ExternalIP, netip.MustParseAddr("203.0.113.16"), minSharedFrontends, treatment)
+	spec := dataplane.ServiceSpec{Endpoints: []dataplane.Endpoint{{Addr: netip.AddrPortFrom(pod.IPv4, 8080)}}}
+	own := serviceWithFrontends(b, "own", dataplane.ExternalIP, netip.MustParseAddr("203.0.113.1"), 1, spec)
+	shared := serviceWithFrontends(b, "shared", dataplane.ExternalIP, netip.MustParseAddr("203.0.113.16"), minSharedFrontends, spec)
 	if err := d.Replace(b.Context(), dataplane.Node{}, slices.Values([]*dataplane.Service{own, shared}), nil); err != nil {
 		b.Fatal(err)
 	}
@@ -53,8 +53,8 @@ func BenchmarkFirstPacket(b *testing.B) {
 	}
 }
 
-// BenchmarkNewListSize has a list of a new size come beside lists with many endpoints: the
-// kernel walks the map of its shard for the chain that draws from it.
+// BenchmarkNewListSize adds a list of a new size next to lists with many endpoints: when the
+// chain that selects from the new list is added, the kernel walks the whole map of its shard.
 func BenchmarkNewListSize(b *testing.B) {
 	for _, others := range []int{0, 50_000, 400_000} {
 		b.Run(fmt.Sprintf("endpoints=%d", others), func(b *testing.B) {
@@ -71,20 +71,20 @@ func BenchmarkNewListSize(b *testing.B) {
 			for n := range 1000 {
 				list = append(list, endpoint(n))
 			}
-			of := func(i, n int) *dataplane.Service {
+			makeService := func(i, n int) *dataplane.Service {
 				first := netip.AddrFrom4([4]byte{203, 0, byte(i >> 4), byte(i << 4)})
 				return serviceWithFrontends(b, fmt.Sprint(i), dataplane.ExternalIP, first, minSharedFrontends, dataplane.ServiceSpec{Endpoints: slices.Clone(list[:n])})
 			}
 			var services []*dataplane.Service
 			for i := range others / 1000 {
-				services = append(services, of(i, 1000))
+				services = append(services, makeService(i, 1000))
 			}
 			if err := d.Replace(b.Context(), dataplane.Node{}, slices.Values(services), nil); err != nil {
 				b.Fatal(err)
 			}
 			size := 10
 			for b.Loop() {
-				s := of(1000, size)
+				s := makeService(1000, size)
 				size++
 				if err := d.Apply(b.Context(), []dataplane.Change{{New: s}}); err != nil {
 					b.Fatal(err)

@@ -8,8 +8,8 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// TestManyFrontendsElementCount counts elements: they must grow with frontends plus
-// endpoints, and the cost of a change of one endpoint must not depend on either.
+// TestManyFrontendsElementCount counts elements. Their number must grow with the sum of
+// frontends and endpoints. The cost of changing one endpoint must depend on neither.
 func TestManyFrontendsElementCount(t *testing.T) {
 	t.Parallel()
 	const frontends, count = 200, 100
@@ -18,26 +18,26 @@ func TestManyFrontendsElementCount(t *testing.T) {
 		list = append(list, dataplane.Endpoint{Addr: endpoint(n).Addr, Local: true})
 	}
 	ranges := []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("192.0.2.0/24")}
-	of := func(n int, list []dataplane.Endpoint) *dataplane.Service {
-		treatment := dataplane.ServiceSpec{Endpoints: slices.Clone(list), SourceRanges: ranges}
-		return serviceWithFrontends(t, "many", dataplane.LoadBalancer, netip.MustParseAddr("203.0.113.1"), n, treatment)
+	makeService := func(n int, list []dataplane.Endpoint) *dataplane.Service {
+		spec := dataplane.ServiceSpec{Endpoints: slices.Clone(list), SourceRanges: ranges}
+		return serviceWithFrontends(t, "many", dataplane.LoadBalancer, netip.MustParseAddr("203.0.113.1"), n, spec)
 	}
 	replaced := slices.Clone(list)
 	replaced[17] = dataplane.Endpoint{Addr: endpoint(5000).Addr, Local: true}
-	const perFrontend = 2                // in services and lists
-	const whole = 1 + 2*count + 2        // the size, slots and hairpin, ranges
-	const replacing, removing = 4, 2 * 3 // a slot and hairpin; the size, two slots and hairpin
+	const perFrontend = 2                // in the sets services and lists
+	const whole = 1 + 2*count + 2        // list size; slots and hairpin elements; source ranges
+	const replacing, removing = 4, 2 * 3 // slot and hairpin element; list size, two slots and hairpin elements
 	for _, test := range []struct {
 		name     string
 		old, new *dataplane.Service
 		max      int
 	}{
-		{"created", nil, of(frontends, list), frontends*perFrontend + whole},
-		{"one frontend more", of(frontends, list), of(frontends+1, list), perFrontend},
-		{"one endpoint replaced", of(frontends, list), of(frontends, replaced), replacing},
-		{"one endpoint removed", of(frontends, list), of(frontends, slices.Delete(slices.Clone(list), 17, 18)), removing},
-		{"one endpoint added", of(frontends, list), of(frontends, append(slices.Clone(list), replaced[17])), removing},
-		{"deleted", of(frontends, list), nil, frontends*perFrontend + whole},
+		{"created", nil, makeService(frontends, list), frontends*perFrontend + whole},
+		{"one frontend added", makeService(frontends, list), makeService(frontends+1, list), perFrontend},
+		{"one endpoint replaced", makeService(frontends, list), makeService(frontends, replaced), replacing},
+		{"one endpoint removed", makeService(frontends, list), makeService(frontends, slices.Delete(slices.Clone(list), 17, 18)), removing},
+		{"one endpoint added", makeService(frontends, list), makeService(frontends, append(slices.Clone(list), replaced[17])), removing},
+		{"deleted", makeService(frontends, list), nil, frontends*perFrontend + whole},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
@@ -56,8 +56,8 @@ func TestManyFrontendsElementCount(t *testing.T) {
 	}
 }
 
-// TestListIDAllocator allocates all list IDs that there are. An ID that is released is not
-// the next to be allocated.
+// TestListIDAllocator allocates all list IDs. A released ID must not be the next to be
+// allocated.
 func TestListIDAllocator(t *testing.T) {
 	t.Parallel()
 	key := func(n int) dataplane.Key {
@@ -67,26 +67,26 @@ func TestListIDAllocator(t *testing.T) {
 	ids.reserve(5)
 	first := ids.allocate(key(1))
 	if first != 6 || ids.allocate(key(1)) != first {
-		t.Errorf("got list ID %d, and then %d", first, ids.allocate(key(1)))
+		t.Errorf("got list ID %d first and %d second", first, ids.allocate(key(1)))
 	}
 	ids.release(key(1))
 	if n := ids.allocate(key(2)); n == first || n == 5 {
-		t.Errorf("list ID %d is allocated again at once", n)
+		t.Errorf("list ID %d was allocated again at once", n)
 	}
 	ids.last = maxListID
 	if n := ids.allocate(key(3)); n != 1 {
-		t.Errorf("after the last list ID comes %d", n)
+		t.Errorf("list ID %d follows the last one, want 1", n)
 	}
 	for n := listID(1); n <= maxListID; n++ {
 		ids.used[n] = true
 	}
 	if n := ids.allocate(key(4)); n != 0 {
-		t.Errorf("list ID %d is allocated although all are in use", n)
+		t.Errorf("list ID %d was allocated, but all are in use", n)
 	}
 }
 
-// TestListElementEncoding encodes list IDs and expects to parse the same, and refuses what
-// is not ours.
+// TestListElementEncoding checks that list IDs survive encoding and parsing, and that foreign
+// values are rejected.
 func TestListElementEncoding(t *testing.T) {
 	t.Parallel()
 	for _, family := range []dataplane.Family{dataplane.IPv4, dataplane.IPv6} {
@@ -104,7 +104,7 @@ func TestListElementEncoding(t *testing.T) {
 		}
 		for _, b := range [][]byte{nil, {1, 2, 3}, table.encodeListID(0), {0, 0, 0, 0}, table.encodeListSlotKey(1, 0, 0)[4:]} {
 			if n, _, err := table.parseListID(b); err == nil {
-				t.Errorf("%x was taken for list ID %d", b, n)
+				t.Errorf("%x was parsed as list ID %d", b, n)
 			}
 		}
 	}

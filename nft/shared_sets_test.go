@@ -12,8 +12,8 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// overlappingServices returns up to n Services like those of randomServices, but with
-// addresses from so small a pool that many Services of all kinds share them.
+// overlappingServices returns up to n Services like randomServices, with addresses from a
+// pool so small that many Services of all kinds share them.
 func overlappingServices(t *testing.T, random *rand.Rand, n int) []*dataplane.Service {
 	t.Helper()
 	var services []*dataplane.Service
@@ -45,7 +45,7 @@ func overlappingServices(t *testing.T, random *rand.Rand, n int) []*dataplane.Se
 			continue
 		}
 		var list []dataplane.Endpoint
-		for range random.IntN(12) * min(1, random.IntN(4)) { // often none
+		for range random.IntN(12) * min(1, random.IntN(4)) { // often no endpoints
 			addr := netip.AddrPortFrom(address(1, random.IntN(40)), uint16(8080+random.IntN(20)))
 			list = append(list, dataplane.Endpoint{Addr: addr, Local: random.IntN(3) == 0})
 		}
@@ -59,8 +59,9 @@ func overlappingServices(t *testing.T, random *rand.Rand, n int) []*dataplane.Se
 	return services
 }
 
-// wantReferenceCounts fails the test unless what is counted of branches, addresses and ports
-// is what these Services need, and all of that, and nothing else, is in the kernel.
+// wantReferenceCounts fails the test unless the reference counts of verdict elements,
+// addresses and ports match these Services, and the kernel holds exactly the referenced
+// elements.
 func wantReferenceCounts(t *testing.T, d *Dataplane, services []*dataplane.Service) {
 	t.Helper()
 	for i, table := range d.tables {
@@ -121,10 +122,10 @@ func wantEqualMaps[M ~map[K]V, K, V comparable](t *testing.T, what string, got, 
 	}
 }
 
-// TestReferenceCounts has Services that share addresses, ports and classes come
-// and go, in commits of all sizes of which some fail, and compares what is counted of
-// these with what the kernel has. While some keys have failed, what all others need
-// is there.
+// TestReferenceCounts creates and deletes Services that share addresses, ports and classes,
+// in commits of different sizes, some of which fail. It compares the reference counts with
+// the kernel. While some keys have failed, the kernel must hold all elements that the other
+// keys need.
 func TestReferenceCounts(t *testing.T) {
 	t.Parallel()
 	for name, translator := range testTranslators() {
@@ -181,13 +182,13 @@ func testReferenceCounts(t *testing.T, seed uint64, translator Translator) {
 			wantSharedElements(t, d, have, keyed.Failed)
 		}
 		if t.Failed() {
-			t.Fatalf("round %d: commits of %d, fault %d, error %v", round, d.transactionSize, what, err)
+			t.Fatalf("round %d: transaction size %d, fault %d, error %v", round, d.transactionSize, what, err)
 		}
 	}
 }
 
-// wantSharedElements fails the test unless the kernel has the addresses of all Services but
-// those that have failed, and the ports of all endpoints.
+// wantSharedElements fails the test unless the kernel holds the addresses of all Services
+// except the failed ones, and the ports of all endpoints.
 func wantSharedElements(t *testing.T, d *Dataplane, services []*dataplane.Service, failed map[dataplane.Key]error) {
 	t.Helper()
 	for i, table := range d.tables {
@@ -210,13 +211,13 @@ func wantSharedElements(t *testing.T, d *Dataplane, services []*dataplane.Servic
 			}
 			for _, port := range r.ports {
 				if !c.portSet[port] {
-					t.Errorf("%s has taken, and its port %d is not in the set", s.Key, port)
+					t.Errorf("%s was programmed, but its port %d is not in the set", s.Key, port)
 				}
 			}
 			for _, f := range s.Frontends {
 				for set, in := range r.addrs {
 					if in && !c.addrs[set][f.Addr.Addr()] {
-						t.Errorf("%s has taken, and %s is not in %s", s.Key, f, addrSet(set))
+						t.Errorf("%s was programmed, but %s is not in %s", s.Key, f, addrSet(set))
 					}
 				}
 			}

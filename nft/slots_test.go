@@ -9,7 +9,7 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// endpoint returns the n-th of a row of endpoints.
+// endpoint returns the nth test endpoint.
 func endpoint(n int) dataplane.Endpoint {
 	return dataplane.Endpoint{Addr: netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 1, byte(n >> 8), byte(n)}), 8080)}
 }
@@ -39,7 +39,7 @@ func service(t testing.TB, name string, frontends []dataplane.Frontend, endpoint
 	return s
 }
 
-// endpointAddrs is short for the addresses of endpoints; -1 is a hole.
+// endpointAddrs returns the addresses of test endpoints; -1 is an empty slot.
 func endpointAddrs(ns ...int) []netip.AddrPort {
 	var list []netip.AddrPort
 	for _, n := range ns {
@@ -59,15 +59,15 @@ func TestAssignSlots(t *testing.T) {
 		current, want []int
 		slots         []int
 	}{
-		{"from nothing, in order", nil, []int{1, 2, 3}, []int{1, 2, 3}},
-		{"nothing changes", []int{3, 1, 2}, []int{1, 2, 3}, []int{3, 1, 2}},
-		{"a new one goes to the end", []int{3, 1, 2}, []int{0, 1, 2, 3}, []int{3, 1, 2, 0}},
-		{"the last one fills the place of one that leaves", []int{1, 2, 3, 4}, []int{1, 3, 4}, []int{1, 4, 3}},
-		{"the last one leaves", []int{1, 2, 3}, []int{1, 2}, []int{1, 2}},
-		{"one takes the place of another", []int{1, 2, 3}, []int{1, 3, 9}, []int{1, 9, 3}},
-		{"all leave", []int{1, 2}, nil, nil},
-		{"a hole is filled", []int{1, -1, 3}, []int{1, 2, 3}, []int{1, 2, 3}},
-		{"a double is removed", []int{1, 1, 2}, []int{1, 2}, []int{1, 2}},
+		{"initial assignment in order", nil, []int{1, 2, 3}, []int{1, 2, 3}},
+		{"no change", []int{3, 1, 2}, []int{1, 2, 3}, []int{3, 1, 2}},
+		{"new endpoint appended", []int{3, 1, 2}, []int{0, 1, 2, 3}, []int{3, 1, 2, 0}},
+		{"last endpoint fills the slot of a removed one", []int{1, 2, 3, 4}, []int{1, 3, 4}, []int{1, 4, 3}},
+		{"last endpoint removed", []int{1, 2, 3}, []int{1, 2}, []int{1, 2}},
+		{"new endpoint takes the slot of a removed one", []int{1, 2, 3}, []int{1, 3, 9}, []int{1, 9, 3}},
+		{"all endpoints removed", []int{1, 2}, nil, nil},
+		{"empty slot filled", []int{1, -1, 3}, []int{1, 2, 3}, []int{1, 2, 3}},
+		{"duplicate removed", []int{1, 1, 2}, []int{1, 2}, []int{1, 2}},
 		{"too many slots", []int{1, 2, 3, 4, 5}, []int{5}, []int{5}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -80,8 +80,8 @@ func TestAssignSlots(t *testing.T) {
 	}
 }
 
-// TestAssignSlotsMovesFew checks, from random slots, that the slots are filled with
-// exactly the endpoints, and that none moves that could stay.
+// TestAssignSlotsMovesFew checks with random slots that the slots hold exactly the endpoints,
+// and that no endpoint moves unnecessarily.
 func TestAssignSlotsMovesFew(t *testing.T) {
 	t.Parallel()
 	for seed := range uint64(500) {
@@ -106,8 +106,8 @@ func TestAssignSlotsMovesFew(t *testing.T) {
 	}
 }
 
-// TestAssignEndpointIDs checks, from random placements, that those that stay keep their IDs,
-// that newcomers get none that anybody had just now, and that no two are the same.
+// TestAssignEndpointIDs checks with random assignments that remaining endpoints keep their
+// IDs, that new endpoints get no ID that was just in use, and that IDs are unique.
 func TestAssignEndpointIDs(t *testing.T) {
 	t.Parallel()
 	for seed := range uint64(300) {
@@ -117,7 +117,7 @@ func TestAssignEndpointIDs(t *testing.T) {
 		taken := map[endpointID]bool{}
 		for _, n := range random.Perm(30)[:random.IntN(30)] {
 			current.slots = append(current.slots, endpoint(n).Addr)
-			ours := endpointID(2*random.IntN(40)) | endpointID(l) // few, so that they collide
+			ours := endpointID(2*random.IntN(40)) | endpointID(l) // few values, so that they collide
 			if random.IntN(4) > 0 {
 				ours = preferredEndpointID(l, endpoint(random.IntN(60)).Addr)
 			}
@@ -132,19 +132,20 @@ func TestAssignEndpointIDs(t *testing.T) {
 		seen := map[endpointID]bool{}
 		for i, addr := range in {
 			if seen[ids[i]] || ids[i].endpointList() != l {
-				t.Fatalf("seed %d: ID %d is of list %d, or twice in %v", seed, ids[i], ids[i].endpointList(), ids)
+				t.Fatalf("seed %d: ID %d is in list %d, or duplicate in %v", seed, ids[i], ids[i].endpointList(), ids)
 			}
 			seen[ids[i]] = true
 			if j := slices.Index(current.slots, addr); j >= 0 && current.ids[j] != ids[i] {
-				t.Fatalf("seed %d: %v had ID %d and has %d", seed, addr, current.ids[j], ids[i])
+				t.Fatalf("seed %d: ID of %v changed from %d to %d", seed, addr, current.ids[j], ids[i])
 			} else if j < 0 && taken[ids[i]] {
-				t.Fatalf("seed %d: %v is new and got %d, which another had", seed, addr, ids[i])
+				t.Fatalf("seed %d: new endpoint %v got ID %d of another endpoint", seed, addr, ids[i])
 			}
 		}
 	}
 }
 
-// TestAssignAllEndpointIDs fills a list, half of which is then replaced.
+// TestAssignAllEndpointIDs fills a list with the maximum number of endpoints and then
+// replaces half of them.
 func TestAssignAllEndpointIDs(t *testing.T) {
 	t.Parallel()
 	var all []int
@@ -159,10 +160,10 @@ func TestAssignAllEndpointIDs(t *testing.T) {
 	second := endpointAddrs(all...)
 	ids := assignEndpointIDs(localEndpoints, first, second)
 	if !slices.Equal(ids[maxEndpointIDs/2:], first.ids[maxEndpointIDs/2:]) {
-		t.Error("endpoints that stay have other IDs")
+		t.Error("IDs of remaining endpoints changed")
 	}
 	slices.Sort(ids)
 	if n := len(slices.Compact(ids)); n != maxEndpointIDs {
-		t.Errorf("%d different IDs of %d endpoints", n, maxEndpointIDs)
+		t.Errorf("%d distinct IDs for %d endpoints", n, maxEndpointIDs)
 	}
 }

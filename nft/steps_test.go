@@ -19,13 +19,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// observer looks, after each commit of a Dataplane, at what another one reads.
+// observer checks the state that a second Dataplane reads after each commit of the first one.
 type observer struct {
 	t        *testing.T
 	reader   *Dataplane
 	old, new dataplane.State
 	commits  int
-	// faultAt is asked before each commit what is to become of it.
+	// faultAt returns the fault to inject into a commit.
 	faultAt func(commit int) fault
 }
 
@@ -33,15 +33,14 @@ type fault int
 
 const (
 	noFault       fault = iota
-	rejectElement       // the kernel refuses what the commit says
-	rejectCommit        // the kernel refuses the commit as such
-	loseAck             // the kernel takes it, but nobody hears of that
+	rejectElement       // the kernel rejects an element, with EINVAL
+	rejectCommit        // the kernel rejects the commit for a missing chain, with ENOENT
+	loseAck             // the kernel commits, but its acknowledgment is lost
 )
 
-var errAckLost = errors.New("the answer was lost")
+var errAckLost = errors.New("acknowledgment lost")
 
-// observeCommits makes the Dataplane commit little at a time, before the eyes of an
-// observer.
+// observeCommits makes d commit in small steps and checks the state after each commit.
 func observeCommits(t *testing.T, d *Dataplane, ns *nettest.Namespace) *observer {
 	t.Helper()
 	o := &observer{t: t, reader: openInNamespace(t, ns, translatorOf(d)), faultAt: func(int) fault { return noFault }}
@@ -69,14 +68,14 @@ func observeCommits(t *testing.T, d *Dataplane, ns *nettest.Namespace) *observer
 	return o
 }
 
-// missingChain is a chain that is not there.
+// missingChain returns a chain that does not exist in the table.
 func (d *Dataplane) missingChain() *nftables.Chain {
 	return &nftables.Chain{Name: "nobody", Table: d.tables[0].nf}
 }
 
-// checkState checks that each Service is as it was, as it is to be, or of the same
-// number of endpoints with some old and some new, and that none is missing that
-// was there and is to stay.
+// checkState checks that each frontend has its old state, its new state, or a mix of old and
+// new endpoints with the old or the new number of endpoints. A frontend in both states must
+// not be missing.
 func (o *observer) checkState() {
 	o.t.Helper()
 	got, err := o.reader.Read(o.t.Context())
@@ -86,7 +85,7 @@ func (o *observer) checkState() {
 	for f := range got {
 		if _, was := o.old[f]; !was {
 			if _, willBe := o.new[f]; !willBe {
-				o.t.Errorf("commit %d: %s is nobody's", o.commits, f)
+				o.t.Errorf("commit %d: unknown frontend %s", o.commits, f)
 			}
 		}
 	}
@@ -99,37 +98,39 @@ func (o *observer) checkState() {
 	}
 }
 
+// checkFrontend checks one frontend for checkState.
 func (o *observer) checkFrontend(got dataplane.State, f dataplane.Frontend) error {
-	g, there := got[f]
-	was, before := o.old[f]
-	is, after := o.new[f]
+	binding, exists := got[f]
+	oldBinding, inOld := o.old[f]
+	newBinding, inNew := o.new[f]
 	switch {
-	case !there && before && after:
-		return errors.New("is missing, and was to stay")
-	case !there, before && g.Equal(was), after && g.Equal(is), o.matchesSharedLists(g, was, is):
+	case !exists && inOld && inNew:
+		return errors.New("missing, want old or new state")
+	case !exists, inOld && binding.Equal(oldBinding), inNew && binding.Equal(newBinding), o.matchesSharedLists(binding, oldBinding, newBinding):
 		return nil
-	case !before:
-		return fmt.Errorf("is seen before it is complete: %s, want %s", g.ServiceSpec, is.ServiceSpec)
-	case !after:
-		return fmt.Errorf("is seen while it goes: %s, had %s", g.ServiceSpec, was.ServiceSpec)
+	case !inOld:
+		return fmt.Errorf("visible before it is complete: %s, want %s", binding.ServiceSpec, newBinding.ServiceSpec)
+	case !inNew:
+		return fmt.Errorf("incomplete during deletion: %s, want %s", binding.ServiceSpec, oldBinding.ServiceSpec)
 	}
-	for _, like := range []dataplane.ServiceSpec{was.ServiceSpec, is.ServiceSpec} {
-		if stripLists(g.ServiceSpec).Equal(stripLists(like)) && len(g.Endpoints) == len(like.Endpoints) &&
-			len(g.LocalEndpoints) == len(like.LocalEndpoints) &&
-			containsAll(g.Endpoints, was.Endpoints, is.Endpoints) && containsAll(g.LocalEndpoints, was.LocalEndpoints, is.LocalEndpoints) &&
-			!slices.ContainsFunc(like.SourceRanges, func(p netip.Prefix) bool {
-				return slices.Contains(was.SourceRanges, p) && slices.Contains(is.SourceRanges, p) && !slices.Contains(g.SourceRanges, p)
+	for _, spec := range []dataplane.ServiceSpec{oldBinding.ServiceSpec, newBinding.ServiceSpec} {
+		if stripLists(binding.ServiceSpec).Equal(stripLists(spec)) && len(binding.Endpoints) == len(spec.Endpoints) &&
+			len(binding.LocalEndpoints) == len(spec.LocalEndpoints) &&
+			containsAll(binding.Endpoints, oldBinding.Endpoints, newBinding.Endpoints) && containsAll(binding.LocalEndpoints, oldBinding.LocalEndpoints, newBinding.LocalEndpoints) &&
+			!slices.ContainsFunc(spec.SourceRanges, func(p netip.Prefix) bool {
+				return slices.Contains(oldBinding.SourceRanges, p) && slices.Contains(newBinding.SourceRanges, p) && !slices.Contains(binding.SourceRanges, p)
 			}) {
 			return nil
 		}
 	}
-	return fmt.Errorf("is %s, neither like %s nor like %s", g.ServiceSpec, was.ServiceSpec, is.ServiceSpec)
+	return fmt.Errorf("got %s, want a state between %s and %s", binding.ServiceSpec, oldBinding.ServiceSpec, newBinding.ServiceSpec)
 }
 
-// matchesSharedLists reports whether a frontend is one of several of its Service, and has lists of
-// endpoints that others have before or after: each list changes for all frontends that
-// share it at once, while each has the rest of its Treatment by itself.
-func (o *observer) matchesSharedLists(got, was, is dataplane.Binding) bool {
+// matchesSharedLists reports whether the frontend belongs to a Service with several
+// frontends, and has endpoint lists that the Service has before or after the change.
+// Frontends that share a list see its changes at once, but each frontend changes the rest of
+// its spec separately.
+func (o *observer) matchesSharedLists(got, oldBinding, newBinding dataplane.Binding) bool {
 	var all []dataplane.ServiceSpec
 	for _, state := range []dataplane.State{o.old, o.new} {
 		var same []dataplane.ServiceSpec
@@ -142,28 +143,28 @@ func (o *observer) matchesSharedLists(got, was, is dataplane.Binding) bool {
 			all = append(all, same[0])
 		}
 	}
-	rest := []dataplane.ServiceSpec{was.ServiceSpec, is.ServiceSpec}
-	like := func(list func(dataplane.ServiceSpec) []dataplane.Endpoint) bool {
-		endpoints, known := list(got.ServiceSpec), slices.Concat(list(was.ServiceSpec), list(is.ServiceSpec))
+	specs := []dataplane.ServiceSpec{oldBinding.ServiceSpec, newBinding.ServiceSpec}
+	listMatches := func(list func(dataplane.ServiceSpec) []dataplane.Endpoint) bool {
+		endpoints, allowed := list(got.ServiceSpec), slices.Concat(list(oldBinding.ServiceSpec), list(newBinding.ServiceSpec))
 		for _, t := range all {
-			known = append(known, list(t)...)
+			allowed = append(allowed, list(t)...)
 		}
 		return slices.ContainsFunc(all, func(t dataplane.ServiceSpec) bool {
-			return len(endpoints) == len(list(t)) && containsAll(endpoints, known)
+			return len(endpoints) == len(list(t)) && containsAll(endpoints, allowed)
 		})
 	}
-	return slices.ContainsFunc(rest, func(t dataplane.ServiceSpec) bool { return stripLists(got.ServiceSpec).Equal(stripLists(t)) }) &&
-		like(func(t dataplane.ServiceSpec) []dataplane.Endpoint { return t.Endpoints }) &&
-		(!got.ExternalTrafficPolicyLocal || like(func(t dataplane.ServiceSpec) []dataplane.Endpoint { return t.LocalEndpoints }))
+	return slices.ContainsFunc(specs, func(t dataplane.ServiceSpec) bool { return stripLists(got.ServiceSpec).Equal(stripLists(t)) }) &&
+		listMatches(func(t dataplane.ServiceSpec) []dataplane.Endpoint { return t.Endpoints }) &&
+		(!got.ExternalTrafficPolicyLocal || listMatches(func(t dataplane.ServiceSpec) []dataplane.Endpoint { return t.LocalEndpoints }))
 }
 
-// stripLists returns what of a Treatment changes all at once.
+// stripLists returns the part of a ServiceSpec that changes atomically.
 func stripLists(t dataplane.ServiceSpec) dataplane.ServiceSpec {
 	t.Endpoints, t.LocalEndpoints, t.SourceRanges = nil, nil, nil
 	return t
 }
 
-// containsAll reports whether all endpoints are in one or the other list.
+// containsAll reports whether each endpoint is in at least one of the lists.
 func containsAll(endpoints []dataplane.Endpoint, lists ...[]dataplane.Endpoint) bool {
 	addrs := map[netip.AddrPort]bool{}
 	for _, e := range slices.Concat(lists...) {
@@ -172,8 +173,8 @@ func containsAll(endpoints []dataplane.Endpoint, lists ...[]dataplane.Endpoint) 
 	return !slices.ContainsFunc(endpoints, func(e dataplane.Endpoint) bool { return !addrs[e.Addr] })
 }
 
-// wantNoGarbage fails the test unless the kernel holds these Services and no garbage,
-// and a restart changes nothing.
+// wantNoGarbage fails the test unless the kernel holds these Services and no other elements,
+// and a Replace by a new instance changes nothing.
 func wantNoGarbage(t *testing.T, d *Dataplane, ns *nettest.Namespace, node dataplane.Node, services []*dataplane.Service) {
 	t.Helper()
 	wantState(t, d, services...)
@@ -184,13 +185,13 @@ func wantNoGarbage(t *testing.T, d *Dataplane, ns *nettest.Namespace, node datap
 		}
 		for f, r := range c.frontends {
 			if !r.inServices {
-				t.Errorf("table %s has garbage of %s: %+v", table, f, r)
+				t.Errorf("table %s has leftover elements of %s: %+v", table, f, r)
 			}
 		}
 		for n, l := range c.sharedLists {
 			used := func(f dataplane.Frontend) bool { return c.frontends[f].listID == n }
 			if !slices.ContainsFunc(slices.Collect(maps.Keys(c.frontends)), used) {
-				t.Errorf("table %s has garbage of list %d: %+v", table, n, l)
+				t.Errorf("table %s has leftover elements of list %d: %+v", table, n, l)
 			}
 		}
 	}
@@ -199,12 +200,12 @@ func wantNoGarbage(t *testing.T, d *Dataplane, ns *nettest.Namespace, node datap
 	again.now, again.minSharedFrontends = d.now, d.minSharedFrontends
 	mustReplace(t, again, node, services...)
 	if generation(t, d) != before {
-		t.Error("a Replace by the same Services changed the ruleset")
+		t.Error("a Replace with the same Services changed the ruleset")
 	}
 }
 
-// TestStepOrder has Services that are too large for one commit appear,
-// change in every way, and go, by Apply and by Replace.
+// TestStepOrder creates, changes and deletes Services that are too large for one commit, with
+// Apply and Replace.
 func TestStepOrder(t *testing.T) {
 	t.Parallel()
 	for name, translator := range testTranslators() {
@@ -240,13 +241,13 @@ func testStepOrder(t *testing.T, translator Translator) {
 		}
 	}
 	if o.commits < 50 {
-		t.Errorf("%d commits: they are not small", o.commits)
+		t.Errorf("only %d commits, want small commits", o.commits)
 	}
 }
 
-// TestInterruptedCommits has commits fail in the midst of large changes. Services are
-// complete or not there all the same, those that a call does not name have taken,
-// and the next Replace leaves nothing but what is wanted.
+// TestInterruptedCommits makes commits fail during large changes. Services must still be
+// complete or absent, Services that the error does not name must be programmed, and the next
+// Replace must leave exactly the desired state.
 func TestInterruptedCommits(t *testing.T) {
 	t.Parallel()
 	d, ns := newDataplane(t)
@@ -287,12 +288,13 @@ func TestInterruptedCommits(t *testing.T) {
 			for _, s := range want {
 				for _, f := range s.Frontends {
 					if b := got[f]; keys.Failed[s.Key] == nil && !b.ServiceSpec.Equal(s.ServiceSpec) {
-						t.Errorf("%s has taken, and %s is %s, want %s", s.Key, f, b.ServiceSpec, s.ServiceSpec)
+						t.Errorf("%s was programmed, but %s is %s, want %s", s.Key, f, b.ServiceSpec, s.ServiceSpec)
 					}
 				}
 			}
 		}
-		// What was to stay may be either now, so it is not looked at on the way.
+		// Services may now be in the old or the new state, so the intermediate states are
+		// not checked.
 		d = openInNamespace(t, ns)
 		mustReplace(t, d, nodeWithPodCIDRs(), want...)
 		wantNoGarbage(t, d, ns, nodeWithPodCIDRs(), want)
@@ -306,8 +308,8 @@ func TestInterruptedCommits(t *testing.T) {
 	}
 }
 
-// TestLargestService has the Service with the most endpoints there can be come,
-// change, shrink and go, beside another, in commits of the ordinary size.
+// TestLargestService creates, changes, shrinks and deletes the Service with the maximum
+// number of endpoints, next to another Service, with the default transaction size.
 func TestLargestService(t *testing.T) {
 	t.Parallel()
 	d, ns := newDataplane(t)
@@ -337,8 +339,8 @@ func TestLargestService(t *testing.T) {
 	wantNoGarbage(t, d, ns, nodeWithPodCIDRs(), []*dataplane.Service{other})
 }
 
-// TestReplaceProgress: Replace tells after each commit how many Services are complete,
-// those that were before among them, and none that has failed.
+// TestReplaceProgress checks the number of complete Services that Replace reports after each
+// commit. It includes Services that were complete before, and excludes failed ones.
 func TestReplaceProgress(t *testing.T) {
 	t.Parallel()
 	d, ns := newDataplane(t)
@@ -354,25 +356,25 @@ func TestReplaceProgress(t *testing.T) {
 		name     string
 		services []*dataplane.Service
 		failed   int
-		steps    int // at least
+		steps    int // minimum
 	}{
-		{"none", nil, 0, 0},
-		{"some fail", with(rejectedService("poison", frontend(99)), unsupported), 2, 5},
-		{"all are there", services, 0, 5},
-		{"one is new", with(service(t, "new", []dataplane.Frontend{frontend(97)}, endpoints(1))), 0, 5},
+		{"no Services", nil, 0, 0},
+		{"some rejected", with(rejectedService("poison", frontend(99)), unsupported), 2, 5},
+		{"all programmed", services, 0, 5},
+		{"one new", with(service(t, "new", []dataplane.Frontend{frontend(97)}, endpoints(1))), 0, 5},
 	} {
 		d.transactionSize = 20
 		o := openInNamespace(t, ns)
-		var told []int
+		var reported []int
 		err := d.Replace(t.Context(), nodeWithPodCIDRs(), slices.Values(step.services), func(complete int) {
-			told = append(told, complete)
+			reported = append(reported, complete)
 			got, err := o.Read(context.Background())
 			if err != nil {
 				t.Fatal(err)
 			}
 			for _, s := range step.services[:min(complete, len(services))] {
 				if !got[s.Frontends[0]].ServiceSpec.Equal(s.ServiceSpec) {
-					t.Errorf("%s: %d are said to be complete, and %s is not", step.name, complete, s.Key)
+					t.Errorf("%s: %d Services reported as complete, but %s is not", step.name, complete, s.Key)
 				}
 			}
 		})
@@ -380,16 +382,16 @@ func TestReplaceProgress(t *testing.T) {
 		if errors.As(err, &failure) != (step.failed > 0) || failure != nil && len(failure.Failed) != step.failed {
 			t.Fatalf("%s: error %v, want %d failed", step.name, err, step.failed)
 		}
-		if !slices.IsSorted(told) || len(told) < step.steps {
-			t.Errorf("%s: told %v, want at least %d steps, none backwards", step.name, told, step.steps)
+		if !slices.IsSorted(reported) || len(reported) < step.steps {
+			t.Errorf("%s: reported %v, want at least %d nondecreasing steps", step.name, reported, step.steps)
 		}
-		if want := len(step.services) - step.failed; want > 0 && (len(told) == 0 || told[len(told)-1] != want) {
-			t.Errorf("%s: told %v, want %d at the end", step.name, told, want)
+		if want := len(step.services) - step.failed; want > 0 && (len(reported) == 0 || reported[len(reported)-1] != want) {
+			t.Errorf("%s: reported %v, want %d at the end", step.name, reported, want)
 		}
 	}
 }
 
-// TestFaultInjection keeps the tests above honest.
+// TestFaultInjection checks that the faults used by other tests cause the expected errors.
 func TestFaultInjection(t *testing.T) {
 	t.Parallel()
 	d, ns := newDataplane(t)
@@ -407,9 +409,9 @@ func TestFaultInjection(t *testing.T) {
 	}
 }
 
-// TestStepSize takes apart what no Service has much of as a rule: frontends,
-// and endpoints that have a port each. No step is much larger than it should be, the
-// classes of a frontend are all in one, and together the steps are the whole.
+// TestStepSize splits Services with unusually many frontends, or with a different port for
+// each endpoint, into steps. No step may be much larger than the limit, a frontend's class
+// elements must be in one step, and the steps together must contain the whole change.
 func TestStepSize(t *testing.T) {
 	t.Parallel()
 	const many = 2000
@@ -420,9 +422,9 @@ func TestStepSize(t *testing.T) {
 		frontends = append(frontends, dataplane.Frontend{Protocol: dataplane.TCP, Addr: netip.AddrPortFrom(addr, 80)})
 		list = append(list, dataplane.Endpoint{Addr: netip.AddrPortFrom(addr, uint16(1+i))})
 	}
-	of := func(frontends []dataplane.Frontend, treatment dataplane.ServiceSpec) *dataplane.Service {
-		key := dataplane.Key{Namespace: "default", Name: "much", Family: dataplane.IPv4, Kind: dataplane.ExternalIP}
-		s, err := dataplane.NewService(key, slices.Clone(frontends), treatment)
+	makeService := func(frontends []dataplane.Frontend, spec dataplane.ServiceSpec) *dataplane.Service {
+		key := dataplane.Key{Namespace: "default", Name: "large", Family: dataplane.IPv4, Kind: dataplane.ExternalIP}
+		s, err := dataplane.NewService(key, slices.Clone(frontends), spec)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -430,11 +432,11 @@ func TestStepSize(t *testing.T) {
 	}
 	full := dataplane.ServiceSpec{Endpoints: endpoints(1), ExternalTrafficPolicyLocal: true, LocalEndpoints: endpoints(1), Affinity: time.Hour}
 	for name, s := range map[string]*dataplane.Service{
-		"frontends": of(frontends, full),
-		"ports":     of(frontends[:1], dataplane.ServiceSpec{Endpoints: list}),
+		"frontends": makeService(frontends, full),
+		"ports":     makeService(frontends[:1], dataplane.ServiceSpec{Endpoints: list}),
 	} {
 		r := render(s, assignServiceSlots(slotAssignment{}, s), nodeWithAllSettings())
-		for what, rows := range map[string][2]*frontendElements{"come": {nil, r}, "go": {r, nil}} {
+		for what, rows := range map[string][2]*frontendElements{"create": {nil, r}, "delete": {r, nil}} {
 			whole := &batch{}
 			for i, family := range []dataplane.Family{dataplane.IPv4, dataplane.IPv6} {
 				whole.tables[i].table = newTable(family)
@@ -444,11 +446,11 @@ func TestStepSize(t *testing.T) {
 			}
 			const size = 100
 			together := &tableDiff{addrs: newAddrCounts(), verdictElements: map[verdictElement]int{}, elementDiff: elementDiff{ports: portCounts{}}}
-			in := map[string]int{} // classes are in which step
+			in := map[string]int{} // step of each class element
 			n := 0
 			for step := range whole.steps(size) {
 				if got := step.elements(); got > size+numClassSets {
-					t.Errorf("%s %s: step %d has %d elements, want some %d", name, what, n, got, size)
+					t.Errorf("%s %s: step %d has %d elements, want about %d", name, what, n, got, size)
 				}
 				e := &step.tables[0]
 				if len(e.ports) > size {
@@ -457,7 +459,7 @@ func TestStepSize(t *testing.T) {
 				for set := range numClassSets {
 					for _, el := range slices.Concat(e.del[set], e.add[set]) {
 						if other, ok := in[string(el.Key)]; ok && other != n {
-							t.Errorf("%s %s: the classes of a frontend are in steps %d and %d", name, what, other, n)
+							t.Errorf("%s %s: class elements of a frontend are in steps %d and %d", name, what, other, n)
 						}
 						in[string(el.Key)] = n
 					}
@@ -478,19 +480,19 @@ func TestStepSize(t *testing.T) {
 			}
 			want := &whole.tables[0]
 			if together.elements != want.elements || !maps.Equal(together.ports, want.ports) || !maps.Equal(together.verdictElements, want.verdictElements) {
-				t.Errorf("%s %s: the steps are not the whole", name, what)
+				t.Errorf("%s %s: the steps do not contain the whole change", name, what)
 			}
 			for set := range want.addrs {
 				if !maps.Equal(together.addrs[set], want.addrs[set]) {
-					t.Errorf("%s %s: the steps do not have all addresses of %s", name, what, addrSet(set))
+					t.Errorf("%s %s: the steps do not contain all addresses of %s", name, what, addrSet(set))
 				}
 			}
 		}
 	}
 }
 
-// TestPortRepairSplitsCommits removes what endpoint-ports holds, adds others, and
-// looks at how much each commit of the Replace that mends it changes.
+// TestPortRepairSplitsCommits removes elements from endpoint-ports, or adds others, and
+// checks how many elements each commit of the repairing Replace changes.
 func TestPortRepairSplitsCommits(t *testing.T) {
 	t.Parallel()
 	d, ns := newDataplane(t)
@@ -504,8 +506,8 @@ func TestPortRepairSplitsCommits(t *testing.T) {
 	s := service(t, "ports", []dataplane.Frontend{frontend(1)}, list)
 	mustReplace(t, d, nodeWithPodCIDRs(), s)
 	for name, script := range map[string]string{
-		"missing": "flush set ip fairlead endpoint-ports",
-		"more":    "add element ip fairlead endpoint-ports { " + strings.Join(others, ", ") + " }",
+		"missing":    "flush set ip fairlead endpoint-ports",
+		"unexpected": "add element ip fairlead endpoint-ports { " + strings.Join(others, ", ") + " }",
 	} {
 		runNFT(t, ns, nftBinaries(t)["1.1.3"], script)
 		d.transactionSize = 20
@@ -519,7 +521,7 @@ func TestPortRepairSplitsCommits(t *testing.T) {
 		}
 		mustReplace(t, d, nodeWithPodCIDRs(), s)
 		if largest > d.transactionSize || before != many {
-			t.Errorf("%s: %d ports in the end, want %d; up to %d in one commit, want %d", name, before, many, largest, d.transactionSize)
+			t.Errorf("%s: %d ports at the end, want %d; up to %d changed in one commit, want at most %d", name, before, many, largest, d.transactionSize)
 		}
 		d.flush, d.transactionSize = d.conn.Flush, transactionSize
 		wantNoGarbage(t, d, ns, nodeWithPodCIDRs(), []*dataplane.Service{s})

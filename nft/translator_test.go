@@ -22,7 +22,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// virtualServers lets cluster IPs through, and has an address for each other list.
+// virtualServers is a Translator that passes cluster IPs through, and returns a virtual
+// server for each other endpoint list.
 type virtualServers struct{}
 
 func (virtualServers) VirtualServers(s *dataplane.Service) (cluster, local netip.AddrPort) {
@@ -44,9 +45,10 @@ func (virtualServers) VirtualServers(s *dataplane.Service) (cluster, local netip
 	return cluster, local
 }
 
-// testTranslators are who may pick the endpoints.
+// testTranslators returns the Translators to test with; nil means that the tables select
+// endpoints.
 func testTranslators() map[string]Translator {
-	return map[string]Translator{"the tables": nil, "a translator": virtualServers{}}
+	return map[string]Translator{"no translator": nil, "translator": virtualServers{}}
 }
 
 // translatorOf returns the Translator that d was opened with, or nil.
@@ -55,7 +57,7 @@ func translatorOf(d *Dataplane) Translator {
 	return r.translator
 }
 
-// expectedVirtualBinding returns the rule for each frontend of a Service.
+// expectedVirtualBinding returns the VirtualBinding for each frontend of a Service.
 func expectedVirtualBinding(s *dataplane.Service) VirtualBinding {
 	r := VirtualBinding{Binding: dataplane.Binding{Service: s.Key.Service(), ServiceSpec: s.ServiceSpec}}
 	r.Endpoints, r.LocalEndpoints, r.Affinity = nil, nil, 0
@@ -75,7 +77,7 @@ func expectedVirtualBinding(s *dataplane.Service) VirtualBinding {
 	return r
 }
 
-// expectedState returns what Read is to return when the kernel holds these Services.
+// expectedState returns the state that Read returns when the kernel holds these Services.
 func expectedState(d *Dataplane, services []*dataplane.Service) dataplane.State {
 	state := dataplane.StateOf(slices.Values(services))
 	if translatorOf(d) != nil {
@@ -87,8 +89,8 @@ func expectedState(d *Dataplane, services []*dataplane.Service) dataplane.State 
 	return state
 }
 
-// wantVirtualBindings fails the test unless the kernel holds the rules of these Services, and
-// the ports of their endpoints.
+// wantVirtualBindings fails the test unless the kernel holds the virtual bindings of these
+// Services and the ports of their endpoints.
 func wantVirtualBindings(t *testing.T, d *Dataplane, services ...*dataplane.Service) {
 	t.Helper()
 	got, err := d.ReadVirtualBindings(t.Context())
@@ -108,7 +110,7 @@ func wantVirtualBindings(t *testing.T, d *Dataplane, services ...*dataplane.Serv
 		}
 	}
 	for f, r := range got {
-		t.Errorf("%s: unexpected, has %s", f, r)
+		t.Errorf("%s: unexpected binding %s", f, r)
 	}
 	for i, table := range d.tables {
 		c, err := d.readSets(t.Context(), table)
@@ -117,12 +119,12 @@ func wantVirtualBindings(t *testing.T, d *Dataplane, services ...*dataplane.Serv
 		}
 		for port := range c.portSet {
 			if !ports[i][port] {
-				t.Fatalf("%s: %d is in endpoint-ports, and no endpoint's", table, port)
+				t.Fatalf("%s: endpoint-ports contains %d, which no endpoint has", table, port)
 			}
 		}
 		for port := range ports[i] {
 			if !c.portSet[port] {
-				t.Fatalf("%s: %d is an endpoint's, and not in endpoint-ports", table, port)
+				t.Fatalf("%s: endpoint-ports lacks %d, which an endpoint has", table, port)
 			}
 		}
 	}
@@ -131,12 +133,12 @@ func wantVirtualBindings(t *testing.T, d *Dataplane, services ...*dataplane.Serv
 		t.Fatal(err)
 	}
 	if diff := expectedState(d, services).Diff(state); diff != "" {
-		t.Errorf("Read returns something else:\n%s", diff)
+		t.Errorf("unexpected state from Read:\n%s", diff)
 	}
 }
 
-// TestSwitchTranslator checks that a table goes from the one way of picking
-// endpoints to the other, and back, and that nothing is left of the first.
+// TestSwitchTranslator switches a table between selecting endpoints itself and a Translator,
+// in both directions. No elements of the previous mode may be left.
 func TestSwitchTranslator(t *testing.T) {
 	t.Parallel()
 	binary := nftBinaries(t)["1.1.3"]
@@ -147,37 +149,37 @@ func TestSwitchTranslator(t *testing.T) {
 			mustReplace(t, d, nodeWithAllSettings(), sampleServices(t)...)
 			wantState(t, d, sampleServices(t)...)
 			d.now = func() time.Time { return time.Now().Add(time.Hour) }
-			mustApply(t, d) // what rests goes
+			mustApply(t, d) // remove unused classes
 			fresh, other := newDataplane(t, translator)
 			mustReplace(t, fresh, nodeWithAllSettings(), sampleServices(t)...)
 			want := sortedLines(runNFT(t, other, binary, "list ruleset"))
 			if diff := cmp.Diff(want, sortedLines(runNFT(t, ns, binary, "list ruleset"))); diff != "" {
-				t.Errorf("%s in place of another (-fresh +changed):\n%s", name, diff)
+				t.Errorf("after switching to %s (-new +changed):\n%s", name, diff)
 			}
 		}
 	}
 }
 
-// TestDriftWithTranslator edits what is different in tables with a translator.
+// TestDriftWithTranslator edits elements that are different in tables with a Translator.
 func TestDriftWithTranslator(t *testing.T) {
 	t.Parallel()
 	for name, script := range map[string]string{
-		"a virtual server is deleted":        "delete element ip fairlead endpoints-3 { 203.0.113.3 . tcp . 443 . fa1d:0 }",
-		"a virtual server is another":        "flush map ip fairlead endpoints-3; add element ip fairlead endpoints-3 { 203.0.113.3 . tcp . 443 . fa1d:0 : 10.1.0.9 . 9 }",
-		"a virtual server of what goes past": "add element ip fairlead endpoints-1 { 10.96.0.1 . tcp . 80 . fa1d:0 : 10.1.0.9 . 9 }",
-		"there is a second slot":             "add element ip fairlead endpoints-3 { 203.0.113.3 . tcp . 443 . fa1d:1 : 10.1.0.9 . 9 }",
-		"the ports are deleted":              "flush set ip fairlead endpoint-ports",
-		"a port is added":                    "add element ip fairlead endpoint-ports { 7 }",
-		"endpoint-ports has a catch-all":     "add element ip fairlead endpoint-ports { * }",
-		"endpoint-ports is another set":      "flush table ip fairlead; delete set ip fairlead endpoint-ports; add set ip fairlead endpoint-ports { type mark; }",
-		"a Service goes past":                "delete element ip fairlead services { 10.96.0.2 . udp . 53 }; add element ip fairlead services { 10.96.0.2 . udp . 53 : 100:1 }",
-		"a Service is rejected":              "delete element ip fairlead services { 10.96.0.1 . tcp . 80 }; add element ip fairlead services { 10.96.0.1 . tcp . 80 : 0:0 }",
-		"nothing goes past":                  "flush chain ip fairlead class-1-through",
-		"undeclared ports are not told":      "flush chain ip fairlead undeclared",
-		"undeclared ports are let in":        "flush chain ip fairlead filter-prerouting-post-dnat",
-		"there is a map for affinity":        "add map ip fairlead timeouts { type ipv4_addr . inet_proto . inet_service : classid; }; add element ip fairlead timeouts { 10.96.0.1 . tcp . 80 : 1:80 }",
-		"hairpin is flushed":                 "flush set ip fairlead hairpin",
-		"the table is deleted":               "delete table ip fairlead",
+		"a virtual server is deleted":                           "delete element ip fairlead endpoints-3 { 203.0.113.3 . tcp . 443 . fa1d:0 }",
+		"a virtual server is changed":                           "flush map ip fairlead endpoints-3; add element ip fairlead endpoints-3 { 203.0.113.3 . tcp . 443 . fa1d:0 : 10.1.0.9 . 9 }",
+		"a virtual server is added to a passed-through Service": "add element ip fairlead endpoints-1 { 10.96.0.1 . tcp . 80 . fa1d:0 : 10.1.0.9 . 9 }",
+		"a second slot is added":                                "add element ip fairlead endpoints-3 { 203.0.113.3 . tcp . 443 . fa1d:1 : 10.1.0.9 . 9 }",
+		"the ports are deleted":                                 "flush set ip fairlead endpoint-ports",
+		"a port is added":                                       "add element ip fairlead endpoint-ports { 7 }",
+		"endpoint-ports has a catch-all":                        "add element ip fairlead endpoint-ports { * }",
+		"endpoint-ports has another type":                       "flush table ip fairlead; delete set ip fairlead endpoint-ports; add set ip fairlead endpoint-ports { type mark; }",
+		"a Service is passed through":                           "delete element ip fairlead services { 10.96.0.2 . udp . 53 }; add element ip fairlead services { 10.96.0.2 . udp . 53 : 100:1 }",
+		"a Service is rejected":                                 "delete element ip fairlead services { 10.96.0.1 . tcp . 80 }; add element ip fairlead services { 10.96.0.1 . tcp . 80 : 0:0 }",
+		"passed-through connections are not accepted":           "flush chain ip fairlead class-1-through",
+		"undeclared ports are not rejected":                     "flush chain ip fairlead undeclared",
+		"undeclared ports are accepted":                         "flush chain ip fairlead filter-prerouting-post-dnat",
+		"an affinity map is added":                              "add map ip fairlead timeouts { type ipv4_addr . inet_proto . inet_service : classid; }; add element ip fairlead timeouts { 10.96.0.1 . tcp . 80 : 1:80 }",
+		"hairpin is flushed":                                    "flush set ip fairlead hairpin",
+		"the table is deleted":                                  "delete table ip fairlead",
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -186,7 +188,7 @@ func TestDriftWithTranslator(t *testing.T) {
 	}
 }
 
-// TestTwoDataplanes has two Dataplanes with tables of their own in one namespace.
+// TestTwoDataplanes uses two Dataplanes with different table names in one namespace.
 func TestTwoDataplanes(t *testing.T) {
 	t.Parallel()
 	binary := nftBinaries(t)["1.1.3"]
@@ -208,7 +210,7 @@ func TestTwoDataplanes(t *testing.T) {
 	wantState(t, first, sampleServices(t)...)
 	wantNoDrift(t, first)
 	if diff := cmp.Diff(before, listing(TableName)); diff != "" {
-		t.Errorf("the first one's tables (-before +after):\n%s", diff)
+		t.Errorf("tables of the first Dataplane (-before +after):\n%s", diff)
 	}
 	runNFT(t, ns, binary, "flush set ip fairlead hairpin")
 	drainNotifications(t, first)
@@ -236,10 +238,10 @@ func TestTwoDataplanes(t *testing.T) {
 		t.Fatal(err)
 	}
 	if diff := cmp.Diff("table ip "+name+"\ntable ip6 "+name+"\n", runNFT(t, ns, binary, "list tables")); diff != "" {
-		t.Errorf("tables after the cleanup of one (-want +got):\n%s", diff)
+		t.Errorf("tables after Cleanup of the first Dataplane (-want +got):\n%s", diff)
 	}
 	if diff := cmp.Diff(other, listing(name)); diff != "" {
-		t.Errorf("the other's tables (-before +after):\n%s", diff)
+		t.Errorf("tables of the second Dataplane (-before +after):\n%s", diff)
 	}
 	if err := Cleanup(opts); err != nil {
 		t.Fatal(err)
@@ -249,8 +251,8 @@ func TestTwoDataplanes(t *testing.T) {
 	}
 }
 
-// TestPortChangeElementCount checks that a change of one endpoint writes no more than that
-// one's port, however many ports a Service has.
+// TestPortChangeElementCount checks that changing one endpoint writes only its port, however
+// many ports the Service has.
 func TestPortChangeElementCount(t *testing.T) {
 	t.Parallel()
 	d, ns := newDataplane(t, virtualServers{})
@@ -258,22 +260,22 @@ func TestPortChangeElementCount(t *testing.T) {
 	for i := range list {
 		list[i] = dataplane.Endpoint{Addr: netip.AddrPortFrom(netip.MustParseAddr("10.1.0.1"), uint16(i+1))} //nolint:gosec // fits
 	}
-	of := func(list []dataplane.Endpoint) *dataplane.Service {
+	makeService := func(list []dataplane.Endpoint) *dataplane.Service {
 		return service(t, "ports", []dataplane.Frontend{frontend(1), frontend(2)}, slices.Clone(list))
 	}
 	mustReplace(t, d, nodeWithPodCIDRs())
-	full, most, few := of(list), of(list[1:]), of(list[:2])
+	full, most, few := makeService(list), makeService(list[1:]), makeService(list[:2])
 	before := generation(t, d)
 	mustApply(t, d, dataplane.Change{New: full})
 	if commits := int(generation(t, d) - before); commits < len(list)/(2*transactionSize) {
-		t.Errorf("%d ports came in %d commits", len(list), commits)
+		t.Errorf("%d ports were added in only %d commits", len(list), commits)
 	}
 	wantVirtualBindings(t, d, full)
 	b := d.newBatch()
 	change := dataplane.Change{Old: full, New: most}
 	d.planChanges([]dataplane.Change{change}, nil).addChange(b, change)
 	if n := b.elements(); n != 1 {
-		t.Errorf("one endpoint less writes %d elements, want its port", n)
+		t.Errorf("removing one endpoint writes %d elements, want 1", n)
 	}
 	mustApply(t, d, change)
 	wantVirtualBindings(t, d, most)
@@ -289,8 +291,8 @@ func TestPortChangeElementCount(t *testing.T) {
 	wantVirtualBindings(t, again)
 }
 
-// TestPortsKeptWhenServiceFails checks that ports which may be those of a Service
-// that failed stay until that is known.
+// TestPortsKeptWhenServiceFails checks that ports which may belong to a failed Service are
+// kept until a Replace resolves the failure.
 func TestPortsKeptWhenServiceFails(t *testing.T) {
 	t.Parallel()
 	d, _ := newDataplane(t, rejectedVirtualServers{})
@@ -306,13 +308,14 @@ func TestPortsKeptWhenServiceFails(t *testing.T) {
 		t.Fatal(err)
 	}
 	if !c.portSet[8080] {
-		t.Errorf("endpoint-ports are %v, want 8080 among them", c.portSet)
+		t.Errorf("endpoint-ports is %v, want it to contain 8080", c.portSet)
 	}
 	mustReplace(t, d, nodeWithPodCIDRs())
 	wantVirtualBindings(t, d)
 }
 
-// rejectedVirtualServers has virtual servers that the kernel refuses, but for cluster IPs.
+// rejectedVirtualServers is a Translator whose virtual servers the kernel rejects, except for
+// cluster IPs.
 type rejectedVirtualServers struct{}
 
 func (rejectedVirtualServers) VirtualServers(s *dataplane.Service) (cluster, local netip.AddrPort) {
@@ -322,7 +325,7 @@ func (rejectedVirtualServers) VirtualServers(s *dataplane.Service) (cluster, loc
 	return cluster, netip.AddrPort{}
 }
 
-// podVirtualServers has a virtual server for each list at a pod.
+// podVirtualServers is a Translator with a pod as virtual server for each endpoint list.
 type podVirtualServers struct{ cluster, local *nettest.Host }
 
 func (p podVirtualServers) VirtualServers(s *dataplane.Service) (cluster, local netip.AddrPort) {
@@ -333,7 +336,7 @@ func (p podVirtualServers) VirtualServers(s *dataplane.Service) (cluster, local 
 	return cluster, netip.AddrPortFrom(p.local.Addrs()[i], 7000)
 }
 
-// routeHandle returns a handle to the host's links and routes.
+// routeHandle returns a netlink handle for the host's links and routes.
 func routeHandle(t *testing.T, h *nettest.Host) *netlink.Handle {
 	t.Helper()
 	handle, err := netlink.NewHandleAt(netns.NsHandle(h.Fd()), unix.NETLINK_ROUTE)
@@ -348,8 +351,8 @@ func hostIPNet(a netip.Addr) *net.IPNet {
 	return &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(a.BitLen(), a.BitLen())}
 }
 
-// bindAddrs has the node take these addresses for itself as IPVS needs it: by a route in
-// a table that packets from outside are looked up in.
+// bindAddrs makes addresses local to the node, as IPVS needs it, with local routes in a table
+// that applies to packets from outside.
 func bindAddrs(t *testing.T, node *nettest.Host, addrs ...netip.Addr) {
 	t.Helper()
 	const table = 100
@@ -373,8 +376,8 @@ func bindAddrs(t *testing.T, node *nettest.Host, addrs ...netip.Addr) {
 	}
 }
 
-// TestVirtualServers sends connections to virtual servers at pods: to that of the
-// list which the client gets.
+// TestVirtualServers checks that connections reach the virtual server, here a pod, of the
+// list that applies to the client.
 func TestVirtualServers(t *testing.T) {
 	t.Parallel()
 	network := nettest.NewT(t, nettest.Options{})
@@ -387,7 +390,7 @@ func TestVirtualServers(t *testing.T) {
 	node := dataplane.Node{PodCIDRs: network.PodCIDRs, NodePortAddrs: network.Node.Addrs()}
 	var services []*dataplane.Service
 	for i, frontends := range [][]string{{"203.0.113.1:80", "0.0.0.0:30080"}, {"[2001:db8:113::1]:80", "[::]:30080"}} {
-		endpoints := []dataplane.Endpoint{{Addr: netip.AddrPortFrom(client.Addrs()[i], 8080)}} // nobody serves there
+		endpoints := []dataplane.Endpoint{{Addr: netip.AddrPortFrom(client.Addrs()[i], 8080)}} // without a server
 		for kind, addr := range map[dataplane.Kind]string{dataplane.ExternalIP: frontends[0], dataplane.NodePort: frontends[1]} {
 			f := dataplane.Frontend{Protocol: dataplane.TCP, Addr: netip.MustParseAddrPort(addr)}
 			key := dataplane.Key{Namespace: "default", Name: "s", Family: dataplane.FamilyOf(f.Addr.Addr()), Kind: kind}
@@ -411,15 +414,15 @@ func TestVirtualServers(t *testing.T) {
 		} {
 			answer, err := from.Connect(t.Context(), nettest.TCP, to)
 			if err != nil || answer.Host != want.Name {
-				t.Errorf("%s from %s: answer %+v, error %v, want one of %s", to, from.Name, answer, err, want.Name)
+				t.Errorf("%s from %s: answer %+v, error %v, want an answer from %s", to, from.Name, answer, err, want.Name)
 			}
 		}
 	}
 }
 
-// TestPassThrough has the node take cluster IPs for itself: connections to a frontend
-// come to where a translator takes them, and all else is refused, but at an address
-// that the node has.
+// TestPassThrough makes cluster IPs local to the node. Connections to a frontend must reach
+// the input hook, where a Translator takes them over. All other packets must be rejected,
+// except at an address that the node owns.
 func TestPassThrough(t *testing.T) {
 	t.Parallel()
 	network := nettest.NewT(t, nettest.Options{})
@@ -470,7 +473,7 @@ func TestPassThrough(t *testing.T) {
 				cancel()
 				now := counterPackets(t, runNFT(t, node.Namespace, binary, "list counter inet translator taken"))
 				if !errors.Is(err, nettest.ErrTimeout) || now == taken {
-					t.Errorf("%s from %s to %s: answer %+v, error %v, %d packets to take; want some, and no answer", p, from.Name, bound[i], answer, err, now-taken)
+					t.Errorf("%s from %s to %s: answer %+v, error %v, %d packets at the input hook; want packets and a timeout", p, from.Name, bound[i], answer, err, now-taken)
 				}
 				taken = now
 				if answer, err := from.Connect(t.Context(), protocol, netip.AddrPortFrom(bound[i], 81)); !errors.Is(err, nettest.ErrRefused) {
@@ -491,19 +494,19 @@ func TestPassThrough(t *testing.T) {
 		}
 	}
 	if n := counterPackets(t, runNFT(t, node.Namespace, binary, "list counter inet translator late")); n != 0 {
-		t.Errorf("%d packets went on that should have been refused, or with a priority of ours", n)
+		t.Errorf("%d packets passed that should have been rejected, or had a modified priority", n)
 	}
 	for _, table := range []string{"ip", "ip6"} {
-		// Five a client, of which there are two; those to the node's address are none.
+		// Five packets for each of two clients; packets to the address of the node are not counted.
 		if n := counterPackets(t, runNFT(t, node.Namespace, binary, "list counter "+table+" fairlead rejected-undeclared-port")); n < 10 {
-			t.Errorf("%s: %d packets were counted, want 10 at least", table, n)
+			t.Errorf("%s: %d packets were counted, want at least 10", table, n)
 		}
 	}
 }
 
-// TestPassThroughMasqueraded forwards connections that are let through to a pod,
-// untranslated, as nobody but a translator can: the pod sees the node's address
-// where that is wanted.
+// TestPassThroughMasqueraded forwards passed-through connections to a pod without
+// translation, which otherwise only a Translator can do. The pod must see the node's address
+// if the masquerade policy requires it.
 func TestPassThroughMasqueraded(t *testing.T) {
 	t.Parallel()
 	network := nettest.NewT(t, nettest.Options{})
@@ -549,9 +552,9 @@ func TestPassThroughMasqueraded(t *testing.T) {
 	}
 }
 
-// TestBoundAddressService has the node take an address for itself that has no frontend, or
-// none at this port: neither a program of the node nor the host that has the address
-// gets connections to it.
+// TestBoundAddressService makes an address local to the node that has no frontend, or no
+// frontend at this port. Neither a program on the node nor the host that has the address may
+// get connections to it.
 func TestBoundAddressService(t *testing.T) {
 	t.Parallel()
 	network := nettest.NewT(t, nettest.Options{})
@@ -580,7 +583,7 @@ func TestBoundAddressService(t *testing.T) {
 		for _, addr := range addrs {
 			for from, want := range map[*nettest.Host]error{node: fromNode, client: fromPod} {
 				if want == nil && addr.Is4() && from == client {
-					continue // the node has no route from the address to answer with
+					continue // the node has no route for answers from the address
 				}
 				checks.Go(func() {
 					ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
@@ -597,7 +600,7 @@ func TestBoundAddressService(t *testing.T) {
 		}
 		checks.Wait()
 	}
-	expect("at first", nil, nil)
+	expect("not bound", nil, nil)
 	var bound, services []*dataplane.Service
 	for _, addr := range addrs {
 		bound = append(bound, BoundAddressService(addr))
@@ -621,7 +624,7 @@ func TestBoundAddressService(t *testing.T) {
 	mustApply(t, d, add(bound)...)
 	expect("bound", nettest.ErrTimeout, nettest.ErrTimeout)
 	mustApply(t, d, add(services)...)
-	expect("with a frontend at another port", nettest.ErrRefused, nettest.ErrRefused)
+	expect("frontend at another port", nettest.ErrRefused, nettest.ErrRefused)
 	before := generation(t, d)
 	mustReplace(t, openInNamespace(t, node.Namespace, virtualServers{}), dataplane.Node{}, slices.Concat(bound, services)...)
 	if generation(t, d) != before {
@@ -629,16 +632,16 @@ func TestBoundAddressService(t *testing.T) {
 	}
 	wantVirtualBindings(t, d, services...)
 	mustApply(t, d, remove(services)...)
-	expect("without it", nettest.ErrTimeout, nettest.ErrTimeout)
+	expect("frontend removed", nettest.ErrTimeout, nettest.ErrTimeout)
 	mustReplace(t, d, dataplane.Node{}, bound...)
-	expect("after a Replace", nettest.ErrTimeout, nettest.ErrTimeout)
+	expect("Replace", nettest.ErrTimeout, nettest.ErrTimeout)
 	mustApply(t, d, remove(bound)...)
-	expect("not bound any more", nil, nil)
+	expect("no longer bound", nil, nil)
 }
 
-// TestNodeEndpoints translates what the node sends to a bound address behind its own
-// translations, as IPVS does and without a new route, to an address of the node: such
-// packets reach it, and with the mark that they had.
+// TestNodeEndpoints translates packets that the node sends to a bound address to an address
+// of the node. Like IPVS, it translates behind our chains and without a new routing decision.
+// The packets must reach the endpoint with their original mark.
 func TestNodeEndpoints(t *testing.T) {
 	t.Parallel()
 	network := nettest.NewT(t, nettest.Options{})
@@ -670,12 +673,12 @@ func TestNodeEndpoints(t *testing.T) {
 	for _, protocol := range []string{nettest.TCP, nettest.UDP} {
 		for _, addr := range []string{"10.96.0.1:80", "[fd00:96::1]:80"} {
 			if answer, err := node.Connect(t.Context(), protocol, netip.MustParseAddrPort(addr)); err != nil || answer.Host != node.Name {
-				t.Errorf("%s to %s: answer %+v, error %v, want one of the node", protocol, addr, answer, err)
+				t.Errorf("%s to %s: answer %+v, error %v, want an answer from the node", protocol, addr, answer, err)
 			}
 		}
 	}
 	kept, lost := counterPackets(t, runNFT(t, node.Namespace, binary, "list counter inet translator kept")), counterPackets(t, runNFT(t, node.Namespace, binary, "list counter inet translator lost"))
 	if kept == 0 || lost > 0 {
-		t.Errorf("%d packets kept their mark, and %d did not", kept, lost)
+		t.Errorf("%d packets kept their mark, %d lost it", kept, lost)
 	}
 }

@@ -10,8 +10,8 @@ import (
 	"fairlead.io/fairlead/nft"
 )
 
-// Closing is no loss of the watch: it is not reported as one, neither when the
-// watch waits for announcements nor before it does.
+// TestCloseLogsNothing checks that Close is not logged as a loss of the watch, whether or not
+// the watch is already waiting for notifications.
 func TestCloseLogsNothing(t *testing.T) {
 	t.Parallel()
 	ns, err := nettest.NewNamespace("")
@@ -20,7 +20,7 @@ func TestCloseLogsNothing(t *testing.T) {
 	}
 	t.Cleanup(func() { _ = ns.Close() })
 	for _, open := range []time.Duration{0, 5 * time.Millisecond} {
-		var log bytes.Buffer // read once Close has ended all that writes
+		var log bytes.Buffer // read after Close has stopped all writers
 		d, err := nft.Open(nft.Options{NetNS: ns.Fd(), Logger: slog.New(slog.NewTextHandler(&log, nil))})
 		if err != nil {
 			t.Fatal(err)
