@@ -97,7 +97,7 @@ ACCEL ?= tcg
 # long histories; `make test` also runs them, with this machine's kernel. SCTP is slow, so it
 # runs only on the oldest kernel, and the drift tests run only on the other one. ipvs: none,
 # because its tests run nowhere else. cmd/fairlead: all without the build tag.
-VMSKIP-nft := ^TestBehaviour$$/(thousands_of_clients|1000_endpoints|Read_returns)
+VMSKIP-nft := ^TestBehaviour$$/(session_affinity_of_many_clients|1000_endpoints|Read_returns)
 VMSKIP-nft := $(VMSKIP-nft)|^(TestRandomStates|TestReferenceCounts|TestApplyManyServices|TestListManyServices)
 VMSKIP-nft := $(VMSKIP-nft)|^(TestReplaceIsolates|TestLargestService|TestInterruptedCommits|TestStepOrder)
 VMSKIP-nft-6.1 := |^TestDrift
@@ -105,7 +105,7 @@ VMSKIP-nft-6.12 := |^TestBehaviour$$/./SCTP|^TestBehaviour$$/././SCTP|^TestBehav
 VMRUN-cmd = ^($(shell sed -n 's/^func \(Test[A-Za-z0-9]*\).*/\1/p' cmd/fairlead/ipvs_test.go | paste -sd '|'))$$
 
 VM = $(CURDIR)/bin/vm run -accel=$(ACCEL)
-# Programs for virtual machines are static and use the instructions that QEMU emulates.
+# Programs for virtual machines are static and use only instructions that QEMU emulates.
 # GOGC=400 trades memory for time, because the emulated processor is slow.
 VMGO := CGO_ENABLED=0 GOAMD64=v1 GOGC=400 GOFLAGS='$(GOFLAGS) -tags=ipvs' go
 # Arguments: kernel, packages, pattern of tests to skip, pattern of tests to run. The patterns

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # apidiff.sh BASE compares the exported API of the package dataplane, which backends outside
 # this repository implement, with commit BASE. It fails on an incompatible change, unless the
-# section Unreleased of CHANGELOG.md announces one with a line that begins with "-
-# **Breaking** dataplane:".
+# section Unreleased of CHANGELOG.md announces one with a line that begins with
+# "- **Breaking** dataplane:".
 #
 # Needs git and Go. Does not change the checkout.
 set -euo pipefail
