@@ -55,12 +55,12 @@ type clientConn struct {
 	closed bool
 }
 
-func (f *clientConn) RemoteAddr() net.Addr { return f.addr }
+func (c *clientConn) RemoteAddr() net.Addr { return c.addr }
 
-func (f *clientConn) Write(p []byte) (int, error) { return len(p), nil }
+func (c *clientConn) Write(p []byte) (int, error) { return len(p), nil }
 
-func (f *clientConn) Close() error {
-	f.closed = true
+func (c *clientConn) Close() error {
+	c.closed = true
 	return nil
 }
 

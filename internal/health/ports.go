@@ -155,15 +155,15 @@ func (p *Ports) Run(ctx context.Context) error {
 	// Changes do not restart a retry period that has begun.
 	var retry <-chan time.Time
 	for {
-		var again bool
+		var retryDue bool
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-p.wake:
 		case <-retry:
-			again, retry = true, nil
+			retryDue, retry = true, nil
 		}
-		p.applyPending(ctx, again)
+		p.applyPending(ctx, retryDue)
 		switch {
 		case len(p.failing) == 0:
 			retry = nil

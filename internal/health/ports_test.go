@@ -361,7 +361,7 @@ func TestMaxListeners(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error, 1)
 		go func() { done <- ports.Run(ctx) }()
-		step := func(want int64, wantFailed int) {
+		checkSockets := func(want int64, wantFailed int) {
 			t.Helper()
 			time.Sleep(2 * health.RetryPeriod)
 			synctest.Wait() // orders the writes of Run's goroutine before the reads below
@@ -373,22 +373,22 @@ func TestMaxListeners(t *testing.T) {
 		addrs := []netip.Addr{netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("192.0.2.2")}
 		ports.SetAddrs(addrs)
 		ports.Set(map[health.Service]*health.Check{service("a"): {Port: 30100}})
-		step(2, 0)
+		checkSockets(2, 0)
 		ports.Set(map[health.Service]*health.Check{service("b"): {Port: 30101}})
-		step(3, 1)
+		checkSockets(3, 1)
 		if len(failed) > 0 && (!strings.HasPrefix(failed[0], "b ") || !strings.Contains(failed[0], "RLIMIT_NOFILE")) {
 			t.Errorf("error %q", failed[0])
 		}
 		ports.Set(map[health.Service]*health.Check{service("a"): nil})
-		step(2, 1)
+		checkSockets(2, 1)
 		ports.Set(map[health.Service]*health.Check{service("c"): {Port: 30102}})
-		step(3, 2)
+		checkSockets(3, 2)
 		ports.SetAddrs(addrs[:1])
-		step(2, 2)
+		checkSockets(2, 2)
 		ports.SetAddrs(nil)
-		step(0, 2)
+		checkSockets(0, 2)
 		ports.SetAddrs(addrs[1:])
-		step(2, 2)
+		checkSockets(2, 2)
 		cancel()
 		if err := <-done; err != nil {
 			t.Error(err)

@@ -51,13 +51,13 @@ func TestProxyStatus(t *testing.T) {
 					}
 					return time.Now().Add(-d)
 				}
-				var answered []string
+				var responses []string
 				proxy := health.NewProxy(health.ProxyOptions{
 					Progress: func() health.Progress {
 						return health.Progress{LastSuccess: ago(test.success), WaitingSince: ago(test.waiting)}
 					},
 					Eligible:   func() bool { return test.eligible },
-					OnResponse: func(path string, status int) { answered = append(answered, fmt.Sprint(path, " ", status)) },
+					OnResponse: func(path string, status int) { responses = append(responses, fmt.Sprint(path, " ", status)) },
 				})
 				if got, want := proxy.Healthy(), test.livez == 200; got != want {
 					t.Errorf("healthy: %t, want %t", got, want)
@@ -69,11 +69,11 @@ func TestProxyStatus(t *testing.T) {
 				}
 				want := map[string]bool{fmt.Sprint("/healthz ", test.healthz): true, fmt.Sprint("/livez ", test.livez): true}
 				got := map[string]bool{}
-				for _, a := range answered {
+				for _, a := range responses {
 					got[a] = true
 				}
-				if diff := cmp.Diff(want, got); diff != "" || len(answered) != 2 {
-					t.Errorf("OnResponse got %v (-want +got):\n%s", answered, diff)
+				if diff := cmp.Diff(want, got); diff != "" || len(responses) != 2 {
+					t.Errorf("OnResponse got %v (-want +got):\n%s", responses, diff)
 				}
 			})
 		})

@@ -27,13 +27,13 @@ func newIdleListener() idleListener {
 	return idleListener{closed: closed, close: sync.OnceFunc(func() { close(closed) })}
 }
 
-func (s idleListener) Accept() (net.Conn, error) {
-	<-s.closed
+func (l idleListener) Accept() (net.Conn, error) {
+	<-l.closed
 	return nil, net.ErrClosed
 }
 
-func (s idleListener) Close() error {
-	s.close()
+func (l idleListener) Close() error {
+	l.close()
 	return nil
 }
 
@@ -63,7 +63,7 @@ func TestPortsRetryWhileOthersChange(t *testing.T) {
 		ports.SetAddrs([]netip.Addr{netip.MustParseAddr("192.0.2.1")})
 		a, b := health.Service{Namespace: "shop", Name: "a"}, health.Service{Namespace: "shop", Name: "b"}
 		ports.Set(map[health.Service]*health.Check{a: {Port: 30100}, b: {Port: 30101}})
-		busy := func(periods int) {
+		changeOtherService := func(periods int) {
 			const often = 10
 			for i := range often * periods {
 				time.Sleep(health.RetryPeriod / often)
@@ -71,13 +71,13 @@ func TestPortsRetryWhileOthersChange(t *testing.T) {
 			}
 			synctest.Wait()
 		}
-		busy(10)
+		changeOtherService(10)
 		if got := attempts.Load(); got < 9 || got > 11 {
 			t.Errorf("%d attempts in 10 periods, want one per period", got)
 		}
 		taken.Store(false)
 		attempts.Store(0)
-		busy(10)
+		changeOtherService(10)
 		if got := attempts.Load(); got != 1 {
 			t.Errorf("%d attempts after the port was free, want 1", got)
 		}

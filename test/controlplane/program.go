@@ -191,6 +191,6 @@ func removeStaleDirs() error {
 	return nil
 }
 
-func (f *tempDir) remove() error {
-	return errors.Join(os.RemoveAll(f.path), f.lock.Close())
+func (d *tempDir) remove() error {
+	return errors.Join(os.RemoveAll(d.path), d.lock.Close())
 }
