@@ -389,10 +389,18 @@ func (t *table) sharedMasqueradeChain(m dataplane.Masquerade) chain {
 }
 
 // masqueradeChainName returns the name of the chain that decides whether to masquerade a
-// connection. shared says whether its frontend shares a list.
+// connection. shared says whether its frontend shares a list. The tables of a running node
+// contain these names, so they must not change with Masquerade.String.
 func masqueradeChainName(m dataplane.Masquerade, shared bool) string {
-	name := "masquerade-" + m.String()
-	if shared && m != dataplane.MasqueradeAlways {
+	name := "masquerade-foreign"
+	switch m {
+	case dataplane.MasqueradeAlways:
+		return "masquerade-always"
+	case dataplane.MasqueradeFromNode:
+		name = "masquerade-node"
+	case dataplane.MasqueradeOffCluster:
+	}
+	if shared {
 		return name + "-shared"
 	}
 	return name
