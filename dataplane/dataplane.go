@@ -30,7 +30,7 @@ type Dataplane interface {
 	// not disturbed. Replace needs no state from earlier calls and may be repeated with the same
 	// Services.
 	//
-	// Each Service becomes visible as a whole. A backend may program the Services in several
+	// Packets never see a partially programmed Service. A backend may program the Services in several
 	// steps, in the order of the sequence. After each step it calls progress, if not nil, with
 	// the number of Services completed so far.
 	//

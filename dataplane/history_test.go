@@ -68,19 +68,19 @@ func newCluster() *cluster {
 
 // change makes one to four random changes: a frontend moves to another Service or is removed, or
 // a Service gets a new ServiceSpec.
-func (c *cluster) change(d intN) {
-	for range 1 + d(4) {
-		k := c.keys[d(len(c.keys))]
-		switch d(4) {
+func (c *cluster) change(intn intN) {
+	for range 1 + intn(4) {
+		k := c.keys[intn(len(c.keys))]
+		switch intn(4) {
 		case 0, 1:
-			f := c.frontends[d(len(c.frontends))]
+			f := c.frontends[intn(len(c.frontends))]
 			if dataplane.FamilyOf(f.Addr.Addr()) == k.Family {
 				c.owner[f] = k
 			}
 		case 2:
-			delete(c.owner, c.frontends[d(len(c.frontends))])
+			delete(c.owner, c.frontends[intn(len(c.frontends))])
 		case 3:
-			c.specs[k] = randomSpec(k.Family, d)
+			c.specs[k] = randomSpec(k.Family, intn)
 		}
 	}
 	desired := map[dataplane.Key]*dataplane.Service{}
@@ -103,51 +103,52 @@ func (c *cluster) change(d intN) {
 	c.desired = desired
 }
 
-// cloneSpec returns a copy of t with its own lists, because NewService takes ownership of them.
-func cloneSpec(t dataplane.ServiceSpec) dataplane.ServiceSpec {
-	t.Endpoints, t.LocalEndpoints, t.SourceRanges = slices.Clone(t.Endpoints), slices.Clone(t.LocalEndpoints), slices.Clone(t.SourceRanges)
-	return t
+// cloneSpec returns a copy of spec with its own lists, because NewService takes ownership of them.
+func cloneSpec(spec dataplane.ServiceSpec) dataplane.ServiceSpec {
+	spec.Endpoints, spec.LocalEndpoints = slices.Clone(spec.Endpoints), slices.Clone(spec.LocalEndpoints)
+	spec.SourceRanges = slices.Clone(spec.SourceRanges)
+	return spec
 }
 
 // randomSpec returns a ServiceSpec with random endpoints. In most cases it also sets one of the
 // other fields.
-func randomSpec(family dataplane.Family, d intN) dataplane.ServiceSpec {
-	t := dataplane.ServiceSpec{Endpoints: randomEndpoints(family, d)}
-	switch d(8) {
+func randomSpec(family dataplane.Family, intn intN) dataplane.ServiceSpec {
+	t := dataplane.ServiceSpec{Endpoints: randomEndpoints(family, intn)}
+	switch intn(8) {
 	case 0:
-		t.ExternalTrafficPolicyLocal, t.LocalEndpoints = true, randomEndpoints(family, d)
+		t.ExternalTrafficPolicyLocal, t.LocalEndpoints = true, randomEndpoints(family, intn)
 	case 1:
-		t.Masquerade = dataplane.Masquerade(d(3)) //nolint:gosec // fits
+		t.Masquerade = dataplane.Masquerade(intn(3)) //nolint:gosec // fits
 	case 2:
 		t.NoEndpointsVerdict = dataplane.Drop
 	case 3:
-		t.Affinity = time.Duration(1+d(2)) * time.Hour
+		t.Affinity = time.Duration(1+intn(2)) * time.Hour
 	case 4:
-		for range 1 + d(2) {
-			addr := randomEndpoint(family, d).Addr.Addr()
-			t.SourceRanges = append(t.SourceRanges, netip.PrefixFrom(addr, addr.BitLen()-d(2)).Masked())
+		for range 1 + intn(2) {
+			addr := randomEndpoint(family, intn).Addr.Addr()
+			t.SourceRanges = append(t.SourceRanges, netip.PrefixFrom(addr, addr.BitLen()-intn(2)).Masked())
 		}
 	case 5:
-		t.Scheduler = []string{"lc", "sh"}[d(2)]
+		t.Scheduler = []string{"lc", "sh"}[intn(2)]
 	}
 	return t
 }
 
-func randomEndpoints(family dataplane.Family, d intN) []dataplane.Endpoint {
+func randomEndpoints(family dataplane.Family, intn intN) []dataplane.Endpoint {
 	var es []dataplane.Endpoint
-	for range d(5) {
-		es = append(es, randomEndpoint(family, d))
+	for range intn(5) {
+		es = append(es, randomEndpoint(family, intn))
 	}
 	return es
 }
 
-func randomEndpoint(family dataplane.Family, d intN) dataplane.Endpoint {
+func randomEndpoint(family dataplane.Family, intn intN) dataplane.Endpoint {
 	prefix := "10.0.0.%d"
 	if family == dataplane.IPv6 {
 		prefix = "fd01::%d"
 	}
-	addr := netip.MustParseAddr(fmt.Sprintf(prefix, 1+d(6)))
-	return dataplane.Endpoint{Addr: netip.AddrPortFrom(addr, 8080), Local: d(2) == 0}
+	addr := netip.MustParseAddr(fmt.Sprintf(prefix, 1+intn(6)))
+	return dataplane.Endpoint{Addr: netip.AddrPortFrom(addr, 8080), Local: intn(2) == 0}
 }
 
 // errorRule is a syncer's assumption about the kernel after an error.
@@ -178,15 +179,15 @@ func newTestSyncer(r errorRule, dp dataplane.Dataplane) *testSyncer {
 }
 
 // diff returns the changes from applied to desired for all keys with a known state.
-func (p *testSyncer) diff(desired map[dataplane.Key]*dataplane.Service) []dataplane.Change {
+func (syncer *testSyncer) diff(desired map[dataplane.Key]*dataplane.Service) []dataplane.Change {
 	var changes []dataplane.Change
 	for k, s := range desired {
-		if !p.unknown[k] && !s.Equal(p.applied[k]) {
-			changes = append(changes, dataplane.Change{Old: p.applied[k], New: s})
+		if !syncer.unknown[k] && !s.Equal(syncer.applied[k]) {
+			changes = append(changes, dataplane.Change{Old: syncer.applied[k], New: s})
 		}
 	}
-	for k, s := range p.applied {
-		if desired[k] == nil && !p.unknown[k] {
+	for k, s := range syncer.applied {
+		if desired[k] == nil && !syncer.unknown[k] {
 			changes = append(changes, dataplane.Change{Old: s})
 		}
 	}
@@ -197,67 +198,67 @@ func (p *testSyncer) diff(desired map[dataplane.Key]*dataplane.Service) []datapl
 
 // sync programs desired. It calls Replace if the state of every key is unknown, or if repair is
 // set and the state of any key is unknown.
-func (p *testSyncer) sync(ctx context.Context, desired map[dataplane.Key]*dataplane.Service, repair bool) {
+func (syncer *testSyncer) sync(ctx context.Context, desired map[dataplane.Key]*dataplane.Service, repair bool) {
 	select {
-	case <-p.dp.Drift():
-		p.allUnknown = true
+	case <-syncer.dp.Drift():
+		syncer.allUnknown = true
 	default:
 	}
-	if p.allUnknown || repair && len(p.unknown) > 0 {
-		err := p.dp.Replace(ctx, dataplane.Node{}, maps.Values(desired), nil)
-		p.recordResult(err, nil, desired)
+	if syncer.allUnknown || repair && len(syncer.unknown) > 0 {
+		err := syncer.dp.Replace(ctx, dataplane.Node{}, maps.Values(desired), nil)
+		syncer.recordResult(err, nil, desired)
 		return
 	}
-	changes := p.diff(desired)
-	switch p.rule {
+	changes := syncer.diff(desired)
+	switch syncer.rule {
 	case keyByKey:
 		for _, c := range changes {
-			p.recordResult(p.dp.Apply(ctx, []dataplane.Change{c}), []dataplane.Change{c}, nil)
+			syncer.recordResult(syncer.dp.Apply(ctx, []dataplane.Change{c}), []dataplane.Change{c}, nil)
 		}
 	default:
-		p.recordResult(p.dp.Apply(ctx, changes), changes, nil)
+		syncer.recordResult(syncer.dp.Apply(ctx, changes), changes, nil)
 	}
 }
 
 // recordResult updates the syncer's state after a call: after Apply with changes, or after
 // Replace with desired.
-func (p *testSyncer) recordResult(err error, changes []dataplane.Change, desired map[dataplane.Key]*dataplane.Service) {
+func (syncer *testSyncer) recordResult(err error, changes []dataplane.Change, desired map[dataplane.Key]*dataplane.Service) {
 	var keyed *dataplane.Error
 	if !errors.As(err, &keyed) {
 		keyed = &dataplane.Error{}
 	}
 	whole := err != nil && keyed.Failed == nil
-	if p.rule == assumeNew {
+	if syncer.rule == assumeNew {
 		keyed, whole = &dataplane.Error{}, false
 	}
-	if whole && p.rule == unknownUntilReplace {
-		p.allUnknown = true
+	if whole && syncer.rule == unknownUntilReplace {
+		syncer.allUnknown = true
 	}
 	if whole {
 		return
 	}
 	if desired != nil {
-		p.applied = maps.Clone(desired)
-		p.allUnknown = false
-		clear(p.unknown)
+		syncer.applied = maps.Clone(desired)
+		syncer.allUnknown = false
+		clear(syncer.unknown)
 	}
 	for _, c := range changes {
 		if _, failed := keyed.Failed[c.Key()]; failed {
 			continue
 		}
 		if c.New == nil {
-			delete(p.applied, c.Key())
+			delete(syncer.applied, c.Key())
 		} else {
-			p.applied[c.Key()] = c.New
+			syncer.applied[c.Key()] = c.New
 		}
 	}
 	for k := range keyed.Failed {
 		switch {
-		case p.rule == unknownUntilReplace:
-			p.unknown[k] = true
-			delete(p.applied, k)
+		case syncer.rule == unknownUntilReplace:
+			syncer.unknown[k] = true
+			delete(syncer.applied, k)
 		case desired != nil:
-			delete(p.applied, k)
+			delete(syncer.applied, k)
 		}
 	}
 }
@@ -287,7 +288,7 @@ func supportedFaults(opts fake.Options, faults fake.Faults) fake.Faults {
 
 // runHistory runs 40 rounds and returns the difference between the desired and the programmed
 // state at the end.
-func runHistory(t *testing.T, r errorRule, opts fake.Options, faults fake.Faults, seed uint64, d intN) string {
+func runHistory(t *testing.T, r errorRule, opts fake.Options, faults fake.Faults, seed uint64, intn intN) string {
 	t.Helper()
 	if opts.PerObject && faults.Keys > 0 {
 		writes := rand.New(rand.NewPCG(seed, 2))
@@ -299,21 +300,21 @@ func runHistory(t *testing.T, r errorRule, opts fake.Options, faults fake.Faults
 		}
 	}
 	faulty := fake.NewFaulty(fake.New(opts), seed, fake.Faults{})
-	p := newTestSyncer(r, faulty)
+	syncer := newTestSyncer(r, faulty)
 	c := newCluster()
-	c.change(d)
-	p.sync(t.Context(), c.desired, true)
+	c.change(intn)
+	syncer.sync(t.Context(), c.desired, true)
 	faulty.Set(faults)
 	for range 40 {
-		c.change(d)
-		p.sync(t.Context(), c.desired, d(4) == 0)
+		c.change(intn)
+		syncer.sync(t.Context(), c.desired, intn(4) == 0)
 	}
 	faulty.Set(fake.Faults{})
 	faults.Keys = 0 // WriteFault reads faults and stops too.
 	// The first call repairs. The second is for a testSyncer that still has changes to program
 	// after the first.
-	p.sync(t.Context(), c.desired, true)
-	p.sync(t.Context(), c.desired, true)
+	syncer.sync(t.Context(), c.desired, true)
+	syncer.sync(t.Context(), c.desired, true)
 	got, err := faulty.Read(t.Context())
 	if err != nil {
 		t.Fatal(err)
@@ -388,15 +389,15 @@ func TestHistoriesDetectWrongErrorRules(t *testing.T) {
 func TestHistoriesPassCorrectOld(t *testing.T) {
 	t.Parallel()
 	for seed := range uint64(500) {
-		d := seededIntN(seed)
+		intn := seededIntN(seed)
 		kernel := fake.New(fake.Options{Strict: true})
-		p := newTestSyncer(unknownUntilReplace, kernel)
+		syncer := newTestSyncer(unknownUntilReplace, kernel)
 		c := newCluster()
 		for range 40 {
-			c.change(d)
-			p.sync(t.Context(), c.desired, true)
-			if p.allUnknown || len(p.unknown) > 0 {
-				t.Fatalf("seed %d: a call failed: all keys unknown: %t, unknown keys: %v", seed, p.allUnknown, p.unknown)
+			c.change(intn)
+			syncer.sync(t.Context(), c.desired, true)
+			if syncer.allUnknown || len(syncer.unknown) > 0 {
+				t.Fatalf("seed %d: a call failed: all keys unknown: %t, unknown keys: %v", seed, syncer.allUnknown, syncer.unknown)
 			}
 		}
 	}
@@ -405,10 +406,10 @@ func TestHistoriesPassCorrectOld(t *testing.T) {
 // FuzzHistory searches for histories that do not converge.
 func FuzzHistory(f *testing.F) {
 	for seed := range uint64(8) {
-		d := seededIntN(seed)
+		intn := seededIntN(seed)
 		data := make([]byte, 400)
 		for i := range data {
-			data[i] = byte(d(256))
+			data[i] = byte(intn(256))
 		}
 		f.Add(seed, seed%2 == 0, data)
 	}

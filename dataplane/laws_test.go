@@ -38,7 +38,7 @@ func countingDataplanes() map[string]func() countingDataplane {
 	return all
 }
 
-func forEachHistory(t *testing.T, law func(t *testing.T, kernel countingDataplane, c *cluster, d intN)) {
+func forEachHistory(t *testing.T, law func(t *testing.T, kernel countingDataplane, c *cluster, intn intN)) {
 	t.Helper()
 	for name, open := range countingDataplanes() {
 		t.Run(name, func(t *testing.T) {
@@ -70,9 +70,9 @@ func mustReplace(t *testing.T, dp dataplane.Dataplane, services iter.Seq[*datapl
 
 func TestLaw1ReplaceIsExact(t *testing.T) {
 	t.Parallel()
-	forEachHistory(t, func(t *testing.T, kernel countingDataplane, c *cluster, d intN) {
+	forEachHistory(t, func(t *testing.T, kernel countingDataplane, c *cluster, intn intN) {
 		for range 10 {
-			c.change(d)
+			c.change(intn)
 			mustReplace(t, kernel, maps.Values(c.desired))
 			want := dataplane.StateOf(maps.Values(c.desired))
 			if diff := want.Diff(mustRead(t, kernel)); diff != "" {
@@ -86,13 +86,13 @@ func TestLaw1ReplaceIsExact(t *testing.T) {
 // are listed.
 func TestLaw2And3ApplyDiffsWholeCall(t *testing.T) {
 	t.Parallel()
-	forEachHistory(t, func(t *testing.T, kernel countingDataplane, c *cluster, d intN) {
-		p := newTestSyncer(unknownUntilReplace, kernel)
-		p.sync(t.Context(), c.desired, true)
+	forEachHistory(t, func(t *testing.T, kernel countingDataplane, c *cluster, intn intN) {
+		syncer := newTestSyncer(unknownUntilReplace, kernel)
+		syncer.sync(t.Context(), c.desired, true)
 		for range 10 {
-			c.change(d)
+			c.change(intn)
 			want := mustRead(t, kernel)
-			changes := p.diff(c.desired)
+			changes := syncer.diff(c.desired)
 			rand.Shuffle(len(changes), func(i, j int) { changes[i], changes[j] = changes[j], changes[i] })
 			for _, ch := range changes {
 				if ch.Old != nil {
@@ -112,7 +112,7 @@ func TestLaw2And3ApplyDiffsWholeCall(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			p.recordResult(err, changes, nil)
+			syncer.recordResult(err, changes, nil)
 			if diff := want.Diff(mustRead(t, kernel)); diff != "" {
 				t.Fatal(diff)
 			}
@@ -122,9 +122,9 @@ func TestLaw2And3ApplyDiffsWholeCall(t *testing.T) {
 
 func TestLaw4EqualStatesWriteNothing(t *testing.T) {
 	t.Parallel()
-	forEachHistory(t, func(t *testing.T, kernel countingDataplane, c *cluster, d intN) {
+	forEachHistory(t, func(t *testing.T, kernel countingDataplane, c *cluster, intn intN) {
 		for range 5 {
-			c.change(d)
+			c.change(intn)
 		}
 		mustReplace(t, kernel, maps.Values(c.desired))
 		before := kernel.writeCount()
@@ -159,30 +159,30 @@ func TestLaw5UnnamedKeysSucceed(t *testing.T) {
 			t.Parallel()
 			failures := 0
 			for seed := range uint64(500) {
-				d := seededIntN(seed)
+				intn := seededIntN(seed)
 				faulty := fake.NewFaulty(fake.New(opts), seed, fake.Faults{Keys: 0.5})
-				p := newTestSyncer(unknownUntilReplace, faulty)
+				syncer := newTestSyncer(unknownUntilReplace, faulty)
 				c := newCluster()
 				for range 10 {
-					c.change(d)
-					p.sync(t.Context(), c.desired, true)
-					if len(p.unknown) == 0 {
+					c.change(intn)
+					syncer.sync(t.Context(), c.desired, true)
+					if len(syncer.unknown) == 0 {
 						continue
 					}
 					failures++
 					got := mustRead(t, faulty)
-					for k, s := range p.applied {
+					for k, s := range syncer.applied {
 						for _, f := range s.Frontends {
 							want := dataplane.Binding{ServiceSpec: s.ServiceSpec}
 							if !got[f].Equal(want) {
 								t.Fatalf("seed %d: %s is not in the error, but has %v for %s, want %v; keys in the error: %v",
-									seed, k, got[f], f, s.Endpoints, p.unknown)
+									seed, k, got[f], f, s.Endpoints, syncer.unknown)
 							}
 						}
 					}
 					// Repair the failed keys, so that the test observes each failure separately.
 					faulty.Set(fake.Faults{})
-					p.sync(t.Context(), c.desired, true)
+					syncer.sync(t.Context(), c.desired, true)
 					faulty.Set(fake.Faults{Keys: 0.5})
 				}
 			}

@@ -13,8 +13,8 @@ type Node struct {
 	// [MasqueradeOffCluster]: by source address, by the name of the ingress interface, or by a
 	// prefix of that name. At most one of them is set.
 	//
-	// If PodCIDRs contains no network of a family, or none of the three is set, no client of that
-	// family counts as off-cluster. The node's own connections have no ingress interface, so they
+	// If PodCIDRs contains no network of a family, or if no detection is configured, no client of
+	// that family counts as off-cluster. The node's own connections have no ingress interface, so they
 	// count as off-cluster with PodInterface and PodInterfacePrefix.
 	PodCIDRs           []netip.Prefix
 	PodInterface       string

@@ -87,10 +87,10 @@ type ServiceSpec struct {
 	// NoEndpointsVerdict applies to connections whose endpoint list is empty.
 	NoEndpointsVerdict Verdict
 
-	// Affinity enables session affinity if it is not zero: new connections from one client
-	// address to one frontend go to the same endpoint while that endpoint exists, until Affinity
-	// has passed since the client's last new connection. It is a multiple of one second. The
-	// kernel keeps the recorded clients when the Dataplane is closed.
+	// Affinity is the session affinity timeout, a multiple of one second, or zero for no
+	// affinity. New connections from one client address to one frontend go to the same endpoint
+	// while that endpoint exists, until Affinity has passed since the client's last new
+	// connection. The kernel keeps the recorded clients when the Dataplane is closed.
 	Affinity time.Duration
 
 	// SourceRanges restricts the frontends to clients in these networks, unless it is empty.

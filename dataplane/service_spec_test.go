@@ -124,7 +124,7 @@ func TestNewServiceValidatesSpec(t *testing.T) {
 	t.Parallel()
 	for name, tt := range map[string]struct {
 		spec dataplane.ServiceSpec
-		want      string // part of the error; empty for no error
+		want string // part of the error; empty for no error
 	}{
 		"everything":                       {fullSpec(), ""},
 		"longest affinity":                 {dataplane.ServiceSpec{Affinity: dataplane.MaxAffinity}, ""},

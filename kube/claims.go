@@ -10,7 +10,7 @@ import (
 // claim is a Service port's claim to a frontend.
 type claim struct {
 	service *service
-	// port is an index in spec.ports.
+	// port is the port's index in spec.ports.
 	port int
 	kind dataplane.Kind
 }
@@ -45,8 +45,8 @@ func falseFirst(a, b bool) int {
 // claims contains all claims by frontend.
 type claims struct {
 	owners map[dataplane.Frontend]claim
-	// waiting contains the claims of all Services except the owner, in order of precedence. It is
-	// empty for almost all frontends.
+	// waiting contains all claims except the owner's, in order of precedence. Almost all frontends
+	// have none.
 	waiting map[dataplane.Frontend][]claim
 	// ownersBefore contains the owner at the time of the last drainChanged of each frontend whose
 	// claims have changed since then. It is the zero claim if there was no owner.

@@ -38,16 +38,16 @@ type conflictKey struct {
 	ownerIsClusterIP bool // the owner claims it as a cluster IP
 }
 
-func (c *conflicts) add(w *desiredService, f dataplane.Frontend, owner claim) {
-	key := conflictKey{kind: w.key.Kind, port: -1, owner: owner.service, ownerIsClusterIP: owner.kind == dataplane.ClusterIP}
+func (c *conflicts) add(ds *desiredService, f dataplane.Frontend, owner claim) {
+	key := conflictKey{kind: ds.key.Kind, port: -1, owner: owner.service, ownerIsClusterIP: owner.kind == dataplane.ClusterIP}
 	switch {
-	case w.key.Kind == dataplane.NodePort, w.key.Kind == dataplane.ClusterIP && owner.service.name == keyName(w.key):
-		key.port = w.port
-	case w.key.Kind != dataplane.ClusterIP:
+	case ds.key.Kind == dataplane.NodePort, ds.key.Kind == dataplane.ClusterIP && owner.service.name == keyName(ds.key):
+		key.port = ds.port
+	case ds.key.Kind != dataplane.ClusterIP:
 		key.addr = f.Addr.Addr()
 	}
 	if i, ok := c.seen[key]; ok {
-		if w.key.Kind != dataplane.NodePort { // a node port is the same in both families
+		if ds.key.Kind != dataplane.NodePort { // a node port is the same in both families
 			c.all[i].others++
 		}
 		return
@@ -56,7 +56,7 @@ func (c *conflicts) add(w *desiredService, f dataplane.Frontend, owner claim) {
 		c.seen = map[conflictKey]int{}
 	}
 	c.seen[key] = len(c.all)
-	c.all = append(c.all, conflict{desired: w, frontend: f, owner: owner})
+	c.all = append(c.all, conflict{desired: ds, frontend: f, owner: owner})
 }
 
 func keyName(key dataplane.Key) types.NamespacedName {
@@ -67,10 +67,10 @@ func keyName(key dataplane.Key) types.NamespacedName {
 func (c *conflicts) problems(s *service) []Problem {
 	problems := make([]Problem, 0, len(c.all))
 	fields := newAddressFields(s.object)
-	for _, l := range c.all {
-		p := l.problem(s, fields)
-		if l.others > 0 {
-			p.Message += fmt.Sprintf(" (and %d more address and port pairs)", l.others)
+	for _, conflict := range c.all {
+		p := conflict.problem(s, fields)
+		if conflict.others > 0 {
+			p.Message += fmt.Sprintf(" (%d more address and port pairs conflict in the same way)", conflict.others)
 		}
 		problems = append(problems, p)
 	}
@@ -79,17 +79,17 @@ func (c *conflicts) problems(s *service) []Problem {
 
 // problem returns the problem that s does not own the frontend.
 func (c *conflict) problem(s *service, fields addressFields) Problem {
-	w, f, owner := c.desired, c.frontend, c.owner
-	p := Problem{Service: s.name, UID: s.object.UID, Field: fields.path(w, f)}
+	ds, f, owner := c.desired, c.frontend, c.owner
+	p := Problem{Service: s.name, UID: s.object.UID, Field: fields.path(ds, f)}
 	if owner.service == s {
-		p.Message = ownConflictMessage(s, w, f, owner)
-		if owner.kind == dataplane.ClusterIP && w.key.Kind == dataplane.ClusterIP {
-			p.Field = elementPath("spec.ports", w.port, ".port")
+		p.Message = ownConflictMessage(s, ds, f, owner)
+		if owner.kind == dataplane.ClusterIP && ds.key.Kind == dataplane.ClusterIP {
+			p.Field = elementPath("spec.ports", ds.port, ".port")
 		}
 		return p
 	}
 	subject, field := f.String(), "address or port"
-	switch w.key.Kind {
+	switch ds.key.Kind {
 	case dataplane.ClusterIP:
 		field = "cluster IP or port"
 	case dataplane.NodePort:
@@ -108,12 +108,12 @@ func (c *conflict) problem(s *service, fields addressFields) Problem {
 }
 
 // ownConflictMessage describes a conflict with another port or address of the same Service.
-func ownConflictMessage(s *service, w *desiredService, f dataplane.Frontend, owner claim) string {
-	if owner.port == w.port {
+func ownConflictMessage(s *service, ds *desiredService, f dataplane.Frontend, owner claim) string {
+	if owner.port == ds.port {
 		return fmt.Sprintf("%s is the Service's own cluster IP: remove it", f)
 	}
 	name := s.object.Spec.Ports[owner.port].Name
-	if w.key.Kind == dataplane.NodePort {
+	if ds.key.Kind == dataplane.NodePort {
 		return fmt.Sprintf("node port %d/%s is already used by port %q of this Service: use another node port", f.Addr.Port(), f.Protocol, name)
 	}
 	return fmt.Sprintf("%s is already used by port %q of this Service: use another port", f, name)
@@ -141,11 +141,11 @@ func newAddressFields(svc *corev1.Service) addressFields {
 	return f
 }
 
-// path returns the path of the field from which w claims f.
-func (a addressFields) path(w *desiredService, f dataplane.Frontend) string {
-	switch w.key.Kind {
+// path returns the path of the field from which ds claims f.
+func (a addressFields) path(ds *desiredService, f dataplane.Frontend) string {
+	switch ds.key.Kind {
 	case dataplane.NodePort:
-		return elementPath("spec.ports", w.port, ".nodePort")
+		return elementPath("spec.ports", ds.port, ".nodePort")
 	case dataplane.ExternalIP:
 		return elementPath("spec.externalIPs", a.external[f.Addr.Addr()], "")
 	case dataplane.LoadBalancer:

@@ -35,7 +35,7 @@ type desiredState struct {
 	unmatchedPorts []unmatchedPort
 	// zoneDependent is set if the desired state may change with the zone of this node.
 	zoneDependent bool
-	// healthCheck is the health-check node port; its Port is 0 if there is none.
+	// healthCheck is the health-check node port; its Port is 0 without one.
 	healthCheck HealthCheck
 	// clusterIPs contains all cluster IPs, including unusable ones.
 	clusterIPs []netip.Addr
@@ -44,7 +44,7 @@ type desiredState struct {
 // desiredService is one Service port in one family with its frontends of one kind.
 type desiredService struct {
 	key dataplane.Key
-	// port is an index in spec.ports.
+	// port is the port's index in spec.ports.
 	port int
 	// frontends is sorted and deduplicated.
 	frontends []dataplane.Frontend

@@ -135,7 +135,7 @@ func (s *endpointSlice) hintIndex(h *discoveryv1.EndpointHints) int32 {
 			s.hints = append(s.hints, h)
 		}
 	}
-	return int32(i) + 1 //nolint:gosec // there are no more than endpoints, which fit into memory
+	return int32(i) + 1 //nolint:gosec // at most the number of endpoints, which fit into memory
 }
 
 // address returns the endpoint's address.

@@ -84,8 +84,7 @@ func (c *conversion) endpoints(ports []portFamily, endpointSlices []*endpointSli
 	if len(ports) == 0 {
 		return
 	}
-	// A Service without pods has no problem. A Service whose endpoints have another port name
-	// does.
+	// Endpoints without a matching port are a problem of the Service. Missing endpoints are not.
 	var populated, families [dataplane.IPv6 + 1]bool
 	for i := range ports {
 		families[ports[i].family] = true

@@ -31,7 +31,7 @@ type addresses struct {
 
 // portFamily is a valid port of a Service in one family.
 type portFamily struct {
-	// index is an index in spec.ports.
+	// index is the port's index in spec.ports.
 	index    int
 	port     *corev1.ServicePort
 	protocol dataplane.Protocol
@@ -44,7 +44,7 @@ type portFamily struct {
 	candidates []candidate
 	matched    bool
 	chosen     choice
-	// beyondLimit is set if the port has too many candidates.
+	// beyondLimit is set if the Service has too many candidates to read those of this port.
 	beyondLimit bool
 }
 
@@ -234,7 +234,7 @@ func (c *conversion) ports(addrs addresses) []portFamily {
 		}
 		if duplicate {
 			c.addProblem(elementPath("spec.ports", i, ".name"),
-				"%q is the name of an earlier port: give each port a name of its own", port.Name)
+				"%q is the name of an earlier port: give each port a unique name", port.Name)
 			continue
 		}
 		if port.NodePort < 0 || port.NodePort > 65535 {

@@ -17,7 +17,7 @@ type HealthCheck struct {
 	LocalEndpoints int
 }
 
-// healthCheck returns the Service's health-check node port. Its Port is 0 if there is none.
+// healthCheck returns the Service's health-check node port. Its Port is 0 without one.
 func (c *conversion) healthCheck(ports []portFamily, policy policy) HealthCheck {
 	spec := &c.service.Spec
 	if spec.Type != corev1.ServiceTypeLoadBalancer || !policy.externalLocal || spec.HealthCheckNodePort == 0 {

@@ -65,7 +65,7 @@ type nodeInfo struct {
 
 // newNodeInfo returns the nodeInfo of a Node object. It shares the object's lists.
 func newNodeInfo(node *corev1.Node) nodeInfo {
-	facts := nodeInfo{
+	info := nodeInfo{
 		health: NodeHealth{
 			Exists: true,
 			ToBeDeleted: node.DeletionTimestamp != nil ||
@@ -75,15 +75,15 @@ func newNodeInfo(node *corev1.Node) nodeInfo {
 		podCIDRs:  node.Spec.PodCIDRs,
 		addresses: node.Status.Addresses,
 	}
-	if len(facts.podCIDRs) == 0 && node.Spec.PodCIDR != "" {
-		facts.podCIDRs = []string{node.Spec.PodCIDR}
+	if len(info.podCIDRs) == 0 && node.Spec.PodCIDR != "" {
+		info.podCIDRs = []string{node.Spec.PodCIDR}
 	}
-	return facts
+	return info
 }
 
-// equalNetwork reports whether f and o result in the same dataplane.Node.
-func (f nodeInfo) equalNetwork(o nodeInfo) bool {
-	return slices.Equal(f.podCIDRs, o.podCIDRs) && slices.Equal(f.addresses, o.addresses)
+// equalNetwork reports whether i and o result in the same dataplane.Node.
+func (i nodeInfo) equalNetwork(o nodeInfo) bool {
+	return slices.Equal(i.podCIDRs, o.podCIDRs) && slices.Equal(i.addresses, o.addresses)
 }
 
 // networks contains all inputs of dataplane.Node except the Options.
@@ -136,9 +136,9 @@ func symmetricDifference(a, b map[netip.Addr]struct{}) iter.Seq[netip.Addr] {
 	}
 }
 
-// onInterfaces returns the primary addresses that an interface has, sorted. If the interface
-// addresses are not known, it returns all of them. An address that no interface has belongs to a
-// NAT device in front of the node, and no packet on this node carries it.
+// onInterfaces returns the primary addresses, sorted, that an interface has or that a local route
+// contains. It returns every primary address if the interface addresses are not known. Any other
+// address belongs to a NAT device in front of the node, and no packet on this node carries it.
 func (n *networks) onInterfaces(primary []netip.Addr) []netip.Addr {
 	var addrs []netip.Addr
 	for _, a := range primary {

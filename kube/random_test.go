@@ -44,7 +44,7 @@ type clusterModel struct {
 	services     map[types.NamespacedName]*corev1.Service
 	slices       map[types.NamespacedName]*discoveryv1.EndpointSlice
 	node         *corev1.Node // the last Node, even if it was deleted
-	nodeSeen     bool
+	nodeReported     bool
 	nodeDeleted  bool
 	serviceCIDRs map[string][]string
 	localAddrs   []netip.Addr
@@ -151,7 +151,7 @@ func randomNode(c intNSource) *corev1.Node {
 }
 
 // randomDelta returns a random Delta and applies it to the model.
-func (w *clusterModel) randomDelta(c intNSource) Delta {
+func (m *clusterModel) randomDelta(c intNSource) Delta {
 	var d Delta
 	for range 1 + c.IntN(3) {
 		switch c.IntN(8) {
@@ -177,54 +177,54 @@ func (w *clusterModel) randomDelta(c intNSource) Delta {
 			d.LocalAddrs = addrs(pick(c, "127.0.0.1 198.51.100.1", "198.51.100.2 203.0.113.1 2001:db8:1::1 fe80::1 ::1", ""))
 		}
 	}
-	w.apply(d)
+	m.apply(d)
 	return d
 }
 
 // apply applies a Delta to the model.
-func (w *clusterModel) apply(d Delta) {
+func (m *clusterModel) apply(d Delta) {
 	for _, name := range d.DeletedServices {
-		delete(w.services, name)
+		delete(m.services, name)
 	}
 	for _, name := range d.DeletedEndpointSlices {
-		delete(w.slices, name)
+		delete(m.slices, name)
 	}
 	for _, svc := range d.Services {
-		w.services[types.NamespacedName{Namespace: svc.Namespace, Name: svc.Name}] = svc
+		m.services[types.NamespacedName{Namespace: svc.Namespace, Name: svc.Name}] = svc
 	}
 	for _, slice := range d.EndpointSlices {
-		w.slices[types.NamespacedName{Namespace: slice.Namespace, Name: slice.Name}] = slice
+		m.slices[types.NamespacedName{Namespace: slice.Namespace, Name: slice.Name}] = slice
 	}
 	if d.NodeDeleted {
-		w.nodeSeen, w.nodeDeleted = true, true
+		m.nodeReported, m.nodeDeleted = true, true
 	}
 	if d.Node != nil {
-		w.node, w.nodeSeen, w.nodeDeleted = d.Node, true, false
+		m.node, m.nodeReported, m.nodeDeleted = d.Node, true, false
 	}
 	for _, name := range d.DeletedServiceCIDRs {
-		delete(w.serviceCIDRs, name)
+		delete(m.serviceCIDRs, name)
 	}
 	for _, s := range d.ServiceCIDRs {
-		w.serviceCIDRs[s.Name] = s.Spec.CIDRs
+		m.serviceCIDRs[s.Name] = s.Spec.CIDRs
 	}
 	if d.LocalAddrs != nil {
-		w.localAddrs = d.LocalAddrs
+		m.localAddrs = d.LocalAddrs
 	}
 }
 
 // initialDeltas returns the Deltas of a source that starts now. If the Node was deleted there are
 // two, because the properties of a deleted Node remain in use.
-func (w *clusterModel) initialDeltas() []Delta {
+func (m *clusterModel) initialDeltas() []Delta {
 	d := Delta{
-		Services:       slices.Collect(maps.Values(w.services)),
-		EndpointSlices: slices.Collect(maps.Values(w.slices)),
-		Node:           w.node,
-		LocalAddrs:     w.localAddrs,
+		Services:       slices.Collect(maps.Values(m.services)),
+		EndpointSlices: slices.Collect(maps.Values(m.slices)),
+		Node:           m.node,
+		LocalAddrs:     m.localAddrs,
 	}
-	for name, list := range w.serviceCIDRs {
+	for name, list := range m.serviceCIDRs {
 		d.ServiceCIDRs = append(d.ServiceCIDRs, newServiceCIDR(name, list...))
 	}
-	if w.nodeDeleted {
+	if m.nodeDeleted {
 		return []Delta{d, {NodeDeleted: true}}
 	}
 	return []Delta{d}
@@ -246,7 +246,7 @@ func (n modelFrontend) key() dataplane.Key {
 }
 
 // modelFrontends returns the frontends that a Service claims.
-func modelFrontends(svc *corev1.Service) (wants []modelFrontend) {
+func modelFrontends(svc *corev1.Service) (claimed []modelFrontend) {
 	if svc.Spec.Type == corev1.ServiceTypeExternalName || svc.Spec.ClusterIP == "None" || svc.Labels[LabelServiceProxyName] != "" {
 		return nil
 	}
@@ -279,31 +279,31 @@ func modelFrontends(svc *corev1.Service) (wants []modelFrontend) {
 				continue
 			}
 			seen[p.Name] = true
-			want := func(kind dataplane.Kind, number int32, list ...netip.Addr) {
+			add := func(kind dataplane.Kind, number int32, list ...netip.Addr) {
 				for _, a := range list {
-					wants = append(wants, modelFrontend{svc, i, kind, dataplane.Frontend{Protocol: protocol, Addr: addrPort(a, number)}})
+					claimed = append(claimed, modelFrontend{svc, i, kind, dataplane.Frontend{Protocol: protocol, Addr: addrPort(a, number)}})
 				}
 			}
-			want(dataplane.ClusterIP, p.Port, cluster[0])
+			add(dataplane.ClusterIP, p.Port, cluster[0])
 			if t := svc.Spec.Type; p.NodePort > 0 && p.NodePort <= 65535 && (t == "NodePort" || t == "LoadBalancer") {
-				want(dataplane.NodePort, p.NodePort, map[dataplane.Family]netip.Addr{
+				add(dataplane.NodePort, p.NodePort, map[dataplane.Family]netip.Addr{
 					dataplane.IPv4: netip.MustParseAddr("0.0.0.0"), dataplane.IPv6: netip.MustParseAddr("::"),
 				}[family])
 			}
-			want(dataplane.ExternalIP, p.Port, external...)
-			want(dataplane.LoadBalancer, p.Port, balancer...)
+			add(dataplane.ExternalIP, p.Port, external...)
+			add(dataplane.LoadBalancer, p.Port, balancer...)
 		}
 	}
-	return wants
+	return claimed
 }
 
 // expectedServices computes the expected Services from scratch.
-func (w *clusterModel) expectedServices() map[dataplane.Key]*dataplane.Service {
-	var wants []modelFrontend
-	for _, svc := range w.services {
-		wants = append(wants, modelFrontends(svc)...)
+func (m *clusterModel) expectedServices() map[dataplane.Key]*dataplane.Service {
+	var claimed []modelFrontend
+	for _, svc := range m.services {
+		claimed = append(claimed, modelFrontends(svc)...)
 	}
-	slices.SortFunc(wants, func(a, b modelFrontend) int {
+	slices.SortFunc(claimed, func(a, b modelFrontend) int {
 		isCluster := func(n modelFrontend) int { return min(int(n.kind), 1) }
 		return cmp.Or(
 			cmp.Compare(isCluster(a), isCluster(b)),
@@ -314,22 +314,22 @@ func (w *clusterModel) expectedServices() map[dataplane.Key]*dataplane.Service {
 		)
 	})
 	taken := map[dataplane.Frontend]bool{}
-	granted := map[dataplane.Key][]modelFrontend{}
-	for _, want := range wants {
+	owned := map[dataplane.Key][]modelFrontend{}
+	for _, want := range claimed {
 		if !taken[want.frontend] {
 			taken[want.frontend] = true
-			granted[want.key()] = append(granted[want.key()], want)
+			owned[want.key()] = append(owned[want.key()], want)
 		}
 	}
 	out := map[dataplane.Key]*dataplane.Service{}
-	for key, wants := range granted {
+	for key, claimed := range owned {
 		var frontends []dataplane.Frontend
-		for _, want := range wants {
+		for _, want := range claimed {
 			frontends = append(frontends, want.frontend)
 		}
-		s, err := dataplane.NewService(key, frontends, w.expectedSpec(wants[0]))
+		s, err := dataplane.NewService(key, frontends, m.expectedSpec(claimed[0]))
 		if err == nil {
-			s, err = s.WithServing(w.expectedServing(wants[0], s.ServiceSpec))
+			s, err = s.WithServing(m.expectedServing(claimed[0], s.ServiceSpec))
 		}
 		if err != nil {
 			panic(err)
@@ -340,8 +340,8 @@ func (w *clusterModel) expectedServices() map[dataplane.Key]*dataplane.Service {
 }
 
 // slicesOf returns the slices of a Service.
-func (w *clusterModel) slicesOf(svc *corev1.Service) (mine []*discoveryv1.EndpointSlice) {
-	for _, slice := range w.slices {
+func (m *clusterModel) slicesOf(svc *corev1.Service) (mine []*discoveryv1.EndpointSlice) {
+	for _, slice := range m.slices {
 		if _, headless := slice.Labels[corev1.IsHeadlessService]; !headless &&
 			slice.Namespace == svc.Namespace && slice.Labels[discoveryv1.LabelServiceName] == svc.Name {
 			mine = append(mine, slice)
@@ -350,12 +350,12 @@ func (w *clusterModel) slicesOf(svc *corev1.Service) (mine []*discoveryv1.Endpoi
 	return mine
 }
 
-func (w *clusterModel) expectedSpec(want modelFrontend) dataplane.ServiceSpec {
+func (m *clusterModel) expectedSpec(want modelFrontend) dataplane.ServiceSpec {
 	spec := want.svc.Spec
-	endpoints := w.expectedEndpoints(want)
+	endpoints := m.expectedEndpoints(want)
 	zone := ""
-	if w.node != nil {
-		zone = w.node.Labels[corev1.LabelTopologyZone]
+	if m.node != nil {
+		zone = m.node.Labels[corev1.LabelTopologyZone]
 	}
 	cluster := modelClusterEndpoints(endpoints, zone)
 	local := modelUsableEndpoints(endpoints, func(e modelEndpoint) bool { return e.onThisNode })
@@ -409,8 +409,8 @@ func (w *clusterModel) expectedSpec(want modelFrontend) dataplane.ServiceSpec {
 }
 
 // expectedServing returns the endpoints that serve UDP and are not in the ServiceSpec.
-func (w *clusterModel) expectedServing(want modelFrontend, t dataplane.ServiceSpec) (list []netip.AddrPort) {
-	for _, e := range w.expectedEndpoints(want) {
+func (m *clusterModel) expectedServing(want modelFrontend, t dataplane.ServiceSpec) (list []netip.AddrPort) {
+	for _, e := range m.expectedEndpoints(want) {
 		named := slices.ContainsFunc(append(slices.Clone(t.Endpoints), t.LocalEndpoints...),
 			func(other dataplane.Endpoint) bool { return other.Addr == e.addr })
 		if want.frontend.Protocol == dataplane.UDP && (e.ready || e.serving) && !named {
@@ -475,14 +475,14 @@ func modelUsableEndpoints(endpoints []modelEndpoint, of func(modelEndpoint) bool
 // expectedEndpoints selects one of several entries with the same address, using another algorithm
 // than the Tracker: it keeps the entries that satisfy each condition in turn, unless no entry
 // does.
-func (w *clusterModel) expectedEndpoints(want modelFrontend) (list []modelEndpoint) {
+func (m *clusterModel) expectedEndpoints(want modelFrontend) (list []modelEndpoint) {
 	key := want.key()
 	zone := ""
-	if w.node != nil {
-		zone = w.node.Labels[corev1.LabelTopologyZone]
+	if m.node != nil {
+		zone = m.node.Labels[corev1.LabelTopologyZone]
 	}
 	entries := map[netip.AddrPort][]modelEndpoint{}
-	for _, slice := range w.slicesOf(want.svc) {
+	for _, slice := range m.slicesOf(want.svc) {
 		if string(slice.AddressType) != key.Family.String() {
 			continue
 		}
@@ -542,16 +542,16 @@ func (w *clusterModel) expectedEndpoints(want modelFrontend) (list []modelEndpoi
 }
 
 // expectedHealthChecks computes the expected health-check node ports from scratch.
-func (w *clusterModel) expectedHealthChecks() map[types.NamespacedName]HealthCheck {
+func (m *clusterModel) expectedHealthChecks() map[types.NamespacedName]HealthCheck {
 	out := map[types.NamespacedName]HealthCheck{}
-	for name, svc := range w.services {
-		wants := modelFrontends(svc)
-		if svc.Spec.Type != "LoadBalancer" || svc.Spec.ExternalTrafficPolicy != "Local" || svc.Spec.HealthCheckNodePort == 0 || len(wants) == 0 {
+	for name, svc := range m.services {
+		claimed := modelFrontends(svc)
+		if svc.Spec.Type != "LoadBalancer" || svc.Spec.ExternalTrafficPolicy != "Local" || svc.Spec.HealthCheckNodePort == 0 || len(claimed) == 0 {
 			continue
 		}
 		count := map[dataplane.Family]map[netip.Addr]bool{dataplane.IPv4: {}, dataplane.IPv6: {}}
-		for _, want := range wants {
-			for _, e := range w.expectedEndpoints(want) {
+		for _, want := range claimed {
+			for _, e := range m.expectedEndpoints(want) {
 				if e.ready && e.onThisNode {
 					count[want.key().Family][e.addr.Addr()] = true
 				}
@@ -567,33 +567,33 @@ func (w *clusterModel) expectedHealthChecks() map[types.NamespacedName]HealthChe
 
 // expectedNode computes the expected dataplane.Node from scratch. TestNodePortAddrs covers the
 // details of node port addresses.
-func (w *clusterModel) expectedNode() dataplane.Node {
-	n := dataplane.Node{MasqueradeAll: w.opts.MasqueradeAll}
-	if w.node != nil {
-		n.LocalPodCIDRs = cidrs(strings.Join(w.node.Spec.PodCIDRs, " "))
-		for _, a := range w.node.Status.Addresses {
+func (m *clusterModel) expectedNode() dataplane.Node {
+	n := dataplane.Node{MasqueradeAll: m.opts.MasqueradeAll}
+	if m.node != nil {
+		n.LocalPodCIDRs = cidrs(strings.Join(m.node.Spec.PodCIDRs, " "))
+		for _, a := range m.node.Status.Addresses {
 			addr := netip.MustParseAddr(a.Address)
-			if !addr.IsLoopback() && (w.localAddrs == nil || slices.Contains(w.localAddrs, addr)) {
+			if !addr.IsLoopback() && (m.localAddrs == nil || slices.Contains(m.localAddrs, addr)) {
 				n.PrimaryAddrs = append(n.PrimaryAddrs, addr)
 			}
 		}
 	}
 	slices.SortFunc(n.PrimaryAddrs, netip.Addr.Compare)
 	n.NodePortAddrs = slices.Clone(n.PrimaryAddrs)
-	if w.opts.NodePortAddresses.All {
+	if m.opts.NodePortAddresses.All {
 		n.NodePortAddrs = nil
-		for _, a := range w.localAddrs {
+		for _, a := range m.localAddrs {
 			if !a.IsLoopback() && !a.IsLinkLocalUnicast() {
 				n.NodePortAddrs = append(n.NodePortAddrs, a)
 			}
 		}
 	}
 	slices.SortFunc(n.NodePortAddrs, netip.Addr.Compare)
-	if w.opts.DetectLocal.Mode == DetectByNodeCIDR {
+	if m.opts.DetectLocal.Mode == DetectByNodeCIDR {
 		n.PodCIDRs = n.LocalPodCIDRs
 	}
 	var all []string
-	for _, list := range w.serviceCIDRs {
+	for _, list := range m.serviceCIDRs {
 		all = append(all, list...)
 	}
 	if slices.Contains(all, "10.96.0.0/16") {
@@ -608,18 +608,18 @@ func (w *clusterModel) expectedNode() dataplane.Node {
 // model, and the Tracker with a new Tracker that starts with all objects.
 func runHistory(t *testing.T, c intNSource, steps int) {
 	t.Helper()
-	w := &clusterModel{
+	m := &clusterModel{
 		opts:         Options{NodeName: "here", Schedulers: []string{"lc", "sh"}},
 		services:     map[types.NamespacedName]*corev1.Service{},
 		slices:       map[types.NamespacedName]*discoveryv1.EndpointSlice{},
 		serviceCIDRs: map[string][]string{},
 	}
-	tracker := NewTracker(w.opts)
+	tracker := NewTracker(m.opts)
 	got := map[dataplane.Key]*dataplane.Service{}
 	gotChecks := map[types.NamespacedName]HealthCheck{}
 	var gotNode *dataplane.Node
 	var gotHealth *NodeHealth
-	take := func(step int, result Result) {
+	applyResult := func(step int, result Result) {
 		for key, svc := range result.Changes {
 			if svc.Equal(got[key]) {
 				t.Fatalf("step %d: %s is reported as changed, but is equal: %s", step, key, serviceText(svc))
@@ -656,32 +656,32 @@ func runHistory(t *testing.T, c intNSource, steps int) {
 	}
 	for step := range steps {
 		if c.IntN(10) == 0 {
-			w.opts.MasqueradeAll = c.IntN(2) == 0
-			w.opts.NodePortAddresses.All = c.IntN(2) == 0
-			w.opts.DetectLocal.Mode = pick(c, DetectByClusterCIDR, DetectByNodeCIDR)
-			take(step, tracker.Configure(w.opts))
+			m.opts.MasqueradeAll = c.IntN(2) == 0
+			m.opts.NodePortAddresses.All = c.IntN(2) == 0
+			m.opts.DetectLocal.Mode = pick(c, DetectByClusterCIDR, DetectByNodeCIDR)
+			applyResult(step, tracker.Configure(m.opts))
 		}
-		take(step, tracker.Apply(w.randomDelta(c)))
-		if diff := gocmp.Diff(serviceTexts(w.expectedServices()), serviceTexts(got)); diff != "" {
+		applyResult(step, tracker.Apply(m.randomDelta(c)))
+		if diff := gocmp.Diff(serviceTexts(m.expectedServices()), serviceTexts(got)); diff != "" {
 			t.Fatalf("step %d: Services (-model +tracker):\n%s", step, diff)
 		}
-		if diff := gocmp.Diff(w.expectedHealthChecks(), gotChecks); diff != "" {
+		if diff := gocmp.Diff(m.expectedHealthChecks(), gotChecks); diff != "" {
 			t.Fatalf("step %d: health checks (-model +tracker):\n%s", step, diff)
 		}
-		if diff := gocmp.Diff(fmt.Sprintf("%+v", w.expectedNode()), fmt.Sprintf("%+v", *gotNode)); diff != "" {
+		if diff := gocmp.Diff(fmt.Sprintf("%+v", m.expectedNode()), fmt.Sprintf("%+v", *gotNode)); diff != "" {
 			t.Fatalf("step %d: node (-model +tracker):\n%s", step, diff)
 		}
-		if w.nodeSeen {
-			want := NodeHealth{Exists: !w.nodeDeleted}
-			if !w.nodeDeleted {
-				want.ToBeDeleted = w.node.DeletionTimestamp != nil || len(w.node.Spec.Taints) > 0
+		if m.nodeReported {
+			want := NodeHealth{Exists: !m.nodeDeleted}
+			if !m.nodeDeleted {
+				want.ToBeDeleted = m.node.DeletionTimestamp != nil || len(m.node.Spec.Taints) > 0
 			}
 			if gotHealth == nil || *gotHealth != want {
 				t.Fatalf("step %d: node health %v, want %v", step, gotHealth, want)
 			}
 		}
-		fresh := NewTracker(w.opts)
-		for _, d := range w.initialDeltas() {
+		fresh := NewTracker(m.opts)
+		for _, d := range m.initialDeltas() {
 			fresh.Apply(d)
 		}
 		if diff := gocmp.Diff(dumpTracker(fresh), dumpTracker(tracker)); diff != "" {

@@ -10,8 +10,8 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// resolveAll resolves the dirty Services and all Services that claim a frontend whose owner
-// changes with them. It adds the differences to result.
+// resolveAll resolves the dirty Services, and all Services that claim a frontend whose owner
+// changes as a result. It adds the differences to result.
 func (t *Tracker) resolveAll(dirty []*service, result *Result) {
 	desired := make([]desiredState, 0, len(dirty))
 	for _, s := range dirty {
@@ -48,7 +48,7 @@ func (t *Tracker) updateClaims(s *service) desiredState {
 		delete(t.zoneDependent, s)
 	}
 	t.indexClusterIPs(s, d.clusterIPs)
-	if created == s.createdUnix && slices.EqualFunc(d.services, s.portClaims, func(w desiredService, c portClaims) bool { return w.portClaims().equal(c) }) {
+	if created == s.createdUnix && slices.EqualFunc(d.services, s.portClaims, func(ds desiredService, c portClaims) bool { return ds.portClaims().equal(c) }) {
 		return d
 	}
 	s.claimsChangedRound = t.round
@@ -88,8 +88,8 @@ func (t *Tracker) indexClusterIPs(s *service, clusterIPs []netip.Addr) {
 	s.clusterIPs = clusterIPs
 }
 
-func (w *desiredService) portClaims() portClaims {
-	return portClaims{port: w.port, kind: w.key.Kind, frontends: w.frontends}
+func (ds *desiredService) portClaims() portClaims {
+	return portClaims{port: ds.port, kind: ds.key.Kind, frontends: ds.frontends}
 }
 
 // resolve determines the dataplane Services of s from the owners of its frontends, and adds the
@@ -97,24 +97,24 @@ func (w *desiredService) portClaims() portClaims {
 func (t *Tracker) resolve(s *service, d desiredState, result *Result) {
 	problems := s.confirmUnmatched(d.unmatchedPorts, d.problems)
 	programmed := make([]*dataplane.Service, len(d.services))
-	disputed := s.hasConflict || s.claimsChangedRound == t.round
+	checkOwners := s.hasConflict || s.claimsChangedRound == t.round
 	s.hasConflict = false
 	var lost conflicts
 	before := lookupByKey(s.programmed)
 	for i := range d.services {
-		w := &d.services[i]
-		frontends := w.frontends
-		if disputed {
-			frontends = t.ownedFrontends(s, w, &lost)
+		ds := &d.services[i]
+		frontends := ds.frontends
+		if checkOwners {
+			frontends = t.ownedFrontends(s, ds, &lost)
 		}
 		if len(frontends) == 0 {
 			continue
 		}
-		svc, err := s.shareLists(w, i, before).build(frontends, before(w.key, i))
+		svc, err := s.shareLists(ds, i, before).build(frontends, before(ds.key, i))
 		if err != nil {
 			problems = append(problems, Problem{
 				Service: s.name, UID: s.object.UID,
-				Field:   elementPath("spec.ports", w.port, ""),
+				Field:   elementPath("spec.ports", ds.port, ""),
 				Message: fmt.Sprintf("not served: %v", err),
 			})
 			continue
@@ -147,8 +147,8 @@ func (t *Tracker) resolve(s *service, d desiredState, result *Result) {
 	}
 }
 
-// confirmUnmatched adds a problem for each port that is missing in all slices, unless a slice may
-// still follow: the controller writes it after the Service.
+// confirmUnmatched appends a problem for each port that is missing in all slices. It skips ports
+// whose slice may not have arrived yet, because the controller writes it after the Service.
 func (s *service) confirmUnmatched(ports []unmatchedPort, problems []Problem) []Problem {
 	before := s.unmatchedPorts
 	s.unmatchedPorts = nil
@@ -161,22 +161,22 @@ func (s *service) confirmUnmatched(ports []unmatchedPort, problems []Problem) []
 	return problems
 }
 
-// ownedFrontends returns the frontends of w that s owns, and adds the others to lost.
-func (t *Tracker) ownedFrontends(s *service, w *desiredService, lost *conflicts) []dataplane.Frontend {
-	own := claim{service: s, port: w.port, kind: w.key.Kind}
+// ownedFrontends returns the frontends of ds that s owns, and adds the others to lost.
+func (t *Tracker) ownedFrontends(s *service, ds *desiredService, lost *conflicts) []dataplane.Frontend {
+	own := claim{service: s, port: ds.port, kind: ds.key.Kind}
 	n := 0
-	for _, f := range w.frontends {
+	for _, f := range ds.frontends {
 		if owner := t.claims.owners[f]; owner == own {
 			n++
 		} else {
-			lost.add(w, f, owner)
+			lost.add(ds, f, owner)
 		}
 	}
-	if n == len(w.frontends) || n == 0 {
-		return w.frontends[:n]
+	if n == len(ds.frontends) || n == 0 {
+		return ds.frontends[:n]
 	}
 	kept := make([]dataplane.Frontend, 0, n)
-	for _, f := range w.frontends {
+	for _, f := range ds.frontends {
 		if t.claims.owners[f] == own {
 			kept = append(kept, f)
 		}
@@ -184,25 +184,25 @@ func (t *Tracker) ownedFrontends(s *service, w *desiredService, lost *conflicts)
 	return kept
 }
 
-// build returns the dataplane Service of w with the given frontends, or old if it is equal.
-func (w *desiredService) build(frontends []dataplane.Frontend, old *dataplane.Service) (*dataplane.Service, error) {
+// build returns the dataplane Service of ds with the given frontends, or old if it is equal.
+func (ds *desiredService) build(frontends []dataplane.Frontend, old *dataplane.Service) (*dataplane.Service, error) {
 	// The lists are sorted, so this equals the result of NewService.
-	if same := (dataplane.Service{Key: w.key, Frontends: frontends, ServiceSpec: w.spec, Serving: w.serving}); same.Equal(old) {
+	if same := (dataplane.Service{Key: ds.key, Frontends: frontends, ServiceSpec: ds.spec, Serving: ds.serving}); same.Equal(old) {
 		return old, nil
 	}
-	svc, err := dataplane.NewService(w.key, frontends, w.spec)
-	if err != nil || len(w.serving) == 0 {
+	svc, err := dataplane.NewService(ds.key, frontends, ds.spec)
+	if err != nil || len(ds.serving) == 0 {
 		return svc, err
 	}
-	return svc.WithServing(w.serving)
+	return svc.WithServing(ds.serving)
 }
 
-// shareLists replaces the lists of w, the i-th desired Service, with equal lists of the same
+// shareLists replaces the lists of ds, the i-th desired Service, with equal lists of the same
 // port, so that each is in memory once.
-func (s *service) shareLists(w *desiredService, i int, before func(dataplane.Key, int) *dataplane.Service) *desiredService {
+func (s *service) shareLists(ds *desiredService, i int, before func(dataplane.Key, int) *dataplane.Service) *desiredService {
 	var others [len(allKinds{})]*dataplane.Service
 	for n, kind := range kinds() {
-		key := w.key
+		key := ds.key
 		key.Kind = kind
 		others[n] = before(key, i)
 	}
@@ -210,7 +210,7 @@ func (s *service) shareLists(w *desiredService, i int, before func(dataplane.Key
 		if len(list) == 0 {
 			return nil
 		}
-		if old := before(w.key, i); old != nil && slices.Equal(old.Endpoints, list) {
+		if old := before(ds.key, i); old != nil && slices.Equal(old.Endpoints, list) {
 			return old.Endpoints
 		}
 		for _, old := range others {
@@ -224,17 +224,17 @@ func (s *service) shareLists(w *desiredService, i int, before func(dataplane.Key
 		}
 		return list
 	}
-	w.spec.Endpoints = shared(w.spec.Endpoints)
-	w.spec.LocalEndpoints = shared(w.spec.LocalEndpoints)
-	if len(w.serving) > 0 {
+	ds.spec.Endpoints = shared(ds.spec.Endpoints)
+	ds.spec.LocalEndpoints = shared(ds.spec.LocalEndpoints)
+	if len(ds.serving) > 0 {
 		for _, old := range others {
-			if old != nil && slices.Equal(old.Serving, w.serving) {
-				w.serving = old.Serving
+			if old != nil && slices.Equal(old.Serving, ds.serving) {
+				ds.serving = old.Serving
 				break
 			}
 		}
 	}
-	return w
+	return ds
 }
 
 // maxProblems is the maximum number of problems of a Service that are reported individually.

@@ -122,7 +122,7 @@ type service struct {
 	// programmed is the result of the last resolve, in the order of portClaims. An element is nil
 	// if all of its frontends belong to other Services.
 	programmed []*dataplane.Service
-	// healthCheck is the health-check node port; its Port is 0 if there is none.
+	// healthCheck is the health-check node port; its Port is 0 without one.
 	healthCheck HealthCheck
 
 	// dirtyRound is the last round in which the Service was resolved. claimsChangedRound is the
@@ -206,22 +206,22 @@ func (t *Tracker) Configure(opts Options) Result {
 // applyNode stores the node's part of d.
 func (t *Tracker) applyNode(d Delta, result *Result, markDirty func(*service)) {
 	changed := t.node == nil
-	facts := t.networks.node
+	info := t.networks.node
 	if d.NodeDeleted {
-		facts.health = NodeHealth{}
+		info.health = NodeHealth{}
 	}
 	if d.Node != nil {
-		facts = newNodeInfo(d.Node)
-		changed = changed || !facts.equalNetwork(t.networks.node)
+		info = newNodeInfo(d.Node)
+		changed = changed || !info.equalNetwork(t.networks.node)
 	}
-	if (d.Node != nil || d.NodeDeleted) && (t.health == nil || *t.health != facts.health) {
-		health := facts.health
+	if (d.Node != nil || d.NodeDeleted) && (t.health == nil || *t.health != info.health) {
+		health := info.health
 		t.health = &health
 		result.NodeHealth = &health
 	}
-	t.networks.node = facts
-	if t.location.zone != facts.zone {
-		t.location.zone = facts.zone
+	t.networks.node = info
+	if t.location.zone != info.zone {
+		t.location.zone = info.zone
 		for s := range t.zoneDependent {
 			markDirty(s)
 		}
@@ -295,7 +295,7 @@ func (t *Tracker) applyObjects(d Delta, markDirty func(*service)) {
 	for _, object := range d.EndpointSlices {
 		name := types.NamespacedName{Namespace: object.Namespace, Name: object.Name}
 		owner, ok := owningService(object)
-		if was, had := t.sliceOwners[name]; had && (!ok || was.name != owner) {
+		if old, exists := t.sliceOwners[name]; exists && (!ok || old.name != owner) {
 			t.removeSlice(name, markDirty)
 		}
 		if !ok {

@@ -240,7 +240,7 @@ func TestObjects(t *testing.T) {
 			))},
 			want: want{web4: "10.96.0.1:80/TCP ->"},
 			problems: []string{
-				`default/web: spec.ports[1].name: "http" is the name of an earlier port: give each port a name of its own`,
+				`default/web: spec.ports[1].name: "http" is the name of an earlier port: give each port a unique name`,
 				`default/web: spec.ports[2].protocol: "tpc" is not a protocol: use TCP, UDP or SCTP`,
 				`default/web: spec.ports[3].port: 70000 is not a port: use 1 to 65535`,
 				`default/web: spec.ports[4].port: 10.96.0.1:80/TCP is already used by port "http" of this Service: use another port`,

@@ -13,7 +13,8 @@
 // One call of Apply contains changes with up to about 4,096 frontends and endpoints. Further
 // changes wait in a queue, in which Kubernetes Services take turns like the flows of a fair
 // queue: small changes come first, the ports of a huge Service do not delay other Services, and
-// no change waits forever. Changes that exchange a frontend are part of the same call.
+// no change waits forever. Changes that move a frontend from one Service to another are part of
+// the same call.
 //
 // # State
 //

@@ -19,7 +19,7 @@ const callWeight = 4096
 // concurrently. Small changes therefore come first, a Service with many ports or frontends does
 // not delay others, and no change starves.
 //
-// Changes that exchange a frontend stay together.
+// Changes that move a frontend from one Service to another stay together.
 type queue struct {
 	entries map[dataplane.Key]*entry
 	weight  int // of all entries
@@ -80,10 +80,10 @@ func (g *group) root() *group {
 }
 
 // put adds a change, or replaces the change of the same key.
-func (q *queue) put(c dataplane.Change, at time.Time, after uint64) {
+func (q *queue) put(c dataplane.Change, updatedAt time.Time, prevSeq uint64) {
 	e := q.entries[c.Key()]
 	if e == nil {
-		e = &entry{updatedAt: at, prevSeq: after}
+		e = &entry{updatedAt: updatedAt, prevSeq: prevSeq}
 		q.entries[c.Key()] = e
 		q.arrived = append(q.arrived, e)
 		q.ungrouped = append(q.ungrouped, e)
@@ -179,8 +179,8 @@ func (q *queue) dequeue(weight int) []*entry {
 	return dequeued
 }
 
-// addToGroup creates a group for an entry and merges all groups into it that share a moving
-// frontend.
+// addToGroup creates a group for an entry and merges the groups that share a moving frontend
+// into it.
 func (q *queue) addToGroup(e *entry) {
 	q.groupSeq++
 	g := &group{seq: q.groupSeq, entries: []*entry{e}}

@@ -315,7 +315,7 @@ func (t *tables) replace(ctx context.Context, reason Reason, in inbox, start tim
 	t.allUnknown = false
 
 	for k, f := range t.failing {
-		if _, again := c.Failed[k]; !again && f.state != unsupported {
+		if _, failed := c.Failed[k]; !failed && f.state != unsupported {
 			c.OldestUpdate = earlier(c.OldestUpdate, f.pendingSince)
 			t.onRecovery(k, f)
 		}
@@ -407,28 +407,28 @@ func (t *tables) hasPriority(k dataplane.Key) bool {
 }
 
 // largeLast moves the part of each Kubernetes Service that exceeds callWeight to the end.
-// services must be sorted by key. The moved Services are ordered by the weight of their
-// Kubernetes Service up to and including them.
+// services must be sorted by key. The moved Services are ordered by their cumulative weight
+// within the Kubernetes Service.
 func largeLast(services []*dataplane.Service) []*dataplane.Service {
 	type excess struct {
 		service *dataplane.Service
-		before  int
+		weight  int // cumulative, within the Kubernetes Service
 	}
 	ordinary := services[:0]
 	var large []excess
 	var last dataplane.Key
-	before := 0
+	weight := 0
 	for _, s := range services {
 		if s.Key.Namespace != last.Namespace || s.Key.Name != last.Name {
-			last, before = s.Key, 0
+			last, weight = s.Key, 0
 		}
-		if before += weightOf(dataplane.Change{New: s}); before <= callWeight {
+		if weight += weightOf(dataplane.Change{New: s}); weight <= callWeight {
 			ordinary = append(ordinary, s)
 		} else {
-			large = append(large, excess{s, before})
+			large = append(large, excess{s, weight})
 		}
 	}
-	slices.SortStableFunc(large, func(a, b excess) int { return cmp.Compare(a.before, b.before) })
+	slices.SortStableFunc(large, func(a, b excess) int { return cmp.Compare(a.weight, b.weight) })
 	for _, l := range large {
 		ordinary = append(ordinary, l.service)
 	}
@@ -533,7 +533,7 @@ func (t *tables) onKeyFailures(c *Commit, updatedAt func(dataplane.Key) time.Tim
 	// A call can fail for every key. Log the first few by name. The others are logged after
 	// a later attempt if they still fail.
 	const named = 10
-	logged, silent := 0, 0
+	logged, notLogged := 0, 0
 	for k, err := range c.Failed {
 		f := t.failing[k]
 		if f == nil {
@@ -566,7 +566,7 @@ func (t *tables) onKeyFailures(c *Commit, updatedAt func(dataplane.Key) time.Tim
 		switch text := err.Error(); {
 		case f.lastLogged == text:
 		case logged == named:
-			silent++
+			notLogged++
 		default:
 			logged++
 			f.lastLogged = text
@@ -578,8 +578,8 @@ func (t *tables) onKeyFailures(c *Commit, updatedAt func(dataplane.Key) time.Tim
 		}
 		t.failingErrorsStale = true
 	}
-	if silent > 0 {
-		t.log.Warn("failed to program more services", "services", silent)
+	if notLogged > 0 {
+		t.log.Warn("failed to program more services", "services", notLogged)
 	}
 }
 

@@ -123,89 +123,89 @@ func (f *Faulty) begin(ctx context.Context) (outcome, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	chance := func(p float64) bool { return p > 0 && f.rand.Float64() < p }
-	fa := outcome{down: f.faults.Down, broken: f.faults.Broken}
-	fa.drift = chance(f.faults.Drift)
+	out := outcome{down: f.faults.Down, broken: f.faults.Broken}
+	out.drift = chance(f.faults.Drift)
 	switch {
 	case chance(f.faults.Reject):
-		fa.reject = true
+		out.reject = true
 	case chance(f.faults.Lose):
-		fa.lose = true
+		out.lose = true
 	case chance(f.faults.Partial):
-		fa.partial = true
+		out.partial = true
 	case chance(f.faults.Keys):
-		fa.keys = true
+		out.keys = true
 	}
-	return fa, nil
+	return out, nil
 }
 
 // Apply implements [dataplane.Dataplane].
 func (f *Faulty) Apply(ctx context.Context, changes []dataplane.Change) error {
-	fa, err := f.begin(ctx)
+	out, err := f.begin(ctx)
 	if err != nil {
 		return err
 	}
-	if fa.drift {
+	if out.drift {
 		defer f.edit()
 	}
 	switch {
-	case fa.down != nil:
-		return fa.down
-	case fa.reject:
+	case out.down != nil:
+		return out.down
+	case out.reject:
 		return injectedError("apply", "call rejected")
-	case fa.lose:
+	case out.lose:
 		return unknownResult("apply", "answer lost", f.Dataplane.Apply(ctx, changes))
 	}
 	changes = slices.SortedFunc(slices.Values(changes), func(a, b dataplane.Change) int {
 		return a.Key().Compare(b.Key())
 	})
-	v := f.newFailingKeys(fa)
+	fk := f.newFailingKeys(out)
 	for i, c := range changes {
 		s := c.New
 		if s == nil {
 			s = c.Old
 		}
-		v.add(i, s, c.New)
+		fk.add(i, s, c.New)
 	}
-	if len(v.failed) == 0 {
+	if len(fk.failed) == 0 {
 		return f.Dataplane.Apply(ctx, changes)
 	}
 	taken := make([]dataplane.Change, 0, len(changes))
 	for i, c := range changes {
-		if keep, bad := v.keepsOld[i]; bad {
-			c.New = v.mix(c.Key(), keep, c.Old, c.New)
+		if keep, bad := fk.keepsOld[i]; bad {
+			c.New = fk.mix(c.Key(), keep, c.Old, c.New)
 		}
 		if c.Old != nil || c.New != nil {
 			taken = append(taken, c)
 		}
 	}
-	return v.result("apply", f.Dataplane.Apply(ctx, taken))
+	return fk.result("apply", f.Dataplane.Apply(ctx, taken))
 }
 
 // Replace implements [dataplane.Dataplane].
 func (f *Faulty) Replace(ctx context.Context, node dataplane.Node, services iter.Seq[*dataplane.Service], progress func(int)) error {
-	fa, err := f.begin(ctx)
+	out, err := f.begin(ctx)
 	if err != nil {
 		return err
 	}
-	if fa.drift {
+	if out.drift {
 		defer f.edit()
 	}
 	switch {
-	case fa.down != nil:
-		return fa.down
-	case fa.reject:
+	case out.down != nil:
+		return out.down
+	case out.reject:
 		return injectedError("replace", "call rejected")
-	case fa.lose:
+	case out.lose:
 		return unknownResult("replace", "answer lost", f.Dataplane.Replace(ctx, node, services, progress))
-	case !fa.partial && !fa.keys && fa.broken == nil:
+	case !out.partial && !out.keys && out.broken == nil:
 		return f.Dataplane.Replace(ctx, node, services, progress)
 	}
 	sorted := slices.SortedFunc(services, func(a, b *dataplane.Service) int { return a.Key.Compare(b.Key) })
-	v := f.newFailingKeys(fa)
+	fk := f.newFailingKeys(out)
 	for i, s := range sorted {
-		v.add(i, s, s)
+		fk.add(i, s, s)
 	}
-	if len(v.failed) == 0 {
+	if len(fk.failed) == 0 {
 		return f.Dataplane.Replace(ctx, node, slices.Values(sorted), progress)
 	}
 	held, err := f.Read(ctx)
@@ -214,14 +214,14 @@ func (f *Faulty) Replace(ctx context.Context, node dataplane.Node, services iter
 	}
 	taken := make([]*dataplane.Service, 0, len(sorted))
 	for i, s := range sorted {
-		if keep, bad := v.keepsOld[i]; bad {
-			s = v.mix(s.Key, keep, serviceFromState(held, s.Key), s)
+		if keep, bad := fk.keepsOld[i]; bad {
+			s = fk.mix(s.Key, keep, serviceFromState(held, s.Key), s)
 		}
 		if s != nil {
 			taken = append(taken, s)
 		}
 	}
-	return v.result("replace", f.Dataplane.Replace(ctx, node, slices.Values(taken), progress))
+	return fk.result("replace", f.Dataplane.Replace(ctx, node, slices.Values(taken), progress))
 }
 
 // edit makes one random change to the kernel, like another program would.
@@ -280,11 +280,11 @@ type failingKeys struct {
 	takenFrontends map[dataplane.Frontend]bool
 }
 
-func (f *Faulty) newFailingKeys(fa outcome) *failingKeys {
+func (f *Faulty) newFailingKeys(out outcome) *failingKeys {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return &failingKeys{
-		outcome:        fa,
+		outcome:        out,
 		rand:           rand.New(rand.NewPCG(f.rand.Uint64(), 0)),
 		failed:         map[dataplane.Key]error{},
 		keepsOld:       map[int]bool{},
@@ -294,44 +294,44 @@ func (f *Faulty) newFailingKeys(fa outcome) *failingKeys {
 
 // add decides whether s, at index i of the call, fails. If it succeeds, the frontends of want are
 // taken; want may be nil.
-func (v *failingKeys) add(i int, s, want *dataplane.Service) {
-	if v.broken != nil {
-		if err := v.broken(s); err != nil {
-			v.failed[s.Key], v.keepsOld[i] = err, true
+func (fk *failingKeys) add(i int, s, want *dataplane.Service) {
+	if fk.broken != nil {
+		if err := fk.broken(s); err != nil {
+			fk.failed[s.Key], fk.keepsOld[i] = err, true
 			return
 		}
 	}
-	if (v.keys || v.partial) && v.rand.IntN(3) == 0 {
-		v.failed[s.Key], v.keepsOld[i] = injectedError("program", s.Key.String()), false
+	if (fk.keys || fk.partial) && fk.rand.IntN(3) == 0 {
+		fk.failed[s.Key], fk.keepsOld[i] = injectedError("program", s.Key.String()), false
 		return
 	}
-	v.markTaken(want)
+	fk.markTaken(want)
 }
 
-func (v *failingKeys) markTaken(s *dataplane.Service) {
+func (fk *failingKeys) markTaken(s *dataplane.Service) {
 	if s != nil {
 		for _, fe := range s.Frontends {
-			v.takenFrontends[fe] = true
+			fk.takenFrontends[fe] = true
 		}
 	}
 }
 
 // mix returns the state that a failing key has after the call: old, new or a mix of them, without
 // the frontends that other keys have taken.
-func (v *failingKeys) mix(k dataplane.Key, keep bool, old, want *dataplane.Service) *dataplane.Service {
+func (fk *failingKeys) mix(k dataplane.Key, keep bool, old, want *dataplane.Service) *dataplane.Service {
 	got := &dataplane.Service{Key: k}
-	kind := v.rand.IntN(4)
+	kind := fk.rand.IntN(4)
 	for i, s := range []*dataplane.Service{old, want} {
 		if s == nil || keep && i == 1 || !keep && kind == 1-i {
 			continue
 		}
 		for _, fe := range s.Frontends {
-			if !v.takenFrontends[fe] && (keep || kind < 2 || v.rand.IntN(2) == 0) {
+			if !fk.takenFrontends[fe] && (keep || kind < 2 || fk.rand.IntN(2) == 0) {
 				got.Frontends = append(got.Frontends, fe)
 			}
 		}
 		for _, e := range s.Endpoints {
-			if keep || kind < 2 || v.rand.IntN(2) == 0 {
+			if keep || kind < 2 || fk.rand.IntN(2) == 0 {
 				got.Endpoints = append(got.Endpoints, e)
 			}
 		}
@@ -343,25 +343,25 @@ func (v *failingKeys) mix(k dataplane.Key, keep bool, old, want *dataplane.Servi
 	if len(got.Frontends) == 0 {
 		return nil
 	}
-	v.markTaken(got)
+	fk.markTaken(got)
 	return got
 }
 
 // result returns the error of a call for which the wrapped dataplane returned err.
-func (v *failingKeys) result(op string, err error) error {
-	if v.partial {
+func (fk *failingKeys) result(op string, err error) error {
+	if fk.partial {
 		return unknownResult(op, "partly applied", err)
 	}
 	var inside *dataplane.Error
 	switch {
 	case errors.As(err, &inside):
 		for k, e := range inside.Failed {
-			v.failed[k] = errors.Join(v.failed[k], e)
+			fk.failed[k] = errors.Join(fk.failed[k], e)
 		}
 	case err != nil:
 		return err
 	}
-	return &dataplane.Error{Op: op, Failed: v.failed}
+	return &dataplane.Error{Op: op, Failed: fk.failed}
 }
 
 func injectedError(op, what string) error { return fmt.Errorf("%s: %w: %s", op, ErrInjected, what) }
