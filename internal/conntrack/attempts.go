@@ -8,33 +8,33 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// The delays of looks at TCP, see [Cleaner.Run]. A handshake that was under way
-// when its endpoint left is over after the first. The second keeps the cost low
-// while endpoints of TCP come and go all the time, as they do in every rollout.
+// The delays of TCP scans, see [Cleaner.Run]. A handshake in flight when its endpoint is
+// removed completes within attemptScanDelay. attemptScanInterval limits the cost of frequent
+// changes, as in every rollout.
 const (
 	attemptScanDelay    = time.Second
 	attemptScanInterval = 5 * time.Second
 )
 
-// maxAttempts is for how many frontends of TCP it is remembered at most which
-// endpoints have left. The connection attempts to others end with the client's
-// patience, as they would without a Cleaner.
+// maxAttempts is the maximum number of TCP frontends with recorded removed endpoints.
+// Connection attempts to other frontends time out in the client, as they would without a
+// Cleaner.
 const maxAttempts = 10_000
 
-// connAttempts are the frontends of TCP to which clients may be trying to connect by
-// an entry that leads nowhere: a client that gets no answer sends its SYN again,
-// to the endpoint of the first, for two minutes (net.ipv4.tcp_syn_retries).
+// connAttempts holds the TCP frontends that may have stale connection attempts. A client
+// without an answer repeats its SYN to the same endpoint for two minutes
+// (net.ipv4.tcp_syn_retries).
 type connAttempts map[dataplane.Frontend]criteria
 
-// record adds the frontends of a change that clients may be stuck at, and removes
-// endpoints that are back.
+// record adds the frontends of a change that may have stale connection attempts, and removes
+// endpoints that accept connections again.
 func (a *connAttempts) record(c dataplane.Change) {
 	old, now := tcpFrontends(c.Old), tcpFrontends(c.New)
 	if len(old) == 0 && len(now) == 0 {
 		return
 	}
-	gone := removedEndpoints(c.Old, c.New)
-	var before, after []netip.AddrPort // the last list that endpoints were removed from, and the result
+	removed := removedEndpoints(c.Old, c.New)
+	var before, after []netip.AddrPort // the last argument and result of removeAccepting
 	for _, f := range now {
 		was := (*a)[f]
 		next := criteria{untranslated: was.untranslated || !slices.Contains(old, f)}
@@ -46,21 +46,21 @@ func (a *connAttempts) record(c dataplane.Change) {
 				next.removed = append(next.removed, after)
 			}
 		}
-		if len(gone) > 0 && !next.untranslated {
-			next.removed = append(next.removed, gone)
+		if len(removed) > 0 && !next.untranslated {
+			next.removed = append(next.removed, removed)
 		}
 		a.set(f, next)
 	}
-	var all []netip.AddrPort
+	var accepting []netip.AddrPort
 	for _, f := range old {
 		if slices.Contains(now, f) {
 			continue
 		}
-		if all == nil {
-			all = acceptingEndpoints(c.Old)
+		if accepting == nil {
+			accepting = acceptingEndpoints(c.Old)
 		}
-		if len(all) > 0 {
-			a.set(f, criteria{removed: append(slices.Clip((*a)[f].removed), all)})
+		if len(accepting) > 0 {
+			a.set(f, criteria{removed: append(slices.Clip((*a)[f].removed), accepting)})
 		}
 	}
 }
@@ -79,8 +79,8 @@ func (a *connAttempts) set(f dataplane.Frontend, next criteria) {
 	(*a)[f] = next
 }
 
-// isStale reports whether a flow leads nowhere. nodePortFrontend is the frontend that it is
-// to if it is to a node port.
+// isStale reports whether a flow is a stale connection attempt. nodePort is the frontend of
+// the flow if it is to a node port.
 func (a connAttempts) isStale(f flow, nodePort dataplane.Frontend, isNodePort bool) bool {
 	if f.protocol != dataplane.TCP || f.replied {
 		return false
@@ -92,7 +92,7 @@ func (a connAttempts) isStale(f flow, nodePort dataplane.Frontend, isNodePort bo
 	return ok && at.matches(f)
 }
 
-// queries returns the dumps that show them, by family.
+// queries returns the dumps that find stale connection attempts, by family.
 func (a connAttempts) queries() map[dataplane.Family][]query {
 	queries := map[dataplane.Family][]query{}
 	for f := range a {
@@ -104,8 +104,7 @@ func (a connAttempts) queries() map[dataplane.Family][]query {
 	return queries
 }
 
-// tcpFrontends returns the frontends if they are of TCP. The Service may be
-// nil.
+// tcpFrontends returns the frontends of a TCP Service. svc may be nil.
 func tcpFrontends(svc *dataplane.Service) []dataplane.Frontend {
 	if svc == nil || svc.Frontends[0].Protocol != dataplane.TCP {
 		return nil
@@ -113,13 +112,13 @@ func tcpFrontends(svc *dataplane.Service) []dataplane.Frontend {
 	return svc.Frontends
 }
 
-// removedEndpoints returns the endpoints to which new connections went before and do not
-// go now, sorted by list. Both Services may be nil.
-func removedEndpoints(old, now *dataplane.Service) (gone []netip.AddrPort) {
+// removedEndpoints returns the endpoints that accepted new connections in old and do not in
+// now, sorted. Both Services may be nil.
+func removedEndpoints(old, now *dataplane.Service) (removed []netip.AddrPort) {
 	if old == nil || now == nil {
 		return nil
 	}
-	leave := func(before, after, others []dataplane.Endpoint) {
+	collect := func(before, after, others []dataplane.Endpoint) {
 		if len(before) == 0 || len(before) == len(after) && &before[0] == &after[0] {
 			return
 		}
@@ -128,18 +127,18 @@ func removedEndpoints(old, now *dataplane.Service) (gone []netip.AddrPort) {
 				after = after[1:]
 			}
 			if (len(after) == 0 || after[0].Addr != e.Addr) && !containsEndpoint(others, e.Addr) {
-				gone = append(gone, e.Addr)
+				removed = append(removed, e.Addr)
 			}
 		}
 	}
-	leave(old.Endpoints, now.Endpoints, now.LocalEndpoints)
-	leave(old.LocalEndpoints, now.LocalEndpoints, now.Endpoints)
-	slices.SortFunc(gone, netip.AddrPort.Compare)
-	return slices.Compact(gone)
+	collect(old.Endpoints, now.Endpoints, now.LocalEndpoints)
+	collect(old.LocalEndpoints, now.LocalEndpoints, now.Endpoints)
+	slices.SortFunc(removed, netip.AddrPort.Compare)
+	return slices.Compact(removed)
 }
 
-// removeAccepting returns the addresses to which the Service has no new
-// connections go: list itself if that is all of it.
+// removeAccepting returns the addresses that do not accept new connections of the Service. It
+// returns list itself if no address accepts new connections.
 func removeAccepting(list []netip.AddrPort, svc *dataplane.Service) []netip.AddrPort {
 	accepted := func(addr netip.AddrPort) bool {
 		return containsEndpoint(svc.Endpoints, addr) || containsEndpoint(svc.LocalEndpoints, addr)

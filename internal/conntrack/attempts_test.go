@@ -13,13 +13,13 @@ import (
 	"fairlead.io/fairlead/sync"
 )
 
-// unrepliedFlow is an entry of TCP without a reply, written "destination endpoint".
+// unrepliedFlow parses a TCP flow without a reply, written "destination endpoint".
 func unrepliedFlow(text string) flow {
 	f := parseAddrPorts(text)
 	return flow{protocol: dataplane.TCP, destination: f[0], endpoint: f[1]}
 }
 
-// TestConnAttempts says which connection attempts of TCP lead nowhere after changes.
+// TestConnAttempts checks which connection attempts are stale after changes.
 func TestConnAttempts(t *testing.T) {
 	t.Parallel()
 	const (
@@ -35,31 +35,31 @@ func TestConnAttempts(t *testing.T) {
 		kept    []string
 	}{
 		{
-			name: "an endpoint leaves", changes: []string{two, one},
+			name: "endpoint removed", changes: []string{two, one},
 			stale: []string{"10.96.0.10:80 10.0.0.2:8080", "10.96.0.11:80 10.0.0.2:8080"},
 			kept:  []string{"10.96.0.10:80 10.0.0.1:8080", "10.96.0.12:80 10.0.0.2:8080", "10.96.0.10:80 10.96.0.10:80"},
 		},
-		{name: "it is back", changes: []string{two, one, one, two}, kept: []string{"10.96.0.10:80 10.0.0.2:8080"}},
+		{name: "endpoint added again", changes: []string{two, one, one, two}, kept: []string{"10.96.0.10:80 10.0.0.2:8080"}},
 		{
-			name: "another has left then", changes: []string{two, one, one, two, two, "web 10.96.0.10:80 10.96.0.11:80 -> 10.0.0.2:8080"},
+			name: "endpoint added again, another removed", changes: []string{two, one, one, two, two, "web 10.96.0.10:80 10.96.0.11:80 -> 10.0.0.2:8080"},
 			stale: []string{"10.96.0.10:80 10.0.0.1:8080"}, kept: []string{"10.96.0.10:80 10.0.0.2:8080"},
 		},
 		{
-			name: "two leave one after the other", changes: []string{two, one, one, other, other, "web 10.96.0.10:80 10.96.0.11:80 -> 10.0.0.3:8080"},
+			name: "endpoints removed one after another", changes: []string{two, one, one, other, other, "web 10.96.0.10:80 10.96.0.11:80 -> 10.0.0.3:8080"},
 			stale: []string{"10.96.0.10:80 10.0.0.1:8080", "10.96.0.11:80 10.0.0.2:8080"}, kept: []string{"10.96.0.10:80 10.0.0.3:8080"},
 		},
-		{name: "an endpoint comes", changes: []string{one, two}, kept: []string{"10.96.0.10:80 10.0.0.1:8080"}},
+		{name: "endpoint added", changes: []string{one, two}, kept: []string{"10.96.0.10:80 10.0.0.1:8080"}},
 		{
-			name: "a Service appears", changes: []string{"", one},
+			name: "Service added", changes: []string{"", one},
 			stale: []string{"10.96.0.10:80 10.96.0.10:80"}, kept: []string{"10.96.0.10:80 10.0.0.9:8080"},
 		},
-		{name: "a Service is deleted", changes: []string{one, ""}, stale: []string{"10.96.0.10:80 10.0.0.1:8080"}},
+		{name: "Service deleted", changes: []string{one, ""}, stale: []string{"10.96.0.10:80 10.0.0.1:8080"}},
 		{
-			name: "a frontend goes", changes: []string{one, "web 10.96.0.10:80 -> 10.0.0.1:8080"},
+			name: "frontend removed", changes: []string{one, "web 10.96.0.10:80 -> 10.0.0.1:8080"},
 			stale: []string{"10.96.0.11:80 10.0.0.1:8080"}, kept: []string{"10.96.0.10:80 10.0.0.1:8080"},
 		},
 		{
-			name: "a node port is one at the node's addresses", changes: []string{node, "node 0.0.0.0:30080 -> 10.0.0.2:8080"},
+			name: "node port at the node's addresses", changes: []string{node, "node 0.0.0.0:30080 -> 10.0.0.2:8080"},
 			stale: []string{"192.0.2.1:30080 10.0.0.1:8080", "198.51.100.7:30080 10.0.0.1:8080"}, kept: []string{"192.0.2.2:30080 10.0.0.1:8080"},
 		},
 	} {
@@ -69,34 +69,34 @@ func TestConnAttempts(t *testing.T) {
 				Old: serviceWithProtocol(dataplane.TCP, tt.changes[i]), New: serviceWithProtocol(dataplane.TCP, tt.changes[i+1]),
 			})
 		}
-		p := newServiceIndex()
-		p.setNode(dataplane.Node{
+		index := newServiceIndex()
+		index.setNode(dataplane.Node{
 			NodePortAddrs:    []netip.Addr{netip.MustParseAddr("192.0.2.1")},
 			NodePortNetworks: []netip.Prefix{netip.MustParsePrefix("198.51.100.0/24")},
 		})
 		stale := func(f flow) bool {
-			nodePort, ok := p.nodePortFrontend(f.frontend())
+			nodePort, ok := index.nodePortFrontend(f.frontend())
 			return a.isStale(f, nodePort, ok)
 		}
 		for _, text := range tt.stale {
 			f := unrepliedFlow(text)
 			if !stale(f) {
-				t.Errorf("%s: %s stays", tt.name, text)
+				t.Errorf("%s: %s is kept", tt.name, text)
 			}
 			f.replied = true
 			if stale(f) {
-				t.Errorf("%s: %s goes although there was a reply", tt.name, text)
+				t.Errorf("%s: %s is stale although it has a reply", tt.name, text)
 			}
 		}
 		for _, text := range tt.kept {
 			if stale(unrepliedFlow(text)) {
-				t.Errorf("%s: %s goes", tt.name, text)
+				t.Errorf("%s: %s is stale", tt.name, text)
 			}
 		}
 	}
 }
 
-// TestConnAttemptsLimit says that what is remembered is bounded.
+// TestConnAttemptsLimit checks that the number of recorded frontends is limited.
 func TestConnAttemptsLimit(t *testing.T) {
 	t.Parallel()
 	var a connAttempts
@@ -105,12 +105,12 @@ func TestConnAttemptsLimit(t *testing.T) {
 		a.record(dataplane.Change{Old: old})
 	}
 	if len(a) != maxAttempts {
-		t.Errorf("%d frontends remembered, want %d", len(a), maxAttempts)
+		t.Errorf("%d frontends recorded, want %d", len(a), maxAttempts)
 	}
 }
 
-// TestAttemptScanSchedule says when entries of TCP are looked at: a second after the
-// first change, and all changes of the next seconds together.
+// TestAttemptScanSchedule checks that TCP entries are scanned a second after the first change,
+// and then at most every attemptScanInterval for all changes together.
 func TestAttemptScanSchedule(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -131,33 +131,32 @@ func TestAttemptScanSchedule(t *testing.T) {
 		answered.replied = true
 		set(unrepliedFlow(toA), unrepliedFlow(toB), answered)
 		change(a, b)
-		r.expectFlows(t, "a handshake may be under way", toA, toB, toA)
+		r.expectFlows(t, "handshake in flight", toA, toB, toA)
 		time.Sleep(attemptScanDelay)
-		r.expectFlows(t, "a second later", toB, toA)
+		r.expectFlows(t, "after attemptScanDelay", toB, toA)
 		change(b, c)
 		set(unrepliedFlow(toB), unrepliedFlow(toC))
 		time.Sleep(attemptScanInterval - time.Nanosecond)
-		r.expectFlows(t, "not so soon again", toB, toC)
+		r.expectFlows(t, "before attemptScanInterval", toB, toC)
 		change(c, a)
 		change(a, b)
 		time.Sleep(time.Nanosecond)
-		r.expectFlows(t, "the changes since then, and only what is not back", toB)
+		r.expectFlows(t, "all changes since, except the endpoint added again", toB)
 		r.table.mu.Lock()
 		if len(r.table.dumps) != 0 {
-			t.Errorf("dumps %v", r.table.dumps)
+			t.Errorf("unexpected dumps %v", r.table.dumps)
 		}
 		r.table.mu.Unlock()
 		looks := len(r.scans)
 		time.Sleep(time.Hour)
 		synctest.Wait()
 		if len(r.scans) != looks {
-			t.Error("it looks although nothing happens")
+			t.Error("scan without a change")
 		}
 	})
 }
 
-// TestUnrepliedFilter says that the kernel narrows a dump to entries without a
-// reply.
+// TestUnrepliedFilter checks that the kernel can select entries without a reply.
 func TestUnrepliedFilter(t *testing.T) {
 	t.Parallel()
 	k := openTable(t, newNamespace(t))
@@ -167,6 +166,6 @@ func TestUnrepliedFilter(t *testing.T) {
 	insertEntries(t, k, attempt, answered, newTestEntry("10.1.0.1:3", "10.96.0.10:80", "10.0.0.3:80"))
 	got, narrowed := dumpFlows(t, k, query{family: dataplane.IPv4, protocol: dataplane.TCP, unreplied: true})
 	if diff := cmp.Diff([]string{"10.96.0.10:80 10.0.0.1:80"}, got); diff != "" || !narrowed {
-		t.Errorf("narrowed %t, listed (-want +got)\n%s", narrowed, diff)
+		t.Errorf("narrowed %t, dumped (-want +got)\n%s", narrowed, diff)
 	}
 }

@@ -8,10 +8,9 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// BenchmarkScan measures one look among entries of others, from the change to
-// the answer of the kernel: with the kernel's filter, as Linux does from 5.8 on,
-// and without. Endpoints of one port, or of many in one commit, have left; no
-// entry is stale.
+// BenchmarkScan measures one scan of a table without stale entries, from the change to the
+// kernel's answer: with the kernel's filter (Linux 5.8) and without. In one commit, endpoints
+// of one port or of many ports are removed.
 func BenchmarkScan(b *testing.B) {
 	for _, entries := range []int{0, 1_000, 10_000, 100_000} {
 		k := openTable(b, newNamespace(b))

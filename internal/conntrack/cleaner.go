@@ -12,88 +12,86 @@ import (
 	"fairlead.io/fairlead/sync"
 )
 
-// Options adjust a [Cleaner]. The zero value is ready to use.
+// Options configure a [Cleaner]. The zero value is ready to use.
 type Options struct {
-	// NetNS is a file descriptor of the network namespace whose entries are
-	// looked at; zero is the one that the process started in.
+	// NetNS is a file descriptor of the network namespace to clean. 0 means the namespace in
+	// which the process started.
 	NetNS int
-	// Logger gets a Warn when entries can't be listed or deleted, an Info when
-	// they can be again, and a Debug for each look. Nil means no logging.
+	// Logger receives a Warn when entries cannot be dumped or deleted, an Info when this works
+	// again, and a Debug for each scan. Nil disables logging.
 	Logger *slog.Logger
-	// OnScan is called after each look at the entries of a family, from the
-	// goroutine of Run. Nil means that nobody wants to know.
+	// OnScan, if not nil, is called from the goroutine of Run after each scan of a family.
 	OnScan func(ScanResult)
 }
 
-// ScanResult is one look at the entries of a family.
+// ScanResult is the result of one scan of the entries of a family.
 type ScanResult struct {
 	Family dataplane.Family
-	// Duration is the time that listing and deleting took.
+	// Duration is the time spent dumping and deleting.
 	Duration time.Duration
-	// Deleted is the number of entries deleted.
+	// Deleted is the number of deleted entries.
 	Deleted int
-	// Err is why stale entries may be left, or nil. Those that are are looked
-	// for again.
+	// Err, if not nil, is the reason why stale entries may remain. The Cleaner retries the
+	// scan.
 	Err error
 }
 
-// The delays of looks, see [Cleaner.Run].
+// The delays of scans, see [Cleaner.Run].
 const (
 	rescanDelay = time.Second
 	retryMin    = time.Second
 	retryMax    = time.Minute
 )
 
-// scanPause is how long nothing is looked at after a look that took so long: enough to
-// leave four fifths of a processor to others while Services keep changing, but
-// not so long that clients would notice.
+// scanPause returns the minimum pause after a scan with the given duration. The pauses leave
+// four fifths of a processor to others while Services keep changing, and are too short for
+// clients to notice.
 func scanPause(took time.Duration) time.Duration { return min(4*took, time.Second/2) }
 
-// maxFailedFrontends is for how many frontends it is remembered, while entries can't
-// be listed or deleted, which endpoints have left.
+// maxFailedFrontends is the maximum number of frontends recorded for the retry of failed
+// scans. With more, the retry considers all entries.
 const maxFailedFrontends = 10_000
 
-// Cleaner deletes stale entries. Make one with [New].
+// Cleaner deletes stale entries. Create one with [New].
 type Cleaner struct {
 	opts Options
 	log  *slog.Logger
 	open func() (table, error)
-	wake chan struct{} // one slot: the mailbox has something
+	wake chan struct{} // capacity one: pending is not empty
 
 	mu      stdsync.Mutex
 	pending pendingUpdates
 
-	// The rest belongs to Run.
+	// The remaining fields belong to Run.
 	index serviceIndex
-	// rescan are those to look at once more at rescanAt; zero for never. later
-	// are those after them, so that every second look is as late as it must be.
+	// rescan holds the candidates to scan again at rescanAt; a zero time means never.
+	// nextRescan holds newer candidates, for the rescan after that.
 	rescan, nextRescan candidates
 	rescanAt           time.Time
-	// pausedUntil is when the next look may be, and due says that there is one
-	// that waits for it.
+	// pausedUntil is the earliest time of the next scan. scanPending reports that one is due.
 	pausedUntil time.Time
 	scanPending bool
-	// failed are those of a look that has failed, after attempts looks that did.
+	// failed holds the candidates of failed scans. failedScans counts consecutive failures.
 	failed      candidates
 	retryAt     time.Time
 	failedScans int
-	lastLogged  string // the error that was logged last; empty for none
-	// attemptScanAt is when to look at the attempts of TCP, zero for never, and
-	// attemptScanNotBefore is when the next such look may be. attemptScanFailed says that the
-	// last one did.
+	lastLogged  string // last error logged, or empty
+	// attemptScanAt is the time of the next TCP scan; a zero time means never.
+	// attemptScanNotBefore is its earliest time. attemptScanFailed reports that the last TCP
+	// scan failed.
 	attemptScanAt, attemptScanNotBefore time.Time
 	attemptScanFailed                   bool
 }
 
-// pendingUpdates is what was told since Run last looked.
+// pendingUpdates holds the updates received since the last scan.
 type pendingUpdates struct {
-	services   map[dataplane.Key]*dataplane.Service // nil for those that are gone
+	services   map[dataplane.Key]*dataplane.Service // nil if deleted
 	candidates candidates
-	attempts   connAttempts // stay here until they are looked at
+	attempts   connAttempts // kept until the next TCP scan
 	node       *dataplane.Node
 }
 
-// New returns a Cleaner. It starts nothing: call [Cleaner.Run].
+// New returns a Cleaner. Call [Cleaner.Run] to start it.
 func New(opts Options) *Cleaner {
 	log := opts.Logger
 	if log == nil {
@@ -108,27 +106,25 @@ func New(opts Options) *Cleaner {
 	}
 }
 
-// SetNode tells on which addresses node ports are served. It is to be called
-// before the syncer is told of the same Node: entries are looked at after the
-// Replace that this leads to. It does not block and may be called from any
-// goroutine.
+// SetNode sets the addresses of node ports. Call it before passing the same Node to the
+// syncer, whose Replace then triggers a scan. SetNode does not block and may be called
+// concurrently.
 func (c *Cleaner) SetNode(node dataplane.Node) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.pending.node = &node
 }
 
-// OnCommit tells of a call to the dataplane that has ended, as sync.Options has
-// it. It must not be called twice at a time. It does not block, and costs as much
-// as the changes: the TCP Services among them are compared, and no more.
+// OnCommit receives a completed call of the dataplane, see sync.Options. It must not be called
+// concurrently. It does not block, and its cost is proportional to the changes. For TCP it
+// only compares Services.
 func (c *Cleaner) OnCommit(commit sync.Commit) {
-	var found candidates
-	// A Replace reads the kernel because nobody knew what it holds: at the start,
-	// after an error, or when somebody else has changed it. Clients have met
-	// that, whatever it was.
-	found.all = commit.Op == sync.OpReplace && commit.Err == nil
+	var added candidates
+	// A Replace follows a start, an error or a change by another program. Before the Replace,
+	// clients may have met any state.
+	added.all = commit.Op == sync.OpReplace && commit.Err == nil
 	for _, change := range commit.Changes {
-		found.addChange(change)
+		added.addChange(change)
 	}
 	c.mu.Lock()
 	hadAttempts := len(c.pending.attempts) > 0
@@ -139,15 +135,15 @@ func (c *Cleaner) OnCommit(commit sync.Commit) {
 			}
 			c.pending.services[change.Key()] = change.New
 		}
-		// What a Replace found in the kernel may be older than change.Old.
+		// The kernel's state before a Replace may be older than change.Old.
 		if commit.Op != sync.OpReplace {
 			c.pending.attempts.record(change)
 		}
 	}
-	c.pending.candidates.merge(found)
+	c.pending.candidates.merge(added)
 	firstAttempts := !hadAttempts && len(c.pending.attempts) > 0
 	c.mu.Unlock()
-	if found.empty() && !firstAttempts {
+	if added.empty() && !firstAttempts {
 		return
 	}
 	select {
@@ -156,10 +152,9 @@ func (c *Cleaner) OnCommit(commit sync.Commit) {
 	}
 }
 
-// Run looks at the entries after each commit that may have left stale ones
-// behind, and once more a second later, until ctx ends; then it returns nil.
-// Where that fails it tries again, after a second at first and a minute at last:
-// without access to connection tracking everything else goes on.
+// Run scans the entries after each commit that may make entries stale, and once more after a
+// second, until ctx is done. It then returns nil. It retries failed scans, first after a
+// second, later once a minute, and does not affect other parts of the process.
 func (c *Cleaner) Run(ctx context.Context) error {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
@@ -179,8 +174,7 @@ func (c *Cleaner) Run(ctx context.Context) error {
 	}
 }
 
-// nextWakeup returns when there is something to do if nothing new is told; zero for
-// never.
+// nextWakeup returns the time of the next scan if no update arrives; a zero time means never.
 func (c *Cleaner) nextWakeup() time.Time {
 	if c.scanPending {
 		return c.pausedUntil
@@ -188,7 +182,7 @@ func (c *Cleaner) nextWakeup() time.Time {
 	return earlier(earlier(c.rescanAt, c.retryAt), c.attemptScanAt)
 }
 
-// earlier returns the earlier of two times, of which a zero one means none.
+// earlier returns the earlier of two times. A zero time means never.
 func earlier(a, b time.Time) time.Time {
 	if a.IsZero() || (!b.IsZero() && b.Before(a)) {
 		return b
@@ -196,59 +190,59 @@ func earlier(a, b time.Time) time.Time {
 	return a
 }
 
-// step looks at what is new and at what is due.
+// step scans new candidates and candidates that are due.
 func (c *Cleaner) step(ctx context.Context, now time.Time) {
 	if c.scanPending = now.Before(c.pausedUntil); c.scanPending {
 		return
 	}
 	due := func(at time.Time) bool { return !at.IsZero() && !at.After(now) }
-	fresh := c.takePending()
+	added := c.takePending()
 	c.scanAttempts(ctx, now)
-	var all candidates
-	all.merge(fresh)
+	var scanned candidates
+	scanned.merge(added)
 	if due(c.rescanAt) {
-		all.merge(c.rescan)
+		scanned.merge(c.rescan)
 		c.rescan, c.nextRescan, c.rescanAt = c.nextRescan, candidates{}, time.Time{}
 		if !c.rescan.empty() {
 			c.rescanAt = now.Add(rescanDelay)
 		}
 	}
 	if due(c.retryAt) {
-		all.merge(c.failed)
+		scanned.merge(c.failed)
 		c.failed, c.retryAt = candidates{}, time.Time{}
 	}
-	if all.empty() {
+	if scanned.empty() {
 		return
 	}
-	err := c.scan(ctx, c.index.queries(&all), func(f flow) bool { return c.index.isStale(f, &all) })
+	err := c.scan(ctx, c.index.queries(&scanned), func(f flow) bool { return c.index.isStale(f, &scanned) })
 	if ctx.Err() != nil {
 		return
 	}
 	end := time.Now()
 	c.pausedUntil = end.Add(scanPause(end.Sub(now)))
 	switch {
-	case fresh.empty():
+	case added.empty():
 	case c.rescanAt.IsZero():
-		c.rescan.merge(fresh)
+		c.rescan.merge(added)
 		c.rescanAt = end.Add(rescanDelay)
 	default:
-		c.nextRescan.merge(fresh)
+		c.nextRescan.merge(added)
 	}
-	c.recordResult(ctx, err, all, now)
+	c.recordResult(ctx, err, scanned, now)
 }
 
-// recordResult notes what became of a look.
-func (c *Cleaner) recordResult(ctx context.Context, err error, looked candidates, now time.Time) {
+// recordResult logs the result of a scan and schedules a retry.
+func (c *Cleaner) recordResult(ctx context.Context, err error, scanned candidates, now time.Time) {
 	if err == nil {
 		if c.failed.empty() && c.lastLogged != "" {
-			c.log.InfoContext(ctx, "stale connection-tracking entries are removed again", "attempts", c.failedScans)
+			c.log.InfoContext(ctx, "removing stale connection-tracking entries works again", "attempts", c.failedScans)
 		}
 		if c.failed.empty() {
 			c.failedScans, c.lastLogged = 0, ""
 		}
 		return
 	}
-	c.failed.merge(looked)
+	c.failed.merge(scanned)
 	if len(c.failed.frontends) > maxFailedFrontends {
 		c.failed = candidates{all: true}
 	}
@@ -260,12 +254,12 @@ func (c *Cleaner) recordResult(ctx context.Context, err error, looked candidates
 	c.retryAt = earlier(c.retryAt, now.Add(delay))
 	if text := err.Error(); text != c.lastLogged {
 		c.lastLogged = text
-		c.log.WarnContext(ctx, "stale connection-tracking entries are not removed: clients of UDP and SCTP may stay with endpoints that have left",
+		c.log.WarnContext(ctx, "cannot remove stale connection-tracking entries: UDP and SCTP clients may stay with removed endpoints",
 			"retry_in", delay, "error", err)
 	}
 }
 
-// takePending empties the mailbox.
+// takePending applies the pending updates and returns the new candidates.
 func (c *Cleaner) takePending() candidates {
 	c.mu.Lock()
 	box := c.pending
@@ -278,8 +272,8 @@ func (c *Cleaner) takePending() candidates {
 	return box.candidates
 }
 
-// scanAttempts deletes the entries of connection attempts of TCP that lead
-// nowhere, if it is time, and otherwise sees to it that it will be.
+// scanAttempts deletes stale TCP connection attempts if a scan is due, and otherwise schedules
+// a scan if there are any.
 func (c *Cleaner) scanAttempts(ctx context.Context, now time.Time) {
 	c.mu.Lock()
 	attempts := c.pending.attempts
@@ -311,13 +305,13 @@ func (c *Cleaner) scanAttempts(ctx context.Context, now time.Time) {
 	c.pausedUntil = end.Add(scanPause(end.Sub(now)))
 	if failed := err != nil && ctx.Err() == nil; failed != c.attemptScanFailed {
 		if c.attemptScanFailed = failed; failed {
-			c.log.WarnContext(ctx, "connection attempts to endpoints that have left are not redirected: they go on until their clients give up",
+			c.log.WarnContext(ctx, "cannot redirect connection attempts from removed endpoints: they continue until the clients time out",
 				"error", err)
 		}
 	}
 }
 
-// updateIndex takes only the Services from the mailbox.
+// updateIndex applies only the pending Services.
 func (c *Cleaner) updateIndex() {
 	c.mu.Lock()
 	services := c.pending.services
@@ -326,7 +320,7 @@ func (c *Cleaner) updateIndex() {
 	c.index.update(services)
 }
 
-// scan deletes the entries among the answers to queries that are stale.
+// scan deletes the stale entries among the answers to queries.
 func (c *Cleaner) scan(ctx context.Context, queries map[dataplane.Family][]query, stale func(flow) bool) error {
 	if len(queries) == 0 {
 		return nil
@@ -339,39 +333,39 @@ func (c *Cleaner) scan(ctx context.Context, queries map[dataplane.Family][]query
 	for _, family := range sortedFamilies(queries) {
 		start := time.Now()
 		deleted, err := c.scanFamily(ctx, t, queries[family], stale)
-		look := ScanResult{Family: family, Duration: time.Since(start), Deleted: deleted, Err: err}
+		result := ScanResult{Family: family, Duration: time.Since(start), Deleted: deleted, Err: err}
 		if ctx.Err() != nil {
 			break
 		}
-		c.log.DebugContext(ctx, "looked for stale connection-tracking entries", "family", family.String(), "dumps", len(queries[family]),
-			"deleted", deleted, "took", look.Duration)
+		c.log.DebugContext(ctx, "scanned for stale connection-tracking entries", "family", family.String(), "dumps", len(queries[family]),
+			"deleted", deleted, "took", result.Duration)
 		if c.opts.OnScan != nil {
-			c.opts.OnScan(look)
+			c.opts.OnScan(result)
 		}
 		errs = append(errs, err)
 	}
 	return errors.Join(append(errs, t.close())...)
 }
 
-// scanFamily looks at one family.
+// scanFamily scans the entries of one family.
 func (c *Cleaner) scanFamily(ctx context.Context, t table, queries []query, stale func(flow) bool) (deleted int, err error) {
-	var found []entry
+	var staleEntries []entry
 	var errs []error
 	for _, q := range queries {
 		entries, narrowed, err := t.dump(ctx, q, stale)
-		found = append(found, entries...)
+		staleEntries = append(staleEntries, entries...)
 		errs = append(errs, err)
 		if err != nil || !narrowed {
-			break // What is not narrowed is everything.
+			break // an unfiltered dump contains all entries
 		}
 	}
-	// What was told meanwhile: an endpoint may be back. One that is being
-	// programmed just now, and has its first flow already, may still be taken
-	// for none after a Replace; its client is then sent somewhere again.
+	// A removed endpoint may have been added again meanwhile. After a Replace, scan may delete
+	// the entry of an endpoint that is being added now and already has a flow. Its client is
+	// then translated again.
 	c.updateIndex()
-	found = slices.DeleteFunc(found, func(e entry) bool { return !stale(e.flow) })
-	if len(found) > 0 {
-		deleted, err = t.delete(ctx, found)
+	staleEntries = slices.DeleteFunc(staleEntries, func(e entry) bool { return !stale(e.flow) })
+	if len(staleEntries) > 0 {
+		deleted, err = t.delete(ctx, staleEntries)
 		errs = append(errs, err)
 	}
 	return deleted, errors.Join(errs...)

@@ -28,10 +28,10 @@ type fakeTable struct {
 	flows          []flow
 	dumps          []query
 	opens          int
-	ignoresFilters bool           // a kernel that ignores filters
-	err            error          // of every call
-	busyEndpoint   netip.AddrPort // an endpoint whose entries can't be deleted
-	afterDump      func()         // called while a list is under way
+	ignoresFilters bool           // like kernels before 5.8
+	err            error          // returned by dump
+	busyEndpoint   netip.AddrPort // an endpoint whose entries cannot be deleted
+	afterDump      func()         // called at the end of a dump
 }
 
 func (t *fakeTable) open() (table, error) {
@@ -91,14 +91,14 @@ func (t *fakeTable) setFlows(texts ...string) {
 	}
 }
 
-// onNextDump has fn called once, at the end of the next list.
+// onNextDump makes the next dump call fn once, before it returns.
 func (t *fakeTable) onNextDump(fn func()) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.afterDump = stdsync.OnceFunc(fn)
 }
 
-// remaining returns the flows that are still there, and forgets the lists.
+// remaining returns the remaining flows and resets dumps.
 func (t *fakeTable) remaining() (texts []string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -109,7 +109,7 @@ func (t *fakeTable) remaining() (texts []string) {
 	return texts
 }
 
-// testCleaner is a Cleaner with a table in memory, in a bubble of synctest.
+// testCleaner is a running Cleaner with a table in memory, in a synctest bubble.
 type testCleaner struct {
 	*Cleaner
 	table *fakeTable
@@ -162,45 +162,45 @@ func TestCleaner(t *testing.T) {
 		r := startCleaner(t)
 		const (
 			toA, toB, toC = "10.96.0.10:53 10.0.0.1:53", "10.96.0.10:53 10.0.0.2:53", "10.96.0.10:53 10.0.0.3:53"
-			foreign       = "8.8.8.8:53 8.8.8.8:53"
+			unrelated     = "8.8.8.8:53 8.8.8.8:53"
 			nodeA, nodeC  = "192.0.2.1:30053 10.0.0.1:53", "192.0.2.1:30053 10.0.0.3:53"
 		)
 		const dns, node = "dns 10.96.0.10:53 -> 10.0.0.1:53 10.0.0.2:53", "node 0.0.0.0:30053 -> 10.0.0.1:53 10.0.0.2:53"
-		r.table.setFlows(toA, toC, foreign, nodeA, nodeC)
-		r.expectFlows(t, "before anything", toA, toC, foreign, nodeA, nodeC)
-		r.OnCommit(sync.Commit{Op: sync.OpReplace, Err: errors.New("a call that failed")})
-		r.expectFlows(t, "a call that failed", toA, toC, foreign, nodeA, nodeC)
+		r.table.setFlows(toA, toC, unrelated, nodeA, nodeC)
+		r.expectFlows(t, "before any commit", toA, toC, unrelated, nodeA, nodeC)
+		r.OnCommit(sync.Commit{Op: sync.OpReplace, Err: errors.New("failed call")})
+		r.expectFlows(t, "after a failed call", toA, toC, unrelated, nodeA, nodeC)
 		r.SetNode(dataplane.Node{NodePortAddrs: []netip.Addr{netip.MustParseAddr("192.0.2.1")}})
 		r.OnCommit(replaceCommit("", dns, "", node))
-		r.expectFlows(t, "the start", toA, foreign, nodeA)
+		r.expectFlows(t, "after the start", toA, unrelated, nodeA)
 		if len(r.scans) != 1 || r.scans[0].Family != dataplane.IPv4 || r.scans[0].Deleted != 2 || r.scans[0].Err != nil {
-			t.Errorf("looks %+v, want one at IPv4 that deleted 2", r.scans)
+			t.Errorf("scans %+v, want one of IPv4 that deleted 2", r.scans)
 		}
 
 		r.table.setFlows(toA, toB, toC)
 		r.OnCommit(applyCommit(dns, "dns 10.96.0.10:53 -> 10.0.0.1:53"))
-		r.expectFlows(t, "an endpoint leaves, and the second look after the start is due later", toA, toC)
+		r.expectFlows(t, "endpoint removed, while the rescan after the start is due later", toA, toC)
 		time.Sleep(rescanDelay)
-		r.expectFlows(t, "the second look after the start", toA)
-		// In a queue to user space until now.
+		r.expectFlows(t, "rescan after the start", toA)
+		// A datagram was in a queue to user space until now.
 		r.table.setFlows(toA, toB)
 		time.Sleep(rescanDelay - time.Nanosecond)
-		r.expectFlows(t, "a moment before the second look", toA, toB)
+		r.expectFlows(t, "just before the rescan", toA, toB)
 		time.Sleep(time.Nanosecond)
-		r.expectFlows(t, "the second look after the endpoint left", toA)
+		r.expectFlows(t, "rescan after the endpoint was removed", toA)
 
 		r.table.setFlows(toA)
-		lists := len(r.scans)
+		scans := len(r.scans)
 		time.Sleep(time.Hour)
 		synctest.Wait()
-		if len(r.scans) != lists {
-			t.Error("it looks although nothing happens")
+		if len(r.scans) != scans {
+			t.Error("scan without a change")
 		}
 		r.OnCommit(applyCommit("dns 10.96.0.10:53 -> 10.0.0.1:53", "dns 10.96.0.10:53 -> 10.0.0.1:53 10.0.0.4:53"))
 		time.Sleep(time.Hour)
 		synctest.Wait()
-		if len(r.scans) != lists {
-			t.Error("it looks although nothing can be stale")
+		if len(r.scans) != scans {
+			t.Error("scan although no entry can be stale")
 		}
 		if r.log.Len() > 0 {
 			t.Errorf("logged:\n%s", r.log)
@@ -208,8 +208,8 @@ func TestCleaner(t *testing.T) {
 	})
 }
 
-// TestChangesDuringScan says that what is told while a look is under way is
-// looked at together, and against the last of it.
+// TestChangesDuringScan checks that changes during a scan share the next scan, which uses the
+// latest state.
 func TestChangesDuringScan(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -232,13 +232,13 @@ func TestChangesDuringScan(t *testing.T) {
 		for i := 1; i < 10; i++ {
 			r.OnCommit(applyCommit(after[2*i : 2*i+2]...))
 		}
-		// It is back, as is the flow to it.
+		// The endpoint and the flow to it are back.
 		r.OnCommit(applyCommit(after[2*9+1], before[2*9+1]))
-		// One Service goes altogether, after its endpoint.
+		// A Service is deleted after its endpoint.
 		r.OnCommit(applyCommit(after[2*2+1], ""))
 		r.table.mu.Lock()
 		if len(r.table.dumps) != 1 {
-			t.Errorf("%d dumps before the first is over, want 1", len(r.table.dumps))
+			t.Errorf("%d dumps during the first scan, want 1", len(r.table.dumps))
 		}
 		r.table.mu.Unlock()
 		close(release)
@@ -248,12 +248,12 @@ func TestChangesDuringScan(t *testing.T) {
 			t.Errorf("%d dumps %v, want 2", len(r.table.dumps), r.table.dumps)
 		}
 		r.table.mu.Unlock()
-		r.expectFlows(t, "after both", "10.96.0.9:53 10.0.0.2:53")
+		r.expectFlows(t, "after both scans", "10.96.0.9:53 10.0.0.2:53")
 	})
 }
 
-// TestScanRate says that Services that keep changing do not occupy a
-// processor, and that one that changes alone does not wait.
+// TestScanRate checks that constant changes do not occupy a processor, and that a single
+// change is not delayed.
 func TestScanRate(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -271,19 +271,19 @@ func TestScanRate(t *testing.T) {
 		}
 		r.table.mu.Lock()
 		if n := len(r.table.dumps); n != 16 {
-			t.Errorf("%d looks of 10 ms in 790 ms, want 16", n)
+			t.Errorf("%d scans of 10 ms in 790 ms, want 16", n)
 		}
 		r.table.mu.Unlock()
 
 		time.Sleep(time.Hour)
 		r.table.setFlows("10.96.0.10:53 10.0.0.2:53")
 		r.OnCommit(applyCommit(both, one))
-		r.expectFlows(t, "at once")
+		r.expectFlows(t, "immediately")
 	})
 }
 
-// TestEndpointReturnsDuringScan says that a flow is judged by what was told last, even
-// while the kernel lists.
+// TestEndpointReturnsDuringScan checks that a scan uses the latest state, even if it changes
+// during the dump.
 func TestEndpointReturnsDuringScan(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -294,11 +294,12 @@ func TestEndpointReturnsDuringScan(t *testing.T) {
 		r.table.setFlows("10.96.0.10:53 10.0.0.2:53")
 		r.table.onNextDump(func() { r.OnCommit(applyCommit(one, both)) })
 		r.OnCommit(applyCommit(both, one))
-		r.expectFlows(t, "back again", "10.96.0.10:53 10.0.0.2:53")
+		r.expectFlows(t, "endpoint added again", "10.96.0.10:53 10.0.0.2:53")
 	})
 }
 
-// TestKernelIgnoresFilters says that one dump serves for all where filters are ignored.
+// TestKernelIgnoresFilters checks that one dump per family suffices if the kernel ignores
+// filters.
 func TestKernelIgnoresFilters(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -311,15 +312,15 @@ func TestKernelIgnoresFilters(t *testing.T) {
 		synctest.Wait()
 		r.table.mu.Lock()
 		if n := len(r.table.dumps); n != 2 {
-			t.Errorf("%d dumps, want one a family", n)
+			t.Errorf("%d dumps, want one per family", n)
 		}
 		r.table.mu.Unlock()
 		r.expectFlows(t, "all", "10.96.0.12:55 10.0.0.9:53")
 	})
 }
 
-// TestScanFailures says that a kernel that refuses is reported once, nothing is
-// forgotten meanwhile, and all is made good when it no longer refuses.
+// TestScanFailures checks that an error is logged once, that no candidates are lost, and that
+// they are scanned when the kernel allows it again.
 func TestScanFailures(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -337,11 +338,11 @@ func TestScanFailures(t *testing.T) {
 			t.Errorf("logged:\n%swant one warning that names the capability", r.log)
 		}
 		if n := r.table.opens; n < 10 || n > 30 {
-			t.Errorf("%d attempts in 10 minutes, want one a minute in the end", n)
+			t.Errorf("%d attempts in 10 minutes, want about one per minute", n)
 		}
-		for _, look := range r.scans {
-			if look.Err == nil {
-				t.Errorf("look %+v: want an error", look)
+		for _, result := range r.scans {
+			if result.Err == nil {
+				t.Errorf("scan %+v: want an error", result)
 			}
 		}
 		r.log.Reset()
@@ -349,14 +350,15 @@ func TestScanFailures(t *testing.T) {
 		r.table.err = nil
 		r.table.mu.Unlock()
 		time.Sleep(time.Minute + rescanDelay)
-		r.expectFlows(t, "allowed again", "10.96.0.11:53 10.96.0.11:53")
-		if n := strings.Count(r.log.String(), "\n"); n != 1 || !strings.Contains(r.log.String(), "removed again") {
+		r.expectFlows(t, "after the error", "10.96.0.11:53 10.96.0.11:53")
+		if n := strings.Count(r.log.String(), "\n"); n != 1 || !strings.Contains(r.log.String(), "works again") {
 			t.Errorf("logged:\n%swant one line", r.log)
 		}
 	})
 }
 
-// TestBusyEntries says that an entry that can't be deleted yet holds nothing up.
+// TestBusyEntries checks that an entry that cannot be deleted does not delay the deletion of
+// others.
 func TestBusyEntries(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -366,19 +368,19 @@ func TestBusyEntries(t *testing.T) {
 		r.table.setFlows("10.96.0.10:53 10.0.0.1:53", "10.96.0.10:53 10.0.0.2:53", "10.96.0.11:53 10.0.0.1:53")
 		r.table.busyEndpoint = netip.MustParseAddrPort("10.0.0.2:53")
 		r.OnCommit(applyCommit(dns, "dns 10.96.0.10:53 ->"))
-		r.expectFlows(t, "one is busy", "10.96.0.10:53 10.0.0.2:53", "10.96.0.11:53 10.0.0.1:53")
+		r.expectFlows(t, "one entry is busy", "10.96.0.10:53 10.0.0.2:53", "10.96.0.11:53 10.0.0.1:53")
 		r.OnCommit(applyCommit(other, ""))
-		r.expectFlows(t, "the other Service is not held up", "10.96.0.10:53 10.0.0.2:53")
+		r.expectFlows(t, "another Service, while one entry is busy", "10.96.0.10:53 10.0.0.2:53")
 		r.table.mu.Lock()
 		r.table.busyEndpoint = netip.AddrPort{}
 		r.table.mu.Unlock()
 		time.Sleep(retryMax)
-		r.expectFlows(t, "busy no longer")
+		r.expectFlows(t, "no entry is busy")
 	})
 }
 
-// TestServingChangeIsCommitted says that a change of what only serves on is
-// committed, without a write, and told.
+// TestServingChangeIsCommitted checks that a change of Service.Serving is committed without a
+// write of the dataplane.
 func TestServingChangeIsCommitted(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -388,25 +390,25 @@ func TestServingChangeIsCommitted(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error)
 		go func() { done <- s.Run(ctx) }()
-		give := func(svc *dataplane.Service) {
+		update := func(svc *dataplane.Service) {
 			s.Update(map[dataplane.Key]*dataplane.Service{svc.Key: svc})
 			synctest.Wait()
 		}
 		s.FinishInitialList()
-		give(service("dns 10.96.0.10:53 -> 10.0.0.1:53 (10.0.0.2:53)"))
+		update(service("dns 10.96.0.10:53 -> 10.0.0.1:53 (10.0.0.2:53)"))
 		writes := dp.Counts().Writes
-		give(service("dns 10.96.0.10:53 -> 10.0.0.1:53"))
-		give(service("dns 10.96.0.10:53 -> 10.0.0.1:53"))
+		update(service("dns 10.96.0.10:53 -> 10.0.0.1:53"))
+		update(service("dns 10.96.0.10:53 -> 10.0.0.1:53"))
 		cancel()
 		if err := <-done; err != nil {
 			t.Error(err)
 		}
 		last := commits[len(commits)-1]
 		if len(last.Changes) != 1 || len(last.Changes[0].Old.Serving) != 1 || len(last.Changes[0].New.Serving) != 0 || last.Op != sync.OpApply {
-			t.Errorf("the last commit is %+v", last)
+			t.Errorf("last commit %+v", last)
 		}
 		if n := dp.Counts(); n.Writes != writes || n.Applies > 2 {
-			t.Errorf("%+v, want no more than %d writes, and none for what has not changed", n, writes)
+			t.Errorf("%+v, want %d writes and no Apply without changes", n, writes)
 		}
 	})
 }

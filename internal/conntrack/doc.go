@@ -1,56 +1,56 @@
-// Package conntrack deletes connection-tracking entries that would keep clients
-// from where a Service is now served, so that the next packet is translated anew.
+// Package conntrack deletes stale connection-tracking entries. A stale entry sends a client
+// somewhere else than where its Service is served now. Without it, the client's next packet is
+// translated anew.
 //
-// A flow of UDP has no end: what the first datagram's translation was stays
-// until nothing was sent for a while (net.netfilter.nf_conntrack_udp_timeout). A
-// client that goes on sending from one port is stuck with an endpoint that has
-// left, or with a frontend that was none when the flow began. So is a client of
-// SCTP that sends its INIT again from the same port, as those of
-// telecommunications do, and a client of TCP that sends its SYN again because an
-// endpoint that has left did not answer.
+// A UDP flow has no end: the kernel keeps the translation of the first datagram until no
+// datagram is sent for a while (net.netfilter.nf_conntrack_udp_timeout). A client that keeps
+// sending from one port therefore stays with a removed endpoint, or stays untranslated if the
+// frontend did not exist when the flow began. The same happens to an SCTP client that repeats
+// its INIT from the same port, as telecommunication clients do, and to a TCP client that
+// repeats its SYN because a removed endpoint did not answer.
 //
-// A [Cleaner] is told of every commit ([Cleaner.OnCommit]) and of the node
-// ([Cleaner.SetNode]), and looks at the entries after the commit has changed the
-// kernel's maps: before, the next datagram would make the same entry again.
+// A [Cleaner] receives every commit ([Cleaner.OnCommit]) and the node ([Cleaner.SetNode]). It
+// scans the entries after a commit has changed the kernel's maps; before that, the next
+// datagram would create the same entry again.
 //
-// # Which entries go
+// # Stale entries
 //
-// All of them are in the default zone, and were addressed to a frontend; a node
-// port counts on the addresses that [dataplane.Node] has for node ports.
-// The endpoint is where replies come from. No entry goes whose endpoint serves
-// the frontend now: one that takes new flows, and one of Service.Serving, which
-// only keeps those that it has. Of the others go
+// The Cleaner considers only entries in the default zone whose original destination is a
+// frontend. For node ports, these are the addresses that [dataplane.Node] lists for node
+// ports. The endpoint of an entry is the source of the replies. An entry is never stale while
+// its endpoint serves the frontend: the endpoint accepts new flows, or is in Service.Serving,
+// which keeps existing flows only.
 //
-//   - those to an endpoint that has left the Service, or whose Service or
-//     frontend is gone;
-//   - those that were not translated, as the frontend was none when they began,
-//     or had no endpoint;
-//   - after a Replace, which may have found anything, all of a frontend, and those
-//     to a node port by an address that has left [dataplane.Node] since the start.
+// Otherwise an entry for UDP or SCTP is stale in these cases:
 //
-// That is so for UDP and SCTP. Of SCTP, an entry without a reply also goes if its
-// endpoint is in Service.Serving: it may never answer.
+//   - Its endpoint was removed from the Service, or the Service or frontend was deleted.
+//   - It is not translated, because the frontend did not exist or had no endpoint when the
+//     flow began.
+//   - A Replace has happened, before which the kernel may have held any state. Then all
+//     entries of all frontends are considered, and entries to node ports at addresses removed
+//     from [dataplane.Node] since the start.
 //
-// Of TCP only entries without a reply go ([attempts]), a second after the change or
-// later: a connection that was answered ends by itself, with a reset or a timeout.
-// After a Replace the entries of TCP stay; a SYN is sent again for two minutes at
-// most.
+// An SCTP entry without a reply is also stale if its endpoint is in Service.Serving, because
+// that endpoint may never answer.
 //
-// # What it costs
+// A TCP entry is stale only if it has no reply ([connAttempts]). The Cleaner deletes it a
+// second after the change or later. An established connection ends without help, with a reset
+// or a timeout. A Replace does not make TCP entries stale, because clients repeat a SYN for at
+// most two minutes.
 //
-// Changes that cannot leave a stale entry behind, such as one more endpoint,
-// cost nothing but a comparison. All others of a commit share a few dumps of the
-// table, each narrowed by the kernel (Linux 5.8) to the frontends in question,
-// or to a protocol where they are many. Older kernels ignore the narrowing: that is seen
-// in what they answer, and one dump serves for all. In the kernel a dump walks
-// the whole table, which is why none is made in the goroutine that commits, and
-// why looks that follow on each other leave most of the time to others.
+// # Cost
 //
-// Endpoints of TCP come and go all the time, so their entries are looked at every
-// five seconds at most, and the kernel is asked for those without a reply only
-// (Linux 5.15), which are few.
+// A change that cannot make entries stale, such as an added endpoint, costs only a comparison.
+// The other changes of a commit share a few dumps of the table. The kernel filters each dump
+// (Linux 5.8) by the affected frontends, or by protocol if there are many. Older kernels
+// ignore the filter; the Cleaner detects this from the entries and uses one dump for
+// everything. The kernel walks the whole table for each dump. Therefore no dump runs in the
+// committing goroutine, and consecutive scans pause for most of the time.
 //
-// The frontends of UDP and SCTP are looked at once more one or two seconds later: a datagram that had
-// passed the old maps and waited, in a queue to user space (NFQUEUE) or on a
-// processor that was taken away, makes its entry only then.
+// TCP endpoints change all the time, so TCP entries are scanned at most every five seconds.
+// The kernel returns only entries without a reply (Linux 5.15), of which there are few.
+//
+// UDP and SCTP frontends are scanned again one to two seconds after the first scan. A datagram
+// may have passed the old maps and then waited, in a queue to user space (NFQUEUE) or on a
+// preempted processor. It creates its entry only after the first scan.
 package conntrack

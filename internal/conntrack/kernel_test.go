@@ -17,7 +17,7 @@ import (
 	"fairlead.io/fairlead/internal/nlconn"
 )
 
-// dumpAll lists all entries, of whatever protocol and zone, sorted.
+// dumpAll returns all entries of any protocol and zone, sorted.
 func dumpAll(t *testing.T, k *netlinkTable) (texts []string) {
 	t.Helper()
 	for _, family := range []dataplane.Family{dataplane.IPv4, dataplane.IPv6} {
@@ -53,8 +53,8 @@ func (m testEntry) text() string {
 	return fmt.Sprintf("%d %d %s %s", protocol, m.zone, m.destination, m.endpoint)
 }
 
-// TestCleanerWithKernel says what is left in the kernel's table after a start,
-// and after a change.
+// TestCleanerWithKernel checks which entries remain in the kernel after the start and after a
+// change.
 func TestCleanerWithKernel(t *testing.T) {
 	t.Parallel()
 	ns := newNamespace(t)
@@ -63,7 +63,7 @@ func TestCleanerWithKernel(t *testing.T) {
 	c := New(Options{NetNS: ns.Fd(), OnScan: func(l ScanResult) { deleted <- l }})
 	c.SetNode(dataplane.Node{NodePortAddrs: []netip.Addr{netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8::1")}})
 
-	of := func(protocol byte, zone uint16, m testEntry) testEntry {
+	withZone := func(protocol byte, zone uint16, m testEntry) testEntry {
 		m.protocol, m.zone = protocol, zone
 		return m
 	}
@@ -71,15 +71,15 @@ func TestCleanerWithKernel(t *testing.T) {
 		newTestEntry("10.1.0.1:1", "10.96.0.10:53", "10.0.0.1:53"),
 		newTestEntry("10.1.0.1:2", "192.0.2.1:30053", "10.0.0.1:53"),
 		newTestEntry("[fd01::9]:3", "[fd00:96::10]:53", "[fd01::1]:53"),
-		// Others' flows.
+		// Flows of other programs.
 		newTestEntry("10.1.0.1:4", "8.8.8.8:53", ""),
 		newTestEntry("10.1.0.1:5", "10.96.0.11:53", "10.0.0.9:53"),
 		newTestEntry("10.1.0.1:6", "192.0.2.2:30053", "10.0.0.9:53"),
 		newTestEntry("[fd01::9]:7", "[fd00:96::11]:53", "[fd01::9]:53"),
-		// Not UDP, and not in the zone that Services are translated in.
-		of(unix.IPPROTO_TCP, 0, newTestEntry("10.1.0.1:8", "10.96.0.10:53", "10.0.0.9:53")),
-		of(unix.IPPROTO_SCTP, 0, newTestEntry("10.1.0.1:9", "10.96.0.10:53", "10.0.0.9:53")),
-		of(0, 7, newTestEntry("10.1.0.1:10", "10.96.0.10:53", "10.0.0.9:53")),
+		// Other protocols, and another zone.
+		withZone(unix.IPPROTO_TCP, 0, newTestEntry("10.1.0.1:8", "10.96.0.10:53", "10.0.0.9:53")),
+		withZone(unix.IPPROTO_SCTP, 0, newTestEntry("10.1.0.1:9", "10.96.0.10:53", "10.0.0.9:53")),
+		withZone(0, 7, newTestEntry("10.1.0.1:10", "10.96.0.10:53", "10.0.0.9:53")),
 	}
 	leaving := []testEntry{
 		newTestEntry("10.1.0.1:11", "10.96.0.10:53", "10.0.0.2:53"),
@@ -108,13 +108,13 @@ func TestCleanerWithKernel(t *testing.T) {
 		t.Helper()
 		for n > 0 {
 			select {
-			case look := <-deleted:
-				if look.Err != nil {
-					t.Fatal(look.Err)
+			case result := <-deleted:
+				if result.Err != nil {
+					t.Fatal(result.Err)
 				}
-				n -= look.Deleted
+				n -= result.Deleted
 			case <-time.After(10 * time.Second):
-				t.Fatalf("%d entries fewer deleted than wanted", n)
+				t.Fatalf("%d deletions missing", n)
 			}
 		}
 	}
@@ -137,14 +137,14 @@ func TestCleanerWithKernel(t *testing.T) {
 	want("after the start", kept, leaving)
 	c.OnCommit(applyCommit(dns+two, dns, node+two, node, dns6+two6, dns6, node6+two6, node6))
 	wait(len(leaving))
-	want("after an endpoint has left", kept)
+	want("after removing an endpoint", kept)
 	cancel()
 	if err := <-done; err != nil {
 		t.Error(err)
 	}
 }
 
-// TestExplain says that errors tell what the kernel or the process lacks.
+// TestExplain checks that errors name the missing kernel feature or privilege.
 func TestExplain(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
@@ -152,7 +152,7 @@ func TestExplain(t *testing.T) {
 		want  error
 	}{{unix.EINVAL, ErrUnavailable}, {unix.EPROTONOSUPPORT, ErrUnavailable}, {unix.EPERM, unix.EPERM}, {unix.ENOBUFS, unix.ENOBUFS}} {
 		if err := explain(&netlink.OpError{Op: "receive", Err: tt.errno}); !errors.Is(err, tt.want) || !errors.Is(err, tt.errno) {
-			t.Errorf("%v: error %v, want %v in it", tt.errno, err, tt.want)
+			t.Errorf("%v: error %v, want it to wrap %v", tt.errno, err, tt.want)
 		}
 	}
 }

@@ -9,17 +9,16 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// maxQueries is how many narrow dumps are made at most instead of one of a whole
-// protocol of a family. Each walks the whole table: with 262,144 buckets that takes 9 ms,
-// and 0.25 µs an entry, while handing an entry over takes 2.5 µs. So three are
-// cheaper from some 10,000 entries on.
+// maxQueries is the maximum number of filtered dumps per family; with more, the Cleaner dumps
+// a whole protocol. Each dump walks the whole table, which takes 9 ms for 262,144 buckets and
+// 0.25 µs per entry. Returning an entry takes 2.5 µs. Three filtered dumps are therefore
+// cheaper from about 10,000 entries on.
 const maxQueries = 3
 
-// query says what a dump is narrowed to: a protocol of a family, the destination's
-// address and port where they are not the zero ones, and with unreplied the
-// entries without a reply (Linux 5.15). There is no address of IPv6:
-// the kernel compares it the wrong way round, and leaves out the entries that are
-// asked for (ctnetlink_filter_match_tuple, seen with Linux 6.18).
+// query selects the entries of a dump: by family and protocol, by destination address and port
+// if these are not zero, and with unreplied by the absence of a reply (Linux 5.15). It never
+// selects by an IPv6 address: the kernel inverts this comparison and omits the matching
+// entries (ctnetlink_filter_match_tuple, observed with Linux 6.18).
 type query struct {
 	family    dataplane.Family
 	protocol  dataplane.Protocol
@@ -32,16 +31,16 @@ func (q query) compare(o query) int {
 	return cmp.Or(cmp.Compare(q.family, o.family), cmp.Compare(q.protocol, o.protocol), q.addr.Compare(o.addr), cmp.Compare(q.port, o.port))
 }
 
-// matches reports whether the answer to q has the flow.
+// matches reports whether the query selects the flow. The caller checks the family.
 func (q query) matches(f flow) bool {
 	return f.protocol == q.protocol && (!q.addr.IsValid() || q.addr == f.destination.Addr()) &&
 		(q.port == 0 || q.port == f.destination.Port()) && (!q.unreplied || !f.replied)
 }
 
-// queries returns the dumps that show all suspect entries, by family. Families
-// without suspects are not in it.
-func (p *serviceIndex) queries(s *candidates) map[dataplane.Family][]query {
-	narrow := map[query]netip.Addr{} // by family and port; the zero Addr for several
+// queries returns the dumps that contain all candidate entries, by family. It omits families
+// without candidates.
+func (x *serviceIndex) queries(s *candidates) map[dataplane.Family][]query {
+	narrow := map[query]netip.Addr{} // keyed by family, protocol and port; the zero Addr means several addresses
 	add := func(f dataplane.Frontend) {
 		addr := f.Addr.Addr()
 		q := query{family: dataplane.FamilyOf(addr), protocol: f.Protocol, port: f.Addr.Port()}
@@ -54,7 +53,7 @@ func (p *serviceIndex) queries(s *candidates) map[dataplane.Family][]query {
 		add(f)
 	}
 	if s.all {
-		for f := range p.owners {
+		for f := range x.owners {
 			add(f)
 		}
 	}
@@ -79,7 +78,7 @@ func (p *serviceIndex) queries(s *candidates) map[dataplane.Family][]query {
 	return queries
 }
 
-// sortedFamilies returns the families of queries, in order.
+// sortedFamilies returns the families of queries, sorted.
 func sortedFamilies(queries map[dataplane.Family][]query) []dataplane.Family {
 	return slices.Sorted(maps.Keys(queries))
 }

@@ -9,31 +9,30 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// flow is what counts of an entry.
+// flow is the part of an entry that determines whether the entry is stale.
 type flow struct {
 	protocol dataplane.Protocol
-	// destination is where the client sends to, and endpoint is where replies
-	// come from. They are the same where nothing was translated.
+	// destination is the client's destination, endpoint the source of the replies. They are
+	// equal if the flow is not translated.
 	destination, endpoint netip.AddrPort
-	// replied says that a packet came back (IPS_SEEN_REPLY).
+	// replied reports that the entry has seen a reply (IPS_SEEN_REPLY).
 	replied bool
 }
 
-// frontend returns the frontend that the client sends to.
+// frontend returns the client's destination as a frontend.
 func (f flow) frontend() dataplane.Frontend {
 	return dataplane.Frontend{Protocol: f.protocol, Addr: f.destination}
 }
 
 func (f flow) translated() bool { return f.endpoint != f.destination }
 
-// serviceIndex is what the kernel's maps have for UDP and SCTP.
+// serviceIndex holds the programmed UDP and SCTP Services.
 type serviceIndex struct {
 	services map[dataplane.Key]*dataplane.Service
-	// owners are the Services of the frontends, of which those with the
-	// unspecified address are node ports.
+	// owners maps frontends to their Services. Node ports have the unspecified address.
 	owners map[dataplane.Frontend]*dataplane.Service
-	// nodePortAddrs and nodePortNetworks are where node ports answer, and formerNodePortAddrs
-	// and formerNodePortNetworks where they did.
+	// nodePortAddrs and nodePortNetworks are the current addresses of node ports.
+	// formerNodePortAddrs and formerNodePortNetworks are the previous ones.
 	nodePortAddrs, formerNodePortAddrs       map[netip.Addr]struct{}
 	nodePortNetworks, formerNodePortNetworks []netip.Prefix
 }
@@ -47,61 +46,60 @@ func newServiceIndex() serviceIndex {
 	}
 }
 
-// update replaces the Services of these keys, by none where they are nil.
-func (p *serviceIndex) update(services map[dataplane.Key]*dataplane.Service) {
-	// A frontend may go from one to another, so all leave before any joins.
+// update replaces the Services with these keys, and removes them if they are nil.
+func (x *serviceIndex) update(services map[dataplane.Key]*dataplane.Service) {
+	// Frontends may move between Services, so remove all old ones before adding new ones.
 	for key := range services {
-		for f := range trackedFrontends(p.services[key]) {
-			delete(p.owners, f)
+		for f := range trackedFrontends(x.services[key]) {
+			delete(x.owners, f)
 		}
-		delete(p.services, key)
+		delete(x.services, key)
 	}
 	for key, svc := range services {
 		for f := range trackedFrontends(svc) {
-			p.owners[f] = svc
-			p.services[key] = svc
+			x.owners[f] = svc
+			x.services[key] = svc
 		}
 	}
 }
 
-func (p *serviceIndex) setNode(n dataplane.Node) {
-	maps.Copy(p.formerNodePortAddrs, p.nodePortAddrs)
-	p.nodePortAddrs = make(map[netip.Addr]struct{}, len(n.NodePortAddrs))
+func (x *serviceIndex) setNode(n dataplane.Node) {
+	maps.Copy(x.formerNodePortAddrs, x.nodePortAddrs)
+	x.nodePortAddrs = make(map[netip.Addr]struct{}, len(n.NodePortAddrs))
 	for _, addr := range n.NodePortAddrs {
-		p.nodePortAddrs[addr] = struct{}{}
-		delete(p.formerNodePortAddrs, addr)
+		x.nodePortAddrs[addr] = struct{}{}
+		delete(x.formerNodePortAddrs, addr)
 	}
-	for _, network := range p.nodePortNetworks {
-		if !slices.Contains(p.formerNodePortNetworks, network) {
-			p.formerNodePortNetworks = append(p.formerNodePortNetworks, network)
+	for _, network := range x.nodePortNetworks {
+		if !slices.Contains(x.formerNodePortNetworks, network) {
+			x.formerNodePortNetworks = append(x.formerNodePortNetworks, network)
 		}
 	}
-	p.nodePortNetworks = n.NodePortNetworks
-	p.formerNodePortNetworks = slices.DeleteFunc(p.formerNodePortNetworks, func(former netip.Prefix) bool {
-		return slices.Contains(p.nodePortNetworks, former)
+	x.nodePortNetworks = n.NodePortNetworks
+	x.formerNodePortNetworks = slices.DeleteFunc(x.formerNodePortNetworks, func(former netip.Prefix) bool {
+		return slices.Contains(x.nodePortNetworks, former)
 	})
 }
 
-// nodePortFrontend returns the node port that a frontend with one of the node's addresses
-// would be.
-func (p *serviceIndex) nodePortFrontend(f dataplane.Frontend) (dataplane.Frontend, bool) {
+// nodePortFrontend returns the node port for a frontend, and reports whether the frontend's
+// address serves node ports.
+func (x *serviceIndex) nodePortFrontend(f dataplane.Frontend) (dataplane.Frontend, bool) {
 	addr := f.Addr.Addr()
-	_, ok := p.nodePortAddrs[addr]
-	return withUnspecifiedAddr(f), ok || prefixesContain(p.nodePortNetworks, addr)
+	_, ok := x.nodePortAddrs[addr]
+	return withUnspecifiedAddr(f), ok || prefixesContain(x.nodePortNetworks, addr)
 }
 
 func prefixesContain(networks []netip.Prefix, addr netip.Addr) bool {
 	return slices.ContainsFunc(networks, func(n netip.Prefix) bool { return n.Contains(addr) })
 }
 
-// isFormerNodePort reports whether a flow is to a node port, by an address that has none any
-// more.
-func (p *serviceIndex) isFormerNodePort(f flow) bool {
+// isFormerNodePort reports whether a flow was translated by a node port at a former address.
+func (x *serviceIndex) isFormerNodePort(f flow) bool {
 	addr := f.destination.Addr()
-	if _, former := p.formerNodePortAddrs[addr]; !f.translated() || !former && !prefixesContain(p.formerNodePortNetworks, addr) {
+	if _, former := x.formerNodePortAddrs[addr]; !f.translated() || !former && !prefixesContain(x.formerNodePortNetworks, addr) {
 		return false
 	}
-	owner := p.owners[withUnspecifiedAddr(f.frontend())]
+	owner := x.owners[withUnspecifiedAddr(f.frontend())]
 	return owner != nil && serves(owner, f)
 }
 
@@ -115,13 +113,13 @@ func withUnspecifiedAddr(f dataplane.Frontend) dataplane.Frontend {
 	return f
 }
 
-// isStale reports whether a flow is to be forgotten, of those in s.
-func (p *serviceIndex) isStale(f flow, s *candidates) bool {
+// isStale reports whether a flow of the candidates is stale.
+func (x *serviceIndex) isStale(f flow, s *candidates) bool {
 	frontend := f.frontend()
-	owner := p.owners[frontend]
-	node, isNode := p.nodePortFrontend(frontend)
+	owner := x.owners[frontend]
+	node, isNode := x.nodePortFrontend(frontend)
 	if owner == nil && isNode {
-		owner = p.owners[node]
+		owner = x.owners[node]
 	}
 	if owner != nil {
 		if serves(owner, f) {
@@ -131,7 +129,7 @@ func (p *serviceIndex) isStale(f flow, s *candidates) bool {
 			return true
 		}
 	}
-	if owner == nil && s.all && p.isFormerNodePort(f) {
+	if owner == nil && s.all && x.isFormerNodePort(f) {
 		return true
 	}
 	return s.frontends[frontend].isStale(f, owner) || isNode && s.frontends[node].isStale(f, owner)
@@ -139,22 +137,22 @@ func (p *serviceIndex) isStale(f flow, s *candidates) bool {
 
 // candidates are the frontends that may have stale entries.
 type candidates struct {
-	// all says that every entry of every frontend is suspect.
+	// all means all entries of all frontends.
 	all       bool
 	frontends map[dataplane.Frontend]criteria
 }
 
-// criteria says which entries of a frontend are suspect.
+// criteria select the candidate entries of one frontend.
 type criteria struct {
-	// removed are the endpoints that have left; each list is sorted.
+	// removed holds lists of removed endpoints, each sorted.
 	removed [][]netip.AddrPort
-	// untranslated says that those are that were not translated.
+	// untranslated selects entries that are not translated.
 	untranslated bool
 }
 
-// isStale reports whether a flow to an endpoint that does not serve the frontend now
-// is suspect. The owner is nil if the frontend is none any more: then a flow
-// without translation is somebody else's.
+// isStale reports whether a flow is stale, given that its endpoint does not serve the
+// frontend. owner is nil if the frontend was deleted; an untranslated flow then belongs to
+// another program.
 func (s criteria) isStale(f flow, owner *dataplane.Service) bool {
 	if !f.translated() && owner == nil {
 		return false
@@ -162,8 +160,8 @@ func (s criteria) isStale(f flow, owner *dataplane.Service) bool {
 	return s.matches(f)
 }
 
-// matches reports whether a flow was not translated, or goes to an endpoint that
-// has left, as s says.
+// matches reports whether the criteria select the flow: it is not translated, or its endpoint
+// was removed.
 func (s criteria) matches(f flow) bool {
 	if !f.translated() && s.untranslated {
 		return true
@@ -190,28 +188,27 @@ func (s *candidates) merge(o candidates) {
 	}
 }
 
-// addChange adds the frontends of which a change leaves stale entries behind.
+// addChange adds the frontends for which a change may leave stale entries.
 func (s *candidates) addChange(c dataplane.Change) {
 	if !isTracked(c.Old) && !isTracked(c.New) {
 		return
 	}
 	old, now := servingEndpoints(c.Old), servingEndpoints(c.New)
-	gone := difference(old, now)
+	removedAddrs := difference(old, now)
 	if isSCTP(c.Old) {
-		// The handshakes that an endpoint of Service.Serving has not answered are
-		// stale, too.
-		gone = difference(old, acceptingEndpoints(c.New))
+		// Handshakes that an endpoint in Service.Serving has not answered are stale too.
+		removedAddrs = difference(old, acceptingEndpoints(c.New))
 	}
-	var left [][]netip.AddrPort
-	if len(gone) > 0 {
-		left = [][]netip.AddrPort{gone}
+	var removed [][]netip.AddrPort
+	if len(removedAddrs) > 0 {
+		removed = [][]netip.AddrPort{removedAddrs}
 	}
-	first := len(old) == 0 && len(now) > 0
+	gainsEndpoint := len(old) == 0 && len(now) > 0
 	for f := range trackedFrontends(c.New) {
 		if !hasFrontend(c.Old, f) {
 			s.add(f, criteria{untranslated: true})
-		} else if left != nil || first {
-			s.add(f, criteria{removed: left, untranslated: first})
+		} else if removed != nil || gainsEndpoint {
+			s.add(f, criteria{removed: removed, untranslated: gainsEndpoint})
 		}
 	}
 	for f := range trackedFrontends(c.Old) {
@@ -221,7 +218,7 @@ func (s *candidates) addChange(c dataplane.Change) {
 	}
 }
 
-// trackedFrontends yields the frontends of UDP and SCTP. The Service may be nil.
+// trackedFrontends yields the UDP and SCTP frontends. svc may be nil.
 func trackedFrontends(svc *dataplane.Service) iter.Seq[dataplane.Frontend] {
 	return func(yield func(dataplane.Frontend) bool) {
 		if svc == nil {
@@ -235,7 +232,7 @@ func trackedFrontends(svc *dataplane.Service) iter.Seq[dataplane.Frontend] {
 	}
 }
 
-// isTracked reports whether the Service has a frontend of UDP or SCTP.
+// isTracked reports whether the Service has a UDP or SCTP frontend.
 func isTracked(svc *dataplane.Service) bool {
 	for range trackedFrontends(svc) {
 		return true
@@ -243,7 +240,7 @@ func isTracked(svc *dataplane.Service) bool {
 	return false
 }
 
-// isSCTP reports whether the frontends of the Service are of SCTP.
+// isSCTP reports whether the Service has SCTP frontends.
 func isSCTP(svc *dataplane.Service) bool {
 	return svc != nil && svc.Frontends[0].Protocol == dataplane.SCTP
 }
@@ -252,8 +249,7 @@ func hasFrontend(svc *dataplane.Service, frontend dataplane.Frontend) bool {
 	return svc != nil && slices.Contains(svc.Frontends, frontend)
 }
 
-// servingEndpoints returns all endpoints that serve, sorted and unique. The Service may
-// be nil.
+// servingEndpoints returns all endpoints that serve, sorted and deduplicated. svc may be nil.
 func servingEndpoints(svc *dataplane.Service) []netip.AddrPort {
 	list := acceptingEndpoints(svc)
 	if svc == nil || len(svc.Serving) == 0 {
@@ -264,8 +260,8 @@ func servingEndpoints(svc *dataplane.Service) []netip.AddrPort {
 	return slices.Compact(list)
 }
 
-// acceptingEndpoints returns the endpoints to which new connections go, sorted and unique.
-// The Service may be nil.
+// acceptingEndpoints returns the endpoints that accept new connections, sorted and
+// deduplicated. svc may be nil.
 func acceptingEndpoints(svc *dataplane.Service) []netip.AddrPort {
 	if svc == nil {
 		return nil
@@ -284,17 +280,16 @@ func acceptingEndpoints(svc *dataplane.Service) []netip.AddrPort {
 	return slices.Compact(list)
 }
 
-// serves reports whether the endpoint of a flow still serves it.
+// serves reports whether the endpoint of a flow serves it.
 func serves(svc *dataplane.Service, f flow) bool {
 	if containsEndpoint(svc.Endpoints, f.endpoint) || containsEndpoint(svc.LocalEndpoints, f.endpoint) {
 		return true
 	}
-	// An endpoint of SCTP that has not answered the handshake and takes no new
-	// ones may never answer.
+	// An SCTP endpoint that accepts no new associations may never answer a pending handshake.
 	return (f.protocol != dataplane.SCTP || f.replied) && containsAddr(svc.Serving, f.endpoint)
 }
 
-// containsEndpoint reports whether an address is one of the endpoints, which are sorted.
+// containsEndpoint reports whether a sorted list of endpoints contains an address.
 func containsEndpoint(list []dataplane.Endpoint, addr netip.AddrPort) bool {
 	_, ok := slices.BinarySearchFunc(list, addr, func(e dataplane.Endpoint, addr netip.AddrPort) int { return e.Addr.Compare(addr) })
 	return ok
@@ -305,13 +300,13 @@ func containsAddr(sorted []netip.AddrPort, addr netip.AddrPort) bool {
 	return ok
 }
 
-// difference returns what is in a and not in b, which are sorted.
+// difference returns the elements of a that are not in b. Both must be sorted.
 func difference(a, b []netip.AddrPort) []netip.AddrPort {
-	var rest []netip.AddrPort
+	var diff []netip.AddrPort
 	for _, addr := range a {
 		if !containsAddr(b, addr) {
-			rest = append(rest, addr)
+			diff = append(diff, addr)
 		}
 	}
-	return rest
+	return diff
 }

@@ -19,21 +19,21 @@ func parseAddrPorts(text string) (list []netip.AddrPort) {
 	return list
 }
 
-// service reads a Service: its name, its frontends, and its endpoints, those of
-// them in parentheses that only serve on:
+// service parses a Service: its name, its frontends and its endpoints. Endpoints in
+// parentheses are in Service.Serving only:
 //
 //	dns 10.96.0.10:53 -> 10.0.0.1:53 (10.0.0.2:53)
 //
-// An empty text is none.
+// It returns nil for an empty text.
 func service(text string) *dataplane.Service { return serviceWithProtocol(dataplane.UDP, text) }
 
 func serviceWithProtocol(protocol dataplane.Protocol, text string) *dataplane.Service {
 	if text == "" {
 		return nil
 	}
-	what, to, _ := strings.Cut(text, "->")
-	name, at, _ := strings.Cut(what, " ")
-	to, on, _ := strings.Cut(to, "(")
+	head, to, _ := strings.Cut(text, "->")
+	name, at, _ := strings.Cut(head, " ")
+	to, serving, _ := strings.Cut(to, "(")
 	var frontends []dataplane.Frontend
 	for _, addr := range parseAddrPorts(at) {
 		frontends = append(frontends, dataplane.Frontend{Protocol: protocol, Addr: addr})
@@ -42,13 +42,13 @@ func serviceWithProtocol(protocol dataplane.Protocol, text string) *dataplane.Se
 	if frontends[0].Addr.Addr().IsUnspecified() {
 		key.Kind = dataplane.NodePort
 	}
-	var treatment dataplane.ServiceSpec
+	var spec dataplane.ServiceSpec
 	for _, addr := range parseAddrPorts(to) {
-		treatment.Endpoints = append(treatment.Endpoints, dataplane.Endpoint{Addr: addr})
+		spec.Endpoints = append(spec.Endpoints, dataplane.Endpoint{Addr: addr})
 	}
-	s, err := dataplane.NewService(key, frontends, treatment)
+	s, err := dataplane.NewService(key, frontends, spec)
 	if err == nil {
-		s, err = s.WithServing(parseAddrPorts(strings.TrimSuffix(on, ")")))
+		s, err = s.WithServing(parseAddrPorts(strings.TrimSuffix(serving, ")")))
 	}
 	if err != nil {
 		panic(fmt.Sprintf("%q: %v", text, err))
@@ -56,7 +56,7 @@ func serviceWithProtocol(protocol dataplane.Protocol, text string) *dataplane.Se
 	return s
 }
 
-// parseChanges turns pairs of before and after into changes.
+// parseChanges parses pairs of old and new Services.
 func parseChanges(pairs ...string) (changes []dataplane.Change) {
 	for pair := range slices.Chunk(pairs, 2) {
 		changes = append(changes, dataplane.Change{Old: service(pair[0]), New: service(pair[1])})
@@ -64,29 +64,29 @@ func parseChanges(pairs ...string) (changes []dataplane.Change) {
 	return changes
 }
 
-// staleFlows returns which of the flows, each "destination endpoint", are stale after
-// a commit of the changes. The node has node ports on 192.0.2.1 and 2001:db8::1.
+// staleFlows returns the flows, written "destination endpoint", that are stale after a commit
+// of the changes. Node ports are on 192.0.2.1 and 2001:db8::1.
 func staleFlows(all bool, changes []dataplane.Change, flows []string) (stale []string) {
-	p, before, after := newServiceIndex(), map[dataplane.Key]*dataplane.Service{}, map[dataplane.Key]*dataplane.Service{}
-	p.setNode(dataplane.Node{NodePortAddrs: []netip.Addr{netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8::1")}})
+	index, before, after := newServiceIndex(), map[dataplane.Key]*dataplane.Service{}, map[dataplane.Key]*dataplane.Service{}
+	index.setNode(dataplane.Node{NodePortAddrs: []netip.Addr{netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8::1")}})
 	s := candidates{all: all}
 	for _, c := range changes {
 		before[c.Key()] = c.Old
 		after[c.Key()] = c.New
 		s.addChange(c)
 	}
-	p.update(before)
-	p.update(after)
+	index.update(before)
+	index.update(after)
 	for _, text := range flows {
 		f := parseAddrPorts(text)
-		if p.isStale(flow{protocol: dataplane.UDP, destination: f[0], endpoint: f[1]}, &s) {
+		if index.isStale(flow{protocol: dataplane.UDP, destination: f[0], endpoint: f[1]}, &s) {
 			stale = append(stale, text)
 		}
 	}
 	return stale
 }
 
-// TestStale says which flows go after a change.
+// TestStale checks which flows are stale after a change.
 func TestStale(t *testing.T) {
 	t.Parallel()
 	const (
@@ -103,29 +103,29 @@ func TestStale(t *testing.T) {
 		replace bool
 	}{
 		{
-			name:    "an endpoint leaves: flows to it go",
+			name:    "endpoint removed",
 			changes: []string{dns, "dns 10.96.0.10:53 -> 10.0.0.1:53"},
 			stale:   []string{"10.96.0.10:53 10.0.0.2:53"},
 			kept: []string{
 				"10.96.0.10:53 10.0.0.1:53",
-				// Not by this frontend.
+				// Other frontends.
 				"10.96.0.11:53 10.0.0.2:53", "10.96.0.10:54 10.0.0.2:53", "10.0.0.2:53 10.0.0.2:53",
-				// Nobody knows who made these.
+				// Flows of unknown origin.
 				"10.96.0.10:53 10.0.0.9:53", "10.96.0.10:53 10.96.0.10:53",
 			},
 		},
 		{
-			name:    "the last endpoint leaves",
+			name:    "last endpoint removed",
 			changes: []string{"dns 10.96.0.10:53 -> 10.0.0.1:53", "dns 10.96.0.10:53 ->"},
 			stale:   []string{"10.96.0.10:53 10.0.0.1:53"},
 		},
 		{
-			name:    "an endpoint takes nothing new and still serves: flows to it stay",
+			name:    "endpoint stops accepting and still serves",
 			changes: []string{dns, "dns 10.96.0.10:53 -> 10.0.0.1:53 (10.0.0.2:53)"},
 			kept:    []string{"10.96.0.10:53 10.0.0.1:53", "10.96.0.10:53 10.0.0.2:53"},
 		},
 		{
-			name:    "it serves no longer",
+			name:    "endpoint stops serving",
 			changes: []string{"dns 10.96.0.10:53 -> 10.0.0.1:53 (10.0.0.2:53)", "dns 10.96.0.10:53 -> 10.0.0.1:53"},
 			stale:   []string{"10.96.0.10:53 10.0.0.2:53"},
 			kept:    []string{"10.96.0.10:53 10.0.0.1:53"},
@@ -137,41 +137,41 @@ func TestStale(t *testing.T) {
 			kept:    []string{"10.96.0.10:53 10.0.0.1:5353"},
 		},
 		{
-			name:    "one more endpoint: nothing goes",
+			name:    "endpoint added",
 			changes: []string{"dns 10.96.0.10:53 -> 10.0.0.1:53", dns},
 			kept:    []string{"10.96.0.10:53 10.0.0.1:53", "10.96.0.10:53 10.0.0.2:53", "10.96.0.10:53 10.96.0.10:53"},
 		},
 		{
-			name:    "the first endpoint: flows that were not translated go",
+			name:    "first endpoint added: untranslated flows are stale",
 			changes: []string{"dns 10.96.0.10:53 ->", "dns 10.96.0.10:53 -> 10.0.0.1:53"},
 			stale:   []string{"10.96.0.10:53 10.96.0.10:53"},
 			kept:    []string{"10.96.0.10:53 10.0.0.1:53", "10.96.0.11:53 10.96.0.11:53", "10.0.0.1:53 10.0.0.1:53"},
 		},
 		{
-			name:    "a new Service: flows that were not translated go",
+			name:    "Service added: untranslated flows are stale",
 			changes: []string{"", dns},
 			stale:   []string{"10.96.0.10:53 10.96.0.10:53"},
 			kept:    []string{"10.96.0.10:53 10.0.0.1:53", "10.96.0.11:53 10.96.0.11:53"},
 		},
 		{
-			name:    "a deleted Service: translated flows go, all others are none of ours",
+			name:    "Service deleted: only translated flows are stale",
 			changes: []string{dns, ""},
 			stale:   []string{"10.96.0.10:53 10.0.0.1:53", "10.96.0.10:53 10.0.0.2:53"},
 			kept:    []string{"10.96.0.10:53 10.96.0.10:53", "10.96.0.11:53 10.0.0.1:53", "10.96.0.10:53 10.0.0.9:53"},
 		},
 		{
-			name:    "a deleted Service whose endpoints only served on",
+			name:    "Service deleted whose endpoints only served",
 			changes: []string{"dns 10.96.0.10:53 -> (10.0.0.2:53)", ""},
 			stale:   []string{"10.96.0.10:53 10.0.0.2:53"},
 		},
 		{
-			name:    "a frontend goes, another comes, and one stays",
+			name:    "one frontend removed, one added, one unchanged",
 			changes: []string{"dns 10.96.0.10:53 198.51.100.1:53 -> 10.0.0.1:53", "dns 10.96.0.10:53 198.51.100.2:53 -> 10.0.0.1:53"},
 			stale:   []string{"198.51.100.1:53 10.0.0.1:53", "198.51.100.2:53 198.51.100.2:53"},
 			kept:    []string{"10.96.0.10:53 10.0.0.1:53", "198.51.100.1:53 198.51.100.1:53", "198.51.100.2:53 10.0.0.1:53"},
 		},
 		{
-			name: "a frontend goes from one Service to another",
+			name: "frontend moved to another Service",
 			changes: []string{
 				"a 10.96.0.10:53 -> 10.0.0.1:53 10.0.0.2:53", "",
 				"b 10.96.0.11:53 -> 10.0.0.2:53 10.0.0.3:53", "b 10.96.0.10:53 10.96.0.11:53 -> 10.0.0.2:53 10.0.0.3:53",
@@ -180,7 +180,7 @@ func TestStale(t *testing.T) {
 			kept:  []string{"10.96.0.10:53 10.0.0.2:53", "10.96.0.10:53 10.0.0.3:53", "10.96.0.11:53 10.0.0.3:53"},
 		},
 		{
-			name: "the same, listed the other way round",
+			name: "frontend moved to another Service, in reverse order",
 			changes: []string{
 				"b 10.96.0.11:53 -> 10.0.0.2:53", "b 10.96.0.10:53 10.96.0.11:53 -> 10.0.0.2:53",
 				"a 10.96.0.10:53 -> 10.0.0.1:53 10.0.0.2:53", "",
@@ -195,37 +195,37 @@ func TestStale(t *testing.T) {
 			kept:    []string{"[fd00:96::10]:53 [fd01::1]:53", "[fd00:96::11]:53 [fd01::2]:53"},
 		},
 		{
-			name:    "a node port, on the node's addresses",
+			name:    "node port at the node's addresses",
 			changes: []string{node, "node 0.0.0.0:30053 -> 10.0.0.1:53"},
 			stale:   []string{"192.0.2.1:30053 10.0.0.2:53"},
 			kept:    []string{"192.0.2.1:30053 10.0.0.1:53", "192.0.2.2:30053 10.0.0.2:53", "192.0.2.1:30054 10.0.0.2:53"},
 		},
 		{
-			name:    "a node port goes",
+			name:    "node port deleted",
 			changes: []string{node, ""},
 			stale:   []string{"192.0.2.1:30053 10.0.0.1:53", "192.0.2.1:30053 10.0.0.2:53"},
 			kept:    []string{"192.0.2.1:30053 192.0.2.1:30053", "192.0.2.2:30053 10.0.0.1:53"},
 		},
 		{
-			name:    "another node port",
+			name:    "node port changed",
 			changes: []string{node, "node 0.0.0.0:30054 -> 10.0.0.1:53 10.0.0.2:53"},
 			stale:   []string{"192.0.2.1:30053 10.0.0.1:53", "192.0.2.1:30054 192.0.2.1:30054"},
 			kept:    []string{"192.0.2.1:30053 192.0.2.1:30053", "192.0.2.1:30054 10.0.0.1:53"},
 		},
 		{
-			name:    "a new node port: flows to who listened there before go",
+			name:    "node port added: flows to a former listener are stale",
 			changes: []string{"", node},
 			stale:   []string{"192.0.2.1:30053 192.0.2.1:30053"},
 			kept:    []string{"192.0.2.2:30053 192.0.2.2:30053", "192.0.2.1:30053 10.0.0.1:53"},
 		},
 		{
-			name:    "a node port of IPv6",
+			name:    "IPv6 node port",
 			changes: []string{node6, "node [::]:30053 -> [fd01::1]:53"},
 			stale:   []string{"[2001:db8::1]:30053 [fd01::2]:53"},
 			kept:    []string{"[2001:db8::1]:30053 [fd01::1]:53", "[2001:db8::2]:30053 [fd01::2]:53"},
 		},
 		{
-			name: "a frontend with an address of the node goes before a node port",
+			name: "frontend at an address of the node precedes a node port",
 			changes: []string{
 				node, "node 0.0.0.0:30053 -> 10.0.0.1:53",
 				"", "ext 192.0.2.1:30053 -> 10.0.0.2:53",
@@ -234,12 +234,12 @@ func TestStale(t *testing.T) {
 			kept:  []string{"192.0.2.1:30053 10.0.0.2:53"},
 		},
 		{
-			name:    "an endpoint at the frontend's own address leaves, in the network of the node",
+			name:    "endpoint removed that has the frontend's own address (host network)",
 			changes: []string{"ext 192.0.2.9:53 -> 192.0.2.9:53 10.0.0.1:53", "ext 192.0.2.9:53 -> 10.0.0.1:53"},
 			stale:   []string{"192.0.2.9:53 192.0.2.9:53"},
 		},
 		{
-			name:    "a Replace: whatever does not serve goes",
+			name:    "Replace: all flows that are not served are stale",
 			changes: []string{dns, dns, node, node, "none 10.96.0.12:53 ->", "none 10.96.0.12:53 ->"},
 			replace: true,
 			stale: []string{
@@ -252,7 +252,7 @@ func TestStale(t *testing.T) {
 			},
 		},
 		{
-			name:    "a Replace that removes a Service",
+			name:    "Replace that deletes a Service",
 			changes: []string{dns, ""},
 			replace: true,
 			stale:   []string{"10.96.0.10:53 10.0.0.1:53"},
@@ -266,27 +266,27 @@ func TestStale(t *testing.T) {
 	}
 }
 
-// TestFormerNodePortAddresses says that the flows of node ports go whose address has
-// no node ports any more, until it has again.
+// TestFormerNodePortAddresses checks that translated flows to node ports are stale at
+// addresses that no longer serve node ports, until they do again.
 func TestFormerNodePortAddresses(t *testing.T) {
 	t.Parallel()
-	// Of an address that has node ports, as in TestStale.
-	unserved := []string{"192.0.2.2:30053 192.0.2.2:30053", "192.0.2.2:30053 10.0.0.9:53"}
+	// Stale at an address that serves node ports, as in TestStale.
+	staleAtNodePort := []string{"192.0.2.2:30053 192.0.2.2:30053", "192.0.2.2:30053 10.0.0.9:53"}
 	for name, tt := range map[string]struct {
-		nodes []string // the addresses and networks for node ports, one after the other
+		nodes []string // successive addresses and networks of node ports
 		stale []string
 	}{
-		"before":              {[]string{"192.0.2.1 192.0.2.2"}, unserved},
-		"one leaves":          {[]string{"192.0.2.1 192.0.2.2", "192.0.2.1"}, []string{"192.0.2.2:30053 10.0.0.1:53"}},
-		"and nothing happens": {[]string{"192.0.2.1 192.0.2.2", "192.0.2.1", "192.0.2.1"}, []string{"192.0.2.2:30053 10.0.0.1:53"}},
-		"and comes back":      {[]string{"192.0.2.1 192.0.2.2", "192.0.2.1", "192.0.2.1 192.0.2.2"}, unserved},
-		"a network leaves":    {[]string{"192.0.2.1 192.0.2.2/31", "192.0.2.1"}, []string{"192.0.2.2:30053 10.0.0.1:53", "192.0.2.3:30053 10.0.0.1:53"}},
-		"the network returns": {[]string{"192.0.2.1 192.0.2.2/31", "192.0.2.1", "192.0.2.1 192.0.2.2/31"}, unserved},
-		"all leave":           {[]string{"192.0.2.1 192.0.2.2", ""}, []string{"192.0.2.1:30053 10.0.0.1:53", "192.0.2.2:30053 10.0.0.1:53"}},
+		"before":                             {[]string{"192.0.2.1 192.0.2.2"}, staleAtNodePort},
+		"address removed":                    {[]string{"192.0.2.1 192.0.2.2", "192.0.2.1"}, []string{"192.0.2.2:30053 10.0.0.1:53"}},
+		"address removed, no further change": {[]string{"192.0.2.1 192.0.2.2", "192.0.2.1", "192.0.2.1"}, []string{"192.0.2.2:30053 10.0.0.1:53"}},
+		"address added again":                {[]string{"192.0.2.1 192.0.2.2", "192.0.2.1", "192.0.2.1 192.0.2.2"}, staleAtNodePort},
+		"network removed":                    {[]string{"192.0.2.1 192.0.2.2/31", "192.0.2.1"}, []string{"192.0.2.2:30053 10.0.0.1:53", "192.0.2.3:30053 10.0.0.1:53"}},
+		"network added again":                {[]string{"192.0.2.1 192.0.2.2/31", "192.0.2.1", "192.0.2.1 192.0.2.2/31"}, staleAtNodePort},
+		"all removed":                        {[]string{"192.0.2.1 192.0.2.2", ""}, []string{"192.0.2.1:30053 10.0.0.1:53", "192.0.2.2:30053 10.0.0.1:53"}},
 	} {
-		p := newServiceIndex()
+		index := newServiceIndex()
 		node, ext := service("node 0.0.0.0:30053 -> 10.0.0.1:53"), service("ext 192.0.2.2:30054 -> 10.0.0.1:53")
-		p.update(map[dataplane.Key]*dataplane.Service{node.Key: node, ext.Key: ext})
+		index.update(map[dataplane.Key]*dataplane.Service{node.Key: node, ext.Key: ext})
 		for _, addrs := range tt.nodes {
 			var n dataplane.Node
 			for field := range strings.FieldsSeq(addrs) {
@@ -296,17 +296,17 @@ func TestFormerNodePortAddresses(t *testing.T) {
 				}
 				n.NodePortAddrs = append(n.NodePortAddrs, netip.MustParseAddr(field))
 			}
-			p.setNode(n)
+			index.setNode(n)
 		}
 		var got []string
 		for _, text := range []string{
 			"192.0.2.1:30053 10.0.0.1:53", "192.0.2.2:30053 10.0.0.1:53",
-			// Not the node ports' doing, where the address has none.
+			// Not translated by node ports, or at other frontends.
 			"192.0.2.2:30053 192.0.2.2:30053", "192.0.2.2:30053 10.0.0.9:53", "192.0.2.2:30055 10.0.0.1:53",
 			"192.0.2.2:30054 10.0.0.1:53", "192.0.2.3:30053 10.0.0.1:53",
 		} {
 			f := parseAddrPorts(text)
-			if p.isStale(flow{protocol: dataplane.UDP, destination: f[0], endpoint: f[1]}, &candidates{all: true}) {
+			if index.isStale(flow{protocol: dataplane.UDP, destination: f[0], endpoint: f[1]}, &candidates{all: true}) {
 				got = append(got, text)
 			}
 		}
@@ -316,11 +316,10 @@ func TestFormerNodePortAddresses(t *testing.T) {
 	}
 }
 
-// TestLocalEndpoints says that flows of clients from outside stay with this
-// node's endpoints.
+// TestLocalEndpoints checks that LocalEndpoints keep their flows.
 func TestLocalEndpoints(t *testing.T) {
 	t.Parallel()
-	with := func(cluster, local string) *dataplane.Service {
+	newService := func(cluster, local string) *dataplane.Service {
 		s := service("a 198.51.100.1:53 -> " + cluster)
 		s.ExternalTrafficPolicyLocal = true
 		for _, addr := range parseAddrPorts(local) {
@@ -328,7 +327,7 @@ func TestLocalEndpoints(t *testing.T) {
 		}
 		return s
 	}
-	changes := []dataplane.Change{{Old: with("10.0.0.1:53 10.0.0.2:53", "10.0.0.3:53 10.0.0.4:53"), New: with("10.0.0.1:53", "10.0.0.3:53")}}
+	changes := []dataplane.Change{{Old: newService("10.0.0.1:53 10.0.0.2:53", "10.0.0.3:53 10.0.0.4:53"), New: newService("10.0.0.1:53", "10.0.0.3:53")}}
 	got := staleFlows(false, changes, []string{
 		"198.51.100.1:53 10.0.0.1:53", "198.51.100.1:53 10.0.0.2:53", "198.51.100.1:53 10.0.0.3:53", "198.51.100.1:53 10.0.0.4:53",
 	})
@@ -337,46 +336,45 @@ func TestLocalEndpoints(t *testing.T) {
 	}
 }
 
-// TestTCPIgnored says that Services of TCP are not remembered.
+// TestTCPIgnored checks that the index and the candidates omit TCP Services.
 func TestTCPIgnored(t *testing.T) {
 	t.Parallel()
-	p := newServiceIndex()
+	index := newServiceIndex()
 	var s candidates
 	old := serviceWithProtocol(dataplane.TCP, "a 10.96.0.10:53 -> 10.0.0.1:53")
 	s.addChange(dataplane.Change{Old: old})
 	s.addChange(dataplane.Change{New: old})
-	p.update(map[dataplane.Key]*dataplane.Service{old.Key: old})
-	if !s.empty() || len(p.services)+len(p.owners) > 0 {
-		t.Errorf("suspects %v, %d Services remembered", s, len(p.services))
+	index.update(map[dataplane.Key]*dataplane.Service{old.Key: old})
+	if !s.empty() || len(index.services)+len(index.owners) > 0 {
+		t.Errorf("candidates %v, %d Services in the index", s, len(index.services))
 	}
 }
 
-// TestStaleSCTP says which entries of SCTP go after a change, by whether there was
-// a reply.
+// TestStaleSCTP checks which SCTP entries are stale after a change, with and without a reply.
 func TestStaleSCTP(t *testing.T) {
 	t.Parallel()
 	const vip = "a 10.96.0.10:7777 ->"
 	for _, tt := range []struct {
 		name            string
 		before, after   string
-		handshake, open bool // whether those to 10.0.0.1 go
+		handshake, open bool // whether entries to 10.0.0.1 are stale, without and with a reply
 		replace         bool
 	}{
-		{name: "the endpoint has left", before: vip + " 10.0.0.1:77", after: vip + " 10.0.0.2:77", handshake: true, open: true},
+		{name: "endpoint removed", before: vip + " 10.0.0.1:77", after: vip + " 10.0.0.2:77", handshake: true, open: true},
 		{
-			name:   "the endpoint takes nothing new: associations stay, unanswered handshakes go elsewhere",
+			name:   "endpoint stops accepting: associations are kept, unanswered handshakes are stale",
 			before: vip + " 10.0.0.1:77", after: vip + " 10.0.0.2:77 (10.0.0.1:77)", handshake: true,
 		},
-		{name: "it leaves then", before: vip + " 10.0.0.2:77 (10.0.0.1:77)", after: vip + " 10.0.0.2:77", handshake: true, open: true},
-		{name: "another endpoint comes", before: vip + " 10.0.0.1:77", after: vip + " 10.0.0.1:77 10.0.0.2:77"},
-		{name: "the Service is deleted", before: vip + " 10.0.0.1:77", handshake: true, open: true},
-		{name: "at the start, one that takes nothing new", after: vip + " 10.0.0.2:77 (10.0.0.1:77)", handshake: true, replace: true},
-		{name: "at the start, one that is not there", after: vip + " 10.0.0.2:77", handshake: true, open: true, replace: true},
+		{name: "endpoint stops serving", before: vip + " 10.0.0.2:77 (10.0.0.1:77)", after: vip + " 10.0.0.2:77", handshake: true, open: true},
+		{name: "endpoint added", before: vip + " 10.0.0.1:77", after: vip + " 10.0.0.1:77 10.0.0.2:77"},
+		{name: "Service deleted", before: vip + " 10.0.0.1:77", handshake: true, open: true},
+		{name: "start, endpoint only serves", after: vip + " 10.0.0.2:77 (10.0.0.1:77)", handshake: true, replace: true},
+		{name: "start, unknown endpoint", after: vip + " 10.0.0.2:77", handshake: true, open: true, replace: true},
 	} {
 		c := dataplane.Change{Old: serviceWithProtocol(dataplane.SCTP, tt.before), New: serviceWithProtocol(dataplane.SCTP, tt.after)}
-		p, s := newServiceIndex(), candidates{all: tt.replace}
+		index, s := newServiceIndex(), candidates{all: tt.replace}
 		s.addChange(c)
-		p.update(map[dataplane.Key]*dataplane.Service{c.Key(): c.New})
+		index.update(map[dataplane.Key]*dataplane.Service{c.Key(): c.New})
 		for _, replied := range []bool{false, true} {
 			want := tt.handshake
 			if replied {
@@ -386,18 +384,18 @@ func TestStaleSCTP(t *testing.T) {
 				protocol: dataplane.SCTP, replied: replied,
 				destination: netip.MustParseAddrPort("10.96.0.10:7777"), endpoint: netip.MustParseAddrPort("10.0.0.1:77"),
 			}
-			if got := p.isStale(f, &s); got != want {
-				t.Errorf("%s: with a reply %t: stale %t", tt.name, replied, got)
+			if got := index.isStale(f, &s); got != want {
+				t.Errorf("%s: replied %t: stale %t", tt.name, replied, got)
 			}
 			f.protocol = dataplane.UDP
-			if p.isStale(f, &s) {
-				t.Errorf("%s: a flow of UDP goes, too", tt.name)
+			if index.isStale(f, &s) {
+				t.Errorf("%s: a UDP flow is stale too", tt.name)
 			}
 		}
 	}
 }
 
-// TestQueries says what is asked of the kernel for suspects.
+// TestQueries checks the queries for candidates.
 func TestQueries(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
@@ -408,37 +406,37 @@ func TestQueries(t *testing.T) {
 		want     []string
 	}{
 		{name: "nothing"},
-		{name: "a frontend", suspect: "10.96.0.10:53", want: []string{"IPv4 10.96.0.10 53"}},
-		{name: "frontends of one port share a dump", suspect: "10.96.0.10:53 198.51.100.1:53", want: []string{"IPv4 any 53"}},
-		{name: "a node port is one of any address", suspect: "10.96.0.10:53 0.0.0.0:30053", want: []string{"IPv4 any 30053", "IPv4 10.96.0.10 53"}},
-		{name: "IPv6 is asked for by port only", suspect: "[fd00:96::10]:53", want: []string{"IPv6 any 53"}},
+		{name: "one frontend", suspect: "10.96.0.10:53", want: []string{"IPv4 10.96.0.10 53"}},
+		{name: "several frontends on one port", suspect: "10.96.0.10:53 198.51.100.1:53", want: []string{"IPv4 any 53"}},
+		{name: "node port", suspect: "10.96.0.10:53 0.0.0.0:30053", want: []string{"IPv4 any 30053", "IPv4 10.96.0.10 53"}},
+		{name: "IPv6", suspect: "[fd00:96::10]:53", want: []string{"IPv6 any 53"}},
 		{
-			name: "the families for themselves", suspect: "[fd00:96::10]:53 10.96.0.10:53",
+			name: "both families", suspect: "[fd00:96::10]:53 10.96.0.10:53",
 			want: []string{"IPv4 10.96.0.10 53", "IPv6 any 53"},
 		},
 		{
-			name: "many in one", suspect: "10.96.0.10:53 10.96.0.11:54 10.96.0.12:55 10.96.0.13:56 [fd00:96::10]:53",
+			name: "many ports", suspect: "10.96.0.10:53 10.96.0.11:54 10.96.0.12:55 10.96.0.13:56 [fd00:96::10]:53",
 			want: []string{"IPv4 any 0", "IPv6 any 53"},
 		},
-		{name: "all of nothing", all: true},
+		{name: "all, without frontends", all: true},
 		{
 			name: "all", all: true, suspect: "10.96.0.20:99", services: []string{"a 10.96.0.10:53 ->", "b 10.96.0.11:53 ->"},
 			want: []string{"IPv4 any 53", "IPv4 10.96.0.20 99"},
 		},
 	} {
-		p := newServiceIndex()
+		index := newServiceIndex()
 		services := map[dataplane.Key]*dataplane.Service{}
 		for _, text := range tt.services {
 			s := service(text)
 			services[s.Key] = s
 		}
-		p.update(services)
+		index.update(services)
 		s := candidates{all: tt.all}
 		for _, f := range parseAddrPorts(tt.suspect) {
 			s.add(dataplane.Frontend{Protocol: dataplane.UDP, Addr: f}, criteria{untranslated: true})
 		}
 		var got []string
-		queries := p.queries(&s)
+		queries := index.queries(&s)
 		for _, family := range sortedFamilies(queries) {
 			for _, q := range queries[family] {
 				addr := "any"

@@ -15,8 +15,8 @@ import (
 	"fairlead.io/fairlead/internal/nlconn"
 )
 
-// What include/uapi/linux/netfilter/nfnetlink_conntrack.h and, for the flags of
-// filters, net/netfilter/nf_internals.h define and x/sys/unix lacks.
+// Constants of include/uapi/linux/netfilter/nfnetlink_conntrack.h and, for filter flags,
+// net/netfilter/nf_internals.h. x/sys/unix lacks them.
 const (
 	msgGet    = unix.NFNL_SUBSYS_CTNETLINK<<8 | 1 // IPCTNL_MSG_CT_GET
 	msgDelete = unix.NFNL_SUBSYS_CTNETLINK<<8 | 2 // IPCTNL_MSG_CT_DELETE
@@ -50,22 +50,23 @@ const (
 	filterProtoDstPort = 1 << 5
 )
 
-// entry is an entry as it was listed.
+// entry is a dumped entry.
 type entry struct {
 	flow
 	family dataplane.Family
-	// tuple is the original direction, as the kernel wrote it, and id tells the
-	// entry from a later one with the same tuple in other memory.
+	// tuple is the kernel's encoding of the original direction. id distinguishes the entry
+	// from a later one with the same tuple.
 	tuple []byte
 	id    []byte
 }
 
 // table is the kernel's connection-tracking table.
 type table interface {
-	// dump calls visit with the entries in the default zone that q is for. It reports false if the kernel has listed others as well.
+	// dump calls visit with the entries in the default zone that q selects, and returns those
+	// for which visit returns true. narrowed is false if the kernel has ignored the filter.
 	dump(ctx context.Context, q query, visit func(flow) bool) (entries []entry, narrowed bool, err error)
-	// delete deletes entries and returns how many were still there. After an
-	// error others may be there still.
+	// delete deletes entries and returns how many still existed. After an error, some entries
+	// may remain.
 	delete(ctx context.Context, entries []entry) (int, error)
 	close() error
 }
@@ -75,11 +76,10 @@ type netlinkTable struct{ conn *nlconn.Conn }
 
 var _ table = (*netlinkTable)(nil)
 
-// ErrUnavailable is wrapped by errors of a kernel that does not let its entries
-// be listed and deleted.
-var ErrUnavailable = errors.New("the kernel has no access to connection tracking by netlink (CONFIG_NF_CT_NETLINK, module nf_conntrack_netlink)")
+// ErrUnavailable is wrapped by errors of a kernel that cannot dump and delete entries.
+var ErrUnavailable = errors.New("the kernel does not support connection tracking over netlink (CONFIG_NF_CT_NETLINK, module nf_conntrack_netlink)")
 
-var errInterrupted = errors.New("the kernel has changed the table during the dump")
+var errInterrupted = errors.New("the table changed during the dump")
 
 func openNetlinkTable(netns int) (table, error) {
 	conn, err := nlconn.Dial(unix.NETLINK_NETFILTER, netns)
@@ -89,50 +89,50 @@ func openNetlinkTable(netns int) (table, error) {
 	return &netlinkTable{conn}, nil
 }
 
-func (k *netlinkTable) close() error { return k.conn.Close() }
+func (t *netlinkTable) close() error { return t.conn.Close() }
 
-// explain adds what the kernel means by an error.
+// explain adds the meaning of a kernel error.
 func explain(err error) error {
 	switch {
 	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
 		return fmt.Errorf("%w: run as root or with CAP_NET_ADMIN", err)
 	case errors.Is(err, unix.EPROTONOSUPPORT), errors.Is(err, unix.EINVAL), errors.Is(err, unix.EOPNOTSUPP):
-		// nfnetlink answers EINVAL for a subsystem that it does not have.
+		// nfnetlink answers EINVAL for an unknown subsystem.
 		return fmt.Errorf("%w: %w", ErrUnavailable, err)
 	}
 	return err
 }
 
-func (k *netlinkTable) dump(ctx context.Context, q query, visit func(flow) bool) (entries []entry, narrowed bool, err error) {
+func (t *netlinkTable) dump(ctx context.Context, q query, visit func(flow) bool) (entries []entry, narrowed bool, err error) {
 	narrowing, err := encodeFilter(q)
 	if err != nil {
 		return nil, false, err
 	}
-	entries, narrowed, err = k.dumpFiltered(ctx, q, narrowing, visit)
+	entries, narrowed, err = t.dumpFiltered(ctx, q, narrowing, visit)
 	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP) {
-		// Such filters are not for this kernel. If it has no connection tracking
-		// at all, it says so once more.
-		entries, narrowed, err = k.dumpFiltered(ctx, q, nil, visit)
+		// The kernel does not support the filter. If it has no connection tracking at all, the
+		// second dump fails too.
+		entries, narrowed, err = t.dumpFiltered(ctx, q, nil, visit)
 	}
 	if err != nil {
-		return entries, narrowed, fmt.Errorf("list entries of %s: %w", q.family, explain(err))
+		return entries, narrowed, fmt.Errorf("dump %s connection-tracking entries: %w", q.family, explain(err))
 	}
 	return entries, narrowed, nil
 }
 
-// dumpFiltered lists the entries that pass the filter, or more where the kernel does not
-// know the filter.
-func (k *netlinkTable) dumpFiltered(ctx context.Context, q query, filter []byte, visit func(flow) bool) (entries []entry, narrowed bool, err error) {
+// dumpFiltered dumps the entries that match the filter, or more if the kernel ignores the
+// filter.
+func (t *netlinkTable) dumpFiltered(ctx context.Context, q query, filter []byte, visit func(flow) bool) (entries []entry, narrowed bool, err error) {
 	request := netlink.Message{Header: netlink.Header{Type: msgGet}, Data: append(nfHeader(q.family), filter...)}
 	narrowed = true
-	interrupted, err := k.conn.Dump(ctx, request, func(data []byte) error {
+	interrupted, err := t.conn.Dump(ctx, request, func(data []byte) error {
 		if len(data) < 4 {
 			return nil
 		}
 		e, ok := parseEntry(data[4:], q.family)
 		narrowed = narrowed && q.matches(e.flow)
 		if ok && visit(e.flow) {
-			// The message is part of a large buffer.
+			// The data are valid only during the visit.
 			e.tuple, e.id = slices.Clone(e.tuple), slices.Clone(e.id)
 			entries = append(entries, e)
 		}
@@ -144,18 +144,18 @@ func (k *netlinkTable) dumpFiltered(ctx context.Context, q query, filter []byte,
 	return entries, narrowed, err
 }
 
-func (k *netlinkTable) delete(ctx context.Context, entries []entry) (deleted int, err error) {
+func (t *netlinkTable) delete(ctx context.Context, entries []entry) (deleted int, err error) {
 	for batch := range slices.Chunk(entries, nlconn.BatchSize) {
-		n, err := k.deleteBatch(ctx, batch)
+		n, err := t.deleteBatch(ctx, batch)
 		deleted += n
 		if err != nil {
-			return deleted, fmt.Errorf("delete entries: %w", explain(err))
+			return deleted, fmt.Errorf("delete connection-tracking entries: %w", explain(err))
 		}
 	}
 	return deleted, nil
 }
 
-func (k *netlinkTable) deleteBatch(ctx context.Context, entries []entry) (deleted int, err error) {
+func (t *netlinkTable) deleteBatch(ctx context.Context, entries []entry) (deleted int, err error) {
 	requests := make([]netlink.Message, len(entries))
 	for i, e := range entries {
 		data, err := nlconn.Encode(nfHeader(e.family), func(enc *netlink.AttributeEncoder) {
@@ -167,7 +167,7 @@ func (k *netlinkTable) deleteBatch(ctx context.Context, entries []entry) (delete
 		}
 		requests[i] = netlink.Message{Header: netlink.Header{Type: msgDelete}, Data: data}
 	}
-	answers, err := k.conn.Batch(ctx, requests)
+	answers, err := t.conn.Batch(ctx, requests)
 	if err != nil {
 		return 0, err
 	}
@@ -176,15 +176,15 @@ func (k *netlinkTable) deleteBatch(ctx context.Context, entries []entry) (delete
 		switch {
 		case answer == nil:
 			deleted++
-		case errors.Is(answer, unix.ENOENT): // It has gone by itself.
-		default: // EBUSY: a flowtable holds on to it (IPS_OFFLOAD) until it has been idle.
+		case errors.Is(answer, unix.ENOENT): // expired meanwhile
+		default: // EBUSY: the entry is offloaded to a flowtable (IPS_OFFLOAD) until it has been idle
 			failure = answer
 		}
 	}
 	return deleted, failure
 }
 
-// nfHeader is struct nfgenmsg.
+// nfHeader returns a struct nfgenmsg.
 func nfHeader(f dataplane.Family) []byte {
 	family := byte(unix.AF_INET)
 	if f == dataplane.IPv6 {
@@ -193,7 +193,7 @@ func nfHeader(f dataplane.Family) []byte {
 	return []byte{family, unix.NFNETLINK_V0, 0, 0}
 }
 
-// encodeFilter returns the attributes that narrow a dump (ctnetlink_alloc_filter).
+// encodeFilter encodes the filter attributes of a dump (ctnetlink_alloc_filter).
 func encodeFilter(q query) ([]byte, error) {
 	flags := uint32(filterProtoNum)
 	if q.port != 0 {
@@ -230,10 +230,9 @@ func encodeFilter(q query) ([]byte, error) {
 	})
 }
 
-// parseEntry reads an entry, whose lists belong to b. It reports false for what
-// is not in the default zone (other zones are those of virtual
-// switches, which see packets before or after their translation here), or can't
-// be read.
+// parseEntry decodes an entry, whose slices share memory with b. It reports false for an
+// invalid entry or one outside the default zone. Other zones belong to virtual switches, which
+// see packets before or after their translation by Services.
 func parseEntry(b []byte, family dataplane.Family) (entry, bool) {
 	e := entry{family: family}
 	zone := false
@@ -262,7 +261,7 @@ func parseEntry(b []byte, family dataplane.Family) (entry, bool) {
 type tuple struct {
 	source, destination netip.AddrPort
 	protocol            byte
-	zone                bool // not the default one
+	zone                bool // not the default zone
 }
 
 func parseTuple(b []byte) tuple {

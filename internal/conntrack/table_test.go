@@ -47,16 +47,15 @@ func openTable(tb testing.TB, ns *nettest.Namespace) *netlinkTable {
 	return t.(*netlinkTable)
 }
 
-// testEntry is an entry to be made.
+// testEntry is an entry to insert.
 type testEntry struct {
-	protocol                      byte // UDP if it is 0
+	protocol                      byte // 0 means UDP
 	client, destination, endpoint netip.AddrPort
 	zone                          uint16
 	replied                       bool
 }
 
-// newTestEntry writes "client destination endpoint"; without an endpoint nothing is
-// translated.
+// newTestEntry returns an entry. An empty endpoint means that it is not translated.
 func newTestEntry(client, destination, endpoint string) testEntry {
 	m := testEntry{client: netip.MustParseAddrPort(client), destination: netip.MustParseAddrPort(destination)}
 	m.endpoint = m.destination
@@ -122,7 +121,7 @@ func (m testEntry) message(tb testing.TB) netlink.Message {
 	return netlink.Message{Header: netlink.Header{Type: msgNew, Flags: netlink.Create | netlink.Excl}, Data: data}
 }
 
-// insertEntries makes entries.
+// insertEntries inserts entries into the kernel's table.
 func insertEntries(tb testing.TB, k *netlinkTable, entries ...testEntry) {
 	tb.Helper()
 	var requests []netlink.Message
@@ -135,12 +134,12 @@ func insertEntries(tb testing.TB, k *netlinkTable, entries ...testEntry) {
 	}
 	for i, answer := range answers {
 		if answer != nil {
-			tb.Fatalf("make %+v: %v", entries[i], answer)
+			tb.Fatalf("insert %+v: %v", entries[i], answer)
 		}
 	}
 }
 
-// dumpFlows lists what a query shows, sorted.
+// dumpFlows returns the flows that a query selects, sorted.
 func dumpFlows(tb testing.TB, k *netlinkTable, q query) (flows []string, narrowed bool) {
 	tb.Helper()
 	_, narrowed, err := k.dump(tb.Context(), q, func(f flow) bool {
@@ -154,7 +153,7 @@ func dumpFlows(tb testing.TB, k *netlinkTable, q query) (flows []string, narrowe
 	return flows, narrowed
 }
 
-// TestDump says what a query shows of the kernel's table.
+// TestDump checks which entries a query selects.
 func TestDump(t *testing.T) {
 	t.Parallel()
 	k := openTable(t, newNamespace(t))
@@ -172,17 +171,17 @@ func TestDump(t *testing.T) {
 		q    query
 		want []string
 	}{
-		{"UDP of IPv4", query{family: dataplane.IPv4, protocol: dataplane.UDP}, []string{
+		{"UDP over IPv4", query{family: dataplane.IPv4, protocol: dataplane.UDP}, []string{
 			"10.96.0.10:53 10.0.0.1:5353", "10.96.0.10:54 10.0.0.1:5353", "10.96.0.11:53 10.96.0.11:53",
 		}},
-		{"UDP of IPv6", query{family: dataplane.IPv6, protocol: dataplane.UDP}, []string{"[fd00:96::10]:53 [fd01::1]:5353"}},
-		{"a port", query{family: dataplane.IPv4, protocol: dataplane.UDP, port: 53}, []string{
+		{"UDP over IPv6", query{family: dataplane.IPv6, protocol: dataplane.UDP}, []string{"[fd00:96::10]:53 [fd01::1]:5353"}},
+		{"port", query{family: dataplane.IPv4, protocol: dataplane.UDP, port: 53}, []string{
 			"10.96.0.10:53 10.0.0.1:5353", "10.96.0.11:53 10.96.0.11:53",
 		}},
-		{"a port and an address", query{family: dataplane.IPv4, protocol: dataplane.UDP, addr: netip.MustParseAddr("10.96.0.10"), port: 53}, []string{
+		{"port and address", query{family: dataplane.IPv4, protocol: dataplane.UDP, addr: netip.MustParseAddr("10.96.0.10"), port: 53}, []string{
 			"10.96.0.10:53 10.0.0.1:5353",
 		}},
-		{"a port of IPv6", query{family: dataplane.IPv6, protocol: dataplane.UDP, port: 53}, []string{"[fd00:96::10]:53 [fd01::1]:5353"}},
+		{"IPv6 port", query{family: dataplane.IPv6, protocol: dataplane.UDP, port: 53}, []string{"[fd00:96::10]:53 [fd01::1]:5353"}},
 		{"nothing", query{family: dataplane.IPv4, protocol: dataplane.UDP, port: 99}, nil},
 	} {
 		got, narrowed := dumpFlows(t, k, tt.q)
@@ -190,11 +189,11 @@ func TestDump(t *testing.T) {
 			t.Errorf("%s: (-want +got)\n%s", tt.name, diff)
 		}
 		if !narrowed {
-			t.Errorf("%s: the kernel does not narrow the dump", tt.name)
+			t.Errorf("%s: the kernel does not filter the dump", tt.name)
 		}
 	}
 
-	// Kernels before 5.8 ignore the filter, and list TCP as well.
+	// Kernels before 5.8 ignore the filter and return TCP entries too.
 	var got []string
 	entries, narrowed, err := k.dumpFiltered(t.Context(), query{family: dataplane.IPv4, protocol: dataplane.UDP, port: 54}, nil, func(f flow) bool {
 		got = append(got, f.destination.String())
@@ -205,11 +204,11 @@ func TestDump(t *testing.T) {
 	}
 	slices.Sort(got)
 	if diff := cmp.Diff([]string{"10.96.0.10:53", "10.96.0.10:53", "10.96.0.10:54", "10.96.0.11:53"}, got); diff != "" || narrowed || len(entries) != 3 {
-		t.Errorf("without a filter: %d entries, narrowed %t, seen (-want +got)\n%s", len(entries), narrowed, diff)
+		t.Errorf("without a filter: %d entries, narrowed %t, dumped (-want +got)\n%s", len(entries), narrowed, diff)
 	}
 }
 
-// TestDelete says that exactly the entries listed are deleted.
+// TestDelete checks that delete deletes exactly the given entries.
 func TestDelete(t *testing.T) {
 	t.Parallel()
 	k := openTable(t, newNamespace(t))
@@ -232,14 +231,14 @@ func TestDelete(t *testing.T) {
 	if n, err := k.delete(t.Context(), entries[:2]); n != 2 || err != nil {
 		t.Fatalf("deleted %d, %v", n, err)
 	}
-	// Two have gone by themselves, and of another one the memory holds another.
+	// Two entries no longer exist, and the ID of a third one has changed.
 	entries[2].id = []byte{1, 2, 3, 4}
 	if n, err := k.delete(t.Context(), entries); n != len(all)-3 || err != nil {
 		t.Errorf("deleted %d, %v; want %d", n, err, len(all)-3)
 	}
 	got, _ := dumpFlows(t, k, q)
 	if diff := cmp.Diff([]string{"10.96.0.10:53 10.0.0.1:5353", "10.96.0.11:53 10.96.0.11:53"}, got); diff != "" {
-		t.Errorf("left (-want +got)\n%s", diff)
+		t.Errorf("remaining (-want +got)\n%s", diff)
 	}
 }
 
@@ -248,7 +247,7 @@ func TestContextCanceled(t *testing.T) {
 	k := openTable(t, newNamespace(t))
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	// The deadline passes in another goroutine, so that a first answer may come.
+	// Another goroutine sets the deadline, so the first dumps may succeed.
 	var err error
 	for range 1000 {
 		if _, _, err = k.dump(ctx, query{family: dataplane.IPv4, protocol: dataplane.UDP}, func(flow) bool { return false }); err != nil {
@@ -256,11 +255,11 @@ func TestContextCanceled(t *testing.T) {
 		}
 	}
 	if !errors.Is(err, os.ErrDeadlineExceeded) {
-		t.Errorf("error %v, want a deadline exceeded", err)
+		t.Errorf("error %v, want os.ErrDeadlineExceeded", err)
 	}
 }
 
-// FuzzParseEntry looks for what makes the decoder panic, or accept an entry without addresses.
+// FuzzParseEntry checks that the decoder does not panic or accept entries without addresses.
 func FuzzParseEntry(f *testing.F) {
 	replied := newTestEntry("[fd00::1]:4", "[fd00:96::10]:53", "[fd01::1]:5353")
 	replied.replied = true
