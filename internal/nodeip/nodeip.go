@@ -1,9 +1,9 @@
-// Package nodeip follows the addresses of this node: those of its interfaces, and
-// those that local routes make its own.
+// Package nodeip watches the addresses of this node: the addresses of its interfaces, and the
+// networks that local routes make local to the node.
 //
-// The kernel announces each change over rtnetlink. An announcement is taken as
-// a hint only: the addresses are read anew after it, so that an announcement
-// that was lost, or that came between subscribing and reading, does no harm.
+// The kernel sends rtnetlink notifications of changes. The watcher uses a notification only as
+// a hint and reads all addresses again. Lost notifications, and notifications sent between
+// subscribing and reading, are therefore harmless.
 package nodeip
 
 import (
@@ -21,31 +21,30 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// retryDelay is the time between attempts to open sockets that have failed.
+// retryDelay is the time between attempts to open the sockets again after an error.
 const retryDelay = time.Second
 
-// Options adjust [Watch]. The zero value watches the process's namespace.
+// Options configure [Watch]. The zero value watches the process's network namespace.
 type Options struct {
-	// NetNS is the file descriptor of the network namespace to watch; zero is
-	// the one that the process started in.
+	// NetNS is a file descriptor of the network namespace to watch. 0 means the namespace in
+	// which the process started.
 	NetNS int
-	// Logger gets a Warn when the kernel can't be asked. Nil means no logging.
+	// Logger receives a Warn when the addresses cannot be read. Nil disables logging.
 	Logger *slog.Logger
 }
 
-// Addresses are the addresses of this node. The lists are sorted, unique, without
-// zones, and never nil.
+// Addresses are the addresses of this node. The lists are sorted, deduplicated, without zones,
+// and never nil.
 type Addresses struct {
-	// All are those of all interfaces. IPv6 addresses count from when the kernel
-	// has found that no other host has them (RFC 4862, or at once with optimistic
-	// detection, RFC 4429) until they are removed; deprecated ones are included, as
-	// they still take connections.
+	// All holds the addresses of all interfaces. It includes an IPv6 address as soon as
+	// duplicate address detection succeeds (RFC 4862), or immediately for an optimistic
+	// address (RFC 4429). It includes deprecated addresses, which still accept connections.
 	All []netip.Addr
-	// Virtual are those of All that only the loopback device and dummy interfaces
-	// have: no network leads to them because of that.
+	// Virtual is the subset of All that only the loopback device or dummy interfaces
+	// have. No network leads to an address because of such an interface.
 	Virtual []netip.Addr
-	// Routes are the networks of which every address is the node's by a route of
-	// type local in the table local that the kernel has not made by itself.
+	// Routes holds the networks that a local route in table local makes local to the node,
+	// except for routes that the kernel created.
 	Routes []netip.Prefix
 }
 
@@ -53,12 +52,12 @@ func (a Addresses) equal(o Addresses) bool {
 	return slices.Equal(a.All, o.All) && slices.Equal(a.Virtual, o.Virtual) && slices.Equal(a.Routes, o.Routes)
 }
 
-// Watch calls deliver with the addresses of this node: once before
-// anything else, and again whenever one has appeared or gone. It blocks until
-// ctx is done and then returns nil. It returns an error only if it can't begin;
-// later failures are logged, and what they hid is made up for.
+// Watch calls deliver with the addresses of this node, first immediately and then after each
+// change. It blocks until ctx is done and then returns nil. It returns an error only if it
+// cannot start. It logs later errors and retries, and delivers the changes missed meanwhile.
 //
-// Deliver must not block for long: changes are gathered meanwhile.
+// deliver should return quickly. Changes during a call are delivered together in the next
+// call.
 func Watch(ctx context.Context, options Options, deliver func(Addresses)) error {
 	log := options.Logger
 	if log == nil {
@@ -84,7 +83,7 @@ func Watch(ctx context.Context, options Options, deliver func(Addresses)) error 
 			return nil
 		default:
 		}
-		log.WarnContext(ctx, "the node's addresses can't be followed; trying again", "error", err)
+		log.WarnContext(ctx, "cannot watch the node's addresses, retrying", "error", err)
 		select {
 		case <-ctx.Done():
 			return nil
@@ -93,7 +92,7 @@ func Watch(ctx context.Context, options Options, deliver func(Addresses)) error 
 	}
 }
 
-// watcher has a socket that hears announcements and one that reads addresses.
+// watcher has one socket for notifications and one for requests.
 type watcher struct{ notifications, requests *netlink.Conn }
 
 func openWatcher(netns int) (watcher, error) {
@@ -106,27 +105,27 @@ func openWatcher(netns int) (watcher, error) {
 	}
 	if w.requests, err = netlink.Dial(unix.NETLINK_ROUTE, &netlink.Config{NetNS: netns}); err != nil {
 		w.close()
-		return w, fmt.Errorf("open netlink to read the node's addresses: %w", err)
+		return w, fmt.Errorf("open netlink socket to read the node's addresses: %w", err)
 	}
-	// Both save work only: a kernel that lacks them tells more than is needed.
+	// Both options only reduce work: without them the kernel sends more than necessary.
 	_ = w.notifications.SetBPF(localRouteFilter())
 	_ = w.requests.SetOption(netlink.GetStrictCheck, true)
 	return w, nil
 }
 
-// groupMask returns the mask of multicast groups.
-func groupMask(list ...uint) (mask uint32) {
-	for _, group := range list {
+// groupMask returns the bit mask of multicast groups.
+func groupMask(groups ...uint) (mask uint32) {
+	for _, group := range groups {
 		mask |= 1 << (group - 1)
 	}
 	return mask
 }
 
-// localRouteFilter returns a filter for announcements: of routes, which may come and go by
-// the thousand, only those of type local pass.
+// localRouteFilter returns a filter for notifications. Of route notifications, which may be
+// thousands, it passes only the ones about local routes.
 func localRouteFilter() []bpf.RawInstruction {
-	// struct nlmsghdr has the type at 4, in the byte order of the host, and struct
-	// rtmsg follows it at 16, with the type of the route at 7.
+	// struct nlmsghdr has the message type at offset 4, in host byte order. struct rtmsg
+	// follows at offset 16, with the route type at offset 7.
 	host := func(t uint16) uint32 {
 		return uint32(binary.BigEndian.Uint16(binary.NativeEndian.AppendUint16(nil, t)))
 	}
@@ -140,13 +139,13 @@ func localRouteFilter() []bpf.RawInstruction {
 		bpf.RetConstant{Val: 0},
 	})
 	if err != nil {
-		panic(err) // the instructions are constant
+		panic(err) // the program is constant
 	}
 	return filter
 }
 
-// close closes both sockets, of which either may be missing. Closing twice does
-// no harm, and there is nothing that an error could tell.
+// close closes both sockets, either of which may be nil. It may be called twice, and ignores
+// errors.
 func (w watcher) close() {
 	for _, conn := range []*netlink.Conn{w.notifications, w.requests} {
 		if conn != nil {
@@ -155,10 +154,10 @@ func (w watcher) close() {
 	}
 }
 
-// run delivers the addresses, at first and after each announcement, until ctx
-// is done or something fails. It never returns nil unless ctx is done.
+// run delivers the addresses, first immediately and then after each notification, until ctx is
+// done or an error occurs. It returns nil only after ctx is done.
 func (w watcher) run(ctx context.Context, deliver func(Addresses)) error {
-	stop := context.AfterFunc(ctx, w.close) // ends Receive
+	stop := context.AfterFunc(ctx, w.close) // unblocks Receive
 	defer stop()
 	for {
 		addrs, err := w.readAddresses()
@@ -167,13 +166,13 @@ func (w watcher) run(ctx context.Context, deliver func(Addresses)) error {
 		}
 		deliver(addrs)
 		if _, err := w.notifications.Receive(); err != nil && !isTransient(err) {
-			return fmt.Errorf("wait for changes of the node's addresses: %w", err)
+			return fmt.Errorf("receive notifications of the node's addresses: %w", err)
 		}
 	}
 }
 
-// isTransient reports whether the socket is as good as before: after ENOBUFS
-// announcements were lost, which is one more reason to read.
+// isTransient reports whether the socket remains usable. ENOBUFS means that notifications were
+// lost, so the addresses must be read again.
 func isTransient(err error) bool {
 	return errors.Is(err, unix.ENOBUFS) || errors.Is(err, unix.EINTR) || errors.Is(err, unix.EAGAIN)
 }
@@ -190,7 +189,7 @@ func (w watcher) readAddresses() (Addresses, error) {
 		return Addresses{}, fmt.Errorf("read the node's addresses: %w", err)
 	}
 	addrs := Addresses{All: []netip.Addr{}, Virtual: []netip.Addr{}, Routes: []netip.Prefix{}}
-	ofNetworks := map[netip.Addr]struct{}{}
+	nonVirtual := map[netip.Addr]struct{}{}
 	for _, m := range messages {
 		addr, ok, err := parseAddr(m)
 		if err != nil {
@@ -201,13 +200,13 @@ func (w watcher) readAddresses() (Addresses, error) {
 		}
 		addrs.All = append(addrs.All, addr)
 		if _, ok := virtual[binary.NativeEndian.Uint32(m.Data[4:])]; !ok {
-			ofNetworks[addr] = struct{}{}
+			nonVirtual[addr] = struct{}{}
 		}
 	}
 	slices.SortFunc(addrs.All, netip.Addr.Compare)
 	addrs.All = slices.Compact(addrs.All)
 	for _, addr := range addrs.All {
-		if _, ok := ofNetworks[addr]; !ok {
+		if _, ok := nonVirtual[addr]; !ok {
 			addrs.Virtual = append(addrs.Virtual, addr)
 		}
 	}
@@ -215,7 +214,7 @@ func (w watcher) readAddresses() (Addresses, error) {
 		// struct rtmsg, see linux/rtnetlink.h.
 		messages, err := w.dump(unix.RTM_GETROUTE, []byte{family, 0, 0, 0, unix.RT_TABLE_LOCAL, 0, 0, unix.RTN_LOCAL, 0, 0, 0, 0})
 		if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.ENOENT) {
-			continue // no such family, or no such table
+			continue // the kernel lacks the family or the table
 		}
 		if err != nil {
 			return Addresses{}, fmt.Errorf("read the node's local routes: %w", err)
@@ -231,7 +230,7 @@ func (w watcher) readAddresses() (Addresses, error) {
 	return addrs, nil
 }
 
-// dump returns all messages of a reading that nothing has interrupted.
+// dump returns all messages of a dump. It repeats an interrupted dump.
 func (w watcher) dump(typ netlink.HeaderType, data []byte) ([]netlink.Message, error) {
 	for {
 		messages, err := w.requests.Execute(netlink.Message{
@@ -245,7 +244,7 @@ func (w watcher) dump(typ netlink.HeaderType, data []byte) ([]netlink.Message, e
 
 // virtualLinks returns the indices of the loopback device and of dummy interfaces.
 func (w watcher) virtualLinks() (map[uint32]struct{}, error) {
-	// The kernel leaves out other kinds, unless it has no dummy interfaces.
+	// The kernel filters by kind unless it has no dummy interfaces.
 	kind := netlink.NewAttributeEncoder()
 	kind.Nested(unix.IFLA_LINKINFO, func(info *netlink.AttributeEncoder) error {
 		info.String(unix.IFLA_INFO_KIND, dummy)
@@ -269,10 +268,10 @@ func (w watcher) virtualLinks() (map[uint32]struct{}, error) {
 	return links, nil
 }
 
-// dummy is the kernel's name of the kind of dummy interfaces.
+// dummy is the kernel's kind of dummy interfaces.
 const dummy = "dummy"
 
-// isDummy reports whether a link's attributes are those of a dummy interface.
+// isDummy reports whether the attributes describe a dummy interface.
 func isDummy(b []byte) (is bool) {
 	attributes, err := netlink.NewAttributeDecoder(b)
 	if err != nil {
@@ -293,8 +292,8 @@ func isDummy(b []byte) (is bool) {
 	return is && attributes.Err() == nil
 }
 
-// parseRoute returns the network of a local route, and false if the kernel has
-// made the route for an address of an interface, or for the loopback network.
+// parseRoute returns the network of a local route. It reports false if the kernel created the
+// route for an address of an interface or for the loopback network.
 func parseRoute(m netlink.Message) (netip.Prefix, bool) {
 	if m.Header.Type != unix.RTM_NEWROUTE || len(m.Data) < unix.SizeofRtMsg {
 		return netip.Prefix{}, false
@@ -320,21 +319,22 @@ func parseRoute(m netlink.Message) (netip.Prefix, bool) {
 	return route.Masked(), attributes.Err() == nil && route.IsValid()
 }
 
-// parseAddr returns the address in a message, and false if it can't be used (yet).
+// parseAddr returns the address in a message. It reports false if the address is not usable,
+// or not yet.
 func parseAddr(m netlink.Message) (netip.Addr, bool, error) {
 	if m.Header.Type != unix.RTM_NEWADDR {
 		return netip.Addr{}, false, nil
 	}
 	if len(m.Data) < unix.SizeofIfAddrmsg {
-		return netip.Addr{}, false, fmt.Errorf("an address message of %d bytes", len(m.Data))
+		return netip.Addr{}, false, fmt.Errorf("address message of %d bytes", len(m.Data))
 	}
 	attributes, err := netlink.NewAttributeDecoder(m.Data[unix.SizeofIfAddrmsg:])
 	if err != nil {
 		return netip.Addr{}, false, err
 	}
 	flags := uint32(m.Data[2])
-	// IFA_ADDRESS is the peer's address on a point-to-point link, where
-	// IFA_LOCAL is ours; IPv6 without a peer has IFA_ADDRESS only.
+	// On a point-to-point link, IFA_LOCAL is the node's address and IFA_ADDRESS the peer's.
+	// IPv6 without a peer has IFA_ADDRESS only.
 	var local, address netip.Addr
 	for attributes.Next() {
 		switch attributes.Type() {

@@ -18,7 +18,7 @@ import (
 	"fairlead.io/fairlead/internal/nodeip"
 )
 
-// testHost is a network namespace whose addresses are watched.
+// testHost is a network namespace with a Watch of its addresses.
 type testHost struct {
 	t         *testing.T
 	handle    *netlink.Handle
@@ -46,7 +46,7 @@ func startWatch(t *testing.T) *testHost {
 			if err := handle.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: "veth1"}); err != nil {
 				t.Fatal(err)
 			}
-			for _, link := range []string{"veth0", "veth1"} { // no link-local addresses but ours
+			for _, link := range []string{"veth0", "veth1"} { // only the test adds link-local addresses
 				h.changeLink(func(l netlink.Link) error { return handle.LinkSetIP6AddrGenMode(l, 1) }, link)
 			}
 		}
@@ -60,7 +60,7 @@ func startWatch(t *testing.T) *testHost {
 	t.Cleanup(func() {
 		cancel()
 		if err := <-done; err != nil {
-			t.Errorf("Watch ended with: %v", err)
+			t.Errorf("Watch returned an error: %v", err)
 		}
 	})
 	return h
@@ -94,8 +94,7 @@ func (h *testHost) removeAddr(link, prefix string) {
 	h.changeLink(func(l netlink.Link) error { return h.handle.AddrDel(l, h.newAddr(prefix, 0)) }, link)
 }
 
-// await waits for the delivery of exactly these addresses besides loopback's.
-
+// waitFor waits until exactly these addresses are delivered, besides loopback addresses.
 func (h *testHost) waitFor(want ...string) {
 	h.t.Helper()
 	addrs := []string{}
@@ -116,7 +115,7 @@ func (h *testHost) waitFor(want ...string) {
 				return
 			}
 		case <-deadline:
-			h.t.Fatalf("the addresses (-want +got):\n%s", cmp.Diff(want, addrs))
+			h.t.Fatalf("addresses (-want +got):\n%s", cmp.Diff(want, addrs))
 		}
 	}
 }
@@ -134,12 +133,12 @@ func (h *testHost) waitForFlag(link string, flag int) {
 			return
 		}
 		if time.Now().After(deadline) {
-			h.t.Fatalf("%s has %v, want the flag %#x", link, addrs, flag)
+			h.t.Fatalf("%s has %v, want flag %#x", link, addrs, flag)
 		}
 	}
 }
 
-// expectNoDelivery fails the test if anything is delivered.
+// expectNoDelivery fails the test if addresses are delivered.
 func (h *testHost) expectNoDelivery() {
 	h.t.Helper()
 	select {
@@ -172,11 +171,12 @@ func TestAddAndRemove(t *testing.T) {
 	h.waitFor("192.0.2.1", "198.51.100.7", "2001:db8::1")
 	h.removeAddr("veth0", "192.0.2.1/24")
 	h.waitFor("198.51.100.7", "2001:db8::1")
-	h.changeLink(h.handle.LinkDel, "veth0") // takes its addresses with it
+	h.changeLink(h.handle.LinkDel, "veth0") // deletes its addresses too
 	h.waitFor("198.51.100.7")
 }
 
-// One address on two interfaces is one, until both have lost it.
+// TestAddressOnTwoInterfaces checks that an address of two interfaces is delivered once, until
+// both have lost it.
 func TestAddressOnTwoInterfaces(t *testing.T) {
 	t.Parallel()
 	h := startWatch(t)
@@ -191,7 +191,8 @@ func TestAddressOnTwoInterfaces(t *testing.T) {
 	h.waitFor()
 }
 
-// On a point-to-point link ours is the address, not the peer's.
+// TestPointToPoint checks that the node's address of a point-to-point link is delivered, not
+// the peer's.
 func TestPointToPoint(t *testing.T) {
 	t.Parallel()
 	h := startWatch(t)
@@ -204,14 +205,14 @@ func TestPointToPoint(t *testing.T) {
 	h.waitFor("192.0.2.1", "2001:db8::1")
 }
 
-// An IPv6 address counts when duplicate address detection has passed, and
-// never if another host has it.
+// TestDuplicateAddressDetection checks that an IPv6 address is delivered after duplicate
+// address detection, and never if another host has it.
 func TestDuplicateAddressDetection(t *testing.T) {
 	t.Parallel()
 	h := startWatch(t)
 	h.waitFor()
 	h.addAddr("veth0", "2001:db8::1/64", 0)
-	h.expectNoDelivery() // it takes the kernel a second
+	h.expectNoDelivery() // detection takes the kernel a second
 	h.waitFor("2001:db8::1")
 	h.addAddr("veth1", "2001:db8::1/64", 0)
 	h.waitForFlag("veth1", unix.IFA_F_DADFAILED)
@@ -224,12 +225,12 @@ func TestDeprecatedAddress(t *testing.T) {
 	h := startWatch(t)
 	h.waitFor()
 	old := h.newAddr("2001:db8::1/64", unix.IFA_F_NODAD)
-	old.ValidLft = 3600 // and a preferred lifetime of zero
+	old.ValidLft = 3600 // with a preferred lifetime of zero
 	h.changeLink(func(l netlink.Link) error { return h.handle.AddrAdd(l, old) }, "veth0")
 	h.waitFor("2001:db8::1")
 }
 
-// More changes at once than the socket's buffer holds announcements of.
+// TestNotificationOverflow checks that no address is missed if the socket buffer overflows.
 func TestNotificationOverflow(t *testing.T) {
 	t.Parallel()
 	const n = 2000
@@ -259,7 +260,7 @@ func TestNotificationOverflow(t *testing.T) {
 			case <-first:
 			default:
 				close(first)
-				<-release // does not listen
+				<-release // stop receiving
 			}
 		})
 	}()
@@ -277,12 +278,12 @@ func TestNotificationOverflow(t *testing.T) {
 		select {
 		case got = <-last:
 		case <-deadline:
-			t.Fatalf("%d addresses known, want %d", got, n)
+			t.Fatalf("%d addresses delivered, want %d", got, n)
 		}
 	}
 	cancel()
 	if err := <-done; err != nil {
-		t.Errorf("Watch ended with: %v", err)
+		t.Errorf("Watch returned an error: %v", err)
 	}
 }
 
@@ -294,7 +295,7 @@ func TestNoSuchNamespace(t *testing.T) {
 	}
 }
 
-// TestLocalRoutes says which local routes count, and that they are followed.
+// TestLocalRoutes checks which local routes are delivered, and that changes are.
 func TestLocalRoutes(t *testing.T) {
 	t.Parallel()
 	h := startWatch(t)
@@ -334,7 +335,7 @@ func TestLocalRoutes(t *testing.T) {
 	await("192.0.2.90/32")
 	change(h.handle.RouteAdd, "2001:db8:5::/64", unix.RT_TABLE_LOCAL, unix.RTN_LOCAL)
 	await("192.0.2.90/32", "2001:db8:5::/64")
-	// As of a transparent proxy, or of another network.
+	// Routes such as those of a transparent proxy, and of other networks.
 	change(h.handle.RouteAdd, "0.0.0.0/0", 100, unix.RTN_LOCAL)
 	change(h.handle.RouteAdd, "203.0.113.0/24", unix.RT_TABLE_MAIN, unix.RTN_UNICAST)
 	change(h.handle.RouteAdd, "198.51.100.0/24", unix.RT_TABLE_LOCAL, unix.RTN_LOCAL)
@@ -343,7 +344,7 @@ func TestLocalRoutes(t *testing.T) {
 	await("198.51.100.0/24", "2001:db8:5::/64")
 }
 
-// TestVirtualAddresses says which addresses no network leads to.
+// TestVirtualAddresses checks which addresses are virtual.
 func TestVirtualAddresses(t *testing.T) {
 	t.Parallel()
 	h := startWatch(t)
