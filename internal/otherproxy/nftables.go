@@ -8,25 +8,25 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// nftFamily is an IP family by nftables' name and number.
+// nftFamily is an IP family with its nftables name and number.
 type nftFamily struct {
 	name   string
 	number byte
 }
 
-// nftFamilies returns the families that proxies have tables in.
+// nftFamilies returns the families in which proxies create tables.
 func nftFamilies() [2]nftFamily {
 	return [2]nftFamily{{"ip", unix.NFPROTO_IPV4}, {"ip6", unix.NFPROTO_IPV6}}
 }
 
-// nftConn asks nf_tables for single objects, which is cheap however many there are.
-// iptables-nft has its chains there too.
+// nftConn queries single nf_tables objects, at a cost that does not depend on the number of
+// objects. It also finds the chains of iptables-nft.
 type nftConn struct{ *netlink.Conn }
 
 func dialNFTables() (*nftConn, error) {
 	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
 	if err != nil {
-		return nil, fmt.Errorf("open netlink socket to look for another Service proxy's rules: %w", err)
+		return nil, fmt.Errorf("open netlink socket to find rules of another Service proxy: %w", err)
 	}
 	return &nftConn{conn}, nil
 }
@@ -45,7 +45,7 @@ func (c *nftConn) hasChain(f nftFamily, table, chain string) (bool, error) {
 func (c *nftConn) exists(f nftFamily, get netlink.HeaderType, attributes ...netlink.Attribute) (bool, error) {
 	data, err := netlink.MarshalAttributes(attributes)
 	if err != nil {
-		return false, fmt.Errorf("encode the request: %w", err)
+		return false, fmt.Errorf("encode request: %w", err)
 	}
 	_, err = c.Execute(netlink.Message{
 		Header: netlink.Header{Type: unix.NFNL_SUBSYS_NFTABLES<<8 | get, Flags: netlink.Request},

@@ -1,6 +1,6 @@
-// Package otherproxy recognizes the rules of another Service proxy, kube-proxy in
-// each of its modes, in a network namespace: those of one that runs, and those that
-// one has left behind. It changes nothing.
+// Package otherproxy detects the rules of another Service proxy in a network namespace:
+// kube-proxy in each of its modes, whether it runs or has left the rules behind. It changes
+// nothing.
 package otherproxy
 
 import (
@@ -26,31 +26,32 @@ const (
 // Modes returns all modes.
 func Modes() []Mode { return []Mode{ModeNFTables, ModeIPTables, ModeIPVS} }
 
-// Rules are what was found of one mode.
+// Rules are the detected rules of one mode.
 type Rules struct {
 	Mode Mode
-	// Objects names the tables, chains and interfaces.
+	// Objects describes the tables, chains and interfaces.
 	Objects []string
 }
 
-// String returns the rules in words.
+// String describes the rules.
 func (r Rules) String() string {
 	return fmt.Sprintf("kube-proxy's mode %s (%s)", r.Mode, strings.Join(r.Objects, ", "))
 }
 
-// Effect says what the rules still do while Fairlead translates connections first.
+// Effect describes what the rules still do while Fairlead translates connections first.
 func (r Rules) Effect() string {
 	switch r.Mode {
 	case ModeNFTables:
-		return "connections that its old loadBalancerSourceRanges do not allow are still dropped"
+		return "connections from outside kube-proxy's former loadBalancerSourceRanges are still dropped"
 	case ModeIPVS:
-		return "the node still takes the addresses of the interface kube-ipvs0 for its own"
+		return "the addresses of interface kube-ipvs0 are still local to the node"
 	case ModeIPTables:
 	}
-	return "connections to Services that Fairlead does not have are still translated"
+	return "connections to Services that only kube-proxy knows are still translated"
 }
 
-// RemovalCommands returns the commands that remove the rules, besides `kube-proxy --cleanup`.
+// RemovalCommands returns commands that remove the rules, as an alternative to `kube-proxy
+// --cleanup`.
 func (r Rules) RemovalCommands() string {
 	switch r.Mode {
 	case ModeNFTables:
@@ -66,7 +67,7 @@ func (r Rules) RemovalCommands() string {
 	return "iptables-save | grep -v KUBE- | iptables-restore; ip6tables-save | grep -v KUBE- | ip6tables-restore"
 }
 
-// What kube-proxy makes, by its source (pkg/proxy of Kubernetes 1.37).
+// Names of kube-proxy's objects, from its source (pkg/proxy in Kubernetes 1.37).
 const (
 	nftTable      = "kube-proxy"    // nftables/proxier.go, kubeProxyTable
 	iptablesChain = "KUBE-SERVICES" // iptables/proxier.go, kubeServicesChain
@@ -75,10 +76,10 @@ const (
 	legacySuffix  = "of iptables-legacy"
 )
 
-// Scanner looks for rules. It remembers what makes the next scan cheap.
+// Scanner detects rules. It caches results to make later scans cheaper.
 type Scanner struct {
 	nft    *nftConn
-	legacy [2]legacyTable // of IPv4 and IPv6
+	legacy [2]legacyTable // IPv4, IPv6
 }
 
 // NewScanner returns a Scanner for the network namespace of the calling thread.
@@ -93,50 +94,50 @@ func NewScanner() (*Scanner, error) {
 // Close closes the connections to the kernel.
 func (s *Scanner) Close() error { return s.nft.Close() }
 
-// Scan returns what there is, by mode. What could be read is returned beside an
-// error.
+// Scan returns the detected rules by mode. After an error, it returns the rules that it could
+// read.
 func (s *Scanner) Scan() ([]Rules, error) {
-	found := map[Mode][]string{}
+	objects := map[Mode][]string{}
 	var errs []error
-	note := func(mode Mode, where string, there bool, err error) {
+	record := func(mode Mode, object string, exists bool, err error) {
 		if err != nil {
-			errs = append(errs, fmt.Errorf("look for %s: %w", where, err))
+			errs = append(errs, fmt.Errorf("find %s: %w", object, err))
 		}
-		if there {
-			found[mode] = append(found[mode], where)
+		if exists {
+			objects[mode] = append(objects[mode], object)
 		}
 	}
 	for _, f := range nftFamilies() {
-		there, err := s.nft.hasTable(f, nftTable)
-		note(ModeNFTables, fmt.Sprintf("table %s %s", f.name, nftTable), there, err)
+		exists, err := s.nft.hasTable(f, nftTable)
+		record(ModeNFTables, fmt.Sprintf("table %s %s", f.name, nftTable), exists, err)
 	}
 	for i, f := range nftFamilies() {
-		there, err := s.nft.hasChain(f, iptablesTable, iptablesChain)
-		note(ModeIPTables, fmt.Sprintf("chain %s in table %s %s", iptablesChain, f.name, iptablesTable), there, err)
-		there, err = s.legacy[i].hasChain(iptablesChain)
-		note(ModeIPTables, fmt.Sprintf("chain %s in table %s %s %s", iptablesChain, f.name, iptablesTable, legacySuffix), there, err)
+		exists, err := s.nft.hasChain(f, iptablesTable, iptablesChain)
+		record(ModeIPTables, fmt.Sprintf("chain %s in table %s %s", iptablesChain, f.name, iptablesTable), exists, err)
+		exists, err = s.legacy[i].hasChain(iptablesChain)
+		record(ModeIPTables, fmt.Sprintf("chain %s in table %s %s %s", iptablesChain, f.name, iptablesTable, legacySuffix), exists, err)
 	}
-	there, err := hasInterface(ipvsInterface)
-	note(ModeIPVS, "interface "+ipvsInterface, there, err)
+	exists, err := hasInterface(ipvsInterface)
+	record(ModeIPVS, "interface "+ipvsInterface, exists, err)
 	var rules []Rules
 	for _, mode := range Modes() {
-		if where := found[mode]; len(where) > 0 {
-			rules = append(rules, Rules{mode, where})
+		if names := objects[mode]; len(names) > 0 {
+			rules = append(rules, Rules{mode, names})
 		}
 	}
 	return rules, errors.Join(errs...)
 }
 
-// ScanInterval is the time between scans. The kernel announces no change of legacy
-// iptables.
+// ScanInterval is the time between scans of Watch. The kernel sends no notifications for
+// iptables-legacy.
 const ScanInterval = 2 * time.Second
 
-// Watch scans again and again until ctx is done, and calls found with what there is
-// whenever that differs from before, which is where it starts.
-func (s *Scanner) Watch(ctx context.Context, before []Rules, log *slog.Logger, found func([]Rules)) {
+// Watch scans periodically until ctx is done, and calls changed whenever the rules differ from
+// the previous ones. The first scan is compared with before.
+func (s *Scanner) Watch(ctx context.Context, before []Rules, log *slog.Logger, changed func([]Rules)) {
 	ticker := time.NewTicker(ScanInterval)
 	defer ticker.Stop()
-	problem := ""
+	lastErr := ""
 	for {
 		select {
 		case <-ctx.Done():
@@ -145,16 +146,16 @@ func (s *Scanner) Watch(ctx context.Context, before []Rules, log *slog.Logger, f
 		}
 		rules, err := s.Scan()
 		if err != nil {
-			if err.Error() != problem {
-				problem = err.Error()
-				log.WarnContext(ctx, "can't tell whether another Service proxy's rules are on this node", "error", err)
+			if err.Error() != lastErr {
+				lastErr = err.Error()
+				log.WarnContext(ctx, "cannot check for rules of another Service proxy", "error", err)
 			}
 			continue
 		}
-		problem = ""
+		lastErr = ""
 		if !slices.EqualFunc(rules, before, func(a, b Rules) bool { return a.Mode == b.Mode && slices.Equal(a.Objects, b.Objects) }) {
 			before = rules
-			found(rules)
+			changed(rules)
 		}
 	}
 }

@@ -13,7 +13,7 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// runCommands runs commands in a namespace, one a line.
+// runCommands runs commands in a namespace, one per line.
 func runCommands(t *testing.T, ns *nettest.Namespace, commands string) {
 	t.Helper()
 	for line := range strings.Lines(commands) {
@@ -30,7 +30,7 @@ func runCommands(t *testing.T, ns *nettest.Namespace, commands string) {
 	}
 }
 
-// mustScan returns what a scanner finds in the namespace, and fails the test on an error.
+// mustScan returns the rules in the namespace, and fails the test on an error.
 func mustScan(t *testing.T, ns *nettest.Namespace, s *Scanner) []Rules {
 	t.Helper()
 	var rules []Rules
@@ -68,8 +68,8 @@ func newScanner(t *testing.T) (*Scanner, *nettest.Namespace) {
 	return s, ns
 }
 
-// TestScan makes what kube-proxy makes, by its own tools, and takes it away by the
-// commands that are named for that.
+// TestScan creates kube-proxy's rules with the same tools as kube-proxy, and removes them with
+// RemovalCommands.
 func TestScan(t *testing.T) {
 	t.Parallel()
 	chains := func(program string) string {
@@ -77,7 +77,7 @@ func TestScan(t *testing.T) {
 			program + " -t nat -A PREROUTING -m comment --comment 'kubernetes service portals' -j KUBE-SERVICES\n" +
 			program + " -t nat -A KUBE-SERVICES -p tcp --dport 80 -j RETURN"
 	}
-	remove := func(flavour string) string { // the named one is about the iptables of the node
+	remove := func(flavour string) string { // RemovalCommands uses the host's default iptables
 		return strings.NewReplacer("iptables-save", "iptables-"+flavour+"-save", "iptables-restore", "iptables-"+flavour+"-restore",
 			"ip6tables-save", "ip6tables-"+flavour+"-save", "ip6tables-restore", "ip6tables-"+flavour+"-restore").
 			Replace(Rules{Mode: ModeIPTables}.RemovalCommands())
@@ -120,7 +120,7 @@ func TestScan(t *testing.T) {
 			t.Parallel()
 			s, ns := newScanner(t)
 			if got := mustScan(t, ns, s); got != nil {
-				t.Errorf("before anything: %v", got)
+				t.Errorf("before creating rules: %v", got)
 			}
 			runCommands(t, ns, test.make)
 			for range 2 {
@@ -136,8 +136,8 @@ func TestScan(t *testing.T) {
 	}
 }
 
-// A scan makes no tables of iptables, which would come with hooks that each packet
-// goes through.
+// TestScanIsReadOnly checks that a scan does not create iptables tables. Their hooks would
+// slow down every packet.
 func TestScanIsReadOnly(t *testing.T) {
 	t.Parallel()
 	s, ns := newScanner(t)
@@ -145,31 +145,31 @@ func TestScanIsReadOnly(t *testing.T) {
 	runCommands(t, ns, `test -z "$(cat /proc/thread-self/net/ip_tables_names /proc/thread-self/net/ip6_tables_names)"`+"\n"+`test -z "$(nft list ruleset)"`)
 }
 
-// TestWatch is told of what comes and goes, and of nothing else.
+// TestWatch checks that Watch reports new and removed rules, and nothing else.
 func TestWatch(t *testing.T) {
 	t.Parallel()
 	s, ns := newScanner(t)
-	found := make(chan []Rules, 10)
-	go s.Watch(t.Context(), nil, slog.New(slog.DiscardHandler), func(r []Rules) { found <- r })
-	next := func(want []Rules) {
+	changes := make(chan []Rules, 10)
+	go s.Watch(t.Context(), nil, slog.New(slog.DiscardHandler), func(r []Rules) { changes <- r })
+	expect := func(want []Rules) {
 		t.Helper()
 		select {
-		case got := <-found:
+		case got := <-changes:
 			if diff := cmp.Diff(want, got); diff != "" {
 				t.Errorf("(-want +got):\n%s", diff)
 			}
 		case <-time.After(30 * time.Second):
-			t.Fatalf("not told of %v", want)
+			t.Fatalf("Watch did not report %v", want)
 		}
 	}
 	runCommands(t, ns, "nft add table ip kube-proxy")
-	next([]Rules{{ModeNFTables, []string{"table ip kube-proxy"}}})
+	expect([]Rules{{ModeNFTables, []string{"table ip kube-proxy"}}})
 	runCommands(t, ns, "nft delete table ip kube-proxy")
-	next(nil)
+	expect(nil)
 }
 
-// BenchmarkScan has as many rules of iptables as kube-proxy has for 10,000 Services of
-// 10 endpoints.
+// BenchmarkScan measures a scan with as many iptables rules as kube-proxy has for 10,000
+// Services with 10 endpoints each.
 func BenchmarkScan(b *testing.B) {
 	ns, err := nettest.NewNamespace("")
 	if err != nil {
