@@ -12,7 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// bridge is a bridge of the kernel.
+// bridge is a network bridge.
 type bridge struct {
 	index int
 	name  string
@@ -20,8 +20,8 @@ type bridge struct {
 	addrs []netip.Addr
 }
 
-// carriesPods reports whether the bridge carries pods of a family: it has an address in
-// their networks, or where no networks are known, any.
+// carriesPods reports whether the bridge carries pods of a family: it has an address in a pod
+// network, or any address if the pod networks are unknown.
 func (b bridge) carriesPods(pods PodNetwork, ipv6 bool) bool {
 	return slices.ContainsFunc(b.addrs, func(a netip.Addr) bool {
 		if a.Is4() == ipv6 || a.IsLinkLocalUnicast() {
@@ -34,11 +34,11 @@ func (b bridge) carriesPods(pods PodNetwork, ipv6 bool) bool {
 	})
 }
 
-// listBridges returns the bridges of the calling thread's network namespace.
+// listBridges returns the bridges in the network namespace of the calling thread.
 func listBridges() ([]bridge, error) {
 	conn, err := netlink.Dial(unix.NETLINK_ROUTE, nil)
 	if err != nil {
-		return nil, fmt.Errorf("open netlink to list bridges: %w", err)
+		return nil, fmt.Errorf("open netlink socket to list bridges: %w", err)
 	}
 	// struct ifinfomsg with AF_UNSPEC, see linux/rtnetlink.h.
 	messages, err := conn.Execute(netlink.Message{
@@ -69,14 +69,14 @@ func listBridges() ([]bridge, error) {
 	return bridges, nil
 }
 
-// bridgeAddrs returns the addresses of a bridge, or none if it has gone.
+// bridgeAddrs returns the addresses of a bridge, or none if the bridge was deleted.
 func bridgeAddrs(b bridge) []netip.Addr {
-	found, err := (&net.Interface{Index: b.index, Name: b.name}).Addrs()
+	ifAddrs, err := (&net.Interface{Index: b.index, Name: b.name}).Addrs()
 	if err != nil {
 		return nil
 	}
 	var addrs []netip.Addr
-	for _, a := range found {
+	for _, a := range ifAddrs {
 		if p, err := netip.ParsePrefix(a.String()); err == nil {
 			addrs = append(addrs, p.Addr().Unmap())
 		}
@@ -84,7 +84,7 @@ func bridgeAddrs(b bridge) []netip.Addr {
 	return addrs
 }
 
-// link is what a message says about an interface.
+// link is the decoded message about an interface.
 type link struct {
 	index, master int
 	name, kind    string
@@ -96,7 +96,7 @@ func parseLink(m netlink.Message) (link, error) {
 		return l, nil
 	}
 	if len(m.Data) < unix.SizeofIfInfomsg {
-		return l, fmt.Errorf("an interface message of %d bytes", len(m.Data))
+		return l, fmt.Errorf("interface message of %d bytes", len(m.Data))
 	}
 	l.index = int(binary.NativeEndian.Uint32(m.Data[4:])) //nolint:gosec // small
 	attrs, err := netlink.NewAttributeDecoder(m.Data[unix.SizeofIfInfomsg:])

@@ -11,7 +11,7 @@ import (
 	"slices"
 )
 
-// Kind is the kind of setting that a [Problem] is about, for a metric's label.
+// Kind is the kind of setting of a [Problem], used as a metric label.
 type Kind string
 
 // The kinds of settings.
@@ -24,48 +24,47 @@ const (
 // Kinds returns all kinds.
 func Kinds() []Kind { return []Kind{BridgeIPv4, BridgeIPv6, RouteLocalnet} }
 
-// Problem is a setting that should be another.
+// Problem describes a node setting with a wrong value.
 type Problem struct {
 	Kind Kind
-	// Setting is the name of the sysctl, as sysctl(8) has it, and Interface the one
-	// that it concerns, or "all".
+	// Setting is the sysctl's name in the notation of sysctl(8). Interface is the affected
+	// interface, or "all".
 	Setting, Interface string
-	// Consequence and Fix say for people what does not work, and what to do.
+	// Consequence and Fix describe the effect of the problem and how to fix it.
 	Consequence, Fix string
 }
 
-// PodNetwork says how pods are recognised.
+// PodNetwork describes how to detect bridges that carry pods.
 type PodNetwork struct {
-	// CIDRs are the networks of pods. A bridge with an address in them carries pods.
+	// CIDRs are the pod networks. A bridge with an address in these networks carries pods.
 	CIDRs []netip.Prefix
-	// Bridge is the name of the bridge that carries pods, if it is known.
+	// Bridge is the name of the bridge that carries pods, if known.
 	Bridge string
 }
 
-// sysctlDir is where sysctls of the calling thread's network namespace are.
+// sysctlDir holds the sysctls of the calling thread's network namespace.
 const sysctlDir = "/proc/sys/net"
 
-// Check reads the settings of the calling thread's network namespace, and returns what
-// is wrong, sorted. Settings that the kernel does not have are no error.
+// Check reads the settings in the network namespace of the calling thread and returns the
+// problems, sorted. It ignores settings that the kernel lacks.
 func Check(pods PodNetwork) ([]Problem, error) {
 	problems, err := checkBridges(pods)
 	if err != nil {
 		return nil, err
 	}
-	exposed, err := checkRouteLocalnet()
+	localnet, err := checkRouteLocalnet()
 	if err != nil {
 		return nil, err
 	}
-	problems = append(problems, exposed...)
+	problems = append(problems, localnet...)
 	slices.SortFunc(problems, func(a, b Problem) int {
 		return cmp.Or(cmp.Compare(a.Setting, b.Setting), cmp.Compare(a.Interface, b.Interface))
 	})
 	return problems, nil
 }
 
-// checkBridges looks for bridges that carry pods and bypass netfilter. A reply from one
-// pod of a bridge to another then reaches the client with the pod's address in place of
-// the Service's.
+// checkBridges finds bridges that carry pods and bypass netfilter. On these, the reply of one
+// pod to another pod arrives with the address of the pod instead of the Service.
 func checkBridges(pods PodNetwork) ([]Problem, error) {
 	links, err := listBridges()
 	if err != nil {
@@ -100,8 +99,8 @@ func checkBridges(pods PodNetwork) ([]Problem, error) {
 	return problems, nil
 }
 
-// checkRouteLocalnet looks for interfaces whose neighbours may send to loopback
-// addresses. The value of "all" counts for every interface.
+// checkRouteLocalnet finds interfaces whose neighbors can send packets to loopback addresses.
+// The value of "all" applies to every interface.
 func checkRouteLocalnet() ([]Problem, error) {
 	conf := filepath.Join(sysctlDir, "ipv4/conf")
 	entries, err := os.ReadDir(conf)
@@ -109,7 +108,7 @@ func checkRouteLocalnet() ([]Problem, error) {
 		return nil, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("list the interfaces with sysctls: %w", err)
+		return nil, fmt.Errorf("list interfaces with sysctls: %w", err)
 	}
 	var problems []Problem
 	for _, e := range entries {
@@ -137,15 +136,15 @@ func checkRouteLocalnet() ([]Problem, error) {
 	return problems, nil
 }
 
-// readSysctl returns the value of a file below /proc/sys/net, or nothing if there is none:
-// the kernel does not have it, or the interface has gone.
+// readSysctl returns the value of a file below /proc/sys/net, or "" if the file does not exist
+// because the kernel lacks the sysctl or the interface was deleted.
 func readSysctl(file string) (string, error) {
 	value, err := os.ReadFile(filepath.Join(sysctlDir, file))
 	if errors.Is(err, os.ErrNotExist) {
 		return "", nil
 	}
 	if err != nil {
-		return "", fmt.Errorf("read a sysctl: %w", err)
+		return "", fmt.Errorf("read sysctl: %w", err)
 	}
 	return string(bytes.TrimSpace(value)), nil
 }

@@ -17,7 +17,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// TestCheck changes settings of a network namespace with bridges.
+// TestCheck checks the problems for several settings of a namespace with bridges.
 func TestCheck(t *testing.T) {
 	t.Parallel()
 	ns, err := nettest.NewNamespace("")
@@ -65,7 +65,7 @@ func TestCheck(t *testing.T) {
 	ip("link add cni0 type bridge")
 	ip("link add docker0 type bridge")
 	for i, br := range []string{"cni0", "cni0", "docker0", "docker0"} {
-		if i != 1 { // the second port of cni0 comes later
+		if i != 1 { // the second port of cni0 is added later
 			ip(fmt.Sprintf("link add p%d type veth peer name q%d", i, i))
 			ip(fmt.Sprintf("link set p%d master %s", i, br))
 		}
@@ -78,7 +78,7 @@ func TestCheck(t *testing.T) {
 		sysctl("ipv4/conf/"+conf+"/route_localnet", "0")
 	}
 	pods := nodesettings.PodNetwork{CIDRs: []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16"), netip.MustParsePrefix("fd00:10::/64")}}
-	check(pods) // one pod: there is nobody to connect to
+	check(pods) // a single pod has no connections over the bridge
 	ip("link add p1 type veth peer name q1")
 	ip("link set p1 master cni0")
 	check(pods, "net.bridge.bridge-nf-call-iptables cni0")
@@ -97,7 +97,7 @@ func TestCheck(t *testing.T) {
 	check(pods, "net.ipv4.conf.all.route_localnet all")
 }
 
-// TestWatcher checks what is logged, and when, in a namespace whose settings change.
+// TestWatcher checks the log messages and problems while a setting changes.
 func TestWatcher(t *testing.T) {
 	t.Parallel()
 	ns, err := nettest.NewNamespace("")
@@ -136,7 +136,7 @@ func TestWatcher(t *testing.T) {
 	}
 	for _, want := range []string{"net.ipv4.conf.all.route_localnet", "fix="} {
 		if !strings.Contains(log.String(), want) {
-			t.Errorf("the log does not name %q:\n%s", want, &log)
+			t.Errorf("the log does not contain %q:\n%s", want, &log)
 		}
 	}
 }

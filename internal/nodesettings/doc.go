@@ -1,6 +1,6 @@
-// Package nodesettings notices settings of the node's kernel that break Services, or
-// expose what listens on loopback addresses.
+// Package nodesettings detects kernel settings of the node that break Services or expose
+// listeners on loopback addresses.
 //
-// The kernel announces no change of a sysctl, so they are read once a minute. What is
-// wrong is logged when it begins and when it ends, with the setting and the fix.
+// The kernel sends no notifications for sysctls, so the Watcher reads them once a minute. It
+// logs the start and the end of each problem, with the setting and the fix.
 package nodesettings

@@ -8,31 +8,32 @@ import (
 	"time"
 )
 
-// Interval is how often the settings are read where [Options] have no other.
+// Interval is the default of [Options.Interval].
 const Interval = time.Minute
 
-// Options adjust a [Watcher]. The zero value is ready to use.
+// Options configure a [Watcher]. The zero value is ready to use.
 type Options struct {
-	// Interval is the time between two readings. 0 means [Interval].
+	// Interval is the time between reads. 0 means [Interval].
 	Interval time.Duration
-	// Logger gets a Warn for each problem that begins. Nil means no logging.
+	// Logger receives a Warn for each new problem and an Info when it ends. Nil disables
+	// logging.
 	Logger *slog.Logger
 }
 
-// Watcher reads the settings of the network namespace of the process. Its methods may be
-// called from any goroutine.
+// Watcher periodically checks the settings in the process's network namespace. Its methods may
+// be called concurrently.
 type Watcher struct {
 	interval time.Duration
 	log      *slog.Logger
-	changed  chan struct{} // the pods are others
+	changed  chan struct{} // the pod network has changed
 
 	mu         sync.Mutex
 	podNetwork PodNetwork
 	problems   []Problem
-	failing    bool // the last reading failed, which was logged
+	failing    bool // the last check failed and was logged
 }
 
-// New returns a Watcher that has read nothing yet.
+// New returns a Watcher. Call [Watcher.Run] to start it.
 func New(options Options) *Watcher {
 	w := &Watcher{interval: options.Interval, log: options.Logger, changed: make(chan struct{}, 1)}
 	if w.interval == 0 {
@@ -44,7 +45,7 @@ func New(options Options) *Watcher {
 	return w
 }
 
-// SetPodNetwork tells which bridges carry pods. It does not block.
+// SetPodNetwork sets how to detect bridges that carry pods. It does not block.
 func (w *Watcher) SetPodNetwork(pods PodNetwork) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -55,14 +56,14 @@ func (w *Watcher) SetPodNetwork(pods PodNetwork) {
 	}
 }
 
-// Problems returns what the last reading has found.
+// Problems returns the problems found by the last check.
 func (w *Watcher) Problems() []Problem {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return slices.Clone(w.problems)
 }
 
-// Run reads the settings after the first SetPodNetwork, then once an interval and after each
+// Run checks the settings after the first SetPodNetwork, then once per interval and after each
 // SetPodNetwork, until ctx is done. It returns nil.
 func (w *Watcher) Run(ctx context.Context) error {
 	select {
@@ -90,7 +91,7 @@ func (w *Watcher) refresh(ctx context.Context) {
 	now, err := Check(pods)
 	if err != nil {
 		if !w.failing {
-			w.log.WarnContext(ctx, "the node's settings cannot be read", "error", err)
+			w.log.WarnContext(ctx, "cannot read node settings", "error", err)
 		}
 		w.failing = true
 		return
@@ -101,12 +102,12 @@ func (w *Watcher) refresh(ctx context.Context) {
 	w.mu.Unlock()
 	for _, p := range now {
 		if !slices.Contains(before, p) {
-			w.log.WarnContext(ctx, "a setting of the node breaks Services", "consequence", p.Consequence, "setting", p.Setting, "interface", p.Interface, "fix", p.Fix)
+			w.log.WarnContext(ctx, "a node setting has a wrong value", "consequence", p.Consequence, "setting", p.Setting, "interface", p.Interface, "fix", p.Fix)
 		}
 	}
 	for _, p := range before {
 		if !slices.Contains(now, p) {
-			w.log.InfoContext(ctx, "a setting of the node is no longer a problem", "setting", p.Setting, "interface", p.Interface)
+			w.log.InfoContext(ctx, "a node setting is no longer a problem", "setting", p.Setting, "interface", p.Interface)
 		}
 	}
 }
