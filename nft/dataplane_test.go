@@ -1342,7 +1342,7 @@ func TestMalformedUserData(t *testing.T) {
 	t.Parallel()
 	for _, b := range [][]byte{{}, {0}, {0, 200}, {0, 0}, {9, 1, 1, 0, 3, 'a', 'b'}, bytes.Repeat([]byte{0}, 256)} {
 		if got := parseComment(b); strings.Trim(got, "ab") != "" {
-			t.Errorf("the comment in %x is %q", b, got)
+			t.Errorf("comment in %x is %q", b, got)
 		}
 	}
 	if got, want := parseComment([]byte{9, 1, 1, 0, 3, 'a', 'b', 0}), "ab"; got != want {

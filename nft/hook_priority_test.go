@@ -73,7 +73,7 @@ func TestAheadOfOthers(t *testing.T) {
 					services = append(services, service(t, "s", []dataplane.Frontend{{Protocol: dataplane.TCP, Addr: frontends[i]}},
 						[]dataplane.Endpoint{{Addr: netip.AddrPortFrom(ours.Addrs()[i], 8080)}}))
 				}
-				others := func() {
+				addOtherRules := func() {
 					for i, frontend := range frontends {
 						for _, cmd := range rules(frontend, netip.AddrPortFrom(theirs.Addrs()[i], 8080)) {
 							err := network.Node.Do(func() error {
@@ -92,11 +92,11 @@ func TestAheadOfOthers(t *testing.T) {
 				behind, ahead := dataplane.Node{PodCIDRs: network.PodCIDRs}, dataplane.Node{PodCIDRs: network.PodCIDRs, AheadOfOthers: true}
 				d := openInNamespace(t, network.Node.Namespace)
 				if olderThanOurs {
-					others()
+					addOtherRules()
 				}
 				mustReplace(t, d, behind, services...)
 				if !olderThanOurs {
-					others()
+					addOtherRules()
 				}
 				var open []*nettest.Conn
 				defer func() {
@@ -211,6 +211,6 @@ func TestRestartRevertsGiveWay(t *testing.T) {
 	}
 	runNFT(t, ns, binary, "delete table ip fairlead")
 	if err := d.GiveWay(time.Hour); err != nil {
-		t.Errorf("with one table: %v", err)
+		t.Errorf("GiveWay with one table missing: %v", err)
 	}
 }

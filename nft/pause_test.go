@@ -200,7 +200,7 @@ func TestConcurrentChangeDuringCreation(t *testing.T) {
 			t.Parallel()
 			services := sampleServices(t)
 			edit := func(t *testing.T, ns *nettest.Namespace) { runNFT(t, ns, nftBinaries(t)["1.1.3"], script) }
-			t.Run("first", func(t *testing.T) {
+			t.Run("at the start", func(t *testing.T) {
 				t.Parallel()
 				d, ns := newDataplane(t)
 				err := d.Replace(t.Context(), nodeWithAllSettings(), func(yield func(*dataplane.Service) bool) {
@@ -216,7 +216,7 @@ func TestConcurrentChangeDuringCreation(t *testing.T) {
 				}
 				wantRepairedByOneReplace(t, d, ns, services)
 			})
-			t.Run("last", func(t *testing.T) {
+			t.Run("at the end", func(t *testing.T) {
 				t.Parallel()
 				d, ns := newDataplane(t)
 				err := d.Replace(t.Context(), nodeWithAllSettings(), slices.Values(services), func(complete int) {
@@ -422,7 +422,7 @@ func TestWatchSocketLost(t *testing.T) {
 			slices.Values(services)(yield)
 		}
 	}
-	t.Run("before", func(t *testing.T) {
+	t.Run("before Replace", func(t *testing.T) {
 		t.Parallel()
 		d := open(t)
 		d.watch.mu.Lock()
@@ -434,7 +434,7 @@ func TestWatchSocketLost(t *testing.T) {
 		wantNoDrift(t, d)
 		wantState(t, d, services...)
 	})
-	t.Run("while", func(t *testing.T) {
+	t.Run("during Replace", func(t *testing.T) {
 		t.Parallel()
 		d := open(t)
 		for range 2 {

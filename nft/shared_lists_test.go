@@ -98,7 +98,7 @@ func TestListElementEncoding(t *testing.T) {
 					t.Errorf("list ID %d became %d, list %d, slot %d, error %v", n, got, gotList, slot, err)
 				}
 				if c := n.sizeClass(l, 300); c.size() != 300 || c.shard() != n.shard() || c.endpointList() != l {
-					t.Errorf("the size of list ID %d is %s", n, c)
+					t.Errorf("size class of list ID %d is %s", n, c)
 				}
 			}
 		}

@@ -106,8 +106,8 @@ func TestAssignSlotsMovesFew(t *testing.T) {
 	}
 }
 
-// TestAssignEndpointIDs checks with random assignments that remaining endpoints keep their
-// IDs, that new endpoints get no ID that was just in use, and that IDs are unique.
+// TestAssignEndpointIDs checks with random assignments that IDs are unique and that remaining
+// endpoints keep their IDs. New endpoints must get no ID that was just in use.
 func TestAssignEndpointIDs(t *testing.T) {
 	t.Parallel()
 	for seed := range uint64(300) {

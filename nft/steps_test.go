@@ -73,8 +73,8 @@ func (d *Dataplane) missingChain() *nftables.Chain {
 	return &nftables.Chain{Name: "nobody", Table: d.tables[0].nf}
 }
 
-// checkState checks that each frontend has its old state, its new state, or a mix of old and
-// new endpoints with the old or the new number of endpoints. A frontend in both states must
+// checkState checks each frontend. It must have its old state, its new state, or a mix of old
+// and new endpoints whose number is the old or the new one. A frontend in both states must
 // not be missing.
 func (o *observer) checkState() {
 	o.t.Helper()
@@ -246,7 +246,7 @@ func testStepOrder(t *testing.T, translator Translator) {
 }
 
 // TestInterruptedCommits makes commits fail during large changes. Services must still be
-// complete or absent, Services that the error does not name must be programmed, and the next
+// complete or absent. Services that the error does not name must be programmed. The next
 // Replace must leave exactly the desired state.
 func TestInterruptedCommits(t *testing.T) {
 	t.Parallel()
@@ -326,7 +326,7 @@ func TestLargestService(t *testing.T) {
 	full := largest(list)
 	mustApply(t, d, dataplane.Change{New: full})
 	if commits := generation(t, d) - before; int(commits) < len(list)/transactionSize {
-		t.Errorf("%d endpoints took %d commits", len(list), commits)
+		t.Errorf("%d endpoints took only %d commits", len(list), commits)
 	}
 	wantState(t, d, other, full)
 	half := largest(list[:len(list)/2])
@@ -410,8 +410,8 @@ func TestFaultInjection(t *testing.T) {
 }
 
 // TestStepSize splits Services with unusually many frontends, or with a different port for
-// each endpoint, into steps. No step may be much larger than the limit, a frontend's class
-// elements must be in one step, and the steps together must contain the whole change.
+// each endpoint, into steps. No step may be much larger than the limit. The class elements of
+// a frontend must be in one step. The steps together must contain the whole change.
 func TestStepSize(t *testing.T) {
 	t.Parallel()
 	const many = 2000

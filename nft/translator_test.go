@@ -301,7 +301,7 @@ func TestPortsKeptWhenServiceFails(t *testing.T) {
 	bad.Key.Kind = dataplane.ExternalIP
 	err := d.Replace(t.Context(), nodeWithPodCIDRs(), slices.Values([]*dataplane.Service{bad}), nil)
 	if failure, ok := errors.AsType[*dataplane.Error](err); !ok || failure.Failed[bad.Key] == nil {
-		t.Fatalf("got error %v, want one for %s", err, bad.Key)
+		t.Fatalf("got error %v, want an error for %s", err, bad.Key)
 	}
 	c, err := d.readSets(t.Context(), d.tables[0])
 	if err != nil {

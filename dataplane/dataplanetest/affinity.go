@@ -94,10 +94,10 @@ func (s suite) testAffinity(t *testing.T) {
 			t.Errorf("%s reached %s before and %s now", client, before, now)
 		}
 	}
-	// renew connects repeatedly, at intervals of total/4, until each client has kept its
-	// endpoint for the duration total without an idle period as long as the timeout. If a
-	// busy machine delays a client for longer than the timeout, the client may change its
-	// endpoint, and its duration starts again.
+	// renew connects repeatedly, at intervals of total/4. It returns when each client has
+	// kept its endpoint for the duration total without an idle period as long as the
+	// timeout. If a busy machine delays a client for longer than the timeout, the client may
+	// change its endpoint, and its duration starts again.
 	renew := func(t *testing.T, total time.Duration) {
 		t.Helper()
 		const limit, rounding = 2 * time.Minute, 100 * time.Millisecond

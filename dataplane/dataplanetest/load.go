@@ -88,8 +88,8 @@ func (topo *topology) loadServices(pods ...int) []*dataplane.Service {
 	return services
 }
 
-// testEndpointChangesUnderLoad keeps pods 0 and 2 as endpoints, and adds and removes pods 1,
-// 3 and 4, so that slots move and the number of endpoints changes. All pods serve throughout.
+// testEndpointChangesUnderLoad keeps pods 0 and 2 as endpoints. It adds and removes pods 1, 3
+// and 4, so that slots move and the number of endpoints changes. All pods serve throughout.
 // The changes are as fast as the kernel accepts them, so that several happen between two
 // steps of one packet. Such a race is fatal for a connection: after one untranslated packet,
 // connection tracking does not translate the connection's later packets either, however often
