@@ -106,9 +106,9 @@ func (t *table) chains(node dataplane.Node, rangeBits []int) []chain {
 	chains = append(chains, t.natBaseChains(base, dispatch, natOutput)...)
 	return append(chains,
 		base("filter-prerouting-post-dnat", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, dstnat+10, preroutingPostDNAT...),
-		base("filter-natOutput-post-dnat", nftables.ChainTypeFilter, nftables.ChainHookOutput, dstnat+10, outputPostDNAT...),
+		base("filter-output-post-dnat", nftables.ChainTypeFilter, nftables.ChainHookOutput, dstnat+10, outputPostDNAT...),
 		base("filter-forward", nftables.ChainTypeFilter, nftables.ChainHookForward, filter, forward...),
-		base("filter-natOutput", nftables.ChainTypeFilter, nftables.ChainHookOutput, filter, filterOutput...),
+		base("filter-output", nftables.ChainTypeFilter, nftables.ChainHookOutput, filter, filterOutput...),
 		base("nat-postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, *nftables.ChainPriorityNATSource, postrouting...),
 	)
 }
