@@ -1,10 +1,10 @@
-// Package instance keeps a node to one writer: of all Fairlead processes in a
-// network namespace, whatever their mode, one at a time holds the [Lock].
+// Package instance ensures that one Fairlead process at a time, in any mode, programs a
+// network namespace: the process that holds the [Lock].
 //
-// The lock is an abstract unix socket (man 7 unix), which belongs to the network
-// namespace, so that it is shared by host-network pods that share no file. The
-// kernel releases it when the process ends, however it ends. Who waits is
-// connected to it, and is woken by the end of that connection.
+// The lock is an abstract unix socket (unix(7)). Abstract sockets belong to the network
+// namespace, so host-network pods share the lock without sharing a file. The kernel
+// releases the lock when the process exits for any reason. A waiting process stays
+// connected to the holder's socket and wakes up when that connection closes.
 package instance
 
 import (
@@ -23,50 +23,47 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// lockAddress is that of the lock. The @ stands for the zero byte of an abstract
-// address.
+// lockAddress is the abstract address of the lock. The @ represents the leading zero byte.
 const lockAddress = "@fairlead"
 
 const (
-	// retryInterval is the time between attempts when the holder can't be waited for,
-	// as it is about to end or does not accept connections.
+	// retryInterval is the time between attempts when the process cannot wait on a
+	// connection, because the holder is about to exit or accepts no connections.
 	retryInterval = 10 * time.Millisecond
-	// describeTimeout is how long a holder may take to describe itself. One that is
-	// stopped never does.
+	// describeTimeout limits how long to wait for the holder's description. A holder
+	// stopped by SIGSTOP never sends it.
 	describeTimeout = 200 * time.Millisecond
-	// maxWaiters is how many connections a holder keeps: anybody in the network
-	// namespace can make them.
+	// maxWaiters limits the connections that a holder keeps open, because any process in
+	// the network namespace can connect.
 	maxWaiters = 16
-	// maxDescription is in bytes.
+	// maxDescription is the maximum length of a description in bytes.
 	maxDescription = 256
 )
 
-// ErrOtherUser is returned when the lock is held by a process of another user,
-// which is no Fairlead of this node's operator. Abstract sockets have no
-// permissions.
+// ErrOtherUser is returned when a process of another user holds the lock. Abstract sockets
+// have no permissions, so any user can bind the address.
 var ErrOtherUser = errors.New("the lock is held by another user's process")
 
 // Options are the options of [Acquire].
 type Options struct {
-	// Description is shown to instances that wait for this one: one line.
+	// Description is one line of text that waiting instances show for this one.
 	Description string
-	// Waiting, if not nil, is called when another instance holds the lock, and
-	// again for each further one.
+	// OnWaiting, if not nil, is called when another instance holds the lock, and again
+	// each time the holder changes.
 	OnWaiting func(Holder)
 
-	address string // tests have their own
+	address string // overrides lockAddress in tests
 }
 
 // Holder is the process that holds the lock.
 type Holder struct {
-	// PID is the process's ID as this process sees it; 0 if it is in a PID
-	// namespace that this process cannot see.
+	// PID is the process ID in this process's PID namespace, or 0 if it has none there.
 	PID int
-	// Description is the holder's Options.Description; empty if it does not answer.
+	// Description is the holder's Options.Description, empty if the holder does not answer.
 	Description string
 }
 
-// String returns the holder in words.
+// String describes the holder by its PID and description.
 func (h Holder) String() string {
 	var parts []string
 	if h.PID != 0 {
@@ -76,12 +73,12 @@ func (h Holder) String() string {
 		parts = append(parts, h.Description)
 	}
 	if len(parts) == 0 {
-		return "a process that this one cannot see"
+		return "a process in another PID namespace"
 	}
 	return strings.Join(parts, ", ")
 }
 
-// Lock is held until Release, or the end of the process.
+// Lock is held until Release or the end of the process.
 type Lock struct {
 	listener *net.UnixListener
 	waiters  atomic.Int64
@@ -89,10 +86,9 @@ type Lock struct {
 	close    func() error
 }
 
-// Acquire returns the lock when no other process holds it. It blocks until then,
-// or until ctx is done.
-//
-// The error wraps [ErrOtherUser] if a process of another user holds the lock.
+// Acquire blocks until no other process holds the lock, and returns it. It returns an
+// error when ctx is done. The error wraps [ErrOtherUser] if a process of another user holds
+// the lock.
 func Acquire(ctx context.Context, opts Options) (*Lock, error) {
 	for {
 		lock, err := TryAcquire(opts) //nolint:contextcheck // a Lock outlives ctx
@@ -108,12 +104,12 @@ func Acquire(ctx context.Context, opts Options) (*Lock, error) {
 	}
 }
 
-// TryAcquire returns the lock, or an error that wraps unix.EADDRINUSE if another
-// process holds it. It does not block.
+// TryAcquire returns the lock without blocking. The error wraps unix.EADDRINUSE if another
+// process holds the lock.
 func TryAcquire(opts Options) (*Lock, error) {
 	listener, err := net.ListenUnix("unix", opts.addr())
 	if err != nil {
-		return nil, fmt.Errorf("take the lock of this node's instances: %w", err)
+		return nil, fmt.Errorf("acquire the instance lock of this node: %w", err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	lock := &Lock{listener: listener}
@@ -125,10 +121,9 @@ func TryAcquire(opts Options) (*Lock, error) {
 	return lock, nil
 }
 
-// FindHolder returns the holder of the lock, or nil if there is none. It waits for the
-// holder's description, a fraction of a second at most.
-//
-// The error wraps [ErrOtherUser] if a process of another user holds the lock.
+// FindHolder returns the holder of the lock, or nil if the lock is free. It waits at most
+// 200 ms for the holder's description. The error wraps [ErrOtherUser] if a process of
+// another user holds the lock.
 func FindHolder(ctx context.Context) (*Holder, error) { return Options{}.findHolder(ctx) }
 
 func (o Options) findHolder(ctx context.Context) (*Holder, error) {
@@ -137,7 +132,7 @@ func (o Options) findHolder(ctx context.Context) (*Holder, error) {
 		return nil, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("ask who programs this node: %w", err)
+		return nil, fmt.Errorf("find the instance that programs this node: %w", err)
 	}
 	defer conn.Close() //nolint:errcheck // nothing was written to it
 	holder, err := peerHolder(conn)
@@ -157,14 +152,14 @@ func (o Options) dial(ctx context.Context) (*net.UnixConn, error) {
 	if err != nil {
 		return nil, err
 	}
-	return conn.(*net.UnixConn), nil //nolint:forcetypeassert // of this network
+	return conn.(*net.UnixConn), nil //nolint:forcetypeassert // the network is unix
 }
 
-// wait returns when the holder of the lock may have released it.
+// wait blocks until the holder may have released the lock, or ctx is done.
 func (o Options) wait(ctx context.Context) error {
 	conn, err := o.dial(ctx)
 	if err != nil {
-		// Gone since, or too many wait for it.
+		// The holder has exited, or its accept queue is full.
 		if !errors.Is(err, unix.ECONNREFUSED) && !errors.Is(err, unix.EAGAIN) {
 			return fmt.Errorf("wait for the instance that programs this node: %w", err)
 		}
@@ -185,9 +180,9 @@ func (o Options) wait(ctx context.Context) error {
 	if o.OnWaiting != nil && ctx.Err() == nil {
 		o.OnWaiting(holder)
 	}
-	_, _ = conn.Read(make([]byte, 1)) // until its end: nothing more is sent
+	_, _ = conn.Read(make([]byte, 1)) // blocks until the holder closes the connection
 	if time.Since(began) < retryInterval {
-		sleep(ctx) // The holder is about to end, or refuses to be waited for.
+		sleep(ctx) // the holder is about to exit, or has reached maxWaiters
 	}
 	return nil
 }
@@ -199,12 +194,12 @@ func sleep(ctx context.Context) {
 	}
 }
 
-// peerHolder returns who listens at the other end. The kernel tells, so that a
-// process that is stopped is known as well.
+// peerHolder identifies the listening process by the kernel's socket credentials, which
+// also works for a process stopped by SIGSTOP.
 func peerHolder(conn *net.UnixConn) (Holder, error) {
 	peer, err := peerCredentials(conn)
 	if err != nil {
-		return Holder{}, fmt.Errorf("ask the kernel who holds the lock of this node's instances: %w", err)
+		return Holder{}, fmt.Errorf("read the credentials of the process that holds the instance lock: %w", err)
 	}
 	if !isTrusted(peer) {
 		return Holder{}, fmt.Errorf("%w: PID %d, UID %d", ErrOtherUser, peer.Pid, peer.Uid)
@@ -226,15 +221,15 @@ func peerCredentials(conn *net.UnixConn) (*unix.Ucred, error) {
 	return peer, err
 }
 
-// isTrusted reports whether a process is root's, or this process's user's.
+// isTrusted reports whether the peer runs as root or as this process's user.
 func isTrusted(peer *unix.Ucred) bool {
 	return peer.Uid == 0 || int(peer.Uid) == os.Geteuid()
 }
 
-// readDescription reads the holder's description.
+// readDescription returns the description that the holder sends, empty after describeTimeout.
 func readDescription(conn *net.UnixConn) string {
 	_ = conn.SetReadDeadline(time.Now().Add(describeTimeout))
-	defer conn.SetReadDeadline(time.Time{}) //nolint:errcheck // it is closed then
+	defer conn.SetReadDeadline(time.Time{}) //nolint:errcheck // fails only on a closed connection
 	line, err := bufio.NewReaderSize(conn, maxDescription).ReadSlice('\n')
 	if err != nil {
 		return ""
@@ -242,7 +237,7 @@ func readDescription(conn *net.UnixConn) string {
 	return strings.ToValidUTF8(strings.TrimSpace(string(line)), "")
 }
 
-// acceptWaiters keeps connections of those who wait.
+// acceptWaiters accepts connections of waiting processes and keeps them open until ctx is done.
 func (l *Lock) acceptWaiters(ctx context.Context, description string) {
 	for {
 		conn, err := l.listener.AcceptUnix()
@@ -261,18 +256,19 @@ func (l *Lock) acceptWaiters(ctx context.Context, description string) {
 		l.waiters.Add(1)
 		l.done.Go(func() {
 			defer l.waiters.Add(-1)
-			defer conn.Close() //nolint:errcheck // the other end sees it
+			defer conn.Close() //nolint:errcheck // nothing to report it to
 			defer context.AfterFunc(ctx, func() { _ = conn.Close() })()
-			_, _ = conn.Write([]byte(description + "\n")) // fits into the socket's buffer
-			_, _ = conn.Read(make([]byte, 1))             // until its end: nobody sends anything
+			_, _ = conn.Write([]byte(description + "\n")) // fits into the socket buffer
+			_, _ = conn.Read(make([]byte, 1))             // blocks until the waiting process disconnects
 		})
 	}
 }
 
-// Waiters returns how many processes wait for the lock, or ask who holds it.
+// Waiters returns the number of processes connected to the lock: processes that wait for it,
+// and callers of [FindHolder].
 func (l *Lock) Waiters() int { return int(l.waiters.Load()) }
 
-// Release releases the lock. A nil Lock has nothing to release.
+// Release releases the lock. Calling it on a nil Lock does nothing.
 func (l *Lock) Release() error {
 	if l == nil {
 		return nil

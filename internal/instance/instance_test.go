@@ -15,8 +15,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// holdLockEnv makes the test binary take the lock of this address and end with a
-// signal only.
+// holdLockEnv names an environment variable with the address of a lock. It makes the test
+// binary acquire the lock and hold it until a signal ends the process.
 const holdLockEnv = "FAIRLEAD_TEST_HOLD_THE_LOCK"
 
 func TestMain(m *testing.M) {
@@ -30,15 +30,15 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// testTimeout bounds what takes milliseconds on an idle machine.
-const testTimeout = 20 * time.Second
+// waitTimeout bounds operations that take milliseconds on an idle machine.
+const waitTimeout = 20 * time.Second
 
 func testAddress(t *testing.T) string {
 	t.Helper()
 	return fmt.Sprintf("@fairlead-%d-%s", os.Getpid(), t.Name())
 }
 
-// startHolder starts a process that holds the lock, of another user if one is given.
+// startHolder starts a process that holds the lock, optionally as another user.
 func startHolder(t *testing.T, address string, uid ...uint32) *exec.Cmd {
 	t.Helper()
 	cmd := exec.CommandContext(t.Context(), "/proc/self/exe")
@@ -58,7 +58,7 @@ func startHolder(t *testing.T, address string, uid ...uint32) *exec.Cmd {
 		_ = cmd.Wait()
 	})
 	if _, err := out.Read(make([]byte, 5)); err != nil {
-		t.Fatalf("the holder: %v", err)
+		t.Fatalf("wait for the holder: %v", err)
 	}
 	return cmd
 }
@@ -68,8 +68,8 @@ type acquireResult struct {
 	err  error
 }
 
-// A waiting instance has the lock as soon as its holder has ended, however that
-// comes about.
+// TestAcquireAfterHolderExits checks that a waiting instance acquires the lock when the
+// holder exits for any reason.
 func TestAcquireAfterHolderExits(t *testing.T) {
 	t.Parallel()
 	for name, end := range map[string]func(*exec.Cmd) error{
@@ -87,11 +87,11 @@ func TestAcquireAfterHolderExits(t *testing.T) {
 				result <- acquireResult{lock, err}
 			}()
 			if h := <-waiting; h.PID != holder.Process.Pid || h.Description != "the first" {
-				t.Errorf("waits for %+v, want PID %d, the first", h, holder.Process.Pid)
+				t.Errorf("holder %+v, want PID %d with description %q", h, holder.Process.Pid, "the first")
 			}
 			select {
 			case r := <-result:
-				t.Fatalf("acquired (error %v) while the other process holds it", r.err)
+				t.Fatalf("Acquire returned (error %v) while the other process holds the lock", r.err)
 			case <-time.After(50 * time.Millisecond):
 			}
 			if err := end(holder); err != nil {
@@ -105,14 +105,15 @@ func TestAcquireAfterHolderExits(t *testing.T) {
 				if err := r.lock.Release(); err != nil {
 					t.Error(err)
 				}
-			case <-time.After(testTimeout):
-				t.Fatal("the lock was not acquired")
+			case <-time.After(waitTimeout):
+				t.Fatal("Acquire did not return after the holder exited")
 			}
 		})
 	}
 }
 
-// Of many that wait one at a time has the lock, and each has it once.
+// TestMutualExclusion checks that of many waiting processes one at a time holds the lock,
+// and that each acquires it.
 func TestMutualExclusion(t *testing.T) {
 	t.Parallel()
 	address := testAddress(t)
@@ -140,12 +141,12 @@ func TestMutualExclusion(t *testing.T) {
 			if err != nil {
 				t.Error(err)
 			}
-		case <-time.After(testTimeout):
-			t.Fatal("not everybody got the lock")
+		case <-time.After(waitTimeout):
+			t.Fatal("not all instances acquired the lock")
 		}
 	}
 	if n := most.Load(); n > 1 {
-		t.Errorf("%d held the lock at once", n)
+		t.Errorf("%d instances held the lock at the same time", n)
 	}
 }
 
@@ -153,7 +154,7 @@ func TestFindHolder(t *testing.T) {
 	t.Parallel()
 	opts := Options{Description: "version 1, mode nft", address: testAddress(t)}
 	if h, err := opts.findHolder(t.Context()); h != nil || err != nil {
-		t.Errorf("nobody holds it, but found %+v, error %v", h, err)
+		t.Errorf("lock never acquired: holder %+v, error %v; want none", h, err)
 	}
 	lock, err := TryAcquire(opts)
 	if err != nil {
@@ -161,23 +162,24 @@ func TestFindHolder(t *testing.T) {
 	}
 	h, err := opts.findHolder(t.Context())
 	if err != nil || h == nil || *h != (Holder{PID: os.Getpid(), Description: opts.Description}) {
-		t.Errorf("found %+v, error %v", h, err)
+		t.Errorf("holder %+v, error %v; want this process", h, err)
 	}
 	if want := fmt.Sprintf("PID %d, version 1, mode nft", os.Getpid()); h != nil && h.String() != want {
-		t.Errorf("in words: %q, want %q", h, want)
+		t.Errorf("String() = %q, want %q", h, want)
 	}
 	if _, err := TryAcquire(opts); !errors.Is(err, unix.EADDRINUSE) {
-		t.Errorf("a second time: error %v", err)
+		t.Errorf("second TryAcquire: error %v, want EADDRINUSE", err)
 	}
 	if err := lock.Release(); err != nil {
 		t.Fatal(err)
 	}
 	if h, err := opts.findHolder(t.Context()); h != nil || err != nil {
-		t.Errorf("released, but found %+v, error %v", h, err)
+		t.Errorf("lock released: holder %+v, error %v; want none", h, err)
 	}
 }
 
-// Who waits can be told to stop; a holder that is stopped is known by its PID.
+// TestAcquireCanceled checks that Acquire returns when its context is canceled, and that it
+// reports the PID of a holder stopped by SIGSTOP.
 func TestAcquireCanceled(t *testing.T) {
 	t.Parallel()
 	address := testAddress(t)
@@ -189,20 +191,20 @@ func TestAcquireCanceled(t *testing.T) {
 	defer cancel()
 	_, err := Acquire(ctx, Options{address: address, OnWaiting: func(h Holder) {
 		if h.PID != holder.Process.Pid {
-			t.Errorf("waits for %+v, want PID %d", h, holder.Process.Pid)
+			t.Errorf("holder %+v, want PID %d", h, holder.Process.Pid)
 		}
 		cancel()
 	}})
 	if !errors.Is(err, context.Canceled) {
-		t.Errorf("error %v", err)
+		t.Errorf("error %v, want context.Canceled", err)
 	}
 }
 
-// A process of another user that holds the lock does not keep an operator waiting.
+// TestOtherUser checks that Acquire fails at once if a process of another user holds the lock.
 func TestOtherUser(t *testing.T) {
 	t.Parallel()
 	if os.Geteuid() != 0 {
-		t.Skip("needs root, to start a process of another user")
+		t.Skip("needs root to start a process as another user")
 	}
 	address := testAddress(t)
 	const nobody = 65534
