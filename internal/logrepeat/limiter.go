@@ -1,5 +1,5 @@
-// Package logrepeat limits how often the log repeats a recurring problem, so that
-// a client or a Service cannot flood it.
+// Package logrepeat limits how often a recurring problem is logged, so that clients and
+// Services cannot flood the log.
 package logrepeat
 
 import (
@@ -16,16 +16,16 @@ const (
 
 // Limiter selects the occurrences of one problem that are logged: the first of an
 // episode, and one every [Repeat] while the episode lasts. An episode ends after
-// [Quiet] without an occurrence. The zero value is ready to use, and its method
-// may be called from any goroutine.
+// [Quiet] without an occurrence. The zero value is ready to use. Methods are safe for
+// concurrent use.
 type Limiter struct {
 	mu             sync.Mutex
-	last, reported time.Time // zero before the first
+	last, reported time.Time // zero before the first occurrence
 	unreported     uint64
 }
 
-// Allow records an occurrence and reports whether to log it. If so, occurrences
-// counts it together with the occurrences since the previous log line.
+// Allow records an occurrence and reports whether to log it. If so, occurrences is the
+// number of occurrences since the previous log line, this one included.
 func (l *Limiter) Allow(now time.Time) (occurrences uint64, ok bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

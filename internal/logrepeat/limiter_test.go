@@ -24,10 +24,10 @@ func TestAllow(t *testing.T) {
 	} {
 		got, ok := l.Allow(start.Add(step.after))
 		if ok != (step.want > 0) || got != step.want {
-			t.Errorf("after %s: %d occurrences, logged: %t, want %d", step.after, got, ok, step.want)
+			t.Errorf("after %s: Allow() = %d, %t, want %d occurrences", step.after, got, ok, step.want)
 		}
 	}
-	// An episode without an end is repeated.
+	// An episode that lasts an hour is logged once every Repeat.
 	var lines, sum uint64
 	begin := start.Add(time.Hour)
 	for at := time.Duration(0); at < time.Hour; at += time.Second {
@@ -37,6 +37,6 @@ func TestAllow(t *testing.T) {
 		}
 	}
 	if lines != 6 || sum != 3002 {
-		t.Errorf("%d lines about %d occurrences, want 6 about 3002", lines, sum)
+		t.Errorf("%d lines with %d occurrences in total, want 6 with 3002", lines, sum)
 	}
 }
