@@ -27,19 +27,19 @@ func TestByNetlinkPort(t *testing.T) {
 			port = address.(*unix.SockaddrNetlink).Pid
 		}
 	}); err != nil || port == 0 {
-		t.Fatalf("the socket has port %d: %v", port, err)
+		t.Fatalf("read the socket's port ID: %d, error %v", port, err)
 	}
 	got, err := socketowner.ByNetlinkPort(unix.NETLINK_ROUTE, port)
 	if err != nil || got.PID != os.Getpid() || got.Command == "" {
-		t.Errorf("the owner of an open socket: %v, %v", got, err)
+		t.Errorf("open socket: %v, error %v; want this process", got, err)
 	}
 	if _, err := socketowner.ByNetlinkPort(unix.NETLINK_NETFILTER, port); !errors.Is(err, socketowner.ErrUnknown) {
-		t.Errorf("the same port of another protocol: %v", err)
+		t.Errorf("same port ID in another protocol: error %v, want ErrUnknown", err)
 	}
 	if err := conn.Close(); err != nil {
 		t.Fatal(err)
 	}
 	if got, err := socketowner.ByNetlinkPort(unix.NETLINK_ROUTE, port); !errors.Is(err, socketowner.ErrUnknown) {
-		t.Errorf("the owner of a closed socket: %v, %v", got, err)
+		t.Errorf("closed socket: %v, error %v; want ErrUnknown", got, err)
 	}
 }
