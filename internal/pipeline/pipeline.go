@@ -1,6 +1,6 @@
-// Package pipeline joins a tracker, a syncer and a dataplane: objects go in, the kernel's
-// acknowledgement comes out. The agent programs the node with it, and the benchmarks
-// measure it.
+// Package pipeline connects a tracker, a syncer and a dataplane. It takes Kubernetes objects,
+// programs the kernel and reports commits. The agent programs nodes with it, and the
+// benchmarks measure it.
 package pipeline
 
 import (
@@ -12,29 +12,29 @@ import (
 	"fairlead.io/fairlead/sync"
 )
 
-// Options describe a [Pipeline].
+// Options are the options of [New].
 type Options struct {
 	Tracker kube.Options
-	// Logger, OnCommit and ResyncPeriod are those of [sync.Options].
+	// Logger, OnCommit and ResyncPeriod are options of the syncer; see [sync.Options].
 	Logger       *slog.Logger
 	OnCommit     func(sync.Commit)
 	ResyncPeriod time.Duration
 }
 
-// Pipeline turns objects into the state of a dataplane. Its methods must not be called at
-// the same time.
+// Pipeline programs a dataplane from Kubernetes objects. Its methods must not be called
+// concurrently.
 type Pipeline struct {
-	// Syncer programs the dataplane while its Run runs. Only [Pipeline.Program] calls its
-	// Update and SetNode.
+	// Syncer programs the dataplane while Syncer.Run runs. Callers must not call its Update
+	// and SetNode; Pipeline does.
 	Syncer *sync.Syncer
 
 	tracker *kube.Tracker
-	// node is what the tracker last returned, nil before it did. isAhead goes with it.
+	// node is the last Node from the tracker, nil before the first. Pipeline adds isAhead to it.
 	node    *dataplane.Node
 	isAhead bool
 }
 
-// New returns a Pipeline that programs dp once its Syncer runs.
+// New returns a Pipeline that programs dp while its Syncer runs.
 func New(dp dataplane.Dataplane, o Options) *Pipeline {
 	return &Pipeline{
 		Syncer: sync.New(dp, sync.Options{
@@ -44,14 +44,15 @@ func New(dp dataplane.Dataplane, o Options) *Pipeline {
 	}
 }
 
-// Track returns the changes that follow from the objects of a Delta. The caller hands the Result to
-// Program, before the next call of Track or Configure.
+// Track returns the changes that result from the objects of a Delta. The caller must pass the
+// Result to Program before it calls Track or Configure again.
 func (p *Pipeline) Track(d kube.Delta) kube.Result { return p.tracker.Apply(d) }
 
-// Configure returns the changes that follow from other options of the tracker.
+// Configure sets the options of the tracker and returns the resulting changes. The caller must
+// pass the Result to Program like a Result of Track.
 func (p *Pipeline) Configure(o kube.Options) kube.Result { return p.tracker.Configure(o) }
 
-// Program hands a Result to the syncer. It does not wait for the kernel.
+// Program passes a Result to the syncer. It does not wait for the kernel.
 func (p *Pipeline) Program(result kube.Result) {
 	if result.Node != nil {
 		node := *result.Node
@@ -61,7 +62,7 @@ func (p *Pipeline) Program(result kube.Result) {
 	p.Syncer.Update(result.Changes)
 }
 
-// SetAheadOfOthers sets [dataplane.Node.AheadOfOthers], now and for each Node that follows.
+// SetAheadOfOthers sets [dataplane.Node.AheadOfOthers] in the current Node and in all later ones.
 func (p *Pipeline) SetAheadOfOthers(ahead bool) {
 	p.isAhead = ahead
 	if p.node != nil {
@@ -69,7 +70,7 @@ func (p *Pipeline) SetAheadOfOthers(ahead bool) {
 	}
 }
 
-// IsAheadOfOthers returns what SetAheadOfOthers has set.
+// IsAheadOfOthers returns the value of the last SetAheadOfOthers.
 func (p *Pipeline) IsAheadOfOthers() bool { return p.isAhead }
 
 func (p *Pipeline) setNode() {

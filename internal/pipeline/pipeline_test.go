@@ -14,7 +14,8 @@ import (
 	"fairlead.io/fairlead/kube/kubetest"
 )
 
-// recorder is a dataplane that records the node and the Services of each Replace.
+// recorder is a Dataplane that records the Nodes of all calls to Replace and the Services of
+// the last one.
 type recorder struct {
 	*fake.Dataplane
 
@@ -32,8 +33,8 @@ func (r *recorder) Replace(ctx context.Context, node dataplane.Node, services it
 	return r.Dataplane.Replace(ctx, node, services, progress)
 }
 
-// TestPipeline checks that objects reach the dataplane, the Services that others need
-// first, and that AheadOfOthers holds for the Nodes before and after it is set.
+// TestPipeline checks that objects reach the dataplane, priority Services first, and that
+// SetAheadOfOthers applies to earlier and later Nodes.
 func TestPipeline(t *testing.T) {
 	t.Parallel()
 	dp := &recorder{Dataplane: fake.New(fake.Options{})}
@@ -46,7 +47,7 @@ func TestPipeline(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	p.SetAheadOfOthers(true) // before there is a node
+	p.SetAheadOfOthers(true) // before the first Node
 	everything := kube.Delta{LocalAddrs: []netip.Addr{netip.MustParseAddr("192.0.2.1")}, Node: kubetest.Node("node", "192.0.2.1")}
 	everything.Services = append(everything.Services,
 		kubetest.Service("default", "web", netip.MustParseAddr("10.96.0.11")),
@@ -70,9 +71,9 @@ func TestPipeline(t *testing.T) {
 		ahead = append(ahead, node.AheadOfOthers)
 	}
 	if want := []bool{true, false, false, true}; !slices.Equal(ahead, want) || !p.IsAheadOfOthers() {
-		t.Errorf("ahead of others: %v, want %v", ahead, want)
+		t.Errorf("AheadOfOthers of the Nodes: %v, want %v", ahead, want)
 	}
 	if want := []string{"kube-system/dns", "default/web"}; len(dp.services) != len(want) || dp.services[0].Service() != want[0] || dp.services[1].Service() != want[1] {
-		t.Errorf("programmed %v, want %v", dp.services, want)
+		t.Errorf("programmed Services %v, want %v", dp.services, want)
 	}
 }
