@@ -13,11 +13,11 @@ import (
 	"fairlead.io/fairlead/source/apiserver"
 )
 
-// readServedTimeout bounds the time that the start takes to read what is programmed.
+// readServedTimeout limits the time to read the programmed Services at startup.
 const readServedTimeout = 10 * time.Second
 
-// servedServices returns what an earlier run of the program has left in the kernel: the
-// names of the Services with endpoints. Without an answer there are none.
+// servedServices returns a function that reads from the kernel which Services with endpoints an
+// earlier process has programmed. The function logs errors and returns nil for them.
 func servedServices(b backend.Backend, log *slog.Logger) func() map[types.NamespacedName]struct{} {
 	if b.ServedServices == nil {
 		return nil
@@ -27,7 +27,7 @@ func servedServices(b backend.Backend, log *slog.Logger) func() map[types.Namesp
 		defer cancel()
 		texts, err := b.ServedServices(ctx)
 		if err != nil {
-			log.WarnContext(ctx, "what is programmed could not be read, so the first list of the API server is not compared with it", "error", err)
+			log.WarnContext(ctx, "reading the programmed Services failed; the first list of the API server is not compared with them", "error", err)
 			return nil
 		}
 		names := make(map[types.NamespacedName]struct{}, len(texts))
@@ -41,7 +41,7 @@ func servedServices(b backend.Backend, log *slog.Logger) func() map[types.Namesp
 	}
 }
 
-// apiResources returns a function that returns how the lists of the API server are followed.
+// apiResources returns a function that converts the source's statistics for metrics.
 func apiResources(api *apiserver.Source) func() []metrics.APIResource {
 	return func() []metrics.APIResource {
 		stats := api.Stats()

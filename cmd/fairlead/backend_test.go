@@ -6,15 +6,16 @@ import (
 	"strings"
 	"testing"
 
+	"fairlead.io/fairlead/internal/agent/agenttest"
 	"fairlead.io/fairlead/ipvs"
 )
 
-// createIPVSTables is what an ended program of the mode ipvs leaves in nftables, as far as
-// its name goes.
+// createIPVSTables are nft commands that create the tables that ipvs mode leaves behind, without
+// their content.
 const createIPVSTables = "add table ip " + ipvs.TableName + "; add table ip6 " + ipvs.TableName
 
-// The mode nft removes the other's tables once it has programmed its own, and
-// `fairlead cleanup` removes both, on a kernel without IPVS as well.
+// TestNFTRemovesIPVSTables checks that nft mode removes the tables of ipvs mode once it has
+// programmed its own, and that `fairlead cleanup` removes both. It needs no IPVS in the kernel.
 func TestNFTRemovesIPVSTables(t *testing.T) {
 	t.Parallel()
 	n := newTestNode(t, "a")
@@ -22,11 +23,11 @@ func TestNFTRemovesIPVSTables(t *testing.T) {
 	n.writeFile("backend.yaml", serviceYAML("backend", 10, 80))
 	n.writePods("backend", "a")
 	n.run()
-	n.program.awaitLog(func(r record) bool { return r.Msg == "nothing that another mode has programmed is left" })
+	n.program.awaitLog(func(r record) bool { return r.Msg == "kernel state of another mode is removed" })
 	if listing := n.nft("list", "tables"); strings.Contains(listing, ipvs.TableName) || !strings.Contains(listing, "table ip fairlead\n") {
-		t.Errorf("the tables are:\n%s", listing)
+		t.Errorf("tables:\n%s", listing)
 	}
-	n.awaitAnswers(serviceAddrs(10, 80), "a")
+	n.awaitAnswers(agenttest.ServiceAddrs(10, 80), "a")
 	n.stop()
 	n.nft(createIPVSTables)
 	if code, stderr := n.runOnce(nil, "cleanup"); code != 0 || stderr != "" {
@@ -37,8 +38,8 @@ func TestNFTRemovesIPVSTables(t *testing.T) {
 	}
 }
 
-// The mode ipvs either programs the kernel, or ends at once and says what the
-// kernel lacks.
+// TestModeIPVS checks that ipvs mode either programs the kernel, or exits at once and names the
+// missing kernel module.
 func TestModeIPVS(t *testing.T) {
 	t.Parallel()
 	n := newTestNode(t, "a")
@@ -46,41 +47,42 @@ func TestModeIPVS(t *testing.T) {
 	n.writePods("backend", "a")
 	args := append(n.runArgs(), "--mode=ipvs")
 	n.program = n.start(nil, args...)
-	has := false
-	eventually(t, func() error {
-		has = slices.ContainsFunc(n.program.log.records(), func(r record) bool { return r.Msg == "committed" && r.Reason == "start" })
+	supported := false
+	agenttest.Eventually(t, func() error {
+		supported = slices.ContainsFunc(n.program.log.records(), func(r record) bool { return r.Msg == "committed" && r.Reason == "start" })
 		select {
 		case <-n.program.ended:
 			return nil
 		default:
 		}
-		if !has {
-			return errors.New("neither")
+		if !supported {
+			return errors.New("the process has neither committed nor exited")
 		}
 		return nil
 	})
-	if has {
-		n.awaitAnswers(serviceAddrs(10, 80), "a")
+	if supported {
+		n.awaitAnswers(agenttest.ServiceAddrs(10, 80), "a")
 		n.awaitGet(n.Node, "127.0.0.1:10249", "/proxyMode", 200, "ipvs")
 		n.stop()
 		return
 	}
-	lacks := func(code int, stderr string) {
+	checkUnsupported := func(code int, stderr string) {
 		t.Helper()
 		last := stderr[strings.LastIndex(strings.TrimSpace(stderr), "\n")+1:]
 		if code != 1 || !strings.HasPrefix(last, "fairlead: --mode=ipvs: the kernel does not support mode ipvs: ") ||
 			!strings.Contains(last, "ip_vs") && !strings.Contains(last, "dummy") {
-			t.Errorf("exit code %d, output %q; want 1, and which module is missing", code, stderr)
+			t.Errorf("exit code %d, output %q; want 1 and the missing module", code, stderr)
 		}
 	}
-	lacks(n.program.wait(), n.program.log.String())
-	lacks(n.runOnce(nil, append(args, "--init-only")...))
+	checkUnsupported(n.program.wait(), n.program.log.String())
+	checkUnsupported(n.runOnce(nil, append(args, "--init-only")...))
 	if listing := n.nft("list", "ruleset"); listing != "" {
 		t.Errorf("the ruleset has:\n%s", listing)
 	}
 }
 
-// An annotation that the mode can't follow is told of, and the Service is served.
+// TestSchedulerWithoutIPVS checks that nft mode logs a warning for a scheduler annotation and
+// programs the Service.
 func TestSchedulerWithoutIPVS(t *testing.T) {
 	t.Parallel()
 	n := newTestNode(t, "a")
@@ -88,6 +90,6 @@ func TestSchedulerWithoutIPVS(t *testing.T) {
 		"name: backend\n  annotations: {fairlead.io/ipvs-scheduler: lc}\n", 1))
 	n.writePods("backend", "a")
 	n.run()
-	n.program.awaitLog(func(r record) bool { return r.Msg == "Service can't be carried out as written" && r.Level == "WARN" })
-	n.awaitAnswers(serviceAddrs(10, 80), "a")
+	n.program.awaitLog(func(r record) bool { return r.Msg == "Service cannot be programmed as written" && r.Level == "WARN" })
+	n.awaitAnswers(agenttest.ServiceAddrs(10, 80), "a")
 }

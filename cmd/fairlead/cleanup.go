@@ -20,9 +20,9 @@ func cleanupCommand() *cobra.Command {
 		Use:   "cleanup",
 		Short: "Remove everything that Fairlead has programmed on this node",
 		Long: `Remove everything that Fairlead has programmed on this node, in any mode. Other
-programs' rules are not touched. Connections to Services end, established ones
-mostly too. A Fairlead that still runs would put everything back, so it must be
-stopped first.`,
+programs' rules are not changed. New connections to Services fail, and most
+established connections end. Stop Fairlead first: a running instance would
+program everything again.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			log, err := logs.Logger(cmd.ErrOrStderr())
@@ -34,37 +34,37 @@ stopped first.`,
 				if err != nil {
 					return err
 				}
-				defer lock.Release() //nolint:errcheck // the process ends
+				defer lock.Release() //nolint:errcheck // the process exits
 			}
 			var errs []error
 			for _, b := range backend.All() {
 				err := b.Remove(log)
 				errs = append(errs, err)
 				if errors.Is(err, fs.ErrPermission) {
-					break // as it would be with the others
+					break // the other backends would fail, too
 				}
 			}
 			return errors.Join(errs...)
 		},
 	}
-	cmd.Flags().BoolVar(&force, "force", false, "clean up although another Fairlead programs this node")
+	cmd.Flags().BoolVar(&force, "force", false, "clean up even if another Fairlead programs this node")
 	logs.AddFlags(cmd)
 	return cmd
 }
 
-// errRunning is about an instance that runs.
-var errRunning = errors.New("stop it first, or it puts everything back; --force removes everything all the same, but for tables that the other one owns (--nft-own-table)")
+// errRunning is returned while another instance is running.
+var errRunning = errors.New("stop it first, because it would program everything again; --force cleans up anyway, except tables that the other instance owns (--nft-own-table)")
 
-// lockInstance returns a lock that keeps other instances from starting to write, or an
-// error if one runs that would.
+// lockInstance acquires the instance lock, so that no other instance starts programming during
+// cleanup. It fails if another instance is running, and returns nil if the lock is unavailable.
 func lockInstance(ctx context.Context) (*instance.Lock, error) {
 	lock, err := instance.TryAcquire(instance.Options{Description: "fairlead cleanup"}) //nolint:contextcheck // a Lock outlives ctx
 	if err == nil {
 		return lock, nil
 	}
 	holder, err := instance.FindHolder(ctx)
-	if err != nil || holder == nil { // none of ours, or it has just ended
-		return nil, nil //nolint:nilerr // cleanup goes on without the lock
+	if err != nil || holder == nil { // another user's process, or the holder has just exited
+		return nil, nil //nolint:nilerr // cleanup continues without the lock
 	}
 	return nil, fmt.Errorf("another Fairlead programs this node (%s): %w", holder, errRunning)
 }

@@ -6,12 +6,13 @@ import (
 	"strings"
 	"testing"
 
+	"fairlead.io/fairlead/internal/agent/agenttest"
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// A Service whose cluster IP belongs to the node, or to its loopback device, takes
-// nothing from the node: other ports of the address go on answering, and an operator
-// is told.
+// TestClusterIPOnThisNode checks that a Service whose cluster IP is an address of the node or a
+// loopback address is not programmed and is logged, and that other ports of the address keep
+// working.
 func TestClusterIPOnThisNode(t *testing.T) {
 	t.Parallel()
 	for name, addr := range map[string]netip.Addr{
@@ -34,17 +35,17 @@ spec:
 			n.writeFile("backend.yaml", serviceYAML("backend", 10, 80))
 			n.writePods("backend", "a")
 			n.run()
-			n.awaitAnswers(serviceAddrs(10, 80), "a")
-			eventually(t, func() error {
+			n.awaitAnswers(agenttest.ServiceAddrs(10, 80), "a")
+			agenttest.Eventually(t, func() error {
 				for line := range strings.Lines(n.program.log.String()) {
 					if strings.Contains(line, "bad") && strings.Contains(line, "spec.clusterIP") && strings.Contains(line, addr.String()) {
 						return nil
 					}
 				}
-				return fmt.Errorf("no line of the log names the Service, the field and the address:\n%s", n.program.log.String())
+				return fmt.Errorf("no log line names the Service, the field and the address:\n%s", n.program.log.String())
 			})
 			if _, err := connect(t.Context(), n.Node, nettest.TCP, netip.AddrPortFrom(addr, port)); err != nil {
-				t.Errorf("the node's own connection to another port: %v", err)
+				t.Errorf("connection from the node to another port: %v", err)
 			}
 			if ruleset := strings.Join(n.ruleset(), "\n"); strings.Contains(ruleset, "default/bad") {
 				t.Errorf("the Service is programmed:\n%s", ruleset)

@@ -8,11 +8,13 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"fairlead.io/fairlead/internal/agent/agenttest"
 )
 
 const configHeader = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n"
 
-// writeConfigFile writes a configuration file.
+// writeConfigFile writes a configuration file and returns its path.
 func writeConfigFile(t *testing.T, text string) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "config.conf")
@@ -22,7 +24,7 @@ func writeConfigFile(t *testing.T, text string) string {
 	return path
 }
 
-// kubeadmConfig returns what kubeadm 1.37 writes into the ConfigMap kube-proxy.
+// kubeadmConfig returns the configuration that kubeadm 1.37 writes to the kube-proxy ConfigMap.
 func kubeadmConfig(t *testing.T) string {
 	t.Helper()
 	text, err := os.ReadFile("../../internal/config/testdata/kubeadm.conf")
@@ -32,7 +34,7 @@ func kubeadmConfig(t *testing.T) string {
 	return string(text)
 }
 
-// A changed file changes the running program; a broken one does not.
+// TestConfigReload checks that a running process applies a changed file and ignores an invalid one.
 func TestConfigReload(t *testing.T) {
 	t.Parallel()
 	n := newTestNode(t, "a")
@@ -52,41 +54,41 @@ func TestConfigReload(t *testing.T) {
 	const others = "clusterCIDR: 203.0.113.0/24,2001:db8:99::/64\n"
 	write(others)
 	n.program = n.start(nil, "run", "--manifests="+n.folder, "--config="+path, "--log-format=json")
-	n.awaitAnswers(serviceAddrs(10, 80), "a")
-	// seen waits until the pod sees the client with this address.
-	seen := func(want netip.Addr) {
+	n.awaitAnswers(agenttest.ServiceAddrs(10, 80), "a")
+	// awaitSource waits until the pod sees this source address.
+	awaitSource := func(want netip.Addr) {
 		t.Helper()
-		eventually(t, func() error {
-			answer, err := connect(t.Context(), n.client, "tcp", serviceAddrs(10, 80)[0])
+		agenttest.Eventually(t, func() error {
+			answer, err := connect(t.Context(), n.client, "tcp", agenttest.ServiceAddrs(10, 80)[0])
 			if err == nil && answer.Source.Addr() != want {
-				err = fmt.Errorf("the pod saw %s, want %s", answer.Source.Addr(), want)
+				err = fmt.Errorf("source address %s, want %s", answer.Source.Addr(), want)
 			}
 			return err
 		})
 	}
-	stop := n.keepConnecting(serviceAddrs(10, 80))
-	seen(n.Node.IPv4)
+	stop := n.keepConnecting(agenttest.ServiceAddrs(10, 80))
+	awaitSource(n.Node.IPv4)
 	write(pods)
-	seen(n.client.IPv4)
+	awaitSource(n.client.IPv4)
 
 	write("clusterCIDR: here\n")
 	n.program.awaitLog(func(r record) bool {
 		return r.Level == "ERROR" && strings.Contains(r.Error, `clusterCIDR: "here" is not a network`)
 	})
 	n.awaitGet(n.Node, "127.0.0.1:10249", "/metrics", http.StatusOK, "fairlead_config_valid 0\n")
-	seen(n.client.IPv4)
+	awaitSource(n.client.IPv4)
 
 	write(others + "metricsBindAddress: 127.0.0.1:9999\n")
 	n.program.awaitLog(func(r record) bool { return r.Level == "WARN" && r.What == "the address of /metrics" })
-	seen(n.Node.IPv4)
+	awaitSource(n.Node.IPv4)
 	n.awaitGet(n.Node, "127.0.0.1:10249", "/metrics", http.StatusOK, "fairlead_config_valid 1\n")
 	n.awaitGet(n.Node, "127.0.0.1:10249", "/metrics", http.StatusOK, `fairlead_config_reloads_total{result="success"} 2`)
 	stop()
 	n.stop()
 }
 
-// Who is told that the API server can't be reached as configured learns where to
-// write it, which with a file is no flag.
+// TestInvalidKubeconfig checks that errors name the setting to fix, which is a flag or a field of
+// the configuration file.
 func TestInvalidKubeconfig(t *testing.T) {
 	t.Parallel()
 	good := filepath.Join(t.TempDir(), "kubeconfig")
@@ -96,21 +98,21 @@ func TestInvalidKubeconfig(t *testing.T) {
 	}
 	const none = "/does/not/exist"
 	tests := []struct {
-		name, file string // no file if it is empty
+		name, file string // an empty file means no --config
 		args       []string
 		want       string
 	}{
 		{"flag", "", []string{"--kubeconfig=" + none}, "--kubeconfig: kubeconfig " + none + ": "},
-		{"flag, and a server", "", []string{"--kubeconfig=" + none, "--master=https://192.0.2.1"}, "--kubeconfig: kubeconfig " + none + ": "},
+		{"flag and server", "", []string{"--kubeconfig=" + none, "--master=https://192.0.2.1"}, "--kubeconfig: kubeconfig " + none + ": "},
 		{"neither", "", nil, "--kubeconfig: no kubeconfig is given"},
 		{"server", "", []string{"--master=http://a b"}, "--master: API server http://a b: "},
-		{"server, and a good flag", "", []string{"--master=http://a b", "--kubeconfig=" + good}, "--master: "},
-		{"kubeadm's file", kubeadmConfig(t), nil, "--config: clientConnection.kubeconfig: kubeconfig /var/lib/kube-proxy/kubeconfig.conf: "},
-		{"file without one", configHeader, nil, "--config: clientConnection.kubeconfig: no kubeconfig is given"},
-		{"server, and a file without one", configHeader, []string{"--master=http://a b"}, "--master: API server http://a b: "},
+		{"server and valid flag", "", []string{"--master=http://a b", "--kubeconfig=" + good}, "--master: "},
+		{"kubeadm file", kubeadmConfig(t), nil, "--config: clientConnection.kubeconfig: kubeconfig /var/lib/kube-proxy/kubeconfig.conf: "},
+		{"file without kubeconfig", configHeader, nil, "--config: clientConnection.kubeconfig: no kubeconfig is given"},
+		{"server and file without kubeconfig", configHeader, []string{"--master=http://a b"}, "--master: API server http://a b: "},
 		{
-			"what belongs to another field", configHeader + "detectLocalMode: BridgeInterface\n", nil,
-			"--config: detectLocalMode: BridgeInterface needs --config: detectLocal.bridgeInterface: ",
+			"missing field in the file", configHeader + "detectLocalMode: BridgeInterface\n", nil,
+			"--config: detectLocalMode: BridgeInterface requires --config: detectLocal.bridgeInterface: ",
 		},
 	}
 	for _, test := range tests {

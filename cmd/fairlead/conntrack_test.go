@@ -4,11 +4,11 @@ import (
 	"fmt"
 	"testing"
 
+	"fairlead.io/fairlead/internal/agent/agenttest"
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// The program forgets flows of UDP to an endpoint that has left, so that they go on to
-// another.
+// TestStaleUDPFlows checks that UDP flows to a removed endpoint continue to another one.
 func TestStaleUDPFlows(t *testing.T) {
 	t.Parallel()
 	n := newTestNode(t, "a", "b")
@@ -16,24 +16,24 @@ func TestStaleUDPFlows(t *testing.T) {
 	n.writePods("backend", "a")
 	n.run()
 	var conns []*nettest.Conn
-	for _, addr := range serviceAddrs(10, 80) {
+	for _, addr := range agenttest.ServiceAddrs(10, 80) {
 		conn, err := n.client.Open(t.Context(), nettest.UDP, addr)
 		if err != nil {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { _ = conn.Close() })
 		if answer, err := conn.Ask(t.Context()); err != nil || answer.Host != "a" {
-			t.Fatalf("answer %+v, error %v; want one of a", answer, err)
+			t.Fatalf("answer %+v, error %v; want an answer from a", answer, err)
 		}
 		conns = append(conns, conn)
 	}
 	n.writePods("backend", "b")
 	n.removeFile("pod-a.yaml")
 	for _, conn := range conns {
-		eventually(t, func() error {
+		agenttest.Eventually(t, func() error {
 			answer, err := conn.Ask(t.Context())
 			if err == nil && answer.Host != "b" {
-				err = fmt.Errorf("answered by %s, want b", answer.Host)
+				err = fmt.Errorf("answer from %s, want b", answer.Host)
 			}
 			return err
 		})

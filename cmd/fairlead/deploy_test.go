@@ -21,7 +21,7 @@ import (
 	"fairlead.io/fairlead/internal/config"
 )
 
-// readManifest reads a file of deploy.
+// readManifest decodes a YAML file below deploy.
 func readManifest[T any](t *testing.T, file string) T {
 	t.Helper()
 	data, err := os.ReadFile(filepath.Join("..", "..", "deploy", file))
@@ -35,8 +35,8 @@ func readManifest[T any](t *testing.T, file string) T {
 	return object
 }
 
-// The DaemonSet has everything where its ConfigMap says it is, and where that of
-// kubeadm's kube-proxy says it is, which may be taken as it is.
+// TestDeploy checks that the paths in the DaemonSet match Fairlead's ConfigMap and the ConfigMap of
+// kubeadm's kube-proxy, which works unchanged.
 func TestDeploy(t *testing.T) {
 	t.Parallel()
 	configMap := readManifest[struct {
@@ -59,13 +59,13 @@ func TestDeploy(t *testing.T) {
 	}](t, "daemonset.yaml")
 	container := set.Spec.Template.Spec.Containers[0]
 	if len(container.VolumeMounts) != 1 {
-		t.Fatalf("volumes: %v, want the ConfigMap's", container.VolumeMounts)
+		t.Fatalf("volume mounts %v, want only the ConfigMap", container.VolumeMounts)
 	}
-	mounted := container.VolumeMounts[0].MountPath
-	if want := "--config=" + path.Join(mounted, "config.conf"); !slices.Contains(container.Args, want) {
+	mountPath := container.VolumeMounts[0].MountPath
+	if want := "--config=" + path.Join(mountPath, "config.conf"); !slices.Contains(container.Args, want) {
 		t.Errorf("arguments %q, want %s", container.Args, want)
 	}
-	for name, text := range map[string]string{"config.yaml": configMap.Data["config.conf"], "kubeadm's": kubeadmConfig(t)} {
+	for name, text := range map[string]string{"config.yaml": configMap.Data["config.conf"], "kubeadm": kubeadmConfig(t)} {
 		file := filepath.Join(t.TempDir(), "config.conf")
 		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 			t.Fatal(err)
@@ -76,17 +76,16 @@ func TestDeploy(t *testing.T) {
 			continue
 		}
 		dir, kubeconfig := path.Split(c.API.Kubeconfig)
-		if path.Clean(dir) != mounted || configMap.Data[kubeconfig] == "" {
-			t.Errorf("%s: the kubeconfig is at %s, and the ConfigMap, whose files are %v, at %s", name, c.API.Kubeconfig, configMap.Data, mounted)
+		if path.Clean(dir) != mountPath || configMap.Data[kubeconfig] == "" {
+			t.Errorf("%s: kubeconfig path %s, want a file of the ConfigMap %v in %s", name, c.API.Kubeconfig, configMap.Data, mountPath)
 		}
 		if len(c.Warnings) > 0 {
-			t.Errorf("%s: notes %v", name, c.Warnings)
+			t.Errorf("%s: warnings %v", name, c.Warnings)
 		}
 	}
 }
 
-// decodeDaemonSet makes a DaemonSet of a manifest in JSON, whose every field it must
-// have.
+// decodeDaemonSet decodes a DaemonSet from JSON and rejects unknown fields.
 func decodeDaemonSet(t *testing.T, text []byte) appsv1.DaemonSet {
 	t.Helper()
 	var set appsv1.DaemonSet
@@ -97,9 +96,9 @@ func decodeDaemonSet(t *testing.T, text []byte) appsv1.DaemonSet {
 	return set
 }
 
-// The component for the mode ipvs patches the DaemonSet as kustomize does: what
-// needs more rights is done by a container that ends, and the program itself has
-// those that it has in the other mode.
+// TestDeployIPVS applies the patch of the ipvs component as kustomize does. A privileged init
+// container performs the initialization; the main container has the same privileges as in nft
+// mode.
 func TestDeployIPVS(t *testing.T) {
 	t.Parallel()
 	component := readManifest[struct {
@@ -128,21 +127,21 @@ func TestDeployIPVS(t *testing.T) {
 	setUp, want := spec.InitContainers[0], base.Spec.Template.Spec.Containers[0]
 	want.Args = append(slices.Clone(want.Args), "--mode=ipvs")
 	if diff := cmp.Diff(want, spec.Containers[0]); diff != "" {
-		t.Errorf("the program's container (-the other mode's, in this mode +got):\n%s", diff)
+		t.Errorf("main container (-want +got):\n%s", diff)
 	}
 	if diff := cmp.Diff(append(slices.Clone(want.Args), "--init-only"), setUp.Args); diff != "" {
-		t.Errorf("the arguments of %s (-want +got):\n%s", setUp.Name, diff)
+		t.Errorf("arguments of %s (-want +got):\n%s", setUp.Name, diff)
 	}
 	if setUp.Image != want.Image || !cmp.Equal(want.Env, setUp.Env) {
-		t.Errorf("%s has the image %s and the environment %v", setUp.Name, setUp.Image, setUp.Env)
+		t.Errorf("%s: image %s, environment %v; want those of the main container", setUp.Name, setUp.Image, setUp.Env)
 	}
 	if !*setUp.SecurityContext.Privileged {
-		t.Errorf("%s is not privileged: it can't load modules, nor write to /proc/sys", setUp.Name)
+		t.Errorf("%s is not privileged: it cannot load modules or write to /proc/sys", setUp.Name)
 	}
 	files := want.VolumeMounts[0]
 	modules := corev1.VolumeMount{Name: "modules", MountPath: "/lib/modules", ReadOnly: true}
 	if diff := cmp.Diff([]corev1.VolumeMount{files, modules}, setUp.VolumeMounts); diff != "" {
-		t.Errorf("%s mounts (-want +got):\n%s", setUp.Name, diff)
+		t.Errorf("volume mounts of %s (-want +got):\n%s", setUp.Name, diff)
 	}
 	volumes := map[string]corev1.Volume{}
 	for _, v := range spec.Volumes {
@@ -151,11 +150,11 @@ func TestDeployIPVS(t *testing.T) {
 	if len(volumes) != 2 || volumes["modules"].HostPath == nil || volumes["modules"].HostPath.Path != "/lib/modules" || volumes["config"].ConfigMap == nil {
 		t.Errorf("volumes: %+v", spec.Volumes)
 	}
-	// The files that the DaemonSet is run with leave the mode to the flag, or agree.
-	for name, text := range map[string]string{"kubeadm's": kubeadmConfig(t), "kubeadm's of the mode ipvs": configHeader + "mode: ipvs\n"} {
+	// Configuration files for this DaemonSet have no mode, or the mode of the flag.
+	for name, text := range map[string]string{"kubeadm": kubeadmConfig(t), "ipvs mode": configHeader + "mode: ipvs\n"} {
 		c, _, err := config.Load(config.Flags{"config": writeConfigFile(t, text), "hostname-override": "node", "mode": "ipvs"})
 		if err != nil || c.Mode != backend.IPVS || len(c.Warnings) > 0 {
-			t.Errorf("%s: mode %s, notes %v, error %v", name, c.Mode, c.Warnings, err)
+			t.Errorf("%s: mode %s, warnings %v, error %v", name, c.Mode, c.Warnings, err)
 		}
 	}
 }

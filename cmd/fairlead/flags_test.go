@@ -12,7 +12,7 @@ import (
 	"fairlead.io/fairlead/ipvs"
 )
 
-// invoke runs the program in this process, for what touches no kernel.
+// invoke runs the program in this process, for commands that do not access the kernel.
 func invoke(t *testing.T, args ...string) (code int, stdout, stderr string) {
 	t.Helper()
 	var out, errs bytes.Buffer
@@ -20,15 +20,15 @@ func invoke(t *testing.T, args ...string) (code int, stdout, stderr string) {
 	return code, out.String(), errs.String()
 }
 
-// ignoreClientLogger leaves client-go's logger alone, which all tests share.
+// ignoreClientLogger does not set client-go's logger, because all tests share it.
 func ignoreClientLogger(*slog.Logger) {}
 
 func TestInvalidUsage(t *testing.T) {
 	t.Parallel()
-	// A folder that does not exist shows how far the program came.
+	// The error about a missing folder shows that the program accepted all other settings.
 	const folder = "--manifests=/does/not/exist"
 	const missing = "fairlead: --manifests: read folder /does/not/exist: no such file or directory\n"
-	const timeouts = " is not a number of whole seconds up to 596h31m23s: write it as 15m or 90s, or 0 to leave the kernel's\n"
+	const timeouts = " is not a whole number of seconds from 0 to 596h31m23s: write it as 15m or 90s, or 0 to keep the kernel's value\n"
 	tests := []struct {
 		name string
 		args []string
@@ -45,19 +45,19 @@ func TestInvalidUsage(t *testing.T) {
 			"no source",
 			[]string{"run"},
 			"fairlead: --kubeconfig: no kubeconfig is given and this is not a pod of a cluster: " +
-				"give the path of a kubeconfig file, or run with a ServiceAccount in a pod\n",
+				"give the path of a kubeconfig file, or run in a pod with a ServiceAccount\n",
 		},
 		{
 			"two sources",
 			[]string{"run", folder, "--kubeconfig=x", "--master=https://192.0.2.1"},
-			"fairlead: --kubeconfig: use either, --manifests is set\nfairlead: --master: use either, --manifests is set\n",
+			"fairlead: --kubeconfig: cannot be combined with --manifests: set one of them\nfairlead: --master: cannot be combined with --manifests: set one of them\n",
 		},
 		{
-			"what only a folder needs",
+			"flags that require manifests",
 			[]string{"run", "--kubeconfig=x", "--service-cidr=10.0.0.0/16", "--dns-listen=10.0.0.1:53", "--cluster-domain=x"},
-			"fairlead: --service-cidr: it needs --manifests: where there is an API server, the cluster has its own\n" +
-				"fairlead: --dns-listen: it needs --manifests: where there is an API server, the cluster has its own\n" +
-				"fairlead: --cluster-domain: it needs --manifests: where there is an API server, the cluster has its own\n",
+			"fairlead: --service-cidr: requires --manifests: with an API server, the cluster's own setting applies\n" +
+				"fairlead: --dns-listen: requires --manifests: with an API server, the cluster's own setting applies\n" +
+				"fairlead: --cluster-domain: requires --manifests: with an API server, the cluster's own setting applies\n",
 		},
 		{"folder does not exist", []string{"run", folder}, missing},
 		{"folder is a file", []string{"run", "--manifests=main.go"}, "fairlead: --manifests: read folder main.go: not a directory\n"},
@@ -65,22 +65,22 @@ func TestInvalidUsage(t *testing.T) {
 		{"mode", []string{"run", folder, "--mode=iptables"}, "fairlead: --mode: unknown mode \"iptables\": use nft or ipvs\n"},
 		{"empty mode", []string{"run", folder, "--mode="}, missing},
 		{"kube-proxy's mode", []string{"run", folder, "--proxy-mode=nftables"}, missing},
-		{"both modes", []string{"run", folder, "--proxy-mode=nftables", "--mode=nft"}, missing},
+		{"equivalent modes", []string{"run", folder, "--proxy-mode=nftables", "--mode=nft"}, missing},
 		{"empty mode of kube-proxy", []string{"run", folder, "--proxy-mode="}, missing},
-		{"another mode of kube-proxy", []string{"run", folder, "--proxy-mode=iptables"}, "fairlead: --proxy-mode: unknown mode \"iptables\": use nftables or ipvs\n"},
-		{"modes that differ", []string{"run", folder, "--proxy-mode=nftables", "--mode=ipvs"}, "fairlead: --proxy-mode: \"nftables\" differs from --mode=ipvs: give one of them\n"},
-		{"modes that agree", []string{"run", folder, "--proxy-mode=ipvs", "--mode=ipvs"}, missing},
-		{"mode is in lower case", []string{"run", folder, "--mode=NFT"}, "fairlead: --mode: unknown mode \"NFT\": use nft or ipvs\n"},
+		{"unsupported mode of kube-proxy", []string{"run", folder, "--proxy-mode=iptables"}, "fairlead: --proxy-mode: unknown mode \"iptables\": use nftables or ipvs\n"},
+		{"conflicting modes", []string{"run", folder, "--proxy-mode=nftables", "--mode=ipvs"}, "fairlead: --proxy-mode: \"nftables\" conflicts with --mode=ipvs: set one of them\n"},
+		{"equal modes", []string{"run", folder, "--proxy-mode=ipvs", "--mode=ipvs"}, missing},
+		{"mode in upper case", []string{"run", folder, "--mode=NFT"}, "fairlead: --mode: unknown mode \"NFT\": use nft or ipvs\n"},
 
 		{
-			"service CIDR that is none",
+			"service CIDR without length",
 			[]string{"run", folder, "--service-cidr=10.96.0.0"},
 			"fairlead: --service-cidr: \"10.96.0.0\" is not a network: write it as 10.96.0.0/12 or fd00:96::/112\n",
 		},
 		{
-			"service CIDR of an address in a network",
+			"service CIDR with host bits",
 			[]string{"run", folder, "--service-cidr=10.96.0.1/16"},
-			"fairlead: --service-cidr: \"10.96.0.1/16\" has bits set behind its length: write 10.96.0.0/16\n",
+			"fairlead: --service-cidr: \"10.96.0.1/16\" has host bits set: write 10.96.0.0/16\n",
 		},
 		{
 			"service CIDR in IPv6 form",
@@ -95,12 +95,12 @@ func TestInvalidUsage(t *testing.T) {
 		{
 			"two service CIDRs of one family",
 			[]string{"run", folder, "--service-cidr=10.96.0.0/16,fd00::/112,10.97.0.0/16"},
-			"fairlead: --service-cidr: 10.96.0.0/16 and 10.97.0.0/16 are of one family: give one network, or one of each family\n",
+			"fairlead: --service-cidr: 10.96.0.0/16 and 10.97.0.0/16 have the same IP family: set one network, or one per family\n",
 		},
 		{
 			"service CIDR too small",
 			[]string{"run", folder, "--service-cidr=10.96.0.0/31"},
-			"fairlead: --service-cidr: 10.96.0.0/31 has no address to hand out: use a larger network\n",
+			"fairlead: --service-cidr: 10.96.0.0/31 has no address to allocate: use a larger network\n",
 		},
 		{
 			"cluster CIDR that is none",
@@ -114,23 +114,23 @@ func TestInvalidUsage(t *testing.T) {
 		{
 			"DNS address without a port",
 			[]string{"run", folder, "--dns-listen=10.0.0.1"},
-			"fairlead: --dns-listen: \"10.0.0.1\" is not an address with a port: write 10.0.0.1:53 or [fd00::1]:53\n",
+			"fairlead: --dns-listen: \"10.0.0.1\" is not an address with a port: write it as 10.0.0.1:53 or [fd00::1]:53\n",
 		},
 		{
 			"DNS address without an address",
 			[]string{"run", folder, "--dns-listen=:53"},
-			"fairlead: --dns-listen: \":53\" is not an address with a port: write 10.0.0.1:53 or [fd00::1]:53\n",
+			"fairlead: --dns-listen: \":53\" is not an address with a port: write it as 10.0.0.1:53 or [fd00::1]:53\n",
 		},
 		{
 			"cluster domain",
 			[]string{"run", folder, "--cluster-domain=cluster_local"},
-			"fairlead: --cluster-domain: \"cluster_local\" is not a domain: write it as cluster.local\n",
+			"fairlead: --cluster-domain: \"cluster_local\" is not a domain name: write it as cluster.local\n",
 		},
 		{"cluster domain with its dot", []string{"run", folder, "--cluster-domain=cluster.local."}, missing},
 		{
 			"node name",
 			[]string{"run", folder, "--hostname-override=node 1"},
-			"fairlead: --hostname-override: \"node 1\" is not the name of a node: write it as node-1 or node-1.example\n",
+			"fairlead: --hostname-override: \"node 1\" is not a valid node name: write it as node-1 or node-1.example\n",
 		},
 		{"node name in upper case", []string{"run", folder, "--hostname-override=Node-1.example"}, missing},
 
@@ -142,22 +142,22 @@ func TestInvalidUsage(t *testing.T) {
 		{
 			"bridge without its name",
 			[]string{"run", folder, "--detect-local-mode=BridgeInterface"},
-			"fairlead: --detect-local-mode: BridgeInterface needs --pod-bridge-interface: give the pods' bridge\n",
+			"fairlead: --detect-local-mode: BridgeInterface requires --pod-bridge-interface: set it to the name of the pods' bridge\n",
 		},
 		{
 			"prefix without one",
 			[]string{"run", folder, "--detect-local-mode=InterfaceNamePrefix", "--pod-interface-name-prefix="},
-			"fairlead: --detect-local-mode: InterfaceNamePrefix needs --pod-interface-name-prefix: give how pods' interfaces are named\n",
+			"fairlead: --detect-local-mode: InterfaceNamePrefix requires --pod-interface-name-prefix: set it to the name prefix of the pods' interfaces\n",
 		},
 		{
 			"interface name too long",
 			[]string{"run", folder, "--detect-local-mode=BridgeInterface", "--pod-bridge-interface=abcdefghijklmnop"},
-			"fairlead: --pod-bridge-interface: \"abcdefghijklmnop\" can't be the name of an interface: it has at most 15 characters, no slash and no space\n",
+			"fairlead: --pod-bridge-interface: \"abcdefghijklmnop\" is not a valid interface name: use at most 15 characters, no slash and no space\n",
 		},
 		{
 			"pods of a Node that does not exist",
 			[]string{"run", folder, "--detect-local-mode=NodeCIDR"},
-			"fairlead: --detect-local-mode: NodeCIDR needs the Node object of an API server: use ClusterCIDR with --manifests\n",
+			"fairlead: --detect-local-mode: NodeCIDR requires the Node object from an API server: use ClusterCIDR with --manifests\n",
 		},
 		{"pods by interface", []string{"run", folder, "--detect-local-mode=InterfaceNamePrefix", "--pod-interface-name-prefix=veth"}, missing},
 
@@ -169,7 +169,7 @@ func TestInvalidUsage(t *testing.T) {
 		{
 			"scheduler that there is not",
 			[]string{"run", folder, "--mode=ipvs", "--ipvs-scheduler=leastconn"},
-			"fairlead: --ipvs-scheduler: \"leastconn\" is not a scheduler: " +
+			"fairlead: --ipvs-scheduler: \"leastconn\" is not an IPVS scheduler: " +
 				"use one of dh, fo, lblc, lblcr, lc, mh, nq, ovf, rr, sed, sh, twos, wlc, wrr\n",
 		},
 		{
@@ -180,80 +180,80 @@ func TestInvalidUsage(t *testing.T) {
 		{
 			"strict ARP",
 			[]string{"run", folder, "--mode=ipvs", "--ipvs-strict-arp=maybe"},
-			"fairlead: --ipvs-strict-arp: \"maybe\" is neither true nor false\n",
+			"fairlead: --ipvs-strict-arp: \"maybe\" is not a boolean: use true or false\n",
 		},
 		{
-			"timeouts of IPVS: negative, in parts of a second, too long",
+			"IPVS timeouts: negative, fraction of a second, too long",
 			[]string{"run", folder, "--mode=ipvs", "--ipvs-tcp-timeout=-1s", "--ipvs-tcpfin-timeout=1500ms", "--ipvs-udp-timeout=600h"},
 			"fairlead: --ipvs-tcp-timeout: \"-1s\"" + timeouts + "fairlead: --ipvs-tcpfin-timeout: \"1500ms\"" + timeouts +
 				"fairlead: --ipvs-udp-timeout: \"600h\"" + timeouts,
 		},
 		{
-			"timeout of IPVS without a unit",
+			"IPVS timeout without unit",
 			[]string{"run", folder, "--mode=ipvs", "--ipvs-tcp-timeout=900"},
 			"fairlead: --ipvs-tcp-timeout: \"900\"" + timeouts,
 		},
 		{
-			"flag of another mode, of a form that is wrong",
+			"flag of another mode, invalid value",
 			[]string{"run", folder, "--ipvs-tcp-timeout=900"},
-			"fairlead: --ipvs-tcp-timeout: \"900\" is no value of type duration, and the flag has no effect: leave it out\n",
+			"fairlead: --ipvs-tcp-timeout: \"900\" is not a value of type duration, and the flag has no effect: remove it\n",
 		},
-		{"node port addresses, spaced, and again", []string{"run", folder, "--nodeport-addresses=primary, 10.0.0.1/8", "--nodeport-addresses=localhost"}, missing},
-		{"bind address", []string{"run", folder, "--bind-address=node"}, "fairlead: --bind-address: \"node\" is not an address: write it as 192.0.2.1 or 2001:db8::1\n"},
+		{"node port addresses with spaces, repeated", []string{"run", folder, "--nodeport-addresses=primary, 10.0.0.1/8", "--nodeport-addresses=localhost"}, missing},
+		{"bind address", []string{"run", folder, "--bind-address=node"}, "fairlead: --bind-address: \"node\" is not an IP address: write it as 192.0.2.1 or 2001:db8::1\n"},
 
 		{
 			"healthz address",
 			[]string{"run", folder, "--healthz-bind-address=localhost:10256"},
-			"fairlead: --healthz-bind-address: \"localhost:10256\" is not an address with a port: write 127.0.0.1:10256 or [::1]:10256\n",
+			"fairlead: --healthz-bind-address: \"localhost:10256\" is not an address with a port: write it as 127.0.0.1:10256 or [::1]:10256\n",
 		},
 		{
-			"metrics address without an address",
+			"metrics address without host",
 			[]string{"run", folder, "--metrics-bind-address=:10249"},
-			"fairlead: --metrics-bind-address: \":10249\" is not an address with a port: write 127.0.0.1:10249 or [::1]:10249\n",
+			"fairlead: --metrics-bind-address: \":10249\" is not an address with a port: write it as 127.0.0.1:10249 or [::1]:10249\n",
 		},
-		{"healthz address without a port", []string{"run", folder, "--healthz-bind-address=127.0.0.1"}, missing},
+		{"healthz address without port", []string{"run", folder, "--healthz-bind-address=127.0.0.1"}, missing},
 		{"port", []string{"run", folder, "--healthz-port=65536"}, "fairlead: --healthz-port: \"65536\" is not an integer from 0 to 65535\n"},
-		{"no port", []string{"run", folder, "--metrics-port=-1"}, "fairlead: --metrics-port: \"-1\" is not an integer from 0 to 65535\n"},
-		{"neither true nor false", []string{"run", folder, "--masquerade-all=maybe"}, "fairlead: --masquerade-all: \"maybe\" is neither true nor false\n"},
-		{"rate that is none", []string{"run", folder, "--kube-api-qps=NaN"}, "fairlead: --kube-api-qps: \"NaN\" is not a number: write it as 5 or 2.5\n"},
-		{"rate without end", []string{"run", folder, "--kube-api-qps=+Inf"}, "fairlead: --kube-api-qps: \"+Inf\" is not a number: write it as 5 or 2.5\n"},
-		{"rate that is too large", []string{"run", folder, "--kube-api-qps=1e39"}, "fairlead: --kube-api-qps: \"1e39\" is not a number: write it as 5 or 2.5\n"},
-		{"rate", []string{"run", folder, "--kube-api-qps=fast"}, "fairlead: --kube-api-qps: \"fast\" is not a number: write it as 5 or 2.5\n"},
-		{"burst", []string{"run", folder, "--kube-api-burst=-1"}, "fairlead: --kube-api-burst: \"-1\" is not an integer from 0 to 2147483647\n"},
+		{"negative port", []string{"run", folder, "--metrics-port=-1"}, "fairlead: --metrics-port: \"-1\" is not an integer from 0 to 65535\n"},
+		{"invalid boolean", []string{"run", folder, "--masquerade-all=maybe"}, "fairlead: --masquerade-all: \"maybe\" is not a boolean: use true or false\n"},
+		{"rate not a number", []string{"run", folder, "--kube-api-qps=NaN"}, "fairlead: --kube-api-qps: \"NaN\" is not a number: write it as 5 or 2.5\n"},
+		{"infinite rate", []string{"run", folder, "--kube-api-qps=+Inf"}, "fairlead: --kube-api-qps: \"+Inf\" is not a number: write it as 5 or 2.5\n"},
+		{"rate too large", []string{"run", folder, "--kube-api-qps=1e39"}, "fairlead: --kube-api-qps: \"1e39\" is not a number: write it as 5 or 2.5\n"},
+		{"invalid rate", []string{"run", folder, "--kube-api-qps=fast"}, "fairlead: --kube-api-qps: \"fast\" is not a number: write it as 5 or 2.5\n"},
+		{"negative burst", []string{"run", folder, "--kube-api-burst=-1"}, "fairlead: --kube-api-burst: \"-1\" is not an integer from 0 to 2147483647\n"},
 
 		{
-			"batches that are too long",
+			"batch period too long",
 			[]string{"run", "--kubeconfig=x", "--batch-period=2s"},
-			"fairlead: --batch-period: \"2s\" is not a time up to 1s: write it as 50ms, or 0 to have every change read at once\n",
+			"fairlead: --batch-period: \"2s\" is not a duration from 0 to 1s: write it as 50ms, or 0 to read every change at once\n",
 		},
 		{
-			"to give way before the end",
+			"negative give-way time",
 			[]string{"run", "--kubeconfig=x", "--give-way-after=-1s"},
-			"fairlead: --give-way-after: \"-1s\" is not a time: write it as 1m, or 0 to let another proxy's rules go first at once\n",
+			"fairlead: --give-way-after: \"-1s\" is not a duration: write it as 1m, or 0 to give precedence to another proxy's rules at once\n",
 		},
 		{
-			"a mass removal that never ends",
+			"mass removal delay too long",
 			[]string{"run", "--kubeconfig=x", "--mass-removal-delay=2h"},
-			"fairlead: --mass-removal-delay: \"2h\" is not a time up to 1h0m0s: write it as 1m, or 0 to have everything removed at once\n",
+			"fairlead: --mass-removal-delay: \"2h\" is not a duration from 0 to 1h0m0s: write it as 1m, or 0 to remove Services and endpoints at once\n",
 		},
 		{
-			"batches of less than nothing",
+			"negative batch period",
 			[]string{"run", "--kubeconfig=x", "--batch-period=-1ms"},
-			"fairlead: --batch-period: \"-1ms\" is not a time up to 1s: write it as 50ms, or 0 to have every change read at once\n",
+			"fairlead: --batch-period: \"-1ms\" is not a duration from 0 to 1s: write it as 50ms, or 0 to read every change at once\n",
 		},
 		{
-			"batches without a unit",
+			"batch period without unit",
 			[]string{"run", "--kubeconfig=x", "--batch-period=50"},
-			"fairlead: --batch-period: \"50\" is not a time up to 1s: write it as 50ms, or 0 to have every change read at once\n",
+			"fairlead: --batch-period: \"50\" is not a duration from 0 to 1s: write it as 50ms, or 0 to read every change at once\n",
 		},
 
-		{"cleanup by a flag", []string{"run", folder, "--cleanup"}, "fairlead: --cleanup: run fairlead cleanup\n"},
-		{"no cleanup by a flag", []string{"run", folder, "--cleanup=false"}, missing},
-		{"file to write", []string{"run", folder, "--write-config-to=x"}, "fairlead: --write-config-to: leave it out: Fairlead writes no files\n"},
+		{"cleanup flag", []string{"run", folder, "--cleanup"}, "fairlead: --cleanup: run fairlead cleanup\n"},
+		{"cleanup flag set to false", []string{"run", folder, "--cleanup=false"}, missing},
+		{"file to write", []string{"run", folder, "--write-config-to=x"}, "fairlead: --write-config-to: remove it: Fairlead does not write files\n"},
 		{
-			"flag without effect, of a form that is wrong",
+			"flag without effect, invalid value",
 			[]string{"run", folder, "--conntrack-min=few"},
-			"fairlead: --conntrack-min: \"few\" is no value of type int, and the flag has no effect: leave it out\n",
+			"fairlead: --conntrack-min: \"few\" is not a value of type int, and the flag has no effect: remove it\n",
 		},
 
 		{
@@ -269,16 +269,16 @@ func TestInvalidUsage(t *testing.T) {
 		},
 
 		{
-			"everything at once",
+			"many errors",
 			[]string{
 				"run", folder, "--mode=x", "--service-cidr=x", "--cluster-cidr=x", "--dns-listen=x", "--cluster-domain=-",
 				"--hostname-override=-", "--log-level=x", "--log-format=x",
 			},
 			`fairlead: --mode: unknown mode "x": use nft or ipvs
 fairlead: --service-cidr: "x" is not a network: write it as 10.96.0.0/12 or fd00:96::/112
-fairlead: --dns-listen: "x" is not an address with a port: write 10.0.0.1:53 or [fd00::1]:53
-fairlead: --cluster-domain: "-" is not a domain: write it as cluster.local
-fairlead: --hostname-override: "-" is not the name of a node: write it as node-1 or node-1.example
+fairlead: --dns-listen: "x" is not an address with a port: write it as 10.0.0.1:53 or [fd00::1]:53
+fairlead: --cluster-domain: "-" is not a domain name: write it as cluster.local
+fairlead: --hostname-override: "-" is not a valid node name: write it as node-1 or node-1.example
 fairlead: --cluster-cidr: "x" is not a network: write it as 10.96.0.0/12 or fd00:96::/112
 fairlead: --log-level: unknown level "x": use debug, info, warn or error
 fairlead: --log-format: unknown format "x": use text or json
@@ -299,8 +299,8 @@ fairlead: --log-format: unknown format "x": use text or json
 	}
 }
 
-// Every flag of kube-proxy 1.37 on Linux is known, so that its command lines can
-// stay as they are: it has an effect here, or a warning says why not.
+// TestKubeProxyFlags checks that Fairlead accepts every flag of kube-proxy 1.37 on Linux, so that
+// command lines of kube-proxy work unchanged.
 func TestKubeProxyFlags(t *testing.T) {
 	t.Parallel()
 	const flags = `
@@ -318,7 +318,7 @@ func TestKubeProxyFlags(t *testing.T) {
 	known := runCommand(ignoreClientLogger).Flags()
 	for name := range strings.FieldsSeq(flags) {
 		if known.Lookup(name) == nil {
-			t.Errorf("--%s is not known", name)
+			t.Errorf("no flag --%s", name)
 		}
 	}
 }
@@ -340,14 +340,14 @@ func TestHelp(t *testing.T) {
 		{nil, []string{"Kubernetes Service", "run ", "cleanup ", "version ", "completion "}},
 		{[]string{"run", "--help"}, []string{
 			"SIGTERM", `"fairlead cleanup"`, "fairlead run --mode=nft --manifests=", "fairlead run --kubeconfig=",
-			"--mode=ipvs --ipvs-scheduler=lc", "fairlead.io/ipvs-scheduler", "or with --mode=ipvs or --manifests all",
+			"--mode=ipvs --ipvs-scheduler=lc", "fairlead.io/ipvs-scheduler", "with --mode=ipvs or --manifests: all",
 			"--ipvs-scheduler ", "--ipvs-exclude-cidrs ", "--ipvs-strict-arp ", "--ipvs-tcp-timeout ", "--ipvs-tcpfin-timeout ", "--ipvs-udp-timeout ",
 			"--mode ", "--manifests ", "--service-cidr ", "--cluster-cidr ", "--dns-listen ", "--cluster-domain ",
 			"--hostname-override ", "--log-level ", "--log-format ", "--kubeconfig ", "--nodeport-addresses ",
 			"--healthz-bind-address ", "--metrics-bind-address ", "-v, --v ", "--batch-period ", "--mass-removal-delay ", "--give-way-after ",
 			"--nft-own-table ",
 		}},
-		{[]string{"cleanup", "--help"}, []string{"Remove everything", "Other\nprograms' rules are not touched"}},
+		{[]string{"cleanup", "--help"}, []string{"Remove everything", "Other\nprograms' rules are not changed"}},
 	}
 	for _, test := range tests {
 		t.Run(strings.Join(test.args, " "), func(t *testing.T) {
@@ -365,8 +365,7 @@ func TestHelp(t *testing.T) {
 	}
 }
 
-// Every flag that is in the help's examples must exist and have a value that is
-// one.
+// TestExample checks that the flags in the help's examples exist and have valid values.
 func TestExample(t *testing.T) {
 	t.Parallel()
 	wants := []string{
@@ -387,12 +386,12 @@ func TestExample(t *testing.T) {
 	}
 }
 
-// What the shell asks the program when the user presses Tab.
+// TestCompletion checks the completions that shells request.
 func TestCompletion(t *testing.T) {
 	t.Parallel()
 	tests := []struct {
 		args []string
-		want string // all but the line for people
+		want string // standard output; standard error has an explanation
 	}{
 		{[]string{"run", "--mode", ""}, "nft\nipvs\n:4\n"},
 		{[]string{"run", "--mode="}, "nft\nipvs\n:4\n"},
@@ -426,7 +425,7 @@ func TestCompletionScripts(t *testing.T) {
 			t.Errorf("%s: exit code %d, stderr %q, %d bytes of script", shell, code, stderr, len(stdout))
 		}
 	}
-	// bash must accept its script, and know the program by it.
+	// bash must accept the script and register the completion.
 	_, script, _ := invoke(t, "completion", "bash")
 	bash := exec.CommandContext(t.Context(), "bash", "--norc", "-euc", "source /dev/stdin; complete -p fairlead")
 	bash.Stdin = strings.NewReader(script)

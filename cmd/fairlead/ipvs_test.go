@@ -11,54 +11,55 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"fairlead.io/fairlead/internal/agent/agenttest"
 	"fairlead.io/fairlead/ipvs"
 )
 
-// runIPVS starts the program in the mode ipvs and waits until it has programmed the
-// node and taken over.
+// runIPVS starts the program in ipvs mode and waits until it has programmed the node and removed
+// the kernel state of nft mode.
 func (n *testNode) runIPVS(args ...string) {
 	n.t.Helper()
 	n.program = n.start(nil, slices.Concat(n.runArgs(), []string{"--mode=ipvs"}, args)...)
-	n.program.awaitLog(func(r record) bool { return r.Msg == "nothing that another mode has programmed is left" })
+	n.program.awaitLog(func(r record) bool { return r.Msg == "kernel state of another mode is removed" })
 }
 
-// From one mode to the other and back: connections succeed all the time, and nothing
-// of the mode before is left.
+// TestSwitchModes switches to ipvs mode and back. Connections must always succeed, and no kernel
+// state of the previous mode may remain.
 func TestSwitchModes(t *testing.T) {
 	t.Parallel()
 	n := newTestNode(t, "a", "b")
 	n.writeFile("backend.yaml", serviceYAML("backend", 10, 80))
 	n.writePods("backend", "a", "b")
 	n.run()
-	n.awaitAnswers(serviceAddrs(10, 80), "a", "b")
-	stop := n.keepConnecting(serviceAddrs(10, 80))
+	n.awaitAnswers(agenttest.ServiceAddrs(10, 80), "a", "b")
+	stop := n.keepConnecting(agenttest.ServiceAddrs(10, 80))
 	n.stop()
 
 	n.runIPVS()
-	n.awaitAnswers(serviceAddrs(10, 80), "a", "b")
+	n.awaitAnswers(agenttest.ServiceAddrs(10, 80), "a", "b")
 	if listing := n.nft("list", "tables"); strings.Contains(listing, "fairlead\n") || !strings.Contains(listing, ipvs.TableName) {
-		t.Errorf("tables in the mode ipvs:\n%s", listing)
+		t.Errorf("tables in ipvs mode:\n%s", listing)
 	}
 	n.awaitGet(n.Node, "127.0.0.1:10249", "/proxyMode", http.StatusOK, "ipvs")
 	n.stop()
 
 	n.run()
-	n.program.awaitLog(func(r record) bool { return r.Msg == "nothing that another mode has programmed is left" })
-	n.awaitAnswers(serviceAddrs(10, 80), "a", "b")
+	n.program.awaitLog(func(r record) bool { return r.Msg == "kernel state of another mode is removed" })
+	n.awaitAnswers(agenttest.ServiceAddrs(10, 80), "a", "b")
 	stop()
 	if listing := n.nft("list", "tables"); strings.Contains(listing, ipvs.TableName) || !strings.Contains(listing, "fairlead\n") {
-		t.Errorf("tables in the mode nft:\n%s", listing)
+		t.Errorf("tables in nft mode:\n%s", listing)
 	}
 	if listing := n.command("ipvsadm", "-Ln"); strings.Contains(listing, "10.96.0.10") {
-		t.Errorf("virtual servers in the mode nft:\n%s", listing)
+		t.Errorf("virtual servers in nft mode:\n%s", listing)
 	}
 	if listing := n.command("ip", "link"); strings.Contains(listing, ipvs.LinkName) {
-		t.Errorf("interfaces in the mode nft:\n%s", listing)
+		t.Errorf("interfaces in nft mode:\n%s", listing)
 	}
 }
 
-// The schedulers are that of the flag, and for a Service that of its annotation, as
-// soon as it says so.
+// TestSchedulers checks that Services use the scheduler of the flag, and that a change of a Service's
+// annotation takes effect.
 func TestSchedulers(t *testing.T) {
 	t.Parallel()
 	n := newTestNode(t, "a")
@@ -70,39 +71,38 @@ func TestSchedulers(t *testing.T) {
 	n.runIPVS("--ipvs-scheduler=wrr")
 	await := func(scheduler string) {
 		t.Helper()
-		for _, addr := range serviceAddrs(10, 80) {
-			eventually(t, func() error {
+		for _, addr := range agenttest.ServiceAddrs(10, 80) {
+			agenttest.Eventually(t, func() error {
 				if listing := n.command("ipvsadm", "-Ln"); !strings.Contains(listing, fmt.Sprintf("TCP  %s %s", addr, scheduler)) {
-					return fmt.Errorf("%s has not the scheduler %s:\n%s", addr, scheduler, listing)
+					return fmt.Errorf("%s does not use scheduler %s:\n%s", addr, scheduler, listing)
 				}
 				return nil
 			})
 		}
-		n.awaitAnswers(serviceAddrs(10, 80), "a")
+		n.awaitAnswers(agenttest.ServiceAddrs(10, 80), "a")
 	}
 	await("wrr")
 	n.writeFile("backend.yaml", service("fairlead.io/ipvs-scheduler: lc"))
 	await("lc")
 	n.writeFile("backend.yaml", service("fairlead.io/ipvs-scheduler: least"))
 	await("wrr")
-	n.program.awaitLog(func(r record) bool { return r.Level == "WARN" && r.Msg == "Service can't be carried out as written" })
+	n.program.awaitLog(func(r record) bool { return r.Level == "WARN" && r.Msg == "Service cannot be programmed as written" })
 }
 
-// --init-only sets up what takes more rights, so that CAP_NET_ADMIN is enough from
-// then on.
+// TestInitOnlyIPVS checks that CAP_NET_ADMIN is sufficient after --init-only.
 func TestInitOnlyIPVS(t *testing.T) {
 	t.Parallel()
 	n := newTestNode(t, "a")
 	n.writeFile("backend.yaml", serviceYAML("backend", 10, 80))
 	n.writePods("backend", "a")
 	n.makeFolderReadable()
-	if code, stderr := n.runOnce(nil, append(n.runArgs(), "--mode=ipvs", "--init-only")...); code != 0 || !strings.Contains(stderr, "the kernel is set up") {
+	if code, stderr := n.runOnce(nil, append(n.runArgs(), "--mode=ipvs", "--init-only")...); code != 0 || !strings.Contains(stderr, "kernel initialized") {
 		t.Fatalf("exit code %d, output %q", code, stderr)
 	}
 	if listing := n.nft("list", "ruleset"); listing != "" {
-		t.Errorf("the ruleset has:\n%s", listing)
+		t.Errorf("ruleset after --init-only:\n%s", listing)
 	}
 	n.program = n.start(asNobody(unix.CAP_NET_ADMIN, unix.CAP_NET_BIND_SERVICE), append(n.runArgs(), "--mode=ipvs")...)
-	n.awaitAnswers(serviceAddrs(10, 80), "a")
+	n.awaitAnswers(agenttest.ServiceAddrs(10, 80), "a")
 	n.stop()
 }

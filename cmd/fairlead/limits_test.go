@@ -14,11 +14,12 @@ import (
 	"github.com/miekg/dns"
 	"golang.org/x/sys/unix"
 
+	"fairlead.io/fairlead/internal/agent/agenttest"
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// openHalfSent opens connections from a host that send part of a request, and holds
-// them until the test ends. The program may close them.
+// openHalfSent opens connections that send only part of a request, and keeps them open until the
+// test ends. The program may close them earlier.
 func (n *testNode) openHalfSent(count int, host *nettest.Host, addr netip.AddrPort, part string) {
 	n.t.Helper()
 	for range count {
@@ -26,14 +27,14 @@ func (n *testNode) openHalfSent(count int, host *nettest.Host, addr netip.AddrPo
 		conn, err := host.Dial(ctx, "tcp", addr)
 		cancel()
 		if err != nil {
-			continue // a server that takes no more: then others are not answered either
+			continue // other checks notice a server that accepts no more connections
 		}
 		n.t.Cleanup(func() { _ = conn.Close() })
-		_, _ = conn.Write([]byte(part)) // it may be closed already
+		_, _ = conn.Write([]byte(part)) // the server may have closed the connection
 	}
 }
 
-// limitFiles sets how many files the running program may have open.
+// limitFiles sets the limit of open files of the running program.
 func (n *testNode) limitFiles(files uint64) {
 	n.t.Helper()
 	pid := n.program.cmd.Process.Pid
@@ -47,16 +48,16 @@ func (n *testNode) limitFiles(files uint64) {
 	}
 }
 
-// askOverTCP asks the program for the name of the Service backend.
+// askOverTCP sends a DNS query over TCP for the name of Service backend.
 func (n *testNode) askOverTCP() error {
-	ctx, cancel := context.WithTimeout(n.t.Context(), testTimeout)
+	ctx, cancel := context.WithTimeout(n.t.Context(), waitTimeout)
 	defer cancel()
 	conn, err := n.client.Dial(ctx, "tcp", n.dnsAddress())
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
-	if err := conn.SetDeadline(time.Now().Add(testTimeout)); err != nil {
+	if err := conn.SetDeadline(time.Now().Add(waitTimeout)); err != nil {
 		return err
 	}
 	c := &dns.Conn{Conn: conn}
@@ -71,9 +72,8 @@ func (n *testNode) askOverTCP() error {
 	return err
 }
 
-// A pod that holds thousands of half-sent requests keeps nobody from being
-// answered: neither the kubelet nor load balancers, from any address, its own
-// included, and at no other server.
+// TestHalfSentRequests checks that thousands of half-sent requests of one client do not prevent any
+// server from answering: not for the kubelet, for load balancers or for the client itself.
 func TestHalfSentRequests(t *testing.T) {
 	t.Parallel()
 	n := newTestNode(t, "a")
@@ -111,19 +111,19 @@ func TestHalfSentRequests(t *testing.T) {
 		}
 		server, value, _ := strings.Cut(strings.TrimSpace(text), "} ")
 		if open, err := strconv.Atoi(value); err != nil || open > 200 { // two clients at most, or one of health-check node ports
-			t.Errorf("%s has %s connections", server, value)
+			t.Errorf("%s: %s open connections, want at most 200", server, value)
 		}
 	}
 	n.program.awaitLog(func(r record) bool {
 		return r.Level == "WARN" && strings.Contains(r.Msg, "closed to make room") && strings.Contains(r.Reason, "one client")
 	})
 	if got := len(n.program.log.records()); got > 100 {
-		t.Errorf("the log has %d lines", got)
+		t.Errorf("%d log lines, want at most 100", got)
 	}
 }
 
-// Without file descriptors left, probes are answered, nothing spins, and all is
-// answered again when there are some.
+// TestFileDescriptorsExhausted checks that without free file descriptors, probes are answered and
+// the program does not spin, and that it recovers when descriptors are available.
 func TestFileDescriptorsExhausted(t *testing.T) {
 	t.Parallel()
 	n := newTestNode(t, "a")
@@ -135,9 +135,8 @@ func TestFileDescriptorsExhausted(t *testing.T) {
 	if err := n.askOverTCP(); err != nil {
 		t.Fatal(err)
 	}
-	// Connections take the numbers that are free below those of the reserve, so
-	// that the limit leaves none.
-	eventually(t, func() error {
+	// Connections use up the free descriptors below the reserve, so that the limit leaves none.
+	agenttest.Eventually(t, func() error {
 		folder := fmt.Sprintf("/proc/%d/fd", n.program.cmd.Process.Pid)
 		free, reserve := 0, 0
 		for fd := range 1024 {
@@ -151,7 +150,7 @@ func TestFileDescriptorsExhausted(t *testing.T) {
 		}
 		if free < reserve {
 			n.openHalfSent(1, n.Node, metrics, "G")
-			return fmt.Errorf("descriptor %d is free, and the last of the reserve is %d", free, reserve)
+			return fmt.Errorf("descriptor %d below the last descriptor of the reserve, %d, is free", free, reserve)
 		}
 		n.limitFiles(uint64(free)) //nolint:gosec // positive
 		return nil
@@ -163,33 +162,33 @@ func TestFileDescriptorsExhausted(t *testing.T) {
 		}
 	}
 	probe()
-	n.openHalfSent(20, n.Outside, netip.AddrPortFrom(n.Node.IPv4, 10256), "GET /") // which takes the reserve
+	n.openHalfSent(20, n.Outside, netip.AddrPortFrom(n.Node.IPv4, 10256), "GET /") // uses up the reserve
 	probe()
 	if got, err := n.lookup("ip4", "backend"); err != nil || len(got) != 1 {
 		t.Errorf("DNS over UDP: %v, error %v", got, err)
 	}
-	// A client over TCP waits, and uses no processor meanwhile.
+	// A DNS client over TCP has to wait. Meanwhile the program must not use CPU time.
 	answered := make(chan error, 1)
 	go func() { answered <- n.askOverTCP() }()
 	before := n.processorTime()
 	time.Sleep(2 * time.Second)
 	if used := n.processorTime() - before; used > time.Second {
-		t.Errorf("%s of processor time while a client of DNS waits", used)
+		t.Errorf("%s of CPU time while a DNS client waits", used)
 	}
 	n.limitFiles(1024)
 	if err := <-answered; err != nil {
-		t.Errorf("DNS over TCP, when there are descriptors again: %v", err)
+		t.Errorf("DNS over TCP after descriptors became available: %v", err)
 	}
 	probe()
 	n.awaitGet(n.Node, metrics.String(), "/metrics", http.StatusOK, "fairlead_server_connections")
 	select {
 	case <-n.program.ended:
-		t.Error("the program has ended")
+		t.Error("the program has exited")
 	default:
 	}
 }
 
-// processorTime returns what the program has used so far.
+// processorTime returns the CPU time that the program has used.
 func (n *testNode) processorTime() time.Duration {
 	n.t.Helper()
 	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", n.program.cmd.Process.Pid))

@@ -9,10 +9,11 @@ import (
 	"path/filepath"
 	"testing"
 
+	"fairlead.io/fairlead/internal/agent/agenttest"
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// loopbackAddrs are the addresses that node ports are served at by a relay.
+// loopbackAddrs returns the loopback addresses that the relay serves node ports on.
 func loopbackAddrs(port uint16) []netip.AddrPort {
 	return []netip.AddrPort{
 		netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), port),
@@ -20,21 +21,20 @@ func loopbackAddrs(port uint16) []netip.AddrPort {
 	}
 }
 
-// awaitRefusedFromNode waits until the node's own connections are refused.
+// awaitRefusedFromNode waits until connections from the node are refused.
 func (n *testNode) awaitRefusedFromNode(network string, addr netip.AddrPort) {
 	n.t.Helper()
-	eventually(n.t, func() error {
+	agenttest.Eventually(n.t, func() error {
 		answer, err := connect(n.t.Context(), n.Node, network, addr)
 		if errors.Is(err, nettest.ErrRefused) {
 			return nil
 		}
-		return fmt.Errorf("%s %s: answer %+v, error %w; want a refusal", network, addr, answer, err)
+		return fmt.Errorf("%s %s: answer %+v, error %w; want connection refused", network, addr, answer, err)
 	})
 }
 
-// Node ports are served at loopback addresses where these are asked for, over TCP
-// alone, and so are health-check node ports; that follows the configuration, and
-// what is programmed.
+// TestLocalhostNodePorts checks that TCP node ports and health-check node ports are served on the
+// configured loopback addresses, and that this follows the configuration and the endpoints.
 func TestLocalhostNodePorts(t *testing.T) {
 	t.Parallel()
 	n := newTestNode(t, "a", "b")
@@ -84,7 +84,7 @@ spec:
 	configure("localhost")
 	listeners(1, 1)
 	for _, addr := range loopbackAddrs(30080) {
-		eventually(t, func() error { return checkAnswers(t.Context(), n.Node, "tcp", addr, "a", "b") })
+		agenttest.Eventually(t, func() error { return checkAnswers(t.Context(), n.Node, "tcp", addr, "a", "b") })
 	}
 	refused("udp")
 	for _, addr := range loopbackAddrs(32000) {
@@ -93,7 +93,7 @@ spec:
 	n.awaitClosed(n.hostPort(n.Node.IPv4, 32000))
 
 	n.removeFile("pod-a.yaml")
-	eventually(t, func() error { return checkAnswers(t.Context(), n.Node, "tcp", loopbackAddrs(30080)[1], "b") })
+	agenttest.Eventually(t, func() error { return checkAnswers(t.Context(), n.Node, "tcp", loopbackAddrs(30080)[1], "b") })
 	n.removeFile("pod-b.yaml")
 	listeners(0, 0)
 	refused("tcp")
@@ -102,7 +102,7 @@ spec:
 
 	configure("127.0.0.0/8")
 	listeners(1, 0)
-	eventually(t, func() error { return checkAnswers(t.Context(), n.Node, "tcp", loopbackAddrs(30080)[0], "a") })
+	agenttest.Eventually(t, func() error { return checkAnswers(t.Context(), n.Node, "tcp", loopbackAddrs(30080)[0], "a") })
 	n.awaitRefusedFromNode("tcp", loopbackAddrs(30080)[1])
 	n.stop()
 	refused("tcp")

@@ -1,4 +1,4 @@
-// Command fairlead is the node agent that makes Kubernetes Services work.
+// Command fairlead is a node agent that implements Kubernetes Services.
 package main
 
 import (
@@ -13,27 +13,27 @@ import (
 	"syscall"
 
 	"github.com/spf13/cobra"
-	"k8s.io/klog/v2" //nolint:depguard // client-go logs with it
+	"k8s.io/klog/v2" //nolint:depguard // client-go logs through klog
 )
 
-// version is set by the linker.
+// version is set with -ldflags.
 var version = "unknown"
 
 func main() {
 	os.Exit(run(context.Background(), os.Args[1:], os.Stdout, os.Stderr, klog.SetSlogLogger))
 }
 
-// run is main with all that it depends on, and returns the exit code. client-go
-// has one logger for the whole process, which setClientLogger sets.
+// run implements main with explicit dependencies and returns the exit code. setClientLogger sets
+// client-go's logger, which is global.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer, setClientLogger func(*slog.Logger)) int {
 	ctx, stop := signal.NotifyContext(ctx, syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
-	context.AfterFunc(ctx, stop) // a second signal ends the program at once
+	context.AfterFunc(ctx, stop) // a second signal kills the process
 	root := &cobra.Command{
 		Use:   "fairlead",
-		Short: "Make Kubernetes Services work on this node",
-		Long: `Fairlead programs the kernel of a node so that a connection to the address of a
-Kubernetes Service reaches one of its pods.`,
+		Short: "Implement Kubernetes Services on this node",
+		Long: `Fairlead programs the kernel of a node to forward connections for Kubernetes Services
+to their endpoints.`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
@@ -43,7 +43,7 @@ Kubernetes Service reaches one of its pods.`,
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return fmt.Errorf("%w: see %s --help", err, cmd.CommandPath())
 	})
-	root.AddCommand(runCommand(setClientLogger), cleanupCommand(), versionCommand()) //nolint:contextcheck // cobra hands them ctx
+	root.AddCommand(runCommand(setClientLogger), cleanupCommand(), versionCommand()) //nolint:contextcheck // cobra passes ctx to them
 	if err := root.ExecuteContext(ctx); err != nil && !errors.Is(err, context.Canceled) {
 		for line := range strings.Lines(err.Error()) {
 			_, _ = fmt.Fprintln(stderr, "fairlead:", strings.TrimSpace(line))

@@ -24,16 +24,17 @@ import (
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
+	"fairlead.io/fairlead/internal/agent/agenttest"
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// runProgramEnv makes the test binary be the program, so that the race detector
-// and the coverage see it as well.
+// runProgramEnv makes the test binary run the program, so that the race detector and the coverage
+// include it.
 const runProgramEnv = "FAIRLEAD_TEST_BE_THE_PROGRAM"
 
 func TestMain(m *testing.M) {
 	if os.Getenv(runProgramEnv) != "" {
-		// The test holds the other end: the program ends with it, however it does.
+		// The test process holds the other end of the pipe, so the program exits with it.
 		go func() {
 			_, _ = io.Copy(io.Discard, os.Stdin)
 			os.Exit(3)
@@ -44,47 +45,28 @@ func TestMain(m *testing.M) {
 }
 
 const (
-	// testTimeout bounds what takes milliseconds on a machine that has nothing else to do.
-	testTimeout = 15 * time.Second
-	// connectTimeout bounds a connection that should succeed at once.
+	waitTimeout = agenttest.WaitTimeout
+	// connectTimeout bounds connections that should succeed at once.
 	connectTimeout = 500 * time.Millisecond
 
 	podPort = 8080
 )
 
-// eventually returns when check does without error, and fails the test if that
-// takes too long.
-func eventually(t *testing.T, check func() error) {
-	t.Helper()
-	deadline := time.Now().Add(testTimeout)
-	for {
-		err := check()
-		if err == nil {
-			return
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("not within %s: %v", testTimeout, err)
-		}
-		time.Sleep(2 * time.Millisecond)
-	}
-}
-
-// testNode is a network whose node runs the program with a folder of manifests.
+// testNode is a network with a node that runs the program with a folder of manifests.
 type testNode struct {
 	*nettest.Network
 
 	t       *testing.T
 	folder  string
-	client  *nettest.Host // a pod that is no endpoint
+	client  *nettest.Host // a pod that is not an endpoint
 	pods    map[string]*nettest.Host
-	program *process // the last that was started
+	program *process // the process started last
 
-	// executable is a link to this program under another name, or empty.
+	// executable is a link to the test binary under another name, or empty.
 	executable string
 }
 
-// newTestNode makes a node with pods that serve TCP and UDP. Nothing in the folder
-// mentions them yet.
+// newTestNode creates a node with pods that serve TCP and UDP. The folder of manifests is empty.
 func newTestNode(t *testing.T, pods ...string) *testNode {
 	t.Helper()
 	n := &testNode{t: t, Network: nettest.NewT(t, nettest.Options{}), folder: t.TempDir(), pods: map[string]*nettest.Host{}}
@@ -98,10 +80,10 @@ func newTestNode(t *testing.T, pods ...string) *testNode {
 	return n
 }
 
-// dnsAddress is where the program answers names.
+// dnsAddress returns the address of the program's DNS server.
 func (n *testNode) dnsAddress() netip.AddrPort { return netip.AddrPortFrom(n.Node.IPv4, 53) }
 
-// runArgs are the arguments of `fairlead run` for this node.
+// runArgs returns the arguments of `fairlead run` for this node.
 func (n *testNode) runArgs() []string {
 	return []string{
 		"run", "--mode=nft", "--manifests=" + n.folder, "--service-cidr=10.96.0.0/16,fd00:10:96::/112",
@@ -110,7 +92,7 @@ func (n *testNode) runArgs() []string {
 	}
 }
 
-// writeFile puts a file into the folder, whole at once.
+// writeFile writes a file of the folder atomically.
 func (n *testNode) writeFile(name, text string) {
 	n.t.Helper()
 	hidden := filepath.Join(n.folder, "."+name)
@@ -130,7 +112,7 @@ func (n *testNode) removeFile(name string) {
 	}
 }
 
-// writePods puts a file for each of the pods, ready ones with the label app=APP.
+// writePods writes the manifests of ready pods with the label app=APP.
 func (n *testNode) writePods(app string, names ...string) {
 	n.t.Helper()
 	for _, name := range names {
@@ -160,8 +142,8 @@ status:
 `, name, app, podPort, n.pods[name].IPv4, n.pods[name].IPv6, status)
 }
 
-// serviceYAML is a Service of both families that selects the pods with the
-// label app=NAME; last is the last byte of its addresses.
+// serviceYAML returns a dual-stack Service that selects pods with the label app=NAME. last is the
+// last byte of its addresses.
 func serviceYAML(name string, last, port int) string {
 	return fmt.Sprintf(`apiVersion: v1
 kind: Service
@@ -178,30 +160,21 @@ spec:
 `, name, last, port, podPort)
 }
 
-// serviceAddrs returns the addresses of a Service of serviceYAML, IPv4 first.
-func serviceAddrs(last byte, port uint16) []netip.AddrPort {
-	return []netip.AddrPort{
-		netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 96, 0, last}), port),
-		netip.AddrPortFrom(netip.AddrFrom16([16]byte{0: 0xfd, 3: 0x10, 5: 0x96, 15: last}), port),
-	}
-}
-
-// checkAnswers connects to addr until each of the hosts in want has answered, and
-// several times more. It returns an error if a connection fails, another host
-// answers, or one of them never does.
+// checkAnswers connects to addr until each host in want has answered, at least 12 times. It returns
+// an error if a connection fails, another host answers, or a host in want never answers.
 func checkAnswers(ctx context.Context, from *nettest.Host, network string, addr netip.AddrPort, want ...string) error {
 	const least, most = 12, 300 // (2/3)^300 is 10^-53
 	missing := slices.Clone(want)
 	for i := 0; i < least || len(missing) > 0; i++ {
 		if i == most {
-			return fmt.Errorf("%s %s: never answered by %s", network, addr, missing)
+			return fmt.Errorf("%s %s: no answer from %s", network, addr, missing)
 		}
 		answer, err := connect(ctx, from, network, addr)
 		if err != nil {
 			return err
 		}
 		if !slices.Contains(want, answer.Host) {
-			return fmt.Errorf("%s %s: answered by %s, want %s", network, addr, answer.Host, want)
+			return fmt.Errorf("%s %s: answer from %s, want %s", network, addr, answer.Host, want)
 		}
 		missing = slices.DeleteFunc(missing, func(name string) bool { return name == answer.Host })
 	}
@@ -214,35 +187,35 @@ func connect(ctx context.Context, from *nettest.Host, network string, addr netip
 	return from.Connect(ctx, network, addr)
 }
 
-// awaitAnswers waits until the client's connections to each of the addresses,
-// over TCP and UDP, are answered by all of the hosts in want and by no other.
+// awaitAnswers waits until all hosts in want and no others answer the client's TCP and UDP
+// connections to each address.
 func (n *testNode) awaitAnswers(addrs []netip.AddrPort, want ...string) {
 	n.t.Helper()
 	for _, network := range []string{nettest.TCP, nettest.UDP} {
 		for _, addr := range addrs {
-			eventually(n.t, func() error { return checkAnswers(n.t.Context(), n.client, network, addr, want...) })
+			agenttest.Eventually(n.t, func() error { return checkAnswers(n.t.Context(), n.client, network, addr, want...) })
 		}
 	}
 }
 
-// awaitRefused waits until connections to each of the addresses are refused.
+// awaitRefused waits until connections to each address are refused.
 func (n *testNode) awaitRefused(addrs []netip.AddrPort) {
 	n.t.Helper()
 	for _, network := range []string{nettest.TCP, nettest.UDP} {
 		for _, addr := range addrs {
-			eventually(n.t, func() error {
+			agenttest.Eventually(n.t, func() error {
 				answer, err := connect(n.t.Context(), n.client, network, addr)
 				if errors.Is(err, nettest.ErrRefused) {
 					return nil
 				}
-				return fmt.Errorf("%s %s: answer %+v, error %w; want a refusal", network, addr, answer, err)
+				return fmt.Errorf("%s %s: answer %+v, error %w; want connection refused", network, addr, answer, err)
 			})
 		}
 	}
 }
 
-// keepConnecting opens one connection after another to each of the addresses
-// until stop is called, and fails the test if one of them did not succeed.
+// keepConnecting opens one connection after another to each address until stop is called, and fails
+// the test if one fails.
 func (n *testNode) keepConnecting(addrs []netip.AddrPort) (stop func()) {
 	ctx, cancel := context.WithCancel(n.t.Context())
 	var wg sync.WaitGroup
@@ -251,22 +224,22 @@ func (n *testNode) keepConnecting(addrs []netip.AddrPort) (stop func()) {
 			wg.Go(func() {
 				succeeded := 0
 				for ctx.Err() == nil {
-					// A connection that has begun is to end.
+					// Complete a connection in progress after stop.
 					_, err := n.client.Connect(context.WithoutCancel(ctx), network, addr)
 					if network == nettest.UDP && errors.Is(err, nettest.ErrTimeout) {
-						// An endpoint that was leaving has answered when its flow was
-						// forgotten. Who asks again gets another.
+						// The cleaner deleted the flow of a removed endpoint before the
+						// answer. A retry reaches another endpoint.
 						_, err = n.client.Connect(context.WithoutCancel(ctx), network, addr)
 					}
 					if err != nil {
-						n.t.Errorf("connection %d of those that went on all the time: %v", succeeded+1, err)
+						n.t.Errorf("continuous connection %d: %v", succeeded+1, err)
 						return
 					}
 					succeeded++
-					time.Sleep(time.Millisecond) // leave the machine to others, too
+					time.Sleep(time.Millisecond) // limit the CPU load
 				}
 				if succeeded == 0 {
-					n.t.Errorf("%s %s: not one connection was made", network, addr)
+					n.t.Errorf("%s %s: no connection was attempted", network, addr)
 				}
 			})
 		}
@@ -279,12 +252,12 @@ func (n *testNode) keepConnecting(addrs []netip.AddrPort) (stop func()) {
 	return stop
 }
 
-// lookup resolves a name as a program in the pod would.
+// lookup resolves a name from the client pod with the program's DNS server.
 func (n *testNode) lookup(network, name string) ([]netip.Addr, error) {
 	resolver := net.Resolver{PreferGo: true, Dial: func(ctx context.Context, network, _ string) (net.Conn, error) {
 		return n.client.Dial(ctx, network, n.dnsAddress())
 	}}
-	// The final dot keeps this machine's own search list out.
+	// The trailing dot disables the search list of this machine.
 	addrs, err := resolver.LookupNetIP(n.t.Context(), network, name+".")
 	for i := range addrs {
 		addrs[i] = addrs[i].Unmap()
@@ -299,24 +272,14 @@ func (n *testNode) nft(args ...string) string {
 	return n.command("nft", args...)
 }
 
-// command runs a program on the node that must succeed, and returns what it prints.
+// command runs a program on the node and returns its output.
 func (n *testNode) command(name string, args ...string) string {
 	n.t.Helper()
-	var out bytes.Buffer
-	cmd := exec.CommandContext(n.t.Context(), name, args...)
-	cmd.Stdout, cmd.Stderr = &out, &out
-	err := n.Node.Do(cmd.Start)
-	if err == nil {
-		err = cmd.Wait()
-	}
-	if err != nil {
-		n.t.Fatalf("%s %s: %v\n%s", name, strings.Join(args, " "), err, &out)
-	}
-	return out.String()
+	return agenttest.Command(n.t, n.Node, name, args...)
 }
 
-// ruleset returns the words of all that nft lists, in an order of their own, as
-// the kernel lists elements in no particular one.
+// ruleset returns the sorted words of nft's listing, because the kernel lists elements in no
+// particular order.
 func (n *testNode) ruleset() []string {
 	n.t.Helper()
 	words := strings.FieldsFunc(n.nft("-s", "list", "ruleset"), func(r rune) bool { return strings.ContainsRune(" \t\n,", r) })
@@ -324,8 +287,8 @@ func (n *testNode) ruleset() []string {
 	return words
 }
 
-// generation returns the number of commits that the node's ruleset has seen. Package
-// nftables cannot read it by a file descriptor above 1023, as it waits by select(2).
+// generation returns the generation ID of the node's ruleset, which counts its commits. Package
+// nftables cannot read it with a file descriptor above 1023, because it waits with select(2).
 func (n *testNode) generation() uint32 {
 	n.t.Helper()
 	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, &netlink.Config{NetNS: n.Node.Fd()})
@@ -350,18 +313,18 @@ func (n *testNode) generation() uint32 {
 			return attrs.Uint32()
 		}
 	}
-	n.t.Fatalf("no generation: %v", attrs.Err())
+	n.t.Fatalf("no generation ID: %v", attrs.Err())
 	return 0
 }
 
-// run starts `fairlead run` on the node and waits until it has programmed it.
+// run starts `fairlead run` on the node and waits for its first commit.
 func (n *testNode) run() {
 	n.t.Helper()
 	n.program = n.start(nil, n.runArgs()...)
 	n.program.awaitLog(func(r record) bool { return r.Msg == "committed" && r.Reason == "start" })
 }
 
-// stop ends `fairlead run` as an init system does.
+// stop stops the program with SIGTERM and checks its exit.
 func (n *testNode) stop() {
 	n.t.Helper()
 	if err := n.program.cmd.Process.Signal(syscall.SIGTERM); err != nil {
@@ -372,18 +335,18 @@ func (n *testNode) stop() {
 		n.t.Fatalf("exit code %d after SIGTERM, want 0; log:\n%s", code, n.program.log.String())
 	}
 	if idle > 3*time.Second {
-		n.t.Errorf("after SIGTERM the program did nothing for %s", idle)
+		n.t.Errorf("after SIGTERM, the program was idle for %s", idle)
 	}
 }
 
-// runOnce runs the program on the node until it ends by itself.
+// runOnce runs the program on the node until it exits, and returns its exit code and output.
 func (n *testNode) runOnce(attributes *syscall.SysProcAttr, args ...string) (code int, stderr string) {
 	n.t.Helper()
 	p := n.start(attributes, args...)
 	return p.wait(), p.log.String()
 }
 
-// process is the program, running on a node.
+// process is a process of the program on a node.
 type process struct {
 	t     *testing.T
 	cmd   *exec.Cmd
@@ -391,7 +354,7 @@ type process struct {
 	ended chan struct{}
 }
 
-// start starts the program on the node. It ends at the latest with the test.
+// start starts the program on the node. The process runs at most until the test ends.
 func (n *testNode) start(attributes *syscall.SysProcAttr, args ...string) *process {
 	n.t.Helper()
 	p := &process{t: n.t, log: &logBuffer{}, ended: make(chan struct{})}
@@ -401,7 +364,7 @@ func (n *testNode) start(attributes *syscall.SysProcAttr, args ...string) *proce
 	p.cmd.Stdout, p.cmd.Stderr = p.log, p.log
 	p.cmd.SysProcAttr = attributes
 	p.cmd.Cancel = func() error { return p.cmd.Process.Signal(syscall.SIGTERM) }
-	p.cmd.WaitDelay = testTimeout // then it is killed
+	p.cmd.WaitDelay = waitTimeout // time from SIGTERM to SIGKILL
 	if _, err := p.cmd.StdinPipe(); err != nil {
 		n.t.Fatal(err)
 	}
@@ -410,7 +373,7 @@ func (n *testNode) start(attributes *syscall.SysProcAttr, args ...string) *proce
 	}
 	go func() {
 		defer close(p.ended)
-		_ = p.cmd.Wait() // the exit code says it
+		_ = p.cmd.Wait() // callers check the exit code
 	}()
 	n.t.Cleanup(func() {
 		if code := p.wait(); n.t.Failed() {
@@ -420,25 +383,24 @@ func (n *testNode) start(attributes *syscall.SysProcAttr, args ...string) *proce
 	return p
 }
 
-// wait returns the exit code when the program has ended.
+// wait waits until the program has exited and returns its exit code.
 func (p *process) wait() int {
 	p.t.Helper()
 	select {
 	case <-p.ended:
 		return p.cmd.ProcessState.ExitCode()
-	case <-time.After(2 * testTimeout):
-		p.t.Fatal("the program does not end")
+	case <-time.After(2 * waitTimeout):
+		p.t.Fatal("the program does not exit")
 		return -1
 	}
 }
 
-// waitIdle waits until the program has ended or gives up after a while. It returns
-// for how long all of the program's threads slept meanwhile: unlike the time that
-// passes, this does not grow when the machine is busy.
+// waitIdle waits until the program has exited or a timeout has passed. It returns how long all
+// threads of the program were asleep. Unlike elapsed time, this does not grow on a busy machine.
 func (p *process) waitIdle() (idle time.Duration) {
 	p.t.Helper()
 	const interval = 10 * time.Millisecond
-	for range 2 * testTimeout / interval {
+	for range 2 * waitTimeout / interval {
 		select {
 		case <-p.ended:
 			return idle
@@ -451,16 +413,16 @@ func (p *process) waitIdle() (idle time.Duration) {
 	return idle
 }
 
-// asleep reports whether all threads of a process wait for something other than the
-// processor or the disk.
+// asleep reports whether all threads of a process are in interruptible sleep, which excludes waiting
+// for a CPU or the disk.
 func asleep(pid int) bool {
 	stats, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid)) // the pattern is well formed
 	for _, path := range stats {
 		stat, err := os.ReadFile(path)
 		if err != nil {
-			continue // the thread has ended
+			continue // the thread has exited
 		}
-		// proc(5): the state comes after the name, which is in parentheses.
+		// The state follows the name in parentheses (proc(5)).
 		if _, state, _ := bytes.Cut(stat[bytes.LastIndexByte(stat, ')')+1:], []byte(" ")); !bytes.HasPrefix(state, []byte("S")) {
 			return false
 		}
@@ -468,26 +430,26 @@ func asleep(pid int) bool {
 	return len(stats) > 0
 }
 
-// awaitLog waits until the program has logged a record that match accepts.
+// awaitLog waits for a log record that match accepts.
 func (p *process) awaitLog(match func(record) bool) {
 	p.t.Helper()
-	eventually(p.t, func() error {
+	agenttest.Eventually(p.t, func() error {
 		if slices.ContainsFunc(p.log.records(), match) {
 			return nil
 		}
 		select {
 		case <-p.ended:
-			p.t.Fatalf("the program has ended with exit code %d; log:\n%s", p.cmd.ProcessState.ExitCode(), p.log.String())
+			p.t.Fatalf("the program has exited with code %d; log:\n%s", p.cmd.ProcessState.ExitCode(), p.log.String())
 		default:
 		}
-		return errors.New("not logged")
+		return errors.New("no matching log record")
 	})
 }
 
-// record is a line of the log in JSON.
+// record is a log line in JSON.
 type record struct{ Level, Msg, File, Error, Reason, Setting, What string }
 
-// logBuffer collects what the program prints.
+// logBuffer collects the output of the program.
 type logBuffer struct {
 	mu   sync.Mutex
 	text bytes.Buffer

@@ -6,11 +6,12 @@ import (
 	"strings"
 	"testing"
 
+	"fairlead.io/fairlead/internal/agent/agenttest"
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// addOtherProxyRules puts rules on the node as kube-proxy makes them, of one of its modes, that
-// send the Service's connections of TCP to a pod.
+// addOtherProxyRules adds rules like those of kube-proxy in the given mode. They direct TCP
+// connections for the addresses to a pod.
 func (n *testNode) addOtherProxyRules(mode, pod string, addrs []netip.AddrPort) {
 	n.t.Helper()
 	for i, addr := range addrs {
@@ -29,24 +30,24 @@ func (n *testNode) addOtherProxyRules(mode, pod string, addrs []netip.AddrPort) 
 	}
 }
 
-// awaitTCP waits until connections of TCP are answered by this pod alone.
+// awaitTCP waits until only this pod answers TCP connections to the addresses.
 func (n *testNode) awaitTCP(addrs []netip.AddrPort, by string) {
 	n.t.Helper()
 	for _, addr := range addrs {
-		eventually(n.t, func() error { return checkAnswers(n.t.Context(), n.client, nettest.TCP, addr, by) })
+		agenttest.Eventually(n.t, func() error { return checkAnswers(n.t.Context(), n.client, nettest.TCP, addr, by) })
 	}
 }
 
-// What another proxy has left behind takes no connections while Fairlead runs, nor
-// during its restart, and is reported. It gets them when Fairlead has been stopped for
-// as long as the flag says.
+// TestOtherProxy checks that leftover rules of another proxy are reported, and that they get no
+// connections while Fairlead runs or restarts. They do after Fairlead has been stopped for the
+// time of --give-way-after.
 func TestOtherProxy(t *testing.T) {
 	t.Parallel()
 	for _, mode := range []string{"nftables", "iptables-legacy", "iptables-nft"} {
 		t.Run(mode, func(t *testing.T) {
 			t.Parallel()
 			n := newTestNode(t, "ours", "theirs")
-			backend := serviceAddrs(10, 80)
+			backend := agenttest.ServiceAddrs(10, 80)
 			n.writeFile("backend.yaml", serviceYAML("backend", 10, 80))
 			n.writePods("backend", "ours")
 			n.run()
@@ -55,7 +56,7 @@ func TestOtherProxy(t *testing.T) {
 			n.awaitMetric("127.0.0.1:10249", metric+" 0")
 			n.addOtherProxyRules(mode, "theirs", backend)
 			n.program.awaitLog(func(r record) bool {
-				return r.Level == "WARN" && strings.HasPrefix(r.Msg, "another Service proxy's rules are on this node")
+				return r.Level == "WARN" && strings.HasPrefix(r.Msg, "rules of another Service proxy found on this node")
 			})
 			n.awaitMetric("127.0.0.1:10249", metric+" 1")
 			n.awaitTCP(backend, "ours")

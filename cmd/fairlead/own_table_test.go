@@ -5,14 +5,17 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+
+	"fairlead.io/fairlead/internal/agent/agenttest"
 )
 
-// While an instance owns its tables, others cannot change them. Connections go on when
-// it gets tables without an owner, is killed, and another one becomes the owner.
+// TestOwnTable checks that other processes cannot change tables that an instance owns. Connections
+// must continue when an instance becomes the owner of existing tables, when it is killed, and when
+// the next instance becomes the owner.
 func TestOwnTable(t *testing.T) {
 	t.Parallel()
 	n := newTestNode(t, "a", "b")
-	backend := serviceAddrs(10, 80)
+	backend := agenttest.ServiceAddrs(10, 80)
 	n.writeFile("backend.yaml", serviceYAML("backend", 10, 80))
 	n.writePods("backend", "a", "b")
 	n.run()

@@ -17,15 +17,14 @@ func runCommand(setClientLogger func(*slog.Logger)) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "run",
 		Short: "Program this node and keep it programmed",
-		Long: `Program this node's kernel with the Services of a Kubernetes API server, or of a
-folder of YAML files, and keep it so until the program is told to stop (SIGTERM
-or SIGINT). What is programmed then stays and works; "fairlead cleanup" removes
-it. A start in another mode takes over: what the mode before has programmed is
-removed when everything is programmed anew.
+		Long: `Program this node's kernel with the Services of a Kubernetes API server or of a
+folder of YAML files, until SIGTERM or SIGINT. Programmed Services keep working
+after that; "fairlead cleanup" removes them. A start in another mode removes
+the kernel state of the previous mode once it has programmed all Services.
 
-The flags are kube-proxy's where it has one for the purpose, and an empty value
-means that a flag is not set. kube-proxy's flags that have no effect here are
-accepted as well, and named in a warning.`,
+Flags have the names of kube-proxy's flags where these exist. An empty value
+means that a flag is not set. Flags of kube-proxy that have no effect here are
+accepted with a warning.`,
 		Example: `  fairlead run --kubeconfig=/etc/fairlead/kubeconfig.conf --cluster-cidr=10.244.0.0/16
   fairlead run --kubeconfig=/etc/fairlead/kubeconfig.conf --mode=ipvs --ipvs-scheduler=lc
   fairlead run --mode=nft --manifests=./services --service-cidr=10.96.0.0/16 --cluster-cidr=10.244.0.0/16`,
@@ -38,7 +37,7 @@ accepted as well, and named in a warning.`,
 	return cmd
 }
 
-// runProgram is `fairlead run`.
+// runProgram implements `fairlead run`.
 func runProgram(ctx context.Context, flags config.Flags, stderr io.Writer, setClientLogger func(*slog.Logger)) error {
 	c, content, err := config.Load(flags)
 	if err != nil {
@@ -60,7 +59,7 @@ func runProgram(ctx context.Context, flags config.Flags, stderr io.Writer, setCl
 	if content != nil {
 		options.File = &agent.ConfigFile{Flags: flags, Content: content}
 	}
-	if err := openSource(&options); err != nil { //nolint:contextcheck // what it opens has contexts of its own
+	if err := openSource(&options); err != nil { //nolint:contextcheck // sources have contexts of their own
 		return err
 	}
 	a, err := agent.New(options)

@@ -11,14 +11,15 @@ import (
 	"strings"
 	"testing"
 
+	"fairlead.io/fairlead/internal/agent/agenttest"
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// From a Service and three Pods in YAML to connections by name.
+// TestServiceByName checks connections by name to a Service and Pods from YAML files.
 func TestServiceByName(t *testing.T) {
 	t.Parallel()
 	n := newTestNode(t, "a", "b", "c", "other")
-	// No address in the file: it comes from --service-cidr.
+	// The file has no address, so it is allocated from --service-cidr.
 	n.writeFile("backend.yaml", `apiVersion: v1
 kind: Service
 metadata:
@@ -39,12 +40,12 @@ spec:
 	for family, cidr := range map[string]string{"ip4": "10.96.0.0/16", "ip6": "fd00:10:96::/112"} {
 		found, err := n.lookup(family, fullName)
 		if err != nil || len(found) != 1 || !netip.MustParsePrefix(cidr).Contains(found[0]) {
-			t.Fatalf("the name's %s addresses are %v, error %v; want one of %s", family, found, err, cidr)
+			t.Fatalf("%s addresses of the name: %v, error %v; want one address in %s", family, found, err, cidr)
 		}
 		addrs[family] = found[0]
 		for _, name := range []string{"backend", "backend.default", "backend.default.svc"} {
 			if short, err := n.lookup(family, name); err != nil || !slices.Equal(short, found) {
-				t.Errorf("%s has %v, error %v; want %v as %s has", name, short, err, found, fullName)
+				t.Errorf("addresses of %s: %v, error %v; want %v like %s", name, short, err, found, fullName)
 			}
 		}
 	}
@@ -64,14 +65,15 @@ spec:
 	}
 }
 
-// --cluster-cidr: pods are seen with their own address, others with the node's.
+// TestMasquerade checks that with --cluster-cidr, connections from pods keep their source address
+// and other connections get the node's address.
 func TestMasquerade(t *testing.T) {
 	t.Parallel()
 	n := newTestNode(t, "a")
 	n.writeFile("backend.yaml", serviceYAML("backend", 10, 80))
 	n.writePods("backend", "a")
 	n.run()
-	for i, addr := range serviceAddrs(10, 80) {
+	for i, addr := range agenttest.ServiceAddrs(10, 80) {
 		for _, test := range []struct {
 			client *nettest.Host
 			want   netip.Addr
@@ -82,21 +84,21 @@ func TestMasquerade(t *testing.T) {
 			for _, network := range []string{nettest.TCP, nettest.UDP} {
 				answer, err := connect(t.Context(), test.client, network, addr)
 				if err != nil || answer.Source.Addr() != test.want {
-					t.Errorf("%s from %s to %s: the pod saw %s, error %v; want %s", network, test.client.Name, addr, answer.Source.Addr(), err, test.want)
+					t.Errorf("%s from %s to %s: source address %s, error %v; want %s", network, test.client.Name, addr, answer.Source.Addr(), err, test.want)
 				}
 			}
 		}
 	}
 }
 
-// Traffic follows the files, and clients notice nothing of it.
+// TestPodsComeAndGo checks that changes of pods take effect without failed connections.
 func TestPodsComeAndGo(t *testing.T) {
 	t.Parallel()
 	n := newTestNode(t, "a", "b", "c")
 	n.writeFile("backend.yaml", serviceYAML("backend", 10, 80))
 	n.writePods("backend", "a", "b")
 	n.run()
-	backend := serviceAddrs(10, 80)
+	backend := agenttest.ServiceAddrs(10, 80)
 	n.awaitAnswers(backend, "a", "b")
 	stop := n.keepConnecting(backend)
 
@@ -112,7 +114,7 @@ func TestPodsComeAndGo(t *testing.T) {
 	n.writeFile("pod-b.yaml", n.podYAML("backend", "b", true))
 	n.awaitAnswers(backend, "b", "c")
 
-	n.writeFile("pod-c.yaml", n.podYAML("other label", "c", true)) // not valid: stays as it was
+	n.writeFile("pod-c.yaml", n.podYAML("other label", "c", true)) // invalid, so without effect
 	n.program.awaitLog(func(r record) bool { return r.File == "pod-c.yaml" })
 	n.writeFile("pod-c.yaml", n.podYAML("other", "c", true))
 	n.awaitAnswers(backend, "b")
@@ -130,33 +132,33 @@ func TestServicesComeAndGo(t *testing.T) {
 	n := newTestNode(t, "a", "b")
 	n.writePods("one", "a")
 	n.writePods("two", "b")
-	n.run() // with no Service at all
+	n.run() // without Services
 
 	n.writeFile("one.yaml", serviceYAML("one", 1, 80))
-	n.awaitAnswers(serviceAddrs(1, 80), "a")
+	n.awaitAnswers(agenttest.ServiceAddrs(1, 80), "a")
 	n.writeFile("two.yaml", serviceYAML("two", 2, 80))
-	n.awaitAnswers(serviceAddrs(2, 80), "b")
-	stop := n.keepConnecting(serviceAddrs(2, 80))
+	n.awaitAnswers(agenttest.ServiceAddrs(2, 80), "b")
+	stop := n.keepConnecting(agenttest.ServiceAddrs(2, 80))
 
-	// Another port, and the old one is none of the Service's any more.
+	// The Service's port changes.
 	n.writeFile("one.yaml", serviceYAML("one", 1, 81))
-	n.awaitAnswers(serviceAddrs(1, 81), "a")
-	n.awaitRefused(serviceAddrs(1, 80))
+	n.awaitAnswers(agenttest.ServiceAddrs(1, 81), "a")
+	n.awaitRefused(agenttest.ServiceAddrs(1, 80))
 
 	n.removeFile("one.yaml")
-	n.awaitGone(serviceAddrs(1, 81))
+	n.awaitGone(agenttest.ServiceAddrs(1, 81))
 	if addrs, err := n.lookup("ip", "one"); !isNotFound(err) {
-		t.Errorf("the deleted Service's name has %v, error %v; want that it does not exist", addrs, err)
+		t.Errorf("name of the deleted Service: %v, error %v; want not found", addrs, err)
 	}
 	stop()
 }
 
-// awaitGone waits until nothing on the node knows an address of the client's
-// connections any more, so that they leave it to where nobody answers.
+// awaitGone waits until the ruleset no longer contains the addresses, and checks that connections to
+// them time out.
 func (n *testNode) awaitGone(addrs []netip.AddrPort) {
 	n.t.Helper()
 	for _, addr := range addrs {
-		eventually(n.t, func() error {
+		agenttest.Eventually(n.t, func() error {
 			if strings.Contains(n.nft("list", "ruleset"), fmt.Sprintf("%s . tcp . %d", addr.Addr(), addr.Port())) {
 				return fmt.Errorf("%s is still in the ruleset", addr)
 			}
@@ -166,7 +168,7 @@ func (n *testNode) awaitGone(addrs []netip.AddrPort) {
 		answer, err := n.client.Connect(ctx, nettest.TCP, addr)
 		cancel()
 		if !errors.Is(err, nettest.ErrTimeout) {
-			n.t.Errorf("%s: answer %+v, error %v; want none", addr, answer, err)
+			n.t.Errorf("%s: answer %+v, error %v; want a timeout", addr, answer, err)
 		}
 	}
 }
@@ -176,8 +178,8 @@ func isNotFound(err error) bool {
 	return ok && dnsErr.IsNotFound
 }
 
-// Connections to a Service without endpoints are refused at once, for a Service
-// that selects nothing yet as for one whose pods are not ready.
+// TestNoEndpoints checks that connections to Services without endpoints are refused, both if no pod
+// matches and if no pod is ready.
 func TestNoEndpoints(t *testing.T) {
 	t.Parallel()
 	n := newTestNode(t, "a")
@@ -186,15 +188,15 @@ func TestNoEndpoints(t *testing.T) {
 	n.writeFile("pod-a.yaml", n.podYAML("waiting", "a", false))
 	n.run()
 	for last := range byte(2) {
-		n.awaitRefused(serviceAddrs(last+1, 80))
+		n.awaitRefused(agenttest.ServiceAddrs(last+1, 80))
 	}
-	// The name exists all the same.
-	if addrs, err := n.lookup("ip4", "empty"); err != nil || !slices.Equal(addrs, []netip.Addr{serviceAddrs(1, 80)[0].Addr()}) {
-		t.Errorf("the Service's name has %v, error %v; want %s", addrs, err, serviceAddrs(1, 80)[0].Addr())
+	// The DNS name exists without endpoints.
+	if addrs, err := n.lookup("ip4", "empty"); err != nil || !slices.Equal(addrs, []netip.Addr{agenttest.ServiceAddrs(1, 80)[0].Addr()}) {
+		t.Errorf("name of the Service: %v, error %v; want %s", addrs, err, agenttest.ServiceAddrs(1, 80)[0].Addr())
 	}
 }
 
-// The name of a headless Service is that of its ready pods.
+// TestHeadless checks that the name of a headless Service resolves to its ready pods.
 func TestHeadless(t *testing.T) {
 	t.Parallel()
 	n := newTestNode(t, "a", "b")
@@ -219,10 +221,10 @@ spec:
 				want = append(want, n.pods[pod].Addrs()[i])
 			}
 			slices.SortFunc(want, netip.Addr.Compare)
-			eventually(t, func() error {
+			agenttest.Eventually(t, func() error {
 				got, err := n.lookup(network, "db.default.svc.cluster.local")
 				if !slices.Equal(got, want) || (err != nil && !isNotFound(err)) {
-					return fmt.Errorf("the %s addresses are %v, error %w; want %v", network, got, err, want)
+					return fmt.Errorf("%s addresses: %v, error %w; want %v", network, got, err, want)
 				}
 				return nil
 			})
@@ -237,7 +239,8 @@ spec:
 	await()
 }
 
-// A file that is not valid is reported, and nothing that worked stops to.
+// TestInvalidManifest checks that an invalid file is reported, that its Service keeps its previous
+// state, and that other Services are not affected.
 func TestInvalidManifest(t *testing.T) {
 	t.Parallel()
 	n := newTestNode(t, "a", "b")
@@ -246,7 +249,7 @@ func TestInvalidManifest(t *testing.T) {
 	n.writePods("backend", "a")
 	n.writePods("other", "b")
 	n.run()
-	backend, other := serviceAddrs(10, 80), serviceAddrs(11, 80)
+	backend, other := agenttest.ServiceAddrs(10, 80), agenttest.ServiceAddrs(11, 80)
 	n.awaitAnswers(backend, "a")
 	n.awaitAnswers(other, "b")
 	stop := n.keepConnecting(slices.Concat(backend, other))
@@ -261,17 +264,17 @@ func TestInvalidManifest(t *testing.T) {
 	n.writeFile("backend.yaml", "kind: Service\n\tmetadata: {}\n")
 	n.program.awaitLog(func(r record) bool { return r.Level == "ERROR" && strings.HasPrefix(r.Error, "backend.yaml:2: ") })
 
-	// The others' changes go on meanwhile, those of its Pods too.
+	// Changes of other files, including files with Pods of the Service, still take effect.
 	n.writeFile("pod-b.yaml", n.podYAML("backend", "b", true)+"---\n"+strings.Replace(n.podYAML("other", "a", true), "name: a", "name: a2", 1))
 	n.awaitAnswers(backend, "a", "b")
 	n.awaitAnswers(other, "a")
 	stop()
 
 	n.writeFile("backend.yaml", serviceYAML("backend", 10, 8080))
-	n.awaitAnswers(serviceAddrs(10, 8080), "a", "b")
+	n.awaitAnswers(agenttest.ServiceAddrs(10, 8080), "a", "b")
 }
 
-// A file that is not valid at the start keeps nothing else from working.
+// TestInvalidManifestAtStart checks that a file that is invalid at the start affects no other Service.
 func TestInvalidManifestAtStart(t *testing.T) {
 	t.Parallel()
 	n := newTestNode(t, "a")
@@ -282,11 +285,11 @@ func TestInvalidManifestAtStart(t *testing.T) {
 	n.program.awaitLog(func(r record) bool {
 		return r.File == "broken.yaml" && strings.HasPrefix(r.Error, "broken.yaml:4: spec.ports[0].port: ")
 	})
-	n.awaitAnswers(serviceAddrs(10, 80), "a")
+	n.awaitAnswers(agenttest.ServiceAddrs(10, 80), "a")
 }
 
-// Without the folder the program cannot know what is wanted: it ends and says
-// so, and what is programmed stays.
+// TestManifestFolderRemoved checks that the program exits with an error if the folder disappears, and
+// that programmed Services stay.
 func TestManifestFolderRemoved(t *testing.T) {
 	t.Parallel()
 	n := newTestNode(t, "a")
@@ -294,7 +297,7 @@ func TestManifestFolderRemoved(t *testing.T) {
 	n.writePods("backend", "a")
 	n.run()
 	before := n.ruleset()
-	// Moved away rather than removed file by file, each of which is a change.
+	// Rename the folder, because removing each file would be a change.
 	if err := os.Rename(n.folder, n.folder+".gone"); err != nil {
 		t.Fatal(err)
 	}
@@ -304,7 +307,7 @@ func TestManifestFolderRemoved(t *testing.T) {
 		t.Errorf("exit code %d, log:\n%s\nwant 1 and %q", code, log, want)
 	}
 	if !slices.Equal(n.ruleset(), before) {
-		t.Error("the ruleset has changed")
+		t.Error("the ruleset changed")
 	}
-	n.awaitAnswers(serviceAddrs(10, 80), "a")
+	n.awaitAnswers(agenttest.ServiceAddrs(10, 80), "a")
 }

@@ -13,15 +13,16 @@ import (
 	"syscall"
 	"testing"
 
+	"fairlead.io/fairlead/internal/agent/agenttest"
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// get asks an HTTP server of the program.
+// get sends a GET request to one of the program's HTTP servers.
 func get(ctx context.Context, from *nettest.Host, address, path string) (status int, body string, err error) {
 	transport := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, address string) (net.Conn, error) {
 		return from.Dial(ctx, "tcp", netip.MustParseAddrPort(address))
 	}}
-	ctx, cancel := context.WithTimeout(ctx, testTimeout)
+	ctx, cancel := context.WithTimeout(ctx, waitTimeout)
 	defer cancel()
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+address+path, nil)
 	if err != nil {
@@ -36,10 +37,10 @@ func get(ctx context.Context, from *nettest.Host, address, path string) (status 
 	return response.StatusCode, string(text), err
 }
 
-// awaitGet waits for an answer with this status and text in it.
+// awaitGet waits for a response with this status and a body that contains text.
 func (n *testNode) awaitGet(from *nettest.Host, address, path string, want int, text string) {
 	n.t.Helper()
-	eventually(n.t, func() error {
+	agenttest.Eventually(n.t, func() error {
 		status, body, err := get(n.t.Context(), from, address, path)
 		if err == nil && (status != want || !strings.Contains(body, text)) {
 			err = fmt.Errorf("%s%s: status %d, want %d with %q; body:\n%s", address, path, status, want, text, body)
@@ -48,15 +49,15 @@ func (n *testNode) awaitGet(from *nettest.Host, address, path string, want int, 
 	})
 }
 
-// awaitClosed waits until nobody listens at an address.
+// awaitClosed waits until connections to the address are refused.
 func (n *testNode) awaitClosed(address string) {
 	n.t.Helper()
-	eventually(n.t, func() error {
+	agenttest.Eventually(n.t, func() error {
 		status, _, err := get(n.t.Context(), n.Outside, address, "/")
 		if errors.Is(err, syscall.ECONNREFUSED) {
 			return nil
 		}
-		return fmt.Errorf("%s: status %d, error %w; want a refusal", address, status, err)
+		return fmt.Errorf("%s: status %d, error %w; want connection refused", address, status, err)
 	})
 }
 
@@ -82,7 +83,7 @@ func TestNodeHealth(t *testing.T) {
 	if err != nil || answer["nodeEligible"] != true || answer["status"] == nil {
 		t.Errorf("error %v, body:\n%s", err, body)
 	}
-	// The metrics are for the node itself unless somebody says otherwise.
+	// By default, metrics are served on a loopback address.
 	n.awaitClosed(n.hostPort(n.Node.IPv4, 10249))
 	n.stop()
 	n.awaitClosed(n.hostPort(n.Node.IPv4, 10256))
@@ -96,7 +97,7 @@ func TestMetrics(t *testing.T) {
 	n.run()
 	const address = "127.0.0.1:10249"
 	for _, want := range []string{
-		"fairlead_services 4\n", // two ports, two families
+		"fairlead_services 4\n", // two ports in two IP families
 		`fairlead_services_failing{reason="error"} 0`,
 		`fairlead_commits_total{kind="replace",reason="start",result="success"} 1`,
 		`kubeproxy_sync_full_proxy_rules_duration_seconds_count{ip_family="IPv6"} 1`,
@@ -124,7 +125,7 @@ func TestMetrics(t *testing.T) {
 	n.program.awaitLog(func(r record) bool { return r.Level == "WARN" && r.Setting == "--healthz-port" })
 }
 
-// loadBalancerYAML is a Service with a health-check node port.
+// loadBalancerYAML returns a Service with a health-check node port.
 func loadBalancerYAML(port int) string {
 	return fmt.Sprintf(`apiVersion: v1
 kind: Service
@@ -161,7 +162,8 @@ func TestHealthCheckNodePort(t *testing.T) {
 	n.awaitClosed(n.hostPort(n.Node.IPv4, 32001))
 }
 
-// Node ports follow the node's addresses: one that appears is served at once.
+// TestNodePortAddressAdded checks that node ports are served on an address as soon as it is added to
+// the node.
 func TestNodePortAddressAdded(t *testing.T) {
 	t.Parallel()
 	n := newTestNode(t, "a")
@@ -178,8 +180,8 @@ func TestNodePortAddressAdded(t *testing.T) {
 	n.awaitClosed(n.hostPort(n.Node.IPv4, 32000))
 }
 
-// Node ports and health-check node ports answer at the addresses that local routes
-// make the node's, and no longer once a route is gone.
+// TestNodePortsAtLocalRoutes checks that node ports and health-check node ports are served on
+// addresses of local routes until the routes are removed.
 func TestNodePortsAtLocalRoutes(t *testing.T) {
 	t.Parallel()
 	const port, healthCheck = 30080, 32000
@@ -202,7 +204,7 @@ spec:
 	n.writePods("backend", "a")
 	n.program = n.start(nil, append(n.runArgs(), "--nodeport-addresses=0.0.0.0/0,::/0")...)
 	n.program.awaitLog(func(r record) bool { return r.Msg == "committed" && r.Reason == "start" })
-	// Without a local route, connections fail at once instead of going in circles.
+	// Without a local route, connections fail at once instead of looping between hosts.
 	n.command("ip", "-4", "route", "add", "unreachable", "192.0.2.64/26")
 	n.command("ip", "-4", "route", "add", "unreachable", "203.0.113.0/24")
 	n.command("ip", "-6", "route", "add", "unreachable", "2001:db8:4::/46")
@@ -210,7 +212,7 @@ spec:
 		t.Helper()
 		at := netip.AddrPortFrom(netip.MustParseAddr(addr), port)
 		for _, network := range []string{nettest.TCP, nettest.UDP} {
-			eventually(t, func() error { return checkAnswers(t.Context(), n.Outside, network, at, "a") })
+			agenttest.Eventually(t, func() error { return checkAnswers(t.Context(), n.Outside, network, at, "a") })
 		}
 		n.awaitGet(n.Outside, n.hostPort(at.Addr(), healthCheck), "/", http.StatusOK, `"localEndpoints": 1`)
 	}
@@ -218,10 +220,10 @@ spec:
 		t.Helper()
 		at := netip.AddrPortFrom(netip.MustParseAddr(addr), port)
 		for _, network := range []string{nettest.TCP, nettest.UDP} {
-			eventually(t, func() error {
+			agenttest.Eventually(t, func() error {
 				answer, err := connect(t.Context(), n.Outside, network, at)
 				if err == nil {
-					return fmt.Errorf("%s %s: answered by %s", network, at, answer.Host)
+					return fmt.Errorf("%s %s: answer from %s, want none", network, at, answer.Host)
 				}
 				return nil
 			})
@@ -229,7 +231,7 @@ spec:
 		ctx, cancel := context.WithTimeout(t.Context(), connectTimeout)
 		defer cancel()
 		if status, body, err := get(ctx, n.Outside, n.hostPort(at.Addr(), healthCheck), "/"); err == nil {
-			t.Errorf("the health check at %s is answered: status %d, body %q", addr, status, body)
+			t.Errorf("health check on %s: status %d, body %q; want an error", addr, status, body)
 		}
 	}
 	for _, test := range []struct{ family, route, addr, other string }{
@@ -250,9 +252,9 @@ spec:
 	served(n.Node.IPv6.String())
 }
 
-// Unless the operator chose addresses, a health-check node port answers at every
-// address of the node: also at that of a load balancer which the node has on its
-// loopback device, for as long as it has it.
+// TestHealthCheckOnLoadBalancerAddress checks that without --nodeport-addresses, a health-check node
+// port is served on all addresses of the node, including a load balancer address on its loopback
+// device.
 func TestHealthCheckOnLoadBalancerAddress(t *testing.T) {
 	t.Parallel()
 	const healthCheck = 32000
@@ -281,12 +283,12 @@ status: {loadBalancer: {ingress: [{ip: %s}]}}
 	n.awaitGet(n.Outside, n.hostPort(vip, healthCheck), "/", http.StatusOK, `"localEndpoints": 1`)
 	address("del")
 	if status, body, err := get(t.Context(), n.Outside, n.hostPort(vip, healthCheck), "/"); err == nil {
-		t.Errorf("the health check is answered without the address: status %d, body %q", status, body)
+		t.Errorf("health check after the address was removed: status %d, body %q; want an error", status, body)
 	}
 }
 
-// A health-check node port that somebody else has is told of, and taken over
-// when it is free.
+// TestHealthCheckNodePortInUse checks that a port in use by another process is reported, and that it
+// is served once it is free.
 func TestHealthCheckNodePortInUse(t *testing.T) {
 	t.Parallel()
 	n := newTestNode(t, "a")
@@ -331,8 +333,8 @@ func TestServerAddressInUse(t *testing.T) {
 	}
 }
 
-// What kube-proxy knows and has no meaning here is named, and nothing else is
-// logged when all is well.
+// TestIgnoredSettings checks the warnings for kube-proxy flags without effect, and that nothing else
+// is logged above INFO.
 func TestIgnoredSettings(t *testing.T) {
 	t.Parallel()
 	n := newTestNode(t)
@@ -347,15 +349,15 @@ func TestIgnoredSettings(t *testing.T) {
 		}
 	}
 	want := []string{
-		"--pod-bridge-interface: it needs --detect-local-mode=BridgeInterface",
-		"--ipvs-scheduler: it is about the mode ipvs, and this is another",
-		"--conntrack-min: Fairlead leaves the node's connection tracking as it is: set it with sysctl",
+		"--pod-bridge-interface: it requires --detect-local-mode=BridgeInterface",
+		"--ipvs-scheduler: it applies only to --mode=ipvs",
+		"--conntrack-min: Fairlead does not configure connection tracking: use sysctl",
 		"--feature-gates: Fairlead has no feature gates",
-		"--iptables-sync-period: there are no rounds: a change is programmed when it arrives, and --batch-period says how changes gather before that",
-		"--oom-score-adj: Fairlead leaves its oom_score_adj as it is: in Kubernetes priorityClassName system-node-critical sets it",
+		"--iptables-sync-period: Fairlead programs changes as they arrive instead of periodically; use --batch-period to batch them",
+		"--oom-score-adj: Fairlead does not set its oom_score_adj: in Kubernetes, priorityClassName system-node-critical sets it",
 	}
 	if got, want := strings.Join(warned, "\n"), strings.Join(want, "\n"); got != want {
-		t.Errorf("warned of:\n%s\nwant:\n%s", got, want)
+		t.Errorf("warnings:\n%s\nwant:\n%s", got, want)
 	}
 }
 
@@ -363,10 +365,10 @@ func TestInitOnly(t *testing.T) {
 	t.Parallel()
 	n := newTestNode(t)
 	code, stderr := n.runOnce(asNobody(), append(n.runArgs(), "--init-only")...)
-	if code != 0 || !strings.Contains(stderr, "nothing to set up") {
+	if code != 0 || !strings.Contains(stderr, "no initialization needed") {
 		t.Errorf("exit code %d, output %q", code, stderr)
 	}
 	if listing := n.nft("list", "ruleset"); listing != "" {
-		t.Errorf("the ruleset has:\n%s", listing)
+		t.Errorf("ruleset after --init-only:\n%s", listing)
 	}
 }

@@ -13,7 +13,7 @@ import (
 
 var _ agent.Events = (*apiserver.Events)(nil)
 
-// openSource sets the source, and where Events go. It does not wait for anything.
+// openSource creates the source and Events, and sets them in o. It does not block.
 func openSource(o *agent.Options) error {
 	c, log := o.Config, o.Logger
 	o.SourceName = sourceName(c)
@@ -35,7 +35,7 @@ func openSource(o *agent.Options) error {
 		Config: client, NodeName: c.Tracker.NodeName, Version: version, Logger: log.With("component", "events"),
 	})
 	if err != nil {
-		return fmt.Errorf("write Events to the API server: %w", err)
+		return fmt.Errorf("create the client for Events: %w", err)
 	}
 	s, err := apiserver.New(apiserver.Options{
 		Config: client, NodeName: c.Tracker.NodeName, Version: version, BatchPeriod: c.API.BatchPeriod,
@@ -45,13 +45,13 @@ func openSource(o *agent.Options) error {
 		},
 	})
 	if err != nil {
-		return fmt.Errorf("follow the API server: %w", err)
+		return fmt.Errorf("create the API server source: %w", err)
 	}
 	o.Source, o.Events, o.APIResources = s, e, apiResources(s)
 	return nil
 }
 
-// sourceName says for people where objects come from.
+// sourceName describes the source of objects for the log.
 func sourceName(c config.Config) string {
 	switch {
 	case c.Manifests != "":
@@ -65,13 +65,13 @@ func sourceName(c config.Config) string {
 	}
 }
 
-// clientConfig returns how to reach the API server.
+// clientConfig returns the client-go configuration for the API server.
 func clientConfig(a config.APIServer) (*rest.Config, error) {
 	client, err := apiserver.Config(a.Kubeconfig, a.Master)
 	if err != nil {
 		label := a.Label
 		if a.Master != "" {
-			// Is it all the same without?
+			// Blame --master if the kubeconfig works without it.
 			if _, err := apiserver.Config(a.Kubeconfig, ""); err == nil || a.Kubeconfig == "" {
 				label = "--master"
 			}

@@ -10,17 +10,18 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"fairlead.io/fairlead/internal/agent/agenttest"
 	"fairlead.io/fairlead/internal/nettest"
 )
 
 const nobody = 65534
 
-// asNobody runs the program as an unprivileged user with these capabilities.
+// asNobody returns attributes to run the program as an unprivileged user with these capabilities.
 func asNobody(capabilities ...uintptr) *syscall.SysProcAttr {
 	return &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}, AmbientCaps: capabilities}
 }
 
-// makeFolderReadable lets everybody read the folder.
+// makeFolderReadable makes the folder and its files readable by all users.
 func (n *testNode) makeFolderReadable() {
 	n.t.Helper()
 	for _, folder := range []string{n.folder, filepath.Dir(n.folder)} {
@@ -52,8 +53,8 @@ func TestNotPermitted(t *testing.T) {
 	}
 }
 
-// CAP_NET_ADMIN is all it takes to program the kernel, and CAP_NET_BIND_SERVICE
-// to answer at port 53.
+// TestCapabilities checks that CAP_NET_ADMIN is sufficient to program the kernel, and
+// CAP_NET_BIND_SERVICE to listen on port 53.
 func TestCapabilities(t *testing.T) {
 	t.Parallel()
 	n := newTestNode(t, "a")
@@ -61,8 +62,8 @@ func TestCapabilities(t *testing.T) {
 	n.writePods("backend", "a")
 	n.makeFolderReadable()
 	n.program = n.start(asNobody(unix.CAP_NET_ADMIN, unix.CAP_NET_BIND_SERVICE), n.runArgs()...)
-	n.awaitAnswers(serviceAddrs(10, 80), "a")
-	eventually(t, func() error {
+	n.awaitAnswers(agenttest.ServiceAddrs(10, 80), "a")
+	agenttest.Eventually(t, func() error {
 		_, err := n.lookup("ip4", "backend")
 		return err
 	})
@@ -88,7 +89,7 @@ func TestUnreadableFolder(t *testing.T) {
 	}
 }
 
-// One file that cannot be read is an error like any other in a file.
+// TestUnreadableFile checks that a file without read permission is reported like an invalid file.
 func TestUnreadableFile(t *testing.T) {
 	t.Parallel()
 	n := newTestNode(t, "a")
@@ -100,7 +101,7 @@ func TestUnreadableFile(t *testing.T) {
 		t.Fatal(err)
 	}
 	n.program = n.start(asNobody(unix.CAP_NET_ADMIN), "run", "--manifests="+n.folder, "--log-format=json")
-	n.awaitAnswers(serviceAddrs(10, 80), "a")
+	n.awaitAnswers(agenttest.ServiceAddrs(10, 80), "a")
 	n.program.awaitLog(func(r record) bool {
 		return r.Error == "secret.yaml:1: cannot be read: permission denied: check its permissions"
 	})
@@ -128,9 +129,8 @@ func TestDNSAddressInUse(t *testing.T) {
 			if code != 1 || stderr != want {
 				t.Errorf("exit code %d, output %q; want 1 and %q", code, stderr, want)
 			}
-			// It ended before it touched anything.
 			if listing := n.nft("list", "ruleset"); listing != "" {
-				t.Errorf("the ruleset has:\n%s", listing)
+				t.Errorf("ruleset after the failed start:\n%s", listing)
 			}
 		})
 	}
@@ -147,7 +147,7 @@ func TestDNSAddressOfAnotherNode(t *testing.T) {
 	}
 }
 
-// A Service that needs an address where there is none to give says what to do.
+// TestNoServiceCIDR checks that the error for a Service that needs an address names --service-cidr.
 func TestNoServiceCIDR(t *testing.T) {
 	t.Parallel()
 	n := newTestNode(t, "a")
@@ -158,5 +158,5 @@ func TestNoServiceCIDR(t *testing.T) {
 	n.program.awaitLog(func(r record) bool {
 		return r.File == "automatic.yaml" && strings.Contains(r.Error, "spec.clusterIP: ") && strings.Contains(r.Error, "--service-cidr")
 	})
-	n.awaitAnswers(serviceAddrs(10, 80), "a")
+	n.awaitAnswers(agenttest.ServiceAddrs(10, 80), "a")
 }

@@ -13,17 +13,19 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"fairlead.io/fairlead/internal/agent/agenttest"
 )
 
-// commitMonitor records who commits to a node's ruleset: names of threads, in the order
-// of the commits.
+// commitMonitor records the names of the threads that commit to a node's ruleset, in the order of
+// the commits.
 type commitMonitor struct {
 	mu         sync.Mutex
 	committers []string
 	last       uint64 // generation
 }
 
-// monitorCommits starts to record. It ends with the test.
+// monitorCommits starts a commitMonitor that runs until the test ends.
 func (n *testNode) monitorCommits() *commitMonitor {
 	n.t.Helper()
 	m := &commitMonitor{}
@@ -49,22 +51,22 @@ func (n *testNode) monitorCommits() *commitMonitor {
 		}
 	}()
 	n.t.Cleanup(func() {
-		_ = cmd.Process.Kill() // it has ended with the test's context
+		_ = cmd.Process.Kill() // the test's context has ended the process
 		<-done
 		_ = cmd.Wait()
 	})
 	return m
 }
 
-// committersUntil returns who has committed up to a generation.
+// committersUntil waits for a generation and returns the committers up to it.
 func (m *commitMonitor) committersUntil(t *testing.T, generation uint32) []string {
 	t.Helper()
 	var committers []string
-	eventually(t, func() error {
+	agenttest.Eventually(t, func() error {
 		m.mu.Lock()
 		defer m.mu.Unlock()
 		if m.last < uint64(generation) {
-			return fmt.Errorf("the monitor has seen generation %d, want %d", m.last, generation)
+			return fmt.Errorf("monitored up to generation %d, want %d", m.last, generation)
 		}
 		committers = append([]string(nil), m.committers...)
 		return nil
@@ -72,8 +74,8 @@ func (m *commitMonitor) committersUntil(t *testing.T, generation uint32) []strin
 	return committers
 }
 
-// TestEndedInstanceWritesNothing ends instances in the middle of repairs. From the
-// first commit of the next one on, none of those before may commit.
+// TestEndedInstanceWritesNothing stops instances in the middle of repairs. After the first commit of
+// an instance, earlier instances must not commit.
 func TestEndedInstanceWritesNothing(t *testing.T) {
 	t.Parallel()
 	n := newTestNode(t, "a")
@@ -96,7 +98,7 @@ func TestEndedInstanceWritesNothing(t *testing.T) {
 	use(0)
 	n.run()
 	m := n.monitorCommits()
-	// The monitor listens when it sees a commit.
+	// The monitor is running once it has recorded a commit.
 	for m.count() == 0 {
 		n.nft("flush chain ip fairlead nat-prerouting")
 	}
@@ -107,7 +109,7 @@ func TestEndedInstanceWritesNothing(t *testing.T) {
 		for ctx.Err() == nil {
 			cmd := exec.Command("nft", "flush chain ip fairlead nat-prerouting; flush chain ip6 fairlead nat-output")
 			if err := n.Node.Do(cmd.Start); err == nil {
-				_ = cmd.Wait() // the chain may be gone for a moment
+				_ = cmd.Wait() // fails while the chain does not exist
 			}
 			time.Sleep(5 * time.Millisecond)
 		}
@@ -128,16 +130,16 @@ func TestEndedInstanceWritesNothing(t *testing.T) {
 	stop()
 	disturbing.Wait()
 	committers := m.committersUntil(t, n.generation())
-	n.awaitAnswers(serviceAddrs(10, 80), "a")
+	n.awaitAnswers(agenttest.ServiceAddrs(10, 80), "a")
 
 	current, commits := 0, map[string]int{}
-	for _, by := range committers {
-		commits[by]++
+	for _, committer := range committers {
+		commits[committer]++
 		for i := range instances {
 			switch {
-			case by != name(i):
+			case committer != name(i):
 			case i < current:
-				t.Errorf("%s committed after %s", by, name(current))
+				t.Errorf("%s committed after %s", committer, name(current))
 			default:
 				current = i
 			}
@@ -146,12 +148,12 @@ func TestEndedInstanceWritesNothing(t *testing.T) {
 	t.Log(commits)
 	for i := range instances {
 		if commits[name(i)] == 0 {
-			t.Errorf("%s committed nothing", name(i))
+			t.Errorf("no commits by %s", name(i))
 		}
 	}
 }
 
-// count returns how many commits were recorded.
+// count returns the number of recorded commits.
 func (m *commitMonitor) count() int {
 	m.mu.Lock()
 	defer m.mu.Unlock()

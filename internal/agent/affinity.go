@@ -9,16 +9,16 @@ import (
 	"fairlead.io/fairlead/internal/backend"
 )
 
-// affinityInterval is how often the agent looks whether a map of session affinity is full.
+// affinityInterval is how often the agent checks for full session affinity maps.
 const affinityInterval = 5 * time.Second
 
-// affinityLimiter keeps room in the maps of session affinity.
+// affinityLimiter evicts clients from full session affinity maps.
 type affinityLimiter struct {
 	log     *slog.Logger
 	limiter backend.AffinityLimiter
 }
 
-// newAffinityLimiter returns nil if the backend has no such maps.
+// newAffinityLimiter returns an affinityLimiter, nil if the backend does not need one.
 func newAffinityLimiter(b backend.Backend, dp dataplane.Dataplane, log *slog.Logger) *affinityLimiter {
 	if b.NewAffinityLimiter == nil {
 		return nil
@@ -26,8 +26,8 @@ func newAffinityLimiter(b backend.Backend, dp dataplane.Dataplane, log *slog.Log
 	return &affinityLimiter{log: log.With("component", "session-affinity"), limiter: b.NewAffinityLimiter(dp)}
 }
 
-// run evicts clients from full maps until ctx is done. It logs the beginning and the end
-// of evictions and of failures.
+// run evicts clients from full maps until ctx is done. It logs when evictions or failures
+// start and end.
 func (a *affinityLimiter) run(ctx context.Context) error {
 	ticker := time.NewTicker(affinityInterval)
 	defer ticker.Stop()
@@ -44,9 +44,9 @@ func (a *affinityLimiter) run(ctx context.Context) error {
 		case ctx.Err() != nil:
 			return nil
 		case err != nil && !failing:
-			a.log.WarnContext(ctx, "session affinity cannot be limited", "error", err)
+			a.log.WarnContext(ctx, "limiting session affinity maps failed", "error", err)
 		case err == nil && failing:
-			a.log.InfoContext(ctx, "session affinity can be limited again")
+			a.log.InfoContext(ctx, "limiting session affinity maps works again")
 		}
 		failing = err != nil
 		var now uint64
@@ -55,10 +55,10 @@ func (a *affinityLimiter) run(ctx context.Context) error {
 		}
 		switch {
 		case now > evicted && !evicting:
-			a.log.WarnContext(ctx, "a map of session affinity is full: clients that have not connected for the longest time are forgotten",
+			a.log.WarnContext(ctx, "session affinity map is full; evicting the least recently connected clients",
 				"evicted", now-evicted)
 		case now == evicted && evicting:
-			a.log.InfoContext(ctx, "no map of session affinity is full any more")
+			a.log.InfoContext(ctx, "session affinity maps have room again")
 		}
 		evicting, evicted = now > evicted, now
 	}

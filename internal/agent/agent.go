@@ -1,9 +1,9 @@
-// Package agent is the node agent: it follows a source of Kubernetes objects and this
-// node's addresses, programs a backend, and runs what belongs to it: health checks,
-// metrics, connection tracking, node ports at loopback addresses, DNS.
+// Package agent implements the node agent. It watches a source of Kubernetes objects and this
+// node's addresses, and programs a backend. It also runs health checks, metrics, conntrack
+// cleanup, the relay for node ports on loopback addresses, and DNS.
 //
-// [New] builds all parts in one place, and [Agent.Run] runs them. The command that uses
-// it reads the flags, chooses the backend and opens the source.
+// [New] creates all components and [Agent.Run] runs them. The caller parses the flags, selects
+// the backend and opens the source.
 package agent
 
 import (
@@ -29,43 +29,41 @@ import (
 	"fairlead.io/fairlead/sync"
 )
 
-// resyncPeriod is the time after which the kernel's state is compared with the desired
-// state although the kernel has announced no change: announcements can get lost. The
-// comparison writes only differences.
+// resyncPeriod is how often the kernel state is compared with the desired state without a
+// kernel notification, because notifications can be lost. A resync writes only differences.
 const resyncPeriod = 15 * time.Minute
 
-// Options describe an [Agent].
+// Options are the options of [New].
 type Options struct {
 	Config  config.Config
 	Backend backend.Backend
-	// Version is the program's, for the log, the metrics and other instances.
+	// Version appears in the log, in metrics and in messages of other instances.
 	Version string
 
-	// Source delivers the objects. The log calls it by SourceName.
+	// Source delivers the objects. SourceName names it in the log.
 	Source     Source
 	SourceName string
-	// Events reports to the cluster what the source's objects ask for in vain.
+	// Events reports problems to the cluster.
 	Events Events
-	// APIResources returns how the lists of the API server are followed. Nil if the source
-	// follows none.
+	// APIResources returns the state of the watched API resources, nil without an API server.
 	APIResources func() []metrics.APIResource
 
 	Logger *slog.Logger
-	// LogLevel is the level of Logger. A changed configuration file may set it.
+	// LogLevel is the level of Logger. Reloading the configuration file sets it.
 	LogLevel *slog.LevelVar
-	// File is the configuration file to follow, nil without one.
+	// File is the configuration file to watch, nil without one.
 	File *ConfigFile
 }
 
-// ConfigFile is a configuration file that was read.
+// ConfigFile describes a loaded configuration file.
 type ConfigFile struct {
-	// Flags has the path, and what the command line says besides the file.
+	// Flags contains the path of the file and the other flags.
 	Flags config.Flags
-	// Content is the text that [config.Load] returned.
+	// Content is the content that [config.Load] returned.
 	Content []byte
 }
 
-// Agent has all parts.
+// Agent programs a node. [New] creates it.
 type Agent struct {
 	log          *slog.Logger
 	logLevel     *slog.LevelVar
@@ -83,7 +81,7 @@ type Agent struct {
 	healthChecks *health.Ports
 	nodeHealth   *health.Proxy
 	metrics      *metrics.Metrics
-	affinity     *affinityLimiter // nil where the kernel has no maps for it
+	affinity     *affinityLimiter // nil if the backend does not need one
 	nodeSettings *nodesettings.Watcher
 	dispatcher   *dispatcher
 	standby      *standby
@@ -92,11 +90,11 @@ type Agent struct {
 	reloader     *config.Reloader // nil without a configuration file
 }
 
-// New opens the backend and makes the parts, each after the parts that it needs. Nothing
-// runs yet, and New programs nothing. The dataplane and the syncer report to observers,
-// because parts that need the syncer's status also observe its commits.
-//
+// New opens the backend and creates the components, without starting or programming anything.
 // Only [Agent.Run] closes the backend.
+//
+// The dataplane and the syncer report to observers because some components depend on the
+// syncer and also observe its commits.
 func New(o Options) (*Agent, error) {
 	c, b, log := o.Config, o.Backend, o.Logger
 	a := &Agent{
@@ -174,7 +172,7 @@ func New(o Options) (*Agent, error) {
 	return a, nil
 }
 
-// newMetrics returns the metrics of the parts that there are by now.
+// newMetrics returns the Metrics of the components created so far.
 func (a *Agent) newMetrics(o Options) *metrics.Metrics {
 	options := metrics.Options{
 		Version: a.version, Mode: a.config.Mode, Status: a.pipeline.Syncer.Status, RelayStats: a.relay.Stats,
@@ -189,7 +187,7 @@ func (a *Agent) newMetrics(o Options) *metrics.Metrics {
 	return m
 }
 
-// close closes the connections to the kernel and lets the next instance take over.
+// close closes the connections to the kernel and releases the instance lock.
 func (a *Agent) close(ctx context.Context) {
 	a.giveWay(context.WithoutCancel(ctx), a.config.GiveWayAfter)
 	closeCounters := func() error { return nil }
@@ -197,15 +195,15 @@ func (a *Agent) close(ctx context.Context) {
 		closeCounters = a.counters.close
 	}
 	if err := errors.Join(closeCounters(), a.dp.Close(), a.standby.release()); err != nil {
-		a.log.WarnContext(ctx, "the connection to the kernel was not closed", "error", err)
+		a.log.WarnContext(ctx, "closing the connections to the kernel failed", "error", err)
 	}
 }
 
-// Run programs the node until ctx is done or one of the parts fails, and then closes the
-// backend. The kernel keeps the Services. Run must be called at most once.
+// Run programs the node until ctx is done or a component fails, and then closes the backend.
+// Programmed Services stay in the kernel. Run must be called at most once.
 //
-// While everything is programmed for the first time, it changes the settings of the garbage
-// collector, unless the environment has them (GOGC, GOMEMLIMIT).
+// Until all Services are programmed for the first time, Run changes the garbage collector
+// settings of the process, unless GOGC or GOMEMLIMIT is set.
 func (a *Agent) Run(ctx context.Context) error {
 	heap := newStartupHeap()
 	defer a.close(ctx)
@@ -220,10 +218,10 @@ func (a *Agent) Run(ctx context.Context) error {
 	}
 	watchOthers := a.detectOtherProxies(ctx)
 	group.Go(func() error { return watchOthers(ctx) })
-	// The node's addresses are known before the first programming, so that node
-	// ports are part of it.
-	addressed := make(chan struct{})
-	ready := stdsync.OnceFunc(func() { close(addressed) })
+	// Start the source after the node's addresses are known, so that the first commit
+	// includes node ports.
+	addressesKnown := make(chan struct{})
+	ready := stdsync.OnceFunc(func() { close(addressesKnown) })
 	group.Go(func() error {
 		watch := func(ctx context.Context, deliver func(nodeip.Addresses)) error {
 			return nodeip.Watch(ctx, nodeip.Options{Logger: a.log.With("component", "nodeip")}, deliver)
@@ -234,7 +232,7 @@ func (a *Agent) Run(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-addressed:
+		case <-addressesKnown:
 			return a.source.Run(ctx, a.dispatcher.deliver)
 		}
 	})
@@ -269,6 +267,6 @@ func (a *Agent) Run(ctx context.Context) error {
 	if err := group.Wait(); err != nil && !errors.Is(err, context.Canceled) {
 		return err
 	}
-	a.log.InfoContext(ctx, "stopped; what is programmed stays in place")
+	a.log.InfoContext(ctx, "stopped; programmed Services stay in place")
 	return nil
 }

@@ -15,7 +15,8 @@ import (
 	"fairlead.io/fairlead/kube"
 )
 
-// The program works with a backend of which only the required fields are set.
+// TestBackendWithRequiredFieldsOnly checks that the agent works with a backend that sets only the
+// required fields.
 func TestBackendWithRequiredFieldsOnly(t *testing.T) {
 	t.Parallel()
 	c, _, err := config.Load(config.Flags{"manifests": t.TempDir(), "hostname-override": "node"})
@@ -35,7 +36,7 @@ func TestBackendWithRequiredFieldsOnly(t *testing.T) {
 		t.Fatal(err)
 	}
 	if a.counters != nil || a.conntrack != nil || a.affinity != nil {
-		t.Errorf("counters %v, connection tracking %v, session affinity %v, want none", a.counters, a.conntrack, a.affinity)
+		t.Errorf("counters %v, conntrack %v, affinity limiter %v, want none", a.counters, a.conntrack, a.affinity)
 	}
 	if err := third.Prepare(t.Context(), backend.Options{Logger: a.log}); err != nil {
 		t.Errorf("--init-only: %v", err)
@@ -53,7 +54,7 @@ func TestBackendWithRequiredFieldsOnly(t *testing.T) {
 		response := httptest.NewRecorder()
 		handler.ServeHTTP(response, httptest.NewRequestWithContext(ctx, http.MethodGet, path, nil))
 		if !strings.Contains(response.Body.String(), want) {
-			t.Errorf("%s: no %q", path, want)
+			t.Errorf("%s: response without %q", path, want)
 		}
 	}
 	cancel()

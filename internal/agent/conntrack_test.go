@@ -17,13 +17,14 @@ import (
 	"golang.org/x/sys/unix"
 
 	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/agent/agenttest"
 	"fairlead.io/fairlead/internal/backend"
 	"fairlead.io/fairlead/internal/conntrack"
 	"fairlead.io/fairlead/internal/nettest"
 	"fairlead.io/fairlead/sync"
 )
 
-// conntrackTest is a node with the nft backend, a syncer, and what deletes stale flows.
+// conntrackTest is a node with the nft backend, a syncer and a conntrack cleaner.
 type conntrackTest struct {
 	*nettest.Network
 
@@ -32,11 +33,11 @@ type conntrackTest struct {
 	client *nettest.Host
 	pods   map[string]*nettest.Host
 	syncer *sync.Syncer
-	node   dataplane.Node // to be set before run
-	// setNode tells of another, from then on.
+	node   dataplane.Node // must be set before start
+	// setNode replaces the Node after start.
 	setNode func(dataplane.Node)
 
-	deleted atomic.Int64 // entries
+	deleted atomic.Int64 // conntrack entries
 	scans   atomic.Int64
 }
 
@@ -51,13 +52,13 @@ func newConntrackTest(t *testing.T, family dataplane.Family, pods ...string) *co
 	return c
 }
 
-// start starts the parts, which end with the test, or when stop is called.
+// start starts the syncer and the cleaner. They run until stop is called or the test ends.
 func (c *conntrackTest) start() (stop func()) {
 	c.t.Helper()
 	dp := dialBackend(c.t, c.Network, backend.NFT)
 	cleaner := conntrack.New(conntrack.Options{NetNS: c.Node.Fd(), OnScan: func(l conntrack.ScanResult) {
 		if l.Err != nil {
-			c.t.Errorf("a look failed: %v", l.Err)
+			c.t.Errorf("conntrack scan: %v", l.Err)
 		}
 		c.deleted.Add(int64(l.Deleted))
 		c.scans.Add(1)
@@ -92,7 +93,7 @@ func (c *conntrackTest) start() (stop func()) {
 	return stop
 }
 
-// vip is the frontend with the last byte.
+// vip returns the frontend address that ends with this byte.
 func (c *conntrackTest) vip(last byte) netip.AddrPort {
 	if c.family == dataplane.IPv4 {
 		return netip.AddrPortFrom(netip.AddrFrom4([4]byte{198, 51, 100, last}), 53)
@@ -107,27 +108,27 @@ func (c *conntrackTest) endpoint(pod string) netip.AddrPort {
 	return netip.AddrPortFrom(c.pods[pod].IPv6, podPort)
 }
 
-// setService hands over a Service. It returns when the kernel has it.
-func (c *conntrackTest) setService(last byte, takes, serves []string) {
+// setService programs a UDP Service; see newService.
+func (c *conntrackTest) setService(last byte, pods, serving []string) {
 	c.t.Helper()
-	c.update(map[dataplane.Key]*dataplane.Service{c.key(last): c.newService(last, takes, serves)})
+	c.update(map[dataplane.Key]*dataplane.Service{c.key(last): c.newService(last, pods, serving)})
 }
 
-// newService is a Service at vip(last): the pods that take connections, and those
-// that only serve on.
-func (c *conntrackTest) newService(last byte, takes, serves []string) *dataplane.Service {
+// newService returns a UDP Service at vip(last). The serving pods keep their flows but get no
+// new ones.
+func (c *conntrackTest) newService(last byte, pods, serving []string) *dataplane.Service {
 	c.t.Helper()
 	var treatment dataplane.ServiceSpec
-	for _, pod := range takes {
+	for _, pod := range pods {
 		treatment.Endpoints = append(treatment.Endpoints, dataplane.Endpoint{Addr: c.endpoint(pod), Local: true})
 	}
-	var serving []netip.AddrPort
-	for _, pod := range serves {
-		serving = append(serving, c.endpoint(pod))
+	var servingAddrs []netip.AddrPort
+	for _, pod := range serving {
+		servingAddrs = append(servingAddrs, c.endpoint(pod))
 	}
 	svc, err := dataplane.NewService(c.key(last), []dataplane.Frontend{{Protocol: dataplane.UDP, Addr: c.vip(last)}}, treatment)
 	if err == nil {
-		svc, err = svc.WithServing(serving)
+		svc, err = svc.WithServing(servingAddrs)
 	}
 	if err != nil {
 		c.t.Fatal(err)
@@ -148,21 +149,20 @@ func (c *conntrackTest) update(changes map[dataplane.Key]*dataplane.Service) {
 	}
 }
 
-// awaitDeletion does something that makes flows stale, and returns after one of them
-// was deleted.
-func (c *conntrackTest) awaitDeletion(what func()) {
+// awaitDeletion calls makeStale and waits until a stale entry is deleted.
+func (c *conntrackTest) awaitDeletion(makeStale func()) {
 	c.t.Helper()
 	before := c.deleted.Load()
-	what()
-	eventually(c.t, func() error {
+	makeStale()
+	agenttest.Eventually(c.t, func() error {
 		if c.deleted.Load() == before {
-			return errors.New("no flow was deleted")
+			return errors.New("no conntrack entry deleted")
 		}
 		return nil
 	})
 }
 
-// open opens a flow, of which every datagram comes from the same port.
+// open opens a flow that sends every datagram from the same port.
 func (c *conntrackTest) open(to netip.AddrPort) *nettest.Conn {
 	c.t.Helper()
 	conn, err := c.client.Open(c.t.Context(), nettest.UDP, to)
@@ -173,15 +173,16 @@ func (c *conntrackTest) open(to netip.AddrPort) *nettest.Conn {
 	return conn
 }
 
-// answeringHost sends one datagram and returns who answers, or nobody.
-func (c *conntrackTest) answeringHost(conn *nettest.Conn, patience time.Duration) string {
+// answeringHost sends a datagram and returns the name of the host that answers, "none" after the
+// timeout, or "refused".
+func (c *conntrackTest) answeringHost(conn *nettest.Conn, timeout time.Duration) string {
 	c.t.Helper()
-	ctx, cancel := context.WithTimeout(c.t.Context(), patience)
+	ctx, cancel := context.WithTimeout(c.t.Context(), timeout)
 	defer cancel()
 	answer, err := conn.Ask(ctx)
 	switch {
 	case errors.Is(err, nettest.ErrTimeout):
-		return "nobody"
+		return "none"
 	case errors.Is(err, nettest.ErrRefused):
 		return "refused"
 	case err != nil:
@@ -190,35 +191,35 @@ func (c *conntrackTest) answeringHost(conn *nettest.Conn, patience time.Duration
 	return answer.Host
 }
 
-func (c *conntrackTest) checkAnswer(conn *nettest.Conn, what, want string) {
+func (c *conntrackTest) checkAnswer(conn *nettest.Conn, step, want string) {
 	c.t.Helper()
-	patience := connectTimeout
-	if want == "nobody" {
-		patience = noAnswerTimeout
+	timeout := connectTimeout
+	if want == "none" {
+		timeout = noAnswerTimeout
 	}
-	if got := c.answeringHost(conn, patience); got != want {
-		c.t.Errorf("%s: the next datagram is answered by %s, want %s", what, got, want)
+	if got := c.answeringHost(conn, timeout); got != want {
+		c.t.Errorf("%s: answer from %s, want %s", step, got, want)
 	}
 }
 
-// setNodeAndWait tells of another Node, and returns when the flows have been looked at after the
-// kernel has it: the second look from now on cannot have begun before. The cleaner
-// hears of a Node earlier than the kernel, so a flow may be forgotten twice.
+// setNodeAndWait replaces the Node and waits for two conntrack scans after the kernel has it. The
+// second scan cannot have started earlier. Because the cleaner receives a Node before the kernel
+// does, a flow may be deleted twice.
 func (c *conntrackTest) setNodeAndWait(node dataplane.Node) {
 	c.t.Helper()
 	c.setNode(node)
 	c.update(nil)
 	before := c.scans.Load()
-	eventually(c.t, func() error {
+	agenttest.Eventually(c.t, func() error {
 		if c.scans.Load() < before+2 {
-			return errors.New("the flows were not looked at")
+			return errors.New("no conntrack scan")
 		}
 		return nil
 	})
 }
 
-// Clients that send all their datagrams from one port go where the Service is
-// served, with the next datagram, and stay where it still is.
+// TestStaleUDPFlows checks that flows of clients with a fixed source port follow changes of the
+// Service with the next datagram, and stay with endpoints that are still in use.
 func TestStaleUDPFlows(t *testing.T) {
 	t.Parallel()
 	for _, family := range []dataplane.Family{dataplane.IPv4, dataplane.IPv6} {
@@ -226,47 +227,46 @@ func TestStaleUDPFlows(t *testing.T) {
 			t.Parallel()
 			c := newConntrackTest(t, family, "a", "b")
 			c.start()
-			// Begun before there is a Service.
-			early := c.open(c.vip(1))
-			c.checkAnswer(early, "no Service", "nobody")
+			early := c.open(c.vip(1)) // before the Service exists
+			c.checkAnswer(early, "no Service", "none")
 			c.setService(2, []string{"a", "b"}, nil)
-			c.checkAnswer(early, "still no Service", "nobody")
-			// Flows of another Service. If they were deleted one of them would
-			// go elsewhere.
-			neighbours := map[*nettest.Conn]string{}
+			c.checkAnswer(early, "only another Service", "none")
+			// Flows of another Service: if all were deleted, some would change their
+			// endpoint.
+			otherFlows := map[*nettest.Conn]string{}
 			for range 16 {
 				conn := c.open(c.vip(2))
-				neighbours[conn] = c.answeringHost(conn, connectTimeout)
+				otherFlows[conn] = c.answeringHost(conn, connectTimeout)
 			}
 
 			c.awaitDeletion(func() { c.setService(1, []string{"a"}, nil) })
-			c.checkAnswer(early, "a Service appears", "a")
+			c.checkAnswer(early, "Service added", "a")
 
 			c.setService(1, []string{"a", "b"}, nil)
-			c.checkAnswer(early, "another endpoint", "a")
+			c.checkAnswer(early, "second endpoint added", "a")
 			c.setService(1, []string{"b"}, []string{"a"})
-			c.checkAnswer(early, "its endpoint drains", "a")
-			// A commit that writes nothing.
+			c.checkAnswer(early, "endpoint terminating but serving", "a")
+			// This commit writes nothing to the kernel.
 			c.awaitDeletion(func() { c.setService(1, []string{"b"}, nil) })
-			c.checkAnswer(early, "its endpoint has left", "b")
+			c.checkAnswer(early, "endpoint removed", "b")
 
 			c.awaitDeletion(func() { c.setService(1, nil, nil) })
-			c.checkAnswer(early, "the last endpoint has left", "refused")
+			c.checkAnswer(early, "last endpoint removed", "refused")
 			c.setService(1, []string{"a"}, nil)
-			c.checkAnswer(early, "the first endpoint", "a")
+			c.checkAnswer(early, "first endpoint added", "a")
 
 			c.awaitDeletion(func() { c.update(map[dataplane.Key]*dataplane.Service{c.key(1): nil}) })
-			c.checkAnswer(early, "the Service is deleted", "nobody")
+			c.checkAnswer(early, "Service deleted", "none")
 
-			for conn, host := range neighbours {
-				c.checkAnswer(conn, "another Service", host)
+			for conn, host := range otherFlows {
+				c.checkAnswer(conn, "flow of another Service", host)
 			}
 		})
 	}
 }
 
-// The same with a node port, on an address of the node on which somebody else
-// listens as long as it is none, and with session affinity.
+// TestStaleNodePortFlows does the same for a node port with session affinity. While the node port
+// does not exist, a server of the node answers on its address.
 func TestStaleNodePortFlows(t *testing.T) {
 	t.Parallel()
 	for _, family := range []dataplane.Family{dataplane.IPv4, dataplane.IPv6} {
@@ -283,7 +283,7 @@ func TestStaleNodePortFlows(t *testing.T) {
 			c.client = c.Outside
 			c.start()
 			key := dataplane.Key{Namespace: "default", Name: "node", Family: family, Kind: dataplane.NodePort}
-			want := func(number uint16, pods ...string) {
+			setNodePort := func(number uint16, pods ...string) {
 				t.Helper()
 				treatment := dataplane.ServiceSpec{Masquerade: dataplane.MasqueradeAlways, Affinity: time.Hour}
 				for _, pod := range pods {
@@ -299,27 +299,28 @@ func TestStaleNodePortFlows(t *testing.T) {
 			c.update(nil)
 			conn := c.open(netip.AddrPortFrom(address, port))
 			c.checkAnswer(conn, "no node port", "node")
-			c.awaitDeletion(func() { want(port, "a") })
-			c.checkAnswer(conn, "the node port appears", "a")
-			want(port, "a", "b")
-			c.checkAnswer(conn, "another endpoint", "a")
-			c.awaitDeletion(func() { want(port, "b") })
-			c.checkAnswer(conn, "its endpoint has left", "b")
-			c.awaitDeletion(func() { want(port+1, "b") })
-			c.checkAnswer(conn, "another node port", "node")
-			c.awaitDeletion(func() { want(port, "b") })
-			c.checkAnswer(conn, "the node port is back", "b")
+			c.awaitDeletion(func() { setNodePort(port, "a") })
+			c.checkAnswer(conn, "node port added", "a")
+			setNodePort(port, "a", "b")
+			c.checkAnswer(conn, "second endpoint added", "a")
+			c.awaitDeletion(func() { setNodePort(port, "b") })
+			c.checkAnswer(conn, "endpoint removed", "b")
+			c.awaitDeletion(func() { setNodePort(port+1, "b") })
+			c.checkAnswer(conn, "node port changed", "node")
+			c.awaitDeletion(func() { setNodePort(port, "b") })
+			c.checkAnswer(conn, "node port changed back", "b")
 			c.setNodeAndWait(dataplane.Node{})
-			c.checkAnswer(conn, "node ports are served elsewhere", "node")
+			c.checkAnswer(conn, "node port address removed", "node")
 			c.setNodeAndWait(dataplane.Node{NodePortAddrs: []netip.Addr{address}})
-			c.checkAnswer(conn, "node ports are served here again", "b")
+			c.checkAnswer(conn, "node port address added", "b")
 			c.awaitDeletion(func() { c.update(map[dataplane.Key]*dataplane.Service{key: nil}) })
-			c.checkAnswer(conn, "the Service is deleted", "node")
+			c.checkAnswer(conn, "Service deleted", "node")
 		})
 	}
 }
 
-// Flows that got stale while nobody was there to see it are found at the start.
+// TestStaleFlowsAfterRestart checks that the first scan finds flows that became stale while the
+// agent was down.
 func TestStaleFlowsAfterRestart(t *testing.T) {
 	t.Parallel()
 	for _, family := range []dataplane.Family{dataplane.IPv4, dataplane.IPv6} {
@@ -330,10 +331,10 @@ func TestStaleFlowsAfterRestart(t *testing.T) {
 			c.setService(1, []string{"a"}, nil)
 			c.setService(2, []string{"a", "b"}, nil)
 			moves, stays := c.open(c.vip(1)), c.open(c.vip(2))
-			c.checkAnswer(moves, "before", "a")
-			where := c.answeringHost(stays, connectTimeout)
+			c.checkAnswer(moves, "before the restart", "a")
+			host := c.answeringHost(stays, connectTimeout)
 			stop()
-			c.checkAnswer(moves, "while nobody runs", "a")
+			c.checkAnswer(moves, "while stopped", "a")
 			c.start()
 			c.awaitDeletion(func() {
 				c.update(map[dataplane.Key]*dataplane.Service{
@@ -341,12 +342,12 @@ func TestStaleFlowsAfterRestart(t *testing.T) {
 				})
 			})
 			c.checkAnswer(moves, "after the restart", "b")
-			c.checkAnswer(stays, "an endpoint that was there all the time", where)
+			c.checkAnswer(stays, "endpoint unchanged", host)
 		})
 	}
 }
 
-// setProtocolService hands over a Service of a protocol at vip(last).
+// setProtocolService programs a Service with the given protocol at vip(last).
 func (c *conntrackTest) setProtocolService(protocol dataplane.Protocol, last byte, pods ...string) {
 	c.t.Helper()
 	var treatment dataplane.ServiceSpec
@@ -360,9 +361,9 @@ func (c *conntrackTest) setProtocolService(protocol dataplane.Protocol, last byt
 	c.update(map[dataplane.Key]*dataplane.Service{svc.Key: svc})
 }
 
-// A client of TCP whose SYN went to an endpoint that never answers sends it again
-// from the same port. When the endpoint is replaced, it reaches the new one; what
-// other clients have open stays.
+// TestUnansweredTCPConnections checks a client whose SYN was sent to an endpoint that does not
+// answer. When the endpoint is replaced, a retransmitted SYN reaches the new endpoint.
+// Established connections of other clients stay.
 func TestUnansweredTCPConnections(t *testing.T) {
 	t.Parallel()
 	for _, family := range []dataplane.Family{dataplane.IPv4, dataplane.IPv6} {
@@ -391,22 +392,22 @@ func TestUnansweredTCPConnections(t *testing.T) {
 			}()
 			select {
 			case answer := <-answers:
-				t.Fatalf("an endpoint that never answers: %s", answer)
+				t.Fatalf("answer %s while the endpoint is unreachable, want none", answer)
 			case <-time.After(300 * time.Millisecond):
 			}
 			c.setProtocolService(dataplane.TCP, 1, "new")
 			if got := <-answers; got != "new <nil>" {
-				t.Errorf("after the endpoint was replaced: %s, want an answer of new", got)
+				t.Errorf("endpoint replaced: answer %s, want new", got)
 			}
 			if answer, err := open.Ask(t.Context()); err != nil || answer.Host != "new" {
-				t.Errorf("what was open: %+v, %v", answer, err)
+				t.Errorf("established connection: answer %+v, error %v; want new", answer, err)
 			}
 		})
 	}
 }
 
-// A client of SCTP that sends its INIT again and again from one port, as those of
-// telecommunications do, reaches the new endpoint with the next one.
+// TestUnansweredSCTPAssociations checks that the next INIT of an SCTP client with a fixed source
+// port, which is common in telecommunications, reaches the new endpoint.
 func TestUnansweredSCTPAssociations(t *testing.T) {
 	t.Parallel()
 	for _, family := range []dataplane.Family{dataplane.IPv4, dataplane.IPv6} {
@@ -439,11 +440,11 @@ func TestUnansweredSCTPAssociations(t *testing.T) {
 				select {
 				case got := <-arrived:
 					if got != want {
-						return fmt.Errorf("an INIT arrives at %s, want %s", got, want)
+						return fmt.Errorf("INIT arrived at %s, want %s", got, want)
 					}
 					return nil
 				case <-time.After(connectTimeout):
-					return errors.New("an INIT arrives nowhere")
+					return errors.New("INIT did not arrive")
 				}
 			}
 			c.setProtocolService(dataplane.SCTP, 1, "old")
@@ -460,7 +461,7 @@ func TestUnansweredSCTPAssociations(t *testing.T) {
 	}
 }
 
-// rawSCTP returns a socket for packets of SCTP at one of the host's addresses.
+// rawSCTP returns a raw socket for SCTP packets on one of the host's addresses.
 func rawSCTP(t *testing.T, host *nettest.Host, addr netip.Addr) net.PacketConn {
 	t.Helper()
 	network := "ip4:132"
@@ -479,7 +480,7 @@ func rawSCTP(t *testing.T, host *nettest.Host, addr netip.Addr) net.PacketConn {
 	return conn
 }
 
-// initPacket returns a packet with an INIT (RFC 9260, 3.3.2).
+// initPacket returns an SCTP packet with an INIT chunk (RFC 9260, section 3.3.2).
 func initPacket(source, destination uint16) []byte {
 	b := binary.BigEndian.AppendUint16(nil, source)
 	b = binary.BigEndian.AppendUint16(b, destination)
@@ -493,7 +494,7 @@ func initPacket(source, destination uint16) []byte {
 	return b
 }
 
-// blackhole keeps a pod from answering a client.
+// blackhole makes the pod discard its packets to the client.
 func blackhole(t *testing.T, pod, client *nettest.Host) {
 	t.Helper()
 	handle, err := netlink.NewHandleAt(netns.NsHandle(pod.Fd()), unix.NETLINK_ROUTE)

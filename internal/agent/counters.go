@@ -11,11 +11,11 @@ import (
 	"fairlead.io/fairlead/internal/metrics"
 )
 
-// countersTimeout is how long a scrape waits for the kernel's counters, which
-// take a fraction of a millisecond.
+// countersTimeout limits how long a scrape waits for the kernel's counters. Reading them takes
+// less than a millisecond.
 const countersTimeout = time.Second
 
-// packetCounters read what the kernel did not serve, for metrics.
+// packetCounters reads the counters of refused packets for metrics.
 type packetCounters struct {
 	log   *slog.Logger
 	read  func(context.Context) ([]metrics.RefusedPackets, error)
@@ -24,14 +24,14 @@ type packetCounters struct {
 	readFailing atomic.Bool
 }
 
-// newPacketCounters returns nil if the backend counts nothing.
+// newPacketCounters returns packetCounters, nil if the backend does not count refused packets.
 func newPacketCounters(b backend.Backend, log *slog.Logger) *packetCounters {
 	if b.NewCounters == nil {
 		return nil
 	}
-	kernel := b.NewCounters()
-	return &packetCounters{log: log.With("backend", b.Name), close: kernel.Close, read: func(ctx context.Context) ([]metrics.RefusedPackets, error) {
-		counts, err := kernel.Read(ctx)
+	counters := b.NewCounters()
+	return &packetCounters{log: log.With("backend", b.Name), close: counters.Close, read: func(ctx context.Context) ([]metrics.RefusedPackets, error) {
+		counts, err := counters.Read(ctx)
 		if err != nil {
 			return nil, fmt.Errorf("--mode=%s: %w", b.Name, err)
 		}
@@ -39,17 +39,17 @@ func newPacketCounters(b backend.Backend, log *slog.Logger) *packetCounters {
 	}}
 }
 
-// readRefused reads them. That they can't be read is logged once, and so is that
-// they can again. It may be called from any goroutine.
+// readRefused reads the counters. It logs the first of consecutive failures and the next
+// success. It is safe for concurrent use.
 func (c *packetCounters) readRefused() ([]metrics.RefusedPackets, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), countersTimeout)
 	defer cancel()
 	counts, err := c.read(ctx)
 	switch failed := c.readFailing.Swap(err != nil); {
 	case err != nil && !failed:
-		c.log.Warn("the kernel's counters can't be read: the metrics are without what was not served until they can", "error", err)
+		c.log.Warn("reading packet counters failed; metrics of refused packets are missing until it succeeds", "error", err)
 	case err == nil && failed:
-		c.log.Info("the kernel's counters can be read again")
+		c.log.Info("reading packet counters works again")
 	}
 	return counts, err
 }

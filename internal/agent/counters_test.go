@@ -15,6 +15,7 @@ import (
 	"testing"
 
 	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/agent/agenttest"
 	"fairlead.io/fairlead/internal/backend"
 	"fairlead.io/fairlead/internal/metrics"
 	"fairlead.io/fairlead/internal/pipeline"
@@ -22,7 +23,7 @@ import (
 	"fairlead.io/fairlead/kube/kubetest"
 )
 
-// Connections to addresses of a ServiceCIDR that no Service has show as dropped.
+// TestRefusedServiceCIDR checks the metric of packets to unused addresses of a ServiceCIDR.
 func TestRefusedServiceCIDR(t *testing.T) {
 	t.Parallel()
 	n := newTestNode(t)
@@ -45,7 +46,7 @@ func TestRefusedServiceCIDR(t *testing.T) {
 	if err := syncer.WaitSynced(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	n.expectNoAnswer(n.client, serviceAddrs(1, 80))
+	agenttest.ExpectNoAnswer(t, n.client, agenttest.ServiceAddrs(1, 80))
 
 	c := newPacketCounters(backendByName(t, backend.NFT), slog.New(slog.DiscardHandler))
 	t.Cleanup(func() {
@@ -54,7 +55,7 @@ func TestRefusedServiceCIDR(t *testing.T) {
 		}
 	})
 	var counts []metrics.RefusedPackets
-	err := n.Node.Do(func() (err error) { // where it connects to the kernel
+	err := n.Node.Do(func() (err error) { // the first read opens the netlink socket
 		counts, err = c.readRefused()
 		return err
 	})
@@ -65,14 +66,14 @@ func TestRefusedServiceCIDR(t *testing.T) {
 	m := metrics.New(metrics.Options{Status: syncer.Status, RefusedPackets: func() ([]metrics.RefusedPackets, error) { return counts, nil }})
 	m.Handler().ServeHTTP(response, httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/metrics", nil))
 	for _, family := range []string{"IPv4", "IPv6"} {
-		want := fmt.Sprintf("\nfairlead_unserved_packets_total{ip_family=%q,reason=\"dropped-no-service\"} 1\n", family)
+		want := fmt.Sprintf("\nfairlead_refused_packets_total{ip_family=%q,reason=\"no-service\",verdict=\"drop\"} 1\n", family)
 		if !strings.Contains(response.Body.String(), want) {
-			t.Errorf("want %q in\n%s", want, response.Body)
+			t.Errorf("no %q in\n%s", want, response.Body)
 		}
 	}
 }
 
-// Each mode counts what its own tables have not served.
+// TestModeCounters checks that each mode reads the counters of its own tables.
 func TestModeCounters(t *testing.T) {
 	t.Parallel()
 	n := newTestNode(t)
@@ -82,7 +83,7 @@ func TestModeCounters(t *testing.T) {
 		c := newPacketCounters(backendByName(t, m), slog.New(slog.DiscardHandler))
 		t.Cleanup(func() { _ = c.close() })
 		var counts []metrics.RefusedPackets
-		err := n.Node.Do(func() (err error) { // where it connects to the kernel
+		err := n.Node.Do(func() (err error) { // the first read opens the netlink socket
 			counts, err = c.readRefused()
 			return err
 		})
@@ -90,15 +91,16 @@ func TestModeCounters(t *testing.T) {
 			t.Fatal(err)
 		}
 		i := slices.IndexFunc(counts, func(u metrics.RefusedPackets) bool {
-			return u.Family == dataplane.IPv4 && u.Reason == "rejected-no-endpoints"
+			return u.Family == dataplane.IPv4 && u.Verdict == metrics.Reject && u.Reason == "no-endpoints"
 		})
 		if i < 0 || counts[i].Packets != want {
-			t.Errorf("--mode=%s: counted %+v, want %d packets", m, counts, want)
+			t.Errorf("--mode=%s: counters %+v, want %d packets rejected without endpoints", m, counts, want)
 		}
 	}
 }
 
-// That the counters can't be read is told once, and so is that they can again.
+// TestUnreadableCounters checks that consecutive failures are logged once, and the next success as
+// well.
 func TestUnreadableCounters(t *testing.T) {
 	t.Parallel()
 	var log bytes.Buffer
@@ -107,7 +109,7 @@ func TestUnreadableCounters(t *testing.T) {
 		log: slog.New(slog.NewJSONHandler(&log, nil)),
 		read: func(ctx context.Context) ([]metrics.RefusedPackets, error) {
 			if _, ok := ctx.Deadline(); !ok {
-				t.Error("it may take for ever")
+				t.Error("the context has no deadline")
 			}
 			return nil, failure
 		},

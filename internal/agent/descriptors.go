@@ -2,29 +2,28 @@ package agent
 
 import "syscall"
 
-// descriptors divides the file descriptors of the process among the parts that
-// clients and Services make open some. A quarter is left for the rest: netlink,
-// the API server, files. Without the division, the clients of one part could keep
-// the kubelet's probes from being answered.
+// descriptors divides the file descriptors of the process among the components whose use
+// depends on clients and Services, so that the clients of one component cannot block the
+// kubelet's probes. A quarter remains for netlink, the API server and files.
 type descriptors struct {
-	// relayConnections is the number of connections; each takes six descriptors,
-	// two sockets and two pipes. The others are numbers of sockets.
+	// relayConnections is a number of connections. Each uses six descriptors: two sockets
+	// and two pipes. All other fields are numbers of sockets.
 	relayConnections, relayListeners int
 	healthCheckListeners             int
-	// serverConnections is for each of the four servers: health, metrics,
-	// health-check node ports and DNS.
+	// serverConnections applies to each of the four servers: health, metrics, health-check
+	// node ports and DNS.
 	serverConnections int
 }
 
-// The most that a part gets where the process may open very many files.
+// Maximum shares, for processes with a very high limit.
 const (
 	maxRelayConnections  = 4096
 	maxListeners         = 1 << 16 // all ports
 	maxServerConnections = 256
 )
 
-// openFilesLimit returns how many files the process may have open
-// (RLIMIT_NOFILE), zero if the kernel does not say.
+// openFilesLimit returns the maximum number of open files of the process (RLIMIT_NOFILE), or 0
+// if it is unknown.
 func openFilesLimit() uint64 {
 	var limit syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
@@ -33,7 +32,7 @@ func openFilesLimit() uint64 {
 	return limit.Cur
 }
 
-// divideDescriptors returns the shares of a process that may have so many files open.
+// divideDescriptors returns the shares of a process with the given limit of open files.
 func divideDescriptors(files uint64) descriptors {
 	share := func(fraction, most uint64) int {
 		return int(max(1, min(most, files/fraction))) //nolint:gosec // most is small

@@ -5,7 +5,7 @@ import (
 	"testing"
 )
 
-// The parts together leave a quarter of all descriptors, whatever the limit is.
+// TestDivideDescriptors checks the shares, and that they leave a quarter of all descriptors.
 func TestDivideDescriptors(t *testing.T) {
 	t.Parallel()
 	for files, want := range map[uint64]descriptors{
@@ -20,10 +20,10 @@ func TestDivideDescriptors(t *testing.T) {
 		if got != want {
 			t.Errorf("%d files: %+v, want %+v", files, got, want)
 		}
-		const descriptorsOfRelayed, servers = 6, 4
-		sum := got.relayConnections*descriptorsOfRelayed + got.relayListeners + got.healthCheckListeners + got.serverConnections*servers
+		const perRelayConnection, servers = 6, 4
+		sum := got.relayConnections*perRelayConnection + got.relayListeners + got.healthCheckListeners + got.serverConnections*servers
 		if files >= 64 && uint64(sum) > files/4*3 { //nolint:gosec // positive
-			t.Errorf("%d files: %d are given away", files, sum)
+			t.Errorf("%d files: shares add up to %d, want at most three quarters", files, sum)
 		}
 	}
 }

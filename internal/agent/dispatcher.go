@@ -19,30 +19,30 @@ import (
 	"fairlead.io/fairlead/source/manifest/dns"
 )
 
-// dispatcher passes objects, addresses of this node and configurations on to the parts that
-// need them. They come in from goroutines of their own, one at a time.
+// dispatcher passes objects, addresses of this node and configuration changes to the
+// components. A mutex serializes calls from several goroutines.
 type dispatcher struct {
 	log          *slog.Logger
-	conntrack    *conntrack.Cleaner // nil if the backend needs none
+	conntrack    *conntrack.Cleaner // nil if the backend does not use conntrack
 	relay        *relay.Relay
 	healthChecks *health.Ports
 	metrics      *metrics.Metrics
-	// nodeSettings warns of settings of the node's kernel.
+	// nodeSettings warns of harmful kernel settings of the node.
 	nodeSettings *nodesettings.Watcher
 	events       Events
-	dns          *dns.Server // nil if nobody asks for names
+	dns          *dns.Server // nil without --dns-listen
 	nodeState    *nodeState
 
 	mu       stdsync.Mutex
 	pipeline *pipeline.Pipeline
 	synced   bool
-	// nodePortAddresses selects the addresses on which node ports are served. served has
-	// these, loopback ones included.
+	// nodePortAddresses selects the addresses that node ports are served on. servedAddrs
+	// lists them, including loopback addresses.
 	nodePortAddresses kube.NodePortAddresses
 	servedAddrs       []netip.Addr
 }
 
-// deliver processes objects from the source. The first time it is everything.
+// deliver processes a Delta from the source. The first Delta contains all objects.
 func (d *dispatcher) deliver(delta kube.Delta) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -84,13 +84,11 @@ func (d *dispatcher) configure(options kube.Options) {
 	d.setHealthCheckAddrs()
 }
 
-// setHealthCheckAddrs sets the addresses on which health-check node ports answer: those
-// of node ports, and the unspecified address for a family of which all are served. No
-// socket can listen on a network, so that networks count only with the latter.
-//
-// Unless the operator chose addresses, they answer on all, as with kube-proxy's mode
-// iptables: a load balancer that passes packets through probes its own address, which
-// the node may have on its loopback device.
+// setHealthCheckAddrs sets the listen addresses of health-check node ports. These are the
+// addresses of node ports, and the unspecified address for a family whose addresses are all
+// selected. Without --nodeport-addresses, they are the unspecified addresses, as in
+// kube-proxy's iptables mode: a load balancer that forwards packets unchanged probes its own
+// address, which may be assigned to the node's loopback device.
 func (d *dispatcher) setHealthCheckAddrs() {
 	var addrs []netip.Addr
 	for _, unspecified := range []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()} {
@@ -108,7 +106,7 @@ func (d *dispatcher) setHealthCheckAddrs() {
 	d.healthChecks.SetAddrs(addrs)
 }
 
-// distribute hands a result of the tracker to the parts.
+// distribute passes a result of the tracker to the components.
 func (d *dispatcher) distribute(result kube.Result) {
 	if result.Node != nil {
 		if d.conntrack != nil {
@@ -120,14 +118,14 @@ func (d *dispatcher) distribute(result kube.Result) {
 		d.setHealthCheckAddrs()
 	}
 	for _, o := range result.Overlaps {
-		d.log.Warn("addresses of pods or of this node lie in a ServiceCIDR; connections to them pass, to those of other nodes they may be dropped: use networks that do not overlap",
+		d.log.Warn("ServiceCIDR overlaps with addresses of pods or of this node; connections to such addresses on other nodes may be dropped: use networks that do not overlap",
 			"service_cidr", o.ServiceCIDR, "overlaps", o.Other)
 	}
 	d.pipeline.Program(result)
 	for _, u := range result.NodePortsWithoutAddress {
-		d.log.Warn("node ports are not served, as no address of this node is one for them: check --nodeport-addresses "+
-			"(nodePortAddresses in the file of --config), and the addresses of the Node, which count only if an interface "+
-			"has them, and none that lies in a ServiceCIDR unless it is the Node's", "ip_family", u.Family.String(), "service", u.Example.String())
+		d.log.Warn("node ports are not served because this node has no address for them: check --nodeport-addresses "+
+			"(nodePortAddresses in the file of --config) and the addresses of the Node object. An address of the Node counts only "+
+			"if an interface has it; other addresses count only outside of ServiceCIDRs", "ip_family", u.Family.String(), "service", u.Example.String())
 	}
 	if result.NodeHealth != nil {
 		d.nodeState.health.Store(result.NodeHealth)
@@ -149,7 +147,7 @@ func (d *dispatcher) distribute(result kube.Result) {
 	}
 }
 
-// addrFamilies returns the families that addresses are of.
+// addrFamilies returns the IP families of the addresses.
 func addrFamilies(addrs []netip.Addr) []dataplane.Family {
 	var families []dataplane.Family
 	for _, a := range addrs {
@@ -160,18 +158,18 @@ func addrFamilies(addrs []netip.Addr) []dataplane.Family {
 	return families
 }
 
-// reportProblem tells of what a Service asks for and does not get.
+// reportProblem reports a problem of a Service in the log, Events and metrics.
 func (d *dispatcher) reportProblem(p kube.Problem) {
 	log := d.log.With("service", p.Service.String())
 	if p.EndpointSlice != "" {
 		log = log.With("endpoint_slice", p.EndpointSlice)
 	}
-	log.Warn("Service can't be carried out as written", "field", p.Field, "problem", p.Message)
+	log.Warn("Service cannot be programmed as written", "field", p.Field, "problem", p.Message)
 	d.events.Problem(p)
 	d.metrics.RecordProblem()
 }
 
-// watchAddresses delivers the node's addresses and calls ready after the first time.
+// watchAddresses passes on the node's addresses, and calls ready after each update.
 func (d *dispatcher) watchAddresses(ctx context.Context, watch func(context.Context, func(nodeip.Addresses)) error, ready func()) error {
 	return watch(ctx, func(addrs nodeip.Addresses) {
 		d.setAddresses(addrs)

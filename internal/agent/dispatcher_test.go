@@ -27,7 +27,7 @@ import (
 	"fairlead.io/fairlead/sync"
 )
 
-// components has the parts of an agent that take objects and commits.
+// components holds the components of an agent that process objects and commits.
 type components struct {
 	*dispatcher
 	*nodeState
@@ -37,10 +37,10 @@ type components struct {
 	commits observers[sync.Commit]
 }
 
-// sliceOf returns a list of objects whose type this package may not name.
+// sliceOf returns a slice of objects whose type this package must not import.
 func sliceOf[T any](objects ...T) []T { return objects }
 
-// newComponents returns parts of which none runs.
+// newComponents returns components that are not running.
 func newComponents(log *slog.Logger) *components {
 	options := kube.Options{NodeName: "node"}
 	p := pipeline.New(fake.New(fake.Options{}), pipeline.Options{Tracker: options})
@@ -58,8 +58,8 @@ func newComponents(log *slog.Logger) *components {
 	return j
 }
 
-// A Node that does not exist is told of once, and so is its return. Load
-// balancers leave the node out until then.
+// TestMissingNode checks that a missing Node object is logged once, that its appearance is logged,
+// and that the node is not eligible for load balancers in between.
 func TestMissingNode(t *testing.T) {
 	t.Parallel()
 	var log bytes.Buffer
@@ -71,12 +71,12 @@ func TestMissingNode(t *testing.T) {
 		want     string // in the log
 		eligible bool
 	}{
-		{"from the beginning", kube.Delta{}, `level=WARN msg="there is no Node of this node's name: if that lasts, check --hostname-override" node=node`, false},
-		{"still", kube.Delta{}, "", false},
-		{"appears", kube.Delta{Node: node}, `level=INFO msg="the Node is there" node=node`, true},
-		{"again", kube.Delta{Node: node}, "", true},
-		{"gone", kube.Delta{NodeDeleted: true}, "level=WARN", false},
-		{"back", kube.Delta{Node: node}, "level=INFO", true},
+		{"missing at first", kube.Delta{}, `level=WARN msg="Node object not found; if this persists, check --hostname-override" node=node`, false},
+		{"still missing", kube.Delta{}, "", false},
+		{"added", kube.Delta{Node: node}, `level=INFO msg="Node object found" node=node`, true},
+		{"updated", kube.Delta{Node: node}, "", true},
+		{"deleted", kube.Delta{NodeDeleted: true}, "level=WARN", false},
+		{"added again", kube.Delta{Node: node}, "level=INFO", true},
 	}
 	for _, step := range steps {
 		log.Reset()
@@ -91,8 +91,8 @@ func TestMissingNode(t *testing.T) {
 	}
 }
 
-// TestUnknownNode checks that load balancers keep the node, and nothing is logged,
-// while the API server does not say whether there is a Node.
+// TestUnknownNode checks that the node is eligible and nothing is logged while the source cannot
+// determine whether the Node exists.
 func TestUnknownNode(t *testing.T) {
 	t.Parallel()
 	var log bytes.Buffer
@@ -102,18 +102,18 @@ func TestUnknownNode(t *testing.T) {
 		t.Errorf("log %q, eligible: %t", &log, j.eligible())
 	}
 	j.deliver(kube.Delta{NodeDeleted: true})
-	if !strings.Contains(log.String(), "there is no Node") || j.eligible() {
+	if !strings.Contains(log.String(), "Node object not found") || j.eligible() {
 		t.Errorf("log %q, eligible: %t", &log, j.eligible())
 	}
 }
 
-// All is well from the beginning: nothing is logged.
+// TestNodeExists checks that nothing is logged if the Node exists from the start.
 func TestNodeExists(t *testing.T) {
 	t.Parallel()
 	var log bytes.Buffer
 	j := newComponents(slog.New(slog.NewTextHandler(&log, nil)))
 	if j.eligible() {
-		t.Error("eligible before anything is known of the Node")
+		t.Error("eligible before the first Delta")
 	}
 	j.deliver(kube.Delta{Node: kubetest.Node("node")})
 	if log.Len() > 0 || !j.eligible() {
@@ -121,16 +121,16 @@ func TestNodeExists(t *testing.T) {
 	}
 }
 
-// A dataplane that fails again and again counts as work that waits, from the
-// first failure on, although it may have nothing to do but repairs.
+// TestProgress checks that a failing dataplane counts as being behind since the first failure, even
+// without pending changes.
 func TestProgress(t *testing.T) {
 	t.Parallel()
 	j := newComponents(slog.New(slog.DiscardHandler))
 	at := func(minute int) time.Time { return time.Date(2026, 1, 1, 0, minute, 0, 0, time.UTC) }
-	// Before the first attempt, nothing counts: the list may take its time.
+	// Before the first call, pending changes do not count, because the initial list may take long.
 	j.pipeline.Syncer.Update(map[dataplane.Key]*dataplane.Service{{Name: "x"}: nil})
 	if got := j.healthProgress().WaitingSince; !got.IsZero() {
-		t.Errorf("before the first attempt: waiting since %s", got)
+		t.Errorf("before the first call: WaitingSince %s, want zero", got)
 	}
 	j = newComponents(j.log)
 	steps := []struct {
@@ -148,10 +148,10 @@ func TestProgress(t *testing.T) {
 	for i, step := range steps {
 		j.commits.notify(step.commit)
 		if got := j.healthProgress().WaitingSince; !got.Equal(step.want) {
-			t.Errorf("after step %d: waiting since %s, want %s", i, got, step.want)
+			t.Errorf("step %d: WaitingSince %s, want %s", i, got, step.want)
 		}
 	}
-	// Once a call has succeeded, changes count as well.
+	// After a successful call, pending changes count as well.
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
 	go func() { ended <- j.pipeline.Syncer.Run(ctx) }()
@@ -167,16 +167,16 @@ func TestProgress(t *testing.T) {
 	j.pipeline.Syncer.Update(map[dataplane.Key]*dataplane.Service{{Name: "x"}: nil})
 	j.commits.notify(sync.Commit{})
 	if got := j.healthProgress().WaitingSince; got.Before(before) {
-		t.Errorf("waiting since %s, want what was just handed over", got)
+		t.Errorf("WaitingSince %s, want the time of the last change", got)
 	}
 }
 
-// From the annotation of an EndpointSlice to the metric, for changes that this
-// program has seen happen and for nothing else.
+// TestNetworkProgrammingLatency checks that the metric counts annotated changes of EndpointSlices
+// that happened while the agent was running, and no others.
 func TestNetworkProgrammingLatency(t *testing.T) {
 	t.Parallel()
 	j := newComponents(slog.New(slog.DiscardHandler))
-	began := time.Now()
+	start := time.Now()
 	endpoint := func(address string, changed time.Time) kube.Delta {
 		return kube.Delta{EndpointSlices: sliceOf(kubetest.EndpointSlice("shop", "web", netip.MustParseAddr(address), changed))}
 	}
@@ -195,11 +195,11 @@ func TestNetworkProgrammingLatency(t *testing.T) {
 		delta kube.Delta
 		want  int
 	}{
-		{"the first list", first, 0},
-		{"a change", endpoint("10.244.0.2", time.Now()), 1},
-		{"no change for this node", endpoint("10.244.0.2", time.Now()), 1},
-		{"older than the program", endpoint("10.244.0.3", began.Add(-time.Hour)), 1},
-		{"another", endpoint("10.244.0.4", time.Now()), 2},
+		{"initial list", first, 0},
+		{"change", endpoint("10.244.0.2", time.Now()), 1},
+		{"no change of endpoints", endpoint("10.244.0.2", time.Now()), 1},
+		{"change before the start", endpoint("10.244.0.3", start.Add(-time.Hour)), 1},
+		{"another change", endpoint("10.244.0.4", time.Now()), 2},
 	}
 	for _, step := range steps {
 		j.deliver(step.delta)
@@ -213,8 +213,8 @@ func TestNetworkProgrammingLatency(t *testing.T) {
 	}
 }
 
-// Node ports of a family for which this node has no address are told of once,
-// and again when an address has come and gone.
+// TestNodePortsWithoutAddress checks that node ports of a family without node addresses are logged
+// once, and again after an address was added and removed.
 func TestNodePortsWithoutAddress(t *testing.T) {
 	t.Parallel()
 	var log bytes.Buffer
@@ -231,14 +231,14 @@ func TestNodePortsWithoutAddress(t *testing.T) {
 		want  bool
 	}{
 		{"no node port", kube.Delta{Services: sliceOf(web), Node: kubetest.Node("node", "203.0.113.1")}, false},
-		{"a node port, and an address that no interface has", kube.Delta{Services: sliceOf(webNodePort)}, true},
-		{"nothing", kube.Delta{}, false},
-		{"an address of the other family", kube.Delta{Node: kubetest.Node("node", "2001:db8::1")}, false},
-		{"an address", kube.Delta{Node: kubetest.Node("node", "192.0.2.1")}, false},
-		{"no more", kube.Delta{Node: kubetest.Node("node", "203.0.113.1")}, true},
-		{"no node port any more", kube.Delta{Services: sliceOf(web)}, false},
-		{"an address, in the end", kube.Delta{Node: kubetest.Node("node", "192.0.2.1")}, false},
-		{"none, and no node port", kube.Delta{Node: kubetest.Node("node", "203.0.113.1")}, false},
+		{"node port and an address without interface", kube.Delta{Services: sliceOf(webNodePort)}, true},
+		{"no change", kube.Delta{}, false},
+		{"address of the other family", kube.Delta{Node: kubetest.Node("node", "2001:db8::1")}, false},
+		{"address added", kube.Delta{Node: kubetest.Node("node", "192.0.2.1")}, false},
+		{"address removed", kube.Delta{Node: kubetest.Node("node", "203.0.113.1")}, true},
+		{"node port removed", kube.Delta{Services: sliceOf(web)}, false},
+		{"address added without node ports", kube.Delta{Node: kubetest.Node("node", "192.0.2.1")}, false},
+		{"address removed without node ports", kube.Delta{Node: kubetest.Node("node", "203.0.113.1")}, false},
 	}
 	for _, step := range steps {
 		log.Reset()

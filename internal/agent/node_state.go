@@ -7,21 +7,23 @@ import (
 	"fairlead.io/fairlead/kube"
 )
 
-// nodeState tracks what the Node object says of the node's health.
+// nodeState tracks whether the Node object exists and whether load balancers should use the
+// node.
 type nodeState struct {
 	log *slog.Logger
-	// sourceHasNodes says that the source has Node objects, of which name is this node's.
+	// sourceHasNodes reports whether the source has Node objects. name is the name of this
+	// node's.
 	sourceHasNodes bool
 	name           string
 
 	health atomic.Pointer[kube.NodeHealth]
-	// existenceUnknown says that the source could not find out whether the Node exists.
+	// existenceUnknown is set if the source could not determine whether the Node exists.
 	existenceUnknown atomic.Bool
-	missingLogged    bool // there is no Node, and that was logged
+	missingLogged    bool // the Node does not exist, and this was logged
 }
 
-// logExistence logs a Node that does not exist, which may be a matter of its name: then no
-// endpoint is local, and load balancers leave this node out.
+// logExistence logs when the Node object is missing and when it appears. Without it, possibly
+// because of a wrong node name, no endpoint is local and load balancers skip this node.
 func (n *nodeState) logExistence() {
 	if !n.sourceHasNodes || n.existenceUnknown.Load() {
 		return
@@ -30,15 +32,14 @@ func (n *nodeState) logExistence() {
 	missing := node == nil || !node.Exists
 	switch {
 	case missing && !n.missingLogged:
-		n.log.Warn("there is no Node of this node's name: if that lasts, check --hostname-override", "node", n.name)
+		n.log.Warn("Node object not found; if this persists, check --hostname-override", "node", n.name)
 	case !missing && n.missingLogged:
-		n.log.Info("the Node is there", "node", n.name)
+		n.log.Info("Node object found", "node", n.name)
 	}
 	n.missingLogged = missing
 }
 
-// eligible says whether load balancers should use this node. It may be called from any
-// goroutine.
+// eligible reports whether load balancers should use this node. It is safe for concurrent use.
 func (n *nodeState) eligible() bool {
 	if !n.sourceHasNodes || n.existenceUnknown.Load() {
 		return true

@@ -7,8 +7,8 @@ import (
 	"fairlead.io/fairlead/internal/backend"
 )
 
-// removeOtherBackends removes what other backends have left, once the running one has programmed
-// everything: Services work all the time. A failure is logged and holds up nothing.
+// removeOtherBackends removes the kernel state of other backends once the running backend has
+// programmed all Services, so that Services work all the time. It only logs failures.
 func removeOtherBackends(
 	ctx context.Context, running backend.Backend, log *slog.Logger, programmed <-chan struct{}, cleanup func(backend.Backend, *slog.Logger) error,
 ) {
@@ -22,10 +22,10 @@ func removeOtherBackends(
 			continue
 		}
 		if err := cleanup(other, log); err != nil {
-			log.WarnContext(ctx, "what another mode may have programmed is still there; the next start tries again",
+			log.WarnContext(ctx, "removing the kernel state of another mode failed; the next start retries",
 				"other_mode", other.Name, "error", err)
 			continue
 		}
-		log.InfoContext(ctx, "nothing that another mode has programmed is left", "other_mode", other.Name)
+		log.InfoContext(ctx, "kernel state of another mode is removed", "other_mode", other.Name)
 	}
 }

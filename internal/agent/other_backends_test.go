@@ -14,24 +14,25 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/agent/agenttest"
 	"fairlead.io/fairlead/internal/backend"
 	"fairlead.io/fairlead/internal/nettest"
 	"fairlead.io/fairlead/sync"
 )
 
-// A mode removes what the others have left when it has programmed everything, and
-// not before. What goes wrong is logged, and stops nothing.
+// TestRemoveOtherBackends checks that the kernel state of other modes is removed after the first
+// successful commit and not before, and that failures are only logged.
 func TestRemoveOtherBackends(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
 		mode string
 		err  error
-		want string // cleaned up
+		want string // names of the removed backends
 		log  string
 	}{
-		{backend.NFT, nil, "ipvs", `level=INFO msg="nothing that another mode has programmed is left" other_mode=ipvs`},
-		{backend.IPVS, nil, "nft", `level=INFO msg="nothing that another mode has programmed is left" other_mode=nft`},
-		{backend.IPVS, errors.New("no"), "nft", `level=WARN msg="what another mode may have programmed is still there; the next start tries again" other_mode=nft error=no`},
+		{backend.NFT, nil, "ipvs", `level=INFO msg="kernel state of another mode is removed" other_mode=ipvs`},
+		{backend.IPVS, nil, "nft", `level=INFO msg="kernel state of another mode is removed" other_mode=nft`},
+		{backend.IPVS, errors.New("no"), "nft", `level=WARN msg="removing the kernel state of another mode failed; the next start retries" other_mode=nft error=no`},
 	} {
 		t.Run(test.want+" "+test.log[:10], func(t *testing.T) {
 			t.Parallel()
@@ -39,7 +40,7 @@ func TestRemoveOtherBackends(t *testing.T) {
 			var cleaned []string
 			j := newComponents(slog.New(slog.NewTextHandler(&log, nil)))
 			done := make(chan struct{})
-			ctx, cancel := context.WithTimeout(t.Context(), testTimeout)
+			ctx, cancel := context.WithTimeout(t.Context(), waitTimeout)
 			defer cancel()
 			committed := make(chan bool, 1)
 			go func() {
@@ -49,7 +50,7 @@ func TestRemoveOtherBackends(t *testing.T) {
 					select {
 					case <-committed:
 					default:
-						t.Error("removed before anything was programmed")
+						t.Error("removed before the first successful commit")
 					}
 					return test.err
 				})
@@ -60,7 +61,7 @@ func TestRemoveOtherBackends(t *testing.T) {
 			<-done
 			j.commits.notify(sync.Commit{Start: time.Now(), End: time.Now()})
 			if got := strings.Join(cleaned, " "); got != test.want {
-				t.Errorf("removed what is of %q, want %q", got, test.want)
+				t.Errorf("removed the state of %q, want %q", got, test.want)
 			}
 			if got := log.String(); strings.Count(got, "\n") != 1 || !strings.Contains(got, test.log) {
 				t.Errorf("log %q, want %q", got, test.log)
@@ -69,37 +70,28 @@ func TestRemoveOtherBackends(t *testing.T) {
 	}
 }
 
-// A program that ends before it has programmed everything removes nothing.
+// TestRemoveOtherBackendsCanceled checks that nothing is removed if the agent stops before the first
+// successful commit.
 func TestRemoveOtherBackendsCanceled(t *testing.T) {
 	t.Parallel()
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	removeOtherBackends(ctx, backendByName(t, backend.IPVS), slog.New(slog.DiscardHandler), make(chan struct{}), func(b backend.Backend, _ *slog.Logger) error {
-		t.Errorf("removed what is of %s", b.Name)
+		t.Errorf("removed the state of %s", b.Name)
 		return nil
 	})
 }
 
-// otherTables are somebody else's, made with nft.
-const otherTables = `
-	add table ip foreign
-	add chain ip foreign in { type filter hook input priority 0; policy accept; }
-	add set ip foreign services { type ipv4_addr; elements = { 10.96.0.10 }; }
-	add table ip6 foreign
-	add table inet fairlead
-	add chain inet fairlead prerouting
-	add rule inet fairlead prerouting counter`
-
-// The tables of the mode nft go when another has taken over, and nothing else does.
+// TestIPVSRemovesNFTTables checks that ipvs mode removes the tables of nft mode and no others.
 func TestIPVSRemovesNFTTables(t *testing.T) {
 	t.Parallel()
 	n := newTestNode(t)
-	n.nft(otherTables)
+	n.nft(agenttest.OtherTables)
 	foreign := n.nft("list", "ruleset")
 	pod := n.PodT(t, "a")
 	pod.ServeT(t, nettest.TCP, podPort)
 	var services []*dataplane.Service
-	for i, addr := range serviceAddrs(10, 80) {
+	for i, addr := range agenttest.ServiceAddrs(10, 80) {
 		service, err := dataplane.NewService(
 			dataplane.Key{Namespace: "default", Name: "backend", Family: dataplane.FamilyOf(addr.Addr())},
 			[]dataplane.Frontend{{Protocol: dataplane.TCP, Addr: addr}},
@@ -114,10 +106,10 @@ func TestIPVSRemovesNFTTables(t *testing.T) {
 	if err := dp.Replace(t.Context(), dataplane.Node{}, slices.Values(services), nil); err != nil {
 		t.Fatal(err)
 	}
-	for _, addr := range serviceAddrs(10, 80) {
-		ctx, cancel := context.WithTimeout(t.Context(), testTimeout)
+	for _, addr := range agenttest.ServiceAddrs(10, 80) {
+		ctx, cancel := context.WithTimeout(t.Context(), waitTimeout)
 		if answer, err := n.client.Connect(ctx, nettest.TCP, addr); err != nil || answer.Host != "a" {
-			t.Errorf("%s: answered by %q, error %v, want a", addr, answer.Host, err)
+			t.Errorf("%s: answer from %q, error %v; want a", addr, answer.Host, err)
 		}
 		cancel()
 	}
@@ -134,6 +126,6 @@ func TestIPVSRemovesNFTTables(t *testing.T) {
 		t.Fatal(err)
 	}
 	if diff := cmp.Diff(foreign, n.nft("list", "ruleset")); diff != "" {
-		t.Errorf("the ruleset (-others' +now):\n%s", diff)
+		t.Errorf("ruleset (-want +got):\n%s", diff)
 	}
 }

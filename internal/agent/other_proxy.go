@@ -8,18 +8,18 @@ import (
 	"fairlead.io/fairlead/internal/otherproxy"
 )
 
-// detectOtherProxies looks for the rules of another Service proxy, before anything is
-// programmed, and returns what goes on to look until ctx is done.
+// detectOtherProxies scans for rules of other Service proxies. It returns a function that
+// watches for changes of these rules until ctx is done.
 func (a *Agent) detectOtherProxies(ctx context.Context) (watch func(context.Context) error) {
 	log := a.log.With("component", "otherproxy")
 	scanner, err := otherproxy.NewScanner()
 	if err != nil {
-		log.WarnContext(ctx, "can't tell whether another Service proxy's rules are on this node", "error", err)
+		log.WarnContext(ctx, "cannot check this node for rules of other Service proxies", "error", err)
 		return func(context.Context) error { return nil }
 	}
 	rules, err := scanner.Scan()
 	if err != nil {
-		log.WarnContext(ctx, "can't tell whether another Service proxy's rules are on this node", "error", err)
+		log.WarnContext(ctx, "cannot check this node for rules of other Service proxies", "error", err)
 	}
 	if len(rules) > 0 {
 		a.dispatcher.setOtherProxy(rules)
@@ -30,25 +30,25 @@ func (a *Agent) detectOtherProxies(ctx context.Context) (watch func(context.Cont
 	}
 }
 
-// setOtherProxy reports rules of another Service proxy. Fairlead's rules go first while
-// it is there.
+// setOtherProxy reports the rules of other Service proxies. While there are any, Fairlead's
+// rules take precedence.
 func (d *dispatcher) setOtherProxy(rules []otherproxy.Rules) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.metrics.SetOtherProxy(rules)
 	if len(rules) == 0 {
-		d.log.Info("no rules of another Service proxy are left on this node")
+		d.log.Info("rules of other Service proxies are gone from this node")
 	}
 	for _, r := range rules {
-		d.log.Warn("another Service proxy's rules are on this node; Fairlead's go first", "rules", r.String(), "but", r.Effect(),
+		d.log.Warn("rules of another Service proxy found on this node; Fairlead's rules take precedence", "rules", r.String(), "effect", r.Effect(),
 			"fix", "kube-proxy --cleanup, or "+r.RemovalCommands())
 		d.events.OtherProxy(r.String(), r.Effect(), r.RemovalCommands())
 	}
 	d.pipeline.SetAheadOfOthers(len(rules) > 0)
 }
 
-// giveWay lets another Service proxy's rules go first some time after this program's
-// end, if there are any.
+// giveWay gives the rules of another Service proxy, if there are any, precedence once the
+// process has exited and the given time has passed.
 func (a *Agent) giveWay(ctx context.Context, after time.Duration) {
 	a.dispatcher.mu.Lock()
 	ahead := a.dispatcher.pipeline.IsAheadOfOthers()
@@ -61,9 +61,9 @@ func (a *Agent) giveWay(ctx context.Context, after time.Duration) {
 		return
 	}
 	if err := yielder.GiveWay(after); err != nil {
-		a.log.WarnContext(ctx, "Fairlead's rules stay in front of the other Service proxy's until fairlead cleanup", "error", err)
+		a.log.WarnContext(ctx, "Fairlead's rules keep precedence over the other Service proxy's rules until fairlead cleanup is run", "error", err)
 		return
 	}
-	a.log.InfoContext(ctx, "the other Service proxy's rules will go first, unless Fairlead starts again; fairlead cleanup makes them at once",
+	a.log.InfoContext(ctx, "the other Service proxy's rules will take precedence unless Fairlead starts again; to give them precedence at once, run fairlead cleanup",
 		"after", after.String())
 }

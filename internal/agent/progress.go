@@ -8,8 +8,7 @@ import (
 	"fairlead.io/fairlead/sync"
 )
 
-// observers passes each value on to all functions that were added. All are added
-// before the first value.
+// observers passes values to functions. All functions must be added before the first value.
 type observers[T any] struct{ functions []func(T) }
 
 func (o *observers[T]) add(f func(T)) { o.functions = append(o.functions, f) }
@@ -20,14 +19,14 @@ func (o *observers[T]) notify(value T) {
 	}
 }
 
-// progress tracks how far the dataplane is.
+// progress tracks the calls to the dataplane.
 type progress struct {
 	status func() sync.Status
-	// programmed is closed after the first call to the dataplane that succeeds.
-	// isProgrammed guards the close; only committed uses it.
+	// programmed is closed after the first successful call to the dataplane. isProgrammed
+	// prevents closing it twice; only onCommit uses it.
 	programmed   chan struct{}
 	isProgrammed bool
-	failingSince atomic.Pointer[time.Time] // since when calls to the dataplane fail as a whole
+	failingSince atomic.Pointer[time.Time] // start of the first of consecutive calls that failed completely, nil if the last succeeded
 }
 
 func newProgress(status func() sync.Status) *progress {
@@ -48,9 +47,9 @@ func (p *progress) onCommit(c sync.Commit) {
 	}
 }
 
-// healthProgress returns since when the dataplane has work to do: changes that wait, a call that
-// has not returned, or calls that fail. Until the first call succeeds only failures
-// count, because the first list may take long. It may be called from any goroutine.
+// healthProgress returns the time since when the dataplane has been behind: changes are
+// pending, a call is in flight, or calls fail. Until the first success only failures count,
+// because the initial list may take long. It is safe for concurrent use.
 func (p *progress) healthProgress() health.Progress {
 	status := p.status()
 	if status.LastSuccess.IsZero() {

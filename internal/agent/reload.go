@@ -8,20 +8,19 @@ import (
 	"fairlead.io/fairlead/kube"
 )
 
-// applyConfig puts a changed configuration into use, as far as it needs no restart.
+// applyConfig applies the changed settings that do not need a restart, and logs the others.
 func (a *Agent) applyConfig(ctx context.Context, next config.Config) {
 	next.LogWarnings(ctx, a.log)
 	for _, what := range a.config.RestartRequired(next) {
-		a.log.WarnContext(ctx, "the configuration file has changed what needs a restart; it stays as it is until then", "what", what)
+		a.log.WarnContext(ctx, "configuration change needs a restart to take effect", "what", what)
 	}
 	a.logLevel.Set(next.LogLevel)
 	a.dispatcher.configure(trackerOptions(a.backend, next.Tracker))
-	a.log.InfoContext(ctx, "the configuration file has changed and is in use")
+	a.log.InfoContext(ctx, "configuration file reloaded")
 }
 
-// trackerOptions returns the options of a tracker with what depends on the backend:
-// where node ports are served unless that is configured, which is as with kube-proxy,
-// and which schedulers there are.
+// trackerOptions adds the options that depend on the backend: kube-proxy's default for the
+// addresses of node ports in this mode, and the IPVS schedulers.
 func trackerOptions(b backend.Backend, o kube.Options) kube.Options {
 	if b.NodePortsOnAllAddresses && o.NodePortAddresses.IsZero() {
 		o.NodePortAddresses.All = true

@@ -15,7 +15,7 @@ import (
 	"fairlead.io/fairlead/kube"
 )
 
-// backendByName returns a backend of the table.
+// backendByName returns the backend with this name.
 func backendByName(t *testing.T, name string) backend.Backend {
 	t.Helper()
 	b, err := backend.ByName(name)
@@ -25,8 +25,8 @@ func backendByName(t *testing.T, name string) backend.Backend {
 	return b
 }
 
-// What a tracker is told depends on the mode that runs: where node ports are
-// served unless somebody says it, and which schedulers there are.
+// TestTrackerOptions checks the options that depend on the mode: the default addresses of node ports
+// and the IPVS schedulers.
 func TestTrackerOptions(t *testing.T) {
 	t.Parallel()
 	network := kube.NodePortAddresses{CIDRs: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}}
@@ -38,12 +38,12 @@ func TestTrackerOptions(t *testing.T) {
 		given, want kube.NodePortAddresses
 		schedulers  []string
 	}{
-		{"nft: the primary addresses, which the zero value stands for", backend.NFT, kube.NodePortAddresses{}, kube.NodePortAddresses{}, nil},
-		{"nft, with a folder", backend.NFT, all, all, nil},
-		{"nft, networks", backend.NFT, network, network, nil},
-		{"ipvs: all addresses", backend.IPVS, kube.NodePortAddresses{}, all, ipvs.Schedulers()},
-		{"ipvs, primary", backend.IPVS, primary, primary, ipvs.Schedulers()},
-		{"ipvs, networks", backend.IPVS, network, network, ipvs.Schedulers()},
+		{"nft: zero value, which means primary addresses", backend.NFT, kube.NodePortAddresses{}, kube.NodePortAddresses{}, nil},
+		{"nft: all addresses", backend.NFT, all, all, nil},
+		{"nft: networks", backend.NFT, network, network, nil},
+		{"ipvs: all addresses by default", backend.IPVS, kube.NodePortAddresses{}, all, ipvs.Schedulers()},
+		{"ipvs: primary addresses", backend.IPVS, primary, primary, ipvs.Schedulers()},
+		{"ipvs: networks", backend.IPVS, network, network, ipvs.Schedulers()},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
@@ -56,8 +56,8 @@ func TestTrackerOptions(t *testing.T) {
 	}
 }
 
-// A file that names another mode changes nothing that goes with the mode: the one
-// that runs stays until a restart.
+// TestModeStaysUntilRestart checks that a changed mode has no effect on settings that depend on the
+// mode until a restart.
 func TestModeStaysUntilRestart(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
@@ -77,7 +77,7 @@ func TestModeStaysUntilRestart(t *testing.T) {
 			a := &Agent{log: j.log, logLevel: &slog.LevelVar{}, config: was, backend: backendByName(t, test.runs), dispatcher: j.dispatcher}
 			a.applyConfig(t.Context(), next)
 			if j.nodePortAddresses.All != test.everywhere {
-				t.Errorf("node ports are served on all addresses: %t, want %t", j.nodePortAddresses.All, test.everywhere)
+				t.Errorf("node ports on all addresses: %t, want %t", j.nodePortAddresses.All, test.everywhere)
 			}
 			if got := strings.Contains(log.String(), "needs a restart"); got != (test.runs != test.file) || got && !strings.Contains(log.String(), "what=mode\n") {
 				t.Errorf("log:\n%s", &log)

@@ -16,14 +16,14 @@ import (
 	"fairlead.io/fairlead/source/manifest/dns"
 )
 
-// serverLimiters bounds the connections of the program's servers, each on its own, so
-// that the clients of one cannot keep another from being answered.
+// serverLimiters limits the connections of each server separately, so that the clients of one
+// server cannot block the others.
 type serverLimiters struct{ healthz, metrics, healthChecks, dns *connlimit.Limiter }
 
 // healthzReserve is the number of file descriptors kept for the kubelet's probes.
 const healthzReserve = 4
 
-// newServerLimiters returns limiters of connections each.
+// newServerLimiters returns limiters that allow the given number of connections each.
 func newServerLimiters(connections int, log *slog.Logger) serverLimiters {
 	limiter := func(options connlimit.Options) *connlimit.Limiter {
 		options.Max, options.Logger = connections, log
@@ -32,13 +32,13 @@ func newServerLimiters(connections int, log *slog.Logger) serverLimiters {
 	return serverLimiters{
 		healthz: limiter(connlimit.Options{Server: "healthz", Reserve: healthzReserve}),
 		metrics: limiter(connlimit.Options{Server: "metrics"}),
-		// One load balancer may keep a connection to each of many Services.
+		// One load balancer may keep connections for many Services.
 		healthChecks: limiter(connlimit.Options{Server: "health-check-node-ports", MaxPerClient: max(1, connections/2)}),
 		dns:          limiter(connlimit.Options{Server: "dns", WriteTimeout: dns.WriteTimeout}),
 	}
 }
 
-// stats returns the connections by the name of the server.
+// stats returns the connection statistics by server name.
 func (s serverLimiters) stats() map[string]connlimit.Stats {
 	return map[string]connlimit.Stats{
 		"healthz": s.healthz.Stats(), "metrics": s.metrics.Stats(),
@@ -46,8 +46,8 @@ func (s serverLimiters) stats() map[string]connlimit.Stats {
 	}
 }
 
-// serveHTTP serves HTTP at an address, if there is one. On standby the other instance
-// mostly has the address, which is no reason to end.
+// serveHTTP serves HTTP on an address, if it is not empty. With HardFail, it waits until this
+// instance is active, because the other instance usually listens on the same address.
 func (a *Agent) serveHTTP(ctx context.Context, group *errgroup.Group, flag, address string, handler http.Handler, limiter *connlimit.Limiter) {
 	if address == "" {
 		return
@@ -68,19 +68,19 @@ func (a *Agent) serveHTTP(ctx context.Context, group *errgroup.Group, flag, addr
 	group.Go(func() error { return run(ctx) })
 }
 
-// metricsHandler answers at the metrics' address, by kube-proxy's paths.
+// metricsHandler returns the handler of the metrics server, with kube-proxy's paths.
 func (a *Agent) metricsHandler() http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("/metrics", a.metrics.Handler())
-	answer := func(text string) http.HandlerFunc {
+	respond := func(text string) http.HandlerFunc {
 		return func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Content-Type", "text/plain; charset=utf-8")
 			w.Header().Set("X-Content-Type-Options", "nosniff")
-			_, _ = io.WriteString(w, text) // the client has gone
+			_, _ = io.WriteString(w, text) // fails only if the client has disconnected
 		}
 	}
-	mux.Handle("/healthz", answer("ok"))
-	mux.Handle("/proxyMode", answer(cmp.Or(a.backend.KubeProxyName, a.backend.Name)))
+	mux.Handle("/healthz", respond("ok"))
+	mux.Handle("/proxyMode", respond(cmp.Or(a.backend.KubeProxyName, a.backend.Name)))
 	if a.config.Profiling {
 		mux.HandleFunc("/debug/pprof/", pprof.Index)
 		mux.HandleFunc("/debug/pprof/cmdline", pprof.Cmdline)
@@ -91,8 +91,8 @@ func (a *Agent) metricsHandler() http.Handler {
 	return mux
 }
 
-// serveDNS starts to answer DNS names, if it is asked for: on standby when the other
-// instance has ended.
+// serveDNS starts the DNS server, if it is configured. On standby, the server starts when this
+// instance becomes active.
 func (a *Agent) serveDNS(ctx context.Context, group *errgroup.Group) error {
 	if a.dns == nil {
 		return nil

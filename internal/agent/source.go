@@ -7,13 +7,13 @@ import (
 	"fairlead.io/fairlead/kube"
 )
 
-// Source is where objects come from. Run delivers everything there is, then each
-// change, and returns nil when ctx is done.
+// Source delivers Kubernetes objects.
 type Source interface {
+	// Run delivers all objects, then changes, until ctx is done. It returns nil if ctx is done.
 	Run(ctx context.Context, deliver func(kube.Delta)) error
 }
 
-// Events report problems to the operators of a cluster.
+// Events reports problems to the operators of a cluster.
 type Events interface {
 	Run(ctx context.Context) error
 	Apply(d kube.Delta)
@@ -26,7 +26,7 @@ type Events interface {
 
 var _ Events = NoEvents{}
 
-// NoEvents drop all reports, for a source without a cluster.
+// NoEvents discards all reports, for sources without a cluster.
 type NoEvents struct{}
 
 // Run implements Events.

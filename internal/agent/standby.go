@@ -15,24 +15,24 @@ import (
 	"fairlead.io/fairlead/internal/instance"
 )
 
-// standby keeps the parts that write to the kernel, listen on the node's ports or
-// speak for the node from running before this instance is the node's only one.
-// Until then the program follows its source, so that it can take over at once.
+// standby delays components that program the kernel, listen on ports or write Events until no
+// other instance is active on the node. Meanwhile the agent watches its source, so that it can
+// take over without delay.
 type standby struct {
 	log       *slog.Logger
 	options   instance.Options
-	activated chan struct{} // closed when this instance is the only one
+	activated chan struct{} // closed when this instance becomes active
 
 	mu         stdsync.Mutex
 	lock       *instance.Lock // nil without one
-	standingBy atomic.Bool    // on standby
+	standingBy atomic.Bool    // waiting for another instance to exit
 }
 
 func newStandby(log *slog.Logger, description string) *standby {
 	s := &standby{log: log, activated: make(chan struct{})}
 	s.options = instance.Options{Description: description, OnWaiting: func(h instance.Holder) {
 		s.standingBy.Store(true)
-		s.log.Warn("another Fairlead programs this node; standing by until it ends", "other", h.String())
+		s.log.Warn("another Fairlead programs this node; on standby until it exits", "other", h.String())
 	}}
 	return s
 }
@@ -46,8 +46,8 @@ func instanceDescription(o Options) string {
 	return fmt.Sprintf("fairlead %s in mode %s on %s", o.Version, o.Config.Mode, host)
 }
 
-// start activates this instance at once, if there is no other one, and else in the
-// group when the other one has ended.
+// start activates this instance at once if no other instance is active. Otherwise it starts a
+// goroutine in the group that activates this instance when the other one has exited.
 func (s *standby) start(ctx context.Context, group *errgroup.Group) {
 	if lock, err := instance.TryAcquire(s.options); err == nil { //nolint:contextcheck // a Lock outlives ctx
 		s.activate(lock)
@@ -62,10 +62,10 @@ func (s *standby) start(ctx context.Context, group *errgroup.Group) {
 			}
 			return nil
 		case err != nil:
-			// Whoever keeps the lock from us must not keep Services from the node.
-			s.log.ErrorContext(ctx, "can't tell whether another Fairlead programs this node; going on as if there were none", "error", err)
+			// A process of another user that holds the lock must not prevent programming.
+			s.log.ErrorContext(ctx, "acquiring the instance lock failed; continuing as if no other Fairlead programs this node", "error", err)
 		case s.standingBy.Load():
-			s.log.InfoContext(ctx, "the other Fairlead has ended; taking over")
+			s.log.InfoContext(ctx, "the other Fairlead has exited; taking over")
 		}
 		s.activate(lock)
 		return nil
@@ -80,7 +80,7 @@ func (s *standby) activate(lock *instance.Lock) {
 	close(s.activated)
 }
 
-// whenActive returns a function that calls run as soon as this instance is active.
+// whenActive returns a function that waits until this instance is active and then calls run.
 func (s *standby) whenActive(run func(context.Context) error) func(context.Context) error {
 	return func(ctx context.Context) error {
 		select {
@@ -92,15 +92,15 @@ func (s *standby) whenActive(run func(context.Context) error) func(context.Conte
 	}
 }
 
-// The standby looks for something to prefetch every prefetchPeriod, and leaves nineteen
-// twentieths of the time to others.
+// prefetchPeriod is the minimum time between prefetches. prefetchIdleRatio is the minimum ratio
+// of idle time to prefetch time, so that prefetching uses at most one twentieth of the time.
 const (
 	prefetchPeriod    = 200 * time.Millisecond
 	prefetchIdleRatio = 19
 )
 
-// prefetch has the dataplane read what the other instance has programmed, again when
-// that has changed, until this instance is active. Then there is less to do.
+// prefetch makes the dataplane read the kernel state that the other instance has programmed,
+// repeatedly until this instance is active. This shortens the first commit.
 func (s *standby) prefetch(ctx context.Context, dp dataplane.Dataplane) {
 	prefetcher, ok := dp.(dataplane.Prefetcher)
 	if !ok {
@@ -118,7 +118,7 @@ func (s *standby) prefetch(ctx context.Context, dp dataplane.Dataplane) {
 		}
 		start := time.Now()
 		if err := prefetcher.Prefetch(ctx); err != nil && ctx.Err() == nil {
-			s.log.DebugContext(ctx, "what the other Fairlead has programmed was not read in advance", "error", err)
+			s.log.DebugContext(ctx, "prefetching the kernel state failed", "error", err)
 		}
 		timer.Reset(max(prefetchPeriod, prefetchIdleRatio*time.Since(start)))
 	}
@@ -134,10 +134,10 @@ func (s *standby) isActive() bool {
 	}
 }
 
-// isStandby reports whether this instance waits for another one's end.
+// isStandby reports whether this instance waits for another one to exit.
 func (s *standby) isStandby() bool { return s.standingBy.Load() }
 
-// waitingInstances returns how many other instances wait for this one's end.
+// waitingInstances returns the number of instances that wait for this one to exit.
 func (s *standby) waitingInstances() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -147,7 +147,7 @@ func (s *standby) waitingInstances() int {
 	return s.lock.Waiters()
 }
 
-// release lets the next instance take over.
+// release releases the instance lock, so that the next instance takes over.
 func (s *standby) release() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()

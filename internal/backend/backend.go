@@ -1,6 +1,6 @@
-// Package backend describes the kernel mechanisms that Fairlead can program. [All] is
-// the table of backends; a further backend is one entry in it and the package that
-// the entry opens. docs/writing-a-backend.md shows how to write one.
+// Package backend describes the kernel mechanisms that Fairlead can program. [All] lists
+// them. To add a backend, write a package that implements dataplane.Dataplane and add an
+// entry to [All]; see docs/writing-a-backend.md.
 package backend
 
 import (
@@ -15,104 +15,103 @@ import (
 	"fairlead.io/fairlead/internal/metrics"
 )
 
-// Backend describes one kernel mechanism. Fields without a comment on nil must be
-// set.
+// Backend describes one kernel mechanism. Fields are required unless their comment says what
+// nil means.
 type Backend struct {
 	// Name is the value of --mode.
 	Name string
-	// KubeProxyName is the value of kube-proxy's --proxy-mode for the same mechanism.
-	// Empty means that kube-proxy does not have it.
+	// KubeProxyName is the value of kube-proxy's --proxy-mode for the same mechanism, empty
+	// if kube-proxy does not have it.
 	KubeProxyName string
-	// Flags are the settings of this backend alone.
+	// Flags are the settings that only this backend has.
 	Flags []Flag
 
-	// NodePortsOnAllAddresses serves node ports on all addresses of the node where
-	// --nodeport-addresses is empty, as kube-proxy's mode of the same name does.
+	// NodePortsOnAllAddresses serves node ports on all addresses of the node if
+	// --nodeport-addresses is empty, like kube-proxy's mode of the same name.
 	NodePortsOnAllAddresses bool
 	// Schedulers are the values of [dataplane.ServiceSpec.Scheduler] that the backend
 	// knows. Nil means that it picks endpoints in one way only.
 	Schedulers []string
-	// Conntrack says that the backend translates connections by connection tracking.
-	// The agent then deletes the entries that would keep clients at removed endpoints.
+	// Conntrack is set if the backend translates addresses with connection tracking. The
+	// agent then deletes stale entries that direct clients to removed endpoints.
 	Conntrack bool
 
-	// Open opens the backend. The error says what the kernel or the process lacks.
-	// A Dataplane may implement [Yielder].
+	// Open opens the backend. The error names the missing kernel feature or privilege. The
+	// Dataplane may implement [Yielder] and [TableOwner].
 	Open func(Options) (dataplane.Dataplane, error)
-	// SetUp does what may take more rights than to program Services, and programs
-	// none. Nil means that the backend needs no preparation.
+	// SetUp performs the initialization that may need more privileges than programming
+	// Services, without programming any. Nil means that none is needed.
 	SetUp func(Options) error
-	// Cleanup removes everything that the backend has programmed, in this or an
-	// earlier process.
+	// Cleanup removes everything that this or an earlier process has programmed with the
+	// backend.
 	Cleanup func(*slog.Logger) error
 
-	// NewCounters returns a reader of the packets that the kernel rejected or dropped.
-	// Nil means that the backend counts none.
+	// NewCounters returns a reader of the counters of refused packets. Nil means that the
+	// backend does not count them.
 	NewCounters func() Counters
-	// NewAffinityLimiter returns a limiter of the clients that session affinity remembers, beside
-	// the Dataplane that Open has returned, which must stay open. Nil
-	// means that the kernel limits them itself.
+	// NewAffinityLimiter returns a limiter of the clients that session affinity remembers,
+	// for a Dataplane from Open, which must stay open. Nil means that the kernel limits
+	// them.
 	NewAffinityLimiter func(dataplane.Dataplane) AffinityLimiter
-	// ServedServices returns the names of Services, as namespace/name with an optional
-	// suffix :port, for which the kernel has endpoints from an earlier process. Nil
-	// means that nothing outlives the process.
+	// ServedServices returns the names of Services that the kernel has endpoints of, from an
+	// earlier process. A name is namespace/name with an optional suffix :port. Nil means
+	// that no kernel state survives a restart.
 	ServedServices func(context.Context) (map[string]struct{}, error)
 }
 
-// Options are what a backend is opened with.
+// Options are the options of [Backend.Dial].
 type Options struct {
 	Logger *slog.Logger
-	// NetNS is a file descriptor of the network namespace to program, 0 for that of
-	// the calling thread. It must stay open until Close.
+	// NetNS is a file descriptor of the network namespace to program, 0 for the namespace
+	// of the calling thread. It must stay open until Close.
 	NetNS int
-	// OwnTables keeps other processes from changing what the backend programs, where the
-	// Dataplane is a [TableOwner] and the kernel can do so.
+	// OwnTables prevents other processes from changing the tables, if the Dataplane is a
+	// [TableOwner] and the kernel supports it.
 	OwnTables bool
-	// Values has the values of the backend's Flags. A missing value means the default.
+	// Values holds the values of the backend's Flags. A missing value means the default.
 	Values Values
-	// OnRebuild, if not nil, is called before the backend makes something anew that it
-	// cannot repair in place. It must not block.
+	// OnRebuild, if not nil, is called before the backend rebuilds a table that it cannot
+	// repair in place. It must not block.
 	OnRebuild func(Rebuild)
 }
 
-// Rebuild describes what a backend makes anew.
+// Rebuild describes a table that a backend rebuilds.
 type Rebuild struct {
 	Family dataplane.Family
-	// Table is the kernel's name of it, and Reason why it is not repaired in place.
+	// Table is the table's name in the kernel. Reason says why it cannot be repaired in place.
 	Table, Reason string
 }
 
-// Yielder is implemented by a Dataplane that can let other programs' rules go first
-// after its end.
+// Yielder is implemented by a Dataplane whose rules can give way to the rules of other
+// programs after Close.
 type Yielder interface {
-	// GiveWay moves the rules behind other programs' after the process has ended.
+	// GiveWay gives other programs' rules precedence once the process has exited and the
+	// given time has passed.
 	GiveWay(after time.Duration) error
 }
 
-// TableOwner is implemented by a Dataplane that can obey [Options.OwnTables].
+// TableOwner is implemented by a Dataplane that supports [Options.OwnTables].
 type TableOwner interface {
-	// OwnsTables reports whether the kernel keeps other processes from changing the
-	// tables.
+	// OwnsTables reports whether the kernel prevents other processes from changing the tables.
 	OwnsTables() bool
 }
 
-// Counters reads packet counters beside a Dataplane. Its methods may be called from
-// any goroutine.
+// Counters reads the counters of refused packets independently of a Dataplane. Its methods are
+// safe for concurrent use.
 type Counters interface {
 	Read(context.Context) ([]metrics.RefusedPackets, error)
 	Close() error
 }
 
-// AffinityLimiter keeps room for new clients in the kernel's maps of session affinity.
+// AffinityLimiter keeps room for new clients in the kernel's session affinity maps.
 type AffinityLimiter interface {
-	// Limit counts the clients, and evicts from full maps the clients with the oldest
-	// last connection.
+	// Limit counts the clients and evicts the least recently connected clients from full maps.
 	Limit(context.Context) error
-	// Stats may be called from any goroutine.
+	// Stats returns the result of the last count. It is safe for concurrent use.
 	Stats() []metrics.Affinity
 }
 
-// Dial opens the backend, and names --mode in its error.
+// Dial opens the backend. Its errors name --mode.
 func (b Backend) Dial(o Options) (dataplane.Dataplane, error) {
 	log := o.Logger
 	o.Logger = log.With("backend", b.Name)
@@ -121,37 +120,37 @@ func (b Backend) Dial(o Options) (dataplane.Dataplane, error) {
 		return nil, fmt.Errorf("--mode=%s: %w", b.Name, err)
 	}
 	if owner, ok := d.(TableOwner); o.OwnTables && (!ok || !owner.OwnsTables()) {
-		log.Warn("a setting has no effect", "setting", "--nft-own-table", "reason", "it needs Linux 6.9 or newer, and this is "+kernelRelease())
+		log.Warn("a setting has no effect", "setting", "--nft-own-table", "reason", "it requires Linux 6.9 or newer, this is "+kernelRelease())
 	}
 	return d, nil
 }
 
-// kernelRelease returns the release of the kernel, as `uname -r` does.
+// kernelRelease returns the kernel release that `uname -r` prints.
 func kernelRelease() string {
 	var name unix.Utsname
 	if err := unix.Uname(&name); err != nil {
-		return "a kernel that does not tell its release"
+		return "an unknown release"
 	}
 	return unix.ByteSliceToString(name.Release[:])
 }
 
-// Prepare sets up what the backend needs of the node, and logs that it has.
+// Prepare calls SetUp and logs its result.
 func (b Backend) Prepare(ctx context.Context, o Options) error {
 	const reason = "--init-only"
 	log := o.Logger
 	if b.SetUp == nil {
-		log.InfoContext(ctx, "nothing to set up", "reason", reason)
+		log.InfoContext(ctx, "no initialization needed", "reason", reason)
 		return nil
 	}
 	o.Logger = log.With("backend", b.Name)
 	if err := b.SetUp(o); err != nil {
 		return fmt.Errorf("--mode=%s: %w", b.Name, err)
 	}
-	log.InfoContext(ctx, "the kernel is set up", "reason", reason, "mode", b.Name)
+	log.InfoContext(ctx, "kernel initialized", "reason", reason, "mode", b.Name)
 	return nil
 }
 
-// Remove removes everything that the backend has programmed.
+// Remove calls Cleanup. Its errors name --mode.
 func (b Backend) Remove(log *slog.Logger) error {
 	if err := b.Cleanup(log.With("backend", b.Name)); err != nil {
 		return fmt.Errorf("clean up after --mode=%s: %w", b.Name, err)

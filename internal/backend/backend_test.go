@@ -17,15 +17,15 @@ func TestNames(t *testing.T) {
 	for name, want := range map[string]string{backend.NFT: "nftables", backend.IPVS: "ipvs"} {
 		b, err := backend.ByName(name)
 		if err != nil || b.Name != name || b.KubeProxyName != want {
-			t.Errorf("%s is %s to kube-proxy, error %v, want %s", name, b.KubeProxyName, err, want)
+			t.Errorf("ByName(%s): KubeProxyName %s, error %v, want %s", name, b.KubeProxyName, err, want)
 		}
 		if got, ok := backend.ByKubeProxyName(want); got.Name != name || !ok {
-			t.Errorf("kube-proxy's %s is %q, want %s", want, got.Name, name)
+			t.Errorf("ByKubeProxyName(%s) = %q, want %s", want, got.Name, name)
 		}
 	}
 	for _, none := range []string{"iptables", ""} {
 		if got, ok := backend.ByKubeProxyName(none); ok {
-			t.Errorf("kube-proxy's %q is %q, want none", none, got.Name)
+			t.Errorf("ByKubeProxyName(%q) = %q, want none", none, got.Name)
 		}
 	}
 	if _, err := backend.ByName("iptables"); err == nil || err.Error() != `--mode: unknown mode "iptables": use nft or ipvs` {
@@ -33,14 +33,15 @@ func TestNames(t *testing.T) {
 	}
 }
 
-// Each entry of the table is complete, and no two of them share a name or a flag.
+// TestRegistry checks that each backend sets the required fields, and that no two backends
+// share a name or a flag.
 func TestRegistry(t *testing.T) {
 	t.Parallel()
 	var names []string
 	for _, b := range backend.All() {
 		names = append(names, b.Name, "proxy-mode="+b.KubeProxyName)
 		if b.Name == "" || b.Open == nil || b.Cleanup == nil {
-			t.Errorf("%q lacks a name, Open or Cleanup", b.Name)
+			t.Errorf("%q: Name, Open or Cleanup is not set", b.Name)
 		}
 		for _, f := range b.Flags {
 			names = append(names, "--"+f.Name)
@@ -48,19 +49,19 @@ func TestRegistry(t *testing.T) {
 				continue
 			}
 			if _, err := f.Parse(f.Default); err != nil {
-				t.Errorf("--%s: the default is refused: %v", f.Name, err)
+				t.Errorf("--%s: the default is invalid: %v", f.Name, err)
 			}
 		}
 	}
 	slices.Sort(names)
 	for i, name := range names[1:] {
 		if name == names[i] {
-			t.Errorf("%s occurs twice", name)
+			t.Errorf("%s is not unique", name)
 		}
 	}
 }
 
-// The flags of the mode ipvs arrive in its options.
+// TestIPVSOptions checks that ipvsOptions passes all flags on.
 func TestIPVSOptions(t *testing.T) {
 	t.Parallel()
 	networks := []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}

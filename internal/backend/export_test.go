@@ -1,4 +1,4 @@
 package backend
 
-// IPVSOptions is ipvsOptions for tests.
+// IPVSOptions exports ipvsOptions for tests.
 func IPVSOptions(o Options) any { return ipvsOptions(o) }

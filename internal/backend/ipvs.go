@@ -22,7 +22,7 @@ var (
 	_ TableOwner = (*ipvs.Dataplane)(nil)
 )
 
-// Flags of kube-proxy for its mode ipvs.
+// kube-proxy's flags for its ipvs mode.
 const (
 	flagScheduler     = "ipvs-scheduler"
 	flagExcludeCIDRs  = "ipvs-exclude-cidrs"
@@ -32,8 +32,8 @@ const (
 	flagUDPTimeout    = "ipvs-udp-timeout"
 )
 
-// ipvsBackend describes package ipvs, whose rules are in tables of package nft. It has
-// no affinity limiter, as IPVS remembers clients in its own connection table.
+// ipvsBackend describes package ipvs, which also uses tables of package nft. It has no affinity
+// limiter, because IPVS stores session affinity in its own connection table.
 func ipvsBackend() Backend {
 	tables := nft.Options{Table: ipvs.TableName}
 	return Backend{
@@ -67,46 +67,46 @@ func ipvsFlags() []Flag {
 	return []Flag{
 		{
 			Name: flagScheduler, Kind: String, Default: ipvs.DefaultScheduler, Choices: ipvs.Schedulers(), Parse: parseScheduler,
-			Usage: "how endpoints are picked, by the kernel's names, unless a Service has the annotation " + kube.AnnotationIPVSScheduler,
+			Usage: "IPVS scheduler of Services without the annotation " + kube.AnnotationIPVSScheduler,
 		},
 		{
 			Name: flagExcludeCIDRs, Kind: CIDRs,
-			Usage: "networks whose virtual servers are another program's, and are left alone",
+			Usage: "networks of virtual servers that belong to other programs and are not changed",
 		},
 		{
 			Name: flagStrictARP, Kind: Bool, Default: "false",
-			Usage: "answer ARP only for addresses of the interface that it came in on (sysctls arp_ignore=1, arp_announce=2)",
+			Usage: "answer ARP only for addresses of the incoming interface (sysctls arp_ignore=1, arp_announce=2)",
 		},
 		{
 			Name: flagTCPTimeout, Kind: Duration, Default: "0s", Parse: parseTimeout,
-			Usage: "how long idle connections of TCP are remembered, in whole seconds, by all of IPVS on this node; 0: as the kernel has it",
+			Usage: "timeout of idle TCP connections in whole seconds, for all IPVS services of this node. 0: keep the kernel's value",
 		},
 		{
 			Name: flagTCPFinTimeout, Kind: Duration, Default: "0s", Parse: parseTimeout,
-			Usage: "the same for connections of TCP that the client has closed",
+			Usage: "timeout of TCP connections after a FIN packet, like --ipvs-tcp-timeout",
 		},
 		{
 			Name: flagUDPTimeout, Kind: Duration, Default: "0s", Parse: parseTimeout,
-			Usage: "the same for UDP",
+			Usage: "timeout of idle UDP flows, like --ipvs-tcp-timeout",
 		},
 	}
 }
 
 func parseScheduler(text string) (any, error) {
 	if all := ipvs.Schedulers(); !slices.Contains(all, text) {
-		return nil, fmt.Errorf("%q is not a scheduler: use one of %s", text, strings.Join(all, ", "))
+		return nil, fmt.Errorf("%q is not an IPVS scheduler: use one of %s", text, strings.Join(all, ", "))
 	}
 	return text, nil
 }
 
-// maxTimeout is what the kernel takes whatever the frequency of its clock: it
-// keeps timeouts in ticks, of which there are up to 1,000 a second.
+// maxTimeout is the longest timeout that every kernel accepts. The kernel stores timeouts as a
+// signed 32-bit number of ticks, at most 1,000 per second.
 const maxTimeout = math.MaxInt32 / 1000 * time.Second
 
 func parseTimeout(text string) (any, error) {
 	d, err := time.ParseDuration(cmp.Or(text, "0"))
 	if err != nil || d < 0 || d > maxTimeout || d%time.Second != 0 {
-		return nil, fmt.Errorf("%q is not a number of whole seconds up to %s: write it as 15m or 90s, or 0 to leave the kernel's",
+		return nil, fmt.Errorf("%q is not a whole number of seconds from 0 to %s: write it as 15m or 90s, or 0 to keep the kernel's value",
 			text, maxTimeout)
 	}
 	return d, nil

@@ -3,6 +3,7 @@ package backend
 import (
 	"context"
 	"log/slog"
+	"strings"
 
 	"fairlead.io/fairlead/dataplane"
 	"fairlead.io/fairlead/internal/metrics"
@@ -24,7 +25,7 @@ func nftBackend() Backend {
 		Cleanup:     func(log *slog.Logger) error { return nft.Cleanup(nft.Options{Logger: log}) },
 		NewCounters: func() Counters { return nftCounters{nft.NewCounterReader(nft.Options{})} },
 		NewAffinityLimiter: func(d dataplane.Dataplane) AffinityLimiter {
-			return nftAffinityLimiter{nft.NewAffinityLimiter(d.(*nft.Dataplane), nft.Options{})} // as Open has returned it
+			return nftAffinityLimiter{nft.NewAffinityLimiter(d.(*nft.Dataplane), nft.Options{})} // Open returned this type
 		},
 		ServedServices: func(ctx context.Context) (map[string]struct{}, error) {
 			return nft.ServicesWithEndpoints(ctx, nft.Options{})
@@ -32,7 +33,7 @@ func nftBackend() Backend {
 	}
 }
 
-// onRebuild returns the callback of o for package nft.
+// onRebuild converts o.OnRebuild for package nft.
 func (o Options) onRebuild() func(nft.Rebuild) {
 	if o.OnRebuild == nil {
 		return nil
@@ -40,7 +41,7 @@ func (o Options) onRebuild() func(nft.Rebuild) {
 	return func(r nft.Rebuild) { o.OnRebuild(Rebuild(r)) }
 }
 
-// asDataplane returns an untyped nil with an error.
+// asDataplane converts the results of Open functions. It returns an untyped nil with an error.
 func asDataplane[D dataplane.Dataplane](d D, err error) (dataplane.Dataplane, error) {
 	if err != nil {
 		return nil, err
@@ -57,14 +58,26 @@ func (c nftCounters) Read(ctx context.Context) ([]metrics.RefusedPackets, error)
 	if err != nil {
 		return nil, err
 	}
-	unserved := make([]metrics.RefusedPackets, 0, len(counts))
+	refused := make([]metrics.RefusedPackets, 0, len(counts))
 	for _, c := range counts {
-		unserved = append(unserved, metrics.RefusedPackets{Family: c.Family, Reason: c.Name, Localhost: c.Localhost, Packets: c.Packets})
+		verdict, reason := splitCounterName(c.Name)
+		refused = append(refused, metrics.RefusedPackets{
+			Family: c.Family, Verdict: verdict, Reason: reason, Localhost: c.Localhost, Packets: c.Packets,
+		})
 	}
-	return unserved, nil
+	return refused, nil
 }
 
-// nftAffinityLimiter limits the maps of package nft.
+// splitCounterName splits the name of a counter of package nft, such as
+// "rejected-no-endpoints", into its verdict and reason.
+func splitCounterName(name string) (verdict metrics.Verdict, reason string) {
+	if reason, ok := strings.CutPrefix(name, "dropped-"); ok {
+		return metrics.Drop, reason
+	}
+	return metrics.Reject, strings.TrimPrefix(name, "rejected-")
+}
+
+// nftAffinityLimiter implements [AffinityLimiter] for package nft.
 type nftAffinityLimiter struct{ *nft.AffinityLimiter }
 
 // Stats implements [AffinityLimiter].

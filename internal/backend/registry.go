@@ -12,7 +12,7 @@ const (
 	IPVS = "ipvs"
 )
 
-// All returns all backends, the default first.
+// All returns all backends, starting with the default.
 func All() []Backend { return []Backend{nftBackend(), ipvsBackend()} }
 
 // Names returns the values of --mode.
@@ -35,8 +35,7 @@ func KubeProxyNames() []string {
 	return names
 }
 
-// ByName returns the backend of a value of --mode. The error names the values that
-// there are.
+// ByName returns the backend for a value of --mode. The error lists the valid values.
 func ByName(name string) (Backend, error) {
 	all := All()
 	i := slices.IndexFunc(all, func(b Backend) bool { return b.Name == name })
@@ -46,7 +45,7 @@ func ByName(name string) (Backend, error) {
 	return all[i], nil
 }
 
-// ByKubeProxyName returns the backend of a value of --proxy-mode, if there is one.
+// ByKubeProxyName returns the backend for a value of --proxy-mode, and whether it exists.
 func ByKubeProxyName(name string) (Backend, bool) {
 	all := All()
 	i := slices.IndexFunc(all, func(b Backend) bool { return b.KubeProxyName == name && name != "" })

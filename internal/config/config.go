@@ -1,5 +1,5 @@
-// Package config reads the settings of `fairlead run`, from flags and from a file with
-// kube-proxy's configuration, and follows the file.
+// Package config reads the settings of `fairlead run` from flags and from a
+// KubeProxyConfiguration file, and reloads the file when it changes.
 package config
 
 import (
@@ -22,19 +22,19 @@ import (
 	"fairlead.io/fairlead/kube"
 )
 
-// Config is what the flags and the configuration file say.
+// Config holds the settings from flags and the configuration file.
 type Config struct {
-	// Tracker and LogLevel may change while the program runs, all else needs a restart.
+	// Tracker and LogLevel may change while the program runs. All other fields need a restart.
 	Tracker  kube.Options
 	LogLevel slog.Level
-	// Warnings warn of the input.
+	// Warnings lists settings that have no effect or are deprecated.
 	Warnings []Warning
 
-	// Mode is the name of the backend, and Values has the values of its own flags.
+	// Mode is the name of the backend, and Values holds the values of its flags.
 	Mode     string
 	Values   backend.Values
 	InitOnly bool
-	// Manifests is the folder of the objects. It is empty if the source is the API.
+	// Manifests is the folder of manifests, empty if the source is the Kubernetes API.
 	Manifests     string
 	ServiceCIDRs  []netip.Prefix
 	DNSListen     string
@@ -42,23 +42,23 @@ type Config struct {
 
 	API APIServer
 
-	// HealthzAddress and MetricsAddress have a port, or are empty for no server.
+	// HealthzAddress and MetricsAddress are host:port, or empty for no server.
 	HealthzAddress, MetricsAddress string
-	// HardFail ends the program if it cannot listen on an address.
+	// HardFail makes the program exit if it cannot listen on an address.
 	HardFail bool
-	// GiveWayAfter is how long after the program's end its rules go before those of
-	// another proxy.
+	// GiveWayAfter is how long Fairlead's rules keep precedence over the rules of another
+	// Service proxy after the program has exited.
 	GiveWayAfter time.Duration
-	// OwnTables makes the program the owner of its nftables tables.
+	// OwnTables sets the owner flag on Fairlead's nftables tables.
 	OwnTables bool
 	Profiling bool
 	LogFormat string
 }
 
-// APIServer says how to reach the API server.
+// APIServer describes how to connect to the API server.
 type APIServer struct {
 	Kubeconfig, Master string
-	// Label is how the user knows the setting of Kubeconfig.
+	// Label names the setting that Kubeconfig comes from, for errors.
 	Label                           string
 	QPS                             float32
 	Burst                           int
@@ -66,13 +66,13 @@ type APIServer struct {
 	BatchPeriod, MassRemovalDelay   time.Duration
 }
 
-// Ports that kube-proxy serves on.
+// Default ports of kube-proxy's servers.
 const (
 	healthzPort = "10256"
 	metricsPort = "10249"
 )
 
-// parser makes values of text, and collects what is wrong with it.
+// parser converts settings from text and collects the errors.
 type parser struct {
 	input
 
@@ -83,7 +83,7 @@ func (p *parser) fail(name, format string, args ...any) {
 	p.errs = append(p.errs, fmt.Errorf("%s: "+format, append([]any{p.label(name)}, args...)...))
 }
 
-// text returns the value of a setting.
+// text returns the value of a setting, or its default.
 func (p *parser) text(name string) string {
 	if value, ok := p.values[name]; ok {
 		return value
@@ -99,12 +99,12 @@ func (p *parser) text(name string) string {
 func (p *parser) boolean(name string) bool {
 	value, err := strconv.ParseBool(cmp.Or(p.text(name), "false"))
 	if err != nil {
-		p.fail(name, "%q is neither true nor false", p.text(name))
+		p.fail(name, "%q is not a boolean: use true or false", p.text(name))
 	}
 	return value
 }
 
-// integer returns an integer between least and most, or least if it is not set.
+// integer returns an integer between least and most, or least if the setting is not set.
 func (p *parser) integer(name string, least, most int64) int64 {
 	value, err := strconv.ParseInt(cmp.Or(p.text(name), strconv.FormatInt(least, 10)), 10, 64)
 	if err != nil || value < least || value > most {
@@ -122,8 +122,8 @@ func (p *parser) float(name string) float32 {
 	return float32(value)
 }
 
-// cidrs returns a list of networks. Bits behind the length are no mistake to
-// kube-proxy; where it does not have the flag they are.
+// cidrs returns a list of CIDRs. If exact is set, host bits are an error; kube-proxy ignores
+// them in its own flags.
 func (p *parser) cidrs(name string, exact bool) []netip.Prefix {
 	var prefixes []netip.Prefix
 	for part := range splitList(p.text(name)) {
@@ -145,13 +145,13 @@ func parseCIDR(s string, exact bool) (netip.Prefix, error) {
 	case p.Addr().Is4In6():
 		return p, fmt.Errorf("%q is an IPv4 network in IPv6 form: write it as IPv4", s)
 	case exact && p != p.Masked():
-		return p, fmt.Errorf("%q has bits set behind its length: write %s", s, p.Masked())
+		return p, fmt.Errorf("%q has host bits set: write %s", s, p.Masked())
 	}
 	return p.Masked(), nil
 }
 
-// splitList returns the elements of a comma-separated list without the spaces
-// around them. An empty list has none.
+// splitList returns the elements of a comma-separated list without surrounding spaces. An
+// empty list has no elements.
 func splitList(list string) iter.Seq[string] {
 	return func(yield func(string) bool) {
 		if list == "" {
@@ -165,8 +165,7 @@ func splitList(list string) iter.Seq[string] {
 	}
 }
 
-// parse returns the configuration, or an error that names everything that is
-// wrong.
+// parse returns the configuration, or an error that names all invalid settings.
 func parse(in input) (Config, error) {
 	p := &parser{input: in}
 	c := Config{Warnings: in.warnings}
@@ -210,7 +209,7 @@ func isLoopback(address string) bool {
 	return err == nil && a.Addr().IsLoopback()
 }
 
-// backend returns the backend, by its name here or kube-proxy's.
+// backend returns the backend named by --mode or --proxy-mode.
 func (p *parser) backend() backend.Backend {
 	own, has := p.values["mode"]
 	theirs, alias := p.values["proxy-mode"]
@@ -220,7 +219,7 @@ func (p *parser) backend() backend.Backend {
 	case !known:
 		p.fail("proxy-mode", "unknown mode %q: use %s", theirs, strings.Join(backend.KubeProxyNames(), " or "))
 	case has && own != b.Name:
-		p.fail("proxy-mode", "%q differs from --mode=%s: give one of them", theirs, own)
+		p.fail("proxy-mode", "%q conflicts with --mode=%s: set one of them", theirs, own)
 	default:
 		return b
 	}
@@ -231,7 +230,7 @@ func (p *parser) backend() backend.Backend {
 	return b
 }
 
-// backendValues returns the values of the backend's own flags, nil if it has none.
+// backendValues returns the values of the backend's flags, nil if the backend has no flags.
 func (p *parser) backendValues(b backend.Backend) backend.Values {
 	if len(b.Flags) == 0 {
 		return nil
@@ -260,16 +259,17 @@ func (p *parser) backendValues(b backend.Backend) backend.Values {
 	return values
 }
 
-// duration returns a time that is not negative.
+// duration returns a duration that is not negative.
 func (p *parser) duration(name string) time.Duration {
 	d, err := time.ParseDuration(cmp.Or(p.text(name), "0"))
 	if err != nil || d < 0 {
-		p.fail(name, "%q is not a time: write it as 15m or 90s", p.text(name))
+		p.fail(name, "%q is not a duration: write it as 15m or 90s", p.text(name))
 	}
 	return d
 }
 
-// setSource fills in where the objects come from: a folder or the API.
+// setSource sets the source of objects, which is a folder or the Kubernetes API, and its
+// settings.
 func (p *parser) setSource(c *Config) {
 	c.Manifests = p.text("manifests")
 	c.DNSListen = p.text("dns-listen")
@@ -277,72 +277,72 @@ func (p *parser) setSource(c *Config) {
 	c.ServiceCIDRs = p.serviceCIDRs()
 	if c.DNSListen != "" {
 		if _, err := netip.ParseAddrPort(c.DNSListen); err != nil {
-			p.fail("dns-listen", "%q is not an address with a port: write 10.0.0.1:53 or [fd00::1]:53", c.DNSListen)
+			p.fail("dns-listen", "%q is not an address with a port: write it as 10.0.0.1:53 or [fd00::1]:53", c.DNSListen)
 		}
 	}
 	if !kube.IsDNSSubdomain(strings.TrimSuffix(c.ClusterDomain, ".")) {
-		p.fail("cluster-domain", "%q is not a domain: write it as cluster.local", c.ClusterDomain)
+		p.fail("cluster-domain", "%q is not a domain name: write it as cluster.local", c.ClusterDomain)
 	}
 	c.API = APIServer{
 		Kubeconfig: p.text("kubeconfig"), Master: p.text("master"), Label: p.label("kubeconfig"),
 		QPS: p.float("kube-api-qps"), Burst: int(p.integer("kube-api-burst", 0, 1<<31-1)),
 		ContentType: p.values["kube-api-content-type"], AcceptContentTypes: p.values[acceptContentTypes],
-		BatchPeriod:      p.apiDuration(c, "batch-period", maxBatchPeriod, "50ms, or 0 to have every change read at once"),
-		MassRemovalDelay: p.apiDuration(c, "mass-removal-delay", maxMassRemovalDelay, "1m, or 0 to have everything removed at once"),
+		BatchPeriod:      p.apiDuration(c, "batch-period", maxBatchPeriod, "50ms, or 0 to read every change at once"),
+		MassRemovalDelay: p.apiDuration(c, "mass-removal-delay", maxMassRemovalDelay, "1m, or 0 to remove Services and endpoints at once"),
 	}
 	exclude := []string{"kubeconfig", "master"}
-	instead := "use either, --manifests is set"
+	reason := "cannot be combined with --manifests: set one of them"
 	if c.Manifests == "" {
 		exclude = []string{"service-cidr", "dns-listen", "cluster-domain"}
-		instead = "it needs --manifests: where there is an API server, the cluster has its own"
+		reason = "requires --manifests: with an API server, the cluster's own setting applies"
 	}
 	for _, name := range exclude {
 		if _, ok := p.values[name]; ok {
-			p.fail(name, "%s", instead)
+			p.fail(name, "%s", reason)
 		}
 	}
 }
 
 const (
-	// maxBatchPeriod is as long as kube-proxy waits between its rounds.
+	// maxBatchPeriod is kube-proxy's default minimum interval between syncs.
 	maxBatchPeriod      = time.Second
 	maxMassRemovalDelay = time.Hour
 )
 
-// giveWayAfter returns for how long other proxies' rules wait after the program's end.
+// giveWayAfter returns how long Fairlead's rules keep precedence after the program has exited.
 func (p *parser) giveWayAfter() time.Duration {
 	const name = "give-way-after"
 	d, err := time.ParseDuration(p.text(name))
 	if err != nil || d < 0 {
-		p.fail(name, "%q is not a time: write it as 1m, or 0 to let another proxy's rules go first at once", p.text(name))
+		p.fail(name, "%q is not a duration: write it as 1m, or 0 to give precedence to another proxy's rules at once", p.text(name))
 	}
 	return d
 }
 
-// apiDuration returns a time from 0 to the longest that concerns an API server.
+// apiDuration returns a duration from 0 to longest that applies only to an API server.
 func (p *parser) apiDuration(c *Config, name string, longest time.Duration, example string) time.Duration {
 	d, err := time.ParseDuration(p.text(name))
 	if err != nil || d < 0 || d > longest {
-		p.fail(name, "%q is not a time up to %s: write it as %s", p.text(name), longest, example)
+		p.fail(name, "%q is not a duration from 0 to %s: write it as %s", p.text(name), longest, example)
 	}
 	if _, ok := p.values[name]; ok && c.Manifests != "" {
-		c.Warnings = append(c.Warnings, Warning{Setting: p.label(name), Reason: "it is about an API server, and --manifests is set"})
+		c.Warnings = append(c.Warnings, Warning{Setting: p.label(name), Reason: "it applies only to an API server, and --manifests is set"})
 	}
 	return d
 }
 
-// serviceCIDRs returns the networks that addresses are handed out from.
+// serviceCIDRs returns the CIDRs that cluster IPs are allocated from.
 func (p *parser) serviceCIDRs() []netip.Prefix {
 	const name = "service-cidr"
 	prefixes := p.cidrs(name, true)
 	for i, prefix := range prefixes {
 		if prefix.Addr().BitLen()-prefix.Bits() < 2 {
-			p.fail(name, "%s has no address to hand out: use a larger network", prefix)
+			p.fail(name, "%s has no address to allocate: use a larger network", prefix)
 			return nil
 		}
 		for _, other := range prefixes[:i] {
 			if other.Addr().Is4() == prefix.Addr().Is4() {
-				p.fail(name, "%s and %s are of one family: give one network, or one of each family", other, prefix)
+				p.fail(name, "%s and %s have the same IP family: set one network, or one per family", other, prefix)
 				return nil
 			}
 		}
@@ -350,7 +350,7 @@ func (p *parser) serviceCIDRs() []netip.Prefix {
 	return prefixes
 }
 
-// nodeName returns the name of this node as the kubelet forms it, in lower case.
+// nodeName returns the name of this node in lower case, as the kubelet does.
 func nodeName(label, override string) (string, error) {
 	name := override
 	if name == "" {
@@ -361,12 +361,12 @@ func nodeName(label, override string) (string, error) {
 	}
 	name = strings.ToLower(strings.TrimSpace(name))
 	if !kube.IsDNSSubdomain(name) {
-		return "", fmt.Errorf("%s: %q is not the name of a node: write it as node-1 or node-1.example", label, cmp.Or(override, name))
+		return "", fmt.Errorf("%s: %q is not a valid node name: write it as node-1 or node-1.example", label, cmp.Or(override, name))
 	}
 	return name, nil
 }
 
-// detectLocal returns how a client is told to be a pod.
+// detectLocal returns how to detect local pod traffic.
 func (p *parser) detectLocal(c *Config) kube.DetectLocal {
 	const name = "detect-local-mode"
 	d := kube.DetectLocal{
@@ -377,24 +377,24 @@ func (p *parser) detectLocal(c *Config) kube.DetectLocal {
 	case kube.DetectByClusterCIDR:
 	case kube.DetectByNodeCIDR:
 		if c.Manifests != "" {
-			p.fail(name, "NodeCIDR needs the Node object of an API server: use ClusterCIDR with --manifests")
+			p.fail(name, "NodeCIDR requires the Node object from an API server: use ClusterCIDR with --manifests")
 		}
 	case kube.DetectByBridgeInterface:
 		if d.Interface == "" {
-			p.fail(name, "BridgeInterface needs %s: give the pods' bridge", p.label("pod-bridge-interface"))
+			p.fail(name, "BridgeInterface requires %s: set it to the name of the pods' bridge", p.label("pod-bridge-interface"))
 		}
 	case kube.DetectByInterfaceNamePrefix:
 		if d.InterfacePrefix == "" {
-			p.fail(name, "InterfaceNamePrefix needs %s: give how pods' interfaces are named", p.label("pod-interface-name-prefix"))
+			p.fail(name, "InterfaceNamePrefix requires %s: set it to the name prefix of the pods' interfaces", p.label("pod-interface-name-prefix"))
 		}
 	default:
 		p.fail(name, "unknown mode %q: use ClusterCIDR, NodeCIDR, BridgeInterface or InterfaceNamePrefix", d.Mode)
 	}
-	// The kernel's IFNAMSIZ, less the zero at the end.
+	// The kernel's IFNAMSIZ without the terminating zero.
 	const longest = 15
 	for name, value := range map[string]string{"pod-bridge-interface": d.Interface, "pod-interface-name-prefix": d.InterfacePrefix} {
 		if len(value) > longest || strings.ContainsAny(value, "/ \t\n") {
-			p.fail(name, "%q can't be the name of an interface: it has at most %d characters, no slash and no space", value, longest)
+			p.fail(name, "%q is not a valid interface name: use at most %d characters, no slash and no space", value, longest)
 		}
 	}
 	for name, mode := range map[string]kube.DetectLocalMode{
@@ -402,13 +402,13 @@ func (p *parser) detectLocal(c *Config) kube.DetectLocal {
 		"pod-interface-name-prefix": kube.DetectByInterfaceNamePrefix,
 	} {
 		if _, ok := p.values[name]; ok && d.Mode != mode {
-			c.Warnings = append(c.Warnings, Warning{Setting: p.label(name), Reason: fmt.Sprintf("it needs %s=%s", p.label("detect-local-mode"), mode)})
+			c.Warnings = append(c.Warnings, Warning{Setting: p.label(name), Reason: fmt.Sprintf("it requires %s=%s", p.label("detect-local-mode"), mode)})
 		}
 	}
 	return d
 }
 
-// bindAddress returns --bind-address, or no address if it is not set.
+// bindAddress returns --bind-address, or the zero Addr if it is not set.
 func (p *parser) bindAddress() netip.Addr {
 	value := p.text("bind-address")
 	if value == "" {
@@ -416,17 +416,17 @@ func (p *parser) bindAddress() netip.Addr {
 	}
 	addr, err := netip.ParseAddr(value)
 	if err != nil || addr.Zone() != "" {
-		p.fail("bind-address", "%q is not an address: write it as 192.0.2.1 or 2001:db8::1", value)
+		p.fail("bind-address", "%q is not an IP address: write it as 192.0.2.1 or 2001:db8::1", value)
 		return netip.Addr{}
 	}
 	return addr.Unmap()
 }
 
-// nodePortAddresses returns where node ports are served.
+// nodePortAddresses returns the addresses that node ports are served on.
 func (p *parser) nodePortAddresses(manifests bool) kube.NodePortAddresses {
 	const name = "nodeport-addresses"
 	if p.text(name) == "" && manifests {
-		return kube.NodePortAddresses{All: true} // a folder has no Node, whose addresses could be primary
+		return kube.NodePortAddresses{All: true} // no Node object provides primary addresses
 	}
 	a, err := kube.ParseNodePortAddresses(slices.Collect(splitList(p.text(name))))
 	if err != nil {
@@ -435,7 +435,7 @@ func (p *parser) nodePortAddresses(manifests bool) kube.NodePortAddresses {
 	return a
 }
 
-// serverAddress returns the address and port of a server, empty for none.
+// serverAddress returns the host:port of a server, or an empty string for no server.
 func (p *parser) serverAddress(c *Config, what, host, port string) string {
 	name, portName := what+"-bind-address", what+"-port"
 	if _, ok := p.values[portName]; ok {
@@ -454,18 +454,18 @@ func (p *parser) serverAddress(c *Config, what, host, port string) string {
 		return net.JoinHostPort(value, port)
 	}
 	if addr, err := netip.ParseAddrPort(value); err != nil || addr.Port() == 0 || addr.Addr().Zone() != "" {
-		p.fail(name, "%q is not an address with a port: write 127.0.0.1:%s or [::1]:%s", value, port, port)
+		p.fail(name, "%q is not an address with a port: write it as 127.0.0.1:%s or [::1]:%s", value, port, port)
 	}
 	return value
 }
 
-// logging returns what to log and how.
+// logging returns the log level and the log format.
 func (p *parser) logging() (slog.Level, string) {
 	level, err := parseLevel(cmp.Or(p.text("log-level"), levelInfo))
 	if err != nil {
 		p.fail("log-level", "%w", err)
 	}
-	// kube-proxy's manifests have 2 more often than not, so that is no debugging.
+	// kube-proxy's manifests commonly set -v=2, so only higher levels enable debug logs.
 	const debugging = 4
 	if v := p.integer("v", 0, 1<<31-1); v >= debugging && p.values["log-level"] == "" {
 		level = slog.LevelDebug
@@ -481,7 +481,7 @@ func (p *parser) logging() (slog.Level, string) {
 	return level, format
 }
 
-// rejectUnsupported refuses the flags of kube-proxy that ask for something else.
+// rejectUnsupported adds an error for each kube-proxy flag that needs another action.
 func (p *parser) rejectUnsupported() {
 	for _, s := range settings() {
 		value := p.values[s.name]
@@ -491,8 +491,7 @@ func (p *parser) rejectUnsupported() {
 	}
 }
 
-// warnIgnored notes the flags that have no effect, and still says if their values make
-// no sense.
+// warnIgnored adds a warning for each flag without effect, and an error if its value is invalid.
 func (p *parser) warnIgnored(c *Config) {
 	for _, s := range settings() {
 		value, ok := p.values[s.name]
@@ -513,17 +512,17 @@ func (p *parser) warnIgnored(c *Config) {
 		case kindString, kindList:
 		}
 		if err != nil {
-			p.fail(s.name, "%q is no value of type %s, and the flag has no effect: leave it out", value, s.kind)
+			p.fail(s.name, "%q is not a value of type %s, and the flag has no effect: remove it", value, s.kind)
 		}
 		c.Warnings = append(c.Warnings, Warning{Setting: p.label(s.name), Reason: why})
 	}
 }
 
-// RestartRequired returns the names of what differs from o and can't change in a
-// running program.
+// RestartRequired returns the names of the settings that differ in o and that only a restart
+// can change.
 func (c Config) RestartRequired(o Config) []string {
 	var names []string
-	if c.Mode == o.Mode { // the values come with the mode
+	if c.Mode == o.Mode { // another mode has other values
 		for name, value := range c.Values {
 			if !reflect.DeepEqual(value, o.Values[name]) {
 				names = append(names, name)
@@ -531,17 +530,17 @@ func (c Config) RestartRequired(o Config) []string {
 		}
 	}
 	for name, same := range map[string]bool{
-		"mode":                        c.Mode == o.Mode,
-		"the source of the objects":   c.Manifests == o.Manifests && c.API == o.API,
-		"the node's name":             c.Tracker.NodeName == o.Tracker.NodeName,
-		"the address of /healthz":     c.HealthzAddress == o.HealthzAddress,
-		"the address of /metrics":     c.MetricsAddress == o.MetricsAddress,
-		"bind-address-hard-fail":      c.HardFail == o.HardFail,
-		"profiling":                   c.Profiling == o.Profiling,
-		"give-way-after":              c.GiveWayAfter == o.GiveWayAfter,
-		"nft-own-table":               c.OwnTables == o.OwnTables,
-		"the format of the log":       c.LogFormat == o.LogFormat,
-		"what --manifests depends on": slices.Equal(c.ServiceCIDRs, o.ServiceCIDRs) && c.DNSListen == o.DNSListen && c.ClusterDomain == o.ClusterDomain,
+		"mode":                     c.Mode == o.Mode,
+		"the source of objects":    c.Manifests == o.Manifests && c.API == o.API,
+		"the node name":            c.Tracker.NodeName == o.Tracker.NodeName,
+		"the address of /healthz":  c.HealthzAddress == o.HealthzAddress,
+		"the address of /metrics":  c.MetricsAddress == o.MetricsAddress,
+		"bind-address-hard-fail":   c.HardFail == o.HardFail,
+		"profiling":                c.Profiling == o.Profiling,
+		"give-way-after":           c.GiveWayAfter == o.GiveWayAfter,
+		"nft-own-table":            c.OwnTables == o.OwnTables,
+		"the log format":           c.LogFormat == o.LogFormat,
+		"settings for --manifests": slices.Equal(c.ServiceCIDRs, o.ServiceCIDRs) && c.DNSListen == o.DNSListen && c.ClusterDomain == o.ClusterDomain,
 	} {
 		if !same {
 			names = append(names, name)

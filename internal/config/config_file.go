@@ -11,7 +11,7 @@ import (
 	"fairlead.io/fairlead/kube/proxyconfig"
 )
 
-// configFile is a file with a KubeProxyConfiguration, kube-proxy's configuration.
+// configFile represents a file with a KubeProxyConfiguration.
 type configFile struct {
 	values      Flags // by the names of the flags that say the same
 	content     []byte
@@ -19,10 +19,10 @@ type configFile struct {
 	warnings    []Warning
 }
 
-// acceptContentTypes is a field for which there is no flag.
+// acceptContentTypes names the setting of a field that has no flag.
 const acceptContentTypes = "accept-content-types"
 
-// fieldFlags has the flag that says the same as a field.
+// fieldFlags maps fields to the equivalent flags.
 func fieldFlags() map[string]string {
 	return map[string]string{
 		"clientConnection.kubeconfig":         "kubeconfig",
@@ -66,18 +66,17 @@ func ignoredFieldReason(field string) string {
 	case field == "nftables.masqueradeAll":
 		return ignoredNFTables
 	case section == "nftables":
-		return "Fairlead marks no packets"
+		return "Fairlead does not mark packets"
 	}
 	return cmp.Or(map[string]string{
 		"iptables": ignoredIPTables, "conntrack": ignoredConntrack, "oomScoreAdj": ignoredOOM,
 		"featureGates": ignoredFeatureGates, "showHiddenMetricsForVersion": ignoredHiddenMetrics, "configSyncPeriod": ignoredConfigSync,
 		"logging": ignoredLogging, "winkernel": ignoredWindows, "windowsRunAsService": ignoredWindows,
-		"portRange": "it was of kube-proxy's userspace mode",
-	}[section], "Fairlead does not know it")
+		"portRange": "it applied to kube-proxy's userspace mode",
+	}[section], "Fairlead does not support it")
 }
 
-// readConfigFile reads a file. An error names the file, and the field where
-// there is one to name.
+// readConfigFile reads a configuration file. Errors name the file and, if possible, the field.
 func readConfigFile(path string) (configFile, error) {
 	content, err := os.ReadFile(path)
 	if err != nil {
@@ -100,15 +99,15 @@ func parseConfigFile(content []byte) (configFile, error) {
 	return f, nil
 }
 
-// label returns how the user knows a value.
+// label names the field that a setting comes from, for messages.
 func (f configFile) label(flag string) string { return "--config: " + f.fieldByFlag[flag] }
 
-// addFields sorts the fields that are set into those with a flag and those without
-// effect.
+// addFields stores the fields that have an equivalent flag, and adds a warning for each
+// field without effect.
 func (f *configFile) addFields(fields map[string]string) {
 	flags := fieldFlags()
-	// kube-proxy's mode nftables reads one of two fields. Its mode ipvs goes by what is said of iptables, and so does a file
-	// that leaves the mode to it.
+	// kube-proxy's nftables mode reads nftables.masqueradeAll, its ipvs mode reads
+	// iptables.masqueradeAll. A file without a mode may set either.
 	switch fields["mode"] {
 	case "nftables":
 		delete(flags, "iptables.masqueradeAll")

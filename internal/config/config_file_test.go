@@ -19,7 +19,7 @@ import (
 	"fairlead.io/fairlead/kube/proxyconfig"
 )
 
-// parseFlags returns what the flags of `fairlead run` are set to.
+// parseFlags returns the Flags of a command line of `fairlead run`.
 func parseFlags(t *testing.T, args ...string) Flags {
 	t.Helper()
 	cmd := &cobra.Command{}
@@ -32,7 +32,7 @@ func parseFlags(t *testing.T, args ...string) Flags {
 
 const configHeader = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n"
 
-// writeConfigFile writes a configuration file.
+// writeConfigFile writes a configuration file and returns its path.
 func writeConfigFile(t *testing.T, text string) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "config.conf")
@@ -42,7 +42,7 @@ func writeConfigFile(t *testing.T, text string) string {
 	return path
 }
 
-// defaultConfig is the configuration without any flag but --hostname-override=node.
+// defaultConfig returns the configuration with only --hostname-override=node set.
 func defaultConfig() Config {
 	return Config{
 		Mode: backend.NFT, ClusterDomain: "cluster.local", HealthzAddress: "0.0.0.0:10256", MetricsAddress: "127.0.0.1:10249", LogFormat: "text",
@@ -55,7 +55,7 @@ func defaultConfig() Config {
 	}
 }
 
-// ipvsValues returns the values of the mode ipvs with its defaults but for those given.
+// ipvsValues returns the default values of ipvs mode, overridden by the given values.
 func ipvsValues(given backend.Values) backend.Values {
 	values := backend.Values{
 		"ipvs-scheduler": "rr", "ipvs-exclude-cidrs": []netip.Prefix(nil), "ipvs-strict-arp": false,
@@ -97,21 +97,21 @@ func TestFlags(t *testing.T) {
 				}
 			},
 		},
-		{"batches", []string{"--batch-period=1s"}, func(c *Config) { c.API.BatchPeriod = time.Second }},
-		{"give way at once", []string{"--give-way-after=0"}, func(c *Config) { c.GiveWayAfter = 0 }},
+		{"batch period", []string{"--batch-period=1s"}, func(c *Config) { c.API.BatchPeriod = time.Second }},
+		{"no precedence after exit", []string{"--give-way-after=0"}, func(c *Config) { c.GiveWayAfter = 0 }},
 		{"own tables", []string{"--nft-own-table"}, func(c *Config) { c.OwnTables = true }},
-		{"removals at once", []string{"--mass-removal-delay=0"}, func(c *Config) { c.API.MassRemovalDelay = 0 }},
-		{"no batches", []string{"--batch-period=0"}, func(c *Config) { c.API.BatchPeriod = 0 }},
+		{"no delay of mass removals", []string{"--mass-removal-delay=0"}, func(c *Config) { c.API.MassRemovalDelay = 0 }},
+		{"no batching", []string{"--batch-period=0"}, func(c *Config) { c.API.BatchPeriod = 0 }},
 		{
-			"batches of a folder",
+			"batch period with manifests",
 			[]string{"--manifests=m", "--batch-period=10ms"},
 			func(c *Config) {
 				c.Manifests, c.Tracker.NodePortAddresses, c.API.BatchPeriod = "m", kube.NodePortAddresses{All: true}, 10*time.Millisecond
-				c.Warnings = []Warning{{"--batch-period", "it is about an API server, and --manifests is set", false}}
+				c.Warnings = []Warning{{"--batch-period", "it applies only to an API server, and --manifests is set", false}}
 			},
 		},
 		{
-			"pods by address",
+			"detect local traffic by CIDR",
 			[]string{"--cluster-cidr=10.244.0.0/16,fd00::/56", "--masquerade-all", "--bind-address=192.0.2.1"},
 			func(c *Config) {
 				c.Tracker.DetectLocal.ClusterCIDRs = []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16"), netip.MustParsePrefix("fd00::/56")}
@@ -120,19 +120,19 @@ func TestFlags(t *testing.T) {
 			},
 		},
 		{
-			"pods by the Node",
+			"detect local traffic by Node",
 			[]string{"--detect-local-mode=NodeCIDR"},
 			func(c *Config) { c.Tracker.DetectLocal.Mode = kube.DetectByNodeCIDR },
 		},
 		{
-			"pods by bridge",
+			"detect local traffic by bridge",
 			[]string{"--detect-local-mode=BridgeInterface", "--pod-bridge-interface=cni0"},
 			func(c *Config) {
 				c.Tracker.DetectLocal = kube.DetectLocal{Mode: kube.DetectByBridgeInterface, Interface: "cni0"}
 			},
 		},
 		{
-			"pods by prefix",
+			"detect local traffic by interface prefix",
 			[]string{"--detect-local-mode=InterfaceNamePrefix", "--pod-interface-name-prefix=veth"},
 			func(c *Config) {
 				c.Tracker.DetectLocal = kube.DetectLocal{Mode: kube.DetectByInterfaceNamePrefix, InterfacePrefix: "veth"}
@@ -146,10 +146,10 @@ func TestFlags(t *testing.T) {
 			},
 		},
 		{"pings", []string{"--ping-service-ips"}, func(c *Config) { c.Tracker.PingServiceIPs = true }},
-		{"the mode ipvs", []string{"--mode=ipvs"}, func(c *Config) { c.Mode, c.Values = backend.IPVS, ipvsValues(nil) }},
-		{"the mode ipvs by kube-proxy's name", []string{"--proxy-mode=ipvs"}, func(c *Config) { c.Mode, c.Values = backend.IPVS, ipvsValues(nil) }},
+		{"ipvs mode", []string{"--mode=ipvs"}, func(c *Config) { c.Mode, c.Values = backend.IPVS, ipvsValues(nil) }},
+		{"ipvs mode by kube-proxy's flag", []string{"--proxy-mode=ipvs"}, func(c *Config) { c.Mode, c.Values = backend.IPVS, ipvsValues(nil) }},
 		{
-			"all settings of IPVS",
+			"all IPVS settings",
 			[]string{
 				"--mode=ipvs", "--ipvs-scheduler=mh", "--ipvs-exclude-cidrs=192.0.2.1/24,2001:db8::/64", "--ipvs-exclude-cidrs=10.0.0.0/8",
 				"--ipvs-strict-arp", "--ipvs-tcp-timeout=15m", "--ipvs-tcpfin-timeout=30s", "--ipvs-udp-timeout=1m30s",
@@ -166,14 +166,14 @@ func TestFlags(t *testing.T) {
 			},
 		},
 		{
-			"the longest timeout of IPVS, and none",
+			"longest IPVS timeout and none",
 			[]string{"--mode=ipvs", "--ipvs-tcp-timeout=2147483s", "--ipvs-udp-timeout=0"},
 			func(c *Config) {
 				c.Mode, c.Values = backend.IPVS, ipvsValues(backend.Values{"ipvs-tcp-timeout": 2147483 * time.Second})
 			},
 		},
 		{
-			"periods of kube-proxy's ipvs mode",
+			"sync periods of kube-proxy's ipvs mode",
 			[]string{"--mode=ipvs", "--ipvs-sync-period=30s", "--ipvs-min-sync-period=0s"},
 			func(c *Config) {
 				c.Mode, c.Values = backend.IPVS, ipvsValues(nil)
@@ -181,14 +181,14 @@ func TestFlags(t *testing.T) {
 			},
 		},
 		{
-			"settings of IPVS in another mode",
+			"IPVS settings in another mode",
 			[]string{"--ipvs-scheduler=lc", "--ipvs-strict-arp"},
 			func(c *Config) {
 				c.Warnings = []Warning{{"--ipvs-scheduler", ignoredOtherMode(backend.IPVS), false}, {"--ipvs-strict-arp", ignoredOtherMode(backend.IPVS), false}}
 			},
 		},
 		{
-			"kube-proxy's switch for localhost",
+			"kube-proxy's flag for localhost node ports",
 			[]string{"--iptables-localhost-nodeports=false"},
 			func(c *Config) { c.Warnings = []Warning{{"--iptables-localhost-nodeports", ignoredLocalhost, false}} },
 		},
@@ -201,7 +201,7 @@ func TestFlags(t *testing.T) {
 			},
 		},
 		{
-			"a folder",
+			"manifests",
 			[]string{"--manifests=m"},
 			func(c *Config) { c.Manifests, c.Tracker.NodePortAddresses = "m", kube.NodePortAddresses{All: true} },
 		},
@@ -213,11 +213,11 @@ func TestFlags(t *testing.T) {
 			},
 		},
 		{
-			"addresses",
+			"server addresses",
 			[]string{"--healthz-bind-address=[fd00::1]:1", "--metrics-bind-address=192.0.2.1", "--bind-address-hard-fail", "--profiling"},
 			func(c *Config) {
 				c.HealthzAddress, c.MetricsAddress, c.HardFail, c.Profiling = "[fd00::1]:1", "192.0.2.1:10249", true, true
-				c.Tracker.ProtectLoopback = false // nothing listens there
+				c.Tracker.ProtectLoopback = false // no server listens on a loopback address
 			},
 		},
 		{
@@ -232,7 +232,7 @@ func TestFlags(t *testing.T) {
 			},
 		},
 		{
-			"port for an address without one",
+			"deprecated port and an address without a port",
 			[]string{"--healthz-port=1", "--healthz-bind-address=192.0.2.1"},
 			func(c *Config) {
 				c.HealthzAddress = "192.0.2.1:1"
@@ -240,7 +240,7 @@ func TestFlags(t *testing.T) {
 			},
 		},
 		{
-			"address with a port of its own",
+			"deprecated port and an address with a port",
 			[]string{"--healthz-port=1", "--healthz-bind-address=192.0.2.1:2"},
 			func(c *Config) {
 				c.HealthzAddress = "192.0.2.1:2"
@@ -269,7 +269,7 @@ func TestFlags(t *testing.T) {
 	}
 }
 
-// kubeadmConfig returns what kubeadm 1.37 writes into the ConfigMap kube-proxy.
+// kubeadmConfig returns the configuration that kubeadm 1.37 writes to the kube-proxy ConfigMap.
 func kubeadmConfig(t *testing.T) string {
 	t.Helper()
 	text, err := os.ReadFile("testdata/kubeadm.conf")
@@ -286,9 +286,9 @@ func TestConfigFile(t *testing.T) {
 		args       []string
 		want       func(*Config)
 	}{
-		{"nothing but its kind", configHeader, nil, func(*Config) {}},
+		{"no fields", configHeader, nil, func(*Config) {}},
 		{
-			"kubeadm's", kubeadmConfig(t), nil,
+			"kubeadm", kubeadmConfig(t), nil,
 			func(c *Config) {
 				c.API.Kubeconfig = "/var/lib/kube-proxy/kubeconfig.conf"
 				c.Tracker.DetectLocal.ClusterCIDRs = []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16")}
@@ -296,7 +296,7 @@ func TestConfigFile(t *testing.T) {
 			},
 		},
 		{
-			"every field that has a meaning", configHeader + `
+			"all supported fields", configHeader + `
 clientConnection: {kubeconfig: k, acceptContentTypes: a, contentType: c, qps: 2.5, burst: 3}
 logging: {format: json, verbosity: 6}
 bindAddress: 192.0.2.1
@@ -326,11 +326,11 @@ nodePortAddresses: [primary, 10.0.0.0/8]
 			},
 		},
 		{
-			"masqueradeAll of the mode that is left", configHeader + "iptables: {masqueradeAll: true}\n", nil,
+			"iptables.masqueradeAll without a mode", configHeader + "iptables: {masqueradeAll: true}\n", nil,
 			func(c *Config) { c.Tracker.MasqueradeAll = true },
 		},
 		{
-			"masqueradeAll of another mode", configHeader + "mode: nftables\niptables: {masqueradeAll: true}\n", nil,
+			"iptables.masqueradeAll in nftables mode", configHeader + "mode: nftables\niptables: {masqueradeAll: true}\n", nil,
 			func(c *Config) { c.Warnings = []Warning{{"--config: iptables.masqueradeAll", ignoredIPTables, false}} },
 		},
 		{
@@ -343,13 +343,13 @@ nodePortAddresses: [primary, 10.0.0.0/8]
 					{"--config: conntrack.udpTimeout", ignoredConntrack, false},
 					{"--config: featureGates.A", ignoredFeatureGates, false},
 					{"--config: ipvs.syncPeriod", ignoredSync, false},
-					{"--config: nftables.masqueradeBit", "Fairlead marks no packets", false},
+					{"--config: nftables.masqueradeBit", "Fairlead does not mark packets", false},
 					{"--config: ipvs.scheduler", ignoredOtherMode(backend.IPVS), false},
 				}
 			},
 		},
 		{
-			"the mode ipvs", configHeader + `
+			"ipvs mode", configHeader + `
 mode: ipvs
 iptables: {masqueradeAll: true}
 nftables: {masqueradeAll: true}
@@ -365,45 +365,45 @@ ipvs: {scheduler: lc, excludeCIDRs: [10.0.0.0/8], strictARP: true, tcpTimeout: 1
 			},
 		},
 		{
-			"the mode by a flag, as kubeadm's file leaves it out", configHeader + "mode: ''\nipvs: {scheduler: sh}\n",
+			"mode by flag, empty in the file", configHeader + "mode: ''\nipvs: {scheduler: sh}\n",
 			[]string{"--mode=ipvs", "--ipvs-scheduler=lc"},
 			func(c *Config) {
 				c.Mode, c.Values = backend.IPVS, ipvsValues(backend.Values{"ipvs-scheduler": "sh"})
-				c.Warnings = []Warning{{"--ipvs-scheduler", "--config is set: write it into the file", false}}
+				c.Warnings = []Warning{{"--ipvs-scheduler", "--config is set: set it in the file", false}}
 			},
 		},
 		{
-			"localhost as the iptables mode had it", configHeader + "iptables: {localhostNodePorts: true}\n", nil,
+			"iptables.localhostNodePorts", configHeader + "iptables: {localhostNodePorts: true}\n", nil,
 			func(c *Config) {
 				c.Warnings = []Warning{{"--config: iptables.localhostNodePorts", ignoredLocalhost, false}}
 			},
 		},
 		{
-			"a flag that kube-proxy does not have", configHeader,
+			"Fairlead's own flag", configHeader,
 			[]string{"--ping-service-ips"},
 			func(c *Config) { c.Tracker.PingServiceIPs = true },
 		},
 		{
-			"batches", configHeader,
+			"batch period", configHeader,
 			[]string{"--batch-period=0s"},
 			func(c *Config) { c.API.BatchPeriod = 0 },
 		},
 		{
-			"flags that go before the file", configHeader + "hostnameOverride: other\nlogging: {verbosity: 9}\nmode: nftables\n",
+			"flags that override the file", configHeader + "hostnameOverride: other\nlogging: {verbosity: 9}\nmode: nftables\n",
 			[]string{"--v=1", "--master=https://m", "--mode=nft"},
 			func(c *Config) { c.API.Master = "https://m" },
 		},
 		{
-			"flags that the file takes the place of", configHeader + "clusterCIDR: 10.244.0.0/16\n",
+			"flags that the file overrides", configHeader + "clusterCIDR: 10.244.0.0/16\n",
 			[]string{"--cluster-cidr=10.0.0.0/8", "--masquerade-all", "--healthz-port=0"},
 			func(c *Config) {
 				c.Tracker.DetectLocal.ClusterCIDRs = []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16")}
-				const why = "--config is set: write it into the file"
+				const why = "--config is set: set it in the file"
 				c.Warnings = []Warning{{"--cluster-cidr", why, false}, {"--masquerade-all", why, false}, {"--healthz-port", why, false}}
 			},
 		},
 		{
-			"a folder", configHeader,
+			"manifests", configHeader,
 			[]string{"--manifests=m", "--service-cidr=10.0.0.0/16"},
 			func(c *Config) {
 				c.Manifests, c.Tracker.NodePortAddresses = "m", kube.NodePortAddresses{All: true}
@@ -425,7 +425,7 @@ ipvs: {scheduler: lc, excludeCIDRs: [10.0.0.0/8], strictARP: true, tcpTimeout: 1
 				t.Errorf("(-want +got):\n%s", diff)
 			}
 			if string(content) != test.file {
-				t.Errorf("content %q, want that of the file", content)
+				t.Errorf("content %q, want %q", content, test.file)
 			}
 		})
 	}
@@ -436,11 +436,11 @@ func TestInvalidConfigFile(t *testing.T) {
 	tests := []struct{ name, file, want string }{
 		{"empty", "", "--config: FILE: apiVersion: got nothing, want kubeproxy.config.k8s.io/v1alpha1"},
 		{"another kind", "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: Kubelet\n", `--config: FILE: kind: got "Kubelet", want KubeProxyConfiguration`},
-		{"no YAML", "a: [", "--config: FILE: yaml: line 1: did not find expected node content"},
+		{"invalid YAML", "a: [", "--config: FILE: yaml: line 1: did not find expected node content"},
 		{"two documents", configHeader + "---\n" + configHeader, "--config: FILE: more than one document: keep only the KubeProxyConfiguration"},
 		{"unknown field", configHeader + "conntrack: {max: 5}\n", `--config: FILE: unknown field "conntrack.max"`},
 		{"wrong case", configHeader + "clusterCidr: 10.0.0.0/8\n", `--config: FILE: unknown field "clusterCidr"`},
-		{"twice", configHeader + "mode: nftables\nmode: nftables\n", `--config: FILE: yaml: unmarshal errors: line 4: mapping key "mode" already defined at line 3`},
+		{"duplicate field", configHeader + "mode: nftables\nmode: nftables\n", `--config: FILE: yaml: unmarshal errors: line 4: mapping key "mode" already defined at line 3`},
 		{
 			"wrong type", configHeader + "masqueradeAll: 1\noomScoreAdj: much\n",
 			"--config: FILE: json: cannot unmarshal string into Go struct field KubeProxyConfiguration.oomScoreAdj of type int32",
@@ -449,14 +449,14 @@ func TestInvalidConfigFile(t *testing.T) {
 			"wrong values", configHeader + "clusterCIDR: pods\nmode: iptables\nhealthzBindAddress: here\n",
 			`--config: mode: unknown mode "iptables": use nftables or ipvs` +
 				` --config: clusterCIDR: "pods" is not a network: write it as 10.96.0.0/12 or fd00:96::/112` +
-				` --config: healthzBindAddress: "here" is not an address with a port: write 127.0.0.1:10256 or [::1]:10256`,
+				` --config: healthzBindAddress: "here" is not an address with a port: write it as 127.0.0.1:10256 or [::1]:10256`,
 		},
 		{
-			"wrong settings of IPVS", configHeader + "mode: ipvs\nipvs: {scheduler: least, excludeCIDRs: [pods], tcpTimeout: -1s, udpTimeout: 1.5s}\n",
-			`--config: ipvs.scheduler: "least" is not a scheduler: use one of dh, fo, lblc, lblcr, lc, mh, nq, ovf, rr, sed, sh, twos, wlc, wrr` +
+			"wrong IPVS settings", configHeader + "mode: ipvs\nipvs: {scheduler: least, excludeCIDRs: [pods], tcpTimeout: -1s, udpTimeout: 1.5s}\n",
+			`--config: ipvs.scheduler: "least" is not an IPVS scheduler: use one of dh, fo, lblc, lblcr, lc, mh, nq, ovf, rr, sed, sh, twos, wlc, wrr` +
 				` --config: ipvs.excludeCIDRs: "pods" is not a network: write it as 10.96.0.0/12 or fd00:96::/112` +
-				` --config: ipvs.tcpTimeout: "-1s" is not a number of whole seconds up to 596h31m23s: write it as 15m or 90s, or 0 to leave the kernel's` +
-				` --config: ipvs.udpTimeout: "1.5s" is not a number of whole seconds up to 596h31m23s: write it as 15m or 90s, or 0 to leave the kernel's`,
+				` --config: ipvs.tcpTimeout: "-1s" is not a whole number of seconds from 0 to 596h31m23s: write it as 15m or 90s, or 0 to keep the kernel's value` +
+				` --config: ipvs.udpTimeout: "1.5s" is not a whole number of seconds from 0 to 596h31m23s: write it as 15m or 90s, or 0 to keep the kernel's value`,
 		},
 	}
 	for _, test := range tests {
@@ -480,8 +480,8 @@ func TestInvalidConfigFile(t *testing.T) {
 	}
 }
 
-// Every field of kube-proxy's configuration either has a flag here or a reason
-// why it has no effect.
+// TestConfigFields checks that every field of kube-proxy's configuration has either an
+// equivalent flag or a reason why it has no effect.
 func TestConfigFields(t *testing.T) {
 	t.Parallel()
 	flags, known := fieldFlags(), map[string]bool{}
@@ -495,45 +495,45 @@ func TestConfigFields(t *testing.T) {
 		switch {
 		case ok && !known[flag] && flag != acceptContentTypes:
 			t.Errorf("%s: no flag --%s", name, flag)
-		case !ok && strings.Contains(ignoredFieldReason(name), "does not know"):
-			t.Errorf("%s: neither a flag nor a reason", name)
+		case !ok && strings.Contains(ignoredFieldReason(name), "does not support"):
+			t.Errorf("%s has neither a flag nor a reason", name)
 		}
 	}
 	for field := range flags {
 		if !seen[field] {
-			t.Errorf("%s is no field of kube-proxy's", field)
+			t.Errorf("%s is not a field of kube-proxy's configuration", field)
 		}
 	}
 }
 
-// What a changed file asks for that a running program can't do is named.
+// TestRestartRequired checks the names of changed settings that only a restart can apply.
 func TestRestartRequired(t *testing.T) {
 	t.Parallel()
 	const full = "mode: ipvs\nipvs: {scheduler: lc, excludeCIDRs: [10.0.0.0/8], strictARP: true, tcpTimeout: 1s, tcpFinTimeout: 2s, udpTimeout: 3s}\n"
 	for _, test := range []struct {
-		name, was, is string
-		want          []string
+		name, before, after string
+		want                []string
 	}{
-		{"nothing", full, full, nil},
-		{"all of IPVS", full, "mode: ipvs\n", []string{
+		{"no change", full, full, nil},
+		{"all IPVS settings", full, "mode: ipvs\n", []string{
 			"ipvs-exclude-cidrs", "ipvs-scheduler", "ipvs-strict-arp", "ipvs-tcp-timeout", "ipvs-tcpfin-timeout", "ipvs-udp-timeout",
 		}},
 		{"one timeout", full, strings.Replace(full, "udpTimeout: 3s", "udpTimeout: 4s", 1), []string{"ipvs-udp-timeout"}},
-		{"the mode, with all that belongs to it", "mode: nftables\n", full, []string{"mode"}},
-		{"the mode, back", full, "mode: nftables\n", []string{"mode"}},
-		{"IPVS without the mode", "mode: nftables\n", strings.Replace(full, "mode: ipvs", "mode: nftables", 1), nil},
+		{"nftables to ipvs with its settings", "mode: nftables\n", full, []string{"mode"}},
+		{"ipvs to nftables", full, "mode: nftables\n", []string{"mode"}},
+		{"IPVS settings in nftables mode", "mode: nftables\n", strings.Replace(full, "mode: ipvs", "mode: nftables", 1), nil},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
 			var configs [2]Config
-			for i, text := range []string{test.was, test.is} {
+			for i, text := range []string{test.before, test.after} {
 				var err error
 				if configs[i], _, err = Load(Flags{"config": writeConfigFile(t, configHeader+text), "hostname-override": "node"}); err != nil {
 					t.Fatal(err)
 				}
 			}
 			if got := configs[0].RestartRequired(configs[1]); !slices.Equal(got, test.want) {
-				t.Errorf("%q need a restart, want %q", got, test.want)
+				t.Errorf("RestartRequired() = %q, want %q", got, test.want)
 			}
 		})
 	}
@@ -554,7 +554,7 @@ func TestVerbosity(t *testing.T) {
 			t.Parallel()
 			c, _, err := Load(parseFlags(t, append(test.args, "--manifests=x")...))
 			if got := c.LogLevel < 0; err != nil || got != test.debug {
-				t.Errorf("debugging: %t, error %v; want %t", got, err, test.debug)
+				t.Errorf("debug level: %t, error %v; want %t", got, err, test.debug)
 			}
 		})
 	}

@@ -5,8 +5,8 @@ import (
 	"testing"
 )
 
-// FuzzConfigFile says that whatever a configuration file holds, it is either read or
-// refused with an error that fits a line of the log for each mistake.
+// FuzzConfigFile checks that a configuration file with any content is either accepted or
+// rejected with an error that has one line of text per mistake.
 func FuzzConfigFile(f *testing.F) {
 	const head = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n"
 	for _, text := range []string{
@@ -22,7 +22,7 @@ func FuzzConfigFile(f *testing.F) {
 		file, err := parseConfigFile(content)
 		if err != nil {
 			if strings.TrimSpace(err.Error()) == "" {
-				t.Error("an error without words")
+				t.Error("the error has no text")
 			}
 			return
 		}

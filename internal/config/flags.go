@@ -14,39 +14,36 @@ import (
 	"fairlead.io/fairlead/internal/backend"
 )
 
-// setting is a flag of `fairlead run`. Values stay text until all of them are
-// looked at together, see [parser], for two reasons: every mistake is then named
-// at once, and the fields of a configuration file take the same way.
-//
-// An empty value means that the flag is not set.
+// setting describes a flag of `fairlead run`. Values stay text until [parser] converts them
+// all, so that one error names all mistakes, and fields of a configuration file are parsed
+// in the same way. An empty value means that the flag is not set.
 type setting struct {
 	name         string
-	short        string // for one dash
+	short        string // one-letter shorthand
 	kind         kind
 	usage        string
-	defaultValue string // if it is not set
-	// completions are what the shell completes, folder and file what sort of path.
+	defaultValue string
+	// completions are the values that shells complete. isDir and isFile complete paths.
 	completions   []string
 	isDir, isFile bool
-	// fairleadOnly says that kube-proxy has no such flag, so that no configuration file
-	// of its can stand for it.
+	// fairleadOnly marks a flag that kube-proxy does not have. A configuration file cannot
+	// set it, so the flag applies together with --config.
 	fairleadOnly bool
-	// overridesFile says that the flag goes before a configuration file: --master, which
-	// has no field there, --hostname-override, and all on logging.
+	// overridesFile marks a kube-proxy flag that takes precedence over a configuration file:
+	// --master, which has no field there, --hostname-override and the logging flags.
 	overridesFile bool
-	// ignoredReason says why a flag of kube-proxy has no effect here, or in all modes but
-	// one. It is accepted, so that command lines can stay as they are, and a
-	// warning has the reason.
+	// ignoredReason explains why a kube-proxy flag has no effect, in any mode or outside of
+	// onlyMode. The flag is accepted with a warning, so that command lines of kube-proxy
+	// work unchanged.
 	ignoredReason string
-	// onlyMode is the mode that a flag of kube-proxy is for. In the others it has no
-	// effect, as idle says.
+	// onlyMode is the mode that a kube-proxy flag applies to.
 	onlyMode string
-	// alternative says what to do instead of giving a flag of kube-proxy that has an
-	// effect which is not to be had here.
+	// alternative tells the user what to do instead of setting a kube-proxy flag that
+	// Fairlead rejects.
 	alternative string
 }
 
-// kind is the form of a value, by its name in the help.
+// kind is the type of a value, as shown in the help.
 type kind string
 
 const (
@@ -55,30 +52,30 @@ const (
 	kindInt      kind = "int"
 	kindFloat    kind = "float"
 	kindDuration kind = "duration"
-	kindList     kind = "strings" // comma-separated, and the flag may be given again
+	kindList     kind = "strings" // comma-separated; the flag may be repeated
 )
 
-// Why flags of kube-proxy have no effect.
+// Reasons why kube-proxy flags have no effect.
 const (
-	ignoredIPTables      = "it is about kube-proxy's iptables mode"
-	ignoredLocalhost     = ignoredIPTables + ": node ports of TCP are served at 127.0.0.1 and ::1 where --nodeport-addresses (nodePortAddresses) has localhost"
-	ignoredNFTables      = "it is about kube-proxy's nftables mode"
-	ignoredSync          = "there are no rounds: a change is programmed when it arrives, and --batch-period says how changes gather before that"
-	ignoredConntrack     = "Fairlead leaves the node's connection tracking as it is: set it with sysctl"
-	ignoredOOM           = "Fairlead leaves its oom_score_adj as it is: in Kubernetes priorityClassName system-node-critical sets it"
+	ignoredIPTables      = "it applies only to kube-proxy's iptables mode"
+	ignoredLocalhost     = ignoredIPTables + ": to serve TCP node ports on 127.0.0.1 and ::1, add localhost to --nodeport-addresses (nodePortAddresses)"
+	ignoredNFTables      = "it applies only to kube-proxy's nftables mode"
+	ignoredSync          = "Fairlead programs changes as they arrive instead of periodically; use --batch-period to batch them"
+	ignoredConntrack     = "Fairlead does not configure connection tracking: use sysctl"
+	ignoredOOM           = "Fairlead does not set its oom_score_adj: in Kubernetes, priorityClassName system-node-critical sets it"
 	ignoredFeatureGates  = "Fairlead has no feature gates"
-	ignoredHiddenMetrics = "Fairlead hides no metrics"
-	ignoredConfigSync    = "changes arrive as they happen, and there is nothing to refresh"
-	ignoredLogging       = "Fairlead writes each line of its log at once, to standard error"
-	ignoredWindows       = "it is about Windows"
+	ignoredHiddenMetrics = "Fairlead has no hidden metrics"
+	ignoredConfigSync    = "Fairlead watches for changes and has nothing to refresh"
+	ignoredLogging       = "Fairlead writes log lines to standard error without buffering"
+	ignoredWindows       = "it applies only to Windows"
 )
 
-// ignoredOtherMode says why the flag of a backend has no effect with another.
+// ignoredOtherMode returns why a flag of the named backend has no effect with another backend.
 func ignoredOtherMode(name string) string {
-	return "it is about the mode " + name + ", and this is another"
+	return "it applies only to --mode=" + name
 }
 
-// ignoredIn says why the flag has no effect in a mode, or is empty.
+// ignoredIn returns why the flag has no effect in a mode, empty if it has one.
 func (s setting) ignoredIn(mode string) string {
 	if s.onlyMode != "" && s.onlyMode == mode {
 		return ""
@@ -86,130 +83,131 @@ func (s setting) ignoredIn(mode string) string {
 	return s.ignoredReason
 }
 
-// settings are all flags of `fairlead run`.
+// settings returns all flags of `fairlead run`.
 func settings() []setting {
 	active := []setting{
 		{
 			name: "mode", kind: kindString, fairleadOnly: true, defaultValue: backend.Names()[0], completions: backend.Names(),
-			usage: "the kernel mechanism to program: nft, or ipvs for a choice of how endpoints are picked",
+			usage: "kernel backend to program: nft or ipvs",
 		},
 		{
 			name: "proxy-mode", kind: kindString, completions: backend.KubeProxyNames(),
-			usage: "the same by kube-proxy's names: nftables is nft, and ipvs is ipvs",
+			usage: "kube-proxy's name for --mode: nftables (nft) or ipvs",
 		},
 		{
 			name: "config", kind: kindString, fairleadOnly: true, isFile: true,
-			usage: "a file with a KubeProxyConfiguration, which is watched. kube-proxy's flags are then ignored, but for " +
-				"--hostname-override, --master and those on logging",
+			usage: "path of a KubeProxyConfiguration file, which is watched for changes. kube-proxy's flags are then ignored, except " +
+				"--hostname-override, --master and the logging flags",
 		},
 
-		{name: "kubeconfig", kind: kindString, isFile: true, usage: "a file that says how to reach the API server; empty: as every pod is told"},
-		{name: "master", kind: kindString, overridesFile: true, usage: "the URL of the API server, whatever --kubeconfig says"},
-		{name: "kube-api-qps", kind: kindFloat, defaultValue: "5", usage: "requests a second to the API server, in the long run"},
-		{name: "kube-api-burst", kind: kindInt, defaultValue: "10", usage: "requests to the API server at once"},
+		{name: "kubeconfig", kind: kindString, isFile: true, usage: "path of the kubeconfig file for the API server; empty: in-cluster configuration"},
+		{name: "master", kind: kindString, overridesFile: true, usage: "URL of the API server, overrides --kubeconfig"},
+		{name: "kube-api-qps", kind: kindFloat, defaultValue: "5", usage: "sustained requests per second to the API server"},
+		{name: "kube-api-burst", kind: kindInt, defaultValue: "10", usage: "burst of requests to the API server"},
 		{
 			name: "kube-api-content-type", kind: kindString, defaultValue: "application/vnd.kubernetes.protobuf",
-			usage: "the content type of requests to the API server",
+			usage: "content type of requests to the API server",
 		},
 		{
 			name: "batch-period", kind: kindDuration, fairleadOnly: true, defaultValue: "50ms",
-			usage: "how long changes of the API server may gather while there are many, to save processor time; a few are read at once. " +
-				"0: all are",
+			usage: "maximum time to batch a continuous stream of changes from the API server, to save CPU time; isolated " +
+				"changes are processed at once. 0: no batching",
 		},
 		{
 			name: "mass-removal-delay", kind: kindDuration, fairleadOnly: true, defaultValue: "1m",
-			usage: "how long removals wait if a list of the API server lacks more than half of the Services or EndpointSlices that are programmed, " +
-				"before it is listed once more. 0: they do not wait",
+			usage: "how long to delay removals, before listing again, if a list from the API server lacks more than half of the " +
+				"programmed Services or EndpointSlices. 0: no delay",
 		},
 		{
 			name: "give-way-after", kind: kindDuration, fairleadOnly: true, defaultValue: "1m",
-			usage: "how long after this program has ended its rules still go before those of another Service proxy, such as kube-proxy, " +
-				"if there are any. 0: no longer",
+			usage: "how long Fairlead's rules keep precedence over the rules of another Service proxy, such as kube-proxy, after " +
+				"Fairlead has exited. 0: until it exits",
 		},
 		{
 			name: "nft-own-table", kind: kindBool, fairleadOnly: true, defaultValue: "false",
-			usage: "own the nftables tables: while this program runs, the kernel refuses changes of them by others, and nft flush ruleset " +
-				"leaves them out. It needs Linux 6.9 or newer",
+			usage: "own the nftables tables: while Fairlead runs, the kernel rejects changes to them by other programs, and nft flush ruleset " +
+				"skips them. Requires Linux 6.9 or newer",
 		},
-		{name: "hostname-override", kind: kindString, overridesFile: true, usage: "the name of this node; empty: the hostname"},
+		{name: "hostname-override", kind: kindString, overridesFile: true, usage: "name of this node; empty: the hostname"},
 
 		{
 			name: "manifests", kind: kindString, fairleadOnly: true, isDir: true,
-			usage: "a folder of YAML files with Services, Pods and EndpointSlices, which is watched, instead of an API server",
+			usage: "folder of YAML files with Services, Pods and EndpointSlices to use instead of an API server; it is watched for changes",
 		},
 		{
 			name: "service-cidr", kind: kindList, fairleadOnly: true,
-			usage: "with --manifests, the network that Services without a clusterIP get one from; for dual stack one of each family",
+			usage: "with --manifests, network to allocate cluster IPs from; for dual stack, one network per IP family",
 		},
 		{
 			name: "dns-listen", kind: kindString, fairleadOnly: true,
-			usage: "with --manifests, the address and port to answer Services' DNS names on, such as 10.0.0.1:53; empty: nowhere",
+			usage: "with --manifests, address and port to serve DNS names of Services on, such as 10.0.0.1:53; empty: no DNS server",
 		},
-		{name: "cluster-domain", kind: kindString, fairleadOnly: true, defaultValue: "cluster.local", usage: "the domain of Services' DNS names"},
+		{name: "cluster-domain", kind: kindString, fairleadOnly: true, defaultValue: "cluster.local", usage: "with --manifests, domain of the DNS names of Services"},
 
 		{
 			name: "cluster-cidr", kind: kindList,
-			usage: "the networks of the pods; connections to cluster IPs from elsewhere are masqueraded. Empty: no connection is",
+			usage: "networks of the pods; connections to cluster IPs from other sources are masqueraded. Empty: no masquerading by source",
 		},
 		{
 			name: "detect-local-mode", kind: kindString, defaultValue: "ClusterCIDR",
 			completions: []string{"ClusterCIDR", "NodeCIDR", "BridgeInterface", "InterfaceNamePrefix"},
-			usage:       "how a client is told to be a pod: by --cluster-cidr, by the Node's podCIDRs, or by the interface that it comes in on",
+			usage:       "how to detect local pod traffic: by --cluster-cidr, by the Node's podCIDRs, or by the incoming interface",
 		},
-		{name: "pod-bridge-interface", kind: kindString, usage: "the bridge of the pods, for --detect-local-mode=BridgeInterface"},
-		{name: "pod-interface-name-prefix", kind: kindString, usage: "how pods' interfaces are named, for --detect-local-mode=InterfaceNamePrefix"},
-		{name: "masquerade-all", kind: kindBool, defaultValue: "false", usage: "masquerade every connection to a cluster IP"},
+		{name: "pod-bridge-interface", kind: kindString, usage: "bridge interface of the pods, for --detect-local-mode=BridgeInterface"},
+		{name: "pod-interface-name-prefix", kind: kindString, usage: "name prefix of the pods' interfaces, for --detect-local-mode=InterfaceNamePrefix"},
+		{name: "masquerade-all", kind: kindBool, defaultValue: "false", usage: "masquerade all connections to cluster IPs"},
 		{
 			name: "nodeport-addresses", kind: kindList, completions: []string{"primary", "localhost", "all"},
-			usage: "the addresses of this node that node ports are served on: networks, primary (those of the Node object), " +
-				"localhost (TCP only, by a relay) or all (but localhost). Empty: primary, or with --mode=ipvs or --manifests all",
+			usage: "addresses of this node to serve node ports on: networks, primary (addresses of the Node object), " +
+				"localhost (TCP only, relayed) or all (except localhost). Empty: primary; with --mode=ipvs or --manifests: all",
 		},
 		{
 			name: "ping-service-ips", kind: kindBool, defaultValue: "false", fairleadOnly: true,
-			usage: "answer pings to the addresses of Services that have endpoints",
+			usage: "answer pings to the addresses of Services with endpoints",
 		},
 		{
 			name: "bind-address", kind: kindString,
-			usage: "this node's primary address, instead of the Node object's of its family; nothing is bound to it. " +
-				"The default addresses of the servers below are of its family",
+			usage: "primary address of this node, overrides the Node object's address of the same IP family; no socket is bound to it. " +
+				"It also selects the IP family of the default server addresses below",
 		},
 		{
 			name: "healthz-bind-address", kind: kindString, defaultValue: "0.0.0.0:10256",
-			usage: "the address and port of /healthz and /livez",
+			usage: "address and port to serve /healthz and /livez on",
 		},
-		{name: "healthz-port", kind: kindInt, usage: "deprecated: use --healthz-bind-address. 0: no /healthz"},
+		{name: "healthz-port", kind: kindInt, usage: "deprecated: use --healthz-bind-address. 0: no server"},
 		{
 			name: "metrics-bind-address", kind: kindString, defaultValue: "127.0.0.1:10249",
-			usage: "the address and port of /metrics",
+			usage: "address and port to serve /metrics on",
 		},
-		{name: "metrics-port", kind: kindInt, usage: "deprecated: use --metrics-bind-address. 0: no /metrics"},
+		{name: "metrics-port", kind: kindInt, usage: "deprecated: use --metrics-bind-address. 0: no server"},
 		{
 			name: "bind-address-hard-fail", kind: kindBool, defaultValue: "false",
-			usage: "end if an address can't be listened on, instead of trying again every 5 s",
+			usage: "exit if a listen address is unavailable, instead of retrying every 5s",
 		},
-		{name: "profiling", kind: kindBool, defaultValue: "false", usage: "show the program's profiles at --metrics-bind-address, /debug/pprof/"},
+		{name: "profiling", kind: kindBool, defaultValue: "false", usage: "serve profiles on --metrics-bind-address at /debug/pprof/"},
 		{
 			name: "init-only", kind: kindBool, defaultValue: "false", fairleadOnly: true,
-			usage: "set up what may take more rights than CAP_NET_ADMIN, which are modules and sysctls for --mode=ipvs and nothing " +
-				"for nft, and end",
+			usage: "perform the initialization that may need more privileges than CAP_NET_ADMIN (kernel modules and sysctls for --mode=ipvs, " +
+				"nothing for nft), and exit",
 		},
 		{name: "log-level", kind: kindString, overridesFile: true, defaultValue: levelInfo, completions: levels(), usage: levelUsage},
 		{name: "log-format", kind: kindString, overridesFile: true, defaultValue: formatText, completions: formats(), usage: formatUsage},
-		{name: "v", short: "v", kind: kindInt, overridesFile: true, usage: "kube-proxy's way to set --log-level: 4 and more are debug"},
+		{name: "v", short: "v", kind: kindInt, overridesFile: true, usage: "kube-proxy's alternative to --log-level: 4 and higher mean debug"},
 		{name: "cleanup", kind: kindBool, alternative: "run fairlead cleanup"},
-		{name: "write-config-to", kind: kindString, alternative: "leave it out: Fairlead writes no files"},
+		{name: "write-config-to", kind: kindString, alternative: "remove it: Fairlead does not write files"},
 		{name: "logging-format", kind: kindString, overridesFile: true, completions: formats(), usage: "kube-proxy's name for --log-format"},
 	}
 	return slices.Concat(active, backendSettings(), ignoredSettings())
 }
 
-// backendSettings are the flags that one backend obeys.
+// backendSettings returns the flags that apply to one backend.
 func backendSettings() []setting {
 	var all []setting
 	for _, b := range backend.All() {
 		for _, f := range b.Flags {
 			all = append(all, setting{
-				name: f.Name, kind: kind(f.Kind), defaultValue: f.Default, completions: f.Choices, fairleadOnly: f.FairleadOnly, onlyMode: b.Name, ignoredReason: ignoredOtherMode(b.Name),
+				name: f.Name, kind: kind(f.Kind), defaultValue: f.Default, completions: f.Choices, fairleadOnly: f.FairleadOnly,
+				onlyMode: b.Name, ignoredReason: ignoredOtherMode(b.Name),
 				usage: "with --mode=" + b.Name + ", " + f.Usage,
 			})
 		}
@@ -217,9 +215,9 @@ func backendSettings() []setting {
 	return all
 }
 
-// ignoredSettings are the flags of kube-proxy that have no effect in any mode.
+// ignoredSettings returns the kube-proxy flags that have no effect in any mode.
 func ignoredSettings() []setting {
-	var idle []setting
+	var ignored []setting
 	for _, group := range []struct {
 		reason string
 		flags  map[string]kind
@@ -246,18 +244,18 @@ func ignoredSettings() []setting {
 		}},
 	} {
 		for name, kind := range group.flags {
-			idle = append(idle, setting{name: name, kind: kind, ignoredReason: group.reason, usage: "no effect: " + group.reason})
+			ignored = append(ignored, setting{name: name, kind: kind, ignoredReason: group.reason, usage: "no effect: " + group.reason})
 		}
 	}
-	slices.SortFunc(idle, func(a, b setting) int { return cmp.Compare(a.name, b.name) })
-	return idle
+	slices.SortFunc(ignored, func(a, b setting) int { return cmp.Compare(a.name, b.name) })
+	return ignored
 }
 
-// Flags has the values that are set, by the names of the flags. Empty ones are
-// not in it.
+// Flags maps the names of flags to their values. It contains only values that are set and not
+// empty.
 type Flags map[string]string
 
-// flagValue is a flag whose value goes into Flags.
+// flagValue implements [pflag.Value] for a setting, and stores its value in flags.
 type flagValue struct {
 	setting setting
 	flags   Flags
@@ -282,21 +280,21 @@ func (v flagValue) Set(value string) error {
 // Type implements [pflag.Value].
 func (v flagValue) Type() string { return string(v.setting.kind) }
 
-// AddFlags adds all settings to the command and returns what will hold those
-// that are set.
+// AddFlags adds all settings to the command. The Flags that it returns hold the values once
+// the command line is parsed.
 func AddFlags(cmd *cobra.Command) Flags {
-	into := Flags{}
-	// As kube-proxy does.
+	flags := Flags{}
+	// kube-proxy accepts underscores in names, too.
 	cmd.Flags().SetNormalizeFunc(func(_ *pflag.FlagSet, name string) pflag.NormalizedName {
 		return pflag.NormalizedName(strings.ReplaceAll(name, "_", "-"))
 	})
 	for _, s := range settings() {
-		flag := cmd.Flags().VarPF(flagValue{s, into}, s.name, s.short, s.usage)
+		flag := cmd.Flags().VarPF(flagValue{s, flags}, s.name, s.short, s.usage)
 		flag.Hidden = s.ignoredIn(s.onlyMode) != "" || s.alternative != ""
 		if s.kind == kindBool {
 			flag.NoOptDefVal = "true"
 		}
-		// The errors are that there is no such flag.
+		// These fail only if the flag does not exist.
 		switch {
 		case s.isDir:
 			_ = cmd.MarkFlagDirname(s.name)
@@ -306,28 +304,28 @@ func AddFlags(cmd *cobra.Command) Flags {
 			completeWith(cmd, s.name, s.completions...)
 		}
 	}
-	return into
+	return flags
 }
 
-// input is where a configuration comes from.
+// input holds settings as text, with their origin.
 type input struct {
 	values Flags
 
-	// labels say where a value stands that is from no flag.
+	// labels name the fields of settings that come from a configuration file.
 	labels map[string]string
-	// warnings are warnings about the input.
+	// warnings are problems of the input that do not prevent its use.
 	warnings []Warning
 }
 
-// Warning warns of a setting that was given.
+// Warning describes a setting that has no effect or is deprecated.
 type Warning struct {
-	// Setting is what the user wrote, and Reason why it has no effect, or what to use
-	// if it is Deprecated.
+	// Setting names the flag or field. Reason explains why it has no effect; for a
+	// Deprecated setting, it says what to use instead.
 	Setting, Reason string
 	Deprecated      bool
 }
 
-// LogWarnings warns of settings without effect, and of deprecated ones.
+// LogWarnings logs c.Warnings.
 func (c Config) LogWarnings(ctx context.Context, log *slog.Logger) {
 	for _, n := range c.Warnings {
 		if n.Deprecated {
@@ -338,16 +336,16 @@ func (c Config) LogWarnings(ctx context.Context, log *slog.Logger) {
 	}
 }
 
-// label returns how the user knows the setting.
+// label names the flag or field that a setting comes from, for messages.
 func (in input) label(name string) string {
 	return cmp.Or(in.labels[name], "--"+name)
 }
 
-// fromFlags returns the input from flags alone.
+// fromFlags returns the input from flags without a configuration file.
 func fromFlags(flags Flags) input { return input{values: flags} }
 
-// mergeConfigFile returns the input from flags with a configuration file under them:
-// kube-proxy's flags are ignored then, with few exceptions.
+// mergeConfigFile returns the input from a configuration file and the flags that apply
+// together with it. Other kube-proxy flags are ignored with a warning.
 func mergeConfigFile(flags Flags, file configFile) input {
 	in := input{values: maps.Clone(file.values), labels: map[string]string{}, warnings: slices.Clone(file.warnings)}
 	fields := fieldFlags()
@@ -368,7 +366,7 @@ func mergeConfigFile(flags Flags, file configFile) input {
 			in.values[s.name] = value
 			delete(in.labels, s.name)
 		default:
-			in.warnings = append(in.warnings, Warning{Setting: "--" + s.name, Reason: "--config is set: write it into the file"})
+			in.warnings = append(in.warnings, Warning{Setting: "--" + s.name, Reason: "--config is set: set it in the file"})
 		}
 	}
 	return in

@@ -11,19 +11,19 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// The defaults of the flags on logging, and their help.
+// Defaults and help of the logging flags.
 const (
 	levelInfo   = "info"
 	formatText  = "text"
 	formatJSON  = "json"
-	levelUsage  = "what to log: debug (every commit to the kernel), info, warn or error"
-	formatUsage = "how to log: text or json"
+	levelUsage  = "log level: debug (includes every commit to the kernel), info, warn or error"
+	formatUsage = "log format: text or json"
 )
 
 func levels() []string  { return []string{"debug", levelInfo, "warn", "error"} }
 func formats() []string { return []string{formatText, formatJSON} }
 
-// LogFlags are the flags on logging of a command that has no others.
+// LogFlags holds the logging flags of a command that has no other settings.
 type LogFlags struct{ level, format string }
 
 // AddFlags adds --log-level and --log-format to the command.
@@ -34,7 +34,7 @@ func (o *LogFlags) AddFlags(cmd *cobra.Command) {
 	completeWith(cmd, "log-format", formats()...)
 }
 
-// Logger returns the logger, or an error that names each flag that is wrong.
+// Logger returns the logger, or an error that names each invalid flag.
 func (o *LogFlags) Logger(w io.Writer) (*slog.Logger, error) {
 	var errs []error
 	level, err := parseLevel(cmp.Or(o.level, levelInfo))
@@ -51,7 +51,7 @@ func (o *LogFlags) Logger(w io.Writer) (*slog.Logger, error) {
 	return NewLogger(w, level, format), nil
 }
 
-// NewLogger returns a logger in one of the formats of --log-format.
+// NewLogger returns a logger that writes to w in a format of --log-format.
 func NewLogger(w io.Writer, level slog.Leveler, format string) *slog.Logger {
 	options := &slog.HandlerOptions{Level: level}
 	if format == formatJSON {
@@ -74,8 +74,8 @@ func checkFormat(name string) error {
 	return nil
 }
 
-// completeWith makes the shell complete a flag with the values that it takes.
+// completeWith registers the values that shells complete for a flag.
 func completeWith(cmd *cobra.Command, flag string, values ...string) {
-	// The error is that the command has no such flag, or that this was done already.
+	// It fails only if the flag does not exist or is already registered.
 	_ = cmd.RegisterFlagCompletionFunc(flag, cobra.FixedCompletions(values, cobra.ShellCompDirectiveNoFileComp))
 }

@@ -14,8 +14,8 @@ import (
 	"github.com/fsnotify/fsnotify"
 )
 
-// Load returns the configuration that flags and, if --config is one of them, the
-// file give; content is the file's.
+// Load returns the configuration from flags and, if --config is set, from its file. content
+// is the content of the file, nil without --config.
 func Load(flags Flags) (c Config, content []byte, err error) {
 	path, ok := flags["config"]
 	if !ok {
@@ -24,7 +24,7 @@ func Load(flags Flags) (c Config, content []byte, err error) {
 	}
 	file, err := readConfigFile(path)
 	if err != nil {
-		// What the flags say wrong is still worth knowing at once.
+		// Report invalid flags together with the broken file.
 		_, flagsErr := parse(fromFlags(flags))
 		return c, nil, errors.Join(err, flagsErr)
 	}
@@ -33,79 +33,80 @@ func Load(flags Flags) (c Config, content []byte, err error) {
 }
 
 const (
-	// quietPeriod is how long a file must have been left alone to be read: one
-	// that is written in place is empty for a moment. maxQuietWait is how long
-	// that is waited for.
+	// quietPeriod is how long the file must stay unchanged before it is read, because a
+	// file written in place is empty for a moment. maxQuietWait limits the wait for a
+	// file that keeps changing.
 	quietPeriod  = 100 * time.Millisecond
 	maxQuietWait = 10 * quietPeriod
-	// pollPeriod is how often the file is read although nothing was noticed: it
-	// may be reached by links through folders that are not watched. retryPeriod
-	// is that while there is no file that can be used, or no folder to watch.
+	// pollPeriod is how often the file is read without a notification, because symlinks
+	// may lead through folders that are not watched. retryPeriod replaces it while the
+	// file is missing or invalid, or its folder cannot be watched.
 	pollPeriod  = 30 * time.Second
 	retryPeriod = time.Second
 )
 
-// Reloader follows the configuration file.
+// Reloader watches the configuration file and applies its changes.
 type Reloader struct {
 	options ReloaderOptions
-	// content is the file's, when it was last applied.
+	// content is the content that was applied last.
 	content []byte
 
-	// The rest is Run's.
-	rejected *rejectedFile // what was reported last, and nil if all is well since
-	// targetDir is the folder of the file that the path leads to, if it is another
-	// than the path's.
+	// Only Run uses the fields below.
+	rejected *rejectedFile // the last failure reported, nil after a success
+	// targetDir is the folder of the file after resolving symlinks, empty if it is the
+	// folder of the path.
 	targetDir string
 }
 
-// ReloaderOptions are what a [Reloader] depends on.
+// ReloaderOptions are the dependencies and settings of a [Reloader].
 type ReloaderOptions struct {
-	// Flags has the path of the file, and Content what [Load] has returned of it.
+	// Flags contains the path of the file, and Content is the content from [Load].
 	Flags   Flags
 	Content []byte
 	Logger  *slog.Logger
-	// Apply is called with each configuration that is valid, and Done with the result
-	// of each new content.
+	// Apply is called with each valid configuration, and OnResult with the result of each
+	// new content.
 	Apply    func(context.Context, Config)
 	OnResult func(error)
 
-	poll time.Duration // how often the file is read in any case; 0: pollPeriod
+	poll time.Duration // overrides pollPeriod if not 0
 }
 
-// NewReloader returns a Reloader of the file that --config names.
+// NewReloader returns a Reloader for the file of --config.
 func NewReloader(o ReloaderOptions) *Reloader {
 	o.poll = cmp.Or(o.poll, pollPeriod)
 	return &Reloader{options: o, content: o.Content}
 }
 
-// rejectedFile is a file that is left aside.
+// rejectedFile describes a file that was not applied.
 type rejectedFile struct {
 	content []byte
 	err     string
 }
 
-// Run blocks until ctx is done, or until the folder can't be watched at first.
+// Run watches the file until ctx is done. It returns an error if it cannot start watching the
+// folder.
 func (r *Reloader) Run(ctx context.Context) error {
 	path := filepath.Clean(r.options.Flags["config"])
 	watcher, err := fsnotify.NewWatcher()
 	if err != nil {
 		return fmt.Errorf("--config: watch %s: %w", path, err)
 	}
-	defer watcher.Close() //nolint:errcheck // nothing was written
+	defer watcher.Close() //nolint:errcheck // nothing to flush
 	if err := r.addWatches(watcher, path); err != nil {
 		return fmt.Errorf("--config: watch the folder of %s: %w", path, err)
 	}
-	// It may have changed before it was watched.
-	settled := time.NewTimer(quietPeriod)
-	defer settled.Stop()
+	// The file may have changed before the watch started.
+	quiet := time.NewTimer(quietPeriod)
+	defer quiet.Stop()
 	pending, limit := true, time.Now().Add(maxQuietWait)
-	settle := func(own bool) {
+	schedule := func(own bool) {
 		switch now := time.Now(); {
 		case !pending:
 			pending, limit = true, now.Add(maxQuietWait)
-			settled.Reset(quietPeriod)
-		case own: // others say nothing about whether this one is still being written
-			settled.Reset(min(quietPeriod, limit.Sub(now)))
+			quiet.Reset(quietPeriod)
+		case own: // events for other files do not extend the wait
+			quiet.Reset(min(quietPeriod, limit.Sub(now)))
 		}
 	}
 	poll := time.NewTimer(r.options.poll)
@@ -115,63 +116,63 @@ func (r *Reloader) Run(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case <-poll.C:
-			settle(false)
-		case <-settled.C:
+			schedule(false)
+		case <-quiet.C:
 			pending = false
-			err := r.addWatches(watcher, path) // before it is read: nothing is missed
+			err := r.addWatches(watcher, path) // before reading, so that no change is missed
 			r.reload(ctx)
-			again := r.options.poll
+			next := r.options.poll
 			if err != nil || r.rejected != nil {
-				again = min(again, retryPeriod)
+				next = min(next, retryPeriod)
 			}
-			poll.Reset(again)
+			poll.Reset(next)
 		case event, ok := <-watcher.Events:
 			if !ok {
 				return nil
 			}
 			own := filepath.Base(path) == filepath.Base(event.Name)
-			settle(own || filepath.Dir(event.Name) == r.targetDir)
+			schedule(own || filepath.Dir(event.Name) == r.targetDir)
 		case err, ok := <-watcher.Errors:
 			if !ok {
 				return nil
 			}
-			r.options.Logger.WarnContext(ctx, "changes of the configuration file may have been missed; reading it", "error", err)
-			settle(false)
+			r.options.Logger.WarnContext(ctx, "configuration file watch failed and may have missed changes; reading the file", "error", err)
+			schedule(false)
 		}
 	}
 }
 
-// addWatches watches the folder of the file, as a file is often replaced by renaming
-// another: by editors, and by the kubelet, which swaps the folder that a
-// ConfigMap's files link to. Where the path is a link, it also watches the folder
-// that it leads to. Doing so again has no effect, unless a folder is another.
+// addWatches watches the folder of the file rather than the file, because editors replace
+// files by renaming, and the kubelet replaces the folder that a ConfigMap's files link to. If
+// the path is a symlink, addWatches also watches the folder of its target. Calls that find the
+// same folders have no effect.
 func (r *Reloader) addWatches(watcher *fsnotify.Watcher, path string) error {
 	dir, target := filepath.Dir(path), ""
 	if file, err := filepath.EvalSymlinks(path); err == nil && filepath.Dir(file) != dir {
 		target = filepath.Dir(file)
 	}
 	if r.targetDir != "" && r.targetDir != target {
-		_ = watcher.Remove(r.targetDir) // it may be gone
+		_ = watcher.Remove(r.targetDir) // the folder may no longer exist
 	}
 	r.targetDir = target
 	if target != "" {
-		_ = watcher.Add(target) // or else the file is read every now and then
+		_ = watcher.Add(target) // on failure, polling notices changes
 	}
 	return watcher.Add(dir)
 }
 
-// reload reads the file, and applies it if it is another than before. One that
-// is wrong, or not there, leaves everything as it is, and is reported once.
+// reload reads the file and applies changed content. A missing or invalid file is reported
+// once and changes nothing.
 func (r *Reloader) reload(ctx context.Context) {
 	next, content, err := Load(r.options.Flags)
 	if err != nil {
 		now := rejectedFile{err: err.Error()}
-		now.content, _ = os.ReadFile(r.options.Flags["config"]) // nothing if it is not there
+		now.content, _ = os.ReadFile(r.options.Flags["config"]) // empty if the file does not exist
 		if r.rejected != nil && r.rejected.err == now.err && slices.Equal(r.rejected.content, now.content) {
 			return
 		}
 		r.rejected = &now
-		r.options.Logger.ErrorContext(ctx, "the configuration file is left aside, and the one before stays in use: mend it", "error", err)
+		r.options.Logger.ErrorContext(ctx, "configuration file is invalid; keeping the previous configuration until it is fixed", "error", err)
 		r.options.OnResult(err)
 		return
 	}

@@ -9,10 +9,10 @@ import (
 	"time"
 )
 
-// following is a reloader that runs.
-// patience bounds what takes milliseconds on a machine that has nothing else to do.
-const testTimeout = 15 * time.Second
+// waitTimeout bounds operations that take milliseconds on an idle machine.
+const waitTimeout = 15 * time.Second
 
+// reloaderTest records the calls of a running Reloader.
 type reloaderTest struct {
 	t       *testing.T
 	applied chan string // modes of local detection
@@ -42,7 +42,7 @@ func startReloader(t *testing.T, path string, poll time.Duration) reloaderTest {
 	t.Cleanup(func() {
 		cancel()
 		if err := <-ended; err != nil {
-			t.Errorf("run ended with: %v", err)
+			t.Errorf("Run() = %v", err)
 		}
 	})
 	return f
@@ -57,8 +57,8 @@ func (f reloaderTest) awaitApplied(step, want string) {
 		}
 	case err := <-f.failed:
 		f.t.Errorf("%s: %v", step, err)
-	case <-time.After(testTimeout):
-		f.t.Fatalf("%s: nothing was applied", step)
+	case <-time.After(waitTimeout):
+		f.t.Fatalf("%s: no configuration applied", step)
 	}
 }
 
@@ -69,8 +69,8 @@ func (f reloaderTest) awaitFailure(step string) {
 		f.t.Errorf("%s: applied %s, want a failure", step, got)
 	case err := <-f.failed:
 		f.t.Logf("%s: %v", step, err)
-	case <-time.After(testTimeout):
-		f.t.Fatalf("%s: nothing happened", step)
+	case <-time.After(waitTimeout):
+		f.t.Fatalf("%s: no failure reported", step)
 	}
 }
 
@@ -78,15 +78,15 @@ func (f reloaderTest) expectNothing(step string) {
 	f.t.Helper()
 	select {
 	case got := <-f.applied:
-		f.t.Errorf("%s: applied %s, want nothing", step, got)
+		f.t.Errorf("%s: applied %s, want no call", step, got)
 	case err := <-f.failed:
-		f.t.Errorf("%s: %v, want nothing", step, err)
+		f.t.Errorf("%s: failure %v, want no call", step, err)
 	case <-time.After(5 * quietPeriod):
 	}
 }
 
-// All the ways in which a configuration file is replaced are noticed, and
-// nothing else is.
+// TestReloader checks that the Reloader notices all ways to replace a configuration file, and
+// ignores replacements that do not change its content.
 func TestReloader(t *testing.T) {
 	t.Parallel()
 	must := func(err error) {
@@ -96,8 +96,8 @@ func TestReloader(t *testing.T) {
 		}
 	}
 	folder := t.TempDir()
-	// As the kubelet mounts a ConfigMap: the file is a link through ..data to a
-	// folder of its own for each version.
+	// The kubelet mounts a ConfigMap like this: the file links to ..data, which links to one
+	// folder per version.
 	version := func(name, text string) string {
 		dir := filepath.Join(folder, name)
 		must(os.Mkdir(dir, 0o700))
@@ -116,7 +116,7 @@ func TestReloader(t *testing.T) {
 	r := startReloader(t, path, time.Hour)
 	applied, failed, await, awaitFailure := r.applied, r.failed, r.awaitApplied, r.awaitFailure
 
-	// The same again in another place is no change.
+	// A new version with the same content is not a change.
 	swap(version("..2", text("ClusterCIDR")))
 	must(os.WriteFile(filepath.Join(folder, "other"), nil, 0o600))
 	select {
@@ -132,22 +132,23 @@ func TestReloader(t *testing.T) {
 	must(os.Remove(path))
 	awaitFailure("file removed")
 	must(os.WriteFile(path, []byte(text("ClusterCIDR")), 0o600))
-	await("file made", "ClusterCIDR")
+	await("file created", "ClusterCIDR")
 
 	must(os.WriteFile(path, []byte(text("NodeCIDR")), 0o600))
 	await("written in place", "NodeCIDR")
 
 	must(os.WriteFile(path, []byte(text("Guess")), 0o600))
-	awaitFailure("not valid")
+	awaitFailure("invalid")
 	must(os.WriteFile(path, []byte(text("NodeCIDR")), 0o600))
-	await("as it was before", "NodeCIDR")
+	await("previous content restored", "NodeCIDR")
 
 	must(os.WriteFile(path+"~", []byte(text("ClusterCIDR")), 0o600))
 	must(os.Rename(path+"~", path))
 	await("renamed", "ClusterCIDR")
 }
 
-// What else happens in the folder neither holds the file up nor reports it again.
+// TestReloaderIgnoresOtherFiles checks that changes to other files in the folder neither delay
+// reloading nor repeat a reported failure.
 func TestReloaderIgnoresOtherFiles(t *testing.T) {
 	t.Parallel()
 	folder := t.TempDir()
@@ -173,17 +174,17 @@ func TestReloaderIgnoresOtherFiles(t *testing.T) {
 	}()
 	defer func() { close(stop); <-stopped }()
 	write("config.conf", configHeader+"detectLocalMode: NodeCIDR\n")
-	r.awaitApplied("beside others", "NodeCIDR")
+	r.awaitApplied("changed", "NodeCIDR")
 	write("config.conf", configHeader+"detectLocalMode: Guess\n")
-	r.awaitFailure("not valid")
-	r.expectNothing("still not valid")
+	r.awaitFailure("invalid")
+	r.expectNothing("still invalid")
 	write("config.conf", configHeader+"detectLocalMode: Guess\n# really\n")
-	r.awaitFailure("edited and still not valid")
+	r.awaitFailure("edited and still invalid")
 	write("config.conf", configHeader+"detectLocalMode: NodeCIDR\n")
-	r.awaitApplied("as it was before", "NodeCIDR")
+	r.awaitApplied("previous content restored", "NodeCIDR")
 }
 
-// A file that never rests is read all the same.
+// TestReloaderBusyFile checks that a file whose metadata changes all the time is still reloaded.
 func TestReloaderBusyFile(t *testing.T) {
 	t.Parallel()
 	path := filepath.Join(t.TempDir(), "config.conf")
@@ -211,12 +212,13 @@ func TestReloaderBusyFile(t *testing.T) {
 			}
 		}
 	}()
-	r.awaitApplied("busy", "NodeCIDR")
+	r.awaitApplied("replaced", "NodeCIDR")
 	close(stop)
 	<-stopped
 }
 
-// A folder may go and come back, and the file may be reached by links.
+// TestReloaderSymlinks checks that the Reloader follows symlinks, and that it notices a removed
+// and recreated folder.
 func TestReloaderSymlinks(t *testing.T) {
 	t.Parallel()
 	must := func(err error) {
@@ -230,7 +232,7 @@ func TestReloaderSymlinks(t *testing.T) {
 		poll  time.Duration
 		links int
 	}{
-		{"the folder", time.Hour, 0}, {"a link", time.Hour, 1}, {"a link to a link to a link, found in the end", quietPeriod, 3},
+		{"no link", time.Hour, 0}, {"one link", time.Hour, 1}, {"three links, noticed by polling", quietPeriod, 3},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
@@ -252,7 +254,7 @@ func TestReloaderSymlinks(t *testing.T) {
 			must(os.RemoveAll(folder))
 			r.awaitFailure("folder removed")
 			write("ClusterCIDR")
-			r.awaitApplied("folder made again", "ClusterCIDR")
+			r.awaitApplied("folder recreated", "ClusterCIDR")
 			write("NodeCIDR")
 			r.awaitApplied("edited in place again", "NodeCIDR")
 		})

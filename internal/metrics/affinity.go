@@ -6,16 +6,16 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// Affinity describes what session affinity remembers in the kernel.
+// Affinity describes the session affinity maps of one IP family.
 type Affinity struct {
 	Family dataplane.Family
-	// Clients are remembered in all maps, FullestMap in the one with most of them, and
-	// Limit is what one map takes.
+	// Clients is the number of clients in all maps, FullestMap the number in the fullest
+	// map, and Limit the capacity of one map.
 	Clients, FullestMap, Limit int
-	// Full and NetworkLimit count connections whose clients were not remembered. They
-	// may become less, as [RefusedPackets.Packets].
+	// Full and NetworkLimit count connections of clients that a map did not store. They may
+	// decrease like [RefusedPackets.Packets].
 	Full, NetworkLimit uint64
-	// Evicted counts clients that were forgotten because their map was full.
+	// Evicted counts clients evicted from full maps.
 	Evicted uint64
 }
 
@@ -27,22 +27,23 @@ type affinityCollector struct {
 
 var _ prometheus.Collector = (*affinityCollector)(nil)
 
-// AddAffinity adds the metrics of session affinity. Read is asked at each scrape and must
-// not block for long.
+// AddAffinity adds the session affinity metrics. Metrics calls read on each scrape; it must not
+// block for long.
 func (m *Metrics) AddAffinity(read func() []Affinity) {
 	family := []string{"ip_family"}
 	m.registry.MustRegister(&affinityCollector{
 		read: read,
 		clients: prometheus.NewDesc("fairlead_session_affinity_clients",
-			"Clients of Services with session affinity whose endpoint is remembered, as counted in the last minute.", family, nil),
+			"Clients with session affinity, as counted within the last minute.", family, nil),
 		fullestMap: prometheus.NewDesc("fairlead_session_affinity_fullest_map_clients",
-			"Clients in the fullest of the maps that Services share by the last digit of their address, as counted in the last minute.", family, nil),
-		mapLimit: prometheus.NewDesc("fairlead_session_affinity_map_limit_clients", "Clients that one map takes.", family, nil),
+			"Clients in the fullest session affinity map, as counted within the last minute. Services share maps by the last digit "+
+				"of their address.", family, nil),
+		mapLimit: prometheus.NewDesc("fairlead_session_affinity_map_limit_clients", "Maximum number of clients in one session affinity map.", family, nil),
 		notRemembered: prometheus.NewDesc("fairlead_session_affinity_not_remembered_total",
-			"Connections whose client was not remembered, by reason: full if the Service's map was full, network if the client's "+
-				"IPv6 network of 64 bits had had its share.", []string{"ip_family", "reason"}, nil),
+			"Connections without session affinity because the client was not stored, by reason: full if the Service's map was full, "+
+				"network if the client's IPv6 /64 network had reached its limit.", []string{"ip_family", "reason"}, nil),
 		evicted: prometheus.NewDesc("fairlead_session_affinity_evictions_total",
-			"Clients that were forgotten before their timeout because their map was full.", family, nil),
+			"Clients evicted from full session affinity maps before their timeout.", family, nil),
 	})
 }
 

@@ -2,27 +2,27 @@ package metrics
 
 import "github.com/prometheus/client_golang/prometheus"
 
-// APIResource says how a list of the API server is followed.
+// APIResource describes the list and watch of one API resource.
 type APIResource struct {
-	// Resource is the name of the list, such as "endpointslices".
+	// Resource is the name of the resource, such as "endpointslices".
 	Resource string
-	// Synced says that the list was complete once.
+	// Synced reports whether the initial list is complete.
 	Synced bool
-	// HeldRemovals is the number of objects whose removal waits for another list.
+	// HeldRemovals is the number of objects whose removal another list must confirm.
 	HeldRemovals int
-	// Failures counts failed requests, and Recoveries lists and watches that were
-	// made anew without an error, by reason.
+	// Failures counts failed requests. Recoveries counts lists and watches that were
+	// restarted without an error from the API server, by reason.
 	Failures   []APIFailures
 	Recoveries map[string]uint64
 }
 
-// APIFailures counts the requests with one verb that failed with one code.
+// APIFailures counts failed requests by verb and code.
 type APIFailures struct {
 	Verb, Code string
 	Count      uint64
 }
 
-// apiCollector collects how the lists of the API server are followed.
+// apiCollector collects the metrics of API resources.
 type apiCollector struct {
 	resources func() []APIResource
 
@@ -37,13 +37,13 @@ func newAPICollector(lists func() []APIResource) *apiCollector {
 	}
 	return &apiCollector{
 		resources: lists,
-		synced:    desc("api_synced", "Whether the list of the API server was complete once: 1 or 0."),
-		held: desc("api_held_removals", "Objects that the last list of the API server lacks, and whose removal waits for another list "+
-			"(--mass-removal-delay)."),
-		failures: desc("api_request_failures_total", "Requests to the API server that failed, by verb (list, watch) and "+
+		synced:    desc("api_synced", "1 if the initial list of the resource is complete, else 0."),
+		held: desc("api_held_removals", "Objects missing from the last list of the API server whose removal is delayed until another list "+
+			"confirms it (--mass-removal-delay)."),
+		failures: desc("api_request_failures_total", "Failed requests to the API server by verb (list, watch) and "+
 			"code (HTTP status, unreachable, timeout, error).", "verb", "code"),
-		recoveries: desc("api_recoveries_total", "Lists and watches that were made anew although the API server reported no error, by reason: "+
-			"silent without events and bookmarks, unfinished streamed list, backwards resource versions.", "reason"),
+		recoveries: desc("api_recoveries_total", "Lists and watches restarted without an error from the API server, by reason: silent (no events "+
+			"or bookmarks), unfinished (streamed list), backwards (resource versions).", "reason"),
 	}
 }
 

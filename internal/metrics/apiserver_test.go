@@ -8,7 +8,7 @@ import (
 	"fairlead.io/fairlead/internal/metrics"
 )
 
-// TestAPIResources checks the metrics of the lists of the API server.
+// TestAPIResources checks the metrics of API resources.
 func TestAPIResources(t *testing.T) {
 	t.Parallel()
 	lists := func() []metrics.APIResource {

@@ -6,13 +6,13 @@ import (
 	"fairlead.io/fairlead/internal/otherproxy"
 )
 
-// addInstances makes what is counted of other instances on the node.
+// addInstances adds metrics about other instances on the node.
 func (m *Metrics) addInstances(options Options) {
 	gauge := func(name, help string, value func() float64) {
 		m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Namespace: namespace, Name: name, Help: help}, value))
 	}
 	if options.Standby != nil {
-		gauge("standby", "Whether this instance waits until another one on this node ends, and programs nothing: 1 or 0.", func() float64 {
+		gauge("standby", "1 if this instance is on standby until another instance on this node exits, else 0.", func() float64 {
 			if options.Standby() {
 				return 1
 			}
@@ -20,20 +20,20 @@ func (m *Metrics) addInstances(options Options) {
 		})
 	}
 	if options.WaitingInstances != nil {
-		gauge("waiting_instances", "Other instances on this node that wait until this one ends.", func() float64 {
+		gauge("waiting_instances", "Other instances on this node that wait for this one to exit.", func() float64 {
 			return float64(options.WaitingInstances())
 		})
 	}
 }
 
-// addOtherProxy makes what is said of another Service proxy.
+// addOtherProxy adds metrics about other Service proxies on the node.
 func (m *Metrics) addOtherProxy() {
-	m.otherProxy = m.gauges(namespace, "other_proxy_rules", "Whether rules of another Service proxy, by its mode, are on this node: 1 or 0; "+
+	m.otherProxy = m.gauges(namespace, "other_proxy_rules", "1 if this node has rules of another Service proxy in this mode, else 0; "+
 		"see the log and the Events of the Node.", "proxy", "mode")
 	m.SetOtherProxy(nil)
 }
 
-// SetOtherProxy takes all that is on the node of another Service proxy.
+// SetOtherProxy sets the rules of other Service proxies on the node.
 func (m *Metrics) SetOtherProxy(rules []otherproxy.Rules) {
 	for _, mode := range otherproxy.Modes() {
 		m.otherProxy.WithLabelValues("kube-proxy", string(mode)).Set(0)

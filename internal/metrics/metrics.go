@@ -1,9 +1,12 @@
-// Package metrics counts what the program does, and shows it to Prometheus.
+// Package metrics exports Prometheus metrics of the agent.
 //
-// What kube-proxy counts too has kube-proxy's name, labels and buckets, so that
-// dashboards and alerts made for it go on working; a commit that concerns both
-// IP families counts for each. A Replace is what kube-proxy calls a full sync,
-// an Apply a partial one. All else begins with fairlead_.
+// Metrics that kube-proxy has as well use kube-proxy's names, labels and buckets, so that its
+// dashboards and alerts keep working. A Replace counts as kube-proxy's full sync and an Apply
+// as its partial sync; a commit for both IP families counts for each of them. All other
+// metrics start with fairlead_.
+//
+// "Refused" packets are packets that the kernel drops or rejects instead of forwarding them to
+// an endpoint.
 package metrics
 
 import (
@@ -24,34 +27,35 @@ import (
 	"fairlead.io/fairlead/sync"
 )
 
-// Options are what [Metrics] depend on.
+// Options are the options of [New]. Functions are called on each scrape, possibly from several
+// goroutines, and must not block unless their comment says otherwise.
 type Options struct {
-	// Version and Mode are those of the program.
+	// Version and Mode are labels of the build info metric.
 	Version, Mode string
-	// Status is asked at each scrape and when objects arrive. It must not block.
+	// Status returns the status of the syncer. [Metrics] also calls it when objects arrive
+	// and when a commit ends.
 	Status func() sync.Status
-	// RelayStats is asked for each family at each scrape, as [relay.Relay.Stats], and
-	// must not block. Nil means that there is no relay.
+	// RelayStats returns the statistics of the relay; see [relay.Relay.Stats]. Nil means
+	// that the node runs no relay.
 	RelayStats func(dataplane.Family) relay.Stats
-	// ServerStats is asked at each scrape for the connections of servers by name, and
-	// must not block. Nil means that there are none.
+	// ServerStats returns the connection statistics of the servers by name. Nil means that
+	// there are no servers.
 	ServerStats func() map[string]connlimit.Stats
-	// RefusedPackets is asked at each scrape for what the kernel did not serve since it
-	// began to count, and may be asked from several goroutines. Its metrics are
-	// left out of a scrape when it fails, which is its own to report. Nil means
-	// that nobody counts.
+	// RefusedPackets returns the packets that the kernel has refused. It may block for a
+	// short time. If it fails, the scrape omits these metrics; the function logs the error
+	// itself. Nil means that the kernel does not count refused packets.
 	RefusedPackets func() ([]RefusedPackets, error)
-	// Standby and Waiting are asked at each scrape: whether this instance waits for
-	// the end of another one, and how many wait for this one's. They must not block.
+	// Standby reports whether this instance waits for another one to exit. WaitingInstances
+	// returns the number of instances that wait for this one to exit.
 	Standby          func() bool
 	WaitingInstances func() int
-	// APIResources is asked at each scrape how the lists of the API server are followed,
-	// and must not block. Nil means that there is no API server.
+	// APIResources returns the state of the watched API resources. Nil means that there is no
+	// API server.
 	APIResources func() []APIResource
 }
 
-// Metrics are the program's. Their methods may be called from any goroutine and
-// do not block.
+// Metrics holds the metrics of the agent. Its methods are safe for concurrent use and do not
+// block.
 type Metrics struct {
 	options  Options
 	registry *prometheus.Registry
@@ -77,24 +81,24 @@ type Metrics struct {
 	rebuilds                      *prometheus.CounterVec
 
 	mu               stdsync.Mutex
-	programmed       bool // has succeeded
+	programmed       bool // a call to the dataplane has succeeded
 	triggers         map[service][]trigger
 	noLocalEndpoints map[trafficPolicy]map[dataplane.Key]int
 }
 
 type service struct{ namespace, name string }
 
-// trigger is a change of an EndpointSlice.
+// trigger describes a change of an EndpointSlice.
 type trigger struct {
-	// changed is when the change happened that led to it, in its maker's clock, and
-	// handed when it came to this program.
+	// changed is the time of the change by the clock of its origin. queued is the time when
+	// the syncer received it.
 	changed, queued time.Time
 }
 
-// maxTriggers bounds the triggers of a Service that does not get into the kernel.
+// maxTriggers limits the triggers stored for a Service that cannot be programmed.
 const maxTriggers = 16
 
-// trafficPolicy is a value of the label traffic_policy.
+// trafficPolicy is a value of the traffic_policy label.
 type trafficPolicy string
 
 const (
@@ -102,12 +106,12 @@ const (
 	external trafficPolicy = "external"
 )
 
-// changeCounter counts the objects of one sort that arrive.
+// changeCounter counts the changed objects of one kind.
 type changeCounter struct {
 	total   prometheus.Counter
 	pending *prometheus.Desc
-	// nextCall will be part of the next call to the dataplane, and later of the
-	// one after that.
+	// nextCall counts changes for the next call to the dataplane, laterCall changes that
+	// arrived during a call and belong to the one after it.
 	nextCall, laterCall int
 }
 
@@ -116,11 +120,11 @@ const (
 	kubeProxy = "kubeproxy"
 )
 
-// ipFamilies are the values of kube-proxy's label ip_family.
+// ipFamilies returns the values of kube-proxy's ip_family label.
 func ipFamilies() []dataplane.Family { return []dataplane.Family{dataplane.IPv4, dataplane.IPv6} }
 
-// New returns Metrics in a registry of their own, with those of the Go runtime
-// and of the process.
+// New returns Metrics with a new registry, which includes the metrics of the Go runtime and of
+// the process.
 func New(options Options) *Metrics {
 	m := &Metrics{
 		options: options, registry: prometheus.NewRegistry(), started: time.Now(),
@@ -151,38 +155,38 @@ func New(options Options) *Metrics {
 	return m
 }
 
-// addKubeProxy makes what k8s.io/kubernetes/pkg/proxy/metrics has.
+// addKubeProxy registers the metrics of k8s.io/kubernetes/pkg/proxy/metrics.
 func (m *Metrics) addKubeProxy() {
 	syncBuckets := prometheus.ExponentialBuckets(0.001, 2, 15)
 	m.syncDuration = m.histogram(kubeProxy, "sync_proxy_rules_duration_seconds",
-		"How long calls to the kernel took.", syncBuckets, "ip_family")
+		"Duration of commits to the kernel.", syncBuckets, "ip_family")
 	m.fullSyncDuration = m.histogram(kubeProxy, "sync_full_proxy_rules_duration_seconds",
-		"How long calls to the kernel took that compared everything.", syncBuckets, "ip_family")
+		"Duration of commits to the kernel that compared all Services.", syncBuckets, "ip_family")
 	m.partialSyncDuration = m.histogram(kubeProxy, "sync_partial_proxy_rules_duration_seconds",
-		"How long calls to the kernel took that carried changes only.", syncBuckets, "ip_family")
+		"Duration of commits to the kernel that wrote only changes.", syncBuckets, "ip_family")
 	var buckets []float64
 	buckets = append(buckets, prometheus.LinearBuckets(0.25, 0.25, 2)...)
 	buckets = append(buckets, prometheus.LinearBuckets(1, 1, 59)...)
 	buckets = append(buckets, prometheus.LinearBuckets(60, 5, 12)...)
 	buckets = append(buckets, prometheus.LinearBuckets(120, 30, 7)...)
 	m.programmingLatency = m.histogram(kubeProxy, "network_programming_duration_seconds",
-		"Time from a change of a pod or Service, as the EndpointSlice's annotation "+
-			"endpoints.kubernetes.io/last-change-trigger-time has it, until the kernel had it.", buckets, "ip_family")
+		"Time from the change of a pod or Service, according to the EndpointSlice annotation "+
+			"endpoints.kubernetes.io/last-change-trigger-time, until it was programmed.", buckets, "ip_family")
 	m.lastSync = m.gauges(kubeProxy, "sync_proxy_rules_last_timestamp_seconds",
-		"When the kernel was last programmed with success.", "ip_family")
+		"Time of the last successful commit to the kernel.", "ip_family")
 	m.lastQueued = m.gauges(kubeProxy, "sync_proxy_rules_last_queued_timestamp_seconds",
-		"When the last change was queued for the kernel.", "ip_family")
+		"Time when the last change was queued.", "ip_family")
 	m.syncFailures = m.counters(kubeProxy, "sync_proxy_rules_nftables_sync_failures_total",
-		"Calls to the kernel that failed, as a whole or in part.", "ip_family")
+		"Commits to the kernel that failed completely or partly.", "ip_family")
 	m.serviceChanges = m.newChangeCounter("service", "Services")
 	m.endpointChanges = m.newChangeCounter("endpoint", "EndpointSlices")
-	m.healthz = m.counters(kubeProxy, "proxy_healthz_total", "Answers of /healthz, by HTTP status.", "code")
-	m.livez = m.counters(kubeProxy, "proxy_livez_total", "Answers of /livez, by HTTP status.", "code")
+	m.healthz = m.counters(kubeProxy, "proxy_healthz_total", "Responses of /healthz by HTTP status.", "code")
+	m.livez = m.counters(kubeProxy, "proxy_livez_total", "Responses of /livez by HTTP status.", "code")
 	m.conntrackDuration = m.histogram(kubeProxy, "conntrack_reconciler_sync_duration_seconds",
-		"How long looks for UDP flows took that would stick to endpoints that have left.", syncBuckets, "ip_family")
+		"Duration of conntrack scans for stale entries.", syncBuckets, "ip_family")
 	m.conntrackDeleted = m.counters(kubeProxy, "conntrack_reconciler_deleted_entries_total",
-		"UDP flows that were forgotten, so that their clients move on to other endpoints.", "ip_family")
-	for _, f := range ipFamilies() { // so that they can be seen before they have happened
+		"Conntrack entries deleted because they directed clients to removed endpoints.", "ip_family")
+	for _, f := range ipFamilies() { // export zero values from the start
 		m.syncFailures.WithLabelValues(f.String())
 		m.conntrackDeleted.WithLabelValues(f.String())
 		for _, h := range []*prometheus.HistogramVec{m.syncDuration, m.fullSyncDuration, m.partialSyncDuration, m.programmingLatency, m.conntrackDuration} {
@@ -196,34 +200,34 @@ func (m *Metrics) addKubeProxy() {
 }
 
 func (m *Metrics) addFairlead() {
-	m.gauges(namespace, "build_info", "Always 1; the labels say what runs.", "version", "mode").
+	m.gauges(namespace, "build_info", "Always 1. The labels identify the version and the mode.", "version", "mode").
 		WithLabelValues(m.options.Version, m.options.Mode).Set(1)
-	m.commits = m.counters(namespace, "commits_total", "Calls to the kernel by kind (apply, replace), reason "+
+	m.commits = m.counters(namespace, "commits_total", "Commits to the kernel by kind (apply, replace), reason "+
 		"(change, start, retry, node, drift, resync) and result (success, partial, failure).", "kind", "reason", "result")
-	m.commitDuration = m.histogram(namespace, "commit_duration_seconds", "How long calls to the kernel took.",
+	m.commitDuration = m.histogram(namespace, "commit_duration_seconds", "Duration of commits to the kernel.",
 		prometheus.ExponentialBuckets(0.00001, 2, 22), "kind")
 	m.changeLatency = m.histogram(namespace, "change_latency_seconds",
-		"Time from the arrival of a change, the oldest of each call to the kernel, until the kernel had it.",
+		"Time from the arrival of the oldest change in each commit until it was programmed.",
 		prometheus.ExponentialBuckets(0.00001, 2, 24)).WithLabelValues()
 	m.firstProgrammed = m.gauges(namespace, "first_programmed_seconds",
-		"Time from the program's start until the kernel had all Services; 0 until then.").WithLabelValues()
+		"Time from process start until all Services were programmed for the first time; 0 before that.").WithLabelValues()
 	m.firstService = m.gauges(namespace, "first_service_programmed_seconds",
-		"Time from the program's start until the first of the Services of the start was complete in the kernel, which those of "+
-			"the cluster's DNS are before others; 0 until the kernel has all, and if there are none.").WithLabelValues()
+		"Time from process start until the first Service of the first commit was programmed; cluster DNS Services come "+
+			"first. 0 until all are programmed, or without Services.").WithLabelValues()
 	m.lastService = m.gauges(namespace, "last_service_programmed_seconds",
-		"Time from the program's start until the last of the Services of the start was complete in the kernel; 0 until the "+
-			"kernel has all, and if there are none.").WithLabelValues()
+		"Time from process start until the last Service of the first commit was programmed. 0 until all are programmed, "+
+			"or without Services.").WithLabelValues()
 	m.problems = m.counters(namespace, "service_problems_total",
-		"Times that a Service was found to ask for something that it does not get; see the Events and the log.").WithLabelValues()
+		"Problems found in Services that cannot be programmed as written; see the Events and the log.").WithLabelValues()
 	m.healthCheckFailures = m.counters(namespace, "health_check_node_port_failures_total",
-		"Times that a health-check node port could not be listened on.").WithLabelValues()
+		"Failed attempts to listen on a health-check node port.").WithLabelValues()
 	m.rebuilds = m.counters(namespace, "nftables_table_rebuilds_total",
-		"Times that an nftables table could not be repaired in place and was rebuilt; see the log and the Events of the Node.", "ip_family")
+		"Rebuilds of nftables tables that could not be repaired in place; see the log and the Events of the Node.", "ip_family")
 	for _, f := range ipFamilies() {
 		m.rebuilds.WithLabelValues(f.String())
 	}
 	m.reloads = m.counters(namespace, "config_reloads_total", "Changes of the configuration file by result (success, failure).", "result")
-	m.configValid = m.gauges(namespace, "config_valid", "Whether the configuration file is in use as it is: 1, or 0 if it is broken.").WithLabelValues()
+	m.configValid = m.gauges(namespace, "config_valid", "1 if the current content of the configuration file is in use, 0 if it is invalid.").WithLabelValues()
 	m.configValid.Set(1)
 }
 
@@ -248,20 +252,20 @@ func (m *Metrics) counters(prefix, name, help string, labels ...string) *prometh
 func (m *Metrics) newChangeCounter(name, objects string) changeCounter {
 	name = "sync_proxy_rules_" + name + "_changes_"
 	return changeCounter{
-		total:   m.counters(kubeProxy, name+"total", objects+" that were new, changed or gone.").WithLabelValues(),
-		pending: prometheus.NewDesc(kubeProxy+"_"+name+"pending", objects+" that arrived and are not in the kernel yet.", nil, nil),
+		total:   m.counters(kubeProxy, name+"total", objects+" added, changed or deleted.").WithLabelValues(),
+		pending: prometheus.NewDesc(kubeProxy+"_"+name+"pending", "Changed "+objects+" not yet programmed.", nil, nil),
 	}
 }
 
-// Handler answers a scrape.
+// Handler returns the HTTP handler for scrapes.
 func (m *Metrics) Handler() http.Handler {
 	return promhttp.InstrumentMetricHandler(m.registry, promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{}))
 }
 
-// Registry is where others may add their collectors.
+// Registry returns the registry, for further collectors.
 func (m *Metrics) Registry() prometheus.Registerer { return m.registry }
 
-// RecordObjectChanges counts Services and EndpointSlices that are new, changed or gone.
+// RecordObjectChanges counts added, changed or deleted Services and EndpointSlices.
 func (m *Metrics) RecordObjectChanges(services, endpointSlices int) {
 	status := m.options.Status()
 	now := float64(time.Now().UnixMilli()) / 1000
@@ -269,7 +273,7 @@ func (m *Metrics) RecordObjectChanges(services, endpointSlices int) {
 	defer m.mu.Unlock()
 	for c, n := range map[*changeCounter]int{&m.serviceChanges: services, &m.endpointChanges: endpointSlices} {
 		if isIdle(status) {
-			c.nextCall, c.laterCall = 0, 0 // it was no change to the kernel
+			c.nextCall, c.laterCall = 0, 0 // earlier changes did not affect the kernel
 		}
 		c.add(n, !status.CallSince.IsZero())
 	}
@@ -287,12 +291,13 @@ func (c *changeCounter) add(n int, inCall bool) {
 	}
 }
 
-// isIdle reports whether nothing waits for the kernel, nor is on its way to it.
+// isIdle reports whether no change is pending and no call to the dataplane is in flight.
 func isIdle(status sync.Status) bool {
 	return status.PendingSince.IsZero() && status.CallSince.IsZero()
 }
 
-// endCall says that a call to the dataplane has ended.
+// endCall updates the counts when a call to the dataplane has returned. Changes of a failed
+// call become part of the next one.
 func (c *changeCounter) endCall(success bool) {
 	if success {
 		c.nextCall = 0
@@ -300,9 +305,9 @@ func (c *changeCounter) endCall(success bool) {
 	c.nextCall, c.laterCall = c.nextCall+c.laterCall, 0
 }
 
-// RecordTrigger says that endpoints of a Service have changed at a time that somebody
-// else's clock has taken, and that the Service was just handed to the syncer.
-// Times before this program's start are left out.
+// RecordTrigger records that endpoints of a Service changed at a time by the API server's or
+// the controller's clock, and that the syncer just received the change. It ignores times
+// before the start of the process.
 func (m *Metrics) RecordTrigger(namespace, name string, at time.Time) {
 	if at.Before(m.started) {
 		return
@@ -311,20 +316,19 @@ func (m *Metrics) RecordTrigger(namespace, name string, at time.Time) {
 	defer m.mu.Unlock()
 	key := service{namespace, name}
 	if m.triggers[key] = append(m.triggers[key], trigger{at, time.Now()}); len(m.triggers[key]) > maxTriggers {
-		// The oldest stays: it has waited longest.
+		// Keep the oldest trigger, which has waited longest.
 		m.triggers[key] = slices.Delete(m.triggers[key], 1, 2)
 	}
 }
 
-// RemoveService says that a Service was deleted, and that this was just handed to the
-// syncer: how long its endpoints' changes take is of no interest.
+// RemoveService discards the triggers of a deleted Service.
 func (m *Metrics) RemoveService(namespace, name string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	delete(m.triggers, service{namespace, name})
 }
 
-// OnCommit takes over a call to the dataplane, see [sync.Options].
+// OnCommit records a call to the dataplane; see [sync.Options].
 func (m *Metrics) OnCommit(c sync.Commit) {
 	result := "success"
 	switch {
@@ -374,7 +378,7 @@ func (m *Metrics) OnCommit(c sync.Commit) {
 	}
 }
 
-// hasFailed reports whether a Service of a family did not take.
+// hasFailed reports whether a Service of the family failed in the commit.
 func hasFailed(c sync.Commit, f dataplane.Family) bool {
 	for key := range c.Failed {
 		if key.Family == f {
@@ -384,20 +388,20 @@ func hasFailed(c sync.Commit, f dataplane.Family) bool {
 	return false
 }
 
-// commitFamilies returns the families that a call concerned.
+// commitFamilies returns the IP families that a commit wrote or tried to write.
 func commitFamilies(c sync.Commit) []dataplane.Family {
-	var concerned []dataplane.Family
+	var families []dataplane.Family
 	for _, f := range ipFamilies() {
 		if c.Op == sync.OpReplace || c.Err != nil || hasFailed(c, f) ||
 			slices.ContainsFunc(c.Changes, func(change dataplane.Change) bool { return change.Key().Family == f }) {
-			concerned = append(concerned, f)
+			families = append(families, f)
 		}
 	}
-	return concerned
+	return families
 }
 
-// observeTriggers takes the time of the triggers that were part of a call, before
-// which the keys of before were failing.
+// observeTriggers records the latency of the triggers that a commit programmed. before holds
+// the keys that were failing before the commit.
 func (m *Metrics) observeTriggers(c sync.Commit, before map[dataplane.Key]error) {
 	if len(m.triggers) == 0 {
 		return
@@ -423,7 +427,7 @@ func (m *Metrics) observeTriggers(c sync.Commit, before map[dataplane.Key]error)
 	for s, triggers := range m.triggers {
 		families, ok := concerned[s]
 		if !ok && (c.Err != nil || failing[s]) {
-			continue // it is tried again
+			continue // the syncer retries the Service
 		}
 		var later []trigger
 		for _, t := range triggers {
@@ -431,10 +435,10 @@ func (m *Metrics) observeTriggers(c sync.Commit, before map[dataplane.Key]error)
 			case t.queued.After(c.Start):
 				later = append(later, t)
 			case t.queued.Before(c.OldestUpdate) && !failing[s]:
-				// It was not in this call, and waits for no other: it was undone
-				// before it got to the kernel.
+				// The change was neither in this commit nor is it pending: a later
+				// change reverted it before it was programmed.
 			default:
-				for f := range families { // none if it was undone
+				for f := range families { // empty if the change was reverted
 					m.programmingLatency.WithLabelValues(f.String()).Observe(c.End.Sub(t.changed).Seconds())
 				}
 			}
@@ -447,9 +451,8 @@ func (m *Metrics) observeTriggers(c sync.Commit, before map[dataplane.Key]error)
 	}
 }
 
-// countNoLocalEndpoints counts svc in or out if a traffic policy of Local leaves its
-// clients without endpoints here while there are some elsewhere. A Service port
-// counts once, however many kinds of frontends it has.
+// countNoLocalEndpoints adds n to the count of svc if its traffic policy is Local and it has
+// endpoints, but none on this node. A Service port counts once for all kinds of frontends.
 func (m *Metrics) countNoLocalEndpoints(svc *dataplane.Service, n int) {
 	if svc == nil || svc.NoEndpointsVerdict != dataplane.Drop {
 		return
@@ -470,7 +473,7 @@ func (m *Metrics) countNoLocalEndpoints(svc *dataplane.Service, n int) {
 	}
 }
 
-// RecordHealthResponse counts an answer of /healthz or /livez.
+// RecordHealthResponse counts a response of /healthz or /livez.
 func (m *Metrics) RecordHealthResponse(path string, status int) {
 	switch path {
 	case "/healthz":
@@ -480,24 +483,25 @@ func (m *Metrics) RecordHealthResponse(path string, status int) {
 	}
 }
 
-// RecordConntrackScan counts a look for stale UDP flows of a family.
+// RecordConntrackScan records a conntrack scan for stale entries of a family.
 func (m *Metrics) RecordConntrackScan(family dataplane.Family, took time.Duration, deleted int) {
 	m.conntrackDuration.WithLabelValues(family.String()).Observe(took.Seconds())
 	m.conntrackDeleted.WithLabelValues(family.String()).Add(float64(deleted))
 }
 
-// RecordProblem counts a Service that asks for what it does not get.
+// RecordProblem counts a problem of a Service that cannot be programmed as written.
 func (m *Metrics) RecordProblem() { m.problems.Inc() }
 
-// RecordHealthCheckFailure counts a health-check node port that can't be listened on.
+// RecordHealthCheckFailure counts a failed attempt to listen on a health-check node port.
 func (m *Metrics) RecordHealthCheckFailure() { m.healthCheckFailures.Inc() }
 
-// RecordTableRebuild counts a table of nftables that was rebuilt.
+// RecordTableRebuild counts a rebuild of an nftables table.
 func (m *Metrics) RecordTableRebuild(f dataplane.Family) {
 	m.rebuilds.WithLabelValues(f.String()).Inc()
 }
 
-// RecordReload counts a change of the configuration file, with what became of it.
+// RecordReload counts a change of the configuration file. A non-nil err means that the file is
+// invalid.
 func (m *Metrics) RecordReload(err error) {
 	if err != nil {
 		m.reloads.WithLabelValues("failure").Inc()
@@ -508,7 +512,7 @@ func (m *Metrics) RecordReload(err error) {
 	m.configValid.Set(1)
 }
 
-// statusCollector collects what is worked out when somebody asks.
+// statusCollector collects metrics that are computed on each scrape.
 type statusCollector struct{ metrics *Metrics }
 
 var _ prometheus.Collector = (*statusCollector)(nil)
@@ -518,17 +522,17 @@ type statusDescs struct{ services, servicesFailing, dataplaneFailed, oldestChang
 func newStatusDescs() statusDescs {
 	return statusDescs{
 		services: prometheus.NewDesc("fairlead_services",
-			"Service ports wanted in the kernel; each IP family, and each kind of address (cluster IP, node port, "+
-				"external IP, load balancer), counts for itself.", nil, nil),
+			"Desired Service ports. Each IP family and each kind of address (cluster IP, node port, external IP, "+
+				"load balancer) counts separately.", nil, nil),
 		servicesFailing: prometheus.NewDesc("fairlead_services_failing",
-			"Of fairlead_services, those that are not in the kernel as wanted, by reason: unsupported means that this mode "+
-				"can't carry them out, error that the kernel did not take them.", []string{"reason"}, nil),
+			"Desired Service ports that are not programmed, by reason: unsupported by the current mode, or error from the "+
+				"kernel.", []string{"reason"}, nil),
 		dataplaneFailed: prometheus.NewDesc("fairlead_dataplane_failed",
-			"1 if the last call to the kernel failed as a whole, else 0.", nil, nil),
+			"1 if the last commit to the kernel failed completely, else 0.", nil, nil),
 		oldestChangeAge: prometheus.NewDesc("fairlead_oldest_change_age_seconds",
-			"How long the oldest change has been waiting for the kernel; 0 if there is none.", nil, nil),
+			"Age of the oldest change that is not yet programmed; 0 without pending changes.", nil, nil),
 		noLocalEndpoints: prometheus.NewDesc("kubeproxy_sync_proxy_rules_no_local_endpoints_total",
-			"Service ports with a Local traffic policy that have endpoints, but none here.", []string{"traffic_policy", "ip_family"}, nil),
+			"Service ports with traffic policy Local that have endpoints, but none on this node.", []string{"traffic_policy", "ip_family"}, nil),
 	}
 }
 
@@ -571,7 +575,7 @@ func (s *statusCollector) Collect(ch chan<- prometheus.Metric) {
 	for _, c := range []changeCounter{s.metrics.serviceChanges, s.metrics.endpointChanges} {
 		pending := c.nextCall + c.laterCall
 		if isIdle(status) {
-			pending = 0 // what came last was no change to the kernel
+			pending = 0 // the last changes did not affect the kernel
 		}
 		gauge(c.pending, float64(pending))
 	}

@@ -20,8 +20,8 @@ import (
 	"fairlead.io/fairlead/sync"
 )
 
-// statusCollector returns the metrics whose names begin with one of the prefixes, without
-// the buckets of histograms, as they are in the answer.
+// scrape returns the values of the metrics whose names start with one of the prefixes, except
+// histogram buckets.
 func statusCollector(t *testing.T, m *metrics.Metrics, prefixes ...string) map[string]string {
 	t.Helper()
 	response := httptest.NewRecorder()
@@ -86,7 +86,7 @@ func TestCommits(t *testing.T) {
 		m.OnCommit(commit(sync.OpApply, sync.ReasonChange, dataplane.IPv4))
 		m.OnCommit(commit(sync.OpApply, sync.ReasonChange, dataplane.IPv4, dataplane.IPv6))
 		partial := commit(sync.OpReplace, sync.ReasonRetry)
-		partial.FirstComplete, partial.LastComplete = start.Add(time.Hour), start.Add(time.Hour) // not of the start
+		partial.FirstComplete, partial.LastComplete = start.Add(time.Hour), start.Add(time.Hour) // ignored after the first commit
 		partial.Failed = map[dataplane.Key]error{key("db", dataplane.IPv4, 0): errors.New("no")}
 		m.OnCommit(partial)
 		failure := commit(sync.OpReplace, sync.ReasonDrift)
@@ -167,7 +167,7 @@ func TestStatus(t *testing.T) {
 	})
 }
 
-// Changes are pending until a call that began after them has succeeded.
+// TestChanges checks that changes are pending until a later call has succeeded.
 func TestChanges(t *testing.T) {
 	t.Parallel()
 	var status sync.Status
@@ -184,7 +184,7 @@ func TestChanges(t *testing.T) {
 		}
 	}
 	check("0", "0", "0", "0")
-	m.RecordObjectChanges(5, 5) // no change to the kernel: there is no call
+	m.RecordObjectChanges(5, 5) // no effect on the kernel, so no call follows
 	check("5", "0", "5", "0")
 	m = metrics.New(metrics.Options{Status: func() sync.Status { return status }})
 	m.RecordObjectChanges(5, 0)
@@ -193,7 +193,7 @@ func TestChanges(t *testing.T) {
 	status.PendingSince = time.Time{}
 	m.RecordObjectChanges(1, 0)
 	status.PendingSince = time.Now()
-	check("6", "1", "0", "0") // not those before, for which there was no call
+	check("6", "1", "0", "0") // without the earlier changes, which no call followed
 
 	m = metrics.New(metrics.Options{Status: func() sync.Status { return status }})
 	m.RecordObjectChanges(2, 3)
@@ -210,11 +210,11 @@ func TestChanges(t *testing.T) {
 	check("3", "0", "13", "0")
 }
 
-// From the time in an EndpointSlice to the kernel's acknowledgement.
+// TestNetworkProgramming checks the time from an EndpointSlice's trigger to the end of the commit.
 func TestNetworkProgramming(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		long := time.Now()
+		beforeStart := time.Now()
 		time.Sleep(time.Hour)
 		m := metrics.New(metrics.Options{Status: noStatus})
 		commit := func(took time.Duration, keys ...dataplane.Key) {
@@ -235,7 +235,7 @@ func TestNetworkProgramming(t *testing.T) {
 				t.Errorf("%s: count %s, sum %s, want %s and %s", of, got[name+"count"+label], got[name+"sum"+label], count, sum)
 			}
 		}
-		m.RecordTrigger("shop", "web", long) // before the program began
+		m.RecordTrigger("shop", "web", beforeStart)
 		commit(0, key("web", dataplane.IPv4, 0))
 		check("0", "0", dataplane.IPv4)
 
@@ -248,7 +248,7 @@ func TestNetworkProgramming(t *testing.T) {
 		commit(time.Second, key("web", dataplane.IPv4, 0))
 		check("1", "4", dataplane.IPv4)
 
-		// One that comes while a call is going on belongs to the next.
+		// A trigger that arrives during a call belongs to the next call.
 		m.RecordTrigger("shop", "web", time.Now())
 		go func() {
 			time.Sleep(time.Second)
@@ -261,7 +261,8 @@ func TestNetworkProgramming(t *testing.T) {
 	})
 }
 
-// What never gets to the kernel, or not for long, is neither counted nor kept.
+// TestTriggersWithoutEffect checks that reverted changes are not observed, and that the triggers
+// of a failing Service are observed once it succeeds, up to the limit.
 func TestTriggersWithoutEffect(t *testing.T) {
 	t.Parallel()
 	web := key("web", dataplane.IPv4, 0)
@@ -272,29 +273,29 @@ func TestTriggersWithoutEffect(t *testing.T) {
 		count string
 		sum   string
 	}{
-		{"undone, and changed hours later", func(m *metrics.Metrics, commit func(time.Time, []dataplane.Key, []dataplane.Key, error)) {
+		{"reverted and changed hours later", func(m *metrics.Metrics, commit func(time.Time, []dataplane.Key, []dataplane.Key, error)) {
 			m.RecordTrigger("shop", "web", time.Now())
 			time.Sleep(10 * time.Hour)
-			handed := time.Now()
+			queued := time.Now()
 			m.RecordTrigger("shop", "web", time.Now())
 			time.Sleep(time.Second)
-			commit(handed, []dataplane.Key{web}, nil, nil)
+			commit(queued, []dataplane.Key{web}, nil, nil)
 		}, "1", "1"},
-		{"undone, with others in between", func(m *metrics.Metrics, commit func(time.Time, []dataplane.Key, []dataplane.Key, error)) {
+		{"reverted, with other commits in between", func(m *metrics.Metrics, commit func(time.Time, []dataplane.Key, []dataplane.Key, error)) {
 			m.RecordTrigger("shop", "web", time.Now())
 			time.Sleep(time.Hour)
 			commit(time.Now(), []dataplane.Key{key("db", dataplane.IPv4, 0)}, nil, nil)
 			commit(time.Time{}, []dataplane.Key{web}, nil, nil)
 		}, "0", "0"},
-		{"the call fails, and the next does not", func(m *metrics.Metrics, commit func(time.Time, []dataplane.Key, []dataplane.Key, error)) {
-			handed := time.Now()
-			m.RecordTrigger("shop", "web", handed)
+		{"call fails once", func(m *metrics.Metrics, commit func(time.Time, []dataplane.Key, []dataplane.Key, error)) {
+			queued := time.Now()
+			m.RecordTrigger("shop", "web", queued)
 			time.Sleep(time.Second)
-			commit(handed, nil, nil, errors.New("no"))
+			commit(queued, nil, nil, errors.New("no"))
 			time.Sleep(time.Second)
-			commit(handed, []dataplane.Key{web}, nil, nil)
+			commit(queued, []dataplane.Key{web}, nil, nil)
 		}, "1", "2"},
-		{"the Service fails for long, while others do not", func(m *metrics.Metrics, commit func(time.Time, []dataplane.Key, []dataplane.Key, error)) {
+		{"Service fails while another succeeds", func(m *metrics.Metrics, commit func(time.Time, []dataplane.Key, []dataplane.Key, error)) {
 			m.RecordTrigger("shop", "web", time.Now())
 			time.Sleep(time.Second)
 			commit(time.Now(), nil, []dataplane.Key{web}, nil)
@@ -303,7 +304,7 @@ func TestTriggersWithoutEffect(t *testing.T) {
 			time.Sleep(time.Second)
 			commit(time.Now(), []dataplane.Key{web}, nil, nil)
 		}, "1", "3"},
-		{"the Service fails a thousand times, and is gone", func(m *metrics.Metrics, commit func(time.Time, []dataplane.Key, []dataplane.Key, error)) {
+		{"Service fails many times and is deleted", func(m *metrics.Metrics, commit func(time.Time, []dataplane.Key, []dataplane.Key, error)) {
 			for range 1000 {
 				m.RecordTrigger("shop", "web", time.Now())
 				commit(time.Now(), nil, []dataplane.Key{web}, nil)
@@ -311,7 +312,7 @@ func TestTriggersWithoutEffect(t *testing.T) {
 			m.RemoveService("shop", "web")
 			commit(time.Now(), []dataplane.Key{web}, nil, nil)
 		}, "0", "0"},
-		{"the Service fails a thousand times", func(m *metrics.Metrics, commit func(time.Time, []dataplane.Key, []dataplane.Key, error)) {
+		{"Service fails many times and succeeds", func(m *metrics.Metrics, commit func(time.Time, []dataplane.Key, []dataplane.Key, error)) {
 			for range 1000 {
 				m.RecordTrigger("shop", "web", time.Now())
 				commit(time.Now(), nil, []dataplane.Key{web}, nil)
@@ -385,7 +386,7 @@ func TestNoLocalEndpoints(t *testing.T) {
 	check("1", "1")
 	set(key("b", 4, dataplane.NodePort), &away)
 	check("1", "2")
-	set(key("b", 4, dataplane.NodePort), &dataplane.ServiceSpec{ExternalTrafficPolicyLocal: true}) // no endpoint anywhere
+	set(key("b", 4, dataplane.NodePort), &dataplane.ServiceSpec{ExternalTrafficPolicyLocal: true}) // no endpoints
 	check("1", "1")
 	here := away
 	here.LocalEndpoints = some
@@ -420,20 +421,21 @@ func TestCounters(t *testing.T) {
 	}
 }
 
-// Two in one process have nothing in common, and show the process.
+// TestSeparateRegistries checks that two Metrics in one process are independent, and that both
+// export the metrics of the runtime and the process.
 func TestSeparateRegistries(t *testing.T) {
 	t.Parallel()
 	a, b := metrics.New(metrics.Options{Status: noStatus}), metrics.New(metrics.Options{Status: noStatus})
 	a.RecordProblem()
 	if got := statusCollector(t, b, "fairlead_service_problems_total"); !maps.Equal(got, map[string]string{"fairlead_service_problems_total": "0"}) {
-		t.Errorf("the other's problem counts: %v", got)
+		t.Errorf("metrics of b after a problem in a: %v", got)
 	}
 	if got := statusCollector(t, a, "go_goroutines", "process_resident_memory_bytes"); len(got) != 2 {
-		t.Errorf("of the runtime and the process there is %v", got)
+		t.Errorf("metrics of the runtime and the process: %v", got)
 	}
 }
 
-// Looks for stale UDP flows count by family.
+// TestConntrackScans checks the metrics of conntrack scans by family.
 func TestConntrackScans(t *testing.T) {
 	t.Parallel()
 	m := metrics.New(metrics.Options{Status: func() sync.Status { return sync.Status{} }})

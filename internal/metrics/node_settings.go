@@ -2,11 +2,11 @@ package metrics
 
 import "github.com/prometheus/client_golang/prometheus"
 
-// AddNodeSettings adds a metric with the number of interfaces for which a setting of the
-// node should be another, by setting. Read is asked at each scrape and must not block.
+// AddNodeSettings adds a metric for the number of interfaces with a harmful kernel setting, by
+// setting. Metrics calls read on each scrape; it must not block.
 func (m *Metrics) AddNodeSettings(read func() map[string]int) {
 	m.registry.MustRegister(&nodeSettingsCollector{read: read, problems: prometheus.NewDesc("fairlead_node_setting_problems",
-		"Interfaces of the node for which a kernel setting breaks Services, or exposes loopback addresses, by setting; see the log.",
+		"Interfaces of the node with a kernel setting that breaks Services or exposes loopback addresses, by setting; see the log.",
 		[]string{"setting"}, nil)})
 }
 

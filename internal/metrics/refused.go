@@ -6,22 +6,32 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// RefusedPackets counts packets that the kernel has rejected or dropped for a reason.
+// Verdict says how the kernel refused a packet.
+type Verdict string
+
+// The verdicts.
+const (
+	Drop   Verdict = "drop"   // without a response
+	Reject Verdict = "reject" // with a TCP reset or an ICMP error
+)
+
+// RefusedPackets counts the packets that the kernel refused with one verdict for one reason.
 type RefusedPackets struct {
-	Family dataplane.Family
-	// Reason says what became of the packets and why, such as
-	// "rejected-no-endpoints". No two of a family are the same.
+	Family  dataplane.Family
+	Verdict Verdict
+	// Reason is a value such as "no-endpoints". Each combination of Family, Verdict and
+	// Reason occurs once.
 	Reason string
-	// Localhost is the protocol, where all were for node ports at loopback
-	// addresses, and else 0.
+	// Localhost is the protocol if the counter counts packets of one protocol to node ports
+	// on loopback addresses, else 0.
 	Localhost dataplane.Protocol
-	// Packets may become less, when what counts in the kernel was made anew.
-	// Prometheus takes that as a reset of the counter, and rates stay right.
+	// Packets decreases when the kernel's counter is created again. Prometheus handles this
+	// as a counter reset, so rates stay correct.
 	Packets uint64
 }
 
-// refusedCollector collects what the kernel has not served. Invalid packets have no name of
-// kube-proxy's, as kube-proxy's says that iptables dropped them.
+// refusedCollector collects the counters of refused packets. kube-proxy's metric for invalid
+// packets is not among them, because its name says that iptables dropped them.
 type refusedCollector struct {
 	read func() ([]RefusedPackets, error)
 
@@ -33,13 +43,13 @@ var _ prometheus.Collector = (*refusedCollector)(nil)
 func newRefusedCollector(read func() ([]RefusedPackets, error)) *refusedCollector {
 	return &refusedCollector{
 		read: read,
-		packets: prometheus.NewDesc("fairlead_unserved_packets_total",
-			"Packets to Services, or of theirs, that the kernel rejected or dropped, by reason. A client that tries again "+
-				"counts again. It begins again when the rules are made anew, but not with the program.",
-			[]string{"ip_family", "reason"}, nil),
+		packets: prometheus.NewDesc("fairlead_refused_packets_total",
+			"Packets to and from Services that the kernel dropped or rejected, by verdict (drop, reject) and reason. Retries of a "+
+				"client count again. The counters survive restarts of Fairlead; rebuilding the rules resets them.",
+			[]string{"ip_family", "verdict", "reason"}, nil),
 		localhost: prometheus.NewDesc("kubeproxy_nftables_localhost_nodeport_rejected_packets_total",
-			"Packets to node ports at loopback addresses that the kernel rejected: those of UDP and SCTP always, those of TCP "+
-				"where node ports at loopback addresses were not asked for.",
+			"Packets to node ports on loopback addresses that the kernel rejected: all UDP and SCTP packets, and TCP packets if "+
+				"--nodeport-addresses does not include localhost.",
 			[]string{"ip_family", "protocol"}, nil),
 	}
 }
@@ -50,8 +60,8 @@ func (u *refusedCollector) Describe(ch chan<- *prometheus.Desc) {
 	ch <- u.localhost
 }
 
-// Collect implements [prometheus.Collector]. What cannot be read is left out, as
-// an error here would take all other metrics with it.
+// Collect implements [prometheus.Collector]. It omits counters that cannot be read, because an
+// error would fail the whole scrape.
 func (u *refusedCollector) Collect(ch chan<- prometheus.Metric) {
 	counts, err := u.read()
 	if err != nil {
@@ -61,7 +71,7 @@ func (u *refusedCollector) Collect(ch chan<- prometheus.Metric) {
 		counter := func(desc *prometheus.Desc, labels ...string) {
 			ch <- prometheus.MustNewConstMetric(desc, prometheus.CounterValue, float64(c.Packets), append([]string{c.Family.String()}, labels...)...)
 		}
-		counter(u.packets, c.Reason)
+		counter(u.packets, string(c.Verdict), c.Reason)
 		if c.Localhost != 0 {
 			counter(u.localhost, c.Localhost.String())
 		}

@@ -7,7 +7,7 @@ import (
 	"fairlead.io/fairlead/internal/relay"
 )
 
-// relayCollector collects what the relay for node ports at loopback addresses does.
+// relayCollector collects the metrics of the relay for node ports on loopback addresses.
 type relayCollector struct {
 	stats func(dataplane.Family) relay.Stats
 
@@ -21,21 +21,21 @@ func newRelayCollector(stats func(dataplane.Family) relay.Stats) *relayCollector
 	return &relayCollector{
 		stats: stats,
 		listeners: prometheus.NewDesc("kubeproxy_nftables_localhost_nodeport_listeners",
-			"Node ports that are listened on at loopback addresses.", family, nil),
+			"Node ports with a listener on a loopback address.", family, nil),
 		failures: prometheus.NewDesc("kubeproxy_nftables_localhost_nodeport_listener_creation_failures_total",
-			"Times that a node port could not be listened on at a loopback address.", family, nil),
+			"Failed attempts to listen on a node port on a loopback address.", family, nil),
 		failing: prometheus.NewDesc("fairlead_localhost_node_ports_failing",
-			"Node ports that can't be listened on at loopback addresses now; see the log.", family, nil),
+			"Node ports without a listener on a loopback address because listening fails; see the log.", family, nil),
 		open: prometheus.NewDesc("fairlead_localhost_node_port_connections",
-			"Connections that clients have now to node ports at loopback addresses.", family, nil),
+			"Open connections to node ports on loopback addresses.", family, nil),
 		limit: prometheus.NewDesc("fairlead_localhost_node_port_connections_limit",
-			"Maximum number of connections to node ports at loopback addresses, both families together.", nil, nil),
+			"Maximum number of open connections to node ports on loopback addresses, for both IP families together.", nil, nil),
 		halfClosed: prometheus.NewDesc("fairlead_localhost_node_port_half_closed_total",
-			"Connections to node ports at loopback addresses that were ended because one side had closed and nothing moved for a minute.",
+			"Connections to node ports on loopback addresses closed because one side had closed and no data was transferred for a minute.",
 			family, nil),
 		connections: prometheus.NewDesc("fairlead_localhost_node_port_connections_total",
-			"Clients of node ports at loopback addresses, by result: connected, unreachable if no endpoint answered, "+
-				"limit if all connections were in use, port_limit if the node port had its share of them.", []string{"ip_family", "result"}, nil),
+			"Connections to node ports on loopback addresses by result: connected, unreachable (no endpoint answered), "+
+				"limit (all connections in use), port_limit (the node port's share in use).", []string{"ip_family", "result"}, nil),
 	}
 }
 

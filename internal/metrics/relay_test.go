@@ -10,7 +10,7 @@ import (
 	"fairlead.io/fairlead/internal/relay"
 )
 
-// The relay for node ports at loopback addresses has metrics where there is one.
+// TestRelay checks the metrics of the relay, and that there are none without a relay.
 func TestRelay(t *testing.T) {
 	t.Parallel()
 	stats := func(f dataplane.Family) relay.Stats {

@@ -6,7 +6,7 @@ import (
 	"fairlead.io/fairlead/internal/connlimit"
 )
 
-// serverCollector collects the connections of the program's servers.
+// serverCollector collects the connection metrics of the agent's servers.
 type serverCollector struct {
 	stats func() map[string]connlimit.Stats
 
@@ -19,11 +19,11 @@ func newServerCollector(stats func() map[string]connlimit.Stats) *serverCollecto
 	server := []string{"server"}
 	return &serverCollector{
 		stats: stats,
-		open:  prometheus.NewDesc("fairlead_server_connections", "Connections that a server has now.", server, nil),
-		limit: prometheus.NewDesc("fairlead_server_connections_limit", "Maximum number of connections of a server.", server, nil),
+		open:  prometheus.NewDesc("fairlead_server_connections", "Open connections of a server.", server, nil),
+		limit: prometheus.NewDesc("fairlead_server_connections_limit", "Maximum number of open connections of a server.", server, nil),
 		displaced: prometheus.NewDesc("fairlead_server_connections_displaced_total",
-			"Connections that a server closed to make room for others, by reason: client_limit if one client had too many, "+
-				"limit if the server had, descriptors if the process had too many open files.", []string{"server", "reason"}, nil),
+			"Connections that a server closed to make room for others, by reason: client_limit (too many of one client), "+
+				"limit (too many of the server), descriptors (too many open files in the process).", []string{"server", "reason"}, nil),
 	}
 }
 

@@ -277,7 +277,7 @@ func TestKubeProxy(t *testing.T) {
 		t.Run(variant.name, func(t *testing.T) {
 			s := newScenario(t, sharedCluster)
 			kubeProxy := newKubeProxy(s, variant.mode, variant.iptables)
-			logParts := []string{"another Service proxy's rules are on this node", "mode " + variant.mode, "kube-proxy --cleanup"}
+			logParts := []string{"rules of another Service proxy found on this node", "mode " + variant.mode, "kube-proxy --cleanup"}
 			metric := func(want float64) {
 				t.Helper()
 				s.eventually(func(ctx context.Context) error {

@@ -53,7 +53,7 @@ func TestServiceCIDROverlap(t *testing.T) {
 		if err := connects(unused); !errors.Is(err, nettest.ErrTimeout) {
 			return fmt.Errorf("connection to %s: error %w, want a timeout", unused, err)
 		}
-		dropped, err := s.fairlead.metric(ctx, "fairlead_unserved_packets_total", `reason="dropped-no-service"`, `ip_family="IPv4"`)
+		dropped, err := s.fairlead.metric(ctx, "fairlead_refused_packets_total", `reason="no-service"`, `verdict="drop"`, `ip_family="IPv4"`)
 		if err == nil && dropped == 0 {
 			err = errors.New("no packet was dropped")
 		}
