@@ -11,7 +11,7 @@ import (
 )
 
 // Change describes how one Service changes. Old is nil for a new Service and New is nil for a
-// deleted one. At least one of them is set; if both are, their keys are equal.
+// deleted one. At least one is set; if both are, their keys are equal.
 type Change struct{ Old, New *Service }
 
 // Key returns the key of the changed Service.

@@ -277,8 +277,8 @@ func allFaults(opts fake.Options) fake.Faults {
 	return supportedFaults(opts, fake.Faults{Reject: 0.1, Lose: 0.1, Partial: 0.1, Keys: 0.2, Drift: 0.05})
 }
 
-// supportedFaults returns faults without those that the kernel cannot produce: a strict kernel
-// applies a call completely or not at all.
+// supportedFaults returns the faults that the kernel can produce: a strict kernel applies a
+// call completely or not at all.
 func supportedFaults(opts fake.Options, faults fake.Faults) fake.Faults {
 	if opts.Strict {
 		faults.Partial, faults.Keys = 0, 0

@@ -11,11 +11,12 @@ import (
 type Node struct {
 	// PodCIDRs, PodInterface and PodInterfacePrefix define how to detect pod traffic for
 	// [MasqueradeOffCluster]: by source address, by the name of the ingress interface, or by a
-	// prefix of that name. At most one of them is set.
+	// prefix of that name. At most one is set.
 	//
-	// If PodCIDRs contains no network of a family, or if no detection is configured, no client of
-	// that family counts as off-cluster. The node's own connections have no ingress interface, so they
-	// count as off-cluster with PodInterface and PodInterfacePrefix.
+	// With PodCIDRs, no client of a family without a network counts as off-cluster. If none of
+	// the three fields is set, no client counts as off-cluster. The node's own connections have
+	// no ingress interface, so they count as off-cluster with PodInterface and
+	// PodInterfacePrefix.
 	PodCIDRs           []netip.Prefix
 	PodInterface       string
 	PodInterfacePrefix string

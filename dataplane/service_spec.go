@@ -198,7 +198,7 @@ func compact[E any](s []E, same func(a, b E) bool) []E {
 	return s
 }
 
-// propagateLocal marks every endpoint of an address as local if one of them is. The endpoints are
+// propagateLocal marks every endpoint of an address as local if any is. The endpoints are
 // sorted, so those with the same address are adjacent.
 func propagateLocal(endpoints []Endpoint) {
 	for len(endpoints) > 0 {

@@ -44,8 +44,8 @@ func (s *addrSet) has(a netip.Addr) bool {
 	return slices.Contains(s.list, a)
 }
 
-// addrError describes what is wrong with an address or network. It completes a sentence that
-// begins with the text.
+// addrError describes a problem with an address or network. It completes a sentence that begins
+// with the text.
 type addrError string
 
 func (e addrError) Error() string { return string(e) }

@@ -17,8 +17,9 @@ type claim struct {
 
 // compare orders claims by precedence, the owner first.
 //
-// A cluster IP takes precedence over all other kinds, because the cluster allocates it, while any
-// user who can write a Service can list an address in its externalIPs (CVE-2020-8554).
+// A cluster IP takes precedence over all other kinds, because the cluster allocates it, while
+// any user with write access to a Service can list an address in its externalIPs
+// (CVE-2020-8554).
 func (c claim) compare(o claim) int {
 	if r := falseFirst(c.kind != dataplane.ClusterIP, o.kind != dataplane.ClusterIP); r != 0 {
 		return r
@@ -48,8 +49,9 @@ type claims struct {
 	// waiting contains all claims except the owner's, in order of precedence. Almost all frontends
 	// have none.
 	waiting map[dataplane.Frontend][]claim
-	// ownersBefore contains the owner at the time of the last drainChanged of each frontend whose
-	// claims have changed since then. It is the zero claim if there was no owner.
+	// ownersBefore contains the owner at the time of the last drainChanged of each frontend
+	// whose claims have changed since then. It is the zero claim for a frontend without an
+	// owner.
 	ownersBefore map[dataplane.Frontend]claim
 }
 

@@ -113,8 +113,8 @@ func TestConflicts(t *testing.T) {
 				`default/web: spec.ports[1].port: 10.96.0.1:80/TCP is already used by port "a" of this Service: use another port`,
 			},
 		}}},
-		// Otherwise a user who can write a Service could intercept the connections of another
-		// user's Service (CVE-2020-8554).
+		// Otherwise a user with write access to a Service could intercept the connections of
+		// another user's Service (CVE-2020-8554).
 		{"a cluster IP takes precedence over an older external IP or load balancer IP", []step{
 			{
 				name: "a Service claims addresses that are not allocated yet", delta: services(newService("thief", "10.96.0.1", age(9*time.Hour), externalIPs("10.96.0.9", "192.0.2.1"), ingress("10.96.0.8"))),

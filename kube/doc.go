@@ -24,16 +24,16 @@
 //
 // # Endpoints
 //
-// The endpoints of a Service port come from the EndpointSlices in the Service's namespace whose
-// label kubernetes.io/service-name is the Service's name, whose addressType is the family, and
-// which have a port with the same name and protocol. If several entries have the same address, a
-// non-terminating entry is preferred over a terminating one, and then a ready entry over one that
-// is not ready.
+// The endpoints of a Service port come from the EndpointSlices in the Service's namespace that
+// have the Service's name in the label kubernetes.io/service-name. The addressType must be the
+// family, and the slice must have a port with the same name and protocol. If several entries
+// have the same address, a non-terminating entry is preferred over a terminating one, and then
+// a ready entry over a non-ready one.
 //
 // The traffic policy Cluster selects the ready endpoints that topology hints allow. If no
-// endpoint is ready, it selects serving terminating endpoints. The policy Local selects the ready
-// endpoints on this node and ignores hints. If there are none, it selects serving terminating
-// endpoints on this node. An endpoint is on this node if its nodeName says so.
+// endpoint is ready, it selects serving terminating endpoints. The policy Local selects the
+// ready endpoints on this node and ignores hints. If no endpoint on this node is ready, it
+// selects serving terminating ones. An endpoint is on this node if its nodeName says so.
 //
 // Hints are taken from EndpointSlices only. The controller that writes them reads
 // spec.trafficDistribution and the annotation service.kubernetes.io/topology-mode. Hints are
@@ -91,9 +91,10 @@
 // A [Problem] is reported once and persists until it is resolved. At most 20 problems of a
 // Service are reported individually, followed by the number of the others.
 //
-// A port without a match in any EndpointSlice is a problem if there are slices with endpoints. It
-// is not reported until a slice of the Service is delivered in the same Delta as the last change
-// of the Service's ports, or later, because the controller may not have updated the slices yet.
+// A port without a match in any EndpointSlice is a problem if there are slices with endpoints.
+// The controller updates the slices after the Service. The problem is therefore not reported
+// until a slice is delivered in the same Delta as the last change of the Service's ports, or
+// later.
 //
 // # Other differences from kube-proxy
 //
@@ -118,9 +119,9 @@
 // # Health-check node ports
 //
 // The healthCheckNodePort of a Service of type LoadBalancer with externalTrafficPolicy Local
-// reports the number of ready pods on this node, counted as distinct addresses over all ports.
-// kube-proxy counts each family separately for its own listener; here the larger number is used
-// for both.
+// reports the number of ready pods on this node: distinct addresses, over all ports. For each
+// family, kube-proxy has a separate listener and count. Fairlead uses the larger number for
+// both.
 //
 // # The node
 //

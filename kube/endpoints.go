@@ -274,8 +274,8 @@ func skipTo(list *[]dataplane.Endpoint, addr netip.AddrPort) bool {
 	return false
 }
 
-// propagateLocal marks all candidates of an address as local if one of them is, because being
-// local is a property of the pod. Candidates with the same address are adjacent.
+// propagateLocal marks all candidates of an address as local if any is, because being local is
+// a property of the pod. Candidates with the same address are adjacent.
 func propagateLocal(candidates []candidate) {
 	for i, c := range candidates {
 		if c.has(onOtherNode) {

@@ -104,7 +104,7 @@ type networks struct {
 // addresses of the Node object and of its interfaces. An address that only the loopback device
 // and dummy interfaces have is excluded unless the Node object lists it, because other programs
 // bind cluster IPs this way: NodeLocal DNSCache binds the cluster IP of cluster DNS, and
-// kube-proxy in ipvs mode binds all of them.
+// kube-proxy in ipvs mode binds every cluster IP.
 func (n *networks) ownAddrs(override netip.Addr) map[netip.Addr]struct{} {
 	own := map[netip.Addr]struct{}{}
 	if override.IsValid() {

@@ -14,7 +14,7 @@ import (
 // name.
 const AnnotationIPVSScheduler = "fairlead.io/ipvs-scheduler"
 
-// policy contains the settings of a Service that apply to all of its ports.
+// policy contains the settings of a Service that apply to every port.
 type policy struct {
 	// internalLocal and externalLocal are set for the traffic policy Local.
 	internalLocal, externalLocal bool

@@ -44,7 +44,7 @@ type clusterModel struct {
 	services     map[types.NamespacedName]*corev1.Service
 	slices       map[types.NamespacedName]*discoveryv1.EndpointSlice
 	node         *corev1.Node // the last Node, even if it was deleted
-	nodeReported     bool
+	nodeReported bool
 	nodeDeleted  bool
 	serviceCIDRs map[string][]string
 	localAddrs   []netip.Addr

@@ -99,7 +99,7 @@ func TestServing(t *testing.T) {
 	})
 }
 
-// TestServingIsShared checks that all kinds of a port share one list, even after one of them has
+// TestServingIsShared checks that all kinds of a port share one list, even after one kind has
 // changed.
 func TestServingIsShared(t *testing.T) {
 	t.Parallel()

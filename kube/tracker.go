@@ -119,8 +119,8 @@ type service struct {
 	clusterIPs []netip.Addr
 	// problems contains the problems of the objects and of conflicts, sorted and deduplicated.
 	problems []Problem
-	// programmed is the result of the last resolve, in the order of portClaims. An element is nil
-	// if all of its frontends belong to other Services.
+	// programmed is the result of the last resolve, in the order of portClaims. An element is
+	// nil if every frontend belongs to other Services.
 	programmed []*dataplane.Service
 	// healthCheck is the health-check node port; its Port is 0 without one.
 	healthCheck HealthCheck
@@ -129,7 +129,7 @@ type service struct {
 	// last round in which its claims, or the owner of a frontend that it claims, changed.
 	dirtyRound, claimsChangedRound uint64
 	// portsChangedRound is the last round in which fields changed that the slices' ports depend
-	// on. slicesRound is the last round in which one of its slices was delivered.
+	// on. slicesRound is the last round that delivered a slice of the Service.
 	portsChangedRound, slicesRound uint64
 	// unmatchedPorts lists the ports that were reported as missing in all slices.
 	unmatchedPorts []portName

@@ -12,7 +12,7 @@
 //
 // One call of Apply contains changes with up to about 4,096 frontends and endpoints. Further
 // changes wait in a queue, in which Kubernetes Services take turns like the flows of a fair
-// queue: small changes come first, the ports of a huge Service do not delay other Services, and
+// queue. Small changes come first, the ports of a huge Service do not delay other Services, and
 // no change waits forever. Changes that move a frontend from one Service to another are part of
 // the same call.
 //
@@ -35,9 +35,9 @@
 //
 //   - when the initial list is complete,
 //   - when the node has changed,
-//   - when another program has changed the kernel (drift): immediately, or if drift recurs, after
-//     a delay that grows to one second or nine times the duration of a Replace, whichever is
-//     longer,
+//   - when another program has changed the kernel (drift): immediately, or after a delay if
+//     drift recurs. The delay grows to one second or to nine times the duration of a Replace,
+//     whichever is longer,
 //   - when keys are failing or the state of every key is unknown: after a delay that doubles with
 //     each attempt from [Options.RetryMin] to [Options.RetryMax],
 //   - every [Options.ResyncPeriod], if set.

@@ -52,8 +52,8 @@ func namedService(t *testing.T, namespace, name string, n byte) *dataplane.Servi
 	return &s
 }
 
-// TestReplaceOrderAndProgress checks that prioritized Services come first, that all others follow
-// in the order of their keys, and that the commit contains the times at which the first and the
+// TestReplaceOrderAndProgress checks that prioritized Services come first and that all others
+// follow in the order of their keys. The commit contains the times at which the first and the
 // last were complete.
 func TestReplaceOrderAndProgress(t *testing.T) {
 	t.Parallel()

@@ -43,8 +43,8 @@ type tables struct {
 	callErr     error // the reason, nil before the first Replace
 	failedCalls int   // consecutive calls that failed as a whole
 
-	// pendingSince is the time of the oldest update that does not belong to a failing key and has
-	// not been part of a successful call, or zero if no update is pending.
+	// pendingSince is the time of the oldest update that has not been part of a successful
+	// call, or zero if no update is pending. Updates of failing keys do not count.
 	pendingSince time.Time
 	// awaitsReplace is set if a change waits for the next Replace.
 	awaitsReplace bool

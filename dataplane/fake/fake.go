@@ -1,6 +1,5 @@
-// Package fake provides an in-memory [Dataplane] for tests and benchmarks of code that uses the
-// contract, and [Faulty], a wrapper that makes any dataplane fail in the ways that the contract
-// allows.
+// Package fake provides an in-memory [Dataplane] for tests and benchmarks. [Faulty] wraps any
+// dataplane and makes it fail in the ways that the contract allows.
 //
 // By default a Dataplane applies each call completely or not at all, like nftables. With
 // [Options.PerObject] it programs every frontend and every endpoint in a separate write, like
@@ -25,9 +24,9 @@ var ErrClosed = errors.New("the fake is closed")
 // Options selects the behavior of the kernel that a [Dataplane] simulates. The zero value is an
 // atomic kernel that never fails.
 type Options struct {
-	// Strict makes Apply fail if the kernel does not hold an Old, or if a New has a frontend that
-	// belongs to a Service outside the call. Such an Apply changes nothing and names all of its
-	// keys in the error. Without Strict, Apply overwrites existing state. Strict has no effect if
+	// Strict makes Apply fail if the kernel does not hold an Old, or if a New has a frontend
+	// that belongs to a Service outside the call. Such an Apply changes nothing, and its error
+	// names every key. Without Strict, Apply overwrites existing state. Strict has no effect if
 	// PerObject is set.
 	Strict bool
 
@@ -45,7 +44,7 @@ type Options struct {
 	Unsupported func(*dataplane.Service) error
 }
 
-// Write is one write of a PerObject kernel, to a frontend or to one of its endpoints.
+// Write is one write of a PerObject kernel, to a frontend or to an endpoint of a frontend.
 type Write struct {
 	Frontend dataplane.Frontend
 	Endpoint dataplane.Endpoint // zero for a write to the frontend
