@@ -39,14 +39,14 @@ func TestServiceSpecEqual(t *testing.T) {
 		t.Error("a ServiceSpec does not equal itself")
 	}
 	for name, edit := range map[string]func(*dataplane.ServiceSpec){
-		"Endpoints":      func(t *dataplane.ServiceSpec) { t.Endpoints = t.Endpoints[:1] },
-		"ExternalLocal":  func(t *dataplane.ServiceSpec) { t.ExternalTrafficPolicyLocal = false },
-		"LocalEndpoints": func(t *dataplane.ServiceSpec) { t.LocalEndpoints = nil },
-		"Masquerade":     func(t *dataplane.ServiceSpec) { t.Masquerade = dataplane.MasqueradeAlways },
-		"NoEndpoints":    func(t *dataplane.ServiceSpec) { t.NoEndpointsVerdict = dataplane.Reject },
-		"Affinity":       func(t *dataplane.ServiceSpec) { t.Affinity = time.Second },
-		"SourceRanges":   func(t *dataplane.ServiceSpec) { t.SourceRanges = t.SourceRanges[1:] },
-		"Scheduler":      func(t *dataplane.ServiceSpec) { t.Scheduler = "" },
+		"Endpoints":                  func(s *dataplane.ServiceSpec) { s.Endpoints = s.Endpoints[:1] },
+		"ExternalTrafficPolicyLocal": func(s *dataplane.ServiceSpec) { s.ExternalTrafficPolicyLocal = false },
+		"LocalEndpoints":             func(s *dataplane.ServiceSpec) { s.LocalEndpoints = nil },
+		"Masquerade":                 func(s *dataplane.ServiceSpec) { s.Masquerade = dataplane.MasqueradeAlways },
+		"NoEndpointsVerdict":         func(s *dataplane.ServiceSpec) { s.NoEndpointsVerdict = dataplane.Reject },
+		"Affinity":                   func(s *dataplane.ServiceSpec) { s.Affinity = time.Second },
+		"SourceRanges":               func(s *dataplane.ServiceSpec) { s.SourceRanges = s.SourceRanges[1:] },
+		"Scheduler":                  func(s *dataplane.ServiceSpec) { s.Scheduler = "" },
 	} {
 		other := fullSpec()
 		edit(&other)
@@ -103,7 +103,7 @@ func TestNodeEqual(t *testing.T) {
 		"PodInterfacePrefix": func(n *dataplane.Node) { n.PodInterfacePrefix = "" },
 		"LocalPodCIDRs":      func(n *dataplane.Node) { n.LocalPodCIDRs = nil },
 		"MasqueradeAll":      func(n *dataplane.Node) { n.MasqueradeAll = false },
-		"Addrs":              func(n *dataplane.Node) { n.PrimaryAddrs = nil },
+		"PrimaryAddrs":       func(n *dataplane.Node) { n.PrimaryAddrs = nil },
 		"NodePortAddrs":      func(n *dataplane.Node) { n.NodePortAddrs = nil },
 		"NodePortNetworks":   func(n *dataplane.Node) { n.NodePortNetworks = nil },
 		"LocalhostNodePorts": func(n *dataplane.Node) { n.LocalhostNodePorts = false },

@@ -31,16 +31,16 @@
 // # Apply or Replace
 //
 // Changes of keys with a known state use Apply, whose cost is proportional to the changes.
-// Replace reads the kernel and compares everything. The syncer calls Replace
+// Replace reads the kernel and compares everything. The syncer calls Replace in these cases:
 //
-//   - when the initial list is complete,
-//   - when the node has changed,
-//   - when another program has changed the kernel (drift): immediately, or after a delay if
-//     drift recurs. The delay grows to one second or to nine times the duration of a Replace,
-//     whichever is longer,
-//   - when keys are failing or the state of every key is unknown: after a delay that doubles with
-//     each attempt from [Options.RetryMin] to [Options.RetryMax],
-//   - every [Options.ResyncPeriod], if set.
+//   - The initial list is complete.
+//   - The node has changed.
+//   - Another program has changed the kernel (drift). Replace follows immediately, or after a
+//     delay if drift recurs. The delay grows to one second or to nine times the duration of a
+//     Replace, whichever is longer.
+//   - Keys are failing or the state of every key is unknown. The delay doubles with each attempt
+//     from [Options.RetryMin] to [Options.RetryMax].
+//   - [Options.ResyncPeriod], if set, has passed.
 //
 // Replace programs the Services selected by [Options.Prioritize] first, for example cluster DNS,
 // and all Services in the order of their keys. The part of a large Service that exceeds the
