@@ -29,14 +29,14 @@ func TestFirstDelta(t *testing.T) {
 		Spec:       corev1.NodeSpec{PodCIDR: "10.244.1.0/24", PodCIDRs: []string{"10.244.1.0/24"}},
 	}, metav1.CreateOptions{}))
 
-	web, headless, foreign := newService("web"), newService("headless"), newService("foreign")
+	web, headless, otherProxy := newService("web"), newService("headless"), newService("foreign")
 	web.Annotations = map[string]string{"big": "note", corev1.AnnotationTopologyMode: "Auto"}
 	web.Labels = map[string]string{"app": "web"}
 	policy := corev1.IPFamilyPolicyRequireDualStack
 	web.Spec.IPFamilyPolicy = &policy
 	headless.Spec.ClusterIP = corev1.ClusterIPNone
-	foreign.Labels = map[string]string{"service.kubernetes.io/service-proxy-name": "other"}
-	for _, svc := range []*corev1.Service{web, headless, foreign} {
+	otherProxy.Labels = map[string]string{"service.kubernetes.io/service-proxy-name": "other"}
+	for _, svc := range []*corev1.Service{web, headless, otherProxy} {
 		must[*corev1.Service](t)(client.CoreV1().Services(ns).Create(t.Context(), svc, metav1.CreateOptions{}))
 	}
 	slice, ofHeadless := newSlice("web-1", "web", "10.0.0.1", "10.0.0.2"), newSlice("headless-1", "headless", "10.0.0.3")
@@ -103,10 +103,10 @@ func TestWatchEvents(t *testing.T) {
 	label := func(object string, value any) []byte {
 		return fmt.Appendf(nil, `{"metadata":{"labels":{%q:%s}}}`, object, value)
 	}
-	const foreign = "service.kubernetes.io/service-proxy-name"
-	must[*corev1.Service](t)(svcs.Patch(ctx, "web", types.MergePatchType, label(foreign, `"other"`), metav1.PatchOptions{}))
+	const proxyNameLabel = "service.kubernetes.io/service-proxy-name"
+	must[*corev1.Service](t)(svcs.Patch(ctx, "web", types.MergePatchType, label(proxyNameLabel, `"other"`), metav1.PatchOptions{}))
 	r.waitFor(t, "removal of a Service of another proxy", func(r *receiver) bool { return r.services["web"] == nil })
-	must[*corev1.Service](t)(svcs.Patch(ctx, "web", types.MergePatchType, label(foreign, "null"), metav1.PatchOptions{}))
+	must[*corev1.Service](t)(svcs.Patch(ctx, "web", types.MergePatchType, label(proxyNameLabel, "null"), metav1.PatchOptions{}))
 	r.waitFor(t, "a Service without another proxy's label", func(r *receiver) bool { return r.services["web"] != nil })
 	must[*discoveryv1.EndpointSlice](t)(eps.Patch(ctx, "web-1", types.MergePatchType, label(corev1.IsHeadlessService, `""`), metav1.PatchOptions{}))
 	r.waitFor(t, "removal of a headless EndpointSlice", func(r *receiver) bool { return r.slices["web-1"] == nil })

@@ -31,13 +31,13 @@ type switchableServer struct {
 // list, watch or stream.
 type behavior func(r *http.Request, verb string) (*http.Response, error)
 
-func (m *switchableServer) setBehavior(mood behavior) {
+func (m *switchableServer) setBehavior(b behavior) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.changed != nil {
 		close(m.changed)
 	}
-	m.behavior, m.requestCounts, m.changed = mood, map[string]int{}, make(chan struct{})
+	m.behavior, m.requestCounts, m.changed = b, map[string]int{}, make(chan struct{})
 }
 
 func (m *switchableServer) countRequests(resource string) int {
@@ -55,10 +55,10 @@ func (m *switchableServer) serve(r *http.Request) (*http.Response, error) {
 		verb = "watch"
 	}
 	m.mu.Lock()
-	mood, changed := m.behavior, m.changed
+	behavior, changed := m.behavior, m.changed
 	m.requestCounts[resourceOf(r)]++
 	m.mu.Unlock()
-	if response, err := mood(r, verb); response != nil || err != nil {
+	if response, err := behavior(r, verb); response != nil || err != nil {
 		return response, err
 	}
 	if verb == "list" {
@@ -136,9 +136,9 @@ func TestConnectionLog(t *testing.T) {
 	)
 	forbidden, unauthorized, notFound := respondStatus(403, "Forbidden"), respondStatus(401, "Unauthorized"), respondStatus(404, "NotFound")
 	for _, tt := range []struct {
-		name  string
-		moods []behavior
-		want  []string // message prefixes, in order
+		name      string
+		behaviors []behavior
+		want      []string // message prefixes, in order
 	}{
 		{"healthy", []behavior{healthy}, nil},
 		{"without streams", []behavior{noStreaming}, nil},
@@ -167,10 +167,10 @@ func TestConnectionLog(t *testing.T) {
 			t.Parallel()
 			synctest.Test(t, func(t *testing.T) {
 				var server switchableServer
-				server.setBehavior(tt.moods[0])
+				server.setBehavior(tt.behaviors[0])
 				var log logRecorder
 				_, stop := runSource(t, server.serve, &log)
-				for _, m := range tt.moods[1:] {
+				for _, m := range tt.behaviors[1:] {
 					time.Sleep(time.Hour)
 					server.setBehavior(m)
 				}
@@ -194,7 +194,7 @@ func TestConnectionLog(t *testing.T) {
 func withoutReminders(text string) (lines []string) {
 	late := false
 	for line := range strings.Lines(text) {
-		again := strings.Contains(line, "API server still fails") || late && strings.Contains(line, "are late")
+		again := strings.Contains(line, "requests to the API server still fail") || late && strings.Contains(line, "are late")
 		late = late || strings.Contains(line, "are late")
 		if !again {
 			lines = append(lines, line)
@@ -208,9 +208,9 @@ func withoutReminders(text string) (lines []string) {
 func TestConnectionLogInAnyOrder(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
-		name  string
-		moods [4]behavior
-		want  [4]string
+		name      string
+		behaviors [4]behavior
+		want      [4]string
 	}{
 		{
 			"a token without rights",
@@ -227,10 +227,10 @@ func TestConnectionLogInAnyOrder(t *testing.T) {
 			t.Parallel()
 			synctest.Test(t, func(t *testing.T) {
 				var server switchableServer
-				server.setBehavior(tt.moods[0])
+				server.setBehavior(tt.behaviors[0])
 				var log logRecorder
 				_, stop := runSource(t, server.serve, &log)
-				for _, m := range tt.moods[1:] {
+				for _, m := range tt.behaviors[1:] {
 					time.Sleep(time.Hour)
 					server.setBehavior(m)
 				}

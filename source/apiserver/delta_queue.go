@@ -131,7 +131,7 @@ func (q *deltaQueue) pop() (kube.Delta, bool) {
 	var d kube.Delta
 	d.Services, d.DeletedServices = drain(&q.services)
 	d.EndpointSlices, d.DeletedEndpointSlices = drain(&q.endpointSlices)
-	node, gone := drain(&q.nodes)
+	node, deletedNodes := drain(&q.nodes)
 	if len(node) > 0 {
 		d.Node = node[0]
 	}
@@ -139,7 +139,7 @@ func (q *deltaQueue) pop() (kube.Delta, bool) {
 		q.nodeUnknown = false
 	}
 	// After NodeUnknown, a complete list without the Node is reported as its deletion.
-	d.NodeDeleted = len(node) == 0 && (len(gone) > 0 || nodeKnown)
+	d.NodeDeleted = len(node) == 0 && (len(deletedNodes) > 0 || nodeKnown)
 	d.NodeUnknown = q.nodeUnknown
 	var names []types.NamespacedName
 	d.ServiceCIDRs, names = drain(&q.serviceCIDRs)
@@ -163,11 +163,11 @@ type pendingChange[T any] struct {
 // put records a new state. known reports whether the name existed before.
 func (g pendingChanges[T]) put(name types.NamespacedName, object T, known bool) {
 	before, pending := g[name]
-	fresh := !known
+	added := !known
 	if pending {
-		fresh = before.added
+		added = before.added
 	}
-	g[name] = pendingChange[T]{object: object, added: fresh}
+	g[name] = pendingChange[T]{object: object, added: added}
 }
 
 // remove records a deletion.

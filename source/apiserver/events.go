@@ -479,8 +479,8 @@ func eventNamespace(r report) string {
 func (e *Events) logDenied(ctx context.Context, r report, err error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	gone := apierrors.IsNotFound(err) || apierrors.HasStatusCause(err, corev1.NamespaceTerminatingCause)
-	if gone || e.deniedLogged {
+	namespaceGone := apierrors.IsNotFound(err) || apierrors.HasStatusCause(err, corev1.NamespaceTerminatingCause)
+	if namespaceGone || e.deniedLogged {
 		return
 	}
 	e.deniedLogged = true

@@ -31,8 +31,8 @@ type readBatcher struct {
 	period time.Duration
 	// watchingOnly reports whether no list is being read. Only then are reads batched.
 	watchingOnly func() bool
-	// afterFunc calls a function after a delay unless stop is called before and returns
-	// true.
+	// afterFunc calls a function after a delay. If stop returns true, it has prevented the
+	// call.
 	afterFunc func(time.Duration, func()) (stop func() bool)
 }
 

@@ -80,11 +80,11 @@ func (p *manualBatcher) connect(t *testing.T) (*batchedConn, *net.TCPConn) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = peer.Close() })
-	paced, ok := conn.(*batchedConn)
+	batched, ok := conn.(*batchedConn)
 	if !ok {
 		t.Fatalf("TCP connection is a %T", conn)
 	}
-	return paced, peer.(*net.TCPConn)
+	return batched, peer.(*net.TCPConn)
 }
 
 func send(t *testing.T, peer net.Conn, text string) {
@@ -412,10 +412,10 @@ func TestBatchedConnections(t *testing.T) {
 		}
 	}
 	for _, tt := range []struct {
-		name  string
-		dial  dialer
-		paced bool
-		err   error
+		name    string
+		dial    dialer
+		batched bool
+		err     error
 	}{
 		{"default dialer", nil, true, nil},
 		{"custom dialer", to("tcp", tcp.Addr().String()), true, nil},
@@ -440,8 +440,8 @@ func TestBatchedConnections(t *testing.T) {
 				return
 			}
 			defer conn.Close()
-			if _, paced := conn.(*batchedConn); paced != tt.paced {
-				t.Errorf("paced %v, want %v", paced, tt.paced)
+			if _, batched := conn.(*batchedConn); batched != tt.batched {
+				t.Errorf("batched %v, want %v", batched, tt.batched)
 			}
 		})
 	}

@@ -264,13 +264,13 @@ func TestOptionalLists(t *testing.T) {
 						log.requireLine(t, "is late", "resource="+resource, resource+": "+name)
 					}
 					time.Sleep(15 * time.Minute)
-					log.requireLine(t, "still fails", resource+": ")
+					log.requireLine(t, "still fail", resource+": ")
 					server.update(func() { server.put("services", "later", "uid", 101); server.closeWatches() })
 					server.update(func() { server.override = nil })
 					time.Sleep(3 * time.Minute)
 					synctest.Wait()
 					if !f.node || f.unknown || f.cidrs != 1 {
-						t.Errorf("Node %v, unknown %v, %d ServiceCIDRs after the server is well", f.node, f.unknown, f.cidrs)
+						t.Errorf("Node %v, unknown %v, %d ServiceCIDRs after the server has recovered", f.node, f.unknown, f.cidrs)
 					}
 					stop()
 				})

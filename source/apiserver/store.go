@@ -174,7 +174,7 @@ func (s *store[T]) Replace(items []any, version string) error {
 	s.queue.mu.Lock()
 	listed := make(map[types.NamespacedName]struct{}, len(objects))
 	var replaced map[types.NamespacedName]struct{}
-	gone := len(s.fingerprints)
+	removed := len(s.fingerprints)
 	for _, object := range objects {
 		name := namespacedName(object)
 		listed[name] = struct{}{}
@@ -182,7 +182,7 @@ func (s *store[T]) Replace(items []any, version string) error {
 		switch {
 		case !known:
 		case before.uidHash == s.hashUID(object):
-			gone--
+			removed--
 		default:
 			if replaced == nil {
 				replaced = map[types.NamespacedName]struct{}{}
@@ -190,7 +190,7 @@ func (s *store[T]) Replace(items []any, version string) error {
 			replaced[name] = struct{}{}
 		}
 	}
-	removal := removal{before: len(s.fingerprints), removed: gone, listed: len(objects)}
+	removal := removal{before: len(s.fingerprints), removed: removed, listed: len(objects)}
 	if !s.synced {
 		removal = s.firstRemoval(objects)
 	}

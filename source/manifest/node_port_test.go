@@ -289,15 +289,15 @@ func randomNodePortServices(r *rand.Rand) string {
 // TestAllocatedNodePortsAreLogged checks that each allocated node port is logged once.
 func TestAllocatedNodePortsAreLogged(t *testing.T) {
 	t.Parallel()
-	req := startSource(t, writeFolder(t, "a.yaml", nodePortServiceYAML("a", "80 53/UDP=30053", localLoadBalancerSpec)))
-	req.firstDelta()
+	w := startSource(t, writeFolder(t, "a.yaml", nodePortServiceYAML("a", "80 53/UDP=30053", localLoadBalancerSpec)))
+	w.firstDelta()
 	const one, two = `msg="node port allocated" service=default/a port=80/TCP node_port=30766`,
 		`msg="node port allocated" service=default/a port="health check" node_port=31531`
-	req.expectLog(one)
-	req.expectLog(two)
-	writeFile(t, req.dir, "b.yaml", nodePortServiceYAML("a", "1", "")+nodePortServiceYAML("b", "80", "")) // the first Service a is active
-	req.expectLog("service=default/b")
-	if n := strings.Count(req.logged.String(), "node port allocated"); n != 3 {
-		t.Errorf("%d logged, want 3:\n%s", n, req.logged)
+	w.expectLog(one)
+	w.expectLog(two)
+	writeFile(t, w.dir, "b.yaml", nodePortServiceYAML("a", "1", "")+nodePortServiceYAML("b", "80", "")) // the first Service a is active
+	w.expectLog("service=default/b")
+	if n := strings.Count(w.logged.String(), "node port allocated"); n != 3 {
+		t.Errorf("%d logged, want 3:\n%s", n, w.logged)
 	}
 }

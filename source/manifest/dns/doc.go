@@ -22,7 +22,7 @@
 // A name in the cluster domain that does not exist gets NXDOMAIN; an existing name without
 // records of the type gets an empty answer. Both responses carry the SOA record of the
 // cluster domain. As the specification requires, a headless Service without ready endpoints
-// does not exist. Outside the cluster domain, unknown names with a single label or the last
-// label svc get NXDOMAIN too. All other names get REFUSED: the server forwards no queries.
-// Before the first Delta, the server answers SERVFAIL.
+// does not exist. Outside the cluster domain, an unknown name gets NXDOMAIN only if it has a
+// single label or the last label svc. All other names get REFUSED: the server forwards no
+// queries. Before the first Delta, the server answers SERVFAIL.
 package dns

@@ -84,7 +84,7 @@ func (s *Server) resolveShort(question dns.Question, labels []string) response {
 // canDeny reports whether no other server can know a name outside the cluster domain: a
 // single label, or a name with the last label svc. A name that ends in a namespace may
 // exist elsewhere: dev and app are top-level domains, and resolvers cache a negative answer
-// for them. The last label of the cluster domain exists.
+// for them. Names with the last label of the cluster domain are not denied.
 func (s *Server) canDeny(labels []string) bool {
 	if len(labels) == 0 || labels[len(labels)-1] == s.domainLabels[len(s.domainLabels)-1] {
 		return false
