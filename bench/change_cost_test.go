@@ -167,8 +167,8 @@ func TestMonitor(t *testing.T) {
 			}
 			// Replacing an endpoint changes one endpoint slot, which needs a few elements.
 			const limit = 10
-			few := got.Elements > 0 && got.Elements < limit && got.Messages > 0 && got.Bytes > got.Elements
-			if repeated && got != (notificationCount{}) || !repeated && !few {
+			isSmall := got.Elements > 0 && got.Elements < limit && got.Messages > 0 && got.Bytes > got.Elements
+			if repeated && got != (notificationCount{}) || !repeated && !isSmall {
 				return fmt.Errorf("repeated %t: got %+v, want a few elements, or none for a repeated change", repeated, got)
 			}
 		}

@@ -11,8 +11,8 @@
 //     any traffic, and until packets show it, while the probe sends continuously. An added
 //     endpoint shows when the first packet arrives at it. A removed endpoint or Service shows at
 //     the first packet sent after the last packet that still arrived. Only one packet in n reaches
-//     one of n endpoints, so the time of an addition is too long by n packets on average, a few
-//     microseconds each, and the time of a removal may even be too short.
+//     one of n endpoints, so the measured time of an addition is too long by n packets on average,
+//     a few microseconds each, and the measured time of a removal may even be too short.
 //   - [Start]: a cold start with all objects available, until the kernel has acknowledged
 //     everything, and in separate runs until the last Service answers. Each run uses a new node.
 //   - [Restart]: a warm restart, until the agent knows that nothing needs to change. The

@@ -146,7 +146,7 @@ func stableKernelMemory(ctx context.Context) (int64, error) {
 	const (
 		period     = 200 * time.Millisecond
 		slack      = 256 << 10 // bytes
-		maxPeriods = 50        // periods
+		maxPeriods = 50
 	)
 	last, err := kernelMemory()
 	for stable, i := 0, 0; err == nil && stable < 3 && i < maxPeriods; i++ {

@@ -119,7 +119,7 @@ func (o Options) Validate() error {
 	}
 	for _, n := range append(slices.Clone(o.Sizes), o.Services) {
 		if limit := maxEndpoints / max(o.Endpoints, 1); n > limit {
-			errs = append(errs, fmt.Errorf("--services: %d Services of %d endpoints need too many addresses: use at most %d Services", n, o.Endpoints, limit))
+			errs = append(errs, fmt.Errorf("%d Services of %d endpoints need too many addresses: use at most %d Services", n, o.Endpoints, limit))
 		}
 	}
 	for _, n := range o.Sizes {

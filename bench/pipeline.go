@@ -34,7 +34,7 @@ type pipelineUnderTest struct {
 }
 
 // newPipelineUnderTest opens the backend on the node of the testbed and starts the pipeline. The
-// pipeline programs nothing before load.
+// pipeline programs nothing before FinishInitialList, which load calls.
 func newPipelineUnderTest(ctx context.Context, o Options, r *testbed.Testbed) (*pipelineUnderTest, error) {
 	dp, err := o.openDataplane(r.Node.Fd())
 	if err != nil {

@@ -177,7 +177,7 @@ func TestRunInvalidOptions(t *testing.T) {
 		"mode":            {bench.Options{Mode: "iptables"}, `--mode: unknown mode "iptables": use nft or ipvs`},
 		"part":            {bench.Options{Only: []bench.Part{"speed"}}, `--only: unknown part "speed": use one or more of update,start`},
 		"services":        {bench.Options{Services: -1}, "--services: invalid value -1"},
-		"many services":   {bench.Options{Services: 1_000_000}, "--services: 1000000 Services of 10 endpoints need too many addresses: use at most 800000"},
+		"many services":   {bench.Options{Services: 1_000_000}, "1000000 Services of 10 endpoints need too many addresses: use at most 800000"},
 		"endpoints":       {bench.Options{Endpoints: -1}, "--endpoints: invalid value -1"},
 		"samples":         {bench.Options{Samples: -5}, "--samples: invalid value -5"},
 		"size":            {bench.Options{Sizes: []int{0}}, "--data-path-services: invalid value 0"},

@@ -65,9 +65,9 @@ func changes() []result.Change {
 func (u *updater) round(ctx context.Context, i int) error {
 	for _, u.untilPacket = range []bool{false, true} {
 		const stride = 7919 // prime: spreads the changes over all Services
-		at := i * stride % len(u.services)
-		if err := u.changeEndpoints(ctx, at); err != nil {
-			return fmt.Errorf("change %s: %w", u.services[at].Name(), err)
+		index := i * stride % len(u.services)
+		if err := u.changeEndpoints(ctx, index); err != nil {
+			return fmt.Errorf("change %s: %w", u.services[index].Name(), err)
 		}
 		if err := u.createAndDeleteService(ctx); err != nil {
 			return fmt.Errorf("create and delete a Service: %w", err)
@@ -161,7 +161,7 @@ func (u *updater) timeToPacket(
 		testbed.Observation
 		err error
 	}
-	seen := make(chan outcome, 1)
+	observed := make(chan outcome, 1)
 	ready := make(chan struct{})
 	// The probe runs on a separate thread that busy-waits for the event: waking a sleeping thread
 	// takes longer than the change.
@@ -179,17 +179,17 @@ func (u *updater) timeToPacket(
 		default:
 			o.Observation, o.err = u.probe.FirstArrival(ctx, *event.Load(), s.Addr(), at)
 		}
-		seen <- o
+		observed <- o
 	}()
 	<-ready
 	now := time.Now()
 	event.Store(&now)
 	if _, err := u.timeToAck(ctx, now, deltas); err != nil {
 		cancel() // the probe would wait in vain
-		<-seen
+		<-observed
 		return 0, err
 	}
-	o := <-seen
+	o := <-observed
 	return o.After, o.err
 }
 

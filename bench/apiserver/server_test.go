@@ -156,8 +156,8 @@ func TestInformers(t *testing.T) {
 	}
 }
 
-// TestSelectors checks that clients receive only the objects they select, and that objects are
-// added and deleted for a client when they start or stop to match.
+// TestSelectors checks that clients receive only the objects they select, and that they receive an
+// addition or a deletion when an object starts or stops matching.
 func TestSelectors(t *testing.T) {
 	const label = "service.kubernetes.io/service-proxy-name"
 	labelled := func(name, clusterIP string) *corev1.Service {

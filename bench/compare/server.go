@@ -20,11 +20,11 @@ type server interface {
 	create(ctx context.Context, objects ...apiserver.Object) *request
 	update(ctx context.Context, objects ...apiserver.Object) *request
 	delete(ctx context.Context, objects ...apiserver.Object) *request
-	// close stops the server. No node may be attached.
+	// close stops the server, which must not be attached to a node.
 	close() error
 }
 
-// request is a request to a server.
+// request is a request to a server and its result.
 type request struct {
 	sentAt   time.Time     // when the request was sent
 	done     chan struct{} // closed when the server has answered; duration and err are valid then

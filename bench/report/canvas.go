@@ -132,9 +132,9 @@ func (c *canvas) textStyle(l textFormat) text.Style {
 }
 
 // drawText draws text with its vertical center at y.
-func (c *canvas) drawText(l textFormat, x, y float64, words string) {
+func (c *canvas) drawText(l textFormat, x, y float64, label string) {
 	if c.texts == nil {
-		c.target.FillText(c.textStyle(l), c.point(x, y), words)
+		c.target.FillText(c.textStyle(l), c.point(x, y), label)
 		return
 	}
 	const baseline = 0.35 // fraction of the font size below the center
@@ -145,13 +145,13 @@ func (c *canvas) drawText(l textFormat, x, y float64, words string) {
 	}
 	rgb, _ := color.NRGBAModel.Convert(c.colors(l.role)).(color.NRGBA)
 	fmt.Fprintf(c.texts, `<text x="%.1f" y="%.1f" text-anchor=%q style="fill:#%02X%02X%02X;font-size:%gpx;font-weight:%d">%s</text>`+"\n",
-		x, y+baseline*l.size, anchor, rgb.R, rgb.G, rgb.B, l.size, weight, html.EscapeString(words))
+		x, y+baseline*l.size, anchor, rgb.R, rgb.G, rgb.B, l.size, weight, html.EscapeString(label))
 }
 
 // textWidth returns an upper bound of the width of text. It allows for viewers with wider fonts.
-func (c *canvas) textWidth(l textFormat, words string) float64 {
+func (c *canvas) textWidth(l textFormat, label string) float64 {
 	const wider = 1.2
-	return wider * float64(c.textStyle(l).Width(words))
+	return wider * float64(c.textStyle(l).Width(label))
 }
 
 // scale maps numbers to positions on an axis.
@@ -173,11 +173,11 @@ func (s scale) position(v float64) float64 {
 }
 
 // logScale returns a logarithmic scale for positive numbers that starts and ends at round numbers.
-func logScale(least, most, low, high float64) scale {
-	if least <= 0 || most <= 0 {
-		least, most = 1, 10
+func logScale(lowest, highest, low, high float64) scale {
+	if lowest <= 0 || highest <= 0 {
+		lowest, highest = 1, 10
 	}
-	s := scale{from: roundToStep(least, false), to: roundToStep(most, true), low: low, high: high, log: true}
+	s := scale{from: roundToStep(lowest, false), to: roundToStep(highest, true), low: low, high: high, log: true}
 	if s.from == s.to {
 		s.from, s.to = s.from/2, s.to*2
 	}
@@ -202,11 +202,11 @@ func roundToStep(v float64, up bool) float64 {
 }
 
 // linearScale returns a linear scale that starts at zero.
-func linearScale(most, low, high float64) scale {
-	if most <= 0 {
-		most = 1
+func linearScale(highest, low, high float64) scale {
+	if highest <= 0 {
+		highest = 1
 	}
-	return scale{from: 0, to: most, low: low, high: high}
+	return scale{from: 0, to: highest, low: low, high: high}
 }
 
 // ticks returns at most limit round numbers on the scale.
@@ -243,13 +243,13 @@ func (s scale) ticks(limit int) []float64 {
 	}
 	list := collect(1)
 	for skip := 2; len(list) > limit; skip++ {
-		var some []float64
+		var kept []float64
 		for i, v := range collect(1) {
 			if i%skip == 0 {
-				some = append(some, v)
+				kept = append(kept, v)
 			}
 		}
-		list = some
+		list = kept
 	}
 	return list
 }

@@ -23,9 +23,9 @@ const (
 // row is one system in a chart.
 type row struct {
 	style seriesStyle
-	// low and high bound most samples, least and most bound all samples.
-	least, low, middle, high, most float64
-	text                           string
+	// low and high bound most samples, min and max bound all samples.
+	min, low, median, high, max float64
+	text                        string
 }
 
 // newRow returns the row for a measurement with a distribution.
@@ -90,8 +90,8 @@ func (r *rowsChart) height(width float64) float64 {
 
 func (r *rowsChart) forEachRow(f func(row)) {
 	for _, g := range r.groups {
-		for _, one := range g.rows {
-			f(one)
+		for _, entry := range g.rows {
+			f(entry)
 		}
 	}
 }
@@ -99,12 +99,12 @@ func (r *rowsChart) forEachRow(f func(row)) {
 func (r *rowsChart) draw(c *canvas) {
 	label := textFormat{role: ink, size: textSize}
 	value := textFormat{role: ink, size: textSize, bold: true}
-	var names, values, most float64
-	least := math.Inf(1)
-	r.forEachRow(func(one row) {
-		names = max(names, c.textWidth(label, one.style.label))
-		values = max(values, c.textWidth(value, one.text))
-		least, most = min(least, one.least), max(most, one.most)
+	var names, values, highest float64
+	lowest := math.Inf(1)
+	r.forEachRow(func(entry row) {
+		names = max(names, c.textWidth(label, entry.style.label))
+		values = max(values, c.textWidth(value, entry.text))
+		lowest, highest = min(lowest, entry.min), max(highest, entry.max)
 	})
 	const gap = 8
 	left, right := names+gap, c.width-values-gap
@@ -116,9 +116,9 @@ func (r *rowsChart) draw(c *canvas) {
 			left, right = room, c.width-room
 		}
 	}
-	s := logScale(least, most, left, right)
+	s := logScale(lowest, highest, left, right)
 	if r.bars {
-		s = linearScale(most, left, right)
+		s = linearScale(highest, left, right)
 	}
 	y := float64(margin)
 	var spans [][2]float64 // grid lines are drawn behind rows, not behind headings
@@ -138,48 +138,48 @@ func (r *rowsChart) draw(c *canvas) {
 			c.drawText(textFormat{role: ink, size: textSize, bold: true}, 0, y+groupHead*0.55, g.heading)
 			y += groupHead
 		}
-		for _, one := range g.rows {
+		for _, entry := range g.rows {
 			middle := y + above + rowHeight/2
 			name, number := middle, middle
 			if stacked(c.width) {
 				middle -= 2
 				name, number = y+above/2, y+above/2
 			}
-			c.drawText(label, 0, name, one.style.label)
+			c.drawText(label, 0, name, entry.style.label)
 			if r.bars {
-				c.drawBar(one, s, middle, value)
+				c.drawBar(entry, s, middle, value)
 			} else {
-				c.drawRange(one, s, middle)
-				c.drawText(textFormat{role: ink, size: textSize, bold: true, align: 1}, c.width, number, one.text)
+				c.drawRange(entry, s, middle)
+				c.drawText(textFormat{role: ink, size: textSize, bold: true, align: 1}, c.width, number, entry.text)
 			}
 			y += height
 		}
 	}
 }
 
-func (c *canvas) drawRange(one row, s scale, y float64) {
+func (c *canvas) drawRange(entry row, s scale, y float64) {
 	const thin, thick, radius, end = 1.2, 5.5, 5, 3
-	c.line(one.style.series, thin, s.position(one.least), y, s.position(one.most), y)
-	for _, v := range []float64{one.least, one.most} {
-		c.line(one.style.series, thin, s.position(v), y-end, s.position(v), y+end)
+	c.line(entry.style.series, thin, s.position(entry.min), y, s.position(entry.max), y)
+	for _, v := range []float64{entry.min, entry.max} {
+		c.line(entry.style.series, thin, s.position(v), y-end, s.position(v), y+end)
 	}
-	c.line(one.style.series, thick, s.position(one.low), y, s.position(one.high), y)
-	c.dot(surface, false, s.position(one.middle), y, radius+1.2)
-	c.dot(one.style.series, one.style.hollow, s.position(one.middle), y, radius)
+	c.line(entry.style.series, thick, s.position(entry.low), y, s.position(entry.high), y)
+	c.dot(surface, false, s.position(entry.median), y, radius+1.2)
+	c.dot(entry.style.series, entry.style.hollow, s.position(entry.median), y, radius)
 }
 
-func (c *canvas) drawBar(one row, s scale, y float64, value textFormat) {
-	const thickness, least, end = 13, 1.5, 3
-	c.bar(one.style.series, s.low, y, max(least, s.position(one.middle)-s.low), thickness)
-	reach := s.position(one.middle)
-	if one.most > one.least {
-		c.line(ink, 1, s.position(one.least), y, s.position(one.most), y)
-		for _, v := range []float64{one.least, one.most} {
+func (c *canvas) drawBar(entry row, s scale, y float64, value textFormat) {
+	const thickness, minLength, end = 13, 1.5, 3
+	c.bar(entry.style.series, s.low, y, max(minLength, s.position(entry.median)-s.low), thickness)
+	reach := s.position(entry.median)
+	if entry.max > entry.min {
+		c.line(ink, 1, s.position(entry.min), y, s.position(entry.max), y)
+		for _, v := range []float64{entry.min, entry.max} {
 			c.line(ink, 1, s.position(v), y-end, s.position(v), y+end)
 		}
-		reach = s.position(one.most)
+		reach = s.position(entry.max)
 	}
-	c.drawText(value, reach+7, y, one.text)
+	c.drawText(value, reach+7, y, entry.text)
 }
 
 // axis draws grid lines from top to bottom of each span, and labels below.
@@ -225,8 +225,8 @@ func (k *curvesChart) title() string { return k.name }
 
 // legend returns the lines of the legend as indices of curves.
 func (k *curvesChart) legend(width float64) [][]int {
-	const entry, most = 165, 4
-	perLine := min(most, max(1, int(width/entry)))
+	const entryWidth, maxPerLine = 165, 4
+	perLine := min(maxPerLine, max(1, int(width/entryWidth)))
 	var lines [][]int
 	for i := range k.curves {
 		if i%perLine == 0 {
@@ -240,8 +240,8 @@ func (k *curvesChart) legend(width float64) [][]int {
 const legendLine = 20
 
 func (k *curvesChart) height(width float64) float64 {
-	const ratio, least, most = 0.42, 210, 300
-	return min(most, max(least, width*ratio)) + float64(legendLine*len(k.legend(width))) + axisSpace
+	const ratio, minHeight, maxHeight = 0.42, 210, 300
+	return min(maxHeight, max(minHeight, width*ratio)) + float64(legendLine*len(k.legend(width))) + axisSpace
 }
 
 func (k *curvesChart) draw(c *canvas) {
@@ -252,10 +252,10 @@ func (k *curvesChart) draw(c *canvas) {
 			if len(line) < 4 {
 				x = float64(i) * 175
 			}
-			one := k.curves[at].style
-			c.line(one.series, 2.2, x, y, x+18, y)
-			c.dot(one.series, one.hollow, x+9, y, 4)
-			c.drawText(textFormat{role: ink, size: textSize}, x+24, y, one.label)
+			plotted := k.curves[at].style
+			c.line(plotted.series, 2.2, x, y, x+18, y)
+			c.dot(plotted.series, plotted.hollow, x+9, y, 4)
+			c.drawText(textFormat{role: ink, size: textSize}, x+24, y, plotted.label)
 		}
 		y += legendLine
 	}
@@ -264,32 +264,32 @@ func (k *curvesChart) draw(c *canvas) {
 	c.drawText(textFormat{role: muted, size: smallSize}, 0, y+2, k.yTitle)
 	c.yAxis(ys, xs.low, xs.high, k.yUnit)
 	c.xAxis(k, xs, top, bottom)
-	for _, one := range k.curves {
-		c.drawCurve(one, xs, ys, k.steps)
+	for _, plotted := range k.curves {
+		c.drawCurve(plotted, xs, ys, k.steps)
 	}
 }
 
 func (k *curvesChart) scales(c *canvas, top, bottom float64) (xs, ys scale) {
-	leastX, mostX, leastY, mostY := math.Inf(1), 0.0, math.Inf(1), 0.0
-	for _, one := range k.curves {
-		leastX, mostX = min(leastX, slices.Min(one.x)), max(mostX, slices.Max(one.x))
-		leastY, mostY = min(leastY, slices.Min(one.y)), max(mostY, slices.Max(one.y))
-		if one.low != nil {
-			leastY, mostY = min(leastY, slices.Min(one.low)), max(mostY, slices.Max(one.high))
+	lowestX, highestX, lowestY, highestY := math.Inf(1), 0.0, math.Inf(1), 0.0
+	for _, plotted := range k.curves {
+		lowestX, highestX = min(lowestX, slices.Min(plotted.x)), max(highestX, slices.Max(plotted.x))
+		lowestY, highestY = min(lowestY, slices.Min(plotted.y)), max(highestY, slices.Max(plotted.y))
+		if plotted.low != nil {
+			lowestY, highestY = min(lowestY, slices.Min(plotted.low)), max(highestY, slices.Max(plotted.high))
 		}
 	}
-	ys = linearScale(mostY, bottom, top)
+	ys = linearScale(highestY, bottom, top)
 	if k.logY {
-		ys = logScale(leastY, mostY, bottom, top)
+		ys = logScale(lowestY, highestY, bottom, top)
 	}
 	var labels float64
 	for _, v := range ys.ticks(5) {
 		labels = max(labels, c.textWidth(textFormat{size: smallSize}, trimZeros(v, k.yUnit)))
 	}
 	const gap, room = 8, 22
-	xs = logScale(leastX, mostX, labels+gap, c.width-room)
+	xs = logScale(lowestX, highestX, labels+gap, c.width-room)
 	if k.ticks != nil { // the measured range with a small margin
-		xs.from, xs.to = leastX/1.25, mostX*1.25
+		xs.from, xs.to = lowestX/1.25, highestX*1.25
 	}
 	return xs, ys
 }
@@ -316,26 +316,26 @@ func (c *canvas) xAxis(k *curvesChart, s scale, top, bottom float64) {
 	}
 }
 
-func (c *canvas) drawCurve(one curve, xs, ys scale, steps bool) {
+func (c *canvas) drawCurve(plotted curve, xs, ys scale, steps bool) {
 	const width, radius = 2.2, 4.5
 	var points []float64
-	for i := range one.x {
-		x, y := xs.position(one.x[i]), ys.position(one.y[i])
+	for i := range plotted.x {
+		x, y := xs.position(plotted.x[i]), ys.position(plotted.y[i])
 		if steps && i > 0 {
-			points = append(points, x, ys.position(one.y[i-1]))
+			points = append(points, x, ys.position(plotted.y[i-1]))
 		}
 		points = append(points, x, y)
 	}
-	for i := range one.low {
-		x := xs.position(one.x[i])
-		c.line(one.style.series, 1.2, x, ys.position(one.low[i]), x, ys.position(one.high[i]))
+	for i := range plotted.low {
+		x := xs.position(plotted.x[i])
+		c.line(plotted.style.series, 1.2, x, ys.position(plotted.low[i]), x, ys.position(plotted.high[i]))
 	}
-	c.line(one.style.series, width, points...)
+	c.line(plotted.style.series, width, points...)
 	if steps {
 		return
 	}
-	for i := range one.x {
-		c.dot(one.style.series, one.style.hollow, xs.position(one.x[i]), ys.position(one.y[i]), radius)
+	for i := range plotted.x {
+		c.dot(plotted.style.series, plotted.style.hollow, xs.position(plotted.x[i]), ys.position(plotted.y[i]), radius)
 	}
 }
 
@@ -360,7 +360,7 @@ func servicesCurve(measurements []*result.Measurement) curve {
 	for _, m := range measurements {
 		r := newRow(m)
 		c.x = append(c.x, float64(m.Scenario.Services))
-		c.y, c.low, c.high = append(c.y, r.middle), append(c.low, r.low), append(c.high, r.high)
+		c.y, c.low, c.high = append(c.y, r.median), append(c.low, r.low), append(c.high, r.high)
 	}
 	return c
 }

@@ -48,8 +48,8 @@ type environment struct {
 
 // keyFigure is a ratio shown at the top of the page.
 type keyFigure struct {
-	ratio, than, what, interval, figures string
-	worse                                bool
+	ratio, comparison, title, interval, figures string
+	worse                                       bool
 }
 
 // pageSection is a section with drawn figures.
@@ -93,15 +93,15 @@ func newPage(r *result.Report) (*page, error) {
 			env.keyFigures, env.keyFigureScenario = keyFigures(r, e.Name)
 		}
 		for _, s := range sections(r, e.Name) {
-			one := pageSection{id: e.Name + "-" + s.id, title: s.title, text: s.text}
+			pageSec := pageSection{id: e.Name + "-" + s.id, title: s.title, text: s.text}
 			for _, f := range s.figures {
 				drawn, err := face.drawFigure(f)
 				if err != nil {
 					return nil, err
 				}
-				one.figures = append(one.figures, drawn)
+				pageSec.figures = append(pageSec.figures, drawn)
 			}
-			env.sections = append(env.sections, one)
+			env.sections = append(env.sections, pageSec)
 		}
 		p.environments = append(p.environments, env)
 	}
@@ -127,9 +127,9 @@ func (f *typeface) drawFigure(fig figure) (pageFigure, error) {
 func keyFigures(r *result.Report, environment string) (list []keyFigure, at string) {
 	const other = "kube-proxy-nftables"
 	for _, spec := range []struct {
-		measure      result.Measure
-		change       result.Change
-		better, what string
+		measure       result.Measure
+		change        result.Change
+		better, title string
 	}{
 		{result.UpdatePacket, result.ReplaceEndpoint, "faster", "Update: from the event to the first packet at the new endpoint"},
 		{result.ColdStartAnswer, "", "faster", "Cold start until the last Service answers"},
@@ -151,7 +151,7 @@ func keyFigures(r *result.Report, environment string) (list []keyFigure, at stri
 			at = scenarioText(ratio.Scenario)
 		}
 		if scenarioText(ratio.Scenario) == at {
-			list = append(list, newKeyFigure(r, ratio, spec.better, spec.what))
+			list = append(list, newKeyFigure(r, ratio, spec.better, spec.title))
 		}
 	}
 	return list, at
@@ -166,16 +166,16 @@ func preferred(a, b result.Ratio) bool {
 }
 
 // newKeyFigure returns the key figure for a ratio.
-func newKeyFigure(r *result.Report, ratio result.Ratio, better, what string) keyFigure {
-	c := keyFigure{than: better, what: what}
+func newKeyFigure(r *result.Report, ratio result.Ratio, better, title string) keyFigure {
+	c := keyFigure{comparison: better, title: title}
 	if ratio.Scenario.Rate > 0 {
-		c.what += fmt.Sprintf(", at %s changes per second", thousands(int(ratio.Scenario.Rate)))
+		c.title += fmt.Sprintf(", at %s changes per second", thousands(int(ratio.Scenario.Rate)))
 	}
 	v, low, high := ratio.Ratio, ratio.Low, ratio.High
 	if v < 1 {
 		c.worse = true
 		v, low, high = 1/v, 1/high, 1/low
-		c.than = map[string]string{"faster": "slower", "less processor time": "more processor time", "less memory": "more memory"}[better]
+		c.comparison = map[string]string{"faster": "slower", "less processor time": "more processor time", "less memory": "more memory"}[better]
 	}
 	c.ratio = formatRatio(v) + "×"
 	c.interval = fmt.Sprintf("%.0f %% confidence: %s to %s", 100*ratio.Confidence, formatRatio(low), formatRatio(high))

@@ -58,7 +58,7 @@ func (p *page) methodNode() g.Node {
 	)
 }
 
-func code(words []string) g.Node { return h.Code(g.Text(strings.Join(words, " "))) }
+func code(command []string) g.Node { return h.Code(g.Text(strings.Join(command, " "))) }
 
 func (e environment) node() g.Node {
 	return g.Group{
@@ -111,8 +111,8 @@ func (e environment) keyFiguresNode() g.Node {
 			}
 			return h.Div(
 				h.Class(class),
-				h.Div(h.Class("ratio"), g.Text(c.ratio+" "), h.Small(g.Text(c.than))),
-				h.P(h.Class("what"), g.Text(c.what)),
+				h.Div(h.Class("ratio"), g.Text(c.ratio+" "), h.Small(g.Text(c.comparison))),
+				h.P(h.Class("what"), g.Text(c.title)),
 				h.P(h.Class("how"), g.Text(c.figures), h.Br(), g.Text(c.interval)),
 			)
 		})),

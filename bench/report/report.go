@@ -306,8 +306,8 @@ func scalingSection(measured []*result.Measurement) section {
 				ticks = append(ticks, n)
 			}
 		}
-		const least = 2
-		if len(ticks) < least {
+		const minTicks = 2
+		if len(ticks) < minTicks {
 			continue
 		}
 		slices.Sort(ticks)
@@ -348,8 +348,7 @@ func barsSection(measured []*result.Measurement, id, title, text string, measure
 	for _, unit := range []string{"s", "B"} {
 		var list []*result.Measurement
 		for _, measure := range measures {
-			some := withMostServices(withMeasure(measured, measure))
-			list = append(list, some...)
+			list = append(list, withMostServices(withMeasure(measured, measure))...)
 		}
 		list = slices.DeleteFunc(list, func(m *result.Measurement) bool { return m.Unit != unit })
 		if len(list) == 0 {

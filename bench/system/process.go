@@ -54,7 +54,7 @@ func (p *Process) PID() int { return p.cmd.Process.Pid }
 func (p *Process) Done() <-chan struct{} { return p.done }
 
 // Stop implements [Instance]. It sends SIGTERM, and SIGKILL if the process does not end within 10
-// s. It returns an error if the process had ended before Stop.
+// seconds. It returns an error if the process had ended before Stop.
 func (p *Process) Stop() error {
 	var err error
 	p.stopOnce.Do(func() {

@@ -47,15 +47,15 @@ func UsageOf(pid int) (Usage, error) {
 			if err != nil {
 				return Usage{}, fmt.Errorf("children of process %d: %w", pid, err)
 			}
-			more, err := UsageOf(id)
+			childUsage, err := UsageOf(id)
 			if errors.Is(err, os.ErrNotExist) {
 				continue // the child has ended
 			}
 			if err != nil {
 				return Usage{}, err
 			}
-			u.User, u.Kernel = u.User+more.User, u.Kernel+more.Kernel
-			u.Resident, u.PeakResident = u.Resident+more.Resident, u.PeakResident+more.PeakResident
+			u.User, u.Kernel = u.User+childUsage.User, u.Kernel+childUsage.Kernel
+			u.Resident, u.PeakResident = u.Resident+childUsage.Resident, u.PeakResident+childUsage.PeakResident
 		}
 	}
 	return u, nil
@@ -87,12 +87,12 @@ func processUsage(pid int) (Usage, error) {
 	}
 	for line := range strings.Lines(string(status)) {
 		name, value, _ := strings.Cut(line, ":")
-		var into *int64
+		var target *int64
 		switch name {
 		case "VmRSS":
-			into = &u.Resident
+			target = &u.Resident
 		case "VmHWM":
-			into = &u.PeakResident
+			target = &u.PeakResident
 		default:
 			continue
 		}
@@ -100,7 +100,7 @@ func processUsage(pid int) (Usage, error) {
 		if _, err := fmt.Sscanf(strings.TrimSpace(value), "%d kB", &kilobytes); err != nil {
 			return u, fmt.Errorf("status: %s: %w", name, err)
 		}
-		*into = kilobytes << 10
+		*target = kilobytes << 10
 	}
 	return u, nil
 }

@@ -143,8 +143,8 @@ func measureTitle(m result.Measure) string {
 // group writes the measurements of one measure.
 func (t *writer) group(group []result.Measurement) {
 	t.printf("\n%s", group[0].Measure)
-	if words := measureTitle(group[0].Measure); words != "" {
-		t.printf(": %s", words)
+	if title := measureTitle(group[0].Measure); title != "" {
+		t.printf(": %s", title)
 	}
 	t.printf("\n")
 	distributions := false
@@ -198,14 +198,14 @@ func (t *writer) ratios(ratios []result.Ratio) {
 
 // Scenario returns a short description of a scenario.
 func Scenario(s result.Scenario) string {
-	words := fmt.Sprintf("%d × %d", s.Services, s.Endpoints)
+	description := fmt.Sprintf("%d × %d", s.Services, s.Endpoints)
 	if s.Change != "" {
-		words = string(s.Change) + ", " + words
+		description = string(s.Change) + ", " + description
 	}
 	if s.Rate != 0 {
-		words += fmt.Sprintf(", %g/s", s.Rate)
+		description += fmt.Sprintf(", %g/s", s.Rate)
 	}
-	return words
+	return description
 }
 
 // Number formats a number of the given unit with three significant digits and a suitable prefix:

@@ -73,7 +73,7 @@ func (p *Probe) Close() error {
 }
 
 // ThrottleUntil makes the next measurement send packets at least 100 µs apart until the channel is
-// closed, if other programs need the processor to bring about the event. It affects one
+// closed, so that other programs get the processor time to cause the event. It affects one
 // measurement only.
 func (p *Probe) ThrottleUntil(done <-chan struct{}) { p.throttleUntil = done }
 
@@ -102,8 +102,8 @@ func ToAnyEndpoint(netip.Addr) bool { return true }
 
 // FirstArrival sends packets to a Service until a packet arrives at an endpoint for which at
 // returns true. Observation.After counts from event. FirstArrival blocks, so the caller must start
-// the change before or concurrently. If no packet arrives within a minute, or by the context's
-// deadline, FirstArrival returns an error that wraps [ErrNotObserved].
+// the change before the call or concurrently. If no packet arrives within a minute, or by the
+// context's deadline, FirstArrival returns an error that wraps [ErrNotObserved].
 func (p *Probe) FirstArrival(ctx context.Context, event time.Time, service netip.AddrPort, at func(netip.Addr) bool) (Observation, error) {
 	arrived := false
 	s, err := p.sendUntil(ctx, event, service, func(_ uint32, addr netip.Addr) { arrived = arrived || at(addr) },

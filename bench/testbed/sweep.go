@@ -12,11 +12,12 @@ import (
 // sampleSize is the number of Services that WaitAllAnswer checks first.
 const sampleSize = 64
 
-// WaitAllAnswer waits until every Service answers, which means that a packet to it has arrived at
-// an endpoint. It returns the time from event until the last Service answered. It repeatedly
-// checks a sample of the Services, spread over the list and including both ends. When the sample
-// answers, it checks all others once, and repeats this for those that do not answer yet. All
-// endpoints must be reachable, see [Testbed.SetBackgroundReachable].
+// WaitAllAnswer waits until every Service answers: a Service answers when a packet to it arrives
+// at an endpoint. It returns the time from event until the last Service answered. First it
+// repeatedly sends packets to a sample of the Services, spread over the list and including both
+// ends. When the whole sample has answered, it sends a packet to every Service, and then
+// repeatedly to the Services that have not answered. All endpoints must be reachable, see
+// [Testbed.SetBackgroundReachable].
 func (p *Probe) WaitAllAnswer(ctx context.Context, event time.Time, services []netip.AddrPort) (time.Duration, error) {
 	if len(services) == 0 {
 		return 0, errors.New("no Services to wait for")

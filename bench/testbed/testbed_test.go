@@ -166,7 +166,7 @@ func TestNotObserved(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
 	if _, err := w.probe.FirstArrival(ctx, time.Now(), vip(), testbed.ToAnyEndpoint); !errors.Is(err, testbed.ErrNotObserved) {
-		t.Errorf("error %v, want ErrNotSeen", err)
+		t.Errorf("error %v, want ErrNotObserved", err)
 	}
 }
 
@@ -187,7 +187,7 @@ func TestWaitAllAnswer(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
 	if _, err := w.probe.WaitAllAnswer(ctx, time.Now(), []netip.AddrPort{vip()}); !errors.Is(err, testbed.ErrNotObserved) {
-		t.Errorf("error %v, want ErrNotSeen", err)
+		t.Errorf("error %v, want ErrNotObserved", err)
 	}
 }
 

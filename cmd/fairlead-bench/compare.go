@@ -123,17 +123,17 @@ func runCompare(ctx context.Context, f *compareFlags, stdout, stderr io.Writer) 
 	}
 	o := f.options
 	for _, name := range f.systems {
-		all := f.availableSystems()
-		i := slices.IndexFunc(all, func(s system.System) bool { return s.Name() == name })
+		available := f.availableSystems()
+		i := slices.IndexFunc(available, func(s system.System) bool { return s.Name() == name })
 		if i < 0 {
 			return fmt.Errorf("--systems: unknown system %q", name)
 		}
-		if fairlead, ok := all[i].(system.Fairlead); ok {
+		if fairlead, ok := available[i].(system.Fairlead); ok {
 			if _, err := fairlead.Path(); err != nil {
 				return fmt.Errorf("--fairlead: %w: build it with `make build`", err)
 			}
 		}
-		o.Systems = append(o.Systems, all[i])
+		o.Systems = append(o.Systems, available[i])
 	}
 	for _, p := range f.only {
 		o.Parts = append(o.Parts, compare.Part(p))
